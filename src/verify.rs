@@ -47,8 +47,8 @@ impl Sampling {
     /// `None` as in [`argmax`].
     ///
     /// An exponential race: with `L(u)` an exponential variate, the least `L(u_x) / W(x)` is token x's with
-    /// probability `W(x) / sum W`. Ratios are compared by cross-multiplication (both products are below 2^62) and ties go to the
-    /// lower id: a total order, so partial winners may meet in any order.
+    /// probability `W(x) / sum W`. Ratios are compared by cross-multiplication (both products are below 2^62) and
+    /// ties go to the lower id: a total order, so partial winners may meet in any order.
     pub fn choose(&self, logits: &[f32], position: u32) -> Option<u32> {
         let tables = &*TABLES;
         let key = [self.seed as u32, (self.seed >> 32) as u32];
@@ -57,7 +57,7 @@ impl Sampling {
         for (id, weight) in self.survivors(logits)? {
             if id / 4 != group {
                 group = id / 4;
-                words = philox([position, RACE << 24 | group, self.stream, 0], key);
+                words = philox([position, (RACE << 24) | group, self.stream, 0], key);
             }
             let time = tables.time(words[id as usize % 4]);
             // Ids ascend, so strictly less leaves a tie with the lower one.
@@ -83,27 +83,22 @@ impl Sampling {
         let tables = &*TABLES;
         let max = logits[best as usize];
         let c = (65536.0 * std::f64::consts::LOG2_E) as f32 / self.temperature;
+        // Sorting these ranks sorts by (logit descending, id ascending).
         let mut kept = Vec::new();
         for (id, &logit) in (0u32..).zip(logits) {
             match tables.weight(max, logit, c) {
                 0 => {}
-                weight => kept.push((id, weight)),
+                weight => kept.push(((u64::from(!ascending(logit)) << 32) | u64::from(id), weight)),
             }
         }
-
-        // Partial comparison is total here (no NaN) and takes -0.0 for 0.0.
-        let before = |a: &(u32, u64), b: &(u32, u64)| {
-            let (la, lb) = (logits[a.0 as usize], logits[b.0 as usize]);
-            lb.partial_cmp(&la).unwrap_or(std::cmp::Ordering::Equal).then(a.0.cmp(&b.0))
-        };
         let cut_k = 0 < self.top_k && self.top_k < kept.len();
         if cut_k {
-            kept.select_nth_unstable_by(self.top_k - 1, before);
+            kept.select_nth_unstable(self.top_k - 1);
             kept.truncate(self.top_k);
         }
         let cut_p = self.top_p < 1.0;
         if cut_p {
-            kept.sort_unstable_by(before);
+            kept.sort_unstable_by_key(|&(rank, _)| rank);
             let total: u64 = kept.iter().map(|&(_, w)| w).sum();
             let need = (total as u128 * share(self.top_p) as u128).div_ceil(ONE as u128) as u64;
             let mut mass = 0;
@@ -116,6 +111,7 @@ impl Sampling {
         // The best token passes every filter and weighs 2^32: its share and its weight are the same number.
         let least = share(self.min_p);
         kept.retain(|&(_, w)| w >= least);
+        let mut kept: Vec<(u32, u64)> = kept.into_iter().map(|(rank, w)| (rank as u32, w)).collect();
         if cut_k || cut_p {
             kept.sort_unstable_by_key(|&(id, _)| id);
         }
@@ -125,6 +121,12 @@ impl Sampling {
 
 /// 1 as an integer share, and the weight of a row's best token.
 const ONE: u64 = 1 << 32;
+
+/// A logit's bits as an integer of the same order, `-0.0` taken for `0.0`; NaN has no order.
+fn ascending(logit: f32) -> u32 {
+    let bits = (logit + 0.0).to_bits();
+    if bits >> 31 == 1 { !bits } else { bits | (1 << 31) }
+}
 
 /// A share of one in units of 2^-32, to nearest.
 fn share(x: f64) -> u64 {
@@ -152,9 +154,9 @@ pub fn argmax(logits: &[f32]) -> Option<u32> {
 ///
 /// Lossless: by induction a row is sampled only where the drafts before it are what plain decoding emits, and what is
 /// emitted there is the target's own sample, with the noise of its position and of nothing else. So the output is
-/// plain decoding's, token for token and for every drafter and block length; for a draft that is fixed before the noise is
-/// seen, no lossless rule accepts more often. Sources: the DFlash reference implementation (arXiv 2602.06036), and
-/// coupled sampling in Daliri et al., arXiv 2408.07978.
+/// plain decoding's, token for token and for every drafter and block length; for a draft that is fixed before the
+/// noise is seen, no lossless rule accepts more often. Sources: the DFlash reference implementation (arXiv
+/// 2602.06036), and coupled sampling in Daliri et al., arXiv 2408.07978.
 pub fn judge(draft: &[u32], mut target_at: impl FnMut(usize) -> Option<u32>) -> Option<(usize, u32)> {
     for (row, &token) in draft.iter().enumerate() {
         let own = target_at(row)?;
@@ -205,13 +207,13 @@ pub static TABLES: LazyLock<Tables> = LazyLock::new(|| Tables {
 
 impl Tables {
     /// `W = 2^32 * exp((logit - max)/T)` to about 1e-5 of itself, cut down to an integer; 2^32 for the best token and
-    /// 0 from 22.2 T below it on. `c = 65536 * log2(e) / T` in f32. The exponent is rounded to 2^-16 and split into whole, upper
-    /// and lower bits; monotone in `logit`.
+    /// 0 from 22.2 T below it on. `c = 65536 * log2(e) / T` in f32. The exponent is rounded to 2^-16 and split into
+    /// whole, upper and lower bits; monotone in `logit`.
     pub fn weight(&self, max: f32, logit: f32, c: f32) -> u64 {
         // The bound also catches infinity: a weight is 0 above 32 << 16.
         let t = ((max - logit) * c).round_ties_even().min((40 << 16) as f32) as u32;
         let (whole, hi, lo) = (t >> 16, (t >> 8) as usize & 255, t as usize & 255);
-        u64::from(self.thi[hi]) * u64::from(self.tlo[lo]) >> 30 >> whole
+        (u64::from(self.thi[hi]) * u64::from(self.tlo[lo])) >> 30 >> whole
     }
 
     /// `L = -log2(u / 2^32) * 2^24`, an exponential variate where `u` is uniform: 92 to 2^29. 0 is read as 1. Only u's
@@ -220,7 +222,7 @@ impl Tables {
     pub fn time(&self, u: u32) -> u64 {
         let u = u.max(1);
         let zeros = u.leading_zeros();
-        let mantissa = (u << zeros & 0x7fff_ffff) >> 15;
+        let mantissa = ((u << zeros) & 0x7fff_ffff) >> 15;
         (u64::from(zeros) << 24) + u64::from(self.rlog[mantissa as usize])
     }
 }
