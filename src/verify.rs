@@ -47,7 +47,7 @@ impl Sampling {
     /// `None` as in [`argmax`].
     ///
     /// An exponential race: with `L(u)` an exponential variate, the least `L(u_x) / W(x)` is token x's with
-    /// probability `W(x) / sum W`. Ratios are compared by cross-multiplication (both products are below 2^62) and
+    /// probability `W(x) / sum W`. Ratios are compared by cross-multiplication (both products are below 2^64) and
     /// ties go to the lower id: a total order, so partial winners may meet in any order.
     pub fn choose(&self, logits: &[f32], position: u32) -> Option<u32> {
         let tables = &*TABLES;
@@ -190,19 +190,17 @@ pub struct Tables {
     pub thi: [u32; 256],
     /// `round(2^(31 - i/65536))`, `[256]`
     pub tlo: [u32; 256],
-    /// `round((1 - log2(1 + (i + 0.5)/65536)) * 2^24)`, `[65536]`
-    pub rlog: Vec<u32>,
+    /// `round((1 - log2(1 + i/4096)) * 2^27)`, `[4097]`: 2^27 down to 0
+    pub rlog: [u32; 4097],
 }
 
-/// Computed once, in f64. A platform's `exp2` and `log2` may differ in their last bits (2^-22 and 2^-29 of a table's
-/// unit), but no value lies within 2^-10 and 2^-16 of a rounding boundary, so all platforms round alike. A test holds
+/// Computed once, in f64. A platform's `exp2` and `log2` may differ in their last bits (2^-22 and 2^-26 of a table's
+/// unit), but no value lies within 2^-10 and 2^-17 of a rounding boundary, so all platforms round alike. A test holds
 /// the margins and the checksums.
 pub static TABLES: LazyLock<Tables> = LazyLock::new(|| Tables {
     thi: std::array::from_fn(|i| (31.0 - i as f64 / 256.0).exp2().round() as u32),
     tlo: std::array::from_fn(|i| (31.0 - i as f64 / 65536.0).exp2().round() as u32),
-    rlog: (0..65536)
-        .map(|i| ((1.0 - (1.0 + (i as f64 + 0.5) / 65536.0).log2()) * 16777216.0).round() as u32)
-        .collect(),
+    rlog: std::array::from_fn(|i| ((1.0 - (1.0 + i as f64 / 4096.0).log2()) * 134217728.0).round() as u32),
 });
 
 impl Tables {
@@ -216,13 +214,16 @@ impl Tables {
         (u64::from(self.thi[hi]) * u64::from(self.tlo[lo])) >> 30 >> whole
     }
 
-    /// `L = -log2(u / 2^32) * 2^24`, an exponential variate where `u` is uniform: 92 to 2^29. 0 is read as 1. Only u's
-    /// 17 leading bits count, so the least times are 92, 277, 461: where a row's best tokens outweigh one by more than
-    /// 10^5 it is drawn too rarely (at 10^-5 by 2 %, at 10^-6 by 83 %), as if min-p were a little above 0.
+    /// `L = -log2(u / 2^32) * 2^27`, an exponential variate where `u` is uniform: 1 to 31 * 2^27, so that products with
+    /// a weight fit 64 bits; 0 and 1 are read as 2. Linear between the table's points. The winner of a row usually has
+    /// a small time, so small times decide the law: here they keep the word's own resolution, and a token that a
+    /// row's best outweigh 10^6 times is drawn in proportion to 0.5 %, at 10^7 to 5 %.
     pub fn time(&self, u: u32) -> u64 {
-        let u = u.max(1);
+        let u = u.max(2);
         let zeros = u.leading_zeros();
-        let mantissa = ((u << zeros) & 0x7fff_ffff) >> 15;
-        (u64::from(zeros) << 24) + u64::from(self.rlog[mantissa as usize])
+        let mantissa = (u << zeros) & 0x7fff_ffff;
+        let (i, between) = ((mantissa >> 19) as usize, u64::from(mantissa & 0x7_ffff));
+        let (from, to) = (u64::from(self.rlog[i]), u64::from(self.rlog[i + 1]));
+        (u64::from(zeros) << 27) + from - (((from - to) * between) >> 19)
     }
 }
