@@ -1,1 +1,983 @@
-//! (to come)
+//! The reference model's arithmetic on the CPU: matrix products against weights that stay bf16, f16 or f32 in their
+//! files, attention over a KV cache, norms, RoPE, SwiGLU. Knows no model; shares nothing with `cuda/`.
+//!
+//! Every sum has one order, a function of shape and absolute position alone: 16 lanes by index modulo 16, folded
+//! 8-4-2-1. A row's bits therefore depend neither on the rows computed with it nor on the number of threads, and are
+//! the same under AVX-512, AVX2 and NEON (x86 without FMA rounds twice and differs in the last bits). This is what
+//! makes speculative decoding equal plain decoding bit for bit.
+
+use crate::weights::{Dtype, Tensor};
+
+const LANES: usize = 16;
+
+/// A weight matrix `[rows][cols]` in its checkpoint's bytes; `y = x W^T` reads row `n` for output `n`.
+pub struct Matrix {
+    tensor: Tensor,
+    pub rows: usize,
+    pub cols: usize,
+}
+
+impl Matrix {
+    /// Takes a two-dimensional tensor.
+    pub fn new(tensor: Tensor) -> Matrix {
+        let (rows, cols) = (tensor.shape[0], tensor.shape[1]);
+        assert_eq!(tensor.bytes().len(), rows * cols * tensor.dtype.size());
+        Matrix { tensor, rows, cols }
+    }
+
+    /// Row `row` as f32, `[cols]`, times `scale`.
+    pub fn row(&self, row: usize, scale: f32, out: &mut [f32]) {
+        let size = self.cols * self.tensor.dtype.size();
+        widen(&self.tensor.bytes()[row * size..][..size], self.tensor.dtype, out);
+        out.iter_mut().for_each(|v| *v *= scale);
+    }
+}
+
+/// A whole tensor as f32, for the small ones (norm weights).
+pub fn to_f32(tensor: &Tensor) -> Vec<f32> {
+    let mut out = vec![0.0; tensor.shape.iter().product()];
+    widen(tensor.bytes(), tensor.dtype, &mut out);
+    out
+}
+
+fn widen(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
+    match dtype {
+        Dtype::Bf16 => widen_as::<Bf16>(bytes, out),
+        Dtype::F16 => widen_as::<F16>(bytes, out),
+        Dtype::F32 => widen_as::<F32>(bytes, out),
+    }
+}
+
+fn widen_as<E: Element>(bytes: &[u8], out: &mut [f32]) {
+    for (o, b) in out.iter_mut().zip(bytes.chunks_exact(E::SIZE)) {
+        *o = E::scalar(b);
+    }
+}
+
+// ---- threads ----
+
+/// Runs `f` on the threads that the other functions here split their work over. Calls from inside cost nothing,
+/// so wrap whole passes, not operations.
+pub fn install<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    static POOL: std::sync::LazyLock<Option<rayon::ThreadPool>> =
+        std::sync::LazyLock::new(|| rayon::ThreadPoolBuilder::new().build().ok());
+    match POOL.as_ref() {
+        Some(pool) => pool.install(f),
+        None => f(),
+    }
+}
+
+/// Below this many multiply-adds a second thread costs more than it brings (a hand-over takes about 1 us).
+const WORK_PER_TASK: usize = 1 << 14;
+
+/// `f(0..units)` cut into ranges of whole `grain`s for the pool's threads.
+fn split(units: usize, grain: usize, work: usize, f: &(impl Fn(std::ops::Range<usize>) + Sync)) {
+    fn fork(lo: usize, hi: usize, tasks: usize, grain: usize, f: &(impl Fn(std::ops::Range<usize>) + Sync)) {
+        let mid = lo + (hi - lo).div_ceil(grain) / 2 * grain;
+        if tasks < 2 || mid == lo {
+            return f(lo..hi);
+        }
+        rayon::join(|| fork(lo, mid, tasks / 2, grain, f), || fork(mid, hi, tasks - tasks / 2, grain, f));
+    }
+    let threads = if work < 2 * WORK_PER_TASK { 1 } else { rayon::current_num_threads() };
+    fork(0, units, threads.min(work / WORK_PER_TASK), grain, f);
+}
+
+/// A buffer that several tasks write at disjoint places.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32, usize);
+
+// SAFETY: only `slice` reaches the pointer, and its callers hand out disjoint ranges.
+unsafe impl Sync for Shared {}
+unsafe impl Send for Shared {}
+
+impl Shared {
+    fn new(buffer: &mut [f32]) -> Shared {
+        Shared(buffer.as_mut_ptr(), buffer.len())
+    }
+
+    /// # Safety
+    /// No other task may use any element of the range while the slice lives.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn slice<'a>(&self, at: usize, len: usize) -> &'a mut [f32] {
+        unsafe { std::slice::from_raw_parts_mut(self.block(at, len), len) }
+    }
+
+    /// Pointer to element `at`, of which `len` follow in the buffer.
+    fn block(&self, at: usize, len: usize) -> *mut f32 {
+        assert!(at + len <= self.1);
+        // SAFETY: in bounds.
+        unsafe { self.0.add(at) }
+    }
+}
+
+// ---- operations ----
+
+/// `y = x W^T` for several matrices at once: `x [rows][cols]`, each `y [rows][W.rows]`.
+pub fn linear<const N: usize>(x: &[f32], rows: usize, jobs: [(&Matrix, &mut Vec<f32>); N]) {
+    let cols = jobs[0].0.cols;
+    assert!(rows > 0 && x.len() == rows * cols && jobs.iter().all(|(w, _)| w.cols == cols));
+    let mut ends = [0; N];
+    let mut total = 0;
+    let jobs = jobs.map(|(w, y)| {
+        y.resize(rows * w.rows, 0.0);
+        (w, Shared::new(y))
+    });
+    for (end, (w, _)) in ends.iter_mut().zip(&jobs) {
+        total += w.rows;
+        *end = total;
+    }
+    // Units are output features of all matrices in a row; a task takes a range of them, for every row of x.
+    split(total, LANES, total * cols * rows, &|units| {
+        for ((w, y), end) in jobs.iter().zip(ends) {
+            let first = end - w.rows;
+            let (lo, hi) = (units.start.max(first), units.end.min(end));
+            if lo < hi {
+                run(Linear { x, rows, w, y: *y, features: lo - first..hi - first });
+            }
+        }
+    });
+}
+
+/// Keys and values of one layer, positions `0..capacity`.
+pub struct Kv {
+    /// `[kv_heads][tiles][head_dim][16]`: lane = position modulo 16, so scores of 16 keys come out of one vector.
+    keys: Vec<f32>,
+    /// `[kv_heads][16 * tiles][dims rounded up to 16]`
+    values: Vec<f32>,
+    tiles: usize,
+    heads: usize,
+    dims: usize,
+}
+
+impl Kv {
+    pub fn new(kv_heads: usize, head_dim: usize, positions: usize) -> crate::Result<Kv> {
+        let tiles = positions.div_ceil(LANES);
+        let wide = head_dim.next_multiple_of(LANES);
+        let zeros = |n: usize| {
+            let mut v = Vec::new();
+            v.try_reserve_exact(n).map_err(|_| {
+                crate::Error::Memory(format!("no memory for a KV cache of {positions} positions ({} bytes)", n * 4))
+            })?;
+            v.resize(n, 0.0);
+            Ok::<_, crate::Error>(v)
+        };
+        Ok(Kv {
+            keys: zeros(kv_heads * tiles * head_dim * LANES)?,
+            values: zeros(kv_heads * tiles * LANES * wide)?,
+            tiles,
+            heads: kv_heads,
+            dims: head_dim,
+        })
+    }
+
+    /// Writes `k`, `v` `[rows][kv_heads * head_dim]` at positions `at..`.
+    pub fn write(&mut self, at: usize, k: &[f32], v: &[f32]) {
+        let (dims, wide) = (self.dims, self.dims.next_multiple_of(LANES));
+        for (r, (k, v)) in k.chunks(self.heads * dims).zip(v.chunks(self.heads * dims)).enumerate() {
+            let (tile, lane) = ((at + r) / LANES, (at + r) % LANES);
+            for h in 0..self.heads {
+                let keys = &mut self.keys[(h * self.tiles + tile) * dims * LANES..][..dims * LANES];
+                for (d, x) in k[h * dims..][..dims].iter().enumerate() {
+                    keys[d * LANES + lane] = *x;
+                }
+                let at = (h * self.tiles * LANES + at + r) * wide;
+                self.values[at..at + dims].copy_from_slice(&v[h * dims..][..dims]);
+            }
+        }
+    }
+}
+
+/// `out = softmax(q K^T / sqrt(head_dim)) V` for `q [rows][heads * head_dim]`; row `r` sees the positions `visible(r)`
+/// (not empty). Query head `j` reads KV head `j / (heads / kv_heads)`.
+pub fn attention(
+    q: &[f32],
+    heads: usize,
+    kv: &Kv,
+    visible: &(impl Fn(usize) -> std::ops::Range<usize> + Sync),
+    out: &mut Vec<f32>,
+) {
+    let rows = q.len() / (heads * kv.dims);
+    let group = heads / kv.heads;
+    out.resize(q.len(), 0.0);
+    let out = Shared::new(out);
+    let work = heads * 2 * kv.dims * (0..rows).map(|r| visible(r).len()).sum::<usize>();
+    // A unit is four queries that share a KV head; queries of one KV head are numbered row by row.
+    let queries = rows * group;
+    let units = queries.div_ceil(4);
+    split(kv.heads * units, 1, work, &|range| {
+        let mut scores = Vec::new();
+        for unit in range {
+            let (kv_head, first) = (unit / units, unit % units * 4);
+            let query = |i: usize| {
+                let (row, head) = ((first + i) / group, kv_head * group + (first + i) % group);
+                Query { at: (row * heads + head) * kv.dims, visible: visible(row) }
+            };
+            match queries - first {
+                1 => run(Attend { q, kv, kv_head, queries: [query(0)], scores: &mut scores, out }),
+                2 => run(Attend { q, kv, kv_head, queries: [0, 1].map(query), scores: &mut scores, out }),
+                3 => run(Attend { q, kv, kv_head, queries: [0, 1, 2].map(query), scores: &mut scores, out }),
+                _ => run(Attend { q, kv, kv_head, queries: [0, 1, 2, 3].map(query), scores: &mut scores, out }),
+            }
+        }
+    });
+}
+
+/// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row; a row is as long as `weight`.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut Vec<f32>) {
+    out.clear();
+    out.extend_from_slice(x);
+    rms_norm_in_place(out, weight, eps);
+}
+
+/// [`rms_norm`] in place.
+pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+    for row in x.chunks_mut(weight.len()) {
+        run(Norm { row, weight, eps });
+    }
+}
+
+/// Half-split RoPE in place: `x [rows][heads * head_dim]`, `table [rows][rotary_dims]`, a row's cosines, then sines.
+pub fn rope(x: &mut [f32], heads: usize, head_dim: usize, table: &[f32], rotary_dims: usize) {
+    let half = rotary_dims / 2;
+    for (x, table) in x.chunks_mut(heads * head_dim).zip(table.chunks(rotary_dims)) {
+        let (cos, sin) = table.split_at(half);
+        for head in x.chunks_mut(head_dim) {
+            let (a, b) = head[..rotary_dims].split_at_mut(half);
+            for i in 0..half {
+                (a[i], b[i]) = (a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]);
+            }
+        }
+    }
+}
+
+/// `gate = silu(gate) * up`
+pub fn swiglu(gate: &mut [f32], up: &[f32]) {
+    run(Swiglu { gate, up });
+}
+
+/// `x += y`
+pub fn add(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}
+
+// ---- the same operations, generic over the instruction set ----
+
+trait Job {
+    /// # Safety
+    /// The CPU must have `S`'s instructions.
+    unsafe fn go<S: Simd>(self);
+}
+
+/// Runs a job with the best instructions this CPU has.
+fn run(job: impl Job) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn avx512(job: impl Job) {
+            unsafe { job.go::<x86::Avx512>() }
+        }
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn avx2(job: impl Job) {
+            unsafe { job.go::<x86::Avx2>() }
+        }
+        // SAFETY: called only where the CPU reports the features.
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+            if is_x86_feature_detected!("avx512f") {
+                return unsafe { avx512(job) };
+            }
+            return unsafe { avx2(job) };
+        }
+    }
+    // SAFETY: plain Rust.
+    unsafe { job.go::<Plain>() }
+}
+
+struct Linear<'a> {
+    x: &'a [f32],
+    rows: usize,
+    w: &'a Matrix,
+    y: Shared,
+    features: std::ops::Range<usize>,
+}
+
+impl Job for Linear<'_> {
+    #[inline(always)]
+    unsafe fn go<S: Simd>(self) {
+        unsafe {
+            match self.w.tensor.dtype {
+                Dtype::Bf16 => self.typed::<S, Bf16>(),
+                Dtype::F16 => self.typed::<S, F16>(),
+                Dtype::F32 => self.typed::<S, F32>(),
+            }
+        }
+    }
+}
+
+impl Linear<'_> {
+    #[inline(always)]
+    unsafe fn typed<S: Simd, E: Element>(&self) {
+        unsafe {
+            let mut n = self.features.start;
+            let left = |n: usize| self.features.end - n;
+            // With few rows many weight rows share a tile, with many rows few do: the same sums either way.
+            if self.rows == 1 {
+                while left(n) >= S::TILE {
+                    S::tile_1xn::<E>(self, n);
+                    n += S::TILE;
+                }
+            }
+            while left(n) >= 2 {
+                self.column::<S, E, 2>(n);
+                n += 2;
+            }
+            if left(n) == 1 {
+                self.column::<S, E, 1>(n);
+            }
+        }
+    }
+
+    /// All rows of x against `NB` features.
+    #[inline(always)]
+    unsafe fn column<S: Simd, E: Element, const NB: usize>(&self, n: usize) {
+        unsafe {
+            let mut m = 0;
+            if S::TILE == 16 {
+                while self.rows - m >= 8 {
+                    self.tile::<S, E, 8, NB>(m, n);
+                    m += 8;
+                }
+            }
+            while self.rows - m >= 2 {
+                self.tile::<S, E, 2, NB>(m, n);
+                m += 2;
+            }
+            if m < self.rows {
+                self.tile::<S, E, 1, NB>(m, n);
+            }
+        }
+    }
+
+    /// Rows `m..m+MB` of x against features `n..n+NB`.
+    #[inline(always)]
+    unsafe fn tile<S: Simd, E: Element, const MB: usize, const NB: usize>(&self, m: usize, n: usize) {
+        unsafe {
+            let cols = self.w.cols;
+            assert!(m + MB <= self.rows && n + NB <= self.w.rows);
+            let x: [*const f32; MB] = std::array::from_fn(|i| self.x.as_ptr().add((m + i) * cols));
+            let w: [*const u8; NB] =
+                std::array::from_fn(|j| self.w.tensor.bytes().as_ptr().add((n + j) * cols * E::SIZE));
+            let mut acc = [[S::splat(0.0); NB]; MB];
+            let mut k = 0;
+            while k + LANES <= cols {
+                let w: [S::V; NB] = std::array::from_fn(|j| E::load::<S>(w[j].add(k * E::SIZE)));
+                for i in 0..MB {
+                    let x = S::load(x[i].add(k));
+                    for j in 0..NB {
+                        acc[i][j] = S::fma(x, w[j], acc[i][j]);
+                    }
+                }
+                k += LANES;
+            }
+            if k < cols {
+                // The last, partial step: zeros beyond the end add nothing.
+                for j in 0..NB {
+                    let mut wide = [0.0; LANES];
+                    let bytes = std::slice::from_raw_parts(w[j].add(k * E::SIZE), (cols - k) * E::SIZE);
+                    widen_as::<E>(bytes, &mut wide);
+                    for i in 0..MB {
+                        let mut xs = [0.0; LANES];
+                        xs[..cols - k].copy_from_slice(std::slice::from_raw_parts(x[i].add(k), cols - k));
+                        acc[i][j] = S::fma(S::load(xs.as_ptr()), S::load(wide.as_ptr()), acc[i][j]);
+                    }
+                }
+            }
+            let stride = self.w.rows;
+            let out = self.y.block(m * stride + n, (MB - 1) * stride + NB);
+            if MB * NB == LANES {
+                let sums = S::sum16(std::mem::transmute_copy(&acc));
+                for i in 0..MB {
+                    out.add(i * stride).copy_from_nonoverlapping(sums.as_ptr().add(i * NB), NB);
+                }
+            } else {
+                for i in 0..MB {
+                    for j in 0..NB {
+                        *out.add(i * stride + j) = S::sum(acc[i][j]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+struct Query {
+    /// Where it starts in `q` and its result in `out`.
+    at: usize,
+    visible: std::ops::Range<usize>,
+}
+
+/// `N` queries of one KV head together, so that each key and value is loaded once for all of them.
+struct Attend<'a, const N: usize> {
+    q: &'a [f32],
+    kv: &'a Kv,
+    kv_head: usize,
+    queries: [Query; N],
+    scores: &'a mut Vec<f32>,
+    out: Shared,
+}
+
+impl<const N: usize> Job for Attend<'_, N> {
+    #[inline(always)]
+    unsafe fn go<S: Simd>(self) {
+        unsafe {
+            let (dims, wide) = (self.kv.dims, self.kv.dims.next_multiple_of(LANES));
+            let lo = self.queries.iter().map(|q| q.visible.start).min().unwrap_or(0);
+            let hi = self.queries.iter().map(|q| q.visible.end).max().unwrap_or(0);
+            assert!(hi <= self.kv.tiles * LANES && self.queries.iter().all(|q| q.visible.start < q.visible.end));
+            // Tiles are aligned to absolute positions, so a key's lane and its place in every sum never change.
+            let (first, tiles) = (lo / LANES, hi.div_ceil(LANES) - lo / LANES);
+            let width = tiles * LANES;
+            self.scores.resize(N * width, 0.0);
+            let scores: [*mut f32; N] = std::array::from_fn(|i| self.scores.as_mut_ptr().add(i * width));
+            let q: [*const f32; N] = std::array::from_fn(|i| self.q[self.queries[i].at..][..dims].as_ptr());
+
+            let scale = S::splat(1.0 / (dims as f32).sqrt());
+            let keys = self.kv.keys[(self.kv_head * self.kv.tiles + first) * dims * LANES..][..width * dims].as_ptr();
+            for t in 0..tiles {
+                let keys = keys.add(t * dims * LANES);
+                let mut acc = [[S::splat(0.0); 4]; N];
+                let mut d = 0;
+                while d + 4 <= dims {
+                    for j in 0..4 {
+                        let key = S::load(keys.add((d + j) * LANES));
+                        for i in 0..N {
+                            acc[i][j] = S::fma(S::splat(*q[i].add(d + j)), key, acc[i][j]);
+                        }
+                    }
+                    d += 4;
+                }
+                while d < dims {
+                    let key = S::load(keys.add(d * LANES));
+                    for i in 0..N {
+                        acc[i][0] = S::fma(S::splat(*q[i].add(d)), key, acc[i][0]);
+                    }
+                    d += 1;
+                }
+                for i in 0..N {
+                    let sum = S::add(S::add(acc[i][0], acc[i][1]), S::add(acc[i][2], acc[i][3]));
+                    S::store(scores[i].add(t * LANES), S::mul(sum, scale));
+                }
+            }
+
+            let mut inverse = [0.0; N];
+            for i in 0..N {
+                let visible = &self.queries[i].visible;
+                let hide = |value: f32| {
+                    let scores = std::slice::from_raw_parts_mut(scores[i], width);
+                    scores[..visible.start - first * LANES].fill(value);
+                    scores[visible.end - first * LANES..].fill(value);
+                };
+                hide(f32::NEG_INFINITY);
+                let mut max = S::splat(f32::NEG_INFINITY);
+                for t in 0..tiles {
+                    max = S::max(max, S::load(scores[i].add(t * LANES)));
+                }
+                let max = S::splat(S::lanes(max).into_iter().fold(f32::NEG_INFINITY, f32::max));
+                for t in 0..tiles {
+                    let at = scores[i].add(t * LANES);
+                    S::store(at, exp::<S>(S::sub(S::load(at), max)));
+                }
+                hide(0.0);
+                let mut total = S::splat(0.0);
+                for t in 0..tiles {
+                    total = S::add(total, S::load(scores[i].add(t * LANES)));
+                }
+                inverse[i] = 1.0 / S::sum(total);
+            }
+
+            // A weight of zero times a hidden value adds nothing: a query's bits do not depend on its companions.
+            let values = self.kv.values[(self.kv_head * self.kv.tiles + first) * LANES * wide..][..width * wide].as_ptr();
+            let mut d = 0;
+            while d < wide {
+                let vectors = if wide - d >= 4 * LANES { 4 } else { 1 };
+                let mixed = match vectors {
+                    4 => mix::<S, N, 4>(scores, values.add(d), lo - first * LANES..hi - first * LANES, wide),
+                    _ => mix::<S, N, 1>(scores, values.add(d), lo - first * LANES..hi - first * LANES, wide),
+                };
+                for i in 0..N {
+                    for (v, mixed) in mixed[i][..vectors].iter().enumerate() {
+                        let at = d + v * LANES;
+                        let len = LANES.min(dims - at);
+                        let lanes = S::lanes(S::mul(*mixed, S::splat(inverse[i])));
+                        let out = self.out.block(self.queries[i].at + at, len);
+                        out.copy_from_nonoverlapping(lanes.as_ptr(), len);
+                    }
+                }
+                d += vectors * LANES;
+            }
+        }
+    }
+}
+
+/// For each of `N` queries the sum over keys, in ascending order, of weight times `16 D` dims of the value.
+///
+/// # Safety
+/// As [`Simd`]; `weights` and `values` (rows `stride` apart) reach to `keys.end`.
+#[inline(always)]
+unsafe fn mix<S: Simd, const N: usize, const D: usize>(
+    weights: [*mut f32; N],
+    values: *const f32,
+    keys: std::ops::Range<usize>,
+    stride: usize,
+) -> [[S::V; 4]; N] {
+    unsafe {
+        let mut acc = [[S::splat(0.0); 4]; N];
+        for key in keys {
+            let value: [S::V; D] = std::array::from_fn(|v| S::load(values.add(key * stride + v * LANES)));
+            for i in 0..N {
+                let weight = S::splat(*weights[i].add(key));
+                for v in 0..D {
+                    acc[i][v] = S::fma(weight, value[v], acc[i][v]);
+                }
+            }
+        }
+        acc
+    }
+}
+
+struct Norm<'a> {
+    row: &'a mut [f32],
+    weight: &'a [f32],
+    eps: f32,
+}
+
+impl Job for Norm<'_> {
+    #[inline(always)]
+    unsafe fn go<S: Simd>(self) {
+        unsafe {
+            let mut acc = S::splat(0.0);
+            let mut chunks = self.row.chunks_exact(LANES);
+            for chunk in &mut chunks {
+                let x = S::load(chunk.as_ptr());
+                acc = S::fma(x, x, acc);
+            }
+            let mut tail = [0.0; LANES];
+            tail[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
+            let x = S::load(tail.as_ptr());
+            let sum = S::sum(S::fma(x, x, acc));
+            let scale = 1.0 / (sum / self.row.len() as f32 + self.eps).sqrt();
+            for (x, w) in self.row.iter_mut().zip(self.weight) {
+                *x = *x * scale * w;
+            }
+        }
+    }
+}
+
+struct Swiglu<'a> {
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl Job for Swiglu<'_> {
+    #[inline(always)]
+    unsafe fn go<S: Simd>(self) {
+        unsafe {
+            for (gate, up) in self.gate.chunks_mut(LANES).zip(self.up.chunks(LANES)) {
+                let (mut g, mut u) = ([0.0; LANES], [0.0; LANES]);
+                g[..gate.len()].copy_from_slice(gate);
+                u[..up.len()].copy_from_slice(up);
+                let g = S::load(g.as_ptr());
+                let one = S::splat(1.0);
+                let silu = S::div(g, S::add(one, exp::<S>(S::sub(S::splat(0.0), g))));
+                gate.copy_from_slice(&S::lanes(S::mul(silu, S::load(u.as_ptr())))[..gate.len()]);
+            }
+        }
+    }
+}
+
+/// `e^x`, within 2 ulp for `-87 < x < 88`; clamped outside.
+///
+/// # Safety
+/// As [`Simd`].
+#[inline(always)]
+unsafe fn exp<S: Simd>(x: S::V) -> S::V {
+    unsafe {
+        let x = S::min(S::max(x, S::splat(-87.3)), S::splat(88.0));
+        // n = round(x / ln 2) by adding 1.5 * 2^23, whose low bits then hold n; r = x - n ln 2 in two steps.
+        let magic = S::splat(12_582_912.0);
+        let shifted = S::fma(x, S::splat(std::f32::consts::LOG2_E), magic);
+        let n = S::sub(shifted, magic);
+        let r = S::fma(n, S::splat(-0.693_145_75), x);
+        let r = S::fma(n, S::splat(-1.428_606_8e-6), r);
+        // Taylor's series to r^7, |r| <= 0.347: the remainder is below 6e-9.
+        let mut p = S::splat(1.0 / 5040.0);
+        for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+            p = S::fma(p, r, S::splat(c));
+        }
+        S::mul(p, S::pow2(shifted))
+    }
+}
+
+// ---- element types of weights ----
+
+trait Element {
+    const SIZE: usize;
+    fn scalar(bytes: &[u8]) -> f32;
+    /// # Safety
+    /// 16 elements are readable at `p`, and the CPU has `S`'s instructions.
+    unsafe fn load<S: Simd>(p: *const u8) -> S::V;
+}
+
+struct Bf16;
+struct F16;
+struct F32;
+
+impl Element for Bf16 {
+    const SIZE: usize = 2;
+    fn scalar(b: &[u8]) -> f32 {
+        half::bf16::from_le_bytes([b[0], b[1]]).to_f32()
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
+        unsafe { S::load_bf16(p) }
+    }
+}
+
+impl Element for F16 {
+    const SIZE: usize = 2;
+    fn scalar(b: &[u8]) -> f32 {
+        half::f16::from_le_bytes([b[0], b[1]]).to_f32()
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
+        unsafe { S::load_f16(p) }
+    }
+}
+
+impl Element for F32 {
+    const SIZE: usize = 4;
+    fn scalar(b: &[u8]) -> f32 {
+        f32::from_le_bytes([b[0], b[1], b[2], b[3]])
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
+        unsafe { S::load(p.cast()) }
+    }
+}
+
+// ---- instruction sets ----
+
+/// A vector of 16 f32 and what is done with it.
+///
+/// # Safety
+/// Every method requires that the CPU has the type's instructions; loads and stores that 16 elements are accessible.
+trait Simd: Sized {
+    type V: Copy;
+    /// Accumulators that fit the registers.
+    const TILE: usize;
+    unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize);
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(p: *const f32) -> Self::V;
+    unsafe fn load_bf16(p: *const u8) -> Self::V;
+    unsafe fn load_f16(p: *const u8) -> Self::V;
+    unsafe fn store(p: *mut f32, v: Self::V);
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `2^n` for `v = 1.5 * 2^23 + n`, `-126 <= n <= 127`
+    unsafe fn pow2(v: Self::V) -> Self::V;
+
+    #[inline(always)]
+    unsafe fn lanes(v: Self::V) -> [f32; LANES] {
+        let mut out = [0.0; LANES];
+        unsafe { Self::store(out.as_mut_ptr(), v) };
+        out
+    }
+
+    /// The sum of the lanes, folded 8-4-2-1.
+    #[inline(always)]
+    unsafe fn sum(v: Self::V) -> f32 {
+        let v = unsafe { Self::lanes(v) };
+        let eight: [f32; 8] = std::array::from_fn(|i| v[i] + v[i + 8]);
+        let four: [f32; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
+        (four[0] + four[2]) + (four[1] + four[3])
+    }
+
+    /// [`Simd::sum`] of each of 16 vectors.
+    #[inline(always)]
+    unsafe fn sum16(v: [Self::V; 16]) -> [f32; 16] {
+        v.map(|v| unsafe { Self::sum(v) })
+    }
+}
+
+/// Arrays that the compiler may vectorise as it likes; NEON on aarch64.
+struct Plain;
+
+impl Simd for Plain {
+    type V = [f32; LANES];
+    const TILE: usize = 4;
+    #[inline(always)]
+    unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize) {
+        unsafe { job.tile::<Self, E, 1, 4>(0, n) }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        [x; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::V {
+        unsafe { p.cast::<Self::V>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u8) -> Self::V {
+        unsafe { p.cast::<[u16; LANES]>().read_unaligned() }.map(|b| f32::from_bits((u16::from_le(b) as u32) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> Self::V {
+        unsafe { p.cast::<[u16; LANES]>().read_unaligned() }.map(|b| half::f16::from_bits(u16::from_le(b)).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Self::V) {
+        unsafe { p.cast::<Self::V>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // Without the instruction `mul_add` is a slow library call; x86 before 2013 rounds twice instead.
+        if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+            std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+        } else {
+            std::array::from_fn(|i| a[i] * b[i] + c[i])
+        }
+    }
+    #[inline(always)]
+    unsafe fn pow2(v: Self::V) -> Self::V {
+        v.map(|v| f32::from_bits((v.to_bits() << 23).wrapping_add(127 << 23)))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Element, LANES, Linear, Simd};
+    use std::arch::x86_64::*;
+
+    pub struct Avx512;
+
+    impl Simd for Avx512 {
+        type V = __m512;
+        const TILE: usize = 16;
+        #[inline(always)]
+        unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize) {
+            unsafe { job.tile::<Self, E, 1, 16>(0, n) }
+        }
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> __m512 {
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> __m512 {
+            unsafe { _mm512_loadu_ps(p) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(p: *const u8) -> __m512 {
+            unsafe {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const u8) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn store(p: *mut f32, v: __m512) {
+            unsafe { _mm512_storeu_ps(p, v) }
+        }
+        #[inline(always)]
+        unsafe fn add(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_sub_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn div(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_div_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn min(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_min_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn max(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_max_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn pow2(v: __m512) -> __m512 {
+            unsafe {
+                let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(v));
+                _mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(127 << 23)))
+            }
+        }
+        /// The 16 folds at once: each step adds halves of vector pairs, so that 15 additions serve all 16 sums.
+        #[inline(always)]
+        unsafe fn sum16(v: [__m512; 16]) -> [f32; LANES] {
+            unsafe {
+                // Lanes l and l + 8: vector i in the low half, i + 8 in the high half.
+                const FROM: [usize; 16] = [0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15];
+                let v = FROM.map(|i| v[i]);
+                let mut a = [_mm512_setzero_ps(); 8];
+                for i in 0..8 {
+                    let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(v[i], v[i + 8]);
+                    let high = _mm512_shuffle_f32x4::<0b11_10_11_10>(v[i], v[i + 8]);
+                    a[i] = _mm512_add_ps(low, high);
+                }
+                // l and l + 4: quarters hold i, i + 4, i + 8, i + 12 in the order 0, 8, 4, 12.
+                let mut b = [_mm512_setzero_ps(); 4];
+                for i in 0..4 {
+                    let low = _mm512_shuffle_f32x4::<0b10_00_10_00>(a[i], a[i + 4]);
+                    let high = _mm512_shuffle_f32x4::<0b11_01_11_01>(a[i], a[i + 4]);
+                    b[i] = _mm512_add_ps(low, high);
+                }
+                // l and l + 2, within quarters: pairs hold i, i + 2.
+                let mut c = [_mm512_setzero_ps(); 2];
+                for i in 0..2 {
+                    let low = _mm512_shuffle_ps::<0b01_00_01_00>(b[i], b[i + 2]);
+                    let high = _mm512_shuffle_ps::<0b11_10_11_10>(b[i], b[i + 2]);
+                    c[i] = _mm512_add_ps(low, high);
+                }
+                // l and l + 1: lanes of a quarter hold c0's pairs, then c1's.
+                // Quarter q, lane p would hold vector {0, 8, 4, 12}[q] + {0, 2, 1, 3}[p]: undone by the order going in.
+                let low = _mm512_shuffle_ps::<0b10_00_10_00>(c[0], c[1]);
+                let high = _mm512_shuffle_ps::<0b11_01_11_01>(c[0], c[1]);
+                let sums = Self::lanes(_mm512_add_ps(low, high));
+                sums
+            }
+        }
+    }
+
+    pub struct Avx2;
+
+    impl Avx2 {
+        #[inline(always)]
+        fn both(a: (__m256, __m256), b: (__m256, __m256), f: impl Fn(__m256, __m256) -> __m256) -> (__m256, __m256) {
+            (f(a.0, b.0), f(a.1, b.1))
+        }
+    }
+
+    impl Simd for Avx2 {
+        type V = (__m256, __m256);
+        const TILE: usize = 4;
+        #[inline(always)]
+        unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize) {
+            unsafe { job.tile::<Self, E, 1, 4>(0, n) }
+        }
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self::V {
+            unsafe { (_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self::V {
+            unsafe { (_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(p: *const u8) -> Self::V {
+            unsafe {
+                let half = |p: *const u8| {
+                    let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+                };
+                (half(p), half(p.add(16)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const u8) -> Self::V {
+            unsafe {
+                let half = |p: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
+                (half(p), half(p.add(16)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn store(p: *mut f32, v: Self::V) {
+            unsafe {
+                _mm256_storeu_ps(p, v.0);
+                _mm256_storeu_ps(p.add(8), v.1);
+            }
+        }
+        #[inline(always)]
+        unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+            Self::both(a, b, |a, b| unsafe { _mm256_add_ps(a, b) })
+        }
+        #[inline(always)]
+        unsafe fn sub(a: Self::V, b: Self::V) -> Self::V {
+            Self::both(a, b, |a, b| unsafe { _mm256_sub_ps(a, b) })
+        }
+        #[inline(always)]
+        unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+            Self::both(a, b, |a, b| unsafe { _mm256_mul_ps(a, b) })
+        }
+        #[inline(always)]
+        unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
+            Self::both(a, b, |a, b| unsafe { _mm256_div_ps(a, b) })
+        }
+        #[inline(always)]
+        unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+            Self::both(a, b, |a, b| unsafe { _mm256_min_ps(a, b) })
+        }
+        #[inline(always)]
+        unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+            Self::both(a, b, |a, b| unsafe { _mm256_max_ps(a, b) })
+        }
+        #[inline(always)]
+        unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            unsafe { (_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
+        }
+        #[inline(always)]
+        unsafe fn pow2(v: Self::V) -> Self::V {
+            unsafe {
+                let one = |v: __m256| {
+                    let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(v));
+                    _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(127 << 23)))
+                };
+                (one(v.0), one(v.1))
+            }
+        }
+    }
+}

@@ -1,1 +1,175 @@
-//! (to come)
+//! A request's life: prompt checks, prefill, rounds, and when to stop. Written once for every device; what a device
+//! does for a sequence is the [`Decoder`] trait. Plain decoding is the same loop with blocks of one row.
+
+use crate::verify::Sampling;
+use crate::{Error, Result};
+use std::time::{Duration, Instant};
+
+/// What to generate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    pub prompt: Vec<u32>,
+    /// Tokens to produce at most.
+    pub max_tokens: usize,
+    pub sampling: Sampling,
+    /// Ids that end the answer; the one met is its last token. Empty: none.
+    pub stop_ids: Vec<u32>,
+    /// Rows of a block, anchor included; 1 = plain decoding.
+    pub block: usize,
+}
+
+/// One sequence on one device.
+pub trait Decoder {
+    /// Positions a sequence may have, prompt and answer together.
+    fn context(&self) -> usize;
+
+    /// Rows that a block may have whose anchor stands at `position`, by the drafter's own limits; at least 1.
+    fn rows_at(&self, position: usize) -> usize;
+
+    /// Runs the prompt and returns the token that follows it. `progress` hears how many prompt tokens are done and
+    /// may say stop.
+    fn start(&mut self, request: &Request, progress: &mut dyn FnMut(usize) -> Flow) -> Result<Option<u32>>;
+
+    /// One round: drafts `rows - 1` tokens, verifies them, and appends to `out` the accepted ones and the target's
+    /// own next token, the new anchor (dflash.md 5.1). `rows` = 1 is a plain step.
+    fn round(&mut self, rows: usize, out: &mut Vec<u32>) -> Result<()>;
+}
+
+/// What a listener wants next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flow {
+    Continue,
+    /// The answer is complete (a stop string was met).
+    Stop,
+    /// Somebody pressed Ctrl-C, or nobody reads any more.
+    Interrupt,
+}
+
+/// Hears of a generation while it runs.
+pub trait Listener {
+    /// `done` of the prompt's tokens have been run.
+    fn prefill(&mut self, _done: usize) -> Flow {
+        Flow::Continue
+    }
+    /// The next token of the answer; `drafted`: the drafter proposed it and the target agreed.
+    fn token(&mut self, id: u32, drafted: bool) -> Result<Flow>;
+    /// A round is over: it produced `accepted` tokens (bonus included), of which `kept` belong to the answer.
+    fn round(&mut self, _accepted: usize, _kept: usize) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// A stop id or a stop string.
+    Stop,
+    /// `max_tokens` reached.
+    Length,
+    /// The model's context is full.
+    Context,
+    Interrupted,
+}
+
+impl Finish {
+    /// The word in `--json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Finish::Stop => "stop",
+            Finish::Length => "length",
+            Finish::Context => "context",
+            Finish::Interrupted => "interrupted",
+        }
+    }
+}
+
+/// What came of a request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    pub tokens: Vec<u32>,
+    pub finish: Finish,
+    /// Tokens per round, bonus included, as judged: the last round counts whole even where a stop or the budget cuts
+    /// it, as the reference implementation records it (dflash.md 5.1, older form).
+    pub accepted: Vec<usize>,
+    pub prefill: Duration,
+    pub decode: Duration,
+}
+
+/// Runs one request to its end.
+///
+/// Losslessness: rounds differ between block sizes only in how many tokens they bring, never in which, and every
+/// stopping rule below looks at tokens one by one; so the answer is a function of prompt, sampling and limits.
+pub fn generate(decoder: &mut dyn Decoder, request: &Request, listener: &mut dyn Listener) -> Result<Outcome> {
+    let context = decoder.context();
+    let prompt = request.prompt.len();
+    if prompt == 0 {
+        return Err(Error::Usage("the prompt is empty: at least one token is needed".into()));
+    }
+    if prompt >= context {
+        return Err(Error::Usage(format!(
+            "the prompt has {prompt} tokens, but the context holds {context}, the answer included"
+        )));
+    }
+    let room = request.max_tokens.min(context - prompt);
+    let mut outcome = Outcome {
+        tokens: Vec::new(),
+        finish: if room < request.max_tokens { Finish::Context } else { Finish::Length },
+        accepted: Vec::new(),
+        prefill: Duration::ZERO,
+        decode: Duration::ZERO,
+    };
+    if room == 0 {
+        return Ok(outcome);
+    }
+
+    let clock = Instant::now();
+    let first = decoder.start(request, &mut |done| listener.prefill(done))?;
+    outcome.prefill = clock.elapsed();
+    let Some(first) = first else {
+        outcome.finish = Finish::Interrupted;
+        return Ok(outcome);
+    };
+
+    let clock = Instant::now();
+    let mut batch = vec![first];
+    let mut ended = take(&batch, request, room, listener, &mut outcome)?;
+    while !ended {
+        let anchor = prompt + outcome.tokens.len() - 1;
+        // The last token of the context is never run, so a block ends before it.
+        let rows = request.block.min(decoder.rows_at(anchor)).min(context - 1 - anchor).max(1);
+        batch.clear();
+        decoder.round(rows, &mut batch)?;
+        outcome.accepted.push(batch.len());
+        let before = outcome.tokens.len();
+        ended = take(&batch, request, room, listener, &mut outcome)?;
+        listener.round(batch.len(), outcome.tokens.len() - before)?;
+    }
+    outcome.decode = clock.elapsed();
+    Ok(outcome)
+}
+
+/// Moves a round's tokens into the answer, one by one; true when it is over.
+fn take(
+    batch: &[u32],
+    request: &Request,
+    room: usize,
+    listener: &mut dyn Listener,
+    outcome: &mut Outcome,
+) -> Result<bool> {
+    for (i, id) in batch.iter().enumerate() {
+        outcome.tokens.push(*id);
+        let flow = listener.token(*id, i + 1 < batch.len())?;
+        let finish = match flow {
+            Flow::Interrupt => Some(Finish::Interrupted),
+            Flow::Stop => Some(Finish::Stop),
+            Flow::Continue if request.stop_ids.contains(id) => Some(Finish::Stop),
+            Flow::Continue if outcome.tokens.len() == room => Some(outcome.finish),
+            Flow::Continue => None,
+        };
+        if let Some(finish) = finish {
+            outcome.finish = finish;
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}

@@ -1,1 +1,445 @@
-//! (to come)
+//! Target and drafter in plain f32: the `cpu` device, and the oracle that the kernels are held against. Read it beside
+//! dflash.md sections 3 to 5 (arXiv 2602.06036); the arithmetic underneath is in `cpu.rs`.
+
+use crate::config::{Attention, DrafterConfig, Stack, TargetConfig};
+use crate::cpu::{self, Kv, Matrix};
+use crate::engine::{Decoder, Flow, Request};
+use crate::verify::{Sampling, argmax, judge};
+use crate::weights::Checkpoint;
+use crate::{Error, Result};
+
+/// Rows of a prompt that go through a model together.
+const CHUNK: usize = 64;
+
+// ---- one decoder layer, shared by target and drafter ----
+
+struct Layer {
+    input_norm: Vec<f32>,          // [hidden]
+    q: Matrix,                     // [heads * head_dim][hidden]
+    k: Matrix,                     // [kv_heads * head_dim][hidden]
+    v: Matrix,                     // [kv_heads * head_dim][hidden]
+    o: Matrix,                     // [hidden][heads * head_dim]
+    qk_norm: Option<[Vec<f32>; 2]>, // [head_dim] each
+    post_norm: Vec<f32>,           // [hidden]
+    gate: Matrix,                  // [intermediate][hidden]
+    up: Matrix,                    // [intermediate][hidden]
+    down: Matrix,                  // [hidden][intermediate]
+}
+
+impl Layer {
+    fn load(file: &Checkpoint, prefix: &str, s: &Stack) -> Result<Layer> {
+        let vector = |name: &str, len| Ok::<_, Error>(cpu::to_f32(&file.tensor(&format!("{prefix}.{name}.weight"), &[len])?));
+        let matrix = |name: &str, rows, cols| matrix(file, &format!("{prefix}.{name}.weight"), rows, cols);
+        let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
+        Ok(Layer {
+            input_norm: vector("input_layernorm", s.hidden)?,
+            q: matrix("self_attn.q_proj", q, s.hidden)?,
+            k: matrix("self_attn.k_proj", kv, s.hidden)?,
+            v: matrix("self_attn.v_proj", kv, s.hidden)?,
+            o: matrix("self_attn.o_proj", s.hidden, q)?,
+            qk_norm: match s.qk_norm {
+                true => Some([vector("self_attn.q_norm", s.head_dim)?, vector("self_attn.k_norm", s.head_dim)?]),
+                false => None,
+            },
+            post_norm: vector("post_attention_layernorm", s.hidden)?,
+            gate: matrix("mlp.gate_proj", s.intermediate, s.hidden)?,
+            up: matrix("mlp.up_proj", s.intermediate, s.hidden)?,
+            down: matrix("mlp.down_proj", s.hidden, s.intermediate)?,
+        })
+    }
+}
+
+fn matrix(file: &Checkpoint, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
+    Ok(Matrix::new(file.tensor(name, &[rows, cols])?))
+}
+
+/// One model's keys and values for one sequence, positions `0..len`, and the buffers of a pass.
+pub struct Cache {
+    layers: Vec<Kv>,
+    len: usize,
+    /// `[positions][rotary_dims]`: cosines, then sines; grows with the positions used.
+    rope: Vec<f32>,
+    frequencies: Vec<f64>,
+    magnitude: f64,
+    scratch: Scratch,
+}
+
+#[derive(Default)]
+struct Scratch {
+    y: Vec<f32>,    // [rows][hidden]: normed input of a sublayer
+    q: Vec<f32>,    // [rows][heads * head_dim]
+    k: Vec<f32>,    // [rows][kv_heads * head_dim]
+    v: Vec<f32>,    // [rows][kv_heads * head_dim]
+    a: Vec<f32>,    // [rows][heads * head_dim]: attention's output
+    z: Vec<f32>,    // [rows][hidden]: a sublayer's output
+    gate: Vec<f32>, // [rows][intermediate]
+    up: Vec<f32>,   // [rows][intermediate]
+}
+
+impl Cache {
+    /// Room for `positions`. Fails, instead of aborting, when there is not enough memory.
+    pub fn new(stack: &Stack, positions: usize) -> Result<Cache> {
+        let (frequencies, magnitude) = stack.rope.frequencies();
+        let kv = |_| Kv::new(stack.kv_heads, stack.head_dim, positions);
+        Ok(Cache {
+            layers: stack.attention.iter().map(kv).collect::<Result<_>>()?,
+            len: 0,
+            rope: Vec::new(),
+            frequencies,
+            magnitude,
+            scratch: Scratch::default(),
+        })
+    }
+
+    /// Positions held.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Forgets positions `len..`.
+    pub fn crop(&mut self, len: usize) {
+        assert!(len <= self.len);
+        self.len = len;
+    }
+
+    /// Makes cosines and sines up to position `end`. Angles are f32 products, as in the reference implementation.
+    fn rotate_to(&mut self, end: usize) {
+        let width = 2 * self.frequencies.len();
+        for position in self.rope.len() / width.max(1)..end {
+            let angle = |f: &f64| (position as f32 * *f as f32) as f64;
+            self.rope.extend(self.frequencies.iter().map(|f| (angle(f).cos() * self.magnitude) as f32));
+            self.rope.extend(self.frequencies.iter().map(|f| (angle(f).sin() * self.magnitude) as f32));
+        }
+    }
+}
+
+/// `k` and `v` of `x` [rows][hidden] for layer `i`, normed and rotated, written at positions `at..` (dflash.md 3.4).
+fn write_kv(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize) {
+    let Scratch { k, v, .. } = &mut cache.scratch;
+    let rows = k.len() / (stack.kv_heads * stack.head_dim);
+    if let Some([_, norm]) = &layer.qk_norm {
+        cpu::rms_norm_in_place(k, norm, stack.eps);
+    }
+    let width = stack.rope.rotary_dims;
+    cpu::rope(k, stack.kv_heads, stack.head_dim, &cache.rope[at * width..(at + rows) * width], width);
+    cache.layers[i].write(at, k, v);
+}
+
+/// The keys that the query at `position` sees when keys `0..end` exist (dflash.md 3.6).
+fn visible(rule: Attention, position: usize, end: usize) -> std::ops::Range<usize> {
+    let last = match (rule.causal, rule.window) {
+        (true, _) => position + 1,
+        (false, Some(window)) => end.min(position.saturating_add(window)),
+        (false, None) => end,
+    };
+    (position + 1).saturating_sub(rule.window.unwrap_or(usize::MAX))..last
+}
+
+/// Layer `i` over `x` [rows][hidden] in place: rows stand at positions `at..`, keys `0..at+rows` exist once it has
+/// written its own (dflash.md 3.4; the target is the same with causal attention).
+fn forward_layer(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize, x: &mut [f32]) {
+    let rows = x.len() / stack.hidden;
+    let s = &mut cache.scratch;
+    cpu::rms_norm(x, &layer.input_norm, stack.eps, &mut s.y);
+    cpu::linear(&s.y, rows, [(&layer.q, &mut s.q), (&layer.k, &mut s.k), (&layer.v, &mut s.v)]);
+    if let Some([norm, _]) = &layer.qk_norm {
+        cpu::rms_norm_in_place(&mut s.q, norm, stack.eps);
+    }
+    let width = stack.rope.rotary_dims;
+    cpu::rope(&mut s.q, stack.heads, stack.head_dim, &cache.rope[at * width..(at + rows) * width], width);
+    write_kv(stack, layer, cache, i, at);
+
+    let s = &mut cache.scratch;
+    let rule = stack.attention[i];
+    let visible = |row: usize| visible(rule, at + row, at + rows);
+    cpu::attention(&s.q, stack.heads, &cache.layers[i], &visible, &mut s.a);
+    cpu::linear(&s.a, rows, [(&layer.o, &mut s.z)]);
+    cpu::add(x, &s.z);
+
+    cpu::rms_norm(x, &layer.post_norm, stack.eps, &mut s.y);
+    cpu::linear(&s.y, rows, [(&layer.gate, &mut s.gate), (&layer.up, &mut s.up)]);
+    cpu::swiglu(&mut s.gate, &s.up);
+    cpu::linear(&s.gate, rows, [(&layer.down, &mut s.z)]);
+    cpu::add(x, &s.z);
+}
+
+// ---- the target ----
+
+/// A Qwen3 or Llama causal language model.
+pub struct Target {
+    pub config: TargetConfig,
+    embedding: Matrix,    // [vocab][hidden]
+    head: Option<Matrix>, // [vocab][hidden]; none: the embedding
+    norm: Vec<f32>,       // [hidden]
+    layers: Vec<Layer>,
+}
+
+impl Target {
+    /// Weights stay where the checkpoint has them.
+    pub fn load(config: TargetConfig, file: &Checkpoint) -> Result<Target> {
+        let s = &config.stack;
+        Ok(Target {
+            embedding: matrix(file, "model.embed_tokens.weight", config.vocab, s.hidden)?,
+            head: match config.tied {
+                true => None,
+                false => Some(matrix(file, "lm_head.weight", config.vocab, s.hidden)?),
+            },
+            norm: cpu::to_f32(&file.tensor("model.norm.weight", &[s.hidden])?),
+            layers: (0..s.attention.len())
+                .map(|i| Layer::load(file, &format!("model.layers.{i}"), s))
+                .collect::<Result<_>>()?,
+            config,
+        })
+    }
+
+    /// Raw embedding rows times `scale`, `[tokens][hidden]`.
+    pub fn embed(&self, tokens: &[u32], scale: f32) -> Vec<f32> {
+        let hidden = self.config.stack.hidden;
+        let mut x = vec![0.0; tokens.len() * hidden];
+        for (token, row) in tokens.iter().zip(x.chunks_mut(hidden)) {
+            self.embedding.row(*token as usize, scale, row);
+        }
+        x
+    }
+
+    /// `[rows][vocab]` from final-normed rows `[rows][hidden]`.
+    pub fn logits(&self, normed: &[f32], out: &mut Vec<f32>) {
+        let rows = normed.len() / self.config.stack.hidden;
+        cpu::linear(normed, rows, [(self.head.as_ref().unwrap_or(&self.embedding), out)]);
+    }
+
+    /// Runs `tokens` at positions `cache.len()..`. Fills `features` `[tokens][taps * hidden]`, the residual stream
+    /// after each tapped layer, in list order (dflash.md 3.1). Returns the final-normed last rows, `[last][hidden]`.
+    pub fn forward(&self, tokens: &[u32], cache: &mut Cache, taps: &[usize], features: &mut Vec<f32>, last: usize) -> Vec<f32> {
+        let s = &self.config.stack;
+        let at = cache.len;
+        cache.rotate_to(at + tokens.len());
+        features.resize(tokens.len() * taps.len() * s.hidden, 0.0);
+        let mut x = self.embed(tokens, 1.0);
+        for (i, layer) in self.layers.iter().enumerate() {
+            forward_layer(s, layer, cache, i, at, &mut x);
+            for (j, _) in taps.iter().enumerate().filter(|(_, tap)| **tap == i) {
+                for (row, x) in x.chunks(s.hidden).enumerate() {
+                    features[(row * taps.len() + j) * s.hidden..][..s.hidden].copy_from_slice(x);
+                }
+            }
+        }
+        cache.len = at + tokens.len();
+        let mut normed = Vec::new();
+        cpu::rms_norm(&x[(tokens.len() - last) * s.hidden..], &self.norm, s.eps, &mut normed);
+        normed
+    }
+}
+
+// ---- the drafter ----
+
+/// A DFlash drafter. Embedding and head are the target's.
+pub struct Drafter {
+    pub config: DrafterConfig,
+    fc: Matrix,            // [hidden][taps * hidden]
+    hidden_norm: Vec<f32>, // [hidden]
+    norm: Vec<f32>,        // [hidden]
+    layers: Vec<Layer>,
+}
+
+impl Drafter {
+    /// Weights stay where the checkpoint has them.
+    pub fn load(config: DrafterConfig, file: &Checkpoint) -> Result<Drafter> {
+        let s = &config.stack;
+        Ok(Drafter {
+            fc: matrix(file, "fc.weight", s.hidden, config.taps.len() * s.hidden)?,
+            hidden_norm: cpu::to_f32(&file.tensor("hidden_norm.weight", &[s.hidden])?),
+            norm: cpu::to_f32(&file.tensor("norm.weight", &[s.hidden])?),
+            layers: (0..s.attention.len())
+                .map(|i| Layer::load(file, &format!("layers.{i}"), s))
+                .collect::<Result<_>>()?,
+            config,
+        })
+    }
+
+    /// `c = hidden_norm(fc(feature))` for features `[rows][taps * hidden]`: `[rows][hidden]` (dflash.md 3.2).
+    pub fn context(&self, features: &[f32]) -> Vec<f32> {
+        let s = &self.config.stack;
+        let (mut projected, mut c) = (Vec::new(), Vec::new());
+        cpu::linear(features, features.len() / self.fc.cols, [(&self.fc, &mut projected)]);
+        cpu::rms_norm(&projected, &self.hidden_norm, s.eps, &mut c);
+        c
+    }
+
+    /// Appends committed positions `cache.len()..` to the context: keys and values of every layer straight from `c`,
+    /// with no input norm (dflash.md 3.2, 4). The context must end where the next block begins.
+    pub fn inject(&self, features: &[f32], cache: &mut Cache) {
+        if features.is_empty() {
+            return;
+        }
+        let s = &self.config.stack;
+        let c = self.context(features);
+        let (at, rows) = (cache.len, c.len() / s.hidden);
+        cache.rotate_to(at + rows);
+        for (i, layer) in self.layers.iter().enumerate() {
+            let Scratch { k, v, .. } = &mut cache.scratch;
+            cpu::linear(&c, rows, [(&layer.k, k), (&layer.v, v)]);
+            write_kv(s, layer, cache, i, at);
+        }
+        cache.len = at + rows;
+    }
+
+    /// One pass over `[anchor, mask x (rows - 1)]` at positions `cache.len()..`: final-normed rows `[rows][hidden]`.
+    /// The block's own keys and values are dropped again. `each` sees every layer's output (for tests).
+    pub fn hidden(
+        &self,
+        target: &Target,
+        anchor: u32,
+        rows: usize,
+        cache: &mut Cache,
+        mut each: impl FnMut(usize, &[f32]),
+    ) -> Vec<f32> {
+        let s = &self.config.stack;
+        let mut tokens = vec![self.config.mask_token; rows];
+        tokens[0] = anchor;
+        let mut x = target.embed(&tokens, self.config.embedding_scale);
+        let at = cache.len;
+        cache.rotate_to(at + rows);
+        for (i, layer) in self.layers.iter().enumerate() {
+            forward_layer(s, layer, cache, i, at, &mut x);
+            each(i, &x);
+        }
+        cpu::rms_norm_in_place(&mut x, &self.norm, s.eps);
+        x
+    }
+
+    /// Logits of final-normed rows through the target's head, multiplier and softcap (dflash.md 3.5).
+    pub fn logits(&self, target: &Target, normed: &[f32], out: &mut Vec<f32>) {
+        target.logits(normed, out);
+        let cap = self.config.softcap;
+        for logit in out.iter_mut() {
+            *logit *= self.config.output_multiplier;
+            if let Some(cap) = cap {
+                *logit = cap * (*logit / cap).tanh();
+            }
+        }
+    }
+}
+
+// ---- a sequence ----
+
+/// One sequence on the CPU: the target's cache, the drafter's, and what the next round starts from.
+pub struct Sequence<'a> {
+    target: &'a Target,
+    drafter: Option<&'a Drafter>,
+    state: Option<State>,
+}
+
+struct State {
+    cache: Cache,           // target: positions 0..s
+    context: Option<Cache>, // drafter: positions 0..s, less the pending ones; none in plain decoding
+    features: Vec<f32>,     // [pending][taps * hidden]: committed positions the drafter has not seen
+    anchor: u32,            // the token at position s, on which the target has not been run
+    sampling: Sampling,
+}
+
+impl<'a> Sequence<'a> {
+    /// A fresh sequence; without a drafter it decodes plainly.
+    pub fn new(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequence<'a> {
+        Sequence { target, drafter, state: None }
+    }
+
+    /// Positions that (target, drafter) hold, the drafter's pending ones counted: both equal the anchor's position
+    /// after every round (dflash.md 4). None before the start; the drafter's is none in plain decoding.
+    pub fn lengths(&self) -> Option<(usize, Option<usize>)> {
+        let state = self.state.as_ref()?;
+        let draft = |context: &Cache| context.len + self.drafter.map_or(0, |d| state.features.len() / d.fc.cols);
+        Some((state.cache.len, state.context.as_ref().map(draft)))
+    }
+}
+
+fn damaged(model: &str, position: usize) -> Error {
+    Error::Model(format!(
+        "the {model}'s logits for position {position} hold a NaN, or nothing but -inf: its weights are damaged"
+    ))
+}
+
+impl Decoder for Sequence<'_> {
+    fn context(&self) -> usize {
+        self.target.config.stack.max_positions
+    }
+
+    fn rows_at(&self, position: usize) -> usize {
+        self.drafter.map_or(1, |d| d.config.stack.max_positions.saturating_sub(position).max(1))
+    }
+
+    fn start(&mut self, request: &Request, progress: &mut dyn FnMut(usize) -> Flow) -> Result<Option<u32>> {
+        let prompt = &request.prompt;
+        let drafter = self.drafter.filter(|_| request.block > 1 && self.rows_at(prompt.len()) > 1);
+        let positions = prompt.len().saturating_add(request.max_tokens).saturating_add(request.block);
+        let cache = |stack: &Stack| Cache::new(stack, positions.min(stack.max_positions));
+        let mut state = State {
+            cache: cache(&self.target.config.stack)?,
+            context: drafter.map(|d| cache(&d.config.stack)).transpose()?,
+            features: Vec::new(),
+            anchor: 0,
+            sampling: request.sampling.clone(),
+        };
+        let mut normed = Vec::new();
+        for chunk in prompt.chunks(CHUNK) {
+            let last = usize::from(state.cache.len + chunk.len() == prompt.len());
+            let taps = drafter.map_or(&[][..], |d| &d.config.taps);
+            normed = self.target.forward(chunk, &mut state.cache, taps, &mut state.features, last);
+            if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
+                drafter.inject(&state.features, context);
+                state.features.clear();
+            }
+            if progress(state.cache.len) != Flow::Continue {
+                return Ok(None);
+            }
+        }
+        let mut logits = Vec::new();
+        self.target.logits(&normed, &mut logits);
+        let first = state.sampling.choose(&logits, prompt.len() as u32);
+        state.anchor = first.ok_or_else(|| damaged("target", prompt.len()))?;
+        let anchor = state.anchor;
+        self.state = Some(state);
+        Ok(Some(anchor))
+    }
+
+    fn round(&mut self, rows: usize, out: &mut Vec<u32>) -> Result<()> {
+        let Some(state) = self.state.as_mut() else {
+            return Err(Error::Internal("a round before the start of its sequence".into()));
+        };
+        let (target, s) = (self.target, state.cache.len);
+        let vocab = target.config.vocab;
+        let mut block = vec![state.anchor];
+        let mut logits = Vec::new();
+
+        if let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, rows > 1) {
+            drafter.inject(&state.features, context);
+            state.features.clear();
+            let hidden = drafter.hidden(target, state.anchor, rows, context, |_, _| ());
+            drafter.logits(target, &hidden[target.config.stack.hidden..], &mut logits);
+            for (row, logits) in logits.chunks(vocab).enumerate() {
+                block.push(argmax(logits).ok_or_else(|| damaged("drafter", s + 1 + row))?);
+            }
+        }
+
+        let taps = match (&state.context, self.drafter) {
+            (Some(_), Some(drafter)) => &drafter.config.taps[..],
+            _ => &[],
+        };
+        let mut features = Vec::new();
+        let normed = target.forward(&block, &mut state.cache, taps, &mut features, block.len());
+        target.logits(&normed, &mut logits);
+        let choose = |row: usize| state.sampling.choose(&logits[row * vocab..][..vocab], (s + row + 1) as u32);
+        let (accepted, next) = judge(&block[1..], choose).ok_or_else(|| damaged("target", s + 1))?;
+
+        state.cache.crop(s + accepted + 1);
+        state.features.extend_from_slice(&features[..features.len() / block.len() * (accepted + 1)]);
+        state.anchor = next;
+        out.extend_from_slice(&block[1..=accepted]);
+        out.push(next);
+        Ok(())
+    }
+}
