@@ -14,6 +14,7 @@
 pub mod config;
 pub mod cpu;
 pub mod engine;
+mod json;
 pub mod reference;
 pub mod stats;
 pub mod text;

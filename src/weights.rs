@@ -1,13 +1,19 @@
 //! Checkpoint folders: on disk (memory-mapped) or embedded in the binary. Tensors stay in their files' bytes and
 //! types; nothing is copied or converted here.
 
-use crate::Result;
-use std::path::PathBuf;
+use crate::json::shown;
+use crate::{Error, Result};
+use safetensors::tensor::{Dtype as Stored, Metadata};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-/// Bytes of one file: mapped, embedded, or read. Cheap to clone.
+/// Bytes of one file: mapped or embedded. Cheap to clone.
 #[derive(Clone)]
 pub enum Bytes {
-    Mapped(std::sync::Arc<memmap2::Mmap>),
+    Mapped(Arc<memmap2::Mmap>),
     Embedded(&'static [u8]),
 }
 
@@ -53,16 +59,87 @@ pub const DEMO_DRAFTER: Folder = Folder::Embedded {
     ],
 };
 
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// The safetensors format's own limit.
+const MAX_HEADER: usize = 100_000_000;
+
 impl Folder {
     /// The file as a user would name it: `DIR/file`.
-    pub fn path(&self, _file: &str) -> String {
-        unimplemented!()
+    pub fn path(&self, file: &str) -> String {
+        match self {
+            Folder::Disk(dir) => dir.join(file).display().to_string(),
+            Folder::Embedded { name, .. } => format!("{name}/{file}"),
+        }
     }
 
     /// The file's bytes, `None` if it is not there. A file that cannot be read is an error.
-    pub fn file(&self, _file: &str) -> Result<Option<Bytes>> {
-        unimplemented!()
+    pub fn file(&self, file: &str) -> Result<Option<Bytes>> {
+        let dir = match self {
+            Folder::Disk(dir) => dir,
+            Folder::Embedded { files, .. } => {
+                return Ok(files.iter().find(|(name, _)| *name == file).map(|&(_, b)| Bytes::Embedded(b)));
+            }
+        };
+        let path = dir.join(file);
+        let broken = |e: io::Error| Error::Model(format!("{} cannot be read: {e}", path.display()));
+        let info = match fs::metadata(&path) {
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
+            info => info.map_err(broken)?,
+        };
+        // Asked before opening, because opening a pipe would wait for its writer.
+        if !info.is_file() {
+            return Err(Error::Model(format!("{} is not a regular file", path.display())));
+        }
+        if info.len() == 0 {
+            return Ok(Some(Bytes::Embedded(&[])));
+        }
+        let open = File::open(&path).map_err(broken)?;
+        // SAFETY: the map is read-only and private to this process. Whoever changes a checkpoint's bytes while it is in
+        // use breaks it, as with every engine that maps its weights.
+        let map = unsafe { memmap2::Mmap::map(&open) }.map_err(broken)?;
+        Ok(Some(Bytes::Mapped(Arc::new(map))))
     }
+
+    /// As [`Folder::file`], but its absence is an error that says what the folder holds instead.
+    pub fn need(&self, file: &str) -> Result<Bytes> {
+        self.file(file)?.ok_or_else(|| self.missing(file))
+    }
+
+    fn missing(&self, file: &str) -> Error {
+        let Folder::Disk(dir) = self else { return Error::Model(format!("{} is missing", self.path(file))) };
+        let expected = "expected a Hugging Face model folder";
+        Error::Model(match fs::metadata(dir) {
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                format!("{} does not exist: {expected}", dir.display())
+            }
+            Err(e) => format!("{} cannot be read: {e}", dir.display()),
+            Ok(info) if !info.is_dir() => format!("{} is a file: {expected}", dir.display()),
+            Ok(_) => match foreign_weights(dir) {
+                names if names.is_empty() => format!("{} has no {file}", dir.display()),
+                names => format!(
+                    "{} has no {file}, but {}: expected weights as {SINGLE}, or shards with {INDEX}",
+                    dir.display(),
+                    names.join(", ")
+                ),
+            },
+        })
+    }
+}
+
+/// Files that look like weights in another format or under another name, up to five.
+fn foreign_weights(dir: &Path) -> Vec<String> {
+    let weights = ["bin", "ckpt", "gguf", "h5", "msgpack", "npz", "onnx", "pt", "pth", "safetensors"];
+    let mut names: Vec<String> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|e| Path::new(&e.file_name()).extension().is_some_and(|x| weights.iter().any(|w| x == *w)))
+        .map(|e| shown(&e.file_name().to_string_lossy()))
+        .collect();
+    names.sort();
+    names.truncate(5);
+    names
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,26 +165,258 @@ impl Tensor {
 }
 
 /// All tensors of a folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
-pub struct Checkpoint {}
+///
+/// Names are asked for as in dflash.md section 2 (drafter) or as Hugging Face writes them (target); a drafter's other
+/// spellings are resolved here, see [`Checkpoint::has`].
+pub struct Checkpoint {
+    /// What a missing tensor is missing from: the single file or the index.
+    source: String,
+    /// (path, contents)
+    shards: Vec<(String, Bytes)>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+/// Where one tensor lies; `range` is within its shard's bytes, checked when the header was read.
+struct Entry {
+    shard: usize,
+    range: std::ops::Range<usize>,
+    dtype: Stored,
+    shape: Vec<usize>,
+}
+
+#[derive(serde::Deserialize)]
+struct Index {
+    /// tensor name -> file name
+    weight_map: BTreeMap<String, String>,
+}
 
 impl Checkpoint {
     /// Maps the shards and checks every header; reads no weights.
-    pub fn open(_folder: &Folder) -> Result<Self> {
-        unimplemented!()
+    pub fn open(folder: &Folder) -> Result<Self> {
+        if let Some(bytes) = folder.file(SINGLE)? {
+            let mut whole =
+                Checkpoint { source: folder.path(SINGLE), shards: vec![], tensors: BTreeMap::new() };
+            whole.add(folder.path(SINGLE), bytes)?;
+            return Ok(whole);
+        }
+        let Some(bytes) = folder.file(INDEX)? else { return Err(folder.missing(SINGLE)) };
+        let source = folder.path(INDEX);
+        let index: Index = serde_json::from_slice(&bytes).map_err(|e| {
+            Error::Model(format!("{source} is not an index of shards: {}", shown(&e.to_string())))
+        })?;
+        let mut all = Checkpoint { source, shards: vec![], tensors: BTreeMap::new() };
+        for file in index.weight_map.values().collect::<BTreeSet<_>>() {
+            // A plain name, so that an index cannot reach outside its folder.
+            let plain = Path::new(file).file_name().is_some_and(|name| name == file.as_str());
+            if !plain || file.contains(['/', '\\']) {
+                return Err(Error::Model(format!(
+                    "{} lists the shard \"{}\": expected the plain name of a file in the same folder",
+                    all.source,
+                    shown(file)
+                )));
+            }
+            let Some(bytes) = folder.file(file)? else {
+                return Err(Error::Model(format!(
+                    "{} lists the shard {}, which is not in the folder",
+                    all.source,
+                    shown(file)
+                )));
+            };
+            all.add(folder.path(file), bytes)?;
+        }
+        for (name, file) in &index.weight_map {
+            let path = folder.path(file);
+            if all.tensors.get(name).is_none_or(|t| all.shards[t.shard].0 != path) {
+                return Err(Error::Model(format!(
+                    "{} says that {} holds the tensor {}, which it does not",
+                    all.source,
+                    shown(&path),
+                    shown(name)
+                )));
+            }
+        }
+        Ok(all)
+    }
+
+    fn add(&mut self, path: String, bytes: Bytes) -> Result<()> {
+        let (header, data_begin) = read_header(&path, &bytes)?;
+        let shard = self.shards.len();
+        for (name, info) in header.tensors() {
+            let (begin, end) = info.data_offsets;
+            let range = data_begin + begin..data_begin + end;
+            if let Some(other) = self.tensors.get(&name) {
+                return Err(Error::Model(format!(
+                    "tensor {} is in both {} and {path}",
+                    shown(&name),
+                    self.shards[other.shard].0
+                )));
+            }
+            let entry = Entry { shard, range, dtype: info.dtype, shape: info.shape.clone() };
+            self.tensors.insert(name, entry);
+        }
+        self.shards.push((path, bytes));
+        Ok(())
     }
 
     /// The tensor of that name and shape. An error names the file, the tensor, and both shapes.
-    pub fn tensor(&self, _name: &str, _shape: &[usize]) -> Result<Tensor> {
-        unimplemented!()
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let Some((stored, entry)) = self.find(name) else {
+            return Err(Error::Model(format!("{} has no tensor {name}", self.source)));
+        };
+        let (path, bytes) = &self.shards[entry.shard];
+        let dtype = supported(entry.dtype).ok_or_else(|| {
+            Error::Unsupported(format!(
+                "{path}: tensor {stored} is {}, expected BF16, F16 or F32 (quantised weights are not run)",
+                entry.dtype
+            ))
+        })?;
+        if entry.shape != shape {
+            return Err(Error::Model(format!(
+                "{path}: tensor {stored} has shape {:?}, expected {shape:?} from config.json",
+                entry.shape
+            )));
+        }
+        Ok(Tensor { file: bytes.clone(), range: entry.range.clone(), dtype, shape: shape.to_vec() })
     }
 
-    /// Whether a tensor of that name is there.
-    pub fn has(&self, _name: &str) -> bool {
-        unimplemented!()
+    /// Whether a tensor of that name is there, or of one of its other spellings.
+    pub fn has(&self, name: &str) -> bool {
+        self.find(name).is_some()
     }
 
-    /// (name, file, dtype, shape) of every tensor, in name order; for `--plan` and for refusing unknown names.
+    /// (name, file, dtype, shape) of every tensor in a type that can be used, in name order; for `--plan`.
     pub fn list(&self) -> Vec<(&str, &str, Dtype, &[usize])> {
-        unimplemented!()
+        self.tensors
+            .iter()
+            .filter_map(|(name, t)| {
+                let path = self.shards[t.shard].0.as_str();
+                Some((name.as_str(), path, supported(t.dtype)?, t.shape.as_slice()))
+            })
+            .collect()
     }
+
+    /// Holds a target's files against the tensors its config implies ([`crate::config::TargetConfig::tensors`]): each is
+    /// there in its shape and a usable type, and nothing else is but what cannot change the output.
+    pub fn check_target(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
+        for (name, entry) in self.beside(expected) {
+            // Older exports keep RoPE's inverse frequencies, position ids and masks; a tied head may be stored twice.
+            let buffer = matches!(entry.dtype, Stored::I64 | Stored::BOOL);
+            if buffer || name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight" {
+                continue;
+            }
+            return Err(self.unknown(name, entry, expected, "this kind of target"));
+        }
+        self.check_present(expected)
+    }
+
+    /// The same for a drafter ([`crate::config::DrafterConfig::tensors`]); other formats that share the container are
+    /// recognised by their tensors.
+    pub fn check_drafter(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
+        for (name, entry) in self.beside(expected) {
+            if name.ends_with("rotary_emb.inv_freq") {
+                continue;
+            }
+            let is = |parts: &[&str]| parts.iter().any(|p| name.split('.').any(|part| part == *p));
+            let what = if is(&["candidate_selector", "attention_conv", "mlp_conv"]) {
+                "a DFlash2 drafter"
+            } else if is(&["embed_tokens", "lm_head", "d2t", "t2d"]) {
+                "a drafter with an embedding, head or vocabulary of its own"
+            } else {
+                return Err(self.unknown(name, entry, expected, "DFlash drafters"));
+            };
+            return Err(Error::Unsupported(format!(
+                "{}: tensor {} belongs to {what}, which is not run",
+                self.shards[entry.shard].0,
+                shown(name)
+            )));
+        }
+        self.check_present(expected)
+    }
+
+    fn check_present(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
+        expected.iter().try_for_each(|(name, shape)| self.tensor(name, shape).map(drop))
+    }
+
+    /// Tensors that none of the expected names resolves to, in name order.
+    fn beside(&self, expected: &[(String, Vec<usize>)]) -> impl Iterator<Item = (&str, &Entry)> {
+        let used: HashSet<&str> = expected.iter().filter_map(|(name, _)| Some(self.find(name)?.0)).collect();
+        self.tensors.iter().map(|(n, t)| (n.as_str(), t)).filter(move |(n, _)| !used.contains(n))
+    }
+
+    fn unknown(&self, name: &str, entry: &Entry, expected: &[(String, Vec<usize>)], who: &str) -> Error {
+        let (path, shown_name) = (&self.shards[entry.shard].0, shown(name));
+        let layers = expected.iter().filter_map(|(n, _)| layer(n)).max().map_or(0, |last| last + 1);
+        if layer(name).is_some_and(|i| i >= layers) {
+            return Error::Model(format!(
+                "{path}: tensor {shown_name} is of a layer beyond the {layers} of config.json"
+            ));
+        }
+        let quantised = ["qweight", "qzeros", "scales", "g_idx", "absmax", "biases", "input_scale"];
+        let last = name.rsplit('.').next().unwrap_or(name);
+        if quantised.contains(&last) || last.starts_with("weight_") || name.contains("quant") {
+            return Error::Unsupported(format!(
+                "{path}: tensor {shown_name} is of a quantised checkpoint, which is not run: expected BF16, F16 or F32 weights"
+            ));
+        }
+        Error::Unsupported(format!("{path}: tensor {shown_name} is not one that {who} has"))
+    }
+
+    /// The stored name and place of a tensor. Beside dflash.md's names, drafters are seen with a `model.` prefix and
+    /// with llama.cpp's names for the two tensors that make context features.
+    fn find(&self, name: &str) -> Option<(&str, &Entry)> {
+        let other = match name {
+            "fc.weight" => "encoder.fc.weight",
+            "hidden_norm.weight" => "encoder.output_norm_enc.weight",
+            _ => name,
+        };
+        [name, &format!("model.{name}"), other, &format!("model.{other}")]
+            .into_iter()
+            .find_map(|spelling| self.tensors.get_key_value(spelling))
+            .map(|(stored, entry)| (stored.as_str(), entry))
+    }
+}
+
+/// The layer number in `...layers.N...`.
+fn layer(name: &str) -> Option<usize> {
+    let (_, rest) = name.split_once("layers.")?;
+    rest.split('.').next()?.parse().ok()
+}
+
+fn supported(dtype: Stored) -> Option<Dtype> {
+    match dtype {
+        Stored::BF16 => Some(Dtype::Bf16),
+        Stored::F16 => Some(Dtype::F16),
+        Stored::F32 => Some(Dtype::F32),
+        _ => None,
+    }
+}
+
+/// The header of one file and where its data begins. Every tensor lies within the file, without holes or overlaps, and
+/// is as long as its shape and type say.
+fn read_header(path: &str, bytes: &[u8]) -> Result<(Metadata, usize)> {
+    let bad = |what: String| Error::Model(format!("{path} is not a whole safetensors file: {what}"));
+    if bytes.starts_with(b"version https://git-lfs") {
+        return Err(bad("it is a Git LFS pointer, the weights were not fetched".into()));
+    }
+    let Some((size, rest)) = bytes.split_first_chunk::<8>() else {
+        return Err(bad(format!("it has {} bytes, and 8 of header length come first", bytes.len())));
+    };
+    let size = u64::from_le_bytes(*size);
+    let Some((text, data)) = usize::try_from(size).ok().and_then(|size| rest.split_at_checked(size)) else {
+        return Err(bad(format!("its header is to be {size} bytes long, and {} follow", rest.len())));
+    };
+    if text.len() > MAX_HEADER {
+        return Err(bad(format!("its header is {size} bytes long, the limit is {MAX_HEADER}")));
+    }
+    // Not through `SafeTensors::read_metadata`, whose sum of header and data length may overflow.
+    let header: Metadata =
+        serde_json::from_slice(text).map_err(|e| bad(format!("its header: {}", shown(&e.to_string()))))?;
+    if header.data_len() != data.len() {
+        return Err(bad(format!(
+            "its header describes {} bytes of tensors, and {} follow it",
+            header.data_len(),
+            data.len()
+        )));
+    }
+    Ok((header, 8 + text.len()))
 }
