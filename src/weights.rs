@@ -149,6 +149,16 @@ pub enum Dtype {
     F32,
 }
 
+impl Dtype {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F32 => 4,
+        }
+    }
+}
+
 /// One tensor, row-major, little-endian, in its file's bytes (any alignment).
 #[derive(Clone)]
 pub struct Tensor {
