@@ -495,14 +495,14 @@ impl<const N: usize> Job for Attend<'_, N> {
                 inverse[i] = 1.0 / S::sum(total);
             }
 
-            // A weight of zero times a hidden value adds nothing: a query's bits do not depend on its companions.
+            let seen = self.queries.each_ref().map(|q| q.visible.start - first * LANES..q.visible.end - first * LANES);
             let values = self.kv.values[(self.kv_head * self.kv.tiles + first) * LANES * wide..][..width * wide].as_ptr();
             let mut d = 0;
             while d < wide {
                 let vectors = if wide - d >= 4 * LANES { 4 } else { 1 };
                 let mixed = match vectors {
-                    4 => mix::<S, N, 4>(scores, values.add(d), lo - first * LANES..hi - first * LANES, wide),
-                    _ => mix::<S, N, 1>(scores, values.add(d), lo - first * LANES..hi - first * LANES, wide),
+                    4 => mix::<S, N, 4>(scores, values.add(d), &seen, wide),
+                    _ => mix::<S, N, 1>(scores, values.add(d), &seen, wide),
                 };
                 for i in 0..N {
                     for (v, mixed) in mixed[i][..vectors].iter().enumerate() {
@@ -519,25 +519,36 @@ impl<const N: usize> Job for Attend<'_, N> {
     }
 }
 
-/// For each of `N` queries the sum over keys, in ascending order, of weight times `16 D` dims of the value.
+/// For each of `N` queries the sum over the keys it has `seen`, in ascending order, of weight times `16 D` dims of the
+/// value. Hidden values are left out, not weighed with zero: one that is not finite would spoil the sum.
 ///
 /// # Safety
-/// As [`Simd`]; `weights` and `values` (rows `stride` apart) reach to `keys.end`.
+/// As [`Simd`]; `weights` and `values` (rows `stride` apart) reach to the end of what is seen.
 #[inline(always)]
 unsafe fn mix<S: Simd, const N: usize, const D: usize>(
     weights: [*mut f32; N],
     values: *const f32,
-    keys: std::ops::Range<usize>,
+    seen: &[std::ops::Range<usize>; N],
     stride: usize,
 ) -> [[S::V; 4]; N] {
     unsafe {
+        let starts = seen.iter().map(|keys| keys.start);
+        let ends = seen.iter().map(|keys| keys.end);
+        let (lo, hi) = (starts.clone().min().unwrap_or(0), ends.clone().max().unwrap_or(0));
+        // Between these two every query sees every key.
+        let from = starts.max().unwrap_or(lo).min(hi);
+        let to = ends.min().unwrap_or(hi).max(from);
         let mut acc = [[S::splat(0.0); 4]; N];
-        for key in keys {
-            let value: [S::V; D] = std::array::from_fn(|v| S::load(values.add(key * stride + v * LANES)));
-            for i in 0..N {
-                let weight = S::splat(*weights[i].add(key));
-                for v in 0..D {
-                    acc[i][v] = S::fma(weight, value[v], acc[i][v]);
+        for (keys, all) in [(lo..from, false), (from..to, true), (to..hi, false)] {
+            for key in keys {
+                let value: [S::V; D] = std::array::from_fn(|v| S::load(values.add(key * stride + v * LANES)));
+                for i in 0..N {
+                    if all || seen[i].contains(&key) {
+                        let weight = S::splat(*weights[i].add(key));
+                        for v in 0..D {
+                            acc[i][v] = S::fma(weight, value[v], acc[i][v]);
+                        }
+                    }
                 }
             }
         }
