@@ -87,20 +87,13 @@ fn split(units: usize, grain: usize, work: usize, f: &(impl Fn(std::ops::Range<u
 #[derive(Clone, Copy)]
 struct Shared(*mut f32, usize);
 
-// SAFETY: only `slice` reaches the pointer, and its callers hand out disjoint ranges.
+// SAFETY: only `block` hands out the pointer, and its callers write disjoint ranges.
 unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Shared {
     fn new(buffer: &mut [f32]) -> Shared {
         Shared(buffer.as_mut_ptr(), buffer.len())
-    }
-
-    /// # Safety
-    /// No other task may use any element of the range while the slice lives.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn slice<'a>(&self, at: usize, len: usize) -> &'a mut [f32] {
-        unsafe { std::slice::from_raw_parts_mut(self.block(at, len), len) }
     }
 
     /// Pointer to element `at`, of which `len` follow in the buffer.
@@ -272,22 +265,9 @@ trait Job {
 /// Runs a job with the best instructions this CPU has.
 fn run(job: impl Job) {
     #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-        unsafe fn avx512(job: impl Job) {
-            unsafe { job.go::<x86::Avx512>() }
-        }
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn avx2(job: impl Job) {
-            unsafe { job.go::<x86::Avx2>() }
-        }
+    if x86::has_avx2() {
         // SAFETY: called only where the CPU reports the features.
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
-            if is_x86_feature_detected!("avx512f") {
-                return unsafe { avx512(job) };
-            }
-            return unsafe { avx2(job) };
-        }
+        return unsafe { if x86::has_avx512() { x86::avx512(job) } else { x86::avx2(job) } };
     }
     // SAFETY: plain Rust.
     unsafe { job.go::<Plain>() }
@@ -606,14 +586,15 @@ impl Job for Swiglu<'_> {
     }
 }
 
-/// `e^x`, within 2 ulp for `-87 < x < 88`; clamped outside.
+/// `e^x`, within 2 ulp for `-87 < x < 88`; clamped outside; NaN stays NaN.
 ///
 /// # Safety
 /// As [`Simd`].
 #[inline(always)]
 unsafe fn exp<S: Simd>(x: S::V) -> S::V {
     unsafe {
-        let x = S::min(S::max(x, S::splat(-87.3)), S::splat(88.0));
+        // In this order, because of two operands of which one is NaN the second is returned.
+        let x = S::min(S::splat(88.0), S::max(S::splat(-87.3), x));
         // n = round(x / ln 2) by adding 1.5 * 2^23, whose low bits then hold n; r = x - n ln 2 in two steps.
         let magic = S::splat(12_582_912.0);
         let shifted = S::fma(x, S::splat(std::f32::consts::LOG2_E), magic);
@@ -696,6 +677,7 @@ trait Simd: Sized {
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// `b` if either is NaN; so is `max`.
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`
@@ -797,8 +779,30 @@ impl Simd for Plain {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Element, LANES, Linear, Simd};
+    use super::{Element, Job, LANES, Linear, Simd};
     use std::arch::x86_64::*;
+
+    pub fn has_avx2() -> bool {
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+    }
+
+    pub fn has_avx512() -> bool {
+        has_avx2() && is_x86_feature_detected!("avx512f")
+    }
+
+    /// # Safety
+    /// [`has_avx512`]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    pub unsafe fn avx512(job: impl Job) {
+        unsafe { job.go::<Avx512>() }
+    }
+
+    /// # Safety
+    /// [`has_avx2`]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn avx2(job: impl Job) {
+        unsafe { job.go::<Avx2>() }
+    }
 
     pub struct Avx512;
 
@@ -989,6 +993,186 @@ mod x86 {
                 };
                 (one(v.0), one(v.1))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::{Checkpoint, Folder};
+
+    /// What a job writes under every instruction set of this CPU, the plain one first.
+    macro_rules! on_each_set {
+        ($len:expr, |$out:ident| $job:expr) => {{
+            let mut results: Vec<Vec<f32>> = Vec::new();
+            let mut $out = vec![0.0f32; $len];
+            // SAFETY: plain Rust.
+            unsafe { $job.go::<Plain>() };
+            results.push($out);
+            #[cfg(target_arch = "x86_64")]
+            {
+                if x86::has_avx2() {
+                    let mut $out = vec![0.0f32; $len];
+                    // SAFETY: the CPU has the instructions.
+                    unsafe { x86::avx2($job) };
+                    results.push($out);
+                }
+                if x86::has_avx512() {
+                    let mut $out = vec![0.0f32; $len];
+                    // SAFETY: the CPU has the instructions.
+                    unsafe { x86::avx512($job) };
+                    results.push($out);
+                }
+            }
+            results
+        }};
+    }
+
+    /// All with fused multiply-add agree bit for bit; the plain one, which may round twice, to 1e-5 of the largest.
+    fn agree(results: &[Vec<f32>], what: &str) {
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
+        assert!(results[0].iter().all(|v| v.is_finite()));
+        let size = results[0].iter().fold(0f32, |m, v| m.max(v.abs()));
+        for other in results.iter().skip(1) {
+            assert_eq!(bits(other), bits(&results[1]), "{what}");
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * size;
+            assert!(results[0].iter().zip(other).all(close), "{what}");
+        }
+    }
+
+    /// Values in [-1, 1) that look random.
+    fn values(seed: u32, count: usize) -> Vec<f32> {
+        let one = |i: usize| {
+            let x = (i as u32 ^ seed.wrapping_mul(0x9e37_79b9)).wrapping_mul(0x85eb_ca6b);
+            let x = (x ^ (x >> 13)).wrapping_mul(0xc2b2_ae35);
+            (x ^ (x >> 16)) as i32 as f32 / (1u32 << 31) as f32
+        };
+        (0..count).map(one).collect()
+    }
+
+    fn matrix(dtype: Dtype, rows: usize, cols: usize) -> Matrix {
+        let values = values(rows as u32, rows * cols);
+        let (name, data): (&str, Vec<u8>) = match dtype {
+            Dtype::Bf16 => {
+                ("BF16", values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect())
+            }
+            Dtype::F16 => ("F16", values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect()),
+            Dtype::F32 => ("F32", values.iter().flat_map(|v| v.to_le_bytes()).collect()),
+        };
+        let header =
+            format!(r#"{{"w":{{"dtype":"{name}","shape":[{rows},{cols}],"data_offsets":[0,{}]}}}}"#, data.len());
+        let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
+        let files = Box::leak(Box::new([("model.safetensors", &*file.leak())]));
+        let checkpoint = Checkpoint::open(&Folder::Embedded { name: "test", files }).unwrap();
+        Matrix::new(checkpoint.tensor("w", &[rows, cols]).unwrap())
+    }
+
+    #[test]
+    fn instruction_sets_agree_on_linear() {
+        for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+            for (features, cols) in [(1, 5), (2, 16), (15, 33), (16, 48), (17, 64), (37, 100), (40, 31)] {
+                let w = matrix(dtype, features, cols);
+                for rows in [1, 2, 3, 7, 8, 9, 16, 19] {
+                    let x = values(7, rows * cols);
+                    let results = on_each_set!(rows * features, |y| Linear {
+                        x: &x,
+                        rows,
+                        w: &w,
+                        y: Shared::new(&mut y),
+                        features: 0..features
+                    });
+                    agree(&results, &format!("{dtype:?}, {rows} rows, {features} features, {cols} inputs"));
+                }
+            }
+        }
+    }
+
+    fn attend<const N: usize>(dims: usize) {
+        let positions = 61;
+        let mut kv = Kv::new(2, dims, positions).unwrap();
+        kv.write(0, &values(1, positions * 2 * dims), &values(2, positions * 2 * dims));
+        let q: Vec<f32> = values(3, N * dims).iter().map(|v| v * 9.0).collect();
+        let queries = || std::array::from_fn(|i| Query { at: i * dims, visible: 3 * i..positions - 7 * i });
+        let results = on_each_set!(N * dims, |out| Attend::<N> {
+            q: &q,
+            kv: &kv,
+            kv_head: 1,
+            queries: queries(),
+            scores: &mut Vec::new(),
+            out: Shared::new(&mut out)
+        });
+        agree(&results, &format!("{N} queries of {dims}"));
+    }
+
+    #[test]
+    fn instruction_sets_agree_on_attention() {
+        for dims in [2, 16, 24, 64, 80, 128] {
+            attend::<1>(dims);
+            attend::<2>(dims);
+            attend::<3>(dims);
+            attend::<4>(dims);
+        }
+    }
+
+    #[test]
+    fn instruction_sets_agree_on_norm_and_swiglu() {
+        for width in [1, 15, 16, 17, 64, 100] {
+            let (x, weight) = (values(1, width), values(2, width));
+            let results = on_each_set!(width, |row| {
+                row.copy_from_slice(&x);
+                Norm { row: &mut row, weight: &weight, eps: 1e-6 }
+            });
+            agree(&results, "norm");
+            let results = on_each_set!(width, |gate| {
+                gate.copy_from_slice(&x.iter().map(|v| v * 20.0).collect::<Vec<f32>>());
+                Swiglu { gate: &mut gate, up: &weight }
+            });
+            agree(&results, "swiglu");
+        }
+    }
+
+    struct Exp<'a>(&'a mut [f32]);
+
+    impl Job for Exp<'_> {
+        unsafe fn go<S: Simd>(self) {
+            for x in self.0.chunks_exact_mut(LANES) {
+                // SAFETY: 16 elements, and the caller vouches for the CPU.
+                unsafe { S::store(x.as_mut_ptr(), exp::<S>(S::load(x.as_ptr()))) };
+            }
+        }
+    }
+
+    #[test]
+    fn exp_is_within_two_ulp() {
+        // Every 997th float from 0 to 88 and from 0 to -87.
+        let upto = |end: f32| (0..end.to_bits()).step_by(997).map(f32::from_bits);
+        let mut x: Vec<f32> = upto(88.0).chain(upto(87.0).map(|x| -x)).collect();
+        x.resize(x.len().next_multiple_of(LANES), 1.0);
+        let results = on_each_set!(x.len(), |y| {
+            y.copy_from_slice(&x);
+            Exp(&mut y)
+        });
+        for result in &results {
+            let mut worst: f64 = 0.0;
+            for (x, y) in x.iter().zip(result) {
+                let exact = (*x as f64).exp();
+                let rounded = exact as f32;
+                let ulp = (f32::from_bits(rounded.to_bits() + 1) - rounded) as f64;
+                worst = worst.max((*y as f64 - exact).abs() / ulp);
+            }
+            assert!(worst < 2.0, "{worst} ulp");
+        }
+        let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -1e30, 0.0, -0.0, 89.0];
+        let results = on_each_set!(LANES, |y| {
+            y[..8].copy_from_slice(&odd);
+            Exp(&mut y)
+        });
+        for y in results {
+            assert!(y[0].is_nan());
+            assert!(y[1].is_finite() && y[1] > 1e38 && y[3] == y[1] && y[7] == y[1]);
+            assert!(y[2] >= 0.0 && y[2] < 2e-38 && y[4] == y[2]);
+            assert_eq!((y[5], y[6]), (1.0, 1.0));
         }
     }
 }
