@@ -355,6 +355,53 @@ impl<'a> Sequence<'a> {
         let draft = |context: &Cache| context.len + self.drafter.map_or(0, |d| state.features.len() / d.fc.cols);
         Some((state.cache.len, state.context.as_ref().map(draft)))
     }
+
+    /// Brings the drafter's context up to date and drafts for a block of `rows`: `rows - 1` tokens, or none without a
+    /// drafter.
+    pub fn draft(&mut self, rows: usize) -> Result<Vec<u32>> {
+        let state = started(&mut self.state)?;
+        let (Some(drafter), Some(context), 2..) = (self.drafter, &mut state.context, rows) else {
+            return Ok(Vec::new());
+        };
+        drafter.inject(&state.features, context);
+        state.features.clear();
+        let hidden = drafter.hidden(self.target, state.anchor, rows, context, |_, _| ());
+        let mut logits = Vec::new();
+        drafter.logits(self.target, &hidden[self.target.config.stack.hidden..], &mut logits);
+        let rows = logits.chunks(self.target.config.vocab).enumerate();
+        rows.map(|(row, logits)| argmax(logits).ok_or_else(|| damaged("drafter", state.cache.len + 1 + row)))
+            .collect()
+    }
+
+    /// Runs the target over the anchor and `drafts`, whoever made them, and appends to `out` those that it accepts and
+    /// its own next token, the new anchor.
+    pub fn verify(&mut self, drafts: &[u32], out: &mut Vec<u32>) -> Result<()> {
+        let state = started(&mut self.state)?;
+        let (target, s) = (self.target, state.cache.len);
+        let vocab = target.config.vocab;
+        let block = [&[state.anchor], drafts].concat();
+
+        let taps = match (&state.context, self.drafter) {
+            (Some(_), Some(drafter)) => &drafter.config.taps[..],
+            _ => &[],
+        };
+        let (mut features, mut logits) = (Vec::new(), Vec::new());
+        let normed = target.forward(&block, &mut state.cache, taps, &mut features, block.len());
+        target.logits(&normed, &mut logits);
+        let choose = |row: usize| state.sampling.choose(&logits[row * vocab..][..vocab], (s + row + 1) as u32);
+        let (accepted, next) = judge(drafts, choose).ok_or_else(|| damaged("target", s + 1))?;
+
+        state.cache.crop(s + accepted + 1);
+        state.features.extend_from_slice(&features[..features.len() / block.len() * (accepted + 1)]);
+        state.anchor = next;
+        out.extend_from_slice(&drafts[..accepted]);
+        out.push(next);
+        Ok(())
+    }
+}
+
+fn started(state: &mut Option<State>) -> Result<&mut State> {
+    state.as_mut().ok_or_else(|| Error::Internal("a round before the start of its sequence".into()))
 }
 
 fn damaged(model: &str, position: usize) -> Error {
@@ -407,39 +454,7 @@ impl Decoder for Sequence<'_> {
     }
 
     fn round(&mut self, rows: usize, out: &mut Vec<u32>) -> Result<()> {
-        let Some(state) = self.state.as_mut() else {
-            return Err(Error::Internal("a round before the start of its sequence".into()));
-        };
-        let (target, s) = (self.target, state.cache.len);
-        let vocab = target.config.vocab;
-        let mut block = vec![state.anchor];
-        let mut logits = Vec::new();
-
-        if let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, rows > 1) {
-            drafter.inject(&state.features, context);
-            state.features.clear();
-            let hidden = drafter.hidden(target, state.anchor, rows, context, |_, _| ());
-            drafter.logits(target, &hidden[target.config.stack.hidden..], &mut logits);
-            for (row, logits) in logits.chunks(vocab).enumerate() {
-                block.push(argmax(logits).ok_or_else(|| damaged("drafter", s + 1 + row))?);
-            }
-        }
-
-        let taps = match (&state.context, self.drafter) {
-            (Some(_), Some(drafter)) => &drafter.config.taps[..],
-            _ => &[],
-        };
-        let mut features = Vec::new();
-        let normed = target.forward(&block, &mut state.cache, taps, &mut features, block.len());
-        target.logits(&normed, &mut logits);
-        let choose = |row: usize| state.sampling.choose(&logits[row * vocab..][..vocab], (s + row + 1) as u32);
-        let (accepted, next) = judge(&block[1..], choose).ok_or_else(|| damaged("target", s + 1))?;
-
-        state.cache.crop(s + accepted + 1);
-        state.features.extend_from_slice(&features[..features.len() / block.len() * (accepted + 1)]);
-        state.anchor = next;
-        out.extend_from_slice(&block[1..=accepted]);
-        out.push(next);
-        Ok(())
+        let drafts = self.draft(rows)?;
+        self.verify(&drafts, out)
     }
 }
