@@ -87,20 +87,14 @@ fn split(units: usize, grain: usize, work: usize, f: &(impl Fn(std::ops::Range<u
 #[derive(Clone, Copy)]
 struct Shared(*mut f32, usize);
 
-// SAFETY: only `slice` reaches the pointer, and its callers hand out disjoint ranges.
+// SAFETY: only `block` reaches the pointer, and no two tasks write the same element: a feature of a linear, or a query of
+// attention, belongs to one task.
 unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Shared {
     fn new(buffer: &mut [f32]) -> Shared {
         Shared(buffer.as_mut_ptr(), buffer.len())
-    }
-
-    /// # Safety
-    /// No other task may use any element of the range while the slice lives.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn slice<'a>(&self, at: usize, len: usize) -> &'a mut [f32] {
-        unsafe { std::slice::from_raw_parts_mut(self.block(at, len), len) }
     }
 
     /// Pointer to element `at`, of which `len` follow in the buffer.
@@ -157,7 +151,10 @@ impl Kv {
         let zeros = |n: usize| {
             let mut v = Vec::new();
             v.try_reserve_exact(n).map_err(|_| {
-                crate::Error::Memory(format!("no memory for a KV cache of {positions} positions ({} bytes)", n * 4))
+                crate::Error::Memory(format!(
+                    "no memory for a KV cache of {positions} positions ({} bytes)",
+                    n * 4
+                ))
             })?;
             v.resize(n, 0.0);
             Ok::<_, crate::Error>(v)
@@ -217,7 +214,9 @@ pub fn attention(
                 1 => run(Attend { q, kv, kv_head, queries: [query(0)], scores: &mut scores, out }),
                 2 => run(Attend { q, kv, kv_head, queries: [0, 1].map(query), scores: &mut scores, out }),
                 3 => run(Attend { q, kv, kv_head, queries: [0, 1, 2].map(query), scores: &mut scores, out }),
-                _ => run(Attend { q, kv, kv_head, queries: [0, 1, 2, 3].map(query), scores: &mut scores, out }),
+                _ => {
+                    run(Attend { q, kv, kv_head, queries: [0, 1, 2, 3].map(query), scores: &mut scores, out })
+                }
             }
         }
     });
@@ -282,7 +281,10 @@ fn run(job: impl Job) {
             unsafe { job.go::<x86::Avx2>() }
         }
         // SAFETY: called only where the CPU reports the features.
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        if is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+        {
             if is_x86_feature_detected!("avx512f") {
                 return unsafe { avx512(job) };
             }
@@ -433,7 +435,9 @@ impl<const N: usize> Job for Attend<'_, N> {
             let (dims, wide) = (self.kv.dims, self.kv.dims.next_multiple_of(LANES));
             let lo = self.queries.iter().map(|q| q.visible.start).min().unwrap_or(0);
             let hi = self.queries.iter().map(|q| q.visible.end).max().unwrap_or(0);
-            assert!(hi <= self.kv.tiles * LANES && self.queries.iter().all(|q| q.visible.start < q.visible.end));
+            assert!(
+                hi <= self.kv.tiles * LANES && self.queries.iter().all(|q| q.visible.start < q.visible.end)
+            );
             // Tiles are aligned to absolute positions, so a key's lane and its place in every sum never change.
             let (first, tiles) = (lo / LANES, hi.div_ceil(LANES) - lo / LANES);
             let width = tiles * LANES;
@@ -442,7 +446,8 @@ impl<const N: usize> Job for Attend<'_, N> {
             let q: [*const f32; N] = std::array::from_fn(|i| self.q[self.queries[i].at..][..dims].as_ptr());
 
             let scale = S::splat(1.0 / (dims as f32).sqrt());
-            let keys = self.kv.keys[(self.kv_head * self.kv.tiles + first) * dims * LANES..][..width * dims].as_ptr();
+            let keys = self.kv.keys[(self.kv_head * self.kv.tiles + first) * dims * LANES..][..width * dims]
+                .as_ptr();
             for t in 0..tiles {
                 let keys = keys.add(t * dims * LANES);
                 let mut acc = [[S::splat(0.0); 4]; N];
@@ -496,7 +501,9 @@ impl<const N: usize> Job for Attend<'_, N> {
             }
 
             // A weight of zero times a hidden value adds nothing: a query's bits do not depend on its companions.
-            let values = self.kv.values[(self.kv_head * self.kv.tiles + first) * LANES * wide..][..width * wide].as_ptr();
+            let values = self.kv.values[(self.kv_head * self.kv.tiles + first) * LANES * wide..]
+                [..width * wide]
+                .as_ptr();
             let mut d = 0;
             while d < wide {
                 let vectors = if wide - d >= 4 * LANES { 4 } else { 1 };
@@ -735,11 +742,13 @@ impl Simd for Plain {
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u8) -> Self::V {
-        unsafe { p.cast::<[u16; LANES]>().read_unaligned() }.map(|b| f32::from_bits((u16::from_le(b) as u32) << 16))
+        unsafe { p.cast::<[u16; LANES]>().read_unaligned() }
+            .map(|b| f32::from_bits((u16::from_le(b) as u32) << 16))
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> Self::V {
-        unsafe { p.cast::<[u16; LANES]>().read_unaligned() }.map(|b| half::f16::from_bits(u16::from_le(b)).to_f32())
+        unsafe { p.cast::<[u16; LANES]>().read_unaligned() }
+            .map(|b| half::f16::from_bits(u16::from_le(b)).to_f32())
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: Self::V) {
@@ -897,7 +906,11 @@ mod x86 {
 
     impl Avx2 {
         #[inline(always)]
-        fn both(a: (__m256, __m256), b: (__m256, __m256), f: impl Fn(__m256, __m256) -> __m256) -> (__m256, __m256) {
+        fn both(
+            a: (__m256, __m256),
+            b: (__m256, __m256),
+            f: impl Fn(__m256, __m256) -> __m256,
+        ) -> (__m256, __m256) {
             (f(a.0, b.0), f(a.1, b.1))
         }
     }

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`config`] | `config.json` of target and drafter, what is refused, the pair's fit |
 //! | [`weights`] | checkpoint folders: safetensors shards, mapped and used in place |
+//! | [`pair`] | target and drafter opened together and held against each other |
 //! | [`text`] | tokenizer, chat template, streaming detokenising, stop strings |
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
 //! | [`cpu`] | the reference's arithmetic: SIMD dot products on all cores |
@@ -15,6 +16,7 @@ pub mod config;
 pub mod cpu;
 pub mod engine;
 mod json;
+pub mod pair;
 pub mod reference;
 pub mod stats;
 pub mod text;

@@ -73,6 +73,14 @@ impl Folder {
         }
     }
 
+    /// The folder as a user would name it.
+    pub fn name(&self) -> String {
+        match self {
+            Folder::Disk(dir) => dir.display().to_string(),
+            Folder::Embedded { name, .. } => name.to_string(),
+        }
+    }
+
     /// The file's bytes, `None` if it is not there. A file that cannot be read is an error.
     pub fn file(&self, file: &str) -> Result<Option<Bytes>> {
         let dir = match self {
@@ -292,6 +300,11 @@ impl Checkpoint {
     /// Whether a tensor of that name is there, or of one of its other spellings.
     pub fn has(&self, name: &str) -> bool {
         self.find(name).is_some()
+    }
+
+    /// (path, bytes) of every shard, in name order.
+    pub fn files(&self) -> Vec<(&str, usize)> {
+        self.shards.iter().map(|(path, bytes)| (path.as_str(), bytes.len())).collect()
     }
 
     /// (name, file, dtype, shape) of every tensor in a type that can be used, in name order; for `--plan`.

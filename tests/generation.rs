@@ -49,12 +49,19 @@ fn greedy_tokens_and_accepted_lengths_equal_the_reference_implementation() {
     for prompt in oracle()["prompts"].as_array().unwrap() {
         let input = ids(&prompt["prompt_ids"]);
         let expected = ids(&prompt["output_ids"])[input.len()..].to_vec();
-        let margins: Vec<f64> = prompt["margins"].as_array().unwrap().iter().map(|m| m.as_f64().unwrap()).collect();
-        let lengths: Vec<usize> = ids(&prompt["acceptance_lengths"]).into_iter().map(|a| a as usize).collect();
+        let margins: Vec<f64> =
+            prompt["margins"].as_array().unwrap().iter().map(|m| m.as_f64().unwrap()).collect();
+        let lengths: Vec<usize> =
+            ids(&prompt["acceptance_lengths"]).into_iter().map(|a| a as usize).collect();
         let got = run(&pair, &request(input, 128, 16, 0.0, 0));
         if got.tokens != expected {
             let first = (0..128).find(|i| got.tokens.get(*i) != expected.get(*i)).unwrap();
-            assert!(margins[first] < 2e-3, "prompt {}: token {first} differs, margin {}", prompt["index"], margins[first]);
+            assert!(
+                margins[first] < 2e-3,
+                "prompt {}: token {first} differs, margin {}",
+                prompt["index"],
+                margins[first]
+            );
             cut_by_a_near_tie += 1;
             continue;
         }
