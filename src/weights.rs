@@ -213,7 +213,7 @@ impl Checkpoint {
         for file in index.weight_map.values().collect::<BTreeSet<_>>() {
             // A plain name, so that an index cannot reach outside its folder.
             let plain = Path::new(file).file_name().is_some_and(|name| name == file.as_str());
-            if !plain || file.contains(['/', '\\']) {
+            if !plain || file.contains(|c: char| matches!(c, '/' | '\\') || c.is_control()) {
                 return Err(Error::Model(format!(
                     "{} lists the shard \"{}\": expected the plain name of a file in the same folder",
                     all.source,
