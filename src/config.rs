@@ -619,13 +619,17 @@ fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<
 /// RoPE from `rope_theta` and `rope_scaling` (older) or `rope_parameters` (newer).
 fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) -> Result<Rope> {
     let (older, newer) = (config.get("rope_scaling"), config.get("rope_parameters"));
-    if let (Some(a), Some(b)) = (&older, &newer)
-        && a.value != b.value
-    {
-        return Err(Error::Model(format!(
-            "{}: rope_scaling and rope_parameters are both there and differ, expected one of them",
-            config.file
-        )));
+    if let (Some(a), Some(b)) = (&older, &newer) {
+        let scaling = |f: &Field| -> Result<Map<String, Value>> {
+            let map = f.table("")?.map.iter().filter(|(name, _)| *name != "rope_theta");
+            Ok(map.map(|(name, value)| (name.clone(), value.clone())).collect())
+        };
+        if scaling(a)? != scaling(b)? {
+            return Err(Error::Model(format!(
+                "{}: rope_scaling and rope_parameters differ, expected one of them or twice the same",
+                config.file
+            )));
+        }
     }
     let nothing = Map::new();
     let table = match (older, newer) {

@@ -251,6 +251,35 @@ fn absent_layer_ids_follow_the_rule() {
 }
 
 #[test]
+fn drafter_fields_are_read_from_both_places_and_the_inner_one_wins() {
+    let mut config = published(64, 64, 2, 4, 2, 3);
+    let block = |config: &Value| drafter_from(config).unwrap().block;
+    assert_eq!(block(&config), 16);
+    config["block_size"] = 10.into();
+    assert_eq!(block(&config), 10);
+    config["dflash_config"]["block_size"] = 8.into();
+    assert_eq!(block(&config), 8);
+
+    config["input_embedding_scale"] = json!(2.5);
+    config["output_multiplier"] = json!(0.25);
+    config["final_logit_softcapping"] = json!(20);
+    config["dflash_config"]["output_multiplier"] = json!(0.5);
+    let drafter = drafter_from(&config).unwrap();
+    assert_eq!((drafter.embedding_scale, drafter.output_multiplier, drafter.softcap), (2.5, 0.5, Some(20.0)));
+    config["dflash_config"]["final_logit_softcapping"] = json!(0.0);
+    assert_eq!(drafter_from(&config).unwrap().softcap, None);
+
+    // All of it at top level, and `dflash_config` absent.
+    let flat = config["dflash_config"].take();
+    config.as_object_mut().unwrap().extend(flat.as_object().unwrap().clone());
+    let drafter = drafter_from(&config).unwrap();
+    assert_eq!(
+        (drafter.taps.as_slice(), drafter.mask_token, drafter.block),
+        ([0, 1, 2].as_slice(), 151_669, 8)
+    );
+}
+
+#[test]
 fn causality_and_windows_resolve_as_the_reference_does() {
     let mut config = published(64, 64, 3, 4, 2, 2);
     let seen = |config: &Value| drafter_from(config).unwrap().stack.attention;
@@ -500,6 +529,8 @@ const TARGET_CONFIGS: &str = r#"
 3 | rms_norm_eps = 1e-60 | T/config.json: rms_norm_eps is 1e-60, expected a number above 0 and at most 1
 3 | rope_theta = -1e4 | T/config.json: rope_theta is -10000.0, expected a number above 1
 3 | rope_parameters = { "rope_theta": 5e5 } | T/config.json: rope_parameters.rope_theta is 500000 and rope_theta is 10000, expected one value
+3 | rope_scaling = { "type": "linear", "factor": 2.0 }; rope_parameters = { "rope_type": "default" } | T/config.json: rope_scaling and rope_parameters differ, expected one of them or twice the same
+0 | rope_scaling = { "type": "linear", "factor": 2.0 }; rope_parameters = { "type": "linear", "factor": 2.0, "rope_theta": 1e4 } | opened
 4 | rope_parameters = { "full_attention": { "rope_theta": 1e4 } } | T/config.json: rope_parameters.full_attention is a set of RoPE settings for some layers, expected one for all
 4 | rope_scaling = { "rope_type": "dynamic", "factor": 2.0 } | T/config.json: rope_scaling.rope_type is dynamic, which this engine does not run: expected default, linear, llama3 or yarn
 4 | rope_scaling = { "type": "longrope", "factor": 2.0 } | T/config.json: rope_scaling.rope_type is longrope, which this engine does not run: expected default, linear, llama3 or yarn
