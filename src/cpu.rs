@@ -355,62 +355,81 @@ impl<E: Element, const MB: usize, const NB: usize> Job for Strip<'_, E, MB, NB> 
     #[inline(always)]
     unsafe fn go<S: Simd>(self) {
         unsafe {
-            for n in self.features.step_by(NB) {
-                for m in self.rows.clone().step_by(MB) {
-                    self.linear.tile::<S, E, MB, NB>(m, n);
+            if self.rows.is_empty() || self.features.is_empty() {
+                return;
+            }
+            // The ranges were checked in `new`, `block` checks the output's; from here on pointers only step.
+            let Linear { x, w, y, .. } = self.linear;
+            let (cols, stride) = (w.cols, w.rows);
+            let last = (self.rows.end - 1) * stride + self.features.end;
+            let first = self.rows.start * stride + self.features.start;
+            let y = y.block(first, last - first);
+            let x = x.as_ptr().add(self.rows.start * cols);
+            let mut w = w.tensor.bytes().as_ptr().add(self.features.start * cols * E::SIZE);
+            for n in (0..self.features.len()).step_by(NB) {
+                let (mut x, mut y) = (x, y.add(n));
+                for _ in (0..self.rows.len()).step_by(MB) {
+                    tile::<S, E, MB, NB>(x, w, y, cols, stride);
+                    x = x.add(MB.wrapping_mul(cols));
+                    y = y.add(MB.wrapping_mul(stride));
                 }
+                w = w.add((NB * E::SIZE).wrapping_mul(cols));
             }
         }
     }
 }
 
-impl Linear<'_> {
-    /// Rows `m..m+MB` of x against features `n..n+NB`.
-    #[inline(always)]
-    unsafe fn tile<S: Simd, E: Element, const MB: usize, const NB: usize>(&self, m: usize, n: usize) {
-        unsafe {
-            let cols = self.w.cols;
-            let (whole, rest) = (cols / LANES, cols % LANES);
-            let mut x = self.x.as_ptr().add(m * cols);
-            let mut w = self.w.tensor.bytes().as_ptr().add(n * cols * E::SIZE);
-            let mut acc = [[S::splat(0.0); NB]; MB];
-            // Plain loops, not closures: one that is not inlined would lose the instruction set.
-            for _ in 0..whole {
-                let mut wide = [S::splat(0.0); NB];
-                for j in 0..NB {
-                    wide[j] = E::load::<S>(w.add(j * cols * E::SIZE));
-                }
-                for i in 0..MB {
-                    let x = S::load(x.add(i * cols));
-                    for j in 0..NB {
-                        acc[i][j] = S::fma(x, wide[j], acc[i][j]);
-                    }
-                }
-                x = x.add(LANES);
-                w = w.add(LANES * E::SIZE);
+/// `MB` rows of x against `NB` features: `x [MB][cols]`, `w [NB][cols]`, `y [MB]` rows at a distance of `stride`.
+///
+/// # Safety
+/// As [`Simd`], for all of these.
+#[inline(always)]
+unsafe fn tile<S: Simd, E: Element, const MB: usize, const NB: usize>(
+    x: *const f32,
+    w: *const u8,
+    y: *mut f32,
+    cols: usize,
+    stride: usize,
+) {
+    unsafe {
+        let (whole, rest) = (cols / LANES, cols % LANES);
+        let wide_row = cols.wrapping_mul(E::SIZE);
+        let mut acc = [[S::splat(0.0); NB]; MB];
+        let (mut px, mut pw) = (x, w);
+        // Plain loops, not closures: one that is not inlined would lose the instruction set.
+        for _ in 0..whole {
+            let mut wide = [S::splat(0.0); NB];
+            for j in 0..NB {
+                wide[j] = E::load::<S>(pw.add(j.wrapping_mul(wide_row)));
             }
-            if rest > 0 {
-                // The last, partial step: zeros beyond the end add nothing.
+            for i in 0..MB {
+                let x = S::load(px.add(i.wrapping_mul(cols)));
                 for j in 0..NB {
-                    let wide = S::load(padded::<E>(w.add(j * cols * E::SIZE), rest).as_ptr());
-                    for i in 0..MB {
-                        let x = S::load(padded::<F32>(x.add(i * cols).cast(), rest).as_ptr());
-                        acc[i][j] = S::fma(x, wide, acc[i][j]);
-                    }
+                    acc[i][j] = S::fma(x, wide[j], acc[i][j]);
                 }
             }
-            let stride = self.w.rows;
-            let out = self.y.block(m * stride + n, (MB - 1) * stride + NB);
-            if MB * NB == LANES {
-                let sums = S::sum16(std::mem::transmute_copy(&acc));
+            px = px.add(LANES);
+            pw = pw.add(LANES * E::SIZE);
+        }
+        if rest > 0 {
+            // The last, partial step: zeros beyond the end add nothing.
+            for j in 0..NB {
+                let wide = S::load(padded::<E>(pw.add(j.wrapping_mul(wide_row)), rest).as_ptr());
                 for i in 0..MB {
-                    out.add(i * stride).copy_from_nonoverlapping(sums.as_ptr().add(i * NB), NB);
+                    let x = S::load(padded::<F32>(px.add(i.wrapping_mul(cols)).cast(), rest).as_ptr());
+                    acc[i][j] = S::fma(x, wide, acc[i][j]);
                 }
-            } else {
-                for i in 0..MB {
-                    for j in 0..NB {
-                        *out.add(i * stride + j) = S::sum(acc[i][j]);
-                    }
+            }
+        }
+        if MB * NB == LANES {
+            let sums = S::sum16(std::mem::transmute_copy(&acc));
+            for i in 0..MB {
+                y.add(i.wrapping_mul(stride)).copy_from_nonoverlapping(sums.as_ptr().add(i * NB), NB);
+            }
+        } else {
+            for i in 0..MB {
+                for j in 0..NB {
+                    *y.add(i.wrapping_mul(stride) + j) = S::sum(acc[i][j]);
                 }
             }
         }
