@@ -319,11 +319,20 @@ proptest! {
 
     #[test]
     fn stops_cut_where_a_naive_search_finds_them(
-        pieces in prop::collection::vec(prop::sample::select(vec!["a", "b", "€", "👩", "self", "se", "l", "ab"]), 0..16),
-        stops in prop::collection::vec(prop_oneof!["[ab]{1,4}", "[ab€👩]{1,3}", "[self]{1,5}"], 0..4),
+        pieces in prop::collection::vec(
+            prop::sample::select(vec!["a", "b", "€", "👩", "self", "se", " return", "l", "ab"]), 0..12),
+        stops in prop::collection::vec(prop_oneof!["[ab]{1,4}", "[ab€👩]{1,3}", "[self]{1,5}"], 0..3),
+        parts in prop::collection::vec((any::<prop::sample::Index>(), 1usize..7), 0..3),
         whole_tokens in any::<bool>(),
     ) {
         let text = pieces.concat();
+        let chars: Vec<char> = text.chars().collect();
+        let mut stops = stops;
+        for (at, length) in parts {
+            if !chars.is_empty() {
+                stops.push(chars[at.index(chars.len())..].iter().take(length).collect());
+            }
+        }
         let ids: Vec<u32> = if whole_tokens {
             DEMO.encode(&text).unwrap()
         } else {
@@ -361,6 +370,8 @@ fn the_stop_that_is_complete_first_wins() {
     assert_eq!(stop("one two three", &["two three", "wo"]), "one t");
     assert_eq!(stop("one two three", &["o", "two"]), "");
     assert_eq!(stop("say two", &["wo", "two"]), "say "); // both complete at once: the earlier start
+    assert_eq!(DEMO.encode(" return").unwrap().len(), 1);
+    assert_eq!(stop("x return", &["return", "etu"]), "x r"); // in one token as well
     assert_eq!(stop("aaab", &["aab"]), "a"); // a failed attempt is the start of the next
     assert_eq!(stop("an unfinished sto", &["stop"]), "an unfinished sto");
     assert_eq!(stop("price: 3€!", &["€"]), "price: 3");
