@@ -14,7 +14,8 @@ Needs Python 3.10 or newer with
 
 Every answer is checked against the recorded one of the reference implementation (tests/data/oracle.json), and so are
 the acceptance lengths of every round; any difference is reported and makes the exit code 1. tok/s is new tokens over
-seconds of the whole request, prompt included, loading left out. Example:
+seconds of the whole request, prompt included, loading left out. tau is verified tokens per round over all rounds of
+all prompts, mean tau the mean of the prompts' own, which is what papers report. Example:
 
     cargo build --release && python tools/baseline.py --ours target/release/dflash-gen
 """
@@ -228,18 +229,18 @@ def main():
             seconds += time.perf_counter() - start
             tokens += len(answer) - len(prompt)
             check("torch plain", index, answer)
-        return tokens, seconds, None
+        return tokens, seconds, []
 
     def torch_dflash():
-        tokens, seconds, means = 0, 0.0, []
+        tokens, seconds, all_rounds = 0, 0.0, []
         for index, prompt in enumerate(prompts):
             start = time.perf_counter()
             answer, rounds = dflash(target, drafter, prompt, args.n, stop_ids)
             seconds += time.perf_counter() - start
             tokens += len(answer) - len(prompt)
-            means.append(statistics.mean(rounds) if rounds else 1.0)
+            all_rounds.append((sum(rounds), len(rounds)))
             check("torch dflash", index, answer, rounds)
-        return tokens, seconds, statistics.mean(means)
+        return tokens, seconds, all_rounds
 
     def ours_row(row, flags):
         answers = ours(args.ours, texts, args.n, args.threads, flags)
@@ -249,8 +250,8 @@ def main():
             check(row, index, prompts[index] + answer["tokens"])
         tokens = sum(len(answer["tokens"]) for answer in answers)
         seconds = sum(answer["seconds"]["prefill"] + answer["seconds"]["decode"] for answer in answers)
-        taus = [answer["tau"] for answer in answers if answer.get("tau") is not None]
-        return tokens, seconds, statistics.mean(taus) if taus and not flags else None
+        all_rounds = [(answer["accepted"] + answer["rounds"], answer["rounds"]) for answer in answers if not flags]
+        return tokens, seconds, all_rounds
 
     rows = {"torch plain": torch_plain, "torch dflash": torch_dflash}
     if args.ours:
@@ -269,12 +270,14 @@ def main():
     for row, runs in results.items():
         rates = [tokens / seconds for tokens, seconds, _ in runs]
         beside = "torch " + row.split()[1]
+        rounds = [(verified, count) for verified, count in runs[0][2] if count > 0]
         report[row] = {
             "tokens": runs[0][0],
             "tokens_per_s": statistics.median(rates),
             "min": min(rates),
             "max": max(rates),
-            "tau": runs[0][2],
+            "tau": sum(v for v, _ in rounds) / sum(c for _, c in rounds) if rounds else None,
+            "mean_tau": statistics.mean(v / c for v, c in rounds) if rounds else None,
             "ratio_to_torch": statistics.median(rates) / report[beside]["tokens_per_s"] if beside in report else 1.0,
         }
     machine = {
@@ -289,12 +292,12 @@ def main():
         print(json.dumps({"machine": machine, "settings": settings, "rows": report, "faults": faults}, indent=2))
     else:
         print(", ".join(f"{key} {value}" for key, value in {**machine, **settings}.items()))
-        print(f"{'':14}{'tokens':>8}{'tok/s':>10}{'min':>10}{'max':>10}{'tau':>8}{'x torch':>9}")
+        print(f"{'':14}{'tokens':>8}{'tok/s':>10}{'min':>10}{'max':>10}{'tau':>8}{'mean tau':>10}{'x torch':>9}")
         for row, r in report.items():
-            tau = "" if r["tau"] is None else f"{r['tau']:.3f}"
+            tau, mean = ("" if r[key] is None else f"{r[key]:.3f}" for key in ("tau", "mean_tau"))
             print(
                 f"{row:14}{r['tokens']:8}{r['tokens_per_s']:10.1f}{r['min']:10.1f}{r['max']:10.1f}"
-                f"{tau:>8}{r['ratio_to_torch']:9.2f}"
+                f"{tau:>8}{mean:>10}{r['ratio_to_torch']:9.2f}"
             )
         for fault in faults:
             print(fault)
