@@ -112,27 +112,30 @@ pub struct DrafterConfig {
     pub softcap: Option<f32>,
 }
 
-/// Fields of a `config.json` that belong to other drafters which share DFlash's container (dflash.md A.2), and the value
-/// beside null, false, 0 and empty that means the same as their absence.
-const VARIANTS: [(&str, &str); 16] = [
-    ("markov_rank", ""),
-    ("sample_from_anchor", ""),
-    ("enable_confidence_head", ""),
-    ("shift_label", ""),
-    ("projector_type", "dflash"),
-    ("fc_layernorm", ""),
-    ("gru_hidden_dim", ""),
-    ("pure_draft_prefix_len", ""),
-    ("attention_mode", "gqa"),
-    ("attention_modes", ""),
-    ("use_swa", ""),
-    ("attention_sink_bias", ""),
-    ("add_swa_attention_sink_bias", ""),
-    ("attention_value_scale", "1.0"),
-    ("attn_output_gate", ""),
-    ("eagle_config", ""),
+/// Fields of a drafter's `config.json` that this engine does not run (dflash.md A): whose they are, and the value
+/// that, beside null, false, 0 and empty, says the same as their absence.
+const VARIANTS: [(&str, &str, &str); 20] = [
+    ("conv_kernel_size", "DFlash2", ""),
+    ("conv_group_size", "DFlash2", ""),
+    ("selector_rank", "DFlash2", ""),
+    ("selector_top_k", "DFlash2", ""),
+    ("markov_rank", "DSpark (DeepSpec)", ""),
+    ("sample_from_anchor", "DSpark (DeepSpec)", ""),
+    ("enable_confidence_head", "DSpark (DeepSpec)", ""),
+    ("projector_type", "Domino or DSpark", "dflash"),
+    ("shift_label", "Domino", ""),
+    ("gru_hidden_dim", "Domino", ""),
+    ("pure_draft_prefix_len", "Domino", ""),
+    ("fc_layernorm", "per-tap norm", ""),
+    ("attention_mode", "other-attention", "gqa"),
+    ("attention_modes", "other-attention", ""),
+    ("use_swa", "MiMo-style", ""),
+    ("attention_sink_bias", "MiMo-style", ""),
+    ("add_swa_attention_sink_bias", "MiMo-style", ""),
+    ("attention_value_scale", "MiMo-style", "1"),
+    ("attn_output_gate", "gated-attention", ""),
+    ("eagle_config", "EAGLE", ""),
 ];
-const DFLASH2: [&str; 4] = ["conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"];
 const SPECULATORS: [&str; 5] = [
     "speculators_model_type",
     "speculators_config",
@@ -258,10 +261,14 @@ impl DrafterConfig {
             }
         };
         let positive = |name: &str, default: f32| {
-            either(name).map_or(Ok(default), |field| field.number("a number above 0", |x| x > 0.0))
+            either(name).map_or(Ok(default), |field| {
+                field.number("a number above 0, in the range of f32", |x| x > 0.0)
+            })
         };
         let softcap = match either("final_logit_softcapping") {
-            Some(field) => Some(field.number("a number", |_| true)?).filter(|&cap| cap > 0.0),
+            Some(field) => {
+                Some(field.number("a number in the range of f32", |_| true)?).filter(|&cap| cap > 0.0)
+            }
             None => None,
         };
         Ok(DrafterConfig {
@@ -443,7 +450,7 @@ fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
     for name in SPECULATORS {
         if let Some(field) = config.get(name) {
             return Err(Error::Unsupported(format!(
-                "{}: {name} is of the speculators layout, which is not run: expected the z-lab layout (DFlashDraftModel)",
+                "{}: {name} makes it a drafter in the speculators layout: this engine runs the z-lab layout (DFlashDraftModel)",
                 field.file
             )));
         }
@@ -452,20 +459,10 @@ fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
         return Err(config.unsupported("architectures", "DFlash2DraftModel", "DFlashDraftModel"));
     }
     for table in [nested, config] {
-        for name in DFLASH2 {
-            if let Some(field) = table.get(name).filter(|f| !f.is_neutral("")) {
-                return Err(Error::Unsupported(format!(
-                    "{}: {} = {} is of a DFlash2 drafter, which is not run",
-                    field.file,
-                    field.name,
-                    field.found()
-                )));
-            }
-        }
-        for (name, neutral) in VARIANTS {
+        for (name, kind, neutral) in VARIANTS {
             if let Some(field) = table.get(name).filter(|f| !f.is_neutral(neutral)) {
                 return Err(Error::Unsupported(format!(
-                    "{}: {} = {} is of another kind of drafter than plain DFlash, which is not run",
+                    "{}: {} is {}, which makes it a {kind} drafter: this engine runs plain DFlash drafters",
                     field.file,
                     field.name,
                     field.found()
@@ -473,12 +470,10 @@ fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
             }
         }
     }
-    let known = |name: &str| {
-        DFLASH.contains(&name) || DFLASH2.contains(&name) || VARIANTS.iter().any(|(v, _)| *v == name)
-    };
+    let known = |name: &str| DFLASH.contains(&name) || VARIANTS.iter().any(|(v, ..)| *v == name);
     if let Some((name, _)) = nested.map.iter().find(|(name, value)| !value.is_null() && !known(name)) {
         return Err(Error::Unsupported(format!(
-            "{}: dflash_config.{} is not a field of a plain DFlash drafter",
+            "{}: dflash_config.{} is unknown: this engine runs plain DFlash drafters",
             config.file,
             shown(name)
         )));
@@ -624,13 +619,17 @@ fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<
 /// RoPE from `rope_theta` and `rope_scaling` (older) or `rope_parameters` (newer).
 fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) -> Result<Rope> {
     let (older, newer) = (config.get("rope_scaling"), config.get("rope_parameters"));
-    if let (Some(a), Some(b)) = (&older, &newer)
-        && a.value != b.value
-    {
-        return Err(Error::Model(format!(
-            "{}: rope_scaling and rope_parameters are both there and differ, expected one of them",
-            config.file
-        )));
+    if let (Some(a), Some(b)) = (&older, &newer) {
+        let scaling = |f: &Field| -> Result<Map<String, Value>> {
+            let map = f.table("")?.map.iter().filter(|(name, _)| *name != "rope_theta");
+            Ok(map.map(|(name, value)| (name.clone(), value.clone())).collect())
+        };
+        if scaling(a)? != scaling(b)? {
+            return Err(Error::Model(format!(
+                "{}: rope_scaling and rope_parameters differ, expected one of them or twice the same",
+                config.file
+            )));
+        }
     }
     let nothing = Map::new();
     let table = match (older, newer) {
@@ -745,8 +744,11 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
 fn refuse_quantised(config: &Fields) -> Result<()> {
     for name in ["quantization_config", "quantization", "compression_config"] {
         if let Some(field) = config.get(name) {
-            let method =
-                field.value.get("quant_method").and_then(Value::as_str).unwrap_or("of an unnamed method");
+            let method = field
+                .value
+                .get("quant_method")
+                .and_then(Value::as_str)
+                .unwrap_or("there without a quant_method");
             return Err(config.unsupported(name, method, "an unquantised checkpoint"));
         }
     }

@@ -87,7 +87,8 @@ fn split(units: usize, grain: usize, work: usize, f: &(impl Fn(std::ops::Range<u
 #[derive(Clone, Copy)]
 struct Shared(*mut f32, usize);
 
-// SAFETY: only `block` hands out the pointer, and its callers write disjoint ranges.
+// SAFETY: only `block` reaches the pointer, and no two tasks write the same element: a feature of a linear, or a query of
+// attention, belongs to one task.
 unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
@@ -150,7 +151,10 @@ impl Kv {
         let zeros = |n: usize| {
             let mut v = Vec::new();
             v.try_reserve_exact(n).map_err(|_| {
-                crate::Error::Memory(format!("no memory for a KV cache of {positions} positions ({} bytes)", n * 4))
+                crate::Error::Memory(format!(
+                    "no memory for a KV cache of {positions} positions ({} bytes)",
+                    n * 4
+                ))
             })?;
             v.resize(n, 0.0);
             Ok::<_, crate::Error>(v)
@@ -210,7 +214,9 @@ pub fn attention(
                 1 => run(Attend { q, kv, kv_head, queries: [query(0)], scores: &mut scores, out }),
                 2 => run(Attend { q, kv, kv_head, queries: [0, 1].map(query), scores: &mut scores, out }),
                 3 => run(Attend { q, kv, kv_head, queries: [0, 1, 2].map(query), scores: &mut scores, out }),
-                _ => run(Attend { q, kv, kv_head, queries: [0, 1, 2, 3].map(query), scores: &mut scores, out }),
+                _ => {
+                    run(Attend { q, kv, kv_head, queries: [0, 1, 2, 3].map(query), scores: &mut scores, out })
+                }
             }
         }
     });
@@ -265,12 +271,14 @@ trait Job {
 /// Runs a job with the best instructions this CPU has.
 fn run(job: impl Job) {
     #[cfg(target_arch = "x86_64")]
-    if x86::has_avx2() {
-        // SAFETY: called only where the CPU reports the features.
-        return unsafe { if x86::has_avx512() { x86::avx512(job) } else { x86::avx2(job) } };
+    // SAFETY: called only where the CPU reports the features.
+    if x86::has_avx512() {
+        return unsafe { x86::Avx512::call(job) };
+    } else if x86::has_avx2() {
+        return unsafe { x86::Avx2::call(job) };
     }
     // SAFETY: plain Rust.
-    unsafe { job.go::<Plain>() }
+    unsafe { Plain::call(job) }
 }
 
 struct Linear<'a> {
@@ -295,99 +303,137 @@ impl Job for Linear<'_> {
 }
 
 impl Linear<'_> {
+    /// Cuts the product into strips of equal tiles. With one row many features share a tile, with many rows two do:
+    /// the same sums either way.
     #[inline(always)]
     unsafe fn typed<S: Simd, E: Element>(&self) {
         unsafe {
-            let mut n = self.features.start;
-            let left = |n: usize| self.features.end - n;
-            // With few rows many weight rows share a tile, with many rows few do: the same sums either way.
-            if self.rows == 1 {
-                while left(n) >= S::TILE {
-                    S::tile_1xn::<E>(self, n);
-                    n += S::TILE;
+            let (rows, mut features) = (self.rows, self.features.clone());
+            if rows == 1 {
+                let whole = features.start + features.len() / S::TILE * S::TILE;
+                S::strip_1xn::<E>(self, features.start..whole);
+                features.start = whole;
+            }
+            let pairs = features.start + features.len() / 2 * 2;
+            let (eights, twos) = (if S::TILE == 16 { rows / 8 * 8 } else { 0 }, rows / 2 * 2);
+            S::call(Strip::<E, 8, 2>::new(self, 0..eights, features.start..pairs));
+            S::call(Strip::<E, 2, 2>::new(self, eights..twos, features.start..pairs));
+            S::call(Strip::<E, 1, 2>::new(self, twos..rows, features.start..pairs));
+            S::call(Strip::<E, 1, 1>::new(self, 0..rows, pairs..features.end));
+        }
+    }
+}
+
+/// Tiles of `MB` rows of x by `NB` features; both ranges are whole numbers of tiles.
+struct Strip<'a, E, const MB: usize, const NB: usize> {
+    linear: &'a Linear<'a>,
+    rows: std::ops::Range<usize>,
+    features: std::ops::Range<usize>,
+    element: std::marker::PhantomData<E>,
+}
+
+impl<'a, E, const MB: usize, const NB: usize> Strip<'a, E, MB, NB> {
+    fn new(linear: &'a Linear<'a>, rows: std::ops::Range<usize>, features: std::ops::Range<usize>) -> Self {
+        assert!(rows.end <= linear.rows && rows.len().is_multiple_of(MB));
+        assert!(features.end <= linear.w.rows && features.len().is_multiple_of(NB));
+        Strip { linear, rows, features, element: std::marker::PhantomData }
+    }
+}
+
+impl<E: Element, const MB: usize, const NB: usize> Job for Strip<'_, E, MB, NB> {
+    #[inline(always)]
+    unsafe fn go<S: Simd>(self) {
+        unsafe {
+            if self.rows.is_empty() || self.features.is_empty() {
+                return;
+            }
+            // The ranges were checked in `new`, `block` checks the output's; from here on pointers only step.
+            let Linear { x, w, y, .. } = self.linear;
+            let (cols, stride) = (w.cols, w.rows);
+            let last = (self.rows.end - 1) * stride + self.features.end;
+            let first = self.rows.start * stride + self.features.start;
+            let y = y.block(first, last - first);
+            let x = x.as_ptr().add(self.rows.start * cols);
+            let mut w = w.tensor.bytes().as_ptr().add(self.features.start * cols * E::SIZE);
+            for n in (0..self.features.len()).step_by(NB) {
+                let (mut x, mut y) = (x, y.add(n));
+                for _ in (0..self.rows.len()).step_by(MB) {
+                    tile::<S, E, MB, NB>(x, w, y, cols, stride);
+                    x = x.add(MB.wrapping_mul(cols));
+                    y = y.add(MB.wrapping_mul(stride));
                 }
-            }
-            while left(n) >= 2 {
-                self.column::<S, E, 2>(n);
-                n += 2;
-            }
-            if left(n) == 1 {
-                self.column::<S, E, 1>(n);
+                w = w.add((NB * E::SIZE).wrapping_mul(cols));
             }
         }
     }
+}
 
-    /// All rows of x against `NB` features.
-    #[inline(always)]
-    unsafe fn column<S: Simd, E: Element, const NB: usize>(&self, n: usize) {
-        unsafe {
-            let mut m = 0;
-            if S::TILE == 16 {
-                while self.rows - m >= 8 {
-                    self.tile::<S, E, 8, NB>(m, n);
-                    m += 8;
-                }
+/// `MB` rows of x against `NB` features: `x [MB][cols]`, `w [NB][cols]`, `y [MB]` rows at a distance of `stride`.
+///
+/// # Safety
+/// As [`Simd`], for all of these.
+#[inline(always)]
+unsafe fn tile<S: Simd, E: Element, const MB: usize, const NB: usize>(
+    x: *const f32,
+    w: *const u8,
+    y: *mut f32,
+    cols: usize,
+    stride: usize,
+) {
+    unsafe {
+        let (whole, rest) = (cols / LANES, cols % LANES);
+        let wide_row = cols.wrapping_mul(E::SIZE);
+        let mut acc = [[S::splat(0.0); NB]; MB];
+        let (mut px, mut pw) = (x, w);
+        // Plain loops, not closures: one that is not inlined would lose the instruction set.
+        for _ in 0..whole {
+            let mut wide = [S::splat(0.0); NB];
+            for j in 0..NB {
+                wide[j] = E::load::<S>(pw.add(j.wrapping_mul(wide_row)));
             }
-            while self.rows - m >= 2 {
-                self.tile::<S, E, 2, NB>(m, n);
-                m += 2;
-            }
-            if m < self.rows {
-                self.tile::<S, E, 1, NB>(m, n);
-            }
-        }
-    }
-
-    /// Rows `m..m+MB` of x against features `n..n+NB`.
-    #[inline(always)]
-    unsafe fn tile<S: Simd, E: Element, const MB: usize, const NB: usize>(&self, m: usize, n: usize) {
-        unsafe {
-            let cols = self.w.cols;
-            assert!(m + MB <= self.rows && n + NB <= self.w.rows);
-            let x: [*const f32; MB] = std::array::from_fn(|i| self.x.as_ptr().add((m + i) * cols));
-            let w: [*const u8; NB] =
-                std::array::from_fn(|j| self.w.tensor.bytes().as_ptr().add((n + j) * cols * E::SIZE));
-            let mut acc = [[S::splat(0.0); NB]; MB];
-            let mut k = 0;
-            while k + LANES <= cols {
-                let w: [S::V; NB] = std::array::from_fn(|j| E::load::<S>(w[j].add(k * E::SIZE)));
-                for i in 0..MB {
-                    let x = S::load(x[i].add(k));
-                    for j in 0..NB {
-                        acc[i][j] = S::fma(x, w[j], acc[i][j]);
-                    }
-                }
-                k += LANES;
-            }
-            if k < cols {
-                // The last, partial step: zeros beyond the end add nothing.
+            for i in 0..MB {
+                let x = S::load(px.add(i.wrapping_mul(cols)));
                 for j in 0..NB {
-                    let mut wide = [0.0; LANES];
-                    let bytes = std::slice::from_raw_parts(w[j].add(k * E::SIZE), (cols - k) * E::SIZE);
-                    widen_as::<E>(bytes, &mut wide);
-                    for i in 0..MB {
-                        let mut xs = [0.0; LANES];
-                        xs[..cols - k].copy_from_slice(std::slice::from_raw_parts(x[i].add(k), cols - k));
-                        acc[i][j] = S::fma(S::load(xs.as_ptr()), S::load(wide.as_ptr()), acc[i][j]);
-                    }
+                    acc[i][j] = S::fma(x, wide[j], acc[i][j]);
                 }
             }
-            let stride = self.w.rows;
-            let out = self.y.block(m * stride + n, (MB - 1) * stride + NB);
-            if MB * NB == LANES {
-                let sums = S::sum16(std::mem::transmute_copy(&acc));
+            px = px.add(LANES);
+            pw = pw.add(LANES * E::SIZE);
+        }
+        if rest > 0 {
+            // The last, partial step: zeros beyond the end add nothing.
+            for j in 0..NB {
+                let wide = S::load(padded::<E>(pw.add(j.wrapping_mul(wide_row)), rest).as_ptr());
                 for i in 0..MB {
-                    out.add(i * stride).copy_from_nonoverlapping(sums.as_ptr().add(i * NB), NB);
+                    let x = S::load(padded::<F32>(px.add(i.wrapping_mul(cols)).cast(), rest).as_ptr());
+                    acc[i][j] = S::fma(x, wide, acc[i][j]);
                 }
-            } else {
-                for i in 0..MB {
-                    for j in 0..NB {
-                        *out.add(i * stride + j) = S::sum(acc[i][j]);
-                    }
+            }
+        }
+        if MB * NB == LANES {
+            let sums = S::sum16(std::mem::transmute_copy(&acc));
+            for i in 0..MB {
+                y.add(i.wrapping_mul(stride)).copy_from_nonoverlapping(sums.as_ptr().add(i * NB), NB);
+            }
+        } else {
+            for i in 0..MB {
+                for j in 0..NB {
+                    *y.add(i.wrapping_mul(stride) + j) = S::sum(acc[i][j]);
                 }
             }
         }
     }
+}
+
+/// `count < 16` elements from `p`, then zeros.
+///
+/// # Safety
+/// `count` elements are readable at `p`.
+#[inline(never)]
+unsafe fn padded<E: Element>(p: *const u8, count: usize) -> [f32; LANES] {
+    let mut wide = [0.0; LANES];
+    widen_as::<E>(unsafe { std::slice::from_raw_parts(p, count * E::SIZE) }, &mut wide);
+    wide
 }
 
 struct Query {
@@ -413,7 +459,9 @@ impl<const N: usize> Job for Attend<'_, N> {
             let (dims, wide) = (self.kv.dims, self.kv.dims.next_multiple_of(LANES));
             let lo = self.queries.iter().map(|q| q.visible.start).min().unwrap_or(0);
             let hi = self.queries.iter().map(|q| q.visible.end).max().unwrap_or(0);
-            assert!(hi <= self.kv.tiles * LANES && self.queries.iter().all(|q| q.visible.start < q.visible.end));
+            assert!(
+                hi <= self.kv.tiles * LANES && self.queries.iter().all(|q| q.visible.start < q.visible.end)
+            );
             // Tiles are aligned to absolute positions, so a key's lane and its place in every sum never change.
             let (first, tiles) = (lo / LANES, hi.div_ceil(LANES) - lo / LANES);
             let width = tiles * LANES;
@@ -422,7 +470,8 @@ impl<const N: usize> Job for Attend<'_, N> {
             let q: [*const f32; N] = std::array::from_fn(|i| self.q[self.queries[i].at..][..dims].as_ptr());
 
             let scale = S::splat(1.0 / (dims as f32).sqrt());
-            let keys = self.kv.keys[(self.kv_head * self.kv.tiles + first) * dims * LANES..][..width * dims].as_ptr();
+            let keys = self.kv.keys[(self.kv_head * self.kv.tiles + first) * dims * LANES..][..width * dims]
+                .as_ptr();
             for t in 0..tiles {
                 let keys = keys.add(t * dims * LANES);
                 let mut acc = [[S::splat(0.0); 4]; N];
@@ -475,8 +524,11 @@ impl<const N: usize> Job for Attend<'_, N> {
                 inverse[i] = 1.0 / S::sum(total);
             }
 
-            let seen = self.queries.each_ref().map(|q| q.visible.start - first * LANES..q.visible.end - first * LANES);
-            let values = self.kv.values[(self.kv_head * self.kv.tiles + first) * LANES * wide..][..width * wide].as_ptr();
+            let near = |q: &Query| q.visible.start - first * LANES..q.visible.end - first * LANES;
+            let seen = self.queries.each_ref().map(near);
+            let values = self.kv.values[(self.kv_head * self.kv.tiles + first) * LANES * wide..]
+                [..width * wide]
+                .as_ptr();
             let mut d = 0;
             while d < wide {
                 let vectors = if wide - d >= 4 * LANES { 4 } else { 1 };
@@ -521,7 +573,10 @@ unsafe fn mix<S: Simd, const N: usize, const D: usize>(
         let mut acc = [[S::splat(0.0); 4]; N];
         for (keys, all) in [(lo..from, false), (from..to, true), (to..hi, false)] {
             for key in keys {
-                let value: [S::V; D] = std::array::from_fn(|v| S::load(values.add(key * stride + v * LANES)));
+                let mut value = [S::splat(0.0); D];
+                for v in 0..D {
+                    value[v] = S::load(values.add(key * stride + v * LANES));
+                }
                 for i in 0..N {
                     if all || seen[i].contains(&key) {
                         let weight = S::splat(*weights[i].add(key));
@@ -667,7 +722,10 @@ trait Simd: Sized {
     type V: Copy;
     /// Accumulators that fit the registers.
     const TILE: usize;
-    unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize);
+    /// Runs a job compiled for these instructions, in a function of its own: one large function spills registers.
+    unsafe fn call(job: impl Job);
+    /// A strip of one row by tiles of as many features.
+    unsafe fn strip_1xn<E: Element>(job: &Linear, features: std::ops::Range<usize>);
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
     unsafe fn load_bf16(p: *const u8) -> Self::V;
@@ -714,9 +772,13 @@ struct Plain;
 impl Simd for Plain {
     type V = [f32; LANES];
     const TILE: usize = 4;
+    #[inline(never)]
+    unsafe fn call(job: impl Job) {
+        unsafe { job.go::<Self>() }
+    }
     #[inline(always)]
-    unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize) {
-        unsafe { job.tile::<Self, E, 1, 4>(0, n) }
+    unsafe fn strip_1xn<E: Element>(job: &Linear, features: std::ops::Range<usize>) {
+        unsafe { Self::call(Strip::<E, 1, 4>::new(job, 0..1, features)) }
     }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
@@ -728,11 +790,13 @@ impl Simd for Plain {
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u8) -> Self::V {
-        unsafe { p.cast::<[u16; LANES]>().read_unaligned() }.map(|b| f32::from_bits((u16::from_le(b) as u32) << 16))
+        unsafe { p.cast::<[u16; LANES]>().read_unaligned() }
+            .map(|b| f32::from_bits((u16::from_le(b) as u32) << 16))
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> Self::V {
-        unsafe { p.cast::<[u16; LANES]>().read_unaligned() }.map(|b| half::f16::from_bits(u16::from_le(b)).to_f32())
+        unsafe { p.cast::<[u16; LANES]>().read_unaligned() }
+            .map(|b| half::f16::from_bits(u16::from_le(b)).to_f32())
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: Self::V) {
@@ -779,29 +843,23 @@ impl Simd for Plain {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Element, Job, LANES, Linear, Simd};
+    use super::{Element, Job, LANES, Linear, Simd, Strip};
     use std::arch::x86_64::*;
 
+    /// What [`Avx2`] needs.
     pub fn has_avx2() -> bool {
-        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
     }
 
+    /// What [`Avx512`] needs. Without VL the compiler leaves half of the 32 registers unused.
     pub fn has_avx512() -> bool {
-        has_avx2() && is_x86_feature_detected!("avx512f")
-    }
-
-    /// # Safety
-    /// [`has_avx512`]
-    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-    pub unsafe fn avx512(job: impl Job) {
-        unsafe { job.go::<Avx512>() }
-    }
-
-    /// # Safety
-    /// [`has_avx2`]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn avx2(job: impl Job) {
-        unsafe { job.go::<Avx2>() }
+        has_avx2()
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
     }
 
     pub struct Avx512;
@@ -810,8 +868,17 @@ mod x86 {
         type V = __m512;
         const TILE: usize = 16;
         #[inline(always)]
-        unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize) {
-            unsafe { job.tile::<Self, E, 1, 16>(0, n) }
+        unsafe fn call(job: impl Job) {
+            #[inline(never)]
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
+            unsafe fn with_features(job: impl Job) {
+                unsafe { job.go::<Avx512>() }
+            }
+            unsafe { with_features(job) }
+        }
+        #[inline(always)]
+        unsafe fn strip_1xn<E: Element>(job: &Linear, features: std::ops::Range<usize>) {
+            unsafe { Self::call(Strip::<E, 1, 16>::new(job, 0..1, features)) }
         }
         #[inline(always)]
         unsafe fn splat(x: f32) -> __m512 {
@@ -877,7 +944,13 @@ mod x86 {
             unsafe {
                 // Lanes l and l + 8: vector i in the low half, i + 8 in the high half.
                 const FROM: [usize; 16] = [0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15];
-                let v = FROM.map(|i| v[i]);
+                let v: [__m512; 16] = {
+                    let mut ordered = v;
+                    for i in 0..16 {
+                        ordered[i] = v[FROM[i]];
+                    }
+                    ordered
+                };
                 let mut a = [_mm512_setzero_ps(); 8];
                 for i in 0..8 {
                     let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(v[i], v[i + 8]);
@@ -912,7 +985,11 @@ mod x86 {
 
     impl Avx2 {
         #[inline(always)]
-        fn both(a: (__m256, __m256), b: (__m256, __m256), f: impl Fn(__m256, __m256) -> __m256) -> (__m256, __m256) {
+        fn both(
+            a: (__m256, __m256),
+            b: (__m256, __m256),
+            f: impl Fn(__m256, __m256) -> __m256,
+        ) -> (__m256, __m256) {
             (f(a.0, b.0), f(a.1, b.1))
         }
     }
@@ -921,8 +998,17 @@ mod x86 {
         type V = (__m256, __m256);
         const TILE: usize = 4;
         #[inline(always)]
-        unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize) {
-            unsafe { job.tile::<Self, E, 1, 4>(0, n) }
+        unsafe fn call(job: impl Job) {
+            #[inline(never)]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn with_features(job: impl Job) {
+                unsafe { job.go::<Avx2>() }
+            }
+            unsafe { with_features(job) }
+        }
+        #[inline(always)]
+        unsafe fn strip_1xn<E: Element>(job: &Linear, features: std::ops::Range<usize>) {
+            unsafe { Self::call(Strip::<E, 1, 4>::new(job, 0..1, features)) }
         }
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self::V {
@@ -1015,13 +1101,13 @@ mod tests {
                 if x86::has_avx2() {
                     let mut $out = vec![0.0f32; $len];
                     // SAFETY: the CPU has the instructions.
-                    unsafe { x86::avx2($job) };
+                    unsafe { x86::Avx2::call($job) };
                     results.push($out);
                 }
                 if x86::has_avx512() {
                     let mut $out = vec![0.0f32; $len];
                     // SAFETY: the CPU has the instructions.
-                    unsafe { x86::avx512($job) };
+                    unsafe { x86::Avx512::call($job) };
                     results.push($out);
                 }
             }
@@ -1057,11 +1143,15 @@ mod tests {
             Dtype::Bf16 => {
                 ("BF16", values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect())
             }
-            Dtype::F16 => ("F16", values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect()),
+            Dtype::F16 => {
+                ("F16", values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect())
+            }
             Dtype::F32 => ("F32", values.iter().flat_map(|v| v.to_le_bytes()).collect()),
         };
-        let header =
-            format!(r#"{{"w":{{"dtype":"{name}","shape":[{rows},{cols}],"data_offsets":[0,{}]}}}}"#, data.len());
+        let header = format!(
+            r#"{{"w":{{"dtype":"{name}","shape":[{rows},{cols}],"data_offsets":[0,{}]}}}}"#,
+            data.len()
+        );
         let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
         let files = Box::leak(Box::new([("model.safetensors", &*file.leak())]));
         let checkpoint = Checkpoint::open(&Folder::Embedded { name: "test", files }).unwrap();
@@ -1135,6 +1225,7 @@ mod tests {
     struct Exp<'a>(&'a mut [f32]);
 
     impl Job for Exp<'_> {
+        #[inline(always)]
         unsafe fn go<S: Simd>(self) {
             for x in self.0.chunks_exact_mut(LANES) {
                 // SAFETY: 16 elements, and the caller vouches for the CPU.

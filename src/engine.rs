@@ -20,6 +20,9 @@ pub struct Request {
 
 /// One sequence on one device.
 pub trait Decoder {
+    /// Ids the target has rows for: `0..vocab`.
+    fn vocab(&self) -> usize;
+
     /// Positions a sequence may have, prompt and answer together.
     fn context(&self) -> usize;
 
@@ -99,7 +102,11 @@ pub struct Outcome {
 ///
 /// Losslessness: rounds differ between block sizes only in how many tokens they bring, never in which, and every
 /// stopping rule below looks at tokens one by one; so the answer is a function of prompt, sampling and limits.
-pub fn generate(decoder: &mut dyn Decoder, request: &Request, listener: &mut dyn Listener) -> Result<Outcome> {
+pub fn generate(
+    decoder: &mut dyn Decoder,
+    request: &Request,
+    listener: &mut dyn Listener,
+) -> Result<Outcome> {
     let context = decoder.context();
     let prompt = request.prompt.len();
     if prompt == 0 {
@@ -108,6 +115,12 @@ pub fn generate(decoder: &mut dyn Decoder, request: &Request, listener: &mut dyn
     if prompt >= context {
         return Err(Error::Usage(format!(
             "the prompt has {prompt} tokens, but the context holds {context}, the answer included"
+        )));
+    }
+    if let Some(id) = request.prompt.iter().find(|id| **id as usize >= decoder.vocab()) {
+        return Err(Error::Model(format!(
+            "the prompt holds token id {id}, but the target has {} rows: its tokenizer belongs to another model",
+            decoder.vocab()
         )));
     }
     let room = request.max_tokens.min(context - prompt);

@@ -86,7 +86,7 @@ impl<'a> Fields<'a> {
     pub(crate) fn unsupported(&self, name: &str, found: &str, expected: &str) -> Error {
         let (file, prefix, found) = (self.file, self.prefix, shown(found));
         Error::Unsupported(format!(
-            "{file}: {prefix}{name} is {found}, which is not run: expected {expected}"
+            "{file}: {prefix}{name} is {found}, which this engine does not run: expected {expected}"
         ))
     }
 

@@ -4,7 +4,9 @@
 //! | --- | --- |
 //! | [`config`] | `config.json` of target and drafter, what is refused, the pair's fit |
 //! | [`weights`] | checkpoint folders: safetensors shards, mapped and used in place |
-//! | [`text`] | tokenizer, chat template, streaming detokenising, stop strings |
+//! | [`pair`] | target and drafter opened together and held against each other |
+//! | [`text`] | tokenizer, streaming detokenising, stop strings |
+//! | `template` | chat templates as Hugging Face runs them |
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
 //! | [`cpu`] | the reference's arithmetic: SIMD dot products on all cores |
 //! | [`reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
@@ -15,8 +17,10 @@ pub mod config;
 pub mod cpu;
 pub mod engine;
 mod json;
+pub mod pair;
 pub mod reference;
 pub mod stats;
+mod template;
 pub mod text;
 pub mod verify;
 pub mod weights;

@@ -4,6 +4,7 @@
 use crate::config::{Attention, DrafterConfig, Stack, TargetConfig};
 use crate::cpu::{self, Kv, Matrix};
 use crate::engine::{Decoder, Flow, Request};
+use crate::pair::Model;
 use crate::verify::{Sampling, argmax, judge};
 use crate::weights::Checkpoint;
 use crate::{Error, Result};
@@ -14,21 +15,23 @@ const CHUNK: usize = 64;
 // ---- one decoder layer, shared by target and drafter ----
 
 struct Layer {
-    input_norm: Vec<f32>,          // [hidden]
-    q: Matrix,                     // [heads * head_dim][hidden]
-    k: Matrix,                     // [kv_heads * head_dim][hidden]
-    v: Matrix,                     // [kv_heads * head_dim][hidden]
-    o: Matrix,                     // [hidden][heads * head_dim]
+    input_norm: Vec<f32>,           // [hidden]
+    q: Matrix,                      // [heads * head_dim][hidden]
+    k: Matrix,                      // [kv_heads * head_dim][hidden]
+    v: Matrix,                      // [kv_heads * head_dim][hidden]
+    o: Matrix,                      // [hidden][heads * head_dim]
     qk_norm: Option<[Vec<f32>; 2]>, // [head_dim] each
-    post_norm: Vec<f32>,           // [hidden]
-    gate: Matrix,                  // [intermediate][hidden]
-    up: Matrix,                    // [intermediate][hidden]
-    down: Matrix,                  // [hidden][intermediate]
+    post_norm: Vec<f32>,            // [hidden]
+    gate: Matrix,                   // [intermediate][hidden]
+    up: Matrix,                     // [intermediate][hidden]
+    down: Matrix,                   // [hidden][intermediate]
 }
 
 impl Layer {
     fn load(file: &Checkpoint, prefix: &str, s: &Stack) -> Result<Layer> {
-        let vector = |name: &str, len| Ok::<_, Error>(cpu::to_f32(&file.tensor(&format!("{prefix}.{name}.weight"), &[len])?));
+        let vector = |name: &str, len| {
+            Ok::<_, Error>(cpu::to_f32(&file.tensor(&format!("{prefix}.{name}.weight"), &[len])?))
+        };
         let matrix = |name: &str, rows, cols| matrix(file, &format!("{prefix}.{name}.weight"), rows, cols);
         let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
         Ok(Layer {
@@ -38,7 +41,9 @@ impl Layer {
             v: matrix("self_attn.v_proj", kv, s.hidden)?,
             o: matrix("self_attn.o_proj", s.hidden, q)?,
             qk_norm: match s.qk_norm {
-                true => Some([vector("self_attn.q_norm", s.head_dim)?, vector("self_attn.k_norm", s.head_dim)?]),
+                true => {
+                    Some([vector("self_attn.q_norm", s.head_dim)?, vector("self_attn.k_norm", s.head_dim)?])
+                }
                 false => None,
             },
             post_norm: vector("post_attention_layernorm", s.hidden)?,
@@ -180,7 +185,8 @@ pub struct Target {
 
 impl Target {
     /// Weights stay where the checkpoint has them.
-    pub fn load(config: TargetConfig, file: &Checkpoint) -> Result<Target> {
+    pub fn load(model: &Model<TargetConfig>) -> Result<Target> {
+        let (config, file) = (model.config.clone(), &model.weights);
         let s = &config.stack;
         Ok(Target {
             embedding: matrix(file, "model.embed_tokens.weight", config.vocab, s.hidden)?,
@@ -214,7 +220,14 @@ impl Target {
 
     /// Runs `tokens` at positions `cache.len()..`. Fills `features` `[tokens][taps * hidden]`, the residual stream
     /// after each tapped layer, in list order (dflash.md 3.1). Returns the final-normed last rows, `[last][hidden]`.
-    pub fn forward(&self, tokens: &[u32], cache: &mut Cache, taps: &[usize], features: &mut Vec<f32>, last: usize) -> Vec<f32> {
+    pub fn forward(
+        &self,
+        tokens: &[u32],
+        cache: &mut Cache,
+        taps: &[usize],
+        features: &mut Vec<f32>,
+        last: usize,
+    ) -> Vec<f32> {
         let s = &self.config.stack;
         let at = cache.len;
         cache.rotate_to(at + tokens.len());
@@ -248,7 +261,8 @@ pub struct Drafter {
 
 impl Drafter {
     /// Weights stay where the checkpoint has them.
-    pub fn load(config: DrafterConfig, file: &Checkpoint) -> Result<Drafter> {
+    pub fn load(model: &Model<DrafterConfig>) -> Result<Drafter> {
+        let (config, file) = (model.config.clone(), &model.weights);
         let s = &config.stack;
         Ok(Drafter {
             fc: matrix(file, "fc.weight", s.hidden, config.taps.len() * s.hidden)?,
@@ -352,7 +366,8 @@ impl<'a> Sequence<'a> {
     /// after every round (dflash.md 4). None before the start; the drafter's is none in plain decoding.
     pub fn lengths(&self) -> Option<(usize, Option<usize>)> {
         let state = self.state.as_ref()?;
-        let draft = |context: &Cache| context.len + self.drafter.map_or(0, |d| state.features.len() / d.fc.cols);
+        let draft =
+            |context: &Cache| context.len + self.drafter.map_or(0, |d| state.features.len() / d.fc.cols);
         Some((state.cache.len, state.context.as_ref().map(draft)))
     }
 
@@ -388,7 +403,8 @@ impl<'a> Sequence<'a> {
         let (mut features, mut logits) = (Vec::new(), Vec::new());
         let normed = target.forward(&block, &mut state.cache, taps, &mut features, block.len());
         target.logits(&normed, &mut logits);
-        let choose = |row: usize| state.sampling.choose(&logits[row * vocab..][..vocab], (s + row + 1) as u32);
+        let choose =
+            |row: usize| state.sampling.choose(&logits[row * vocab..][..vocab], (s + row + 1) as u32);
         let (accepted, next) = judge(drafts, choose).ok_or_else(|| damaged("target", s + 1))?;
 
         state.cache.crop(s + accepted + 1);
@@ -411,6 +427,10 @@ fn damaged(model: &str, position: usize) -> Error {
 }
 
 impl Decoder for Sequence<'_> {
+    fn vocab(&self) -> usize {
+        self.target.config.vocab
+    }
+
     fn context(&self) -> usize {
         self.target.config.stack.max_positions
     }

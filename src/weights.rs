@@ -73,6 +73,14 @@ impl Folder {
         }
     }
 
+    /// The folder as a user would name it.
+    pub fn name(&self) -> String {
+        match self {
+            Folder::Disk(dir) => dir.display().to_string(),
+            Folder::Embedded { name, .. } => name.to_string(),
+        }
+    }
+
     /// The file's bytes, `None` if it is not there. A file that cannot be read is an error.
     pub fn file(&self, file: &str) -> Result<Option<Bytes>> {
         let dir = match self {
@@ -115,20 +123,25 @@ impl Folder {
             }
             Err(e) => format!("{} cannot be read: {e}", dir.display()),
             Ok(info) if !info.is_dir() => format!("{} is a file: {expected}", dir.display()),
-            Ok(_) => match foreign_weights(dir) {
-                names if names.is_empty() => format!("{} has no {file}", dir.display()),
-                names => format!(
-                    "{} has no {file}, but {}: expected weights as {SINGLE}, or shards with {INDEX}",
-                    dir.display(),
-                    names.join(", ")
-                ),
-            },
+            Ok(_) => {
+                let found = match weights_in(dir) {
+                    names if names.is_empty() => String::new(),
+                    names => format!(", it holds {}", names.join(", ")),
+                };
+                let expected = match file {
+                    SINGLE => {
+                        "expected safetensors, in one file or in shards with model.safetensors.index.json"
+                    }
+                    _ => expected,
+                };
+                format!("{} has no {file}{found}: {expected}", dir.display())
+            }
         })
     }
 }
 
-/// Files that look like weights in another format or under another name, up to five.
-fn foreign_weights(dir: &Path) -> Vec<String> {
+/// Files that look like weights in any format, up to five.
+fn weights_in(dir: &Path) -> Vec<String> {
     let weights = ["bin", "ckpt", "gguf", "h5", "msgpack", "npz", "onnx", "pt", "pth", "safetensors"];
     let mut names: Vec<String> = fs::read_dir(dir)
         .into_iter()
@@ -218,7 +231,7 @@ impl Checkpoint {
         for file in index.weight_map.values().collect::<BTreeSet<_>>() {
             // A plain name, so that an index cannot reach outside its folder.
             let plain = Path::new(file).file_name().is_some_and(|name| name == file.as_str());
-            if !plain || file.contains(['/', '\\']) {
+            if !plain || file.contains(|c: char| matches!(c, '/' | '\\') || c.is_control()) {
                 return Err(Error::Model(format!(
                     "{} lists the shard \"{}\": expected the plain name of a file in the same folder",
                     all.source,
@@ -276,7 +289,7 @@ impl Checkpoint {
         let (path, bytes) = &self.shards[entry.shard];
         let dtype = supported(entry.dtype).ok_or_else(|| {
             Error::Unsupported(format!(
-                "{path}: tensor {stored} is {}, expected BF16, F16 or F32 (quantised weights are not run)",
+                "{path}: tensor {stored} is {}, which this engine does not run: expected BF16, F16 or F32",
                 entry.dtype
             ))
         })?;
@@ -292,6 +305,11 @@ impl Checkpoint {
     /// Whether a tensor of that name is there, or of one of its other spellings.
     pub fn has(&self, name: &str) -> bool {
         self.find(name).is_some()
+    }
+
+    /// (path, bytes) of every shard, in name order.
+    pub fn files(&self) -> Vec<(&str, usize)> {
+        self.shards.iter().map(|(path, bytes)| (path.as_str(), bytes.len())).collect()
     }
 
     /// (name, file, dtype, shape) of every tensor in a type that can be used, in name order; for `--plan`.
@@ -332,10 +350,10 @@ impl Checkpoint {
             } else if is(&["embed_tokens", "lm_head", "d2t", "t2d"]) {
                 "a drafter with an embedding, head or vocabulary of its own"
             } else {
-                return Err(self.unknown(name, entry, expected, "DFlash drafters"));
+                return Err(self.unknown(name, entry, expected, "a DFlash drafter"));
             };
             return Err(Error::Unsupported(format!(
-                "{}: tensor {} belongs to {what}, which is not run",
+                "{}: tensor {} belongs to {what}: this engine runs plain DFlash drafters",
                 self.shards[entry.shard].0,
                 shown(name)
             )));
@@ -365,7 +383,7 @@ impl Checkpoint {
         let last = name.rsplit('.').next().unwrap_or(name);
         if quantised.contains(&last) || last.starts_with("weight_") || name.contains("quant") {
             return Error::Unsupported(format!(
-                "{path}: tensor {shown_name} is of a quantised checkpoint, which is not run: expected BF16, F16 or F32 weights"
+                "{path}: tensor {shown_name} is of a quantised checkpoint, which this engine does not run: expected BF16, F16 or F32 weights"
             ));
         }
         Error::Unsupported(format!("{path}: tensor {shown_name} is not one that {who} has"))

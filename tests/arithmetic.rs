@@ -64,7 +64,10 @@ fn rows_of_weights_are_read_in_their_type() {
         for r in 0..40 {
             w.row(r, 2.0, &mut row);
             for (got, v) in row.iter().zip(&stored[r * 33..]) {
-                assert!((got - 2.0 * v).abs() <= 2.0 * v.abs() * 0.5f32.powi(digits) + 1e-7, "{dtype:?}: {got}, {v}");
+                assert!(
+                    (got - 2.0 * v).abs() <= 2.0 * v.abs() * 0.5f32.powi(digits) + 1e-7,
+                    "{dtype:?}: {got}, {v}"
+                );
             }
         }
     }
@@ -85,7 +88,12 @@ fn a_row_of_a_product_has_the_same_bits_in_every_company() {
                         let y = linear(w, &x[first * cols..(first + rows) * cols]);
                         for (r, y) in y.chunks(w.rows).enumerate() {
                             let expected = &alone[first + r][..w.rows];
-                            assert_eq!(bits(y), bits(expected), "{dtype:?}, {rows} rows, {} x {cols}", w.rows);
+                            assert_eq!(
+                                bits(y),
+                                bits(expected),
+                                "{dtype:?}, {rows} rows, {} x {cols}",
+                                w.rows
+                            );
                         }
                     }
                 }
@@ -201,7 +209,8 @@ impl Case {
 fn ranges() -> Vec<Range<usize>> {
     let causal = (0..5).map(|row| 0..58 + row);
     let window = (0..5).map(|row| 40 + row..45 + row);
-    let borders = [0..1, 15..16, 16..17, 15..17, 0..16, 16..32, 17..48, 31..33, 63..64, 64..75, 0..75, 74..75];
+    let borders =
+        [0..1, 15..16, 16..17, 15..17, 0..16, 16..32, 17..48, 31..33, 63..64, 64..75, 0..75, 74..75];
     causal.chain(window).chain(borders).collect()
 }
 
@@ -233,7 +242,8 @@ fn a_query_has_the_same_bits_in_every_company() {
             let case = Case::new(heads, kv_heads, dims, visible.len());
             let kv = case.cache();
             let width = heads * dims;
-            let alone: Vec<f32> = (0..visible.len()).flat_map(|r| case.attend(&kv, r..r + 1, &visible)).collect();
+            let alone: Vec<f32> =
+                (0..visible.len()).flat_map(|r| case.attend(&kv, r..r + 1, &visible)).collect();
             for rows in [2, 3, 4, 5, visible.len()] {
                 for first in 0..=visible.len() - rows {
                     let out = case.attend(&kv, first..first + rows, &visible);
@@ -337,7 +347,9 @@ fn rope_turns_pairs_half_a_rotary_width_apart() {
         let angles: Vec<f64> = random(2, rows * rotary / 2).iter().map(|a| *a as f64 * 50.0).collect();
         let table: Vec<f32> = angles
             .chunks(rotary / 2)
-            .flat_map(|row| row.iter().map(|a| a.cos()).chain(row.iter().map(|a| a.sin())).collect::<Vec<f64>>())
+            .flat_map(|row| {
+                row.iter().map(|a| a.cos()).chain(row.iter().map(|a| a.sin())).collect::<Vec<f64>>()
+            })
             .map(|v| v as f32)
             .collect();
         let mut got = x.clone();
@@ -354,7 +366,10 @@ fn rope_turns_pairs_half_a_rotary_width_apart() {
                 let (sin, cos) = angles[row * rotary / 2 + pair].sin_cos();
                 if d < rotary / 2 { a * cos - b * sin } else { a * sin + b * cos }
             };
-            assert!((*got as f64 - exact).abs() < 3e-7, "{heads} x {dims}, {rotary} rotated: {got}, not {exact}");
+            assert!(
+                (*got as f64 - exact).abs() < 3e-7,
+                "{heads} x {dims}, {rotary} rotated: {got}, not {exact}"
+            );
         }
     }
 }

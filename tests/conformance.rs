@@ -2,13 +2,14 @@
 //! the list that this project keeps of them. The tenth, DFlash2 with neutral parts against DFlash, has nothing to
 //! test: DFlash2 drafters are refused. Values are held against `support/dense.rs`, a second model in f64.
 
-mod support;
 #[path = "support/dense.rs"]
 mod dense;
+mod support;
 
-use dflash::config::{DrafterConfig, TargetConfig, check_pair};
+use dflash::config::DrafterConfig;
 use dflash::cpu;
 use dflash::engine::{Decoder, Finish, Flow, Listener, Outcome, Request, generate};
+use dflash::pair::Pair;
 use dflash::reference::{Cache, Drafter, Sequence, Target};
 use dflash::verify::Sampling;
 use dflash::weights::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype, Folder};
@@ -18,15 +19,13 @@ use support::Random;
 /// f32 against f64 through a whole random model, norm-wise: the worst seen is 6e-7.
 const CLOSE: f64 = 2e-6;
 
+fn open(target: Folder, drafter: Folder) -> (Target, Drafter) {
+    let pair = Pair::open(target, Some(drafter)).unwrap();
+    (Target::load(&pair.target).unwrap(), Drafter::load(&pair.drafter.unwrap()).unwrap())
+}
+
 fn load(pair: &support::Pair) -> (Target, Drafter) {
-    let (target, drafter) = (Folder::Disk(pair.target.clone()), Folder::Disk(pair.drafter.clone()));
-    let ours = TargetConfig::open(&target).unwrap();
-    let theirs = DrafterConfig::open(&drafter).unwrap();
-    check_pair(&ours, &target, &theirs, &drafter).unwrap();
-    (
-        Target::load(ours, &Checkpoint::open(&target).unwrap()).unwrap(),
-        Drafter::load(theirs, &Checkpoint::open(&drafter).unwrap()).unwrap(),
-    )
+    open(support::disk(&pair.target), support::disk(&pair.drafter))
 }
 
 fn write(target: &support::Target, drafter: &support::Drafter) -> (Target, Drafter) {
@@ -74,12 +73,50 @@ fn target_equals_a_dense_f64_model() {
     let base = support::Target::default();
     let cases = [
         base.clone(),
-        support::Target { llama: true, tied: false, rope_scaling: llama3, dtype: Dtype::F16, shards: 3, ..base.clone() },
-        support::Target { heads: 8, kv_heads: 1, head_dim: 128, dtype: Dtype::F32, shards: 2, ..base.clone() },
-        support::Target { heads: 8, kv_heads: 2, head_dim: 64, hidden: 51, intermediate: 33, tied: false, ..base.clone() },
+        support::Target {
+            llama: true,
+            tied: false,
+            rope_scaling: llama3,
+            dtype: Dtype::F16,
+            shards: 3,
+            ..base.clone()
+        },
+        support::Target {
+            heads: 8,
+            kv_heads: 1,
+            head_dim: 128,
+            dtype: Dtype::F32,
+            shards: 2,
+            ..base.clone()
+        },
+        support::Target {
+            heads: 8,
+            kv_heads: 2,
+            head_dim: 64,
+            hidden: 51,
+            intermediate: 33,
+            tied: false,
+            ..base.clone()
+        },
         support::Target { heads: 3, kv_heads: 3, head_dim: 80, layers: 3, rope_theta: 1e6, ..base.clone() },
-        support::Target { llama: true, hidden: 7, intermediate: 1, heads: 5, kv_heads: 5, head_dim: 2, vocab: 3, rope_scaling: yarn, ..base.clone() },
-        support::Target { hidden: 16, layers: 2, rope_scaling: json!({ "rope_type": "linear", "factor": 3.0 }), seed: 9, ..base.clone() },
+        support::Target {
+            llama: true,
+            hidden: 7,
+            intermediate: 1,
+            heads: 5,
+            kv_heads: 5,
+            head_dim: 2,
+            vocab: 3,
+            rope_scaling: yarn,
+            ..base.clone()
+        },
+        support::Target {
+            hidden: 16,
+            layers: 2,
+            rope_scaling: json!({ "rope_type": "linear", "factor": 3.0 }),
+            seed: 9,
+            ..base.clone()
+        },
     ];
     let taps = [0, 1];
     let mut worst: f64 = 0.0;
@@ -114,7 +151,10 @@ fn compare_target(target: &Target, oracle: &dense::Target, vocab: usize, taps: &
         dense::distance(logits, oracle.logits(states.last().unwrap()).into_iter().flatten()),
     ];
     let stack = &target.config.stack;
-    assert!(apart.iter().all(|d| *d < CLOSE), "features and logits are {apart:?} from the oracle's: {stack:?}");
+    assert!(
+        apart.iter().all(|d| *d < CLOSE),
+        "features and logits are {apart:?} from the oracle's: {stack:?}"
+    );
     for pieces in [&[1; 83][..], &[64, 19], &[3, 16, 1, 2, 16, 16, 16, 13], &[15, 17, 51]] {
         let (f, n) = forward(target, &tokens, taps, pieces);
         assert_eq!(bits(&f), bits(&features), "features depend on the pieces {pieces:?}: {stack:?}");
@@ -190,19 +230,41 @@ fn c3_decode_passes_equal_one_training_pass_over_all_blocks() {
         ("sliding, window 1", sliding(1, Some(false), vec![true])),
         ("window beyond the sequence", sliding(500, Some(false), vec![true, true])),
         ("input scale", dflash(json!({ "input_embedding_scale": 2.5 }))),
-        ("multiplier and softcap", dflash(json!({ "output_multiplier": 0.3, "final_logit_softcapping": 2.0 }))),
+        (
+            "multiplier and softcap",
+            dflash(json!({ "output_multiplier": 0.3, "final_logit_softcapping": 2.0 })),
+        ),
         ("half of the head rotated", dflash(json!({ "partial_rotary_factor": 0.5 }))),
         ("linear", rope(json!({ "rope_type": "linear", "factor": 2.0 }))),
         ("yarn", rope(json!({ "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 48 }))),
-        ("llama3", rope(json!({ "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48 }))),
-        ("f16, one KV head", support::Drafter { heads: 8, kv_heads: 1, head_dim: 64, dtype: Dtype::F16, shards: 2, ..base.clone() }),
-        ("f32, taps in another order", support::Drafter { taps: vec![2, 0, 1], dtype: Dtype::F32, block: 16, ..base.clone() }),
+        (
+            "llama3",
+            rope(
+                json!({ "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48 }),
+            ),
+        ),
+        (
+            "f16, one KV head",
+            support::Drafter {
+                heads: 8,
+                kv_heads: 1,
+                head_dim: 64,
+                dtype: Dtype::F16,
+                shards: 2,
+                ..base.clone()
+            },
+        ),
+        (
+            "f32, taps in another order",
+            support::Drafter { taps: vec![2, 0, 1], dtype: Dtype::F32, block: 16, ..base.clone() },
+        ),
     ];
     let spec = support::Target::default();
     let oracle_target = dense::Target::new(&spec);
     let tokens = random_tokens(11, spec.vocab, 40);
     let states = oracle_target.states(&tokens);
-    let blocks: Vec<(usize, u32)> = [1, 2, 5, 15, 16, 17, 31, 39].into_iter().map(|a| (a, tokens[a])).collect();
+    let blocks: Vec<(usize, u32)> =
+        [1, 2, 5, 15, 16, 17, 31, 39].into_iter().map(|a| (a, tokens[a])).collect();
     let mut worst: f64 = 0.0;
     for (name, draft) in cases {
         let (target, drafter) = write(&spec, &draft);
@@ -287,8 +349,13 @@ fn c4_a_block_sees_every_feature_before_its_anchor_and_none_after() {
 fn c5_a_window_counts_the_token_itself() {
     for is_causal in [None, Some(false)] {
         let window = 5;
-        let spec =
-            support::Drafter { layers: 1, sliding: vec![true], window: Some(window), is_causal, ..Default::default() };
+        let spec = support::Drafter {
+            layers: 1,
+            sliding: vec![true],
+            window: Some(window),
+            is_causal,
+            ..Default::default()
+        };
         let block = Block::new(&spec, 13);
         let s = 13;
         let rows = block.rows(s, s, None, 5, 8);
@@ -322,7 +389,10 @@ fn c6_a_tap_is_the_residual_stream_after_its_layer() {
         let cols = t.shape[t.shape.len() - 1];
         if t.name.ends_with("norm.weight") {
             t.values.fill(1.0);
-        } else if t.name.starts_with("model.embed") || t.name.contains("gate_proj") || t.name.contains("up_proj") {
+        } else if t.name.starts_with("model.embed")
+            || t.name.contains("gate_proj")
+            || t.name.contains("up_proj")
+        {
             t.values.fill(0.0);
             let large = if t.name.starts_with("model.embed") { 1e4 } else { 1.0 };
             t.values.iter_mut().step_by(cols).for_each(|v| *v = large);
@@ -344,7 +414,10 @@ fn c6_a_tap_is_the_residual_stream_after_its_layer() {
         let tap = draft.taps[at % 3];
         for (channel, got) in tapped.iter().enumerate().skip(1) {
             let expected = if channel <= tap + 1 { channel as f32 * unit } else { 0.0 };
-            assert!((got - expected).abs() <= 1e-3 * expected, "tap {tap}, channel {channel}: {got}, not {expected}");
+            assert!(
+                (got - expected).abs() <= 1e-3 * expected,
+                "tap {tap}, channel {channel}: {got}, not {expected}"
+            );
         }
     }
 }
@@ -372,6 +445,10 @@ impl<'a> Checked<'a> {
 }
 
 impl Decoder for Checked<'_> {
+    fn vocab(&self) -> usize {
+        self.sequence.vocab()
+    }
+
     fn context(&self) -> usize {
         self.sequence.context()
     }
@@ -424,7 +501,8 @@ fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, se
 /// A pair of so few tokens that an untrained drafter is often right.
 fn guessing_pair(seed: u64) -> (support::Target, support::Drafter) {
     let vocab = 2 + seed as usize % 3;
-    let target = support::Target { vocab, hidden: 32, intermediate: 40, tied: false, seed, ..Default::default() };
+    let target =
+        support::Target { vocab, hidden: 32, intermediate: 40, tied: false, seed, ..Default::default() };
     let drafter = support::Drafter { taps: vec![1, 2], seed: seed + 100, ..Default::default() };
     (target, drafter)
 }
@@ -521,15 +599,18 @@ fn c8_sampled_tokens_follow_the_target_law_whatever_is_drafted() {
         let worst = (0..4).min_by(|a, b| best[*a].total_cmp(&best[*b])).unwrap();
         vec![worst as u32; rows - 1]
     };
-    let turning: &(dyn Fn(usize, usize) -> Vec<u32> + Sync) = &|s, rows| (0..rows - 1).map(|r| ((s + r) % 4) as u32).collect();
+    let turning: &(dyn Fn(usize, usize) -> Vec<u32> + Sync) =
+        &|s, rows| (0..rows - 1).map(|r| ((s + r) % 4) as u32).collect();
     let samples = 6000;
-    for (kind, script) in [("argmax", argmax), ("least likely", Some(least)), ("adversarial", Some(turning))] {
+    for (kind, script) in [("argmax", argmax), ("least likely", Some(least)), ("adversarial", Some(turning))]
+    {
         let mut counts = vec![0.0; 64];
         let mut accepted = 0;
         for i in 0..samples {
             // Seeds of their own, or all kinds would draw the same tokens.
             let seed = (1000 * kind.len() as u64) << 32 | i;
-            let got = run(Checked { script, ..Checked::new(&pair, true) }, &request(&prompt, 3, 4, 1.5, seed));
+            let got =
+                run(Checked { script, ..Checked::new(&pair, true) }, &request(&prompt, 3, 4, 1.5, seed));
             counts[got.tokens.iter().fold(0, |cell, t| cell * 4 + *t as usize)] += 1.0;
             accepted += got.accepted[0] - 1;
         }
@@ -581,10 +662,7 @@ fn c9_both_models_hold_the_positions_before_the_anchor_after_every_round() {
         }
     }
     // The embedded pair too: its drafter is often right for long stretches.
-    let demo = (
-        Target::load(TargetConfig::open(&DEMO_TARGET).unwrap(), &Checkpoint::open(&DEMO_TARGET).unwrap()).unwrap(),
-        Drafter::load(DrafterConfig::open(&DEMO_DRAFTER).unwrap(), &Checkpoint::open(&DEMO_DRAFTER).unwrap()).unwrap(),
-    );
+    let demo = open(DEMO_TARGET, DEMO_DRAFTER);
     for length in [1, 20] {
         let prompt = random_tokens(4, 2048, length);
         let plain = run(Checked::new(&demo, false), &request(&prompt, 40, 1, 0.0, 0));

@@ -22,7 +22,10 @@ impl Weights {
             Dtype::F32 => v as f64,
         };
         let rows = |t: &support::Raw| {
-            t.values.chunks(*t.shape.last().unwrap()).map(|row| row.iter().map(|v| round(*v)).collect()).collect()
+            t.values
+                .chunks(*t.shape.last().unwrap())
+                .map(|row| row.iter().map(|v| round(*v)).collect())
+                .collect()
         };
         Weights(tensors.iter().map(|t| (t.name.clone(), rows(t))).collect())
     }
@@ -123,7 +126,10 @@ impl Heads {
             }
             head
         };
-        rows.iter().enumerate().map(|(r, row)| row.chunks(self.head_dim).map(|h| head(h, r)).collect()).collect()
+        rows.iter()
+            .enumerate()
+            .map(|(r, row)| row.chunks(self.head_dim).map(|h| head(h, r)).collect())
+            .collect()
     }
 }
 
@@ -154,13 +160,15 @@ fn layer(
         .map(|row| {
             let one = |head: usize| {
                 let seen: Vec<usize> = (0..k.len()).filter(|key| sees(row, *key)).collect();
-                let score = |key: &usize| dot(&q[row][head], &k[*key][head / share]) / (heads.head_dim as f64).sqrt();
+                let score =
+                    |key: &usize| dot(&q[row][head], &k[*key][head / share]) / (heads.head_dim as f64).sqrt();
                 let scores: Vec<f64> = seen.iter().map(score).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 let dim = |d: usize| {
-                    let terms = seen.iter().zip(&weights).map(|(key, weight)| weight * v[*key][head / share][d]);
+                    let terms =
+                        seen.iter().zip(&weights).map(|(key, weight)| weight * v[*key][head / share][d]);
                     terms.sum::<f64>() / total
                 };
                 (0..heads.head_dim).map(dim).collect::<Vec<f64>>()

@@ -5,7 +5,9 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
-use dflash::weights::Dtype;
+use dflash::Result;
+use dflash::config::{DrafterConfig, TargetConfig, check_pair};
+use dflash::weights::{Checkpoint, Dtype, Folder};
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -122,6 +124,42 @@ pub fn write_pair(target: &Target, drafter: &Drafter) -> Pair {
     write_tokenizer(&target_dir, target.vocab);
     write_drafter(&drafter_dir, target, drafter);
     Pair { root, target: target_dir, drafter: drafter_dir }
+}
+
+/// Sizes small enough for hundreds of pairs; the tokenizer of such a target lacks most letters.
+pub fn small() -> (Target, Drafter) {
+    let target = Target { hidden: 16, intermediate: 20, head_dim: 8, vocab: 40, ..Target::default() };
+    let drafter = Drafter {
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 8,
+        intermediate: 12,
+        dtype: Dtype::F16,
+        ..Drafter::default()
+    };
+    (target, drafter)
+}
+
+pub fn disk(path: &Path) -> Folder {
+    Folder::Disk(path.to_path_buf())
+}
+
+/// Everything that happens to a pair before a model runs on it.
+pub fn open_all(
+    target: &Folder,
+    drafter: &Folder,
+) -> Result<(TargetConfig, DrafterConfig, Checkpoint, Checkpoint)> {
+    let (target_config, drafter_config) = (TargetConfig::open(target)?, DrafterConfig::open(drafter)?);
+    check_pair(&target_config, target, &drafter_config, drafter)?;
+    let target_weights = Checkpoint::open(target)?;
+    target_weights.check_target(&target_config.tensors())?;
+    let drafter_weights = Checkpoint::open(drafter)?;
+    drafter_weights.check_drafter(&drafter_config.tensors())?;
+    Ok((target_config, drafter_config, target_weights, drafter_weights))
+}
+
+pub fn open_pair(pair: &Pair) -> Result<(TargetConfig, DrafterConfig, Checkpoint, Checkpoint)> {
+    open_all(&disk(&pair.target), &disk(&pair.drafter))
 }
 
 /// `config.json`, `generation_config.json` and weights; no tokenizer.

@@ -1,0 +1,41 @@
+//! A target and its drafter, opened and held against each other before any weight is read.
+
+use crate::Result;
+use crate::config::{DrafterConfig, TargetConfig, check_pair};
+use crate::weights::{Checkpoint, Folder};
+
+/// One model's folder: its config and its mapped, checked checkpoint.
+pub struct Model<Config> {
+    pub folder: Folder,
+    pub config: Config,
+    pub weights: Checkpoint,
+}
+
+/// What is needed to build models on any device.
+pub struct Pair {
+    pub target: Model<TargetConfig>,
+    pub drafter: Option<Model<DrafterConfig>>,
+}
+
+impl Pair {
+    /// Reads the configs, then their fit, then the headers of the weights: the cheapest mistake is found first.
+    pub fn open(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
+        let config = TargetConfig::open(&target)?;
+        let drafter = match drafter {
+            None => None,
+            Some(folder) => {
+                let draft_config = DrafterConfig::open(&folder)?;
+                check_pair(&config, &target, &draft_config, &folder)?;
+                Some((folder, draft_config))
+            }
+        };
+        let weights = Checkpoint::open(&target)?;
+        weights.check_target(&config.tensors())?;
+        let drafter = drafter.map(|(folder, config)| {
+            let weights = Checkpoint::open(&folder)?;
+            weights.check_drafter(&config.tensors())?;
+            Ok(Model { folder, config, weights })
+        });
+        Ok(Pair { target: Model { folder: target, config, weights }, drafter: drafter.transpose()? })
+    }
+}
