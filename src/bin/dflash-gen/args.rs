@@ -48,7 +48,7 @@ pub struct Args {
     pub max_tokens: usize,
     /// 0 is greedy: the best token every time, whatever the next four say
     #[arg(long, value_name = "T", default_value_t = 0.0, help_heading = "Generation")]
-    #[arg(allow_negative_numbers = true)]
+    #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Sample among the K best tokens; 0: all
     #[arg(long, value_name = "K", default_value_t = 0, help_heading = "Generation")]
@@ -56,11 +56,11 @@ pub struct Args {
     pub top_k: usize,
     /// Sample among the smallest set of best tokens that has this probability
     #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Generation")]
-    #[arg(allow_negative_numbers = true)]
+    #[arg(value_parser = number::<f64>, allow_negative_numbers = true)]
     pub top_p: f64,
     /// Sample among tokens at least this fraction as likely as the best
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Generation")]
-    #[arg(allow_negative_numbers = true)]
+    #[arg(value_parser = number::<f64>, allow_negative_numbers = true)]
     pub min_p: f64,
     /// Same seed, same text, whatever the drafter and the block [default: drawn, and printed]
     #[arg(long, value_name = "N", help_heading = "Generation")]
@@ -135,6 +135,10 @@ pub enum Color {
 fn whole<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
     let most = u128::MAX >> (128 - 8 * size_of::<T>());
     text.parse().map_err(|_| format!("expected a whole number from 0 to {most}"))
+}
+
+fn number<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
+    text.parse().map_err(|_| "expected a number".into())
 }
 
 /// clap's report as one sentence: what is wrong, and its tip if there is one.

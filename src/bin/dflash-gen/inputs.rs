@@ -109,18 +109,16 @@ pub fn requests(
     block: usize,
 ) -> Result<Vec<Request>> {
     text.stream(&args.stop)?;
+    let folder = pair.target.folder.name();
     let variables = template_args(args)?;
     if !text.has_template() && (args.system.is_some() || !variables.is_empty()) {
         let flag = if args.system.is_some() { "--system" } else { "--template-arg" };
-        return Err(Error::Usage(format!(
-            "{flag} needs a chat template, and {} has none: --chat-template FILE gives one",
-            pair.target.folder.name()
-        )));
+        return Err(without_template(&format!("{flag} needs"), &folder));
     }
     let context = pair.target.config.stack.max_positions;
     let mut requests = Vec::new();
     for (stream, (name, prompt)) in (0..).zip(prompts(args)?) {
-        let ids = ids(args, text, &variables, &name, prompt)?;
+        let ids = ids(args, text, &folder, &variables, &name, prompt)?;
         if ids.is_empty() {
             return Err(Error::Usage(format!("{name} gives no tokens, expected at least one")));
         }
@@ -137,9 +135,17 @@ pub fn requests(
     Ok(requests)
 }
 
+fn without_template(who_needs: &str, folder: &str) -> Error {
+    Error::Usage(format!(
+        "{who_needs} a chat template, and {folder} has none: --chat-template FILE gives one"
+    ))
+}
+
+/// One prompt's tokens.
 fn ids(
     args: &Args,
     text: &Text,
+    folder: &str,
     variables: &[(String, Value)],
     name: &str,
     prompt: Prompt,
@@ -158,8 +164,11 @@ fn ids(
         Prompt::Text(content) => vec![Message { role: "user".into(), content }],
         Prompt::Chat(_) if args.raw => {
             return Err(Error::Usage(format!(
-                "{name} has messages, which need the chat template, but --raw is given"
+                "{name} has messages, which need a chat template, but --raw is given"
             )));
+        }
+        Prompt::Chat(_) if !text.has_template() => {
+            return Err(without_template(&format!("{name} has messages, which need"), folder));
         }
         Prompt::Chat(messages) => messages,
     };

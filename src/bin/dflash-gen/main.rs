@@ -45,7 +45,7 @@ fn main() -> ExitCode {
 
 fn fail(error: &Error) -> ExitCode {
     // One line, even where a file's name or a flag's value has several.
-    note(&error.to_string().replace(char::is_control, " "));
+    note(&format!("dflash-gen: {error}").replace(char::is_control, " "));
     ExitCode::from(error.exit_code())
 }
 
@@ -111,7 +111,8 @@ impl Session<'_> {
     fn generate(&self, requests: &[Request]) -> Result<u8> {
         for (i, request) in requests.iter().enumerate() {
             let mut writer = Writer::new(self, i, request)?;
-            let outcome = generate(&mut Sequence::new(self.target, self.drafter), request, &mut writer)?;
+            let outcome = generate(&mut Sequence::new(self.target, self.drafter), request, &mut writer);
+            let outcome = outcome.inspect_err(|_| writer.fail())?;
             if writer.end(self, request, &outcome)? {
                 return Ok(0);
             }

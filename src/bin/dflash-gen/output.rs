@@ -110,6 +110,13 @@ impl<'a> Writer<'a> {
         self.out.line(&event.to_string())
     }
 
+    /// The error that follows starts a line of its own.
+    pub fn fail(&mut self) {
+        if self.plain && !self.answer.is_empty() && !self.answer.ends_with('\n') {
+            let _ = self.out.text("\n");
+        }
+    }
+
     /// The rest of the text, and the record. True if nobody reads any more.
     pub fn end(mut self, session: &Session<'a>, request: &Request, outcome: &Outcome) -> Result<bool> {
         if let Some(bar) = &self.bar {
