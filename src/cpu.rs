@@ -272,27 +272,24 @@ trait Job {
 fn run(job: impl Job) {
     #[cfg(target_arch = "x86_64")]
     {
-        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-        unsafe fn avx512(job: impl Job) {
-            unsafe { job.go::<x86::Avx512>() }
-        }
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn avx2(job: impl Job) {
-            unsafe { job.go::<x86::Avx2>() }
-        }
         // SAFETY: called only where the CPU reports the features.
         if is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
         {
-            if is_x86_feature_detected!("avx512f") {
-                return unsafe { avx512(job) };
+            // Without VL the compiler leaves half of the 32 registers unused.
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+            {
+                return unsafe { x86::Avx512::call(job) };
             }
-            return unsafe { avx2(job) };
+            return unsafe { x86::Avx2::call(job) };
         }
     }
     // SAFETY: plain Rust.
-    unsafe { job.go::<Plain>() }
+    unsafe { Plain::call(job) }
 }
 
 struct Linear<'a> {
@@ -317,99 +314,137 @@ impl Job for Linear<'_> {
 }
 
 impl Linear<'_> {
+    /// Cuts the product into strips of equal tiles. With one row many features share a tile, with many rows two do:
+    /// the same sums either way.
     #[inline(always)]
     unsafe fn typed<S: Simd, E: Element>(&self) {
         unsafe {
-            let mut n = self.features.start;
-            let left = |n: usize| self.features.end - n;
-            // With few rows many weight rows share a tile, with many rows few do: the same sums either way.
-            if self.rows == 1 {
-                while left(n) >= S::TILE {
-                    S::tile_1xn::<E>(self, n);
-                    n += S::TILE;
+            let (rows, mut features) = (self.rows, self.features.clone());
+            if rows == 1 {
+                let whole = features.start + features.len() / S::TILE * S::TILE;
+                S::strip_1xn::<E>(self, features.start..whole);
+                features.start = whole;
+            }
+            let pairs = features.start + features.len() / 2 * 2;
+            let (eights, twos) = (if S::TILE == 16 { rows / 8 * 8 } else { 0 }, rows / 2 * 2);
+            S::call(Strip::<E, 8, 2>::new(self, 0..eights, features.start..pairs));
+            S::call(Strip::<E, 2, 2>::new(self, eights..twos, features.start..pairs));
+            S::call(Strip::<E, 1, 2>::new(self, twos..rows, features.start..pairs));
+            S::call(Strip::<E, 1, 1>::new(self, 0..rows, pairs..features.end));
+        }
+    }
+}
+
+/// Tiles of `MB` rows of x by `NB` features; both ranges are whole numbers of tiles.
+struct Strip<'a, E, const MB: usize, const NB: usize> {
+    linear: &'a Linear<'a>,
+    rows: std::ops::Range<usize>,
+    features: std::ops::Range<usize>,
+    element: std::marker::PhantomData<E>,
+}
+
+impl<'a, E, const MB: usize, const NB: usize> Strip<'a, E, MB, NB> {
+    fn new(linear: &'a Linear<'a>, rows: std::ops::Range<usize>, features: std::ops::Range<usize>) -> Self {
+        assert!(rows.end <= linear.rows && rows.len().is_multiple_of(MB));
+        assert!(features.end <= linear.w.rows && features.len().is_multiple_of(NB));
+        Strip { linear, rows, features, element: std::marker::PhantomData }
+    }
+}
+
+impl<E: Element, const MB: usize, const NB: usize> Job for Strip<'_, E, MB, NB> {
+    #[inline(always)]
+    unsafe fn go<S: Simd>(self) {
+        unsafe {
+            if self.rows.is_empty() || self.features.is_empty() {
+                return;
+            }
+            // The ranges were checked in `new`, `block` checks the output's; from here on pointers only step.
+            let Linear { x, w, y, .. } = self.linear;
+            let (cols, stride) = (w.cols, w.rows);
+            let last = (self.rows.end - 1) * stride + self.features.end;
+            let first = self.rows.start * stride + self.features.start;
+            let y = y.block(first, last - first);
+            let x = x.as_ptr().add(self.rows.start * cols);
+            let mut w = w.tensor.bytes().as_ptr().add(self.features.start * cols * E::SIZE);
+            for n in (0..self.features.len()).step_by(NB) {
+                let (mut x, mut y) = (x, y.add(n));
+                for _ in (0..self.rows.len()).step_by(MB) {
+                    tile::<S, E, MB, NB>(x, w, y, cols, stride);
+                    x = x.add(MB.wrapping_mul(cols));
+                    y = y.add(MB.wrapping_mul(stride));
                 }
-            }
-            while left(n) >= 2 {
-                self.column::<S, E, 2>(n);
-                n += 2;
-            }
-            if left(n) == 1 {
-                self.column::<S, E, 1>(n);
+                w = w.add((NB * E::SIZE).wrapping_mul(cols));
             }
         }
     }
+}
 
-    /// All rows of x against `NB` features.
-    #[inline(always)]
-    unsafe fn column<S: Simd, E: Element, const NB: usize>(&self, n: usize) {
-        unsafe {
-            let mut m = 0;
-            if S::TILE == 16 {
-                while self.rows - m >= 8 {
-                    self.tile::<S, E, 8, NB>(m, n);
-                    m += 8;
-                }
+/// `MB` rows of x against `NB` features: `x [MB][cols]`, `w [NB][cols]`, `y [MB]` rows at a distance of `stride`.
+///
+/// # Safety
+/// As [`Simd`], for all of these.
+#[inline(always)]
+unsafe fn tile<S: Simd, E: Element, const MB: usize, const NB: usize>(
+    x: *const f32,
+    w: *const u8,
+    y: *mut f32,
+    cols: usize,
+    stride: usize,
+) {
+    unsafe {
+        let (whole, rest) = (cols / LANES, cols % LANES);
+        let wide_row = cols.wrapping_mul(E::SIZE);
+        let mut acc = [[S::splat(0.0); NB]; MB];
+        let (mut px, mut pw) = (x, w);
+        // Plain loops, not closures: one that is not inlined would lose the instruction set.
+        for _ in 0..whole {
+            let mut wide = [S::splat(0.0); NB];
+            for j in 0..NB {
+                wide[j] = E::load::<S>(pw.add(j.wrapping_mul(wide_row)));
             }
-            while self.rows - m >= 2 {
-                self.tile::<S, E, 2, NB>(m, n);
-                m += 2;
-            }
-            if m < self.rows {
-                self.tile::<S, E, 1, NB>(m, n);
-            }
-        }
-    }
-
-    /// Rows `m..m+MB` of x against features `n..n+NB`.
-    #[inline(always)]
-    unsafe fn tile<S: Simd, E: Element, const MB: usize, const NB: usize>(&self, m: usize, n: usize) {
-        unsafe {
-            let cols = self.w.cols;
-            assert!(m + MB <= self.rows && n + NB <= self.w.rows);
-            let x: [*const f32; MB] = std::array::from_fn(|i| self.x.as_ptr().add((m + i) * cols));
-            let w: [*const u8; NB] =
-                std::array::from_fn(|j| self.w.tensor.bytes().as_ptr().add((n + j) * cols * E::SIZE));
-            let mut acc = [[S::splat(0.0); NB]; MB];
-            let mut k = 0;
-            while k + LANES <= cols {
-                let w: [S::V; NB] = std::array::from_fn(|j| E::load::<S>(w[j].add(k * E::SIZE)));
-                for i in 0..MB {
-                    let x = S::load(x[i].add(k));
-                    for j in 0..NB {
-                        acc[i][j] = S::fma(x, w[j], acc[i][j]);
-                    }
-                }
-                k += LANES;
-            }
-            if k < cols {
-                // The last, partial step: zeros beyond the end add nothing.
+            for i in 0..MB {
+                let x = S::load(px.add(i.wrapping_mul(cols)));
                 for j in 0..NB {
-                    let mut wide = [0.0; LANES];
-                    let bytes = std::slice::from_raw_parts(w[j].add(k * E::SIZE), (cols - k) * E::SIZE);
-                    widen_as::<E>(bytes, &mut wide);
-                    for i in 0..MB {
-                        let mut xs = [0.0; LANES];
-                        xs[..cols - k].copy_from_slice(std::slice::from_raw_parts(x[i].add(k), cols - k));
-                        acc[i][j] = S::fma(S::load(xs.as_ptr()), S::load(wide.as_ptr()), acc[i][j]);
-                    }
+                    acc[i][j] = S::fma(x, wide[j], acc[i][j]);
                 }
             }
-            let stride = self.w.rows;
-            let out = self.y.block(m * stride + n, (MB - 1) * stride + NB);
-            if MB * NB == LANES {
-                let sums = S::sum16(std::mem::transmute_copy(&acc));
+            px = px.add(LANES);
+            pw = pw.add(LANES * E::SIZE);
+        }
+        if rest > 0 {
+            // The last, partial step: zeros beyond the end add nothing.
+            for j in 0..NB {
+                let wide = S::load(padded::<E>(pw.add(j.wrapping_mul(wide_row)), rest).as_ptr());
                 for i in 0..MB {
-                    out.add(i * stride).copy_from_nonoverlapping(sums.as_ptr().add(i * NB), NB);
+                    let x = S::load(padded::<F32>(px.add(i.wrapping_mul(cols)).cast(), rest).as_ptr());
+                    acc[i][j] = S::fma(x, wide, acc[i][j]);
                 }
-            } else {
-                for i in 0..MB {
-                    for j in 0..NB {
-                        *out.add(i * stride + j) = S::sum(acc[i][j]);
-                    }
+            }
+        }
+        if MB * NB == LANES {
+            let sums = S::sum16(std::mem::transmute_copy(&acc));
+            for i in 0..MB {
+                y.add(i.wrapping_mul(stride)).copy_from_nonoverlapping(sums.as_ptr().add(i * NB), NB);
+            }
+        } else {
+            for i in 0..MB {
+                for j in 0..NB {
+                    *y.add(i.wrapping_mul(stride) + j) = S::sum(acc[i][j]);
                 }
             }
         }
     }
+}
+
+/// `count < 16` elements from `p`, then zeros.
+///
+/// # Safety
+/// `count` elements are readable at `p`.
+#[inline(never)]
+unsafe fn padded<E: Element>(p: *const u8, count: usize) -> [f32; LANES] {
+    let mut wide = [0.0; LANES];
+    widen_as::<E>(unsafe { std::slice::from_raw_parts(p, count * E::SIZE) }, &mut wide);
+    wide
 }
 
 struct Query {
@@ -540,7 +575,10 @@ unsafe fn mix<S: Simd, const N: usize, const D: usize>(
     unsafe {
         let mut acc = [[S::splat(0.0); 4]; N];
         for key in keys {
-            let value: [S::V; D] = std::array::from_fn(|v| S::load(values.add(key * stride + v * LANES)));
+            let mut value = [S::splat(0.0); D];
+            for v in 0..D {
+                value[v] = S::load(values.add(key * stride + v * LANES));
+            }
             for i in 0..N {
                 let weight = S::splat(*weights[i].add(key));
                 for v in 0..D {
@@ -682,7 +720,10 @@ trait Simd: Sized {
     type V: Copy;
     /// Accumulators that fit the registers.
     const TILE: usize;
-    unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize);
+    /// Runs a job compiled for these instructions, in a function of its own: one large function spills registers.
+    unsafe fn call(job: impl Job);
+    /// A strip of one row by tiles of as many features.
+    unsafe fn strip_1xn<E: Element>(job: &Linear, features: std::ops::Range<usize>);
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
     unsafe fn load_bf16(p: *const u8) -> Self::V;
@@ -728,9 +769,13 @@ struct Plain;
 impl Simd for Plain {
     type V = [f32; LANES];
     const TILE: usize = 4;
+    #[inline(never)]
+    unsafe fn call(job: impl Job) {
+        unsafe { job.go::<Self>() }
+    }
     #[inline(always)]
-    unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize) {
-        unsafe { job.tile::<Self, E, 1, 4>(0, n) }
+    unsafe fn strip_1xn<E: Element>(job: &Linear, features: std::ops::Range<usize>) {
+        unsafe { Self::call(Strip::<E, 1, 4>::new(job, 0..1, features)) }
     }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
@@ -795,7 +840,7 @@ impl Simd for Plain {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Element, LANES, Linear, Simd};
+    use super::{Element, Job, LANES, Linear, Simd, Strip};
     use std::arch::x86_64::*;
 
     pub struct Avx512;
@@ -804,8 +849,17 @@ mod x86 {
         type V = __m512;
         const TILE: usize = 16;
         #[inline(always)]
-        unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize) {
-            unsafe { job.tile::<Self, E, 1, 16>(0, n) }
+        unsafe fn call(job: impl Job) {
+            #[inline(never)]
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
+            unsafe fn with_features(job: impl Job) {
+                unsafe { job.go::<Avx512>() }
+            }
+            unsafe { with_features(job) }
+        }
+        #[inline(always)]
+        unsafe fn strip_1xn<E: Element>(job: &Linear, features: std::ops::Range<usize>) {
+            unsafe { Self::call(Strip::<E, 1, 16>::new(job, 0..1, features)) }
         }
         #[inline(always)]
         unsafe fn splat(x: f32) -> __m512 {
@@ -871,7 +925,13 @@ mod x86 {
             unsafe {
                 // Lanes l and l + 8: vector i in the low half, i + 8 in the high half.
                 const FROM: [usize; 16] = [0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15];
-                let v = FROM.map(|i| v[i]);
+                let v: [__m512; 16] = {
+                    let mut ordered = v;
+                    for i in 0..16 {
+                        ordered[i] = v[FROM[i]];
+                    }
+                    ordered
+                };
                 let mut a = [_mm512_setzero_ps(); 8];
                 for i in 0..8 {
                     let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(v[i], v[i + 8]);
@@ -919,8 +979,17 @@ mod x86 {
         type V = (__m256, __m256);
         const TILE: usize = 4;
         #[inline(always)]
-        unsafe fn tile_1xn<E: Element>(job: &Linear, n: usize) {
-            unsafe { job.tile::<Self, E, 1, 4>(0, n) }
+        unsafe fn call(job: impl Job) {
+            #[inline(never)]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn with_features(job: impl Job) {
+                unsafe { job.go::<Avx2>() }
+            }
+            unsafe { with_features(job) }
+        }
+        #[inline(always)]
+        unsafe fn strip_1xn<E: Element>(job: &Linear, features: std::ops::Range<usize>) {
+            unsafe { Self::call(Strip::<E, 1, 4>::new(job, 0..1, features)) }
         }
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self::V {

@@ -5,7 +5,8 @@
 //! | [`config`] | `config.json` of target and drafter, what is refused, the pair's fit |
 //! | [`weights`] | checkpoint folders: safetensors shards, mapped and used in place |
 //! | [`pair`] | target and drafter opened together and held against each other |
-//! | [`text`] | tokenizer, chat template, streaming detokenising, stop strings |
+//! | [`text`] | tokenizer, streaming detokenising, stop strings |
+//! | `template` | chat templates as Hugging Face runs them |
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
 //! | [`cpu`] | the reference's arithmetic: SIMD dot products on all cores |
 //! | [`reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
@@ -19,6 +20,7 @@ mod json;
 pub mod pair;
 pub mod reference;
 pub mod stats;
+mod template;
 pub mod text;
 pub mod verify;
 pub mod weights;
