@@ -116,7 +116,7 @@ const PROMPTS: &str = r#"
 2 | x --chat-template ROOT/nothing | ROOT/nothing cannot be read: No such file or directory (os error 2)
 2 | x --chat-template ROOT/open.jinja | ROOT/open.jinja is not a template in line 1: syntax error: unexpected end of input, expected end of block
 2 | x --chat-template ROOT/raise.jinja | the prompt: ROOT/raise.jinja refuses this conversation: only two
-2 | x --chat-template ROOT/endless.jinja | the prompt: ROOT/endless.jinja failed in line 1: takes more than 1000000 instructions
+2 | x --chat-template ROOT/endless.jinja | the prompt: ROOT/endless.jinja failed in line 1: takes more than 500000 instructions
 2 | x --chat-template ROOT/ok.jinja --template-arg messages=[] | the prompt: --template-arg messages is reserved: the conversation comes from the prompt
 "#;
 
