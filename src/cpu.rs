@@ -145,27 +145,27 @@ pub struct Kv {
 }
 
 impl Kv {
+    /// Room for `positions`. `Error::Memory` says what it would take.
     pub fn new(kv_heads: usize, head_dim: usize, positions: usize) -> crate::Result<Kv> {
         let tiles = positions.div_ceil(LANES);
         let wide = head_dim.next_multiple_of(LANES);
+        let (keys, values) = (kv_heads * tiles * head_dim * LANES, kv_heads * tiles * LANES * wide);
         let zeros = |n: usize| {
-            let mut v = Vec::new();
-            v.try_reserve_exact(n).map_err(|_| {
+            // Asked for first, because `vec!` aborts where there is no memory. Zeroed pages are only made when they
+            // are written, so that room for a long answer costs nothing until the answer is long.
+            let mut probe = Vec::<f32>::new();
+            probe.try_reserve_exact(n).map_err(|_| {
                 crate::Error::Memory(format!(
-                    "no memory for a KV cache of {positions} positions ({} bytes)",
-                    n * 4
+                    "not enough memory: the KV cache of each layer needs {} bytes for {positions} positions (prompt \
+                     and --max-tokens)",
+                    (keys + values) * size_of::<f32>()
                 ))
             })?;
-            v.resize(n, 0.0);
-            Ok::<_, crate::Error>(v)
+            // Unseen, an unused allocation may be optimised away, and with it the refusal.
+            drop(std::hint::black_box(probe));
+            Ok::<_, crate::Error>(vec![0.0; n])
         };
-        Ok(Kv {
-            keys: zeros(kv_heads * tiles * head_dim * LANES)?,
-            values: zeros(kv_heads * tiles * LANES * wide)?,
-            tiles,
-            heads: kv_heads,
-            dims: head_dim,
-        })
+        Ok(Kv { keys: zeros(keys)?, values: zeros(values)?, tiles, heads: kv_heads, dims: head_dim })
     }
 
     /// Writes `k`, `v` `[rows][kv_heads * head_dim]` at positions `at..`.

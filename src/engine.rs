@@ -186,3 +186,63 @@ fn take(
     }
     Ok(false)
 }
+
+/// Holds a speculative answer against the plain one to the same request: same tokens, same end.
+/// `Error::Lossless` says where they part.
+pub fn check_lossless(plain: &Outcome, speculative: &Outcome) -> Result<()> {
+    let pairs = plain.tokens.iter().zip(&speculative.tokens);
+    let at = pairs.take_while(|(a, b)| a == b).count();
+    let token = |outcome: &Outcome| match outcome.tokens.get(at) {
+        Some(id) => format!("goes on with {id}"),
+        None => format!("ends there ({})", outcome.finish.name()),
+    };
+    if at == plain.tokens.len() && at == speculative.tokens.len() && plain.finish == speculative.finish {
+        return Ok(());
+    }
+    Err(Error::Lossless(format!(
+        "after {at} equal tokens plain decoding {}, and DFlash {}",
+        token(plain),
+        token(speculative)
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_that_part_are_no_lossless_ones() {
+        let outcome = |tokens: &[u32], finish| Outcome {
+            tokens: tokens.to_vec(),
+            finish,
+            accepted: vec![],
+            prefill: Duration::ZERO,
+            decode: Duration::ZERO,
+        };
+        let plain = outcome(&[5, 6, 7], Finish::Length);
+        // Rounds and times may differ, and do.
+        let same = Outcome { accepted: vec![2], decode: Duration::from_secs(1), ..plain.clone() };
+        assert_eq!(check_lossless(&plain, &same), Ok(()));
+        for (other, sentence) in [
+            (
+                outcome(&[5, 9, 7], Finish::Length),
+                "after 1 equal tokens plain decoding goes on with 6, and DFlash goes on with 9",
+            ),
+            (
+                outcome(&[5, 6], Finish::Stop),
+                "after 2 equal tokens plain decoding goes on with 7, and DFlash ends there (stop)",
+            ),
+            (
+                outcome(&[5, 6, 7, 8], Finish::Length),
+                "after 3 equal tokens plain decoding ends there (length), and DFlash goes on with 8",
+            ),
+            (
+                outcome(&[5, 6, 7], Finish::Stop),
+                "after 3 equal tokens plain decoding ends there (length), and DFlash ends there (stop)",
+            ),
+        ] {
+            let error = check_lossless(&plain, &other).unwrap_err();
+            assert_eq!((error.exit_code(), error.to_string().as_str()), (6, sentence));
+        }
+    }
+}

@@ -162,7 +162,7 @@ def ours(binary, prompts, new_tokens, threads, flags):
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
         file.flush()
-        command = [binary, "--prompts", file.name, "-n", str(new_tokens), "--json", *flags]
+        command = [binary, "--prompts", file.name, "-n", str(new_tokens), "--json", "--quiet", *flags]
         environment = dict(os.environ, RAYON_NUM_THREADS=str(threads))
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
@@ -250,7 +250,7 @@ def main():
             check(row, index, prompts[index] + answer["tokens"])
         tokens = sum(len(answer["tokens"]) for answer in answers)
         seconds = sum(answer["seconds"]["prefill"] + answer["seconds"]["decode"] for answer in answers)
-        all_rounds = [(answer["accepted"] + answer["rounds"], answer["rounds"]) for answer in answers if not flags]
+        all_rounds = [(sum(answer["accepted"]), answer["rounds"]) for answer in answers if not flags]
         return tokens, seconds, all_rounds
 
     rows = {"torch plain": torch_plain, "torch dflash": torch_dflash}

@@ -1,0 +1,229 @@
+//! Flags: what there is, what cannot go together, and what follows from them alone.
+
+use clap::{ArgAction, Parser, ValueEnum};
+use dflash::pair::Pair;
+use dflash::verify::Sampling;
+use dflash::{Error, Result};
+use std::path::PathBuf;
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, 2 usage,
+3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 lossless check failed,
+130 interrupted (the text so far is printed).";
+
+/// Generate text with DFlash speculative decoding.
+///
+/// Without --target and --draft, the demo pair runs, which is part of this program: a small model
+/// of Python source. Answers go to stdout, everything else to stderr.
+#[derive(Parser)]
+#[command(name = "dflash-gen", version, after_help = EXIT_CODES, verbatim_doc_comment)]
+pub struct Args {
+    /// The prompt; without it, -f or --prompts, stdin is read
+    #[arg(value_name = "PROMPT")]
+    pub prompt: Option<String>,
+    /// Read the prompt from a file
+    #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
+    pub file: Option<PathBuf>,
+    /// Run many prompts, one JSON object per line: {"prompt": TEXT}, or a conversation,
+    /// {"messages": [{"role": "user", "content": TEXT}, ...]}
+    #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["prompt", "file"], verbatim_doc_comment)]
+    pub prompts: Option<PathBuf>,
+
+    /// Hugging Face folder of the target [default: the demo pair's]
+    #[arg(long, value_name = "DIR", help_heading = "Models")]
+    pub target: Option<PathBuf>,
+    /// Hugging Face folder of its DFlash drafter, or "none" for plain decoding [default: the demo pair's]
+    #[arg(long, value_name = "DIR|none", help_heading = "Models")]
+    pub draft: Option<PathBuf>,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Auto, help_heading = "Models")]
+    pub device: Device,
+    /// Print what would be loaded (files, shapes, bytes, KV per token), and load nothing
+    #[arg(long, conflicts_with_all = ["prompt", "file", "prompts", "compare", "stream_json"], help_heading = "Models")]
+    pub plan: bool,
+
+    /// Tokens to generate at most
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 256, help_heading = "Generation")]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
+    pub max_tokens: usize,
+    /// 0 is greedy: the best token every time, whatever the next four say
+    #[arg(long, value_name = "T", default_value_t = 0.0, help_heading = "Generation")]
+    #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
+    pub temperature: f32,
+    /// Sample among the K best tokens; 0: all
+    #[arg(long, value_name = "K", default_value_t = 0, help_heading = "Generation")]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
+    pub top_k: usize,
+    /// Sample among the smallest set of best tokens that has this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Generation")]
+    #[arg(value_parser = number::<f64>, allow_negative_numbers = true)]
+    pub top_p: f64,
+    /// Sample among tokens at least this fraction as likely as the best
+    #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Generation")]
+    #[arg(value_parser = number::<f64>, allow_negative_numbers = true)]
+    pub min_p: f64,
+    /// Same seed, same text, whatever the drafter and the block [default: drawn, and printed]
+    #[arg(long, value_name = "N", help_heading = "Generation")]
+    #[arg(value_parser = whole::<u64>, allow_negative_numbers = true)]
+    pub seed: Option<u64>,
+    /// End the answer before this text; repeatable
+    #[arg(long, value_name = "STR", action = ArgAction::Append, help_heading = "Generation")]
+    #[arg(allow_hyphen_values = true)]
+    pub stop: Vec<String>,
+    /// Go on after the model's stop tokens
+    #[arg(long, help_heading = "Generation")]
+    pub ignore_eos: bool,
+    /// Tokens per block: 1 from the target and N - 1 drafts; 1 is plain decoding [default: as the drafter was trained]
+    #[arg(long, value_name = "N", help_heading = "Generation")]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
+    pub block: Option<usize>,
+
+    /// System message, put before every conversation
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw", help_heading = "Chat template")]
+    #[arg(allow_hyphen_values = true)]
+    pub system: Option<String>,
+    /// Take prompts as they are, though the model has a chat template
+    #[arg(long, help_heading = "Chat template")]
+    pub raw: bool,
+    /// Use this chat template instead of the model's
+    #[arg(long, value_name = "FILE", conflicts_with = "raw", help_heading = "Chat template")]
+    pub chat_template: Option<PathBuf>,
+    /// Set a variable of the chat template; V is JSON, or else text; repeatable. Thinking is off
+    /// unless asked for by enable_thinking=true: published drafters were trained on answers
+    /// without it, and lose more than half of their acceptance with it
+    #[arg(long, value_name = "K=V", action = ArgAction::Append, conflicts_with = "raw", verbatim_doc_comment)]
+    #[arg(help_heading = "Chat template")]
+    pub template_arg: Vec<String>,
+
+    /// Colour the text that was drafted and accepted
+    #[arg(long, conflicts_with_all = ["json", "stream_json"], help_heading = "Output")]
+    pub show_accept: bool,
+    /// Whether --show-accept colours; auto: on a terminal
+    #[arg(long, value_enum, default_value_t = Color::Auto, help_heading = "Output")]
+    pub color: Color,
+    /// Print one JSON object per prompt instead of text
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+    /// Print one JSON object per round, and at the end the one of --json
+    #[arg(long, conflicts_with = "json", help_heading = "Output")]
+    pub stream_json: bool,
+    /// Instead of text: every prompt by plain decoding and by DFlash, both rates, and whether the tokens are identical
+    #[arg(long, conflicts_with_all = ["stream_json", "show_accept"], help_heading = "Output")]
+    pub compare: bool,
+    /// No statistics on stderr
+    #[arg(short, long, help_heading = "Output")]
+    pub quiet: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum Device {
+    Auto,
+    Cpu,
+    #[value(help = "not in this build", hide = true)]
+    Cuda,
+    #[value(help = "not in this build", hide = true)]
+    Emulator,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum Color {
+    Auto,
+    Always,
+    Never,
+}
+
+fn whole<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
+    let most = u128::MAX >> (128 - 8 * size_of::<T>());
+    text.parse().map_err(|_| format!("expected a whole number from 0 to {most}"))
+}
+
+fn number<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
+    text.parse().map_err(|_| "expected a number".into())
+}
+
+/// clap's report as one sentence: what is wrong, and its tip if there is one.
+pub fn sentence(error: &clap::Error) -> Error {
+    let report = error.render().to_string();
+    let paragraph = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let mut paragraphs = report.split("\n\n").map(paragraph);
+    let what = paragraphs.next().unwrap_or_default();
+    let tips = paragraphs.filter_map(|text| text.strip_prefix("tip: ").map(|tip| format!("; {tip}")));
+    Error::Usage(format!("{}{}", what.trim_start_matches("error: "), tips.collect::<String>()))
+}
+
+impl Args {
+    /// What can be told wrong before any file is looked at.
+    pub fn check(&self) -> Result<()> {
+        let name = match self.device {
+            Device::Auto | Device::Cpu => None,
+            Device::Cuda => Some("cuda"),
+            Device::Emulator => Some("emulator"),
+        };
+        if let Some(name) = name {
+            return Err(Error::Unsupported(format!(
+                "--device {name} is not in this build: expected auto or cpu"
+            )));
+        }
+        let wrong = |what: &str| Err(Error::Usage(what.into()));
+        match (&self.target, &self.draft) {
+            (Some(_), None) => {
+                wrong("--target needs --draft: its drafter's folder, or none for plain decoding")
+            }
+            (_, Some(_)) if self.compare && self.plain() => {
+                wrong("--compare needs a drafter, but --draft is none")
+            }
+            _ if self.compare && self.block == Some(1) => {
+                wrong("--block is 1, which is plain decoding: --compare expects at least 2")
+            }
+            _ if self.compare && self.max_tokens == 0 => {
+                wrong("--max-tokens is 0, which leaves --compare nothing to compare")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// `--draft none`
+    pub fn plain(&self) -> bool {
+        self.draft.as_ref().is_some_and(|dir| dir.as_os_str() == "none")
+    }
+
+    pub fn sampling(&self) -> Result<Sampling> {
+        let sampling = Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            seed: self.seed.unwrap_or_else(draw_seed),
+            stream: 0,
+        };
+        sampling.check()?;
+        Ok(sampling)
+    }
+
+    /// Rows of a block, 1 without a drafter.
+    pub fn block(&self, pair: &Pair) -> Result<usize> {
+        let Some(drafter) = &pair.drafter else {
+            return match self.block {
+                None | Some(1) => Ok(1),
+                Some(n) => Err(Error::Usage(format!(
+                    "--block is {n} without a drafter, expected 1 (plain decoding)"
+                ))),
+            };
+        };
+        let trained = drafter.config.block;
+        match self.block {
+            None => Ok(trained),
+            Some(n) if (1..=trained).contains(&n) => Ok(n),
+            Some(n) => Err(Error::Usage(format!(
+                "--block is {n}, expected 1 to {trained}, the block that {} was trained with",
+                drafter.folder.path("config.json")
+            ))),
+        }
+    }
+}
+
+/// A short random number, from the standard library's hash keys.
+fn draw_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0) >> 32
+}

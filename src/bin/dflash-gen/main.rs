@@ -1,0 +1,248 @@
+//! Text from a target and its DFlash drafter: flags in, text, records and statistics out. What is generated is the
+//! library's business; here it only meets people, files and terminals.
+
+mod args;
+mod inputs;
+mod output;
+mod plan;
+
+use args::Args;
+use clap::Parser;
+use dflash::engine::{Finish, Flow, Outcome, Request, check_lossless, generate};
+use dflash::pair::Pair;
+use dflash::reference::{Drafter, Sequence, Target};
+use dflash::stats::{self, Record, Seconds};
+use dflash::text::Text;
+use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder};
+use dflash::{Error, Result, cpu};
+use output::{Output, StopOnly, Writer};
+use serde_json::json;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Set by Ctrl-C, looked at between tokens.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+const INTERRUPTED_EXIT: u8 = 130;
+
+fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(help) if !help.use_stderr() => {
+            // Its reader may be gone, which is no failure.
+            let _ = help.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return fail(&args::sentence(&error)),
+    };
+    match cpu::install(|| run(&args)) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &Error) -> ExitCode {
+    // One line, even where a file's name or a flag's value has several.
+    note(&format!("dflash-gen: {error}").replace(char::is_control, " "));
+    ExitCode::from(error.exit_code())
+}
+
+/// A line on stderr. Not `eprintln!`, which panics when nobody reads.
+fn note(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+fn run(args: &Args) -> Result<u8> {
+    args.check()?;
+    let sampling = args.sampling()?;
+    let target = args.target.clone().map_or(DEMO_TARGET, Folder::Disk);
+    let drafter = match &args.draft {
+        None => Some(DEMO_DRAFTER),
+        Some(_) if args.plain() => None,
+        Some(dir) => Some(Folder::Disk(dir.clone())),
+    };
+    let clock = Instant::now();
+    let pair = Pair::open(target, drafter)?;
+    let block = args.block(&pair)?;
+    if args.plan {
+        return plan::print(args, &pair);
+    }
+    let template = match &args.chat_template {
+        Some(path) => Some((path.display().to_string(), inputs::read(path)?)),
+        None => None,
+    };
+    let template = template.as_ref().map(|(name, text)| (name.as_str(), text.clone()));
+    let text = Text::open(&pair.target.folder, template)?;
+    let mut load = clock.elapsed();
+    let requests = inputs::requests(args, &pair, &text, &sampling, block)?;
+    let clock = Instant::now();
+    let target = Target::load(&pair.target)?;
+    let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
+    load += clock.elapsed();
+    let session =
+        Session { args, pair: &pair, text: &text, target: &target, drafter: drafter.as_ref(), load };
+
+    // Until here Ctrl-C ends the program as it ends any. A second one does not wait for the running round.
+    let handler = || {
+        if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED_EXIT.into());
+        }
+    };
+    ctrlc::set_handler(handler).map_err(|e| Error::Internal(format!("Ctrl-C cannot be handled: {e}")))?;
+    if args.compare { session.compare(&requests) } else { session.generate(&requests) }
+}
+
+fn interrupt() -> Flow {
+    if INTERRUPTED.load(Ordering::Relaxed) { Flow::Interrupt } else { Flow::Continue }
+}
+
+struct Session<'a> {
+    args: &'a Args,
+    pair: &'a Pair,
+    text: &'a Text,
+    target: &'a Target,
+    drafter: Option<&'a Drafter>,
+    load: Duration,
+}
+
+impl Session<'_> {
+    fn generate(&self, requests: &[Request]) -> Result<u8> {
+        for (i, request) in requests.iter().enumerate() {
+            let mut writer = Writer::new(self, i, request)?;
+            let outcome = generate(&mut Sequence::new(self.target, self.drafter), request, &mut writer);
+            let outcome = outcome.inspect_err(|_| writer.fail())?;
+            if writer.end(self, request, &outcome)? {
+                return Ok(0);
+            }
+            if !self.args.quiet {
+                let which = if requests.len() > 1 { format!("{}: ", i + 1) } else { String::new() };
+                note(&format!("{which}{}", self.summary(request, &outcome)));
+            }
+            if outcome.finish == Finish::Interrupted {
+                return Ok(INTERRUPTED_EXIT);
+            }
+        }
+        Ok(0)
+    }
+
+    /// The line on stderr.
+    fn summary(&self, request: &Request, outcome: &Outcome) -> String {
+        let (prefill, decode) = (outcome.prefill.as_secs_f64(), outcome.decode.as_secs_f64());
+        let mut line = format!(
+            "{} tokens in {:.2} s, {:.0} tok/s (prompt: {} tokens, {:.0} ms), {} rounds",
+            outcome.tokens.len(),
+            prefill + decode,
+            stats::rate(outcome),
+            request.prompt.len(),
+            prefill * 1e3,
+            outcome.accepted.len()
+        );
+        if let (true, Some(tau)) = (request.block > 1, stats::tau(&outcome.accepted)) {
+            let bars = stats::histogram(&outcome.accepted, request.block);
+            line += &format!(", acceptance length {tau:.2} [1{bars}{}]", request.block);
+        }
+        if request.sampling.temperature > 0.0 {
+            line += &format!(", seed {}", request.sampling.seed);
+        }
+        line
+    }
+
+    fn record(&self, request: &Request, outcome: &Outcome, text: String) -> Record {
+        let speculative = self.pair.drafter.as_ref().filter(|_| request.block > 1);
+        Record {
+            prompt_tokens: request.prompt.len(),
+            tokens: outcome.tokens.clone(),
+            text,
+            finish_reason: outcome.finish.name(),
+            rounds: outcome.accepted.len(),
+            accepted: outcome.accepted.clone(),
+            tau: stats::tau(&outcome.accepted),
+            seed: request.sampling.seed,
+            device: "cpu",
+            target: self.pair.target.folder.name(),
+            draft: speculative.map(|d| d.folder.name()),
+            verify: speculative.map(|_| "match"),
+            seconds: Seconds {
+                load: self.load.as_secs_f64(),
+                prefill: outcome.prefill.as_secs_f64(),
+                decode: outcome.decode.as_secs_f64(),
+            },
+        }
+    }
+
+    /// Plain decoding and DFlash in turn, prompt by prompt, after a short warm-up of both.
+    fn compare(&self, requests: &[Request]) -> Result<u8> {
+        let one = |request: &Request, block: usize, max_tokens: usize| {
+            let request = Request { block, max_tokens, ..request.clone() };
+            let mut stop = StopOnly(self.text.stream(&self.args.stop)?);
+            generate(&mut Sequence::new(self.target, self.drafter), &request, &mut stop)
+        };
+        let mut out = Output::default();
+        for block in [1, requests[0].block] {
+            one(&requests[0], block, self.args.max_tokens.min(16))?;
+        }
+        if !self.args.json {
+            out.line("prompt  tokens  plain tok/s  dflash tok/s  ratio   tau  identical")?;
+        }
+        let (mut rows, mut accepted) = (Vec::new(), Vec::new());
+        let (mut tokens, mut plain_time, mut fast_time, mut all_identical) =
+            (0, Duration::ZERO, Duration::ZERO, Ok(()));
+        for (i, request) in requests.iter().enumerate() {
+            let plain = one(request, 1, request.max_tokens)?;
+            let fast = one(request, request.block, request.max_tokens)?;
+            if plain.finish == Finish::Interrupted || fast.finish == Finish::Interrupted {
+                return Ok(INTERRUPTED_EXIT);
+            }
+            if out.gone {
+                return all_identical.map(|()| 0);
+            }
+            let identical =
+                check_lossless(&plain, &fast).map_err(|e| Error::Lossless(format!("prompt {}: {e}", i + 1)));
+            let word = if identical.is_ok() { "yes" } else { "NO" };
+            let (a, b) = (stats::rate(&plain), stats::rate(&fast));
+            let tau = stats::tau(&fast.accepted);
+            if self.args.json {
+                rows.push(json!({
+                    "tokens": plain.tokens.len(), "plain_tokens_per_s": a, "dflash_tokens_per_s": b, "ratio": b / a,
+                    "tau": tau, "identical": identical.is_ok(),
+                }));
+            } else {
+                let tau = tau.map_or("-".into(), |tau| format!("{tau:.2}"));
+                out.line(&format!(
+                    "{:6}  {:6}  {a:11.0}  {b:12.0}  {:5.2}  {tau:>4}  {word}",
+                    i + 1,
+                    plain.tokens.len(),
+                    b / a
+                ))?;
+            }
+            all_identical = all_identical.and(identical);
+            tokens += plain.tokens.len();
+            plain_time += plain.prefill + plain.decode;
+            fast_time += fast.prefill + fast.decode;
+            accepted.extend(fast.accepted);
+        }
+        let rate = |time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+        let (a, b, tau) = (rate(plain_time), rate(fast_time), stats::tau(&accepted));
+        if self.args.json {
+            out.line(&json!({
+                "prompts": rows, "tokens": tokens, "plain_tokens_per_s": a, "dflash_tokens_per_s": b, "ratio": b / a,
+                "tau": tau, "identical": all_identical.is_ok(), "seed": requests[0].sampling.seed, "device": "cpu",
+                "target": self.pair.target.folder.name(), "draft": self.pair.drafter.as_ref().map(|d| d.folder.name()),
+            }).to_string())?;
+        } else {
+            let word = if all_identical.is_ok() { "yes" } else { "NO" };
+            let tau = tau.map_or("-".into(), |tau| format!("{tau:.2}"));
+            out.line(&format!(
+                "{:>6}  {tokens:6}  {a:11.0}  {b:12.0}  {:5.2}  {tau:>4}  {word}",
+                "all",
+                b / a
+            ))?;
+        }
+        if self.args.temperature > 0.0 && !self.args.json && !self.args.quiet {
+            note(&format!("seed {}", requests[0].sampling.seed));
+        }
+        all_identical.map(|()| 0)
+    }
+}

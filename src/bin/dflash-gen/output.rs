@@ -1,0 +1,191 @@
+//! Stdout: an answer on its way there, as text, as events or as a record, for readers who may leave at any time.
+
+use crate::args::Color;
+use crate::{Session, interrupt};
+use dflash::engine::{Flow, Listener, Outcome, Request};
+use dflash::text::Stream;
+use dflash::{Error, Result};
+use serde_json::json;
+use std::io::{self, IsTerminal, Write};
+
+/// Stdout. Every write is flushed: somebody may be watching.
+#[derive(Default)]
+pub struct Output {
+    /// Nobody reads any more; what is written is dropped.
+    pub gone: bool,
+}
+
+impl Output {
+    pub fn text(&mut self, text: &str) -> Result<()> {
+        if self.gone {
+            return Ok(());
+        }
+        let mut out = io::stdout().lock();
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
+                self.gone = true;
+                Ok(())
+            }
+            Err(e) => Err(Error::Internal(format!("stdout cannot be written: {e}"))),
+        }
+    }
+
+    pub fn line(&mut self, text: &str) -> Result<()> {
+        self.text(&format!("{text}\n"))
+    }
+}
+
+/// One answer.
+pub struct Writer<'a> {
+    index: usize,
+    stream: Stream<'a>,
+    /// The whole answer, for records.
+    answer: String,
+    out: Output,
+    plain: bool,
+    colored: bool,
+    events: bool,
+    /// Since the last event of --stream-json.
+    fresh: (Vec<u32>, String),
+    rounds: usize,
+    bar: Option<indicatif::ProgressBar>,
+}
+
+/// Prompts shorter than this need no progress bar.
+const LONG_PROMPT: usize = 1024;
+
+impl<'a> Writer<'a> {
+    pub fn new(session: &Session<'a>, index: usize, request: &Request) -> Result<Writer<'a>> {
+        let args = session.args;
+        let color = match args.color {
+            Color::Auto => io::stdout().is_terminal(),
+            Color::Always => true,
+            Color::Never => false,
+        };
+        let long = request.prompt.len() >= LONG_PROMPT && !args.quiet && io::stderr().is_terminal();
+        let bar = long.then(|| {
+            let style =
+                indicatif::ProgressStyle::with_template("prompt {bar:40} {pos}/{len} tokens, {eta} left");
+            let bar = indicatif::ProgressBar::new(request.prompt.len() as u64);
+            style.map(|style| bar.clone().with_style(style)).unwrap_or(bar)
+        });
+        Ok(Writer {
+            index,
+            stream: session.text.stream(&args.stop)?,
+            answer: String::new(),
+            out: Output::default(),
+            plain: !args.json && !args.stream_json,
+            colored: args.show_accept && color,
+            events: args.stream_json,
+            fresh: (Vec::new(), String::new()),
+            rounds: 0,
+            bar,
+        })
+    }
+
+    fn piece(&mut self, text: &str, drafted: bool) -> Result<()> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        self.answer += text;
+        self.fresh.1 += text;
+        match (self.plain, self.colored && drafted) {
+            (false, _) => Ok(()),
+            (true, false) => self.out.text(text),
+            (true, true) => self.out.text(&format!("\x1b[32m{text}\x1b[0m")),
+        }
+    }
+
+    /// What came since the last event. `accepted`: of a round.
+    fn event(&mut self, event: &str, accepted: Option<usize>) -> Result<()> {
+        if !self.events {
+            return Ok(());
+        }
+        let (tokens, text) = std::mem::take(&mut self.fresh);
+        let event = json!({
+            "event": event, "index": self.index, "round": self.rounds, "tokens": tokens, "text": text,
+            "accepted": accepted,
+        });
+        self.out.line(&event.to_string())
+    }
+
+    /// The error that follows starts a line of its own.
+    pub fn fail(&mut self) {
+        if self.plain && !self.answer.is_empty() && !self.answer.ends_with('\n') {
+            let _ = self.out.text("\n");
+        }
+    }
+
+    /// The rest of the text, and the record. True if nobody reads any more.
+    pub fn end(mut self, session: &Session<'a>, request: &Request, outcome: &Outcome) -> Result<bool> {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        let rest = std::mem::replace(&mut self.stream, session.text.stream(&[])?).finish();
+        self.piece(&rest, false)?;
+        if self.plain {
+            if !self.answer.ends_with('\n') {
+                self.out.text("\n")?;
+            }
+            return Ok(self.out.gone);
+        }
+        if !rest.is_empty() {
+            self.event("rest", None)?;
+        }
+        let mut record = json!(session.record(request, outcome, std::mem::take(&mut self.answer)));
+        if self.events {
+            record["event"] = "done".into();
+            record["index"] = self.index.into();
+        }
+        self.out.line(&record.to_string())?;
+        Ok(self.out.gone)
+    }
+}
+
+impl Listener for Writer<'_> {
+    fn prefill(&mut self, done: usize) -> Flow {
+        if let Some(bar) = &self.bar {
+            bar.set_position(done as u64);
+            if bar.length() == Some(done as u64) {
+                bar.finish_and_clear();
+            }
+        }
+        interrupt()
+    }
+
+    fn token(&mut self, id: u32, drafted: bool) -> Result<Flow> {
+        self.fresh.0.push(id);
+        let (text, stopped) = self.stream.push(id)?;
+        self.piece(&text, drafted)?;
+        if self.rounds == 0 {
+            // The prefill's token, before the first round.
+            self.event("prefill", None)?;
+            self.rounds = 1;
+        }
+        Ok(match stopped {
+            true => Flow::Stop,
+            false if self.out.gone => Flow::Interrupt,
+            false => interrupt(),
+        })
+    }
+
+    fn round(&mut self, accepted: usize, _kept: usize) -> Result<()> {
+        self.event("round", Some(accepted))?;
+        self.rounds += 1;
+        Ok(())
+    }
+}
+
+/// Stops where the text would, and writes nothing.
+pub struct StopOnly<'a>(pub Stream<'a>);
+
+impl Listener for StopOnly<'_> {
+    fn prefill(&mut self, _: usize) -> Flow {
+        interrupt()
+    }
+    fn token(&mut self, id: u32, _: bool) -> Result<Flow> {
+        let (_, stopped) = self.0.push(id)?;
+        Ok(if stopped { Flow::Stop } else { interrupt() })
+    }
+}

@@ -1,0 +1,81 @@
+//! `dflash-gen` as a child process.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+use crate::support::Pair;
+use serde_json::Value;
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+pub const BINARY: &str = env!("CARGO_BIN_EXE_dflash-gen");
+
+/// What a finished run left behind.
+#[derive(Debug)]
+pub struct Run {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Run {
+    /// Of a run that went well: stdout.
+    pub fn done(self) -> String {
+        assert_eq!(self.code, 0, "{self:?}");
+        self.out
+    }
+
+    /// Stdout's lines as JSON.
+    pub fn json(self) -> Vec<Value> {
+        self.done().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+pub fn finish(mut command: Command) -> Run {
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    Run {
+        code: output.status.code().unwrap_or(-1),
+        out: String::from_utf8(output.stdout).expect("stdout is UTF-8"),
+        err: String::from_utf8(output.stderr).expect("stderr is UTF-8"),
+    }
+}
+
+pub fn command<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Command {
+    let mut command = Command::new(BINARY);
+    command.args(args);
+    command
+}
+
+pub fn run<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Run {
+    finish(command(args))
+}
+
+pub fn with_stdin(args: &[&str], input: &[u8]) -> Run {
+    let mut child =
+        command(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    let output = child.wait_with_output().unwrap();
+    Run {
+        code: output.status.code().unwrap_or(-1),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+pub fn write(dir: &Path, name: &str, bytes: impl AsRef<[u8]>) -> String {
+    let path = dir.join(name);
+    fs::write(&path, bytes).unwrap();
+    path.display().to_string()
+}
+
+/// `--target DIR --draft DIR`
+pub fn flags(pair: &Pair) -> [String; 4] {
+    let (target, drafter) = (pair.target.display().to_string(), pair.drafter.display().to_string());
+    ["--target".into(), target, "--draft".into(), drafter]
+}
+
+pub fn run_pair(pair: &Pair, args: &[&str]) -> Run {
+    run(flags(pair).iter().map(String::as_str).chain(args.iter().copied()))
+}
