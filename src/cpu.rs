@@ -6,6 +6,9 @@
 //! the same under AVX-512, AVX2 and NEON (x86 without FMA rounds twice and differs in the last bits). This is what
 //! makes speculative decoding equal plain decoding bit for bit.
 
+// Tiles are small constants, and a plain index into each of several arrays is what unrolls into registers.
+#![allow(clippy::needless_range_loop)]
+
 use crate::weights::{Dtype, Tensor};
 
 const LANES: usize = 16;
@@ -975,8 +978,7 @@ mod x86 {
                 // Quarter q, lane p would hold vector {0, 8, 4, 12}[q] + {0, 2, 1, 3}[p]: undone by the order going in.
                 let low = _mm512_shuffle_ps::<0b10_00_10_00>(c[0], c[1]);
                 let high = _mm512_shuffle_ps::<0b11_01_11_01>(c[0], c[1]);
-                let sums = Self::lanes(_mm512_add_ps(low, high));
-                sums
+                Self::lanes(_mm512_add_ps(low, high))
             }
         }
     }
