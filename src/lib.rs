@@ -8,7 +8,7 @@
 //! | [`text`] | tokenizer, streaming detokenising, stop strings |
 //! | `template` | chat templates as Hugging Face runs them |
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
-//! | [`cpu`] | the reference's arithmetic: SIMD dot products on all cores |
+//! | [`cpu`], `simd` | the reference's arithmetic on all cores; the instruction sets underneath |
 //! | [`reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
 //! | [`engine`] | a request's life: prefill, rounds, stopping |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
@@ -19,6 +19,7 @@ pub mod engine;
 mod json;
 pub mod pair;
 pub mod reference;
+mod simd;
 pub mod stats;
 mod template;
 pub mod text;
