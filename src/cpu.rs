@@ -44,14 +44,17 @@ pub fn to_f32(tensor: &Tensor) -> Vec<f32> {
 
 // ---- threads ----
 
-/// Runs `f` on the threads that the other functions here split their work over. Calls from inside cost nothing,
-/// so wrap whole passes, not operations.
+/// Runs `f` on the threads that the other functions here split their work over: as many as this process may use cores
+/// (`taskset` narrows them). Wrap whole programs, not operations: the hand-over costs some microseconds.
 pub fn install<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-    static POOL: std::sync::LazyLock<Option<rayon::ThreadPool>> =
-        std::sync::LazyLock::new(|| rayon::ThreadPoolBuilder::new().build().ok());
-    match POOL.as_ref() {
-        Some(pool) => pool.install(f),
-        None => f(),
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    match rayon::ThreadPoolBuilder::new().num_threads(cores).build() {
+        Ok(pool) => pool.install(f),
+        Err(_) => {
+            // No threads to be had: this one does it all. It must be a pool's, or rayon would start threads again.
+            let _alone = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
+            f()
+        }
     }
 }
 

@@ -82,14 +82,18 @@ struct Scratch {
 }
 
 impl Cache {
-    /// Room for `positions`. Fails, instead of aborting, when there is not enough memory.
+    /// Room for `positions`. What grows with them is asked for here, so that too little memory is an error and not an
+    /// abort.
     pub fn new(stack: &Stack, positions: usize) -> Result<Cache> {
         let (frequencies, magnitude) = stack.rope.frequencies();
         let kv = |_| Kv::new(stack.kv_heads, stack.head_dim, positions);
+        let mut rope = Vec::new();
+        rope.try_reserve_exact(positions * stack.rope.rotary_dims)
+            .map_err(|_| Error::Memory(format!("no memory for the rotations of {positions} positions")))?;
         Ok(Cache {
             layers: stack.attention.iter().map(kv).collect::<Result<_>>()?,
             len: 0,
-            rope: Vec::new(),
+            rope,
             frequencies,
             magnitude,
             scratch: Scratch::default(),
@@ -375,9 +379,17 @@ impl<'a> Sequence<'a> {
     /// drafter.
     pub fn draft(&mut self, rows: usize) -> Result<Vec<u32>> {
         let state = started(&mut self.state)?;
-        let (Some(drafter), Some(context), 2..) = (self.drafter, &mut state.context, rows) else {
+        let (Some(drafter), Some(context)) = (self.drafter, &mut state.context) else {
             return Ok(Vec::new());
         };
+        if rows < 2 {
+            // Past the drafter's last position nothing is drafted any more, and nothing need be kept for it.
+            if state.cache.len + 1 >= drafter.config.stack.max_positions {
+                state.context = None;
+                state.features = Vec::new();
+            }
+            return Ok(Vec::new());
+        }
         drafter.inject(&state.features, context);
         state.features.clear();
         let hidden = drafter.hidden(self.target, state.anchor, rows, context, |_, _| ());
@@ -422,7 +434,8 @@ fn started(state: &mut Option<State>) -> Result<&mut State> {
 
 fn damaged(model: &str, position: usize) -> Error {
     Error::Model(format!(
-        "the {model}'s logits for position {position} hold a NaN, or nothing but -inf: its weights are damaged"
+        "the {model}'s logits for position {position} hold a NaN or infinity, or nothing but -inf: its weights or its \
+         config are damaged"
     ))
 }
 

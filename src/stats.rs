@@ -49,6 +49,8 @@ pub struct Record {
     pub accepted: Vec<usize>,
     pub tau: Option<f64>,
     pub seed: u64,
+    /// The prompt's place in `--prompts`, from 0: with the seed it keys the noise.
+    pub stream: u32,
     pub device: &'static str,
     pub target: String,
     pub draft: Option<String>,

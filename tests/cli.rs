@@ -83,6 +83,7 @@ fn a_record_has_exactly_these_fields() {
         "accepted",
         "tau",
         "seed",
+        "stream",
         "device",
         "target",
         "draft",
@@ -423,13 +424,13 @@ fn compare_tells_rates_and_identity() {
             assert_eq!((&row["identical"], &row["tau"]), (&json!(true), &record["tau"]));
         }
         let fields = [
-            "prompts",
             "tokens",
             "plain_tokens_per_s",
             "dflash_tokens_per_s",
             "ratio",
             "tau",
             "identical",
+            "prompts",
             "seed",
             "device",
             "target",

@@ -670,3 +670,23 @@ fn c9_both_models_hold_the_positions_before_the_anchor_after_every_round() {
         assert_eq!(got.tokens, plain.tokens);
     }
 }
+
+#[test]
+fn past_the_drafters_last_position_nothing_is_kept_for_it() {
+    let (spec, draft) = guessing_pair(1);
+    let pair = write(&spec, &support::Drafter { max_positions: 40, ..draft.clone() });
+    let mut sequence = Sequence::new(&pair.0, Some(&pair.1));
+    let prompt = random_tokens(3, spec.vocab, 20);
+    let mut tokens = vec![];
+    sequence.start(&request(&prompt, 60, draft.block, 0.8, 2), &mut |_| Flow::Continue).unwrap();
+    while let Some((target, drafter)) = sequence.lengths()
+        && target < 70
+    {
+        // The last round that drafts may end beyond the limit; the next one lets go.
+        assert!(drafter.is_none_or(|length| length == target && length < 40 + draft.block));
+        assert!(drafter.is_some() || target >= 39);
+        let rows = draft.block.min(sequence.rows_at(target));
+        sequence.round(rows, &mut tokens).unwrap();
+    }
+    assert_eq!(sequence.lengths().unwrap().1, None);
+}

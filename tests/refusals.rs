@@ -194,7 +194,7 @@ const MODELS: &str = r#"
 3 | no drafter folder | ROOT/drafter does not exist: expected a Hugging Face model folder
 2 | target as drafter | ROOT/drafter/config.json is a target's (Qwen3ForCausalLM): expected a DFlash drafter here, targets go to --target
 3 | cut drafter | ROOT/drafter/model.safetensors is not a whole safetensors file: its header is to be 2344 bytes long, and 22 follow
-3 | a NaN | the target's logits for position 8 hold a NaN, or nothing but -inf: its weights are damaged
+3 | a NaN | the target's logits for position 8 hold a NaN or infinity, or nothing but -inf: its weights or its config are damaged
 3 | tokenizer of another model | the prompt holds token id 106, but the target has 97 rows: its tokenizer belongs to another model
 3 | missing shard | ROOT/target/model.safetensors.index.json lists the shard model-00002-of-00003.safetensors, which is not in the folder
 "#;
@@ -303,7 +303,6 @@ fn an_error_after_text_starts_a_line_of_its_own() {
     nan(&pair.drafter, support::drafter_tensors(&Default::default(), &Default::default()));
     let run = program::run_pair(&pair, &["--raw", "hello\tyou"]);
     assert_eq!((run.code, run.out.len(), run.out.ends_with('\n')), (3, 2, true), "{run:?}");
-    let damaged =
-        "the drafter's logits for position 9 hold a NaN, or nothing but -inf: its weights are damaged";
+    let damaged = "the drafter's logits for position 9 hold a NaN or infinity, or nothing but -inf: its weights or its config are damaged";
     assert_eq!(run.err, format!("dflash-gen: {damaged}\n"));
 }

@@ -8,7 +8,7 @@ Needs Python 3.10 or newer with
 (any build of torch; only the CPU is used, and nothing is downloaded). Rows of the table:
 
     torch plain    Hugging Face Transformers, `generate`, greedy, f32 from the bf16 weights
-    torch dflash   DFlash as the paper has it: drafter below, target through Transformers with DynamicCache
+    torch dflash   DFlash as the paper has it, a port: drafter below, target through Transformers with DynamicCache
     ours plain     dflash-gen --draft none    (with --ours PATH)
     ours dflash    dflash-gen                 (with --ours PATH)
 
@@ -157,14 +157,13 @@ def dflash(target, drafter, prompt, new_tokens, stop_ids):
     return tokens[:end], rounds
 
 
-def ours(binary, prompts, new_tokens, threads, flags):
+def ours(binary, prompts, new_tokens, flags):
     """dflash-gen over all prompts: one JSON object per prompt."""
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
         file.flush()
         command = [binary, "--prompts", file.name, "-n", str(new_tokens), "--json", "--quiet", *flags]
-        environment = dict(os.environ, RAYON_NUM_THREADS=str(threads))
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)} exited with {done.returncode}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
@@ -187,7 +186,7 @@ def main():
     parser.add_argument("-n", type=int, default=128, help="new tokens per prompt (default 128)")
     parser.add_argument("--count", type=int, help="only the first COUNT prompts")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions; the median is reported (default 3)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads for torch and for dflash-gen")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads for torch; dflash-gen uses the cores that taskset leaves it")
     parser.add_argument("--ours", metavar="PATH", help="dflash-gen, for the rows beside torch's")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args()
@@ -243,7 +242,7 @@ def main():
         return tokens, seconds, all_rounds
 
     def ours_row(row, flags):
-        answers = ours(args.ours, texts, args.n, args.threads, flags)
+        answers = ours(args.ours, texts, args.n, flags)
         if len(answers) != len(prompts):
             sys.exit(f"{args.ours} printed {len(answers)} answers for {len(prompts)} prompts")
         for index, answer in enumerate(answers):

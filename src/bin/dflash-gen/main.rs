@@ -16,7 +16,7 @@ use dflash::text::Text;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::{Error, Result, cpu};
 use output::{Output, StopOnly, Writer};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +26,9 @@ use std::time::{Duration, Instant};
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 const INTERRUPTED_EXIT: u8 = 130;
+
+/// The one device of this build.
+const DEVICE: &str = "cpu";
 
 fn main() -> ExitCode {
     let args = match Args::try_parse() {
@@ -37,9 +40,16 @@ fn main() -> ExitCode {
         }
         Err(error) => return fail(&args::sentence(&error)),
     };
-    match cpu::install(|| run(&args)) {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => fail(&error),
+    // A panic is a bug of ours, and still one sentence and exit code 1.
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map_or("unknown".into(), |at| format!("{}:{}", at.file(), at.line()));
+        let what = panic.payload_as_str().unwrap_or("panic");
+        note(&format!("dflash-gen: internal failure at {place}: {what}").replace(char::is_control, " "));
+    }));
+    match std::panic::catch_unwind(|| cpu::install(|| run(&args))) {
+        Ok(Ok(code)) => ExitCode::from(code),
+        Ok(Err(error)) => fail(&error),
+        Err(_) => ExitCode::FAILURE,
     }
 }
 
@@ -160,7 +170,8 @@ impl Session<'_> {
             accepted: outcome.accepted.clone(),
             tau: stats::tau(&outcome.accepted),
             seed: request.sampling.seed,
-            device: "cpu",
+            stream: request.sampling.stream,
+            device: DEVICE,
             target: self.pair.target.folder.name(),
             draft: speculative.map(|d| d.folder.name()),
             verify: speculative.map(|_| "match"),
@@ -200,22 +211,17 @@ impl Session<'_> {
             }
             let identical =
                 check_lossless(&plain, &fast).map_err(|e| Error::Lossless(format!("prompt {}: {e}", i + 1)));
-            let word = if identical.is_ok() { "yes" } else { "NO" };
-            let (a, b) = (stats::rate(&plain), stats::rate(&fast));
-            let tau = stats::tau(&fast.accepted);
+            let row = Row {
+                tokens: plain.tokens.len(),
+                plain: stats::rate(&plain),
+                dflash: stats::rate(&fast),
+                tau: stats::tau(&fast.accepted),
+                identical: identical.is_ok(),
+            };
             if self.args.json {
-                rows.push(json!({
-                    "tokens": plain.tokens.len(), "plain_tokens_per_s": a, "dflash_tokens_per_s": b, "ratio": b / a,
-                    "tau": tau, "identical": identical.is_ok(),
-                }));
+                rows.push(row.json());
             } else {
-                let tau = tau.map_or("-".into(), |tau| format!("{tau:.2}"));
-                out.line(&format!(
-                    "{:6}  {:6}  {a:11.0}  {b:12.0}  {:5.2}  {tau:>4}  {word}",
-                    i + 1,
-                    plain.tokens.len(),
-                    b / a
-                ))?;
+                out.line(&row.line(&(i + 1).to_string()))?;
             }
             all_identical = all_identical.and(identical);
             tokens += plain.tokens.len();
@@ -224,25 +230,53 @@ impl Session<'_> {
             accepted.extend(fast.accepted);
         }
         let rate = |time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
-        let (a, b, tau) = (rate(plain_time), rate(fast_time), stats::tau(&accepted));
+        let all = Row {
+            tokens,
+            plain: rate(plain_time),
+            dflash: rate(fast_time),
+            tau: stats::tau(&accepted),
+            identical: all_identical.is_ok(),
+        };
         if self.args.json {
-            out.line(&json!({
-                "prompts": rows, "tokens": tokens, "plain_tokens_per_s": a, "dflash_tokens_per_s": b, "ratio": b / a,
-                "tau": tau, "identical": all_identical.is_ok(), "seed": requests[0].sampling.seed, "device": "cpu",
-                "target": self.pair.target.folder.name(), "draft": self.pair.drafter.as_ref().map(|d| d.folder.name()),
-            }).to_string())?;
+            let mut record = all.json();
+            record["prompts"] = rows.into();
+            record["seed"] = requests[0].sampling.seed.into();
+            record["device"] = DEVICE.into();
+            record["target"] = self.pair.target.folder.name().into();
+            record["draft"] = self.pair.drafter.as_ref().map(|d| d.folder.name()).into();
+            out.line(&record.to_string())?;
         } else {
-            let word = if all_identical.is_ok() { "yes" } else { "NO" };
-            let tau = tau.map_or("-".into(), |tau| format!("{tau:.2}"));
-            out.line(&format!(
-                "{:>6}  {tokens:6}  {a:11.0}  {b:12.0}  {:5.2}  {tau:>4}  {word}",
-                "all",
-                b / a
-            ))?;
+            out.line(&all.line("all"))?;
         }
         if self.args.temperature > 0.0 && !self.args.json && !self.args.quiet {
             note(&format!("seed {}", requests[0].sampling.seed));
         }
         all_identical.map(|()| 0)
+    }
+}
+
+/// A line of `--compare`.
+struct Row {
+    tokens: usize,
+    /// tokens per second
+    plain: f64,
+    dflash: f64,
+    tau: Option<f64>,
+    identical: bool,
+}
+
+impl Row {
+    fn line(&self, name: &str) -> String {
+        let Row { tokens, plain, dflash, .. } = self;
+        let tau = self.tau.map_or("-".into(), |tau| format!("{tau:.2}"));
+        let (ratio, word) = (dflash / plain, if self.identical { "yes" } else { "NO" });
+        format!("{name:>6}  {tokens:6}  {plain:11.0}  {dflash:12.0}  {ratio:5.2}  {tau:>4}  {word}")
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "tokens": self.tokens, "plain_tokens_per_s": self.plain, "dflash_tokens_per_s": self.dflash,
+            "ratio": self.dflash / self.plain, "tau": self.tau, "identical": self.identical,
+        })
     }
 }
