@@ -164,15 +164,19 @@ impl Text {
             let got = tokenizer.token_to_id(content);
             if got != Some(*id) {
                 let got = got.map_or("none".into(), |got| got.to_string());
-                return Err(malformed(format!("added token {:?} has id {id}, its place gives {got}", shown(content))));
+                return Err(malformed(format!(
+                    "added token {:?} has id {id}, its place gives {got}",
+                    shown(content)
+                )));
             }
         }
         let decoding = Decoding::new(file.decoder, &path)?;
 
         let config_path = folder.path("tokenizer_config.json");
         let config: TokenizerConfig = match folder.file("tokenizer_config.json")? {
-            Some(bytes) => serde_json::from_slice(&bytes)
-                .map_err(|e| Error::Model(format!("{config_path} is malformed: {}", one_line(&e.to_string()))))?,
+            Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
+                Error::Model(format!("{config_path} is malformed: {}", one_line(&e.to_string())))
+            })?,
             None => TokenizerConfig::default(),
         };
         let specials: Vec<(&'static str, String)> = [
@@ -559,7 +563,7 @@ pub(crate) fn guarded<T: Send>(
 
 /// Messages from elsewhere may span lines, quote whole files and hold control characters; here they are part of one
 /// sentence.
-pub(crate) fn one_line(message: &str) -> String {
+pub fn one_line(message: &str) -> String {
     const LONGEST: usize = 400;
     let mut line = String::new();
     for word in message.split_whitespace() {
