@@ -156,6 +156,12 @@ const DFLASH: [&str; 10] = [
     "partial_rotary_factor",
     "swa_window_size",
 ];
+/// What a set of RoPE settings may hold whatever its type; Hugging Face writes the original length even where no formula
+/// reads it.
+const ROPE: [&str; 5] =
+    ["rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"];
+const YARN: [&str; 7] =
+    ["factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"];
 
 impl TargetConfig {
     /// Reads `config.json` and, if there, `generation_config.json`.
@@ -210,11 +216,6 @@ impl TargetConfig {
             list.push(("lm_head.weight".into(), vec![self.vocab, hidden]));
         }
         list
-    }
-
-    /// Number of weights; a tied head counts once.
-    pub fn parameters(&self) -> u64 {
-        parameters(&self.tensors())
     }
 }
 
@@ -294,16 +295,6 @@ impl DrafterConfig {
         self.stack.tensors("", &mut list);
         list.push(("norm.weight".into(), vec![hidden]));
         list
-    }
-
-    /// Number of weights; embedding and head are the target's and not counted.
-    pub fn parameters(&self) -> u64 {
-        parameters(&self.tensors())
-    }
-
-    /// Positions a sequence may take: both models' limits, less the block that hangs over the end (dflash.md 4).
-    pub fn context_limit(&self, target: &TargetConfig) -> usize {
-        self.stack.max_positions.min(target.stack.max_positions).saturating_sub(self.block)
     }
 }
 
@@ -391,12 +382,8 @@ fn blend(from: f64, to: f64, share: f64) -> f64 {
     from * (1.0 - share) + to * share
 }
 
-fn parameters(tensors: &[(String, Vec<usize>)]) -> u64 {
-    tensors.iter().map(|(_, shape)| shape.iter().map(|&n| n as u64).product::<u64>()).sum()
-}
-
 /// Refuses a drafter that was not made for this target: hidden size of the taps, vocabulary, layer count, layer
-/// ids, mask id. Names both files.
+/// ids, mask id. Names both files. Their context lengths may differ: beyond the drafter's the target decodes plainly.
 pub fn check_pair(
     target: &TargetConfig,
     target_folder: &Folder,
@@ -424,13 +411,6 @@ pub fn check_pair(
         return Err(Error::Model(format!(
             "{theirs} was not made for {ours}: its mask token is {}, and the target's vocabulary has {} rows",
             drafter.mask_token, target.vocab
-        )));
-    }
-    if drafter.context_limit(target) == 0 {
-        return Err(Error::Model(format!(
-            "{theirs} has blocks of {} positions, and with {ours} only {} positions in all",
-            drafter.block,
-            drafter.stack.max_positions.min(target.stack.max_positions)
         )));
     }
     Ok(())
@@ -686,6 +666,12 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
         None if table.get("factor").is_some() => return Err(table.absent("rope_type")),
         None => "default".into(),
     };
+    let known: &[&str] = match kind.as_str() {
+        "linear" => &["factor"],
+        "llama3" => &["factor", "low_freq_factor", "high_freq_factor"],
+        "yarn" => &YARN,
+        _ => &[],
+    };
     let scaling = match kind.as_str() {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear { factor: at_least_one("factor")? },
@@ -738,6 +724,15 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
             return Err(table.unsupported("rope_type", other, "default, linear, llama3 or yarn"));
         }
     };
+    let known = |name: &str| ROPE.contains(&name) || known.contains(&name);
+    if let Some((name, _)) = table.map.iter().find(|(name, value)| !value.is_null() && !known(name)) {
+        return Err(Error::Unsupported(format!(
+            "{}: {}{} is unknown for rope_type {kind}, which this engine runs without it",
+            config.file,
+            table.prefix,
+            shown(name)
+        )));
+    }
     Ok(Rope { theta, rotary_dims, scaling })
 }
 

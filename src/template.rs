@@ -3,7 +3,7 @@
 //! A template comes with a checkpoint and is untrusted: its length and the instructions of a rendering are bounded.
 //! What it allocates is not, as it is not in Hugging Face's sandbox.
 
-use crate::text::{guarded, one_line};
+use crate::text::{TEMPLATE_STACKS, guarded, one_line};
 use crate::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
@@ -40,23 +40,25 @@ impl Template {
         environment.add_function("strftime_now", strftime_now);
         // Undefined values are called by name in errors.
         environment.set_debug(true);
-        let parsed = guarded(|| {
+        let parse = || {
             let result = environment.add_template_owned("chat_template", source);
             result.map_err(|e| Self::fault(from_user, Self::sentence(&name, "is not a template", &e)))
-        });
-        parsed.map_err(|e| Self::fault(from_user, format!("{name} is not a template: {e}")))??;
+        };
+        let panicked = |what| Self::fault(from_user, format!("{name} is not a template: {what}"));
+        guarded(TEMPLATE_STACKS, parse, panicked)??;
         Ok(Template { environment, name, from_user })
     }
 
     /// The text for these variables, an object.
     pub(crate) fn render(&self, variables: serde_json::Value) -> Result<String> {
         // An error can hold the values it is about, so it too has to end on the deep stack.
-        let rendered = guarded(|| {
+        let render = || {
             let template = self.environment.get_template("chat_template");
             let result = template.and_then(|template| template.render(Value::from(Serde(variables))));
             result.map_err(|error| self.explain(&error))
-        });
-        rendered.map_err(|e| Self::fault(self.from_user, format!("{} failed: {e}", self.name)))?
+        };
+        let panicked = |what| Self::fault(self.from_user, format!("{} failed: {what}", self.name));
+        guarded(TEMPLATE_STACKS, render, panicked)?
     }
 
     fn explain(&self, error: &minijinja::Error) -> Error {

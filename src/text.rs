@@ -9,15 +9,23 @@
 //! Tokenizer and template files are untrusted programs of a kind (regular expressions, jinja): they are read and run
 //! on a thread of their own, with room for deep nesting, where a panic ends in an error.
 
+use crate::json::shown;
 use crate::template::Template;
 use crate::weights::Folder;
 use crate::{Error, Result};
 use serde::Deserialize;
+use std::sync::{Mutex, Once};
 use tokenizers::{Model, Tokenizer};
 
 /// Stack for what a file makes us do: address space, touched only as far as it is used. Templates need it: their
 /// operator chains nest as deep as they are long, values one level per instruction, up to about 1 KiB each.
 const DEEP_STACK: usize = 512 << 20;
+/// Stacks for templates, the first that there is room for.
+pub(crate) const TEMPLATE_STACKS: &[usize] = &[DEEP_STACK];
+/// The same for tokenizers, which nest far less.
+const TOKENIZER_STACKS: &[usize] = &[DEEP_STACK, 64 << 20, 8 << 20];
+/// Address space that has to be left beside a stack: allocations of the work, and the allocator's own arena.
+const WORKING_ROOM: usize = 160 << 20;
 const UNTRUSTED_THREAD: &str = "dflash-untrusted";
 
 /// One turn of a conversation, as chat templates take it.
@@ -144,9 +152,8 @@ impl Text {
         };
         let malformed =
             |what: String| Error::Model(format!("{path} is not a tokenizer: {}", one_line(&what)));
-        let mut tokenizer = guarded(|| Tokenizer::from_bytes(&bytes[..]).map_err(|e| e.to_string()))
-            .and_then(|parsed| parsed)
-            .map_err(malformed)?;
+        let parse = || Tokenizer::from_bytes(&bytes[..]).map_err(|e| malformed(e.to_string()));
+        let mut tokenizer = guarded(TOKENIZER_STACKS, parse, malformed)??;
         // Prompts are neither cut nor padded, whatever the file was last used for; a fixed padding length would be an
         // allocation of any size.
         tokenizer.with_padding(None);
@@ -157,15 +164,19 @@ impl Text {
             let got = tokenizer.token_to_id(content);
             if got != Some(*id) {
                 let got = got.map_or("none".into(), |got| got.to_string());
-                return Err(malformed(format!("added token {content:?} has id {id}, its place gives {got}")));
+                return Err(malformed(format!(
+                    "added token {:?} has id {id}, its place gives {got}",
+                    shown(content)
+                )));
             }
         }
         let decoding = Decoding::new(file.decoder, &path)?;
 
         let config_path = folder.path("tokenizer_config.json");
         let config: TokenizerConfig = match folder.file("tokenizer_config.json")? {
-            Some(bytes) => serde_json::from_slice(&bytes)
-                .map_err(|e| Error::Model(format!("{config_path} is malformed: {e}")))?,
+            Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
+                Error::Model(format!("{config_path} is malformed: {}", one_line(&e.to_string())))
+            })?,
             None => TokenizerConfig::default(),
         };
         let specials: Vec<(&'static str, String)> = [
@@ -215,8 +226,8 @@ impl Text {
         if config.add_bos_token == Some(true) {
             let bos = text.specials.iter().find(|(name, _)| *name == "bos_token");
             let id = bos.and_then(|(_, content)| text.tokenizer.token_to_id(content)).ok_or_else(|| {
-                let found =
-                    bos.map_or("no bos_token".into(), |(_, content)| format!("bos_token {content:?}"));
+                let found = bos
+                    .map_or("no bos_token".into(), |(_, content)| format!("bos_token {:?}", shown(content)));
                 Error::Model(format!(
                     "{config_path}: add_bos_token is true with {found}, expected a token of {}",
                     text.path
@@ -284,10 +295,12 @@ impl Text {
     }
 
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        guarded(|| self.tokenizer.encode_fast(text, add_special_tokens).map_err(|e| e.to_string()))
-            .and_then(|encoded| encoded)
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|e| Error::Model(format!("{} cannot tokenise this text: {}", self.path, one_line(&e))))
+        let failed = |what: String| {
+            Error::Model(format!("{} cannot tokenise this text: {}", self.path, one_line(&what)))
+        };
+        let encode =
+            || self.tokenizer.encode_fast(text, add_special_tokens).map_err(|e| failed(e.to_string()));
+        Ok(guarded(TOKENIZER_STACKS, encode, failed)??.get_ids().to_vec())
     }
 
     /// Ids to text, special tokens left out. Ids without a token (padding of the vocabulary) have no text.
@@ -327,8 +340,9 @@ impl Text {
 impl Decoding {
     fn new(file: Option<DecoderFile>, path: &str) -> Result<Self> {
         let refuse = |what: &dyn std::fmt::Debug| {
+            let what = one_line(&format!("{what:?}"));
             Error::Unsupported(format!(
-                "{path}: decoder {what:?} cannot be streamed, expected ByteLevel, Metaspace, or a Sequence of Replace, \
+                "{path}: decoder {what} cannot be streamed, expected ByteLevel, Metaspace, or a Sequence of Replace, \
                  ByteFallback, Fuse and Strip as SentencePiece models have it"
             ))
         };
@@ -502,10 +516,15 @@ impl Stream<'_> {
     }
 }
 
-/// Runs what an untrusted file can lead astray: on a deep stack, a panic turned into its message. The panic is not
-/// printed either; hooks are global, so ours goes by the thread's name and leaves all other threads to the one before.
-pub(crate) fn guarded<T: Send>(work: impl FnOnce() -> T + Send) -> std::result::Result<T, String> {
-    static QUIET: std::sync::Once = std::sync::Once::new();
+/// Runs what an untrusted file can lead astray: on a deep stack, a panic's message made an error by `panicked`. The
+/// panic is not printed either; hooks are global, so ours goes by the thread's name and leaves all other threads to the
+/// one before. `Error::Memory`: there is room for none of the `stacks`.
+pub(crate) fn guarded<T: Send>(
+    stacks: &[usize],
+    work: impl FnOnce() -> T + Send,
+    panicked: impl FnOnce(String) -> Error,
+) -> Result<T> {
+    static QUIET: Once = Once::new();
     QUIET.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
@@ -514,21 +533,52 @@ pub(crate) fn guarded<T: Send>(work: impl FnOnce() -> T + Send) -> std::result::
             }
         }));
     });
+    // A thread that could not be started has taken nothing, and leaves the work to the next.
+    let work = Mutex::new(Some(work));
+    let run = || work.lock().ok().and_then(|mut work| work.take()).map(|work| work());
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name(UNTRUSTED_THREAD.into()).stack_size(DEEP_STACK);
-        let worker = thread.spawn_scoped(scope, work).map_err(|e| format!("no thread for it: {e}"))?;
-        worker.join().map_err(|panic| {
-            let message = panic.downcast_ref::<String>().map(String::as_str);
-            message.or(panic.downcast_ref::<&str>().copied()).unwrap_or("it panicked").to_string()
-        })
+        // The work needs room beside its stack: without it an allocation fails, and that ends the process.
+        let roomy = |stack: &&usize| Vec::<u8>::new().try_reserve_exact(**stack + WORKING_ROOM).is_ok();
+        let spawn = |stack: &usize| {
+            let thread = std::thread::Builder::new().name(UNTRUSTED_THREAD.into()).stack_size(*stack);
+            thread.spawn_scoped(scope, run).ok()
+        };
+        let Some(worker) = stacks.iter().filter(roomy).find_map(spawn) else {
+            let least = stacks.last().map_or(0, |stack| (stack + WORKING_ROOM) >> 20);
+            return Err(Error::Memory(format!(
+                "not enough memory: a thread for the tokenizer or chat template needs {least} MiB of address space"
+            )));
+        };
+        match worker.join() {
+            Ok(Some(done)) => Ok(done),
+            Ok(None) => Err(Error::Internal("the tokenizer's thread found no work".into())),
+            Err(panic) => {
+                let message = panic.downcast_ref::<String>().map(String::as_str);
+                let message = message.or(panic.downcast_ref::<&str>().copied()).unwrap_or("it panicked");
+                Err(panicked(one_line(message)))
+            }
+        }
     })
 }
 
-/// Messages from elsewhere may span lines and quote whole files; here they are part of one sentence.
-pub(crate) fn one_line(message: &str) -> String {
-    let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(400) {
-        Some((end, _)) => format!("{} ...", &line[..end]),
-        None => line,
+/// Messages from elsewhere may span lines, quote whole files and hold control characters; here they are part of one
+/// sentence.
+pub fn one_line(message: &str) -> String {
+    const LONGEST: usize = 400;
+    let mut line = String::new();
+    for word in message.split_whitespace() {
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        for c in word.chars() {
+            match c.is_control() {
+                true => line.extend(c.escape_default()),
+                false => line.push(c),
+            }
+            if line.len() > LONGEST {
+                return line + " ...";
+            }
+        }
     }
+    line
 }

@@ -190,7 +190,7 @@ impl Tensor {
 /// All tensors of a folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
 ///
 /// Names are asked for as in dflash.md section 2 (drafter) or as Hugging Face writes them (target); a drafter's other
-/// spellings are resolved here, see [`Checkpoint::has`].
+/// spellings are resolved in [`Checkpoint::tensor`].
 pub struct Checkpoint {
     /// What a missing tensor is missing from: the single file or the index.
     source: String,
@@ -281,7 +281,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The tensor of that name and shape. An error names the file, the tensor, and both shapes.
+    /// The tensor of that name, or one of its other spellings, and shape. An error names the file, the tensor, and both shapes.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let Some((stored, entry)) = self.find(name) else {
             return Err(Error::Model(format!("{} has no tensor {name}", self.source)));
@@ -300,11 +300,6 @@ impl Checkpoint {
             )));
         }
         Ok(Tensor { file: bytes.clone(), range: entry.range.clone(), dtype, shape: shape.to_vec() })
-    }
-
-    /// Whether a tensor of that name is there, or of one of its other spellings.
-    pub fn has(&self, name: &str) -> bool {
-        self.find(name).is_some()
     }
 
     /// (path, bytes) of every shard, in name order.

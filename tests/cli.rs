@@ -52,6 +52,19 @@ fn argument_file_and_stdin_give_the_same_answer() {
 }
 
 #[test]
+fn a_byte_order_mark_is_not_part_of_a_prompt() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = write(dir.path(), "prompt.txt", format!("\u{feff}{PROMPT}"));
+    let lines = write(dir.path(), "p.jsonl", format!("\u{feff}{}\n", json!({"prompt": PROMPT})));
+    let expected = record(&[PROMPT, "-n", "8"]);
+    for args in [["-f", &file], ["--prompts", &lines]] {
+        let got = record(&[&args[..], &["-n", "8"]].concat());
+        let fields = ["prompt_tokens", "tokens"];
+        assert!(fields.iter().all(|field| got[field] == expected[field]), "{args:?}: {got}");
+    }
+}
+
+#[test]
 fn prompts_keep_the_order_of_their_file() {
     let dir = tempfile::tempdir().unwrap();
     let prompts = ["import os", "class A:\n", "import os", "def f(x):\n    return"];
@@ -521,27 +534,31 @@ fn limited<A: AsRef<std::ffi::OsStr>>(kib: u64, args: impl IntoIterator<Item = A
 #[test]
 fn plan_reads_headers_only() {
     // 8 GB of weights that take no room on disk, in an address space that can map them once and not copy them.
-    let target = support::Target { vocab: 16_000_000, hidden: 256, ..Default::default() };
+    let target = support::Target { vocab: 16_000_000, hidden: 256, layers: 40, ..Default::default() };
     let dir = tempfile::tempdir().unwrap();
     support::write_json(dir.path(), "config.json", &support::target_config(&target));
     let tensors = TargetConfig::open(&support::disk(dir.path())).unwrap().tensors();
-    let mut header = serde_json::Map::new();
-    let mut end = 0;
-    for (name, shape) in tensors {
-        let begin = end;
-        end += shape.iter().product::<usize>() * 2;
-        header.insert(name, json!({"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}));
+    let (mut all, mut map) = (0, serde_json::Map::new());
+    for (i, (name, shape)) in tensors.into_iter().enumerate() {
+        let bytes = shape.iter().product::<usize>() * 2;
+        let header = json!({&name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, bytes]}});
+        let head = support::safetensors_raw(&header.to_string(), &[]);
+        // Long names, so that the plan does not fit a pipe and the program is there to be looked at.
+        let shard = format!("{}-{i}.safetensors", "shard".repeat(40));
+        let file = fs::File::create(dir.path().join(&shard)).unwrap();
+        (&file).write_all(&head).unwrap();
+        file.set_len((head.len() + bytes) as u64).unwrap();
+        map.insert(name, shard.into());
+        all += bytes;
     }
-    let head = support::safetensors_raw(&Value::Object(header).to_string(), &[]);
-    let file = fs::File::create(dir.path().join("model.safetensors")).unwrap();
-    (&file).write_all(&head).unwrap();
-    file.set_len((head.len() + end) as u64).unwrap();
-    let target = dir.path().to_str().unwrap();
-    let run = limited(12 << 20, ["--plan", "--json", "--draft", "none", "--target", target]);
-    let plan = run.json().remove(0);
-    assert_eq!(plan["weight_bytes"], end);
-    assert!(end > 8_000_000_000);
+    support::write_json(dir.path(), "model.safetensors.index.json", &json!({"weight_map": map}));
+    let args = ["--plan", "--json", "--draft", "none", "--target", dir.path().to_str().unwrap()];
+    let plan = limited(12 << 20, args).json().remove(0);
+    assert_eq!(plan["weight_bytes"], all);
+    assert!(all > 8_000_000_000);
     assert_eq!(plan["drafter"], Value::Null);
+    let kib = peak(command(args), usize::MAX);
+    assert!(kib <= 64 << 10, "{kib} KiB");
 }
 
 // ---- conversations ----
@@ -733,6 +750,24 @@ fn peak(mut command: Command, enough: usize) -> u64 {
 fn the_demo_pair_runs_in_64_mib() {
     let kib = peak(command([PROMPT, "-n", "1000", "--ignore-eos"]), usize::MAX);
     assert!(kib <= 64 << 10, "{kib} KiB");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_demo_pair_runs_in_less_address_space_than_the_deepest_stack() {
+    let expected = run([PROMPT, "-n", "20"]).done();
+    assert_eq!(limited(400_000, [PROMPT, "-n", "20"]).done(), expected);
+}
+
+/// Whatever the limit: an answer or a sentence, and never that the tokenizer is at fault.
+#[cfg(target_os = "linux")]
+#[test]
+fn too_little_address_space_for_the_tokenizer_is_a_sentence() {
+    for mib in (60..800).step_by(20) {
+        let run = limited(mib << 10, [PROMPT, "-n", "2", "-q"]);
+        let refused = run.code == 5 && run.err.starts_with("dflash-gen: not enough memory: ");
+        assert!(run.code == 0 || refused && run.err.lines().count() == 1, "{mib} MiB: {run:?}");
+    }
 }
 
 #[cfg(target_os = "linux")]

@@ -47,7 +47,9 @@ static HELD: LazyLock<Vec<Held>> = LazyLock::new(|| {
             prompt,
         }
     };
-    oracle["prompts"].as_array().unwrap().iter().map(held).collect()
+    let held: Vec<Held> = oracle["prompts"].as_array().unwrap().iter().map(held).collect();
+    assert_eq!(held.len(), 40);
+    held
 });
 
 /// Listens, and after `after` tokens says `then`.
@@ -136,7 +138,8 @@ fn integers(file: &SafeTensors, name: &str) -> Vec<u32> {
     recorded.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect()
 }
 
-/// Every value of the first round is within 1e-6 of the reference implementation's, norm-wise: 9e-7 at worst, when written.
+/// Every value of the first round is within 3e-6 of the reference implementation's, norm-wise: 9e-7 at worst, when
+/// written.
 #[test]
 fn first_round_values_equal_the_reference_implementation() {
     let bytes = include_bytes!("data/oracle.safetensors");
@@ -208,12 +211,12 @@ fn greedy_output_equals_plain_output_for_every_prompt() {
 #[test]
 fn sampled_output_equals_plain_output_for_every_prompt() {
     for (i, held) in HELD.iter().enumerate() {
-        let temperature = if i % 2 == 0 { 0.7 } else { 1.0 };
-        for seed in [0, 0xdead_beef_0000_0000 + i as u64] {
-            let plain = run(&DEMO, &sampled(&held.prompt[90..], 16, 1, temperature, seed));
-            let blocks: &[usize] = if i % 5 < 2 { &[2, 5, 16] } else { &[16] };
+        for (temperature, seed) in [(0.7, i as u64), (1.0, 0xdead_beef_0000_0000 + i as u64)] {
+            let request = |block| sampled(&held.prompt, 32, block, temperature, seed);
+            let plain = run(&DEMO, &request(1));
+            let blocks: &[usize] = if i % 4 == 0 { &[16, 2, 5, 11] } else { &[16] };
             for block in blocks {
-                let got = run(&DEMO, &sampled(&held.prompt[90..], 16, *block, temperature, seed));
+                let got = run(&DEMO, &request(*block));
                 let what = format!("prompt {i}, block {block}, temperature {temperature}, seed {seed}");
                 assert_eq!((got.tokens, got.finish), (plain.tokens.clone(), plain.finish), "{what}");
             }

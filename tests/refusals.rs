@@ -6,6 +6,7 @@ mod support;
 
 use dflash::weights::Dtype;
 use program::{Run, command, run, with_stdin, write};
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -281,6 +282,54 @@ fn wrong_model_files_are_one_sentence() {
         })
         .collect();
     assert!(wrong.is_empty(), "{wrong}");
+}
+
+#[test]
+fn a_token_beyond_the_vocabulary_is_found_before_the_first_prompt_runs() {
+    let pair = support::write_pair(&Default::default(), &Default::default());
+    support::write_tokenizer(&pair.target, 258);
+    let file = write(pair.root.path(), "p.jsonl", "{\"prompt\": \"HELLO\"}\n{\"prompt\": \"hello\\tyou\"}\n");
+    let run = program::run_pair(&pair, &["--raw", "--prompts", &file]);
+    let sentence = "holds token id 106, but the target has 97 rows: its tokenizer belongs to another model";
+    assert_eq!((run.code, run.out.as_str()), (3, ""));
+    assert_eq!(run.err, format!("dflash-gen: {file} line 2 {sentence}\n"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn json_lines_with_anything_in_them_are_prompts_or_one_sentence(
+        line in prop::sample::select(vec![
+            r#"{"prompt": "import os", "id": [1, {"a": null}]}"#,
+            r#"{"messages": [{"role": "system", "content": "é"}, {"role": "user", "content": "\ud83d\ude00"}]}"#,
+        ]),
+        place in any::<prop::sample::Index>(),
+        put in prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..3),
+            prop::sample::select(vec!["\"", "{", "[[", "\n", "\u{feff}", "\u{1b}", "1e999", "\\ud800"])
+                .prop_map(|text| text.as_bytes().to_vec()),
+            Just(vec![b'x'; 100_000]),
+            Just(vec![b'['; 10_000]),
+        ],
+        replaced in 0usize..12,
+    ) {
+        let mut bytes = line.as_bytes().to_vec();
+        let at = place.index(bytes.len());
+        let end = bytes.len().min(at + replaced);
+        bytes.splice(at..end, put);
+        bytes.splice(0..0, *b"{\"prompt\": \"a\"}\n");
+        let dir = tempfile::tempdir().unwrap();
+        let file = write(dir.path(), "p.jsonl", bytes);
+        let template = write(dir.path(), "t.jinja", "{% for m in messages %}{{ m.content }}{% endfor %}");
+        let run = run(["-q", "-n", "1", "--prompts", &file, "--chat-template", &template]);
+        prop_assert!(run.code == 0 && run.err.is_empty() || run.code == 2, "{:?}", run);
+        if run.code == 2 {
+            let sentence = run.err.strip_suffix('\n').unwrap();
+            prop_assert!(run.out.is_empty() && sentence.len() < 1000, "{:?}", run);
+            prop_assert!(!sentence.contains(char::is_control), "{:?}", run);
+        }
+    }
 }
 
 const OTHER_FOLDERS: &str = r#"

@@ -902,21 +902,53 @@ fn panics_of_the_crate_are_errors() {
     }
 }
 
-/// Everything a folder's text files can be asked for.
-fn exercise(tokenizer: &[u8]) {
+/// Everything a folder's text files can be asked for; whatever fails is one short sentence.
+fn exercise(files: &[(&str, &[u8])], template: Option<&str>) {
     let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("tokenizer.json"), tokenizer).unwrap();
-    if let Ok(text) =
-        Text::open(&Folder::Disk(dir.path().into()), Some(("t", "{{ messages[0].content }}".into())))
-    {
-        for prompt in ["", "the the  é日本\u{0}👩‍💻 <s>\n", " a"] {
-            let ids = text.encode(prompt).unwrap_or_default();
-            let user = Message { role: "user".into(), content: prompt.into() };
-            let _ = text.encode_chat(&[user], &[]);
-            text.decode(&ids).unwrap();
-        }
-        let (_, _) =
-            streamed(text.stream(&["\n".into()]).unwrap(), &(0..300).chain([u32::MAX]).collect::<Vec<_>>());
+    for (name, contents) in files {
+        std::fs::write(dir.path().join(name), contents).unwrap();
+    }
+    let template = template.map(|source| ("t", source.to_string()));
+    let Some(text) = or_sentence(Text::open(&Folder::Disk(dir.path().into()), template)) else { return };
+    for prompt in ["", "the the  é日本\u{0}👩‍💻 <s>\n", " a"] {
+        let ids = or_sentence(text.encode(prompt)).unwrap_or_default();
+        let user = Message { role: "user".into(), content: prompt.into() };
+        or_sentence(text.encode_chat(&[user], &[]));
+        text.decode(&ids).unwrap();
+    }
+    let (_, _) =
+        streamed(text.stream(&["\n".into()]).unwrap(), &(0..300).chain([u32::MAX]).collect::<Vec<_>>());
+}
+
+fn or_sentence<T>(result: Result<T>) -> Option<T> {
+    result
+        .map_err(|error| {
+            let sentence = error.to_string();
+            assert!(sentence.len() < 1000, "{} bytes: {:.200}", sentence.len(), sentence);
+            assert!(!sentence.contains(char::is_control), "{sentence:?}");
+        })
+        .ok()
+}
+
+#[test]
+fn long_texts_of_a_file_do_not_make_long_errors() {
+    let long = "\u{1b}[31m 日本\n".repeat(20_000);
+    for config in [
+        json!({"add_bos_token": long}),
+        json!({"add_bos_token": true, "bos_token": long}),
+        json!({"chat_template": {&long: 1}}),
+    ] {
+        let config = config.to_string();
+        let result = open(&[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", &config)]);
+        assert!(or_sentence(result).is_none());
+    }
+    let added = json!({"id": 5000, "content": &long, "single_word": false, "lstrip": false, "rstrip": false,
+                       "normalized": false, "special": true});
+    let regex = json!({"type": "Replace", "pattern": {"Regex": "a|b|".repeat(25_000)}, "content": long});
+    for (place, value) in [("/decoder", regex), ("/added_tokens/0", added), ("/model/type", json!(long))] {
+        let mut tokenizer = sentencepiece();
+        *tokenizer.pointer_mut(place).unwrap() = value;
+        assert!(or_sentence(open(&[("tokenizer.json", &tokenizer.to_string())])).is_none(), "{place}");
     }
 }
 
@@ -962,7 +994,7 @@ proptest! {
         // Half of the cases leave the vocabulary alone, or it would get most of them.
         all.retain(|place| outside_vocabulary != place.starts_with("/model/vocab/"));
         *tokenizer.pointer_mut(&all[place.index(all.len())]).unwrap() = value;
-        exercise(tokenizer.to_string().as_bytes());
+        exercise(&[("tokenizer.json", tokenizer.to_string().as_bytes())], Some("{{ messages[0].content }}"));
     }
 
     #[test]
@@ -975,6 +1007,57 @@ proptest! {
         if cut {
             bytes.truncate(at);
         }
-        exercise(&bytes);
+        exercise(&[("tokenizer.json", &bytes)], Some("{{ messages[0].content }}"));
+    }
+
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    #[test]
+    fn a_tokenizer_config_with_any_value_replaced_or_byte_changed_does_not_panic(
+        place in any::<prop::sample::Index>(),
+        value in prop::sample::select(vec![
+            json!(null), json!(true), json!(-1), json!(1e300), json!(""), json!("<s>"), json!("{% if"), json!([]), json!({}),
+            json!("x\n".repeat(50_000)), json!({"content": "\u{1b}".repeat(500)}), json!([{"name": "default"}]),
+            json!("{{ messages * 100 }}"), json!("{{ bos_token.no.such }}"),
+        ]),
+        byte in any::<Option<u8>>(),
+    ) {
+        let mut config = json!({
+            "add_bos_token": true, "bos_token": {"content": "<s>", "special": true}, "eos_token": "</s>", "pad_token": null,
+            "chat_template": [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "{{ messages }}"}],
+        });
+        let mut all = Vec::new();
+        places(&config, String::new(), &mut all);
+        if byte.is_none() {
+            *config.pointer_mut(&all[place.index(all.len())]).unwrap() = value;
+        }
+        let mut bytes = config.to_string().into_bytes();
+        let at = place.index(bytes.len());
+        bytes[at] = byte.unwrap_or(bytes[at]);
+        let tokenizer = sentencepiece().to_string();
+        exercise(&[("tokenizer.json", tokenizer.as_bytes()), ("tokenizer_config.json", &bytes)], None);
+    }
+
+    #[test]
+    fn a_chat_template_with_any_part_replaced_does_not_panic(
+        source in prop::sample::select(vec![CHATML, HEADERS]),
+        place in any::<prop::sample::Index>(),
+        replaced in 0usize..20,
+        put in prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..3),
+            prop::sample::select(vec!["{{", "%}", "{%- endif %}", "{{ raise_exception(messages) }}", "messages", " * 9999999 "])
+                .prop_map(|text| text.as_bytes().to_vec()),
+            Just(b"(".repeat(10_000)),
+            Just(b"x".repeat(20_000)),
+        ],
+    ) {
+        let mut bytes = source.as_bytes().to_vec();
+        let at = place.index(bytes.len());
+        let end = bytes.len().min(at + replaced);
+        bytes.splice(at..end, put);
+        exercise(&[("tokenizer.json", TOKENIZER.as_bytes()), ("chat_template.jinja", &bytes)], None);
     }
 }

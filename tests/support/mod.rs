@@ -389,6 +389,11 @@ fn byte_letter(byte: u8) -> char {
     }
 }
 
+/// Number of weights in tensors of these shapes.
+pub fn parameters(tensors: &[(String, Vec<usize>)]) -> u64 {
+    tensors.iter().map(|(_, shape)| shape.iter().map(|&n| n as u64).product::<u64>()).sum()
+}
+
 pub fn write_json(dir: &Path, file: &str, value: &Value) {
     fs::write(dir.join(file), serde_json::to_vec_pretty(value).unwrap()).unwrap();
 }

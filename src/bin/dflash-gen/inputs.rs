@@ -3,18 +3,19 @@
 use crate::args::Args;
 use dflash::engine::Request;
 use dflash::pair::Pair;
-use dflash::text::{Message, Text};
+use dflash::text::{Message, Text, one_line};
 use dflash::verify::Sampling;
 use dflash::{Error, Result};
 use serde_json::Value;
 use std::io::{self, IsTerminal, Read};
 use std::path::Path;
 
-/// The text of a file that the user named.
+/// The text of a file that the user named. A byte order mark, which some editors write, is not part of it.
 pub fn read(path: &Path) -> Result<String> {
     let name = path.display().to_string();
     let bytes = std::fs::read(path).map_err(|e| Error::Usage(format!("{name} cannot be read: {e}")))?;
-    utf8(bytes, &name)
+    let text = utf8(bytes, &name)?;
+    Ok(text.strip_prefix('\u{feff}').map(String::from).unwrap_or(text))
 }
 
 fn utf8(bytes: Vec<u8>, name: &str) -> Result<String> {
@@ -69,7 +70,7 @@ fn prompts(args: &Args) -> Result<Vec<(String, Prompt)>> {
         let expected = "expected {\"prompt\": TEXT} or {\"messages\": [...]}";
         let line: Line = serde_json::from_str(line).map_err(|e| {
             // Each line is a document of its own, so "line 1" would mislead.
-            let what = e.to_string().replace(" at line 1 column ", " at column ");
+            let what = one_line(&e.to_string().replace(" at line 1 column ", " at column "));
             Error::Usage(format!("{name}: {what}: {expected}"))
         })?;
         prompts.push(match (line.prompt, line.messages) {
@@ -115,7 +116,7 @@ pub fn requests(
         let flag = if args.system.is_some() { "--system" } else { "--template-arg" };
         return Err(without_template(&format!("{flag} needs"), &folder));
     }
-    let context = pair.target.config.stack.max_positions;
+    let (context, vocab) = (pair.target.config.stack.max_positions, pair.target.config.vocab);
     let mut requests = Vec::new();
     for (stream, (name, prompt)) in (0..).zip(prompts(args)?) {
         let ids = ids(args, text, &folder, &variables, &name, prompt)?;
@@ -126,6 +127,11 @@ pub fn requests(
             return Err(Error::Usage(format!(
                 "{name} has {} tokens, but the context holds {context}, the answer included",
                 ids.len()
+            )));
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::Model(format!(
+                "{name} holds token id {id}, but the target has {vocab} rows: its tokenizer belongs to another model"
             )));
         }
         let stop_ids = if args.ignore_eos { vec![] } else { pair.target.config.eos.clone() };
