@@ -2,7 +2,7 @@
 //!
 //! | room | owns |
 //! | --- | --- |
-//! | [`config`] | `config.json` of target and drafter, what is refused, the pair's fit |
+//! | [`config`], `json` | `config.json` of target and drafter, what is refused, the pair's fit |
 //! | [`weights`] | checkpoint folders: safetensors shards, mapped and used in place |
 //! | [`pair`] | target and drafter opened together and held against each other |
 //! | [`text`] | tokenizer, streaming detokenising, stop strings |
