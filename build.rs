@@ -47,14 +47,16 @@ fn build_ptx(sources: &[PathBuf], headers: &[PathBuf], out: &Path) {
         ),
         Some(nvcc) => {
             let version = Command::new(&nvcc).arg("--version").output();
-            let version = version.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+            let version =
+                version.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
             let mut jobs = Vec::new();
             for source in sources {
                 table += &format!("    Module {{ file: {:?}, ptx: [", stem(source));
                 for target in TARGETS {
                     let output = out.join(format!("{}.{target}.ptx", stem(source)));
                     table += &format!("include_str!({:?}), ", output);
-                    let command = [&nvcc, "-ptx", "-std=c++17", "-O3", "-lineinfo", &format!("-arch={target}")];
+                    let command =
+                        [&nvcc, "-ptx", "-std=c++17", "-O3", "-lineinfo", &format!("-arch={target}")];
                     jobs.push(Job {
                         source: source.clone(),
                         output,
@@ -91,11 +93,20 @@ fn build_emulator(mut sources: Vec<PathBuf>, headers: &[PathBuf], out: &Path) {
     }
     if cfg!(feature = "sanitize") {
         build.debug(true).opt_level(1);
-        for flag in ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"] {
+        for flag in
+            ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+        {
             build.flag(flag);
         }
         // The runtimes are linked statically, so that the address sanitizer comes first in the program.
-        for arg in ["-Wl,--whole-archive", "-l:libasan.a", "-l:libubsan.a", "-Wl,--no-whole-archive", "-lstdc++", "-lm"] {
+        for arg in [
+            "-Wl,--whole-archive",
+            "-l:libasan.a",
+            "-l:libubsan.a",
+            "-Wl,--no-whole-archive",
+            "-lstdc++",
+            "-lm",
+        ] {
             println!("cargo:rustc-link-arg={arg}");
         }
     }
@@ -103,7 +114,8 @@ fn build_emulator(mut sources: Vec<PathBuf>, headers: &[PathBuf], out: &Path) {
     let mut base = vec![compiler.path().display().to_string()];
     base.extend(compiler.args().iter().map(|a| a.to_string_lossy().into_owned()));
 
-    let kernels: Vec<&str> = sources.iter().filter(|s| s.extension().is_some_and(|e| e == "cu")).map(|s| stem(s)).collect();
+    let kernels: Vec<&str> =
+        sources.iter().filter(|s| s.extension().is_some_and(|e| e == "cu")).map(|s| stem(s)).collect();
     let list: Vec<String> = kernels.iter().map(|k| format!("EMU_FILE({k})")).collect();
     let mut jobs = Vec::new();
     for source in &sources {
@@ -148,7 +160,8 @@ fn works(nvcc: &str) -> bool {
 fn run(jobs: &[Job], headers: &[PathBuf], version: &str) {
     let next = AtomicUsize::new(0);
     let failed = AtomicUsize::new(0);
-    let at_once = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize).clamp(1, jobs.len().max(1));
+    let at_once =
+        env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize).clamp(1, jobs.len().max(1));
     std::thread::scope(|scope| {
         for _ in 0..at_once {
             scope.spawn(|| {
@@ -176,7 +189,12 @@ fn compile(job: &Job, headers: &[PathBuf], version: &str) -> bool {
         return true;
     }
     let _ = fs::remove_file(&key_file);
-    let run = Command::new(&job.command[0]).args(&job.command[1..]).arg(&job.source).arg("-o").arg(&job.output).output();
+    let run = Command::new(&job.command[0])
+        .args(&job.command[1..])
+        .arg(&job.source)
+        .arg("-o")
+        .arg(&job.output)
+        .output();
     match run {
         Err(e) => {
             eprintln!("{}: {} does not run: {e}", job.source.display(), job.command[0]);

@@ -308,10 +308,15 @@ pub trait Device: Send + Sync {
 pub(crate) fn check_launch(kernel: &Kernel, grid: [u32; 3], shared: u32) -> Result<()> {
     let wrong = |what: String| Err(Error::Internal(format!("kernel {}: {what}", kernel.name)));
     if grid.contains(&0) || grid[0] > i32::MAX as u32 || grid[1] > 65535 || grid[2] > 65535 {
-        return wrong(format!("a grid of {grid:?} blocks: 1 to 2147483647 in x, 1 to 65535 in y and z are possible"));
+        return wrong(format!(
+            "a grid of {grid:?} blocks: 1 to 2147483647 in x, 1 to 65535 in y and z are possible"
+        ));
     }
     if shared > kernel.max_shared {
-        return wrong(format!("{shared} bytes of dynamic shared memory, declared are at most {}", kernel.max_shared));
+        return wrong(format!(
+            "{shared} bytes of dynamic shared memory, declared are at most {}",
+            kernel.max_shared
+        ));
     }
     Ok(())
 }

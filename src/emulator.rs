@@ -5,7 +5,8 @@
 //! instead). Results must not depend on the [`Schedule`]; what a launch did is counted per kernel.
 
 use crate::device::{
-    Arg, Buffer, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy, check_launch,
+    Arg, Buffer, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
+    check_launch,
 };
 use crate::{Error, Result};
 use std::alloc::{Layout, alloc, dealloc};
@@ -32,8 +33,13 @@ pub enum Schedule {
 
 impl Schedule {
     /// One of each kind.
-    pub const ALL: [Schedule; 5] =
-        [Schedule::InOrder, Schedule::Reversed, Schedule::Shuffled(1), Schedule::GreedyUp, Schedule::GreedyDown];
+    pub const ALL: [Schedule; 5] = [
+        Schedule::InOrder,
+        Schedule::Reversed,
+        Schedule::Shuffled(1),
+        Schedule::GreedyUp,
+        Schedule::GreedyDown,
+    ];
 }
 
 /// What a kernel's launches did, as far as it went through the wrappers of `ptx.cuh`.
@@ -304,7 +310,10 @@ impl Emulator {
             return Err(wrong(format!("not in the host build of cuda/{}.cu", kernel.file)));
         };
         if entry.threads != kernel.threads {
-            return Err(wrong(format!("{} threads per block, declared are {}", entry.threads, kernel.threads)));
+            return Err(wrong(format!(
+                "{} threads per block, declared are {}",
+                entry.threads, kernel.threads
+            )));
         }
         let letters: String = args.iter().map(Arg::letter).collect();
         if letters != entry.parameters {
@@ -314,7 +323,9 @@ impl Emulator {
             )));
         }
         if shared > self.properties.shared_per_block {
-            return Err(wrong(format!("{shared} bytes of dynamic shared memory, more than a block can have")));
+            return Err(wrong(format!(
+                "{shared} bytes of dynamic shared memory, more than a block can have"
+            )));
         }
         Ok(entry)
     }

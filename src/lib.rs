@@ -11,6 +11,7 @@
 //! | [`cpu`] | the reference's arithmetic: SIMD dot products on all cores |
 //! | [`reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
 //! | [`device`] | memory, launches, graphs, events: what the engine needs of a device |
+//! | [`cuda`] | that device on a GPU, through the driver API |
 //! | `emulator` | that device on the host build of `cuda/*.cu`, for tests (feature `emulator`) |
 //! | [`kernels`] | one launcher per kernel: shapes, checks, bytes |
 //! | [`engine`] | a request's life: prefill, rounds, stopping |
@@ -18,6 +19,7 @@
 
 pub mod config;
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 #[cfg(feature = "emulator")]
 pub mod emulator;

@@ -45,7 +45,10 @@ fn mma_multiplies_matrices() {
     });
     let (a, b, out) = (from_bf16(&a), from_bf16(&b), from_bytes::<f32>(&bytes));
     let product: Vec<f32> = (0..256)
-        .map(|i| (0..16).map(|k| f64::from(a[i / 8 % 16 * 16 + k]) * f64::from(b[k * 8 + i % 8])).sum::<f64>() as f32)
+        .map(|i| {
+            (0..16).map(|k| f64::from(a[i / 8 % 16 * 16 + k]) * f64::from(b[k * 8 + i % 8])).sum::<f64>()
+                as f32
+        })
         .collect();
     assert!(relative_error(&out, &product) < 1e-6);
 }
@@ -59,7 +62,9 @@ fn mma_speed() {
     for schedule in dflash::emulator::Schedule::ALL {
         device.set_schedule(schedule);
         let t = std::time::Instant::now();
-        device.launch(&MMA, [1, 1, 1], 0, &[(&out).into(), (&a).into(), (&b).into(), Arg::U32(50000)]).unwrap();
+        device
+            .launch(&MMA, [1, 1, 1], 0, &[(&out).into(), (&a).into(), (&b).into(), Arg::U32(50000)])
+            .unwrap();
         println!("{schedule:?}: {:.0} ns per mma", t.elapsed().as_secs_f64() * 1e9 / 100000.0);
     }
 }
