@@ -55,12 +55,12 @@ impl Context {
     }
 
     /// Waits until no work uses what is about to be freed, then frees it. A failure leaves nothing to be done.
-    fn free(&self, free: impl FnOnce()) {
+    fn free(&self, free: impl FnOnce() -> std::result::Result<(), DriverError>) {
         let _capturing = lock(&self.capturing);
         if self.bind().is_ok() {
             // SAFETY: the stream is valid, and not captured while the lock is held.
             let _ = unsafe { result::stream::synchronize(self.stream) };
-            free();
+            let _ = free();
         }
     }
 }
@@ -88,7 +88,7 @@ impl Memory for DeviceMemory {}
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         // SAFETY: allocated with `malloc_sync`, freed once.
-        self.context.free(|| drop(unsafe { result::free_sync(self.address) }));
+        self.context.free(|| unsafe { result::free_sync(self.address) });
     }
 }
 
@@ -108,7 +108,7 @@ impl Memory for HostMemory {}
 impl Drop for HostMemory {
     fn drop(&mut self) {
         // SAFETY: allocated with `malloc_host`, freed once.
-        self.context.free(|| drop(unsafe { result::free_host(self.host) }));
+        self.context.free(|| unsafe { result::free_host(self.host) });
     }
 }
 
@@ -125,7 +125,7 @@ unsafe impl Sync for CudaEvent {}
 impl Drop for CudaEvent {
     fn drop(&mut self) {
         // SAFETY: created in `record`, destroyed once.
-        self.context.free(|| drop(unsafe { result::event::destroy(self.event) }));
+        self.context.free(|| unsafe { result::event::destroy(self.event) });
     }
 }
 
@@ -143,7 +143,7 @@ unsafe impl Sync for CudaGraph {}
 impl Drop for CudaGraph {
     fn drop(&mut self) {
         // SAFETY: instantiated in `capture`, destroyed once.
-        self.context.free(|| drop(unsafe { result::graph::exec_destroy(self.executable) }));
+        self.context.free(|| unsafe { result::graph::exec_destroy(self.executable) });
     }
 }
 
@@ -312,7 +312,8 @@ impl Cuda {
         let mut sizes = Vec::new();
         let (mut offset, mut size) = (0, 0);
         // SAFETY: asks for parameter after parameter until the driver says there is none.
-        while unsafe { sys::cuFuncGetParamInfo(handle, sizes.len(), &mut offset, &mut size) }.result().is_ok() {
+        while unsafe { sys::cuFuncGetParamInfo(handle, sizes.len(), &mut offset, &mut size) }.result().is_ok()
+        {
             sizes.push(size);
         }
         let function = Function { handle, sizes: sizes.into() };
