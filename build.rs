@@ -98,15 +98,9 @@ fn build_emulator(mut sources: Vec<PathBuf>, headers: &[PathBuf], out: &Path) {
         {
             build.flag(flag);
         }
-        // The runtimes are linked statically, so that the address sanitizer comes first in the program.
-        for arg in [
-            "-Wl,--whole-archive",
-            "-l:libasan.a",
-            "-l:libubsan.a",
-            "-Wl,--no-whole-archive",
-            "-lstdc++",
-            "-lm",
-        ] {
+        // Linked statically, so that the address sanitizer comes before the C library.
+        let asan = ["-Wl,--whole-archive", "-l:libasan.a", "-Wl,--no-whole-archive"];
+        for arg in asan.into_iter().chain(["-l:libubsan.a", "-lstdc++", "-lm"]) {
             println!("cargo:rustc-link-arg={arg}");
         }
     }

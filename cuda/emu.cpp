@@ -408,13 +408,6 @@ Text begin_message(Block& b, const Lane* who, Site site) {
   return text;
 }
 
-bool guard_changed(const unsigned char* guard) {
-  for (size_t i = 0; i < GUARD; i++) {
-    if (guard[i] != 0xc5) return true;
-  }
-  return false;
-}
-
 // Shared memory of exactly `bytes`, 128-byte aligned. The sanitizer sees one byte too far by itself; otherwise both sides
 // carry a pattern that is looked at when the block is done.
 unsigned char* guarded(size_t bytes) {
@@ -435,7 +428,10 @@ bool overrun(unsigned char* memory, size_t bytes) {
   (void)memory, (void)bytes;
   return false;
 #else
-  return guard_changed(memory - GUARD) || guard_changed(memory + bytes);
+  for (size_t i = 0; i < GUARD; i++) {
+    if (memory[-ptrdiff_t(i) - 1] != 0xc5 || memory[bytes + i] != 0xc5) return true;
+  }
+  return false;
 #endif
 }
 
