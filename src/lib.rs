@@ -10,13 +10,22 @@
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
 //! | [`cpu`], `simd` | the reference's arithmetic on all cores; the instruction sets underneath |
 //! | [`reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
+//! | [`device`] | memory, launches, graphs, events: what the engine needs of a device |
+//! | [`cuda`] | that device on a GPU, through the driver API |
+//! | `emulator` | that device on the host build of `cuda/*.cu`, for tests (feature `emulator`) |
+//! | [`kernels`] | one launcher per kernel: shapes, checks, bytes |
 //! | [`engine`] | a request's life: prefill, rounds, stopping |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
 
 pub mod config;
 pub mod cpu;
+pub mod cuda;
+pub mod device;
+#[cfg(feature = "emulator")]
+pub mod emulator;
 pub mod engine;
 mod json;
+pub mod kernels;
 pub mod pair;
 pub mod reference;
 mod simd;

@@ -1,0 +1,237 @@
+//! Compiles `cuda/*.cu` twice: with nvcc to PTX that is embedded in the binary, and, under the feature `emulator`, with the
+//! host's C++ compiler to a library that runs the same kernels on the CPU.
+//!
+//! nvcc is looked for at `NVCC`, in `CUDA_HOME`, on `PATH`, then in `.cuda/` (`tools/get-nvcc.sh`). Without it the crate
+//! still builds; the table of PTX modules is then empty. Outputs are reused while their inputs and the command are the same.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio, exit};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The two images of every source file: what runs anywhere from Ampere on, and what only an H100 or H200 takes.
+const TARGETS: [&str; 2] = ["compute_80", "compute_90a"];
+
+/// One compiler run: `command` turns `source` into `output`.
+struct Job {
+    source: PathBuf,
+    output: PathBuf,
+    command: Vec<String>,
+}
+
+fn main() {
+    let sources = files("cuda", "cu");
+    let headers = [files("cuda", "h"), files("cuda", "cuh")].concat();
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=cuda");
+    for file in sources.iter().chain(&headers) {
+        println!("cargo:rerun-if-changed={}", file.display());
+    }
+    for variable in ["NVCC", "CUDA_HOME"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    let out = PathBuf::from(env::var("OUT_DIR").unwrap_or_else(|_| fail("build.rs is to be run by cargo")));
+    build_ptx(&sources, &headers, &out);
+    #[cfg(feature = "emulator")]
+    build_emulator(sources, &headers, &out);
+}
+
+/// Writes `ptx.rs`, the table of modules: file, PTX for each of [`TARGETS`].
+fn build_ptx(sources: &[PathBuf], headers: &[PathBuf], out: &Path) {
+    let mut table = String::from("&[\n");
+    match find_nvcc() {
+        None => println!(
+            "cargo:warning=no nvcc at NVCC, in CUDA_HOME, on PATH or in .cuda/: built without CUDA kernels \
+             (tools/get-nvcc.sh fetches a compiler)"
+        ),
+        Some(nvcc) => {
+            let version = Command::new(&nvcc).arg("--version").output();
+            let version =
+                version.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+            let mut jobs = Vec::new();
+            for source in sources {
+                table += &format!("    Module {{ file: {:?}, ptx: [", stem(source));
+                for target in TARGETS {
+                    let output = out.join(format!("{}.{target}.ptx", stem(source)));
+                    table += &format!("include_str!({:?}), ", output);
+                    let command =
+                        [&nvcc, "-ptx", "-std=c++17", "-O3", "-lineinfo", &format!("-arch={target}")];
+                    jobs.push(Job {
+                        source: source.clone(),
+                        output,
+                        command: command.iter().map(|s| s.to_string()).collect(),
+                    });
+                }
+                table += "] },\n";
+            }
+            run(&jobs, headers, &version);
+        }
+    }
+    table += "]\n";
+    write(&out.join("ptx.rs"), &table);
+}
+
+/// The host build of the kernels, and of the deliberately broken ones its tests use, as one static library.
+#[cfg(feature = "emulator")]
+fn build_emulator(mut sources: Vec<PathBuf>, headers: &[PathBuf], out: &Path) {
+    println!("cargo:rerun-if-changed=tests/kernels");
+    let broken = files("tests/kernels", "cu");
+    for file in &broken {
+        println!("cargo:rerun-if-changed={}", file.display());
+    }
+    sources.extend(broken);
+    sources.push(PathBuf::from("cuda/emu.cpp"));
+    println!("cargo:rerun-if-changed=cuda/emu.cpp");
+
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++17").opt_level(2).include("cuda").define("DFLASH_EMULATOR", None);
+    // `#pragma unroll` is nvcc's; contraction would make the host's sums depend on its instruction set; kernels look at
+    // the same bytes as u16 and as uint4.
+    for flag in ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing"] {
+        build.flag(flag);
+    }
+    if cfg!(feature = "sanitize") {
+        build.debug(true).opt_level(1);
+        for flag in
+            ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+        {
+            build.flag(flag);
+        }
+        // Linked statically, so that the address sanitizer comes before the C library.
+        let asan = ["-Wl,--whole-archive", "-l:libasan.a", "-Wl,--no-whole-archive"];
+        for arg in asan.into_iter().chain(["-l:libubsan.a", "-lstdc++", "-lm"]) {
+            println!("cargo:rustc-link-arg={arg}");
+        }
+    }
+    let compiler = build.get_compiler();
+    let mut base = vec![compiler.path().display().to_string()];
+    base.extend(compiler.args().iter().map(|a| a.to_string_lossy().into_owned()));
+
+    let kernels: Vec<&str> =
+        sources.iter().filter(|s| s.extension().is_some_and(|e| e == "cu")).map(|s| stem(s)).collect();
+    let list: Vec<String> = kernels.iter().map(|k| format!("EMU_FILE({k})")).collect();
+    let mut jobs = Vec::new();
+    for source in &sources {
+        let mut command = base.clone();
+        command.push(match stem(source) {
+            "emu" => format!("-DDFLASH_FILES={}", list.join(" ")),
+            file => format!("-DDFLASH_FILE={file}"),
+        });
+        command.extend(["-x", "c++", "-c"].map(String::from));
+        jobs.push(Job { source: source.clone(), output: out.join(format!("{}.o", stem(source))), command });
+    }
+    run(&jobs, headers, "");
+    for job in &jobs {
+        build.object(&job.output);
+    }
+    build.compile("dflash_emulator");
+}
+
+fn find_nvcc() -> Option<String> {
+    if let Ok(nvcc) = env::var("NVCC") {
+        if !works(&nvcc) {
+            fail(&format!("NVCC is {nvcc:?}, which does not run"));
+        }
+        return Some(nvcc);
+    }
+    let mut places = Vec::new();
+    if let Ok(home) = env::var("CUDA_HOME") {
+        places.push(format!("{home}/bin/nvcc"));
+    }
+    places.push("nvcc".to_string());
+    places.push(".cuda/nvidia/cu13/bin/nvcc".to_string());
+    places.into_iter().find(|nvcc| works(nvcc))
+}
+
+fn works(nvcc: &str) -> bool {
+    let status = Command::new(nvcc).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    status.is_ok_and(|s| s.success())
+}
+
+/// Runs the jobs whose inputs changed, as many at once as cargo allows. A compiler's errors end the build, with its own
+/// text; its warnings are passed on.
+fn run(jobs: &[Job], headers: &[PathBuf], version: &str) {
+    let next = AtomicUsize::new(0);
+    let failed = AtomicUsize::new(0);
+    let at_once =
+        env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize).clamp(1, jobs.len().max(1));
+    std::thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| {
+                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if !compile(job, headers, version) {
+                        failed.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    if failed.into_inner() > 0 {
+        exit(1);
+    }
+}
+
+fn compile(job: &Job, headers: &[PathBuf], version: &str) -> bool {
+    // What the output depends on, kept beside it.
+    let mut key = format!("{version}\n{}\n", job.command.join(" "));
+    for file in headers.iter().chain([&job.source]) {
+        key += &fs::read_to_string(file).unwrap_or_else(|e| fail(&format!("{}: {e}", file.display())));
+    }
+    let key_file = PathBuf::from(format!("{}.key", job.output.display()));
+    if job.output.exists() && fs::read_to_string(&key_file).is_ok_and(|old| old == key) {
+        return true;
+    }
+    let _ = fs::remove_file(&key_file);
+    let run = Command::new(&job.command[0])
+        .args(&job.command[1..])
+        .arg(&job.source)
+        .arg("-o")
+        .arg(&job.output)
+        .output();
+    match run {
+        Err(e) => {
+            eprintln!("{}: {} does not run: {e}", job.source.display(), job.command[0]);
+            false
+        }
+        Ok(output) => {
+            let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+            if !output.status.success() {
+                eprintln!("{}\n{text}", job.command.join(" "));
+                return false;
+            }
+            for line in text.lines().filter(|l| !l.trim().is_empty()) {
+                println!("cargo:warning={line}");
+            }
+            // With warnings the next build shall show them again.
+            if text.trim().is_empty() {
+                write(&key_file, &key);
+            }
+            true
+        }
+    }
+}
+
+/// The files of a folder with an extension, sorted.
+fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap_or_else(|e| fail(&format!("{folder}: {e}")));
+    let mut found: Vec<PathBuf> = entries
+        .filter_map(|entry| entry.ok().map(|e| e.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == extension))
+        .collect();
+    found.sort();
+    found
+}
+
+fn stem(path: &Path) -> &str {
+    path.file_stem().and_then(|s| s.to_str()).unwrap_or_else(|| fail("a file name in cuda/ is not UTF-8"))
+}
+
+fn write(path: &Path, text: &str) {
+    fs::write(path, text).unwrap_or_else(|e| fail(&format!("{}: {e}", path.display())));
+}
+
+fn fail(message: &str) -> ! {
+    eprintln!("{message}");
+    exit(1)
+}

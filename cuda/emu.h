@@ -1,0 +1,530 @@
+// What a kernel sees when it is compiled as host C++: CUDA's keywords, indices, barriers, warp operations, atomics and
+// arithmetic, and the registration of kernels. A CUDA thread is a fiber; emu.cpp owns fibers, schedules and launches,
+// ptx.cuh the instructions. Nothing here is seen by nvcc.
+//
+// A block's fibers never leave the OS thread that runs the block, so `block` and `lane` are thread-local, and blocks may
+// run on several OS threads at once.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __align__(n) alignas(n)
+
+struct dim3 {
+  unsigned x, y, z;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace emu {
+
+// Where in the kernel's source a lane stands. Wrappers take it as default arguments, which the compiler fills in at the
+// caller's line.
+struct Site {
+  const char* file;
+  int line;
+};
+#define EMU_SITE const char *emu_file = __builtin_FILE(), int emu_line = __builtin_LINE()
+#define EMU_HERE (emu::Site{emu_file, emu_line})
+
+// Every byte of memory nobody has written: as bf16 and as f32 a NaN, as an integer far below any index.
+constexpr uint16_t POISON = 0xffa5;
+inline void poison(void* to, size_t bytes) {
+  const uint16_t word = POISON;
+  unsigned char* p = static_cast<unsigned char*>(to);
+  for (size_t i = 0; i < bytes; i++) p[i] = reinterpret_cast<const unsigned char*>(&word)[i & 1];
+}
+
+// What a launch did, as far as it went through the wrappers. Mirrored by `emulator.rs`.
+struct Counts {
+  uint64_t blocks;     // blocks run
+  uint64_t streamed;   // bytes of ld_stream: weights and other constants
+  uint64_t read;       // bytes of every other global load, cp.async included
+  uint64_t written;    // bytes of global stores and atomics
+  uint64_t mma;        // warp-wide mma.m16n8k16
+  uint64_t shared;     // warp-wide shared-memory accesses looked at for bank conflicts
+  uint64_t conflicts;  // extra shared-memory passes those needed
+};
+
+// A cp.async on its way: the destination is poison until a wait covers its group.
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  uint32_t group;
+};
+
+// One access to shared memory through a wrapper, kept until the next barrier to be matched with the other lanes'.
+struct Access {
+  int line;
+  uint32_t bytes;
+  uintptr_t address;
+};
+
+enum class At : uint8_t { Running, Warp, Barrier, Done };
+
+struct Lane {
+  void* sp;         // saved stack pointer while not running
+  char* stack;      // lowest address
+  void* fake;       // AddressSanitizer's stack while not running
+  dim3 thread;      // threadIdx
+  unsigned index;   // linear; warp = index / 32
+  At at;
+  bool waited;      // grid_wait was called
+  const char* operation;
+  Site site;
+  uint32_t groups;  // cp.async groups committed
+  std::vector<Copy> copies;
+  std::vector<Access> accesses;
+};
+
+struct Warp {
+  unsigned arrived;
+  const char* operation;
+  int line;
+  const void* in[32];
+  void* out[32];
+};
+
+struct Kernel {
+  const char* name;
+  const char* file;
+  unsigned threads;
+  void (*call)(void** arguments);
+  const char* parameters;  // one letter each: p pointer, u u32, i i32, U u64, I i64, f f32
+  Kernel* next;
+};
+
+// Memory that no kernel writes, so that it may be read before grid_wait.
+struct Range {
+  uintptr_t begin, end;
+};
+
+// One launch, as `emulator.rs` asks for it.
+struct Launch {
+  const Kernel* kernel;
+  void** arguments;
+  unsigned grid[3];
+  unsigned shared;     // dynamic shared memory, bytes
+  unsigned schedule;   // 0 in order, 1 reversed, 2 shuffled, 3 and 4 warp-greedy ascending and descending
+  unsigned conflicts;  // nonzero: count bank conflicts of per-lane accesses too
+  unsigned overlap;    // nonzero: hold the kernel to the rules of programmatic dependent launch
+  uint64_t seed;
+  const Range* sealed;  // ascending
+  size_t sealed_count;
+};
+
+struct Block {
+  dim3 index, size, grid;
+  const Launch* launch;
+  unsigned threads, warps, live, waiting, current;
+  const char* barrier_file;
+  int barrier_line;
+  uint64_t random, serial;
+  unsigned char* shared;
+  uint32_t ready[32], any;  // runnable lanes per warp, warps with any
+  bool failed;
+  Counts counts;
+  Lane* lanes;
+  Warp warp[32];
+};
+
+inline thread_local Block* block = nullptr;
+inline thread_local Lane* lane = nullptr;
+
+// Ends the block with a message about the running lane.
+[[noreturn]] __attribute__((format(printf, 2, 3))) void fail(Site site, const char* format, ...);
+[[noreturn]] void diverged(const char* operation, Site site);
+void suspend();    // the lane waits: another runs; returns when it has been made ready and chosen
+void pass_turn();  // the lane could go on, but the schedule chooses who does
+void barrier(Site site);
+void finish_copies(Lane& lane, uint32_t keep);
+// Memory of a static shared array, exactly sized, poisoned once per block.
+void* shared_array(size_t bytes, void** memory, uint64_t* serial);
+void early_access(Site site, const char* what, const void* address, size_t bytes, bool constant);
+unsigned conflicts(const uintptr_t* addresses, unsigned count, unsigned bytes);
+
+// The 32 lanes of a warp meet: each brings operands and a place for its result, the last to come computes for all.
+template <class Compute>
+inline void together(const char* operation, Site site, const void* in, void* out, Compute compute) {
+  Lane& me = *lane;
+  Block& b = *block;
+  Warp& warp = b.warp[me.index / 32];
+  const unsigned l = me.index % 32;
+  if (warp.arrived == 0) {
+    warp.operation = operation;
+    warp.line = site.line;
+  } else if (warp.operation != operation || warp.line != site.line) {
+    diverged(operation, site);
+  }
+  warp.in[l] = in;
+  warp.out[l] = out;
+  if (++warp.arrived < 32) {
+    me.at = At::Warp;
+    me.operation = operation;
+    me.site = site;
+    suspend();
+    return;
+  }
+  compute(warp.in, warp.out);
+  warp.arrived = 0;
+  const unsigned w = me.index / 32;
+  for (unsigned i = 0; i < 32; i++) b.lanes[w * 32 + i].at = At::Running;
+  b.ready[w] = ~0u;
+  b.any |= 1u << w;
+  pass_turn();
+}
+
+// Global memory through a wrapper: alignment always, and the rules of dependent launch where the launch asks for it.
+inline void touch(Site site, const char* what, const void* address, size_t bytes, bool constant = false) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes) {
+    fail(site, "%s at address %p, which is not a multiple of %zu", what, address, bytes);
+  }
+  if (!lane->waited && block->launch->overlap) early_access(site, what, address, bytes, constant);
+}
+
+inline void touch_shared(Site site, const char* what, const void* address, uint32_t bytes) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+  if (at % bytes) fail(site, "%s at address %p, which is not a multiple of %u", what, address, bytes);
+  if (block->launch->conflicts) lane->accesses.push_back({site.line, bytes, at});
+}
+
+template <class T>
+struct Letter;
+template <class T>
+struct Letter<T*> {
+  static constexpr char value = 'p';
+};
+template <>
+struct Letter<unsigned> {
+  static constexpr char value = 'u';
+};
+template <>
+struct Letter<int> {
+  static constexpr char value = 'i';
+};
+template <>
+struct Letter<unsigned long> {
+  static constexpr char value = 'U';
+};
+template <>
+struct Letter<unsigned long long> {
+  static constexpr char value = 'U';
+};
+template <>
+struct Letter<long> {
+  static constexpr char value = 'I';
+};
+template <>
+struct Letter<long long> {
+  static constexpr char value = 'I';
+};
+template <>
+struct Letter<float> {
+  static constexpr char value = 'f';
+};
+
+template <class... A, size_t... I>
+inline void spread(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+  kernel(*static_cast<A*>(arguments[I])...);
+}
+
+// The kernels of one source file, linked into a list by static initialisers; emu.cpp asks each file for its list.
+static Kernel* kernels_of_this_file = nullptr;
+
+template <auto kernel>
+struct Call;
+template <class... A, void (*kernel)(A...)>
+struct Call<kernel> {
+  static constexpr char letters[] = {Letter<A>::value..., 0};
+  static void run(void** arguments) { spread(kernel, arguments, std::index_sequence_for<A...>{}); }
+};
+
+template <auto kernel>
+struct Registration {
+  Kernel entry;
+  Registration(const char* name, const char* file, unsigned threads)
+      : entry{name, file, threads, &Call<kernel>::run, Call<kernel>::letters, kernels_of_this_file} {
+    kernels_of_this_file = &entry;
+  }
+};
+
+template <class T, size_t N>
+struct SharedArray {
+  void* memory = nullptr;
+  uint64_t serial = 0;
+  T (&get())[N] { return *static_cast<T(*)[N]>(shared_array(sizeof(T) * N, &memory, &serial)); }
+};
+
+}  // namespace emu
+
+// KERNEL(threads per block, blocks per SM to aim for, name, (parameters)) { body }
+#define KERNEL(threads, blocks, name, parameters)                                                    \
+  static void name parameters;                                                                       \
+  static_assert((threads) % 32 == 0 && (threads) <= 1024, "a block is made of whole warps, at most 32"); \
+  static emu::Registration<&name> name##_registration(#name, __FILE__, threads);                     \
+  static void name parameters
+
+// SHARED(type, name, count): an array in static shared memory, 16-byte aligned.
+#define SHARED(T, name, count)                              \
+  static thread_local emu::SharedArray<T, count> name##_in; \
+  T(&name)[count] = name##_in.get()
+
+// DYNAMIC_SHARED(type, name): the launch's dynamic shared memory, 128-byte aligned.
+#define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emu::block->shared)
+
+// The list of this file's kernels, under a name that emu.cpp can ask for.
+#define EMU_JOIN_(a, b) a##b
+#define EMU_JOIN(a, b) EMU_JOIN_(a, b)
+#ifdef DFLASH_FILE
+extern "C" emu::Kernel* EMU_JOIN(dflash_kernels_, DFLASH_FILE)() { return emu::kernels_of_this_file; }
+#endif
+
+#define threadIdx (emu::lane->thread)
+#define blockIdx (emu::block->index)
+#define blockDim (emu::block->size)
+#define gridDim (emu::block->grid)
+
+inline void __syncthreads(EMU_SITE) { emu::barrier(EMU_HERE); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+[[noreturn]] inline void __trap(EMU_SITE) { emu::fail(EMU_HERE, "the kernel gave up (__trap)"); }
+
+// --- warp operations: all 32 lanes, full mask ---
+
+namespace emu {
+
+inline void whole(unsigned mask, Site site) {
+  if (mask != 0xffffffffu) fail(site, "a warp operation with mask %08x: only whole warps are used here", mask);
+}
+
+template <class T>
+struct Shuffle {
+  T value;
+  unsigned source;
+};
+
+template <class T>
+inline T shuffle(const char* name, Site site, T value, unsigned source) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 32 or 64 bits");
+  Shuffle<T> mine{value, source};
+  T result;
+  together(name, site, &mine, &result, [](const void** in, void** out) {
+    for (unsigned l = 0; l < 32; l++) {
+      const unsigned from = static_cast<const Shuffle<T>*>(in[l])->source;
+      *static_cast<T*>(out[l]) = static_cast<const Shuffle<T>*>(in[from])->value;
+    }
+  });
+  return result;
+}
+
+inline unsigned lane_id() { return lane->index % 32; }
+
+// Applies `combine` to the 32 operands in lane order and gives everyone the result.
+template <class T, class Combine>
+inline T reduce(const char* name, Site site, T value, Combine combine) {
+  T result;
+  together(name, site, &value, &result, [&](const void** in, void** out) {
+    T sum = *static_cast<const T*>(in[0]);
+    for (unsigned l = 1; l < 32; l++) sum = combine(sum, *static_cast<const T*>(in[l]));
+    for (unsigned l = 0; l < 32; l++) *static_cast<T*>(out[l]) = sum;
+  });
+  return result;
+}
+
+}  // namespace emu
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, EMU_SITE) {
+  emu::whole(mask, EMU_HERE);
+  emu::together("__syncwarp", EMU_HERE, nullptr, nullptr, [](const void**, void**) {});
+}
+template <class T>
+inline T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMU_SITE) {
+  emu::whole(mask, EMU_HERE);
+  const unsigned l = emu::lane_id(), w = unsigned(width);
+  return emu::shuffle("__shfl_sync", EMU_HERE, value, (l & ~(w - 1)) | (unsigned(source) & (w - 1)));
+}
+template <class T>
+inline T __shfl_xor_sync(unsigned mask, T value, int flip, int width = 32, EMU_SITE) {
+  emu::whole(mask, EMU_HERE);
+  const unsigned l = emu::lane_id(), from = l ^ unsigned(flip);
+  // A lane beyond the end of its segment is not read; one in an earlier segment is, as in CUDA.
+  return emu::shuffle("__shfl_xor_sync", EMU_HERE, value, from > (l | unsigned(width - 1)) ? l : from & 31);
+}
+template <class T>
+inline T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, EMU_SITE) {
+  emu::whole(mask, EMU_HERE);
+  const unsigned l = emu::lane_id(), place = l & unsigned(width - 1);
+  return emu::shuffle("__shfl_up_sync", EMU_HERE, value, place < by ? l : l - by);
+}
+template <class T>
+inline T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, EMU_SITE) {
+  emu::whole(mask, EMU_HERE);
+  const unsigned l = emu::lane_id(), place = l & unsigned(width - 1);
+  return emu::shuffle("__shfl_down_sync", EMU_HERE, value, by >= unsigned(width) - place ? l : l + by);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, EMU_SITE) {
+  emu::whole(mask, EMU_HERE);
+  return emu::reduce("__ballot_sync", EMU_HERE, predicate ? 1u << emu::lane_id() : 0u,
+                     [](unsigned a, unsigned b) { return a | b; });
+}
+inline int __any_sync(unsigned mask, int predicate, EMU_SITE) {
+  emu::whole(mask, EMU_HERE);
+  return emu::reduce("__any_sync", EMU_HERE, int(predicate != 0), [](int a, int b) { return a | b; });
+}
+inline int __all_sync(unsigned mask, int predicate, EMU_SITE) {
+  emu::whole(mask, EMU_HERE);
+  return emu::reduce("__all_sync", EMU_HERE, int(predicate != 0), [](int a, int b) { return a & b; });
+}
+template <class T>
+inline T __reduce_add_sync(unsigned mask, T value, EMU_SITE) {
+  static_assert(sizeof(T) == 4, "32-bit integers");
+  emu::whole(mask, EMU_HERE);
+  return T(emu::reduce("__reduce_add_sync", EMU_HERE, unsigned(value), [](unsigned a, unsigned b) { return a + b; }));
+}
+template <class T>
+inline T __reduce_max_sync(unsigned mask, T value, EMU_SITE) {
+  emu::whole(mask, EMU_HERE);
+  return emu::reduce("__reduce_max_sync", EMU_HERE, value, [](T a, T b) { return a > b ? a : b; });
+}
+template <class T>
+inline T __reduce_min_sync(unsigned mask, T value, EMU_SITE) {
+  emu::whole(mask, EMU_HERE);
+  return emu::reduce("__reduce_min_sync", EMU_HERE, value, [](T a, T b) { return a < b ? a : b; });
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value, EMU_SITE) {
+  emu::whole(mask, EMU_HERE);
+  return emu::reduce("__reduce_or_sync", EMU_HERE, value, [](unsigned a, unsigned b) { return a | b; });
+}
+
+// --- atomics: integers only, since the sum of floats would depend on who came first ---
+
+namespace emu {
+template <class T>
+inline void touch_atomic(Site site, T* address) {
+  touch(site, "atomic", address, sizeof(T));
+  block->counts.written += sizeof(T);
+}
+template <class T, class Next>
+inline T update(T* address, Next next) {
+  T old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
+  while (!__atomic_compare_exchange_n(address, &old, next(old), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+  }
+  return old;
+}
+}  // namespace emu
+
+#define EMU_ATOMICS(T)                                                             \
+  inline T atomicAdd(T* address, T value, EMU_SITE) {                              \
+    emu::touch_atomic(EMU_HERE, address);                                          \
+    return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);                   \
+  }                                                                                \
+  inline T atomicOr(T* address, T value, EMU_SITE) {                               \
+    emu::touch_atomic(EMU_HERE, address);                                          \
+    return __atomic_fetch_or(address, value, __ATOMIC_SEQ_CST);                    \
+  }                                                                                \
+  inline T atomicAnd(T* address, T value, EMU_SITE) {                              \
+    emu::touch_atomic(EMU_HERE, address);                                          \
+    return __atomic_fetch_and(address, value, __ATOMIC_SEQ_CST);                   \
+  }                                                                                \
+  inline T atomicExch(T* address, T value, EMU_SITE) {                             \
+    emu::touch_atomic(EMU_HERE, address);                                          \
+    return __atomic_exchange_n(address, value, __ATOMIC_SEQ_CST);                  \
+  }                                                                                \
+  inline T atomicMax(T* address, T value, EMU_SITE) {                              \
+    emu::touch_atomic(EMU_HERE, address);                                          \
+    return emu::update(address, [=](T old) { return old > value ? old : value; }); \
+  }                                                                                \
+  inline T atomicMin(T* address, T value, EMU_SITE) {                              \
+    emu::touch_atomic(EMU_HERE, address);                                          \
+    return emu::update(address, [=](T old) { return old < value ? old : value; }); \
+  }                                                                                \
+  inline T atomicCAS(T* address, T compare, T value, EMU_SITE) {                   \
+    emu::touch_atomic(EMU_HERE, address);                                          \
+    return emu::update(address, [=](T old) { return old == compare ? value : old; }); \
+  }
+EMU_ATOMICS(int)
+EMU_ATOMICS(unsigned)
+EMU_ATOMICS(unsigned long long)
+#undef EMU_ATOMICS
+
+// --- arithmetic CUDA has built in; this file is compiled without contraction, so * and + round separately ---
+
+inline unsigned __float_as_uint(float x) {
+  unsigned u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+inline float __uint_as_float(unsigned u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+inline int __float_as_int(float x) { return int(__float_as_uint(x)); }
+inline float __int_as_float(int i) { return __uint_as_float(unsigned(i)); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline int __float2int_rn(float x) { return int(lrintf(x)); }
+// As the hardware does: out of range saturates, NaN is 0.
+inline int __float2int_rz(float x) {
+  return x != x ? 0 : x >= 2147483648.0f ? 2147483647 : x <= -2147483648.0f ? -2147483647 - 1 : int(x);
+}
+inline unsigned __float2uint_rz(float x) { return !(x > 0.0f) ? 0u : x >= 4294967296.0f ? ~0u : unsigned(x); }
+inline unsigned long long __float2ull_rz(float x) {
+  return !(x > 0.0f) ? 0ull : x >= 18446744073709551616.0f ? ~0ull : (unsigned long long)(x);
+}
+inline unsigned long long __float2ull_rn(float x) { return __float2ull_rz(rintf(x)); }
+inline float __int2float_rn(int x) { return float(x); }
+inline float __uint2float_rn(unsigned x) { return float(x); }
+inline float __ull2float_rn(unsigned long long x) { return float(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return (unsigned long long)((static_cast<unsigned __int128>(a) * b) >> 64);
+}
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)(x)) : 64; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
+inline unsigned long long min(unsigned long long a, unsigned long long b) { return a < b ? a : b; }
+inline unsigned long long max(unsigned long long a, unsigned long long b) { return a > b ? a : b; }

@@ -1,0 +1,385 @@
+// Every instruction that C++ has no word for, each with its host twin beside it: tensor core products, ldmatrix, cp.async,
+// memory accesses with a cache policy, dependent launch, bf16. No other file contains inline PTX, and kernels reach global
+// and shared memory through these wrappers where bytes, alignment and bank conflicts are to be checked and counted.
+//
+// bf16 is stored as u16; u32 holds two, the lower index in the lower half. A lane is g = lane / 4, t = lane % 4.
+#pragma once
+#ifdef DFLASH_EMULATOR
+#include "emu.h"
+#define HOST(...) __VA_ARGS__
+#else
+#include <stdint.h>
+#define HOST(...)
+#define KERNEL(threads, blocks, name, parameters) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name parameters
+#define SHARED(T, name, count) __shared__ __align__(16) T name[count]
+#define DYNAMIC_SHARED(T, name)                                  \
+  extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(dynamic_shared)
+#endif
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// In a wrapper's parameter list: the caller's line, on the host only.
+#ifdef DFLASH_EMULATOR
+#define SITE , EMU_SITE
+#define SITE_ONLY EMU_SITE
+#else
+#define SITE
+#define SITE_ONLY
+#endif
+#define WRAPPER __device__ __forceinline__
+
+// --- bf16 ---
+
+WRAPPER float bf16_to_f32(u16 x) { return __uint_as_float(u32(x) << 16); }
+// The two halves of a pair.
+WRAPPER float low_f32(u32 pair) { return __uint_as_float(pair << 16); }
+WRAPPER float high_f32(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// Round to nearest, ties to even; NaN becomes 0x7fff, as the instruction has it.
+WRAPPER u16 f32_to_bf16(float x) {
+#ifdef DFLASH_EMULATOR
+  if (x != x) return 0x7fff;
+  const u32 bits = __float_as_uint(x);
+  return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+#else
+  u16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// Two bf16 in one word, `low` at the lower address.
+WRAPPER u32 pack2(float low, float high) {
+#ifdef DFLASH_EMULATOR
+  return u32(f32_to_bf16(low)) | u32(f32_to_bf16(high)) << 16;
+#else
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#endif
+}
+
+// --- special functions ---
+
+// 2^x, relative error 2^-22; -inf gives exactly 0 and 0 gives exactly 1. Results below 2^-126 are 0.
+WRAPPER float ex2(float x) {
+#ifdef DFLASH_EMULATOR
+  const float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// --- tensor cores ---
+
+#ifdef DFLASH_EMULATOR
+namespace emu {
+struct MmaOperands {
+  u32 a[4], b[2];
+};
+inline void mma_warp(const void** in, void** out) {
+  typedef float Row __attribute__((vector_size(32)));
+  float a[16][16];
+  alignas(32) float b[16][8];
+  alignas(32) float d[16][8];
+  for (int l = 0; l < 32; l++) {
+    const MmaOperands& from = *static_cast<const MmaOperands*>(in[l]);
+    const float* c = static_cast<const float*>(out[l]);
+    const int g = l / 4, t = l % 4 * 2;
+    a[g][t] = low_f32(from.a[0]), a[g][t + 1] = high_f32(from.a[0]);
+    a[g + 8][t] = low_f32(from.a[1]), a[g + 8][t + 1] = high_f32(from.a[1]);
+    a[g][t + 8] = low_f32(from.a[2]), a[g][t + 9] = high_f32(from.a[2]);
+    a[g + 8][t + 8] = low_f32(from.a[3]), a[g + 8][t + 9] = high_f32(from.a[3]);
+    b[t][g] = low_f32(from.b[0]), b[t + 1][g] = high_f32(from.b[0]);
+    b[t + 8][g] = low_f32(from.b[1]), b[t + 9][g] = high_f32(from.b[1]);
+    d[g][t] = c[0], d[g][t + 1] = c[1], d[g + 8][t] = c[2], d[g + 8][t + 1] = c[3];
+  }
+  // Products of bf16 are exact in f32; the sum runs upwards in k. The hardware aligns and truncates instead.
+  const Row* rows = reinterpret_cast<const Row*>(b);
+  for (int r = 0; r < 16; r++) {
+    Row sum = *reinterpret_cast<const Row*>(d[r]);
+    for (int k = 0; k < 16; k++) sum += a[r][k] * rows[k];
+    *reinterpret_cast<Row*>(d[r]) = sum;
+  }
+  for (int l = 0; l < 32; l++) {
+    float* to = static_cast<float*>(out[l]);
+    const int g = l / 4, t = l % 4 * 2;
+    to[0] = d[g][t], to[1] = d[g][t + 1], to[2] = d[g + 8][t], to[3] = d[g + 8][t + 1];
+  }
+  block->counts.mma++;
+}
+}  // namespace emu
+#endif
+
+// D[16][8] += A[16][16] B[16][8], bf16 in, f32 sums, by the whole warp. a0: A[g][2t..], a1: A[g+8][2t..], a2: A[g][2t+8..],
+// a3: A[g+8][2t+8..]; b0: B[2t..][g], b1: B[2t+8..][g]; d[0..1]: D[g][2t..], d[2..3]: D[g+8][2t..].
+WRAPPER void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1 SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::MmaOperands operands{{a0, a1, a2, a3}, {b0, b1}};
+  emu::together("mma", EMU_HERE, &operands, d, emu::mma_warp);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
+}
+
+// --- shared memory ---
+
+#ifdef DFLASH_EMULATOR
+namespace emu {
+template <int N, bool TRANSPOSED>
+inline void ldmatrix(u32 (&r)[N], const void* row, Site site) {
+  // Only the lanes whose address counts are held to it.
+  const bool counts = lane->index % 32 < N * 8;
+  if (counts && reinterpret_cast<uintptr_t>(row) % 16) fail(site, "ldmatrix of a row at %p, not 16-byte aligned", row);
+  together(TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", site, row, r, [](const void** in, void** out) {
+    for (int m = 0; m < N; m++) {
+      uintptr_t addresses[8];
+      for (int i = 0; i < 8; i++) addresses[i] = reinterpret_cast<uintptr_t>(in[m * 8 + i]);
+      block->counts.conflicts += conflicts(addresses, 8, 16);
+      u16 matrix[8][8];
+      for (int i = 0; i < 8; i++) memcpy(matrix[i], in[m * 8 + i], 16);
+      for (int l = 0; l < 32; l++) {
+        const int g = l / 4, t = l % 4 * 2;
+        const u16 low = TRANSPOSED ? matrix[t][g] : matrix[g][t];
+        const u16 high = TRANSPOSED ? matrix[t + 1][g] : matrix[g][t + 1];
+        static_cast<u32*>(out[l])[m] = u32(low) | u32(high) << 16;
+      }
+    }
+    block->counts.shared++;
+  });
+}
+}  // namespace emu
+#endif
+
+// ldmatrix: N 8x8 matrices of bf16 from shared memory. Lane 8m + i brings the address of row i of matrix m (16 bytes,
+// aligned); register m of lane (g, t) gets [g][2t..2t+1] of matrix m, or [2t..2t+1][g] transposed.
+#ifdef DFLASH_EMULATOR
+#define LDMATRIX(name, N, transposed, form, registers) \
+  WRAPPER void name(u32 (&r)[N], const void* row SITE) { emu::ldmatrix<N, transposed>(r, row, EMU_HERE); }
+#else
+#define LDMATRIX_1 "=r"(r[0])
+#define LDMATRIX_2 "=r"(r[0]), "=r"(r[1])
+#define LDMATRIX_4 "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+#define LDMATRIX(name, N, transposed, form, registers)                                            \
+  WRAPPER void name(u32 (&r)[N], const void* row) {                                               \
+    const u32 at = u32(__cvta_generic_to_shared(row));                                            \
+    asm volatile("ldmatrix.sync.aligned.m8n8." form ".shared.b16 " registers ";" : LDMATRIX_##N : "r"(at) : "memory"); \
+  }
+#endif
+LDMATRIX(ldmatrix1, 1, false, "x1", "{%0}, [%1]")
+LDMATRIX(ldmatrix2, 2, false, "x2", "{%0,%1}, [%2]")
+LDMATRIX(ldmatrix4, 4, false, "x4", "{%0,%1,%2,%3}, [%4]")
+LDMATRIX(ldmatrix1_trans, 1, true, "x1.trans", "{%0}, [%1]")
+LDMATRIX(ldmatrix2_trans, 2, true, "x2.trans", "{%0,%1}, [%2]")
+LDMATRIX(ldmatrix4_trans, 4, true, "x4.trans", "{%0,%1,%2,%3}, [%4]")
+#undef LDMATRIX
+
+// One access of 1 to 16 bytes to shared memory, counted for bank conflicts.
+template <class T>
+WRAPPER T lds(const T* from SITE) {
+  HOST(emu::touch_shared(EMU_HERE, "shared load", from, sizeof(T));)
+  return *from;
+}
+template <class T>
+WRAPPER void sts(T* to, T value SITE) {
+  HOST(emu::touch_shared(EMU_HERE, "shared store", to, sizeof(T));)
+  *to = value;
+}
+WRAPPER uint4 lds128(const void* from SITE) {
+  HOST(emu::touch_shared(EMU_HERE, "16-byte shared load", from, 16);)
+  return *static_cast<const uint4*>(from);
+}
+WRAPPER void sts128(void* to, uint4 value SITE) {
+  HOST(emu::touch_shared(EMU_HERE, "16-byte shared store", to, 16);)
+  *static_cast<uint4*>(to) = value;
+}
+
+// --- asynchronous copies, global to shared, 16 bytes ---
+
+// Starts a copy; where `valid` is false the destination gets zeros and nothing is read. The bytes are there after a
+// cp_async_wait that covers the copy's group, and for other threads after a barrier on top of that.
+WRAPPER void cp_async16(void* to, const void* from, bool valid = true SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::touch_shared(EMU_HERE, "cp.async into shared memory", to, 16);
+  if (valid) {
+    emu::touch(EMU_HERE, "cp.async", from, 16);
+    emu::block->counts.read += 16;
+    // Reads now, so that a bad address is reported at this line.
+    uint4 now;
+    memcpy(&now, from, 16);
+    asm volatile("" : : "r"(now.x), "r"(now.w));
+  }
+  emu::poison(to, 16);
+  emu::lane->copies.push_back({to, valid ? from : nullptr, emu::lane->groups});
+#else
+  const u32 at = u32(__cvta_generic_to_shared(to));
+  const u32 bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(at), "l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// Closes the group of copies this thread has started since the last commit.
+WRAPPER void cp_async_commit() {
+#ifdef DFLASH_EMULATOR
+  emu::lane->groups++;
+#else
+  asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+
+// Waits for all of this thread's groups but the newest KEEP.
+template <int KEEP>
+WRAPPER void cp_async_wait() {
+#ifdef DFLASH_EMULATOR
+  emu::finish_copies(*emu::lane, KEEP);
+#else
+  asm volatile("cp.async.wait_group %0;" : : "n"(KEEP) : "memory");
+#endif
+}
+
+// Waits for all of this thread's copies, committed or not.
+WRAPPER void cp_async_wait_all() {
+#ifdef DFLASH_EMULATOR
+  emu::lane->groups++;
+  emu::finish_copies(*emu::lane, 0);
+#else
+  asm volatile("cp.async.wait_all;" : : : "memory");
+#endif
+}
+
+// --- global memory ---
+
+// 16 bytes that no kernel of the round writes and that are read once: weights. Allowed before grid_wait.
+WRAPPER uint4 ld_stream(const void* from SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::touch(EMU_HERE, "16-byte streaming load", from, 16, true);
+  emu::block->counts.streamed += 16;
+  return *static_cast<const uint4*>(from);
+#else
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+#endif
+}
+
+// An ordinary load or store of 1 to 16 bytes, counted.
+template <class T>
+WRAPPER T ld(const T* from SITE) {
+  HOST(emu::touch(EMU_HERE, "load", from, sizeof(T)); emu::block->counts.read += sizeof(T);)
+  return *from;
+}
+template <class T>
+WRAPPER void st(T* to, T value SITE) {
+  HOST(emu::touch(EMU_HERE, "store", to, sizeof(T)); emu::block->counts.written += sizeof(T);)
+  *to = value;
+}
+WRAPPER uint4 ld128(const void* from SITE) {
+  HOST(emu::touch(EMU_HERE, "16-byte load", from, 16); emu::block->counts.read += 16;)
+  return *static_cast<const uint4*>(from);
+}
+WRAPPER void st128(void* to, uint4 value SITE) {
+  HOST(emu::touch(EMU_HERE, "16-byte store", to, 16); emu::block->counts.written += 16;)
+  *static_cast<uint4*>(to) = value;
+}
+
+// Loads past L1, for what other blocks of the same launch have written (behind __threadfence and an atomic counter).
+WRAPPER float ld_cg(const float* from SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::touch(EMU_HERE, "load", from, 4);
+  emu::block->counts.read += 4;
+  return *from;
+#else
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
+  return v;
+#endif
+}
+WRAPPER u32 ld_cg(const u32* from SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::touch(EMU_HERE, "load", from, 4);
+  emu::block->counts.read += 4;
+  return *from;
+#else
+  u32 v;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+#endif
+}
+WRAPPER u64 ld_cg(const u64* from SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::touch(EMU_HERE, "load", from, 8);
+  emu::block->counts.read += 8;
+  return *from;
+#else
+  u64 v;
+  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+  return v;
+#endif
+}
+WRAPPER float4 ld_cg(const float4* from SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::touch(EMU_HERE, "16-byte load", from, 16);
+  emu::block->counts.read += 16;
+  return *from;
+#else
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+#endif
+}
+WRAPPER void st_cg(float* to, float value SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::touch(EMU_HERE, "store", to, 4);
+  emu::block->counts.written += 4;
+  *to = value;
+#else
+  asm volatile("st.global.cg.f32 [%0], %1;" : : "l"(to), "f"(value) : "memory");
+#endif
+}
+WRAPPER void st_cg(float4* to, float4 value SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::touch(EMU_HERE, "16-byte store", to, 16);
+  emu::block->counts.written += 16;
+  *to = value;
+#else
+  asm volatile("st.global.cg.v4.f32 [%0], {%1,%2,%3,%4};"
+               :
+               : "l"(to), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+#endif
+}
+
+// --- programmatic dependent launch (sm_90; elsewhere kernels follow each other anyway) ---
+
+// Until here only constants were read (ld_stream); from here all earlier kernels are done and their writes visible. Every
+// thread of every kernel calls it before it ends, or its successor could overtake its predecessor.
+WRAPPER void grid_wait() {
+#ifdef DFLASH_EMULATOR
+  emu::lane->waited = true;
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+
+// The next kernel's blocks may be scheduled as this one's finish; it orders nothing.
+WRAPPER void grid_launch() {
+#if !defined(DFLASH_EMULATOR) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}

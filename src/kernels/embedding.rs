@@ -1,0 +1,40 @@
+//! `cuda/embedding.cu`: embedding rows of a pass's tokens.
+
+use super::at_least;
+use crate::device::{Buffer, Device, Kernel};
+use crate::{Error, Result};
+
+static EMBEDDING: Kernel = Kernel { file: "embedding", name: "embedding", threads: 256, max_shared: 0 };
+
+/// `out[r] = f32(table[tokens[r]])`; a token outside the vocabulary gives zeros.
+#[derive(Debug, Clone, Copy)]
+pub struct Embedding {
+    pub rows: usize,
+    pub hidden: usize,
+    pub vocab: usize,
+}
+
+impl Embedding {
+    /// Bytes a launch must move: the rows read as bf16 and written as f32, and the tokens.
+    pub fn bytes(&self) -> u64 {
+        (self.rows * (self.hidden * 6 + 4)) as u64
+    }
+
+    /// `out` [rows][hidden] f32, `table` [vocab][hidden] bf16, `tokens` [rows] u32.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] where a buffer is too small or `hidden` is no multiple of 8; else what the device says.
+    pub fn launch(&self, device: &dyn Device, out: &Buffer, table: &Buffer, tokens: &Buffer) -> Result<()> {
+        let Embedding { rows, hidden, vocab } = *self;
+        if !hidden.is_multiple_of(8) || vocab == 0 {
+            return Err(Error::Internal(format!(
+                "kernel embedding: hidden size {hidden} and vocabulary {vocab}, needed are a multiple of 8 and at least 1"
+            )));
+        }
+        at_least("embedding", "out", out, rows * hidden * 4)?;
+        at_least("embedding", "table", table, vocab * hidden * 2)?;
+        at_least("embedding", "tokens", tokens, rows * 4)?;
+        let args = [out.into(), table.into(), tokens.into(), (hidden as u32).into(), (vocab as u32).into()];
+        device.launch(&EMBEDDING, [rows as u32, 1, 1], 0, &args)
+    }
+}

@@ -1,0 +1,85 @@
+// Small kernels that show the emulator's operations, one by one, and what a missing barrier looks like; for tests only.
+#include "ptx.cuh"
+
+// out[warp][16][8] = in_a[16][16] in_b[16][8], `repeats` times over, by every warp. Row-major bf16 in, f32 out.
+KERNEL(64, 1, toy_mma, (float* out, const u16* a, const u16* b, u32 repeats)) {
+  grid_wait();
+  const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const auto pair = [](const u16* p, u32 step) { return u32(p[0]) | u32(p[step]) << 16; };
+  const u32 a0 = pair(a + g * 16 + 2 * t, 1), a1 = pair(a + (g + 8) * 16 + 2 * t, 1);
+  const u32 a2 = pair(a + g * 16 + 2 * t + 8, 1), a3 = pair(a + (g + 8) * 16 + 2 * t + 8, 1);
+  const u32 b0 = pair(b + 2 * t * 8 + g, 8), b1 = pair(b + (2 * t + 8) * 8 + g, 8);
+  float d[4] = {0, 0, 0, 0};
+  for (u32 i = 0; i < repeats; i++) mma_bf16(d, a0, a1, a2, a3, b0, b1);
+  float* to = out + threadIdx.x / 32 * 128;
+  to[g * 8 + 2 * t] = d[0], to[g * 8 + 2 * t + 1] = d[1];
+  to[(g + 8) * 8 + 2 * t] = d[2], to[(g + 8) * 8 + 2 * t + 1] = d[3];
+}
+
+// ldmatrix of in[N * 8][8] bf16, rows `pitch` bytes apart in shared memory: out[lane][N] as each lane got it.
+template <int N, class Load>
+__device__ void toy_ldmatrix(u32* out, const u16* in, u32 pitch, Load load) {
+  DYNAMIC_SHARED(u8, memory);
+  grid_wait();
+  if (threadIdx.x < N * 8) *reinterpret_cast<uint4*>(memory + threadIdx.x * pitch) = ld128(in + threadIdx.x * 8);
+  __syncthreads();
+  u32 r[N];
+  load(r, memory + threadIdx.x % (N * 8) * pitch);
+  for (int i = 0; i < N; i++) out[threadIdx.x * N + i] = r[i];
+}
+KERNEL(32, 1, toy_ldmatrix1, (u32* out, const u16* in, u32 pitch)) {
+  toy_ldmatrix<1>(out, in, pitch, [](u32(&r)[1], const u8* p) { ldmatrix1(r, p); });
+}
+KERNEL(32, 1, toy_ldmatrix2, (u32* out, const u16* in, u32 pitch)) {
+  toy_ldmatrix<2>(out, in, pitch, [](u32(&r)[2], const u8* p) { ldmatrix2(r, p); });
+}
+KERNEL(32, 1, toy_ldmatrix4, (u32* out, const u16* in, u32 pitch)) {
+  toy_ldmatrix<4>(out, in, pitch, [](u32(&r)[4], const u8* p) { ldmatrix4(r, p); });
+}
+KERNEL(32, 1, toy_ldmatrix4_trans, (u32* out, const u16* in, u32 pitch)) {
+  toy_ldmatrix<4>(out, in, pitch, [](u32(&r)[4], const u8* p) { ldmatrix4_trans(r, p); });
+}
+
+// The warp operations on in[32], one result row of 32 each.
+KERNEL(32, 1, toy_warp, (u32* out, const u32* in)) {
+  grid_wait();
+  const u32 lane = threadIdx.x, v = in[lane], all = 0xffffffffu;
+  const auto put = [&](u32 row, u32 x) { out[row * 32 + lane] = x; };
+  put(0, __shfl_sync(all, v, 5));
+  put(1, __shfl_sync(all, v, int(lane) + 1, 8));
+  put(2, __shfl_xor_sync(all, v, 9));
+  put(3, __shfl_up_sync(all, v, 3));
+  put(4, __shfl_down_sync(all, v, 3));
+  put(5, __shfl_down_sync(all, v, 3, 16));
+  put(6, __ballot_sync(all, v % 3 == 0));
+  put(7, u32(__any_sync(all, v == in[7])) * 2 + u32(__all_sync(all, v != 0xffffffffu)));
+  put(8, u32(__shfl_xor_sync(all, u64(v) << 32 | lane, 1) >> 32));
+  put(9, __reduce_add_sync(all, v));
+  put(10, u32(__reduce_max_sync(all, int(v))));
+  put(11, __reduce_min_sync(all, v));
+}
+
+// Each thread reads `width` bytes at thread * stride of shared memory, through the counting wrappers.
+KERNEL(32, 1, toy_banks, (u32* out, u32 width, u32 stride)) {
+  DYNAMIC_SHARED(u8, memory);
+  grid_wait();
+  for (u32 i = threadIdx.x * 16; i < 8192; i += 512) sts128(memory + i, make_uint4(i, i, i, i));
+  __syncthreads();
+  const u8* at = memory + threadIdx.x * stride;
+  u32 v = 0;
+  if (width == 4) v = lds(reinterpret_cast<const u32*>(at));
+  if (width == 8) v = lds(reinterpret_cast<const uint2*>(at)).x;
+  if (width == 16) v = lds128(at).x;
+  out[threadIdx.x] = v;
+}
+
+// Shared-memory and global atomics, and integers the hardware has built in.
+KERNEL(64, 1, toy_atomics, (u32* out, u64* wide, const u32* in)) {
+  grid_wait();
+  const u32 v = in[blockIdx.x * 64 + threadIdx.x];
+  atomicAdd(out, v);
+  atomicMax(out + 1, v);
+  atomicOr(out + 2, v);
+  atomicAdd(wide, u64(v) << 20);
+  atomicMax(wide + 1, u64(v) << 32 | blockIdx.x);
+}

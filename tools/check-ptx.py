@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Holds what nvcc makes of cuda/*.cu for sm_80 and sm_90a against cuda/expected.txt.
+
+Per kernel: no more registers than stated, no spills, no local memory, and the named instructions present. A kernel without
+a line, a line without a kernel, and inline assembly outside cuda/ptx.cuh fail too. `--write` prints a fresh table with
+today's registers, for a change that means to move them.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TARGETS = ["sm_80", "sm_90a"]
+# What a word in expected.txt asks of the machine code.
+WORDS = {
+    "hmma": re.compile(r"\bHMMA\.16816\.F32\.BF16"),
+    "ldg128": re.compile(r"\bLDG\S*\.128"),
+    "ldgsts128": re.compile(r"\bLDGSTS\S*\.128"),
+    "ldsm": re.compile(r"\bLDSM\b"),
+    "lds128": re.compile(r"\bLDS\S*\.128"),
+}
+
+
+def find(tool):
+    """The pinned tool where it is installed, else the one beside $NVCC, in $CUDA_HOME or on PATH."""
+    places = [ROOT / ".cuda/nvidia/cu13/bin" / tool]
+    if "NVCC" in os.environ:
+        places.insert(0, pathlib.Path(os.environ["NVCC"]).parent / tool)
+    if "CUDA_HOME" in os.environ:
+        places.append(pathlib.Path(os.environ["CUDA_HOME"]) / "bin" / tool)
+    for place in places:
+        if place.exists():
+            return str(place)
+    found = shutil.which(tool)
+    if not found:
+        sys.exit(f"check-ptx: no {tool}; tools/get-nvcc.sh fetches it")
+    return found
+
+
+def compile_one(source, target, folder):
+    """{kernel: (registers, stack, spills, machine code)} of one file for one target."""
+    cubin = folder / f"{source.stem}.{target}.cubin"
+    command = [find("nvcc"), "-cubin", "-std=c++17", "-O3", f"-arch={target}", "-Xptxas=-v", str(source), "-o", str(cubin)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(run.stderr)
+    kernels, name = {}, None
+    for line in run.stderr.splitlines():
+        if m := re.search(r"Compiling entry function '(\w+)'", line):
+            name = m[1]
+            kernels[name] = {"code": ""}
+        elif m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            kernels[name] |= {"stack": int(m[1]), "spills": int(m[2]) + int(m[3])}
+        elif m := re.search(r"Used (\d+) registers", line):
+            kernels[name]["registers"] = int(m[1])
+    if not kernels:
+        return kernels
+    code = subprocess.run([find("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    for part in re.split(r"^\.text\.", code, flags=re.M)[1:]:
+        name = part.split(":", 1)[0]
+        if name in kernels:
+            kernels[name]["code"] = part
+    return kernels
+
+
+def expectations():
+    """{kernel: ([registers per target], [words])} of expected.txt."""
+    table = {}
+    for number, line in enumerate((ROOT / "cuda/expected.txt").read_text().splitlines(), 1):
+        fields = line.split("#")[0].split()
+        if not fields:
+            continue
+        words = fields[3:]
+        if len(fields) < 3 or not all(f.isdigit() for f in fields[1:3]) or not set(words) <= set(WORDS):
+            sys.exit(f"cuda/expected.txt:{number}: expected `kernel registers registers [{' '.join(WORDS)}]`")
+        table[fields[0]] = ([int(f) for f in fields[1:3]], words)
+    return table
+
+
+def main():
+    table, faults, seen = expectations(), [], {}
+    for source in sorted((ROOT / "cuda").iterdir()):
+        if source.suffix in (".cu", ".h", ".cuh") and source.name != "ptx.cuh":
+            for number, line in enumerate(source.read_text().splitlines(), 1):
+                if re.search(r"\b(asm|__asm__)\b\s*(volatile)?\s*\(", line.split("//")[0]):
+                    faults.append(f"{source.name}:{number}: inline assembly belongs in cuda/ptx.cuh")
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted((ROOT / "cuda").glob("*.cu")):
+            for index, target in enumerate(TARGETS):
+                for name, made in compile_one(source, target, pathlib.Path(folder)).items():
+                    seen.setdefault(name, [0] * len(TARGETS))[index] = made["registers"]
+                    where = f"{source.name}: {name} on {target}"
+                    if made["stack"] or made["spills"]:
+                        faults.append(f"{where}: {made['stack']} bytes of local memory, {made['spills']} spilled; expected none")
+                    if name not in table:
+                        continue
+                    limits, words = table[name]
+                    if made["registers"] > limits[index]:
+                        faults.append(f"{where}: {made['registers']} registers, expected at most {limits[index]}")
+                    for word in words:
+                        if not WORDS[word].search(made["code"]):
+                            faults.append(f"{where}: no {word} in the machine code")
+    faults += [f"kernel {name} has no line in cuda/expected.txt" for name in seen if name not in table]
+    faults += [f"cuda/expected.txt names {name}, which no file in cuda/ defines" for name in table if name not in seen]
+    if sys.argv[1:] == ["--write"]:
+        for name, registers in seen.items():
+            words = table.get(name, ([], []))[1]
+            print(" ".join([f"{name:<28}", *(f"{r:>4}" for r in registers), *words]).rstrip())
+        return
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        sys.exit(1)
+    print(f"check-ptx: {len(seen)} kernels as expected")
+
+
+main()
