@@ -86,10 +86,10 @@ struct MmaOperands {
   u32 a[4], b[2];
 };
 inline void mma_warp(const void** in, void** out) {
-  typedef float Row __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
   float a[16][16];
-  alignas(32) float b[16][8];
-  alignas(32) float d[16][8];
+  alignas(16) float b[16][8];
+  alignas(16) float d[16][8];
   for (int l = 0; l < 32; l++) {
     const MmaOperands& from = *static_cast<const MmaOperands*>(in[l]);
     const float* c = static_cast<const float*>(out[l]);
@@ -102,12 +102,17 @@ inline void mma_warp(const void** in, void** out) {
     b[t + 8][g] = low_f32(from.b[1]), b[t + 9][g] = high_f32(from.b[1]);
     d[g][t] = c[0], d[g][t + 1] = c[1], d[g + 8][t] = c[2], d[g + 8][t + 1] = c[3];
   }
-  // Products of bf16 are exact in f32; the sum runs upwards in k. The hardware aligns and truncates instead.
-  const Row* rows = reinterpret_cast<const Row*>(b);
-  for (int r = 0; r < 16; r++) {
-    Row sum = *reinterpret_cast<const Row*>(d[r]);
-    for (int k = 0; k < 16; k++) sum += a[r][k] * rows[k];
-    *reinterpret_cast<Row*>(d[r]) = sum;
+  // Products of bf16 are exact in f32; the sum runs upwards in k. The hardware aligns and truncates instead. Four rows at a
+  // time fill the sixteen vector registers every processor has.
+  const auto four = [](const float* p) { return *reinterpret_cast<const Four*>(p); };
+  for (int r = 0; r < 16; r += 4) {
+    Four sum[4][2];
+    for (int i = 0; i < 4; i++) sum[i][0] = four(d[r + i]), sum[i][1] = four(d[r + i] + 4);
+    for (int k = 0; k < 16; k++) {
+      const Four left = four(b[k]), right = four(b[k] + 4);
+      for (int i = 0; i < 4; i++) sum[i][0] += a[r + i][k] * left, sum[i][1] += a[r + i][k] * right;
+    }
+    for (int i = 0; i < 4; i++) memcpy(d[r + i], sum[i], 32);
   }
   for (int l = 0; l < 32; l++) {
     float* to = static_cast<float*>(out[l]);

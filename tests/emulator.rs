@@ -16,6 +16,7 @@ const fn toy(name: &'static str, threads: u32) -> Kernel {
 static MMA: Kernel = toy("toy_mma", 64);
 static WARP: Kernel = toy("toy_warp", 32);
 static BANKS: Kernel = toy("toy_banks", 32);
+static GRID: Kernel = toy("toy_grid", 64);
 static ATOMICS: Kernel = toy("toy_atomics", 64);
 static LDMATRIX: [(usize, bool, Kernel); 4] = [
     (1, false, toy("toy_ldmatrix1", 32)),
@@ -187,6 +188,21 @@ fn atomics_give_the_same_whatever_the_order_and_the_number_of_threads() {
     let or = values.iter().fold(0, |a, b| a | b);
     assert_eq!(from_bytes::<u32>(&bytes[..12]), [sum as u32, *max, or]);
     assert_eq!(from_bytes::<u64>(&bytes[12..]), [sum << 20, u64::from(*max) << 32 | place as u64 / 64]);
+}
+
+#[test]
+fn threads_that_ended_leave_the_barrier_and_blocks_have_three_indices() {
+    for threads in [1, 2] {
+        let bytes = five_schedules(|device| {
+            device.set_threads(threads);
+            let out = poisoned::<u32>(device, 24);
+            device.launch(&GRID, [2, 3, 4], 0, &[(&out).into()]).unwrap();
+            assert_eq!(device.counts()["toy_grid"].blocks, 24);
+            bytes_of(device, &out)
+        });
+        let expected: Vec<u32> = (0..24).map(|i| 497 + i / 6 * 32 + i / 2 % 3 * 10000).collect();
+        assert_eq!(from_bytes::<u32>(&bytes), expected);
+    }
 }
 
 #[test]

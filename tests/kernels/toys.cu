@@ -83,3 +83,16 @@ KERNEL(64, 1, toy_atomics, (u32* out, u64* wide, const u32* in)) {
   atomicAdd(wide, u64(v) << 20);
   atomicMax(wide + 1, u64(v) << 32 | blockIdx.x);
 }
+
+// out[z][y][x] = 1 + sum of the lanes of warp 0 through shared memory, after the other warp has ended.
+KERNEL(64, 1, toy_grid, (u32* out)) {
+  SHARED(u32, staged, 32);
+  grid_wait();
+  if (threadIdx.x >= 32) return;
+  staged[threadIdx.x ^ 5] = threadIdx.x + blockIdx.z;
+  __syncthreads();
+  if (threadIdx.x != 9) return;
+  u32 sum = 1;
+  for (u32 i = 0; i < 32; i++) sum += staged[i];
+  out[(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = sum + blockIdx.y * 10000;
+}
