@@ -187,7 +187,7 @@ fn atomics_give_the_same_whatever_the_order_and_the_number_of_threads() {
     let (place, max) = values.iter().enumerate().max_by_key(|&(i, v)| (v, i)).unwrap();
     let or = values.iter().fold(0, |a, b| a | b);
     assert_eq!(from_bytes::<u32>(&bytes[..12]), [sum as u32, *max, or]);
-    assert_eq!(from_bytes::<u64>(&bytes[12..]), [sum << 20, u64::from(*max) << 32 | place as u64 / 64]);
+    assert_eq!(from_bytes::<u64>(&bytes[12..]), [sum << 20, (u64::from(*max) << 32) | (place as u64 / 64)]);
 }
 
 #[test]
