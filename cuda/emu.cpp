@@ -94,7 +94,10 @@ constexpr size_t STACK = 256 << 10;
 constexpr size_t STACK = 64 << 10;
 #endif
 // Consecutive lanes' stacks start 1152 bytes further into a page, or the hot top of all 32 would share the same cache sets.
-constexpr size_t STRIDE = STACK + 1152;
+// Below each lies room that a stack may overrun into without harm, until the launch ends and says so.
+constexpr size_t SLACK = 64 << 10;
+constexpr size_t STRIDE = SLACK + STACK + 1152;
+constexpr uint64_t UNTOUCHED = 0x5afe57acc5afe57a;  // at the far end of every stack
 constexpr size_t GUARD = 128;  // bytes kept on both sides of shared memory
 
 // What one OS thread needs to run blocks; allocated by its first launch, kept until it ends.
@@ -123,7 +126,7 @@ struct Arena {
                         -1, 0);
     stacks = memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
     for (unsigned i = 0; i < MAX_THREADS; i++) {
-      lanes[i].stack = stacks + i * STRIDE;
+      lanes[i].stack = stacks + i * STRIDE + SLACK;
       lanes[i].index = i;
     }
     block.lanes = lanes;
@@ -619,7 +622,13 @@ extern "C" int dflash_emu_run(const emu::Launch* launch, const uint64_t* blocks,
   b.shared = guarded(launch->shared);
   block = &b;
   b.failed = false;
+  for (unsigned i = 0; i < b.threads; i++) memcpy(a.lanes[i].stack, &UNTOUCHED, sizeof UNTOUCHED);
   for (size_t i = 0; i < count && !b.failed; i++) run_block(a, *launch, blocks[i]);
+  for (unsigned i = 0; i < b.threads && !b.failed; i++) {
+    if (memcmp(a.lanes[i].stack, &UNTOUCHED, sizeof UNTOUCHED) == 0) continue;
+    b.failed = true;
+    begin_message(b, &a.lanes[i], {launch->kernel->file, 0}).add("needs more than its %zu bytes of stack", STACK);
+  }
   block = nullptr;
   release(b.shared, launch->shared);
   const uint64_t* from = reinterpret_cast<const uint64_t*>(&b.counts);

@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <cwchar>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -57,11 +59,11 @@ struct Site {
 #define EMU_HERE (emu::Site{emu_file, emu_line})
 
 // Every byte of memory nobody has written: as bf16 and as f32 a NaN, as an integer far below any index.
-constexpr uint16_t POISON = 0xffa5;
+constexpr uint32_t POISON = 0xffa5ffa5;
+static_assert(sizeof(wchar_t) == 4, "wmemset writes words");
 inline void poison(void* to, size_t bytes) {
-  const uint16_t word = POISON;
-  unsigned char* p = static_cast<unsigned char*>(to);
-  for (size_t i = 0; i < bytes; i++) p[i] = reinterpret_cast<const unsigned char*>(&word)[i & 1];
+  wmemset(static_cast<wchar_t*>(to), wchar_t(POISON), bytes / 4);
+  memcpy(static_cast<char*>(to) + bytes / 4 * 4, &POISON, bytes % 4);
 }
 
 // What a launch did, as far as it went through the wrappers. Mirrored by `emulator.rs`.
@@ -287,7 +289,8 @@ struct SharedArray {
 }  // namespace emu
 
 // KERNEL(threads per block, blocks per SM to aim for, name, (parameters)) { body }
-#define KERNEL(threads, blocks, name, parameters)                                                    \
+#define KERNEL(threads, blocks, name, parameters) EMU_KERNEL(threads, name, parameters)
+#define EMU_KERNEL(threads, name, parameters)                                                    \
   static void name parameters;                                                                       \
   static_assert((threads) % 32 == 0 && (threads) <= 1024, "a block is made of whole warps, at most 32"); \
   static emu::Registration<&name> name##_registration(#name, __FILE__, threads);                     \

@@ -13,9 +13,8 @@
 #define KERNEL(threads, blocks, name, parameters) \
   extern "C" __global__ void __launch_bounds__(threads, blocks) name parameters
 #define SHARED(T, name, count) __shared__ __align__(16) T name[count]
-#define DYNAMIC_SHARED(T, name)                                  \
-  extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
-  T* name = reinterpret_cast<T*>(dynamic_shared)
+extern __shared__ __align__(128) unsigned char dynamic_shared[];
+#define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(dynamic_shared)
 #endif
 
 typedef uint8_t u8;
@@ -300,73 +299,47 @@ WRAPPER void st128(void* to, uint4 value SITE) {
   *static_cast<uint4*>(to) = value;
 }
 
-// Loads past L1, for what other blocks of the same launch have written (behind __threadfence and an atomic counter).
-WRAPPER float ld_cg(const float* from SITE) {
+// Loads and stores past L1, for what blocks of the same launch leave for each other (behind __threadfence and an atomic
+// counter).
 #ifdef DFLASH_EMULATOR
-  emu::touch(EMU_HERE, "load", from, 4);
-  emu::block->counts.read += 4;
-  return *from;
+#define PAST_L1(T, form, load, store, out, in)                                                     \
+  WRAPPER T ld_cg(const T* from SITE) {                                                            \
+    emu::touch(EMU_HERE, "load past L1", from, sizeof(T)), emu::block->counts.read += sizeof(T);   \
+    return *from;                                                                                  \
+  }                                                                                                \
+  WRAPPER void st_cg(T* to, T v SITE) {                                                            \
+    emu::touch(EMU_HERE, "store past L1", to, sizeof(T)), emu::block->counts.written += sizeof(T); \
+    *to = v;                                                                                       \
+  }
 #else
-  float v;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
-  return v;
+#define ONE(c) c(v)
+#define FOUR(c) c(v.x), c(v.y), c(v.z), c(v.w)
+#define PAST_L1(T, form, load, store, out, in)                                       \
+  WRAPPER T ld_cg(const T* from) {                                                   \
+    T v;                                                                             \
+    asm volatile("ld.global.cg." form " " load ";" : out : "l"(from) : "memory");    \
+    return v;                                                                        \
+  }                                                                                  \
+  WRAPPER void st_cg(T* to, T v) {                                                   \
+    asm volatile("st.global.cg." form " " store ";" : : "l"(to), in : "memory");     \
+  }
 #endif
-}
-WRAPPER u32 ld_cg(const u32* from SITE) {
-#ifdef DFLASH_EMULATOR
-  emu::touch(EMU_HERE, "load", from, 4);
-  emu::block->counts.read += 4;
-  return *from;
-#else
-  u32 v;
-  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-  return v;
-#endif
-}
-WRAPPER u64 ld_cg(const u64* from SITE) {
-#ifdef DFLASH_EMULATOR
-  emu::touch(EMU_HERE, "load", from, 8);
-  emu::block->counts.read += 8;
-  return *from;
-#else
-  u64 v;
-  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
-  return v;
-#endif
-}
-WRAPPER float4 ld_cg(const float4* from SITE) {
-#ifdef DFLASH_EMULATOR
-  emu::touch(EMU_HERE, "16-byte load", from, 16);
-  emu::block->counts.read += 16;
-  return *from;
-#else
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
-#endif
-}
-WRAPPER void st_cg(float* to, float value SITE) {
+PAST_L1(float, "f32", "%0, [%1]", "[%0], %1", ONE("=f"), ONE("f"))
+PAST_L1(u32, "u32", "%0, [%1]", "[%0], %1", ONE("=r"), ONE("r"))
+PAST_L1(u64, "u64", "%0, [%1]", "[%0], %1", ONE("=l"), ONE("l"))
+PAST_L1(float4, "v4.f32", "{%0,%1,%2,%3}, [%4]", "[%0], {%1,%2,%3,%4}", FOUR("=f"), FOUR("f"))
+PAST_L1(uint4, "v4.u32", "{%0,%1,%2,%3}, [%4]", "[%0], {%1,%2,%3,%4}", FOUR("=r"), FOUR("r"))
+#undef PAST_L1
+
+// A store that the host sees, and with it everything this thread wrote or knew of before: the sequence number of a ring
+// in pinned memory.
+WRAPPER void st_release_system(u32* to, u32 value SITE) {
 #ifdef DFLASH_EMULATOR
   emu::touch(EMU_HERE, "store", to, 4);
   emu::block->counts.written += 4;
-  *to = value;
+  __atomic_store_n(to, value, __ATOMIC_RELEASE);
 #else
-  asm volatile("st.global.cg.f32 [%0], %1;" : : "l"(to), "f"(value) : "memory");
-#endif
-}
-WRAPPER void st_cg(float4* to, float4 value SITE) {
-#ifdef DFLASH_EMULATOR
-  emu::touch(EMU_HERE, "16-byte store", to, 16);
-  emu::block->counts.written += 16;
-  *to = value;
-#else
-  asm volatile("st.global.cg.v4.f32 [%0], {%1,%2,%3,%4};"
-               :
-               : "l"(to), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
-               : "memory");
+  asm volatile("st.release.sys.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");
 #endif
 }
 

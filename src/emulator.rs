@@ -13,6 +13,7 @@ use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::AddAssign;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -139,6 +140,8 @@ mod ffi {
 struct Entry {
     kernel: *const ffi::Kernel,
     threads: u32,
+    /// Source file without path and extension.
+    file: String,
     /// One letter per parameter, as [`Arg::letter`].
     parameters: String,
 }
@@ -222,8 +225,14 @@ impl Emulator {
             unsafe {
                 let kernels = &mut *context.cast::<BTreeMap<String, Entry>>();
                 let text = |p: *const c_char| CStr::from_ptr(p).to_string_lossy().into_owned();
-                let entry =
-                    Entry { kernel, threads: (*kernel).threads, parameters: text((*kernel).parameters) };
+                let path = text((*kernel).file);
+                let file = Path::new(&path).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                let entry = Entry {
+                    kernel,
+                    threads: (*kernel).threads,
+                    file,
+                    parameters: text((*kernel).parameters),
+                };
                 kernels.insert(text((*kernel).name), entry);
             }
         }
@@ -309,6 +318,9 @@ impl Emulator {
         let Some(entry) = self.kernels.get(kernel.name) else {
             return Err(wrong(format!("not in the host build of cuda/{}.cu", kernel.file)));
         };
+        if entry.file != kernel.file {
+            return Err(wrong(format!("in {}.cu, declared is {}.cu", entry.file, kernel.file)));
+        }
         if entry.threads != kernel.threads {
             return Err(wrong(format!(
                 "{} threads per block, declared are {}",
@@ -322,9 +334,11 @@ impl Emulator {
                 entry.parameters
             )));
         }
-        if shared > self.properties.shared_per_block {
+        let limit = self.properties.shared_per_block;
+        if kernel.max_shared > limit {
             return Err(wrong(format!(
-                "{shared} bytes of dynamic shared memory, more than a block can have"
+                "{} bytes of dynamic shared memory, a block has {limit}",
+                kernel.max_shared
             )));
         }
         Ok(entry)

@@ -13,6 +13,10 @@ const fn toy(name: &'static str, threads: u32) -> Kernel {
     Kernel { file: "toys", name, threads, max_shared: 16384 }
 }
 
+const fn broken(name: &'static str, threads: u32) -> Kernel {
+    Kernel { file: "broken", ..toy(name, threads) }
+}
+
 static MMA: Kernel = toy("toy_mma", 64);
 static WARP: Kernel = toy("toy_warp", 32);
 static BANKS: Kernel = toy("toy_banks", 32);
@@ -24,18 +28,20 @@ static LDMATRIX: [(usize, bool, Kernel); 4] = [
     (4, false, toy("toy_ldmatrix4", 32)),
     (4, true, toy("toy_ldmatrix4_trans", 32)),
 ];
-static STAGING: Kernel = toy("broken_staging", 128);
-static REUSE: Kernel = toy("broken_reuse", 128);
-static WITHIN_WARP: Kernel = toy("broken_warp", 32);
-static BOUNDS: Kernel = toy("broken_bounds", 32);
-static SKIPPED: Kernel = toy("broken_mma", 32);
-static BARRIER: Kernel = toy("broken_barrier", 64);
-static OUTPUT: Kernel = toy("broken_output", 64);
-static COPY: Kernel = toy("broken_copy", 32);
-static ORDER: Kernel = toy("broken_order", 32);
-static RULES: Kernel = toy("broken_rules", 32);
-static LAST: Kernel = toy("broken_last", 32);
-static TRAP: Kernel = toy("broken_trap", 32);
+static STAGING: Kernel = broken("broken_staging", 128);
+static REUSE: Kernel = broken("broken_reuse", 128);
+static WITHIN_WARP: Kernel = broken("broken_warp", 32);
+static BOUNDS: Kernel = broken("broken_bounds", 32);
+static SKIPPED: Kernel = broken("broken_mma", 32);
+static BARRIER: Kernel = broken("broken_barrier", 64);
+static OUTPUT: Kernel = broken("broken_output", 64);
+static COPY: Kernel = broken("broken_copy", 32);
+static ORDER: Kernel = broken("broken_order", 32);
+static RULES: Kernel = broken("broken_rules", 32);
+static LAST: Kernel = broken("broken_last", 32);
+#[cfg(not(feature = "sanitize"))]
+static STACK: Kernel = broken("broken_stack", 64);
+static TRAP: Kernel = broken("broken_trap", 32);
 
 /// What `test` returns under each schedule.
 fn outcomes<T>(test: impl Fn(&Emulator) -> Result<T>) -> Vec<Result<T>> {
@@ -411,6 +417,19 @@ fn broken_rules_are_reported() {
     reported(trap, &["kernel broken_trap, block (0,0,0), thread (3,0,0)", "gave up"]);
 }
 
+#[cfg(not(feature = "sanitize"))] // which gives every thread more
+#[test]
+fn a_stack_that_is_too_small_is_reported() {
+    let deep = |bug: u32| {
+        move |device: &Emulator| {
+            let out = poisoned::<u32>(device, 64);
+            device.launch(&STACK, [1, 1, 1], 0, &[(&out).into(), bug.into()])
+        }
+    };
+    assert!(outcomes(deep(0)).iter().all(Result::is_ok));
+    reported(deep(1), &["kernel broken_stack", "more than its 65536 bytes of stack"]);
+}
+
 #[test]
 fn the_last_block_sums_in_block_order_or_is_caught() {
     let data = Random::new(6).normals(16 * 32, 1.0);
@@ -446,6 +465,10 @@ fn launches_that_do_not_fit_the_kernel_are_refused() {
         let error = device.launch(kernel, grid, shared, args).unwrap_err();
         assert!(matches!(&error, Error::Internal(text) if text.contains(part)), "{error}: {part}");
     };
+    static WRONG_FILE: Kernel = broken("toy_warp", 32);
+    static TOO_MUCH: Kernel = Kernel { max_shared: (227 << 10) + 1, ..toy("toy_warp", 32) };
+    refused(&WRONG_FILE, [1, 1, 1], 0, &good, "in toys.cu, declared is broken.cu");
+    refused(&TOO_MUCH, [1, 1, 1], 0, &good, "a block has 232448");
     refused(&UNKNOWN, [1, 1, 1], 0, &good, "toy_nothing: not in the host build");
     refused(&WRONG_SIZE, [1, 1, 1], 0, &good, "32 threads per block");
     refused(&WARP, [1, 0, 1], 0, &good, "grid");

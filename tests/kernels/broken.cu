@@ -140,3 +140,14 @@ KERNEL(32, 1, broken_trap, (u32* out, u32 bug)) {
   if (bug == 1 && threadIdx.x == 3) __trap();
   out[threadIdx.x] = 1;
 }
+
+// Bug 1: thread 40 writes 80 KB of its stack.
+__device__ u32 deep(u32 i) {
+  volatile u8 bytes[80000];
+  for (u32 k = 0; k < 80000; k += 8) bytes[k] = u8(i);
+  return bytes[i];
+}
+KERNEL(64, 1, broken_stack, (u32* out, u32 bug)) {
+  grid_wait();
+  out[threadIdx.x] = bug == 1 && threadIdx.x == 40 ? deep(0) : 0;
+}
