@@ -1,26 +1,28 @@
 // Embedding rows of a pass's tokens.
 //
-// Computes: out[r] = f32(table[tokens[r]]); a token outside the vocabulary gives a row of zeros.
+// Computes: out[r] = scale * f32(table[tokens[r]]); a token outside the vocabulary gives a row of zeros.
 // Work:     grid (rows), one block of 256 threads per row, 8 columns per thread and turn.
 // Order:    nothing is added.
 // Bytes:    rows x hidden x (2 read + 4 written).
-// Needs:    hidden a multiple of 8; table and out 16-byte aligned.
-#include "ptx.cuh"
+// Needs:    hidden a multiple of 8, of 32 where the table is packed; table and out 16-byte aligned.
+#include "packed.cuh"
 
 KERNEL(256, 4, embedding,
        (float* out,           // [rows][hidden]
-        const u16* table,     // [vocab][hidden] bf16
+        const u16* table,     // [vocab][hidden] bf16, or packed [ceil(vocab / 16)][hidden / 32][half 2][kblock 4][row 8][8]
         const u32* tokens,    // [rows]
-        u32 hidden, u32 vocab)) {
+        u32 hidden, u32 vocab,
+        u32 packed,           // 1: the table is an LM head's weights
+        float scale)) {       // of every element
   grid_launch();
   grid_wait();
   const u32 token = ld(tokens + blockIdx.x);
   const bool known = token < vocab;
-  const u16* from = table + size_t(known ? token : 0) * hidden;
   float4* to = reinterpret_cast<float4*>(out + size_t(blockIdx.x) * hidden);
   for (u32 i = threadIdx.x; i < hidden / 8; i += blockDim.x) {
-    const uint4 v = known ? ld_stream(from + i * 8) : make_uint4(0, 0, 0, 0);
-    st(to + i * 2, make_float4(low_f32(v.x), high_f32(v.x), low_f32(v.y), high_f32(v.y)));
-    st(to + i * 2 + 1, make_float4(low_f32(v.z), high_f32(v.z), low_f32(v.w), high_f32(v.w)));
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (known) v = ld_stream(table + (packed ? packed_offset(token, i, hidden) : size_t(token) * hidden + i * 8));
+    st(to + i * 2, make_float4(low_f32(v.x) * scale, high_f32(v.x) * scale, low_f32(v.y) * scale, high_f32(v.y) * scale));
+    st(to + i * 2 + 1, make_float4(low_f32(v.z) * scale, high_f32(v.z) * scale, low_f32(v.w) * scale, high_f32(v.w) * scale));
   }
 }

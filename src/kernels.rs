@@ -3,6 +3,13 @@
 //! A launcher checks sizes before it launches; what is inside the buffers is checked by nobody, so kernels clamp it.
 
 pub mod embedding;
+pub mod head;
+pub mod inject;
+pub mod linear;
+pub mod pack;
+pub mod project;
+pub mod qkv;
+pub mod swiglu;
 
 use crate::device::Buffer;
 use crate::{Error, Result};

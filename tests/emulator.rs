@@ -79,7 +79,7 @@ fn embedding_gathers_rows_and_zeros_unknown_tokens() {
     let bytes = five_schedules(|device| {
         let out = poisoned::<f32>(device, tokens.len() * hidden);
         let (table, tokens) = (constant(device, &table), upload(device, &tokens));
-        let embedding = Embedding { rows: 6, hidden, vocab };
+        let embedding = Embedding { rows: 6, hidden, vocab, packed: false, scale: 1.0 };
         embedding.launch(device, &out, &table, &tokens).unwrap();
         bytes_of(device, &out)
     });
@@ -516,7 +516,7 @@ fn counters_count_bytes_blocks_and_launches() {
     let table = constant(&device, &vec![0u16; vocab * hidden]);
     let out = poisoned::<f32>(&device, rows * hidden);
     let tokens = upload(&device, &[1u32, 4, 0]);
-    let embedding = Embedding { rows, hidden, vocab };
+    let embedding = Embedding { rows, hidden, vocab, packed: false, scale: 1.0 };
     embedding.launch(&device, &out, &table, &tokens).unwrap();
     let counts = device.counts()["embedding"];
     assert_eq!((counts.launches, counts.blocks), (1, 3));

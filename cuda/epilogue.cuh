@@ -1,0 +1,188 @@
+// What is done with the sums of a linear layer, a tile of tokens x 128 packed rows of W at a time: by the whole block, a warp
+// per token, a lane per four neighbouring columns. None of it knows which main loop left the tile.
+//
+// Products and sums that could be contracted in two ways name the one they mean, so that every instance rounds alike.
+#pragma once
+#include "linear.cuh"
+
+// Over the lanes of a group of `width`, 16 or 32, in the tree 16-8-4-2-1 or 8-4-2-1.
+WRAPPER float lane_sum(float x, u32 width) {
+  if (width == 32) x += __shfl_xor_sync(0xffffffffu, x, 16);
+  for (int flip = 8; flip > 0; flip /= 2) x += __shfl_xor_sync(0xffffffffu, x, flip);
+  return x;
+}
+
+// Squares of four neighbours, upwards.
+WRAPPER float squares(float4 v) {
+  return __fmaf_rn(v.w, v.w, __fmaf_rn(v.z, v.z, __fmaf_rn(v.y, v.y, __fmul_rn(v.x, v.x))));
+}
+
+WRAPPER float4 times(float4 v, float s) {
+  return make_float4(__fmul_rn(v.x, s), __fmul_rn(v.y, s), __fmul_rn(v.z, s), __fmul_rn(v.w, s));
+}
+WRAPPER float4 times(float4 v, float4 s) {
+  return make_float4(__fmul_rn(v.x, s.x), __fmul_rn(v.y, s.y), __fmul_rn(v.z, s.z), __fmul_rn(v.w, s.w));
+}
+WRAPPER uint2 pack4(float4 v) { return make_uint2(pack2(v.x, v.y), pack2(v.z, v.w)); }
+
+// x += sums, then what the next linear layer takes: bf16(gain x) and the tile's part of the sum of squares of x.
+struct Project {
+  float* x;           // [m][n], in place; null: x is the sums alone and kept nowhere
+  u16* y;             // [m][n] bf16
+  float* sumsq;       // [m][ceil(n / 128)]
+  const float* gain;  // [n]
+  u16* features;      // [m][feature_pitch] bf16(x), or null
+  u32 feature_pitch;  // elements from row to row of `features`
+};
+WRAPPER void finish(const Linear& l, const Project& p, const Tile& tile) {
+  const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4, parts = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  const bool inside = column < l.n;
+  float4 gain = make_float4(0, 0, 0, 0);
+  if (inside) gain = ld(reinterpret_cast<const float4*>(p.gain + column));
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+    const size_t row = tile.token + i;
+    float4 v = columns(tile, i);
+    float square = 0;
+    if (inside) {
+      if (p.x) {
+        float4* x = reinterpret_cast<float4*>(p.x + row * l.n + column);
+        const float4 old = ld(x);
+        v = make_float4(old.x + v.x, old.y + v.y, old.z + v.z, old.w + v.w);
+        st(x, v);
+      }
+      square = squares(v);
+      st(reinterpret_cast<uint2*>(p.y + row * l.n + column), pack4(times(v, gain)));
+      if (p.features) st(reinterpret_cast<uint2*>(p.features + row * p.feature_pitch + column), pack4(v));
+    }
+    square = lane_sum(square, 32);
+    if (lane == 0) st(p.sumsq + row * parts + tile.row / BLOCK_ROWS, square);
+  }
+}
+
+// silu(gate) * up; of every 16 columns 8 are gates and 8 the ups of the same neurons.
+struct Swiglu {
+  u16* out;  // [m][n / 2] bf16
+};
+WRAPPER float swiglu(float gate, float up) {
+  const float e = ex2(__fmul_rn(gate, -1.44269504f));  // exp(-gate)
+  return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, e)), up);
+}
+WRAPPER void finish(const Linear& l, const Swiglu& p, const Tile& tile) {
+  const u32 lane = threadIdx.x % 32;
+  // A gate's lane and the up's, two lanes on, halve their four neurons between them.
+  const bool has_gates = lane % 4 < 2;
+  const u32 neuron = tile.row / 2 + lane / 4 * 8 + lane % 2 * 4 + (has_gates ? 0 : 2);
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+    const float4 v = times(columns(tile, i), lds(tile.scale + i));
+    const float a = __shfl_xor_sync(0xffffffffu, has_gates ? v.z : v.x, 2);
+    const float b = __shfl_xor_sync(0xffffffffu, has_gates ? v.w : v.y, 2);
+    const float first = has_gates ? swiglu(v.x, a) : swiglu(a, v.z);
+    const float second = has_gates ? swiglu(v.y, b) : swiglu(b, v.w);
+    if (neuron < l.n / 2) {
+      st(reinterpret_cast<u32*>(p.out + size_t(tile.token + i) * (l.n / 2) + neuron), pack2(first, second));
+    }
+  }
+}
+
+// Queries, keys and values: norm of each query and key head, RoPE, and to their places. Packed rows are the query heads, the
+// key heads, the value heads. A head is 32 or 16 lanes.
+struct Qkv {
+  const Row* rows;      // [m]
+  u16* queries;         // [queries][heads][head_dim] bf16
+  u16* keys;            // [pages][kv_heads][PAGE][head_dim] bf16, as page_offset has it
+  u16* values;          // as keys
+  const u32* table;     // [sequences][sequence_pages] page numbers
+  const float* q_gain;  // [head_dim], or null: no norm
+  const float* k_gain;  // [head_dim], or null: no norm
+  const float* rope;    // [positions][head_dim]: cosines, then sines
+  u32 heads, kv_heads;
+  u32 head_dim;         // 64 or 128
+  u32 query_rows;     // rows of `queries`
+  u32 pages, sequences, sequence_pages;
+  u32 positions;        // at least 1
+};
+WRAPPER void finish(const Linear& l, const Qkv& p, const Tile& tile) {
+  const u32 lane = threadIdx.x % 32, width = p.head_dim / 4, half = p.head_dim / 2;
+  const u32 head = (tile.row + lane * 4) / p.head_dim, d = lane * 4 % p.head_dim;
+  const bool query = head < p.heads, turned = head < p.heads + p.kv_heads, inside = head < p.heads + 2 * p.kv_heads;
+  const float* gains = query ? p.q_gain : turned ? p.k_gain : nullptr;
+  float4 gain = make_float4(1, 1, 1, 1);
+  if (gains) gain = ld(reinterpret_cast<const float4*>(gains + d));
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+    const Row row = ld(p.rows + tile.token + i);
+    float4 v = times(columns(tile, i), lds(tile.scale + i));
+    const float mean = __fdiv_rn(lane_sum(squares(v), width), float(p.head_dim));
+    if (gains) v = times(times(v, __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, l.eps)))), gain);
+    float4 pair;
+    pair.x = __shfl_xor_sync(0xffffffffu, v.x, int(width / 2));
+    pair.y = __shfl_xor_sync(0xffffffffu, v.y, int(width / 2));
+    pair.z = __shfl_xor_sync(0xffffffffu, v.z, int(width / 2));
+    pair.w = __shfl_xor_sync(0xffffffffu, v.w, int(width / 2));
+    if (turned) {
+      const float* angles = p.rope + size_t(min(row.position, p.positions - 1)) * p.head_dim + d % half;
+      const float4 c = ld(reinterpret_cast<const float4*>(angles));
+      const float4 s = times(ld(reinterpret_cast<const float4*>(angles + half)), d < half ? -1.0f : 1.0f);
+      v.x = __fmaf_rn(v.x, c.x, __fmul_rn(pair.x, s.x));
+      v.y = __fmaf_rn(v.y, c.y, __fmul_rn(pair.y, s.y));
+      v.z = __fmaf_rn(v.z, c.z, __fmul_rn(pair.z, s.z));
+      v.w = __fmaf_rn(v.w, c.w, __fmul_rn(pair.w, s.w));
+    }
+    const uint2 low = pack4(v);
+    const uint2 high = make_uint2(__shfl_xor_sync(0xffffffffu, low.x, 1), __shfl_xor_sync(0xffffffffu, low.y, 1));
+    if (lane % 2 || !inside || row.sequence >= p.sequences) continue;
+    const uint4 chunk = make_uint4(low.x, low.y, high.x, high.y);
+    if (query) {
+      if (row.query < p.query_rows) st128(p.queries + (size_t(row.query) * p.heads + head) * p.head_dim + d, chunk);
+    } else if (row.slot / PAGE < p.sequence_pages) {
+      const u32 page = ld(p.table + size_t(row.sequence) * p.sequence_pages + row.slot / PAGE);
+      if (page >= p.pages) continue;
+      const u32 kv_head = head - (turned ? p.heads : p.heads + p.kv_heads);
+      const size_t at = (size_t(page) * p.kv_heads + kv_head) * (PAGE * p.head_dim * 2);
+      char* to = reinterpret_cast<char*>(turned ? p.keys : p.values) + at;
+      st128(to + page_offset(row.slot, d / 8, p.head_dim), chunk);
+    }
+  }
+}
+
+// Logits, and per row and block the best of them as one number: larger is better, the lowest id wins among equals.
+struct Head {
+  float* logits;     // [m][n], or null: not kept
+  u64* best;         // [m][ceil(n / 128)]: the logit in ascending order << 32 | ~id; all ones: a NaN or +inf among them
+  float multiplier;  // of the logits
+  float cap;         // then cap * tanh(logit / cap); 0: none
+};
+// The bits of x as an integer of the same order.
+WRAPPER u32 ascending(float x) {
+  const u32 bits = __float_as_uint(x + 0.0f);  // -0 becomes 0
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+WRAPPER u64 rank(float logit, u32 id) {
+  return logit < __uint_as_float(0x7f800000u) ? u64(ascending(logit)) << 32 | u32(~id) : ~0ull;
+}
+WRAPPER void finish(const Linear& l, const Head& p, const Tile& tile) {
+  const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4, blocks = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+    const size_t row = tile.token + i;
+    const float4 v = times(times(columns(tile, i), lds(tile.scale + i)), p.multiplier);
+    float logit[4] = {v.x, v.y, v.z, v.w};
+    u64 best = 0;
+#pragma unroll
+    for (u32 j = 0; j < 4; j++) {
+      if (p.cap != 0) logit[j] = __fmul_rn(p.cap, tanhf(__fdiv_rn(logit[j], p.cap)));
+      if (column + j < l.n) best = max(best, rank(logit[j], column + j));
+    }
+    if (p.logits) {
+      float* to = p.logits + row * l.n + column;
+      if (l.n % 4 == 0) {
+        if (column < l.n) st(reinterpret_cast<float4*>(to), make_float4(logit[0], logit[1], logit[2], logit[3]));
+      } else {
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+          if (column + j < l.n) st(to + j, logit[j]);
+        }
+      }
+    }
+    for (int flip = 16; flip > 0; flip /= 2) best = max(best, __shfl_xor_sync(0xffffffffu, best, flip));
+    if (lane == 0) st(p.best + row * blocks + tile.row / BLOCK_ROWS, best);
+  }
+}

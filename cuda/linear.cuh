@@ -1,0 +1,225 @@
+// The skinny product of every linear layer, y[m][n] = sum over k of x[m][k] W[n][k], for 1 to 128 rows in one read of W.
+//
+// A block owns 128 packed rows of W, a warp 16 of them, all warps the same slice of K. Weights are the A operand and go from
+// global memory to registers, some groups of 32 k ahead, the first of them before grid_wait; activations are the B operand,
+// staged in shared memory chunk by chunk. The order of k inside a group is free as long as both sides agree: a lane owns
+// eight neighbours, 16 bytes of either side, which are its operands of two products.
+//
+// Order: k upwards in products of 16, then the slices of K in ascending order. Both are functions of N and K alone, and
+// NT, the number of 8-token tiles, never touches what happens inside a column: a row's bits do not depend on the others.
+#pragma once
+#include "rows.cuh"
+
+#define BLOCK_ROWS 128  // packed rows of W per block
+#define TILE_PITCH 132  // words from token to token in the finished tile: conflict-free to write and to read
+#define MAX_SPLITS 8
+
+// What a linear kernel takes, whatever its epilogue.
+struct Linear {
+  const u16* weights;   // [ceil(n / 16)][k / 32][half 2][kblock 4][row 8][8] bf16, rows beyond n zero; sealed
+  const u16* in;        // [m][k] bf16; with `gather` [in_rows][k]
+  const u32* gather;    // [m] rows of `in`, zeros where there is no such row; null: 0..m
+  const float* sumsq;   // [m][ceil(k / 128)] partial sums of squares of what `in` was made from, or null: no norm
+  float4* partial;      // [passes][blocks][splits][warp 8][8-token tile][lane 32], unused where grid.y is 1
+  u32* counters;        // [passes][blocks], zero, and zero again afterwards
+  const u32* live;      // 0: there is nothing to do; or null
+  u32 m, n, k;          // rows, outputs, inputs
+  u32 slice;            // groups of 32 k per slice
+  u32 in_rows;          // rows of `in`, for `gather`
+  u32 first_block;      // blocks of packed rows left out before the first
+  float eps;            // of the norm
+};
+#define LINEAR_PARAMETERS                                                                                       \
+  const u16 *weights, const u16 *in, const u32 *gather, const float *sumsq, float4 *partial, u32 *counters,     \
+      const u32 *live, u32 m, u32 n, u32 k, u32 slice, u32 in_rows, u32 first_block, float eps
+#define LINEAR \
+  Linear { weights, in, gather, sumsq, partial, counters, live, m, n, k, slice, in_rows, first_block, eps }
+
+// What a block hands to its epilogue: 128 columns, which are packed rows of W, for some tokens.
+struct Tile {
+  const float* values;  // [tokens][TILE_PITCH] sums, shared memory
+  const float* scale;   // [tokens] 1 / rms of the token's input, shared memory
+  u32 token, tokens;    // first row of the pass, how many
+  u32 row;              // packed row of column 0
+};
+
+// Columns 4 lane.. of a token.
+WRAPPER float4 columns(const Tile& tile, u32 token) {
+  return lds(reinterpret_cast<const float4*>(tile.values + token * TILE_PITCH) + threadIdx.x % 32);
+}
+
+// How much of K a chunk of staged activations holds, how far ahead weights are loaded, and what that takes of shared memory:
+// two blocks fit an SM up to 4 tiles, one with more.
+template <int NT>
+struct Staging {
+  static constexpr u32 CHUNK = NT <= 2 ? 1024 : NT <= 8 ? 512 : 256;
+  static constexpr u32 GROUPS = CHUNK / 32;
+  static constexpr u32 PITCH = CHUNK * 2 + 64;  // bytes; 64 mod 128 keeps 16-byte reads of eight rows free of conflicts
+  static constexpr u32 BYTES = NT * 8 * PITCH;
+  static constexpr int AHEAD = NT == 8 ? 8 : 4;  // groups: 64 KB in flight per SM, 32 KB with 16 tiles, where 8 would spill
+};
+
+// Starts the copies of one chunk: `groups` groups of 32 k from column `k` on.
+template <int NT>
+WRAPPER void stage(unsigned char* to, const Linear& l, const u32* source, u32 token, u32 k, u32 groups) {
+  typedef Staging<NT> S;
+  constexpr u32 PIECES = S::CHUNK / 8, STEP = 256 / PIECES;
+  static_assert(PIECES <= 256 && 256 % PIECES == 0, "a thread keeps its column");
+  const u32 piece = threadIdx.x % PIECES;
+  if (piece < groups * 4) {
+#pragma unroll 4
+    for (u32 row = threadIdx.x / PIECES; row < NT * 8; row += STEP) {
+      const u32 from = source ? source[row] : token + row < l.m ? token + row : NONE;
+      const bool valid = from != NONE;
+      cp_async16(to + row * S::PITCH + piece * 16, l.in + size_t(valid ? from : 0) * l.k + k + piece * 8, valid);
+    }
+  }
+  cp_async_commit();
+}
+
+// Leaves this block's sums in `tile`; false where this block has no epilogue to run. By the whole block of 256.
+template <int NT>
+WRAPPER bool multiply(const Linear& l, Tile& tile) {
+  typedef Staging<NT> S;
+  constexpr int U = S::AHEAD;
+  DYNAMIC_SHARED(unsigned char, memory);
+  SHARED(u32, source, NT * 8);
+  SHARED(float, scale, NT * 8);
+  SHARED(u32, arrived, 1);
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const u32 block = l.first_block + blockIdx.x, weight_tile = block * 8 + warp;
+  const u32 first = blockIdx.y * l.slice, groups = min(l.slice, l.k / 32 - first);
+  const bool active = weight_tile < (l.n + 15) / 16;  // this warp has rows of W
+  const u16* w = l.weights + (size_t(weight_tile) * (l.k / 32) + first) * 512 + t * 64 + g * 8;
+
+  grid_launch();
+  uint4 ring[U][2];
+#pragma unroll
+  for (int u = 0; u < U; u++) {
+    ring[u][0] = ring[u][1] = make_uint4(0, 0, 0, 0);
+    if (active && u < int(groups)) {
+      ring[u][0] = ld_stream(w + size_t(u) * 512);
+      ring[u][1] = ld_stream(w + size_t(u) * 512 + 256);
+    }
+  }
+  grid_wait();
+  if (l.live && ld(l.live) == 0) return false;
+
+  tile.values = reinterpret_cast<const float*>(memory);
+  tile.scale = scale;
+  tile.token = blockIdx.z * NT * 8;
+  tile.tokens = min(l.m - tile.token, u32(NT * 8));
+  tile.row = block * BLOCK_ROWS;
+  if (threadIdx.x < NT * 8) {
+    const u32 row = tile.token + threadIdx.x;
+    if (l.gather) {
+      const u32 from = threadIdx.x < tile.tokens ? ld(l.gather + row) : NONE;
+      sts(source + threadIdx.x, from < l.in_rows ? from : NONE);
+    }
+    float factor = 1;
+    if (l.sumsq && threadIdx.x < tile.tokens) {
+      const u32 parts = (l.k + 127) / 128;
+      float sum = 0;
+#pragma unroll 4
+      for (u32 i = 0; i < parts; i++) sum += ld(l.sumsq + size_t(row) * parts + i);
+      factor = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(sum, float(l.k)), l.eps)));
+    }
+    sts(scale + threadIdx.x, factor);
+  }
+  if (l.gather) __syncthreads();
+  const u32* rows = l.gather ? source : nullptr;
+
+  float sum[NT][4];
+#pragma unroll
+  for (int n = 0; n < NT; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+  stage<NT>(memory, l, rows, tile.token, first * 32, min(groups, S::GROUPS));
+  for (u32 base = 0; base < groups; base += S::GROUPS) {
+    cp_async_wait<0>();
+    __syncthreads();
+    const u32 next = base + S::GROUPS, odd = base / S::GROUPS % 2;
+    if (next < groups) {
+      unsigned char* to = memory + (odd ? 0 : S::BYTES);
+      stage<NT>(to, l, rows, tile.token, (first + next) * 32, min(groups - next, S::GROUPS));
+    }
+    const unsigned char* x = memory + (odd ? S::BYTES : 0) + g * S::PITCH + t * 16;
+    const u32 here = active ? min(groups - base, S::GROUPS) : 0;
+    const auto group = [&](int u, u32 i) {
+      const uint4 low = ring[u][0], high = ring[u][1];
+      if (base + i + U < groups) {
+        ring[u][0] = ld_stream(w + size_t(base + i + U) * 512);
+        ring[u][1] = ld_stream(w + size_t(base + i + U) * 512 + 256);
+      }
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        const uint4 b = lds128(x + n * 8 * S::PITCH + i * 64);
+        mma_bf16(sum[n], low.x, high.x, low.y, high.y, b.x, b.y);
+        mma_bf16(sum[n], low.z, high.z, low.w, high.w, b.z, b.w);
+      }
+    };
+    u32 i = 0;
+#pragma unroll 1
+    for (; i + U <= here; i += U) {
+#pragma unroll
+      for (int u = 0; u < U; u++) group(u, i + u);
+    }
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      if (i + u < here) group(u, i + u);
+    }
+  }
+
+  if (gridDim.y > 1) {
+    const u32 place = blockIdx.z * gridDim.x + blockIdx.x;
+    const u32 step = 8 * NT * 32;  // from slice to slice
+    float4* mine = l.partial + size_t(place) * gridDim.y * step + warp * NT * 32 + lane;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      const float4 v = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
+      if (active) st_cg(mine + size_t(blockIdx.y) * step + n * 32, v);
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) arrived[0] = atomicAdd(l.counters + place, 1u);
+    __syncthreads();
+    if (arrived[0] != gridDim.y - 1) return false;
+    __threadfence();
+    if (threadIdx.x == 0) st(l.counters + place, 0u);
+    // All slices of a tile on their way at once: one after the other their latency would outlast a small matrix.
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      float4 part[MAX_SPLITS];
+#pragma unroll
+      for (u32 s = 0; s < MAX_SPLITS; s++) {
+        if (active && s < gridDim.y) part[s] = ld_cg(mine + size_t(s) * step + n * 32);
+      }
+#pragma unroll
+      for (u32 s = 0; s < MAX_SPLITS; s++) {
+        if (!active || s >= gridDim.y) continue;
+        sum[n][0] = s ? sum[n][0] + part[s].x : part[s].x;
+        sum[n][1] = s ? sum[n][1] + part[s].y : part[s].y;
+        sum[n][2] = s ? sum[n][2] + part[s].z : part[s].z;
+        sum[n][3] = s ? sum[n][3] + part[s].w : part[s].w;
+      }
+    }
+  } else {
+    __syncthreads();  // the tile takes the place of the activations
+  }
+  float* to = reinterpret_cast<float*>(memory) + warp * 16 + g;
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    sts(to + (n * 8 + t * 2) * TILE_PITCH, sum[n][0]);
+    sts(to + (n * 8 + t * 2 + 1) * TILE_PITCH, sum[n][1]);
+    sts(to + (n * 8 + t * 2) * TILE_PITCH + 8, sum[n][2]);
+    sts(to + (n * 8 + t * 2 + 1) * TILE_PITCH + 8, sum[n][3]);
+  }
+  __syncthreads();
+  return true;
+}
+
+// One entry point per number of tokens; `body(NT)` is the template's call.
+#define LINEAR_KERNELS(name, parameters, body)                          \
+  KERNEL(256, 2, name##_8, (LINEAR_PARAMETERS, parameters)) { body(1) } \
+  KERNEL(256, 2, name##_16, (LINEAR_PARAMETERS, parameters)) { body(2) } \
+  KERNEL(256, 2, name##_32, (LINEAR_PARAMETERS, parameters)) { body(4) } \
+  KERNEL(256, 1, name##_64, (LINEAR_PARAMETERS, parameters)) { body(8) } \
+  KERNEL(256, 1, name##_128, (LINEAR_PARAMETERS, parameters)) { body(16) }

@@ -1,0 +1,15 @@
+// The output projections of attention and MLP: into the residual stream, and on to the next norm.
+//
+// Computes: x += in W^T; y = bf16(gain * x); sumsq[m][p] = sum of x^2 over columns 128p..; features = bf16(x) at tap layers.
+// Work:     grid (ceil(n / 128), splits of K, passes of 8 NT tokens), 256 threads; see linear.cuh.
+// Order:    linear.cuh; squares: four columns upwards in a lane, then the lanes' tree.
+// Bytes:    n k 2 of weights per pass; m k 2 per 128 rows of W; m n (4 read + 4 + 2 written).
+// Needs:    n a multiple of 64, k of 32; buffers 16-byte aligned, feature_pitch a multiple of 4.
+#include "epilogue.cuh"
+
+#define PARAMETERS float *x, u16 *y, float *sumsq_out, const float *gain, u16 *features, u32 feature_pitch
+#define BODY(NT)                                                                      \
+  Tile tile;                                                                          \
+  if (!multiply<NT>(LINEAR, tile)) return;                                            \
+  finish(LINEAR, Project{x, y, sumsq_out, gain, features, feature_pitch}, tile);
+LINEAR_KERNELS(project, PARAMETERS, BODY)
