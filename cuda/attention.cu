@@ -1,7 +1,7 @@
 // Paged attention of the target: single tokens, chains and trees of drafts, chunks of a prompt.
 //
-// Computes: out[r][h] = softmax(scale q[r][h] K^T) V over the keys row r sees: slots below context, its own and those of
-//           earlier rows (masks null) or of the rows its mask names; of these the last `window` positions.
+// Computes: out[r][h] = softmax(scale q[r][h] K^T) V over the keys row r sees: slots below context, its own and those
+//           of earlier rows (masks null) or of the rows its mask names; of these the last `window` positions.
 // Work:     attention_DxR: grid (splits, kv_heads, sequences x row tiles of R packed rows); attention_prefill_D: grid
 //           (row tiles of 64, kv_heads), one sequence, all its keys in one walk. 128 threads.
 // Order:    attention.cuh. Of attention_DxR a row's bits are the same for every R, block, batch and capacity.

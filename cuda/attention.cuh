@@ -20,7 +20,7 @@ enum Rule {
   BLOCK,  // all
 };
 
-// --- splits: intervals of slots, the same for every row and launch; `src/kernels/attention.rs` has the same functions ---
+// --- splits: intervals of slots, the same for every row and launch; src/kernels/attention.rs has them too ---
 
 constexpr u32 SPLITS_PER_GROUP = 8;
 
@@ -423,9 +423,9 @@ struct Attention {
     return lds(last);
   }
 
-  // Adds partial results upwards: `lead`, then those at origin + stride, origin + 2 stride..., `count` of them; into the
-  // output, or into `lead`. A part of which a row saw nothing has factor 0 and zeros, one alone has factor 1: both are
-  // exact.
+  // Adds partial results upwards: `lead`, then those at origin + stride, origin + 2 stride..., `count` of them; into
+  // the output, or into `lead`. A part of which a row saw nothing has factor 0 and zeros, one alone has factor 1: both
+  // are exact.
   WRAPPER void merge(float* partials, u32 lead, u32 origin, u32 stride, u32 count, bool output) const {
     float* factors = reinterpret_cast<float*>(keys);          // [count][ROWS]: maxima at first
     float* parts_sums = reinterpret_cast<float*>(values);     // [count][ROWS]
@@ -501,8 +501,8 @@ struct Attention {
 };
 
 // A block of the split kernels: split blockIdx.x, kv head blockIdx.y, sequence and row tile blockIdx.z. Where a row
-// tile's keys lie in several splits, each block leaves a part, the last of a group of splits merges the group's, and the
-// last of all the groups'. One block to merge all would take longer than all others to attend: 64 rows at 4096 slots
+// tile's keys lie in several splits, each block leaves a part, the last of a group of splits merges the group's, and
+// the last of all the groups'. One block to merge all would take longer than all others to attend: 64 rows at 4096 slots
 // leave a megabyte of parts per kv head.
 template <int D, int MT>
 WRAPPER void attend(const Pass& pass, Rule rule,
