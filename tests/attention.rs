@@ -4,14 +4,15 @@
 mod kernel;
 
 use dflash::device::{Buffer, Device};
-use dflash::emulator::Emulator;
+use dflash::emulator::{Emulator, Schedule};
 use dflash::kernels::attention::{Attention, Layer, Mask, Prefill, Workspace, split_of, split_start};
 use dflash::{Error, Result};
 use kernel::*;
 
 const PAGE: usize = 64;
-/// Weights are rounded to bf16 before they meet the values, and the output once more: 2^-9 at most, each.
-const BOUND: f64 = 2.5e-3;
+/// Weights are rounded to bf16 before they meet the values, and the output once more: 2^-9 = 1.95e-3 at most, each.
+/// Seen: 2.4e-3.
+const BOUND: f64 = 3e-3;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Rule {
@@ -162,7 +163,7 @@ fn batch(
                 for d in 0..dim {
                     let token = slot % PAGE;
                     let at = ((*entry as usize * kv_heads + head) * PAGE + token) * dim;
-                    let at = at + (d / 8 ^ token & 7) * 8 + d % 8;
+                    let at = at + ((d / 8) ^ (token & 7)) * 8 + d % 8;
                     let from = (slot * kv_heads + head) * dim + d;
                     (pages[0][at], pages[1][at]) = (s.k[from], s.v[from]);
                 }
@@ -289,6 +290,24 @@ fn all_contexts_and_windows_equal_f64_in_a_ragged_batch() {
 }
 
 #[test]
+fn random_shapes_equal_f64() {
+    let (device, mut random) = (Emulator::new(), Random::new(16));
+    for _ in 0..if cfg!(feature = "sanitize") { 30 } else { 150 } {
+        let rule = [Rule::Chain, Rule::Tree, Rule::Block][random.below(3)];
+        let (group, kv_heads) = (1 + random.below(8), 1 + random.below(2));
+        let window = if random.below(2) == 0 { 0 } else { 1 + random.below(200) };
+        let shape = shape(rule, [64, 128][random.below(2)], group * kv_heads, kv_heads, window);
+        let block = 1 + random.below(if group > 4 { 12 } else { 24 });
+        let mut sequence = || {
+            let (context, rows) = (random.below(400), random.below(block + 1));
+            Sequence::new(&shape, context, rows, &mut random)
+        };
+        let sequences = [sequence(), sequence()];
+        check(&device, &shape, block, &sequences);
+    }
+}
+
+#[test]
 fn trees_and_blocks_of_64_rows_equal_f64() {
     let (device, mut random) = (Emulator::new(), Random::new(3));
     for (rule, window) in [(Rule::Tree, 0), (Rule::Tree, 9), (Rule::Block, 20), (Rule::Chain, 30)] {
@@ -316,7 +335,25 @@ fn five_schedules_and_two_threads_give_equal_bits() {
     }
 }
 
-/// One step per row, all sequences of a batch of their own.
+/// Two blocks at a time, so that the two splits of a kv head run side by side, each warp as far as it gets: the block
+/// that merges must find all the other has left.
+#[test]
+fn merging_waits_for_all_warps_of_the_other_blocks() {
+    let shape = shape(Rule::Chain, 64, 32, 8, 0);
+    let mut random = Random::new(17);
+    let sequences: Vec<Sequence> = (0..4).map(|_| Sequence::new(&shape, 192, 16, &mut random)).collect();
+    let device = Emulator::new();
+    let expected = run(&device, &shape, 16, &sequences);
+    device.set_threads(2);
+    for schedule in Schedule::ALL {
+        device.set_schedule(schedule);
+        for _ in 0..if cfg!(feature = "sanitize") { 1 } else { 3 } {
+            assert!(run(&device, &shape, 16, &sequences) == expected, "{schedule:?}");
+        }
+    }
+}
+
+/// One step per row, each in a batch of its own.
 fn steps(device: &dyn Device, shape: &Shape, s: &Sequence) -> Vec<u16> {
     let shape = Shape { rule: Rule::Chain, ..*shape };
     (0..s.rows).flat_map(|row| run(device, &shape, 1, &[s.step(&shape, row)]).concat()).collect()
@@ -496,6 +533,12 @@ fn prefill_equals_f64_and_its_bits_do_not_depend_on_chunks() {
         let error = relative_error(&from_bf16(&whole), &s.reference(&shape));
         assert!(error < BOUND, "error {error:.1e}: {shape:?}");
         assert!(prefill(&Emulator::new(), &shape, &[1, 64, 17, 68], &s) == whole, "{shape:?}");
+        // Where all keys are in one split, these are also the bits of single steps.
+        if context == 0 {
+            let few = Sequence { rows: if cfg!(feature = "sanitize") { 20 } else { 128 }, ..s };
+            let rows = few.rows * heads * head_dim;
+            assert!(steps(&Emulator::new(), &shape, &few) == whole[..rows], "{shape:?}");
+        }
     }
 }
 
