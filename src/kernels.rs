@@ -2,6 +2,7 @@
 //!
 //! A launcher checks sizes before it launches; what is inside the buffers is checked by nobody, so kernels clamp it.
 
+pub mod attention;
 pub mod embedding;
 pub mod head;
 pub mod inject;

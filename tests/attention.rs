@@ -1,0 +1,675 @@
+//! Attention under the emulator: against f64, and that a row's bits depend on its query and the keys it sees alone.
+
+#[path = "support/kernel.rs"]
+mod kernel;
+
+use dflash::device::{Buffer, Device};
+use dflash::emulator::{Emulator, Schedule};
+use dflash::kernels::attention::{Attention, Layer, Mask, Prefill, Workspace, split_of, split_start};
+use dflash::{Error, Result};
+use kernel::*;
+
+const PAGE: usize = 64;
+/// Weights are rounded to bf16 before they meet the values, and the output once more: 2^-9 = 1.95e-3 at most, each.
+/// Seen: 2.4e-3.
+const BOUND: f64 = 3e-3;
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Rule {
+    Chain,
+    Tree,
+    Block,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    window: usize,
+    rule: Rule,
+}
+
+/// One sequence: its keys and values [context + rows][kv_heads][head_dim], queries [rows][heads][head_dim], bf16.
+#[derive(Debug, Clone, Default)]
+struct Sequence {
+    context: usize,
+    rows: usize,
+    masks: Vec<u64>,
+    q: Vec<u16>,
+    k: Vec<u16>,
+    v: Vec<u16>,
+}
+
+impl Sequence {
+    fn new(shape: &Shape, context: usize, rows: usize, random: &mut Random) -> Sequence {
+        let keys = (context + rows) * shape.kv_heads * shape.head_dim;
+        let masks = match shape.rule {
+            // Every row hangs on one before it, or on the context.
+            Rule::Tree => (0..rows).fold(Vec::new(), |mut masks: Vec<u64>, row| {
+                let parent = random.below(row + 1);
+                masks.push(1 << row | if parent == row { 0 } else { masks[parent] });
+                masks
+            }),
+            Rule::Chain => (0..rows).map(|row| u64::MAX >> (63 - row % 64)).collect(),
+            Rule::Block => vec![low(rows); rows],
+        };
+        let q = random.bf16(rows * shape.heads * shape.head_dim, 1.0);
+        Sequence { context, rows, masks, q, k: random.bf16(keys, 1.0), v: random.bf16(keys, 1.0) }
+    }
+
+    /// Row `row` alone, behind the rows before it as context.
+    fn step(&self, shape: &Shape, row: usize) -> Sequence {
+        let (at, width) = (self.context + row, shape.kv_heads * shape.head_dim);
+        let cut = |x: &[u16]| x[..(at + 1) * width].to_vec();
+        Sequence {
+            context: at,
+            rows: 1,
+            masks: vec![1],
+            q: self.q[row * shape.heads * shape.head_dim..][..shape.heads * shape.head_dim].to_vec(),
+            k: cut(&self.k),
+            v: cut(&self.v),
+        }
+    }
+
+    fn position(&self, rule: Rule, slot: usize) -> usize {
+        match rule {
+            Rule::Tree if slot >= self.context => {
+                self.context + self.masks[slot - self.context].count_ones() as usize - 1
+            }
+            _ => slot,
+        }
+    }
+
+    /// dflash.md 3.6, and the mask of a tree.
+    fn sees(&self, shape: &Shape, row: usize, slot: usize) -> bool {
+        let (query, key) = (self.position(shape.rule, self.context + row), self.position(shape.rule, slot));
+        let within = match shape.rule {
+            Rule::Chain => slot <= self.context + row,
+            Rule::Tree => slot < self.context || self.masks[row] >> (slot - self.context) & 1 == 1,
+            Rule::Block => shape.window == 0 || key < query + shape.window,
+        };
+        within && (shape.window == 0 || key + shape.window > query)
+    }
+
+    /// softmax(q K^T / sqrt(head_dim)) V in f64, [rows][heads][head_dim].
+    fn reference(&self, shape: &Shape) -> Vec<f32> {
+        let (dim, group) = (shape.head_dim, shape.heads / shape.kv_heads);
+        let (q, k, v) = (from_bf16(&self.q), from_bf16(&self.k), from_bf16(&self.v));
+        let mut out = Vec::new();
+        for row in 0..self.rows {
+            let seen: Vec<usize> =
+                (0..self.context + self.rows).filter(|&slot| self.sees(shape, row, slot)).collect();
+            for head in 0..shape.heads {
+                let query = &q[(row * shape.heads + head) * dim..][..dim];
+                let at = |slot: usize| (slot * shape.kv_heads + head / group) * dim;
+                let dot = |slot: usize| -> f64 {
+                    query.iter().zip(&k[at(slot)..][..dim]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+                };
+                let scores: Vec<f64> = seen.iter().map(|&slot| dot(slot) / (dim as f64).sqrt()).collect();
+                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|s| (s - most).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                out.extend((0..dim).map(|d| {
+                    let mixed: f64 =
+                        seen.iter().zip(&weights).map(|(&slot, w)| w * f64::from(v[at(slot) + d])).sum();
+                    (mixed / sum) as f32
+                }));
+            }
+        }
+        out
+    }
+}
+
+fn low(bits: usize) -> u64 {
+    if bits >= 64 { u64::MAX } else { (1 << bits) - 1 }
+}
+
+/// A batch in device memory: pages in random order, NaN wherever no sequence has a key, garbage in unused table entries.
+struct Batch {
+    layer: Layer,
+    pages: [Buffer; 2],
+    table: Buffer,
+    spans: Buffer,
+    masks: Buffer,
+    q: Buffer,
+    out: Buffer,
+}
+
+fn batch(
+    device: &dyn Device,
+    shape: &Shape,
+    block: usize,
+    per_sequence: usize,
+    sequences: &[Sequence],
+) -> Batch {
+    let mut random = Random::new(block as u64 * 977 + sequences.len() as u64);
+    let (dim, kv_heads) = (shape.head_dim, shape.kv_heads);
+    let count = sequences.iter().map(|s| (s.context + s.rows).div_ceil(PAGE)).sum::<usize>() + 2;
+    let mut free: Vec<u32> = (0..count as u32).collect();
+    let mut table = vec![0u32; sequences.len() * per_sequence];
+    table.iter_mut().for_each(|entry| *entry = random.next() as u32 | 1 << 20);
+    let mut pages =
+        [vec![POISON; count * kv_heads * PAGE * dim], vec![POISON; count * kv_heads * PAGE * dim]];
+    let mut q = vec![POISON; sequences.len() * block * shape.heads * dim];
+    let mut masks = vec![u64::MAX; sequences.len() * block];
+    for (i, s) in sequences.iter().enumerate() {
+        for slot in 0..s.context + s.rows {
+            let entry = &mut table[i * per_sequence + slot / PAGE];
+            if slot.is_multiple_of(PAGE) {
+                *entry = free.swap_remove(random.below(free.len()));
+            }
+            for head in 0..kv_heads {
+                for d in 0..dim {
+                    let token = slot % PAGE;
+                    let at = ((*entry as usize * kv_heads + head) * PAGE + token) * dim;
+                    let at = at + ((d / 8) ^ (token & 7)) * 8 + d % 8;
+                    let from = (slot * kv_heads + head) * dim + d;
+                    (pages[0][at], pages[1][at]) = (s.k[from], s.v[from]);
+                }
+            }
+        }
+        q[i * block * shape.heads * dim..][..s.q.len()].copy_from_slice(&s.q);
+        masks[i * block..][..s.rows].copy_from_slice(&s.masks[..s.rows]);
+    }
+    let spans: Vec<u32> = sequences.iter().flat_map(|s| [s.context as u32, s.rows as u32]).collect();
+    Batch {
+        layer: Layer {
+            heads: shape.heads,
+            kv_heads,
+            head_dim: dim,
+            pages: count,
+            pages_per_sequence: per_sequence,
+            window: shape.window,
+            scale: (1.0 / (dim as f64).sqrt()) as f32,
+        },
+        pages: [upload(device, &pages[0]), upload(device, &pages[1])],
+        table: upload(device, &table),
+        spans: upload(device, &spans),
+        masks: upload(device, &masks),
+        out: poisoned::<u16>(device, q.len()),
+        q: upload(device, &q),
+    }
+}
+
+fn workspace(device: &dyn Device, attention: &Attention) -> Result<Workspace> {
+    let counters = device.allocate(attention.counter_bytes()?, "counters")?;
+    device.fill(&counters, 0)?;
+    Ok(Workspace { partials: poisoned::<u8>(device, attention.partial_bytes()?), counters })
+}
+
+fn launch(
+    device: &dyn Device,
+    batch: &Batch,
+    attention: &Attention,
+    rule: Rule,
+    space: &Workspace,
+) -> Result<()> {
+    let mask = match rule {
+        Rule::Chain => Mask::Chain,
+        Rule::Tree => Mask::Tree(&batch.masks),
+        Rule::Block => Mask::Block,
+    };
+    let Batch { pages: [k, v], table, spans, q, out, .. } = batch;
+    attention.launch(device, out, q, [k, v], table, spans, mask, space)
+}
+
+/// The outputs of the sequences' rows, [rows][heads][head_dim] each; asserts that the rest was left alone.
+fn run(device: &dyn Device, shape: &Shape, block: usize, sequences: &[Sequence]) -> Vec<Vec<u16>> {
+    let slots = sequences.iter().map(|s| s.context + s.rows).max().unwrap();
+    run_with(device, shape, block, slots, sequences)
+}
+
+fn run_with(
+    device: &dyn Device,
+    shape: &Shape,
+    block: usize,
+    capacity: usize,
+    sequences: &[Sequence],
+) -> Vec<Vec<u16>> {
+    let batch = batch(device, shape, block, capacity.div_ceil(PAGE), sequences);
+    let attention = Attention { layer: batch.layer, sequences: sequences.len(), block, capacity };
+    let space = workspace(device, &attention).unwrap();
+    launch(device, &batch, &attention, shape.rule, &space).unwrap();
+    assert!(bytes_of(device, &space.counters).iter().all(|&b| b == 0), "counters are to be zero again");
+    let (out, width) = (download::<u16>(device, &batch.out), shape.heads * shape.head_dim);
+    let of = |(s, out): (&Sequence, &[u16])| {
+        let (rows, rest) = out.split_at(s.rows * width);
+        assert!(rest.iter().all(|&x| x == POISON), "a row beyond the span was written");
+        rows.to_vec()
+    };
+    sequences.iter().zip(out.chunks(block * width)).map(of).collect()
+}
+
+/// As [`run`], held against the reference.
+fn check(device: &dyn Device, shape: &Shape, block: usize, sequences: &[Sequence]) -> Vec<Vec<u16>> {
+    let out = run(device, shape, block, sequences);
+    for (s, out) in sequences.iter().zip(&out).filter(|(s, _)| s.rows > 0) {
+        let error = relative_error(&from_bf16(out), &s.reference(shape));
+        assert!(error < BOUND, "error {error:.1e}: {shape:?}, context {}, {} rows", s.context, s.rows);
+    }
+    out
+}
+
+const CONTEXTS: [usize; 9] = [0, 1, 63, 64, 65, 127, 128, 129, 300];
+
+fn shape(rule: Rule, head_dim: usize, heads: usize, kv_heads: usize, window: usize) -> Shape {
+    Shape { heads, kv_heads, head_dim, window, rule }
+}
+
+#[test]
+fn all_groups_and_head_sizes_equal_f64() {
+    let (device, mut random) = (Emulator::new(), Random::new(1));
+    for head_dim in [64, 128] {
+        // Groups of 1 to 8, no group, and one key/value head for all.
+        for (heads, kv_heads) in [(2, 2), (4, 2), (3, 1), (8, 2), (5, 1), (6, 1), (14, 2), (8, 1)] {
+            for (rule, rows) in [(Rule::Chain, 1), (Rule::Chain, 3), (Rule::Block, 9), (Rule::Tree, 17)] {
+                let shape = shape(rule, head_dim, heads, kv_heads, 0);
+                let context = CONTEXTS[random.below(CONTEXTS.len())];
+                check(&device, &shape, rows, &[Sequence::new(&shape, context, rows, &mut random)]);
+            }
+        }
+    }
+}
+
+#[test]
+fn all_contexts_and_windows_equal_f64_in_a_ragged_batch() {
+    let (device, mut random) = (Emulator::new(), Random::new(2));
+    for rule in [Rule::Chain, Rule::Tree, Rule::Block] {
+        for window in [0, 1, 7, 64, 100] {
+            for (head_dim, block) in [(64, 16), (128, 8)] {
+                let shape = shape(rule, head_dim, 2, 1, window);
+                let sequences: Vec<Sequence> = CONTEXTS
+                    .iter()
+                    .map(|&context| Sequence::new(&shape, context, random.below(block + 1), &mut random))
+                    .collect();
+                check(&device, &shape, block, &sequences);
+            }
+        }
+    }
+}
+
+#[test]
+fn random_shapes_equal_f64() {
+    let (device, mut random) = (Emulator::new(), Random::new(16));
+    for _ in 0..if cfg!(feature = "sanitize") { 30 } else { 150 } {
+        let rule = [Rule::Chain, Rule::Tree, Rule::Block][random.below(3)];
+        let (group, kv_heads) = (1 + random.below(8), 1 + random.below(2));
+        let window = if random.below(2) == 0 { 0 } else { 1 + random.below(200) };
+        let shape = shape(rule, [64, 128][random.below(2)], group * kv_heads, kv_heads, window);
+        let block = 1 + random.below(if group > 4 { 12 } else { 24 });
+        let mut sequence = || {
+            let (context, rows) = (random.below(400), random.below(block + 1));
+            Sequence::new(&shape, context, rows, &mut random)
+        };
+        let sequences = [sequence(), sequence()];
+        check(&device, &shape, block, &sequences);
+    }
+}
+
+#[test]
+fn trees_and_blocks_of_64_rows_equal_f64() {
+    let (device, mut random) = (Emulator::new(), Random::new(3));
+    for (rule, window) in [(Rule::Tree, 0), (Rule::Tree, 9), (Rule::Block, 20), (Rule::Chain, 30)] {
+        // Eight tiles of 64 packed rows; seven, of which some hold heads of two rows' ends.
+        for (heads, head_dim) in [(8, 64), (7, 128)] {
+            let shape = shape(rule, head_dim, heads, 1, window);
+            check(&device, &shape, 64, &[Sequence::new(&shape, 100, 64, &mut random)]);
+        }
+    }
+}
+
+#[test]
+fn five_schedules_and_two_threads_give_equal_bits() {
+    let mut random = Random::new(4);
+    for (rule, head_dim, window) in [(Rule::Chain, 64, 0), (Rule::Tree, 128, 100), (Rule::Block, 64, 40)] {
+        let shape = shape(rule, head_dim, 8, 2, window);
+        let sequences: Vec<Sequence> =
+            [(300, 16), (0, 0), (250, 13)].map(|(c, r)| Sequence::new(&shape, c, r, &mut random)).into();
+        let test = |device: &Emulator| to_bytes(&check(device, &shape, 16, &sequences).concat());
+        let bytes = five_schedules(test);
+        assert_written(&bytes, "out");
+        let parallel = Emulator::new();
+        parallel.set_threads(2);
+        assert_eq!(test(&parallel), bytes);
+    }
+}
+
+/// Two blocks at a time, so that the two splits of a kv head run side by side, each warp as far as it gets: the block
+/// that merges must find all the other has left.
+#[test]
+fn merging_waits_for_all_warps_of_the_other_blocks() {
+    let shape = shape(Rule::Chain, 64, 32, 8, 0);
+    let mut random = Random::new(17);
+    let sequences: Vec<Sequence> = (0..4).map(|_| Sequence::new(&shape, 192, 16, &mut random)).collect();
+    let device = Emulator::new();
+    let expected = run(&device, &shape, 16, &sequences);
+    device.set_threads(2);
+    for schedule in Schedule::ALL {
+        device.set_schedule(schedule);
+        for _ in 0..if cfg!(feature = "sanitize") { 1 } else { 3 } {
+            assert!(run(&device, &shape, 16, &sequences) == expected, "{schedule:?}");
+        }
+    }
+}
+
+/// One step per row, each in a batch of its own.
+fn steps(device: &dyn Device, shape: &Shape, s: &Sequence) -> Vec<u16> {
+    let shape = Shape { rule: Rule::Chain, ..*shape };
+    (0..s.rows).flat_map(|row| run(device, &shape, 1, &[s.step(&shape, row)]).concat()).collect()
+}
+
+#[test]
+fn single_token_steps_equal_one_block_bit_for_bit() {
+    let (device, mut random) = (Emulator::new(), Random::new(5));
+    // Borders of tiles at 64, of splits at 128, of groups of splits at 1024, of wider splits at 4096.
+    let small = cfg!(feature = "sanitize");
+    let far: &[usize] = if small { &[1019] } else { &[505, 1012, 1023, 2040, 4085] };
+    let near = [0, 48, 63, 64, 112, 120, 127, 128, 250, 300];
+    for (i, &context) in near.iter().chain(far).enumerate() {
+        for window in if context > 300 { vec![0, 300] } else { vec![0, 7, 100] } {
+            let head_dim = [64, 128][i % 2];
+            let shape = shape(Rule::Chain, head_dim, 4, 1, window);
+            let s = Sequence::new(&shape, context, 16, &mut random);
+            let block = check(&device, &shape, 16, std::slice::from_ref(&s)).concat();
+            assert!(steps(&device, &shape, &s) == block, "context {context}, window {window}");
+            // The same keys and rows in blocks of 2 and of 7.
+            for size in [2, 7] {
+                let mut again = Vec::new();
+                for first in (0..16).step_by(size) {
+                    let width = shape.heads * head_dim;
+                    let last = s.step(&shape, (first + size).min(16) - 1);
+                    let rows = last.context + 1 - context - first;
+                    let q = s.q[first * width..(first + rows) * width].to_vec();
+                    let part = Sequence {
+                        context: context + first,
+                        rows,
+                        masks: s.masks[..rows].to_vec(),
+                        q,
+                        ..last
+                    };
+                    again.extend(run(&device, &shape, size, &[part]).concat());
+                }
+                assert!(again == block, "blocks of {size}: context {context}, window {window}");
+            }
+        }
+    }
+}
+
+#[test]
+fn single_token_steps_equal_a_chain_of_64_in_a_tree_bit_for_bit() {
+    let (device, mut random) = (Emulator::new(), Random::new(6));
+    for (context, heads, window) in [(100, 4, 0), (40, 3, 50)] {
+        let chain = shape(Rule::Chain, 64, heads, 1, window);
+        let s = Sequence::new(&chain, context, 64, &mut random);
+        let tree = Shape { rule: Rule::Tree, ..chain };
+        let block = check(&device, &tree, 64, std::slice::from_ref(&s));
+        assert!(steps(&device, &chain, &s) == block[0]);
+        assert!(run(&device, &chain, 64, &[s]) == block);
+    }
+}
+
+#[test]
+fn bits_are_the_same_in_any_batch_place_block_and_capacity() {
+    let (device, mut random) = (Emulator::new(), Random::new(7));
+    for (rule, rows) in [(Rule::Chain, 5), (Rule::Tree, 5), (Rule::Block, 5)] {
+        let shape = shape(rule, 64, 3, 1, 0);
+        let s = Sequence::new(&shape, 130, rows, &mut random);
+        let other = |context, random: &mut Random| Sequence::new(&shape, context, rows, random);
+        let alone = run(&device, &shape, rows, std::slice::from_ref(&s)).concat();
+        for (block, place, capacity) in [(5, 0, 310), (6, 1, 500), (16, 2, 5000), (64, 1, 400)] {
+            let mut sequences = vec![other(7, &mut random), other(300, &mut random)];
+            sequences.insert(place, s.clone());
+            let out = run_with(&device, &shape, block, capacity, &sequences);
+            assert!(out[place] == alone, "{rule:?} among blocks of {block}, place {place}");
+        }
+    }
+}
+
+#[test]
+fn rows_see_nothing_of_what_is_not_theirs() {
+    let (device, mut random) = (Emulator::new(), Random::new(8));
+    for (rule, window) in
+        [(Rule::Chain, 0), (Rule::Chain, 20), (Rule::Tree, 0), (Rule::Tree, 4), (Rule::Block, 3)]
+    {
+        for head_dim in [64, 128] {
+            let shape = shape(rule, head_dim, 4, 2, window);
+            let s = Sequence::new(&shape, 125, 8, &mut random);
+            let clean = run(&device, &shape, 8, std::slice::from_ref(&s)).concat();
+            // One key, one value, or one element of either is no number: rows that do not see it keep their bits.
+            for slot in [110, 124, 125, 127, 128, 130, 132] {
+                for (of_key, elements, bits) in
+                    [(true, 1, 0x7fc0), (false, 1, 0x7fc0), (false, head_dim, 0xff80), (false, 1, 0x7f80)]
+                {
+                    let mut bad = s.clone();
+                    let at = (slot * 2 + 1) * head_dim + 3 * (head_dim - elements) / 4;
+                    let x = if of_key { &mut bad.k } else { &mut bad.v };
+                    x[at..at + elements].fill(bits);
+                    let out = run(&device, &shape, 8, &[bad]).concat();
+                    for (i, (out, clean)) in out.chunks(head_dim).zip(clean.chunks(head_dim)).enumerate() {
+                        let (row, head) = (i / 4, i % 4);
+                        let what =
+                            format!("{shape:?}, slot {slot}, row {row}, head {head}, key {of_key}, {bits:x}");
+                        if head >= 2 && s.sees(&shape, row, slot) {
+                            assert!(from_bf16(out).iter().any(|x| !x.is_finite()), "{what} does not see it");
+                        } else {
+                            assert!(out == clean, "{what} was reached");
+                        }
+                    }
+                }
+            }
+            // A query that is no number stays with its own row and head.
+            let mut bad = s.clone();
+            bad.q[(3 * 4 + 1) * head_dim] = 0x7fc0;
+            let out = run(&device, &shape, 8, &[bad]).concat();
+            for (i, (out, clean)) in out.chunks(head_dim).zip(clean.chunks(head_dim)).enumerate() {
+                assert!(if i == 13 { from_bf16(out).iter().all(|x| x.is_nan()) } else { out == clean });
+            }
+        }
+    }
+}
+
+#[test]
+fn any_length_page_and_mask_stays_inside_the_buffers() {
+    let (device, mut random) = (Emulator::new(), Random::new(9));
+    device.set_threads(2);
+    let odd = [0, 1, 63, 64, 200, 319, 320, 321, 1 << 31, (1 << 31) - 1, u32::MAX - 1, u32::MAX];
+    for turn in 0..if cfg!(feature = "sanitize") { 12 } else { 60 } {
+        let rule = [Rule::Chain, Rule::Tree, Rule::Block][turn % 3];
+        let shape = shape(rule, [64, 128][turn % 2], 3, 1, [0, 1, 70, 1 << 31][turn % 4]);
+        let sequences: Vec<Sequence> = (0..3).map(|_| Sequence::new(&shape, 50, 5, &mut random)).collect();
+        let batch = batch(&device, &shape, 5, 5, &sequences);
+        let mut pick =
+            || if random.below(3) == 0 { random.next() as u32 } else { odd[random.below(odd.len())] };
+        let words = |n: usize, pick: &mut dyn FnMut() -> u32| {
+            (0..n).flat_map(|_| pick().to_le_bytes()).collect::<Vec<u8>>()
+        };
+        device.upload(&batch.spans, &words(6, &mut pick)).unwrap();
+        device.upload(&batch.masks, &words(30, &mut pick)).unwrap();
+        if turn % 5 > 0 {
+            device.upload(&batch.table, &words(15, &mut pick)).unwrap();
+        }
+        // A capacity that is no multiple of anything.
+        let attention = Attention { layer: batch.layer, sequences: 3, block: 5, capacity: 311 };
+        let space = workspace(&device, &attention).unwrap();
+        launch(&device, &batch, &attention, rule, &space).unwrap();
+        assert!(bytes_of(&device, &space.counters).iter().all(|&b| b == 0));
+        let prefill = Prefill { layer: batch.layer, rows: 15 };
+        let Batch { pages: [k, v], table, spans, q, out, .. } = &batch;
+        prefill.launch(&device, out, q, [k, v], table, spans).unwrap();
+    }
+}
+
+/// Prefill of `s` in chunks of these sizes.
+fn prefill(device: &dyn Device, shape: &Shape, chunks: &[usize], s: &Sequence) -> Vec<u16> {
+    let (mut out, mut at, width) = (Vec::new(), 0, shape.heads * shape.head_dim);
+    for &rows in chunks {
+        let whole = s.step(shape, at + rows - 1);
+        let q = s.q[at * width..(at + rows) * width].to_vec();
+        let part = Sequence { context: s.context + at, rows, masks: vec![0; rows], q, ..whole };
+        let room = rows + 3;
+        let batch = batch(device, shape, room, (part.context + rows).div_ceil(PAGE) + 1, &[part]);
+        let Batch { layer, pages: [k, v], table, spans, q, out: to, .. } = &batch;
+        Prefill { layer: *layer, rows: room }.launch(device, to, q, [k, v], table, spans).unwrap();
+        let got = download::<u16>(device, to);
+        assert!(got[rows * width..].iter().all(|&x| x == POISON), "a row beyond the span was written");
+        out.extend(&got[..rows * width]);
+        at += rows;
+    }
+    out
+}
+
+#[test]
+fn prefill_equals_f64_and_its_bits_do_not_depend_on_chunks() {
+    let mut random = Random::new(10);
+    for (head_dim, heads, kv_heads, window, context) in
+        [(64, 4, 1, 0, 0), (128, 3, 1, 0, 70), (64, 1, 1, 50, 0), (128, 8, 1, 64, 200), (64, 2, 2, 1, 63)]
+    {
+        let shape = shape(Rule::Chain, head_dim, heads, kv_heads, window);
+        let s = Sequence::new(&shape, context, 150, &mut random);
+        let test = |device: &Emulator| to_bytes(&prefill(device, &shape, &[150], &s));
+        let bytes = if cfg!(feature = "sanitize") { test(&Emulator::new()) } else { five_schedules(test) };
+        let whole: Vec<u16> = from_bytes(&bytes);
+        let error = relative_error(&from_bf16(&whole), &s.reference(&shape));
+        assert!(error < BOUND, "error {error:.1e}: {shape:?}");
+        assert!(prefill(&Emulator::new(), &shape, &[1, 64, 17, 68], &s) == whole, "{shape:?}");
+        // Where all keys are in one split, these are also the bits of single steps.
+        if context == 0 {
+            let few = Sequence { rows: if cfg!(feature = "sanitize") { 20 } else { 128 }, ..s };
+            let rows = few.rows * heads * head_dim;
+            assert!(steps(&Emulator::new(), &shape, &few) == whole[..rows], "{shape:?}");
+        }
+    }
+}
+
+#[test]
+fn prefill_takes_chunks_of_512_rows() {
+    let rows = if cfg!(feature = "sanitize") { 130 } else { 512 };
+    let shape = shape(Rule::Chain, 64, 4, 1, 100);
+    let s = Sequence::new(&shape, 10, rows, &mut Random::new(11));
+    let out = prefill(&Emulator::new(), &shape, &[rows], &s);
+    assert!(relative_error(&from_bf16(&out), &s.reference(&shape)) < BOUND);
+}
+
+#[test]
+fn splits_cover_all_slots_in_order() {
+    let mut slot = 0;
+    for split in 0..200 {
+        assert_eq!(split_start(split), slot);
+        let next = split_start(split + 1);
+        assert_eq!((split_of(slot), split_of(next - 1)), (split, split));
+        slot = next;
+    }
+    assert_eq!([4096, 32768, 131_072].map(split_of), [32, 88, 136]);
+}
+
+/// Contexts of 128k and more, where all pages of the table are a few: keys repeat, and so does the reference.
+#[test]
+fn contexts_beyond_128k_equal_f64() {
+    let device = Emulator::new();
+    let context = if cfg!(feature = "sanitize") { 35_000 } else { 131_100 };
+    let shape = shape(Rule::Chain, 64, 1, 1, 0);
+    let mut random = Random::new(12);
+    let few = Sequence::new(&shape, 5 * PAGE, 0, &mut random);
+    let repeat = |x: &[u16]| x.iter().copied().cycle().take((context + 2) * 64).collect::<Vec<u16>>();
+    let s = Sequence {
+        context,
+        rows: 2,
+        masks: vec![1, 3],
+        q: random.bf16(2 * 64, 1.0),
+        k: repeat(&few.k),
+        v: repeat(&few.v),
+    };
+    let per_sequence = (context + 2).div_ceil(PAGE);
+    let mut b = batch(&device, &shape, 2, per_sequence, std::slice::from_ref(&few));
+    let table: Vec<u32> = download(&device, &b.table);
+    b.table = upload(&device, &(0..per_sequence).map(|i| table[i % 5]).collect::<Vec<u32>>());
+    b.spans = upload(&device, &[context as u32, 2]);
+    b.q = upload(&device, &s.q);
+    for (window, blocks) in [(0, split_of(context + 1) + 1), (1000, 2)] {
+        b.layer.window = window;
+        let attention = Attention { layer: b.layer, sequences: 1, block: 2, capacity: per_sequence * PAGE };
+        let space = workspace(&device, &attention).unwrap();
+        device.reset_counts();
+        launch(&device, &b, &attention, Rule::Chain, &space).unwrap();
+        let expected = s.reference(&Shape { window, ..shape });
+        let error = relative_error(&from_bf16(&download(&device, &b.out)), &expected);
+        assert!(error < BOUND, "window {window}: error {error:.1e}");
+        // Keys and values, a page number per thread and tile, parts; splits the window does not reach read the span.
+        let bytes = device.counts()["attention_64x16"].read as usize;
+        let seen = if window == 0 { context + 2 } else { window + 1 };
+        assert!(bytes < seen * (256 + 9) + blocks * 4096 + 140 * 1024, "{bytes} bytes read, window {window}");
+    }
+}
+
+#[test]
+fn keys_and_values_are_read_once_without_bank_conflicts() {
+    for (head_dim, rows) in [(64, 1), (128, 1), (64, 16), (128, 16)] {
+        let device = Emulator::new();
+        device.count_conflicts(true);
+        let shape = shape(Rule::Chain, head_dim, 4, 1, 0);
+        let s = Sequence::new(&shape, 255 - rows, rows, &mut Random::new(13));
+        run(&device, &shape, rows, std::slice::from_ref(&s));
+        let counts = device.counts();
+        let (name, count) = counts.first_key_value().unwrap();
+        assert_eq!(count.conflicts, 0, "{name}");
+        let (keys, queries) = (255 * 2 * head_dim * 2, 2 * rows * 4 * head_dim * 2);
+        let batch = batch(&device, &shape, rows, 4, std::slice::from_ref(&s));
+        let attention = Attention { layer: batch.layer, sequences: 1, block: rows, capacity: 255 };
+        assert_eq!(attention.bytes(&[(255 - rows, rows)]), (keys + queries) as u64);
+        // Two splits: both read the queries, the last reads parts of 4 (head_dim + 2) bytes a row, and 128 threads of
+        // each read 16 bytes of span and table.
+        let (packed, most) = (rows * 4, 2 * 128 * 16);
+        let parts = 2 * packed * (4 * head_dim + 8);
+        assert_eq!(count.read as usize - most, keys + queries + parts, "{name}");
+        let products = if rows == 1 { 1 } else { 4 } * 4 * 4 * (head_dim / 16 * 2 + 4 * head_dim / 32);
+        assert_eq!(count.mma as usize, products, "{name}: tiles of 64 keys");
+    }
+}
+
+#[test]
+fn a_graph_of_attention_can_be_replayed() {
+    let (device, mut random) = (Emulator::new(), Random::new(14));
+    let shape = shape(Rule::Chain, 64, 4, 2, 0);
+    let s = [Sequence::new(&shape, 1200, 4, &mut random), Sequence::new(&shape, 200, 3, &mut random)];
+    let batch = batch(&device, &shape, 4, 19, &s);
+    let attention = Attention { layer: batch.layer, sequences: 2, block: 4, capacity: 19 * PAGE };
+    let space = workspace(&device, &attention).unwrap();
+    let graph = device.capture(&mut || launch(&device, &batch, &attention, shape.rule, &space)).unwrap();
+    let mut first = None;
+    for contexts in [[1200u32, 200], [100, 3], [1200, 200]] {
+        device.fill(&batch.out, 0).unwrap();
+        device.upload(&batch.spans, &to_bytes(&[contexts[0], 4, contexts[1], 3])).unwrap();
+        device.replay(&graph).unwrap();
+        let out = bytes_of(&device, &batch.out);
+        assert!(contexts[0] != 1200 || first.get_or_insert_with(|| out.clone()) == &out);
+    }
+}
+
+#[test]
+fn shapes_the_kernels_do_not_have_are_refused() {
+    let device = Emulator::new();
+    let shape = shape(Rule::Tree, 64, 4, 2, 0);
+    let s = [Sequence::new(&shape, 10, 2, &mut Random::new(15))];
+    let batch = batch(&device, &shape, 2, 1, &s);
+    let good = Attention { layer: batch.layer, sequences: 1, block: 2, capacity: 64 };
+    let space = workspace(&device, &good).unwrap();
+    launch(&device, &batch, &good, shape.rule, &space).unwrap();
+    let refused = |attention: Attention, part: &str| {
+        let error = launch(&device, &batch, &attention, shape.rule, &space).unwrap_err();
+        assert!(matches!(&error, Error::Internal(text) if text.contains(part)), "{error}: {part}");
+    };
+    let layer = |layer: Layer| Attention { layer, ..good };
+    refused(layer(Layer { heads: 18, ..good.layer }), "18 heads of 64 on 2 key/value heads");
+    refused(layer(Layer { heads: 5, ..good.layer }), "5 heads of 64 on 2");
+    refused(layer(Layer { kv_heads: 0, ..good.layer }), "on 0 key/value heads");
+    refused(layer(Layer { head_dim: 96, ..good.layer }), "heads of 96");
+    refused(layer(Layer { head_dim: 128, ..good.layer }), "out has 1024 bytes, needs 2048");
+    refused(layer(Layer { pages: 4, ..good.layer }), "the key pages has 49152 bytes, needs 65536");
+    refused(Attention { block: 65, ..good }, "1 to 64 rows");
+    refused(Attention { block: 3, ..good }, "needs");
+    refused(Attention { capacity: 65, ..good }, "1 to 64 slots");
+    refused(Attention { sequences: 2, ..good }, "needs");
+    let vast = Layer { pages_per_sequence: 1 << 20, ..good.layer };
+    refused(Attention { layer: vast, capacity: 1 << 26, ..good }, "67108864 slots, possible are 901120");
+}
