@@ -3,6 +3,7 @@
 //! A launcher checks sizes before it launches; what is inside the buffers is checked by nobody, so kernels clamp it.
 
 pub mod embedding;
+pub mod norm;
 
 use crate::device::Buffer;
 use crate::{Error, Result};
