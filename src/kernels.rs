@@ -4,6 +4,9 @@
 
 pub mod embedding;
 pub mod norm;
+pub mod round;
+pub mod sample;
+pub mod verify;
 
 use crate::device::Buffer;
 use crate::{Error, Result};
