@@ -314,9 +314,15 @@ impl Ring {
 
     /// What round number `round` (from 1) did for `sequence`, `None` while it is on its way.
     ///
+    /// A record is whole where no later round that takes its place is under way: a ring needs a place more than rounds are
+    /// enqueued before the host has read them.
+    ///
     /// # Errors
     /// [`Error::Internal`] where a later round has taken the place, or the record makes no sense.
     pub fn read(&self, round: u32, sequence: usize) -> Result<Option<Record>> {
+        if sequence >= self.sequences {
+            return Err(Error::Internal(format!("the record of sequence {sequence} of {}", self.sequences)));
+        }
         let place = round as usize % self.places;
         let at = (place * self.sequences + sequence) * record_words(self.block) * 4;
         let word = |i: usize| self.memory.read_u32(at + i * 4);
