@@ -82,7 +82,7 @@ impl Sampling {
         }
         let tables = &*TABLES;
         let max = logits[best as usize];
-        let c = (65536.0 * std::f64::consts::LOG2_E) as f32 / self.temperature;
+        let c = scale(self.temperature);
         // Sorting these ranks sorts by (logit descending, id ascending).
         let mut kept = Vec::new();
         for (id, &logit) in (0u32..).zip(logits) {
@@ -117,6 +117,45 @@ impl Sampling {
         }
         Some(kept)
     }
+}
+
+/// The settings as kernels take them (cuda/state.cuh), all that is not the request's seed and stream.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Law {
+    /// `65536 log2(e) / temperature`, 0 for greedy.
+    pub c: f32,
+    /// Tokens kept, 0 = all.
+    pub top_k: u32,
+    /// Share of the mass kept in units of 2^-32, 0 = all.
+    pub top_p: u32,
+    /// Least share of the best weight in units of 2^-32.
+    pub min_p: u32,
+}
+
+impl Sampling {
+    /// The same law in 32 bits a setting. Nothing is lost: a vocabulary has at most 2^26 tokens; the best token alone has
+    /// more than the share 2^-32 of any mass, so that it stands for shares rounded to 0; all of the mass is every token
+    /// that weighs anything; and no weight lies between 2^32 - 1 and 2^32.
+    pub fn law(&self) -> Law {
+        if self.temperature == 0.0 {
+            return Law { c: 0.0, top_k: 0, top_p: 0, min_p: 0 };
+        }
+        let top_p = match share(self.top_p) {
+            ONE.. => 0,
+            share => (share as u32).max(1),
+        };
+        Law {
+            c: scale(self.temperature),
+            top_k: u32::try_from(self.top_k).unwrap_or(u32::MAX),
+            top_p,
+            min_p: u32::try_from(share(self.min_p)).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+/// What a logit's distance from the best is multiplied with: 65536 log2(e) / T in f32.
+fn scale(temperature: f32) -> f32 {
+    (65536.0 * std::f64::consts::LOG2_E) as f32 / temperature
 }
 
 /// 1 as an integer share, and the weight of a row's best token.
@@ -165,6 +204,29 @@ pub fn judge(draft: &[u32], mut target_at: impl FnMut(usize) -> Option<u32>) -> 
         }
     }
     Some((draft.len(), target_at(draft.len())?))
+}
+
+/// Judges a tree of drafts by the same rule. `tokens` [rows]: the anchor, then the drafts; `parents` [rows]: the row that a
+/// draft follows, itself an earlier one (row 0's is not looked at; a draft that follows no earlier row is unreachable).
+/// `target_at(row)` samples the target's row after the drafts on the way there. From row 0 on the walk goes to the child
+/// that is what the target chose, the lowest where several are. Returns the rows of the walk, 0 first, and the token that
+/// follows them; `None` as soon as `target_at` says so. A chain is the tree in which each row follows the one before.
+pub fn walk(
+    tokens: &[u32],
+    parents: &[u32],
+    mut target_at: impl FnMut(usize) -> Option<u32>,
+) -> Option<(Vec<usize>, u32)> {
+    let mut path = vec![0];
+    let mut row = 0;
+    loop {
+        let own = target_at(row)?;
+        let children = (row + 1..tokens.len()).filter(|&child| parents[child] as usize == row);
+        match children.into_iter().find(|&child| tokens[child] == own) {
+            Some(child) => row = child,
+            None => return Some((path, own)),
+        }
+        path.push(row);
+    }
 }
 
 /// Purpose in the top byte of a counter's second word: the exponential race of [`Sampling::choose`], token group

@@ -1,0 +1,164 @@
+// What a round does besides running the models: it makes the tables of its passes from the sequences' state, hands the
+// drafts to verification, and turns the verdict into new state and a record for the host. No argument changes from round to
+// round, so that one captured graph is every round:
+//
+//   round_begin - draft pass - round_tokens - verification pass - verify - round_finish
+//
+// Computes: round_begin: tokens, rows and spans of both passes, the number of active sequences, the round's number.
+//           round_tokens: tokens of the verification pass, anchor and drafts.
+//           round_finish: what is emitted (up to a stop id, the budget, the context), the state after it, a record in the
+//           ring, and last the record's round number, which the host waits for.
+// Work:     grid (sequences); 64 threads, one per row, for tables; one warp for round_finish.
+// Order:    counts are of integers.
+// Bytes:    sequences x (256 + block x about 100).
+// Needs:    block 1 to 64, sequences up to 1024. State, choices and verdicts may hold anything.
+#include "state.cuh"
+
+// A sequence's part of a round's record, block tokens behind it. The number is written last.
+struct __align__(16) Record {
+  u32 round;   // number of the round, from 1
+  u32 kept;    // tokens emitted; 0 where the sequence took no part
+  u32 judged;  // tokens the verdict would have emitted: accepted drafts and the next token
+  u32 finish;  // a Finish
+};
+
+KERNEL(64, 8, round_begin,
+       (u32* draft_tokens,    // [sequences][block]: anchor, then masks; NONE: padding, here and below
+        Row* draft_rows,      // [2][sequences][block]: first the pending features, then the block
+        Span* draft_spans,    // [sequences]: what the block's rows see; no rows where nothing is drafted
+        Row* verify_rows,     // [sequences][block]
+        Span* verify_spans,   // [sequences]
+        u32* clock,           // [2]: the round's number, active sequences
+        const Sequence* sequences,  // [sequences]
+        const u32* depths,    // [sequences][block]: of a tree's rows; null: chains
+        u32 block, u32 mask)) {
+  grid_launch();
+  grid_wait();
+  const u32 own = blockIdx.x, count = gridDim.x, row = threadIdx.x;
+  const Progress s = ld_progress(sequences + own);
+  const u32 rows = block_rows(s, block), drafting = rows > 1 ? rows : 0;
+  const u32 pending = s.active ? min(min(s.pending, block), s.length) : 0;
+  const u32 at = own * block + row;
+  if (row < block) {
+    st(draft_tokens + at, row >= drafting ? NONE : row == 0 ? s.anchor : mask);
+    // A feature's slot in the drafter's pages is its position.
+    const u32 position = s.length - pending + row;
+    const bool feature = row < pending && position < s.draft_end;
+    st(draft_rows + at, Row{feature ? own : NONE, feature ? position : 0, feature ? position : NONE, NONE});
+    const bool drafted = row < drafting, verified = row < rows;
+    st(draft_rows + count * block + at, Row{drafted ? own : NONE, drafted ? s.length + row : 0,
+                                            drafted ? s.length + row : NONE, drafted ? at : NONE});
+    const u32 depth = !depths ? row : row == 0 ? 0 : min(ld(depths + at), row);
+    st(verify_rows + at, Row{verified ? own : NONE, verified ? s.length + depth : 0, verified ? s.length + row : NONE,
+                             verified ? at : NONE});
+  }
+  if (row == 0) {
+    st(draft_spans + own, Span{drafting ? s.length : 0, drafting});
+    st(verify_spans + own, Span{rows ? s.length : 0, rows});
+  }
+  if (own == 0 && row < 32) {
+    u32 active = 0;
+    for (u32 i = row; i < count; i += 32) active += ld(&sequences[i].now.active) != 0;
+    active = __reduce_add_sync(~0u, active);
+    if (row == 0) {
+      st(clock, ld(clock) + 1);
+      st(clock + 1, active);
+    }
+  }
+}
+
+KERNEL(64, 8, round_tokens,
+       (u32* tokens,                // [sequences][block]: anchor, drafts; NONE: padding, or a damaged draft
+        const u32* drafts,          // [sequences][block]: row j's token is the draft for the block's place j; row 0 unused
+        const Sequence* sequences,  // [sequences]
+        u32 block)) {
+  grid_launch();
+  grid_wait();
+  const u32 row = threadIdx.x, at = blockIdx.x * block + row;
+  const Progress s = ld_progress(sequences + blockIdx.x);
+  const u32 rows = block_rows(s, block);
+  if (row < block) st(tokens + at, row >= rows ? NONE : row == 0 ? s.anchor : ld(drafts + at));
+}
+
+KERNEL(32, 16, round_finish,
+       (Sequence* sequences,   // [sequences]
+        u32* ring,             // [places][sequences][record]: a Record and block tokens, in pinned memory
+        const u32* clock,      // [2], as round_begin left it
+        const u32* accepted,   // [sequences]
+        const u32* next,       // [sequences]
+        const u32* path,       // [sequences][block]
+        const u32* tokens,     // [sequences][block]
+        u32 block, u32 places, u32 record)) {
+  grid_launch();
+  grid_wait();
+  const u32 own = blockIdx.x, lane = threadIdx.x, round = ld(clock);
+  Sequence* to = sequences + own;
+  const Progress s = ld_progress(to);
+  u32* const line = ring + (size_t(round % places) * gridDim.x + own) * record;
+  const u32 rows = block_rows(s, block);
+
+  // What the verdict emits, two tokens per lane.
+  const u32 stood = rows ? min(ld(accepted + own), rows - 1) : 0, last = ld(next + own);
+  u32 token[2];
+  bool damaged = false;
+#pragma unroll
+  for (u32 half = 0; half < 2; half++) {
+    const u32 i = lane + half * 32;
+    const bool draft = i < stood;
+    const u32 row = draft ? ld(path + size_t(own) * block + i + 1) : 0;
+    token[half] = !draft ? last : row < rows ? ld(tokens + size_t(own) * block + row) : NONE;
+    damaged |= i > 0 && i < rows && ld(tokens + size_t(own) * block + i) == NONE;
+  }
+  const bool bad_draft = __any_sync(~0u, damaged);
+  const bool sound = rows && !bad_draft && last != NONE;
+
+  // The first of them that is the answer's last.
+  u32 ends[2] = {0, 0};
+  for (u32 i = 0; i < STOP_IDS; i++) {
+    const u32 stop = ld(&to->stop[i]);
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) ends[half] |= token[half] == stop && stop != NONE;
+  }
+  u64 stops = u64(__ballot_sync(~0u, int(ends[1]))) << 32 | __ballot_sync(~0u, int(ends[0]));
+  const u32 judged = stood + 1;
+  const u32 room = s.end > s.length ? s.end - s.length - 1 : 0, allowed = min(s.budget, room);
+  const u32 first_stop = stops ? u32(__ffsll((long long)(stops))) - 1 : NONE;
+  const u32 kept = !sound ? 0 : min(min(judged, allowed), first_stop == NONE ? NONE : first_stop + 1);
+  const u32 finish = !rows                   ? u32(ld(&to->finish))
+                     : bad_draft             ? u32(DAMAGED_DRAFTER)
+                     : !sound                ? u32(DAMAGED_TARGET)
+                     : first_stop < kept     ? u32(STOP)
+                     : kept < allowed        ? u32(RUNNING)
+                     : s.budget <= room      ? u32(LENGTH)
+                                             : u32(CONTEXT);
+
+#pragma unroll
+  for (u32 half = 0; half < 2; half++) {
+    const u32 i = lane + half * 32;
+    if (i < kept) st(line + sizeof(Record) / 4 + i, token[half]);
+  }
+  const u32 at = kept ? kept - 1 : 0;
+  const u32 low = __shfl_sync(~0u, token[0], int(at % 32)), high = __shfl_sync(~0u, token[1], int(at % 32));
+  if (lane == 0 && rows) {
+    st(&to->now.active, u32(finish == RUNNING));
+    st(&to->finish, finish);
+    st(&to->rounds, ld(&to->rounds) + 1);
+    if (sound) {
+      st(&to->now.length, s.length + kept);
+      if (kept) st(&to->now.anchor, at < 32 ? low : high);
+      // Rows 0..kept of the path ran on what is now the sequence.
+      st(&to->now.pending, s.draft_end > s.length ? kept : 0);
+      st(&to->now.budget, s.budget - kept);
+      st(&to->drafted, ld(&to->drafted) + rows - 1);
+      st(&to->accepted, ld(&to->accepted) + stood);
+    }
+  }
+  if (lane == 0) {
+    st(line + 1, kept);
+    st(line + 2, sound ? judged : 0);
+    st(line + 3, finish);
+  }
+  __threadfence_system();
+  __syncwarp();
+  if (lane == 0) st_release_system(line, round);
+}

@@ -1,0 +1,367 @@
+//! `cuda/round.cu`: the state of sequences between rounds, the tables of a round's passes, and the ring of its results.
+//!
+//! The host writes a [`Sequence`] when it joins and reads [`Record`]s; all that happens between is the device's.
+
+use super::at_least;
+use super::verify::Verdict;
+use crate::device::{Arg, Buffer, Device, Kernel, Pinned};
+use crate::verify::Sampling;
+use crate::{Error, Result};
+
+static BEGIN: Kernel = Kernel { file: "round", name: "round_begin", threads: 64, max_shared: 0 };
+static TOKENS: Kernel = Kernel { file: "round", name: "round_tokens", threads: 64, max_shared: 0 };
+static FINISH: Kernel = Kernel { file: "round", name: "round_finish", threads: 32, max_shared: 0 };
+
+/// Stop ids that the device looks for; further ones are for the host.
+pub const STOP_IDS: usize = 12;
+
+/// Why a sequence takes no part in rounds any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    Running,
+    /// A stop id was emitted; it is the last token.
+    Stop,
+    /// The budget is spent.
+    Length,
+    /// The context is full.
+    Context,
+    /// The target's logits for the next token hold a NaN or infinity, or nothing but -inf.
+    DamagedTarget,
+    /// The same of the drafter's for a draft.
+    DamagedDrafter,
+}
+
+impl Finish {
+    const ALL: [Finish; 6] = [
+        Finish::Running,
+        Finish::Stop,
+        Finish::Length,
+        Finish::Context,
+        Finish::DamagedTarget,
+        Finish::DamagedDrafter,
+    ];
+
+    fn from_word(word: u32) -> Result<Finish> {
+        Finish::ALL.get(word as usize).copied().ok_or_else(|| {
+            Error::Internal(format!("a sequence's state ends with code {word}, known are 0 to 5"))
+        })
+    }
+}
+
+/// A sequence as the device keeps it: `Sequence` of `cuda/state.cuh`, word for word.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sequence {
+    pub active: bool,
+    /// Positions in the target's pages: `0..length`.
+    pub length: u32,
+    /// The token at position `length`, emitted and not yet run.
+    pub anchor: u32,
+    /// How many of those positions, the last ones, have features that the drafter has not seen: rows of the last
+    /// verification's path.
+    pub pending: u32,
+    /// Tokens that may still be emitted.
+    pub budget: u32,
+    /// Positions the sequence may have, `0..end`; the token of the last is never run.
+    pub end: u32,
+    /// Positions the drafter may have; 0 without a drafter.
+    pub draft_end: u32,
+    /// Rows of a block at most, anchor included; 1 for plain decoding.
+    pub block: u32,
+    pub sampling: Sampling,
+    /// At most [`STOP_IDS`].
+    pub stop_ids: Vec<u32>,
+    pub finish: Finish,
+    pub rounds: u32,
+    pub drafted: u32,
+    pub accepted: u32,
+}
+
+impl Sequence {
+    pub const BYTES: usize = 128;
+
+    /// The bytes the device keeps.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for more than [`STOP_IDS`] stop ids.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        if self.stop_ids.len() > STOP_IDS {
+            return Err(Error::Internal(format!(
+                "{} stop ids for a device that looks for {STOP_IDS}",
+                self.stop_ids.len()
+            )));
+        }
+        let (law, seed) = (self.sampling.law(), self.sampling.seed);
+        let mut words = vec![
+            u32::from(self.active),
+            self.length,
+            self.anchor,
+            self.pending,
+            self.budget,
+            self.end,
+            self.draft_end,
+            self.block,
+            law.c.to_bits(),
+            law.top_k,
+            law.top_p,
+            law.min_p,
+            seed as u32,
+            (seed >> 32) as u32,
+            self.sampling.stream,
+            self.finish as u32,
+        ];
+        words.extend(&self.stop_ids);
+        words.resize(16 + STOP_IDS, u32::MAX);
+        words.extend([self.rounds, self.drafted, self.accepted, 0]);
+        Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
+    }
+
+    /// This sequence as the device left it in `bytes`: what rounds change is taken from there.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] where the bytes are no sequence's.
+    pub fn updated(&self, bytes: &[u8]) -> Result<Sequence> {
+        if bytes.len() != Sequence::BYTES {
+            return Err(Error::Internal(format!(
+                "{} bytes of a sequence's state, expected {}",
+                bytes.len(),
+                Sequence::BYTES
+            )));
+        }
+        let word = |i: usize| bytes[i * 4..][..4].iter().rev().fold(0, |word, &b| word << 8 | u32::from(b));
+        Ok(Sequence {
+            active: word(0) != 0,
+            length: word(1),
+            anchor: word(2),
+            pending: word(3),
+            budget: word(4),
+            finish: Finish::from_word(word(15))?,
+            rounds: word(28),
+            drafted: word(29),
+            accepted: word(30),
+            ..self.clone()
+        })
+    }
+}
+
+/// What a round did for a sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Record {
+    /// Tokens emitted; none where the sequence took no part.
+    pub tokens: Vec<u32>,
+    /// Tokens that the verdict would have emitted without limits: accepted drafts and the one after them.
+    pub judged: u32,
+    pub finish: Finish,
+}
+
+/// The round's own kernels, for `sequences` sequences (at most 1024) in blocks of `block` rows (at most 64).
+#[derive(Debug, Clone, Copy)]
+pub struct Round {
+    pub sequences: usize,
+    pub block: usize,
+}
+
+/// The tables of a round's passes, as `round_begin` writes them.
+#[derive(Debug, Clone, Copy)]
+pub struct Tables<'a> {
+    /// [sequences][block] u32: anchor and masks; `u32::MAX` is padding.
+    pub draft_tokens: &'a Buffer,
+    /// [2][sequences][block] `Row`: first the pending features, at the drafter's positions and slots, then the block.
+    pub draft_rows: &'a Buffer,
+    /// [sequences] `Span`: what the block's rows see of the drafter's pages; no rows where nothing is drafted.
+    pub draft_spans: &'a Buffer,
+    /// [sequences][block] `Row`
+    pub verify_rows: &'a Buffer,
+    /// [sequences] `Span`
+    pub verify_spans: &'a Buffer,
+    /// [2] u32: the round's number, to be 0 before the first; sequences that take part.
+    pub clock: &'a Buffer,
+}
+
+/// Records of the last few rounds, in memory that the host reads without waiting.
+pub struct Ring {
+    pub memory: Pinned,
+    sequences: usize,
+    block: usize,
+    places: usize,
+}
+
+impl Round {
+    /// Bytes that the three launches must move.
+    pub fn bytes(&self) -> u64 {
+        (self.sequences * (256 + self.block * 100)) as u64
+    }
+
+    /// Makes the tables. `sequences` [sequences] [`Sequence`]; `depths` [sequences][block] u32: of a tree's rows, none for
+    /// chains; `mask`: the drafter's mask token.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
+    pub fn begin(
+        &self,
+        device: &dyn Device,
+        tables: Tables<'_>,
+        sequences: &Buffer,
+        depths: Option<&Buffer>,
+        mask: u32,
+    ) -> Result<()> {
+        const NAME: &str = "round_begin";
+        let Round { sequences: count, block } = *self;
+        check_shape(NAME, count, block)?;
+        at_least(NAME, "draft_tokens", tables.draft_tokens, count * block * 4)?;
+        at_least(NAME, "draft_rows", tables.draft_rows, 2 * count * block * 16)?;
+        at_least(NAME, "draft_spans", tables.draft_spans, count * 8)?;
+        at_least(NAME, "verify_rows", tables.verify_rows, count * block * 16)?;
+        at_least(NAME, "verify_spans", tables.verify_spans, count * 8)?;
+        at_least(NAME, "clock", tables.clock, 8)?;
+        at_least(NAME, "sequences", sequences, count * Sequence::BYTES)?;
+        if let Some(depths) = depths {
+            at_least(NAME, "depths", depths, count * block * 4)?;
+        }
+        let args = [
+            tables.draft_tokens.into(),
+            tables.draft_rows.into(),
+            tables.draft_spans.into(),
+            tables.verify_rows.into(),
+            tables.verify_spans.into(),
+            tables.clock.into(),
+            sequences.into(),
+            depths.map_or(Arg::Null, Arg::from),
+            (block as u32).into(),
+            mask.into(),
+        ];
+        device.launch(&BEGIN, [count as u32, 1, 1], 0, &args)
+    }
+
+    /// `tokens` [sequences][block] u32 of the verification pass: anchor, drafts, `u32::MAX` as padding. `drafts`
+    /// [sequences][block] u32: what the drafter chose at each row of the block; row 0's is not used.
+    ///
+    /// # Errors
+    /// As [`Round::begin`].
+    pub fn tokens(
+        &self,
+        device: &dyn Device,
+        tokens: &Buffer,
+        drafts: &Buffer,
+        sequences: &Buffer,
+    ) -> Result<()> {
+        const NAME: &str = "round_tokens";
+        let Round { sequences: count, block } = *self;
+        check_shape(NAME, count, block)?;
+        at_least(NAME, "tokens", tokens, count * block * 4)?;
+        at_least(NAME, "drafts", drafts, count * block * 4)?;
+        at_least(NAME, "sequences", sequences, count * Sequence::BYTES)?;
+        let args = [tokens.into(), drafts.into(), sequences.into(), (block as u32).into()];
+        device.launch(&TOKENS, [count as u32, 1, 1], 0, &args)
+    }
+
+    /// Brings `sequences` up to date with the verdict on `tokens`, and writes the round's records. `clock` as
+    /// [`Round::begin`] left it.
+    ///
+    /// # Errors
+    /// As [`Round::begin`].
+    pub fn finish(
+        &self,
+        device: &dyn Device,
+        sequences: &Buffer,
+        ring: &Ring,
+        clock: &Buffer,
+        verdict: Verdict<'_>,
+        tokens: &Buffer,
+    ) -> Result<()> {
+        const NAME: &str = "round_finish";
+        let Round { sequences: count, block } = *self;
+        check_shape(NAME, count, block)?;
+        if (ring.sequences, ring.block) != (count, block) {
+            return Err(Error::Internal(format!(
+                "kernel {NAME}: a ring for {} sequences of {} rows, needed is {count} of {block}",
+                ring.sequences, ring.block
+            )));
+        }
+        at_least(NAME, "sequences", sequences, count * Sequence::BYTES)?;
+        at_least(NAME, "clock", clock, 8)?;
+        verdict.check(NAME, count, block)?;
+        at_least(NAME, "tokens", tokens, count * block * 4)?;
+        let args = [
+            sequences.into(),
+            (&ring.memory.buffer).into(),
+            clock.into(),
+            verdict.accepted.into(),
+            verdict.next.into(),
+            verdict.path.into(),
+            tokens.into(),
+            (block as u32).into(),
+            (ring.places as u32).into(),
+            (record_words(block) as u32).into(),
+        ];
+        device.launch(&FINISH, [count as u32, 1, 1], 0, &args)
+    }
+}
+
+impl Ring {
+    /// A ring for the records of `places` rounds, empty.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for sizes outside the limits of [`Round`]; else what the device says.
+    pub fn new(device: &dyn Device, round: Round, places: usize) -> Result<Ring> {
+        let Round { sequences, block } = round;
+        check_shape("round_finish", sequences, block)?;
+        if !(1..=1 << 16).contains(&places) {
+            return Err(Error::Internal(format!("a ring of {places} rounds, possible are 1 to 65536")));
+        }
+        let memory = device.pinned(places * sequences * record_words(block) * 4, "the ring of results")?;
+        Ok(Ring { memory, sequences, block, places })
+    }
+
+    /// What round number `round` (from 1) did for `sequence`, `None` while it is on its way.
+    ///
+    /// A record is whole where no later round that takes its place is under way: a ring needs a place more than rounds are
+    /// enqueued before the host has read them.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] where a later round has taken the place, or the record makes no sense.
+    pub fn read(&self, round: u32, sequence: usize) -> Result<Option<Record>> {
+        if sequence >= self.sequences {
+            return Err(Error::Internal(format!("the record of sequence {sequence} of {}", self.sequences)));
+        }
+        let place = round as usize % self.places;
+        let at = (place * self.sequences + sequence) * record_words(self.block) * 4;
+        let word = |i: usize| self.memory.read_u32(at + i * 4);
+        let overtaken = |found: u32| {
+            Error::Internal(format!("round {round} was to be read when round {found} had taken its place"))
+        };
+        match word(0)? {
+            found if found == round => {}
+            0 => return Ok(None),
+            found if (found.wrapping_sub(round) as i32) < 0 => return Ok(None),
+            found => return Err(overtaken(found)),
+        }
+        let (kept, judged) = (word(1)?, word(2)?);
+        if kept as usize > self.block {
+            return Err(Error::Internal(format!(
+                "round {round} says it emitted {kept} of {} tokens",
+                self.block
+            )));
+        }
+        let tokens = (0..kept as usize).map(|i| word(4 + i)).collect::<Result<_>>()?;
+        let finish = Finish::from_word(word(3)?)?;
+        match word(0)? {
+            found if found == round => Ok(Some(Record { tokens, judged, finish })),
+            found => Err(overtaken(found)),
+        }
+    }
+}
+
+/// Words of a record, its tokens included; a multiple of 4.
+fn record_words(block: usize) -> usize {
+    (4 + block).next_multiple_of(4)
+}
+
+/// The sizes that all of these kernels take.
+pub(super) fn check_shape(kernel: &str, sequences: usize, block: usize) -> Result<()> {
+    if (1..=1024).contains(&sequences) && (1..=64).contains(&block) {
+        return Ok(());
+    }
+    Err(Error::Internal(format!(
+        "kernel {kernel}: {sequences} sequences in blocks of {block} rows; possible are 1 to 1024 in blocks of 1 to 64"
+    )))
+}

@@ -1,0 +1,517 @@
+//! The state of sequences over hundreds of rounds against a plain model of it, as fresh launches and as one replayed graph.
+
+#[path = "support/kernel.rs"]
+mod kernel;
+
+use dflash::Error;
+use dflash::device::{Buffer, Device, Graph};
+use dflash::emulator::{Emulator, Schedule};
+use dflash::kernels::round::{Finish, Record, Ring, Round, STOP_IDS, Sequence, Tables};
+use dflash::kernels::verify::{Verdict, Verify};
+use dflash::verify::{Sampling, walk};
+use kernel::*;
+
+const NONE: u32 = u32::MAX;
+const MASK: u32 = 99;
+const PLACES: usize = 3;
+
+/// All that rounds work on, but the models.
+struct Place {
+    round: Round,
+    sequences: Buffer,
+    draft_tokens: Buffer,
+    draft_rows: Buffer,
+    draft_spans: Buffer,
+    verify_rows: Buffer,
+    verify_spans: Buffer,
+    clock: Buffer,
+    drafts: Buffer,
+    choices: Buffer,
+    tokens: Buffer,
+    parents: Option<Buffer>,
+    depths: Option<Buffer>,
+    accepted: Buffer,
+    next: Buffer,
+    path: Buffer,
+    ring: Ring,
+}
+
+impl Place {
+    fn new(device: &dyn Device, sequences: usize, block: usize, trees: bool) -> Place {
+        let round = Round { sequences, block };
+        let words = |count: usize| poisoned::<u32>(device, count);
+        let rows = sequences * block;
+        Place {
+            round,
+            sequences: upload(device, &vec![0u8; sequences * Sequence::BYTES]),
+            draft_tokens: words(rows),
+            draft_rows: words(2 * rows * 4),
+            draft_spans: words(sequences * 2),
+            verify_rows: words(rows * 4),
+            verify_spans: words(sequences * 2),
+            clock: upload(device, &[0u32; 2]),
+            drafts: words(rows),
+            choices: words(rows),
+            tokens: words(rows),
+            parents: trees.then(|| words(rows)),
+            depths: trees.then(|| words(rows)),
+            accepted: words(sequences),
+            next: words(sequences),
+            path: words(rows),
+            ring: Ring::new(device, round, PLACES).unwrap(),
+        }
+    }
+
+    fn tables(&self) -> Tables<'_> {
+        Tables {
+            draft_tokens: &self.draft_tokens,
+            draft_rows: &self.draft_rows,
+            draft_spans: &self.draft_spans,
+            verify_rows: &self.verify_rows,
+            verify_spans: &self.verify_spans,
+            clock: &self.clock,
+        }
+    }
+
+    /// A round's launches, the passes of the models left out.
+    fn launch(&self, device: &dyn Device) -> dflash::Result<()> {
+        let Round { sequences, block } = self.round;
+        let verdict = Verdict { accepted: &self.accepted, next: &self.next, path: &self.path };
+        self.round.begin(device, self.tables(), &self.sequences, self.depths.as_ref(), MASK)?;
+        self.round.tokens(device, &self.tokens, &self.drafts, &self.sequences)?;
+        Verify { sequences, block }.launch(
+            device,
+            verdict,
+            &self.choices,
+            &self.tokens,
+            self.parents.as_ref(),
+            &self.verify_spans,
+        )?;
+        self.round.finish(device, &self.sequences, &self.ring, &self.clock, verdict, &self.tokens)
+    }
+
+    fn capture(&self, device: &dyn Device) -> Graph {
+        device.capture(&mut || self.launch(device)).unwrap()
+    }
+
+    fn join(&self, device: &dyn Device, place: usize, sequence: &Sequence) {
+        let at = self.sequences.slice(place * Sequence::BYTES, Sequence::BYTES).unwrap();
+        device.upload(&at, &sequence.to_bytes().unwrap()).unwrap();
+    }
+
+    /// What the models and the tree's builder leave for a round.
+    fn feed(&self, device: &dyn Device, inputs: &Inputs) {
+        device.upload(&self.drafts, &to_bytes(&inputs.drafts)).unwrap();
+        device.upload(&self.choices, &to_bytes(&inputs.choices)).unwrap();
+        for (buffer, words) in [(&self.parents, &inputs.parents), (&self.depths, &inputs.depths)] {
+            if let Some(buffer) = buffer {
+                device.upload(buffer, &to_bytes(words)).unwrap();
+            }
+        }
+    }
+
+    /// Everything a round wrote.
+    fn bytes(&self, device: &dyn Device) -> Vec<u8> {
+        let buffers = [
+            &self.sequences,
+            &self.draft_tokens,
+            &self.draft_rows,
+            &self.draft_spans,
+            &self.verify_rows,
+            &self.verify_spans,
+            &self.clock,
+            &self.tokens,
+            &self.accepted,
+            &self.next,
+            &self.path,
+            &self.ring.memory.buffer,
+        ];
+        buffers.iter().flat_map(|buffer| bytes_of(device, buffer)).collect()
+    }
+}
+
+/// Drafts, the target's choices, and trees, all [sequences][block].
+struct Inputs {
+    drafts: Vec<u32>,
+    choices: Vec<u32>,
+    parents: Vec<u32>,
+    depths: Vec<u32>,
+}
+
+impl Inputs {
+    fn new(random: &mut Random, sequences: usize, block: usize, trees: bool) -> Inputs {
+        let mut word = || match random.below(150) {
+            0 => NONE,
+            i => (i % 2 + i / 149) as u32,
+        };
+        let mut words = || (0..sequences * block).map(|_| word()).collect();
+        let (drafts, choices) = (words(), words());
+        let mut parents: Vec<u32> = (0..sequences * block).map(|i| (i % block) as u32).collect();
+        let mut depths = parents.clone();
+        for i in 0..sequences * block {
+            let row = i % block;
+            if row > 0 {
+                let parent = if trees { random.below(row) } else { row - 1 };
+                parents[i] = parent as u32;
+                depths[i] = depths[i - row + parent] + 1;
+            }
+        }
+        Inputs { drafts, choices, parents, depths }
+    }
+}
+
+/// A sequence as a program without devices would keep it; `sequence` is what the device's must be.
+fn model_round(
+    sequence: &mut Sequence,
+    block: usize,
+    drafts: &[u32],
+    choices: &[u32],
+    parents: &[u32],
+) -> Record {
+    let idle = |sequence: &Sequence| Record { tokens: vec![], judged: 0, finish: sequence.finish };
+    if !sequence.active {
+        return idle(sequence);
+    }
+    let rows = rows(sequence, block);
+    sequence.rounds += 1;
+    let tokens = [&[sequence.anchor], &drafts[1..rows]].concat();
+    let end = |sequence: &mut Sequence, finish| {
+        sequence.finish = finish;
+        sequence.active = false;
+    };
+    if tokens[1..].contains(&NONE) {
+        end(sequence, Finish::DamagedDrafter);
+        return idle(sequence);
+    }
+    let Some((path, next)) = walk(&tokens, &parents[..rows], |row| Some(choices[row]).filter(|&c| c != NONE))
+    else {
+        end(sequence, Finish::DamagedTarget);
+        return idle(sequence);
+    };
+    sequence.drafted += rows as u32 - 1;
+    sequence.accepted += path.len() as u32 - 1;
+    let judged: Vec<u32> = path[1..].iter().map(|&row| tokens[row]).chain([next]).collect();
+    let mut kept = Vec::new();
+    let start = sequence.length;
+    for &token in &judged {
+        // The anchor's features are there now; the new token is the anchor.
+        kept.push(token);
+        sequence.length += 1;
+        sequence.anchor = token;
+        sequence.budget -= 1;
+        if sequence.stop_ids.contains(&token) {
+            end(sequence, Finish::Stop);
+        } else if sequence.budget == 0 {
+            end(sequence, Finish::Length);
+        } else if sequence.length + 1 == sequence.end {
+            end(sequence, Finish::Context);
+        }
+        if !sequence.active {
+            break;
+        }
+    }
+    sequence.pending = if sequence.draft_end > start { kept.len() as u32 } else { 0 };
+    Record { tokens: kept, judged: judged.len() as u32, finish: sequence.finish }
+}
+
+/// As `engine::generate` has it.
+fn rows(sequence: &Sequence, block: usize) -> usize {
+    let by_drafter = (sequence.draft_end as usize).saturating_sub(sequence.length as usize).max(1);
+    let by_context = (sequence.end - 1 - sequence.length) as usize;
+    (sequence.block as usize).min(block).min(by_drafter).min(by_context).max(1)
+}
+
+/// What `round_begin` and `round_tokens` must make of the state before a round: draft tokens, draft rows, draft spans,
+/// verify rows, verify spans, verify tokens.
+fn model_tables(all: &[Sequence], block: usize, inputs: &Inputs, trees: bool) -> [Vec<u32>; 6] {
+    let padding = [NONE, 0, NONE, NONE];
+    let mut tables: [Vec<u32>; 6] = Default::default();
+    let mut block_rows = Vec::new();
+    for (place, s) in all.iter().enumerate() {
+        let (rows, own) = (if s.active { rows(s, block) } else { 0 }, place as u32);
+        let drafted = if rows > 1 { rows } else { 0 };
+        for row in 0..block {
+            let at = place * block + row;
+            let (j, query) = (row as u32, at as u32);
+            tables[0].push(if row >= drafted {
+                NONE
+            } else if row == 0 {
+                s.anchor
+            } else {
+                MASK
+            });
+            let feature = s.active && j < s.pending && s.length - s.pending + j < s.draft_end;
+            let position = s.length.wrapping_sub(s.pending).wrapping_add(j);
+            tables[1].extend(if feature { [own, position, position, NONE] } else { padding });
+            block_rows.extend(if row < drafted { [own, s.length + j, s.length + j, query] } else { padding });
+            let depth = if trees { inputs.depths[at] } else { j };
+            tables[3].extend(if row < rows { [own, s.length + depth, s.length + j, query] } else { padding });
+            tables[5].push(if row >= rows {
+                NONE
+            } else if row == 0 {
+                s.anchor
+            } else {
+                inputs.drafts[at]
+            });
+        }
+        let span = |rows: usize| if rows > 0 { [s.length, rows as u32] } else { [0, 0] };
+        tables[2].extend(span(drafted));
+        tables[4].extend(span(rows));
+    }
+    tables[1].extend(block_rows);
+    tables
+}
+
+fn random_sequence(random: &mut Random, block: usize) -> Sequence {
+    let length = 1 + random.below(200) as u32;
+    let end = length + 2 + random.below(60) as u32;
+    let budget = 1 + random.below(40) as u32;
+    let draft_end = match random.below(5) {
+        0 => 0,
+        1 => length + random.below(20) as u32,
+        _ => 100_000,
+    };
+    let stops = random.below(4);
+    Sequence {
+        active: true,
+        length,
+        anchor: random.below(2) as u32,
+        pending: if draft_end == 0 { 0 } else { random.below(block + 1).min(length as usize) as u32 },
+        budget,
+        end,
+        draft_end,
+        block: 1 + random.below(block + 2) as u32,
+        sampling: Sampling {
+            temperature: 0.8,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: random.next(),
+            stream: 7,
+        },
+        stop_ids: [2, 40, 41][..stops.min(3)].to_vec(),
+        finish: Finish::Running,
+        rounds: 0,
+        drafted: 0,
+        accepted: 0,
+    }
+}
+
+/// An empty place.
+fn empty() -> Sequence {
+    Sequence { active: false, budget: 0, ..random_sequence(&mut Random::new(0), 1) }
+}
+
+/// Runs `rounds` rounds with sequences that come and go; returns how often each end was met.
+fn simulate(device: &Emulator, sequences: usize, block: usize, trees: bool, rounds: u32) -> [usize; 6] {
+    let mut random = Random::new((sequences * 100 + block) as u64);
+    let (fresh, replayed) =
+        (Place::new(device, sequences, block, trees), Place::new(device, sequences, block, trees));
+    let graph = replayed.capture(device);
+    let mut all: Vec<Sequence> = vec![empty(); sequences];
+    let mut ends = [0; 6];
+    for (place, sequence) in all.iter().enumerate() {
+        [&fresh, &replayed].iter().for_each(|to| to.join(device, place, sequence));
+    }
+    for round in 1..=rounds {
+        for (place, sequence) in all.iter_mut().enumerate() {
+            // Ended ones stay for some rounds, in which nothing may happen to them.
+            if !sequence.active && random.below(3) == 0 {
+                *sequence = random_sequence(&mut random, block);
+                [&fresh, &replayed].iter().for_each(|to| to.join(device, place, sequence));
+            }
+        }
+        let inputs = Inputs::new(&mut random, sequences, block, trees);
+        [&fresh, &replayed].iter().for_each(|to| to.feed(device, &inputs));
+        device.set_schedule(Schedule::ALL[round as usize % 5]);
+        fresh.launch(device).unwrap();
+        device.replay(&graph).unwrap();
+        assert!(
+            fresh.bytes(device) == replayed.bytes(device),
+            "round {round}: a replay differs from fresh launches"
+        );
+
+        let words = |buffer: &Buffer| download::<u32>(device, buffer);
+        let active = all.iter().filter(|s| s.active).count() as u32;
+        assert_eq!(words(&fresh.clock), [round, active]);
+        let got = [
+            &fresh.draft_tokens,
+            &fresh.draft_rows,
+            &fresh.draft_spans,
+            &fresh.verify_rows,
+            &fresh.verify_spans,
+            &fresh.tokens,
+        ];
+        let names = ["draft tokens", "draft rows", "draft spans", "verify rows", "verify spans", "tokens"];
+        for ((name, got), expected) in names.iter().zip(got).zip(model_tables(&all, block, &inputs, trees)) {
+            assert_eq!(words(got), expected, "round {round}: {name}");
+        }
+        let states = bytes_of(device, &fresh.sequences);
+        for (place, sequence) in all.iter_mut().enumerate() {
+            let of = |words: &[u32]| words[place * block..][..block].to_vec();
+            let (drafts, choices) = (of(&inputs.drafts), of(&inputs.choices));
+            let took_part = sequence.active;
+            let record = model_round(sequence, block, &drafts, &choices, &of(&inputs.parents));
+            let state = &states[place * Sequence::BYTES..][..Sequence::BYTES];
+            assert_eq!(sequence.updated(state).unwrap(), *sequence, "round {round}, sequence {place}");
+            assert_eq!(state, sequence.to_bytes().unwrap(), "round {round}, sequence {place}");
+            assert_eq!(
+                fresh.ring.read(round, place).unwrap(),
+                Some(record),
+                "round {round}, sequence {place}"
+            );
+            assert_eq!(fresh.ring.read(round + 1, place).unwrap(), None);
+            if took_part {
+                ends[sequence.finish as usize] += 1;
+            }
+            if round > PLACES as u32 {
+                assert!(matches!(fresh.ring.read(round - PLACES as u32, place), Err(Error::Internal(_))));
+            }
+        }
+    }
+    ends
+}
+
+#[test]
+fn rounds_are_the_plain_models_and_a_replayed_graphs() {
+    let rounds = if cfg!(feature = "sanitize") { 40 } else { 300 };
+    let mut ends = [0; 6];
+    for (sequences, block, trees) in
+        [(1, 1, false), (5, 7, false), (16, 16, false), (3, 64, true), (6, 9, true)]
+    {
+        let device = Emulator::new();
+        for (all, more) in ends.iter_mut().zip(simulate(&device, sequences, block, trees, rounds)) {
+            *all += more;
+        }
+    }
+    // Every way to end was met, often.
+    assert!(ends.iter().all(|&n| n >= 10), "{ends:?}");
+}
+
+#[test]
+fn no_argument_changes_between_rounds() {
+    let device = Emulator::new();
+    let place = Place::new(&device, 4, 8, false);
+    let first = place.capture(&device);
+    for i in 0..4 {
+        place.join(&device, i, &random_sequence(&mut Random::new(i as u64), 8));
+    }
+    let mut random = Random::new(5);
+    for _ in 0..5 {
+        place.feed(&device, &Inputs::new(&mut random, 4, 8, false));
+        device.replay(&first).unwrap();
+    }
+    assert_eq!(place.capture(&device).nodes, first.nodes);
+    assert_eq!(first.nodes.len(), 4);
+}
+
+#[test]
+fn rounds_are_the_same_under_every_schedule() {
+    let bytes = five_schedules(|device| {
+        let place = Place::new(device, 6, 40, true);
+        let mut random = Random::new(31);
+        let mut bytes = Vec::new();
+        for i in 0..6 {
+            place.join(device, i, &random_sequence(&mut random, 40));
+        }
+        for _ in 0..8 {
+            place.feed(device, &Inputs::new(&mut random, 6, 40, true));
+            place.launch(device).unwrap();
+            bytes.extend(place.bytes(device));
+        }
+        bytes
+    });
+    assert_written(&bytes, "a round");
+}
+
+#[test]
+fn a_round_past_the_end_writes_its_number_and_no_token() {
+    let device = Emulator::new();
+    let (sequences, block) = (3, 8);
+    let place = Place::new(&device, sequences, block, false);
+    let mut random = Random::new(41);
+    for i in 0..sequences {
+        let last = Sequence { budget: 1, stop_ids: vec![], ..random_sequence(&mut random, block) };
+        place.join(&device, i, &last);
+    }
+    let inputs = |random: &mut Random| loop {
+        let inputs = Inputs::new(random, sequences, block, false);
+        if ![&inputs.drafts, &inputs.choices].iter().any(|words| words.contains(&NONE)) {
+            return inputs;
+        }
+    };
+    place.feed(&device, &inputs(&mut random));
+    place.launch(&device).unwrap();
+    let state = bytes_of(&device, &place.sequences);
+    let record =
+        |round: u32| (0..sequences).map(|s| place.ring.read(round, s).unwrap().unwrap()).collect::<Vec<_>>();
+    assert!(record(1).iter().all(|r| r.tokens.len() == 1 && r.finish == Finish::Length));
+    let words = bytes_of(&device, &place.ring.memory.buffer);
+    for round in 2..=2 * PLACES as u32 {
+        place.feed(&device, &inputs(&mut random));
+        place.launch(&device).unwrap();
+        assert!(
+            record(round).iter().all(|r| r.tokens.is_empty() && r.judged == 0 && r.finish == Finish::Length)
+        );
+        assert_eq!(bytes_of(&device, &place.sequences), state);
+        assert_eq!(download::<u32>(&device, &place.clock), [round, 0]);
+        assert!(bytes_of(&device, &place.verify_rows).chunks(16).all(|row| row[..4] == [255; 4]));
+    }
+    // Tokens of the first round are where they were.
+    let after = bytes_of(&device, &place.ring.memory.buffer);
+    let tokens =
+        |bytes: &[u8]| bytes.chunks(48).flat_map(|record| record[16..].to_vec()).collect::<Vec<u8>>();
+    assert_eq!(tokens(&after), tokens(&words));
+}
+
+#[test]
+fn garbage_in_states_and_verdicts_stays_inside_the_buffers() {
+    let mut random = Random::new(51);
+    let device = Emulator::new();
+    for i in 0..60 {
+        let (sequences, block) = (1 + random.below(5), 1 + random.below(64));
+        let place = Place::new(&device, sequences, block, i % 2 == 0);
+        let mut garbage = |buffer: &Buffer| {
+            let words: Vec<u32> =
+                (0..buffer.bytes() / 4).map(|_| random.next() as u32 >> random.below(32)).collect();
+            device.upload(buffer, &to_bytes(&words)).unwrap();
+        };
+        for buffer in [&place.sequences, &place.drafts, &place.choices, &place.clock] {
+            garbage(buffer);
+        }
+        [&place.parents, &place.depths].into_iter().flatten().for_each(&mut garbage);
+        place.launch(&device).unwrap();
+        // The verdict too: of another round, say.
+        for buffer in [&place.accepted, &place.next, &place.path, &place.tokens, &place.verify_spans] {
+            garbage(buffer);
+        }
+        let verdict = Verdict { accepted: &place.accepted, next: &place.next, path: &place.path };
+        place
+            .round
+            .finish(&device, &place.sequences, &place.ring, &place.clock, verdict, &place.tokens)
+            .unwrap();
+        for row in download::<u32>(&device, &place.verify_rows).chunks(4) {
+            assert!(row[0] == NONE || (row[0] < sequences as u32 && row[3] < (sequences * block) as u32));
+        }
+        let records: Vec<u32> = download(&device, &place.ring.memory.buffer);
+        let words = records.len() / PLACES / sequences;
+        assert!(records.chunks(words).all(|record| record[1] <= block as u32));
+    }
+}
+
+#[test]
+fn states_and_rings_refuse_what_they_cannot_hold() {
+    let device = Emulator::new();
+    let many = Sequence { stop_ids: vec![1; STOP_IDS + 1], ..empty() };
+    assert!(many.to_bytes().unwrap_err().to_string().contains("13 stop ids"));
+    assert!(empty().updated(&[0; 12]).unwrap_err().to_string().contains("12 bytes"));
+    let mut bytes = empty().to_bytes().unwrap();
+    bytes[60] = 6;
+    assert!(empty().updated(&bytes).unwrap_err().to_string().contains("code 6"));
+    for (sequences, block, places) in [(0, 1, 1), (1025, 1, 1), (1, 0, 1), (1, 65, 1), (1, 1, 0)] {
+        assert!(Ring::new(&device, Round { sequences, block }, places).is_err());
+    }
+    let ring = Ring::new(&device, Round { sequences: 2, block: 4 }, 2).unwrap();
+    assert_eq!(ring.read(1, 1).unwrap(), None);
+    assert!(ring.read(1, 2).is_err());
+}
