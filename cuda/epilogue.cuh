@@ -34,12 +34,16 @@ struct Project {
   u16* features;      // [m][feature_pitch] bf16(x), or null
   u32 feature_pitch;  // elements from row to row of `features`
 };
+#define PARAMETERS_project float *x, u16 *y, float *sumsq_out, const float *gain, u16 *features, u32 feature_pitch
+#define EPILOGUE_project Project{x, y, sumsq_out, gain, features, feature_pitch}
+#define PARAMETERS_inject u16 *y, float *sumsq_out, const float *gain
+#define EPILOGUE_inject Project{nullptr, y, sumsq_out, gain, nullptr, 0}
 WRAPPER void finish(const Linear& l, const Project& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4, parts = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const bool inside = column < l.n;
   float4 gain = make_float4(0, 0, 0, 0);
   if (inside) gain = ld(reinterpret_cast<const float4*>(p.gain + column));
-  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
     const size_t row = tile.token + i;
     float4 v = columns(tile, i);
     float square = 0;
@@ -63,6 +67,8 @@ WRAPPER void finish(const Linear& l, const Project& p, const Tile& tile) {
 struct Swiglu {
   u16* out;  // [m][n / 2] bf16
 };
+#define PARAMETERS_swiglu u16* out
+#define EPILOGUE_swiglu Swiglu{out}
 WRAPPER float swiglu(float gate, float up) {
   const float e = ex2(__fmul_rn(gate, -1.44269504f));  // exp(-gate)
   return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, e)), up);
@@ -72,7 +78,7 @@ WRAPPER void finish(const Linear& l, const Swiglu& p, const Tile& tile) {
   // A gate's lane and the up's, two lanes on, halve their four neurons between them.
   const bool has_gates = lane % 4 < 2;
   const u32 neuron = tile.row / 2 + lane / 4 * 8 + lane % 2 * 4 + (has_gates ? 0 : 2);
-  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
     const float4 v = times(columns(tile, i), lds(tile.scale + i));
     const float a = __shfl_xor_sync(0xffffffffu, has_gates ? v.z : v.x, 2);
     const float b = __shfl_xor_sync(0xffffffffu, has_gates ? v.w : v.y, 2);
@@ -97,10 +103,19 @@ struct Qkv {
   const float* rope;    // [positions][head_dim]: cosines, then sines
   u32 heads, kv_heads;
   u32 head_dim;         // 64 or 128
-  u32 query_rows;     // rows of `queries`
+  u32 query_rows;       // rows of `queries`
   u32 pages, sequences, sequence_pages;
   u32 positions;        // at least 1
 };
+#define PARAMETERS_qkv                                                                                                \
+  const Row *rows, u16 *queries, u16 *keys, u16 *values, const u32 *table, const float *q_gain, const float *k_gain,  \
+      const float *rope, u32 heads, u32 kv_heads, u32 head_dim, u32 query_rows, u32 pages, u32 sequences,             \
+      u32 sequence_pages, u32 positions
+#define EPILOGUE_qkv                                                                                                          \
+  Qkv {                                                                                                              \
+    rows, queries, keys, values, table, q_gain, k_gain, rope, heads, kv_heads, head_dim, query_rows, pages, sequences, \
+        sequence_pages, positions                                                                                    \
+  }
 WRAPPER void finish(const Linear& l, const Qkv& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, width = p.head_dim / 4, half = p.head_dim / 2;
   const u32 head = (tile.row + lane * 4) / p.head_dim, d = lane * 4 % p.head_dim;
@@ -108,7 +123,7 @@ WRAPPER void finish(const Linear& l, const Qkv& p, const Tile& tile) {
   const float* gains = query ? p.q_gain : turned ? p.k_gain : nullptr;
   float4 gain = make_float4(1, 1, 1, 1);
   if (gains) gain = ld(reinterpret_cast<const float4*>(gains + d));
-  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
     const Row row = ld(p.rows + tile.token + i);
     float4 v = times(columns(tile, i), lds(tile.scale + i));
     const float mean = __fdiv_rn(lane_sum(squares(v), width), float(p.head_dim));
@@ -161,7 +176,7 @@ WRAPPER u64 rank(float logit, u32 id) {
 }
 WRAPPER void finish(const Linear& l, const Head& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4, blocks = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
     const size_t row = tile.token + i;
     const float4 v = times(times(columns(tile, i), lds(tile.scale + i)), p.multiplier);
     float logit[4] = {v.x, v.y, v.z, v.w};

@@ -7,9 +7,6 @@
 // Needs:    k a multiple of 32; any n; 16-byte aligned.
 #include "epilogue.cuh"
 
-#define PARAMETERS float *logits, u64 *best, float multiplier, float cap
-#define BODY(NT)                                              \
-  Tile tile;                                                  \
-  if (!multiply<NT>(LINEAR, tile)) return;                    \
-  finish(LINEAR, Head{logits, best, multiplier, cap}, tile);
-LINEAR_KERNELS(head, PARAMETERS, BODY)
+#define PARAMETERS_head float *logits, u64 *best, float multiplier, float cap
+#define EPILOGUE_head Head{logits, best, multiplier, cap}
+LINEAR_KERNELS(head)

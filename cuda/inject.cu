@@ -7,9 +7,4 @@
 // Needs:    n a multiple of 64, k of 32; 16-byte aligned.
 #include "epilogue.cuh"
 
-#define PARAMETERS u16 *y, float *sumsq_out, const float *gain
-#define BODY(NT)                                                                    \
-  Tile tile;                                                                        \
-  if (!multiply<NT>(LINEAR, tile)) return;                                          \
-  finish(LINEAR, Project{nullptr, y, sumsq_out, gain, nullptr, 0}, tile);
-LINEAR_KERNELS(inject, PARAMETERS, BODY)
+LINEAR_KERNELS(inject)

@@ -77,6 +77,15 @@ WRAPPER void stage(unsigned char* to, const Linear& l, const u32* source, u32 to
   cp_async_commit();
 }
 
+// 1 / rms of what row `row` of the input was made from.
+WRAPPER float rstd(const Linear& l, u32 row) {
+  const u32 parts = (l.k + 127) / 128;
+  float sum = 0;
+#pragma unroll 4
+  for (u32 i = 0; i < parts; i++) sum += ld(l.sumsq + size_t(row) * parts + i);
+  return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(sum, float(l.k)), l.eps)));
+}
+
 // Leaves this block's sums in `tile`; false where this block has no epilogue to run. By the whole block of 256.
 template <int NT>
 WRAPPER bool multiply(const Linear& l, Tile& tile) {
@@ -116,15 +125,7 @@ WRAPPER bool multiply(const Linear& l, Tile& tile) {
       const u32 from = threadIdx.x < tile.tokens ? ld(l.gather + row) : NONE;
       sts(source + threadIdx.x, from < l.in_rows ? from : NONE);
     }
-    float factor = 1;
-    if (l.sumsq && threadIdx.x < tile.tokens) {
-      const u32 parts = (l.k + 127) / 128;
-      float sum = 0;
-#pragma unroll 4
-      for (u32 i = 0; i < parts; i++) sum += ld(l.sumsq + size_t(row) * parts + i);
-      factor = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(sum, float(l.k)), l.eps)));
-    }
-    sts(scale + threadIdx.x, factor);
+    sts(scale + threadIdx.x, l.sumsq && threadIdx.x < tile.tokens ? rstd(l, row) : 1.0f);
   }
   if (l.gather) __syncthreads();
   const u32* rows = l.gather ? source : nullptr;
@@ -216,10 +217,15 @@ WRAPPER bool multiply(const Linear& l, Tile& tile) {
   return true;
 }
 
-// One entry point per number of tokens; `body(NT)` is the template's call.
-#define LINEAR_KERNELS(name, parameters, body)                          \
-  KERNEL(256, 2, name##_8, (LINEAR_PARAMETERS, parameters)) { body(1) } \
-  KERNEL(256, 2, name##_16, (LINEAR_PARAMETERS, parameters)) { body(2) } \
-  KERNEL(256, 2, name##_32, (LINEAR_PARAMETERS, parameters)) { body(4) } \
-  KERNEL(256, 1, name##_64, (LINEAR_PARAMETERS, parameters)) { body(8) } \
-  KERNEL(256, 1, name##_128, (LINEAR_PARAMETERS, parameters)) { body(16) }
+// One entry point per number of tokens, for the epilogue EPILOGUE_name with the parameters PARAMETERS_name.
+#define LINEAR_KERNEL(name, tokens, per_sm)                                                    \
+  KERNEL(256, per_sm, name##_##tokens, (LINEAR_PARAMETERS, PARAMETERS_##name)) {               \
+    Tile tile;                                                                                 \
+    if (multiply<tokens / 8>(LINEAR, tile)) finish(LINEAR, EPILOGUE_##name, tile);             \
+  }
+#define LINEAR_KERNELS(name)  \
+  LINEAR_KERNEL(name, 8, 2)   \
+  LINEAR_KERNEL(name, 16, 2)  \
+  LINEAR_KERNEL(name, 32, 2)  \
+  LINEAR_KERNEL(name, 64, 1)  \
+  LINEAR_KERNEL(name, 128, 1)

@@ -7,9 +7,4 @@
 // Needs:    n a multiple of 64, k of 32; buffers 16-byte aligned, feature_pitch a multiple of 4.
 #include "epilogue.cuh"
 
-#define PARAMETERS float *x, u16 *y, float *sumsq_out, const float *gain, u16 *features, u32 feature_pitch
-#define BODY(NT)                                                                      \
-  Tile tile;                                                                          \
-  if (!multiply<NT>(LINEAR, tile)) return;                                            \
-  finish(LINEAR, Project{x, y, sumsq_out, gain, features, feature_pitch}, tile);
-LINEAR_KERNELS(project, PARAMETERS, BODY)
+LINEAR_KERNELS(project)

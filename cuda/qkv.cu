@@ -8,13 +8,4 @@
 // Needs:    n = (heads + 2 kv_heads) head_dim, head_dim 64 or 128; k a multiple of 32; 16-byte aligned.
 #include "epilogue.cuh"
 
-#define PARAMETERS                                                                                                    \
-  const Row *rows, u16 *queries, u16 *keys, u16 *values, const u32 *table, const float *q_gain, const float *k_gain,  \
-      const float *rope, u32 heads, u32 kv_heads, u32 head_dim, u32 query_rows, u32 pages, u32 sequences,             \
-      u32 sequence_pages, u32 positions
-#define BODY(NT)                                                                                                      \
-  Tile tile;                                                                                                          \
-  if (!multiply<NT>(LINEAR, tile)) return;                                                                            \
-  finish(LINEAR, Qkv{rows, queries, keys, values, table, q_gain, k_gain, rope, heads, kv_heads, head_dim, query_rows, \
-                     pages, sequences, sequence_pages, positions}, tile);
-LINEAR_KERNELS(qkv, PARAMETERS, BODY)
+LINEAR_KERNELS(qkv)

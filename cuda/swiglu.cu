@@ -7,9 +7,4 @@
 // Needs:    packed tiles of 8 gate rows, then the 8 up rows of the same neurons; n a multiple of 64, k of 32; 16-byte aligned.
 #include "epilogue.cuh"
 
-#define PARAMETERS u16* out
-#define BODY(NT)                            \
-  Tile tile;                                \
-  if (!multiply<NT>(LINEAR, tile)) return;  \
-  finish(LINEAR, Swiglu{out}, tile);
-LINEAR_KERNELS(swiglu, PARAMETERS, BODY)
+LINEAR_KERNELS(swiglu)

@@ -4,20 +4,17 @@
 
 pub mod attention;
 pub mod embedding;
-<<<<<<< HEAD
 pub mod head;
 pub mod inject;
 pub mod linear;
+pub mod norm;
 pub mod pack;
 pub mod project;
 pub mod qkv;
-pub mod swiglu;
-=======
-pub mod norm;
 pub mod round;
 pub mod sample;
+pub mod swiglu;
 pub mod verify;
->>>>>>> h3
 
 use crate::device::Buffer;
 use crate::{Error, Result};

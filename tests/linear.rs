@@ -101,6 +101,7 @@ impl Layer {
             x: &self.x,
             sumsq: normed.then_some(&self.sumsq),
             eps: EPS,
+            prompt: false,
             live: Some(&self.live),
             workspace: &self.workspace,
         }

@@ -50,8 +50,15 @@ impl Head {
         needs.buffer("best", best, rows * self.shape().blocks() * 8)?;
         needs.optional("logits", logits, rows * vocab * 4)?;
         let args = [or_null(logits), best.into(), multiplier.into(), softcap.unwrap_or(0.0).into()];
-        let launch =
-            Launch { kernels: &KERNELS, shape: self.shape(), rows, input, gather: None, first_block: 0 };
+        let launch = Launch {
+            kernels: &KERNELS,
+            prefill: None,
+            shape: self.shape(),
+            rows,
+            input,
+            gather: None,
+            first_block: 0,
+        };
         launch.run(device, &args)
     }
 }

@@ -1,11 +1,12 @@
 //! `cuda/inject.cu`: the target's features, gathered and projected to the drafter's hidden size.
 
-use super::linear::{Gather, Input, Launch, Needs, Shape, input_bytes, kernels};
+use super::linear::{Gather, Input, Launch, Needs, Shape, input_bytes, kernels, prefill};
 use crate::Result;
 use crate::device::{Buffer, Device, Kernel};
 
 static KERNELS: [Kernel; 5] =
     kernels("inject", ["inject_8", "inject_16", "inject_32", "inject_64", "inject_128"]);
+static PREFILL: Kernel = prefill("prefill_inject");
 
 /// `v = features[gather[m]] W^T`, of which `y = bf16(gain * v)` and the sums of squares are kept.
 #[derive(Debug, Clone, Copy)]
@@ -53,7 +54,15 @@ impl Inject {
         needs.buffer("sumsq", sumsq, rows * self.shape().parts() * 4)?;
         needs.buffer("gain", gain, n * 4)?;
         let gather = Some(Gather { rows: gather, of: feature_rows });
-        let launch = Launch { kernels: &KERNELS, shape: self.shape(), rows, input, gather, first_block: 0 };
+        let launch = Launch {
+            kernels: &KERNELS,
+            prefill: Some(&PREFILL),
+            shape: self.shape(),
+            rows,
+            input,
+            gather,
+            first_block: 0,
+        };
         launch.run(device, &[y.into(), sumsq.into(), gain.into()])
     }
 }

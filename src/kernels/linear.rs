@@ -1,7 +1,8 @@
 //! What the linear kernels (`cuda/linear.cuh`) have in common: how their work is cut, what they take, their workspace.
 //!
 //! Each multiplies 1 to 128 rows in one read of the weights, more in passes of 128, and differs from the others in what
-//! it does with the sums: [`super::qkv`], [`super::project`], [`super::swiglu`], [`super::head`], [`super::inject`].
+//! it does with the sums: [`super::qkv`], [`super::project`], [`super::swiglu`], [`super::head`], [`super::inject`]. All but
+//! the head have a twin for prompts in `cuda/prefill.cu`, which cuts the work for many rows.
 
 use crate::device::{Arg, Buffer, Device, Kernel};
 use crate::{Error, Result};
@@ -101,6 +102,8 @@ pub struct Input<'a> {
     pub sumsq: Option<&'a Buffer>,
     /// Of that norm, and of the head norms of the qkv kernel.
     pub eps: f32,
+    /// The rows are a prompt's: take the kernel of `cuda/prefill.cu`. Its sums over K are not split, so its bits are others.
+    pub prompt: bool,
     /// A u32 that is 0 where the launch has nothing to do.
     pub live: Option<&'a Buffer>,
     pub workspace: &'a Workspace,
@@ -119,6 +122,8 @@ pub(super) struct Gather<'a> {
 pub(super) struct Launch<'a> {
     /// By number of 8-token tiles: 1, 2, 4, 8, 16.
     pub kernels: &'static [Kernel; 5],
+    /// For prompts.
+    pub prefill: Option<&'static Kernel>,
     pub shape: Shape,
     pub rows: usize,
     pub input: &'a Input<'a>,
@@ -140,6 +145,14 @@ pub(super) const fn kernels(file: &'static str, names: [&'static str; 5]) -> [Ke
         one(file, names[4], 4),
     ]
 }
+
+/// The entry point for prompts.
+pub(super) const fn prefill(name: &'static str) -> Kernel {
+    Kernel { file: "prefill", name, threads: 128, max_shared: PREFILL_SHARED }
+}
+
+/// Three stages of 128 packed rows and 128 tokens, 64 k each.
+const PREFILL_SHARED: u32 = 3 * 2 * 128 * 64 * 2;
 
 /// Which of the five entry points takes `rows` rows, and its number of 8-token tiles.
 fn tiles(rows: usize) -> (usize, usize) {
@@ -167,7 +180,11 @@ impl Launch<'_> {
         let Launch { shape, rows, input, first_block, .. } = *self;
         let Shape { n, k } = shape;
         let (index, _) = tiles(rows);
-        let kernel = &self.kernels[index];
+        let prefill = self.prefill.filter(|_| input.prompt);
+        let kernel = prefill.unwrap_or(&self.kernels[index]);
+        if input.prompt && prefill.is_none() {
+            return Err(Error::Internal(format!("kernel {}: has no twin for prompts", kernel.name)));
+        }
         let (slice, splits) = shape.slices();
         let passes = rows.div_ceil(PASS);
         if rows == 0
@@ -189,7 +206,7 @@ impl Launch<'_> {
                 kernel.name
             )));
         }
-        let (partial, counters) = shape.workspace(rows);
+        let (partial, counters) = if input.prompt { (0, 0) } else { shape.workspace(rows) };
         let needs = Needs(self.kernels[0].file);
         needs.buffer("weights", input.weights, shape.weight_bytes())?;
         needs.buffer("x", input.x, self.gather.map_or(rows, |g| g.of) * k * 2)?;
@@ -215,8 +232,11 @@ impl Launch<'_> {
             input.eps.into(),
         ];
         args.extend_from_slice(epilogue);
-        let grid = [(shape.blocks() - first_block) as u32, splits as u32, passes as u32];
-        device.launch(kernel, grid, shared(index, slice), &args)
+        let blocks = (shape.blocks() - first_block) as u32;
+        if prefill.is_some() {
+            return device.launch(kernel, [passes as u32, blocks, 1], PREFILL_SHARED, &args);
+        }
+        device.launch(kernel, [blocks, splits as u32, passes as u32], shared(index, slice), &args)
     }
 }
 

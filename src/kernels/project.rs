@@ -1,11 +1,12 @@
 //! `cuda/project.cu`: output projections of attention and MLP, into the residual stream.
 
-use super::linear::{Input, Launch, Needs, Shape, input_bytes, kernels, or_null};
+use super::linear::{Input, Launch, Needs, Shape, input_bytes, kernels, or_null, prefill};
 use crate::Result;
 use crate::device::{Buffer, Device, Kernel};
 
 static KERNELS: [Kernel; 5] =
     kernels("project", ["project_8", "project_16", "project_32", "project_64", "project_128"]);
+static PREFILL: Kernel = prefill("prefill_project");
 
 /// `x += in W^T`, then `y = bf16(gain * x)` and sums of squares of `x` for the next norm.
 #[derive(Debug, Clone, Copy)]
@@ -68,8 +69,15 @@ impl Project {
             or_null(out.features.map(|f| f.0)),
             (out.features.map_or(0, |f| f.1) as u32).into(),
         ];
-        let launch =
-            Launch { kernels: &KERNELS, shape: self.shape(), rows, input, gather: None, first_block: 0 };
+        let launch = Launch {
+            kernels: &KERNELS,
+            prefill: Some(&PREFILL),
+            shape: self.shape(),
+            rows,
+            input,
+            gather: None,
+            first_block: 0,
+        };
         launch.run(device, &args)
     }
 }

@@ -1,10 +1,11 @@
 //! `cuda/qkv.cu`: query, key and value projections with head norms, RoPE and the write to the pages.
 
-use super::linear::{Input, Launch, Needs, Shape, input_bytes, kernels, or_null};
+use super::linear::{Input, Launch, Needs, Shape, input_bytes, kernels, or_null, prefill};
 use crate::Result;
 use crate::device::{Buffer, Device, Kernel};
 
 static KERNELS: [Kernel; 5] = kernels("qkv", ["qkv_8", "qkv_16", "qkv_32", "qkv_64", "qkv_128"]);
+static PREFILL: Kernel = prefill("prefill_qkv");
 /// Tokens in a page; as in `rows.cuh`.
 const PAGE: usize = 64;
 
@@ -129,8 +130,15 @@ impl Qkv {
             (positions as u32).into(),
         ];
         let first_block = self.first_block();
-        let launch =
-            Launch { kernels: &KERNELS, shape: self.shape(), rows, input, gather: None, first_block };
+        let launch = Launch {
+            kernels: &KERNELS,
+            prefill: Some(&PREFILL),
+            shape: self.shape(),
+            rows,
+            input,
+            gather: None,
+            first_block,
+        };
         launch.run(device, &args)
     }
 }

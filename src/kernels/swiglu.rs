@@ -1,11 +1,12 @@
 //! `cuda/swiglu.cu`: gate and up projections of the MLP with the activation between them.
 
-use super::linear::{Input, Launch, Needs, Shape, input_bytes, kernels};
+use super::linear::{Input, Launch, Needs, Shape, input_bytes, kernels, prefill};
 use crate::Result;
 use crate::device::{Buffer, Device, Kernel};
 
 static KERNELS: [Kernel; 5] =
     kernels("swiglu", ["swiglu_8", "swiglu_16", "swiglu_32", "swiglu_64", "swiglu_128"]);
+static PREFILL: Kernel = prefill("prefill_swiglu");
 
 /// `out = bf16(silu(gate) * up)`, gate and up the two halves of `rstd * (in W^T)`.
 #[derive(Debug, Clone, Copy)]
@@ -41,8 +42,15 @@ impl Swiglu {
         let needs = Needs("swiglu");
         needs.that(inner.is_multiple_of(32), "a multiple of 32", &format!("{inner} neurons"))?;
         needs.buffer("out", out, rows * inner * 2)?;
-        let launch =
-            Launch { kernels: &KERNELS, shape: self.shape(), rows, input, gather: None, first_block: 0 };
+        let launch = Launch {
+            kernels: &KERNELS,
+            prefill: Some(&PREFILL),
+            shape: self.shape(),
+            rows,
+            input,
+            gather: None,
+            first_block: 0,
+        };
         launch.run(device, &[out.into()])
     }
 }
