@@ -14,6 +14,7 @@
 //! | [`cuda`] | that device on a GPU, through the driver API |
 //! | `emulator` | that device on the host build of `cuda/*.cu`, for tests (feature `emulator`) |
 //! | [`kernels`] | one launcher per kernel: shapes, checks, bytes |
+//! | [`model`] | target and drafter on a device: a pass as an ordered list of launches |
 //! | [`engine`] | a request's life: prefill, rounds, stopping |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
 
@@ -26,6 +27,7 @@ pub mod emulator;
 pub mod engine;
 mod json;
 pub mod kernels;
+pub mod model;
 pub mod pair;
 pub mod reference;
 mod simd;

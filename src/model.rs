@@ -1,0 +1,703 @@
+//! Target and drafter on a device, as ordered lists of launches: a prompt's chunk, a draft pass, a verification pass. Knows
+//! shapes and order; neither sequences nor text, nor who fills the tables of a pass.
+//!
+//! A layer is five launches: qkv, attention, output projection, gate and up, down. Norms have no launch of their own: who
+//! writes the residual stream leaves what the next linear layer takes (`cuda/epilogue.cuh`).
+
+use crate::config::{self, TargetConfig};
+use crate::device::{Buffer, Device};
+use crate::kernels::attention::{self, Attention, Mask, Prefill};
+use crate::kernels::embedding::Embedding;
+use crate::kernels::head::Head;
+use crate::kernels::inject::Inject;
+use crate::kernels::linear::{self, Input, Shape};
+use crate::kernels::norm::Norm;
+use crate::kernels::pack::{Pack, Place};
+use crate::kernels::project::{Project, Projected};
+use crate::kernels::qkv::{Places, Qkv};
+use crate::kernels::swiglu::Swiglu;
+use crate::weights::{Checkpoint, Dtype, Tensor};
+use crate::{Error, Result};
+
+/// Tokens in a page of keys and values.
+pub const PAGE: usize = 64;
+
+/// One row of a pass: `Row` of `cuda/rows.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    /// Row of the page table; [`Row::NONE`]: padding.
+    pub sequence: u32,
+    /// Of the token, for RoPE.
+    pub position: u32,
+    /// Where its key and value go; [`Row::NONE`]: nowhere.
+    pub slot: u32,
+    /// Row of the query buffer; [`Row::NONE`]: none.
+    pub query: u32,
+}
+
+impl Row {
+    pub const NONE: u32 = u32::MAX;
+    pub const BYTES: usize = 16;
+
+    /// As the device reads it.
+    pub fn to_bytes(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        for (to, word) in bytes.chunks_mut(4).zip([self.sequence, self.position, self.slot, self.query]) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+}
+
+/// Weights on their way to the device, matrix by matrix through one small buffer.
+pub struct Loader<'a> {
+    device: &'a dyn Device,
+    file: &'a Checkpoint,
+    staging: Buffer,
+    places: Buffer,
+}
+
+/// Bytes of the staging buffer, unless a row is longer.
+const STAGING: usize = 16 << 20;
+
+impl<'a> Loader<'a> {
+    /// For matrices of up to `columns` columns.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where there is too little.
+    pub fn new(device: &'a dyn Device, file: &'a Checkpoint, columns: usize) -> Result<Loader<'a>> {
+        let bytes = STAGING.max(columns * 2);
+        let staging = device.allocate(bytes, "weights on their way")?;
+        // At the least 32 columns of bf16 in a row.
+        let places = device.allocate(bytes / 16, "places of weights on their way")?;
+        Ok(Loader { device, file, staging, places })
+    }
+
+    /// `[len]` as f32.
+    fn vector(&self, name: &str, len: usize) -> Result<Buffer> {
+        let tensor = self.file.tensor(name, &[len])?;
+        let mut values = vec![0.0; len];
+        widen(&tensor, &mut values);
+        let buffer = self.device.allocate(len * 4, name)?;
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.device.upload(&buffer, &bytes)?;
+        self.device.seal(&buffer);
+        Ok(buffer)
+    }
+
+    /// A layer's packed weights, from matrices whose rows go where `place` says: of the matrix's number and the row's.
+    fn packed(
+        &self,
+        layer: Shape,
+        matrices: &[(String, usize)],
+        place: impl Fn(usize, usize) -> usize,
+    ) -> Result<Buffer> {
+        let what = matrices.first().map_or("weights", |m| m.0.as_str());
+        let out = self.device.allocate(layer.weight_bytes(), what)?;
+        for (matrix, (name, rows)) in matrices.iter().enumerate() {
+            let tensor = self.file.tensor(name, &[*rows, layer.k])?;
+            let at_once = (self.staging.bytes() / (layer.k * 2)).max(1);
+            for first in (0..*rows).step_by(at_once) {
+                let rows = at_once.min(rows - first);
+                let staging = self.staging.slice(0, rows * layer.k * 2)?;
+                self.device.upload(&staging, &narrow(&tensor, first * layer.k, rows * layer.k))?;
+                let places: Vec<u8> =
+                    (first..first + rows).flat_map(|row| (place(matrix, row) as u32).to_le_bytes()).collect();
+                let at = self.places.slice(0, places.len())?;
+                self.device.upload(&at, &places)?;
+                Pack { rows, layer }.launch(self.device, &out, &staging, &Place::At(&at))?;
+            }
+        }
+        self.device.seal(&out);
+        Ok(out)
+    }
+}
+
+/// Elements `at..at + count` as bf16.
+fn narrow(tensor: &Tensor, at: usize, count: usize) -> Vec<u8> {
+    let size = tensor.dtype.size();
+    let bytes = &tensor.bytes()[at * size..][..count * size];
+    let round = |x: f32| half::bf16::from_f32(x).to_le_bytes();
+    match tensor.dtype {
+        Dtype::Bf16 => bytes.to_vec(),
+        Dtype::F16 => bytes
+            .chunks_exact(2)
+            .flat_map(|b| round(half::f16::from_le_bytes([b[0], b[1]]).to_f32()))
+            .collect(),
+        Dtype::F32 => {
+            bytes.chunks_exact(4).flat_map(|b| round(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
+        }
+    }
+}
+
+fn widen(tensor: &Tensor, out: &mut [f32]) {
+    let size = tensor.dtype.size();
+    for (to, b) in out.iter_mut().zip(tensor.bytes().chunks_exact(size)) {
+        *to = match tensor.dtype {
+            Dtype::Bf16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+            Dtype::F16 => half::f16::from_le_bytes([b[0], b[1]]).to_f32(),
+            Dtype::F32 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+        };
+    }
+}
+
+/// One decoder layer's weights.
+struct Layer {
+    qkv: Buffer,                     // packed, query heads, key heads, value heads
+    o: Buffer,                       // packed
+    gate_up: Buffer,                 // packed, tiles of 8 gates and 8 ups
+    down: Buffer,                    // packed
+    input_gain: Buffer,              // [hidden] f32
+    post_gain: Buffer,               // [hidden] f32
+    head_gains: Option<[Buffer; 2]>, // [head_dim] f32, of queries and keys
+}
+
+/// A stack of decoder layers, the target's or the drafter's.
+pub struct Stack {
+    pub config: config::Stack,
+    layers: Vec<Layer>,
+    final_gain: Buffer, // [hidden] f32
+    rope: Buffer,       // [positions][head_dim] f32
+    positions: usize,
+}
+
+impl Stack {
+    /// Loads `{prefix}layers.{i}` and the norm `{prefix}norm`; positions up to `positions` can be turned.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for shapes the kernels do not have, named by their config field; else as
+    /// [`Checkpoint::tensor`] and [`Device::allocate`].
+    pub fn load(loader: &Loader, prefix: &str, config: &config::Stack, positions: usize) -> Result<Stack> {
+        check(config)?;
+        let (c, hidden) = (config, config.hidden);
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let layers = (0..c.attention.len()).map(|i| {
+            let name = |part: &str| format!("{prefix}layers.{i}.{part}.weight");
+            let gain = |part: &str, len| loader.vector(&name(part), len);
+            let [qkv, o, gate_up, down] = c.shapes();
+            let starts = [0, q, q + kv];
+            Ok(Layer {
+                qkv: loader.packed(
+                    qkv,
+                    &[
+                        (name("self_attn.q_proj"), q),
+                        (name("self_attn.k_proj"), kv),
+                        (name("self_attn.v_proj"), kv),
+                    ],
+                    |matrix, row| starts[matrix] + row,
+                )?,
+                o: loader.packed(o, &[(name("self_attn.o_proj"), hidden)], |_, row| row)?,
+                gate_up: loader.packed(
+                    gate_up,
+                    &[(name("mlp.gate_proj"), c.intermediate), (name("mlp.up_proj"), c.intermediate)],
+                    |matrix, row| [Swiglu::places(row).0, Swiglu::places(row).1][matrix],
+                )?,
+                down: loader.packed(down, &[(name("mlp.down_proj"), hidden)], |_, row| row)?,
+                input_gain: gain("input_layernorm", hidden)?,
+                post_gain: gain("post_attention_layernorm", hidden)?,
+                head_gains: match c.qk_norm {
+                    true => {
+                        Some([gain("self_attn.q_norm", c.head_dim)?, gain("self_attn.k_norm", c.head_dim)?])
+                    }
+                    false => None,
+                },
+            })
+        });
+        Ok(Stack {
+            layers: layers.collect::<Result<_>>()?,
+            final_gain: loader.vector(&format!("{prefix}norm.weight"), hidden)?,
+            rope: rotations(loader.device, config, positions)?,
+            positions,
+            config: config.clone(),
+        })
+    }
+
+    fn norm(&self, rows: usize) -> Norm {
+        Norm { rows, hidden: self.config.hidden }
+    }
+
+    /// Runs the layers over `pass.rows()` rows of `s.x`. Afterwards `s.y` and `s.sumsq` hold what a head takes, final norm
+    /// included.
+    ///
+    /// # Errors
+    /// What the device says; [`Error::Internal`] where `s` or `cache` is too small for the pass.
+    pub fn run(&self, device: &dyn Device, s: &Scratch, cache: &Cache, pass: &Pass) -> Result<()> {
+        let c = &self.config;
+        let (rows, all) = (pass.rows(), pass.rows() + pass.injected);
+        // Injected rows stand before the pass's own.
+        let (y, sumsq) = s.behind(c.hidden, pass.injected)?;
+        self.norm(rows).launch(device, &y, &sumsq, &s.x, None, &self.layers[0].input_gain)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let input = |weights, x, sumsq| Input {
+                weights,
+                x,
+                sumsq,
+                eps: c.eps,
+                prompt: pass.prompt.is_some(),
+                live: pass.live,
+                workspace: &s.linear,
+            };
+            self.qkv(all, false, s, cache).launch(
+                device,
+                &input(&layer.qkv, &s.y, Some(&s.sumsq)),
+                &self.places(i, s, cache, pass.table),
+            )?;
+            self.attend(device, i, s, cache, pass)?;
+            let next = self.layers.get(i + 1).map_or(&self.final_gain, |next| &next.input_gain);
+            let out = |gain| Projected { x: &s.x, y: &y, sumsq: &sumsq, gain, features: None };
+            let [_, o, _, down] = c.shapes();
+            Project { rows, n: o.n, k: o.k }.launch(
+                device,
+                &input(&layer.o, &s.attended, None),
+                &out(&layer.post_gain),
+            )?;
+            Swiglu { rows, inner: c.intermediate, k: c.hidden }.launch(
+                device,
+                &input(&layer.gate_up, &y, Some(&sumsq)),
+                &s.inner,
+            )?;
+            let tap =
+                pass.taps.and_then(|(taps, to)| Some((taps.iter().position(|&t| t == i)?, taps.len(), to)));
+            let features = match tap {
+                None => None,
+                Some((place, taps, to)) => {
+                    let skipped = place * c.hidden * 2;
+                    Some((to.slice(skipped, to.bytes() - skipped)?, taps * c.hidden))
+                }
+            };
+            let features = features.as_ref().map(|(buffer, pitch)| (buffer, *pitch));
+            Project { rows, n: down.n, k: down.k }.launch(
+                device,
+                &input(&layer.down, &s.inner, None),
+                &Projected { features, ..out(next) },
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Keys and values of rows that are already in `s.y` and `s.sumsq`, for every layer: what a prompt's features leave in
+    /// the drafter's cache. `table` `[rows]` [`Row`].
+    ///
+    /// # Errors
+    /// As [`Stack::run`].
+    pub fn remember(
+        &self,
+        device: &dyn Device,
+        s: &Scratch,
+        cache: &Cache,
+        table: &Buffer,
+        rows: usize,
+    ) -> Result<()> {
+        for (i, layer) in self.layers.iter().enumerate() {
+            let input = Input {
+                weights: &layer.qkv,
+                x: &s.y,
+                sumsq: Some(&s.sumsq),
+                eps: self.config.eps,
+                prompt: true,
+                live: None,
+                workspace: &s.linear,
+            };
+            self.qkv(rows, true, s, cache).launch(device, &input, &self.places(i, s, cache, table))?;
+        }
+        Ok(())
+    }
+
+    fn qkv(&self, rows: usize, keys_only: bool, s: &Scratch, cache: &Cache) -> Qkv {
+        let c = &self.config;
+        Qkv {
+            rows,
+            k: c.hidden,
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            query_rows: s.rows,
+            pages: cache.pages,
+            sequences: cache.sequences,
+            sequence_pages: cache.sequence_pages,
+            positions: self.positions,
+            keys_only,
+        }
+    }
+
+    fn places<'a>(&'a self, layer: usize, s: &'a Scratch, cache: &'a Cache, table: &'a Buffer) -> Places<'a> {
+        let gains = self.layers[layer].head_gains.as_ref();
+        Places {
+            rows: table,
+            queries: &s.queries,
+            keys: &cache.keys[layer],
+            values: &cache.values[layer],
+            table: &cache.table,
+            q_gain: gains.map(|g| &g[0]),
+            k_gain: gains.map(|g| &g[1]),
+            rope: &self.rope,
+        }
+    }
+
+    fn attend(&self, device: &dyn Device, i: usize, s: &Scratch, cache: &Cache, pass: &Pass) -> Result<()> {
+        let (c, rule) = (&self.config, self.config.attention[i]);
+        let layer = attention::Layer {
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            pages: cache.pages,
+            pages_per_sequence: cache.sequence_pages,
+            window: rule.window.unwrap_or(0),
+            scale: 1.0 / (c.head_dim as f32).sqrt(),
+        };
+        let kv = [&cache.keys[i], &cache.values[i]];
+        if let Some(sequence) = pass.prompt {
+            let width = cache.sequence_pages * 4;
+            let table = cache.table.slice(sequence * width, width)?;
+            let prefill = Prefill { layer, rows: pass.rows() };
+            return prefill.launch(device, &s.attended, &s.queries, kv, &table, pass.spans);
+        }
+        let mask = match (rule.causal, pass.masks) {
+            (false, _) => Mask::Block,
+            (true, None) => Mask::Chain,
+            (true, Some(masks)) => Mask::Tree(masks),
+        };
+        let attention =
+            Attention { layer, sequences: pass.sequences, block: pass.block, capacity: cache.capacity() };
+        attention.launch(device, &s.attended, &s.queries, kv, &cache.table, pass.spans, mask, &s.attention)
+    }
+}
+
+impl config::Stack {
+    /// The layer's linear shapes: qkv, o, gate_up, down.
+    pub fn shapes(&self) -> [Shape; 4] {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        [
+            Shape { n: q + 2 * kv, k: self.hidden },
+            Shape { n: self.hidden, k: q },
+            Shape { n: 2 * self.intermediate, k: self.hidden },
+            Shape { n: self.hidden, k: self.intermediate },
+        ]
+    }
+}
+
+/// Refuses what the kernels do not have, by the name of the config's field.
+fn check(c: &config::Stack) -> Result<()> {
+    let needs = [
+        (c.hidden.is_multiple_of(64), "hidden_size", c.hidden, "a multiple of 64"),
+        (c.intermediate.is_multiple_of(32), "intermediate_size", c.intermediate, "a multiple of 32"),
+        (c.head_dim == 64 || c.head_dim == 128, "head_dim", c.head_dim, "64 or 128"),
+        (c.heads <= 8 * c.kv_heads, "num_attention_heads", c.heads, "at most 8 heads on each key/value head"),
+        (c.rope.rotary_dims == c.head_dim, "the number of rotated dims", c.rope.rotary_dims, "all of a head"),
+    ];
+    for (holds, field, found, expected) in needs {
+        if !holds {
+            return Err(Error::Unsupported(format!(
+                "the kernels cannot run this model: {field} is {found}, expected {expected}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// `[positions][head_dim]` f32: cosines, then sines. Angles are f32 products, as in the reference implementation.
+fn rotations(device: &dyn Device, c: &config::Stack, positions: usize) -> Result<Buffer> {
+    let (frequencies, magnitude) = c.rope.frequencies();
+    let mut bytes = Vec::new();
+    bytes
+        .try_reserve_exact(positions * c.head_dim * 4)
+        .map_err(|_| Error::Memory(format!("no memory for the rotations of {positions} positions")))?;
+    for position in 0..positions {
+        let angle = |f: &f64| f64::from(position as f32 * *f as f32);
+        let mut put = |x: f64| bytes.extend(((x * magnitude) as f32).to_le_bytes());
+        frequencies.iter().for_each(|f| put(angle(f).cos()));
+        frequencies.iter().for_each(|f| put(angle(f).sin()));
+    }
+    let buffer = device.allocate(bytes.len(), "rotations")?;
+    device.upload(&buffer, &bytes)?;
+    device.seal(&buffer);
+    Ok(buffer)
+}
+
+/// Keys and values of a stack, in pages of [`PAGE`] tokens that sequences own.
+pub struct Cache {
+    keys: Vec<Buffer>,   // per layer [pages][kv_heads][PAGE][head_dim] bf16
+    values: Vec<Buffer>, // as keys
+    /// `[sequences][sequence_pages]` u32: the pages of each sequence, in order of position.
+    pub table: Buffer,
+    pub pages: usize,
+    pub sequences: usize,
+    pub sequence_pages: usize,
+}
+
+impl Cache {
+    /// Room for `pages` pages, of which each of `sequences` sequences may have `sequence_pages`. The table is not filled.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where there is too little.
+    pub fn new(
+        device: &dyn Device,
+        c: &config::Stack,
+        pages: usize,
+        sequences: usize,
+        sequence_pages: usize,
+    ) -> Result<Cache> {
+        let bytes = pages * c.kv_heads * PAGE * c.head_dim * 2;
+        let side = |what| {
+            (0..c.attention.len()).map(|_| device.allocate(bytes, what)).collect::<Result<Vec<Buffer>>>()
+        };
+        Ok(Cache {
+            keys: side("keys")?,
+            values: side("values")?,
+            table: device.allocate(sequences * sequence_pages * 4, "the page table")?,
+            pages,
+            sequences,
+            sequence_pages,
+        })
+    }
+
+    /// Positions a sequence can have.
+    pub fn capacity(&self) -> usize {
+        self.sequence_pages * PAGE
+    }
+}
+
+/// What a stack's passes work in; one for all passes, which follow each other.
+pub struct Scratch {
+    /// Residual stream `[rows][hidden]` f32.
+    pub x: Buffer,
+    /// What the next linear layer takes: `[injected + rows][hidden]` bf16.
+    pub y: Buffer,
+    /// And its partial sums of squares: `[injected + rows][ceil(hidden / 128)]` f32.
+    pub sumsq: Buffer,
+    queries: Buffer,  // [rows][heads][head_dim] bf16
+    attended: Buffer, // as queries
+    inner: Buffer,    // [rows][intermediate] bf16
+    linear: linear::Workspace,
+    attention: attention::Workspace,
+    rows: usize,
+}
+
+/// The largest passes a [`Scratch`] has room for.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    pub sequences: usize,
+    pub block: usize,
+    /// Rows of a prompt's chunk.
+    pub chunk: usize,
+    /// Injected rows before a draft pass's own.
+    pub injected: usize,
+    /// Rows and shape of a head, where there is one.
+    pub head: Option<Shape>,
+    /// Inputs of the feature projection, where there is one.
+    pub features: Option<usize>,
+}
+
+impl Scratch {
+    /// # Errors
+    /// [`Error::Memory`] where there is too little.
+    pub fn new(device: &dyn Device, c: &config::Stack, cache: &Cache, sizes: Sizes) -> Result<Scratch> {
+        let Sizes { sequences, block, chunk, injected, .. } = sizes;
+        let round = sequences * block;
+        let rows = round.max(chunk);
+        let all = (round + injected).max(chunk);
+        let parts = c.hidden.div_ceil(128);
+        let mut launches: Vec<_> = c.shapes().iter().map(|&shape| (shape, round + injected)).collect();
+        launches.extend(sizes.head.map(|head| (head, round)));
+        launches.extend(sizes.features.map(|k| (Shape { n: c.hidden, k }, injected)));
+        let layer = attention::Layer {
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            pages: cache.pages,
+            pages_per_sequence: cache.sequence_pages,
+            window: 0,
+            scale: 1.0,
+        };
+        let attention = Attention { layer, sequences, block, capacity: cache.capacity() };
+        let counters = device.allocate(attention.counter_bytes()?, "counters of attention")?;
+        device.fill(&counters, 0)?;
+        let get = |bytes: usize, what| device.allocate(bytes, what);
+        Ok(Scratch {
+            x: get(rows * c.hidden * 4, "the residual stream")?,
+            y: get(all * c.hidden * 2, "activations")?,
+            sumsq: get(all * parts * 4, "sums of squares")?,
+            queries: get(rows * c.heads * c.head_dim * 2, "queries")?,
+            attended: get(rows * c.heads * c.head_dim * 2, "attention's output")?,
+            inner: get(rows * c.intermediate * 2, "activations of the MLP")?,
+            linear: linear::Workspace::new(device, &launches)?,
+            attention: attention::Workspace {
+                partials: get(attention.partial_bytes()?, "partial results of attention")?,
+                counters,
+            },
+            rows,
+        })
+    }
+
+    /// `y` and `sumsq` from row `first` on.
+    fn behind(&self, hidden: usize, first: usize) -> Result<(Buffer, Buffer)> {
+        let (y, sums) = (first * hidden * 2, first * hidden.div_ceil(128) * 4);
+        Ok((self.y.slice(y, self.y.bytes() - y)?, self.sumsq.slice(sums, self.sumsq.bytes() - sums)?))
+    }
+}
+
+/// One pass through a stack.
+#[derive(Clone, Copy)]
+pub struct Pass<'a> {
+    pub sequences: usize,
+    /// Rows of each.
+    pub block: usize,
+    /// Rows that stand before them in `table`, `y` and `sumsq`, are there already and leave keys and values only.
+    pub injected: usize,
+    /// `[injected + sequences * block]` [`Row`]; a row's query is its place in the pass.
+    pub table: &'a Buffer,
+    /// `[sequences]` of (context, rows) u32.
+    pub spans: &'a Buffer,
+    /// Of a tree, `[sequences][block]` u64; none for chains.
+    pub masks: Option<&'a Buffer>,
+    /// The rows are a prompt's chunk, of this sequence; `sequences` is 1.
+    pub prompt: Option<usize>,
+    /// A u32 that is 0 where there is nothing to do.
+    pub live: Option<&'a Buffer>,
+    /// Layers whose outputs are kept, and where: `[rows][taps][hidden]` bf16.
+    pub taps: Option<(&'a [usize], &'a Buffer)>,
+}
+
+impl Pass<'_> {
+    /// Rows of its own.
+    pub fn rows(&self) -> usize {
+        self.sequences * self.block
+    }
+}
+
+/// A target's embedding and LM head, which its drafter shares.
+pub struct Vocabulary {
+    embedding: Option<Buffer>, // [vocab][hidden] bf16; none: the head's packed weights
+    head: Buffer,              // packed
+    pub vocab: usize,
+    hidden: usize,
+}
+
+impl Vocabulary {
+    /// # Errors
+    /// As [`Stack::load`].
+    pub fn load(loader: &Loader, config: &TargetConfig) -> Result<Vocabulary> {
+        let (vocab, hidden) = (config.vocab, config.stack.hidden);
+        let table = "model.embed_tokens.weight".to_string();
+        let head = if config.tied { table.clone() } else { "lm_head.weight".to_string() };
+        let embedding = match config.tied {
+            true => None,
+            false => {
+                let tensor = loader.file.tensor(&table, &[vocab, hidden])?;
+                let buffer = loader.device.allocate(vocab * hidden * 2, &table)?;
+                let at_once = (STAGING / (hidden * 2)).max(1);
+                for first in (0..vocab).step_by(at_once) {
+                    let rows = at_once.min(vocab - first);
+                    let to = buffer.slice(first * hidden * 2, rows * hidden * 2)?;
+                    loader.device.upload(&to, &narrow(&tensor, first * hidden, rows * hidden))?;
+                }
+                loader.device.seal(&buffer);
+                Some(buffer)
+            }
+        };
+        let head = loader.packed(Shape { n: vocab, k: hidden }, &[(head, vocab)], |_, row| row)?;
+        Ok(Vocabulary { embedding, head, vocab, hidden })
+    }
+
+    /// Of the LM head.
+    pub fn shape(&self) -> Shape {
+        Shape { n: self.vocab, k: self.hidden }
+    }
+
+    /// `s.x` from `tokens` `[rows]` u32.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn embed(
+        &self,
+        device: &dyn Device,
+        s: &Scratch,
+        tokens: &Buffer,
+        rows: usize,
+        scale: f32,
+    ) -> Result<()> {
+        let packed = self.embedding.is_none();
+        let embedding = Embedding { rows, hidden: self.hidden, vocab: self.vocab, packed, scale };
+        embedding.launch(device, &s.x, self.embedding.as_ref().unwrap_or(&self.head), tokens)
+    }
+
+    /// `best` `[rows][ceil(vocab / 128)]` u64 and, where they are wanted, `logits` `[rows][vocab]` f32 of rows
+    /// `first..first + rows` of `s.y`.
+    ///
+    /// # Errors
+    /// What the device says.
+    #[allow(clippy::too_many_arguments)]
+    pub fn head(
+        &self,
+        device: &dyn Device,
+        stack: &Stack,
+        s: &Scratch,
+        first: usize,
+        head: Head,
+        live: Option<&Buffer>,
+        best: &Buffer,
+        logits: Option<&Buffer>,
+    ) -> Result<()> {
+        let (y, sumsq) = s.behind(self.hidden, first)?;
+        let input = Input {
+            weights: &self.head,
+            x: &y,
+            sumsq: Some(&sumsq),
+            eps: stack.config.eps,
+            prompt: false,
+            live,
+            workspace: &s.linear,
+        };
+        head.launch(device, &input, best, logits)
+    }
+}
+
+/// The drafter's projection of tapped features.
+pub struct Injection {
+    weights: Buffer, // packed
+    gain: Buffer,    // [hidden] f32
+    shape: Shape,
+}
+
+impl Injection {
+    /// # Errors
+    /// As [`Stack::load`].
+    pub fn load(loader: &Loader, hidden: usize, taps: usize) -> Result<Injection> {
+        let shape = Shape { n: hidden, k: taps * hidden };
+        Ok(Injection {
+            weights: loader.packed(shape, &[("fc.weight".to_string(), hidden)], |_, row| row)?,
+            gain: loader.vector("hidden_norm.weight", hidden)?,
+            shape,
+        })
+    }
+
+    /// The first `rows` rows of `s.y` and `s.sumsq` from `features` `[feature_rows][taps][hidden]` bf16; `gather` `[rows]`
+    /// u32 says from which, a row that does not exist gives zeros.
+    ///
+    /// # Errors
+    /// What the device says.
+    #[allow(clippy::too_many_arguments)]
+    pub fn run(
+        &self,
+        device: &dyn Device,
+        s: &Scratch,
+        rows: usize,
+        features: &Buffer,
+        gather: &Buffer,
+        prompt: bool,
+        live: Option<&Buffer>,
+    ) -> Result<()> {
+        let Shape { n, k } = self.shape;
+        let input = Input {
+            weights: &self.weights,
+            x: features,
+            sumsq: None,
+            eps: 0.0,
+            prompt,
+            live,
+            workspace: &s.linear,
+        };
+        let inject = Inject { rows, n, k, feature_rows: features.bytes() / (k * 2) };
+        inject.launch(device, &input, gather, &s.y, &s.sumsq, &self.gain)
+    }
+}
