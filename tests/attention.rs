@@ -5,7 +5,7 @@ mod kernel;
 
 use dflash::device::{Buffer, Device};
 use dflash::emulator::{Emulator, Schedule};
-use dflash::kernels::attention::{Attention, Layer, Mask, Prefill, Workspace, split_of, split_start};
+use dflash::kernels::attention::{Attention, Layer, Mask, Paged, Prefill, Workspace, split_of, split_start};
 use dflash::{Error, Result};
 use kernel::*;
 
@@ -125,7 +125,8 @@ fn low(bits: usize) -> u64 {
     if bits >= 64 { u64::MAX } else { (1 << bits) - 1 }
 }
 
-/// A batch in device memory: pages in random order, NaN wherever no sequence has a key, garbage in unused table entries.
+/// A batch in device memory: pages in random order, NaN wherever no sequence has a key, garbage in unused table
+/// entries.
 struct Batch {
     layer: Layer,
     pages: [Buffer; 2],
@@ -134,6 +135,12 @@ struct Batch {
     masks: Buffer,
     q: Buffer,
     out: Buffer,
+}
+
+impl Batch {
+    fn paged(&self) -> Paged<'_> {
+        Paged { k: &self.pages[0], v: &self.pages[1], table: &self.table, spans: &self.spans }
+    }
 }
 
 fn batch(
@@ -210,8 +217,7 @@ fn launch(
         Rule::Tree => Mask::Tree(&batch.masks),
         Rule::Block => Mask::Block,
     };
-    let Batch { pages: [k, v], table, spans, q, out, .. } = batch;
-    attention.launch(device, out, q, [k, v], table, spans, mask, space)
+    attention.launch(device, &batch.out, &batch.q, batch.paged(), mask, space)
 }
 
 /// The outputs of the sequences' rows, [rows][heads][head_dim] each; asserts that the rest was left alone.
@@ -409,6 +415,21 @@ fn single_token_steps_equal_a_chain_of_64_in_a_tree_bit_for_bit() {
     }
 }
 
+/// An output that shrinks to nothing is a zero without a sign, in one split and in a block that has two.
+#[test]
+fn a_zero_is_the_same_zero_in_one_split_and_in_two() {
+    let device = Emulator::new();
+    let shape = shape(Rule::Chain, 64, 1, 1, 0);
+    let mut s = Sequence::new(&shape, 120, 16, &mut Random::new(18));
+    s.q = to_bf16(&vec![4.0; 16 * 64]);
+    // The first tile leaves about -1e-38, which 2^-92 makes -0; the second adds nothing but -0.
+    s.k = to_bf16(&[vec![0.0; 64 * 64], vec![2.0; 72 * 64]].concat());
+    s.v = to_bf16(&[vec![-1e-40; 64 * 64], vec![-0.0; 72 * 64]].concat());
+    let block = run(&device, &shape, 16, std::slice::from_ref(&s)).concat();
+    assert!(block.iter().all(|&x| x == 0));
+    assert!(steps(&device, &shape, &s) == block);
+}
+
 #[test]
 fn bits_are_the_same_in_any_batch_place_block_and_capacity() {
     let (device, mut random) = (Emulator::new(), Random::new(7));
@@ -495,8 +516,7 @@ fn any_length_page_and_mask_stays_inside_the_buffers() {
         launch(&device, &batch, &attention, rule, &space).unwrap();
         assert!(bytes_of(&device, &space.counters).iter().all(|&b| b == 0));
         let prefill = Prefill { layer: batch.layer, rows: 15 };
-        let Batch { pages: [k, v], table, spans, q, out, .. } = &batch;
-        prefill.launch(&device, out, q, [k, v], table, spans).unwrap();
+        prefill.launch(&device, &batch.out, &batch.q, batch.paged()).unwrap();
     }
 }
 
@@ -509,9 +529,9 @@ fn prefill(device: &dyn Device, shape: &Shape, chunks: &[usize], s: &Sequence) -
         let part = Sequence { context: s.context + at, rows, masks: vec![0; rows], q, ..whole };
         let room = rows + 3;
         let batch = batch(device, shape, room, (part.context + rows).div_ceil(PAGE) + 1, &[part]);
-        let Batch { layer, pages: [k, v], table, spans, q, out: to, .. } = &batch;
-        Prefill { layer: *layer, rows: room }.launch(device, to, q, [k, v], table, spans).unwrap();
-        let got = download::<u16>(device, to);
+        let prefill = Prefill { layer: batch.layer, rows: room };
+        prefill.launch(device, &batch.out, &batch.q, batch.paged()).unwrap();
+        let got = download::<u16>(device, &batch.out);
         assert!(got[rows * width..].iter().all(|&x| x == POISON), "a row beyond the span was written");
         out.extend(&got[..rows * width]);
         at += rows;
@@ -665,11 +685,18 @@ fn shapes_the_kernels_do_not_have_are_refused() {
     refused(layer(Layer { kv_heads: 0, ..good.layer }), "on 0 key/value heads");
     refused(layer(Layer { head_dim: 96, ..good.layer }), "heads of 96");
     refused(layer(Layer { head_dim: 128, ..good.layer }), "out has 1024 bytes, needs 2048");
-    refused(layer(Layer { pages: 4, ..good.layer }), "the key pages has 49152 bytes, needs 65536");
+    refused(layer(Layer { pages: 4, ..good.layer }), "k has 49152 bytes, needs 65536");
     refused(Attention { block: 65, ..good }, "1 to 64 rows");
     refused(Attention { block: 3, ..good }, "needs");
     refused(Attention { capacity: 65, ..good }, "1 to 64 slots");
     refused(Attention { sequences: 2, ..good }, "needs");
+    let prefill = |layer: Layer, rows: usize| {
+        let refused = Prefill { layer, rows }.launch(&device, &batch.out, &batch.q, batch.paged());
+        refused.unwrap_err().to_string()
+    };
+    assert!(prefill(good.layer, 3).contains("kernel attention_prefill: out has 1024 bytes, needs 1536"));
+    assert!(prefill(good.layer, 0).contains("0 rows"));
+    assert!(prefill(Layer { head_dim: 80, ..good.layer }, 2).contains("heads of 80"));
     let vast = Layer { pages_per_sequence: 1 << 20, ..good.layer };
     refused(Attention { layer: vast, capacity: 1 << 26, ..good }, "67108864 slots, possible are 901120");
 }

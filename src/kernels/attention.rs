@@ -1,8 +1,8 @@
 //! `cuda/attention.cu` and `cuda/drafter_attention.cu`: attention over paged keys and values.
 //!
 //! Keys and values of one layer lie in two buffers `[pages][kv_heads][64][head_dim]` bf16, chunks permuted as
-//! `page_offset` of `cuda/rows.cuh` has it; a sequence's pages are named by its row of the page table. Queries and outputs
-//! are `[rows][heads][head_dim]` bf16; kv head of head h is h / (heads / kv_heads).
+//! `page_offset` of `cuda/rows.cuh` has it; a sequence's pages are named by its row of the page table. Queries and
+//! outputs are `[rows][heads][head_dim]` bf16; kv head of head h is h / (heads / kv_heads).
 
 use super::at_least;
 use crate::device::{Arg, Buffer, Device, Kernel};
@@ -59,7 +59,8 @@ const fn shared_bytes(head_dim: usize, rows: usize) -> u32 {
     (queries + keys_and_values + weights + maxima_and_sums + views + spoiled) as u32
 }
 
-/// First slot of a split, as `split_start` in `cuda/attention.cuh`: 128 slots each below 4096, 512 below 32768, 2048 beyond.
+/// First slot of a split, as `split_start` in `cuda/attention.cuh`: 128 slots each below 4096, 512 below 32768, 2048
+/// beyond.
 pub fn split_start(split: usize) -> usize {
     match split {
         0..=32 => split * 128,
@@ -92,13 +93,26 @@ pub struct Layer {
     pub scale: f32,
 }
 
+/// Where the sequences of a pass have their keys and values.
+#[derive(Debug, Clone, Copy)]
+pub struct Paged<'a> {
+    /// `[pages][kv_heads][64][head_dim]` bf16, those of this pass's rows included.
+    pub k: &'a Buffer,
+    /// As `k`.
+    pub v: &'a Buffer,
+    /// `[sequences][pages_per_sequence]` u32.
+    pub table: &'a Buffer,
+    /// `[sequences]` of (context, rows) u32.
+    pub spans: &'a Buffer,
+}
+
 /// How a row sees the other rows of its pass; all of them lie behind the context.
 #[derive(Debug, Clone, Copy)]
 pub enum Mask<'a> {
     /// Itself and those before it.
     Chain,
-    /// `[sequences][block]` u64: bit i of a row's word says that it sees row i. A row has the bits of its ancestors and its
-    /// own, and stands at position context + number of bits - 1.
+    /// `[sequences][block]` u64: bit i of a row's word says that it sees row i. A row has the bits of its ancestors
+    /// and its own, and stands at position context + number of bits - 1.
     Tree(&'a Buffer),
     /// All rows: the drafter's block. A window reaches to both sides.
     Block,
@@ -113,8 +127,8 @@ pub struct Workspace {
     pub counters: Buffer,
 }
 
-/// Attention of single tokens, chains, trees and drafter blocks. A row's bits depend on its query and on the keys it sees
-/// alone.
+/// Attention of single tokens, chains, trees and drafter blocks. A row's bits depend on its query and on the keys it
+/// sees alone.
 #[derive(Debug, Clone, Copy)]
 pub struct Attention {
     pub layer: Layer,
@@ -164,8 +178,8 @@ impl Attention {
         Ok((splits.div_ceil(SPLITS_PER_GROUP) + 1) * heads * tiles * 4)
     }
 
-    /// Bytes a launch must move for sequences of these (context, rows): queries and outputs, and the keys and values that
-    /// some row sees, once.
+    /// Bytes a launch must move for sequences of these (context, rows): queries and outputs, and the keys and values
+    /// that some row sees, once.
     pub fn bytes(&self, spans: &[(usize, usize)]) -> u64 {
         spans.iter().map(|&(context, rows)| self.layer.bytes(context, rows)).sum()
     }
@@ -176,8 +190,8 @@ impl Attention {
         let room = self.layer.pages_per_sequence * PAGE;
         if !(1..=64).contains(&block) || sequences == 0 || capacity == 0 || capacity > room {
             return Err(Error::Internal(format!(
-                "kernel attention: {sequences} sequences of {block} rows, {capacity} slots; possible are 1 to 64 rows and \
-                 1 to {room} slots"
+                "kernel attention: {sequences} sequences of {block} rows, {capacity} slots; possible are 1 to 64 rows \
+                 and 1 to {room} slots"
             )));
         }
         if self.grid()[0] > MAX_GROUPS * SPLITS_PER_GROUP {
@@ -189,37 +203,26 @@ impl Attention {
         Ok(())
     }
 
-    /// `out`, `q` [sequences * block][heads][head_dim] bf16, `k`, `v` the pages, `page_table`
-    /// [sequences][pages_per_sequence] u32, `spans` [sequences] of (context, rows) u32. Rows beyond a span's are not written.
+    /// `out`, `q` [sequences * block][heads][head_dim] bf16. Rows beyond a span's are not written.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or the kernels do not have the shape; else what the device says.
-    #[allow(clippy::too_many_arguments)]
     pub fn launch(
         &self,
         device: &dyn Device,
         out: &Buffer,
         q: &Buffer,
-        [k, v]: [&Buffer; 2],
-        page_table: &Buffer,
-        spans: &Buffer,
+        paged: Paged,
         mask: Mask,
         workspace: &Workspace,
     ) -> Result<()> {
         let (rows, layer) = (self.sequences * self.block, &self.layer);
         let (partials, counters) = (self.partial_bytes()?, self.counter_bytes()?);
-        layer.check_buffers("attention", rows, [out, q, k, v])?;
-        at_least(
-            "attention",
-            "the page table",
-            page_table,
-            self.sequences * self.layer.pages_per_sequence * 4,
-        )?;
-        at_least("attention", "spans", spans, self.sequences * 8)?;
+        layer.check_buffers("attention", self.sequences, rows, [out, q], paged)?;
         at_least("attention", "workspace", &workspace.partials, partials)?;
         at_least("attention", "counters", &workspace.counters, counters)?;
         let mut args: Vec<Arg> = vec![out.into(), (&workspace.partials).into(), (&workspace.counters).into()];
-        args.extend([q, k, v, page_table, spans].map(Arg::from));
+        args.extend([q, paged.k, paged.v, paged.table, paged.spans].map(Arg::from));
         let kernels = match mask {
             Mask::Block => &DRAFTER,
             Mask::Chain => {
@@ -242,8 +245,8 @@ impl Attention {
     }
 }
 
-/// Causal attention of a chunk of one sequence's prompt. The bits do not depend on how a prompt is cut into chunks, but they
-/// are not those of [`Attention`] where a row sees more than one split.
+/// Causal attention of a chunk of one sequence's prompt. The bits do not depend on how a prompt is cut into chunks,
+/// but they are not those of [`Attention`] where a row sees more than one split.
 #[derive(Debug, Clone, Copy)]
 pub struct Prefill {
     pub layer: Layer,
@@ -257,26 +260,15 @@ impl Prefill {
         self.layer.bytes(context, rows)
     }
 
-    /// `out`, `q` [rows][heads][head_dim] bf16, `k`, `v` the pages, `page_table` [pages_per_sequence] u32, `span` (context,
-    /// rows) u32. Rows beyond the span's are not written.
+    /// `out`, `q` [rows][heads][head_dim] bf16; `paged` of one sequence. Rows beyond the span's are not written.
     ///
     /// # Errors
     /// As [`Attention::launch`].
-    pub fn launch(
-        &self,
-        device: &dyn Device,
-        out: &Buffer,
-        q: &Buffer,
-        [k, v]: [&Buffer; 2],
-        page_table: &Buffer,
-        span: &Buffer,
-    ) -> Result<()> {
+    pub fn launch(&self, device: &dyn Device, out: &Buffer, q: &Buffer, paged: Paged) -> Result<()> {
         let (rows, layer) = (self.rows, &self.layer);
         layer.check("attention_prefill")?;
-        layer.check_buffers("attention_prefill", rows, [out, q, k, v])?;
-        at_least("attention_prefill", "the page table", page_table, layer.pages_per_sequence * 4)?;
-        at_least("attention_prefill", "span", span, 8)?;
-        let mut args: Vec<Arg> = [out, q, k, v, page_table, span].map(Arg::from).to_vec();
+        layer.check_buffers("attention_prefill", 1, rows, [out, q], paged)?;
+        let mut args: Vec<Arg> = [out, q, paged.k, paged.v, paged.table, paged.spans].map(Arg::from).to_vec();
         args.extend([rows, layer.heads, layer.kv_heads, layer.pages].map(|n| Arg::U32(n as u32)));
         args.extend([layer.pages_per_sequence, layer.window].map(|n| Arg::U32(n as u32)));
         args.push(layer.factor().into());
@@ -311,21 +303,28 @@ impl Layer {
         let groups = kv_heads > 0 && heads.is_multiple_of(kv_heads) && (1..=8).contains(&(heads / kv_heads));
         if !groups || kv_heads > 65535 || (head_dim != 64 && head_dim != 128) {
             return Err(Error::Internal(format!(
-                "kernel {kernel}: {heads} heads of {head_dim} on {kv_heads} key/value heads; possible are heads of 64 and \
-                 128, 1 to 8 of them per key/value head"
+                "kernel {kernel}: {heads} heads of {head_dim} on {kv_heads} key/value heads; possible are heads of 64 \
+                 and 128, 1 to 8 of them per key/value head"
             )));
         }
         let most = 1 << 31;
         if pages == 0 || pages_per_sequence == 0 || pages_per_sequence * PAGE > most || window > most {
             return Err(Error::Internal(format!(
-                "kernel {kernel}: {pages} pages, {pages_per_sequence} per sequence, a window of {window}; possible are at \
-                 least one page and {most} tokens"
+                "kernel {kernel}: {pages} pages, {pages_per_sequence} per sequence, a window of {window}; possible \
+                 are at least one page and {most} tokens"
             )));
         }
         Ok(())
     }
 
-    fn check_buffers(&self, kernel: &str, rows: usize, [out, q, k, v]: [&Buffer; 4]) -> Result<()> {
+    fn check_buffers(
+        &self,
+        kernel: &str,
+        sequences: usize,
+        rows: usize,
+        [out, q]: [&Buffer; 2],
+        paged: Paged,
+    ) -> Result<()> {
         let (queries, cache) =
             (rows * self.heads * self.head_dim * 2, self.pages * self.kv_heads * PAGE * self.head_dim * 2);
         if rows == 0 || rows * self.heads > u32::MAX as usize {
@@ -333,7 +332,9 @@ impl Layer {
         }
         at_least(kernel, "out", out, queries)?;
         at_least(kernel, "q", q, queries)?;
-        at_least(kernel, "the key pages", k, cache)?;
-        at_least(kernel, "the value pages", v, cache)
+        at_least(kernel, "k", paged.k, cache)?;
+        at_least(kernel, "v", paged.v, cache)?;
+        at_least(kernel, "the page table", paged.table, sequences * self.pages_per_sequence * 4)?;
+        at_least(kernel, "spans", paged.spans, sequences * 8)
     }
 }
