@@ -1,30 +1,24 @@
-//! The linear kernels: each epilogue against f64, bits that do not depend on the other rows, bytes and bank conflicts.
+//! The linear kernels' epilogues against f64. What their bits, bytes and schedules must hold is in `linear_bits.rs`.
 //!
-//! Bounds on `‖out − reference‖ / ‖reference‖`: 2e-6 where the result is f32, 3e-3 where it is rounded to bf16 (whose
-//! spacing is 2^-8 of a number, so 2^-8 / sqrt(12) to 1.7e-3 of error each).
+//! Bounds on `‖out − reference‖ / ‖reference‖`: 2e-6 where the result is f32, 3e-3 where it is rounded to bf16, which alone
+//! makes about 1.7e-3.
 
 #[path = "support/kernel.rs"]
 mod kernel;
-#[path = "support/packing.rs"]
-mod packing;
+#[path = "support/layer.rs"]
+mod layer;
 
-use dflash::Error;
-use dflash::device::{Buffer, Device};
 use dflash::emulator::Emulator;
 use dflash::kernels::head::Head;
 use dflash::kernels::inject::Inject;
-use dflash::kernels::linear::{Input, Shape, Workspace};
-use dflash::kernels::project::{Project, Projected};
-use dflash::kernels::qkv::{Places, Qkv};
+use dflash::kernels::linear::{Shape, Workspace};
+use dflash::kernels::qkv::Qkv;
 use dflash::kernels::swiglu::Swiglu;
 use kernel::*;
-use packing::pack_rows;
+use layer::*;
 
 const F32_BOUND: f64 = 2e-6;
 const BF16_BOUND: f64 = 3e-3;
-const EPS: f32 = 1e-5;
-const NONE: u32 = u32::MAX;
-const NAN: u16 = 0x7fc1;
 
 /// Rows of a pass, and around them shapes that leave tiles, chunks and slices unfilled.
 const ROWS: [usize; 13] = [1, 2, 3, 8, 9, 16, 17, 31, 64, 100, 128, 130, 256];
@@ -32,80 +26,6 @@ const ROWS: [usize; 13] = [1, 2, 3, 8, 9, 16, 17, 31, 64, 100, 128, 130, 256];
 /// Under the sanitizers everything takes ten times as long.
 fn rows() -> impl Iterator<Item = usize> {
     ROWS.into_iter().filter(|&m| !cfg!(feature = "sanitize") || m <= 17 || m == 130)
-}
-
-/// A linear layer on its device, with the workspace of a launch.
-struct Layer {
-    weights: Buffer,
-    x: Buffer,
-    sumsq: Buffer,
-    live: Buffer,
-    workspace: Workspace,
-}
-
-/// The same on the host.
-struct Data {
-    shape: Shape,
-    w: Vec<u16>,
-    x: Vec<u16>,
-    sumsq: Vec<f32>,
-}
-
-impl Data {
-    fn new(seed: u64, rows: usize, shape: Shape) -> Data {
-        let mut random = Random::new(seed);
-        let parts = shape.k.div_ceil(128);
-        Data {
-            shape,
-            w: random.bf16(shape.n * shape.k, (shape.k as f32).sqrt().recip()),
-            x: random.bf16(rows * shape.k, 1.0),
-            sumsq: (0..rows * parts).map(|_| 50.0 + 200.0 * random.unit()).collect(),
-        }
-    }
-
-    fn rows(&self) -> usize {
-        self.x.len() / self.shape.k
-    }
-
-    fn upload(&self, device: &dyn Device, place: impl Fn(usize) -> usize) -> Layer {
-        Layer {
-            weights: constant(device, &pack_rows(&self.w, self.shape, place)),
-            x: upload(device, &self.x),
-            sumsq: upload(device, &self.sumsq),
-            live: upload(device, &[1u32]),
-            workspace: Workspace::new(device, &[(self.shape, self.rows())]).unwrap(),
-        }
-    }
-
-    /// `[rows][n]` of x W^T, times 1 / rms where `normed`.
-    fn product(&self, normed: bool) -> Vec<f64> {
-        let Shape { n, k } = self.shape;
-        let wide = |v: &[u16]| -> Vec<f64> { from_bf16(v).into_iter().map(f64::from).collect() };
-        let (w, x) = (wide(&self.w), wide(&self.x));
-        let mut out = Vec::with_capacity(self.rows() * n);
-        for (row, sums) in x.chunks(k).zip(self.sumsq.chunks(k.div_ceil(128))) {
-            let mean = sums.iter().map(|&s| f64::from(s)).sum::<f64>() / k as f64;
-            let scale = if normed { (mean + f64::from(EPS)).sqrt().recip() } else { 1.0 };
-            for row_of_w in w.chunks(k) {
-                out.push(scale * row.iter().zip(row_of_w).map(|(a, b)| a * b).sum::<f64>());
-            }
-        }
-        out
-    }
-}
-
-impl Layer {
-    fn input(&self, normed: bool) -> Input<'_> {
-        Input {
-            weights: &self.weights,
-            x: &self.x,
-            sumsq: normed.then_some(&self.sumsq),
-            eps: EPS,
-            prompt: false,
-            live: Some(&self.live),
-            workspace: &self.workspace,
-        }
-    }
 }
 
 fn narrow(x: &[f64]) -> Vec<f32> {
@@ -137,23 +57,6 @@ fn slices_of_k_are_a_function_of_the_shape_and_cover_it() {
     let shapes = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096)];
     let slices = shapes.map(|(n, k)| Shape { n, k }.slices());
     assert_eq!(slices, [(26, 5), (16, 8), (128, 1), (48, 8), (128, 1)]);
-}
-
-fn project(device: &Emulator, data: &Data, x: &[f32], gain: &[f32], pitch: usize) -> Vec<u8> {
-    let (rows, Shape { n, k }) = (data.rows(), data.shape);
-    let layer = data.upload(device, |r| r);
-    let (x, y) = (upload(device, x), poisoned::<u16>(device, rows * n));
-    let sumsq = poisoned::<f32>(device, rows * n.div_ceil(128));
-    let (gain, features) = (upload(device, gain), poisoned::<u16>(device, rows * pitch));
-    let out = Projected {
-        x: &x,
-        y: &y,
-        sumsq: &sumsq,
-        gain: &gain,
-        features: (pitch > 0).then_some((&features, pitch)),
-    };
-    Project { rows, n, k }.launch(device, &layer.input(false), &out).unwrap();
-    [x, y, sumsq, features].iter().flat_map(|b| bytes_of(device, b)).collect()
 }
 
 /// Cuts `bytes` into parts of these lengths.
@@ -268,14 +171,6 @@ fn ranks(logits: &[f32], vocab: usize) -> Vec<u64> {
     logits.chunks(vocab).flat_map(row).collect()
 }
 
-fn head(device: &Emulator, head: Head, data: &Data, keep: bool) -> (Vec<u8>, Vec<u8>) {
-    let layer = data.upload(device, |r| r);
-    let best = poisoned::<u64>(device, head.rows * head.vocab.div_ceil(128));
-    let logits = poisoned::<f32>(device, head.rows * head.vocab);
-    head.launch(device, &layer.input(true), &best, keep.then_some(&logits)).unwrap();
-    (bytes_of(device, &best), bytes_of(device, &logits))
-}
-
 #[test]
 fn the_head_gives_logits_and_the_best_of_every_block() {
     let vocabularies = if cfg!(feature = "sanitize") { [1, 17, 260, 261] } else { [1, 17, 2048, 2049] };
@@ -346,35 +241,6 @@ fn the_best_logit_is_the_lowest_id_among_equals_and_says_where_none_is_finite() 
     }
 }
 
-/// Where the tests put queries, keys and values.
-struct Cache {
-    qkv: Qkv,
-    rows: Vec<u32>,
-    table: Vec<u32>,
-    rope: Vec<f32>,
-    gains: Option<[Vec<f32>; 2]>,
-}
-
-fn qkv(device: &Emulator, data: &Data, cache: &Cache) -> Vec<u8> {
-    let Qkv { heads, kv_heads, head_dim, query_rows, pages, .. } = cache.qkv;
-    let layer = data.upload(device, |r| r);
-    let queries = poisoned::<u16>(device, query_rows * heads * head_dim);
-    let [keys, values] = [(); 2].map(|()| poisoned::<u16>(device, pages * kv_heads * 64 * head_dim));
-    let gains = cache.gains.as_ref().map(|g| g.each_ref().map(|g| upload(device, g)));
-    let places = Places {
-        rows: &upload(device, &cache.rows),
-        queries: &queries,
-        keys: &keys,
-        values: &values,
-        table: &upload(device, &cache.table),
-        q_gain: gains.as_ref().map(|g| &g[0]),
-        k_gain: gains.as_ref().map(|g| &g[1]),
-        rope: &upload(device, &cache.rope),
-    };
-    cache.qkv.launch(device, &layer.input(true), &places).unwrap();
-    [queries, keys, values].iter().flat_map(|b| bytes_of(device, b)).collect()
-}
-
 /// Queries, keys and values `[rows][all heads][head_dim]` as they should be.
 fn heads_of(data: &Data, cache: &Cache) -> Vec<f64> {
     let Qkv { heads, kv_heads, head_dim, positions, .. } = cache.qkv;
@@ -443,52 +309,6 @@ fn check_places(what: &str, bytes: &[u8], data: &Data, cache: &Cache) {
         assert!(buffer.iter().all(|&v| v == POISON), "{what}: {name} written where no row is");
     }
 }
-
-/// Rows of some sequences at increasing slots, with pages in random order.
-fn cache(seed: u64, rows: usize, heads: usize, kv_heads: usize, head_dim: usize, normed: bool) -> Cache {
-    let mut random = Random::new(seed);
-    let (sequences, sequence_pages) = (3, 1 + (rows.div_ceil(3) + 70) / 64);
-    let pages = sequences * sequence_pages + 2;
-    let mut numbers: Vec<u32> = (0..pages as u32).collect();
-    for i in (1..pages).rev() {
-        numbers.swap(i, random.below(i + 1));
-    }
-    let table = numbers[..sequences * sequence_pages].to_vec();
-    let positions = 200;
-    let mut rope = Vec::new();
-    for position in 0..positions {
-        let angles =
-            (0..head_dim / 2).map(|d| position as f64 / 1e4f64.powf(2.0 * d as f64 / head_dim as f64));
-        let angles: Vec<f64> = angles.collect();
-        rope.extend(angles.iter().map(|a| a.cos() as f32));
-        rope.extend(angles.iter().map(|a| a.sin() as f32));
-    }
-    let start = [random.below(70), random.below(70), random.below(70)];
-    let mut places = Vec::new();
-    for row in 0..rows {
-        let slot = (start[row % 3] + row / 3) as u32;
-        places.extend([row as u32 % 3, slot + 7, slot, row as u32]);
-    }
-    let gains = normed.then(|| [random.normals(head_dim, 1.0), random.normals(head_dim, 1.0)]);
-    let qkv = Qkv {
-        rows,
-        k: 0,
-        heads,
-        kv_heads,
-        head_dim,
-        query_rows: rows,
-        pages,
-        sequences,
-        sequence_pages,
-        positions,
-        keys_only: false,
-    };
-    Cache { qkv, rows: places, table, rope, gains }
-}
-
-/// Query heads, key heads, head dimension: groups of 1 to 8, blocks of two heads of different kinds.
-const HEADS: [(usize, usize, usize); 6] =
-    [(1, 1, 64), (2, 1, 128), (3, 3, 64), (5, 1, 64), (8, 1, 128), (6, 2, 128)];
 
 #[test]
 fn queries_keys_and_values_are_normed_turned_and_put_in_their_places() {

@@ -1,0 +1,205 @@
+//! Linear layers for tests: weights in their packed order (written down once more), inputs, references, launches.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+use crate::kernel::*;
+use dflash::device::{Buffer, Device};
+use dflash::emulator::Emulator;
+use dflash::kernels::head::Head;
+use dflash::kernels::linear::{Input, Shape, Workspace};
+use dflash::kernels::project::{Project, Projected};
+use dflash::kernels::qkv::{Places, Qkv};
+
+pub const EPS: f32 = 1e-5;
+pub const NONE: u32 = u32::MAX;
+
+/// `w [n][k]` with row `r` at packed row `place(r)`, rows nobody owns zero.
+pub fn pack_rows(w: &[u16], shape: Shape, place: impl Fn(usize) -> usize) -> Vec<u16> {
+    let Shape { k, .. } = shape;
+    let mut packed = vec![0; shape.weight_bytes() / 2];
+    for (r, row) in w.chunks(k).enumerate() {
+        let p = place(r);
+        for (c, &value) in row.iter().enumerate() {
+            // W[tile][group of 32][half][block of 8][row in half][column in block]
+            let index = [p / 16, c / 32, p / 8 % 2, c / 8 % 4, p % 8, c % 8];
+            let sizes = [shape.packed_rows() / 16, k / 32, 2, 4, 8, 8];
+            let at = index.iter().zip(sizes).fold(0, |at, (i, size)| at * size + i);
+            packed[at] = value;
+        }
+    }
+    packed
+}
+
+/// A linear layer on its device, with the workspace of a launch.
+pub struct Layer {
+    pub weights: Buffer,
+    pub x: Buffer,
+    pub sumsq: Buffer,
+    pub live: Buffer,
+    pub workspace: Workspace,
+}
+
+/// The same on the host.
+pub struct Data {
+    pub shape: Shape,
+    pub w: Vec<u16>,
+    pub x: Vec<u16>,
+    pub sumsq: Vec<f32>,
+}
+
+impl Data {
+    pub fn new(seed: u64, rows: usize, shape: Shape) -> Data {
+        let mut random = Random::new(seed);
+        let parts = shape.k.div_ceil(128);
+        Data {
+            shape,
+            w: random.bf16(shape.n * shape.k, (shape.k as f32).sqrt().recip()),
+            x: random.bf16(rows * shape.k, 1.0),
+            sumsq: (0..rows * parts).map(|_| 50.0 + 200.0 * random.unit()).collect(),
+        }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.x.len() / self.shape.k
+    }
+
+    pub fn upload(&self, device: &dyn Device, place: impl Fn(usize) -> usize) -> Layer {
+        Layer {
+            weights: constant(device, &pack_rows(&self.w, self.shape, place)),
+            x: upload(device, &self.x),
+            sumsq: upload(device, &self.sumsq),
+            live: upload(device, &[1u32]),
+            workspace: Workspace::new(device, &[(self.shape, self.rows())]).unwrap(),
+        }
+    }
+
+    /// `[rows][n]` of x W^T, times 1 / rms where `normed`.
+    pub fn product(&self, normed: bool) -> Vec<f64> {
+        let Shape { n, k } = self.shape;
+        let wide = |v: &[u16]| -> Vec<f64> { from_bf16(v).into_iter().map(f64::from).collect() };
+        let (w, x) = (wide(&self.w), wide(&self.x));
+        let mut out = Vec::with_capacity(self.rows() * n);
+        for (row, sums) in x.chunks(k).zip(self.sumsq.chunks(k.div_ceil(128))) {
+            let mean = sums.iter().map(|&s| f64::from(s)).sum::<f64>() / k as f64;
+            let scale = if normed { (mean + f64::from(EPS)).sqrt().recip() } else { 1.0 };
+            for row_of_w in w.chunks(k) {
+                out.push(scale * row.iter().zip(row_of_w).map(|(a, b)| a * b).sum::<f64>());
+            }
+        }
+        out
+    }
+}
+
+impl Layer {
+    pub fn input(&self, normed: bool) -> Input<'_> {
+        Input {
+            weights: &self.weights,
+            x: &self.x,
+            sumsq: normed.then_some(&self.sumsq),
+            eps: EPS,
+            prompt: false,
+            live: Some(&self.live),
+            workspace: &self.workspace,
+        }
+    }
+}
+
+/// Where the tests put queries, keys and values.
+pub struct Cache {
+    pub qkv: Qkv,
+    pub rows: Vec<u32>,
+    pub table: Vec<u32>,
+    pub rope: Vec<f32>,
+    pub gains: Option<[Vec<f32>; 2]>,
+}
+
+pub fn qkv(device: &Emulator, data: &Data, cache: &Cache) -> Vec<u8> {
+    let Qkv { heads, kv_heads, head_dim, query_rows, pages, .. } = cache.qkv;
+    let layer = data.upload(device, |r| r);
+    let queries = poisoned::<u16>(device, query_rows * heads * head_dim);
+    let [keys, values] = [(); 2].map(|()| poisoned::<u16>(device, pages * kv_heads * 64 * head_dim));
+    let gains = cache.gains.as_ref().map(|g| g.each_ref().map(|g| upload(device, g)));
+    let places = Places {
+        rows: &upload(device, &cache.rows),
+        queries: &queries,
+        keys: &keys,
+        values: &values,
+        table: &upload(device, &cache.table),
+        q_gain: gains.as_ref().map(|g| &g[0]),
+        k_gain: gains.as_ref().map(|g| &g[1]),
+        rope: &upload(device, &cache.rope),
+    };
+    cache.qkv.launch(device, &layer.input(true), &places).unwrap();
+    [queries, keys, values].iter().flat_map(|b| bytes_of(device, b)).collect()
+}
+
+/// Rows of some sequences at increasing slots, with pages in random order.
+pub fn cache(seed: u64, rows: usize, heads: usize, kv_heads: usize, head_dim: usize, normed: bool) -> Cache {
+    let mut random = Random::new(seed);
+    let (sequences, sequence_pages) = (3, 1 + (rows.div_ceil(3) + 70) / 64);
+    let pages = sequences * sequence_pages + 2;
+    let mut numbers: Vec<u32> = (0..pages as u32).collect();
+    for i in (1..pages).rev() {
+        numbers.swap(i, random.below(i + 1));
+    }
+    let table = numbers[..sequences * sequence_pages].to_vec();
+    let positions = 200;
+    let mut rope = Vec::new();
+    for position in 0..positions {
+        let angles =
+            (0..head_dim / 2).map(|d| position as f64 / 1e4f64.powf(2.0 * d as f64 / head_dim as f64));
+        let angles: Vec<f64> = angles.collect();
+        rope.extend(angles.iter().map(|a| a.cos() as f32));
+        rope.extend(angles.iter().map(|a| a.sin() as f32));
+    }
+    let start = [random.below(70), random.below(70), random.below(70)];
+    let mut places = Vec::new();
+    for row in 0..rows {
+        let slot = (start[row % 3] + row / 3) as u32;
+        places.extend([row as u32 % 3, slot + 7, slot, row as u32]);
+    }
+    let gains = normed.then(|| [random.normals(head_dim, 1.0), random.normals(head_dim, 1.0)]);
+    let qkv = Qkv {
+        rows,
+        k: 0,
+        heads,
+        kv_heads,
+        head_dim,
+        query_rows: rows,
+        pages,
+        sequences,
+        sequence_pages,
+        positions,
+        keys_only: false,
+    };
+    Cache { qkv, rows: places, table, rope, gains }
+}
+
+/// Query heads, key heads, head dimension: groups of 1 to 8, blocks of two heads of different kinds.
+pub const HEADS: [(usize, usize, usize); 6] =
+    [(1, 1, 64), (2, 1, 128), (3, 3, 64), (5, 1, 64), (8, 1, 128), (6, 2, 128)];
+
+pub fn project(device: &Emulator, data: &Data, x: &[f32], gain: &[f32], pitch: usize) -> Vec<u8> {
+    let (rows, Shape { n, k }) = (data.rows(), data.shape);
+    let layer = data.upload(device, |r| r);
+    let (x, y) = (upload(device, x), poisoned::<u16>(device, rows * n));
+    let sumsq = poisoned::<f32>(device, rows * n.div_ceil(128));
+    let (gain, features) = (upload(device, gain), poisoned::<u16>(device, rows * pitch));
+    let out = Projected {
+        x: &x,
+        y: &y,
+        sumsq: &sumsq,
+        gain: &gain,
+        features: (pitch > 0).then_some((&features, pitch)),
+    };
+    Project { rows, n, k }.launch(device, &layer.input(false), &out).unwrap();
+    [x, y, sumsq, features].iter().flat_map(|b| bytes_of(device, b)).collect()
+}
+
+pub fn head(device: &Emulator, head: Head, data: &Data, keep: bool) -> (Vec<u8>, Vec<u8>) {
+    let layer = data.upload(device, |r| r);
+    let best = poisoned::<u64>(device, head.rows * head.vocab.div_ceil(128));
+    let logits = poisoned::<f32>(device, head.rows * head.vocab);
+    head.launch(device, &layer.input(true), &best, keep.then_some(&logits)).unwrap();
+    (bytes_of(device, &best), bytes_of(device, &logits))
+}
