@@ -6,7 +6,7 @@
 
 use crate::config::{self, TargetConfig};
 use crate::device::{Buffer, Device};
-use crate::kernels::attention::{self, Attention, Mask, Prefill};
+use crate::kernels::attention::{self, Attention, Mask, Paged, Prefill};
 use crate::kernels::embedding::Embedding;
 use crate::kernels::head::Head;
 use crate::kernels::inject::Inject;
@@ -345,12 +345,12 @@ impl Stack {
             window: rule.window.unwrap_or(0),
             scale: 1.0 / (c.head_dim as f32).sqrt(),
         };
-        let kv = [&cache.keys[i], &cache.values[i]];
+        let (k, v, spans) = (&cache.keys[i], &cache.values[i], pass.spans);
         if let Some(sequence) = pass.prompt {
             let width = cache.sequence_pages * 4;
             let table = cache.table.slice(sequence * width, width)?;
             let prefill = Prefill { layer, rows: pass.rows() };
-            return prefill.launch(device, &s.attended, &s.queries, kv, &table, pass.spans);
+            return prefill.launch(device, &s.attended, &s.queries, Paged { k, v, table: &table, spans });
         }
         let mask = match (rule.causal, pass.masks) {
             (false, _) => Mask::Block,
@@ -359,7 +359,14 @@ impl Stack {
         };
         let attention =
             Attention { layer, sequences: pass.sequences, block: pass.block, capacity: cache.capacity() };
-        attention.launch(device, &s.attended, &s.queries, kv, &cache.table, pass.spans, mask, &s.attention)
+        attention.launch(
+            device,
+            &s.attended,
+            &s.queries,
+            Paged { k, v, table: &cache.table, spans },
+            mask,
+            &s.attention,
+        )
     }
 }
 

@@ -1,5 +1,6 @@
 //! `cuda/inject.cu`: the target's features, gathered and projected to the drafter's hidden size.
 
+use super::at_least;
 use super::linear::{Gather, Input, Launch, Needs, Shape, input_bytes, kernels, prefill};
 use crate::Result;
 use crate::device::{Buffer, Device, Kernel};
@@ -51,7 +52,7 @@ impl Inject {
         let there = (1..1 << 31).contains(&feature_rows);
         needs.that(there, "1 to 2^31", &format!("{feature_rows} rows of features"))?;
         needs.buffer("y", y, rows * n * 2)?;
-        needs.buffer("sumsq", sumsq, rows * self.shape().parts() * 4)?;
+        at_least("inject", "sumsq", sumsq, rows * self.shape().parts() * 4)?;
         needs.buffer("gain", gain, n * 4)?;
         let gather = Some(Gather { rows: gather, of: feature_rows });
         let launch = Launch {

@@ -210,7 +210,9 @@ impl Launch<'_> {
         let needs = Needs(self.kernels[0].file);
         needs.buffer("weights", input.weights, shape.weight_bytes())?;
         needs.buffer("x", input.x, self.gather.map_or(rows, |g| g.of) * k * 2)?;
-        needs.optional("sumsq", input.sumsq, rows * k.div_ceil(BLOCK) * 4)?;
+        if let Some(sumsq) = input.sumsq {
+            super::at_least(needs.0, "sumsq", sumsq, rows * k.div_ceil(BLOCK) * 4)?;
+        }
         needs.optional("live", input.live, 4)?;
         needs.optional("gather", self.gather.map(|g| g.rows), rows * 4)?;
         needs.buffer("partial sums", &input.workspace.partial, partial)?;

@@ -1,5 +1,6 @@
 //! `cuda/project.cu`: output projections of attention and MLP, into the residual stream.
 
+use super::at_least;
 use super::linear::{Input, Launch, Needs, Shape, input_bytes, kernels, or_null, prefill};
 use crate::Result;
 use crate::device::{Buffer, Device, Kernel};
@@ -51,7 +52,7 @@ impl Project {
         needs.that(n.is_multiple_of(64), "a multiple of 64", &format!("{n} outputs"))?;
         needs.buffer("x", out.x, rows * n * 4)?;
         needs.buffer("y", out.y, rows * n * 2)?;
-        needs.buffer("sumsq", out.sumsq, rows * self.shape().parts() * 4)?;
+        at_least("project", "sumsq", out.sumsq, rows * self.shape().parts() * 4)?;
         needs.buffer("gain", out.gain, n * 4)?;
         if let Some((features, pitch)) = out.features {
             needs.that(
