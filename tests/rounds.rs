@@ -266,9 +266,10 @@ fn random_sequence(random: &mut Random, block: usize) -> Sequence {
     let length = 1 + random.below(200) as u32;
     let end = length + 2 + random.below(60) as u32;
     let budget = 1 + random.below(40) as u32;
-    let draft_end = match random.below(5) {
+    let draft_end = match random.below(6) {
         0 => 0,
         1 => length + random.below(20) as u32,
+        2 => length.saturating_sub(1 + random.below(3) as u32).max(1),
         _ => 100_000,
     };
     let stops = random.below(4);
