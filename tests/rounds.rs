@@ -375,13 +375,12 @@ fn simulate(device: &Emulator, sequences: usize, block: usize, trees: bool, roun
 
 #[test]
 fn rounds_are_the_plain_models_and_a_replayed_graphs() {
-    let rounds = if cfg!(feature = "sanitize") { 40 } else { 300 };
     let mut ends = [0; 6];
     for (sequences, block, trees) in
         [(1, 1, false), (5, 7, false), (16, 16, false), (3, 64, true), (6, 9, true)]
     {
         let device = Emulator::new();
-        for (all, more) in ends.iter_mut().zip(simulate(&device, sequences, block, trees, rounds)) {
+        for (all, more) in ends.iter_mut().zip(simulate(&device, sequences, block, trees, 300)) {
             *all += more;
         }
     }
