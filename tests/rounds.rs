@@ -266,9 +266,10 @@ fn random_sequence(random: &mut Random, block: usize) -> Sequence {
     let length = 1 + random.below(200) as u32;
     let end = length + 2 + random.below(60) as u32;
     let budget = 1 + random.below(40) as u32;
-    let draft_end = match random.below(5) {
+    let draft_end = match random.below(6) {
         0 => 0,
         1 => length + random.below(20) as u32,
+        2 => length.saturating_sub(1 + random.below(3) as u32).max(1),
         _ => 100_000,
     };
     let stops = random.below(4);
@@ -374,13 +375,12 @@ fn simulate(device: &Emulator, sequences: usize, block: usize, trees: bool, roun
 
 #[test]
 fn rounds_are_the_plain_models_and_a_replayed_graphs() {
-    let rounds = if cfg!(feature = "sanitize") { 40 } else { 300 };
     let mut ends = [0; 6];
     for (sequences, block, trees) in
         [(1, 1, false), (5, 7, false), (16, 16, false), (3, 64, true), (6, 9, true)]
     {
         let device = Emulator::new();
-        for (all, more) in ends.iter_mut().zip(simulate(&device, sequences, block, trees, rounds)) {
+        for (all, more) in ends.iter_mut().zip(simulate(&device, sequences, block, trees, 300)) {
             *all += more;
         }
     }

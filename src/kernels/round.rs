@@ -79,7 +79,7 @@ pub struct Sequence {
 impl Sequence {
     pub const BYTES: usize = 128;
 
-    /// The bytes the device keeps.
+    /// The bytes the device keeps. The first four are `active`: zeros written there alone take the sequence out.
     ///
     /// # Errors
     /// [`Error::Internal`] for more than [`STOP_IDS`] stop ids.
