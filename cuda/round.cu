@@ -25,11 +25,13 @@ struct __align__(16) Record {
 KERNEL(64, 8, round_begin,
        (u32* draft_tokens,    // [sequences][block]: anchor, then masks; NONE: padding, here and below
         Row* draft_rows,      // [2][sequences][block]: first the pending features, then the block
+        u32* features,        // [sequences][block]: rows of the last verification pass, whose features are pending
         Span* draft_spans,    // [sequences]: what the block's rows see; no rows where nothing is drafted
         Row* verify_rows,     // [sequences][block]
         Span* verify_spans,   // [sequences]
         u32* clock,           // [2]: the round's number, active sequences
         const Sequence* sequences,  // [sequences]
+        const u32* path,      // [sequences][block], as the last verdict left it
         const u32* depths,    // [sequences][block]: of a tree's rows; null: chains
         u32 block, u32 mask)) {
   grid_launch();
@@ -45,6 +47,8 @@ KERNEL(64, 8, round_begin,
     const u32 position = s.length - pending + row;
     const bool feature = row < pending && position < s.draft_end;
     st(draft_rows + at, Row{feature ? own : NONE, feature ? position : 0, feature ? position : NONE, NONE});
+    const u32 of_path = feature ? ld(path + at) : NONE;
+    st(features + at, of_path < block ? own * block + of_path : NONE);
     const bool drafted = row < drafting, verified = row < rows;
     st(draft_rows + count * block + at, Row{drafted ? own : NONE, drafted ? s.length + row : 0,
                                             drafted ? s.length + row : NONE, drafted ? at : NONE});

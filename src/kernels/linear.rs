@@ -213,7 +213,9 @@ impl Launch<'_> {
         if let Some(sumsq) = input.sumsq {
             super::at_least(needs.0, "sumsq", sumsq, rows * k.div_ceil(BLOCK) * 4)?;
         }
-        needs.optional("live", input.live, 4)?;
+        if let Some(live) = input.live {
+            super::at_least(needs.0, "live", live, 4)?;
+        }
         needs.optional("gather", self.gather.map(|g| g.rows), rows * 4)?;
         needs.buffer("partial sums", &input.workspace.partial, partial)?;
         needs.buffer("counters", &input.workspace.counters, counters * 4)?;
