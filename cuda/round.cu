@@ -1,13 +1,13 @@
-// What a round does besides running the models: it makes the tables of its passes from the sequences' state, hands the
-// drafts to verification, and turns the verdict into new state and a record for the host. No argument changes from round to
-// round, so that one captured graph is every round:
+// What a round does besides running the models: it makes the tables of its passes from the sequences' state, hands
+// the drafts to verification, and turns the verdict into new state and a record for the host. No argument changes from
+// round to round, so that one captured graph is every round:
 //
 //   round_begin - draft pass - round_tokens - verification pass - verify - round_finish
 //
 // Computes: round_begin: tokens, rows and spans of both passes, the number of active sequences, the round's number.
 //           round_tokens: tokens of the verification pass, anchor and drafts.
-//           round_finish: what is emitted (up to a stop id, the budget, the context), the state after it, a record in the
-//           ring, and last the record's round number, which the host waits for.
+//           round_finish: what is emitted (up to a stop id, the budget, the context), the state after it, a record in
+//           the ring, and last the record's round number, which the host waits for.
 // Work:     grid (sequences); 64 threads, one per row, for tables; one warp for round_finish.
 // Order:    counts are of integers.
 // Bytes:    sequences x (256 + block x about 100).
@@ -73,7 +73,7 @@ KERNEL(64, 8, round_begin,
 
 KERNEL(64, 8, round_tokens,
        (u32* tokens,                // [sequences][block]: anchor, drafts; NONE: padding, or a damaged draft
-        const u32* drafts,          // [sequences][block]: row j's token is the draft for the block's place j; row 0 unused
+        const u32* drafts,          // [sequences][block]: row j's token is the draft for place j; row 0 unused
         const Sequence* sequences,  // [sequences]
         u32 block)) {
   grid_launch();

@@ -308,8 +308,8 @@ fn cuts_fall_among_ties_as_the_definition_says() {
 
 #[test]
 fn races_that_end_in_a_tie_go_to_the_lower_id() {
-    // In a flat row all weights are equal; at these positions two of the least times are too, within one slice of 8192 ids
-    // and across slices.
+    // In a flat row all weights are equal; at these positions two of the least times are too, within one slice of
+    // 8192 ids and across slices.
     let device = Emulator::new();
     for (vocab, ties) in [
         (12288, [(128478, 956, 9504), (141346, 4356, 7704), (171054, 2195, 10573)]),

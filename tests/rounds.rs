@@ -1,4 +1,5 @@
-//! The state of sequences over hundreds of rounds against a plain model of it, as fresh launches and as one replayed graph.
+//! The state of sequences over hundreds of rounds against a plain model of it, as fresh launches and as one replayed
+//! graph.
 
 #[path = "support/kernel.rs"]
 mod kernel;

@@ -193,8 +193,8 @@ impl Round {
         (self.sequences * (256 + self.block * 100)) as u64
     }
 
-    /// Makes the tables. `sequences` [sequences] [`Sequence`]; `path` [sequences][block] as the last verdict left it; `depths` [sequences][block] u32: of a tree's rows, none for
-    /// chains; `mask`: the drafter's mask token.
+    /// Makes the tables. `sequences` [sequences] [`Sequence`]; `path` [sequences][block] as the last verdict left it;
+    /// `depths` [sequences][block] u32: of a tree's rows, none for chains; `mask`: the drafter's mask token.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
@@ -321,8 +321,8 @@ impl Ring {
 
     /// What round number `round` (from 1) did for `sequence`, `None` while it is on its way.
     ///
-    /// A record is whole where no later round that takes its place is under way: a ring needs a place more than rounds are
-    /// enqueued before the host has read them.
+    /// A record is whole where no later round that takes its place is under way: a ring needs a place more than
+    /// rounds are enqueued before the host has read them.
     ///
     /// # Errors
     /// [`Error::Internal`] where a later round has taken the place, or the record makes no sense.
