@@ -10,6 +10,6 @@
 #define PARAMETERS u16 *y, float *sumsq_out, const float *gain
 #define BODY(NT)                                                                    \
   Tile tile;                                                                        \
-  if (!multiply<NT>(LINEAR, tile)) return;                                          \
+  if (!multiply<NT, true>(LINEAR, tile)) return;                                          \
   finish(LINEAR, Project{nullptr, y, sumsq_out, gain, nullptr, 0}, tile);
 LINEAR_KERNELS(inject, PARAMETERS, BODY)
