@@ -62,7 +62,7 @@ WRAPPER bool multiply(const Linear& l, Tile& tile) {
   u32 from = mine ? row : NONE;
   if (l.gather && mine) from = ld(l.gather + row);
   sts(source + threadIdx.x, !l.gather || from < l.in_rows ? from : NONE);
-  sts(scale + threadIdx.x, mine && l.sumsq ? rstd(l, row) : 1.0f);
+  sts(scale + threadIdx.x, mine && l.sumsq ? inverse_rms(l, row) : 1.0f);
   __syncthreads();
 
   float sum[4][8][4];

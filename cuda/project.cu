@@ -7,4 +7,4 @@
 // Needs:    n a multiple of 64, k of 32; buffers 16-byte aligned, feature_pitch a multiple of 4.
 #include "epilogue.cuh"
 
-LINEAR_KERNELS(project)
+LINEAR_KERNELS(project, false)

@@ -8,4 +8,4 @@
 // Needs:    n = (heads + 2 kv_heads) head_dim, head_dim 64 or 128; k a multiple of 32; 16-byte aligned.
 #include "epilogue.cuh"
 
-LINEAR_KERNELS(qkv)
+LINEAR_KERNELS(qkv, false)

@@ -7,4 +7,4 @@
 // Needs:    packed tiles of 8 gate rows, then the 8 up rows of the same neurons; n a multiple of 64, k of 32; 16-byte aligned.
 #include "epilogue.cuh"
 
-LINEAR_KERNELS(swiglu)
+LINEAR_KERNELS(swiglu, false)

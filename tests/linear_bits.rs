@@ -218,8 +218,12 @@ fn a_graph_of_launches_that_share_a_workspace_repeats_its_bits() {
 fn a_launch_with_nothing_to_do_writes_nothing() {
     for kind in KINDS {
         let device = Emulator::new();
-        let data = Data::new(7, 4, Shape { n: kind.outputs(), k: 1056 });
-        kind.run(&device, &data);
+        let shape = Shape { n: kind.outputs(), k: 1056 };
+        kind.run(&device, &Data { live: 0, ..Data::new(7, 4, shape) });
+        let counts = counted(&device);
+        assert_eq!((counts.written, counts.mma), (0, 0), "{kind:?}");
+        // Four groups per tile in each of the four slices are on their way before it is known.
+        assert_eq!(counts.streamed, (shape.packed_rows() / 16 * 4 * 4 * 1024) as u64, "{kind:?}");
     }
     let device = Emulator::new();
     let dead = Logits::new(&device, 5, 300, 1056);
@@ -265,6 +269,17 @@ fn weights_are_read_once_per_pass_and_shared_memory_is_free_of_conflicts() {
             }
         }
     }
+}
+
+#[test]
+fn keys_alone_read_the_weights_of_keys_and_values_alone() {
+    // 2 query heads, 1 key head of 64: the first block is all queries.
+    let (rows, k) = (3, 544);
+    let mut cache = cache(12, rows, 2, 1, 64, true);
+    (cache.qkv.k, cache.qkv.keys_only) = (k, true);
+    let device = Emulator::new();
+    qkv(&device, &Data::new(11, rows, cache.qkv.shape()), &cache);
+    assert_eq!(counted(&device).streamed, 2 * 64 * k as u64 * 2);
 }
 
 /// One layer of Qwen3-8B on 16 rows: hidden size 4096, 32 query and 8 key heads of 128, 12288 neurons.

@@ -164,11 +164,7 @@ fn tiles(rows: usize) -> (usize, usize) {
 /// later the finished tile. As `Staging` in `linear.cuh`.
 const fn shared(index: usize, groups: usize) -> u32 {
     let tokens = 8 << index;
-    let chunk = match index {
-        0 | 1 => 1024,
-        2 | 3 => 512,
-        _ => 256,
-    };
+    let chunk = if index < 4 { 512 } else { 256 };
     let buffers = if groups <= chunk / 32 { 1 } else { 2 };
     // A chunk is larger than the tile of its tokens, 132 words each.
     (buffers * tokens * (chunk * 2 + 64)) as u32

@@ -45,6 +45,8 @@ pub struct Data {
     pub w: Vec<u16>,
     pub x: Vec<u16>,
     pub sumsq: Vec<f32>,
+    /// What the flag says whether there is something to do.
+    pub live: u32,
 }
 
 impl Data {
@@ -56,6 +58,7 @@ impl Data {
             w: random.bf16(shape.n * shape.k, (shape.k as f32).sqrt().recip()),
             x: random.bf16(rows * shape.k, 1.0),
             sumsq: (0..rows * parts).map(|_| 50.0 + 200.0 * random.unit()).collect(),
+            live: 1,
         }
     }
 
@@ -68,7 +71,7 @@ impl Data {
             weights: constant(device, &pack_rows(&self.w, self.shape, place)),
             x: upload(device, &self.x),
             sumsq: upload(device, &self.sumsq),
-            live: upload(device, &[1u32]),
+            live: upload(device, &[self.live]),
             workspace: Workspace::new(device, &[(self.shape, self.rows())]).unwrap(),
         }
     }
