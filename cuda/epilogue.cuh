@@ -1,5 +1,5 @@
-// What is done with the sums of a linear layer, a tile of tokens x 128 packed rows of W at a time: by the whole block, a warp
-// per token, a lane per four neighbouring columns. None of it knows which main loop left the tile.
+// What is done with the sums of a linear layer, a tile of tokens x 128 packed rows of W at a time: by the whole block,
+// a warp per token, a lane per four neighbouring columns. None of it knows which main loop left the tile.
 //
 // Products and sums that could be contracted in two ways name the one they mean, so that every instance rounds alike.
 #pragma once
@@ -39,7 +39,7 @@ WRAPPER void finish(const Linear& l, const Project& p, const Tile& tile) {
   const bool inside = column < l.n;
   float4 gain = make_float4(0, 0, 0, 0);
   if (inside) gain = ld(reinterpret_cast<const float4*>(p.gain + column));
-  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
     const size_t row = tile.token + i;
     float4 v = columns(tile, i);
     float square = 0;
@@ -72,7 +72,7 @@ WRAPPER void finish(const Linear& l, const Swiglu& p, const Tile& tile) {
   // A gate's lane and the up's, two lanes on, halve their four neurons between them.
   const bool has_gates = lane % 4 < 2;
   const u32 neuron = tile.row / 2 + lane / 4 * 8 + lane % 2 * 4 + (has_gates ? 0 : 2);
-  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
     const float4 v = times(columns(tile, i), lds(tile.scale + i));
     const float a = __shfl_xor_sync(0xffffffffu, has_gates ? v.z : v.x, 2);
     const float b = __shfl_xor_sync(0xffffffffu, has_gates ? v.w : v.y, 2);
@@ -84,8 +84,8 @@ WRAPPER void finish(const Linear& l, const Swiglu& p, const Tile& tile) {
   }
 }
 
-// Queries, keys and values: norm of each query and key head, RoPE, and to their places. Packed rows are the query heads, the
-// key heads, the value heads. A head is 32 or 16 lanes.
+// Queries, keys and values: norm of each query and key head, RoPE, and to their places. Packed rows are the query
+// heads, the key heads, the value heads. A head is 32 or 16 lanes.
 struct Qkv {
   const Row* rows;      // [m]
   u16* queries;         // [queries][heads][head_dim] bf16
@@ -108,7 +108,7 @@ WRAPPER void finish(const Linear& l, const Qkv& p, const Tile& tile) {
   const float* gains = query ? p.q_gain : turned ? p.k_gain : nullptr;
   float4 gain = make_float4(1, 1, 1, 1);
   if (gains) gain = ld(reinterpret_cast<const float4*>(gains + d));
-  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
     const Row row = ld(p.rows + tile.token + i);
     float4 v = times(columns(tile, i), lds(tile.scale + i));
     const float mean = __fdiv_rn(lane_sum(squares(v), width), float(p.head_dim));
@@ -161,7 +161,7 @@ WRAPPER u64 rank(float logit, u32 id) {
 }
 WRAPPER void finish(const Linear& l, const Head& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4, blocks = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += 8) {
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
     const size_t row = tile.token + i;
     const float4 v = times(times(columns(tile, i), lds(tile.scale + i)), p.multiplier);
     float logit[4] = {v.x, v.y, v.z, v.w};

@@ -382,13 +382,15 @@ fn launches_that_do_not_fit_are_refused_with_a_sentence() {
     refused(more.launch(&device, &at.layer.workspace), "partial sums has 16 bytes, needs");
 
     let out = Projected { x: &small, y: &small, sumsq: &small, gain: &small, features: None };
-    refused(Project { rows: 1, n: 96, k: 96 }.launch(&device, &good, &out), "96 outputs");
+    let plain = at.layer.input(false);
+    refused(Project { rows: 1, n: 96, k: 96 }.launch(&device, &plain, &out), "96 outputs");
+    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &good, &out), "sums of squares");
     let out =
         Projected { features: Some((&small, 66)), x: &at.logits, y: &at.logits, gain: &at.logits, ..out };
-    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &good, &out), "features 66 apart");
+    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &plain, &out), "features 66 apart");
     refused(Swiglu { rows: 1, inner: 48, k: 96 }.launch(&device, &good, &small), "48 neurons");
     let inject = Inject { rows: 1, n: 64, k: 96, feature_rows: 0 };
-    refused(inject.launch(&device, &good, &small, &small, &small, &small), "0 rows of features");
+    refused(inject.launch(&device, &plain, &small, &small, &small, &small), "0 rows of features");
     let cache = cache(10, 1, 3, 1, 64, false);
     let places = Places {
         rows: &small,
