@@ -1,5 +1,5 @@
-// What is done with the sums of a linear layer, a tile of tokens x 128 packed rows of W at a time: by the whole block, a warp
-// per token, a lane per four neighbouring columns. None of it knows which main loop left the tile.
+// What is done with the sums of a linear layer, a tile of tokens x 128 packed rows of W at a time: by the whole block,
+// a warp per token, a lane per four neighbouring columns. None of it knows which main loop left the tile.
 //
 // Products and sums that could be contracted in two ways name the one they mean, so that every instance rounds alike.
 #pragma once
@@ -90,8 +90,8 @@ WRAPPER void finish(const Linear& l, const Swiglu& p, const Tile& tile) {
   }
 }
 
-// Queries, keys and values: norm of each query and key head, RoPE, and to their places. Packed rows are the query heads, the
-// key heads, the value heads. A head is 32 or 16 lanes.
+// Queries, keys and values: norm of each query and key head, RoPE, and to their places. Packed rows are the query
+// heads, the key heads, the value heads. A head is 32 or 16 lanes.
 struct Qkv {
   const Row* rows;      // [m]
   u16* queries;         // [queries][heads][head_dim] bf16

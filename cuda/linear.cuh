@@ -1,12 +1,12 @@
-// The skinny product of every linear layer, y[m][n] = sum over k of x[m][k] W[n][k], for 1 to 128 rows in one read of W.
+// The skinny product of every linear layer, y[m][n] = sum over k of x[m][k] W[n][k]: 1 to 128 rows in one read of W.
 //
-// A block owns 128 packed rows of W, a warp 16 of them, all warps the same slice of K. Weights are the A operand and go from
-// global memory to registers, some groups of 32 k ahead, the first of them before grid_wait; activations are the B operand,
-// staged in shared memory chunk by chunk. The order of k inside a group is free as long as both sides agree: a lane owns
-// eight neighbours, 16 bytes of either side, which are its operands of two products.
+// A block owns 128 packed rows of W, a warp 16 of them, all warps the same slice of K. Weights are the A operand and go
+// from global memory to registers, some groups of 32 k ahead, the first of them before grid_wait; activations are the B
+// operand, staged in shared memory chunk by chunk. The order of k inside a group is free as long as both sides agree: a
+// lane owns eight neighbours, 16 bytes of either side, which are its operands of two products.
 //
 // Order: k upwards in products of 16, then the slices of K in ascending order. Both are functions of N and K alone, and
-// NT, the number of 8-token tiles, never touches what happens inside a column: a row's bits do not depend on the others.
+// NT, the number of 8-token tiles, never touches what happens inside a column: a row's bits do not depend on others.
 #pragma once
 #include "rows.cuh"
 
@@ -17,15 +17,15 @@
 // What a linear kernel takes, whatever its epilogue.
 struct Linear {
   const u16* weights;   // [ceil(n / 16)][k / 32][half 2][kblock 4][row 8][8] bf16, rows beyond n zero; sealed
-  const u16* in;        // [m][k] bf16; with `gather` [in_rows][k]
-  const u32* gather;    // [m] rows of `in`, zeros where there is no such row; null: 0..m
+  const u16* in;        // [m][k] bf16; with GATHER [in_rows][k]
+  const u32* gather;    // with GATHER: [m] rows of `in`, zeros where there is no such row
   const float* sumsq;   // [m][ceil(k / 128)] partial sums of squares of what `in` was made from, or null: no norm
   float4* partial;      // [passes][blocks][splits][warp 8][8-token tile][lane 32], unused where grid.y is 1
   u32* counters;        // [passes][blocks], zero, and zero again afterwards
   const u32* live;      // 0: there is nothing to do; or null
   u32 m, n, k;          // rows, outputs, inputs
   u32 slice;            // groups of 32 k per slice
-  u32 in_rows;          // rows of `in`, for `gather`
+  u32 in_rows;          // rows of `in`, with GATHER
   u32 first_block;      // blocks of packed rows left out before the first
   float eps;            // of the norm
 };
@@ -48,18 +48,20 @@ WRAPPER float4 columns(const Tile& tile, u32 token) {
   return lds(reinterpret_cast<const float4*>(tile.values + token * TILE_PITCH) + threadIdx.x % 32);
 }
 
-// How much of K a chunk of staged activations holds, how far ahead weights are loaded, and what that takes of shared memory.
-// Two blocks fit an SM up to 4 tiles, one with more. A chunk is short because the first one is waited for.
+// How much of K a chunk of staged activations holds, how far ahead weights are loaded, and what that takes of shared
+// memory. Two blocks fit an SM up to 4 tiles, one with more. A chunk is short because the first one is waited for.
 template <int NT>
 struct Staging {
   static constexpr u32 CHUNK = NT <= 8 ? 512 : 256;
   static constexpr u32 GROUPS = CHUNK / 32;
   static constexpr u32 PITCH = CHUNK * 2 + 64;  // bytes; 64 mod 128 keeps 16-byte reads of eight rows free of conflicts
   static constexpr u32 BYTES = NT * 8 * PITCH;
-  static constexpr int AHEAD = NT == 8 ? 8 : 4;  // groups: 64 KB in flight per SM, 32 KB with 16 tiles, where 8 would spill
+  // Groups: 64 KB in flight per SM, 32 KB with 16 tiles, where 8 groups would spill.
+  static constexpr int AHEAD = NT == 8 ? 8 : 4;
 };
 
-// Starts the copies of one chunk: `groups` groups of 32 k from column `k` on. Row r is source[r], or token + r without it.
+// Starts the copies of one chunk: `groups` groups of 32 k from column `k` on. Row r is source[r], or, without it, the
+// tile's r-th token.
 template <int NT>
 WRAPPER void stage(unsigned char* to, const Linear& l, const u32* source, const Tile& tile, u32 k, u32 groups) {
   typedef Staging<NT> S;

@@ -18,103 +18,6 @@ use dflash::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
 
-#[derive(Debug, Clone, Copy)]
-enum Kind {
-    Project,
-    Swiglu,
-    Qkv,
-    Head,
-    Inject,
-}
-
-const KINDS: [Kind; 5] = [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Head, Kind::Inject];
-
-impl Kind {
-    fn outputs(self) -> usize {
-        match self {
-            Kind::Project => 192,
-            Kind::Swiglu => 192,
-            Kind::Qkv => 256,
-            Kind::Head => 261,
-            Kind::Inject => 128,
-        }
-    }
-
-    /// Runs the kernel on the data's rows; everything a row has of its own (residual, position) is made from its first sum
-    /// of squares. Returns the bytes each row leaves.
-    fn run(self, device: &Emulator, data: &Data) -> Vec<Vec<u8>> {
-        let (rows, Shape { n, k }) = (data.rows(), data.shape);
-        let layer = data.upload(device, |r| r);
-        let own: Vec<f32> = data.sumsq.chunks(k.div_ceil(128)).map(|sums| sums[0]).collect();
-        let y = poisoned::<u16>(device, rows * n);
-        let sumsq = poisoned::<f32>(device, rows * n.div_ceil(128));
-        let gain = upload(device, &vec![0.75f32; n.max(128)]);
-        match self {
-            Kind::Project => {
-                let x: Vec<f32> = (0..rows * n).map(|i| own[i / n] + (i % n) as f32).collect();
-                let x = upload(device, &x);
-                let out = Projected { x: &x, y: &y, sumsq: &sumsq, gain: &gain, features: None };
-                Project { rows, n, k }.launch(device, &layer.input(false), &out).unwrap();
-                by_row(device, rows, &[&x, &y, &sumsq])
-            }
-            Kind::Swiglu => {
-                let kernel = Swiglu { rows, inner: n / 2, k };
-                let out = poisoned::<u16>(device, rows * n / 2);
-                kernel.launch(device, &layer.input(true), &out).unwrap();
-                by_row(device, rows, &[&out])
-            }
-            Kind::Head => {
-                let logits = poisoned::<f32>(device, rows * n);
-                let best = poisoned::<u64>(device, rows * n.div_ceil(128));
-                let kernel = Head { rows, vocab: n, k, multiplier: 0.5, softcap: Some(30.0) };
-                kernel.launch(device, &layer.input(true), &best, Some(&logits)).unwrap();
-                by_row(device, rows, &[&best, &logits])
-            }
-            Kind::Inject => {
-                let gather: Vec<u32> = (0..rows as u32).rev().collect();
-                let kernel = Inject { rows, n, k, feature_rows: rows };
-                let gather = upload(device, &gather);
-                kernel.launch(device, &layer.input(false), &gather, &y, &sumsq, &gain).unwrap();
-                let mut by_row = by_row(device, rows, &[&y, &sumsq]);
-                by_row.reverse();
-                by_row
-            }
-            Kind::Qkv => {
-                let places: Vec<u32> =
-                    (0..rows).flat_map(|r| [0, own[r].to_bits() % 200, r as u32, r as u32]).collect();
-                let pages = rows.div_ceil(64);
-                let mut cache = cache(1, rows, 2, 1, 64, true);
-                cache.rows = places;
-                cache.table = (0..pages as u32).collect();
-                cache.qkv = Qkv { k, pages, sequences: 1, sequence_pages: pages, ..cache.qkv };
-                let bytes = qkv(device, data, &cache);
-                let (queries, pages) = bytes.split_at(rows * 256);
-                let (keys, values) = pages.split_at(pages.len() / 2);
-                let row = |r: usize| {
-                    let chunk = |c: usize| r * 128 + (c ^ (r % 8)) * 16;
-                    let mut bytes = queries[r * 256..(r + 1) * 256].to_vec();
-                    for c in 0..8 {
-                        bytes.extend(&keys[chunk(c)..chunk(c) + 16]);
-                        bytes.extend(&values[chunk(c)..chunk(c) + 16]);
-                    }
-                    bytes
-                };
-                (0..rows).map(row).collect()
-            }
-        }
-    }
-}
-
-/// The bytes of each row in buffers `[rows][...]`.
-fn by_row(device: &Emulator, rows: usize, buffers: &[&Buffer]) -> Vec<Vec<u8>> {
-    let bytes: Vec<Vec<u8>> = buffers.iter().map(|b| bytes_of(device, b)).collect();
-    let row = |r: usize| {
-        let part = |b: &Vec<u8>| b[b.len() / rows * r..b.len() / rows * (r + 1)].to_vec();
-        bytes.iter().flat_map(part).collect()
-    };
-    (0..rows).map(row).collect()
-}
-
 #[test]
 fn a_rows_bits_do_not_depend_on_the_other_rows() {
     let all = [1, 2, 8, 16, 32, 64, 128, 131];
@@ -383,13 +286,15 @@ fn launches_that_do_not_fit_are_refused_with_a_sentence() {
     refused(more.launch(&device, &at.layer.workspace), "partial sums has 16 bytes, needs");
 
     let out = Projected { x: &small, y: &small, sumsq: &small, gain: &small, features: None };
-    refused(Project { rows: 1, n: 96, k: 96 }.launch(&device, &good, &out), "96 outputs");
+    let plain = at.layer.input(false);
+    refused(Project { rows: 1, n: 96, k: 96 }.launch(&device, &plain, &out), "96 outputs");
+    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &good, &out), "sums of squares");
     let out =
         Projected { features: Some((&small, 66)), x: &at.logits, y: &at.logits, gain: &at.logits, ..out };
-    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &good, &out), "features 66 apart");
+    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &plain, &out), "features 66 apart");
     refused(Swiglu { rows: 1, inner: 48, k: 96 }.launch(&device, &good, &small), "48 neurons");
     let inject = Inject { rows: 1, n: 64, k: 96, feature_rows: 0 };
-    refused(inject.launch(&device, &good, &small, &small, &small, &small), "0 rows of features");
+    refused(inject.launch(&device, &plain, &small, &small, &small, &small), "0 rows of features");
     let cache = cache(10, 1, 3, 1, 64, false);
     let places = Places {
         rows: &small,

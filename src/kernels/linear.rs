@@ -98,7 +98,7 @@ pub struct Input<'a> {
     /// `[rows][k]` bf16.
     pub x: &'a Buffer,
     /// Sums of squares of the residual stream behind `x`, `[rows][ceil(k / 128)]` f32: results are multiplied by
-    /// `1 / sqrt(sum / k + eps)`. `None`: by 1.
+    /// `1 / sqrt(sum / k + eps)`. `None`: by 1, which is all that [`super::project`] and [`super::inject`] do.
     pub sumsq: Option<&'a Buffer>,
     /// Of that norm, and of the head norms of the qkv kernel.
     pub eps: f32,
