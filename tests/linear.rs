@@ -139,6 +139,7 @@ fn swiglu_of_large_gates_is_zero_or_the_gate() {
         x: to_bf16(&x),
         sumsq: vec![0.0],
         live: 1,
+        prompt: false,
     };
     let place = |r: usize| if r < inner { Swiglu::places(r).0 } else { Swiglu::places(r - inner).1 };
     let device = Emulator::new();
@@ -227,8 +228,14 @@ fn the_best_logit_is_the_lowest_id_among_equals_and_says_where_none_is_finite() 
         }
         x[row * k] = 1.0;
         let one = to_bf16(&x[row * k..(row + 1) * k]);
-        let data =
-            Data { shape: Shape { n: vocab, k }, w: to_bf16(&w), x: one, sumsq: vec![k as f32], live: 1 };
+        let data = Data {
+            shape: Shape { n: vocab, k },
+            w: to_bf16(&w),
+            x: one,
+            sumsq: vec![k as f32],
+            live: 1,
+            prompt: false,
+        };
         let kernel = Head { rows: 1, vocab, k, multiplier: 1.0, softcap: None };
         let (best, logits) = head(&device, kernel, &data, true);
         let logits: Vec<f32> = from_bytes(&logits);
