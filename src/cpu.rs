@@ -159,6 +159,26 @@ impl Kv {
         Ok(Kv { keys: zeros(keys)?, values: zeros(values)?, tiles, heads: kv_heads, dims: head_dim })
     }
 
+    /// Makes room for `positions` in all and keeps the first `used`.
+    pub fn grow(&mut self, positions: usize, used: usize) -> crate::Result<()> {
+        if positions <= self.tiles * LANES {
+            return Ok(());
+        }
+        let mut grown = Kv::new(self.heads, self.dims, positions)?;
+        let tiles = used.div_ceil(LANES);
+        for (new, old, width) in [
+            (&mut grown.keys, &self.keys, self.dims * LANES),
+            (&mut grown.values, &self.values, self.dims.next_multiple_of(LANES) * LANES),
+        ] {
+            for h in 0..self.heads {
+                let old = &old[h * self.tiles * width..][..tiles * width];
+                new[h * grown.tiles * width..][..tiles * width].copy_from_slice(old);
+            }
+        }
+        *self = grown;
+        Ok(())
+    }
+
     /// Writes `k`, `v` `[rows][kv_heads * head_dim]` at positions `at..`.
     pub fn write(&mut self, at: usize, k: &[f32], v: &[f32]) {
         let (dims, wide) = (self.dims, self.dims.next_multiple_of(LANES));
