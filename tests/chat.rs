@@ -111,7 +111,7 @@ fn a_turn_runs_only_what_is_new() {
         let err = setting.chat("hello\n/stats\nand you?\n/stats\n").err;
         let [first, all, second, _]: [&str; 4] = err.lines().collect::<Vec<_>>().try_into().unwrap();
         assert!(first.starts_with("last answer: 20 tokens in ") && !first.contains("kept"), "{err}");
-        assert!(all.starts_with("1 answers: 20 tokens, "), "{err}");
+        assert!(all.starts_with("in all: 20 tokens in "), "{err}");
         // "user: hello assistant: ", the answer, and " user: and you? assistant: "
         let prompt = "user: hello assistant: ".len();
         assert_eq!(stat(first, " tokens, "), prompt);
@@ -463,7 +463,7 @@ fn ctrl_c_between_answers_ends_the_program() {
         let mut live = Live::new(["-n", "5"]);
         live.say(said);
         live.say("/stats");
-        while !live.error_line().starts_with(if said == "import os" { "1 answers" } else { "no answer" }) {}
+        while !live.error_line().starts_with(if said == "import os" { "in all" } else { "no answer" }) {}
         // The line comes just before the wait for the next.
         std::thread::sleep(Duration::from_millis(300));
         interrupt(&live.child);

@@ -62,7 +62,6 @@ pub struct Chat<'a> {
 /// Of all answers.
 #[derive(Default)]
 struct Totals {
-    answers: usize,
     tokens: usize,
     time: Duration,
     /// Tokens per round, of answers with a drafter.
@@ -196,7 +195,6 @@ impl<'a> Chat<'a> {
             Finish::Interrupted => ", interrupted".into(),
         };
         self.last = Some(self.session.summary(request, outcome) + &why);
-        self.all.answers += 1;
         self.all.tokens += outcome.tokens.len();
         self.all.time += outcome.prefill + outcome.decode;
         if request.block > 1 {
@@ -272,12 +270,13 @@ impl<'a> Chat<'a> {
         let Some(last) = &self.last else {
             return note("no answer yet");
         };
-        let Totals { answers, tokens, time, accepted, positions } = &self.all;
-        let rate = *tokens as f64 / time.as_secs_f64().max(1e-9);
+        let Totals { tokens, time, accepted, positions } = &self.all;
+        let time = time.as_secs_f64();
+        let rate = *tokens as f64 / time.max(1e-9);
         let tau = stats::tau(accepted).map_or(String::new(), |tau| format!(", acceptance length {tau:.2}"));
         note(&format!("last answer: {last}"));
         note(&format!(
-            "{answers} answers: {tokens} tokens, {rate:.0} tok/s{tau}; {positions} of {} positions in use",
+            "in all: {tokens} tokens in {time:.2} s, {rate:.0} tok/s{tau}; {positions} of {} positions in use",
             self.session.pair.target.config.stack.max_positions
         ));
     }

@@ -157,9 +157,9 @@ impl<'a> Writer<'a> {
 impl Listener for Writer<'_> {
     fn prefill(&mut self, done: usize) -> Flow {
         if let Some(bar) = &self.bar {
-            bar.set_position(done as u64);
-            if bar.length() == Some(done as u64) {
-                bar.finish_and_clear();
+            match bar.length() == Some(done as u64) {
+                true => bar.finish_and_clear(),
+                false => bar.set_position(done as u64),
             }
         }
         interrupt()
