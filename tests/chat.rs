@@ -335,6 +335,26 @@ fn a_conversation_that_the_template_refuses_goes_on_without_the_message() {
     assert_eq!(got.err, format!("dflash-gen: {file} refuses this conversation: not so\n"));
 }
 
+/// Caches grow with what is asked for; where there is no room the answer is not begun, and the next may be shorter.
+#[cfg(target_os = "linux")]
+#[test]
+fn too_little_memory_is_one_sentence() {
+    let target = support::Target { eos: vec![], max_positions: 16_000_000, ..Default::default() };
+    let pair = support::write_pair(&target, &Default::default());
+    let setting = Setting::new(Some(&pair), &["-n", "8"]);
+    let args = ["-c", "ulimit -v 3145728 && exec \"$0\" \"$@\"", program::BINARY, "--chat"].map(String::from);
+    let mut sh = std::process::Command::new("sh");
+    sh.args(args).args(&setting.flags).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = sh.spawn().unwrap();
+    let lines = b"hi\n/set max-tokens 15000000\nall\n/set max-tokens 8\nhi\n";
+    child.stdin.take().unwrap().write_all(lines).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let err = String::from_utf8(output.stderr).unwrap();
+    assert!(err.starts_with("dflash-gen: not enough memory: the KV cache of each layer needs "), "{err}");
+    assert_eq!((output.status.code(), err.lines().count()), (Some(0), 1));
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), setting.answers(&["hi", "hi"], &[]));
+}
+
 #[test]
 fn a_target_without_a_template_is_refused_by_name() {
     let pair = ascii_pair();
@@ -368,6 +388,19 @@ fn the_demo_pair_needs_no_template_of_the_users() {
 
 // ---- Ctrl-C and readers who leave ----
 
+/// The exit code. A conversation that goes on is a failure, not a wait without end.
+#[cfg(target_os = "linux")]
+fn code(child: &mut Child) -> Option<i32> {
+    for _ in 0..3000 {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code();
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child.kill().unwrap();
+    panic!("the conversation does not end");
+}
+
 /// A conversation whose other end is the test.
 #[cfg(target_os = "linux")]
 struct Live {
@@ -398,10 +431,14 @@ impl Live {
         line
     }
 
+    fn code(&mut self) -> Option<i32> {
+        code(&mut self.child)
+    }
+
     /// The exit code, once input ends.
     fn end(&mut self) -> Option<i32> {
         self.input = None;
-        self.child.wait().unwrap().code()
+        self.code()
     }
 }
 
@@ -453,7 +490,7 @@ fn ctrl_c_twice_ends_the_program() {
     // Pending signals of one kind are one: the second may have been lost in the first.
     std::thread::sleep(Duration::from_millis(300));
     interrupt(&live.child);
-    assert_eq!(live.child.wait().unwrap().code(), Some(130));
+    assert_eq!(live.code(), Some(130));
 }
 
 #[cfg(target_os = "linux")]
@@ -467,7 +504,7 @@ fn ctrl_c_between_answers_ends_the_program() {
         // The line comes just before the wait for the next.
         std::thread::sleep(Duration::from_millis(300));
         interrupt(&live.child);
-        assert_eq!(live.child.wait().unwrap().code(), Some(130), "after {said:?}");
+        assert_eq!(live.code(), Some(130), "after {said:?}");
     }
 }
 
@@ -498,7 +535,7 @@ fn a_reader_who_leaves_ends_the_conversation_quietly() {
     live.out.read_exact(&mut [0; 40]).unwrap();
     let Live { mut child, input, out, mut err } = live;
     drop(out);
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(code(&mut child), Some(0));
     drop(input);
     let mut said = String::new();
     err.read_to_string(&mut said).unwrap();
