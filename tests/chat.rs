@@ -13,6 +13,8 @@ use std::io::{BufRead, BufReader, Read, Write};
 #[cfg(target_os = "linux")]
 use std::process::{Child, ChildStdin, Stdio};
 #[cfg(target_os = "linux")]
+use std::sync::mpsc;
+#[cfg(target_os = "linux")]
 use std::time::Duration;
 
 /// A random pair, a token a character: printable ASCII only, so that what is said is tokenised as it was generated.
@@ -388,19 +390,6 @@ fn the_demo_pair_needs_no_template_of_the_users() {
 
 // ---- Ctrl-C and readers who leave ----
 
-/// The exit code. A conversation that goes on is a failure, not a wait without end.
-#[cfg(target_os = "linux")]
-fn code(child: &mut Child) -> Option<i32> {
-    for _ in 0..3000 {
-        if let Some(status) = child.try_wait().unwrap() {
-            return status.code();
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    child.kill().unwrap();
-    panic!("the conversation does not end");
-}
-
 /// A conversation whose other end is the test.
 #[cfg(target_os = "linux")]
 struct Live {
@@ -408,6 +397,8 @@ struct Live {
     input: Option<ChildStdin>,
     out: BufReader<std::process::ChildStdout>,
     err: BufReader<std::process::ChildStderr>,
+    /// Ends with the test.
+    _over: mpsc::Sender<()>,
 }
 
 #[cfg(target_os = "linux")]
@@ -418,7 +409,15 @@ impl Live {
         let mut child = command.spawn().unwrap();
         let (out, err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
         let input = child.stdin.take();
-        Live { child, input, out: BufReader::new(out), err: BufReader::new(err) }
+        // A conversation that does not end is a failure, not a wait without end.
+        let (_over, over) = mpsc::channel();
+        let id = child.id().to_string();
+        std::thread::spawn(move || {
+            if over.recv_timeout(Duration::from_secs(60)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                std::process::Command::new("kill").args(["-KILL", &id]).status().unwrap();
+            }
+        });
+        Live { child, input, out: BufReader::new(out), err: BufReader::new(err), _over }
     }
 
     fn say(&mut self, line: &str) {
@@ -432,7 +431,7 @@ impl Live {
     }
 
     fn code(&mut self) -> Option<i32> {
-        code(&mut self.child)
+        self.child.wait().unwrap().code()
     }
 
     /// The exit code, once input ends.
@@ -533,9 +532,9 @@ fn a_reader_who_leaves_ends_the_conversation_quietly() {
     let mut live = Live::new(["-n", "3000", "--ignore-eos"]);
     live.say("def main(");
     live.out.read_exact(&mut [0; 40]).unwrap();
-    let Live { mut child, input, out, mut err } = live;
+    let Live { mut child, input, out, mut err, _over } = live;
     drop(out);
-    assert_eq!(code(&mut child), Some(0));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
     drop(input);
     let mut said = String::new();
     err.read_to_string(&mut said).unwrap();
