@@ -158,7 +158,7 @@ fn clear_and_system_change_what_the_model_sees() {
     let setting = Setting::new(Some(&pair), &["-n", "10"]);
     let system = |text: &str| json!({"role": "system", "content": text});
     let user = json!({"role": "user", "content": "hello"});
-    let plain = line(text_of(&setting.record(&[user.clone()], &[])));
+    let plain = line(text_of(&setting.record(std::slice::from_ref(&user), &[])));
     let kind = line(text_of(&setting.record(&[system("Be kind."), user.clone()], &[])));
     let brief = line(text_of(&setting.record(&[system("Be brief."), user], &[])));
     assert!(plain != kind && kind != brief);
@@ -426,7 +426,7 @@ impl Live {
 
     fn error_line(&mut self) -> String {
         let mut line = String::new();
-        self.err.read_line(&mut line).unwrap();
+        assert_ne!(self.err.read_line(&mut line).unwrap(), 0, "stderr has ended");
         line
     }
 
