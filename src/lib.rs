@@ -8,14 +8,14 @@
 //! | [`text`] | tokenizer, streaming detokenising, stop strings |
 //! | `template` | chat templates as Hugging Face runs them |
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
-//! | [`cpu`], `simd` | the reference's arithmetic on all cores; the instruction sets underneath |
+//! | [`cpu`], `kv`, `simd` | the reference's arithmetic on all cores; its cache; the instruction sets underneath |
 //! | [`reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
 //! | [`device`] | memory, launches, graphs, events: what the engine needs of a device |
 //! | [`cuda`] | that device on a GPU, through the driver API |
 //! | `emulator` | that device on the host build of `cuda/*.cu`, for tests (feature `emulator`) |
 //! | [`kernels`] | one launcher per kernel: shapes, checks, bytes |
 //! | [`model`] | target and drafter on a device: a pass as an ordered list of launches |
-//! | [`engine`] | a request's life: prefill, rounds, stopping |
+//! | [`engine`] | a request's life: prefill, rounds, stopping; what it needs of a device |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
 
 pub mod config;
@@ -27,6 +27,7 @@ pub mod emulator;
 pub mod engine;
 mod json;
 pub mod kernels;
+mod kv;
 pub mod model;
 pub mod pair;
 pub mod reference;
