@@ -15,6 +15,7 @@
 //! | `emulator` | that device on the host build of `cuda/*.cu`, for tests (feature `emulator`) |
 //! | [`kernels`] | one launcher per kernel: shapes, checks, bytes |
 //! | [`model`] | target and drafter on a device: a pass as an ordered list of launches |
+//! | [`rounds`] | sequences on a device: pages, the captured round, the ring |
 //! | [`engine`] | a request's life: prefill, rounds, stopping; what it needs of a device |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
 
@@ -31,6 +32,7 @@ mod kv;
 pub mod model;
 pub mod pair;
 pub mod reference;
+pub mod rounds;
 mod simd;
 pub mod stats;
 mod template;
