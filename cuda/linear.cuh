@@ -102,9 +102,15 @@ WRAPPER float inverse_rms(const Linear& l, u32 row) {
   return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(sum, float(l.k)), l.eps)));
 }
 
-// Leaves this block's sums in `tile`; false where this block has no epilogue to run. By the whole block of 256.
-template <int NT, bool GATHER = false>
-WRAPPER bool multiply(const Linear& l, Tile& tile) {
+// An epilogue that needs nothing prepared.
+struct Nothing {
+  WRAPPER void operator()(const Tile&, u32) const {}
+};
+
+// Leaves this block's sums in `tile`; false where this block has no epilogue to run. By the whole block of 256. While
+// the first activations are on their way, one thread per token calls prepare(tile, token of the tile).
+template <int NT, bool GATHER = false, class Prepare = Nothing>
+WRAPPER bool multiply(const Linear& l, Tile& tile, Prepare prepare = Nothing()) {
   typedef Staging<NT> S;
   constexpr int U = S::AHEAD;
   DYNAMIC_SHARED(unsigned char, memory);
@@ -157,6 +163,7 @@ WRAPPER bool multiply(const Linear& l, Tile& tile) {
     const bool normed = l.sumsq && threadIdx.x < tile.tokens;
     sts(scale + threadIdx.x, normed ? inverse_rms(l, tile.token + threadIdx.x) : 1.0f);
   }
+  if (threadIdx.x >= 128 && threadIdx.x - 128 < tile.tokens) prepare(tile, threadIdx.x - 128);
   if (live == 0) {
     cp_async_wait_all();
     return false;

@@ -13,8 +13,11 @@
       const float *rope, u32 heads, u32 kv_heads, u32 head_dim, u32 query_rows, u32 pages, u32 sequences,             \
       u32 sequence_pages, u32 positions
 #define BODY(NT)                                                                                                      \
+  SHARED(Place, places, NT * 8);                                                                                      \
+  const Qkv qkv{rows, queries, keys, values, table, q_gain, k_gain, rope, heads, kv_heads, head_dim, query_rows,      \
+                pages, sequences, sequence_pages, positions};                                                         \
   Tile tile;                                                                                                          \
-  if (!multiply<NT>(LINEAR, tile)) return;                                                                            \
-  finish(LINEAR, Qkv{rows, queries, keys, values, table, q_gain, k_gain, rope, heads, kv_heads, head_dim, query_rows, \
-                     pages, sequences, sequence_pages, positions}, tile);
+  const auto place = [&](const Tile& t, u32 token) { sts(places + token, place_of(qkv, t.token + token)); };          \
+  if (!multiply<NT, false>(LINEAR, tile, place)) return;                                                              \
+  finish(LINEAR, qkv, places, tile);
 LINEAR_KERNELS(qkv, PARAMETERS, BODY)
