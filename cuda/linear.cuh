@@ -35,10 +35,16 @@ struct Linear {
 #define LINEAR \
   Linear { weights, in, gather, sumsq, partial, counters, live, m, n, k, slice, in_rows, first_block, eps }
 
+// Where a row's query, key and value go; NONE: nowhere.
+struct __align__(16) Place {
+  u32 position, query, page, slot;
+};
+
 // What a block hands to its epilogue: 128 columns, which are packed rows of W, for some tokens.
 struct Tile {
   const float* values;  // [tokens][TILE_PITCH] sums, shared memory
   const float* scale;   // [tokens] 1 / rms of the token's input, shared memory
+  Place* places;        // [tokens] what `prepare` of the qkv epilogue left, shared memory
   u32 token, tokens;    // first row of the pass, how many
   u32 row;              // packed row of column 0
 };
@@ -102,9 +108,14 @@ WRAPPER float inverse_rms(const Linear& l, u32 row) {
   return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(sum, float(l.k)), l.eps)));
 }
 
-// Leaves this block's sums in `tile`; false where this block has no epilogue to run. By the whole block of 256.
-template <int NT, bool GATHER>
-WRAPPER bool multiply(const Linear& l, Tile& tile) {
+// Most epilogues need nothing prepared.
+template <class Epilogue>
+WRAPPER void prepare(const Epilogue&, const Tile&, u32) {}
+
+// Leaves this block's sums in `tile`; false where this block has no epilogue to run. By the whole block of 256. While
+// the first activations are on their way, one thread per token calls prepare(epilogue, tile, token of the tile).
+template <int NT, bool GATHER, class Epilogue>
+WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
   typedef Staging<NT> S;
   constexpr int U = S::AHEAD;
   DYNAMIC_SHARED(unsigned char, memory);
@@ -157,6 +168,7 @@ WRAPPER bool multiply(const Linear& l, Tile& tile) {
     const bool normed = l.sumsq && threadIdx.x < tile.tokens;
     sts(scale + threadIdx.x, normed ? inverse_rms(l, tile.token + threadIdx.x) : 1.0f);
   }
+  if (threadIdx.x >= 128 && threadIdx.x - 128 < tile.tokens) prepare(epilogue, tile, threadIdx.x - 128);
   if (live == 0) {
     cp_async_wait_all();
     return false;
@@ -258,10 +270,13 @@ WRAPPER bool multiply(const Linear& l, Tile& tile) {
 }
 
 // One entry point per number of tokens, for the epilogue EPILOGUE_name with the parameters PARAMETERS_name.
-#define LINEAR_KERNEL(name, tokens, per_sm, gather)                                            \
-  KERNEL(256, per_sm, name##_##tokens, (LINEAR_PARAMETERS, PARAMETERS_##name)) {               \
-    Tile tile;                                                                                 \
-    if (multiply<tokens / 8, gather>(LINEAR, tile)) finish(LINEAR, EPILOGUE_##name, tile);     \
+#define LINEAR_KERNEL(name, tokens, per_sm, gather)                                   \
+  KERNEL(256, per_sm, name##_##tokens, (LINEAR_PARAMETERS, PARAMETERS_##name)) {      \
+    SHARED(Place, places, tokens);                                                    \
+    const auto epilogue = EPILOGUE_##name;                                            \
+    Tile tile;                                                                        \
+    tile.places = places;                                                             \
+    if (multiply<tokens / 8, gather>(LINEAR, tile, epilogue)) finish(LINEAR, epilogue, tile); \
   }
 #define LINEAR_KERNELS(name, gather)  \
   LINEAR_KERNEL(name, 8, 2, gather)   \

@@ -43,8 +43,7 @@ fn run(decoder: &mut dyn Decoder, request: &Request) -> Outcome {
 
 /// The held-out prompts of the demo pair, as tokens.
 fn prompts() -> Vec<Vec<u32>> {
-    let oracle: serde_json::Value =
-        serde_json::from_str(include_str!("data/oracle.json")).unwrap();
+    let oracle: serde_json::Value = serde_json::from_str(include_str!("data/oracle.json")).unwrap();
     let list = oracle["prompts"].as_array().or(oracle.as_array()).expect("a list of prompts");
     let ids = |p: &serde_json::Value| {
         p["prompt_ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()

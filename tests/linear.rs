@@ -175,10 +175,9 @@ fn ranks(logits: &[f32], vocab: usize) -> Vec<u64> {
 
 #[test]
 fn the_head_gives_logits_and_the_best_of_every_block() {
-    let vocabularies = if cfg!(feature = "sanitize") { [1, 17, 260, 261] } else { [1, 17, 2048, 2049] };
     let cases =
         [(1, 96, None, 1.0), (9, 640, Some(3.0), 0.5), (16, 64, None, 2.0), (33, 256, Some(30.0), 1.0)];
-    for (i, &vocab) in vocabularies.iter().enumerate() {
+    for (i, vocab) in [1, 17, 2048, 2049].into_iter().enumerate() {
         for (j, &(rows, k, softcap, multiplier)) in cases.iter().enumerate() {
             let data = Data::new((40 + i * 4 + j) as u64, rows, Shape { n: vocab, k });
             let kernel = Head { rows, vocab, k, multiplier, softcap };

@@ -20,8 +20,6 @@ use layer::*;
 
 #[test]
 fn a_rows_bits_do_not_depend_on_the_other_rows() {
-    let all = [1, 2, 8, 16, 32, 64, 128, 131];
-    let all = if cfg!(feature = "sanitize") { &all[..4] } else { &all[..] };
     for kind in KINDS {
         // One slice of K; four, the last of them shorter; eight.
         for (k, splits) in [(96, 1), (1056, 4), (2048, 8)] {
@@ -31,7 +29,7 @@ fn a_rows_bits_do_not_depend_on_the_other_rows() {
             let own = Data::new(1, 1, shape);
             let alone = kind.run(&Emulator::new(), &own).remove(0);
             let mut random = Random::new(2);
-            for &rows in all {
+            for rows in [1, 2, 8, 16, 32, 64, 128, 131] {
                 for (place, poisoned) in [(0, true), (rows - 1, false), (random.below(rows), true)] {
                     let mut data = Data { w: own.w.clone(), ..Data::new(3 + rows as u64, rows, shape) };
                     if poisoned {
@@ -60,7 +58,7 @@ fn schedules_and_threads_give_the_same_bits() {
         assert_written(&bits, &format!("{kind:?}"));
         let parallel = Emulator::new();
         parallel.set_threads(2);
-        for _ in 0..if cfg!(feature = "sanitize") { 1 } else { 5 } {
+        for _ in 0..5 {
             assert!(kind.run(&parallel, &data).concat() == bits, "{kind:?} on two threads");
         }
     }
@@ -153,9 +151,6 @@ fn counted(device: &Emulator) -> Counts {
 fn weights_are_read_once_per_pass_and_shared_memory_is_free_of_conflicts() {
     for kind in KINDS {
         for rows in [1, 16, 32, 64, 128, 256] {
-            if cfg!(feature = "sanitize") && rows > 16 {
-                continue;
-            }
             for k in [96, 1056] {
                 let shape = Shape { n: kind.outputs(), k };
                 let device = Emulator::new();
@@ -257,7 +252,7 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
     }
     assert_eq!(weights, 385_875_968);
     // Per mille of the weights, rounded up: qkv, o, gate and up, down.
-    assert_eq!((others, &percent[..]), (64_839_040, &[242, 274, 129, 175][..]));
+    assert_eq!((others, &percent[..]), (64_506_240, &[235, 274, 129, 175][..]));
     assert!(others * 4 <= weights);
 }
 
