@@ -262,8 +262,8 @@ pub trait Device: Send + Sync {
     /// As [`Device::copy`].
     fn fill(&self, to: &Buffer, byte: u8) -> Result<()>;
 
-    /// Promises that no kernel writes this memory any more, so that kernels may read it before their `grid_wait`. The
-    /// emulator holds kernels to it.
+    /// Promises that no kernel launched from now on writes this memory, so that kernels may read it before their
+    /// `grid_wait`; waits for those launched before. The emulator holds kernels to it.
     fn seal(&self, constant: &Buffer);
 
     /// Runs a kernel on `grid` blocks with `shared` bytes of dynamic shared memory.
@@ -273,7 +273,8 @@ pub trait Device: Send + Sync {
     /// wrong. A GPU reports a kernel's own failure at a later call.
     fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()>;
 
-    /// Records what `record` asks for instead of running it. Nothing in it may allocate, upload, download or wait.
+    /// Records what `record` asks for on this thread instead of running it; what other threads ask for runs. Nothing in it
+    /// may allocate, upload, download or wait.
     ///
     /// # Errors
     /// What `record` returned, or the driver's reason.

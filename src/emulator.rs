@@ -10,12 +10,13 @@ use crate::device::{
 };
 use crate::{Error, Result};
 use std::alloc::{Layout, alloc, dealloc};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::AddAssign;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 /// In which order the threads of a block, and the blocks of a launch, take their turns. In-order alone finds few missing
@@ -195,7 +196,8 @@ struct State {
     conflicts: bool,
     threads: usize,
     counts: BTreeMap<&'static str, Counts>,
-    recording: Option<Vec<Node>>,
+    /// The steps of each thread that captures a graph.
+    recording: HashMap<ThreadId, Vec<Node>>,
 }
 
 /// The emulated device.
@@ -257,7 +259,7 @@ impl Emulator {
                 conflicts: false,
                 threads: 1,
                 counts: BTreeMap::new(),
-                recording: None,
+                recording: HashMap::new(),
             }),
             running: Mutex::new(()),
         }
@@ -293,9 +295,9 @@ impl Emulator {
         self.kernels.keys().map(String::as_str)
     }
 
-    /// Adds a step to the graph being captured, if one is.
+    /// Adds a step to the graph that this thread captures, if it does.
     fn recorded(&self, node: impl FnOnce() -> Node) -> bool {
-        match &mut lock(&self.state).recording {
+        match lock(&self.state).recording.get_mut(&thread::current().id()) {
             Some(nodes) => {
                 nodes.push(node());
                 true
@@ -305,9 +307,9 @@ impl Emulator {
     }
 
     fn not_capturing(&self, what: &str) -> Result<()> {
-        match lock(&self.state).recording {
-            Some(_) => Err(Error::Internal(format!("{what} while a graph is captured"))),
-            None => Ok(()),
+        match lock(&self.state).recording.contains_key(&thread::current().id()) {
+            true => Err(Error::Internal(format!("{what} while a graph is captured"))),
+            false => Ok(()),
         }
     }
 
@@ -586,9 +588,10 @@ impl Device for Emulator {
 
     fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         self.not_capturing("a capture")?;
-        lock(&self.state).recording = Some(Vec::new());
+        let thread = thread::current().id();
+        lock(&self.state).recording.insert(thread, Vec::new());
         let result = record();
-        let nodes = lock(&self.state).recording.take().unwrap_or_default();
+        let nodes = lock(&self.state).recording.remove(&thread).unwrap_or_default();
         result.map(|()| Graph { nodes, replayable: Box::new(()) })
     }
 

@@ -19,21 +19,23 @@ fn prompt(data: &Data) -> Data {
 
 #[test]
 fn prompts_have_the_bits_of_blocks_where_k_is_not_split() {
-    let rows = if cfg!(feature = "sanitize") { &[5, 130][..] } else { &[1, 5, 127, 128, 129, 300][..] };
-    for kind in PROMPT_KINDS {
-        // Less than a stage, one, one and a half, several.
-        for k in [32, 64, 96, 160, 480] {
-            let shape = Shape { n: kind.outputs(), k };
-            assert_eq!(shape.slices().1, 1);
-            for &rows in rows {
-                let data = Data::new(rows as u64, rows, shape);
-                let block = kind.run(&Emulator::new(), &data);
-                let chunk = kind.run(&Emulator::new(), &prompt(&data));
-                assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
-                assert_written(&chunk.concat(), "the result");
+    every_device(|device| {
+        let rows = if cfg!(feature = "sanitize") { &[5, 130][..] } else { &[1, 5, 127, 128, 129, 300][..] };
+        for kind in PROMPT_KINDS {
+            // Less than a stage, one, one and a half, several.
+            for k in [32, 64, 96, 160, 480] {
+                let shape = Shape { n: kind.outputs(), k };
+                assert_eq!(shape.slices().1, 1);
+                for &rows in rows {
+                    let data = Data::new(rows as u64, rows, shape);
+                    let block = kind.run(device, &data);
+                    let chunk = kind.run(device, &prompt(&data));
+                    assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
+                    assert_written(&chunk.concat(), "the result");
+                }
             }
         }
-    }
+    });
 }
 
 #[test]
@@ -43,39 +45,42 @@ fn long_sums_of_prompts_equal_f64() {
         let (rows, n) = (150, 128);
         let data = prompt(&Data::new(1, rows, Shape { n, k }));
         let (x, gain) = (vec![0.0; rows * n], vec![1.0; n]);
-        let bytes = project(&Emulator::new(), &data, &x, &gain, 0);
-        let x: Vec<f32> = from_bytes(&bytes[..rows * n * 4]);
         let expected: Vec<f32> = data.product(false).into_iter().map(|v| v as f32).collect();
-        let error = relative_error(&x, &expected);
-        assert!(error < 1e-6, "K {k}: error {error:.2e}, expected below 1e-6");
+        let outcomes = bits_of_every_device(|device| project(device, &data, &x, &gain, 0));
+        for (bytes, bound) in outcomes.iter().zip([1e-6, 2e-5]) {
+            let error = relative_error(&from_bytes(&bytes[..rows * n * 4]), &expected);
+            assert!(error < bound, "K {k}: error {error:.2e}, expected below {bound:.0e}");
+        }
     }
 }
 
 #[test]
 fn a_prompt_rows_bits_do_not_depend_on_the_other_rows() {
-    for kind in PROMPT_KINDS {
-        let (k, rows) = (1056, 140);
-        let shape = Shape { n: kind.outputs(), k };
-        let parts = k.div_ceil(128);
-        let own = prompt(&Data::new(1, 1, shape));
-        let alone = kind.run(&Emulator::new(), &own).remove(0);
-        for place in [0, 77, 127, 128, rows - 1] {
-            let mut data = prompt(&Data { w: own.w.clone(), ..Data::new(2, rows, shape) });
-            data.x.fill(0x7fc1);
-            data.sumsq.fill(f32::NAN);
-            data.x[place * k..(place + 1) * k].copy_from_slice(&own.x);
-            data.sumsq[place * parts..(place + 1) * parts].copy_from_slice(&own.sumsq);
-            let bits = kind.run(&Emulator::new(), &data).remove(place);
-            assert!(bits == alone, "{kind:?}: row {place} of {rows}");
+    every_device(|device| {
+        for kind in PROMPT_KINDS {
+            let (k, rows) = (1056, 140);
+            let shape = Shape { n: kind.outputs(), k };
+            let parts = k.div_ceil(128);
+            let own = prompt(&Data::new(1, 1, shape));
+            let alone = kind.run(device, &own).remove(0);
+            for place in [0, 77, 127, 128, rows - 1] {
+                let mut data = prompt(&Data { w: own.w.clone(), ..Data::new(2, rows, shape) });
+                data.x.fill(0x7fc1);
+                data.sumsq.fill(f32::NAN);
+                data.x[place * k..(place + 1) * k].copy_from_slice(&own.x);
+                data.sumsq[place * parts..(place + 1) * parts].copy_from_slice(&own.sumsq);
+                let bits = kind.run(device, &data).remove(place);
+                assert!(bits == alone, "{kind:?}: row {place} of {rows}");
+            }
         }
-    }
+    });
 }
 
 #[test]
 fn schedules_and_threads_give_the_same_bits() {
     for kind in PROMPT_KINDS {
         let data = prompt(&Data::new(5, 20, Shape { n: kind.outputs(), k: 288 }));
-        let bits = five_schedules(|device| kind.run(device, &data).concat());
+        let bits = bits_of_every_device(|device| kind.run(device, &data).concat()).remove(0);
         let parallel = Emulator::new();
         parallel.set_threads(2);
         parallel.set_schedule(Schedule::GreedyDown);
