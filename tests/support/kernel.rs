@@ -15,7 +15,10 @@ pub fn gpu() -> Option<&'static dyn Device> {
     static GPU: OnceLock<Option<Cuda>> = OnceLock::new();
     // The driver does not start inside AddressSanitizer's map of the memory.
     let open = || if cfg!(feature = "sanitize") { None } else { Cuda::open(0).ok() };
-    GPU.get_or_init(open).as_ref().map(|gpu| gpu as &dyn Device)
+    let gpu = GPU.get_or_init(open).as_ref()?;
+    // Shown where a test fails; tools/gpu-check.sh counts it.
+    println!("on {}", gpu.properties().name);
+    Some(gpu)
 }
 
 /// Runs `test` on an emulator, then on the GPU.
@@ -29,8 +32,6 @@ pub fn every_device_in_turn(turn: usize, mut test: impl FnMut(&dyn Device)) {
     device.set_schedule(Schedule::ALL[turn % 5]);
     test(&device);
     if let Some(gpu) = gpu() {
-        // Shown where the test fails.
-        println!("on {}", gpu.properties().name);
         test(gpu);
     }
 }
@@ -40,7 +41,6 @@ pub fn every_device_in_turn(turn: usize, mut test: impl FnMut(&dyn Device)) {
 pub fn bits_of_every_device(test: impl Fn(&dyn Device) -> Vec<u8>) -> Vec<Vec<u8>> {
     let mut all = vec![five_schedules(|device| test(device))];
     if let Some(gpu) = gpu() {
-        println!("on {}", gpu.properties().name);
         let bytes = test(gpu);
         assert_same("a second run on the GPU", &test(gpu), &bytes);
         all.push(bytes);
