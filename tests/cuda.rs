@@ -7,6 +7,7 @@ use dflash::cuda::Cuda;
 use dflash::device::Device;
 use dflash::kernels::embedding::Embedding;
 use kernel::*;
+use std::sync::Barrier;
 use std::time::Instant;
 
 /// Fails where all other tests pass without a GPU: a run that means to use one begins with this.
@@ -90,34 +91,49 @@ fn a_capture_refuses_what_cannot_be_replayed_and_leaves_the_device_usable() {
     });
 }
 
-/// Each thread with buffers and a graph of its own, all on one device.
+/// Half of the threads are in the middle of a capture while the other half works, in turns.
 #[test]
 fn threads_share_a_device_and_capture_only_their_own_work() {
+    const THREADS: usize = 8;
     let (hidden, vocab) = (64, 50);
     let table = Random::new(1).bf16(vocab * hidden, 1.0);
+    let meet = Barrier::new(THREADS);
     let work = |device: &dyn Device, own: usize| {
         let table_on = constant(device, &table);
         for turn in 0..20 {
             let rows = 1 + (own + turn) % 7;
             let ids: Vec<u32> = (0..rows).map(|row| ((own * 7 + turn + row) % vocab) as u32).collect();
             let tokens = poisoned::<u32>(device, rows);
-            let (out, copied) =
-                (poisoned::<f32>(device, rows * hidden), poisoned::<f32>(device, rows * hidden));
+            let [out, copied] = [(); 2].map(|()| poisoned::<f32>(device, rows * hidden));
             let kernel = Embedding { rows, hidden, vocab, packed: false, scale: 1.0 };
-            let mut record = || {
-                kernel.launch(device, &out, &table_on, &tokens)?;
-                device.copy(&copied, &out)
-            };
-            let graph = device.capture(&mut record).unwrap();
-            assert_eq!(graph.nodes.len(), 2);
-            device.upload(&tokens, &to_bytes(&ids)).unwrap();
-            device.replay(&graph).unwrap();
+            let launch = || kernel.launch(device, &out, &table_on, &tokens);
+            let set = || device.upload(&tokens, &to_bytes(&ids));
+            // Nobody fails between the two meetings: the others would wait forever.
+            if (own + turn) % 2 == 0 {
+                let graph = device.capture(&mut || {
+                    let launched = launch();
+                    meet.wait();
+                    meet.wait();
+                    launched.and_then(|()| device.copy(&copied, &out))
+                });
+                let graph = graph.unwrap();
+                assert_eq!(graph.nodes.len(), 2);
+                set().and_then(|()| device.replay(&graph)).unwrap();
+            } else {
+                meet.wait();
+                let done = set().and_then(|()| launch()).and_then(|()| device.copy(&copied, &out));
+                let waited = device.synchronize();
+                meet.wait();
+                done.and(waited).unwrap();
+            }
             let expected: Vec<u16> =
                 ids.iter().flat_map(|&id| table[id as usize * hidden..][..hidden].to_vec()).collect();
-            assert_eq!(download::<f32>(device, &copied), from_bf16(&expected));
+            let right = download::<f32>(device, &copied) == from_bf16(&expected);
+            assert!(right, "thread {own}, turn {turn}");
         }
     };
     every_device(|device| {
-        std::thread::scope(|scope| (0..8).for_each(|own| drop(scope.spawn(move || work(device, own)))));
+        let work = &work;
+        std::thread::scope(|scope| (0..THREADS).for_each(|own| drop(scope.spawn(move || work(device, own)))));
     });
 }
