@@ -109,7 +109,7 @@ fn threads_share_a_device_and_capture_only_their_own_work() {
             let launch = || kernel.launch(device, &out, &table_on, &tokens);
             let set = || device.upload(&tokens, &to_bytes(&ids));
             // Nobody fails between the two meetings: the others would wait forever.
-            if (own + turn) % 2 == 0 {
+            if (own + turn).is_multiple_of(2) {
                 let graph = device.capture(&mut || {
                     let launched = launch();
                     meet.wait();
