@@ -14,6 +14,8 @@
 //! | [`cuda`] | that device on a GPU, through the driver API |
 //! | `emulator` | that device on the host build of `cuda/*.cu`, for tests (feature `emulator`) |
 //! | [`kernels`] | one launcher per kernel: shapes, checks, bytes |
+//! | [`load`] | weights from checkpoints to a device |
+//! | [`memory`] | what a pair holds on a device, and how much that is |
 //! | [`model`] | target and drafter on a device: a pass as an ordered list of launches |
 //! | [`engine`] | a request's life: prefill, rounds, stopping |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
@@ -27,6 +29,8 @@ pub mod emulator;
 pub mod engine;
 mod json;
 pub mod kernels;
+pub mod load;
+pub mod memory;
 pub mod model;
 pub mod pair;
 pub mod reference;

@@ -88,6 +88,11 @@ impl Workspace {
         device.fill(&counters, 0)?;
         Ok(Workspace { partial, counters })
     }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        self.partial.bytes() + self.counters.bytes()
+    }
 }
 
 /// What every linear kernel reads.
