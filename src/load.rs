@@ -347,7 +347,9 @@ fn to_f32(dtype: Dtype, bytes: &[u8], out: &mut Vec<u8>) -> std::result::Result<
 
 /// `bytes` as bf16, rounded to nearest, ties to even.
 fn to_bf16(dtype: Dtype, bytes: &[u8], out: &mut Vec<u8>) -> std::result::Result<(), usize> {
-    convert(dtype, bytes, out, BEYOND_BF16, |x| (((x + 0x7fff + (x >> 16 & 1)) >> 16) as u16).to_le_bytes())
+    // Below the limit nothing wraps; a check for it would keep the loop from becoming vectors.
+    let round = |x: u32| (x.wrapping_add(0x7fff).wrapping_add(x >> 16 & 1) >> 16) as u16;
+    convert(dtype, bytes, out, BEYOND_BF16, |x| round(x).to_le_bytes())
 }
 
 /// What `put` makes of the bits of each element as f32, magnitudes below `limit`.
@@ -363,7 +365,10 @@ fn convert<const N: usize>(
     let blocks = bytes.chunks(BLOCK * dtype.size()).zip(out.chunks_mut(BLOCK * N));
     for (number, (block, out)) in blocks.enumerate() {
         let wide = &mut wide[..block.len() / dtype.size()];
-        widen(block, dtype, wide);
+        match dtype {
+            Dtype::F16 => wide.iter_mut().zip(block.chunks_exact(2)).for_each(|(x, b)| *x = f16(b)),
+            _ => widen(block, dtype, wide),
+        }
         let bad = |x: &f32| x.to_bits() & 0x7fff_ffff >= limit;
         if wide.iter().fold(false, |any, x| any | bad(x)) {
             return Err(number * BLOCK + wide.iter().position(bad).unwrap_or(0));
@@ -371,6 +376,16 @@ fn convert<const N: usize>(
         out.chunks_exact_mut(N).zip(wide).for_each(|(to, x)| to.copy_from_slice(&put(x.to_bits())));
     }
     Ok(())
+}
+
+/// f16 as f32, without a branch so that a loop of it becomes vectors.
+fn f16(b: &[u8]) -> f32 {
+    let bits = u32::from(u16::from_le_bytes([b[0], b[1]]));
+    let magnitude = bits & 0x7fff;
+    // Exponents are 112 apart; the product makes normal numbers of subnormal ones.
+    let finite = (f32::from_bits(magnitude << 13) * f32::from_bits((112 + 127) << 23)).to_bits();
+    let special = if magnitude >= 0x7c00 { INFINITE } else { 0 };
+    f32::from_bits(finite | special | (bits & 0x8000) << 16)
 }
 
 /// The sentence for element `at` of a tensor, which is element `within` of `bytes`.
