@@ -192,8 +192,8 @@ impl<'a> Loader<'a> {
     /// Fills every buffer. `progress` hears how many bytes of how many have been read and sent, first and last too.
     ///
     /// # Errors
-    /// [`Error::Model`] with file and tensor for a file that became shorter or cannot be read, for a NaN or an infinity,
-    /// and for a number beyond the range of bf16; else what the device says.
+    /// [`Error::Model`] with file and tensor for a file that became shorter or cannot be read, for a NaN or an
+    /// infinity, and for a number beyond the range of bf16; else what the device says.
     pub fn run(mut self, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
         let total = self.file_bytes();
         let mut done = 0;

@@ -1,5 +1,5 @@
-//! What a pair holds on a device, allocated in one order by one function: on a device, or on a [`Ledger`] that only counts.
-//! Its sizes are therefore known before the first byte of weights is read, and exact.
+//! What a pair holds on a device, allocated in one order by one function: on a device, or on a [`Ledger`] that only
+//! counts. Its sizes are therefore known before the first byte of weights is read, and exact.
 
 use crate::config;
 use crate::device::{Arg, Buffer, Device, Event, Graph, Kernel, Memory, Pinned, Properties};

@@ -25,8 +25,8 @@ pub struct Mapped {
 }
 
 impl Bytes {
-    /// Copies the bytes from `at` on, from the file itself: one that became shorter is an error, where a look through its
-    /// mapping would end the program.
+    /// Copies the bytes from `at` on, from the file itself: one that became shorter is an error, where a look through
+    /// its mapping would end the program.
     fn read(&self, at: usize, to: &mut [u8]) -> io::Result<()> {
         match self {
             Bytes::Mapped(mapped) => mapped.file.read_exact_at(to, at as u64),

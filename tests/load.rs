@@ -249,8 +249,8 @@ fn the_plan_is_what_is_allocated() {
     }
 }
 
-/// Weights are in device memory once: their lines are what the tensors take as bf16 (vectors f32, rows padded to 16) and
-/// the rotations.
+/// Weights are in device memory once: their lines are what the tensors take as bf16 (vectors f32, rows padded to 16)
+/// and the rotations.
 #[test]
 fn no_weight_is_held_twice() {
     for (what, _files, pair) in &pairs() {
@@ -341,12 +341,12 @@ fn high_water() -> usize {
 #[test]
 #[ignore = "measures its whole process"]
 #[cfg(target_os = "linux")]
-fn loading_two_gigabytes_alone() {
+fn loading_a_gigabyte_alone() {
     let dir = tempfile::tempdir().unwrap();
     for (dtype, size) in [("BF16", 2), ("F16", 2), ("F32", 4)] {
         sparse(
             dir.path(),
-            &[("a", 1 << 14, 1 << 14), ("b", 2, 100 << 20), ("c", 1 << 13, 1 << 13)],
+            &[("a", 1 << 13, 1 << 14), ("b", 2, 50 << 20), ("c", 1 << 12, 1 << 13)],
             dtype,
             size,
         );
@@ -355,10 +355,10 @@ fn loading_two_gigabytes_alone() {
         for time in ["first", "second"] {
             let device = Ledger::new();
             let mut loader = Loader::new(&device, &file);
-            let layer = Shape { n: 1 << 15, k: 1 << 14 };
-            loader.packed(layer, &[("a".into(), 1 << 14, Rows::Gates)]).unwrap();
-            loader.packed(Shape { n: 2, k: 100 << 20 }, &[("b".into(), 2, Rows::From(0))]).unwrap();
-            loader.table("c", 1 << 13, 1 << 13).unwrap();
+            let layer = Shape { n: 1 << 14, k: 1 << 14 };
+            loader.packed(layer, &[("a".into(), 1 << 13, Rows::Gates)]).unwrap();
+            loader.packed(Shape { n: 2, k: 50 << 20 }, &[("b".into(), 2, Rows::From(0))]).unwrap();
+            loader.table("c", 1 << 12, 1 << 13).unwrap();
             fs::write("/proc/self/clear_refs", "5").unwrap();
             let (before, bytes, start) = (high_water(), loader.file_bytes(), std::time::Instant::now());
             loader.run(&mut nobody).unwrap();
@@ -366,7 +366,9 @@ fn loading_two_gigabytes_alone() {
             let rate = bytes as f64 / seconds / 1e9;
             println!("{dtype} {time}: {} MiB at {rate:.1} GB/s, {} MiB more", bytes >> 20, grown >> 20);
             // The pieces, one converted piece, and what threads and channels take.
-            assert!(grown <= (PIECES + 1) * PIECE + (8 << 20), "{dtype}: {grown} bytes");
+            // AddressSanitizer keeps a shadow, and what was freed for a while.
+            let other = if cfg!(feature = "sanitize") { 64 << 20 } else { 8 << 20 };
+            assert!(grown <= (PIECES + 1) * PIECE + other, "{dtype}: {grown} bytes");
             assert!(high_water() < 512 << 20);
         }
     }
@@ -376,7 +378,7 @@ fn loading_two_gigabytes_alone() {
 #[cfg(target_os = "linux")]
 fn the_host_holds_a_few_pieces_whatever_the_model() {
     let out = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "loading_two_gigabytes_alone", "--ignored", "--nocapture"])
+        .args(["--exact", "loading_a_gigabyte_alone", "--ignored", "--nocapture"])
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
@@ -555,7 +557,7 @@ fn a_bad_weight_in_any_tensor_of_a_pair_is_named_and_all_memory_comes_back() {
         let good =
             if of_target { support::target_tensors(&spec) } else { support::drafter_tensors(&spec, &draft) };
         let shards = if of_target { 2 } else { 1 };
-        for spoiled in 0..good.len() {
+        for spoiled in (0..good.len()).step_by(if cfg!(feature = "sanitize") { 7 } else { 1 }) {
             let mut tensors = good.clone();
             let last = tensors[spoiled].values.len() - 1;
             tensors[spoiled].values[last] = f32::NAN;
