@@ -418,6 +418,7 @@ struct Attention {
     __syncthreads();
     if (threadIdx.x == 0) {
       const bool mine = atomicAdd(counter, 1u) + 1 == count;
+      __threadfence();
       if (mine) st(counter, 0u);
       sts(last, u32(mine));
     }

@@ -9,7 +9,7 @@
 
 KERNEL(256, 4, embedding,
        (float* out,           // [rows][hidden]
-        const u16* table,     // [vocab][hidden] bf16, or packed [ceil(vocab / 16)][hidden / 32][half 2][kblock 4][row 8][8]
+        const u16* table,     // [vocab][hidden] bf16, or [ceil(vocab / 16)][hidden / 32][half 2][kblock 4][row 8][8]
         const u32* tokens,    // [rows]
         u32 hidden, u32 vocab,
         u32 packed,           // 1: the table is an LM head's weights
@@ -22,7 +22,11 @@ KERNEL(256, 4, embedding,
   for (u32 i = threadIdx.x; i < hidden / 8; i += blockDim.x) {
     uint4 v = make_uint4(0, 0, 0, 0);
     if (known) v = ld_stream(table + (packed ? packed_offset(token, i, hidden) : size_t(token) * hidden + i * 8));
-    st(to + i * 2, make_float4(low_f32(v.x) * scale, high_f32(v.x) * scale, low_f32(v.y) * scale, high_f32(v.y) * scale));
-    st(to + i * 2 + 1, make_float4(low_f32(v.z) * scale, high_f32(v.z) * scale, low_f32(v.w) * scale, high_f32(v.w) * scale));
+    const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const u32 a = pairs[j * 2], b = pairs[j * 2 + 1];
+      st(to + i * 2 + j, make_float4(low_f32(a) * scale, high_f32(a) * scale, low_f32(b) * scale, high_f32(b) * scale));
+    }
   }
 }

@@ -1,5 +1,5 @@
-// What is done with the sums of a linear layer, a tile of tokens x 128 packed rows of W at a time: by the whole block, a warp
-// per token, a lane per four neighbouring columns. None of it knows which main loop left the tile.
+// What is done with the sums of a linear layer, a tile of tokens x 128 packed rows of W at a time: by the whole block,
+// a warp per token, a lane per four neighbouring columns. None of it knows which main loop left the tile.
 //
 // Products and sums that could be contracted in two ways name the one they mean, so that every instance rounds alike.
 #pragma once
@@ -39,27 +39,38 @@ struct Project {
 #define PARAMETERS_inject u16 *y, float *sumsq_out, const float *gain
 #define EPILOGUE_inject Project{nullptr, y, sumsq_out, gain, nullptr, 0}
 WRAPPER void finish(const Linear& l, const Project& p, const Tile& tile) {
-  const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4, parts = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, column = tile.row + lane * 4;
+  const u32 parts = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const bool inside = column < l.n;
   float4 gain = make_float4(0, 0, 0, 0);
   if (inside) gain = ld(reinterpret_cast<const float4*>(p.gain + column));
-  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
-    const size_t row = tile.token + i;
-    float4 v = columns(tile, i);
-    float square = 0;
-    if (inside) {
-      if (p.x) {
-        float4* x = reinterpret_cast<float4*>(p.x + row * l.n + column);
-        const float4 old = ld(x);
-        v = make_float4(old.x + v.x, old.y + v.y, old.z + v.z, old.w + v.w);
-        st(x, v);
-      }
-      square = squares(v);
-      st(reinterpret_cast<uint2*>(p.y + row * l.n + column), pack4(times(v, gain)));
-      if (p.features) st(reinterpret_cast<uint2*>(p.features + row * p.feature_pitch + column), pack4(v));
+  // Two tokens at a time, whose residuals arrive together.
+  for (u32 first = threadIdx.x / 32; first < tile.tokens; first += warps * 2) {
+    float4 old[2];
+#pragma unroll
+    for (u32 j = 0; j < 2; j++) {
+      const u32 i = first + j * warps;
+      old[j] = make_float4(0, 0, 0, 0);
+      if (!p.x || !inside || i >= tile.tokens) continue;
+      old[j] = ld(reinterpret_cast<const float4*>(p.x + size_t(tile.token + i) * l.n + column));
     }
-    square = lane_sum(square, 32);
-    if (lane == 0) st(p.sumsq + row * parts + tile.row / BLOCK_ROWS, square);
+#pragma unroll
+    for (u32 j = 0; j < 2; j++) {
+      const u32 i = first + j * warps;
+      if (i >= tile.tokens) break;
+      const size_t row = tile.token + i;
+      float4 v = columns(tile, i);
+      float square = 0;
+      if (inside) {
+        v = make_float4(old[j].x + v.x, old[j].y + v.y, old[j].z + v.z, old[j].w + v.w);
+        square = squares(v);
+        if (p.x) st(reinterpret_cast<float4*>(p.x + row * l.n + column), v);
+        st(reinterpret_cast<uint2*>(p.y + row * l.n + column), pack4(times(v, gain)));
+        if (p.features) st(reinterpret_cast<uint2*>(p.features + row * p.feature_pitch + column), pack4(v));
+      }
+      square = lane_sum(square, 32);
+      if (lane == 0) st(p.sumsq + row * parts + tile.row / BLOCK_ROWS, square);
+    }
   }
 }
 
@@ -90,8 +101,8 @@ WRAPPER void finish(const Linear& l, const Swiglu& p, const Tile& tile) {
   }
 }
 
-// Queries, keys and values: norm of each query and key head, RoPE, and to their places. Packed rows are the query heads, the
-// key heads, the value heads. A head is 32 or 16 lanes.
+// Queries, keys and values: norm of each query and key head, RoPE, and to their places. Packed rows are the query
+// heads, the key heads, the value heads. A head is 32 or 16 lanes.
 struct Qkv {
   const Row* rows;      // [m]
   u16* queries;         // [queries][heads][head_dim] bf16
@@ -111,50 +122,75 @@ struct Qkv {
   const Row *rows, u16 *queries, u16 *keys, u16 *values, const u32 *table, const float *q_gain, const float *k_gain,  \
       const float *rope, u32 heads, u32 kv_heads, u32 head_dim, u32 query_rows, u32 pages, u32 sequences,             \
       u32 sequence_pages, u32 positions
-#define EPILOGUE_qkv                                                                                                          \
-  Qkv {                                                                                                              \
+#define EPILOGUE_qkv                                                                                                   \
+  Qkv {                                                                                                                \
     rows, queries, keys, values, table, q_gain, k_gain, rope, heads, kv_heads, head_dim, query_rows, pages, sequences, \
-        sequence_pages, positions                                                                                    \
+        sequence_pages, positions                                                                                      \
   }
+// A token's place, checked.
+WRAPPER void prepare(const Qkv& p, const Tile& tile, u32 token) {
+  const Row row = ld(p.rows + tile.token + token);
+  const bool known = row.sequence < p.sequences;
+  Place to{min(row.position, p.positions - 1), NONE, NONE, row.slot};
+  if (known && row.query < p.query_rows) to.query = row.query;
+  if (known && row.slot / PAGE < p.sequence_pages) {
+    const u32 page = ld(p.table + size_t(row.sequence) * p.sequence_pages + row.slot / PAGE);
+    if (page < p.pages) to.page = page;
+  }
+  sts(tile.places + token, to);
+}
 WRAPPER void finish(const Linear& l, const Qkv& p, const Tile& tile) {
-  const u32 lane = threadIdx.x % 32, width = p.head_dim / 4, half = p.head_dim / 2;
+  const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, width = p.head_dim / 4, half = p.head_dim / 2;
   const u32 head = (tile.row + lane * 4) / p.head_dim, d = lane * 4 % p.head_dim;
   const bool query = head < p.heads, turned = head < p.heads + p.kv_heads, inside = head < p.heads + 2 * p.kv_heads;
   const float* gains = query ? p.q_gain : turned ? p.k_gain : nullptr;
   float4 gain = make_float4(1, 1, 1, 1);
   if (gains) gain = ld(reinterpret_cast<const float4*>(gains + d));
-  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
-    const Row row = ld(p.rows + tile.token + i);
-    float4 v = times(columns(tile, i), lds(tile.scale + i));
-    const float mean = __fdiv_rn(lane_sum(squares(v), width), float(p.head_dim));
-    if (gains) v = times(times(v, __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, l.eps)))), gain);
-    float4 pair;
-    pair.x = __shfl_xor_sync(0xffffffffu, v.x, int(width / 2));
-    pair.y = __shfl_xor_sync(0xffffffffu, v.y, int(width / 2));
-    pair.z = __shfl_xor_sync(0xffffffffu, v.z, int(width / 2));
-    pair.w = __shfl_xor_sync(0xffffffffu, v.w, int(width / 2));
-    if (turned) {
-      const float* angles = p.rope + size_t(min(row.position, p.positions - 1)) * p.head_dim + d % half;
-      const float4 c = ld(reinterpret_cast<const float4*>(angles));
-      const float4 s = times(ld(reinterpret_cast<const float4*>(angles + half)), d < half ? -1.0f : 1.0f);
-      v.x = __fmaf_rn(v.x, c.x, __fmul_rn(pair.x, s.x));
-      v.y = __fmaf_rn(v.y, c.y, __fmul_rn(pair.y, s.y));
-      v.z = __fmaf_rn(v.z, c.z, __fmul_rn(pair.z, s.z));
-      v.w = __fmaf_rn(v.w, c.w, __fmul_rn(pair.w, s.w));
+  // Two tokens at a time, whose angles arrive together.
+  for (u32 first = threadIdx.x / 32; first < tile.tokens; first += warps * 2) {
+    float4 c[2], s[2];
+#pragma unroll
+    for (u32 j = 0; j < 2; j++) {
+      c[j] = make_float4(1, 1, 1, 1), s[j] = make_float4(0, 0, 0, 0);
+      const u32 i = first + j * warps;
+      if (i >= tile.tokens || !turned) continue;
+      const float* angles = p.rope + size_t(lds(&tile.places[i].position)) * p.head_dim + d % half;
+      c[j] = ld(reinterpret_cast<const float4*>(angles));
+      s[j] = ld(reinterpret_cast<const float4*>(angles + half));
     }
-    const uint2 low = pack4(v);
-    const uint2 high = make_uint2(__shfl_xor_sync(0xffffffffu, low.x, 1), __shfl_xor_sync(0xffffffffu, low.y, 1));
-    if (lane % 2 || !inside || row.sequence >= p.sequences) continue;
-    const uint4 chunk = make_uint4(low.x, low.y, high.x, high.y);
-    if (query) {
-      if (row.query < p.query_rows) st128(p.queries + (size_t(row.query) * p.heads + head) * p.head_dim + d, chunk);
-    } else if (row.slot / PAGE < p.sequence_pages) {
-      const u32 page = ld(p.table + size_t(row.sequence) * p.sequence_pages + row.slot / PAGE);
-      if (page >= p.pages) continue;
-      const u32 kv_head = head - (turned ? p.heads : p.heads + p.kv_heads);
-      const size_t at = (size_t(page) * p.kv_heads + kv_head) * (PAGE * p.head_dim * 2);
-      char* to = reinterpret_cast<char*>(turned ? p.keys : p.values) + at;
-      st128(to + page_offset(row.slot, d / 8, p.head_dim), chunk);
+#pragma unroll
+    for (u32 j = 0; j < 2; j++) {
+      const u32 i = first + j * warps;
+      if (i >= tile.tokens) break;
+      float4 v = times(columns(tile, i), lds(tile.scale + i));
+      const float mean = __fdiv_rn(lane_sum(squares(v), width), float(p.head_dim));
+      if (gains) v = times(times(v, __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, l.eps)))), gain);
+      float4 pair;
+      pair.x = __shfl_xor_sync(0xffffffffu, v.x, int(width / 2));
+      pair.y = __shfl_xor_sync(0xffffffffu, v.y, int(width / 2));
+      pair.z = __shfl_xor_sync(0xffffffffu, v.z, int(width / 2));
+      pair.w = __shfl_xor_sync(0xffffffffu, v.w, int(width / 2));
+      if (turned) {
+        pair = times(pair, times(s[j], d < half ? -1.0f : 1.0f));
+        v.x = __fmaf_rn(v.x, c[j].x, pair.x);
+        v.y = __fmaf_rn(v.y, c[j].y, pair.y);
+        v.z = __fmaf_rn(v.z, c[j].z, pair.z);
+        v.w = __fmaf_rn(v.w, c[j].w, pair.w);
+      }
+      const uint2 low = pack4(v);
+      const uint2 high =
+          make_uint2(__shfl_xor_sync(0xffffffffu, low.x, 1), __shfl_xor_sync(0xffffffffu, low.y, 1));
+      const Place to = lds(tile.places + i);
+      if (lane % 2 || !inside) continue;
+      const uint4 chunk = make_uint4(low.x, low.y, high.x, high.y);
+      if (query) {
+        if (to.query != NONE) st128(p.queries + (size_t(to.query) * p.heads + head) * p.head_dim + d, chunk);
+      } else if (to.page != NONE) {
+        const u32 kv_head = head - (turned ? p.heads : p.heads + p.kv_heads);
+        const size_t at = (size_t(to.page) * p.kv_heads + kv_head) * (PAGE * p.head_dim * 2);
+        char* page = reinterpret_cast<char*>(turned ? p.keys : p.values) + at;
+        st128(page + page_offset(to.slot, d / 8, p.head_dim), chunk);
+      }
     }
   }
 }

@@ -9,4 +9,4 @@
 
 #define PARAMETERS_head float *logits, u64 *best, float multiplier, float cap
 #define EPILOGUE_head Head{logits, best, multiplier, cap}
-LINEAR_KERNELS(head)
+LINEAR_KERNELS(head, false)

@@ -7,4 +7,4 @@
 // Needs:    n a multiple of 64, k of 32; 16-byte aligned.
 #include "epilogue.cuh"
 
-LINEAR_KERNELS(inject)
+LINEAR_KERNELS(inject, true)

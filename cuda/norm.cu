@@ -1,6 +1,6 @@
 // RMSNorm, split between the producer of the residual stream and the consumer of its rows, and whole.
 //
-// Computes: residual_norm: x[r] += add[r]; y[r] = bf16(gain x[r]); sumsq[r][p] = sum of x[r][k]^2 over part p's columns.
+// Computes: residual_norm: x[r] += add[r]; y[r] = bf16(gain x[r]); sumsq[r][p] = sum of x[r][k]^2 over part p.
 //           full_norm: y[r] = bf16(gain x[r] / sqrt(mean of x[r]^2 + eps)).
 // Work:     residual_norm: grid (eights of parts, rows), a warp per part of 128 columns, four columns per lane.
 //           full_norm: grid (rows), 8 warps that take every eighth part.

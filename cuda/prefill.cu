@@ -42,7 +42,8 @@ WRAPPER void fill(unsigned char* stage, const Linear& l, const u32* source, u32 
 }
 
 // Leaves this block's sums in `tile`; false where there is nothing to do. By the whole block of 128.
-WRAPPER bool multiply(const Linear& l, Tile& tile) {
+template <class Epilogue>
+WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
   DYNAMIC_SHARED(unsigned char, memory);
   SHARED(u32, source, TOKENS);
   SHARED(float, scale, TOKENS);
@@ -62,7 +63,8 @@ WRAPPER bool multiply(const Linear& l, Tile& tile) {
   u32 from = mine ? row : NONE;
   if (l.gather && mine) from = ld(l.gather + row);
   sts(source + threadIdx.x, !l.gather || from < l.in_rows ? from : NONE);
-  sts(scale + threadIdx.x, mine && l.sumsq ? rstd(l, row) : 1.0f);
+  sts(scale + threadIdx.x, mine && l.sumsq ? inverse_rms(l, row) : 1.0f);
+  if (mine) prepare(epilogue, tile, threadIdx.x);
   __syncthreads();
 
   float sum[4][8][4];
@@ -119,10 +121,13 @@ WRAPPER bool multiply(const Linear& l, Tile& tile) {
 
 }  // namespace
 
-#define PREFILL(name)                                                       \
-  KERNEL(128, 2, prefill_##name, (LINEAR_PARAMETERS, PARAMETERS_##name)) {  \
-    Tile tile;                                                              \
-    if (multiply(LINEAR, tile)) finish(LINEAR, EPILOGUE_##name, tile);      \
+#define PREFILL(name)                                                            \
+  KERNEL(128, 2, prefill_##name, (LINEAR_PARAMETERS, PARAMETERS_##name)) {       \
+    SHARED(Place, places, TOKENS);                                               \
+    const auto epilogue = EPILOGUE_##name;                                       \
+    Tile tile;                                                                   \
+    tile.places = places;                                                        \
+    if (multiply(LINEAR, tile, epilogue)) finish(LINEAR, epilogue, tile);        \
   }
 PREFILL(qkv)
 PREFILL(project)

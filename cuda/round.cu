@@ -1,13 +1,13 @@
-// What a round does besides running the models: it makes the tables of its passes from the sequences' state, hands the
-// drafts to verification, and turns the verdict into new state and a record for the host. No argument changes from round to
-// round, so that one captured graph is every round:
+// What a round does besides running the models: it makes the tables of its passes from the sequences' state, hands
+// the drafts to verification, and turns the verdict into new state and a record for the host. No argument changes from
+// round to round, so that one captured graph is every round:
 //
 //   round_begin - draft pass - round_tokens - verification pass - verify - round_finish
 //
 // Computes: round_begin: tokens, rows and spans of both passes, the number of active sequences, the round's number.
 //           round_tokens: tokens of the verification pass, anchor and drafts.
-//           round_finish: what is emitted (up to a stop id, the budget, the context), the state after it, a record in the
-//           ring, and last the record's round number, which the host waits for.
+//           round_finish: what is emitted (up to a stop id, the budget, the context), the state after it, a record in
+//           the ring, and last the record's round number, which the host waits for.
 // Work:     grid (sequences); 64 threads, one per row, for tables; one warp for round_finish.
 // Order:    counts are of integers.
 // Bytes:    sequences x (256 + block x about 100).
@@ -25,11 +25,13 @@ struct __align__(16) Record {
 KERNEL(64, 8, round_begin,
        (u32* draft_tokens,    // [sequences][block]: anchor, then masks; NONE: padding, here and below
         Row* draft_rows,      // [2][sequences][block]: first the pending features, then the block
+        u32* features,        // [sequences][block]: rows of the last verification pass, whose features are pending
         Span* draft_spans,    // [sequences]: what the block's rows see; no rows where nothing is drafted
         Row* verify_rows,     // [sequences][block]
         Span* verify_spans,   // [sequences]
         u32* clock,           // [2]: the round's number, active sequences
         const Sequence* sequences,  // [sequences]
+        const u32* path,      // [sequences][block], as the last verdict left it
         const u32* depths,    // [sequences][block]: of a tree's rows; null: chains
         u32 block, u32 mask)) {
   grid_launch();
@@ -45,6 +47,8 @@ KERNEL(64, 8, round_begin,
     const u32 position = s.length - pending + row;
     const bool feature = row < pending && position < s.draft_end;
     st(draft_rows + at, Row{feature ? own : NONE, feature ? position : 0, feature ? position : NONE, NONE});
+    const u32 of_path = feature ? ld(path + at) : NONE;
+    st(features + at, of_path < block ? own * block + of_path : NONE);
     const bool drafted = row < drafting, verified = row < rows;
     st(draft_rows + count * block + at, Row{drafted ? own : NONE, drafted ? s.length + row : 0,
                                             drafted ? s.length + row : NONE, drafted ? at : NONE});
@@ -69,7 +73,7 @@ KERNEL(64, 8, round_begin,
 
 KERNEL(64, 8, round_tokens,
        (u32* tokens,                // [sequences][block]: anchor, drafts; NONE: padding, or a damaged draft
-        const u32* drafts,          // [sequences][block]: row j's token is the draft for the block's place j; row 0 unused
+        const u32* drafts,          // [sequences][block]: row j's token is the draft for place j; row 0 unused
         const Sequence* sequences,  // [sequences]
         u32 block)) {
   grid_launch();

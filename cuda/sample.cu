@@ -1,14 +1,16 @@
-// The token each row chooses: `Sampling::choose` of src/verify.rs, decision for decision. All sums are of integers and all
-// orders are total, so nothing depends on how the work is split.
+// The token each row chooses: `Sampling::choose` of src/verify.rs, decision for decision. All sums are of integers and
+// all orders are total, so nothing depends on how the work is split.
 //
-// Computes: choice[r] = the best token (greedy), or the winner of an exponential race among the weights that top-k, top-p
-//           and min-p leave; NONE for a damaged row (a NaN, +inf, nothing but -inf) and for one without a sequence.
-// Work:     grid (slices, rows), 512 threads, four ids per thread and step. A greedy row is its first block's, from `best`
-//           alone. A race is run in slices of 8192 ids whose winners the last block compares. A row with top-k or top-p is
-//           its first block's too: the cut is found by radix selection, 11 bits a pass over the row, usually two passes.
+// Computes: choice[r] = the best token (greedy), or the winner of an exponential race among the weights that top-k,
+//           top-p and min-p leave; NONE for a damaged row (a NaN, +inf, nothing but -inf) and for one without a
+//           sequence.
+// Work:     grid (slices, rows), 512 threads, four ids per thread and step. A greedy row is its first block's, from
+//           `best` alone. A race is run in slices of 8192 ids whose winners the last block compares. A row with top-k
+//           or top-p is its first block's too: the cut is found by radix selection, 11 bits a pass over the row,
+//           usually two passes.
 // Order:    none that matters.
-// Bytes:    greedy: rows x blocks x 8. Race: besides, per slice, rows x (vocab x 4, tables). With cuts the first block reads
-//           the row three times for one cut and five times for two, more where weights tie at the cut.
+// Bytes:    greedy: rows x blocks x 8. Race: besides, the row's logits once, and best and tables per slice. With cuts
+//           the first block reads the row three times for one cut and five times for two, more where weights tie.
 // Needs:    vocab up to 2^26; best, partial and tables 16-byte aligned; counters zero, and left so.
 #include "state.cuh"
 
@@ -24,8 +26,9 @@ struct Noise {
   u32 key[2], stream, position;
 };
 
-// A token's place in the order (logit descending, id ascending): smaller is better. `t`, of which the weight is a function,
-// ascends as logits descend; it comes first because its digits spread over the bins where those of a float do not.
+// A token's place in the order (logit descending, id ascending): smaller is better. `t`, of which the weight is a
+// function, ascends as logits descend; it comes first because its digits spread over the bins where those of a float
+// do not.
 struct Rank {
   u32 t, inverse, id;
 };
@@ -110,8 +113,8 @@ WRAPPER Runner fastest(Runner mine, Runner* runners) {
   return mine;
 }
 
-// Calls f(group, logits of ids 4 group .. 4 group + 3) for this thread's share of groups first..end. Beyond the vocabulary
-// logits are -inf.
+// Calls f(group, logits of ids 4 group .. 4 group + 3) for this thread's share of groups first..end. Beyond the
+// vocabulary logits are -inf.
 template <class F>
 WRAPPER void each_group(const float* logits, u32 vocab, u32 first, u32 end, F f) {
   for (u32 group = first + threadIdx.x; group < end; group += THREADS * AHEAD) {
@@ -144,9 +147,9 @@ WRAPPER bool within(const Rank& rank, const Rank& limit) {
   return rank.id <= limit.id;
 }
 
-// The rank of the last token that a cut keeps among those within `limit`: the first whose prefix has `amount` tokens, or that
-// share of the mass. Digit by digit: the mass (or number) of tokens per digit, then the digit in which the
-// goal is reached. From the third on all tokens still in question weigh the same and are counted.
+// The rank of the last token that a cut keeps among those within `limit`: the first whose prefix has `amount` tokens,
+// or that share of the mass. Digit by digit: the mass (or number) of tokens per digit, then the digit in which the goal
+// is reached. From the third on all tokens still in question weigh the same and are counted.
 WRAPPER Rank cut(bool mass, u32 amount, const float* logits, u32 vocab, float max_logit, float c, Rank limit,
                  const Memory& m) {
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -252,7 +255,8 @@ WRAPPER Runner race(const Noise& noise, u32 min_p, const float* logits, u32 voca
       any |= weights[i] != 0;
     }
     if (!any) return;
-    const uint4 drawn = philox(make_uint4(noise.position, RACE << 24 | group, noise.stream, 0), noise.key[0], noise.key[1]);
+    const uint4 counter = make_uint4(noise.position, RACE << 24 | group, noise.stream, 0);
+    const uint4 drawn = philox(counter, noise.key[0], noise.key[1]);
     const u32 words[4] = {drawn.x, drawn.y, drawn.z, drawn.w};
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
@@ -268,11 +272,11 @@ WRAPPER Runner race(const Noise& noise, u32 min_p, const float* logits, u32 voca
 
 KERNEL(512, 2, sample,
        (u32* choice,                // [rows]
-        const u64* best,            // [rows][blocks]: per block of ids the largest (ascending(logit) << 32 | ~id); all ones
-                                    // where one is NaN or +inf
+        const u64* best,            // [rows][blocks]: per block of ids the largest (ascending(logit) << 32 | ~id);
+                                    // all ones where one is NaN or +inf
         const float* logits,        // [rows][vocab]
         const Row* rows,            // [rows]
-        const Sequence* sequences,  // [count]; null: every row is greedy, and nothing below is read but the numbers
+        const Sequence* sequences,  // [count]; null: every row is greedy, of the pointers only best and rows are read
         const u32* tables,          // [TABLE_WORDS]
         uint4* partial,             // [rows][slices]: a Runner each
         u32* counters,              // [rows]

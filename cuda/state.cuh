@@ -1,5 +1,5 @@
-// What a round knows of a sequence. It lives in device memory from the sequence's first round to its last; the host writes
-// it once, before the first, and reads what a round did from the ring (round.cu). Mirrored by `Sequence` in
+// What a round knows of a sequence. It lives in device memory from the sequence's first round to its last; the host
+// writes it once, before the first, and reads what a round did from the ring (round.cu). Mirrored by `Sequence` in
 // src/kernels/round.rs.
 #pragma once
 #include "rows.cuh"
@@ -21,8 +21,8 @@ struct __align__(16) Progress {
   u32 active;     // nonzero: takes part in rounds
   u32 length;     // positions 0..length are in the target's pages
   u32 anchor;     // token at position `length`, emitted and not yet run
-  u32 pending;    // positions length - pending..length have features that the drafter has not seen: the rows on the last
-                  // verification's path
+  u32 pending;    // positions length - pending..length have features that the drafter has not seen: the rows on the
+                  // last verification's path
   u32 budget;     // tokens that may still be emitted
   u32 end;        // the sequence's positions are 0..end; the token of the last one is never run
   u32 draft_end;  // the drafter's positions are 0..draft_end; 0: there is no drafter
@@ -51,8 +51,8 @@ WRAPPER Progress ld_progress(const Sequence* from) {
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 }
 
-// Rows of a sequence's next block, anchor included: as many as the request, the drafter's positions and the context allow,
-// at least one; 0 where the sequence takes no part. The one rule for all kernels of a round.
+// Rows of a sequence's next block, anchor included: as many as the request, the drafter's positions and the context
+// allow, at least one; 0 where the sequence takes no part. The one rule for all kernels of a round.
 WRAPPER u32 block_rows(const Progress& s, u32 block) {
   if (!s.active) return 0;
   const u32 draft = s.draft_end > s.length ? s.draft_end - s.length : 0;

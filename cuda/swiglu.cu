@@ -4,7 +4,8 @@
 // Work:     grid (ceil(n / 128), splits of K, passes of 8 NT tokens), 256 threads; see linear.cuh.
 // Order:    linear.cuh.
 // Bytes:    n k 2 of weights per pass; m k 2 per 128 rows of W; m n written.
-// Needs:    packed tiles of 8 gate rows, then the 8 up rows of the same neurons; n a multiple of 64, k of 32; 16-byte aligned.
+// Needs:    packed tiles of 8 gate rows, then the 8 up rows of the same neurons; n a multiple of 64, k of 32; 16-byte
+//           aligned.
 #include "epilogue.cuh"
 
-LINEAR_KERNELS(swiglu)
+LINEAR_KERNELS(swiglu, false)

@@ -9,6 +9,7 @@
 // Tiles are small constants, and a plain index into each of several arrays is what unrolls into registers.
 #![allow(clippy::needless_range_loop)]
 
+pub use crate::kv::Kv;
 use crate::simd::{Bf16, Element, F16, F32, Job, LANES, Simd, run, widen, widen_as};
 use crate::weights::{Dtype, Tensor};
 
@@ -122,58 +123,6 @@ pub fn linear<const N: usize>(x: &[f32], rows: usize, jobs: [(&Matrix, &mut Vec<
             }
         }
     });
-}
-
-/// Keys and values of one layer, positions `0..capacity`.
-pub struct Kv {
-    /// `[kv_heads][tiles][head_dim][16]`: lane = position modulo 16, so scores of 16 keys come out of one vector.
-    keys: Vec<f32>,
-    /// `[kv_heads][16 * tiles][dims rounded up to 16]`
-    values: Vec<f32>,
-    tiles: usize,
-    heads: usize,
-    dims: usize,
-}
-
-impl Kv {
-    /// Room for `positions`. `Error::Memory` says what it would take.
-    pub fn new(kv_heads: usize, head_dim: usize, positions: usize) -> crate::Result<Kv> {
-        let tiles = positions.div_ceil(LANES);
-        let wide = head_dim.next_multiple_of(LANES);
-        let (keys, values) = (kv_heads * tiles * head_dim * LANES, kv_heads * tiles * LANES * wide);
-        let zeros = |n: usize| {
-            // Asked for first, because `vec!` aborts where there is no memory. Zeroed pages are only made when they
-            // are written, so that room for a long answer costs nothing until the answer is long.
-            let mut probe = Vec::<f32>::new();
-            probe.try_reserve_exact(n).map_err(|_| {
-                crate::Error::Memory(format!(
-                    "not enough memory: the KV cache of each layer needs {} bytes for {positions} positions (prompt \
-                     and --max-tokens)",
-                    (keys + values) * size_of::<f32>()
-                ))
-            })?;
-            // Unseen, an unused allocation may be optimised away, and with it the refusal.
-            drop(std::hint::black_box(probe));
-            Ok::<_, crate::Error>(vec![0.0; n])
-        };
-        Ok(Kv { keys: zeros(keys)?, values: zeros(values)?, tiles, heads: kv_heads, dims: head_dim })
-    }
-
-    /// Writes `k`, `v` `[rows][kv_heads * head_dim]` at positions `at..`.
-    pub fn write(&mut self, at: usize, k: &[f32], v: &[f32]) {
-        let (dims, wide) = (self.dims, self.dims.next_multiple_of(LANES));
-        for (r, (k, v)) in k.chunks(self.heads * dims).zip(v.chunks(self.heads * dims)).enumerate() {
-            let (tile, lane) = ((at + r) / LANES, (at + r) % LANES);
-            for h in 0..self.heads {
-                let keys = &mut self.keys[(h * self.tiles + tile) * dims * LANES..][..dims * LANES];
-                for (d, x) in k[h * dims..][..dims].iter().enumerate() {
-                    keys[d * LANES + lane] = *x;
-                }
-                let at = (h * self.tiles * LANES + at + r) * wide;
-                self.values[at..at + dims].copy_from_slice(&v[h * dims..][..dims]);
-            }
-        }
-    }
 }
 
 /// `out = softmax(q K^T / sqrt(head_dim)) V` for `q [rows][heads * head_dim]`; row `r` sees the positions `visible(r)`

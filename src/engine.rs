@@ -1,5 +1,6 @@
 //! A request's life: prompt checks, prefill, rounds, and when to stop. Written once for every device; what a device
-//! does for a sequence is the [`Decoder`] trait. Plain decoding is the same loop with blocks of one row.
+//! does for a sequence is the [`Decoder`] trait; [`Backend`] is the pair on a device, which hands them out. Plain
+//! decoding is the same loop with blocks of one row.
 
 use crate::verify::Sampling;
 use crate::{Error, Result};
@@ -18,7 +19,16 @@ pub struct Request {
     pub block: usize,
 }
 
-/// One sequence on one device.
+/// A pair loaded on one device.
+pub trait Backend {
+    /// The device's word in `--device` and in records.
+    fn name(&self) -> &'static str;
+
+    /// A fresh sequence.
+    fn decoder(&self) -> Result<Box<dyn Decoder + '_>>;
+}
+
+/// One sequence on one device. It runs one request after another.
 pub trait Decoder {
     /// Ids the target has rows for: `0..vocab`.
     fn vocab(&self) -> usize;
@@ -29,13 +39,23 @@ pub trait Decoder {
     /// Rows that a block may have whose anchor stands at `position`, by the drafter's own limits; at least 1.
     fn rows_at(&self, position: usize) -> usize;
 
-    /// Runs the prompt and returns the token that follows it. `progress` hears how many prompt tokens are done and
-    /// may say stop.
-    fn start(&mut self, request: &Request, progress: &mut dyn FnMut(usize) -> Flow) -> Result<Option<u32>>;
+    /// Runs the prompt. What the sequence holds already of its first tokens, from the request before, is kept and not
+    /// run again, but for the last one, whose logits are needed; the answer is that of a fresh sequence. `progress`
+    /// hears how many prompt tokens are done and may say stop.
+    fn start(&mut self, request: &Request, progress: &mut dyn FnMut(usize) -> Flow) -> Result<Start>;
 
     /// One round: drafts `rows - 1` tokens, verifies them, and appends to `out` the accepted ones and the target's
     /// own next token, the new anchor (dflash.md 5.1). `rows` = 1 is a plain step.
     fn round(&mut self, rows: usize, out: &mut Vec<u32>) -> Result<()>;
+}
+
+/// What came of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Start {
+    /// Tokens of the prompt that were there before.
+    pub kept: usize,
+    /// The token that follows the prompt; none if it was stopped.
+    pub next: Option<u32>,
 }
 
 /// What a listener wants next.
@@ -94,6 +114,8 @@ pub struct Outcome {
     /// Tokens per round, bonus included, as judged: the last round counts whole even where a stop or the budget cuts
     /// it, as the reference implementation records it (dflash.md 5.1, older form).
     pub accepted: Vec<usize>,
+    /// Tokens of the prompt that the decoder held already ([`Decoder::start`]).
+    pub kept: usize,
     pub prefill: Duration,
     pub decode: Duration,
 }
@@ -128,6 +150,7 @@ pub fn generate(
         tokens: Vec::new(),
         finish: if room < request.max_tokens { Finish::Context } else { Finish::Length },
         accepted: Vec::new(),
+        kept: 0,
         prefill: Duration::ZERO,
         decode: Duration::ZERO,
     };
@@ -136,9 +159,10 @@ pub fn generate(
     }
 
     let clock = Instant::now();
-    let first = decoder.start(request, &mut |done| listener.prefill(done))?;
+    let start = decoder.start(request, &mut |done| listener.prefill(done))?;
     outcome.prefill = clock.elapsed();
-    let Some(first) = first else {
+    outcome.kept = start.kept;
+    let Some(first) = start.next else {
         outcome.finish = Finish::Interrupted;
         return Ok(outcome);
     };
@@ -216,6 +240,7 @@ mod tests {
             tokens: tokens.to_vec(),
             finish,
             accepted: vec![],
+            kept: 0,
             prefill: Duration::ZERO,
             decode: Duration::ZERO,
         };

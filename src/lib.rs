@@ -8,16 +8,17 @@
 //! | [`text`] | tokenizer, streaming detokenising, stop strings |
 //! | `template` | chat templates as Hugging Face runs them |
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
-//! | [`cpu`], `simd` | the reference's arithmetic on all cores; the instruction sets underneath |
+//! | [`cpu`], `kv`, `simd` | the reference's arithmetic on all cores; its cache; the instruction sets underneath |
 //! | [`reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
 //! | [`device`] | memory, launches, graphs, events: what the engine needs of a device |
 //! | [`cuda`] | that device on a GPU, through the driver API |
 //! | `emulator` | that device on the host build of `cuda/*.cu`, for tests (feature `emulator`) |
 //! | [`kernels`] | one launcher per kernel: shapes, checks, bytes |
 //! | [`load`] | weights from checkpoints to a device |
-//! | [`memory`] | what a pair holds on a device, and how much that is |
+//! | [`memory`] | how much of a device a pair takes, counted beforehand |
 //! | [`model`] | target and drafter on a device: a pass as an ordered list of launches |
-//! | [`engine`] | a request's life: prefill, rounds, stopping |
+//! | [`rounds`] | sequences on a device: pages, the captured round, the ring |
+//! | [`engine`] | a request's life: prefill, rounds, stopping; what it needs of a device |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
 
 pub mod config;
@@ -29,11 +30,13 @@ pub mod emulator;
 pub mod engine;
 mod json;
 pub mod kernels;
+mod kv;
 pub mod load;
 pub mod memory;
 pub mod model;
 pub mod pair;
 pub mod reference;
+pub mod rounds;
 mod simd;
 pub mod stats;
 mod template;

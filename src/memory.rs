@@ -1,125 +1,27 @@
-//! What a pair holds on a device, allocated in one order by one function: on a device, or on a [`Ledger`] that only
-//! counts. Its sizes are therefore known before the first byte of weights is read, and exact.
+//! How much a pair takes of a device, before any of it is taken: what loads models and makes batches runs once on a
+//! [`Ledger`], which only counts. So there is one list of allocations, and its sums are exact.
 
-use crate::config;
 use crate::device::{Arg, Buffer, Device, Event, Graph, Kernel, Memory, Pinned, Properties};
 use crate::load::Loader;
-use crate::model::{Cache, Injection, PAGE, Scratch, Sizes, Stack, Vocabulary};
+use crate::model::PAGE;
 use crate::pair::Pair;
+use crate::rounds::{Batch, Models};
 use crate::{Error, Result};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What passes over a pair have room for.
+/// What a batch is to have room for: the arguments of [`Batch::new`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
     pub sequences: usize,
-    /// Pages that each of them may have.
-    pub sequence_pages: usize,
-    /// Pages there are, for target and drafter each.
-    pub pages: usize,
-    /// Rows of a draft or verification block.
     pub block: usize,
-    /// Rows of a prompt's chunk.
-    pub chunk: usize,
+    pub pages: usize,
+    pub positions: usize,
 }
 
 impl Room {
     /// Every sequence can have `positions` positions at the same time.
-    pub fn new(sequences: usize, positions: usize, block: usize, chunk: usize) -> Room {
-        let sequence_pages = positions.div_ceil(PAGE);
-        Room { sequences, sequence_pages, pages: sequences * sequence_pages, block, chunk }
-    }
-
-    /// That a sequence can have.
-    pub fn positions(&self) -> usize {
-        self.sequence_pages * PAGE
-    }
-}
-
-/// A stack with its pages and what its passes work in.
-pub struct Part {
-    pub stack: Stack,
-    pub cache: Cache,
-    pub scratch: Scratch,
-}
-
-/// All of a pair that stays on a device.
-pub struct Resident {
-    pub target: Part,
-    pub vocabulary: Vocabulary,
-    pub drafter: Option<(Part, Injection)>,
-}
-
-impl Resident {
-    /// Loads a pair. All memory is allocated before anything is read.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] where there is too little; else as [`Stack::load`] and [`Loader::run`].
-    pub fn load(
-        device: &dyn Device,
-        pair: &Pair,
-        room: Room,
-        progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<Resident> {
-        let mut loader = Loader::new(device, &pair.target.weights);
-        let resident = Resident::allocate(&mut loader, device, pair, room, &mut |_, _| ())?;
-        loader.run(progress)?;
-        Ok(resident)
-    }
-
-    /// `took(what, bytes)` says what has been allocated since the last call, or that many bytes of it.
-    fn allocate<'a>(
-        loader: &mut Loader<'a>,
-        device: &dyn Device,
-        pair: &'a Pair,
-        room: Room,
-        took: &mut dyn FnMut(&'static str, Option<usize>),
-    ) -> Result<Resident> {
-        let t = &pair.target.config;
-        let stack = Stack::load(loader, "model.", &t.stack, room.positions())?;
-        took("target weights", None);
-        let vocabulary = Vocabulary::load(loader, t)?;
-        took("vocabulary", None);
-        let drafter = match &pair.drafter {
-            None => None,
-            Some(model) => {
-                let d = &model.config;
-                loader.turn_to(&model.weights);
-                let stack = Stack::load(loader, "", &d.stack, room.positions())?;
-                let injection = Injection::load(loader, t.stack.hidden, d.taps.len())?;
-                took("drafter weights", None);
-                Some((stack, injection, d.taps.len() * t.stack.hidden))
-            }
-        };
-        let cache = |c| Cache::new(device, c, room.pages, room.sequences, room.sequence_pages);
-        let target_cache = cache(&t.stack)?;
-        took("target keys and values", None);
-        let drafter = match drafter {
-            None => None,
-            Some((stack, injection, features)) => {
-                let cache = cache(&stack.config)?;
-                took("drafter keys and values", None);
-                Some((stack, injection, features, cache))
-            }
-        };
-        let Room { sequences, block, chunk, .. } = room;
-        let head = Some(vocabulary.shape());
-        let sizes = Sizes { sequences, block, chunk, injected: 0, head, features: None };
-        let scratch = Scratch::new(device, &t.stack, &target_cache, sizes)?;
-        took("target workspaces", Some(scratch.workspace_bytes()));
-        took("target activations", None);
-        let target = Part { stack, cache: target_cache, scratch };
-        let drafter = match drafter {
-            None => None,
-            Some((stack, injection, features, cache)) => {
-                let sizes = Sizes { injected: sequences * block, features: Some(features), ..sizes };
-                let scratch = Scratch::new(device, &stack.config, &cache, sizes)?;
-                took("drafter workspaces", Some(scratch.workspace_bytes()));
-                took("drafter activations", None);
-                Some((Part { stack, cache, scratch }, injection))
-            }
-        };
-        Ok(Resident { target, vocabulary, drafter })
+    pub fn new(sequences: usize, block: usize, positions: usize) -> Room {
+        Room { sequences, block, pages: sequences * positions.div_ceil(PAGE), positions }
     }
 }
 
@@ -130,61 +32,58 @@ pub struct Line {
     pub bytes: usize,
 }
 
-/// What [`Resident::load`] will allocate.
+/// What [`Models::load`] and [`Batch::new`] will allocate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryPlan {
     pub room: Room,
-    /// In order of allocation.
     pub lines: Vec<Line>,
-    /// Held only while weights are loaded.
+    /// The lines of weights.
+    weights: usize,
+    /// Held beside the weights while they are loaded.
     pub passing: usize,
     /// Bytes that will be read from files.
     pub file_bytes: usize,
-    /// Of one page's keys and values in all layers of target and drafter.
+    /// Of a page's keys and values in all layers of target and drafter.
     pub page_bytes: usize,
-    /// Number of allocations. A GPU may round each one up, to 2 MiB at the most.
+    /// Page-locked memory of the host.
+    pub pinned: usize,
+    /// Number of allocations on the device. A GPU may round each one up, to 2 MiB at the most.
     pub allocations: usize,
 }
 
 impl MemoryPlan {
     /// # Errors
-    /// What [`Resident::load`] would refuse without reading weights, memory apart.
+    /// What [`Models::load`] would refuse before it reads weights and [`Batch::new`], memory apart.
     pub fn new(pair: &Pair, room: Room) -> Result<MemoryPlan> {
+        let Room { sequences, block, pages, positions } = room;
         let ledger = Ledger::new();
         let mut lines = vec![];
-        let mut seen = 0;
         let mut loader = Loader::new(&ledger, &pair.target.weights);
-        let resident = Resident::allocate(&mut loader, &ledger, pair, room, &mut |what, bytes| {
-            let bytes = bytes.unwrap_or_else(|| ledger.bytes() - seen);
-            seen += bytes;
+        let models = Models::list(&mut loader, pair, positions, &mut |what| {
+            let bytes = ledger.take().iter().map(|(_, bytes)| bytes).sum();
             lines.push(Line { what, bytes });
         })?;
-        let page = |c: &config::Stack| 2 * c.attention.len() * Cache::page_bytes(c);
-        let drafter = resident.drafter.as_ref().map_or(0, |(part, _)| page(&part.stack.config));
-        Ok(MemoryPlan {
-            room,
-            lines,
-            passing: loader.passing(),
-            file_bytes: loader.file_bytes(),
-            page_bytes: page(&resident.target.stack.config) + drafter,
-            allocations: ledger.allocations(),
-        })
-    }
-
-    /// A further line: what `allocate` takes.
-    ///
-    /// # Errors
-    /// What `allocate` returned.
-    pub fn measure<T>(
-        &mut self,
-        what: &'static str,
-        allocate: impl FnOnce(&dyn Device) -> Result<T>,
-    ) -> Result<()> {
-        let ledger = Ledger::new();
-        allocate(&ledger)?;
-        self.allocations += ledger.allocations();
-        self.lines.push(Line { what, bytes: ledger.bytes() });
-        Ok(())
+        let weights = lines.iter().map(|line| line.bytes).sum();
+        let (passing, file_bytes) = (loader.passing(), loader.file_bytes());
+        Batch::new(&ledger, &models, sequences, block, pages, positions)?;
+        let (mut keys, mut tables, mut workspaces, mut activations) = (0, 0, 0, 0);
+        for (what, bytes) in ledger.take() {
+            let group = match what.as_str() {
+                "keys" | "values" => &mut keys,
+                "the page table" => &mut tables,
+                w if w.starts_with("partial ") || w.starts_with("counters ") => &mut workspaces,
+                _ => &mut activations,
+            };
+            *group += bytes;
+        }
+        lines.push(Line { what: "keys and values", bytes: keys });
+        lines.push(Line { what: "page tables", bytes: tables });
+        lines.push(Line { what: "workspaces", bytes: workspaces });
+        lines.push(Line { what: "activations and state", bytes: activations });
+        let pinned = ledger.pinned_bytes();
+        let page_bytes = keys / pages.max(1);
+        let allocations = ledger.allocations();
+        Ok(MemoryPlan { room, lines, weights, passing, file_bytes, page_bytes, pinned, allocations })
     }
 
     /// Bytes that stay allocated: the sum of the lines.
@@ -194,21 +93,18 @@ impl MemoryPlan {
 
     /// The most bytes that are allocated at any time.
     pub fn peak(&self) -> usize {
-        self.total() + self.passing
+        self.total().max(self.weights + self.passing)
     }
 
-    /// The most positions that every sequence of `room` can have within `bytes` bytes, whole pages unless the models
-    /// have fewer; 0 where not even one page fits.
+    /// The most positions that every one of `sequences` sequences can have within `bytes` bytes, whole pages unless the
+    /// models have fewer; 0 where not even one page fits.
     ///
     /// # Errors
     /// As [`MemoryPlan::new`].
-    pub fn largest_context(pair: &Pair, room: Room, bytes: usize) -> Result<usize> {
-        let with = |pages: usize| {
-            let room = Room { sequence_pages: pages, pages: room.sequences * pages, ..room };
-            MemoryPlan::new(pair, room)
-        };
-        let stacks = [Some(&pair.target.config.stack), pair.drafter.as_ref().map(|d| &d.config.stack)];
-        let most = stacks.into_iter().flatten().map(|c| c.max_positions).min().unwrap_or(0);
+    pub fn largest_context(pair: &Pair, sequences: usize, block: usize, bytes: usize) -> Result<usize> {
+        let most = pair.target.config.stack.max_positions;
+        let positions = |pages: usize| most.min(pages * PAGE);
+        let with = |pages| MemoryPlan::new(pair, Room::new(sequences, block, positions(pages)));
         if with(1)?.peak() > bytes {
             return Ok(0);
         }
@@ -222,20 +118,36 @@ impl MemoryPlan {
                 false => over = middle,
             }
         }
-        Ok(most.min(fits * PAGE))
+        Ok(positions(fits))
     }
 }
 
-/// A device without memory: it counts what is allocated, and copies and launches do nothing.
+/// A device without memory: it counts what is allocated; copies and launches do nothing.
 pub struct Ledger {
     properties: Properties,
-    /// (allocations, bytes)
-    taken: Mutex<(usize, usize)>,
+    taken: Mutex<Taken>,
+}
+
+#[derive(Default)]
+struct Taken {
+    /// What for, and bytes, since somebody looked.
+    new: Vec<(String, usize)>,
+    allocations: usize,
+    /// Where the next allocation begins.
+    end: u64,
+    pinned: usize,
 }
 
 struct Nothing;
 
 impl Memory for Nothing {}
+
+/// Page-locked memory in name only.
+struct Host {
+    _words: Vec<u64>,
+}
+
+impl Memory for Host {}
 
 impl Ledger {
     pub fn new() -> Ledger {
@@ -252,18 +164,23 @@ impl Ledger {
         Ledger { properties, taken: Mutex::default() }
     }
 
-    fn taken(&self) -> (usize, usize) {
-        *self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    fn taken(&self) -> MutexGuard<'_, Taken> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes allocated so far, those given back included.
-    pub fn bytes(&self) -> usize {
-        self.taken().1
+    /// What has been allocated since the last call, whether given back or not: what for, and bytes.
+    pub fn take(&self) -> Vec<(String, usize)> {
+        std::mem::take(&mut self.taken().new)
     }
 
-    /// Allocations so far, as [`Ledger::bytes`].
+    /// Allocations so far.
     pub fn allocations(&self) -> usize {
-        self.taken().0
+        self.taken().allocations
+    }
+
+    /// Bytes of [`Device::pinned`] so far.
+    pub fn pinned_bytes(&self) -> usize {
+        self.taken().pinned
     }
 }
 
@@ -283,21 +200,26 @@ impl Device for Ledger {
     }
 
     fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer> {
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let sum = taken.1.checked_add(bytes).ok_or_else(|| {
+        let mut taken = self.taken();
+        let address = taken.end;
+        let end = address.checked_add(bytes as u64).and_then(|end| end.checked_next_multiple_of(256));
+        taken.end = end.ok_or_else(|| {
             Error::Memory(format!("no memory for {what}: {bytes} bytes are more than any device has"))
         })?;
-        *taken = (taken.0 + 1, sum);
-        Ok(Buffer::new(0, bytes, Arc::new(Nothing)))
+        taken.new.push((what.to_string(), bytes));
+        taken.allocations += 1;
+        Ok(Buffer::new(address, bytes, Arc::new(Nothing)))
     }
 
-    /// The host's memory, so not counted; no byte of it can be read.
-    fn pinned(&self, _bytes: usize, _what: &str) -> Result<Pinned> {
-        Ok(Pinned { host: std::ptr::null_mut(), buffer: Buffer::new(0, 0, Arc::new(Nothing)) })
+    fn pinned(&self, bytes: usize, _what: &str) -> Result<Pinned> {
+        self.taken().pinned += bytes;
+        let mut words = vec![0u64; bytes.div_ceil(8)];
+        let host = words.as_mut_ptr().cast();
+        Ok(Pinned { host, buffer: Buffer::new(0, bytes, Arc::new(Host { _words: words })) })
     }
 
     fn memory(&self) -> Result<(u64, u64)> {
-        Ok((u64::MAX - self.bytes() as u64, u64::MAX))
+        Ok((u64::MAX - self.taken().end, u64::MAX))
     }
 
     fn upload(&self, _to: &Buffer, _bytes: &[u8]) -> Result<()> {
@@ -322,12 +244,13 @@ impl Device for Ledger {
         Ok(())
     }
 
-    fn capture(&self, _record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
-        nothing("a graph")
+    fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        record()?;
+        Ok(Graph { nodes: vec![], replayable: Box::new(()) })
     }
 
     fn replay(&self, _graph: &Graph) -> Result<()> {
-        nothing("a replay")
+        Ok(())
     }
 
     fn record(&self) -> Result<Event> {

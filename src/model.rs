@@ -334,7 +334,7 @@ impl Cache {
         sequences: usize,
         sequence_pages: usize,
     ) -> Result<Cache> {
-        let bytes = pages * Cache::page_bytes(c);
+        let bytes = pages * c.kv_heads * PAGE * c.head_dim * 2;
         let side = |what| {
             (0..c.attention.len()).map(|_| device.allocate(bytes, what)).collect::<Result<Vec<Buffer>>>()
         };
@@ -346,11 +346,6 @@ impl Cache {
             sequences,
             sequence_pages,
         })
-    }
-
-    /// Bytes of one page of one layer's keys, or of its values.
-    pub fn page_bytes(c: &config::Stack) -> usize {
-        c.kv_heads * PAGE * c.head_dim * 2
     }
 
     /// Positions a sequence can have.
@@ -429,11 +424,6 @@ impl Scratch {
             },
             rows,
         })
-    }
-
-    /// Bytes of what linear layers and attention keep between their blocks.
-    pub fn workspace_bytes(&self) -> usize {
-        self.linear.bytes() + self.attention.partials.bytes() + self.attention.counters.bytes()
     }
 
     /// `y` and `sumsq` from row `first` on.

@@ -3,8 +3,8 @@
 
 use crate::config::{Attention, DrafterConfig, Stack, TargetConfig};
 use crate::cpu::{self, Kv, Matrix};
-use crate::engine::{Decoder, Flow, Request};
-use crate::pair::Model;
+use crate::engine::{Backend, Decoder, Flow, Request, Start};
+use crate::pair::{Model, Pair};
 use crate::verify::{Sampling, argmax, judge};
 use crate::weights::Checkpoint;
 use crate::{Error, Result};
@@ -86,18 +86,26 @@ impl Cache {
     /// abort.
     pub fn new(stack: &Stack, positions: usize) -> Result<Cache> {
         let (frequencies, magnitude) = stack.rope.frequencies();
-        let kv = |_| Kv::new(stack.kv_heads, stack.head_dim, positions);
-        let mut rope = Vec::new();
-        rope.try_reserve_exact(positions * stack.rope.rotary_dims)
-            .map_err(|_| Error::Memory(format!("no memory for the rotations of {positions} positions")))?;
-        Ok(Cache {
+        let kv = |_| Kv::new(stack.kv_heads, stack.head_dim, 0);
+        let mut cache = Cache {
             layers: stack.attention.iter().map(kv).collect::<Result<_>>()?,
             len: 0,
-            rope,
+            rope: Vec::new(),
             frequencies,
             magnitude,
             scratch: Scratch::default(),
-        })
+        };
+        cache.grow(positions)?;
+        Ok(cache)
+    }
+
+    /// Room for `positions` in all; those held stay.
+    pub fn grow(&mut self, positions: usize) -> Result<()> {
+        let rotations = positions * 2 * self.frequencies.len();
+        self.rope
+            .try_reserve_exact(rotations.saturating_sub(self.rope.len()))
+            .map_err(|_| Error::Memory(format!("no memory for the rotations of {positions} positions")))?;
+        self.layers.iter_mut().try_for_each(|kv| kv.grow(positions, self.len))
     }
 
     /// Positions held.
@@ -343,6 +351,32 @@ impl Drafter {
     }
 }
 
+// ---- the device ----
+
+/// The `cpu` device: a pair in plain f32.
+pub struct Cpu {
+    target: Target,
+    drafter: Option<Drafter>,
+}
+
+impl Cpu {
+    /// Weights stay where the checkpoints have them.
+    pub fn load(pair: &Pair) -> Result<Cpu> {
+        let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
+        Ok(Cpu { target: Target::load(&pair.target)?, drafter })
+    }
+}
+
+impl Backend for Cpu {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn decoder(&self) -> Result<Box<dyn Decoder + '_>> {
+        Ok(Box::new(Sequence::new(&self.target, self.drafter.as_ref())))
+    }
+}
+
 // ---- a sequence ----
 
 /// One sequence on the CPU: the target's cache, the drafter's, and what the next round starts from.
@@ -353,10 +387,12 @@ pub struct Sequence<'a> {
 }
 
 struct State {
+    tokens: Vec<u32>,       // [s]: what the target's cache holds
     cache: Cache,           // target: positions 0..s
-    context: Option<Cache>, // drafter: positions 0..s, less the pending ones; none in plain decoding
-    features: Vec<f32>,     // [pending][taps * hidden]: committed positions the drafter has not seen
-    anchor: u32,            // the token at position s, on which the target has not been run
+    context: Option<Cache>, // drafter: of positions 0..s the first; none before it was needed
+    features: Vec<f32>, // [pending][taps * hidden]: the positions after them that the drafter has not seen
+    drafting: bool, // the drafter follows: its context and the pending positions are 0..s; else plain decoding
+    anchor: Option<u32>, // the token at position s, on which the target has not been run; none before the prompt has
     sampling: Sampling,
 }
 
@@ -370,29 +406,26 @@ impl<'a> Sequence<'a> {
     /// after every round (dflash.md 4). None before the start; the drafter's is none in plain decoding.
     pub fn lengths(&self) -> Option<(usize, Option<usize>)> {
         let state = self.state.as_ref()?;
-        let draft =
-            |context: &Cache| context.len + self.drafter.map_or(0, |d| state.features.len() / d.fc.cols);
-        Some((state.cache.len, state.context.as_ref().map(draft)))
+        Some((state.cache.len, self.drafter.filter(|_| state.drafting).map(|d| state.drafted(d))))
     }
 
     /// Brings the drafter's context up to date and drafts for a block of `rows`: `rows - 1` tokens, or none without a
     /// drafter.
     pub fn draft(&mut self, rows: usize) -> Result<Vec<u32>> {
-        let state = started(&mut self.state)?;
-        let (Some(drafter), Some(context)) = (self.drafter, &mut state.context) else {
+        let (state, anchor) = started(&mut self.state)?;
+        let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, state.drafting) else {
             return Ok(Vec::new());
         };
         if rows < 2 {
             // Past the drafter's last position nothing is drafted any more, and nothing need be kept for it.
             if state.cache.len + 1 >= drafter.config.stack.max_positions {
-                state.context = None;
-                state.features = Vec::new();
+                (state.context, state.features, state.drafting) = (None, Vec::new(), false);
             }
             return Ok(Vec::new());
         }
         drafter.inject(&state.features, context);
         state.features.clear();
-        let hidden = drafter.hidden(self.target, state.anchor, rows, context, |_, _| ());
+        let hidden = drafter.hidden(self.target, anchor, rows, context, |_, _| ());
         let mut logits = Vec::new();
         drafter.logits(self.target, &hidden[self.target.config.stack.hidden..], &mut logits);
         let rows = logits.chunks(self.target.config.vocab).enumerate();
@@ -403,13 +436,15 @@ impl<'a> Sequence<'a> {
     /// Runs the target over the anchor and `drafts`, whoever made them, and appends to `out` those that it accepts and
     /// its own next token, the new anchor.
     pub fn verify(&mut self, drafts: &[u32], out: &mut Vec<u32>) -> Result<()> {
-        let state = started(&mut self.state)?;
+        let (state, anchor) = started(&mut self.state)?;
         let (target, s) = (self.target, state.cache.len);
         let vocab = target.config.vocab;
-        let block = [&[state.anchor], drafts].concat();
+        let block = [&[anchor], drafts].concat();
+        // Until this round is judged, the cache holds what may not belong to the sequence.
+        state.anchor = None;
 
-        let taps = match (&state.context, self.drafter) {
-            (Some(_), Some(drafter)) => &drafter.config.taps[..],
+        let taps = match (state.drafting, self.drafter) {
+            (true, Some(drafter)) => &drafter.config.taps[..],
             _ => &[],
         };
         let (mut features, mut logits) = (Vec::new(), Vec::new());
@@ -420,16 +455,36 @@ impl<'a> Sequence<'a> {
         let (accepted, next) = judge(drafts, choose).ok_or_else(|| damaged("target", s + 1))?;
 
         state.cache.crop(s + accepted + 1);
+        state.tokens.extend_from_slice(&block[..accepted + 1]);
         state.features.extend_from_slice(&features[..features.len() / block.len() * (accepted + 1)]);
-        state.anchor = next;
+        state.anchor = Some(next);
         out.extend_from_slice(&drafts[..accepted]);
         out.push(next);
         Ok(())
     }
 }
 
-fn started(state: &mut Option<State>) -> Result<&mut State> {
-    state.as_mut().ok_or_else(|| Error::Internal("a round before the start of its sequence".into()))
+impl State {
+    /// Positions that the drafter holds or that wait for it.
+    fn drafted(&self, drafter: &Drafter) -> usize {
+        self.context.as_ref().map_or(0, |context| context.len + self.features.len() / drafter.fc.cols)
+    }
+
+    /// Forgets positions `len..`, in both models.
+    fn crop(&mut self, len: usize, drafter: Option<&Drafter>) {
+        self.tokens.truncate(len);
+        self.cache.crop(len);
+        if let (Some(drafter), Some(context)) = (drafter, &mut self.context) {
+            context.crop(context.len.min(len));
+            self.features.truncate((len - context.len) * drafter.fc.cols);
+        }
+    }
+}
+
+/// The state and its anchor.
+fn started(state: &mut Option<State>) -> Result<(&mut State, u32)> {
+    let started = state.as_mut().and_then(|state| state.anchor.map(|anchor| (state, anchor)));
+    started.ok_or_else(|| Error::Internal("a round before the start of its sequence".into()))
 }
 
 fn damaged(model: &str, position: usize) -> Error {
@@ -452,38 +507,60 @@ impl Decoder for Sequence<'_> {
         self.drafter.map_or(1, |d| d.config.stack.max_positions.saturating_sub(position).max(1))
     }
 
-    fn start(&mut self, request: &Request, progress: &mut dyn FnMut(usize) -> Flow) -> Result<Option<u32>> {
-        let prompt = &request.prompt;
+    fn start(&mut self, request: &Request, progress: &mut dyn FnMut(usize) -> Flow) -> Result<Start> {
+        let (prompt, target) = (&request.prompt, self.target);
         let drafter = self.drafter.filter(|_| request.block > 1 && self.rows_at(prompt.len()) > 1);
-        let positions = prompt.len().saturating_add(request.max_tokens).saturating_add(request.block);
-        let cache = |stack: &Stack| Cache::new(stack, positions.min(stack.max_positions));
-        let mut state = State {
-            cache: cache(&self.target.config.stack)?,
-            context: drafter.map(|d| cache(&d.config.stack)).transpose()?,
-            features: Vec::new(),
-            anchor: 0,
-            sampling: request.sampling.clone(),
+        let state = match &mut self.state {
+            Some(state) => state,
+            none => none.insert(State {
+                tokens: Vec::new(),
+                cache: Cache::new(&target.config.stack, 0)?,
+                context: None,
+                features: Vec::new(),
+                drafting: false,
+                anchor: None,
+                sampling: request.sampling.clone(),
+            }),
         };
+        (state.drafting, state.anchor) = (drafter.is_some(), None);
+        state.sampling = request.sampling.clone();
+        if let (Some(drafter), None) = (drafter, &state.context) {
+            state.context = Some(Cache::new(&drafter.config.stack, 0)?);
+        }
+
+        // The last token is run again, for its logits; a drafter that was left behind, by plain decoding, needs the
+        // features of all that it has not seen.
+        let same = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let seen = drafter.map_or(usize::MAX, |drafter| state.drafted(drafter));
+        let kept = same.min(seen).min(prompt.len().saturating_sub(1));
+        state.crop(kept, self.drafter);
+        let positions = prompt.len().saturating_add(request.max_tokens).saturating_add(request.block);
+        state.cache.grow(positions.min(target.config.stack.max_positions))?;
+        if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
+            context.grow(positions.min(drafter.config.stack.max_positions))?;
+            drafter.inject(&state.features, context);
+        }
+        state.features.clear();
+
         let mut normed = Vec::new();
-        for chunk in prompt.chunks(CHUNK) {
+        for chunk in prompt[kept..].chunks(CHUNK) {
             let last = usize::from(state.cache.len + chunk.len() == prompt.len());
             let taps = drafter.map_or(&[][..], |d| &d.config.taps);
-            normed = self.target.forward(chunk, &mut state.cache, taps, &mut state.features, last);
+            normed = target.forward(chunk, &mut state.cache, taps, &mut state.features, last);
+            state.tokens.extend_from_slice(chunk);
             if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
                 drafter.inject(&state.features, context);
                 state.features.clear();
             }
             if progress(state.cache.len) != Flow::Continue {
-                return Ok(None);
+                return Ok(Start { kept, next: None });
             }
         }
         let mut logits = Vec::new();
-        self.target.logits(&normed, &mut logits);
+        target.logits(&normed, &mut logits);
         let first = state.sampling.choose(&logits, prompt.len() as u32);
-        state.anchor = first.ok_or_else(|| damaged("target", prompt.len()))?;
-        let anchor = state.anchor;
-        self.state = Some(state);
-        Ok(Some(anchor))
+        state.anchor = Some(first.ok_or_else(|| damaged("target", prompt.len()))?);
+        Ok(Start { kept, next: state.anchor })
     }
 
     fn round(&mut self, rows: usize, out: &mut Vec<u32>) -> Result<()> {

@@ -133,9 +133,9 @@ pub struct Law {
 }
 
 impl Sampling {
-    /// The same law in 32 bits a setting. Nothing is lost: a vocabulary has at most 2^26 tokens; the best token alone has
-    /// more than the share 2^-32 of any mass, so that it stands for shares rounded to 0; all of the mass is every token
-    /// that weighs anything; and no weight lies between 2^32 - 1 and 2^32.
+    /// The same law in 32 bits a setting. Nothing is lost: a vocabulary has at most 2^26 tokens; the best token alone
+    /// has more than the share 2^-32 of any mass, so that it stands for shares rounded to 0; all of the mass is every
+    /// token that weighs anything; and no weight is 2^32 - 1.
     pub fn law(&self) -> Law {
         if self.temperature == 0.0 {
             return Law { c: 0.0, top_k: 0, top_p: 0, min_p: 0 };
@@ -206,11 +206,12 @@ pub fn judge(draft: &[u32], mut target_at: impl FnMut(usize) -> Option<u32>) -> 
     Some((draft.len(), target_at(draft.len())?))
 }
 
-/// Judges a tree of drafts by the same rule. `tokens` [rows]: the anchor, then the drafts; `parents` [rows]: the row that a
-/// draft follows, itself an earlier one (row 0's is not looked at; a draft that follows no earlier row is unreachable).
-/// `target_at(row)` samples the target's row after the drafts on the way there. From row 0 on the walk goes to the child
-/// that is what the target chose, the lowest where several are. Returns the rows of the walk, 0 first, and the token that
-/// follows them; `None` as soon as `target_at` says so. A chain is the tree in which each row follows the one before.
+/// Judges a tree of drafts by the same rule. `tokens` [rows]: the anchor, then the drafts; `parents` [rows]: the row
+/// that a draft follows, itself an earlier one (row 0's is not looked at; a draft that follows no earlier row is
+/// unreachable). `target_at(row)` samples the target's row after the drafts on the way there. From row 0 on the walk
+/// goes to the child that is what the target chose, the lowest where several are. Returns the rows of the walk, 0
+/// first, and the token that follows them; `None` as soon as `target_at` says so. A chain is the tree in which each
+/// row follows the one before.
 pub fn walk(
     tokens: &[u32],
     parents: &[u32],

@@ -8,11 +8,13 @@ use dflash::config::TargetConfig;
 use dflash::text::Text;
 use dflash::weights::{DEMO_TARGET, Dtype};
 use program::{BINARY, command, finish, flags, run, run_pair, with_stdin, write};
+#[cfg(target_os = "linux")]
+use program::{interrupt, status};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 const PROMPT: &str = "import os\nimport sys\n\ndef main(";
 
@@ -611,24 +613,6 @@ fn conversations_go_through_the_template() {
 }
 
 // ---- the end of a run from outside ----
-
-/// The field's value in `/proc/PID/status`; none once the process is gone.
-#[cfg(target_os = "linux")]
-fn status(child: &Child, field: &str) -> Option<String> {
-    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
-    let value = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    Some(value.trim().to_string())
-}
-
-/// Ctrl-C, once the program listens for it.
-#[cfg(target_os = "linux")]
-fn interrupt(child: &Child) {
-    const SIGINT: u64 = 1 << (2 - 1);
-    while status(child, "SigCgt").is_some_and(|mask| u64::from_str_radix(&mask, 16).unwrap() & SIGINT == 0) {
-        std::thread::yield_now();
-    }
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-}
 
 #[cfg(target_os = "linux")]
 #[test]

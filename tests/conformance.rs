@@ -8,7 +8,7 @@ mod support;
 
 use dflash::config::DrafterConfig;
 use dflash::cpu;
-use dflash::engine::{Decoder, Finish, Flow, Listener, Outcome, Request, generate};
+use dflash::engine::{Decoder, Finish, Flow, Listener, Outcome, Request, Start, generate};
 use dflash::pair::Pair;
 use dflash::reference::{Cache, Drafter, Sequence, Target};
 use dflash::verify::Sampling;
@@ -457,16 +457,12 @@ impl Decoder for Checked<'_> {
         self.sequence.rows_at(position)
     }
 
-    fn start(
-        &mut self,
-        request: &Request,
-        progress: &mut dyn FnMut(usize) -> Flow,
-    ) -> dflash::Result<Option<u32>> {
-        let first = self.sequence.start(request, progress)?;
+    fn start(&mut self, request: &Request, progress: &mut dyn FnMut(usize) -> Flow) -> dflash::Result<Start> {
+        let start = self.sequence.start(request, progress)?;
         self.held = request.prompt.len();
         self.drafter &= request.block > 1;
         self.check();
-        Ok(first)
+        Ok(start)
     }
 
     fn round(&mut self, rows: usize, out: &mut Vec<u32>) -> dflash::Result<()> {

@@ -8,7 +8,7 @@ use dflash::emulator::{Emulator, Schedule};
 use dflash::kernels::round::{Finish, Sequence};
 use dflash::kernels::sample::{Races, Sample, tables};
 use dflash::kernels::verify::{Verdict, Verify};
-use dflash::verify::{Sampling, judge, walk};
+use dflash::verify::{Sampling, TABLES, judge, philox, walk};
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
@@ -304,6 +304,57 @@ fn cuts_fall_among_ties_as_the_definition_says() {
         .collect();
     let rows = (0..16).map(|i| (i, i)).collect();
     Batch { vocab, logits: row.repeat(16), rows, settings }.check(&device, "spread");
+}
+
+#[test]
+fn races_that_end_in_a_tie_go_to_the_lower_id() {
+    // In a flat row all weights are equal; at these positions two of the least times are too, within one slice of
+    // 8192 ids and across slices.
+    let device = Emulator::new();
+    for (vocab, ties) in [
+        (12288, [(128478, 956, 9504), (141346, 4356, 7704), (171054, 2195, 10573)]),
+        (24576, [(8127, 17039, 18779), (59963, 7973, 14235), (63891, 12305, 14975)]),
+    ] {
+        for top_k in [0, vocab - 1] {
+            let settings = Sampling { temperature: 1.0, top_k, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+            for (position, winner, second) in ties {
+                let time = |id: u32| {
+                    let words = philox([position, (5 << 24) | (id / 4), 0, 0], [1, 0]);
+                    TABLES.time(words[id as usize % 4])
+                };
+                assert_eq!(time(winner), time(second));
+                let (logits, rows) = (vec![3.0; vocab], vec![(0, position - 1)]);
+                let batch = Batch { vocab, logits, rows, settings: vec![settings.clone()] };
+                assert_eq!(batch.expected(), [winner]);
+                batch.check(&device, "tie");
+            }
+        }
+    }
+}
+
+#[test]
+fn top_p_rounds_its_goal_up() {
+    // The share of the mass asked for is a little more than the best token has, by less than one unit of weight.
+    let device = Emulator::new();
+    let mut found = 0;
+    for logit in (1..20).map(|i| -0.25 * i as f32) {
+        let all = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 3, stream: 1 };
+        let row = vec![0.0, logit];
+        let weights = all.survivors(&row).unwrap();
+        let (best, total) = (1u128 << 32, (1u128 << 32) + u128::from(weights[1].1));
+        let share = (best << 32).div_ceil(total);
+        if (total * share) >> 32 != best || total * share == best << 32 {
+            continue;
+        }
+        found += 1;
+        let settings = Sampling { top_p: share as f64 / best as f64, ..all };
+        assert_eq!(settings.survivors(&row).unwrap().len(), 2);
+        let rows = (0..200).map(|position| (0, position)).collect();
+        let batch = Batch { vocab: 2, logits: row.repeat(200), rows, settings: vec![settings] };
+        assert!(batch.expected().contains(&1));
+        batch.check(&device, "two tokens");
+    }
+    assert!(found > 3, "{found}");
 }
 
 #[test]

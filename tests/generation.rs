@@ -287,6 +287,150 @@ fn verify_rows_equal_plain_steps_bit_for_bit() {
     }
 }
 
+// ---- one request after another on one sequence ----
+
+/// Runs the request on a sequence with a past and on a fresh one: same answer. What was kept of the past.
+fn kept_with_the_answer_of_a_fresh_start(
+    sequence: &mut Sequence,
+    models: &Models,
+    request: &Request,
+) -> usize {
+    let quiet = || Until::new(0, Flow::Continue);
+    let got = cpu::install(|| generate(sequence, request, &mut quiet())).unwrap();
+    let fresh = &mut Sequence::new(&models.0, Some(&models.1));
+    let fresh = cpu::install(|| generate(fresh, request, &mut quiet())).unwrap();
+    let same = |outcome: &Outcome| (outcome.tokens.clone(), outcome.finish, outcome.accepted.clone());
+    assert_eq!(same(&got), same(&fresh), "after {} tokens kept", got.kept);
+    assert_eq!(fresh.kept, 0);
+    got.kept
+}
+
+#[test]
+fn a_sequence_keeps_the_prefix_it_shares_with_the_next_prompt() {
+    for (held, blocks) in HELD.iter().step_by(9).zip([[16, 16], [1, 1], [16, 1], [1, 16], [5, 16]]) {
+        for temperature in [0.0, 0.8] {
+            let request = |prompt: &[u32], block| sampled(prompt, 24, block, temperature, 3);
+            let first = request(&held.prompt, blocks[0]);
+            let answer = run(&DEMO, &first).tokens;
+            let said = [&held.prompt[..], &answer].concat();
+            let (prompt, n) = (held.prompt.len(), said.len());
+            let other = |at: usize| {
+                let mut tokens = said.clone();
+                tokens[at] = (tokens[at] + 1) % 2048;
+                tokens
+            };
+            for (next, same) in [
+                ([&said[..], &[17, 200, 45]].concat(), n - 1), // the answer's last token was never run
+                (said.clone(), n - 1),
+                (held.prompt.clone(), prompt - 1),
+                (said[..prompt / 2].to_vec(), prompt / 2 - 1),
+                (other(prompt + 3), prompt + 3),
+                (other(70), 70),
+                (other(0), 0),
+                (said[..1].to_vec(), 0),
+            ] {
+                let mut sequence = Sequence::new(&DEMO.0, Some(&DEMO.1));
+                let mut run =
+                    |request: &Request| kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, request);
+                assert_eq!(run(&first), 0);
+                // A drafter that has seen nothing of a plain answer has to see it all.
+                let expected = if blocks == [1, 16] { 0 } else { same };
+                let kept = run(&request(&next, blocks[1]));
+                // Unless the budget cut a round, which ran beyond the answer.
+                let beyond = usize::from(kept == n && blocks[0] > 1 && next.len() > n);
+                assert_eq!(kept, expected + beyond, "blocks {blocks:?}");
+                // And back, on the same sequence.
+                run(&first);
+                run(&request(&next, blocks[1]));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_drafter_catches_up_from_where_it_was_left() {
+    let held = &HELD[5];
+    let mut sequence = Sequence::new(&DEMO.0, Some(&DEMO.1));
+    let mut said = held.prompt.clone();
+    let mut drafted = 0;
+    for (turn, block) in [16, 1, 1, 16, 7, 1, 16].into_iter().enumerate() {
+        let request = sampled(&said, 20, block, 0.5, 9);
+        let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &request);
+        // All but three new tokens and the answer's last; of them the drafter what the last turn with it left it.
+        let last = if turn == 0 { 0 } else { said.len() - 4 };
+        let expected = if block > 1 { last.min(drafted) } else { last };
+        // A round that the budget cut ran one token more at least; what waits for the drafter is at most a block, and
+        // plain decoding forgets it.
+        let waiting = if expected == drafted { 16 } else { 0 };
+        let range = expected.saturating_sub(waiting)..=expected + 1;
+        assert!(range.contains(&kept), "turn {turn}: {kept} kept, expected {expected}");
+        said.extend(run(&DEMO, &request).tokens);
+        drafted = if block > 1 { said.len() - 1 } else { drafted };
+        said.extend([300, 40 + turn as u32, 5]);
+    }
+}
+
+#[test]
+fn a_prompt_cut_short_and_an_answer_cut_short_are_kept() {
+    let prompt = HELD[0].prompt.repeat(3);
+    for block in [1, 16] {
+        let request = greedy(&prompt, 30, block);
+        let mut sequence = Sequence::new(&DEMO.0, Some(&DEMO.1));
+        let mut cut = AtPrefill(2, vec![]);
+        let outcome = cpu::install(|| generate(&mut sequence, &request, &mut cut)).unwrap();
+        assert_eq!((outcome.finish, outcome.tokens.len()), (Finish::Interrupted, 0));
+        let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &request);
+        assert_eq!(kept, cut.1[1]);
+        // Within a round, so that what the sequence holds is longer than the answer.
+        for after in [1, 4, 5, 9] {
+            let mut listener = Until::new(after, Flow::Interrupt);
+            let outcome = cpu::install(|| generate(&mut sequence, &request, &mut listener)).unwrap();
+            let next = [&prompt[..], &outcome.tokens, &[9, 9, 9]].concat();
+            let next = greedy(&next, 12, block);
+            let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &next);
+            assert!(kept + 1 >= prompt.len() + after, "{kept} of {} tokens kept", prompt.len() + after);
+        }
+    }
+}
+
+/// Conversations of any shape, past the drafter's context and to the end of the target's, each answer a fresh one's.
+#[test]
+fn any_requests_in_a_row_are_answered_as_fresh_ones() {
+    let (target, drafter) = support::small();
+    let target = support::Target { max_positions: 120, eos: vec![], ..target };
+    let (mut kept, mut turns) = (0, 0);
+    for draft_limit in [120, 40, 33] {
+        let drafter = support::Drafter { max_positions: draft_limit, ..drafter.clone() };
+        let pair = support::write_pair(&target, &drafter);
+        let models = open(support::disk(&pair.target), support::disk(&pair.drafter));
+        for seed in 0..12 {
+            let mut random = support::Random(seed);
+            let mut sequence = Sequence::new(&models.0, Some(&models.1));
+            let mut said: Vec<u32> = vec![3];
+            for _ in 0..12 {
+                match random.below(4) {
+                    0 => said.truncate(1 + random.below(said.len())),
+                    1 => {
+                        let at = random.below(said.len());
+                        said[at] = random.below(40) as u32;
+                    }
+                    _ => {}
+                }
+                said.extend((0..random.below(12)).map(|_| random.below(40) as u32));
+                said.truncate(119);
+                let (block, max_tokens) = ([1, 2, 5, 8][random.below(4)], 1 + random.below(40));
+                let temperature = [0.0, 1.0][random.below(2)];
+                let request = sampled(&said, max_tokens, block, temperature, seed);
+                let request = Request { stop_ids: vec![random.below(40) as u32], ..request };
+                kept += kept_with_the_answer_of_a_fresh_start(&mut sequence, &models, &request);
+                turns += 1;
+                said.extend(run(&models, &request).tokens);
+            }
+        }
+    }
+    assert!(kept > 10 * turns, "{kept} tokens kept in {turns} turns show little");
+}
+
 // ---- how an answer ends ----
 
 #[test]

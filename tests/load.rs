@@ -11,9 +11,10 @@ use dflash::device::Buffer;
 use dflash::emulator::Emulator;
 use dflash::kernels::linear::Shape;
 use dflash::load::{Loader, PIECE, PIECES, Rows};
-use dflash::memory::{Ledger, MemoryPlan, Resident, Room};
+use dflash::memory::{Ledger, MemoryPlan, Room};
 use dflash::model::PAGE;
 use dflash::pair::Pair;
+use dflash::rounds::{Batch, Models};
 use dflash::weights::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype};
 use kernel::*;
 use layer::pack_rows;
@@ -198,10 +199,9 @@ fn rotations_are_those_of_the_reference() {
 #[test]
 fn progress_ends_with_all_bytes_and_never_goes_back() {
     let (_files, pair) = written(&target(Dtype::F16, 3, false), &drafter(Dtype::F32));
-    let room = Room::new(1, 100, 8, 16);
-    let plan = MemoryPlan::new(&pair, room).unwrap();
+    let plan = MemoryPlan::new(&pair, Room::new(1, 8, 100)).unwrap();
     let mut heard = vec![];
-    Resident::load(&Emulator::new(), &pair, room, &mut |done, total| heard.push((done, total))).unwrap();
+    Models::load_with(&Emulator::new(), &pair, 100, &mut |done, total| heard.push((done, total))).unwrap();
     assert_eq!(
         (heard[0], heard[heard.len() - 1]),
         ((0, plan.file_bytes), (plan.file_bytes, plan.file_bytes))
@@ -229,21 +229,38 @@ fn pairs() -> Vec<(&'static str, Option<support::Pair>, Pair)> {
 #[test]
 fn the_plan_is_what_is_allocated() {
     for (what, _files, pair) in &pairs() {
-        for room in
-            [Room::new(1, 64, 1, 1), Room::new(3, 200, 7, 48), Room { pages: 5, ..Room::new(2, 250, 16, 8) }]
-        {
+        let rooms = [Room::new(1, 1, 64), Room::new(3, 7, 200), Room { pages: 5, ..Room::new(2, 16, 250) }];
+        for room in rooms {
+            let Room { sequences, block, pages, positions } = room;
             let plan = MemoryPlan::new(pair, room).unwrap();
             let device = Emulator::new();
-            let resident = Resident::load(&device, pair, room, &mut nobody).unwrap();
+            let models = Models::load(&device, pair, positions).unwrap();
+            let weights: usize = plan
+                .lines
+                .iter()
+                .filter(|l| l.what.ends_with("weights") || l.what == "vocabulary")
+                .map(|l| l.bytes)
+                .sum();
+            assert_eq!(device.allocated().bytes, weights, "{what}, {plan:?}");
+            assert_eq!(device.allocated().peak, weights + plan.passing, "{what}, {plan:?}");
+            let batch = Batch::new(&device, &models, sequences, block, pages, positions).unwrap();
+            // The emulator's page-locked memory is memory like all other: one buffer, the ring.
             let used = device.allocated();
-            assert_eq!(used.bytes, plan.total(), "{what}, {plan:?}");
-            assert_eq!(used.peak, plan.peak(), "{what}, {plan:?}");
-            assert_eq!(used.buffers, plan.allocations, "{what}, {plan:?}");
-            let keys: usize = plan.lines.iter().filter(|l| l.what.ends_with("values")).map(|l| l.bytes).sum();
-            let stacks = if pair.drafter.is_some() { 2 } else { 1 };
-            let tables = stacks * room.sequences * room.sequence_pages * 4;
-            assert_eq!(keys, room.pages * plan.page_bytes + tables, "{what}");
-            drop(resident);
+            assert_eq!(used.bytes, plan.total() + plan.pinned, "{what}, {plan:?}");
+            assert_eq!(
+                used.peak,
+                (plan.total() + plan.pinned).max(weights + plan.passing),
+                "{what}, {plan:?}"
+            );
+            assert_eq!(plan.peak(), plan.total().max(weights + plan.passing), "{what}, {plan:?}");
+            assert_eq!(used.buffers, plan.allocations + 1, "{what}, {plan:?}");
+            let stacks = [Some(&pair.target.config.stack), pair.drafter.as_ref().map(|d| &d.config.stack)];
+            let stacks = stacks.into_iter().flatten().take(if block > 1 { 2 } else { 1 });
+            let page: usize = stacks.map(|c| c.kv_bytes_per_token(2) * PAGE).sum();
+            let keys = plan.lines.iter().find(|l| l.what == "keys and values").unwrap();
+            assert_eq!((plan.page_bytes, keys.bytes), (page, pages * page), "{what}");
+            drop(batch);
+            drop(models);
             assert_eq!((device.allocated().buffers, device.allocated().bytes), (0, 0), "{what}");
         }
     }
@@ -254,7 +271,7 @@ fn the_plan_is_what_is_allocated() {
 #[test]
 fn no_weight_is_held_twice() {
     for (what, _files, pair) in &pairs() {
-        let room = Room::new(1, 128, 4, 4);
+        let room = Room::new(1, 4, 128);
         let plan = MemoryPlan::new(pair, room).unwrap();
         let line = |name: &str| plan.lines.iter().find(|l| l.what == name).map_or(0, |l| l.bytes);
         let bytes = |tensors: &[(String, Vec<usize>)]| -> usize {
@@ -268,7 +285,7 @@ fn no_weight_is_held_twice() {
             };
             tensors.iter().map(size).sum()
         };
-        let rotations = |head_dim: usize| room.positions() * head_dim * 4;
+        let rotations = |head_dim: usize| room.positions * head_dim * 4;
         let t = &pair.target.config;
         assert_eq!(
             line("target weights") + line("vocabulary"),
@@ -285,30 +302,15 @@ fn no_weight_is_held_twice() {
 #[test]
 fn the_largest_context_fits_and_a_page_more_does_not() {
     for (what, _files, pair) in &pairs() {
-        let room = Room::new(2, PAGE, 8, 32);
-        let peak = |positions| MemoryPlan::new(pair, Room::new(2, positions, 8, 32)).unwrap().peak();
+        let peak = |positions| MemoryPlan::new(pair, Room::new(2, 8, positions)).unwrap().peak();
         let most = pair.target.config.stack.max_positions;
-        let largest = |bytes| MemoryPlan::largest_context(pair, room, bytes).unwrap();
+        let largest = |bytes| MemoryPlan::largest_context(pair, 2, 8, bytes).unwrap();
         assert_eq!(largest(peak(PAGE) - 1), 0, "{what}");
         assert_eq!(largest(peak(PAGE)), PAGE, "{what}");
         assert_eq!(largest(peak(3 * PAGE)), 3 * PAGE, "{what}");
         assert_eq!(largest(peak(3 * PAGE) - 1), 2 * PAGE, "{what}");
         assert_eq!(largest(usize::MAX), most, "{what}");
     }
-}
-
-#[test]
-fn a_further_line_is_measured_by_what_it_allocates() {
-    let mut plan = MemoryPlan::new(&demo(), Room::new(1, 64, 1, 1)).unwrap();
-    let (total, allocations) = (plan.total(), plan.allocations);
-    let allocate = |device: &dyn dflash::device::Device| {
-        device.pinned(4096, "the host's")?;
-        let tokens = device.allocate(100, "tokens")?;
-        device.fill(&tokens, 0)?;
-        device.allocate(28, "lengths")
-    };
-    plan.measure("round state", allocate).unwrap();
-    assert_eq!((plan.total(), plan.allocations), (total + 128, allocations + 2));
 }
 
 // ---- memory of the host ----
@@ -398,7 +400,7 @@ fn a_file_that_was_cut_after_opening_is_named_with_the_tensor() {
         for left in [length - 1, length / 2, 9, 0] {
             OpenOptions::new().write(true).open(&path).unwrap().set_len(left).unwrap();
             let device = Emulator::new();
-            let error = Resident::load(&device, &pair, Room::new(1, 64, 4, 8), &mut nobody).err().unwrap();
+            let error = Models::load(&device, &pair, 64).err().unwrap();
             let Error::Model(sentence) = &error else { panic!("{error:?}") };
             assert!(
                 sentence.contains(name) && sentence.contains(": tensor ") && sentence.contains("shorter"),
@@ -564,7 +566,7 @@ fn a_bad_weight_in_any_tensor_of_a_pair_is_named_and_all_memory_comes_back() {
             support::write_tensors(dir, &tensors, Dtype::F32, shards);
             let pair = Pair::open(disk(&files.target), Some(disk(&files.drafter))).unwrap();
             let device = Emulator::new();
-            let error = Resident::load(&device, &pair, Room::new(1, 64, 4, 8), &mut nobody).err().unwrap();
+            let error = Models::load(&device, &pair, 64).err().unwrap();
             let Error::Model(sentence) = &error else { panic!("{error:?}") };
             let name = format!(": tensor {}: element", tensors[spoiled].name);
             assert!(sentence.contains(&name) && sentence.contains("is NaN"), "{sentence}: {name}");
@@ -575,26 +577,31 @@ fn a_bad_weight_in_any_tensor_of_a_pair_is_named_and_all_memory_comes_back() {
 }
 
 #[test]
-fn too_little_device_memory_is_known_before_anything_is_read() {
+fn too_little_device_memory_is_one_sentence_and_for_weights_before_any_is_read() {
     let (_files, pair) = written(&target(Dtype::Bf16, 1, false), &drafter(Dtype::Bf16));
-    let room = Room::new(2, 128, 4, 8);
+    let room = Room::new(2, 4, 128);
     let plan = MemoryPlan::new(&pair, room).unwrap();
-    let load = |bytes: usize, progress: &mut dyn FnMut(usize, usize)| {
+    let (whole, weights) =
+        (plan.total() + plan.pinned, plan.lines[..3].iter().map(|l| l.bytes).sum::<usize>());
+    let load = |bytes: usize| {
         let device = Emulator::with_memory(bytes as u64);
-        let error = Resident::load(&device, &pair, room, progress).err();
+        let mut read = 0;
+        let error = Models::load_with(&device, &pair, 128, &mut |done, _| read = done)
+            .and_then(|models| Batch::new(&device, &models, 2, 4, room.pages, 128).map(drop))
+            .err();
         assert_eq!(device.allocated().buffers, 0);
-        error
+        (error, read)
     };
-    assert_eq!(load(plan.peak(), &mut nobody), None);
+    assert_eq!(load(whole.max(plan.peak())), (None, plan.file_bytes));
     for i in 0..40 {
-        let bytes = plan.total() * i / 40;
-        let error = load(bytes, &mut |done, _| assert_eq!(done, 0)).unwrap();
-        let Error::Memory(sentence) = &error else { panic!("{error:?}") };
+        let bytes = whole * i / 40;
+        let (error, read) = load(bytes);
+        let Some(Error::Memory(sentence)) = &error else { panic!("{error:?}") };
         assert!(sentence.contains(&format!("free of {bytes}")) && sentence.contains("needed"), "{sentence}");
+        assert_eq!(read, if bytes < weights + plan.passing { 0 } else { plan.file_bytes }, "{sentence}");
     }
     // All but what is on its way.
-    let mut read = 0;
-    let error = load(plan.peak() - 1, &mut |done, _| read = done).unwrap();
-    assert!(matches!(&error, Error::Memory(s) if s.contains("weights on their way")), "{error}");
-    assert_eq!(read, 0);
+    let (error, read) = load(weights + plan.passing - 1);
+    let Some(Error::Memory(sentence)) = &error else { panic!("{error:?}") };
+    assert!(sentence.contains("weights on their way") && read == 0, "{sentence}");
 }

@@ -79,6 +79,18 @@ const FLAGS: &str = r#"
 2 | --compare --draft none x | --compare needs a drafter, but --draft is none
 2 | --compare --block 1 x | --block is 1, which is plain decoding: --compare expects at least 2
 2 | --compare -n 0 x | --max-tokens is 0, which leaves --compare nothing to compare
+2 | --chat x | the argument '--chat' cannot be used with '[PROMPT]'
+2 | --chat -f ROOT/p | the argument '--chat' cannot be used with '--file <FILE>'
+2 | --chat --prompts ROOT/p | the argument '--chat' cannot be used with '--prompts <FILE.jsonl>'
+2 | --chat --raw | the argument '--chat' cannot be used with '--raw'
+2 | --chat --plan | the argument '--chat' cannot be used with '--plan'
+2 | --chat --json | the argument '--chat' cannot be used with '--json'
+2 | --chat --stream-json | the argument '--chat' cannot be used with '--stream-json'
+2 | --chat --compare | the argument '--chat' cannot be used with '--compare'
+2 | --chat -n 0 | --max-tokens is 0, which leaves --chat nothing to say
+2 | --chat --stop '' | --stop is empty, expected at least one character
+2 | --chat --template-arg x | --template-arg is "x", expected NAME=VALUE
+2 | --chat --draft none --block 4 | --block is 4 without a drafter, expected 1 (plain decoding)
 2 | --plan x | the argument '--plan' cannot be used with '[PROMPT]'
 2 | --prompts ROOT/p.jsonl x | the argument '--prompts <FILE.jsonl>' cannot be used with '[PROMPT]'
 2 | --prompts ROOT/p.jsonl -f ROOT/p | the argument '--prompts <FILE.jsonl>' cannot be used with '--file <FILE>'

@@ -1,4 +1,5 @@
-//! The state of sequences over hundreds of rounds against a plain model of it, as fresh launches and as one replayed graph.
+//! The state of sequences over hundreds of rounds against a plain model of it, as fresh launches and as one replayed
+//! graph.
 
 #[path = "support/kernel.rs"]
 mod kernel;
@@ -21,6 +22,7 @@ struct Place {
     sequences: Buffer,
     draft_tokens: Buffer,
     draft_rows: Buffer,
+    features: Buffer,
     draft_spans: Buffer,
     verify_rows: Buffer,
     verify_spans: Buffer,
@@ -46,6 +48,7 @@ impl Place {
             sequences: upload(device, &vec![0u8; sequences * Sequence::BYTES]),
             draft_tokens: words(rows),
             draft_rows: words(2 * rows * 4),
+            features: words(rows),
             draft_spans: words(sequences * 2),
             verify_rows: words(rows * 4),
             verify_spans: words(sequences * 2),
@@ -66,6 +69,7 @@ impl Place {
         Tables {
             draft_tokens: &self.draft_tokens,
             draft_rows: &self.draft_rows,
+            features: &self.features,
             draft_spans: &self.draft_spans,
             verify_rows: &self.verify_rows,
             verify_spans: &self.verify_spans,
@@ -77,7 +81,7 @@ impl Place {
     fn launch(&self, device: &dyn Device) -> dflash::Result<()> {
         let Round { sequences, block } = self.round;
         let verdict = Verdict { accepted: &self.accepted, next: &self.next, path: &self.path };
-        self.round.begin(device, self.tables(), &self.sequences, self.depths.as_ref(), MASK)?;
+        self.round.begin(device, self.tables(), &self.sequences, &self.path, self.depths.as_ref(), MASK)?;
         self.round.tokens(device, &self.tokens, &self.drafts, &self.sequences)?;
         Verify { sequences, block }.launch(
             device,
@@ -116,6 +120,7 @@ impl Place {
             &self.sequences,
             &self.draft_tokens,
             &self.draft_rows,
+            &self.features,
             &self.draft_spans,
             &self.verify_rows,
             &self.verify_spans,
@@ -222,10 +227,10 @@ fn rows(sequence: &Sequence, block: usize) -> usize {
 }
 
 /// What `round_begin` and `round_tokens` must make of the state before a round: draft tokens, draft rows, draft spans,
-/// verify rows, verify spans, verify tokens.
-fn model_tables(all: &[Sequence], block: usize, inputs: &Inputs, trees: bool) -> [Vec<u32>; 6] {
+/// verify rows, verify spans, verify tokens, rows of pending features. `path` as the round before left it.
+fn model_tables(all: &[Sequence], block: usize, inputs: &Inputs, path: &[u32], trees: bool) -> [Vec<u32>; 7] {
     let padding = [NONE, 0, NONE, NONE];
-    let mut tables: [Vec<u32>; 6] = Default::default();
+    let mut tables: [Vec<u32>; 7] = Default::default();
     let mut block_rows = Vec::new();
     for (place, s) in all.iter().enumerate() {
         let (rows, own) = (if s.active { rows(s, block) } else { 0 }, place as u32);
@@ -242,6 +247,8 @@ fn model_tables(all: &[Sequence], block: usize, inputs: &Inputs, trees: bool) ->
             });
             let feature = s.active && j < s.pending && s.length - s.pending + j < s.draft_end;
             let position = s.length.wrapping_sub(s.pending).wrapping_add(j);
+            let of_path = (path[at] as usize) < block;
+            tables[6].push(if feature && of_path { (place * block) as u32 + path[at] } else { NONE });
             tables[1].extend(if feature { [own, position, position, NONE] } else { padding });
             block_rows.extend(if row < drafted { [own, s.length + j, s.length + j, query] } else { padding });
             let depth = if trees { inputs.depths[at] } else { j };
@@ -266,9 +273,10 @@ fn random_sequence(random: &mut Random, block: usize) -> Sequence {
     let length = 1 + random.below(200) as u32;
     let end = length + 2 + random.below(60) as u32;
     let budget = 1 + random.below(40) as u32;
-    let draft_end = match random.below(5) {
+    let draft_end = match random.below(6) {
         0 => 0,
         1 => length + random.below(20) as u32,
+        2 => length.saturating_sub(1 + random.below(3) as u32).max(1),
         _ => 100_000,
     };
     let stops = random.below(4);
@@ -324,6 +332,7 @@ fn simulate(device: &Emulator, sequences: usize, block: usize, trees: bool, roun
         let inputs = Inputs::new(&mut random, sequences, block, trees);
         [&fresh, &replayed].iter().for_each(|to| to.feed(device, &inputs));
         device.set_schedule(Schedule::ALL[round as usize % 5]);
+        let path: Vec<u32> = download(device, &fresh.path);
         fresh.launch(device).unwrap();
         device.replay(&graph).unwrap();
         assert!(
@@ -341,9 +350,20 @@ fn simulate(device: &Emulator, sequences: usize, block: usize, trees: bool, roun
             &fresh.verify_rows,
             &fresh.verify_spans,
             &fresh.tokens,
+            &fresh.features,
         ];
-        let names = ["draft tokens", "draft rows", "draft spans", "verify rows", "verify spans", "tokens"];
-        for ((name, got), expected) in names.iter().zip(got).zip(model_tables(&all, block, &inputs, trees)) {
+        let names = [
+            "draft tokens",
+            "draft rows",
+            "draft spans",
+            "verify rows",
+            "verify spans",
+            "tokens",
+            "features",
+        ];
+        for ((name, got), expected) in
+            names.iter().zip(got).zip(model_tables(&all, block, &inputs, &path, trees))
+        {
             assert_eq!(words(got), expected, "round {round}: {name}");
         }
         let states = bytes_of(device, &fresh.sequences);
@@ -374,13 +394,12 @@ fn simulate(device: &Emulator, sequences: usize, block: usize, trees: bool, roun
 
 #[test]
 fn rounds_are_the_plain_models_and_a_replayed_graphs() {
-    let rounds = if cfg!(feature = "sanitize") { 40 } else { 300 };
     let mut ends = [0; 6];
     for (sequences, block, trees) in
         [(1, 1, false), (5, 7, false), (16, 16, false), (3, 64, true), (6, 9, true)]
     {
         let device = Emulator::new();
-        for (all, more) in ends.iter_mut().zip(simulate(&device, sequences, block, trees, rounds)) {
+        for (all, more) in ends.iter_mut().zip(simulate(&device, sequences, block, trees, 300)) {
             *all += more;
         }
     }

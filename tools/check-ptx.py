@@ -23,6 +23,8 @@ WORDS = {
     "ldgsts128": re.compile(r"\bLDGSTS\S*\.128"),
     "ldsm": re.compile(r"\bLDSM\b"),
     "lds128": re.compile(r"\bLDS\S*\.128"),
+    # Eight 16-byte loads before the wait for the previous kernel, where there is such a wait.
+    "early": re.compile(r"\A(?![\s\S]*ACQBULK)|(\bLDG\S*\.128[\s\S]*?){8}ACQBULK"),
 }
 
 

@@ -24,7 +24,7 @@ impl Embedding {
         (self.rows * (self.hidden * 6 + 4)) as u64
     }
 
-    /// `out` [rows][hidden] f32, `table` [vocab][hidden] bf16 or its packed form, sealed, `tokens` [rows] u32.
+    /// `out` `[rows][hidden]` f32, `table` `[vocab][hidden]` bf16 or its packed form, sealed, `tokens` `[rows]` u32.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or `hidden` is no multiple of 8, of 32 where the table is packed; else

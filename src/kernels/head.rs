@@ -30,7 +30,7 @@ impl Head {
         input_bytes(self.shape(), self.rows, true) + (self.rows * (self.shape().blocks() * 8 + logits)) as u64
     }
 
-    /// `best` [rows][ceil(vocab / 128)] u64, `logits` [rows][vocab] f32 or not kept.
+    /// `best` `[rows][ceil(vocab / 128)]` u64, `logits` `[rows][vocab]` f32 or not kept.
     ///
     /// A number of `best` is the best logit's bits as an integer of the same order (negative ones inverted, others with
     /// the top bit set, -0 as 0) in the upper half and the inverse of its id in the lower: the larger number is the

@@ -49,6 +49,11 @@ impl Inject {
         let Inject { rows, n, feature_rows, .. } = *self;
         let needs = Needs("inject");
         needs.that(n.is_multiple_of(64), "a multiple of 64", &format!("{n} outputs"))?;
+        needs.that(
+            input.sumsq.is_none(),
+            "none: its results are not scaled",
+            "sums of squares of the input",
+        )?;
         let there = (1..1 << 31).contains(&feature_rows);
         needs.that(there, "1 to 2^31", &format!("{feature_rows} rows of features"))?;
         needs.buffer("y", y, rows * n * 2)?;

@@ -88,11 +88,6 @@ impl Workspace {
         device.fill(&counters, 0)?;
         Ok(Workspace { partial, counters })
     }
-
-    /// Bytes of device memory.
-    pub fn bytes(&self) -> usize {
-        self.partial.bytes() + self.counters.bytes()
-    }
 }
 
 /// What every linear kernel reads.
@@ -103,7 +98,7 @@ pub struct Input<'a> {
     /// `[rows][k]` bf16.
     pub x: &'a Buffer,
     /// Sums of squares of the residual stream behind `x`, `[rows][ceil(k / 128)]` f32: results are multiplied by
-    /// `1 / sqrt(sum / k + eps)`. `None`: by 1.
+    /// `1 / sqrt(sum / k + eps)`. `None`: by 1, which is all that [`super::project`] and [`super::inject`] do.
     pub sumsq: Option<&'a Buffer>,
     /// Of that norm, and of the head norms of the qkv kernel.
     pub eps: f32,
@@ -169,11 +164,7 @@ fn tiles(rows: usize) -> (usize, usize) {
 /// later the finished tile. As `Staging` in `linear.cuh`.
 const fn shared(index: usize, groups: usize) -> u32 {
     let tokens = 8 << index;
-    let chunk = match index {
-        0 | 1 => 1024,
-        2 | 3 => 512,
-        _ => 256,
-    };
+    let chunk = if index < 4 { 512 } else { 256 };
     let buffers = if groups <= chunk / 32 { 1 } else { 2 };
     // A chunk is larger than the tile of its tokens, 132 words each.
     (buffers * tokens * (chunk * 2 + 64)) as u32
@@ -218,7 +209,9 @@ impl Launch<'_> {
         if let Some(sumsq) = input.sumsq {
             super::at_least(needs.0, "sumsq", sumsq, rows * k.div_ceil(BLOCK) * 4)?;
         }
-        needs.optional("live", input.live, 4)?;
+        if let Some(live) = input.live {
+            super::at_least(needs.0, "live", live, 4)?;
+        }
         needs.optional("gather", self.gather.map(|g| g.rows), rows * 4)?;
         needs.buffer("partial sums", &input.workspace.partial, partial)?;
         needs.buffer("counters", &input.workspace.counters, counters * 4)?;

@@ -50,6 +50,11 @@ impl Project {
         let Project { rows, n, .. } = *self;
         let needs = Needs("project");
         needs.that(n.is_multiple_of(64), "a multiple of 64", &format!("{n} outputs"))?;
+        needs.that(
+            input.sumsq.is_none(),
+            "none: its results are not scaled",
+            "sums of squares of the input",
+        )?;
         needs.buffer("x", out.x, rows * n * 4)?;
         needs.buffer("y", out.y, rows * n * 2)?;
         at_least("project", "sumsq", out.sumsq, rows * self.shape().parts() * 4)?;

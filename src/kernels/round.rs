@@ -79,7 +79,7 @@ pub struct Sequence {
 impl Sequence {
     pub const BYTES: usize = 128;
 
-    /// The bytes the device keeps.
+    /// The bytes the device keeps. The first four are `active`: zeros written there alone take the sequence out.
     ///
     /// # Errors
     /// [`Error::Internal`] for more than [`STOP_IDS`] stop ids.
@@ -167,6 +167,8 @@ pub struct Tables<'a> {
     pub draft_tokens: &'a Buffer,
     /// [2][sequences][block] `Row`: first the pending features, at the drafter's positions and slots, then the block.
     pub draft_rows: &'a Buffer,
+    /// [sequences][block] u32: for each pending feature its row of the last verification pass; `u32::MAX` is padding.
+    pub features: &'a Buffer,
     /// [sequences] `Span`: what the block's rows see of the drafter's pages; no rows where nothing is drafted.
     pub draft_spans: &'a Buffer,
     /// [sequences][block] `Row`
@@ -191,8 +193,8 @@ impl Round {
         (self.sequences * (256 + self.block * 100)) as u64
     }
 
-    /// Makes the tables. `sequences` [sequences] [`Sequence`]; `depths` [sequences][block] u32: of a tree's rows, none for
-    /// chains; `mask`: the drafter's mask token.
+    /// Makes the tables. `sequences` [sequences] [`Sequence`]; `path` [sequences][block] as the last verdict left it;
+    /// `depths` [sequences][block] u32: of a tree's rows, none for chains; `mask`: the drafter's mask token.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
@@ -201,6 +203,7 @@ impl Round {
         device: &dyn Device,
         tables: Tables<'_>,
         sequences: &Buffer,
+        path: &Buffer,
         depths: Option<&Buffer>,
         mask: u32,
     ) -> Result<()> {
@@ -209,22 +212,26 @@ impl Round {
         check_shape(NAME, count, block)?;
         at_least(NAME, "draft_tokens", tables.draft_tokens, count * block * 4)?;
         at_least(NAME, "draft_rows", tables.draft_rows, 2 * count * block * 16)?;
+        at_least(NAME, "features", tables.features, count * block * 4)?;
         at_least(NAME, "draft_spans", tables.draft_spans, count * 8)?;
         at_least(NAME, "verify_rows", tables.verify_rows, count * block * 16)?;
         at_least(NAME, "verify_spans", tables.verify_spans, count * 8)?;
         at_least(NAME, "clock", tables.clock, 8)?;
         at_least(NAME, "sequences", sequences, count * Sequence::BYTES)?;
+        at_least(NAME, "path", path, count * block * 4)?;
         if let Some(depths) = depths {
             at_least(NAME, "depths", depths, count * block * 4)?;
         }
         let args = [
             tables.draft_tokens.into(),
             tables.draft_rows.into(),
+            tables.features.into(),
             tables.draft_spans.into(),
             tables.verify_rows.into(),
             tables.verify_spans.into(),
             tables.clock.into(),
             sequences.into(),
+            path.into(),
             depths.map_or(Arg::Null, Arg::from),
             (block as u32).into(),
             mask.into(),
@@ -314,8 +321,8 @@ impl Ring {
 
     /// What round number `round` (from 1) did for `sequence`, `None` while it is on its way.
     ///
-    /// A record is whole where no later round that takes its place is under way: a ring needs a place more than rounds are
-    /// enqueued before the host has read them.
+    /// A record is whole where no later round that takes its place is under way: a ring needs a place more than
+    /// rounds are enqueued before the host has read them.
     ///
     /// # Errors
     /// [`Error::Internal`] where a later round has taken the place, or the record makes no sense.

@@ -65,9 +65,9 @@ impl Sample {
     }
 
     /// `choice` [rows] u32: the chosen token, `u32::MAX` for a row without a sequence and for a damaged one. `best`
-    /// [rows][blocks] u64: per block of ids the largest `ascending(logit) << 32 | !id`, all ones where a logit is NaN or
-    /// +inf; it must be what `logits` say. `table` [rows]: `Row`s (cuda/rows.cuh), of which sequence and position count:
-    /// the noise is that of the position after. Without `races` every row is greedy.
+    /// [rows][blocks] u64: per block of ids the largest `ascending(logit) << 32 | !id`, all ones where a logit is NaN
+    /// or +inf; it must be what `logits` say. `table` [rows]: `Row`s (cuda/rows.cuh), of which sequence and position
+    /// count: the noise is that of the position after. Without `races` every row is greedy.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
@@ -86,8 +86,8 @@ impl Sample {
             || sequences == 0
         {
             return Err(Error::Internal(format!(
-                "kernel sample: {rows} rows, {vocab} tokens in {blocks} blocks, {sequences} sequences; possible are 1 to \
-                 65535 rows and 1 to 2^26 tokens"
+                "kernel sample: {rows} rows, {vocab} tokens in {blocks} blocks, {sequences} sequences; possible are 1 \
+                 to 65535 rows and 1 to 2^26 tokens"
             )));
         }
         at_least("sample", "choice", choice, rows * 4)?;

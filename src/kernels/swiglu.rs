@@ -33,7 +33,7 @@ impl Swiglu {
         input_bytes(self.shape(), self.rows, true) + (self.rows * self.inner * 2) as u64
     }
 
-    /// `out` [rows][inner] bf16; weights packed as [`Swiglu::places`] has it.
+    /// `out` `[rows][inner]` bf16; weights packed as [`Swiglu::places`] has it.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] where a buffer is too small or a shape is not as stated; else what the device says.

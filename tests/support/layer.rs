@@ -6,9 +6,11 @@ use crate::kernel::*;
 use dflash::device::{Buffer, Device};
 use dflash::emulator::Emulator;
 use dflash::kernels::head::Head;
+use dflash::kernels::inject::Inject;
 use dflash::kernels::linear::{Input, Shape, Workspace};
 use dflash::kernels::project::{Project, Projected};
 use dflash::kernels::qkv::{Places, Qkv};
+use dflash::kernels::swiglu::Swiglu;
 
 pub const EPS: f32 = 1e-5;
 pub const NONE: u32 = u32::MAX;
@@ -36,15 +38,21 @@ pub struct Layer {
     pub x: Buffer,
     pub sumsq: Buffer,
     pub live: Buffer,
+    pub prompt: bool,
     pub workspace: Workspace,
 }
 
 /// The same on the host.
+#[derive(Clone)]
 pub struct Data {
     pub shape: Shape,
     pub w: Vec<u16>,
     pub x: Vec<u16>,
     pub sumsq: Vec<f32>,
+    /// What the flag says whether there is something to do.
+    pub live: u32,
+    /// By the kernels for prompts.
+    pub prompt: bool,
 }
 
 impl Data {
@@ -56,6 +64,8 @@ impl Data {
             w: random.bf16(shape.n * shape.k, (shape.k as f32).sqrt().recip()),
             x: random.bf16(rows * shape.k, 1.0),
             sumsq: (0..rows * parts).map(|_| 50.0 + 200.0 * random.unit()).collect(),
+            live: 1,
+            prompt: false,
         }
     }
 
@@ -68,7 +78,8 @@ impl Data {
             weights: constant(device, &pack_rows(&self.w, self.shape, place)),
             x: upload(device, &self.x),
             sumsq: upload(device, &self.sumsq),
-            live: upload(device, &[1u32]),
+            live: upload(device, &[self.live]),
+            prompt: self.prompt,
             workspace: Workspace::new(device, &[(self.shape, self.rows())]).unwrap(),
         }
     }
@@ -97,7 +108,7 @@ impl Layer {
             x: &self.x,
             sumsq: normed.then_some(&self.sumsq),
             eps: EPS,
-            prompt: false,
+            prompt: self.prompt,
             live: Some(&self.live),
             workspace: &self.workspace,
         }
@@ -202,4 +213,102 @@ pub fn head(device: &Emulator, head: Head, data: &Data, keep: bool) -> (Vec<u8>,
     let logits = poisoned::<f32>(device, head.rows * head.vocab);
     head.launch(device, &layer.input(true), &best, keep.then_some(&logits)).unwrap();
     (bytes_of(device, &best), bytes_of(device, &logits))
+}
+
+/// The linear kernels.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Kind {
+    Project,
+    Swiglu,
+    Qkv,
+    Head,
+    Inject,
+}
+
+pub const KINDS: [Kind; 5] = [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Head, Kind::Inject];
+
+impl Kind {
+    pub fn outputs(self) -> usize {
+        match self {
+            Kind::Project => 192,
+            Kind::Swiglu => 192,
+            Kind::Qkv => 256,
+            Kind::Head => 261,
+            Kind::Inject => 128,
+        }
+    }
+
+    /// Runs the kernel on the data's rows; everything a row has of its own (residual, position) is made from its first sum
+    /// of squares. Returns the bytes each row leaves.
+    pub fn run(self, device: &Emulator, data: &Data) -> Vec<Vec<u8>> {
+        let (rows, Shape { n, k }) = (data.rows(), data.shape);
+        let layer = data.upload(device, |r| r);
+        let own: Vec<f32> = data.sumsq.chunks(k.div_ceil(128)).map(|sums| sums[0]).collect();
+        let y = poisoned::<u16>(device, rows * n);
+        let sumsq = poisoned::<f32>(device, rows * n.div_ceil(128));
+        let gain = upload(device, &vec![0.75f32; n.max(128)]);
+        match self {
+            Kind::Project => {
+                let x: Vec<f32> = (0..rows * n).map(|i| own[i / n] + (i % n) as f32).collect();
+                let x = upload(device, &x);
+                let out = Projected { x: &x, y: &y, sumsq: &sumsq, gain: &gain, features: None };
+                Project { rows, n, k }.launch(device, &layer.input(false), &out).unwrap();
+                by_row(device, rows, &[&x, &y, &sumsq])
+            }
+            Kind::Swiglu => {
+                let kernel = Swiglu { rows, inner: n / 2, k };
+                let out = poisoned::<u16>(device, rows * n / 2);
+                kernel.launch(device, &layer.input(true), &out).unwrap();
+                by_row(device, rows, &[&out])
+            }
+            Kind::Head => {
+                let logits = poisoned::<f32>(device, rows * n);
+                let best = poisoned::<u64>(device, rows * n.div_ceil(128));
+                let kernel = Head { rows, vocab: n, k, multiplier: 0.5, softcap: Some(30.0) };
+                kernel.launch(device, &layer.input(true), &best, Some(&logits)).unwrap();
+                by_row(device, rows, &[&best, &logits])
+            }
+            Kind::Inject => {
+                let gather: Vec<u32> = (0..rows as u32).rev().collect();
+                let kernel = Inject { rows, n, k, feature_rows: rows };
+                let gather = upload(device, &gather);
+                kernel.launch(device, &layer.input(false), &gather, &y, &sumsq, &gain).unwrap();
+                let mut by_row = by_row(device, rows, &[&y, &sumsq]);
+                by_row.reverse();
+                by_row
+            }
+            Kind::Qkv => {
+                let places: Vec<u32> =
+                    (0..rows).flat_map(|r| [0, own[r].to_bits() % 200, r as u32, r as u32]).collect();
+                let pages = rows.div_ceil(64);
+                let mut cache = cache(1, rows, 2, 1, 64, true);
+                cache.rows = places;
+                cache.table = (0..pages as u32).collect();
+                cache.qkv = Qkv { k, pages, sequences: 1, sequence_pages: pages, ..cache.qkv };
+                let bytes = qkv(device, data, &cache);
+                let (queries, pages) = bytes.split_at(rows * 256);
+                let (keys, values) = pages.split_at(pages.len() / 2);
+                let row = |r: usize| {
+                    let chunk = |c: usize| r * 128 + (c ^ (r % 8)) * 16;
+                    let mut bytes = queries[r * 256..(r + 1) * 256].to_vec();
+                    for c in 0..8 {
+                        bytes.extend(&keys[chunk(c)..chunk(c) + 16]);
+                        bytes.extend(&values[chunk(c)..chunk(c) + 16]);
+                    }
+                    bytes
+                };
+                (0..rows).map(row).collect()
+            }
+        }
+    }
+}
+
+/// The bytes of each row in buffers `[rows][...]`.
+fn by_row(device: &Emulator, rows: usize, buffers: &[&Buffer]) -> Vec<Vec<u8>> {
+    let bytes: Vec<Vec<u8>> = buffers.iter().map(|b| bytes_of(device, b)).collect();
+    let row = |r: usize| {
+        let part = |b: &Vec<u8>| b[b.len() / rows * r..b.len() / rows * (r + 1)].to_vec();
+        bytes.iter().flat_map(part).collect()
+    };
+    (0..rows).map(row).collect()
 }

@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_dflash-gen");
 
@@ -78,4 +78,22 @@ pub fn flags(pair: &Pair) -> [String; 4] {
 
 pub fn run_pair(pair: &Pair, args: &[&str]) -> Run {
     run(flags(pair).iter().map(String::as_str).chain(args.iter().copied()))
+}
+
+/// The field's value in `/proc/PID/status`; none once the process is gone.
+#[cfg(target_os = "linux")]
+pub fn status(child: &Child, field: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
+    let value = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    Some(value.trim().to_string())
+}
+
+/// Ctrl-C, once the program listens for it.
+#[cfg(target_os = "linux")]
+pub fn interrupt(child: &Child) {
+    const SIGINT: u64 = 1 << (2 - 1);
+    while status(child, "SigCgt").is_some_and(|mask| u64::from_str_radix(&mask, 16).unwrap() & SIGINT == 0) {
+        std::thread::yield_now();
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
 }

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 const EXIT_CODES: &str = "\
 Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 lossless check failed,
-130 interrupted (the text so far is printed).";
+130 interrupted (the text so far is printed; with --chat, Ctrl-C ends the answer, and the
+program if it is pressed again or between answers).";
 
 /// Generate text with DFlash speculative decoding.
 ///
@@ -28,6 +29,11 @@ pub struct Args {
     /// {"messages": [{"role": "user", "content": TEXT}, ...]}
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["prompt", "file"], verbatim_doc_comment)]
     pub prompts: Option<PathBuf>,
+    /// Hold a conversation: messages from stdin, one a line, until its end. /help lists the commands.
+    /// What was said stays in memory, so that each turn runs only what is new
+    #[arg(long, verbatim_doc_comment)]
+    #[arg(conflicts_with_all = ["prompt", "file", "prompts", "raw", "plan", "json", "stream_json", "compare"])]
+    pub chat: bool,
 
     /// Hugging Face folder of the target [default: the demo pair's]
     #[arg(long, value_name = "DIR", help_heading = "Models")]
@@ -174,6 +180,9 @@ impl Args {
             }
             _ if self.compare && self.block == Some(1) => {
                 wrong("--block is 1, which is plain decoding: --compare expects at least 2")
+            }
+            _ if self.chat && self.max_tokens == 0 => {
+                wrong("--max-tokens is 0, which leaves --chat nothing to say")
             }
             _ if self.compare && self.max_tokens == 0 => {
                 wrong("--max-tokens is 0, which leaves --compare nothing to compare")

@@ -18,7 +18,7 @@ pub fn read(path: &Path) -> Result<String> {
     Ok(text.strip_prefix('\u{feff}').map(String::from).unwrap_or(text))
 }
 
-fn utf8(bytes: Vec<u8>, name: &str) -> Result<String> {
+pub fn utf8(bytes: Vec<u8>, name: &str) -> Result<String> {
     String::from_utf8(bytes).map_err(|e| {
         Error::Usage(format!(
             "{name} is not UTF-8: byte {} is not part of a character",
@@ -91,7 +91,7 @@ fn prompts(args: &Args) -> Result<Vec<(String, Prompt)>> {
 }
 
 /// `--template-arg`: the value is JSON if it parses as such, else text.
-fn template_args(args: &Args) -> Result<Vec<(String, Value)>> {
+pub fn template_args(args: &Args) -> Result<Vec<(String, Value)>> {
     let pair = |arg: &String| match arg.split_once('=') {
         Some((name, value)) if !name.is_empty() => {
             Ok((name.to_string(), serde_json::from_str(value).unwrap_or_else(|_| value.into())))
@@ -141,7 +141,7 @@ pub fn requests(
     Ok(requests)
 }
 
-fn without_template(who_needs: &str, folder: &str) -> Error {
+pub fn without_template(who_needs: &str, folder: &str) -> Error {
     Error::Usage(format!(
         "{who_needs} a chat template, and {folder} has none: --chat-template FILE gives one"
     ))

@@ -2,33 +2,33 @@
 //! library's business; here it only meets people, files and terminals.
 
 mod args;
+mod chat;
 mod inputs;
 mod output;
 mod plan;
 
 use args::Args;
+use chat::Chat;
 use clap::Parser;
-use dflash::engine::{Finish, Flow, Outcome, Request, check_lossless, generate};
+use dflash::engine::{Backend, Finish, Flow, Outcome, Request, check_lossless, generate};
 use dflash::pair::Pair;
-use dflash::reference::{Drafter, Sequence, Target};
+use dflash::reference::Cpu;
 use dflash::stats::{self, Record, Seconds};
 use dflash::text::Text;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::{Error, Result, cpu};
 use output::{Output, StopOnly, Writer};
 use serde_json::{Value, json};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Set by Ctrl-C, looked at between tokens.
+/// Set by Ctrl-C, looked at between tokens; while it is set, Ctrl-C ends the program. `--chat` sets it too, as long as
+/// it waits for a line.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 const INTERRUPTED_EXIT: u8 = 130;
-
-/// The one device of this build.
-const DEVICE: &str = "cpu";
 
 fn main() -> ExitCode {
     let args = match Args::try_parse() {
@@ -54,9 +54,13 @@ fn main() -> ExitCode {
 }
 
 fn fail(error: &Error) -> ExitCode {
-    // One line, even where a file's name or a flag's value has several.
-    note(&format!("dflash-gen: {error}").replace(char::is_control, " "));
+    complain(error);
     ExitCode::from(error.exit_code())
+}
+
+/// One line, even where a file's name or a flag's value has several.
+fn complain(error: &Error) {
+    note(&format!("dflash-gen: {error}").replace(char::is_control, " "));
 }
 
 /// A line on stderr. Not `eprintln!`, which panics when nobody reads.
@@ -81,26 +85,34 @@ fn run(args: &Args) -> Result<u8> {
     }
     let template = match &args.chat_template {
         Some(path) => Some((path.display().to_string(), inputs::read(path)?)),
+        None if args.chat && args.target.is_none() => Some(chat::demo_template()),
         None => None,
     };
     let template = template.as_ref().map(|(name, text)| (name.as_str(), text.clone()));
     let text = Text::open(&pair.target.folder, template)?;
     let mut load = clock.elapsed();
-    let requests = inputs::requests(args, &pair, &text, &sampling, block)?;
+    let requests = match args.chat {
+        true => chat::check(args, &pair, &text).map(|()| Vec::new())?,
+        false => inputs::requests(args, &pair, &text, &sampling, block)?,
+    };
     let clock = Instant::now();
-    let target = Target::load(&pair.target)?;
-    let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
+    let backend: Box<dyn Backend> = Box::new(Cpu::load(&pair)?);
     load += clock.elapsed();
-    let session =
-        Session { args, pair: &pair, text: &text, target: &target, drafter: drafter.as_ref(), load };
+    let session = Session { args, pair: &pair, text: &text, backend: &*backend, load };
 
     // Until here Ctrl-C ends the program as it ends any. A second one does not wait for the running round.
     let handler = || {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            if std::io::stderr().is_terminal() {
+                note("");
+            }
             std::process::exit(INTERRUPTED_EXIT.into());
         }
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Internal(format!("Ctrl-C cannot be handled: {e}")))?;
+    if args.chat {
+        return Chat::new(&session, sampling, block)?.run();
+    }
     if args.compare { session.compare(&requests) } else { session.generate(&requests) }
 }
 
@@ -112,8 +124,7 @@ struct Session<'a> {
     args: &'a Args,
     pair: &'a Pair,
     text: &'a Text,
-    target: &'a Target,
-    drafter: Option<&'a Drafter>,
+    backend: &'a dyn Backend,
     load: Duration,
 }
 
@@ -121,7 +132,7 @@ impl Session<'_> {
     fn generate(&self, requests: &[Request]) -> Result<u8> {
         for (i, request) in requests.iter().enumerate() {
             let mut writer = Writer::new(self, i, request)?;
-            let outcome = generate(&mut Sequence::new(self.target, self.drafter), request, &mut writer);
+            let outcome = generate(&mut *self.backend.decoder()?, request, &mut writer);
             let outcome = outcome.inspect_err(|_| writer.fail())?;
             if writer.end(self, request, &outcome)? {
                 return Ok(0);
@@ -140,8 +151,12 @@ impl Session<'_> {
     /// The line on stderr.
     fn summary(&self, request: &Request, outcome: &Outcome) -> String {
         let (prefill, decode) = (outcome.prefill.as_secs_f64(), outcome.decode.as_secs_f64());
+        let kept = match outcome.kept {
+            0 => String::new(),
+            kept => format!(", {kept} kept"),
+        };
         let mut line = format!(
-            "{} tokens in {:.2} s, {:.0} tok/s (prompt: {} tokens, {:.0} ms), {} rounds",
+            "{} tokens in {:.2} s, {:.0} tok/s (prompt: {} tokens{kept}, {:.0} ms), {} rounds",
             outcome.tokens.len(),
             prefill + decode,
             stats::rate(outcome),
@@ -171,7 +186,7 @@ impl Session<'_> {
             tau: stats::tau(&outcome.accepted),
             seed: request.sampling.seed,
             stream: request.sampling.stream,
-            device: DEVICE,
+            device: self.backend.name(),
             target: self.pair.target.folder.name(),
             draft: speculative.map(|d| d.folder.name()),
             verify: speculative.map(|_| "match"),
@@ -188,7 +203,7 @@ impl Session<'_> {
         let one = |request: &Request, block: usize, max_tokens: usize| {
             let request = Request { block, max_tokens, ..request.clone() };
             let mut stop = StopOnly(self.text.stream(&self.args.stop)?);
-            generate(&mut Sequence::new(self.target, self.drafter), &request, &mut stop)
+            generate(&mut *self.backend.decoder()?, &request, &mut stop)
         };
         let mut out = Output::default();
         for block in [1, requests[0].block] {
@@ -241,7 +256,7 @@ impl Session<'_> {
             let mut record = all.json();
             record["prompts"] = rows.into();
             record["seed"] = requests[0].sampling.seed.into();
-            record["device"] = DEVICE.into();
+            record["device"] = self.backend.name().into();
             record["target"] = self.pair.target.folder.name().into();
             record["draft"] = self.pair.drafter.as_ref().map(|d| d.folder.name()).into();
             out.line(&record.to_string())?;

@@ -110,6 +110,16 @@ impl<'a> Writer<'a> {
         self.out.line(&event.to_string())
     }
 
+    /// Text held back for a stop string that did not come.
+    fn rest(&mut self, session: &Session<'a>) -> Result<String> {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        let rest = std::mem::replace(&mut self.stream, session.text.stream(&[])?).finish();
+        self.piece(&rest, false)?;
+        Ok(rest)
+    }
+
     /// The error that follows starts a line of its own.
     pub fn fail(&mut self) {
         if self.plain && !self.answer.is_empty() && !self.answer.ends_with('\n') {
@@ -117,20 +127,21 @@ impl<'a> Writer<'a> {
         }
     }
 
+    /// The rest of the text and the end of its last line. The answer, and whether nobody reads any more.
+    pub fn close(mut self, session: &Session<'a>) -> Result<(String, bool)> {
+        self.rest(session)?;
+        if !self.answer.ends_with('\n') {
+            self.out.text("\n")?;
+        }
+        Ok((self.answer, self.out.gone))
+    }
+
     /// The rest of the text, and the record. True if nobody reads any more.
     pub fn end(mut self, session: &Session<'a>, request: &Request, outcome: &Outcome) -> Result<bool> {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-        let rest = std::mem::replace(&mut self.stream, session.text.stream(&[])?).finish();
-        self.piece(&rest, false)?;
         if self.plain {
-            if !self.answer.ends_with('\n') {
-                self.out.text("\n")?;
-            }
-            return Ok(self.out.gone);
+            return Ok(self.close(session)?.1);
         }
-        if !rest.is_empty() {
+        if !self.rest(session)?.is_empty() {
             self.event("rest", None)?;
         }
         let mut record = json!(session.record(request, outcome, std::mem::take(&mut self.answer)));
@@ -146,9 +157,9 @@ impl<'a> Writer<'a> {
 impl Listener for Writer<'_> {
     fn prefill(&mut self, done: usize) -> Flow {
         if let Some(bar) = &self.bar {
-            bar.set_position(done as u64);
-            if bar.length() == Some(done as u64) {
-                bar.finish_and_clear();
+            match bar.length() == Some(done as u64) {
+                true => bar.finish_and_clear(),
+                false => bar.set_position(done as u64),
             }
         }
         interrupt()

@@ -1,0 +1,315 @@
+//! `--chat`: a conversation, line by line. One sequence runs it all and keeps its keys and values from one answer to the
+//! next; each message renders and tokenises the whole conversation anew, so an answer is that of a fresh run of it.
+
+use crate::args::{Args, Color};
+use crate::inputs::{template_args, utf8, without_template};
+use crate::output::Writer;
+use crate::{INTERRUPTED, Session, complain, note};
+use clap::Parser;
+use dflash::engine::{Decoder, Finish, Outcome, Request, generate};
+use dflash::pair::Pair;
+use dflash::stats;
+use dflash::text::{Message, Text};
+use dflash::verify::Sampling;
+use dflash::{Error, Result};
+use serde_json::Value;
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+const HELP: &str = "\
+/help                 this list
+/exit                 end the program, as the end of input does
+/clear                forget the conversation, not the system message
+/system TEXT          put a system message before the conversation; without TEXT: none
+/set NAME VALUE       temperature, top-p, top-k, min-p, seed, max-tokens or block; alone: show them
+/stats                tokens, rates and acceptance length of the last answer and of all
+/draft on|off         draft, or decode plainly: the text is the same
+//TEXT                a message that begins with a slash
+A line that ends with \\ goes on in the next. Ctrl-C ends the answer, between answers the program.";
+
+/// The demo pair has no template, having seen no conversation; here it goes on with the text.
+pub fn demo_template() -> (String, String) {
+    ("demo/chat.jinja".into(), include_str!("../../../demo/chat.jinja").into())
+}
+
+/// What can be told wrong before the weights are loaded.
+pub fn check(args: &Args, pair: &Pair, text: &Text) -> Result<()> {
+    text.stream(&args.stop)?;
+    template_args(args)?;
+    match text.has_template() {
+        true => Ok(()),
+        false => Err(without_template("--chat needs", &pair.target.folder.name())),
+    }
+}
+
+pub struct Chat<'a> {
+    session: &'a Session<'a>,
+    decoder: Box<dyn Decoder + 'a>,
+    variables: Vec<(String, Value)>,
+    system: Option<String>,
+    /// User and assistant in turn.
+    messages: Vec<Message>,
+    sampling: Sampling,
+    max_tokens: usize,
+    block: usize,
+    drafting: bool,
+    /// The last answer's statistics.
+    last: Option<String>,
+    all: Totals,
+}
+
+/// Of all answers.
+#[derive(Default)]
+struct Totals {
+    tokens: usize,
+    time: Duration,
+    /// Tokens per round, of answers with a drafter.
+    accepted: Vec<usize>,
+    /// Positions of the conversation so far.
+    positions: usize,
+}
+
+/// What a line leads to.
+#[derive(PartialEq)]
+enum Then {
+    GoOn,
+    End,
+}
+
+impl<'a> Chat<'a> {
+    pub fn new(session: &'a Session<'a>, sampling: Sampling, block: usize) -> Result<Chat<'a>> {
+        Ok(Chat {
+            session,
+            decoder: session.backend.decoder()?,
+            variables: template_args(session.args)?,
+            system: session.args.system.clone(),
+            messages: Vec::new(),
+            sampling,
+            max_tokens: session.args.max_tokens,
+            block,
+            drafting: session.pair.drafter.is_some(),
+            last: None,
+            all: Totals::default(),
+        })
+    }
+
+    /// Until the end of input, `/exit`, or the reader of stdout goes away. Wrong input is a sentence, and the
+    /// conversation goes on.
+    pub fn run(mut self) -> Result<u8> {
+        let args = self.session.args;
+        if io::stdin().is_terminal() && !args.quiet {
+            let demo = match args.target.is_none() && args.chat_template.is_none() {
+                true => " The demo pair is no assistant: it goes on with the Python that you begin.",
+                false => "",
+            };
+            note(&format!("{}: /help lists the commands.{demo}", self.session.pair.target.folder.name()));
+        }
+        loop {
+            let Some(bytes) = message()? else { return Ok(0) };
+            match utf8(bytes, "the message").and_then(|text| self.take(text)) {
+                Ok(Then::GoOn) => {}
+                Ok(Then::End) => return Ok(0),
+                Err(error @ (Error::Usage(_) | Error::Memory(_))) => complain(&error),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn take(&mut self, text: String) -> Result<Then> {
+        match text.strip_prefix('/') {
+            _ if text.trim().is_empty() => Ok(Then::GoOn),
+            Some(rest) if !rest.starts_with('/') => self.command(rest),
+            slashed => {
+                let content = slashed.map(String::from).unwrap_or(text);
+                self.messages.push(Message { role: "user".into(), content });
+                let before = self.messages.len();
+                let then = self.answer();
+                if self.messages.len() == before {
+                    // There is no answer, and no template expects two messages of the user in a row.
+                    self.messages.pop();
+                }
+                then
+            }
+        }
+    }
+
+    /// Answers the last message; the answer becomes part of the conversation.
+    fn answer(&mut self) -> Result<Then> {
+        let system =
+            self.system.iter().map(|content| Message { role: "system".into(), content: content.clone() });
+        let messages: Vec<Message> = system.chain(self.messages.iter().cloned()).collect();
+        let (session, pair) = (self.session, self.session.pair);
+        let prompt = session.text.encode_chat(&messages, &self.variables)?;
+        let context = pair.target.config.stack.max_positions;
+        if prompt.is_empty() {
+            return Err(Error::Usage("the conversation gives no tokens, expected at least one".into()));
+        }
+        if prompt.len() >= context {
+            return Err(Error::Usage(format!(
+                "the context is full: with this message, which is dropped, the conversation has {} tokens, and the \
+                 context holds {context}, the answer included; /clear begins a new one",
+                prompt.len()
+            )));
+        }
+        let request = Request {
+            prompt,
+            max_tokens: self.max_tokens,
+            sampling: self.sampling.clone(),
+            stop_ids: if session.args.ignore_eos { vec![] } else { pair.target.config.eos.clone() },
+            block: if self.drafting { self.block } else { 1 },
+        };
+        let mut writer = Writer::new(session, 0, &request)?;
+        let outcome = generate(&mut *self.decoder, &request, &mut writer);
+        let outcome = outcome.inspect_err(|_| writer.fail())?;
+        if outcome.tokens.is_empty() {
+            note("interrupted before the answer began: the message is dropped");
+            return Ok(Then::GoOn);
+        }
+        let (content, gone) = writer.close(session)?;
+        self.messages.push(Message { role: "assistant".into(), content });
+        if gone {
+            return Ok(Then::End);
+        }
+        if outcome.finish == Finish::Context {
+            note(&format!(
+                "the context of {context} tokens is full and ends the answer; /clear begins a new conversation"
+            ));
+        }
+        self.count(&request, &outcome);
+        if io::stderr().is_terminal()
+            && !session.args.quiet
+            && let Some(line) = &self.last
+        {
+            let dim = if session.args.color == Color::Never { ("", "") } else { ("\x1b[2m", "\x1b[0m") };
+            note(&format!("{}{line}{}", dim.0, dim.1));
+        }
+        Ok(Then::GoOn)
+    }
+
+    fn count(&mut self, request: &Request, outcome: &Outcome) {
+        let why = match outcome.finish {
+            Finish::Stop => String::new(),
+            Finish::Length => format!(", cut at max-tokens {}", request.max_tokens),
+            Finish::Context => ", cut at the end of the context".into(),
+            Finish::Interrupted => ", interrupted".into(),
+        };
+        self.last = Some(self.session.summary(request, outcome) + &why);
+        self.all.tokens += outcome.tokens.len();
+        self.all.time += outcome.prefill + outcome.decode;
+        if request.block > 1 {
+            self.all.accepted.extend(&outcome.accepted);
+        }
+        self.all.positions = request.prompt.len() + outcome.tokens.len();
+    }
+
+    fn command(&mut self, line: &str) -> Result<Then> {
+        let (name, value) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        let value = value.trim();
+        let wrong = |what: String| Err(Error::Usage(what));
+        match name {
+            "help" | "exit" | "clear" | "stats" if !value.is_empty() => {
+                return wrong(format!("/{name} takes no value, found {value:?}"));
+            }
+            "help" => note(HELP),
+            "exit" => return Ok(Then::End),
+            "clear" => {
+                self.messages.clear();
+                self.all.positions = 0;
+            }
+            "stats" => self.stats(),
+            "system" => self.system = Some(value.to_string()).filter(|text| !text.is_empty()),
+            "set" => self.set(value)?,
+            "draft" => match value {
+                "on" if self.session.pair.drafter.is_none() => {
+                    return wrong("/draft on needs a drafter, but --draft is none".into());
+                }
+                "on" | "off" => self.drafting = value == "on",
+                _ => return wrong(format!("/draft is {value:?}, expected on or off")),
+            },
+            _ => return wrong(format!("there is no command /{name}: /help lists them")),
+        }
+        Ok(Then::GoOn)
+    }
+
+    /// `NAME VALUE`, judged as the flag of that name.
+    fn set(&mut self, setting: &str) -> Result<()> {
+        if setting.is_empty() {
+            let Sampling { temperature, top_p, top_k, min_p, seed, .. } = self.sampling;
+            note(&format!(
+                "temperature {temperature}, top-p {top_p}, top-k {top_k}, min-p {min_p}, seed {seed}, max-tokens {}, \
+                 block {}",
+                self.max_tokens, self.block
+            ));
+            return Ok(());
+        }
+        let (name, value) = setting.split_once(char::is_whitespace).unwrap_or((setting, ""));
+        let names = ["temperature", "top-p", "top-k", "min-p", "seed", "max-tokens", "block"];
+        if !names.contains(&name) {
+            return Err(Error::Usage(format!("/set is {name:?}, expected {}", names.join(", "))));
+        }
+        let flags = ["dflash-gen".into(), "--chat".into(), format!("--{name}={}", value.trim())];
+        let args = Args::try_parse_from(flags).map_err(|error| crate::args::sentence(&error))?;
+        args.check()?;
+        let mut sampling = self.sampling.clone();
+        match name {
+            "temperature" => sampling.temperature = args.temperature,
+            "top-p" => sampling.top_p = args.top_p,
+            "top-k" => sampling.top_k = args.top_k,
+            "min-p" => sampling.min_p = args.min_p,
+            "seed" => sampling.seed = args.seed.unwrap_or(sampling.seed),
+            "max-tokens" => self.max_tokens = args.max_tokens,
+            _ => self.block = args.block(self.session.pair)?,
+        }
+        sampling.check()?;
+        self.sampling = sampling;
+        Ok(())
+    }
+
+    fn stats(&self) {
+        let Some(last) = &self.last else {
+            return note("no answer yet");
+        };
+        let Totals { tokens, time, accepted, positions } = &self.all;
+        let time = time.as_secs_f64();
+        let rate = *tokens as f64 / time.max(1e-9);
+        let tau = stats::tau(accepted).map_or(String::new(), |tau| format!(", acceptance length {tau:.2}"));
+        note(&format!("last answer: {last}"));
+        note(&format!(
+            "in all: {tokens} tokens in {time:.2} s, {rate:.0} tok/s{tau}; {positions} of {} positions in use",
+            self.session.pair.target.config.stack.max_positions
+        ));
+    }
+}
+
+/// The next message or command, its lines joined; none at the end of input. While it waits, Ctrl-C ends the program.
+fn message() -> Result<Option<Vec<u8>>> {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+    let terminal = io::stdin().is_terminal();
+    let mut message: Option<Vec<u8>> = None;
+    loop {
+        if terminal {
+            let _ = write!(io::stderr(), "{}", if message.is_none() { "> " } else { "| " });
+        }
+        let mut line = Vec::new();
+        let read = io::stdin().lock().read_until(b'\n', &mut line);
+        if read.map_err(|e| Error::Usage(format!("stdin cannot be read: {e}")))? == 0 {
+            if terminal {
+                note("");
+            }
+            break;
+        }
+        let line = line.strip_suffix(b"\n").unwrap_or(&line);
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        let (line, more) = line.strip_suffix(b"\\").map_or((line, false), |line| (line, true));
+        match &mut message {
+            Some(message) => message.extend([&b"\n"[..], line].concat()),
+            none => *none = Some(line.into()),
+        }
+        if !more {
+            break;
+        }
+    }
+    INTERRUPTED.store(false, Ordering::Relaxed);
+    Ok(message)
+}

@@ -1,0 +1,119 @@
+//! The linear kernels for prompts against the skinny ones, whose bits they have wherever those do not split K, and against
+//! f64 where they do.
+
+#[path = "support/kernel.rs"]
+mod kernel;
+#[path = "support/layer.rs"]
+mod layer;
+
+use dflash::emulator::{Emulator, Schedule};
+use dflash::kernels::linear::Shape;
+use kernel::*;
+use layer::*;
+
+const PROMPT_KINDS: [Kind; 4] = [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Inject];
+
+fn prompt(data: &Data) -> Data {
+    Data { prompt: true, ..data.clone() }
+}
+
+#[test]
+fn prompts_have_the_bits_of_blocks_where_k_is_not_split() {
+    let rows = if cfg!(feature = "sanitize") { &[5, 130][..] } else { &[1, 5, 127, 128, 129, 300][..] };
+    for kind in PROMPT_KINDS {
+        // Less than a stage, one, one and a half, several.
+        for k in [32, 64, 96, 160, 480] {
+            let shape = Shape { n: kind.outputs(), k };
+            assert_eq!(shape.slices().1, 1);
+            for &rows in rows {
+                let data = Data::new(rows as u64, rows, shape);
+                let block = kind.run(&Emulator::new(), &data);
+                let chunk = kind.run(&Emulator::new(), &prompt(&data));
+                assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
+                assert_written(&chunk.concat(), "the result");
+            }
+        }
+    }
+}
+
+#[test]
+fn long_sums_of_prompts_equal_f64() {
+    // The skinny kernel would split these sums in four and in eight.
+    for k in [1056, 2048] {
+        let (rows, n) = (150, 128);
+        let data = prompt(&Data::new(1, rows, Shape { n, k }));
+        let (x, gain) = (vec![0.0; rows * n], vec![1.0; n]);
+        let bytes = project(&Emulator::new(), &data, &x, &gain, 0);
+        let x: Vec<f32> = from_bytes(&bytes[..rows * n * 4]);
+        let expected: Vec<f32> = data.product(false).into_iter().map(|v| v as f32).collect();
+        let error = relative_error(&x, &expected);
+        assert!(error < 1e-6, "K {k}: error {error:.2e}, expected below 1e-6");
+    }
+}
+
+#[test]
+fn a_prompt_rows_bits_do_not_depend_on_the_other_rows() {
+    for kind in PROMPT_KINDS {
+        let (k, rows) = (1056, 140);
+        let shape = Shape { n: kind.outputs(), k };
+        let parts = k.div_ceil(128);
+        let own = prompt(&Data::new(1, 1, shape));
+        let alone = kind.run(&Emulator::new(), &own).remove(0);
+        for place in [0, 77, 127, 128, rows - 1] {
+            let mut data = prompt(&Data { w: own.w.clone(), ..Data::new(2, rows, shape) });
+            data.x.fill(0x7fc1);
+            data.sumsq.fill(f32::NAN);
+            data.x[place * k..(place + 1) * k].copy_from_slice(&own.x);
+            data.sumsq[place * parts..(place + 1) * parts].copy_from_slice(&own.sumsq);
+            let bits = kind.run(&Emulator::new(), &data).remove(place);
+            assert!(bits == alone, "{kind:?}: row {place} of {rows}");
+        }
+    }
+}
+
+#[test]
+fn schedules_and_threads_give_the_same_bits() {
+    for kind in PROMPT_KINDS {
+        let data = prompt(&Data::new(5, 20, Shape { n: kind.outputs(), k: 288 }));
+        let bits = five_schedules(|device| kind.run(device, &data).concat());
+        let parallel = Emulator::new();
+        parallel.set_threads(2);
+        parallel.set_schedule(Schedule::GreedyDown);
+        assert!(kind.run(&parallel, &data).concat() == bits, "{kind:?} on two threads");
+    }
+}
+
+#[test]
+fn shared_memory_is_free_of_conflicts_and_every_block_reads_its_weights_once() {
+    for kind in PROMPT_KINDS {
+        let (rows, k) = (130, 160);
+        let device = Emulator::new();
+        device.count_conflicts(true);
+        let data = prompt(&Data::new(8, rows, Shape { n: kind.outputs(), k }));
+        kind.run(&device, &data);
+        let counts = device.counts();
+        let (name, counts) = counts.iter().find(|(name, _)| name.starts_with("prefill_")).unwrap();
+        assert_eq!(counts.conflicts, 0, "{name}");
+        // Two blocks of tokens. Products are rounded up to whole stages and blocks: 4 warps, 3 stages of 2 groups, and in
+        // each group two products for each of 4 x 8 tiles.
+        let blocks = data.shape.n.div_ceil(128) * 2;
+        assert_eq!(counts.blocks, blocks as u64, "{name}");
+        assert_eq!(counts.mma, (blocks * 4 * 3 * 2 * 64) as u64, "{name}");
+        let least = data.shape.weight_bytes() * 2 + rows * k * 2 * data.shape.n.div_ceil(128);
+        let read = counts.read as usize;
+        assert!(read >= least, "{name}: {read} bytes read, at least {least}");
+        // Of the epilogues this one reads least: its gains.
+        assert!(kind != Kind::Inject || read < least * 11 / 10, "{name}: {read} bytes read, least {least}");
+    }
+}
+
+#[test]
+fn the_head_has_no_kernel_for_prompts() {
+    let device = Emulator::new();
+    let (vocab, k) = (261, 96);
+    let layer = prompt(&Data::new(1, 3, Shape { n: vocab, k })).upload(&device, |r| r);
+    let best = poisoned::<u64>(&device, 9);
+    let head = dflash::kernels::head::Head { rows: 3, vocab, k, multiplier: 1.0, softcap: None };
+    let refusal = head.launch(&device, &layer.input(true), &best, None).unwrap_err();
+    assert_eq!(refusal.to_string(), "kernel head_8: has no twin for prompts");
+}
