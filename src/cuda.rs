@@ -589,7 +589,11 @@ impl Device for Cuda {
         self.run_or_record(Node::Fill { to: to.clone(), byte })
     }
 
-    fn seal(&self, _constant: &Buffer) {}
+    /// Waits for the kernels that wrote it: one that reads before its `grid_wait` would not. A failure shows at the next
+    /// call.
+    fn seal(&self, _constant: &Buffer) {
+        let _ = self.synchronize();
+    }
 
     fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {
         check_launch(kernel, grid, shared)?;

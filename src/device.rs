@@ -262,8 +262,8 @@ pub trait Device: Send + Sync {
     /// As [`Device::copy`].
     fn fill(&self, to: &Buffer, byte: u8) -> Result<()>;
 
-    /// Promises that no kernel writes this memory any more, so that kernels may read it before their `grid_wait`. The
-    /// emulator holds kernels to it.
+    /// Promises that no kernel launched from now on writes this memory, so that kernels may read it before their
+    /// `grid_wait`; waits for those launched before. The emulator holds kernels to it.
     fn seal(&self, constant: &Buffer);
 
     /// Runs a kernel on `grid` blocks with `shared` bytes of dynamic shared memory.
