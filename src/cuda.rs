@@ -295,9 +295,9 @@ impl Cuda {
             return Err(wrong(format!("{} threads per block, it can have {threads}", kernel.threads)));
         }
         if kernel.max_shared > self.properties.shared_per_block {
-            return Err(wrong(format!(
-                "{} bytes of shared memory per block, {} has {}",
-                kernel.max_shared, self.properties.name, self.properties.shared_per_block
+            return Err(Error::Unsupported(format!(
+                "device cuda: kernel {} needs {} bytes of shared memory per block, {} has {}",
+                kernel.name, kernel.max_shared, self.properties.name, self.properties.shared_per_block
             )));
         }
         if kernel.max_shared > SHARED_WITHOUT_ASKING {
