@@ -299,9 +299,9 @@ impl Cuda {
             return Err(wrong(format!("{} threads per block, it can have {threads}", kernel.threads)));
         }
         if kernel.max_shared > self.properties.shared_per_block {
-            return Err(wrong(format!(
-                "{} bytes of shared memory per block, {} has {}",
-                kernel.max_shared, self.properties.name, self.properties.shared_per_block
+            return Err(Error::Unsupported(format!(
+                "device cuda: kernel {} needs {} bytes of shared memory per block, {} has {}",
+                kernel.name, kernel.max_shared, self.properties.name, self.properties.shared_per_block
             )));
         }
         if kernel.max_shared > SHARED_WITHOUT_ASKING {
@@ -606,9 +606,9 @@ impl Device for Cuda {
         self.run_or_record(Node::Fill { to: to.clone(), byte })
     }
 
+    /// Waits for the kernels that wrote it: one that reads before its `grid_wait` would not. A failure shows at the next
+    /// call.
     fn seal(&self, _constant: &Buffer) {
-        // What wrote it must be over: a kernel reads sealed memory while those before it still run. A failure is told by
-        // the next call.
         let _ = self.synchronize();
     }
 

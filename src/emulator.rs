@@ -178,6 +178,8 @@ impl Drop for Block {
         let address = self.start as usize + guard();
         let mut live = lock(&self.live);
         live.buffers.remove(&address);
+        live.memory.buffers -= 1;
+        live.memory.bytes -= self.bytes;
         live.sealed.retain(|range| range.begin < address || range.begin >= address + self.bytes.max(1));
         // SAFETY: allocated with this layout in `allocate`, freed once.
         unsafe { dealloc(self.start, self.layout) };
@@ -189,6 +191,18 @@ impl Drop for Block {
 struct Live {
     buffers: BTreeMap<usize, usize>,
     sealed: Vec<ffi::Range>,
+    memory: Allocated,
+}
+
+/// What an emulator's memory is used for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Allocated {
+    /// Buffers there are.
+    pub buffers: usize,
+    /// Their bytes.
+    pub bytes: usize,
+    /// The most bytes there have been.
+    pub peak: usize,
 }
 
 struct State {
@@ -263,6 +277,18 @@ impl Emulator {
             }),
             running: Mutex::new(()),
         }
+    }
+
+    /// A device with that much memory, bytes.
+    pub fn with_memory(bytes: u64) -> Emulator {
+        let mut emulator = Emulator::new();
+        emulator.properties.memory = bytes;
+        emulator
+    }
+
+    /// What is allocated now.
+    pub fn allocated(&self) -> Allocated {
+        lock(&self.live).memory
     }
 
     /// The schedule of later launches.
@@ -503,6 +529,12 @@ impl Device for Emulator {
         let refused = || Error::Memory(format!("no memory for {what}: {bytes} bytes asked of the emulator"));
         let whole = bytes.max(1).checked_add(2 * guard()).ok_or_else(refused)?;
         let layout = Layout::from_size_align(whole, GUARD).map_err(|_| refused())?;
+        let (free, total) = self.memory()?;
+        if bytes as u64 > free {
+            return Err(Error::Memory(format!(
+                "not enough memory of the emulator for {what}: {bytes} bytes needed, {free} free of {total}"
+            )));
+        }
         // SAFETY: the layout is not empty; the pointer is checked; all writes lie inside the allocation.
         let start = unsafe {
             let start = alloc(layout);
@@ -517,7 +549,12 @@ impl Device for Emulator {
             start
         };
         let address = start as usize + guard();
-        lock(&self.live).buffers.insert(address, bytes);
+        let mut live = lock(&self.live);
+        live.buffers.insert(address, bytes);
+        live.memory.buffers += 1;
+        live.memory.bytes += bytes;
+        live.memory.peak = live.memory.peak.max(live.memory.bytes);
+        drop(live);
         let block = Block { start, layout, bytes, live: self.live.clone() };
         Ok(Buffer::new(address as u64, bytes, Arc::new(block)))
     }
@@ -529,7 +566,7 @@ impl Device for Emulator {
     }
 
     fn memory(&self) -> Result<(u64, u64)> {
-        let used: u64 = lock(&self.live).buffers.values().map(|&b| b as u64).sum();
+        let used = self.allocated().bytes as u64;
         Ok((self.properties.memory.saturating_sub(used), self.properties.memory))
     }
 

@@ -26,3 +26,13 @@ pub(crate) fn at_least(kernel: &str, what: &str, buffer: &Buffer, bytes: usize) 
     }
     Err(Error::Internal(format!("kernel {kernel}: {what} has {} bytes, needs {bytes}", buffer.bytes())))
 }
+
+/// As [`at_least`], for what a kernel reaches 16 bytes at a time: a slice may begin anywhere.
+pub(crate) fn aligned(kernel: &str, what: &str, buffer: &Buffer, bytes: usize) -> Result<()> {
+    at_least(kernel, what, buffer, bytes)?;
+    if buffer.address().is_multiple_of(16) {
+        return Ok(());
+    }
+    let address = buffer.address();
+    Err(Error::Internal(format!("kernel {kernel}: {what} at {address:#x}, not a multiple of 16 bytes")))
+}

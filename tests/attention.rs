@@ -529,6 +529,11 @@ fn any_length_page_and_mask_stays_inside_the_buffers() {
                 (0..n).flat_map(|_| pick().to_le_bytes()).collect::<Vec<u8>>()
             };
             device.upload(&batch.spans, &words(6, &mut pick)).unwrap();
+            if turn < 6 {
+                // Ends that are 0 again.
+                let spans = [u32::MAX, 1, u32::MAX - 1, 2, u32::MAX - 4, 5];
+                device.upload(&batch.spans, &to_bytes(&spans)).unwrap();
+            }
             device.upload(&batch.masks, &words(30, &mut pick)).unwrap();
             if turn % 5 > 0 {
                 device.upload(&batch.table, &words(15, &mut pick)).unwrap();

@@ -106,7 +106,7 @@ fn projections_add_to_the_residual_stream_and_prepare_the_next_norm() {
 fn swiglu_multiplies_the_activated_gate_with_up() {
     for (i, rows) in ROWS.into_iter().enumerate() {
         let inner = [32, 64, 96, 160][i % 4];
-        let shape = Shape { n: inner * 2, k: [64, 288, 512, 1120, 2048][i % 5] };
+        let shape = Shape { n: inner * 2, k: [64, 288, 512, 1120, 4224][i % 5] };
         // Rows of `data` are all gates, then all ups.
         let data = Data::new(20 + i as u64, rows, shape);
         let place = |r: usize| if r < inner { Swiglu::places(r).0 } else { Swiglu::places(r - inner).1 };
@@ -230,8 +230,9 @@ fn the_best_logit_is_the_lowest_id_among_equals_and_says_where_none_is_finite() 
         columns[0].fill(1.0);
         columns[1].fill(f32::NEG_INFINITY);
         (columns[2][129], columns[2][259]) = (f32::NAN, f32::INFINITY);
-        columns[3].fill(-0.0);
-        columns[3][140] = 0.0;
+        // Zeros of both signs, once its norm has made them so small.
+        columns[3].fill(-1e-30);
+        columns[3][140] = 1e-30;
         columns[4].fill(-7.0);
         (columns[4][100], columns[4][101]) = (-3.0, -3.0);
         (columns[5][5], columns[5][200]) = (f32::NEG_INFINITY, 50.0);
@@ -248,7 +249,7 @@ fn the_best_logit_is_the_lowest_id_among_equals_and_says_where_none_is_finite() 
                 shape: Shape { n: vocab, k },
                 w: to_bf16(&w),
                 x: one,
-                sumsq: vec![k as f32],
+                sumsq: vec![if row == 3 { 1e34 } else { k as f32 }],
                 live: 1,
                 prompt: false,
             };
@@ -342,7 +343,11 @@ fn queries_keys_and_values_are_normed_turned_and_put_in_their_places() {
         let (heads, kv_heads, head_dim) = HEADS[i % HEADS.len()];
         let mut cache = cache(70 + i as u64, rows, heads, kv_heads, head_dim, i % 4 != 3);
         cache.qkv.k = [64, 160, 512, 1024, 544][i % 5];
-        let data = Data::new(80 + i as u64, rows, cache.qkv.shape());
+        let mut data = Data::new(80 + i as u64, rows, cache.qkv.shape());
+        if i % 3 == 1 {
+            // Heads whose mean square is about eps.
+            data.sumsq.iter_mut().for_each(|s| *s *= 1e5);
+        }
         let what = format!("{:?}", cache.qkv);
         for bytes in bits_of_every_device(|device| qkv(device, &data, &cache)) {
             check_places(&what, &bytes, &data, &cache);
@@ -376,9 +381,15 @@ fn rows_and_pages_that_are_nonsense_are_not_written() {
                 row[3] = r as u32
             }
         });
-        for number in cache.table.iter_mut().step_by(2) {
+        for number in cache.table.iter_mut().skip(1).step_by(2) {
             *number = cache.qkv.pages as u32 + garbage(&mut random) % 1000;
         }
+        // The first sequence, slot, query and page that are not there.
+        let Qkv { pages, sequences, sequence_pages, query_rows, .. } = cache.qkv;
+        let [slots, queries] = [sequence_pages * 64, query_rows].map(|n| n as u32);
+        let firsts = [[sequences as u32, 1, 0, 0], [1, 1, slots, 1], [2, 1, 3, queries], [0, 1, 64, 3]];
+        cache.rows[..16].copy_from_slice(&firsts.concat());
+        cache.table[1] = pages as u32;
         let mut seen = std::collections::BTreeSet::new();
         for row in cache.rows.chunks_mut(4) {
             if !seen.insert((row[0], row[2])) {

@@ -8,7 +8,7 @@ mod layer;
 
 use dflash::Error;
 use dflash::device::{Buffer, Device};
-use dflash::emulator::{Counts, Emulator};
+use dflash::emulator::{Counts, Emulator, Schedule};
 use dflash::kernels::head::Head;
 use dflash::kernels::inject::Inject;
 use dflash::kernels::linear::{Input, Shape, Workspace};
@@ -117,6 +117,27 @@ fn a_graph_of_launches_that_share_a_workspace_repeats_its_bits() {
             }
         }
     });
+}
+
+/// Two blocks at a time of the eight that share a tile: the one that adds the slices must find all that the others'
+/// warps have left.
+#[test]
+fn slices_are_added_when_all_warps_have_left_theirs() {
+    let device = Emulator::new();
+    let logits = Logits::new(&device, 3, 128, 2048);
+    let run = || {
+        let fresh = Workspace::new(&device, &[(logits.kernel.shape(), 3)]).unwrap();
+        logits.launch(&device, &fresh).unwrap();
+        logits.take(&device)
+    };
+    let expected = run();
+    device.set_threads(2);
+    for schedule in Schedule::ALL {
+        device.set_schedule(schedule);
+        for _ in 0..if cfg!(feature = "sanitize") { 3 } else { 40 } {
+            assert!(run() == expected, "{schedule:?}");
+        }
+    }
 }
 
 #[test]

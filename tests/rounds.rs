@@ -399,7 +399,8 @@ fn simulate(
 #[test]
 fn rounds_are_the_plain_models_and_a_replayed_graphs() {
     let mut ends = [0; 6];
-    for shape in [(1, 1, false), (5, 7, false), (16, 16, false), (3, 64, true), (6, 9, true)] {
+    for shape in [(1, 1, false), (5, 7, false), (16, 16, false), (3, 64, true), (6, 9, true), (70, 2, false)]
+    {
         let device = Emulator::new();
         let met = simulate(&device, shape, |round| device.set_schedule(Schedule::ALL[round % 5]));
         ends.iter_mut().zip(met).for_each(|(all, more)| *all += more);
@@ -409,6 +410,44 @@ fn rounds_are_the_plain_models_and_a_replayed_graphs() {
     }
     // Every way to end was met, often.
     assert!(ends.iter().all(|&n| n >= 10), "{ends:?}");
+}
+
+#[test]
+fn blocks_of_64_that_stand_whole_end_at_the_first_stop() {
+    every_device(|device| {
+        let block = 64;
+        for stop in [None, Some(0), Some(31), Some(32), Some(45), Some(63)] {
+            let place = Place::new(device, 1, block, false);
+            let mut sequence = Sequence {
+                pending: 0,
+                budget: 100,
+                end: 1000,
+                draft_end: 100_000,
+                block: 64,
+                stop_ids: vec![7],
+                ..random_sequence(&mut Random::new(61), block)
+            };
+            place.join(device, 0, &sequence);
+            // The target chooses the next row's draft everywhere; at the last row 100 + 63.
+            let mut choices: Vec<u32> = (0..64).map(|row| 100 + row).collect();
+            if let Some(place) = stop {
+                (choices[place], choices[63]) = (7, 7);
+            }
+            let drafts = [&[NONE], &choices[..63]].concat();
+            let inputs = Inputs {
+                drafts,
+                choices,
+                parents: (0..64).map(|r: u32| r.max(1) - 1).collect(),
+                depths: vec![],
+            };
+            place.feed(device, &inputs);
+            place.launch(device).unwrap();
+            let record = model_round(&mut sequence, block, &inputs.drafts, &inputs.choices, &inputs.parents);
+            assert_eq!(record.tokens.len(), stop.map_or(64, |place| place + 1));
+            assert_eq!(place.ring.read(1, 0).unwrap(), Some(record), "stop at {stop:?}");
+            assert_eq!(bytes_of(device, &place.sequences), sequence.to_bytes().unwrap(), "stop at {stop:?}");
+        }
+    });
 }
 
 #[test]

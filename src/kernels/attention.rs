@@ -4,7 +4,7 @@
 //! `page_offset` of `cuda/rows.cuh` has it; a sequence's pages are named by its row of the page table. Queries and
 //! outputs are `[rows][heads][head_dim]` bf16; kv head of head h is h / (heads / kv_heads).
 
-use super::at_least;
+use super::{aligned, at_least};
 use crate::device::{Arg, Buffer, Device, Kernel};
 use crate::{Error, Result};
 
@@ -219,7 +219,7 @@ impl Attention {
         let (rows, layer) = (self.sequences * self.block, &self.layer);
         let (partials, counters) = (self.partial_bytes()?, self.counter_bytes()?);
         layer.check_buffers("attention", self.sequences, rows, [out, q], paged)?;
-        at_least("attention", "workspace", &workspace.partials, partials)?;
+        aligned("attention", "workspace", &workspace.partials, partials)?;
         at_least("attention", "counters", &workspace.counters, counters)?;
         let mut args: Vec<Arg> = vec![out.into(), (&workspace.partials).into(), (&workspace.counters).into()];
         args.extend([q, paged.k, paged.v, paged.table, paged.spans].map(Arg::from));
@@ -230,7 +230,7 @@ impl Attention {
                 &ATTENTION
             }
             Mask::Tree(masks) => {
-                at_least("attention", "masks", masks, rows * 8)?;
+                aligned("attention", "masks", masks, rows * 8)?;
                 args.push(masks.into());
                 &ATTENTION
             }
@@ -330,11 +330,11 @@ impl Layer {
         if rows == 0 || rows * self.heads > u32::MAX as usize {
             return Err(Error::Internal(format!("kernel {kernel}: {rows} rows of {} heads", self.heads)));
         }
-        at_least(kernel, "out", out, queries)?;
-        at_least(kernel, "q", q, queries)?;
-        at_least(kernel, "k", paged.k, cache)?;
-        at_least(kernel, "v", paged.v, cache)?;
+        aligned(kernel, "out", out, queries)?;
+        aligned(kernel, "q", q, queries)?;
+        aligned(kernel, "k", paged.k, cache)?;
+        aligned(kernel, "v", paged.v, cache)?;
         at_least(kernel, "the page table", paged.table, sequences * self.pages_per_sequence * 4)?;
-        at_least(kernel, "spans", paged.spans, sequences * 8)
+        aligned(kernel, "spans", paged.spans, sequences * 8)
     }
 }

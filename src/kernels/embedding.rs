@@ -1,6 +1,6 @@
 //! `cuda/embedding.cu`: embedding rows of a pass's tokens.
 
-use super::at_least;
+use super::{aligned, at_least};
 use crate::device::{Buffer, Device, Kernel};
 use crate::{Error, Result};
 
@@ -38,8 +38,8 @@ impl Embedding {
                  least 1"
             )));
         }
-        at_least("embedding", "out", out, rows * hidden * 4)?;
-        at_least(
+        aligned("embedding", "out", out, rows * hidden * 4)?;
+        aligned(
             "embedding",
             "table",
             table,

@@ -255,12 +255,7 @@ pub(super) struct Needs(pub &'static str);
 
 impl Needs {
     pub fn buffer(&self, what: &str, buffer: &Buffer, bytes: usize) -> Result<()> {
-        super::at_least(self.0, what, buffer, bytes)?;
-        if buffer.address().is_multiple_of(16) {
-            return Ok(());
-        }
-        let address = buffer.address();
-        Err(Error::Internal(format!("kernel {}: {what} at {address:#x}, not a multiple of 16 bytes", self.0)))
+        super::aligned(self.0, what, buffer, bytes)
     }
 
     pub fn optional(&self, what: &str, buffer: Option<&Buffer>, bytes: usize) -> Result<()> {

@@ -1,6 +1,6 @@
 //! `cuda/norm.cu`: RMSNorm, split between producer and consumer of the residual stream, and whole.
 
-use super::at_least;
+use super::{aligned, at_least};
 use crate::device::{Arg, Buffer, Device, Kernel};
 use crate::{Error, Result};
 
@@ -55,7 +55,7 @@ impl Norm {
         self.check("residual_norm", y, x, gain)?;
         at_least("residual_norm", "sumsq", sumsq, rows * parts * 4)?;
         if let Some(add) = add {
-            at_least("residual_norm", "add", add, rows * hidden * 4)?;
+            aligned("residual_norm", "add", add, rows * hidden * 4)?;
         }
         let args = [
             y.into(),
@@ -88,8 +88,8 @@ impl Norm {
                  columns up to 65536"
             )));
         }
-        at_least(kernel, "y", y, rows * hidden * 2)?;
-        at_least(kernel, "x", x, rows * hidden * 4)?;
-        at_least(kernel, "gain", gain, hidden * 4)
+        aligned(kernel, "y", y, rows * hidden * 2)?;
+        aligned(kernel, "x", x, rows * hidden * 4)?;
+        aligned(kernel, "gain", gain, hidden * 4)
     }
 }

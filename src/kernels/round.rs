@@ -2,8 +2,8 @@
 //!
 //! The host writes a [`Sequence`] when it joins and reads [`Record`]s; all that happens between is the device's.
 
-use super::at_least;
 use super::verify::Verdict;
+use super::{aligned, at_least};
 use crate::device::{Arg, Buffer, Device, Kernel, Pinned};
 use crate::verify::Sampling;
 use crate::{Error, Result};
@@ -211,13 +211,13 @@ impl Round {
         let Round { sequences: count, block } = *self;
         check_shape(NAME, count, block)?;
         at_least(NAME, "draft_tokens", tables.draft_tokens, count * block * 4)?;
-        at_least(NAME, "draft_rows", tables.draft_rows, 2 * count * block * 16)?;
+        aligned(NAME, "draft_rows", tables.draft_rows, 2 * count * block * 16)?;
         at_least(NAME, "features", tables.features, count * block * 4)?;
-        at_least(NAME, "draft_spans", tables.draft_spans, count * 8)?;
-        at_least(NAME, "verify_rows", tables.verify_rows, count * block * 16)?;
-        at_least(NAME, "verify_spans", tables.verify_spans, count * 8)?;
+        aligned(NAME, "draft_spans", tables.draft_spans, count * 8)?;
+        aligned(NAME, "verify_rows", tables.verify_rows, count * block * 16)?;
+        aligned(NAME, "verify_spans", tables.verify_spans, count * 8)?;
         at_least(NAME, "clock", tables.clock, 8)?;
-        at_least(NAME, "sequences", sequences, count * Sequence::BYTES)?;
+        aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
         at_least(NAME, "path", path, count * block * 4)?;
         if let Some(depths) = depths {
             at_least(NAME, "depths", depths, count * block * 4)?;
@@ -256,7 +256,7 @@ impl Round {
         check_shape(NAME, count, block)?;
         at_least(NAME, "tokens", tokens, count * block * 4)?;
         at_least(NAME, "drafts", drafts, count * block * 4)?;
-        at_least(NAME, "sequences", sequences, count * Sequence::BYTES)?;
+        aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
         let args = [tokens.into(), drafts.into(), sequences.into(), (block as u32).into()];
         device.launch(&TOKENS, [count as u32, 1, 1], 0, &args)
     }
@@ -284,7 +284,7 @@ impl Round {
                 ring.sequences, ring.block
             )));
         }
-        at_least(NAME, "sequences", sequences, count * Sequence::BYTES)?;
+        aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
         at_least(NAME, "clock", clock, 8)?;
         verdict.check(NAME, count, block)?;
         at_least(NAME, "tokens", tokens, count * block * 4)?;

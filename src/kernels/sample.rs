@@ -1,7 +1,7 @@
 //! `cuda/sample.cu`: the token each row chooses, as [`crate::verify::Sampling::choose`] has it.
 
-use super::at_least;
 use super::round::Sequence;
+use super::{aligned, at_least};
 use crate::device::{Arg, Buffer, Device, Kernel};
 use crate::verify::{TABLES, Tables};
 use crate::{Error, Result};
@@ -91,15 +91,15 @@ impl Sample {
             )));
         }
         at_least("sample", "choice", choice, rows * 4)?;
-        at_least("sample", "best", best, rows * blocks * 8)?;
-        at_least("sample", "rows", table, rows * 16)?;
+        aligned("sample", "best", best, rows * blocks * 8)?;
+        aligned("sample", "rows", table, rows * 16)?;
         let mut slices = 1;
         let mut pointers = [Arg::Null, Arg::Null, Arg::Null, Arg::Null, Arg::Null];
         if let Some(races) = races {
-            at_least("sample", "logits", races.logits, rows * vocab * 4)?;
-            at_least("sample", "sequences", races.sequences, sequences * Sequence::BYTES)?;
-            at_least("sample", "tables", races.tables, tables().len())?;
-            at_least("sample", "partial", races.partial, self.workspace())?;
+            aligned("sample", "logits", races.logits, rows * vocab * 4)?;
+            aligned("sample", "sequences", races.sequences, sequences * Sequence::BYTES)?;
+            aligned("sample", "tables", races.tables, tables().len())?;
+            aligned("sample", "partial", races.partial, self.workspace())?;
             at_least("sample", "counters", races.counters, rows * 4)?;
             slices = self.slices();
             pointers =

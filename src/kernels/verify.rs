@@ -1,7 +1,7 @@
 //! `cuda/verify.cu`: which drafts stand, as [`crate::verify::judge`] and [`crate::verify::walk`] have it.
 
-use super::at_least;
 use super::round::check_shape;
+use super::{aligned, at_least};
 use crate::Result;
 use crate::device::{Arg, Buffer, Device, Kernel};
 
@@ -59,7 +59,7 @@ impl Verify {
         verdict.check("verify", sequences, block)?;
         at_least("verify", "choices", choices, sequences * block * 4)?;
         at_least("verify", "tokens", tokens, sequences * block * 4)?;
-        at_least("verify", "spans", spans, sequences * 8)?;
+        aligned("verify", "spans", spans, sequences * 8)?;
         if let Some(parents) = parents {
             at_least("verify", "parents", parents, sequences * block * 4)?;
         }
