@@ -363,18 +363,19 @@ fn top_p_rounds_its_goal_up() {
 
 #[test]
 fn min_p_keeps_what_weighs_just_enough() {
-    let device = Emulator::new();
-    let all = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
-    let row = vec![0.0, -1.0];
-    let weight = all.survivors(&row).unwrap()[1].1;
-    for (more, kept) in [(0, 2), (1, 1)] {
-        let settings = Sampling { min_p: (weight + more) as f64 / (1u64 << 32) as f64, ..all.clone() };
-        assert_eq!(settings.survivors(&row).unwrap().len(), kept);
-        let rows = (0..200).map(|position| (0, position)).collect();
-        let batch = Batch { vocab: 2, logits: row.repeat(200), rows, settings: vec![settings] };
-        assert_eq!(batch.expected().contains(&1), kept == 2);
-        batch.check(&device, "two tokens");
-    }
+    every_device(|device| {
+        let all = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
+        let row = vec![0.0, -1.0];
+        let weight = all.survivors(&row).unwrap()[1].1;
+        for (more, kept) in [(0, 2), (1, 1)] {
+            let settings = Sampling { min_p: (weight + more) as f64 / (1u64 << 32) as f64, ..all.clone() };
+            assert_eq!(settings.survivors(&row).unwrap().len(), kept);
+            let rows = (0..200).map(|position| (0, position)).collect();
+            let batch = Batch { vocab: 2, logits: row.repeat(200), rows, settings: vec![settings] };
+            assert_eq!(batch.expected().contains(&1), kept == 2);
+            batch.check(device, "two tokens");
+        }
+    });
 }
 
 #[test]

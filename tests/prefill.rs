@@ -91,26 +91,27 @@ fn a_prompt_with_nothing_to_do_writes_nothing() {
 
 #[test]
 fn a_prompts_features_that_are_not_there_are_zeros() {
-    let (rows, feature_rows, n, k) = (140, 21, 128, 96);
-    let data = Data::new(9, feature_rows, Shape { n, k });
-    let gather: Vec<u32> = (0..rows as u32)
-        .map(|row| match row % 4 {
-            1 => 20 + row,
-            3 => u32::MAX / row,
-            _ => row % 21,
-        })
-        .collect();
-    let [block, chunk] = [data.clone(), prompt(&data)].map(|data| {
-        let device = Emulator::new();
-        let layer = data.upload(&device, |r| r);
-        let (y, sumsq) = (poisoned::<u16>(&device, rows * n), poisoned::<f32>(&device, rows));
-        let (gather, gain) = (upload(&device, &gather), upload(&device, &vec![0.5f32; n]));
-        let kernel = Inject { rows, n, k, feature_rows };
-        kernel.launch(&device, &layer.input(false), &gather, &y, &sumsq, &gain).unwrap();
-        [bytes_of(&device, &y), bytes_of(&device, &sumsq)].concat()
+    every_device(|device| {
+        let (rows, feature_rows, n, k) = (140, 21, 128, 96);
+        let data = Data::new(9, feature_rows, Shape { n, k });
+        let gather: Vec<u32> = (0..rows as u32)
+            .map(|row| match row % 4 {
+                1 => 20 + row,
+                3 => u32::MAX / row,
+                _ => row % 21,
+            })
+            .collect();
+        let [block, chunk] = [data.clone(), prompt(&data)].map(|data| {
+            let layer = data.upload(device, |r| r);
+            let (y, sumsq) = (poisoned::<u16>(device, rows * n), poisoned::<f32>(device, rows));
+            let (gather, gain) = (upload(device, &gather), upload(device, &vec![0.5f32; n]));
+            let kernel = Inject { rows, n, k, feature_rows };
+            kernel.launch(device, &layer.input(false), &gather, &y, &sumsq, &gain).unwrap();
+            [bytes_of(device, &y), bytes_of(device, &sumsq)].concat()
+        });
+        assert!(block == chunk);
+        assert!(block[n * 2..n * 4].iter().all(|&b| b == 0), "row 1 is the first that is not there");
     });
-    assert!(block == chunk);
-    assert!(block[n * 2..n * 4].iter().all(|&b| b == 0), "row 1 is the first that is not there");
 }
 
 #[test]
