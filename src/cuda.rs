@@ -13,10 +13,11 @@ use crate::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_void};
 use std::mem::MaybeUninit;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 
 /// One source file of `cuda/`, compiled for compute_80 and for compute_90a.
 struct Module {
@@ -124,8 +125,10 @@ unsafe impl Sync for CudaEvent {}
 
 impl Drop for CudaEvent {
     fn drop(&mut self) {
-        // SAFETY: created in `record`, destroyed once.
-        self.context.free(|| unsafe { result::event::destroy(self.event) });
+        if self.context.bind().is_ok() {
+            // SAFETY: created in `record`, destroyed once; the driver keeps what the stream has yet to pass.
+            let _ = unsafe { result::event::destroy(self.event) };
+        }
     }
 }
 
@@ -157,7 +160,8 @@ struct Function {
 /// What changes while the device is used; its lock orders the callers.
 struct State {
     functions: BTreeMap<(&'static str, &'static str), Function>,
-    recording: Option<Vec<Node>>,
+    /// The steps of each thread that captures a graph.
+    recording: HashMap<ThreadId, Vec<Node>>,
 }
 
 // SAFETY: function handles are valid on every thread while their module is loaded.
@@ -269,7 +273,7 @@ impl Cuda {
         for module in MODULES {
             modules.insert(module.file, load(module, usize::from(properties.overlap), driver)?);
         }
-        let state = Mutex::new(State { functions: BTreeMap::new(), recording: None });
+        let state = Mutex::new(State { functions: BTreeMap::new(), recording: HashMap::new() });
         Ok(Cuda { properties, state, modules, context })
     }
 
@@ -394,7 +398,7 @@ impl Cuda {
     /// Records the step where a graph is being captured, else runs it now.
     fn run_or_record(&self, node: Node) -> Result<()> {
         let mut state = lock(&self.state);
-        if let Some(nodes) = &mut state.recording {
+        if let Some(nodes) = state.recording.get_mut(&thread::current().id()) {
             nodes.push(node);
             return Ok(());
         }
@@ -402,10 +406,10 @@ impl Cuda {
         self.issue_node(&mut state, &node)
     }
 
-    /// Binds the context, with the device's lock; refuses while a graph is captured.
+    /// Binds the context, with the device's lock; refuses while this thread captures a graph.
     fn now(&self, what: &str) -> Result<MutexGuard<'_, State>> {
         let state = lock(&self.state);
-        if state.recording.is_some() {
+        if state.recording.contains_key(&thread::current().id()) {
             return Err(Error::Internal(format!("{what} while a graph is captured")));
         }
         self.context.bind()?;
@@ -429,8 +433,11 @@ impl Cuda {
         // SAFETY: the capture is ended whatever happened in it.
         let graph = check("ending a capture", unsafe { result::stream::end_capture(stream) });
         drop(capturing);
-        issued?;
-        let graph = graph?;
+        if let (Err(_), Ok(graph)) = (&issued, &graph) {
+            // SAFETY: the graph is valid and nobody else's.
+            let _ = unsafe { result::graph::destroy(*graph) };
+        }
+        let graph = issued.and(graph)?;
         // SAFETY: the graph is valid; its executable form does not need it any more.
         let executable = unsafe {
             let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
@@ -563,6 +570,9 @@ impl Device for Cuda {
     fn upload(&self, to: &Buffer, bytes: &[u8]) -> Result<()> {
         check_copy(to.bytes(), bytes.len())?;
         let _state = self.now("an upload")?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
         // SAFETY: sizes agree; the source is not touched before the copy is done.
         check("copying to the GPU", unsafe {
             result::memcpy_htod_async(to.address(), bytes, self.context.stream)
@@ -573,6 +583,9 @@ impl Device for Cuda {
     fn download(&self, from: &Buffer, bytes: &mut [u8]) -> Result<()> {
         check_copy(bytes.len(), from.bytes())?;
         let _state = self.now("a download")?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
         // SAFETY: sizes agree; the bytes are not touched before the copy is done.
         check("copying from the GPU", unsafe {
             result::memcpy_dtoh_async(bytes, from.address(), self.context.stream)
@@ -589,9 +602,9 @@ impl Device for Cuda {
         self.run_or_record(Node::Fill { to: to.clone(), byte })
     }
 
-    /// Waits for the kernels that wrote it: one that reads before its `grid_wait` would not. A failure shows at the next
-    /// call.
     fn seal(&self, _constant: &Buffer) {
+        // What wrote it must be over: a kernel reads sealed memory while those before it still run. A failure is told by
+        // the next call.
         let _ = self.synchronize();
     }
 
@@ -603,10 +616,11 @@ impl Device for Cuda {
     fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         // The steps are noted first and captured afterwards in one go, so that what fails in `record` leaves no capture
         // open, and every kernel is loaded before it starts.
-        self.now("a capture")?.recording = Some(Vec::new());
+        let thread = thread::current().id();
+        self.now("a capture")?.recording.insert(thread, Vec::new());
         let result = record();
         let mut state = lock(&self.state);
-        let nodes = state.recording.take().unwrap_or_default();
+        let nodes = state.recording.remove(&thread).unwrap_or_default();
         result?;
         self.context.bind()?;
         let graph = self.instantiate(&mut state, &nodes)?;
@@ -615,7 +629,8 @@ impl Device for Cuda {
 
     fn replay(&self, graph: &Graph) -> Result<()> {
         let _state = self.now("a replay")?;
-        let Some(graph) = graph.replayable.downcast_ref::<CudaGraph>() else {
+        let graph = graph.replayable.downcast_ref::<CudaGraph>();
+        let Some(graph) = graph.filter(|graph| Arc::ptr_eq(&graph.context, &self.context)) else {
             return Err(Error::Internal("a graph of another device".to_string()));
         };
         // SAFETY: the executable is valid, launches are ordered by the lock.

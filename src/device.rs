@@ -273,7 +273,8 @@ pub trait Device: Send + Sync {
     /// wrong. A GPU reports a kernel's own failure at a later call.
     fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()>;
 
-    /// Records what `record` asks for instead of running it. Nothing in it may allocate, upload, download or wait.
+    /// Records what `record` asks for on this thread instead of running it; what other threads ask for runs. Nothing in it
+    /// may allocate, upload, download or wait.
     ///
     /// # Errors
     /// What `record` returned, or the driver's reason.

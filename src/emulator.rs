@@ -10,12 +10,13 @@ use crate::device::{
 };
 use crate::{Error, Result};
 use std::alloc::{Layout, alloc, dealloc};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::AddAssign;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 /// In which order the threads of a block, and the blocks of a launch, take their turns. In-order alone finds few missing
@@ -177,6 +178,8 @@ impl Drop for Block {
         let address = self.start as usize + guard();
         let mut live = lock(&self.live);
         live.buffers.remove(&address);
+        live.memory.buffers -= 1;
+        live.memory.bytes -= self.bytes;
         live.sealed.retain(|range| range.begin < address || range.begin >= address + self.bytes.max(1));
         // SAFETY: allocated with this layout in `allocate`, freed once.
         unsafe { dealloc(self.start, self.layout) };
@@ -188,6 +191,18 @@ impl Drop for Block {
 struct Live {
     buffers: BTreeMap<usize, usize>,
     sealed: Vec<ffi::Range>,
+    memory: Allocated,
+}
+
+/// What an emulator's memory is used for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Allocated {
+    /// Buffers there are.
+    pub buffers: usize,
+    /// Their bytes.
+    pub bytes: usize,
+    /// The most bytes there have been.
+    pub peak: usize,
 }
 
 struct State {
@@ -195,7 +210,8 @@ struct State {
     conflicts: bool,
     threads: usize,
     counts: BTreeMap<&'static str, Counts>,
-    recording: Option<Vec<Node>>,
+    /// The steps of each thread that captures a graph.
+    recording: HashMap<ThreadId, Vec<Node>>,
 }
 
 /// The emulated device.
@@ -257,10 +273,22 @@ impl Emulator {
                 conflicts: false,
                 threads: 1,
                 counts: BTreeMap::new(),
-                recording: None,
+                recording: HashMap::new(),
             }),
             running: Mutex::new(()),
         }
+    }
+
+    /// A device with that much memory, bytes.
+    pub fn with_memory(bytes: u64) -> Emulator {
+        let mut emulator = Emulator::new();
+        emulator.properties.memory = bytes;
+        emulator
+    }
+
+    /// What is allocated now.
+    pub fn allocated(&self) -> Allocated {
+        lock(&self.live).memory
     }
 
     /// The schedule of later launches.
@@ -293,9 +321,9 @@ impl Emulator {
         self.kernels.keys().map(String::as_str)
     }
 
-    /// Adds a step to the graph being captured, if one is.
+    /// Adds a step to the graph that this thread captures, if it does.
     fn recorded(&self, node: impl FnOnce() -> Node) -> bool {
-        match &mut lock(&self.state).recording {
+        match lock(&self.state).recording.get_mut(&thread::current().id()) {
             Some(nodes) => {
                 nodes.push(node());
                 true
@@ -305,9 +333,9 @@ impl Emulator {
     }
 
     fn not_capturing(&self, what: &str) -> Result<()> {
-        match lock(&self.state).recording {
-            Some(_) => Err(Error::Internal(format!("{what} while a graph is captured"))),
-            None => Ok(()),
+        match lock(&self.state).recording.contains_key(&thread::current().id()) {
+            true => Err(Error::Internal(format!("{what} while a graph is captured"))),
+            false => Ok(()),
         }
     }
 
@@ -501,6 +529,12 @@ impl Device for Emulator {
         let refused = || Error::Memory(format!("no memory for {what}: {bytes} bytes asked of the emulator"));
         let whole = bytes.max(1).checked_add(2 * guard()).ok_or_else(refused)?;
         let layout = Layout::from_size_align(whole, GUARD).map_err(|_| refused())?;
+        let (free, total) = self.memory()?;
+        if bytes as u64 > free {
+            return Err(Error::Memory(format!(
+                "not enough memory of the emulator for {what}: {bytes} bytes needed, {free} free of {total}"
+            )));
+        }
         // SAFETY: the layout is not empty; the pointer is checked; all writes lie inside the allocation.
         let start = unsafe {
             let start = alloc(layout);
@@ -515,7 +549,12 @@ impl Device for Emulator {
             start
         };
         let address = start as usize + guard();
-        lock(&self.live).buffers.insert(address, bytes);
+        let mut live = lock(&self.live);
+        live.buffers.insert(address, bytes);
+        live.memory.buffers += 1;
+        live.memory.bytes += bytes;
+        live.memory.peak = live.memory.peak.max(live.memory.bytes);
+        drop(live);
         let block = Block { start, layout, bytes, live: self.live.clone() };
         Ok(Buffer::new(address as u64, bytes, Arc::new(block)))
     }
@@ -527,7 +566,7 @@ impl Device for Emulator {
     }
 
     fn memory(&self) -> Result<(u64, u64)> {
-        let used: u64 = lock(&self.live).buffers.values().map(|&b| b as u64).sum();
+        let used = self.allocated().bytes as u64;
         Ok((self.properties.memory.saturating_sub(used), self.properties.memory))
     }
 
@@ -586,9 +625,10 @@ impl Device for Emulator {
 
     fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         self.not_capturing("a capture")?;
-        lock(&self.state).recording = Some(Vec::new());
+        let thread = thread::current().id();
+        lock(&self.state).recording.insert(thread, Vec::new());
         let result = record();
-        let nodes = lock(&self.state).recording.take().unwrap_or_default();
+        let nodes = lock(&self.state).recording.remove(&thread).unwrap_or_default();
         result.map(|()| Graph { nodes, replayable: Box::new(()) })
     }
 

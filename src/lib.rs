@@ -14,6 +14,8 @@
 //! | [`cuda`] | that device on a GPU, through the driver API |
 //! | `emulator` | that device on the host build of `cuda/*.cu`, for tests (feature `emulator`) |
 //! | [`kernels`] | one launcher per kernel: shapes, checks, bytes |
+//! | [`load`] | weights from checkpoints to a device |
+//! | [`memory`] | how much of a device a pair takes, counted beforehand |
 //! | [`model`] | target and drafter on a device: a pass as an ordered list of launches |
 //! | [`rounds`] | sequences on a device: pages, the captured round, the ring |
 //! | [`engine`] | a request's life: prefill, rounds, stopping; what it needs of a device |
@@ -29,6 +31,8 @@ pub mod engine;
 mod json;
 pub mod kernels;
 mod kv;
+pub mod load;
+pub mod memory;
 pub mod model;
 pub mod pair;
 pub mod reference;

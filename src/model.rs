@@ -12,11 +12,10 @@ use crate::kernels::head::Head;
 use crate::kernels::inject::Inject;
 use crate::kernels::linear::{self, Input, Shape};
 use crate::kernels::norm::Norm;
-use crate::kernels::pack::{Pack, Place};
 use crate::kernels::project::{Project, Projected};
 use crate::kernels::qkv::{Places, Qkv};
 use crate::kernels::swiglu::Swiglu;
-use crate::weights::{Checkpoint, Dtype, Tensor};
+use crate::load::{Loader, Rows};
 use crate::{Error, Result};
 
 /// Tokens in a page of keys and values.
@@ -49,98 +48,6 @@ impl Row {
     }
 }
 
-/// Weights on their way to the device, matrix by matrix through one small buffer.
-pub struct Loader<'a> {
-    device: &'a dyn Device,
-    file: &'a Checkpoint,
-    staging: Buffer,
-    places: Buffer,
-}
-
-/// Bytes of the staging buffer, unless a row is longer.
-const STAGING: usize = 16 << 20;
-
-impl<'a> Loader<'a> {
-    /// For matrices of up to `columns` columns.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] where there is too little.
-    pub fn new(device: &'a dyn Device, file: &'a Checkpoint, columns: usize) -> Result<Loader<'a>> {
-        let bytes = STAGING.max(columns * 2);
-        let staging = device.allocate(bytes, "weights on their way")?;
-        // At the least 32 columns of bf16 in a row.
-        let places = device.allocate(bytes / 16, "places of weights on their way")?;
-        Ok(Loader { device, file, staging, places })
-    }
-
-    /// `[len]` as f32.
-    fn vector(&self, name: &str, len: usize) -> Result<Buffer> {
-        let tensor = self.file.tensor(name, &[len])?;
-        let mut values = vec![0.0; len];
-        widen(&tensor, &mut values);
-        let buffer = self.device.allocate(len * 4, name)?;
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        self.device.upload(&buffer, &bytes)?;
-        self.device.seal(&buffer);
-        Ok(buffer)
-    }
-
-    /// A layer's packed weights, from matrices whose rows go where `place` says: of the matrix's number and the row's.
-    fn packed(
-        &self,
-        layer: Shape,
-        matrices: &[(String, usize)],
-        place: impl Fn(usize, usize) -> usize,
-    ) -> Result<Buffer> {
-        let what = matrices.first().map_or("weights", |m| m.0.as_str());
-        let out = self.device.allocate(layer.weight_bytes(), what)?;
-        for (matrix, (name, rows)) in matrices.iter().enumerate() {
-            let tensor = self.file.tensor(name, &[*rows, layer.k])?;
-            let at_once = (self.staging.bytes() / (layer.k * 2)).max(1);
-            for first in (0..*rows).step_by(at_once) {
-                let rows = at_once.min(rows - first);
-                let staging = self.staging.slice(0, rows * layer.k * 2)?;
-                self.device.upload(&staging, &narrow(&tensor, first * layer.k, rows * layer.k))?;
-                let places: Vec<u8> =
-                    (first..first + rows).flat_map(|row| (place(matrix, row) as u32).to_le_bytes()).collect();
-                let at = self.places.slice(0, places.len())?;
-                self.device.upload(&at, &places)?;
-                Pack { rows, layer }.launch(self.device, &out, &staging, &Place::At(&at))?;
-            }
-        }
-        self.device.seal(&out);
-        Ok(out)
-    }
-}
-
-/// Elements `at..at + count` as bf16.
-fn narrow(tensor: &Tensor, at: usize, count: usize) -> Vec<u8> {
-    let size = tensor.dtype.size();
-    let bytes = &tensor.bytes()[at * size..][..count * size];
-    let round = |x: f32| half::bf16::from_f32(x).to_le_bytes();
-    match tensor.dtype {
-        Dtype::Bf16 => bytes.to_vec(),
-        Dtype::F16 => bytes
-            .chunks_exact(2)
-            .flat_map(|b| round(half::f16::from_le_bytes([b[0], b[1]]).to_f32()))
-            .collect(),
-        Dtype::F32 => {
-            bytes.chunks_exact(4).flat_map(|b| round(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
-        }
-    }
-}
-
-fn widen(tensor: &Tensor, out: &mut [f32]) {
-    let size = tensor.dtype.size();
-    for (to, b) in out.iter_mut().zip(tensor.bytes().chunks_exact(size)) {
-        *to = match tensor.dtype {
-            Dtype::Bf16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-            Dtype::F16 => half::f16::from_le_bytes([b[0], b[1]]).to_f32(),
-            Dtype::F32 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-        };
-    }
-}
-
 /// One decoder layer's weights.
 struct Layer {
     qkv: Buffer,                     // packed, query heads, key heads, value heads
@@ -150,6 +57,34 @@ struct Layer {
     input_gain: Buffer,              // [hidden] f32
     post_gain: Buffer,               // [hidden] f32
     head_gains: Option<[Buffer; 2]>, // [head_dim] f32, of queries and keys
+}
+
+impl Layer {
+    fn load(loader: &mut Loader, prefix: &str, c: &config::Stack) -> Result<Layer> {
+        let (hidden, inner, head) = (c.hidden, c.intermediate, c.head_dim);
+        let (q, kv) = (c.heads * head, c.kv_heads * head);
+        let [qkv, o, gate_up, down] = c.shapes();
+        let name = |part: &str| format!("{prefix}.{part}.weight");
+        let part = |part, rows, place| (name(part), rows, place);
+        let first = Rows::From(0);
+        let queries = part("self_attn.q_proj", q, first);
+        let keys = part("self_attn.k_proj", kv, Rows::From(q));
+        let values = part("self_attn.v_proj", kv, Rows::From(q + kv));
+        let (gates, ups) = (part("mlp.gate_proj", inner, Rows::Gates), part("mlp.up_proj", inner, Rows::Ups));
+        let mut head_gain = |part| loader.vector(&name(part), head);
+        Ok(Layer {
+            head_gains: match c.qk_norm {
+                true => Some([head_gain("self_attn.q_norm")?, head_gain("self_attn.k_norm")?]),
+                false => None,
+            },
+            qkv: loader.packed(qkv, &[queries, keys, values])?,
+            o: loader.packed(o, &[part("self_attn.o_proj", hidden, first)])?,
+            gate_up: loader.packed(gate_up, &[gates, ups])?,
+            down: loader.packed(down, &[part("mlp.down_proj", hidden, first)])?,
+            input_gain: loader.vector(&name("input_layernorm"), hidden)?,
+            post_gain: loader.vector(&name("post_attention_layernorm"), hidden)?,
+        })
+    }
 }
 
 /// A stack of decoder layers, the target's or the drafter's.
@@ -162,51 +97,25 @@ pub struct Stack {
 }
 
 impl Stack {
-    /// Loads `{prefix}layers.{i}` and the norm `{prefix}norm`; positions up to `positions` can be turned.
+    /// What `loader` is to load: `{prefix}layers.{i}` and the norm `{prefix}norm`; positions up to `positions` can be
+    /// turned.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for shapes the kernels do not have, named by their config field; else as
-    /// [`Checkpoint::tensor`] and [`Device::allocate`].
-    pub fn load(loader: &Loader, prefix: &str, config: &config::Stack, positions: usize) -> Result<Stack> {
+    /// [`Loader::packed`].
+    pub fn load(
+        loader: &mut Loader,
+        prefix: &str,
+        config: &config::Stack,
+        positions: usize,
+    ) -> Result<Stack> {
         check(config)?;
-        let (c, hidden) = (config, config.hidden);
-        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let layers = (0..c.attention.len()).map(|i| {
-            let name = |part: &str| format!("{prefix}layers.{i}.{part}.weight");
-            let gain = |part: &str, len| loader.vector(&name(part), len);
-            let [qkv, o, gate_up, down] = c.shapes();
-            let starts = [0, q, q + kv];
-            Ok(Layer {
-                qkv: loader.packed(
-                    qkv,
-                    &[
-                        (name("self_attn.q_proj"), q),
-                        (name("self_attn.k_proj"), kv),
-                        (name("self_attn.v_proj"), kv),
-                    ],
-                    |matrix, row| starts[matrix] + row,
-                )?,
-                o: loader.packed(o, &[(name("self_attn.o_proj"), hidden)], |_, row| row)?,
-                gate_up: loader.packed(
-                    gate_up,
-                    &[(name("mlp.gate_proj"), c.intermediate), (name("mlp.up_proj"), c.intermediate)],
-                    |matrix, row| [Swiglu::places(row).0, Swiglu::places(row).1][matrix],
-                )?,
-                down: loader.packed(down, &[(name("mlp.down_proj"), hidden)], |_, row| row)?,
-                input_gain: gain("input_layernorm", hidden)?,
-                post_gain: gain("post_attention_layernorm", hidden)?,
-                head_gains: match c.qk_norm {
-                    true => {
-                        Some([gain("self_attn.q_norm", c.head_dim)?, gain("self_attn.k_norm", c.head_dim)?])
-                    }
-                    false => None,
-                },
-            })
-        });
+        let layers =
+            (0..config.attention.len()).map(|i| Layer::load(loader, &format!("{prefix}layers.{i}"), config));
         Ok(Stack {
             layers: layers.collect::<Result<_>>()?,
-            final_gain: loader.vector(&format!("{prefix}norm.weight"), hidden)?,
-            rope: rotations(loader.device, config, positions)?,
+            final_gain: loader.vector(&format!("{prefix}norm.weight"), config.hidden)?,
+            rope: loader.rotations(&config.rope, config.head_dim, positions)?,
             positions,
             config: config.clone(),
         })
@@ -402,25 +311,6 @@ fn check(c: &config::Stack) -> Result<()> {
     Ok(())
 }
 
-/// `[positions][head_dim]` f32: cosines, then sines. Angles are f32 products, as in the reference implementation.
-fn rotations(device: &dyn Device, c: &config::Stack, positions: usize) -> Result<Buffer> {
-    let (frequencies, magnitude) = c.rope.frequencies();
-    let mut bytes = Vec::new();
-    bytes
-        .try_reserve_exact(positions * c.head_dim * 4)
-        .map_err(|_| Error::Memory(format!("no memory for the rotations of {positions} positions")))?;
-    for position in 0..positions {
-        let angle = |f: &f64| f64::from(position as f32 * *f as f32);
-        let mut put = |x: f64| bytes.extend(((x * magnitude) as f32).to_le_bytes());
-        frequencies.iter().for_each(|f| put(angle(f).cos()));
-        frequencies.iter().for_each(|f| put(angle(f).sin()));
-    }
-    let buffer = device.allocate(bytes.len(), "rotations")?;
-    device.upload(&buffer, &bytes)?;
-    device.seal(&buffer);
-    Ok(buffer)
-}
-
 /// Keys and values of a stack, in pages of [`PAGE`] tokens that sequences own.
 pub struct Cache {
     keys: Vec<Buffer>,   // per layer [pages][kv_heads][PAGE][head_dim] bf16
@@ -583,26 +473,15 @@ pub struct Vocabulary {
 impl Vocabulary {
     /// # Errors
     /// As [`Stack::load`].
-    pub fn load(loader: &Loader, config: &TargetConfig) -> Result<Vocabulary> {
+    pub fn load(loader: &mut Loader, config: &TargetConfig) -> Result<Vocabulary> {
         let (vocab, hidden) = (config.vocab, config.stack.hidden);
-        let table = "model.embed_tokens.weight".to_string();
-        let head = if config.tied { table.clone() } else { "lm_head.weight".to_string() };
-        let embedding = match config.tied {
-            true => None,
-            false => {
-                let tensor = loader.file.tensor(&table, &[vocab, hidden])?;
-                let buffer = loader.device.allocate(vocab * hidden * 2, &table)?;
-                let at_once = (STAGING / (hidden * 2)).max(1);
-                for first in (0..vocab).step_by(at_once) {
-                    let rows = at_once.min(vocab - first);
-                    let to = buffer.slice(first * hidden * 2, rows * hidden * 2)?;
-                    loader.device.upload(&to, &narrow(&tensor, first * hidden, rows * hidden))?;
-                }
-                loader.device.seal(&buffer);
-                Some(buffer)
-            }
+        let table = "model.embed_tokens.weight";
+        let (embedding, head) = match config.tied {
+            true => (None, table),
+            false => (Some(loader.table(table, vocab, hidden)?), "lm_head.weight"),
         };
-        let head = loader.packed(Shape { n: vocab, k: hidden }, &[(head, vocab)], |_, row| row)?;
+        let shape = Shape { n: vocab, k: hidden };
+        let head = loader.packed(shape, &[(head.to_string(), vocab, Rows::From(0))])?;
         Ok(Vocabulary { embedding, head, vocab, hidden })
     }
 
@@ -669,10 +548,10 @@ pub struct Injection {
 impl Injection {
     /// # Errors
     /// As [`Stack::load`].
-    pub fn load(loader: &Loader, hidden: usize, taps: usize) -> Result<Injection> {
+    pub fn load(loader: &mut Loader, hidden: usize, taps: usize) -> Result<Injection> {
         let shape = Shape { n: hidden, k: taps * hidden };
         Ok(Injection {
-            weights: loader.packed(shape, &[("fc.weight".to_string(), hidden)], |_, row| row)?,
+            weights: loader.packed(shape, &[("fc.weight".to_string(), hidden, Rows::From(0))])?,
             gain: loader.vector("hidden_norm.weight", hidden)?,
             shape,
         })

@@ -10,7 +10,8 @@ use crate::kernels::head::Head;
 use crate::kernels::round::{Finish, Record, Ring, Round, Sequence, Tables};
 use crate::kernels::sample::{self, Races, Sample};
 use crate::kernels::verify::{Verdict, Verify};
-use crate::model::{Cache, Injection, Loader, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
+use crate::load::Loader;
+use crate::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
 use crate::pair::Pair;
 use crate::{Error, Result};
 use std::time::{Duration, Instant};
@@ -31,19 +32,46 @@ impl Models {
     /// Loads both models for sequences of up to `positions` positions.
     ///
     /// # Errors
-    /// As [`Stack::load`].
+    /// As [`Models::load_with`].
     pub fn load(device: &dyn Device, pair: &Pair, positions: usize) -> Result<Models> {
+        Models::load_with(device, pair, positions, &mut |_, _| ())
+    }
+
+    /// As [`Models::load`]; `progress` hears how many bytes of how many are done.
+    ///
+    /// # Errors
+    /// As [`Stack::load`] and [`Loader::run`].
+    pub fn load_with(
+        device: &dyn Device,
+        pair: &Pair,
+        positions: usize,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Models> {
+        let mut loader = Loader::new(device, &pair.target.weights);
+        let models = Models::list(&mut loader, pair, positions, &mut |_| ())?;
+        loader.run(progress)?;
+        Ok(models)
+    }
+
+    /// Allocates both models and lists what is to be read into them. `done` hears after each group what it was.
+    pub(crate) fn list<'a>(
+        loader: &mut Loader<'a>,
+        pair: &'a Pair,
+        positions: usize,
+        done: &mut dyn FnMut(&'static str),
+    ) -> Result<Models> {
         let config = &pair.target.config;
-        let loader = Loader::new(device, &pair.target.weights, config.stack.intermediate)?;
-        let target = Stack::load(&loader, "model.", &config.stack, positions)?;
-        let vocabulary = Vocabulary::load(&loader, config)?;
-        let drafter = pair.drafter.as_ref().map(|model| {
-            let (c, taps) = (&model.config, model.config.taps.len());
-            let loader = Loader::new(device, &model.weights, taps * c.stack.hidden)?;
-            let stack = Stack::load(&loader, "", &c.stack, positions)?;
-            Ok::<_, Error>((c.clone(), stack, Injection::load(&loader, c.stack.hidden, taps)?))
-        });
-        Ok(Models { target, vocabulary, drafter: drafter.transpose()? })
+        let target = Stack::load(loader, "model.", &config.stack, positions)?;
+        done("target weights");
+        let vocabulary = Vocabulary::load(loader, config)?;
+        done("vocabulary");
+        let Some(model) = &pair.drafter else { return Ok(Models { target, vocabulary, drafter: None }) };
+        let c = &model.config;
+        loader.turn_to(&model.weights);
+        let stack = Stack::load(loader, "", &c.stack, positions)?;
+        let injection = Injection::load(loader, c.stack.hidden, c.taps.len())?;
+        done("drafter weights");
+        Ok(Models { target, vocabulary, drafter: Some((c.clone(), stack, injection)) })
     }
 
     fn taps(&self) -> &[usize] {

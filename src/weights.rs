@@ -1,5 +1,5 @@
 //! Checkpoint folders: on disk (memory-mapped) or embedded in the binary. Tensors stay in their files' bytes and
-//! types; nothing is copied or converted here.
+//! types; nothing is converted here.
 
 use crate::json::shown;
 use crate::{Error, Result};
@@ -7,21 +7,45 @@ use safetensors::tensor::{Dtype as Stored, Metadata};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Bytes of one file: mapped or embedded. Cheap to clone.
 #[derive(Clone)]
 pub enum Bytes {
-    Mapped(Arc<memmap2::Mmap>),
+    Mapped(Arc<Mapped>),
     Embedded(&'static [u8]),
+}
+
+/// A file that stays open, so that nobody minds another that takes its name, and its bytes.
+pub struct Mapped {
+    map: memmap2::Mmap,
+    file: File,
+}
+
+impl Bytes {
+    /// Copies the bytes from `at` on, from the file itself: one that became shorter is an error, where a look through
+    /// its mapping would end the program.
+    fn read(&self, at: usize, to: &mut [u8]) -> io::Result<()> {
+        match self {
+            Bytes::Mapped(mapped) => mapped.file.read_exact_at(to, at as u64),
+            Bytes::Embedded(bytes) => match bytes.get(at..).and_then(|rest| rest.get(..to.len())) {
+                Some(from) => {
+                    to.copy_from_slice(from);
+                    Ok(())
+                }
+                None => Err(ErrorKind::UnexpectedEof.into()),
+            },
+        }
+    }
 }
 
 impl std::ops::Deref for Bytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         match self {
-            Bytes::Mapped(map) => map,
+            Bytes::Mapped(mapped) => &mapped.map,
             Bytes::Embedded(bytes) => bytes,
         }
     }
@@ -102,11 +126,11 @@ impl Folder {
         if info.len() == 0 {
             return Ok(Some(Bytes::Embedded(&[])));
         }
-        let open = File::open(&path).map_err(broken)?;
+        let file = File::open(&path).map_err(broken)?;
         // SAFETY: the map is read-only and private to this process. Whoever changes a checkpoint's bytes while it is in
         // use breaks it, as with every engine that maps its weights.
-        let map = unsafe { memmap2::Mmap::map(&open) }.map_err(broken)?;
-        Ok(Some(Bytes::Mapped(Arc::new(map))))
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(broken)?;
+        Ok(Some(Bytes::Mapped(Arc::new(Mapped { map, file }))))
     }
 
     /// As [`Folder::file`], but its absence is an error that says what the folder holds instead.
@@ -177,6 +201,8 @@ impl Dtype {
 pub struct Tensor {
     file: Bytes,
     range: std::ops::Range<usize>,
+    path: String,
+    name: String,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
 }
@@ -184,6 +210,36 @@ pub struct Tensor {
 impl Tensor {
     pub fn bytes(&self) -> &[u8] {
         &self.file[self.range.clone()]
+    }
+
+    /// Copies the bytes from byte `at` on, reading the file.
+    ///
+    /// # Errors
+    /// [`Error::Model`] with file and tensor where they cannot be read, or the file has become shorter.
+    pub fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
+        if at.checked_add(to.len()).is_none_or(|end| end > self.range.len()) {
+            let (size, label) = (self.range.len(), self.label());
+            return Err(Error::Internal(format!("{label}: {} bytes at {at} of {size}", to.len())));
+        }
+        self.file.read(self.range.start + at, to).map_err(|e| {
+            let label = self.label();
+            Error::Model(match e.kind() {
+                ErrorKind::UnexpectedEof => {
+                    format!("{label} is no longer all there: the file became shorter after it was opened")
+                }
+                _ => format!("{label} cannot be read: {e}"),
+            })
+        })
+    }
+
+    /// The tensor as a user would name it.
+    pub fn label(&self) -> String {
+        format!("{}: tensor {}", self.path, shown(&self.name))
+    }
+
+    /// The file, and the first byte in it.
+    pub fn place(&self) -> (&str, usize) {
+        (&self.path, self.range.start)
     }
 }
 
@@ -299,7 +355,14 @@ impl Checkpoint {
                 entry.shape
             )));
         }
-        Ok(Tensor { file: bytes.clone(), range: entry.range.clone(), dtype, shape: shape.to_vec() })
+        Ok(Tensor {
+            file: bytes.clone(),
+            range: entry.range.clone(),
+            path: path.clone(),
+            name: stored.to_string(),
+            dtype,
+            shape: shape.to_vec(),
+        })
     }
 
     /// (path, bytes) of every shard, in name order.
@@ -416,30 +479,40 @@ fn supported(dtype: Stored) -> Option<Dtype> {
 
 /// The header of one file and where its data begins. Every tensor lies within the file, without holes or overlaps, and
 /// is as long as its shape and type say.
-fn read_header(path: &str, bytes: &[u8]) -> Result<(Metadata, usize)> {
+fn read_header(path: &str, file: &Bytes) -> Result<(Metadata, usize)> {
     let bad = |what: String| Error::Model(format!("{path} is not a whole safetensors file: {what}"));
-    if bytes.starts_with(b"version https://git-lfs") {
+    let read = |at: usize, to: &mut [u8]| {
+        file.read(at, to).map_err(|e| Error::Model(format!("{path}: its header cannot be read: {e}")))
+    };
+    const POINTER: &[u8] = b"version https://git-lfs";
+    let mut start = [0; POINTER.len()];
+    let most = file.len().min(start.len());
+    read(0, &mut start[..most])?;
+    if start == POINTER {
         return Err(bad("it is a Git LFS pointer, the weights were not fetched".into()));
     }
-    let Some((size, rest)) = bytes.split_first_chunk::<8>() else {
-        return Err(bad(format!("it has {} bytes, and 8 of header length come first", bytes.len())));
+    let Some(rest) = file.len().checked_sub(8) else {
+        return Err(bad(format!("it has {} bytes, and 8 of header length come first", file.len())));
     };
-    let size = u64::from_le_bytes(*size);
-    let Some((text, data)) = usize::try_from(size).ok().and_then(|size| rest.split_at_checked(size)) else {
-        return Err(bad(format!("its header is to be {size} bytes long, and {} follow", rest.len())));
+    let [a, b, c, d, e, f, g, h, ..] = start;
+    let size = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+    let Some(size) = usize::try_from(size).ok().filter(|&size| size <= rest) else {
+        return Err(bad(format!("its header is to be {size} bytes long, and {rest} follow")));
     };
-    if text.len() > MAX_HEADER {
+    if size > MAX_HEADER {
         return Err(bad(format!("its header is {size} bytes long, the limit is {MAX_HEADER}")));
     }
+    let mut text = vec![0; size];
+    read(8, &mut text)?;
     // Not through `SafeTensors::read_metadata`, whose sum of header and data length may overflow.
     let header: Metadata =
-        serde_json::from_slice(text).map_err(|e| bad(format!("its header: {}", shown(&e.to_string()))))?;
-    if header.data_len() != data.len() {
+        serde_json::from_slice(&text).map_err(|e| bad(format!("its header: {}", shown(&e.to_string()))))?;
+    let data = rest - size;
+    if header.data_len() != data {
         return Err(bad(format!(
-            "its header describes {} bytes of tensors, and {} follow it",
-            header.data_len(),
-            data.len()
+            "its header describes {} bytes of tensors, and {data} follow it",
+            header.data_len()
         )));
     }
-    Ok((header, 8 + text.len()))
+    Ok((header, 8 + size))
 }

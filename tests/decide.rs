@@ -3,8 +3,8 @@
 #[path = "support/kernel.rs"]
 mod kernel;
 
-use dflash::device::Buffer;
-use dflash::emulator::{Emulator, Schedule};
+use dflash::device::{Buffer, Device};
+use dflash::emulator::Emulator;
 use dflash::kernels::round::{Finish, Sequence};
 use dflash::kernels::sample::{Races, Sample, tables};
 use dflash::kernels::verify::{Verdict, Verify};
@@ -93,7 +93,7 @@ impl Batch {
     }
 
     /// What the kernel chooses; its counters must be zero again.
-    fn run(&self, device: &Emulator) -> Vec<u32> {
+    fn run(&self, device: &dyn Device) -> Vec<u32> {
         let sample = self.sample();
         let choice = poisoned::<u32>(device, sample.rows);
         let [logits, sequences] = [to_bytes(&self.logits), self.states()].map(|bytes| upload(device, &bytes));
@@ -115,7 +115,7 @@ impl Batch {
         download(device, &choice)
     }
 
-    fn check(&self, device: &Emulator, what: &str) {
+    fn check(&self, device: &dyn Device, what: &str) {
         let (got, expected) = (self.run(device), self.expected());
         for (row, (got, expected)) in got.iter().zip(&expected).enumerate() {
             let settings = self.settings.get(self.rows[row].0 as usize);
@@ -218,14 +218,13 @@ fn batch(random: &mut Random, rows: usize, vocab: usize) -> Batch {
 #[test]
 fn sampler_is_choose_on_thousands_of_rows() {
     let mut random = Random::new(1);
-    let device = Emulator::new();
     let shrink = if cfg!(feature = "sanitize") { 20 } else { 1 };
     for (vocab, batches) in
         [(1, 10), (2, 30), (3, 20), (17, 60), (130, 60), (2048, 40), (9001, 10), (32768, 5)]
     {
         for i in 0..(batches / shrink).max(1) {
-            device.set_schedule(Schedule::ALL[i % 5]);
-            batch(&mut random, 24, vocab).check(&device, &format!("batch {i}"));
+            let batch = batch(&mut random, 24, vocab);
+            every_device_in_turn(i, |device| batch.check(device, &format!("batch {i}")));
         }
     }
 }
@@ -234,7 +233,7 @@ fn sampler_is_choose_on_thousands_of_rows() {
 fn sampler_is_the_same_under_every_schedule() {
     for vocab in [2, 17, 2047, 20000] {
         let batch = batch(&mut Random::new(vocab as u64), 12, vocab);
-        let bytes = five_schedules(|device| to_bytes(&batch.run(device)));
+        let bytes = same_bits(|device| to_bytes(&batch.run(device)));
         assert_eq!(from_bytes::<u32>(&bytes), batch.expected());
         let parallel = Emulator::new();
         parallel.set_threads(2);
@@ -257,185 +256,192 @@ fn sampler_is_choose_on_a_real_vocabulary() {
     ];
     let rows: Vec<(u32, u32)> = (0..settings.len()).map(|i| (i as u32, 1000 + i as u32)).collect();
     let logits = random.normals(rows.len() * vocab, 3.0);
-    Batch { vocab, logits, rows, settings }.check(&Emulator::new(), "Qwen3");
+    let batch = Batch { vocab, logits, rows, settings };
+    every_device(|device| batch.check(device, "Qwen3"));
 }
 
 #[test]
 fn cuts_fall_among_ties_as_the_definition_says() {
-    let device = Emulator::new();
-    let mut random = Random::new(8);
-    // Equal logits beyond one bin of ids, equal weights of unequal logits, cuts at every place around them.
-    let vocab = 300;
-    let flat = vec![1.5; vocab];
-    let near: Vec<f32> =
-        (0..vocab).map(|_| f32::from_bits(20f32.to_bits() - random.below(5) as u32)).collect();
-    let steps: Vec<f32> = (0..vocab).map(|id| -((id % 7) as f32)).collect();
-    for (kind, row) in [("flat", flat), ("near", near), ("steps", steps)] {
-        let mut settings = Vec::new();
-        for i in 0..40 {
-            let top_k = if i % 3 == 0 { 0 } else { 1 + random.below(vocab) };
-            let top_p = if i % 3 == 1 { 1.0 } else { f64::from(random.unit()).max(0.001) };
-            settings.push(Sampling {
+    every_device(|device| {
+        let mut random = Random::new(8);
+        // Equal logits beyond one bin of ids, equal weights of unequal logits, cuts at every place around them.
+        let vocab = 300;
+        let flat = vec![1.5; vocab];
+        let near: Vec<f32> =
+            (0..vocab).map(|_| f32::from_bits(20f32.to_bits() - random.below(5) as u32)).collect();
+        let steps: Vec<f32> = (0..vocab).map(|id| -((id % 7) as f32)).collect();
+        for (kind, row) in [("flat", flat), ("near", near), ("steps", steps)] {
+            let mut settings = Vec::new();
+            for i in 0..40 {
+                let top_k = if i % 3 == 0 { 0 } else { 1 + random.below(vocab) };
+                let top_p = if i % 3 == 1 { 1.0 } else { f64::from(random.unit()).max(0.001) };
+                settings.push(Sampling {
+                    temperature: 1.0,
+                    top_k,
+                    top_p,
+                    min_p: 0.0,
+                    seed: random.next(),
+                    stream: i,
+                });
+            }
+            let rows = (0..40).flat_map(|i| [(i, 5), (i, 6)]).collect();
+            let logits = row.repeat(80);
+            Batch { vocab, logits, rows, settings }.check(device, kind);
+        }
+        // Ids that differ in their upper digits only.
+        let vocab = 70000;
+        let mut row = vec![-50.0; vocab];
+        (0..vocab).step_by(3001).for_each(|id| row[id] = 2.0);
+        let settings: Vec<Sampling> = (1..=16)
+            .map(|top_k| Sampling {
                 temperature: 1.0,
                 top_k,
-                top_p,
+                top_p: 1.0,
                 min_p: 0.0,
-                seed: random.next(),
-                stream: i,
-            });
-        }
-        let rows = (0..40).flat_map(|i| [(i, 5), (i, 6)]).collect();
-        let logits = row.repeat(80);
-        Batch { vocab, logits, rows, settings }.check(&device, kind);
-    }
-    // Ids that differ in their upper digits only.
-    let vocab = 70000;
-    let mut row = vec![-50.0; vocab];
-    (0..vocab).step_by(3001).for_each(|id| row[id] = 2.0);
-    let settings: Vec<Sampling> = (1..=16)
-        .map(|top_k| Sampling {
-            temperature: 1.0,
-            top_k,
-            top_p: 1.0,
-            min_p: 0.0,
-            seed: top_k as u64,
-            stream: 0,
-        })
-        .collect();
-    let rows = (0..16).map(|i| (i, i)).collect();
-    Batch { vocab, logits: row.repeat(16), rows, settings }.check(&device, "spread");
+                seed: top_k as u64,
+                stream: 0,
+            })
+            .collect();
+        let rows = (0..16).map(|i| (i, i)).collect();
+        Batch { vocab, logits: row.repeat(16), rows, settings }.check(device, "spread");
+    });
 }
 
 #[test]
 fn races_that_end_in_a_tie_go_to_the_lower_id() {
-    // In a flat row all weights are equal; at these positions two of the least times are too, within one slice of
-    // 8192 ids and across slices.
-    let device = Emulator::new();
-    for (vocab, ties) in [
-        (12288, [(128478, 956, 9504), (141346, 4356, 7704), (171054, 2195, 10573)]),
-        (24576, [(8127, 17039, 18779), (59963, 7973, 14235), (63891, 12305, 14975)]),
-    ] {
-        for top_k in [0, vocab - 1] {
-            let settings = Sampling { temperature: 1.0, top_k, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
-            for (position, winner, second) in ties {
-                let time = |id: u32| {
-                    let words = philox([position, (5 << 24) | (id / 4), 0, 0], [1, 0]);
-                    TABLES.time(words[id as usize % 4])
-                };
-                assert_eq!(time(winner), time(second));
-                let (logits, rows) = (vec![3.0; vocab], vec![(0, position - 1)]);
-                let batch = Batch { vocab, logits, rows, settings: vec![settings.clone()] };
-                assert_eq!(batch.expected(), [winner]);
-                batch.check(&device, "tie");
+    every_device(|device| {
+        // In a flat row all weights are equal; at these positions two of the least times are too, within one slice of
+        // 8192 ids and across slices.
+        for (vocab, ties) in [
+            (12288, [(128478, 956, 9504), (141346, 4356, 7704), (171054, 2195, 10573)]),
+            (24576, [(8127, 17039, 18779), (59963, 7973, 14235), (63891, 12305, 14975)]),
+        ] {
+            for top_k in [0, vocab - 1] {
+                let settings =
+                    Sampling { temperature: 1.0, top_k, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+                for (position, winner, second) in ties {
+                    let time = |id: u32| {
+                        let words = philox([position, (5 << 24) | (id / 4), 0, 0], [1, 0]);
+                        TABLES.time(words[id as usize % 4])
+                    };
+                    assert_eq!(time(winner), time(second));
+                    let (logits, rows) = (vec![3.0; vocab], vec![(0, position - 1)]);
+                    let batch = Batch { vocab, logits, rows, settings: vec![settings.clone()] };
+                    assert_eq!(batch.expected(), [winner]);
+                    batch.check(device, "tie");
+                }
             }
         }
-    }
+    });
 }
 
 #[test]
 fn top_p_rounds_its_goal_up() {
-    // The share of the mass asked for is a little more than the best token has, by less than one unit of weight.
-    let device = Emulator::new();
-    let mut found = 0;
-    for logit in (1..20).map(|i| -0.25 * i as f32) {
-        let all = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 3, stream: 1 };
-        let row = vec![0.0, logit];
-        let weights = all.survivors(&row).unwrap();
-        let (best, total) = (1u128 << 32, (1u128 << 32) + u128::from(weights[1].1));
-        let share = (best << 32).div_ceil(total);
-        if (total * share) >> 32 != best || total * share == best << 32 {
-            continue;
+    every_device(|device| {
+        // The share of the mass asked for is a little more than the best token has, by less than one unit of weight.
+        let mut found = 0;
+        for logit in (1..20).map(|i| -0.25 * i as f32) {
+            let all = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 3, stream: 1 };
+            let row = vec![0.0, logit];
+            let weights = all.survivors(&row).unwrap();
+            let (best, total) = (1u128 << 32, (1u128 << 32) + u128::from(weights[1].1));
+            let share = (best << 32).div_ceil(total);
+            if (total * share) >> 32 != best || total * share == best << 32 {
+                continue;
+            }
+            found += 1;
+            let settings = Sampling { top_p: share as f64 / best as f64, ..all };
+            assert_eq!(settings.survivors(&row).unwrap().len(), 2);
+            let rows = (0..200).map(|position| (0, position)).collect();
+            let batch = Batch { vocab: 2, logits: row.repeat(200), rows, settings: vec![settings] };
+            assert!(batch.expected().contains(&1));
+            batch.check(device, "two tokens");
         }
-        found += 1;
-        let settings = Sampling { top_p: share as f64 / best as f64, ..all };
-        assert_eq!(settings.survivors(&row).unwrap().len(), 2);
-        let rows = (0..200).map(|position| (0, position)).collect();
-        let batch = Batch { vocab: 2, logits: row.repeat(200), rows, settings: vec![settings] };
-        assert!(batch.expected().contains(&1));
-        batch.check(&device, "two tokens");
-    }
-    assert!(found > 3, "{found}");
+        assert!(found > 3, "{found}");
+    });
 }
 
 #[test]
 fn min_p_keeps_what_weighs_just_enough() {
-    let device = Emulator::new();
-    let all = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
-    let row = vec![0.0, -1.0];
-    let weight = all.survivors(&row).unwrap()[1].1;
-    for (more, kept) in [(0, 2), (1, 1)] {
-        let settings = Sampling { min_p: (weight + more) as f64 / (1u64 << 32) as f64, ..all.clone() };
-        assert_eq!(settings.survivors(&row).unwrap().len(), kept);
-        let rows = (0..200).map(|position| (0, position)).collect();
-        let batch = Batch { vocab: 2, logits: row.repeat(200), rows, settings: vec![settings] };
-        assert_eq!(batch.expected().contains(&1), kept == 2);
-        batch.check(&device, "two tokens");
-    }
+    every_device(|device| {
+        let all = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
+        let row = vec![0.0, -1.0];
+        let weight = all.survivors(&row).unwrap()[1].1;
+        for (more, kept) in [(0, 2), (1, 1)] {
+            let settings = Sampling { min_p: (weight + more) as f64 / (1u64 << 32) as f64, ..all.clone() };
+            assert_eq!(settings.survivors(&row).unwrap().len(), kept);
+            let rows = (0..200).map(|position| (0, position)).collect();
+            let batch = Batch { vocab: 2, logits: row.repeat(200), rows, settings: vec![settings] };
+            assert_eq!(batch.expected().contains(&1), kept == 2);
+            batch.check(device, "two tokens");
+        }
+    });
 }
 
 #[test]
 fn damaged_rows_choose_nothing_and_spoil_no_other_row() {
-    let device = Emulator::new();
-    let vocab = 1000;
-    let mut random = Random::new(11);
-    let sound = random.normals(vocab, 3.0);
-    let law =
-        |temperature, top_k| Sampling { temperature, top_k, top_p: 1.0, min_p: 0.0, seed: 4, stream: 9 };
-    let settings = vec![greedy(), law(1.0, 0), law(0.8, 40)];
-    for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
-        let (mut rows, mut logits) = (Vec::new(), Vec::new());
-        for i in 0..9 {
-            rows.push((i % 3, 40 + i));
-            let mut row = sound.clone();
-            if (3..6).contains(&i) {
-                row[random.below(vocab)] = bad;
+    every_device(|device| {
+        let vocab = 1000;
+        let mut random = Random::new(11);
+        let sound = random.normals(vocab, 3.0);
+        let law =
+            |temperature, top_k| Sampling { temperature, top_k, top_p: 1.0, min_p: 0.0, seed: 4, stream: 9 };
+        let settings = vec![greedy(), law(1.0, 0), law(0.8, 40)];
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
+            let (mut rows, mut logits) = (Vec::new(), Vec::new());
+            for i in 0..9 {
+                rows.push((i % 3, 40 + i));
+                let mut row = sound.clone();
+                if (3..6).contains(&i) {
+                    row[random.below(vocab)] = bad;
+                }
+                logits.extend(row);
             }
-            logits.extend(row);
+            let batch = Batch { vocab, logits, rows, settings: settings.clone() };
+            assert!(batch.expected().iter().enumerate().all(|(i, &c)| (c == NONE) == (3..6).contains(&i)));
+            batch.check(device, "damaged");
         }
-        let batch = Batch { vocab, logits, rows, settings: settings.clone() };
-        assert!(batch.expected().iter().enumerate().all(|(i, &c)| (c == NONE) == (3..6).contains(&i)));
-        batch.check(&device, "damaged");
-    }
+    });
 }
 
 #[test]
 fn garbage_in_settings_and_keys_stays_inside_the_buffers() {
-    let mut random = Random::new(12);
-    let device = Emulator::new();
-    for i in 0..40 {
-        device.set_schedule(Schedule::ALL[i % 5]);
-        let mut batch = batch(&mut random, 6, [1, 7, 300, 9000][i % 4]);
-        let sample = batch.sample();
-        let mut states = batch.states();
-        states.iter_mut().for_each(|b| *b = random.next() as u8);
-        if i % 2 == 0 {
-            // Signs and exponents that a scale has.
-            states.chunks_mut(128).for_each(|s| s[35] = [0x40, 0xc0, 0x7f, 0xff][random.below(4)]);
+    every_device(|device| {
+        let mut random = Random::new(12);
+        for i in 0..40 {
+            let mut batch = batch(&mut random, 6, [1, 7, 300, 9000][i % 4]);
+            let sample = batch.sample();
+            let mut states = batch.states();
+            states.iter_mut().for_each(|b| *b = random.next() as u8);
+            if i % 2 == 0 {
+                // Signs and exponents that a scale has.
+                states.chunks_mut(128).for_each(|s| s[35] = [0x40, 0xc0, 0x7f, 0xff][random.below(4)]);
+            }
+            if i % 3 == 0 {
+                batch.logits.iter_mut().for_each(|l| *l = f32::from_bits(random.next() as u32));
+            }
+            let best: Vec<u64> = match i % 3 {
+                0 => batch.best(),
+                1 => batch.best().iter().map(|&key| key ^ random.next() >> 20).collect(),
+                _ => (0..sample.rows * sample.blocks).map(|_| random.next()).collect(),
+            };
+            let choice = poisoned::<u32>(device, sample.rows);
+            let (logits, sequences) = (upload(device, &batch.logits), upload(device, &states));
+            let (tables, counters) = (constant(device, &tables()), upload(device, &vec![0u32; sample.rows]));
+            let partial = poisoned::<u8>(device, sample.workspace());
+            let races = Races {
+                logits: &logits,
+                sequences: &sequences,
+                tables: &tables,
+                partial: &partial,
+                counters: &counters,
+            };
+            let (best, table) = (upload(device, &best), upload(device, &batch.table()));
+            sample.launch(device, &choice, &best, &table, Some(races)).unwrap();
+            let choices: Vec<u32> = download(device, &choice);
+            assert!(choices.iter().all(|&c| c == NONE || (c as usize) < batch.vocab), "{choices:?}");
         }
-        if i % 3 == 0 {
-            batch.logits.iter_mut().for_each(|l| *l = f32::from_bits(random.next() as u32));
-        }
-        let best: Vec<u64> = match i % 3 {
-            0 => batch.best(),
-            1 => batch.best().iter().map(|&key| key ^ random.next() >> 20).collect(),
-            _ => (0..sample.rows * sample.blocks).map(|_| random.next()).collect(),
-        };
-        let choice = poisoned::<u32>(&device, sample.rows);
-        let (logits, sequences) = (upload(&device, &batch.logits), upload(&device, &states));
-        let (tables, counters) = (constant(&device, &tables()), upload(&device, &vec![0u32; sample.rows]));
-        let partial = poisoned::<u8>(&device, sample.workspace());
-        let races = Races {
-            logits: &logits,
-            sequences: &sequences,
-            tables: &tables,
-            partial: &partial,
-            counters: &counters,
-        };
-        let (best, table) = (upload(&device, &best), upload(&device, &batch.table()));
-        sample.launch(&device, &choice, &best, &table, Some(races)).unwrap();
-        let choices: Vec<u32> = download(&device, &choice);
-        assert!(choices.iter().all(|&c| c == NONE || (c as usize) < batch.vocab), "{choices:?}");
-    }
+    });
 }
 
 #[test]
@@ -444,16 +450,19 @@ fn greedy_launch_reads_the_best_keys_alone() {
     let mut batch = batch(&mut random, 40, 5000);
     batch.settings.fill(greedy());
     let sample = batch.sample();
-    let bytes = five_schedules(|device| {
+    let run = |device: &dyn Device| {
         let choice = poisoned::<u32>(device, sample.rows);
         let (best, table) = (upload(device, &batch.best()), upload(device, &batch.table()));
         sample.launch(device, &choice, &best, &table, None).unwrap();
-        let counts = device.counts()["sample"];
-        // Every thread reads its row's entry.
-        assert_eq!(counts.read, (sample.rows * (sample.blocks * 8 + 512 * 16)) as u64);
-        assert_eq!((counts.written, counts.streamed, counts.blocks), (sample.rows as u64 * 4, 0, 40));
         bytes_of(device, &choice)
-    });
+    };
+    let device = Emulator::new();
+    run(&device);
+    let counts = device.counts()["sample"];
+    // Every thread reads its row's entry.
+    assert_eq!(counts.read, (sample.rows * (sample.blocks * 8 + 512 * 16)) as u64);
+    assert_eq!((counts.written, counts.streamed, counts.blocks), (sample.rows as u64 * 4, 0, 40));
+    let bytes = same_bits(run);
     assert_eq!(from_bytes::<u32>(&bytes), batch.expected());
 }
 
@@ -468,7 +477,7 @@ struct Blocks {
 
 impl Blocks {
     /// Per sequence: accepted, next, path padded with NONE.
-    fn run(&self, device: &Emulator) -> Vec<(u32, u32, Vec<u32>)> {
+    fn run(&self, device: &dyn Device) -> Vec<(u32, u32, Vec<u32>)> {
         let (sequences, block) = (self.rows.len(), self.block);
         let spans: Vec<u32> = self.rows.iter().flat_map(|&rows| [7, rows]).collect();
         let [accepted, next, path] =
@@ -510,7 +519,7 @@ impl Blocks {
         (accepted, next, path)
     }
 
-    fn check(&self, device: &Emulator) {
+    fn check(&self, device: &dyn Device) {
         for (sequence, got) in self.run(device).into_iter().enumerate() {
             assert_eq!(got, self.expected(sequence), "sequence {sequence} of blocks of {}", self.block);
             if self.parents.is_none() && self.rows[sequence] > 0 {
@@ -555,13 +564,12 @@ fn blocks(random: &mut Random, block: usize, trees: bool) -> Blocks {
 #[test]
 fn verdict_is_judge_and_walk() {
     let mut random = Random::new(21);
-    let device = Emulator::new();
     let rounds = if cfg!(feature = "sanitize") { 3 } else { 30 };
     for i in 0..rounds {
-        device.set_schedule(Schedule::ALL[i % 5]);
         for block in [1, 2, 7, 16, 31, 32, 33, 63, 64] {
             for trees in [false, true] {
-                blocks(&mut random, block, trees).check(&device);
+                let blocks = blocks(&mut random, block, trees);
+                every_device_in_turn(i, |device| blocks.check(device));
             }
         }
     }
@@ -569,36 +577,37 @@ fn verdict_is_judge_and_walk() {
 
 #[test]
 fn verdict_on_whole_blocks_and_deep_trees() {
-    let device = Emulator::new();
-    for block in [1usize, 16, 33, 64] {
-        // Every draft stands; none does; one in the middle does not.
-        for wrong in [None, Some(1), Some(block / 2)] {
-            let drafts: Vec<u32> = (0..block as u32).collect();
-            let mut choices: Vec<u32> = (1..=block as u32).collect();
-            if let Some(row) = wrong.filter(|&row| row > 0) {
-                choices[row - 1] = 1000;
-            }
-            let chain = (0..block as u32).map(|row| row.wrapping_sub(1)).collect();
-            for parents in [None, Some(chain)] {
-                let blocks = Blocks {
-                    block,
-                    rows: vec![block as u32],
-                    choices: choices.clone(),
-                    tokens: drafts.clone(),
-                    parents,
-                };
-                blocks.check(&device);
-                let stood = wrong.filter(|&row| row > 0 && row < block).map_or(block - 1, |row| row - 1);
-                assert_eq!(blocks.run(&device)[0].0, stood as u32);
+    every_device(|device| {
+        for block in [1usize, 16, 33, 64] {
+            // Every draft stands; none does; one in the middle does not.
+            for wrong in [None, Some(1), Some(block / 2)] {
+                let drafts: Vec<u32> = (0..block as u32).collect();
+                let mut choices: Vec<u32> = (1..=block as u32).collect();
+                if let Some(row) = wrong.filter(|&row| row > 0) {
+                    choices[row - 1] = 1000;
+                }
+                let chain = (0..block as u32).map(|row| row.wrapping_sub(1)).collect();
+                for parents in [None, Some(chain)] {
+                    let blocks = Blocks {
+                        block,
+                        rows: vec![block as u32],
+                        choices: choices.clone(),
+                        tokens: drafts.clone(),
+                        parents,
+                    };
+                    blocks.check(device);
+                    let stood = wrong.filter(|&row| row > 0 && row < block).map_or(block - 1, |row| row - 1);
+                    assert_eq!(blocks.run(device)[0].0, stood as u32);
+                }
             }
         }
-    }
+    });
 }
 
 #[test]
 fn verdict_is_the_same_under_every_schedule() {
     let blocks = blocks(&mut Random::new(23), 64, true);
-    let bytes = five_schedules(|device| {
+    let bytes = same_bits(|device| {
         let all = blocks.run(device);
         all.into_iter().flat_map(|(a, n, p)| to_bytes(&[&[a, n][..], &p].concat())).collect()
     });

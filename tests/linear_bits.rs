@@ -20,33 +20,35 @@ use layer::*;
 
 #[test]
 fn a_rows_bits_do_not_depend_on_the_other_rows() {
-    for kind in KINDS {
-        // One slice of K; four, the last of them shorter; eight.
-        for (k, splits) in [(96, 1), (1056, 4), (2048, 8)] {
-            let shape = Shape { n: kind.outputs(), k };
-            assert_eq!(shape.slices().1, splits);
-            let parts = k.div_ceil(128);
-            let own = Data::new(1, 1, shape);
-            let alone = kind.run(&Emulator::new(), &own).remove(0);
-            let mut random = Random::new(2);
-            for rows in [1, 2, 8, 16, 32, 64, 128, 131] {
-                for (place, poisoned) in [(0, true), (rows - 1, false), (random.below(rows), true)] {
-                    let mut data = Data { w: own.w.clone(), ..Data::new(3 + rows as u64, rows, shape) };
-                    if poisoned {
-                        data.x.fill(0x7fc1);
-                        data.sumsq.fill(f32::NAN);
+    every_device(|device| {
+        for kind in KINDS {
+            // One slice of K; four, the last of them shorter; eight.
+            for (k, splits) in [(96, 1), (1056, 4), (2048, 8)] {
+                let shape = Shape { n: kind.outputs(), k };
+                assert_eq!(shape.slices().1, splits);
+                let parts = k.div_ceil(128);
+                let own = Data::new(1, 1, shape);
+                let alone = kind.run(device, &own).remove(0);
+                let mut random = Random::new(2);
+                for rows in [1, 2, 8, 16, 32, 64, 128, 131] {
+                    for (place, poisoned) in [(0, true), (rows - 1, false), (random.below(rows), true)] {
+                        let mut data = Data { w: own.w.clone(), ..Data::new(3 + rows as u64, rows, shape) };
+                        if poisoned {
+                            data.x.fill(0x7fc1);
+                            data.sumsq.fill(f32::NAN);
+                        }
+                        data.x[place * k..(place + 1) * k].copy_from_slice(&own.x);
+                        data.sumsq[place * parts..(place + 1) * parts].copy_from_slice(&own.sumsq);
+                        let bits = kind.run(device, &data).remove(place);
+                        assert!(
+                            bits == alone,
+                            "{kind:?}, K {k}: row {place} of {rows}, NaN neighbours: {poisoned}"
+                        );
                     }
-                    data.x[place * k..(place + 1) * k].copy_from_slice(&own.x);
-                    data.sumsq[place * parts..(place + 1) * parts].copy_from_slice(&own.sumsq);
-                    let bits = kind.run(&Emulator::new(), &data).remove(place);
-                    assert!(
-                        bits == alone,
-                        "{kind:?}, K {k}: row {place} of {rows}, NaN neighbours: {poisoned}"
-                    );
                 }
             }
         }
-    }
+    });
 }
 
 #[test]
@@ -54,7 +56,7 @@ fn schedules_and_threads_give_the_same_bits() {
     let rows = 20;
     for kind in KINDS {
         let data = Data::new(5, rows, Shape { n: kind.outputs(), k: 1056 });
-        let bits = five_schedules(|device| kind.run(device, &data).concat());
+        let bits = bits_of_every_device(|device| kind.run(device, &data).concat()).remove(0);
         assert_written(&bits, &format!("{kind:?}"));
         let parallel = Emulator::new();
         parallel.set_threads(2);
@@ -73,7 +75,7 @@ struct Logits {
 }
 
 impl Logits {
-    fn new(device: &Emulator, rows: usize, vocab: usize, k: usize) -> Logits {
+    fn new(device: &dyn Device, rows: usize, vocab: usize, k: usize) -> Logits {
         Logits {
             kernel: Head { rows, vocab, k, multiplier: 1.0, softcap: None },
             layer: Data::new(6, rows, Shape { n: vocab, k }).upload(device, |r| r),
@@ -82,12 +84,12 @@ impl Logits {
         }
     }
 
-    fn launch(&self, device: &Emulator, workspace: &Workspace) -> dflash::Result<()> {
+    fn launch(&self, device: &dyn Device, workspace: &Workspace) -> dflash::Result<()> {
         let input = Input { workspace, ..self.layer.input(true) };
         self.kernel.launch(device, &input, &self.best, Some(&self.logits))
     }
 
-    fn take(&self, device: &Emulator) -> Vec<u8> {
+    fn take(&self, device: &dyn Device) -> Vec<u8> {
         let bytes = bytes_of(device, &self.logits);
         device.fill(&self.logits, 0xff).unwrap();
         bytes
@@ -96,23 +98,25 @@ impl Logits {
 
 #[test]
 fn a_graph_of_launches_that_share_a_workspace_repeats_its_bits() {
-    let device = Emulator::new();
-    let shapes = [(3, 200, 640), (150, 64, 512), (17, 700, 1056)];
-    let layers = shapes.map(|(rows, vocab, k)| Logits::new(&device, rows, vocab, k));
-    let launches: Vec<_> = layers.iter().map(|l| (l.kernel.shape(), l.kernel.rows)).collect();
-    assert!(launches.iter().all(|l| l.0.slices().1 > 1));
-    let shared = Workspace::new(&device, &launches).unwrap();
-    let right = layers.each_ref().map(|l| {
-        l.launch(&device, &l.layer.workspace).unwrap();
-        l.take(&device)
-    });
-    let graph = device.capture(&mut || layers.iter().try_for_each(|l| l.launch(&device, &shared))).unwrap();
-    for _ in 0..3 {
-        device.replay(&graph).unwrap();
-        for (layer, right) in layers.iter().zip(&right) {
-            assert!(layer.take(&device) == *right, "{:?}", layer.kernel);
+    every_device(|device| {
+        let shapes = [(3, 200, 640), (150, 64, 512), (17, 700, 1056)];
+        let layers = shapes.map(|(rows, vocab, k)| Logits::new(device, rows, vocab, k));
+        let launches: Vec<_> = layers.iter().map(|l| (l.kernel.shape(), l.kernel.rows)).collect();
+        assert!(launches.iter().all(|l| l.0.slices().1 > 1));
+        let shared = Workspace::new(device, &launches).unwrap();
+        let right = layers.each_ref().map(|l| {
+            l.launch(device, &l.layer.workspace).unwrap();
+            l.take(device)
+        });
+        let graph =
+            device.capture(&mut || layers.iter().try_for_each(|l| l.launch(device, &shared))).unwrap();
+        for _ in 0..3 {
+            device.replay(&graph).unwrap();
+            for (layer, right) in layers.iter().zip(&right) {
+                assert!(layer.take(device) == *right, "{:?}", layer.kernel);
+            }
         }
-    }
+    });
 }
 
 /// Two blocks at a time of the eight that share a tile: the one that adds the slices must find all that the others'
@@ -147,18 +151,18 @@ fn a_launch_with_nothing_to_do_writes_nothing() {
         // Four groups per tile in each of the four slices are on their way before it is known.
         assert_eq!(counts.streamed, (shape.packed_rows() / 16 * 4 * 4 * 1024) as u64, "{kind:?}");
     }
-    let device = Emulator::new();
-    let dead = Logits::new(&device, 5, 300, 1056);
-    device.upload(&dead.layer.live, &[0; 4]).unwrap();
-    dead.launch(&device, &dead.layer.workspace).unwrap();
-    for buffer in [&dead.best, &dead.logits] {
-        assert!(download::<u16>(&device, buffer).iter().all(|&w| w == POISON));
-    }
-    assert_eq!(device.counts()["head_8"].written, 0);
-    // What says there is something may be any other number, and the counters were left as they have to be.
-    device.upload(&dead.layer.live, &[0, 0, 0, 0x80]).unwrap();
-    dead.launch(&device, &dead.layer.workspace).unwrap();
-    assert_written(&bytes_of(&device, &dead.logits), "logits");
+    every_device(|device| {
+        let dead = Logits::new(device, 5, 300, 1056);
+        device.upload(&dead.layer.live, &[0; 4]).unwrap();
+        dead.launch(device, &dead.layer.workspace).unwrap();
+        for buffer in [&dead.best, &dead.logits] {
+            assert!(download::<u16>(device, buffer).iter().all(|&w| w == POISON));
+        }
+        // What says there is something may be any other number, and the counters were left as they have to be.
+        device.upload(&dead.layer.live, &[0, 0, 0, 0x80]).unwrap();
+        dead.launch(device, &dead.layer.workspace).unwrap();
+        assert_written(&bytes_of(device, &dead.logits), "logits");
+    });
 }
 
 /// All that a device counted in linear kernels.

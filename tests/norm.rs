@@ -4,6 +4,7 @@
 mod kernel;
 
 use dflash::device::Device;
+use dflash::emulator::Emulator;
 use dflash::kernels::norm::Norm;
 use kernel::*;
 
@@ -47,27 +48,36 @@ fn split_norm_adds_scales_and_sums_parts() {
         for add in [false, true] {
             let data = data(rows, hidden);
             let parts = data.norm.parts();
-            let bytes = five_schedules(|device| {
-                let (x, y, sums) = residual(device, &data, add);
-                let counts = device.counts()["residual_norm"];
-                // The gain is read once per row, from the cache.
-                let moved = data.norm.bytes(add) as usize + (rows - 1) * hidden * 4;
-                assert_eq!(counts.read + counts.written, moved as u64);
-                [to_bytes(&x), to_bytes(&y), to_bytes(&sums)].concat()
-            });
-            let (x, rest) = bytes.split_at(rows * hidden * 4);
-            let (y, sums) = rest.split_at(rows * hidden * 2);
-            assert_written(sums, "sums of squares");
-            let (x, y, sums) = (from_bytes::<f32>(x), from_bytes::<u16>(y), from_bytes::<f32>(sums));
+            let device = Emulator::new();
+            residual(&device, &data, add);
+            let counts = device.counts()["residual_norm"];
+            // The gain is read once per row, from the cache.
+            let moved = data.norm.bytes(add) as usize + (rows - 1) * hidden * 4;
+            assert_eq!(counts.read + counts.written, moved as u64);
             let moved = |i: usize| if add { data.x[i] + data.add[i] } else { data.x[i] };
-            assert!((0..rows * hidden).all(|i| x[i] == moved(i)), "the residual stream, {rows} x {hidden}");
-            let scaled: Vec<f32> = (0..rows * hidden).map(|i| x[i] * data.gain[i % hidden]).collect();
-            assert_eq!(y, to_bf16(&scaled), "bf16(gain x), {rows} x {hidden}");
-            for (r, row) in x.chunks(hidden).enumerate() {
-                for (p, part) in row.chunks(128).enumerate() {
-                    let exact: f64 = part.iter().map(|&v| f64::from(v).powi(2)).sum();
-                    let got = f64::from(sums[r * parts + p]);
-                    assert!((got / exact - 1.0).abs() < 1e-6, "row {r}, part {p}: {got}, exactly {exact}");
+            for bytes in bits_of_every_device(|device| {
+                let (x, y, sums) = residual(device, &data, add);
+                [to_bytes(&x), to_bytes(&y), to_bytes(&sums)].concat()
+            }) {
+                let (x, rest) = bytes.split_at(rows * hidden * 4);
+                let (y, sums) = rest.split_at(rows * hidden * 2);
+                assert_written(sums, "sums of squares");
+                let (x, y, sums) = (from_bytes::<f32>(x), from_bytes::<u16>(y), from_bytes::<f32>(sums));
+                assert!(
+                    (0..rows * hidden).all(|i| x[i] == moved(i)),
+                    "the residual stream, {rows} x {hidden}"
+                );
+                let scaled: Vec<f32> = (0..rows * hidden).map(|i| x[i] * data.gain[i % hidden]).collect();
+                assert_eq!(y, to_bf16(&scaled), "bf16(gain x), {rows} x {hidden}");
+                for (r, row) in x.chunks(hidden).enumerate() {
+                    for (p, part) in row.chunks(128).enumerate() {
+                        let exact: f64 = part.iter().map(|&v| f64::from(v).powi(2)).sum();
+                        let got = f64::from(sums[r * parts + p]);
+                        assert!(
+                            (got / exact - 1.0).abs() < 1e-6,
+                            "row {r}, part {p}: {got}, exactly {exact}"
+                        );
+                    }
                 }
             }
         }
@@ -82,7 +92,7 @@ fn whole_norm_is_the_mean_square_norm() {
             // So small that eps counts.
             data.x.iter_mut().for_each(|x| *x *= 1e-3);
         }
-        let bytes = five_schedules(|device| {
+        let outcomes = bits_of_every_device(|device| {
             let y = poisoned::<u16>(device, rows * hidden);
             let (x, gain) = (upload(device, &data.x), upload(device, &data.gain));
             data.norm.full(device, &y, &x, &gain, EPS).unwrap();
@@ -96,55 +106,59 @@ fn whole_norm_is_the_mean_square_norm() {
                 row.iter().zip(&data.gain).map(|(&v, &g)| (f64::from(v) * rstd * f64::from(g)) as f32),
             );
         }
-        let error = relative_error(&from_bf16(&from_bytes(&bytes)), &expected);
-        assert!(error < BF16, "{rows} x {hidden}: {error}");
+        for bytes in outcomes {
+            let error = relative_error(&from_bf16(&from_bytes(&bytes)), &expected);
+            assert!(error < BF16, "{rows} x {hidden}: {error}");
+        }
     }
 }
 
 #[test]
 fn both_halves_of_the_norm_make_the_whole() {
-    let data = data(4, 1088);
-    let hidden = 1088;
-    let device = dflash::emulator::Emulator::new();
-    let (x, y, sums) = residual(&device, &data, false);
-    let whole = poisoned::<u16>(&device, 4 * hidden);
-    data.norm.full(&device, &whole, &upload(&device, &x), &upload(&device, &data.gain), EPS).unwrap();
-    let parts = data.norm.parts();
-    let mut finished = from_bf16(&y);
-    for (row, sums) in finished.chunks_mut(hidden).zip(sums.chunks(parts)) {
-        let rstd = 1.0 / (sums.iter().sum::<f32>() / hidden as f32 + EPS).sqrt();
-        row.iter_mut().for_each(|v| *v *= rstd);
-    }
-    let error = relative_error(&finished, &from_bf16(&download(&device, &whole)));
-    assert!(error < 2.0 * BF16, "{error}");
+    every_device(|device| {
+        let data = data(4, 1088);
+        let hidden = 1088;
+        let (x, y, sums) = residual(device, &data, false);
+        let whole = poisoned::<u16>(device, 4 * hidden);
+        data.norm.full(device, &whole, &upload(device, &x), &upload(device, &data.gain), EPS).unwrap();
+        let parts = data.norm.parts();
+        let mut finished = from_bf16(&y);
+        for (row, sums) in finished.chunks_mut(hidden).zip(sums.chunks(parts)) {
+            let rstd = 1.0 / (sums.iter().sum::<f32>() / hidden as f32 + EPS).sqrt();
+            row.iter_mut().for_each(|v| *v *= rstd);
+        }
+        let error = relative_error(&finished, &from_bf16(&download(device, &whole)));
+        assert!(error < 2.0 * BF16, "{error}");
+    });
 }
 
 #[test]
 fn a_rows_bits_depend_on_no_other_row() {
-    let hidden = 320;
-    let mut data = data(1, hidden);
-    let (row, add) = (data.x.clone(), data.add.clone());
-    let device = dflash::emulator::Emulator::new();
-    let alone = residual(&device, &data, true);
-    for rows in [2, 8, 17, 128] {
-        // Neighbours are full of NaN and infinity.
-        let place = rows * 2 / 3;
-        data.norm.rows = rows;
-        data.x = (0..rows * hidden).map(|i| if i % 3 == 0 { f32::NAN } else { f32::INFINITY }).collect();
-        data.add = data.x.clone();
-        data.x[place * hidden..][..hidden].copy_from_slice(&row);
-        data.add[place * hidden..][..hidden].copy_from_slice(&add);
-        let (x, y, sums) = residual(&device, &data, true);
-        let parts = data.norm.parts();
-        assert_eq!(x[place * hidden..][..hidden], alone.0);
-        assert_eq!(y[place * hidden..][..hidden], alone.1);
-        assert_eq!(sums[place * parts..][..parts], alone.2);
-    }
+    every_device(|device| {
+        let hidden = 320;
+        let mut data = data(1, hidden);
+        let (row, add) = (data.x.clone(), data.add.clone());
+        let alone = residual(device, &data, true);
+        for rows in [2, 8, 17, 128] {
+            // Neighbours are full of NaN and infinity.
+            let place = rows * 2 / 3;
+            data.norm.rows = rows;
+            data.x = (0..rows * hidden).map(|i| if i % 3 == 0 { f32::NAN } else { f32::INFINITY }).collect();
+            data.add = data.x.clone();
+            data.x[place * hidden..][..hidden].copy_from_slice(&row);
+            data.add[place * hidden..][..hidden].copy_from_slice(&add);
+            let (x, y, sums) = residual(device, &data, true);
+            let parts = data.norm.parts();
+            assert_eq!(x[place * hidden..][..hidden], alone.0);
+            assert_eq!(y[place * hidden..][..hidden], alone.1);
+            assert_eq!(sums[place * parts..][..parts], alone.2);
+        }
+    });
 }
 
 #[test]
 fn sizes_that_no_kernel_takes_are_refused() {
-    let device = dflash::emulator::Emulator::new();
+    let device = Emulator::new();
     let buffer = upload(&device, &[0f32; 128]);
     for (rows, hidden, part) in
         [(1, 96, "96 columns"), (0, 64, "0 rows"), (70000, 64, "70000"), (1, 256, "needs 1024")]

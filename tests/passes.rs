@@ -1,4 +1,4 @@
-//! Whole passes through the kernels under the emulator, held against the reference models: a prompt's chunks, plain steps,
+//! Whole passes through the kernels, held against the reference models: a prompt's chunks, plain steps,
 //! verification and draft passes, on the demo pair and on random pairs with other heads.
 
 #[path = "support/kernel.rs"]
@@ -8,7 +8,8 @@ mod support;
 use dflash::device::{Buffer, Device, Node};
 use dflash::emulator::Emulator;
 use dflash::kernels::head::Head;
-use dflash::model::{Cache, Injection, Loader, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
+use dflash::load::Loader;
+use dflash::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
 use dflash::pair::Pair;
 use dflash::reference::{self, Drafter, Target};
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
@@ -20,8 +21,8 @@ const POSITIONS: usize = 256;
 const CHUNK: usize = 48;
 
 /// Both models, on the CPU and on a device.
-struct Rig {
-    device: Emulator,
+struct Rig<'a> {
+    device: &'a dyn Device,
     target: Target,
     drafter: Drafter,
     stack: Stack,
@@ -35,29 +36,28 @@ struct Rig {
 }
 
 /// Pages in no particular order.
-fn fill_table(device: &Emulator, cache: &Cache) {
+fn fill_table(device: &dyn Device, cache: &Cache) {
     let pages: Vec<u32> = (0..cache.pages as u32).rev().collect();
     device.upload(&cache.table, &to_bytes(&pages)).unwrap();
 }
 
-impl Rig {
-    fn new(pair: &Pair, sequences: usize, block: usize) -> Rig {
-        let device = Emulator::new();
-        device.set_threads(2);
+impl Rig<'_> {
+    fn new<'a>(device: &'a dyn Device, pair: &Pair, sequences: usize, block: usize) -> Rig<'a> {
         let drafter_model = pair.drafter.as_ref().unwrap();
         let (t, d) = (&pair.target.config, &drafter_model.config);
         let (taps, hidden) = (d.taps.len(), t.stack.hidden);
-        let loader = Loader::new(&device, &pair.target.weights, t.stack.intermediate).unwrap();
-        let stack = Stack::load(&loader, "model.", &t.stack, POSITIONS).unwrap();
-        let vocabulary = Vocabulary::load(&loader, t).unwrap();
-        let loader = Loader::new(&device, &drafter_model.weights, taps * hidden).unwrap();
-        let draft_stack = Stack::load(&loader, "", &d.stack, POSITIONS).unwrap();
-        let injection = Injection::load(&loader, hidden, taps).unwrap();
+        let mut loader = Loader::new(device, &pair.target.weights);
+        let stack = Stack::load(&mut loader, "model.", &t.stack, POSITIONS).unwrap();
+        let vocabulary = Vocabulary::load(&mut loader, t).unwrap();
+        loader.turn_to(&drafter_model.weights);
+        let draft_stack = Stack::load(&mut loader, "", &d.stack, POSITIONS).unwrap();
+        let injection = Injection::load(&mut loader, hidden, taps).unwrap();
+        loader.run(&mut |_, _| ()).unwrap();
         let pages = POSITIONS / PAGE;
-        let cache = Cache::new(&device, &t.stack, sequences * pages, sequences, pages).unwrap();
-        let draft_cache = Cache::new(&device, &d.stack, sequences * pages, sequences, pages).unwrap();
-        fill_table(&device, &cache);
-        fill_table(&device, &draft_cache);
+        let cache = Cache::new(device, &t.stack, sequences * pages, sequences, pages).unwrap();
+        let draft_cache = Cache::new(device, &d.stack, sequences * pages, sequences, pages).unwrap();
+        fill_table(device, &cache);
+        fill_table(device, &draft_cache);
         let sizes = Sizes {
             sequences,
             block,
@@ -68,8 +68,8 @@ impl Rig {
         };
         let draft_sizes = Sizes { injected: sequences * block, features: Some(taps * hidden), ..sizes };
         Rig {
-            scratch: Scratch::new(&device, &t.stack, &cache, sizes).unwrap(),
-            draft_scratch: Scratch::new(&device, &d.stack, &draft_cache, draft_sizes).unwrap(),
+            scratch: Scratch::new(device, &t.stack, &cache, sizes).unwrap(),
+            draft_scratch: Scratch::new(device, &d.stack, &draft_cache, draft_sizes).unwrap(),
             target: Target::load(&pair.target).unwrap(),
             drafter: Drafter::load(drafter_model).unwrap(),
             stack,
@@ -84,23 +84,23 @@ impl Rig {
 
     fn features(&self, rows: usize) -> Buffer {
         let taps = self.drafter.config.taps.len();
-        poisoned::<u16>(&self.device, rows * taps * self.target.config.stack.hidden)
+        poisoned::<u16>(self.device, rows * taps * self.target.config.stack.hidden)
     }
 
     /// Logits of the first `rows` rows of the pass that ran last.
     fn logits(&self, stack: &Stack, scratch: &Scratch, first: usize, rows: usize) -> Vec<f32> {
         let vocab = self.vocabulary.vocab;
-        let best = poisoned::<u64>(&self.device, rows * vocab.div_ceil(128));
-        let logits = poisoned::<f32>(&self.device, rows * vocab);
+        let best = poisoned::<u64>(self.device, rows * vocab.div_ceil(128));
+        let logits = poisoned::<f32>(self.device, rows * vocab);
         let head = Head { rows, vocab, k: stack.config.hidden, multiplier: 1.0, softcap: None };
-        self.vocabulary.head(&self.device, stack, scratch, first, head, None, &best, Some(&logits)).unwrap();
-        download(&self.device, &logits)
+        self.vocabulary.head(self.device, stack, scratch, first, head, None, &best, Some(&logits)).unwrap();
+        download(self.device, &logits)
     }
 
     /// Target rows of sequence `sequence`: `tokens` at positions `at..`, as a prompt or as a block. Features and logits of
     /// all rows.
     fn target_pass(&self, sequence: usize, at: usize, tokens: &[u32], prompt: bool) -> (Vec<u16>, Vec<f32>) {
-        let (device, rows) = (&self.device, tokens.len());
+        let (device, rows) = (self.device, tokens.len());
         let features = self.features(rows);
         let table = upload(device, &rows_at(sequence, at, rows));
         let spans = upload(device, &[at as u32, rows as u32]);
@@ -189,8 +189,8 @@ fn close(what: &str, out: &[f32], reference: &[f32]) {
     assert!(error < BOUND, "{what}: error {error:.2e}, expected below {BOUND:.0e}");
 }
 
-fn chunks_and_blocks_equal_the_reference(pair: &Pair) {
-    let rig = Rig::new(pair, 1, 16);
+fn chunks_and_blocks_equal_the_reference(device: &dyn Device, pair: &Pair) {
+    let rig = Rig::new(device, pair, 1, 16);
     let tokens = tokens(pair, 116, 1);
     let mut features = vec![];
     for at in (0..100).step_by(CHUNK) {
@@ -206,19 +206,21 @@ fn chunks_and_blocks_equal_the_reference(pair: &Pair) {
 
 #[test]
 fn chunks_and_blocks_of_the_demo_target_equal_the_reference() {
-    chunks_and_blocks_equal_the_reference(&demo());
+    let pair = &demo();
+    every_device(|device| chunks_and_blocks_equal_the_reference(device, pair));
 }
 
 #[test]
 fn chunks_and_blocks_of_a_wide_target_equal_the_reference() {
-    chunks_and_blocks_equal_the_reference(&wide().1);
+    let pair = &wide().1;
+    every_device(|device| chunks_and_blocks_equal_the_reference(device, pair));
 }
 
-fn steps_equal_blocks_bit_for_bit(pair: &Pair) {
+fn steps_equal_blocks_bit_for_bit(device: &dyn Device, pair: &Pair) {
     let tokens = tokens(pair, 80, 2);
     // Contexts before a page's end, before a split's end.
     for (context, block) in [(57, 16), (62, 7), (60, 2)] {
-        let rig = Rig::new(pair, 1, 16);
+        let rig = Rig::new(device, pair, 1, 16);
         rig.target_pass(0, 0, &tokens[..CHUNK], true);
         rig.target_pass(0, CHUNK, &tokens[CHUNK..context], true);
         let (features, logits) = rig.target_pass(0, context, &tokens[context..context + block], false);
@@ -232,14 +234,16 @@ fn steps_equal_blocks_bit_for_bit(pair: &Pair) {
 
 #[test]
 fn plain_steps_equal_a_verification_block_bit_for_bit() {
-    steps_equal_blocks_bit_for_bit(&demo());
-    steps_equal_blocks_bit_for_bit(&wide().1);
+    let pair = &demo();
+    every_device(|device| steps_equal_blocks_bit_for_bit(device, pair));
+    let pair = &wide().1;
+    every_device(|device| steps_equal_blocks_bit_for_bit(device, pair));
 }
 
-fn draft_equals_the_reference(pair: &Pair) {
+fn draft_equals_the_reference(device: &dyn Device, pair: &Pair) {
     let (block, known, pending) = (8, 40, 3);
-    let rig = Rig::new(pair, 1, block);
-    let (device, d) = (&rig.device, &rig.drafter.config);
+    let rig = Rig::new(device, pair, 1, block);
+    let d = &rig.drafter.config;
     let length = known + pending;
     let tokens = tokens(pair, length + 1, 3);
     let (features, _) = rig.expected(&tokens[..length], 0);
@@ -291,20 +295,23 @@ fn draft_equals_the_reference(pair: &Pair) {
 
 #[test]
 fn drafts_of_the_demo_drafter_equal_the_reference() {
-    draft_equals_the_reference(&demo());
+    let pair = &demo();
+    every_device(|device| draft_equals_the_reference(device, pair));
 }
 
 #[test]
 fn drafts_of_a_wide_drafter_equal_the_reference() {
-    draft_equals_the_reference(&wide().1);
+    let pair = &wide().1;
+    every_device(|device| draft_equals_the_reference(device, pair));
 }
 
 #[test]
 fn a_pass_is_five_launches_a_layer_and_one() {
     let pair = demo();
-    let rig = Rig::new(&pair, 1, 16);
-    let table = upload(&rig.device, &rows_at(0, 0, 16));
-    let spans = upload(&rig.device, &[0u32, 16]);
+    let device = &Emulator::new();
+    let rig = Rig::new(device, &pair, 1, 16);
+    let table = upload(device, &rows_at(0, 0, 16));
+    let spans = upload(device, &[0u32, 16]);
     let pass = Pass {
         sequences: 1,
         block: 16,
@@ -316,8 +323,7 @@ fn a_pass_is_five_launches_a_layer_and_one() {
         live: None,
         taps: None,
     };
-    let graph =
-        rig.device.capture(&mut || rig.stack.run(&rig.device, &rig.scratch, &rig.cache, &pass)).unwrap();
+    let graph = device.capture(&mut || rig.stack.run(device, &rig.scratch, &rig.cache, &pass)).unwrap();
     let launches = graph.nodes.iter().filter(|node| matches!(node, Node::Launch(_))).count();
     assert_eq!((launches, graph.nodes.len()), (1 + 5 * 6, 1 + 5 * 6));
 }

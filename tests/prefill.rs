@@ -20,21 +20,23 @@ fn prompt(data: &Data) -> Data {
 
 #[test]
 fn prompts_have_the_bits_of_blocks_where_k_is_not_split() {
-    let rows = if cfg!(feature = "sanitize") { &[5, 130][..] } else { &[1, 5, 127, 128, 129, 300][..] };
-    for kind in PROMPT_KINDS {
-        // Less than a stage, one, one and a half, several.
-        for k in [32, 64, 96, 160, 480] {
-            let shape = Shape { n: kind.outputs(), k };
-            assert_eq!(shape.slices().1, 1);
-            for &rows in rows {
-                let data = Data::new(rows as u64, rows, shape);
-                let block = kind.run(&Emulator::new(), &data);
-                let chunk = kind.run(&Emulator::new(), &prompt(&data));
-                assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
-                assert_written(&chunk.concat(), "the result");
+    every_device(|device| {
+        let rows = if cfg!(feature = "sanitize") { &[5, 130][..] } else { &[1, 5, 127, 128, 129, 300][..] };
+        for kind in PROMPT_KINDS {
+            // Less than a stage, one, one and a half, several.
+            for k in [32, 64, 96, 160, 480] {
+                let shape = Shape { n: kind.outputs(), k };
+                assert_eq!(shape.slices().1, 1);
+                for &rows in rows {
+                    let data = Data::new(rows as u64, rows, shape);
+                    let block = kind.run(device, &data);
+                    let chunk = kind.run(device, &prompt(&data));
+                    assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
+                    assert_written(&chunk.concat(), "the result");
+                }
             }
         }
-    }
+    });
 }
 
 #[test]
@@ -44,32 +46,35 @@ fn long_sums_of_prompts_equal_f64() {
         let (rows, n) = (150, 128);
         let data = prompt(&Data::new(1, rows, Shape { n, k }));
         let (x, gain) = (vec![0.0; rows * n], vec![1.0; n]);
-        let bytes = project(&Emulator::new(), &data, &x, &gain, 0);
-        let x: Vec<f32> = from_bytes(&bytes[..rows * n * 4]);
         let expected: Vec<f32> = data.product(false).into_iter().map(|v| v as f32).collect();
-        let error = relative_error(&x, &expected);
-        assert!(error < 1e-6, "K {k}: error {error:.2e}, expected below 1e-6");
+        let outcomes = bits_of_every_device(|device| project(device, &data, &x, &gain, 0));
+        for (bytes, bound) in outcomes.iter().zip([1e-6, 2e-5]) {
+            let error = relative_error(&from_bytes(&bytes[..rows * n * 4]), &expected);
+            assert!(error < bound, "K {k}: error {error:.2e}, expected below {bound:.0e}");
+        }
     }
 }
 
 #[test]
 fn a_prompt_rows_bits_do_not_depend_on_the_other_rows() {
-    for kind in PROMPT_KINDS {
-        let (k, rows) = (1056, 140);
-        let shape = Shape { n: kind.outputs(), k };
-        let parts = k.div_ceil(128);
-        let own = prompt(&Data::new(1, 1, shape));
-        let alone = kind.run(&Emulator::new(), &own).remove(0);
-        for place in [0, 77, 127, 128, rows - 1] {
-            let mut data = prompt(&Data { w: own.w.clone(), ..Data::new(2, rows, shape) });
-            data.x.fill(0x7fc1);
-            data.sumsq.fill(f32::NAN);
-            data.x[place * k..(place + 1) * k].copy_from_slice(&own.x);
-            data.sumsq[place * parts..(place + 1) * parts].copy_from_slice(&own.sumsq);
-            let bits = kind.run(&Emulator::new(), &data).remove(place);
-            assert!(bits == alone, "{kind:?}: row {place} of {rows}");
+    every_device(|device| {
+        for kind in PROMPT_KINDS {
+            let (k, rows) = (1056, 140);
+            let shape = Shape { n: kind.outputs(), k };
+            let parts = k.div_ceil(128);
+            let own = prompt(&Data::new(1, 1, shape));
+            let alone = kind.run(device, &own).remove(0);
+            for place in [0, 77, 127, 128, rows - 1] {
+                let mut data = prompt(&Data { w: own.w.clone(), ..Data::new(2, rows, shape) });
+                data.x.fill(0x7fc1);
+                data.sumsq.fill(f32::NAN);
+                data.x[place * k..(place + 1) * k].copy_from_slice(&own.x);
+                data.sumsq[place * parts..(place + 1) * parts].copy_from_slice(&own.sumsq);
+                let bits = kind.run(device, &data).remove(place);
+                assert!(bits == alone, "{kind:?}: row {place} of {rows}");
+            }
         }
-    }
+    });
 }
 
 #[test]
@@ -86,33 +91,34 @@ fn a_prompt_with_nothing_to_do_writes_nothing() {
 
 #[test]
 fn a_prompts_features_that_are_not_there_are_zeros() {
-    let (rows, feature_rows, n, k) = (140, 21, 128, 96);
-    let data = Data::new(9, feature_rows, Shape { n, k });
-    let gather: Vec<u32> = (0..rows as u32)
-        .map(|row| match row % 4 {
-            1 => 20 + row,
-            3 => u32::MAX / row,
-            _ => row % 21,
-        })
-        .collect();
-    let [block, chunk] = [data.clone(), prompt(&data)].map(|data| {
-        let device = Emulator::new();
-        let layer = data.upload(&device, |r| r);
-        let (y, sumsq) = (poisoned::<u16>(&device, rows * n), poisoned::<f32>(&device, rows));
-        let (gather, gain) = (upload(&device, &gather), upload(&device, &vec![0.5f32; n]));
-        let kernel = Inject { rows, n, k, feature_rows };
-        kernel.launch(&device, &layer.input(false), &gather, &y, &sumsq, &gain).unwrap();
-        [bytes_of(&device, &y), bytes_of(&device, &sumsq)].concat()
+    every_device(|device| {
+        let (rows, feature_rows, n, k) = (140, 21, 128, 96);
+        let data = Data::new(9, feature_rows, Shape { n, k });
+        let gather: Vec<u32> = (0..rows as u32)
+            .map(|row| match row % 4 {
+                1 => 20 + row,
+                3 => u32::MAX / row,
+                _ => row % 21,
+            })
+            .collect();
+        let [block, chunk] = [data.clone(), prompt(&data)].map(|data| {
+            let layer = data.upload(device, |r| r);
+            let (y, sumsq) = (poisoned::<u16>(device, rows * n), poisoned::<f32>(device, rows));
+            let (gather, gain) = (upload(device, &gather), upload(device, &vec![0.5f32; n]));
+            let kernel = Inject { rows, n, k, feature_rows };
+            kernel.launch(device, &layer.input(false), &gather, &y, &sumsq, &gain).unwrap();
+            [bytes_of(device, &y), bytes_of(device, &sumsq)].concat()
+        });
+        assert!(block == chunk);
+        assert!(block[n * 2..n * 4].iter().all(|&b| b == 0), "row 1 is the first that is not there");
     });
-    assert!(block == chunk);
-    assert!(block[n * 2..n * 4].iter().all(|&b| b == 0), "row 1 is the first that is not there");
 }
 
 #[test]
 fn schedules_and_threads_give_the_same_bits() {
     for kind in PROMPT_KINDS {
         let data = prompt(&Data::new(5, 20, Shape { n: kind.outputs(), k: 288 }));
-        let bits = five_schedules(|device| kind.run(device, &data).concat());
+        let bits = bits_of_every_device(|device| kind.run(device, &data).concat()).remove(0);
         let parallel = Emulator::new();
         parallel.set_threads(2);
         parallel.set_schedule(Schedule::GreedyDown);

@@ -310,8 +310,12 @@ fn empty() -> Sequence {
     Sequence { active: false, budget: 0, ..random_sequence(&mut Random::new(0), 1) }
 }
 
-/// Runs `rounds` rounds with sequences that come and go; returns how often each end was met.
-fn simulate(device: &Emulator, sequences: usize, block: usize, trees: bool, rounds: u32) -> [usize; 6] {
+/// Runs 300 rounds with sequences that come and go, `before` each with its number; returns how often each end was met.
+fn simulate(
+    device: &dyn Device,
+    (sequences, block, trees): (usize, usize, bool),
+    before: impl Fn(usize),
+) -> [usize; 6] {
     let mut random = Random::new((sequences * 100 + block) as u64);
     let (fresh, replayed) =
         (Place::new(device, sequences, block, trees), Place::new(device, sequences, block, trees));
@@ -321,7 +325,7 @@ fn simulate(device: &Emulator, sequences: usize, block: usize, trees: bool, roun
     for (place, sequence) in all.iter().enumerate() {
         [&fresh, &replayed].iter().for_each(|to| to.join(device, place, sequence));
     }
-    for round in 1..=rounds {
+    for round in 1..=300 {
         for (place, sequence) in all.iter_mut().enumerate() {
             // Ended ones stay for some rounds, in which nothing may happen to them.
             if !sequence.active && random.below(3) == 0 {
@@ -331,7 +335,7 @@ fn simulate(device: &Emulator, sequences: usize, block: usize, trees: bool, roun
         }
         let inputs = Inputs::new(&mut random, sequences, block, trees);
         [&fresh, &replayed].iter().for_each(|to| to.feed(device, &inputs));
-        device.set_schedule(Schedule::ALL[round as usize % 5]);
+        before(round as usize);
         let path: Vec<u32> = download(device, &fresh.path);
         fresh.launch(device).unwrap();
         device.replay(&graph).unwrap();
@@ -395,12 +399,13 @@ fn simulate(device: &Emulator, sequences: usize, block: usize, trees: bool, roun
 #[test]
 fn rounds_are_the_plain_models_and_a_replayed_graphs() {
     let mut ends = [0; 6];
-    for (sequences, block, trees) in
-        [(1, 1, false), (5, 7, false), (16, 16, false), (3, 64, true), (6, 9, true), (70, 2, false)]
+    for shape in [(1, 1, false), (5, 7, false), (16, 16, false), (3, 64, true), (6, 9, true), (70, 2, false)]
     {
         let device = Emulator::new();
-        for (all, more) in ends.iter_mut().zip(simulate(&device, sequences, block, trees, 300)) {
-            *all += more;
+        let met = simulate(&device, shape, |round| device.set_schedule(Schedule::ALL[round % 5]));
+        ends.iter_mut().zip(met).for_each(|(all, more)| *all += more);
+        if let Some(gpu) = gpu() {
+            assert_eq!(simulate(gpu, shape, |_| ()), met);
         }
     }
     // Every way to end was met, often.
@@ -409,57 +414,63 @@ fn rounds_are_the_plain_models_and_a_replayed_graphs() {
 
 #[test]
 fn blocks_of_64_that_stand_whole_end_at_the_first_stop() {
-    let device = Emulator::new();
-    let block = 64;
-    for stop in [None, Some(0), Some(31), Some(32), Some(45), Some(63)] {
-        let place = Place::new(&device, 1, block, false);
-        let mut sequence = Sequence {
-            pending: 0,
-            budget: 100,
-            end: 1000,
-            draft_end: 100_000,
-            block: 64,
-            stop_ids: vec![7],
-            ..random_sequence(&mut Random::new(61), block)
-        };
-        place.join(&device, 0, &sequence);
-        // The target chooses the next row's draft everywhere; at the last row 100 + 63.
-        let mut choices: Vec<u32> = (0..64).map(|row| 100 + row).collect();
-        if let Some(place) = stop {
-            (choices[place], choices[63]) = (7, 7);
+    every_device(|device| {
+        let block = 64;
+        for stop in [None, Some(0), Some(31), Some(32), Some(45), Some(63)] {
+            let place = Place::new(device, 1, block, false);
+            let mut sequence = Sequence {
+                pending: 0,
+                budget: 100,
+                end: 1000,
+                draft_end: 100_000,
+                block: 64,
+                stop_ids: vec![7],
+                ..random_sequence(&mut Random::new(61), block)
+            };
+            place.join(device, 0, &sequence);
+            // The target chooses the next row's draft everywhere; at the last row 100 + 63.
+            let mut choices: Vec<u32> = (0..64).map(|row| 100 + row).collect();
+            if let Some(place) = stop {
+                (choices[place], choices[63]) = (7, 7);
+            }
+            let drafts = [&[NONE], &choices[..63]].concat();
+            let inputs = Inputs {
+                drafts,
+                choices,
+                parents: (0..64).map(|r: u32| r.max(1) - 1).collect(),
+                depths: vec![],
+            };
+            place.feed(device, &inputs);
+            place.launch(device).unwrap();
+            let record = model_round(&mut sequence, block, &inputs.drafts, &inputs.choices, &inputs.parents);
+            assert_eq!(record.tokens.len(), stop.map_or(64, |place| place + 1));
+            assert_eq!(place.ring.read(1, 0).unwrap(), Some(record), "stop at {stop:?}");
+            assert_eq!(bytes_of(device, &place.sequences), sequence.to_bytes().unwrap(), "stop at {stop:?}");
         }
-        let drafts = [&[NONE], &choices[..63]].concat();
-        let inputs =
-            Inputs { drafts, choices, parents: (0..64).map(|r: u32| r.max(1) - 1).collect(), depths: vec![] };
-        place.feed(&device, &inputs);
-        place.launch(&device).unwrap();
-        let record = model_round(&mut sequence, block, &inputs.drafts, &inputs.choices, &inputs.parents);
-        assert_eq!(record.tokens.len(), stop.map_or(64, |place| place + 1));
-        assert_eq!(place.ring.read(1, 0).unwrap(), Some(record), "stop at {stop:?}");
-        assert_eq!(bytes_of(&device, &place.sequences), sequence.to_bytes().unwrap(), "stop at {stop:?}");
-    }
+    });
 }
 
 #[test]
 fn no_argument_changes_between_rounds() {
-    let device = Emulator::new();
-    let place = Place::new(&device, 4, 8, false);
-    let first = place.capture(&device);
-    for i in 0..4 {
-        place.join(&device, i, &random_sequence(&mut Random::new(i as u64), 8));
-    }
-    let mut random = Random::new(5);
-    for _ in 0..5 {
-        place.feed(&device, &Inputs::new(&mut random, 4, 8, false));
-        device.replay(&first).unwrap();
-    }
-    assert_eq!(place.capture(&device).nodes, first.nodes);
-    assert_eq!(first.nodes.len(), 4);
+    every_device(|device| {
+        let place = Place::new(device, 4, 8, false);
+        let first = place.capture(device);
+        for i in 0..4 {
+            place.join(device, i, &random_sequence(&mut Random::new(i as u64), 8));
+        }
+        let mut random = Random::new(5);
+        for _ in 0..5 {
+            place.feed(device, &Inputs::new(&mut random, 4, 8, false));
+            device.replay(&first).unwrap();
+        }
+        assert_eq!(place.capture(device).nodes, first.nodes);
+        assert_eq!(first.nodes.len(), 4);
+    });
 }
 
 #[test]
 fn rounds_are_the_same_under_every_schedule() {
-    let bytes = five_schedules(|device| {
+    let bytes = same_bits(|device| {
         let place = Place::new(device, 6, 40, true);
         let mut random = Random::new(31);
         let mut bytes = Vec::new();
@@ -478,77 +489,83 @@ fn rounds_are_the_same_under_every_schedule() {
 
 #[test]
 fn a_round_past_the_end_writes_its_number_and_no_token() {
-    let device = Emulator::new();
-    let (sequences, block) = (3, 8);
-    let place = Place::new(&device, sequences, block, false);
-    let mut random = Random::new(41);
-    for i in 0..sequences {
-        let last = Sequence { budget: 1, stop_ids: vec![], ..random_sequence(&mut random, block) };
-        place.join(&device, i, &last);
-    }
-    let inputs = |random: &mut Random| loop {
-        let inputs = Inputs::new(random, sequences, block, false);
-        if ![&inputs.drafts, &inputs.choices].iter().any(|words| words.contains(&NONE)) {
-            return inputs;
+    every_device(|device| {
+        let (sequences, block) = (3, 8);
+        let place = Place::new(device, sequences, block, false);
+        let mut random = Random::new(41);
+        for i in 0..sequences {
+            let last = Sequence { budget: 1, stop_ids: vec![], ..random_sequence(&mut random, block) };
+            place.join(device, i, &last);
         }
-    };
-    place.feed(&device, &inputs(&mut random));
-    place.launch(&device).unwrap();
-    let state = bytes_of(&device, &place.sequences);
-    let record =
-        |round: u32| (0..sequences).map(|s| place.ring.read(round, s).unwrap().unwrap()).collect::<Vec<_>>();
-    assert!(record(1).iter().all(|r| r.tokens.len() == 1 && r.finish == Finish::Length));
-    let words = bytes_of(&device, &place.ring.memory.buffer);
-    for round in 2..=2 * PLACES as u32 {
-        place.feed(&device, &inputs(&mut random));
-        place.launch(&device).unwrap();
-        assert!(
-            record(round).iter().all(|r| r.tokens.is_empty() && r.judged == 0 && r.finish == Finish::Length)
-        );
-        assert_eq!(bytes_of(&device, &place.sequences), state);
-        assert_eq!(download::<u32>(&device, &place.clock), [round, 0]);
-        assert!(bytes_of(&device, &place.verify_rows).chunks(16).all(|row| row[..4] == [255; 4]));
-    }
-    // Tokens of the first round are where they were.
-    let after = bytes_of(&device, &place.ring.memory.buffer);
-    let tokens =
-        |bytes: &[u8]| bytes.chunks(48).flat_map(|record| record[16..].to_vec()).collect::<Vec<u8>>();
-    assert_eq!(tokens(&after), tokens(&words));
+        let inputs = |random: &mut Random| loop {
+            let inputs = Inputs::new(random, sequences, block, false);
+            if ![&inputs.drafts, &inputs.choices].iter().any(|words| words.contains(&NONE)) {
+                return inputs;
+            }
+        };
+        place.feed(device, &inputs(&mut random));
+        place.launch(device).unwrap();
+        let state = bytes_of(device, &place.sequences);
+        let record = |round: u32| {
+            (0..sequences).map(|s| place.ring.read(round, s).unwrap().unwrap()).collect::<Vec<_>>()
+        };
+        assert!(record(1).iter().all(|r| r.tokens.len() == 1 && r.finish == Finish::Length));
+        let words = bytes_of(device, &place.ring.memory.buffer);
+        for round in 2..=2 * PLACES as u32 {
+            place.feed(device, &inputs(&mut random));
+            place.launch(device).unwrap();
+            device.synchronize().unwrap();
+            assert!(
+                record(round)
+                    .iter()
+                    .all(|r| r.tokens.is_empty() && r.judged == 0 && r.finish == Finish::Length)
+            );
+            assert_eq!(bytes_of(device, &place.sequences), state);
+            assert_eq!(download::<u32>(device, &place.clock), [round, 0]);
+            assert!(bytes_of(device, &place.verify_rows).chunks(16).all(|row| row[..4] == [255; 4]));
+        }
+        // Tokens of the first round are where they were.
+        let after = bytes_of(device, &place.ring.memory.buffer);
+        let tokens =
+            |bytes: &[u8]| bytes.chunks(48).flat_map(|record| record[16..].to_vec()).collect::<Vec<u8>>();
+        assert_eq!(tokens(&after), tokens(&words));
+    });
 }
 
 #[test]
 fn garbage_in_states_and_verdicts_stays_inside_the_buffers() {
-    let mut random = Random::new(51);
-    let device = Emulator::new();
-    for i in 0..60 {
-        let (sequences, block) = (1 + random.below(5), 1 + random.below(64));
-        let place = Place::new(&device, sequences, block, i % 2 == 0);
-        let mut garbage = |buffer: &Buffer| {
-            let words: Vec<u32> =
-                (0..buffer.bytes() / 4).map(|_| random.next() as u32 >> random.below(32)).collect();
-            device.upload(buffer, &to_bytes(&words)).unwrap();
-        };
-        for buffer in [&place.sequences, &place.drafts, &place.choices, &place.clock] {
-            garbage(buffer);
+    every_device(|device| {
+        let mut random = Random::new(51);
+        for i in 0..60 {
+            let (sequences, block) = (1 + random.below(5), 1 + random.below(64));
+            let place = Place::new(device, sequences, block, i % 2 == 0);
+            let mut garbage = |buffer: &Buffer| {
+                let words: Vec<u32> =
+                    (0..buffer.bytes() / 4).map(|_| random.next() as u32 >> random.below(32)).collect();
+                device.upload(buffer, &to_bytes(&words)).unwrap();
+            };
+            for buffer in [&place.sequences, &place.drafts, &place.choices, &place.clock] {
+                garbage(buffer);
+            }
+            [&place.parents, &place.depths].into_iter().flatten().for_each(&mut garbage);
+            place.launch(device).unwrap();
+            // The verdict too: of another round, say.
+            for buffer in [&place.accepted, &place.next, &place.path, &place.tokens, &place.verify_spans] {
+                garbage(buffer);
+            }
+            let verdict = Verdict { accepted: &place.accepted, next: &place.next, path: &place.path };
+            place
+                .round
+                .finish(device, &place.sequences, &place.ring, &place.clock, verdict, &place.tokens)
+                .unwrap();
+            for row in download::<u32>(device, &place.verify_rows).chunks(4) {
+                assert!(row[0] == NONE || (row[0] < sequences as u32 && row[3] < (sequences * block) as u32));
+            }
+            let records: Vec<u32> = download(device, &place.ring.memory.buffer);
+            let words = records.len() / PLACES / sequences;
+            assert!(records.chunks(words).all(|record| record[1] <= block as u32));
         }
-        [&place.parents, &place.depths].into_iter().flatten().for_each(&mut garbage);
-        place.launch(&device).unwrap();
-        // The verdict too: of another round, say.
-        for buffer in [&place.accepted, &place.next, &place.path, &place.tokens, &place.verify_spans] {
-            garbage(buffer);
-        }
-        let verdict = Verdict { accepted: &place.accepted, next: &place.next, path: &place.path };
-        place
-            .round
-            .finish(&device, &place.sequences, &place.ring, &place.clock, verdict, &place.tokens)
-            .unwrap();
-        for row in download::<u32>(&device, &place.verify_rows).chunks(4) {
-            assert!(row[0] == NONE || (row[0] < sequences as u32 && row[3] < (sequences * block) as u32));
-        }
-        let records: Vec<u32> = download(&device, &place.ring.memory.buffer);
-        let words = records.len() / PLACES / sequences;
-        assert!(records.chunks(words).all(|record| record[1] <= block as u32));
-    }
+    });
 }
 
 #[test]

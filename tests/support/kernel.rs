@@ -1,9 +1,67 @@
-//! What kernel tests share: the five schedules, poisoned outputs, relative errors, bf16, seeded data.
+//! What kernel tests share: the devices at hand, the five schedules, poisoned outputs, relative errors, bf16, seeded data.
+//!
+//! Tests run on the emulator, and on the GPU too where one opens. Bits are compared within one device; across devices only
+//! those of kernels that compute with integers or round once.
 
 #![allow(dead_code)] // each test binary uses its own part
 
+use dflash::cuda::Cuda;
 use dflash::device::{Buffer, Device};
 use dflash::emulator::{Emulator, Schedule};
+use std::sync::OnceLock;
+
+/// The first GPU, where one opens; one device for all tests of a binary.
+pub fn gpu() -> Option<&'static dyn Device> {
+    static GPU: OnceLock<Option<Cuda>> = OnceLock::new();
+    // The driver does not start inside AddressSanitizer's map of the memory.
+    let open = || if cfg!(feature = "sanitize") { None } else { Cuda::open(0).ok() };
+    let gpu = GPU.get_or_init(open).as_ref()?;
+    // Shown where a test fails; tools/gpu-check.sh counts it.
+    println!("on {}", gpu.properties().name);
+    Some(gpu)
+}
+
+/// Runs `test` on an emulator, then on the GPU.
+pub fn every_device(test: impl FnMut(&dyn Device)) {
+    every_device_in_turn(0, test);
+}
+
+/// As [`every_device`], with another schedule of the emulator every turn.
+pub fn every_device_in_turn(turn: usize, mut test: impl FnMut(&dyn Device)) {
+    let device = Emulator::new();
+    device.set_schedule(Schedule::ALL[turn % 5]);
+    test(&device);
+    if let Some(gpu) = gpu() {
+        test(gpu);
+    }
+}
+
+/// The bytes of `test` on every device: the emulator's first, which are the same under all schedules, then the GPU's, which
+/// are the same in two runs.
+pub fn bits_of_every_device(test: impl Fn(&dyn Device) -> Vec<u8>) -> Vec<Vec<u8>> {
+    let mut all = vec![five_schedules(|device| test(device))];
+    if let Some(gpu) = gpu() {
+        let bytes = test(gpu);
+        assert_same("a second run on the GPU", &test(gpu), &bytes);
+        all.push(bytes);
+    }
+    all
+}
+
+/// As [`bits_of_every_device`], of a kernel whose bits are the same on all.
+pub fn same_bits(test: impl Fn(&dyn Device) -> Vec<u8>) -> Vec<u8> {
+    let mut all = bits_of_every_device(test);
+    let first = all.remove(0);
+    all.iter().for_each(|bytes| assert_same("the GPU", bytes, &first));
+    first
+}
+
+#[track_caller]
+fn assert_same(what: &str, bytes: &[u8], expected: &[u8]) {
+    let at = bytes.iter().zip(expected).position(|(a, b)| a != b);
+    let (length, whole) = (bytes.len(), expected.len());
+    assert!(at.is_none() && length == whole, "{what}: other bits, first at byte {at:?} of {length}, {whole}");
+}
 
 /// Runs `test` once per schedule on a fresh emulator and asserts that its bytes are the same; returns them.
 pub fn five_schedules(test: impl Fn(&Emulator) -> Vec<u8>) -> Vec<u8> {
@@ -14,15 +72,7 @@ pub fn five_schedules(test: impl Fn(&Emulator) -> Vec<u8>) -> Vec<u8> {
         let bytes = test(&device);
         match &first {
             None => first = Some(bytes),
-            Some(first) => {
-                let at = first.iter().zip(&bytes).position(|(a, b)| a != b);
-                assert!(
-                    at.is_none() && first.len() == bytes.len(),
-                    "{schedule:?} gives other bits than {:?}, first at byte {at:?} of {}",
-                    Schedule::ALL[0],
-                    first.len()
-                );
-            }
+            Some(first) => assert_same(&format!("{schedule:?}"), &bytes, first),
         }
     }
     first.unwrap_or_default()

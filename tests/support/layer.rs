@@ -4,7 +4,6 @@
 
 use crate::kernel::*;
 use dflash::device::{Buffer, Device};
-use dflash::emulator::Emulator;
 use dflash::kernels::head::Head;
 use dflash::kernels::inject::Inject;
 use dflash::kernels::linear::{Input, Shape, Workspace};
@@ -124,7 +123,7 @@ pub struct Cache {
     pub gains: Option<[Vec<f32>; 2]>,
 }
 
-pub fn qkv(device: &Emulator, data: &Data, cache: &Cache) -> Vec<u8> {
+pub fn qkv(device: &dyn Device, data: &Data, cache: &Cache) -> Vec<u8> {
     let Qkv { heads, kv_heads, head_dim, query_rows, pages, .. } = cache.qkv;
     let layer = data.upload(device, |r| r);
     let queries = poisoned::<u16>(device, query_rows * heads * head_dim);
@@ -190,7 +189,7 @@ pub fn cache(seed: u64, rows: usize, heads: usize, kv_heads: usize, head_dim: us
 pub const HEADS: [(usize, usize, usize); 6] =
     [(1, 1, 64), (2, 1, 128), (3, 3, 64), (5, 1, 64), (8, 1, 128), (6, 2, 128)];
 
-pub fn project(device: &Emulator, data: &Data, x: &[f32], gain: &[f32], pitch: usize) -> Vec<u8> {
+pub fn project(device: &dyn Device, data: &Data, x: &[f32], gain: &[f32], pitch: usize) -> Vec<u8> {
     let (rows, Shape { n, k }) = (data.rows(), data.shape);
     let layer = data.upload(device, |r| r);
     let (x, y) = (upload(device, x), poisoned::<u16>(device, rows * n));
@@ -207,7 +206,7 @@ pub fn project(device: &Emulator, data: &Data, x: &[f32], gain: &[f32], pitch: u
     [x, y, sumsq, features].iter().flat_map(|b| bytes_of(device, b)).collect()
 }
 
-pub fn head(device: &Emulator, head: Head, data: &Data, keep: bool) -> (Vec<u8>, Vec<u8>) {
+pub fn head(device: &dyn Device, head: Head, data: &Data, keep: bool) -> (Vec<u8>, Vec<u8>) {
     let layer = data.upload(device, |r| r);
     let best = poisoned::<u64>(device, head.rows * head.vocab.div_ceil(128));
     let logits = poisoned::<f32>(device, head.rows * head.vocab);
@@ -240,7 +239,7 @@ impl Kind {
 
     /// Runs the kernel on the data's rows; everything a row has of its own (residual, position) is made from its first sum
     /// of squares. Returns the bytes each row leaves.
-    pub fn run(self, device: &Emulator, data: &Data) -> Vec<Vec<u8>> {
+    pub fn run(self, device: &dyn Device, data: &Data) -> Vec<Vec<u8>> {
         let (rows, Shape { n, k }) = (data.rows(), data.shape);
         let layer = data.upload(device, |r| r);
         let own: Vec<f32> = data.sumsq.chunks(k.div_ceil(128)).map(|sums| sums[0]).collect();
@@ -304,7 +303,7 @@ impl Kind {
 }
 
 /// The bytes of each row in buffers `[rows][...]`.
-fn by_row(device: &Emulator, rows: usize, buffers: &[&Buffer]) -> Vec<Vec<u8>> {
+fn by_row(device: &dyn Device, rows: usize, buffers: &[&Buffer]) -> Vec<Vec<u8>> {
     let bytes: Vec<Vec<u8>> = buffers.iter().map(|b| bytes_of(device, b)).collect();
     let row = |r: usize| {
         let part = |b: &Vec<u8>| b[b.len() / rows * r..b.len() / rows * (r + 1)].to_vec();

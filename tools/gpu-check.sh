@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# The kernel tests on this machine's GPU, from a folder of tools/gpu-pack.sh, in at most 8 minutes: first plainly, then,
+# where compute-sanitizer works, some under memcheck and racecheck. Needs the driver alone.
+#   FOLDER/gpu-check.sh OUT      writes OUT/summary.txt and logs; exits 0 where all passed
+set -uo pipefail
+[ $# = 1 ] || { sed -n '2,4p' "$0"; exit 2; }
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")" || exit 2
+# Where some containers keep the driver; last, so that a loader's own choice goes first.
+export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64"
+end=$((SECONDS + 460)) bad=0
+say() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
+
+# step SECONDS LOG TITLE COMMAND...: a line of the summary, and all output in the log.
+step() {
+    local limit=$1 log=$out/$2 title=$3 start=$SECONDS status left=$((end - SECONDS)) word=ok
+    shift 3
+    [ "$left" -gt 5 ] || { say "SKIPPED  $title: no time left"; bad=1; return 1; }
+    timeout -k 5 $((limit < left ? limit : left)) "$@" >"$out/last" 2>&1
+    status=$?
+    { echo "== $title: $*"; cat "$out/last"; } >>"$log"
+    # Where the GPU does not open, tests pass on the emulator alone.
+    [ $status != 0 ] || grep -qE '^(on|opened in) ' "$out/last" || status=99
+    [ $status = 0 ] || { word="FAILED $status"; bad=1; }
+    [ $status != 99 ] || word="NOT ON THE GPU"
+    [ $status != 124 ] || word="TOO LONG"
+    say "$word  $title  $((SECONDS - start)) s  $(sed -n 's/^test result: [a-zA-Z]*\. \([0-9]* passed; [0-9]* failed\).*/\1/p' "$out/last")"
+    return $status
+}
+
+rm -f "$out"/{summary.txt,tests.log,memcheck.log,racecheck.log}
+say "commit   $(head -n 1 commit)$([ "$(wc -l <commit)" = 1 ] || echo ', with changes')"
+say "card     $(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader 2>&1 | head -n 1)"
+say "machine  $(nproc) cores, $(uname -r), $(ldd --version 2>&1 | head -n 1)"
+
+# Without this the tests below would pass on the emulator alone. The second time the driver has the kernels compiled.
+open=(./cuda --ignored --exact a_gpu_opens --nocapture)
+for turn in first second; do
+    step 200 tests.log "opening the GPU, $turn time" "${open[@]}" || { cat "$out/last"; say "no GPU"; exit 1; }
+    say "         $(grep -o "opened in .*" "$out/last")"
+done
+
+for test in cuda pack norm linear linear_bits prefill attention decide rounds passes device; do
+    [ -x "$test" ] || continue
+    step 120 tests.log "$test" "./$test" --show-output && continue
+    # A kernel that went wrong takes the others of its process along: each failed test again, alone.
+    for name in $(sed -n 's/^test \([a-z0-9_]*\) .*FAILED$/\1/p' "$out/last" | head -n 12); do
+        step 40 tests.log "    $name, alone" "./$test" --show-output --exact "$name"
+        grep -m 1 -A 2 'panicked at' "$out/last" | cut -c 1-300 | tee -a "$out/summary.txt"
+    done
+done
+
+checker() { # checker TOOL TEST FILTERS...
+    local tool=$1 test=$2
+    shift 2
+    step 60 "$tool.log" "$tool $test" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 "./$test" --show-output "$@"
+    grep -E '^=+ (ERROR|RACECHECK) SUMMARY' "$out/last" | tail -n 1 | tee -a "$out/summary.txt"
+}
+if ! command -v compute-sanitizer >/dev/null; then
+    say "compute-sanitizer is not here: no memcheck, no racecheck"
+elif ! timeout 60 compute-sanitizer --error-exitcode 9 --report-api-errors no "${open[@]}" >"$out/memcheck.log" 2>&1; then
+    say "compute-sanitizer does not work here: $(grep -m 1 '^=* *[A-Z]' "$out/memcheck.log" | cut -c 1-200)"
+else
+    # Nonsense in every index a kernel reads from memory.
+    checker memcheck linear rows_and_pages_that_are_nonsense injection_gathers
+    checker memcheck attention any_length_page_and_mask
+    checker memcheck decide garbage_in_settings verdict_is_the_same
+    checker memcheck rounds garbage_in_states
+    checker memcheck pack places_that_do_not_exist embedding_reads
+    checker memcheck norm whole_norm
+    # Every kernel that shares memory between threads.
+    checker racecheck linear_bits schedules_and_threads
+    checker racecheck prefill schedules_and_threads
+    checker racecheck attention five_schedules
+    checker racecheck decide sampler_is_the_same verdict_is_the_same
+    checker racecheck rounds rounds_are_the_same
+    checker racecheck norm split_norm
+fi
+rm -f "$out/last"
+say "$([ $bad = 0 ] && echo "all passed" || echo "NOT all passed"), $SECONDS s"
+exit $bad
