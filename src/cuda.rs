@@ -456,12 +456,16 @@ fn load(module: &Module, image: usize, driver: u32) -> Result<LoadedModule> {
     let wrong = |what: String| Error::Internal(format!("CUDA module {}: {what}", module.file));
     let ptx = CString::new(module.ptx[image]).map_err(|_| wrong("its PTX holds a zero byte".to_string()))?;
     let mut log = vec![0u8; 8192];
-    let mut options =
-        [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
-    // The size travels in the pointer's place, as the interface has it.
-    let mut values = [log.as_mut_ptr().cast::<c_void>(), std::ptr::without_provenance_mut(log.len() - 1)];
+    let mut options = [
+        sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
+        sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
+        sys::CUjit_option::CU_JIT_GENERATE_LINE_INFO,
+    ];
+    // Numbers travel in a pointer's place, as the interface has it. Lines are for the sanitizers and profilers.
+    let number = std::ptr::without_provenance_mut;
+    let mut values = [log.as_mut_ptr().cast::<c_void>(), number(log.len() - 1), number(1)];
     let mut loaded = MaybeUninit::uninit();
-    // SAFETY: the image is a C string, the log longer than its stated size, options and values are two each.
+    // SAFETY: the image is a C string, the log longer than its stated size, options and values are three each.
     let result = unsafe {
         sys::cuModuleLoadDataEx(
             loaded.as_mut_ptr(),

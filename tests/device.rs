@@ -1,7 +1,8 @@
-//! Generations through the kernels under the emulator: a device's rounds against the reference's tokens, DFlash against plain
-//! decoding, and batches against sequences alone.
+//! Generations through the kernels, on the emulator and on a GPU where one opens: a device's rounds against the reference's
+//! tokens, DFlash against plain decoding, and batches against sequences alone.
 
-use dflash::device::Node;
+use dflash::cuda::Cuda;
+use dflash::device::{Device, Node};
 use dflash::emulator::Emulator;
 use dflash::engine::{Decoder, Flow, Listener, Outcome, Request, generate};
 use dflash::kernels::round::Finish;
@@ -32,6 +33,14 @@ fn emulator() -> Emulator {
     let device = Emulator::new();
     device.set_threads(2);
     device
+}
+
+fn every_device(test: impl Fn(&dyn Device)) {
+    test(&emulator());
+    if let Ok(gpu) = Cuda::open(0) {
+        println!("on {}", gpu.properties().name);
+        test(&gpu);
+    }
 }
 
 fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32) -> Request {
@@ -65,49 +74,53 @@ fn margin(target: &Target, tokens: &[u32]) -> f32 {
 
 #[test]
 fn greedy_tokens_on_the_device_equal_the_reference_but_for_near_ties() {
-    let (pair, device) = (demo(), emulator());
-    let models = Models::load(&device, &pair, POSITIONS).unwrap();
-    let mut single = Single::new(&device, &models, 16, POSITIONS).unwrap();
-    let target = Target::load(&pair.target).unwrap();
-    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
-    let (mut ties, mut rounds) = (0, [0usize; 2]);
-    for (i, prompt) in prompts().iter().take(10).enumerate() {
-        let request = request(prompt, 32, 16, 0.0);
-        let own = run(&mut single, &request);
-        let reference = run(&mut Sequence::new(&target, Some(&drafter)), &request);
-        let same = own.tokens.iter().zip(&reference.tokens).take_while(|(a, b)| a == b).count();
-        if same < reference.tokens.len() || own.tokens.len() != same {
-            let margin = margin(&target, &[&prompt[..], &reference.tokens[..same]].concat());
-            eprintln!(
-                "prompt {i}: other tokens from {same} on, where the reference's best are {margin} apart"
-            );
-            assert!(margin < NEAR, "prompt {i}: token {same} differs at a margin of {margin}");
-            ties += 1;
-        } else {
-            rounds[0] += own.accepted.len();
-            rounds[1] += reference.accepted.len();
+    every_device(|device| {
+        let pair = demo();
+        let models = Models::load(device, &pair, POSITIONS).unwrap();
+        let mut single = Single::new(device, &models, 16, POSITIONS).unwrap();
+        let target = Target::load(&pair.target).unwrap();
+        let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+        let (mut ties, mut rounds) = (0, [0usize; 2]);
+        for (i, prompt) in prompts().iter().take(10).enumerate() {
+            let request = request(prompt, 32, 16, 0.0);
+            let own = run(&mut single, &request);
+            let reference = run(&mut Sequence::new(&target, Some(&drafter)), &request);
+            let same = own.tokens.iter().zip(&reference.tokens).take_while(|(a, b)| a == b).count();
+            if same < reference.tokens.len() || own.tokens.len() != same {
+                let margin = margin(&target, &[&prompt[..], &reference.tokens[..same]].concat());
+                eprintln!(
+                    "prompt {i}: other tokens from {same} on, where the reference's best are {margin} apart"
+                );
+                assert!(margin < NEAR, "prompt {i}: token {same} differs at a margin of {margin}");
+                ties += 1;
+            } else {
+                rounds[0] += own.accepted.len();
+                rounds[1] += reference.accepted.len();
+            }
         }
-    }
-    eprintln!("{ties} of 10 prompts part at a near tie; the others take {rounds:?} rounds");
-    assert!(ties <= 2);
-    // Drafts are as good: the drafter's own near ties move a round now and then.
-    assert!(rounds[0].abs_diff(rounds[1]) * 20 <= rounds[1], "{rounds:?} rounds");
+        eprintln!("{ties} of 10 prompts part at a near tie; the others take {rounds:?} rounds");
+        assert!(ties <= 2);
+        // Drafts are as good: the drafter's own near ties move a round now and then.
+        assert!(rounds[0].abs_diff(rounds[1]) * 20 <= rounds[1], "{rounds:?} rounds");
+    });
 }
 
 #[test]
 fn dflash_on_the_device_equals_plain_decoding_on_the_device() {
-    let (pair, device) = (demo(), emulator());
-    let models = Models::load(&device, &pair, POSITIONS).unwrap();
-    for (temperature, prompt) in [0.0, 0.8, 1.3].into_iter().zip(prompts()) {
-        let mut plain = Single::new(&device, &models, 1, POSITIONS).unwrap();
-        let expected = run(&mut plain, &request(&prompt, 24, 1, temperature));
-        for block in [2, 7, 16] {
-            let mut single = Single::new(&device, &models, block, POSITIONS).unwrap();
-            let own = run(&mut single, &request(&prompt, 24, block, temperature));
-            assert_eq!(own.tokens, expected.tokens, "block {block}, temperature {temperature}");
-            assert_eq!(own.finish, expected.finish);
+    every_device(|device| {
+        let pair = demo();
+        let models = Models::load(device, &pair, POSITIONS).unwrap();
+        for (temperature, prompt) in [0.0, 0.8, 1.3].into_iter().zip(prompts()) {
+            let mut plain = Single::new(device, &models, 1, POSITIONS).unwrap();
+            let expected = run(&mut plain, &request(&prompt, 24, 1, temperature));
+            for block in [2, 7, 16] {
+                let mut single = Single::new(device, &models, block, POSITIONS).unwrap();
+                let own = run(&mut single, &request(&prompt, 24, block, temperature));
+                assert_eq!(own.tokens, expected.tokens, "block {block}, temperature {temperature}");
+                assert_eq!(own.finish, expected.finish);
+            }
         }
-    }
+    });
 }
 
 /// What each sequence of a batch emitted and why it ended; sequences join as slots become free.
@@ -150,24 +163,26 @@ fn together(batch: &mut Batch, slots: usize, requests: &[Request]) -> Vec<(Vec<u
 
 #[test]
 fn a_batch_emits_what_its_sequences_emit_alone() {
-    let (pair, device) = (demo(), emulator());
-    let models = Models::load(&device, &pair, POSITIONS).unwrap();
-    let requests: Vec<Request> = prompts()
-        .iter()
-        .skip(3)
-        .zip([(9, 16, 0.0), (21, 16, 0.7), (13, 5, 0.0), (2, 1, 1.0), (17, 16, 0.0)])
-        .map(|(prompt, (tokens, block, temperature))| request(prompt, tokens, block, temperature))
-        .collect();
-    let pages = 5 * 3;
-    let mut batch = Batch::new(&device, &models, 3, 16, pages, POSITIONS).unwrap();
-    let all = together(&mut batch, 3, &requests);
-    assert_eq!(batch.free_pages(), pages, "all pages are back");
-    for (i, request) in requests.iter().enumerate() {
-        let mut batch = Batch::new(&device, &models, 1, 16, 8, POSITIONS).unwrap();
-        let alone = together(&mut batch, 1, std::slice::from_ref(request));
-        assert_eq!(all[i], alone[0], "sequence {i}");
-        assert!(all[i].0.len() == request.max_tokens || all[i].1 == Finish::Stop);
-    }
+    every_device(|device| {
+        let pair = demo();
+        let models = Models::load(device, &pair, POSITIONS).unwrap();
+        let requests: Vec<Request> = prompts()
+            .iter()
+            .skip(3)
+            .zip([(9, 16, 0.0), (21, 16, 0.7), (13, 5, 0.0), (2, 1, 1.0), (17, 16, 0.0)])
+            .map(|(prompt, (tokens, block, temperature))| request(prompt, tokens, block, temperature))
+            .collect();
+        let pages = 5 * 3;
+        let mut batch = Batch::new(device, &models, 3, 16, pages, POSITIONS).unwrap();
+        let all = together(&mut batch, 3, &requests);
+        assert_eq!(batch.free_pages(), pages, "all pages are back");
+        for (i, request) in requests.iter().enumerate() {
+            let mut batch = Batch::new(device, &models, 1, 16, 8, POSITIONS).unwrap();
+            let alone = together(&mut batch, 1, std::slice::from_ref(request));
+            assert_eq!(all[i], alone[0], "sequence {i}");
+            assert!(all[i].0.len() == request.max_tokens || all[i].1 == Finish::Stop);
+        }
+    });
 }
 
 #[test]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The kernel tests on this machine's GPU, from a folder of tools/gpu-pack.sh, in at most 8 minutes: first plainly, then,
+# The kernel tests on this machine's GPU, from what tools/gpu-pack.sh packed, in at most 8 minutes: first plainly, then,
 # where compute-sanitizer works, some under memcheck and racecheck. Needs the driver alone.
-#   FOLDER/gpu-check.sh OUT      writes OUT/summary.txt and logs; exits 0 where all passed
+#   pack/gpu-check.sh OUT      writes OUT/summary.txt and logs; exits 0 where all passed
 set -uo pipefail
 [ $# = 1 ] || { sed -n '2,4p' "$0"; exit 2; }
 mkdir -p "$1"
@@ -35,7 +35,7 @@ say "card     $(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.m
 say "machine  $(nproc) cores, $(uname -r), $(ldd --version 2>&1 | head -n 1)"
 
 # Without this the tests below would pass on the emulator alone. The second time the driver has the kernels compiled.
-open=(./cuda --ignored --exact a_gpu_opens --nocapture)
+open=(./cuda --ignored --exact a_gpu_opens --show-output)
 for turn in first second; do
     step 200 tests.log "opening the GPU, $turn time" "${open[@]}" || { cat "$out/last"; say "no GPU"; exit 1; }
     say "         $(grep -o "opened in .*" "$out/last")"
@@ -59,8 +59,8 @@ checker() { # checker TOOL TEST FILTERS...
 }
 if ! command -v compute-sanitizer >/dev/null; then
     say "compute-sanitizer is not here: no memcheck, no racecheck"
-elif ! timeout 60 compute-sanitizer --error-exitcode 9 --report-api-errors no "${open[@]}" >"$out/memcheck.log" 2>&1; then
-    say "compute-sanitizer does not work here: $(grep -m 1 '^=* *[A-Z]' "$out/memcheck.log" | cut -c 1-200)"
+elif ! step 60 memcheck.log "compute-sanitizer" compute-sanitizer --error-exitcode 9 --report-api-errors no "${open[@]}"; then
+    say "no memcheck and no racecheck: $(grep -m 1 '^=====' "$out/last" | cut -c 1-200)"
 else
     # Nonsense in every index a kernel reads from memory.
     checker memcheck linear rows_and_pages_that_are_nonsense injection_gathers

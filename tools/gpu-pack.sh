@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
-# Collects in a folder what tools/gpu-check.sh runs on a machine with a GPU that has neither cargo nor nvcc: the tests that
-# use one, as programs, and the commit they are of.
-#   tools/gpu-pack.sh FOLDER
+# Packs what tools/gpu-check.sh runs on a machine with a GPU that has neither cargo nor nvcc: the tests that use one, as
+# programs, and the commit they are of.
+#   tools/gpu-pack.sh pack.tar.xz      unpacks to pack/
 set -euo pipefail
 [ $# = 1 ] || { sed -n '2,4p' "$0"; exit 2; }
-mkdir -p "$1"
-folder=$(cd "$1" && pwd)
+archive=$(realpath "$1")
 cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -r "$work"' EXIT
+mkdir "$work/pack"
 
-names=$(grep -lE 'every_device|same_bits' tests/*.rs | sed 's,tests/\(.*\)\.rs,\1,')
-cargo test --release --locked --no-run $(printf -- '--test %s ' $names) 2>&1 | tee "$folder/build.log"
-sed -n 's,.*Executable tests/\(.*\)\.rs (\(.*\)),\1 \2,p' "$folder/build.log" | while read -r name program; do
+names=$(sed -n 's/^for test in \(.*\); do$/\1/p' tools/gpu-check.sh)
+cargo test --release --locked --no-run $(printf -- '--test %s ' $names) 2>&1 | tee "$work/build.log"
+sed -n 's,.*Executable tests/\(.*\)\.rs (\(.*\)),\1 \2,p' "$work/build.log" | while read -r name program; do
     grep -q 'target sm_90a' "$program" || { echo "$program has no CUDA kernels: tools/get-nvcc.sh" >&2; exit 1; }
-    strip -o "$folder/$name" "$program"
+    strip -o "$work/pack/$name" "$program"
 done
-rm "$folder/build.log"
-cp tools/gpu-check.sh "$folder/"
-{ git rev-parse HEAD; git status --short --untracked-files=no; } >"$folder/commit"
-du -sh "$folder"
+cp tools/gpu-check.sh "$work/pack/"
+{ git rev-parse HEAD; git status --short --untracked-files=no; } >"$work/pack/commit"
+# Every program holds the same kernels: a dictionary longer than one makes them cost once.
+tar -C "$work" -c pack | xz --lzma2=preset=1,dict=64MiB >"$archive"
+ls -l "$archive"
