@@ -12,6 +12,7 @@
 // Bytes:    greedy: rows x blocks x 8. Race: besides, the row's logits once, and best and tables per slice. With cuts
 //           the first block reads the row three times for one cut and five times for two, more where weights tie.
 // Needs:    vocab up to 2^26; best, partial and tables 16-byte aligned; counters zero, and left so.
+#include "numbers.cuh"
 #include "state.cuh"
 
 namespace {
@@ -52,11 +53,7 @@ WRAPPER bool beats(const Runner& a, const Runner& b) {
   return left < right || (left == right && a.id < b.id);
 }
 
-// As src/verify.rs: a logit's bits as an integer of the same order.
-WRAPPER u32 ascending(float logit) {
-  const u32 bits = __float_as_uint(__fadd_rn(logit, 0.0f));
-  return bits >> 31 ? ~bits : bits | 1u << 31;
-}
+// `ascending` backwards.
 WRAPPER float logit_of(u32 ascending) { return __uint_as_float(ascending >> 31 ? ascending ^ 1u << 31 : ~ascending); }
 
 // The exponent of a weight, in units of 2^-16; the bound also catches infinity and NaN.

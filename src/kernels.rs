@@ -19,6 +19,9 @@ pub mod verify;
 use crate::device::Buffer;
 use crate::{Error, Result};
 
+/// Tokens in a page of keys and values, which is also the tile of attention: `PAGE` of `cuda/rows.cuh`.
+pub const PAGE: usize = 64;
+
 /// Refuses a buffer that is smaller than a kernel will reach.
 pub(crate) fn at_least(kernel: &str, what: &str, buffer: &Buffer, bytes: usize) -> Result<()> {
     if buffer.bytes() >= bytes {

@@ -18,8 +18,7 @@ use crate::kernels::swiglu::Swiglu;
 use crate::load::{Loader, Rows};
 use crate::{Error, Result};
 
-/// Tokens in a page of keys and values.
-pub const PAGE: usize = 64;
+pub use crate::kernels::PAGE;
 
 /// One row of a pass: `Row` of `cuda/rows.cuh`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

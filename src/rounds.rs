@@ -126,7 +126,7 @@ pub struct Batch<'a> {
     prompt: Prompt,
     ring: Ring,
     /// Without and with the sampler's races.
-    graphs: [Graph; 2],
+    graphs: Vec<Graph>,
     free: Vec<u32>,
     slots: Vec<Slot>,
     enqueued: u32,
@@ -225,7 +225,6 @@ impl<'a> Batch<'a> {
         device.upload(&prompt.gather, &numbers)?;
         let round = Round { sequences, block };
         let ring = Ring::new(device, round, AHEAD + 1)?;
-        let nothing = || device.capture(&mut || Ok(()));
         let mut batch = Batch {
             device,
             models,
@@ -236,13 +235,14 @@ impl<'a> Batch<'a> {
             work,
             prompt,
             ring,
-            graphs: [nothing()?, nothing()?],
+            graphs: Vec::new(),
             free: (0..pages as u32).rev().collect(),
             slots: (0..sequences).map(|_| Slot::default()).collect(),
             enqueued: 0,
         };
         for sampled in [false, true] {
-            batch.graphs[usize::from(sampled)] = device.capture(&mut || batch.launch(sampled))?;
+            let graph = device.capture(&mut || batch.launch(sampled))?;
+            batch.graphs.push(graph);
         }
         Ok(batch)
     }
@@ -490,7 +490,7 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// Enqueues a round and returns its number. At most [`Batch::ahead`] may be enqueued whose results nobody has read.
+    /// Enqueues a round and returns its number. At most two may be enqueued whose results nobody has read.
     ///
     /// # Errors
     /// What the device says.
@@ -499,11 +499,6 @@ impl<'a> Batch<'a> {
         self.device.replay(&self.graphs[usize::from(sampled)])?;
         self.enqueued += 1;
         Ok(self.enqueued)
-    }
-
-    /// How many rounds may be on their way.
-    pub fn ahead(&self) -> usize {
-        AHEAD
     }
 
     /// What round `round` did for the sequence in `slot`; waits for it.
@@ -561,7 +556,7 @@ fn damaged(model: &str, position: usize) -> Error {
 /// A batch of one, as the engine's loop wants it. Which tokens count is that loop's business: the device goes on.
 pub struct Single<'a> {
     batch: Batch<'a>,
-    /// Numbers of the rounds on their way.
+    /// The oldest round on its way.
     first: u32,
     running: bool,
 }

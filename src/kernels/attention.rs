@@ -4,7 +4,7 @@
 //! `page_offset` of `cuda/rows.cuh` has it; a sequence's pages are named by its row of the page table. Queries and
 //! outputs are `[rows][heads][head_dim]` bf16; kv head of head h is h / (heads / kv_heads).
 
-use super::{aligned, at_least};
+use super::{PAGE, aligned, at_least};
 use crate::device::{Arg, Buffer, Device, Kernel};
 use crate::{Error, Result};
 
@@ -42,8 +42,6 @@ static PREFILL: [Kernel; 2] = [
     kernel("attention", "attention_prefill_128", 128, 64),
 ];
 
-/// Tokens of a page, and keys of a tile.
-const PAGE: usize = 64;
 const SPLITS_PER_GROUP: usize = 8;
 /// Factors of that many groups of splits fit the memory of the smallest block's keys.
 const MAX_GROUPS: usize = 64;

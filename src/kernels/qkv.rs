@@ -1,13 +1,12 @@
 //! `cuda/qkv.cu`: query, key and value projections with head norms, RoPE and the write to the pages.
 
+use super::PAGE;
 use super::linear::{Input, Launch, Needs, Shape, input_bytes, kernels, or_null, prefill};
 use crate::Result;
 use crate::device::{Buffer, Device, Kernel};
 
 static KERNELS: [Kernel; 5] = kernels("qkv", ["qkv_8", "qkv_16", "qkv_32", "qkv_64", "qkv_128"]);
 static PREFILL: Kernel = prefill("prefill_qkv");
-/// Tokens in a page; as in `rows.cuh`.
-const PAGE: usize = 64;
 
 /// Query, key and value heads of `rstd * (in W^T)`; queries and keys normed (where they have gains) and turned.
 #[derive(Debug, Clone, Copy)]
