@@ -86,19 +86,19 @@ KERNEL(64, 8, round_tokens,
 
 KERNEL(32, 16, round_finish,
        (Sequence* sequences,   // [sequences]
-        u32* ring,             // [places][sequences][record]: a Record and block tokens, in pinned memory
+        u32* ring,             // [places][slots][record]: a Record and its tokens, in pinned memory
         const u32* clock,      // [2], as round_begin left it
         const u32* accepted,   // [sequences]
         const u32* next,       // [sequences]
         const u32* path,       // [sequences][block]
         const u32* tokens,     // [sequences][block]
-        u32 block, u32 places, u32 record)) {
+        u32 block, u32 places, u32 slots, u32 record)) {
   grid_launch();
   grid_wait();
   const u32 own = blockIdx.x, lane = threadIdx.x, round = ld(clock);
   Sequence* to = sequences + own;
   const Progress s = ld_progress(to);
-  u32* const line = ring + (size_t(round % places) * gridDim.x + own) * record;
+  u32* const line = ring + (size_t(round % places) * slots + own) * record;
   const u32 rows = block_rows(s, block);
 
   // What the verdict emits, two tokens per lane.

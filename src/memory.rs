@@ -9,7 +9,7 @@ use crate::rounds::{Batch, Models};
 use crate::{Error, Result};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What a batch is to have room for: the arguments of [`Batch::new`].
+/// What a batch is to have room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
     pub sequences: usize,
@@ -55,17 +55,16 @@ impl MemoryPlan {
     /// # Errors
     /// What [`Models::load`] would refuse before it reads weights and [`Batch::new`], memory apart.
     pub fn new(pair: &Pair, room: Room) -> Result<MemoryPlan> {
-        let Room { sequences, block, pages, positions } = room;
         let ledger = Ledger::new();
         let mut lines = vec![];
         let mut loader = Loader::new(&ledger, &pair.target.weights);
-        let models = Models::list(&mut loader, pair, positions, &mut |what| {
+        let models = Models::list(&mut loader, pair, room.positions, &mut |what| {
             let bytes = ledger.take().iter().map(|(_, bytes)| bytes).sum();
             lines.push(Line { what, bytes });
         })?;
         let weights = lines.iter().map(|line| line.bytes).sum();
         let (passing, file_bytes) = (loader.passing(), loader.file_bytes());
-        Batch::new(&ledger, &models, sequences, block, pages, positions)?;
+        Batch::new(&ledger, &models, room)?;
         let (mut keys, mut tables, mut workspaces, mut activations) = (0, 0, 0, 0);
         for (what, bytes) in ledger.take() {
             let group = match what.as_str() {
@@ -81,7 +80,7 @@ impl MemoryPlan {
         lines.push(Line { what: "workspaces", bytes: workspaces });
         lines.push(Line { what: "activations and state", bytes: activations });
         let pinned = ledger.pinned_bytes();
-        let page_bytes = keys / pages.max(1);
+        let page_bytes = keys / room.pages.max(1);
         let allocations = ledger.allocations();
         Ok(MemoryPlan { room, lines, weights, passing, file_bytes, page_bytes, pinned, allocations })
     }

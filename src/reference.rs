@@ -3,7 +3,7 @@
 
 use crate::config::{Attention, DrafterConfig, Stack, TargetConfig};
 use crate::cpu::{self, Kv, Matrix};
-use crate::engine::{Backend, Decoder, Flow, Request, Start};
+use crate::engine::{Backend, Decoder, Emitted, Prefill, Request};
 use crate::pair::{Model, Pair};
 use crate::verify::{Sampling, argmax, judge};
 use crate::weights::Checkpoint;
@@ -357,13 +357,18 @@ impl Drafter {
 pub struct Cpu {
     target: Target,
     drafter: Option<Drafter>,
+    slots: usize,
+    context: usize,
 }
 
 impl Cpu {
-    /// Weights stay where the checkpoints have them.
-    pub fn load(pair: &Pair) -> Result<Cpu> {
+    /// For `slots` sequences of up to `context` positions. Weights stay where the checkpoints have them.
+    ///
+    /// # Errors
+    /// What is wrong with a tensor, by its name.
+    pub fn load(pair: &Pair, slots: usize, context: usize) -> Result<Cpu> {
         let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
-        Ok(Cpu { target: Target::load(&pair.target)?, drafter })
+        Ok(Cpu { target: Target::load(&pair.target)?, drafter, slots, context })
     }
 }
 
@@ -373,7 +378,8 @@ impl Backend for Cpu {
     }
 
     fn decoder(&self) -> Result<Box<dyn Decoder + '_>> {
-        Ok(Box::new(Sequence::new(&self.target, self.drafter.as_ref())))
+        let drafter = self.drafter.as_ref();
+        Ok(Box::new(Sequences::new(&self.target, drafter, self.slots, self.context)))
     }
 }
 
@@ -383,10 +389,14 @@ impl Backend for Cpu {
 pub struct Sequence<'a> {
     target: &'a Target,
     drafter: Option<&'a Drafter>,
+    /// Positions it may have.
+    context: usize,
     state: Option<State>,
 }
 
 struct State {
+    prompt: Vec<u32>,
+    block: usize,
     tokens: Vec<u32>,       // [s]: what the target's cache holds
     cache: Cache,           // target: positions 0..s
     context: Option<Cache>, // drafter: of positions 0..s the first; none before it was needed
@@ -394,12 +404,13 @@ struct State {
     drafting: bool, // the drafter follows: its context and the pending positions are 0..s; else plain decoding
     anchor: Option<u32>, // the token at position s, on which the target has not been run; none before the prompt has
     sampling: Sampling,
+    logits: Vec<f32>, // [rows][vocab] of the last verification
 }
 
 impl<'a> Sequence<'a> {
     /// A fresh sequence; without a drafter it decodes plainly.
     pub fn new(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequence<'a> {
-        Sequence { target, drafter, state: None }
+        Sequence { target, drafter, context: target.config.stack.max_positions, state: None }
     }
 
     /// Positions that (target, drafter) hold, the drafter's pending ones counted: both equal the anchor's position
@@ -447,9 +458,10 @@ impl<'a> Sequence<'a> {
             (true, Some(drafter)) => &drafter.config.taps[..],
             _ => &[],
         };
-        let (mut features, mut logits) = (Vec::new(), Vec::new());
+        let mut features = Vec::new();
+        let logits = &mut state.logits;
         let normed = target.forward(&block, &mut state.cache, taps, &mut features, block.len());
-        target.logits(&normed, &mut logits);
+        target.logits(&normed, logits);
         let choose =
             |row: usize| state.sampling.choose(&logits[row * vocab..][..vocab], (s + row + 1) as u32);
         let (accepted, next) = judge(drafts, choose).ok_or_else(|| damaged("target", s + 1))?;
@@ -461,6 +473,89 @@ impl<'a> Sequence<'a> {
         out.extend_from_slice(&drafts[..accepted]);
         out.push(next);
         Ok(())
+    }
+
+    /// Takes a request, of whose prompt the first tokens need not be run again where the sequence has them: how many.
+    pub fn start(&mut self, request: &Request) -> Result<usize> {
+        let (prompt, target) = (&request.prompt, self.target);
+        let last = self.drafter.map_or(0, |drafter| drafter.config.stack.max_positions);
+        let drafter = self.drafter.filter(|_| request.block > 1 && prompt.len() + 1 < last);
+        let state = match &mut self.state {
+            Some(state) => state,
+            none => none.insert(State {
+                prompt: Vec::new(),
+                block: 1,
+                tokens: Vec::new(),
+                cache: Cache::new(&target.config.stack, 0)?,
+                context: None,
+                features: Vec::new(),
+                drafting: false,
+                anchor: None,
+                sampling: request.sampling.clone(),
+                logits: Vec::new(),
+            }),
+        };
+        (state.drafting, state.anchor) = (drafter.is_some(), None);
+        (state.sampling, state.block) = (request.sampling.clone(), request.block);
+        state.prompt.clone_from(prompt);
+        if let (Some(drafter), None) = (drafter, &state.context) {
+            state.context = Some(Cache::new(&drafter.config.stack, 0)?);
+        }
+
+        // The last token is run again, for its logits; a drafter that was left behind, by plain decoding, needs the
+        // features of all that it has not seen.
+        let same = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let seen = drafter.map_or(usize::MAX, |drafter| state.drafted(drafter));
+        let kept = same.min(seen).min(prompt.len().saturating_sub(1));
+        state.crop(kept, self.drafter);
+        let positions = prompt.len().saturating_add(request.max_tokens).saturating_add(request.block);
+        state.cache.grow(positions.min(target.config.stack.max_positions))?;
+        if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
+            context.grow(positions.min(drafter.config.stack.max_positions))?;
+            drafter.inject(&state.features, context);
+        }
+        state.features.clear();
+        Ok(kept)
+    }
+
+    /// Runs the next part of the prompt.
+    pub fn prefill(&mut self) -> Result<Prefill> {
+        let (target, drafter) = (self.target, self.drafter);
+        let Some(state) = self.state.as_mut().filter(|state| state.anchor.is_none()) else {
+            return Err(Error::Internal("a prompt before the start of its sequence".into()));
+        };
+        let drafter = drafter.filter(|_| state.drafting);
+        let (at, length) = (state.cache.len, state.prompt.len());
+        let end = length.min(at + CHUNK);
+        let taps = drafter.map_or(&[][..], |d| &d.config.taps);
+        let chunk = &state.prompt[at..end];
+        let rows = usize::from(end == length);
+        let normed = target.forward(chunk, &mut state.cache, taps, &mut state.features, rows);
+        state.tokens.extend_from_slice(chunk);
+        if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
+            drafter.inject(&state.features, context);
+            state.features.clear();
+        }
+        if end == length {
+            target.logits(&normed, &mut state.logits);
+            let first = state.sampling.choose(&state.logits, length as u32);
+            state.anchor = Some(first.ok_or_else(|| damaged("target", length))?);
+        }
+        Ok(Prefill { done: end, next: state.anchor })
+    }
+
+    /// Rows of the next block, anchor included: as many as the request asks for, but a block ends where the drafter's
+    /// positions do, and before the context's last one, whose token is never run.
+    pub fn rows(&self) -> usize {
+        let (at, block) = self.state.as_ref().map_or((0, 1), |state| (state.cache.len, state.block));
+        let last = self.drafter.map_or(0, |drafter| drafter.config.stack.max_positions);
+        block.min(last.saturating_sub(at)).min((self.context - 1).saturating_sub(at)).max(1)
+    }
+
+    /// A round: appends to `out` what [`Sequence::verify`] does of the drafter's own drafts.
+    pub fn round(&mut self, out: &mut Vec<u32>) -> Result<()> {
+        let drafts = self.draft(self.rows())?;
+        self.verify(&drafts, out)
     }
 }
 
@@ -494,77 +589,74 @@ fn damaged(model: &str, position: usize) -> Error {
     ))
 }
 
-impl Decoder for Sequence<'_> {
+/// Sequences that take turns on the CPU.
+pub struct Sequences<'a> {
+    all: Vec<Sequence<'a>>,
+    running: Vec<bool>,
+}
+
+impl<'a> Sequences<'a> {
+    /// `slots` fresh ones of up to `context` positions; without a drafter they decode plainly.
+    pub fn new(
+        target: &'a Target,
+        drafter: Option<&'a Drafter>,
+        slots: usize,
+        context: usize,
+    ) -> Sequences<'a> {
+        let context = context.min(target.config.stack.max_positions);
+        let sequence = || Sequence { target, drafter, context, state: None };
+        Sequences { all: (0..slots).map(|_| sequence()).collect(), running: vec![false; slots] }
+    }
+}
+
+impl Decoder for Sequences<'_> {
     fn vocab(&self) -> usize {
-        self.target.config.vocab
+        self.all[0].target.config.vocab
     }
 
     fn context(&self) -> usize {
-        self.target.config.stack.max_positions
+        self.all[0].context
     }
 
-    fn rows_at(&self, position: usize) -> usize {
-        self.drafter.map_or(1, |d| d.config.stack.max_positions.saturating_sub(position).max(1))
+    fn slots(&self) -> usize {
+        self.all.len()
     }
 
-    fn start(&mut self, request: &Request, progress: &mut dyn FnMut(usize) -> Flow) -> Result<Start> {
-        let (prompt, target) = (&request.prompt, self.target);
-        let drafter = self.drafter.filter(|_| request.block > 1 && self.rows_at(prompt.len()) > 1);
-        let state = match &mut self.state {
-            Some(state) => state,
-            none => none.insert(State {
-                tokens: Vec::new(),
-                cache: Cache::new(&target.config.stack, 0)?,
-                context: None,
-                features: Vec::new(),
-                drafting: false,
-                anchor: None,
-                sampling: request.sampling.clone(),
-            }),
-        };
-        (state.drafting, state.anchor) = (drafter.is_some(), None);
-        state.sampling = request.sampling.clone();
-        if let (Some(drafter), None) = (drafter, &state.context) {
-            state.context = Some(Cache::new(&drafter.config.stack, 0)?);
+    fn join(&mut self, slot: usize, request: &Request, keep: bool) -> Result<Option<usize>> {
+        if !keep {
+            self.all[slot].state = None;
         }
+        self.all[slot].start(request).map(Some)
+    }
 
-        // The last token is run again, for its logits; a drafter that was left behind, by plain decoding, needs the
-        // features of all that it has not seen.
-        let same = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        let seen = drafter.map_or(usize::MAX, |drafter| state.drafted(drafter));
-        let kept = same.min(seen).min(prompt.len().saturating_sub(1));
-        state.crop(kept, self.drafter);
-        let positions = prompt.len().saturating_add(request.max_tokens).saturating_add(request.block);
-        state.cache.grow(positions.min(target.config.stack.max_positions))?;
-        if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
-            context.grow(positions.min(drafter.config.stack.max_positions))?;
-            drafter.inject(&state.features, context);
-        }
-        state.features.clear();
+    fn prefill(&mut self, slot: usize) -> Result<Prefill> {
+        let prefill = self.all[slot].prefill()?;
+        self.running[slot] = prefill.next.is_some();
+        Ok(prefill)
+    }
 
-        let mut normed = Vec::new();
-        for chunk in prompt[kept..].chunks(CHUNK) {
-            let last = usize::from(state.cache.len + chunk.len() == prompt.len());
-            let taps = drafter.map_or(&[][..], |d| &d.config.taps);
-            normed = target.forward(chunk, &mut state.cache, taps, &mut state.features, last);
-            state.tokens.extend_from_slice(chunk);
-            if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
-                drafter.inject(&state.features, context);
-                state.features.clear();
-            }
-            if progress(state.cache.len) != Flow::Continue {
-                return Ok(Start { kept, next: None });
+    fn round(&mut self, out: &mut [Emitted]) -> Result<()> {
+        for ((sequence, running), emitted) in self.all.iter_mut().zip(&self.running).zip(out) {
+            *emitted = Emitted::default();
+            if *running {
+                sequence.round(&mut emitted.tokens)?;
+                emitted.judged = emitted.tokens.len();
             }
         }
-        let mut logits = Vec::new();
-        target.logits(&normed, &mut logits);
-        let first = state.sampling.choose(&logits, prompt.len() as u32);
-        state.anchor = Some(first.ok_or_else(|| damaged("target", prompt.len()))?);
-        Ok(Start { kept, next: state.anchor })
+        Ok(())
     }
 
-    fn round(&mut self, rows: usize, out: &mut Vec<u32>) -> Result<()> {
-        let drafts = self.draft(rows)?;
-        self.verify(&drafts, out)
+    fn leave(&mut self, slot: usize, _tokens: usize) -> Result<()> {
+        self.running[slot] = false;
+        Ok(())
+    }
+
+    fn watch(&mut self) {}
+
+    fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {
+        let vocab = self.vocab();
+        let state = self.all[slot].state.as_ref();
+        let row = state.and_then(|state| state.logits.chunks(vocab).nth(row));
+        row.map(<[f32]>::to_vec).ok_or_else(|| Error::Internal(format!("slot {slot} has no such logits")))
     }
 }

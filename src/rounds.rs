@@ -5,12 +5,13 @@
 
 use crate::config::DrafterConfig;
 use crate::device::{Buffer, Device, Graph};
-use crate::engine::{Decoder, Flow, Request, Start};
+use crate::engine::{Backend, Decoder, Emitted, Prefill, Request};
 use crate::kernels::head::Head;
-use crate::kernels::round::{Finish, Record, Ring, Round, Sequence, Tables};
+use crate::kernels::round::{Finish, Record, Ring, Round, STOP_IDS, Sequence, Tables};
 use crate::kernels::sample::{self, Races, Sample};
 use crate::kernels::verify::{Verdict, Verify};
 use crate::load::Loader;
+use crate::memory::Room;
 use crate::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
 use crate::pair::Pair;
 use crate::{Error, Result};
@@ -86,7 +87,6 @@ struct Work {
     live: Buffer,         // of clock
     draft_tokens: Buffer, // [rows] u32
     draft_rows: Buffer,   // [2][rows] Row
-    block_rows: Buffer,   // of draft_rows
     pending: Buffer,      // [rows] u32
     draft_spans: Buffer,  // [sequences]
     verify_rows: Buffer,  // [rows] Row
@@ -114,45 +114,119 @@ struct Prompt {
     gather: Buffer,   // [CHUNK] u32: 0, 1, 2...
 }
 
+/// The `cuda` and `emulator` devices: a pair's weights on one, and the room that decoders get there.
+pub struct OnDevice {
+    name: &'static str,
+    device: Box<dyn Device>,
+    models: Models,
+    room: Room,
+}
+
+impl OnDevice {
+    /// Loads the pair; `progress` hears how many bytes of how many are done. `name` is the device's word in `--device`.
+    ///
+    /// # Errors
+    /// As [`Models::load_with`].
+    pub fn load(
+        name: &'static str,
+        device: Box<dyn Device>,
+        pair: &Pair,
+        room: Room,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<OnDevice> {
+        let models = Models::load_with(&*device, pair, room.positions, progress)?;
+        Ok(OnDevice { name, device, models, room })
+    }
+}
+
+impl Backend for OnDevice {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn decoder(&self) -> Result<Box<dyn Decoder + '_>> {
+        Ok(Box::new(Batch::new(&*self.device, &self.models, self.room)?))
+    }
+}
+
 /// Sequences that run together on a device. Each has a slot and its own pages; none of it shows in what another emits.
+///
+/// A sequence has the pages of all its positions, prompt and answer, before it begins: a round never waits for memory,
+/// and who finds too few waits for others to leave.
 pub struct Batch<'a> {
     device: &'a dyn Device,
     models: &'a Models,
-    round: Round,
+    room: Room,
     cache: Cache,
     scratch: Scratch,
     draft: Option<(Cache, Scratch)>,
     work: Work,
     prompt: Prompt,
     ring: Ring,
-    /// Without and with the sampler's races.
-    graphs: Vec<Graph>,
+    graphs: Vec<(Shape, Graph)>,
     free: Vec<u32>,
     slots: Vec<Slot>,
+    /// Rounds enqueued, and those of them that were read, from 1 on.
     enqueued: u32,
+    read: u32,
+    /// Rows of a block in the round enqueued last.
+    block: usize,
+    watched: bool,
+}
+
+/// Which round: a graph each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// The first so many slots take part.
+    pub sequences: usize,
+    /// Blocks of several rows; else plain steps.
+    pub drafting: bool,
+    /// With the sampler's races, and logits that can be read.
+    pub sampled: bool,
 }
 
 #[derive(Default)]
 struct Slot {
     pages: Vec<u32>,
-    sampled: bool,
-    taken: bool,
+    /// Prompt and answer as far as they are known here, also of the last sequence: of these the target's pages hold the
+    /// first `held`, of which the drafter's hold the features of the first `drafted`.
+    tokens: Vec<u32>,
+    held: usize,
+    drafted: usize,
+    prompt: usize,
+    /// As it is to be when the prompt is done.
+    state: Option<Sequence>,
+    phase: Phase,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+enum Phase {
+    /// Nobody; what the last sequence left may be kept.
+    #[default]
+    Idle,
+    /// The prompt runs from here on; the target's pages have all before `held`.
+    Filling { at: usize },
+    /// Takes part from this round on.
+    Running { first: u32 },
+}
+
+impl Slot {
+    fn drafts(&self) -> bool {
+        self.state.as_ref().is_some_and(|state| state.draft_end > 0)
+    }
+
+    fn sampled(&self) -> bool {
+        self.state.as_ref().is_some_and(|state| state.sampling.temperature != 0.0)
+    }
 }
 
 impl<'a> Batch<'a> {
-    /// Room for `sequences` sequences in blocks of up to `block` rows (1: plain decoding, no drafter runs), with `pages`
-    /// pages of 64 positions between them, of which each may have enough for `positions`. Captures the round.
+    /// Room for the sequences, and their rounds, captured. A block of one row is plain decoding: no drafter runs.
     ///
     /// # Errors
     /// [`Error::Memory`] where there is too little; else what the device says.
-    pub fn new(
-        device: &'a dyn Device,
-        models: &'a Models,
-        sequences: usize,
-        block: usize,
-        pages: usize,
-        positions: usize,
-    ) -> Result<Batch<'a>> {
+    pub fn new(device: &'a dyn Device, models: &'a Models, room: Room) -> Result<Batch<'a>> {
+        let Room { sequences, block, pages, positions } = room;
         let (stack, vocabulary) = (&models.target.config, &models.vocabulary);
         let (rows, vocab, taps) = (sequences * block, vocabulary.vocab, models.taps().len());
         let sequence_pages = positions.div_ceil(PAGE);
@@ -181,12 +255,7 @@ impl<'a> Batch<'a> {
         };
         let get = |bytes: usize| device.allocate(bytes.max(16), "a round's tables");
         let clock = zeros(8, "the round's number")?;
-        let draft_rows = get(2 * rows * Row::BYTES)?;
-        let features = |rows: usize| {
-            let buffer = device.allocate((rows * taps * stack.hidden * 2).max(16), "features")?;
-            device.fill(&buffer, 0)?;
-            Ok::<_, Error>(buffer)
-        };
+        let features = |rows: usize| zeros((rows * taps * stack.hidden * 2).max(16), "features");
         let tables = get(sample::tables().len())?;
         device.upload(&tables, &sample::tables())?;
         device.seal(&tables);
@@ -195,8 +264,7 @@ impl<'a> Batch<'a> {
             live: clock.slice(4, 4)?,
             clock,
             draft_tokens: get(rows * 4)?,
-            block_rows: draft_rows.slice(rows * Row::BYTES, rows * Row::BYTES)?,
-            draft_rows,
+            draft_rows: get(2 * rows * Row::BYTES)?,
             pending: get(rows * 4)?,
             draft_spans: get(sequences * 8)?,
             verify_rows: get(rows * Row::BYTES)?,
@@ -223,12 +291,11 @@ impl<'a> Batch<'a> {
             gather: get(CHUNK * 4)?,
         };
         device.upload(&prompt.gather, &numbers)?;
-        let round = Round { sequences, block };
-        let ring = Ring::new(device, round, AHEAD + 1)?;
+        let ring = Ring::new(device, Round { sequences, block }, AHEAD + 1)?;
         let mut batch = Batch {
             device,
             models,
-            round,
+            room,
             cache: target_cache,
             scratch,
             draft: draft.transpose()?,
@@ -239,18 +306,36 @@ impl<'a> Batch<'a> {
             free: (0..pages as u32).rev().collect(),
             slots: (0..sequences).map(|_| Slot::default()).collect(),
             enqueued: 0,
+            read: 0,
+            block,
+            watched: false,
         };
-        for sampled in [false, true] {
-            let graph = device.capture(&mut || batch.launch(sampled))?;
-            batch.graphs.push(graph);
+        for shape in batch.shapes() {
+            let graph = device.capture(&mut || batch.launch(shape))?;
+            batch.graphs.push((shape, graph));
         }
         Ok(batch)
     }
 
+    /// Every round there is: for 1, 2, 4... sequences and for all.
+    fn shapes(&self) -> Vec<Shape> {
+        let all = self.room.sequences;
+        let counts = (0..).map(|i| 1 << i).take_while(|&count| count < all).chain([all]);
+        let kinds = [(false, false), (false, true), (true, false), (true, true)];
+        let shape =
+            |sequences| kinds.map(|(drafting, sampled)| Shape { sequences, drafting, sampled }).into_iter();
+        counts.flat_map(shape).filter(|shape| !shape.drafting || self.draft.is_some()).collect()
+    }
+
+    fn round_of(&self, shape: Shape) -> Round {
+        Round { sequences: shape.sequences, block: if shape.drafting { self.room.block } else { 1 } }
+    }
+
     /// The round, top to bottom.
-    fn launch(&self, sampled: bool) -> Result<()> {
+    fn launch(&self, shape: Shape) -> Result<()> {
         let (device, models, w) = (self.device, self.models, &self.work);
-        let Round { sequences, block } = self.round;
+        let round = self.round_of(shape);
+        let Round { sequences, block } = round;
         let (rows, vocabulary) = (sequences * block, &models.vocabulary);
         let tables = Tables {
             draft_tokens: &w.draft_tokens,
@@ -262,7 +347,7 @@ impl<'a> Batch<'a> {
             clock: &w.clock,
         };
         let mask = models.drafter.as_ref().map_or(0, |(config, ..)| config.mask_token);
-        self.round.begin(device, tables, &w.states, &w.path, None, mask)?;
+        round.begin(device, tables, &w.states, &w.path, None, mask)?;
         let sample = Sample { rows, vocab: vocabulary.vocab, blocks: vocabulary.shape().blocks(), sequences };
         let pass = Pass {
             sequences,
@@ -278,7 +363,10 @@ impl<'a> Batch<'a> {
         let live = Some(&w.live);
 
         // Draft: what the last round left for the drafter, then the block.
-        if let (Some((config, stack, injection)), Some((cache, s))) = (&models.drafter, &self.draft) {
+        let drafting = shape.drafting;
+        if let (true, Some((config, stack, injection)), Some((cache, s))) =
+            (drafting, &models.drafter, &self.draft)
+        {
             injection.run(device, s, rows, &w.features, &w.pending, false, live)?;
             vocabulary.embed(device, s, &w.draft_tokens, rows, config.embedding_scale)?;
             let pass = Pass { injected: rows, table: &w.draft_rows, spans: &w.draft_spans, ..pass };
@@ -291,20 +379,21 @@ impl<'a> Batch<'a> {
                 softcap: config.softcap,
             };
             vocabulary.head(device, stack, s, rows, head, live, &w.best, None)?;
-            sample.launch(device, &w.drafts, &w.best, &w.block_rows, None)?;
+            let block_rows = w.draft_rows.slice(rows * Row::BYTES, rows * Row::BYTES)?;
+            sample.launch(device, &w.drafts, &w.best, &block_rows, None)?;
         }
 
         // Verify.
-        self.round.tokens(device, &w.tokens, &w.drafts, &w.states)?;
+        round.tokens(device, &w.tokens, &w.drafts, &w.states)?;
         vocabulary.embed(device, &self.scratch, &w.tokens, rows, 1.0)?;
-        let taps = self.draft.as_ref().map(|_| (models.taps(), &w.features));
+        let taps = drafting.then_some((models.taps(), &w.features));
         models.target.run(device, &self.scratch, &self.cache, &Pass { taps, ..pass })?;
-        self.head(0, rows, live, sampled)?;
-        sample.launch(device, &w.choices, &w.best, &w.verify_rows, sampled.then(|| self.races()))?;
+        self.head(0, rows, live, shape.sampled)?;
+        sample.launch(device, &w.choices, &w.best, &w.verify_rows, shape.sampled.then(|| self.races()))?;
         let verdict = Verdict { accepted: &w.accepted, next: &w.next, path: &w.path };
         let verify = Verify { sequences, block };
         verify.launch(device, verdict, &w.choices, &w.tokens, None, &w.verify_spans)?;
-        self.round.finish(device, &w.states, &self.ring, &w.clock, verdict, &w.tokens)
+        round.finish(device, &w.states, &self.ring, &w.clock, verdict, &w.tokens)
     }
 
     /// The target's head over rows `first..first + rows` of its scratch.
@@ -327,51 +416,9 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Puts a request into a free slot: takes pages, runs the prompt, and returns the token that follows it, with which the
-    /// sequence takes part in the rounds enqueued from now on. `limits` may leave the request's budget and stop ids to the
-    /// device. `None`: `progress` did not want to go on, and the slot is free again.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] where there are too few free pages; [`Error::Model`] where the target's logits are damaged.
-    pub fn join(
-        &mut self,
-        slot: usize,
-        request: &Request,
-        limits: Limits,
-        progress: &mut dyn FnMut(usize) -> Flow,
-    ) -> Result<Option<u32>> {
-        let Some(Slot { taken: false, .. }) = self.slots.get(slot) else {
-            return Err(Error::Internal(format!("slot {slot} of {} is not free", self.slots.len())));
-        };
-        let context = self.models.target.config.max_positions;
-        let wanted = request.prompt.len().saturating_add(request.max_tokens).saturating_add(self.round.block);
-        let pages = wanted.min(context).div_ceil(PAGE);
-        if pages > self.free.len() || pages > self.cache.sequence_pages {
-            return Err(Error::Memory(format!(
-                "a sequence of {} positions needs {pages} pages of keys and values, but {} are free and one may have {}",
-                wanted.min(context),
-                self.free.len(),
-                self.cache.sequence_pages
-            )));
-        }
-        let taken = self.free.split_off(self.free.len() - pages);
-        self.slots[slot] = Slot { pages: taken, sampled: request.sampling.temperature != 0.0, taken: true };
-        let joined = self.fill(slot, request, limits, progress);
-        if !matches!(joined, Ok(Some(_))) {
-            self.leave(slot)?;
-        }
-        joined
-    }
-
-    fn fill(
-        &self,
-        slot: usize,
-        request: &Request,
-        limits: Limits,
-        progress: &mut dyn FnMut(usize) -> Flow,
-    ) -> Result<Option<u32>> {
-        let (device, models) = (self.device, self.models);
-        let (pages, prompt) = (&self.slots[slot].pages, &request.prompt);
+    /// The sequence in `slot` as it is to be when its prompt, of which it has the pages, is done.
+    fn begin(&self, slot: usize, request: &Request) -> Result<Sequence> {
+        let (device, pages) = (self.device, &self.slots[slot].pages);
         // What a sequence does not have it shall not reach.
         let mut row = pages.clone();
         row.resize(self.cache.sequence_pages, u32::MAX);
@@ -379,80 +426,73 @@ impl<'a> Batch<'a> {
         for cache in [Some(&self.cache), self.draft.as_ref().map(|(cache, _)| cache)].into_iter().flatten() {
             device.upload(&cache.table.slice(slot * bytes.len(), bytes.len())?, &bytes)?;
         }
-        let end = models.target.config.max_positions.min(pages.len() * PAGE);
-        let draft_end = match (&models.drafter, request.block) {
+        let end = self.context().min(pages.len() * PAGE);
+        let draft_end = match (&self.models.drafter, request.block) {
             (Some((_, stack, _)), 2..) if self.draft.is_some() => stack.config.max_positions.min(end),
             _ => 0,
         };
-        let mut state = Sequence {
-            active: false,
-            length: prompt.len() as u32,
+        let mut stop_ids = request.stop_ids.clone();
+        stop_ids.truncate(STOP_IDS);
+        Ok(Sequence {
+            active: true,
+            length: request.prompt.len() as u32,
             anchor: 0,
             pending: 0,
-            budget: limits.budget,
+            budget: request.max_tokens.saturating_sub(1).min(u32::MAX as usize) as u32,
             end: end as u32,
             draft_end: draft_end as u32,
             block: request.block as u32,
             sampling: request.sampling.clone(),
-            stop_ids: limits.stop_ids,
+            stop_ids,
             finish: Finish::Running,
             rounds: 0,
             drafted: 0,
             accepted: 0,
-        };
-        let at = self.work.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
-        device.upload(&at, &state.to_bytes()?)?;
+        })
+    }
 
-        for (first, chunk) in prompt.chunks(CHUNK).enumerate().map(|(i, chunk)| (i * CHUNK, chunk)) {
-            self.chunk(slot, first, chunk, draft_end)?;
-            if progress(first + chunk.len()) != Flow::Continue {
-                return Ok(None);
-            }
-        }
-
-        // The row of the last token chooses what follows.
-        let last = (prompt.len() - 1) % CHUNK;
-        let sampled = self.slots[slot].sampled;
+    /// The token that follows a prompt whose last row is row `last` of the chunk that ran last.
+    fn first_token(&self, slot: usize, last: usize) -> Result<u32> {
+        let (device, vocabulary, sampled) =
+            (self.device, &self.models.vocabulary, self.slots[slot].sampled());
         self.head(last, 1, None, sampled)?;
-        let vocabulary = &models.vocabulary;
         let sample = Sample {
             rows: 1,
             vocab: vocabulary.vocab,
             blocks: vocabulary.shape().blocks(),
-            sequences: self.round.sequences,
+            sequences: self.room.sequences,
         };
         let row = self.prompt.rows.slice(last * Row::BYTES, Row::BYTES)?;
         let races = sampled.then(|| self.races());
         sample.launch(device, &self.work.choices, &self.work.best, &row, races)?;
         let mut first = [0; 4];
         device.download(&self.work.choices.slice(0, 4)?, &mut first)?;
-        let first = u32::from_le_bytes(first);
-        if first == u32::MAX {
-            return Err(damaged("target", prompt.len()));
+        match u32::from_le_bytes(first) {
+            u32::MAX => Err(damaged("target", self.slots[slot].prompt)),
+            first => Ok(first),
         }
-        (state.active, state.anchor) = (true, first);
-        device.upload(&at, &state.to_bytes()?)?;
-        Ok(Some(first))
     }
 
-    /// Runs a chunk of a prompt through the target, and its features into the drafter's cache.
-    fn chunk(&self, slot: usize, first: usize, tokens: &[u32], draft_end: usize) -> Result<()> {
+    /// Runs a chunk of a prompt through the target, and its features into the drafter's cache. Positions before `held`
+    /// leave features alone: the target's pages have them.
+    fn chunk(&self, slot: usize, first: usize, tokens: &[u32], held: usize, draft_end: usize) -> Result<()> {
         let (device, models, p) = (self.device, self.models, &self.prompt);
         let count = tokens.len();
-        let row = |i: usize, query: bool, end: usize| {
-            let at = (first + i) as u32;
-            let there = first + i < end;
-            Row {
-                sequence: if there { slot as u32 } else { Row::NONE },
-                position: at,
-                slot: if there { at } else { Row::NONE },
-                query: if query { i as u32 } else { Row::NONE },
-            }
+        let rows = |query: bool, stored: std::ops::Range<usize>| {
+            let row = move |i: usize| {
+                let (at, there) = ((first + i) as u32, stored.contains(&(first + i)));
+                Row {
+                    sequence: if query || there { slot as u32 } else { Row::NONE },
+                    position: at,
+                    slot: if there { at } else { Row::NONE },
+                    query: if query { i as u32 } else { Row::NONE },
+                }
+            };
+            (0..count).flat_map(move |i| row(i).to_bytes()).collect::<Vec<u8>>()
         };
-        let rows = |query, end| (0..count).flat_map(|i| row(i, query, end).to_bytes()).collect::<Vec<u8>>();
         let put = |to: &Buffer, bytes: &[u8]| device.upload(&to.slice(0, bytes.len())?, bytes);
         put(&p.tokens, &tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>())?;
-        put(&p.rows, &rows(true, usize::MAX))?;
+        put(&p.rows, &rows(true, held..usize::MAX))?;
         put(&p.span, &[(first as u32).to_le_bytes(), (count as u32).to_le_bytes()].concat())?;
         let drafting = draft_end > 0;
         models.vocabulary.embed(device, &self.scratch, &p.tokens, count, 1.0)?;
@@ -472,40 +512,34 @@ impl<'a> Batch<'a> {
             (drafting, &models.drafter, &self.draft)
         {
             injection.run(device, s, count, &p.features, &p.gather, true, None)?;
-            put(&p.rows, &rows(false, draft_end))?;
+            put(&p.rows, &rows(false, 0..draft_end))?;
             stack.remember(device, s, cache, &p.rows, count)?;
-            put(&p.rows, &rows(true, usize::MAX))?;
+            put(&p.rows, &rows(true, held..usize::MAX))?;
         }
         Ok(())
     }
 
-    /// Takes the sequence in `slot` out of the rounds enqueued from now on and gives its pages back.
-    ///
-    /// # Errors
-    /// What the device says.
-    pub fn leave(&mut self, slot: usize) -> Result<()> {
-        self.device.upload(&self.work.states.slice(slot * Sequence::BYTES, 4)?, &[0; 4])?;
-        let slot = std::mem::take(&mut self.slots[slot]);
-        self.free.extend(slot.pages);
+    /// Enqueues a round of all sequences that run. At most two may be enqueued whose results nobody has read.
+    fn enqueue(&mut self) -> Result<()> {
+        let running = |slot: &Slot| matches!(slot.phase, Phase::Running { .. });
+        let taking_part = || self.slots.iter().filter(|slot| running(slot));
+        let highest = self.slots.iter().rposition(running).map_or(0, |slot| slot + 1);
+        let drafting = taking_part().any(Slot::drafts);
+        let sampled = self.watched || taking_part().any(Slot::sampled);
+        let fits = |shape: &Shape| {
+            shape.sequences >= highest && shape.drafting == drafting && shape.sampled == sampled
+        };
+        let Some((shape, graph)) = self.graphs.iter().find(|(shape, _)| fits(shape)) else {
+            return Err(Error::Internal(format!("no round for {highest} sequences was captured")));
+        };
+        self.device.replay(graph)?;
+        self.block = self.round_of(*shape).block;
+        self.enqueued += 1;
         Ok(())
     }
 
-    /// Enqueues a round and returns its number. At most two may be enqueued whose results nobody has read.
-    ///
-    /// # Errors
-    /// What the device says.
-    pub fn enqueue(&mut self) -> Result<u32> {
-        let sampled = self.slots.iter().any(|slot| slot.sampled);
-        self.device.replay(&self.graphs[usize::from(sampled)])?;
-        self.enqueued += 1;
-        Ok(self.enqueued)
-    }
-
     /// What round `round` did for the sequence in `slot`; waits for it.
-    ///
-    /// # Errors
-    /// [`Error::Model`] where the logits of the target or the drafter were damaged; what a kernel did wrong.
-    pub fn record(&self, round: u32, slot: usize) -> Result<Record> {
+    fn record(&self, round: u32, slot: usize) -> Result<Record> {
         let clock = Instant::now();
         let record = loop {
             if let Some(record) = self.ring.read(round, slot)? {
@@ -527,23 +561,40 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// The launches of a round.
-    pub fn graph(&self, sampled: bool) -> &Graph {
-        &self.graphs[usize::from(sampled)]
+    /// The rounds, captured.
+    pub fn graphs(&self) -> &[(Shape, Graph)] {
+        &self.graphs
     }
 
-    /// Pages that no sequence has.
+    /// Pages that no running sequence has.
     pub fn free_pages(&self) -> usize {
-        self.free.len()
+        let idle = self.slots.iter().filter(|slot| slot.phase == Phase::Idle);
+        self.free.len() + idle.map(|slot| slot.pages.len()).sum::<usize>()
     }
-}
 
-/// What the device ends a sequence by, besides its context.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Limits {
-    /// Tokens it may emit after the one that follows the prompt.
-    pub budget: u32,
-    pub stop_ids: Vec<u32>,
+    /// Gives a slot `count` pages, at the expense of what ended sequences left; false where there are too few.
+    fn take_pages(&mut self, slot: usize, count: usize) -> bool {
+        let own = self.slots[slot].pages.len();
+        if count > self.free_pages() {
+            return false;
+        }
+        for other in (0..self.slots.len()).filter(|&other| other != slot) {
+            if own + self.free.len() >= count {
+                break;
+            }
+            if self.slots[other].phase == Phase::Idle {
+                self.free.extend(std::mem::take(&mut self.slots[other]).pages);
+            }
+        }
+        let pages = &mut self.slots[slot].pages;
+        while pages.len() < count
+            && let Some(page) = self.free.pop()
+        {
+            pages.push(page);
+        }
+        self.free.extend(pages.drain(count..));
+        true
+    }
 }
 
 fn damaged(model: &str, position: usize) -> Error {
@@ -553,72 +604,152 @@ fn damaged(model: &str, position: usize) -> Error {
     ))
 }
 
-/// A batch of one, as the engine's loop wants it. Which tokens count is that loop's business: the device goes on.
-pub struct Single<'a> {
-    batch: Batch<'a>,
-    /// The oldest round on its way.
-    first: u32,
-    running: bool,
-}
-
-impl<'a> Single<'a> {
-    /// For blocks of up to `block` rows and sequences of up to `positions` positions.
-    ///
-    /// # Errors
-    /// As [`Batch::new`].
-    pub fn new(
-        device: &'a dyn Device,
-        models: &'a Models,
-        block: usize,
-        positions: usize,
-    ) -> Result<Single<'a>> {
-        let batch = Batch::new(device, models, 1, block, positions.div_ceil(PAGE), positions)?;
-        Ok(Single { batch, first: 0, running: false })
-    }
-
-    fn stop(&mut self) -> Result<()> {
-        if std::mem::take(&mut self.running) {
-            self.batch.leave(0)?;
-            self.batch.device.synchronize()?;
-        }
-        Ok(())
-    }
-}
-
-impl Decoder for Single<'_> {
+impl Decoder for Batch<'_> {
     fn vocab(&self) -> usize {
-        self.batch.models.vocabulary.vocab
+        self.models.vocabulary.vocab
     }
 
     fn context(&self) -> usize {
-        self.batch.models.target.config.max_positions
+        self.models.target.config.max_positions.min(self.room.positions)
     }
 
-    fn rows_at(&self, position: usize) -> usize {
-        let end = self.batch.models.drafter.as_ref().map_or(0, |(_, stack, _)| stack.config.max_positions);
-        end.saturating_sub(position).max(1)
+    fn slots(&self) -> usize {
+        self.slots.len()
     }
 
-    fn start(&mut self, request: &Request, progress: &mut dyn FnMut(usize) -> Flow) -> Result<Start> {
-        self.stop()?;
-        let limits = Limits { budget: u32::MAX, stop_ids: vec![] };
-        let next = self.batch.join(0, request, limits, progress)?;
-        self.running = next.is_some();
-        if self.running {
-            self.first = self.batch.enqueue()?;
+    fn join(&mut self, slot: usize, request: &Request, keep: bool) -> Result<Option<usize>> {
+        let Some(Slot { phase: Phase::Idle, .. }) = self.slots.get(slot) else {
+            return Err(Error::Internal(format!("slot {slot} of {} is not free", self.slots.len())));
+        };
+        let (prompt, block) = (&request.prompt, request.block);
+        if block > self.room.block {
+            return Err(Error::Internal(format!("a block of {block} rows in rounds of {}", self.room.block)));
         }
-        Ok(Start { kept: 0, next })
+        let positions = prompt.len().saturating_add(request.max_tokens).saturating_add(block);
+        let positions = positions.min(self.context());
+        let pages = positions.div_ceil(PAGE);
+        if pages > self.room.pages {
+            return Err(Error::Memory(format!(
+                "a sequence of {positions} positions needs {pages} pages of keys and values, but there are {}",
+                self.room.pages
+            )));
+        }
+        if !self.take_pages(slot, pages) {
+            return Ok(None);
+        }
+        let state = self.begin(slot, request)?;
+        // The first token's draw looks there too.
+        let waiting = Sequence { active: false, ..state.clone() };
+        let to = self.work.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
+        self.device.upload(&to, &waiting.to_bytes()?)?;
+        let own = &mut self.slots[slot];
+        let same = own.tokens[..own.held].iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        // The last token is run again, for its logits.
+        own.held = if keep { same.min(prompt.len() - 1) } else { 0 };
+        own.drafted = own.drafted.min(own.held);
+        // The drafter needs features of what it has not seen, as far as it can go.
+        let at = match state.draft_end as usize {
+            end if own.drafted < end => own.drafted,
+            _ => own.held,
+        };
+        (own.tokens, own.prompt) = (prompt.clone(), prompt.len());
+        (own.state, own.phase) = (Some(state), Phase::Filling { at });
+        Ok(Some(at))
     }
 
-    fn round(&mut self, _rows: usize, out: &mut Vec<u32>) -> Result<()> {
-        if !self.running {
-            return Err(Error::Internal("a round before the start of its sequence".into()));
+    fn prefill(&mut self, slot: usize) -> Result<Prefill> {
+        let Some(Slot { phase: Phase::Filling { at }, state: Some(state), .. }) = self.slots.get(slot) else {
+            return Err(Error::Internal(format!("slot {slot} has no prompt to run")));
+        };
+        let (at, mut state) = (*at, state.clone());
+        let own = &self.slots[slot];
+        let end = own.prompt.min(at + CHUNK);
+        let draft_end = state.draft_end as usize;
+        self.chunk(slot, at, &own.tokens[at..end], own.held, draft_end)?;
+        let next = match end == own.prompt {
+            true => Some(self.first_token(slot, end - at - 1)?),
+            false => None,
+        };
+        if let Some(first) = next {
+            state.anchor = first;
+            let to = self.work.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
+            self.device.upload(&to, &state.to_bytes()?)?;
         }
-        // The next round is on its way before this one is read.
-        self.batch.enqueue()?;
-        let record = self.batch.record(self.first, 0)?;
-        self.first += 1;
-        out.extend(record.tokens);
+        let own = &mut self.slots[slot];
+        own.held = own.held.max(end);
+        if draft_end > 0 {
+            own.drafted = own.drafted.max(end.min(draft_end));
+        }
+        own.phase = match next {
+            Some(_) => Phase::Running { first: self.enqueued + 1 },
+            None => Phase::Filling { at: end },
+        };
+        own.tokens.extend(next);
+        Ok(Prefill { done: end, next })
+    }
+
+    fn round(&mut self, out: &mut [Emitted]) -> Result<()> {
+        out.iter_mut().for_each(|emitted| *emitted = Emitted::default());
+        if !self.slots.iter().any(|slot| matches!(slot.phase, Phase::Running { .. })) {
+            return Err(Error::Internal("a round of no sequences".into()));
+        }
+        let mut any = false;
+        while !any {
+            // The next round is on its way before this one is read.
+            let ahead = if self.watched { 1 } else { AHEAD as u32 };
+            while self.enqueued < self.read + ahead {
+                self.enqueue()?;
+            }
+            self.read += 1;
+            for (slot, emitted) in out.iter_mut().enumerate() {
+                let Phase::Running { first } = self.slots[slot].phase else { continue };
+                if first > self.read {
+                    continue;
+                }
+                any = true;
+                let Record { tokens, judged, .. } = self.record(self.read, slot)?;
+                if tokens.is_empty() {
+                    return Err(Error::Internal(format!(
+                        "round {} emitted nothing for the sequence in slot {slot}",
+                        self.read
+                    )));
+                }
+                // All that was there before the round has its features in the drafter's pages now.
+                let own = &mut self.slots[slot];
+                if let Some(state) = &own.state
+                    && state.draft_end > 0
+                {
+                    own.drafted = own.drafted.max(own.held.min(state.draft_end as usize));
+                }
+                own.held += tokens.len();
+                own.tokens.extend(&tokens);
+                *emitted = Emitted { tokens, judged: judged as usize };
+            }
+        }
         Ok(())
+    }
+
+    fn leave(&mut self, slot: usize, tokens: usize) -> Result<()> {
+        let Some(own) = self.slots.get_mut(slot).filter(|own| own.phase != Phase::Idle) else {
+            return Err(Error::Internal(format!("no sequence is in slot {slot}")));
+        };
+        // The answer's last token counts as not run, whether a round ran it or not.
+        own.held = own.held.min(own.prompt + tokens.saturating_sub(1));
+        own.drafted = own.drafted.min(own.held);
+        own.tokens.truncate(own.held);
+        (own.state, own.phase) = (None, Phase::Idle);
+        self.device.upload(&self.work.states.slice(slot * Sequence::BYTES, 4)?, &[0; 4])
+    }
+
+    fn watch(&mut self) {
+        self.watched = true;
+    }
+
+    fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {
+        let bytes = self.models.vocabulary.vocab * 4;
+        let mut logits = vec![0; bytes];
+        let from = self.work.logits.slice((slot * self.block + row) * bytes, bytes)?;
+        self.device.download(&from, &mut logits)?;
+        Ok(logits.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
     }
 }

@@ -344,7 +344,9 @@ fn too_little_memory_is_one_sentence() {
     let target = support::Target { eos: vec![], max_positions: 16_000_000, ..Default::default() };
     let pair = support::write_pair(&target, &Default::default());
     let setting = Setting::new(Some(&pair), &["-n", "8"]);
-    let args = ["-c", "ulimit -v 3145728 && exec \"$0\" \"$@\"", program::BINARY, "--chat"].map(String::from);
+    let args =
+        ["-c", "ulimit -v 3145728 && exec \"$0\" \"$@\"", program::BINARY, "--chat", "--device", "cpu"]
+            .map(String::from);
     let mut sh = std::process::Command::new("sh");
     sh.args(args).args(&setting.flags).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = sh.spawn().unwrap();

@@ -8,7 +8,7 @@ mod support;
 
 use dflash::config::DrafterConfig;
 use dflash::cpu;
-use dflash::engine::{Decoder, Finish, Flow, Listener, Outcome, Request, Start, generate};
+use dflash::engine::{Decoder, Emitted, Finish, Flow, Listener, Outcome, Prefill, Request, generate};
 use dflash::pair::Pair;
 use dflash::reference::{Cache, Drafter, Sequence, Target};
 use dflash::verify::Sampling;
@@ -428,6 +428,8 @@ fn c6_a_tap_is_the_residual_stream_after_its_layer() {
 /// the anchor. `script`: drafts for a block at (anchor position, rows) in place of the drafter's.
 struct Checked<'a> {
     sequence: Sequence<'a>,
+    vocab: usize,
+    context: usize,
     drafter: bool,
     held: usize,
     script: Option<&'a (dyn Fn(usize, usize) -> Vec<u32> + Sync)>,
@@ -436,7 +438,9 @@ struct Checked<'a> {
 impl<'a> Checked<'a> {
     fn new(pair: &'a (Target, Drafter), speculative: bool) -> Checked<'a> {
         let sequence = Sequence::new(&pair.0, speculative.then_some(&pair.1));
-        Checked { sequence, drafter: speculative, held: 0, script: None }
+        let config = &pair.0.config;
+        let (vocab, context) = (config.vocab, config.stack.max_positions);
+        Checked { sequence, vocab, context, drafter: speculative, held: 0, script: None }
     }
 
     fn check(&self) {
@@ -446,34 +450,49 @@ impl<'a> Checked<'a> {
 
 impl Decoder for Checked<'_> {
     fn vocab(&self) -> usize {
-        self.sequence.vocab()
+        self.vocab
     }
 
     fn context(&self) -> usize {
-        self.sequence.context()
+        self.context
     }
 
-    fn rows_at(&self, position: usize) -> usize {
-        self.sequence.rows_at(position)
+    fn slots(&self) -> usize {
+        1
     }
 
-    fn start(&mut self, request: &Request, progress: &mut dyn FnMut(usize) -> Flow) -> dflash::Result<Start> {
-        let start = self.sequence.start(request, progress)?;
-        self.held = request.prompt.len();
+    fn join(&mut self, _: usize, request: &Request, _: bool) -> dflash::Result<Option<usize>> {
         self.drafter &= request.block > 1;
-        self.check();
-        Ok(start)
+        self.sequence.start(request).map(Some)
     }
 
-    fn round(&mut self, rows: usize, out: &mut Vec<u32>) -> dflash::Result<()> {
-        let before = out.len();
-        match self.script {
-            Some(script) => self.sequence.verify(&script(self.held, rows), out)?,
-            None => self.sequence.round(rows, out)?,
-        }
-        self.held += out.len() - before;
+    fn prefill(&mut self, _: usize) -> dflash::Result<Prefill> {
+        let prefill = self.sequence.prefill()?;
+        self.held = prefill.done;
         self.check();
+        Ok(prefill)
+    }
+
+    fn round(&mut self, out: &mut [Emitted]) -> dflash::Result<()> {
+        let mut tokens = vec![];
+        match self.script {
+            Some(script) => self.sequence.verify(&script(self.held, self.sequence.rows()), &mut tokens)?,
+            None => self.sequence.round(&mut tokens)?,
+        }
+        self.held += tokens.len();
+        self.check();
+        out[0] = Emitted { judged: tokens.len(), tokens };
         Ok(())
+    }
+
+    fn leave(&mut self, _: usize, _: usize) -> dflash::Result<()> {
+        Ok(())
+    }
+
+    fn watch(&mut self) {}
+
+    fn logits(&mut self, _: usize, _: usize) -> dflash::Result<Vec<f32>> {
+        unreachable!("nobody watches")
     }
 }
 
@@ -674,15 +693,15 @@ fn past_the_drafters_last_position_nothing_is_kept_for_it() {
     let mut sequence = Sequence::new(&pair.0, Some(&pair.1));
     let prompt = random_tokens(3, spec.vocab, 20);
     let mut tokens = vec![];
-    sequence.start(&request(&prompt, 60, draft.block, 0.8, 2), &mut |_| Flow::Continue).unwrap();
+    sequence.start(&request(&prompt, 60, draft.block, 0.8, 2)).unwrap();
+    sequence.prefill().unwrap();
     while let Some((target, drafter)) = sequence.lengths()
         && target < 70
     {
         // The last round that drafts may end beyond the limit; the next one lets go.
         assert!(drafter.is_none_or(|length| length == target && length < 40 + draft.block));
         assert!(drafter.is_some() || target >= 39);
-        let rows = draft.block.min(sequence.rows_at(target));
-        sequence.round(rows, &mut tokens).unwrap();
+        sequence.round(&mut tokens).unwrap();
     }
     assert_eq!(sequence.lengths().unwrap().1, None);
 }

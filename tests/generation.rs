@@ -5,9 +5,9 @@
 mod support;
 
 use dflash::cpu;
-use dflash::engine::{Finish, Flow, Listener, Outcome, Request, generate};
+use dflash::engine::{Finish, Flow, Listener, Outcome, Request, generate, resume};
 use dflash::pair::Pair;
-use dflash::reference::{Cache, Drafter, Sequence, Target};
+use dflash::reference::{Cache, Drafter, Sequences, Target};
 use dflash::verify::{Sampling, argmax};
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use safetensors::SafeTensors;
@@ -80,9 +80,13 @@ impl Listener for Until {
     }
 }
 
+fn alone<'a>(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequences<'a> {
+    Sequences::new(target, drafter, 1, usize::MAX)
+}
+
 fn run_for(models: &Models, request: &Request, listener: &mut Until) -> Outcome {
     let drafter = Some(&models.1).filter(|_| request.block > 1);
-    cpu::install(|| generate(&mut Sequence::new(&models.0, drafter), request, listener)).unwrap()
+    cpu::install(|| generate(&mut alone(&models.0, drafter), request, listener)).unwrap()
 }
 
 fn run(models: &Models, request: &Request) -> Outcome {
@@ -291,13 +295,13 @@ fn verify_rows_equal_plain_steps_bit_for_bit() {
 
 /// Runs the request on a sequence with a past and on a fresh one: same answer. What was kept of the past.
 fn kept_with_the_answer_of_a_fresh_start(
-    sequence: &mut Sequence,
+    sequence: &mut Sequences,
     models: &Models,
     request: &Request,
 ) -> usize {
     let quiet = || Until::new(0, Flow::Continue);
-    let got = cpu::install(|| generate(sequence, request, &mut quiet())).unwrap();
-    let fresh = &mut Sequence::new(&models.0, Some(&models.1));
+    let got = cpu::install(|| resume(sequence, request, &mut quiet())).unwrap();
+    let fresh = &mut alone(&models.0, Some(&models.1));
     let fresh = cpu::install(|| generate(fresh, request, &mut quiet())).unwrap();
     let same = |outcome: &Outcome| (outcome.tokens.clone(), outcome.finish, outcome.accepted.clone());
     assert_eq!(same(&got), same(&fresh), "after {} tokens kept", got.kept);
@@ -329,7 +333,7 @@ fn a_sequence_keeps_the_prefix_it_shares_with_the_next_prompt() {
                 (other(0), 0),
                 (said[..1].to_vec(), 0),
             ] {
-                let mut sequence = Sequence::new(&DEMO.0, Some(&DEMO.1));
+                let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
                 let mut run =
                     |request: &Request| kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, request);
                 assert_eq!(run(&first), 0);
@@ -350,7 +354,7 @@ fn a_sequence_keeps_the_prefix_it_shares_with_the_next_prompt() {
 #[test]
 fn a_drafter_catches_up_from_where_it_was_left() {
     let held = &HELD[5];
-    let mut sequence = Sequence::new(&DEMO.0, Some(&DEMO.1));
+    let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
     let mut said = held.prompt.clone();
     let mut drafted = 0;
     for (turn, block) in [16, 1, 1, 16, 7, 1, 16].into_iter().enumerate() {
@@ -375,7 +379,7 @@ fn a_prompt_cut_short_and_an_answer_cut_short_are_kept() {
     let prompt = HELD[0].prompt.repeat(3);
     for block in [1, 16] {
         let request = greedy(&prompt, 30, block);
-        let mut sequence = Sequence::new(&DEMO.0, Some(&DEMO.1));
+        let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
         let mut cut = AtPrefill(2, vec![]);
         let outcome = cpu::install(|| generate(&mut sequence, &request, &mut cut)).unwrap();
         assert_eq!((outcome.finish, outcome.tokens.len()), (Finish::Interrupted, 0));
@@ -384,7 +388,7 @@ fn a_prompt_cut_short_and_an_answer_cut_short_are_kept() {
         // Within a round, so that what the sequence holds is longer than the answer.
         for after in [1, 4, 5, 9] {
             let mut listener = Until::new(after, Flow::Interrupt);
-            let outcome = cpu::install(|| generate(&mut sequence, &request, &mut listener)).unwrap();
+            let outcome = cpu::install(|| resume(&mut sequence, &request, &mut listener)).unwrap();
             let next = [&prompt[..], &outcome.tokens, &[9, 9, 9]].concat();
             let next = greedy(&next, 12, block);
             let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &next);
@@ -405,7 +409,7 @@ fn any_requests_in_a_row_are_answered_as_fresh_ones() {
         let models = open(support::disk(&pair.target), support::disk(&pair.drafter));
         for seed in 0..12 {
             let mut random = support::Random(seed);
-            let mut sequence = Sequence::new(&models.0, Some(&models.1));
+            let mut sequence = alone(&models.0, Some(&models.1));
             let mut said: Vec<u32> = vec![3];
             for _ in 0..12 {
                 match random.below(4) {
@@ -513,7 +517,7 @@ fn a_prompt_can_be_interrupted() {
     let request = greedy(&HELD[0].prompt.repeat(3), 4, 16);
     let run = |after| {
         let mut listener = AtPrefill(after, vec![]);
-        let mut sequence = Sequence::new(&DEMO.0, Some(&DEMO.1));
+        let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
         let outcome = generate(&mut sequence, &request, &mut listener).unwrap();
         (outcome, listener.1)
     };
@@ -558,8 +562,7 @@ fn answers_end_with_the_context() {
         for length in [0, limit, limit + 1] {
             let request = sampled(&vec![1; length], 5, 8, 0.0, 0);
             let mut quiet = Until::new(0, Flow::Continue);
-            let error =
-                generate(&mut Sequence::new(&models.0, Some(&models.1)), &request, &mut quiet).unwrap_err();
+            let error = generate(&mut alone(&models.0, Some(&models.1)), &request, &mut quiet).unwrap_err();
             assert_eq!(error.exit_code(), 2, "a prompt of {length} tokens in a context of {limit}: {error}");
         }
     }

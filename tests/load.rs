@@ -231,7 +231,7 @@ fn the_plan_is_what_is_allocated() {
     for (what, _files, pair) in &pairs() {
         let rooms = [Room::new(1, 1, 64), Room::new(3, 7, 200), Room { pages: 5, ..Room::new(2, 16, 250) }];
         for room in rooms {
-            let Room { sequences, block, pages, positions } = room;
+            let Room { block, pages, positions, .. } = room;
             let plan = MemoryPlan::new(pair, room).unwrap();
             let device = Emulator::new();
             let models = Models::load(&device, pair, positions).unwrap();
@@ -243,7 +243,7 @@ fn the_plan_is_what_is_allocated() {
                 .sum();
             assert_eq!(device.allocated().bytes, weights, "{what}, {plan:?}");
             assert_eq!(device.allocated().peak, weights + plan.passing, "{what}, {plan:?}");
-            let batch = Batch::new(&device, &models, sequences, block, pages, positions).unwrap();
+            let batch = Batch::new(&device, &models, room).unwrap();
             // The emulator's page-locked memory is memory like all other: one buffer, the ring.
             let used = device.allocated();
             assert_eq!(used.bytes, plan.total() + plan.pinned, "{what}, {plan:?}");
@@ -589,7 +589,7 @@ fn too_little_device_memory_is_one_sentence_and_for_weights_before_any_is_read()
         let device = Emulator::with_memory(bytes as u64);
         let mut read = 0;
         let error = Models::load_with(&device, &pair, 128, &mut |done, _| read = done)
-            .and_then(|models| Batch::new(&device, &models, 2, 4, room.pages, 128).map(drop))
+            .and_then(|models| Batch::new(&device, &models, room).map(drop))
             .err();
         assert_eq!(device.allocated().buffers, 0);
         (error, read)

@@ -64,8 +64,12 @@ const FLAGS: &str = r#"
 2 | --block 17 x | --block is 17, expected 1 to 16, the block that demo/drafter/config.json was trained with
 2 | --draft none --block 4 x | --block is 4 without a drafter, expected 1 (plain decoding)
 2 | --target ROOT x | --target needs --draft: its drafter's folder, or none for plain decoding
-4 | --device cuda x | --device cuda is not in this build: expected auto or cpu
-4 | --device emulator x | --device emulator is not in this build: expected auto or cpu
+2 | --ctx 1 x | --ctx is 1, expected 2 to 4096, the positions that demo/target/config.json has
+2 | --ctx 4097 x | --ctx is 4097, expected 2 to 4096, the positions that demo/target/config.json has
+2 | --batch 2 x | the following required arguments were not provided: --prompts <FILE.jsonl>
+2 | --batch 0 --prompts nothing.jsonl | --batch is 0, expected 1 to 16
+2 | --batch 17 --prompts nothing.jsonl | --batch is 17, expected 1 to 16
+2 | --gpu one x | invalid value 'one' for '--gpu <N>': expected a whole number from 0 to 4294967295
 2 | --device tpu x | invalid value 'tpu' for '--device <DEVICE>' [possible values: auto, cpu]; a similar value exists: 'cpu'
 2 | --stop '' x | --stop is empty, expected at least one character
 2 | --system Kind! x | --system needs a chat template, and demo/target has none: --chat-template FILE gives one

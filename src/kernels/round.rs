@@ -278,7 +278,7 @@ impl Round {
         const NAME: &str = "round_finish";
         let Round { sequences: count, block } = *self;
         check_shape(NAME, count, block)?;
-        if (ring.sequences, ring.block) != (count, block) {
+        if ring.sequences < count || ring.block < block {
             return Err(Error::Internal(format!(
                 "kernel {NAME}: a ring for {} sequences of {} rows, needed is {count} of {block}",
                 ring.sequences, ring.block
@@ -298,7 +298,8 @@ impl Round {
             tokens.into(),
             (block as u32).into(),
             (ring.places as u32).into(),
-            (record_words(block) as u32).into(),
+            (ring.sequences as u32).into(),
+            (record_words(ring.block) as u32).into(),
         ];
         device.launch(&FINISH, [count as u32, 1, 1], 0, &args)
     }

@@ -4,7 +4,7 @@
 
 use crate::support::Pair;
 use serde_json::Value;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -42,8 +42,13 @@ pub fn finish(mut command: Command) -> Run {
     }
 }
 
+/// With `--device cpu` where the arguments name no device, so that a test means the same with and without a GPU.
 pub fn command<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Command {
     let mut command = Command::new(BINARY);
+    let args: Vec<OsString> = args.into_iter().map(|arg| arg.as_ref().into()).collect();
+    if !args.iter().any(|arg| arg == "--device") {
+        command.args(["--device", "cpu"]);
+    }
     command.args(args);
     command
 }

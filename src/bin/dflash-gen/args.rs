@@ -6,6 +6,9 @@ use dflash::verify::Sampling;
 use dflash::{Error, Result};
 use std::path::PathBuf;
 
+/// Sequences that can run together.
+const MOST_SEQUENCES: usize = 16;
+
 const EXIT_CODES: &str = "\
 Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 lossless check failed,
@@ -44,6 +47,19 @@ pub struct Args {
     /// Where to run
     #[arg(long, value_enum, default_value_t = Device::Auto, help_heading = "Models")]
     pub device: Device,
+    /// Which GPU, as the driver counts them
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Models")]
+    #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
+    pub gpu: u32,
+    /// Positions that a sequence may have, prompt and answer together [default: on a device 8192, or what the longest
+    /// prompt needs; at most the model's]
+    #[arg(long, value_name = "N", help_heading = "Models")]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
+    pub ctx: Option<usize>,
+    /// Prompts of --prompts that run together; their answers are what they are alone
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "prompts", conflicts_with = "compare")]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = "Models")]
+    pub batch: usize,
     /// Print what would be loaded (files, shapes, bytes, KV per token), and load nothing
     #[arg(long, conflicts_with_all = ["prompt", "file", "prompts", "compare", "stream_json"], help_heading = "Models")]
     pub plan: bool,
@@ -123,11 +139,13 @@ pub struct Args {
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum Device {
+    /// A GPU if one can run the pair, else the CPU
     Auto,
+    /// Plain f32, the reference
     Cpu,
-    #[value(help = "not in this build", hide = true)]
+    /// The kernels on a GPU
     Cuda,
-    #[value(help = "not in this build", hide = true)]
+    /// The kernels on the CPU, slowly, for tests; builds with the feature emulator have it
     Emulator,
 }
 
@@ -160,16 +178,6 @@ pub fn sentence(error: &clap::Error) -> Error {
 impl Args {
     /// What can be told wrong before any file is looked at.
     pub fn check(&self) -> Result<()> {
-        let name = match self.device {
-            Device::Auto | Device::Cpu => None,
-            Device::Cuda => Some("cuda"),
-            Device::Emulator => Some("emulator"),
-        };
-        if let Some(name) = name {
-            return Err(Error::Unsupported(format!(
-                "--device {name} is not in this build: expected auto or cpu"
-            )));
-        }
         let wrong = |what: &str| Err(Error::Usage(what.into()));
         match (&self.target, &self.draft) {
             (Some(_), None) => {
@@ -180,6 +188,9 @@ impl Args {
             }
             _ if self.compare && self.block == Some(1) => {
                 wrong("--block is 1, which is plain decoding: --compare expects at least 2")
+            }
+            _ if !(1..=MOST_SEQUENCES).contains(&self.batch) => {
+                Err(Error::Usage(format!("--batch is {}, expected 1 to {MOST_SEQUENCES}", self.batch)))
             }
             _ if self.chat && self.max_tokens == 0 => {
                 wrong("--max-tokens is 0, which leaves --chat nothing to say")
@@ -207,6 +218,19 @@ impl Args {
         };
         sampling.check()?;
         Ok(sampling)
+    }
+
+    /// Positions that a sequence may have at most.
+    pub fn context(&self, pair: &Pair) -> Result<usize> {
+        let most = pair.target.config.stack.max_positions;
+        match self.ctx {
+            None => Ok(most),
+            Some(n) if (2..=most).contains(&n) => Ok(n),
+            Some(n) => Err(Error::Usage(format!(
+                "--ctx is {n}, expected 2 to {most}, the positions that {} has",
+                pair.target.folder.path("config.json")
+            ))),
+        }
     }
 
     /// Rows of a block, 1 without a drafter.

@@ -6,7 +6,7 @@ use crate::inputs::{template_args, utf8, without_template};
 use crate::output::Writer;
 use crate::{INTERRUPTED, Session, complain, note};
 use clap::Parser;
-use dflash::engine::{Decoder, Finish, Outcome, Request, generate};
+use dflash::engine::{Decoder, Finish, Outcome, Request, resume};
 use dflash::pair::Pair;
 use dflash::stats;
 use dflash::text::{Message, Text};
@@ -141,7 +141,7 @@ impl<'a> Chat<'a> {
         let messages: Vec<Message> = system.chain(self.messages.iter().cloned()).collect();
         let (session, pair) = (self.session, self.session.pair);
         let prompt = session.text.encode_chat(&messages, &self.variables)?;
-        let context = pair.target.config.stack.max_positions;
+        let context = self.decoder.context();
         if prompt.is_empty() {
             return Err(Error::Usage("the conversation gives no tokens, expected at least one".into()));
         }
@@ -159,8 +159,8 @@ impl<'a> Chat<'a> {
             stop_ids: if session.args.ignore_eos { vec![] } else { pair.target.config.eos.clone() },
             block: if self.drafting { self.block } else { 1 },
         };
-        let mut writer = Writer::new(session, 0, &request)?;
-        let outcome = generate(&mut *self.decoder, &request, &mut writer);
+        let mut writer = Writer::new(session, 0, &request, true)?;
+        let outcome = resume(&mut *self.decoder, &request, &mut writer);
         let outcome = outcome.inspect_err(|_| writer.fail())?;
         if outcome.tokens.is_empty() {
             note("interrupted before the answer began: the message is dropped");
@@ -277,7 +277,7 @@ impl<'a> Chat<'a> {
         note(&format!("last answer: {last}"));
         note(&format!(
             "in all: {tokens} tokens in {time:.2} s, {rate:.0} tok/s{tau}; {positions} of {} positions in use",
-            self.session.pair.target.config.stack.max_positions
+            self.decoder.context()
         ));
     }
 }

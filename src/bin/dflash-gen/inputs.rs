@@ -116,7 +116,7 @@ pub fn requests(
         let flag = if args.system.is_some() { "--system" } else { "--template-arg" };
         return Err(without_template(&format!("{flag} needs"), &folder));
     }
-    let (context, vocab) = (pair.target.config.stack.max_positions, pair.target.config.vocab);
+    let (context, vocab) = (args.context(pair)?, pair.target.config.vocab);
     let mut requests = Vec::new();
     for (stream, (name, prompt)) in (0..).zip(prompts(args)?) {
         let ids = ids(args, text, &folder, &variables, &name, prompt)?;

@@ -2,6 +2,7 @@
 //! library's business; here it only meets people, files and terminals.
 
 mod args;
+mod backend;
 mod chat;
 mod inputs;
 mod output;
@@ -10,9 +11,10 @@ mod plan;
 use args::Args;
 use chat::Chat;
 use clap::Parser;
-use dflash::engine::{Backend, Finish, Flow, Outcome, Request, check_lossless, generate};
+use dflash::engine::{
+    Backend, Finish, Flow, Listener, Listeners, Outcome, Request, check_lossless, generate, generate_all,
+};
 use dflash::pair::Pair;
-use dflash::reference::Cpu;
 use dflash::stats::{self, Record, Seconds};
 use dflash::text::Text;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder};
@@ -80,6 +82,7 @@ fn run(args: &Args) -> Result<u8> {
     let clock = Instant::now();
     let pair = Pair::open(target, drafter)?;
     let block = args.block(&pair)?;
+    args.context(&pair)?;
     if args.plan {
         return plan::print(args, &pair);
     }
@@ -96,7 +99,10 @@ fn run(args: &Args) -> Result<u8> {
         false => inputs::requests(args, &pair, &text, &sampling, block)?,
     };
     let clock = Instant::now();
-    let backend: Box<dyn Backend> = Box::new(Cpu::load(&pair)?);
+    let trained = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
+    let longest = requests.iter().map(|r| r.prompt.len().saturating_add(r.max_tokens) + block).max();
+    let room = backend::room(args, &pair, if args.chat { trained } else { block }, longest.unwrap_or(0))?;
+    let backend = backend::load(args, &pair, room)?;
     load += clock.elapsed();
     let session = Session { args, pair: &pair, text: &text, backend: &*backend, load };
 
@@ -130,22 +136,18 @@ struct Session<'a> {
 
 impl Session<'_> {
     fn generate(&self, requests: &[Request]) -> Result<u8> {
-        for (i, request) in requests.iter().enumerate() {
-            let mut writer = Writer::new(self, i, request)?;
-            let outcome = generate(&mut *self.backend.decoder()?, request, &mut writer);
-            let outcome = outcome.inspect_err(|_| writer.fail())?;
-            if writer.end(self, request, &outcome)? {
-                return Ok(0);
-            }
-            if !self.args.quiet {
-                let which = if requests.len() > 1 { format!("{}: ", i + 1) } else { String::new() };
-                note(&format!("{which}{}", self.summary(request, &outcome)));
-            }
-            if outcome.finish == Finish::Interrupted {
-                return Ok(INTERRUPTED_EXIT);
-            }
-        }
-        Ok(0)
+        let mut answers = Answers {
+            session: self,
+            requests,
+            writers: requests.iter().map(|_| None).collect(),
+            ended: vec![None; requests.len()],
+            next: 0,
+            gone: false,
+            interrupted: false,
+        };
+        let end = generate_all(&mut *self.backend.decoder()?, requests, &mut answers);
+        end.inspect_err(|_| answers.writers.iter_mut().flatten().for_each(Writer::fail))?;
+        Ok(if answers.interrupted && !answers.gone { INTERRUPTED_EXIT } else { 0 })
     }
 
     /// The line on stderr.
@@ -200,10 +202,11 @@ impl Session<'_> {
 
     /// Plain decoding and DFlash in turn, prompt by prompt, after a short warm-up of both.
     fn compare(&self, requests: &[Request]) -> Result<u8> {
-        let one = |request: &Request, block: usize, max_tokens: usize| {
+        let mut decoder = self.backend.decoder()?;
+        let mut one = |request: &Request, block: usize, max_tokens: usize| {
             let request = Request { block, max_tokens, ..request.clone() };
             let mut stop = StopOnly(self.text.stream(&self.args.stop)?);
-            generate(&mut *self.backend.decoder()?, &request, &mut stop)
+            generate(&mut *decoder, &request, &mut stop)
         };
         let mut out = Output::default();
         for block in [1, requests[0].block] {
@@ -267,6 +270,53 @@ impl Session<'_> {
             note(&format!("seed {}", requests[0].sampling.seed));
         }
         all_identical.map(|()| 0)
+    }
+}
+
+/// The answers to all requests, written in their order.
+struct Answers<'a> {
+    session: &'a Session<'a>,
+    requests: &'a [Request],
+    writers: Vec<Option<Writer<'a>>>,
+    /// Over, and perhaps not written yet.
+    ended: Vec<Option<Outcome>>,
+    /// Whose turn it is to be written.
+    next: usize,
+    /// Nobody reads any more.
+    gone: bool,
+    interrupted: bool,
+}
+
+impl Listeners for Answers<'_> {
+    fn of(&mut self, index: usize) -> Result<&mut dyn Listener> {
+        let first = index == self.next;
+        match &mut self.writers[index] {
+            Some(writer) => Ok(writer),
+            none => Ok(none.insert(Writer::new(self.session, index, &self.requests[index], first)?)),
+        }
+    }
+
+    fn done(&mut self, index: usize, outcome: Outcome) -> Result<Flow> {
+        self.interrupted |= outcome.finish == Finish::Interrupted;
+        self.of(index)?;
+        self.ended[index] = Some(outcome);
+        while let Some(Some(outcome)) = self.ended.get(self.next)
+            && let Some(mut writer) = self.writers[self.next].take()
+        {
+            let request = &self.requests[self.next];
+            writer.release()?;
+            self.gone |= writer.end(self.session, request, outcome)?;
+            if !self.session.args.quiet && !self.gone {
+                let many = self.requests.len() > 1;
+                let which = if many { format!("{}: ", self.next + 1) } else { String::new() };
+                note(&format!("{which}{}", self.session.summary(request, outcome)));
+            }
+            self.next += 1;
+        }
+        if let Some(Some(writer)) = self.writers.get_mut(self.next) {
+            writer.release()?;
+        }
+        Ok(if self.gone || self.interrupted { Flow::Interrupt } else { Flow::Continue })
     }
 }
 

@@ -13,11 +13,25 @@ use std::io::{self, IsTerminal, Write};
 pub struct Output {
     /// Nobody reads any more; what is written is dropped.
     pub gone: bool,
+    /// What waits until it is this output's turn.
+    held: Option<String>,
 }
 
 impl Output {
+    /// From now on there is no waiting.
+    pub fn release(&mut self) -> Result<()> {
+        match self.held.take() {
+            Some(text) => self.text(&text),
+            None => Ok(()),
+        }
+    }
+
     pub fn text(&mut self, text: &str) -> Result<()> {
-        if self.gone {
+        if let Some(held) = &mut self.held {
+            held.push_str(text);
+            return Ok(());
+        }
+        if self.gone || text.is_empty() {
             return Ok(());
         }
         let mut out = io::stdout().lock();
@@ -56,14 +70,15 @@ pub struct Writer<'a> {
 const LONG_PROMPT: usize = 1024;
 
 impl<'a> Writer<'a> {
-    pub fn new(session: &Session<'a>, index: usize, request: &Request) -> Result<Writer<'a>> {
+    /// `first`: what it writes need not wait for other answers.
+    pub fn new(session: &Session<'a>, index: usize, request: &Request, first: bool) -> Result<Writer<'a>> {
         let args = session.args;
         let color = match args.color {
             Color::Auto => io::stdout().is_terminal(),
             Color::Always => true,
             Color::Never => false,
         };
-        let long = request.prompt.len() >= LONG_PROMPT && !args.quiet && io::stderr().is_terminal();
+        let long = request.prompt.len() >= LONG_PROMPT && first && !args.quiet && io::stderr().is_terminal();
         let bar = long.then(|| {
             let style =
                 indicatif::ProgressStyle::with_template("prompt {bar:40} {pos}/{len} tokens, {eta} left");
@@ -74,7 +89,8 @@ impl<'a> Writer<'a> {
             index,
             stream: session.text.stream(&args.stop)?,
             answer: String::new(),
-            out: Output::default(),
+            // Events say whose they are.
+            out: Output { gone: false, held: (!first && !args.stream_json).then(String::new) },
             plain: !args.json && !args.stream_json,
             colored: args.show_accept && color,
             events: args.stream_json,
@@ -118,6 +134,11 @@ impl<'a> Writer<'a> {
         let rest = std::mem::replace(&mut self.stream, session.text.stream(&[])?).finish();
         self.piece(&rest, false)?;
         Ok(rest)
+    }
+
+    /// It is this answer's turn to be written.
+    pub fn release(&mut self) -> Result<()> {
+        self.out.release()
     }
 
     /// The error that follows starts a line of its own.

@@ -1,0 +1,94 @@
+//! `--device`: where to run, and what is to be known before anything is loaded there.
+
+use crate::args::{Args, Device as Choice};
+use crate::note;
+use dflash::Result;
+use dflash::cuda::Cuda;
+use dflash::device::Device;
+use dflash::engine::Backend;
+use dflash::memory::{MemoryPlan, Room};
+use dflash::pair::Pair;
+use dflash::reference::Cpu;
+use dflash::rounds::OnDevice;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal;
+
+/// Positions per sequence where neither `--ctx` nor a prompt asks for others.
+const CONTEXT: usize = 8192;
+
+/// Room for `--batch` sequences of `--ctx` positions, in blocks of up to `block` rows; `needed`: by the longest request.
+pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Room> {
+    let most = args.context(pair)?;
+    let positions = if args.ctx.is_some() { most } else { most.min(needed.max(CONTEXT)) };
+    Ok(Room::new(args.batch, block, positions))
+}
+
+/// The pair, loaded where `--device` says.
+pub fn load(args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
+    match args.device {
+        Choice::Cpu => cpu(pair, args, room),
+        Choice::Cuda => on("cuda", Box::new(Cuda::open(args.gpu)?), args, pair, room),
+        Choice::Emulator => on("emulator", emulator()?, args, pair, room),
+        Choice::Auto => {
+            let gpu = Cuda::open(args.gpu).and_then(|gpu| MemoryPlan::new(pair, room).map(|_| gpu));
+            match gpu {
+                Ok(gpu) => {
+                    let name = gpu.properties().name.clone();
+                    say(args, &format!("device: cuda, {name}"));
+                    on("cuda", Box::new(gpu), args, pair, room)
+                }
+                Err(reason) => {
+                    let reason = reason.to_string();
+                    say(args, &format!("device: cpu: {}", reason.trim_start_matches("device cuda: ")));
+                    cpu(pair, args, room)
+                }
+            }
+        }
+    }
+}
+
+fn say(args: &Args, line: &str) {
+    if !args.quiet {
+        note(line);
+    }
+}
+
+/// Its caches grow with the requests, so that only `--ctx` limits them.
+fn cpu(pair: &Pair, args: &Args, room: Room) -> Result<Box<dyn Backend>> {
+    Ok(Box::new(Cpu::load(pair, room.sequences, args.context(pair)?)?))
+}
+
+#[cfg(feature = "emulator")]
+fn emulator() -> Result<Box<dyn Device>> {
+    let device = dflash::emulator::Emulator::new();
+    device.set_threads(std::thread::available_parallelism().map_or(1, usize::from));
+    Ok(Box::new(device))
+}
+
+#[cfg(not(feature = "emulator"))]
+fn emulator() -> Result<Box<dyn Device>> {
+    Err(dflash::Error::Unsupported(
+        "--device emulator is not in this build: expected one with `cargo build --release --features emulator`"
+            .into(),
+    ))
+}
+
+fn on(
+    name: &'static str,
+    device: Box<dyn Device>,
+    args: &Args,
+    pair: &Pair,
+    room: Room,
+) -> Result<Box<dyn Backend>> {
+    let shown = !args.quiet && std::io::stderr().is_terminal();
+    let bar = if shown { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    let style = ProgressStyle::with_template("weights {bar:40} {bytes} of {total_bytes}, {bytes_per_sec}");
+    let bar = style.map(|style| bar.clone().with_style(style)).unwrap_or(bar);
+    let mut progress = |done: usize, total: usize| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+    };
+    let backend = OnDevice::load(name, device, pair, room, &mut progress);
+    bar.finish_and_clear();
+    Ok(Box::new(backend?))
+}
