@@ -66,7 +66,7 @@ const FLAGS: &str = r#"
 2 | --target ROOT x | --target needs --draft: its drafter's folder, or none for plain decoding
 2 | --ctx 1 x | --ctx is 1, expected 2 to 4096, the positions that demo/target/config.json has
 2 | --ctx 4097 x | --ctx is 4097, expected 2 to 4096, the positions that demo/target/config.json has
-2 | --batch 2 x | the following required arguments were not provided: --prompts <FILE.jsonl>
+2 | --batch 2 x | --batch needs --prompts
 2 | --batch 0 --prompts nothing.jsonl | --batch is 0, expected 1 to 16
 2 | --batch 17 --prompts nothing.jsonl | --batch is 17, expected 1 to 16
 2 | --gpu one x | invalid value 'one' for '--gpu <N>': expected a whole number from 0 to 4294967295

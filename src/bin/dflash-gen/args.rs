@@ -57,7 +57,7 @@ pub struct Args {
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub ctx: Option<usize>,
     /// Prompts of --prompts that run together; their answers are what they are alone
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "prompts", conflicts_with = "compare")]
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "compare")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = "Models")]
     pub batch: usize,
     /// Print what would be loaded (files, shapes, bytes, KV per token), and load nothing
@@ -192,6 +192,7 @@ impl Args {
             _ if !(1..=MOST_SEQUENCES).contains(&self.batch) => {
                 Err(Error::Usage(format!("--batch is {}, expected 1 to {MOST_SEQUENCES}", self.batch)))
             }
+            _ if self.batch > 1 && self.prompts.is_none() => wrong("--batch needs --prompts"),
             _ if self.chat && self.max_tokens == 0 => {
                 wrong("--max-tokens is 0, which leaves --chat nothing to say")
             }
