@@ -129,6 +129,22 @@ fn a_turn_runs_only_what_is_new() {
     }
 }
 
+/// Through the kernels.
+#[test]
+fn a_conversation_on_the_emulator_is_kept_and_is_the_same_with_and_without_drafts() {
+    let setting = Setting::demo(&["-n", "9", "--temperature", "0.7", "--seed", "2", "--device", "emulator"]);
+    let got = setting.chat("def read(name):\nimport os\n/stats\nx = 3\n");
+    assert_eq!((got.code, got.out.lines().count() >= 3), (0, true), "{got:?}");
+    let (kept, prompt) = (stat(&got.err, " kept, "), stat(&got.err, " tokens, "));
+    assert!(kept + 12 > prompt && kept < prompt, "{}", got.err);
+    for other in [
+        "/draft off\ndef read(name):\nimport os\nx = 3\n",
+        "def read(name):\n/draft off\nimport os\n/set block 5\n/draft on\nx = 3\n",
+    ] {
+        assert_eq!(setting.chat(other).out, got.out, "{other:?}");
+    }
+}
+
 #[test]
 fn lines_are_messages() {
     let pair = ascii_pair();
