@@ -47,6 +47,9 @@ pub struct Args {
     /// Print what would be loaded (files, shapes, bytes, KV per token), and load nothing
     #[arg(long, conflicts_with_all = ["prompt", "file", "prompts", "compare", "stream_json"], help_heading = "Models")]
     pub plan: bool,
+    /// With --plan: print the kernel launches of a round instead, as a GPU runs them
+    #[arg(long, requires = "plan", help_heading = "Models")]
+    pub launches: bool,
 
     /// Tokens to generate at most
     #[arg(short = 'n', long, value_name = "N", default_value_t = 256, help_heading = "Generation")]

@@ -81,7 +81,7 @@ fn run(args: &Args) -> Result<u8> {
     let pair = Pair::open(target, drafter)?;
     let block = args.block(&pair)?;
     if args.plan {
-        return plan::print(args, &pair);
+        return plan::print(args, &pair, None);
     }
     let template = match &args.chat_template {
         Some(path) => Some((path.display().to_string(), inputs::read(path)?)),
