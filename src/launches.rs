@@ -34,6 +34,7 @@ pub struct Group<'a> {
 /// # Errors
 /// As [`crate::memory::MemoryPlan::new`].
 pub fn of_round(pair: &Pair, room: Room, sampled: bool) -> Result<Vec<Node>> {
+    room.check()?;
     let Room { sequences, block, pages, positions } = room;
     let ledger = Ledger::new();
     let mut loader = Loader::new(&ledger, &pair.target.weights);

@@ -4,6 +4,7 @@
 use crate::device::{
     Arg, Buffer, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_launch,
 };
+use crate::kernels::attention;
 use crate::load::Loader;
 use crate::model::PAGE;
 use crate::pair::Pair;
@@ -26,7 +27,26 @@ pub struct Room {
 impl Room {
     /// Every sequence can have `positions` positions at the same time.
     pub fn new(sequences: usize, block: usize, positions: usize) -> Room {
-        Room { sequences, block, pages: sequences * positions.div_ceil(PAGE), positions }
+        Room { sequences, block, pages: sequences.saturating_mul(positions.div_ceil(PAGE)), positions }
+    }
+
+    /// # Errors
+    /// [`Error::Unsupported`] for more than the kernels can run together, named by its flag.
+    pub fn check(&self) -> Result<()> {
+        let Room { sequences, block, positions, .. } = *self;
+        let wrong = |flag, found, expected| {
+            Err(Error::Unsupported(format!("the kernels cannot run --{flag} {found}: expected {expected}")))
+        };
+        let most = attention::MOST_SLOTS;
+        match (sequences, block, positions) {
+            (0, ..) | (1025.., ..) => wrong("batch", sequences, "1 to 1024".to_string()),
+            (_, 0 | 65.., _) => wrong("block", block, "1 to 64".to_string()),
+            _ if sequences * block > 65535 => {
+                wrong("batch", sequences, format!("at most {} in blocks of {block}", 65535 / block))
+            }
+            _ if positions == 0 || positions > most => wrong("ctx", positions, format!("1 to {most}")),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -75,8 +95,9 @@ pub struct MemoryPlan {
 
 impl MemoryPlan {
     /// # Errors
-    /// What [`Models::load`] would refuse before it reads weights and [`Batch::new`], memory apart.
+    /// As [`Room::check`], and what [`Models::load`] would refuse before it reads weights, memory apart.
     pub fn new(pair: &Pair, room: Room) -> Result<MemoryPlan> {
+        room.check()?;
         let Room { sequences, block, pages, positions } = room;
         let ledger = Ledger::new();
         let (mut lines, mut sizes) = (vec![], vec![]);
@@ -119,9 +140,14 @@ impl MemoryPlan {
         self.sizes.iter().sum()
     }
 
+    /// The most bytes that are allocated while weights are loaded, before the rest.
+    pub fn loading(&self) -> usize {
+        self.sizes[..self.weights].iter().sum::<usize>() + self.passing
+    }
+
     /// The most bytes that are allocated at any time.
     pub fn peak(&self) -> usize {
-        self.total().max(self.sizes[..self.weights].iter().sum::<usize>() + self.passing)
+        self.total().max(self.loading())
     }
 
     /// Bytes that must be free on a device for all of it, page-locked memory included, which some have no other place for.
@@ -202,7 +228,7 @@ impl fmt::Display for MemoryPlan {
         writeln!(f, "memory for {}:", self.room)?;
         let sums = [
             ("in all", self.total()),
-            ("at most, while loading", self.peak()),
+            ("at most while loading", self.loading()),
             ("to be free on a GPU", self.needed(Overhead::GPU)),
             ("page-locked on the host", self.pinned),
         ];
@@ -215,10 +241,11 @@ impl fmt::Display for MemoryPlan {
     }
 }
 
-/// Bytes in MiB, or in GiB from 10 on.
+/// Bytes in KiB, MiB from 1 on, or GiB from 10 on.
 pub fn units(bytes: usize) -> String {
     match bytes >> 20 {
-        0..10240 => format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64),
+        0 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        1..10240 => format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64),
         _ => format!("{:.1} GiB", bytes as f64 / (1 << 30) as f64),
     }
 }

@@ -11,7 +11,7 @@ use dflash::device::Buffer;
 use dflash::emulator::Emulator;
 use dflash::kernels::linear::Shape;
 use dflash::load::{Loader, PIECE, PIECES, Rows};
-use dflash::memory::{Ledger, MemoryPlan, Room};
+use dflash::memory::{Ledger, MemoryPlan, Overhead, Room};
 use dflash::model::PAGE;
 use dflash::pair::Pair;
 use dflash::rounds::{Batch, Models};
@@ -243,6 +243,7 @@ fn the_plan_is_what_is_allocated() {
                 .sum();
             assert_eq!(device.allocated().bytes, weights, "{what}, {plan:?}");
             assert_eq!(device.allocated().peak, weights + plan.passing, "{what}, {plan:?}");
+            assert_eq!(device.allocated().peak, plan.loading(), "{what}, {plan:?}");
             let batch = Batch::new(&device, &models, sequences, block, pages, positions).unwrap();
             // The emulator's page-locked memory is memory like all other: one buffer, the ring.
             let used = device.allocated();
@@ -253,6 +254,8 @@ fn the_plan_is_what_is_allocated() {
                 "{what}, {plan:?}"
             );
             assert_eq!(plan.peak(), plan.total().max(weights + plan.passing), "{what}, {plan:?}");
+            assert_eq!(plan.needed(Overhead::NONE), used.peak, "{what}, {plan:?}");
+            assert_eq!(plan.lines.iter().map(|l| l.bytes).sum::<usize>(), plan.total(), "{what}, {plan:?}");
             assert_eq!(used.buffers, plan.allocations() + 1, "{what}, {plan:?}");
             let stacks = [Some(&pair.target.config.stack), pair.drafter.as_ref().map(|d| &d.config.stack)];
             let stacks = stacks.into_iter().flatten().take(if block > 1 { 2 } else { 1 });

@@ -84,7 +84,7 @@ fn memory_json(plan: &MemoryPlan) -> Value {
         "room": room_json(plan.room),
         "lines": plan.lines.iter().map(|l| json!({"what": l.what, "bytes": l.bytes})).collect::<Vec<_>>(),
         "bytes": plan.total(),
-        "peak_bytes": plan.peak(),
+        "loading_bytes": plan.loading(),
         "gpu_bytes": plan.needed(Overhead::GPU),
         "pinned_bytes": plan.pinned,
         "page_bytes": plan.page_bytes,
