@@ -16,6 +16,7 @@
 //! | [`kernels`] | one launcher per kernel: shapes, checks, bytes |
 //! | [`load`] | weights from checkpoints to a device |
 //! | [`memory`] | how much of a device a pair takes, counted beforehand |
+//! | [`launches`] | the launches of a round as a list to be read |
 //! | [`model`] | target and drafter on a device: a pass as an ordered list of launches |
 //! | [`rounds`] | sequences on a device: pages, the captured round, the ring |
 //! | [`engine`] | a request's life: prefill, rounds, stopping; what it needs of a device |
@@ -31,6 +32,7 @@ pub mod engine;
 mod json;
 pub mod kernels;
 mod kv;
+pub mod launches;
 pub mod load;
 pub mod memory;
 pub mod model;

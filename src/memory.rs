@@ -1,13 +1,19 @@
 //! How much a pair takes of a device, before any of it is taken: what loads models and makes batches runs once on a
 //! [`Ledger`], which only counts. So there is one list of allocations, and its sums are exact.
 
-use crate::device::{Arg, Buffer, Device, Event, Graph, Kernel, Memory, Pinned, Properties};
+use crate::device::{
+    Arg, Buffer, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_launch,
+};
+use crate::kernels::attention;
 use crate::load::Loader;
 use crate::model::PAGE;
 use crate::pair::Pair;
 use crate::rounds::{Batch, Models};
 use crate::{Error, Result};
+use std::collections::HashMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 
 /// What a batch is to have room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +27,26 @@ pub struct Room {
 impl Room {
     /// Every sequence can have `positions` positions at the same time.
     pub fn new(sequences: usize, block: usize, positions: usize) -> Room {
-        Room { sequences, block, pages: sequences * positions.div_ceil(PAGE), positions }
+        Room { sequences, block, pages: sequences.saturating_mul(positions.div_ceil(PAGE)), positions }
+    }
+
+    /// # Errors
+    /// [`Error::Unsupported`] for more than the kernels can run together, named by its flag.
+    pub fn check(&self) -> Result<()> {
+        let Room { sequences, block, positions, .. } = *self;
+        let wrong = |flag, found, expected| {
+            Err(Error::Unsupported(format!("the kernels cannot run --{flag} {found}: expected {expected}")))
+        };
+        let most = attention::MOST_SLOTS;
+        match (sequences, block, positions) {
+            (0, ..) | (1025.., ..) => wrong("batch", sequences, "1 to 1024".to_string()),
+            (_, 0 | 65.., _) => wrong("block", block, "1 to 64".to_string()),
+            _ if sequences * block > 65535 => {
+                wrong("batch", sequences, format!("at most {} in blocks of {block}", 65535 / block))
+            }
+            _ if positions == 0 || positions > most => wrong("ctx", positions, format!("1 to {most}")),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -32,12 +57,31 @@ pub struct Line {
     pub bytes: usize,
 }
 
-/// What [`Models::load`] and [`Batch::new`] will allocate.
+/// What a device may take beyond the bytes it is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Overhead {
+    /// Bytes to whose multiples it rounds an allocation up.
+    pub granule: usize,
+    /// Bytes it takes for itself, later.
+    pub reserve: usize,
+}
+
+impl Overhead {
+    /// The emulator's.
+    pub const NONE: Overhead = Overhead { granule: 1, reserve: 0 };
+    /// A GPU's at the most. Drivers give out memory in pieces of 2 MiB, of which small allocations share one; the reserve
+    /// is for graphs, for the local memory of kernels and for other programs.
+    pub const GPU: Overhead = Overhead { granule: 2 << 20, reserve: 256 << 20 };
+}
+
+/// What [`Models::load`] and [`Batch::new`] will allocate. As text it is a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryPlan {
     pub room: Room,
     pub lines: Vec<Line>,
-    /// The lines of weights.
+    /// Bytes of each allocation on the device, those for weights first.
+    sizes: Vec<usize>,
+    /// How many are for weights.
     weights: usize,
     /// Held beside the weights while they are loaded.
     pub passing: usize,
@@ -47,22 +91,22 @@ pub struct MemoryPlan {
     pub page_bytes: usize,
     /// Page-locked memory of the host.
     pub pinned: usize,
-    /// Number of allocations on the device. A GPU may round each one up, to 2 MiB at the most.
-    pub allocations: usize,
 }
 
 impl MemoryPlan {
     /// # Errors
-    /// What [`Models::load`] would refuse before it reads weights and [`Batch::new`], memory apart.
+    /// As [`Room::check`], and what [`Models::load`] would refuse before it reads weights, memory apart.
     pub fn new(pair: &Pair, room: Room) -> Result<MemoryPlan> {
+        room.check()?;
         let ledger = Ledger::new();
-        let mut lines = vec![];
+        let (mut lines, mut sizes) = (vec![], vec![]);
         let mut loader = Loader::new(&ledger, &pair.target.weights);
         let models = Models::list(&mut loader, pair, room.positions, &mut |what| {
-            let bytes = ledger.take().iter().map(|(_, bytes)| bytes).sum();
-            lines.push(Line { what, bytes });
+            let taken: Vec<usize> = ledger.take().into_iter().map(|(_, bytes)| bytes).collect();
+            lines.push(Line { what, bytes: taken.iter().sum() });
+            sizes.extend(taken);
         })?;
-        let weights = lines.iter().map(|line| line.bytes).sum();
+        let weights = sizes.len();
         let (passing, file_bytes) = (loader.passing(), loader.file_bytes());
         Batch::new(&ledger, &models, room)?;
         let (mut keys, mut tables, mut workspaces, mut activations) = (0, 0, 0, 0);
@@ -74,6 +118,7 @@ impl MemoryPlan {
                 _ => &mut activations,
             };
             *group += bytes;
+            sizes.push(bytes);
         }
         lines.push(Line { what: "keys and values", bytes: keys });
         lines.push(Line { what: "page tables", bytes: tables });
@@ -81,30 +126,77 @@ impl MemoryPlan {
         lines.push(Line { what: "activations and state", bytes: activations });
         let pinned = ledger.pinned_bytes();
         let page_bytes = keys / room.pages.max(1);
-        let allocations = ledger.allocations();
-        Ok(MemoryPlan { room, lines, weights, passing, file_bytes, page_bytes, pinned, allocations })
+        Ok(MemoryPlan { room, lines, sizes, weights, passing, file_bytes, page_bytes, pinned })
+    }
+
+    /// Number of allocations on the device.
+    pub fn allocations(&self) -> usize {
+        self.sizes.len()
     }
 
     /// Bytes that stay allocated: the sum of the lines.
     pub fn total(&self) -> usize {
-        self.lines.iter().map(|line| line.bytes).sum()
+        self.sizes.iter().sum()
+    }
+
+    /// The most bytes that are allocated while weights are loaded, before the rest.
+    pub fn loading(&self) -> usize {
+        self.sizes[..self.weights].iter().sum::<usize>() + self.passing
     }
 
     /// The most bytes that are allocated at any time.
     pub fn peak(&self) -> usize {
-        self.total().max(self.weights + self.passing)
+        self.total().max(self.loading())
     }
 
-    /// The most positions that every one of `sequences` sequences can have within `bytes` bytes, whole pages unless the
+    /// Bytes that must be free on a device for all of it, page-locked memory included, which some have no other place for.
+    pub fn needed(&self, overhead: Overhead) -> usize {
+        let Overhead { granule, reserve } = overhead;
+        let round =
+            |sizes: &[usize]| sizes.iter().map(|bytes| bytes.next_multiple_of(granule)).sum::<usize>();
+        // What passes is two allocations.
+        let loading = round(&self.sizes[..self.weights]) + self.passing + 2 * (granule - 1);
+        loading.max(round(&self.sizes) + self.pinned) + reserve
+    }
+
+    /// Whether all of it fits into `free` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where not, with the largest `--ctx` that does; else as [`MemoryPlan::new`].
+    pub fn check(&self, pair: &Pair, free: usize, overhead: Overhead) -> Result<()> {
+        let needed = self.needed(overhead);
+        if needed <= free {
+            return Ok(());
+        }
+        let Room { sequences, block, .. } = self.room;
+        let advice = match MemoryPlan::largest_context(pair, sequences, block, free, overhead)? {
+            0 => format!("not even {PAGE} positions of each fit"),
+            most => format!("the largest --ctx that fits is {most}"),
+        };
+        Err(Error::Memory(format!(
+            "not enough memory on the device for {}: {} are needed, {} are free; {advice}",
+            self.room,
+            size(needed),
+            size(free)
+        )))
+    }
+
+    /// The most positions that every one of `sequences` sequences can have within `free` bytes, whole pages unless the
     /// models have fewer; 0 where not even one page fits.
     ///
     /// # Errors
     /// As [`MemoryPlan::new`].
-    pub fn largest_context(pair: &Pair, sequences: usize, block: usize, bytes: usize) -> Result<usize> {
+    pub fn largest_context(
+        pair: &Pair,
+        sequences: usize,
+        block: usize,
+        free: usize,
+        overhead: Overhead,
+    ) -> Result<usize> {
         let most = pair.target.config.stack.max_positions;
         let positions = |pages: usize| most.min(pages * PAGE);
         let with = |pages| MemoryPlan::new(pair, Room::new(sequences, block, positions(pages)));
-        if with(1)?.peak() > bytes {
+        if with(1)?.needed(overhead) > free {
             return Ok(0);
         }
         // A number of pages that fits, and one that does not or is not wanted.
@@ -112,7 +204,7 @@ impl MemoryPlan {
         while over - fits > 1 {
             let middle = fits.midpoint(over);
             // An error here is a context longer than the kernels take.
-            match with(middle).is_ok_and(|plan| plan.peak() <= bytes) {
+            match with(middle).is_ok_and(|plan| plan.needed(overhead) <= free) {
                 true => fits = middle,
                 false => over = middle,
             }
@@ -121,7 +213,48 @@ impl MemoryPlan {
     }
 }
 
-/// A device without memory: it counts what is allocated; copies and launches do nothing.
+/// As in "memory for ...".
+impl fmt::Display for Room {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Room { sequences, block, positions, .. } = self;
+        let plural = if *sequences == 1 { "" } else { "s" };
+        write!(f, "{sequences} sequence{plural} of {positions} positions in blocks of {block}")
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "memory for {}:", self.room)?;
+        let sums = [
+            ("in all", self.total()),
+            ("at most while loading", self.loading()),
+            ("to be free on a GPU", self.needed(Overhead::GPU)),
+            ("page-locked on the host", self.pinned),
+        ];
+        let lines = self.lines.iter().map(|line| (line.what, line.bytes));
+        for (what, bytes) in lines.chain(sums) {
+            writeln!(f, "  {what:24} {bytes:>14} bytes {:>12}", units(bytes))?;
+        }
+        let (pages, bytes) = (self.room.pages, self.page_bytes);
+        write!(f, "pages of keys and values: {pages} of {bytes} bytes, {} a position", bytes / PAGE)
+    }
+}
+
+/// Bytes in KiB, MiB from 1 on, or GiB from 10 on.
+pub fn units(bytes: usize) -> String {
+    match bytes >> 20 {
+        0 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        1..10240 => format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64),
+        _ => format!("{:.1} GiB", bytes as f64 / (1 << 30) as f64),
+    }
+}
+
+/// Bytes, and the same in larger units.
+pub fn size(bytes: usize) -> String {
+    format!("{bytes} bytes ({})", units(bytes))
+}
+
+/// A device without memory: it counts what is allocated and captures graphs; copies and launches do nothing.
 pub struct Ledger {
     properties: Properties,
     taken: Mutex<Taken>,
@@ -131,10 +264,11 @@ pub struct Ledger {
 struct Taken {
     /// What for, and bytes, since somebody looked.
     new: Vec<(String, usize)>,
-    allocations: usize,
     /// Where the next allocation begins.
     end: u64,
     pinned: usize,
+    /// The steps of each thread that captures a graph.
+    recording: HashMap<ThreadId, Vec<Node>>,
 }
 
 struct Nothing;
@@ -172,9 +306,11 @@ impl Ledger {
         std::mem::take(&mut self.taken().new)
     }
 
-    /// Allocations so far.
-    pub fn allocations(&self) -> usize {
-        self.taken().allocations
+    /// Adds a step to the graph that this thread captures, if it does.
+    fn step(&self, node: Node) {
+        if let Some(nodes) = self.taken().recording.get_mut(&thread::current().id()) {
+            nodes.push(node);
+        }
     }
 
     /// Bytes of [`Device::pinned`] so far.
@@ -206,7 +342,6 @@ impl Device for Ledger {
             Error::Memory(format!("no memory for {what}: {bytes} bytes are more than any device has"))
         })?;
         taken.new.push((what.to_string(), bytes));
-        taken.allocations += 1;
         Ok(Buffer::new(address, bytes, Arc::new(Nothing)))
     }
 
@@ -229,23 +364,30 @@ impl Device for Ledger {
         nothing("a download")
     }
 
-    fn copy(&self, _to: &Buffer, _from: &Buffer) -> Result<()> {
+    fn copy(&self, to: &Buffer, from: &Buffer) -> Result<()> {
+        self.step(Node::Copy { to: to.clone(), from: from.clone() });
         Ok(())
     }
 
-    fn fill(&self, _to: &Buffer, _byte: u8) -> Result<()> {
+    fn fill(&self, to: &Buffer, byte: u8) -> Result<()> {
+        self.step(Node::Fill { to: to.clone(), byte });
         Ok(())
     }
 
     fn seal(&self, _constant: &Buffer) {}
 
-    fn launch(&self, _kernel: &'static Kernel, _grid: [u32; 3], _shared: u32, _args: &[Arg]) -> Result<()> {
+    fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {
+        check_launch(kernel, grid, shared)?;
+        self.step(Node::Launch(Launch { kernel, grid, shared, args: args.to_vec() }));
         Ok(())
     }
 
     fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
-        record()?;
-        Ok(Graph { nodes: vec![], replayable: Box::new(()) })
+        let thread = thread::current().id();
+        self.taken().recording.insert(thread, vec![]);
+        let result = record();
+        let nodes = self.taken().recording.remove(&thread).unwrap_or_default();
+        result.map(|()| Graph { nodes, replayable: Box::new(()) })
     }
 
     fn replay(&self, _graph: &Graph) -> Result<()> {

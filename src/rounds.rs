@@ -566,6 +566,12 @@ impl<'a> Batch<'a> {
         &self.graphs
     }
 
+    /// The round of all slots, with drafts where there is a drafter.
+    pub fn largest(&self, sampled: bool) -> Result<&Graph> {
+        let found = self.graphs.iter().rfind(|(shape, _)| shape.sampled == sampled);
+        found.map(|(_, graph)| graph).ok_or_else(|| Error::Internal("no round was captured".into()))
+    }
+
     /// Pages that no running sequence has.
     pub fn free_pages(&self) -> usize {
         let idle = self.slots.iter().filter(|slot| slot.phase == Phase::Idle);

@@ -11,7 +11,7 @@ use dflash::device::Buffer;
 use dflash::emulator::Emulator;
 use dflash::kernels::linear::Shape;
 use dflash::load::{Loader, PIECE, PIECES, Rows};
-use dflash::memory::{Ledger, MemoryPlan, Room};
+use dflash::memory::{Ledger, MemoryPlan, Overhead, Room};
 use dflash::model::PAGE;
 use dflash::pair::Pair;
 use dflash::rounds::{Batch, Models};
@@ -243,6 +243,7 @@ fn the_plan_is_what_is_allocated() {
                 .sum();
             assert_eq!(device.allocated().bytes, weights, "{what}, {plan:?}");
             assert_eq!(device.allocated().peak, weights + plan.passing, "{what}, {plan:?}");
+            assert_eq!(device.allocated().peak, plan.loading(), "{what}, {plan:?}");
             let batch = Batch::new(&device, &models, room).unwrap();
             // The emulator's page-locked memory is memory like all other: one buffer, the ring.
             let used = device.allocated();
@@ -253,7 +254,9 @@ fn the_plan_is_what_is_allocated() {
                 "{what}, {plan:?}"
             );
             assert_eq!(plan.peak(), plan.total().max(weights + plan.passing), "{what}, {plan:?}");
-            assert_eq!(used.buffers, plan.allocations + 1, "{what}, {plan:?}");
+            assert_eq!(plan.needed(Overhead::NONE), used.peak, "{what}, {plan:?}");
+            assert_eq!(plan.lines.iter().map(|l| l.bytes).sum::<usize>(), plan.total(), "{what}, {plan:?}");
+            assert_eq!(used.buffers, plan.allocations() + 1, "{what}, {plan:?}");
             let stacks = [Some(&pair.target.config.stack), pair.drafter.as_ref().map(|d| &d.config.stack)];
             let stacks = stacks.into_iter().flatten().take(if block > 1 { 2 } else { 1 });
             let page: usize = stacks.map(|c| c.kv_bytes_per_token(2) * PAGE).sum();
@@ -296,20 +299,6 @@ fn no_weight_is_held_twice() {
             let d = &d.config;
             assert_eq!(line("drafter weights"), bytes(&d.tensors()) + rotations(d.stack.head_dim), "{what}");
         }
-    }
-}
-
-#[test]
-fn the_largest_context_fits_and_a_page_more_does_not() {
-    for (what, _files, pair) in &pairs() {
-        let peak = |positions| MemoryPlan::new(pair, Room::new(2, 8, positions)).unwrap().peak();
-        let most = pair.target.config.stack.max_positions;
-        let largest = |bytes| MemoryPlan::largest_context(pair, 2, 8, bytes).unwrap();
-        assert_eq!(largest(peak(PAGE) - 1), 0, "{what}");
-        assert_eq!(largest(peak(PAGE)), PAGE, "{what}");
-        assert_eq!(largest(peak(3 * PAGE)), 3 * PAGE, "{what}");
-        assert_eq!(largest(peak(3 * PAGE) - 1), 2 * PAGE, "{what}");
-        assert_eq!(largest(usize::MAX), most, "{what}");
     }
 }
 

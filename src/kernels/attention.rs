@@ -45,6 +45,8 @@ static PREFILL: [Kernel; 2] = [
 const SPLITS_PER_GROUP: usize = 8;
 /// Factors of that many groups of splits fit the memory of the smallest block's keys.
 const MAX_GROUPS: usize = 64;
+/// Positions that a sequence can have.
+pub const MOST_SLOTS: usize = split_start(MAX_GROUPS * SPLITS_PER_GROUP);
 
 /// Shared memory of a block, as `Attention` in `cuda/attention.cuh` lays it out.
 const fn shared_bytes(head_dim: usize, rows: usize) -> u32 {
@@ -59,7 +61,7 @@ const fn shared_bytes(head_dim: usize, rows: usize) -> u32 {
 
 /// First slot of a split, as `split_start` in `cuda/attention.cuh`: 128 slots each below 4096, 512 below 32768, 2048
 /// beyond.
-pub fn split_start(split: usize) -> usize {
+pub const fn split_start(split: usize) -> usize {
     match split {
         0..=32 => split * 128,
         33..=88 => 4096 + (split - 32) * 512,
@@ -194,8 +196,7 @@ impl Attention {
         }
         if self.grid()[0] > MAX_GROUPS * SPLITS_PER_GROUP {
             return Err(Error::Internal(format!(
-                "kernel attention: {capacity} slots, possible are {}",
-                split_start(MAX_GROUPS * SPLITS_PER_GROUP)
+                "kernel attention: {capacity} slots, possible are {MOST_SLOTS}"
             )));
         }
         Ok(())

@@ -63,6 +63,9 @@ pub struct Args {
     /// Print what would be loaded (files, shapes, bytes, KV per token), and load nothing
     #[arg(long, conflicts_with_all = ["prompt", "file", "prompts", "compare", "stream_json"], help_heading = "Models")]
     pub plan: bool,
+    /// With --plan: print the kernel launches of a round instead, as a GPU runs them
+    #[arg(long, requires = "plan", help_heading = "Models")]
+    pub launches: bool,
 
     /// Tokens to generate at most
     #[arg(short = 'n', long, value_name = "N", default_value_t = 256, help_heading = "Generation")]
@@ -192,7 +195,7 @@ impl Args {
             _ if !(1..=MOST_SEQUENCES).contains(&self.batch) => {
                 Err(Error::Usage(format!("--batch is {}, expected 1 to {MOST_SEQUENCES}", self.batch)))
             }
-            _ if self.batch > 1 && self.prompts.is_none() => wrong("--batch needs --prompts"),
+            _ if self.batch > 1 && self.prompts.is_none() && !self.plan => wrong("--batch needs --prompts"),
             _ if self.chat && self.max_tokens == 0 => {
                 wrong("--max-tokens is 0, which leaves --chat nothing to say")
             }

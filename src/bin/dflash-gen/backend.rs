@@ -6,7 +6,7 @@ use dflash::Result;
 use dflash::cuda::Cuda;
 use dflash::device::Device;
 use dflash::engine::Backend;
-use dflash::memory::{MemoryPlan, Room};
+use dflash::memory::{MemoryPlan, Overhead, Room};
 use dflash::pair::Pair;
 use dflash::reference::Cpu;
 use dflash::rounds::OnDevice;
@@ -27,15 +27,15 @@ pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Roo
 pub fn load(args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
     match args.device {
         Choice::Cpu => cpu(pair, args, room),
-        Choice::Cuda => on("cuda", Box::new(Cuda::open(args.gpu)?), args, pair, room),
-        Choice::Emulator => on("emulator", emulator()?, args, pair, room),
+        Choice::Cuda => on("cuda", Box::new(Cuda::open(args.gpu)?), Overhead::GPU, args, pair, room),
+        Choice::Emulator => on("emulator", emulator()?, Overhead::NONE, args, pair, room),
         Choice::Auto => {
             let gpu = Cuda::open(args.gpu).and_then(|gpu| MemoryPlan::new(pair, room).map(|_| gpu));
             match gpu {
                 Ok(gpu) => {
                     let name = gpu.properties().name.clone();
                     say(args, &format!("device: cuda, {name}"));
-                    on("cuda", Box::new(gpu), args, pair, room)
+                    on("cuda", Box::new(gpu), Overhead::GPU, args, pair, room)
                 }
                 Err(reason) => {
                     let reason = reason.to_string();
@@ -76,10 +76,18 @@ fn emulator() -> Result<Box<dyn Device>> {
 fn on(
     name: &'static str,
     device: Box<dyn Device>,
+    overhead: Overhead,
     args: &Args,
     pair: &Pair,
     room: Room,
 ) -> Result<Box<dyn Backend>> {
+    let plan = MemoryPlan::new(pair, room)?;
+    let (free, _) = device.memory()?;
+    let fits = plan.check(pair, usize::try_from(free).unwrap_or(usize::MAX), overhead);
+    if !args.quiet || fits.is_err() {
+        note(&plan.to_string());
+    }
+    fits?;
     let shown = !args.quiet && std::io::stderr().is_terminal();
     let bar = if shown { ProgressBar::new(0) } else { ProgressBar::hidden() };
     let style = ProgressStyle::with_template("weights {bar:40} {bytes} of {total_bytes}, {bytes_per_sec}");

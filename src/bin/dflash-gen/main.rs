@@ -84,7 +84,9 @@ fn run(args: &Args) -> Result<u8> {
     let block = args.block(&pair)?;
     args.context(&pair)?;
     if args.plan {
-        return plan::print(args, &pair);
+        let on_cpu = matches!(args.device, args::Device::Auto | args::Device::Cpu) && !args.launches;
+        let room = backend::room(args, &pair, block, 0)?;
+        return plan::print(args, &pair, (!on_cpu).then_some(room));
     }
     let template = match &args.chat_template {
         Some(path) => Some((path.display().to_string(), inputs::read(path)?)),

@@ -1,9 +1,12 @@
-//! `--plan`: what would be loaded, from configs and headers alone.
+//! `--plan`: what would be loaded, what it would take and what a round would launch, from configs and headers alone.
 
 use crate::args::Args;
 use crate::output::Output;
 use dflash::Result;
 use dflash::config::Stack;
+use dflash::device::Node;
+use dflash::launches::{self, Section};
+use dflash::memory::{MemoryPlan, Overhead, Room, size};
 use dflash::pair::Pair;
 use dflash::weights::{Checkpoint, Folder};
 use serde_json::{Value, json};
@@ -20,7 +23,12 @@ struct Part<'a> {
 /// Bytes of an element of the CPU's caches, f32.
 const KV_ELEMENT: usize = 4;
 
-pub fn print(args: &Args, pair: &Pair) -> Result<u8> {
+/// `room`: what a device is to have room for; none on the CPU, which has no launches either.
+pub fn print(args: &Args, pair: &Pair, room: Option<Room>) -> Result<u8> {
+    if let (true, Some(room)) = (args.launches, room) {
+        return print_launches(args, pair, room);
+    }
+    let memory = room.map(|room| MemoryPlan::new(pair, room)).transpose()?;
     let target = &pair.target;
     let mut parts = vec![Part {
         role: "target",
@@ -52,14 +60,124 @@ pub fn print(args: &Args, pair: &Pair) -> Result<u8> {
     if args.json {
         all["weight_bytes"] = total.into();
         all["kv_bytes_per_token"] = kv.into();
+        if let Some(plan) = &memory {
+            all["memory"] = memory_json(plan);
+        }
         out.line(&all.to_string())?;
     } else {
         out.line(&format!(
             "in all: {} of weights, used where the files have them, and {kv} bytes of KV per token",
             size(total)
         ))?;
+        if let Some(plan) = &memory {
+            out.line(&plan.to_string())?;
+        }
     }
     Ok(0)
+}
+
+fn memory_json(plan: &MemoryPlan) -> Value {
+    json!({
+        "room": room_json(plan.room),
+        "lines": plan.lines.iter().map(|l| json!({"what": l.what, "bytes": l.bytes})).collect::<Vec<_>>(),
+        "bytes": plan.total(),
+        "loading_bytes": plan.loading(),
+        "gpu_bytes": plan.needed(Overhead::GPU),
+        "pinned_bytes": plan.pinned,
+        "page_bytes": plan.page_bytes,
+    })
+}
+
+fn room_json(room: Room) -> Value {
+    let Room { sequences, block, pages, positions } = room;
+    json!({ "sequences": sequences, "block": block, "positions": positions, "pages": pages })
+}
+
+fn print_launches(args: &Args, pair: &Pair, room: Room) -> Result<u8> {
+    let sampled = args.temperature != 0.0;
+    let nodes = launches::of_round(pair, room, sampled)?;
+    let sections = launches::outline(&nodes);
+    let layers = launches::layers(&sections);
+    let mut out = Output::default();
+    if args.json {
+        let record = json!({
+            "room": room_json(room),
+            "sampled": sampled,
+            "launches": nodes.len(),
+            "layers": layers.map(|(layers, _)| layers),
+            "launches_per_layer": layers.map(|(_, each)| each),
+            "sections": sections.iter().map(section_json).collect::<Vec<_>>(),
+        });
+        out.line(&record.to_string())?;
+        return Ok(0);
+    }
+    let how = if sampled { "sampled" } else { "greedy" };
+    out.line(&format!("a round of {room}, {how}"))?;
+    out.line(&format!("{:30} {:>16} {:>8} {:>13}", "", "grid", "threads", "shared memory"))?;
+    for section in &sections {
+        out.line(section.name)?;
+        for group in &section.groups {
+            group_lines(&mut out, section, group)?;
+        }
+    }
+    let rest = match layers {
+        Some((layers, each)) => {
+            format!(": {each} for each of {layers} layers, and {}", nodes.len() - layers * each)
+        }
+        None => String::new(),
+    };
+    out.line(&format!("a round is {} launches{rest}", nodes.len()))?;
+    Ok(0)
+}
+
+fn group_lines(out: &mut Output, section: &Section, group: &launches::Group) -> Result<()> {
+    let launches::Group { nodes, times, layers } = group;
+    let indent = match layers.len() {
+        0 if *times == 1 => "  ",
+        0 => {
+            out.line(&format!("  {times} x:"))?;
+            "    "
+        }
+        1 => {
+            out.line(&format!("  layer {} of the {}:", layers.start, section.model))?;
+            "    "
+        }
+        _ => {
+            let (first, last) = (layers.start, layers.end - 1);
+            out.line(&format!("  layers {first}..{last} of the {}, {times} x:", section.model))?;
+            "    "
+        }
+    };
+    for node in *nodes {
+        out.line(&match node {
+            Node::Launch(launch) => {
+                let name = format!("{indent}{}", launch.kernel.name);
+                let grid = launch.grid.map(|n| n.to_string()).join(" x ");
+                format!("{name:30} {grid:>16} {:8} {:>13}", launch.kernel.threads, launch.shared)
+            }
+            Node::Copy { to, .. } => format!("{indent}a copy of {} bytes", to.bytes()),
+            Node::Fill { to, .. } => format!("{indent}a fill of {} bytes", to.bytes()),
+        })?;
+    }
+    Ok(())
+}
+
+fn section_json(section: &Section) -> Value {
+    let step = |node: &Node| match node {
+        Node::Launch(l) => json!({
+            "kernel": l.kernel.name, "grid": l.grid, "threads": l.kernel.threads, "shared_bytes": l.shared,
+        }),
+        Node::Copy { to, .. } => json!({ "copy_bytes": to.bytes() }),
+        Node::Fill { to, .. } => json!({ "fill_bytes": to.bytes() }),
+    };
+    let group = |group: &launches::Group| {
+        let layers = (!group.layers.is_empty()).then(
+            || json!({ "model": section.model, "first": group.layers.start, "count": group.layers.len() }),
+        );
+        let launches: Vec<Value> = group.nodes.iter().map(step).collect();
+        json!({ "times": group.times, "layers": layers, "launches": launches })
+    };
+    json!({ "name": section.name, "groups": section.groups.iter().map(group).collect::<Vec<_>>() })
 }
 
 impl Part<'_> {
@@ -97,13 +215,6 @@ impl Part<'_> {
             ))?;
         }
         Ok(())
-    }
-}
-
-fn size(bytes: usize) -> String {
-    match bytes >> 20 {
-        0..10240 => format!("{bytes} bytes ({:.1} MiB)", bytes as f64 / (1 << 20) as f64),
-        _ => format!("{bytes} bytes ({:.1} GiB)", bytes as f64 / (1 << 30) as f64),
     }
 }
 
