@@ -148,8 +148,11 @@ fn a_round_captured_in_the_middle_of_generations_is_the_one_captured_at_first() 
 /// Pointers of a launch, in order.
 fn buffers(node: &Node) -> Vec<&Buffer> {
     let Node::Launch(launch) = node else { panic!("a round copies nothing: {node:?}") };
-    let buffer = |arg| if let &Arg::Buffer(ref buffer) = arg { Some(buffer) } else { None };
-    launch.args.iter().filter_map(buffer).collect()
+    launch
+        .args
+        .iter()
+        .filter_map(|arg| if let Arg::Buffer(buffer) = arg { Some(buffer) } else { None })
+        .collect()
 }
 
 /// Rounds that have begun on the device: the first word of the clock, argument 6 of `round_begin`.
