@@ -3,6 +3,7 @@
 
 mod args;
 mod chat;
+mod fault;
 mod inputs;
 mod output;
 mod plan;
@@ -79,6 +80,7 @@ fn run(args: &Args) -> Result<u8> {
     };
     let clock = Instant::now();
     let pair = Pair::open(target, drafter)?;
+    fault::guard(&pair)?;
     let block = args.block(&pair)?;
     if args.plan {
         return plan::print(args, &pair);
