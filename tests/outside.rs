@@ -23,7 +23,7 @@ fn ids(value: &Value) -> Vec<u32> {
 
 /// A file of `count` prompts.
 fn prompts(dir: &Path, count: usize) -> String {
-    write(dir, "p.jsonl", format!("{}\n", json!({"prompt": PROMPT})).repeat(count))
+    write(dir, &format!("{count}.jsonl"), format!("{}\n", json!({"prompt": PROMPT})).repeat(count))
 }
 
 // ---- Ctrl-C ----
@@ -90,13 +90,23 @@ fn left_after(mut run: Live, bytes: usize) -> (Option<i32>, String) {
     (code, said)
 }
 
+/// A pair that can go on for longer than any test waits, a million tokens.
+fn endless() -> (support::Pair, Vec<String>) {
+    let target = support::Target { eos: vec![], max_positions: 1 << 20, ..Default::default() };
+    let pair =
+        support::write_pair(&target, &support::Drafter { max_positions: 1 << 20, ..Default::default() });
+    let args = flags(&pair).into_iter().chain(["-n", "1000000"].map(String::from)).collect();
+    (pair, args)
+}
+
 #[test]
 fn a_reader_who_leaves_ends_the_run_quietly() {
     let quiet = (Some(0), String::new());
+    let (_pair, args) = endless();
     for bytes in [0, 10] {
-        for form in [&[][..], &["--stream-json"]] {
-            let run = Live::new([&[PROMPT, "-n", "3500", "--ignore-eos"], form].concat());
-            assert_eq!(left_after(run, bytes), quiet, "{form:?} {bytes}");
+        for form in [&["hello"][..], &["hello", "--stream-json"]] {
+            let args = args.iter().map(String::as_str).chain(form.iter().copied());
+            assert_eq!(left_after(Live::new(args), bytes), quiet, "{form:?} {bytes}");
         }
     }
     for args in
@@ -126,8 +136,9 @@ fn a_reader_who_leaves_ends_the_prompts_that_are_left() {
 
 #[test]
 fn a_reader_who_leaves_ends_the_conversation_quietly() {
-    for (before, during) in [("", 0), ("", 40), ("import os", 0), ("import os", 40)] {
-        let mut run = Live::new(["--chat", "-n", "3000", "--ignore-eos"]);
+    let (_pair, args) = endless();
+    for (before, during) in [("", 0), ("", 40), ("hello", 0), ("hello", 40)] {
+        let mut run = Live::new(args.iter().map(String::as_str).chain(["--chat"]));
         // An answer that was read, and then the one that nobody reads to its end.
         if !before.is_empty() {
             run.say("/set max-tokens 10");
@@ -135,9 +146,9 @@ fn a_reader_who_leaves_ends_the_conversation_quietly() {
             run.say("/stats");
             run.error_line();
             run.error_line();
-            run.say("/set max-tokens 3000");
+            run.say("/set max-tokens 1000000");
         }
-        run.say("def main(");
+        run.say("and you?");
         assert_eq!(left_after(run, during), (Some(0), String::new()), "{before:?} {during}");
     }
 }
