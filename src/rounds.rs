@@ -311,7 +311,7 @@ impl<'a> Batch<'a> {
             watched: false,
         };
         for shape in batch.shapes() {
-            let graph = device.capture(&mut || batch.launch(shape))?;
+            let graph = batch.capture(shape)?;
             batch.graphs.push((shape, graph));
         }
         Ok(batch)
@@ -559,6 +559,14 @@ impl<'a> Batch<'a> {
             Finish::DamagedDrafter => Err(damaged("drafter", 0)),
             _ => Ok(record),
         }
+    }
+
+    /// The round of that shape, captured anew: at any time what it was at first, or a replay would not be the round.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn capture(&self, shape: Shape) -> Result<Graph> {
+        self.device.capture(&mut || self.launch(shape))
     }
 
     /// The rounds, captured.

@@ -179,6 +179,37 @@ fn a_gpu_needs_every_allocation_rounded_up_and_a_reserve() {
     }
 }
 
+/// Where a matrix on its way to the device takes more than a small batch.
+#[test]
+fn loading_may_need_more_than_what_stays() {
+    let wide = support::Target {
+        hidden: 2048,
+        intermediate: 4096,
+        layers: 2,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 64,
+        vocab: 301,
+        ..Default::default()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let folder = disk(dir.path());
+    let tensors = || TargetConfig::open(&folder).unwrap().tensors();
+    sparse(dir.path(), &support::target_config(&wide), tensors);
+    let pair = Pair::open(disk(dir.path()), None).unwrap();
+    let plan = MemoryPlan::new(&pair, Room::new(1, 1, 64)).unwrap();
+    assert!(plan.loading() > plan.total());
+    let needed = plan.needed(Overhead::NONE);
+    let load = |bytes: usize| Models::load(&Emulator::with_memory(bytes as u64), &pair, 64).is_ok();
+    assert!(load(needed) && !load(needed - 1));
+    assert!(plan.check(&pair, needed - 1, Overhead::NONE).is_err());
+    let granule = Overhead { granule: 1 << 20, reserve: 5 };
+    let ledger = Ledger::new();
+    drop(Models::load(&ledger, &pair, 64).unwrap());
+    let rounded = ledger.take().iter().map(|(_, bytes)| bytes.next_multiple_of(1 << 20)).sum::<usize>();
+    assert!(plan.needed(granule) >= rounded + 5);
+}
+
 #[test]
 fn the_largest_context_fits_and_a_page_more_does_not() {
     for (_files, pair) in &pairs() {
@@ -360,6 +391,7 @@ fn equal_layers_are_told_once_and_others_apart() {
     // Sliding layers are causal and take another kernel.
     assert_eq!(of(vec![true, true, true, false]), around(vec![(3, 0..3, 5), (1, 3..4, 5)]));
     assert_eq!(of(vec![true, false, true, false]), around(vec![(2, 0..4, 10)]));
+    assert_eq!(of([true, true, true, false].repeat(2)), around(vec![(2, 0..8, 20)]));
     assert_eq!(of(vec![true, false, true]), around(vec![(1, 0..1, 5), (1, 1..2, 5), (1, 2..3, 5)]));
 }
 
@@ -440,6 +472,57 @@ fn launches_need_a_plan_and_a_model_that_the_kernels_run() {
     assert_eq!(run.code, 4, "{run:?}");
     assert_eq!((run.out.as_str(), run.err.lines().count()), ("", 1));
     assert!(run.err.contains("the kernels cannot run this model: "), "{run:?}");
+}
+
+#[test]
+fn a_plan_for_a_device_has_its_memory_too() {
+    let args = ["--plan", "--device", "cuda", "--ctx", "1000", "--block", "8"];
+    let plan = MemoryPlan::new(&demo(), Room::new(1, 8, 1000)).unwrap();
+    let text = program::run(args).done();
+    assert!(text.starts_with("target demo/target: ") && text.ends_with(&format!("\n{plan}\n")), "{text}");
+    assert!(!program::run(["--plan", "--device", "cpu"]).done().contains("memory for"));
+    let memory = program::run([&args[..], &["--json"]].concat()).json().remove(0)["memory"].take();
+    assert_eq!(memory["room"], json!({"sequences": 1, "block": 8, "positions": 1000, "pages": 16}));
+    let lines = memory["lines"].as_array().unwrap();
+    let whats: Vec<&str> = lines.iter().map(|line| line["what"].as_str().unwrap()).collect();
+    assert_eq!(whats, plan.lines.iter().map(|line| line.what).collect::<Vec<_>>());
+    assert_eq!(lines.iter().map(|line| line["bytes"].as_u64().unwrap()).sum::<u64>(), memory["bytes"]);
+    let rest = ["loading_bytes", "gpu_bytes", "pinned_bytes", "page_bytes"].map(|name| memory[name].clone());
+    let expected = [plan.loading(), plan.needed(Overhead::GPU), plan.pinned, plan.page_bytes];
+    assert_eq!(rest, expected.map(Value::from));
+}
+
+#[test]
+fn a_context_that_does_not_fit_is_refused_with_the_table_and_the_one_that_would() {
+    let target = support::Target {
+        hidden: 64,
+        intermediate: 32,
+        layers: 12,
+        heads: 8,
+        kv_heads: 8,
+        head_dim: 128,
+        vocab: 300,
+        max_positions: 1 << 20,
+        ..Default::default()
+    };
+    let drafter =
+        support::Drafter { intermediate: 32, heads: 1, kv_heads: 1, head_dim: 64, ..Default::default() };
+    let files = support::write_pair(&target, &drafter);
+    let pair = Pair::open(disk(&files.target), Some(disk(&files.drafter))).unwrap();
+    let plan = MemoryPlan::new(&pair, Room::new(1, 8, 900_000)).unwrap();
+    let args = ["--device", "emulator", "--ctx", "900000", "-n", "1", "a"];
+    for more in [&[][..], &["--quiet"]] {
+        let run = program::run_pair(&files, &[&args[..], more].concat());
+        assert_eq!((run.code, run.out.as_str()), (5, ""), "{}", run.err);
+        let (table, sentence) = run.err.trim_end().rsplit_once('\n').unwrap();
+        assert_eq!(table, plan.to_string());
+        let (before, most) = sentence.rsplit_once("; the largest --ctx that fits is ").expect(sentence);
+        assert!(before.starts_with("dflash-gen: not enough memory on the device for 1 sequence of 900000 "));
+        let most: usize = most.parse().unwrap();
+        let needed =
+            |positions| MemoryPlan::new(&pair, Room::new(1, 8, positions)).unwrap().needed(Overhead::NONE);
+        assert!(needed(most) <= 16 << 30 && needed(most + PAGE) > 16 << 30, "{most}");
+    }
 }
 
 // ---- whatever the config ----
