@@ -34,7 +34,6 @@ typedef unsigned long long u64;
 
 // --- bf16 ---
 
-WRAPPER float bf16_to_f32(u16 x) { return __uint_as_float(u32(x) << 16); }
 // The two halves of a pair.
 WRAPPER float low_f32(u32 pair) { return __uint_as_float(pair << 16); }
 WRAPPER float high_f32(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
@@ -141,13 +140,11 @@ WRAPPER void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
 
 #ifdef DFLASH_EMULATOR
 namespace emu {
-template <int N, bool TRANSPOSED>
-inline void ldmatrix(u32 (&r)[N], const void* row, Site site) {
-  // Only the lanes whose address counts are held to it.
-  const bool counts = lane->index % 32 < N * 8;
-  if (counts && reinterpret_cast<uintptr_t>(row) % 16) fail(site, "ldmatrix of a row at %p, not 16-byte aligned", row);
+template <bool TRANSPOSED>
+inline void ldmatrix(u32 (&r)[4], const void* row, Site site) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail(site, "ldmatrix of a row at %p, not 16-byte aligned", row);
   together(TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", site, row, r, [](const void** in, void** out) {
-    for (int m = 0; m < N; m++) {
+    for (int m = 0; m < 4; m++) {
       uintptr_t addresses[8];
       for (int i = 0; i < 8; i++) addresses[i] = reinterpret_cast<uintptr_t>(in[m * 8 + i]);
       block->counts.conflicts += conflicts(addresses, 8, 16);
@@ -164,29 +161,19 @@ inline void ldmatrix(u32 (&r)[N], const void* row, Site site) {
   });
 }
 }  // namespace emu
-#endif
-
-// ldmatrix: N 8x8 matrices of bf16 from shared memory. Lane 8m + i brings the address of row i of matrix m (16 bytes,
-// aligned); register m of lane (g, t) gets [g][2t..2t+1] of matrix m, or [2t..2t+1][g] transposed.
-#ifdef DFLASH_EMULATOR
-#define LDMATRIX(name, N, transposed, form, registers) \
-  WRAPPER void name(u32 (&r)[N], const void* row SITE) { emu::ldmatrix<N, transposed>(r, row, EMU_HERE); }
+#define LDMATRIX(name, transposed, form) \
+  WRAPPER void name(u32 (&r)[4], const void* row SITE) { emu::ldmatrix<transposed>(r, row, EMU_HERE); }
 #else
-#define LDMATRIX_1 "=r"(r[0])
-#define LDMATRIX_2 "=r"(r[0]), "=r"(r[1])
-#define LDMATRIX_4 "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-#define LDMATRIX(name, N, transposed, form, registers)                                            \
-  WRAPPER void name(u32 (&r)[N], const void* row) {                                               \
-    const u32 at = u32(__cvta_generic_to_shared(row));                                            \
-    asm volatile("ldmatrix.sync.aligned.m8n8." form ".shared.b16 " registers ";" : LDMATRIX_##N : "r"(at) : "memory"); \
+#define LDMATRIX(name, transposed, form)                                                                     \
+  WRAPPER void name(u32 (&r)[4], const void* row) {                                                          \
+    asm volatile("ldmatrix.sync.aligned.m8n8." form ".shared.b16 {%0,%1,%2,%3}, [%4];"                       \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(u32(__cvta_generic_to_shared(row))) : "memory"); \
   }
 #endif
-LDMATRIX(ldmatrix1, 1, false, "x1", "{%0}, [%1]")
-LDMATRIX(ldmatrix2, 2, false, "x2", "{%0,%1}, [%2]")
-LDMATRIX(ldmatrix4, 4, false, "x4", "{%0,%1,%2,%3}, [%4]")
-LDMATRIX(ldmatrix1_trans, 1, true, "x1.trans", "{%0}, [%1]")
-LDMATRIX(ldmatrix2_trans, 2, true, "x2.trans", "{%0,%1}, [%2]")
-LDMATRIX(ldmatrix4_trans, 4, true, "x4.trans", "{%0,%1,%2,%3}, [%4]")
+// ldmatrix: four 8x8 matrices of bf16 from shared memory. Lane 8m + i brings the address of row i of matrix m (16 bytes,
+// aligned); register m of lane (g, t) gets [g][2t..2t+1] of matrix m, or [2t..2t+1][g] transposed.
+LDMATRIX(ldmatrix4, false, "x4")
+LDMATRIX(ldmatrix4_trans, true, "x4.trans")
 #undef LDMATRIX
 
 // One access of 1 to 16 bytes to shared memory, counted for bank conflicts.
@@ -325,8 +312,6 @@ WRAPPER void st128(void* to, uint4 value SITE) {
   }
 #endif
 PAST_L1(float, "f32", "%0, [%1]", "[%0], %1", ONE("=f"), ONE("f"))
-PAST_L1(u32, "u32", "%0, [%1]", "[%0], %1", ONE("=r"), ONE("r"))
-PAST_L1(u64, "u64", "%0, [%1]", "[%0], %1", ONE("=l"), ONE("l"))
 PAST_L1(float4, "v4.f32", "{%0,%1,%2,%3}, [%4]", "[%0], {%1,%2,%3,%4}", FOUR("=f"), FOUR("f"))
 PAST_L1(uint4, "v4.u32", "{%0,%1,%2,%3}, [%4]", "[%0], {%1,%2,%3,%4}", FOUR("=r"), FOUR("r"))
 #undef PAST_L1

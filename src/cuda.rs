@@ -208,8 +208,12 @@ impl Cuda {
     /// [`Error::Unsupported`] where the binary has no CUDA kernels, or the machine no driver, no such GPU, a driver too old
     /// for the kernels, or a GPU older than sm_80; [`Error::Internal`] where the driver refuses a kernel.
     pub fn open(ordinal: u32) -> Result<Cuda> {
+        Cuda::with(MODULES, ordinal)
+    }
+
+    fn with(from: &'static [Module], ordinal: u32) -> Result<Cuda> {
         let unsupported = |what: String| Err(Error::Unsupported(what));
-        if MODULES.is_empty() {
+        if from.is_empty() {
             return unsupported(
                 "device cuda: this binary was built without nvcc and has no CUDA kernels".to_string(),
             );
@@ -270,7 +274,7 @@ impl Cuda {
         };
         let context = Arc::new(Context { device, context, stream, capturing: Mutex::new(()) });
         let mut modules = BTreeMap::new();
-        for module in MODULES {
+        for module in from {
             modules.insert(module.file, load(module, usize::from(properties.overlap), driver)?);
         }
         let state = Mutex::new(State { functions: BTreeMap::new(), recording: HashMap::new() });
@@ -673,4 +677,16 @@ impl Device for Cuda {
 
 fn gib(bytes: usize) -> String {
     format!("{:.2} GiB", bytes as f64 / f64::from(1u32 << 30))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_binary_without_kernels_says_so() {
+        let said = Cuda::with(&[], 0).err();
+        let sentence = "device cuda: this binary was built without nvcc and has no CUDA kernels";
+        assert_eq!(said, Some(Error::Unsupported(sentence.into())));
+    }
 }

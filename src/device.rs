@@ -1,4 +1,4 @@
-//! What the engine needs of a device: memory, kernel launches, graphs, events. [`crate::cuda`] and [`crate::emulator`]
+//! What the engine needs of a device: memory, kernel launches, graphs, events. [`crate::cuda`] and `crate::emulator`
 //! implement it; neither knows what a model is.
 //!
 //! Work is ordered: a device runs everything in the order it was asked for. Launching is a safe call because a kernel's

@@ -9,7 +9,7 @@
 //! | `template` | chat templates as Hugging Face runs them |
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
 //! | [`cpu`], `kv`, `simd` | the reference's arithmetic on all cores; its cache; the instruction sets underneath |
-//! | [`reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
+//! | [`mod@reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
 //! | [`device`] | memory, launches, graphs, events: what the engine needs of a device |
 //! | [`cuda`] | that device on a GPU, through the driver API |
 //! | `emulator` | that device on the host build of `cuda/*.cu`, for tests (feature `emulator`) |

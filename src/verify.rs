@@ -206,7 +206,7 @@ pub fn judge(draft: &[u32], mut target_at: impl FnMut(usize) -> Option<u32>) -> 
     Some((draft.len(), target_at(draft.len())?))
 }
 
-/// Judges a tree of drafts by the same rule. `tokens` [rows]: the anchor, then the drafts; `parents` [rows]: the row
+/// Judges a tree of drafts by the same rule. `tokens` `[rows]`: the anchor, then the drafts; `parents` `[rows]`: the row
 /// that a draft follows, itself an earlier one (row 0's is not looked at; a draft that follows no earlier row is
 /// unreachable). `target_at(row)` samples the target's row after the drafts on the way there. From row 0 on the walk
 /// goes to the child that is what the target chose, the lowest where several are. Returns the rows of the walk, 0

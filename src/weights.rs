@@ -1,25 +1,27 @@
-//! Checkpoint folders: on disk (memory-mapped) or embedded in the binary. Tensors stay in their files' bytes and
+//! Checkpoint folders: on disk (weights memory-mapped) or embedded in the binary. Tensors stay in their files' bytes and
 //! types; nothing is converted here.
 
 use crate::json::shown;
 use crate::{Error, Result};
 use safetensors::tensor::{Dtype as Stored, Metadata};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, File};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Bytes of one file: mapped or embedded. Cheap to clone.
 #[derive(Clone)]
-pub enum Bytes {
+enum Bytes {
     Mapped(Arc<Mapped>),
     Embedded(&'static [u8]),
 }
 
 /// A file that stays open, so that nobody minds another that takes its name, and its bytes.
-pub struct Mapped {
+struct Mapped {
     map: memmap2::Mmap,
     file: File,
 }
@@ -87,6 +89,8 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// The safetensors format's own limit.
 const MAX_HEADER: usize = 100_000_000;
+/// More than any tokenizer, which is the largest of a model's text files.
+const MAX_TEXT: usize = 100_000_000;
 
 impl Folder {
     /// The file as a user would name it: `DIR/file`.
@@ -105,37 +109,54 @@ impl Folder {
         }
     }
 
-    /// The file's bytes, `None` if it is not there. A file that cannot be read is an error.
-    pub fn file(&self, file: &str) -> Result<Option<Bytes>> {
+    /// The bytes of a text file, `None` if it is not there.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a file that cannot be read, becomes shorter meanwhile or is larger than any such file;
+    /// [`Error::Memory`].
+    pub fn file(&self, file: &str) -> Result<Option<Cow<'static, [u8]>>> {
         let dir = match self {
             Folder::Disk(dir) => dir,
-            Folder::Embedded { files, .. } => {
-                return Ok(files.iter().find(|(name, _)| *name == file).map(|&(_, b)| Bytes::Embedded(b)));
-            }
+            Folder::Embedded { files, .. } => return Ok(embedded(files, file).map(Cow::Borrowed)),
         };
         let path = dir.join(file);
-        let broken = |e: io::Error| Error::Model(format!("{} cannot be read: {e}", path.display()));
-        let info = match fs::metadata(&path) {
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
-            info => info.map_err(broken)?,
+        let Some((mut open, size)) = open(&path)? else { return Ok(None) };
+        let Some(size) = usize::try_from(size).ok().filter(|&size| size <= MAX_TEXT) else {
+            return Err(Error::Model(format!(
+                "{} has {size} bytes, expected at most {MAX_TEXT}",
+                path.display()
+            )));
         };
-        // Asked before opening, because opening a pipe would wait for its writer.
-        if !info.is_file() {
-            return Err(Error::Model(format!("{} is not a regular file", path.display())));
-        }
-        if info.len() == 0 {
-            return Ok(Some(Bytes::Embedded(&[])));
-        }
-        let file = File::open(&path).map_err(broken)?;
-        // SAFETY: the map is read-only and private to this process. Whoever changes a checkpoint's bytes while it is in
-        // use breaks it, as with every engine that maps its weights.
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(broken)?;
-        Ok(Some(Bytes::Mapped(Arc::new(Mapped { map, file }))))
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(size).map_err(|_| {
+            Error::Memory(format!("not enough memory: reading {} needs {size} bytes", path.display()))
+        })?;
+        bytes.resize(size, 0);
+        open.read_exact(&mut bytes).map_err(|e| unreadable(&path, e))?;
+        Ok(Some(bytes.into()))
     }
 
     /// As [`Folder::file`], but its absence is an error that says what the folder holds instead.
-    pub fn need(&self, file: &str) -> Result<Bytes> {
+    pub fn need(&self, file: &str) -> Result<Cow<'static, [u8]>> {
         self.file(file)?.ok_or_else(|| self.missing(file))
+    }
+
+    /// A file of weights, of which nothing is read; `None` if it is not there.
+    fn map(&self, file: &str) -> Result<Option<Bytes>> {
+        let dir = match self {
+            Folder::Disk(dir) => dir,
+            Folder::Embedded { files, .. } => return Ok(embedded(files, file).map(Bytes::Embedded)),
+        };
+        let path = dir.join(file);
+        let Some((file, size)) = open(&path)? else { return Ok(None) };
+        if size == 0 {
+            return Ok(Some(Bytes::Embedded(&[])));
+        }
+        // SAFETY: the map is read-only and private to this process. Whoever changes a checkpoint's bytes while it is in
+        // use breaks it, as with every engine that maps its weights; a look at bytes that are gone is a SIGBUS, whose
+        // handler finds the file in [`Checkpoint::mapped`].
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| unreadable(&path, e))?;
+        Ok(Some(Bytes::Mapped(Arc::new(Mapped { map, file }))))
     }
 
     fn missing(&self, file: &str) -> Error {
@@ -162,6 +183,27 @@ impl Folder {
             }
         })
     }
+}
+
+fn embedded(files: &[(&str, &'static [u8])], file: &str) -> Option<&'static [u8]> {
+    files.iter().find(|(name, _)| *name == file).map(|&(_, bytes)| bytes)
+}
+
+/// A regular file and its bytes' number, `None` if it is not there.
+fn open(path: &Path) -> Result<Option<(File, u64)>> {
+    let info = match fs::metadata(path) {
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
+        info => info.map_err(|e| unreadable(path, e))?,
+    };
+    // Asked before opening, because opening a pipe would wait for its writer.
+    if !info.is_file() {
+        return Err(Error::Model(format!("{} is not a regular file", path.display())));
+    }
+    Ok(Some((File::open(path).map_err(|e| unreadable(path, e))?, info.len())))
+}
+
+fn unreadable(path: &Path, e: io::Error) -> Error {
+    Error::Model(format!("{} cannot be read: {e}", path.display()))
 }
 
 /// Files that look like weights in any format, up to five.
@@ -200,7 +242,7 @@ impl Dtype {
 #[derive(Clone)]
 pub struct Tensor {
     file: Bytes,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
     path: String,
     name: String,
     pub dtype: Dtype,
@@ -258,7 +300,7 @@ pub struct Checkpoint {
 /// Where one tensor lies; `range` is within its shard's bytes, checked when the header was read.
 struct Entry {
     shard: usize,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
     dtype: Stored,
     shape: Vec<usize>,
 }
@@ -272,7 +314,7 @@ struct Index {
 impl Checkpoint {
     /// Maps the shards and checks every header; reads no weights.
     pub fn open(folder: &Folder) -> Result<Self> {
-        if let Some(bytes) = folder.file(SINGLE)? {
+        if let Some(bytes) = folder.map(SINGLE)? {
             let mut whole =
                 Checkpoint { source: folder.path(SINGLE), shards: vec![], tensors: BTreeMap::new() };
             whole.add(folder.path(SINGLE), bytes)?;
@@ -294,7 +336,7 @@ impl Checkpoint {
                     shown(file)
                 )));
             }
-            let Some(bytes) = folder.file(file)? else {
+            let Some(bytes) = folder.map(file)? else {
                 return Err(Error::Model(format!(
                     "{} lists the shard {}, which is not in the folder",
                     all.source,
@@ -368,6 +410,18 @@ impl Checkpoint {
     /// (path, bytes) of every shard, in name order.
     pub fn files(&self) -> Vec<(&str, usize)> {
         self.shards.iter().map(|(path, bytes)| (path.as_str(), bytes.len())).collect()
+    }
+
+    /// (path, addresses) of every shard that is mapped from a file. While the checkpoint is open, a fault at one of these
+    /// addresses is that file's.
+    pub fn mapped(&self) -> impl Iterator<Item = (&str, Range<usize>)> {
+        self.shards.iter().filter_map(|(path, bytes)| match bytes {
+            Bytes::Mapped(mapped) => {
+                let start = mapped.map.as_ptr().addr();
+                Some((path.as_str(), start..start + mapped.map.len()))
+            }
+            Bytes::Embedded(_) => None,
+        })
     }
 
     /// (name, file, dtype, shape) of every tensor in a type that can be used, in name order; for `--plan`.

@@ -693,6 +693,37 @@ fn keys_and_values_are_read_once_without_bank_conflicts() {
 }
 
 #[test]
+fn shared_memory_is_free_of_conflicts_under_every_mask() {
+    let counted = |what: &str, run: &dyn Fn(&Emulator)| {
+        let device = Emulator::new();
+        device.count_conflicts(true);
+        run(&device);
+        for (name, count) in device.counts() {
+            assert!(count.shared > 0, "{name}");
+            assert_eq!(count.conflicts, 0, "{name}: {what}, of {} accesses", count.shared);
+        }
+    };
+    let mut random = Random::new(17);
+    let few = if cfg!(feature = "sanitize") { 1 } else { 6 };
+    for (head_dim, heads) in [(64, 3), (64, 1), (64, 8), (128, 1), (128, 4), (128, 5)].into_iter().take(few) {
+        for (context, window) in [(70, 0), (255, 100), (1300, 0)] {
+            for rule in [Rule::Chain, Rule::Tree, Rule::Block] {
+                let shape = shape(rule, head_dim, heads, 1, window);
+                for rows in [1, 7, 64] {
+                    let s = Sequence::new(&shape, context, rows, &mut random);
+                    let what = format!("{shape:?}, {rows} rows after {context}");
+                    counted(&what, &|device| drop(run(device, &shape, rows, std::slice::from_ref(&s))));
+                }
+            }
+            let shape = shape(Rule::Chain, head_dim, heads, 1, window);
+            let s = Sequence::new(&shape, context, 130, &mut random);
+            let what = format!("a prompt, {shape:?} after {context}");
+            counted(&what, &|device| drop(prefill(device, &shape, &[1, 64, 65], &s)));
+        }
+    }
+}
+
+#[test]
 fn a_graph_of_attention_can_be_replayed() {
     every_device(|device| {
         let mut random = Random::new(14);

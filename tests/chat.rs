@@ -4,16 +4,14 @@
 mod program;
 mod support;
 
-use program::{Run, flags, run, with_stdin, write};
 #[cfg(target_os = "linux")]
-use program::{command, interrupt};
+use program::{Live, interrupt};
+use program::{Run, flags, run, with_stdin, write};
 use serde_json::{Value, json};
 #[cfg(target_os = "linux")]
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 #[cfg(target_os = "linux")]
-use std::process::{Child, ChildStdin, Stdio};
-#[cfg(target_os = "linux")]
-use std::sync::mpsc;
+use std::process::Stdio;
 #[cfg(target_os = "linux")]
 use std::time::Duration;
 
@@ -406,63 +404,12 @@ fn the_demo_pair_needs_no_template_of_the_users() {
     assert_eq!((got.code, got.out, got.err.as_str()), (0, expected, ""));
 }
 
-// ---- Ctrl-C and readers who leave ----
-
-/// A conversation whose other end is the test.
-#[cfg(target_os = "linux")]
-struct Live {
-    child: Child,
-    input: Option<ChildStdin>,
-    out: BufReader<std::process::ChildStdout>,
-    err: BufReader<std::process::ChildStderr>,
-    /// Ends with the test.
-    _over: mpsc::Sender<()>,
-}
-
-#[cfg(target_os = "linux")]
-impl Live {
-    fn new<A: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = A>) -> Live {
-        let mut command = command(args);
-        command.arg("--chat").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let (out, err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
-        let input = child.stdin.take();
-        // A conversation that does not end is a failure, not a wait without end.
-        let (_over, over) = mpsc::channel();
-        let id = child.id().to_string();
-        std::thread::spawn(move || {
-            if over.recv_timeout(Duration::from_secs(60)) == Err(mpsc::RecvTimeoutError::Timeout) {
-                std::process::Command::new("kill").args(["-KILL", &id]).status().unwrap();
-            }
-        });
-        Live { child, input, out: BufReader::new(out), err: BufReader::new(err), _over }
-    }
-
-    fn say(&mut self, line: &str) {
-        writeln!(self.input.as_mut().unwrap(), "{line}").unwrap();
-    }
-
-    fn error_line(&mut self) -> String {
-        let mut line = String::new();
-        assert_ne!(self.err.read_line(&mut line).unwrap(), 0, "stderr has ended");
-        line
-    }
-
-    fn code(&mut self) -> Option<i32> {
-        self.child.wait().unwrap().code()
-    }
-
-    /// The exit code, once input ends.
-    fn end(&mut self) -> Option<i32> {
-        self.input = None;
-        self.code()
-    }
-}
+// ---- Ctrl-C ----
 
 #[cfg(target_os = "linux")]
 #[test]
 fn ctrl_c_ends_the_answer_and_keeps_what_was_said() {
-    let mut live = Live::new(["-n", "3000", "--ignore-eos"]);
+    let mut live = Live::new(["--chat", "-n", "3000", "--ignore-eos"]);
     live.say("def main(");
     let mut said = vec![0; 40];
     live.out.read_exact(&mut said).unwrap();
@@ -499,7 +446,7 @@ fn line_of(record: &Value) -> String {
 #[cfg(target_os = "linux")]
 #[test]
 fn ctrl_c_twice_ends_the_program() {
-    let mut live = Live::new(["-n", "3000", "--ignore-eos"]);
+    let mut live = Live::new(["--chat", "-n", "3000", "--ignore-eos"]);
     live.say("def main(");
     live.out.read_exact(&mut [0; 40]).unwrap();
     interrupt(&live.child);
@@ -514,7 +461,7 @@ fn ctrl_c_twice_ends_the_program() {
 #[test]
 fn ctrl_c_between_answers_ends_the_program() {
     for said in ["/set", "/help", "import os"] {
-        let mut live = Live::new(["-n", "5"]);
+        let mut live = Live::new(["--chat", "-n", "5"]);
         live.say(said);
         live.say("/stats");
         while !live.error_line().starts_with(if said == "import os" { "in all" } else { "no answer" }) {}
@@ -531,7 +478,7 @@ fn ctrl_c_before_the_answer_drops_the_message() {
     let target = support::Target { eos: vec![], max_positions: 1 << 17, ..Default::default() };
     let drafter = support::Drafter { max_positions: 1 << 17, ..Default::default() };
     let pair = support::write_pair(&target, &drafter);
-    let mut live = Live::new(flags(&pair).iter().map(String::as_str).chain(["-n", "8"]));
+    let mut live = Live::new(flags(&pair).iter().map(String::as_str).chain(["--chat", "-n", "8"]));
     // Half a minute of prompt.
     live.say(&"long ".repeat(20_000));
     std::thread::sleep(Duration::from_millis(300));
@@ -542,19 +489,4 @@ fn ctrl_c_before_the_answer_drops_the_message() {
     let mut out = String::new();
     live.out.read_to_string(&mut out).unwrap();
     assert_eq!(out, Setting::new(Some(&pair), &["-n", "8"]).answers(&["hello"], &[]));
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn a_reader_who_leaves_ends_the_conversation_quietly() {
-    let mut live = Live::new(["-n", "3000", "--ignore-eos"]);
-    live.say("def main(");
-    live.out.read_exact(&mut [0; 40]).unwrap();
-    let Live { mut child, input, out, mut err, _over } = live;
-    drop(out);
-    assert_eq!(child.wait().unwrap().code(), Some(0));
-    drop(input);
-    let mut said = String::new();
-    err.read_to_string(&mut said).unwrap();
-    assert_eq!(said, "");
 }

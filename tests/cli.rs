@@ -7,9 +7,9 @@ mod support;
 use dflash::config::TargetConfig;
 use dflash::text::Text;
 use dflash::weights::{DEMO_TARGET, Dtype};
-use program::{BINARY, command, finish, flags, run, run_pair, with_stdin, write};
 #[cfg(target_os = "linux")]
-use program::{interrupt, status};
+use program::status;
+use program::{BINARY, command, finish, flags, run, run_pair, with_stdin, write};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{Read, Write};
@@ -615,97 +615,6 @@ fn conversations_go_through_the_template() {
     let own = run_pair(&pair, &["--json", "-n", "12", "Hello"]).json().remove(0);
     assert_eq!(own["tokens"], with(&["Hello"])[0]["tokens"]);
     assert_eq!(raw("Hello")["prompt_tokens"], 5);
-}
-
-// ---- the end of a run from outside ----
-
-#[cfg(target_os = "linux")]
-#[test]
-fn ctrl_c_keeps_the_text_so_far() {
-    let args = [PROMPT, "-n", "3000", "--ignore-eos"];
-    let mut child =
-        command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
-    let mut out = child.stdout.take().unwrap();
-    let mut bytes = vec![0; 40];
-    out.read_exact(&mut bytes).unwrap();
-    interrupt(&child);
-    out.read_to_end(&mut bytes).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-    let got = String::from_utf8(bytes).unwrap();
-    let mut err = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
-    assert_eq!(err.lines().count(), 1, "{err}");
-    // The statistics say how many tokens came; the same number asked for gives the same text.
-    let (tokens, _) = err.split_once(" tokens in ").expect(&err);
-    assert!(tokens.parse::<usize>().unwrap() < 3000);
-    assert_eq!(got, run([PROMPT, "--ignore-eos", "-n", tokens]).done());
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn ctrl_c_leaves_whole_records() {
-    let dir = tempfile::tempdir().unwrap();
-    let line = json!({"prompt": PROMPT}).to_string();
-    let file = write(dir.path(), "p.jsonl", format!("{line}\n{line}\n"));
-    for form in ["--json", "--stream-json"] {
-        let child = command([form, "-q", "-n", "3000", "--ignore-eos", "--prompts", &file])
-            .stdout(Stdio::piped())
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        interrupt(&child);
-        let output = child.wait_with_output().unwrap();
-        assert_eq!(output.status.code(), Some(130));
-        let lines = String::from_utf8(output.stdout).unwrap();
-        let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        let (record, events) = lines.split_last().unwrap();
-        assert_eq!(record["finish_reason"], "interrupted");
-        assert_eq!(text(record), demo_text().decode(&ids(&record["tokens"])).unwrap());
-        assert!(form == "--stream-json" || events.is_empty(), "the second prompt was begun");
-        let tokens: Vec<u32> = events.iter().flat_map(|e| ids(&e["tokens"])).collect();
-        assert!(form == "--json" || tokens == ids(&record["tokens"]));
-    }
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn a_reader_who_leaves_ends_the_run_quietly() {
-    for form in [&[][..], &["--stream-json"]] {
-        let mut child = command([PROMPT, "-n", "3500", "--ignore-eos"])
-            .args(form)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut out = child.stdout.take().unwrap();
-        out.read_exact(&mut [0; 10]).unwrap();
-        drop(out);
-        let output = child.wait_with_output().unwrap();
-        assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]));
-    }
-}
-
-#[test]
-fn statistics_without_a_reader_harm_nothing() {
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
-    let mut command = command([PROMPT, "-n", "20"]);
-    let output = command.stdin(Stdio::null()).stderr(writer).output().unwrap();
-    assert_eq!(output.status.code(), Some(0));
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), run([PROMPT, "-n", "20"]).done());
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn stdout_that_cannot_be_written_is_a_failure() {
-    let mut command = command([PROMPT, "-n", "5"]);
-    let output = command.stdout(fs::File::create("/dev/full").unwrap()).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert_eq!(
-        String::from_utf8(output.stderr).unwrap(),
-        "dflash-gen: stdout cannot be written: No space left on device (os error 28)\n"
-    );
 }
 
 // ---- memory ----

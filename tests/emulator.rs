@@ -22,12 +22,7 @@ static WARP: Kernel = toy("toy_warp", 32);
 static BANKS: Kernel = toy("toy_banks", 32);
 static GRID: Kernel = toy("toy_grid", 64);
 static ATOMICS: Kernel = toy("toy_atomics", 64);
-static LDMATRIX: [(usize, bool, Kernel); 4] = [
-    (1, false, toy("toy_ldmatrix1", 32)),
-    (2, false, toy("toy_ldmatrix2", 32)),
-    (4, false, toy("toy_ldmatrix4", 32)),
-    (4, true, toy("toy_ldmatrix4_trans", 32)),
-];
+static LDMATRIX: Kernel = toy("toy_ldmatrix", 32);
 static STAGING: Kernel = broken("broken_staging", 128);
 static REUSE: Kernel = broken("broken_reuse", 128);
 static WITHIN_WARP: Kernel = broken("broken_warp", 32);
@@ -117,28 +112,25 @@ fn mma_multiplies_matrices() {
 #[test]
 fn ldmatrix_spreads_rows_over_the_lanes_and_counts_conflicts() {
     let rows: Vec<u16> = (0..256).collect();
-    for (n, transposed, kernel) in &LDMATRIX {
+    for transposed in [false, true] {
         // 80 bytes between rows touch all banks once; 128 bytes put all eight rows of a matrix on the same four.
         for (pitch, conflicts) in [(80, 0), (16, 0), (128, 7), (64, 3)] {
             let bytes = five_schedules(|device| {
-                let out = poisoned::<u32>(device, 32 * n);
-                let args = [(&out).into(), (&upload(device, &rows)).into(), Arg::U32(pitch)];
-                device.launch(kernel, [1, 1, 1], 32 * pitch, &args).unwrap();
-                let counts = device.counts()[kernel.name];
-                assert_eq!(
-                    (counts.shared, counts.conflicts),
-                    (1, conflicts * *n as u64),
-                    "{kernel:?}, pitch {pitch}"
-                );
+                let out = poisoned::<u32>(device, 32 * 4);
+                let input = upload(device, &rows);
+                let args = [(&out).into(), (&input).into(), Arg::U32(pitch), Arg::U32(transposed.into())];
+                device.launch(&LDMATRIX, [1, 1, 1], 32 * pitch, &args).unwrap();
+                let counts = device.counts()["toy_ldmatrix"];
+                assert_eq!((counts.shared, counts.conflicts), (1, conflicts * 4), "pitch {pitch}");
                 bytes_of(device, &out)
             });
             for (i, pair) in from_bytes::<u32>(&bytes).into_iter().enumerate() {
-                let (lane, matrix) = (i / n, i % n);
+                let (lane, matrix) = (i / 4, i % 4);
                 let (g, t) = (lane / 4, lane % 4 * 2);
                 let at = |row: usize, column: usize| u32::from(rows[(matrix * 8 + row) * 8 + column]);
                 let expected =
-                    if *transposed { at(t, g) | at(t + 1, g) << 16 } else { at(g, t) | at(g, t + 1) << 16 };
-                assert_eq!(pair, expected, "{kernel:?}, lane {lane}, matrix {matrix}");
+                    if transposed { at(t, g) | at(t + 1, g) << 16 } else { at(g, t) | at(g, t + 1) << 16 };
+                assert_eq!(pair, expected, "transposed {transposed}, lane {lane}, matrix {matrix}");
             }
         }
     }

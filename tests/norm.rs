@@ -31,6 +31,14 @@ fn data(rows: usize, hidden: usize) -> Data {
     }
 }
 
+/// y, from `full_norm`.
+fn whole(device: &dyn Device, data: &Data) -> Vec<u16> {
+    let Norm { rows, hidden } = data.norm;
+    let y = poisoned::<u16>(device, rows * hidden);
+    data.norm.full(device, &y, &upload(device, &data.x), &upload(device, &data.gain), EPS).unwrap();
+    download(device, &y)
+}
+
 /// x after the addition, y and the sums, from `residual_norm`.
 fn residual(device: &dyn Device, data: &Data, add: bool) -> (Vec<f32>, Vec<u16>, Vec<f32>) {
     let Norm { rows, hidden } = data.norm;
@@ -92,12 +100,7 @@ fn whole_norm_is_the_mean_square_norm() {
             // So small that eps counts.
             data.x.iter_mut().for_each(|x| *x *= 1e-3);
         }
-        let outcomes = bits_of_every_device(|device| {
-            let y = poisoned::<u16>(device, rows * hidden);
-            let (x, gain) = (upload(device, &data.x), upload(device, &data.gain));
-            data.norm.full(device, &y, &x, &gain, EPS).unwrap();
-            bytes_of(device, &y)
-        });
+        let outcomes = bits_of_every_device(|device| to_bytes(&whole(device, &data)));
         let mut expected = Vec::new();
         for row in data.x.chunks(hidden) {
             let mean = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / hidden as f64;
@@ -118,16 +121,14 @@ fn both_halves_of_the_norm_make_the_whole() {
     every_device(|device| {
         let data = data(4, 1088);
         let hidden = 1088;
-        let (x, y, sums) = residual(device, &data, false);
-        let whole = poisoned::<u16>(device, 4 * hidden);
-        data.norm.full(device, &whole, &upload(device, &x), &upload(device, &data.gain), EPS).unwrap();
+        let (_, y, sums) = residual(device, &data, false);
         let parts = data.norm.parts();
         let mut finished = from_bf16(&y);
         for (row, sums) in finished.chunks_mut(hidden).zip(sums.chunks(parts)) {
             let rstd = 1.0 / (sums.iter().sum::<f32>() / hidden as f32 + EPS).sqrt();
             row.iter_mut().for_each(|v| *v *= rstd);
         }
-        let error = relative_error(&finished, &from_bf16(&download(device, &whole)));
+        let error = relative_error(&finished, &from_bf16(&whole(device, &data)));
         assert!(error < 2.0 * BF16, "{error}");
     });
 }
@@ -139,6 +140,7 @@ fn a_rows_bits_depend_on_no_other_row() {
         let mut data = data(1, hidden);
         let (row, add) = (data.x.clone(), data.add.clone());
         let alone = residual(device, &data, true);
+        let alone_whole = whole(device, &data);
         for rows in [2, 8, 17, 128] {
             // Neighbours are full of NaN and infinity.
             let place = rows * 2 / 3;
@@ -152,6 +154,7 @@ fn a_rows_bits_depend_on_no_other_row() {
             assert_eq!(x[place * hidden..][..hidden], alone.0);
             assert_eq!(y[place * hidden..][..hidden], alone.1);
             assert_eq!(sums[place * parts..][..parts], alone.2);
+            assert_eq!(whole(device, &data)[place * hidden..][..hidden], alone_whole);
         }
     });
 }

@@ -69,6 +69,7 @@ const FLAGS: &str = r#"
 2 | --batch 2 x | --batch needs --prompts
 2 | --batch 0 --prompts nothing.jsonl | --batch is 0, expected 1 to 16
 2 | --batch 17 --prompts nothing.jsonl | --batch is 17, expected 1 to 16
+2 | --gpu 0 --device emulator x | --gpu needs --device cuda or auto
 2 | --gpu one x | invalid value 'one' for '--gpu <N>': expected a whole number from 0 to 4294967295
 2 | --device tpu x | invalid value 'tpu' for '--device <DEVICE>' [possible values: auto, cpu, cuda, emulator]; a similar value exists: 'cpu'
 2 | --stop '' x | --stop is empty, expected at least one character

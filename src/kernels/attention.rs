@@ -202,7 +202,7 @@ impl Attention {
         Ok(())
     }
 
-    /// `out`, `q` [sequences * block][heads][head_dim] bf16. Rows beyond a span's are not written.
+    /// `out`, `q` `[sequences * block][heads][head_dim]` bf16. Rows beyond a span's are not written.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or the kernels do not have the shape; else what the device says.
@@ -259,7 +259,7 @@ impl Prefill {
         self.layer.bytes(context, rows)
     }
 
-    /// `out`, `q` [rows][heads][head_dim] bf16; `paged` of one sequence. Rows beyond the span's are not written.
+    /// `out`, `q` `[rows][heads][head_dim]` bf16; `paged` of one sequence. Rows beyond the span's are not written.
     ///
     /// # Errors
     /// As [`Attention::launch`].

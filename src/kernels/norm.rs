@@ -38,7 +38,7 @@ impl Norm {
     /// `x[r] += add[r]` where there is an `add`, then `y[r] = bf16(gain x[r])` and, for the consumer to finish the norm
     /// with, `sumsq[r][p]`: the sum of squares of columns `128 p ..` of `x[r]`.
     ///
-    /// `y` [rows][hidden] bf16, `sumsq` [rows][parts] f32, `x` and `add` [rows][hidden] f32, `gain` [hidden] f32.
+    /// `y` `[rows][hidden]` bf16, `sumsq` `[rows][parts]` f32, `x` and `add` `[rows][hidden]` f32, `gain` `[hidden]` f32.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.

@@ -163,19 +163,19 @@ pub struct Round {
 /// The tables of a round's passes, as `round_begin` writes them.
 #[derive(Debug, Clone, Copy)]
 pub struct Tables<'a> {
-    /// [sequences][block] u32: anchor and masks; `u32::MAX` is padding.
+    /// `[sequences][block]` u32: anchor and masks; `u32::MAX` is padding.
     pub draft_tokens: &'a Buffer,
-    /// [2][sequences][block] `Row`: first the pending features, at the drafter's positions and slots, then the block.
+    /// `[2][sequences][block]` `Row`: first the pending features, at the drafter's positions and slots, then the block.
     pub draft_rows: &'a Buffer,
-    /// [sequences][block] u32: for each pending feature its row of the last verification pass; `u32::MAX` is padding.
+    /// `[sequences][block]` u32: for each pending feature its row of the last verification pass; `u32::MAX` is padding.
     pub features: &'a Buffer,
-    /// [sequences] `Span`: what the block's rows see of the drafter's pages; no rows where nothing is drafted.
+    /// `[sequences]` `Span`: what the block's rows see of the drafter's pages; no rows where nothing is drafted.
     pub draft_spans: &'a Buffer,
-    /// [sequences][block] `Row`
+    /// `[sequences][block]` `Row`
     pub verify_rows: &'a Buffer,
-    /// [sequences] `Span`
+    /// `[sequences]` `Span`
     pub verify_spans: &'a Buffer,
-    /// [2] u32: the round's number, to be 0 before the first; sequences that take part.
+    /// `[2]` u32: the round's number, to be 0 before the first; sequences that take part.
     pub clock: &'a Buffer,
 }
 
@@ -193,8 +193,8 @@ impl Round {
         (self.sequences * (256 + self.block * 100)) as u64
     }
 
-    /// Makes the tables. `sequences` [sequences] [`Sequence`]; `path` [sequences][block] as the last verdict left it;
-    /// `depths` [sequences][block] u32: of a tree's rows, none for chains; `mask`: the drafter's mask token.
+    /// Makes the tables. `sequences` `[sequences]` [`Sequence`]; `path` `[sequences][block]` as the last verdict left it;
+    /// `depths` `[sequences][block]` u32: of a tree's rows, none for chains; `mask`: the drafter's mask token.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
@@ -239,8 +239,8 @@ impl Round {
         device.launch(&BEGIN, [count as u32, 1, 1], 0, &args)
     }
 
-    /// `tokens` [sequences][block] u32 of the verification pass: anchor, drafts, `u32::MAX` as padding. `drafts`
-    /// [sequences][block] u32: what the drafter chose at each row of the block; row 0's is not used.
+    /// `tokens` `[sequences][block]` u32 of the verification pass: anchor, drafts, `u32::MAX` as padding. `drafts`
+    /// `[sequences][block]` u32: what the drafter chose at each row of the block; row 0's is not used.
     ///
     /// # Errors
     /// As [`Round::begin`].

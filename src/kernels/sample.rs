@@ -31,15 +31,15 @@ pub struct Sample {
 /// What a launch needs beyond the rows' best where some sequence has a temperature.
 #[derive(Debug, Clone, Copy)]
 pub struct Races<'a> {
-    /// [rows][vocab] f32; read for rows with a temperature only.
+    /// `[rows][vocab]` f32; read for rows with a temperature only.
     pub logits: &'a Buffer,
-    /// [sequences] [`Sequence`]
+    /// `[sequences]` [`Sequence`]
     pub sequences: &'a Buffer,
     /// [`tables`], sealed.
     pub tables: &'a Buffer,
     /// [`Sample::workspace`] bytes, undefined.
     pub partial: &'a Buffer,
-    /// [rows] u32, zero; they are zero again afterwards.
+    /// `[rows]` u32, zero; they are zero again afterwards.
     pub counters: &'a Buffer,
 }
 
@@ -64,9 +64,9 @@ impl Sample {
         self.bytes() + (self.rows * (self.vocab * 4 + self.slices() * slice)) as u64
     }
 
-    /// `choice` [rows] u32: the chosen token, `u32::MAX` for a row without a sequence and for a damaged one. `best`
-    /// [rows][blocks] u64: per block of ids the largest `ascending(logit) << 32 | !id`, all ones where a logit is NaN
-    /// or +inf; it must be what `logits` say. `table` [rows]: `Row`s (cuda/rows.cuh), of which sequence and position
+    /// `choice` `[rows]` u32: the chosen token, `u32::MAX` for a row without a sequence and for a damaged one. `best`
+    /// `[rows][blocks]` u64: per block of ids the largest `ascending(logit) << 32 | !id`, all ones where a logit is NaN
+    /// or +inf; it must be what `logits` say. `table` `[rows]`: `Row`s (cuda/rows.cuh), of which sequence and position
     /// count: the noise is that of the position after. Without `races` every row is greedy.
     ///
     /// # Errors

@@ -17,11 +17,11 @@ pub struct Verify {
 /// Where a verdict goes.
 #[derive(Debug, Clone, Copy)]
 pub struct Verdict<'a> {
-    /// [sequences] u32: drafts that stand.
+    /// `[sequences]` u32: drafts that stand.
     pub accepted: &'a Buffer,
-    /// [sequences] u32: the token after them; `u32::MAX` where its row is damaged or the sequence takes no part.
+    /// `[sequences]` u32: the token after them; `u32::MAX` where its row is damaged or the sequence takes no part.
     pub next: &'a Buffer,
-    /// [sequences][block] u32: rows of the block on the way there, 0 first; `u32::MAX` beyond `accepted + 1` of them.
+    /// `[sequences][block]` u32: rows of the block on the way there, 0 first; `u32::MAX` beyond `accepted + 1` of them.
     pub path: &'a Buffer,
 }
 
@@ -39,8 +39,8 @@ impl Verify {
         (self.sequences * (self.block * 16 + 16)) as u64
     }
 
-    /// `choices` and `tokens` [sequences][block] u32: what the target chose at each row, and the anchor and the drafts;
-    /// `parents` [sequences][block] u32: the row that a draft follows, none for chains; `spans` [sequences]: `Span`s
+    /// `choices` and `tokens` `[sequences][block]` u32: what the target chose at each row, and the anchor and the drafts;
+    /// `parents` `[sequences][block]` u32: the row that a draft follows, none for chains; `spans` `[sequences]`: `Span`s
     /// (cuda/rows.cuh), of which the number of rows counts.
     ///
     /// # Errors

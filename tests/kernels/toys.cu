@@ -16,28 +16,17 @@ KERNEL(64, 1, toy_mma, (float* out, const u16* a, const u16* b, u32 repeats)) {
   to[(g + 8) * 8 + 2 * t] = d[2], to[(g + 8) * 8 + 2 * t + 1] = d[3];
 }
 
-// ldmatrix of in[N * 8][8] bf16, rows `pitch` bytes apart in shared memory: out[lane][N] as each lane got it.
-template <int N, class Load>
-__device__ void toy_ldmatrix(u32* out, const u16* in, u32 pitch, Load load) {
+// ldmatrix of in[32][8] bf16, rows `pitch` bytes apart in shared memory: out[lane][4] as each lane got it.
+KERNEL(32, 1, toy_ldmatrix, (u32* out, const u16* in, u32 pitch, u32 transposed)) {
   DYNAMIC_SHARED(u8, memory);
   grid_wait();
-  if (threadIdx.x < N * 8) *reinterpret_cast<uint4*>(memory + threadIdx.x * pitch) = ld128(in + threadIdx.x * 8);
+  u8* row = memory + threadIdx.x * pitch;
+  *reinterpret_cast<uint4*>(row) = ld128(in + threadIdx.x * 8);
   __syncthreads();
-  u32 r[N];
-  load(r, memory + threadIdx.x % (N * 8) * pitch);
-  for (int i = 0; i < N; i++) out[threadIdx.x * N + i] = r[i];
-}
-KERNEL(32, 1, toy_ldmatrix1, (u32* out, const u16* in, u32 pitch)) {
-  toy_ldmatrix<1>(out, in, pitch, [](u32(&r)[1], const u8* p) { ldmatrix1(r, p); });
-}
-KERNEL(32, 1, toy_ldmatrix2, (u32* out, const u16* in, u32 pitch)) {
-  toy_ldmatrix<2>(out, in, pitch, [](u32(&r)[2], const u8* p) { ldmatrix2(r, p); });
-}
-KERNEL(32, 1, toy_ldmatrix4, (u32* out, const u16* in, u32 pitch)) {
-  toy_ldmatrix<4>(out, in, pitch, [](u32(&r)[4], const u8* p) { ldmatrix4(r, p); });
-}
-KERNEL(32, 1, toy_ldmatrix4_trans, (u32* out, const u16* in, u32 pitch)) {
-  toy_ldmatrix<4>(out, in, pitch, [](u32(&r)[4], const u8* p) { ldmatrix4_trans(r, p); });
+  u32 r[4];
+  if (transposed) ldmatrix4_trans(r, row);
+  else ldmatrix4(r, row);
+  for (int i = 0; i < 4; i++) out[threadIdx.x * 4 + i] = r[i];
 }
 
 // The warp operations on in[32], one result row of 32 each.

@@ -140,6 +140,11 @@ pub fn small() -> (Target, Drafter) {
     (target, drafter)
 }
 
+pub fn small_pair() -> Pair {
+    let (target, drafter) = small();
+    write_pair(&target, &drafter)
+}
+
 pub fn disk(path: &Path) -> Folder {
     Folder::Disk(path.to_path_buf())
 }

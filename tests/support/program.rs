@@ -6,9 +6,11 @@ use crate::support::Pair;
 use serde_json::Value;
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_dflash-gen");
 
@@ -101,4 +103,53 @@ pub fn interrupt(child: &Child) {
         std::thread::yield_now();
     }
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+}
+
+/// A run whose other ends are the test's.
+pub struct Live {
+    pub child: Child,
+    pub input: Option<ChildStdin>,
+    pub out: BufReader<ChildStdout>,
+    pub err: BufReader<ChildStderr>,
+    /// Ends with the test.
+    pub _over: mpsc::Sender<()>,
+}
+
+impl Live {
+    pub fn new<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Live {
+        let mut command = command(args);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (out, err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let input = child.stdin.take();
+        // A run that does not end is a failure, not a wait without end.
+        let (_over, over) = mpsc::channel();
+        let id = child.id().to_string();
+        std::thread::spawn(move || {
+            if over.recv_timeout(Duration::from_secs(60)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                Command::new("kill").args(["-KILL", &id]).status().unwrap();
+            }
+        });
+        Live { child, input, out: BufReader::new(out), err: BufReader::new(err), _over }
+    }
+
+    pub fn say(&mut self, line: &str) {
+        writeln!(self.input.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    pub fn error_line(&mut self) -> String {
+        let mut line = String::new();
+        assert_ne!(self.err.read_line(&mut line).unwrap(), 0, "stderr has ended");
+        line
+    }
+
+    pub fn code(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+
+    /// The exit code, once input ends.
+    pub fn end(&mut self) -> Option<i32> {
+        self.input = None;
+        self.code()
+    }
 }

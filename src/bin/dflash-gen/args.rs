@@ -47,10 +47,10 @@ pub struct Args {
     /// Where to run
     #[arg(long, value_enum, default_value_t = Device::Auto, help_heading = "Models")]
     pub device: Device,
-    /// Which GPU, as the driver counts them
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Models")]
+    /// Which GPU, as the driver counts them [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Models")]
     #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
-    pub gpu: u32,
+    pub gpu: Option<u32>,
     /// Positions that a sequence may have, prompt and answer together [default: on a device 8192, or what the longest
     /// prompt needs; at most the model's]
     #[arg(long, value_name = "N", help_heading = "Models")]
@@ -194,6 +194,9 @@ impl Args {
             }
             _ if !(1..=MOST_SEQUENCES).contains(&self.batch) => {
                 Err(Error::Usage(format!("--batch is {}, expected 1 to {MOST_SEQUENCES}", self.batch)))
+            }
+            _ if self.gpu.is_some() && matches!(self.device, Device::Cpu | Device::Emulator) => {
+                wrong("--gpu needs --device cuda or auto")
             }
             _ if self.batch > 1 && self.prompts.is_none() && !self.plan => wrong("--batch needs --prompts"),
             _ if self.chat && self.max_tokens == 0 => {

@@ -27,10 +27,13 @@ pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Roo
 pub fn load(args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
     match args.device {
         Choice::Cpu => cpu(pair, args, room),
-        Choice::Cuda => on("cuda", Box::new(Cuda::open(args.gpu)?), Overhead::GPU, args, pair, room),
+        Choice::Cuda => {
+            on("cuda", Box::new(Cuda::open(args.gpu.unwrap_or(0))?), Overhead::GPU, args, pair, room)
+        }
         Choice::Emulator => on("emulator", emulator()?, Overhead::NONE, args, pair, room),
         Choice::Auto => {
-            let gpu = Cuda::open(args.gpu).and_then(|gpu| MemoryPlan::new(pair, room).map(|_| gpu));
+            let gpu =
+                Cuda::open(args.gpu.unwrap_or(0)).and_then(|gpu| MemoryPlan::new(pair, room).map(|_| gpu));
             match gpu {
                 Ok(gpu) => {
                     let name = gpu.properties().name.clone();

@@ -4,6 +4,7 @@
 mod args;
 mod backend;
 mod chat;
+mod fault;
 mod inputs;
 mod output;
 mod plan;
@@ -81,6 +82,7 @@ fn run(args: &Args) -> Result<u8> {
     };
     let clock = Instant::now();
     let pair = Pair::open(target, drafter)?;
+    fault::guard(&pair)?;
     let block = args.block(&pair)?;
     args.context(&pair)?;
     if args.plan {
