@@ -64,14 +64,17 @@ pub fn go_on(_: usize, _: Event) -> Result<Flow> {
     Ok(Flow::Continue)
 }
 
+/// Takes all that is said.
+pub struct Silent;
+
+impl Listener for Silent {
+    fn token(&mut self, _id: u32, _drafted: bool) -> Result<Flow> {
+        Ok(Flow::Continue)
+    }
+}
+
 /// The request alone, to its end.
 pub fn run(decoder: &mut dyn Decoder, request: &Request) -> Outcome {
-    struct Silent;
-    impl Listener for Silent {
-        fn token(&mut self, _id: u32, _drafted: bool) -> Result<Flow> {
-            Ok(Flow::Continue)
-        }
-    }
     generate(decoder, request, &mut Silent).unwrap()
 }
 
