@@ -246,8 +246,27 @@ fn run(
     listeners: &mut dyn Listeners,
 ) -> Result<()> {
     requests.iter().try_for_each(|request| check(decoder, request))?;
-    let context = decoder.context();
     let mut seats: Vec<Option<Seat>> = (0..decoder.slots()).map(|_| None).collect();
+    let end = serve(decoder, requests, keep, listeners, &mut seats);
+    if end.is_err() {
+        // The error is what the caller has to hear, and the decoder is to be of use to others.
+        for (slot, seat) in seats.iter().enumerate() {
+            if let Some(seat) = seat {
+                let _ = decoder.leave(slot, seat.outcome.tokens.len());
+            }
+        }
+    }
+    end
+}
+
+fn serve<'a>(
+    decoder: &mut dyn Decoder,
+    requests: &'a [Request],
+    keep: bool,
+    listeners: &mut dyn Listeners,
+    seats: &mut [Option<Seat<'a>>],
+) -> Result<()> {
+    let context = decoder.context();
     let mut emitted = vec![Emitted::default(); seats.len()];
     let mut waiting = requests.iter().enumerate().peekable();
     loop {

@@ -1,0 +1,132 @@
+//! Many requests on one decoder: a listener that says what a test wants, random requests, a pair that the kernels run in
+//! no time.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+use crate::support;
+use dflash::Result;
+use dflash::engine::{Decoder, Finish, Flow, Listener, Listeners, Outcome, Request, generate, generate_all};
+use dflash::verify::Sampling;
+
+/// What a listener hears of: `Prompt(done)`, `Token(number)` with numbers from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    Prompt(usize),
+    Token(usize),
+}
+
+/// Hears of all requests, answers as `reply` does, and holds outcomes against what was said.
+pub struct Crowd<F> {
+    pub outcomes: Vec<Option<Outcome>>,
+    heard: Vec<Vec<u32>>,
+    index: usize,
+    reply: F,
+}
+
+impl<F: FnMut(usize, Event) -> Result<Flow>> Crowd<F> {
+    pub fn new(requests: usize, reply: F) -> Crowd<F> {
+        Crowd { outcomes: vec![None; requests], heard: vec![vec![]; requests], index: 0, reply }
+    }
+
+    /// Tokens said so far, of all requests.
+    pub fn heard(&self) -> usize {
+        self.heard.iter().map(Vec::len).sum()
+    }
+}
+
+impl<F: FnMut(usize, Event) -> Result<Flow>> Listener for Crowd<F> {
+    fn prefill(&mut self, done: usize) -> Flow {
+        (self.reply)(self.index, Event::Prompt(done)).unwrap()
+    }
+
+    fn token(&mut self, id: u32, _drafted: bool) -> Result<Flow> {
+        let heard = &mut self.heard[self.index];
+        heard.push(id);
+        (self.reply)(self.index, Event::Token(heard.len()))
+    }
+}
+
+impl<F: FnMut(usize, Event) -> Result<Flow>> Listeners for Crowd<F> {
+    fn of(&mut self, index: usize) -> Result<&mut dyn Listener> {
+        self.index = index;
+        Ok(self)
+    }
+
+    fn done(&mut self, index: usize, outcome: Outcome) -> Result<Flow> {
+        assert_eq!(outcome.tokens, self.heard[index], "request {index} heard something else");
+        let flow = if outcome.finish == Finish::Interrupted { Flow::Interrupt } else { Flow::Continue };
+        assert!(self.outcomes[index].replace(outcome).is_none(), "request {index} ended twice");
+        Ok(flow)
+    }
+}
+
+pub fn go_on(_: usize, _: Event) -> Result<Flow> {
+    Ok(Flow::Continue)
+}
+
+/// Takes all that is said.
+pub struct Silent;
+
+impl Listener for Silent {
+    fn token(&mut self, _id: u32, _drafted: bool) -> Result<Flow> {
+        Ok(Flow::Continue)
+    }
+}
+
+/// The request alone, to its end.
+pub fn run(decoder: &mut dyn Decoder, request: &Request) -> Outcome {
+    generate(decoder, request, &mut Silent).unwrap()
+}
+
+/// All requests to their ends, or to where `reply` ends them.
+pub fn together(
+    decoder: &mut dyn Decoder,
+    requests: &[Request],
+    reply: impl FnMut(usize, Event) -> Result<Flow>,
+) -> Vec<Outcome> {
+    let mut crowd = Crowd::new(requests.len(), reply);
+    generate_all(decoder, requests, &mut crowd).unwrap();
+    crowd.outcomes.into_iter().map(Option::unwrap).collect()
+}
+
+/// What an answer is, whatever time it took.
+pub fn answer(outcome: &Outcome) -> (&[u32], Finish, &[usize]) {
+    (&outcome.tokens, outcome.finish, &outcome.accepted)
+}
+
+/// Without stop ids.
+pub fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32) -> Request {
+    let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 3 };
+    Request { prompt: prompt.to_vec(), max_tokens, sampling, stop_ids: vec![], block }
+}
+
+/// As small as the kernels take, with so few tokens that a random drafter is often right.
+pub fn tiny() -> (support::Target, support::Drafter) {
+    let target = support::Target {
+        hidden: 64,
+        intermediate: 32,
+        layers: 2,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 64,
+        vocab: 4,
+        tied: false,
+        eos: vec![],
+        ..Default::default()
+    };
+    let drafter = support::Drafter {
+        intermediate: 32,
+        layers: 1,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 64,
+        taps: vec![0],
+        block: 16,
+        ..Default::default()
+    };
+    (target, drafter)
+}
+
+pub fn open(pair: &support::Pair) -> dflash::pair::Pair {
+    dflash::pair::Pair::open(support::disk(&pair.target), Some(support::disk(&pair.drafter))).unwrap()
+}
