@@ -575,6 +575,9 @@ impl<'a> Batch<'a> {
     }
 
     /// The round of all slots, with drafts where there is a drafter.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] where there is none, which is a bug.
     pub fn largest(&self, sampled: bool) -> Result<&Graph> {
         let found = self.graphs.iter().rfind(|(shape, _)| shape.sampled == sampled);
         found.map(|(_, graph)| graph).ok_or_else(|| Error::Internal("no round was captured".into()))
