@@ -149,8 +149,15 @@ impl Session<'_> {
             gone: false,
             interrupted: false,
         };
-        let end = generate_all(&mut *self.backend.decoder()?, requests, &mut answers);
+        let mut decoder = self.backend.decoder()?;
+        let clock = Instant::now();
+        let end = generate_all(&mut *decoder, requests, &mut answers);
         end.inspect_err(|_| answers.writers.iter_mut().flatten().for_each(Writer::fail))?;
+        if requests.len() > 1 && !self.args.quiet && !answers.gone {
+            let (time, tokens) = (clock.elapsed().as_secs_f64(), answers.tokens());
+            let rate = tokens as f64 / time.max(1e-9);
+            note(&format!("all: {tokens} tokens in {time:.2} s, {rate:.0} tok/s"));
+        }
         Ok(if answers.interrupted && !answers.gone { INTERRUPTED_EXIT } else { 0 })
     }
 
@@ -289,6 +296,13 @@ struct Answers<'a> {
     /// Nobody reads any more.
     gone: bool,
     interrupted: bool,
+}
+
+impl Answers<'_> {
+    /// Of all answers that are over.
+    fn tokens(&self) -> usize {
+        self.ended.iter().flatten().map(|outcome| outcome.tokens.len()).sum()
+    }
 }
 
 impl Listeners for Answers<'_> {
