@@ -19,6 +19,7 @@
 //! | [`model`] | target and drafter on a device: a pass as an ordered list of launches |
 //! | [`rounds`] | sequences on a device: pages, the captured round, the ring |
 //! | [`engine`] | a request's life: prefill, rounds, stopping; what it needs of a device |
+//! | [`lossless`] | DFlash held against plain decoding, bit for bit |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
 
 pub mod config;
@@ -32,6 +33,7 @@ mod json;
 pub mod kernels;
 mod kv;
 pub mod load;
+pub mod lossless;
 pub mod memory;
 pub mod model;
 pub mod pair;

@@ -5,6 +5,7 @@ mod args;
 mod backend;
 mod chat;
 mod inputs;
+mod lossless;
 mod output;
 mod plan;
 
@@ -119,7 +120,11 @@ fn run(args: &Args) -> Result<u8> {
     if args.chat {
         return Chat::new(&session, sampling, block)?.run();
     }
-    if args.compare { session.compare(&requests) } else { session.generate(&requests) }
+    match (args.compare, args.check_lossless) {
+        (true, _) => session.compare(&requests),
+        (_, true) => session.check_lossless(&requests),
+        _ => session.generate(&requests),
+    }
 }
 
 fn interrupt() -> Flow {
