@@ -27,7 +27,8 @@ pub struct Report {
 /// run. None where it interrupts.
 ///
 /// The first token is no round's: both runs have it from the same pass over the prompt, and only the token is compared.
-/// Of the logits a hash of 64 bits each is kept.
+/// Of a row's logits a hash of 64 bits is kept. Watched rounds are not quite those of an unwatched decoder: greedy ones write
+/// their logits, too.
 ///
 /// # Errors
 /// As [`generate`]. A difference is none: it is in the report.

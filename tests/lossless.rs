@@ -40,11 +40,11 @@ fn open(written: &support::Pair) -> Pair {
     Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap()
 }
 
-/// Heads of 64 in groups of 2, sums over K in two slices, a drafter that looks through a window. Of so few tokens, and of
+/// Heads of 64 in groups of 2, sums over K in three slices, a drafter that looks through a window. Of so few tokens, and of
 /// such a seed, that it is often right.
 fn narrow() -> support::Pair {
     let target = support::Target {
-        intermediate: 544,
+        intermediate: 768,
         layers: 2,
         heads: 2,
         kv_heads: 1,

@@ -94,3 +94,20 @@ fn object(report: &Report) -> Value {
         "identical": difference.is_none(), "difference": difference,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_is_told_in_the_line_and_in_the_object() {
+        let identical = Err(Error::Lossless("prompt 3: token 5".into()));
+        let report = Report { tokens: 12, rounds: 4, compared: 5, rejected: 40, identical };
+        assert_eq!(line("3", &report), "     3      12       4              5  NO");
+        let expected = json!({
+            "tokens": 12, "rounds": 4, "compared": 5, "rejected": 40, "identical": false,
+            "difference": "prompt 3: token 5",
+        });
+        assert_eq!(object(&report), expected);
+    }
+}
