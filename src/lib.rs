@@ -20,6 +20,7 @@
 //! | [`model`] | target and drafter on a device: a pass as an ordered list of launches |
 //! | [`rounds`] | sequences on a device: pages, the captured round, the ring |
 //! | [`engine`] | a request's life: prefill, rounds, stopping; what it needs of a device |
+//! | [`lossless`] | DFlash held against plain decoding, bit for bit |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
 
 pub mod config;
@@ -34,6 +35,7 @@ pub mod kernels;
 mod kv;
 pub mod launches;
 pub mod load;
+pub mod lossless;
 pub mod memory;
 pub mod model;
 pub mod pair;

@@ -135,6 +135,11 @@ pub struct Args {
     /// Instead of text: every prompt by plain decoding and by DFlash, both rates, and whether the tokens are identical
     #[arg(long, conflicts_with_all = ["stream_json", "show_accept"], help_heading = "Output")]
     pub compare: bool,
+    /// Instead of text: every prompt by plain decoding and by DFlash, and whether the tokens and the logits that chose them
+    /// are identical, bit for bit
+    #[arg(long, help_heading = "Output", verbatim_doc_comment)]
+    #[arg(conflicts_with_all = ["compare", "stream_json", "show_accept", "plan", "chat", "batch"])]
+    pub check_lossless: bool,
     /// No statistics on stderr
     #[arg(short, long, help_heading = "Output")]
     pub quiet: bool,
@@ -182,15 +187,24 @@ impl Args {
     /// What can be told wrong before any file is looked at.
     pub fn check(&self) -> Result<()> {
         let wrong = |what: &str| Err(Error::Usage(what.into()));
+        let twice = match (self.compare, self.check_lossless) {
+            (true, _) => Some("--compare"),
+            (_, true) => Some("--check-lossless"),
+            _ => None,
+        };
+        if let Some(flag) = twice {
+            if self.plain() {
+                return Err(Error::Usage(format!("{flag} needs a drafter, but --draft is none")));
+            }
+            if self.block == Some(1) {
+                return Err(Error::Usage(format!(
+                    "--block is 1, which is plain decoding: {flag} expects at least 2"
+                )));
+            }
+        }
         match (&self.target, &self.draft) {
             (Some(_), None) => {
                 wrong("--target needs --draft: its drafter's folder, or none for plain decoding")
-            }
-            (_, Some(_)) if self.compare && self.plain() => {
-                wrong("--compare needs a drafter, but --draft is none")
-            }
-            _ if self.compare && self.block == Some(1) => {
-                wrong("--block is 1, which is plain decoding: --compare expects at least 2")
             }
             _ if !(1..=MOST_SEQUENCES).contains(&self.batch) => {
                 Err(Error::Usage(format!("--batch is {}, expected 1 to {MOST_SEQUENCES}", self.batch)))
@@ -205,6 +219,10 @@ impl Args {
             _ if self.compare && self.max_tokens == 0 => {
                 wrong("--max-tokens is 0, which leaves --compare nothing to compare")
             }
+            _ if self.check_lossless && self.max_tokens < 2 => Err(Error::Usage(format!(
+                "--max-tokens is {}, which leaves --check-lossless no round: expected at least 2",
+                self.max_tokens
+            ))),
             _ => Ok(()),
         }
     }

@@ -6,6 +6,7 @@ mod backend;
 mod chat;
 mod fault;
 mod inputs;
+mod lossless;
 mod output;
 mod plan;
 
@@ -123,7 +124,11 @@ fn run(args: &Args) -> Result<u8> {
     if args.chat {
         return Chat::new(&session, sampling, block)?.run();
     }
-    if args.compare { session.compare(&requests) } else { session.generate(&requests) }
+    match (args.compare, args.check_lossless) {
+        (true, _) => session.compare(&requests),
+        (_, true) => session.check_lossless(&requests),
+        _ => session.generate(&requests),
+    }
 }
 
 fn interrupt() -> Flow {

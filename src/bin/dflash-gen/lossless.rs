@@ -1,0 +1,113 @@
+//! `--check-lossless`: every prompt plainly and by DFlash, token for token and logit for logit.
+
+use crate::output::{Output, StopOnly};
+use crate::{INTERRUPTED_EXIT, Session, note};
+use dflash::engine::{Flow, Listener, Request};
+use dflash::lossless::{Report, check};
+use dflash::{Error, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use std::io::IsTerminal;
+
+/// Counts tokens for who waits.
+struct Counting<'a>(StopOnly<'a>, &'a ProgressBar);
+
+impl Listener for Counting<'_> {
+    fn prefill(&mut self, done: usize) -> Flow {
+        self.0.prefill(done)
+    }
+    fn token(&mut self, id: u32, drafted: bool) -> Result<Flow> {
+        self.1.inc(1);
+        self.0.token(id, drafted)
+    }
+}
+
+impl Session<'_> {
+    /// A line or an object of what was compared; the first difference is the error, once all prompts have run.
+    pub fn check_lossless(&self, requests: &[Request]) -> Result<u8> {
+        let mut decoder = self.backend.decoder()?;
+        let mut out = Output::default();
+        if !self.args.json {
+            out.line("prompt  tokens  rounds  rows compared  identical")?;
+        }
+        let shown = !self.args.quiet && std::io::stderr().is_terminal();
+        let bar = if shown { ProgressBar::no_length() } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{msg}: {pos} tokens, {per_sec}") {
+            bar.set_style(style);
+        }
+        let mut all = Report { tokens: 0, rounds: 0, compared: 0, rejected: 0, identical: Ok(()) };
+        let mut rows = Vec::new();
+        for (number, request) in (1..).zip(requests) {
+            bar.reset();
+            bar.set_message(format!("prompt {number} of {}", requests.len()));
+            let listener = || Ok(Counting(StopOnly(self.text.stream(&self.args.stop)?), &bar));
+            let Some(mut report) = check(&mut *decoder, request, listener)? else {
+                bar.finish_and_clear();
+                return Ok(INTERRUPTED_EXIT);
+            };
+            report.identical = report.identical.map_err(|e| Error::Lossless(format!("prompt {number}: {e}")));
+            if self.args.json {
+                rows.push(object(&report));
+            } else {
+                bar.suspend(|| out.line(&line(&number.to_string(), &report)))?;
+            }
+            all = Report {
+                tokens: all.tokens + report.tokens,
+                rounds: all.rounds + report.rounds,
+                compared: all.compared + report.compared,
+                rejected: all.rejected + report.rejected,
+                identical: all.identical.and(report.identical),
+            };
+            if out.gone {
+                break;
+            }
+        }
+        bar.finish_and_clear();
+        if self.args.json {
+            let mut record = object(&all);
+            record["prompts"] = rows.into();
+            record["seed"] = requests[0].sampling.seed.into();
+            record["device"] = self.backend.name().into();
+            record["target"] = self.pair.target.folder.name().into();
+            record["draft"] = self.pair.drafter.as_ref().map(|d| d.folder.name()).into();
+            out.line(&record.to_string())?;
+        } else {
+            out.line(&line("all", &all))?;
+            if self.args.temperature > 0.0 && !self.args.quiet {
+                note(&format!("seed {}", requests[0].sampling.seed));
+            }
+        }
+        all.identical.map(|()| 0)
+    }
+}
+
+fn line(name: &str, report: &Report) -> String {
+    let Report { tokens, rounds, compared, .. } = report;
+    let word = if report.identical.is_ok() { "yes" } else { "NO" };
+    format!("{name:>6}  {tokens:6}  {rounds:6}  {compared:13}  {word}")
+}
+
+fn object(report: &Report) -> Value {
+    let difference = report.identical.as_ref().err().map(Error::to_string);
+    json!({
+        "tokens": report.tokens, "rounds": report.rounds, "compared": report.compared, "rejected": report.rejected,
+        "identical": difference.is_none(), "difference": difference,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_is_told_in_the_line_and_in_the_object() {
+        let identical = Err(Error::Lossless("prompt 3: token 5".into()));
+        let report = Report { tokens: 12, rounds: 4, compared: 5, rejected: 40, identical };
+        assert_eq!(line("3", &report), "     3      12       4              5  NO");
+        let expected = json!({
+            "tokens": 12, "rounds": 4, "compared": 5, "rejected": 40, "identical": false,
+            "difference": "prompt 3: token 5",
+        });
+        assert_eq!(object(&report), expected);
+    }
+}
