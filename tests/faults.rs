@@ -196,7 +196,7 @@ fn who_finds_too_few_pages_waits_and_who_never_fits_is_refused() {
         let sentence = "a sequence of 226 positions needs 4 pages of keys and values, but there are 3";
         // Alone, and while others run.
         for before in [0, 1, 2] {
-            let list = [&requests[..before], &[huge.clone()]].concat();
+            let list = [&requests[..before], std::slice::from_ref(&huge)].concat();
             let mut crowd = Crowd::new(list.len(), go_on);
             let error = generate_all(&mut three, &list, &mut crowd).unwrap_err();
             assert_eq!((error.to_string().as_str(), error.exit_code()), (sentence, 5));
