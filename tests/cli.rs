@@ -78,8 +78,14 @@ fn prompts_keep_the_order_of_their_file() {
     let tokens = |records: &[Value]| records.iter().map(|r| ids(&r["tokens"])).collect::<Vec<_>>();
     assert_eq!(tokens(&records), tokens(&alone));
     let plain = run(["--prompts", &file, "-n", "24"]);
-    assert_eq!(plain.err.lines().count(), prompts.len(), "{}", plain.err);
-    assert!(plain.err.starts_with("1: 24 tokens in "), "{}", plain.err);
+    // A line each, and one for all.
+    let said: Vec<&str> = plain.err.lines().collect();
+    assert_eq!(said.len(), prompts.len() + 1, "{}", plain.err);
+    assert!(
+        said[0].starts_with("1: 24 tokens in ") && said[4].starts_with("all: 96 tokens in "),
+        "{}",
+        plain.err
+    );
     let texts: String = records.iter().map(|r| format!("{}\n", text(r).trim_end_matches('\n'))).collect();
     let squeeze = |text: &str| text.split('\n').filter(|l| !l.is_empty()).collect::<Vec<_>>().join("\n");
     assert_eq!(squeeze(&plain.out), squeeze(&texts));

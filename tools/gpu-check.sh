@@ -29,7 +29,7 @@ step() {
     return $status
 }
 
-rm -f "$out"/{summary.txt,tests.log,memcheck.log,racecheck.log}
+rm -f "$out"/{summary.txt,tests.log,generate.log,memcheck.log,racecheck.log}
 say "commit   $(head -n 1 commit)$([ "$(wc -l <commit)" = 1 ] || echo ', with changes')"
 say "card     $(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader 2>&1 | head -n 1)"
 say "machine  $(nproc) cores, $(uname -r), $(ldd --version 2>&1 | head -n 1)"
@@ -41,7 +41,7 @@ for turn in first second; do
     say "         $(grep -o "opened in .*" "$out/last")"
 done
 
-for test in cuda pack norm linear linear_bits prefill attention decide rounds passes device; do
+for test in cuda pack norm linear linear_bits prefill attention decide rounds passes graphs device lossless; do
     [ -x "$test" ] || continue
     step 120 tests.log "$test" "./$test" --show-output && continue
     # A kernel that went wrong takes the others of its process along: each failed test again, alone.
@@ -50,6 +50,20 @@ for test in cuda pack norm linear linear_bits prefill attention decide rounds pa
         grep -m 1 -A 2 'panicked at' "$out/last" | cut -c 1-300 | tee -a "$out/summary.txt"
     done
 done
+
+# The program itself, on the demo pair that it holds: every prompt plainly and with drafts, logits and times.
+generate() { # generate LOG ARGS...
+    local log=$1
+    shift
+    step 90 "$log" "dflash-gen $*" bash -c 'echo "on the GPU"; ./dflash-gen --device cuda --prompts prompts.jsonl "$@"' - "$@"
+    grep -E '^ *(prompt|all)' "$out/last" | tee -a "$out/summary.txt"
+}
+if [ -x dflash-gen ]; then
+    generate generate.log -n 128 --check-lossless
+    generate generate.log -n 128 --check-lossless --temperature 0.8 --top-p 0.95 --seed 1
+    generate generate.log -n 128 --compare
+    for batch in 1 8; do generate generate.log -n 128 --batch $batch --json; done
+fi
 
 checker() { # checker TOOL TEST FILTERS...
     local tool=$1 test=$2

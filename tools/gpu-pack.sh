@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what tools/gpu-check.sh runs on a machine with a GPU that has neither cargo nor nvcc: the tests that use one, as
-# programs, and the commit they are of.
+# programs, dflash-gen with the held-out prompts, and the commit they are of.
 #   tools/gpu-pack.sh pack.tar.xz      unpacks to pack/
 set -euo pipefail
 [ $# = 1 ] || { sed -n '2,4p' "$0"; exit 2; }
@@ -16,7 +16,9 @@ sed -n 's,.*Executable tests/\(.*\)\.rs (\(.*\)),\1 \2,p' "$work/build.log" | wh
     grep -q 'target sm_90a' "$program" || { echo "$program has no CUDA kernels: tools/get-nvcc.sh" >&2; exit 1; }
     strip -o "$work/pack/$name" "$program"
 done
-cp tools/gpu-check.sh "$work/pack/"
+cargo build --release --locked
+strip -o "$work/pack/dflash-gen" target/release/dflash-gen
+cp tools/gpu-check.sh tests/data/prompts.jsonl "$work/pack/"
 { git rev-parse HEAD; git status --short --untracked-files=no; } >"$work/pack/commit"
 # Every program holds the same kernels: a dictionary longer than one makes them cost once.
 tar -C "$work" -c pack | xz --lzma2=preset=1,dict=64MiB >"$archive"
