@@ -11,7 +11,7 @@ use crowd::*;
 use dflash::cuda::Cuda;
 use dflash::device::Device;
 use dflash::emulator::Emulator;
-use dflash::engine::{Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, generate_all};
+use dflash::engine::{Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, generate_all, resume};
 use dflash::memory::Room;
 use dflash::rounds::{Batch, Models};
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
@@ -97,6 +97,23 @@ fn budgets_end_an_answer_at_every_place_of_a_round() {
             }
         }
         assert!(within >= 5, "only {within} budgets ended within a round");
+    });
+}
+
+/// A token depends on what is before it, the seed and its position, whether a prompt's row gave it or a round's.
+#[test]
+fn a_prompt_and_a_part_of_its_answer_give_the_rest_of_it() {
+    on_the_emulator(tiny(), 128, |device, models| {
+        let mut single = batch(device, models, 1, 128);
+        for (seed, temperature) in [(1, 0.0), (2, 0.8), (3, 2.0)] {
+            let prompt = prompt(seed, 9);
+            let whole = run(&mut single, &request(&prompt, 16, 16, temperature)).tokens;
+            for n in 1..16 {
+                let said = [&prompt[..], &whole[..n]].concat();
+                let rest = run(&mut single, &request(&said, 16 - n, 16, temperature)).tokens;
+                assert_eq!(rest, whole[n..], "after {n} tokens at temperature {temperature}");
+            }
+        }
     });
 }
 
@@ -263,6 +280,32 @@ fn an_answer_can_be_ended_at_every_token_and_fail_there() {
     });
 }
 
+/// What is kept of an answer that was cut within a round is what plain decoding would have kept, and good: neither tokens
+/// nor rounds after it differ from a fresh start's.
+#[test]
+fn a_conversation_goes_on_from_an_answer_that_was_ended_at_any_token() {
+    on_the_emulator(tiny(), 128, |device, models| {
+        let (mut single, mut fresh) = (batch(device, models, 1, 128), batch(device, models, 1, 128));
+        let (prompt, whole) = long_round(&mut single, 16, 6);
+        let first = request(&prompt, 16, 16, 0.0);
+        for n in 1..=16 {
+            let next = [&prompt[..], &whole.tokens[..n], &[2, 0, 1]].concat();
+            for block in [1, 16] {
+                let reply = |_, event| Ok(if event == Event::Token(n) { Flow::Stop } else { Flow::Continue });
+                let cut = attempt(&mut single, &first, reply).unwrap();
+                assert_eq!(cut.tokens, whole.tokens[..n]);
+                let next = request(&next, 8, block, 0.0);
+                let got = resume(&mut single, &next, &mut Silent).unwrap();
+                assert_eq!(answer(&got), answer(&run(&mut fresh, &next)), "after {n} tokens, block {block}");
+                // All but the last token; the drafter has seen what was there before the last round.
+                let seen = cut.accepted.iter().rev().skip(1).sum::<usize>();
+                let kept = if block > 1 { seen } else { n - 1 };
+                assert_eq!(got.kept, prompt.len() + kept, "after {n} tokens, block {block}");
+            }
+        }
+    });
+}
+
 #[test]
 fn a_prompt_can_be_ended_after_every_chunk() {
     let (target, drafter) = tiny();
@@ -274,18 +317,22 @@ fn a_prompt_can_be_ended_after_every_chunk() {
         let expected = run(&mut single, &next);
         let long = request(&prompt(1, 520), 9, 16, 0.0);
         let mut chunks = vec![];
-        let whole = attempt(&mut single, &long, |_, event| {
+        let outcome = attempt(&mut single, &long, |_, event| {
             chunks.extend(matches!(event, Event::Prompt(_)).then_some(event));
             Ok(Flow::Continue)
         });
+        let whole = outcome.unwrap();
         assert_eq!(chunks, [Event::Prompt(512), Event::Prompt(520)]);
-        for at in chunks {
+        for (at, kept) in chunks.into_iter().zip([512, 519]) {
             let reply = |_, event| Ok(if event == at { Flow::Interrupt } else { Flow::Continue });
             let got = attempt(&mut single, &long, reply).unwrap();
             assert_eq!((got.tokens, got.finish, got.accepted), (vec![], Finish::Interrupted, vec![]));
             assert_eq!(answer(&run(&mut single, &next)), answer(&expected), "after an end at {at:?}");
+            // Or with the same prompt, of which something was run.
+            attempt(&mut single, &long, reply).unwrap();
+            let again = resume(&mut single, &long, &mut Silent).unwrap();
+            assert_eq!((answer(&again), again.kept), (answer(&whole), kept));
         }
-        assert_eq!(answer(&run(&mut single, &long)), answer(&whole.unwrap()));
     });
 }
 
