@@ -507,9 +507,9 @@ fn batches_print_what_single_sequences_print() {
             assert_ne!(timeless(&unsorted), events, "the answers of a batch did not run together");
         }
         // A context that the answers reach.
-        let short = timeless(&with(&["--batch", "3", "--json", "--ctx", "20", "--ignore-eos"]));
+        let short = timeless(&with(&["--batch", "3", "--json", "--ctx", "15", "--ignore-eos"]));
         let ends = |record: &Value| {
-            let room = 20 - record["prompt_tokens"].as_u64().unwrap() as usize;
+            let room = 15 - record["prompt_tokens"].as_u64().unwrap() as usize;
             (
                 record["tokens"].as_array().unwrap().len(),
                 room,
