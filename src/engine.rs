@@ -219,7 +219,8 @@ fn alone(
 /// Each answer is the one that [`generate`] gives.
 ///
 /// # Errors
-/// As [`generate`]; what is wrong with any request is found before the first one runs.
+/// As [`generate`]; what is wrong with any prompt is found before the first one runs, but that one never fits into the
+/// memory there is, when its turn comes.
 pub fn generate_all(
     decoder: &mut dyn Decoder,
     requests: &[Request],
