@@ -21,6 +21,9 @@
 //! | [`rounds`] | sequences on a device: pages, the captured round, the ring |
 //! | [`engine`] | a request's life: prefill, rounds, stopping; what it needs of a device |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
+//! | [`floor`] | the least time that a pair's passes can take on a card |
+//! | [`measure`] | quantiles, and how much better one set of samples is than another |
+//! | [`terminal`] | what every binary owes a terminal: sentences, exit codes, readers who leave |
 
 pub mod config;
 pub mod cpu;
@@ -29,11 +32,13 @@ pub mod device;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod engine;
+pub mod floor;
 mod json;
 pub mod kernels;
 mod kv;
 pub mod launches;
 pub mod load;
+pub mod measure;
 pub mod memory;
 pub mod model;
 pub mod pair;
@@ -42,6 +47,7 @@ pub mod rounds;
 mod simd;
 pub mod stats;
 mod template;
+pub mod terminal;
 pub mod text;
 pub mod verify;
 pub mod weights;
