@@ -5,6 +5,9 @@
 //! | [`config`], `json` | `config.json` of target and drafter, what is refused, the pair's fit |
 //! | [`weights`] | checkpoint folders: safetensors shards, mapped and used in place |
 //! | [`pair`] | target and drafter opened together and held against each other |
+//! | [`floor`] | the least time that a pair's passes can take on a card |
+//! | [`measure`] | quantiles, and how much better one set of samples is than another |
+//! | [`terminal`] | what every binary owes a terminal: sentences, exit codes, readers who leave |
 //! | [`text`] | tokenizer, streaming detokenising, stop strings |
 //! | `template` | chat templates as Hugging Face runs them |
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
@@ -21,9 +24,6 @@
 //! | [`rounds`] | sequences on a device: pages, the captured round, the ring |
 //! | [`engine`] | a request's life: prefill, rounds, stopping; what it needs of a device |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
-//! | [`floor`] | the least time that a pair's passes can take on a card |
-//! | [`measure`] | quantiles, and how much better one set of samples is than another |
-//! | [`terminal`] | what every binary owes a terminal: sentences, exit codes, readers who leave |
 
 pub mod config;
 pub mod cpu;

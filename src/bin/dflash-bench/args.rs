@@ -144,7 +144,8 @@ fn range(part: &str, all: &mut Vec<f64>) -> Parsed<()> {
     let number = |text: &str| {
         let plain = !text.is_empty() && text.chars().all(|c| c.is_ascii_digit() || c == '.');
         let number: Option<f64> = text.parse().ok().filter(|_| plain);
-        number.ok_or_else(|| format!("{text:?} is not a number: expected for example 4,8 or 1-8 or 512-4096*2"))
+        number
+            .ok_or_else(|| format!("{text:?} is not a number: expected for example 4,8 or 1-8 or 512-4096*2"))
     };
     let Some((first, rest)) = part.split_once('-') else {
         all.push(number(part)?);
@@ -202,9 +203,26 @@ mod tests {
         assert_eq!(numbers("1.5,2-3+0.25"), Ok(Numbers(vec![1.5, 2.0, 2.25, 2.5, 2.75, 3.0])));
         // Steps that are no sums of powers of two still meet their end.
         assert_eq!(numbers("1-2+0.1").unwrap().0.len(), 11);
-        for wrong in ["", "1,", "x", "-4", "1-", "4-1", "1-4+0", "1-8*1", "1-8*0", "0-8*2", "1e3", "1.5", "1-9-2",
-            "1-2+3*4", "inf", "NaN", "1-2000", "9999999999"]
-        {
+        for wrong in [
+            "",
+            "1,",
+            "x",
+            "-4",
+            "1-",
+            "4-1",
+            "1-4+0",
+            "1-8*1",
+            "1-8*0",
+            "0-8*2",
+            "1e3",
+            "1.5",
+            "1-9-2",
+            "1-2+3*4",
+            "inf",
+            "NaN",
+            "1-2000",
+            "9999999999",
+        ] {
             assert!(read(wrong).is_err(), "{wrong:?}: {:?}", read(wrong));
         }
     }

@@ -24,11 +24,14 @@ pub fn run(flags: &args::Compare) -> Result<(String, Record)> {
     }
     if record.rows.iter().all(|row| row.verdict.as_deref() == Some("ONLY IN A")) {
         let (a, b) = (flags.before.display(), flags.after.display());
-        return Err(Error::Usage(format!("{a} and {b} have no row in common: expected the same measurements")));
+        return Err(Error::Usage(format!(
+            "{a} and {b} have no row in common: expected the same measurements"
+        )));
     }
     let new = after.rows.iter().filter(|new| before.rows.iter().all(|old| !old.is(new)));
     record.rows.extend(new.map(|new| one(new, "ONLY IN B")));
-    let count = |verdict: &str| record.rows.iter().filter(|row| row.verdict.as_deref() == Some(verdict)).count();
+    let count =
+        |verdict: &str| record.rows.iter().filter(|row| row.verdict.as_deref() == Some(verdict)).count();
     let verdicts = ["FASTER", "SLOWER", "SAME", "UNCLEAR", "ONLY IN A", "ONLY IN B"];
     let counts = verdicts.map(|verdict| (count(verdict), verdict));
     let counts = counts.iter().filter(|c| c.0 > 0).map(|(n, verdict)| format!("{n} {verdict}"));
@@ -73,7 +76,13 @@ fn alike(flags: &args::Compare, before: &Record, after: &Record) -> Result<()> {
 
 fn both(flags: &args::Compare, old: &Row, new: &Row) -> Result<Row> {
     if (&old.unit, old.better) != (&new.unit, new.better) {
-        let word = |row: &Row| format!("{}, {}", row.unit, if row.better == Better::Lower { "lower is better" } else { "higher is better" });
+        let word = |row: &Row| {
+            format!(
+                "{}, {}",
+                row.unit,
+                if row.better == Better::Lower { "lower is better" } else { "higher is better" }
+            )
+        };
         return Err(Error::Usage(format!(
             "row {} is in {} in {} and in {} in {}: expected the same",
             old.name,

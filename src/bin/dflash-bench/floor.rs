@@ -1,10 +1,11 @@
 //! `floor`: what the arithmetic of `dflash::floor` and the plan of memory say about a pair on a card. Nothing runs.
 
-use crate::args;
-use crate::record::{Better, Kind, Machine, Model, Record, Row};
+use crate::record::{Better, Kind, Machine, Record, Row};
+use crate::{args, record};
+use dflash::config::Stack;
 use dflash::floor::{self, CARDS, Card, Pass};
 use dflash::memory::{MemoryPlan, Overhead, Room};
-use dflash::pair::Pair;
+use dflash::pair::{Model, Pair};
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder, PUBLISHED};
 use dflash::{Error, Result, terminal};
 use serde_json::{Map, Value, json};
@@ -17,7 +18,7 @@ pub fn run(flags: &args::Floor) -> Result<(String, Record)> {
     let trained = pair.drafter.as_ref().map(|drafter| drafter.config.block);
     let tree = flags.tree.as_ref().map_or(trained.into_iter().collect(), |list| list.0.clone());
     check(flags, &pair, &tree)?;
-    let model = Model {
+    let model = record::Model {
         target: Some(pair.target.folder.name()),
         drafter: pair.drafter.as_ref().map(|drafter| drafter.folder.name()),
     };
@@ -70,7 +71,9 @@ fn pair(flags: &args::Floor) -> Result<Pair> {
     if !dir.exists() {
         let known = PUBLISHED.map(|pair| pair.0).join(", ");
         let found = &flags.model;
-        return Err(Error::Usage(format!("--model is {found:?}, expected {known}, demo or a target's folder")));
+        return Err(Error::Usage(format!(
+            "--model is {found:?}, expected {known}, demo or a target's folder"
+        )));
     }
     Pair::drawn(Folder::Disk(dir.to_path_buf()), draft)
 }
@@ -107,24 +110,26 @@ fn check(flags: &args::Floor, pair: &Pair, tree: &[usize]) -> Result<()> {
 
 /// What does not depend on the passes.
 fn weights(pair: &Pair, rows: &mut Vec<Row>) {
-    let mut count = |name: &str, model: &str, value: f64, unit: &str| {
-        let parameters = json!({ "model": model });
-        rows.push(Row::value(name, parameters, Kind::Counted, value, unit, Better::Lower, json!({})));
+    let mut count = |name: String, value: f64, unit: &str| {
+        rows.push(Row::value(&name, json!({}), Kind::Counted, value, unit, Better::Lower, json!({})));
     };
     let target = &pair.target.config;
-    let mut stacks = vec![("target", &target.stack, floor::target_bytes(target))];
-    if let Some(drafter) = &pair.drafter {
-        let bytes = floor::drafter_bytes(target, &drafter.config);
-        stacks.push(("drafter", &drafter.config.stack, bytes));
-        count("weights of fc", "drafter", floor::fc_bytes(&drafter.config) / 1e6, "MB");
-    }
-    count("weights of lm_head", "target", floor::head_bytes(target) / 1e6, "MB");
-    for (model, stack, bytes) in stacks {
+    let mut stack = |model: &str, stack: &Stack, more: (&str, f64), pass: f64| {
         for (part, bytes) in floor::layer_bytes(stack) {
-            count(&format!("weights of {part}, each layer"), model, bytes / 1e6, "MB");
+            count(format!("{model}: {part} of a layer"), bytes / 1e6, "MB");
         }
-        count("weights, each pass", model, bytes / 1e9, "GB");
-        count("keys and values, each position", model, stack.kv_bytes_per_token(2) as f64, "bytes");
+        count(format!("{model}: {}", more.0), more.1 / 1e6, "MB");
+        count(format!("{model}: weights of a pass"), pass / 1e9, "GB");
+        count(format!("{model}: keys and values of a position"), stack.kv_bytes_per_token(2) as f64, "bytes");
+    };
+    stack("target", &target.stack, ("lm_head", floor::head_bytes(target)), floor::target_bytes(target));
+    if let Some(Model { config, .. }) = &pair.drafter {
+        stack(
+            "drafter",
+            &config.stack,
+            ("fc", floor::fc_bytes(config)),
+            floor::drafter_bytes(target, config),
+        );
     }
 }
 
@@ -201,6 +206,7 @@ fn memory(pair: &Pair, card: &Card, context: usize, batch: usize, rows: &mut Vec
     };
     let needed = plan.needed(Overhead::GPU) as f64 / 1e9;
     let parameters = json!({ "context": context, "batch": batch });
-    let numbers = if card.memory.is_finite() { json!({ "share of card": needed / card.memory }) } else { json!({}) };
+    let numbers =
+        if card.memory.is_finite() { json!({ "share of card": needed / card.memory }) } else { json!({}) };
     rows.push(Row::value("memory", parameters, Kind::Counted, needed, "GB", Better::Lower, numbers));
 }

@@ -135,7 +135,9 @@ impl Record {
             row.check().map_err(|what| wrong(format!("is damaged: row {} ({}) {what}", i + 1, row.name)))?;
             if let Some(first) = record.rows[..i].iter().position(|other| row.is(other)) {
                 let (name, i, first) = (&row.name, i + 1, first + 1);
-                return Err(wrong(format!("is damaged: rows {first} and {i} are both {name} with equal parameters")));
+                return Err(wrong(format!(
+                    "is damaged: rows {first} and {i} are both {name} with equal parameters"
+                )));
             }
         }
         Ok(record)

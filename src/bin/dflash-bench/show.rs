@@ -31,22 +31,26 @@ fn keys(rows: &[Row], of: impl Fn(&Row) -> &Map<String, Value>) -> Vec<String> {
     keys
 }
 
-/// A column: its head, its cells, and whether they are numbers.
-struct Column(String, Vec<String>, bool);
+/// A column: its head, its cells, whether they are numbers, and its width in characters.
+struct Column(String, Vec<String>, bool, usize);
 
 fn table(rows: &[Row], title: &str, markdown: bool) -> String {
     let mut columns = vec![];
+    let sampled = rows.iter().any(|row| row.samples.is_some());
     let mut push = |name: &str, numbers: bool, cell: &dyn Fn(&Row) -> String| {
         let cells: Vec<String> = rows.iter().map(cell).collect();
         if cells.iter().any(|cell| !cell.is_empty()) {
-            columns.push(Column(name.to_string(), cells, numbers));
+            let width = cells.iter().map(|cell| cell.chars().count()).chain([name.chars().count()]).max();
+            columns.push(Column(name.to_string(), cells, numbers, width.unwrap_or(0)));
         }
     };
     push("", false, &|row| row.name.clone());
     for key in keys(rows, |row| &row.parameters) {
         push(&key, true, &|row| shown(row.parameters.get(&key)));
     }
-    push("median", true, &|row| row.median.map_or(String::new(), four_digits));
+    push(if sampled { "median" } else { "value" }, true, &|row| {
+        row.median.map_or(String::new(), four_digits)
+    });
     push("p10", true, &|row| row.p10.map_or(String::new(), four_digits));
     push("p90", true, &|row| row.p90.map_or(String::new(), four_digits));
     push("unit", false, &|row| row.unit.clone());
@@ -81,8 +85,7 @@ fn line(columns: &[Column], cells: &[&str], markdown: bool) -> String {
         let cells: Vec<String> = cells.iter().map(|cell| cell.replace('|', "\\|")).collect();
         return format!("| {} |\n", cells.join(" | "));
     }
-    let padded = columns.iter().zip(cells).map(|(Column(head, all, number), cell)| {
-        let width = all.iter().chain([head]).map(|cell| cell.chars().count()).max().unwrap_or(0);
+    let padded = columns.iter().zip(cells).map(|(Column(_, _, number, width), cell)| {
         if *number { format!("{cell:>width$}") } else { format!("{cell:width$}") }
     });
     let text = padded.collect::<Vec<_>>().join("  ");
@@ -94,12 +97,14 @@ fn csv(rows: &[Row]) -> String {
         true => format!("\"{}\"", cell.replace('"', "\"\"")),
         false => cell.to_string(),
     };
-    let line = |cells: Vec<String>| cells.iter().map(|cell| quoted(cell)).collect::<Vec<_>>().join(",") + "\n";
+    let line =
+        |cells: Vec<String>| cells.iter().map(|cell| quoted(cell)).collect::<Vec<_>>().join(",") + "\n";
     let (parameters, numbers) = (keys(rows, |row| &row.parameters), keys(rows, |row| &row.numbers));
     let fixed = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
     let ends = ["median", "p10", "p90", "unit", "better", "kind"];
-    let mut text =
-        line([fixed(&["name"]), parameters.clone(), fixed(&ends), numbers.clone(), fixed(&["verdict"])].concat());
+    let mut text = line(
+        [fixed(&["name"]), parameters.clone(), fixed(&ends), numbers.clone(), fixed(&["verdict"])].concat(),
+    );
     for row in rows {
         // As in JSON: every digit.
         let value = |value: Option<&Value>| match value {
