@@ -114,7 +114,7 @@ fn below(state: &mut u64, count: usize) -> usize {
     let mut x = *state;
     x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    (u128::from(x ^ x >> 31) * count as u128 >> 64) as usize
+    ((u128::from(x ^ x >> 31) * count as u128) >> 64) as usize
 }
 
 /// What became of a row.

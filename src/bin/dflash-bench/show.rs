@@ -36,7 +36,12 @@ struct Column(String, Vec<String>, bool, usize);
 
 fn table(rows: &[Row], title: &str, markdown: bool) -> String {
     let mut columns = vec![];
-    let sampled = rows.iter().any(|row| row.samples.is_some());
+    let any = |of: &dyn Fn(&Row) -> bool| rows.iter().any(of);
+    let value = match () {
+        _ if any(&|row| row.kind == Kind::Compared) => "ratio",
+        _ if any(&|row| row.samples.is_some()) => "median",
+        _ => "value",
+    };
     let mut push = |name: &str, numbers: bool, cell: &dyn Fn(&Row) -> String| {
         let cells: Vec<String> = rows.iter().map(cell).collect();
         if cells.iter().any(|cell| !cell.is_empty()) {
@@ -48,9 +53,7 @@ fn table(rows: &[Row], title: &str, markdown: bool) -> String {
     for key in keys(rows, |row| &row.parameters) {
         push(&key, true, &|row| shown(row.parameters.get(&key)));
     }
-    push(if sampled { "median" } else { "value" }, true, &|row| {
-        row.median.map_or(String::new(), four_digits)
-    });
+    push(value, true, &|row| row.median.map_or(String::new(), four_digits));
     push("p10", true, &|row| row.p10.map_or(String::new(), four_digits));
     push("p90", true, &|row| row.p90.map_or(String::new(), four_digits));
     push("unit", false, &|row| row.unit.clone());
