@@ -15,6 +15,9 @@ fn bench<A: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = A>) -> Run {
     finish(command)
 }
 
+/// What is done to a record that it may be refused.
+type Spoil = fn(&mut Value);
+
 /// One sentence on stderr, nothing on stdout.
 #[track_caller]
 fn refused(run: Run, code: i32, part: &str) {
@@ -115,7 +118,7 @@ fn row<'a>(record: &'a Value, name: &str, parameters: Value) -> &'a Value {
 #[test]
 fn the_schema_refuses_what_is_no_record() {
     let whole = record(0, &["floor"]);
-    let breaks: [(&str, fn(&mut Value)); 8] = [
+    let breaks: [(&str, Spoil); 8] = [
         ("const", |r| r["schema"] = json!("dflash-bench/2")),
         ("required", |r| drop(r.as_object_mut().unwrap().remove("machine"))),
         ("more", |r| r["more"] = json!(1)),
@@ -386,7 +389,7 @@ fn compare_refuses_what_cannot_be_compared() {
     let dir = tempfile::tempdir().unwrap();
     let base = samples(1, 20, 10.0, 0.002);
     let a = measured(&[("x", "ms", Some(&base), json!([10, 10]))]);
-    let breaks: [(&str, fn(&mut Value)); 14] = [
+    let breaks: [(&str, Spoil); 14] = [
         ("the card of", |r| r["machine"]["card"] = json!("L4")),
         ("the device of", |r| r["machine"]["device"] = json!(null)),
         ("the target of", |r| r["model"]["target"] = json!("qwen3-4b")),
