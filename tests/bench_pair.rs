@@ -10,7 +10,7 @@ use dflash::pair::Pair;
 use dflash::reference::{Cpu, Drafter, Target};
 use dflash::rounds::OnDevice;
 use dflash::verify::Sampling;
-use dflash::weights::{PUBLISHED, Tensor};
+use dflash::weights::{Dtype, PUBLISHED, Tensor};
 use half::bf16;
 use std::fs;
 use support::disk;
@@ -84,6 +84,7 @@ fn drawn_bytes_are_the_same_in_whatever_pieces_they_are_read() {
 fn drawn_weights_are_small_of_both_signs_and_not_those_of_another_tensor_or_model() {
     let pair = published("qwen3-8b");
     let tensor = q_proj(&pair);
+    assert_eq!(tensor.dtype, Dtype::Bf16);
     let bytes = read(&tensor, 0, 1 << 20);
     let values: Vec<f32> =
         bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
@@ -93,19 +94,19 @@ fn drawn_weights_are_small_of_both_signs_and_not_those_of_another_tensor_or_mode
     assert!(negative.abs_diff(1 << 18) < 6 * 362, "{negative} of {} are negative", values.len());
     let mean = values.iter().map(|v| f64::from(v.abs())).sum::<f64>() / values.len() as f64;
     assert!((mean * 64.0 - 1.496).abs() < 0.005, "mean magnitude {mean}");
-    // Rows differ, and so do tensors of one shape and the two models.
+    // Rows differ, and so do tensors and the two models.
     let (first, second) = bytes.split_at(8192);
     assert_ne!(first, &second[..8192]);
-    let up = pair.target.weights.tensor("model.layers.0.mlp.up_proj.weight", &[12288, 4096]).unwrap();
-    let drafter = &pair.drafter.as_ref().unwrap().weights;
-    let draft = drafter.tensor("layers.0.mlp.up_proj.weight", &[12288, 4096]).unwrap();
-    let [up, draft] = [up, draft].map(|tensor| read(&tensor, 0, 1 << 16));
-    assert_ne!(up, draft);
+    let embedding = pair.target.weights.tensor("model.embed_tokens.weight", &[151_936, 4096]).unwrap();
+    let fc = pair.drafter.as_ref().unwrap().weights.tensor("fc.weight", &[4096, 5 * 4096]).unwrap();
+    // Each is the first of its checkpoint.
+    let [embedding, fc] = [embedding, fc].map(|tensor| read(&tensor, 0, 1 << 16));
+    assert_ne!(bytes[..1 << 16], embedding);
     let words = |bytes: &[u8]| -> std::collections::HashSet<u64> {
         bytes.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().unwrap())).collect()
     };
-    // 36 random bits a word: 2^13 words of each meet 2^-10 times.
-    assert!(words(&up).intersection(&words(&draft)).count() < 3);
+    // 32 random bits a word: 2^13 words of each meet once in 64 times.
+    assert!(words(&embedding).intersection(&words(&fc)).count() < 3);
 }
 
 #[test]

@@ -158,4 +158,13 @@ mod tests {
             ["3.853", "0.2011", "1245", "98765", "147456", "0.0001235", "1.000e-7", "16", "100.00", "10.000"];
         assert_eq!(shown.map(four_digits), expected);
     }
+
+    #[test]
+    fn names_that_csv_and_markdown_would_cut_stay_whole() {
+        use crate::record::Better;
+        let none = || serde_json::json!({});
+        let row = Row::value("a \"b\", |c|", none(), Kind::Counted, 1.5, "s", Better::Lower, none());
+        assert!(csv(std::slice::from_ref(&row)).ends_with("\n\"a \"\"b\"\", |c|\",1.5,,,s,lower,counted,\n"));
+        assert!(table(&[row], "", true).ends_with("\n| a \"b\", \\|c\\| | 1.500 | s | counted |\n"));
+    }
 }
