@@ -28,6 +28,11 @@ struct Module {
 /// Empty in a binary that was built without nvcc.
 static MODULES: &[Module] = include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 
+/// What this build's kernels are compiled for; nothing where nvcc was not there.
+pub fn targets() -> &'static [&'static str] {
+    if MODULES.is_empty() { &[] } else { &["compute_80", "compute_90a"] }
+}
+
 /// The CUDA version whose driver takes the PTX of the pinned nvcc, and has every function called here.
 const NEEDED: u32 = 13000;
 

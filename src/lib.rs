@@ -5,6 +5,9 @@
 //! | [`config`], `json` | `config.json` of target and drafter, what is refused, the pair's fit |
 //! | [`weights`] | checkpoint folders: safetensors shards, mapped and used in place |
 //! | [`pair`] | target and drafter opened together and held against each other |
+//! | [`floor`] | the least time that a pair's passes can take on a card |
+//! | [`measure`] | quantiles, and how much better one set of samples is than another |
+//! | [`terminal`] | what every binary owes a terminal: sentences, exit codes, readers who leave |
 //! | [`text`] | tokenizer, streaming detokenising, stop strings |
 //! | `template` | chat templates as Hugging Face runs them |
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
@@ -30,12 +33,14 @@ pub mod device;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod engine;
+pub mod floor;
 mod json;
 pub mod kernels;
 mod kv;
 pub mod launches;
 pub mod load;
 pub mod lossless;
+pub mod measure;
 pub mod memory;
 pub mod model;
 pub mod pair;
@@ -44,6 +49,7 @@ pub mod rounds;
 mod simd;
 pub mod stats;
 mod template;
+pub mod terminal;
 pub mod text;
 pub mod verify;
 pub mod weights;

@@ -20,15 +20,7 @@ pub struct Pair {
 impl Pair {
     /// Reads the configs, then their fit, then the headers of the weights: the cheapest mistake is found first.
     pub fn open(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
-        let config = TargetConfig::open(&target)?;
-        let drafter = match drafter {
-            None => None,
-            Some(folder) => {
-                let draft_config = DrafterConfig::open(&folder)?;
-                check_pair(&config, &target, &draft_config, &folder)?;
-                Some((folder, draft_config))
-            }
-        };
+        let (config, drafter) = configs(&target, drafter)?;
         let weights = Checkpoint::open(&target)?;
         weights.check_target(&config.tensors())?;
         let drafter = drafter.map(|(folder, config)| {
@@ -38,4 +30,32 @@ impl Pair {
         });
         Ok(Pair { target: Model { folder: target, config, weights }, drafter: drafter.transpose()? })
     }
+
+    /// A pair with the shapes of these configs and drawn weights ([`Checkpoint::drawn`]): for measuring, where shapes
+    /// matter and text does not. Only `config.json` is read. The CPU reference does not run it.
+    pub fn drawn(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
+        let (config, drafter) = configs(&target, drafter)?;
+        let weights = Checkpoint::drawn(&target, &config.tensors(), 1);
+        let drafter = drafter.map(|(folder, config)| {
+            let weights = Checkpoint::drawn(&folder, &config.tensors(), 2);
+            Model { folder, config, weights }
+        });
+        Ok(Pair { target: Model { folder: target, config, weights }, drafter })
+    }
+}
+
+fn configs(
+    target: &Folder,
+    drafter: Option<Folder>,
+) -> Result<(TargetConfig, Option<(Folder, DrafterConfig)>)> {
+    let config = TargetConfig::open(target)?;
+    let drafter = match drafter {
+        None => None,
+        Some(folder) => {
+            let draft_config = DrafterConfig::open(&folder)?;
+            check_pair(&config, target, &draft_config, &folder)?;
+            Some((folder, draft_config))
+        }
+    };
+    Ok((config, drafter))
 }

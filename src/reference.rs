@@ -199,6 +199,7 @@ impl Target {
     /// Weights stay where the checkpoint has them.
     pub fn load(model: &Model<TargetConfig>) -> Result<Target> {
         let (config, file) = (model.config.clone(), &model.weights);
+        file.need_files()?;
         let s = &config.stack;
         Ok(Target {
             embedding: matrix(file, "model.embed_tokens.weight", config.vocab, s.hidden)?,
@@ -275,6 +276,7 @@ impl Drafter {
     /// Weights stay where the checkpoint has them.
     pub fn load(model: &Model<DrafterConfig>) -> Result<Drafter> {
         let (config, file) = (model.config.clone(), &model.weights);
+        file.need_files()?;
         let s = &config.stack;
         Ok(Drafter {
             fc: matrix(file, "fc.weight", s.hidden, config.taps.len() * s.hidden)?,

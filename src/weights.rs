@@ -13,11 +13,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Bytes of one file: mapped or embedded. Cheap to clone.
+/// Bytes of one file: mapped, embedded, or drawn whenever they are read. Cheap to clone.
 #[derive(Clone)]
 enum Bytes {
     Mapped(Arc<Mapped>),
     Embedded(&'static [u8]),
+    Drawn { size: usize, seed: u64 },
 }
 
 /// A file that stays open, so that nobody minds another that takes its name, and its bytes.
@@ -32,6 +33,10 @@ impl Bytes {
     fn read(&self, at: usize, to: &mut [u8]) -> io::Result<()> {
         match self {
             Bytes::Mapped(mapped) => mapped.file.read_exact_at(to, at as u64),
+            Bytes::Drawn { seed, .. } => {
+                draw(*seed, at, to);
+                Ok(())
+            }
             Bytes::Embedded(bytes) => match bytes.get(at..).and_then(|rest| rest.get(..to.len())) {
                 Some(from) => {
                     to.copy_from_slice(from);
@@ -45,11 +50,35 @@ impl Bytes {
 
 impl std::ops::Deref for Bytes {
     type Target = [u8];
+    /// Of drawn bytes: none, which exist only while they are read.
     fn deref(&self) -> &[u8] {
         match self {
             Bytes::Mapped(mapped) => &mapped.map,
             Bytes::Embedded(bytes) => bytes,
+            Bytes::Drawn { .. } => &[],
         }
+    }
+}
+
+/// Bytes `at..` of drawn weights: eight at a time a mix of their number and the seed (splitmix64), of which every two are
+/// a bf16 with random sign and fraction and a magnitude of 2^-6 up to 2^-5.
+fn draw(seed: u64, at: usize, to: &mut [u8]) {
+    let word = |number: usize| {
+        // Seeds are far apart in the sequence of mixes.
+        let start = seed.wrapping_mul(0xd134_2543_de82_ef95);
+        let mut x = start.wrapping_add(number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((x ^ x >> 31) & 0x807f_807f_807f_807f | 0x3c80_3c80_3c80_3c80).to_le_bytes()
+    };
+    let first = at / 8;
+    let skipped = at % 8;
+    let head = if skipped == 0 { 0 } else { to.len().min(8 - skipped) };
+    let (head, rest) = to.split_at_mut(head);
+    head.copy_from_slice(&word(first)[skipped..][..head.len()]);
+    let whole = at.div_ceil(8);
+    for (i, to) in rest.chunks_mut(8).enumerate() {
+        to.copy_from_slice(&word(whole + i)[..to.len()]);
     }
 }
 
@@ -84,6 +113,43 @@ pub const DEMO_DRAFTER: Folder = Folder::Embedded {
         ("model.safetensors", include_bytes!("../demo/drafter/model.safetensors")),
     ],
 };
+
+/// Published pairs without their weights, to be drawn: name, target, drafter.
+pub const PUBLISHED: [(&str, Folder, Folder); 3] = [
+    (
+        "qwen3-4b",
+        Folder::Embedded {
+            name: "qwen3-4b",
+            files: &[("config.json", include_bytes!("../benches/models/qwen3-4b.target.json"))],
+        },
+        Folder::Embedded {
+            name: "qwen3-4b-dflash",
+            files: &[("config.json", include_bytes!("../benches/models/qwen3-4b.drafter.json"))],
+        },
+    ),
+    (
+        "qwen3-8b",
+        Folder::Embedded {
+            name: "qwen3-8b",
+            files: &[("config.json", include_bytes!("../benches/models/qwen3-8b.target.json"))],
+        },
+        Folder::Embedded {
+            name: "qwen3-8b-dflash",
+            files: &[("config.json", include_bytes!("../benches/models/qwen3-8b.drafter.json"))],
+        },
+    ),
+    (
+        "llama-3.1-8b",
+        Folder::Embedded {
+            name: "llama-3.1-8b",
+            files: &[("config.json", include_bytes!("../benches/models/llama-3.1-8b.target.json"))],
+        },
+        Folder::Embedded {
+            name: "llama-3.1-8b-dflash",
+            files: &[("config.json", include_bytes!("../benches/models/llama-3.1-8b.drafter.json"))],
+        },
+    ),
+];
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -250,6 +316,10 @@ pub struct Tensor {
 }
 
 impl Tensor {
+    /// All bytes, where the file has them.
+    ///
+    /// # Panics
+    /// For drawn weights, which [`Checkpoint::need_files`] is there to find.
     pub fn bytes(&self) -> &[u8] {
         &self.file[self.range.clone()]
     }
@@ -359,6 +429,32 @@ impl Checkpoint {
         Ok(all)
     }
 
+    /// Weights that no file holds: tensors of these names and shapes, bf16, one after the other, whose bytes are drawn
+    /// when they are read. The same for the same shapes and seed, however they are read; they take no memory.
+    pub fn drawn(folder: &Folder, tensors: &[(String, Vec<usize>)], seed: u64) -> Checkpoint {
+        let path = folder.path("drawn weights");
+        let mut size = 0;
+        let entry = |(name, shape): &(String, Vec<usize>)| {
+            let begin = size;
+            size += shape.iter().product::<usize>() * Dtype::Bf16.size();
+            (name.clone(), Entry { shard: 0, range: begin..size, dtype: Stored::BF16, shape: shape.clone() })
+        };
+        let tensors = tensors.iter().map(entry).collect();
+        Checkpoint { source: path.clone(), shards: vec![(path, Bytes::Drawn { size, seed })], tensors }
+    }
+
+    /// # Errors
+    /// [`Error::Unsupported`] for drawn weights: only a device, which copies its weights, can have them.
+    pub fn need_files(&self) -> Result<()> {
+        match self.shards.iter().any(|(_, bytes)| matches!(bytes, Bytes::Drawn { .. })) {
+            true => Err(Error::Unsupported(format!(
+                "{} are made for devices and are nowhere in memory: expected a pair with files on the CPU",
+                self.source
+            ))),
+            false => Ok(()),
+        }
+    }
+
     fn add(&mut self, path: String, bytes: Bytes) -> Result<()> {
         let (header, data_begin) = read_header(&path, &bytes)?;
         let shard = self.shards.len();
@@ -409,7 +505,11 @@ impl Checkpoint {
 
     /// (path, bytes) of every shard, in name order.
     pub fn files(&self) -> Vec<(&str, usize)> {
-        self.shards.iter().map(|(path, bytes)| (path.as_str(), bytes.len())).collect()
+        let size = |bytes: &Bytes| match bytes {
+            Bytes::Drawn { size, .. } => *size,
+            bytes => bytes.len(),
+        };
+        self.shards.iter().map(|(path, bytes)| (path.as_str(), size(bytes))).collect()
     }
 
     /// (path, addresses) of every shard that is mapped from a file. While the checkpoint is open, a fault at one of these
@@ -420,7 +520,7 @@ impl Checkpoint {
                 let start = mapped.map.as_ptr().addr();
                 Some((path.as_str(), start..start + mapped.map.len()))
             }
-            Bytes::Embedded(_) => None,
+            Bytes::Embedded(_) | Bytes::Drawn { .. } => None,
         })
     }
 

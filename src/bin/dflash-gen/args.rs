@@ -173,16 +173,6 @@ fn number<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
     text.parse().map_err(|_| "expected a number".into())
 }
 
-/// clap's report as one sentence: what is wrong, and its tip if there is one.
-pub fn sentence(error: &clap::Error) -> Error {
-    let report = error.render().to_string();
-    let paragraph = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let mut paragraphs = report.split("\n\n").map(paragraph);
-    let what = paragraphs.next().unwrap_or_default();
-    let tips = paragraphs.filter_map(|text| text.strip_prefix("tip: ").map(|tip| format!("; {tip}")));
-    Error::Usage(format!("{}{}", what.trim_start_matches("error: "), tips.collect::<String>()))
-}
-
 impl Args {
     /// What can be told wrong before any file is looked at.
     pub fn check(&self) -> Result<()> {

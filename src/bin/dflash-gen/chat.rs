@@ -4,14 +4,14 @@
 use crate::args::{Args, Color};
 use crate::inputs::{template_args, utf8, without_template};
 use crate::output::Writer;
-use crate::{INTERRUPTED, Session, complain, note};
+use crate::{INTERRUPTED, Session, note};
 use clap::Parser;
 use dflash::engine::{Decoder, Finish, Outcome, Request, resume};
 use dflash::pair::Pair;
 use dflash::stats;
 use dflash::text::{Message, Text};
 use dflash::verify::Sampling;
-use dflash::{Error, Result};
+use dflash::{Error, Result, terminal};
 use serde_json::Value;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::sync::atomic::Ordering;
@@ -110,7 +110,7 @@ impl<'a> Chat<'a> {
             match utf8(bytes, "the message").and_then(|text| self.take(text)) {
                 Ok(Then::GoOn) => {}
                 Ok(Then::End) => return Ok(0),
-                Err(error @ (Error::Usage(_) | Error::Memory(_))) => complain(&error),
+                Err(error @ (Error::Usage(_) | Error::Memory(_))) => terminal::complain("dflash-gen", &error),
                 Err(error) => return Err(error),
             }
         }
@@ -249,7 +249,7 @@ impl<'a> Chat<'a> {
             return Err(Error::Usage(format!("/set is {name:?}, expected {}", names.join(", "))));
         }
         let flags = ["dflash-gen".into(), "--chat".into(), format!("--{name}={}", value.trim())];
-        let args = Args::try_parse_from(flags).map_err(|error| crate::args::sentence(&error))?;
+        let args = Args::try_parse_from(flags).map_err(|error| terminal::sentence(&error))?;
         args.check()?;
         let mut sampling = self.sampling.clone();
         match name {

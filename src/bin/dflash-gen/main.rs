@@ -12,18 +12,18 @@ mod plan;
 
 use args::Args;
 use chat::Chat;
-use clap::Parser;
 use dflash::engine::{
     Backend, Finish, Flow, Listener, Listeners, Outcome, Request, check_lossless, generate, generate_all,
 };
 use dflash::pair::Pair;
 use dflash::stats::{self, Record, Seconds};
+use dflash::terminal::{self, note};
 use dflash::text::Text;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::{Error, Result, cpu};
 use output::{Output, StopOnly, Writer};
 use serde_json::{Value, json};
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -35,41 +35,10 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 const INTERRUPTED_EXIT: u8 = 130;
 
 fn main() -> ExitCode {
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(help) if !help.use_stderr() => {
-            // Its reader may be gone, which is no failure.
-            let _ = help.print();
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => return fail(&args::sentence(&error)),
-    };
-    // A panic is a bug of ours, and still one sentence and exit code 1.
-    std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map_or("unknown".into(), |at| format!("{}:{}", at.file(), at.line()));
-        let what = panic.payload_as_str().unwrap_or("panic");
-        note(&format!("dflash-gen: internal failure at {place}: {what}").replace(char::is_control, " "));
-    }));
-    match std::panic::catch_unwind(|| cpu::install(|| run(&args))) {
-        Ok(Ok(code)) => ExitCode::from(code),
-        Ok(Err(error)) => fail(&error),
-        Err(_) => ExitCode::FAILURE,
+    match terminal::parse::<Args>("dflash-gen") {
+        Ok(args) => terminal::run("dflash-gen", || cpu::install(|| run(&args))),
+        Err(code) => code,
     }
-}
-
-fn fail(error: &Error) -> ExitCode {
-    complain(error);
-    ExitCode::from(error.exit_code())
-}
-
-/// One line, even where a file's name or a flag's value has several.
-fn complain(error: &Error) {
-    note(&format!("dflash-gen: {error}").replace(char::is_control, " "));
-}
-
-/// A line on stderr. Not `eprintln!`, which panics when nobody reads.
-fn note(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 fn run(args: &Args) -> Result<u8> {

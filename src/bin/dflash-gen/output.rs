@@ -4,9 +4,9 @@ use crate::args::Color;
 use crate::{Session, interrupt};
 use dflash::engine::{Flow, Listener, Outcome, Request};
 use dflash::text::Stream;
-use dflash::{Error, Result};
+use dflash::{Result, terminal};
 use serde_json::json;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 
 /// Stdout. Every write is flushed: somebody may be watching.
 #[derive(Default)]
@@ -34,15 +34,8 @@ impl Output {
         if self.gone || text.is_empty() {
             return Ok(());
         }
-        let mut out = io::stdout().lock();
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            Ok(()) => Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
-                self.gone = true;
-                Ok(())
-            }
-            Err(e) => Err(Error::Internal(format!("stdout cannot be written: {e}"))),
-        }
+        self.gone = !terminal::print(text)?;
+        Ok(())
     }
 
     pub fn line(&mut self, text: &str) -> Result<()> {

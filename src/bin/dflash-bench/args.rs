@@ -1,0 +1,236 @@
+//! Flags, and the lists that some of them take.
+
+use crate::show::Format;
+use clap::{Args as Flags, Parser, Subcommand};
+use std::path::PathBuf;
+
+const EXIT_CODES: &str = "\
+LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)  512-4096*2 (512, 1024, 2048, 4096).
+
+Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, 2 usage,
+3 model file missing or malformed, 4 unsupported, 5 out of memory, 7 a row of compare is SLOWER.";
+
+/// Measure and predict what DFlash decoding takes.
+///
+/// Results go to stdout as a table, or as one record, whose form is benches/schema.json.
+#[derive(Parser)]
+#[command(name = "dflash-bench", version, after_help = EXIT_CODES, arg_required_else_help = false)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+    /// Print the record as JSON
+    #[arg(long, global = true, conflicts_with_all = ["csv", "markdown"], help_heading = "Output")]
+    pub json: bool,
+    /// Print the rows as CSV
+    #[arg(long, global = true, conflicts_with = "markdown", help_heading = "Output")]
+    pub csv: bool,
+    /// Print the table as Markdown
+    #[arg(long, global = true, help_heading = "Output")]
+    pub markdown: bool,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Predict: the least time of a step, a draft, a verification and a round, from bytes and operations alone
+    #[command(after_help = EXIT_CODES)]
+    Floor(Floor),
+    /// Compare two records, row by row; exit code 7 if any row is SLOWER
+    #[command(after_help = COMPARE)]
+    Compare(Compare),
+}
+
+const COMPARE: &str = "\
+Rows are matched by name and parameters. The ratio says how many times as good B is as A (time, bytes: A / B; rates:
+B / A), from the medians, with its 99 % interval: a bootstrap of the samples, of whole rounds of them where a row has
+rounds. FASTER or SLOWER: the ratio is beyond the threshold, and the interval on that side of 1. SAME: all of the
+interval is within the threshold. UNCLEAR: neither, or fewer than 5 samples or rounds on a side. Rows without samples,
+counted or predicted, are SAME if equal and UNCLEAR if not. Rows that one record alone has are listed.
+
+Exit codes: 0 no row is SLOWER, 7 one is, 2 wrong flags or records, 1 internal failure.";
+
+#[derive(Flags)]
+pub struct Floor {
+    /// qwen3-4b, qwen3-8b, llama-3.1-8b, demo, or a target's folder, of which only config.json is read
+    #[arg(long, value_name = "NAME|DIR", default_value = "qwen3-8b")]
+    pub model: String,
+    /// Folder of the drafter, of which only config.json is read [default: of a name: its own; of a folder: none]
+    #[arg(long, value_name = "DIR")]
+    pub draft: Option<PathBuf>,
+    /// Card, with its vendor's figures: H200, H100-SXM, H100-PCIe, GH200, B200, A100-80GB, A100-40GB, L40S, L4,
+    /// RTX-5090, RTX-4090, RTX-3090 [default: H200]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["bandwidth", "flops"])]
+    pub card: Option<String>,
+    /// Instead of a card: GB/s of its memory
+    #[arg(long, value_name = "GB/s", requires = "flops", value_parser = above_zero, allow_negative_numbers = true)]
+    pub bandwidth: Option<f64>,
+    /// And dense bf16 TFLOP/s of its tensor cores
+    #[arg(long, value_name = "TFLOP/s", requires = "bandwidth", value_parser = above_zero)]
+    #[arg(allow_negative_numbers = true)]
+    pub flops: Option<f64>,
+    /// Positions that a sequence has when the pass begins
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = wholes, allow_hyphen_values = true)]
+    pub context: Whole,
+    /// Sequences that run together
+    #[arg(long, value_name = "LIST", default_value = "1", value_parser = wholes, allow_hyphen_values = true)]
+    pub batch: Whole,
+    /// Rows that a verification has for a sequence: a block, or the nodes of a tree [default: the drafter's block]
+    #[arg(long, value_name = "LIST", value_parser = wholes, allow_hyphen_values = true)]
+    pub tree: Option<Whole>,
+    /// Acceptance lengths, tokens per round, to tell tokens per second for: assumed, not measured [default: 2,4,6,8, as
+    /// far as rows allow]
+    #[arg(long, value_name = "LIST", value_parser = numbers, allow_hyphen_values = true)]
+    pub acceptance: Option<Numbers>,
+}
+
+#[derive(Flags)]
+pub struct Compare {
+    /// The record before
+    #[arg(value_name = "A.json")]
+    pub before: PathBuf,
+    /// The record after
+    #[arg(value_name = "B.json")]
+    pub after: PathBuf,
+    /// Ratios this close to 1 do not matter
+    #[arg(long, value_name = "P%", default_value = "1%", value_parser = percent, allow_negative_numbers = true)]
+    pub threshold: f64,
+    /// Compare records of different cards or models too
+    #[arg(long)]
+    pub force: bool,
+}
+
+impl Args {
+    pub fn format(&self) -> Format {
+        match (self.json, self.csv, self.markdown) {
+            (true, ..) => Format::Json,
+            (_, true, _) => Format::Csv,
+            (.., true) => Format::Markdown,
+            _ => Format::Table,
+        }
+    }
+}
+
+/// A LIST of whole numbers. A type of its own, because clap takes a `Vec` for a repeated flag.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Whole(pub Vec<usize>);
+
+/// A LIST of numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Numbers(pub Vec<f64>);
+
+type Parsed<T> = std::result::Result<T, String>;
+
+/// More than anyone wants to read.
+const MOST: usize = 1000;
+
+fn numbers(text: &str) -> Parsed<Numbers> {
+    let mut all = vec![];
+    for part in text.split(',') {
+        range(part, &mut all)?;
+    }
+    Ok(Numbers(all))
+}
+
+fn wholes(text: &str) -> Parsed<Whole> {
+    let Numbers(all) = numbers(text)?;
+    match all.iter().find(|n| n.fract() != 0.0 || **n > 1e9) {
+        Some(n) => Err(format!("{n} is not a whole number up to 1000000000")),
+        None => Ok(Whole(all.into_iter().map(|n| n as usize).collect())),
+    }
+}
+
+/// `N`, `FIRST-LAST`, `FIRST-LAST+STEP` or `FIRST-LAST*FACTOR`, as llama-bench reads them.
+fn range(part: &str, all: &mut Vec<f64>) -> Parsed<()> {
+    let number = |text: &str| {
+        let plain = !text.is_empty() && text.chars().all(|c| c.is_ascii_digit() || c == '.');
+        let number: Option<f64> = text.parse().ok().filter(|_| plain);
+        number
+            .ok_or_else(|| format!("{text:?} is not a number: expected for example 4,8 or 1-8 or 512-4096*2"))
+    };
+    let Some((first, rest)) = part.split_once('-') else {
+        all.push(number(part)?);
+        return if all.len() > MOST { Err(format!("more than {MOST} numbers")) } else { Ok(()) };
+    };
+    let (last, step, factor) = match (rest.split_once('+'), rest.split_once('*')) {
+        (Some((last, step)), _) => (last, number(step)?, 1.0),
+        (_, Some((last, factor))) => (last, 0.0, number(factor)?),
+        _ => (rest, 1.0, 1.0),
+    };
+    let (first, last) = (number(first)?, number(last)?);
+    if last < first || (factor == 1.0 && step <= 0.0) || factor < 1.0 || (factor > 1.0 && first == 0.0) {
+        return Err(format!("{part:?} has no end: expected FIRST-LAST+STEP or FIRST-LAST*FACTOR, upwards"));
+    }
+    for i in 0.. {
+        let next = if factor > 1.0 { first * factor.powi(i) } else { first + step * f64::from(i) };
+        // Ends that are met but for rounding are met.
+        if next > last * (1.0 + 1e-12) {
+            break;
+        }
+        all.push(next);
+        if all.len() > MOST {
+            return Err(format!("more than {MOST} numbers"));
+        }
+    }
+    Ok(())
+}
+
+fn above_zero(text: &str) -> Parsed<f64> {
+    let number: Option<f64> = text.parse().ok().filter(|x: &f64| x.is_finite() && *x > 0.0);
+    number.ok_or_else(|| "expected a number above 0".into())
+}
+
+/// `1%` as 0.01
+fn percent(text: &str) -> Parsed<f64> {
+    let number: Option<f64> = text.strip_suffix('%').and_then(|text| text.parse().ok());
+    let share = number.filter(|x| (0.0..100.0).contains(x)).map(|x| x / 100.0);
+    share.ok_or_else(|| "expected a percentage from 0% to below 100%".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_read_as_by_llama_bench() {
+        let read = |text| wholes(text).map(|list| list.0);
+        assert_eq!(read("4"), Ok(vec![4]));
+        assert_eq!(read("1-4,16"), Ok(vec![1, 2, 3, 4, 16]));
+        assert_eq!(read("1-16+5"), Ok(vec![1, 6, 11, 16]));
+        assert_eq!(read("1-15+5"), Ok(vec![1, 6, 11]));
+        assert_eq!(read("0-2"), Ok(vec![0, 1, 2]));
+        assert_eq!(read("512-32768*2"), Ok(vec![512, 1024, 2048, 4096, 8192, 16384, 32768]));
+        assert_eq!(read("5-100*3,7-7"), Ok(vec![5, 15, 45, 7]));
+        assert_eq!(numbers("1.5,2-3+0.25"), Ok(Numbers(vec![1.5, 2.0, 2.25, 2.5, 2.75, 3.0])));
+        // Steps that are no sums of powers of two still meet their end.
+        assert_eq!(numbers("0-0.3+0.1").unwrap().0.len(), 4);
+        for wrong in [
+            "",
+            "1,",
+            "x",
+            "-4",
+            "1-",
+            "4-1",
+            "1-4+0",
+            "1-8*1",
+            "1-8*0",
+            "0-8*2",
+            "1e3",
+            "1.5",
+            "1-9-2",
+            "1-2+3*4",
+            "inf",
+            "NaN",
+            "1-2000",
+            "9999999999",
+        ] {
+            assert!(read(wrong).is_err(), "{wrong:?}: {:?}", read(wrong));
+        }
+    }
+
+    #[test]
+    fn percentages_need_their_sign() {
+        assert_eq!(percent("1%"), Ok(0.01));
+        assert_eq!(percent("0%"), Ok(0.0));
+        assert!(["1", "-1%", "100%", "%", "NaN%"].iter().all(|text| percent(text).is_err()));
+    }
+}

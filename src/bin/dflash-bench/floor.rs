@@ -1,0 +1,212 @@
+//! `floor`: what the arithmetic of `dflash::floor` and the plan of memory say about a pair on a card. Nothing runs.
+
+use crate::record::{Better, Kind, Machine, Record, Row};
+use crate::{args, record};
+use dflash::config::Stack;
+use dflash::floor::{self, CARDS, Card, Pass};
+use dflash::memory::{MemoryPlan, Overhead, Room};
+use dflash::pair::{Model, Pair};
+use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder, PUBLISHED};
+use dflash::{Error, Result, terminal};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+/// The title of a table, and the record.
+pub fn run(flags: &args::Floor) -> Result<(String, Record)> {
+    let card = card(flags)?;
+    let pair = pair(flags)?;
+    let trained = pair.drafter.as_ref().map(|drafter| drafter.config.block);
+    let tree = flags.tree.as_ref().map_or(trained.into_iter().collect(), |list| list.0.clone());
+    check(flags, &pair, &tree)?;
+    let model = record::Model {
+        target: Some(pair.target.folder.name()),
+        drafter: pair.drafter.as_ref().map(|drafter| drafter.folder.name()),
+    };
+    let with = model.drafter.as_ref().map_or(String::new(), |name| format!(" with {name}"));
+    let title = format!(
+        "{}{with} on {} ({} GB/s and {} TFLOP/s, nominal): predicted from bytes and operations, not measured",
+        pair.target.folder.name(),
+        card.name,
+        card.bandwidth,
+        card.tflops
+    );
+    let machine = Machine {
+        card: flags.bandwidth.is_none().then(|| card.name.to_string()),
+        gigabytes_per_s: Some(card.bandwidth),
+        tflops: Some(card.tflops),
+        memory_gigabytes: flags.bandwidth.is_none().then_some(card.memory),
+        ..Machine::default()
+    };
+    let mut record = Record::new("floor", machine, model);
+    weights(&pair, &mut record.rows);
+    for &context in &flags.context.0 {
+        for &batch in &flags.batch.0 {
+            passes(flags, &pair, &card, (context, batch), &tree, &mut record.rows);
+            memory(&pair, &card, context, batch, &mut record.rows);
+        }
+    }
+    Ok((title, record))
+}
+
+fn card(flags: &args::Floor) -> Result<Card> {
+    if let (Some(bandwidth), Some(tflops)) = (flags.bandwidth, flags.flops) {
+        return Ok(Card { name: "a card", bandwidth, tflops, memory: f64::INFINITY });
+    }
+    let name = flags.card.as_deref().unwrap_or("H200");
+    Card::named(name).ok_or_else(|| {
+        let known = CARDS.map(|card| card.name).join(", ");
+        Error::Usage(format!("--card is {name:?}, expected {known}, or --bandwidth and --flops"))
+    })
+}
+
+fn pair(flags: &args::Floor) -> Result<Pair> {
+    let draft = flags.draft.clone().map(Folder::Disk);
+    if flags.model == "demo" {
+        return Pair::drawn(DEMO_TARGET, Some(draft.unwrap_or(DEMO_DRAFTER)));
+    }
+    if let Some((_, target, drafter)) = PUBLISHED.into_iter().find(|pair| pair.0 == flags.model) {
+        return Pair::drawn(target, Some(draft.unwrap_or(drafter)));
+    }
+    let dir = Path::new(&flags.model);
+    if !dir.exists() {
+        let known = PUBLISHED.map(|pair| pair.0).join(", ");
+        let found = &flags.model;
+        return Err(Error::Usage(format!(
+            "--model is {found:?}, expected {known}, demo or a target's folder"
+        )));
+    }
+    Pair::drawn(Folder::Disk(dir.to_path_buf()), draft)
+}
+
+/// Tokens that a round with that many rows for a sequence can bring at most: a path has at most a block.
+fn most_tokens(pair: &Pair, rows: usize) -> f64 {
+    pair.drafter.as_ref().map_or(1, |drafter| rows.min(drafter.config.block)) as f64
+}
+
+fn check(flags: &args::Floor, pair: &Pair, tree: &[usize]) -> Result<()> {
+    let wrong = |flag: &str, found: f64, expected: String| {
+        Err(Error::Usage(format!("--{flag} has {found}, expected {expected}")))
+    };
+    let most = pair.target.config.stack.max_positions;
+    if let Some(&found) = flags.context.0.iter().find(|n| **n >= most) {
+        return wrong("context", found as f64, format!("less than {most}, the positions of the target"));
+    }
+    if let Some(&found) = flags.batch.0.iter().find(|n| !(1..=1024).contains(*n)) {
+        return wrong("batch", found as f64, "1 to 1024".into());
+    }
+    if pair.drafter.is_none() && (flags.tree.is_some() || flags.acceptance.is_some()) {
+        return Err(Error::Usage("--tree and --acceptance need a drafter: --draft DIR".into()));
+    }
+    if let Some(&found) = tree.iter().find(|n| !(2..=1024).contains(*n)) {
+        return wrong("tree", found as f64, "2 to 1024".into());
+    }
+    let tokens = most_tokens(pair, tree.iter().copied().max().unwrap_or(1));
+    let lengths = flags.acceptance.iter().flat_map(|list| &list.0);
+    match lengths.into_iter().find(|n| !(1.0..=tokens).contains(*n)) {
+        Some(&found) => wrong("acceptance", found, format!("1 to {tokens}, the tokens of a round")),
+        None => Ok(()),
+    }
+}
+
+/// What does not depend on the passes.
+fn weights(pair: &Pair, rows: &mut Vec<Row>) {
+    let mut count = |name: String, value: f64, unit: &str| {
+        rows.push(Row::value(&name, json!({}), Kind::Counted, value, unit, Better::Lower, json!({})));
+    };
+    let target = &pair.target.config;
+    let mut stack = |model: &str, stack: &Stack, more: (&str, f64), pass: f64| {
+        for (part, bytes) in floor::layer_bytes(stack) {
+            count(format!("{model}: {part} of a layer"), bytes / 1e6, "MB");
+        }
+        count(format!("{model}: {}", more.0), more.1 / 1e6, "MB");
+        count(format!("{model}: weights of a pass"), pass / 1e9, "GB");
+        count(format!("{model}: keys and values of a position"), stack.kv_bytes_per_token(2) as f64, "bytes");
+    };
+    stack("target", &target.stack, ("lm_head", floor::head_bytes(target)), floor::target_bytes(target));
+    if let Some(Model { config, .. }) = &pair.drafter {
+        stack(
+            "drafter",
+            &config.stack,
+            ("fc", floor::fc_bytes(config)),
+            floor::drafter_bytes(target, config),
+        );
+    }
+}
+
+fn passes(
+    flags: &args::Floor,
+    pair: &Pair,
+    card: &Card,
+    (context, batch): (usize, usize),
+    tree: &[usize],
+    rows: &mut Vec<Row>,
+) {
+    let target = &pair.target.config;
+    let parameters = |more: Value| {
+        let mut all = json!({ "context": context, "batch": batch });
+        if let (Value::Object(all), Value::Object(more)) = (&mut all, more) {
+            all.extend(more);
+        }
+        all
+    };
+    let pass = |name: &str, parameters: Value, pass: &Pass, ms: f64| {
+        let numbers = json!({ "GB": pass.bytes / 1e9, "GFLOP": pass.flops / 1e9 });
+        Row::value(name, parameters, Kind::Predicted, ms, "ms", Better::Lower, numbers)
+    };
+    let rate = |name: &str, parameters: Value, tokens: f64, ms: f64| {
+        let value = batch as f64 * tokens / ms * 1e3;
+        Row::value(name, parameters, Kind::Predicted, value, "tok/s", Better::Higher, json!({}))
+    };
+    let step = floor::target_pass(target, context, batch, 1);
+    let step_ms = step.ms(card);
+    rows.push(pass("plain step", parameters(json!({})), &step, step_ms));
+    rows.push(rate("plain decoding", parameters(json!({})), 1.0, step_ms));
+    let Some(drafter) = &pair.drafter else { return };
+    let draft = floor::draft_pass(target, &drafter.config, context, batch, drafter.config.block);
+    let draft_ms = draft.ms(card);
+    rows.push(pass("draft", parameters(json!({})), &draft, draft_ms));
+    for &nodes in tree {
+        let verify = floor::target_pass(target, context, batch, nodes);
+        let ms = draft_ms + verify.ms(card);
+        let round = Pass { bytes: draft.bytes + verify.bytes, flops: draft.flops + verify.flops };
+        let with = |more: Value| {
+            let mut all = parameters(json!({ "tree": nodes }));
+            if let (Value::Object(all), Value::Object(more)) = (&mut all, more) {
+                all.extend(more);
+            }
+            all
+        };
+        rows.push(pass("verify", with(json!({})), &verify, verify.ms(card)));
+        rows.push(pass("round", with(json!({})), &round, ms));
+        let even = ms / step_ms;
+        let name = "acceptance length to break even";
+        rows.push(Row::value(name, with(json!({})), Kind::Predicted, even, "tok", Better::Lower, json!({})));
+        let lengths = flags.acceptance.as_ref().map_or(&[2.0, 4.0, 6.0, 8.0][..], |list| &list.0);
+        for &length in lengths.iter().filter(|length| **length <= most_tokens(pair, nodes)) {
+            let parameters = with(json!({ "acceptance": whole_or_not(length) }));
+            let mut row = rate("DFlash, synthetic acceptance", parameters, length, ms);
+            row.numbers = Map::from_iter([("speed-up".to_string(), json!(length / even))]);
+            rows.push(row);
+        }
+    }
+}
+
+/// Without a point where it has no fraction.
+fn whole_or_not(x: f64) -> Value {
+    if x.fract() == 0.0 { json!(x as u64) } else { json!(x) }
+}
+
+/// What the pair with its sequences takes of a card, where the kernels run it.
+fn memory(pair: &Pair, card: &Card, context: usize, batch: usize, rows: &mut Vec<Row>) {
+    let block = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
+    let positions = (context + block).min(pair.target.config.stack.max_positions);
+    let plan = match MemoryPlan::new(pair, Room::new(batch, block, positions)) {
+        Ok(plan) => plan,
+        Err(error) => return terminal::note(&format!("no memory plan: {error}")),
+    };
+    let needed = plan.needed(Overhead::GPU) as f64 / 1e9;
+    let parameters = json!({ "context": context, "batch": batch });
+    let numbers =
+        if card.memory.is_finite() { json!({ "share of card": needed / card.memory }) } else { json!({}) };
+    rows.push(Row::value("memory", parameters, Kind::Counted, needed, "GB", Better::Lower, numbers));
+}

@@ -1,0 +1,214 @@
+//! What a subcommand found, as it is written and read again. `benches/schema.json` describes it; it only ever grows.
+
+use dflash::measure::Summary;
+use dflash::{Error, Result, cuda};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// Of every record. Another number: another meaning of what was there before.
+pub const SCHEMA: &str = "dflash-bench/1";
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    pub schema: String,
+    /// The subcommand, and what it was given.
+    pub command: String,
+    pub arguments: Vec<String>,
+    pub build: Build,
+    pub machine: Machine,
+    pub model: Model,
+    pub rows: Vec<Row>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Build {
+    pub version: String,
+    /// `DFLASH_COMMIT` in the environment of the build.
+    pub commit: Option<String>,
+    pub features: Vec<String>,
+    /// What the kernels are compiled for.
+    pub ptx: Vec<String>,
+}
+
+/// Null is unknown.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// `cuda`, `emulator` or `cpu`; null where nothing ran.
+    pub device: Option<String>,
+    pub card: Option<String>,
+    pub driver: Option<String>,
+    /// Nominal.
+    pub gigabytes_per_s: Option<f64>,
+    /// Nominal, dense bf16.
+    pub tflops: Option<f64>,
+    /// Nominal.
+    pub memory_gigabytes: Option<f64>,
+}
+
+/// Names of folders or published pairs.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Model {
+    pub target: Option<String>,
+    pub drafter: Option<String>,
+}
+
+/// Where a value comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Exact: bytes, launches.
+    Counted,
+    /// By arithmetic from nominal figures; nothing ran.
+    Predicted,
+    Measured,
+    /// By `compare` from two records.
+    Compared,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Better {
+    Lower,
+    Higher,
+}
+
+/// Name and parameters together are unique in a record.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    pub name: String,
+    /// Numbers and texts.
+    pub parameters: Map<String, Value>,
+    pub kind: Kind,
+    pub unit: String,
+    pub better: Better,
+    /// In the order in which they were taken, each above 0. Null where nothing was sampled.
+    pub samples: Option<Vec<f64>>,
+    /// How many samples each round took, where they were taken in rounds.
+    pub rounds: Option<Vec<usize>>,
+    /// Of the samples, or the value itself. Null where `compare` has only one side.
+    pub median: Option<f64>,
+    pub p10: Option<f64>,
+    pub p90: Option<f64>,
+    /// Further numbers.
+    pub numbers: Map<String, Value>,
+    /// Of `compare`.
+    pub verdict: Option<String>,
+}
+
+impl Record {
+    /// Without rows, of this build and these arguments.
+    pub fn new(command: &str, machine: Machine, model: Model) -> Record {
+        let features = [("emulator", cfg!(feature = "emulator")), ("sanitize", cfg!(feature = "sanitize"))];
+        Record {
+            schema: SCHEMA.into(),
+            command: command.into(),
+            arguments: std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect(),
+            build: Build {
+                version: env!("CARGO_PKG_VERSION").into(),
+                commit: option_env!("DFLASH_COMMIT").map(String::from),
+                features: features.iter().filter(|f| f.1).map(|f| f.0.to_string()).collect(),
+                ptx: cuda::targets().iter().map(|target| target.to_string()).collect(),
+            },
+            machine,
+            model,
+            rows: vec![],
+        }
+    }
+
+    /// A record from a file, in which every row can be relied on.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] with the file and what is wrong with it.
+    pub fn read(path: &Path) -> Result<Record> {
+        let wrong = |what: String| Error::Usage(format!("{} {what}", path.display()));
+        let bytes = std::fs::read(path).map_err(|e| wrong(format!("cannot be read: {e}")))?;
+        let value: Value =
+            serde_json::from_slice(&bytes).map_err(|e| wrong(format!("is not a record in JSON: {e}")))?;
+        match &value["schema"] {
+            Value::String(schema) if schema == SCHEMA => (),
+            found => return Err(wrong(format!("has the schema {found}, expected {SCHEMA:?}"))),
+        }
+        let record: Record =
+            serde_json::from_value(value).map_err(|e| wrong(format!("is not a whole record: {e}")))?;
+        for (i, row) in record.rows.iter().enumerate() {
+            row.check().map_err(|what| wrong(format!("is damaged: row {} ({}) {what}", i + 1, row.name)))?;
+            if let Some(first) = record.rows[..i].iter().position(|other| row.is(other)) {
+                let (name, i, first) = (&row.name, i + 1, first + 1);
+                return Err(wrong(format!(
+                    "is damaged: rows {first} and {i} are both {name} with equal parameters"
+                )));
+            }
+        }
+        Ok(record)
+    }
+}
+
+impl Row {
+    /// A value that was not sampled.
+    pub fn value(
+        name: &str,
+        parameters: Value,
+        kind: Kind,
+        value: f64,
+        unit: &str,
+        better: Better,
+        numbers: Value,
+    ) -> Row {
+        let map = |value| if let Value::Object(map) = value { map } else { Map::new() };
+        Row {
+            name: name.into(),
+            parameters: map(parameters),
+            kind,
+            unit: unit.into(),
+            better,
+            samples: None,
+            rounds: None,
+            median: Some(value),
+            p10: None,
+            p90: None,
+            numbers: map(numbers),
+            verdict: None,
+        }
+    }
+
+    /// Whether it has the same name and parameters.
+    pub fn is(&self, other: &Row) -> bool {
+        self.name == other.name && self.parameters == other.parameters
+    }
+
+    /// Rounds of samples; each sample is one where nothing groups them. None without samples.
+    pub fn groups(&self) -> Option<Vec<&[f64]>> {
+        let samples = self.samples.as_deref()?;
+        let Some(rounds) = &self.rounds else { return Some(samples.chunks(1).collect()) };
+        let mut rest = samples;
+        let mut next = |count: &usize| {
+            let (round, after) = rest.split_at(*count);
+            rest = after;
+            round
+        };
+        Some(rounds.iter().map(&mut next).collect())
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        let samples = self.samples.as_deref().unwrap_or_default();
+        if let Some(bad) = samples.iter().find(|x| !(x.is_finite() && **x > 0.0)) {
+            return Err(format!("has the sample {bad}, expected numbers above 0"));
+        }
+        if let Some(rounds) = &self.rounds {
+            let sum = rounds.iter().try_fold(0usize, |sum, n| sum.checked_add(*n));
+            if rounds.contains(&0) || sum != Some(samples.len()) {
+                return Err(format!("has rounds of {rounds:?} samples, and {} samples", samples.len()));
+            }
+        }
+        let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs();
+        match (Summary::of(samples), self.median) {
+            (Some(s), Some(median)) if !close(median, s.median) => {
+                Err(format!("has the median {median}, and its samples have {}", s.median))
+            }
+            (Some(_), None) => Err("has samples and no median".into()),
+            (None, _) if self.samples.is_some() => Err("has an empty list of samples, expected null".into()),
+            _ => Ok(()),
+        }
+    }
+}

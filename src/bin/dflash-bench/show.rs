@@ -1,0 +1,170 @@
+//! A record as text: a table for people, Markdown, CSV, JSON.
+
+use crate::record::{Kind, Record, Row};
+use serde_json::{Map, Value};
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    Table,
+    Markdown,
+    Csv,
+    Json,
+}
+
+/// All of stdout. `title`: what a table of it is, which the records say themselves.
+pub fn text(record: &Record, title: &str, format: Format) -> String {
+    match format {
+        Format::Json => serde_json::json!(record).to_string() + "\n",
+        Format::Csv => csv(&record.rows),
+        Format::Table | Format::Markdown => table(&record.rows, title, format == Format::Markdown),
+    }
+}
+
+/// Every key that a row has, in the order of their first appearance.
+fn keys(rows: &[Row], of: impl Fn(&Row) -> &Map<String, Value>) -> Vec<String> {
+    let mut keys: Vec<String> = vec![];
+    for key in rows.iter().flat_map(|row| of(row).keys()) {
+        if !keys.contains(key) {
+            keys.push(key.clone());
+        }
+    }
+    keys
+}
+
+/// A column: its head, its cells, whether they are numbers, and its width in characters.
+struct Column(String, Vec<String>, bool, usize);
+
+fn table(rows: &[Row], title: &str, markdown: bool) -> String {
+    let mut columns = vec![];
+    let any = |of: &dyn Fn(&Row) -> bool| rows.iter().any(of);
+    let value = match () {
+        _ if any(&|row| row.kind == Kind::Compared) => "ratio",
+        _ if any(&|row| row.samples.is_some()) => "median",
+        _ => "value",
+    };
+    let mut push = |name: &str, numbers: bool, cell: &dyn Fn(&Row) -> String| {
+        let cells: Vec<String> = rows.iter().map(cell).collect();
+        if cells.iter().any(|cell| !cell.is_empty()) {
+            let width = cells.iter().map(|cell| cell.chars().count()).chain([name.chars().count()]).max();
+            columns.push(Column(name.to_string(), cells, numbers, width.unwrap_or(0)));
+        }
+    };
+    push("", false, &|row| row.name.clone());
+    for key in keys(rows, |row| &row.parameters) {
+        push(&key, true, &|row| shown(row.parameters.get(&key)));
+    }
+    push(value, true, &|row| row.median.map_or(String::new(), four_digits));
+    push("p10", true, &|row| row.p10.map_or(String::new(), four_digits));
+    push("p90", true, &|row| row.p90.map_or(String::new(), four_digits));
+    push("unit", false, &|row| row.unit.clone());
+    for key in keys(rows, |row| &row.numbers) {
+        push(&key, true, &|row| shown(row.numbers.get(&key)));
+    }
+    push("", false, &|row| match row.kind {
+        Kind::Measured | Kind::Compared => String::new(),
+        Kind::Counted => "counted".into(),
+        Kind::Predicted => "predicted".into(),
+    });
+    push("verdict", false, &|row| row.verdict.clone().unwrap_or_default());
+    let mut text = format!("{title}\n");
+    if markdown {
+        text += "\n";
+    }
+    let heads: Vec<&str> = columns.iter().map(|column| column.0.as_str()).collect();
+    text += &line(&columns, &heads, markdown);
+    if markdown {
+        let rules: Vec<&str> = columns.iter().map(|column| if column.2 { "---:" } else { "---" }).collect();
+        text += &format!("| {} |\n", rules.join(" | "));
+    }
+    for i in 0..rows.len() {
+        let cells: Vec<&str> = columns.iter().map(|column| column.1[i].as_str()).collect();
+        text += &line(&columns, &cells, markdown);
+    }
+    text
+}
+
+fn line(columns: &[Column], cells: &[&str], markdown: bool) -> String {
+    if markdown {
+        let cells: Vec<String> = cells.iter().map(|cell| cell.replace('|', "\\|")).collect();
+        return format!("| {} |\n", cells.join(" | "));
+    }
+    let padded = columns.iter().zip(cells).map(|(Column(_, _, number, width), cell)| {
+        if *number { format!("{cell:>width$}") } else { format!("{cell:width$}") }
+    });
+    let text = padded.collect::<Vec<_>>().join("  ");
+    format!("{}\n", text.trim_end())
+}
+
+fn csv(rows: &[Row]) -> String {
+    let quoted = |cell: &str| match cell.contains([',', '"', '\n', '\r']) {
+        true => format!("\"{}\"", cell.replace('"', "\"\"")),
+        false => cell.to_string(),
+    };
+    let line =
+        |cells: Vec<String>| cells.iter().map(|cell| quoted(cell)).collect::<Vec<_>>().join(",") + "\n";
+    let (parameters, numbers) = (keys(rows, |row| &row.parameters), keys(rows, |row| &row.numbers));
+    let fixed = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+    let ends = ["median", "p10", "p90", "unit", "better", "kind"];
+    let mut text = line(
+        [fixed(&["name"]), parameters.clone(), fixed(&ends), numbers.clone(), fixed(&["verdict"])].concat(),
+    );
+    for row in rows {
+        // As in JSON: every digit.
+        let value = |value: Option<&Value>| match value {
+            None | Some(Value::Null) => String::new(),
+            Some(Value::String(text)) => text.clone(),
+            Some(value) => value.to_string(),
+        };
+        let record = serde_json::json!(row);
+        let of = |map: &Map<String, Value>, keys: &[String]| -> Vec<String> {
+            keys.iter().map(|key| value(map.get(key))).collect()
+        };
+        let ends = ends.iter().map(|key| value(record.get(key))).collect();
+        let verdict = row.verdict.clone().unwrap_or_default();
+        let (parameters, numbers) = (of(&row.parameters, &parameters), of(&row.numbers, &numbers));
+        text += &line([vec![row.name.clone()], parameters, ends, numbers, vec![verdict]].concat());
+    }
+    text
+}
+
+fn shown(value: Option<&Value>) -> String {
+    match value {
+        None | Some(Value::Null) => String::new(),
+        Some(Value::String(text)) => text.clone(),
+        Some(value) => value.as_f64().map_or(value.to_string(), four_digits),
+    }
+}
+
+/// Four digits that count; whole numbers whole.
+pub fn four_digits(x: f64) -> String {
+    if x == x.trunc() && x.abs() < 1e15 {
+        return format!("{x:.0}");
+    }
+    if x.abs() >= 1e15 || x.abs() < 1e-4 {
+        return format!("{x:.3e}");
+    }
+    let before = x.abs().log10().floor() as i32 + 1;
+    format!("{x:.*}", (4 - before).max(0) as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn four_digits_count() {
+        let shown = [3.85321, 0.20114, 1244.66, 98765.4, 147456.0, 0.00012346, 1e-7, 16.0, 99.996, 9.9999];
+        let expected =
+            ["3.853", "0.2011", "1245", "98765", "147456", "0.0001235", "1.000e-7", "16", "100.00", "10.000"];
+        assert_eq!(shown.map(four_digits), expected);
+    }
+
+    #[test]
+    fn names_that_csv_and_markdown_would_cut_stay_whole() {
+        use crate::record::Better;
+        let none = || serde_json::json!({});
+        let row = Row::value("a \"b\", |c|", none(), Kind::Counted, 1.5, "s", Better::Lower, none());
+        assert!(csv(std::slice::from_ref(&row)).ends_with("\n\"a \"\"b\"\", |c|\",1.5,,,s,lower,counted,\n"));
+        assert!(table(&[row], "", true).ends_with("\n| a \"b\", \\|c\\| | 1.500 | s | counted |\n"));
+    }
+}
