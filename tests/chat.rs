@@ -144,6 +144,29 @@ fn a_conversation_on_the_emulator_is_kept_and_is_the_same_with_and_without_draft
 }
 
 #[test]
+fn a_conversation_on_the_emulator_takes_every_block_that_the_drafter_has() {
+    let setting = |block: &str| Setting::demo(&["-n", "6", "-q", "--device", "emulator", "--block", block]);
+    let expected = setting("16").chat("def f(x):\ndef g(x):\n").done();
+    for block in ["1", "4"] {
+        let run = setting(block).chat("def f(x):\n/set block 16\ndef g(x):\n");
+        assert_eq!((run.code, run.out.as_str()), (0, expected.as_str()), "from {block}: {}", run.err);
+    }
+}
+
+#[test]
+fn a_conversation_has_all_positions_of_the_model_on_the_cpu_and_8192_on_a_device() {
+    let target = support::Target { heads: 1, kv_heads: 1, head_dim: 64, ..Default::default() };
+    let target = support::Target { hidden: 64, intermediate: 32, max_positions: 20_000, ..target };
+    let drafter = support::Drafter { heads: 1, kv_heads: 1, head_dim: 64, ..Default::default() };
+    let pair = support::write_pair(&target, &support::Drafter { intermediate: 32, ..drafter });
+    for (device, positions) in [("cpu", 20_000), ("emulator", 8192)] {
+        let setting = Setting::new(Some(&pair), &["-n", "2", "--device", device]);
+        let err = setting.chat("a\n/stats\n").err;
+        assert!(err.ends_with(&format!(" of {positions} positions in use\n")), "{device}: {err}");
+    }
+}
+
+#[test]
 fn lines_are_messages() {
     let pair = ascii_pair();
     let setting = Setting::new(Some(&pair), &["-n", "8"]);

@@ -146,6 +146,22 @@ fn stop_ids_end_an_answer_at_every_place_of_a_round_and_of_their_list() {
         places += 1;
     }
     assert!(places >= 15, "only {places} of 17 tokens are new where they stand");
+
+    // Not for the host to cut: the device itself ends its round there.
+    let new = |at: &usize| !whole.tokens[..*at].contains(&whole.tokens[*at]);
+    let at = (5..16).find(new).unwrap();
+    for (place, max_tokens, emitted) in [(0, 25, at), (11, 25, at), (12, 25, 16), (12, at + 1, at)] {
+        let mut stop_ids: Vec<u32> = (5000..5020).collect();
+        stop_ids[place] = whole.tokens[at];
+        let request = Request { stop_ids, max_tokens, ..plain.clone() };
+        assert_eq!(single.join(0, &request, false), Ok(Some(0)));
+        while single.prefill(0).unwrap().next.is_none() {}
+        let mut out = [Emitted::default()];
+        single.round(&mut out).unwrap();
+        let expected = Emitted { tokens: whole.tokens[1..=emitted].to_vec(), judged: 16 };
+        assert_eq!(out[0], expected, "place {place}, at most {max_tokens}");
+        single.leave(0, at + 1).unwrap();
+    }
 }
 
 #[test]
@@ -219,6 +235,51 @@ fn who_finds_too_few_pages_waits_and_who_never_fits_is_refused() {
             assert_eq!((error.to_string().as_str(), error.exit_code()), (sentence, 5));
             assert_eq!(three.free_pages(), 3, "pages are back after a refusal");
             assert_eq!(answer(&run(&mut three, &requests[3])), answer(&outcomes[3]));
+        }
+    });
+}
+
+/// A sequence that joined, to its end: its tokens, and the logits of all but the first.
+fn logits(batch: &mut Batch, slot: usize, request: &Request) -> (Vec<u32>, Vec<Vec<f32>>) {
+    let mut out = vec![Emitted::default(); batch.slots()];
+    let (mut tokens, mut logits) = (vec![batch.prefill(slot).unwrap().next.unwrap()], vec![]);
+    while tokens.len() < request.max_tokens {
+        batch.round(&mut out).unwrap();
+        for (row, token) in out[slot].tokens.iter().enumerate() {
+            tokens.push(*token);
+            logits.push(batch.logits(slot, row).unwrap());
+        }
+    }
+    (tokens, logits)
+}
+
+/// Who left in the middle had, as far as the device was told, more to say.
+#[test]
+fn pages_of_who_left_belong_to_the_next() {
+    on_the_emulator(tiny(), 128, |device, models| {
+        let room = Room { pages: 2, ..Room::new(2, 16, 128) };
+        let mut two = Batch::new(device, models, room).unwrap();
+        let mut single = batch(device, models, 1, 128);
+        two.watch();
+        single.watch();
+        for block in [1, 16] {
+            // What the first one would still write lies where the second has its prompt.
+            let first = request(&prompt(1, 9), 110, block, 0.0);
+            let second = request(&prompt(2, 100), 26, block, 0.0);
+            assert_eq!(two.join(0, &first, false), Ok(Some(0)));
+            two.prefill(0).unwrap();
+            two.round(&mut [Emitted::default(), Emitted::default()]).unwrap();
+            assert_eq!(two.join(1, &second, false), Ok(None));
+            two.leave(0, 1).unwrap();
+            assert_eq!(two.join(1, &second, false), Ok(Some(0)));
+            assert_eq!(single.join(0, &second, false), Ok(Some(0)));
+            let alone = logits(&mut single, 0, &second);
+            assert!(logits(&mut two, 1, &second) == alone, "somebody writes there, block {block}");
+            single.leave(0, 26).unwrap();
+            two.leave(1, 26).unwrap();
+            // Nothing is left of the first one.
+            assert_eq!(two.join(0, &first, true), Ok(Some(0)));
+            two.leave(0, 0).unwrap();
         }
     });
 }
@@ -469,6 +530,40 @@ fn a_weight_that_is_no_number_is_named_on_the_device() {
         assert_eq!(run.err.lines().count(), 1, "{run:?}");
         let file = dir.join("model.safetensors").display().to_string();
         assert!([&name, &file, "NaN"].iter().all(|part| run.err.contains(*part)), "{run:?}");
+    }
+}
+
+/// The stop string ends the answers soon.
+#[test]
+fn a_sequence_has_8192_positions_or_what_it_needs_or_those_of_its_flag() {
+    let (target, drafter) = tiny();
+    let pair = support::write_pair(&support::Target { max_positions: 20_000, ..target }, &drafter);
+    let most = usize::MAX.to_string();
+    let args = ["--raw", "!", "--temperature", "1", "--seed", "1", "--stop", "!", "--stop", " "];
+    let room = |more: &[&str]| {
+        let run = run_pair(&pair, &[&args[..], &["--device", "emulator"], more].concat());
+        assert_eq!(run.code, 0, "{more:?}: {run:?}");
+        run.err.lines().next().unwrap().to_string()
+    };
+    // Prompt, answer and a block.
+    for (more, positions) in [
+        (&["-n", "100"][..], 8192),
+        (&["-n", "9000"], 9017),
+        (&["-n", &most], 20_000),
+        (&["-n", "9000", "--ctx", "100"], 100),
+    ] {
+        let expected = format!("memory for 1 sequence of {positions} positions in blocks of 16:");
+        assert_eq!(room(more), expected, "{more:?}");
+    }
+    // The CPU has what the model has, or less if it is told so.
+    for (more, ctx) in [(&[][..], 20_000), (&["--ctx", "9"][..], 9)] {
+        let prompt = "!".repeat(ctx);
+        let run = run_pair(&pair, &[&["--raw", &prompt, "-n", "1"], more].concat());
+        let sentence = format!(
+            "dflash-gen: the prompt has {ctx} tokens, but the context holds {ctx}, the answer included\n"
+        );
+        assert_eq!((run.code, run.err), (2, sentence));
+        assert_eq!(run_pair(&pair, &[&args[..], &["-n", &most], more].concat()).code, 0);
     }
 }
 

@@ -45,7 +45,7 @@ fn requests() -> (Vec<Request>, Vec<Option<usize>>) {
     (0..REQUESTS).map(|_| random(&mut source)).unzip()
 }
 
-/// What every request has alone, on a decoder that ran nothing else before.
+/// What every request has alone.
 fn alone(patience: &[Option<usize>], index: usize, decoder: &mut dyn Decoder, request: &Request) -> Outcome {
     let reply = |_, event| patient(patience[index], event);
     together(decoder, std::slice::from_ref(request), reply).remove(0)
