@@ -12,12 +12,13 @@ mkdir "$work/pack"
 
 names=$(sed -n 's/^for test in \(.*\); do$/\1/p' tools/gpu-check.sh)
 cargo test --release --locked --no-run $(printf -- '--test %s ' $names) 2>&1 | tee "$work/build.log"
-sed -n 's,.*Executable tests/\(.*\)\.rs (\(.*\)),\1 \2,p' "$work/build.log" | while read -r name program; do
+sed -n 's,.*Executable tests/\(.*\)\.rs (\(.*\)),\1 \2,p' "$work/build.log" >"$work/programs"
+cargo build --release --locked
+echo "dflash-gen target/release/dflash-gen" >>"$work/programs"
+while read -r name program; do
     grep -q 'target sm_90a' "$program" || { echo "$program has no CUDA kernels: tools/get-nvcc.sh" >&2; exit 1; }
     strip -o "$work/pack/$name" "$program"
-done
-cargo build --release --locked
-strip -o "$work/pack/dflash-gen" target/release/dflash-gen
+done <"$work/programs"
 cp tools/gpu-check.sh tests/data/prompts.jsonl "$work/pack/"
 { git rev-parse HEAD; git status --short --untracked-files=no; } >"$work/pack/commit"
 # Every program holds the same kernels: a dictionary longer than one makes them cost once.
