@@ -8,6 +8,7 @@
 use crate::{Error, Result};
 use std::any::Any;
 use std::fmt;
+use std::ops::{AddAssign, Sub};
 use std::sync::Arc;
 
 /// A kernel as the engine knows it; one `static` per entry point in `cuda/*.cu`.
@@ -197,6 +198,55 @@ impl Pinned {
     }
 }
 
+/// What a kernel's launches did, as far as it went through the wrappers of `ptx.cuh`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub launches: u64,
+    pub blocks: u64,
+    /// Bytes of streaming loads (`ld_stream`): weights.
+    pub streamed: u64,
+    /// Bytes of all other global loads, `cp.async` included.
+    pub read: u64,
+    /// Bytes of global stores and atomics.
+    pub written: u64,
+    /// Warp-wide `mma.m16n8k16`.
+    pub mma: u64,
+    /// Warp-wide shared-memory accesses looked at for bank conflicts: `ldmatrix` always, others on request.
+    pub shared: u64,
+    /// Extra passes those needed.
+    pub conflicts: u64,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Counts) {
+        self.launches += other.launches;
+        self.blocks += other.blocks;
+        self.streamed += other.streamed;
+        self.read += other.read;
+        self.written += other.written;
+        self.mma += other.mma;
+        self.shared += other.shared;
+        self.conflicts += other.conflicts;
+    }
+}
+
+/// What was done between two tallies.
+impl Sub for Counts {
+    type Output = Counts;
+    fn sub(self, before: Counts) -> Counts {
+        Counts {
+            launches: self.launches - before.launches,
+            blocks: self.blocks - before.blocks,
+            streamed: self.streamed - before.streamed,
+            read: self.read - before.read,
+            written: self.written - before.written,
+            mma: self.mma - before.mma,
+            shared: self.shared - before.shared,
+            conflicts: self.conflicts - before.conflicts,
+        }
+    }
+}
+
 /// What is known about a device.
 #[derive(Debug, Clone)]
 pub struct Properties {
@@ -303,6 +353,12 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// What a kernel launched earlier did wrong.
     fn synchronize(&self) -> Result<()>;
+
+    /// What all kernels have done so far, on a device that counts it and whose times say nothing: the emulator. None on a
+    /// GPU.
+    fn tally(&self) -> Option<Counts> {
+        None
+    }
 }
 
 /// Checks shared by the implementations: a launch that no device could take.

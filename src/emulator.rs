@@ -5,14 +5,13 @@
 //! instead). Results must not depend on the [`Schedule`]; what a launch did is counted per kernel.
 
 use crate::device::{
-    Arg, Buffer, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
+    Arg, Buffer, Counts, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
     check_launch,
 };
 use crate::{Error, Result};
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_char, c_void};
-use std::ops::AddAssign;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -42,38 +41,6 @@ impl Schedule {
         Schedule::GreedyUp,
         Schedule::GreedyDown,
     ];
-}
-
-/// What a kernel's launches did, as far as it went through the wrappers of `ptx.cuh`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub launches: u64,
-    pub blocks: u64,
-    /// Bytes of streaming loads (`ld_stream`): weights.
-    pub streamed: u64,
-    /// Bytes of all other global loads, `cp.async` included.
-    pub read: u64,
-    /// Bytes of global stores and atomics.
-    pub written: u64,
-    /// Warp-wide `mma.m16n8k16`.
-    pub mma: u64,
-    /// Warp-wide shared-memory accesses looked at for bank conflicts: `ldmatrix` always, others on request.
-    pub shared: u64,
-    /// Extra passes those needed.
-    pub conflicts: u64,
-}
-
-impl AddAssign for Counts {
-    fn add_assign(&mut self, other: Counts) {
-        self.launches += other.launches;
-        self.blocks += other.blocks;
-        self.streamed += other.streamed;
-        self.read += other.read;
-        self.written += other.written;
-        self.mma += other.mma;
-        self.shared += other.shared;
-        self.conflicts += other.conflicts;
-    }
 }
 
 /// The structures of `emu.h`, field for field.
@@ -657,5 +624,11 @@ impl Device for Emulator {
 
     fn synchronize(&self) -> Result<()> {
         self.not_capturing("a wait")
+    }
+
+    fn tally(&self) -> Option<Counts> {
+        let mut sum = Counts::default();
+        self.counts().into_values().for_each(|counts| sum += counts);
+        Some(sum)
     }
 }

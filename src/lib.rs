@@ -44,6 +44,7 @@ pub mod measure;
 pub mod memory;
 pub mod model;
 pub mod pair;
+pub mod place;
 pub mod reference;
 pub mod rounds;
 mod simd;

@@ -7,8 +7,8 @@ mod kernel;
 mod layer;
 
 use dflash::Error;
-use dflash::device::{Buffer, Device};
-use dflash::emulator::{Counts, Emulator, Schedule};
+use dflash::device::{Buffer, Counts, Device};
+use dflash::emulator::{Emulator, Schedule};
 use dflash::kernels::head::Head;
 use dflash::kernels::inject::Inject;
 use dflash::kernels::linear::{Input, Shape, Workspace};

@@ -1,20 +1,18 @@
 //! `floor`: what the arithmetic of `dflash::floor` and the plan of memory say about a pair on a card. Nothing runs.
 
 use crate::record::{Better, Kind, Machine, Record, Row};
-use crate::{args, record};
+use crate::{args, model, record};
 use dflash::config::Stack;
 use dflash::floor::{self, CARDS, Card, Pass};
 use dflash::memory::{MemoryPlan, Overhead, Room};
 use dflash::pair::{Model, Pair};
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder, PUBLISHED};
 use dflash::{Error, Result, terminal};
 use serde_json::{Map, Value, json};
-use std::path::Path;
 
 /// The title of a table, and the record.
 pub fn run(flags: &args::Floor) -> Result<(String, Record)> {
     let card = card(flags)?;
-    let pair = pair(flags)?;
+    let pair = model::pair(&flags.model, flags.draft.clone())?;
     let trained = pair.drafter.as_ref().map(|drafter| drafter.config.block);
     let tree = flags.tree.as_ref().map_or(trained.into_iter().collect(), |list| list.0.clone());
     check(flags, &pair, &tree)?;
@@ -57,25 +55,6 @@ fn card(flags: &args::Floor) -> Result<Card> {
         let known = CARDS.map(|card| card.name).join(", ");
         Error::Usage(format!("--card is {name:?}, expected {known}, or --bandwidth and --flops"))
     })
-}
-
-fn pair(flags: &args::Floor) -> Result<Pair> {
-    let draft = flags.draft.clone().map(Folder::Disk);
-    if flags.model == "demo" {
-        return Pair::drawn(DEMO_TARGET, Some(draft.unwrap_or(DEMO_DRAFTER)));
-    }
-    if let Some((_, target, drafter)) = PUBLISHED.into_iter().find(|pair| pair.0 == flags.model) {
-        return Pair::drawn(target, Some(draft.unwrap_or(drafter)));
-    }
-    let dir = Path::new(&flags.model);
-    if !dir.exists() {
-        let known = PUBLISHED.map(|pair| pair.0).join(", ");
-        let found = &flags.model;
-        return Err(Error::Usage(format!(
-            "--model is {found:?}, expected {known}, demo or a target's folder"
-        )));
-    }
-    Pair::drawn(Folder::Disk(dir.to_path_buf()), draft)
 }
 
 /// Tokens that a round with that many rows for a sequence can bring at most: a path has at most a block.

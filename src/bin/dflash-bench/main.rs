@@ -4,7 +4,10 @@
 mod args;
 mod compare;
 mod floor;
+mod machine;
+mod model;
 mod record;
+mod sampling;
 mod show;
 
 use args::{Args, Command};

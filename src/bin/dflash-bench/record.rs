@@ -1,5 +1,7 @@
 //! What a subcommand found, as it is written and read again. `benches/schema.json` describes it; it only ever grows.
 
+use crate::sampling::Times;
+use dflash::device::Counts;
 use dflash::measure::Summary;
 use dflash::{Error, Result, cuda};
 use serde::{Deserialize, Serialize};
@@ -42,8 +44,44 @@ pub struct Machine {
     pub gigabytes_per_s: Option<f64>,
     /// Nominal, dense bf16.
     pub tflops: Option<f64>,
-    /// Nominal.
+    /// Nominal where nothing ran, else what the driver says.
     pub memory_gigabytes: Option<f64>,
+    /// Compute capability: `9.0`.
+    #[serde(default)]
+    pub capability: Option<String>,
+    #[serde(default)]
+    pub multiprocessors: Option<u32>,
+    #[serde(default)]
+    pub l2_bytes: Option<u64>,
+    /// Which of the build's PTX targets ran.
+    #[serde(default)]
+    pub ptx: Option<String>,
+    /// Before and after the run; null: no instruments.
+    #[serde(default)]
+    pub before: Option<State>,
+    #[serde(default)]
+    pub after: Option<State>,
+}
+
+/// What a card's instruments say at one moment. Null: this one does not.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    pub sm_mhz: Option<u32>,
+    pub memory_mhz: Option<u32>,
+    pub celsius: Option<u32>,
+    pub watts: Option<f64>,
+    pub limit_watts: Option<f64>,
+    /// Why clocks are held back: NVML's reasons but for idleness. Empty: they are not.
+    pub throttle: Vec<String>,
+    /// Other processes on the card.
+    pub processes: Vec<Process>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Process {
+    pub pid: u32,
+    /// Null where the driver does not say.
+    pub bytes: Option<u64>,
 }
 
 /// Names of folders or published pairs.
@@ -86,6 +124,9 @@ pub struct Row {
     pub samples: Option<Vec<f64>>,
     /// How many samples each round took, where they were taken in rounds.
     pub rounds: Option<Vec<usize>>,
+    /// Places of the rounds (of the samples, where none are told) in which the card held its clocks back; null: unknown.
+    #[serde(default)]
+    pub throttled: Option<Vec<usize>>,
     /// Of the samples, or the value itself. Null where `compare` has only one side.
     pub median: Option<f64>,
     pub p10: Option<f64>,
@@ -164,12 +205,60 @@ impl Row {
             better,
             samples: None,
             rounds: None,
+            throttled: None,
             median: Some(value),
             p10: None,
             p90: None,
             numbers: map(numbers),
             verdict: None,
         }
+    }
+
+    /// Measured: `times` in another unit, `scale` of which are a millisecond.
+    pub fn times(
+        name: &str,
+        parameters: Value,
+        times: &Times,
+        (unit, scale): (&str, f64),
+        numbers: Value,
+    ) -> Row {
+        let samples: Vec<f64> = times.samples.iter().map(|ms| ms * scale).collect();
+        let rounds = Some(times.rounds.clone());
+        let row = Row::samples(name, parameters, samples, rounds, unit, Better::Lower, numbers);
+        Row { throttled: times.throttled.clone(), ..row }
+    }
+
+    /// Measured: at least one sample, each above 0.
+    pub fn samples(
+        name: &str,
+        parameters: Value,
+        samples: Vec<f64>,
+        rounds: Option<Vec<usize>>,
+        unit: &str,
+        better: Better,
+        numbers: Value,
+    ) -> Row {
+        let summary = Summary::of(&samples);
+        let row = Row::value(name, parameters, Kind::Measured, 0.0, unit, better, numbers);
+        Row {
+            median: summary.map(|s| s.median),
+            p10: summary.map(|s| s.p10),
+            p90: summary.map(|s| s.p90),
+            samples: Some(samples),
+            rounds,
+            ..row
+        }
+    }
+
+    /// Counted by the emulator: the value is all bytes that crossed the memory bus.
+    pub fn counts(name: &str, parameters: Value, counts: &Counts) -> Row {
+        let Counts { launches, blocks, streamed, read, written, mma, conflicts, .. } = *counts;
+        let numbers = serde_json::json!({
+            "launches": launches, "blocks": blocks, "streamed": streamed, "read": read, "written": written,
+            "mma": mma, "conflicts": conflicts,
+        });
+        let bytes = (streamed + read + written) as f64;
+        Row::value(name, parameters, Kind::Counted, bytes, "bytes", Better::Lower, numbers)
     }
 
     /// Whether it has the same name and parameters.

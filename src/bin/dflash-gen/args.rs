@@ -2,6 +2,7 @@
 
 use clap::{ArgAction, Parser, ValueEnum};
 use dflash::pair::Pair;
+use dflash::place::Choice;
 use dflash::verify::Sampling;
 use dflash::{Error, Result};
 use std::path::PathBuf;
@@ -45,8 +46,8 @@ pub struct Args {
     #[arg(long, value_name = "DIR|none", help_heading = "Models")]
     pub draft: Option<PathBuf>,
     /// Where to run
-    #[arg(long, value_enum, default_value_t = Device::Auto, help_heading = "Models")]
-    pub device: Device,
+    #[arg(long, value_enum, default_value_t = Choice::Auto, help_heading = "Models")]
+    pub device: Choice,
     /// Which GPU, as the driver counts them [default: 0]
     #[arg(long, value_name = "N", help_heading = "Models")]
     #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
@@ -146,18 +147,6 @@ pub struct Args {
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
-pub enum Device {
-    /// A GPU if one can run the pair, else the CPU
-    Auto,
-    /// Plain f32, the reference
-    Cpu,
-    /// The kernels on a GPU
-    Cuda,
-    /// The kernels on the CPU, slowly, for tests; builds with the feature emulator have it
-    Emulator,
-}
-
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum Color {
     Auto,
     Always,
@@ -199,7 +188,7 @@ impl Args {
             _ if !(1..=MOST_SEQUENCES).contains(&self.batch) => {
                 Err(Error::Usage(format!("--batch is {}, expected 1 to {MOST_SEQUENCES}", self.batch)))
             }
-            _ if self.gpu.is_some() && matches!(self.device, Device::Cpu | Device::Emulator) => {
+            _ if self.gpu.is_some() && matches!(self.device, Choice::Cpu | Choice::Emulator) => {
                 wrong("--gpu needs --device cuda or auto")
             }
             _ if self.batch > 1 && self.prompts.is_none() && !self.plan => wrong("--batch needs --prompts"),

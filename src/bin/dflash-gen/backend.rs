@@ -1,13 +1,12 @@
 //! `--device`: where to run, and what is to be known before anything is loaded there.
 
-use crate::args::{Args, Device as Choice};
+use crate::args::Args;
 use crate::note;
 use dflash::Result;
-use dflash::cuda::Cuda;
-use dflash::device::Device;
 use dflash::engine::Backend;
-use dflash::memory::{MemoryPlan, Overhead, Room};
+use dflash::memory::{MemoryPlan, Room};
 use dflash::pair::Pair;
+use dflash::place::{Choice, Place};
 use dflash::reference::Cpu;
 use dflash::rounds::OnDevice;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -27,18 +26,15 @@ pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Roo
 pub fn load(args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
     match args.device {
         Choice::Cpu => cpu(pair, args, room),
-        Choice::Cuda => {
-            on("cuda", Box::new(Cuda::open(args.gpu.unwrap_or(0))?), Overhead::GPU, args, pair, room)
-        }
-        Choice::Emulator => on("emulator", emulator()?, Overhead::NONE, args, pair, room),
+        Choice::Cuda => on(Place::gpu(args.gpu.unwrap_or(0))?, args, pair, room),
+        Choice::Emulator => on(Place::emulator()?, args, pair, room),
         Choice::Auto => {
             let gpu =
-                Cuda::open(args.gpu.unwrap_or(0)).and_then(|gpu| MemoryPlan::new(pair, room).map(|_| gpu));
+                Place::gpu(args.gpu.unwrap_or(0)).and_then(|gpu| MemoryPlan::new(pair, room).map(|_| gpu));
             match gpu {
                 Ok(gpu) => {
-                    let name = gpu.properties().name.clone();
-                    say(args, &format!("device: cuda, {name}"));
-                    on("cuda", Box::new(gpu), Overhead::GPU, args, pair, room)
+                    say(args, &format!("device: cuda, {}", gpu.device.properties().name));
+                    on(gpu, args, pair, room)
                 }
                 Err(reason) => {
                     let reason = reason.to_string();
@@ -61,29 +57,8 @@ fn cpu(pair: &Pair, args: &Args, room: Room) -> Result<Box<dyn Backend>> {
     Ok(Box::new(Cpu::load(pair, room.sequences, args.context(pair)?)?))
 }
 
-#[cfg(feature = "emulator")]
-fn emulator() -> Result<Box<dyn Device>> {
-    let device = dflash::emulator::Emulator::new();
-    device.set_threads(std::thread::available_parallelism().map_or(1, usize::from));
-    Ok(Box::new(device))
-}
-
-#[cfg(not(feature = "emulator"))]
-fn emulator() -> Result<Box<dyn Device>> {
-    Err(dflash::Error::Unsupported(
-        "--device emulator is not in this build: expected one with `cargo build --release --features emulator`"
-            .into(),
-    ))
-}
-
-fn on(
-    name: &'static str,
-    device: Box<dyn Device>,
-    overhead: Overhead,
-    args: &Args,
-    pair: &Pair,
-    room: Room,
-) -> Result<Box<dyn Backend>> {
+fn on(place: Place, args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
+    let Place { name, device, overhead } = place;
     let plan = MemoryPlan::new(pair, room)?;
     let (free, _) = device.memory()?;
     let fits = plan.check(pair, usize::try_from(free).unwrap_or(usize::MAX), overhead);

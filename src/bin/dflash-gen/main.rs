@@ -16,6 +16,7 @@ use dflash::engine::{
     Backend, Finish, Flow, Listener, Listeners, Outcome, Request, check_lossless, generate, generate_all,
 };
 use dflash::pair::Pair;
+use dflash::place::Choice;
 use dflash::stats::{self, Record, Seconds};
 use dflash::terminal::{self, note};
 use dflash::text::Text;
@@ -56,7 +57,7 @@ fn run(args: &Args) -> Result<u8> {
     let block = args.block(&pair)?;
     args.context(&pair)?;
     if args.plan {
-        let on_cpu = matches!(args.device, args::Device::Auto | args::Device::Cpu) && !args.launches;
+        let on_cpu = matches!(args.device, Choice::Auto | Choice::Cpu) && !args.launches;
         let room = backend::room(args, &pair, block, 0)?;
         return plan::print(args, &pair, (!on_cpu).then_some(room));
     }

@@ -1,0 +1,76 @@
+//! `--device`: its words, and opening what runs the kernels.
+
+use crate::cuda::Cuda;
+use crate::device::Device;
+use crate::memory::Overhead;
+use crate::{Error, Result};
+
+/// Where to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Choice {
+    /// A GPU if one can run the pair, else the CPU
+    Auto,
+    /// Plain f32, the reference
+    Cpu,
+    /// The kernels on a GPU
+    Cuda,
+    /// The kernels on the CPU, slowly, for tests; builds with the feature emulator have it
+    Emulator,
+}
+
+/// What runs the kernels.
+pub struct Place {
+    /// The word in `--device` and in records.
+    pub name: &'static str,
+    pub device: Box<dyn Device>,
+    /// What an allocation costs there beyond its bytes.
+    pub overhead: Overhead,
+}
+
+impl Place {
+    /// GPU number `number`, as the driver counts.
+    ///
+    /// # Errors
+    /// As [`Cuda::open`].
+    pub fn gpu(number: u32) -> Result<Place> {
+        Ok(Place { name: "cuda", device: Box::new(Cuda::open(number)?), overhead: Overhead::GPU })
+    }
+
+    /// The emulator, on all cores.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] in a build without it.
+    #[cfg(feature = "emulator")]
+    pub fn emulator() -> Result<Place> {
+        let device = crate::emulator::Emulator::new();
+        device.set_threads(std::thread::available_parallelism().map_or(1, usize::from));
+        Ok(Place { name: "emulator", device: Box::new(device), overhead: Overhead::NONE })
+    }
+
+    /// The emulator, which this build does not have.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], always.
+    #[cfg(not(feature = "emulator"))]
+    pub fn emulator() -> Result<Place> {
+        Err(Error::Unsupported(
+            "--device emulator is not in this build: expected one with `cargo build --release --features emulator`"
+                .into(),
+        ))
+    }
+
+    /// What runs kernels where `choice` says; on their own, a GPU, else the emulator.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for the CPU, which has none; [`Error::Unsupported`] where neither opens.
+    pub fn of_kernels(choice: Choice, number: u32) -> Result<Place> {
+        match choice {
+            Choice::Cuda => Place::gpu(number),
+            Choice::Emulator => Place::emulator(),
+            Choice::Auto => Place::gpu(number).or_else(|reason| Place::emulator().map_err(|_| reason)),
+            Choice::Cpu => {
+                Err(Error::Usage("--device is cpu, which has no kernels: expected cuda or emulator".into()))
+            }
+        }
+    }
+}

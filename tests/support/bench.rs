@@ -1,0 +1,52 @@
+//! `dflash-bench` as a child process, and its records, each held against `benches/schema.json`.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+use crate::program::{Run, finish};
+use serde_json::Value;
+use std::process::Command;
+
+pub fn bench<A: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = A>) -> Run {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
+    command.args(args);
+    finish(command)
+}
+
+/// One sentence on stderr, nothing on stdout.
+#[track_caller]
+pub fn refused(run: Run, code: i32, part: &str) {
+    let lines = run.err.lines().count();
+    assert!(
+        run.code == code && run.out.is_empty() && lines == 1 && run.err.contains(part),
+        "{part:?}: {run:?}"
+    );
+}
+
+/// What is wrong with a record.
+pub fn misfit(record: &Value) -> Option<String> {
+    let schema: Value = serde_json::from_str(include_str!("../../benches/schema.json")).unwrap();
+    let schema = jsonschema::validator_for(&schema).unwrap();
+    schema.validate(record).err().map(|e| format!("{}: {e}", e.instance_path()))
+}
+
+/// The record that the arguments print, checked.
+#[track_caller]
+pub fn record(code: i32, args: &[&str]) -> Value {
+    let run = bench(args.iter().copied().chain(["--json"]));
+    assert_eq!((run.code, run.out.lines().count()), (code, 1), "{run:?}");
+    let record: Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!(misfit(&record), None);
+    let rows = record["rows"].as_array().unwrap();
+    let names: std::collections::HashSet<_> =
+        rows.iter().map(|row| format!("{} {}", row["name"], row["parameters"])).collect();
+    assert_eq!(names.len(), rows.len(), "rows of one name and parameters");
+    record
+}
+
+/// The row with that name and these parameters.
+#[track_caller]
+pub fn row<'a>(record: &'a Value, name: &str, parameters: Value) -> &'a Value {
+    let rows = record["rows"].as_array().unwrap();
+    let found = rows.iter().find(|row| row["name"] == name && row["parameters"] == parameters);
+    found.unwrap_or_else(|| panic!("no row {name} {parameters} in {record}"))
+}
