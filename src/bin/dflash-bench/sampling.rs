@@ -3,6 +3,7 @@
 use crate::machine::Instruments;
 use dflash::Result;
 use dflash::device::{Counts, Device};
+use dflash::measure::quantile;
 
 /// What running something took.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,24 +41,61 @@ pub fn cost(
         let after = device.tally().unwrap_or(prepared);
         return Ok(Cost::Counts(after - prepared));
     }
-    let mut times = Times::default();
+    let times = together(device, instruments, rounds, samples, prepare, 1, &mut |_| run())?;
+    Ok(Cost::Times(times.into_iter().next().unwrap_or_default()))
+}
+
+/// What `count` runs take on a GPU, of which `run` enqueues the one with that number: `rounds` rounds of `samples` samples
+/// of each in turn, so that all of them meet the same clocks and neighbours; after one round that does not count. Else as
+/// [`cost`].
+pub fn together(
+    device: &dyn Device,
+    instruments: &Instruments,
+    rounds: usize,
+    samples: usize,
+    prepare: &mut dyn FnMut() -> Result<()>,
+    count: usize,
+    run: &mut dyn FnMut(usize) -> Result<()>,
+) -> Result<Vec<Times>> {
+    let mut all = vec![Times::default(); count];
     for round in 0..=rounds {
-        let mut taken = Vec::with_capacity(samples);
-        for _ in 0..samples {
-            prepare()?;
-            let from = device.record()?;
-            run()?;
-            taken.push(f64::from(device.elapsed(&from, &device.record()?)?));
-        }
         // The first round warms caches and clocks.
-        let Some(round) = round.checked_sub(1) else { continue };
-        times.samples.extend(&taken);
-        times.rounds.push(taken.len());
-        match (instruments.is_throttled(), &mut times.throttled) {
-            (Some(true), Some(list)) => list.push(round),
-            (Some(throttled), none) => *none = Some(if throttled { vec![round] } else { vec![] }),
-            (None, _) => (),
+        let counted = round.checked_sub(1);
+        for _ in 0..samples {
+            for (i, times) in all.iter_mut().enumerate() {
+                prepare()?;
+                let from = device.record()?;
+                run(i)?;
+                let taken = device.elapsed(&from, &device.record()?)?;
+                if counted.is_some() {
+                    times.samples.push(f64::from(taken));
+                }
+            }
+        }
+        let Some(round) = counted else { continue };
+        let throttled = instruments.is_throttled();
+        all.iter_mut().for_each(|times| times.end_round(round, samples, throttled));
+    }
+    Ok(all)
+}
+
+impl Times {
+    /// Round number `round`, from 0, took the last `samples` samples.
+    pub fn end_round(&mut self, round: usize, samples: usize, throttled: Option<bool>) {
+        self.rounds.push(samples);
+        if let Some(throttled) = throttled {
+            self.throttled.get_or_insert_default().extend(throttled.then_some(round));
         }
     }
-    Ok(Cost::Times(times))
+
+    /// The median of each round.
+    pub fn medians(&self) -> Vec<f64> {
+        let mut rest = self.samples.as_slice();
+        let median = |count: &usize| {
+            let (round, after) = rest.split_at(*count);
+            rest = after;
+            quantile(round, 0.5).unwrap_or(f64::NAN)
+        };
+        self.rounds.iter().map(median).collect()
+    }
 }
