@@ -483,3 +483,90 @@ impl Point<'_> {
         Row { throttled: times.throttled.clone(), ..row }
     }
 }
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_curve_of_probabilities_is_an_acceptance_length() {
+        assert_eq!(tokens(&[]), 1.0);
+        assert_eq!(tokens(&[0.5]), 1.5);
+        // 1 + 0.5 + 0.5 x 0.5 + 0.5 x 0.5 x 0
+        assert_eq!(tokens(&[0.5, 0.5, 0.0, 1.0]), 1.75);
+        assert_eq!(tokens(&[1.0; 15]), 16.0);
+    }
+
+    /// By the emulator's clock, whose times mean nothing: what is looked at is which rows there are, and that they agree.
+    #[test]
+    fn rows_of_times_follow_from_their_samples() {
+        let place = Place::emulator().unwrap();
+        let instruments = Instruments::open(&place);
+        let pair = model::pair("demo", None).unwrap();
+        let models = Models::load(&*place.device, &pair, 600).unwrap();
+        let (acceptance, rounds, samples) = ([2.0, 3.5], 1, 2);
+        let mut point = Point {
+            device: &*place.device,
+            pair: &pair,
+            card: Card::named("H200"),
+            context: 16,
+            batch: 2,
+            block: 4,
+            sampling: Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 },
+            acceptance: &acceptance,
+        };
+        let mut rows = vec![];
+        point.measure(&models, &instruments, rounds, samples, &mut rows).unwrap();
+        let names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
+        let parts = ["begin", "inject", "draft", "verify", "accept"];
+        let expected =
+            [&["plain step", PLAIN, "round"][..], &parts, &["gaps", "round with host", SYNTHETIC, SYNTHETIC]];
+        assert_eq!(names, expected.concat());
+        let row = |name: &str| rows.iter().find(|row| row.name == name).unwrap();
+        let number = |name: &str, key: &str| row(name).numbers[key].as_f64().unwrap();
+        let flat = |name: &str| row(name).samples.clone().unwrap();
+        for name in ["plain step", "round", "begin", PLAIN] {
+            assert_eq!(
+                (flat(name).len(), &row(name).rounds),
+                (rounds * samples, &Some(vec![samples; rounds]))
+            );
+        }
+        assert_eq!(flat("round with host").len(), rounds * LOOP);
+        let sum: f64 = parts.iter().map(|name| row(name).median.unwrap()).sum();
+        assert!((sum - row("round").median.unwrap()).abs() < 1e-6, "{sum}");
+        let launches: f64 = parts.iter().map(|name| number(name, "launches")).sum();
+        assert_eq!((launches, number("round", "launches")), (58.0, 58.0));
+        assert_eq!(
+            number("draft", "GB") + number("inject", "GB") + number("verify", "GB"),
+            number("round", "GB")
+        );
+        assert!((number("inject", "GB") - 98304e-9).abs() < 1e-12);
+        let floor = number("round", "GB") / 4800.0 * 1e3;
+        assert!((number("round", "floor ms") / floor - 1.0).abs() < 1e-9);
+        let share = floor / row("round").median.unwrap();
+        assert!((number("round", "share of floor") / share - 1.0).abs() < 1e-9);
+        assert!(!row("accept").numbers.contains_key("GB") && !row("gaps").numbers.contains_key("launches"));
+        // Two sequences.
+        assert!((flat(PLAIN)[1] / (2.0 / flat("plain step")[1] * 1e3) - 1.0).abs() < 1e-9);
+        let synthetic = rows.iter().rfind(|row| row.name == SYNTHETIC).unwrap();
+        assert_eq!(synthetic.parameters["acceptance"], 3.5);
+        assert!((synthetic.samples.as_ref().unwrap()[1] / (7.0 / flat("round")[1] * 1e3) - 1.0).abs() < 1e-9);
+        let ratio = row("plain step").median.unwrap() / row("round").median.unwrap();
+        assert!((synthetic.numbers["speed-up"].as_f64().unwrap() / (3.5 * ratio) - 1.0).abs() < 1e-9);
+
+        // A difference that is not above 0 has a value alone.
+        let lost = Times { samples: vec![0.5, -0.25, 0.125], rounds: vec![1; 3], throttled: None };
+        let row = point.timed("inject", json!({}), &lost, 1, None);
+        assert_eq!(
+            (row.median, row.samples, row.rounds, row.kind),
+            (Some(0.125), None, None, Kind::Measured)
+        );
+
+        point.block = 1;
+        point.acceptance = &[];
+        let mut alone = vec![];
+        point.measure(&models, &instruments, 1, 1, &mut alone).unwrap();
+        let names: Vec<&str> = alone.iter().map(|row| row.name.as_str()).collect();
+        assert_eq!(names, ["plain step", PLAIN]);
+    }
+}

@@ -99,3 +99,20 @@ impl Times {
         self.rounds.iter().map(median).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_are_kept_apart_and_throttled_ones_told() {
+        let mut times = Times { samples: vec![1.0, 9.0, 2.0], ..Times::default() };
+        times.end_round(0, 3, None);
+        assert_eq!(times.throttled, None);
+        times.samples.extend([4.0, 6.0]);
+        times.end_round(1, 2, Some(true));
+        times.samples.push(7.0);
+        times.end_round(2, 1, Some(false));
+        assert_eq!((times.medians(), times.throttled), (vec![2.0, 5.0, 7.0], Some(vec![1])));
+    }
+}
