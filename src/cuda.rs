@@ -528,8 +528,18 @@ fn properties(device: sys::CUdevice, driver: u32) -> Result<Properties> {
         l2: u64::from(ask(A::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?),
         shared_per_block: ask(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         driver,
+        pci: pci(device),
         overlap: capability == (9, 0),
     })
+}
+
+/// The card's place on the PCI bus, None where the driver does not say.
+fn pci(device: sys::CUdevice) -> Option<String> {
+    let mut text = [0u8; 32];
+    // SAFETY: writes at most as many bytes as there are, the closing zero included.
+    let result = unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), text.len() as i32, device) };
+    let text = result.result().ok().and_then(|()| CStr::from_bytes_until_nul(&text).ok())?;
+    text.to_str().ok().map(String::from)
 }
 
 impl Device for Cuda {
@@ -677,6 +687,13 @@ impl Device for Cuda {
         let _state = self.now("a wait")?;
         // SAFETY: the stream is valid.
         check("waiting for the GPU", unsafe { result::stream::synchronize(self.context.stream) })
+    }
+
+    fn profile(&self, on: bool) -> Result<()> {
+        self.context.bind()?;
+        // SAFETY: they need no more than a driver.
+        let told = unsafe { if on { sys::cuProfilerStart() } else { sys::cuProfilerStop() } };
+        check("telling the profiler", told.result())
     }
 }
 

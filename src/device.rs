@@ -278,6 +278,8 @@ pub struct Properties {
     pub shared_per_block: u32,
     /// Highest CUDA version the driver supports: 13000 for 13.0.
     pub driver: u32,
+    /// Where the card is on the PCI bus: `0000:65:00.0`. None for what is no card.
+    pub pci: Option<String>,
     /// Consecutive kernels may overlap up to their `grid_wait` (programmatic dependent launch).
     pub overlap: bool,
 }
@@ -374,6 +376,14 @@ pub trait Device: Send + Sync {
     /// GPU.
     fn tally(&self) -> Option<Counts> {
         None
+    }
+
+    /// Tells the device's profiler to record from now on, or no more. Nothing where there is none.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] with the driver's reason.
+    fn profile(&self, _on: bool) -> Result<()> {
+        Ok(())
     }
 }
 

@@ -231,6 +231,7 @@ impl Emulator {
                 l2: 50 << 20,
                 shared_per_block: 227 << 10,
                 driver: 0,
+                pci: None,
                 overlap: true,
             },
             kernels,

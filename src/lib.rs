@@ -23,6 +23,7 @@
 //! | [`model`] | target and drafter on a device: a pass as an ordered list of launches |
 //! | [`rounds`] | sequences on a device: pages, the captured round, the ring |
 //! | [`engine`] | a request's life: prefill, rounds, stopping; what it needs of a device |
+//! | [`profile`] | what a profiler is told: ranges, and the window to record |
 //! | [`lossless`] | DFlash held against plain decoding, bit for bit |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
 
@@ -45,6 +46,7 @@ pub mod memory;
 pub mod model;
 pub mod pair;
 pub mod place;
+pub mod profile;
 pub mod reference;
 pub mod rounds;
 mod simd;

@@ -292,6 +292,7 @@ impl Ledger {
             l2: 0,
             shared_per_block: u32::MAX,
             driver: 0,
+            pci: None,
             overlap: false,
         };
         Ledger { properties, taken: Mutex::default() }

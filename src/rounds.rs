@@ -14,7 +14,7 @@ use crate::load::Loader;
 use crate::memory::Room;
 use crate::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
 use crate::pair::Pair;
-use crate::{Error, Result};
+use crate::{Error, Result, profile};
 use std::time::{Duration, Instant};
 
 mod pretend;
@@ -679,6 +679,7 @@ impl Decoder for Batch<'_> {
     }
 
     fn prefill(&mut self, slot: usize) -> Result<Prefill> {
+        let _range = profile::range("prefill");
         let Some(Slot { phase: Phase::Filling { at }, state: Some(state), .. }) = self.slots.get(slot) else {
             return Err(Error::Internal(format!("slot {slot} has no prompt to run")));
         };
@@ -710,6 +711,7 @@ impl Decoder for Batch<'_> {
     }
 
     fn round(&mut self, out: &mut [Emitted]) -> Result<()> {
+        let _range = profile::range("round");
         out.iter_mut().for_each(|emitted| *emitted = Emitted::default());
         if !self.slots.iter().any(|slot| matches!(slot.phase, Phase::Running { .. })) {
             return Err(Error::Internal("a round of no sequences".into()));

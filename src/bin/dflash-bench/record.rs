@@ -71,10 +71,10 @@ pub struct State {
     pub celsius: Option<u32>,
     pub watts: Option<f64>,
     pub limit_watts: Option<f64>,
-    /// Why clocks are held back: NVML's reasons but for idleness. Empty: they are not.
-    pub throttle: Vec<String>,
-    /// Other processes on the card.
-    pub processes: Vec<Process>,
+    /// Why clocks are held back, idleness and clocks that somebody set left out. Empty: they are not.
+    pub throttle: Option<Vec<String>>,
+    /// Other processes that compute on the card. In a container the driver may know this one by another number.
+    pub processes: Option<Vec<Process>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -412,10 +412,11 @@ impl Point<'_> {
                     times.samples.push(clock.elapsed().as_secs_f64() * 1e3);
                 }
             }
-            (0..self.batch).try_for_each(|slot| batch.leave(slot, 1))?;
             if let Some(round) = round.checked_sub(1) {
+                // The next round is under way.
                 times.end_round(round, LOOP, instruments.is_throttled());
             }
+            (0..self.batch).try_for_each(|slot| batch.leave(slot, 1))?;
         }
         Ok(times)
     }

@@ -1,5 +1,6 @@
 //! A record as text: a table for people, Markdown, CSV, JSON.
 
+use crate::machine::describe;
 use crate::record::{Kind, Record, Row};
 use serde_json::{Map, Value};
 
@@ -16,7 +17,10 @@ pub fn text(record: &Record, title: &str, format: Format) -> String {
     match format {
         Format::Json => serde_json::json!(record).to_string() + "\n",
         Format::Csv => csv(&record.rows),
-        Format::Table | Format::Markdown => table(&record.rows, title, format == Format::Markdown),
+        Format::Table | Format::Markdown => {
+            let state = describe(&record.machine).map_or(String::new(), |state| format!("\n{state}"));
+            table(&record.rows, &format!("{title}{state}"), format == Format::Markdown)
+        }
     }
 }
 
@@ -65,6 +69,7 @@ fn table(rows: &[Row], title: &str, markdown: bool) -> String {
         Kind::Counted => "counted".into(),
         Kind::Predicted => "predicted".into(),
     });
+    push("throttled", false, &throttled);
     push("verdict", false, &|row| row.verdict.clone().unwrap_or_default());
     let mut text = format!("{title}\n");
     if markdown {
@@ -81,6 +86,17 @@ fn table(rows: &[Row], title: &str, markdown: bool) -> String {
         text += &line(&columns, &cells, markdown);
     }
     text
+}
+
+/// `2 of 5 rounds`, where the card was held back in any.
+fn throttled(row: &Row) -> String {
+    let slow = row.throttled.as_ref().map_or(0, Vec::len);
+    let samples = row.samples.as_ref().map_or(0, Vec::len);
+    match &row.rounds {
+        _ if slow == 0 => String::new(),
+        Some(rounds) => format!("{slow} of {} rounds", rounds.len()),
+        None => format!("{slow} of {samples} samples"),
+    }
 }
 
 fn line(columns: &[Column], cells: &[&str], markdown: bool) -> String {
@@ -106,7 +122,14 @@ fn csv(rows: &[Row]) -> String {
     let fixed = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
     let ends = ["median", "p10", "p90", "unit", "better", "kind"];
     let mut text = line(
-        [fixed(&["name"]), parameters.clone(), fixed(&ends), numbers.clone(), fixed(&["verdict"])].concat(),
+        [
+            fixed(&["name"]),
+            parameters.clone(),
+            fixed(&ends),
+            numbers.clone(),
+            fixed(&["verdict", "throttled"]),
+        ]
+        .concat(),
     );
     for row in rows {
         // As in JSON: every digit.
@@ -121,8 +144,9 @@ fn csv(rows: &[Row]) -> String {
         };
         let ends = ends.iter().map(|key| value(record.get(key))).collect();
         let verdict = row.verdict.clone().unwrap_or_default();
+        let throttled = row.throttled.as_ref().map_or(String::new(), |rounds| rounds.len().to_string());
         let (parameters, numbers) = (of(&row.parameters, &parameters), of(&row.numbers, &numbers));
-        text += &line([vec![row.name.clone()], parameters, ends, numbers, vec![verdict]].concat());
+        text += &line([vec![row.name.clone()], parameters, ends, numbers, vec![verdict, throttled]].concat());
     }
     text
 }
@@ -160,11 +184,28 @@ mod tests {
     }
 
     #[test]
+    fn throttled_rounds_are_marked() {
+        let times = |throttled| {
+            let times = crate::sampling::Times { samples: vec![1.0; 6], rounds: vec![3, 3], throttled };
+            Row::times("a", serde_json::json!({}), &times, ("ms", 1.0), serde_json::json!({}))
+        };
+        let shown = |row: Row| [throttled(&row), csv(&[row]).trim_end().rsplit(',').next().unwrap().into()];
+        assert_eq!(shown(times(Some(vec![0]))), ["1 of 2 rounds", "1"]);
+        assert_eq!(shown(times(Some(vec![]))), ["", "0"]);
+        assert_eq!(shown(times(None)), ["", ""]);
+        let row = Row { rounds: None, ..times(Some(vec![4, 5])) };
+        assert!(table(std::slice::from_ref(&row), "", false).contains("throttled\na"));
+        assert_eq!(shown(row), ["2 of 6 samples", "2"]);
+    }
+
+    #[test]
     fn names_that_csv_and_markdown_would_cut_stay_whole() {
         use crate::record::Better;
         let none = || serde_json::json!({});
         let row = Row::value("a \"b\", |c|", none(), Kind::Counted, 1.5, "s", Better::Lower, none());
-        assert!(csv(std::slice::from_ref(&row)).ends_with("\n\"a \"\"b\"\", |c|\",1.5,,,s,lower,counted,\n"));
+        assert!(
+            csv(std::slice::from_ref(&row)).ends_with("\n\"a \"\"b\"\", |c|\",1.5,,,s,lower,counted,,\n")
+        );
         assert!(table(&[row], "", true).ends_with("\n| a \"b\", \\|c\\| | 1.500 | s | counted |\n"));
     }
 }
