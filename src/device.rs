@@ -162,6 +162,22 @@ pub enum Node {
     Fill { to: Buffer, byte: u8 },
 }
 
+impl Node {
+    /// Asks for this step: done now, or recorded where this thread captures a graph.
+    ///
+    /// # Errors
+    /// As [`Device::launch`].
+    pub fn enqueue(&self, device: &dyn Device) -> Result<()> {
+        match self {
+            Node::Launch(Launch { kernel, grid, shared, args }) => {
+                device.launch(kernel, *grid, *shared, args)
+            }
+            Node::Copy { to, from } => device.copy(to, from),
+            Node::Fill { to, byte } => device.fill(to, *byte),
+        }
+    }
+}
+
 /// What [`Device::capture`] recorded: the steps in order, to be looked at, and the device's own form of them.
 pub struct Graph {
     pub nodes: Vec<Node>,

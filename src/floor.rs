@@ -45,6 +45,18 @@ impl Card {
         let plain = |name: &str| name.replace(['-', ' '], "").to_lowercase();
         CARDS.into_iter().find(|card| plain(card.name) == plain(name))
     }
+
+    /// By the name that the driver gives a GPU. None of others, whose memory may differ.
+    pub fn of_gpu(name: &str) -> Option<Card> {
+        let card = match name.trim_start_matches("NVIDIA ") {
+            "H100 80GB HBM3" => "H100-SXM",
+            "GH200 480GB" => "GH200",
+            "A100-SXM4-80GB" => "A100-80GB",
+            "A100-SXM4-40GB" | "A100-PCIE-40GB" => "A100-40GB",
+            other => other.trim_start_matches("GeForce "),
+        };
+        Card::named(card)
+    }
 }
 
 /// What a pass must move and compute. Numbers are f64 because configs may be absurd; real ones are exact in it.

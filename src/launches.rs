@@ -16,6 +16,8 @@ pub struct Section<'a> {
     pub name: &'static str,
     /// Whose layers it runs.
     pub model: &'static str,
+    /// All its steps, and the same told briefly.
+    pub nodes: &'a [Node],
     pub groups: Vec<Group<'a>>,
 }
 
@@ -102,7 +104,7 @@ fn section<'a>(name: &'static str, nodes: &'a [Node]) -> Section<'a> {
         unit += period * times;
         at += length * times;
     }
-    Section { name, model, groups }
+    Section { name, model, nodes, groups }
 }
 
 /// How many units repeat from the first on, and how often: what covers the most of them.

@@ -312,8 +312,8 @@ fn check(c: &config::Stack) -> Result<()> {
 
 /// Keys and values of a stack, in pages of [`PAGE`] tokens that sequences own.
 pub struct Cache {
-    pub(crate) keys: Vec<Buffer>, // per layer [pages][kv_heads][PAGE][head_dim] bf16
-    values: Vec<Buffer>,          // as keys
+    pub(crate) keys: Vec<Buffer>,   // per layer [pages][kv_heads][PAGE][head_dim] bf16
+    pub(crate) values: Vec<Buffer>, // as keys
     /// `[sequences][sequence_pages]` u32: the pages of each sequence, in order of position.
     pub table: Buffer,
     pub pages: usize,

@@ -17,6 +17,10 @@ use crate::pair::Pair;
 use crate::{Error, Result, profile};
 use std::time::{Duration, Instant};
 
+mod pretend;
+
+pub use pretend::Still;
+
 /// Rows of a prompt that go through a model together.
 const CHUNK: usize = 512;
 /// Rounds that may be enqueued before their results are read.

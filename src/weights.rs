@@ -60,9 +60,9 @@ impl std::ops::Deref for Bytes {
     }
 }
 
-/// Bytes `at..` of drawn weights: eight at a time a mix of their number and the seed (splitmix64), of which every two are
+/// Bytes `at..` of drawn weights, or of noise: eight at a time a mix of their number and the seed (splitmix64), of which every two are
 /// a bf16 with random sign and fraction and a magnitude of 2^-6 up to 2^-5.
-fn draw(seed: u64, at: usize, to: &mut [u8]) {
+pub(crate) fn draw(seed: u64, at: usize, to: &mut [u8]) {
     let word = |number: usize| {
         // Seeds are far apart in the sequence of mixes.
         let start = seed.wrapping_mul(0xd134_2543_de82_ef95);

@@ -2,6 +2,7 @@
 
 use crate::show::Format;
 use clap::{Args as Flags, Parser, Subcommand};
+use dflash::place::Choice;
 use std::path::PathBuf;
 
 const EXIT_CODES: &str = "\
@@ -35,10 +36,33 @@ pub enum Command {
     /// Predict: the least time of a step, a draft, a verification and a round, from bytes and operations alone
     #[command(after_help = EXIT_CODES)]
     Floor(Floor),
+    /// Measure a plain step and a DFlash round of drawn weights, and the round's parts
+    #[command(after_help = ROUND)]
+    Round(Round),
     /// Compare two records, row by row; exit code 7 if any row is SLOWER
     #[command(after_help = COMPARE)]
     Compare(Compare),
 }
+
+const ROUND: &str = "\
+Weights are drawn and the context is noise, so nothing is downloaded and no prompt is run; the text means nothing.
+
+On a GPU, in ms of its own clock: \"plain step\" and \"round\" are replays of the captured graphs, each behind a whole
+round that keeps the card busy while they are enqueued. Parts of a round: graphs of its first launches are replayed in
+turn with it (begin; to inject; to draft; to verify), and a part is, in each round of samples, the difference of two
+medians; what a part shares with the one before it counts for the later one. \"gaps\" is what lies between two rounds
+that are enqueued together. \"round with host\" is the engine's own loop, by the host's clock. A difference that is lost
+in noise has a value and no samples. Floors are of the card's nominal bandwidth, where it is known.
+
+On the emulator one run counts bytes, launches, mma and conflicts instead; --rounds and --samples say nothing there.
+
+Synthetic acceptance is assumed, not measured: tokens per second (on the emulator, bytes per token) if every round
+brought so many tokens.
+
+LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)  512-4096*2 (512, 1024, 2048, 4096).
+
+Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, 2 usage,
+3 model file missing or malformed, 4 unsupported, 5 out of memory.";
 
 const COMPARE: &str = "\
 Rows are matched by name and parameters. The ratio says how many times as good B is as A (time, bytes: A / B; rates:
@@ -81,6 +105,49 @@ pub struct Floor {
     /// far as rows allow]
     #[arg(long, value_name = "LIST", value_parser = numbers, allow_hyphen_values = true)]
     pub acceptance: Option<Numbers>,
+}
+
+#[derive(Flags)]
+pub struct Round {
+    /// qwen3-4b, qwen3-8b, llama-3.1-8b, demo, or a target's folder, of which only config.json is read [default: qwen3-8b
+    /// on a GPU, demo on the emulator]
+    #[arg(long, value_name = "NAME|DIR")]
+    pub model: Option<String>,
+    /// Folder of the drafter, of which only config.json is read [default: of a name: its own; of a folder: none]
+    #[arg(long, value_name = "DIR")]
+    pub draft: Option<PathBuf>,
+    /// Sequences that run together
+    #[arg(long, value_name = "LIST", default_value = "1", value_parser = wholes, allow_hyphen_values = true)]
+    pub batch: Whole,
+    /// Positions that a sequence has when the round begins
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = wholes, allow_hyphen_values = true)]
+    pub context: Whole,
+    /// Rows of a block: 1 from the target and N - 1 drafts [default: as the drafter was trained]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub block: Option<usize>,
+    /// Acceptance lengths, tokens per round, to tell tokens per second for: assumed, not measured [default: on a GPU
+    /// 2,4,6,8, as far as the block allows]
+    #[arg(long, value_name = "LIST", value_parser = numbers, allow_hyphen_values = true, conflicts_with = "curve")]
+    pub acceptance: Option<Numbers>,
+    /// Or how probably the first draft stands, the second if the first does, and so on: 1 + P1 + P1 P2 + ... tokens per
+    /// round, assumed
+    #[arg(long, value_name = "P1,P2,...", value_parser = numbers, allow_hyphen_values = true)]
+    pub curve: Option<Numbers>,
+    /// 0 is greedy; else rounds of the sampler
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub temperature: f32,
+    /// Rounds of samples, after one that does not count
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = count, allow_negative_numbers = true)]
+    pub rounds: usize,
+    /// Samples of each row in a round
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = count, allow_negative_numbers = true)]
+    pub samples: usize,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Choice::Auto)]
+    pub device: Choice,
+    /// Which GPU, as the driver counts them [default: 0]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub gpu: Option<u32>,
 }
 
 #[derive(Flags)]
@@ -172,6 +239,12 @@ fn range(part: &str, all: &mut Vec<f64>) -> Parsed<()> {
         }
     }
     Ok(())
+}
+
+/// 1 to [`MOST`].
+fn count(text: &str) -> Parsed<usize> {
+    let number = text.parse().ok().filter(|n| (1..=MOST).contains(n));
+    number.ok_or_else(|| format!("expected a whole number from 1 to {MOST}"))
 }
 
 fn above_zero(text: &str) -> Parsed<f64> {

@@ -171,7 +171,7 @@ fn passes(
 }
 
 /// Without a point where it has no fraction.
-fn whole_or_not(x: f64) -> Value {
+pub fn whole_or_not(x: f64) -> Value {
     if x.fract() == 0.0 { json!(x as u64) } else { json!(x) }
 }
 

@@ -7,6 +7,7 @@ mod floor;
 mod machine;
 mod model;
 mod record;
+mod round;
 mod sampling;
 mod show;
 
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<u8> {
     let (title, record) = match &args.command {
         Command::Floor(flags) => floor::run(flags)?,
+        Command::Round(flags) => round::run(flags)?,
         Command::Compare(flags) => compare::run(flags)?,
     };
     terminal::print(&show::text(&record, &title, args.format()))?;
