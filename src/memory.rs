@@ -25,6 +25,9 @@ pub struct Room {
 }
 
 impl Room {
+    /// Per sequence, where neither `--ctx` nor a request asks for others.
+    pub const POSITIONS: usize = 8192;
+
     /// Every sequence can have `positions` positions at the same time.
     pub fn new(sequences: usize, block: usize, positions: usize) -> Room {
         Room { sequences, block, pages: sequences.saturating_mul(positions.div_ceil(PAGE)), positions }
