@@ -11,9 +11,7 @@ use dflash::{Result, terminal};
 
 /// Room for `--batch` sequences of `--ctx` positions, in blocks of up to `block` rows; `needed`: by the longest request.
 pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Room> {
-    let most = args.context(pair)?;
-    let positions = if args.ctx.is_some() { most } else { most.min(needed.max(Room::POSITIONS)) };
-    Ok(Room::new(args.batch, block, positions))
+    Room::of(pair, args.batch, block, args.ctx, needed)
 }
 
 /// The pair, loaded where `--device` says. On the CPU caches grow with the requests, so that only `--ctx` limits them.

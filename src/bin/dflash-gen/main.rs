@@ -74,8 +74,7 @@ fn run(args: &Args) -> Result<u8> {
     };
     let clock = Instant::now();
     let trained = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
-    let needed = |r: &Request| r.prompt.len().saturating_add(r.max_tokens).saturating_add(block);
-    let longest = requests.iter().map(needed).max();
+    let longest = requests.iter().map(Request::positions).max();
     let room = backend::room(args, &pair, if args.chat { trained } else { block }, longest.unwrap_or(0))?;
     let backend = backend::load(args, &pair, room)?;
     load += clock.elapsed();
