@@ -268,3 +268,218 @@ fn throughput(repeats: &[Repeat]) -> Vec<Row> {
     rows.extend(speed_up("speed-up, all", json!({}), tasks));
     rows
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dflash::engine::Finish;
+
+    fn outcome(tokens: usize, accepted: &[usize], prefill: u64, decode: u64) -> Outcome {
+        Outcome {
+            tokens: (0..tokens as u32).collect(),
+            finish: Finish::Length,
+            accepted: accepted.to_vec(),
+            kept: 0,
+            prefill: Duration::from_millis(prefill),
+            decode: Duration::from_millis(decode),
+        }
+    }
+
+    fn named(names: &[&str]) -> Vec<Option<String>> {
+        names.iter().map(|name| (!name.is_empty()).then(|| name.to_string())).collect()
+    }
+
+    #[track_caller]
+    fn find<'a>(rows: &'a [Row], name: &str, parameters: Value) -> &'a Row {
+        let row = rows.iter().find(|row| row.name == name && json!(row.parameters) == parameters);
+        row.unwrap_or_else(|| panic!("no row {name} {parameters}: {rows:?}"))
+    }
+
+    /// Two prompts twice; the second's first answer is a single token.
+    fn repeats() -> Vec<Repeat> {
+        let wall = |plain, fast| [plain, fast].map(Duration::from_millis);
+        vec![
+            Repeat {
+                outcomes: [
+                    vec![outcome(11, &[1; 10], 20, 100), outcome(1, &[], 10, 0)],
+                    vec![outcome(11, &[4, 3, 4], 22, 40), outcome(1, &[], 11, 0)],
+                ],
+                wall: wall(130, 73),
+                throttled: Some(false),
+            },
+            Repeat {
+                outcomes: [
+                    vec![outcome(11, &[1; 10], 30, 120), outcome(6, &[1; 5], 10, 50)],
+                    vec![outcome(11, &[4, 3, 4], 28, 60), outcome(6, &[5], 9, 10)],
+                ],
+                wall: wall(210, 107),
+                throttled: Some(true),
+            },
+        ]
+    }
+
+    #[test]
+    fn times_are_to_the_first_token_and_between_the_further_ones() {
+        let rows = timed(&repeats(), &named(&["a", ""]), 1);
+        let row = |name, mode| find(&rows, name, json!({ "decoding": mode }));
+        let ttft = row("TTFT", "plain");
+        assert_eq!(ttft.samples, Some(vec![20.0, 10.0, 30.0, 10.0]));
+        assert_eq!((ttft.rounds.clone(), ttft.throttled.clone()), (Some(vec![2, 2]), Some(vec![1])));
+        assert_eq!((ttft.median, ttft.unit.as_str(), ttft.better), (Some(15.0), "ms", Better::Lower));
+        let p99 = ttft.numbers["p99"].as_f64().unwrap();
+        assert!(ttft.numbers["mean"] == 17.5 && (p99 - 29.7).abs() < 1e-9, "{ttft:?}");
+        assert_eq!(row("TTFT", "dflash").samples, Some(vec![22.0, 11.0, 28.0, 9.0]));
+        // Ten tokens after the first; who has one token has none after it.
+        let tpot = row("TPOT", "plain");
+        assert_eq!(
+            (tpot.samples.clone(), tpot.rounds.clone()),
+            (Some(vec![10.0, 12.0, 10.0]), Some(vec![1, 2]))
+        );
+        assert_eq!(row("TPOT", "dflash").samples, Some(vec![4.0, 6.0, 2.0]));
+        let rate = row("tokens per second", "dflash");
+        let expected = [11.0 / 0.062, 1.0 / 0.011, 11.0 / 0.088, 6.0 / 0.019];
+        let close = |(a, b): (&f64, f64)| (a / b - 1.0).abs() < 1e-12;
+        assert!(rate.samples.as_ref().unwrap().iter().zip(expected).all(close), "{rate:?}");
+        assert_eq!((rate.unit.as_str(), rate.better), ("tok/s", Better::Higher));
+
+        let a = find(&rows, "TTFT", json!({ "decoding": "plain", "category": "a" }));
+        assert_eq!((a.samples.clone(), a.rounds.clone()), (Some(vec![20.0, 30.0]), Some(vec![1, 1])));
+        assert!(rows.iter().all(|row| !row.name.ends_with(", all")));
+    }
+
+    #[test]
+    fn rounds_without_samples_are_none_and_throttling_may_be_unknown() {
+        let mut repeats = repeats();
+        repeats
+            .iter_mut()
+            .for_each(|repeat| repeat.outcomes.iter_mut().for_each(|side| drop(side.remove(0))));
+        let rows = timed(&repeats, &named(&[""]), 1);
+        let tpot = find(&rows, "TPOT", json!({ "decoding": "plain" }));
+        assert_eq!((tpot.rounds.clone(), tpot.throttled.clone()), (Some(vec![1]), Some(vec![0])));
+        repeats[0].throttled = None;
+        let rows = timed(&repeats, &named(&[""]), 1);
+        assert_eq!(find(&rows, "TTFT", json!({ "decoding": "plain" })).throttled, None);
+        repeats.pop();
+        let rows = timed(&repeats, &named(&[""]), 1);
+        assert!(rows.iter().all(|row| row.name != "TPOT" && row.name != "speed-up of decoding"), "{rows:?}");
+    }
+
+    #[test]
+    fn speed_ups_are_of_sums() {
+        let rows = timed(&repeats(), &named(&["", "b"]), 1);
+        let ratio = |name, parameters| find(&rows, name, parameters).median.unwrap();
+        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a}, expected {b}");
+        // 29 tokens on both sides, in 340 ms and in 180.
+        near(ratio("speed-up", json!({})), 340.0 / 180.0);
+        near(ratio("speed-up", json!({ "category": "b" })), 70.0 / 30.0);
+        near(ratio("speed-up of decoding", json!({})), 270.0 / 110.0);
+        near(ratio("speed-up of decoding", json!({ "category": "b" })), 50.0 / 10.0);
+        // Two prompts are too few to be sure of anything.
+        assert_eq!(
+            find(&rows, "speed-up", json!({})).numbers,
+            *json!({ "low": null, "high": null }).as_object().unwrap()
+        );
+
+        let one = |i: u64| [outcome(10, &[], 10, 90 + i), outcome(10, &[], 10, 40 + 2 * i)];
+        let [plain, fast] = [0, 1].map(|mode| (0..5).map(|i| one(i)[mode].clone()).collect::<Vec<_>>());
+        let repeat = Repeat { outcomes: [plain, fast], ..Repeat::default() };
+        let rows = timed(&[repeat], &named(&[""; 5]), 1);
+        let row = find(&rows, "speed-up", json!({}));
+        let [low, high] = ["low", "high"].map(|key| row.numbers[key].as_f64().unwrap());
+        near(row.median.unwrap(), 510.0 / 270.0);
+        // All draws of one prompt at the ends.
+        assert!(
+            low >= 104.0 / 58.0 && low < row.median.unwrap() && high > row.median.unwrap() && high <= 2.0
+        );
+    }
+
+    #[test]
+    fn who_runs_together_has_one_rate() {
+        let rows = timed(&repeats(), &named(&["", ""]), 2);
+        let row = find(&rows, "tokens per second, all", json!({ "decoding": "dflash" }));
+        assert_eq!(row.samples, Some(vec![12.0 / 0.073, 17.0 / 0.107]));
+        assert_eq!((row.rounds.clone(), row.throttled.clone()), (None, Some(vec![1])));
+        let ratio = find(&rows, "speed-up, all", json!({})).median.unwrap();
+        assert!((ratio - 340.0 / 180.0).abs() < 1e-12, "{ratio}");
+    }
+
+    #[test]
+    fn acceptance_is_that_of_the_first_repeat() {
+        let fast = vec![outcome(11, &[4, 3, 4], 1, 1), outcome(7, &[1, 4, 1], 1, 1), outcome(1, &[], 1, 1)];
+        let again = vec![outcome(11, &[1; 10], 1, 1); 3];
+        let repeats = [fast, again].map(|fast| Repeat { outcomes: [vec![], fast], ..Repeat::default() });
+        let rows = counted(&repeats, &named(&["x", "y", "x"]), 5);
+        let value = |name, parameters| find(&rows, name, parameters).median.unwrap();
+        let histogram = [1, 2, 3, 4, 5].map(|k| value("rounds", json!({ "accepted": k })));
+        assert_eq!(histogram, [2.0, 0.0, 1.0, 3.0, 0.0]);
+        // Drafts are what a round brings but its last token.
+        let shares = [1, 2, 3, 4].map(|i| value("accepted at position", json!({ "position": i })));
+        assert_eq!(shares, [4.0 / 6.0, 4.0 / 6.0, 0.5, 0.0]);
+        let conditional = |i: usize| {
+            find(&rows, "accepted at position", json!({ "position": i })).numbers["conditional"].clone()
+        };
+        assert_eq!([1, 2, 3, 4].map(conditional), [json!(4.0 / 6.0), json!(1.0), json!(0.75), json!(0.0)]);
+        assert_eq!(value("acceptance length", json!({ "mean": "tokens/rounds" })), 17.0 / 6.0);
+        let of_prompts = value("acceptance length", json!({ "mean": "of prompts" }));
+        assert!((of_prompts - (11.0 / 3.0 + 2.0) / 2.0).abs() < 1e-12);
+        assert_eq!(value("acceptance length", json!({ "mean": "of prompts", "category": "y" })), 2.0);
+        let numbers = &find(&rows, "acceptance length", json!({ "mean": "tokens/rounds" })).numbers;
+        assert_eq!(json!(numbers), json!({ "tokens": 17, "rounds": 6 }));
+        // After rejected drafts nobody is left to be asked.
+        let rows = counted(
+            &[Repeat { outcomes: [vec![], vec![outcome(2, &[1], 1, 1)]], ..Repeat::default() }],
+            &named(&[""]),
+            3,
+        );
+        assert_eq!(
+            find(&rows, "accepted at position", json!({ "position": 2 })).numbers["conditional"],
+            Value::Null
+        );
+        let none = counted(
+            &[Repeat { outcomes: [vec![], vec![outcome(1, &[], 1, 0)]], ..Repeat::default() }],
+            &named(&[""]),
+            3,
+        );
+        assert!(none.iter().all(|row| row.name == "rounds" && row.median == Some(0.0)));
+    }
+
+    #[test]
+    fn every_answer_that_differs_counts_and_the_first_is_told() {
+        let names = ["p line 1", "p line 2"].map(String::from);
+        let mut repeats = repeats();
+        // The second prompt's answers must be of one length to repeat.
+        repeats[0].outcomes = repeats[1].outcomes.clone();
+        let (rows, same) = lossless(&repeats, &names, 77);
+        assert_eq!(same, Ok(()));
+        assert_eq!(find(&rows, "tokens", json!({ "of": "prompts" })).median, Some(77.0));
+        assert_eq!(find(&rows, "tokens", json!({ "of": "answers" })).median, Some(17.0));
+        let identical = |rows: &[Row]| {
+            let row = find(rows, "identical", json!({}));
+            (row.median.unwrap(), json!(row.numbers))
+        };
+        assert_eq!(identical(&rows), (1.0, json!({ "compared": 4, "different": 0 })));
+
+        repeats[1].outcomes[1][0].tokens[3] = 99;
+        repeats[1].outcomes[1][1].accepted = vec![3, 2];
+        let (rows, same) = lossless(&repeats, &names, 77);
+        assert_eq!(identical(&rows), (0.5, json!({ "compared": 4, "different": 2 })));
+        let sentence = "p line 1, repeat 2: after 3 equal tokens plain decoding goes on with 3, and DFlash goes on with 99";
+        assert_eq!(same, Err(Error::Lossless(sentence.into())));
+        repeats[1].outcomes[1][0].tokens[3] = 3;
+        let (_, same) = lossless(&repeats, &names, 77);
+        let sentence = "p line 2, repeat 2: DFlash took other rounds than in repeat 1";
+        assert_eq!(same, Err(Error::Lossless(sentence.into())));
+    }
+
+    #[test]
+    fn counters_are_shared_out_among_all_tokens() {
+        let plain =
+            Counts { launches: 58, streamed: 1000, read: 300, written: 150, mma: 29, ..Counts::default() };
+        let fast = Counts { launches: 29, ..plain };
+        let rows = emulated(&repeats(), &[plain, fast]);
+        let value = |name, mode| find(&rows, name, json!({ "decoding": mode })).median.unwrap();
+        assert_eq!(value("all answers", "plain"), 1450.0);
+        assert_eq!((value("bytes per token", "plain"), value("mma per token", "plain")), (50.0, 1.0));
+        assert_eq!(["plain", "dflash"].map(|mode| value("launches per token", mode)), [2.0, 1.0]);
+    }
+}

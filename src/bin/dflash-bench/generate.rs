@@ -278,3 +278,121 @@ impl Listeners for Hearing<'_> {
         Ok(Flow::Continue)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use dflash::engine::{Emitted, Prefill};
+
+    /// Its answers count up from the prompt's last token, with `strays` drafts by another step; it keeps what it was asked.
+    struct Counter {
+        slots: Vec<(u32, Request)>,
+        asked: Vec<(u32, usize)>,
+        strays: bool,
+    }
+
+    impl Decoder for Counter {
+        fn vocab(&self) -> usize {
+            1000
+        }
+        fn context(&self) -> usize {
+            1000
+        }
+        fn slots(&self) -> usize {
+            self.slots.len()
+        }
+        fn join(&mut self, slot: usize, request: &Request, _keep: bool) -> Result<Option<usize>> {
+            self.asked.push((request.prompt[0], request.block));
+            self.slots[slot] = (request.prompt[0], request.clone());
+            Ok(Some(0))
+        }
+        fn prefill(&mut self, slot: usize) -> Result<Prefill> {
+            Ok(Prefill { done: 1, next: Some(self.slots[slot].0) })
+        }
+        fn round(&mut self, out: &mut [Emitted]) -> Result<()> {
+            for ((last, request), out) in self.slots.iter_mut().zip(out) {
+                let step = if self.strays && request.block > 1 { 2 } else { 1 };
+                let tokens: Vec<u32> = (1..=request.block as u32).map(|i| *last + i * step).collect();
+                *last = tokens[tokens.len() - 1];
+                *out = Emitted { judged: tokens.len(), tokens };
+            }
+            Ok(())
+        }
+        fn leave(&mut self, _slot: usize, _tokens: usize) -> Result<()> {
+            Ok(())
+        }
+        fn watch(&mut self) {}
+        fn logits(&mut self, _slot: usize, _row: usize) -> Result<Vec<f32>> {
+            Ok(vec![])
+        }
+    }
+
+    fn all(decoder: &mut Counter, flags: &[&str]) -> Vec<Repeat> {
+        let line = ["dflash-bench", "generate", "--prompts", "p.jsonl", "-n", "7"];
+        let args = args::Args::parse_from(line.iter().chain(flags));
+        let args::Command::Generate(flags) = args.command else { panic!("another command") };
+        let sampling = check(&flags).unwrap();
+        let request = |id: u32| {
+            let sampling = Sampling { stream: id, ..sampling.clone() };
+            Request { prompt: vec![id], max_tokens: 7, sampling, stop_ids: vec![], block: 4 }
+        };
+        let requests: Vec<Request> = (1..4).map(request).collect();
+        let (repeats, counts) = Run { flags: &flags, requests: &requests, place: None }.all(decoder).unwrap();
+        assert_eq!(counts, None);
+        repeats
+    }
+
+    fn counter(slots: usize, strays: bool) -> Counter {
+        let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+        let nobody = Request { prompt: vec![0], max_tokens: 0, sampling, stop_ids: vec![], block: 1 };
+        Counter { slots: vec![(0, nobody); slots], asked: vec![], strays }
+    }
+
+    #[test]
+    fn both_ways_take_turns_in_going_first() {
+        let mut decoder = counter(1, false);
+        let repeats = all(&mut decoder, &["--repeat", "2"]);
+        // After the warm-up.
+        let expected = [
+            [(1, 1), (1, 4)],
+            [(1, 1), (1, 4)],
+            [(2, 4), (2, 1)],
+            [(3, 1), (3, 4)],
+            [(1, 4), (1, 1)],
+            [(2, 1), (2, 4)],
+            [(3, 4), (3, 1)],
+        ];
+        assert_eq!(decoder.asked, expected.concat());
+        assert_eq!(repeats.len(), 2);
+        for Repeat { outcomes: [plain, fast], wall, .. } in &repeats {
+            assert!(wall.iter().all(|time| !time.is_zero()));
+            for i in 0..3 {
+                let tokens: Vec<u32> = (0..7).map(|n| i as u32 + 1 + n).collect();
+                assert_eq!([&plain[i].tokens, &fast[i].tokens], [&tokens; 2]);
+                assert_eq!((plain[i].accepted.clone(), fast[i].accepted.clone()), (vec![1; 6], vec![4, 4]));
+            }
+        }
+    }
+
+    #[test]
+    fn who_runs_together_takes_turns_by_the_repeat() {
+        let mut decoder = counter(2, false);
+        let repeats = all(&mut decoder, &["--repeat", "2", "--batch", "2"]);
+        let order: Vec<usize> = decoder.asked.iter().map(|asked| asked.1).collect();
+        assert_eq!(order, [1, 1, 4, 4, 1, 1, 1, 4, 4, 4, 4, 4, 4, 1, 1, 1]);
+        assert!(repeats.iter().flat_map(|repeat| &repeat.outcomes).all(|outcomes| outcomes.len() == 3));
+    }
+
+    #[test]
+    fn drafts_that_change_an_answer_are_found() {
+        let names = ["a", "b", "c"].map(String::from);
+        let repeats = all(&mut counter(1, true), &["--repeat", "1"]);
+        let (_, same) = answers::lossless(&repeats, &names, 3);
+        let sentence =
+            "a, repeat 1: after 1 equal tokens plain decoding goes on with 2, and DFlash goes on with 3";
+        assert_eq!(same, Err(Error::Lossless(sentence.into())));
+        let (_, same) = answers::lossless(&all(&mut counter(1, false), &[]), &names, 3);
+        assert_eq!(same, Ok(()));
+    }
+}
