@@ -19,6 +19,13 @@ pub struct Request {
     pub block: usize,
 }
 
+impl Request {
+    /// Positions that it may come to need: prompt, answer and a block.
+    pub fn positions(&self) -> usize {
+        self.prompt.len().saturating_add(self.max_tokens).saturating_add(self.block)
+    }
+}
+
 /// A pair loaded on one device.
 pub trait Backend {
     /// The device's word in `--device` and in records.

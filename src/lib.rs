@@ -7,6 +7,8 @@
 //! | [`pair`] | target and drafter opened together and held against each other |
 //! | [`floor`] | the least time that a pair's passes can take on a card |
 //! | [`measure`] | quantiles, and how much better one set of samples is than another |
+//! | [`prompts`] | prompts from JSON lines to token ids |
+//! | [`fault`] | what happens when a mapped file loses bytes |
 //! | [`terminal`] | what every binary owes a terminal: sentences, exit codes, readers who leave |
 //! | [`text`] | tokenizer, streaming detokenising, stop strings |
 //! | `template` | chat templates as Hugging Face runs them |
@@ -34,6 +36,7 @@ pub mod device;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod engine;
+pub mod fault;
 pub mod floor;
 mod json;
 pub mod kernels;
@@ -47,6 +50,7 @@ pub mod model;
 pub mod pair;
 pub mod place;
 pub mod profile;
+pub mod prompts;
 pub mod reference;
 pub mod rounds;
 mod simd;

@@ -84,22 +84,47 @@ pub fn ratio(before: &[&[f64]], after: &[&[f64]], rounds: Rounds) -> Option<Inte
     if !(usable(before) && usable(after) && matched && whole) {
         return None;
     }
+    let ratio = median_of(after, 0..after.len()) / median_of(before, 0..before.len());
+    Some(bootstrap(ratio, |picks| {
+        let first = picks(before.len());
+        let second = if rounds == Rounds::Together { first.clone() } else { picks(after.len()) };
+        median_of(after, second) / median_of(before, first)
+    }))
+}
+
+/// How much was done in how long: tokens and seconds, say.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Work {
+    pub amount: f64,
+    pub time: f64,
+}
+
+/// The rate of `after` over the rate of `before`, each of them all amounts over all times, with the percentile bootstrap's
+/// interval. Both did the same tasks, of which the same ones are drawn on both sides; the draws are those of [`ratio`].
+///
+/// None without tasks, where an amount or a time is not above 0, or where tasks are not equally many.
+pub fn rates(before: &[Work], after: &[Work]) -> Option<Interval> {
+    let usable = |work: &Work| [work.amount, work.time].iter().all(|x| x.is_finite() && *x > 0.0);
+    if before.is_empty() || before.len() != after.len() || !before.iter().chain(after).all(usable) {
+        return None;
+    }
+    let rate = |tasks: &[Work], picks: &[usize]| {
+        let sum = |of: fn(&Work) -> f64| picks.iter().map(|&i| of(&tasks[i])).sum::<f64>();
+        sum(|work| work.amount) / sum(|work| work.time)
+    };
+    let speed_up = |picks: &[usize]| rate(after, picks) / rate(before, picks);
+    let all: Vec<usize> = (0..before.len()).collect();
+    Some(bootstrap(speed_up(&all), |picks| speed_up(&picks(before.len()))))
+}
+
+/// The interval around `ratio` from what it is for draws: `draw` gets who picks so many places among as many.
+fn bootstrap(ratio: f64, mut draw: impl FnMut(&mut dyn FnMut(usize) -> Vec<usize>) -> f64) -> Interval {
     let mut state = 0;
     let mut picks = |count: usize| -> Vec<usize> { (0..count).map(|_| below(&mut state, count)).collect() };
-    let mut ratios: Vec<f64> = (0..DRAWS)
-        .map(|_| {
-            let first = picks(before.len());
-            let second = if rounds == Rounds::Together { first.clone() } else { picks(after.len()) };
-            median_of(after, second) / median_of(before, first)
-        })
-        .collect();
+    let mut ratios: Vec<f64> = (0..DRAWS).map(|_| draw(&mut picks)).collect();
     ratios.sort_by(f64::total_cmp);
     let tail = (1.0 - LEVEL) / 2.0;
-    Some(Interval {
-        ratio: median_of(after, 0..after.len()) / median_of(before, 0..before.len()),
-        low: between(&ratios, tail),
-        high: between(&ratios, 1.0 - tail),
-    })
+    Interval { ratio, low: between(&ratios, tail), high: between(&ratios, 1.0 - tail) }
 }
 
 fn median_of(rounds: &[&[f64]], picks: impl IntoIterator<Item = usize>) -> f64 {

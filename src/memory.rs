@@ -30,6 +30,22 @@ impl Room {
         Room { sequences, block, pages: sequences.saturating_mul(positions.div_ceil(PAGE)), positions }
     }
 
+    /// As [`Room::new`]: sequences of `--ctx` positions, or of 8192, or of the `needed` ones of the longest request.
+    ///
+    /// # Errors
+    /// As [`Pair::context`].
+    pub fn of(
+        pair: &Pair,
+        sequences: usize,
+        block: usize,
+        ctx: Option<usize>,
+        needed: usize,
+    ) -> Result<Room> {
+        let most = pair.context(ctx)?;
+        let positions = if ctx.is_some() { most } else { most.min(needed.max(8192)) };
+        Ok(Room::new(sequences, block, positions))
+    }
+
     /// # Errors
     /// [`Error::Unsupported`] for more than the kernels can run together, named by its flag.
     pub fn check(&self) -> Result<()> {

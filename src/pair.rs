@@ -1,8 +1,8 @@
 //! A target and its drafter, opened and held against each other before any weight is read.
 
-use crate::Result;
 use crate::config::{DrafterConfig, TargetConfig, check_pair};
 use crate::weights::{Checkpoint, Folder};
+use crate::{Error, Result};
 
 /// One model's folder: its config and its mapped, checked checkpoint.
 pub struct Model<Config> {
@@ -41,6 +41,46 @@ impl Pair {
             Model { folder, config, weights }
         });
         Ok(Pair { target: Model { folder: target, config, weights }, drafter })
+    }
+
+    /// Positions that a sequence may have: `--ctx`, or all that the target has.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a number that the target does not have.
+    pub fn context(&self, ctx: Option<usize>) -> Result<usize> {
+        let most = self.target.config.stack.max_positions;
+        match ctx {
+            None => Ok(most),
+            Some(n) if (2..=most).contains(&n) => Ok(n),
+            Some(n) => Err(Error::Usage(format!(
+                "--ctx is {n}, expected 2 to {most}, the positions that {} has",
+                self.target.folder.path("config.json")
+            ))),
+        }
+    }
+
+    /// Rows of a block: `--block`, or what the drafter was trained with; 1 without a drafter.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for another number than those.
+    pub fn block(&self, block: Option<usize>) -> Result<usize> {
+        let Some(drafter) = &self.drafter else {
+            return match block {
+                None | Some(1) => Ok(1),
+                Some(n) => Err(Error::Usage(format!(
+                    "--block is {n} without a drafter, expected 1 (plain decoding)"
+                ))),
+            };
+        };
+        let trained = drafter.config.block;
+        match block {
+            None => Ok(trained),
+            Some(n) if (1..=trained).contains(&n) => Ok(n),
+            Some(n) => Err(Error::Usage(format!(
+                "--block is {n}, expected 1 to {trained}, the block that {} was trained with",
+                drafter.folder.path("config.json")
+            ))),
+        }
     }
 }
 

@@ -2,7 +2,9 @@
 
 use crate::cuda::Cuda;
 use crate::device::Device;
-use crate::memory::Overhead;
+use crate::memory::{MemoryPlan, Overhead, Room};
+use crate::pair::Pair;
+use crate::terminal;
 use crate::{Error, Result};
 
 /// Where to run.
@@ -57,6 +59,58 @@ impl Place {
             "--device emulator is not in this build: expected one with `cargo build --release --features emulator`"
                 .into(),
         ))
+    }
+
+    /// Where a pair with that room runs; None: on the CPU. Left to itself: on the GPU if the kernels run the pair there. A
+    /// sentence on stderr then says which and why, unless `quiet`.
+    ///
+    /// # Errors
+    /// As [`Place::gpu`] and [`Place::emulator`], where one of them was asked for.
+    pub fn of_pair(
+        choice: Choice,
+        number: u32,
+        pair: &Pair,
+        room: Room,
+        quiet: bool,
+    ) -> Result<Option<Place>> {
+        let say = |line: &str| {
+            if !quiet {
+                terminal::note(line);
+            }
+        };
+        match choice {
+            Choice::Cpu => Ok(None),
+            Choice::Cuda => Place::gpu(number).map(Some),
+            Choice::Emulator => Place::emulator().map(Some),
+            Choice::Auto => {
+                match Place::gpu(number).and_then(|gpu| MemoryPlan::new(pair, room).map(|_| gpu)) {
+                    Ok(gpu) => {
+                        say(&format!("device: cuda, {}", gpu.device.properties().name));
+                        Ok(Some(gpu))
+                    }
+                    Err(reason) => {
+                        let reason = reason.to_string();
+                        say(&format!("device: cpu: {}", reason.trim_start_matches("device cuda: ")));
+                        Ok(None)
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether a pair with that room fits into the memory that is free now. What it takes is said on stderr, unless `quiet`
+    /// and it fits.
+    ///
+    /// # Errors
+    /// As [`MemoryPlan::new`] and [`MemoryPlan::check`].
+    pub fn has_memory(&self, pair: &Pair, room: Room, quiet: bool) -> Result<()> {
+        let plan = MemoryPlan::new(pair, room)?;
+        let (free, _) = self.device.memory()?;
+        let fits = plan.check(pair, usize::try_from(free).unwrap_or(usize::MAX), self.overhead);
+        if !quiet || fits.is_err() {
+            terminal::note(&plan.to_string());
+        }
+        fits
     }
 
     /// What runs kernels where `choice` says; on their own, a GPU, else the emulator.

@@ -510,7 +510,7 @@ impl<'a> Sequence<'a> {
         let seen = drafter.map_or(usize::MAX, |drafter| state.drafted(drafter));
         let kept = same.min(seen).min(prompt.len().saturating_sub(1));
         state.crop(kept, self.drafter);
-        let positions = prompt.len().saturating_add(request.max_tokens).saturating_add(request.block);
+        let positions = request.positions();
         state.cache.grow(positions.min(target.config.stack.max_positions))?;
         if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
             context.grow(positions.min(drafter.config.stack.max_positions))?;

@@ -646,7 +646,7 @@ impl Decoder for Batch<'_> {
         if block > self.room.block {
             return Err(Error::Internal(format!("a block of {block} rows in rounds of {}", self.room.block)));
         }
-        let positions = prompt.len().saturating_add(request.max_tokens).saturating_add(block);
+        let positions = request.positions();
         let positions = positions.min(self.context());
         let pages = positions.div_ceil(PAGE);
         if pages > self.room.pages {

@@ -1,7 +1,8 @@
 //! What every binary owes a terminal: errors as one line and an exit code, panics too, and readers who may leave.
 
 use crate::{Error, Result};
-use std::io::{self, ErrorKind, Write};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 
 /// The flags of `program`, or the exit code with which it ends instead: after the help that was asked for, or a sentence.
@@ -44,6 +45,24 @@ pub fn complain(program: &str, error: &Error) {
 /// A line on stderr. Not `eprintln!`, which panics when nobody reads.
 pub fn note(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// How far something is, on stderr, in indicatif's `template`; nothing where `quiet` or where nobody watches.
+pub fn progress(template: &str, quiet: bool) -> ProgressBar {
+    let shown = !quiet && io::stderr().is_terminal();
+    let bar = if shown { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    let style = ProgressStyle::with_template(template);
+    style.map(|style| bar.clone().with_style(style)).unwrap_or(bar)
+}
+
+/// Of weights on their way to a device: what it hears is bytes done and bytes in all.
+pub fn weights(quiet: bool) -> (ProgressBar, impl FnMut(usize, usize)) {
+    let bar = progress("weights {bar:40} {bytes} of {total_bytes}, {bytes_per_sec}", quiet);
+    let heard = bar.clone();
+    (bar, move |done, total| {
+        heard.set_length(total as u64);
+        heard.set_position(done as u64);
+    })
 }
 
 /// Text on stdout, flushed: somebody may be watching. False if nobody reads any more.

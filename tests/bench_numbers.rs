@@ -4,7 +4,7 @@ use dflash::config::{Attention, DrafterConfig, TargetConfig};
 use dflash::floor::{
     CARDS, Card, draft_pass, drafter_bytes, fc_bytes, head_bytes, layer_bytes, target_bytes, target_pass,
 };
-use dflash::measure::{Interval, Rounds, Summary, Verdict, quantile, ratio};
+use dflash::measure::{Interval, Rounds, Summary, Verdict, Work, quantile, rates, ratio};
 use dflash::weights::PUBLISHED;
 
 fn configs(name: &str) -> (TargetConfig, DrafterConfig) {
@@ -185,6 +185,34 @@ fn bootstraps_equal_numpy_and_are_near_scipy() {
     let (flat_before, flat_after) = (before.concat(), after.concat());
     let flat = ratio(&alone(&flat_before), &alone(&flat_after), Rounds::Apart).unwrap();
     assert!(flat.high - flat.low < 0.8 * (apart.high - apart.low), "{flat:?} {apart:?}");
+}
+
+// A ratio of sums: the same loop, and scipy's bootstrap((tokens, plain, others, fast), S, paired=True, ..) with
+//   S = lambda a, p, b, f, axis=-1: (b.sum(axis) / f.sum(axis)) / (a.sum(axis) / p.sum(axis))
+#[test]
+fn rates_of_tasks_equal_numpy_and_are_near_scipy() {
+    let tokens = [128.0, 128.0, 57.0, 128.0, 96.0, 128.0, 31.0, 128.0];
+    let plain = [1.31, 1.29, 0.62, 1.35, 1.02, 1.28, 0.37, 1.33];
+    let fast = [0.41, 0.52, 0.21, 0.36, 0.47, 0.33, 0.19, 0.44];
+    let tasks = |amounts: [f64; 8], times: [f64; 8]| -> Vec<Work> {
+        amounts.iter().zip(times).map(|(&amount, time)| Work { amount, time }).collect()
+    };
+    let before = tasks(tokens, plain);
+    let same = rates(&before, &tasks(tokens, fast)).unwrap();
+    equals(same, (2.924914675767918, 2.3783783783783785, 3.519856317689531), 1e-12);
+    equals(same, (2.924914675767918, 2.387596899224806, 3.503676470588236), 0.02);
+    let others = [128.0, 128.0, 60.0, 128.0, 96.0, 120.0, 31.0, 128.0];
+    let other = rates(&before, &tasks(others, fast)).unwrap();
+    equals(other, (2.9071664071042775, 2.3831478993265973, 3.44839896233463), 1e-12);
+    equals(other, (2.9071664071042775, 2.3962898717116765, 3.4430342904849076), 0.02);
+
+    let work = |amount: f64, time: f64| Work { amount, time };
+    let good = [work(3.0, 2.0)];
+    equals(rates(&good, &[work(3.0, 1.0)]).unwrap(), (2.0, 2.0, 2.0), 0.0);
+    assert_eq!((rates(&[], &[]), rates(&good, &[good[0]; 2])), (None, None));
+    for bad in [work(0.0, 1.0), work(1.0, 0.0), work(f64::NAN, 1.0), work(1.0, f64::INFINITY)] {
+        assert_eq!((rates(&good, &[bad]), rates(&[bad], &good)), (None, None), "{bad:?}");
+    }
 }
 
 #[test]

@@ -9,7 +9,8 @@ const EXIT_CODES: &str = "\
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)  512-4096*2 (512, 1024, 2048, 4096).
 
 Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, 2 usage,
-3 model file missing or malformed, 4 unsupported, 5 out of memory, 7 a row of compare is SLOWER.";
+3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 answers of DFlash that are not
+plain decoding's, 7 a row of compare is SLOWER.";
 
 /// Measure and predict what DFlash decoding takes.
 ///
@@ -39,6 +40,9 @@ pub enum Command {
     /// Measure a plain step and a DFlash round of drawn weights, and the round's parts
     #[command(after_help = ROUND)]
     Round(Round),
+    /// Measure: answers to prompts, by plain decoding and by DFlash in turn; on the emulator counters instead of times
+    #[command(after_help = EXIT_CODES)]
+    Generate(Generate),
     /// Compare two records, row by row; exit code 7 if any row is SLOWER
     #[command(after_help = COMPARE)]
     Compare(Compare),
@@ -148,6 +152,77 @@ pub struct Round {
     /// Which GPU, as the driver counts them [default: 0]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub gpu: Option<u32>,
+}
+
+#[derive(Flags)]
+pub struct Generate {
+    /// The prompts, one JSON object per line: {"prompt": TEXT}, or a conversation, {"messages": [{"role": "user",
+    /// "content": TEXT}, ...]}; where it has a "category", a text, that has rows of its own
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub prompts: PathBuf,
+    /// Of these only the first N [default: all]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub count: Option<usize>,
+    /// Times that every prompt is run both ways [default: 3; on the emulator 1]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub repeat: Option<usize>,
+
+    /// Hugging Face folder of the target [default: the demo pair's]
+    #[arg(long, value_name = "DIR", requires = "draft", help_heading = "Models")]
+    pub target: Option<PathBuf>,
+    /// Hugging Face folder of its DFlash drafter [default: the demo pair's]
+    #[arg(long, value_name = "DIR", requires = "target", help_heading = "Models")]
+    pub draft: Option<PathBuf>,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Choice::Auto, help_heading = "Models")]
+    pub device: Choice,
+    /// Which GPU, as the driver counts them [default: 0]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Models")]
+    pub gpu: Option<u32>,
+    /// Positions that a sequence may have, prompt and answer together [default: on a device 8192, or what the longest
+    /// prompt needs; at most the model's]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Models")]
+    pub ctx: Option<usize>,
+    /// Prompts that run together
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        allow_negative_numbers = true,
+        help_heading = "Models"
+    )]
+    pub batch: usize,
+
+    /// Tokens to generate at most
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128, help_heading = "Generation")]
+    #[arg(allow_negative_numbers = true)]
+    pub max_tokens: usize,
+    /// 0 is greedy: the best token every time, whatever the next four say
+    #[arg(long, value_name = "T", default_value_t = 0.0, help_heading = "Generation")]
+    #[arg(allow_negative_numbers = true)]
+    pub temperature: f32,
+    /// Sample among the K best tokens; 0: all
+    #[arg(long, value_name = "K", default_value_t = 0, help_heading = "Generation")]
+    #[arg(allow_negative_numbers = true)]
+    pub top_k: usize,
+    /// Sample among the smallest set of best tokens that has this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Generation")]
+    #[arg(allow_negative_numbers = true)]
+    pub top_p: f64,
+    /// Sample among tokens at least this fraction as likely as the best
+    #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Generation")]
+    #[arg(allow_negative_numbers = true)]
+    pub min_p: f64,
+    /// Same seed, same text
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Generation")]
+    #[arg(allow_negative_numbers = true)]
+    pub seed: u64,
+    /// Go on after the model's stop tokens
+    #[arg(long, help_heading = "Generation")]
+    pub ignore_eos: bool,
+    /// Tokens per block: 1 from the target and N - 1 drafts [default: as the drafter was trained]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Generation")]
+    pub block: Option<usize>,
 }
 
 #[derive(Flags)]

@@ -1,9 +1,11 @@
 //! What a pair takes and could reach on a card, and whether one measurement is better than another. Every subcommand
 //! makes a [`record::Record`]; [`show`] writes it.
 
+mod answers;
 mod args;
 mod compare;
 mod floor;
+mod generate;
 mod machine;
 mod model;
 mod record;
@@ -26,11 +28,17 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<u8> {
+    let mut end = Ok(());
     let (title, record) = match &args.command {
         Command::Floor(flags) => floor::run(flags)?,
         Command::Round(flags) => round::run(flags)?,
+        Command::Generate(flags) => {
+            let (found, identical) = generate::run(flags)?;
+            end = identical;
+            found
+        }
         Command::Compare(flags) => compare::run(flags)?,
     };
     terminal::print(&show::text(&record, &title, args.format()))?;
-    Ok(compare::exit_code(&record))
+    end.map(|()| compare::exit_code(&record))
 }

@@ -226,36 +226,12 @@ impl Args {
 
     /// Positions that a sequence may have at most.
     pub fn context(&self, pair: &Pair) -> Result<usize> {
-        let most = pair.target.config.stack.max_positions;
-        match self.ctx {
-            None => Ok(most),
-            Some(n) if (2..=most).contains(&n) => Ok(n),
-            Some(n) => Err(Error::Usage(format!(
-                "--ctx is {n}, expected 2 to {most}, the positions that {} has",
-                pair.target.folder.path("config.json")
-            ))),
-        }
+        pair.context(self.ctx)
     }
 
     /// Rows of a block, 1 without a drafter.
     pub fn block(&self, pair: &Pair) -> Result<usize> {
-        let Some(drafter) = &pair.drafter else {
-            return match self.block {
-                None | Some(1) => Ok(1),
-                Some(n) => Err(Error::Usage(format!(
-                    "--block is {n} without a drafter, expected 1 (plain decoding)"
-                ))),
-            };
-        };
-        let trained = drafter.config.block;
-        match self.block {
-            None => Ok(trained),
-            Some(n) if (1..=trained).contains(&n) => Ok(n),
-            Some(n) => Err(Error::Usage(format!(
-                "--block is {n}, expected 1 to {trained}, the block that {} was trained with",
-                drafter.folder.path("config.json")
-            ))),
-        }
+        pair.block(self.block)
     }
 }
 

@@ -2,12 +2,13 @@
 //! next; each message renders and tokenises the whole conversation anew, so an answer is that of a fresh run of it.
 
 use crate::args::{Args, Color};
-use crate::inputs::{template_args, utf8, without_template};
+use crate::inputs::template_args;
 use crate::output::Writer;
 use crate::{INTERRUPTED, Session, note};
 use clap::Parser;
 use dflash::engine::{Decoder, Finish, Outcome, Request, resume};
 use dflash::pair::Pair;
+use dflash::prompts::{utf8, without_template};
 use dflash::stats;
 use dflash::text::{Message, Text};
 use dflash::verify::Sampling;

@@ -4,7 +4,6 @@
 mod args;
 mod backend;
 mod chat;
-mod fault;
 mod inputs;
 mod lossless;
 mod output;
@@ -21,7 +20,7 @@ use dflash::stats::{self, Record, Seconds};
 use dflash::terminal::{self, note};
 use dflash::text::Text;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder};
-use dflash::{Error, Result, cpu};
+use dflash::{Error, Result, cpu, fault, prompts};
 use output::{Output, StopOnly, Writer};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
@@ -53,7 +52,7 @@ fn run(args: &Args) -> Result<u8> {
     };
     let clock = Instant::now();
     let pair = Pair::open(target, drafter)?;
-    fault::guard(&pair)?;
+    fault::guard("dflash-gen", &pair)?;
     let block = args.block(&pair)?;
     args.context(&pair)?;
     if args.plan {
@@ -62,7 +61,7 @@ fn run(args: &Args) -> Result<u8> {
         return plan::print(args, &pair, (!on_cpu).then_some(room));
     }
     let template = match &args.chat_template {
-        Some(path) => Some((path.display().to_string(), inputs::read(path)?)),
+        Some(path) => Some((path.display().to_string(), prompts::read(path)?)),
         None if args.chat && args.target.is_none() => Some(chat::demo_template()),
         None => None,
     };
@@ -75,8 +74,7 @@ fn run(args: &Args) -> Result<u8> {
     };
     let clock = Instant::now();
     let trained = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
-    let needed = |r: &Request| r.prompt.len().saturating_add(r.max_tokens).saturating_add(block);
-    let longest = requests.iter().map(needed).max();
+    let longest = requests.iter().map(Request::positions).max();
     let room = backend::room(args, &pair, if args.chat { trained } else { block }, longest.unwrap_or(0))?;
     let backend = backend::load(args, &pair, room)?;
     load += clock.elapsed();

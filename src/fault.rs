@@ -1,8 +1,8 @@
 //! A checkpoint that loses bytes while it is mapped: the first look at them is a SIGBUS, which ends the program with one
 //! sentence and the exit code of a broken model file.
 
-use dflash::pair::Pair;
-use dflash::{Error, Result};
+use crate::pair::Pair;
+use crate::{Error, Result};
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,16 +21,16 @@ static SPOKEN: AtomicBool = AtomicBool::new(false);
 
 const EXIT: u8 = 3;
 
-/// From here on, while `pair` lives, missing bytes of its files end the program as [`Error::Model`] does.
+/// From here on, while `pair` lives, missing bytes of its files end `program` as [`Error::Model`] does.
 ///
 /// # Errors
 /// [`Error::Internal`] where the system refuses the handler.
-pub fn guard(pair: &Pair) -> Result<()> {
+pub fn guard(program: &str, pair: &Pair) -> Result<()> {
     let files = pair.target.weights.mapped();
     let files = files.chain(pair.drafter.iter().flat_map(|drafter| drafter.weights.mapped()));
     let mappings = files.map(|(path, addresses)| {
         let what = "is no longer all there: the file became shorter after it was opened, or cannot be read";
-        let sentence = format!("dflash-gen: {path} {what}").replace(char::is_control, " ") + "\n";
+        let sentence = format!("{program}: {path} {what}").replace(char::is_control, " ") + "\n";
         Mapping { addresses, sentence }
     });
     if MAPPINGS.set(mappings.collect()).is_err() {

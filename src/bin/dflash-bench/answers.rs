@@ -1,0 +1,485 @@
+//! What answers say: rows from the outcomes of plain decoding and of DFlash for the same prompts. Arithmetic alone.
+
+use crate::record::{Better, Kind, Row};
+use dflash::device::Counts;
+use dflash::engine::{Outcome, check_lossless};
+use dflash::measure::{self, FEWEST, Interval, Summary, Work};
+use dflash::{Error, Result, stats};
+use serde_json::{Map, Value, json};
+use std::time::Duration;
+
+/// What stands at both places of every pair here, as rows say it.
+pub const DECODING: [&str; 2] = ["plain", "dflash"];
+
+/// All prompts once, both ways.
+#[derive(Debug, Clone, Default)]
+pub struct Repeat {
+    /// An outcome for each prompt, in their order.
+    pub outcomes: [Vec<Outcome>; 2],
+    /// By the clock on the wall, with nothing between answers.
+    pub wall: [Duration; 2],
+    /// Whether the card held its clocks back; None: no instruments.
+    pub throttled: Option<bool>,
+}
+
+/// Rows of what was decided: tokens and rounds, the same wherever and however fast they come.
+///
+/// `categories`: of each prompt, none or a name. `block`: rows of a block, at least 2.
+pub fn counted(repeats: &[Repeat], categories: &[Option<String>], block: usize) -> Vec<Row> {
+    // The other repeats have the same rounds, or `identical` says so.
+    let fast: &[Outcome] = repeats.first().map_or(&[], |first| &first.outcomes[1]);
+    let mut rows = vec![];
+    for (group, prompts) in groups(categories) {
+        let accepted: Vec<&[usize]> = prompts.iter().map(|&i| fast[i].accepted.as_slice()).collect();
+        rows.extend(lengths(&group, &accepted));
+    }
+    let rounds: Vec<usize> = fast.iter().flat_map(|outcome| &outcome.accepted).copied().collect();
+    rows.extend(histogram(&rounds, block));
+    rows.extend(positions(&rounds, block));
+    rows
+}
+
+/// Rows of times: on a machine whose clock means something.
+pub fn timed(repeats: &[Repeat], categories: &[Option<String>], batch: usize) -> Vec<Row> {
+    let mut rows = vec![];
+    for (group, prompts) in groups(categories) {
+        rows.extend(speed_ups(&group, &prompts, repeats));
+    }
+    for (name, unit, better, of) in REQUEST {
+        for (group, prompts) in groups(categories) {
+            let each = (0..2).filter_map(|mode| {
+                let parameters = with(&group, "decoding", DECODING[mode]);
+                request(name, parameters, (unit, better), &samples(repeats, mode, &prompts, of))
+            });
+            rows.extend(each);
+        }
+    }
+    if batch > 1 {
+        rows.extend(throughput(repeats));
+    }
+    rows
+}
+
+/// Rows of what the emulator counted: in all, and for each token.
+pub fn emulated(repeats: &[Repeat], counts: &[Counts; 2]) -> Vec<Row> {
+    let mut rows = vec![];
+    for (mode, counts) in counts.iter().enumerate() {
+        let parameters = || json!({ "decoding": DECODING[mode] });
+        let all = Row::counts("all answers", parameters(), counts);
+        let tokens = repeats.iter().map(|repeat| tokens(&repeat.outcomes[mode])).sum::<usize>() as f64;
+        let mut each = |name: &str, count: f64, unit: &str| {
+            let value = count / tokens;
+            rows.push(Row::value(name, parameters(), Kind::Counted, value, unit, Better::Lower, json!({})));
+        };
+        each("bytes per token", all.median.unwrap_or(0.0), "bytes");
+        each("launches per token", counts.launches as f64, "launches");
+        each("mma per token", counts.mma as f64, "mma");
+        rows.push(all);
+    }
+    rows
+}
+
+/// What was answered, and whether both ways gave the same: rows, and the first difference.
+pub fn lossless(repeats: &[Repeat], names: &[String], prompt_tokens: usize) -> (Vec<Row>, Result<()>) {
+    let (mut compared, mut different, mut first) = (0usize, 0usize, Ok(()));
+    for (number, Repeat { outcomes: [plain, fast], .. }) in (1..).zip(repeats) {
+        for (i, (plain, fast)) in plain.iter().zip(fast).enumerate() {
+            let again = repeats[0].outcomes[1][i].accepted == fast.accepted;
+            let same = check_lossless(plain, fast).and(match again {
+                true => Ok(()),
+                false => Err(Error::Lossless("DFlash took other rounds than in repeat 1".into())),
+            });
+            compared += 1;
+            different += usize::from(same.is_err());
+            let same = same.map_err(|e| Error::Lossless(format!("{}, repeat {number}: {e}", names[i])));
+            first = first.and(same);
+        }
+    }
+    let count = |of: &str, tokens: usize| {
+        let parameters = json!({ "of": of });
+        Row::value("tokens", parameters, Kind::Counted, tokens as f64, "tok", Better::Higher, json!({}))
+    };
+    let answers = repeats.first().map_or(0, |repeat| tokens(&repeat.outcomes[1]));
+    let share = (compared - different) as f64 / compared.max(1) as f64;
+    let numbers = json!({ "compared": compared, "different": different });
+    let identical =
+        Row::value("identical", json!({}), Kind::Counted, share, "share", Better::Higher, numbers);
+    (vec![count("prompts", prompt_tokens), count("answers", answers), identical], first)
+}
+
+/// All prompts, and those of each category: the parameters of their rows, and which they are.
+fn groups(categories: &[Option<String>]) -> Vec<(Map<String, Value>, Vec<usize>)> {
+    let mut groups = vec![(Map::new(), (0..categories.len()).collect::<Vec<_>>())];
+    for (i, category) in categories.iter().enumerate() {
+        let Some(category) = category else { continue };
+        match groups.iter_mut().skip(1).find(|group| group.0["category"] == category.as_str()) {
+            Some((_, prompts)) => prompts.push(i),
+            None => groups.push((Map::from_iter([("category".into(), category.as_str().into())]), vec![i])),
+        }
+    }
+    groups
+}
+
+fn with(group: &Map<String, Value>, key: &str, value: impl Into<Value>) -> Value {
+    let mut parameters = Map::from_iter([(key.to_string(), value.into())]);
+    parameters.extend(group.clone());
+    Value::Object(parameters)
+}
+
+fn tokens(outcomes: &[Outcome]) -> usize {
+    outcomes.iter().map(|outcome| outcome.tokens.len()).sum()
+}
+
+// ---- acceptance ----
+
+/// Tokens per round: over all rounds, and the mean of what each prompt has.
+fn lengths(group: &Map<String, Value>, accepted: &[&[usize]]) -> Vec<Row> {
+    let (rounds, of_prompts) = (accepted.concat(), accepted.iter().filter_map(|rounds| stats::tau(rounds)));
+    let of_prompts = Summary::of(&of_prompts.collect::<Vec<_>>());
+    let (Some(tau), Some(of_prompts)) = (stats::tau(&rounds), of_prompts) else { return vec![] };
+    let row = |mean: &str, value: f64, numbers: Value| {
+        let parameters = with(group, "mean", mean);
+        Row::value("acceptance length", parameters, Kind::Counted, value, "tok", Better::Higher, numbers)
+    };
+    let numbers = json!({ "tokens": rounds.iter().sum::<usize>(), "rounds": rounds.len() });
+    vec![row("tokens/rounds", tau, numbers), row("of prompts", of_prompts.mean, json!({}))]
+}
+
+/// How many rounds brought so many tokens.
+fn histogram(rounds: &[usize], block: usize) -> Vec<Row> {
+    let row = |tokens: usize| {
+        let (parameters, count) = (json!({ "accepted": tokens }), rounds.iter().filter(|n| **n == tokens));
+        let count = count.count() as f64;
+        Row::value("rounds", parameters, Kind::Counted, count, "rounds", Better::Higher, json!({}))
+    };
+    (1..=block).map(row).collect()
+}
+
+/// The share of rounds in which draft `position`, from 1, was accepted, and with it all before it; and of those alone in
+/// which the one before it was.
+fn positions(rounds: &[usize], block: usize) -> Vec<Row> {
+    // A round's last token is the target's own.
+    let with = |drafts: usize| rounds.iter().filter(|tokens| **tokens > drafts).count() as f64;
+    let row = |position: usize| {
+        let (accepted, before) = (with(position), with(position - 1));
+        let numbers = json!({ "conditional": (before > 0.0).then_some(accepted / before) });
+        let (parameters, share) = (json!({ "position": position }), accepted / rounds.len() as f64);
+        Row::value("accepted at position", parameters, Kind::Counted, share, "share", Better::Higher, numbers)
+    };
+    if rounds.is_empty() { vec![] } else { (1..block).map(row).collect() }
+}
+
+// ---- times ----
+
+/// What a request's row is called, its unit, and what it is of an outcome, if anything.
+type Measure = (&'static str, &'static str, Better, fn(&Outcome) -> Option<f64>);
+
+const REQUEST: [Measure; 3] = [
+    ("TTFT", "ms", Better::Lower, |outcome| Some(ms(outcome.prefill))),
+    ("TPOT", "ms", Better::Lower, |outcome| {
+        let further = outcome.tokens.len().checked_sub(1).filter(|n| *n > 0)?;
+        Some(ms(outcome.decode) / further as f64)
+    }),
+    ("tokens per second", "tok/s", Better::Higher, |outcome| Some(stats::rate(outcome))),
+];
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// Samples of each repeat, and whether it was throttled.
+type Samples = Vec<(Vec<f64>, Option<bool>)>;
+
+fn samples(repeats: &[Repeat], mode: usize, prompts: &[usize], of: fn(&Outcome) -> Option<f64>) -> Samples {
+    let one = |repeat: &Repeat| {
+        let samples = prompts.iter().filter_map(|&i| of(&repeat.outcomes[mode][i]));
+        // A clock too coarse to see it says nothing.
+        (samples.filter(|x| *x > 0.0).collect(), repeat.throttled)
+    };
+    repeats.iter().map(one).filter(|(samples, _): &(Vec<f64>, _)| !samples.is_empty()).collect()
+}
+
+/// None without samples.
+fn request(name: &str, parameters: Value, (unit, better): (&str, Better), samples: &Samples) -> Option<Row> {
+    let all: Vec<f64> = samples.iter().flat_map(|(samples, _)| samples).copied().collect();
+    let Summary { mean, p99, .. } = Summary::of(&all)?;
+    let numbers = json!({ "mean": mean, "p99": p99 });
+    let rounds = samples.iter().map(|(samples, _)| samples.len()).collect();
+    let row = Row::samples(name, parameters, all, Some(rounds), unit, better, numbers);
+    Some(Row { throttled: throttled(samples.iter().map(|(_, throttled)| *throttled)), ..row })
+}
+
+/// Which rounds were; None where nobody knows.
+fn throttled(rounds: impl Iterator<Item = Option<bool>>) -> Option<Vec<usize>> {
+    let known: Option<Vec<bool>> = rounds.collect();
+    known.map(|rounds| (0..rounds.len()).filter(|i| rounds[*i]).collect())
+}
+
+/// How many times as many tokens per second DFlash brings, of everything and of what follows the first token; the interval
+/// is over prompts.
+fn speed_ups(group: &Map<String, Value>, prompts: &[usize], repeats: &[Repeat]) -> Vec<Row> {
+    type Part = fn(&Outcome) -> (usize, Duration);
+    let parts: [(&str, Part); 2] = [
+        ("speed-up", |outcome| (outcome.tokens.len(), outcome.prefill + outcome.decode)),
+        ("speed-up of decoding", |outcome| (outcome.tokens.len().saturating_sub(1), outcome.decode)),
+    ];
+    let row = |(name, part): (&str, Part)| {
+        let work = |prompt: usize, mode: usize| {
+            let parts = repeats.iter().map(|repeat| part(&repeat.outcomes[mode][prompt]));
+            parts.fold(Work { amount: 0.0, time: 0.0 }, |sum, (tokens, time)| Work {
+                amount: sum.amount + tokens as f64,
+                time: sum.time + time.as_secs_f64(),
+            })
+        };
+        // Who says no second token has no decoding.
+        let both = prompts.iter().map(|&prompt| [work(prompt, 0), work(prompt, 1)]);
+        let both = both.filter(|both| both.iter().all(|work| work.amount > 0.0));
+        speed_up(name, Value::Object(group.clone()), both.collect())
+    };
+    parts.into_iter().filter_map(row).collect()
+}
+
+/// Of tasks done both ways. The interval needs [`FEWEST`] of them.
+fn speed_up(name: &str, parameters: Value, tasks: Vec<[Work; 2]>) -> Option<Row> {
+    let [before, after] = [0, 1].map(|mode| tasks.iter().map(|both| both[mode]).collect::<Vec<_>>());
+    let Interval { ratio, low, high } = measure::rates(&before, &after)?;
+    let sure = tasks.len() >= FEWEST;
+    let numbers = json!({ "low": sure.then_some(low), "high": sure.then_some(high) });
+    Some(Row::value(name, parameters, Kind::Measured, ratio, "x", Better::Higher, numbers))
+}
+
+/// Of requests that run together: their tokens by the clock on the wall.
+fn throughput(repeats: &[Repeat]) -> Vec<Row> {
+    let work = |repeat: &Repeat, mode: usize| Work {
+        amount: tokens(&repeat.outcomes[mode]) as f64,
+        time: repeat.wall[mode].as_secs_f64(),
+    };
+    let mut rows: Vec<Row> = (0..2)
+        .map(|mode| {
+            let rates = repeats.iter().map(|repeat| work(repeat, mode));
+            let rates = rates.map(|work| work.amount / work.time).collect();
+            let parameters = json!({ "decoding": DECODING[mode] });
+            let name = "tokens per second, all";
+            let row = Row::samples(name, parameters, rates, None, "tok/s", Better::Higher, json!({}));
+            Row { throttled: throttled(repeats.iter().map(|repeat| repeat.throttled)), ..row }
+        })
+        .collect();
+    let tasks = repeats.iter().map(|repeat| [work(repeat, 0), work(repeat, 1)]).collect();
+    rows.extend(speed_up("speed-up, all", json!({}), tasks));
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dflash::engine::Finish;
+
+    fn outcome(tokens: usize, accepted: &[usize], prefill: u64, decode: u64) -> Outcome {
+        Outcome {
+            tokens: (0..tokens as u32).collect(),
+            finish: Finish::Length,
+            accepted: accepted.to_vec(),
+            kept: 0,
+            prefill: Duration::from_millis(prefill),
+            decode: Duration::from_millis(decode),
+        }
+    }
+
+    fn named(names: &[&str]) -> Vec<Option<String>> {
+        names.iter().map(|name| (!name.is_empty()).then(|| name.to_string())).collect()
+    }
+
+    #[track_caller]
+    fn find<'a>(rows: &'a [Row], name: &str, parameters: Value) -> &'a Row {
+        let row = rows.iter().find(|row| row.name == name && json!(row.parameters) == parameters);
+        row.unwrap_or_else(|| panic!("no row {name} {parameters}: {rows:?}"))
+    }
+
+    /// Two prompts twice; the second's first answer is a single token.
+    fn repeats() -> Vec<Repeat> {
+        let wall = |plain, fast| [plain, fast].map(Duration::from_millis);
+        vec![
+            Repeat {
+                outcomes: [
+                    vec![outcome(11, &[1; 10], 20, 100), outcome(1, &[], 10, 0)],
+                    vec![outcome(11, &[4, 3, 4], 22, 40), outcome(1, &[], 11, 0)],
+                ],
+                wall: wall(130, 73),
+                throttled: Some(false),
+            },
+            Repeat {
+                outcomes: [
+                    vec![outcome(11, &[1; 10], 30, 120), outcome(6, &[1; 5], 10, 50)],
+                    vec![outcome(11, &[4, 3, 4], 28, 60), outcome(6, &[5], 9, 10)],
+                ],
+                wall: wall(210, 107),
+                throttled: Some(true),
+            },
+        ]
+    }
+
+    #[test]
+    fn times_are_to_the_first_token_and_between_the_further_ones() {
+        let rows = timed(&repeats(), &named(&["a", ""]), 1);
+        let row = |name, mode| find(&rows, name, json!({ "decoding": mode }));
+        let ttft = row("TTFT", "plain");
+        assert_eq!(ttft.samples, Some(vec![20.0, 10.0, 30.0, 10.0]));
+        assert_eq!((ttft.rounds.clone(), ttft.throttled.clone()), (Some(vec![2, 2]), Some(vec![1])));
+        assert_eq!((ttft.median, ttft.unit.as_str(), ttft.better), (Some(15.0), "ms", Better::Lower));
+        let p99 = ttft.numbers["p99"].as_f64().unwrap();
+        assert!(ttft.numbers["mean"] == 17.5 && (p99 - 29.7).abs() < 1e-9, "{ttft:?}");
+        assert_eq!(row("TTFT", "dflash").samples, Some(vec![22.0, 11.0, 28.0, 9.0]));
+        // Ten tokens after the first; who has one token has none after it.
+        let tpot = row("TPOT", "plain");
+        assert_eq!(
+            (tpot.samples.clone(), tpot.rounds.clone()),
+            (Some(vec![10.0, 12.0, 10.0]), Some(vec![1, 2]))
+        );
+        assert_eq!(row("TPOT", "dflash").samples, Some(vec![4.0, 6.0, 2.0]));
+        let rate = row("tokens per second", "dflash");
+        let expected = [11.0 / 0.062, 1.0 / 0.011, 11.0 / 0.088, 6.0 / 0.019];
+        let close = |(a, b): (&f64, f64)| (a / b - 1.0).abs() < 1e-12;
+        assert!(rate.samples.as_ref().unwrap().iter().zip(expected).all(close), "{rate:?}");
+        assert_eq!((rate.unit.as_str(), rate.better), ("tok/s", Better::Higher));
+
+        let a = find(&rows, "TTFT", json!({ "decoding": "plain", "category": "a" }));
+        assert_eq!((a.samples.clone(), a.rounds.clone()), (Some(vec![20.0, 30.0]), Some(vec![1, 1])));
+        assert!(rows.iter().all(|row| !row.name.ends_with(", all")));
+    }
+
+    #[test]
+    fn rounds_without_samples_are_none_and_throttling_may_be_unknown() {
+        let mut repeats = repeats();
+        repeats
+            .iter_mut()
+            .for_each(|repeat| repeat.outcomes.iter_mut().for_each(|side| drop(side.remove(0))));
+        let rows = timed(&repeats, &named(&[""]), 1);
+        let tpot = find(&rows, "TPOT", json!({ "decoding": "plain" }));
+        assert_eq!((tpot.rounds.clone(), tpot.throttled.clone()), (Some(vec![1]), Some(vec![0])));
+        repeats[0].throttled = None;
+        let rows = timed(&repeats, &named(&[""]), 1);
+        assert_eq!(find(&rows, "TTFT", json!({ "decoding": "plain" })).throttled, None);
+        repeats.pop();
+        let rows = timed(&repeats, &named(&[""]), 1);
+        assert!(rows.iter().all(|row| row.name != "TPOT" && row.name != "speed-up of decoding"), "{rows:?}");
+    }
+
+    #[test]
+    fn speed_ups_are_of_sums() {
+        let rows = timed(&repeats(), &named(&["", "b"]), 1);
+        let ratio = |name, parameters| find(&rows, name, parameters).median.unwrap();
+        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a}, expected {b}");
+        // 29 tokens on both sides, in 340 ms and in 180.
+        near(ratio("speed-up", json!({})), 340.0 / 180.0);
+        near(ratio("speed-up", json!({ "category": "b" })), 70.0 / 30.0);
+        near(ratio("speed-up of decoding", json!({})), 270.0 / 110.0);
+        near(ratio("speed-up of decoding", json!({ "category": "b" })), 50.0 / 10.0);
+        // Two prompts are too few to be sure of anything.
+        assert_eq!(
+            find(&rows, "speed-up", json!({})).numbers,
+            *json!({ "low": null, "high": null }).as_object().unwrap()
+        );
+
+        let one = |i: u64| [outcome(10, &[], 10, 90 + i), outcome(10, &[], 10, 40 + 2 * i)];
+        let [plain, fast] = [0, 1].map(|mode| (0..5).map(|i| one(i)[mode].clone()).collect::<Vec<_>>());
+        let repeat = Repeat { outcomes: [plain, fast], ..Repeat::default() };
+        let rows = timed(&[repeat], &named(&[""; 5]), 1);
+        let row = find(&rows, "speed-up", json!({}));
+        let [low, high] = ["low", "high"].map(|key| row.numbers[key].as_f64().unwrap());
+        near(row.median.unwrap(), 510.0 / 270.0);
+        // All draws of one prompt at the ends.
+        assert!(
+            low >= 104.0 / 58.0 && low < row.median.unwrap() && high > row.median.unwrap() && high <= 2.0
+        );
+    }
+
+    #[test]
+    fn who_runs_together_has_one_rate() {
+        let rows = timed(&repeats(), &named(&["", ""]), 2);
+        let row = find(&rows, "tokens per second, all", json!({ "decoding": "dflash" }));
+        assert_eq!(row.samples, Some(vec![12.0 / 0.073, 17.0 / 0.107]));
+        assert_eq!((row.rounds.clone(), row.throttled.clone()), (None, Some(vec![1])));
+        let ratio = find(&rows, "speed-up, all", json!({})).median.unwrap();
+        assert!((ratio - 340.0 / 180.0).abs() < 1e-12, "{ratio}");
+    }
+
+    #[test]
+    fn acceptance_is_that_of_the_first_repeat() {
+        let fast = vec![outcome(11, &[4, 3, 4], 1, 1), outcome(7, &[1, 4, 1], 1, 1), outcome(1, &[], 1, 1)];
+        let again = vec![outcome(11, &[1; 10], 1, 1); 3];
+        let repeats = [fast, again].map(|fast| Repeat { outcomes: [vec![], fast], ..Repeat::default() });
+        let rows = counted(&repeats, &named(&["x", "y", "x"]), 5);
+        let value = |name, parameters| find(&rows, name, parameters).median.unwrap();
+        let histogram = [1, 2, 3, 4, 5].map(|k| value("rounds", json!({ "accepted": k })));
+        assert_eq!(histogram, [2.0, 0.0, 1.0, 3.0, 0.0]);
+        // Drafts are what a round brings but its last token.
+        let shares = [1, 2, 3, 4].map(|i| value("accepted at position", json!({ "position": i })));
+        assert_eq!(shares, [4.0 / 6.0, 4.0 / 6.0, 0.5, 0.0]);
+        let conditional = |i: usize| {
+            find(&rows, "accepted at position", json!({ "position": i })).numbers["conditional"].clone()
+        };
+        assert_eq!([1, 2, 3, 4].map(conditional), [json!(4.0 / 6.0), json!(1.0), json!(0.75), json!(0.0)]);
+        assert_eq!(value("acceptance length", json!({ "mean": "tokens/rounds" })), 17.0 / 6.0);
+        let of_prompts = value("acceptance length", json!({ "mean": "of prompts" }));
+        assert!((of_prompts - (11.0 / 3.0 + 2.0) / 2.0).abs() < 1e-12);
+        assert_eq!(value("acceptance length", json!({ "mean": "of prompts", "category": "y" })), 2.0);
+        let numbers = &find(&rows, "acceptance length", json!({ "mean": "tokens/rounds" })).numbers;
+        assert_eq!(json!(numbers), json!({ "tokens": 17, "rounds": 6 }));
+        // After rejected drafts nobody is left to be asked.
+        let rows = counted(
+            &[Repeat { outcomes: [vec![], vec![outcome(2, &[1], 1, 1)]], ..Repeat::default() }],
+            &named(&[""]),
+            3,
+        );
+        assert_eq!(
+            find(&rows, "accepted at position", json!({ "position": 2 })).numbers["conditional"],
+            Value::Null
+        );
+        let none = counted(
+            &[Repeat { outcomes: [vec![], vec![outcome(1, &[], 1, 0)]], ..Repeat::default() }],
+            &named(&[""]),
+            3,
+        );
+        assert!(none.iter().all(|row| row.name == "rounds" && row.median == Some(0.0)));
+    }
+
+    #[test]
+    fn every_answer_that_differs_counts_and_the_first_is_told() {
+        let names = ["p line 1", "p line 2"].map(String::from);
+        let mut repeats = repeats();
+        // The second prompt's answers must be of one length to repeat.
+        repeats[0].outcomes = repeats[1].outcomes.clone();
+        let (rows, same) = lossless(&repeats, &names, 77);
+        assert_eq!(same, Ok(()));
+        assert_eq!(find(&rows, "tokens", json!({ "of": "prompts" })).median, Some(77.0));
+        assert_eq!(find(&rows, "tokens", json!({ "of": "answers" })).median, Some(17.0));
+        let identical = |rows: &[Row]| {
+            let row = find(rows, "identical", json!({}));
+            (row.median.unwrap(), json!(row.numbers))
+        };
+        assert_eq!(identical(&rows), (1.0, json!({ "compared": 4, "different": 0 })));
+
+        repeats[1].outcomes[1][0].tokens[3] = 99;
+        repeats[1].outcomes[1][1].accepted = vec![3, 2];
+        let (rows, same) = lossless(&repeats, &names, 77);
+        assert_eq!(identical(&rows), (0.5, json!({ "compared": 4, "different": 2 })));
+        let sentence = "p line 1, repeat 2: after 3 equal tokens plain decoding goes on with 3, and DFlash goes on with 99";
+        assert_eq!(same, Err(Error::Lossless(sentence.into())));
+        repeats[1].outcomes[1][0].tokens[3] = 3;
+        let (_, same) = lossless(&repeats, &names, 77);
+        let sentence = "p line 2, repeat 2: DFlash took other rounds than in repeat 1";
+        assert_eq!(same, Err(Error::Lossless(sentence.into())));
+    }
+
+    #[test]
+    fn counters_are_shared_out_among_all_tokens() {
+        let plain =
+            Counts { launches: 58, streamed: 1000, read: 300, written: 150, mma: 29, ..Counts::default() };
+        let fast = Counts { launches: 29, ..plain };
+        let rows = emulated(&repeats(), &[plain, fast]);
+        let value = |name, mode| find(&rows, name, json!({ "decoding": mode })).median.unwrap();
+        assert_eq!(value("all answers", "plain"), 1450.0);
+        assert_eq!((value("bytes per token", "plain"), value("mma per token", "plain")), (50.0, 1.0));
+        assert_eq!(["plain", "dflash"].map(|mode| value("launches per token", mode)), [2.0, 1.0]);
+    }
+}
