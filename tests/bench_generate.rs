@@ -165,7 +165,7 @@ fn on_the_emulator_it_counts_and_says_so() {
     let launches = |record: &Value| value(record, "launches per token", json!({ "decoding": "dflash" }));
     let all = |record: &Value| value(record, "all answers", json!({ "decoding": "dflash" }));
     assert_eq!((launches(&twice), all(&twice)), (launches(&found), 2.0 * all(&found)));
-    // Launches are those of steps in plain decoding, of which each token after the first has one, and else those of rounds.
+    // Plain decoding launches steps, one for each token after the first, and DFlash rounds.
     let longer = ["10", "15", "24"].map(|n| {
         let flags = ["--count", "1", "-n", n, "--device", "emulator"];
         let found = record(0, &args(PROMPTS, &flags));

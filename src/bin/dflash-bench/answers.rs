@@ -154,8 +154,8 @@ fn histogram(rounds: &[usize], block: usize) -> Vec<Row> {
     (1..=block).map(row).collect()
 }
 
-/// The share of rounds in which draft `position`, from 1, was accepted, and with it all before it; and of those alone in
-/// which the one before it was.
+/// The share of rounds in which draft `position`, from 1, was accepted, and with it all before it; and of those rounds
+/// alone in which the one before it was.
 fn positions(rounds: &[usize], block: usize) -> Vec<Row> {
     // A round's last token is the target's own.
     let with = |drafts: usize| rounds.iter().filter(|tokens| **tokens > drafts).count() as f64;
@@ -214,8 +214,8 @@ fn throttled(rounds: impl Iterator<Item = Option<bool>>) -> Option<Vec<usize>> {
     known.map(|rounds| (0..rounds.len()).filter(|i| rounds[*i]).collect())
 }
 
-/// How many times as many tokens per second DFlash brings, of everything and of what follows the first token; the interval
-/// is over prompts.
+/// How many times as many tokens per second DFlash brings, of everything and of what follows the first token; the
+/// interval is over prompts.
 fn speed_ups(group: &Map<String, Value>, prompts: &[usize], repeats: &[Repeat]) -> Vec<Row> {
     type Part = fn(&Outcome) -> (usize, Duration);
     let parts: [(&str, Part); 2] = [
@@ -462,7 +462,8 @@ mod tests {
         repeats[1].outcomes[1][1].accepted = vec![3, 2];
         let (rows, same) = lossless(&repeats, &names, 77);
         assert_eq!(identical(&rows), (0.5, json!({ "compared": 4 })));
-        let sentence = "p line 1, repeat 2: after 3 equal tokens plain decoding goes on with 3, and DFlash goes on with 99";
+        let sentence = "p line 1, repeat 2: after 3 equal tokens plain decoding goes on with 3, and DFlash goes on \
+            with 99";
         assert_eq!(same, Err(Error::Lossless(sentence.into())));
         repeats[1].outcomes[1][0].tokens[3] = 3;
         let (_, same) = lossless(&repeats, &names, 77);
