@@ -279,6 +279,8 @@ fn generate_refuses_in_a_sentence() {
         refused(bench(args(&file(name, text), &["--device", "cpu"])), 2, part);
     }
     refused(bench(args("nowhere.jsonl", &[])), 2, "nowhere.jsonl cannot be read");
+    // Categories are no business of dflash-gen.
+    run(["--prompts", &dir.path().join("number.jsonl").display().to_string(), "-n", "1"]).done();
     let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
     command.args(["generate", "--help"]);
     assert!(finish(command).done().contains("6 answers of DFlash that are not"));
