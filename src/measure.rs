@@ -99,8 +99,8 @@ pub struct Work {
     pub time: f64,
 }
 
-/// The rate of `after` over the rate of `before`, each of them all amounts over all times, with the percentile bootstrap's
-/// interval. Both did the same tasks, of which the same ones are drawn on both sides; the draws are those of [`ratio`].
+/// The rate of `after` over the rate of `before`, each of them all amounts over all times, with the percentile
+/// bootstrap's interval. Both did the same tasks, of which the same ones are drawn on both sides; the draws are those of [`ratio`].
 ///
 /// None without tasks, where an amount or a time is not above 0, or where tasks are not equally many.
 pub fn rates(before: &[Work], after: &[Work]) -> Option<Interval> {

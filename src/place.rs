@@ -61,8 +61,8 @@ impl Place {
         ))
     }
 
-    /// Where a pair with that room runs; None: on the CPU. Left to itself: on the GPU if the kernels run the pair there. A
-    /// sentence on stderr then says which and why, unless `quiet`.
+    /// Where a pair with that room runs; None: on the CPU. Left to itself: on the GPU if the kernels run the pair there.
+    /// A sentence on stderr then says which and why, unless `quiet`.
     ///
     /// # Errors
     /// As [`Place::gpu`] and [`Place::emulator`], where one of them was asked for.
@@ -98,8 +98,8 @@ impl Place {
         }
     }
 
-    /// Whether a pair with that room fits into the memory that is free now. What it takes is said on stderr, unless `quiet`
-    /// and it fits.
+    /// Whether a pair with that room fits into the memory that is free now. What it takes is said on stderr, unless
+    /// `quiet` and it fits.
     ///
     /// # Errors
     /// As [`MemoryPlan::new`] and [`MemoryPlan::check`].

@@ -108,8 +108,8 @@ impl Tokens<'_> {
     /// The prompt's token ids: at least one, fewer than the context, each below the target's vocabulary.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a prompt that does not go with the template, is empty or too long; [`Error::Model`] for ids that
-    /// the target does not have.
+    /// [`Error::Usage`] for a prompt that does not go with the template, is empty or too long; [`Error::Model`] for ids
+    /// that the target does not have.
     pub fn of(&self, prompt: Prompt) -> Result<Vec<u32>> {
         let (name, ids) = (prompt.name.clone(), self.ids(prompt)?);
         let vocab = self.pair.target.config.vocab;

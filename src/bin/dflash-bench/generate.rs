@@ -213,8 +213,8 @@ impl Run<'_> {
         self.place.and_then(|(place, _)| place.device.tally())
     }
 
-    /// Repeat `number` from 0: each prompt both ways, or with `--batch` all of them. Who goes first changes each time, so
-    /// that neither always follows the other.
+    /// Repeat `number` from 0: each prompt both ways, or with `--batch` all of them. Who goes first changes each time,
+    /// so that neither always follows the other.
     fn once(
         &self,
         decoder: &mut dyn Decoder,
@@ -285,7 +285,7 @@ mod tests {
     use clap::Parser;
     use dflash::engine::{Emitted, Prefill};
 
-    /// Its answers count up from the prompt's last token, with `strays` drafts by another step; it keeps what it was asked.
+    /// Its answers count up from the prompt, with `strays` drafts by another step; it keeps what it was asked.
     struct Counter {
         slots: Vec<(u32, Request)>,
         asked: Vec<(u32, usize)>,
