@@ -2,12 +2,17 @@
 
 #[path = "support/bench.rs"]
 mod bench;
+#[path = "support/library.rs"]
+mod library;
 #[path = "support/program.rs"]
 mod program;
 mod support;
 
 use bench::{bench, record, refused, row};
+use library::library;
+use program::finish;
 use serde_json::{Value, json};
+use std::process::Command;
 
 const PARTS: [&str; 5] = ["begin", "inject", "draft", "verify", "accept"];
 const COUNTS: [&str; 7] = ["launches", "blocks", "streamed", "read", "written", "mma", "conflicts"];
@@ -131,6 +136,25 @@ fn the_table_says_what_it_is() {
 }
 
 #[test]
+fn profilers_hear_of_rounds_their_parts_and_layers() {
+    let folder = tempfile::tempdir().unwrap();
+    let heard = folder.path().join("heard");
+    let nvtx = library(folder.path(), "nvtx.so", include_str!("data/profile/nvtx.c"), &[]);
+    let args = ["round", "--device", "emulator", "--context", "16", "--json"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
+    command.args(args).args(["--profile", "2"]).env("NVTX_INJECTION64_PATH", nvtx).env("RANGES", &heard);
+    let run = finish(command);
+    // The rows are what they are without.
+    let rows = |text: &str| serde_json::from_str::<Value>(text).unwrap()["rows"].clone();
+    assert_eq!(rows(&run.done()), rows(&bench(args).done()));
+    let layers = |count| (0..count).map(|i| format!("    layer {i}\n    end\n")).collect::<String>();
+    let part = |name: &str, layers: String| format!("  {name}\n{layers}  end\n");
+    let parts = [("begin", 0), ("inject", 0), ("draft", 3), ("verify", 6), ("accept", 0)];
+    let parts = parts.map(|(name, count)| part(name, layers(count))).concat();
+    assert_eq!(std::fs::read_to_string(heard).unwrap(), format!("round\n{parts}end\n").repeat(2));
+}
+
+#[test]
 fn a_target_alone_has_plain_steps() {
     let dir = tempfile::tempdir().unwrap();
     let target = support::Target {
@@ -184,6 +208,12 @@ fn round_refuses_in_a_sentence() {
         (&["--temperature", "NaN"], 2, "--temperature is NaN"),
         (&["--samples", "0"], 2, "expected a whole number from 1 to 1000"),
         (&["--rounds", "1001"], 2, "expected a whole number from 1 to 1000"),
+        (&["--profile", "0"], 2, "expected a whole number from 1 to 1000"),
+        (
+            &["--profile", "1", "--batch", "1-3"],
+            2,
+            "--profile needs one batch and one context, found 3 together",
+        ),
         (&["--gpu", "0"], 2, "--gpu needs --device cuda or auto"),
         (&["--model", "qwen9"], 2, "--model is \"qwen9\""),
         (&["--batch", "1000", "--context", "3824"], 5, "; the largest --context that fits is "),

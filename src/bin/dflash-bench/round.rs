@@ -11,11 +11,12 @@ use dflash::device::{Counts, Device, Graph, Node};
 use dflash::engine::{Decoder, Emitted, Request};
 use dflash::floor::{Card, Pass, draft_pass, fc_bytes, target_pass};
 use dflash::kernels::attention::MOST_SLOTS;
-use dflash::launches::outline;
+use dflash::launches::{outline, units};
 use dflash::measure::quantile;
 use dflash::memory::{MemoryPlan, Room, size};
 use dflash::pair::Pair;
 use dflash::place::{Choice, Place};
+use dflash::profile::{range, window};
 use dflash::rounds::{Batch, Models};
 use dflash::verify::Sampling;
 use dflash::{Error, Result, terminal};
@@ -88,6 +89,9 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
             match counting {
                 true => point.count(&models, &mut rows)?,
                 false => point.measure(&models, &instruments, flags.rounds, flags.samples, &mut rows)?,
+            }
+            if let Some(rounds) = flags.profile {
+                point.profile(&models, rounds)?;
             }
             bar.inc(1);
         }
@@ -170,7 +174,12 @@ fn check(flags: &args::Round, pair: &Pair, block: usize) -> Result<()> {
         }
         twice(flag, list)?;
     }
-    Ok(())
+    match flags.batch.0.len() * flags.context.0.len() {
+        places @ 2.. if flags.profile.is_some() => {
+            Err(Error::Usage(format!("--profile needs one batch and one context, found {places} together")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Rows of a record differ.
@@ -317,6 +326,33 @@ impl Point<'_> {
 
     fn with_acceptance(&self, length: f64) -> Value {
         self.parameters(json!({ "block": self.block, "acceptance": whole_or_not(length) }))
+    }
+
+    /// `rounds` rounds in a profiler's window, launch by launch, in ranges for their parts and layers; without a drafter plain
+    /// steps.
+    fn profile(&self, models: &Models, rounds: usize) -> Result<()> {
+        let device = self.device;
+        let mut batch = self.batch(models)?;
+        self.pretend(&mut batch)?;
+        let still = batch.still()?;
+        let graph = still.graph(self.block > 1, self.is_sampled())?;
+        let sections = outline(&graph.nodes);
+        device.replay(graph)?;
+        let _window = window(device)?;
+        for _ in 0..rounds {
+            still.reset()?;
+            let _round = range("round");
+            for section in &sections {
+                let _section = range(section.name);
+                let mut layer = 0;
+                for (nodes, in_layer) in units(section.nodes) {
+                    let _layer = in_layer.then(|| range(&format!("layer {layer}")));
+                    layer += usize::from(in_layer);
+                    nodes.iter().try_for_each(|node| node.enqueue(device))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Times on a GPU.
