@@ -9,6 +9,9 @@ mod program;
 mod support;
 
 use bench::{bench, record, refused, row};
+use dflash::memory::{MemoryPlan, Overhead};
+use dflash::pair::Pair;
+use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
 use library::library;
 use program::finish;
 use serde_json::{Value, json};
@@ -171,6 +174,10 @@ fn a_target_alone_has_plain_steps() {
     assert_eq!(found["model"]["drafter"], Value::Null);
     assert_eq!(found["rows"].as_array().unwrap().len(), 1);
     assert!(counts(&found, "plain step", json!({ "context": 9, "batch": 1 }))[1] > 10);
+    let edit = |config: &mut Value| config["max_position_embeddings"] = json!(16);
+    support::edit_json(dir.path(), "config.json", edit);
+    let run = bench(["round", "--device", "emulator", "--model", &folder, "--context", "0"]);
+    refused(run, 4, "the models have 16 positions, fewer than the 17 of rounds in blocks of 1");
     for flag in [["--block", "4"], ["--acceptance", "2"], ["--curve", "0.5"]] {
         let run = bench(["round", "--device", "emulator", "--model", &folder].iter().chain(&flag));
         refused(run, 2, "--block, --acceptance and --curve need a drafter: --draft DIR");
@@ -179,6 +186,11 @@ fn a_target_alone_has_plain_steps() {
 
 #[test]
 fn round_refuses_in_a_sentence() {
+    // What the emulator has, and positions for the rounds, which the flag does not tell.
+    let pair = Pair::drawn(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
+    let most = MemoryPlan::largest_context(&pair, 1000, 16, 16 << 30, Overhead::NONE).unwrap();
+    let fits = most - 272;
+    assert!(most < 4096 && fits > 1000);
     for (args, code, part) in [
         (&["--batch", "0"][..], 2, "--batch has 0, expected 1 to 1024"),
         (&["--batch", "2,1-2"], 2, "--batch has 2 twice"),
@@ -216,13 +228,14 @@ fn round_refuses_in_a_sentence() {
         ),
         (&["--gpu", "0"], 2, "--gpu needs --device cuda or auto"),
         (&["--model", "qwen9"], 2, "--model is \"qwen9\""),
-        (&["--batch", "1000", "--context", "3824"], 5, "; the largest --context that fits is "),
+        (
+            &["--batch", "1000", "--context", "3824"],
+            5,
+            &*format!("; the largest --context that fits is {fits}\n"),
+        ),
         (&["--model", "qwen3-8b", "--batch", "1024"], 5, " bytes (256.2 GiB) are needed, "),
     ] {
         let run = bench(["round", "--device", "emulator"].iter().chain(args));
-        if code == 5 {
-            eprintln!("{}", run.err);
-        }
         refused(run, code, part);
     }
     refused(bench(["round", "--device", "cpu"]), 2, "--device is cpu, which has no kernels");

@@ -158,15 +158,15 @@ fn block(flags: &args::Round, pair: &Pair) -> Result<usize> {
 fn check(flags: &args::Round, pair: &Pair, block: usize) -> Result<()> {
     let target = pair.target.config.stack.max_positions.min(MOST_SLOTS);
     let positions = pair.drafter.as_ref().map_or(target, |d| target.min(d.config.stack.max_positions));
-    let most = positions.saturating_sub(spare(block));
+    let taken = spare(block);
+    let Some(most) = positions.checked_sub(taken) else {
+        return Err(Error::Unsupported(format!(
+            "the models have {positions} positions, fewer than the {taken} of rounds in blocks of {block}"
+        )));
+    };
     for (flag, list, range, why) in [
         ("batch", &flags.batch.0, 1..=1024, String::new()),
-        (
-            "context",
-            &flags.context.0,
-            0..=most,
-            format!(": {positions} positions, less {} for rounds", spare(block)),
-        ),
+        ("context", &flags.context.0, 0..=most, format!(": {positions} positions, less {taken} for rounds")),
     ] {
         if let Some(found) = list.iter().find(|n| !range.contains(n)) {
             let (low, high) = range.into_inner();
@@ -328,8 +328,8 @@ impl Point<'_> {
         self.parameters(json!({ "block": self.block, "acceptance": whole_or_not(length) }))
     }
 
-    /// `rounds` rounds in a profiler's window, launch by launch, in ranges for their parts and layers; without a drafter plain
-    /// steps.
+    /// `rounds` rounds in a profiler's window, launch by launch, in ranges for their parts and layers; plain steps where
+    /// there is no drafter.
     fn profile(&self, models: &Models, rounds: usize) -> Result<()> {
         let device = self.device;
         let mut batch = self.batch(models)?;
