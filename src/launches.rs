@@ -72,10 +72,10 @@ pub fn layers(sections: &[Section]) -> Option<(usize, usize)> {
     groups.clone().all(|g| g.times * g.nodes.len() == g.layers.len() * each).then_some((layers, each))
 }
 
-fn section<'a>(name: &'static str, nodes: &'a [Node]) -> Section<'a> {
-    let model = if matches!(name, "inject" | "draft") { "drafter" } else { "target" };
+/// The steps of a part in order: those of a layer together, with true, and others each alone.
+pub fn units(nodes: &[Node]) -> Vec<(&[Node], bool)> {
     // A layer is a qkv launch and what follows, to the last projection before the next.
-    let mut units: Vec<(&'a [Node], bool)> = vec![];
+    let mut units = vec![];
     let mut rest = nodes;
     while let Some(first) = rest.first() {
         let layer = kernel(first).0 == "qkv";
@@ -85,6 +85,12 @@ fn section<'a>(name: &'static str, nodes: &'a [Node]) -> Section<'a> {
         units.push((unit, layer));
         rest = after;
     }
+    units
+}
+
+fn section<'a>(name: &'static str, nodes: &'a [Node]) -> Section<'a> {
+    let model = if matches!(name, "inject" | "draft") { "drafter" } else { "target" };
+    let units = units(nodes);
     let (mut groups, mut layers): (Vec<Group>, usize) = (vec![], 0);
     let (mut unit, mut at) = (0, 0);
     while unit < units.len() {

@@ -60,8 +60,8 @@ impl std::ops::Deref for Bytes {
     }
 }
 
-/// Bytes `at..` of drawn weights, or of noise: eight at a time a mix of their number and the seed (splitmix64), of which every two are
-/// a bf16 with random sign and fraction and a magnitude of 2^-6 up to 2^-5.
+/// Bytes `at..` of drawn weights, or of noise: eight at a time a mix of their number and the seed (splitmix64), of which
+/// every two are a bf16 with random sign and fraction and a magnitude of 2^-6 up to 2^-5.
 pub(crate) fn draw(seed: u64, at: usize, to: &mut [u8]) {
     let word = |number: usize| {
         // Seeds are far apart in the sequence of mixes.

@@ -2,12 +2,20 @@
 
 #[path = "support/bench.rs"]
 mod bench;
+#[path = "support/library.rs"]
+mod library;
 #[path = "support/program.rs"]
 mod program;
 mod support;
 
 use bench::{bench, record, refused, row};
+use dflash::memory::{MemoryPlan, Overhead};
+use dflash::pair::Pair;
+use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use library::library;
+use program::finish;
 use serde_json::{Value, json};
+use std::process::Command;
 
 const PARTS: [&str; 5] = ["begin", "inject", "draft", "verify", "accept"];
 const COUNTS: [&str; 7] = ["launches", "blocks", "streamed", "read", "written", "mma", "conflicts"];
@@ -131,6 +139,25 @@ fn the_table_says_what_it_is() {
 }
 
 #[test]
+fn profilers_hear_of_rounds_their_parts_and_layers() {
+    let folder = tempfile::tempdir().unwrap();
+    let heard = folder.path().join("heard");
+    let nvtx = library(folder.path(), "nvtx.so", include_str!("data/profile/nvtx.c"), &[]);
+    let args = ["round", "--device", "emulator", "--context", "16", "--json"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
+    command.args(args).args(["--profile", "2"]).env("NVTX_INJECTION64_PATH", nvtx).env("RANGES", &heard);
+    let run = finish(command);
+    // The rows are what they are without.
+    let rows = |text: &str| serde_json::from_str::<Value>(text).unwrap()["rows"].clone();
+    assert_eq!(rows(&run.done()), rows(&bench(args).done()));
+    let layers = |count| (0..count).map(|i| format!("    layer {i}\n    end\n")).collect::<String>();
+    let part = |name: &str, layers: String| format!("  {name}\n{layers}  end\n");
+    let parts = [("begin", 0), ("inject", 0), ("draft", 3), ("verify", 6), ("accept", 0)];
+    let parts = parts.map(|(name, count)| part(name, layers(count))).concat();
+    assert_eq!(std::fs::read_to_string(heard).unwrap(), format!("round\n{parts}end\n").repeat(2));
+}
+
+#[test]
 fn a_target_alone_has_plain_steps() {
     let dir = tempfile::tempdir().unwrap();
     let target = support::Target {
@@ -147,6 +174,10 @@ fn a_target_alone_has_plain_steps() {
     assert_eq!(found["model"]["drafter"], Value::Null);
     assert_eq!(found["rows"].as_array().unwrap().len(), 1);
     assert!(counts(&found, "plain step", json!({ "context": 9, "batch": 1 }))[1] > 10);
+    let edit = |config: &mut Value| config["max_position_embeddings"] = json!(16);
+    support::edit_json(dir.path(), "config.json", edit);
+    let run = bench(["round", "--device", "emulator", "--model", &folder, "--context", "0"]);
+    refused(run, 4, "the models have 16 positions, fewer than the 17 of rounds in blocks of 1");
     for flag in [["--block", "4"], ["--acceptance", "2"], ["--curve", "0.5"]] {
         let run = bench(["round", "--device", "emulator", "--model", &folder].iter().chain(&flag));
         refused(run, 2, "--block, --acceptance and --curve need a drafter: --draft DIR");
@@ -155,6 +186,11 @@ fn a_target_alone_has_plain_steps() {
 
 #[test]
 fn round_refuses_in_a_sentence() {
+    // What the emulator has, and positions for the rounds, which the flag does not tell.
+    let pair = Pair::drawn(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
+    let most = MemoryPlan::largest_context(&pair, 1000, 16, 16 << 30, Overhead::NONE).unwrap();
+    let fits = most - 272;
+    assert!(most < 4096 && fits > 1000);
     for (args, code, part) in [
         (&["--batch", "0"][..], 2, "--batch has 0, expected 1 to 1024"),
         (&["--batch", "2,1-2"], 2, "--batch has 2 twice"),
@@ -184,15 +220,22 @@ fn round_refuses_in_a_sentence() {
         (&["--temperature", "NaN"], 2, "--temperature is NaN"),
         (&["--samples", "0"], 2, "expected a whole number from 1 to 1000"),
         (&["--rounds", "1001"], 2, "expected a whole number from 1 to 1000"),
+        (&["--profile", "0"], 2, "expected a whole number from 1 to 1000"),
+        (
+            &["--profile", "1", "--batch", "1-3"],
+            2,
+            "--profile needs one batch and one context, found 3 together",
+        ),
         (&["--gpu", "0"], 2, "--gpu needs --device cuda or auto"),
         (&["--model", "qwen9"], 2, "--model is \"qwen9\""),
-        (&["--batch", "1000", "--context", "3824"], 5, "; the largest --context that fits is "),
+        (
+            &["--batch", "1000", "--context", "3824"],
+            5,
+            &*format!("; the largest --context that fits is {fits}\n"),
+        ),
         (&["--model", "qwen3-8b", "--batch", "1024"], 5, " bytes (256.2 GiB) are needed, "),
     ] {
         let run = bench(["round", "--device", "emulator"].iter().chain(args));
-        if code == 5 {
-            eprintln!("{}", run.err);
-        }
         refused(run, code, part);
     }
     refused(bench(["round", "--device", "cpu"]), 2, "--device is cpu, which has no kernels");

@@ -146,6 +146,10 @@ pub struct Round {
     /// Samples of each row in a round
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = count, allow_negative_numbers = true)]
     pub samples: usize,
+    /// After that, N rounds launch by launch in a profiler's window (cuProfilerStart), with NVTX ranges: round, its parts,
+    /// their layers
+    #[arg(long, value_name = "N", value_parser = count, allow_negative_numbers = true)]
+    pub profile: Option<usize>,
     /// Where to run
     #[arg(long, value_enum, default_value_t = Choice::Auto)]
     pub device: Choice,

@@ -11,11 +11,12 @@ use dflash::device::{Counts, Device, Graph, Node};
 use dflash::engine::{Decoder, Emitted, Request};
 use dflash::floor::{Card, Pass, draft_pass, fc_bytes, target_pass};
 use dflash::kernels::attention::MOST_SLOTS;
-use dflash::launches::outline;
+use dflash::launches::{outline, units};
 use dflash::measure::quantile;
 use dflash::memory::{MemoryPlan, Room, size};
 use dflash::pair::Pair;
 use dflash::place::{Choice, Place};
+use dflash::profile::{range, window};
 use dflash::rounds::{Batch, Models};
 use dflash::verify::Sampling;
 use dflash::{Error, Result, terminal};
@@ -89,6 +90,9 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
                 true => point.count(&models, &mut rows)?,
                 false => point.measure(&models, &instruments, flags.rounds, flags.samples, &mut rows)?,
             }
+            if let Some(rounds) = flags.profile {
+                point.profile(&models, rounds)?;
+            }
             bar.inc(1);
         }
     }
@@ -154,15 +158,15 @@ fn block(flags: &args::Round, pair: &Pair) -> Result<usize> {
 fn check(flags: &args::Round, pair: &Pair, block: usize) -> Result<()> {
     let target = pair.target.config.stack.max_positions.min(MOST_SLOTS);
     let positions = pair.drafter.as_ref().map_or(target, |d| target.min(d.config.stack.max_positions));
-    let most = positions.saturating_sub(spare(block));
+    let taken = spare(block);
+    let Some(most) = positions.checked_sub(taken) else {
+        return Err(Error::Unsupported(format!(
+            "the models have {positions} positions, fewer than the {taken} of rounds in blocks of {block}"
+        )));
+    };
     for (flag, list, range, why) in [
         ("batch", &flags.batch.0, 1..=1024, String::new()),
-        (
-            "context",
-            &flags.context.0,
-            0..=most,
-            format!(": {positions} positions, less {} for rounds", spare(block)),
-        ),
+        ("context", &flags.context.0, 0..=most, format!(": {positions} positions, less {taken} for rounds")),
     ] {
         if let Some(found) = list.iter().find(|n| !range.contains(n)) {
             let (low, high) = range.into_inner();
@@ -170,7 +174,12 @@ fn check(flags: &args::Round, pair: &Pair, block: usize) -> Result<()> {
         }
         twice(flag, list)?;
     }
-    Ok(())
+    match flags.batch.0.len() * flags.context.0.len() {
+        places @ 2.. if flags.profile.is_some() => {
+            Err(Error::Usage(format!("--profile needs one batch and one context, found {places} together")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Rows of a record differ.
@@ -317,6 +326,33 @@ impl Point<'_> {
 
     fn with_acceptance(&self, length: f64) -> Value {
         self.parameters(json!({ "block": self.block, "acceptance": whole_or_not(length) }))
+    }
+
+    /// `rounds` rounds in a profiler's window, launch by launch, in ranges for their parts and layers; plain steps where
+    /// there is no drafter.
+    fn profile(&self, models: &Models, rounds: usize) -> Result<()> {
+        let device = self.device;
+        let mut batch = self.batch(models)?;
+        self.pretend(&mut batch)?;
+        let still = batch.still()?;
+        let graph = still.graph(self.block > 1, self.is_sampled())?;
+        let sections = outline(&graph.nodes);
+        device.replay(graph)?;
+        let _window = window(device)?;
+        for _ in 0..rounds {
+            still.reset()?;
+            let _round = range("round");
+            for section in &sections {
+                let _section = range(section.name);
+                let mut layer = 0;
+                for (nodes, in_layer) in units(section.nodes) {
+                    let _layer = in_layer.then(|| range(&format!("layer {layer}")));
+                    layer += usize::from(in_layer);
+                    nodes.iter().try_for_each(|node| node.enqueue(device))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Times on a GPU.
