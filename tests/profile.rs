@@ -100,7 +100,8 @@ fn a_window_is_what_runs_between_two_waits() {
         let file = std::path::PathBuf::from(std::env::var_os("RANGES").unwrap());
         // Only the window, and in a thread that has no context yet.
         let _ = std::fs::remove_file(&file);
-        let told = || window(&device).map(drop).map_err(|e| e.to_string());
+        let told =
+            || device.profile(false).and_then(|()| window(&device).map(drop)).map_err(|e| e.to_string());
         let told = std::thread::scope(|scope| scope.spawn(told).join().unwrap());
         std::fs::rename(&file, file.with_extension("window")).unwrap();
         let refused = "CUDA: telling the profiler failed: it does not want to (CUDA_ERROR_PROFILER_DISABLED)";
@@ -112,7 +113,7 @@ fn a_window_is_what_runs_between_two_waits() {
     if cuda::targets().is_empty() {
         return;
     }
-    for (refuses, expected) in [(false, "wait\nstart\nwait\nstop\n"), (true, "wait\nstart\n")] {
+    for (refuses, expected) in [(false, "stop\nwait\nstart\nwait\nstop\n"), (true, "stop\nwait\nstart\n")] {
         let folder = tempfile::tempdir().unwrap();
         library(folder.path(), "libcuda.so", CUDA, &[]);
         let mut command = again("a_window_is_what_runs_between_two_waits");

@@ -273,7 +273,7 @@ fn a_profile_asks_for_windows_nodes_graphs_and_bytes() {
         &[
             nsys,
             "--capture-range=cudaProfilerApi --capture-range-end=stop",
-            "round --device cuda --profile 5 --model a b",
+            "round --device cuda --rounds 1 --samples 1 --profile 5 --model a b",
         ],
     );
     has(
@@ -297,10 +297,8 @@ fn a_profile_asks_for_windows_nodes_graphs_and_bytes() {
             "dram__bytes_read.sum",
         ],
     );
-    has(
-        6,
-        &["gpu__time_duration.sum", "dram__bytes_write.sum", "dram__throughput", "--profile 1 --model a b"],
-    );
+    has(6, &["gpu__time_duration.sum", "dram__bytes_write.sum", "dram__throughput"]);
+    has(6, &["round --device cuda --rounds 1 --samples 1 --profile 1 --model a b"]);
     has(7, &["ncu --import out/ncu.ncu-rep --csv --page raw --print-units base"]);
     let kernels = fs::read_to_string(machine.path().join("out/kernels.txt")).unwrap();
     assert_eq!(run.out, kernels);

@@ -4,7 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void* bound;
+// A context is current on one thread.
+static __thread void* bound;
 
 static int told(const char* what) {
     FILE* out = fopen(getenv("RANGES"), "a");
