@@ -711,4 +711,24 @@ mod tests {
         let sentence = "device cuda: this binary was built without nvcc and has no CUDA kernels";
         assert_eq!(said, Some(Error::Unsupported(sentence.into())));
     }
+
+    /// Profilers and sanitizers name lines of the source by them.
+    #[test]
+    fn both_images_of_every_kernel_tell_its_lines() {
+        for module in MODULES {
+            for (ptx, target) in module.ptx.iter().zip(targets()) {
+                let own = |line: &str| {
+                    line.starts_with("\t.file") && line.contains(&format!("{}.cu\"", module.file))
+                };
+                assert!(ptx.lines().any(own), "{} for {target} names no source", module.file);
+                // The text of an entry point lasts until the next one begins.
+                let entries = ptx.split(".visible .entry ").skip(1);
+                let silent: Vec<&str> = entries
+                    .filter(|entry| !entry.lines().any(|line| line.starts_with("\t.loc\t")))
+                    .map(|entry| entry.split('(').next().unwrap())
+                    .collect();
+                assert_eq!(silent, [""; 0], "{} for {target}", module.file);
+            }
+        }
+    }
 }

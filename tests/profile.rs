@@ -6,12 +6,17 @@ mod library;
 mod program;
 mod support;
 
-use dflash::profile::range;
+use dflash::cuda::{self, Cuda};
+use dflash::device::Device;
+use dflash::emulator::Emulator;
+use dflash::profile::{range, window};
 use library::library;
 use program::{Run, finish};
 use std::path::Path;
 use std::process::Command;
 
+/// Stand for a profiler's library and for a driver, and for neither's behaviour.
+const CUDA: &str = include_str!("data/profile/cuda.c");
 const NVTX: &str = include_str!("data/profile/nvtx.c");
 
 /// Runs a program under the library there, and what it heard: None if it was not asked.
@@ -83,5 +88,42 @@ fn without_a_profiler_that_listens_nothing_is_told() {
         assert_eq!(run.done(), alone);
         assert_eq!(heard.as_deref(), asked.then_some(""), "{profiler:?}");
         let _ = std::fs::remove_file(folder.path().join("heard"));
+    }
+}
+
+#[test]
+fn a_window_is_what_runs_between_two_waits() {
+    if std::env::var_os("RANGES").is_some() {
+        let device = Cuda::open(0).unwrap();
+        assert_eq!(device.properties().pci.as_deref(), Some("0000:65:00.0"));
+        assert_eq!(Cuda::open(1).unwrap().properties().pci, None);
+        let file = std::path::PathBuf::from(std::env::var_os("RANGES").unwrap());
+        // Only the window, and in a thread that has no context yet.
+        let _ = std::fs::remove_file(&file);
+        let told =
+            || device.profile(false).and_then(|()| window(&device).map(drop)).map_err(|e| e.to_string());
+        let told = std::thread::scope(|scope| scope.spawn(told).join().unwrap());
+        std::fs::rename(&file, file.with_extension("window")).unwrap();
+        let refused = "CUDA: telling the profiler failed: it does not want to (CUDA_ERROR_PROFILER_DISABLED)";
+        assert_eq!(told.err().as_deref(), std::env::var_os("REFUSES").map(|_| refused));
+        return;
+    }
+    assert_eq!(window(&Emulator::new()).map(drop), Ok(()));
+    // Without kernels no card opens.
+    if cuda::targets().is_empty() {
+        return;
+    }
+    for (refuses, expected) in [(false, "stop\nwait\nstart\nwait\nstop\n"), (true, "stop\nwait\nstart\n")] {
+        let folder = tempfile::tempdir().unwrap();
+        library(folder.path(), "libcuda.so", CUDA, &[]);
+        let mut command = again("a_window_is_what_runs_between_two_waits");
+        command.env("LD_LIBRARY_PATH", folder.path());
+        if refuses {
+            command.env("REFUSES", "1");
+        }
+        let (run, _) = under(command, folder.path(), Path::new(""));
+        assert_eq!(run.code, 0, "{run:?}");
+        let heard = std::fs::read_to_string(folder.path().join("heard.window")).unwrap();
+        assert_eq!(heard, expected);
     }
 }

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The kernels of a profile as a table: launches, median time, share of the time, and, where bytes are known, GB/s and its
-percentage of a ceiling.
+"""The kernels of a profile as a table: launches, median time, share of the time, and, where bytes are known, GB/s and
+its percentage of a ceiling.
 
 Reads what `nsys stats` writes of cuda_gpu_kern_sum or cuda_gpu_trace, and what `ncu --csv` prints of its pages raw and
-details, from a file or stdin (-). ncu counts bytes. For nsys, --launches (`dflash-gen --plan --launches --json` of the pair)
-and --record (`dflash-bench floor --json` of it) tell the weights that each launch reads: at least its bytes.
+details, from a file or stdin (-). ncu counts bytes. For nsys, --launches (`dflash-gen --plan --launches --json` of the
+pair) and --record (`dflash-bench floor --json` of it) tell the weights that each launch reads: at least its bytes.
 
 Exit codes: 0 done, 2 a flag or a file is wrong.
 """
@@ -30,7 +30,7 @@ class Wrong(Exception):
 
 
 class Kernel:
-    """The launches of a kernel: how many, how long in all and in the middle (ns), and their bytes where they are known."""
+    """The launches of a kernel: how many, how long in all and in the middle (ns), and their bytes where known."""
 
     def __init__(self, times, launches=None, total=None):
         self.launches = launches or len(times)

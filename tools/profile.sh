@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Where a round's time goes, by NVIDIA's profilers, and the tables of its kernels. Needs a GPU, a built dflash-bench, and
-# Nsight Systems (nsys), Nsight Compute (ncu) or both.
-#   tools/profile.sh OUT [FLAGS OF dflash-bench round]     e.g. OUT --model qwen3-8b --context 1024
+# Where a round's time goes, by NVIDIA's profilers, and the tables of its kernels. Needs a GPU, a built dflash-bench,
+# and Nsight Systems (nsys), Nsight Compute (ncu) or both.
+#   tools/profile.sh OUT [FLAGS]   of dflash-bench round, one batch and context: --model qwen3-8b --context 1024
 # Into OUT:
 #   eager.nsys-rep  5 rounds launch by launch, with the ranges round, inject, draft, layer k, verify, accept
 #   graph.nsys-rep  plain steps and rounds as they run, each replay one thing: periods and the gaps between them
-#   node.nsys-rep   the same, each kernel of a replay for itself: what it is made of; small kernels look slower than they are
+#   node.nsys-rep   the same, each kernel of a replay by itself: what it is made of; small kernels look slower
 #   ncu.ncu-rep     one round, kernel by kernel: bytes of DRAM, time, throughput, and the source's lines
 #   *.csv           what nsys and ncu say of them; kernels.txt: tools/kernel-table.py of those
 # In the environment: BENCH, the dflash-bench to run [target/release/dflash-bench]; KERNELS, a regular expression of the
@@ -16,7 +16,8 @@ set -uo pipefail
 fail() { echo "profile.sh: $*" >&2; exit 2; }
 tools=$(cd "$(dirname "$0")" && pwd)
 bench=${BENCH:-$tools/../target/release/dflash-bench}
-[ $# -ge 1 ] && [ "${1#-}" = "$1" ] || fail "expected a folder to write to: tools/profile.sh OUT [FLAGS OF dflash-bench round]"
+[ $# -ge 1 ] && [ "${1#-}" = "$1" ] ||
+    fail "expected a folder to write to: tools/profile.sh OUT [FLAGS of dflash-bench round]"
 out=$1
 shift
 [ -x "$bench" ] || fail "no dflash-bench at $bench: build it with cargo build --release, or set BENCH"
@@ -42,7 +43,7 @@ table() {
 : >"$out/kernels.txt"
 
 if have nsys; then
-    # traced NAME REPORTS NSYS'S FLAGS -- THE ROUND'S FLAGS; only what starts after cudaProfilerStart where the flags say so.
+    # traced NAME REPORTS NSYS'S FLAGS -- THE ROUND'S FLAGS
     traced() {
         local name=$1 reports=$2 flags=()
         shift 2
@@ -54,7 +55,7 @@ if have nsys; then
                 --output "$out/$name" "$out/$name.nsys-rep"
     }
     traced eager cuda_gpu_kern_sum,cuda_gpu_trace,nvtx_pushpop_sum,nvtx_gpu_proj_sum \
-        --capture-range=cudaProfilerApi --capture-range-end=stop -- --profile 5 "$@" &&
+        --capture-range=cudaProfilerApi --capture-range-end=stop -- --rounds 1 --samples 1 --profile 5 "$@" &&
         table "rounds launch by launch (nsys)" "$out/eager_cuda_gpu_kern_sum.csv"
     traced graph cuda_gpu_trace,cuda_api_sum --cuda-graph-trace=graph -- --rounds 1 --samples 5 "$@"
     traced node cuda_gpu_kern_sum,cuda_gpu_trace --cuda-graph-trace=node -- --rounds 1 --samples 5 "$@" &&
@@ -64,13 +65,15 @@ else
 fi
 
 if have ncu; then
-    # Clocks as they are: a round does not run at base clocks. Caches are emptied before each kernel (ncu's default), as the
-    # weights of the others do in a round; else the second pass of a kernel would find its own there.
+    # Clocks as they are: a round does not run at base clocks. Caches are emptied before each kernel (ncu's default), as
+    # other weights do it in a round; else the second pass of a kernel would find its own there.
     metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
     metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
-    step ncu --clock-control none --profile-from-start off --nvtx --kernel-name "regex:${KERNELS:-.}" --metrics "$metrics" \
-        --import-source yes --force-overwrite --export "$out/ncu" "$bench" round --device cuda --profile 1 "$@" &&
-        { ncu --import "$out/ncu.ncu-rep" --csv --page raw --print-units base >"$out/ncu.csv" 2>>"$log" || failed $?; } &&
+    step ncu --clock-control none --profile-from-start off --nvtx --kernel-name "regex:${KERNELS:-.}" \
+        --metrics "$metrics" --import-source yes --force-overwrite --export "$out/ncu" \
+        "$bench" round --device cuda --rounds 1 --samples 1 --profile 1 "$@" &&
+        { ncu --import "$out/ncu.ncu-rep" --csv --page raw --print-units base >"$out/ncu.csv" 2>>"$log" ||
+            failed $?; } &&
         table "one round, kernel by kernel (ncu)" "$out/ncu.csv"
 else
     echo "profile.sh: ncu is not on PATH: no bytes; Nsight Compute has it" >&2
