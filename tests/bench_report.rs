@@ -248,14 +248,15 @@ fn one_page_holds_everything_that_the_records_say() {
         titles(&document),
         [
             "Roofline",
-            "Share of the read ceiling, rows 1",
-            "Share of the read ceiling, rows 8",
-            "Share of the read ceiling, rows 16",
-            "Share of the read ceiling, rows 32",
-            "Share of the read ceiling, rows 64",
-            "Share of the read ceiling, rows 128",
-            "Where a round goes",
+            "Share of the read ceiling, rows 1, context 1024",
+            "Share of the read ceiling, rows 8, context 1024",
+            "Share of the read ceiling, rows 16, context 1024",
+            "Share of the read ceiling, rows 32, context 1024",
+            "Share of the read ceiling, rows 64, context 1024",
+            "Share of the read ceiling, rows 128, context 1024",
+            "Where a round goes at context 1024",
             "Tokens per second against batch at context 1024",
+            "Where a round goes at context 8192",
             "Tokens per second against batch at context 8192",
             "Tokens per second",
             "Acceptance",
@@ -326,10 +327,10 @@ fn figures_draw_to_scale() {
     let page = page(&[kernels(), round(), generate()]);
     let document = parsed(&page);
     // The first bar of a round: its parts side by side, as long as they take. Boxes of the legend are no drawing.
-    let timeline = figure(&document, "Where a round goes");
+    let timeline = figure(&document, "Where a round goes at context 1024");
     let svg = || all(timeline, "svg").next().unwrap();
     let per_ms = {
-        let step = drawn(svg(), "rect", "var(--c0)", "width");
+        let step = drawn(svg(), "rect", "var(--c9)", "width");
         // With host, plain step, and so on.
         step[1] / (3.4 * (1.0 + 0.04 + 1024.0 / 4e4))
     };
@@ -343,7 +344,7 @@ fn figures_draw_to_scale() {
         end = Some(x + width);
     }
     let texts: Vec<String> = all(timeline, "text").map(|text| text_of(text).trim().to_string()).collect();
-    assert!(texts.contains(&"context 1024, batch 1, block 16".to_string()), "{texts:?}");
+    assert!(texts.contains(&"batch 1, block 16".to_string()), "{texts:?}");
     assert!(texts.contains(&"4.689 ms".to_string()) && texts.contains(&"ms, measured".to_string()), "{texts:?}");
 
     // Columns as high as their counts.
@@ -354,12 +355,12 @@ fn figures_draw_to_scale() {
         assert!((height / tallest - count / 90.0).abs() < 0.01, "{heights:?}");
     }
     // Shares reach as far as their percentage of the line that marks 100.
-    let shares = figure(&document, "Share of the read ceiling, rows 16");
+    let shares = figure(&document, "Share of the read ceiling, rows 16, context 1024");
     let texts: Vec<String> = all(shares, "text").map(|text| text_of(text).trim().to_string()).collect();
-    assert!(texts.contains(&"81 %".to_string()) && texts.contains(&"target: qkv context 1024".to_string()));
+    assert!(texts.contains(&"81 %".to_string()) && texts.contains(&"target: qkv".to_string()));
     let widths = drawn(shares, "rect", "var(--c2)", "width");
     assert!((widths[2] / widths[0] - 0.92 / 0.81).abs() < 0.01 && widths.len() == 5, "{widths:?}");
-    let marked = figure(&document, "Share of the read ceiling, rows 1");
+    let marked = figure(&document, "Share of the read ceiling, rows 1, context 1024");
     assert!(all(marked, "text").any(|text| text_of(text).contains("92 %, throttled")), "{}", text_of(marked));
 
     // Decades of a roofline are equally far apart: rows 1 and 128 of a kernel are log10(128) of them.
@@ -403,7 +404,7 @@ fn tokens_against_batch_have_the_floor_of_the_same_models_beside_them() {
     assert_eq!(legends(&[round()]), measured);
     assert_eq!(legends(&[round(), floor("qwen3-4b")]), measured);
     let [plain, four, more] = measured;
-    let predicted = ["predicted: plain decoding", "predicted: DFlash, synthetic acceptance of 4, 16 rows"];
+    let predicted = ["predicted for H200: plain decoding", "predicted for H200: DFlash, synthetic acceptance of 4, 16 rows"];
     assert_eq!(legends(&[floor("qwen3-8b"), round()])[..2], predicted);
     let page = page(&[round(), floor("qwen3-8b")]);
     let document = parsed(&page);
@@ -429,7 +430,7 @@ fn counters_of_the_emulator_are_called_so() {
     round["rows"][3]["median"] = json!(3.5e6);
     let page = page(&[kernels, round]);
     let document = parsed(&page);
-    assert_eq!(titles(&document), ["Bytes by the emulator's counters, rows 1", "Where a round goes"]);
+    assert_eq!(titles(&document), ["Bytes by the emulator's counters, rows 1", "Where a round goes at context 64"]);
     let heads: Vec<String> = all(document.root(), "h2").map(text_of).collect();
     assert_eq!(heads[0], "kernels of qwen3-8b with qwen3-8b-dflash on emulator: counters, no times");
     assert!(page.contains("<li>counted by the emulator: no times</li>") && !page.contains("measured"));
@@ -437,9 +438,9 @@ fn counters_of_the_emulator_are_called_so() {
     let bytes = |fill| widths("Bytes by the emulator's counters, rows 1", fill)[0];
     assert!((bytes("var(--c2)") / bytes("var(--c3)") - 40.0 / 9.0).abs() < 0.05);
     assert!((bytes("var(--c3)") / bytes("var(--c4)") - 9.0).abs() < 1.0);
-    let round = |fill| widths("Where a round goes", fill)[0];
+    let round = |fill| widths("Where a round goes at context 64", fill)[0];
     assert!((round("var(--c5)") / round("var(--c4)") - 3.5 / 1.5).abs() < 0.02);
-    assert!(text_of(figure(&document, "Where a round goes")).contains("5 MB"));
+    assert!(text_of(figure(&document, "Where a round goes at context 64")).contains("5 MB"));
 }
 
 #[test]
@@ -456,7 +457,7 @@ fn figures_without_rows_are_left_out() {
     assert_eq!(titled(record("round", vec![])), [""; 0]);
     assert_eq!(titled(cut(kernels(), &is("read ceiling"))), [""; 0]);
     assert_eq!(titled(cut(round(), &is("plain decoding"))).len(), 2);
-    assert_eq!(titled(cut(round(), &|row| row["unit"] == "ms")), ["Where a round goes"]);
+    assert_eq!(titled(cut(round(), &|row| row["unit"] == "ms")), ["Where a round goes at context 1024", "Where a round goes at context 8192"]);
     assert_eq!(titled(cut(generate(), &is("rounds"))), ["Acceptance"]);
     assert_eq!(titled(cut(generate(), &is("accepted at position"))), ["Acceptance by position"]);
     assert_eq!(titled(cut(generate(), &is("TTFT"))), [""; 0]);
@@ -488,9 +489,9 @@ fn a_part_that_is_lost_in_noise_is_named_instead_of_drawn() {
     rows.iter_mut().find(|row| row["name"] == "gaps").unwrap()["median"] = json!(-0.002);
     let page = page(&[noisy]);
     let document = parsed(&page);
-    let timeline = figure(&document, "Where a round goes");
-    assert!(text_of(timeline).contains("Not drawn: gaps at context 1024, batch 1, block 16 is -0.0020."), "{page}");
-    assert_eq!(drawn(timeline, "rect", "var(--c7)", "width").len(), 7);
+    let timeline = figure(&document, "Where a round goes at context 1024");
+    assert!(text_of(timeline).contains("Not drawn: gaps at batch 1, block 16 is -0.002000 ms."), "{page}");
+    assert_eq!(drawn(timeline, "rect", "var(--c7)", "width").len(), 3);
 }
 
 #[test]

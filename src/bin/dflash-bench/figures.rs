@@ -1,6 +1,6 @@
 //! Which rows of a record make which figure of a report. A figure without rows is left out.
 
-use crate::plot::{self, Axis, Bar, Colour, FIRST, INK, KINDS, Mark, Scale, Series};
+use crate::plot::{self, Axis, Bar, Colour, FIRST, INK, KINDS, Mark, PLAIN, Scale, Series};
 use crate::record::{Kind, Record, Row};
 use crate::show::{four_digits, shown};
 use dflash::Result;
@@ -39,11 +39,12 @@ pub fn of(record: &Record, all: &[&Record]) -> Result<Vec<Figure>> {
             figures.extend(roofline(record)?);
             figures.extend(kernels(record)?);
         }
-        "round" => {
-            figures.extend(timeline(record)?);
-            figures.extend(tokens_by_batch(record, all)?);
+        "round" | "floor" => {
+            for context in distinct(record.rows.iter().filter_map(|row| parameter(row, "context"))) {
+                figures.extend(timeline(record, context)?);
+                figures.extend(tokens_by_batch(record, all, context)?);
+            }
         }
-        "floor" => figures.extend(tokens_by_batch(record, all)?),
         "generate" => {
             figures.extend(tokens_by_category(record)?);
             figures.extend(accepted(record)?);
@@ -72,6 +73,11 @@ pub fn parameters(row: &Row, but: &[&str]) -> String {
     let others = row.parameters.iter().filter(|(name, _)| !but.contains(&name.as_str()));
     let texts: Vec<String> = others.map(|(name, value)| format!("{name} {}", shown(Some(value)))).collect();
     texts.join(", ")
+}
+
+/// What is said behind a value of which some samples were taken while the card held its clocks back.
+pub fn throttled(row: &Row) -> &'static str {
+    if row.throttled.as_ref().is_some_and(|list| !list.is_empty()) { ", throttled" } else { "" }
 }
 
 /// Distinct, in the order of their first appearance.
@@ -140,15 +146,15 @@ fn roofline(record: &Record) -> Result<Option<Figure>> {
     };
     // Both lines end where they meet, which is further right than decode kernels go.
     let meet = ceiling.zip(peak).map(|(ceiling, peak)| peak / ceiling);
-    let end = meet.unwrap_or(high).max(high);
+    let end = 10f64.powf((meet.unwrap_or(high).max(high) * 2.0).log10().ceil());
     if let Some(ceiling) = ceiling {
-        let to = meet.unwrap_or(end);
+        let to = meet.unwrap_or(end).max(low);
         let name = format!("read ceiling, measured: {} GB/s", four_digits(ceiling));
         rule(name, Mark::Rule, vec![(low, low * ceiling), (to, to * ceiling)]);
     }
     if let Some(peak) = peak {
         let name = format!("tensor cores, nominal: {} TFLOP/s", four_digits(peak / 1e3));
-        rule(name, Mark::DashedRule, vec![(meet.unwrap_or(low).min(end), peak), (end * 2.0, peak)]);
+        rule(name, Mark::DashedRule, vec![(meet.unwrap_or(low).min(end), peak), (end, peak)]);
     }
     if low > high {
         return Ok(None);
@@ -162,161 +168,151 @@ fn roofline(record: &Record) -> Result<Option<Figure>> {
 /// Shares of the ceiling, or what the emulator counted; one figure for each number of rows.
 fn kernels(record: &Record) -> Result<Vec<Figure>> {
     let moved = ["streamed", "read", "written"];
-    let share = |row: &Row| number(row, "share of ceiling");
-    let counted = |row: &Row| row.kind == Kind::Counted && moved.iter().all(|name| number(row, name).is_some());
     let mut figures = vec![];
     for rows in distinct(record.rows.iter().map(|row| parameter(row, "rows"))) {
-        let of = rows.map_or(String::new(), |rows| format!(", rows {}", four_digits(rows)));
-        let alike = || record.rows.iter().filter(|row| parameter(row, "rows") == rows);
-        let bar = |row: &Row, parts: Vec<(Colour, f64)>, mut value: String| {
-            let label = [row.name.clone(), parameters(row, &["rows"])].join(" ").trim_end().to_string();
-            if row.throttled.as_ref().is_some_and(|list| !list.is_empty()) {
-                value += ", throttled";
+        let mut push = |what: &str, axis: &str, all: Vec<(&Row, Vec<(Colour, f64)>, String)>, mark, legend| {
+            // What all have in common is told once.
+            let shared = |name: &str| {
+                let value = |row: &Row| row.parameters.get(name).cloned();
+                all.iter().all(|one| value(one.0) == value(all[0].0))
+            };
+            let Some((first, ..)) = all.first() else { return Ok(()) };
+            let (common, own): (Vec<&str>, Vec<&str>) =
+                first.parameters.keys().map(String::as_str).partition(|name| shared(name));
+            let bar = |(row, parts, value): &(&Row, Vec<(Colour, f64)>, String)| {
+                let label = format!("{} {}", row.name, parameters(row, &common)).trim_end().to_string();
+                Bar { label, parts: parts.clone(), value: format!("{value}{}", throttled(row)) }
+            };
+            let bars: Vec<Bar> = all.iter().map(bar).collect();
+            if let Some(svg) = plot::bars(&Axis(axis, Scale::Linear), &bars, mark)? {
+                let title = format!("{what}, {}", parameters(first, &own)).trim_end_matches(", ").to_string();
+                figures.push(Figure { title, svg, legend, notes: vec![] });
             }
-            Bar { label, parts, value }
+            Ok(())
         };
-        let shares = alike().filter_map(|row| Some((row, share(row)? * 100.0)));
-        let measured: Vec<Bar> = shares
-            .map(|(row, percent)| bar(row, vec![(colour(family(row)), percent)], format!("{percent:.0} %")))
-            .collect();
-        let x = Axis("% of the measured read ceiling", Scale::Linear);
-        if let Some(svg) = plot::bars(&x, &measured, Some(100.0))? {
-            let title = format!("Share of the read ceiling{of}");
-            figures.push(Figure { title, svg, legend: boxes(&FAMILIES), notes: vec![] });
-        }
-        let counters: Vec<Bar> = alike()
-            .filter(|row| counted(row))
-            .map(|row| {
-                let parts = moved.iter().enumerate();
-                let parts = parts.filter_map(|(i, name)| Some((colour(i), number(row, name)? / 1e6)));
-                let megabytes = row.median.unwrap_or(0.0) / 1e6;
-                bar(row, parts.collect(), format!("{} MB", four_digits(megabytes)))
-            })
-            .collect();
-        let x = Axis("MB that cross the bus, counted", Scale::Linear);
-        if let Some(svg) = plot::bars(&x, &counters, None)? {
-            let title = format!("Bytes by the emulator's counters{of}");
-            figures.push(Figure { title, svg, legend: boxes(&moved), notes: vec![] });
-        }
+        let alike = || record.rows.iter().filter(|row| parameter(row, "rows") == rows);
+        let share = |row: &'_ Row| Some(number(row, "share of ceiling")? * 100.0);
+        let shares = alike().filter_map(|row| Some((row, share(row)?)));
+        let shares = shares.map(|(row, x)| (row, vec![(colour(family(row)), x)], format!("{x:.0} %")));
+        let axis = "% of the measured read ceiling";
+        push("Share of the read ceiling", axis, shares.collect(), Some(100.0), boxes(&FAMILIES))?;
+        let counted = alike().filter_map(|row| {
+            let part = |(i, name): (usize, &&str)| Some((colour(i), number(row, name)? / 1e6));
+            let parts = moved.iter().enumerate().map(part).collect::<Option<Vec<_>>>()?;
+            let megabytes = row.median.filter(|_| row.kind == Kind::Counted)? / 1e6;
+            Some((row, parts, format!("{} MB", four_digits(megabytes))))
+        });
+        let axis = "MB that cross the bus, counted";
+        push("Bytes by the emulator's counters", axis, counted.collect(), None, boxes(&moved))?;
     }
     Ok(figures)
 }
 
 // ---- round ----
 
-/// Where a round's time goes, or its bytes.
-fn timeline(record: &Record) -> Result<Option<Figure>> {
-    let (mut bars, mut notes) = (vec![], vec![]);
-    let Some(first) = named(record, "round").next() else { return Ok(None) };
+/// Where a round's time goes, or its bytes. Not predicted ones: they have no such parts.
+fn timeline(record: &Record, context: f64) -> Result<Option<Figure>> {
+    let here = |row: &&Row| parameter(row, "context") == Some(context) && row.kind != Kind::Predicted;
+    let Some(first) = named(record, "round").find(here) else { return Ok(None) };
     // Bytes by the million, so that axes have few digits.
     let (scale, unit, what) = match first.unit.as_str() {
         "bytes" => (1e-6, "MB", "MB that cross the bus, counted".to_string()),
         unit => (1.0, unit, format!("{unit}, measured")),
     };
-    for round in named(record, "round").filter(|round| round.unit == first.unit) {
-        let alone = |name: &str| {
-            let at = |row: &Row| ["batch", "context"].map(|name| parameter(row, name));
-            let mut rows = named(record, name);
-            rows.find(|row| row.parameters == round.parameters || (name == "plain step" && at(row) == at(round)))
+    let (mut bars, mut notes) = (vec![], vec![]);
+    for round in named(record, "round").filter(here).filter(|round| round.unit == first.unit) {
+        let at = parameters(round, &["context"]);
+        // A plain step has no block.
+        let alike = |row: &&Row| {
+            let batch = row.name == "plain step" && parameter(row, "batch") == parameter(round, "batch");
+            row.unit == round.unit && here(row) && (row.parameters == round.parameters || batch)
         };
         let mut parts = vec![];
         for (i, name) in PARTS.into_iter().enumerate() {
-            match alone(name).map(|row| (row.median, &row.unit)) {
-                Some((Some(value), unit)) if value > 0.0 && *unit == round.unit => {
-                    parts.push((colour(i), value * scale))
-                }
-                Some((value, _)) => {
-                    let value = value.map_or("unknown".into(), four_digits);
-                    notes.push(format!("Not drawn: {name} at {} is {value}.", parameters(round, &[])));
+            match named(record, name).find(alike).and_then(|row| row.median) {
+                Some(value) if value > 0.0 => parts.push((colour(i), value * scale)),
+                Some(value) => {
+                    notes.push(format!("Not drawn: {name} at {at} is {} {}.", four_digits(value), round.unit))
                 }
                 None => (),
             }
         }
-        bars.push(Bar { label: parameters(round, &[]), ..Bar::default() });
-        let mut push = |row: &Row, label: &str, parts: Vec<(Colour, f64)>| {
-            let Some(value) = row.median.filter(|_| row.unit == round.unit) else { return };
-            let parts = if parts.is_empty() { vec![(INK, value * scale)] } else { parts };
-            let mut value = format!("{} {unit}", four_digits(value * scale));
-            if row.throttled.as_ref().is_some_and(|list| !list.is_empty()) {
-                value += ", throttled";
-            }
+        bars.push(Bar { label: at, ..Bar::default() });
+        let mut push = |label: &str, row: &Row, parts: Vec<(Colour, f64)>| {
+            let Some(value) = row.median else { return };
+            let parts = if parts.is_empty() { vec![(PLAIN, value * scale)] } else { parts };
+            let value = format!("{} {unit}{}", four_digits(value * scale), throttled(row));
             bars.push(Bar { label: label.into(), parts, value });
         };
-        push(round, "round", parts);
-        if let Some(row) = alone("round with host") {
-            push(row, "with host", vec![]);
-        }
-        if let Some(row) = alone("plain step") {
-            push(row, "plain step", vec![]);
+        push("round", round, parts);
+        for (label, name) in [("with host", "round with host"), ("plain step", "plain step")] {
+            if let Some(row) = named(record, name).find(alike) {
+                push(label, row, vec![]);
+            }
         }
     }
     let svg = plot::bars(&Axis(&what, Scale::Linear), &bars, None)?;
-    let (title, legend) = ("Where a round goes".into(), boxes(&PARTS));
-    Ok(svg.map(|svg| Figure { title, svg, legend, notes }))
+    let title = format!("Where a round goes at context {}", four_digits(context));
+    Ok(svg.map(|svg| Figure { title, svg, legend: boxes(&PARTS), notes }))
 }
 
-/// A figure for each context. With a round's record come the floors of the same models, if the page has any.
-fn tokens_by_batch(record: &Record, all: &[&Record]) -> Result<Vec<Figure>> {
+/// Rows of tokens per second, each with what it is the rate of, at any batch.
+fn rates(record: &Record, context: f64) -> Vec<(String, &Row)> {
     let names = ["plain decoding", "DFlash, synthetic acceptance"];
-    let floors = all.iter().copied().filter(|other| {
-        record.command == "round" && other.command == "floor" && other.model.target == record.model.target
-    });
-    let rows: Vec<&Row> = [record]
-        .into_iter()
-        .chain(floors)
-        .flat_map(|record| &record.rows)
-        .filter(|row| names.contains(&row.name.as_str()) && row.unit == "tok/s")
-        .collect();
-    // A block and a tree are both the rows that a verification has.
-    let key = |row: &Row| {
-        let width = parameter(row, "block").or(parameter(row, "tree"));
+    let here = |row: &&Row| {
+        let known = names.contains(&row.name.as_str()) && row.unit == "tok/s";
+        known && parameter(row, "context") == Some(context)
+    };
+    let what = |row: &Row| {
         let length = parameter(row, "acceptance").map(|n| format!(" of {}", four_digits(n)));
-        let width = width.filter(|_| row.name != names[0]).map(|n| format!(", {} rows", four_digits(n)));
+        // A block and a tree are both the rows that a verification has.
+        let width = parameter(row, "block").or(parameter(row, "tree")).filter(|_| row.name != names[0]);
+        let width = width.map(|n| format!(", {} rows", four_digits(n)));
         [row.name.clone(), length.unwrap_or_default(), width.unwrap_or_default()].concat()
     };
-    let kinds = distinct(rows.iter().map(|row| key(row)));
-    let mut figures = vec![];
-    let measured = |row: &&&Row| record.command != "round" || row.kind != Kind::Predicted;
-    for context in distinct(rows.iter().filter(measured).map(|row| parameter(row, "context"))) {
-        let mut series = vec![];
-        for (i, kind) in kinds.iter().enumerate() {
-            for predicted in [false, true] {
-                let alike = rows.iter().filter(|row| {
-                    let same = parameter(row, "context") == context && key(row) == *kind;
-                    same && (row.kind == Kind::Predicted) == predicted
-                });
-                let (mark, word) =
-                    if predicted { (Mark::Dashed, "predicted") } else { (Mark::Line, "measured") };
-                let name = format!("{word}: {kind}");
-                let mut points: Vec<_> = alike
-                    .filter_map(|row| {
-                        let (batch, rate) = (parameter(row, "batch")?, row.median?);
-                        let title = format!("{name}, batch {}: {} tok/s", four_digits(batch), four_digits(rate));
-                        Some((batch, rate, title))
-                    })
-                    .collect();
-                points.sort_by(|a, b| a.0.total_cmp(&b.0));
-                if points.is_empty() {
-                    continue;
-                }
-                series.push(Series { name, colour: colour(i), mark, points });
-            }
-        }
-        let (x, y) = (Axis("batch, sequences", Scale::Whole), Axis("tok/s", Scale::Linear));
-        if let Some(svg) = plot::lines(&x, &y, &series)? {
-            let at = context.map_or(String::new(), |n| format!(" at context {}", four_digits(n)));
-            let mut notes = vec![];
-            if series.iter().any(|series| series.name.contains("synthetic")) {
-                notes.push("Synthetic acceptance: its length is assumed, not measured.".into());
-            }
-            if series.iter().any(|series| series.mark == Mark::Dashed) {
-                notes.push("Predicted: from bytes and operations alone; nothing ran.".into());
-            }
-            let title = format!("Tokens per second against batch{at}");
-            figures.push(Figure { title, svg, legend: keys(&series), notes });
+    record.rows.iter().filter(here).map(|row| (what(row), row)).collect()
+}
+
+/// With a round's record come the floors of the same models, if the page has any, for what was measured.
+fn tokens_by_batch(record: &Record, all: &[&Record], context: f64) -> Result<Option<Figure>> {
+    let own = rates(record, context);
+    let mut sources = vec![(record, own.clone())];
+    if record.command == "round" {
+        let floors = all.iter().filter(|o| o.command == "floor" && o.model.target == record.model.target);
+        sources.extend(floors.map(|floor| (*floor, rates(floor, context))));
+    }
+    let mut series = vec![];
+    for (i, kind) in distinct(own.iter().map(|row| &row.0)).into_iter().enumerate() {
+        for (source, rows) in &sources {
+            let rows = || rows.iter().filter(|row| row.0 == *kind).map(|row| row.1);
+            let Some(first) = rows().next() else { continue };
+            let card = source.machine.card.as_deref().unwrap_or("a card");
+            let (mark, word) = match first.kind {
+                Kind::Predicted => (Mark::Dashed, format!("predicted for {card}")),
+                _ => (Mark::Line, "measured".into()),
+            };
+            let name = format!("{word}: {kind}");
+            let point = |row: &Row| {
+                let (batch, rate) = (parameter(row, "batch")?, row.median?);
+                let title = format!("{name}, batch {}: {} tok/s", four_digits(batch), four_digits(rate));
+                Some((batch, rate, title))
+            };
+            let mut points: Vec<_> = rows().filter_map(point).collect();
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+            series.push(Series { name, colour: colour(i), mark, points });
         }
     }
-    Ok(figures)
+    let (x, y) = (Axis("batch, sequences", Scale::Whole), Axis("tok/s", Scale::Linear));
+    let svg = plot::lines(&x, &y, &series)?;
+    let mut notes = vec![];
+    if series.iter().any(|series| series.name.contains("synthetic")) {
+        notes.push("Synthetic acceptance: its length is assumed, not measured.".into());
+    }
+    if series.iter().any(|series| series.mark == Mark::Dashed) {
+        notes.push("Predicted: from bytes and operations alone; nothing ran.".into());
+    }
+    let title = format!("Tokens per second against batch at context {}", four_digits(context));
+    Ok(svg.map(|svg| Figure { title, svg, legend: keys(&series), notes }))
 }
 
 // ---- generate ----

@@ -19,6 +19,8 @@ const FAINT: Colour = 1;
 /// From here on colours tell things apart, `KINDS` of them.
 pub const FIRST: Colour = 2;
 pub const KINDS: Colour = 7;
+/// Of what others are compared with.
+pub const PLAIN: Colour = FIRST + KINDS;
 
 /// Units of a figure's width, of which a page shows about half as many pixels: plotters draws at whole units.
 const WIDTH: u32 = 1080;
@@ -152,7 +154,7 @@ fn text(anchor: HPos, colour: Colour) -> TextStyle<'static> {
 /// A drawing as SVG; None where nothing could be drawn. `titles`: of its circles, in their order.
 fn svg(drawn: std::result::Result<String, impl std::fmt::Display>, titles: &[&str]) -> Result<String> {
     let mut svg = drawn.map_err(|e| Error::Internal(format!("a figure cannot be drawn: {e}")))?;
-    for colour in 0..FIRST + KINDS {
+    for colour in 0..=PLAIN {
         svg = svg.replace(&format!("\"#0D0F{colour:02X}\""), &format!("\"var(--c{colour})\""));
     }
     let mut parts = svg.split("<circle ");

@@ -100,7 +100,7 @@ fn labels(record: &Record) -> Vec<String> {
     if any(&|row| row.name.contains("synthetic")) {
         labels.push("synthetic acceptance: assumed, not measured".into());
     }
-    let throttled = record.rows.iter().filter(|row| row.throttled.as_ref().is_some_and(|list| !list.is_empty()));
+    let throttled = record.rows.iter().filter(|row| !figures::throttled(row).is_empty());
     match throttled.count() {
         0 => (),
         n => labels.push(format!("throttled: {n} of {} rows", record.rows.len())),
