@@ -399,7 +399,7 @@ fn tokens_against_batch_have_the_floor_of_the_same_models_beside_them() {
     let measured = [
         "measured: plain decoding",
         "measured: DFlash, synthetic acceptance of 4, 16 rows",
-        "measured: DFlash, synthetic acceptance of 6.500, 16 rows",
+        "measured: DFlash, synthetic acceptance of 6.5, 16 rows",
     ];
     assert_eq!(legends(&[round()]), measured);
     assert_eq!(legends(&[round(), floor("qwen3-4b")]), measured);

@@ -264,7 +264,7 @@ fn rates(record: &Record, context: f64) -> Vec<(String, &Row)> {
         known && parameter(row, "context") == Some(context)
     };
     let what = |row: &Row| {
-        let length = parameter(row, "acceptance").map(|n| format!(" of {}", four_digits(n)));
+        let length = parameter(row, "acceptance").map(|n| format!(" of {}", plot::short(n)));
         // A block and a tree are both the rows that a verification has.
         let width = parameter(row, "block").or(parameter(row, "tree")).filter(|_| row.name != names[0]);
         let width = width.map(|n| format!(", {} rows", four_digits(n)));

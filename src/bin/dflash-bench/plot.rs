@@ -25,9 +25,9 @@ pub const PLAIN: Colour = FIRST + KINDS;
 /// Units of a figure's width, of which a page shows about half as many pixels: plotters draws at whole units.
 const WIDTH: u32 = 1080;
 /// Size of text, as plotters takes it: 1.24 times the units it gets.
-const TEXT: f64 = 36.0;
+const TEXT: f64 = 39.0;
 /// Units that a character takes at most, nearly.
-const CHARACTER: u32 = 16;
+const CHARACTER: u32 = 17;
 /// A value that no axis can show: records come from anywhere.
 const LARGEST: f64 = 1e15;
 
@@ -86,8 +86,8 @@ impl Axis<'_> {
         }
     }
 
-    /// The range that holds these places, with its ticks.
-    fn range(&self, places: impl Iterator<Item = f64>) -> Span {
+    /// The range that holds these places, with its ticks; `more` on both sides of a linear one.
+    fn range(&self, places: impl Iterator<Item = f64>, more: f64) -> Span {
         let (low, high) = places.fold((f64::INFINITY, 0f64), |(low, high), x| (low.min(x), high.max(x)));
         if self.1 == Scale::Log {
             // Not `high`, which started at 0.
@@ -96,21 +96,25 @@ impl Axis<'_> {
             let ticks = (0..).map(|i| from + step * f64::from(i)).take_while(|x| *x <= to);
             return Span(from..to, ticks.collect());
         }
-        let to = if high > 0.0 { high * 1.05 } else { 1.0 };
+        let to = if high + more > 0.0 { high * 1.05 + more } else { 1.0 };
         let step = if self.1 == Scale::Whole { nice(to / 7.0).max(1.0) } else { nice(to / 7.0) };
         let ticks = (0..).map(|i| step * f64::from(i)).take_while(|x| *x <= to);
-        Span(0.0..to, ticks.collect())
+        Span(-more..to, ticks.collect())
     }
 
     fn tick(&self, place: f64) -> String {
         let value = if self.1 == Scale::Log { 10f64.powf(place) } else { place };
         // Sums of steps are not the decimals that they stand for.
-        let value = if value == 0.0 { 0.0 } else { format!("{value:.6e}").parse().unwrap_or(value) };
-        let short = four_digits(value);
-        match short.contains('.') && !short.contains('e') {
-            true => short.trim_end_matches('0').trim_end_matches('.').to_string(),
-            false => short,
-        }
+        short(if value == 0.0 { 0.0 } else { format!("{value:.6e}").parse().unwrap_or(value) })
+    }
+}
+
+/// Four digits that count, without the zeros behind them.
+pub fn short(x: f64) -> String {
+    let text = four_digits(x);
+    match text.contains('.') && !text.contains('e') {
+        true => text.trim_end_matches('0').trim_end_matches('.').to_string(),
+        false => text,
     }
 }
 
@@ -186,11 +190,9 @@ pub fn lines(x: &Axis, y: &Axis, series: &[Series]) -> Result<Option<String>> {
     if all().next().is_none() {
         return Ok(None);
     }
-    // Half a column at the end.
-    let columns = series.iter().any(|series| series.mark == Mark::Columns);
-    let end = all().map(|point| point.0).fold(0.0, f64::max) + 0.5;
-    let across = x.range(all().map(|point| point.0).chain(columns.then_some(end)));
-    let up = y.range(all().map(|point| point.1));
+    // Half a column.
+    let more = if series.iter().any(|series| series.mark == Mark::Columns) { 0.5 } else { 0.0 };
+    let (across, up) = (x.range(all().map(|point| point.0), more), y.range(all().map(|point| point.1), 0.0));
     let mut titles = vec![];
     let draw = || -> std::result::Result<String, DrawingAreaErrorKind<std::io::Error>> {
         let mut out = String::new();
@@ -267,17 +269,17 @@ pub fn bars(x: &Axis, bars: &[Bar], rule: Option<f64>) -> Result<Option<String>>
     if bars.iter().all(|bar| sum(bar) == 0.0) {
         return Ok(None);
     }
-    let short = |label: &str| match label.chars().count() {
+    let cut = |label: &str| match label.chars().count() {
         0..=30 => label.to_string(),
         _ => label.chars().take(29).chain(['…']).collect(),
     };
     let widest = |of: &dyn Fn(&Bar) -> usize| bars.iter().map(of).max().unwrap_or(0) as u32 * CHARACTER;
-    let left = widest(&|bar| if bar.parts.is_empty() { 0 } else { short(&bar.label).chars().count() }) + 24;
+    let left = widest(&|bar| if bar.parts.is_empty() { 0 } else { cut(&bar.label).chars().count() }) + 24;
     let right = widest(&|bar| bar.value.chars().count()) + 40;
-    let across = x.range(bars.iter().map(sum).chain(rule));
+    let across = x.range(bars.iter().map(sum).chain(rule), 0.0);
     let draw = || -> std::result::Result<String, DrawingAreaErrorKind<std::io::Error>> {
         let mut out = String::new();
-        let height = bars.len() as u32 * 46 + 120;
+        let height = bars.len() as u32 * 48 + 120;
         let root = SVGBackend::with_string(&mut out, (WIDTH, height)).into_drawing_area();
         let mut chart = ChartBuilder::on(&root)
             .margin_left(left)
@@ -310,7 +312,7 @@ pub fn bars(x: &Axis, bars: &[Bar], rule: Option<f64>) -> Result<Option<String>>
                 root.draw(&Text::new(bar.label.clone(), (10, start.1), text(HPos::Left, INK)))?;
             } else {
                 let place = (start.0 - 14, start.1);
-                root.draw(&Text::new(short(&bar.label), place, text(HPos::Right, INK)))?;
+                root.draw(&Text::new(cut(&bar.label), place, text(HPos::Right, INK)))?;
                 let place = (WIDTH as i32 - 10, start.1);
                 root.draw(&Text::new(bar.value.clone(), place, text(HPos::Right, INK)))?;
             }
