@@ -115,8 +115,8 @@ const FAMILIES: [&str; 4] = ["target", "drafter", "attention", "other"];
 fn family(row: &Row) -> usize {
     match row.name.as_str() {
         name if name.contains("attention") => 2,
-        name if name.starts_with("target: ") => 0,
-        name if name.starts_with("drafter: ") => 1,
+        name if name.starts_with("target") => 0,
+        name if name.starts_with("drafter") => 1,
         _ => 3,
     }
 }
@@ -170,26 +170,28 @@ fn kernels(record: &Record) -> Result<Vec<Figure>> {
     let moved = ["streamed", "read", "written"];
     let mut figures = vec![];
     for rows in distinct(record.rows.iter().map(|row| parameter(row, "rows"))) {
-        let mut push = |what: &str, axis: &str, all: Vec<(&Row, Vec<(Colour, f64)>, String)>, mark, legend| {
-            // What all have in common is told once.
-            let shared = |name: &str| {
-                let value = |row: &Row| row.parameters.get(name).cloned();
-                all.iter().all(|one| value(one.0) == value(all[0].0))
+        let mut push =
+            |what: &str, axis: &str, all: Vec<(&Row, Vec<(Colour, f64)>, String)>, mark, legend| {
+                // What all have in common is told once.
+                let shared = |name: &str| {
+                    let value = |row: &Row| row.parameters.get(name).cloned();
+                    all.iter().all(|one| value(one.0) == value(all[0].0))
+                };
+                let Some((first, ..)) = all.first() else { return Ok(()) };
+                let (common, own): (Vec<&str>, Vec<&str>) =
+                    first.parameters.keys().map(String::as_str).partition(|name| shared(name));
+                let bar = |(row, parts, value): &(&Row, Vec<(Colour, f64)>, String)| {
+                    let label = format!("{} {}", row.name, parameters(row, &common)).trim_end().to_string();
+                    Bar { label, parts: parts.clone(), value: format!("{value}{}", throttled(row)) }
+                };
+                let bars: Vec<Bar> = all.iter().map(bar).collect();
+                if let Some(svg) = plot::bars(&Axis(axis, Scale::Linear), &bars, mark)? {
+                    let title =
+                        format!("{what}, {}", parameters(first, &own)).trim_end_matches(", ").to_string();
+                    figures.push(Figure { title, svg, legend, notes: vec![] });
+                }
+                Ok(())
             };
-            let Some((first, ..)) = all.first() else { return Ok(()) };
-            let (common, own): (Vec<&str>, Vec<&str>) =
-                first.parameters.keys().map(String::as_str).partition(|name| shared(name));
-            let bar = |(row, parts, value): &(&Row, Vec<(Colour, f64)>, String)| {
-                let label = format!("{} {}", row.name, parameters(row, &common)).trim_end().to_string();
-                Bar { label, parts: parts.clone(), value: format!("{value}{}", throttled(row)) }
-            };
-            let bars: Vec<Bar> = all.iter().map(bar).collect();
-            if let Some(svg) = plot::bars(&Axis(axis, Scale::Linear), &bars, mark)? {
-                let title = format!("{what}, {}", parameters(first, &own)).trim_end_matches(", ").to_string();
-                figures.push(Figure { title, svg, legend, notes: vec![] });
-            }
-            Ok(())
-        };
         let alike = || record.rows.iter().filter(|row| parameter(row, "rows") == rows);
         let share = |row: &'_ Row| Some(number(row, "share of ceiling")? * 100.0);
         let shares = alike().filter_map(|row| Some((row, share(row)?)));
@@ -256,11 +258,11 @@ fn timeline(record: &Record, context: f64) -> Result<Option<Figure>> {
     Ok(svg.map(|svg| Figure { title, svg, legend: boxes(&PARTS), notes }))
 }
 
-/// Rows of tokens per second, each with what it is the rate of, at any batch.
+/// Rows of tokens per second, or of the emulator's bytes per token, each with what they are of, at any batch.
 fn rates(record: &Record, context: f64) -> Vec<(String, &Row)> {
     let names = ["plain decoding", "DFlash, synthetic acceptance"];
     let here = |row: &&Row| {
-        let known = names.contains(&row.name.as_str()) && row.unit == "tok/s";
+        let known = ["tok/s", "bytes/tok"].contains(&&*row.unit) && names.contains(&&*row.name);
         known && parameter(row, "context") == Some(context)
     };
     let what = |row: &Row| {
@@ -276,25 +278,32 @@ fn rates(record: &Record, context: f64) -> Vec<(String, &Row)> {
 /// With a round's record come the floors of the same models, if the page has any, for what was measured.
 fn tokens_by_batch(record: &Record, all: &[&Record], context: f64) -> Result<Option<Figure>> {
     let own = rates(record, context);
+    let Some(unit) = own.first().map(|row| row.1.unit.as_str()) else { return Ok(None) };
     let mut sources = vec![(record, own.clone())];
     if record.command == "round" {
         let floors = all.iter().filter(|o| o.command == "floor" && o.model.target == record.model.target);
         sources.extend(floors.map(|floor| (*floor, rates(floor, context))));
     }
+    let (scale, shown, what) = match unit {
+        "tok/s" => (1.0, "tok/s", "Tokens per second"),
+        _ => (1e-6, "MB/tok", "Bytes per token"),
+    };
     let mut series = vec![];
     for (i, kind) in distinct(own.iter().map(|row| &row.0)).into_iter().enumerate() {
         for (source, rows) in &sources {
-            let rows = || rows.iter().filter(|row| row.0 == *kind).map(|row| row.1);
+            let alike = |row: &&(String, &Row)| row.0 == *kind && row.1.unit == unit;
+            let rows = || rows.iter().filter(alike).map(|row| row.1);
             let Some(first) = rows().next() else { continue };
             let card = source.machine.card.as_deref().unwrap_or("a card");
             let (mark, word) = match first.kind {
                 Kind::Predicted => (Mark::Dashed, format!("predicted for {card}")),
+                Kind::Counted => (Mark::Line, "counted".into()),
                 _ => (Mark::Line, "measured".into()),
             };
             let name = format!("{word}: {kind}");
             let point = |row: &Row| {
-                let (batch, rate) = (parameter(row, "batch")?, row.median?);
-                let title = format!("{name}, batch {}: {} tok/s", four_digits(batch), four_digits(rate));
+                let (batch, rate) = (parameter(row, "batch")?, row.median? * scale);
+                let title = format!("{name}, batch {}: {} {shown}", four_digits(batch), four_digits(rate));
                 Some((batch, rate, title))
             };
             let mut points: Vec<_> = rows().filter_map(point).collect();
@@ -302,7 +311,7 @@ fn tokens_by_batch(record: &Record, all: &[&Record], context: f64) -> Result<Opt
             series.push(Series { name, colour: colour(i), mark, points });
         }
     }
-    let (x, y) = (Axis("batch, sequences", Scale::Whole), Axis("tok/s", Scale::Linear));
+    let (x, y) = (Axis("batch, sequences", Scale::Whole), Axis(shown, Scale::Linear));
     let svg = plot::lines(&x, &y, &series)?;
     let mut notes = vec![];
     if series.iter().any(|series| series.name.contains("synthetic")) {
@@ -311,7 +320,7 @@ fn tokens_by_batch(record: &Record, all: &[&Record], context: f64) -> Result<Opt
     if series.iter().any(|series| series.mark == Mark::Dashed) {
         notes.push("Predicted: from bytes and operations alone; nothing ran.".into());
     }
-    let title = format!("Tokens per second against batch at context {}", four_digits(context));
+    let title = format!("{what} against batch at context {}", four_digits(context));
     Ok(svg.map(|svg| Figure { title, svg, legend: keys(&series), notes }))
 }
 
@@ -349,7 +358,7 @@ fn accepted(record: &Record) -> Result<Option<Figure>> {
     let sum: f64 = rows().map(|row| row.1).sum();
     let points = rows().map(|(at, count)| (at, count / sum * 100.0, String::new())).collect();
     let series = [Series { name: String::new(), colour: FIRST, mark: Mark::Columns, points }];
-    let (x, y) = (Axis("accepted in a round", Scale::Whole), Axis("% of rounds", Scale::Linear));
+    let (x, y) = (Axis("tokens of a round", Scale::Whole), Axis("% of rounds", Scale::Linear));
     let svg = plot::lines(&x, &y, &series)?;
     let lengths = named(record, "acceptance length").filter(|row| !row.parameters.contains_key("category"));
     let lengths = lengths.filter_map(|row| {
@@ -374,7 +383,9 @@ fn by_position(record: &Record) -> Result<Option<Figure>> {
     };
     let series = [
         series("of all rounds", 0, Mark::Line, &|row| row.median),
-        series("of the rounds that accepted all before it", 1, Mark::Dashed, &|row| number(row, "conditional")),
+        series("of the rounds that accepted all before it", 1, Mark::Dashed, &|row| {
+            number(row, "conditional")
+        }),
     ];
     let (x, y) = (Axis("position in the block", Scale::Whole), Axis("% accepted", Scale::Linear));
     let svg = plot::lines(&x, &y, &series)?;

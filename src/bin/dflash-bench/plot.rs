@@ -183,7 +183,9 @@ pub fn lines(x: &Axis, y: &Axis, series: &[Series]) -> Result<Option<String>> {
         .iter()
         .map(|series| {
             let points = series.points.iter();
-            points.filter_map(|(at, value, title)| Some((x.place(*at)?, y.place(*value)?, &**title))).collect()
+            points
+                .filter_map(|(at, value, title)| Some((x.place(*at)?, y.place(*value)?, &**title)))
+                .collect()
         })
         .collect();
     let all = || places.iter().flatten();
@@ -193,6 +195,7 @@ pub fn lines(x: &Axis, y: &Axis, series: &[Series]) -> Result<Option<String>> {
     // Half a column.
     let more = if series.iter().any(|series| series.mark == Mark::Columns) { 0.5 } else { 0.0 };
     let (across, up) = (x.range(all().map(|point| point.0), more), y.range(all().map(|point| point.1), 0.0));
+    let digits = up.1.iter().map(|tick| y.tick(*tick).len()).max().unwrap_or(0) as u32;
     let mut titles = vec![];
     let draw = || -> std::result::Result<String, DrawingAreaErrorKind<std::io::Error>> {
         let mut out = String::new();
@@ -201,7 +204,7 @@ pub fn lines(x: &Axis, y: &Axis, series: &[Series]) -> Result<Option<String>> {
             .margin_top(20)
             .margin_right(50)
             .x_label_area_size(100)
-            .y_label_area_size(150)
+            .y_label_area_size(digits * CHARACTER + 70)
             .build_cartesian_2d(across, up)?;
         chart
             .configure_mesh()
@@ -270,8 +273,8 @@ pub fn bars(x: &Axis, bars: &[Bar], rule: Option<f64>) -> Result<Option<String>>
         return Ok(None);
     }
     let cut = |label: &str| match label.chars().count() {
-        0..=30 => label.to_string(),
-        _ => label.chars().take(29).chain(['…']).collect(),
+        0..=32 => label.to_string(),
+        _ => label.chars().take(31).chain(['…']).collect(),
     };
     let widest = |of: &dyn Fn(&Bar) -> usize| bars.iter().map(of).max().unwrap_or(0) as u32 * CHARACTER;
     let left = widest(&|bar| if bar.parts.is_empty() { 0 } else { cut(&bar.label).chars().count() }) + 24;
@@ -346,7 +349,10 @@ mod tests {
         }
         let log = Axis("", Scale::Log);
         assert_eq!([-1.0, 0.0, 3.0].map(|place| log.tick(place)), ["0.1", "1", "1000"]);
-        assert_eq!([0.1 + 0.2, 0.0, 1.5, 40.0].map(|x| Axis("", Scale::Linear).tick(x)), ["0.3", "0", "1.5", "40"]);
+        assert_eq!(
+            [0.1 + 0.2, 0.0, 1.5, 40.0].map(|x| Axis("", Scale::Linear).tick(x)),
+            ["0.3", "0", "1.5", "40"]
+        );
     }
 
     #[test]

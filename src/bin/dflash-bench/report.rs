@@ -109,7 +109,8 @@ fn labels(record: &Record) -> Vec<String> {
 }
 
 fn headline(row: &Row) -> Option<(String, String)> {
-    let names = ["read ceiling", "speed-up", "acceptance length", "acceptance length to break even"];
+    let names =
+        ["read ceiling", "identical", "speed-up", "acceptance length", "acceptance length to break even"];
     if !names.contains(&row.name.as_str()) || row.parameters.contains_key("category") {
         return None;
     }

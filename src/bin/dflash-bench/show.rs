@@ -25,7 +25,7 @@ pub fn run(flags: &args::Show, format: Format) -> Result<Vec<(String, Record)>> 
     }
     let read = |path: &std::path::PathBuf| {
         let record = Record::read(path)?;
-        Ok((title(&record), record))
+        Ok((plain(&title(&record)), record))
     };
     flags.records.iter().map(read).collect()
 }
@@ -77,6 +77,11 @@ pub struct Column {
     pub width: usize,
 }
 
+/// A record's names may be anything, also what moves a terminal's cursor.
+fn plain(text: &str) -> String {
+    text.replace(char::is_control, " ")
+}
+
 /// Those in which a row has something to say.
 pub fn columns(rows: &[Row]) -> Vec<Column> {
     let mut columns = vec![];
@@ -87,8 +92,6 @@ pub fn columns(rows: &[Row]) -> Vec<Column> {
         _ => "value",
     };
     let mut push = |name: &str, number: bool, cell: &dyn Fn(&Row) -> String| {
-        // A record's names may be anything, also what moves a terminal's cursor.
-        let plain = |text: &str| text.replace(char::is_control, " ");
         let (name, cells) = (plain(name), rows.iter().map(|row| plain(&cell(row))).collect::<Vec<_>>());
         if cells.iter().any(|cell| !cell.is_empty()) {
             let width = cells.iter().map(|cell| cell.chars().count()).chain([name.chars().count()]).max();
@@ -117,14 +120,15 @@ pub fn columns(rows: &[Row]) -> Vec<Column> {
 
 fn table(rows: &[Row], title: &str, markdown: bool) -> String {
     let columns = columns(rows);
-    let mut text = format!("{}\n", title.replace(char::is_control, " "));
+    let mut text = format!("{title}\n");
     if markdown {
         text += "\n";
     }
     let heads: Vec<&str> = columns.iter().map(|column| column.name.as_str()).collect();
     text += &line(&columns, &heads, markdown);
     if markdown {
-        let rules: Vec<&str> = columns.iter().map(|column| if column.number { "---:" } else { "---" }).collect();
+        let rules: Vec<&str> =
+            columns.iter().map(|column| if column.number { "---:" } else { "---" }).collect();
         text += &format!("| {} |\n", rules.join(" | "));
     }
     for i in 0..rows.len() {
