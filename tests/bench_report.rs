@@ -472,8 +472,13 @@ fn tokens_against_batch_have_the_floor_of_the_same_models_beside_them() {
 fn counters_of_the_emulator_are_called_so() {
     let at = || json!({ "context": 64, "batch": 1 });
     let block = || json!({ "context": 64, "batch": 1, "block": 16 });
-    let kernels =
-        counted("kernels", &[("target: qkv", json!({ "rows": 1 })), ("attention", json!({ "rows": 1 }))]);
+    let rows = [
+        ("read ceiling", json!({})),
+        ("target: qkv", json!({ "rows": 1 })),
+        ("attention", json!({ "rows": 1, "context": 64, "batch": 1 })),
+        ("attention", json!({ "rows": 1, "context": 64, "batch": 4 })),
+    ];
+    let kernels = counted("kernels", &rows);
     let mut round = counted(
         "round",
         &[("plain step", at()), ("round", block()), ("draft", block()), ("verify", block())],
@@ -485,18 +490,35 @@ fn counters_of_the_emulator_are_called_so() {
     round["rows"].as_array_mut().unwrap().push(rate);
     let page = page(&[kernels, round]);
     let document = parsed(&page);
+    let bytes = "Bytes by the emulator's counters, rows 1, context 64";
     let rates = "Bytes per token against batch at context 64";
-    assert_eq!(
-        titles(&document),
-        ["Bytes by the emulator's counters, rows 1", "Where a round goes at context 64", rates]
-    );
+    assert_eq!(titles(&document), [bytes, "Where a round goes at context 64", rates]);
     let dots: Vec<String> = all(figure(&document, rates), "circle").map(text_of).collect();
     assert_eq!(dots, ["counted: plain decoding, batch 1: 4 MB/tok"]);
     let heads: Vec<String> = all(document.root(), "h2").map(text_of).collect();
     assert_eq!(heads[0], "kernels of qwen3-8b with qwen3-8b-dflash on emulator: counters, no times");
     assert!(page.contains("<li>counted by the emulator: no times</li>") && !page.contains("measured"));
     let widths = |title, fill| drawn(figure(&document, title), "rect", fill, "width");
-    let bytes = |fill| widths("Bytes by the emulator's counters, rows 1", fill)[0];
+    let labels: Vec<String> =
+        all(figure(&document, bytes), "text").map(|text| text_of(text).trim().into()).collect();
+    let labels: Vec<&str> = labels.iter().map(String::as_str).filter(|label| label.contains("a")).collect();
+    assert_eq!(
+        labels,
+        ["MB that cross the bus, counted", "target: qkv", "attention batch 1", "attention batch 4"]
+    );
+    assert!(facts(&document).iter().all(|fact| fact.0 != "read ceiling"));
+    let texts: Vec<String> =
+        all(figure(&document, bytes), "text").map(|text| text_of(text).trim().into()).collect();
+    for text in
+        ["target: qkv", "attention batch 1", "attention batch 4", "MB that cross the bus, counted", "5 MB"]
+    {
+        assert!(texts.contains(&text.to_string()), "{text}: {texts:?}");
+    }
+    assert!(
+        !texts.contains(&"read ceiling".into())
+            && facts(&document).iter().all(|fact| fact.0 != "read ceiling")
+    );
+    let bytes = |fill| widths(bytes, fill)[0];
     assert!((bytes("var(--c2)") / bytes("var(--c3)") - 40.0 / 9.0).abs() < 0.05);
     assert!((bytes("var(--c3)") / bytes("var(--c4)") - 9.0).abs() < 1.0);
     let round = |fill| widths("Where a round goes at context 64", fill)[0];

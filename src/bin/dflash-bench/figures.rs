@@ -108,7 +108,18 @@ fn boxes(names: &[&str]) -> Vec<Key> {
     names.iter().enumerate().map(key).collect()
 }
 
+/// A unit in which the largest of some bytes has few digits, and how many of it a byte is.
+fn bytes(all: impl Iterator<Item = f64>) -> (f64, &'static str) {
+    match all.fold(0.0, f64::max) {
+        most if most < 1e6 => (1e-3, "kB"),
+        most if most < 1e9 => (1e-6, "MB"),
+        _ => (1e-9, "GB"),
+    }
+}
+
 // ---- kernels ----
+
+const CEILING: &str = "read ceiling";
 
 const FAMILIES: [&str; 4] = ["target", "drafter", "attention", "other"];
 
@@ -136,7 +147,7 @@ fn roofline(record: &Record) -> Result<Option<Figure>> {
     let mut series: Vec<Series> = (0..FAMILIES.len()).map(dots).filter(|s| !s.points.is_empty()).collect();
     let xs = || series.iter().flat_map(|series| &series.points).map(|point| point.0);
     let (low, high) = (xs().fold(f64::INFINITY, f64::min), xs().fold(0.0, f64::max));
-    let ceiling = named(record, "read ceiling").find_map(|row| row.median.filter(|_| row.unit == "GB/s"));
+    let ceiling = named(record, CEILING).find_map(|row| row.median.filter(|_| row.unit == "GB/s"));
     let machine = &record.machine;
     let card = machine.card.as_deref().and_then(|name| Card::named(name.trim_start_matches("NVIDIA ")));
     let peak = machine.tflops.or(card.map(|card| card.tflops)).map(|tflops| tflops * 1e3);
@@ -170,44 +181,53 @@ fn kernels(record: &Record) -> Result<Vec<Figure>> {
     let moved = ["streamed", "read", "written"];
     let mut figures = vec![];
     for rows in distinct(record.rows.iter().map(|row| parameter(row, "rows"))) {
-        let mut push =
-            |what: &str, axis: &str, all: Vec<(&Row, Vec<(Colour, f64)>, String)>, mark, legend| {
-                // What all have in common is told once.
-                let shared = |name: &str| {
-                    let value = |row: &Row| row.parameters.get(name).cloned();
-                    all.iter().all(|one| value(one.0) == value(all[0].0))
-                };
-                let Some((first, ..)) = all.first() else { return Ok(()) };
-                let (common, own): (Vec<&str>, Vec<&str>) =
-                    first.parameters.keys().map(String::as_str).partition(|name| shared(name));
-                let bar = |(row, parts, value): &(&Row, Vec<(Colour, f64)>, String)| {
-                    let label = format!("{} {}", row.name, parameters(row, &common)).trim_end().to_string();
-                    Bar { label, parts: parts.clone(), value: format!("{value}{}", throttled(row)) }
-                };
-                let bars: Vec<Bar> = all.iter().map(bar).collect();
-                if let Some(svg) = plot::bars(&Axis(axis, Scale::Linear), &bars, mark)? {
-                    let title =
-                        format!("{what}, {}", parameters(first, &own)).trim_end_matches(", ").to_string();
-                    figures.push(Figure { title, svg, legend, notes: vec![] });
-                }
-                Ok(())
-            };
-        let alike = || record.rows.iter().filter(|row| parameter(row, "rows") == rows);
-        let share = |row: &'_ Row| Some(number(row, "share of ceiling")? * 100.0);
-        let shares = alike().filter_map(|row| Some((row, share(row)?)));
-        let shares = shares.map(|(row, x)| (row, vec![(colour(family(row)), x)], format!("{x:.0} %")));
-        let axis = "% of the measured read ceiling";
-        push("Share of the read ceiling", axis, shares.collect(), Some(100.0), boxes(&FAMILIES))?;
-        let counted = alike().filter_map(|row| {
-            let part = |(i, name): (usize, &&str)| Some((colour(i), number(row, name)? / 1e6));
-            let parts = moved.iter().enumerate().map(part).collect::<Option<Vec<_>>>()?;
-            let megabytes = row.median.filter(|_| row.kind == Kind::Counted)? / 1e6;
-            Some((row, parts, format!("{} MB", four_digits(megabytes))))
+        let alike = || record.rows.iter().filter(|row| parameter(row, "rows") == rows && row.name != CEILING);
+        let bar = |row: &Row, parts, value: String| {
+            let value = format!("{value}{}", throttled(row));
+            Bar { label: row.name.clone(), parts, value }
+        };
+        let shares = alike().filter_map(|row| {
+            let percent = number(row, "share of ceiling")? * 100.0;
+            Some((row, bar(row, vec![(colour(family(row)), percent)], format!("{percent:.0} %"))))
         });
-        let axis = "MB that cross the bus, counted";
-        push("Bytes by the emulator's counters", axis, counted.collect(), None, boxes(&moved))?;
+        let x = Axis("% of the measured read ceiling", Scale::Linear);
+        let title = "Share of the read ceiling";
+        figures.extend(lanes(title, &x, shares.collect(), Some(100.0), boxes(&FAMILIES))?);
+
+        let counted = alike().filter(|row| row.kind == Kind::Counted);
+        let (scale, unit) = bytes(counted.clone().filter_map(|row| row.median));
+        let counted = counted.filter_map(|row| {
+            let part = |(i, name): (usize, &&str)| Some((colour(i), number(row, name)? * scale));
+            let parts = moved.iter().enumerate().map(part).collect::<Option<Vec<_>>>()?;
+            Some((row, bar(row, parts, format!("{} {unit}", plot::short(row.median? * scale)))))
+        });
+        let x = format!("{unit} that cross the bus, counted");
+        let title = "Bytes by the emulator's counters";
+        figures.extend(lanes(title, &Axis(&x, Scale::Linear), counted.collect(), None, boxes(&moved))?);
     }
     Ok(figures)
+}
+
+/// Bars of rows, labelled with their parameters; those with one value in all of them are told once, in the title.
+fn lanes(
+    title: &str,
+    x: &Axis,
+    rows: Vec<(&Row, Bar)>,
+    mark: Option<f64>,
+    legend: Vec<Key>,
+) -> Result<Option<Figure>> {
+    let mut pairs = distinct(rows.iter().flat_map(|(row, _)| &row.parameters));
+    let names: Vec<&String> = pairs.iter().map(|pair| pair.0).collect();
+    pairs.retain(|pair| names.iter().filter(|name| **name == pair.0).count() == 1);
+    let told: Vec<&str> = pairs.iter().map(|pair| pair.0.as_str()).collect();
+    let label = |(row, bar): &(&Row, Bar)| {
+        let label = format!("{} {}", bar.label, parameters(row, &told)).trim_end().to_string();
+        Bar { label, ..bar.clone() }
+    };
+    let bars: Vec<Bar> = rows.iter().map(label).collect();
+    let pairs = pairs.iter().map(|(name, value)| format!(", {name} {}", shown(Some(value))));
+    let title = format!("{title}{}", pairs.collect::<String>());
+    Ok(plot::bars(x, &bars, mark)?.map(|svg| Figure { title, svg, legend, notes: vec![] }))
 }
 
 // ---- round ----
@@ -216,9 +236,11 @@ fn kernels(record: &Record) -> Result<Vec<Figure>> {
 fn timeline(record: &Record, context: f64) -> Result<Option<Figure>> {
     let here = |row: &&Row| parameter(row, "context") == Some(context) && row.kind != Kind::Predicted;
     let Some(first) = named(record, "round").find(here) else { return Ok(None) };
-    // Bytes by the million, so that axes have few digits.
     let (scale, unit, what) = match first.unit.as_str() {
-        "bytes" => (1e-6, "MB", "MB that cross the bus, counted".to_string()),
+        "bytes" => {
+            let (scale, unit) = bytes(named(record, "round").filter(here).filter_map(|row| row.median));
+            (scale, unit, format!("{unit} that cross the bus, counted"))
+        }
         unit => (1.0, unit, format!("{unit}, measured")),
     };
     let (mut bars, mut notes) = (vec![], vec![]);

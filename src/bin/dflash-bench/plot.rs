@@ -86,18 +86,18 @@ impl Axis<'_> {
         }
     }
 
-    /// The range that holds these places, with its ticks; `more` on both sides of a linear one.
-    fn range(&self, places: impl Iterator<Item = f64>, more: f64) -> Span {
+    /// The range that holds these places, with about `count` ticks; `more` on both sides of a linear one.
+    fn range(&self, places: impl Iterator<Item = f64>, more: f64, count: f64) -> Span {
         let (low, high) = places.fold((f64::INFINITY, 0f64), |(low, high), x| (low.min(x), high.max(x)));
         if self.1 == Scale::Log {
             // Not `high`, which started at 0.
             let (from, to) = (low.floor(), high.ceil().max(low.floor() + 1.0));
-            let step = ((to - from) / 8.0).ceil();
+            let step = ((to - from) / count).ceil();
             let ticks = (0..).map(|i| from + step * f64::from(i)).take_while(|x| *x <= to);
             return Span(from..to, ticks.collect());
         }
         let to = if high + more > 0.0 { high * 1.05 + more } else { 1.0 };
-        let step = if self.1 == Scale::Whole { nice(to / 7.0).max(1.0) } else { nice(to / 7.0) };
+        let step = nice(to / count).max(if self.1 == Scale::Whole { 1.0 } else { 0.0 });
         let ticks = (0..).map(|i| step * f64::from(i)).take_while(|x| *x <= to);
         Span(-more..to, ticks.collect())
     }
@@ -194,7 +194,8 @@ pub fn lines(x: &Axis, y: &Axis, series: &[Series]) -> Result<Option<String>> {
     }
     // Half a column.
     let more = if series.iter().any(|series| series.mark == Mark::Columns) { 0.5 } else { 0.0 };
-    let (across, up) = (x.range(all().map(|point| point.0), more), y.range(all().map(|point| point.1), 0.0));
+    let across = x.range(all().map(|point| point.0), more, 8.0);
+    let up = y.range(all().map(|point| point.1), 0.0, 7.0);
     let digits = up.1.iter().map(|tick| y.tick(*tick).len()).max().unwrap_or(0) as u32;
     let mut titles = vec![];
     let draw = || -> std::result::Result<String, DrawingAreaErrorKind<std::io::Error>> {
@@ -279,7 +280,11 @@ pub fn bars(x: &Axis, bars: &[Bar], rule: Option<f64>) -> Result<Option<String>>
     let widest = |of: &dyn Fn(&Bar) -> usize| bars.iter().map(of).max().unwrap_or(0) as u32 * CHARACTER;
     let left = widest(&|bar| if bar.parts.is_empty() { 0 } else { cut(&bar.label).chars().count() }) + 24;
     let right = widest(&|bar| bar.value.chars().count()) + 40;
-    let across = x.range(bars.iter().map(sum).chain(rule), 0.0);
+    let across = x.range(
+        bars.iter().map(sum).chain(rule),
+        0.0,
+        (f64::from(WIDTH.saturating_sub(left + right)) / 110.0).max(1.0),
+    );
     let draw = || -> std::result::Result<String, DrawingAreaErrorKind<std::io::Error>> {
         let mut out = String::new();
         let height = bars.len() as u32 * 48 + 120;

@@ -111,10 +111,13 @@ fn labels(record: &Record) -> Vec<String> {
 fn headline(row: &Row) -> Option<(String, String)> {
     let names =
         ["read ceiling", "identical", "speed-up", "acceptance length", "acceptance length to break even"];
-    if !names.contains(&row.name.as_str()) || row.parameters.contains_key("category") {
+    if !names.contains(&row.name.as_str()) || row.parameters.contains_key("category") || row.unit == "bytes" {
         return None;
     }
-    let mut value = format!("{} {}", four_digits(row.median?), row.unit);
+    let mut value = match row.unit.as_str() {
+        "share" => format!("{} %", four_digits(row.median? * 100.0)),
+        unit => format!("{} {unit}", four_digits(row.median?)),
+    };
     let end = |name: &str| row.numbers.get(name)?.as_f64();
     if let Some((low, high)) = end("low").zip(end("high")) {
         value += &format!(" ({} to {} at 99 %)", four_digits(low), four_digits(high));
