@@ -129,6 +129,8 @@ fn generate() -> Value {
     rows.push(row("speed-up", json!({}), "x", 3.48, json!({ "low": 3.21, "high": 3.77 })));
     rows.push(row("acceptance length", json!({ "mean": "tokens/rounds" }), "tok", 3.87, json!({})));
     rows.push(row("acceptance length", json!({ "mean": "of prompts" }), "tok", 4.02, json!({})));
+    let at = json!({ "mean": "tokens/rounds", "category": "code" });
+    rows.push(row("acceptance length", at, "tok", 9.99, json!({})));
     for (k, count) in ACCEPTED.iter().enumerate() {
         let mut row = row("rounds", json!({ "accepted": k }), "rounds", *count, json!({}));
         row["kind"] = json!("counted");
@@ -260,6 +262,16 @@ fn drawn(figure: Node, tag: &str, fill: &str, attribute: &str) -> Vec<f64> {
     alike.map(|node| node.attribute(attribute).unwrap().parse().unwrap()).collect()
 }
 
+/// Where an axis has the tick of this text; the first such text, which for `y` is the lowest.
+#[track_caller]
+fn tick(figure: Node, label: &str, attribute: &str) -> f64 {
+    let at = |text: Node| text.attribute(attribute).unwrap().parse::<f64>().unwrap();
+    let alike = all(figure, "text").filter(|text| text_of(*text).trim() == label);
+    let anchored =
+        alike.filter(|text| (text.attribute("text-anchor") == Some("middle")) == (attribute == "x"));
+    anchored.map(at).next().unwrap_or_else(|| panic!("no tick {label}"))
+}
+
 /// Names and values under the headings of a page.
 fn facts(document: &Document) -> Vec<(String, String)> {
     let pairs = all(document.root(), "div").filter(|div| div.children().any(|c| c.has_tag_name("dt")));
@@ -319,6 +331,7 @@ fn one_page_holds_everything_that_the_records_say() {
     ] {
         assert!(facts.contains(&(name.into(), value.into())), "{name} {value}: {facts:?}");
     }
+    assert!(facts.iter().all(|fact| fact.1 != "9.990 tok"), "{facts:?}");
     let states = all(document.root(), "table").next().map(text_of).unwrap();
     for line in [
         "SM clock1980 MHz1755 MHz",
@@ -393,6 +406,12 @@ fn figures_draw_to_scale() {
     for (height, count) in heights.iter().zip(ACCEPTED) {
         assert!((height / tallest - count / 90.0).abs() < 0.01, "{heights:?}");
     }
+    let scale = figure(&document, "Acceptance");
+    let of_twenty = tick(scale, "0", "y") - tick(scale, "20", "y");
+    assert!((tallest / of_twenty - 90.0 / 400.0 / 0.2).abs() < 0.02, "{tallest} and {of_twenty}");
+    for note in ["400 rounds.", "Acceptance length, tokens/rounds: 3.870."] {
+        assert!(text_of(scale).contains(note), "{note}: {}", text_of(scale));
+    }
     // Shares reach as far as their percentage of the line that marks 100.
     let shares = figure(&document, "Share of the read ceiling, rows 16, context 1024");
     let texts: Vec<String> = all(shares, "text").map(|text| text_of(text).trim().to_string()).collect();
@@ -402,12 +421,27 @@ fn figures_draw_to_scale() {
     let marked = figure(&document, "Share of the read ceiling, rows 1, context 1024");
     assert!(all(marked, "text").any(|text| text_of(text).contains("92 %, throttled")), "{}", text_of(marked));
 
+    // So do the steps of other batches, each beside its round.
+    let steps = drawn(svg(), "rect", "var(--c9)", "width");
+    let slow = |batch: f64| 1.0 + batch * 0.04 + 1024.0 / 4e4;
+    for (i, batch) in [1.0, 2.0, 4.0, 8.0].into_iter().enumerate() {
+        let expected = [4.6, 3.4].map(|ms| ms * slow(batch) * per_ms);
+        assert!(expected.iter().zip(&steps[2 * i..]).all(|(e, w)| (e - w).abs() < 2.0), "{batch}: {steps:?}");
+    }
+
     // Decades of a roofline are equally far apart: rows 1 and 128 of a kernel are log10(128) of them.
     let roofline = figure(&document, "Roofline");
     let dots = drawn(roofline, "circle", "var(--c2)", "cx");
     assert_eq!(all(roofline, "circle").count(), 6 * KERNELS.len());
     let decade = (dots[5 * 5] - dots[0]) / 128f64.log10();
     assert!((dots[5] - dots[0] - decade * 8f64.log10()).abs() < 3.0, "{dots:?}");
+    // As many operations per byte as rows, since a weight of two bytes makes two of each; and as high as it is fast.
+    let ten = tick(roofline, "10", "x");
+    assert!((dots[5] - ten - decade * 0.8f64.log10()).abs() < 3.0, "{ten}: {dots:?}");
+    let (low, high) = (tick(roofline, "1000", "y"), tick(roofline, "100000", "y"));
+    let expected = low + (high - low) / 2.0 * (CEILING * 0.81 / 1000.0).log10();
+    let found = drawn(roofline, "circle", "var(--c2)", "cy")[0];
+    assert!((found - expected).abs() < 5.0, "{found}, expected {expected}");
     let dots: Vec<String> = all(roofline, "circle").map(text_of).collect();
     let expected = format!("target: qkv (rows 1, context 1024): {:.0} GFLOP/s", CEILING * 0.81);
     assert!(dots.contains(&expected), "{expected}: {dots:?}");
