@@ -30,6 +30,9 @@ pub struct Args {
     /// Print the table as Markdown
     #[arg(long, global = true, help_heading = "Output")]
     pub markdown: bool,
+    /// Also write a page with figures, which replaces an older one: FILE.html
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Output")]
+    pub report: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -46,6 +49,9 @@ pub enum Command {
     /// Compare two records, row by row; exit code 7 if any row is SLOWER
     #[command(after_help = COMPARE)]
     Compare(Compare),
+    /// Show records again; with --report all on one page
+    #[command(after_help = EXIT_CODES)]
+    Show(Show),
 }
 
 const ROUND: &str = "\
@@ -243,6 +249,13 @@ pub struct Compare {
     /// Compare records of different cards or models too
     #[arg(long)]
     pub force: bool,
+}
+
+#[derive(Flags)]
+pub struct Show {
+    /// Records that a subcommand printed with --json; --json prints each on a line again, --csv takes one
+    #[arg(value_name = "RECORD.json", required = true)]
+    pub records: Vec<PathBuf>,
 }
 
 impl Args {

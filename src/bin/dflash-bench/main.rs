@@ -4,11 +4,14 @@
 mod answers;
 mod args;
 mod compare;
+mod figures;
 mod floor;
 mod generate;
 mod machine;
 mod model;
+mod plot;
 mod record;
+mod report;
 mod round;
 mod sampling;
 mod show;
@@ -16,6 +19,7 @@ mod show;
 use args::{Args, Command};
 use dflash::Result;
 use dflash::terminal;
+use record::Record;
 use std::process::ExitCode;
 
 const PROGRAM: &str = "dflash-bench";
@@ -28,6 +32,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<u8> {
+    if let Some(path) = &args.report {
+        report::check(path)?;
+    }
     let mut end = Ok(());
     let (title, record) = match &args.command {
         Command::Floor(flags) => floor::run(flags)?,
@@ -38,7 +45,18 @@ fn run(args: &Args) -> Result<u8> {
             found
         }
         Command::Compare(flags) => compare::run(flags)?,
+        Command::Show(flags) => return put(args, &show::run(flags, args.format())?).map(|()| 0),
     };
-    terminal::print(&show::text(&record, &title, args.format()))?;
-    end.map(|()| compare::exit_code(&record))
+    let records = [(title, record)];
+    put(args, &records)?;
+    end.map(|()| compare::exit_code(&records[0].1))
+}
+
+/// Prints titled records, and writes their page if one is wanted.
+fn put(args: &Args, records: &[(String, Record)]) -> Result<()> {
+    let texts: Vec<String> =
+        records.iter().map(|(title, record)| show::text(record, title, args.format())).collect();
+    let between = if args.json { "" } else { "\n" };
+    terminal::print(&texts.join(between))?;
+    args.report.as_ref().map_or(Ok(()), |path| report::write(path, records))
 }

@@ -1,7 +1,10 @@
-//! A record as text: a table for people, Markdown, CSV, JSON.
+//! Records as text: a table for people, Markdown, CSV, JSON; and `show`, which reads them again.
 
 use crate::machine::describe;
+use crate::args;
 use crate::record::{Kind, Record, Row};
+use dflash::{Error, Result};
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -10,6 +13,37 @@ pub enum Format {
     Markdown,
     Csv,
     Json,
+}
+
+/// The records of these files, each with a title.
+///
+/// # Errors
+/// [`Error::Usage`] where a file is no record, or where there are several and `format` has room for one.
+pub fn run(flags: &args::Show, format: Format) -> Result<Vec<(String, Record)>> {
+    if format == Format::Csv && flags.records.len() > 1 {
+        let found = flags.records.len();
+        return Err(Error::Usage(format!("--csv has one head and {found} records, expected one record")));
+    }
+    let read = |path: &std::path::PathBuf| {
+        let record = Record::read(path)?;
+        Ok((plain(&title(&record)), record))
+    };
+    flags.records.iter().map(read).collect()
+}
+
+/// What a record is, from what it says itself.
+fn title(record: &Record) -> String {
+    let Record { command, machine, model, rows, .. } = record;
+    let named = |word: &str, name: &Option<String>| name.as_ref().map(|name| format!("{word}{name}"));
+    let kind = match machine.device.as_deref() {
+        None if rows.iter().any(|row| row.kind == Kind::Predicted) => Some(": predicted, not measured"),
+        Some("emulator") => Some(": counters, no times"),
+        _ => None,
+    };
+    let place = machine.card.as_ref().or(machine.device.as_ref()).cloned();
+    let parts = [named(" of ", &model.target), named(" with ", &model.drafter), named(" on ", &place)];
+    let parts = parts.into_iter().flatten().chain(kind.map(String::from));
+    format!("{command}{}", parts.collect::<String>())
 }
 
 /// All of stdout. `title`: what a table of it is, which the records say themselves.
@@ -35,10 +69,25 @@ fn keys(rows: &[Row], of: impl Fn(&Row) -> &Map<String, Value>) -> Vec<String> {
     keys
 }
 
-/// A column: its head, its cells, whether they are numbers, and its width in characters.
-struct Column(String, Vec<String>, bool, usize);
+/// Of a table.
+#[derive(Serialize)]
+pub struct Column {
+    pub name: String,
+    /// One for each row, without control characters.
+    pub cells: Vec<String>,
+    /// Whether they are numbers.
+    pub number: bool,
+    /// In characters.
+    pub width: usize,
+}
 
-fn table(rows: &[Row], title: &str, markdown: bool) -> String {
+/// A record's names may be anything, also what moves a terminal's cursor.
+fn plain(text: &str) -> String {
+    text.replace(char::is_control, " ")
+}
+
+/// Those in which a row has something to say.
+pub fn columns(rows: &[Row]) -> Vec<Column> {
     let mut columns = vec![];
     let any = |of: &dyn Fn(&Row) -> bool| rows.iter().any(of);
     let value = match () {
@@ -46,11 +95,11 @@ fn table(rows: &[Row], title: &str, markdown: bool) -> String {
         _ if any(&|row| row.samples.is_some()) => "median",
         _ => "value",
     };
-    let mut push = |name: &str, numbers: bool, cell: &dyn Fn(&Row) -> String| {
-        let cells: Vec<String> = rows.iter().map(cell).collect();
+    let mut push = |name: &str, number: bool, cell: &dyn Fn(&Row) -> String| {
+        let (name, cells) = (plain(name), rows.iter().map(|row| plain(&cell(row))).collect::<Vec<_>>());
         if cells.iter().any(|cell| !cell.is_empty()) {
             let width = cells.iter().map(|cell| cell.chars().count()).chain([name.chars().count()]).max();
-            columns.push(Column(name.to_string(), cells, numbers, width.unwrap_or(0)));
+            columns.push(Column { name, cells, number, width: width.unwrap_or(0) });
         }
     };
     push("", false, &|row| row.name.clone());
@@ -71,18 +120,24 @@ fn table(rows: &[Row], title: &str, markdown: bool) -> String {
     });
     push("throttled", false, &throttled);
     push("verdict", false, &|row| row.verdict.clone().unwrap_or_default());
+    columns
+}
+
+fn table(rows: &[Row], title: &str, markdown: bool) -> String {
+    let columns = columns(rows);
     let mut text = format!("{title}\n");
     if markdown {
         text += "\n";
     }
-    let heads: Vec<&str> = columns.iter().map(|column| column.0.as_str()).collect();
+    let heads: Vec<&str> = columns.iter().map(|column| column.name.as_str()).collect();
     text += &line(&columns, &heads, markdown);
     if markdown {
-        let rules: Vec<&str> = columns.iter().map(|column| if column.2 { "---:" } else { "---" }).collect();
+        let rules: Vec<&str> =
+            columns.iter().map(|column| if column.number { "---:" } else { "---" }).collect();
         text += &format!("| {} |\n", rules.join(" | "));
     }
     for i in 0..rows.len() {
-        let cells: Vec<&str> = columns.iter().map(|column| column.1[i].as_str()).collect();
+        let cells: Vec<&str> = columns.iter().map(|column| column.cells[i].as_str()).collect();
         text += &line(&columns, &cells, markdown);
     }
     text
@@ -104,7 +159,7 @@ fn line(columns: &[Column], cells: &[&str], markdown: bool) -> String {
         let cells: Vec<String> = cells.iter().map(|cell| cell.replace('|', "\\|")).collect();
         return format!("| {} |\n", cells.join(" | "));
     }
-    let padded = columns.iter().zip(cells).map(|(Column(_, _, number, width), cell)| {
+    let padded = columns.iter().zip(cells).map(|(Column { number, width, .. }, cell)| {
         if *number { format!("{cell:>width$}") } else { format!("{cell:width$}") }
     });
     let text = padded.collect::<Vec<_>>().join("  ");
@@ -151,7 +206,8 @@ fn csv(rows: &[Row]) -> String {
     text
 }
 
-fn shown(value: Option<&Value>) -> String {
+/// Numbers with four digits; texts as they are.
+pub fn shown(value: Option<&Value>) -> String {
     match value {
         None | Some(Value::Null) => String::new(),
         Some(Value::String(text)) => text.clone(),
