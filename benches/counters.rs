@@ -1,6 +1,6 @@
-//! What each kernel does for the demo pair on the emulator: bytes, launches, products, bank conflicts, exactly. A line that
-//! `benches/counters.txt` has otherwise is marked; `cargo bench --bench counters -- --write` makes it the new one, which
-//! `--test counters` holds the kernels to.
+//! What each kernel does for the demo pair on the emulator: bytes, launches, products, bank conflicts, exactly. A line
+//! that `benches/counters.txt` has otherwise is marked; `cargo bench --bench counters -- --write` makes it the new one,
+//! which `--test counters` holds the kernels to.
 
 #[path = "../tests/support/counters.rs"]
 mod counters;

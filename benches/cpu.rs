@@ -1,5 +1,5 @@
-//! The CPU reference on the demo pair: a plain step, a round, a prompt. `cargo bench --bench cpu` tells times with their
-//! intervals, and what changed since it ran last.
+//! The CPU reference on the demo pair: a plain step, a round, a prompt. `cargo bench --bench cpu` tells times with
+//! their intervals, and what changed since it ran last.
 
 use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
 use dflash::Result;
@@ -26,8 +26,8 @@ fn begin(sequence: &mut Sequence, request: &Request) -> Result<()> {
     Ok(())
 }
 
-/// What `times` rounds take that begin with the same prompt. The first of each two is not measured: after it the drafter
-/// has features to take up, as in any later round.
+/// What `times` rounds take that begin with the same prompt. The first of each two is not measured: after it the
+/// drafter has features to take up, as in any later round.
 fn rounds(sequence: &mut Sequence, request: &Request, times: u64) -> Result<Duration> {
     let mut all = Duration::ZERO;
     for _ in 0..times {

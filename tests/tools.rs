@@ -1,11 +1,20 @@
-//! `tools/gpu-report.sh` with programs that fail, hang and print nothing: what its summary says, and that it ends. No GPU
-//! is needed: the programs are scripts of these tests.
+//! `tools/gpu-report.sh` with programs that fail, hang and print nothing: what its summary says, and that it ends. No
+//! GPU is needed: the programs are scripts of these tests. And the records of tools in Python.
 #![cfg(target_os = "linux")]
 
+#[path = "support/bench.rs"]
+mod bench;
+#[path = "support/program.rs"]
+mod program;
+mod support;
+
+use bench::misfit;
+use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// `dflash-bench` where nothing goes wrong.
@@ -40,7 +49,7 @@ fn pack(bench: &str) -> TempDir {
     fs::write(dir.path().join("commit"), "0123456789abcdef0123\n").unwrap();
     script(dir.path(), "dflash-bench", &format!("echo \"$@\" >>\"$0.calls\"\n{bench}"));
     script(dir.path(), "dflash-gen", &format!("echo \"$@\" >>\"$0.calls\"\n{GEN}"));
-    let passes = "echo 'opened in 0.10 s: Properties'; echo 'on cuda'; echo 'test result: ok. 3 passed; 0 failed; 0 ignored'";
+    let passes = "echo 'opened in 0.10 s: Properties'; echo 'test result: ok. 3 passed; 0 failed; 0 ignored'";
     script(dir.path(), "cuda", passes);
     script(dir.path(), "norm", passes);
     dir
@@ -70,6 +79,15 @@ fn step<'a>(summary: &'a str, name: &str) -> (&'a str, &'a str) {
     let cells: Vec<&str> = rows[0].split('|').map(str::trim).collect();
     assert_eq!(cells.len(), 6, "{}", rows[0]);
     (cells[2], cells[4])
+}
+
+/// The process whose number is in `file` has ended, or is about to.
+#[track_caller]
+fn gone(file: &Path) {
+    let stat = format!("/proc/{}/stat", fs::read_to_string(file).unwrap().trim());
+    let ended = || fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z "));
+    let tries = (0..500).take_while(|_| !ended()).map(|_| std::thread::sleep(Duration::from_millis(20)));
+    assert!(tries.count() < 500, "{stat} is there");
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -108,7 +126,9 @@ fn a_report_of_steps_that_go_well() {
     assert!(
         summary.contains("Lossless, sampled: 32 tokens of 10 rounds identical, with all logits of 30 rows.")
     );
-    assert!(summary.contains("| shown |\n| kernels-qwen3-8b.json |\n| round-qwen3-4b.json |\n| round-qwen3-8b.json |\n| generate-demo.json |"));
+    let records = ["kernels-qwen3-8b", "round-qwen3-4b", "round-qwen3-8b", "generate-demo"];
+    let shown = records.map(|name| format!("| {name}.json |\n")).concat();
+    assert!(summary.contains(&format!("| shown |\n{shown}")), "{summary}");
     assert!(summary.contains("\nAll steps went well, "), "{summary}");
     for name in [
         "report.html",
@@ -176,7 +196,7 @@ fn what_fails_is_told_with_its_reason_and_the_rest_goes_on() {
 #[test]
 fn what_hangs_is_ended_with_its_children_and_leaves_time_for_the_rest() {
     // Deaf to the first signal, as its child.
-    let hangs = "trap '' TERM; printf '{'; (while :; do sleep 0.2; done) & echo $! >\"$0.child\"; while :; do sleep 0.2; done";
+    let hangs = "trap '' TERM; printf '{'; (while :; do sleep 0.2; done) & echo $! >\"$0.child\"; wait";
     let dir = pack(&format!("[ $1 != kernels ] || {{ {hangs}; }}\n{BENCH}"));
     let out = dir.path().join("out").display().to_string();
     let done = report(dir.path(), &["--device", "emulator", "--limit", "12", &out], None);
@@ -185,10 +205,8 @@ fn what_hangs_is_ended_with_its_children_and_leaves_time_for_the_rest() {
     let (word, why) = step(&summary, "kernels-demo");
     assert!(word == "TOO LONG" && why.starts_with("ended after "), "{summary}");
     assert!(!Path::new(&out).join("kernels-demo.json").exists(), "half a record is none");
-    assert!(summary.contains("| shown |"), "{summary}");
-    let child = fs::read_to_string(dir.path().join("dflash-bench.child")).unwrap();
-    let running = fs::read_to_string(format!("/proc/{}/stat", child.trim())).unwrap_or_default();
-    assert!(running.is_empty() || running.contains(") Z "), "{running}");
+    assert!(step(&summary, "generate-demo").0 == "ok" && summary.contains("| shown |"), "{summary}");
+    gone(&dir.path().join("dflash-bench.child"));
 }
 
 #[test]
@@ -274,4 +292,116 @@ fn a_check_of_the_tests_alone_ends_with_them() {
     for wrong in [&[][..], &[&out, "0"], &[&out, "x"], &[&out, "1", "2"]] {
         assert_eq!(check(wrong).status.code(), Some(2));
     }
+}
+
+#[test]
+fn an_interrupted_report_says_so_and_leaves_nothing_running() {
+    let dir = pack(BENCH);
+    script(dir.path(), "dflash-gen", "echo $$ >\"$0.child\"; exec sleep 1000");
+    let (out, child) = (dir.path().join("out"), dir.path().join("dflash-gen.child"));
+    let mut command = command(dir.path(), &["--device", "emulator", &out.display().to_string()], None);
+    let mut report = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    // Some moments later it is there, and so is its line.
+    while fs::read_to_string(&child).unwrap_or_default().is_empty() {
+        assert!(report.try_wait().unwrap().is_none(), "it ended by itself");
+        std::thread::yield_now();
+    }
+    assert!(Command::new("kill").args(["-TERM", &report.id().to_string()]).status().unwrap().success());
+    assert_eq!(report.wait().unwrap().code(), Some(130));
+    gone(&child);
+    assert!(fs::read_to_string(out.join("summary.md")).unwrap().ends_with("\ninterrupted\n"));
+    assert!(!out.join(".scratch").exists());
+}
+
+// ---- records of tools in Python ----
+
+/// The value of `code`, with tools/records.py at hand and `input` as `given`; or the last that Python said.
+fn tried(code: &str, input: &Value) -> Result<Value, String> {
+    let all =
+        "import json, sys; from records import *; given = json.loads(sys.argv[1]); print(json.dumps(CODE))";
+    let mut command = Command::new("python3");
+    command.args(["-B", "-c", &all.replace("CODE", code), &input.to_string()]).env("PYTHONPATH", tool(""));
+    let done = command.output().unwrap();
+    match done.status.success() {
+        true => Ok(serde_json::from_slice(&done.stdout).unwrap()),
+        false => Err(text(&done.stderr).lines().last().unwrap_or_default().to_string()),
+    }
+}
+
+fn python(code: &str, input: &Value) -> Value {
+    tried(code, input).unwrap()
+}
+
+#[test]
+fn rows_of_python_are_rows_of_the_schema() {
+    let samples = [3.0, 1.0, 2.0, 10.0, 4.0, 2.5];
+    let code = "[row('plain step', {'context': 64, 'batch': 2}, given, [3, 3], numbers={'GB': 1.5}), \
+                row('round', {'context': 64, 'batch': 2, 'block': 16}, given, [3, 3])]";
+    let rows = python(&format!("[*{code}, *rates({code}, [4, 6.5])]"), &json!(samples));
+    let mut record: Value = serde_json::from_str(&bench::bench(["floor", "--json"]).done()).unwrap();
+    record["rows"] = rows;
+    assert_eq!(misfit(&record), None);
+    let row = bench::row(&record, "plain step", json!({ "context": 64, "batch": 2 }));
+    for (name, q) in [("median", 0.5), ("p10", 0.1), ("p90", 0.9)] {
+        assert_eq!(row[name].as_f64(), dflash::measure::quantile(&samples, q), "{name}");
+    }
+    let plain = bench::row(&record, "plain decoding", json!({ "context": 64, "batch": 2 }));
+    assert_eq!(plain["samples"][3], 200.0);
+    assert_eq!((&plain["unit"], &plain["better"]), (&json!("tok/s"), &json!("higher")));
+    let at = json!({ "context": 64, "batch": 2, "block": 16, "acceptance": 6.5 });
+    assert_eq!(bench::row(&record, "DFlash, synthetic acceptance", at)["samples"][3], 1300.0);
+    assert_eq!(record["rows"].as_array().unwrap().len(), 5);
+}
+
+#[test]
+fn runs_of_one_command_are_merged_in_their_order() {
+    let run = |samples: [f64; 2], throttled: Value, speed: Value| {
+        json!({
+            "machine": { "after": samples[0] },
+            "rows": [
+                { "name": "counted", "parameters": {}, "samples": null, "rounds": null, "median": 7, "numbers": { "a": 1 } },
+                {
+                    "name": "x", "parameters": { "batch": 1 }, "samples": samples, "rounds": [2],
+                    "throttled": throttled, "median": 0, "numbers": { "GB/s": speed, "GB": 3 },
+                },
+                { "name": "x", "parameters": { "batch": 2 }, "samples": samples, "rounds": null, "numbers": {} },
+            ],
+        })
+    };
+    let runs = [
+        run([1.0, 2.0], json!([0]), json!(5)),
+        run([4.0, 8.0], json!([]), json!(9)),
+        run([3.0, 5.0], json!([0]), json!(6)),
+    ];
+    let whole = python("merged(given)", &json!(runs));
+    let rows = whole["rows"].as_array().unwrap();
+    assert_eq!((rows.len(), &rows[0]["median"], &rows[0]["samples"]), (3, &json!(7), &json!(null)));
+    assert_eq!(rows[1]["samples"], json!([1.0, 2.0, 4.0, 8.0, 3.0, 5.0]));
+    assert_eq!((&rows[1]["rounds"], &rows[1]["throttled"]), (&json!([2, 2, 2]), &json!([0, 2])));
+    assert_eq!((&rows[1]["median"], &rows[1]["p90"]), (&json!(3.5), &json!(6.5)));
+    assert_eq!(rows[1]["numbers"], json!({ "GB/s": 6.0, "GB": 3.0 }));
+    assert_eq!((&rows[2]["rounds"], &rows[2]["throttled"]), (&json!(null), &json!(null)));
+    assert_eq!(whole["machine"]["after"], 3.0);
+    // What one run does not know, all of them do not.
+    let unknown = python("merged(given)", &json!([run([1.0, 2.0], json!(null), json!(null)), runs[1]]));
+    assert_eq!(unknown["rows"][1]["numbers"], json!({ "GB/s": null, "GB": 3.0 }));
+}
+
+#[test]
+fn python_reads_lists_as_dflash_bench_does() {
+    let lists = ["4", "1-4,16", "1-16+5", "1-15+5", "512-32768*2", "5-100*3,7-7", "1.5,2-3+0.25"];
+    let read = python("[numbers(text) for text in given]", &json!(lists));
+    assert_eq!(read[1], json!([1, 2, 3, 4, 16]));
+    assert_eq!((&read[2], &read[3]), (&json!([1, 6, 11, 16]), &json!([1, 6, 11])));
+    assert_eq!(read[4], json!([512, 1024, 2048, 4096, 8192, 16384, 32768]));
+    assert_eq!((&read[5], &read[6]), (&json!([5, 15, 45, 7]), &json!([1.5, 2, 2.25, 2.5, 2.75, 3])));
+    for wrong in [
+        "", "1,", "x", "-4", "1-", "4-1", "1-4+0", "1-8*1", "0-8*2", "0", "1e3", "1-9-2", "1-2+3*4", "inf",
+        "1-2000", "1_0",
+    ] {
+        let said = tried("numbers(given)", &json!(wrong)).unwrap_err();
+        assert!(said.contains("ArgumentTypeError: "), "{wrong:?}: {said}");
+    }
+    assert_eq!(python("wholes(given)", &json!("2,3")), json!([2, 3]));
+    assert!(tried("wholes(given)", &json!("2.5")).unwrap_err().contains("expected whole numbers"));
 }

@@ -1,22 +1,23 @@
-"""The rounds of `dflash-bench round` in PyTorch: `tools/baseline.py rounds`, for a side-by-side on one machine in one run.
+"""The rounds of `dflash-bench round` in PyTorch: `tools/baseline.py rounds`, for a side-by-side on one machine in one
+run.
 
     plain step    one row of each sequence through the target
-    round         inject, draft, verify and accept as one: features of a block's rows into the drafter's keys and values, its
-                  pass over a block, the target's pass over that block, and which drafts stand
+    round         inject, draft, verify and accept as one: features of a block's rows into the drafter's keys and
+                  values, its pass over a block, the target's pass over that block, and which drafts stand
     inject, draft, verify    alone
 
-Linears are torch.nn.functional.linear (cuBLAS) with query, key and value, and gate and up as one matrix each; attention is
-torch's SDPA, without its plain kernels, and of three ways to put grouped heads and the mask to it the one that is fastest
-at the shape. On a GPU all of it is captured as CUDA graphs. Weights and contexts are noise in bf16 (f32 on a CPU) at the
-shapes of benches/models/*.json. Positions are constants of the graph, which a real engine cannot have: a favour to torch.
-The scaling of RoPE is left out, which changes values and no time.
+Linears are torch.nn.functional.linear (cuBLAS) with query, key and value, and gate and up as one matrix each; attention
+is torch's SDPA, without its plain kernels, and of three ways to put grouped heads and the mask to it the one that is
+fastest at the shape. On a GPU all of it is captured as CUDA graphs. Weights and contexts are noise in bf16 (f32 on a
+CPU) at the shapes of benches/models/*.json. Positions are constants of the graph, which a real engine cannot have: a
+favour to torch. The scaling of RoPE is left out, which changes values and no time.
 
-A plain step of Hugging Face Transformers, with the same shapes and a StaticCache, is measured beside them: as it is, as a
-CUDA graph, and through torch.compile; rows of it have the parameter `library`. What it cannot do here is told on stderr.
+A plain step of Hugging Face Transformers, with the same shapes and a StaticCache, is measured beside them: as it is, as
+a CUDA graph, and through torch.compile; its rows have the parameter `library`. What it cannot do is told on stderr.
 
-Times are the device's own, every round of samples goes over all rows, and the first does not count. `--json OUT` writes a
-record in the form of benches/schema.json. With `--ours dflash-bench` that program runs the same grid between the rounds of
-samples; its record is OUT with `-ours` in its name, and the two are compared by
+Times are the device's own, every round of samples goes over all rows, and the first does not count. `--json OUT` writes
+a record in the form of benches/schema.json. With `--ours dflash-bench` that program runs the same grid between the
+rounds of samples; its record is OUT with `-ours` in its name, and the two are compared by
 
     dflash-bench compare OUT OUT-ours
 
@@ -39,6 +40,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+
+from records import merged, numbers, quantile, rates, row, wholes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ["qwen3-8b", "qwen3-4b", "llama-3.1-8b", "demo"]
@@ -174,15 +177,15 @@ class Stack:
 
 
 def lower_right(rows, positions, device, dtype, copies=1):
-    """What each row may not see as -inf; the last row sees all. [copies * rows, positions], each beginning at a multiple
-    of 16 bytes, as SDPA's kernels want it."""
+    """What each row may not see as -inf; the last row sees all. [copies * rows, positions], each beginning at a
+    multiple of 16 bytes, as SDPA's kernels want it."""
     wide = torch.full((rows, (positions + 7) // 8 * 8), -math.inf, device=device, dtype=dtype)
     return wide.triu(positions - rows + 1).repeat(copies, 1)[:, :positions]
 
 
 def attentions(stack, rows, positions, causal):
-    """Ways to attend, name to function of queries, keys and values [batch, heads, rows, head_dim]: the groups of heads by
-    SDPA itself; folded into rows, so that keys and values are read once; with keys and values copied for every head."""
+    """Ways to attend, name to function of queries, keys and values [batch, heads, rows, head_dim]: the groups of heads
+    by SDPA itself; folded into rows, so that keys and values are read once; keys and values copied for every head."""
     group, masked = stack.heads // stack.kv_heads, causal and rows > 1
     masks = [
         lower_right(rows, positions, stack.last.device, stack.last.dtype, copies) if masked else None
@@ -363,8 +366,8 @@ def torch_rows(pair, machine, context, batch):
     held = batch * (context + 1)
     plain_bytes = target.weight_bytes() + pair.head.nbytes + held * target.position_bytes()
     draft_bytes = drafter.weight_bytes() + pair.head.nbytes + held * drafter.position_bytes()
-    kept = sum(layer["qkv"].nbytes * 2 * drafter.kv_heads // (drafter.heads + 2 * drafter.kv_heads) for layer in drafter.layers)
-    inject_bytes = pair.fc.nbytes + kept
+    wide = drafter.heads * drafter.head_dim
+    inject_bytes = pair.fc.nbytes + sum(layer["qkv"][wide:].nbytes for layer in drafter.layers)
     return [
         ("plain step", at, machine.prepared(step), nothing, plain_bytes),
         ("round", in_round, machine.prepared(whole), nothing, plain_bytes + draft_bytes + inject_bytes),
@@ -420,67 +423,6 @@ def library_rows(config, machine, dtype, grid, plain_bytes):
     return rows
 
 
-def quantile(samples, q):
-    """Linear between neighbours, as numpy's default."""
-    ordered = sorted(samples)
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def row(name, parameters, samples, rounds, unit="ms", better="lower", numbers=None):
-    return {
-        "name": name, "parameters": parameters, "kind": "measured", "unit": unit, "better": better,
-        "samples": samples, "rounds": rounds, "throttled": None, "median": quantile(samples, 0.5),
-        "p10": quantile(samples, 0.1), "p90": quantile(samples, 0.9), "numbers": numbers or {}, "verdict": None,
-    }
-
-
-def rates(rows, acceptance):
-    """Tokens per second of the steps and rounds, and of assumed acceptance lengths."""
-    more = []
-    for step in [row for row in rows if row["name"] in ("plain step", "round")]:
-        at, batch = step["parameters"], step["parameters"]["batch"]
-        tokens = {"plain decoding": [(1, at)]} if step["name"] == "plain step" else {
-            "DFlash, synthetic acceptance": [(length, {**at, "acceptance": length}) for length in acceptance]
-        }
-        for name, list_ in tokens.items():
-            for length, parameters in list_:
-                samples = [batch * length / ms * 1e3 for ms in step["samples"]]
-                more.append(row(name, parameters, samples, step["rounds"], "tok/s", "higher"))
-    return more
-
-
-def merged(records):
-    """One record of several runs: their samples one after the other."""
-    whole = records[0]
-    for row in whole["rows"]:
-        same = [
-            other
-            for record in records
-            for other in record["rows"]
-            if (other["name"], other["parameters"]) == (row["name"], row["parameters"])
-        ]
-        if row["samples"] is None or any(other["samples"] is None for other in same):
-            continue
-        before, throttled = 0, None
-        for other in same:
-            if other.get("throttled") is not None:
-                throttled = (throttled or []) + [before + place for place in other["throttled"]]
-            before += len(other["rounds"] or other["samples"])
-        row["throttled"] = throttled
-        row["rounds"] = sum((other["rounds"] or [] for other in same), []) if row["rounds"] else None
-        row["samples"] = sum((other["samples"] for other in same), [])
-        for key, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9)):
-            row[key] = quantile(row["samples"], q)
-        for key in row["numbers"]:
-            found = [other["numbers"].get(key) for other in same]
-            row["numbers"][key] = quantile(found, 0.5) if None not in found else None
-    whole["machine"]["after"] = records[-1]["machine"].get("after")
-    return whole
-
-
 def ours(binary, args, lists):
     """One round of dflash-bench's own samples over the same grid."""
     command = [binary, "round", "--model", args.model, "--rounds", "1", "--samples", str(args.samples), "--json"]
@@ -513,44 +455,14 @@ def record(args, names, rows):
     }
 
 
-def numbers(text):
-    """A LIST as dflash-bench reads it: 4,8  1-8  1-16+5  512-4096*2."""
-    found = []
-    for part in text.split(","):
-        first, dash, rest = part.partition("-")
-        try:
-            if not dash:
-                found.append(float(first))
-                continue
-            by = "*" if "*" in rest else "+"
-            last, _, step = rest.partition(by)
-            first, last, step = float(first), float(last), float(step or 1)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{part!r} is not a number or a range, as 4,8 or 1-8 or 512-4096*2")
-        if last < first or step <= 0 or (by == "*" and (step <= 1 or first == 0)):
-            raise argparse.ArgumentTypeError(f"{part!r} has no end")
-        while first <= last and len(found) < 1000:
-            found.append(first)
-            first = first * step if by == "*" else first + step
-    if not all(math.isfinite(n) and n > 0 for n in found):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers above 0")
-    return [int(n) if n == int(n) else n for n in found]
-
-
-def wholes(text):
-    found = numbers(text)
-    if any(n != int(n) for n in found):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers")
-    return found
-
-
 def check(binary, count, new_tokens):
-    """Decodes held-out prompts of the demo pair by these rounds and holds them against dflash-gen. True: all are equal."""
+    """Decodes held-out prompts of the demo pair by these rounds and holds them against dflash-gen. True: all equal."""
     from transformers import AutoTokenizer
 
     pair = Pair("demo", (stored(ROOT / "demo/target"), stored(ROOT / "demo/drafter")), "cpu")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/target")
-    texts = [json.loads(line)["prompt"] for line in (ROOT / "tests/data/prompts.jsonl").read_text().splitlines()][:count]
+    lines = (ROOT / "tests/data/prompts.jsonl").read_text().splitlines()[:count]
+    texts = [json.loads(line)["prompt"] for line in lines]
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.writelines(json.dumps({"prompt": text}) + "\n" for text in texts)
         file.flush()

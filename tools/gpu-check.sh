@@ -37,7 +37,8 @@ step() {
 
 rm -f "$out"/{summary.txt,tests.log,generate.log,memcheck.log,racecheck.log}
 say "commit   $(head -n 1 commit)$([ "$(wc -l <commit)" = 1 ] || echo ', with changes')"
-say "card     $(timeout -k 1 $(((${2:-460} + 45) / 46)) nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader 2>&1 | head -n 1)"
+facts=name,driver_version,memory.total,clocks.max.sm
+say "card     $(timeout -k 1 $(((${2:-460} + 45) / 46)) nvidia-smi --query-gpu=$facts --format=csv,noheader 2>&1 | head -n 1)"
 say "machine  $(nproc) cores, $(uname -r), $(ldd --version 2>&1 | head -n 1)"
 
 # Without this the tests below would pass on the emulator alone. The second time the driver has the kernels compiled.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the engine does on this machine's GPU, in at most 8 minutes whatever hangs: the kernel tests, lossless checks, then
-# kernels, rounds of two published pairs with drawn weights and whole generations. Needs the driver alone.
+# What the engine does on this machine's GPU, in at most 8 minutes whatever hangs: the kernel tests, lossless checks,
+# then kernels, rounds of two published pairs with drawn weights and whole generations. Needs the driver alone.
 #   tools/gpu-report.sh [FLAGS] [OUT]     from a checkout in which `cargo build --release` and `cargo test --release
 #   pack/gpu-report.sh [FLAGS] [OUT]      --no-run` have run, or from what tools/gpu-pack.sh packed
 # OUT is a folder, new or empty [benches/results/CARD-DATE-COMMIT in a checkout, else results/CARD-DATE-COMMIT]. It gets
@@ -35,7 +35,7 @@ root=''
 [ -n "$bin" ] || bin=${root:+$root/target/release}
 bin=$(cd "${bin:-$here}" 2>/dev/null && pwd) || usage "--bin is ${bin:-$here}, which is no folder"
 for program in dflash-gen dflash-bench; do
-    [ -x "$bin/$program" ] || usage "$bin has no $program: expected what cargo build --release or tools/gpu-pack.sh makes"
+    [ -x "$bin/$program" ] || usage "$bin has no $program: cargo build --release or tools/gpu-pack.sh makes it"
 done
 
 # All seconds below are of 480. The last twelfth is for the report, and for what does not die at once.
@@ -54,7 +54,8 @@ if [ "$device" = cuda ]; then
     IFS=, read -r card driver < <(smi --query-gpu=name,driver_version --format=csv,noheader)
     # One that hangs or fails is not asked again.
     [ -n "$driver" ] || smi() { false; }
-    [ -n "$card" ] || card=$(sed -n 's/^Model:[[:space:]]*//p' /proc/driver/nvidia/gpus/*/information 2>/dev/null | head -n 1)
+    [ -n "$card" ] ||
+        card=$(sed -n 's/^Model:[[:space:]]*//p' /proc/driver/nvidia/gpus/*/information 2>/dev/null | head -n 1)
     card=${card:-unknown card} driver=${driver:-unknown, nvidia-smi does not say}
 fi
 state() { # state before|after: clocks, power and neighbours in the tool's own words
@@ -73,20 +74,27 @@ out=$(cd "$out" && pwd)
 scratch=$out/.scratch
 mkdir "$scratch" || exit 2
 # The driver keeps compiled kernels in the home, and compiles them for every process anew where it cannot.
-if [ -z "${CUDA_CACHE_PATH:-}" ] && ! { mkdir -p "${HOME:-/}/.nv/ComputeCache" && [ -w "${HOME:-/}/.nv/ComputeCache" ]; } 2>/dev/null; then
+kept=${HOME:-/}/.nv/ComputeCache
+if [ -z "${CUDA_CACHE_PATH:-}" ] && ! { mkdir -p "$kept" 2>/dev/null && [ -w "$kept" ]; }; then
     export CUDA_CACHE_PATH=$scratch/cache
 fi
 
 summary=$out/summary.md
 say() { printf '%s\n' "$*" | tee -a "$summary"; }
-child=''
-trap '[ -z "$child" ] || kill -KILL -- "-$child" 2>/dev/null; say "interrupted"; rm -rf "$scratch"; exit 130' INT TERM HUP
+# shellcheck disable=SC2329 # the trap's
+stop() {
+    for group in $(jobs -p); do kill -KILL -- "-$group" 2>/dev/null; done
+    say "interrupted"
+    rm -rf "$scratch"
+    exit 130
+}
+trap stop INT TERM HUP
 
 # within SECONDS COMMAND...: its exit code, or 124 where it had to be killed. What even that does not end, as a process
 # that waits for a broken driver, is left behind. Each command leads a process group, so that its children go with it.
 set -m
 within() {
-    local until=$((SECONDS + $1)) signal
+    local until=$((SECONDS + $1)) signal child
     shift
     "$@" &
     child=$!
@@ -97,13 +105,9 @@ within() {
             for ((i = 0; i < 20; i++)); do kill -0 "$child" 2>/dev/null || break; sleep 0.1; done
         done
         disown "$child" 2>/dev/null
-        child=''
         return 124
     fi
     wait "$child"
-    local status=$?
-    child=''
-    return $status
 }
 
 # step SHARE NAME OUTPUT COMMAND...: stdout to OUTPUT, stderr to a log, and a row of the summary. A step may take its
@@ -143,8 +147,8 @@ if [ -n "$root" ]; then
     ln -s "$here/gpu-check.sh" "$root/tests/data/prompts.jsonl" "$pack"
     read -ra names < <(sed -n 's/^for test in \(.*\); do$/\1/p' "$here/gpu-check.sh")
     for name in "${names[@]}"; do
-        test=$(find "$root/target/release/deps" -maxdepth 1 -type f -perm -u+x -regex ".*/$name-[0-9a-f]*" -printf '%T@ %p\n' 2>/dev/null |
-            sort -n | tail -n 1 | cut -d ' ' -f 2-)
+        test=$(find "$root/target/release/deps" -maxdepth 1 -type f -perm -u+x -regex ".*/$name-[0-9a-f]*" \
+            -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1 | cut -d ' ' -f 2-)
         [ -z "$test" ] || ln -s "$test" "$pack/$name"
     done
     printf '%s\n' "$commit" >"$pack/commit"
@@ -203,7 +207,8 @@ for kind in greedy sampled; do
     record=$out/lossless-$kind.json
     [ -f "$record" ] || continue
     number() { grep -o "\"$1\":[0-9]*" "$record" | head -n 1 | cut -d : -f 2; }
-    say "Lossless, $kind: $(number tokens) tokens of $(number rounds) rounds identical, with all logits of $(number compared) rows."
+    say "Lossless, $kind: $(number tokens) tokens of $(number rounds) rounds identical, with all logits of" \
+        "$(number compared) rows."
 done
 records=()
 for record in "$out"/{kernels,round,generate}-*.json; do [ ! -f "$record" ] || records+=("$record"); done

@@ -1,4 +1,5 @@
-//! What every kernel does for the demo pair on the emulator: a table of exact numbers, the same for any number of threads.
+//! What every kernel does for the demo pair on the emulator: a table of exact numbers, the same with any number of
+//! threads.
 
 use dflash::Result;
 use dflash::device::{Counts, Device};
