@@ -18,6 +18,8 @@ seconds of the whole request, prompt included, loading left out. tau is verified
 all prompts, mean tau the mean of the prompts' own, which is what papers report. Example:
 
     cargo build --release && python tools/baseline.py --ours target/release/dflash-gen
+
+`tools/baseline.py rounds` measures steps and rounds on a GPU instead (tools/baseline_rounds.py; --help says more).
 """
 
 import argparse
@@ -304,4 +306,8 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["rounds"]:
+        import baseline_rounds
+
+        sys.exit(baseline_rounds.main(sys.argv[2:]))
     sys.exit(main())

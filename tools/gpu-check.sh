@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
 # The kernel tests on this machine's GPU, from what tools/gpu-pack.sh packed, in at most 8 minutes: first plainly, then,
 # where compute-sanitizer works, some under memcheck and racecheck. Needs the driver alone.
-#   pack/gpu-check.sh OUT      writes OUT/summary.txt and logs; exits 0 where all passed
+#   pack/gpu-check.sh OUT            writes OUT/summary.txt and logs; exits 0 where all passed
+#   pack/gpu-check.sh OUT SECONDS    the tests alone, in so many seconds: a step of gpu-report.sh
 set -uo pipefail
-[ $# = 1 ] || { sed -n '2,4p' "$0"; exit 2; }
+[ $# = 1 ] || [[ $# = 2 && "$2" =~ ^[1-9][0-9]{0,5}$ ]] || { sed -n '2,5p' "$0"; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")" || exit 2
 # Where some containers keep the driver; last, so that a loader's own choice goes first.
 export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64"
-end=$((SECONDS + 460)) bad=0
+end=$((SECONDS + ${2:-460})) bad=0
+finish() {
+    rm -f "$out/last"
+    say "$([ $bad = 0 ] && echo "all passed" || echo "NOT all passed"), $SECONDS s"
+    exit $bad
+}
 say() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
 
 # step SECONDS LOG TITLE COMMAND...: a line of the summary, and all output in the log.
@@ -31,7 +37,8 @@ step() {
 
 rm -f "$out"/{summary.txt,tests.log,generate.log,memcheck.log,racecheck.log}
 say "commit   $(head -n 1 commit)$([ "$(wc -l <commit)" = 1 ] || echo ', with changes')"
-say "card     $(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader 2>&1 | head -n 1)"
+facts=name,driver_version,memory.total,clocks.max.sm
+say "card     $(timeout -k 1 $(((${2:-460} + 45) / 46)) nvidia-smi --query-gpu=$facts --format=csv,noheader 2>&1 | head -n 1)"
 say "machine  $(nproc) cores, $(uname -r), $(ldd --version 2>&1 | head -n 1)"
 
 # Without this the tests below would pass on the emulator alone. The second time the driver has the kernels compiled.
@@ -50,6 +57,8 @@ for test in cuda pack norm linear linear_bits prefill attention decide rounds pa
         grep -m 1 -A 2 'panicked at' "$out/last" | cut -c 1-300 | tee -a "$out/summary.txt"
     done
 done
+
+[ $# = 1 ] || finish
 
 # The program itself, on the demo pair that it holds: every prompt plainly and with drafts, logits and times.
 generate() { # generate LOG ARGS...
@@ -91,6 +100,4 @@ else
     checker racecheck rounds rounds_are_the_same
     checker racecheck norm split_norm
 fi
-rm -f "$out/last"
-say "$([ $bad = 0 ] && echo "all passed" || echo "NOT all passed"), $SECONDS s"
-exit $bad
+finish

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Packs what tools/gpu-check.sh runs on a machine with a GPU that has neither cargo nor nvcc: the tests that use one, as
-# programs, dflash-gen with the held-out prompts, and the commit they are of.
+# Packs what tools/gpu-check.sh and tools/gpu-report.sh run on a machine with a GPU that has neither cargo nor nvcc: the
+# tests that use one, as programs, dflash-gen and dflash-bench with the held-out prompts, and the commit they are of.
 #   tools/gpu-pack.sh pack.tar.xz      unpacks to pack/
 set -euo pipefail
 [ $# = 1 ] || { sed -n '2,4p' "$0"; exit 2; }
@@ -10,16 +10,16 @@ work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 mkdir "$work/pack"
 
-names=$(sed -n 's/^for test in \(.*\); do$/\1/p' tools/gpu-check.sh)
-cargo test --release --locked --no-run $(printf -- '--test %s ' $names) 2>&1 | tee "$work/build.log"
+read -ra names < <(sed -n 's/^for test in \(.*\); do$/\1/p' tools/gpu-check.sh)
+cargo test --release --locked --no-run "${names[@]/#/--test=}" 2>&1 | tee "$work/build.log"
 sed -n 's,.*Executable tests/\(.*\)\.rs (\(.*\)),\1 \2,p' "$work/build.log" >"$work/programs"
-cargo build --release --locked
-echo "dflash-gen target/release/dflash-gen" >>"$work/programs"
+DFLASH_COMMIT=$(git describe --always --dirty --abbrev=12) cargo build --release --locked
+for name in dflash-gen dflash-bench; do echo "$name target/release/$name" >>"$work/programs"; done
 while read -r name program; do
     grep -q 'target sm_90a' "$program" || { echo "$program has no CUDA kernels: tools/get-nvcc.sh" >&2; exit 1; }
     strip -o "$work/pack/$name" "$program"
 done <"$work/programs"
-cp tools/gpu-check.sh tests/data/prompts.jsonl "$work/pack/"
+cp tools/gpu-check.sh tools/gpu-report.sh tests/data/prompts.jsonl "$work/pack/"
 { git rev-parse HEAD; git status --short --untracked-files=no; } >"$work/pack/commit"
 # Every program holds the same kernels: a dictionary longer than one makes them cost once.
 tar -C "$work" -c pack | xz --lzma2=preset=1,dict=64MiB >"$archive"

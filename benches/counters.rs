@@ -1,0 +1,43 @@
+//! What each kernel does for the demo pair on the emulator: bytes, launches, products, bank conflicts, exactly. A line
+//! that `benches/counters.txt` has otherwise is marked; `cargo bench --bench counters -- --write` makes it the new one,
+//! which `--test counters` holds the kernels to.
+
+#[path = "../tests/support/counters.rs"]
+mod counters;
+
+use dflash::{Error, Result};
+use std::process::ExitCode;
+
+const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/counters.txt");
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("counters: {e}");
+            e.exit_code().into()
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    // Cargo's own flag comes with any.
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    let write = match &args[..] {
+        [] => false,
+        [flag] if flag == "--write" => true,
+        _ => {
+            return Err(Error::Usage(format!("{} is no argument: expected --write or none", args.join(" "))));
+        }
+    };
+    let found = counters::table()?;
+    if write {
+        return std::fs::write(FILE, found).map_err(|e| Error::Internal(format!("{FILE}: {e}")));
+    }
+    let kept = std::fs::read_to_string(FILE).map_err(|e| Error::Internal(format!("{FILE}: {e}")))?;
+    for (i, line) in found.lines().enumerate() {
+        let same = kept.lines().nth(i) == Some(line);
+        println!("{line}{}", if same { "" } else { "  not as in benches/counters.txt" });
+    }
+    Ok(())
+}

@@ -1,0 +1,77 @@
+//! The CPU reference on the demo pair: a plain step, a round, a prompt. `cargo bench --bench cpu` tells times with
+//! their intervals, and what changed since it ran last.
+
+use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
+use dflash::Result;
+use dflash::engine::Request;
+use dflash::pair::Pair;
+use dflash::reference::{Drafter, Sequence, Target};
+use dflash::verify::Sampling;
+use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use std::time::{Duration, Instant};
+
+const PROMPT: usize = 128;
+
+fn request(block: usize) -> Request {
+    let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+    // Any text will do, but words are likelier than bytes.
+    let prompt = (0..PROMPT as u32).map(|i| 300 + i * 13).collect();
+    Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block }
+}
+
+/// Runs what of the request's prompt the sequence does not hold.
+fn begin(sequence: &mut Sequence, request: &Request) -> Result<()> {
+    sequence.start(request)?;
+    while sequence.prefill()?.next.is_none() {}
+    Ok(())
+}
+
+/// What `times` rounds take that begin with the same prompt. The first of each two is not measured: after it the
+/// drafter has features to take up, as in any later round.
+fn rounds(sequence: &mut Sequence, request: &Request, times: u64) -> Result<Duration> {
+    let mut all = Duration::ZERO;
+    for _ in 0..times {
+        begin(sequence, request)?;
+        let mut tokens = vec![];
+        sequence.round(&mut tokens)?;
+        let start = Instant::now();
+        sequence.round(&mut tokens)?;
+        all += start.elapsed();
+    }
+    Ok(all)
+}
+
+fn prompts(target: &Target, drafter: &Drafter, request: &Request, times: u64) -> Result<Duration> {
+    let start = Instant::now();
+    (0..times).try_for_each(|_| begin(&mut Sequence::new(target, Some(drafter)), request))?;
+    Ok(start.elapsed())
+}
+
+/// The benches know no errors.
+fn sound<T>(result: Result<T>) -> T {
+    result.unwrap_or_else(|e| {
+        eprintln!("{e}");
+        std::process::exit(e.exit_code().into())
+    })
+}
+
+fn demo(criterion: &mut Criterion) {
+    let pair = sound(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)));
+    let target = sound(Target::load(&pair.target));
+    let Some(drafter) = pair.drafter.as_ref().map(|model| sound(Drafter::load(model))) else { return };
+    let mut group = criterion.benchmark_group("cpu, demo pair");
+    group.sample_size(20).sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(4));
+    for (name, block) in [("plain step", 1), ("round", 16)] {
+        let mut sequence = Sequence::new(&target, Some(&drafter));
+        group.bench_function(name, |bencher| {
+            bencher.iter_custom(|times| sound(rounds(&mut sequence, &request(block), times)));
+        });
+    }
+    group.bench_function(format!("prompt of {PROMPT} tokens"), |bencher| {
+        bencher.iter_custom(|times| sound(prompts(&target, &drafter, &request(16), times)));
+    });
+    group.finish();
+}
+
+criterion_group!(benches, demo);
+criterion_main!(benches);

@@ -1,0 +1,78 @@
+//! What every kernel does for the demo pair on the emulator: a table of exact numbers, the same with any number of
+//! threads.
+
+use dflash::Result;
+use dflash::device::{Counts, Device};
+use dflash::emulator::Emulator;
+use dflash::engine::{Decoder, Request};
+use dflash::memory::Room;
+use dflash::pair::Pair;
+use dflash::rounds::{Batch, Models, Shape};
+use dflash::verify::Sampling;
+use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use std::fmt::Write;
+
+/// Tokens of each prompt, and positions that a sequence has room for.
+const PROMPT: u32 = 40;
+const POSITIONS: usize = 128;
+
+/// A header, then for each case a line per kernel, and one of their sum.
+pub fn table() -> Result<String> {
+    let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER))?;
+    let device = Emulator::new();
+    device.set_threads(2);
+    device.count_conflicts(true);
+    let models = Models::load(&device, &pair, POSITIONS)?;
+    let mut out = line(["kernel", "launches", "blocks", "streamed", "read", "written", "mma", "conflicts"]);
+    for (name, sequences, block, temperature) in [
+        ("plain step of 1 sequence", 1, 1, 0.0),
+        ("round of 1 sequence", 1, 16, 0.0),
+        ("round of 4 sequences", 4, 16, 0.0),
+        ("round of 1 sequence, sampled", 1, 16, 0.8),
+    ] {
+        let mut batch = Batch::new(&device, &models, Room::new(sequences, block, POSITIONS))?;
+        device.reset_counts();
+        for slot in 0..sequences {
+            batch.join(slot, &request(slot as u32, block, temperature), false)?;
+            batch.prefill(slot)?;
+            if slot == 0 && name == "round of 1 sequence" {
+                case(&mut out, &format!("prompt of {PROMPT} tokens"), &device);
+            }
+        }
+        let shape = Shape { sequences, drafting: block > 1, sampled: temperature > 0.0 };
+        let graph = batch.capture(shape)?;
+        device.reset_counts();
+        device.replay(&graph)?;
+        case(&mut out, name, &device);
+    }
+    Ok(out)
+}
+
+fn request(slot: u32, block: usize, temperature: f32) -> Request {
+    let sampling = Sampling { temperature, top_k: 0, top_p: 0.9, min_p: 0.0, seed: 1, stream: slot };
+    let prompt = (0..PROMPT).map(|i| 300 + i * 13 + slot).collect();
+    Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block }
+}
+
+fn case(out: &mut String, name: &str, device: &Emulator) {
+    let mut all = Counts::default();
+    let _ = writeln!(out, "\n{name}");
+    for (kernel, counts) in device.counts() {
+        *out += &counted(kernel, &counts);
+        all += counts;
+    }
+    *out += &counted("all", &all);
+}
+
+fn counted(name: &str, counts: &Counts) -> String {
+    let Counts { launches, blocks, streamed, read, written, mma, conflicts, .. } = *counts;
+    let numbers = [launches, blocks, streamed, read, written, mma, conflicts].map(|n| n.to_string());
+    let [launches, blocks, streamed, read, written, mma, conflicts] = &numbers;
+    line([name, launches, blocks, streamed, read, written, mma, conflicts])
+}
+
+fn line(cells: [&str; 8]) -> String {
+    let [name, numbers @ ..] = cells;
+    let numbers: String = numbers.iter().map(|n| format!("{n:>11}")).collect();
+    format!("{name:24}{numbers}\n")
+}
