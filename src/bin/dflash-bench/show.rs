@@ -1,7 +1,7 @@
 //! Records as text: a table for people, Markdown, CSV, JSON; and `show`, which reads them again.
 
-use crate::machine::describe;
 use crate::args;
+use crate::machine::describe;
 use crate::record::{Kind, Record, Row};
 use dflash::{Error, Result};
 use serde::Serialize;
