@@ -173,13 +173,13 @@ fn states(machine: &Machine) -> Vec<(&'static str, [String; 2])> {
         line("Temperature", &|state| unit(state.celsius, "°C")),
         line("Power", &|state| state.watts.map(|watts| format!("{} W", four_digits(watts)))),
         line("Power limit", &|state| state.limit_watts.map(|watts| format!("{} W", four_digits(watts)))),
-        line("Clocks held back by", &|state| Some(list(state.throttle.clone()))),
+        line("Clocks held back by", &|state| state.throttle.clone().map(list)),
         line("Other processes", &|state| {
             let process = |p: &crate::record::Process| match p.bytes {
                 Some(bytes) => format!("{} ({} GB)", p.pid, four_digits(bytes as f64 / 1e9)),
                 None => p.pid.to_string(),
             };
-            Some(list(state.processes.iter().map(process).collect()))
+            state.processes.as_ref().map(|all| list(all.iter().map(process).collect()))
         }),
     ]
 }
