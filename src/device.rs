@@ -359,6 +359,9 @@ pub trait Device: Send + Sync {
     fn tally(&self) -> Option<Counts> {
         None
     }
+
+    /// Where [`Device::tally`] counts: bank conflicts of every access from now on, or of `ldmatrix` alone. Costs time.
+    fn tally_conflicts(&self, _all: bool) {}
 }
 
 /// Checks shared by the implementations: a launch that no device could take.

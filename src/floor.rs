@@ -45,6 +45,26 @@ impl Card {
         let plain = |name: &str| name.replace(['-', ' '], "").to_lowercase();
         CARDS.into_iter().find(|card| plain(card.name) == plain(name))
     }
+
+    /// By what the driver calls it: `NVIDIA H200`, `NVIDIA A100-SXM4-80GB`, `NVIDIA GeForce RTX 4090`. None where that is
+    /// not surely one of [`CARDS`].
+    pub fn of_driver(name: &str) -> Option<Card> {
+        let words: Vec<&str> =
+            name.split([' ', '-']).filter(|word| !["NVIDIA", "GeForce"].contains(word)).collect();
+        let has = |word: &str| words.contains(&word);
+        let found = match *words.first()? {
+            "H100" if has("PCIe") => "H100-PCIe",
+            "H100" if has("HBM3") => "H100-SXM",
+            "A100" if has("80GB") => "A100-80GB",
+            "A100" if has("40GB") => "A100-40GB",
+            // A 4090 D or Laptop GPU is another card.
+            "RTX" if words.len() == 2 => return Card::named(&words.concat()),
+            "H200" if has("NVL") => return None,
+            "H100" | "A100" | "RTX" => return None,
+            other => other,
+        };
+        Card::named(found)
+    }
 }
 
 /// What a pass must move and compute. Numbers are f64 because configs may be absurd; real ones are exact in it.

@@ -2,6 +2,7 @@
 
 use crate::show::Format;
 use clap::{Args as Flags, Parser, Subcommand};
+use dflash::place::Choice;
 use std::path::PathBuf;
 
 const EXIT_CODES: &str = "\
@@ -32,6 +33,9 @@ pub struct Args {
 
 #[derive(Subcommand)]
 pub enum Command {
+    /// Measure: every kernel of a round and a prompt at a model's shapes, against what reading memory takes at least
+    #[command(after_help = EXIT_CODES)]
+    Kernels(Kernels),
     /// Predict: the least time of a step, a draft, a verification and a round, from bytes and operations alone
     #[command(after_help = EXIT_CODES)]
     Floor(Floor),
@@ -48,6 +52,42 @@ interval is within the threshold. UNCLEAR: neither, or fewer than 5 samples or r
 counted or predicted, are SAME if equal and UNCLEAR if not. Rows that one record alone has are listed.
 
 Exit codes: 0 no row is SLOWER, 7 one is, 2 wrong flags or records, 1 internal failure.";
+
+/// Every kernel's results are checked before it is timed. Its weights, keys and values are drawn, and lie in as many
+/// copies as keep them out of the cache; what the kernel before it would have just written is in the cache.
+#[derive(Flags)]
+#[command(verbatim_doc_comment)]
+pub struct Kernels {
+    /// qwen3-4b, qwen3-8b, llama-3.1-8b, demo, or a target's folder, of which only config.json is read [default: qwen3-8b
+    /// on a GPU, demo on the emulator]
+    #[arg(long, value_name = "NAME|DIR")]
+    pub model: Option<String>,
+    /// Folder of the drafter, of which only config.json is read [default: of a name: its own; of a folder: none]
+    #[arg(long, value_name = "DIR")]
+    pub draft: Option<PathBuf>,
+    /// Rows of a launch, of all sequences together: of attention in blocks of the drafter, and alone
+    #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = wholes)]
+    #[arg(allow_hyphen_values = true)]
+    pub rows: Whole,
+    /// Positions that a sequence has before its rows
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = wholes, allow_hyphen_values = true)]
+    pub context: Whole,
+    /// Kernels of these names alone, with commas; what names there are is said where one is unknown
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Rounds of samples that count, on a GPU; one goes before them
+    #[arg(long, value_name = "N", default_value = "5", value_parser = whole, allow_negative_numbers = true)]
+    pub rounds: usize,
+    /// Samples in a round, on a GPU; each is the time of at least 16 launches
+    #[arg(long, value_name = "N", default_value = "10", value_parser = whole, allow_negative_numbers = true)]
+    pub samples: usize,
+    /// cuda, emulator (counters instead of times), or auto: a GPU if there is one, else the emulator
+    #[arg(long, value_name = "DEVICE", default_value = "auto", hide_possible_values = true)]
+    pub device: Choice,
+    /// Number of the GPU, as the driver counts [default: 0]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub gpu: Option<u32>,
+}
 
 #[derive(Flags)]
 pub struct Floor {
@@ -172,6 +212,11 @@ fn range(part: &str, all: &mut Vec<f64>) -> Parsed<()> {
         }
     }
     Ok(())
+}
+
+fn whole(text: &str) -> Parsed<usize> {
+    let number = text.parse().ok().filter(|n| (1..=MOST).contains(n));
+    number.ok_or_else(|| format!("expected a whole number from 1 to {MOST}"))
 }
 
 fn above_zero(text: &str) -> Parsed<f64> {

@@ -4,6 +4,7 @@
 mod args;
 mod compare;
 mod floor;
+mod kernels;
 mod machine;
 mod model;
 mod record;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<u8> {
     let (title, record) = match &args.command {
+        Command::Kernels(flags) => kernels::run(flags)?,
         Command::Floor(flags) => floor::run(flags)?,
         Command::Compare(flags) => compare::run(flags)?,
     };
