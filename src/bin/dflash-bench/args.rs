@@ -33,8 +33,8 @@ pub struct Args {
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Measure: every kernel of a round and a prompt at a model's shapes, against what reading memory takes at least
-    #[command(after_help = EXIT_CODES)]
+    /// Measure: every kernel of a round and of a prompt at a model's shapes, against what reading memory takes
+    #[command(after_help = KERNELS)]
     Kernels(Kernels),
     /// Predict: the least time of a step, a draft, a verification and a round, from bytes and operations alone
     #[command(after_help = EXIT_CODES)]
@@ -43,6 +43,19 @@ pub enum Command {
     #[command(after_help = COMPARE)]
     Compare(Compare),
 }
+
+const KERNELS: &str = "\
+First the read ceiling: a kernel that only reads. Then every kernel, whose results are held against a plain computation
+before it is timed: a kernel that is wrong has no time. Weights, keys and values are drawn; they lie in as many copies,
+one after the other, as keep a launch's own out of the cache. What the kernel before would have written just now is in
+the cache. us: of a launch among others. GB/s: bytes that it must move by that. floor us: these bytes at the ceiling, or
+its products at the card's nominal rate, where that is known and slower. On the emulator times say nothing: instead there
+is what one launch does, bytes in all as the value.
+
+LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)  512-4096*2 (512, 1024, 2048, 4096).
+
+Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, also a kernel whose results are wrong,
+2 usage, 3 model file missing or malformed, 4 unsupported, 5 out of memory.";
 
 const COMPARE: &str = "\
 Rows are matched by name and parameters. The ratio says how many times as good B is as A (time, bytes: A / B; rates:
@@ -53,10 +66,7 @@ counted or predicted, are SAME if equal and UNCLEAR if not. Rows that one record
 
 Exit codes: 0 no row is SLOWER, 7 one is, 2 wrong flags or records, 1 internal failure.";
 
-/// Every kernel's results are checked before it is timed. Its weights, keys and values are drawn, and lie in as many
-/// copies as keep them out of the cache; what the kernel before it would have just written is in the cache.
 #[derive(Flags)]
-#[command(verbatim_doc_comment)]
 pub struct Kernels {
     /// qwen3-4b, qwen3-8b, llama-3.1-8b, demo, or a target's folder, of which only config.json is read [default: qwen3-8b
     /// on a GPU, demo on the emulator]

@@ -4,6 +4,8 @@
 mod attention;
 mod linear;
 mod round;
+#[cfg(test)]
+mod tests;
 mod values;
 
 use crate::machine::Instruments;
@@ -11,6 +13,7 @@ use crate::record::{Better, Record, Row};
 use crate::sampling::{Cost, Times, cost};
 use crate::{args, model, record};
 use dflash::floor::Card;
+use dflash::kernels::attention::MOST_SLOTS;
 use dflash::kernels::read::Read;
 use dflash::measure::quantile;
 use dflash::memory::{MemoryPlan, Room};
@@ -28,7 +31,7 @@ const PROMPT: usize = 512;
 const MOST_ROWS: usize = 1024;
 /// Launches that a sample has at least, so that the events around it weigh little.
 const LAUNCHES: usize = 16;
-/// Bytes that the ceiling is read from: on a GPU so many that what its cache keeps of them from launch to launch is about
+/// Of [`Bench::ceiling`]: on a GPU so many that what its cache keeps of them from launch to launch is about
 /// a hundredth; on the emulator enough for some blocks.
 const CEILING: [usize; 2] = [4 << 30, 1 << 20];
 const CEILING_NAME: &str = "read ceiling";
@@ -99,7 +102,8 @@ pub fn run(flags: &args::Kernels) -> Result<(String, Record)> {
     let instruments = Instruments::open(&place);
     place.device.tally_conflicts(true);
     let card = Card::of_driver(&place.device.properties().name);
-    let bench = Bench { desk, instruments, card, rounds: flags.rounds, samples: flags.samples };
+    let ceiling = CEILING[usize::from(desk.counts())];
+    let bench = Bench { desk, instruments, card, rounds: flags.rounds, samples: flags.samples, ceiling };
     let rows = bench.rows(&cases)?;
 
     let model = record::Model {
@@ -131,9 +135,9 @@ fn pair(flags: &args::Kernels, name: &str) -> Result<Pair> {
     if let Some(&rows) = flags.rows.0.iter().find(|rows| !(1..=MOST_ROWS).contains(*rows)) {
         return wrong("rows", rows, format!("1 to {MOST_ROWS}"));
     }
-    let most = pair.target.config.stack.max_positions;
+    let most = pair.target.config.stack.max_positions.min(MOST_SLOTS - PROMPT);
     if let Some(&context) = flags.context.0.iter().find(|context| **context >= most) {
-        return wrong("context", context, format!("less than {most}, the positions of the target"));
+        return wrong("context", context, format!("less than {most}, the positions that there are"));
     }
     if let Some(drafter) = pair.drafter.as_ref().filter(|drafter| drafter.config.block > 64) {
         let (path, block) = (drafter.folder.path("config.json"), drafter.config.block);
@@ -170,7 +174,7 @@ fn chosen(flags: &args::Kernels, pair: &Pair) -> Result<Vec<Case>> {
     }
     let mut cases = linear::cases(pair, &rows);
     cases.extend(attention::cases(pair, &rows, &contexts));
-    cases.extend(round::cases(pair, &rows, contexts.first().copied().unwrap_or(0)));
+    cases.extend(round::cases(pair, &rows));
     if flags.only.is_empty() {
         return Ok(cases);
     }
@@ -194,6 +198,8 @@ struct Bench<'d> {
     card: Option<Card>,
     rounds: usize,
     samples: usize,
+    /// Bytes that the ceiling is read from.
+    ceiling: usize,
 }
 
 impl Bench<'_> {
@@ -216,7 +222,7 @@ impl Bench<'_> {
     /// The row of the read ceiling, and bytes per microsecond where there are times.
     fn ceiling(&self) -> Result<(Row, Option<f64>)> {
         let (device, desk) = (self.desk.device, &self.desk);
-        let bytes = CEILING[usize::from(desk.counts())];
+        let bytes = self.ceiling;
         let from = desk.halves(bytes / 2, 1.0, "what the read ceiling is measured with")?;
         let out = desk.output(Read::most_blocks(bytes) * 4)?;
         let launch = |blocks: usize| Read { bytes, blocks }.launch(device, &out, &from.buffer);

@@ -21,9 +21,13 @@ const NONE: u32 = u32::MAX;
 /// Rows whose choice with a temperature is looked at: the definition takes its time.
 const CHOICES: usize = 4;
 
-/// For each of `rows`: embedding, norm, sampling; for blocks and plain steps the verdict and the round's own kernels, of
-/// sequences with `context` positions.
-pub fn cases(pair: &Pair, rows: &[usize], context: usize) -> Vec<Case> {
+/// Positions of every sequence; no launch here takes longer for more.
+const LENGTH: u32 = 100;
+/// The token at position [`LENGTH`].
+const ANCHOR: u32 = 17;
+
+/// For each of `rows`: embedding, norm, sampling; for blocks and plain steps the verdict and the round's own kernels.
+pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     let target = &pair.target.config;
     let (hidden, vocab) = (target.stack.hidden, target.vocab);
     let mask = pair.drafter.as_ref().map_or(0, |drafter| drafter.config.mask_token);
@@ -37,9 +41,9 @@ pub fn cases(pair: &Pair, rows: &[usize], context: usize) -> Vec<Case> {
         for (batch, block) in groups(pair, rows) {
             let round = Round { sequences: batch, block };
             all.push(verdict(round, vocab));
-            all.push(begin(round, context, mask));
-            all.push(tokens(round, context, vocab));
-            all.push(finish(round, context, vocab));
+            all.push(begin(round, mask));
+            all.push(tokens(round, vocab));
+            all.push(finish(round, vocab));
         }
     }
     all
@@ -137,7 +141,7 @@ fn sampled(name: &str, kernel: Sample, temperature: f32) -> Case {
         let position = |row: usize| 100 + row as u32;
         let table = desk.words((0..rows).flat_map(|row| [0, position(row), NONE, NONE]))?;
         let law = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 0 };
-        let state = desk.bytes(&sequence(0, 1, law.clone()).to_bytes()?)?;
+        let state = desk.bytes(&sequence(1, law.clone()).to_bytes()?)?;
         let tables = desk.bytes(&sample::tables())?;
         device.seal(&tables);
         let (partial, choice) = (desk.output(kernel.workspace())?, desk.output(rows * 4)?);
@@ -168,12 +172,12 @@ fn sampled(name: &str, kernel: Sample, temperature: f32) -> Case {
 }
 
 /// A sequence that runs on for longer than anybody measures.
-fn sequence(context: usize, block: usize, sampling: Sampling) -> Sequence {
+fn sequence(block: usize, sampling: Sampling) -> Sequence {
     Sequence {
         active: true,
-        length: context as u32,
-        anchor: 17,
-        pending: (block as u32).min(3).min(context as u32),
+        length: LENGTH,
+        anchor: ANCHOR,
+        pending: (block as u32).min(3),
         budget: 1 << 30,
         end: 1 << 30,
         draft_end: 1 << 30,
@@ -191,8 +195,8 @@ fn greedy() -> Sampling {
     Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 }
 }
 
-fn states(round: Round, context: usize) -> Result<Vec<u8>> {
-    Ok(sequence(context, round.block, greedy()).to_bytes()?.repeat(round.sequences))
+fn states(round: Round) -> Result<Vec<u8>> {
+    Ok(sequence(round.block, greedy()).to_bytes()?.repeat(round.sequences))
 }
 
 fn of(round: Round) -> serde_json::Value {
@@ -249,12 +253,12 @@ fn verdict(round: Round, vocab: usize) -> Case {
     })
 }
 
-fn begin(round: Round, context: usize, mask: u32) -> Case {
+fn begin(round: Round, mask: u32) -> Case {
     let Round { sequences, block } = round;
     let rows = sequences * block;
     case("round_begin", of(round), round.begin_bytes(), move |desk| {
         let device = desk.device;
-        let states = desk.bytes(&states(round, context)?)?;
+        let states = desk.bytes(&states(round)?)?;
         let path = desk.words((0..rows).map(|i| (i % block) as u32))?;
         let [draft_tokens, features] = [desk.output(rows * 4)?, desk.output(rows * 4)?];
         let [draft_rows, verify_rows] =
@@ -272,7 +276,7 @@ fn begin(round: Round, context: usize, mask: u32) -> Case {
         let check = move || {
             let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock] =
                 written.each_ref().map(|buffer| words_of(device, buffer));
-            let begun = sequence(context, block, greedy());
+            let begun = sequence(block, greedy());
             let (length, pending) = (begun.length, begun.pending);
             let drafts = if block > 1 { block as u32 } else { 0 };
             let mut expected: [Vec<u32>; 3] = Default::default();
@@ -315,14 +319,14 @@ fn begin(round: Round, context: usize, mask: u32) -> Case {
     })
 }
 
-fn tokens(round: Round, context: usize, vocab: usize) -> Case {
+fn tokens(round: Round, vocab: usize) -> Case {
     let Round { sequences, block } = round;
     case("round_tokens", of(round), round.tokens_bytes(), move |desk| {
         let device = desk.device;
-        let states = desk.bytes(&states(round, context)?)?;
+        let states = desk.bytes(&states(round)?)?;
         let mut expected = drafted(round, vocab);
         let drafts = desk.words(expected.iter().copied())?;
-        (0..sequences).for_each(|own| expected[own * block] = 17);
+        (0..sequences).for_each(|own| expected[own * block] = ANCHOR);
         let out = desk.output(expected.len() * 4)?;
         let to = out.clone();
         let launch = move |_| round.tokens(device, &to, &drafts, &states);
@@ -330,11 +334,11 @@ fn tokens(round: Round, context: usize, vocab: usize) -> Case {
     })
 }
 
-fn finish(round: Round, context: usize, vocab: usize) -> Case {
+fn finish(round: Round, vocab: usize) -> Case {
     let Round { sequences, block } = round;
     case("round_finish", of(round), round.finish_bytes(), move |desk| {
         let device = desk.device;
-        let before = states(round, context)?;
+        let before = states(round)?;
         let states = desk.bytes(&before)?;
         let tokens = drafted(round, vocab);
         let drafts = desk.words(tokens.iter().copied())?;
@@ -364,7 +368,7 @@ fn finish(round: Round, context: usize, vocab: usize) -> Case {
             let length =
                 |own: usize| words_of(device, &states).map(|words| words[own * Sequence::BYTES / 4 + 1]);
             let own = sequences - 1;
-            equal("length", &[length(own)?], &[(context + standing(own, block) + 1) as u32])
+            equal("length", &[length(own)?], &[LENGTH + standing(own, block) as u32 + 1])
         };
         Ok(Ready { prepare: Box::new(prepare), ..Ready::new(1, launch, check) })
     })
