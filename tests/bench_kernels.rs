@@ -129,10 +129,19 @@ fn the_drafters_layers_are_told_where_they_are_not_the_targets() {
         names(model).into_iter().filter(|name| name.starts_with("drafter: ")).collect::<Vec<_>>()
     };
     assert_eq!(of("qwen3-8b"), ["drafter: fc"]);
-    let own = json!({ "target": 8, "drafter": 8 });
-    assert!(own.is_object());
-    let llama = of("llama-3.1-8b");
-    assert!(llama.contains(&"drafter: fc".to_string()), "{llama:?}");
+    // Its drafter has other heads and fewer neurons.
+    assert_eq!(of("llama-3.1-8b"), ["drafter: fc", "drafter: qkv", "drafter: gate_up", "drafter: down"]);
+    // And blocks of 10: 16 rows are two of 8, 7 one, 11 plain steps.
+    let only = ["--only", "drafter attention,verify"];
+    let found =
+        counted(["--model", "llama-3.1-8b", "--rows", "7,11,16", "--context", "64"].into_iter().chain(only));
+    for (rows, batches) in [(7, vec![1, 7]), (11, vec![11]), (16, vec![2, 16])] {
+        row(&found, "drafter attention", json!({ "rows": rows, "context": 64, "batch": batches[0] }));
+        for batch in batches {
+            row(&found, "verify", json!({ "rows": rows, "batch": batch }));
+        }
+    }
+    assert_eq!(found["rows"].as_array().unwrap().len(), 1 + 3 + 5);
 }
 
 #[test]
@@ -179,10 +188,6 @@ fn what_cannot_be_measured_is_refused() {
     // Keys of 64 sequences of 130000 positions are more than the emulator has.
     let much = ["--model", "llama-3.1-8b", "--only", "attention", "--rows", "1024", "--context", "130000"];
     refused(run(&much), 5, "not enough memory of the emulator for keys");
-    // Rows that are no blocks are said to be none.
-    let run = run(&["--rows", "24", "--only", "norm", "--csv"]);
-    assert!(run.code == 0 && run.err.contains("24 rows are no whole blocks of 16"), "{run:?}");
-    assert!(run.out.contains("norm,24,30816,,,bytes,lower,counted,"), "{run:?}");
 }
 
 #[test]

@@ -75,7 +75,7 @@ pub struct Kernels {
     /// Folder of the drafter, of which only config.json is read [default: of a name: its own; of a folder: none]
     #[arg(long, value_name = "DIR")]
     pub draft: Option<PathBuf>,
-    /// Rows of a launch, of all sequences together: of attention in blocks of the drafter, and alone
+    /// Rows of a launch, of all sequences together: in blocks, as few as the drafter's allows, and as plain steps
     #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = wholes)]
     #[arg(allow_hyphen_values = true)]
     pub rows: Whole,

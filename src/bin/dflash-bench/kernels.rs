@@ -19,7 +19,7 @@ use dflash::measure::quantile;
 use dflash::memory::{MemoryPlan, Room};
 use dflash::pair::Pair;
 use dflash::place::{Choice, Place};
-use dflash::{Error, Result, terminal};
+use dflash::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
@@ -29,6 +29,8 @@ use values::{Desk, words_of};
 const PROMPT: usize = 512;
 /// The most rows, which as plain steps are as many sequences.
 const MOST_ROWS: usize = 1024;
+/// The most rows of a sequence.
+const MOST_BLOCK: usize = 64;
 /// Launches that a sample has at least, so that the events around it weigh little.
 const LAUNCHES: usize = 16;
 /// Of [`Bench::ceiling`]: on a GPU so many that what its cache keeps of them from launch to launch is about
@@ -71,18 +73,17 @@ impl<'d> Ready<'d> {
     }
 }
 
-/// (sequences, rows of each) that `rows` rows stand for: blocks as the drafter has them, or a single shorter one; and plain
-/// steps.
+/// (sequences, rows of each) that `rows` rows are as blocks: as few sequences as the drafter's block allows.
+fn blocks(pair: &Pair, rows: usize) -> (usize, usize) {
+    let most = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block.min(MOST_BLOCK));
+    let batch = (1..=rows).find(|batch| rows.is_multiple_of(*batch) && rows / batch <= most);
+    batch.map_or((rows, 1), |batch| (batch, rows / batch))
+}
+
+/// As blocks, and as plain steps, where these are not the same.
 fn groups(pair: &Pair, rows: usize) -> Vec<(usize, usize)> {
-    let block = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
-    let blocks = match rows {
-        _ if rows <= block => Some((1, rows)),
-        _ if rows.is_multiple_of(block) => Some((rows / block, block)),
-        // Said by `chosen`.
-        _ => None,
-    };
-    let plain = Some((rows, 1)).filter(|plain| blocks != Some(*plain));
-    blocks.into_iter().chain(plain).collect()
+    let (blocks, plain) = (blocks(pair, rows), (rows, 1));
+    if blocks == plain { vec![plain] } else { vec![blocks, plain] }
 }
 
 /// The title of a table, and the record.
@@ -129,6 +130,8 @@ pub fn run(flags: &args::Kernels) -> Result<(String, Record)> {
 
 fn pair(flags: &args::Kernels, name: &str) -> Result<Pair> {
     let pair = model::pair(name, flags.draft.clone())?;
+    // Which shapes the kernels have, the plan knows.
+    MemoryPlan::new(&pair, Room::new(1, 1, 1))?;
     let wrong = |flag: &str, found: usize, expected: String| {
         Err(Error::Usage(format!("--{flag} has {found}, expected {expected}")))
     };
@@ -139,39 +142,21 @@ fn pair(flags: &args::Kernels, name: &str) -> Result<Pair> {
     if let Some(&context) = flags.context.0.iter().find(|context| **context >= most) {
         return wrong("context", context, format!("less than {most}, the positions that there are"));
     }
-    if let Some(drafter) = pair.drafter.as_ref().filter(|drafter| drafter.config.block > 64) {
-        let (path, block) = (drafter.folder.path("config.json"), drafter.config.block);
-        return Err(Error::Unsupported(format!(
-            "{path} has blocks of {block} rows: the kernels run up to 64"
-        )));
-    }
-    // Which shapes the kernels have, the plan knows.
-    MemoryPlan::new(&pair, Room::new(1, 1, 1)).map(|_| pair)
+    Ok(pair)
 }
 
 /// What `--only` leaves.
 fn chosen(flags: &args::Kernels, pair: &Pair) -> Result<Vec<Case>> {
-    let mut rows = flags.rows.0.clone();
-    let mut contexts = flags.context.0.clone();
-    for list in [&mut rows, &mut contexts] {
-        let mut seen = vec![];
-        list.retain(|n| {
-            !seen.contains(n) && {
-                seen.push(*n);
-                true
+    let once = |list: &args::Whole| {
+        let mut once: Vec<usize> = vec![];
+        list.0.iter().for_each(|n| {
+            if !once.contains(n) {
+                once.push(*n)
             }
         });
-    }
-    for &rows in
-        rows.iter().filter(|rows| groups(pair, **rows).iter().all(|group| group.1 == 1) && **rows > 1)
-    {
-        if let Some(drafter) = &pair.drafter {
-            let block = drafter.config.block;
-            terminal::note(&format!(
-                "{rows} rows are no whole blocks of {block}: they are plain steps alone"
-            ));
-        }
-    }
+        once
+    };
+    let (rows, contexts) = (once(&flags.rows), once(&flags.context));
     let mut cases = linear::cases(pair, &rows);
     cases.extend(attention::cases(pair, &rows, &contexts));
     cases.extend(round::cases(pair, &rows));

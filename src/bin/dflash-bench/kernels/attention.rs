@@ -2,7 +2,7 @@
 
 use super::linear::in_pages;
 use super::values::{Desk, Drawn, below, close, ends, halves_of};
-use super::{Case, PROMPT, Ready, groups};
+use super::{Case, PROMPT, Ready, blocks, groups};
 use dflash::Result;
 use dflash::config;
 use dflash::device::{Buffer, Device};
@@ -14,7 +14,7 @@ use serde_json::json;
 /// Weights are rounded to bf16 before they meet the values, and the output once more: 1.95e-3 at most, each.
 const BOUND: f64 = 3e-3;
 
-/// For each of `rows` and `contexts`: the target's attention of a block and of plain steps, the drafter's of a block, and
+/// For each of `rows` and `contexts`: the target's attention of blocks and of plain steps, the drafter's of blocks, and
 /// the target's of a prompt's chunk. Once for each rule that layers have.
 pub fn cases(pair: &Pair, rows: &[usize], contexts: &[usize]) -> Vec<Case> {
     let target = &pair.target.config.stack;
@@ -25,16 +25,12 @@ pub fn cases(pair: &Pair, rows: &[usize], contexts: &[usize]) -> Vec<Case> {
                 for rule in rules(target) {
                     all.push(attention("attention", target, rule, batch, block, context));
                 }
-                for drafter in
-                    pair.drafter.iter().filter(|drafter| batch == 1 || block == drafter.config.block)
-                {
-                    let c = &drafter.config.stack;
-                    for rule in rules(c) {
-                        let name =
-                            if rule.causal { "drafter attention, causal" } else { "drafter attention" };
-                        all.push(attention(name, c, rule, batch, block, context));
-                    }
-                }
+            }
+            let (batch, block) = blocks(pair, rows);
+            let drafter = pair.drafter.as_ref().map(|drafter| &drafter.config.stack);
+            for (c, rule) in drafter.iter().flat_map(|c| rules(c).into_iter().map(move |rule| (c, rule))) {
+                let name = if rule.causal { "drafter attention, causal" } else { "drafter attention" };
+                all.push(attention(name, c, rule, batch, block, context));
             }
         }
         for rule in rules(target) {
