@@ -12,6 +12,7 @@ use crate::machine::Instruments;
 use crate::record::{Better, Record, Row};
 use crate::sampling::{Cost, Times, cost};
 use crate::{args, model, record};
+use dflash::device::Graph;
 use dflash::floor::Card;
 use dflash::kernels::attention::MOST_SLOTS;
 use dflash::kernels::read::Read;
@@ -31,8 +32,11 @@ const PROMPT: usize = 512;
 const MOST_ROWS: usize = 1024;
 /// The most rows of a sequence.
 const MOST_BLOCK: usize = 64;
-/// Launches that a sample has at least, so that the events around it weigh little.
+/// Launches that a sample has at least, and how many times as many at most for it to last.
 const LAUNCHES: usize = 16;
+const MOST_TIMES: usize = 32;
+/// Milliseconds that a sample lasts, or about: what a graph's start takes of them is about a hundredth.
+const SAMPLE_MS: f64 = 1.0;
 /// Of [`Bench::ceiling`]: on a GPU so many that what its cache keeps of them from launch to launch is about
 /// a hundredth; on the emulator enough for some blocks.
 const CEILING: [usize; 2] = [4 << 30, 1 << 20];
@@ -104,7 +108,8 @@ pub fn run(flags: &args::Kernels) -> Result<(String, Record)> {
     place.device.tally_conflicts(true);
     let card = Card::of_driver(&place.device.properties().name);
     let ceiling = CEILING[usize::from(desk.counts())];
-    let bench = Bench { desk, instruments, card, rounds: flags.rounds, samples: flags.samples, ceiling };
+    let (rounds, samples) = (flags.rounds, flags.samples);
+    let bench = Bench { desk, instruments, card, rounds, samples, ceiling, sample_ms: SAMPLE_MS };
     let rows = bench.rows(&cases)?;
 
     let model = record::Model {
@@ -185,6 +190,7 @@ struct Bench<'d> {
     samples: usize,
     /// Bytes that the ceiling is read from.
     ceiling: usize,
+    sample_ms: f64,
 }
 
 impl Bench<'_> {
@@ -278,10 +284,7 @@ impl Bench<'_> {
         (ready.launch)(0)?;
         (ready.check)().map_err(|e| wrong(name, parameters, e))?;
 
-        let turns = if self.desk.counts() { 1 } else { LAUNCHES.div_ceil(ready.copies) };
-        let launches = turns * ready.copies;
-        let graph = device
-            .capture(&mut || (0..launches).try_for_each(|launch| (ready.launch)(launch % ready.copies)))?;
+        let (graph, launches) = self.sample(&ready)?;
         let cost =
             self.cost(self.rounds, self.samples, &mut || (ready.prepare)(), &mut || device.replay(&graph))?;
         let (bytes, gigaflop) = (*bytes as f64, flops / 1e9);
@@ -301,6 +304,33 @@ impl Bench<'_> {
                 with(with(row, json!({ "floor us": floor })), numbers)
             }
         })
+    }
+
+    /// The launches of a sample: each copy as often as the others.
+    fn sample(&self, ready: &Ready) -> Result<(Graph, usize)> {
+        let device = self.desk.device;
+        let capture = |launches: usize| {
+            let graph = device.capture(&mut || {
+                (0..launches).try_for_each(|launch| (ready.launch)(launch % ready.copies))
+            })?;
+            Ok::<_, Error>((graph, launches))
+        };
+        if self.desk.counts() {
+            return capture(1);
+        }
+        let launches = LAUNCHES.next_multiple_of(ready.copies);
+        let (graph, _) = capture(launches)?;
+        let mut ms = f64::INFINITY;
+        // The first time may have to load things.
+        for _ in 0..2 {
+            let from = device.record()?;
+            device.replay(&graph)?;
+            ms = f64::from(device.elapsed(&from, &device.record()?)?);
+        }
+        match ((self.sample_ms / ms).ceil() as usize).clamp(1, MOST_TIMES) {
+            1 => Ok((graph, launches)),
+            times => capture(launches * times),
+        }
     }
 }
 
