@@ -385,6 +385,9 @@ pub trait Device: Send + Sync {
     fn profile(&self, _on: bool) -> Result<()> {
         Ok(())
     }
+
+    /// Where [`Device::tally`] counts: bank conflicts of every access from now on, or of `ldmatrix` alone. Costs time.
+    fn tally_conflicts(&self, _all: bool) {}
 }
 
 /// Checks shared by the implementations: a launch that no device could take.

@@ -632,4 +632,8 @@ impl Device for Emulator {
         self.counts().into_values().for_each(|counts| sum += counts);
         Some(sum)
     }
+
+    fn tally_conflicts(&self, all: bool) {
+        self.count_conflicts(all);
+    }
 }

@@ -46,16 +46,25 @@ impl Card {
         CARDS.into_iter().find(|card| plain(card.name) == plain(name))
     }
 
-    /// By the name that the driver gives a GPU. None of others, whose memory may differ.
-    pub fn of_gpu(name: &str) -> Option<Card> {
-        let card = match name.trim_start_matches("NVIDIA ") {
-            "H100 80GB HBM3" => "H100-SXM",
-            "GH200 480GB" => "GH200",
-            "A100-SXM4-80GB" => "A100-80GB",
-            "A100-SXM4-40GB" | "A100-PCIE-40GB" => "A100-40GB",
-            other => other.trim_start_matches("GeForce "),
+    /// By what the driver calls it: `NVIDIA H200`, `NVIDIA A100-SXM4-80GB`, `NVIDIA GeForce RTX 4090`. None where that is
+    /// not surely one of [`CARDS`].
+    pub fn of_driver(name: &str) -> Option<Card> {
+        let words: Vec<&str> =
+            name.split([' ', '-']).filter(|word| !["NVIDIA", "GeForce"].contains(word)).collect();
+        let has = |word: &str| words.contains(&word);
+        let found = match *words.first()? {
+            "H100" if has("PCIe") => "H100-PCIe",
+            "H100" if has("HBM3") => "H100-SXM",
+            // The PCIe card of that size has slower memory.
+            "A100" if has("80GB") && !has("PCIe") => "A100-80GB",
+            "A100" if has("40GB") => "A100-40GB",
+            // A 4090 D or Laptop GPU is another card.
+            "RTX" if words.len() == 2 => return Card::named(&words.concat()),
+            "H200" if has("NVL") => return None,
+            "H100" | "A100" | "RTX" => return None,
+            other => other,
         };
-        Card::named(card)
+        Card::named(found)
     }
 }
 

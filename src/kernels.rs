@@ -11,6 +11,7 @@ pub mod norm;
 pub mod pack;
 pub mod project;
 pub mod qkv;
+pub mod read;
 pub mod round;
 pub mod sample;
 pub mod swiglu;

@@ -188,9 +188,19 @@ pub struct Ring {
 }
 
 impl Round {
-    /// Bytes that the three launches must move.
-    pub fn bytes(&self) -> u64 {
-        (self.sequences * (256 + self.block * 100)) as u64
+    /// Bytes that [`Round::begin`] must move, without depths.
+    pub fn begin_bytes(&self) -> u64 {
+        (self.sequences * (48 + self.block * 60)) as u64
+    }
+
+    /// Bytes that [`Round::tokens`] must move.
+    pub fn tokens_bytes(&self) -> u64 {
+        (self.sequences * (32 + self.block * 8)) as u64
+    }
+
+    /// Bytes that [`Round::finish`] must move where all drafts stand.
+    pub fn finish_bytes(&self) -> u64 {
+        (self.sequences * (156 + self.block * 12)) as u64
     }
 
     /// Makes the tables. `sequences` `[sequences]` [`Sequence`]; `path` `[sequences][block]` as the last verdict left it;

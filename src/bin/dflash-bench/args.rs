@@ -37,6 +37,9 @@ pub struct Args {
 
 #[derive(Subcommand)]
 pub enum Command {
+    /// Measure: every kernel of a round and of a prompt at a model's shapes, against what reading memory takes
+    #[command(after_help = KERNELS)]
+    Kernels(Kernels),
     /// Predict: the least time of a step, a draft, a verification and a round, from bytes and operations alone
     #[command(after_help = EXIT_CODES)]
     Floor(Floor),
@@ -74,6 +77,19 @@ LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)  512-4096
 Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory.";
 
+const KERNELS: &str = "\
+First the read ceiling: a kernel that only reads. Then every kernel, whose results are held against a plain computation
+before it is timed: a kernel that is wrong has no time. Weights, keys and values are drawn; they lie in as many copies,
+one after the other, as keep a launch's own out of the cache. What the kernel before would have written just now is in
+the cache. us: of a launch among others. GB/s: bytes that it must move by that. floor us: these bytes at the ceiling, or
+its products at the card's nominal rate, where that is known and slower. On the emulator times say nothing: instead there
+is what one launch does, bytes in all as the value.
+
+LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)  512-4096*2 (512, 1024, 2048, 4096).
+
+Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, also a kernel whose results are wrong,
+2 usage, 3 model file missing or malformed, 4 unsupported, 5 out of memory.";
+
 const COMPARE: &str = "\
 Rows are matched by name and parameters. The ratio says how many times as good B is as A (time, bytes: A / B; rates:
 B / A), from the medians, with its 99 % interval: a bootstrap of the samples, of whole rounds of them where a row has
@@ -82,6 +98,39 @@ interval is within the threshold. UNCLEAR: neither, or fewer than 5 samples or r
 counted or predicted, are SAME if equal and UNCLEAR if not. Rows that one record alone has are listed.
 
 Exit codes: 0 no row is SLOWER, 7 one is, 2 wrong flags or records, 1 internal failure.";
+
+#[derive(Flags)]
+pub struct Kernels {
+    /// qwen3-4b, qwen3-8b, llama-3.1-8b, demo, or a target's folder, of which only config.json is read [default: qwen3-8b
+    /// on a GPU, demo on the emulator]
+    #[arg(long, value_name = "NAME|DIR")]
+    pub model: Option<String>,
+    /// Folder of the drafter, of which only config.json is read [default: of a name: its own; of a folder: none]
+    #[arg(long, value_name = "DIR")]
+    pub draft: Option<PathBuf>,
+    /// Rows of a launch, of all sequences together: in blocks, as few as the drafter's allows, and as plain steps
+    #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = wholes)]
+    #[arg(allow_hyphen_values = true)]
+    pub rows: Whole,
+    /// Positions that a sequence has before its rows
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = wholes, allow_hyphen_values = true)]
+    pub context: Whole,
+    /// Kernels of these names alone, with commas; what names there are is said where one is unknown
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Rounds of samples that count, on a GPU; one goes before them
+    #[arg(long, value_name = "N", default_value = "5", value_parser = count, allow_negative_numbers = true)]
+    pub rounds: usize,
+    /// Samples in a round, on a GPU; each is the time of at least 16 launches
+    #[arg(long, value_name = "N", default_value = "10", value_parser = count, allow_negative_numbers = true)]
+    pub samples: usize,
+    /// cuda, emulator (counters instead of times), or auto: a GPU if there is one, else the emulator
+    #[arg(long, value_name = "DEVICE", default_value = "auto", hide_possible_values = true)]
+    pub device: Choice,
+    /// Number of the GPU, as the driver counts [default: 0]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub gpu: Option<u32>,
+}
 
 #[derive(Flags)]
 pub struct Floor {

@@ -7,6 +7,7 @@ mod compare;
 mod figures;
 mod floor;
 mod generate;
+mod kernels;
 mod machine;
 mod model;
 mod plot;
@@ -37,6 +38,7 @@ fn run(args: &Args) -> Result<u8> {
     }
     let mut end = Ok(());
     let (title, record) = match &args.command {
+        Command::Kernels(flags) => kernels::run(flags)?,
         Command::Floor(flags) => floor::run(flags)?,
         Command::Round(flags) => round::run(flags)?,
         Command::Generate(flags) => {

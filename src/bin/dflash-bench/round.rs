@@ -78,7 +78,7 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     bar.finish_and_clear();
     let models = models?;
     let mut rows = vec![];
-    let card = Card::of_gpu(&device.properties().name).filter(|_| !counting);
+    let card = Card::of_driver(&device.properties().name).filter(|_| !counting);
     let bar = self::bar("{pos} of {len} measured: {msg}");
     bar.set_length((flags.context.0.len() * flags.batch.0.len()) as u64);
     for &context in &flags.context.0 {

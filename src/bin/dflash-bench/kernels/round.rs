@@ -1,0 +1,375 @@
+//! What a round does besides its linear layers and attention: small launches, whose inputs the kernel before has just
+//! written, so that they are timed with warm caches.
+
+use super::values::{Desk, below, close, equal, floats_of, halves_of, spots, words_of};
+use super::{Case, Ready, groups};
+use dflash::device::Buffer;
+use dflash::kernels::embedding::Embedding;
+use dflash::kernels::linear::Shape;
+use dflash::kernels::norm::{Norm, PART};
+use dflash::kernels::round::{Finish, Record, Ring, Round, Sequence, Tables};
+use dflash::kernels::sample::{self, Races, Sample};
+use dflash::kernels::verify::{Verdict, Verify};
+use dflash::model::Row;
+use dflash::pair::Pair;
+use dflash::verify::{self, Sampling};
+use dflash::{Error, Result};
+use serde_json::json;
+use std::rc::Rc;
+
+const NONE: u32 = u32::MAX;
+/// Rows whose choice with a temperature is looked at: the definition takes its time.
+const CHOICES: usize = 4;
+
+/// Positions of every sequence; no launch here takes longer for more.
+const LENGTH: u32 = 100;
+/// The token at position [`LENGTH`].
+const ANCHOR: u32 = 17;
+
+/// For each of `rows`: embedding, norm, sampling; for blocks and plain steps the verdict and the round's own kernels.
+pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
+    let target = &pair.target.config;
+    let (hidden, vocab) = (target.stack.hidden, target.vocab);
+    let mask = pair.drafter.as_ref().map_or(0, |drafter| drafter.config.mask_token);
+    let mut all = vec![];
+    for &rows in rows {
+        all.push(embedding(Embedding { rows, hidden, vocab, packed: target.tied, scale: 1.0 }));
+        all.push(norm(Norm { rows, hidden }));
+        let sample = Sample { rows, vocab, blocks: Shape { n: vocab, k: hidden }.blocks(), sequences: 1 };
+        all.push(sampled("sample", sample, 0.0));
+        all.push(sampled("sample with temperature", sample, 1.0));
+        for (batch, block) in groups(pair, rows) {
+            let round = Round { sequences: batch, block };
+            all.push(verdict(round, vocab));
+            all.push(begin(round, mask));
+            all.push(tokens(round, vocab));
+            all.push(finish(round, vocab));
+        }
+    }
+    all
+}
+
+fn case(
+    name: &str,
+    parameters: serde_json::Value,
+    bytes: u64,
+    make: impl for<'d> Fn(&Desk<'d>) -> Result<Ready<'d>> + 'static,
+) -> Case {
+    Case { name: name.into(), parameters, bytes, flops: 0.0, make: Box::new(make) }
+}
+
+fn embedding(kernel: Embedding) -> Case {
+    let Embedding { rows, hidden, vocab, packed, .. } = kernel;
+    case("embedding", json!({ "rows": rows }), kernel.bytes(), move |desk| {
+        let device = desk.device;
+        let table_rows = if packed { vocab.next_multiple_of(16) } else { vocab };
+        let table = desk.halves(table_rows * hidden, 1.0, "the embedding table")?;
+        let ids: Vec<usize> = (0..rows).map(|row| below(row, vocab)).collect();
+        let tokens = desk.words(ids.iter().map(|id| *id as u32))?;
+        let out = desk.output(rows * hidden * 4)?;
+        let (from, to) = (table.buffer.clone(), out.clone());
+        let launch = move |_| kernel.launch(device, &to, &from, &tokens);
+        let check = move || {
+            let found = floats_of(device, &out)?;
+            let spots = spots(rows, hidden);
+            let element = |&(row, c): &(usize, usize)| {
+                let id = ids[row];
+                // [vocab / 16][hidden / 32][half 2][kblock 4][row 8][8]
+                let group = id / 16 * (hidden / 32) + c / 32;
+                let packed_at = group * 512 + id / 8 % 2 * 256 + c / 8 % 4 * 64 + id % 8 * 8 + c % 8;
+                table.at(if packed { packed_at } else { id * hidden + c })
+            };
+            let got: Vec<f32> = spots.iter().map(|(row, c)| found[row * hidden + c]).collect();
+            equal("element", &got, &spots.iter().map(element).collect::<Vec<f32>>())
+        };
+        Ok(Ready::new(1, launch, check))
+    })
+}
+
+fn norm(kernel: Norm) -> Case {
+    let Norm { rows, hidden } = kernel;
+    case("norm", json!({ "rows": rows }), kernel.bytes(false), move |desk| {
+        let device = desk.device;
+        let x = desk.floats(rows * hidden, 0.0, 1.0, "the residual stream")?;
+        let gain = desk.floats(hidden, 1.0, 0.1, "gains")?;
+        let (y, sumsq) = (desk.output(rows * hidden * 2)?, desk.output(rows * kernel.parts() * 4)?);
+        let (stream, gains, to, sums) = (x.buffer.clone(), gain.buffer.clone(), y.clone(), sumsq.clone());
+        let launch = move |_| kernel.launch(device, &to, &sums, &stream, None, &gains);
+        let check = move || {
+            let (ys, sums) = (halves_of(device, &y)?, floats_of(device, &sumsq)?);
+            let element = |(row, c): (usize, usize)| {
+                (ys[row * hidden + c], f64::from(gain.at(c)) * f64::from(x.at(row * hidden + c)))
+            };
+            close("y", &spots(rows, hidden).into_iter().map(element).collect::<Vec<_>>(), 3e-3)?;
+            let sum = |(row, part): (usize, usize)| {
+                let columns = part * PART..hidden.min((part + 1) * PART);
+                let squares = columns.map(|c| f64::from(x.at(row * hidden + c)).powi(2)).sum();
+                (sums[row * kernel.parts() + part], squares)
+            };
+            close(
+                "sums of squares",
+                &spots(rows, kernel.parts()).into_iter().map(sum).collect::<Vec<_>>(),
+                1e-6,
+            )
+        };
+        Ok(Ready::new(1, launch, check))
+    })
+}
+
+fn sampled(name: &str, kernel: Sample, temperature: f32) -> Case {
+    let Sample { rows, vocab, blocks, .. } = kernel;
+    let bytes = if temperature > 0.0 { kernel.race_bytes() } else { kernel.bytes() };
+    case(name, json!({ "rows": rows }), bytes, move |desk| {
+        let device = desk.device;
+        let logits = desk.floats(rows * vocab, 0.0, 3.0, "logits")?;
+        let row = |row: usize| (0..vocab).map(|id| logits.at(row * vocab + id)).collect::<Vec<f32>>();
+        // As the head leaves it: the best of every 128.
+        let best = |row: Vec<f32>| {
+            let number = |(id, logit): (usize, &f32)| {
+                let bits = logit.to_bits();
+                let ascending = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+                u64::from(ascending) << 32 | u64::from(!(id as u32))
+            };
+            let numbers: Vec<u64> = row.iter().enumerate().map(number).collect();
+            let most = |block: &[u64]| block.iter().copied().max().unwrap_or(0);
+            numbers
+                .chunks(vocab.div_ceil(blocks).max(PART))
+                .flat_map(|block| most(block).to_le_bytes())
+                .collect::<Vec<u8>>()
+        };
+        let best = desk.bytes(&(0..rows).flat_map(|r| best(row(r))).collect::<Vec<u8>>())?;
+        let position = |row: usize| 100 + row as u32;
+        let table = desk.words((0..rows).flat_map(|row| [0, position(row), NONE, NONE]))?;
+        let law = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 0 };
+        let state = desk.bytes(&sequence(1, law.clone()).to_bytes()?)?;
+        let tables = desk.bytes(&sample::tables())?;
+        device.seal(&tables);
+        let (partial, choice) = (desk.output(kernel.workspace())?, desk.output(rows * 4)?);
+        let counters = desk.words((0..rows).map(|_| 0))?;
+        let (races, to, from) = (temperature > 0.0, choice.clone(), logits.buffer.clone());
+        let launch = move |_| {
+            let all = Races {
+                logits: &from,
+                sequences: &state,
+                tables: &tables,
+                partial: &partial,
+                counters: &counters,
+            };
+            kernel.launch(device, &to, &best, &table, races.then_some(all))
+        };
+        let check = move || {
+            let found = words_of(device, &choice)?;
+            let looked_at: Vec<usize> = (0..rows).step_by(rows.div_ceil(CHOICES)).collect();
+            let choose = |&r: &usize| {
+                let row: Vec<f32> = (0..vocab).map(|id| logits.at(r * vocab + id)).collect();
+                law.choose(&row, position(r) + 1).unwrap_or(NONE)
+            };
+            let got: Vec<u32> = looked_at.iter().map(|row| found[*row]).collect();
+            equal("choice", &got, &looked_at.iter().map(choose).collect::<Vec<u32>>())
+        };
+        Ok(Ready::new(1, launch, check))
+    })
+}
+
+/// A sequence that runs on for longer than anybody measures.
+fn sequence(block: usize, sampling: Sampling) -> Sequence {
+    Sequence {
+        active: true,
+        length: LENGTH,
+        anchor: ANCHOR,
+        pending: (block as u32).min(3),
+        budget: 1 << 30,
+        end: 1 << 30,
+        draft_end: 1 << 30,
+        block: block as u32,
+        sampling,
+        stop_ids: vec![],
+        finish: Finish::Running,
+        rounds: 0,
+        drafted: 0,
+        accepted: 0,
+    }
+}
+
+fn greedy() -> Sampling {
+    Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 }
+}
+
+fn states(round: Round) -> Result<Vec<u8>> {
+    Ok(sequence(round.block, greedy()).to_bytes()?.repeat(round.sequences))
+}
+
+fn of(round: Round) -> serde_json::Value {
+    json!({ "rows": round.sequences * round.block, "batch": round.sequences })
+}
+
+/// Tokens of a verification: anchors and drafts.
+fn drafted(round: Round, vocab: usize) -> Vec<u32> {
+    (0..round.sequences * round.block).map(|i| below(i, vocab) as u32).collect()
+}
+
+/// How many drafts of a sequence stand: all numbers there are, in turn.
+fn standing(sequence: usize, block: usize) -> usize {
+    (block - 1 + sequence) % block
+}
+
+fn verdict(round: Round, vocab: usize) -> Case {
+    let Round { sequences, block } = round;
+    let kernel = Verify { sequences, block };
+    case("verify", of(round), kernel.bytes(), move |desk| {
+        let device = desk.device;
+        let drafts = drafted(round, vocab);
+        let choice = |i: usize| match (i / block, i % block) {
+            (own, row) if row < standing(own, block) => drafts[i + 1],
+            // No draft.
+            _ => vocab as u32,
+        };
+        let choices: Vec<u32> = (0..drafts.len()).map(choice).collect();
+        let [tokens, chosen] = [&drafts, &choices].map(|words| desk.words(words.iter().copied()));
+        let (tokens, chosen) = (tokens?, chosen?);
+        let spans = desk.words((0..sequences).flat_map(|_| [0, block as u32]))?;
+        let (accepted, next) = (desk.output(sequences * 4)?, desk.output(sequences * 4)?);
+        let path = desk.output(sequences * block * 4)?;
+        let to = [&accepted, &next, &path].map(Buffer::clone);
+        let launch = move |_| {
+            let [accepted, next, path] = &to;
+            kernel.launch(device, Verdict { accepted, next, path }, &chosen, &tokens, None, &spans)
+        };
+        let check = move || {
+            let mut expected = [vec![], vec![], vec![]];
+            for own in 0..sequences {
+                let at = own * block;
+                let judged = verify::judge(&drafts[at + 1..at + block], |row| Some(choices[at + row]));
+                let (stood, token) = judged.ok_or_else(|| Error::Internal("no verdict".into()))?;
+                expected[0].push(stood as u32);
+                expected[1].push(token);
+                expected[2].extend((0..block).map(|row| if row <= stood { row as u32 } else { NONE }));
+            }
+            equal("accepted", &words_of(device, &accepted)?, &expected[0])?;
+            equal("next", &words_of(device, &next)?, &expected[1])?;
+            equal("path", &words_of(device, &path)?, &expected[2])
+        };
+        Ok(Ready::new(1, launch, check))
+    })
+}
+
+fn begin(round: Round, mask: u32) -> Case {
+    let Round { sequences, block } = round;
+    let rows = sequences * block;
+    case("round_begin", of(round), round.begin_bytes(), move |desk| {
+        let device = desk.device;
+        let states = desk.bytes(&states(round)?)?;
+        let path = desk.words((0..rows).map(|i| (i % block) as u32))?;
+        let [draft_tokens, features] = [desk.output(rows * 4)?, desk.output(rows * 4)?];
+        let [draft_rows, verify_rows] =
+            [desk.output(2 * rows * Row::BYTES)?, desk.output(rows * Row::BYTES)?];
+        let [draft_spans, verify_spans] = [desk.output(sequences * 8)?, desk.output(sequences * 8)?];
+        let clock = desk.words([0, 0])?;
+        let all = [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock];
+        let written = all.clone();
+        let launch = move |_| {
+            let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock] = &all;
+            let tables =
+                Tables { draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock };
+            round.begin(device, tables, &states, &path, None, mask)
+        };
+        let check = move || {
+            let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock] =
+                written.each_ref().map(|buffer| words_of(device, buffer));
+            let begun = sequence(block, greedy());
+            let (length, pending) = (begun.length, begun.pending);
+            let drafts = if block > 1 { block as u32 } else { 0 };
+            let mut expected: [Vec<u32>; 3] = Default::default();
+            let mut pending_rows = vec![];
+            let mut draft = vec![];
+            for i in 0..rows as u32 {
+                let (own, row) = (i / block as u32, i % block as u32);
+                expected[0].push(if row >= drafts {
+                    NONE
+                } else if row == 0 {
+                    begun.anchor
+                } else {
+                    mask
+                });
+                let position = length - pending + row;
+                let feature = row < pending;
+                expected[1].push(if feature { i } else { NONE });
+                pending_rows.extend(if feature {
+                    [own, position, position, NONE]
+                } else {
+                    [NONE, 0, NONE, NONE]
+                });
+                draft.extend(if row < drafts {
+                    [own, length + row, length + row, i]
+                } else {
+                    [NONE, 0, NONE, NONE]
+                });
+                expected[2].extend([own, length + row, length + row, i]);
+            }
+            let span = |rows: u32| [if rows > 0 { length } else { 0 }, rows].repeat(sequences);
+            equal("draft token", &draft_tokens?, &expected[0])?;
+            equal("feature", &features?, &expected[1])?;
+            equal("draft row", &draft_rows?, &[pending_rows, draft].concat())?;
+            equal("verify row", &verify_rows?, &expected[2])?;
+            equal("draft span", &draft_spans?, &span(drafts))?;
+            equal("verify span", &verify_spans?, &span(block as u32))?;
+            equal("clock", &clock?, &[1, sequences as u32])
+        };
+        Ok(Ready::new(1, launch, check))
+    })
+}
+
+fn tokens(round: Round, vocab: usize) -> Case {
+    let Round { sequences, block } = round;
+    case("round_tokens", of(round), round.tokens_bytes(), move |desk| {
+        let device = desk.device;
+        let states = desk.bytes(&states(round)?)?;
+        let mut expected = drafted(round, vocab);
+        let drafts = desk.words(expected.iter().copied())?;
+        (0..sequences).for_each(|own| expected[own * block] = ANCHOR);
+        let out = desk.output(expected.len() * 4)?;
+        let to = out.clone();
+        let launch = move |_| round.tokens(device, &to, &drafts, &states);
+        Ok(Ready::new(1, launch, move || equal("token", &words_of(device, &out)?, &expected)))
+    })
+}
+
+fn finish(round: Round, vocab: usize) -> Case {
+    let Round { sequences, block } = round;
+    case("round_finish", of(round), round.finish_bytes(), move |desk| {
+        let device = desk.device;
+        let before = states(round)?;
+        let states = desk.bytes(&before)?;
+        let tokens = drafted(round, vocab);
+        let drafts = desk.words(tokens.iter().copied())?;
+        let accepted = desk.words((0..sequences).map(|own| standing(own, block) as u32))?;
+        let next = desk.words((0..sequences).map(|own| own as u32))?;
+        let path = desk.words((0..tokens.len()).map(|i| (i % block) as u32))?;
+        let clock = desk.words([1, sequences as u32])?;
+        let ring = Rc::new(Ring::new(device, round, 1)?);
+        let (own_ring, own_states) = (ring.clone(), states.clone());
+        let launch = move |_| {
+            let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+            round.finish(device, &own_states, &own_ring, &clock, verdict, &drafts)
+        };
+        // A round makes its sequences longer.
+        let to = states.clone();
+        let prepare = move || device.upload(&to, &before);
+        let check = move || {
+            device.synchronize()?;
+            for own in 0..sequences {
+                let stood = standing(own, block);
+                let mut emitted = tokens[own * block + 1..own * block + 1 + stood].to_vec();
+                emitted.push(own as u32);
+                let judged = emitted.len() as u32;
+                let expected = Record { tokens: emitted, judged, finish: Finish::Running };
+                equal("record", &[ring.read(1, own)?], &[Some(expected)])?;
+            }
+            let length =
+                |own: usize| words_of(device, &states).map(|words| words[own * Sequence::BYTES / 4 + 1]);
+            let own = sequences - 1;
+            equal("length", &[length(own)?], &[LENGTH + standing(own, block) as u32 + 1])
+        };
+        Ok(Ready { prepare: Box::new(prepare), ..Ready::new(1, launch, check) })
+    })
+}

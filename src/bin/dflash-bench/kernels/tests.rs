@@ -1,0 +1,205 @@
+//! What a GPU would be asked, on the emulator behind a device that says it does not count, and whether the checks of
+//! results see wrong ones.
+
+use super::*;
+use dflash::device::{Arg, Buffer, Counts, Device, Event, Graph, Kernel, Pinned, Properties};
+use dflash::emulator::Emulator;
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+
+/// An emulator in a GPU's clothes, or with results that are a little off.
+struct Disguised {
+    inner: Emulator,
+    properties: Properties,
+    /// First arguments of linear launches: their weights.
+    weights: Mutex<BTreeSet<u64>>,
+    spoiled: bool,
+}
+
+impl Disguised {
+    fn new(l2: u64, spoiled: bool) -> Disguised {
+        let inner = Emulator::new();
+        let properties = Properties { l2, multiprocessors: 2, ..inner.properties().clone() };
+        Disguised { inner, properties, weights: Mutex::default(), spoiled }
+    }
+}
+
+impl Device for Disguised {
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+    fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer> {
+        self.inner.allocate(bytes, what)
+    }
+    fn pinned(&self, bytes: usize, what: &str) -> Result<Pinned> {
+        self.inner.pinned(bytes, what)
+    }
+    fn memory(&self) -> Result<(u64, u64)> {
+        self.inner.memory()
+    }
+    fn upload(&self, to: &Buffer, bytes: &[u8]) -> Result<()> {
+        self.inner.upload(to, bytes)
+    }
+    /// A bit of every other byte: the fraction of a bf16 or f32, an integer.
+    fn download(&self, from: &Buffer, bytes: &mut [u8]) -> Result<()> {
+        self.inner.download(from, bytes)?;
+        bytes.iter_mut().step_by(2).for_each(|byte| *byte ^= if self.spoiled { 2 } else { 0 });
+        Ok(())
+    }
+    fn copy(&self, to: &Buffer, from: &Buffer) -> Result<()> {
+        self.inner.copy(to, from)
+    }
+    fn fill(&self, to: &Buffer, byte: u8) -> Result<()> {
+        self.inner.fill(to, byte)
+    }
+    fn seal(&self, constant: &Buffer) {
+        self.inner.seal(constant);
+    }
+    fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {
+        if let (Arg::Buffer(weights), "project") = (&args[0], kernel.file) {
+            self.weights.lock().unwrap().insert(weights.address());
+        }
+        self.inner.launch(kernel, grid, shared, args)
+    }
+    fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        self.inner.capture(record)
+    }
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        self.inner.replay(graph)
+    }
+    fn record(&self) -> Result<Event> {
+        self.inner.record()
+    }
+    fn elapsed(&self, from: &Event, to: &Event) -> Result<f32> {
+        self.inner.elapsed(from, to)
+    }
+    fn synchronize(&self) -> Result<()> {
+        self.inner.synchronize()
+    }
+    fn tally(&self) -> Option<Counts> {
+        None
+    }
+}
+
+fn demo() -> Pair {
+    model::pair("demo", None).unwrap()
+}
+
+/// One of every kind: a row alone, rows that fill no tile, blocks and steps of several sequences.
+fn cases(pair: &Pair) -> Vec<Case> {
+    let mut all = linear::cases(pair, &[1, 19]);
+    all.extend(attention::cases(pair, &[1, 5, 32], &[0, 70]));
+    all.extend(round::cases(pair, &[1, 5, 32]));
+    all
+}
+
+#[track_caller]
+fn refused(case: &Case, result: Result<()>, why: &str) {
+    let internal = matches!(&result, Err(Error::Internal(_)));
+    assert!(internal, "{} {}, {why}: {result:?}", case.name, case.parameters);
+}
+
+#[test]
+fn results_that_are_wrong_are_refused_and_right_ones_are_not() {
+    let (right, off) = (Disguised::new(0, false), Disguised::new(0, true));
+    let pair = demo();
+    for case in cases(&pair) {
+        for (device, spoiled) in [(&right, false), (&off, true)] {
+            let ready = (case.make)(&Desk::new(device)).unwrap();
+            (ready.prepare)().unwrap();
+            refused(&case, (ready.check)(), "not launched");
+            (ready.launch)(0).unwrap();
+            match spoiled {
+                true if case.name == "round_finish" => (), // its records are read without a download
+                true => refused(&case, (ready.check)(), "off by a bit"),
+                false => (ready.check)().unwrap(),
+            }
+            // A second time nothing is left of the first.
+            (ready.prepare)().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_wrong_kernel_has_no_row() {
+    let (device, place) = (Disguised::new(0, true), Place::emulator().unwrap());
+    let (desk, instruments) = (Desk::new(&device as &dyn Device), Instruments::open(&place));
+    let bench =
+        Bench { desk, instruments, card: None, rounds: 1, samples: 1, ceiling: 3 << 15, sample_ms: 0.0 };
+    let said = |result: Result<Row>| result.unwrap_err().to_string();
+    let ceiling = said(bench.ceiling().map(|(row, _)| row));
+    assert!(ceiling.starts_with("kernel check: read ceiling {\"blocks\":3}: the sum 0 is "), "{ceiling}");
+    let norm = round::cases(&demo(), &[3]).into_iter().find(|case| case.name == "norm").unwrap();
+    let said = said(bench.row(&norm, None));
+    assert!(said.starts_with("kernel check: norm {\"rows\":3}: y: relative error "), "{said}");
+    assert!(said.ends_with("; nothing is timed"), "{said}");
+}
+
+/// Sliding windows on both sides, a causal drafter: no published pair has them.
+#[test]
+fn attention_of_every_rule_is_checked() {
+    let mut pair = demo();
+    let stack = &mut pair.drafter.as_mut().unwrap().config.stack;
+    let rules = [(false, Some(24)), (true, Some(90)), (true, None)];
+    stack.attention = rules.map(|(causal, window)| dflash::config::Attention { causal, window }).to_vec();
+    pair.target.config.stack.attention[1].window = Some(40);
+    let device = Emulator::new();
+    let desk = Desk::new(&device);
+    let all = attention::cases(&pair, &[16, 32], &[0, 10, 100]);
+    let windowed = |case: &&Case| case.parameters.get("window").is_some();
+    assert_eq!(
+        (all.len(), all.iter().filter(windowed).count()),
+        (3 * (2 + 3 + 2 + 2 + 3 + 2 + 2), 3 * (1 + 2 + 1 + 1 + 2 + 1 + 1))
+    );
+    for case in all {
+        let ready = (case.make)(&desk).unwrap();
+        (ready.launch)(0).unwrap();
+        (ready.check)().map_err(|e| wrong(&case.name, &case.parameters, e)).unwrap();
+        let counted = device.counts();
+        assert!(case.bytes > 0 && case.flops > 0.0 && !counted.is_empty());
+    }
+}
+
+#[test]
+fn samples_are_times_of_launches_on_cold_copies() {
+    // Twice the weights of the output projection, 64 KiB.
+    let (l2, rounds, samples) = (128 << 10, 2, 1);
+    let device = Disguised::new(l2, false);
+    let pair = demo();
+    let place = Place::emulator().unwrap();
+    let card = Card { name: "a card", bandwidth: 1.0, tflops: 1e-9, memory: 1.0 };
+    let chosen =
+        |case: &Case| case.name == "norm" || (case.name == "target: o" && case.parameters["rows"] == 19);
+    let cases: Vec<Case> = cases(&pair).into_iter().filter(chosen).collect();
+    for (card, sample_ms, times) in [(None, 0.0, 1), (Some(card), 1e9, 32)] {
+        let (desk, ceiling) = (Desk::new(&device as &dyn Device), 1 << 20);
+        device.inner.reset_counts();
+        device.weights.lock().unwrap().clear();
+        let instruments = Instruments::open(&place);
+        let bench = Bench { desk, instruments, card, rounds, samples, ceiling, sample_ms };
+        let rows = bench.rows(&cases).unwrap();
+        assert_eq!(rows.len(), 1 + cases.len());
+        let rate = rows[0].median.unwrap();
+        assert_eq!((rows[0].name.as_str(), rows[0].unit.as_str()), ("read ceiling", "GB/s"));
+        for (row, case) in rows[1..].iter().zip(&cases) {
+            assert_eq!((&row.name, row.unit.as_str()), (&case.name, "us"));
+            assert_eq!(row.samples.as_ref().unwrap().len(), rounds * samples);
+            assert_eq!(row.rounds, Some(vec![samples; rounds]));
+            let number = |name: &str| row.numbers[name].as_f64().unwrap();
+            let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-9, "{row:?}: {a}, {b}");
+            near(number("MB") * 1e6, case.bytes as f64);
+            near(number("GB/s"), case.bytes as f64 / row.median.unwrap() / 1e3);
+            near(number("share of ceiling"), number("GB/s") / rate);
+            // At 1000 operations in a second, products decide wherever there are any.
+            let products = if card.is_some() { case.flops * 1e3 } else { 0.0 };
+            near(number("floor us"), (case.bytes as f64 / 1e3 / rate).max(products));
+        }
+        let launches = |kernel: &str| device.inner.counts()[kernel].launches;
+        // 7 copies, so that 6 others are 3 times the cache: 21 launches. Norms have no weights: 16. One launch is checked,
+        // and two samples tell how long the others shall be.
+        let launched = |of: u64| 1 + 2 * of + (rounds as u64 + 1) * samples as u64 * of * times;
+        assert_eq!(launches("project_32"), launched(21));
+        assert_eq!(launches("residual_norm"), 3 * launched(16));
+        assert_eq!(device.weights.lock().unwrap().len(), 7);
+    }
+}
