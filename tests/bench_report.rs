@@ -557,6 +557,8 @@ fn counters_of_the_emulator_are_called_so() {
     assert!((bytes("var(--c3)") / bytes("var(--c4)") - 9.0).abs() < 1.0);
     let round = |fill| widths("Where a round goes at context 64", fill)[0];
     assert!((round("var(--c5)") / round("var(--c4)") - 3.5 / 1.5).abs() < 0.02);
+    // Here both together are what the plain step takes.
+    assert!((round("var(--c5)") + round("var(--c4)") - round("var(--c9)")).abs() < 2.0);
     assert!(text_of(figure(&document, "Where a round goes at context 64")).contains("5 MB"));
 }
 
