@@ -52,7 +52,8 @@ pub fn text(record: &Record, title: &str, format: Format) -> String {
         Format::Json => serde_json::json!(record).to_string() + "\n",
         Format::Csv => csv(&record.rows),
         Format::Table | Format::Markdown => {
-            let state = describe(&record.machine).map_or(String::new(), |state| format!("\n{}", plain(&state)));
+            let state =
+                describe(&record.machine).map_or(String::new(), |state| format!("\n{}", plain(&state)));
             table(&record.rows, &format!("{title}{state}"), format == Format::Markdown)
         }
     }
