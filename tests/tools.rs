@@ -405,3 +405,20 @@ fn python_reads_lists_as_dflash_bench_does() {
     assert_eq!(python("wholes(given)", &json!("2,3")), json!([2, 3]));
     assert!(tried("wholes(given)", &json!("2.5")).unwrap_err().contains("expected whole numbers"));
 }
+
+#[test]
+fn the_programs_themselves_make_a_report_on_the_emulator() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let bin = Path::new(env!("CARGO_BIN_EXE_dflash-bench")).parent().unwrap();
+    let mut command = Command::new(tool("gpu-report.sh"));
+    command.args(["--device", "emulator", "--bin"]).arg(bin).arg(&out).stdin(Stdio::null());
+    let done = command.output().unwrap();
+    assert_eq!(done.status.code(), Some(0), "{}{}", text(&done.stdout), text(&done.stderr));
+    for name in ["kernels-demo", "round-demo", "generate-demo"] {
+        let record: Value =
+            serde_json::from_slice(&fs::read(out.join(name).with_extension("json")).unwrap()).unwrap();
+        assert_eq!((misfit(&record), &record["machine"]["device"]), (None, &json!("emulator")));
+    }
+    assert!(out.join("report.html").is_file());
+}

@@ -171,12 +171,12 @@ if [ "$device" = cuda ]; then
         reserved=$((reserved - 130))
         leave_out tests "they are not built: cargo test --release --no-run"
     fi
-    length=128 kernels=(qwen3-8b --rows "1,16,64,128" --context 1024)
+    length=128 repeat=(--repeat 5) kernels=(qwen3-8b --rows "1,16,64,128" --context 1024)
     pairs=(qwen3-4b qwen3-8b) rounds=(--batch '1-8*2' --context 1024 --acceptance "4,6")
 else
     say "| tests | not here | | cargo test runs them on the emulator |"
     head -n 2 "$prompts" >"$scratch/prompts.jsonl"
-    reserved=225 prompts=$scratch/prompts.jsonl length=16 kernels=(demo --rows "1,16" --context 64)
+    reserved=225 prompts=$scratch/prompts.jsonl length=16 repeat=() kernels=(demo --rows "1,16" --context 64)
     pairs=(demo) rounds=(--batch "1,2" --context 64 --acceptance "2,4")
 fi
 gen=("$bin/dflash-gen" --device "$device" --prompts "$prompts" -n "$length" --check-lossless --json)
@@ -193,7 +193,8 @@ for pair in "${pairs[@]}"; do
     [ "$pair" != qwen3-8b ] || share=75
     bench $share "round-$pair" round --model "$pair" "${rounds[@]}"
 done
-bench 35 generate-demo generate --prompts "$prompts" -n "$length"
+# Fewer rounds than 5 would leave `compare` without a verdict.
+bench 35 generate-demo generate --prompts "$prompts" -n "$length" "${repeat[@]}"
 state after
 
 if [ -f "$out/tests/summary.txt" ]; then

@@ -40,15 +40,15 @@ pub enum Command {
     /// Measure: every kernel of a round and of a prompt at a model's shapes, against what reading memory takes
     #[command(after_help = KERNELS)]
     Kernels(Kernels),
-    /// Predict: the least time of a step, a draft, a verification and a round, from bytes and operations alone
-    #[command(after_help = EXIT_CODES)]
-    Floor(Floor),
     /// Measure a plain step and a DFlash round of drawn weights, and the round's parts
     #[command(after_help = ROUND)]
     Round(Round),
     /// Measure: answers to prompts, by plain decoding and by DFlash in turn; on the emulator counters instead of times
     #[command(after_help = EXIT_CODES)]
     Generate(Generate),
+    /// Predict: the least time of a step, a draft, a verification and a round, from bytes and operations alone
+    #[command(after_help = EXIT_CODES)]
+    Floor(Floor),
     /// Compare two records, row by row; exit code 7 if any row is SLOWER
     #[command(after_help = COMPARE)]
     Compare(Compare),
