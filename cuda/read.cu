@@ -1,7 +1,7 @@
 // Reads memory and does nothing else: what every other kernel's bytes per second are held against.
 //
 // Computes: out[b] = sum mod 2^32 of the words that block b reads.
-// Work:     grid (blocks), 256 threads, which take turns with runs of 2048 pieces of 16 bytes, 8 per thread on their way.
+// Work:     grid (blocks), 256 threads, which take turns with runs of 2048 pieces of 16 bytes, 8 of a thread under way.
 // Order:    none: sums mod 2^32.
 // Bytes:    pieces x 16 read, blocks x 4 written.
 // Needs:    from 16-byte aligned.

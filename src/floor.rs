@@ -46,7 +46,7 @@ impl Card {
         CARDS.into_iter().find(|card| plain(card.name) == plain(name))
     }
 
-    /// By what the driver calls it: `NVIDIA H200`, `NVIDIA A100-SXM4-80GB`, `NVIDIA GeForce RTX 4090`. None where that is
+    /// By what the driver calls it: `NVIDIA H200`, `NVIDIA A100-SXM4-80GB`, `NVIDIA GeForce RTX 4090`. None where it is
     /// not surely one of [`CARDS`].
     pub fn of_driver(name: &str) -> Option<Card> {
         let words: Vec<&str> =

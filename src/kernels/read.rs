@@ -27,7 +27,7 @@ impl Read {
         (self.bytes + self.blocks * 4) as u64
     }
 
-    /// `out` `[blocks]` u32: the sum mod 2^32 of the little-endian words that each block read. Together they are the sum
+    /// `out` `[blocks]` u32: the sum mod 2^32 of the words that each block read. Together they are the sum
     /// of all words of `from`, `bytes` bytes.
     ///
     /// # Errors
@@ -37,8 +37,8 @@ impl Read {
         let pieces = u32::try_from(bytes / 16).ok().filter(|pieces| *pieces <= u32::MAX - RUN as u32);
         let (Some(pieces), true, true) = (pieces, bytes > 0 && bytes.is_multiple_of(16), blocks > 0) else {
             return Err(Error::Internal(format!(
-                "kernel read_all: {bytes} bytes on {blocks} blocks; possible are multiples of 16 below 64 GiB and at least \
-                 one block"
+                "kernel read_all: {bytes} bytes on {blocks} blocks; possible are multiples of 16 below 64 GiB and \
+                 at least one block"
             )));
         };
         at_least("read_all", "out", out, blocks * 4)?;

@@ -82,12 +82,12 @@ First the read ceiling: a kernel that only reads. Then every kernel, whose resul
 before it is timed: a kernel that is wrong has no time. Weights, keys and values are drawn; they lie in as many copies,
 one after the other, as keep a launch's own out of the cache. What the kernel before would have written just now is in
 the cache. us: of a launch among others. GB/s: bytes that it must move by that. floor us: these bytes at the ceiling, or
-its products at the card's nominal rate, where that is known and slower. On the emulator times say nothing: instead there
-is what one launch does, bytes in all as the value.
+its products at the card's nominal rate, where that is known and slower. On the emulator times say nothing: there
+instead is what one launch does, bytes in all as the value.
 
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)  512-4096*2 (512, 1024, 2048, 4096).
 
-Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, also a kernel whose results are wrong,
+Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, also a wrong kernel,
 2 usage, 3 model file missing or malformed, 4 unsupported, 5 out of memory.";
 
 const COMPARE: &str = "\
@@ -101,8 +101,8 @@ Exit codes: 0 no row is SLOWER, 7 one is, 2 wrong flags or records, 1 internal f
 
 #[derive(Flags)]
 pub struct Kernels {
-    /// qwen3-4b, qwen3-8b, llama-3.1-8b, demo, or a target's folder, of which only config.json is read [default: qwen3-8b
-    /// on a GPU, demo on the emulator]
+    /// qwen3-4b, qwen3-8b, llama-3.1-8b, demo, or a target's folder, of which only config.json is read [default:
+    /// qwen3-8b on a GPU, demo on the emulator]
     #[arg(long, value_name = "NAME|DIR")]
     pub model: Option<String>,
     /// Folder of the drafter, of which only config.json is read [default: of a name: its own; of a folder: none]

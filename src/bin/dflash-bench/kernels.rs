@@ -1,5 +1,5 @@
-//! `kernels`: every kernel of a round and of a prompt's chunk at a model's shapes, held against a plain computation, then
-//! timed, or on the emulator counted.
+//! `kernels`: every kernel of a round and of a prompt's chunk at a model's shapes, held against a plain computation,
+//! then timed, or on the emulator counted.
 
 mod attention;
 mod linear;

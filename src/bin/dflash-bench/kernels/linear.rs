@@ -86,7 +86,7 @@ fn stack(
     all
 }
 
-/// A case of weights that are multiplied with `rows` rows. `bytes`: the launcher's, which has the weights once per pass;
+/// A case of weights that are multiplied with `rows`. `bytes`: the launcher's, which has the weights once per pass;
 /// a prompt's passes run side by side, so that one reading from memory could serve them all.
 fn case(
     name: &str,
@@ -442,7 +442,7 @@ fn rotated(head: &[f64], rope: &Drawn, position: usize) -> Vec<f64> {
     (0..dim).map(turn).collect()
 }
 
-/// Element of keys or values in their pages: chunks of 8 dims of a token are permuted, as `page_offset` of `cuda/rows.cuh`
+/// Place of an element of keys or values: a token has its chunks of 8 dims permuted, as `page_offset` of `cuda/rows.cuh`
 /// has it.
 pub fn in_pages(page: usize, head: usize, kv_heads: usize, slot: usize, d: usize, head_dim: usize) -> usize {
     let token = slot % PAGE;

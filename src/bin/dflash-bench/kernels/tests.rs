@@ -195,7 +195,7 @@ fn samples_are_times_of_launches_on_cold_copies() {
             near(number("floor us"), (case.bytes as f64 / 1e3 / rate).max(products));
         }
         let launches = |kernel: &str| device.inner.counts()[kernel].launches;
-        // 7 copies, so that 6 others are 3 times the cache: 21 launches. Norms have no weights: 16. One launch is checked,
+        // 7 copies, so that 6 others are 3 times the cache: 21 launches. Norms have no weights: 16. One is checked,
         // and two samples tell how long the others shall be.
         let launched = |of: u64| 1 + 2 * of + (rounds as u64 + 1) * samples as u64 * of * times;
         assert_eq!(launches("project_32"), launched(21));
