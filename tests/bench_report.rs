@@ -73,6 +73,7 @@ fn kernels() -> Value {
             rows.push(row(name, json!({ "rows": n, "context": 1024 }), "us", us, numbers));
         }
     }
+    rows[3]["samples"] = json!(vec![rows[3]["median"].clone(); 5]);
     rows[3]["throttled"] = json!([0, 4]);
     record("kernels", rows)
 }

@@ -290,6 +290,10 @@ impl Row {
                 return Err(format!("has rounds of {rounds:?} samples, and {} samples", samples.len()));
             }
         }
+        let places = self.rounds.as_ref().map_or(samples.len(), Vec::len);
+        if let Some(place) = self.throttled.iter().flatten().find(|place| **place >= places) {
+            return Err(format!("was throttled at place {place} of {places}"));
+        }
         let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs();
         match (Summary::of(samples), self.median) {
             (Some(s), Some(median)) if !close(median, s.median) => {
