@@ -10,7 +10,7 @@
 //! by the drafter's probability would be wrong. And a draft that was drawn must not be dropped for what it is; a chain
 //! may end after it.
 
-use crate::verify::philox;
+use crate::verify::{Sampling, philox};
 use std::borrow::Cow;
 
 /// Probability 1.
@@ -80,6 +80,48 @@ fn high(a: u64, b: u64) -> u64 {
 /// `floor(a b / 2^48)` of two that are at most [`ONE`].
 fn times(a: u64, b: u64) -> u64 {
     ((u128::from(a) * u128::from(b)) >> 48) as u64
+}
+
+/// Which drafts stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Rule {
+    /// Those that are what plain decoding emits with the same seed
+    #[default]
+    Match,
+    /// Token by token, so that the law is the target's
+    Rejection,
+    /// Whole blocks, so that the law is the target's
+    Block,
+}
+
+impl Rule {
+    /// The word in `--verify` and in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Rule::Match => "match",
+            Rule::Rejection => "rejection",
+            Rule::Block => "block",
+        }
+    }
+}
+
+/// How a request's drafts are made and judged.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Drafting {
+    pub rule: Rule,
+    /// What drafts are drawn with from the drafter's logits. Seed and stream are the request's. At temperature 0 they
+    /// are the drafter's best tokens. Else, under [`Rule::Match`], they are what [`Sampling::choose`] makes of the
+    /// drafter's logits with the very noise that the target's tokens are chosen by: laws that are alike then choose
+    /// alike (Daliri et al., arXiv 2408.07978). Under the other rules they are drawn from words of their own.
+    pub sampling: Sampling,
+}
+
+impl Default for Drafting {
+    /// The drafter's best tokens, judged by [`Rule::Match`].
+    fn default() -> Drafting {
+        let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+        Drafting { rule: Rule::Match, sampling }
+    }
 }
 
 // ---- chances ----
@@ -236,7 +278,8 @@ pub fn rejection(
 ) -> Option<(usize, u32)> {
     for (row, (&draft, law)) in drafts.iter().zip(laws).enumerate() {
         let child = [(row + 1, draft)];
-        if let Verdict::Token(token) = node(target(row)?, law, &child, Siblings::Independent, row, row, coin)? {
+        if let Verdict::Token(token) = node(target(row)?, law, &child, Siblings::Independent, row, row, coin)?
+        {
             return Some((row, token));
         }
     }

@@ -2,13 +2,13 @@
 
 use crate::args::Args;
 use crate::note;
-use dflash::Result;
 use dflash::engine::Backend;
 use dflash::memory::{MemoryPlan, Room};
 use dflash::pair::Pair;
 use dflash::place::{Choice, Place};
 use dflash::reference::Cpu;
 use dflash::rounds::OnDevice;
+use dflash::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 
@@ -23,6 +23,9 @@ pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Roo
 }
 
 /// The pair, loaded where `--device` says.
+///
+/// # Errors
+/// [`Error::Unsupported`] where drafts are to be drawn and the device only knows those of the rule `match`.
 pub fn load(args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
     match args.device {
         Choice::Cpu => cpu(pair, args, room),
@@ -59,6 +62,9 @@ fn cpu(pair: &Pair, args: &Args, room: Room) -> Result<Box<dyn Backend>> {
 
 fn on(place: Place, args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
     let Place { name, device, overhead } = place;
+    if let Some(flag) = args.drawn() {
+        return Err(Error::Unsupported(format!("device {name} does not run {flag}, expected --device cpu")));
+    }
     let plan = MemoryPlan::new(pair, room)?;
     let (free, _) = device.memory()?;
     let fits = plan.check(pair, usize::try_from(free).unwrap_or(usize::MAX), overhead);

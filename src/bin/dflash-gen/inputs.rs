@@ -136,7 +136,8 @@ pub fn requests(
         }
         let stop_ids = if args.ignore_eos { vec![] } else { pair.target.config.eos.clone() };
         let sampling = Sampling { stream, ..sampling.clone() };
-        requests.push(Request { prompt: ids, max_tokens: args.max_tokens, sampling, stop_ids, block });
+        let (max_tokens, drafting) = (args.max_tokens, args.drafting(&sampling)?);
+        requests.push(Request { prompt: ids, max_tokens, sampling, stop_ids, block, drafting });
     }
     Ok(requests)
 }
