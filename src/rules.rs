@@ -405,3 +405,94 @@ pub fn block(
     }
     None
 }
+
+// ---- the best of several chains ----
+
+/// Draws `count` chains for [`best_block`], all of them after the anchor, one behind the other: row `1 + c g + i` has
+/// draft `i` of chain `c`, where `g` is the number of laws. Returns tokens and parents as [`draw_tree`].
+pub fn draw_chains(
+    anchor: u32,
+    count: usize,
+    laws: &[Probabilities],
+    coin: &mut impl Coin,
+) -> Option<(Vec<u32>, Vec<u32>)> {
+    let (mut tokens, mut parents) = (vec![anchor], vec![0]);
+    for _ in 0..count {
+        for (i, law) in laws.iter().enumerate() {
+            let row = tokens.len();
+            tokens.push(coin.pick(word(Purpose::Draft, i + 1, row), &law.0)?);
+            parents.push(if i == 0 { 0 } else { row as u32 - 1 });
+        }
+    }
+    Some((tokens, parents))
+}
+
+/// Judges the chains of [`draw_chains`] (Thomas and Pal, arXiv 2602.16961): takes the one with the greatest `p / q` at the
+/// first draft, of those alike there the greatest at the next, and so on, the lower id where they tie; and judges it by
+/// [`block`], as drawn from the law that such a choice has. Arguments and result as of [`recursive`]. Lossless, up to
+/// `3 V count 2^-48` a row, because the order is strict, and the same in the choice and in its law. Several chains may
+/// be worse than one: where `q` is `p`, choosing bends it.
+pub fn best_block(
+    tokens: &[u32],
+    laws: &[Probabilities],
+    mut target: impl FnMut(usize) -> Option<Probabilities>,
+    coin: &mut impl Coin,
+) -> Option<(Vec<usize>, u32)> {
+    let g = laws.len();
+    let mut firsts: Vec<usize> = (1..tokens.len()).step_by(g.max(1)).collect();
+    let count = firsts.len();
+    let (mut chosen, mut below) = (Vec::new(), 0);
+    let mut rows = vec![target(0)?];
+    for (i, law) in laws.iter().enumerate() {
+        let (bent, mut ranks) = best_law(&rows[i], law, count, below)?;
+        let at = ranks.iter().position(|rank| firsts.iter().any(|first| tokens[first + i] == rank.id))?;
+        let best = ranks.swap_remove(at);
+        firsts.retain(|first| tokens[first + i] == best.id);
+        below = best.below;
+        chosen.push((best.id, bent));
+        rows.push(target(firsts.first()? + i)?);
+    }
+    let (drafts, laws): (Vec<u32>, Vec<Probabilities>) = chosen.into_iter().unzip();
+    let (accepted, next) = block(&drafts, &laws, |row| rows.get(row).cloned(), coin)?;
+    // Of chains that are the same the first.
+    let path = (0..accepted).filter_map(|i| Some(firsts.first()? + i));
+    Some(([0].into_iter().chain(path).collect(), next))
+}
+
+/// A token in the order of choice.
+struct Rank {
+    id: u32,
+    /// Once it is chosen: of a chain that is no better than the chosen one so far, the probability that it is worse.
+    below: u64,
+}
+
+/// The law of the best of `count` draws from `q`, of which each is out of the running with probability `below`, and the
+/// tokens, best first. With `a` and `b` the probabilities that a draw is no better, and worse, than a token, the best one
+/// is that with probability `a^count - b^count = (a - b) (a^(count - 1) + ... + b^(count - 1))`, where `a - b` is its
+/// part of `q`.
+fn best_law(
+    p: &Probabilities,
+    q: &Probabilities,
+    count: usize,
+    below: u64,
+) -> Option<(Probabilities, Vec<Rank>)> {
+    let product = |a: u64, b: u64| u128::from(a) * u128::from(b);
+    let mut order = q.0.clone();
+    order.sort_by(|&(a, qa), &(b, qb)| product(p.of(b), qa).cmp(&product(p.of(a), qb)).then(a.cmp(&b)));
+    let (mut weights, mut ranks, mut better) = (Vec::new(), Vec::new(), 0);
+    for (id, share) in order {
+        let no_better = below + times(ONE - below, ONE - better);
+        better += share;
+        let worse = below + times(ONE - below, ONE - better);
+        let (mut sum, mut power) = (0, ONE);
+        for _ in 0..count {
+            // Horner's scheme: what there is times `a`, and the next power of `b`.
+            sum = times(sum, no_better) + power;
+            power = times(power, worse);
+        }
+        weights.push((id, times(share, sum)));
+        ranks.push(Rank { id, below: ((u128::from(worse) << 48) / u128::from(no_better)) as u64 });
+    }
+    weights.sort_unstable();
+    Some((Probabilities::of_rest(weights)?, ranks))
+}

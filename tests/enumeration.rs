@@ -5,7 +5,8 @@
 //! Each known mistake has a test that the enumeration catches it.
 
 use dflash::rules::{
-    Coin, Dice, ONE, Probabilities, Purpose, Siblings, Word, block, draw, draw_tree, recursive, rejection,
+    Coin, Dice, ONE, Probabilities, Purpose, Siblings, Word, best_block, block, draw, draw_chains, draw_tree,
+    recursive, rejection,
 };
 use dflash::verify::{Sampling, judge, philox, walk};
 use num_rational::BigRational;
@@ -729,6 +730,87 @@ fn siblings_accept_no_more_than_optimal_transport_does() {
     }
 }
 
+// ---- the best of several chains ----
+
+impl Models {
+    /// The law of a round of the best of `count` chains.
+    fn best(&self, count: usize) -> Law {
+        enumerate(|coin| {
+            let (tokens, parents) = draw_chains(9, count, &self.laws, coin).unwrap();
+            self.judged_best(&tokens, &parents, coin)
+        })
+    }
+
+    fn judged_best(&self, tokens: &[u32], parents: &[u32], coin: &mut impl Coin) -> Vec<u32> {
+        let target = |row: usize| Some(self.p(&way(tokens, parents, row)));
+        let (path, next) = best_block(tokens, &self.laws, target, coin).unwrap();
+        assert!(path[1..].iter().zip(&path).all(|(&row, &before)| parents[row] as usize == before));
+        path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
+    }
+}
+
+#[test]
+fn the_best_of_several_chains_emits_the_targets_law() {
+    let (mut worst, mut gains, mut losses) = (ratio(0, 1), 0, 0);
+    for i in 0..48u64 {
+        let (vocab, depth, count) =
+            [(2, 2, 2), (3, 2, 2), (2, 2, 3), (2, 3, 2), (4, 1, 3), (3, 1, 3)][i as usize % 6];
+        let models = Models::random(&mut Rng(15_000 + i), vocab, depth);
+        let law = models.best(count);
+        let distance = models.distance(&law);
+        assert!(
+            distance <= rounding(&models) * ratio(2 * count as u64, 1),
+            "model {i}: {}",
+            float(&distance)
+        );
+        worst = worst.max(distance);
+        let one = models.chain(Rule::Block);
+        assert_eq!(models.best(1), one, "model {i}: the best of one is that one");
+        let gain = float(&(accepted(&law) - accepted(&one)));
+        gains += u32::from(gain > 1e-9);
+        losses += u32::from(gain < -1e-9);
+    }
+    println!("largest distance {:e}; better than one chain {gains} times, worse {losses}", float(&worst));
+    assert!(gains > losses);
+}
+
+#[test]
+fn the_best_of_several_chains_accepts_what_was_computed_by_hand() {
+    near(&accepted(&four().best(2)), 79.0 / 100.0, 1e-13);
+    // Two depths, context-free: the law of the second choice has (199/1900, 98/475, 573/1900, 184/475) after token 0.
+    let models = Models::new(4, 2, || probabilities(&[4, 3, 2, 1]), || probabilities(&[1, 2, 3, 4]));
+    let choose = enumerate(|coin| {
+        let (tokens, parents) = draw_chains(9, 2, &models.laws, coin).unwrap();
+        // By the definition: greatest p / q, that is lowest id, first.
+        let mut chains = [way(&tokens, &parents, 2), way(&tokens, &parents, 4)];
+        chains.sort();
+        chains[0].clone()
+    });
+    let first = |id: u32| choose.iter().filter(|(c, _)| c[0] == id).map(|(_, p)| p).sum::<BigRational>();
+    for (id, expected) in (0u32..).zip([19.0 / 100.0, 8.0 / 25.0, 33.0 / 100.0, 4.0 / 25.0]) {
+        near(&first(id), expected, 1e-13);
+    }
+    // Where the drafter is the target, one chain always stands, and the best of two does not.
+    let even = Models::new(2, 1, || probabilities(&[1, 1]), || probabilities(&[1, 1]));
+    assert_eq!(accepted(&even.chain(Rule::Block)), ratio(1, 1));
+    near(&accepted(&even.best(2)), 3.0 / 4.0, 1e-13);
+}
+
+#[test]
+fn a_chain_dropped_for_what_it_is_is_caught() {
+    let distance = worst(|models| {
+        enumerate(|coin| {
+            let (tokens, parents) = draw_chains(9, 2, &models.laws, coin).unwrap();
+            // Both are judged only where the first is the less likely.
+            let q = |token: u32| models.laws[0].of(token);
+            let kept = if q(tokens[1]) < q(tokens[3]) { 5 } else { 3 };
+            models.judged_best(&tokens[..kept], &parents[..kept], coin)
+        })
+    });
+    println!("{distance:.3}");
+    assert!(distance > 0.02, "{distance}");
+}
+
 // ---- known mistakes are caught ----
 
 /// The largest distance from the target's law among 30 models of three tokens and two drafts, without zeros.
@@ -898,7 +980,7 @@ impl Coin for Recorder<'_> {
 #[test]
 fn no_word_is_used_twice() {
     let mut rng = Rng(14);
-    for kind in 0..4 {
+    for kind in 0..5 {
         let mut counters = HashSet::new();
         let mut anchor = 7;
         for round in 1..500 {
@@ -910,6 +992,10 @@ fn no_word_is_used_twice() {
                 0 | 1 => {
                     let drafts = draw(&models.laws, &mut coin).unwrap();
                     models.judged([Rule::Rejection, Rule::Block][kind], &drafts, &models.laws, &mut coin)
+                }
+                4 => {
+                    let (tokens, parents) = draw_chains(0, 3, &models.laws, &mut coin).unwrap();
+                    models.judged_best(&tokens, &parents, &mut coin)
                 }
                 _ => {
                     let siblings = [Siblings::Independent, Siblings::Distinct][kind - 2];
