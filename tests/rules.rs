@@ -13,7 +13,7 @@ use dflash::engine::{Request, resume};
 use dflash::pair::Pair;
 use dflash::reference::{Cache, Drafter, Sequence, Sequences, Target};
 use dflash::rounds::OnDevice;
-use dflash::rules::{Drafting, Rule};
+use dflash::rules::{Dice, Drafting, Rule, block, draw, rejection};
 use dflash::text::Text;
 use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
@@ -257,6 +257,52 @@ fn answers_of_drawn_drafts_are_the_seeds_and_not_the_slots_or_the_others() {
             assert_ne!(run(&mut models.slots(1), &seed).tokens, alone[0].tokens);
         }
     });
+}
+
+#[test]
+fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
+    let Models(target, drafter) = &tiny();
+    let vocab = target.config.vocab;
+    for rule in [Rule::Rejection, Rule::Block] {
+        let request = request(&[1, 2, 3], 40, 5, drafting(rule, 1.5));
+        let own = &request.sampling;
+        let (seed, stream) = (own.seed, own.stream);
+        // The engine's loop again, as short as it can be.
+        let room = |stack| Cache::new(stack, 64).unwrap();
+        let (mut cache, mut context) = (room(&target.config.stack), room(&drafter.config.stack));
+        let (mut features, mut logits) = (Vec::new(), Vec::new());
+        let normed = target.forward(&request.prompt, &mut cache, &drafter.config.taps, &mut features, 1);
+        target.logits(&normed, &mut logits);
+        let mut out = vec![own.choose(&logits, 3).unwrap()];
+        for round in 1.. {
+            if out.len() >= 40 {
+                break;
+            }
+            let (at, anchor) = (cache.len(), *out.last().unwrap());
+            drafter.inject(&features, &mut context);
+            let hidden = drafter.hidden(target, anchor, 5, &mut context, |_, _| ());
+            drafter.logits(target, &hidden[target.config.stack.hidden..], &mut logits);
+            let law = |row: &[f32]| request.drafting.sampling.probabilities(row).unwrap();
+            let laws: Vec<_> = logits.chunks(vocab).map(law).collect();
+            let mut dice = Dice { seed, stream, round, anchor: at as u32 };
+            let drafts = draw(&laws, &mut dice).unwrap();
+            let block_of = [&[anchor], &drafts[..]].concat();
+            let normed = target.forward(&block_of, &mut cache, &drafter.config.taps, &mut features, 5);
+            target.logits(&normed, &mut logits);
+            let law = |row: usize| own.probabilities(&logits[row * vocab..][..vocab]);
+            let judged = match rule {
+                Rule::Rejection => rejection(&drafts, &laws, law, &mut dice),
+                _ => block(&drafts, &laws, law, &mut dice),
+            };
+            let (accepted, next) = judged.unwrap();
+            cache.crop(at + accepted + 1);
+            features.truncate(features.len() / 5 * (accepted + 1));
+            out.extend(&drafts[..accepted]);
+            out.push(next);
+        }
+        let got = cpu::install(|| run(&mut Sequences::new(target, Some(drafter), 1, usize::MAX), &request));
+        assert_eq!(got.tokens, out[..40], "{rule:?}");
+    }
 }
 
 #[test]

@@ -89,7 +89,7 @@ pub struct Args {
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Generation")]
     #[arg(value_parser = number::<f64>, allow_negative_numbers = true)]
     pub min_p: f64,
-    /// Same seed, same text, whatever the drafter and the block [default: drawn, and printed]
+    /// Same seed, same text, with --verify match whatever the drafter and the block [default: drawn, and printed]
     #[arg(long, value_name = "N", help_heading = "Generation")]
     #[arg(value_parser = whole::<u64>, allow_negative_numbers = true)]
     pub seed: Option<u64>,
@@ -107,11 +107,11 @@ pub struct Args {
     /// Which drafts stand
     #[arg(long, value_enum, default_value_t = Rule::Match, help_heading = "Generation")]
     pub verify: Rule,
-    /// Draw drafts with the noise that the target's tokens are chosen by; the text stays what it is
+    /// Draw drafts by the noise that the target's tokens are chosen by; the text stays what it is. With --verify match
     #[arg(long, help_heading = "Generation")]
     pub coupled: bool,
-    /// Temperature that drafts are drawn at; 0: the drafter's best tokens. For --coupled, and --verify rejection or
-    /// block, which need not say the same as --temperature [default: the same]
+    /// Draw drafts at this temperature; 0: the drafter's best tokens. With --coupled, and with --verify rejection or
+    /// block [default: as --temperature]
     #[arg(long, value_name = "T", help_heading = "Generation")]
     #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub draft_temperature: Option<f32>,
