@@ -265,8 +265,9 @@ fn word(purpose: Purpose, depth: usize, row: usize) -> Word {
 
 /// Judges a chain token by token (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318): a draft stands
 /// with probability `min(1, p / q)`; in place of the first that falls comes a token of the law `max(p - q, 0)`.
-/// `drafts[i]` was drawn from `laws[i]`, and there may be more laws than drafts; `target(row)` is the target's law after the first `row` drafts, asked for only
-/// where those stand. Returns how many stand and the token after them; `None` as soon as `target` says so.
+/// `drafts[i]` was drawn from `laws[i]`, and there may be more laws than drafts; `target(row)` is the target's law after
+/// the first `row` drafts, asked for only where those stand. Returns how many stand and the token after them; `None` as
+/// soon as `target` says so.
 ///
 /// Lossless: a token is emitted as an accepted draft with probability `min(p, q)`, and in place of a fallen one, which
 /// a draft is with probability `1 - sum min(p, q) = sum max(p - q, 0)`, with `max(p - q, 0)`: together `p`.
@@ -427,11 +428,11 @@ pub fn draw_chains(
     Some((tokens, parents))
 }
 
-/// Judges the chains of [`draw_chains`] (Thomas and Pal, arXiv 2602.16961): takes the one with the greatest `p / q` at the
-/// first draft, of those alike there the greatest at the next, and so on, the lower id where they tie; and judges it by
-/// [`block`], as drawn from the law that such a choice has. Arguments and result as of [`recursive`]. Lossless, up to
-/// `3 V count 2^-48` a row, because the order is strict, and the same in the choice and in its law. Several chains may
-/// be worse than one: where `q` is `p`, choosing bends it.
+/// Judges the chains of [`draw_chains`] (Thomas and Pal, arXiv 2602.16961): takes the one with the greatest `p / q` at
+/// the first draft, of those alike there the greatest at the next, and so on, the lower id where they tie; and judges it
+/// by [`block`], as drawn from the law that such a choice has. Arguments and result as of [`recursive`]. Lossless, up to
+/// rounding, because the order is strict, and the same in the choice and in its law. Several chains may be worse than
+/// one: where `q` is `p`, choosing bends it.
 pub fn best_block(
     tokens: &[u32],
     laws: &[Probabilities],
@@ -467,9 +468,9 @@ struct Rank {
 }
 
 /// The law of the best of `count` draws from `q`, of which each is out of the running with probability `below`, and the
-/// tokens, best first. With `a` and `b` the probabilities that a draw is no better, and worse, than a token, the best one
-/// is that with probability `a^count - b^count = (a - b) (a^(count - 1) + ... + b^(count - 1))`, where `a - b` is its
-/// part of `q`.
+/// tokens, best first. With `a` and `b` the probabilities that a draw is no better, and worse, than a token, that is the
+/// best with probability `a^count - b^count = (a - b) (a^(count - 1) + ... + b^(count - 1))`, where `a - b` is its part
+/// of `q`.
 fn best_law(
     p: &Probabilities,
     q: &Probabilities,

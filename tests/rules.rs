@@ -65,8 +65,8 @@ impl Models {
         law
     }
 
-    /// Holds `runs` answers to `request`, of as many seeds, against the target's law: chi-square, refused where one honest
-    /// run in ten thousand is worse (Wilson and Hilferty). Returns the drafts accepted per round.
+    /// Holds `runs` answers to `request`, of as many seeds, against the target's law: chi-square, refused where one
+    /// honest run in ten thousand is worse (Wilson and Hilferty). Returns the drafts accepted per round.
     fn check(&self, request: &Request, runs: u64) -> f64 {
         let law = self.law(&request.prompt, &request.sampling, request.max_tokens);
         let mut counts: HashMap<Vec<u32>, u64> = HashMap::new();
@@ -203,7 +203,7 @@ fn coupled_drafts_change_no_token() {
 
 #[test]
 fn the_same_noise_chooses_alike_as_often_as_published() {
-    // Daliri et al.: the sum of 1 / sum_j max(p_j / p_i, q_j / q_i) over i, at least (1 - d) / (1 + d) at a distance of d.
+    // Daliri et al.: the sum of 1 / sum_j max(p_j / p_i, q_j / q_i) over i, at least (1 - d) / (1 + d) at distance d.
     let rows: [([f32; 4], [f32; 4]); 3] = [
         ([1.0, 0.25, -0.5, -3.0], [0.0, 1.0, -0.5, -1.0]),
         ([2.0, 2.0, 2.0, 2.0], [2.0, 1.5, 1.0, 0.5]),
