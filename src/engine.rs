@@ -2,6 +2,7 @@
 //! decoder. Written once for every device; what a device does for sequences is the [`Decoder`] trait; [`Backend`] is the
 //! pair on a device, which hands them out. Plain decoding is the same loop with blocks of one row.
 
+use crate::rules::Drafting;
 use crate::verify::Sampling;
 use crate::{Error, Result};
 use std::time::{Duration, Instant};
@@ -17,6 +18,8 @@ pub struct Request {
     pub stop_ids: Vec<u32>,
     /// Rows of a block, anchor included; 1 = plain decoding.
     pub block: usize,
+    /// How drafts are made and judged; of no use to plain decoding.
+    pub drafting: Drafting,
 }
 
 impl Request {

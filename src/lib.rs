@@ -12,7 +12,8 @@
 //! | [`terminal`] | what every binary owes a terminal: sentences, exit codes, readers who leave |
 //! | [`text`] | tokenizer, streaming detokenising, stop strings |
 //! | `template` | chat templates as Hugging Face runs them |
-//! | [`verify`] | sampling law, Philox streams, acceptance rules |
+//! | [`verify`] | sampling law, Philox streams, the rule `match` |
+//! | [`rules`] | rules for drafts drawn at random: rejection, block verification, trees |
 //! | [`cpu`], `kv`, `simd` | the reference's arithmetic on all cores; its cache; the instruction sets underneath |
 //! | [`mod@reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
 //! | [`device`] | memory, launches, graphs, events: what the engine needs of a device |
@@ -53,6 +54,7 @@ pub mod profile;
 pub mod prompts;
 pub mod reference;
 pub mod rounds;
+pub mod rules;
 mod simd;
 pub mod stats;
 mod template;

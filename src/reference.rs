@@ -5,7 +5,8 @@ use crate::config::{Attention, DrafterConfig, Stack, TargetConfig};
 use crate::cpu::{self, Kv, Matrix};
 use crate::engine::{Backend, Decoder, Emitted, Prefill, Request};
 use crate::pair::{Model, Pair};
-use crate::verify::{Sampling, argmax, judge};
+use crate::rules::{self, Dice, Drafting, Probabilities, Rule};
+use crate::verify::{Sampling, judge};
 use crate::weights::Checkpoint;
 use crate::{Error, Result};
 
@@ -406,7 +407,10 @@ struct State {
     drafting: bool, // the drafter follows: its context and the pending positions are 0..s; else plain decoding
     anchor: Option<u32>, // the token at position s, on which the target has not been run; none before the prompt has
     sampling: Sampling,
-    logits: Vec<f32>, // [rows][vocab] of the last verification
+    how: Drafting, // drafts are made and judged; seed and stream are the request's here too
+    round: u32,    // of this request, from 1 on
+    laws: Vec<Probabilities>, // [drafts]: what the drafts of this round were drawn from, by rules that ask for it
+    logits: Vec<f32>,         // [rows][vocab] of the last verification
 }
 
 impl<'a> Sequence<'a> {
@@ -426,6 +430,7 @@ impl<'a> Sequence<'a> {
     /// drafter.
     pub fn draft(&mut self, rows: usize) -> Result<Vec<u32>> {
         let (state, anchor) = started(&mut self.state)?;
+        state.laws.clear();
         let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, state.drafting) else {
             return Ok(Vec::new());
         };
@@ -441,18 +446,32 @@ impl<'a> Sequence<'a> {
         let hidden = drafter.hidden(self.target, anchor, rows, context, |_, _| ());
         let mut logits = Vec::new();
         drafter.logits(self.target, &hidden[self.target.config.stack.hidden..], &mut logits);
-        let rows = logits.chunks(self.target.config.vocab).enumerate();
-        rows.map(|(row, logits)| argmax(logits).ok_or_else(|| damaged("drafter", state.cache.len + 1 + row)))
-            .collect()
+        let rows = logits.chunks(self.target.config.vocab).zip(state.cache.len + 1..);
+        let Drafting { rule, sampling } = &state.how;
+        if *rule == Rule::Match {
+            let own = |(logits, position)| {
+                sampling.choose(logits, position as u32).ok_or_else(|| damaged("drafter", position))
+            };
+            return rows.map(own).collect();
+        }
+        let law =
+            |(logits, position)| sampling.probabilities(logits).ok_or_else(|| damaged("drafter", position));
+        state.laws = rows.map(law).collect::<Result<_>>()?;
+        let drafts = rules::draw(&state.laws, &mut state.dice());
+        drafts.ok_or_else(|| Error::Internal("a law without tokens".into()))
     }
 
     /// Runs the target over the anchor and `drafts`, whoever made them, and appends to `out` those that it accepts and
-    /// its own next token, the new anchor.
+    /// its own next token, the new anchor. Rules other than `match` only judge what [`Sequence::draft`] has drawn.
     pub fn verify(&mut self, drafts: &[u32], out: &mut Vec<u32>) -> Result<()> {
         let (state, anchor) = started(&mut self.state)?;
         let (target, s) = (self.target, state.cache.len);
         let vocab = target.config.vocab;
         let block = [&[anchor], drafts].concat();
+        if state.how.rule != Rule::Match && drafts.len() != state.laws.len() {
+            return Err(Error::Internal("drafts without the laws that they were drawn from".into()));
+        }
+        let mut dice = state.dice();
         // Until this round is judged, the cache holds what may not belong to the sequence.
         state.anchor = None;
 
@@ -461,12 +480,20 @@ impl<'a> Sequence<'a> {
             _ => &[],
         };
         let mut features = Vec::new();
-        let logits = &mut state.logits;
         let normed = target.forward(&block, &mut state.cache, taps, &mut features, block.len());
-        target.logits(&normed, logits);
-        let choose =
-            |row: usize| state.sampling.choose(&logits[row * vocab..][..vocab], (s + row + 1) as u32);
-        let (accepted, next) = judge(drafts, choose).ok_or_else(|| damaged("target", s + 1))?;
+        target.logits(&normed, &mut state.logits);
+        let (sampling, logits) = (&state.sampling, &state.logits);
+        let row = |row: usize| &logits[row * vocab..][..vocab];
+        let choose = |at: usize| sampling.choose(row(at), (s + at + 1) as u32);
+        let law = |at: usize| sampling.probabilities(row(at));
+        let judged = match state.how.rule {
+            Rule::Rejection if !drafts.is_empty() => rules::rejection(drafts, &state.laws, law, &mut dice),
+            Rule::Block if !drafts.is_empty() => rules::block(drafts, &state.laws, law, &mut dice),
+            // Where nothing was drafted, all rules decode plainly.
+            _ => judge(drafts, choose),
+        };
+        let (accepted, next) = judged.ok_or_else(|| damaged("target", s + 1))?;
+        state.round += 1;
 
         state.cache.crop(s + accepted + 1);
         state.tokens.extend_from_slice(&block[..accepted + 1]);
@@ -494,11 +521,18 @@ impl<'a> Sequence<'a> {
                 drafting: false,
                 anchor: None,
                 sampling: request.sampling.clone(),
+                how: request.drafting.clone(),
+                round: 1,
+                laws: Vec::new(),
                 logits: Vec::new(),
             }),
         };
         (state.drafting, state.anchor) = (drafter.is_some(), None);
         (state.sampling, state.block) = (request.sampling.clone(), request.block);
+        let Sampling { seed, stream, .. } = request.sampling;
+        let Drafting { rule, sampling } = request.drafting.clone();
+        state.how = Drafting { rule, sampling: Sampling { seed, stream, ..sampling } };
+        (state.round, state.laws) = (1, Vec::new());
         state.prompt.clone_from(prompt);
         if let (Some(drafter), None) = (drafter, &state.context) {
             state.context = Some(Cache::new(&drafter.config.stack, 0)?);
@@ -562,6 +596,12 @@ impl<'a> Sequence<'a> {
 }
 
 impl State {
+    /// The chances of this round.
+    fn dice(&self) -> Dice {
+        let Sampling { seed, stream, .. } = self.sampling;
+        Dice { seed, stream, round: self.round, anchor: self.cache.len as u32 }
+    }
+
     /// Positions that the drafter holds or that wait for it.
     fn drafted(&self, drafter: &Drafter) -> usize {
         self.context.as_ref().map_or(0, |context| context.len + self.features.len() / drafter.fc.cols)

@@ -14,6 +14,7 @@ use crate::load::Loader;
 use crate::memory::Room;
 use crate::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
 use crate::pair::Pair;
+use crate::rules::Rule;
 use crate::{Error, Result, profile};
 use std::time::{Duration, Instant};
 
@@ -642,7 +643,12 @@ impl Decoder for Batch<'_> {
         let Some(Slot { phase: Phase::Idle, .. }) = self.slots.get(slot) else {
             return Err(Error::Internal(format!("slot {slot} of {} is not free", self.slots.len())));
         };
-        let (prompt, block) = (&request.prompt, request.block);
+        let (prompt, block, drafting) = (&request.prompt, request.block, &request.drafting);
+        if block > 1 && (drafting.rule, drafting.sampling.temperature) != (Rule::Match, 0.0) {
+            return Err(Error::Unsupported(
+                "only the device cpu draws drafts and judges them by other rules than match".into(),
+            ));
+        }
         if block > self.room.block {
             return Err(Error::Internal(format!("a block of {block} rows in rounds of {}", self.room.block)));
         }
@@ -802,7 +808,14 @@ mod tests {
         let request = |prompt: &[u32], block| {
             let sampling =
                 Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
-            Request { prompt: prompt.to_vec(), max_tokens: 3, sampling, stop_ids: vec![], block }
+            Request {
+                prompt: prompt.to_vec(),
+                max_tokens: 3,
+                sampling,
+                stop_ids: vec![],
+                block,
+                drafting: Default::default(),
+            }
         };
         let mut said: Vec<u32> = (0..66).map(|i| 300 + i).collect();
         said.extend(resume(&mut batch, &request(&said, 1), &mut Silent).unwrap().tokens);

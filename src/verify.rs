@@ -5,6 +5,7 @@
 //! follows is integer, so no reduction order can change a decision. The noise of a token is a function of
 //! (seed, stream, position, id) alone: never of the round, of a node, of a batch slot, or of what was drafted.
 
+use crate::rules::Probabilities;
 use crate::{Error, Result};
 use std::sync::LazyLock;
 
@@ -116,6 +117,14 @@ impl Sampling {
             kept.sort_unstable_by_key(|&(id, _)| id);
         }
         Some(kept)
+    }
+}
+
+impl Sampling {
+    /// The law of [`Sampling::survivors`] in units of 2^-48, for the rules of [`crate::rules`]; the best token takes
+    /// what rounding leaves over. Survivors that it rounds to nothing are gone. `None` as in [`argmax`].
+    pub fn probabilities(&self, logits: &[f32]) -> Option<Probabilities> {
+        Probabilities::new(self.survivors(logits)?, argmax(logits)?)
     }
 }
 

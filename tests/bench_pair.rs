@@ -154,7 +154,14 @@ fn a_drawn_pair_runs_on_the_emulator_and_is_lossless_there() {
     };
     let run = |backend: &OnDevice, block: usize| -> Outcome {
         let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
-        let request = Request { prompt: vec![5, 6, 7], max_tokens: 12, sampling, stop_ids: vec![], block };
+        let request = Request {
+            prompt: vec![5, 6, 7],
+            max_tokens: 12,
+            sampling,
+            stop_ids: vec![],
+            block,
+            drafting: Default::default(),
+        };
         generate(&mut *backend.decoder().unwrap(), &request, &mut Silent).unwrap()
     };
     let backend = load();

@@ -99,7 +99,14 @@ fn greedy(prompt: &[u32], max_tokens: usize, block: usize) -> Request {
 
 fn sampled(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, seed: u64) -> Request {
     let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 0 };
-    Request { prompt: prompt.to_vec(), max_tokens, sampling, stop_ids: vec![0], block }
+    Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling,
+        stop_ids: vec![0],
+        block,
+        drafting: Default::default(),
+    }
 }
 
 // ---- against the reference implementation ----

@@ -24,7 +24,7 @@ fn requests() -> [[Request; 2]; SLOTS] {
         let ids = oracle["prompts"][held]["prompt_ids"].as_array().unwrap();
         let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 11, stream: 2 };
         let prompt = ids[ids.len() - length..].iter().map(|id| id.as_u64().unwrap() as u32).collect();
-        Request { prompt, max_tokens, sampling, stop_ids: vec![0], block }
+        Request { prompt, max_tokens, sampling, stop_ids: vec![0], block, drafting: Default::default() }
     };
     [
         [request(4, 128, 18, 16, 0.0), request(36, 60, 12, 7, 0.0)],

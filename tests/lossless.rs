@@ -128,7 +128,14 @@ fn plain(device: &dyn Device, models: &Models, prompt: &[u32], sampling: &Sampli
     batch.watch();
     let max_tokens = most.min(POSITIONS - prompt.len());
     let sampling = sampling.clone();
-    let request = Request { prompt: prompt.to_vec(), max_tokens, sampling, stop_ids: vec![], block: 1 };
+    let request = Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling,
+        stop_ids: vec![],
+        block: 1,
+        drafting: Default::default(),
+    };
     batch.join(0, &request, false).unwrap().unwrap();
     let first = batch.prefill(0).unwrap().next.expect("a prompt of one part");
     let (mut tokens, mut logits, mut out) = (vec![first], vec![vec![]], [Emitted::default()]);
@@ -329,7 +336,14 @@ fn checked(decoder: &mut dyn Decoder, request: &Request) -> Report {
 }
 
 fn request(prompt: &[u32], max_tokens: usize, sampling: Sampling) -> Request {
-    Request { prompt: prompt.to_vec(), max_tokens, sampling, stop_ids: vec![], block: 16 }
+    Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling,
+        stop_ids: vec![],
+        block: 16,
+        drafting: Default::default(),
+    }
 }
 
 /// What is counted is what [`generate`] does, wherever an answer ends.

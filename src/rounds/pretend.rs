@@ -153,7 +153,7 @@ mod tests {
 
     fn request(prompt: Vec<u32>, block: usize, temperature: f32) -> Request {
         let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
-        Request { prompt, max_tokens: 40, sampling, stop_ids: vec![], block }
+        Request { prompt, max_tokens: 40, sampling, stop_ids: vec![], block, drafting: Default::default() }
     }
 
     fn pair() -> Pair {

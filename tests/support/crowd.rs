@@ -97,7 +97,14 @@ pub fn answer(outcome: &Outcome) -> (&[u32], Finish, &[usize]) {
 /// Without stop ids.
 pub fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32) -> Request {
     let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 3 };
-    Request { prompt: prompt.to_vec(), max_tokens, sampling, stop_ids: vec![], block }
+    Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling,
+        stop_ids: vec![],
+        block,
+        drafting: Default::default(),
+    }
 }
 
 /// As small as the kernels take, with so few tokens that a random drafter is often right.

@@ -267,6 +267,7 @@ impl Point<'_> {
             sampling: self.sampling.clone(),
             stop_ids: vec![],
             block: self.block,
+            drafting: Default::default(),
         }
     }
 

@@ -3,6 +3,7 @@
 use clap::{ArgAction, Parser, ValueEnum};
 use dflash::pair::Pair;
 use dflash::place::Choice;
+use dflash::rules::{Drafting, Rule};
 use dflash::verify::Sampling;
 use dflash::{Error, Result};
 use std::path::PathBuf;
@@ -88,7 +89,7 @@ pub struct Args {
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Generation")]
     #[arg(value_parser = number::<f64>, allow_negative_numbers = true)]
     pub min_p: f64,
-    /// Same seed, same text, whatever the drafter and the block [default: drawn, and printed]
+    /// Same seed, same text, with --verify match whatever the drafter and the block [default: drawn, and printed]
     #[arg(long, value_name = "N", help_heading = "Generation")]
     #[arg(value_parser = whole::<u64>, allow_negative_numbers = true)]
     pub seed: Option<u64>,
@@ -103,6 +104,17 @@ pub struct Args {
     #[arg(long, value_name = "N", help_heading = "Generation")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub block: Option<usize>,
+    /// Which drafts stand
+    #[arg(long, value_enum, default_value_t = Rule::Match, help_heading = "Generation")]
+    pub verify: Rule,
+    /// Draw drafts by the noise that the target's tokens are chosen by; the text stays what it is. With --verify match
+    #[arg(long, help_heading = "Generation")]
+    pub coupled: bool,
+    /// Draw drafts at this temperature; 0: the drafter's best tokens. With --coupled, and with --verify rejection or
+    /// block [default: as --temperature]
+    #[arg(long, value_name = "T", help_heading = "Generation")]
+    #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
+    pub draft_temperature: Option<f32>,
 
     /// System message, put before every conversation
     #[arg(long, value_name = "TEXT", conflicts_with = "raw", help_heading = "Chat template")]
@@ -171,6 +183,34 @@ impl Args {
             (_, true) => Some("--check-lossless"),
             _ => None,
         };
+        if self.coupled && self.verify != Rule::Match {
+            return Err(Error::Usage(format!(
+                "--coupled is for --verify match, but --verify is {}, which draws drafts by chances of their own",
+                self.verify.name()
+            )));
+        }
+        match self.drawn() {
+            None if self.draft_temperature.is_some() => {
+                return wrong(
+                    "--draft-temperature needs --coupled or --verify rejection or block: match drafts best tokens",
+                );
+            }
+            Some(flag) if self.plain() => {
+                return Err(Error::Usage(format!("{flag} needs a drafter, but --draft is none")));
+            }
+            Some(flag) if self.block == Some(1) => {
+                return Err(Error::Usage(format!(
+                    "--block is 1, which is plain decoding: {flag} expects at least 2"
+                )));
+            }
+            _ => {}
+        }
+        if let (Some(flag), true) = (twice, self.verify != Rule::Match) {
+            return Err(Error::Usage(format!(
+                "{flag} needs --verify match: what {} emits has the law of plain decoding, not its tokens",
+                self.verify.name()
+            )));
+        }
         if let Some(flag) = twice {
             if self.plain() {
                 return Err(Error::Usage(format!("{flag} needs a drafter, but --draft is none")));
@@ -222,6 +262,31 @@ impl Args {
         };
         sampling.check()?;
         Ok(sampling)
+    }
+
+    /// The flag that asks for drafts other than the drafter's best tokens.
+    pub fn drawn(&self) -> Option<&'static str> {
+        match self.verify {
+            Rule::Match => self.coupled.then_some("--coupled"),
+            Rule::Rejection => Some("--verify rejection"),
+            Rule::Block => Some("--verify block"),
+        }
+    }
+
+    /// Drafts for a target that samples so: the same filters, and `--draft-temperature`.
+    pub fn drafting(&self, sampling: &Sampling) -> Result<Drafting> {
+        if self.drawn().is_none() {
+            return Ok(Drafting::default());
+        }
+        let temperature = self.draft_temperature.unwrap_or(sampling.temperature);
+        let sampling = Sampling { temperature, ..sampling.clone() };
+        let wrong = |_| {
+            Error::Usage(format!(
+                "--draft-temperature is {temperature}, expected 0 (best tokens) or 0.0001 to 10000"
+            ))
+        };
+        sampling.check().map_err(wrong)?;
+        Ok(Drafting { rule: self.verify, sampling })
     }
 
     /// Positions that a sequence may have at most.

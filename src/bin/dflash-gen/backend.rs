@@ -7,7 +7,7 @@ use dflash::pair::Pair;
 use dflash::place::Place;
 use dflash::reference::Cpu;
 use dflash::rounds::OnDevice;
-use dflash::{Result, terminal};
+use dflash::{Error, Result, terminal};
 
 /// Room for `--batch` sequences of `--ctx` positions, in blocks of up to `block` rows; `needed`: by the longest request.
 pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Room> {
@@ -15,10 +15,17 @@ pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Roo
 }
 
 /// The pair, loaded where `--device` says. On the CPU caches grow with the requests, so that only `--ctx` limits them.
+///
+/// # Errors
+/// [`Error::Unsupported`] where drafts are to be drawn and the device only knows those of the rule `match`.
 pub fn load(args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
     let Some(place) = Place::of_pair(args.device, args.gpu.unwrap_or(0), pair, room, args.quiet)? else {
         return Ok(Box::new(Cpu::load(pair, room.sequences, args.context(pair)?)?));
     };
+    if let Some(flag) = args.drawn() {
+        let name = place.name;
+        return Err(Error::Unsupported(format!("device {name} does not run {flag}, expected --device cpu")));
+    }
     place.has_memory(pair, room, args.quiet)?;
     let (bar, mut progress) = terminal::weights(args.quiet);
     let backend = OnDevice::load(place.name, place.device, pair, room, &mut progress);

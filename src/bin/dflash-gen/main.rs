@@ -44,6 +44,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<u8> {
     args.check()?;
     let sampling = args.sampling()?;
+    args.drafting(&sampling)?;
     let target = args.target.clone().map_or(DEMO_TARGET, Folder::Disk);
     let drafter = match &args.draft {
         None => Some(DEMO_DRAFTER),
@@ -176,7 +177,7 @@ impl Session<'_> {
             device: self.backend.name(),
             target: self.pair.target.folder.name(),
             draft: speculative.map(|d| d.folder.name()),
-            verify: speculative.map(|_| "match"),
+            verify: speculative.map(|_| request.drafting.rule.name()),
             seconds: Seconds {
                 load: self.load.as_secs_f64(),
                 prefill: outcome.prefill.as_secs_f64(),

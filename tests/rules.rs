@@ -1,0 +1,461 @@
+//! `--verify` and drafts that are drawn, on the CPU engine: the law of whole generations against the target's, which the
+//! target's own logits give exactly; what must not show in an answer; and the flags.
+
+#[path = "support/crowd.rs"]
+mod crowd;
+#[path = "support/program.rs"]
+mod program;
+mod support;
+
+use crowd::{Silent, go_on, run, together};
+use dflash::cpu;
+use dflash::engine::{Request, resume};
+use dflash::pair::Pair;
+use dflash::reference::{Cache, Drafter, Sequence, Sequences, Target};
+use dflash::rounds::OnDevice;
+use dflash::rules::{Dice, Drafting, Rule, block, draw, rejection};
+use dflash::text::Text;
+use dflash::verify::Sampling;
+use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use serde_json::Value;
+use std::collections::HashMap;
+
+struct Models(Target, Drafter);
+
+fn load(pair: &Pair) -> Models {
+    Models(Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap())
+}
+
+fn demo() -> Models {
+    load(&Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap())
+}
+
+/// Four tokens, so that whatever is drafted is often accepted and often not.
+fn tiny() -> Models {
+    let (target, drafter) = crowd::tiny();
+    load(&crowd::open(&support::write_pair(&target, &drafter)))
+}
+
+impl Models {
+    fn slots(&self, slots: usize) -> Sequences<'_> {
+        Sequences::new(&self.0, Some(&self.1), slots, usize::MAX)
+    }
+
+    /// The law of the first `length` tokens after `prompt`, and its sequences of any probability.
+    fn law(&self, prompt: &[u32], sampling: &Sampling, length: usize) -> HashMap<Vec<u32>, f64> {
+        let mut law = HashMap::from([(vec![], 1.0)]);
+        for _ in 0..length {
+            let mut longer = HashMap::new();
+            for (tokens, likely) in law {
+                let mut cache = Cache::new(&self.0.config.stack, prompt.len() + length).unwrap();
+                let all = [prompt, &tokens].concat();
+                let normed = self.0.forward(&all, &mut cache, &[], &mut Vec::new(), 1);
+                let mut logits = Vec::new();
+                self.0.logits(&normed, &mut logits);
+                let weights = sampling.survivors(&logits).unwrap();
+                let total: u64 = weights.iter().map(|&(_, w)| w).sum();
+                longer.extend(
+                    weights
+                        .iter()
+                        .map(|&(id, w)| ([&tokens[..], &[id]].concat(), likely * w as f64 / total as f64)),
+                );
+            }
+            law = longer;
+        }
+        law
+    }
+
+    /// Holds `runs` answers to `request`, of as many seeds, against the target's law: chi-square, refused where one
+    /// honest run in ten thousand is worse (Wilson and Hilferty). Returns the drafts accepted per round.
+    fn check(&self, request: &Request, runs: u64) -> f64 {
+        let law = self.law(&request.prompt, &request.sampling, request.max_tokens);
+        let mut counts: HashMap<Vec<u32>, u64> = HashMap::new();
+        let mut decoder = self.slots(1);
+        let mut accepted = Vec::new();
+        for seed in 0..runs {
+            let sampling = Sampling { seed, ..request.sampling.clone() };
+            let outcome =
+                resume(&mut decoder, &Request { sampling, ..request.clone() }, &mut Silent).unwrap();
+            *counts.entry(outcome.tokens).or_default() += 1;
+            accepted.extend(outcome.accepted);
+        }
+        let what = &request.drafting;
+        let (mut chi, mut cells, mut rare) = (0.0, 0, (0.0, 0.0));
+        for (tokens, likely) in &law {
+            let found = counts.remove(tokens).unwrap_or(0) as f64;
+            match likely * runs as f64 {
+                e if e < 10.0 => rare = (rare.0 + e, rare.1 + found),
+                e => (chi, cells) = (chi + (found - e).powi(2) / e, cells + 1),
+            }
+        }
+        assert!(counts.is_empty(), "{what:?}: {counts:?} are no answers of the target");
+        if rare.0 > 5.0 {
+            (chi, cells) = (chi + (rare.1 - rare.0).powi(2) / rare.0, cells + 1);
+        }
+        let dof = f64::from(cells - 1);
+        let bound = dof * (1.0 - 2.0 / (9.0 * dof) + 3.72 * (2.0 / (9.0 * dof)).sqrt()).powi(3);
+        let mean = (accepted.iter().sum::<usize>() - accepted.len()) as f64 / accepted.len() as f64;
+        println!("{what:?}: {chi:.1} of at most {bound:.1}, {cells} cells, {mean:.3} drafts a round");
+        assert!(cells > 10, "{what:?}: {cells} cells");
+        assert!(chi < bound, "{what:?}: chi-square {chi:.1} of at most {bound:.1}");
+        mean
+    }
+}
+
+fn drafting(rule: Rule, temperature: f32) -> Drafting {
+    let Drafting { sampling, .. } = Drafting::default();
+    Drafting { rule, sampling: Sampling { temperature, ..sampling } }
+}
+
+fn request(prompt: &[u32], max_tokens: usize, block: usize, drafting: Drafting) -> Request {
+    Request { drafting, ..crowd::request(prompt, max_tokens, block, 1.0) }
+}
+
+const PROMPTS: [&str; 3] =
+    ["import os\nimport sys\n\ndef main(", "class Reader:\n    def __init__(self, ", "for i in range("];
+
+fn tokens(text: &str) -> Vec<u32> {
+    Text::open(&DEMO_TARGET, None).unwrap().encode(text).unwrap()
+}
+
+#[test]
+fn the_first_tokens_of_the_demo_pair_have_the_targets_law_under_every_rule() {
+    let models = demo();
+    // Where the target hesitates and the drafter is right at times: in the answer to a prompt of the reference's.
+    let oracle: Value = serde_json::from_str(include_str!("data/oracle.json")).unwrap();
+    let said = oracle["prompts"][18]["output_ids"].as_array().unwrap().iter();
+    let prompt: Vec<u32> = said.take(135).map(|id| id.as_u64().unwrap() as u32).collect();
+    cpu::install(|| {
+        for how in [
+            drafting(Rule::Match, 0.0),
+            drafting(Rule::Match, 1.0),
+            drafting(Rule::Rejection, 1.0),
+            drafting(Rule::Block, 1.0),
+        ] {
+            // So few survivors that their joint law can be counted.
+            let drawn = how.sampling.temperature > 0.0;
+            let mut request = request(&prompt, 3, 4, how);
+            (request.sampling.top_k, request.drafting.sampling.top_k) = (4, 4);
+            let stand = models.check(&request, 1000);
+            assert!(stand > 0.2 || !drawn, "hardly a draft stands: {stand}");
+        }
+    });
+}
+
+#[test]
+fn four_tokens_of_a_tiny_pair_have_the_targets_law_under_every_rule() {
+    let models = tiny();
+    cpu::install(|| {
+        for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
+            for temperature in [0.0, 0.5, 2.0] {
+                let mut request = request(&[1, 2, 3], 4, 4, drafting(rule, temperature));
+                request.drafting.sampling.top_k = 3;
+                models.check(&request, 6000);
+            }
+        }
+    });
+}
+
+#[test]
+fn drafts_that_are_the_best_tokens_stand_as_often_as_under_match() {
+    let models = tiny();
+    cpu::install(|| {
+        let mean = |rule| models.check(&request(&[3, 1], 5, 5, drafting(rule, 0.0)), 4000);
+        let [by_match, by_token, by_block] = [Rule::Match, Rule::Rejection, Rule::Block].map(mean);
+        assert!((by_match - by_token).abs() < 0.05, "{by_match} {by_token}");
+        assert!((by_match - by_block).abs() < 0.05, "{by_match} {by_block}");
+    });
+}
+
+#[test]
+fn greedy_answers_are_the_targets_best_tokens_under_every_rule() {
+    let models = demo();
+    let greedy =
+        |block, drafting| Request { drafting, ..crowd::request(&tokens(PROMPTS[0]), 60, block, 0.0) };
+    cpu::install(|| {
+        let plain = run(&mut models.slots(1), &greedy(1, Drafting::default()));
+        for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
+            for temperature in [0.0, 1.0] {
+                let got = run(&mut models.slots(1), &greedy(8, drafting(rule, temperature)));
+                assert_eq!(got.tokens, plain.tokens, "{rule:?}, drafts at {temperature}");
+            }
+        }
+    });
+}
+
+#[test]
+fn coupled_drafts_change_no_token() {
+    let models = demo();
+    cpu::install(|| {
+        for text in PROMPTS {
+            let prompt = tokens(text);
+            let plain = run(&mut models.slots(1), &request(&prompt, 80, 1, Drafting::default()));
+            let best = run(&mut models.slots(1), &request(&prompt, 80, 16, Drafting::default()));
+            for temperature in [0.3, 1.0, 3.0] {
+                let how = drafting(Rule::Match, temperature);
+                let coupled = run(&mut models.slots(1), &request(&prompt, 80, 16, how));
+                assert_eq!(coupled.tokens, plain.tokens, "{text:?}");
+                assert_ne!(coupled.accepted, best.accepted, "{text:?}: other drafts");
+            }
+        }
+    });
+}
+
+#[test]
+fn the_same_noise_chooses_alike_as_often_as_published() {
+    // Daliri et al.: the sum of 1 / sum_j max(p_j / p_i, q_j / q_i) over i, at least (1 - d) / (1 + d) at distance d.
+    let rows: [([f32; 4], [f32; 4]); 3] = [
+        ([1.0, 0.25, -0.5, -3.0], [0.0, 1.0, -0.5, -1.0]),
+        ([2.0, 2.0, 2.0, 2.0], [2.0, 1.5, 1.0, 0.5]),
+        ([3.0, 0.0, 0.0, 1.0], [0.0, 3.0, 0.0, 1.0]),
+    ];
+    for (p, q) in rows {
+        let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
+        let share = |row: &[f32]| {
+            let weights = sampling.survivors(row).unwrap();
+            let total: u64 = weights.iter().map(|&(_, w)| w).sum();
+            weights.iter().map(|&(_, w)| w as f64 / total as f64).collect::<Vec<f64>>()
+        };
+        let (a, b) = (share(&p), share(&q));
+        let one = |i: usize| 1.0 / (0..4).map(|j| (a[j] / a[i]).max(b[j] / b[i])).sum::<f64>();
+        let expected: f64 = (0..4).map(one).sum();
+        let apart = (0..4).map(|i| (a[i] - b[i]).abs()).sum::<f64>() / 2.0;
+        assert!(expected >= (1.0 - apart) / (1.0 + apart) && expected <= 1.0 - apart);
+        let positions = 1 << 17;
+        let same = (0..positions).filter(|&at| sampling.choose(&p, at) == sampling.choose(&q, at)).count();
+        let found = same as f64 / f64::from(positions);
+        // Four standard deviations are 0.0055.
+        assert!((found - expected).abs() < 0.0055, "{found} instead of {expected}");
+        // Two draws of noise of their own are alike less often.
+        let strange = Sampling { stream: 2, ..sampling.clone() };
+        let same = (0..positions).filter(|&at| sampling.choose(&p, at) == strange.choose(&q, at)).count();
+        assert!((same as f64 / f64::from(positions)) < found - 0.05);
+    }
+}
+
+#[test]
+fn answers_of_drawn_drafts_are_the_seeds_and_not_the_slots_or_the_others() {
+    let models = demo();
+    cpu::install(|| {
+        for rule in [Rule::Rejection, Rule::Block] {
+            let of = |i: u32| {
+                let prompt: Vec<u32> = tokens(PROMPTS[i as usize % 2]);
+                let mut one = request(&prompt, 20 + i as usize, 8, drafting(rule, 1.0));
+                one.sampling.stream = i;
+                one
+            };
+            let requests: Vec<Request> = (0..4).map(of).collect();
+            let alone: Vec<_> = requests.iter().map(|one| run(&mut models.slots(1), one)).collect();
+            let crowd = together(&mut models.slots(3), &requests, go_on);
+            for (i, (a, b)) in alone.iter().zip(&crowd).enumerate() {
+                assert_eq!((&a.tokens, &a.accepted), (&b.tokens, &b.accepted), "request {i}");
+            }
+            // Prompts of the same words sample from streams of their own, and other seeds are other answers.
+            assert_ne!(alone[0].tokens, alone[2].tokens[..20]);
+            let mut seed = requests[0].clone();
+            seed.sampling.seed += 1;
+            assert_ne!(run(&mut models.slots(1), &seed).tokens, alone[0].tokens);
+        }
+    });
+}
+
+#[test]
+fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
+    let Models(target, drafter) = &tiny();
+    let vocab = target.config.vocab;
+    for rule in [Rule::Rejection, Rule::Block] {
+        let request = request(&[1, 2, 3], 40, 5, drafting(rule, 1.5));
+        let own = &request.sampling;
+        let (seed, stream) = (own.seed, own.stream);
+        // The engine's loop again, as short as it can be.
+        let room = |stack| Cache::new(stack, 64).unwrap();
+        let (mut cache, mut context) = (room(&target.config.stack), room(&drafter.config.stack));
+        let (mut features, mut logits) = (Vec::new(), Vec::new());
+        let normed = target.forward(&request.prompt, &mut cache, &drafter.config.taps, &mut features, 1);
+        target.logits(&normed, &mut logits);
+        let mut out = vec![own.choose(&logits, 3).unwrap()];
+        for round in 1.. {
+            if out.len() >= 40 {
+                break;
+            }
+            let (at, anchor) = (cache.len(), *out.last().unwrap());
+            drafter.inject(&features, &mut context);
+            let hidden = drafter.hidden(target, anchor, 5, &mut context, |_, _| ());
+            drafter.logits(target, &hidden[target.config.stack.hidden..], &mut logits);
+            let law = |row: &[f32]| request.drafting.sampling.probabilities(row).unwrap();
+            let laws: Vec<_> = logits.chunks(vocab).map(law).collect();
+            let mut dice = Dice { seed, stream, round, anchor: at as u32 };
+            let drafts = draw(&laws, &mut dice).unwrap();
+            let block_of = [&[anchor], &drafts[..]].concat();
+            let normed = target.forward(&block_of, &mut cache, &drafter.config.taps, &mut features, 5);
+            target.logits(&normed, &mut logits);
+            let law = |row: usize| own.probabilities(&logits[row * vocab..][..vocab]);
+            let judged = match rule {
+                Rule::Rejection => rejection(&drafts, &laws, law, &mut dice),
+                _ => block(&drafts, &laws, law, &mut dice),
+            };
+            let (accepted, next) = judged.unwrap();
+            cache.crop(at + accepted + 1);
+            features.truncate(features.len() / 5 * (accepted + 1));
+            out.extend(&drafts[..accepted]);
+            out.push(next);
+        }
+        let got = cpu::install(|| run(&mut Sequences::new(target, Some(drafter), 1, usize::MAX), &request));
+        assert_eq!(got.tokens, out[..40], "{rule:?}");
+    }
+}
+
+#[test]
+fn a_block_of_one_row_is_plain_decoding_whatever_the_rule() {
+    let models = tiny();
+    cpu::install(|| {
+        let plain = run(&mut models.slots(1), &request(&[1, 2], 40, 1, Drafting::default()));
+        for rule in [Rule::Rejection, Rule::Block] {
+            let got = run(&mut models.slots(1), &request(&[1, 2], 40, 1, drafting(rule, 1.0)));
+            assert_eq!(got.tokens, plain.tokens);
+        }
+    });
+}
+
+#[test]
+fn drafts_that_somebody_else_made_have_no_law() {
+    let models = tiny();
+    let mut sequence = Sequence::new(&models.0, Some(&models.1));
+    sequence.start(&request(&[1, 2], 10, 4, drafting(Rule::Block, 1.0))).unwrap();
+    sequence.prefill().unwrap();
+    let error = sequence.verify(&[1, 1, 1], &mut Vec::new()).unwrap_err();
+    assert_eq!(error.to_string(), "drafts without the laws that they were drawn from");
+}
+
+// ---- devices and flags ----
+
+#[test]
+fn devices_refuse_to_draw_drafts() {
+    use dflash::engine::{Backend, generate};
+    let (target, drafter) = crowd::tiny();
+    let pair = crowd::open(&support::write_pair(&target, &drafter));
+    let device = Box::new(dflash::emulator::Emulator::new());
+    let room = dflash::memory::Room::new(1, 4, 64);
+    let backend = OnDevice::load("emulator", device, &pair, room, &mut |_, _| ()).unwrap();
+    let mut decoder = backend.decoder().unwrap();
+    for how in [drafting(Rule::Rejection, 0.0), drafting(Rule::Block, 1.0), drafting(Rule::Match, 0.5)] {
+        let error = generate(&mut *decoder, &request(&[1, 2], 5, 4, how), &mut Silent).unwrap_err();
+        assert_eq!(error.exit_code(), 4);
+        assert_eq!(
+            error.to_string(),
+            "only the device cpu draws drafts and judges them by other rules than match"
+        );
+    }
+    // Plain decoding has no drafts.
+    run(&mut *decoder, &request(&[1, 2], 5, 1, drafting(Rule::Block, 1.0)));
+}
+
+fn record(args: &[&str]) -> Value {
+    program::run([&["--json", "import os\n", "-n", "40", "--seed", "3"], args].concat()).json().remove(0)
+}
+
+#[test]
+fn verify_chooses_the_rule_and_the_record_names_it() {
+    let hot = ["--temperature", "1"];
+    let matched = record(&hot);
+    for (rule, other) in [("match", false), ("rejection", true), ("block", true)] {
+        let args = [&hot[..], &["--verify", rule]].concat();
+        let got = record(&args);
+        assert_eq!((&got["verify"], &got["device"]), (&Value::from(rule), &Value::from("cpu")));
+        assert_eq!(got["tokens"] != matched["tokens"], other, "{rule}");
+        assert_eq!(record(&args)["tokens"], got["tokens"], "the seed gives {rule}'s text again");
+        // Greedy, all are the same.
+        assert_eq!(record(&["--verify", rule])["tokens"], record(&[])["tokens"]);
+        if other {
+            let cold = record(&[&args[..], &["--draft-temperature", "0.3"]].concat());
+            assert_ne!(cold["tokens"], got["tokens"], "--draft-temperature does something");
+            let same = record(&[&args[..], &["--draft-temperature", "1"]].concat());
+            assert_eq!(same["tokens"], got["tokens"], "by default it is --temperature");
+        }
+    }
+    let coupled = record(&[&hot[..], &["--coupled"]].concat());
+    assert_eq!(coupled["tokens"], matched["tokens"]);
+    assert_ne!(coupled["accepted"], matched["accepted"]);
+    let best = record(&[&hot[..], &["--coupled", "--draft-temperature", "0"]].concat());
+    assert_eq!(best["accepted"], matched["accepted"]);
+}
+
+#[test]
+fn flags_that_cannot_go_together_are_refused() {
+    let cases: [(i32, &[&str], &str); 12] = [
+        (
+            2,
+            &["--verify", "typical"],
+            "invalid value 'typical' for '--verify <VERIFY>' [possible values: match, \
+          rejection, block]",
+        ),
+        (
+            2,
+            &["--coupled", "--verify", "block"],
+            "--coupled is for --verify match, but --verify is block, which draws \
+          drafts by chances of their own",
+        ),
+        (
+            2,
+            &["--draft-temperature", "1"],
+            "--draft-temperature needs --coupled or --verify rejection or block: match \
+          drafts best tokens",
+        ),
+        (
+            2,
+            &["--verify", "block", "--draft-temperature", "-1"],
+            "--draft-temperature is -1, expected 0 (best tokens) \
+          or 0.0001 to 10000",
+        ),
+        (
+            2,
+            &["--verify", "block", "--draft-temperature", "NaN"],
+            "--draft-temperature is NaN, expected 0 (best \
+          tokens) or 0.0001 to 10000",
+        ),
+        (
+            2,
+            &["--verify", "rejection", "--draft", "none"],
+            "--verify rejection needs a drafter, but --draft is none",
+        ),
+        (
+            2,
+            &["--coupled", "--block", "1"],
+            "--block is 1, which is plain decoding: --coupled expects at least 2",
+        ),
+        (
+            2,
+            &["--verify", "block", "--compare"],
+            "--compare needs --verify match: what block emits has the law of \
+          plain decoding, not its tokens",
+        ),
+        (
+            2,
+            &["--verify", "rejection", "--check-lossless"],
+            "--check-lossless needs --verify match: what rejection \
+          emits has the law of plain decoding, not its tokens",
+        ),
+        (
+            4,
+            &["--device", "emulator", "--verify", "rejection"],
+            "device emulator does not run --verify rejection, \
+          expected --device cpu",
+        ),
+        (
+            4,
+            &["--device", "emulator", "--verify", "block"],
+            "device emulator does not run --verify block, expected \
+          --device cpu",
+        ),
+        (
+            4,
+            &["--device", "emulator", "--coupled"],
+            "device emulator does not run --coupled, expected --device cpu",
+        ),
+    ];
+    for (code, args, sentence) in cases {
+        let got = program::run([args, &["x"]].concat());
+        assert_eq!((got.code, got.out.as_str()), (code, ""), "{args:?}: {got:?}");
+        assert_eq!(got.err, format!("dflash-gen: {sentence}\n"), "{args:?}");
+    }
+}
