@@ -51,7 +51,7 @@ pub fn table() -> Result<String> {
 fn request(slot: u32, block: usize, temperature: f32) -> Request {
     let sampling = Sampling { temperature, top_k: 0, top_p: 0.9, min_p: 0.0, seed: 1, stream: slot };
     let prompt = (0..PROMPT).map(|i| 300 + i * 13 + slot).collect();
-    Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block }
+    Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block, drafting: Default::default() }
 }
 
 fn case(out: &mut String, name: &str, device: &Emulator) {

@@ -152,7 +152,14 @@ fn requests(
         }
         let sampling = Sampling { stream, ..sampling.clone() };
         let (prompt, stop_ids) = (tokens.of(prompt)?, stop_ids.clone());
-        Ok(Request { prompt, max_tokens: flags.max_tokens, sampling, stop_ids, block, drafting: Default::default() })
+        Ok(Request {
+            prompt,
+            max_tokens: flags.max_tokens,
+            sampling,
+            stop_ids,
+            block,
+            drafting: Default::default(),
+        })
     };
     (0..).zip(prompts).map(request).collect()
 }
@@ -335,7 +342,14 @@ mod tests {
         let sampling = check(&flags).unwrap();
         let request = |id: u32| {
             let sampling = Sampling { stream: id, ..sampling.clone() };
-            Request { prompt: vec![id], max_tokens: 7, sampling, stop_ids: vec![], block: 4, drafting: Default::default() }
+            Request {
+                prompt: vec![id],
+                max_tokens: 7,
+                sampling,
+                stop_ids: vec![],
+                block: 4,
+                drafting: Default::default(),
+            }
         };
         let requests: Vec<Request> = (1..4).map(request).collect();
         let (repeats, counts) = Run { flags: &flags, requests: &requests, place: None }.all(decoder).unwrap();
@@ -345,7 +359,14 @@ mod tests {
 
     fn counter(slots: usize, strays: bool) -> Counter {
         let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
-        let nobody = Request { prompt: vec![0], max_tokens: 0, sampling, stop_ids: vec![], block: 1, drafting: Default::default() };
+        let nobody = Request {
+            prompt: vec![0],
+            max_tokens: 0,
+            sampling,
+            stop_ids: vec![],
+            block: 1,
+            drafting: Default::default(),
+        };
         Counter { slots: vec![(0, nobody); slots], asked: vec![], strays }
     }
 
