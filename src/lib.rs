@@ -11,6 +11,7 @@
 //! | [`text`] | tokenizer, streaming detokenising, stop strings |
 //! | `template` | chat templates as Hugging Face runs them |
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
+//! | [`tree`] | draft trees: what a round guesses where it may guess more than once |
 //! | [`cpu`], `kv`, `simd` | the reference's arithmetic on all cores; its cache; the instruction sets underneath |
 //! | [`mod@reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
 //! | [`device`] | memory, launches, graphs, events: what the engine needs of a device |
@@ -52,6 +53,7 @@ pub mod stats;
 mod template;
 pub mod terminal;
 pub mod text;
+pub mod tree;
 pub mod verify;
 pub mod weights;
 
