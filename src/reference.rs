@@ -506,6 +506,11 @@ impl<'a> Sequence<'a> {
         Sequence { target, drafter, context: target.config.stack.max_positions, tree: None, state: None }
     }
 
+    /// As [`Sequences::with_trees`].
+    pub fn with_trees(self, rows: Option<usize>) -> Sequence<'a> {
+        Sequence { tree: rows, ..self }
+    }
+
     /// Positions that (target, drafter) hold, the drafter's pending ones counted: both equal the anchor's position
     /// after every round (dflash.md 4). None before the start; the drafter's is none in plain decoding.
     pub fn lengths(&self) -> Option<(usize, Option<usize>)> {
@@ -677,16 +682,18 @@ impl<'a> Sequence<'a> {
         block.min(last.saturating_sub(at)).min((self.context - 1).saturating_sub(at)).max(1)
     }
 
-    /// A round: appends to `out` what [`Sequence::verify`] does of the drafter's own drafts.
-    pub fn round(&mut self, out: &mut Vec<u32>) -> Result<()> {
+    /// A round: appends to `out` what [`Sequence::verify`] does of the drafter's own drafts, and says how many they were.
+    pub fn round(&mut self, out: &mut Vec<u32>) -> Result<usize> {
         match (self.rows(), self.tree) {
             (rows @ 2.., Some(most)) => {
                 let tree = self.draft_tree(rows, most)?;
-                self.verify_tree(&tree, out)
+                self.verify_tree(&tree, out)?;
+                Ok(tree.rows() - 1)
             }
             (rows, _) => {
                 let drafts = self.draft(rows)?;
-                self.verify(&drafts, out)
+                self.verify(&drafts, out)?;
+                Ok(drafts.len())
             }
         }
     }
@@ -744,7 +751,7 @@ impl<'a> Sequences<'a> {
     /// Rounds that draft verify a tree of up to `rows` rows, the anchor counted, instead of a chain; as deep as a block is.
     /// 2 to [`tree::MOST_ROWS`]; none: chains.
     pub fn with_trees(mut self, rows: Option<usize>) -> Sequences<'a> {
-        self.all.iter_mut().for_each(|sequence| sequence.tree = rows);
+        self.all = self.all.into_iter().map(|sequence| sequence.with_trees(rows)).collect();
         self
     }
 }
@@ -779,7 +786,7 @@ impl Decoder for Sequences<'_> {
         for ((sequence, running), emitted) in self.all.iter_mut().zip(&self.running).zip(out) {
             *emitted = Emitted::default();
             if *running {
-                sequence.round(&mut emitted.tokens)?;
+                emitted.drafted = sequence.round(&mut emitted.tokens)?;
                 emitted.judged = emitted.tokens.len();
             }
         }

@@ -3,6 +3,7 @@
 use clap::{ArgAction, Parser, ValueEnum};
 use dflash::pair::Pair;
 use dflash::place::Choice;
+use dflash::tree::MOST_ROWS;
 use dflash::verify::Sampling;
 use dflash::{Error, Result};
 use std::path::PathBuf;
@@ -103,6 +104,12 @@ pub struct Args {
     #[arg(long, value_name = "N", help_heading = "Generation")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub block: Option<usize>,
+    /// Draft a tree instead of a chain: up to N tokens a round, 1 from the target and N - 1 drafts, of which several may
+    /// be rivals for a position; --block says how many positions. The text is the same [device cpu only]
+    #[arg(long, value_name = "N", help_heading = "Generation", conflicts_with_all = ["plan", "gpu"])]
+    #[arg(verbatim_doc_comment)]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
+    pub tree: Option<usize>,
 
     /// System message, put before every conversation
     #[arg(long, value_name = "TEXT", conflicts_with = "raw", help_heading = "Chat template")]
@@ -171,7 +178,7 @@ impl Args {
             (_, true) => Some("--check-lossless"),
             _ => None,
         };
-        if let Some(flag) = twice {
+        for flag in twice.into_iter().chain(self.tree.map(|_| "--tree")) {
             if self.plain() {
                 return Err(Error::Usage(format!("{flag} needs a drafter, but --draft is none")));
             }
@@ -179,6 +186,16 @@ impl Args {
                 return Err(Error::Usage(format!(
                     "--block is 1, which is plain decoding: {flag} expects at least 2"
                 )));
+            }
+        }
+        if let Some(rows) = self.tree {
+            if !(2..=MOST_ROWS).contains(&rows) {
+                return Err(Error::Usage(format!("--tree is {rows}, expected 2 to {MOST_ROWS}")));
+            }
+            if matches!(self.device, Choice::Cuda | Choice::Emulator) {
+                return Err(Error::Unsupported(
+                    "--tree runs on --device cpu only: the other devices draft chains".into(),
+                ));
             }
         }
         match (&self.target, &self.draft) {

@@ -28,6 +28,10 @@ pub fn load(args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
         Choice::Cpu => cpu(pair, args, room),
         Choice::Cuda => on(Place::gpu(args.gpu.unwrap_or(0))?, args, pair, room),
         Choice::Emulator => on(Place::emulator()?, args, pair, room),
+        Choice::Auto if args.tree.is_some() => {
+            say(args, "device: cpu: --tree runs there only");
+            cpu(pair, args, room)
+        }
         Choice::Auto => {
             let gpu =
                 Place::gpu(args.gpu.unwrap_or(0)).and_then(|gpu| MemoryPlan::new(pair, room).map(|_| gpu));
@@ -54,7 +58,7 @@ fn say(args: &Args, line: &str) {
 
 /// Its caches grow with the requests, so that only `--ctx` limits them.
 fn cpu(pair: &Pair, args: &Args, room: Room) -> Result<Box<dyn Backend>> {
-    Ok(Box::new(Cpu::load(pair, room.sequences, args.context(pair)?)?))
+    Ok(Box::new(Cpu::load(pair, room.sequences, args.context(pair)?)?.with_trees(args.tree)))
 }
 
 fn on(place: Place, args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {

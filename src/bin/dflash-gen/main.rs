@@ -172,6 +172,7 @@ impl Session<'_> {
             finish_reason: outcome.finish.name(),
             rounds: outcome.accepted.len(),
             accepted: outcome.accepted.clone(),
+            drafted: outcome.drafted.clone(),
             tau: stats::tau(&outcome.accepted),
             seed: request.sampling.seed,
             stream: request.sampling.stream,
@@ -179,6 +180,7 @@ impl Session<'_> {
             target: self.pair.target.folder.name(),
             draft: speculative.map(|d| d.folder.name()),
             verify: speculative.map(|_| "match"),
+            tree: self.args.tree.filter(|_| speculative.is_some()),
             seconds: Seconds {
                 load: self.load.as_secs_f64(),
                 prefill: outcome.prefill.as_secs_f64(),
