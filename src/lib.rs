@@ -12,6 +12,7 @@
 //! | `template` | chat templates as Hugging Face runs them |
 //! | [`verify`] | sampling law, Philox streams, acceptance rules |
 //! | [`tree`] | draft trees: what a round guesses where it may guess more than once |
+//! | [`control`] | how much a round drafts, from what is accepted and what passes cost |
 //! | [`cpu`], `kv`, `simd` | the reference's arithmetic on all cores; its cache; the instruction sets underneath |
 //! | [`mod@reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
 //! | [`device`] | memory, launches, graphs, events: what the engine needs of a device |
@@ -28,6 +29,7 @@
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
 
 pub mod config;
+pub mod control;
 pub mod cpu;
 pub mod cuda;
 pub mod device;

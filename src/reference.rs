@@ -2,6 +2,7 @@
 //! dflash.md sections 3 to 5 (arXiv 2602.06036); the arithmetic underneath is in `cpu.rs`.
 
 use crate::config::{Attention, DrafterConfig, Stack, TargetConfig};
+use crate::control::{ByConfidence, Controller, Costs, WherePays};
 use crate::cpu::{self, Kv, Matrix};
 use crate::engine::{Backend, Decoder, Emitted, Prefill, Request};
 use crate::pair::{Model, Pair};
@@ -443,6 +444,7 @@ pub struct Cpu {
     slots: usize,
     context: usize,
     tree: Option<usize>,
+    costs: Option<Costs>,
 }
 
 impl Cpu {
@@ -452,12 +454,17 @@ impl Cpu {
     /// What is wrong with a tensor, by its name.
     pub fn load(pair: &Pair, slots: usize, context: usize) -> Result<Cpu> {
         let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
-        Ok(Cpu { target: Target::load(&pair.target)?, drafter, slots, context, tree: None })
+        Ok(Cpu { target: Target::load(&pair.target)?, drafter, slots, context, tree: None, costs: None })
     }
 
     /// As [`Sequences::with_trees`].
     pub fn with_trees(self, rows: Option<usize>) -> Cpu {
         Cpu { tree: rows, ..self }
+    }
+
+    /// As [`Sequences::adaptive`].
+    pub fn adaptive(self, costs: Option<Costs>) -> Cpu {
+        Cpu { costs, ..self }
     }
 }
 
@@ -469,7 +476,7 @@ impl Backend for Cpu {
     fn decoder(&self) -> Result<Box<dyn Decoder + '_>> {
         let drafter = self.drafter.as_ref();
         let sequences = Sequences::new(&self.target, drafter, self.slots, self.context);
-        Ok(Box::new(sequences.with_trees(self.tree)))
+        Ok(Box::new(sequences.with_trees(self.tree).adaptive(self.costs.as_ref())))
     }
 }
 
@@ -483,6 +490,8 @@ pub struct Sequence<'a> {
     context: usize,
     /// Rows of a round's tree; none: chains.
     tree: Option<usize>,
+    /// What passes cost; none: rounds are as large as they can be.
+    costs: Option<&'a Costs>,
     state: Option<State>,
 }
 
@@ -498,17 +507,24 @@ struct State {
     sampling: Sampling,
     logits: Vec<f32>, // [rows][vocab] of the last verification
     path: Vec<usize>, // the rows of it that stood, 0 first
+    controller: Option<Box<dyn Controller + Send>>,
 }
 
 impl<'a> Sequence<'a> {
     /// A fresh sequence; without a drafter it decodes plainly.
     pub fn new(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequence<'a> {
-        Sequence { target, drafter, context: target.config.stack.max_positions, tree: None, state: None }
+        let context = target.config.stack.max_positions;
+        Sequence { target, drafter, context, tree: None, costs: None, state: None }
     }
 
     /// As [`Sequences::with_trees`].
     pub fn with_trees(self, rows: Option<usize>) -> Sequence<'a> {
         Sequence { tree: rows, ..self }
+    }
+
+    /// As [`Sequences::adaptive`].
+    pub fn adaptive(self, costs: Option<&'a Costs>) -> Sequence<'a> {
+        Sequence { costs, ..self }
     }
 
     /// Positions that (target, drafter) hold, the drafter's pending ones counted: both equal the anchor's position
@@ -621,11 +637,16 @@ impl<'a> Sequence<'a> {
                 sampling: request.sampling.clone(),
                 logits: Vec::new(),
                 path: Vec::new(),
+                controller: None,
             }),
         };
         (state.drafting, state.anchor) = (drafter.is_some(), None);
         (state.sampling, state.block) = (request.sampling.clone(), request.block);
         state.prompt.clone_from(prompt);
+        state.controller = self.costs.map(|costs| {
+            let sizes = ByConfidence::new(costs.clone());
+            Box::new(WherePays::new(sizes, costs.clone())) as Box<dyn Controller + Send>
+        });
         if let (Some(drafter), None) = (drafter, &state.context) {
             state.context = Some(Cache::new(&drafter.config.stack, 0)?);
         }
@@ -684,18 +705,44 @@ impl<'a> Sequence<'a> {
 
     /// A round: appends to `out` what [`Sequence::verify`] does of the drafter's own drafts, and says how many they were.
     pub fn round(&mut self, out: &mut Vec<u32>) -> Result<usize> {
-        match (self.rows(), self.tree) {
-            (rows @ 2.., Some(most)) => {
-                let tree = self.draft_tree(rows, most)?;
-                self.verify_tree(&tree, out)?;
-                Ok(tree.rows() - 1)
-            }
-            (rows, _) => {
-                let drafts = self.draft(rows)?;
-                self.verify(&drafts, out)?;
-                Ok(drafts.len())
-            }
+        let rows = self.rows();
+        let most = if rows < 2 { 0 } else { self.tree.unwrap_or(rows) - 1 };
+        let allowed = self.ask(|controller| controller.drafts(most))?.unwrap_or(most);
+        if allowed == 0 {
+            self.draft(1)?;
+            self.verify(&[], out)?;
+            return Ok(0);
         }
+        let before = out.len();
+        let drafts = if self.tree.is_some() {
+            let mut tree = self.draft_tree(rows, allowed + 1)?;
+            if let Some(kept) = self.ask(|controller| controller.cut(&tree.costs[1..]))? {
+                tree.truncate(kept + 1);
+            }
+            self.verify_tree(&tree, out)?;
+            tree.rows() - 1
+        } else {
+            // The drafter sees the whole block, as in its training, however few of its drafts are asked for.
+            let mut drafts = self.drafted(rows, |logits| Some(*tree::choices(logits, 1)?.first()?))?;
+            drafts.truncate(allowed);
+            let mut cost = 0;
+            let costs: Vec<u32> = drafts.iter().map(|draft| (cost += draft.cost, cost).1).collect();
+            if let Some(kept) = self.ask(|controller| controller.cut(&costs))? {
+                drafts.truncate(kept);
+            }
+            let tokens: Vec<u32> = drafts.iter().map(|draft| draft.token).collect();
+            self.verify(&tokens, out)?;
+            tokens.len()
+        };
+        let accepted = out.len() - before - 1;
+        self.ask(|controller| controller.judged(drafts, accepted))?;
+        Ok(drafts)
+    }
+
+    /// What the controller answers; none without one.
+    fn ask<T>(&mut self, question: impl FnOnce(&mut dyn Controller) -> T) -> Result<Option<T>> {
+        let (state, _) = started(&mut self.state)?;
+        Ok(state.controller.as_deref_mut().map(|controller| question(controller)))
     }
 }
 
@@ -744,7 +791,7 @@ impl<'a> Sequences<'a> {
         context: usize,
     ) -> Sequences<'a> {
         let context = context.min(target.config.stack.max_positions);
-        let sequence = || Sequence { target, drafter, context, tree: None, state: None };
+        let sequence = || Sequence { target, drafter, context, tree: None, costs: None, state: None };
         Sequences { all: (0..slots).map(|_| sequence()).collect(), running: vec![false; slots] }
     }
 
@@ -752,6 +799,12 @@ impl<'a> Sequences<'a> {
     /// 2 to [`tree::MOST_ROWS`]; none: chains.
     pub fn with_trees(mut self, rows: Option<usize>) -> Sequences<'a> {
         self.all = self.all.into_iter().map(|sequence| sequence.with_trees(rows)).collect();
+        self
+    }
+
+    /// Rounds draft as much as pays where passes cost this much, and nothing where drafting does not; none: all they can.
+    pub fn adaptive(mut self, costs: Option<&'a Costs>) -> Sequences<'a> {
+        self.all = self.all.into_iter().map(|sequence| sequence.adaptive(costs)).collect();
         self
     }
 }

@@ -60,6 +60,8 @@ pub struct Record {
     pub verify: Option<&'static str>,
     /// Rows of a round's tree at most, the anchor counted; null: chains.
     pub tree: Option<usize>,
+    /// Whether rounds drafted as much as paid; null in plain decoding.
+    pub adaptive: Option<bool>,
     pub seconds: Seconds,
 }
 

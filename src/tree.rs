@@ -23,19 +23,22 @@ pub struct Tree {
     pub depths: Vec<u32>,
     /// Bit `j`: row `j` is on the way to this one, or is this one.
     pub masks: Vec<u64>,
+    /// Of the path: the sum of its choices' costs. The anchor's is 0.
+    pub costs: Vec<u32>,
 }
 
 impl Tree {
     /// No drafts yet.
     pub fn new(anchor: u32) -> Tree {
-        Tree { tokens: vec![anchor], parents: vec![0], depths: vec![0], masks: vec![1] }
+        Tree { tokens: vec![anchor], parents: vec![0], depths: vec![0], masks: vec![1], costs: vec![0] }
     }
 
-    /// Hangs `token` from row `parent`; its own row. Trees end at [`MOST_ROWS`], a debt of those that build them.
-    fn push(&mut self, parent: usize, token: u32) -> usize {
+    /// Hangs a token from row `parent`; its own row. Those that build trees end them at [`MOST_ROWS`].
+    fn push(&mut self, parent: usize, token: u32, cost: u32) -> usize {
         let row = self.rows();
         assert!(parent < row && row < MOST_ROWS);
         self.tokens.push(token);
+        self.costs.push(cost);
         self.parents.push(parent as u32);
         self.depths.push(self.depths[parent] + 1);
         self.masks.push(self.masks[parent] | 1 << row);
@@ -72,7 +75,7 @@ impl Tree {
         {
             let choices = &choices[depth - 1];
             let rank = ranks[depth - 1];
-            let row = tree.push(parent, choices[rank].token);
+            let row = tree.push(parent, choices[rank].token, cost);
             heap.extend(entry(cost, ranks.clone(), 0, row));
             ranks.pop();
             heap.extend(entry(cost - choices[rank].cost, ranks, rank + 1, parent));
@@ -119,7 +122,7 @@ impl Tree {
         // A parent's key is less than its children's: its row is known when they come.
         let mut row_of = vec![0; all.len() + 1];
         for i in order {
-            row_of[i + 1] = tree.push(row_of[all[i].parent], all[i].token);
+            row_of[i + 1] = tree.push(row_of[all[i].parent], all[i].token, all[i].cost);
         }
         tree
     }
@@ -134,7 +137,7 @@ impl Tree {
             for parent in level {
                 for choice in choices.iter().take(*width) {
                     if tree.rows() < rows {
-                        tree.push(parent, choice.token);
+                        tree.push(parent, choice.token, tree.costs[parent] + choice.cost);
                     }
                 }
             }
@@ -150,6 +153,7 @@ impl Tree {
         self.parents.truncate(rows);
         self.depths.truncate(rows);
         self.masks.truncate(rows);
+        self.costs.truncate(rows);
     }
 }
 

@@ -111,6 +111,7 @@ fn a_record_has_exactly_these_fields() {
         "draft",
         "verify",
         "tree",
+        "adaptive",
         "seconds",
     ];
     let dflash = record(&[PROMPT, "-n", "60", "--seed", "5"]);

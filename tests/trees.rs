@@ -27,13 +27,15 @@ fn sound(tree: &Tree, most: usize) {
     let rows = tree.rows();
     assert!((1..=most).contains(&rows), "{rows} rows of {most}");
     assert_eq!((tree.parents.len(), tree.depths.len(), tree.masks.len()), (rows, rows, rows));
-    assert_eq!((tree.parents[0], tree.depths[0], tree.masks[0]), (0, 0, 1));
+    assert_eq!((tree.parents[0], tree.depths[0], tree.masks[0], tree.costs[0]), (0, 0, 1, 0));
+    assert_eq!(tree.costs.len(), rows);
     let mut seen = HashSet::new();
     for row in 1..rows {
         let parent = tree.parents[row] as usize;
         assert!(parent < row);
         assert_eq!(tree.depths[row], tree.depths[parent] + 1);
         assert_eq!(tree.masks[row], tree.masks[parent] | 1 << row);
+        assert!(tree.costs[row] >= tree.costs[parent]);
         assert_eq!(tree.depths[row], tree.masks[row].count_ones() - 1);
         let path: Vec<usize> = tree.path(row).collect();
         assert_eq!((path[0], path.len(), *path.last().unwrap()), (0, tree.depths[row] as usize + 1, row));
@@ -127,7 +129,9 @@ fn a_tree_holds_the_best_prefixes_there_are_in_the_order_of_their_keys() {
         let token = |(depth, rank): (usize, &usize)| choices[depth][*rank].token;
         let expected: Vec<Vec<u32>> =
             best.iter().map(|(_, _, ranks)| ranks.iter().enumerate().map(token).collect()).collect();
-        assert_eq!(prefixes(&Tree::best_first(3, &choices, rows)), expected, "{choices:?}");
+        let tree = Tree::best_first(3, &choices, rows);
+        assert_eq!(prefixes(&tree), expected, "{choices:?}");
+        assert_eq!(tree.costs[1..], best.iter().map(|(cost, ..)| *cost).collect::<Vec<_>>());
     }
 }
 
@@ -181,6 +185,7 @@ fn fixed_widths_are_filled_depth_by_depth() {
     let of: [&[u32]; 10] =
         [&[1], &[2], &[1, 4], &[1, 5], &[2, 4], &[2, 5], &[1, 4, 6], &[1, 5, 6], &[2, 4, 6], &[2, 5, 6]];
     assert_eq!(prefixes(&tree), of);
+    assert_eq!(tree.costs, [0, 1, 2, 5, 6, 6, 7, 11, 12, 12, 13]);
     assert_eq!(prefixes(&Tree::fixed(0, &choices, &[2, 3, 1], 6)), of[..5]);
     // A chain is a tree of width one; widths end a tree, and so do choices.
     assert_eq!(prefixes(&Tree::fixed(0, &choices, &[1; 9], 64)), [&[1][..], &[1, 4], &[1, 4, 6]]);

@@ -110,6 +110,10 @@ pub struct Args {
     #[arg(verbatim_doc_comment)]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub tree: Option<usize>,
+    /// Verify as many drafts a round as pay, by what has been accepted and how sure the drafter is, and none where drafting
+    /// does not pay. The text is the same [device cpu only]
+    #[arg(long, help_heading = "Generation", conflicts_with_all = ["plan", "gpu"], verbatim_doc_comment)]
+    pub adaptive: bool,
 
     /// System message, put before every conversation
     #[arg(long, value_name = "TEXT", conflicts_with = "raw", help_heading = "Chat template")]
@@ -178,7 +182,9 @@ impl Args {
             (_, true) => Some("--check-lossless"),
             _ => None,
         };
-        for flag in twice.into_iter().chain(self.tree.map(|_| "--tree")) {
+        let tree = self.tree.map(|_| "--tree");
+        let adaptive = self.adaptive.then_some("--adaptive");
+        for flag in [twice, tree, adaptive].into_iter().flatten() {
             if self.plain() {
                 return Err(Error::Usage(format!("{flag} needs a drafter, but --draft is none")));
             }
@@ -192,11 +198,11 @@ impl Args {
             if !(2..=MOST_ROWS).contains(&rows) {
                 return Err(Error::Usage(format!("--tree is {rows}, expected 2 to {MOST_ROWS}")));
             }
-            if matches!(self.device, Choice::Cuda | Choice::Emulator) {
-                return Err(Error::Unsupported(
-                    "--tree runs on --device cpu only: the other devices draft chains".into(),
-                ));
-            }
+        }
+        if let (Some(flag), Choice::Cuda | Choice::Emulator) = (tree.or(adaptive), self.device) {
+            return Err(Error::Unsupported(format!(
+                "{flag} runs on --device cpu only: the other devices draft chains of one length"
+            )));
         }
         match (&self.target, &self.draft) {
             (Some(_), None) => {

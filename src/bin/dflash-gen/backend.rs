@@ -3,7 +3,9 @@
 use crate::args::Args;
 use crate::note;
 use dflash::Result;
+use dflash::control::Costs;
 use dflash::engine::Backend;
+use dflash::floor::Card;
 use dflash::memory::{MemoryPlan, Room};
 use dflash::pair::Pair;
 use dflash::place::{Choice, Place};
@@ -11,6 +13,9 @@ use dflash::reference::Cpu;
 use dflash::rounds::OnDevice;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
+
+/// What --adaptive takes a CPU for, whichever it is, so that a run's rounds can be had again: some cores of a server.
+const CORES: Card = Card { name: "cpu", bandwidth: 20.0, tflops: 0.1, memory: f64::INFINITY };
 
 /// Positions per sequence where neither `--ctx` nor a prompt asks for others.
 const CONTEXT: usize = 8192;
@@ -28,8 +33,9 @@ pub fn load(args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
         Choice::Cpu => cpu(pair, args, room),
         Choice::Cuda => on(Place::gpu(args.gpu.unwrap_or(0))?, args, pair, room),
         Choice::Emulator => on(Place::emulator()?, args, pair, room),
-        Choice::Auto if args.tree.is_some() => {
-            say(args, "device: cpu: --tree runs there only");
+        Choice::Auto if args.tree.is_some() || args.adaptive => {
+            let flag = if args.tree.is_some() { "--tree" } else { "--adaptive" };
+            say(args, &format!("device: cpu: {flag} runs there only"));
             cpu(pair, args, room)
         }
         Choice::Auto => {
@@ -58,7 +64,12 @@ fn say(args: &Args, line: &str) {
 
 /// Its caches grow with the requests, so that only `--ctx` limits them.
 fn cpu(pair: &Pair, args: &Args, room: Room) -> Result<Box<dyn Backend>> {
-    Ok(Box::new(Cpu::load(pair, room.sequences, args.context(pair)?)?.with_trees(args.tree)))
+    let costs = pair.drafter.as_ref().filter(|_| args.adaptive).map(|drafter| {
+        let (target, drafter) = (&pair.target.config, &drafter.config);
+        Costs::modelled(&CORES, target, drafter, 0, drafter.block)
+    });
+    let cpu = Cpu::load(pair, room.sequences, args.context(pair)?)?;
+    Ok(Box::new(cpu.with_trees(args.tree).adaptive(costs)))
 }
 
 fn on(place: Place, args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {

@@ -181,6 +181,7 @@ impl Session<'_> {
             draft: speculative.map(|d| d.folder.name()),
             verify: speculative.map(|_| "match"),
             tree: self.args.tree.filter(|_| speculative.is_some()),
+            adaptive: speculative.map(|_| self.args.adaptive),
             seconds: Seconds {
                 load: self.load.as_secs_f64(),
                 prefill: outcome.prefill.as_secs_f64(),
