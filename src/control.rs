@@ -147,6 +147,28 @@ impl Costs {
     }
 }
 
+/// Drafts for each sequence of a batch, so that all of them together emit the most tokens in a time: `survival[b][i]` is the
+/// probability that draft `i` of sequence `b` stands, never more than the one before; `cost(n)` that of a round with `n`
+/// drafts in all. Of equals the fewest, and of equally probable ones the first of each sequence first.
+pub fn share(survival: &[Vec<f64>], cost: impl Fn(usize) -> f64) -> Vec<usize> {
+    let each = survival.iter().enumerate();
+    let mut order: Vec<(f64, usize, usize)> =
+        each.flat_map(|(b, all)| all.iter().enumerate().map(move |(i, stands)| (*stands, i, b))).collect();
+    order.sort_by(|x, y| y.0.total_cmp(&x.0).then((x.1, x.2).cmp(&(y.1, y.2))));
+    let mut tokens = survival.len() as f64;
+    let (mut best, mut least) = (0, cost(0) / tokens);
+    for (n, (stands, ..)) in (1..).zip(&order) {
+        tokens += stands;
+        let each = cost(n) / tokens;
+        if each < least {
+            (best, least) = (n, each);
+        }
+    }
+    let mut drafts = vec![0; survival.len()];
+    order[..best].iter().for_each(|(_, _, b)| drafts[*b] += 1);
+    drafts
+}
+
 // ---- what is accepted ----
 
 /// How often drafts stand, position by position, of those whose predecessors stood: what was counted, which fades, and a

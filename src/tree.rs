@@ -56,7 +56,7 @@ impl Tree {
         (0..=row).filter(move |ancestor| mask >> ancestor & 1 == 1)
     }
 
-    /// The most probable prefixes, best first, until the tree has `rows` rows or `choices` no more (DDTree, best-first form):
+    /// The most probable prefixes, best first, until the tree has `rows` rows or `choices` no more (DDTree, arXiv 2604.12989):
     /// of all trees of that size it has the greatest sum over its nodes of the probability of their path, as the drafter
     /// sees it. `choices[d]` are those for the `d`-th token behind the anchor; where each holds `rows - 1`, or all there
     /// are, no better one is missed. Between equal costs: the less deep, then the better ranks from the anchor on.

@@ -8,7 +8,9 @@ mod program;
 mod support;
 
 use dflash::config::{DrafterConfig, TargetConfig};
-use dflash::control::{ByConfidence, ByPosition, Confident, Controller, Costs, Fixed, Positions, WherePays};
+use dflash::control::{
+    ByConfidence, ByPosition, Confident, Controller, Costs, Fixed, Positions, WherePays, share,
+};
 use dflash::cpu;
 use dflash::engine::{Flow, Listener, Outcome, Request, generate};
 use dflash::floor::{Card, draft_pass, target_pass};
@@ -163,6 +165,46 @@ fn modelled_costs_are_the_floor_of_the_passes() {
     assert_eq!(costs.plain(), costs.verify[0]);
     // Bound by memory: a round of 64 rows costs little more than one of 16.
     assert!(costs.round(63) < 1.01 * costs.round(15));
+}
+
+/// Every way to share, of costs with and without steps.
+#[test]
+fn a_batch_shares_drafts_so_that_no_other_way_emits_more_in_a_time() {
+    let mut random = Random::new(9);
+    let mut uneven = 0;
+    for case in 0..300 {
+        let mut falling = |n| {
+            let mut s: Vec<f64> = (0..n).map(|_| f64::from(random.unit())).collect();
+            s.sort_by(|a, b| b.total_cmp(a));
+            s
+        };
+        let survival = [falling(4), falling(case % 5), falling(3)];
+        let step = 0.05 + 0.5 * f64::from(random.unit());
+        let cost = |n: usize| match case % 2 {
+            0 => 1.0 + step * (n as f64).powf(1.5) / 8.0,
+            _ => 1.0 + step * n.div_ceil(4) as f64,
+        };
+        let value = |drafts: &[usize]| {
+            let stands = |(s, n): (&Vec<f64>, &usize)| s[..*n].iter().sum::<f64>();
+            (3.0 + survival.iter().zip(drafts).map(stands).sum::<f64>()) / cost(drafts.iter().sum())
+        };
+        let mut best: f64 = 0.0;
+        for a in 0..=survival[0].len() {
+            for b in 0..=survival[1].len() {
+                for c in 0..=survival[2].len() {
+                    best = best.max(value(&[a, b, c]));
+                }
+            }
+        }
+        let drafts = share(&survival, cost);
+        near(value(&drafts), best);
+        uneven += usize::from(drafts[0] != drafts[2]);
+    }
+    assert!(uneven > 50, "{uneven} of 300 shared unevenly");
+    // Equal ones in turn; where nothing is free, nothing; of no sequences, nobody.
+    assert_eq!(share(&[vec![0.5; 3], vec![0.5; 3]], |n| if n > 3 { 9.0 } else { 1.0 }), [2, 1]);
+    assert_eq!(share(&[vec![0.9; 3], vec![]], |n| 1.0 + n as f64), [0, 0]);
+    assert!(share(&[], |_| 1.0).is_empty());
 }
 
 // ---- acceptance ----

@@ -411,6 +411,29 @@ fn whatever_tree_is_verified_the_answer_is_that_of_plain_decoding() {
     assert!(turned > 100, "{turned} of {rounds} rounds went two rows deep or more");
 }
 
+/// A round leaves the drafter the features of the path, in its order: it drafts what it would have after plain steps.
+#[test]
+fn after_every_tree_the_drafter_knows_what_it_would_after_plain_steps() {
+    let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+    let prompt = &held()[4];
+    let begin = || {
+        let mut sequence = Sequence::new(&models.0, Some(&models.1)).with_trees(Some(64));
+        sequence.start(&request(prompt, 120, 16, 0.0, 0)).unwrap();
+        while sequence.prefill().unwrap().next.is_none() {}
+        sequence
+    };
+    let (mut plainly, mut drafted) = (begin(), begin());
+    let (mut steps, mut rounds) = (vec![], vec![]);
+    while rounds.len() < 80 {
+        drafted.round(&mut rounds).unwrap();
+        while steps.len() < rounds.len() {
+            plainly.verify(&[], &mut steps).unwrap();
+        }
+        assert_eq!(steps, rounds);
+        assert_eq!(plainly.draft(16).unwrap(), drafted.draft(16).unwrap(), "after {} tokens", rounds.len());
+    }
+}
+
 #[test]
 fn trees_of_all_sizes_emit_what_plain_decoding_does_and_accept_more_than_chains() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());

@@ -194,10 +194,8 @@ impl Args {
                 )));
             }
         }
-        if let Some(rows) = self.tree {
-            if !(2..=MOST_ROWS).contains(&rows) {
-                return Err(Error::Usage(format!("--tree is {rows}, expected 2 to {MOST_ROWS}")));
-            }
+        if let Some(rows) = self.tree.filter(|rows| !(2..=MOST_ROWS).contains(rows)) {
+            return Err(Error::Usage(format!("--tree is {rows}, expected 2 to {MOST_ROWS}")));
         }
         if let (Some(flag), Choice::Cuda | Choice::Emulator) = (tree.or(adaptive), self.device) {
             return Err(Error::Unsupported(format!(
