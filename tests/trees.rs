@@ -208,7 +208,7 @@ fn costs_are_the_logarithms_of_the_drafters_law() {
             let whole = choices(&logits, vocab).unwrap();
             for choice in &whole {
                 let exact = (total.log2()
-                    - f64::from(logits[choice.token as usize] - max) * 1.442_695_040_888_963_4)
+                    - f64::from(logits[choice.token as usize] - max) * std::f64::consts::LOG2_E)
                     * 65536.0;
                 // Two roundings, the weights' own 1e-5, and f32's for what is far.
                 let bound = 3.0 + exact * 4e-7;
