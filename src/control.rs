@@ -1,20 +1,22 @@
-//! How much a round drafts and verifies: fixed, cut where the drafter is in doubt, or as much as pays. Counts and costs come
-//! in, a number of drafts goes out; there is no clock here, and nothing that a controller says changes which tokens the rule
-//! `match` emits: they depend on no draft.
+//! How much a round drafts and verifies: fixed, cut where the drafter is in doubt, or as much as pays. Counts and
+//! costs come in, a number of drafts goes out; there is no clock here, and nothing that a controller says changes
+//! which tokens the rule `match` emits: they depend on no draft.
 
 use crate::config::{DrafterConfig, TargetConfig};
 use crate::floor::{Card, draft_pass, target_pass};
 use crate::tree::MOST_ROWS;
 use crate::{Error, Result};
 
-/// Says how large rounds of one sequence are. Rounds come in order: each is asked for, drafted and judged, before the next.
+/// Says how large rounds of one sequence are. Rounds come in order: each is asked for, drafted and judged, before the
+/// next.
 pub trait Controller {
-    /// Drafts that the next round may run, of `most` that it could; 0: a plain step, for which the drafter does not run.
+    /// Drafts that the next round may run, of `most` that it could; 0: a plain step, for which the drafter does not
+    /// run.
     fn drafts(&mut self, most: usize) -> usize;
 
-    /// How many of the drafts to verify, the first ones. `costs` of their paths, `-log2` of the probability that the drafter
-    /// gives them in units of 2^-16 bits, parents before children. Only for drafts that are a function of the drafter's
-    /// law: to leave out a *sampled* one because of what it is would bend what is emitted.
+    /// How many of the drafts to verify, the first ones. `costs` of their paths, `-log2` of the probability that the
+    /// drafter gives them in units of 2^-16 bits, parents before children. Only for drafts that are a function of the
+    /// drafter's law: to leave out a *sampled* one because of what it is would bend what is emitted.
     fn cut(&mut self, costs: &[u32]) -> usize {
         costs.len()
     }
@@ -105,8 +107,8 @@ impl Costs {
         Ok(Costs { draft, verify })
     }
 
-    /// The least that they can be on a card, in milliseconds ([`crate::floor`]), for one sequence of `context` positions
-    /// and blocks of `block` rows.
+    /// The least that they can be on a card, in milliseconds ([`crate::floor`]), for one sequence of `context`
+    /// positions and blocks of `block` rows.
     pub fn modelled(
         card: &Card,
         target: &TargetConfig,
@@ -131,9 +133,9 @@ impl Costs {
         self.draft + self.verify[drafts.min(self.verify.len() - 1)]
     }
 
-    /// How many drafts to verify, so that a token costs the least, and that cost: `survival[i]` is the probability that the
-    /// `i`-th draft stands. Of equals the fewest. All sizes are tried, because costs have steps at which a search would
-    /// stop.
+    /// How many drafts to verify, so that a token costs the least, and that cost: `survival[i]` is the probability
+    /// that the `i`-th draft stands. Of equals the fewest. All sizes are tried, because costs have steps at which a
+    /// search would stop.
     pub fn cheapest(&self, survival: &[f64]) -> (usize, f64) {
         let (mut best, mut tokens) = ((0, self.round(0)), 1.0);
         for (i, stands) in survival.iter().enumerate() {
@@ -147,9 +149,9 @@ impl Costs {
     }
 }
 
-/// Drafts for each sequence of a batch, so that all of them together emit the most tokens in a time: `survival[b][i]` is the
-/// probability that draft `i` of sequence `b` stands, never more than the one before; `cost(n)` that of a round with `n`
-/// drafts in all. Of equals the fewest, and of equally probable ones the first of each sequence first.
+/// Drafts for each sequence of a batch, so that all of them together emit the most tokens in a time: `survival[b][i]`
+/// is the probability that draft `i` of sequence `b` stands, never more than the one before; `cost(n)` that of a
+/// round with `n` drafts in all. Of equals the fewest, and of equally probable ones the first of each sequence first.
 pub fn share(survival: &[Vec<f64>], cost: impl Fn(usize) -> f64) -> Vec<usize> {
     let each = survival.iter().enumerate();
     let mut order: Vec<(f64, usize, usize)> =
@@ -171,9 +173,9 @@ pub fn share(survival: &[Vec<f64>], cost: impl Fn(usize) -> f64) -> Vec<usize> {
 
 // ---- what is accepted ----
 
-/// How often drafts stand, position by position, of those whose predecessors stood: what was counted, which fades, and a
-/// guess that weighs as much as two of them: one half, and behind the first position what holds for the one before. Were
-/// it one half everywhere, positions that are no longer drafted would never be found to pay again.
+/// How often drafts stand, position by position, of those whose predecessors stood: what was counted, which fades,
+/// and a guess that weighs as much as two of them: one half, and behind the first position what holds for the one
+/// before. Were it one half everywhere, positions that are no longer drafted would never be found to pay again.
 #[derive(Debug, Clone, Default)]
 pub struct Positions {
     /// (stood, came to be judged)
@@ -217,8 +219,8 @@ const FROZEN: usize = 4;
 /// Rows that a round may have more or fewer than the one before, so that sizes do not jump to and fro.
 const STEP: usize = 16;
 
-/// As many drafts of a chain as pay, by what is accepted at each position. Known before the round's drafts are: for devices
-/// whose rounds are on their way before the host has read the last one.
+/// As many drafts of a chain as pay, by what is accepted at each position. Known before the round's drafts are: for
+/// devices whose rounds are on their way before the host has read the last one.
 pub struct ByPosition {
     costs: Costs,
     positions: Positions,
@@ -252,8 +254,8 @@ impl Controller for ByPosition {
     }
 }
 
-/// As many drafts of a chain or a tree as pay, by how sure the drafter is of this round's: a bit of a path's cost counts as
-/// much as makes the number expected to stand the number that does.
+/// As many drafts of a chain or a tree as pay, by how sure the drafter is of this round's: a bit of a path's cost
+/// counts as much as makes the number expected to stand the number that does.
 pub struct ByConfidence {
     costs: Costs,
     weight: f64,
@@ -287,7 +289,8 @@ impl Controller for ByConfidence {
     }
 
     fn judged(&mut self, _: usize, accepted: usize) {
-        // Nothing of the outcome may be below the line: what is expected rightly must leave the weight alone on average.
+        // Nothing of the outcome may be below the line: what is expected rightly must leave the weight alone on
+        // average.
         let wrong = (self.expected - accepted as f64) / (1.0 + self.expected);
         self.weight = (self.weight * (LEARN * wrong).exp()).clamp(0.25, 4.0);
     }
@@ -319,7 +322,8 @@ const POOR: usize = 8;
 const INTERVALS: (usize, usize) = (16, 256);
 /// Paying rounds after which the next interval is the first one again.
 const SETTLED: usize = 64;
-/// What is left of a round's tokens and costs after another one; after a trial, which stands for all the rounds between.
+/// What is left of a round's tokens and costs after another one; after a trial, which stands for all the rounds
+/// between.
 const MEMORY: f64 = 0.9;
 const MEMORY_OF_TRIALS: f64 = 0.5;
 

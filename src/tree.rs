@@ -1,9 +1,10 @@
-//! Draft trees: several guesses for a position, verified in one pass. A tree is rows of a pass, the anchor first; its nodes
-//! come from one pass of the drafter, whose rows know nothing of each other, so that any row's tokens can follow any of the
-//! row before. What a tree holds decides how many drafts are accepted, never which tokens are emitted.
+//! Draft trees: several guesses for a position, verified in one pass. A tree is rows of a pass, the anchor first; its
+//! nodes come from one pass of the drafter, whose rows know nothing of each other, so that any row's tokens can
+//! follow any of the row before. What a tree holds decides how many drafts are accepted, never which tokens are
+//! emitted.
 //!
-//! Scores are integers, and every tie has an order: a device that builds the same tree from the same logits draws the same
-//! tree, whatever the order of its reductions.
+//! Scores are integers, and every tie has an order: a device that builds the same tree from the same logits draws the
+//! same tree, whatever the order of its reductions.
 
 use crate::verify::{TABLES, argmax};
 use std::cmp::Reverse;
@@ -56,10 +57,11 @@ impl Tree {
         (0..=row).filter(move |ancestor| mask >> ancestor & 1 == 1)
     }
 
-    /// The most probable prefixes, best first, until the tree has `rows` rows or `choices` no more (DDTree, arXiv 2604.12989):
-    /// of all trees of that size it has the greatest sum over its nodes of the probability of their path, as the drafter
-    /// sees it. `choices[d]` are those for the `d`-th token behind the anchor; where each holds `rows - 1`, or all there
-    /// are, no better one is missed. Between equal costs: the less deep, then the better ranks from the anchor on.
+    /// The most probable prefixes, best first, until the tree has `rows` rows or `choices` no more (DDTree, arXiv
+    /// 2604.12989): of all trees of that size it has the greatest sum over its nodes of the probability of their
+    /// path, as the drafter sees it. `choices[d]` are those for the `d`-th token behind the anchor; where each holds
+    /// `rows - 1`, or all there are, no better one is missed. Between equal costs: the less deep, then the better
+    /// ranks from the anchor on.
     pub fn best_first(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
         let (mut tree, rows) = (Tree::new(anchor), rows.min(MOST_ROWS));
         // (cost, ranks from the anchor on, parent); as many ranks as the prefix is deep.
@@ -83,10 +85,10 @@ impl Tree {
         tree
     }
 
-    /// [`Tree::best_first`] as many threads can do it: depth by depth, at each the best `rows - 1` children of the best
-    /// `rows - 1` prefixes of the depth before, and at last the best of them all. That loses nothing: whatever is before a
-    /// prefix is not worse. A prefix is known by its place among its depth's in the order of ranks, so that a key of any
-    /// depth fits one word.
+    /// [`Tree::best_first`] as many threads can do it: depth by depth, at each the best `rows - 1` children of the
+    /// best `rows - 1` prefixes of the depth before, and at last the best of them all. That loses nothing: whatever
+    /// is before a prefix is not worse. A prefix is known by its place among its depth's in the order of ranks, so
+    /// that a key of any depth fits one word.
     pub fn by_levels(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
         let most = rows.clamp(1, MOST_ROWS) - 1;
         let mut all: Vec<Prefix> = Vec::new();
@@ -127,8 +129,8 @@ impl Tree {
         tree
     }
 
-    /// A tree of fixed widths: every row of depth `d` has the best `widths[d]` choices for what follows it, depth by depth,
-    /// until the tree has `rows` rows.
+    /// A tree of fixed widths: every row of depth `d` has the best `widths[d]` choices for what follows it, depth by
+    /// depth, until the tree has `rows` rows.
     pub fn fixed(anchor: u32, choices: &[Vec<Choice>], widths: &[usize], rows: usize) -> Tree {
         let (mut tree, rows) = (Tree::new(anchor), rows.min(MOST_ROWS));
         let mut level = 0..1;
@@ -180,9 +182,9 @@ pub struct Choice {
 /// What a logit's distance from the best is multiplied with: 65536 log2(e), the drafter's own temperature.
 const SCALE: f32 = (65536.0 * std::f64::consts::LOG2_E) as f32;
 
-/// The `count` best tokens of the drafter's logits `[vocab]`, by (logit descending, id ascending), all of positive weight
-/// in the law that [`crate::verify::Sampling::survivors`] is of at temperature 1: fewer where there are fewer. `None` as in
-/// [`argmax`].
+/// The `count` best tokens of the drafter's logits `[vocab]`, by (logit descending, id ascending), all of positive
+/// weight in the law that [`crate::verify::Sampling::survivors`] is of at temperature 1: fewer where there are fewer.
+/// `None` as in [`argmax`].
 pub fn choices(logits: &[f32], count: usize) -> Option<Vec<Choice>> {
     let max = logits[argmax(logits)? as usize];
     let mut kept = Vec::new();
@@ -207,8 +209,8 @@ pub fn choices(logits: &[f32], count: usize) -> Option<Vec<Choice>> {
     Some(kept.into_iter().map(|(token, logit)| Choice { token, cost: cost(logit) }).collect())
 }
 
-/// `log2(total / 2^32)` in units of 2^-16, for the `total` of a row's weights, which is at least 2^32: to nearest, but for
-/// the table's last digits.
+/// `log2(total / 2^32)` in units of 2^-16, for the `total` of a row's weights, which is at least 2^32: to nearest,
+/// but for the table's last digits.
 fn bits(total: u64) -> u32 {
     let zeros = total.leading_zeros();
     // A variate's time is a logarithm: -log2(u / 2^32), here of the leading 32 bits, in units of 2^-27.
@@ -216,8 +218,9 @@ fn bits(total: u64) -> u32 {
     ((32 - zeros) << 16) - ((less + (1 << 10)) >> 11) as u32
 }
 
-/// What brings the rows of an accepted path, `[accepted + 1]` and 0 first, to the slots behind each other: (from, to) in
-/// rows, ascending. A slot is read before it is written where they are done in order. Rows that stand right are left out.
+/// What brings the rows of an accepted path, `[accepted + 1]` and 0 first, to the slots behind each other: (from, to)
+/// in rows, ascending. A slot is read before it is written where they are done in order. Rows that stand right are
+/// left out.
 pub fn moves(path: &[usize]) -> impl Iterator<Item = (usize, usize)> {
     path.iter().enumerate().map(|(to, from)| (*from, to)).filter(|(from, to)| from != to)
 }

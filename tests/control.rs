@@ -1,5 +1,5 @@
-//! How much a round drafts: the arithmetic of costs and acceptance against brute force, controllers over scripted and random
-//! acceptance, and that none of it changes what is emitted.
+//! How much a round drafts: the arithmetic of costs and acceptance against brute force, controllers over scripted and
+//! random acceptance, and that none of it changes what is emitted.
 
 #[path = "support/kernel.rs"]
 mod kernel;
@@ -342,8 +342,8 @@ fn confidence_is_weighed_by_what_came_of_it() {
     assert_eq!(hopeless.weight(), 4.0);
 }
 
-/// Runs `rounds` rounds, of which round `i` would accept `accepts(i)` of up to 15 drafts: which rounds drafted, and what all
-/// cost in plain steps per token.
+/// Runs `rounds` rounds, of which round `i` would accept `accepts(i)` of up to 15 drafts: which rounds drafted, and
+/// what all cost in plain steps per token.
 fn play(
     controller: &mut WherePays<Fixed>,
     costs: &Costs,

@@ -1,5 +1,5 @@
-//! Draft trees: how they are built, against brute force and a second form; and that rounds of trees emit what plain decoding
-//! does, with the same logits, bit for bit.
+//! Draft trees: how they are built, against brute force and a second form; and that rounds of trees emit what plain
+//! decoding does, with the same logits, bit for bit.
 
 #[path = "support/kernel.rs"]
 mod kernel;
@@ -269,7 +269,8 @@ fn open(target: &support::Target, drafter: &support::Drafter) -> Models {
     load(Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap())
 }
 
-/// So few tokens that a random drafter is often right, so that paths turn off the best branch. `wide`: Llama, heads of 80.
+/// So few tokens that a random drafter is often right, so that paths turn off the best branch. `wide`: Llama, heads
+/// of 80.
 fn guessable(wide: bool) -> Models {
     let (target, drafter) = support::small();
     let head_dim = if wide { 80 } else { 8 };
@@ -359,8 +360,8 @@ fn run(models: &Models, rows: Option<usize>, request: &Request) -> Outcome {
     cpu::install(|| generate(&mut decoder(models, rows), request, &mut Silent)).unwrap()
 }
 
-/// What a round keeps of a tree, whoever drew it, is what plain decoding would have there: later rounds, of trees, chains
-/// and single steps in turn, say so.
+/// What a round keeps of a tree, whoever drew it, is what plain decoding would have there: later rounds, of trees,
+/// chains and single steps in turn, say so.
 #[test]
 fn whatever_tree_is_verified_the_answer_is_that_of_plain_decoding() {
     let mut random = Random::new(8);
