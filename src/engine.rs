@@ -106,6 +106,8 @@ pub struct Emitted {
     pub tokens: Vec<u32>,
     /// How many they would be without an end.
     pub judged: usize,
+    /// Drafts that the target ran, of all branches.
+    pub drafted: usize,
 }
 
 /// What a listener wants next.
@@ -164,6 +166,8 @@ pub struct Outcome {
     /// Tokens per round, bonus included, as judged: the last round counts whole even where a stop or the budget cuts
     /// it, as the reference implementation records it (dflash.md 5.1, older form).
     pub accepted: Vec<usize>,
+    /// Drafts that each of these rounds ran, a tree's nodes all counted.
+    pub drafted: Vec<usize>,
     /// Tokens of the prompt that the decoder held already ([`resume`]).
     pub kept: usize,
     /// From the start to the first token, other sequences' rounds included.
@@ -292,6 +296,7 @@ fn serve<'a>(
                     tokens: Vec::new(),
                     finish: if room < request.max_tokens { Finish::Context } else { Finish::Length },
                     accepted: Vec::new(),
+                    drafted: Vec::new(),
                     kept: 0,
                     prefill: Duration::ZERO,
                     decode: Duration::ZERO,
@@ -392,12 +397,13 @@ impl Seat<'_> {
 
     /// Moves a round's tokens into the answer; true when it is over.
     fn round(&mut self, emitted: &Emitted, listeners: &mut dyn Listeners) -> Result<bool> {
-        let Emitted { tokens, judged } = emitted;
+        let Emitted { tokens, judged, drafted } = emitted;
         if tokens.is_empty() {
             return Ok(false);
         }
         let (before, listener) = (self.outcome.tokens.len(), listeners.of(self.index)?);
         self.outcome.accepted.push(*judged);
+        self.outcome.drafted.push(*drafted);
         let ended = self.take(tokens, *judged, listener)?;
         listener.round(*judged, self.outcome.tokens.len() - before)?;
         Ok(ended)
@@ -459,6 +465,7 @@ mod tests {
             tokens: tokens.to_vec(),
             finish,
             accepted: vec![],
+            drafted: vec![],
             kept: 0,
             prefill: Duration::ZERO,
             decode: Duration::ZERO,

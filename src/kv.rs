@@ -74,4 +74,17 @@ impl Kv {
             }
         }
     }
+
+    /// Writes what is at position `from` at position `to`, too.
+    pub fn copy(&mut self, from: usize, to: usize) {
+        let (dims, wide) = (self.dims, self.dims.next_multiple_of(LANES));
+        for h in 0..self.heads {
+            let key = |at: usize| (h * self.tiles + at / LANES) * dims * LANES + at % LANES;
+            for d in 0..dims {
+                self.keys[key(to) + d * LANES] = self.keys[key(from) + d * LANES];
+            }
+            let value = |at: usize| (h * self.tiles * LANES + at) * wide;
+            self.values.copy_within(value(from)..value(from) + dims, value(to));
+        }
+    }
 }

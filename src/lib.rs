@@ -14,6 +14,8 @@
 //! | `template` | chat templates as Hugging Face runs them |
 //! | [`verify`] | sampling law, Philox streams, the rule `match` |
 //! | [`rules`] | rules for drafts drawn at random: rejection, block verification, trees |
+//! | [`tree`] | draft trees: what a round guesses where it may guess more than once |
+//! | [`control`] | how much a round drafts, from what is accepted and what passes cost |
 //! | [`cpu`], `kv`, `simd` | the reference's arithmetic on all cores; its cache; the instruction sets underneath |
 //! | [`mod@reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
 //! | [`device`] | memory, launches, graphs, events: what the engine needs of a device |
@@ -31,6 +33,7 @@
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
 
 pub mod config;
+pub mod control;
 pub mod cpu;
 pub mod cuda;
 pub mod device;
@@ -60,6 +63,7 @@ pub mod stats;
 mod template;
 pub mod terminal;
 pub mod text;
+pub mod tree;
 pub mod verify;
 pub mod weights;
 

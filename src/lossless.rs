@@ -16,7 +16,7 @@ pub struct Report {
     /// Rows whose logits `[vocab]` were compared: one for every token of the answer but the first, up to a difference.
     pub compared: usize,
     /// Rows behind the last accepted draft of a round: no token came of them, and plain decoding has none to hold against
-    /// them. A block that a limit shortens counts whole.
+    /// them; nor of a tree's rows beside its path.
     pub rejected: usize,
     /// [`Error::Lossless`]: the first difference.
     pub identical: Result<()>,
@@ -75,7 +75,7 @@ pub fn check<L: Listener>(
         tokens: drafted.tokens.len(),
         rounds: drafted.accepted.len(),
         compared,
-        rejected: drafted.accepted.iter().map(|judged| request.block.saturating_sub(*judged)).sum(),
+        rejected: drafted.drafted.iter().zip(&drafted.accepted).map(|(d, judged)| d + 1 - judged).sum(),
         identical,
     }))
 }

@@ -2,11 +2,13 @@
 //! dflash.md sections 3 to 5 (arXiv 2602.06036); the arithmetic underneath is in `cpu.rs`.
 
 use crate::config::{Attention, DrafterConfig, Stack, TargetConfig};
+use crate::control::{ByConfidence, Controller, Costs, WherePays};
 use crate::cpu::{self, Kv, Matrix};
 use crate::engine::{Backend, Decoder, Emitted, Prefill, Request};
 use crate::pair::{Model, Pair};
 use crate::rules::{self, Dice, Drafting, Probabilities, Rule};
-use crate::verify::{Sampling, judge};
+use crate::tree::{self, Tree};
+use crate::verify::{Sampling, judge, walk};
 use crate::weights::Checkpoint;
 use crate::{Error, Result};
 
@@ -124,6 +126,14 @@ impl Cache {
         self.len = len;
     }
 
+    /// Of rows written at positions `at..` keeps those of `path`, as positions `at..` in its order, and forgets the others.
+    fn keep(&mut self, at: usize, path: &[usize]) {
+        for kv in &mut self.layers {
+            tree::moves(path).for_each(|(from, to)| kv.copy(at + from, at + to));
+        }
+        self.crop(at + path.len());
+    }
+
     /// Makes cosines and sines up to position `end`. Angles are f32 products, as in the reference implementation.
     fn rotate_to(&mut self, end: usize) {
         let width = 2 * self.frequencies.len();
@@ -135,16 +145,53 @@ impl Cache {
     }
 }
 
-/// `k` and `v` of `x` [rows][hidden] for layer `i`, normed and rotated, written at positions `at..` (dflash.md 3.4).
-fn write_kv(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize) {
-    let Scratch { k, v, .. } = &mut cache.scratch;
-    let rows = k.len() / (stack.kv_heads * stack.head_dim);
-    if let Some([_, norm]) = &layer.qk_norm {
-        cpu::rms_norm_in_place(k, norm, stack.eps);
+/// `x` `[rows][heads * head_dim]`, normed if there is a norm, and rotated to positions `at..`, or to those of a tree whose
+/// anchor is at `at` (dflash.md 3.4).
+fn rotate(
+    stack: &Stack,
+    norm: Option<&[f32]>,
+    rope: &[f32],
+    at: usize,
+    tree: Option<&Tree>,
+    x: &mut [f32],
+    heads: usize,
+) {
+    if let Some(norm) = norm {
+        cpu::rms_norm_in_place(x, norm, stack.eps);
     }
     let width = stack.rope.rotary_dims;
-    cpu::rope(k, stack.kv_heads, stack.head_dim, &cache.rope[at * width..(at + rows) * width], width);
-    cache.layers[i].write(at, k, v);
+    for (row, x) in x.chunks_mut(heads * stack.head_dim).enumerate() {
+        let position = at + tree.map_or(row, |tree| tree.depths[row] as usize);
+        cpu::rope(x, heads, stack.head_dim, &rope[position * width..][..width], width);
+    }
+}
+
+/// `k` and `v` of the pass's rows for layer `i`, written at positions `at..`: a tree's beside each other, though `k` is
+/// rotated to where the row stands on its path.
+fn write_kv(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize, tree: Option<&Tree>) {
+    let Cache { layers, rope, scratch: Scratch { k, v, .. }, .. } = cache;
+    let norm = layer.qk_norm.as_ref().map(|[_, norm]| &norm[..]);
+    rotate(stack, norm, rope, at, tree, k, stack.kv_heads);
+    layers[i].write(at, k, v);
+}
+
+/// Attention of a tree's rows. Every row's ancestors are brought to the positions that they have on its path, so that
+/// each of its sums is the one that plain decoding forms, bit for bit. Leaves keys and values as they were before.
+fn tree_attention(stack: &Stack, cache: &mut Cache, i: usize, at: usize, tree: &Tree) {
+    let Cache { layers, scratch: s, .. } = cache;
+    let (kv, width) = (&mut layers[i], stack.kv_heads * stack.head_dim);
+    let mut own = Vec::new();
+    s.a.clear();
+    for (row, q) in s.q.chunks(stack.heads * stack.head_dim).enumerate() {
+        let mut end = at;
+        for row in tree.path(row) {
+            kv.write(end, &s.k[row * width..][..width], &s.v[row * width..][..width]);
+            end += 1;
+        }
+        cpu::attention(q, stack.heads, kv, &|_| visible(stack.attention[i], end - 1, end), &mut own);
+        s.a.extend_from_slice(&own);
+    }
+    kv.write(at, &s.k, &s.v);
 }
 
 /// The keys that the query at `position` sees when keys `0..end` exist (dflash.md 3.6).
@@ -158,23 +205,34 @@ fn visible(rule: Attention, position: usize, end: usize) -> std::ops::Range<usiz
 }
 
 /// Layer `i` over `x` [rows][hidden] in place: rows stand at positions `at..`, keys `0..at+rows` exist once it has
-/// written its own (dflash.md 3.4; the target is the same with causal attention).
-fn forward_layer(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize, x: &mut [f32]) {
+/// written its own (dflash.md 3.4; the target is the same with causal attention). A tree's rows see what is before `at`,
+/// and their own paths.
+fn forward_layer(
+    stack: &Stack,
+    layer: &Layer,
+    cache: &mut Cache,
+    i: usize,
+    at: usize,
+    tree: Option<&Tree>,
+    x: &mut [f32],
+) {
     let rows = x.len() / stack.hidden;
     let s = &mut cache.scratch;
     cpu::rms_norm(x, &layer.input_norm, stack.eps, &mut s.y);
     cpu::linear(&s.y, rows, [(&layer.q, &mut s.q), (&layer.k, &mut s.k), (&layer.v, &mut s.v)]);
-    if let Some([norm, _]) = &layer.qk_norm {
-        cpu::rms_norm_in_place(&mut s.q, norm, stack.eps);
-    }
-    let width = stack.rope.rotary_dims;
-    cpu::rope(&mut s.q, stack.heads, stack.head_dim, &cache.rope[at * width..(at + rows) * width], width);
-    write_kv(stack, layer, cache, i, at);
+    let norm = layer.qk_norm.as_ref().map(|[norm, _]| &norm[..]);
+    rotate(stack, norm, &cache.rope, at, tree, &mut s.q, stack.heads);
+    write_kv(stack, layer, cache, i, at, tree);
 
+    match tree {
+        None => {
+            let (s, rule) = (&mut cache.scratch, stack.attention[i]);
+            let visible = |row: usize| visible(rule, at + row, at + rows);
+            cpu::attention(&s.q, stack.heads, &cache.layers[i], &visible, &mut s.a);
+        }
+        Some(tree) => tree_attention(stack, cache, i, at, tree),
+    }
     let s = &mut cache.scratch;
-    let rule = stack.attention[i];
-    let visible = |row: usize| visible(rule, at + row, at + rows);
-    cpu::attention(&s.q, stack.heads, &cache.layers[i], &visible, &mut s.a);
     cpu::linear(&s.a, rows, [(&layer.o, &mut s.z)]);
     cpu::add(x, &s.z);
 
@@ -242,13 +300,37 @@ impl Target {
         features: &mut Vec<f32>,
         last: usize,
     ) -> Vec<f32> {
+        self.run(tokens, None, cache, taps, features, last)
+    }
+
+    /// Runs a tree whose anchor is at position `cache.len()`: [`Target::forward`] of each of its paths, bit for bit, for all
+    /// rows at once. Row `i`'s keys and values are left at position `cache.len() + i`, whatever its depth.
+    pub fn forward_tree(
+        &self,
+        tree: &Tree,
+        cache: &mut Cache,
+        taps: &[usize],
+        features: &mut Vec<f32>,
+    ) -> Vec<f32> {
+        self.run(&tree.tokens, Some(tree), cache, taps, features, tree.rows())
+    }
+
+    fn run(
+        &self,
+        tokens: &[u32],
+        tree: Option<&Tree>,
+        cache: &mut Cache,
+        taps: &[usize],
+        features: &mut Vec<f32>,
+        last: usize,
+    ) -> Vec<f32> {
         let s = &self.config.stack;
         let at = cache.len;
         cache.rotate_to(at + tokens.len());
         features.resize(tokens.len() * taps.len() * s.hidden, 0.0);
         let mut x = self.embed(tokens, 1.0);
         for (i, layer) in self.layers.iter().enumerate() {
-            forward_layer(s, layer, cache, i, at, &mut x);
+            forward_layer(s, layer, cache, i, at, tree, &mut x);
             for (j, _) in taps.iter().enumerate().filter(|(_, tap)| **tap == i) {
                 for (row, x) in x.chunks(s.hidden).enumerate() {
                     features[(row * taps.len() + j) * s.hidden..][..s.hidden].copy_from_slice(x);
@@ -312,7 +394,7 @@ impl Drafter {
         for (i, layer) in self.layers.iter().enumerate() {
             let Scratch { k, v, .. } = &mut cache.scratch;
             cpu::linear(&c, rows, [(&layer.k, k), (&layer.v, v)]);
-            write_kv(s, layer, cache, i, at);
+            write_kv(s, layer, cache, i, at, None);
         }
         cache.len = at + rows;
     }
@@ -334,7 +416,7 @@ impl Drafter {
         let at = cache.len;
         cache.rotate_to(at + rows);
         for (i, layer) in self.layers.iter().enumerate() {
-            forward_layer(s, layer, cache, i, at, &mut x);
+            forward_layer(s, layer, cache, i, at, None, &mut x);
             each(i, &x);
         }
         cpu::rms_norm_in_place(&mut x, &self.norm, s.eps);
@@ -362,6 +444,8 @@ pub struct Cpu {
     drafter: Option<Drafter>,
     slots: usize,
     context: usize,
+    tree: Option<usize>,
+    costs: Option<Costs>,
 }
 
 impl Cpu {
@@ -371,7 +455,17 @@ impl Cpu {
     /// What is wrong with a tensor, by its name.
     pub fn load(pair: &Pair, slots: usize, context: usize) -> Result<Cpu> {
         let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
-        Ok(Cpu { target: Target::load(&pair.target)?, drafter, slots, context })
+        Ok(Cpu { target: Target::load(&pair.target)?, drafter, slots, context, tree: None, costs: None })
+    }
+
+    /// As [`Sequences::with_trees`].
+    pub fn with_trees(self, rows: Option<usize>) -> Cpu {
+        Cpu { tree: rows, ..self }
+    }
+
+    /// As [`Sequences::adaptive`].
+    pub fn adaptive(self, costs: Option<Costs>) -> Cpu {
+        Cpu { costs, ..self }
     }
 }
 
@@ -382,7 +476,8 @@ impl Backend for Cpu {
 
     fn decoder(&self) -> Result<Box<dyn Decoder + '_>> {
         let drafter = self.drafter.as_ref();
-        Ok(Box::new(Sequences::new(&self.target, drafter, self.slots, self.context)))
+        let sequences = Sequences::new(&self.target, drafter, self.slots, self.context);
+        Ok(Box::new(sequences.with_trees(self.tree).adaptive(self.costs.as_ref())))
     }
 }
 
@@ -394,6 +489,10 @@ pub struct Sequence<'a> {
     drafter: Option<&'a Drafter>,
     /// Positions it may have.
     context: usize,
+    /// Rows of a round's tree; none: chains.
+    tree: Option<usize>,
+    /// What passes cost; none: rounds are as large as they can be.
+    costs: Option<&'a Costs>,
     state: Option<State>,
 }
 
@@ -411,12 +510,25 @@ struct State {
     round: u32,    // of this request, from 1 on
     laws: Vec<Probabilities>, // [drafts]: what the drafts of this round were drawn from, by rules that ask for it
     logits: Vec<f32>,         // [rows][vocab] of the last verification
+    path: Vec<usize>,         // the rows of it that stood, 0 first
+    controller: Option<Box<dyn Controller + Send>>,
 }
 
 impl<'a> Sequence<'a> {
     /// A fresh sequence; without a drafter it decodes plainly.
     pub fn new(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequence<'a> {
-        Sequence { target, drafter, context: target.config.stack.max_positions, state: None }
+        let context = target.config.stack.max_positions;
+        Sequence { target, drafter, context, tree: None, costs: None, state: None }
+    }
+
+    /// As [`Sequences::with_trees`].
+    pub fn with_trees(self, rows: Option<usize>) -> Sequence<'a> {
+        Sequence { tree: rows, ..self }
+    }
+
+    /// As [`Sequences::adaptive`].
+    pub fn adaptive(self, costs: Option<&'a Costs>) -> Sequence<'a> {
+        Sequence { costs, ..self }
     }
 
     /// Positions that (target, drafter) hold, the drafter's pending ones counted: both equal the anchor's position
@@ -429,6 +541,27 @@ impl<'a> Sequence<'a> {
     /// Brings the drafter's context up to date and drafts for a block of `rows`: `rows - 1` tokens, or none without a
     /// drafter.
     pub fn draft(&mut self, rows: usize) -> Result<Vec<u32>> {
+        let (state, _) = started(&mut self.state)?;
+        let Drafting { rule, sampling } = state.how.clone();
+        if rule == Rule::Match {
+            return self.drafted(rows, |logits, position| sampling.choose(logits, position));
+        }
+        let laws = self.drafted(rows, |logits, _| sampling.probabilities(logits))?;
+        let (state, _) = started(&mut self.state)?;
+        let drafts = rules::draw(&laws, &mut state.dice());
+        state.laws = laws;
+        drafts.ok_or_else(|| Error::Internal("a law without tokens".into()))
+    }
+
+    /// As [`Sequence::draft`], but the best tree of up to `most` rows that the block's drafts and their rivals make.
+    pub fn draft_tree(&mut self, rows: usize, most: usize) -> Result<Tree> {
+        let choices = self.drafted(rows, |logits, _| tree::choices(logits, most.saturating_sub(1)))?;
+        let (_, anchor) = started(&mut self.state)?;
+        Ok(Tree::best_first(anchor, &choices, most))
+    }
+
+    /// What `of` makes of the drafter's logits for each of a block's rows behind the anchor, and of their positions.
+    fn drafted<T>(&mut self, rows: usize, of: impl Fn(&[f32], u32) -> Option<T>) -> Result<Vec<T>> {
         let (state, anchor) = started(&mut self.state)?;
         state.laws.clear();
         let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, state.drafting) else {
@@ -446,29 +579,28 @@ impl<'a> Sequence<'a> {
         let hidden = drafter.hidden(self.target, anchor, rows, context, |_, _| ());
         let mut logits = Vec::new();
         drafter.logits(self.target, &hidden[self.target.config.stack.hidden..], &mut logits);
-        let rows = logits.chunks(self.target.config.vocab).zip(state.cache.len + 1..);
-        let Drafting { rule, sampling } = &state.how;
-        if *rule == Rule::Match {
-            let own = |(logits, position)| {
-                sampling.choose(logits, position as u32).ok_or_else(|| damaged("drafter", position))
-            };
-            return rows.map(own).collect();
-        }
-        let law =
-            |(logits, position)| sampling.probabilities(logits).ok_or_else(|| damaged("drafter", position));
-        state.laws = rows.map(law).collect::<Result<_>>()?;
-        let drafts = rules::draw(&state.laws, &mut state.dice());
-        drafts.ok_or_else(|| Error::Internal("a law without tokens".into()))
+        let rows = logits.chunks(self.target.config.vocab).zip(state.cache.len as u32 + 1..);
+        rows.map(|(logits, at)| of(logits, at).ok_or_else(|| damaged("drafter", at as usize))).collect()
     }
 
     /// Runs the target over the anchor and `drafts`, whoever made them, and appends to `out` those that it accepts and
     /// its own next token, the new anchor. Rules other than `match` only judge what [`Sequence::draft`] has drawn.
     pub fn verify(&mut self, drafts: &[u32], out: &mut Vec<u32>) -> Result<()> {
-        let (state, anchor) = started(&mut self.state)?;
+        let (_, anchor) = started(&mut self.state)?;
+        self.verify_rows(&[&[anchor], drafts].concat(), None, out)
+    }
+
+    /// As [`Sequence::verify`], of a tree that begins with the anchor.
+    pub fn verify_tree(&mut self, tree: &Tree, out: &mut Vec<u32>) -> Result<()> {
+        self.verify_rows(&tree.tokens, Some(tree), out)
+    }
+
+    fn verify_rows(&mut self, block: &[u32], tree: Option<&Tree>, out: &mut Vec<u32>) -> Result<()> {
+        let (state, _) = started(&mut self.state)?;
         let (target, s) = (self.target, state.cache.len);
         let vocab = target.config.vocab;
-        let block = [&[anchor], drafts].concat();
-        if state.how.rule != Rule::Match && drafts.len() != state.laws.len() {
+        let drafts = &block[1..];
+        if tree.is_none() && state.how.rule != Rule::Match && drafts.len() != state.laws.len() {
             return Err(Error::Internal("drafts without the laws that they were drawn from".into()));
         }
         let mut dice = state.dice();
@@ -480,27 +612,38 @@ impl<'a> Sequence<'a> {
             _ => &[],
         };
         let mut features = Vec::new();
-        let normed = target.forward(&block, &mut state.cache, taps, &mut features, block.len());
+        let normed = target.run(block, tree, &mut state.cache, taps, &mut features, block.len());
         target.logits(&normed, &mut state.logits);
         let (sampling, logits) = (&state.sampling, &state.logits);
         let row = |row: usize| &logits[row * vocab..][..vocab];
-        let choose = |at: usize| sampling.choose(row(at), (s + at + 1) as u32);
-        let law = |at: usize| sampling.probabilities(row(at));
-        let judged = match state.how.rule {
-            Rule::Rejection if !drafts.is_empty() => rules::rejection(drafts, &state.laws, law, &mut dice),
-            Rule::Block if !drafts.is_empty() => rules::block(drafts, &state.laws, law, &mut dice),
-            // Where nothing was drafted, all rules decode plainly.
-            _ => judge(drafts, choose),
+        let choose = |at: usize| {
+            let depth = tree.map_or(at, |tree| tree.depths[at] as usize);
+            sampling.choose(row(at), (s + depth + 1) as u32)
         };
-        let (accepted, next) = judged.ok_or_else(|| damaged("target", s + 1))?;
+        let law = |at: usize| sampling.probabilities(row(at));
+        let chain = |(accepted, next): (usize, u32)| ((0..=accepted).collect(), next);
+        let verdict = match (tree, state.how.rule) {
+            (Some(tree), _) => walk(block, &tree.parents, choose),
+            (_, Rule::Rejection) if !drafts.is_empty() => {
+                rules::rejection(drafts, &state.laws, law, &mut dice).map(chain)
+            }
+            (_, Rule::Block) if !drafts.is_empty() => {
+                rules::block(drafts, &state.laws, law, &mut dice).map(chain)
+            }
+            // Where nothing was drafted, all rules decode plainly.
+            _ => judge(drafts, choose).map(chain),
+        };
+        let (path, next) = verdict.ok_or_else(|| damaged("target", s + 1))?;
         state.round += 1;
 
-        state.cache.crop(s + accepted + 1);
-        state.tokens.extend_from_slice(&block[..accepted + 1]);
-        state.features.extend_from_slice(&features[..features.len() / block.len() * (accepted + 1)]);
+        state.cache.keep(s, &path);
+        let width = features.len() / block.len();
+        path.iter().for_each(|row| state.features.extend_from_slice(&features[row * width..][..width]));
+        state.tokens.extend(path.iter().map(|row| block[*row]));
         state.anchor = Some(next);
-        out.extend_from_slice(&drafts[..accepted]);
+        out.extend(path[1..].iter().map(|row| block[*row]));
         out.push(next);
+        state.path = path;
         Ok(())
     }
 
@@ -525,6 +668,8 @@ impl<'a> Sequence<'a> {
                 round: 1,
                 laws: Vec::new(),
                 logits: Vec::new(),
+                path: Vec::new(),
+                controller: None,
             }),
         };
         (state.drafting, state.anchor) = (drafter.is_some(), None);
@@ -534,6 +679,10 @@ impl<'a> Sequence<'a> {
         state.how = Drafting { rule, sampling: Sampling { seed, stream, ..sampling } };
         (state.round, state.laws) = (1, Vec::new());
         state.prompt.clone_from(prompt);
+        state.controller = self.costs.map(|costs| {
+            let sizes = ByConfidence::new(costs.clone());
+            Box::new(WherePays::new(sizes, costs.clone())) as Box<dyn Controller + Send>
+        });
         if let (Some(drafter), None) = (drafter, &state.context) {
             state.context = Some(Cache::new(&drafter.config.stack, 0)?);
         }
@@ -546,6 +695,10 @@ impl<'a> Sequence<'a> {
         state.crop(kept, self.drafter);
         let positions = request.positions();
         state.cache.grow(positions.min(target.config.stack.max_positions))?;
+        let positions = prompt.len().saturating_add(request.max_tokens).saturating_add(request.block);
+        // A tree's rows take more room than the positions they stand for.
+        let room = positions.min(target.config.stack.max_positions) + self.tree.unwrap_or(0);
+        state.cache.grow(room)?;
         if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
             context.grow(positions.min(drafter.config.stack.max_positions))?;
             drafter.inject(&state.features, context);
@@ -588,10 +741,50 @@ impl<'a> Sequence<'a> {
         block.min(last.saturating_sub(at)).min((self.context - 1).saturating_sub(at)).max(1)
     }
 
-    /// A round: appends to `out` what [`Sequence::verify`] does of the drafter's own drafts.
-    pub fn round(&mut self, out: &mut Vec<u32>) -> Result<()> {
-        let drafts = self.draft(self.rows())?;
-        self.verify(&drafts, out)
+    /// A round: appends to `out` what [`Sequence::verify`] does of the drafter's own drafts, and says how many they were.
+    pub fn round(&mut self, out: &mut Vec<u32>) -> Result<usize> {
+        let rows = self.rows();
+        let most = if rows < 2 { 0 } else { self.tree.unwrap_or(rows) - 1 };
+        let allowed = self.ask(|controller| controller.drafts(most))?.unwrap_or(most);
+        if allowed == 0 {
+            self.draft(1)?;
+            self.verify(&[], out)?;
+            return Ok(0);
+        }
+        let before = out.len();
+        let drafts = if self.tree.is_some() {
+            let mut tree = self.draft_tree(rows, allowed + 1)?;
+            if let Some(kept) = self.ask(|controller| controller.cut(&tree.costs[1..]))? {
+                tree.truncate(kept + 1);
+            }
+            self.verify_tree(&tree, out)?;
+            tree.rows() - 1
+        } else if self.costs.is_none() {
+            let drafts = self.draft(rows)?;
+            self.verify(&drafts, out)?;
+            drafts.len()
+        } else {
+            // The drafter sees the whole block, as in its training, however few of its drafts are asked for.
+            let mut drafts = self.drafted(rows, |logits, _| Some(*tree::choices(logits, 1)?.first()?))?;
+            drafts.truncate(allowed);
+            let mut cost = 0;
+            let costs: Vec<u32> = drafts.iter().map(|draft| (cost += draft.cost, cost).1).collect();
+            if let Some(kept) = self.ask(|controller| controller.cut(&costs))? {
+                drafts.truncate(kept);
+            }
+            let tokens: Vec<u32> = drafts.iter().map(|draft| draft.token).collect();
+            self.verify(&tokens, out)?;
+            tokens.len()
+        };
+        let accepted = out.len() - before - 1;
+        self.ask(|controller| controller.judged(drafts, accepted))?;
+        Ok(drafts)
+    }
+
+    /// What the controller answers; none without one.
+    fn ask<T>(&mut self, question: impl FnOnce(&mut dyn Controller) -> T) -> Result<Option<T>> {
+        let (state, _) = started(&mut self.state)?;
+        Ok(state.controller.as_deref_mut().map(|controller| question(controller)))
     }
 }
 
@@ -646,8 +839,21 @@ impl<'a> Sequences<'a> {
         context: usize,
     ) -> Sequences<'a> {
         let context = context.min(target.config.stack.max_positions);
-        let sequence = || Sequence { target, drafter, context, state: None };
+        let sequence = || Sequence { target, drafter, context, tree: None, costs: None, state: None };
         Sequences { all: (0..slots).map(|_| sequence()).collect(), running: vec![false; slots] }
+    }
+
+    /// Rounds that draft verify a tree of up to `rows` rows, the anchor counted, instead of a chain; as deep as a block is.
+    /// 2 to [`tree::MOST_ROWS`]; none: chains.
+    pub fn with_trees(mut self, rows: Option<usize>) -> Sequences<'a> {
+        self.all = self.all.into_iter().map(|sequence| sequence.with_trees(rows)).collect();
+        self
+    }
+
+    /// Rounds draft as much as pays where passes cost this much, and nothing where drafting does not; none: all they can.
+    pub fn adaptive(mut self, costs: Option<&'a Costs>) -> Sequences<'a> {
+        self.all = self.all.into_iter().map(|sequence| sequence.adaptive(costs)).collect();
+        self
     }
 }
 
@@ -681,7 +887,7 @@ impl Decoder for Sequences<'_> {
         for ((sequence, running), emitted) in self.all.iter_mut().zip(&self.running).zip(out) {
             *emitted = Emitted::default();
             if *running {
-                sequence.round(&mut emitted.tokens)?;
+                emitted.drafted = sequence.round(&mut emitted.tokens)?;
                 emitted.judged = emitted.tokens.len();
             }
         }
@@ -698,7 +904,7 @@ impl Decoder for Sequences<'_> {
     fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {
         let vocab = self.vocab();
         let state = self.all[slot].state.as_ref();
-        let row = state.and_then(|state| state.logits.chunks(vocab).nth(row));
+        let row = state.and_then(|state| state.logits.chunks(vocab).nth(*state.path.get(row)?));
         row.map(<[f32]>::to_vec).ok_or_else(|| Error::Internal(format!("slot {slot} has no such logits")))
     }
 }

@@ -745,6 +745,7 @@ impl Decoder for Batch<'_> {
                 }
                 // All that was there before the round has its features in the drafter's pages now.
                 let own = &mut self.slots[slot];
+                let drafted = own.state.as_ref().map_or(0, |state| state.rows_at(own.held) - 1);
                 if let Some(state) = &own.state
                     && state.draft_end > 0
                 {
@@ -752,7 +753,7 @@ impl Decoder for Batch<'_> {
                 }
                 own.held += tokens.len();
                 own.tokens.extend(&tokens);
-                *emitted = Emitted { tokens, judged: judged as usize };
+                *emitted = Emitted { tokens, judged: judged as usize, drafted };
             }
         }
         Ok(())

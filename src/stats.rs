@@ -47,6 +47,8 @@ pub struct Record {
     pub rounds: usize,
     /// Tokens per round, bonus included, as judged: the last one is not cut by a stop or the budget.
     pub accepted: Vec<usize>,
+    /// Drafts that each round ran; of a tree, all its nodes.
+    pub drafted: Vec<usize>,
     pub tau: Option<f64>,
     pub seed: u64,
     /// The prompt's place in `--prompts`, from 0: with the seed it keys the noise.
@@ -56,6 +58,10 @@ pub struct Record {
     pub draft: Option<String>,
     /// The acceptance rule; null in plain decoding.
     pub verify: Option<&'static str>,
+    /// Rows of a round's tree at most, the anchor counted; null: chains.
+    pub tree: Option<usize>,
+    /// Whether rounds drafted as much as paid; null in plain decoding.
+    pub adaptive: Option<bool>,
     pub seconds: Seconds,
 }
 

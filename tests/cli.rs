@@ -102,6 +102,7 @@ fn a_record_has_exactly_these_fields() {
         "finish_reason",
         "rounds",
         "accepted",
+        "drafted",
         "tau",
         "seed",
         "stream",
@@ -109,6 +110,8 @@ fn a_record_has_exactly_these_fields() {
         "target",
         "draft",
         "verify",
+        "tree",
+        "adaptive",
         "seconds",
     ];
     let dflash = record(&[PROMPT, "-n", "60", "--seed", "5"]);
@@ -137,6 +140,8 @@ fn a_record_has_exactly_these_fields() {
     assert_eq!((&plain["draft"], &plain["verify"]), (&Value::Null, &Value::Null));
     assert!(ids(&dflash["accepted"]).iter().any(|a| *a > 1), "nothing drafted was accepted: {dflash}");
     assert_eq!(ids(&plain["accepted"]), vec![1; 59]);
+    assert_eq!(ids(&plain["drafted"]), vec![0; 59]);
+    assert_eq!(ids(&dflash["drafted"]), vec![15; ids(&dflash["accepted"]).len()]);
     assert_eq!(dflash["tokens"], plain["tokens"]);
 }
 

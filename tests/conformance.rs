@@ -475,13 +475,17 @@ impl Decoder for Checked<'_> {
 
     fn round(&mut self, out: &mut [Emitted]) -> dflash::Result<()> {
         let mut tokens = vec![];
-        match self.script {
-            Some(script) => self.sequence.verify(&script(self.held, self.sequence.rows()), &mut tokens)?,
+        let drafted = match self.script {
+            Some(script) => {
+                let drafts = script(self.held, self.sequence.rows());
+                self.sequence.verify(&drafts, &mut tokens)?;
+                drafts.len()
+            }
             None => self.sequence.round(&mut tokens)?,
-        }
+        };
         self.held += tokens.len();
         self.check();
-        out[0] = Emitted { judged: tokens.len(), tokens };
+        out[0] = Emitted { judged: tokens.len(), tokens, drafted };
         Ok(())
     }
 

@@ -367,7 +367,8 @@ fn counts_are_those_of_the_rounds(decoder: &mut dyn Decoder, vocab: usize) {
                 tokens: outcome.tokens.len(),
                 rounds,
                 compared: outcome.tokens.len() - 1,
-                rejected: rounds * request.block - outcome.accepted.iter().sum::<usize>(),
+                rejected: rounds + outcome.drafted.iter().sum::<usize>()
+                    - outcome.accepted.iter().sum::<usize>(),
                 identical: Ok(()),
             };
             assert_eq!(checked(decoder, &request), expected, "{request:?}");

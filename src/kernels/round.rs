@@ -79,6 +79,13 @@ pub struct Sequence {
 impl Sequence {
     pub const BYTES: usize = 128;
 
+    /// Rows of a block whose anchor is at position `length`, at least 1: `block_rows` of cuda/state.cuh.
+    pub fn rows_at(&self, length: usize) -> usize {
+        let room = |end: u32| (end as usize).saturating_sub(length);
+        let rows = (self.block as usize).min(room(self.draft_end)).min(room(self.end).saturating_sub(1));
+        rows.max(1)
+    }
+
     /// The bytes the device keeps. The first four are `active`: zeros written there alone take the sequence out.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use clap::{ArgAction, Parser, ValueEnum};
 use dflash::pair::Pair;
 use dflash::place::Choice;
 use dflash::rules::{Drafting, Rule};
+use dflash::tree::MOST_ROWS;
 use dflash::verify::Sampling;
 use dflash::{Error, Result};
 use std::path::PathBuf;
@@ -115,6 +116,16 @@ pub struct Args {
     #[arg(long, value_name = "T", help_heading = "Generation")]
     #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub draft_temperature: Option<f32>,
+    /// Draft a tree instead of a chain: up to N tokens a round, 1 from the target and N - 1 drafts, of which several may
+    /// be rivals for a position; --block says how many positions. The text is the same [device cpu only]
+    #[arg(long, value_name = "N", help_heading = "Generation", conflicts_with_all = ["plan", "gpu"])]
+    #[arg(verbatim_doc_comment)]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
+    pub tree: Option<usize>,
+    /// Verify as many drafts a round as pay, by what has been accepted and how sure the drafter is, and none where drafting
+    /// does not pay. The text is the same [device cpu only]
+    #[arg(long, help_heading = "Generation", conflicts_with_all = ["plan", "gpu"], verbatim_doc_comment)]
+    pub adaptive: bool,
 
     /// System message, put before every conversation
     #[arg(long, value_name = "TEXT", conflicts_with = "raw", help_heading = "Chat template")]
@@ -211,7 +222,9 @@ impl Args {
                 self.verify.name()
             )));
         }
-        if let Some(flag) = twice {
+        let tree = self.tree.map(|_| "--tree");
+        let adaptive = self.adaptive.then_some("--adaptive");
+        for flag in [twice, tree, adaptive].into_iter().flatten() {
             if self.plain() {
                 return Err(Error::Usage(format!("{flag} needs a drafter, but --draft is none")));
             }
@@ -220,6 +233,19 @@ impl Args {
                     "--block is 1, which is plain decoding: {flag} expects at least 2"
                 )));
             }
+        }
+        if let Some(rows) = self.tree.filter(|rows| !(2..=MOST_ROWS).contains(rows)) {
+            return Err(Error::Usage(format!("--tree is {rows}, expected 2 to {MOST_ROWS}")));
+        }
+        if let (Some(flag), Choice::Cuda | Choice::Emulator) = (self.cpu_only(), self.device) {
+            return Err(Error::Unsupported(format!(
+                "{flag} runs on --device cpu only: the other devices verify chains of the drafter's best tokens"
+            )));
+        }
+        if let (Some(best), Some(drawn)) = (tree.or(adaptive), self.drawn()) {
+            return Err(Error::Usage(format!(
+                "{best} is for the drafter's best tokens, but with {drawn} drafts are drawn at random"
+            )));
         }
         match (&self.target, &self.draft) {
             (Some(_), None) => {
@@ -271,6 +297,12 @@ impl Args {
             Rule::Rejection => Some("--verify rejection"),
             Rule::Block => Some("--verify block"),
         }
+    }
+
+    /// The flag that asks for rounds that devices do not have.
+    pub fn cpu_only(&self) -> Option<&'static str> {
+        let tree = self.tree.map(|_| "--tree");
+        tree.or(self.adaptive.then_some("--adaptive")).or(self.drawn())
     }
 
     /// Drafts for a target that samples so: the same filters, and `--draft-temperature`.

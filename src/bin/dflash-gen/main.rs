@@ -171,6 +171,7 @@ impl Session<'_> {
             finish_reason: outcome.finish.name(),
             rounds: outcome.accepted.len(),
             accepted: outcome.accepted.clone(),
+            drafted: outcome.drafted.clone(),
             tau: stats::tau(&outcome.accepted),
             seed: request.sampling.seed,
             stream: request.sampling.stream,
@@ -178,6 +179,8 @@ impl Session<'_> {
             target: self.pair.target.folder.name(),
             draft: speculative.map(|d| d.folder.name()),
             verify: speculative.map(|_| request.drafting.rule.name()),
+            tree: self.args.tree.filter(|_| speculative.is_some()),
+            adaptive: speculative.map(|_| self.args.adaptive),
             seconds: Seconds {
                 load: self.load.as_secs_f64(),
                 prefill: outcome.prefill.as_secs_f64(),

@@ -1,0 +1,587 @@
+//! How much a round drafts: the arithmetic of costs and acceptance against brute force, controllers over scripted and
+//! random acceptance, and that none of it changes what is emitted.
+
+#[path = "support/kernel.rs"]
+mod kernel;
+#[path = "support/program.rs"]
+mod program;
+mod support;
+
+use dflash::config::{DrafterConfig, TargetConfig};
+use dflash::control::{
+    ByConfidence, ByPosition, Confident, Controller, Costs, Fixed, Positions, WherePays, share,
+};
+use dflash::cpu;
+use dflash::engine::{Flow, Listener, Outcome, Request, generate};
+use dflash::floor::{Card, draft_pass, target_pass};
+use dflash::pair::Pair;
+use dflash::reference::{Drafter, Sequence, Sequences, Target};
+use dflash::verify::Sampling;
+use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, PUBLISHED};
+use kernel::Random;
+use serde_json::Value;
+
+fn costs(draft: f64, verify: impl Fn(usize) -> f64) -> Costs {
+    Costs { draft, verify: (1..=64).map(verify).collect() }
+}
+
+fn unit(random: &mut Random) -> f64 {
+    f64::from(random.unit())
+}
+
+#[track_caller]
+fn near(found: f64, expected: f64) {
+    assert!((found - expected).abs() < 1e-9 * expected.abs().max(1.0), "{found}, expected {expected}");
+}
+
+// ---- costs ----
+
+#[test]
+fn the_worked_example_drafts_seven() {
+    let costs = costs(1.2, |m| 10.0 + 0.05 * m as f64 + 0.03 * (m.max(4) - 4).pow(2) as f64);
+    let mut stands = 1.0;
+    let survival: Vec<f64> = [0.86, 0.80, 0.76, 0.73, 0.70, 0.68, 0.66, 0.64]
+        .iter()
+        .map(|accepted| {
+            stands *= accepted;
+            stands
+        })
+        .collect();
+    // Rows m count the anchor, too; without drafts there is no drafter.
+    let expected = [10.05, 6.0753, 4.4545, 3.7123, 3.325, 3.1238, 3.0296, 3.0039, 3.0258];
+    assert_eq!((costs.plain() * 1e4).round() / 1e4, expected[0]);
+    for n in 1..=8 {
+        let each = costs.round(n) / (1.0 + survival[..n].iter().sum::<f64>());
+        assert_eq!((each * 1e4).round() / 1e4, expected[n], "{n} drafts");
+    }
+    let (drafts, each) = costs.cheapest(&survival);
+    assert_eq!((drafts, (each * 1e4).round() / 1e4), (7, 3.0039));
+}
+
+/// Every size by itself, in plain sums.
+fn by_brute_force(costs: &Costs, survival: &[f64]) -> (usize, f64) {
+    let each = |n: usize| (costs.draft + costs.verify[n]) / (1.0 + survival[..n].iter().sum::<f64>());
+    let all = (0..=survival.len()).map(|n| (n, each(n)));
+    all.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap()
+}
+
+#[test]
+fn the_cheapest_size_is_the_cheapest_of_all_and_where_costs_are_convex_the_first_that_does_not_pay_ends_it() {
+    let mut random = Random::new(1);
+    for _ in 0..3000 {
+        let n = 1 + random.below(40);
+        let mut survival: Vec<f64> = (0..n).map(|_| unit(&mut random)).collect();
+        survival.sort_by(|a, b| b.total_cmp(a));
+        let mut steps: Vec<f64> = (0..64).map(|_| unit(&mut random) * 0.4).collect();
+        steps.sort_by(f64::total_cmp);
+        let first = 0.5 + 4.5 * unit(&mut random);
+        let convex = costs(unit(&mut random), |rows| first + steps[..rows].iter().sum::<f64>());
+        let best = convex.cheapest(&survival);
+        let expected = by_brute_force(&convex, &survival);
+        near(best.1, expected.1);
+        // Adding drafts until the next one does not pay.
+        let (mut tokens, mut stop) = (1.0, 0);
+        while stop < n && convex.round(stop + 1) / (tokens + survival[stop]) < convex.round(stop) / tokens {
+            tokens += survival[stop];
+            stop += 1;
+        }
+        assert_eq!(best.0, stop);
+        // Any costs at all.
+        let verify = (0..64).map(|_| 0.1 + unit(&mut random)).collect();
+        let wild = Costs { draft: unit(&mut random), verify };
+        near(wild.cheapest(&survival).1, by_brute_force(&wild, &survival).1);
+    }
+}
+
+#[test]
+fn on_a_staircase_the_best_size_fills_a_tile() {
+    let mut random = Random::new(2);
+    let mut edges = [0; 3];
+    for _ in 0..500 {
+        let second = 1.0 + unit(&mut random);
+        let heights = [1.0, second, second + unit(&mut random)];
+        let stairs = costs(0.2, |rows| heights[[16, 32, 64].iter().position(|edge| rows <= *edge).unwrap()]);
+        let (mut stands, keep) = (1.0, 0.8 + 0.2 * unit(&mut random));
+        let survival: Vec<f64> = (0..63)
+            .map(|_| {
+                stands *= keep;
+                stands
+            })
+            .collect();
+        let (drafts, each) = stairs.cheapest(&survival);
+        near(each, by_brute_force(&stairs, &survival).1);
+        let edge = [16, 32, 64].iter().position(|edge| drafts + 1 == *edge).expect("a tile's last row");
+        edges[edge] += 1;
+    }
+    assert!(edges.iter().all(|times| *times > 10), "{edges:?}");
+    // Of equals the fewest, and none where nothing stands.
+    let flat = costs(1.0, |_| 1.0);
+    assert_eq!(flat.cheapest(&[0.0; 20]).0, 0);
+    assert_eq!(flat.cheapest(&[0.5, 0.0, 0.0]).0, 1);
+    assert_eq!(flat.cheapest(&[]), (0, 2.0));
+}
+
+#[test]
+fn measured_costs_are_linear_within_a_tile_and_jump_between_them() {
+    let grid = [(1, 1.0), (9, 1.8), (16, 2.5), (17, 10.0), (32, 10.0), (40, 20.0), (48, 28.0)];
+    let table = Costs::measured(0.5, &grid).unwrap();
+    assert_eq!(table.verify.len(), 64);
+    for (rows, cost) in grid {
+        assert_eq!(table.verify[rows - 1], cost);
+    }
+    for (rows, cost) in
+        [(2, 1.1), (5, 1.4), (15, 2.4), (20, 10.0), (33, 20.0), (44, 24.0), (49, 28.0), (64, 28.0)]
+    {
+        near(table.verify[rows - 1], cost);
+    }
+    assert_eq!((table.plain(), table.round(0), table.round(15), table.round(16)), (1.0, 1.5, 3.0, 10.5));
+    assert_eq!(table.round(1000), 28.5);
+    for (draft, grid, part) in [
+        (0.5, &[(1, 1.0), (17, 2.0)][..], "no pass of 33 to 64 rows has a cost"),
+        (0.5, &[(17, 1.0), (64, 2.0)], "no pass of 1 to 16 rows has a cost"),
+        (0.5, &[], "no pass of 1 to 16 rows"),
+        (0.5, &[(1, 1.0), (65, 2.0)], "a pass of 65 rows has a cost, expected 1 to 64 rows"),
+        (0.5, &[(0, 1.0)], "a pass of 0 rows"),
+        (0.5, &[(2, 1.0), (2, 2.0)], "a pass of 2 rows follows one of 2"),
+        (0.5, &[(1, f64::NAN), (17, 1.0), (33, 1.0)], "a pass costs NaN, expected more than 0"),
+        (0.0, &[(1, 1.0), (17, 1.0), (33, 1.0)], "a pass costs 0, expected more than 0"),
+        (f64::INFINITY, &[(1, 1.0), (17, 1.0), (33, 1.0)], "a pass costs inf"),
+    ] {
+        let error = Costs::measured(draft, grid).unwrap_err();
+        assert!(error.exit_code() == 2 && error.to_string().contains(part), "{part}: {error}");
+    }
+}
+
+#[test]
+fn modelled_costs_are_the_floor_of_the_passes() {
+    let (_, target, drafter) = PUBLISHED.into_iter().find(|pair| pair.0 == "qwen3-8b").unwrap();
+    let (target, drafter) = (TargetConfig::open(&target).unwrap(), DrafterConfig::open(&drafter).unwrap());
+    let card = Card::named("H200").unwrap();
+    let costs = Costs::modelled(&card, &target, &drafter, 1000, 16);
+    assert_eq!(costs.draft, draft_pass(&target, &drafter, 1000, 1, 16).ms(&card));
+    for rows in [1, 2, 16, 17, 64] {
+        assert_eq!(costs.verify[rows - 1], target_pass(&target, 1000, 1, rows).ms(&card));
+    }
+    assert_eq!(costs.plain(), costs.verify[0]);
+    // Bound by memory: a round of 64 rows costs little more than one of 16.
+    assert!(costs.round(63) < 1.01 * costs.round(15));
+}
+
+/// Every way to share, of costs with and without steps.
+#[test]
+fn a_batch_shares_drafts_so_that_no_other_way_emits_more_in_a_time() {
+    let mut random = Random::new(9);
+    let mut uneven = 0;
+    for case in 0..300 {
+        let mut falling = |n| {
+            let mut s: Vec<f64> = (0..n).map(|_| f64::from(random.unit())).collect();
+            s.sort_by(|a, b| b.total_cmp(a));
+            s
+        };
+        let survival = [falling(4), falling(case % 5), falling(3)];
+        let step = 0.05 + 0.5 * f64::from(random.unit());
+        let cost = |n: usize| match case % 2 {
+            0 => 1.0 + step * (n as f64).powf(1.5) / 8.0,
+            _ => 1.0 + step * n.div_ceil(4) as f64,
+        };
+        let value = |drafts: &[usize]| {
+            let stands = |(s, n): (&Vec<f64>, &usize)| s[..*n].iter().sum::<f64>();
+            (3.0 + survival.iter().zip(drafts).map(stands).sum::<f64>()) / cost(drafts.iter().sum())
+        };
+        let mut best: f64 = 0.0;
+        for a in 0..=survival[0].len() {
+            for b in 0..=survival[1].len() {
+                for c in 0..=survival[2].len() {
+                    best = best.max(value(&[a, b, c]));
+                }
+            }
+        }
+        let drafts = share(&survival, cost);
+        near(value(&drafts), best);
+        uneven += usize::from(drafts[0] != drafts[2]);
+    }
+    assert!(uneven > 50, "{uneven} of 300 shared unevenly");
+    // Equal ones in turn; where nothing is free, nothing; of no sequences, nobody.
+    assert_eq!(share(&[vec![0.5; 3], vec![0.5; 3]], |n| if n > 3 { 9.0 } else { 1.0 }), [2, 1]);
+    assert_eq!(share(&[vec![0.9; 3], vec![]], |n| 1.0 + n as f64), [0, 0]);
+    assert!(share(&[], |_| 1.0).is_empty());
+}
+
+// ---- acceptance ----
+
+#[test]
+fn positions_begin_at_one_half_and_follow_what_is_counted() {
+    let mut positions = Positions::default();
+    let survival = |positions: &Positions, expected: &[f64]| {
+        let found = positions.survival(expected.len());
+        found.iter().zip(expected).for_each(|(found, expected)| near(*found, *expected));
+    };
+    survival(&positions, &[0.5, 0.25, 0.125]);
+    // Of three drafts the first stood, the second was refused, the third never judged.
+    positions.judged(3, 1);
+    let (a, b) = (2.0 / 3.0, 4.0 / 9.0);
+    survival(&positions, &[a, a * b, a * b * b, a * b * b * b]);
+    // All of two: what came before has faded a little, for every position.
+    positions.judged(2, 2);
+    let a = (1.98 + 1.0) / (1.98 + 2.0);
+    let b = (1.0 + 2.0 * a) / (1.98 + 2.0);
+    survival(&positions, &[a, a * b, a * b * b]);
+    positions.judged(0, 0);
+    let a = (1.0 + 1.98 * 0.98) / (2.0 + 1.98 * 0.98);
+    survival(&positions, &[a]);
+    assert!(positions.survival(0).is_empty());
+}
+
+#[test]
+fn positions_find_the_acceptance_they_are_shown() {
+    let mut random = Random::new(3);
+    let truth = [0.9, 0.8, 0.5, 0.7, 0.2];
+    let mut positions = Positions::default();
+    let mut mean = [0.0; 5];
+    for round in 0..6000 {
+        let accepted = truth.iter().take_while(|p| unit(&mut random) < **p).count();
+        positions.judged(5, accepted);
+        if round >= 1000 {
+            positions.survival(5).iter().zip(&mut mean).for_each(|(s, mean)| *mean += s / 5000.0);
+        }
+    }
+    let mut stands = 1.0;
+    for (mean, accepted) in mean.iter().zip(truth) {
+        stands *= accepted;
+        // The guess counts as much as two of about fifty rounds.
+        assert!((mean - stands).abs() < 0.04, "{mean}, expected about {stands}");
+    }
+}
+
+// ---- controllers ----
+
+/// Costs of the paths of a chain whose drafts have these probabilities.
+fn chain(probabilities: &[f64]) -> Vec<u32> {
+    let mut bits = 0.0;
+    let cost = |p: &f64| {
+        bits -= p.log2();
+        (bits * 65536.0).round() as u32
+    };
+    probabilities.iter().map(cost).collect()
+}
+
+#[test]
+fn a_fixed_size_is_kept_and_doubt_cuts_at_the_threshold() {
+    let mut fixed = Fixed(7);
+    assert_eq!((fixed.drafts(15), fixed.drafts(3), fixed.drafts(0), fixed.cut(&[1; 5])), (7, 3, 0, 5));
+    let mut confident = Confident(0.3);
+    let paths = chain(&[0.9, 0.8, 0.5, 0.5]);
+    assert_eq!((confident.drafts(15), confident.cut(&paths)), (15, 3));
+    confident.judged(3, 0);
+    assert_eq!((confident.cut(&chain(&[0.2, 1.0])), confident.cut(&[])), (0, 0));
+    assert_eq!((Confident(0.0).cut(&paths), Confident(1.0).cut(&[0, 0, 1])), (4, 2));
+    assert_eq!(Confident(0.25).cut(&[131_072, 131_073]), 1);
+}
+
+#[test]
+fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
+    // Every row costs a tenth of a step.
+    let table = costs(0.5, |rows| 1.0 + 0.1 * rows as f64);
+    let mut controller = ByPosition::new(table.clone());
+    let mut positions = Positions::default();
+    for round in 0..200 {
+        let drafts = controller.drafts(15);
+        let (best, _) = table.cheapest(&positions.survival(15));
+        assert_eq!(drafts, if round < 4 { 15 } else { best.max(1) }, "round {round}");
+        let accepted = [0, 3, 1, 2][round % 4].min(drafts);
+        controller.judged(drafts, accepted);
+        positions.judged(drafts, accepted);
+    }
+    assert!((2..8).contains(&controller.drafts(15)));
+    assert_eq!(controller.drafts(1), 1);
+    // From all to few and back, never more than 16 rows at once.
+    let mut controller = ByPosition::new(table);
+    let mut sizes = vec![];
+    for round in 0..400 {
+        let drafts = controller.drafts(63);
+        sizes.push(drafts);
+        controller.judged(drafts, if (10..100).contains(&round) { 0 } else { drafts });
+    }
+    assert!(sizes.windows(2).skip(4).all(|pair| pair[0].abs_diff(pair[1]) <= 16), "{sizes:?}");
+    assert_eq!((sizes[..4].to_vec(), sizes[99], sizes[399]), (vec![63; 4], 1, 63), "{sizes:?}");
+}
+
+/// A drafter whose sureness is `bias` times too much in bits, and its rounds.
+fn sure(random: &mut Random, bias: f64, depth: usize) -> (Vec<u32>, usize) {
+    let real: Vec<f64> = (0..depth).map(|_| 0.3 + 0.7 * unit(random)).collect();
+    let accepted = real.iter().take_while(|p| unit(random) < **p).count();
+    let said: Vec<f64> = real.iter().map(|p| p.powf(1.0 / bias)).collect();
+    (chain(&said), accepted)
+}
+
+#[test]
+fn confidence_is_weighed_by_what_came_of_it() {
+    let mut random = Random::new(4);
+    let table = costs(0.3, |rows| 1.0 + 0.05 * rows as f64);
+    for bias in [0.5, 1.0, 2.0, 3.0] {
+        let mut controller = ByConfidence::new(table.clone());
+        let mut mean = 0.0;
+        for round in 0..4000 {
+            assert_eq!(controller.drafts(15), 15);
+            let (paths, accepted) = sure(&mut random, bias, 15);
+            let drafts = controller.cut(&paths);
+            let weight = controller.weight();
+            let survival: Vec<f64> =
+                paths.iter().map(|cost| (-weight * f64::from(*cost) / 65536.0).exp2()).collect();
+            assert_eq!(drafts, by_brute_force(&table, &survival).0);
+            controller.judged(drafts, accepted.min(drafts));
+            mean += if round < 1000 { 0.0 } else { controller.weight() / 3000.0 };
+        }
+        assert!((mean / bias - 1.0).abs() < 0.15, "{mean} for {bias}");
+    }
+    let mut hopeless = ByConfidence::new(table);
+    for _ in 0..2000 {
+        let drafts = hopeless.cut(&chain(&[0.99; 15]));
+        hopeless.judged(drafts, 0);
+    }
+    assert_eq!(hopeless.weight(), 4.0);
+}
+
+/// Runs `rounds` rounds, of which round `i` would accept `accepts(i)` of up to 15 drafts: which rounds drafted, and
+/// what all cost in plain steps per token.
+fn play(
+    controller: &mut WherePays<Fixed>,
+    costs: &Costs,
+    rounds: usize,
+    accepts: impl Fn(usize) -> usize,
+) -> (Vec<usize>, f64) {
+    let (mut drafted, mut tokens, mut spent) = (vec![], 0, 0.0);
+    for round in 0..rounds {
+        let drafts = controller.drafts(15);
+        if drafts == 0 {
+            (tokens, spent) = (tokens + 1, spent + costs.plain());
+            continue;
+        }
+        let accepted = accepts(round).min(drafts);
+        controller.judged(drafts, accepted);
+        drafted.push(round);
+        (tokens, spent) = (tokens + accepted + 1, spent + costs.round(drafts));
+    }
+    (drafted, spent / tokens as f64 / costs.plain())
+}
+
+#[test]
+fn drafting_ends_where_it_does_not_pay_and_is_tried_ever_more_rarely() {
+    let table = costs(0.2, |_| 1.0);
+    let mut controller = WherePays::new(Fixed(15), table.clone());
+    let (drafted, each) = play(&mut controller, &table, 4000, |_| 0);
+    // Four rounds before anything is made of them, then eight poor ones; then trials after 16, 32, ... 256 plain steps.
+    let mut expected: Vec<usize> = (0..12).collect();
+    let (mut at, mut interval) = (11, 16);
+    loop {
+        at += interval + 1;
+        if at >= 4000 {
+            break;
+        }
+        expected.push(at);
+        interval = (2 * interval).min(256);
+    }
+    assert_eq!(drafted, expected);
+    assert!(!controller.is_on() && each < 1.01, "{each}");
+    // What then pays is found within the longest interval, and kept.
+    let (drafted, each) = play(&mut controller, &table, 1000, |_| 9);
+    assert!(controller.is_on() && drafted[0] <= 256 && drafted.len() == 1000 - drafted[0], "{}", drafted[0]);
+    assert!(each < 0.5, "{each}");
+    // A plain step where nothing could be drafted is no trial, and no poor round.
+    assert_eq!((controller.drafts(0), controller.is_on()), (0, true));
+}
+
+#[test]
+fn drafting_that_pays_is_never_left_out_and_a_bad_stretch_costs_little() {
+    let table = costs(0.2, |_| 1.0);
+    let mut controller = WherePays::new(Fixed(15), table.clone());
+    let (drafted, _) = play(&mut controller, &table, 2000, |round| [0, 0, 3, 0][round % 4]);
+    assert_eq!(drafted.len(), 2000);
+    assert!(controller.gain() > 1.2);
+    // Eight times in turn: good stretches are drafted for the most part, bad ones are not.
+    let mut controller = WherePays::new(Fixed(15), table.clone());
+    for turn in 0..8 {
+        let (bad, each) = play(&mut controller, &table, 600, |_| 0);
+        assert!(bad.len() < 60 && each < 1.05, "turn {turn}: {} rounds, {each}", bad.len());
+        let (good, each) = play(&mut controller, &table, 600, |_| 7);
+        assert!(good.len() > 340 && each < 0.5, "turn {turn}: {} rounds, {each}", good.len());
+    }
+}
+
+#[test]
+fn what_pays_a_little_more_and_a_little_less_does_not_go_to_and_fro() {
+    // A round costs 1.2 steps: one draft of two rounds pays, one of six does not.
+    let table = costs(0.2, |_| 1.0);
+    for (seed, pays) in [(1, false), (2, true), (3, false), (4, true)] {
+        let mut random = Random::new(seed);
+        let stands: Vec<usize> =
+            (0..5000).map(|_| usize::from(unit(&mut random) < if pays { 0.5 } else { 0.16 })).collect();
+        let mut controller = WherePays::new(Fixed(15), table.clone());
+        let (mut turns, mut on) = (0, true);
+        for stands in &stands {
+            let drafts = controller.drafts(15);
+            if drafts > 0 {
+                controller.judged(drafts, *stands);
+            }
+            turns += usize::from(controller.is_on() != on);
+            on = controller.is_on();
+        }
+        assert!(turns < if pays { 12 } else { 40 }, "{turns} turns, pays: {pays}");
+    }
+}
+
+// ---- on the CPU ----
+
+struct Models(Target, Drafter);
+
+fn load(pair: Pair) -> Models {
+    Models(Target::load(&pair.target).unwrap(), Drafter::load(&pair.drafter.unwrap()).unwrap())
+}
+
+/// `vocab` of few tokens: random drafts are often right; of many: never.
+fn drawn(vocab: usize) -> Models {
+    let (target, drafter) = support::small();
+    let written = support::write_pair(&support::Target { vocab, ..target }, &drafter);
+    load(Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap())
+}
+
+struct Silent;
+
+impl Listener for Silent {
+    fn token(&mut self, _: u32, _: bool) -> dflash::Result<Flow> {
+        Ok(Flow::Continue)
+    }
+}
+
+fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, seed: u64) -> Request {
+    let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 1 };
+    Request { prompt: prompt.to_vec(), max_tokens, sampling, stop_ids: vec![], block, drafting: Default::default() }
+}
+
+fn run(models: &Models, tree: Option<usize>, costs: Option<&Costs>, request: &Request) -> Outcome {
+    let sequences = Sequences::new(&models.0, Some(&models.1), 1, usize::MAX);
+    cpu::install(|| generate(&mut sequences.with_trees(tree).adaptive(costs), request, &mut Silent)).unwrap()
+}
+
+fn held() -> Vec<Vec<u32>> {
+    let oracle: Value = serde_json::from_str(include_str!("data/oracle.json")).unwrap();
+    let ids =
+        |p: &Value| p["prompt_ids"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
+    oracle["prompts"].as_array().unwrap().iter().map(ids).collect()
+}
+
+#[test]
+fn no_costs_change_what_is_emitted() {
+    let (demo, few, many) = (load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()), drawn(4), drawn(90));
+    let cheap = costs(0.1, |_| 1.0);
+    let dear = costs(0.1, |rows| 0.5 + 0.5 * rows as f64);
+    let stairs = costs(0.3, |rows| rows.div_ceil(5) as f64);
+    let prompts = held();
+    let (mut cut, mut plain_steps) = (0, 0);
+    for (models, prompt, tokens) in
+        [(&demo, &prompts[3][..], 90), (&few, &[1, 3, 2], 200), (&many, &[5, 6], 200)]
+    {
+        for temperature in [0.0, 0.8] {
+            let request = request(prompt, tokens, models.1.config.block, temperature, 3);
+            let plain = run(models, None, None, &Request { block: 1, ..request.clone() });
+            for tree in [None, Some(30)] {
+                let whole = run(models, tree, None, &request);
+                for costs in [&cheap, &dear, &stairs] {
+                    let got = run(models, tree, Some(costs), &request);
+                    assert_eq!((&got.tokens, got.finish), (&plain.tokens, plain.finish));
+                    // And the same rounds again: no clock has a say.
+                    assert_eq!(got.drafted, run(models, tree, Some(costs), &request).drafted);
+                    let all: usize = got.drafted.iter().sum();
+                    cut += usize::from(all < whole.drafted.iter().sum());
+                    plain_steps += got.drafted.iter().filter(|drafts| **drafts == 0).count();
+                }
+            }
+        }
+    }
+    assert!(cut > 18 && plain_steps > 500, "{cut} of 36 runs drafted less, {plain_steps} plain steps");
+}
+
+#[test]
+fn a_drafter_that_is_never_right_is_left_alone_for_the_most_part() {
+    let models = drawn(1000);
+    let cheap = costs(0.3, |rows| 1.0 + 0.02 * rows as f64);
+    for tree in [None, Some(16)] {
+        let got = run(&models, tree, Some(&cheap), &request(&[7, 8, 9], 240, 8, 1.0, 2));
+        let steps: Vec<f64> =
+            got.drafted.iter().map(|d| if *d > 0 { cheap.round(*d) } else { 1.02 }).collect();
+        let (drafted, each) =
+            (steps.iter().filter(|s| **s > 1.02).count(), steps.iter().sum::<f64>() / 240.0);
+        assert!((5..30).contains(&drafted) && each < 1.1, "{drafted} rounds drafted, {each} a token");
+    }
+}
+
+/// After plain steps the drafter's context has no holes: it drafts what it would have, had it drafted all along.
+#[test]
+fn a_drafter_that_was_left_alone_catches_up() {
+    let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+    let prompt = &held()[4];
+    let begin = || {
+        let mut sequence = Sequence::new(&models.0, Some(&models.1));
+        sequence.start(&request(prompt, 120, 16, 0.0, 0)).unwrap();
+        while sequence.prefill().unwrap().next.is_none() {}
+        sequence
+    };
+    let (mut idle, mut busy) = (begin(), begin());
+    let (mut plainly, mut drafted) = (vec![], vec![]);
+    while drafted.len() < 80 {
+        busy.round(&mut drafted).unwrap();
+    }
+    while plainly.len() < drafted.len() {
+        idle.draft(1).unwrap();
+        idle.verify(&[], &mut plainly).unwrap();
+    }
+    assert_eq!(plainly, drafted);
+    assert_eq!(idle.lengths(), busy.lengths());
+    assert_eq!(idle.draft(16).unwrap(), busy.draft(16).unwrap());
+}
+
+// ---- the flag ----
+
+const PROMPT: &str = "def read_lines(path):\n    with open(path) as file:\n        ";
+
+#[test]
+fn adaptive_rounds_give_the_same_text_and_are_recorded() {
+    for (sampling, tree) in
+        [(&["--temperature", "0"][..], &[][..]), (&["--temperature", "1", "--seed", "4"], &["--tree", "40"])]
+    {
+        let record = |args: &[&str]| {
+            let args = [&[PROMPT, "-n", "120", "--json"], sampling, args].concat();
+            program::run(args).json().remove(0)
+        };
+        let plain = record(&["--draft", "none"]);
+        let whole = record(tree);
+        let adaptive = record(&[tree, &["--adaptive"]].concat());
+        assert_eq!((&adaptive["tokens"], &whole["tokens"]), (&plain["tokens"], &plain["tokens"]));
+        let told = |record: &Value| record["adaptive"].as_bool();
+        assert_eq!((told(&adaptive), told(&whole), told(&plain)), (Some(true), Some(false), None));
+        let sum = |record: &Value| -> u64 {
+            record["drafted"].as_array().unwrap().iter().map(|drafts| drafts.as_u64().unwrap()).sum()
+        };
+        assert!(0 < sum(&adaptive) && sum(&adaptive) < sum(&whole), "{} of {}", sum(&adaptive), sum(&whole));
+    }
+    let args = [PROMPT, "-n", "60", "--adaptive", "--check-lossless", "--json"];
+    assert_eq!(program::run(args).json()[0]["identical"], true);
+}
+
+#[test]
+fn what_cannot_adapt_is_refused_in_a_sentence() {
+    for (args, code, part) in [
+        (&["--block", "1"][..], 2, "--block is 1, which is plain decoding: --adaptive expects at least 2"),
+        (&["--draft", "none"], 2, "--adaptive needs a drafter, but --draft is none"),
+        (&["--gpu", "0", "--device", "auto"], 2, "--gpu"),
+        (&["--device", "cuda"], 4, "--adaptive runs on --device cpu only"),
+        (&["--device", "emulator"], 4, "--adaptive runs on --device cpu only"),
+    ] {
+        let run = program::run([&[PROMPT, "--adaptive"], args].concat());
+        let lines = run.err.lines().count();
+        assert!(
+            run.code == code && run.out.is_empty() && lines == 1 && run.err.contains(part),
+            "{args:?}: {run:?}"
+        );
+    }
+}
