@@ -455,7 +455,14 @@ impl Listener for Silent {
 
 fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, seed: u64) -> Request {
     let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 1 };
-    Request { prompt: prompt.to_vec(), max_tokens, sampling, stop_ids: vec![], block, drafting: Default::default() }
+    Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling,
+        stop_ids: vec![],
+        block,
+        drafting: Default::default(),
+    }
 }
 
 fn run(models: &Models, tree: Option<usize>, costs: Option<&Costs>, request: &Request) -> Outcome {

@@ -438,19 +438,27 @@ fn flags_that_cannot_go_together_are_refused() {
         (
             4,
             &["--device", "emulator", "--verify", "rejection"],
-            "device emulator does not run --verify rejection, \
-          expected --device cpu",
+            "--verify rejection runs on --device cpu only: the other devices verify chains of the drafter's best tokens",
         ),
         (
             4,
-            &["--device", "emulator", "--verify", "block"],
-            "device emulator does not run --verify block, expected \
-          --device cpu",
+            &["--device", "cuda", "--verify", "block"],
+            "--verify block runs on --device cpu only: the other devices verify chains of the drafter's best tokens",
         ),
         (
             4,
             &["--device", "emulator", "--coupled"],
-            "device emulator does not run --coupled, expected --device cpu",
+            "--coupled runs on --device cpu only: the other devices verify chains of the drafter's best tokens",
+        ),
+        (
+            2,
+            &["--tree", "9", "--coupled"],
+            "--tree is for the drafter's best tokens, but with --coupled drafts are drawn at random",
+        ),
+        (
+            2,
+            &["--adaptive", "--verify", "block"],
+            "--adaptive is for the drafter's best tokens, but with --verify block drafts are drawn at random",
         ),
     ];
     for (code, args, sentence) in cases {
