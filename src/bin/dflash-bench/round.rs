@@ -69,6 +69,8 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     let positions = largest(&flags.context.0) + spare(block);
     fits(&pair, &place, Room::new(largest(&flags.batch.0), block, positions))?;
 
+    // As `kernels` counts them.
+    device.tally_conflicts(true);
     let instruments = Instruments::open(&place);
     let bar = bar("weights {bar:40} {bytes} of {total_bytes}, {bytes_per_sec}");
     let models = Models::load_with(device, &pair, positions, &mut |done, total| {
