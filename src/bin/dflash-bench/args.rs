@@ -63,9 +63,10 @@ Weights are drawn and the context is noise, so nothing is downloaded and no prom
 On a GPU, in ms of its own clock: \"plain step\" and \"round\" are replays of the captured graphs, each behind a whole
 round that keeps the card busy while they are enqueued. Parts of a round: graphs of its first launches are replayed in
 turn with it (begin; to inject; to draft; to verify), and a part is, in each round of samples, the difference of two
-medians; what a part shares with the one before it counts for the later one. \"gaps\" is what lies between two rounds
-that are enqueued together. \"round with host\" is the engine's own loop, by the host's clock. A difference that is lost
-in noise has a value and no samples. Floors are of the card's nominal bandwidth, where it is known.
+medians; what a part shares with the one before it counts for the later one, and the start and the end of a graph for
+the first. \"gaps\" is how much longer a round among others takes than one alone. \"round with host\" is the engine's own
+loop, by the host's clock. A difference that is lost in noise has a value and no samples. Floors are of the card's
+nominal bandwidth, where it is known; \"share of floor\" is the floor over the time, 1 at best.
 
 On the emulator one run counts bytes, launches, mma and conflicts instead; --rounds and --samples say nothing there.
 
