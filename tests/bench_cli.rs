@@ -291,7 +291,7 @@ fn compare_refuses_what_cannot_be_compared() {
     let dir = tempfile::tempdir().unwrap();
     let base = samples(1, 20, 10.0, 0.002);
     let a = measured(&[("x", "ms", Some(&base), json!([10, 10]))]);
-    let breaks: [(&str, Spoil); 14] = [
+    let breaks: [(&str, Spoil); 17] = [
         ("the card of", |r| r["machine"]["card"] = json!("L4")),
         ("the device of", |r| r["machine"]["device"] = json!(null)),
         ("the target of", |r| r["model"]["target"] = json!("qwen3-4b")),
@@ -306,6 +306,15 @@ fn compare_refuses_what_cannot_be_compared() {
         ("row 1 (x) has the median 9", |r| r["rows"][0]["median"] = json!(9.0)),
         ("row 1 (x) has rounds of [10, 11] samples, and 20 samples", |r| {
             r["rows"][0]["rounds"] = json!([10, 11])
+        }),
+        ("row 1 (x) has the throttled place 2, beyond its samples", |r| {
+            r["rows"][0]["throttled"] = json!([1, 2])
+        }),
+        ("row 1 (x) has [1] as batch, expected a number or a text", |r| {
+            r["rows"][0]["parameters"]["batch"] = json!([1])
+        }),
+        ("row 1 (x) has \"y\" as GB, expected a number or null", |r| {
+            r["rows"][0]["numbers"]["GB"] = json!("y")
         }),
         ("rows 1 and 2 are both x", |r| {
             let first = r["rows"][0].clone();

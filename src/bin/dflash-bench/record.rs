@@ -290,6 +290,17 @@ impl Row {
                 return Err(format!("has rounds of {rounds:?} samples, and {} samples", samples.len()));
             }
         }
+        let places = self.rounds.as_ref().map(Vec::len).or(self.samples.as_ref().map(Vec::len));
+        let far = |place: &&usize| places.is_some_and(|places| **place >= places);
+        if let Some(place) = self.throttled.iter().flatten().find(far) {
+            return Err(format!("has the throttled place {place}, beyond its samples"));
+        }
+        if let Some((name, value)) = self.parameters.iter().find(|(_, v)| !v.is_number() && !v.is_string()) {
+            return Err(format!("has {value} as {name}, expected a number or a text"));
+        }
+        if let Some((name, value)) = self.numbers.iter().find(|(_, v)| !v.is_number() && !v.is_null()) {
+            return Err(format!("has {value} as {name}, expected a number or null"));
+        }
         let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs();
         match (Summary::of(samples), self.median) {
             (Some(s), Some(median)) if !close(median, s.median) => {
