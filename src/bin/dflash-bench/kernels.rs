@@ -5,7 +5,7 @@ mod attention;
 mod linear;
 mod round;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 mod values;
 
 use crate::machine::Instruments;
