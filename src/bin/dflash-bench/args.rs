@@ -84,7 +84,8 @@ before it is timed: a kernel that is wrong has no time. Weights, keys and values
 one after the other, as keep a launch's own out of the cache. What the kernel before would have written just now is in
 the cache. us: of a launch among others. GB/s: bytes that it must move by that. floor us: these bytes at the ceiling, or
 its products at the card's nominal rate, where that is known and slower. On the emulator times say nothing: there
-instead is what one launch does, bytes in all as the value.
+instead is what one launch does, bytes in all as the value. Kernels for which there is too little memory are left out, and make
+the exit code 5 when the others are done.
 
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)  512-4096*2 (512, 1024, 2048, 4096).
 

@@ -213,7 +213,8 @@ fn samples_are_times_of_launches_on_cold_copies() {
         device.weights.lock().unwrap().clear();
         let instruments = Instruments::open(&place);
         let bench = Bench { desk, instruments, card, rounds, samples, ceiling, sample_ms };
-        let rows = bench.rows(&cases).unwrap();
+        let (rows, end) = bench.rows(&cases).unwrap();
+        assert_eq!(end, Ok(()));
         assert_eq!(rows.len(), 1 + cases.len());
         let rate = rows[0].median.unwrap();
         assert_eq!((rows[0].name.as_str(), rows[0].unit.as_str()), ("read ceiling", "GB/s"));
@@ -225,7 +226,11 @@ fn samples_are_times_of_launches_on_cold_copies() {
             let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-9, "{row:?}: {a}, {b}");
             near(number("MB") * 1e6, case.bytes as f64);
             near(number("GB/s"), case.bytes as f64 / row.median.unwrap() / 1e3);
-            near(number("share of ceiling"), number("GB/s") / rate);
+            match case.name.as_str() {
+                // All of it is in the cache.
+                "norm" => assert_eq!(row.numbers["share of ceiling"], Value::Null),
+                _ => near(number("share of ceiling"), number("GB/s") / rate),
+            }
             // At 1000 operations in a second, products decide wherever there are any.
             let products = if card.is_some() { case.flops * 1e3 } else { 0.0 };
             near(number("floor us"), (case.bytes as f64 / 1e3 / rate).max(products));
@@ -272,4 +277,21 @@ fn the_read_ceiling_is_that_of_the_best_number_of_blocks() {
     assert!((row.median.unwrap() / rate - 1.0).abs() < 1e-9, "{row:?}");
     assert!((ceiling.unwrap() / (rate * 1e3) - 1.0).abs() < 1e-9, "{ceiling:?}");
     assert_eq!(row.samples.unwrap().len(), 4);
+}
+
+#[test]
+fn what_does_not_fit_is_left_out_and_told_and_the_rest_is_measured() {
+    let device = Emulator::with_memory(256 << 10);
+    let pair = demo();
+    let place = Place::emulator().unwrap();
+    let of = |name: &str| cases(&pair).into_iter().find(|case| case.name == name).unwrap();
+    let chosen = ["norm", "target: lm_head", "target: o", "target: lm_head with logits"].map(of);
+    let (desk, instruments) = (Desk::new(&device as &dyn Device), Instruments::open(&place));
+    let bench =
+        Bench { desk, instruments, card: None, rounds: 1, samples: 1, ceiling: 64 << 10, sample_ms: 0.0 };
+    let (rows, end) = bench.rows(&chosen).unwrap();
+    let names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
+    assert_eq!(names, ["read ceiling", "norm", "target: o"]);
+    let Err(Error::Memory(reason)) = end else { panic!("{end:?}") };
+    assert!(reason.starts_with("target: lm_head {\"rows\":1}: not enough"), "{reason}");
 }
