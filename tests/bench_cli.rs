@@ -278,6 +278,23 @@ fn compare_lists_rows_of_one_side_and_judges_values_without_samples() {
     let found = record(0, &["compare", &a_file, &b_file]);
     assert_eq!(verdicts(&found)[2], "counted UNCLEAR");
     assert_eq!(row(&found, "counted", json!({ "rows": 16 }))["median"], 1.25);
+    // What is exact needs no samples.
+    let mut a = a;
+    for (kind, before, after, code, verdict) in [
+        ("counted", 5.0, 4.0, 0, "FASTER"),
+        ("counted", 4.0, 5.0, 7, "SLOWER"),
+        ("predicted", 4.0, 5.0, 7, "SLOWER"),
+        ("counted", 1000.0, 1009.0, 0, "SAME"),
+        ("counted", 0.0, 1.0, 7, "SLOWER"),
+        ("counted", 1.0, 0.0, 0, "FASTER"),
+        ("measured", 4.0, 5.0, 0, "UNCLEAR"),
+    ] {
+        (a["rows"][2]["kind"], a["rows"][2]["median"]) = (json!(kind), json!(before));
+        (b["rows"][1]["kind"], b["rows"][1]["median"]) = (json!(kind), json!(after));
+        let [a_file, b_file] = files(dir.path(), &a, &b);
+        let found = record(code, &["compare", &a_file, &b_file]);
+        assert_eq!(verdicts(&found)[2], format!("counted {verdict}"), "{kind}, {before}, {after}");
+    }
     // Below another threshold a shift of 0.5 % is one.
     let shifted: Vec<f64> = base.iter().map(|x| x * 1.005).collect();
     let [a, b] = [&base, &shifted].map(|s| measured(&[("x", "ms", Some(s), json!(null))]));
@@ -291,7 +308,7 @@ fn compare_refuses_what_cannot_be_compared() {
     let dir = tempfile::tempdir().unwrap();
     let base = samples(1, 20, 10.0, 0.002);
     let a = measured(&[("x", "ms", Some(&base), json!([10, 10]))]);
-    let breaks: [(&str, Spoil); 16] = [
+    let breaks: [(&str, Spoil); 17] = [
         ("the card of", |r| r["machine"]["card"] = json!("L4")),
         ("the device of", |r| r["machine"]["device"] = json!(null)),
         ("the target of", |r| r["model"]["target"] = json!("qwen3-4b")),
@@ -307,9 +324,14 @@ fn compare_refuses_what_cannot_be_compared() {
         ("row 1 (x) has rounds of [10, 11] samples, and 20 samples", |r| {
             r["rows"][0]["rounds"] = json!([10, 11])
         }),
-        ("row 1 (x) was throttled at place 2 of 2", |r| r["rows"][0]["throttled"] = json!([0, 1, 2])),
-        ("row 1 (x) was throttled at place 20 of 20", |r| {
-            (r["rows"][0]["rounds"], r["rows"][0]["throttled"]) = (json!(null), json!([19, 20]));
+        ("row 1 (x) has the throttled place 2, beyond its samples", |r| {
+            r["rows"][0]["throttled"] = json!([1, 2])
+        }),
+        ("row 1 (x) has [1] as batch, expected a number or a text", |r| {
+            r["rows"][0]["parameters"]["batch"] = json!([1])
+        }),
+        ("row 1 (x) has \"y\" as GB, expected a number or null", |r| {
+            r["rows"][0]["numbers"]["GB"] = json!("y")
         }),
         ("rows 1 and 2 are both x", |r| {
             let first = r["rows"][0].clone();

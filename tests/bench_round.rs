@@ -96,6 +96,9 @@ fn sampled_rounds_and_shorter_blocks_are_counted_as_planned() {
     for context in [0, 1] {
         let all = whole(&found, &json!({ "context": context, "batch": 1, "block": 5 }));
         assert_eq!(all[1], planned(1, "0.8"));
+        // The sampler's races have them; what is greedy has none.
+        let plain = counts(&found, "plain step", json!({ "context": context, "batch": 1 }));
+        assert!(plain[7] > 0 && all[7] > plain[7], "{plain:?}, {all:?}");
     }
 }
 

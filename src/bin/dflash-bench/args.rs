@@ -63,9 +63,10 @@ Weights are drawn and the context is noise, so nothing is downloaded and no prom
 On a GPU, in ms of its own clock: \"plain step\" and \"round\" are replays of the captured graphs, each behind a whole
 round that keeps the card busy while they are enqueued. Parts of a round: graphs of its first launches are replayed in
 turn with it (begin; to inject; to draft; to verify), and a part is, in each round of samples, the difference of two
-medians; what a part shares with the one before it counts for the later one. \"gaps\" is what lies between two rounds
-that are enqueued together. \"round with host\" is the engine's own loop, by the host's clock. A difference that is lost
-in noise has a value and no samples. Floors are of the card's nominal bandwidth, where it is known.
+medians; what a part shares with the one before it counts for the later one, and the start and the end of a graph for
+the first. \"gaps\" is how much longer a round among others takes than one alone. \"round with host\" is the engine's own
+loop, by the host's clock. A difference that is lost in noise has a value and no samples. Floors are of the card's
+nominal bandwidth, where it is known; \"share of floor\" is the floor over the time, 1 at best.
 
 On the emulator one run counts bytes, launches, mma and conflicts instead; --rounds and --samples say nothing there.
 
@@ -83,7 +84,8 @@ before it is timed: a kernel that is wrong has no time. Weights, keys and values
 one after the other, as keep a launch's own out of the cache. What the kernel before would have written just now is in
 the cache. us: of a launch among others. GB/s: bytes that it must move by that. floor us: these bytes at the ceiling, or
 its products at the card's nominal rate, where that is known and slower. On the emulator times say nothing: there
-instead is what one launch does, bytes in all as the value.
+instead is what one launch does, bytes in all as the value. Kernels for which there is too little memory are left out, and make
+the exit code 5 when the others are done.
 
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)  512-4096*2 (512, 1024, 2048, 4096).
 
@@ -94,8 +96,8 @@ const COMPARE: &str = "\
 Rows are matched by name and parameters. The ratio says how many times as good B is as A (time, bytes: A / B; rates:
 B / A), from the medians, with its 99 % interval: a bootstrap of the samples, of whole rounds of them where a row has
 rounds. FASTER or SLOWER: the ratio is beyond the threshold, and the interval on that side of 1. SAME: all of the
-interval is within the threshold. UNCLEAR: neither, or fewer than 5 samples or rounds on a side. Rows without samples,
-counted or predicted, are SAME if equal and UNCLEAR if not. Rows that one record alone has are listed.
+interval is within the threshold. UNCLEAR: neither, or fewer than 5 samples or rounds on a side. What is counted or
+predicted is exact: the threshold alone decides. Rows that one record alone has are listed.
 
 Exit codes: 0 no row is SLOWER, 7 one is, 2 wrong flags or records, 1 internal failure.";
 

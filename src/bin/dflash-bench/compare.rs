@@ -101,20 +101,23 @@ fn both(flags: &args::Compare, old: &Row, new: &Row) -> Result<Row> {
         let interval = measure::ratio(&old, &new, Rounds::Apart)?;
         Some((speed(interval), old.len().min(new.len()) >= FEWEST))
     });
+    // Two zeros are equal, and nothing else is a multiple of zero.
+    let ratio = if a == b { 1.0 } else { b / a };
+    let exact = speed(Interval { ratio, low: ratio, high: ratio });
+    let counted = [old, new].iter().all(|row| matches!(row.kind, Kind::Counted | Kind::Predicted));
     let verdict = match interval {
         Some((interval, true)) => interval.verdict(flags.threshold),
         None if a == b => Verdict::Same,
+        None if counted => exact.verdict(flags.threshold),
         _ => Verdict::Unclear,
     };
-    // Two zeros are equal, and nothing else is a multiple of zero.
-    let ratio = if a == b { 1.0 } else { speed(Interval { ratio: b / a, low: 1.0, high: 1.0 }).ratio };
     let mut numbers = json!({ "A": a, "B": b });
     if let Some((Interval { low, high, .. }, _)) = interval {
         numbers["low"] = low.into();
         numbers["high"] = high.into();
     }
     Ok(Row {
-        median: Some(ratio).filter(|ratio| ratio.is_finite()),
+        median: Some(exact.ratio).filter(|ratio| ratio.is_finite()),
         numbers: numbers.as_object().cloned().unwrap_or_default(),
         ..one(old, verdict.name())
     })

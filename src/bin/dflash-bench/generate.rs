@@ -59,6 +59,7 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
             bar.finish_and_clear();
             let models = models?;
             let mut decoder = Batch::new(&*place.device, &models, room)?;
+            place.device.tally_conflicts(true);
             let instruments = Instruments::open(place);
             let run = Run { flags, requests: &requests, place: Some((place, &instruments)) };
             let (repeats, counts) = run.all(&mut decoder)?;

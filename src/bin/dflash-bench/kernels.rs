@@ -5,7 +5,7 @@ mod attention;
 mod linear;
 mod round;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 mod values;
 
 use crate::machine::Instruments;
@@ -20,7 +20,7 @@ use dflash::measure::quantile;
 use dflash::memory::{MemoryPlan, Room};
 use dflash::pair::Pair;
 use dflash::place::{Choice, Place};
-use dflash::{Error, Result};
+use dflash::{Error, Result, terminal};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
@@ -90,8 +90,8 @@ fn groups(pair: &Pair, rows: usize) -> Vec<(usize, usize)> {
     if blocks == plain { vec![plain] } else { vec![blocks, plain] }
 }
 
-/// The title of a table, and the record.
-pub fn run(flags: &args::Kernels) -> Result<(String, Record)> {
+/// The title of a table, and the record; and, where there was too little memory for some kernels, which and why.
+pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
     if flags.gpu.is_some() && flags.device == Choice::Emulator {
         return Err(Error::Usage("--gpu needs --device cuda or auto".into()));
     }
@@ -110,7 +110,7 @@ pub fn run(flags: &args::Kernels) -> Result<(String, Record)> {
     let ceiling = CEILING[usize::from(desk.counts())];
     let (rounds, samples) = (flags.rounds, flags.samples);
     let bench = Bench { desk, instruments, card, rounds, samples, ceiling, sample_ms: SAMPLE_MS };
-    let rows = bench.rows(&cases)?;
+    let (rows, end) = bench.rows(&cases)?;
 
     let model = record::Model {
         target: Some(pair.target.folder.name()),
@@ -130,7 +130,7 @@ pub fn run(flags: &args::Kernels) -> Result<(String, Record)> {
     machine.tflops = card.map(|card| card.tflops);
     let mut record = Record::new("kernels", machine, model);
     record.rows = rows;
-    Ok((title, record))
+    Ok(((title, record), end))
 }
 
 fn pair(flags: &args::Kernels, name: &str) -> Result<Pair> {
@@ -194,20 +194,32 @@ struct Bench<'d> {
 }
 
 impl Bench<'_> {
-    fn rows(&self, cases: &[Case]) -> Result<Vec<Row>> {
+    /// Cases for which there is too little memory are left out, and the first of them is the second half of the answer:
+    /// the others' rows are not to be lost.
+    fn rows(&self, cases: &[Case]) -> Result<(Vec<Row>, Result<()>)> {
         let shown = std::io::stderr().is_terminal();
         let bar = if shown { ProgressBar::new(cases.len() as u64) } else { ProgressBar::hidden() };
         let style = ProgressStyle::with_template("{bar:40} {pos} of {len} {msg}");
         let bar = style.map(|style| bar.clone().with_style(style)).unwrap_or(bar);
         let (first, ceiling) = self.ceiling()?;
-        let mut rows = vec![first];
+        let (mut rows, mut end) = (vec![first], Ok(()));
         for case in cases {
             bar.set_message(case.name.clone());
-            rows.push(self.row(case, ceiling)?);
+            match self.row(case, ceiling) {
+                Ok(row) => rows.push(row),
+                Err(Error::Memory(reason)) => {
+                    let left_out = format!("{} {}: {reason}", case.name, case.parameters);
+                    match end {
+                        Ok(()) => end = Err(Error::Memory(left_out)),
+                        Err(_) => bar.suspend(|| terminal::note(&format!("left out: {left_out}"))),
+                    }
+                }
+                Err(error) => return Err(error),
+            }
             bar.inc(1);
         }
         bar.finish_and_clear();
-        Ok(rows)
+        Ok((rows, end))
     }
 
     /// The row of the read ceiling, and bytes per microsecond where there are times.
@@ -298,7 +310,9 @@ impl Bench<'_> {
                 let products = self.card.map_or(0.0, |card| gigaflop / card.tflops * 1e3);
                 let floor = ceiling.map(|ceiling| (bytes / ceiling).max(products));
                 let rate = row.median.map(|us| bytes / us);
-                let share = rate.zip(ceiling).map(|(rate, ceiling)| rate / ceiling);
+                // What the cache holds is not held against memory.
+                let cold = ceiling.filter(|_| ready.copies > 1);
+                let share = rate.zip(cold).map(|(rate, ceiling)| rate / ceiling);
                 let row =
                     with(row, json!({ "GB/s": rate.map(|rate| rate / 1e3), "share of ceiling": share }));
                 with(with(row, json!({ "floor us": floor })), numbers)

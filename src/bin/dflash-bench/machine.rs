@@ -139,7 +139,7 @@ pub fn describe(machine: &Machine) -> Option<String> {
 mod library;
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use crate::record::{Model, Record};
     use crate::show;
@@ -150,7 +150,7 @@ mod tests {
     const NVML: &str = include_str!("../../../tests/data/profile/nvml.c");
 
     /// The instruments of the card there, by a library that stands in for NVML.
-    fn instruments(pci: &str) -> Instruments {
+    pub fn instruments(pci: &str) -> Instruments {
         let folder = tempfile::tempdir().unwrap();
         let own = format!("-DOWN={}", std::process::id());
         let library = library::library(folder.path(), "nvml.so", NVML, &[&own]);
@@ -213,6 +213,9 @@ mod tests {
         let machine = instruments("0000:65:00.0").machine(&place);
         assert_eq!(machine.driver.as_deref(), Some("580.95.05, CUDA 0.0"));
         assert_eq!(machine.before.as_ref().unwrap().sm_mhz, Some(1755));
+        assert_eq!((machine.memory_gigabytes, machine.l2_bytes), (Some(17.179869184), Some(52428800)));
+        assert_eq!((machine.capability.as_deref(), machine.multiprocessors), (Some("8.0"), Some(1)));
+        assert_eq!(machine.ptx.as_deref(), Some("compute_90a"), "launches overlap there");
         let said = "SM 1755 MHz, memory 3201 MHz, 61 °C, 523 of 700 W, not throttled, 2 other processes";
         assert_eq!(describe(&machine), Some(format!("before: {said}; after: {said}")));
         // And in the record and its table.

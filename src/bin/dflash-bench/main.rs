@@ -38,7 +38,11 @@ fn run(args: &Args) -> Result<u8> {
     }
     let mut end = Ok(());
     let (title, record) = match &args.command {
-        Command::Kernels(flags) => kernels::run(flags)?,
+        Command::Kernels(flags) => {
+            let (found, whole) = kernels::run(flags)?;
+            end = whole;
+            found
+        }
         Command::Floor(flags) => floor::run(flags)?,
         Command::Round(flags) => round::run(flags)?,
         Command::Generate(flags) => {

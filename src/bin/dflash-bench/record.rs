@@ -292,7 +292,13 @@ impl Row {
         }
         let places = self.rounds.as_ref().map_or(samples.len(), Vec::len);
         if let Some(place) = self.throttled.iter().flatten().find(|place| **place >= places) {
-            return Err(format!("was throttled at place {place} of {places}"));
+            return Err(format!("has the throttled place {place}, beyond its samples"));
+        }
+        if let Some((name, value)) = self.parameters.iter().find(|(_, v)| !v.is_number() && !v.is_string()) {
+            return Err(format!("has {value} as {name}, expected a number or a text"));
+        }
+        if let Some((name, value)) = self.numbers.iter().find(|(_, v)| !v.is_number() && !v.is_null()) {
+            return Err(format!("has {value} as {name}, expected a number or null"));
         }
         let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs();
         match (Summary::of(samples), self.median) {

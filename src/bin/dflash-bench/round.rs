@@ -69,6 +69,8 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     let positions = largest(&flags.context.0) + spare(block);
     fits(&pair, &place, Room::new(largest(&flags.batch.0), block, positions))?;
 
+    // As `kernels` counts them.
+    device.tally_conflicts(true);
     let instruments = Instruments::open(&place);
     let bar = bar("weights {bar:40} {bytes} of {total_bytes}, {bytes_per_sec}");
     let models = Models::load_with(device, &pair, positions, &mut |done, total| {
@@ -525,6 +527,8 @@ impl Point<'_> {
 #[cfg(all(test, feature = "emulator"))]
 mod tests {
     use super::*;
+    use crate::kernels::tests::{Clock, Disguised};
+    use crate::machine;
 
     #[test]
     fn a_curve_of_probabilities_is_an_acceptance_length() {
@@ -606,5 +610,43 @@ mod tests {
         point.measure(&models, &instruments, 1, 1, &mut alone).unwrap();
         let names: Vec<&str> = alone.iter().map(|row| row.name.as_str()).collect();
         assert_eq!(names, ["plain step", PLAIN]);
+    }
+
+    /// By a clock of 1 ms for a launch and 0.5 between graphs, on a card that is held back.
+    #[test]
+    fn parts_are_differences_gaps_lie_between_rounds_and_every_row_says_that_it_was_throttled() {
+        let mut device = Disguised::new(0, false);
+        device.clock = Clock::Steps;
+        let instruments = machine::tests::instruments("0000:ca:00.0");
+        let pair = model::pair("demo", None).unwrap();
+        let models = Models::load(&device, &pair, 600).unwrap();
+        let point = Point {
+            device: &device,
+            pair: &pair,
+            card: None,
+            context: 16,
+            batch: 1,
+            block: 4,
+            sampling: Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 },
+            acceptance: &[2.0],
+        };
+        let mut rows = vec![];
+        point.measure(&models, &instruments, 2, 1, &mut rows).unwrap();
+        for row in &rows {
+            assert_eq!(row.throttled, Some(vec![0, 1]), "{}", row.name);
+            if let Some(launches) = row.numbers.get("launches").filter(|_| row.name != "round with host") {
+                assert_eq!(row.median, launches.as_f64(), "{}", row.name);
+            }
+        }
+        let median = |name: &str| rows.iter().find(|row| row.name == name).unwrap().median.unwrap();
+        assert_eq!(
+            ["plain step", "round", "begin", "accept", "gaps"].map(median),
+            [38.0, 58.0, 1.0, 2.0, 0.5]
+        );
+        // Before each sample the card has a round to work on, and what it did to the sequences is taken back.
+        let asked = device.asked.lock().unwrap();
+        let samples: Vec<&str> = asked.split('e').step_by(2).collect();
+        assert_eq!(samples.len(), 3 * 7 + 1);
+        assert!(samples[..3 * 7].iter().all(|before| before.ends_with("rcc")), "{asked}");
     }
 }

@@ -2,14 +2,32 @@
 //! results see wrong ones.
 
 use super::*;
+use crate::sampling::together;
 use dflash::device::{Arg, Buffer, Counts, Device, Event, Graph, Kernel, Pinned, Properties};
 use dflash::emulator::Emulator;
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
+/// What times are made of, so that they can be told beforehand.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Clock {
+    Emulator,
+    /// 1, 2, 3, ... ms.
+    Counting,
+    /// 1 ms for the read ceiling on 10 blocks, and one more for each block less or more.
+    Blocks,
+    /// 1 ms for each step of a graph, and half a millisecond between graphs that follow each other.
+    Steps,
+}
+
 /// An emulator in a GPU's clothes, or with results that are a little off.
-struct Disguised {
+pub struct Disguised {
     inner: Emulator,
+    pub clock: Clock,
+    /// Of the clock: what elapsed counted, blocks of the last launch, steps, and steps at each event.
+    counted: Mutex<(f32, u32, f32, Vec<f32>)>,
+    /// What was asked for: `r`eplays, `c`opies, `e`vents.
+    pub asked: Mutex<String>,
     properties: Properties,
     /// First arguments of linear launches: their weights.
     weights: Mutex<BTreeSet<u64>>,
@@ -17,10 +35,12 @@ struct Disguised {
 }
 
 impl Disguised {
-    fn new(l2: u64, spoiled: bool) -> Disguised {
+    pub fn new(l2: u64, spoiled: bool) -> Disguised {
         let inner = Emulator::new();
         let properties = Properties { l2, multiprocessors: 2, ..inner.properties().clone() };
-        Disguised { inner, properties, weights: Mutex::default(), spoiled }
+        let (clock, weights) = (Clock::Emulator, Mutex::default());
+        let (counted, asked) = (Mutex::default(), Mutex::default());
+        Disguised { inner, clock, counted, asked, properties, weights, spoiled }
     }
 }
 
@@ -47,6 +67,7 @@ impl Device for Disguised {
         Ok(())
     }
     fn copy(&self, to: &Buffer, from: &Buffer) -> Result<()> {
+        self.asked.lock().unwrap().push('c');
         self.inner.copy(to, from)
     }
     fn fill(&self, to: &Buffer, byte: u8) -> Result<()> {
@@ -59,19 +80,34 @@ impl Device for Disguised {
         if let (Arg::Buffer(weights), "project") = (&args[0], kernel.file) {
             self.weights.lock().unwrap().insert(weights.address());
         }
+        self.counted.lock().unwrap().1 = grid[0];
         self.inner.launch(kernel, grid, shared, args)
     }
     fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         self.inner.capture(record)
     }
     fn replay(&self, graph: &Graph) -> Result<()> {
+        let mut asked = self.asked.lock().unwrap();
+        let gap = if asked.ends_with('r') { 0.5 } else { 0.0 };
+        asked.push('r');
+        self.counted.lock().unwrap().2 += graph.nodes.len() as f32 + gap;
         self.inner.replay(graph)
     }
     fn record(&self) -> Result<Event> {
+        self.asked.lock().unwrap().push('e');
+        let (_, _, steps, events) = &mut *self.counted.lock().unwrap();
+        events.push(*steps);
         self.inner.record()
     }
     fn elapsed(&self, from: &Event, to: &Event) -> Result<f32> {
-        self.inner.elapsed(from, to)
+        let (count, blocks, _, events) = &mut *self.counted.lock().unwrap();
+        *count += 1.0;
+        match (self.clock, events.as_slice()) {
+            (Clock::Counting, _) => Ok(*count),
+            (Clock::Blocks, _) => Ok(1.0 + (*blocks as f32 - 10.0).abs()),
+            (Clock::Steps, [.., from, to]) => Ok(to - from),
+            _ => self.inner.elapsed(from, to),
+        }
     }
     fn synchronize(&self) -> Result<()> {
         self.inner.synchronize()
@@ -177,7 +213,8 @@ fn samples_are_times_of_launches_on_cold_copies() {
         device.weights.lock().unwrap().clear();
         let instruments = Instruments::open(&place);
         let bench = Bench { desk, instruments, card, rounds, samples, ceiling, sample_ms };
-        let rows = bench.rows(&cases).unwrap();
+        let (rows, end) = bench.rows(&cases).unwrap();
+        assert_eq!(end, Ok(()));
         assert_eq!(rows.len(), 1 + cases.len());
         let rate = rows[0].median.unwrap();
         assert_eq!((rows[0].name.as_str(), rows[0].unit.as_str()), ("read ceiling", "GB/s"));
@@ -189,7 +226,11 @@ fn samples_are_times_of_launches_on_cold_copies() {
             let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-9, "{row:?}: {a}, {b}");
             near(number("MB") * 1e6, case.bytes as f64);
             near(number("GB/s"), case.bytes as f64 / row.median.unwrap() / 1e3);
-            near(number("share of ceiling"), number("GB/s") / rate);
+            match case.name.as_str() {
+                // All of it is in the cache.
+                "norm" => assert_eq!(row.numbers["share of ceiling"], Value::Null),
+                _ => near(number("share of ceiling"), number("GB/s") / rate),
+            }
             // At 1000 operations in a second, products decide wherever there are any.
             let products = if card.is_some() { case.flops * 1e3 } else { 0.0 };
             near(number("floor us"), (case.bytes as f64 / 1e3 / rate).max(products));
@@ -202,4 +243,55 @@ fn samples_are_times_of_launches_on_cold_copies() {
         assert_eq!(launches("residual_norm"), 3 * launched(16));
         assert_eq!(device.weights.lock().unwrap().len(), 7);
     }
+}
+
+#[test]
+fn the_first_round_of_samples_does_not_count_and_the_others_keep_their_order() {
+    let device = Disguised { clock: Clock::Counting, ..Disguised::new(0, false) };
+    let instruments = Instruments::open(&Place::emulator().unwrap());
+    let mut order = vec![];
+    let mut run = |i: usize| {
+        order.push(i);
+        Ok(())
+    };
+    let times = together(&device, &instruments, 2, 2, &mut || Ok(()), 2, &mut run).unwrap();
+    assert_eq!(order, [0, 1].repeat(6));
+    assert_eq!(
+        (times[0].samples.as_slice(), times[1].samples.as_slice()),
+        (&[5.0, 7.0, 9.0, 11.0][..], &[6.0, 8.0, 10.0, 12.0][..])
+    );
+    assert!(times.iter().all(|times| times.rounds == [2, 2]));
+}
+
+#[test]
+fn the_read_ceiling_is_that_of_the_best_number_of_blocks() {
+    let device = Disguised { clock: Clock::Blocks, ..Disguised::new(0, false) };
+    let (desk, instruments) =
+        (Desk::new(&device as &dyn Device), Instruments::open(&Place::emulator().unwrap()));
+    let bench =
+        Bench { desk, instruments, card: None, rounds: 2, samples: 2, ceiling: 1 << 20, sample_ms: 0.0 };
+    let (row, ceiling) = bench.ceiling().unwrap();
+    // Of 4, 8, 10, 16 and 32, and a millisecond for 2^20 bytes and 10 sums.
+    assert_eq!(row.numbers["blocks"], 10);
+    let rate = (1048576.0 + 40.0) / 1e6;
+    assert!((row.median.unwrap() / rate - 1.0).abs() < 1e-9, "{row:?}");
+    assert!((ceiling.unwrap() / (rate * 1e3) - 1.0).abs() < 1e-9, "{ceiling:?}");
+    assert_eq!(row.samples.unwrap().len(), 4);
+}
+
+#[test]
+fn what_does_not_fit_is_left_out_and_told_and_the_rest_is_measured() {
+    let device = Emulator::with_memory(256 << 10);
+    let pair = demo();
+    let place = Place::emulator().unwrap();
+    let of = |name: &str| cases(&pair).into_iter().find(|case| case.name == name).unwrap();
+    let chosen = ["norm", "target: lm_head", "target: o", "target: lm_head with logits"].map(of);
+    let (desk, instruments) = (Desk::new(&device as &dyn Device), Instruments::open(&place));
+    let bench =
+        Bench { desk, instruments, card: None, rounds: 1, samples: 1, ceiling: 64 << 10, sample_ms: 0.0 };
+    let (rows, end) = bench.rows(&chosen).unwrap();
+    let names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
+    assert_eq!(names, ["read ceiling", "norm", "target: o"]);
+    let Err(Error::Memory(reason)) = end else { panic!("{end:?}") };
+    assert!(reason.starts_with("target: lm_head {\"rows\":1}: not enough"), "{reason}");
 }

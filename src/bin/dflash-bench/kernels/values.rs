@@ -255,3 +255,20 @@ pub fn equal<T: PartialEq + std::fmt::Debug>(what: &str, got: &[T], expected: &[
         Some(i) => Err(Error::Internal(format!("{what} {i} is {:?}, expected {:?}", got[i], expected[i]))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The read ceiling on a GPU reads more than the drawn numbers; on the emulator it does not.
+    #[test]
+    fn words_are_added_also_where_numbers_repeat() {
+        let device = dflash::emulator::Emulator::new();
+        let desk = Desk::new(&device);
+        let count = DRAWN + 4099;
+        let drawn = desk.halves(2 * count, 1.0, "words").unwrap();
+        let found = words_of(&device, &drawn.buffer).unwrap();
+        assert_eq!(drawn.words(count), found.iter().copied().fold(0, u32::wrapping_add));
+        assert_eq!(drawn.words(5), found[..5].iter().copied().fold(0, u32::wrapping_add));
+    }
+}
