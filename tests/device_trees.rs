@@ -10,12 +10,12 @@ use dflash::emulator::Emulator;
 use dflash::kernels::PAGE;
 use dflash::kernels::choices::Choices;
 use dflash::kernels::compact::Compact;
-use dflash::kernels::round::{Finish, Sequence};
+use dflash::kernels::round::{Finish, Record, Ring, Round, Sequence, Tables};
 use dflash::kernels::sample::tables;
 use dflash::kernels::tree::{TreeBuild, Trees};
-use dflash::kernels::verify::Verdict;
+use dflash::kernels::verify::{Verdict, Verify};
 use dflash::tree::{Choice, Tree, choices, moves};
-use dflash::verify::Sampling;
+use dflash::verify::{Sampling, walk};
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
@@ -241,6 +241,13 @@ impl Forest {
     }
 
     fn run(&self, device: &dyn Device) -> Built {
+        let (list, counts) = self.inputs();
+        let states: Vec<u8> = self.sequences.iter().flat_map(|s| s.to_bytes().unwrap()).collect();
+        self.launch(device, &list, &counts, &states)
+    }
+
+    /// Choices and counts as the kernel takes them.
+    fn inputs(&self) -> (Vec<u32>, Vec<u32>) {
         let TreeBuild { sequences, block, most, .. } = self.build;
         let mut list = vec![0xabcd_ef01u32; sequences * block * most * 2];
         let mut counts = vec![NONE; sequences * block];
@@ -253,8 +260,7 @@ impl Forest {
                 }
             }
         }
-        let states: Vec<u8> = self.sequences.iter().flat_map(|s| s.to_bytes().unwrap()).collect();
-        self.launch(device, &list, &counts, &states)
+        (list, counts)
     }
 
     fn launch(&self, device: &dyn Device, list: &[u32], counts: &[u32], states: &[u8]) -> Built {
@@ -533,6 +539,125 @@ fn garbage_in_paths_stays_inside_the_cache() {
             paths.run(device);
         }
     });
+}
+
+// ---- rounds ----
+
+/// Rounds of trees: the tables, the verdict and the state after it are those of the host's tree and walk.
+fn rounds_of_trees(device: &dyn Device, turn: usize) {
+    let (block, rows, most, count) = [(16, 64, 63, 3), (8, 20, 5, 2), (16, 9, 8, 4)][turn % 3];
+    let mut random = Random::new(60 + turn as u64);
+    let round = Round { sequences: count, block };
+    let trees = Round { sequences: count, block: rows };
+    let words = |each: usize| poisoned::<u32>(device, count * each);
+    let [draft_tokens, features, draft_rows, draft_spans] = [block, block, block * 8, 2].map(words);
+    let [tokens, parents, masks, table, spans] = [rows, rows, rows * 2, rows.max(block) * 4, 2].map(words);
+    let [accepted, next, path] = [1, 1, rows].map(words);
+    let (clock, ring) = (upload(device, &[0u32; 2]), Ring::new(device, trees, 2).unwrap());
+    let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+    let mut all: Vec<Sequence> =
+        (0..count).map(|i| sequence(true, 100 + i as u32, 1, 15 + random.below(3000) as u32)).collect();
+    let states: Vec<u8> = all.iter().flat_map(|s| s.to_bytes().unwrap()).collect();
+    let states = upload(device, &states);
+    let (mut stood, mut paths) = (0, vec![vec![]; count]);
+    for number in 1..=12 {
+        let tables = Tables {
+            draft_tokens: &draft_tokens,
+            draft_rows: &draft_rows,
+            features: &features,
+            draft_spans: &draft_spans,
+            verify_rows: &table,
+            verify_spans: &spans,
+            clock: &clock,
+        };
+        round.begin(device, tables, &states, &path, rows, 99).unwrap();
+        // What the drafter is to see: rows of the last pass, in the order of the path.
+        let found: Vec<u32> = download(device, &features);
+        for (own, path) in paths.iter().enumerate() {
+            let mut expected: Vec<u32> = path.iter().map(|&row| (own * rows + row) as u32).collect();
+            expected.resize(block, NONE);
+            assert_eq!(found[own * block..][..block], expected, "round {number}, sequence {own}");
+        }
+
+        let mut forest = Forest::random(&mut random, block, rows, most);
+        forest.build.sequences = count;
+        forest.choices.resize(count, forest.choices[0].clone());
+        if number < 12 {
+            forest
+                .choices
+                .iter_mut()
+                .flatten()
+                .for_each(|level| *level = Some(level.take().unwrap_or_default()));
+        }
+        forest.sequences = all.clone();
+        let expected = forest.expected();
+        let (list, counts) = forest.inputs();
+        let (list, counts) = (upload(device, &list), upload(device, &counts));
+        let to = Trees { tokens: &tokens, parents: &parents, masks: &masks, table: &table, spans: &spans };
+        forest.build.launch(device, to, &list, &counts, &states).unwrap();
+        // Most rows choose what one of their children is.
+        let child = |i: usize, row: usize| {
+            let children = (1..rows).filter(|&child| expected.parents[i - row + child] as usize == row);
+            children.map(|child| expected.tokens[i - row + child]).rfind(|&token| token != NONE)
+        };
+        let choices: Vec<u32> = (0..count * rows)
+            .map(|i| child(i, i % rows).filter(|_| random.below(8) > 0).unwrap_or(5))
+            .collect();
+        let chosen = upload(device, &choices);
+        Verify { sequences: count, block: rows }
+            .launch(device, verdict, &chosen, &tokens, Some(&parents), &spans)
+            .unwrap();
+        trees.finish(device, &states, &ring, &clock, verdict, &tokens, Some(&spans)).unwrap();
+
+        let bytes = bytes_of(device, &states);
+        for (own, state) in all.iter_mut().enumerate() {
+            let (at, there) = (own * rows, expected.spans[own * 2 + 1] as usize);
+            let (tokens, parents) = (&expected.tokens[at..][..there], &expected.parents[at..][..there]);
+            let mut record = Record { tokens: vec![], judged: 0, finish: state.finish };
+            paths[own].clear();
+            if there > 0 && tokens[1..].contains(&NONE) {
+                (record.finish, state.finish, state.active) =
+                    (Finish::DamagedDrafter, Finish::DamagedDrafter, false);
+                state.rounds += 1;
+            } else if there > 0 {
+                let (way, next) = walk(tokens, parents, |row| Some(choices[at + row])).unwrap();
+                record.tokens = way[1..].iter().map(|&row| tokens[row]).chain([next]).collect();
+                record.judged = way.len() as u32;
+                record.tokens.truncate(state.budget as usize);
+                let kept = record.tokens.len();
+                state.length += kept as u32;
+                state.budget -= kept as u32;
+                state.anchor = record.tokens[kept - 1];
+                state.rounds += 1;
+                state.drafted += there as u32 - 1;
+                state.accepted += way.len() as u32 - 1;
+                state.pending = kept as u32;
+                if state.budget == 0 {
+                    (record.finish, state.finish, state.active) = (Finish::Length, Finish::Length, false);
+                } else {
+                    paths[own] = way;
+                }
+                stood += kept - 1;
+            }
+            let found = &bytes[own * Sequence::BYTES..][..Sequence::BYTES];
+            assert_eq!(found, state.to_bytes().unwrap(), "round {number}, sequence {own}");
+            assert_eq!(ring.read(number, own).unwrap(), Some(record), "round {number}, sequence {own}");
+            // A drafter's room ends before the sequence's.
+            if state.draft_end < state.length + block as u32 {
+                state.draft_end += 1000;
+            }
+        }
+        let states_now: Vec<u8> = all.iter().flat_map(|s| s.to_bytes().unwrap()).collect();
+        device.upload(&states, &states_now).unwrap();
+    }
+    assert!(stood > 10, "{stood} drafts stood");
+}
+
+#[test]
+fn rounds_of_trees_are_the_hosts_trees_and_walks() {
+    for turn in 0..cases(30).max(3) {
+        every_device_in_turn(turn, |device| rounds_of_trees(device, turn));
+    }
 }
 
 #[test]
