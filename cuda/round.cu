@@ -4,6 +4,9 @@
 //
 //   round_begin - draft pass - round_tokens - verification pass - verify - round_finish
 //
+// With trees, choices and tree_build stand where round_tokens does, and compact before round_finish; tree_build's tables
+// take the place of round_begin's for the verification pass.
+//
 // Computes: round_begin: tokens, rows and spans of both passes, the number of active sequences, the round's number.
 //           round_tokens: tokens of the verification pass, anchor and drafts.
 //           round_finish: what is emitted (up to a stop id, the budget, the context), the state after it, a record in
@@ -31,9 +34,9 @@ KERNEL(64, 8, round_begin,
         Span* verify_spans,   // [sequences]
         u32* clock,           // [2]: the round's number, active sequences
         const Sequence* sequences,  // [sequences]
-        const u32* path,      // [sequences][block], as the last verdict left it
-        const u32* depths,    // [sequences][block]: of a tree's rows; null: chains
-        u32 block, u32 mask)) {
+        const u32* path,      // [sequences][wide], as the last verdict left it
+        u32 block, u32 wide,  // rows of a block; of the last verification, per sequence
+        u32 mask)) {
   grid_launch();
   grid_wait();
   const u32 own = blockIdx.x, count = gridDim.x, row = threadIdx.x;
@@ -47,13 +50,12 @@ KERNEL(64, 8, round_begin,
     const u32 position = s.length - pending + row;
     const bool feature = row < pending && position < s.draft_end;
     st(draft_rows + at, Row{feature ? own : NONE, feature ? position : 0, feature ? position : NONE, NONE});
-    const u32 of_path = feature ? ld(path + at) : NONE;
-    st(features + at, of_path < block ? own * block + of_path : NONE);
+    const u32 of_path = feature && row < wide ? ld(path + own * wide + row) : NONE;
+    st(features + at, of_path < wide ? own * wide + of_path : NONE);
     const bool drafted = row < drafting, verified = row < rows;
     st(draft_rows + count * block + at, Row{drafted ? own : NONE, drafted ? s.length + row : 0,
                                             drafted ? s.length + row : NONE, drafted ? at : NONE});
-    const u32 depth = !depths ? row : row == 0 ? 0 : min(ld(depths + at), row);
-    st(verify_rows + at, Row{verified ? own : NONE, verified ? s.length + depth : 0, verified ? s.length + row : NONE,
+    st(verify_rows + at, Row{verified ? own : NONE, verified ? s.length + row : 0, verified ? s.length + row : NONE,
                              verified ? at : NONE});
   }
   if (row == 0) {
@@ -92,6 +94,7 @@ KERNEL(32, 16, round_finish,
         const u32* next,       // [sequences]
         const u32* path,       // [sequences][block]
         const u32* tokens,     // [sequences][block]
+        const Span* spans,     // [sequences]: of trees, how many rows were judged; null: chains
         u32 block, u32 places, u32 slots, u32 record)) {
   grid_launch();
   grid_wait();
@@ -99,7 +102,7 @@ KERNEL(32, 16, round_finish,
   Sequence* to = sequences + own;
   const Progress s = ld_progress(to);
   u32* const line = ring + (size_t(round % places) * slots + own) * record;
-  const u32 rows = block_rows(s, block);
+  const u32 rows = !s.active ? 0 : spans ? min(ld(&spans[own].rows), block) : block_rows(s, block);
 
   // What the verdict emits, two tokens per lane.
   const u32 stood = rows ? min(ld(accepted + own), rows - 1) : 0, last = ld(next + own);

@@ -3,6 +3,8 @@
 //! A launcher checks sizes before it launches; what is inside the buffers is checked by nobody, so kernels clamp it.
 
 pub mod attention;
+pub mod choices;
+pub mod compact;
 pub mod embedding;
 pub mod head;
 pub mod inject;
@@ -15,6 +17,7 @@ pub mod read;
 pub mod round;
 pub mod sample;
 pub mod swiglu;
+pub mod tree;
 pub mod verify;
 
 use crate::device::Buffer;

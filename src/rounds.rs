@@ -352,7 +352,7 @@ impl<'a> Batch<'a> {
             clock: &w.clock,
         };
         let mask = models.drafter.as_ref().map_or(0, |(config, ..)| config.mask_token);
-        round.begin(device, tables, &w.states, &w.path, None, mask)?;
+        round.begin(device, tables, &w.states, &w.path, block, mask)?;
         let sample = Sample { rows, vocab: vocabulary.vocab, blocks: vocabulary.shape().blocks(), sequences };
         let pass = Pass {
             sequences,
@@ -398,7 +398,7 @@ impl<'a> Batch<'a> {
         let verdict = Verdict { accepted: &w.accepted, next: &w.next, path: &w.path };
         let verify = Verify { sequences, block };
         verify.launch(device, verdict, &w.choices, &w.tokens, None, &w.verify_spans)?;
-        round.finish(device, &w.states, &self.ring, &w.clock, verdict, &w.tokens)
+        round.finish(device, &w.states, &self.ring, &w.clock, verdict, &w.tokens, None)
     }
 
     /// The target's head over rows `first..first + rows` of its scratch.

@@ -60,23 +60,7 @@ impl Batch {
 
     /// What the LM head leaves of each row, per 128 ids.
     fn best(&self) -> Vec<u64> {
-        let key = |id: usize, logit: f32| {
-            if logit.is_nan() || logit == f32::INFINITY {
-                return u64::MAX;
-            }
-            let bits = i64::from((logit + 0.0).to_bits().cast_signed());
-            // Sign and magnitude to a number that ascends with the float.
-            let ascending = if bits < 0 { -1 - (bits & 0x7fff_ffff) } else { bits } + (1 << 31);
-            ((ascending as u64) << 32) | u64::from(!(id as u32))
-        };
-        let blocks = |row: usize| {
-            let keys = self.row(row).iter().enumerate().map(|(id, &logit)| key(id, logit));
-            keys.collect::<Vec<u64>>()
-                .chunks(128)
-                .map(|keys| keys.iter().copied().max().unwrap())
-                .collect::<Vec<_>>()
-        };
-        (0..self.rows.len()).flat_map(blocks).collect()
+        (0..self.rows.len()).flat_map(|row| best_keys(self.row(row))).collect()
     }
 
     fn sample(&self) -> Sample {
@@ -126,41 +110,6 @@ impl Batch {
             );
         }
     }
-}
-
-/// A row of logits of one of many kinds.
-fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
-    let mut row = match random.below(10) {
-        0 => vec![random.normal(5.0); vocab],
-        1 => (0..vocab).map(|_| (random.normal(2.0) * 2.0).round() / 2.0).collect(),
-        2 => (0..vocab)
-            .map(|_| if random.below(3) == 0 { f32::NEG_INFINITY } else { random.normal(4.0) })
-            .collect(),
-        3 => (0..vocab).map(|_| if random.below(2) == 0 { 0.0 } else { -0.0 }).collect(),
-        4 => {
-            // One token far ahead.
-            let mut row = random.normals(vocab, 1.0);
-            row[random.below(vocab)] = 60.0;
-            row
-        }
-        5 => (0..vocab).map(|_| f32::from_bits(random.next() as u32 & 0xbfff_ffff)).collect(),
-        // Neighbours in the last bit around 20, so that many share a weight and few a logit.
-        6 => (0..vocab).map(|_| f32::from_bits(20f32.to_bits() - random.below(40) as u32)).collect(),
-        7 => (0..vocab).map(|id| -(id as f32) / 16.0).collect(),
-        _ => random.normals(vocab, 6.0),
-    };
-    // bf16 heads tie at the top.
-    if random.below(4) == 0 {
-        row = from_bf16(&to_bf16(&row));
-    }
-    match random.below(24) {
-        0 => row[random.below(vocab)] = f32::NAN,
-        1 => row[random.below(vocab)] = f32::INFINITY,
-        2 => row.fill(f32::NEG_INFINITY),
-        3 => row[random.below(vocab)] = f32::MAX,
-        _ => (),
-    }
-    row
 }
 
 /// Settings of every mix.

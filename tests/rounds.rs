@@ -31,7 +31,6 @@ struct Place {
     choices: Buffer,
     tokens: Buffer,
     parents: Option<Buffer>,
-    depths: Option<Buffer>,
     accepted: Buffer,
     next: Buffer,
     path: Buffer,
@@ -57,7 +56,6 @@ impl Place {
             choices: words(rows),
             tokens: words(rows),
             parents: trees.then(|| words(rows)),
-            depths: trees.then(|| words(rows)),
             accepted: words(sequences),
             next: words(sequences),
             path: words(rows),
@@ -81,7 +79,7 @@ impl Place {
     fn launch(&self, device: &dyn Device) -> dflash::Result<()> {
         let Round { sequences, block } = self.round;
         let verdict = Verdict { accepted: &self.accepted, next: &self.next, path: &self.path };
-        self.round.begin(device, self.tables(), &self.sequences, &self.path, self.depths.as_ref(), MASK)?;
+        self.round.begin(device, self.tables(), &self.sequences, &self.path, block, MASK)?;
         self.round.tokens(device, &self.tokens, &self.drafts, &self.sequences)?;
         Verify { sequences, block }.launch(
             device,
@@ -91,7 +89,7 @@ impl Place {
             self.parents.as_ref(),
             &self.verify_spans,
         )?;
-        self.round.finish(device, &self.sequences, &self.ring, &self.clock, verdict, &self.tokens)
+        self.round.finish(device, &self.sequences, &self.ring, &self.clock, verdict, &self.tokens, None)
     }
 
     fn capture(&self, device: &dyn Device) -> Graph {
@@ -107,10 +105,8 @@ impl Place {
     fn feed(&self, device: &dyn Device, inputs: &Inputs) {
         device.upload(&self.drafts, &to_bytes(&inputs.drafts)).unwrap();
         device.upload(&self.choices, &to_bytes(&inputs.choices)).unwrap();
-        for (buffer, words) in [(&self.parents, &inputs.parents), (&self.depths, &inputs.depths)] {
-            if let Some(buffer) = buffer {
-                device.upload(buffer, &to_bytes(words)).unwrap();
-            }
+        if let Some(parents) = &self.parents {
+            device.upload(parents, &to_bytes(&inputs.parents)).unwrap();
         }
     }
 
@@ -140,7 +136,6 @@ struct Inputs {
     drafts: Vec<u32>,
     choices: Vec<u32>,
     parents: Vec<u32>,
-    depths: Vec<u32>,
 }
 
 impl Inputs {
@@ -151,17 +146,13 @@ impl Inputs {
         };
         let mut words = || (0..sequences * block).map(|_| word()).collect();
         let (drafts, choices) = (words(), words());
-        let mut parents: Vec<u32> = (0..sequences * block).map(|i| (i % block) as u32).collect();
-        let mut depths = parents.clone();
-        for i in 0..sequences * block {
-            let row = i % block;
-            if row > 0 {
-                let parent = if trees { random.below(row) } else { row - 1 };
-                parents[i] = parent as u32;
-                depths[i] = depths[i - row + parent] + 1;
-            }
-        }
-        Inputs { drafts, choices, parents, depths }
+        let parent = |row: usize| match row {
+            0 => 0,
+            _ if trees => random.below(row) as u32,
+            _ => row as u32 - 1,
+        };
+        let parents = (0..sequences * block).map(|i| i % block).map(parent).collect();
+        Inputs { drafts, choices, parents }
     }
 }
 
@@ -228,7 +219,7 @@ fn rows(sequence: &Sequence, block: usize) -> usize {
 
 /// What `round_begin` and `round_tokens` must make of the state before a round: draft tokens, draft rows, draft spans,
 /// verify rows, verify spans, verify tokens, rows of pending features. `path` as the round before left it.
-fn model_tables(all: &[Sequence], block: usize, inputs: &Inputs, path: &[u32], trees: bool) -> [Vec<u32>; 7] {
+fn model_tables(all: &[Sequence], block: usize, inputs: &Inputs, path: &[u32]) -> [Vec<u32>; 7] {
     let padding = [NONE, 0, NONE, NONE];
     let mut tables: [Vec<u32>; 7] = Default::default();
     let mut block_rows = Vec::new();
@@ -251,8 +242,7 @@ fn model_tables(all: &[Sequence], block: usize, inputs: &Inputs, path: &[u32], t
             tables[6].push(if feature && of_path { (place * block) as u32 + path[at] } else { NONE });
             tables[1].extend(if feature { [own, position, position, NONE] } else { padding });
             block_rows.extend(if row < drafted { [own, s.length + j, s.length + j, query] } else { padding });
-            let depth = if trees { inputs.depths[at] } else { j };
-            tables[3].extend(if row < rows { [own, s.length + depth, s.length + j, query] } else { padding });
+            tables[3].extend(if row < rows { [own, s.length + j, s.length + j, query] } else { padding });
             tables[5].push(if row >= rows {
                 NONE
             } else if row == 0 {
@@ -365,9 +355,7 @@ fn simulate(
             "tokens",
             "features",
         ];
-        for ((name, got), expected) in
-            names.iter().zip(got).zip(model_tables(&all, block, &inputs, &path, trees))
-        {
+        for ((name, got), expected) in names.iter().zip(got).zip(model_tables(&all, block, &inputs, &path)) {
             assert_eq!(words(got), expected, "round {round}: {name}");
         }
         let states = bytes_of(device, &fresh.sequences);
@@ -434,12 +422,7 @@ fn blocks_of_64_that_stand_whole_end_at_the_first_stop() {
                 (choices[place], choices[63]) = (7, 7);
             }
             let drafts = [&[NONE], &choices[..63]].concat();
-            let inputs = Inputs {
-                drafts,
-                choices,
-                parents: (0..64).map(|r: u32| r.max(1) - 1).collect(),
-                depths: vec![],
-            };
+            let inputs = Inputs { drafts, choices, parents: (0..64).map(|r: u32| r.max(1) - 1).collect() };
             place.feed(device, &inputs);
             place.launch(device).unwrap();
             let record = model_round(&mut sequence, block, &inputs.drafts, &inputs.choices, &inputs.parents);
@@ -547,7 +530,7 @@ fn garbage_in_states_and_verdicts_stays_inside_the_buffers() {
             for buffer in [&place.sequences, &place.drafts, &place.choices, &place.clock] {
                 garbage(buffer);
             }
-            [&place.parents, &place.depths].into_iter().flatten().for_each(&mut garbage);
+            place.parents.iter().for_each(&mut garbage);
             place.launch(device).unwrap();
             // The verdict too: of another round, say.
             for buffer in [&place.accepted, &place.next, &place.path, &place.tokens, &place.verify_spans] {
@@ -556,7 +539,7 @@ fn garbage_in_states_and_verdicts_stays_inside_the_buffers() {
             let verdict = Verdict { accepted: &place.accepted, next: &place.next, path: &place.path };
             place
                 .round
-                .finish(device, &place.sequences, &place.ring, &place.clock, verdict, &place.tokens)
+                .finish(device, &place.sequences, &place.ring, &place.clock, verdict, &place.tokens, None)
                 .unwrap();
             for row in download::<u32>(device, &place.verify_rows).chunks(4) {
                 assert!(row[0] == NONE || (row[0] < sequences as u32 && row[3] < (sequences * block) as u32));

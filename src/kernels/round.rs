@@ -195,7 +195,7 @@ pub struct Ring {
 }
 
 impl Round {
-    /// Bytes that [`Round::begin`] must move, without depths.
+    /// Bytes that [`Round::begin`] must move.
     pub fn begin_bytes(&self) -> u64 {
         (self.sequences * (48 + self.block * 60)) as u64
     }
@@ -210,8 +210,8 @@ impl Round {
         (self.sequences * (156 + self.block * 12)) as u64
     }
 
-    /// Makes the tables. `sequences` `[sequences]` [`Sequence`]; `path` `[sequences][block]` as the last verdict left it;
-    /// `depths` `[sequences][block]` u32: of a tree's rows, none for chains; `mask`: the drafter's mask token.
+    /// Makes the tables. `sequences` `[sequences]` [`Sequence`]; `path` `[sequences][wide]` as the last verdict left it,
+    /// `wide` (1 to 64) the rows of a sequence in its pass: a block's, or a tree's; `mask`: the drafter's mask token.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
@@ -221,7 +221,7 @@ impl Round {
         tables: Tables<'_>,
         sequences: &Buffer,
         path: &Buffer,
-        depths: Option<&Buffer>,
+        wide: usize,
         mask: u32,
     ) -> Result<()> {
         const NAME: &str = "round_begin";
@@ -235,10 +235,8 @@ impl Round {
         aligned(NAME, "verify_spans", tables.verify_spans, count * 8)?;
         at_least(NAME, "clock", tables.clock, 8)?;
         aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
-        at_least(NAME, "path", path, count * block * 4)?;
-        if let Some(depths) = depths {
-            at_least(NAME, "depths", depths, count * block * 4)?;
-        }
+        check_shape(NAME, count, wide)?;
+        at_least(NAME, "path", path, count * wide * 4)?;
         let args = [
             tables.draft_tokens.into(),
             tables.draft_rows.into(),
@@ -249,8 +247,8 @@ impl Round {
             tables.clock.into(),
             sequences.into(),
             path.into(),
-            depths.map_or(Arg::Null, Arg::from),
             (block as u32).into(),
+            (wide as u32).into(),
             mask.into(),
         ];
         device.launch(&BEGIN, [count as u32, 1, 1], 0, &args)
@@ -279,10 +277,12 @@ impl Round {
     }
 
     /// Brings `sequences` up to date with the verdict on `tokens`, and writes the round's records. `clock` as
-    /// [`Round::begin`] left it.
+    /// [`Round::begin`] left it. `trees` `[sequences]` `Span`: how many rows each tree has, as
+    /// [`super::tree::TreeBuild::launch`] left them, where blocks are trees of up to so many rows; none for chains.
     ///
     /// # Errors
     /// As [`Round::begin`].
+    #[allow(clippy::too_many_arguments)] // what a kernel takes
     pub fn finish(
         &self,
         device: &dyn Device,
@@ -291,6 +291,7 @@ impl Round {
         clock: &Buffer,
         verdict: Verdict<'_>,
         tokens: &Buffer,
+        trees: Option<&Buffer>,
     ) -> Result<()> {
         const NAME: &str = "round_finish";
         let Round { sequences: count, block } = *self;
@@ -305,6 +306,9 @@ impl Round {
         at_least(NAME, "clock", clock, 8)?;
         verdict.check(NAME, count, block)?;
         at_least(NAME, "tokens", tokens, count * block * 4)?;
+        if let Some(spans) = trees {
+            aligned(NAME, "spans", spans, count * 8)?;
+        }
         let args = [
             sequences.into(),
             (&ring.memory.buffer).into(),
@@ -313,6 +317,7 @@ impl Round {
             verdict.next.into(),
             verdict.path.into(),
             tokens.into(),
+            trees.map_or(Arg::Null, Arg::from),
             (block as u32).into(),
             (ring.places as u32).into(),
             (ring.sequences as u32).into(),

@@ -212,3 +212,53 @@ impl Random {
         to_bf16(&self.normals(count, scale))
     }
 }
+
+/// A row of logits of one of many kinds.
+pub fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
+    let mut row = match random.below(10) {
+        0 => vec![random.normal(5.0); vocab],
+        1 => (0..vocab).map(|_| (random.normal(2.0) * 2.0).round() / 2.0).collect(),
+        2 => (0..vocab)
+            .map(|_| if random.below(3) == 0 { f32::NEG_INFINITY } else { random.normal(4.0) })
+            .collect(),
+        3 => (0..vocab).map(|_| if random.below(2) == 0 { 0.0 } else { -0.0 }).collect(),
+        4 => {
+            // One token far ahead.
+            let mut row = random.normals(vocab, 1.0);
+            row[random.below(vocab)] = 60.0;
+            row
+        }
+        5 => (0..vocab).map(|_| f32::from_bits(random.next() as u32 & 0xbfff_ffff)).collect(),
+        // Neighbours in the last bit around 20, so that many share a weight and few a logit.
+        6 => (0..vocab).map(|_| f32::from_bits(20f32.to_bits() - random.below(40) as u32)).collect(),
+        7 => (0..vocab).map(|id| -(id as f32) / 16.0).collect(),
+        _ => random.normals(vocab, 6.0),
+    };
+    // bf16 heads tie at the top.
+    if random.below(4) == 0 {
+        row = from_bf16(&to_bf16(&row));
+    }
+    match random.below(24) {
+        0 => row[random.below(vocab)] = f32::NAN,
+        1 => row[random.below(vocab)] = f32::INFINITY,
+        2 => row.fill(f32::NEG_INFINITY),
+        3 => row[random.below(vocab)] = f32::MAX,
+        _ => (),
+    }
+    row
+}
+
+/// What the LM head leaves of a row of logits, per 128 ids.
+pub fn best_keys(logits: &[f32]) -> Vec<u64> {
+    let key = |(id, logit): (usize, &f32)| {
+        if logit.is_nan() || *logit == f32::INFINITY {
+            return u64::MAX;
+        }
+        let bits = i64::from((logit + 0.0).to_bits().cast_signed());
+        // Sign and magnitude to a number that ascends with the float.
+        let ascending = if bits < 0 { -1 - (bits & 0x7fff_ffff) } else { bits } + (1 << 31);
+        ((ascending as u64) << 32) | u64::from(!(id as u32))
+    };
+    let keys: Vec<u64> = logits.iter().enumerate().map(key).collect();
+    keys.chunks(128).filter_map(|keys| keys.iter().copied().max()).collect()
+}

@@ -271,7 +271,7 @@ fn begin(round: Round, mask: u32) -> Case {
             let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock] = &all;
             let tables =
                 Tables { draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock };
-            round.begin(device, tables, &states, &path, None, mask)
+            round.begin(device, tables, &states, &path, block, mask)
         };
         let check = move || {
             let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock] =
@@ -350,7 +350,7 @@ fn finish(round: Round, vocab: usize) -> Case {
         let (own_ring, own_states) = (ring.clone(), states.clone());
         let launch = move |_| {
             let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
-            round.finish(device, &own_states, &own_ring, &clock, verdict, &drafts)
+            round.finish(device, &own_states, &own_ring, &clock, verdict, &drafts, None)
         };
         // A round makes its sequences longer.
         let to = states.clone();
