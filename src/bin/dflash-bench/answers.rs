@@ -278,6 +278,7 @@ mod tests {
             tokens: (0..tokens as u32).collect(),
             finish: Finish::Length,
             accepted: accepted.to_vec(),
+            drafted: vec![],
             kept: 0,
             prefill: Duration::from_millis(prefill),
             decode: Duration::from_millis(decode),

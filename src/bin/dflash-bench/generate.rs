@@ -323,7 +323,7 @@ mod tests {
                 let step = if self.strays && request.block > 1 { 2 } else { 1 };
                 let tokens: Vec<u32> = (1..=request.block as u32).map(|i| *last + i * step).collect();
                 *last = tokens[tokens.len() - 1];
-                *out = Emitted { judged: tokens.len(), tokens };
+                *out = Emitted { judged: tokens.len(), drafted: tokens.len() - 1, tokens };
             }
             Ok(())
         }
