@@ -453,6 +453,7 @@ impl<'a> Batch<'a> {
             rounds: 0,
             drafted: 0,
             accepted: 0,
+            rule: Rule::Match,
         })
     }
 
