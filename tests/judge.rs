@@ -485,16 +485,23 @@ fn the_last_units_of_a_chance_count() {
     // Units on both sides of token 1's, and its own; and a draft that the target never emits, at chance 0.
     let at = |unit: u64| find(&|rounds| high(bits(rounds, rules::Purpose::Residual), rest) == unit);
     let zero = find(&|rounds| high(bits(rounds, rules::Purpose::Accept), q.of(3)) == 0);
+    let units = [(at(share - 1), Some(0)), (at(share), Some(1)), (at(share + 1), Some(2)), (zero, None)];
     every_device(|device| {
-        for rule in [Rule::Rejection, Rule::Block] {
-            let units =
-                [(at(share - 1), Some(0)), (at(share), Some(1)), (at(share + 1), Some(2)), (zero, None)];
-            for (rounds, next) in units {
-                let batch = pair(rule, target.clone(), drafter.clone(), 3, rounds);
+        // The tokens in one lane, in lanes of one warp, and in warps of their own.
+        for stride in [1, 4, 700] {
+            let apart = |row: &[f32]| {
+                let mut all = vec![none; 3 * stride + 1];
+                row.iter().enumerate().for_each(|(i, &logit)| all[i * stride] = logit);
+                all
+            };
+            for (rule, (rounds, next)) in
+                [Rule::Rejection, Rule::Block].into_iter().flat_map(|r| units.map(|u| (r, u)))
+            {
+                let batch = pair(rule, apart(&target), apart(&drafter), 3 * stride as u32, rounds);
                 batch.check(device, "units");
                 let got = batch.run(device);
                 assert_eq!(got.accepted, [0]);
-                assert!(next.is_none_or(|next| got.next == [next]), "{got:?}");
+                assert!(next.is_none_or(|next| got.next == [next * stride as u32]), "{got:?}");
             }
         }
     });
