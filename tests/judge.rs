@@ -360,9 +360,9 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
         requests.push(Request { rule, rows, length, rounds: random.below(1000) as u32, sampling, drafting });
         let mut own: Vec<Vec<f32>> = (0..block).map(|_| logits(random, vocab)).collect();
         let mut drafts = vec![random.normals(vocab, 1.0)];
-        for row in 0..block - 1 {
+        for row in own.iter_mut().take(block - 1) {
             drafts.push(match random.below(6) {
-                0 => own[row].clone(),
+                0 => row.clone(),
                 1 => logits(random, vocab),
                 // Nothing in common: each token is one's or the other's.
                 2 => {
@@ -374,13 +374,13 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
                     let half: Vec<f32> = some.iter().enumerate().map(|x| mask(false, x)).collect();
                     let other = some.iter().enumerate().map(|x| mask(true, x)).collect();
                     if vocab > 1 {
-                        own[row] = half;
+                        *row = half;
                         other
                     } else {
                         some
                     }
                 }
-                _ => own[row].iter().map(|x| x + random.normal(0.3)).collect(),
+                _ => row.iter().map(|x| x + random.normal(0.3)).collect(),
             });
         }
         // Damage, seldom.
