@@ -311,6 +311,7 @@ WRAPPER void st128(void* to, uint4 value SITE) {
     asm volatile("st.global.cg." form " " store ";" : : "l"(to), in : "memory");     \
   }
 #endif
+PAST_L1(u64, "u64", "%0, [%1]", "[%0], %1", ONE("=l"), ONE("l"))
 PAST_L1(float, "f32", "%0, [%1]", "[%0], %1", ONE("=f"), ONE("f"))
 PAST_L1(float4, "v4.f32", "{%0,%1,%2,%3}, [%4]", "[%0], {%1,%2,%3,%4}", FOUR("=f"), FOUR("f"))
 PAST_L1(uint4, "v4.u32", "{%0,%1,%2,%3}, [%4]", "[%0], {%1,%2,%3,%4}", FOUR("=r"), FOUR("r"))

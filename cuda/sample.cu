@@ -37,17 +37,6 @@ WRAPPER bool beats(const Runner& a, const Runner& b) {
   return left < right || (left == right && a.id < b.id);
 }
 
-WRAPPER uint4 philox(uint4 c, u32 k0, u32 k1) {
-#pragma unroll
-  for (int round = 0; round < 10; round++) {
-    c = make_uint4(__umulhi(0xCD9E8D57u, c.z) ^ c.y ^ k0, 0xCD9E8D57u * c.z, __umulhi(0xD2511F53u, c.x) ^ c.w ^ k1,
-                   0xD2511F53u * c.x);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return c;
-}
-
 // The block's best runner, in thread 0.
 WRAPPER Runner fastest(Runner mine, Runner* runners) {
   for (int flip = 16; flip; flip /= 2) {

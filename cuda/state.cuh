@@ -14,6 +14,9 @@ enum Finish : u32 {
   DAMAGED_DRAFTER = 5,  // the same for a draft
 };
 
+// Which drafts stand; src/rules.rs says what each means.
+enum Rule : u32 { MATCH = 0, REJECTION = 1, BLOCK = 2 };
+
 constexpr u32 STOP_IDS = 12;
 
 // How far a sequence is, and its limits.
@@ -42,7 +45,7 @@ struct __align__(16) Sequence {
   u32 rounds;     // rounds this sequence took part in
   u32 drafted;    // drafts that were judged
   u32 accepted;   // drafts that stood
-  u32 reserved;
+  u32 rule;       // a Rule
 };
 static_assert(sizeof(Sequence) == 128, "src/kernels/round.rs writes it word by word");
 

@@ -1,5 +1,5 @@
-// Integer weights of a row's tokens, their order, and the radix selection of its best, for blocks of 512 threads: `Tables`
-// and `survivors` of src/verify.rs. Sums are of integers and orders total, so nothing depends on how the work is split.
+// Integer weights of a row's tokens, their order, the radix selection of its best and the noise, for blocks of 512
+// threads: `Tables`, `survivors` and `philox` of src/verify.rs. Sums are of integers and orders total, so nothing depends on how the work is split.
 #pragma once
 #include "numbers.cuh"
 
@@ -40,6 +40,17 @@ WRAPPER u32 race_time(const u32* tables, u32 u) {
   return (zeros << 27) + from - u32(u64(from - to) * (mantissa & 0x7ffff) >> 19);
 }
 
+WRAPPER uint4 philox(uint4 c, u32 k0, u32 k1) {
+#pragma unroll
+  for (int round = 0; round < 10; round++) {
+    c = make_uint4(__umulhi(0xCD9E8D57u, c.z) ^ c.y ^ k0, 0xCD9E8D57u * c.z, __umulhi(0xD2511F53u, c.x) ^ c.w ^ k1,
+                   0xD2511F53u * c.x);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
 // The largest key of a row; every thread has it.
 WRAPPER u64 best_key(const u64* best, u32 blocks, u64* words) {
   u64 most = 0;
@@ -58,26 +69,27 @@ WRAPPER bool is_sound(u64 key, u32 vocab) {
          top < ascending(__uint_as_float(0x7f800000u));
 }
 
-// Calls f(group, logits of ids 4 group .. 4 group + 3) for this thread's share of groups first..end. Beyond the
-// vocabulary logits are -inf.
+// The logits of ids 4 group .. 4 group + 3; beyond the vocabulary they are -inf.
+WRAPPER float4 load4(const float* logits, u32 vocab, u32 group) {
+  const float none = __uint_as_float(0xff800000u);
+  const u32 id = group * 4;
+  if (vocab % 4 == 0) return ld(reinterpret_cast<const float4*>(logits + id));
+  float4 v = make_float4(none, none, none, none);
+  v.x = ld(logits + id);
+  if (id + 1 < vocab) v.y = ld(logits + id + 1);
+  if (id + 2 < vocab) v.z = ld(logits + id + 2);
+  if (id + 3 < vocab) v.w = ld(logits + id + 3);
+  return v;
+}
+
+// Calls f(group, its logits) for this thread's share of groups first..end.
 template <class F>
 WRAPPER void each_group(const float* logits, u32 vocab, u32 first, u32 end, F f) {
   for (u32 group = first + threadIdx.x; group < end; group += THREADS * AHEAD) {
     float4 v[AHEAD];
 #pragma unroll
     for (u32 a = 0; a < AHEAD; a++) {
-      const float none = __uint_as_float(0xff800000u);
-      const u32 id = (group + a * THREADS) * 4;
-      v[a] = make_float4(none, none, none, none);
-      if (group + a * THREADS >= end) continue;
-      if (vocab % 4 == 0) {
-        v[a] = ld(reinterpret_cast<const float4*>(logits + id));
-      } else {
-        v[a].x = ld(logits + id);
-        if (id + 1 < vocab) v[a].y = ld(logits + id + 1);
-        if (id + 2 < vocab) v[a].z = ld(logits + id + 2);
-        if (id + 3 < vocab) v[a].w = ld(logits + id + 3);
-      }
+      if (group + a * THREADS < end) v[a] = load4(logits, vocab, group + a * THREADS);
     }
 #pragma unroll
     for (u32 a = 0; a < AHEAD; a++) {

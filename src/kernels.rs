@@ -15,6 +15,7 @@ pub mod project;
 pub mod qkv;
 pub mod read;
 pub mod round;
+pub mod rules;
 pub mod sample;
 pub mod swiglu;
 pub mod tree;

@@ -15,6 +15,7 @@ use crate::memory::Room;
 use crate::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
 use crate::pair::Pair;
 use crate::rules::Rule;
+use crate::verify::Sampling;
 use crate::{Error, Result, profile};
 use std::time::{Duration, Instant};
 
@@ -88,6 +89,7 @@ impl Models {
 /// What a round's kernels leave for each other, `rows` = sequences x block.
 struct Work {
     states: Buffer,       // [sequences] Sequence
+    drafting: Buffer,     // [sequences] Sequence: the settings that drafts are drawn with
     clock: Buffer,        // [2] u32
     live: Buffer,         // of clock
     draft_tokens: Buffer, // [rows] u32
@@ -188,6 +190,8 @@ pub struct Shape {
     pub drafting: bool,
     /// With the sampler's races, and logits that can be read.
     pub sampled: bool,
+    /// With drafts drawn by the noise of the target's tokens; needs the two above.
+    pub coupled: bool,
 }
 
 #[derive(Default)]
@@ -199,6 +203,8 @@ struct Slot {
     held: usize,
     drafted: usize,
     prompt: usize,
+    /// Its drafts are not the drafter's best tokens.
+    coupled: bool,
     /// As it is to be when the prompt is done.
     state: Option<Sequence>,
     phase: Phase,
@@ -266,6 +272,7 @@ impl<'a> Batch<'a> {
         device.seal(&tables);
         let work = Work {
             states: zeros(sequences * Sequence::BYTES, "the state of sequences")?,
+            drafting: zeros(sequences * Sequence::BYTES, "the settings of drafts")?,
             live: clock.slice(4, 4)?,
             clock,
             draft_tokens: get(rows * 4)?,
@@ -327,8 +334,12 @@ impl<'a> Batch<'a> {
         let all = self.room.sequences;
         let counts = (0..).map(|i| 1 << i).take_while(|&count| count < all).chain([all]);
         let kinds = [(false, false), (false, true), (true, false), (true, true)];
-        let shape =
-            |sequences| kinds.map(|(drafting, sampled)| Shape { sequences, drafting, sampled }).into_iter();
+        let shape = |sequences| {
+            let plain =
+                kinds.map(|(drafting, sampled)| Shape { sequences, drafting, sampled, coupled: false });
+            let coupled = Shape { sequences, drafting: true, sampled: true, coupled: true };
+            [coupled].into_iter().chain(plain)
+        };
         counts.flat_map(shape).filter(|shape| !shape.drafting || self.draft.is_some()).collect()
     }
 
@@ -383,9 +394,15 @@ impl<'a> Batch<'a> {
                 multiplier: config.output_multiplier,
                 softcap: config.softcap,
             };
-            vocabulary.head(device, stack, s, rows, head, live, &w.best, None)?;
-            let block_rows = w.draft_rows.slice(rows * Row::BYTES, rows * Row::BYTES)?;
-            sample.launch(device, &w.drafts, &w.best, &block_rows, None)?;
+            // The target's logits take their place.
+            let logits = shape.coupled.then_some(&w.logits);
+            vocabulary.head(device, stack, s, rows, head, live, &w.best, logits)?;
+            // A draft is chosen by the noise of its own position, but the sampler takes that of the one after: it gets
+            // each row the row before. What the first of a block chooses is not looked at.
+            let before = rows - usize::from(shape.coupled);
+            let table = w.draft_rows.slice(before * Row::BYTES, rows * Row::BYTES)?;
+            let races = shape.coupled.then(|| Races { sequences: &w.drafting, ..self.races() });
+            sample.launch(device, &w.drafts, &w.best, &table, races)?;
         }
 
         // Verify.
@@ -453,6 +470,7 @@ impl<'a> Batch<'a> {
             rounds: 0,
             drafted: 0,
             accepted: 0,
+            rule: Rule::Match,
         })
     }
 
@@ -530,9 +548,11 @@ impl<'a> Batch<'a> {
         let taking_part = || self.slots.iter().filter(|slot| running(slot));
         let highest = self.slots.iter().rposition(running).map_or(0, |slot| slot + 1);
         let drafting = taking_part().any(Slot::drafts);
-        let sampled = self.watched || taking_part().any(Slot::sampled);
+        let coupled = taking_part().any(|slot| slot.coupled);
+        let sampled = self.watched || coupled || taking_part().any(Slot::sampled);
         let fits = |shape: &Shape| {
-            shape.sequences >= highest && shape.drafting == drafting && shape.sampled == sampled
+            let kind = (shape.drafting, shape.sampled, shape.coupled);
+            shape.sequences >= highest && kind == (drafting, sampled, coupled)
         };
         let Some((shape, graph)) = self.graphs.iter().find(|(shape, _)| fits(shape)) else {
             return Err(Error::Internal(format!("no round for {highest} sequences was captured")));
@@ -644,9 +664,9 @@ impl Decoder for Batch<'_> {
             return Err(Error::Internal(format!("slot {slot} of {} is not free", self.slots.len())));
         };
         let (prompt, block, drafting) = (&request.prompt, request.block, &request.drafting);
-        if block > 1 && (drafting.rule, drafting.sampling.temperature) != (Rule::Match, 0.0) {
+        if block > 1 && drafting.rule != Rule::Match {
             return Err(Error::Unsupported(
-                "only the device cpu draws drafts and judges them by other rules than match".into(),
+                "only the device cpu judges drafts by other rules than match".into(),
             ));
         }
         if block > self.room.block {
@@ -669,6 +689,11 @@ impl Decoder for Batch<'_> {
         let waiting = Sequence { active: false, ..state.clone() };
         let to = self.work.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         self.device.upload(&to, &waiting.to_bytes()?)?;
+        let Sampling { seed, stream, .. } = request.sampling;
+        let draws = Sampling { seed, stream, ..drafting.sampling.clone() };
+        let coupled = state.draft_end > 0 && draws.temperature != 0.0;
+        let to = self.work.drafting.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
+        self.device.upload(&to, &Sequence { sampling: draws, ..waiting }.to_bytes()?)?;
         let own = &mut self.slots[slot];
         let same = own.tokens[..own.held].iter().zip(prompt).take_while(|(a, b)| a == b).count();
         // The last token is run again, for its logits.
@@ -679,7 +704,7 @@ impl Decoder for Batch<'_> {
             end if own.drafted < end => own.drafted,
             _ => own.held,
         };
-        (own.tokens, own.prompt) = (prompt.clone(), prompt.len());
+        (own.tokens, own.prompt, own.coupled) = (prompt.clone(), prompt.len(), coupled);
         (own.state, own.phase) = (Some(state), Phase::Filling { at });
         Ok(Some(at))
     }
@@ -789,7 +814,6 @@ mod tests {
     use super::*;
     use crate::emulator::Emulator;
     use crate::engine::{Flow, Listener, resume};
-    use crate::verify::Sampling;
     use crate::weights::{DEMO_DRAFTER, DEMO_TARGET};
 
     struct Silent;

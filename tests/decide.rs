@@ -8,6 +8,7 @@ use dflash::emulator::Emulator;
 use dflash::kernels::round::{Finish, Sequence};
 use dflash::kernels::sample::{Races, Sample, tables};
 use dflash::kernels::verify::{Verdict, Verify};
+use dflash::rules::Rule;
 use dflash::verify::{Sampling, TABLES, judge, philox, walk};
 use kernel::*;
 
@@ -33,6 +34,7 @@ fn sequence(sampling: Sampling) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
+        rule: Rule::Match,
     }
 }
 

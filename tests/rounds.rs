@@ -9,6 +9,7 @@ use dflash::device::{Buffer, Device, Graph};
 use dflash::emulator::{Emulator, Schedule};
 use dflash::kernels::round::{Finish, Record, Ring, Round, STOP_IDS, Sequence, Tables};
 use dflash::kernels::verify::{Verdict, Verify};
+use dflash::rules::Rule;
 use dflash::verify::{Sampling, walk};
 use kernel::*;
 
@@ -292,6 +293,7 @@ fn random_sequence(random: &mut Random, block: usize) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
+        rule: Rule::Match,
     }
 }
 

@@ -9,7 +9,7 @@ mod support;
 
 use crowd::{Silent, go_on, run, together};
 use dflash::cpu;
-use dflash::engine::{Request, resume};
+use dflash::engine::{Outcome, Request, resume};
 use dflash::pair::Pair;
 use dflash::reference::{Cache, Drafter, Sequence, Sequences, Target};
 use dflash::rounds::OnDevice;
@@ -202,6 +202,43 @@ fn coupled_drafts_change_no_token() {
 }
 
 #[test]
+fn devices_couple_drafts_as_the_cpu_does() {
+    use dflash::engine::Backend;
+    let models = demo();
+    let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
+    let device = Box::new(dflash::emulator::Emulator::new());
+    let room = dflash::memory::Room::new(2, 8, 128);
+    let backend = OnDevice::load("emulator", device, &pair, room, &mut |_, _| ()).unwrap();
+    let mut decoder = backend.decoder().unwrap();
+    let stood = |outcome: &Outcome| outcome.accepted.iter().sum::<usize>();
+    let (mut by_device, mut by_cpu, mut best) = (0usize, 0usize, 0usize);
+    for text in &PROMPTS[..2] {
+        let prompt = tokens(text);
+        let with = |block, how| request(&prompt, 20, block, how);
+        let plain = run(&mut *decoder, &with(1, Drafting::default()));
+        for temperature in [0.5, 1.5] {
+            let coupled = with(8, drafting(Rule::Match, temperature));
+            let got = run(&mut *decoder, &coupled);
+            assert_eq!(got.tokens, plain.tokens, "{text:?}");
+            by_device += stood(&got);
+            by_cpu += stood(&cpu::install(|| run(&mut models.slots(1), &coupled)));
+        }
+        best += 2 * stood(&run(&mut *decoder, &with(8, Drafting::default())));
+        // Drafts of a greedy answer too, and those of others in the same rounds.
+        let mut greedy = with(8, drafting(Rule::Match, 1.0));
+        greedy.sampling.temperature = 0.0;
+        let alone = run(&mut *decoder, &greedy);
+        let cold = Request { block: 1, ..greedy.clone() };
+        assert_eq!(alone.tokens, run(&mut *decoder, &cold).tokens, "{text:?}");
+        let others = with(8, Drafting::default());
+        let both = together(&mut *decoder, &[greedy, others], go_on);
+        assert_eq!([&both[0].tokens, &both[1].tokens], [&alone.tokens, &plain.tokens], "{text:?}");
+    }
+    assert!(by_device.abs_diff(by_cpu) <= 2, "{by_device} {by_cpu} {best}");
+    assert!(by_device > best, "{by_device} {by_cpu} {best}");
+}
+
+#[test]
 fn the_same_noise_chooses_alike_as_often_as_published() {
     // Daliri et al.: the sum of 1 / sum_j max(p_j / p_i, q_j / q_i) over i, at least (1 - d) / (1 + d) at distance d.
     let rows: [([f32; 4], [f32; 4]); 3] = [
@@ -330,7 +367,7 @@ fn drafts_that_somebody_else_made_have_no_law() {
 // ---- devices and flags ----
 
 #[test]
-fn devices_refuse_to_draw_drafts() {
+fn devices_refuse_other_rules_than_match() {
     use dflash::engine::{Backend, generate};
     let (target, drafter) = crowd::tiny();
     let pair = crowd::open(&support::write_pair(&target, &drafter));
@@ -338,13 +375,10 @@ fn devices_refuse_to_draw_drafts() {
     let room = dflash::memory::Room::new(1, 4, 64);
     let backend = OnDevice::load("emulator", device, &pair, room, &mut |_, _| ()).unwrap();
     let mut decoder = backend.decoder().unwrap();
-    for how in [drafting(Rule::Rejection, 0.0), drafting(Rule::Block, 1.0), drafting(Rule::Match, 0.5)] {
+    for how in [drafting(Rule::Rejection, 0.0), drafting(Rule::Block, 1.0)] {
         let error = generate(&mut *decoder, &request(&[1, 2], 5, 4, how), &mut Silent).unwrap_err();
         assert_eq!(error.exit_code(), 4);
-        assert_eq!(
-            error.to_string(),
-            "only the device cpu draws drafts and judges them by other rules than match"
-        );
+        assert_eq!(error.to_string(), "only the device cpu judges drafts by other rules than match");
     }
     // Plain decoding has no drafts.
     run(&mut *decoder, &request(&[1, 2], 5, 1, drafting(Rule::Block, 1.0)));
@@ -444,11 +478,6 @@ fn flags_that_cannot_go_together_are_refused() {
             4,
             &["--device", "cuda", "--verify", "block"],
             "--verify block runs on --device cpu only: the other devices verify chains of the drafter's best tokens",
-        ),
-        (
-            4,
-            &["--device", "emulator", "--coupled"],
-            "--coupled runs on --device cpu only: the other devices verify chains of the drafter's best tokens",
         ),
         (
             2,

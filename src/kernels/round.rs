@@ -5,6 +5,7 @@
 use super::verify::Verdict;
 use super::{aligned, at_least};
 use crate::device::{Arg, Buffer, Device, Kernel, Pinned};
+use crate::rules::Rule;
 use crate::verify::Sampling;
 use crate::{Error, Result};
 
@@ -74,6 +75,8 @@ pub struct Sequence {
     pub rounds: u32,
     pub drafted: u32,
     pub accepted: u32,
+    /// Which drafts stand.
+    pub rule: Rule,
 }
 
 impl Sequence {
@@ -118,7 +121,7 @@ impl Sequence {
         ];
         words.extend(&self.stop_ids);
         words.resize(16 + STOP_IDS, u32::MAX);
-        words.extend([self.rounds, self.drafted, self.accepted, 0]);
+        words.extend([self.rounds, self.drafted, self.accepted, self.rule as u32]);
         Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
     }
 

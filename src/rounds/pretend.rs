@@ -120,7 +120,7 @@ impl Still<'_> {
     /// # Errors
     /// [`Error::Internal`] where there is none: with drafts, but without a drafter.
     pub fn graph(&self, drafting: bool, sampled: bool) -> Result<&Graph> {
-        let wanted = Shape { sequences: self.batch.room.sequences, drafting, sampled };
+        let wanted = Shape { sequences: self.batch.room.sequences, drafting, sampled, coupled: false };
         let found = self.batch.graphs.iter().find(|(shape, _)| *shape == wanted);
         found.map(|(_, graph)| graph).ok_or_else(|| Error::Internal(format!("no {wanted:?} was captured")))
     }

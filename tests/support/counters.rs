@@ -39,7 +39,7 @@ pub fn table() -> Result<String> {
                 case(&mut out, &format!("prompt of {PROMPT} tokens"), &device);
             }
         }
-        let shape = Shape { sequences, drafting: block > 1, sampled: temperature > 0.0 };
+        let shape = Shape { sequences, drafting: block > 1, sampled: temperature > 0.0, coupled: false };
         let graph = batch.capture(shape)?;
         device.reset_counts();
         device.replay(&graph)?;

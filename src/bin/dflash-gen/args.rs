@@ -302,7 +302,7 @@ impl Args {
     /// The flag that asks for rounds that devices do not have.
     pub fn cpu_only(&self) -> Option<&'static str> {
         let tree = self.tree.map(|_| "--tree");
-        tree.or(self.adaptive.then_some("--adaptive")).or(self.drawn())
+        tree.or(self.adaptive.then_some("--adaptive")).or(self.drawn().filter(|_| self.verify != Rule::Match))
     }
 
     /// Drafts for a target that samples so: the same filters, and `--draft-temperature`.

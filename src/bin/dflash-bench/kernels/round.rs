@@ -12,6 +12,7 @@ use dflash::kernels::sample::{self, Races, Sample};
 use dflash::kernels::verify::{Verdict, Verify};
 use dflash::model::Row;
 use dflash::pair::Pair;
+use dflash::rules::Rule;
 use dflash::verify::{self, Sampling};
 use dflash::{Error, Result};
 use serde_json::json;
@@ -188,6 +189,7 @@ fn sequence(block: usize, sampling: Sampling) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
+        rule: Rule::Match,
     }
 }
 
