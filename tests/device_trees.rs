@@ -193,6 +193,7 @@ fn sequence(active: bool, length: u32, anchor: u32, levels: u32) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
+        rule: dflash::rules::Rule::Match,
     }
 }
 

@@ -239,7 +239,7 @@ impl Args {
         }
         if let (Some(flag), Choice::Cuda | Choice::Emulator) = (self.cpu_only(), self.device) {
             return Err(Error::Unsupported(format!(
-                "{flag} runs on --device cpu only: the other devices verify chains of the drafter's best tokens"
+                "{flag} runs on --device cpu only: the other devices verify chains by the rule match"
             )));
         }
         if let (Some(best), Some(drawn)) = (tree.or(adaptive), self.drawn()) {
