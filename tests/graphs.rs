@@ -102,7 +102,8 @@ impl Drive {
         let highest = self.running().last().map_or(0, |(slot, _)| slot + 1);
         let drafting = self.running().any(|(_, request)| request.block > 1);
         let sampled = self.running().any(|(_, request)| request.sampling.temperature != 0.0);
-        let fits = |s: &Shape| s.sequences >= highest && (s.drafting, s.sampled) == (drafting, sampled);
+        let kind = |s: &Shape| (s.drafting, s.sampled, s.coupled);
+        let fits = |s: &Shape| s.sequences >= highest && kind(s) == (drafting, sampled, false);
         batch.graphs().iter().map(|(shape, _)| *shape).find(fits).unwrap()
     }
 }
