@@ -7,6 +7,7 @@
 //! | [`pair`] | target and drafter opened together and held against each other |
 //! | [`floor`] | the least time that a pair's passes can take on a card |
 //! | [`measure`] | quantiles, and how much better one set of samples is than another |
+//! | [`place`] | where a pair runs: the word in `--device`, found and opened |
 //! | [`prompts`] | prompts from JSON lines to token ids |
 //! | [`fault`] | what happens when a mapped file loses bytes |
 //! | [`terminal`] | what every binary owes a terminal: sentences, exit codes, readers who leave |
@@ -17,7 +18,8 @@
 //! | [`tree`] | draft trees: what a round guesses where it may guess more than once |
 //! | [`control`] | how much a round drafts, from what is accepted and what passes cost |
 //! | [`cpu`], `kv`, `simd` | the reference's arithmetic on all cores; its cache; the instruction sets underneath |
-//! | [`mod@reference`] | target and drafter in plain f32: the `cpu` device and the oracle |
+//! | [`mod@reference`] | target and drafter in plain f32, the oracle |
+//! | [`sequences`] | sequences on the CPU: the `cpu` device, a round in its plainest form |
 //! | [`device`] | memory, launches, graphs, events: what the engine needs of a device |
 //! | [`cuda`] | that device on a GPU, through the driver API |
 //! | `emulator` | that device on the host build of `cuda/*.cu`, for tests (feature `emulator`) |
@@ -58,6 +60,7 @@ pub mod prompts;
 pub mod reference;
 pub mod rounds;
 pub mod rules;
+pub mod sequences;
 mod simd;
 pub mod stats;
 mod template;

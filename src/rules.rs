@@ -114,13 +114,16 @@ pub struct Drafting {
     /// drafter's logits with the very noise that the target's tokens are chosen by: laws that are alike then choose
     /// alike (Daliri et al., arXiv 2408.07978). Under the other rules they are drawn from words of their own.
     pub sampling: Sampling,
+    /// Rounds verify a tree of up to so many rows, the anchor counted, 2 to [`crate::tree::MOST_ROWS`]; as deep as a block
+    /// is. None: chains.
+    pub tree: Option<usize>,
 }
 
 impl Default for Drafting {
-    /// The drafter's best tokens, judged by [`Rule::Match`].
+    /// Chains of the drafter's best tokens, judged by [`Rule::Match`].
     fn default() -> Drafting {
         let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
-        Drafting { rule: Rule::Match, sampling }
+        Drafting { rule: Rule::Match, sampling, tree: None }
     }
 }
 

@@ -15,7 +15,9 @@ use dflash::cpu;
 use dflash::engine::{Flow, Listener, Outcome, Request, generate};
 use dflash::floor::{Card, draft_pass, target_pass};
 use dflash::pair::Pair;
-use dflash::reference::{Drafter, Sequence, Sequences, Target};
+use dflash::reference::{Drafter, Target};
+use dflash::rules::Drafting;
+use dflash::sequences::{Sequence, Sequences};
 use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, PUBLISHED};
 use kernel::Random;
@@ -467,7 +469,8 @@ fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, se
 
 fn run(models: &Models, tree: Option<usize>, costs: Option<&Costs>, request: &Request) -> Outcome {
     let sequences = Sequences::new(&models.0, Some(&models.1), 1, usize::MAX);
-    cpu::install(|| generate(&mut sequences.with_trees(tree).adaptive(costs), request, &mut Silent)).unwrap()
+    let request = Request { drafting: Drafting { tree, ..Default::default() }, ..request.clone() };
+    cpu::install(|| generate(&mut sequences.adaptive(costs), &request, &mut Silent)).unwrap()
 }
 
 fn held() -> Vec<Vec<u32>> {

@@ -13,8 +13,9 @@ use dflash::engine::{Decoder, Emitted, Flow, Listener, Prefill, Request, generat
 use dflash::lossless::{Report, check};
 use dflash::memory::Room;
 use dflash::pair::Pair;
-use dflash::reference::{Drafter, Sequences, Target};
+use dflash::reference::{Drafter, Target};
 use dflash::rounds::{Batch, Models};
+use dflash::sequences::Sequences;
 use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
 use kernel::{Random, gpu};

@@ -11,9 +11,10 @@ use crowd::{Silent, go_on, run, together};
 use dflash::cpu;
 use dflash::engine::{Outcome, Request, resume};
 use dflash::pair::Pair;
-use dflash::reference::{Cache, Drafter, Sequence, Sequences, Target};
+use dflash::reference::{Cache, Drafter, Target};
 use dflash::rounds::OnDevice;
 use dflash::rules::{Dice, Drafting, Rule, block, draw, rejection};
+use dflash::sequences::{Sequence, Sequences};
 use dflash::text::Text;
 use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
@@ -104,7 +105,7 @@ impl Models {
 
 fn drafting(rule: Rule, temperature: f32) -> Drafting {
     let Drafting { sampling, .. } = Drafting::default();
-    Drafting { rule, sampling: Sampling { temperature, ..sampling } }
+    Drafting { rule, sampling: Sampling { temperature, ..sampling }, tree: None }
 }
 
 fn request(prompt: &[u32], max_tokens: usize, block: usize, drafting: Drafting) -> Request {

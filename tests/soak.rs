@@ -8,8 +8,9 @@ use crowd::*;
 use dflash::emulator::Emulator;
 use dflash::engine::{Decoder, Finish, Flow, Outcome, Request};
 use dflash::memory::Room;
-use dflash::reference::{Drafter, Sequences, Target};
+use dflash::reference::{Drafter, Target};
 use dflash::rounds::{Batch, Models};
+use dflash::sequences::Sequences;
 use dflash::verify::Sampling;
 
 const REQUESTS: usize = 200;

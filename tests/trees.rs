@@ -11,7 +11,9 @@ use dflash::cpu;
 use dflash::engine::{Finish, Flow, Listener, Outcome, Request, generate};
 use dflash::lossless::check;
 use dflash::pair::Pair;
-use dflash::reference::{Cache, Drafter, Sequence, Sequences, Target};
+use dflash::reference::{Cache, Drafter, Target};
+use dflash::rules::Drafting;
+use dflash::sequences::{Sequence, Sequences};
 use dflash::tree::{Choice, MOST_ROWS, Tree, choices, moves};
 use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
@@ -359,12 +361,17 @@ fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, se
     }
 }
 
-fn decoder(models: &Models, rows: Option<usize>) -> Sequences<'_> {
-    Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).with_trees(rows)
+/// With rounds of trees of up to `rows` rows; none: of chains.
+fn grown(rows: Option<usize>, request: Request) -> Request {
+    Request { drafting: Drafting { tree: rows, ..request.drafting.clone() }, ..request }
+}
+
+fn decoder(models: &Models) -> Sequences<'_> {
+    Sequences::new(&models.0, Some(&models.1), 1, usize::MAX)
 }
 
 fn run(models: &Models, rows: Option<usize>, request: &Request) -> Outcome {
-    cpu::install(|| generate(&mut decoder(models, rows), request, &mut Silent)).unwrap()
+    cpu::install(|| generate(&mut decoder(models), &grown(rows, request.clone()), &mut Silent)).unwrap()
 }
 
 /// What a round keeps of a tree, whoever drew it, is what plain decoding would have there: later rounds, of trees,
@@ -379,8 +386,8 @@ fn whatever_tree_is_verified_the_answer_is_that_of_plain_decoding() {
             let prompt: Vec<u32> = (0..1 + random.below(40)).map(|_| random.below(5) as u32).collect();
             let request = request(&prompt, 60, 16, [0.0, 1.0, 3.0][seed % 3], seed as u64);
             let plain = run(&models, None, &Request { block: 1, ..request.clone() });
-            let mut sequence = Sequence::new(&models.0, Some(&models.1)).with_trees(Some(MOST_ROWS));
-            sequence.start(&request).unwrap();
+            let mut sequence = Sequence::new(&models.0, Some(&models.1));
+            sequence.start(&grown(Some(MOST_ROWS), request)).unwrap();
             let mut said = vec![loop {
                 if let Some(first) = sequence.prefill().unwrap().next {
                     break first;
@@ -425,8 +432,8 @@ fn after_every_tree_the_drafter_knows_what_it_would_after_plain_steps() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let prompt = &held()[4];
     let begin = || {
-        let mut sequence = Sequence::new(&models.0, Some(&models.1)).with_trees(Some(64));
-        sequence.start(&request(prompt, 120, 16, 0.0, 0)).unwrap();
+        let mut sequence = Sequence::new(&models.0, Some(&models.1));
+        sequence.start(&grown(Some(64), request(prompt, 120, 16, 0.0, 0))).unwrap();
         while sequence.prefill().unwrap().next.is_none() {}
         sequence
     };
@@ -475,8 +482,8 @@ fn logits_of_a_trees_path_are_those_of_plain_decoding_bit_for_bit() {
             [(8, 0.0, 16), (64, 0.0, 16), (33, 0.9, 16), (64, 1.0, 5), (20, 2.0, 2)]
         {
             let block = block.min(models.1.config.block);
-            let request = request(prompt, tokens, block, temperature, 5);
-            let mut decoder = decoder(models, Some(rows));
+            let request = grown(Some(rows), request(prompt, tokens, block, temperature, 5));
+            let mut decoder = decoder(models);
             let report = cpu::install(|| check(&mut decoder, &request, || Ok(Silent))).unwrap().unwrap();
             assert_eq!((&report.identical, report.compared), (&Ok(()), tokens - 1));
             assert!(report.rejected > 0 && report.rounds < tokens - 1, "{report:?}");
@@ -511,8 +518,8 @@ fn the_best_of_a_tree_is_the_chain_that_is_drafted_without_one() {
     let mut deepest = 0;
     for prompt in &held()[..8] {
         let begin = || {
-            let mut sequence = Sequence::new(&models.0, Some(&models.1)).with_trees(Some(64));
-            sequence.start(&request(prompt, 20, 16, 0.0, 0)).unwrap();
+            let mut sequence = Sequence::new(&models.0, Some(&models.1));
+            sequence.start(&grown(Some(64), request(prompt, 20, 16, 0.0, 0))).unwrap();
             while sequence.prefill().unwrap().next.is_none() {}
             sequence
         };

@@ -308,7 +308,7 @@ impl Args {
     /// Drafts for a target that samples so: the same filters, and `--draft-temperature`.
     pub fn drafting(&self, sampling: &Sampling) -> Result<Drafting> {
         if self.drawn().is_none() {
-            return Ok(Drafting::default());
+            return Ok(Drafting { tree: self.tree, ..Drafting::default() });
         }
         let temperature = self.draft_temperature.unwrap_or(sampling.temperature);
         let sampling = Sampling { temperature, ..sampling.clone() };
@@ -318,7 +318,7 @@ impl Args {
             ))
         };
         sampling.check().map_err(wrong)?;
-        Ok(Drafting { rule: self.verify, sampling })
+        Ok(Drafting { rule: self.verify, sampling, tree: self.tree })
     }
 
     /// Positions that a sequence may have at most.

@@ -7,8 +7,8 @@ use dflash::floor::Card;
 use dflash::memory::Room;
 use dflash::pair::Pair;
 use dflash::place::{Choice, Place};
-use dflash::reference::Cpu;
 use dflash::rounds::OnDevice;
+use dflash::sequences::Cpu;
 use dflash::terminal::note;
 use dflash::{Result, terminal};
 
@@ -48,5 +48,5 @@ fn cpu(args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
         Costs::modelled(&CORES, target, drafter, 0, drafter.block)
     });
     let cpu = Cpu::load(pair, room.sequences, args.context(pair)?)?;
-    Ok(Box::new(cpu.with_trees(args.tree).adaptive(costs)))
+    Ok(Box::new(cpu.adaptive(costs)))
 }
