@@ -13,8 +13,8 @@
 //           the ring, and last the record's round number, which the host waits for.
 // Work:     grid (sequences); 64 threads, one per row, for tables; one warp for round_finish.
 // Order:    counts are of integers.
-// Bytes:    sequences x (256 + block x about 100).
-// Needs:    block 1 to 64, sequences up to 1024. State, choices and verdicts may hold anything.
+// Bytes:    sequences x (256 + block x about 60 + wide x about 40).
+// Needs:    block and wide 1 to 64, sequences up to 1024. State, choices and verdicts may hold anything.
 #include "state.cuh"
 
 // A sequence's part of a round's record, block tokens behind it. The number is written last.
@@ -23,6 +23,9 @@ struct __align__(16) Record {
   u32 kept;    // tokens emitted; 0 where the sequence took no part
   u32 judged;  // tokens the verdict would have emitted: accepted drafts and the next token
   u32 finish;  // a Finish
+  u32 drafted; // drafts that were verified
+  u32 stood[2];  // bit i: row i of the verification is on the verdict's path
+  u32 none;
 };
 
 KERNEL(64, 8, round_begin,
@@ -30,37 +33,43 @@ KERNEL(64, 8, round_begin,
         Row* draft_rows,      // [2][sequences][block]: first the pending features, then the block
         u32* features,        // [sequences][block]: rows of the last verification pass, whose features are pending
         Span* draft_spans,    // [sequences]: what the block's rows see; no rows where nothing is drafted
-        Row* verify_rows,     // [sequences][block]
+        Row* verify_rows,     // [sequences][wide]
         Span* verify_spans,   // [sequences]
-        u32* clock,           // [2]: the round's number, active sequences
+        u32* clock,           // [3]: the round's number, active sequences; rows per sequence of the last verification
         const Sequence* sequences,  // [sequences]
-        const u32* path,      // [sequences][wide], as the last verdict left it
-        u32 block, u32 wide,  // rows of a block; of the last verification, per sequence
+        const u32* path,      // [sequences][clock[2]], as the last verdict left it; at most `columns`
+        u32 block, u32 wide, u32 columns,  // rows of a sequence: of its block; of its verification; of any
+        u32 drafts,           // 0: every sequence takes a plain step
         u32 mask)) {
   grid_launch();
   grid_wait();
   const u32 own = blockIdx.x, count = gridDim.x, row = threadIdx.x;
   const Progress s = ld_progress(sequences + own);
-  const u32 rows = block_rows(s, block), drafting = rows > 1 ? rows : 0;
+  const u32 rows = block_rows(s, drafts ? block : 1), drafting = rows > 1 ? rows : 0;
+  const u32 verified = min(min(rows, verified_rows(s)), wide);
   const u32 pending = s.active ? min(min(s.pending, block), s.length) : 0;
-  const u32 at = own * block + row;
+  const u32 at = own * block + row, before = min(ld(clock + 2), columns);
   if (row < block) {
     st(draft_tokens + at, row >= drafting ? NONE : row == 0 ? s.anchor : mask);
     // A feature's slot in the drafter's pages is its position.
     const u32 position = s.length - pending + row;
     const bool feature = row < pending && position < s.draft_end;
     st(draft_rows + at, Row{feature ? own : NONE, feature ? position : 0, feature ? position : NONE, NONE});
-    const u32 of_path = feature && row < wide ? ld(path + own * wide + row) : NONE;
-    st(features + at, of_path < wide ? own * wide + of_path : NONE);
-    const bool drafted = row < drafting, verified = row < rows;
+    const u32 of_path = feature && row < before ? ld(path + own * before + row) : NONE;
+    st(features + at, of_path < before ? own * before + of_path : NONE);
+    const bool drafted = row < drafting;
     st(draft_rows + count * block + at, Row{drafted ? own : NONE, drafted ? s.length + row : 0,
                                             drafted ? s.length + row : NONE, drafted ? at : NONE});
-    st(verify_rows + at, Row{verified ? own : NONE, verified ? s.length + row : 0, verified ? s.length + row : NONE,
-                             verified ? at : NONE});
+  }
+  if (row < wide) {
+    const bool there = row < verified;
+    const u32 to = own * wide + row;
+    st(verify_rows + to, Row{there ? own : NONE, there ? s.length + row : 0, there ? s.length + row : NONE,
+                             there ? to : NONE});
   }
   if (row == 0) {
     st(draft_spans + own, Span{drafting ? s.length : 0, drafting});
-    st(verify_spans + own, Span{rows ? s.length : 0, rows});
+    st(verify_spans + own, Span{verified ? s.length : 0, verified});
   }
   if (own == 0 && row < 32) {
     u32 active = 0;
@@ -74,48 +83,54 @@ KERNEL(64, 8, round_begin,
 }
 
 KERNEL(64, 8, round_tokens,
-       (u32* tokens,                // [sequences][block]: anchor, drafts; NONE: padding, or a damaged draft
+       (u32* tokens,                // [sequences][wide]: anchor, drafts; NONE: padding, or a damaged draft
         const u32* drafts,          // [sequences][block]: row j's token is the draft for place j; row 0 unused
         const Sequence* sequences,  // [sequences]
-        u32 block)) {
+        const Span* spans,          // [sequences]: of the verification
+        u32 block, u32 wide)) {
   grid_launch();
   grid_wait();
-  const u32 row = threadIdx.x, at = blockIdx.x * block + row;
-  const Progress s = ld_progress(sequences + blockIdx.x);
-  const u32 rows = block_rows(s, block);
-  if (row < block) st(tokens + at, row >= rows ? NONE : row == 0 ? s.anchor : ld(drafts + at));
+  const u32 row = threadIdx.x, own = blockIdx.x;
+  const u32 rows = min(ld(&spans[own].rows), wide);
+  if (row >= wide) return;
+  const bool draft = row > 0 && row < min(rows, block);
+  st(tokens + own * wide + row,
+     draft ? ld(drafts + own * block + row) : row == 0 && rows ? ld(&sequences[own].now.anchor) : NONE);
 }
 
 KERNEL(32, 16, round_finish,
        (Sequence* sequences,   // [sequences]
         u32* ring,             // [places][slots][record]: a Record and its tokens, in pinned memory
-        const u32* clock,      // [2], as round_begin left it
+        u32* clock,            // [3], as round_begin left it
         const u32* accepted,   // [sequences]
         const u32* next,       // [sequences]
-        const u32* path,       // [sequences][block]
-        const u32* tokens,     // [sequences][block]
-        const Span* spans,     // [sequences]: of trees, how many rows were judged; null: chains
-        u32 block, u32 places, u32 slots, u32 record)) {
+        const u32* path,       // [sequences][wide]
+        const u32* tokens,     // [sequences][wide]
+        const Span* spans,     // [sequences]: how many rows were verified
+        u32 wide, u32 places, u32 slots, u32 record)) {
   grid_launch();
   grid_wait();
   const u32 own = blockIdx.x, lane = threadIdx.x, round = ld(clock);
   Sequence* to = sequences + own;
   const Progress s = ld_progress(to);
   u32* const line = ring + (size_t(round % places) * slots + own) * record;
-  const u32 rows = !s.active ? 0 : spans ? min(ld(&spans[own].rows), block) : block_rows(s, block);
+  const u32 rows = s.active ? min(ld(&spans[own].rows), wide) : 0;
 
   // What the verdict emits, two tokens per lane.
   const u32 stood = rows ? min(ld(accepted + own), rows - 1) : 0, last = ld(next + own);
   u32 token[2];
   bool damaged = false;
+  u64 way = 1;  // the anchor's row, always
 #pragma unroll
   for (u32 half = 0; half < 2; half++) {
     const u32 i = lane + half * 32;
     const bool draft = i < stood;
-    const u32 row = draft ? ld(path + size_t(own) * block + i + 1) : 0;
-    token[half] = !draft ? last : row < rows ? ld(tokens + size_t(own) * block + row) : NONE;
-    damaged |= i > 0 && i < rows && ld(tokens + size_t(own) * block + i) == NONE;
+    const u32 row = draft ? ld(path + size_t(own) * wide + i + 1) : 0;
+    token[half] = !draft ? last : row < rows ? ld(tokens + size_t(own) * wide + row) : NONE;
+    if (draft && row < rows) way |= 1ull << row;
+    damaged |= i > 0 && i < rows && ld(tokens + size_t(own) * wide + i) == NONE;
   }
+  const u32 low_way = __reduce_or_sync(~0u, u32(way)), high_way = __reduce_or_sync(~0u, u32(way >> 32));
   const bool bad_draft = __any_sync(~0u, damaged);
   const bool sound = rows && !bad_draft && last != NONE;
 
@@ -164,6 +179,10 @@ KERNEL(32, 16, round_finish,
     st(line + 1, kept);
     st(line + 2, sound ? judged : 0);
     st(line + 3, finish);
+    st(line + 4, sound ? rows - 1 : 0);
+    st(line + 5, sound ? low_way : 0);
+    st(line + 6, sound ? high_way : 0);
+    if (own == 0) st(clock + 2, wide);
   }
   __threadfence_system();
   __syncwarp();

@@ -281,18 +281,18 @@ KERNEL(512, 1, judge,
        (u32* accepted,              // [sequences]; this and the next two are left as they are under the rule `match`, and
                                     // where nothing was drafted
         u32* next,                  // [sequences]; NONE: damaged
-        u32* path,                  // [sequences][block]: 0, 1, .. accepted, then NONE
-        const Law* targets,         // [sequences][block]: after the anchor and the drafts up to a row
-        const float* target_logits, // [sequences][block][vocab]
+        u32* path,                  // [sequences][wide]: 0, 1, .. accepted, then NONE
+        const Law* targets,         // [sequences][wide]: after the anchor and the drafts up to a row
+        const float* target_logits, // [sequences][wide][vocab]
         const Law* drafters,        // [sequences][block]: what a row's draft was drawn from; row 0 unused
         const float* draft_logits,  // [sequences][block][vocab]
-        const u32* tokens,          // [sequences][block]: anchor, drafts
+        const u32* tokens,          // [sequences][wide]: anchor, drafts
         const Span* spans,          // [sequences]
         const Sequence* sequences,  // [sequences]
         const u32* tables,
         u64* shared,                // [sequences][block]: what a row's law and its draft's share
         u32* counters,              // [sequences]
-        u32 vocab, u32 block)) {
+        u32 vocab, u32 block, u32 wide)) {
   SHARED(u32, table, 512);
   SHARED(u64, words, WARPS);
   SHARED(u64, chances, MOST_ROWS * 2);  // p and q of each draft; by blocks then the shares w
@@ -301,18 +301,18 @@ KERNEL(512, 1, judge,
   load_tables(table, tables);
   grid_wait();
   const u32 own = blockIdx.y, row = blockIdx.x;
-  const size_t first = size_t(own) * block;
+  const size_t first = size_t(own) * wide, draft_first = size_t(own) * block;
   const Sequence* s = sequences + own;
-  const u32 rule = ld(&s->rule), rows = min(ld(&spans[own].rows), block);
-  if (rule != REJECTION && rule != BLOCK) return;
+  const u32 rule = ld(&s->rule), rows = min(ld(&spans[own].rows), min(block, wide));
+  if ((rule != REJECTION && rule != BLOCK) || form_of(ld(&s->now.shape)) != CHAIN_OF_DRAFTS) return;
   if (rows < 2 || row >= rows || (row > 0 && rule != BLOCK)) return;
   __syncthreads();
   const u32 g = rows - 1;
   const Dice dice = dice_of(s);
   const auto target = [&](u32 at) { return ld_law(targets + first + at); };
-  const auto drafter = [&](u32 at) { return ld_law(drafters + first + at + 1); };
+  const auto drafter = [&](u32 at) { return ld_law(drafters + draft_first + at + 1); };
   const auto target_row = [&](u32 at) { return target_logits + (first + at) * vocab; };
-  const auto draft_row = [&](u32 at) { return draft_logits + (first + at + 1) * vocab; };
+  const auto draft_row = [&](u32 at) { return draft_logits + (draft_first + at + 1) * vocab; };
 
   // Draft i + 1 against the laws after i drafts.
   if (threadIdx.x < g) {
@@ -366,7 +366,7 @@ KERNEL(512, 1, judge,
         }
       }
       sum = block_sum(sum, words);
-      if (threadIdx.x == 0) st_cg(shared + first + row, sum);
+      if (threadIdx.x == 0) st_cg(shared + draft_first + row, sum);
     }
     if (threadIdx.x == 0) {
       __threadfence();
@@ -380,7 +380,7 @@ KERNEL(512, 1, judge,
       u32 at = sound ? stands : 0;
       for (; at > 0; at--) {
         const u64 here = share(at);
-        const u64 both = at < g && here < ONE ? ld_cg(shared + first + at) : 0;
+        const u64 both = at < g && here < ONE ? ld_cg(shared + draft_first + at) : 0;
         if (here == ONE && at < g) break;
         if (accept(dice, at, at, here - both, ONE - both)) break;
       }
@@ -430,6 +430,6 @@ KERNEL(512, 1, judge,
     }
   }
   const u32 stood = sound ? stands : 0;
-  if (threadIdx.x < block) st(path + first + threadIdx.x, threadIdx.x <= stood ? threadIdx.x : NONE);
+  if (threadIdx.x < wide) st(path + first + threadIdx.x, threadIdx.x <= stood ? threadIdx.x : NONE);
   if (threadIdx.x == 0) st(accepted + own, stood), st(next + own, token);
 }

@@ -17,6 +17,9 @@ enum Finish : u32 {
 // Which drafts stand; src/rules.rs says what each means.
 enum Rule : u32 { MATCH = 0, REJECTION = 1, BLOCK = 2 };
 
+// What a sequence drafts.
+enum Form : u32 { CHAIN_OF_DRAFTS = 0, BEST_FIRST = 1 };
+
 constexpr u32 STOP_IDS = 12;
 
 // How far a sequence is, and its limits.
@@ -29,7 +32,8 @@ struct __align__(16) Progress {
   u32 budget;     // tokens that may still be emitted
   u32 end;        // the sequence's positions are 0..end; the token of the last one is never run
   u32 draft_end;  // the drafter's positions are 0..draft_end; 0: there is no drafter
-  u32 block;      // rows of a block at most, anchor included; 1: plain decoding
+  u32 shape;      // bits 0 to 7: rows of a block at most, anchor included, 1: plain decoding; 8 to 15: rows that are
+                  // verified at most, of a block or a tree, anchor included; from 16 on: a Form
 };
 
 struct __align__(16) Sequence {
@@ -54,11 +58,17 @@ WRAPPER Progress ld_progress(const Sequence* from) {
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 }
 
+WRAPPER u32 form_of(u32 shape) { return shape >> 16; }
+
 // Rows of a sequence's next block, anchor included: as many as the request, the drafter's positions and the context
 // allow, at least one; 0 where the sequence takes no part. The one rule for all kernels of a round.
 WRAPPER u32 block_rows(const Progress& s, u32 block) {
   if (!s.active) return 0;
   const u32 draft = s.draft_end > s.length ? s.draft_end - s.length : 0;
   const u32 room = s.end > s.length ? s.end - s.length - 1 : 0;
-  return max(1u, min(min(s.block, block), min(draft, room)));
+  return max(1u, min(min(s.shape & 0xff, block), min(draft, room)));
 }
+
+// How many of them are verified, of chains; of a tree it is how deep it may be that they say, and this how many rows it
+// may have.
+WRAPPER u32 verified_rows(const Progress& s) { return max(1u, s.shape >> 8 & 0xff); }

@@ -1,14 +1,15 @@
 // A draft tree per sequence from the drafter's choices: `Tree::best_first` of src/tree.rs, and the tables of the pass that
 // verifies it.
 //
-// Computes: the most probable prefixes, best first, until the tree has `rows` rows or there are no more. Between equal costs
-//           the less deep, then the better ranks from the anchor on.
+// Computes: the most probable prefixes, best first, until the tree has as many rows as the sequence may verify, or `wide`,
+//           or there are no more. Between equal costs the less deep, then the better ranks from the anchor on. A sequence
+//           that drafts a chain has its drafts one behind another.
 // Work:     grid (sequences), one warp each; lane l holds rows l and l + 32, and two places for prefixes that may be next.
 //           A turn takes the best of the 64: four reductions of 32 bits. Then its place holds its next sibling, and the
 //           new row's place its first child; so 64 places are enough, and no sort of a level is needed.
 // Order:    none that matters: no two prefixes have the same key.
-// Bytes:    sequences x (block x most x 8 + rows x 48).
-// Needs:    block 1 to 64, rows 1 to 64, most 1 to 63. Choices and state may hold anything; costs descend nowhere along
+// Bytes:    sequences x (block x most x 8 + wide x 48).
+// Needs:    block 1 to 64, wide 1 to 64, most 1 to 63. Choices and state may hold anything; costs descend nowhere along
 //           most, or the tree is another, of the same form.
 #include "state.cuh"
 
@@ -50,22 +51,25 @@ WRAPPER Prefix prefix(u32 cost, u32 depth, u128 code, u32 used, u32 parent, u32 
 }  // namespace
 
 KERNEL(32, 8, tree_build,
-       (u32* tokens,           // [sequences][rows]: anchor, drafts; NONE: padding, or a damaged draft
-        u32* parents,          // [sequences][rows]: the row a row follows; 0 for the anchor and for padding
-        u64* masks,            // [sequences][rows]: bit j: row j is on the way to this one, or is this one; 0 for padding
-        Row* table,            // [sequences][rows], of the pass that verifies
+       (u32* tokens,           // [sequences][wide]: anchor, drafts; NONE: padding, or a damaged draft
+        u32* parents,          // [sequences][wide]: the row a row follows; 0 for the anchor and for padding
+        u64* masks,            // [sequences][wide]: bit j: row j is on the way to this one, or is this one; 0 for padding
+        Row* table,            // [sequences][wide], of the pass that verifies
         Span* spans,           // [sequences]: its context, and how many rows there are
         const uint2* choices,  // [sequences][block][most]: (token, cost); those for place j are row j's, row 0 unused
         const u32* counts,     // [sequences][block]; NONE: damaged
+        const u32* drafts,          // [sequences][block], of chains: row j's token is the draft for place j; row 0 unused
         const Sequence* sequences,  // [sequences]
-        u32 block, u32 rows, u32 most)) {
+        u32 block, u32 wide, u32 most)) {
   SHARED(u32, costs, 63 * MOST);
   grid_launch();
   grid_wait();
   const u32 own = blockIdx.x, lane = threadIdx.x;
   const Progress s = ld_progress(sequences + own);
-  const u32 places = block_rows(s, block), levels = places ? places - 1 : 0;
-  choices += size_t(own) * block * most, counts += size_t(own) * block;
+  const u32 places = block_rows(s, block), rows = min(verified_rows(s), wide);
+  const bool chain = form_of(s.shape) == CHAIN_OF_DRAFTS;
+  const u32 levels = places && !chain ? places - 1 : 0;
+  choices += size_t(own) * block * most, counts += size_t(own) * block, drafts += size_t(own) * block;
 
   // NONE: no such choice, in a list or behind the last level.
   bool bad = false;
@@ -87,7 +91,7 @@ KERNEL(32, 8, tree_build,
   Prefix next[2] = {prefix(NONE, 0, 0, 0, 0, 0), prefix(NONE, 0, 0, 0, 0, 0)};
   if (lane == 0) next[0] = prefix(cost_of(0, 0), 1, 0, 0, 0, 0);
 #pragma unroll 1
-  while (count && count < rows && !damaged) {
+  while (count && count < rows && levels && !damaged) {
     const u32 better = next[1].key < next[0].key;
     const u128 mine = better ? next[1].key : next[0].key;
     u128 key = 0;
@@ -123,14 +127,18 @@ KERNEL(32, 8, tree_build,
 
   // A draft that is NONE tells round_finish.
   if (damaged && count) count = 2;
+  if (chain) count = min(places, rows);
 #pragma unroll
   for (u32 i = 0; i < 2; i++) {
     const u32 row = lane + i * 32;
-    if (row >= rows) continue;
-    const size_t to = size_t(own) * rows + row;
+    if (row >= wide) continue;
+    const size_t to = size_t(own) * wide + row;
     const bool there = row < count, draft = there && row && !damaged;
     if (there && damaged && row) depth[i] = 1, mask[i] = 3;
-    st(tokens + to, draft ? ld(&choices[size_t(depth[i]) * most + rank[i]].x) : there && !row ? s.anchor : NONE);
+    if (there && chain) parent[i] = row ? row - 1 : 0, depth[i] = row, mask[i] = ~0ull >> (63 - row);
+    u32 token = there && !row ? s.anchor : NONE;
+    if (draft) token = chain ? ld(drafts + row) : ld(&choices[size_t(depth[i]) * most + rank[i]].x);
+    st(tokens + to, token);
     st(parents + to, parent[i]);
     st(masks + to, mask[i]);
     st(table + to, Row{there ? own : NONE, there ? s.length + depth[i] : 0, there ? s.length + row : NONE,

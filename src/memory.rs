@@ -9,6 +9,7 @@ use crate::load::Loader;
 use crate::model::PAGE;
 use crate::pair::Pair;
 use crate::rounds::{Batch, Models};
+use crate::tree::MOST_ROWS;
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::fmt;
@@ -22,12 +23,35 @@ pub struct Room {
     pub block: usize,
     pub pages: usize,
     pub positions: usize,
+    /// Rows of a tree at most; 0: rounds verify chains only.
+    pub tree: usize,
+    /// Drafts may be judged by other rules than `match`, which takes the drafter's logits beside the target's.
+    pub rules: bool,
+    /// Rounds may be of several sizes, down to plain steps that the drafter follows.
+    pub adaptive: bool,
 }
 
 impl Room {
     /// Every sequence can have `positions` positions at the same time.
     pub fn new(sequences: usize, block: usize, positions: usize) -> Room {
-        Room { sequences, block, pages: sequences.saturating_mul(positions.div_ceil(PAGE)), positions }
+        let pages = sequences.saturating_mul(positions.div_ceil(PAGE));
+        Room { sequences, block, pages, positions, tree: 0, rules: false, adaptive: false }
+    }
+
+    /// The same for trees of up to `rows` rows, which take slots behind the positions that they stand for.
+    pub fn with_trees(self, rows: usize) -> Room {
+        let pages = self.sequences.saturating_mul((self.positions + rows).div_ceil(PAGE));
+        Room { pages, tree: rows, ..self }
+    }
+
+    /// Rows that a round verifies of a sequence at most.
+    pub fn wide(&self) -> usize {
+        self.block.max(self.tree)
+    }
+
+    /// Pages that one sequence may have.
+    pub fn sequence_pages(&self) -> usize {
+        (self.positions + self.tree).div_ceil(PAGE)
     }
 
     /// As [`Room::new`]: sequences of `--ctx` positions, or of 8192, or of the `needed` ones of the longest request.
@@ -49,7 +73,7 @@ impl Room {
     /// # Errors
     /// [`Error::Unsupported`] for more than the kernels can run together, named by its flag.
     pub fn check(&self) -> Result<()> {
-        let Room { sequences, block, positions, .. } = *self;
+        let Room { sequences, block, positions, tree, .. } = *self;
         let wrong = |flag, found, expected| {
             Err(Error::Unsupported(format!("the kernels cannot run --{flag} {found}: expected {expected}")))
         };
@@ -57,10 +81,14 @@ impl Room {
         match (sequences, block, positions) {
             (0, ..) | (1025.., ..) => wrong("batch", sequences, "1 to 1024".to_string()),
             (_, 0 | 65.., _) => wrong("block", block, "1 to 64".to_string()),
-            _ if sequences * block > 65535 => {
-                wrong("batch", sequences, format!("at most {} in blocks of {block}", 65535 / block))
+            _ if tree > MOST_ROWS => wrong("tree", tree, format!("at most {MOST_ROWS}")),
+            _ if sequences * self.wide() > 65535 => {
+                let wide = self.wide();
+                wrong("batch", sequences, format!("at most {} in rounds of {wide} rows", 65535 / wide))
             }
-            _ if positions == 0 || positions > most => wrong("ctx", positions, format!("1 to {most}")),
+            _ if positions == 0 || positions > most - tree => {
+                wrong("ctx", positions, format!("1 to {}", most - tree))
+            }
             _ => Ok(()),
         }
     }
@@ -184,8 +212,7 @@ impl MemoryPlan {
         if needed <= free {
             return Ok(());
         }
-        let Room { sequences, block, .. } = self.room;
-        let advice = match MemoryPlan::largest_context(pair, sequences, block, free, overhead)? {
+        let advice = match MemoryPlan::largest_context(pair, self.room, free, overhead)? {
             0 => format!("not even {PAGE} positions of each fit"),
             most => format!("the largest --ctx that fits is {most}"),
         };
@@ -197,21 +224,19 @@ impl MemoryPlan {
         )))
     }
 
-    /// The most positions that every one of `sequences` sequences can have within `free` bytes, whole pages unless the
-    /// models have fewer; 0 where not even one page fits.
+    /// The most positions that every one of as many sequences as `room` has can have within `free` bytes, whole pages
+    /// unless the models have fewer; 0 where not even one page fits.
     ///
     /// # Errors
     /// As [`MemoryPlan::new`].
-    pub fn largest_context(
-        pair: &Pair,
-        sequences: usize,
-        block: usize,
-        free: usize,
-        overhead: Overhead,
-    ) -> Result<usize> {
+    pub fn largest_context(pair: &Pair, room: Room, free: usize, overhead: Overhead) -> Result<usize> {
         let most = pair.target.config.stack.max_positions;
         let positions = |pages: usize| most.min(pages * PAGE);
-        let with = |pages| MemoryPlan::new(pair, Room::new(sequences, block, positions(pages)));
+        let with = |pages| {
+            let Room { rules, adaptive, .. } = room;
+            let sized = Room::new(room.sequences, room.block, positions(pages)).with_trees(room.tree);
+            MemoryPlan::new(pair, Room { rules, adaptive, ..sized })
+        };
         if with(1)?.needed(overhead) > free {
             return Ok(0);
         }
@@ -234,7 +259,8 @@ impl fmt::Display for Room {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Room { sequences, block, positions, .. } = self;
         let plural = if *sequences == 1 { "" } else { "s" };
-        write!(f, "{sequences} sequence{plural} of {positions} positions in blocks of {block}")
+        write!(f, "{sequences} sequence{plural} of {positions} positions in blocks of {block}")?;
+        if self.tree > 0 { write!(f, " and trees of {}", self.tree) } else { Ok(()) }
     }
 }
 

@@ -183,11 +183,12 @@ impl Stack {
         Ok(())
     }
 
-    /// Keys and values of rows that are already in `s.y` and `s.sumsq`, for every layer: what a prompt's features leave in
-    /// the drafter's cache. `table` `[rows]` [`Row`].
+    /// Keys and values of rows that are already in `s.y` and `s.sumsq`, for every layer: what features leave in the drafter's
+    /// cache, a `prompt`'s or those of a round. `table` `[rows]` [`Row`]; `live` as [`Pass::live`].
     ///
     /// # Errors
     /// As [`Stack::run`].
+    #[allow(clippy::too_many_arguments)]
     pub fn remember(
         &self,
         device: &dyn Device,
@@ -195,6 +196,8 @@ impl Stack {
         cache: &Cache,
         table: &Buffer,
         rows: usize,
+        prompt: bool,
+        live: Option<&Buffer>,
     ) -> Result<()> {
         for (i, layer) in self.layers.iter().enumerate() {
             let input = Input {
@@ -202,8 +205,8 @@ impl Stack {
                 x: &s.y,
                 sumsq: Some(&s.sumsq),
                 eps: self.config.eps,
-                prompt: true,
-                live: None,
+                prompt,
+                live,
                 workspace: &s.linear,
             };
             self.qkv(rows, true, s, cache).launch(device, &input, &self.places(i, s, cache, table))?;

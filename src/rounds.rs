@@ -6,10 +6,8 @@
 use crate::config::DrafterConfig;
 use crate::device::{Buffer, Device, Graph};
 use crate::engine::{Backend, Decoder, Emitted, Prefill, Request};
-use crate::kernels::head::Head;
-use crate::kernels::round::{Finish, Record, Ring, Round, STOP_IDS, Sequence, Tables};
-use crate::kernels::sample::{self, Races, Sample};
-use crate::kernels::verify::{Verdict, Verify};
+use crate::kernels::round::{Finish, Form, Record, Ring, Round, STOP_IDS, Sequence};
+use crate::kernels::sample::Sample;
 use crate::load::Loader;
 use crate::memory::Room;
 use crate::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
@@ -19,8 +17,13 @@ use crate::verify::Sampling;
 use crate::{Error, Result, profile};
 use std::time::{Duration, Instant};
 
+mod captured;
 mod pretend;
+#[cfg(all(test, feature = "emulator"))]
+mod tests;
 
+use captured::Work;
+pub use captured::{Part, Shape};
 pub use pretend::Still;
 
 /// Rows of a prompt that go through a model together.
@@ -84,32 +87,6 @@ impl Models {
     fn taps(&self) -> &[usize] {
         self.drafter.as_ref().map_or(&[], |(config, ..)| &config.taps)
     }
-}
-
-/// What a round's kernels leave for each other, `rows` = sequences x block.
-struct Work {
-    states: Buffer,       // [sequences] Sequence
-    drafting: Buffer,     // [sequences] Sequence: the settings that drafts are drawn with
-    clock: Buffer,        // [2] u32
-    live: Buffer,         // of clock
-    draft_tokens: Buffer, // [rows] u32
-    draft_rows: Buffer,   // [2][rows] Row
-    pending: Buffer,      // [rows] u32
-    draft_spans: Buffer,  // [sequences]
-    verify_rows: Buffer,  // [rows] Row
-    verify_spans: Buffer, // [sequences]
-    drafts: Buffer,       // [rows] u32
-    tokens: Buffer,       // [rows] u32
-    choices: Buffer,      // [rows] u32
-    features: Buffer,     // [rows][taps][hidden] bf16
-    best: Buffer,         // [rows][blocks] u64
-    logits: Buffer,       // [rows][vocab] f32
-    tables: Buffer,       // the sampler's
-    partial: Buffer,      // the sampler's
-    counters: Buffer,     // [rows] u32
-    accepted: Buffer,     // [sequences] u32
-    next: Buffer,         // [sequences] u32
-    path: Buffer,         // [rows] u32
 }
 
 /// What a prompt's chunk takes.
@@ -176,22 +153,9 @@ pub struct Batch<'a> {
     /// Rounds enqueued, and those of them that were read, from 1 on.
     enqueued: u32,
     read: u32,
-    /// Rows of a block in the round enqueued last.
-    block: usize,
+    /// Rows of each sequence in the round enqueued last.
+    rows: usize,
     watched: bool,
-}
-
-/// Which round: a graph each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    /// The first so many slots take part.
-    pub sequences: usize,
-    /// Blocks of several rows; else plain steps.
-    pub drafting: bool,
-    /// With the sampler's races, and logits that can be read.
-    pub sampled: bool,
-    /// With drafts drawn by the noise of the target's tokens; needs the two above.
-    pub coupled: bool,
 }
 
 #[derive(Default)]
@@ -204,7 +168,7 @@ struct Slot {
     drafted: usize,
     prompt: usize,
     /// Its drafts are not the drafter's best tokens.
-    coupled: bool,
+    drawn: bool,
     /// As it is to be when the prompt is done.
     state: Option<Sequence>,
     phase: Phase,
@@ -237,15 +201,14 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// [`Error::Memory`] where there is too little; else what the device says.
     pub fn new(device: &'a dyn Device, models: &'a Models, room: Room) -> Result<Batch<'a>> {
-        let Room { sequences, block, pages, positions } = room;
+        let Room { sequences, block, pages, .. } = room;
         let (stack, vocabulary) = (&models.target.config, &models.vocabulary);
-        let (rows, vocab, taps) = (sequences * block, vocabulary.vocab, models.taps().len());
-        let sequence_pages = positions.div_ceil(PAGE);
-        let cache = |config| Cache::new(device, config, pages, sequences, sequence_pages);
+        let taps = models.taps().len();
+        let cache = |config| Cache::new(device, config, pages, sequences, room.sequence_pages());
         let target_cache = cache(stack)?;
         let sizes = Sizes {
             sequences,
-            block,
+            block: room.wide(),
             chunk: CHUNK,
             injected: 0,
             head: Some(vocabulary.shape()),
@@ -254,56 +217,24 @@ impl<'a> Batch<'a> {
         let scratch = Scratch::new(device, stack, &target_cache, sizes)?;
         let draft = models.drafter.as_ref().filter(|_| block > 1).map(|(_, stack, _)| {
             let cache = cache(&stack.config)?;
-            let sizes = Sizes { injected: rows, features: Some(taps * stack.config.hidden), ..sizes };
+            let features = Some(taps * stack.config.hidden);
+            let sizes = Sizes { block, injected: sequences * block, features, ..sizes };
             let scratch = Scratch::new(device, &stack.config, &cache, sizes)?;
             Ok::<_, Error>((cache, scratch))
         });
-        let sample = Sample { rows, vocab, blocks: vocabulary.shape().blocks(), sequences };
-        let zeros = |bytes: usize, what| {
-            let buffer = device.allocate(bytes, what)?;
-            device.fill(&buffer, 0)?;
-            Ok::<_, Error>(buffer)
-        };
-        let get = |bytes: usize| device.allocate(bytes.max(16), "a round's tables");
-        let clock = zeros(8, "the round's number")?;
-        let features = |rows: usize| zeros((rows * taps * stack.hidden * 2).max(16), "features");
-        let tables = get(sample::tables().len())?;
-        device.upload(&tables, &sample::tables())?;
-        device.seal(&tables);
-        let work = Work {
-            states: zeros(sequences * Sequence::BYTES, "the state of sequences")?,
-            drafting: zeros(sequences * Sequence::BYTES, "the settings of drafts")?,
-            live: clock.slice(4, 4)?,
-            clock,
-            draft_tokens: get(rows * 4)?,
-            draft_rows: get(2 * rows * Row::BYTES)?,
-            pending: get(rows * 4)?,
-            draft_spans: get(sequences * 8)?,
-            verify_rows: get(rows * Row::BYTES)?,
-            verify_spans: get(sequences * 8)?,
-            drafts: zeros(rows * 4, "drafts")?,
-            tokens: get(rows * 4)?,
-            choices: get(rows * 4)?,
-            features: features(rows)?,
-            best: device.allocate(rows * sample.blocks * 8, "the best logits")?,
-            logits: device.allocate(rows * vocab * 4, "logits")?,
-            tables,
-            partial: device.allocate(sample.workspace(), "partial races")?,
-            counters: zeros(rows * 4, "counters of races")?,
-            accepted: get(sequences * 4)?,
-            next: get(sequences * 4)?,
-            path: zeros(rows * 4, "paths")?,
-        };
+        let work = Work::new(device, models, room, &target_cache)?;
+        let get = |bytes: usize, what| device.allocate(bytes.max(16), what);
         let numbers: Vec<u8> = (0..CHUNK as u32).flat_map(u32::to_le_bytes).collect();
         let prompt = Prompt {
-            tokens: get(CHUNK * 4)?,
-            rows: get(CHUNK * Row::BYTES)?,
-            span: get(8)?.slice(0, 8)?,
-            features: features(CHUNK)?,
-            gather: get(CHUNK * 4)?,
+            tokens: get(CHUNK * 4, "a prompt's tables")?,
+            rows: get(CHUNK * Row::BYTES, "a prompt's tables")?,
+            span: get(8, "a prompt's tables")?.slice(0, 8)?,
+            features: get(CHUNK * taps * stack.hidden * 2, "features")?,
+            gather: get(CHUNK * 4, "a prompt's tables")?,
         };
+        device.fill(&prompt.features, 0)?;
         device.upload(&prompt.gather, &numbers)?;
-        let ring = Ring::new(device, Round { sequences, block }, AHEAD + 1)?;
+        let ring = Ring::new(device, Round { sequences, block, wide: room.wide() }, AHEAD + 1)?;
         let mut batch = Batch {
             device,
             models,
@@ -319,7 +250,7 @@ impl<'a> Batch<'a> {
             slots: (0..sequences).map(|_| Slot::default()).collect(),
             enqueued: 0,
             read: 0,
-            block,
+            rows: 1,
             watched: false,
         };
         for shape in batch.shapes() {
@@ -327,115 +258,6 @@ impl<'a> Batch<'a> {
             batch.graphs.push((shape, graph));
         }
         Ok(batch)
-    }
-
-    /// Every round there is: for 1, 2, 4... sequences and for all.
-    fn shapes(&self) -> Vec<Shape> {
-        let all = self.room.sequences;
-        let counts = (0..).map(|i| 1 << i).take_while(|&count| count < all).chain([all]);
-        let kinds = [(false, false), (false, true), (true, false), (true, true)];
-        let shape = |sequences| {
-            let plain =
-                kinds.map(|(drafting, sampled)| Shape { sequences, drafting, sampled, coupled: false });
-            let coupled = Shape { sequences, drafting: true, sampled: true, coupled: true };
-            [coupled].into_iter().chain(plain)
-        };
-        counts.flat_map(shape).filter(|shape| !shape.drafting || self.draft.is_some()).collect()
-    }
-
-    fn round_of(&self, shape: Shape) -> Round {
-        Round { sequences: shape.sequences, block: if shape.drafting { self.room.block } else { 1 } }
-    }
-
-    /// The round, top to bottom.
-    fn launch(&self, shape: Shape) -> Result<()> {
-        let (device, models, w) = (self.device, self.models, &self.work);
-        let round = self.round_of(shape);
-        let Round { sequences, block } = round;
-        let (rows, vocabulary) = (sequences * block, &models.vocabulary);
-        let tables = Tables {
-            draft_tokens: &w.draft_tokens,
-            draft_rows: &w.draft_rows,
-            features: &w.pending,
-            draft_spans: &w.draft_spans,
-            verify_rows: &w.verify_rows,
-            verify_spans: &w.verify_spans,
-            clock: &w.clock,
-        };
-        let mask = models.drafter.as_ref().map_or(0, |(config, ..)| config.mask_token);
-        round.begin(device, tables, &w.states, &w.path, block, mask)?;
-        let sample = Sample { rows, vocab: vocabulary.vocab, blocks: vocabulary.shape().blocks(), sequences };
-        let pass = Pass {
-            sequences,
-            block,
-            injected: 0,
-            table: &w.verify_rows,
-            spans: &w.verify_spans,
-            masks: None,
-            prompt: None,
-            live: Some(&w.live),
-            taps: None,
-        };
-        let live = Some(&w.live);
-
-        // Draft: what the last round left for the drafter, then the block.
-        let drafting = shape.drafting;
-        if let (true, Some((config, stack, injection)), Some((cache, s))) =
-            (drafting, &models.drafter, &self.draft)
-        {
-            injection.run(device, s, rows, &w.features, &w.pending, false, live)?;
-            vocabulary.embed(device, s, &w.draft_tokens, rows, config.embedding_scale)?;
-            let pass = Pass { injected: rows, table: &w.draft_rows, spans: &w.draft_spans, ..pass };
-            stack.run(device, s, cache, &pass)?;
-            let head = Head {
-                rows,
-                vocab: vocabulary.vocab,
-                k: stack.config.hidden,
-                multiplier: config.output_multiplier,
-                softcap: config.softcap,
-            };
-            // The target's logits take their place.
-            let logits = shape.coupled.then_some(&w.logits);
-            vocabulary.head(device, stack, s, rows, head, live, &w.best, logits)?;
-            // A draft is chosen by the noise of its own position, but the sampler takes that of the one after: it gets
-            // each row the row before. What the first of a block chooses is not looked at.
-            let before = rows - usize::from(shape.coupled);
-            let table = w.draft_rows.slice(before * Row::BYTES, rows * Row::BYTES)?;
-            let races = shape.coupled.then(|| Races { sequences: &w.drafting, ..self.races() });
-            sample.launch(device, &w.drafts, &w.best, &table, races)?;
-        }
-
-        // Verify.
-        round.tokens(device, &w.tokens, &w.drafts, &w.states)?;
-        vocabulary.embed(device, &self.scratch, &w.tokens, rows, 1.0)?;
-        let taps = drafting.then_some((models.taps(), &w.features));
-        models.target.run(device, &self.scratch, &self.cache, &Pass { taps, ..pass })?;
-        self.head(0, rows, live, shape.sampled)?;
-        sample.launch(device, &w.choices, &w.best, &w.verify_rows, shape.sampled.then(|| self.races()))?;
-        let verdict = Verdict { accepted: &w.accepted, next: &w.next, path: &w.path };
-        let verify = Verify { sequences, block };
-        verify.launch(device, verdict, &w.choices, &w.tokens, None, &w.verify_spans)?;
-        round.finish(device, &w.states, &self.ring, &w.clock, verdict, &w.tokens, None)
-    }
-
-    /// The target's head over rows `first..first + rows` of its scratch.
-    fn head(&self, first: usize, rows: usize, live: Option<&Buffer>, keep: bool) -> Result<()> {
-        let (target, vocabulary, w) = (&self.models.target, &self.models.vocabulary, &self.work);
-        let (vocab, k) = (vocabulary.vocab, target.config.hidden);
-        let head = Head { rows, vocab, k, multiplier: 1.0, softcap: None };
-        let logits = keep.then_some(&w.logits);
-        vocabulary.head(self.device, target, &self.scratch, first, head, live, &w.best, logits)
-    }
-
-    fn races(&self) -> Races<'_> {
-        let w = &self.work;
-        Races {
-            logits: &w.logits,
-            sequences: &w.states,
-            tables: &w.tables,
-            partial: &w.partial,
-            counters: &w.counters,
-        }
     }
 
     /// The sequence in `slot` as it is to be when its prompt, of which it has the pages, is done.
@@ -448,7 +270,9 @@ impl<'a> Batch<'a> {
         for cache in [Some(&self.cache), self.draft.as_ref().map(|(cache, _)| cache)].into_iter().flatten() {
             device.upload(&cache.table.slice(slot * bytes.len(), bytes.len())?, &bytes)?;
         }
-        let end = self.context().min(pages.len() * PAGE);
+        // A tree's rows lie behind the positions.
+        let tree = request.drafting.tree.unwrap_or(0);
+        let end = self.context().min((pages.len() * PAGE).saturating_sub(tree));
         let draft_end = match (&self.models.drafter, request.block) {
             (Some((_, stack, _)), 2..) if self.draft.is_some() => stack.config.max_positions.min(end),
             _ => 0,
@@ -464,13 +288,15 @@ impl<'a> Batch<'a> {
             end: end as u32,
             draft_end: draft_end as u32,
             block: request.block as u32,
+            rows: request.drafting.tree.unwrap_or(request.block) as u32,
+            form: if tree > 0 { Form::BestFirst } else { Form::Chain },
             sampling: request.sampling.clone(),
             stop_ids,
             finish: Finish::Running,
             rounds: 0,
             drafted: 0,
             accepted: 0,
-            rule: Rule::Match,
+            rule: request.drafting.rule,
         })
     }
 
@@ -486,7 +312,7 @@ impl<'a> Batch<'a> {
             sequences: self.room.sequences,
         };
         let row = self.prompt.rows.slice(last * Row::BYTES, Row::BYTES)?;
-        let races = sampled.then(|| self.races());
+        let races = sampled.then(|| self.work.races());
         sample.launch(device, &self.work.choices, &self.work.best, &row, races)?;
         let mut first = [0; 4];
         device.download(&self.work.choices.slice(0, 4)?, &mut first)?;
@@ -536,7 +362,7 @@ impl<'a> Batch<'a> {
         {
             injection.run(device, s, count, &p.features, &p.gather, true, None)?;
             put(&p.rows, &rows(false, 0..draft_end))?;
-            stack.remember(device, s, cache, &p.rows, count)?;
+            stack.remember(device, s, cache, &p.rows, count, true, None)?;
             put(&p.rows, &rows(true, held..usize::MAX))?;
         }
         Ok(())
@@ -547,18 +373,18 @@ impl<'a> Batch<'a> {
         let running = |slot: &Slot| matches!(slot.phase, Phase::Running { .. });
         let taking_part = || self.slots.iter().filter(|slot| running(slot));
         let highest = self.slots.iter().rposition(running).map_or(0, |slot| slot + 1);
-        let drafting = taking_part().any(Slot::drafts);
-        let coupled = taking_part().any(|slot| slot.coupled);
-        let sampled = self.watched || coupled || taking_part().any(Slot::sampled);
+        let drawn = taking_part().any(|slot| slot.drawn);
+        let sampled = self.watched || drawn || taking_part().any(Slot::sampled);
+        let drafter = if taking_part().any(Slot::drafts) { Part::Drafts } else { Part::Rests };
         let fits = |shape: &Shape| {
-            let kind = (shape.drafting, shape.sampled, shape.coupled);
-            shape.sequences >= highest && kind == (drafting, sampled, coupled)
+            let kind = (shape.drafter, shape.sampled, shape.drawn);
+            shape.sequences >= highest && kind == (drafter, sampled, drawn)
         };
         let Some((shape, graph)) = self.graphs.iter().find(|(shape, _)| fits(shape)) else {
             return Err(Error::Internal(format!("no round for {highest} sequences was captured")));
         };
         self.device.replay(graph)?;
-        self.block = self.round_of(*shape).block;
+        self.rows = shape.rows;
         self.enqueued += 1;
         Ok(())
     }
@@ -584,28 +410,6 @@ impl<'a> Batch<'a> {
             Finish::DamagedDrafter => Err(damaged("drafter", 0)),
             _ => Ok(record),
         }
-    }
-
-    /// The round of that shape, captured anew: at any time what it was at first, or a replay would not be the round.
-    ///
-    /// # Errors
-    /// What the device says.
-    pub fn capture(&self, shape: Shape) -> Result<Graph> {
-        self.device.capture(&mut || self.launch(shape))
-    }
-
-    /// The rounds, captured.
-    pub fn graphs(&self) -> &[(Shape, Graph)] {
-        &self.graphs
-    }
-
-    /// The round of all slots, with drafts where there is a drafter.
-    ///
-    /// # Errors
-    /// [`Error::Internal`] where there is none, which is a bug.
-    pub fn largest(&self, sampled: bool) -> Result<&Graph> {
-        let found = self.graphs.iter().rfind(|(shape, _)| shape.sampled == sampled);
-        found.map(|(_, graph)| graph).ok_or_else(|| Error::Internal("no round was captured".into()))
     }
 
     /// Pages that no running sequence has.
@@ -664,17 +468,21 @@ impl Decoder for Batch<'_> {
             return Err(Error::Internal(format!("slot {slot} of {} is not free", self.slots.len())));
         };
         let (prompt, block, drafting) = (&request.prompt, request.block, &request.drafting);
-        if block > 1 && drafting.rule != Rule::Match {
-            return Err(Error::Unsupported(
-                "only the device cpu judges drafts by other rules than match".into(),
-            ));
+        let (room, tree) = (self.room, drafting.tree.unwrap_or(0));
+        if block > room.block || tree > room.tree || (drafting.rule != Rule::Match && !room.rules) {
+            let rule = drafting.rule.name();
+            return Err(Error::Internal(format!(
+                "a request of blocks of {block}, trees of {tree} and the rule {rule} in rounds that were not made for it"
+            )));
         }
-        if block > self.room.block {
-            return Err(Error::Internal(format!("a block of {block} rows in rounds of {}", self.room.block)));
+        if tree > 0 && drafting.rule != Rule::Match {
+            return Err(Error::Unsupported(format!(
+                "devices judge trees by the rule match only, not {}",
+                drafting.rule.name()
+            )));
         }
-        let positions = request.positions();
-        let positions = positions.min(self.context());
-        let pages = positions.div_ceil(PAGE);
+        let positions = request.positions().min(self.context());
+        let pages = (positions + tree).div_ceil(PAGE);
         if pages > self.room.pages {
             return Err(Error::Memory(format!(
                 "a sequence of {positions} positions needs {pages} pages of keys and values, but there are {}",
@@ -691,7 +499,7 @@ impl Decoder for Batch<'_> {
         self.device.upload(&to, &waiting.to_bytes()?)?;
         let Sampling { seed, stream, .. } = request.sampling;
         let draws = Sampling { seed, stream, ..drafting.sampling.clone() };
-        let coupled = state.draft_end > 0 && draws.temperature != 0.0;
+        let drawn = state.draft_end > 0 && (draws.temperature != 0.0 || state.rule != Rule::Match);
         let to = self.work.drafting.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         self.device.upload(&to, &Sequence { sampling: draws, ..waiting }.to_bytes()?)?;
         let own = &mut self.slots[slot];
@@ -704,7 +512,7 @@ impl Decoder for Batch<'_> {
             end if own.drafted < end => own.drafted,
             _ => own.held,
         };
-        (own.tokens, own.prompt, own.coupled) = (prompt.clone(), prompt.len(), coupled);
+        (own.tokens, own.prompt, own.drawn) = (prompt.clone(), prompt.len(), drawn);
         (own.state, own.phase) = (Some(state), Phase::Filling { at });
         Ok(Some(at))
     }
@@ -761,7 +569,7 @@ impl Decoder for Batch<'_> {
                     continue;
                 }
                 any = true;
-                let Record { tokens, judged, .. } = self.record(self.read, slot)?;
+                let Record { tokens, judged, drafted, .. } = self.record(self.read, slot)?;
                 if tokens.is_empty() {
                     return Err(Error::Internal(format!(
                         "round {} emitted nothing for the sequence in slot {slot}",
@@ -770,7 +578,6 @@ impl Decoder for Batch<'_> {
                 }
                 // All that was there before the round has its features in the drafter's pages now.
                 let own = &mut self.slots[slot];
-                let drafted = own.state.as_ref().map_or(0, |state| state.rows_at(own.held) - 1);
                 if let Some(state) = &own.state
                     && state.draft_end > 0
                 {
@@ -778,7 +585,7 @@ impl Decoder for Batch<'_> {
                 }
                 own.held += tokens.len();
                 own.tokens.extend(&tokens);
-                *emitted = Emitted { tokens, judged: judged as usize, drafted };
+                *emitted = Emitted { tokens, judged: judged as usize, drafted: drafted as usize };
             }
         }
         Ok(())
@@ -801,75 +608,17 @@ impl Decoder for Batch<'_> {
     }
 
     fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {
+        let mut on_path = [0; 4];
+        let at = (slot * self.rows + row) * 4;
+        self.device.download(&self.work.path.slice(at, 4)?, &mut on_path)?;
+        let row = u32::from_le_bytes(on_path) as usize;
+        if row >= self.rows {
+            return Err(Error::Internal(format!("slot {slot} has no such logits")));
+        }
         let bytes = self.models.vocabulary.vocab * 4;
         let mut logits = vec![0; bytes];
-        let from = self.work.logits.slice((slot * self.block + row) * bytes, bytes)?;
+        let from = self.work.logits.slice((slot * self.rows + row) * bytes, bytes)?;
         self.device.download(&from, &mut logits)?;
         Ok(logits.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
-    }
-}
-
-#[cfg(all(test, feature = "emulator"))]
-mod tests {
-    use super::*;
-    use crate::emulator::Emulator;
-    use crate::engine::{Flow, Listener, resume};
-    use crate::weights::{DEMO_DRAFTER, DEMO_TARGET};
-
-    struct Silent;
-
-    impl Listener for Silent {
-        fn token(&mut self, _: u32, _: bool) -> Result<Flow> {
-            Ok(Flow::Continue)
-        }
-    }
-
-    /// Otherwise drafting would change what plain steps wrote, and so the answers that follow.
-    #[test]
-    fn a_drafter_that_catches_up_leaves_the_targets_pages_alone() {
-        let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
-        let models = Models::load(&device, &pair, 128).unwrap();
-        let mut batch = Batch::new(&device, &models, Room::new(1, 16, 128)).unwrap();
-        let request = |prompt: &[u32], block| {
-            let sampling =
-                Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
-            Request {
-                prompt: prompt.to_vec(),
-                max_tokens: 3,
-                sampling,
-                stop_ids: vec![],
-                block,
-                drafting: Default::default(),
-            }
-        };
-        let mut said: Vec<u32> = (0..66).map(|i| 300 + i).collect();
-        said.extend(resume(&mut batch, &request(&said, 1), &mut Silent).unwrap().tokens);
-        let held = batch.slots[0].held;
-        assert_eq!((held, batch.slots[0].drafted), (68, 0));
-
-        // Bits that no pass would write.
-        let stack = &pair.target.config.stack;
-        let (layers, row) = (stack.attention.len(), stack.head_dim * 2);
-        let buffer = |batch: &Batch, layer: usize| batch.cache.keys[layer].clone();
-        let pages = |batch: &Batch, layer| {
-            let mut bytes = vec![0; buffer(batch, layer).bytes()];
-            device.download(&buffer(batch, layer), &mut bytes).unwrap();
-            bytes
-        };
-        let marked: Vec<Vec<u8>> =
-            (0..layers).map(|i| pages(&batch, i).iter().map(|byte| byte ^ 1).collect()).collect();
-        (0..layers).for_each(|i| device.upload(&buffer(&batch, i), &marked[i]).unwrap());
-        said.push(7);
-        assert_eq!(batch.join(0, &request(&said, 16), true), Ok(Some(0)));
-        assert!(batch.prefill(0).unwrap().next.is_some());
-        for (layer, marked) in marked.iter().enumerate() {
-            let now = pages(&batch, layer);
-            for (at, head) in (0..said.len()).flat_map(|at| (0..stack.kv_heads).map(move |head| (at, head))) {
-                let page = batch.slots[0].pages[at / PAGE] as usize;
-                let begin = ((page * stack.kv_heads + head) * PAGE + at % PAGE) * row;
-                let kept = now[begin..begin + row] == marked[begin..begin + row];
-                assert_eq!(kept, at < held, "layer {layer}, head {head}, position {at}");
-            }
-        }
     }
 }

@@ -9,7 +9,7 @@ mod program;
 mod support;
 
 use bench::{bench, record, refused, row};
-use dflash::memory::{MemoryPlan, Overhead};
+use dflash::memory::{MemoryPlan, Overhead, Room};
 use dflash::pair::Pair;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
 use library::library;
@@ -191,7 +191,7 @@ fn a_target_alone_has_plain_steps() {
 fn round_refuses_in_a_sentence() {
     // What the emulator has, and positions for the rounds, which the flag does not tell.
     let pair = Pair::drawn(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
-    let most = MemoryPlan::largest_context(&pair, 1000, 16, 16 << 30, Overhead::NONE).unwrap();
+    let most = MemoryPlan::largest_context(&pair, Room::new(1000, 16, 1), 16 << 30, Overhead::NONE).unwrap();
     let fits = most - 272;
     assert!(most < 4096 && fits > 1000);
     for (args, code, part) in [

@@ -5,7 +5,7 @@ mod kernel;
 
 use dflash::device::{Buffer, Device};
 use dflash::emulator::Emulator;
-use dflash::kernels::round::{Finish, Sequence};
+use dflash::kernels::round::{Finish, Form, Sequence};
 use dflash::kernels::sample::{Races, Sample, tables};
 use dflash::kernels::verify::{Verdict, Verify};
 use dflash::rules::Rule;
@@ -28,6 +28,8 @@ fn sequence(sampling: Sampling) -> Sequence {
         end: 0,
         draft_end: 0,
         block: 0,
+        rows: 1,
+        form: Form::Chain,
         sampling,
         stop_ids: vec![],
         finish: Finish::Running,

@@ -220,15 +220,15 @@ fn a_round_is_five_launches_a_layer_and_thirteen() {
         };
         let graphs = batch.graphs().iter();
         graphs
-            .map(|(shape, graph)| (shape.sequences, shape.drafting, count(&graph.nodes)))
+            .map(|(shape, graph)| (shape.sequences, shape.drafts(), count(&graph.nodes)))
             .collect::<Vec<_>>()
     };
     // begin, tokens, embed, norm, head, sample, verify, finish; with a drafter inject, embed, norm, head, sample too.
     let (plain, drafting) = (5 * 6 + 8, 5 * (6 + 3) + 13);
     let both = |sequences| [(sequences, false, plain), (sequences, false, plain)];
     assert_eq!(launches(1), [1, 2, 4, 5].map(both).concat());
-    // With drafts: coupled, greedy, sampled.
-    let all = |n| [&[(n, true, drafting)][..], &both(n), &[(n, true, drafting); 2]].concat();
+    // With drafts: greedy, sampled, coupled.
+    let all = |n| [&both(n)[..], &[(n, true, drafting); 3]].concat();
     assert_eq!(launches(16), [1, 2, 4, 5].map(all).concat());
 }
 

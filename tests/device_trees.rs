@@ -10,7 +10,7 @@ use dflash::emulator::Emulator;
 use dflash::kernels::PAGE;
 use dflash::kernels::choices::Choices;
 use dflash::kernels::compact::Compact;
-use dflash::kernels::round::{Finish, Record, Ring, Round, Sequence, Tables};
+use dflash::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables};
 use dflash::kernels::sample::tables;
 use dflash::kernels::tree::{TreeBuild, Trees};
 use dflash::kernels::verify::{Verdict, Verify};
@@ -187,6 +187,8 @@ fn sequence(active: bool, length: u32, anchor: u32, levels: u32) -> Sequence {
         end: 1 << 20,
         draft_end: length + levels + 1,
         block: 64,
+        rows: 64,
+        form: Form::BestFirst,
         sampling,
         stop_ids: vec![],
         finish: Finish::Running,
@@ -197,11 +199,19 @@ fn sequence(active: bool, length: u32, anchor: u32, levels: u32) -> Sequence {
     }
 }
 
-/// A batch of trees to be built. `choices[sequence][level]`; `None`: a damaged row.
+/// A batch of trees to be built. `choices[sequence][level]`; `None`: a damaged row. Of those that draft chains `drafts`
+/// `[sequences][block]` counts.
 struct Forest {
     build: TreeBuild,
     sequences: Vec<Sequence>,
     choices: Vec<Vec<Option<Vec<Choice>>>>,
+    drafts: Vec<u32>,
+}
+
+/// Rows of a block of the sequence.
+fn depth(s: &Sequence, block: usize) -> usize {
+    let room = |end: u32| (end as usize).saturating_sub(s.length as usize);
+    (s.block as usize).min(block).min(room(s.draft_end)).min(room(s.end).saturating_sub(1)).max(1)
 }
 
 /// What is left of a launch, all as words.
@@ -215,13 +225,16 @@ struct Built {
 }
 
 impl Forest {
-    fn random(random: &mut Random, block: usize, rows: usize, most: usize) -> Forest {
+    fn random(random: &mut Random, block: usize, wide: usize, most: usize) -> Forest {
         let count = 1 + random.below(6);
         let (mut sequences, mut all) = (vec![], vec![]);
         for _ in 0..count {
             let levels = [block - 1, random.below(block)][random.below(2)];
             let (length, anchor) = (1 + random.below(4000) as u32, random.below(9) as u32);
-            sequences.push(sequence(random.below(8) > 0, length, anchor, levels as u32));
+            let mut state = sequence(random.below(8) > 0, length, anchor, levels as u32);
+            state.rows = [64, 1 + random.below(64) as u32][random.below(2)];
+            state.form = if random.below(4) == 0 { Form::Chain } else { Form::BestFirst };
+            sequences.push(state);
             // Few different costs make many ties; wide ones a few.
             let spread = [1, 2, 4, 40, 1 << 20][random.below(5)];
             let damaged = random.below(12) == 0;
@@ -238,7 +251,10 @@ impl Forest {
             }
             all.push(levels);
         }
-        Forest { build: TreeBuild { sequences: count, block, rows, most }, sequences, choices: all }
+        let drafts =
+            (0..count * block).map(|_| [random.below(9) as u32, NONE][usize::from(random.below(40) == 0)]);
+        let (build, drafts) = (TreeBuild { sequences: count, block, wide, most }, drafts.collect());
+        Forest { build, sequences, choices: all, drafts }
     }
 
     fn run(&self, device: &dyn Device) -> Built {
@@ -265,13 +281,14 @@ impl Forest {
     }
 
     fn launch(&self, device: &dyn Device, list: &[u32], counts: &[u32], states: &[u8]) -> Built {
-        let TreeBuild { sequences, rows, .. } = self.build;
+        let TreeBuild { sequences, wide: rows, .. } = self.build;
         let words = |count: usize| poisoned::<u32>(device, sequences * count);
         let (tokens, parents, masks) = (words(rows), words(rows), words(rows * 2));
         let (table, spans) = (words(rows * 4), words(2));
         let trees = Trees { tokens: &tokens, parents: &parents, masks: &masks, table: &table, spans: &spans };
         let (list, counts, states) = (upload(device, list), upload(device, counts), upload(device, states));
-        self.build.launch(device, trees, &list, &counts, &states).unwrap();
+        let drafts = upload(device, &self.drafts);
+        self.build.launch(device, trees, &list, &counts, &drafts, &states).unwrap();
         Built {
             tokens: download(device, &tokens),
             parents: download(device, &parents),
@@ -282,16 +299,21 @@ impl Forest {
     }
 
     fn expected(&self) -> Built {
-        let TreeBuild { block, rows, .. } = self.build;
+        let TreeBuild { block, wide, .. } = self.build;
         let (mut tokens, mut parents, mut masks) = (vec![], vec![], vec![]);
         let (mut table, mut spans) = (vec![], vec![]);
         for (own, (state, choices)) in self.sequences.iter().zip(&self.choices).enumerate() {
-            let levels = state.rows_at(state.length as usize).min(block) - 1;
+            let (levels, rows) = (depth(state, block) - 1, wide.min(state.rows as usize));
             let known: Option<Vec<Vec<Choice>>> = choices[..levels].iter().cloned().collect();
             let mut tree = Tree::best_first(state.anchor, known.as_deref().unwrap_or_default(), rows);
             if known.is_none() && rows > 1 {
                 let damaged = [vec![Choice { token: NONE, cost: 0 }]];
                 tree = Tree::best_first(state.anchor, &damaged, 2);
+            }
+            if state.form == Form::Chain {
+                let draft = |token: &u32| vec![Choice { token: *token, cost: 0 }];
+                let drafts: Vec<_> = self.drafts[own * block + 1..][..levels].iter().map(draft).collect();
+                tree = Tree::best_first(state.anchor, &drafts, rows);
             }
             let count = if state.active { tree.rows() } else { 0 };
             let at = tokens.len();
@@ -303,10 +325,10 @@ impl Forest {
                 table.extend([own as u32, position, slot, (at + row) as u32]);
             }
             spans.extend(if count > 0 { [state.length, count as u32] } else { [0, 0] });
-            tokens.resize(at + rows, NONE);
-            parents.resize(at + rows, 0);
-            masks.resize(at + rows, 0);
-            (count..rows).for_each(|_| table.extend([NONE, 0, NONE, NONE]));
+            tokens.resize(at + wide, NONE);
+            parents.resize(at + wide, 0);
+            masks.resize(at + wide, 0);
+            (count..wide).for_each(|_| table.extend([NONE, 0, NONE, NONE]));
         }
         Built { tokens, parents, masks, table, spans }
     }
@@ -362,7 +384,8 @@ fn trees_of_the_drafters_own_choices_are_the_hosts() {
         let level = |random: &mut Random| choices(&random.normals(vocab, scale), most);
         let levels = (1..block).map(|_| level(&mut random)).collect();
         let forest = Forest {
-            build: TreeBuild { sequences: 1, block, rows, most },
+            drafts: vec![0; block],
+            build: TreeBuild { sequences: 1, block, wide: rows, most },
             sequences: vec![sequence(true, 100, 3, 15)],
             choices: vec![levels],
         };
@@ -548,13 +571,12 @@ fn garbage_in_paths_stays_inside_the_cache() {
 fn rounds_of_trees(device: &dyn Device, turn: usize) {
     let (block, rows, most, count) = [(16, 64, 63, 3), (8, 20, 5, 2), (16, 9, 8, 4)][turn % 3];
     let mut random = Random::new(60 + turn as u64);
-    let round = Round { sequences: count, block };
-    let trees = Round { sequences: count, block: rows };
+    let round = Round { sequences: count, block, wide: rows };
     let words = |each: usize| poisoned::<u32>(device, count * each);
     let [draft_tokens, features, draft_rows, draft_spans] = [block, block, block * 8, 2].map(words);
     let [tokens, parents, masks, table, spans] = [rows, rows, rows * 2, rows.max(block) * 4, 2].map(words);
     let [accepted, next, path] = [1, 1, rows].map(words);
-    let (clock, ring) = (upload(device, &[0u32; 2]), Ring::new(device, trees, 2).unwrap());
+    let (clock, ring) = (upload(device, &[0u32; 3]), Ring::new(device, round, 2).unwrap());
     let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
     let mut all: Vec<Sequence> =
         (0..count).map(|i| sequence(true, 100 + i as u32, 1, 15 + random.below(3000) as u32)).collect();
@@ -571,7 +593,7 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
             verify_spans: &spans,
             clock: &clock,
         };
-        round.begin(device, tables, &states, &path, rows, 99).unwrap();
+        round.begin(device, tables, &states, &path, true, 99).unwrap();
         // What the drafter is to see: rows of the last pass, in the order of the path.
         let found: Vec<u32> = download(device, &features);
         for (own, path) in paths.iter().enumerate() {
@@ -590,12 +612,14 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
                 .flatten()
                 .for_each(|level| *level = Some(level.take().unwrap_or_default()));
         }
+        forest.drafts = (0..count * block).map(|_| random.below(9) as u32).collect();
         forest.sequences = all.clone();
         let expected = forest.expected();
         let (list, counts) = forest.inputs();
         let (list, counts) = (upload(device, &list), upload(device, &counts));
         let to = Trees { tokens: &tokens, parents: &parents, masks: &masks, table: &table, spans: &spans };
-        forest.build.launch(device, to, &list, &counts, &states).unwrap();
+        let drafts = upload(device, &forest.drafts);
+        forest.build.launch(device, to, &list, &counts, &drafts, &states).unwrap();
         // Most rows choose what one of their children is.
         let child = |i: usize, row: usize| {
             let children = (1..rows).filter(|&child| expected.parents[i - row + child] as usize == row);
@@ -608,13 +632,13 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
         Verify { sequences: count, block: rows }
             .launch(device, verdict, &chosen, &tokens, Some(&parents), &spans)
             .unwrap();
-        trees.finish(device, &states, &ring, &clock, verdict, &tokens, Some(&spans)).unwrap();
+        round.finish(device, &states, &ring, &clock, verdict, &tokens, &spans).unwrap();
 
         let bytes = bytes_of(device, &states);
         for (own, state) in all.iter_mut().enumerate() {
             let (at, there) = (own * rows, expected.spans[own * 2 + 1] as usize);
             let (tokens, parents) = (&expected.tokens[at..][..there], &expected.parents[at..][..there]);
-            let mut record = Record { tokens: vec![], judged: 0, finish: state.finish };
+            let mut record = Record { tokens: vec![], judged: 0, finish: state.finish, drafted: 0, stood: 0 };
             paths[own].clear();
             if there > 0 && tokens[1..].contains(&NONE) {
                 (record.finish, state.finish, state.active) =
@@ -624,6 +648,8 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
                 let (way, next) = walk(tokens, parents, |row| Some(choices[at + row])).unwrap();
                 record.tokens = way[1..].iter().map(|&row| tokens[row]).chain([next]).collect();
                 record.judged = way.len() as u32;
+                record.drafted = there as u32 - 1;
+                record.stood = way.iter().map(|row| 1 << row).sum();
                 record.tokens.truncate(state.budget as usize);
                 let kept = record.tokens.len();
                 state.length += kept as u32;
@@ -677,8 +703,8 @@ fn launchers_refuse_sizes_outside_their_limits_and_short_buffers() {
     let trees = Trees { tokens: &short, parents: &short, masks: &short, table: &short, spans: &short };
     for (rows, most, what) in [(0, 1, "1 to 64"), (65, 1, "1 to 64"), (64, 64, "1 to 63"), (64, 63, "tokens")]
     {
-        let kernel = TreeBuild { sequences: 1, block: 16, rows, most };
-        refused(what, kernel.launch(device, trees, &short, &short, &short));
+        let kernel = TreeBuild { sequences: 1, block: 16, wide: rows, most };
+        refused(what, kernel.launch(device, trees, &short, &short, &short, &short));
     }
     let shape =
         Compact { sequences: 1, rows: 4, layers: 1, kv_heads: 1, head_dim: 64, pages: 1, sequence_pages: 1 };

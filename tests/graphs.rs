@@ -8,7 +8,7 @@ use dflash::device::{Arg, Buffer, Device, Node};
 use dflash::engine::{Decoder, Emitted, Request};
 use dflash::memory::Room;
 use dflash::pair::Pair;
-use dflash::rounds::{Batch, Models, Shape};
+use dflash::rounds::{Batch, Models, Part, Shape};
 use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
 use kernel::*;
@@ -102,8 +102,9 @@ impl Drive {
         let highest = self.running().last().map_or(0, |(slot, _)| slot + 1);
         let drafting = self.running().any(|(_, request)| request.block > 1);
         let sampled = self.running().any(|(_, request)| request.sampling.temperature != 0.0);
-        let kind = |s: &Shape| (s.drafting, s.sampled, s.coupled);
-        let fits = |s: &Shape| s.sequences >= highest && kind(s) == (drafting, sampled, false);
+        let drafter = if drafting { Part::Drafts } else { Part::Rests };
+        let kind = |s: &Shape| (s.drafter, s.sampled, s.drawn);
+        let fits = |s: &Shape| s.sequences >= highest && kind(s) == (drafter, sampled, false);
         batch.graphs().iter().map(|(shape, _)| *shape).find(fits).unwrap()
     }
 }
@@ -184,8 +185,8 @@ fn replays_leave_the_bits_of_fresh_launches() {
             let end = first.len() - 1;
             (pairs(first, second), pairs(&first[end..], &second[end..]))
         };
-        // The states, the ring, the clock, the verdict and the tokens.
-        assert!(last.len() == 7 && all.len() > 60, "{} {}", last.len(), all.len());
+        // The states, the ring, the clock, the verdict, the tokens and their spans.
+        assert!(last.len() == 8 && all.len() > 60, "{} {}", last.len(), all.len());
         while drive.change(&mut batches, round, false) {
             let shape = drive.shape(&batches[1]);
             drive.round(&mut batches[0]);
@@ -205,7 +206,7 @@ fn replays_leave_the_bits_of_fresh_launches() {
             }
         }
         let any = |of: fn(&Shape) -> bool| seen.iter().any(of);
-        assert!(any(|s| !s.drafting) && any(|s| s.drafting && s.sampled), "{seen:?}");
+        assert!(any(|s| !s.drafts()) && any(|s| s.drafts() && s.sampled), "{seen:?}");
         assert!(any(|s| s.sequences == 1) && any(|s| s.sequences == 3), "{seen:?}");
     });
 }

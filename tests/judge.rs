@@ -5,7 +5,7 @@ mod kernel;
 
 use dflash::device::Device;
 use dflash::emulator::Emulator;
-use dflash::kernels::round::{Finish, Sequence};
+use dflash::kernels::round::{Finish, Form, Sequence};
 use dflash::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
 use dflash::kernels::sample::tables;
 use dflash::kernels::verify::Verdict;
@@ -40,6 +40,8 @@ impl Request {
             end: 0,
             draft_end: 0,
             block: 0,
+            rows: 64,
+            form: Form::Chain,
             sampling: sampling.clone(),
             stop_ids: vec![],
             finish: Finish::Running,
@@ -109,6 +111,16 @@ impl Batch {
         best
     }
 
+    /// `[sequences][block][each]` as `[sequences][wide][each]`.
+    fn widened<T: Copy>(&self, all: &[T], each: usize, wide: usize, filling: T) -> Vec<T> {
+        let widen = |one: &[T]| {
+            let mut one = one.to_vec();
+            one.resize(wide * each, filling);
+            one
+        };
+        all.chunks(self.block * each).flat_map(widen).collect()
+    }
+
     /// Rows that take part have a sequence.
     fn table(&self) -> Vec<u32> {
         let row = |(own, request): (usize, &Request)| {
@@ -129,15 +141,22 @@ impl Batch {
             upload(device, &self.requests.iter().flat_map(|r| r.state(of(r))).collect::<Vec<u8>>())
         };
         let (own, draft) = (states(|r| &r.sampling), states(|r| &r.drafting));
-        let (table, tables) = (upload(device, &self.table()), constant(device, &tables()));
-        let [target_logits, draft_logits] = [&self.target, &self.drafter].map(|l| upload(device, l));
-        let [target_laws, draft_laws] = [(); 2].map(|()| poisoned::<u8>(device, rows * LAW_BYTES));
+        // A verification may have room for more rows than a block has.
+        let wide = (self.block + self.vocab % 3).min(64);
+        let widen = Rules { block: wide, ..kernels };
+        let tables = constant(device, &tables());
+        let target_logits = upload(device, &self.widened(&self.target, self.vocab, wide, 7.0));
+        let draft_logits = upload(device, &self.drafter);
+        let target_laws = poisoned::<u8>(device, sequences * wide * LAW_BYTES);
+        let draft_laws = poisoned::<u8>(device, rows * LAW_BYTES);
         let target = Rows { logits: &target_logits, laws: &target_laws };
         let drafter = Rows { logits: &draft_logits, laws: &draft_laws };
-        for (what, logits, states) in [(target, &self.target, &own), (drafter, &self.drafter, &draft)] {
-            let best = upload(device, &self.best(logits));
-            kernels.law(device, what, &best, &table, states, &tables).unwrap();
-        }
+        let best = self.best(&self.target);
+        let best = upload(device, &self.widened(&best, best.len() / rows, wide, 5));
+        let wide_table = upload(device, &self.widened(&self.table(), 4, wide, NONE));
+        widen.law(device, target, &best, &wide_table, &own, &tables).unwrap();
+        let (best, table) = (upload(device, &self.best(&self.drafter)), upload(device, &self.table()));
+        kernels.law(device, drafter, &best, &table, &draft, &tables).unwrap();
         let drafts = upload(device, &vec![OLD; rows]);
         kernels.draw(device, &drafts, drafter, &table, &own, &tables).unwrap();
         let drafts: Vec<u32> = download(device, &drafts);
@@ -146,18 +165,28 @@ impl Batch {
         let tokens: Vec<u32> = self.tokens.iter().enumerate().map(token).collect();
         let spans: Vec<u32> = self.requests.iter().flat_map(|r| [r.length, r.rows as u32]).collect();
         let [accepted, next] = [(); 2].map(|()| upload(device, &vec![OLD; sequences]));
-        let path = upload(device, &vec![OLD; rows]);
+        let path = upload(device, &vec![OLD; sequences * wide]);
         let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
-        let (spans, on_device) = (upload(device, &spans), upload(device, &tokens));
+        let (spans, on_device) = (upload(device, &spans), upload(device, &self.widened(&tokens, 1, wide, 3)));
         let (partial, counters) = (poisoned::<u64>(device, rows), upload(device, &vec![0u32; sequences]));
-        let judged = Judged { tokens: &on_device, spans: &spans, partial: &partial, counters: &counters };
+        let judged =
+            Judged { wide, tokens: &on_device, spans: &spans, partial: &partial, counters: &counters };
         // Twice: a graph is replayed without anybody clearing the counters.
         for _ in 0..2 {
             kernels.judge(device, verdict, target, drafter, judged, &own, &tables).unwrap();
             assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are left at zero");
         }
         let [accepted, next, path] = [&accepted, &next, &path].map(|b| download::<u32>(device, b));
-        let laws = [&target_laws, &draft_laws].map(|laws| bytes_of(device, laws));
+        // What lies behind the blocks is left out again: no law, and no way.
+        let narrow = |all: &[u8], each: usize| {
+            let of = |one: &[u8]| one[..self.block * each].to_vec();
+            all.chunks(wide * each).flat_map(of).collect::<Vec<u8>>()
+        };
+        let kept =
+            path.chunks(wide).all(|way| way[self.block..].iter().all(|&row| [OLD, NONE].contains(&row)));
+        assert!(kept, "{path:?}");
+        let path = from_bytes(&narrow(&to_bytes(&path), 4));
+        let laws = [narrow(&bytes_of(device, &target_laws), LAW_BYTES), bytes_of(device, &draft_laws)];
         Outcome { laws, drafts, tokens, accepted, next, path }
     }
 
@@ -560,7 +589,13 @@ fn garbage_stays_inside_the_buffers() {
             let (partial, best) = (noise(rows * 8), noise(rows * kernels.blocks * 8));
             let counters = upload(device, &vec![0u32; sequences]);
             let tables = constant(device, &tables());
-            let judged = Judged { tokens: &tokens, spans: &spans, partial: &partial, counters: &counters };
+            let judged = Judged {
+                wide: block,
+                tokens: &tokens,
+                spans: &spans,
+                partial: &partial,
+                counters: &counters,
+            };
             let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
             kernels.draw(device, &drafts, drafter, &table, &states, &tables).unwrap();
             kernels.judge(device, verdict, target, drafter, judged, &states, &tables).unwrap();

@@ -257,7 +257,7 @@ fn draft_equals_the_reference(device: &dyn Device, pair: &Pair) {
     rig.injection.run(device, s, known, &prompt, &upload(device, &numbers), true, None).unwrap();
     let mut table = rows_at(0, 0, known);
     table.chunks_mut(Row::BYTES).for_each(|row| row[12..].fill(0xff));
-    rig.draft_stack.remember(device, s, cache, &upload(device, &table), known).unwrap();
+    rig.draft_stack.remember(device, s, cache, &upload(device, &table), known, true, None).unwrap();
 
     let last = upload(device, &features[known * width..]);
     let gather: Vec<u32> =

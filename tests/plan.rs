@@ -218,7 +218,8 @@ fn the_largest_context_fits_and_a_page_more_does_not() {
         let plan = |pages: usize| MemoryPlan::new(pair, Room::new(2, block, pages * PAGE)).unwrap();
         for overhead in [Overhead::NONE, Overhead::GPU] {
             let needed = |pages| plan(pages).needed(overhead);
-            let largest = |free| MemoryPlan::largest_context(pair, 2, block, free, overhead).unwrap();
+            let largest =
+                |free| MemoryPlan::largest_context(pair, Room::new(2, block, 1), free, overhead).unwrap();
             assert_eq!(largest(needed(1) - 1), 0);
             assert_eq!(largest(usize::MAX), most);
             // On a GPU several numbers of pages need as much.
@@ -230,7 +231,8 @@ fn the_largest_context_fits_and_a_page_more_does_not() {
         }
         // As the emulator has it.
         for free in [plan(1).needed(Overhead::NONE), plan(3).needed(Overhead::NONE) - 1] {
-            let largest = MemoryPlan::largest_context(pair, 2, block, free, Overhead::NONE).unwrap();
+            let largest =
+                MemoryPlan::largest_context(pair, Room::new(2, block, 1), free, Overhead::NONE).unwrap();
             let runs = |positions: usize| {
                 let (device, room) = (Emulator::with_memory(free as u64), Room::new(2, block, positions));
                 let models = Models::load(&device, pair, positions);

@@ -7,7 +7,7 @@ mod kernel;
 use dflash::Error;
 use dflash::device::{Buffer, Device, Graph};
 use dflash::emulator::{Emulator, Schedule};
-use dflash::kernels::round::{Finish, Record, Ring, Round, STOP_IDS, Sequence, Tables};
+use dflash::kernels::round::{Finish, Form, Record, Ring, Round, STOP_IDS, Sequence, Tables};
 use dflash::kernels::verify::{Verdict, Verify};
 use dflash::rules::Rule;
 use dflash::verify::{Sampling, walk};
@@ -17,9 +17,36 @@ const NONE: u32 = u32::MAX;
 const MASK: u32 = 99;
 const PLACES: usize = 3;
 
+/// Rounds of several sizes that share what they work on.
+#[derive(Clone, Copy)]
+struct Sizes {
+    sequences: usize,
+    block: usize,
+    /// Rows that a round verifies of a sequence: of rounds with drafts, in turn.
+    wide: [usize; 2],
+    trees: bool,
+}
+
+impl Sizes {
+    fn of(sequences: usize, block: usize, trees: bool) -> Sizes {
+        Sizes { sequences, block, wide: [block; 2], trees }
+    }
+
+    fn most(&self) -> usize {
+        self.wide[0].max(self.wide[1])
+    }
+
+    /// The round of that kind, and whether it drafts.
+    fn kind(&self, kind: usize) -> (Round, bool) {
+        let Sizes { sequences, block, wide, .. } = *self;
+        let (wide, drafts) = if kind < 2 { (wide[kind], true) } else { (1, false) };
+        (Round { sequences, block, wide }, drafts)
+    }
+}
+
 /// All that rounds work on, but the models.
 struct Place {
-    round: Round,
+    sizes: Sizes,
     sequences: Buffer,
     draft_tokens: Buffer,
     draft_rows: Buffer,
@@ -39,28 +66,28 @@ struct Place {
 }
 
 impl Place {
-    fn new(device: &dyn Device, sequences: usize, block: usize, trees: bool) -> Place {
-        let round = Round { sequences, block };
+    fn new(device: &dyn Device, sizes: Sizes) -> Place {
+        let Sizes { sequences, block, trees, .. } = sizes;
         let words = |count: usize| poisoned::<u32>(device, count);
-        let rows = sequences * block;
+        let (drafted, rows) = (sequences * block, sequences * sizes.most());
         Place {
-            round,
+            sizes,
             sequences: upload(device, &vec![0u8; sequences * Sequence::BYTES]),
-            draft_tokens: words(rows),
-            draft_rows: words(2 * rows * 4),
-            features: words(rows),
+            draft_tokens: words(drafted),
+            draft_rows: words(2 * drafted * 4),
+            features: words(drafted),
             draft_spans: words(sequences * 2),
             verify_rows: words(rows * 4),
             verify_spans: words(sequences * 2),
-            clock: upload(device, &[0u32; 2]),
-            drafts: words(rows),
+            clock: upload(device, &[0u32; 3]),
+            drafts: words(drafted),
             choices: words(rows),
             tokens: words(rows),
             parents: trees.then(|| words(rows)),
             accepted: words(sequences),
             next: words(sequences),
             path: words(rows),
-            ring: Ring::new(device, round, PLACES).unwrap(),
+            ring: Ring::new(device, Round { wide: sizes.most(), ..sizes.kind(0).0 }, PLACES).unwrap(),
         }
     }
 
@@ -76,13 +103,14 @@ impl Place {
         }
     }
 
-    /// A round's launches, the passes of the models left out.
-    fn launch(&self, device: &dyn Device) -> dflash::Result<()> {
-        let Round { sequences, block } = self.round;
+    /// The launches of a round of that kind, the passes of the models left out.
+    fn launch(&self, device: &dyn Device, kind: usize) -> dflash::Result<()> {
+        let (round, drafts) = self.sizes.kind(kind);
+        let Round { sequences, wide, .. } = round;
         let verdict = Verdict { accepted: &self.accepted, next: &self.next, path: &self.path };
-        self.round.begin(device, self.tables(), &self.sequences, &self.path, block, MASK)?;
-        self.round.tokens(device, &self.tokens, &self.drafts, &self.sequences)?;
-        Verify { sequences, block }.launch(
+        round.begin(device, self.tables(), &self.sequences, &self.path, drafts, MASK)?;
+        round.tokens(device, &self.tokens, &self.drafts, &self.sequences, &self.verify_spans)?;
+        Verify { sequences, block: wide }.launch(
             device,
             verdict,
             &self.choices,
@@ -90,11 +118,16 @@ impl Place {
             self.parents.as_ref(),
             &self.verify_spans,
         )?;
-        self.round.finish(device, &self.sequences, &self.ring, &self.clock, verdict, &self.tokens, None)
+        self.finish(device, kind, verdict)
     }
 
-    fn capture(&self, device: &dyn Device) -> Graph {
-        device.capture(&mut || self.launch(device)).unwrap()
+    fn finish(&self, device: &dyn Device, kind: usize, verdict: Verdict) -> dflash::Result<()> {
+        let (round, spans) = (self.sizes.kind(kind).0, &self.verify_spans);
+        round.finish(device, &self.sequences, &self.ring, &self.clock, verdict, &self.tokens, spans)
+    }
+
+    fn capture(&self, device: &dyn Device, kind: usize) -> Graph {
+        device.capture(&mut || self.launch(device, kind)).unwrap()
     }
 
     fn join(&self, device: &dyn Device, place: usize, sequence: &Sequence) {
@@ -104,10 +137,13 @@ impl Place {
 
     /// What the models and the tree's builder leave for a round.
     fn feed(&self, device: &dyn Device, inputs: &Inputs) {
-        device.upload(&self.drafts, &to_bytes(&inputs.drafts)).unwrap();
-        device.upload(&self.choices, &to_bytes(&inputs.choices)).unwrap();
+        let put = |to: &Buffer, words: &[u32]| {
+            device.upload(&to.slice(0, words.len() * 4).unwrap(), &to_bytes(words)).unwrap();
+        };
+        put(&self.drafts, &inputs.drafts);
+        put(&self.choices, &inputs.choices);
         if let Some(parents) = &self.parents {
-            device.upload(parents, &to_bytes(&inputs.parents)).unwrap();
+            put(parents, &inputs.parents);
         }
     }
 
@@ -132,7 +168,7 @@ impl Place {
     }
 }
 
-/// Drafts, the target's choices, and trees, all [sequences][block].
+/// Drafts [sequences][block]; the target's choices, and trees, [sequences][wide].
 struct Inputs {
     drafts: Vec<u32>,
     choices: Vec<u32>,
@@ -140,19 +176,20 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(random: &mut Random, sequences: usize, block: usize, trees: bool) -> Inputs {
+    fn new(random: &mut Random, sizes: Sizes, wide: usize) -> Inputs {
+        let Sizes { sequences, block, trees, .. } = sizes;
         let mut word = || match random.below(150) {
             0 => NONE,
             i => (i % 2 + i / 149) as u32,
         };
-        let mut words = || (0..sequences * block).map(|_| word()).collect();
-        let (drafts, choices) = (words(), words());
+        let mut words = |count: usize| (0..count).map(|_| word()).collect();
+        let (drafts, choices) = (words(sequences * block), words(sequences * wide));
         let parent = |row: usize| match row {
             0 => 0,
             _ if trees => random.below(row) as u32,
             _ => row as u32 - 1,
         };
-        let parents = (0..sequences * block).map(|i| i % block).map(parent).collect();
+        let parents = (0..sequences * wide).map(|i| i % wide).map(parent).collect();
         Inputs { drafts, choices, parents }
     }
 }
@@ -160,16 +197,16 @@ impl Inputs {
 /// A sequence as a program without devices would keep it; `sequence` is what the device's must be.
 fn model_round(
     sequence: &mut Sequence,
-    block: usize,
+    (round, drafting): (Round, bool),
     drafts: &[u32],
     choices: &[u32],
     parents: &[u32],
 ) -> Record {
-    let idle = |sequence: &Sequence| Record { tokens: vec![], judged: 0, finish: sequence.finish };
+    let idle = |s: &Sequence| Record { tokens: vec![], judged: 0, finish: s.finish, drafted: 0, stood: 0 };
     if !sequence.active {
         return idle(sequence);
     }
-    let rows = rows(sequence, block);
+    let rows = rows(sequence, round, drafting).1;
     sequence.rounds += 1;
     let tokens = [&[sequence.anchor], &drafts[1..rows]].concat();
     let end = |sequence: &mut Sequence, finish| {
@@ -208,25 +245,36 @@ fn model_round(
         }
     }
     sequence.pending = if sequence.draft_end > start { kept.len() as u32 } else { 0 };
-    Record { tokens: kept, judged: judged.len() as u32, finish: sequence.finish }
+    let stood = path.iter().map(|row| 1 << row).sum();
+    let (judged, finish) = (judged.len() as u32, sequence.finish);
+    Record { tokens: kept, judged, finish, drafted: rows as u32 - 1, stood }
 }
 
-/// As `engine::generate` has it.
-fn rows(sequence: &Sequence, block: usize) -> usize {
+/// Rows of a block, and those of them that are verified.
+fn rows(sequence: &Sequence, round: Round, drafts: bool) -> (usize, usize) {
     let by_drafter = (sequence.draft_end as usize).saturating_sub(sequence.length as usize).max(1);
     let by_context = (sequence.end - 1 - sequence.length) as usize;
-    (sequence.block as usize).min(block).min(by_drafter).min(by_context).max(1)
+    let block = (sequence.block as usize).min(round.block).min(by_drafter).min(by_context).max(1);
+    let block = if drafts { block } else { 1 };
+    (block, block.min(sequence.rows as usize).min(round.wide))
 }
 
 /// What `round_begin` and `round_tokens` must make of the state before a round: draft tokens, draft rows, draft spans,
-/// verify rows, verify spans, verify tokens, rows of pending features. `path` as the round before left it.
-fn model_tables(all: &[Sequence], block: usize, inputs: &Inputs, path: &[u32]) -> [Vec<u32>; 7] {
+/// verify rows, verify spans, verify tokens, rows of pending features. `path` as the round before left it, with so many
+/// `columns`.
+fn model_tables(
+    all: &[Sequence],
+    (round, drafting): (Round, bool),
+    inputs: &Inputs,
+    (path, columns): (&[u32], usize),
+) -> [Vec<u32>; 7] {
+    let Round { block, wide, .. } = round;
     let padding = [NONE, 0, NONE, NONE];
     let mut tables: [Vec<u32>; 7] = Default::default();
     let mut block_rows = Vec::new();
     for (place, s) in all.iter().enumerate() {
-        let (rows, own) = (if s.active { rows(s, block) } else { 0 }, place as u32);
-        let drafted = if rows > 1 { rows } else { 0 };
+        let (of_block, rows) = if s.active { rows(s, round, drafting) } else { (0, 0) };
+        let (drafted, own) = (if of_block > 1 { of_block } else { 0 }, place as u32);
         for row in 0..block {
             let at = place * block + row;
             let (j, query) = (row as u32, at as u32);
@@ -239,17 +287,21 @@ fn model_tables(all: &[Sequence], block: usize, inputs: &Inputs, path: &[u32]) -
             });
             let feature = s.active && j < s.pending && s.length - s.pending + j < s.draft_end;
             let position = s.length.wrapping_sub(s.pending).wrapping_add(j);
-            let of_path = (path[at] as usize) < block;
-            tables[6].push(if feature && of_path { (place * block) as u32 + path[at] } else { NONE });
+            let of_path = path.get(place * columns + row).filter(|&&of| row < columns && of < columns as u32);
+            let of_path = of_path.map(|of| (place * columns) as u32 + of);
+            tables[6].push(if feature { of_path.unwrap_or(NONE) } else { NONE });
             tables[1].extend(if feature { [own, position, position, NONE] } else { padding });
             block_rows.extend(if row < drafted { [own, s.length + j, s.length + j, query] } else { padding });
+        }
+        for row in 0..wide {
+            let (j, query) = (row as u32, (place * wide + row) as u32);
             tables[3].extend(if row < rows { [own, s.length + j, s.length + j, query] } else { padding });
             tables[5].push(if row >= rows {
                 NONE
             } else if row == 0 {
                 s.anchor
             } else {
-                inputs.drafts[at]
+                inputs.drafts[place * block + row]
             });
         }
         let span = |rows: usize| if rows > 0 { [s.length, rows as u32] } else { [0, 0] };
@@ -279,7 +331,9 @@ fn random_sequence(random: &mut Random, block: usize) -> Sequence {
         budget,
         end,
         draft_end,
-        block: 1 + random.below(block + 2) as u32,
+        block: 1 + random.below(block + 2).min(63) as u32,
+        rows: if random.below(2) == 0 { 64 } else { 1 + random.below(block + 2).min(63) as u32 },
+        form: Form::Chain,
         sampling: Sampling {
             temperature: 0.8,
             top_k: 0,
@@ -303,15 +357,12 @@ fn empty() -> Sequence {
 }
 
 /// Runs 300 rounds with sequences that come and go, `before` each with its number; returns how often each end was met.
-fn simulate(
-    device: &dyn Device,
-    (sequences, block, trees): (usize, usize, bool),
-    before: impl Fn(usize),
-) -> [usize; 6] {
+fn simulate(device: &dyn Device, sizes: Sizes, before: impl Fn(usize)) -> [usize; 6] {
+    let Sizes { sequences, block, .. } = sizes;
     let mut random = Random::new((sequences * 100 + block) as u64);
-    let (fresh, replayed) =
-        (Place::new(device, sequences, block, trees), Place::new(device, sequences, block, trees));
-    let graph = replayed.capture(device);
+    let (fresh, replayed) = (Place::new(device, sizes), Place::new(device, sizes));
+    let graphs = [0, 1, 2].map(|kind| replayed.capture(device, kind));
+    let mut columns = 0;
     let mut all: Vec<Sequence> = vec![empty(); sequences];
     let mut ends = [0; 6];
     for (place, sequence) in all.iter().enumerate() {
@@ -325,12 +376,14 @@ fn simulate(
                 [&fresh, &replayed].iter().for_each(|to| to.join(device, place, sequence));
             }
         }
-        let inputs = Inputs::new(&mut random, sequences, block, trees);
+        let kind = random.below(7) / 3;
+        let (shape, wide) = (sizes.kind(kind), sizes.kind(kind).0.wide);
+        let inputs = Inputs::new(&mut random, sizes, wide);
         [&fresh, &replayed].iter().for_each(|to| to.feed(device, &inputs));
         before(round as usize);
         let path: Vec<u32> = download(device, &fresh.path);
-        fresh.launch(device).unwrap();
-        device.replay(&graph).unwrap();
+        fresh.launch(device, kind).unwrap();
+        device.replay(&graphs[kind]).unwrap();
         assert!(
             fresh.bytes(device) == replayed.bytes(device),
             "round {round}: a replay differs from fresh launches"
@@ -338,7 +391,7 @@ fn simulate(
 
         let words = |buffer: &Buffer| download::<u32>(device, buffer);
         let active = all.iter().filter(|s| s.active).count() as u32;
-        assert_eq!(words(&fresh.clock), [round, active]);
+        assert_eq!(words(&fresh.clock), [round, active, wide as u32]);
         let got = [
             &fresh.draft_tokens,
             &fresh.draft_rows,
@@ -357,15 +410,17 @@ fn simulate(
             "tokens",
             "features",
         ];
-        for ((name, got), expected) in names.iter().zip(got).zip(model_tables(&all, block, &inputs, &path)) {
-            assert_eq!(words(got), expected, "round {round}: {name}");
+        let tables = model_tables(&all, shape, &inputs, (&path, columns));
+        for ((name, got), expected) in names.iter().zip(got).zip(tables) {
+            assert_eq!(words(got)[..expected.len()], expected, "round {round}: {name}");
         }
+        columns = wide;
         let states = bytes_of(device, &fresh.sequences);
         for (place, sequence) in all.iter_mut().enumerate() {
-            let of = |words: &[u32]| words[place * block..][..block].to_vec();
-            let (drafts, choices) = (of(&inputs.drafts), of(&inputs.choices));
+            let of = |words: &[u32], width| words[place * width..][..width].to_vec();
+            let (drafts, choices) = (of(&inputs.drafts, block), of(&inputs.choices, wide));
             let took_part = sequence.active;
-            let record = model_round(sequence, block, &drafts, &choices, &of(&inputs.parents));
+            let record = model_round(sequence, shape, &drafts, &choices, &of(&inputs.parents, wide));
             let state = &states[place * Sequence::BYTES..][..Sequence::BYTES];
             assert_eq!(sequence.updated(state).unwrap(), *sequence, "round {round}, sequence {place}");
             assert_eq!(state, sequence.to_bytes().unwrap(), "round {round}, sequence {place}");
@@ -389,13 +444,20 @@ fn simulate(
 #[test]
 fn rounds_are_the_plain_models_and_a_replayed_graphs() {
     let mut ends = [0; 6];
-    for shape in [(1, 1, false), (5, 7, false), (16, 16, false), (3, 64, true), (6, 9, true), (70, 2, false)]
-    {
+    for (sequences, block, wide, trees) in [
+        (1, 1, [1, 1], false),
+        (5, 7, [7, 7], false),
+        (16, 16, [16, 4], false),
+        (3, 64, [64, 32], true),
+        (6, 9, [9, 24], true),
+        (70, 2, [2, 3], false),
+    ] {
+        let sizes = Sizes { sequences, block, wide, trees };
         let device = Emulator::new();
-        let met = simulate(&device, shape, |round| device.set_schedule(Schedule::ALL[round % 5]));
+        let met = simulate(&device, sizes, |round| device.set_schedule(Schedule::ALL[round % 5]));
         ends.iter_mut().zip(met).for_each(|(all, more)| *all += more);
         if let Some(gpu) = gpu() {
-            assert_eq!(simulate(gpu, shape, |_| ()), met);
+            assert_eq!(simulate(gpu, sizes, |_| ()), met);
         }
     }
     // Every way to end was met, often.
@@ -407,13 +469,15 @@ fn blocks_of_64_that_stand_whole_end_at_the_first_stop() {
     every_device(|device| {
         let block = 64;
         for stop in [None, Some(0), Some(31), Some(32), Some(45), Some(63)] {
-            let place = Place::new(device, 1, block, false);
+            let sizes = Sizes::of(1, block, false);
+            let place = Place::new(device, sizes);
             let mut sequence = Sequence {
                 pending: 0,
                 budget: 100,
                 end: 1000,
                 draft_end: 100_000,
                 block: 64,
+                rows: 64,
                 stop_ids: vec![7],
                 ..random_sequence(&mut Random::new(61), block)
             };
@@ -426,8 +490,9 @@ fn blocks_of_64_that_stand_whole_end_at_the_first_stop() {
             let drafts = [&[NONE], &choices[..63]].concat();
             let inputs = Inputs { drafts, choices, parents: (0..64).map(|r: u32| r.max(1) - 1).collect() };
             place.feed(device, &inputs);
-            place.launch(device).unwrap();
-            let record = model_round(&mut sequence, block, &inputs.drafts, &inputs.choices, &inputs.parents);
+            place.launch(device, 0).unwrap();
+            let record =
+                model_round(&mut sequence, sizes.kind(0), &inputs.drafts, &inputs.choices, &inputs.parents);
             assert_eq!(record.tokens.len(), stop.map_or(64, |place| place + 1));
             assert_eq!(place.ring.read(1, 0).unwrap(), Some(record), "stop at {stop:?}");
             assert_eq!(bytes_of(device, &place.sequences), sequence.to_bytes().unwrap(), "stop at {stop:?}");
@@ -438,17 +503,18 @@ fn blocks_of_64_that_stand_whole_end_at_the_first_stop() {
 #[test]
 fn no_argument_changes_between_rounds() {
     every_device(|device| {
-        let place = Place::new(device, 4, 8, false);
-        let first = place.capture(device);
+        let sizes = Sizes::of(4, 8, false);
+        let place = Place::new(device, sizes);
+        let first = place.capture(device, 0);
         for i in 0..4 {
             place.join(device, i, &random_sequence(&mut Random::new(i as u64), 8));
         }
         let mut random = Random::new(5);
         for _ in 0..5 {
-            place.feed(device, &Inputs::new(&mut random, 4, 8, false));
+            place.feed(device, &Inputs::new(&mut random, sizes, 8));
             device.replay(&first).unwrap();
         }
-        assert_eq!(place.capture(device).nodes, first.nodes);
+        assert_eq!(place.capture(device, 0).nodes, first.nodes);
         assert_eq!(first.nodes.len(), 4);
     });
 }
@@ -456,15 +522,16 @@ fn no_argument_changes_between_rounds() {
 #[test]
 fn rounds_are_the_same_under_every_schedule() {
     let bytes = same_bits(|device| {
-        let place = Place::new(device, 6, 40, true);
+        let sizes = Sizes::of(6, 40, true);
+        let place = Place::new(device, sizes);
         let mut random = Random::new(31);
         let mut bytes = Vec::new();
         for i in 0..6 {
             place.join(device, i, &random_sequence(&mut random, 40));
         }
         for _ in 0..8 {
-            place.feed(device, &Inputs::new(&mut random, 6, 40, true));
-            place.launch(device).unwrap();
+            place.feed(device, &Inputs::new(&mut random, sizes, 40));
+            place.launch(device, 0).unwrap();
             bytes.extend(place.bytes(device));
         }
         bytes
@@ -476,20 +543,21 @@ fn rounds_are_the_same_under_every_schedule() {
 fn a_round_past_the_end_writes_its_number_and_no_token() {
     every_device(|device| {
         let (sequences, block) = (3, 8);
-        let place = Place::new(device, sequences, block, false);
+        let sizes = Sizes::of(sequences, block, false);
+        let place = Place::new(device, sizes);
         let mut random = Random::new(41);
         for i in 0..sequences {
             let last = Sequence { budget: 1, stop_ids: vec![], ..random_sequence(&mut random, block) };
             place.join(device, i, &last);
         }
         let inputs = |random: &mut Random| loop {
-            let inputs = Inputs::new(random, sequences, block, false);
+            let inputs = Inputs::new(random, sizes, block);
             if ![&inputs.drafts, &inputs.choices].iter().any(|words| words.contains(&NONE)) {
                 return inputs;
             }
         };
         place.feed(device, &inputs(&mut random));
-        place.launch(device).unwrap();
+        place.launch(device, 0).unwrap();
         let state = bytes_of(device, &place.sequences);
         let record = |round: u32| {
             (0..sequences).map(|s| place.ring.read(round, s).unwrap().unwrap()).collect::<Vec<_>>()
@@ -498,7 +566,7 @@ fn a_round_past_the_end_writes_its_number_and_no_token() {
         let words = bytes_of(device, &place.ring.memory.buffer);
         for round in 2..=2 * PLACES as u32 {
             place.feed(device, &inputs(&mut random));
-            place.launch(device).unwrap();
+            place.launch(device, 0).unwrap();
             device.synchronize().unwrap();
             assert!(
                 record(round)
@@ -506,13 +574,13 @@ fn a_round_past_the_end_writes_its_number_and_no_token() {
                     .all(|r| r.tokens.is_empty() && r.judged == 0 && r.finish == Finish::Length)
             );
             assert_eq!(bytes_of(device, &place.sequences), state);
-            assert_eq!(download::<u32>(device, &place.clock), [round, 0]);
+            assert_eq!(download::<u32>(device, &place.clock), [round, 0, block as u32]);
             assert!(bytes_of(device, &place.verify_rows).chunks(16).all(|row| row[..4] == [255; 4]));
         }
         // Tokens of the first round are where they were.
         let after = bytes_of(device, &place.ring.memory.buffer);
         let tokens =
-            |bytes: &[u8]| bytes.chunks(48).flat_map(|record| record[16..].to_vec()).collect::<Vec<u8>>();
+            |bytes: &[u8]| bytes.chunks(64).flat_map(|record| record[32..].to_vec()).collect::<Vec<u8>>();
         assert_eq!(tokens(&after), tokens(&words));
     });
 }
@@ -523,7 +591,9 @@ fn garbage_in_states_and_verdicts_stays_inside_the_buffers() {
         let mut random = Random::new(51);
         for i in 0..60 {
             let (sequences, block) = (1 + random.below(5), 1 + random.below(64));
-            let place = Place::new(device, sequences, block, i % 2 == 0);
+            let wide = [1 + random.below(64), 1 + random.below(64)];
+            let sizes = Sizes { sequences, block, wide, trees: i % 2 == 0 };
+            let place = Place::new(device, sizes);
             let mut garbage = |buffer: &Buffer| {
                 let words: Vec<u32> =
                     (0..buffer.bytes() / 4).map(|_| random.next() as u32 >> random.below(32)).collect();
@@ -533,22 +603,21 @@ fn garbage_in_states_and_verdicts_stays_inside_the_buffers() {
                 garbage(buffer);
             }
             place.parents.iter().for_each(&mut garbage);
-            place.launch(device).unwrap();
+            place.launch(device, 0).unwrap();
             // The verdict too: of another round, say.
             for buffer in [&place.accepted, &place.next, &place.path, &place.tokens, &place.verify_spans] {
                 garbage(buffer);
             }
             let verdict = Verdict { accepted: &place.accepted, next: &place.next, path: &place.path };
-            place
-                .round
-                .finish(device, &place.sequences, &place.ring, &place.clock, verdict, &place.tokens, None)
-                .unwrap();
-            for row in download::<u32>(device, &place.verify_rows).chunks(4) {
-                assert!(row[0] == NONE || (row[0] < sequences as u32 && row[3] < (sequences * block) as u32));
+            place.finish(device, 0, verdict).unwrap();
+            for row in download::<u32>(device, &place.verify_rows).chunks(4).take(sequences * wide[0]) {
+                assert!(
+                    row[0] == NONE || (row[0] < sequences as u32 && row[3] < (sequences * wide[0]) as u32)
+                );
             }
             let records: Vec<u32> = download(device, &place.ring.memory.buffer);
             let words = records.len() / PLACES / sequences;
-            assert!(records.chunks(words).all(|record| record[1] <= block as u32));
+            assert!(records.chunks(words).all(|record| record[1] <= wide[0] as u32));
         }
     });
 }
@@ -563,9 +632,9 @@ fn states_and_rings_refuse_what_they_cannot_hold() {
     bytes[60] = 6;
     assert!(empty().updated(&bytes).unwrap_err().to_string().contains("code 6"));
     for (sequences, block, places) in [(0, 1, 1), (1025, 1, 1), (1, 0, 1), (1, 65, 1), (1, 1, 0)] {
-        assert!(Ring::new(&device, Round { sequences, block }, places).is_err());
+        assert!(Ring::new(&device, Round { sequences, block, wide: block }, places).is_err());
     }
-    let ring = Ring::new(&device, Round { sequences: 2, block: 4 }, 2).unwrap();
+    let ring = Ring::new(&device, Round { sequences: 2, block: 4, wide: 4 }, 2).unwrap();
     assert_eq!(ring.read(1, 1).unwrap(), None);
     assert!(ring.read(1, 2).is_err());
 }

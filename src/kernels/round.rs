@@ -49,6 +49,14 @@ impl Finish {
     }
 }
 
+/// What a sequence drafts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    Chain,
+    /// The tree of the most probable prefixes.
+    BestFirst,
+}
+
 /// A sequence as the device keeps it: `Sequence` of `cuda/state.cuh`, word for word.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sequence {
@@ -66,8 +74,11 @@ pub struct Sequence {
     pub end: u32,
     /// Positions the drafter may have; 0 without a drafter.
     pub draft_end: u32,
-    /// Rows of a block at most, anchor included; 1 for plain decoding.
+    /// Rows of a block at most, anchor included; 1 for plain decoding. At most 64.
     pub block: u32,
+    /// Rows that are verified at most, of a block or a tree, anchor included: 1 to 64.
+    pub rows: u32,
+    pub form: Form,
     pub sampling: Sampling,
     /// At most [`STOP_IDS`].
     pub stop_ids: Vec<u32>,
@@ -81,12 +92,12 @@ pub struct Sequence {
 
 impl Sequence {
     pub const BYTES: usize = 128;
+    /// Where the word is that says how large rounds are.
+    pub const SHAPE_AT: usize = 28;
 
-    /// Rows of a block whose anchor is at position `length`, at least 1: `block_rows` of cuda/state.cuh.
-    pub fn rows_at(&self, length: usize) -> usize {
-        let room = |end: u32| (end as usize).saturating_sub(length);
-        let rows = (self.block as usize).min(room(self.draft_end)).min(room(self.end).saturating_sub(1));
-        rows.max(1)
+    /// The word that says how large rounds are.
+    pub fn shape(&self) -> u32 {
+        self.block.min(64) | self.rows.clamp(1, 64) << 8 | (self.form as u32) << 16
     }
 
     /// The bytes the device keeps. The first four are `active`: zeros written there alone take the sequence out.
@@ -109,7 +120,7 @@ impl Sequence {
             self.budget,
             self.end,
             self.draft_end,
-            self.block,
+            self.shape(),
             law.c.to_bits(),
             law.top_k,
             law.top_p,
@@ -161,13 +172,19 @@ pub struct Record {
     /// Tokens that the verdict would have emitted without limits: accepted drafts and the one after them.
     pub judged: u32,
     pub finish: Finish,
+    /// Drafts that were verified.
+    pub drafted: u32,
+    /// Bit `i`: row `i` of the verification is on the verdict's path.
+    pub stood: u64,
 }
 
-/// The round's own kernels, for `sequences` sequences (at most 1024) in blocks of `block` rows (at most 64).
+/// The round's own kernels, for `sequences` sequences (at most 1024) in blocks of `block` rows, of which `wide` are
+/// verified, or of a tree so many (at most 64 each).
 #[derive(Debug, Clone, Copy)]
 pub struct Round {
     pub sequences: usize,
     pub block: usize,
+    pub wide: usize,
 }
 
 /// The tables of a round's passes, as `round_begin` writes them.
@@ -181,11 +198,12 @@ pub struct Tables<'a> {
     pub features: &'a Buffer,
     /// `[sequences]` `Span`: what the block's rows see of the drafter's pages; no rows where nothing is drafted.
     pub draft_spans: &'a Buffer,
-    /// `[sequences][block]` `Row`
+    /// `[sequences][wide]` `Row`
     pub verify_rows: &'a Buffer,
     /// `[sequences]` `Span`
     pub verify_spans: &'a Buffer,
-    /// `[2]` u32: the round's number, to be 0 before the first; sequences that take part.
+    /// `[3]` u32: the round's number, to be 0 before the first; sequences that take part; rows per sequence of the last
+    /// verification, which [`Round::finish`] writes.
     pub clock: &'a Buffer,
 }
 
@@ -193,28 +211,29 @@ pub struct Tables<'a> {
 pub struct Ring {
     pub memory: Pinned,
     sequences: usize,
-    block: usize,
+    wide: usize,
     places: usize,
 }
 
 impl Round {
     /// Bytes that [`Round::begin`] must move.
     pub fn begin_bytes(&self) -> u64 {
-        (self.sequences * (48 + self.block * 60)) as u64
+        (self.sequences * (48 + self.block * 44 + self.wide * 16)) as u64
     }
 
     /// Bytes that [`Round::tokens`] must move.
     pub fn tokens_bytes(&self) -> u64 {
-        (self.sequences * (32 + self.block * 8)) as u64
+        (self.sequences * (12 + self.wide * 8)) as u64
     }
 
     /// Bytes that [`Round::finish`] must move where all drafts stand.
     pub fn finish_bytes(&self) -> u64 {
-        (self.sequences * (156 + self.block * 12)) as u64
+        (self.sequences * (180 + self.wide * 12)) as u64
     }
 
-    /// Makes the tables. `sequences` `[sequences]` [`Sequence`]; `path` `[sequences][wide]` as the last verdict left it,
-    /// `wide` (1 to 64) the rows of a sequence in its pass: a block's, or a tree's; `mask`: the drafter's mask token.
+    /// Makes the tables. `sequences` `[sequences]` [`Sequence`]; `path` `[sequences][..]` as the last verdict left it, with
+    /// as many columns as `tables.clock` says; without `drafts` every sequence takes a plain step; `mask`: the drafter's
+    /// mask token.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
@@ -224,22 +243,23 @@ impl Round {
         tables: Tables<'_>,
         sequences: &Buffer,
         path: &Buffer,
-        wide: usize,
+        drafts: bool,
         mask: u32,
     ) -> Result<()> {
         const NAME: &str = "round_begin";
-        let Round { sequences: count, block } = *self;
+        let Round { sequences: count, block, wide } = *self;
         check_shape(NAME, count, block)?;
+        check_shape(NAME, count, wide)?;
         at_least(NAME, "draft_tokens", tables.draft_tokens, count * block * 4)?;
         aligned(NAME, "draft_rows", tables.draft_rows, 2 * count * block * 16)?;
         at_least(NAME, "features", tables.features, count * block * 4)?;
         aligned(NAME, "draft_spans", tables.draft_spans, count * 8)?;
-        aligned(NAME, "verify_rows", tables.verify_rows, count * block * 16)?;
+        aligned(NAME, "verify_rows", tables.verify_rows, count * wide * 16)?;
         aligned(NAME, "verify_spans", tables.verify_spans, count * 8)?;
-        at_least(NAME, "clock", tables.clock, 8)?;
+        at_least(NAME, "clock", tables.clock, 12)?;
         aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
-        check_shape(NAME, count, wide)?;
         at_least(NAME, "path", path, count * wide * 4)?;
+        let columns = (path.bytes() / (count * 4)).min(64);
         let args = [
             tables.draft_tokens.into(),
             tables.draft_rows.into(),
@@ -252,13 +272,16 @@ impl Round {
             path.into(),
             (block as u32).into(),
             (wide as u32).into(),
+            (columns as u32).into(),
+            u32::from(drafts).into(),
             mask.into(),
         ];
         device.launch(&BEGIN, [count as u32, 1, 1], 0, &args)
     }
 
-    /// `tokens` `[sequences][block]` u32 of the verification pass: anchor, drafts, `u32::MAX` as padding. `drafts`
-    /// `[sequences][block]` u32: what the drafter chose at each row of the block; row 0's is not used.
+    /// `tokens` `[sequences][wide]` u32 of the verification pass: anchor, drafts, `u32::MAX` as padding. `drafts`
+    /// `[sequences][block]` u32: what the drafter chose at each row of the block; row 0's is not used. `spans`
+    /// `[sequences]` `Span`: of the verification.
     ///
     /// # Errors
     /// As [`Round::begin`].
@@ -268,20 +291,23 @@ impl Round {
         tokens: &Buffer,
         drafts: &Buffer,
         sequences: &Buffer,
+        spans: &Buffer,
     ) -> Result<()> {
         const NAME: &str = "round_tokens";
-        let Round { sequences: count, block } = *self;
+        let Round { sequences: count, block, wide } = *self;
         check_shape(NAME, count, block)?;
-        at_least(NAME, "tokens", tokens, count * block * 4)?;
+        check_shape(NAME, count, wide)?;
+        at_least(NAME, "tokens", tokens, count * wide * 4)?;
         at_least(NAME, "drafts", drafts, count * block * 4)?;
         aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
-        let args = [tokens.into(), drafts.into(), sequences.into(), (block as u32).into()];
+        aligned(NAME, "spans", spans, count * 8)?;
+        let mut args = vec![tokens.into(), drafts.into(), sequences.into(), spans.into()];
+        args.extend([block, wide].map(|n| Arg::U32(n as u32)));
         device.launch(&TOKENS, [count as u32, 1, 1], 0, &args)
     }
 
-    /// Brings `sequences` up to date with the verdict on `tokens`, and writes the round's records. `clock` as
-    /// [`Round::begin`] left it. `trees` `[sequences]` `Span`: how many rows each tree has, as
-    /// [`super::tree::TreeBuild::launch`] left them, where blocks are trees of up to so many rows; none for chains.
+    /// Brings `sequences` up to date with the verdict on `tokens` `[sequences][wide]`, and writes the round's records.
+    /// `clock` as [`Round::begin`] left it. `spans` `[sequences]` `Span`: how many rows of each were verified.
     ///
     /// # Errors
     /// As [`Round::begin`].
@@ -294,24 +320,22 @@ impl Round {
         clock: &Buffer,
         verdict: Verdict<'_>,
         tokens: &Buffer,
-        trees: Option<&Buffer>,
+        spans: &Buffer,
     ) -> Result<()> {
         const NAME: &str = "round_finish";
-        let Round { sequences: count, block } = *self;
-        check_shape(NAME, count, block)?;
-        if ring.sequences < count || ring.block < block {
+        let Round { sequences: count, wide, .. } = *self;
+        check_shape(NAME, count, wide)?;
+        if ring.sequences < count || ring.wide < wide {
             return Err(Error::Internal(format!(
-                "kernel {NAME}: a ring for {} sequences of {} rows, needed is {count} of {block}",
-                ring.sequences, ring.block
+                "kernel {NAME}: a ring for {} sequences of {} rows, needed is {count} of {wide}",
+                ring.sequences, ring.wide
             )));
         }
         aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
-        at_least(NAME, "clock", clock, 8)?;
-        verdict.check(NAME, count, block)?;
-        at_least(NAME, "tokens", tokens, count * block * 4)?;
-        if let Some(spans) = trees {
-            aligned(NAME, "spans", spans, count * 8)?;
-        }
+        at_least(NAME, "clock", clock, 12)?;
+        verdict.check(NAME, count, wide)?;
+        at_least(NAME, "tokens", tokens, count * wide * 4)?;
+        aligned(NAME, "spans", spans, count * 8)?;
         let args = [
             sequences.into(),
             (&ring.memory.buffer).into(),
@@ -320,29 +344,29 @@ impl Round {
             verdict.next.into(),
             verdict.path.into(),
             tokens.into(),
-            trees.map_or(Arg::Null, Arg::from),
-            (block as u32).into(),
+            spans.into(),
+            (wide as u32).into(),
             (ring.places as u32).into(),
             (ring.sequences as u32).into(),
-            (record_words(ring.block) as u32).into(),
+            (record_words(ring.wide) as u32).into(),
         ];
         device.launch(&FINISH, [count as u32, 1, 1], 0, &args)
     }
 }
 
 impl Ring {
-    /// A ring for the records of `places` rounds, empty.
+    /// A ring for the records of `places` rounds of up to `round.wide` rows, empty.
     ///
     /// # Errors
     /// [`Error::Internal`] for sizes outside the limits of [`Round`]; else what the device says.
     pub fn new(device: &dyn Device, round: Round, places: usize) -> Result<Ring> {
-        let Round { sequences, block } = round;
-        check_shape("round_finish", sequences, block)?;
+        let Round { sequences, wide, .. } = round;
+        check_shape("round_finish", sequences, wide)?;
         if !(1..=1 << 16).contains(&places) {
             return Err(Error::Internal(format!("a ring of {places} rounds, possible are 1 to 65536")));
         }
-        let memory = device.pinned(places * sequences * record_words(block) * 4, "the ring of results")?;
-        Ok(Ring { memory, sequences, block, places })
+        let memory = device.pinned(places * sequences * record_words(wide) * 4, "the ring of results")?;
+        Ok(Ring { memory, sequences, wide, places })
     }
 
     /// What round number `round` (from 1) did for `sequence`, `None` while it is on its way.
@@ -357,7 +381,7 @@ impl Ring {
             return Err(Error::Internal(format!("the record of sequence {sequence} of {}", self.sequences)));
         }
         let place = round as usize % self.places;
-        let at = (place * self.sequences + sequence) * record_words(self.block) * 4;
+        let at = (place * self.sequences + sequence) * record_words(self.wide) * 4;
         let word = |i: usize| self.memory.read_u32(at + i * 4);
         let overtaken = |found: u32| {
             Error::Internal(format!("round {round} was to be read when round {found} had taken its place"))
@@ -369,24 +393,25 @@ impl Ring {
             found => return Err(overtaken(found)),
         }
         let (kept, judged) = (word(1)?, word(2)?);
-        if kept as usize > self.block {
+        if kept as usize > self.wide {
             return Err(Error::Internal(format!(
                 "round {round} says it emitted {kept} of {} tokens",
-                self.block
+                self.wide
             )));
         }
-        let tokens = (0..kept as usize).map(|i| word(4 + i)).collect::<Result<_>>()?;
-        let finish = Finish::from_word(word(3)?)?;
+        let tokens = (0..kept as usize).map(|i| word(8 + i)).collect::<Result<_>>()?;
+        let (finish, drafted) = (Finish::from_word(word(3)?)?, word(4)?);
+        let stood = u64::from(word(5)?) | u64::from(word(6)?) << 32;
         match word(0)? {
-            found if found == round => Ok(Some(Record { tokens, judged, finish })),
+            found if found == round => Ok(Some(Record { tokens, judged, finish, drafted, stood })),
             found => Err(overtaken(found)),
         }
     }
 }
 
 /// Words of a record, its tokens included; a multiple of 4.
-fn record_words(block: usize) -> usize {
-    (4 + block).next_multiple_of(4)
+fn record_words(wide: usize) -> usize {
+    (8 + wide).next_multiple_of(4)
 }
 
 /// The sizes that all of these kernels take.

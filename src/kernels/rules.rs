@@ -26,19 +26,22 @@ pub struct Rules {
     pub blocks: usize,
 }
 
-/// Rows of logits, and the laws that a launch makes of them or has made.
+/// Rows of logits, as many of each sequence as a block's or a verification's, and the laws that a launch makes of them or
+/// has made.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a> {
-    /// `[sequences][block][vocab]` f32
+    /// `[sequences][rows][vocab]` f32
     pub logits: &'a Buffer,
-    /// `[sequences][block]` of [`LAW_BYTES`]
+    /// `[sequences][rows]` of [`LAW_BYTES`]
     pub laws: &'a Buffer,
 }
 
 /// What only [`Rules::judge`] needs.
 #[derive(Debug, Clone, Copy)]
 pub struct Judged<'a> {
-    /// `[sequences][block]` u32: the anchor and the drafts.
+    /// Rows of a sequence in the verification, 1 to 64: those behind a block's are not looked at.
+    pub wide: usize,
+    /// `[sequences][wide]` u32: the anchor and the drafts.
     pub tokens: &'a Buffer,
     /// `[sequences]` `Span`s (cuda/rows.cuh), of which the number of rows counts.
     pub spans: &'a Buffer,
@@ -60,8 +63,8 @@ impl Rules {
         Ok(())
     }
 
-    fn rows(&self, kernel: &str, what: &str, rows: Rows<'_>) -> Result<()> {
-        let count = self.sequences * self.block;
+    fn rows(&self, kernel: &str, what: &str, rows: Rows<'_>, of_each: usize) -> Result<()> {
+        let count = self.sequences * of_each;
         aligned(kernel, what, rows.logits, count * self.vocab * 4)?;
         aligned(kernel, "laws", rows.laws, count * LAW_BYTES)
     }
@@ -89,7 +92,7 @@ impl Rules {
     ) -> Result<()> {
         let Rules { sequences, block, vocab, blocks } = *self;
         self.check("law")?;
-        self.rows("law", "logits", rows)?;
+        self.rows("law", "logits", rows, block)?;
         self.common("law", settings, tables)?;
         aligned("law", "best", best, sequences * block * blocks * 8)?;
         aligned("law", "rows", table, sequences * block * 16)?;
@@ -123,7 +126,7 @@ impl Rules {
     ) -> Result<()> {
         let Rules { sequences, block, vocab, .. } = *self;
         self.check("draw")?;
-        self.rows("draw", "logits", rows)?;
+        self.rows("draw", "logits", rows, block)?;
         self.common("draw", states, tables)?;
         at_least("draw", "drafts", drafts, sequences * block * 4)?;
         aligned("draw", "rows", table, sequences * block * 16)?;
@@ -139,7 +142,7 @@ impl Rules {
         device.launch(&DRAW, [(sequences * block) as u32, 1, 1], 0, &args)
     }
 
-    /// The verdict on the drafts of sequences that have some and whose rule is not `match`; what there is of others is
+    /// The verdict on the chains of sequences that have drafts and whose rule is not `match`; what there is of others is
     /// left as it is. `target`'s row j comes after the anchor and j drafts, `drafter`'s row j is what the draft in place
     /// j was drawn from; `states` and `tables` as [`Rules::draw`].
     ///
@@ -158,11 +161,12 @@ impl Rules {
     ) -> Result<()> {
         let Rules { sequences, block, vocab, .. } = *self;
         self.check("judge")?;
-        verdict.check("judge", sequences, block)?;
-        self.rows("judge", "the target's logits", target)?;
-        self.rows("judge", "the drafter's logits", drafter)?;
+        check_shape("judge", sequences, judged.wide)?;
+        verdict.check("judge", sequences, judged.wide)?;
+        self.rows("judge", "the target's logits", target, judged.wide)?;
+        self.rows("judge", "the drafter's logits", drafter, block)?;
         self.common("judge", states, tables)?;
-        at_least("judge", "tokens", judged.tokens, sequences * block * 4)?;
+        at_least("judge", "tokens", judged.tokens, sequences * judged.wide * 4)?;
         aligned("judge", "spans", judged.spans, sequences * 8)?;
         aligned("judge", "partial", judged.partial, sequences * block * 8)?;
         at_least("judge", "counters", judged.counters, sequences * 4)?;
@@ -182,6 +186,7 @@ impl Rules {
             judged.counters.into(),
             (vocab as u32).into(),
             (block as u32).into(),
+            (judged.wide as u32).into(),
         ];
         device.launch(&JUDGE, [block as u32, sequences as u32, 1], 0, &args)
     }

@@ -1,7 +1,7 @@
 //! For measuring, where shapes matter and text does not: sequences whose context is noise, so that none has to be run,
 //! and rounds that begin at one and the same state however often.
 
-use super::{Batch, Phase, Shape};
+use super::{Batch, Part, Phase, Shape};
 use crate::device::{Buffer, Graph};
 use crate::engine::{Decoder, Request};
 use crate::kernels::round::Sequence;
@@ -60,10 +60,12 @@ impl<'a> Batch<'a> {
         }
         if self.draft.is_some() {
             let block = self.room.block;
-            let features = self.work.features.bytes() / self.room.sequences;
+            let features = self.work.features.bytes() / self.room.sequences / self.room.wide() * block;
             self.fill(&self.work.features.slice(slot * features, features)?, &noise)?;
             let path: Vec<u8> = (0..block as u32).flat_map(u32::to_le_bytes).collect();
             self.device.upload(&self.work.path.slice(slot * path.len(), path.len())?, &path)?;
+            let columns = self.work.clock.slice(8, 4)?;
+            self.device.upload(&columns, &(block as u32).to_le_bytes())?;
         }
         Ok(())
     }
@@ -91,7 +93,8 @@ impl<'a> Batch<'a> {
             Ok::<_, Error>(kept)
         };
         let (states, path) = (keep(&self.work.states)?, keep(&self.work.path)?);
-        Ok(Still { batch: self, states, path })
+        let columns = keep(&self.work.clock.slice(8, 4)?)?;
+        Ok(Still { batch: self, states, path, columns })
     }
 }
 
@@ -101,10 +104,12 @@ pub struct Still<'a> {
     batch: Batch<'a>,
     states: Buffer,
     path: Buffer,
+    /// Of the path.
+    columns: Buffer,
 }
 
 impl Still<'_> {
-    /// Enqueues that the next round begins where the first did: two small copies. Keys and values that rounds have written
+    /// Enqueues that the next round begins where the first did: three small copies. Keys and values that rounds have written
     /// since lie behind the sequences' ends; the features are the last round's.
     ///
     /// # Errors
@@ -112,7 +117,8 @@ impl Still<'_> {
     pub fn reset(&self) -> Result<()> {
         let (device, work) = (self.batch.device, &self.batch.work);
         device.copy(&work.states, &self.states)?;
-        device.copy(&work.path, &self.path)
+        device.copy(&work.path, &self.path)?;
+        device.copy(&work.clock.slice(8, 4)?, &self.columns)
     }
 
     /// The round of all slots: a plain step, or with drafts; greedy or with the sampler's races.
@@ -120,7 +126,9 @@ impl Still<'_> {
     /// # Errors
     /// [`Error::Internal`] where there is none: with drafts, but without a drafter.
     pub fn graph(&self, drafting: bool, sampled: bool) -> Result<&Graph> {
-        let wanted = Shape { sequences: self.batch.room.sequences, drafting, sampled, coupled: false };
+        let room = self.batch.room;
+        let (rows, drafter) = if drafting { (room.wide(), Part::Drafts) } else { (1, Part::Rests) };
+        let wanted = Shape { sequences: room.sequences, rows, drafter, sampled, drawn: false };
         let found = self.batch.graphs.iter().find(|(shape, _)| *shape == wanted);
         found.map(|(_, graph)| graph).ok_or_else(|| Error::Internal(format!("no {wanted:?} was captured")))
     }

@@ -7,7 +7,7 @@ use dflash::emulator::Emulator;
 use dflash::engine::{Decoder, Request};
 use dflash::memory::Room;
 use dflash::pair::Pair;
-use dflash::rounds::{Batch, Models, Shape};
+use dflash::rounds::{Batch, Models, Part, Shape};
 use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
 use std::fmt::Write;
@@ -39,7 +39,13 @@ pub fn table() -> Result<String> {
                 case(&mut out, &format!("prompt of {PROMPT} tokens"), &device);
             }
         }
-        let shape = Shape { sequences, drafting: block > 1, sampled: temperature > 0.0, coupled: false };
+        let shape = Shape {
+            sequences,
+            rows: block,
+            drafter: if block > 1 { Part::Drafts } else { Part::Rests },
+            sampled: temperature > 0.0,
+            drawn: false,
+        };
         let graph = batch.capture(shape)?;
         device.reset_counts();
         device.replay(&graph)?;

@@ -236,8 +236,8 @@ fn fits(pair: &Pair, place: &Place, room: Room) -> Result<()> {
     if needed <= free {
         return Ok(());
     }
-    let Room { sequences, block, .. } = room;
-    let most = MemoryPlan::largest_context(pair, sequences, block, free, place.overhead)?;
+    let Room { block, .. } = room;
+    let most = MemoryPlan::largest_context(pair, room, free, place.overhead)?;
     let advice = match most.checked_sub(spare(block)) {
         Some(most) => format!("the largest --context that fits is {most}"),
         None => "no --context fits".into(),

@@ -89,8 +89,8 @@ fn memory_json(plan: &MemoryPlan) -> Value {
 }
 
 fn room_json(room: Room) -> Value {
-    let Room { sequences, block, pages, positions } = room;
-    json!({ "sequences": sequences, "block": block, "positions": positions, "pages": pages })
+    let Room { sequences, block, pages, positions, tree, .. } = room;
+    json!({ "sequences": sequences, "block": block, "tree": tree, "positions": positions, "pages": pages })
 }
 
 fn print_launches(args: &Args, pair: &Pair, room: Room) -> Result<u8> {

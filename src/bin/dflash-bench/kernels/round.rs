@@ -7,7 +7,7 @@ use dflash::device::Buffer;
 use dflash::kernels::embedding::Embedding;
 use dflash::kernels::linear::Shape;
 use dflash::kernels::norm::{Norm, PART};
-use dflash::kernels::round::{Finish, Record, Ring, Round, Sequence, Tables};
+use dflash::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables};
 use dflash::kernels::sample::{self, Races, Sample};
 use dflash::kernels::verify::{Verdict, Verify};
 use dflash::model::Row;
@@ -40,7 +40,7 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
         all.push(sampled("sample", sample, 0.0));
         all.push(sampled("sample with temperature", sample, 1.0));
         for (batch, block) in groups(pair, rows) {
-            let round = Round { sequences: batch, block };
+            let round = Round { sequences: batch, block, wide: block };
             all.push(verdict(round, vocab));
             all.push(begin(round, mask));
             all.push(tokens(round, vocab));
@@ -183,6 +183,8 @@ fn sequence(block: usize, sampling: Sampling) -> Sequence {
         end: 1 << 30,
         draft_end: 1 << 30,
         block: block as u32,
+        rows: block as u32,
+        form: Form::Chain,
         sampling,
         stop_ids: vec![],
         finish: Finish::Running,
@@ -216,7 +218,7 @@ fn standing(sequence: usize, block: usize) -> usize {
 }
 
 fn verdict(round: Round, vocab: usize) -> Case {
-    let Round { sequences, block } = round;
+    let Round { sequences, block, .. } = round;
     let kernel = Verify { sequences, block };
     case("verify", of(round), kernel.bytes(), move |desk| {
         let device = desk.device;
@@ -256,7 +258,7 @@ fn verdict(round: Round, vocab: usize) -> Case {
 }
 
 fn begin(round: Round, mask: u32) -> Case {
-    let Round { sequences, block } = round;
+    let Round { sequences, block, .. } = round;
     let rows = sequences * block;
     case("round_begin", of(round), round.begin_bytes(), move |desk| {
         let device = desk.device;
@@ -266,14 +268,14 @@ fn begin(round: Round, mask: u32) -> Case {
         let [draft_rows, verify_rows] =
             [desk.output(2 * rows * Row::BYTES)?, desk.output(rows * Row::BYTES)?];
         let [draft_spans, verify_spans] = [desk.output(sequences * 8)?, desk.output(sequences * 8)?];
-        let clock = desk.words([0, 0])?;
+        let clock = desk.words([0, 0, block as u32])?;
         let all = [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock];
         let written = all.clone();
         let launch = move |_| {
             let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock] = &all;
             let tables =
                 Tables { draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock };
-            round.begin(device, tables, &states, &path, block, mask)
+            round.begin(device, tables, &states, &path, block > 1, mask)
         };
         let check = move || {
             let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock] =
@@ -315,14 +317,14 @@ fn begin(round: Round, mask: u32) -> Case {
             equal("verify row", &verify_rows?, &expected[2])?;
             equal("draft span", &draft_spans?, &span(drafts))?;
             equal("verify span", &verify_spans?, &span(block as u32))?;
-            equal("clock", &clock?, &[1, sequences as u32])
+            equal("clock", &clock?, &[1, sequences as u32, block as u32])
         };
         Ok(Ready::new(1, launch, check))
     })
 }
 
 fn tokens(round: Round, vocab: usize) -> Case {
-    let Round { sequences, block } = round;
+    let Round { sequences, block, .. } = round;
     case("round_tokens", of(round), round.tokens_bytes(), move |desk| {
         let device = desk.device;
         let states = desk.bytes(&states(round)?)?;
@@ -331,13 +333,14 @@ fn tokens(round: Round, vocab: usize) -> Case {
         (0..sequences).for_each(|own| expected[own * block] = ANCHOR);
         let out = desk.output(expected.len() * 4)?;
         let to = out.clone();
-        let launch = move |_| round.tokens(device, &to, &drafts, &states);
+        let spans = desk.words((0..sequences).flat_map(|_| [0, block as u32]))?;
+        let launch = move |_| round.tokens(device, &to, &drafts, &states, &spans);
         Ok(Ready::new(1, launch, move || equal("token", &words_of(device, &out)?, &expected)))
     })
 }
 
 fn finish(round: Round, vocab: usize) -> Case {
-    let Round { sequences, block } = round;
+    let Round { sequences, block, .. } = round;
     case("round_finish", of(round), round.finish_bytes(), move |desk| {
         let device = desk.device;
         let before = states(round)?;
@@ -347,12 +350,13 @@ fn finish(round: Round, vocab: usize) -> Case {
         let accepted = desk.words((0..sequences).map(|own| standing(own, block) as u32))?;
         let next = desk.words((0..sequences).map(|own| own as u32))?;
         let path = desk.words((0..tokens.len()).map(|i| (i % block) as u32))?;
-        let clock = desk.words([1, sequences as u32])?;
+        let clock = desk.words([1, sequences as u32, block as u32])?;
+        let spans = desk.words((0..sequences).flat_map(|_| [0, block as u32]))?;
         let ring = Rc::new(Ring::new(device, round, 1)?);
         let (own_ring, own_states) = (ring.clone(), states.clone());
         let launch = move |_| {
             let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
-            round.finish(device, &own_states, &own_ring, &clock, verdict, &drafts, None)
+            round.finish(device, &own_states, &own_ring, &clock, verdict, &drafts, &spans)
         };
         // A round makes its sequences longer.
         let to = states.clone();
@@ -364,7 +368,8 @@ fn finish(round: Round, vocab: usize) -> Case {
                 let mut emitted = tokens[own * block + 1..own * block + 1 + stood].to_vec();
                 emitted.push(own as u32);
                 let judged = emitted.len() as u32;
-                let expected = Record { tokens: emitted, judged, finish: Finish::Running };
+                let (drafted, stood) = (block as u32 - 1, u64::MAX >> (63 - stood));
+                let expected = Record { tokens: emitted, judged, finish: Finish::Running, drafted, stood };
                 equal("record", &[ring.read(1, own)?], &[Some(expected)])?;
             }
             let length =

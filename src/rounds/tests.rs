@@ -1,0 +1,60 @@
+use super::*;
+use crate::emulator::Emulator;
+use crate::engine::{Flow, Listener, resume};
+use crate::weights::{DEMO_DRAFTER, DEMO_TARGET};
+
+struct Silent;
+
+impl Listener for Silent {
+    fn token(&mut self, _: u32, _: bool) -> Result<Flow> {
+        Ok(Flow::Continue)
+    }
+}
+
+/// Otherwise drafting would change what plain steps wrote, and so the answers that follow.
+#[test]
+fn a_drafter_that_catches_up_leaves_the_targets_pages_alone() {
+    let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+    let models = Models::load(&device, &pair, 128).unwrap();
+    let mut batch = Batch::new(&device, &models, Room::new(1, 16, 128)).unwrap();
+    let request = |prompt: &[u32], block| {
+        let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+        Request {
+            prompt: prompt.to_vec(),
+            max_tokens: 3,
+            sampling,
+            stop_ids: vec![],
+            block,
+            drafting: Default::default(),
+        }
+    };
+    let mut said: Vec<u32> = (0..66).map(|i| 300 + i).collect();
+    said.extend(resume(&mut batch, &request(&said, 1), &mut Silent).unwrap().tokens);
+    let held = batch.slots[0].held;
+    assert_eq!((held, batch.slots[0].drafted), (68, 0));
+
+    // Bits that no pass would write.
+    let stack = &pair.target.config.stack;
+    let (layers, row) = (stack.attention.len(), stack.head_dim * 2);
+    let buffer = |batch: &Batch, layer: usize| batch.cache.keys[layer].clone();
+    let pages = |batch: &Batch, layer| {
+        let mut bytes = vec![0; buffer(batch, layer).bytes()];
+        device.download(&buffer(batch, layer), &mut bytes).unwrap();
+        bytes
+    };
+    let marked: Vec<Vec<u8>> =
+        (0..layers).map(|i| pages(&batch, i).iter().map(|byte| byte ^ 1).collect()).collect();
+    (0..layers).for_each(|i| device.upload(&buffer(&batch, i), &marked[i]).unwrap());
+    said.push(7);
+    assert_eq!(batch.join(0, &request(&said, 16), true), Ok(Some(0)));
+    assert!(batch.prefill(0).unwrap().next.is_some());
+    for (layer, marked) in marked.iter().enumerate() {
+        let now = pages(&batch, layer);
+        for (at, head) in (0..said.len()).flat_map(|at| (0..stack.kv_heads).map(move |head| (at, head))) {
+            let page = batch.slots[0].pages[at / PAGE] as usize;
+            let begin = ((page * stack.kv_heads + head) * PAGE + at % PAGE) * row;
+            let kept = now[begin..begin + row] == marked[begin..begin + row];
+            assert_eq!(kept, at < held, "layer {layer}, head {head}, position {at}");
+        }
+    }
+}
