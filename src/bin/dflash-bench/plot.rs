@@ -4,7 +4,7 @@
 use crate::show::four_digits;
 use dflash::{Error, Result};
 use minijinja::HtmlEscape;
-use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, ValueFormatter};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -174,6 +174,35 @@ fn svg(drawn: std::result::Result<String, impl std::fmt::Display>, titles: &[&st
     Ok(whole)
 }
 
+/// Draws the axes, their ticks and the lines that these guide the eye by; without `y` those of `x` alone.
+fn mesh<Y, DB>(
+    chart: &mut ChartContext<DB, Cartesian2d<Span, Y>>,
+    x: &Axis,
+    y: Option<&Axis>,
+) -> std::result::Result<(), DrawingAreaErrorKind<DB::ErrorType>>
+where
+    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
+    DB: DrawingBackend,
+{
+    let across = |at: &f64| x.tick(*at);
+    let up = |at: &f64| y.map(|y| y.tick(*at)).unwrap_or_default();
+    let ink = rgb(INK);
+    let mut mesh = chart.configure_mesh();
+    mesh.axis_style(ink)
+        .bold_line_style(rgb(FAINT))
+        .light_line_style(TRANSPARENT)
+        .label_style(("sans-serif", TEXT, &ink))
+        .axis_desc_style(("sans-serif", TEXT, &ink))
+        .x_desc(x.0)
+        .x_label_formatter(&across)
+        .y_label_formatter(&up);
+    match y {
+        Some(y) => mesh.y_desc(y.0),
+        None => mesh.disable_y_mesh().disable_y_axis(),
+    };
+    mesh.draw()
+}
+
 /// Series over two axes; None where no point can be drawn.
 ///
 /// # Errors
@@ -207,18 +236,7 @@ pub fn lines(x: &Axis, y: &Axis, series: &[Series]) -> Result<Option<String>> {
             .x_label_area_size(100)
             .y_label_area_size(digits * CHARACTER + 70)
             .build_cartesian_2d(across, up)?;
-        chart
-            .configure_mesh()
-            .axis_style(rgb(INK))
-            .bold_line_style(rgb(FAINT))
-            .light_line_style(TRANSPARENT)
-            .label_style(("sans-serif", TEXT, &rgb(INK)))
-            .axis_desc_style(("sans-serif", TEXT, &rgb(INK)))
-            .x_desc(x.0)
-            .y_desc(y.0)
-            .x_label_formatter(&|at| x.tick(*at))
-            .y_label_formatter(&|at| y.tick(*at))
-            .draw()?;
+        mesh(&mut chart, x, Some(y))?;
         for (series, places) in series.iter().zip(&places) {
             let style = rgb(series.colour).stroke_width(4);
             let points = || places.iter().map(|point| (point.0, point.1));
@@ -295,18 +313,7 @@ pub fn bars(x: &Axis, bars: &[Bar], rule: Option<f64>) -> Result<Option<String>>
             .margin_top(10)
             .x_label_area_size(100)
             .build_cartesian_2d(across, bars.len() as f64..0.0)?;
-        chart
-            .configure_mesh()
-            .disable_y_mesh()
-            .disable_y_axis()
-            .axis_style(rgb(INK))
-            .bold_line_style(rgb(FAINT))
-            .light_line_style(TRANSPARENT)
-            .label_style(("sans-serif", TEXT, &rgb(INK)))
-            .axis_desc_style(("sans-serif", TEXT, &rgb(INK)))
-            .x_desc(x.0)
-            .x_label_formatter(&|at| x.tick(*at))
-            .draw()?;
+        mesh(&mut chart, x, None)?;
         for (i, bar) in bars.iter().enumerate() {
             let middle = i as f64 + 0.5;
             let mut end = 0.0;
