@@ -200,7 +200,7 @@ fn measured(rows: &[(&str, &str, Option<&[f64]>, Value)]) -> Value {
 
 /// `count` samples around `median`, of which each strays by up to `noise` of it.
 fn samples(seed: u64, count: usize, median: f64, noise: f64) -> Vec<f64> {
-    let mut random = support::Random(seed);
+    let mut random = support::Random::new(seed);
     (0..count).map(|_| median * (1.0 + noise * (2.0 * f64::from(random.unit()) - 1.0))).collect()
 }
 
