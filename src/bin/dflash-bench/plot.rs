@@ -398,4 +398,28 @@ mod tests {
         // The point that cannot be drawn has none.
         assert_eq!(drawn.matches("<title>a &lt;b&gt; &amp; c</title></circle>").count(), 2);
     }
+
+    #[test]
+    fn each_axis_has_its_own_name_and_ticks() {
+        let texts = |svg: &str| -> Vec<String> {
+            let inside = svg.split("</text>").map(|part| part.rsplit('>').next().unwrap().trim().to_string());
+            inside.filter(|text| !text.is_empty()).collect()
+        };
+        let (x, y) = (Axis("across", Scale::Linear), Axis("up", Scale::Log));
+        let drawn = lines(&x, &y, &[one(&[(0.5, 1.0), (2.0, 1000.0)], Mark::Line)]).unwrap().unwrap();
+        let (left, below) = (["1", "10", "100", "1000"], ["0", "0.5", "1", "1.5", "2"]);
+        let found = texts(&drawn);
+        assert_eq!(found.len(), left.len() + below.len() + 2, "{found:?}");
+        for text in left.into_iter().chain(below).chain(["across", "up"]) {
+            assert!(found.iter().any(|found| found == text), "{text}: {found:?}");
+        }
+        let bar = Bar { label: "label".into(), parts: vec![(FIRST, 2.0)], value: "value".into() };
+        let drawn = bars(&x, &[bar.clone(), bar], None).unwrap().unwrap();
+        assert_eq!(
+            texts(&drawn),
+            ["across", "0", "0.5", "1", "1.5", "2", "label", "value", "label", "value"]
+        );
+        // Nothing of the other axis: lines at the ticks, and those with the axis they stand on.
+        assert_eq!((drawn.matches("<line ").count(), drawn.matches("<polyline ").count()), (5, 6), "{drawn}");
+    }
 }
