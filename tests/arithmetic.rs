@@ -9,8 +9,8 @@ use std::ops::Range;
 use support::{Random, Raw};
 
 fn random(seed: u64, count: usize) -> Vec<f32> {
-    let mut random = Random(seed);
-    (0..count).map(|_| random.unit()).collect()
+    let mut random = Random::new(seed);
+    (0..count).map(|_| random.signed()).collect()
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {

@@ -200,7 +200,7 @@ fn measured(rows: &[(&str, &str, Option<&[f64]>, Value)]) -> Value {
 
 /// `count` samples around `median`, of which each strays by up to `noise` of it.
 fn samples(seed: u64, count: usize, median: f64, noise: f64) -> Vec<f64> {
-    let mut random = support::Random(seed);
+    let mut random = support::Random::new(seed);
     (0..count).map(|_| median * (1.0 + noise * (2.0 * f64::from(random.unit()) - 1.0))).collect()
 }
 
@@ -358,4 +358,46 @@ fn compare_refuses_what_cannot_be_compared() {
     refused(bench(["compare", &whole, &none]), 2, "none.json cannot be read");
     refused(bench(["compare", &whole, &whole, "--threshold", "1"]), 2, "expected a percentage");
     refused(bench(["compare", &whole]), 2, "B.json");
+}
+
+#[test]
+fn of_many_rows_the_first_damage_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let most = 20_000;
+    let mut whole = measured(&[("x", "ms", None, json!(null))]);
+    let one = whole["rows"][0].clone();
+    let at = |i: usize| {
+        let mut row = one.clone();
+        row["parameters"] = json!({ "rows": i, "context": 1024, "of": "x" });
+        row
+    };
+    whole["rows"] = (0..most).map(at).collect();
+    let show = |record: &Value| bench(["show", &write(dir.path(), "many.json", record.to_string())]);
+    assert_eq!(show(&whole).done().lines().count(), most + 2);
+    // Equal whatever the order that parameters stand in; other texts, numbers and names are not.
+    let first = json!({ "of": "x", "context": 1024, "rows": 7 });
+    let mut twice = whole.clone();
+    for (i, other) in [
+        (most - 4, json!({ "rows": "7", "context": 1024, "of": "x" })),
+        (most - 3, json!({ "rows": 7.5, "context": 1024, "of": "x" })),
+        (most - 2, json!({ "rows": 7, "context": 1024 })),
+    ] {
+        twice["rows"][i]["parameters"] = other;
+    }
+    (twice["rows"][most - 5]["name"], twice["rows"][most - 5]["parameters"]) = (json!("y"), first.clone());
+    assert_eq!(show(&twice).code, 0);
+    twice["rows"][most - 1]["parameters"] = first.clone();
+    let last = format!("is damaged: rows 8 and {most} are both x with equal parameters");
+    refused(show(&twice), 2, &last);
+    // Of three that are equal, the first two; of all damage, that of the first row that has any.
+    twice["rows"][most / 2]["parameters"] = first;
+    refused(show(&twice), 2, &format!("rows 8 and {} are both x", most / 2 + 1));
+    let mut spoiled = twice.clone();
+    spoiled["rows"][most / 2 + 1]["samples"] = json!([]);
+    refused(show(&spoiled), 2, &format!("rows 8 and {} are both x", most / 2 + 1));
+    spoiled["rows"][most / 2 - 1]["samples"] = json!([]);
+    refused(show(&spoiled), 2, &format!("row {} (x) has an empty list of samples", most / 2));
+    // A row that is damaged and equal to another is damaged.
+    twice["rows"][most / 2]["samples"] = json!([]);
+    refused(show(&twice), 2, &format!("row {} (x) has an empty list of samples", most / 2 + 1));
 }

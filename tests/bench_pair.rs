@@ -1,16 +1,18 @@
 //! Pairs whose weights are drawn: what is measured where the files are not.
 
+#[path = "support/crowd.rs"]
+mod crowd;
 mod support;
 
+use crowd::{Silent, request};
 use dflash::Error;
 use dflash::emulator::Emulator;
-use dflash::engine::{Backend, Flow, Listener, Outcome, Request, check_lossless, generate};
+use dflash::engine::{Backend, Outcome, check_lossless, generate};
 use dflash::memory::{MemoryPlan, Room};
 use dflash::pair::Pair;
 use dflash::reference::{Drafter, Target};
 use dflash::rounds::OnDevice;
 use dflash::sequences::Cpu;
-use dflash::verify::Sampling;
 use dflash::weights::{Dtype, PUBLISHED, Tensor};
 use half::bf16;
 use std::fs;
@@ -71,7 +73,7 @@ fn drawn_bytes_are_the_same_in_whatever_pieces_they_are_read() {
     let tensor = q_proj(&pair);
     let whole = read(&tensor, 0, 192 * 192 * 2);
     assert_eq!(whole, read(&q_proj(&tiny().1), 0, 192 * 192 * 2));
-    let mut random = support::Random(3);
+    let mut random = support::Random::new(3);
     for _ in 0..1000 {
         let at = random.below(whole.len());
         let count = random.below(40).min(whole.len() - at);
@@ -137,14 +139,6 @@ fn the_plan_of_qwen3_8b() {
     assert_eq!(line("keys and values"), 4096 * (147_456 + 20_480));
 }
 
-struct Silent;
-
-impl Listener for Silent {
-    fn token(&mut self, _id: u32, _drafted: bool) -> dflash::Result<Flow> {
-        Ok(Flow::Continue)
-    }
-}
-
 #[test]
 fn a_drawn_pair_runs_on_the_emulator_and_is_lossless_there() {
     let (_root, pair) = tiny();
@@ -154,15 +148,7 @@ fn a_drawn_pair_runs_on_the_emulator_and_is_lossless_there() {
         OnDevice::load("emulator", Box::new(device), &pair, Room::new(1, 8, 128), &mut |_, _| ()).unwrap()
     };
     let run = |backend: &OnDevice, block: usize| -> Outcome {
-        let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
-        let request = Request {
-            prompt: vec![5, 6, 7],
-            max_tokens: 12,
-            sampling,
-            stop_ids: vec![],
-            block,
-            drafting: Default::default(),
-        };
+        let request = request(&[5, 6, 7], 12, block, 0.0);
         generate(&mut *backend.decoder().unwrap(), &request, &mut Silent).unwrap()
     };
     let backend = load();

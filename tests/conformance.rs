@@ -2,17 +2,19 @@
 //! the list that this project keeps of them. The tenth, DFlash2 with neutral parts against DFlash, has nothing to
 //! test: DFlash2 drafters are refused. Values are held against `support/dense.rs`, a second model in f64.
 
+#[path = "support/crowd.rs"]
+mod crowd;
 #[path = "support/dense.rs"]
 mod dense;
 mod support;
 
+use crowd::{Silent, seeded};
 use dflash::config::DrafterConfig;
 use dflash::cpu;
-use dflash::engine::{Decoder, Emitted, Finish, Flow, Listener, Outcome, Prefill, Request, generate};
+use dflash::engine::{Decoder, Emitted, Finish, Outcome, Prefill, Request, generate};
 use dflash::pair::Pair;
 use dflash::reference::{Cache, Drafter, Target};
 use dflash::sequences::Sequence;
-use dflash::verify::Sampling;
 use dflash::weights::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype, Folder};
 use serde_json::json;
 use support::Random;
@@ -34,13 +36,13 @@ fn write(target: &support::Target, drafter: &support::Drafter) -> (Target, Draft
 }
 
 fn random_tokens(seed: u64, vocab: usize, count: usize) -> Vec<u32> {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     (0..count).map(|_| random.below(vocab) as u32).collect()
 }
 
 fn random_values(seed: u64, count: usize) -> Vec<f32> {
-    let mut random = Random(seed);
-    (0..count).map(|_| random.unit()).collect()
+    let mut random = Random::new(seed);
+    (0..count).map(|_| random.signed()).collect()
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -501,28 +503,8 @@ impl Decoder for Checked<'_> {
     }
 }
 
-struct Quiet;
-
-impl Listener for Quiet {
-    fn token(&mut self, _: u32, _: bool) -> dflash::Result<Flow> {
-        Ok(Flow::Continue)
-    }
-}
-
 fn run(mut decoder: Checked, request: &Request) -> Outcome {
-    cpu::install(|| generate(&mut decoder, request, &mut Quiet)).unwrap()
-}
-
-fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, seed: u64) -> Request {
-    let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 0 };
-    Request {
-        prompt: prompt.to_vec(),
-        max_tokens,
-        sampling,
-        stop_ids: vec![],
-        block,
-        drafting: Default::default(),
-    }
+    cpu::install(|| generate(&mut decoder, request, &mut Silent)).unwrap()
 }
 
 /// A pair of so few tokens that an untrained drafter is often right.
@@ -563,7 +545,7 @@ fn greedy_rounds_equal_a_loop_without_caches() {
             seen[right + 1] += 1;
         }
 
-        let got = run(Checked::new(&pair, true), &request(&prompt, 33, draft.block, 0.0, 0));
+        let got = run(Checked::new(&pair, true), &seeded(&prompt, 33, draft.block, 0.0, 0));
         assert_eq!(got.tokens, tokens[prompt.len()..prompt.len() + 33], "seed {seed}");
         assert_eq!(got.accepted, accepted, "seed {seed}");
     }
@@ -578,7 +560,7 @@ fn c7_forced_drafts_decide_the_rounds_and_never_the_tokens() {
     let pair = write(&Default::default(), &Default::default());
     let prompt = random_tokens(1, 97, 5);
     for (temperature, seed) in [(0.0, 0), (1.0, 7)] {
-        let plain = run(Checked::new(&pair, false), &request(&prompt, 60, 1, temperature, seed));
+        let plain = run(Checked::new(&pair, false), &seeded(&prompt, 60, 1, temperature, seed));
         assert_eq!((plain.tokens.len(), plain.accepted.len()), (60, 59));
         // What stands at a position; anything beyond the end.
         let at = |position: usize| plain.tokens.get(position - prompt.len()).copied().unwrap_or(0);
@@ -588,7 +570,7 @@ fn c7_forced_drafts_decide_the_rounds_and_never_the_tokens() {
                     (1..rows).map(|r| if r <= right { at(s + r) } else { (at(s + r) + 1) % 97 }).collect()
                 };
                 let decoder = Checked { script: Some(&script), ..Checked::new(&pair, true) };
-                let got = run(decoder, &request(&prompt, 60, block, temperature, seed));
+                let got = run(decoder, &seeded(&prompt, 60, block, temperature, seed));
                 assert_eq!(got.tokens, plain.tokens, "block {block}, {right} drafts right");
                 let whole = got.accepted.len() - usize::from(right > 0); // the last may reach beyond what is known
                 assert!(got.accepted[..whole].iter().all(|a| *a == right + 1), "{:?}", got.accepted);
@@ -636,8 +618,7 @@ fn c8_sampled_tokens_follow_the_target_law_whatever_is_drafted() {
         for i in 0..samples {
             // Seeds of their own, or all kinds would draw the same tokens.
             let seed = (1000 * kind.len() as u64) << 32 | i;
-            let got =
-                run(Checked { script, ..Checked::new(&pair, true) }, &request(&prompt, 3, 4, 1.5, seed));
+            let got = run(Checked { script, ..Checked::new(&pair, true) }, &seeded(&prompt, 3, 4, 1.5, seed));
             counts[got.tokens.iter().fold(0, |cell, t| cell * 4 + *t as usize)] += 1.0;
             accepted += got.accepted[0] - 1;
         }
@@ -674,14 +655,14 @@ fn c9_both_models_hold_the_positions_before_the_anchor_after_every_round() {
     let block = draft.block;
     for length in [1, 2, 16, 17, 64, 65] {
         let prompt = random_tokens(length as u64, spec.vocab, length);
-        let whole = run(Checked::new(&pair, false), &request(&prompt, 40, 1, 0.8, 2)).tokens;
+        let whole = run(Checked::new(&pair, false), &seeded(&prompt, 40, 1, 0.8, 2)).tokens;
         assert_eq!(whole.len(), 40);
         for budget in [0, 1, 2, block - 1, block, block + 1, 40] {
-            let got = run(Checked::new(&pair, true), &request(&prompt, budget, block, 0.8, 2));
+            let got = run(Checked::new(&pair, true), &seeded(&prompt, budget, block, 0.8, 2));
             assert_eq!((&got.tokens[..], got.finish), (&whole[..budget], Finish::Length));
         }
         for stop in 0..spec.vocab as u32 {
-            let request = Request { stop_ids: vec![stop], ..request(&prompt, 40, block, 0.8, 2) };
+            let request = Request { stop_ids: vec![stop], ..seeded(&prompt, 40, block, 0.8, 2) };
             let got = run(Checked::new(&pair, true), &request);
             let end = whole.iter().position(|t| *t == stop).map_or(40, |i| i + 1);
             assert_eq!(got.tokens, whole[..end]);
@@ -692,8 +673,8 @@ fn c9_both_models_hold_the_positions_before_the_anchor_after_every_round() {
     let demo = open(DEMO_TARGET, DEMO_DRAFTER);
     for length in [1, 20] {
         let prompt = random_tokens(4, 2048, length);
-        let plain = run(Checked::new(&demo, false), &request(&prompt, 40, 1, 0.0, 0));
-        let got = run(Checked::new(&demo, true), &request(&prompt, 40, 16, 0.0, 0));
+        let plain = run(Checked::new(&demo, false), &seeded(&prompt, 40, 1, 0.0, 0));
+        let got = run(Checked::new(&demo, true), &seeded(&prompt, 40, 16, 0.0, 0));
         assert_eq!(got.tokens, plain.tokens);
     }
 }
@@ -705,7 +686,7 @@ fn past_the_drafters_last_position_nothing_is_kept_for_it() {
     let mut sequence = Sequence::new(&pair.0, Some(&pair.1));
     let prompt = random_tokens(3, spec.vocab, 20);
     let mut tokens = vec![];
-    sequence.start(&request(&prompt, 60, draft.block, 0.8, 2)).unwrap();
+    sequence.start(&seeded(&prompt, 60, draft.block, 0.8, 2)).unwrap();
     sequence.prefill().unwrap();
     while let Some((target, drafter)) = sequence.lengths()
         && target < 70

@@ -1,24 +1,26 @@
 //! How much a round drafts: the arithmetic of costs and acceptance against brute force, controllers over scripted and
 //! random acceptance, and that none of it changes what is emitted.
 
+#[path = "support/crowd.rs"]
+mod crowd;
 #[path = "support/kernel.rs"]
 mod kernel;
 #[path = "support/program.rs"]
 mod program;
 mod support;
 
+use crowd::{Silent, held, seeded};
 use dflash::config::{DrafterConfig, TargetConfig};
 use dflash::control::{
     ByConfidence, ByPosition, Confident, Controller, Costs, Fixed, Positions, WherePays, share,
 };
 use dflash::cpu;
-use dflash::engine::{Flow, Listener, Outcome, Request, generate};
+use dflash::engine::{Outcome, Request, generate};
 use dflash::floor::{Card, draft_pass, target_pass};
 use dflash::pair::Pair;
 use dflash::reference::{Drafter, Target};
 use dflash::rules::Drafting;
 use dflash::sequences::{Sequence, Sequences};
-use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, PUBLISHED};
 use kernel::Random;
 use serde_json::Value;
@@ -447,37 +449,10 @@ fn drawn(vocab: usize) -> Models {
     load(Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap())
 }
 
-struct Silent;
-
-impl Listener for Silent {
-    fn token(&mut self, _: u32, _: bool) -> dflash::Result<Flow> {
-        Ok(Flow::Continue)
-    }
-}
-
-fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, seed: u64) -> Request {
-    let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 1 };
-    Request {
-        prompt: prompt.to_vec(),
-        max_tokens,
-        sampling,
-        stop_ids: vec![],
-        block,
-        drafting: Default::default(),
-    }
-}
-
 fn run(models: &Models, tree: Option<usize>, costs: Option<&Costs>, request: &Request) -> Outcome {
     let sequences = Sequences::new(&models.0, Some(&models.1), 1, usize::MAX);
     let request = Request { drafting: Drafting { tree, ..Default::default() }, ..request.clone() };
     cpu::install(|| generate(&mut sequences.adaptive(costs), &request, &mut Silent)).unwrap()
-}
-
-fn held() -> Vec<Vec<u32>> {
-    let oracle: Value = serde_json::from_str(include_str!("data/oracle.json")).unwrap();
-    let ids =
-        |p: &Value| p["prompt_ids"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
-    oracle["prompts"].as_array().unwrap().iter().map(ids).collect()
 }
 
 #[test]
@@ -492,7 +467,7 @@ fn no_costs_change_what_is_emitted() {
         [(&demo, &prompts[3][..], 90), (&few, &[1, 3, 2], 200), (&many, &[5, 6], 200)]
     {
         for temperature in [0.0, 0.8] {
-            let request = request(prompt, tokens, models.1.config.block, temperature, 3);
+            let request = seeded(prompt, tokens, models.1.config.block, temperature, 3);
             let plain = run(models, None, None, &Request { block: 1, ..request.clone() });
             for tree in [None, Some(30)] {
                 let whole = run(models, tree, None, &request);
@@ -516,7 +491,7 @@ fn a_drafter_that_is_never_right_is_left_alone_for_the_most_part() {
     let models = drawn(1000);
     let cheap = costs(0.3, |rows| 1.0 + 0.02 * rows as f64);
     for tree in [None, Some(16)] {
-        let got = run(&models, tree, Some(&cheap), &request(&[7, 8, 9], 240, 8, 1.0, 2));
+        let got = run(&models, tree, Some(&cheap), &seeded(&[7, 8, 9], 240, 8, 1.0, 2));
         let steps: Vec<f64> =
             got.drafted.iter().map(|d| if *d > 0 { cheap.round(*d) } else { 1.02 }).collect();
         let (drafted, each) =
@@ -532,7 +507,7 @@ fn a_drafter_that_was_left_alone_catches_up() {
     let prompt = &held()[4];
     let begin = || {
         let mut sequence = Sequence::new(&models.0, Some(&models.1));
-        sequence.start(&request(prompt, 120, 16, 0.0, 0)).unwrap();
+        sequence.start(&seeded(prompt, 120, 16, 0.0, 0)).unwrap();
         while sequence.prefill().unwrap().next.is_none() {}
         sequence
     };

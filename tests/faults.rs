@@ -45,7 +45,7 @@ fn batch<'a>(device: &'a Emulator, models: &'a Models, slots: usize, positions: 
 }
 
 fn prompt(seed: u64, length: usize) -> Vec<u32> {
-    let mut random = support::Random(seed);
+    let mut random = support::Random::new(seed);
     (0..length).map(|_| random.below(4) as u32).collect()
 }
 

@@ -416,7 +416,7 @@ fn any_requests_in_a_row_are_answered_as_fresh_ones() {
         let pair = support::write_pair(&target, &drafter);
         let models = open(support::disk(&pair.target), support::disk(&pair.drafter));
         for seed in 0..12 {
-            let mut random = support::Random(seed);
+            let mut random = support::Random::new(seed);
             let mut sequence = alone(&models.0, Some(&models.1));
             let mut said: Vec<u32> = vec![3];
             for _ in 0..12 {

@@ -320,31 +320,6 @@ fn probabilities(law: &[u8], logits: &[f32]) -> Option<Vec<(u32, u64)>> {
     Some(found)
 }
 
-/// A row of logits of one of many kinds.
-fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
-    let mut row = match random.below(9) {
-        0 => vec![random.normal(5.0); vocab],
-        1 => (0..vocab).map(|_| (random.normal(2.0) * 2.0).round() / 2.0).collect(),
-        2 => (0..vocab)
-            .map(|_| if random.below(3) == 0 { f32::NEG_INFINITY } else { random.normal(4.0) })
-            .collect(),
-        3 => (0..vocab).map(|_| if random.below(2) == 0 { 0.0 } else { -0.0 }).collect(),
-        4 => {
-            let mut row = random.normals(vocab, 1.0);
-            row[random.below(vocab)] = 60.0;
-            row
-        }
-        5 => (0..vocab).map(|_| f32::from_bits(20f32.to_bits() - random.below(40) as u32)).collect(),
-        6 => (0..vocab).map(|id| -(id as f32) / 16.0).collect(),
-        _ => random.normals(vocab, 3.0),
-    };
-    // Enough of the vocabulary for a sound row.
-    if row.iter().all(|&logit| logit == f32::NEG_INFINITY) {
-        row[random.below(vocab)] = 1.0;
-    }
-    row
-}
-
 fn settings(random: &mut Random, vocab: usize) -> Sampling {
     let temperature = match random.below(8) {
         0 => 0.0,
@@ -387,12 +362,12 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
         };
         let length = random.next() as u32 >> (1 + random.below(31));
         requests.push(Request { rule, rows, length, rounds: random.below(1000) as u32, sampling, drafting });
-        let mut own: Vec<Vec<f32>> = (0..block).map(|_| logits(random, vocab)).collect();
+        let mut own: Vec<Vec<f32>> = (0..block).map(|_| sound_logits(random, vocab)).collect();
         let mut drafts = vec![random.normals(vocab, 1.0)];
         for row in own.iter_mut().take(block - 1) {
             drafts.push(match random.below(6) {
                 0 => row.clone(),
-                1 => logits(random, vocab),
+                1 => sound_logits(random, vocab),
                 // Nothing in common: each token is one's or the other's.
                 2 => {
                     let of_drafter = |id: usize| id % 2 == 1;

@@ -557,7 +557,7 @@ fn rooms_that_the_kernels_do_not_have_are_refused_by_their_flag() {
 /// Sizes up to the limits that configs have: planned, or refused by name.
 #[test]
 fn no_config_is_too_odd_for_a_plan() {
-    let mut random = support::Random(5);
+    let mut random = support::Random::new(5);
     let (mut planned, mut refused) = (0, 0);
     for _ in 0..60 {
         let mut one_of = |sizes: &[usize]| sizes[random.below(sizes.len())];

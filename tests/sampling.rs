@@ -1,34 +1,16 @@
 //! The sampling law and the rule that judges drafts, held against exact arithmetic, naive definitions and
 //! enumeration. Every seed is fixed: a test passes always or never.
 
+#[path = "support/random.rs"]
+mod random;
+
 use dflash::Error;
 use dflash::verify::{Sampling, TABLES, argmax, judge, philox};
+use random::Random;
 
 const PLAIN: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
 
-/// Test data, from a generator that the code under test does not use (SplitMix64).
-struct Rng(u64);
-
-impl Rng {
-    fn word(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ z >> 31
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.word() % n as u64) as usize
-    }
-
-    fn unit(&mut self) -> f64 {
-        (self.word() >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    fn normal(&mut self) -> f64 {
-        (0..12).map(|_| self.unit()).sum::<f64>() - 6.0
-    }
-
+impl Random {
     fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len())]
     }
@@ -38,13 +20,13 @@ impl Rng {
         let kind = self.below(4);
         (0..vocab)
             .map(|_| match (kind, self.below(8)) {
-                (0, _) => (self.normal() * 3.0) as f32,
+                (0, _) => self.normal(3.0),
                 (1, 0) => f32::NEG_INFINITY,
                 (1, _) => self.below(4) as f32 * 0.5,
                 (2, _) => self.pick(&[0.0, -0.0, 1.0]),
                 (_, 0) => -1e30,
                 (_, 1) => f32::NEG_INFINITY,
-                _ => (self.normal() * 20.0) as f32,
+                _ => self.normal(20.0),
             })
             .collect()
     }
@@ -146,8 +128,8 @@ fn tables_have_their_checksums_and_no_value_near_a_rounding_boundary() {
 fn race_times_are_logarithms() {
     let t = &*TABLES;
     assert_eq!([0, 1, 2, !0].map(|u| t.time(u)), [31 << 27, 31 << 27, 31 << 27, 1]);
-    let mut rng = Rng(1);
-    for u in (0..30).flat_map(|bits| (0..200).map(move |_| bits)).map(|bits| rng.word() as u32 >> bits | 2) {
+    let mut rng = Random::new(1);
+    for u in (0..30).flat_map(|bits| (0..200).map(move |_| bits)).map(|bits| rng.next() as u32 >> bits | 2) {
         let exact = (32.0 - f64::from(u).log2()) * 2f64.powi(27);
         // One unit of rounding each for table and product, and the chord's error.
         assert!((t.time(u) as f64 - exact).abs() < 3.5, "u {u:#x}: {} for {exact}", t.time(u));
@@ -184,11 +166,11 @@ fn weights_fall_with_the_logit_and_end_at_zero() {
 
 #[test]
 fn weights_are_softmax() {
-    let mut rng = Rng(2);
+    let mut rng = Random::new(2);
     for temperature in [0.3f32, 0.7, 1.0, 1.5, 100.0] {
         for _ in 0..10 {
             let spread = 0.5 + 7.5 * rng.unit();
-            let row: Vec<f32> = (0..5000).map(|_| (rng.normal() * spread) as f32).collect();
+            let row: Vec<f32> = (0..5000).map(|_| rng.normal(spread)).collect();
             let max = row.iter().copied().fold(f32::MIN, f32::max);
             let exact: Vec<f64> = row
                 .iter()
@@ -205,7 +187,7 @@ fn weights_are_softmax() {
 
 #[test]
 fn filters_keep_what_their_definition_keeps() {
-    let mut rng = Rng(3);
+    let mut rng = Random::new(3);
     for case in 0..6000 {
         let vocab = [1, 2, 3, 7, 40, 300][rng.below(6)];
         let row = rng.row(vocab);
@@ -298,11 +280,11 @@ fn settings_that_check_would_refuse_do_not_panic() {
 
 #[test]
 fn temperature_zero_is_argmax() {
-    let mut rng = Rng(4);
+    let mut rng = Random::new(4);
     for case in 0..500 {
         let row = rng.row(50);
         let s =
-            Sampling { temperature: 0.0, top_k: 3, top_p: 0.1, min_p: 0.9, seed: rng.word(), stream: case };
+            Sampling { temperature: 0.0, top_k: 3, top_p: 0.1, min_p: 0.9, seed: rng.next(), stream: case };
         let best = (0..50u32).rev().filter(|&x| row[x as usize] > f32::NEG_INFINITY).max_by(|&a, &b| {
             row[a as usize].partial_cmp(&row[b as usize]).unwrap() // the last of equals, so the lowest id
         });
@@ -326,7 +308,7 @@ fn naive_race(s: &Sampling, kept: &[(u32, u64)], position: u32) -> u32 {
 
 #[test]
 fn choose_is_the_integer_race_over_survivors() {
-    let mut rng = Rng(5);
+    let mut rng = Random::new(5);
     for case in 0..4000 {
         let vocab = [1, 3, 8, 33, 1000][rng.below(5)];
         let row = rng.row(vocab);
@@ -334,12 +316,12 @@ fn choose_is_the_integer_race_over_survivors() {
             temperature: rng.pick(&[0.2, 1.0, 5.0]),
             top_k: rng.pick(&[0, 2, 6]),
             top_p: rng.pick(&[1.0, 0.8]),
-            seed: rng.word(),
-            stream: rng.word() as u32,
+            seed: rng.next(),
+            stream: rng.next() as u32,
             ..PLAIN
         };
         let Some(kept) = s.survivors(&row) else { continue };
-        let position = rng.word() as u32;
+        let position = rng.next() as u32;
         assert_eq!(s.choose(&row, position), Some(naive_race(&s, &kept, position)), "case {case}");
     }
 }
@@ -485,10 +467,9 @@ fn draws_at_different_positions_streams_and_seeds_are_independent() {
 
 #[test]
 fn a_draw_depends_on_nothing_but_its_arguments() {
-    let mut rng = Rng(6);
-    let rows: Vec<Vec<f32>> =
-        (0..300).map(|_| (0..500).map(|_| (rng.normal() * 2.0) as f32).collect()).collect();
-    let s = Sampling { top_k: 100, top_p: 0.95, min_p: 0.001, seed: rng.word(), stream: 7, ..PLAIN };
+    let mut rng = Random::new(6);
+    let rows: Vec<Vec<f32>> = (0..300).map(|_| (0..500).map(|_| rng.normal(2.0)).collect()).collect();
+    let s = Sampling { top_k: 100, top_p: 0.95, min_p: 0.001, seed: rng.next(), stream: 7, ..PLAIN };
     let draw = |i: usize| s.choose(&rows[i], i as u32);
     let forward: Vec<_> = (0..300).map(draw).collect();
     let mut backward: Vec<_> = (0..300).rev().map(draw).collect();
@@ -510,7 +491,7 @@ fn a_draw_depends_on_nothing_but_its_arguments() {
 
 #[test]
 fn greedy_chains_equal_the_plain_loop() {
-    let mut rng = Rng(7);
+    let mut rng = Random::new(7);
     for _ in 0..300 {
         let vocab = 2 + rng.below(5);
         // the target's next token after (last, last but one), a random table
@@ -536,7 +517,7 @@ fn greedy_chains_equal_the_plain_loop() {
 #[test]
 fn matching_equals_plain_sampling_with_the_same_seed() {
     const V: usize = 5;
-    let mut rng = Rng(8);
+    let mut rng = Random::new(8);
     let (mut accepted, mut rounds) = (0, 0);
     for _ in 0..200 {
         let table: Vec<Vec<f32>> = (0..V * V).map(|_| rng.row(V)).map(|mut r| (r[0] = 0.5, r).1).collect();
@@ -546,8 +527,8 @@ fn matching_equals_plain_sampling_with_the_same_seed() {
             top_k: rng.pick(&[0, 3]),
             top_p: rng.pick(&[1.0, 0.9]),
             min_p: rng.pick(&[0.0, 0.05]),
-            seed: rng.word(),
-            stream: rng.word() as u32,
+            seed: rng.next(),
+            stream: rng.next() as u32,
         };
         let sample = |out: &[u32]| s.choose(row(out), out.len() as u32);
         let mut plain = vec![0, 0];

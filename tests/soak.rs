@@ -31,7 +31,7 @@ fn random(random: &mut support::Random) -> (Request, Option<usize>) {
         top_k: [0, 0, 2, 3][random.below(4)],
         top_p: [1.0, 1.0, 0.9, 0.5][random.below(4)],
         min_p: [0.0, 0.0, 0.1, 0.4][random.below(4)],
-        seed: random.bits() % 3,
+        seed: random.next() % 3,
         stream: random.below(1000) as u32,
     };
     // Ids that the model does not have, so that those it has stand anywhere in the list.
@@ -42,7 +42,7 @@ fn random(random: &mut support::Random) -> (Request, Option<usize>) {
 }
 
 fn requests() -> (Vec<Request>, Vec<Option<usize>>) {
-    let mut source = support::Random(5);
+    let mut source = support::Random::new(5);
     (0..REQUESTS).map(|_| random(&mut source)).unzip()
 }
 

@@ -1,21 +1,23 @@
 //! Draft trees: how they are built, against brute force and a second form; and that rounds of trees emit what plain
 //! decoding does, with the same logits, bit for bit.
 
+#[path = "support/crowd.rs"]
+mod crowd;
 #[path = "support/kernel.rs"]
 mod kernel;
 #[path = "support/program.rs"]
 mod program;
 mod support;
 
+use crowd::{Silent, held, seeded};
 use dflash::cpu;
-use dflash::engine::{Finish, Flow, Listener, Outcome, Request, generate};
+use dflash::engine::{Finish, Outcome, Request, generate};
 use dflash::lossless::check;
 use dflash::pair::Pair;
 use dflash::reference::{Cache, Drafter, Target};
 use dflash::rules::Drafting;
 use dflash::sequences::{Sequence, Sequences};
 use dflash::tree::{Choice, MOST_ROWS, Tree, choices, moves};
-use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
 use kernel::Random;
 use serde_json::Value;
@@ -282,13 +284,6 @@ fn guessable(wide: bool) -> Models {
     open(&target, &support::Drafter { head_dim, dtype: Dtype::Bf16, sliding, window, ..drafter })
 }
 
-fn held() -> Vec<Vec<u32>> {
-    let oracle: Value = serde_json::from_str(include_str!("data/oracle.json")).unwrap();
-    let ids =
-        |p: &Value| p["prompt_ids"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
-    oracle["prompts"].as_array().unwrap().iter().map(ids).collect()
-}
-
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
@@ -341,26 +336,6 @@ fn every_row_of_a_tree_has_the_bits_of_plain_decoding_along_its_path() {
     }
 }
 
-struct Silent;
-
-impl Listener for Silent {
-    fn token(&mut self, _: u32, _: bool) -> dflash::Result<Flow> {
-        Ok(Flow::Continue)
-    }
-}
-
-fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, seed: u64) -> Request {
-    let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 1 };
-    Request {
-        prompt: prompt.to_vec(),
-        max_tokens,
-        sampling,
-        stop_ids: vec![],
-        block,
-        drafting: Default::default(),
-    }
-}
-
 /// With rounds of trees of up to `rows` rows; none: of chains.
 fn grown(rows: Option<usize>, request: Request) -> Request {
     Request { drafting: Drafting { tree: rows, ..request.drafting.clone() }, ..request }
@@ -384,7 +359,7 @@ fn whatever_tree_is_verified_the_answer_is_that_of_plain_decoding() {
         let models = guessable(wide);
         for seed in 0..12 {
             let prompt: Vec<u32> = (0..1 + random.below(40)).map(|_| random.below(5) as u32).collect();
-            let request = request(&prompt, 60, 16, [0.0, 1.0, 3.0][seed % 3], seed as u64);
+            let request = seeded(&prompt, 60, 16, [0.0, 1.0, 3.0][seed % 3], seed as u64);
             let plain = run(&models, None, &Request { block: 1, ..request.clone() });
             let mut sequence = Sequence::new(&models.0, Some(&models.1));
             sequence.start(&grown(Some(MOST_ROWS), request)).unwrap();
@@ -433,7 +408,7 @@ fn after_every_tree_the_drafter_knows_what_it_would_after_plain_steps() {
     let prompt = &held()[4];
     let begin = || {
         let mut sequence = Sequence::new(&models.0, Some(&models.1));
-        sequence.start(&grown(Some(64), request(prompt, 120, 16, 0.0, 0))).unwrap();
+        sequence.start(&grown(Some(64), seeded(prompt, 120, 16, 0.0, 0))).unwrap();
         while sequence.prefill().unwrap().next.is_none() {}
         sequence
     };
@@ -456,7 +431,7 @@ fn trees_of_all_sizes_emit_what_plain_decoding_does_and_accept_more_than_chains(
     for temperature in [0.0, 0.7, 1.0] {
         let mut rounds = vec![0; 4];
         for (i, prompt) in prompts.iter().enumerate().step_by(9) {
-            let request = request(prompt, 48, 16, temperature, i as u64);
+            let request = seeded(prompt, 48, 16, temperature, i as u64);
             let plain = run(&models, None, &Request { block: 1, ..request.clone() });
             for (rounds, rows) in rounds.iter_mut().zip([None, Some(9), Some(32), Some(64)]) {
                 let got = run(&models, rows, &request);
@@ -482,7 +457,7 @@ fn logits_of_a_trees_path_are_those_of_plain_decoding_bit_for_bit() {
             [(8, 0.0, 16), (64, 0.0, 16), (33, 0.9, 16), (64, 1.0, 5), (20, 2.0, 2)]
         {
             let block = block.min(models.1.config.block);
-            let request = grown(Some(rows), request(prompt, tokens, block, temperature, 5));
+            let request = grown(Some(rows), seeded(prompt, tokens, block, temperature, 5));
             let mut decoder = decoder(models);
             let report = cpu::install(|| check(&mut decoder, &request, || Ok(Silent))).unwrap().unwrap();
             assert_eq!((&report.identical, report.compared), (&Ok(()), tokens - 1));
@@ -501,7 +476,7 @@ fn answers_of_trees_end_with_the_context() {
         for length in (1..limit).filter(|n| n % 3 == 0 || *n < 4 || *n + 10 > limit) {
             let prompt: Vec<u32> = (0..length as u32).map(|i| (i * i + i / 3) % 5).collect();
             for temperature in [0.0, 1.0] {
-                let request = |block| request(&prompt, 1000, block, temperature, length as u64);
+                let request = |block| seeded(&prompt, 1000, block, temperature, length as u64);
                 let plain = run(&models, None, &request(1));
                 for (block, rows) in [(2, 2), (8, 64), (16, 17)] {
                     let got = run(&models, Some(rows), &request(block.min(models.1.config.block)));
@@ -519,7 +494,7 @@ fn the_best_of_a_tree_is_the_chain_that_is_drafted_without_one() {
     for prompt in &held()[..8] {
         let begin = || {
             let mut sequence = Sequence::new(&models.0, Some(&models.1));
-            sequence.start(&grown(Some(64), request(prompt, 20, 16, 0.0, 0))).unwrap();
+            sequence.start(&grown(Some(64), seeded(prompt, 20, 16, 0.0, 0))).unwrap();
             while sequence.prefill().unwrap().next.is_none() {}
             sequence
         };

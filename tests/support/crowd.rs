@@ -96,7 +96,11 @@ pub fn answer(outcome: &Outcome) -> (&[u32], Finish, &[usize]) {
 
 /// Without stop ids.
 pub fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32) -> Request {
-    let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 3 };
+    seeded(prompt, max_tokens, block, temperature, 7)
+}
+
+pub fn seeded(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, seed: u64) -> Request {
+    let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 3 };
     Request {
         prompt: prompt.to_vec(),
         max_tokens,
@@ -105,6 +109,14 @@ pub fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32
         block,
         drafting: Default::default(),
     }
+}
+
+/// The prompts that the reference answered.
+pub fn held() -> Vec<Vec<u32>> {
+    let oracle: serde_json::Value = serde_json::from_str(include_str!("../data/oracle.json")).unwrap();
+    let ids = |id: &serde_json::Value| id.as_u64().unwrap() as u32;
+    let prompt = |held: &serde_json::Value| held["prompt_ids"].as_array().unwrap().iter().map(ids).collect();
+    oracle["prompts"].as_array().unwrap().iter().map(prompt).collect()
 }
 
 /// As small as the kernels take, with so few tokens that a random drafter is often right.

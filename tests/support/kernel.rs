@@ -5,9 +5,13 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
+#[path = "random.rs"]
+mod random;
+
 use dflash::cuda::Cuda;
 use dflash::device::{Buffer, Device};
 use dflash::emulator::{Emulator, Schedule};
+pub use random::Random;
 use std::sync::OnceLock;
 
 /// The first GPU, where one opens; one device for all tests of a binary.
@@ -172,49 +176,15 @@ pub fn from_bytes<T: Bits>(bytes: &[u8]) -> Vec<T> {
     bytes.chunks_exact(size_of::<T>()).map(T::take).collect()
 }
 
-/// Seeded random numbers (splitmix64).
-pub struct Random(u64);
-
 impl Random {
-    pub fn new(seed: u64) -> Random {
-        Random(seed)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in `0..n`.
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// Uniform in [0, 1).
-    pub fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u32 << 24) as f32
-    }
-
-    /// About normal, mean 0, variance `scale` squared: the sum of four uniforms.
-    pub fn normal(&mut self, scale: f32) -> f32 {
-        let sum: f32 = (0..4).map(|_| self.unit() - 0.5).sum();
-        sum * scale * 3f32.sqrt()
-    }
-
-    pub fn normals(&mut self, count: usize, scale: f32) -> Vec<f32> {
-        (0..count).map(|_| self.normal(scale)).collect()
-    }
-
     /// As [`Random::normals`], as bf16.
     pub fn bf16(&mut self, count: usize, scale: f32) -> Vec<u16> {
         to_bf16(&self.normals(count, scale))
     }
 }
 
-/// A row of logits of one of many kinds.
-pub fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
+/// A row of logits of one of many kinds that has a law.
+pub fn sound_logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     let mut row = match random.below(10) {
         0 => vec![random.normal(5.0); vocab],
         1 => (0..vocab).map(|_| (random.normal(2.0) * 2.0).round() / 2.0).collect(),
@@ -238,6 +208,15 @@ pub fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     if random.below(4) == 0 {
         row = from_bf16(&to_bf16(&row));
     }
+    if row.iter().all(|&logit| logit == f32::NEG_INFINITY) {
+        row[random.below(vocab)] = 1.0;
+    }
+    row
+}
+
+/// As [`sound_logits`], some of them spoiled: NaN, infinite, all masked, one as large as f32 has.
+pub fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
+    let mut row = sound_logits(random, vocab);
     match random.below(24) {
         0 => row[random.below(vocab)] = f32::NAN,
         1 => row[random.below(vocab)] = f32::INFINITY,

@@ -5,9 +5,13 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
+#[allow(clippy::duplicate_mod)] // of tests that have support/kernel.rs, too
+mod random;
+
 use dflash::Result;
 use dflash::config::{DrafterConfig, TargetConfig, check_pair};
 use dflash::weights::{Checkpoint, Dtype, Folder};
+pub use random::Random;
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -410,28 +414,6 @@ pub fn edit_json(dir: &Path, file: &str, edit: impl FnOnce(&mut Value)) {
     write_json(dir, file, &value);
 }
 
-/// splitmix64: enough for test weights.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    /// Uniform in [-1, 1).
-    pub fn unit(&mut self) -> f32 {
-        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    }
-
-    /// Uniform in 0..n.
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.bits() % n.max(1) as u64) as usize
-    }
-}
-
 fn dtype_size(dtype: Dtype) -> usize {
     if dtype == Dtype::F32 { 4 } else { 2 }
 }
@@ -459,8 +441,8 @@ impl Weights {
     fn push(&mut self, name: &str, shape: Vec<usize>, value: impl Fn(f32) -> f32) {
         // Seeded by name too, so that a tensor's values do not depend on what was written before it.
         let hash = name.bytes().fold(self.seed, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-        let mut random = Random(hash);
-        let values = (0..shape.iter().product()).map(|_| value(random.unit())).collect();
+        let mut random = Random::new(hash);
+        let values = (0..shape.iter().product()).map(|_| value(random.signed())).collect();
         self.tensors.push(Raw { name: name.into(), shape, values });
     }
 

@@ -4,7 +4,7 @@
 use crate::show::four_digits;
 use dflash::{Error, Result};
 use minijinja::HtmlEscape;
-use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, ValueFormatter};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -174,6 +174,35 @@ fn svg(drawn: std::result::Result<String, impl std::fmt::Display>, titles: &[&st
     Ok(whole)
 }
 
+/// Draws the axes, their ticks and the lines that these guide the eye by; without `y` those of `x` alone.
+fn mesh<Y, DB>(
+    chart: &mut ChartContext<DB, Cartesian2d<Span, Y>>,
+    x: &Axis,
+    y: Option<&Axis>,
+) -> std::result::Result<(), DrawingAreaErrorKind<DB::ErrorType>>
+where
+    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
+    DB: DrawingBackend,
+{
+    let across = |at: &f64| x.tick(*at);
+    let up = |at: &f64| y.map(|y| y.tick(*at)).unwrap_or_default();
+    let ink = rgb(INK);
+    let mut mesh = chart.configure_mesh();
+    mesh.axis_style(ink)
+        .bold_line_style(rgb(FAINT))
+        .light_line_style(TRANSPARENT)
+        .label_style(("sans-serif", TEXT, &ink))
+        .axis_desc_style(("sans-serif", TEXT, &ink))
+        .x_desc(x.0)
+        .x_label_formatter(&across)
+        .y_label_formatter(&up);
+    match y {
+        Some(y) => mesh.y_desc(y.0),
+        None => mesh.disable_y_mesh().disable_y_axis(),
+    };
+    mesh.draw()
+}
+
 /// Series over two axes; None where no point can be drawn.
 ///
 /// # Errors
@@ -207,18 +236,7 @@ pub fn lines(x: &Axis, y: &Axis, series: &[Series]) -> Result<Option<String>> {
             .x_label_area_size(100)
             .y_label_area_size(digits * CHARACTER + 70)
             .build_cartesian_2d(across, up)?;
-        chart
-            .configure_mesh()
-            .axis_style(rgb(INK))
-            .bold_line_style(rgb(FAINT))
-            .light_line_style(TRANSPARENT)
-            .label_style(("sans-serif", TEXT, &rgb(INK)))
-            .axis_desc_style(("sans-serif", TEXT, &rgb(INK)))
-            .x_desc(x.0)
-            .y_desc(y.0)
-            .x_label_formatter(&|at| x.tick(*at))
-            .y_label_formatter(&|at| y.tick(*at))
-            .draw()?;
+        mesh(&mut chart, x, Some(y))?;
         for (series, places) in series.iter().zip(&places) {
             let style = rgb(series.colour).stroke_width(4);
             let points = || places.iter().map(|point| (point.0, point.1));
@@ -295,18 +313,7 @@ pub fn bars(x: &Axis, bars: &[Bar], rule: Option<f64>) -> Result<Option<String>>
             .margin_top(10)
             .x_label_area_size(100)
             .build_cartesian_2d(across, bars.len() as f64..0.0)?;
-        chart
-            .configure_mesh()
-            .disable_y_mesh()
-            .disable_y_axis()
-            .axis_style(rgb(INK))
-            .bold_line_style(rgb(FAINT))
-            .light_line_style(TRANSPARENT)
-            .label_style(("sans-serif", TEXT, &rgb(INK)))
-            .axis_desc_style(("sans-serif", TEXT, &rgb(INK)))
-            .x_desc(x.0)
-            .x_label_formatter(&|at| x.tick(*at))
-            .draw()?;
+        mesh(&mut chart, x, None)?;
         for (i, bar) in bars.iter().enumerate() {
             let middle = i as f64 + 0.5;
             let mut end = 0.0;
@@ -390,5 +397,29 @@ mod tests {
         assert!(!drawn.contains("=\"#") && drawn.contains("stroke=\"var(--c2)\""), "{drawn}");
         // The point that cannot be drawn has none.
         assert_eq!(drawn.matches("<title>a &lt;b&gt; &amp; c</title></circle>").count(), 2);
+    }
+
+    #[test]
+    fn each_axis_has_its_own_name_and_ticks() {
+        let texts = |svg: &str| -> Vec<String> {
+            let inside = svg.split("</text>").map(|part| part.rsplit('>').next().unwrap().trim().to_string());
+            inside.filter(|text| !text.is_empty()).collect()
+        };
+        let (x, y) = (Axis("across", Scale::Linear), Axis("up", Scale::Log));
+        let drawn = lines(&x, &y, &[one(&[(0.5, 1.0), (2.0, 1000.0)], Mark::Line)]).unwrap().unwrap();
+        let (left, below) = (["1", "10", "100", "1000"], ["0", "0.5", "1", "1.5", "2"]);
+        let found = texts(&drawn);
+        assert_eq!(found.len(), left.len() + below.len() + 2, "{found:?}");
+        for text in left.into_iter().chain(below).chain(["across", "up"]) {
+            assert!(found.iter().any(|found| found == text), "{text}: {found:?}");
+        }
+        let bar = Bar { label: "label".into(), parts: vec![(FIRST, 2.0)], value: "value".into() };
+        let drawn = bars(&x, &[bar.clone(), bar], None).unwrap().unwrap();
+        assert_eq!(
+            texts(&drawn),
+            ["across", "0", "0.5", "1", "1.5", "2", "label", "value", "label", "value"]
+        );
+        // Nothing of the other axis: lines at the ticks, and those with the axis they stand on.
+        assert_eq!((drawn.matches("<line ").count(), drawn.matches("<polyline ").count()), (5, 6), "{drawn}");
     }
 }

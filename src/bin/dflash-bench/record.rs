@@ -6,6 +6,7 @@ use dflash::measure::Summary;
 use dflash::{Error, Result, cuda};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::collections::HashMap;
 use std::path::Path;
 
 /// Of every record. Another number: another meaning of what was there before.
@@ -172,13 +173,14 @@ impl Record {
         }
         let record: Record =
             serde_json::from_value(value).map_err(|e| wrong(format!("is not a whole record: {e}")))?;
+        let mut seen = HashMap::new();
         for (i, row) in record.rows.iter().enumerate() {
             row.check().map_err(|what| wrong(format!("is damaged: row {} ({}) {what}", i + 1, row.name)))?;
-            if let Some(first) = record.rows[..i].iter().position(|other| row.is(other)) {
-                let (name, i, first) = (&row.name, i + 1, first + 1);
-                return Err(wrong(format!(
-                    "is damaged: rows {first} and {i} are both {name} with equal parameters"
-                )));
+            let (name, i) = (&row.name, i + 1);
+            let first = *seen.entry((name, &row.parameters)).or_insert(i);
+            if first < i {
+                let what = format!("is damaged: rows {first} and {i} are both {name} with equal parameters");
+                return Err(wrong(what));
             }
         }
         Ok(record)

@@ -1,0 +1,233 @@
+//! The rules that judge drafts, held against numbers that were worked out by hand, published or bounded by theory, by
+//! enumeration; and the laws of rows that they judge by.
+
+#[path = "support/enumeration.rs"]
+mod enumeration;
+
+use dflash::rules::{ONE, Probabilities, Siblings, draw_chains, draw_tree};
+use dflash::verify::Sampling;
+use enumeration::*;
+use num_rational::BigRational;
+
+// ---- laws of rows ----
+
+#[test]
+fn probabilities_are_the_worked_examples() {
+    let of = |temperature, logits: &[f32]| {
+        let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+        sampling.probabilities(logits).unwrap().tokens().iter().map(|&(_, p)| p).collect::<Vec<_>>()
+    };
+    let p = [1.0, 0.25, -0.5, -3.0];
+    assert_eq!(of(1.0, &p), [164238993696570, 77581291677696, 36646554055860, 3008137280530]);
+    assert_eq!(
+        of(1.0, &[0.0, 1.0, -0.5, -1.0]),
+        [59981818389923, 163046689983644, 36380516000687, 22065952336402]
+    );
+    assert_eq!(of(0.5, &p), [221067737783788, 49326719680635, 11006359540146, 74159706087]);
+    assert_eq!(of(0.0, &p), [ONE]);
+}
+
+#[test]
+fn probabilities_add_up_and_are_the_weights_shares_whatever_those_are() {
+    let mut rng = Random::new(1);
+    for round in 0..3000 {
+        let count = 1 + rng.below(if round % 10 == 0 { 3000 } else { 9 });
+        // Up to 2^64 in all.
+        let most = 63 - count.ilog2();
+        let bits = rng.below(most as usize + 1) as u32;
+        let weights: Vec<(u32, u64)> =
+            (0..count as u32).map(|id| (id * 3, rng.next() >> (63 - bits) >> rng.below(4))).collect();
+        let total: u128 = weights.iter().map(|&(_, w)| u128::from(w)).sum();
+        let heir = weights[rng.below(count)].0;
+        let Some(law) = Probabilities::new(weights.clone(), heir) else {
+            assert!(total == 0 || total >> 64 > 0);
+            continue;
+        };
+        assert_eq!(law.tokens().iter().map(|&(_, p)| p).sum::<u64>(), ONE);
+        assert!(law.tokens().iter().all(|&(_, p)| p > 0) && law.tokens().is_sorted_by(|a, b| a.0 < b.0));
+        let mut short = 0;
+        for &(id, w) in &weights {
+            let exact = (u128::from(w) << 48) / total;
+            if id != heir {
+                assert!((0..2).contains(&(exact as i128 - i128::from(law.of(id)))), "{w} of {total}");
+            }
+            short += 2;
+        }
+        let (at, extra) = ((heir / 3) as usize, law.of(heir));
+        assert!(i128::from(extra) - ((u128::from(weights[at].1) << 48) / total) as i128 <= short);
+    }
+    // The ends: one token; a sum of 2^64 - 1; all of 2^26 tokens as good as the best.
+    assert_eq!(Probabilities::new(vec![(7, 1)], 7).unwrap().tokens(), [(7, ONE)]);
+    assert_eq!(Probabilities::new(vec![(7, u64::MAX)], 7).unwrap().tokens(), [(7, ONE)]);
+    let widest = Probabilities::new((0..1 << 26).map(|id| (id, 1u64 << 32)).collect(), 0).unwrap();
+    assert!(widest.tokens().iter().all(|&(_, p)| p == 1 << 22));
+    for bad in [vec![], vec![(0, 0)], vec![(0, u64::MAX), (1, 1)]] {
+        assert_eq!(Probabilities::new(bad, 0), None);
+    }
+    assert_eq!(Probabilities::new(vec![(1, 1)], 0), None, "no such heir");
+}
+
+#[test]
+fn what_rounding_leaves_over_is_the_best_tokens_and_the_lowest_of_several() {
+    let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+    let law = sampling.probabilities(&[0.0, 2.0, 2.0, 2.0]).unwrap();
+    assert!(law.of(1) > law.of(2) && law.of(2) == law.of(3));
+    // So near the best that it weighs as much: the logit decides.
+    let law = sampling.probabilities(&[1.0, 1.000_001, 1.0]).unwrap();
+    assert!(law.of(1) > law.of(0) && law.of(0) == law.of(2));
+    // Of what is left of a law, the heaviest.
+    let law = probabilities(&[1, 5, 3, 3]).without(1).unwrap();
+    assert!(law.of(2) > law.of(3) && law.of(3) > law.of(0) && law.of(1) == 0);
+    assert_eq!(one_hot(3).without(3), None);
+    assert_eq!(one_hot(3).without(4).unwrap(), one_hot(3));
+    assert_eq!(sampling.probabilities(&[f32::NAN, 0.0]), None);
+}
+
+// ---- worked numbers ----
+
+/// p() = (1/4, 1/2, 1/4), p(0) = (3/4, 0, 1/4), p(1) = (1/4, 3/4, 0), p(2) = (0, 1/2, 1/2), then uniform; q1 = (1/2,
+/// 1/4, 1/4), q2 = (1/2, 1/2, 0).
+fn worked() -> Models {
+    let rows = |tokens: &[u32]| match tokens {
+        [] => probabilities(&[1, 2, 1]),
+        [0] => probabilities(&[3, 0, 1]),
+        [1] => probabilities(&[1, 3, 0]),
+        [2] => probabilities(&[0, 1, 1]),
+        _ => probabilities(&[1, 1, 1]),
+    };
+    let before = (0..3).flat_map(|length| sequences(3, length));
+    Models {
+        vocab: 3,
+        target: before.map(|s| (s.clone(), rows(&s))).collect(),
+        laws: vec![probabilities(&[2, 1, 1]), probabilities(&[1, 1, 0])],
+    }
+}
+
+#[test]
+fn chains_of_the_worked_example_are_accepted_as_computed_by_hand() {
+    let models = worked();
+    // Drafts; probabilities of 0, 1, 2 accepted by token and by block.
+    let paths = [
+        ([0, 0], [(1, 2), (0, 1), (1, 2)], [(1, 5), (1, 20), (3, 4)]),
+        ([0, 1], [(1, 2), (1, 2), (0, 1)], [(4, 5), (1, 5), (0, 1)]),
+        ([1, 0], [(0, 1), (1, 2), (1, 2)], [(0, 1), (1, 2), (1, 2)]),
+        ([1, 1], [(0, 1), (0, 1), (1, 1)], [(0, 1), (0, 1), (1, 1)]),
+        ([2, 0], [(0, 1), (1, 1), (0, 1)], [(0, 1), (1, 1), (0, 1)]),
+        ([2, 1], [(0, 1), (0, 1), (1, 1)], [(0, 1), (0, 1), (1, 1)]),
+    ];
+    for (drafts, by_token, by_block) in paths {
+        for (rule, expected) in [(Rule::Rejection, by_token), (Rule::Block, by_block)] {
+            let law = enumerate(|coin| models.judged(rule, &drafts, &models.laws, coin));
+            for (accepted, (a, b)) in expected.into_iter().enumerate() {
+                let found: BigRational =
+                    law.iter().filter(|(tokens, _)| tokens.len() == accepted + 1).map(|(_, p)| p).sum();
+                assert_eq!(found, ratio(a, b), "{rule:?}, {drafts:?}, {accepted} accepted");
+            }
+            // Where the first falls, 1 follows; where a block of one is kept of (0, .), 2 does.
+            for tokens in law.keys() {
+                assert!(tokens.len() != 1 || tokens[..] == [1], "{rule:?}: {tokens:?}");
+                assert!(rule != Rule::Block || tokens.len() != 2 || drafts[0] != 0 || tokens[1] == 2);
+            }
+        }
+    }
+    for (rule, mean) in [(Rule::Rejection, ratio(19, 16)), (Rule::Block, ratio(5, 4))] {
+        let law = models.chain(rule);
+        assert_eq!((accepted(&law), models.distance(&law)), (mean, ratio(0, 1)));
+    }
+}
+
+#[test]
+fn the_published_toy_accepts_what_was_published() {
+    // Sun et al.: p = (1/3, 2/3), q = (2/3, 1/3), two drafts.
+    let models = Models::new(2, 2, || probabilities(&[1, 2]), || probabilities(&[2, 1]));
+    near(&accepted(&models.chain(Rule::Rejection)), 10.0 / 9.0, 1e-13);
+    near(&accepted(&models.chain(Rule::Block)), 11.0 / 9.0, 1e-13);
+}
+
+fn four() -> Models {
+    Models::new(4, 1, || probabilities(&[4, 3, 2, 1]), || probabilities(&[1, 2, 3, 4]))
+}
+
+#[test]
+fn siblings_of_the_worked_example_are_accepted_as_computed_by_hand() {
+    let models = four();
+    // Draws; then (accepted token: probability) and (residual token: probability).
+    type Cells = &'static [(u32, f64)];
+    let cases: [([u32; 2], Siblings, Cells, Cells); 8] = [
+        ([3, 1], Siblings::Distinct, &[(3, 0.25), (1, 9.0 / 16.0)], &[(0, 3.0 / 16.0)]),
+        ([3, 1], Siblings::Independent, &[(3, 0.25), (1, 0.75)], &[]),
+        ([3, 2], Siblings::Distinct, &[(3, 0.25)], &[(0, 0.75)]),
+        ([3, 2], Siblings::Independent, &[(3, 0.25)], &[(0, 39.0 / 56.0), (1, 3.0 / 56.0)]),
+        ([2, 3], Siblings::Distinct, &[(2, 2.0 / 3.0)], &[(0, 1.0 / 3.0)]),
+        ([2, 3], Siblings::Independent, &[(2, 2.0 / 3.0)], &[(0, 13.0 / 42.0), (1, 1.0 / 42.0)]),
+        ([0, 1], Siblings::Distinct, &[(0, 1.0)], &[]),
+        ([0, 1], Siblings::Independent, &[(0, 1.0)], &[]),
+    ];
+    for (draws, siblings, stand, fall) in cases {
+        let law = enumerate(|coin| models.judged_tree(&[9, draws[0], draws[1]], &[0; 3], siblings, coin));
+        for id in 0..4 {
+            let sum = |cells: Cells| cells.iter().filter(|cell| cell.0 == id).map(|cell| cell.1).sum::<f64>();
+            let of = |keep: &dyn Fn(&[u32]) -> bool| -> BigRational {
+                law.iter().filter(|(tokens, _)| tokens[0] == id && keep(tokens)).map(|(_, p)| p).sum()
+            };
+            near(&of(&|tokens| tokens.len() == 2), sum(stand), 1e-13);
+            near(&of(&|tokens| tokens.len() == 1), sum(fall), 1e-13);
+        }
+    }
+    near(&accepted(&models.tree(&[1], Siblings::Distinct)), 3.0 / 5.0, 1e-13);
+    near(&accepted(&models.tree(&[2], Siblings::Independent)), 18.0 / 25.0, 1e-13);
+    near(&accepted(&models.tree(&[2], Siblings::Distinct)), 107.0 / 140.0, 1e-13);
+}
+
+/// The most that any lossless rule accepts of candidates that are drawn so: the least, over sets of tokens, of the set's
+/// probability and the chance that some candidate is outside.
+fn most(p: &Probabilities, drawn: &Law) -> BigRational {
+    let sets = (0..1u32 << 4).map(|set| {
+        let inside = |id: u32| set >> id & 1 == 1;
+        let mass = p.tokens().iter().filter(|t| inside(t.0)).map(|t| ratio(t.1, ONE)).sum::<BigRational>();
+        let within = drawn.iter().filter(|(ids, _)| ids.iter().all(|&id| inside(id)));
+        mass + ratio(1, 1) - within.map(|(_, p)| p).sum::<BigRational>()
+    });
+    sets.min().unwrap()
+}
+
+#[test]
+fn siblings_accept_no_more_than_optimal_transport_does() {
+    let candidates = |models: &Models, siblings| {
+        enumerate(|coin| draw_tree(9, &[2], &models.laws, siblings, coin).unwrap().0.split_off(1))
+    };
+    let worked = four();
+    for (siblings, bound) in [(Siblings::Independent, 79.0 / 100.0), (Siblings::Distinct, 701.0 / 840.0)] {
+        near(&most(&worked.p(&[]), &candidates(&worked, siblings)), bound, 1e-12);
+    }
+    for i in 0..40 {
+        let models = Models::random(&mut Random::new(10_000 + i), 4, 1);
+        for siblings in [Siblings::Independent, Siblings::Distinct] {
+            let bound = most(&models.p(&[]), &candidates(&models, siblings));
+            let found = accepted(&models.tree(&[2], siblings));
+            assert!(found <= bound + rounding(&models), "model {i}, {siblings:?}");
+        }
+    }
+}
+
+#[test]
+fn the_best_of_several_chains_accepts_what_was_computed_by_hand() {
+    near(&accepted(&four().best(2)), 79.0 / 100.0, 1e-13);
+    // Two depths, context-free: the law of the second choice has (199/1900, 98/475, 573/1900, 184/475) after token 0.
+    let models = Models::new(4, 2, || probabilities(&[4, 3, 2, 1]), || probabilities(&[1, 2, 3, 4]));
+    let choose = enumerate(|coin| {
+        let (tokens, parents) = draw_chains(9, 2, &models.laws, coin).unwrap();
+        // By the definition: greatest p / q, that is lowest id, first.
+        let mut chains = [way(&tokens, &parents, 2), way(&tokens, &parents, 4)];
+        chains.sort();
+        chains[0].clone()
+    });
+    let first = |id: u32| choose.iter().filter(|(c, _)| c[0] == id).map(|(_, p)| p).sum::<BigRational>();
+    for (id, expected) in (0u32..).zip([19.0 / 100.0, 8.0 / 25.0, 33.0 / 100.0, 4.0 / 25.0]) {
+        near(&first(id), expected, 1e-13);
+    }
+    // Where the drafter is the target, one chain always stands, and the best of two does not.
+    let even = Models::new(2, 1, || probabilities(&[1, 1]), || probabilities(&[1, 1]));
+    assert_eq!(accepted(&even.chain(Rule::Block)), ratio(1, 1));
+    near(&accepted(&even.best(2)), 3.0 / 4.0, 1e-13);
+}
