@@ -2,6 +2,7 @@
 
 use crate::show::Format;
 use clap::{Args as Flags, Parser, Subcommand};
+use dflash::drafts::DraftFlags;
 use dflash::place::Choice;
 use std::path::PathBuf;
 
@@ -274,7 +275,7 @@ pub struct Generate {
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Generation")]
     #[arg(allow_negative_numbers = true)]
     pub min_p: f64,
-    /// Same seed, same text
+    /// Same seed, same text, with --verify match whatever the drafter and the block
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Generation")]
     #[arg(allow_negative_numbers = true)]
     pub seed: u64,
@@ -284,6 +285,8 @@ pub struct Generate {
     /// Tokens per block: 1 from the target and N - 1 drafts [default: as the drafter was trained]
     #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Generation")]
     pub block: Option<usize>,
+    #[command(flatten)]
+    pub drafts: DraftFlags,
 }
 
 #[derive(Flags)]

@@ -2,6 +2,7 @@
 
 use crate::sampling::Times;
 use dflash::device::Counts;
+use dflash::drafts::Drafts;
 use dflash::measure::Summary;
 use dflash::{Error, Result, cuda};
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,9 @@ pub struct Record {
     pub build: Build,
     pub machine: Machine,
     pub model: Model,
+    /// Of `generate`: how drafts were made and judged.
+    #[serde(default)]
+    pub drafts: Option<Drafts>,
     pub rows: Vec<Row>,
 }
 
@@ -153,6 +157,7 @@ impl Record {
             },
             machine,
             model,
+            drafts: None,
             rows: vec![],
         }
     }
