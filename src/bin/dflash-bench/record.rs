@@ -22,7 +22,7 @@ pub struct Record {
     pub machine: Machine,
     pub model: Model,
     /// Of `generate`: how drafts were made and judged.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drafts: Option<Drafts>,
     pub rows: Vec<Row>,
 }
