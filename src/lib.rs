@@ -31,6 +31,7 @@
 //! | [`rounds`] | sequences on a device: pages, the captured round, the ring |
 //! | [`engine`] | a request's life: prefill, rounds, stopping; what it needs of a device |
 //! | [`profile`] | what a profiler is told: ranges, and the window to record |
+//! | [`drafts`] | the flags that say how drafts are made and which of them stand |
 //! | [`lossless`] | DFlash held against plain decoding, bit for bit |
 //! | [`stats`] | what a run reports: rates, acceptance, histogram |
 
@@ -39,6 +40,7 @@ pub mod control;
 pub mod cpu;
 pub mod cuda;
 pub mod device;
+pub mod drafts;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod engine;

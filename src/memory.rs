@@ -84,7 +84,7 @@ impl Room {
             _ if tree > MOST_ROWS => wrong("tree", tree, format!("at most {MOST_ROWS}")),
             _ if sequences * self.wide() > 65535 => {
                 let wide = self.wide();
-                wrong("batch", sequences, format!("at most {} in rounds of {wide} rows", 65535 / wide))
+                wrong("batch", sequences, format!("at most {} in blocks of {wide}", 65535 / wide))
             }
             _ if positions == 0 || positions > most - tree => {
                 wrong("ctx", positions, format!("1 to {}", most - tree))

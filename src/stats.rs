@@ -1,5 +1,6 @@
 //! What a run reports about itself: acceptance length, histogram, rates, and the record that `--json` prints.
 
+use crate::drafts::Drafts;
 use crate::engine::Outcome;
 use serde::Serialize;
 
@@ -56,12 +57,9 @@ pub struct Record {
     pub device: &'static str,
     pub target: String,
     pub draft: Option<String>,
-    /// The acceptance rule; null in plain decoding.
-    pub verify: Option<&'static str>,
-    /// Rows of a round's tree at most, the anchor counted; null: chains.
-    pub tree: Option<usize>,
-    /// Whether rounds drafted as much as paid; null in plain decoding.
-    pub adaptive: Option<bool>,
+    /// How its drafts were made and judged.
+    #[serde(flatten)]
+    pub drafts: Drafts,
     pub seconds: Seconds,
 }
 

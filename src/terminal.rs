@@ -17,6 +17,17 @@ pub fn parse<Args: clap::Parser>(program: &str) -> std::result::Result<Args, Exi
     })
 }
 
+/// A flag's whole number, or what was expected; for clap's `value_parser`.
+pub fn whole<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
+    let most = u128::MAX >> (128 - 8 * size_of::<T>());
+    text.parse().map_err(|_| format!("expected a whole number from 0 to {most}"))
+}
+
+/// As [`whole`], of any number.
+pub fn number<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
+    text.parse().map_err(|_| "expected a number".into())
+}
+
 /// Runs what `program` does; its errors and panics become one line on stderr and their exit code.
 pub fn run(program: &'static str, run: impl FnOnce() -> Result<u8> + std::panic::UnwindSafe) -> ExitCode {
     // A panic is a bug of ours, and still one sentence and exit code 1.

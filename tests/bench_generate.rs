@@ -186,6 +186,99 @@ fn on_the_emulator_it_counts_and_says_so() {
     assert!(title.lines().next().unwrap().ends_with("greedy; counted by the emulator, which has no times"));
 }
 
+/// A rule's answers, trees and adaptive rounds are those of dflash-gen, and the record says how drafts were made.
+#[test]
+fn every_way_of_drafting_is_measured_and_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let two = categorised(dir.path(), &[json!(null), json!(null)]);
+    let hot = ["-n", "20", "--temperature", "1", "--seed", "3", "--device", "cpu"];
+    let drafts = |verify: &str, tree: Value, adaptive: bool, coupled: bool, temperature: Value| {
+        json!({
+            "verify": verify, "tree": tree, "adaptive": adaptive, "coupled": coupled, "draft_temperature": temperature,
+        })
+    };
+    let null = || Value::Null;
+    for (flags, expected, title) in [
+        (&[][..], drafts("match", null(), false, false, null()), "seed 3; plain"),
+        (&["--tree", "9"], drafts("match", json!(9), false, false, null()), "seed 3, trees of 9; plain"),
+        (&["--adaptive"], drafts("match", null(), true, false, null()), "seed 3, adaptive; plain"),
+        (
+            &["--coupled", "--draft-temperature", "0.3"],
+            drafts("match", null(), false, true, json!(0.3)),
+            "seed 3, coupled drafts, drafts at temperature 0.3; plain",
+        ),
+        (
+            &["--verify", "rejection"],
+            drafts("rejection", null(), false, false, json!(1.0)),
+            "seed 3, --verify rejection; plain",
+        ),
+        (
+            &["--verify", "block", "--draft-temperature", "0.5"],
+            drafts("block", null(), false, false, json!(0.5)),
+            "seed 3, --verify block, drafts at temperature 0.5; plain",
+        ),
+    ] {
+        let all = [&hot[..], flags].concat();
+        let found = record(0, &args(&two, &[&all[..], &["--repeat", "2"]].concat()));
+        assert_eq!(found["drafts"], expected);
+        let records = run([&["--prompts", &two, "--json", "-q"], &all[..]].concat()).json();
+        let lists = |field: &str| -> Vec<Vec<usize>> {
+            records.iter().map(|one| serde_json::from_value(one[field].clone()).unwrap()).collect()
+        };
+        let (accepted, drafted) = (lists("accepted"), lists("drafted"));
+        accepts(&found, &accepted, 16);
+        let sum = |lists: Vec<Vec<usize>>| lists.concat().iter().sum::<usize>() as f64;
+        assert_eq!(value(&found, "drafts per token", json!({})), sum(drafted) / sum(accepted));
+
+        let of_law = expected["verify"] != "match";
+        let rows = found["rows"].as_array().unwrap();
+        let identical = rows.iter().filter(|row| row["name"] == "identical").collect::<Vec<_>>();
+        let (to, compared) = if of_law { (json!({ "to": "repeat 1" }), 2) } else { (json!({}), 4) };
+        assert_eq!(identical.len(), 1);
+        assert_eq!((&identical[0]["parameters"], &identical[0]["median"]), (&to, &json!(1.0)), "{flags:?}");
+        assert_eq!(identical[0]["numbers"], json!({ "compared": compared }));
+        let table = bench(args(&two, &[&all[..], &["--repeat", "1"]].concat())).done();
+        let first = table.lines().next().unwrap();
+        assert!(first.contains(title), "{first}");
+        let law = "the law is plain decoding's, the tokens are not, and are not held against it";
+        assert_eq!(first.contains(law), of_law, "{first}");
+    }
+    // Where one token has all of the law, its tokens are plain decoding's.
+    let greedy = ["-n", "20", "--device", "cpu", "--repeat", "1", "--verify", "block"];
+    let found = record(0, &args(&two, &greedy));
+    assert_eq!(row(&found, "identical", json!({}))["numbers"], json!({ "compared": 2 }));
+    assert_eq!(found["drafts"]["draft_temperature"], 0.0);
+}
+
+#[test]
+fn drafts_that_cannot_be_made_are_refused_as_by_dflash_gen() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = write(dir.path(), "one.jsonl", "{\"prompt\": \"a\"}\n");
+    for flags in [
+        &["--coupled", "--verify", "block"][..],
+        &["--draft-temperature", "1"],
+        &["--verify", "block", "--draft-temperature", "-1"],
+        &["--verify", "typical"],
+        &["--coupled", "--block", "1"],
+        &["--tree", "1"],
+        &["--tree", "65"],
+        &["--tree", "x"],
+        &["--tree", "9", "--coupled"],
+        &["--tree", "9", "--gpu", "0"],
+        &["--adaptive", "--verify", "rejection"],
+        &["--adaptive", "--block", "1"],
+    ] {
+        let theirs = run([&["--prompts", &one], flags].concat());
+        let sentence = theirs.err.strip_prefix("dflash-gen: ").unwrap();
+        assert!(theirs.code == 2, "{theirs:?}");
+        refused(bench(args(&one, flags)), 2, sentence);
+    }
+    for flags in [&["--tree", "9"][..], &["--adaptive"], &["--verify", "block"]] {
+        let part = format!("{} runs on --device cpu only", flags.join(" ").trim_end_matches(" 9"));
+        refused(bench(args(&one, &[flags, &["--device", "emulator"]].concat())), 4, &part);
+    }
+}
+
 #[test]
 fn prompts_that_run_together_accept_what_they_accept_alone() {
     let flags = ["--count", "5", "-n", "12", "--device", "cpu", "--repeat", "5"];

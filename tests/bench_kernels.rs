@@ -110,6 +110,52 @@ fn every_kernel_of_the_demo_pair_is_counted() {
     assert_eq!(flops("drafter attention"), f64::from(4 * 4 * 64 * 16 * 116));
 }
 
+/// Trees have up to 64 rows, blocks 16; an anchor alone is neither.
+#[test]
+fn trees_and_rules_are_counted_where_there_are_drafts() {
+    let only = "choices,tree_build,compact,law,draw,judge by rejection,judge by blocks,attention of a tree";
+    let found = counted(["--rows", "1,16,64,128", "--context", "100", "--only", only]);
+    let rows = found["rows"].as_array().unwrap();
+    // The ceiling; choices of 4; trees of 3; blocks of 3.
+    assert_eq!(rows.len(), 1 + 4 + 3 * 3 + 4 * 3, "{found}");
+    for row in &rows[1..] {
+        let (needed, bytes) = (number(row, "MB") * 1e6, row["median"].as_f64().unwrap());
+        assert!(needed > 0.0 && needed <= bytes, "{row}");
+        assert_eq!(number(row, "GFLOP") > 0.0, row["name"] == "attention of a tree", "{row}");
+    }
+    let needed = |name: &str, at: Value| (number(row(&found, name, at), "MB") * 1e6).round();
+    for (rows, trees, blocks) in [(16, 1, 1), (64, 1, 4), (128, 2, 8)] {
+        let of_trees = || json!({ "rows": rows, "batch": trees });
+        let of_blocks = || json!({ "rows": rows, "batch": blocks });
+        // 6 layers of 2 heads of 64: some rows move, and no more than there are drafts.
+        let moved = needed("compact", of_trees()) / f64::from(6 * 2 * 64 * 8);
+        assert!(moved.fract() == 0.0 && (1.0..f64::from(15 * trees)).contains(&moved), "{moved}");
+        row(&found, "tree_build", of_trees());
+        // Logits of 2048 tokens: all twice for choices and laws, those of drafts once to draw; a verdict by rejection reads
+        // two rows, one by blocks both laws of each draft but the first, and the last row.
+        let whole = 2048 * 4;
+        let logits = |name: &str, at: Value| (needed(name, at) / f64::from(whole)).floor();
+        let mostly = |found: f64, expected: i32| {
+            let expected = f64::from(expected);
+            assert!(expected <= found && found <= expected * 4.5, "{found}, expected {expected}");
+        };
+        mostly(logits("choices", json!({ "rows": rows })), 2 * rows);
+        mostly(logits("law", of_blocks()), 2 * rows);
+        mostly(logits("draw", of_blocks()), 15 * blocks);
+        let verdict = |name: &str| (needed(name, of_blocks()) / f64::from(whole * blocks)).floor();
+        assert_eq!((verdict("judge by rejection"), verdict("judge by blocks")), (2.0, 29.0));
+        let tree =
+            row(&found, "attention of a tree", json!({ "rows": rows, "context": 100, "batch": trees }));
+        let each = rows / trees;
+        let keys = (100 + each) * trees * 2 + rows * 4;
+        assert_eq!((number(tree, "MB") * 1e6).round(), f64::from(2 * 2 * 64 * keys + rows * 8));
+        // A row sees the context and its path, which is shorter than a chain would be.
+        let seen = number(tree, "GFLOP") * 1e9 / f64::from(4 * 4 * 64 * trees);
+        let (least, most) = (f64::from(each * 102 - 1), f64::from(each * 100 + each * (each + 1) / 2));
+        assert!((least..most).contains(&seen), "{seen}, expected {least} to {most}");
+    }
+}
+
 #[test]
 fn a_matrix_of_qwen3_8b_moves_its_bytes_and_little_else() {
     let found = counted(["--model", "qwen3-8b", "--rows", "1", "--only", "target: o"]);
@@ -160,7 +206,9 @@ fn a_folder_with_a_config_is_enough_and_shapes_without_kernels_are_refused() {
     // Without a drafter there are plain steps alone.
     row(&found, "attention", json!({ "rows": 3, "context": 0, "batch": 3 }));
     let rows = found["rows"].as_array().unwrap();
-    assert!(rows.iter().all(|row| !row["name"].as_str().unwrap().contains("drafter")));
+    let of_drafts = ["drafter", "tree", "choices", "compact", "law", "draw", "judge"];
+    let named = |row: &Value, part: &str| row["name"].as_str().unwrap().contains(part);
+    assert!(rows.iter().all(|row| of_drafts.iter().all(|part| !named(row, part))), "{found}");
 
     let other = place("other", support::target_config(&support::Target { head_dim: 24, ..target }));
     let run = |more: &[&str]| bench(["kernels", "--device", "emulator"].iter().chain(more));

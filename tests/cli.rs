@@ -112,6 +112,8 @@ fn a_record_has_exactly_these_fields() {
         "verify",
         "tree",
         "adaptive",
+        "coupled",
+        "draft_temperature",
         "seconds",
     ];
     let dflash = record(&[PROMPT, "-n", "60", "--seed", "5"]);
@@ -143,6 +145,44 @@ fn a_record_has_exactly_these_fields() {
     assert_eq!(ids(&plain["drafted"]), vec![0; 59]);
     assert_eq!(ids(&dflash["drafted"]), vec![15; ids(&dflash["accepted"]).len()]);
     assert_eq!(dflash["tokens"], plain["tokens"]);
+}
+
+#[test]
+fn records_name_how_drafts_were_made_and_judged() {
+    let hot = ["--temperature", "0.7", "--seed", "5", "-n", "12"];
+    let none = || [(); 5].map(|()| Value::Null);
+    let drafts = |verify: &str, tree: Value, adaptive: bool, coupled: bool, temperature: Value| {
+        [json!(verify), tree, json!(adaptive), json!(coupled), temperature]
+    };
+    // A temperature is told as it was typed, not as the nearest number in 32 bits.
+    let cases: [(&[&str], [Value; 5]); 8] = [
+        (&[], drafts("match", Value::Null, false, false, Value::Null)),
+        (&["--draft", "none"], none()),
+        (&["--block", "1"], none()),
+        (&["--coupled"], drafts("match", Value::Null, false, true, json!(0.7))),
+        (&["--coupled", "--draft-temperature", "0"], drafts("match", Value::Null, false, true, json!(0.0))),
+        (&["--verify", "block"], drafts("block", Value::Null, false, false, json!(0.7))),
+        (
+            &["--verify", "rejection", "--draft-temperature", "0.3"],
+            drafts("rejection", Value::Null, false, false, json!(0.3)),
+        ),
+        (&["--tree", "9", "--adaptive"], drafts("match", json!(9), true, false, Value::Null)),
+    ];
+    for (flags, expected) in cases {
+        let args = [&[PROMPT][..], &hot, flags].concat();
+        let told = |record: &Value| {
+            ["verify", "tree", "adaptive", "coupled", "draft_temperature"].map(|field| record[field].clone())
+        };
+        assert_eq!(told(&record(&args)), expected, "{flags:?}");
+        let events = run([&args[..], &["--stream-json"]].concat()).json();
+        assert_eq!(told(events.last().unwrap()), expected, "{flags:?}");
+        if expected[0] == "match" {
+            for both in ["--compare", "--check-lossless"] {
+                let report = run([&args[..], &[both, "--json"]].concat()).json().remove(0);
+                assert_eq!(told(&report), expected, "{both} {flags:?}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -461,6 +501,11 @@ fn compare_tells_rates_and_identity() {
             "device",
             "target",
             "draft",
+            "verify",
+            "tree",
+            "adaptive",
+            "coupled",
+            "draft_temperature",
         ];
         assert_eq!(report.as_object().unwrap().keys().collect::<Vec<_>>(), fields);
     }

@@ -601,6 +601,11 @@ fn check_lossless_counts_what_it_compared() {
             "device",
             "target",
             "draft",
+            "verify",
+            "tree",
+            "adaptive",
+            "coupled",
+            "draft_temperature",
         ];
         assert_eq!(report.as_object().unwrap().keys().collect::<Vec<_>>(), fields);
         assert_eq!((&report["identical"], &report["difference"]), (&json!(true), &Value::Null));

@@ -4,6 +4,7 @@ use super::round::{Sequence, check_shape};
 use super::verify::Verdict;
 use super::{aligned, at_least};
 use crate::device::{Buffer, Device, Kernel};
+use crate::rules::Rule;
 use crate::{Error, Result};
 
 static LAW: Kernel = Kernel { file: "rules", name: "law", threads: 512, max_shared: 0 };
@@ -52,6 +53,30 @@ pub struct Judged<'a> {
 }
 
 impl Rules {
+    /// Bytes that [`Rules::law`] must move without top-k and top-p: the logits once for the sum of their weights, once for
+    /// what rounding leaves over.
+    pub fn law_bytes(&self) -> u64 {
+        let row = self.blocks * 8 + self.vocab * 8 + TABLE_BYTES + LAW_BYTES;
+        (self.sequences * self.block * row) as u64
+    }
+
+    /// Bytes that [`Rules::draw`] must move.
+    pub fn draw_bytes(&self) -> u64 {
+        let draft = self.vocab * 4 + TABLE_BYTES + LAW_BYTES + 4;
+        (self.sequences * (self.block - 1) * draft) as u64
+    }
+
+    /// Bytes that [`Rules::judge`] must move where a rejection's draft falls, and where a block's shares are all between 0
+    /// and 1: then the laws of its rows but the first and the last are added up, and the token is of one more at least.
+    pub fn judge_bytes(&self, rule: Rule) -> u64 {
+        let rows = match rule {
+            Rule::Match => return 0,
+            Rule::Rejection => 2,
+            Rule::Block => 2 * self.block.saturating_sub(2) + 1,
+        };
+        (self.sequences * (rows * self.vocab * 4 + 2 * (self.block - 1) * LAW_BYTES + self.block * 8)) as u64
+    }
+
     fn check(&self, kernel: &str) -> Result<()> {
         let Rules { sequences, block, vocab, blocks } = *self;
         check_shape(kernel, sequences, block)?;

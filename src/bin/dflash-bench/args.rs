@@ -2,6 +2,7 @@
 
 use crate::show::Format;
 use clap::{Args as Flags, Parser, Subcommand};
+use dflash::drafts::DraftFlags;
 use dflash::place::Choice;
 use std::path::PathBuf;
 
@@ -82,7 +83,8 @@ const KERNELS: &str = "\
 First the read ceiling: a kernel that only reads. Then every kernel, whose results are held against a plain computation
 before it is timed: a kernel that is wrong has no time. Weights, keys and values are drawn; they lie in as many copies,
 one after the other, as keep a launch's own out of the cache. What the kernel before would have written just now is in
-the cache. us: of a launch among others. GB/s: bytes that it must move by that. floor us: these bytes at the ceiling, or
+the cache. Of trees and of drafts drawn at random a verdict is to be as dear as verdicts are: paths that move, drafts that
+fall. us: of a launch among others. GB/s: bytes that it must move by that. floor us: these bytes at the ceiling, or
 its products at the card's nominal rate, where that is known and slower. On the emulator times say nothing: there
 instead is what one launch does, bytes in all as the value. Kernels for which there is too little memory are left out, and make
 the exit code 5 when the others are done.
@@ -110,7 +112,8 @@ pub struct Kernels {
     /// Folder of the drafter, of which only config.json is read [default: of a name: its own; of a folder: none]
     #[arg(long, value_name = "DIR")]
     pub draft: Option<PathBuf>,
-    /// Rows of a launch, of all sequences together: in blocks, as few as the drafter's allows, and as plain steps
+    /// Rows of a launch, of all sequences together: in blocks, as few as the drafter's allows, as plain steps, and in trees of
+    /// up to 64
     #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = wholes)]
     #[arg(allow_hyphen_values = true)]
     pub rows: Whole,
@@ -274,7 +277,7 @@ pub struct Generate {
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Generation")]
     #[arg(allow_negative_numbers = true)]
     pub min_p: f64,
-    /// Same seed, same text
+    /// Same seed, same text, with --verify match whatever the drafter and the block
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Generation")]
     #[arg(allow_negative_numbers = true)]
     pub seed: u64,
@@ -284,6 +287,8 @@ pub struct Generate {
     /// Tokens per block: 1 from the target and N - 1 drafts [default: as the drafter was trained]
     #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Generation")]
     pub block: Option<usize>,
+    #[command(flatten)]
+    pub drafts: DraftFlags,
 }
 
 #[derive(Flags)]

@@ -5,13 +5,14 @@ use crate::args;
 use crate::machine::Instruments;
 use crate::record::{Machine, Model, Record};
 use dflash::device::Counts;
+use dflash::drafts::Drafts;
 use dflash::engine::{Backend, Decoder, Flow, Listener, Listeners, Outcome, Request, generate_all};
 use dflash::memory::Room;
 use dflash::pair::Pair;
 use dflash::place::{Choice, Place};
 use dflash::prompts::{self, Content, Prompt, Tokens};
 use dflash::rounds::{Batch, Models};
-use dflash::sequences::Cpu;
+use dflash::rules::Rule;
 use dflash::text::Text;
 use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder};
@@ -41,12 +42,13 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     let block = pair.block(flags.block)?;
     let requests = requests(flags, &pair, prompts, &sampling, block)?;
     let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
-    let room = Room::of(&pair, flags.batch, block, flags.ctx, longest)?;
+    let room = flags.drafts.room(Room::of(&pair, flags.batch, block, flags.ctx, longest)?);
 
-    let place = Place::of_pair(flags.device, flags.gpu.unwrap_or(0), &pair, room, false)?;
+    let choice = flags.drafts.choice(flags.device, false);
+    let place = Place::of_pair(choice, flags.gpu.unwrap_or(0), &pair, room, false)?;
     let (machine, repeats, counts) = match &place {
         None => {
-            let backend = Cpu::load(&pair, room.sequences, pair.context(flags.ctx)?)?;
+            let backend = flags.drafts.cpu(&pair, room.sequences, pair.context(flags.ctx)?)?;
             let machine = Machine { device: Some(backend.name().into()), ..Machine::default() };
             let (repeats, counts) =
                 Run { flags, requests: &requests, place: None }.all(&mut *backend.decoder()?)?;
@@ -73,8 +75,9 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     };
     let title = title(flags, &machine, &model, &requests, repeats.len());
     let mut record = Record::new("generate", machine, model);
+    record.drafts = Some(flags.drafts.record(&requests[0].drafting));
     let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
-    let (rows, identical) = answers::lossless(&repeats, &names, prompt_tokens);
+    let (rows, identical) = answers::lossless(&repeats, &names, prompt_tokens, same_tokens(flags));
     record.rows.extend(rows);
     record.rows.extend(match &counts {
         Some(counts) => answers::emulated(&repeats, counts),
@@ -92,6 +95,8 @@ fn check(flags: &args::Generate) -> Result<Sampling> {
     let args::Generate { temperature, top_k, top_p, min_p, seed, .. } = *flags;
     let sampling = Sampling { temperature, top_k, top_p, min_p, seed, stream: 0 };
     sampling.check()?;
+    flags.drafts.check(false, flags.block, flags.device)?;
+    flags.drafts.drafting(&sampling)?;
     match flags {
         _ if flags.gpu.is_some() && matches!(flags.device, Choice::Cpu | Choice::Emulator) => {
             Err(Error::Usage("--gpu needs --device cuda or auto".into()))
@@ -153,16 +158,30 @@ fn requests(
         }
         let sampling = Sampling { stream, ..sampling.clone() };
         let (prompt, stop_ids) = (tokens.of(prompt)?, stop_ids.clone());
-        Ok(Request {
-            prompt,
-            max_tokens: flags.max_tokens,
-            sampling,
-            stop_ids,
-            block,
-            drafting: Default::default(),
-        })
+        let drafting = flags.drafts.drafting(&sampling)?;
+        Ok(Request { prompt, max_tokens: flags.max_tokens, sampling, stop_ids, block, drafting })
     };
     (0..).zip(prompts).map(request).collect()
+}
+
+/// Whether DFlash is to give plain decoding's tokens: other rules than match share its law alone, but where one token has
+/// all of it.
+fn same_tokens(flags: &args::Generate) -> bool {
+    flags.drafts.verify == Rule::Match || flags.temperature == 0.0
+}
+
+/// How drafts are made and judged, where not as it is by default.
+fn drafts(flags: &args::Generate, drafts: &Drafts) -> String {
+    let mut all = vec![];
+    if flags.drafts.verify != Rule::Match {
+        all.push(format!("--verify {}", flags.drafts.verify.name()));
+    }
+    all.extend(drafts.tree.map(|rows| format!("trees of {rows}")));
+    all.extend(flags.drafts.adaptive.then(|| "adaptive".into()));
+    all.extend(flags.drafts.coupled.then(|| "coupled drafts".into()));
+    let own = drafts.draft_temperature.filter(|_| flags.drafts.draft_temperature.is_some());
+    all.extend(own.map(|temperature| format!("drafts at temperature {temperature}")));
+    all.iter().map(|what| format!(", {what}")).collect()
 }
 
 fn title(
@@ -186,8 +205,13 @@ fn title(
         format!("plain decoding and DFlash in turn, {repeats} times")
     };
     let (target, drafter, prompts) = (name(&model.target), name(&model.drafter), requests.len());
+    let drafts = drafts(flags, &flags.drafts.record(&requests[0].drafting));
+    let law = match same_tokens(flags) {
+        true => "",
+        false => "; the law is plain decoding's, the tokens are not, and are not held against it",
+    };
     format!(
-        "{target} with {drafter} on {on}: {prompts} prompts{together}, up to {} tokens each, {how}; {what}",
+        "{target} with {drafter} on {on}: {prompts} prompts{together}, up to {} tokens each, {how}{drafts}; {what}{law}",
         flags.max_tokens
     )
 }
@@ -410,11 +434,11 @@ mod tests {
     fn drafts_that_change_an_answer_are_found() {
         let names = ["a", "b", "c"].map(String::from);
         let repeats = all(&mut counter(1, true), &["--repeat", "1"]);
-        let (_, same) = answers::lossless(&repeats, &names, 3);
+        let (_, same) = answers::lossless(&repeats, &names, 3, true);
         let sentence =
             "a, repeat 1: after 1 equal tokens plain decoding goes on with 2, and DFlash goes on with 3";
         assert_eq!(same, Err(Error::Lossless(sentence.into())));
-        let (_, same) = answers::lossless(&all(&mut counter(1, false), &[]), &names, 3);
+        let (_, same) = answers::lossless(&all(&mut counter(1, false), &[]), &names, 3, true);
         assert_eq!(same, Ok(()));
     }
 }

@@ -4,8 +4,10 @@
 mod attention;
 mod linear;
 mod round;
+mod rules;
 #[cfg(test)]
 pub mod tests;
+mod trees;
 mod values;
 
 use crate::machine::Instruments;
@@ -165,6 +167,8 @@ fn chosen(flags: &args::Kernels, pair: &Pair) -> Result<Vec<Case>> {
     let mut cases = linear::cases(pair, &rows);
     cases.extend(attention::cases(pair, &rows, &contexts));
     cases.extend(round::cases(pair, &rows));
+    cases.extend(trees::cases(pair, &rows));
+    cases.extend(rules::cases(pair, &rows));
     if flags.only.is_empty() {
         return Ok(cases);
     }

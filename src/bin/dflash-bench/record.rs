@@ -2,6 +2,7 @@
 
 use crate::sampling::Times;
 use dflash::device::Counts;
+use dflash::drafts::Drafts;
 use dflash::measure::Summary;
 use dflash::{Error, Result, cuda};
 use serde::{Deserialize, Serialize};
@@ -21,6 +22,9 @@ pub struct Record {
     pub build: Build,
     pub machine: Machine,
     pub model: Model,
+    /// Of `generate`: how drafts were made and judged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drafts: Option<Drafts>,
     pub rows: Vec<Row>,
 }
 
@@ -154,6 +158,7 @@ impl Record {
             },
             machine,
             model,
+            drafts: None,
             rows: vec![],
         }
     }

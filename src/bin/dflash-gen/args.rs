@@ -1,10 +1,11 @@
 //! Flags: what there is, what cannot go together, and what follows from them alone.
 
 use clap::{ArgAction, Parser, ValueEnum};
+use dflash::drafts::{DraftFlags, needs_drafter};
 use dflash::pair::Pair;
 use dflash::place::Choice;
-use dflash::rules::{Drafting, Rule};
-use dflash::tree::MOST_ROWS;
+use dflash::rules::Rule;
+use dflash::terminal::{number, whole};
 use dflash::verify::Sampling;
 use dflash::{Error, Result};
 use std::path::PathBuf;
@@ -64,7 +65,8 @@ pub struct Args {
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = "Models")]
     pub batch: usize,
     /// Print what would be loaded (files, shapes, bytes, KV per token), and load nothing
-    #[arg(long, conflicts_with_all = ["prompt", "file", "prompts", "compare", "stream_json"], help_heading = "Models")]
+    #[arg(long, help_heading = "Models")]
+    #[arg(conflicts_with_all = ["prompt", "file", "prompts", "compare", "stream_json", "tree", "adaptive"])]
     pub plan: bool,
     /// With --plan: print the kernel launches of a round instead, as a GPU runs them
     #[arg(long, requires = "plan", help_heading = "Models")]
@@ -105,27 +107,8 @@ pub struct Args {
     #[arg(long, value_name = "N", help_heading = "Generation")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub block: Option<usize>,
-    /// Which drafts stand
-    #[arg(long, value_enum, default_value_t = Rule::Match, help_heading = "Generation")]
-    pub verify: Rule,
-    /// Draw drafts by the noise that the target's tokens are chosen by; the text stays what it is. With --verify match
-    #[arg(long, help_heading = "Generation")]
-    pub coupled: bool,
-    /// Draw drafts at this temperature; 0: the drafter's best tokens. With --coupled, and with --verify rejection or
-    /// block [default: as --temperature]
-    #[arg(long, value_name = "T", help_heading = "Generation")]
-    #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
-    pub draft_temperature: Option<f32>,
-    /// Draft a tree instead of a chain: up to N tokens a round, 1 from the target and N - 1 drafts, of which several may
-    /// be rivals for a position; --block says how many positions. The text is the same [device cpu only]
-    #[arg(long, value_name = "N", help_heading = "Generation", conflicts_with_all = ["plan", "gpu"])]
-    #[arg(verbatim_doc_comment)]
-    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
-    pub tree: Option<usize>,
-    /// Verify as many drafts a round as pay, by what has been accepted and how sure the drafter is, and none where drafting
-    /// does not pay. The text is the same [device cpu only]
-    #[arg(long, help_heading = "Generation", conflicts_with_all = ["plan", "gpu"], verbatim_doc_comment)]
-    pub adaptive: bool,
+    #[command(flatten)]
+    pub drafts: DraftFlags,
 
     /// System message, put before every conversation
     #[arg(long, value_name = "TEXT", conflicts_with = "raw", help_heading = "Chat template")]
@@ -176,15 +159,6 @@ pub enum Color {
     Never,
 }
 
-fn whole<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
-    let most = u128::MAX >> (128 - 8 * size_of::<T>());
-    text.parse().map_err(|_| format!("expected a whole number from 0 to {most}"))
-}
-
-fn number<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
-    text.parse().map_err(|_| "expected a number".into())
-}
-
 impl Args {
     /// What can be told wrong before any file is looked at.
     pub fn check(&self) -> Result<()> {
@@ -194,58 +168,15 @@ impl Args {
             (_, true) => Some("--check-lossless"),
             _ => None,
         };
-        if self.coupled && self.verify != Rule::Match {
-            return Err(Error::Usage(format!(
-                "--coupled is for --verify match, but --verify is {}, which draws drafts by chances of their own",
-                self.verify.name()
-            )));
-        }
-        match self.drawn() {
-            None if self.draft_temperature.is_some() => {
-                return wrong(
-                    "--draft-temperature needs --coupled or --verify rejection or block: match drafts best tokens",
-                );
-            }
-            Some(flag) if self.plain() => {
-                return Err(Error::Usage(format!("{flag} needs a drafter, but --draft is none")));
-            }
-            Some(flag) if self.block == Some(1) => {
-                return Err(Error::Usage(format!(
-                    "--block is 1, which is plain decoding: {flag} expects at least 2"
-                )));
-            }
-            _ => {}
-        }
-        if let (Some(flag), true) = (twice, self.verify != Rule::Match) {
+        self.drafts.check(self.plain(), self.block, self.device)?;
+        if let (Some(flag), true) = (twice, self.drafts.verify != Rule::Match) {
             return Err(Error::Usage(format!(
                 "{flag} needs --verify match: what {} emits has the law of plain decoding, not its tokens",
-                self.verify.name()
+                self.drafts.verify.name()
             )));
         }
-        let tree = self.tree.map(|_| "--tree");
-        let adaptive = self.adaptive.then_some("--adaptive");
-        for flag in [twice, tree, adaptive].into_iter().flatten() {
-            if self.plain() {
-                return Err(Error::Usage(format!("{flag} needs a drafter, but --draft is none")));
-            }
-            if self.block == Some(1) {
-                return Err(Error::Usage(format!(
-                    "--block is 1, which is plain decoding: {flag} expects at least 2"
-                )));
-            }
-        }
-        if let Some(rows) = self.tree.filter(|rows| !(2..=MOST_ROWS).contains(rows)) {
-            return Err(Error::Usage(format!("--tree is {rows}, expected 2 to {MOST_ROWS}")));
-        }
-        if let (Some(flag), Choice::Cuda | Choice::Emulator) = (self.cpu_only(), self.device) {
-            return Err(Error::Unsupported(format!(
-                "{flag} runs on --device cpu only: the other devices verify chains by the rule match"
-            )));
-        }
-        if let (Some(best), Some(drawn)) = (tree.or(adaptive), self.drawn()) {
-            return Err(Error::Usage(format!(
-                "{best} is for the drafter's best tokens, but with {drawn} drafts are drawn at random"
-            )));
+        if let Some(flag) = twice {
+            needs_drafter(flag, self.plain(), self.block)?;
         }
         match (&self.target, &self.draft) {
             (Some(_), None) => {
@@ -288,37 +219,6 @@ impl Args {
         };
         sampling.check()?;
         Ok(sampling)
-    }
-
-    /// The flag that asks for drafts other than the drafter's best tokens.
-    pub fn drawn(&self) -> Option<&'static str> {
-        match self.verify {
-            Rule::Match => self.coupled.then_some("--coupled"),
-            Rule::Rejection => Some("--verify rejection"),
-            Rule::Block => Some("--verify block"),
-        }
-    }
-
-    /// The flag that asks for rounds that devices do not have.
-    pub fn cpu_only(&self) -> Option<&'static str> {
-        let tree = self.tree.map(|_| "--tree");
-        tree.or(self.adaptive.then_some("--adaptive")).or(self.drawn().filter(|_| self.verify != Rule::Match))
-    }
-
-    /// Drafts for a target that samples so: the same filters, and `--draft-temperature`.
-    pub fn drafting(&self, sampling: &Sampling) -> Result<Drafting> {
-        if self.drawn().is_none() {
-            return Ok(Drafting { tree: self.tree, ..Drafting::default() });
-        }
-        let temperature = self.draft_temperature.unwrap_or(sampling.temperature);
-        let sampling = Sampling { temperature, ..sampling.clone() };
-        let wrong = |_| {
-            Error::Usage(format!(
-                "--draft-temperature is {temperature}, expected 0 (best tokens) or 0.0001 to 10000"
-            ))
-        };
-        sampling.check().map_err(wrong)?;
-        Ok(Drafting { rule: self.verify, sampling, tree: self.tree })
     }
 
     /// Positions that a sequence may have at most.

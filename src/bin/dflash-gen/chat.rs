@@ -159,7 +159,7 @@ impl<'a> Chat<'a> {
             sampling: self.sampling.clone(),
             stop_ids: if session.args.ignore_eos { vec![] } else { pair.target.config.eos.clone() },
             block: if self.drafting { self.block } else { 1 },
-            drafting: session.args.drafting(&self.sampling)?,
+            drafting: session.args.drafts.drafting(&self.sampling)?,
         };
         let mut writer = Writer::new(session, 0, &request, true)?;
         let outcome = resume(&mut *self.decoder, &request, &mut writer);

@@ -64,7 +64,8 @@ pub fn requests(
     for (stream, prompt) in (0..).zip(prompts(args)?) {
         let stop_ids = if args.ignore_eos { vec![] } else { pair.target.config.eos.clone() };
         let sampling = Sampling { stream, ..sampling.clone() };
-        let (prompt, max_tokens, drafting) = (tokens.of(prompt)?, args.max_tokens, args.drafting(&sampling)?);
+        let (prompt, max_tokens, drafting) =
+            (tokens.of(prompt)?, args.max_tokens, args.drafts.drafting(&sampling)?);
         requests.push(Request { prompt, max_tokens, sampling, stop_ids, block, drafting });
     }
     Ok(requests)

@@ -64,13 +64,7 @@ impl Session<'_> {
         }
         bar.finish_and_clear();
         if self.args.json {
-            let mut record = object(&all);
-            record["prompts"] = rows.into();
-            record["seed"] = requests[0].sampling.seed.into();
-            record["device"] = self.backend.name().into();
-            record["target"] = self.pair.target.folder.name().into();
-            record["draft"] = self.pair.drafter.as_ref().map(|d| d.folder.name()).into();
-            out.line(&record.to_string())?;
+            out.line(&self.of_all(object(&all), rows, &requests[0]).to_string())?;
         } else {
             out.line(&line("all", &all))?;
             if self.args.temperature > 0.0 && !self.args.quiet {

@@ -44,7 +44,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<u8> {
     args.check()?;
     let sampling = args.sampling()?;
-    args.drafting(&sampling)?;
+    args.drafts.drafting(&sampling)?;
     let target = args.target.clone().map_or(DEMO_TARGET, Folder::Disk);
     let drafter = match &args.draft {
         None => Some(DEMO_DRAFTER),
@@ -178,15 +178,28 @@ impl Session<'_> {
             device: self.backend.name(),
             target: self.pair.target.folder.name(),
             draft: speculative.map(|d| d.folder.name()),
-            verify: speculative.map(|_| request.drafting.rule.name()),
-            tree: self.args.tree.filter(|_| speculative.is_some()),
-            adaptive: speculative.map(|_| self.args.adaptive),
+            drafts: speculative.map(|_| self.args.drafts.record(&request.drafting)).unwrap_or_default(),
             seconds: Seconds {
                 load: self.load.as_secs_f64(),
                 prefill: outcome.prefill.as_secs_f64(),
                 decode: outcome.decode.as_secs_f64(),
             },
         }
+    }
+
+    /// The object of `--compare` and of `--check-lossless`: what is said of all prompts, of each of them, and what ran.
+    fn of_all(&self, mut all: Value, prompts: Vec<Value>, first: &Request) -> Value {
+        all["prompts"] = prompts.into();
+        all["seed"] = first.sampling.seed.into();
+        all["device"] = self.backend.name().into();
+        all["target"] = self.pair.target.folder.name().into();
+        all["draft"] = self.pair.drafter.as_ref().map(|d| d.folder.name()).into();
+        if let (Value::Object(all), Value::Object(drafts)) =
+            (&mut all, json!(self.args.drafts.record(&first.drafting)))
+        {
+            all.extend(drafts);
+        }
+        all
     }
 
     /// Plain decoding and DFlash in turn, prompt by prompt, after a short warm-up of both.
@@ -245,13 +258,7 @@ impl Session<'_> {
             identical: all_identical.is_ok(),
         };
         if self.args.json {
-            let mut record = all.json();
-            record["prompts"] = rows.into();
-            record["seed"] = requests[0].sampling.seed.into();
-            record["device"] = self.backend.name().into();
-            record["target"] = self.pair.target.folder.name().into();
-            record["draft"] = self.pair.drafter.as_ref().map(|d| d.folder.name()).into();
-            out.line(&record.to_string())?;
+            out.line(&self.of_all(all.json(), rows, &requests[0]).to_string())?;
         } else {
             out.line(&all.line("all"))?;
         }

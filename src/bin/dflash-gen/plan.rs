@@ -90,7 +90,11 @@ fn memory_json(plan: &MemoryPlan) -> Value {
 
 fn room_json(room: Room) -> Value {
     let Room { sequences, block, pages, positions, tree, .. } = room;
-    json!({ "sequences": sequences, "block": block, "tree": tree, "positions": positions, "pages": pages })
+    let mut value = json!({ "sequences": sequences, "block": block, "positions": positions, "pages": pages });
+    if tree > 0 {
+        value["tree"] = tree.into();
+    }
+    value
 }
 
 fn print_launches(args: &Args, pair: &Pair, room: Room) -> Result<u8> {

@@ -2,19 +2,20 @@
 
 use super::linear::in_pages;
 use super::values::{Desk, Drawn, below, close, ends, halves_of};
-use super::{Case, PROMPT, Ready, blocks, groups};
+use super::{Case, PROMPT, Ready, blocks, groups, trees};
 use dflash::Result;
 use dflash::config;
 use dflash::device::{Buffer, Device};
 use dflash::kernels::PAGE;
 use dflash::kernels::attention::{Attention, Layer, Mask, Paged, Prefill, Workspace};
 use dflash::pair::Pair;
+use dflash::tree::Tree;
 use serde_json::json;
 
 /// Weights are rounded to bf16 before they meet the values, and the output once more: 1.95e-3 at most, each.
 const BOUND: f64 = 3e-3;
 
-/// For each of `rows` and `contexts`: the target's attention of blocks and of plain steps, the drafter's of blocks, and
+/// For each of `rows` and `contexts`: the target's attention of blocks, of plain steps and of trees, the drafter's of blocks, and
 /// the target's of a prompt's chunk. Once for each rule that layers have.
 pub fn cases(pair: &Pair, rows: &[usize], contexts: &[usize]) -> Vec<Case> {
     let target = &pair.target.config.stack;
@@ -24,6 +25,11 @@ pub fn cases(pair: &Pair, rows: &[usize], contexts: &[usize]) -> Vec<Case> {
             for (batch, block) in groups(pair, rows) {
                 for rule in rules(target) {
                     all.push(attention("attention", target, rule, batch, block, context));
+                }
+            }
+            if let Some((batch, rows)) = trees::shape(pair, rows) {
+                for rule in rules(target) {
+                    all.push(tree(target, rule, trees::drawn(pair, batch, rows), rows, context));
                 }
             }
             let (batch, block) = blocks(pair, rows);
@@ -70,6 +76,8 @@ struct Sequences {
     count: usize,
     rows: usize,
     context: usize,
+    /// Of each sequence, where rows are trees.
+    trees: Vec<Tree>,
     /// Of each sequence, one after the other.
     pages: Vec<usize>,
     q: Drawn,
@@ -108,6 +116,7 @@ impl Sequences {
             count,
             rows,
             context,
+            trees: vec![],
             pages,
         };
         Ok((sequences, keys.into_iter().zip(values).map(|(k, v)| [k, v]).collect()))
@@ -117,7 +126,10 @@ impl Sequences {
         Paged { k, v, table: &self.table, spans: &self.spans }
     }
 
-    fn sees(&self, row: usize, slot: usize) -> bool {
+    fn sees(&self, sequence: usize, row: usize, slot: usize) -> bool {
+        if let Some(tree) = self.trees.get(sequence) {
+            return sees_in(tree, self.context, self.rule.window, row, slot);
+        }
         let (position, window) = (self.context + row, self.layer.window);
         let ahead = if self.rule.causal { slot <= position } else { window == 0 || slot < position + window };
         ahead && (window == 0 || slot + window > position)
@@ -138,7 +150,7 @@ impl Sequences {
                 f64::from(values.at(in_pages(page, group, kv_heads, slot, d, head_dim)))
             };
             let seen: Vec<usize> =
-                (0..self.context + self.rows).filter(|slot| self.sees(own, *slot)).collect();
+                (0..self.context + self.rows).filter(|slot| self.sees(sequence, own, *slot)).collect();
             let score = |slot: &usize| {
                 let dot: f64 =
                     (0..head_dim).map(|d| f64::from(self.q.at(first + d)) * element(&self.k, *slot, d)).sum();
@@ -174,6 +186,17 @@ impl Sequences {
     }
 }
 
+/// Whether a row of a tree sees a slot: those before the tree, its ancestors' and its own, as far as a window of positions
+/// reaches.
+fn sees_in(tree: &Tree, context: usize, window: Option<usize>, row: usize, slot: usize) -> bool {
+    let position = |row: usize| context + tree.depths[row] as usize;
+    let (there, at) = match slot.checked_sub(context) {
+        Some(other) => (tree.masks[row] >> other & 1 == 1, position(other)),
+        None => (true, slot),
+    };
+    there && window.is_none_or(|window| at + window > position(row))
+}
+
 fn parameters(rows: usize, context: usize, batch: usize, rule: config::Attention) -> serde_json::Value {
     let mut parameters = json!({ "rows": rows, "context": context, "batch": batch });
     if let Some(window) = rule.window {
@@ -202,9 +225,7 @@ fn attention(
         make: Box::new(move |desk| {
             let device = desk.device;
             let (sequences, copies) = Sequences::new(desk, layer, rule, (batch, block, context))?;
-            let counters = device.allocate(kernel.counter_bytes()?, "counters of attention")?;
-            device.fill(&counters, 0)?;
-            let workspace = Workspace { partials: desk.output(kernel.partial_bytes()?)?, counters };
+            let workspace = workspace(desk, &kernel)?;
             let count = copies.len();
             let own = sequences.clone();
             let launch = move |copy: usize| {
@@ -215,6 +236,45 @@ fn attention(
             Ok(Ready::new(count, launch, move || sequences.check(device)))
         }),
     }
+}
+
+fn tree(c: &config::Stack, rule: config::Attention, trees: Vec<Tree>, rows: usize, context: usize) -> Case {
+    let (batch, each) = (trees.len(), (context + rows).div_ceil(PAGE));
+    let layer = layer(c, rule, batch * each, each);
+    let kernel = Attention { layer, sequences: batch, block: rows, capacity: each * PAGE };
+    let seen = |tree: &Tree| {
+        let of_row =
+            |row| (0..context + rows).filter(|slot| sees_in(tree, context, rule.window, row, *slot)).count();
+        (0..rows).map(of_row).sum::<usize>()
+    };
+    let seen: usize = trees.iter().map(seen).sum();
+    Case {
+        name: "attention of a tree".into(),
+        parameters: parameters(batch * rows, context, batch, rule),
+        bytes: kernel.bytes(&vec![(context, rows); batch]) + (batch * rows * 8) as u64,
+        flops: 4.0 * (c.heads * c.head_dim) as f64 * seen as f64,
+        make: Box::new(move |desk| {
+            let device = desk.device;
+            let (mut sequences, copies) = Sequences::new(desk, layer, rule, (batch, rows, context))?;
+            sequences.trees = trees.clone();
+            let words = trees.iter().flat_map(|tree| &tree.masks).flat_map(|mask| mask.to_le_bytes());
+            let masks = desk.bytes(&words.collect::<Vec<u8>>())?;
+            let workspace = workspace(desk, &kernel)?;
+            let count = copies.len();
+            let own = sequences.clone();
+            let launch = move |copy: usize| {
+                let (q, paged) = (&own.q.buffer, own.paged(&copies[copy]));
+                kernel.launch(device, &own.out, q, paged, Mask::Tree(&masks), &workspace)
+            };
+            Ok(Ready::new(count, launch, move || sequences.check(device)))
+        }),
+    }
+}
+
+fn workspace(desk: &Desk, kernel: &Attention) -> Result<Workspace> {
+    let counters = desk.device.allocate(kernel.counter_bytes()?, "counters of attention")?;
+    desk.device.fill(&counters, 0)?;
+    Ok(Workspace { partials: desk.output(kernel.partial_bytes()?)?, counters })
 }
 
 fn prompt(c: &config::Stack, rule: config::Attention, context: usize) -> Case {

@@ -1,7 +1,7 @@
 //! What a round does besides its linear layers and attention: small launches, whose inputs the kernel before has just
 //! written, so that they are timed with warm caches.
 
-use super::values::{Desk, below, close, equal, floats_of, halves_of, spots, words_of};
+use super::values::{Desk, Drawn, below, close, equal, floats_of, halves_of, spots, words_of};
 use super::{Case, Ready, groups};
 use dflash::device::Buffer;
 use dflash::kernels::embedding::Embedding;
@@ -18,14 +18,14 @@ use dflash::{Error, Result};
 use serde_json::json;
 use std::rc::Rc;
 
-const NONE: u32 = u32::MAX;
-/// Rows whose choice with a temperature is looked at: the definition takes its time.
-const CHOICES: usize = 4;
+pub const NONE: u32 = u32::MAX;
+/// Rows of logits whose results are looked at: the definitions take their time.
+const LOOKED_AT: usize = 4;
 
 /// Positions of every sequence; no launch here takes longer for more.
-const LENGTH: u32 = 100;
+pub const LENGTH: u32 = 100;
 /// The token at position [`LENGTH`].
-const ANCHOR: u32 = 17;
+pub const ANCHOR: u32 = 17;
 
 /// For each of `rows`: embedding, norm, sampling; for blocks and plain steps the verdict and the round's own kernels.
 pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
@@ -50,7 +50,7 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     all
 }
 
-fn case(
+pub fn case(
     name: &str,
     parameters: serde_json::Value,
     bytes: u64,
@@ -117,28 +117,56 @@ fn norm(kernel: Norm) -> Case {
     })
 }
 
+/// Rows of logits, on the device and known to the host.
+pub struct Logits {
+    drawn: Drawn,
+    rows: usize,
+    vocab: usize,
+}
+
+impl Logits {
+    pub fn new(desk: &Desk, rows: usize, vocab: usize) -> Result<Logits> {
+        Ok(Logits { drawn: desk.floats(rows * vocab, 0.0, 3.0, "logits")?, rows, vocab })
+    }
+
+    /// `[rows][vocab]` f32
+    pub fn buffer(&self) -> Buffer {
+        self.drawn.buffer.clone()
+    }
+
+    pub fn row(&self, row: usize) -> Vec<f32> {
+        (0..self.vocab).map(|id| self.drawn.at(row * self.vocab + id)).collect()
+    }
+
+    /// The rows that are looked at.
+    pub fn looked_at(&self) -> Vec<usize> {
+        (0..self.rows).step_by(self.rows.div_ceil(LOOKED_AT)).collect()
+    }
+
+    /// As the head leaves each row: the best of every 128 ids, `blocks` of them.
+    pub fn best(&self, blocks: usize) -> Vec<Vec<u8>> {
+        let number = |(id, logit): (usize, &f32)| {
+            let bits = logit.to_bits();
+            let ascending = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+            u64::from(ascending) << 32 | u64::from(!(id as u32))
+        };
+        let of_row = |row: usize| {
+            let numbers: Vec<u64> = self.row(row).iter().enumerate().map(number).collect();
+            let most = |block: &[u64]| block.iter().copied().max().unwrap_or(0);
+            let chunks = numbers.chunks(self.vocab.div_ceil(blocks).max(PART));
+            chunks.flat_map(|block| most(block).to_le_bytes()).collect()
+        };
+        (0..self.rows).map(of_row).collect()
+    }
+}
+
 fn sampled(name: &str, kernel: Sample, temperature: f32) -> Case {
     let Sample { rows, vocab, blocks, .. } = kernel;
     let bytes = if temperature > 0.0 { kernel.race_bytes() } else { kernel.bytes() };
     case(name, json!({ "rows": rows }), bytes, move |desk| {
         let device = desk.device;
-        let logits = desk.floats(rows * vocab, 0.0, 3.0, "logits")?;
-        let row = |row: usize| (0..vocab).map(|id| logits.at(row * vocab + id)).collect::<Vec<f32>>();
-        // As the head leaves it: the best of every 128.
-        let best = |row: Vec<f32>| {
-            let number = |(id, logit): (usize, &f32)| {
-                let bits = logit.to_bits();
-                let ascending = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
-                u64::from(ascending) << 32 | u64::from(!(id as u32))
-            };
-            let numbers: Vec<u64> = row.iter().enumerate().map(number).collect();
-            let most = |block: &[u64]| block.iter().copied().max().unwrap_or(0);
-            numbers
-                .chunks(vocab.div_ceil(blocks).max(PART))
-                .flat_map(|block| most(block).to_le_bytes())
-                .collect::<Vec<u8>>()
-        };
-        let best = desk.bytes(&(0..rows).flat_map(|r| best(row(r))).collect::<Vec<u8>>())?;
+        let logits = Logits::new(desk, rows, vocab)?;
+        let best = desk.bytes(&logits.best(blocks).concat())?;
         let position = |row: usize| 100 + row as u32;
         let table = desk.words((0..rows).flat_map(|row| [0, position(row), NONE, NONE]))?;
         let law = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 0 };
@@ -147,7 +175,7 @@ fn sampled(name: &str, kernel: Sample, temperature: f32) -> Case {
         device.seal(&tables);
         let (partial, choice) = (desk.output(kernel.workspace())?, desk.output(rows * 4)?);
         let counters = desk.words((0..rows).map(|_| 0))?;
-        let (races, to, from) = (temperature > 0.0, choice.clone(), logits.buffer.clone());
+        let (races, to, from) = (temperature > 0.0, choice.clone(), logits.buffer());
         let launch = move |_| {
             let all = Races {
                 logits: &from,
@@ -160,11 +188,8 @@ fn sampled(name: &str, kernel: Sample, temperature: f32) -> Case {
         };
         let check = move || {
             let found = words_of(device, &choice)?;
-            let looked_at: Vec<usize> = (0..rows).step_by(rows.div_ceil(CHOICES)).collect();
-            let choose = |&r: &usize| {
-                let row: Vec<f32> = (0..vocab).map(|id| logits.at(r * vocab + id)).collect();
-                law.choose(&row, position(r) + 1).unwrap_or(NONE)
-            };
+            let looked_at = logits.looked_at();
+            let choose = |&row: &usize| law.choose(&logits.row(row), position(row) + 1).unwrap_or(NONE);
             let got: Vec<u32> = looked_at.iter().map(|row| found[*row]).collect();
             equal("choice", &got, &looked_at.iter().map(choose).collect::<Vec<u32>>())
         };
@@ -173,7 +198,7 @@ fn sampled(name: &str, kernel: Sample, temperature: f32) -> Case {
 }
 
 /// A sequence that runs on for longer than anybody measures.
-fn sequence(block: usize, sampling: Sampling) -> Sequence {
+pub fn sequence(block: usize, sampling: Sampling) -> Sequence {
     Sequence {
         active: true,
         length: LENGTH,
@@ -195,7 +220,7 @@ fn sequence(block: usize, sampling: Sampling) -> Sequence {
     }
 }
 
-fn greedy() -> Sampling {
+pub fn greedy() -> Sampling {
     Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 }
 }
 

@@ -126,6 +126,8 @@ fn cases(pair: &Pair) -> Vec<Case> {
     let mut all = linear::cases(pair, &[1, 19]);
     all.extend(attention::cases(pair, &[1, 5, 32], &[0, 70]));
     all.extend(round::cases(pair, &[1, 5, 32]));
+    all.extend(trees::cases(pair, &[1, 2, 9, 128]));
+    all.extend(rules::cases(pair, &[1, 2, 9, 32]));
     all
 }
 
@@ -185,7 +187,7 @@ fn attention_of_every_rule_is_checked() {
     let windowed = |case: &&Case| case.parameters.get("window").is_some();
     assert_eq!(
         (all.len(), all.iter().filter(windowed).count()),
-        (3 * (2 + 3 + 2 + 2 + 3 + 2 + 2), 3 * (1 + 2 + 1 + 1 + 2 + 1 + 1))
+        (3 * (2 + 2 + 3 + 2 + 2 + 2 + 3 + 2 + 2), 3 * (1 + 1 + 2 + 1 + 1 + 1 + 2 + 1 + 1))
     );
     for case in all {
         let ready = (case.make)(&desk).unwrap();

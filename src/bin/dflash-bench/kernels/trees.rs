@@ -1,0 +1,236 @@
+//! What rounds of trees do besides linear layers and attention: the drafter's choices, trees of them, and the keys and
+//! values of accepted paths.
+
+use super::linear::in_pages;
+use super::round::{ANCHOR, LENGTH, Logits, NONE, case, greedy, sequence};
+use super::values::{below, ends, equal, halves_of, longs_of, words_of};
+use super::{Case, MOST_BLOCK, Ready};
+use dflash::Result;
+use dflash::config::Stack;
+use dflash::device::Buffer;
+use dflash::kernels::PAGE;
+use dflash::kernels::choices::Choices;
+use dflash::kernels::compact::Compact;
+use dflash::kernels::linear::Shape;
+use dflash::kernels::round::{Form, Sequence};
+use dflash::kernels::sample;
+use dflash::kernels::tree::{TreeBuild, Trees};
+use dflash::kernels::verify::Verdict;
+use dflash::pair::Pair;
+use dflash::tree::{self, Choice, MOST_ROWS, Tree};
+use serde_json::{Value, json};
+
+/// Of a choice's cost: how much more than the one before it costs at most, in units of 2^-16 bits. Trees of such choices
+/// are about as deep as they are wide.
+const COST: usize = 3 << 16;
+
+/// For each of `rows`: the choices of as many drafted rows; and for trees of as many rows in all, their building and the
+/// moving of their longest paths. None without a drafter.
+pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
+    let target = &pair.target.config;
+    let Some(levels) = levels(pair) else { return vec![] };
+    let mut all = vec![];
+    for &rows in rows {
+        let blocks = Shape { n: target.vocab, k: target.stack.hidden }.blocks();
+        all.push(choices(Choices { rows, vocab: target.vocab, blocks, most: MOST_ROWS - 1 }));
+        if let Some((sequences, rows)) = shape(pair, rows) {
+            all.push(build(TreeBuild { sequences, block: levels + 1, wide: rows, most: rows - 1 }));
+            all.extend(compact(&target.stack, drawn(pair, sequences, rows), rows));
+        }
+    }
+    all
+}
+
+/// (sequences, rows of each) that `rows` rows are as trees: as few sequences as the kernels allow. None without a drafter,
+/// and where each would be an anchor alone.
+pub fn shape(pair: &Pair, rows: usize) -> Option<(usize, usize)> {
+    levels(pair)?;
+    let sequences = (1..=rows).find(|n| rows.is_multiple_of(*n) && rows / n <= MOST_ROWS)?;
+    Some((sequences, rows / sequences)).filter(|(_, each)| *each > 1)
+}
+
+/// Trees of `rows` rows, of choices that might be the drafter's.
+pub fn drawn(pair: &Pair, sequences: usize, rows: usize) -> Vec<Tree> {
+    let levels = levels(pair).unwrap_or(0);
+    (0..sequences).map(|own| Tree::best_first(ANCHOR, &drawn_choices(own, levels, rows - 1), rows)).collect()
+}
+
+/// Places that the drafter fills.
+fn levels(pair: &Pair) -> Option<usize> {
+    let block = pair.drafter.as_ref()?.config.block.min(MOST_BLOCK);
+    block.checked_sub(1).filter(|levels| *levels > 0)
+}
+
+/// For each of `levels` places the `most` best tokens, of a sequence.
+fn drawn_choices(own: usize, levels: usize, most: usize) -> Vec<Vec<Choice>> {
+    let level = |level: usize| {
+        let mut cost = 0;
+        let choice = |rank: usize| {
+            let i = (own * MOST_BLOCK + level) * MOST_ROWS + rank;
+            cost += below(i, COST) as u32;
+            Choice { token: i as u32, cost }
+        };
+        (0..most).map(choice).collect()
+    };
+    (0..levels).map(level).collect()
+}
+
+fn of(sequences: usize, rows: usize) -> Value {
+    json!({ "rows": sequences * rows, "batch": sequences })
+}
+
+/// (token, cost) of each, and what stands behind the last of `most`.
+fn words(choices: &[Choice], most: usize) -> Vec<u32> {
+    let mut words: Vec<u32> = choices.iter().flat_map(|choice| [choice.token, choice.cost]).collect();
+    words.resize(most * 2, NONE);
+    words
+}
+
+fn choices(kernel: Choices) -> Case {
+    let Choices { rows, vocab, blocks, most } = kernel;
+    case("choices", json!({ "rows": rows }), kernel.bytes(), move |desk| {
+        let device = desk.device;
+        let logits = Logits::new(desk, rows, vocab)?;
+        let best = desk.bytes(&logits.best(blocks).concat())?;
+        let table = desk.words((0..rows).flat_map(|row| [0, LENGTH + row as u32, NONE, NONE]))?;
+        let tables = desk.bytes(&sample::tables())?;
+        device.seal(&tables);
+        let (list, counts) = (desk.output(rows * most * 8)?, desk.output(rows * 4)?);
+        let (from, to) = (logits.buffer(), [&list, &counts].map(Buffer::clone));
+        let launch = move |_| kernel.launch(device, &to[0], &to[1], &best, &from, &table, &tables);
+        let check = move || {
+            let (list, counts) = (words_of(device, &list)?, words_of(device, &counts)?);
+            for row in logits.looked_at() {
+                let expected = tree::choices(&logits.row(row), most).unwrap_or_default();
+                equal("count of a row", &counts[row..=row], &[expected.len() as u32])?;
+                equal("word of choices", &list[row * most * 2..][..most * 2], &words(&expected, most))?;
+            }
+            Ok(())
+        };
+        Ok(Ready::new(1, launch, check))
+    })
+}
+
+fn build(kernel: TreeBuild) -> Case {
+    let TreeBuild { sequences, block, wide: rows, most } = kernel;
+    case("tree_build", of(sequences, rows), kernel.bytes(), move |desk| {
+        let device = desk.device;
+        let all: Vec<Vec<Vec<Choice>>> =
+            (0..sequences).map(|own| drawn_choices(own, block - 1, most)).collect();
+        // A block's first row is the anchor's, and has no choices.
+        let of_block = |levels: &Vec<Vec<Choice>>| {
+            let known = levels.iter().flat_map(|choices| words(choices, most));
+            vec![NONE; most * 2].into_iter().chain(known).collect::<Vec<u32>>()
+        };
+        let list = desk.words(all.iter().flat_map(of_block))?;
+        let counts = desk.words((0..sequences * block).map(|_| most as u32))?;
+        let state = Sequence { rows: rows as u32, form: Form::BestFirst, ..sequence(block, greedy()) };
+        let states = desk.bytes(&state.to_bytes()?.repeat(sequences))?;
+        // Of chains, which there are none of.
+        let drafts = desk.words(vec![NONE; sequences * block])?;
+        let [tokens, parents, masks, table, spans] =
+            [rows * 4, rows * 4, rows * 8, rows * 16, 8].map(|bytes| desk.output(sequences * bytes));
+        let to = [tokens?, parents?, masks?, table?, spans?];
+        let written = to.clone();
+        let launch = move |_| {
+            let [tokens, parents, masks, table, spans] = &to;
+            kernel.launch(
+                device,
+                Trees { tokens, parents, masks, table, spans },
+                &list,
+                &counts,
+                &drafts,
+                &states,
+            )
+        };
+        let check = move || {
+            let trees: Vec<Tree> =
+                all.iter().map(|choices| Tree::best_first(ANCHOR, choices, rows)).collect();
+            let [tokens, parents, masks, table, spans] = &written;
+            let each = |of: fn(&Tree) -> &[u32]| trees.iter().flat_map(of).copied().collect::<Vec<u32>>();
+            equal("token", &words_of(device, tokens)?, &each(|tree| &tree.tokens))?;
+            equal("parent", &words_of(device, parents)?, &each(|tree| &tree.parents))?;
+            let bits: Vec<u64> = trees.iter().flat_map(|tree| &tree.masks).copied().collect();
+            equal("mask", &longs_of(device, masks)?, &bits)?;
+            let row = |(i, depth): (u32, &u32)| {
+                let own = i / rows as u32;
+                [own, LENGTH + depth, LENGTH + i % rows as u32, i]
+            };
+            let depths = trees.iter().flat_map(|tree| &tree.depths);
+            let entries: Vec<u32> = (0..).zip(depths).flat_map(row).collect();
+            equal("row", &words_of(device, table)?, &entries)?;
+            equal("span", &words_of(device, spans)?, &[LENGTH, rows as u32].repeat(sequences))
+        };
+        Ok(Ready::new(1, launch, check))
+    })
+}
+
+/// None where every path stands right already.
+fn compact(c: &Stack, trees: Vec<Tree>, rows: usize) -> Option<Case> {
+    let paths = trees.iter().map(|tree| {
+        let moved = |row: &usize| tree::moves(&tree.path(*row).collect::<Vec<_>>()).count();
+        let last = (0..tree.rows()).max_by_key(moved).unwrap_or(0);
+        tree.path(last).collect()
+    });
+    let paths: Vec<Vec<usize>> = paths.collect();
+    let moved = paths.iter().map(|path| tree::moves(path).count()).sum();
+    let (sequences, each) = (trees.len(), (LENGTH as usize + rows).div_ceil(PAGE));
+    let kernel = Compact {
+        sequences,
+        rows,
+        layers: c.attention.len(),
+        kv_heads: c.kv_heads,
+        head_dim: c.head_dim,
+        pages: sequences * each,
+        sequence_pages: each,
+    };
+    let Compact { layers, kv_heads, head_dim, pages, .. } = kernel;
+    let made = case("compact", of(sequences, rows), kernel.bytes(moved), move |desk| {
+        let device = desk.device;
+        // [layers][keys, values][pages][kv_heads][PAGE][head_dim]
+        let words = pages * kv_heads * PAGE * head_dim;
+        let before = desk.halves(layers * 2 * words, 1.0, "keys and values")?;
+        let caches = desk.output(layers * 2 * words * 2)?;
+        device.copy(&caches, &before.buffer)?;
+        let side = |layer: usize, side: usize| caches.slice((layer * 2 + side) * words * 2, words * 2);
+        let [keys, values] = [0, 1].map(|of| (0..layers).map(|layer| side(layer, of)).collect::<Result<_>>());
+        let (keys, values): (Vec<Buffer>, Vec<Buffer>) = (keys?, values?);
+        let addresses = desk.bytes(&kernel.caches(&keys, &values)?)?;
+        // The last page first.
+        let page = move |own: usize, slot: usize| pages - 1 - (own * each + slot / PAGE);
+        let table = desk.words((0..pages).map(|place| (pages - 1 - place) as u32))?;
+        let accepted = desk.words(paths.iter().map(|path| path.len() as u32 - 1))?;
+        let next = desk.words((0..sequences).map(|_| 0))?;
+        let row = |path: &Vec<usize>, to: usize| path.get(to).map_or(NONE, |from| *from as u32);
+        let path =
+            desk.words(paths.iter().flat_map(|path| (0..rows).map(|to| row(path, to)).collect::<Vec<_>>()))?;
+        let spans = desk.words([LENGTH, rows as u32].repeat(sequences))?;
+        let launch = move |_| {
+            let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+            kernel.launch(device, &addresses, &table, verdict, &spans)
+        };
+        let paths = paths.clone();
+        let check = move || {
+            for layer in ends(layers) {
+                for (side, cache) in [&keys[layer], &values[layer]].into_iter().enumerate() {
+                    let (found, first) = (halves_of(device, cache)?, (layer * 2 + side) * words);
+                    for i in 0..sequences * kv_heads * rows {
+                        let (own, head, row) = (i / rows / kv_heads, i / rows % kv_heads, i % rows);
+                        let at = |row: usize, d: usize| {
+                            let slot = LENGTH as usize + row;
+                            in_pages(page(own, slot), head, kv_heads, slot, d, head_dim)
+                        };
+                        let from = paths[own].get(row).copied().unwrap_or(row);
+                        let got: Vec<f32> = (0..head_dim).map(|d| found[at(row, d)]).collect();
+                        let expected: Vec<f32> =
+                            (0..head_dim).map(|d| before.at(first + at(from, d))).collect();
+                        equal("element of a moved row", &got, &expected)?;
+                    }
+                }
+            }
+            Ok(())
+        };
+        Ok(Ready::new(1, launch, check))
+    });
+    Some(made).filter(|_| moved > 0)
+}
