@@ -30,13 +30,13 @@ pub struct DraftFlags {
     #[arg(long, value_name = "T", help_heading = "Generation")]
     #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub draft_temperature: Option<f32>,
-    /// Draft a tree instead of a chain: up to N tokens a round, 1 from the target and N - 1 drafts, of which several may
-    /// be rivals for a position; --block says how many positions. The text is the same [device cpu only]
+    /// Draft a tree instead of a chain: up to N tokens a round, 1 from the target and N - 1 drafts, of which several
+    /// may be rivals for a position; --block says how many positions. The text is the same [device cpu only]
     #[arg(long, value_name = "N", help_heading = "Generation", conflicts_with = "gpu", verbatim_doc_comment)]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub tree: Option<usize>,
-    /// Verify as many drafts a round as pay, by what has been accepted and how sure the drafter is, and none where drafting
-    /// does not pay. The text is the same [device cpu only]
+    /// Verify as many drafts a round as pay, by what has been accepted and how sure the drafter is, and none where
+    /// drafting does not pay. The text is the same [device cpu only]
     #[arg(long, help_heading = "Generation", conflicts_with = "gpu", verbatim_doc_comment)]
     pub adaptive: bool,
 }
@@ -57,8 +57,8 @@ pub struct Drafts {
 }
 
 impl DraftFlags {
-    /// What can be told wrong before any file is looked at. `plain`: there is no drafter, because `--draft` is none; `block`
-    /// and `device` as given.
+    /// What can be told wrong before any file is looked at. `plain`: there is no drafter, because `--draft` is none;
+    /// `block` and `device` as given.
     ///
     /// # Errors
     /// [`Error::Usage`] for flags that cannot go together, [`Error::Unsupported`] for what `device` does not run.
@@ -110,8 +110,8 @@ impl DraftFlags {
         tree.or(self.adaptive.then_some("--adaptive")).or(self.drawn().filter(|_| self.verify != Rule::Match))
     }
 
-    /// Where to look for a place to run, which is said on stderr unless `quiet`: what no GPU runs, `--device auto` takes
-    /// to the CPU.
+    /// Where to look for a place to run, which is said on stderr unless `quiet`: what no GPU runs, `--device auto`
+    /// takes to the CPU.
     pub fn choice(&self, device: Choice, quiet: bool) -> Choice {
         match (device, self.cpu_only()) {
             (Choice::Auto, Some(flag)) => {
