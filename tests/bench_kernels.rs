@@ -131,8 +131,8 @@ fn trees_and_rules_are_counted_where_there_are_drafts() {
         let moved = needed("compact", of_trees()) / f64::from(6 * 2 * 64 * 8);
         assert!(moved.fract() == 0.0 && (1.0..f64::from(15 * trees)).contains(&moved), "{moved}");
         row(&found, "tree_build", of_trees());
-        // Logits of 2048 tokens: all twice for choices and laws, those of drafts once to draw; a verdict by rejection reads
-        // two rows, one by blocks both laws of each draft but the first, and the last row.
+        // Logits of 2048 tokens: all twice for choices and laws, those of drafts once to draw; a verdict by rejection
+        // reads two rows, one by blocks both laws of each draft but the first, and the last row.
         let whole = 2048 * 4;
         let logits = |name: &str, at: Value| (needed(name, at) / f64::from(whole)).floor();
         let mostly = |found: f64, expected: i32| {

@@ -53,8 +53,8 @@ pub struct Judged<'a> {
 }
 
 impl Rules {
-    /// Bytes that [`Rules::law`] must move without top-k and top-p: the logits once for the sum of their weights, once for
-    /// what rounding leaves over.
+    /// Bytes that [`Rules::law`] must move without top-k and top-p: the logits once for the sum of their weights, once
+    /// for what rounding leaves over.
     pub fn law_bytes(&self) -> u64 {
         let row = self.blocks * 8 + self.vocab * 8 + TABLE_BYTES + LAW_BYTES;
         (self.sequences * self.block * row) as u64
@@ -66,8 +66,9 @@ impl Rules {
         (self.sequences * (self.block - 1) * draft) as u64
     }
 
-    /// Bytes that [`Rules::judge`] must move where a rejection's draft falls, and where a block's shares are all between 0
-    /// and 1: then the laws of its rows but the first and the last are added up, and the token is of one more at least.
+    /// Bytes that [`Rules::judge`] must move where a rejection's draft falls, and where a block's shares are all
+    /// between 0 and 1: then the laws of its rows but the first and the last are added up, and the token
+    /// is of one more at least.
     pub fn judge_bytes(&self, rule: Rule) -> u64 {
         let rows = match rule {
             Rule::Match => return 0,

@@ -83,8 +83,8 @@ const KERNELS: &str = "\
 First the read ceiling: a kernel that only reads. Then every kernel, whose results are held against a plain computation
 before it is timed: a kernel that is wrong has no time. Weights, keys and values are drawn; they lie in as many copies,
 one after the other, as keep a launch's own out of the cache. What the kernel before would have written just now is in
-the cache. Of trees and of drafts drawn at random a verdict is to be as dear as verdicts are: paths that move, drafts that
-fall. us: of a launch among others. GB/s: bytes that it must move by that. floor us: these bytes at the ceiling, or
+the cache. Of trees and of drafts drawn at random a verdict is to be as dear as verdicts are: paths that move, drafts
+that fall. us: of a launch among others. GB/s: bytes that it must move by that. floor us: these bytes at the ceiling, or
 its products at the card's nominal rate, where that is known and slower. On the emulator times say nothing: there
 instead is what one launch does, bytes in all as the value. Kernels for which there is too little memory are left out, and make
 the exit code 5 when the others are done.
@@ -112,8 +112,8 @@ pub struct Kernels {
     /// Folder of the drafter, of which only config.json is read [default: of a name: its own; of a folder: none]
     #[arg(long, value_name = "DIR")]
     pub draft: Option<PathBuf>,
-    /// Rows of a launch, of all sequences together: in blocks, as few as the drafter's allows, as plain steps, and in trees of
-    /// up to 64
+    /// Rows of a launch, of all sequences together: in blocks, as few as the drafter's allows, as plain steps, and in
+    /// trees of up to 64
     #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = wholes)]
     #[arg(allow_hyphen_values = true)]
     pub rows: Whole,

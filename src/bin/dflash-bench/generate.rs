@@ -164,8 +164,8 @@ fn requests(
     (0..).zip(prompts).map(request).collect()
 }
 
-/// Whether DFlash is to give plain decoding's tokens: other rules than match share its law alone, but where one token has
-/// all of it.
+/// Whether DFlash is to give plain decoding's tokens: other rules than match share its law alone, but where one token
+/// has all of it.
 fn same_tokens(flags: &args::Generate) -> bool {
     flags.drafts.verify == Rule::Match || flags.temperature == 0.0
 }
@@ -205,13 +205,13 @@ fn title(
         format!("plain decoding and DFlash in turn, {repeats} times")
     };
     let (target, drafter, prompts) = (name(&model.target), name(&model.drafter), requests.len());
-    let drafts = drafts(flags, &flags.drafts.record(&requests[0].drafting));
+    let how = how + &drafts(flags, &flags.drafts.record(&requests[0].drafting));
     let law = match same_tokens(flags) {
         true => "",
         false => "; the law is plain decoding's, the tokens are not, and are not held against it",
     };
     format!(
-        "{target} with {drafter} on {on}: {prompts} prompts{together}, up to {} tokens each, {how}{drafts}; {what}{law}",
+        "{target} with {drafter} on {on}: {prompts} prompts{together}, up to {} tokens each, {how}; {what}{law}",
         flags.max_tokens
     )
 }

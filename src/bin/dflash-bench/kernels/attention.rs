@@ -15,8 +15,8 @@ use serde_json::json;
 /// Weights are rounded to bf16 before they meet the values, and the output once more: 1.95e-3 at most, each.
 const BOUND: f64 = 3e-3;
 
-/// For each of `rows` and `contexts`: the target's attention of blocks, of plain steps and of trees, the drafter's of blocks, and
-/// the target's of a prompt's chunk. Once for each rule that layers have.
+/// For each of `rows` and `contexts`: the target's attention of blocks, of plain steps and of trees, the drafter's of
+/// blocks, and the target's of a prompt's chunk. Once for each rule that layers have.
 pub fn cases(pair: &Pair, rows: &[usize], contexts: &[usize]) -> Vec<Case> {
     let target = &pair.target.config.stack;
     let mut all = vec![];
@@ -186,8 +186,8 @@ impl Sequences {
     }
 }
 
-/// Whether a row of a tree sees a slot: those before the tree, its ancestors' and its own, as far as a window of positions
-/// reaches.
+/// Whether a row of a tree sees a slot: those before the tree, its ancestors' and its own, as far as a window of
+/// positions reaches.
 fn sees_in(tree: &Tree, context: usize, window: Option<usize>, row: usize, slot: usize) -> bool {
     let position = |row: usize| context + tree.depths[row] as usize;
     let (there, at) = match slot.checked_sub(context) {

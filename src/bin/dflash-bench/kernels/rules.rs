@@ -119,8 +119,8 @@ fn probabilities(sampling: &Sampling, logits: &[f32]) -> Result<Probabilities> {
     sampling.probabilities(logits).ok_or_else(|| Error::Internal("logits without a law".into()))
 }
 
-/// The tokens and their probabilities that a law's words make of a row: `probability` of cuda/rules.cu. None where they are
-/// no law.
+/// The tokens and their probabilities that a law's words make of a row: `probability` of cuda/rules.cu. None where they
+/// are no law.
 fn told(law: &[u32], logits: &[f32]) -> Vec<(u32, u64)> {
     let long = |i: usize| u64::from(law[i + 1]) << 32 | u64::from(law[i]);
     let (max, c, heir) = (f32::from_bits(law[0]), f32::from_bits(law[1]), law[7]);
@@ -166,13 +166,12 @@ fn draw(kernels: Rules) -> Case {
     })
 }
 
-/// The target's row after some drafts has the logits that the next one was drawn from, at another temperature: drafts stand
-/// about as often as they fall.
+/// The target's row after some drafts has the logits that the next one was drawn from, at another temperature.
 fn judge(name: &str, kernels: Rules, rule: Rule) -> Case {
     let Rules { sequences, block, vocab, blocks } = kernels;
     let rows = sequences * block;
-    // So that it is known what has to be read: rejection meets a last draft that the target's filter takes, all before it
-    // are likelier than they were when drawn; block meets none but drafts that were likelier then.
+    // So that it is known what has to be read: rejection meets a last draft that the target's filter takes, all before
+    // it are likelier than they were when drawn; block meets none but drafts that were likelier then.
     let (kept, temperature) = match rule {
         Rule::Block => (0, 0.9),
         _ => ((vocab / 2).clamp(1, 20), 1.1),

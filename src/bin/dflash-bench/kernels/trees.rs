@@ -20,12 +20,12 @@ use dflash::pair::Pair;
 use dflash::tree::{self, Choice, MOST_ROWS, Tree};
 use serde_json::{Value, json};
 
-/// Of a choice's cost: how much more than the one before it costs at most, in units of 2^-16 bits. Trees of such choices
-/// are about as deep as they are wide.
+/// Of a choice's cost: how much more than the one before it costs at most, in units of 2^-16 bits. Trees of such
+/// choices have several branches, some rows long.
 const COST: usize = 3 << 16;
 
-/// For each of `rows`: the choices of as many drafted rows; and for trees of as many rows in all, their building and the
-/// moving of their longest paths. None without a drafter.
+/// For each of `rows`: the choices of as many drafted rows; and for trees of as many rows in all, their building and
+/// the moving of their longest paths. None without a drafter.
 pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     let target = &pair.target.config;
     let Some(levels) = levels(pair) else { return vec![] };
@@ -41,8 +41,8 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     all
 }
 
-/// (sequences, rows of each) that `rows` rows are as trees: as few sequences as the kernels allow. None without a drafter,
-/// and where each would be an anchor alone.
+/// (sequences, rows of each) that `rows` rows are as trees: as few sequences as the kernels allow. None without a
+/// drafter, and where each would be an anchor alone.
 pub fn shape(pair: &Pair, rows: usize) -> Option<(usize, usize)> {
     levels(pair)?;
     let sequences = (1..=rows).find(|n| rows.is_multiple_of(*n) && rows / n <= MOST_ROWS)?;
