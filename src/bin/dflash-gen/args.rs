@@ -117,7 +117,9 @@ pub struct Args {
     #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub draft_temperature: Option<f32>,
     /// Draft a tree instead of a chain: up to N tokens a round, 1 from the target and N - 1 drafts, of which several may
-    /// be rivals for a position; --block says how many positions. The text is the same [device cpu only]
+    /// be rivals for a position; --block says how many positions. With --verify match, the best tree there is, and the text
+    /// is the same; with rejection, one of a fixed shape whose rivals are drawn one without the other; with block, several
+    /// chains, of which the best is judged: that may be worse than the one chain of --verify block [device cpu only]
     #[arg(long, value_name = "N", help_heading = "Generation", conflicts_with_all = ["plan", "gpu"])]
     #[arg(verbatim_doc_comment)]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
@@ -242,7 +244,8 @@ impl Args {
                 "{flag} runs on --device cpu only: the other devices verify chains by the rule match"
             )));
         }
-        if let (Some(best), Some(drawn)) = (tree.or(adaptive), self.drawn()) {
+        let best = adaptive.or(tree.filter(|_| self.coupled));
+        if let (Some(best), Some(drawn)) = (best, self.drawn()) {
             return Err(Error::Usage(format!(
                 "{best} is for the drafter's best tokens, but with {drawn} drafts are drawn at random"
             )));

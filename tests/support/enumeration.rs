@@ -1,0 +1,363 @@
+//! Models of a few tokens, and the law of what a rule emits of them, by enumeration: a coin that takes every branch in turn
+//! runs the code under test, and the law, completed to a fixed length by the target, is compared with the target's in exact
+//! fractions.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+#[path = "random.rs"]
+mod random;
+
+use dflash::rules::{
+    Coin, ONE, Probabilities, Siblings, Word, best_block, block, draw, draw_chains, draw_tree, recursive,
+    rejection,
+};
+use dflash::verify::Sampling;
+use num_rational::BigRational;
+pub use random::Random;
+use std::collections::HashMap;
+
+// ---- the coin ----
+
+/// Takes the branches that `script` says, then first ones, and knows how likely that is.
+pub struct Enumerator {
+    /// (branch taken, branches there)
+    script: Vec<(usize, usize)>,
+    at: usize,
+    likely: BigRational,
+}
+
+pub fn ratio(a: u64, b: u64) -> BigRational {
+    BigRational::new(a.into(), b.into())
+}
+
+impl Enumerator {
+    /// Branch of so many, of which the likelihoods are `weights / total`; those of weight 0 are not taken.
+    pub fn branch(&mut self, weights: &[u64], total: u64) -> usize {
+        let open: Vec<usize> = (0..weights.len()).filter(|&i| weights[i] > 0).collect();
+        if self.at == self.script.len() {
+            self.script.push((0, open.len()));
+        }
+        let taken = open[self.script[self.at].0];
+        self.at += 1;
+        if weights[taken] < total {
+            self.likely *= ratio(weights[taken], total);
+        }
+        taken
+    }
+}
+
+impl Coin for Enumerator {
+    fn accept(&mut self, _word: Word, s: u64, n: u64) -> bool {
+        let s = s.min(n);
+        n == 0 || self.branch(&[s, n - s], n) == 0
+    }
+
+    fn pick(&mut self, _word: Word, weights: &[(u32, u64)]) -> Option<u32> {
+        assert!(weights.is_sorted_by(|a, b| a.0 < b.0), "ids ascend");
+        let only: Vec<u64> = weights.iter().map(|&(_, w)| w).collect();
+        Some(weights[self.branch(&only, only.iter().sum())].0)
+    }
+}
+
+pub type Law = HashMap<Vec<u32>, BigRational>;
+
+/// The law of what `run` returns.
+pub fn enumerate(mut run: impl FnMut(&mut Enumerator) -> Vec<u32>) -> Law {
+    let mut law = Law::new();
+    let mut script = Vec::new();
+    loop {
+        let mut coin = Enumerator { script, at: 0, likely: ratio(1, 1) };
+        let emitted = run(&mut coin);
+        *law.entry(emitted).or_insert_with(|| ratio(0, 1)) += coin.likely;
+        script = coin.script;
+        // The next leaf: the last branch that has another beside it.
+        while script.pop_if(|(taken, of)| *taken + 1 == *of).is_some() {}
+        match script.last_mut() {
+            Some((taken, _)) => *taken += 1,
+            None => return law,
+        }
+    }
+}
+
+// ---- models ----
+
+/// Rows of a target or a drafter.
+impl Random {
+    /// Small whole weights, some of them 0.
+    pub fn weights(&mut self, vocab: usize, zeros: bool) -> Vec<u64> {
+        loop {
+            let one = |rng: &mut Random| if zeros && rng.below(4) == 0 { 0 } else { 1 + rng.below(9) as u64 };
+            let weights: Vec<u64> = (0..vocab).map(|_| one(self)).collect();
+            if weights.iter().any(|&w| w > 0) {
+                return weights;
+            }
+        }
+    }
+
+    /// A row as the engine has them: logits with ties and masked tokens, a temperature, filters.
+    pub fn sampled(&mut self, vocab: usize) -> Probabilities {
+        let mut logits: Vec<f32> = (0..vocab).map(|_| self.below(9) as f32 * 0.5).collect();
+        let at = self.below(2 * vocab);
+        if at < vocab - 1 {
+            logits[at] = f32::NEG_INFINITY;
+        }
+        let sampling = Sampling {
+            temperature: [0.0, 0.5, 1.0, 2.0][self.below(4)],
+            top_k: self.below(vocab),
+            top_p: [0.6, 0.9, 1.0][self.below(3)],
+            min_p: [0.0, 0.0, 0.2][self.below(3)],
+            seed: 0,
+            stream: 0,
+        };
+        sampling.probabilities(&logits).unwrap()
+    }
+
+    /// Any row: fractions, sampled logits, one token, multiples of 1/256.
+    pub fn row(&mut self, vocab: usize) -> Probabilities {
+        match self.below(8) {
+            0..3 => probabilities(&self.weights(vocab, true)),
+            3..6 => self.sampled(vocab),
+            6 => one_hot(self.below(vocab) as u32),
+            _ => self.dyadic(vocab),
+        }
+    }
+
+    /// Multiples of 1/256.
+    pub fn dyadic(&mut self, vocab: usize) -> Probabilities {
+        let mut cuts: Vec<u64> = (1..vocab).map(|_| self.below(257) as u64).collect();
+        cuts.sort();
+        let ends = cuts.iter().copied().chain([256]);
+        let starts = [0].into_iter().chain(cuts.iter().copied());
+        probabilities(&ends.zip(starts).map(|(end, start)| end - start).collect::<Vec<_>>())
+    }
+
+    /// Powers of 1/2, so that nothing is rounded where they divide.
+    pub fn powers(&mut self, vocab: usize) -> Probabilities {
+        let mut weights = vec![256u64];
+        while weights.len() < vocab {
+            let at = self.below(weights.len());
+            if weights[at] > 1 {
+                weights[at] /= 2;
+                let half = weights[at];
+                weights.push(half);
+            }
+        }
+        for i in (1..vocab).rev() {
+            weights.swap(i, self.below(i + 1));
+        }
+        if self.below(3) == 0 {
+            // A token that is not drafted.
+            let (a, b) = (self.below(vocab), self.below(vocab));
+            if weights[a] == weights[b] && a != b {
+                (weights[a], weights[b]) = (weights[a] * 2, 0);
+            }
+        }
+        probabilities(&weights)
+    }
+}
+
+/// Weights of ids 0, 1, ...; the heaviest takes what rounding leaves over.
+pub fn probabilities(weights: &[u64]) -> Probabilities {
+    let heir = (0..weights.len()).rev().max_by_key(|&i| weights[i]).unwrap();
+    Probabilities::new((0u32..).zip(weights.iter().copied()).collect(), heir as u32).unwrap()
+}
+
+pub fn one_hot(id: u32) -> Probabilities {
+    Probabilities::new(vec![(id, 1)], id).unwrap()
+}
+
+/// A target whose law depends on all tokens before, and a drafter's laws per depth.
+#[derive(Clone)]
+pub struct Models {
+    pub vocab: usize,
+    pub target: HashMap<Vec<u32>, Probabilities>,
+    pub laws: Vec<Probabilities>,
+}
+
+/// All sequences of so many tokens.
+pub fn sequences(vocab: usize, length: usize) -> Vec<Vec<u32>> {
+    let longer = |all: Vec<Vec<u32>>| {
+        let with = |s: &Vec<u32>, id: u32| [&s[..], &[id]].concat();
+        all.iter().flat_map(|s| (0..vocab as u32).map(move |id| with(s, id))).collect()
+    };
+    (0..length).fold(vec![vec![]], |all, _| longer(all))
+}
+
+impl Models {
+    pub fn new(
+        vocab: usize,
+        depth: usize,
+        mut row: impl FnMut() -> Probabilities,
+        law: impl FnMut() -> Probabilities,
+    ) -> Models {
+        let before = (0..=depth).flat_map(|length| sequences(vocab, length));
+        let target = before.map(|s| (s, row())).collect();
+        Models { vocab, target, laws: std::iter::repeat_with(law).take(depth).collect() }
+    }
+
+    pub fn random(rng: &mut Random, vocab: usize, depth: usize) -> Models {
+        let mut models = Models::new(vocab, depth, || rng.row(vocab), || one_hot(0));
+        let kind = rng.below(8);
+        for d in 0..depth {
+            models.laws[d] = match kind {
+                // As the target on one path; and on none of its tokens, where it leaves some.
+                0 => models.target[&vec![0; d]].clone(),
+                1 => {
+                    let taken = models.target[&vec![0; d]].clone();
+                    let others: Vec<u64> = (0..vocab as u32).map(|id| u64::from(taken.of(id) == 0)).collect();
+                    if others.contains(&1) { probabilities(&others) } else { taken }
+                }
+                _ => rng.row(vocab),
+            };
+        }
+        models
+    }
+
+    pub fn depth(&self) -> usize {
+        self.laws.len()
+    }
+
+    pub fn p(&self, before: &[u32]) -> Probabilities {
+        self.target[before].clone()
+    }
+
+    /// The target's law of a sequence.
+    pub fn plain(&self, tokens: &[u32]) -> BigRational {
+        let p = |i: usize| ratio(self.target[&tokens[..i]].of(tokens[i]), ONE);
+        (0..tokens.len()).map(p).product()
+    }
+
+    /// Half the sum of the differences between the target's law of `depth + 1` tokens and `law`, completed to as many.
+    pub fn distance(&self, law: &Law) -> BigRational {
+        let length = self.depth() + 1;
+        let total: BigRational = law.values().sum();
+        assert_eq!(total, ratio(1, 1), "the coin took every branch");
+        let mut differences = ratio(0, 1);
+        for tokens in sequences(self.vocab, length) {
+            let mut emitted = ratio(0, 1);
+            for n in 1..=length {
+                if let Some(likely) = law.get(&tokens[..n]) {
+                    // The target goes on.
+                    let rest = (n..length).map(|i| ratio(self.target[&tokens[..i]].of(tokens[i]), ONE));
+                    emitted += rest.fold(likely.clone(), |a, b| a * b);
+                }
+            }
+            let difference = emitted - self.plain(&tokens);
+            let zero = ratio(0, 1);
+            differences += if difference < zero { -difference } else { difference };
+        }
+        differences / ratio(2, 1)
+    }
+
+    /// The law of a round of a chain, by `rule`.
+    pub fn chain(&self, rule: Rule) -> Law {
+        self.chain_with(rule, &self.laws)
+    }
+
+    /// The same, judged as if the drafts came from `claimed`.
+    pub fn chain_with(&self, rule: Rule, claimed: &[Probabilities]) -> Law {
+        enumerate(|coin| {
+            let drafts = draw(&self.laws, coin).unwrap();
+            self.judged(rule, &drafts, claimed, coin)
+        })
+    }
+
+    pub fn judged(
+        &self,
+        rule: Rule,
+        drafts: &[u32],
+        laws: &[Probabilities],
+        coin: &mut impl Coin,
+    ) -> Vec<u32> {
+        let target = |row: usize| Some(self.p(&drafts[..row]));
+        let (accepted, next) = match rule {
+            Rule::Rejection => rejection(drafts, laws, target, coin),
+            Rule::Block => block(drafts, laws, target, coin),
+        }
+        .unwrap();
+        [&drafts[..accepted], &[next]].concat()
+    }
+
+    /// The law of a round of a tree.
+    pub fn tree(&self, widths: &[usize], siblings: Siblings) -> Law {
+        enumerate(|coin| {
+            let (tokens, parents) = draw_tree(9, widths, &self.laws, siblings, coin).unwrap();
+            self.judged_tree(&tokens, &parents, siblings, coin)
+        })
+    }
+
+    pub fn judged_tree(
+        &self,
+        tokens: &[u32],
+        parents: &[u32],
+        siblings: Siblings,
+        coin: &mut impl Coin,
+    ) -> Vec<u32> {
+        let target = |row: usize| Some(self.p(&way(tokens, parents, row)));
+        let (path, next) = recursive(tokens, parents, &self.laws, siblings, target, coin).unwrap();
+        path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
+    }
+
+    /// The law of a round of the best of `count` chains.
+    pub fn best(&self, count: usize) -> Law {
+        enumerate(|coin| {
+            let (tokens, parents) = draw_chains(9, count, &self.laws, coin).unwrap();
+            self.judged_best(&tokens, &parents, coin)
+        })
+    }
+
+    pub fn judged_best(&self, tokens: &[u32], parents: &[u32], coin: &mut impl Coin) -> Vec<u32> {
+        let target = |row: usize| Some(self.p(&way(tokens, parents, row)));
+        let (path, next) = best_block(tokens, &self.laws, target, coin).unwrap();
+        assert!(path[1..].iter().zip(&path).all(|(&row, &before)| parents[row] as usize == before));
+        path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
+    }
+}
+
+/// The drafts on the way to a row.
+pub fn way(tokens: &[u32], parents: &[u32], row: usize) -> Vec<u32> {
+    let mut way = Vec::new();
+    let mut at = row;
+    while at > 0 {
+        way.push(tokens[at]);
+        at = parents[at] as usize;
+    }
+    way.reverse();
+    way
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rule {
+    Rejection,
+    Block,
+}
+
+/// Mean of accepted drafts.
+pub fn accepted(law: &Law) -> BigRational {
+    law.iter().map(|(tokens, likely)| likely * ratio(tokens.len() as u64 - 1, 1)).sum()
+}
+
+pub fn float(x: &BigRational) -> f64 {
+    // Both parts have hundreds of digits.
+    let shifted: BigRational = x * BigRational::from_integer((1u128 << 100).into());
+    let whole: i128 = shifted.to_integer().try_into().unwrap();
+    whole as f64 / 2f64.powi(100)
+}
+
+pub fn near(x: &BigRational, expected: f64, within: f64) {
+    assert!((float(x) - expected).abs() <= within, "{} instead of {expected}", float(x));
+}
+
+/// What rounding may cost: 2 V 2^-48 a row.
+pub fn rounding(models: &Models) -> BigRational {
+    ratio((2 * models.vocab * (models.depth() + 1)) as u64, ONE)
+}
+
+pub const SHAPES: [(usize, usize); 6] = [(2, 3), (3, 1), (3, 2), (4, 1), (4, 2), (3, 3)];
+
+pub fn models(count: u64, seed: u64) -> impl Iterator<Item = Models> {
+    (0..count).map(move |i| {
+        let (vocab, depth) = SHAPES[i as usize % SHAPES.len()];
+        Models::random(&mut Random::new(seed * 1000 + i), vocab, depth)
+    })
+}
