@@ -32,7 +32,9 @@ pub struct DraftFlags {
     #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub draft_temperature: Option<f32>,
     /// Draft a tree instead of a chain: up to N tokens a round, 1 from the target and N - 1 drafts, of which several may
-    /// be rivals for a position; --block says how many positions. The text is the same
+    /// be rivals for a position; --block says how many positions. With --verify match, the best tree there is, and the text
+    /// is the same; with rejection, one of a fixed shape whose rivals are drawn one without the other; with block, several
+    /// chains, of which the best is judged: that may be worse than the one chain of --verify block
     #[arg(long, value_name = "N", help_heading = "Generation", verbatim_doc_comment)]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub tree: Option<usize>,
@@ -85,10 +87,10 @@ impl DraftFlags {
         }
         if let (Some(flag), Choice::Cuda | Choice::Emulator) = (self.cpu_only(), device) {
             return Err(Error::Unsupported(format!(
-                "{flag} runs on --device cpu only: rounds on other devices are of one size"
+                "{flag} runs on --device cpu only"
             )));
         }
-        match (tree.or(adaptive), self.drawn()) {
+        match (adaptive.or(tree.filter(|_| self.coupled)), self.drawn()) {
             (Some(best), Some(drawn)) => Err(Error::Usage(format!(
                 "{best} is for the drafter's best tokens, but with {drawn} drafts are drawn at random"
             ))),
@@ -107,7 +109,12 @@ impl DraftFlags {
 
     /// The flag that asks for rounds that devices do not have.
     pub fn cpu_only(&self) -> Option<&'static str> {
-        self.adaptive.then_some("--adaptive")
+        let drawn = match self.verify {
+            Rule::Match => None,
+            Rule::Rejection => Some("--tree with --verify rejection"),
+            Rule::Block => Some("--tree with --verify block"),
+        };
+        self.adaptive.then_some("--adaptive").or(drawn.filter(|_| self.tree.is_some()))
     }
 
     /// `room` for such rounds on a device.

@@ -114,8 +114,10 @@ pub struct Drafting {
     /// drafter's logits with the very noise that the target's tokens are chosen by: laws that are alike then choose
     /// alike (Daliri et al., arXiv 2408.07978). Under the other rules they are drawn from words of their own.
     pub sampling: Sampling,
-    /// Rounds verify a tree of up to so many rows, the anchor counted, 2 to [`crate::tree::MOST_ROWS`]; as deep as a block
-    /// is. None: chains.
+    /// Rounds verify a tree of up to so many rows, the anchor counted, 2 to [`crate::tree::MOST_ROWS`]; at most as deep as
+    /// a block is. Under [`Rule::Match`] it is [`crate::tree::Tree::best_first`] of the drafter's best tokens; under
+    /// [`Rule::Rejection`] [`crate::tree::shape`], of distinct siblings; under [`Rule::Block`] several chains,
+    /// [`crate::tree::chains`]. None: a chain.
     pub tree: Option<usize>,
 }
 
@@ -223,9 +225,8 @@ pub fn draw(laws: &[Probabilities], coin: &mut impl Coin) -> Option<Vec<u32>> {
     laws.iter().enumerate().map(one).collect()
 }
 
-/// Draws a tree, level by level: `widths[d]` children of every row of depth `d` from `laws[d]`, fewer where
-/// [`Siblings::Distinct`] runs out of tokens. Returns tokens and parents as [`crate::verify::walk`] takes them, the
-/// anchor's row first; siblings stand in the order they were drawn in.
+/// Draws a tree, level by level: `widths[d]` children of every row of depth `d` from `laws[d]`. Returns tokens, as
+/// [`draw_shape`], and the parents that it takes.
 pub fn draw_tree(
     anchor: u32,
     widths: &[usize],
@@ -233,23 +234,52 @@ pub fn draw_tree(
     siblings: Siblings,
     coin: &mut impl Coin,
 ) -> Option<(Vec<u32>, Vec<u32>)> {
-    let (mut tokens, mut parents) = (vec![anchor], vec![0]);
-    let mut level = 0..1;
-    for (depth, (&width, law)) in (1..).zip(widths.iter().zip(laws)) {
-        let start = tokens.len();
-        for parent in level {
-            let mut q = Some(Cow::Borrowed(law));
-            for _ in 0..width {
-                let Some(from) = q else { break };
-                let token = coin.pick(word(Purpose::Draft, depth, tokens.len()), &from.0)?;
-                tokens.push(token);
-                parents.push(parent as u32);
-                q = next_law(from, token, siblings);
-            }
-        }
-        level = start..tokens.len();
+    let (mut parents, mut level) = (vec![0], 0..1);
+    for &width in widths {
+        let end = parents.len();
+        parents.extend(level.flat_map(|parent| std::iter::repeat_n(parent, width)));
+        level = end as u32..parents.len() as u32;
     }
-    Some((tokens, parents))
+    Some((draw_shape(anchor, &parents, laws, siblings, coin)?, parents))
+}
+
+/// Draws a tree of a given shape: `parents` `[rows]` as [`crate::verify::walk`] takes them, the anchor's row first; rows
+/// of depth `d + 1` from `laws[d]`, siblings in the order of their rows. Returns the tokens. Where
+/// [`Siblings::Distinct`] runs out of tokens a row repeats the sibling before it, and [`recursive`] passes it over: so
+/// the shape depends on nothing that is drawn. `None` where a row follows no earlier one, or no law is so deep.
+pub fn draw_shape(
+    anchor: u32,
+    parents: &[u32],
+    laws: &[Probabilities],
+    siblings: Siblings,
+    coin: &mut impl Coin,
+) -> Option<Vec<u32>> {
+    struct Row<'a> {
+        token: u32,
+        depth: usize,
+        /// Of its next child.
+        law: Option<Cow<'a, Probabilities>>,
+        /// The child before that.
+        child: Option<u32>,
+    }
+    let law = |depth: usize| laws.get(depth).map(Cow::Borrowed);
+    let mut rows = vec![Row { token: anchor, depth: 0, law: law(0), child: None }];
+    for &parent in parents.iter().skip(1) {
+        let own = rows.len();
+        let parent = rows.get_mut(parent as usize)?;
+        let depth = parent.depth + 1;
+        let token = match parent.law.take() {
+            None => parent.child?,
+            Some(from) => {
+                let token = coin.pick(word(Purpose::Draft, depth, own), &from.0)?;
+                parent.law = next_law(from, token, siblings);
+                token
+            }
+        };
+        parent.child = Some(token);
+        rows.push(Row { token, depth, law: law(depth), child: None });
+    }
+    Some(rows.iter().map(|row| row.token).collect())
 }
 
 /// The law of the sibling after one that was drawn from `law`.
@@ -291,7 +321,7 @@ pub fn rejection(
     Some((g, coin.pick(word(Purpose::Residual, g + 1, g), &target(g)?.0)?))
 }
 
-/// Judges a tree of [`draw_tree`] from the root down, the siblings of a node in the order they were drawn in: recursive
+/// Judges a tree of [`draw_shape`] from the root down, the siblings of a node in the order they were drawn in: recursive
 /// rejection. `laws[d]` is what the drafts of depth `d + 1` were drawn from; `target(row)` the target's law after the
 /// drafts on the way to `row`. Returns the rows of the walk, 0 first, and the token that follows them; `None` as soon
 /// as `target` says so.

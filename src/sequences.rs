@@ -5,7 +5,7 @@ use crate::control::{ByConfidence, Controller, Costs, WherePays};
 use crate::engine::{Backend, Decoder, Emitted, Prefill, Request};
 use crate::pair::Pair;
 use crate::reference::{Cache, Drafter, Target};
-use crate::rules::{self, Dice, Drafting, Probabilities, Rule};
+use crate::rules::{self, Dice, Drafting, Probabilities, Rule, Siblings};
 use crate::tree::{self, Tree};
 use crate::verify::{Sampling, judge, walk};
 use crate::{Error, Result};
@@ -117,8 +117,18 @@ impl<'a> Sequence<'a> {
         drafts.ok_or_else(|| Error::Internal("a law without tokens".into()))
     }
 
-    /// As [`Sequence::draft`], but the best tree of up to `most` rows that the block's drafts and their rivals make.
+    /// As [`Sequence::draft`], but a tree of up to `most` rows: under the rule `match` the best that the block's drafts
+    /// and their rivals make, else one of a fixed shape, drawn.
     pub fn draft_tree(&mut self, rows: usize, most: usize) -> Result<Tree> {
+        let (state, anchor) = started(&mut self.state)?;
+        let Drafting { rule, sampling, .. } = state.how.clone();
+        if rule != Rule::Match {
+            let mut laws = self.drafted(rows, |logits, _| sampling.probabilities(logits))?;
+            let (state, _) = started(&mut self.state)?;
+            let tree = drawn(rule, anchor, most, &mut laws, &mut state.dice());
+            state.laws = laws;
+            return tree.ok_or_else(|| Error::Internal("a law without tokens".into()));
+        }
         let choices = self.drafted(rows, |logits, _| tree::choices(logits, most.saturating_sub(1)))?;
         let (_, anchor) = started(&mut self.state)?;
         Ok(Tree::best_first(anchor, &choices, most))
@@ -164,7 +174,7 @@ impl<'a> Sequence<'a> {
         let (target, s) = (self.target, state.cache.len());
         let vocab = target.config.vocab;
         let drafts = &block[1..];
-        if tree.is_none() && state.how.rule != Rule::Match && drafts.len() != state.laws.len() {
+        if state.how.rule != Rule::Match && tree.map_or(drafts.len(), Tree::deepest) != state.laws.len() {
             return Err(Error::Internal("drafts without the laws that they were drawn from".into()));
         }
         let mut dice = state.dice();
@@ -187,7 +197,12 @@ impl<'a> Sequence<'a> {
         let law = |at: usize| sampling.probabilities(row(at));
         let chain = |(accepted, next): (usize, u32)| ((0..=accepted).collect(), next);
         let verdict = match (tree, state.how.rule) {
-            (Some(tree), _) => walk(block, &tree.parents, choose),
+            (Some(tree), Rule::Match) => walk(block, &tree.parents, choose),
+            (Some(tree), Rule::Rejection) => {
+                let siblings = Siblings::Distinct;
+                rules::recursive(block, &tree.parents, &state.laws, siblings, law, &mut dice)
+            }
+            (Some(_), Rule::Block) => rules::best_block(block, &state.laws, law, &mut dice),
             (_, Rule::Rejection) if !drafts.is_empty() => {
                 rules::rejection(drafts, &state.laws, law, &mut dice).map(chain)
             }
@@ -372,6 +387,26 @@ impl State {
             self.features.truncate((len - context.len()) * drafter.feature());
         }
     }
+}
+
+/// A tree of up to `most` rows that is drawn from `laws`; those that it is not deep enough for are dropped.
+fn drawn(
+    rule: Rule,
+    anchor: u32,
+    most: usize,
+    laws: &mut Vec<Probabilities>,
+    dice: &mut Dice,
+) -> Option<Tree> {
+    if rule == Rule::Block {
+        let (count, depth) = tree::chains(most, laws.len());
+        laws.truncate(depth);
+        let (tokens, parents) = rules::draw_chains(anchor, count, laws, dice)?;
+        return Some(Tree::drawn(&tokens, &parents));
+    }
+    let mut tree = tree::shape(most, laws.len());
+    laws.truncate(tree.deepest());
+    tree.tokens = rules::draw_shape(anchor, &tree.parents, laws, Siblings::Distinct, dice)?;
+    Some(tree)
 }
 
 /// The state and its anchor.

@@ -34,6 +34,16 @@ impl Tree {
         Tree { tokens: vec![anchor], parents: vec![0], depths: vec![0], masks: vec![1], costs: vec![0] }
     }
 
+    /// Tokens and parents as [`crate::rules::draw_shape`] has them, `[rows]` each and at most [`MOST_ROWS`]. What was drawn
+    /// has no costs: they are 0.
+    pub fn drawn(tokens: &[u32], parents: &[u32]) -> Tree {
+        let mut tree = Tree::new(tokens[0]);
+        for (&token, &parent) in tokens.iter().zip(parents).skip(1) {
+            tree.push(parent as usize, token, 0);
+        }
+        tree
+    }
+
     /// Hangs a token from row `parent`; its own row. Those that build trees end them at [`MOST_ROWS`].
     fn push(&mut self, parent: usize, token: u32, cost: u32) -> usize {
         let row = self.rows();
@@ -49,6 +59,11 @@ impl Tree {
     /// Rows, the anchor counted.
     pub fn rows(&self) -> usize {
         self.tokens.len()
+    }
+
+    /// Drafts on the longest path.
+    pub fn deepest(&self) -> usize {
+        self.depths.iter().max().map_or(0, |&depth| depth as usize)
     }
 
     /// Rows on the way to `row`, the anchor first and `row` last.
@@ -216,6 +231,32 @@ fn bits(total: u64) -> u32 {
     // A variate's time is a logarithm: -log2(u / 2^32), here of the leading 32 bits, in units of 2^-27.
     let less = TABLES.time(((total << zeros) >> 32) as u32);
     ((32 - zeros) << 16) - ((less + (1 << 10)) >> 11) as u32
+}
+
+// ---- shapes of trees that are drawn at random ----
+
+/// The shape of a tree that [`crate::rules::draw_shape`] draws, of up to `rows` rows and `depth` drafts one behind the
+/// other: a function of these two alone, the best tree where all drafts of a place among siblings stand equally often.
+/// Its tokens are 0.
+pub fn shape(rows: usize, depth: usize) -> Tree {
+    let siblings: Vec<Choice> =
+        (0..MOST_ROWS as u32).map(|place| Choice { token: 0, cost: typical(place) }).collect();
+    Tree::best_first(0, &vec![siblings; depth], rows)
+}
+
+/// What a draft costs, as [`Choice`] has it, by its place among its siblings: the first stands in one of two cases in
+/// which the row before them does, the second, third, .. in one of 10, 20, .. That is about what recursive rejection
+/// makes of the demo pair's at temperatures 0.7 and 1, at most depths alike.
+fn typical(place: u32) -> u32 {
+    bits(u64::from(if place == 0 { 2 } else { 10 * place }) << 32)
+}
+
+/// How many chains [`crate::rules::draw_chains`] draws for a tree of up to `rows` rows, at least one, and of how many
+/// drafts, at most `depth`.
+pub fn chains(rows: usize, depth: usize) -> (usize, usize) {
+    let drafts = rows.saturating_sub(1);
+    let depth = depth.min((drafts / 2).max(1));
+    (drafts / depth.max(1), depth)
 }
 
 /// What brings the rows of an accepted path, `[accepted + 1]` and 0 first, to the slots behind each other: (from, to)

@@ -13,9 +13,12 @@ use dflash::engine::{Outcome, Request, resume};
 use dflash::pair::Pair;
 use dflash::reference::{Cache, Drafter, Target};
 use dflash::rounds::OnDevice;
-use dflash::rules::{Dice, Drafting, Rule, block, draw, rejection};
+use dflash::rules::{
+    Dice, Drafting, Rule, Siblings, best_block, block, draw_chains, draw_shape, recursive, rejection,
+};
 use dflash::sequences::{Sequence, Sequences};
 use dflash::text::Text;
+use dflash::tree::{Tree, chains, shape};
 use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
 use serde_json::Value;
@@ -108,6 +111,10 @@ fn drafting(rule: Rule, temperature: f32) -> Drafting {
     Drafting { rule, sampling: Sampling { temperature, ..sampling }, tree: None }
 }
 
+fn tree(rule: Rule, temperature: f32, rows: usize) -> Drafting {
+    Drafting { tree: Some(rows), ..drafting(rule, temperature) }
+}
+
 fn request(prompt: &[u32], max_tokens: usize, block: usize, drafting: Drafting) -> Request {
     Request { drafting, ..crowd::request(prompt, max_tokens, block, 1.0) }
 }
@@ -132,6 +139,8 @@ fn the_first_tokens_of_the_demo_pair_have_the_targets_law_under_every_rule() {
             drafting(Rule::Match, 1.0),
             drafting(Rule::Rejection, 1.0),
             drafting(Rule::Block, 1.0),
+            tree(Rule::Rejection, 1.0, 9),
+            tree(Rule::Block, 1.0, 7),
         ] {
             // So few survivors that their joint law can be counted.
             let drawn = how.sampling.temperature > 0.0;
@@ -149,9 +158,13 @@ fn four_tokens_of_a_tiny_pair_have_the_targets_law_under_every_rule() {
     cpu::install(|| {
         for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
             for temperature in [0.0, 0.5, 2.0] {
-                let mut request = request(&[1, 2, 3], 4, 4, drafting(rule, temperature));
-                request.drafting.sampling.top_k = 3;
-                models.check(&request, 6000);
+                // Trees have more siblings than there are tokens to draw.
+                for tree in [None, Some(4), Some(9), Some(16)] {
+                    let mut request =
+                        request(&[1, 2, 3], 4, 4, Drafting { tree, ..drafting(rule, temperature) });
+                    request.drafting.sampling.top_k = 3;
+                    models.check(&request, 6000);
+                }
             }
         }
     });
@@ -177,8 +190,11 @@ fn greedy_answers_are_the_targets_best_tokens_under_every_rule() {
         let plain = run(&mut models.slots(1), &greedy(1, Drafting::default()));
         for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
             for temperature in [0.0, 1.0] {
-                let got = run(&mut models.slots(1), &greedy(8, drafting(rule, temperature)));
-                assert_eq!(got.tokens, plain.tokens, "{rule:?}, drafts at {temperature}");
+                for tree in [None, Some(12)] {
+                    let how = Drafting { tree, ..drafting(rule, temperature) };
+                    let got = run(&mut models.slots(1), &greedy(8, how));
+                    assert_eq!(got.tokens, plain.tokens, "{rule:?}, drafts at {temperature}, {tree:?}");
+                }
             }
         }
     });
@@ -275,10 +291,13 @@ fn the_same_noise_chooses_alike_as_often_as_published() {
 fn answers_of_drawn_drafts_are_the_seeds_and_not_the_slots_or_the_others() {
     let models = demo();
     cpu::install(|| {
-        for rule in [Rule::Rejection, Rule::Block] {
+        for (rule, tree) in
+            [Rule::Rejection, Rule::Block].into_iter().flat_map(|r| [(r, None), (r, Some(12))])
+        {
             let of = |i: u32| {
                 let prompt: Vec<u32> = tokens(PROMPTS[i as usize % 2]);
-                let mut one = request(&prompt, 20 + i as usize, 8, drafting(rule, 1.0));
+                let how = Drafting { tree, ..drafting(rule, 1.0) };
+                let mut one = request(&prompt, 20 + i as usize, 8, how);
                 one.sampling.stream = i;
                 one
             };
@@ -301,8 +320,8 @@ fn answers_of_drawn_drafts_are_the_seeds_and_not_the_slots_or_the_others() {
 fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
     let Models(target, drafter) = &tiny();
     let vocab = target.config.vocab;
-    for rule in [Rule::Rejection, Rule::Block] {
-        let request = request(&[1, 2, 3], 40, 5, drafting(rule, 1.5));
+    for (rule, most) in [Rule::Rejection, Rule::Block].into_iter().flat_map(|r| [(r, None), (r, Some(11))]) {
+        let request = request(&[1, 2, 3], 40, 5, Drafting { tree: most, ..drafting(rule, 1.5) });
         let own = &request.sampling;
         let (seed, stream) = (own.seed, own.stream);
         // The engine's loop again, as short as it can be.
@@ -321,25 +340,43 @@ fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
             let hidden = drafter.hidden(target, anchor, 5, &mut context, |_, _| ());
             drafter.logits(target, &hidden[target.config.stack.hidden..], &mut logits);
             let law = |row: &[f32]| request.drafting.sampling.probabilities(row).unwrap();
-            let laws: Vec<_> = logits.chunks(vocab).map(law).collect();
+            let mut laws: Vec<_> = logits.chunks(vocab).map(law).collect();
             let mut dice = Dice { seed, stream, round, anchor: at as u32 };
-            let drafts = draw(&laws, &mut dice).unwrap();
-            let block_of = [&[anchor], &drafts[..]].concat();
-            let normed = target.forward(&block_of, &mut cache, &drafter.config.taps, &mut features, 5);
+            let drawn = match (rule, most) {
+                (_, None) => draw_chains(anchor, 1, &laws, &mut dice).unwrap(),
+                (Rule::Block, Some(most)) => {
+                    let (count, depth) = chains(most, 4);
+                    laws.truncate(depth);
+                    draw_chains(anchor, count, &laws, &mut dice).unwrap()
+                }
+                (_, Some(most)) => {
+                    let parents = shape(most, 4).parents;
+                    (draw_shape(anchor, &parents, &laws, Siblings::Distinct, &mut dice).unwrap(), parents)
+                }
+            };
+            let tree = Tree::drawn(&drawn.0, &drawn.1);
+            let normed = target.forward_tree(&tree, &mut cache, &drafter.config.taps, &mut features);
             target.logits(&normed, &mut logits);
             let law = |row: usize| own.probabilities(&logits[row * vocab..][..vocab]);
-            let judged = match rule {
-                Rule::Rejection => rejection(&drafts, &laws, law, &mut dice),
-                _ => block(&drafts, &laws, law, &mut dice),
+            let (tokens, parents) = (&tree.tokens[..], &tree.parents[..]);
+            let chain = |(accepted, next): (usize, u32)| ((0..=accepted).collect::<Vec<usize>>(), next);
+            let judged = match (rule, most) {
+                (Rule::Rejection, None) => rejection(&tokens[1..], &laws, law, &mut dice).map(chain),
+                (_, None) => block(&tokens[1..], &laws, law, &mut dice).map(chain),
+                (Rule::Block, _) => best_block(tokens, &laws, law, &mut dice),
+                _ => recursive(tokens, parents, &laws, Siblings::Distinct, law, &mut dice),
             };
-            let (accepted, next) = judged.unwrap();
-            cache.crop(at + accepted + 1);
-            features.truncate(features.len() / 5 * (accepted + 1));
-            out.extend(&drafts[..accepted]);
+            let (path, next) = judged.unwrap();
+            // The cache as a chain leaves it, by another pass over what stood.
+            let stood: Vec<u32> = path.iter().map(|&row| tokens[row]).collect();
+            cache.crop(at);
+            features.clear();
+            target.forward(&stood, &mut cache, &drafter.config.taps, &mut features, 1);
+            out.extend(&stood[1..]);
             out.push(next);
         }
         let got = cpu::install(|| run(&mut Sequences::new(target, Some(drafter), 1, usize::MAX), &request));
-        assert_eq!(got.tokens, out[..40], "{rule:?}");
+        assert_eq!(got.tokens, out[..40], "{rule:?}, {most:?}");
     }
 }
 
@@ -356,12 +393,46 @@ fn a_block_of_one_row_is_plain_decoding_whatever_the_rule() {
 }
 
 #[test]
+fn drawn_trees_get_less_deep_where_positions_end() {
+    let (target, mut drafter) = crowd::tiny();
+    drafter.max_positions = 24;
+    let Models(target, drafter) = load(&crowd::open(&support::write_pair(&target, &drafter)));
+    cpu::install(|| {
+        for rule in [Rule::Rejection, Rule::Block] {
+            for most in [2, 3, 7, 16, 64] {
+                let mut sequence = Sequence::new(&target, Some(&drafter));
+                sequence.start(&request(&[1, 2, 3], 40, 6, tree(rule, 1.0, most))).unwrap();
+                sequence.prefill().unwrap();
+                let (mut out, mut cut, mut none) = (Vec::new(), 0, 0);
+                while out.len() < 36 {
+                    let rows = sequence.rows();
+                    let drafts = sequence.round(&mut out).unwrap();
+                    let whole = match rule {
+                        Rule::Block => {
+                            let (count, depth) = chains(most, rows.max(2) - 1);
+                            count * depth
+                        }
+                        _ => most - 1,
+                    };
+                    assert_eq!(drafts, if rows > 1 { whole } else { 0 }, "{rule:?} {most}, {rows} rows");
+                    cut += usize::from((2..6).contains(&rows));
+                    none += usize::from(rows == 1);
+                }
+                assert!(cut > 0 && none > 5, "{rule:?} {most}: {cut} {none}");
+            }
+        }
+    });
+}
+
+#[test]
 fn drafts_that_somebody_else_made_have_no_law() {
     let models = tiny();
     let mut sequence = Sequence::new(&models.0, Some(&models.1));
     sequence.start(&request(&[1, 2], 10, 4, drafting(Rule::Block, 1.0))).unwrap();
     sequence.prefill().unwrap();
     let error = sequence.verify(&[1, 1, 1], &mut Vec::new()).unwrap_err();
+    assert_eq!(error.to_string(), "drafts without the laws that they were drawn from");
+    let error = sequence.verify_tree(&Tree::drawn(&[1, 1, 1], &[0, 0, 0]), &mut Vec::new()).unwrap_err();
     assert_eq!(error.to_string(), "drafts without the laws that they were drawn from");
 }
 
@@ -407,6 +478,14 @@ fn verify_chooses_the_rule_and_the_record_names_it() {
             let same = record(&[&args[..], &["--draft-temperature", "1"]].concat());
             assert_eq!(same["tokens"], got["tokens"], "by default it is --temperature");
         }
+    }
+    for rule in ["rejection", "block"] {
+        let args = [&hot[..], &["--verify", rule]].concat();
+        let (chain, tree) = (record(&args), record(&[&args[..], &["--tree", "20", "--block", "8"]].concat()));
+        assert_eq!((&tree["verify"], &tree["tree"]), (&Value::from(rule), &Value::from(20)));
+        assert_ne!(tree["tokens"], chain["tokens"], "{rule}");
+        let drafted = tree["drafted"].as_array().unwrap();
+        assert!(drafted.iter().all(|n| n.as_u64().unwrap() <= 19) && drafted[0].as_u64().unwrap() > 15);
     }
     let coupled = record(&[&hot[..], &["--coupled"]].concat());
     assert_eq!(coupled["tokens"], matched["tokens"]);
