@@ -8,8 +8,9 @@
 //           threads.
 // Order:    attention.cuh. But for prefill's, a row's bits are the same for every R, block, batch, capacity and tree
 //           around its path.
-// Bytes:    q and out once, keys and values once per row tile, trees' twice where two splits share their pages; where
-//           there are several splits, parts of 4 (D + 2) bytes per row, head and split, written and read.
+// Bytes:    q and out once, keys and values once per row tile, of trees those on a second page twice where two splits
+//           need them; where there are several splits, parts of 4 (D + 2) bytes per row, head and split, written and
+//           read.
 // Needs:    D = 64 or 128; heads / kv_heads = 1..8; block <= 64 (prefill: any); 16-byte aligned buffers; counters zero.
 #include "attention.cuh"
 

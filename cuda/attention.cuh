@@ -216,12 +216,12 @@ struct Attention {
   }
 
   // --- the tail of a tree: the tile of `context` and the one behind it, where a position has another slot for each
-  // row. All slots of both lie in the two halves of `keys` and `values`, those of the first in the half its tile would
-  // have. Products are a chain's, made for each row of the pass in turn, with its keys and for its heads alone: ldmatrix
-  // takes an address per key, so keys need not be neighbours, though some then share a bank. ---
+  // row, never a lower one than in a chain. All slots of both lie in the two halves of `keys` and `values`, where their
+  // tiles would be. Products are a chain's, made for each row of the pass in turn, with its keys and for its heads
+  // alone: ldmatrix takes an address per key, so keys need not be neighbours, though some then share a bank. ---
 
-  // Makes `paths`: for each row of the row tile the slot, counted from `tail`, of its k-th key from `context` on. Where
-  // it has no such key, one of the first page, which is there, and in the bank the key would have in a chain.
+  // Makes `paths`: for each row of the row tile the slot, counted from `tail`, of its k-th key from `context` on; where
+  // it has no such key, the slot of a chain's.
   WRAPPER void trace_paths() const {
     const u32 lane = threadIdx.x % 32, first = packed / group;
     const u32 count = min((packed + ROWS - 1) / group + 1, rows) - first;
@@ -233,16 +233,15 @@ struct Attention {
         const bool on_path = mask >> bit & 1;
         const u64 before = low_bits(bit);
         const u32 k = on_path ? __popcll(mask & before) : __popcll(mask) + __popcll(~mask & before);
-        sts(paths + i * 64 + k, u8(on_path ? context - tail + bit : (context - tail + k) % PAGE));
+        sts(paths + i * 64 + k, u8(context - tail + (on_path ? bit : k)));
       }
     }
   }
 
-  // The slot, counted from `tail`, of the key at `position` of the row tile's i-th row; one of the first page if it has
-  // none.
+  // The slot, counted from `tail`, of the key at `position` of the row tile's i-th row.
   WRAPPER u32 place(u32 i, u32 position) const {
     const u32 k = position - context, slot = lds(paths + i * 64 + min(k, 63u));
-    return k < 64 ? slot : (position - tail) % PAGE;
+    return k < 64 ? slot : position - tail;
   }
 
   // Calls turn(i, mine) for each row that has packed rows among the 16 from `r` on and reaches the 16 positions from
@@ -331,14 +330,15 @@ struct Attention {
   WRAPPER void walk(u32 begin, u32 stop) {
     const u32 lane = threadIdx.x % 32, w = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const bool to_tail = RULE == TREE && stop > tail;
-    const u32 first = RULE == TREE ? min(begin, tail) : begin;
-    const u32* table = pass.page_table + size_t(sequence) * pass.pages_per_sequence + first / PAGE;
-    const u32 pages = ((to_tail ? filled : stop) - first + PAGE - 1) / PAGE;
-    const u32 flip = (tail - first) & PAGE;
+    const u32* table = pass.page_table + size_t(sequence) * pass.pages_per_sequence + begin / PAGE;
+    const u32 pages = ((to_tail ? filled : stop) - begin + PAGE - 1) / PAGE;
+    const u32 flip = (tail - begin) & PAGE;
+    // A split may begin with the second page of the tail; the first may be all there is.
+    const auto has_page = [&](u32 i) { return tail + i * PAGE >= begin && tail + i * PAGE < filled; };
 
     const u32 first_page = ld(table);
     u32 next_page = pages > 1 ? ld(table + 1) : NONE;
-    stage(keys, pass.k, first_page, first);
+    stage(keys, pass.k, first_page, begin);
     if (threadIdx.x < ROWS) sts128(views + threadIdx.x, view(threadIdx.x));
     __syncthreads();
 #pragma unroll
@@ -348,11 +348,11 @@ struct Attention {
       cp_async16(chunk(queries, r, PITCH, c), pass.q + size_t(query == NONE ? 0 : query) * D + c * 8, query != NONE);
     }
     cp_async_commit();
-    stage(values, pass.v, first_page, first);
+    stage(values, pass.v, first_page, begin);
     cp_async_commit();
-    if (pages > 1) stage(keys + TILE, pass.k, next_page, first + PAGE);
+    if (pages > 1) stage(keys + TILE, pass.k, next_page, begin + PAGE);
     cp_async_commit();
-    if (pages > 1) stage(values + TILE, pass.v, next_page, first + PAGE);
+    if (pages > 1) stage(values + TILE, pass.v, next_page, begin + PAGE);
     cp_async_commit();
     next_page = pages > 2 ? ld(table + 2) : NONE;
     if (to_tail) trace_paths();
@@ -369,7 +369,7 @@ struct Attention {
     for (u32 position = begin; position < stop; position += PAGE) {
       // This tile's keys are there, and nobody reads the one before any more.
       __syncthreads();
-      const u32 tile = (position - first) / PAGE, half = tile % 2 * TILE;
+      const u32 tile = (position - begin) / PAGE, half = tile % 2 * TILE;
       if (tile) {
         const bool more = tile + 1 < pages;
         if (more) stage(keys + (TILE - half), pass.k, next_page, position + PAGE);
@@ -381,8 +381,8 @@ struct Attention {
       const bool in_tail = RULE == TREE && position >= tail;
       if (in_tail && (position == tail || position == begin)) {
         cp_async_wait<0>();
-        mend(values + flip * PITCH, spoiled);
-        if (filled > tail + PAGE) mend(values + (flip ^ PAGE) * PITCH, spoiled + PAGE * CHUNKS);
+        if (has_page(0)) mend(values + flip * PITCH, spoiled);
+        if (has_page(1)) mend(values + (flip ^ PAGE) * PITCH, spoiled + PAGE * CHUNKS);
         __syncthreads();
       }
 
@@ -448,7 +448,7 @@ struct Attention {
       if (in_tail) {
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
-          if (tail + i * PAGE >= filled) continue;
+          if (!has_page(i)) continue;
           const u64 low = __ballot_sync(~0u, is_spoiled(i * 64 + lane));
           bad[i] = low | u64(__ballot_sync(~0u, is_spoiled(i * 64 + 32 + lane))) << 32;
         }

@@ -601,6 +601,27 @@ fn rows_of_trees_see_nothing_of_other_paths() {
     });
 }
 
+/// Bits of rows that are not there, or have no slot because the capacity ends before them, name no keys.
+#[test]
+fn rows_of_trees_see_no_rows_that_are_not_there() {
+    every_device(|device| {
+        let mut random = Random::new(26);
+        for (head_dim, context) in [(64, 70), (128, 50)] {
+            let shape = shape(Rule::Tree, head_dim, 3, 1, 0);
+            let s = Sequence::tree(&shape, context, &parents(1, 12, &mut random), &mut random);
+            let clean = run(device, &shape, 12, std::slice::from_ref(&s)).concat();
+            let mut more = s.clone();
+            more.masks.iter_mut().for_each(|mask| *mask |= !low(12));
+            assert!(run(device, &shape, 12, &[more]).concat() == clean, "{head_dim}");
+            let mut fewer = s.clone();
+            fewer.masks.iter_mut().for_each(|mask| *mask &= low(7));
+            let found = run_with(device, &shape, 12, context + 7, &[s]).concat();
+            assert!(found[..7 * 3 * head_dim] == clean[..7 * 3 * head_dim], "{head_dim}, room for 7 rows");
+            assert!(found == run(device, &shape, 12, &[fewer]).concat(), "{head_dim}, rows behind these");
+        }
+    });
+}
+
 #[test]
 fn trees_give_equal_bits_under_five_schedules_and_two_threads() {
     let mut random = Random::new(24);
