@@ -100,10 +100,32 @@ impl Rig<'_> {
     /// Target rows of sequence `sequence`: `tokens` at positions `at..`, as a prompt or as a block. Features and logits of
     /// all rows.
     fn target_pass(&self, sequence: usize, at: usize, tokens: &[u32], prompt: bool) -> (Vec<u16>, Vec<f32>) {
+        let table = rows_at(sequence, at, tokens.len());
+        self.pass_of(&table, at, tokens, None, prompt.then_some(sequence))
+    }
+
+    /// As [`Rig::target_pass`], of the first sequence's tree with these masks.
+    fn tree_pass(&self, at: usize, tokens: &[u32], masks: &[u64]) -> (Vec<u16>, Vec<f32>) {
+        let mut table = rows_at(0, at, tokens.len());
+        for (row, mask) in table.chunks_mut(Row::BYTES).zip(masks) {
+            row[4..8].copy_from_slice(&(at as u32 + mask.count_ones() - 1).to_le_bytes());
+        }
+        self.pass_of(&table, at, tokens, Some(masks), None)
+    }
+
+    fn pass_of(
+        &self,
+        table: &[u8],
+        at: usize,
+        tokens: &[u32],
+        masks: Option<&[u64]>,
+        prompt: Option<usize>,
+    ) -> (Vec<u16>, Vec<f32>) {
         let (device, rows) = (self.device, tokens.len());
         let features = self.features(rows);
-        let table = upload(device, &rows_at(sequence, at, rows));
+        let table = upload(device, table);
         let spans = upload(device, &[at as u32, rows as u32]);
+        let masks = masks.map(|masks| upload(device, masks));
         self.vocabulary.embed(device, &self.scratch, &upload(device, tokens), rows, 1.0).unwrap();
         let pass = Pass {
             sequences: 1,
@@ -111,15 +133,15 @@ impl Rig<'_> {
             injected: 0,
             table: &table,
             spans: &spans,
-            masks: None,
-            prompt: prompt.then_some(sequence),
+            masks: masks.as_ref(),
+            prompt,
             live: None,
             taps: Some((&self.drafter.config.taps, &features)),
         };
         self.stack.run(device, &self.scratch, &self.cache, &pass).unwrap();
         let logits = match prompt {
-            true => vec![],
-            false => self.logits(&self.stack, &self.scratch, 0, rows),
+            Some(_) => vec![],
+            None => self.logits(&self.stack, &self.scratch, 0, rows),
         };
         (download(device, &features), logits)
     }
@@ -238,6 +260,43 @@ fn plain_steps_equal_a_verification_block_bit_for_bit() {
     every_device(|device| steps_equal_blocks_bit_for_bit(device, pair));
     let pair = &wide().1;
     every_device(|device| steps_equal_blocks_bit_for_bit(device, pair));
+}
+
+/// Every row of a tree against its path as a chain. A third of the trees' rows follow the row before them, the others any.
+fn trees_equal_chains_bit_for_bit(device: &dyn Device, pair: &Pair) {
+    let mut random = Random::new(4);
+    // Paths that cross a page's end and a split's.
+    for (context, rows) in [(57, 16), (62, 9), (121, 16)] {
+        let rig = Rig::new(device, pair, 1, 16);
+        let tokens = tokens(pair, context + rows, context as u64);
+        for (i, chunk) in tokens[..context].chunks(CHUNK).enumerate() {
+            rig.target_pass(0, i * CHUNK, chunk, true);
+        }
+        let tokens = &tokens[context..];
+        let mut masks = vec![1u64];
+        for row in 1..rows {
+            let parent = if random.below(3) == 0 { row - 1 } else { random.below(row) };
+            masks.push(masks[parent] | 1 << row);
+        }
+        let (features, logits) = rig.tree_pass(context, tokens, &masks);
+        for (row, mask) in masks.iter().enumerate() {
+            let path: Vec<u32> = (0..rows).filter(|i| mask >> i & 1 == 1).map(|i| tokens[i]).collect();
+            let (own, last) = rig.target_pass(0, context, &path, false);
+            let (width, vocab) = (own.len() / path.len(), last.len() / path.len());
+            let what = format!("row {row} of {rows} after {context}");
+            let last = &last[(path.len() - 1) * vocab..];
+            assert_eq!(to_bytes(last), to_bytes(&logits[row * vocab..][..vocab]), "{what}");
+            assert_eq!(own[(path.len() - 1) * width..], features[row * width..][..width], "features, {what}");
+        }
+    }
+}
+
+#[test]
+fn every_row_of_a_tree_equals_its_path_as_a_chain_bit_for_bit() {
+    let pair = &demo();
+    every_device(|device| trees_equal_chains_bit_for_bit(device, pair));
+    let pair = &wide().1;
+    every_device(|device| trees_equal_chains_bit_for_bit(device, pair));
 }
 
 fn draft_equals_the_reference(device: &dyn Device, pair: &Pair) {

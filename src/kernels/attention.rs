@@ -12,6 +12,11 @@ const fn kernel(file: &'static str, name: &'static str, head_dim: usize, rows: u
     Kernel { file, name, threads: 128, max_shared: shared_bytes(head_dim, rows) }
 }
 
+const fn tree(name: &'static str, head_dim: usize, rows: usize) -> Kernel {
+    let max_shared = shared_bytes(head_dim, rows) + tree_bytes(head_dim, rows);
+    Kernel { file: "attention", name, threads: 128, max_shared }
+}
+
 /// Per head size 64 and 128, blocks of 16, 32 and 64 packed rows.
 static ATTENTION: [[Kernel; 3]; 2] = [
     [
@@ -23,6 +28,18 @@ static ATTENTION: [[Kernel; 3]; 2] = [
         kernel("attention", "attention_128x16", 128, 16),
         kernel("attention", "attention_128x32", 128, 32),
         kernel("attention", "attention_128x64", 128, 64),
+    ],
+];
+static TREE: [[Kernel; 3]; 2] = [
+    [
+        tree("attention_tree_64x16", 64, 16),
+        tree("attention_tree_64x32", 64, 32),
+        tree("attention_tree_64x64", 64, 64),
+    ],
+    [
+        tree("attention_tree_128x16", 128, 16),
+        tree("attention_tree_128x32", 128, 32),
+        tree("attention_tree_128x64", 128, 64),
     ],
 ];
 static DRAFTER: [[Kernel; 3]; 2] = [
@@ -57,6 +74,11 @@ const fn shared_bytes(head_dim: usize, rows: usize) -> u32 {
     let views = rows * 16;
     let spoiled = PAGE * head_dim / 8;
     (queries + keys_and_values + weights + maxima_and_sums + views + spoiled) as u32
+}
+
+/// What a tree's block has on top: the spoiled values of a second tile, and the paths of its rows.
+const fn tree_bytes(head_dim: usize, rows: usize) -> u32 {
+    (PAGE * head_dim / 8 + rows * 64) as u32
 }
 
 /// First slot of a split, as `split_start` in `cuda/attention.cuh`: 128 slots each below 4096, 512 below 32768, 2048
@@ -112,7 +134,8 @@ pub enum Mask<'a> {
     /// Itself and those before it.
     Chain,
     /// `[sequences][block]` u64: bit i of a row's word says that it sees row i. A row has the bits of its ancestors
-    /// and its own, and stands at position context + number of bits - 1.
+    /// and its own, and stands at position context + number of bits - 1; parents come before their children. Its
+    /// output has the bits it would have in a chain of just these rows.
     Tree(&'a Buffer),
     /// All rows: the drafter's block. A window reaches to both sides.
     Block,
@@ -128,7 +151,7 @@ pub struct Workspace {
 }
 
 /// Attention of single tokens, chains, trees and drafter blocks. A row's bits depend on its query and on the keys it
-/// sees alone.
+/// sees, in order of their positions, alone.
 #[derive(Debug, Clone, Copy)]
 pub struct Attention {
     pub layer: Layer,
@@ -224,23 +247,18 @@ impl Attention {
         args.extend([q, paged.k, paged.v, paged.table, paged.spans].map(Arg::from));
         let kernels = match mask {
             Mask::Block => &DRAFTER,
-            Mask::Chain => {
-                args.push(Arg::Null);
-                &ATTENTION
-            }
+            Mask::Chain => &ATTENTION,
             Mask::Tree(masks) => {
                 aligned("attention", "masks", masks, rows * 8)?;
                 args.push(masks.into());
-                &ATTENTION
+                &TREE
             }
         };
         args.extend([self.block, layer.heads, layer.kv_heads, layer.pages].map(|n| Arg::U32(n as u32)));
         args.extend([layer.pages_per_sequence, self.capacity, layer.window].map(|n| Arg::U32(n as u32)));
         args.push(layer.factor().into());
-        let (variant, packed) = self.variant();
-        let kernel = &kernels[layer.head_dim / 128][variant];
-        let grid = self.grid().map(|n| n as u32);
-        device.launch(kernel, grid, shared_bytes(layer.head_dim, packed), &args)
+        let kernel = &kernels[layer.head_dim / 128][self.variant().0];
+        device.launch(kernel, self.grid().map(|n| n as u32), kernel.max_shared, &args)
     }
 }
 
@@ -273,12 +291,7 @@ impl Prefill {
         args.push(layer.factor().into());
         let tiles = (rows * (layer.heads / layer.kv_heads)).div_ceil(64);
         let kernel = &PREFILL[layer.head_dim / 128];
-        device.launch(
-            kernel,
-            [tiles as u32, layer.kv_heads as u32, 1],
-            shared_bytes(layer.head_dim, 64),
-            &args,
-        )
+        device.launch(kernel, [tiles as u32, layer.kv_heads as u32, 1], kernel.max_shared, &args)
     }
 }
 
