@@ -570,14 +570,19 @@ fn acceptance_tells_what_the_programs_say() {
         assert_eq!(row[6..], [rows.to_string(), format!("{:.0}", 1e3 * each)]);
     }
 
-    let row = all[2].iter().find(|row| row[..2] == ["MT-Bench", "1"]).unwrap();
-    assert_eq!((row[2], row[4], row[6]), ("3.77, 2.30", "15", "6.02, 3.75"));
-    let stands: f64 = row[3].parse().unwrap();
-    let tokens = |p: f64| (0..16).map(|i| p.powi(i)).sum::<f64>();
-    assert!(tokens(stands - 0.006) < 3.77 && 3.77 < tokens(stands + 0.006), "{row:?}");
-    assert_eq!(row[5], rate(3.77, 16).join(", "));
-    for (cell, rows) in row[7..].iter().zip([64, 128, 256]) {
-        assert_eq!(*cell, rate(6.02, rows).join(", "));
+    for (set, temperature, tau, published, tree_tau, tree_published) in [
+        ("MATH-500", "0", 7.79, "7.79, 5.56", 10.73, "10.73, 7.52"),
+        ("MT-Bench", "1", 3.77, "3.77, 2.30", 6.02, "6.02, 3.75"),
+    ] {
+        let row = all[2].iter().find(|row| row[..2] == [set, temperature]).unwrap();
+        assert_eq!((row[2], row[4], row[6]), (published, "15", tree_published));
+        let stands: f64 = row[3].parse().unwrap();
+        let tokens = |p: f64| (0..16).map(|i| p.powi(i)).sum::<f64>();
+        assert!(tokens(stands - 0.005) < tau && tau < tokens(stands + 0.005), "{row:?}");
+        assert_eq!(row[5], rate(tau, 16).join(", "));
+        for (cell, rows) in row[7..].iter().zip([64, 128, 256]) {
+            assert_eq!(*cell, rate(tree_tau, rows).join(", "));
+        }
     }
 }
 
@@ -595,7 +600,11 @@ fn acceptance_fails_where_a_text_is_another_one() {
              *) echo '{{\"tokens\":[1,2,3],\"accepted\":[2,1],\"drafted\":[15,15]}}' ;;\nesac"
         );
         script(dir.path(), "dflash-gen", &text);
-        acceptance(dir.path(), &["--tree", "8", "--temperature", "1", "--seed", "1,2"])
+        let small = ["--model", "demo", "--context", "64"];
+        acceptance(
+            dir.path(),
+            &[&["--tree", "8", "--temperature", "1", "--seed", "1,2"], &small[..]].concat(),
+        )
     };
     let done = says("echo '{\"tokens\":[1,2,4],\"accepted\":[2],\"drafted\":[7]}'");
     let (out, err) = (text(&done.stdout), text(&done.stderr));
@@ -608,6 +617,12 @@ fn acceptance_fails_where_a_text_is_another_one() {
     assert!(rows.iter().all(|row| row[1..3] != ["chain of 16", "block"]), "{out}");
     assert!(err.contains("left out: block: dflash-gen: not here\n"), "{err}");
     assert_eq!(tables(&out)[1][0][1], "0.50 0.50 0.00");
+    // Of so small a model every row counts.
+    let floor = bench::record(0, &["floor", "--model", "demo", "--context", "64", "--tree", "8"]);
+    let round = bench::row(&floor, "round", json!({ "context": 64, "batch": 1, "tree": 8 }));
+    let rate = format!("{:.0}", 2e3 / round["median"].as_f64().unwrap());
+    assert_eq!((rows[1][6], tables(&out)[1][0][7]), (rate.as_str(), rate.as_str()));
+    assert_eq!(tables(&out).len(), 2, "what is published is of another model");
 
     // What is no refusal ends it, with the same code and sentence.
     let done = says("echo 'dflash-gen: too little memory' >&2; exit 5");
