@@ -119,7 +119,37 @@ fn floor_takes_lists_and_every_kind_of_model_and_card() {
         2,
         "need a drafter: --draft DIR",
     );
+    refused(bench(["floor", "--model", &target_dir, "--context", "9", "--curve", "1"]), 2, "need a drafter");
     refused(bench(["floor", "--model", &drafter_dir]), 2, "is a drafter's");
+}
+
+#[test]
+fn floor_finds_the_cheapest_chain_of_a_curve() {
+    let cheapest = |more: &[&str]| {
+        let found = record(0, &[&["floor", "--context", "64"][..], more].concat());
+        row(&found, "DFlash, cheapest chain of the curve", json!({ "context": 64, "batch": 1 })).clone()
+    };
+    // What drafts behind one that never stands would cost is spared.
+    let short = cheapest(&["--curve", "0.5,0.5,0,1"]);
+    assert_eq!((&short["kind"], &short["unit"]), (&json!("predicted"), &json!("tok/s")));
+    assert_eq!((&short["numbers"]["drafts"], &short["numbers"]["tokens"]), (&json!(2), &json!(1.75)));
+    assert_eq!(cheapest(&["--curve", "0"])["numbers"]["drafts"], 0);
+    // A whole block is a round of that many rows.
+    let whole = cheapest(&["--curve", &["1"; 15].join(",")]);
+    let at = json!({ "context": 64, "batch": 1, "tree": 16 });
+    let floor = record(0, &["floor", "--context", "64", "--acceptance", "16"]);
+    assert_eq!(whole["numbers"]["ms"], row(&floor, "round", at)["median"]);
+    let at = json!({ "context": 64, "batch": 1, "tree": 16, "acceptance": 16 });
+    let synthetic = row(&floor, "DFlash, synthetic acceptance", at);
+    for (found, expected) in [
+        (&whole["median"], &synthetic["median"]),
+        (&whole["numbers"]["speed-up"], &synthetic["numbers"]["speed-up"]),
+    ] {
+        assert!((found.as_f64().unwrap() / expected.as_f64().unwrap() - 1.0).abs() < 1e-9, "{whole}");
+    }
+    // Where operations decide, each row costs, and drafts that seldom stand do not pay.
+    let slow = cheapest(&["--bandwidth", "4800", "--flops", "1", "--curve", &["0.5"; 15].join(",")]);
+    assert_eq!(slow["numbers"]["drafts"], 1);
 }
 
 #[test]
@@ -135,6 +165,12 @@ fn floor_refuses_in_a_sentence() {
         (&["--batch", "0"], "--batch has 0, expected 1 to 1024"),
         (&["--tree", "1"], "--tree has 1, expected 2 to 1024"),
         (&["--acceptance", "0.5"], "--acceptance has 0.5, expected 1 to 16"),
+        (&["--curve", "0.5,1.5"], "--curve has 1.5, expected probabilities, 0 to 1"),
+        (&["--curve", "1-16"], "--curve has 16, expected at most 15 probabilities, one for each draft"),
+        (
+            &["--curve", "0.5", "--batch", "1,2"],
+            "--batch has 2, expected 1 with --curve, which is of one sequence",
+        ),
         (&["--json", "--csv"], "cannot be used with"),
     ] {
         refused(bench(["floor"].iter().chain(args)), 2, part);

@@ -1,5 +1,6 @@
 //! `tools/gpu-report.sh` with programs that fail, hang and print nothing: what its summary says, and that it ends. No
-//! GPU is needed: the programs are scripts of these tests. And the records of tools in Python.
+//! GPU is needed: the programs are scripts of these tests. And the records of tools in Python, and what
+//! `tools/acceptance.py` prints.
 #![cfg(target_os = "linux")]
 
 #[path = "support/bench.rs"]
@@ -421,4 +422,213 @@ fn the_programs_themselves_make_a_report_on_the_emulator() {
         assert_eq!((misfit(&record), &record["machine"]["device"]), (None, &json!("emulator")));
     }
     assert!(out.join("report.html").is_file());
+}
+
+// ---- what drafts are worth ----
+
+/// tools/acceptance.py with the programs of `bin`.
+fn acceptance(bin: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new("python3");
+    command.arg("-B").arg(tool("acceptance.py")).arg("--bin").arg(bin).args(args).stdin(Stdio::null());
+    command.output().unwrap()
+}
+
+/// Cells of the rows of its tables, heads left out.
+fn tables(out: &str) -> Vec<Vec<Vec<&str>>> {
+    out.split("\n\n")
+        .map(|table| {
+            let rows = table.lines().skip(2);
+            rows.map(|row| row.trim_matches('|').split('|').map(str::trim).collect()).collect()
+        })
+        .collect()
+}
+
+/// The sum of a field over all rounds of all records, and how many rounds there are.
+fn sum(records: &[Value], field: &str) -> (f64, f64) {
+    let all = records.iter().flat_map(|record| record[field].as_array().unwrap());
+    all.fold((0.0, 0.0), |(sum, count), n| (sum + n.as_f64().unwrap(), count + 1.0))
+}
+
+#[test]
+fn acceptance_tells_what_the_programs_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = program::write(
+        dir.path(),
+        "prompts.jsonl",
+        "{\"prompt\":\"import os\\n\"}\n{\"prompt\":\"def main(\"}\n",
+    );
+    let bin = Path::new(env!("CARGO_BIN_EXE_dflash-gen")).parent().unwrap();
+    let common = ["--prompts", &prompts, "-n", "24"];
+    let more = ["--tree", "4,8", "--temperature", "0,1", "--seed", "1-2", "--context", "64"];
+    let done = acceptance(bin, &[&common[..], &more].concat());
+    let (out, err) = (text(&done.stdout), text(&done.stderr));
+    assert_eq!(done.status.code(), Some(0), "{err}");
+    let all = tables(&out);
+    let floor = bench::record(0, &["floor", "--context", "64", "--tree", "4,8,16,64,128,256"]);
+    let ms = |rows: u32| {
+        let at = json!({ "context": 64, "batch": 1, "tree": rows });
+        bench::row(&floor, "round", at)["median"].as_f64().unwrap()
+    };
+    let plain_ms =
+        bench::row(&floor, "plain step", json!({ "context": 64, "batch": 1 }))["median"].as_f64().unwrap();
+    let rate = |tau: f64, rows: u32| {
+        [format!("{:.0}", 1e3 * tau / ms(rows)), format!("{:.2}", tau * plain_ms / ms(rows))]
+    };
+
+    // A row of the first table after the other, as dflash-gen has it.
+    let mut rows = all[0].iter();
+    let mut trees_that_pay: Vec<(f64, u32)> = vec![];
+    for (temperature, seeds) in [("0", &["1"][..]), ("1", &["1", "2"])] {
+        let answers = |seed: &str, flags: &[&str]| {
+            let at = ["--json", "-q", "--temperature", temperature, "--seed", seed];
+            program::run([&common[..], &at, flags].concat())
+        };
+        let plain: Vec<_> =
+            seeds.iter().flat_map(|seed| answers(seed, &["--draft", "none"]).json()).collect();
+        for (rule, trees, flags) in [
+            ("match", true, &[][..]),
+            ("match, coupled", false, &["--coupled"]),
+            ("match, coupled, drafts at T/2", false, &["--coupled", "--draft-temperature", "0.5"]),
+            ("rejection", true, &["--verify", "rejection"]),
+            ("rejection, drafts at T/2", false, &["--verify", "rejection", "--draft-temperature", "0.5"]),
+            ("block", true, &["--verify", "block"]),
+        ] {
+            if temperature == "0" && rule != "match" {
+                continue;
+            }
+            for tree in if trees { &[None, Some("4"), Some("8")][..] } else { &[None] } {
+                let tree_flags = tree.map_or(vec![], |tree| vec!["--tree", tree]);
+                let runs: Vec<_> =
+                    seeds.iter().map(|seed| answers(seed, &[flags, &tree_flags].concat())).collect();
+                let shape = tree.map_or("chain of 16".to_string(), |tree| format!("tree of {tree}"));
+                if let 2 | 4 = runs[0].code {
+                    assert!(err.contains(&format!("left out: {rule}, {shape}: dflash-gen: ")), "{err}");
+                    continue;
+                }
+                let runs: Vec<_> = runs.into_iter().map(program::Run::json).collect();
+                let row = rows.next().unwrap();
+                assert_eq!(row[..3], [temperature, &shape, rule]);
+                let taus: Vec<f64> =
+                    runs.iter().map(|records| sum(records, "accepted")).map(|(n, of)| n / of).collect();
+                let tau = taus.iter().sum::<f64>() / taus.len() as f64;
+                // Of two numbers the standard error is half their distance.
+                let expected = match taus[..] {
+                    [_] => format!("{tau:.3}"),
+                    _ => format!("{tau:.3} ± {:.3}", (taus[0] - taus[1]).abs() / 2.0),
+                };
+                assert_eq!(row[3], expected, "{row:?}");
+                let records = runs.concat();
+                let drafts = sum(&records, "drafted").0 / sum(&records, "accepted").0;
+                assert_eq!(row[4], format!("{drafts:.1}"), "{row:?}");
+                let same = records
+                    .iter()
+                    .zip(&plain)
+                    .filter(|(own, plain)| own["tokens"] == plain["tokens"])
+                    .count();
+                let identical = format!("{same} of {}", plain.len());
+                assert_eq!(row[5], if rule.starts_with("match") { &identical } else { "" }, "{row:?}");
+                let rows = tree.map_or(16, |tree| tree.parse().unwrap());
+                assert_eq!(row[6..], rate(tau, rows), "{row:?}");
+                if (rule, tree.is_some()) == ("match", true) {
+                    trees_that_pay.push((tau / ms(rows), rows));
+                }
+                if (rule, *tree) == ("match", None) {
+                    let row = all[1].iter().find(|row| row[0] == temperature).unwrap();
+                    let accepted: Vec<u64> = records
+                        .iter()
+                        .flat_map(|record| record["accepted"].as_array().unwrap())
+                        .map(|n| n.as_u64().unwrap())
+                        .collect();
+                    let stood = |n: u64| accepted.iter().filter(|a| **a > n).count() as f64;
+                    let reached: Vec<f64> =
+                        (0..15).take_while(|n| stood(*n) > 0.0).map(|n| stood(n + 1) / stood(n)).collect();
+                    let told: Vec<_> = reached.iter().map(|p| format!("{p:.2}")).collect();
+                    assert_eq!(row[1], told.join(" "));
+                    let curve: Vec<_> = reached.iter().map(|p| format!("{p:.6}")).collect();
+                    let model = bench::record(0, &["floor", "--context", "64", "--curve", &curve.join(",")]);
+                    let at = json!({ "context": 64, "batch": 1 });
+                    let model = bench::row(&model, "DFlash, cheapest chain of the curve", at);
+                    let number = |name: &str| model["numbers"][name].as_f64().unwrap();
+                    let (tokens, speed) = (number("tokens"), number("speed-up"));
+                    let best = format!("{:.0}", model["median"].as_f64().unwrap());
+                    assert_eq!(
+                        row[2..6],
+                        [
+                            format!("{}", number("drafts")),
+                            format!("{tokens:.3}"),
+                            best,
+                            format!("{speed:.2}")
+                        ]
+                    );
+                }
+            }
+        }
+    }
+    assert!(rows.next().is_none(), "{out}");
+    for (row, trees) in all[1].iter().zip(trees_that_pay.chunks(2)) {
+        let (each, rows) = if trees[0].0 > trees[1].0 { trees[0] } else { trees[1] };
+        assert_eq!(row[6..], [rows.to_string(), format!("{:.0}", 1e3 * each)]);
+    }
+
+    for (set, temperature, tau, published, tree_tau, tree_published) in [
+        ("MATH-500", "0", 7.79, "7.79, 5.56", 10.73, "10.73, 7.52"),
+        ("MT-Bench", "1", 3.77, "3.77, 2.30", 6.02, "6.02, 3.75"),
+    ] {
+        let row = all[2].iter().find(|row| row[..2] == [set, temperature]).unwrap();
+        assert_eq!((row[2], row[4], row[6]), (published, "15", tree_published));
+        let stands: f64 = row[3].parse().unwrap();
+        let tokens = |p: f64| (0..16).map(|i| p.powi(i)).sum::<f64>();
+        assert!(tokens(stands - 0.005) < tau && tau < tokens(stands + 0.005), "{row:?}");
+        assert_eq!(row[5], rate(tau, 16).join(", "));
+        for (cell, rows) in row[7..].iter().zip([64, 128, 256]) {
+            assert_eq!(*cell, rate(tree_tau, rows).join(", "));
+        }
+    }
+}
+
+#[test]
+fn acceptance_fails_where_a_text_is_another_one() {
+    let dir = tempfile::tempdir().unwrap();
+    symlink(env!("CARGO_BIN_EXE_dflash-bench"), dir.path().join("dflash-bench")).unwrap();
+    let says = |tree: &str| {
+        let text = format!(
+            "case \"$*\" in\n\
+             *'--draft none'*) echo '{{\"tokens\":[1,2,3],\"accepted\":[1,1],\"drafted\":[0,0]}}' ;;\n\
+             *--tree*) {tree} ;;\n\
+             *'--verify block'*) echo 'dflash-gen: not here' >&2; exit 4 ;;\n\
+             *'--seed 2'*) echo '{{\"tokens\":[1,2,3],\"accepted\":[3,1],\"drafted\":[15,9]}}' ;;\n\
+             *) echo '{{\"tokens\":[1,2,3],\"accepted\":[2,1],\"drafted\":[15,15]}}' ;;\nesac"
+        );
+        script(dir.path(), "dflash-gen", &text);
+        let small = ["--model", "demo", "--context", "64"];
+        acceptance(
+            dir.path(),
+            &[&["--tree", "8", "--temperature", "1", "--seed", "1,2"], &small[..]].concat(),
+        )
+    };
+    let done = says("echo '{\"tokens\":[1,2,4],\"accepted\":[2],\"drafted\":[7]}'");
+    let (out, err) = (text(&done.stdout), text(&done.stderr));
+    assert_eq!(done.status.code(), Some(1), "{out}{err}");
+    let rows = &tables(&out)[0];
+    assert_eq!(rows[0][..6], ["1", "chain of 16", "match", "1.750 ± 0.250", "7.7", "2 of 2"]);
+    assert_eq!(rows[1][..6], ["1", "tree of 8", "match", "2.000 ± 0.000", "3.5", "0 of 2"]);
+    // A text of `rejection` is nothing to hold against plain decoding's.
+    assert_eq!((rows[5][..3].join(" "), rows[5][5]), ("1 tree of 8 rejection".into(), ""));
+    assert!(rows.iter().all(|row| row[1..3] != ["chain of 16", "block"]), "{out}");
+    assert!(err.contains("left out: block: dflash-gen: not here\n"), "{err}");
+    assert_eq!(tables(&out)[1][0][1], "0.50 0.50 0.00");
+    // Of so small a model every row counts.
+    let floor = bench::record(0, &["floor", "--model", "demo", "--context", "64", "--tree", "8"]);
+    let round = bench::row(&floor, "round", json!({ "context": 64, "batch": 1, "tree": 8 }));
+    let rate = format!("{:.0}", 2e3 / round["median"].as_f64().unwrap());
+    assert_eq!((rows[1][6], tables(&out)[1][0][7]), (rate.as_str(), rate.as_str()));
+    assert_eq!(tables(&out).len(), 2, "what is published is of another model");
+
+    // What is no refusal ends it, with the same code and sentence.
+    let done = says("echo 'dflash-gen: too little memory' >&2; exit 5");
+    assert_eq!((done.status.code(), text(&done.stderr)), (Some(5), "dflash-gen: too little memory\n".into()));
+    assert!(done.stdout.is_empty());
+    let done = acceptance(&dir.path().join("none"), &[]);
+    assert_eq!((done.status.code(), done.stdout.len()), (Some(2), 0));
+    assert!(text(&done.stderr).starts_with("--bin has no dflash-bench: "), "{}", text(&done.stderr));
 }

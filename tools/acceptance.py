@@ -1,37 +1,88 @@
 #!/usr/bin/env python3
-"""What drafts of every shape are worth: acceptance length of chains and trees, and what it would bring on a card.
+"""What drafts of every shape are worth under every rule, and what they would bring on a card.
 
-Runs dflash-gen over prompts on the CPU, plainly and with every shape at every temperature, holds each answer against the
-plain one, and prints a Markdown table:
+Runs dflash-gen over prompts on the CPU and prints three tables in Markdown. Of the first:
 
-    tau            tokens per round, the target's own included, over all rounds of all prompts
+    tau            tokens of a round, the target's own included, over all rounds of all prompts; with several seeds
+                   their mean and its standard error. No round is cut where an answer ends
     drafts/token   drafts that the target ran for each token
-    identical      answers that are plain decoding's, token for token; fewer than all makes the exit code 1
+    identical      answers that are plain decoding's with the same seed, token for token, where the rule promises it;
+                   fewer than all makes the exit code 1
     tok/s          predicted for --model on --card by dflash-bench floor, from bytes and operations alone, as if its
                    drafter were accepted as the one that ran: an upper bound, and never a measurement
 
-A shape is "chain", or the rows of a tree, the anchor counted. Needs Python 3.10 or newer and nothing else:
+The second says how often drafts of a chain stand at each position, and what the cost model makes of that: how many of
+them pay (dflash-bench floor --curve), and which of the trees. The third, for qwen3-8b alone, is what it makes of
+published acceptance lengths, as if each draft of a chain stood as often as the next. At temperature 0 there is one
+seed, and only the rule match: all rules accept the same drafts there. What dflash-gen refuses is left out, with a word
+on stderr. Needs Python 3.10 or newer and nothing else:
 
-    cargo build --release && python tools/acceptance.py
+    cargo build --release && python3 tools/acceptance.py
 """
 
 import argparse
 import json
+import os
+import statistics
 import subprocess
 import sys
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from records import wholes
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# Name, flags ({half}: half the temperature), whether texts are plain decoding's, whether there are trees of it.
+RULES = [
+    ("match", "", True, True),
+    ("match, coupled", "--coupled", True, False),
+    ("match, coupled, drafts at T/2", "--coupled --draft-temperature {half}", True, False),
+    ("rejection", "--verify rejection", False, True),
+    ("rejection, drafts at T/2", "--verify rejection --draft-temperature {half}", False, False),
+    ("block", "--verify block", False, True),
+]
+
+# Qwen3-8B by the table of the DDTree paper, arXiv 2604.12989: set, temperature, acceptance length and speed-up of
+# DFlash, the same of DDTree with the best of seven budgets (16 to 1024 nodes), which it does not name.
+PUBLISHED = [
+    ("MATH-500", 0, 7.79, 5.56, 10.73, 7.52),
+    ("GSM8K", 0, 6.57, 4.78, 9.54, 6.75),
+    ("HumanEval", 0, 6.61, 4.84, 9.67, 6.90),
+    ("MT-Bench", 0, 4.28, 2.56, 6.58, 4.10),
+    ("Alpaca", 0, 3.12, 2.07, 5.09, 3.36),
+    ("MATH-500", 1, 6.46, 4.56, 9.54, 6.59),
+    ("MT-Bench", 1, 3.77, 2.30, 6.02, 3.75),
+]
+PUBLISHED_BLOCK = 16
+PUBLISHED_TREES = [64, 128, 256]
+
+# Rows of a round, None: plain decoding's; with flags of dflash-gen.
+Cell = namedtuple("Cell", "rule tree flags identical")
+PLAIN = Cell("plain", None, "--draft none", True)
+
+
+class Refused(Exception):
+    """A program's exit code, and what it said."""
+
+
+def temperatures(text):
+    """As they are given, for dflash-gen to read; what is no number is refused here."""
+    found = text.split(",")
+    for part in found:
+        float(part)
+    return found
 
 
 def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", default=ROOT / "tests/data/prompts.jsonl", help="as dflash-gen takes them")
     parser.add_argument("--bin", type=Path, default=ROOT / "target/release", help="where the two programs are")
-    parser.add_argument("--tree", default="8,16,32,64", help="rows of trees")
-    parser.add_argument("--temperature", default="0,0.7,1", help="list")
+    parser.add_argument("--tree", type=wholes, default=[8, 16, 32, 64], metavar="LIST", help="rows of trees")
+    parser.add_argument("--temperature", type=temperatures, default=["0", "0.7", "1"], metavar="LIST")
     parser.add_argument("-n", default="128", help="tokens of an answer")
-    parser.add_argument("--seed", default="1")
+    parser.add_argument("--seed", type=wholes, default=[1, 2, 3, 4, 5], metavar="LIST")
     parser.add_argument("--model", default="qwen3-8b", help="of the prediction, as dflash-bench floor takes it")
     parser.add_argument("--card", default="H200")
     parser.add_argument("--context", default="1024", help="positions that its sequence has")
@@ -39,54 +90,181 @@ def flags():
 
 
 def run(command):
-    """Its stdout; its own complaint and exit code where it fails."""
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+    """Its stdout."""
+    try:
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    except OSError as error:
+        raise Refused(2, f"--bin has no {command[0].name}: {error.strerror}, expected what cargo build makes") from None
     if done.returncode:
-        sys.exit(done.returncode)
+        raise Refused(done.returncode, done.stderr.strip())
     return done.stdout
 
 
-def answers(args, temperature, more):
+def answers(args, cell, temperature, seed):
     command = [args.bin / "dflash-gen", "--device", "cpu", "--prompts", args.prompts, "-n", args.n, "--json", "-q"]
-    command += ["--temperature", temperature, "--seed", args.seed]
-    return [json.loads(line) for line in run(command + more).splitlines()]
+    command += ["--temperature", temperature, "--seed", seed]
+    command += cell.flags.format(half=float(temperature) / 2).split()
+    records = [json.loads(line) for line in run(command).splitlines()]
+    if not every(records, "accepted"):
+        raise Refused(2, f"-n {args.n} brings no round, expected longer answers")
+    return records
+
+
+def cells(trees, temperature):
+    """Rows of the first table."""
+    for rule, more, identical, grows in RULES:
+        if rule == "match" or float(temperature) > 0:
+            yield Cell(rule, None, more, identical)
+            yield from (Cell(rule, tree, f"{more} --tree {tree}", identical) for tree in trees if grows)
+
+
+def all_answers(args):
+    """Records by cell, temperature and seed; what was refused is not there."""
+    wanted = []
+    for temperature in args.temperature:
+        seeds = args.seed if float(temperature) > 0 else args.seed[:1]
+        wanted += [(cell, temperature, seed) for cell in [PLAIN, *cells(args.tree, temperature)] for seed in seeds]
+    found, left_out = {}, {}
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        runs = {pool.submit(answers, args, *key): key for key in wanted}
+        for done, future in enumerate(as_completed(runs), 1):
+            cell = runs[future][0]
+            try:
+                found[runs[future]] = future.result()
+            except Refused as refused:
+                code, said = refused.args
+                if code not in (2, 4) or cell.tree is None and cell.rule in ("plain", "match"):
+                    raise
+                left_out[cell] = said
+            if sys.stderr.isatty():
+                print(f"\r{done} of {len(runs)} runs", end="\n" * (done == len(runs)), file=sys.stderr, flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for cell, said in left_out.items():
+        print(f"left out: {cell.rule}{f', tree of {cell.tree}' if cell.tree else ''}: {said}", file=sys.stderr)
+    return {key: records for key, records in found.items() if key[0] not in left_out}
+
+
+def floor(args, more):
+    """Rows of what is predicted."""
+    command = [args.bin / "dflash-bench", "floor", "--model", args.model, "--card", args.card]
+    return json.loads(run(command + ["--context", args.context, "--json"] + more))["rows"]
 
 
 def predictions(args, rows):
     """Milliseconds of a plain step, and of a round by its rows."""
-    command = [args.bin / "dflash-bench", "floor", "--model", args.model, "--card", args.card]
-    command += ["--context", args.context, "--tree", ",".join(map(str, rows)), "--json"]
-    record = json.loads(run(command))
-    found = [(row["name"], row["parameters"].get("tree"), row["median"]) for row in record["rows"]]
-    plain = next(ms for name, _, ms in found if name == "plain step")
-    return plain, {tree: ms for name, tree, ms in found if name == "round"}
+    found = floor(args, ["--tree", ",".join(map(str, sorted(rows)))])
+    plain = next(row["median"] for row in found if row["name"] == "plain step")
+    return plain, {row["parameters"]["tree"]: row["median"] for row in found if row["name"] == "round"}
+
+
+def cheapest(args, curve):
+    """The round that the cost model takes, if each draft of a chain stands so often where those before it do."""
+    found = floor(args, ["--curve", ",".join(f"{p:.6f}" for p in curve)])
+    row = next(row for row in found if row["name"] == "DFlash, cheapest chain of the curve")
+    return {"tok/s": row["median"], **row["numbers"]}
+
+
+def every(records, field):
+    """Of all rounds of all prompts."""
+    return [n for record in records for n in record[field]]
+
+
+def curve_of(accepted, drafts):
+    """How often each draft of a chain stands where those before it do, as far as that was seen; accepted counts the
+    target's own token."""
+    stood = [sum(n > i for n in accepted) for i in range(drafts + 1)]
+    return [after / before for before, after in zip(stood, stood[1:]) if before]
+
+
+def even(tau, drafts):
+    """How often each draft of a chain stands, if all do equally often and a round brings tau tokens."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(middle**i for i in range(drafts + 1)) < tau:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def line(row):
+    print("| " + " | ".join(row) + " |", flush=True)
+
+
+def head(*columns):
+    line(columns)
+    print("|" + "---|" * len(columns), flush=True)
 
 
 def main():
     args = flags()
-    trees = [int(rows) for rows in args.tree.split(",")]
-    plain_ms, round_ms = None, {}
-    wrong = False
-    print(f"| T | shape | tau | drafts/token | identical | predicted tok/s, {args.model} on {args.card} | times plain |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    for temperature in args.temperature.split(","):
-        plain = answers(args, temperature, ["--draft", "none"])
-        for tree in [None, *trees]:
-            records = answers(args, temperature, ["--tree", tree] if tree else [])
-            accepted = [n for record in records for n in record["accepted"]]
-            drafted = [n for record in records for n in record["drafted"]]
-            if plain_ms is None:
-                chain = max(drafted) + 1
-                plain_ms, round_ms = predictions(args, sorted({chain, *trees}))
-            same = sum(own["tokens"] == other["tokens"] for own, other in zip(records, plain))
-            wrong |= same < len(plain)
-            tau, ms = sum(accepted) / len(accepted), round_ms[tree or chain]
-            cells = [temperature, f"tree of {tree}" if tree else f"chain of {chain}", f"{tau:.2f}"]
-            cells += [f"{sum(drafted) / sum(accepted):.1f}", f"{same} of {len(plain)}"]
-            cells += [f"{1000 * tau / ms:.0f}", f"{tau * plain_ms / ms:.2f}"]
-            print("| " + " | ".join(cells) + " |", flush=True)
+    floor(args, [])  # What it refuses is known before anything runs.
+    found = all_answers(args)
+    chain = 1 + max(n for (cell, *_), records in found.items() if (cell.rule, cell.tree) == ("match", None)
+                    for n in every(records, "drafted"))
+    plain_ms, round_ms = predictions(args, {chain, *args.tree, PUBLISHED_BLOCK, *PUBLISHED_TREES})
+
+    def rate(tau, rows):
+        """Predicted tokens per second, and times plain decoding."""
+        return [f"{1000 * tau / round_ms[rows]:.0f}", f"{tau * plain_ms / round_ms[rows]:.2f}"]
+
+    where = f"{args.model} on {args.card}"
+    wrong, best = False, {}
+    head("T", "drafts", "rule", "tau", "drafts/token", "identical", f"predicted tok/s, {where}", "times plain")
+    for temperature in args.temperature:
+        for cell in cells(args.tree, temperature):
+            runs = {seed: records for (other, at, seed), records in found.items() if (other, at) == (cell, temperature)}
+            if not runs:
+                continue
+            taus = [statistics.mean(every(records, "accepted")) for records in runs.values()]
+            tau, text = statistics.mean(taus), f"{statistics.mean(taus):.3f}"
+            if len(taus) > 1:
+                text += f" ± {statistics.stdev(taus) / len(taus) ** 0.5:.3f}"
+            all_records = [record for records in runs.values() for record in records]
+            same = sum(own["tokens"] == other["tokens"] for seed, records in runs.items()
+                       for own, other in zip(records, found[PLAIN, temperature, seed], strict=True))
+            wrong |= cell.identical and same < len(all_records)
+            drafts = sum(every(all_records, "drafted")) / sum(every(all_records, "accepted"))
+            shape = f"tree of {cell.tree}" if cell.tree else f"chain of {chain}"
+            identical = f"{same} of {len(all_records)}" if cell.identical else ""
+            line([temperature, shape, cell.rule, text, f"{drafts:.1f}", identical, *rate(tau, cell.tree or chain)])
+            if cell.rule == "match" and cell.tree:
+                best[temperature] = max(best.get(temperature, (0, 0)), (tau / round_ms[cell.tree], cell.tree))
+
+    print()
+    head("T", "drafts of the chain that stand where those before do, match", "drafts that pay", "tau",
+         f"predicted tok/s, {where}", "times plain", "of the trees, rows that pay", "predicted tok/s")
+    for temperature in args.temperature:
+        accepted = [n for (cell, at, _), records in found.items()
+                    if (cell.rule, cell.tree, at) == ("match", None, temperature) for n in every(records, "accepted")]
+        curve = curve_of(accepted, chain - 1)
+        model = cheapest(args, curve)
+        tree = [f"{best[temperature][1]}", f"{1000 * best[temperature][0]:.0f}"] if temperature in best else ["", ""]
+        line([temperature, " ".join(f"{p:.2f}" for p in curve), str(model["drafts"]), f"{model['tokens']:.3f}",
+              f"{model['tok/s']:.0f}", f"{model['speed-up']:.2f}", *tree])
+
+    if args.model != "qwen3-8b":
+        return int(wrong)
+    print()
+    predicted = [f"predicted with {shape} of {rows} ({round_ms[rows]:.2f} ms a round): tok/s, times plain"
+                 for shape, rows in [("a chain", PUBLISHED_BLOCK), *(("a tree", rows) for rows in PUBLISHED_TREES)]]
+    head("set", "T", "DFlash, published: tau, speed-up", "a draft stands", "drafts that pay", predicted[0],
+         "DDTree, published: tau, speed-up", *predicted[1:])
+    for name, temperature, tau, speed, tree_tau, tree_speed in PUBLISHED:
+        stands = even(tau, PUBLISHED_BLOCK - 1)
+        pays = cheapest(args, [stands] * (PUBLISHED_BLOCK - 1))["drafts"]
+        line([name, str(temperature), f"{tau:.2f}, {speed:.2f}", f"{stands:.2f}", str(pays),
+              ", ".join(rate(tau, PUBLISHED_BLOCK)), f"{tree_tau:.2f}, {tree_speed:.2f}",
+              *(", ".join(rate(tree_tau, rows)) for rows in PUBLISHED_TREES)])
     return int(wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Refused as refused:
+        print(refused.args[1], file=sys.stderr)
+        sys.exit(refused.args[0])

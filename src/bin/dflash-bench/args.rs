@@ -169,6 +169,10 @@ pub struct Floor {
     /// far as rows allow]
     #[arg(long, value_name = "LIST", value_parser = numbers, allow_hyphen_values = true)]
     pub acceptance: Option<Numbers>,
+    /// How probably the first draft of a chain stands, the second if the first does, and so on: how many drafts cost the
+    /// least a token, for one sequence, and tokens per second with them
+    #[arg(long, value_name = "P1,P2,...", value_parser = numbers, allow_hyphen_values = true)]
+    pub curve: Option<Numbers>,
 }
 
 #[derive(Flags)]

@@ -3,9 +3,11 @@
 use crate::record::{Better, Kind, Machine, Record, Row};
 use crate::{args, model, record};
 use dflash::config::Stack;
+use dflash::control::Costs;
 use dflash::floor::{self, CARDS, Card, Pass};
 use dflash::memory::{MemoryPlan, Overhead, Room};
 use dflash::pair::{Model, Pair};
+use dflash::tree::MOST_ROWS;
 use dflash::{Error, Result, terminal};
 use serde_json::{Map, Value, json};
 
@@ -40,6 +42,7 @@ pub fn run(flags: &args::Floor) -> Result<(String, Record)> {
     for &context in &flags.context.0 {
         for &batch in &flags.batch.0 {
             passes(flags, &pair, &card, (context, batch), &tree, &mut record.rows);
+            record.rows.extend(cheapest(flags, &pair, &card, context));
             memory(&pair, &card, context, batch, &mut record.rows);
         }
     }
@@ -73,11 +76,28 @@ fn check(flags: &args::Floor, pair: &Pair, tree: &[usize]) -> Result<()> {
     if let Some(&found) = flags.batch.0.iter().find(|n| !(1..=1024).contains(*n)) {
         return wrong("batch", found as f64, "1 to 1024".into());
     }
-    if pair.drafter.is_none() && (flags.tree.is_some() || flags.acceptance.is_some()) {
-        return Err(Error::Usage("--tree and --acceptance need a drafter: --draft DIR".into()));
+    if pair.drafter.is_none() && (flags.tree.is_some() || flags.acceptance.is_some() || flags.curve.is_some())
+    {
+        return Err(Error::Usage("--tree, --acceptance and --curve need a drafter: --draft DIR".into()));
     }
     if let Some(&found) = tree.iter().find(|n| !(2..=1024).contains(*n)) {
         return wrong("tree", found as f64, "2 to 1024".into());
+    }
+    if let Some(args::Numbers(curve)) = &flags.curve {
+        let drafts = most_tokens(pair, MOST_ROWS) - 1.0;
+        if curve.len() as f64 > drafts {
+            return wrong(
+                "curve",
+                curve.len() as f64,
+                format!("at most {drafts} probabilities, one for each draft"),
+            );
+        }
+        if let Some(&found) = curve.iter().find(|p| !(0.0..=1.0).contains(*p)) {
+            return wrong("curve", found, "probabilities, 0 to 1".into());
+        }
+        if let Some(&found) = flags.batch.0.iter().find(|n| **n != 1) {
+            return wrong("batch", found as f64, "1 with --curve, which is of one sequence".into());
+        }
     }
     let tokens = most_tokens(pair, tree.iter().copied().max().unwrap_or(1));
     let lengths = flags.acceptance.iter().flat_map(|list| &list.0);
@@ -168,6 +188,28 @@ fn passes(
             rows.push(row);
         }
     }
+}
+
+/// Rounds of the chain whose tokens cost the least, of those that --curve has drafts for.
+fn cheapest(flags: &args::Floor, pair: &Pair, card: &Card, context: usize) -> Option<Row> {
+    let (curve, drafter) = (flags.curve.as_ref()?, &pair.drafter.as_ref()?.config);
+    let costs = Costs::modelled(card, &pair.target.config, drafter, context, drafter.block);
+    let mut stands = 1.0;
+    let survival: Vec<f64> = curve
+        .0
+        .iter()
+        .map(|p| {
+            stands *= p;
+            stands
+        })
+        .collect();
+    let (drafts, each) = costs.cheapest(&survival);
+    let tokens = 1.0 + survival[..drafts].iter().sum::<f64>();
+    let (ms, speed) = (costs.round(drafts), costs.plain() / each);
+    let numbers = json!({ "drafts": drafts, "tokens": tokens, "ms": ms, "speed-up": speed });
+    let (name, parameters) =
+        ("DFlash, cheapest chain of the curve", json!({ "context": context, "batch": 1 }));
+    Some(Row::value(name, parameters, Kind::Predicted, 1e3 / each, "tok/s", Better::Higher, numbers))
 }
 
 /// Without a point where it has no fraction.
