@@ -4,7 +4,7 @@
 // Computes: draw_siblings: the tokens of each sequence's tree, a row's children from the law of their depth, each without
 //           those before it; a child for which no token is left repeats the one before. judge_tree: from the anchor down,
 //           which child of a row stands, and the token after the last one, of the law that is left. Only sequences of the
-//           rule `rejection` whose tree has two rows or more take part.
+//           rule `rejection` that draw a tree, of two rows or more, take part.
 // Work:     512 threads. draw_siblings: grid (wide, sequences), the children of one row each. judge_tree: grid (sequences).
 //           Laws between siblings are not stored: a few words per sibling say how each follows from the one before, and an
 //           element goes through all of them where it is asked for.
@@ -176,7 +176,7 @@ KERNEL(512, 1, draw_siblings,
   const size_t first = size_t(own) * wide;
   const Sequence* s = sequences + own;
   const u32 rows = min(ld(&spans[own].rows), wide);
-  if (ld(&s->rule) != REJECTION || rows < 2) return;
+  if (ld(&s->rule) != REJECTION || form_of(ld(&s->now.shape)) != DRAWN || rows < 2) return;
   if (threadIdx.x == 0) {
     if (row == 0) st(tokens + first, ld(&s->now.anchor));
     if (row >= rows) st(tokens + first + row, NONE);
@@ -245,7 +245,7 @@ KERNEL(512, 1, judge_tree,
   const size_t first = size_t(own) * wide;
   const Sequence* s = sequences + own;
   const u32 rows = min(ld(&spans[own].rows), wide);
-  if (ld(&s->rule) != REJECTION || rows < 2) return;
+  if (ld(&s->rule) != REJECTION || form_of(ld(&s->now.shape)) != DRAWN || rows < 2) return;
   const Dice dice = dice_of(s);
   const Steps steps = {scales, marks};
   const Meeting meeting = {words, heirs, ids};

@@ -3,7 +3,8 @@
 //
 // Computes: the most probable prefixes, best first, until the tree has as many rows as the sequence may verify, or `wide`,
 //           or there are no more. Between equal costs the less deep, then the better ranks from the anchor on. A sequence
-//           that drafts a chain has its drafts one behind another.
+//           that drafts a chain has its drafts one behind another. A tree of drawn tokens has the shape that costs of
+//           `typical` give; its tokens are not known yet.
 // Work:     grid (sequences), one warp each; lane l holds rows l and l + 32, and two places for prefixes that may be next.
 //           A turn takes the best of the 64: four reductions of 32 bits. Then its place holds its next sibling, and the
 //           new row's place its first child; so 64 places are enough, and no sort of a level is needed.
@@ -59,6 +60,7 @@ KERNEL(32, 8, tree_build,
         const uint2* choices,  // [sequences][block][most]: (token, cost); those for place j are row j's, row 0 unused
         const u32* counts,     // [sequences][block]; NONE: damaged
         const u32* drafts,          // [sequences][block], of chains: row j's token is the draft for place j; row 0 unused
+        const u32* typical,         // [most], of trees that are drawn: what a draft costs by its place among its siblings
         const Sequence* sequences,  // [sequences]
         u32 block, u32 wide, u32 most)) {
   SHARED(u32, costs, 63 * MOST);
@@ -67,17 +69,17 @@ KERNEL(32, 8, tree_build,
   const u32 own = blockIdx.x, lane = threadIdx.x;
   const Progress s = ld_progress(sequences + own);
   const u32 places = block_rows(s, block), rows = min(verified_rows(s), wide);
-  const bool chain = form_of(s.shape) == CHAIN_OF_DRAFTS;
+  const bool chain = form_of(s.shape) == CHAIN_OF_DRAFTS, drawn = form_of(s.shape) == DRAWN;
   const u32 levels = places && !chain ? places - 1 : 0;
   choices += size_t(own) * block * most, counts += size_t(own) * block, drafts += size_t(own) * block;
 
   // NONE: no such choice, in a list or behind the last level.
   bool bad = false;
   for (u32 i = lane; i < levels; i += 32) bad |= ld(counts + i + 1) == NONE;
-  const bool damaged = __any_sync(~0u, bad) && rows > 1;
+  const bool damaged = __any_sync(~0u, bad) && rows > 1 && !drawn;
   for (u32 i = lane; i < levels * most; i += 32) {
     const bool there = i % most < ld(counts + i / most + 1);
-    sts(costs + i, there ? ld(&choices[most + i].y) : NONE);
+    sts(costs + i, drawn ? ld(typical + i % most) : there ? ld(&choices[most + i].y) : NONE);
   }
   __syncwarp();
   const auto cost_of = [&](u32 level, u32 rank) {
@@ -137,7 +139,7 @@ KERNEL(32, 8, tree_build,
     if (there && damaged && row) depth[i] = 1, mask[i] = 3;
     if (there && chain) parent[i] = row ? row - 1 : 0, depth[i] = row, mask[i] = ~0ull >> (63 - row);
     u32 token = there && !row ? s.anchor : NONE;
-    if (draft) token = chain ? ld(drafts + row) : ld(&choices[size_t(depth[i]) * most + rank[i]].x);
+    if (draft && !drawn) token = chain ? ld(drafts + row) : ld(&choices[size_t(depth[i]) * most + rank[i]].x);
     st(tokens + to, token);
     st(parents + to, parent[i]);
     st(masks + to, mask[i]);

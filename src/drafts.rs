@@ -86,9 +86,7 @@ impl DraftFlags {
             return Err(Error::Usage(format!("--tree is {rows}, expected 2 to {MOST_ROWS}")));
         }
         if let (Some(flag), Choice::Cuda | Choice::Emulator) = (self.cpu_only(), device) {
-            return Err(Error::Unsupported(format!(
-                "{flag} runs on --device cpu only"
-            )));
+            return Err(Error::Unsupported(format!("{flag} runs on --device cpu only")));
         }
         match (adaptive.or(tree.filter(|_| self.coupled)), self.drawn()) {
             (Some(best), Some(drawn)) => Err(Error::Usage(format!(
@@ -109,12 +107,8 @@ impl DraftFlags {
 
     /// The flag that asks for rounds that devices do not have.
     pub fn cpu_only(&self) -> Option<&'static str> {
-        let drawn = match self.verify {
-            Rule::Match => None,
-            Rule::Rejection => Some("--tree with --verify rejection"),
-            Rule::Block => Some("--tree with --verify block"),
-        };
-        self.adaptive.then_some("--adaptive").or(drawn.filter(|_| self.tree.is_some()))
+        let chains = self.tree.is_some() && self.verify == Rule::Block;
+        self.adaptive.then_some("--adaptive").or(chains.then_some("--tree with --verify block"))
     }
 
     /// `room` for such rounds on a device.

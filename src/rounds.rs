@@ -289,7 +289,11 @@ impl<'a> Batch<'a> {
             draft_end: draft_end as u32,
             block: request.block as u32,
             rows: request.drafting.tree.unwrap_or(request.block) as u32,
-            form: if tree > 0 { Form::BestFirst } else { Form::Chain },
+            form: match (tree, request.drafting.rule) {
+                (0, _) => Form::Chain,
+                (_, Rule::Match) => Form::BestFirst,
+                _ => Form::Drawn,
+            },
             sampling: request.sampling.clone(),
             stop_ids,
             finish: Finish::Running,
@@ -475,11 +479,8 @@ impl Decoder for Batch<'_> {
                 "a request of blocks of {block}, trees of {tree} and the rule {rule} in rounds that were not made for it"
             )));
         }
-        if tree > 0 && drafting.rule != Rule::Match {
-            return Err(Error::Unsupported(format!(
-                "devices judge trees by the rule match only, not {}",
-                drafting.rule.name()
-            )));
+        if tree > 0 && drafting.rule == Rule::Block {
+            return Err(Error::Unsupported("only the device cpu judges several chains as blocks".into()));
         }
         let positions = request.positions().min(self.context());
         let pages = (positions + tree).div_ceil(PAGE);

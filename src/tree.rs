@@ -247,7 +247,7 @@ pub fn shape(rows: usize, depth: usize) -> Tree {
 /// What a draft costs, as [`Choice`] has it, by its place among its siblings: the first stands in one of two cases in
 /// which the row before them does, the second, third, .. in one of 10, 20, .. That is about what recursive rejection
 /// makes of the demo pair's at temperatures 0.7 and 1, at most depths alike.
-fn typical(place: u32) -> u32 {
+pub fn typical(place: u32) -> u32 {
     bits(u64::from(if place == 0 { 2 } else { 10 * place }) << 32)
 }
 

@@ -14,7 +14,7 @@ use dflash::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables
 use dflash::kernels::sample::tables;
 use dflash::kernels::tree::{TreeBuild, Trees};
 use dflash::kernels::verify::{Verdict, Verify};
-use dflash::tree::{Choice, Tree, choices, moves};
+use dflash::tree::{Choice, Tree, choices, moves, shape, typical};
 use dflash::verify::{Sampling, walk};
 use kernel::*;
 
@@ -233,7 +233,7 @@ impl Forest {
             let (length, anchor) = (1 + random.below(4000) as u32, random.below(9) as u32);
             let mut state = sequence(random.below(8) > 0, length, anchor, levels as u32);
             state.rows = [64, 1 + random.below(64) as u32][random.below(2)];
-            state.form = if random.below(4) == 0 { Form::Chain } else { Form::BestFirst };
+            state.form = [Form::Chain, Form::Drawn, Form::BestFirst, Form::BestFirst][random.below(4)];
             sequences.push(state);
             // Few different costs make many ties; wide ones a few.
             let spread = [1, 2, 4, 40, 1 << 20][random.below(5)];
@@ -288,7 +288,8 @@ impl Forest {
         let trees = Trees { tokens: &tokens, parents: &parents, masks: &masks, table: &table, spans: &spans };
         let (list, counts, states) = (upload(device, list), upload(device, counts), upload(device, states));
         let drafts = upload(device, &self.drafts);
-        self.build.launch(device, trees, &list, &counts, &drafts, &states).unwrap();
+        let typical = upload(device, &(0..63).map(typical).collect::<Vec<u32>>());
+        self.build.launch(device, trees, &list, &counts, &drafts, &typical, &states).unwrap();
         Built {
             tokens: download(device, &tokens),
             parents: download(device, &parents),
@@ -314,6 +315,14 @@ impl Forest {
                 let draft = |token: &u32| vec![Choice { token: *token, cost: 0 }];
                 let drafts: Vec<_> = self.drafts[own * block + 1..][..levels].iter().map(draft).collect();
                 tree = Tree::best_first(state.anchor, &drafts, rows);
+            }
+            if state.form == Form::Drawn {
+                let place = |rank| Choice { token: NONE, cost: typical(rank as u32) };
+                let siblings: Vec<Choice> = (0..self.build.most).map(place).collect();
+                tree = Tree::best_first(state.anchor, &vec![siblings; levels], rows);
+                if self.build.most + 1 >= rows {
+                    assert_eq!(tree.parents, shape(rows, levels).parents);
+                }
             }
             let count = if state.active { tree.rows() } else { 0 };
             let at = tokens.len();
@@ -619,7 +628,8 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
         let (list, counts) = (upload(device, &list), upload(device, &counts));
         let to = Trees { tokens: &tokens, parents: &parents, masks: &masks, table: &table, spans: &spans };
         let drafts = upload(device, &forest.drafts);
-        forest.build.launch(device, to, &list, &counts, &drafts, &states).unwrap();
+        let none = upload(device, &[0u32; 63]);
+        forest.build.launch(device, to, &list, &counts, &drafts, &none, &states).unwrap();
         // Most rows choose what one of their children is.
         let child = |i: usize, row: usize| {
             let children = (1..rows).filter(|&child| expected.parents[i - row + child] as usize == row);
@@ -704,7 +714,7 @@ fn launchers_refuse_sizes_outside_their_limits_and_short_buffers() {
     for (rows, most, what) in [(0, 1, "1 to 64"), (65, 1, "1 to 64"), (64, 64, "1 to 63"), (64, 63, "tokens")]
     {
         let kernel = TreeBuild { sequences: 1, block: 16, wide: rows, most };
-        refused(what, kernel.launch(device, trees, &short, &short, &short, &short));
+        refused(what, kernel.launch(device, trees, &short, &short, &short, &short, &short));
     }
     let shape =
         Compact { sequences: 1, rows: 4, layers: 1, kv_heads: 1, head_dim: 64, pages: 1, sequence_pages: 1 };

@@ -5,7 +5,7 @@ mod kernel;
 
 use dflash::device::Device;
 use dflash::emulator::Emulator;
-use dflash::kernels::round::{Finish, Sequence};
+use dflash::kernels::round::{Finish, Form, Sequence};
 use dflash::kernels::rules::{LAW_BYTES, Rows, Rules};
 use dflash::kernels::sample::tables;
 use dflash::kernels::siblings::{Drawn, Siblings};
@@ -43,6 +43,8 @@ impl Request {
             end: 0,
             draft_end: 0,
             block: 0,
+            rows: 64,
+            form: Form::Drawn,
             sampling: sampling.clone(),
             stop_ids: vec![],
             finish: Finish::Running,

@@ -55,6 +55,8 @@ pub enum Form {
     Chain,
     /// The tree of the most probable prefixes.
     BestFirst,
+    /// A tree of the shape [`crate::tree::shape`], of tokens that are drawn.
+    Drawn,
 }
 
 /// A sequence as the device keeps it: `Sequence` of `cuda/state.cuh`, word for word.

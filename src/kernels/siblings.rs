@@ -14,8 +14,8 @@ static JUDGE: Kernel = Kernel { file: "siblings", name: "judge_tree", threads: 5
 /// The kernels for `sequences` sequences (at most 1024), over `vocab` tokens (at most 2^26): trees of up to `wide` rows,
 /// the anchor counted, from blocks of `block` rows of the drafter (each at most 64).
 ///
-/// Sequences whose rule is `rejection` and whose tree has two rows or more take part; what there is of others is left as
-/// it is.
+/// Sequences whose rule is `rejection` and that draw a tree, of two rows or more, take part; what there is of others is
+/// left as it is.
 #[derive(Debug, Clone, Copy)]
 pub struct Siblings {
     pub sequences: usize,

@@ -45,7 +45,8 @@ impl TreeBuild {
     /// [`super::choices::Choices::launch`] leaves them; row `j` of a block are the choices for the `j`-th token behind the
     /// anchor, row 0 is not read. `sequences` `[sequences]` [`Sequence`]: how deep a tree may be is as many rows as a
     /// block may have. `drafts` `[sequences][block]` u32, of those that draft chains: the drafts of a block, row 0 not read;
-    /// their rows follow each other.
+    /// their rows follow each other. `typical` `[most]` u32, of trees whose tokens are to be drawn:
+    /// [`crate::tree::typical`] of each place; their tokens are left `u32::MAX`.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
@@ -57,6 +58,7 @@ impl TreeBuild {
         choices: &Buffer,
         counts: &Buffer,
         drafts: &Buffer,
+        typical: &Buffer,
         sequences: &Buffer,
     ) -> Result<()> {
         const NAME: &str = "tree_build";
@@ -75,6 +77,7 @@ impl TreeBuild {
         aligned(NAME, "choices", choices, count * block * most * 8)?;
         at_least(NAME, "counts", counts, count * block * 4)?;
         at_least(NAME, "drafts", drafts, count * block * 4)?;
+        at_least(NAME, "typical", typical, most * 4)?;
         aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
         let args = [
             trees.tokens.into(),
@@ -85,6 +88,7 @@ impl TreeBuild {
             choices.into(),
             counts.into(),
             drafts.into(),
+            typical.into(),
             sequences.into(),
             (block as u32).into(),
             (wide as u32).into(),

@@ -8,10 +8,12 @@ use crate::kernels::head::Head;
 use crate::kernels::round::{Round, Sequence, Tables};
 use crate::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
 use crate::kernels::sample::{self, Races, Sample};
+use crate::kernels::siblings::{Drawn, Siblings};
 use crate::kernels::tree::{TreeBuild, Trees};
 use crate::kernels::verify::{Verdict, Verify};
 use crate::memory::Room;
 use crate::model::{Cache, Pass, Row};
+use crate::tree;
 use crate::{Error, Result};
 
 /// What a round's kernels leave for each other. `drafted` = sequences x block, `rows` = sequences x rows that a round
@@ -47,6 +49,7 @@ pub(super) struct Work {
 pub(super) struct Growing {
     choices: Buffer, // [drafted][most] (token, cost) u32
     counts: Buffer,  // [drafted] u32
+    typical: Buffer, // [most] u32
     parents: Buffer, // [rows] u32
     masks: Buffer,   // [rows] u64
     caches: Buffer,  // [layers][2] u64: where the target's keys and values are
@@ -82,9 +85,14 @@ impl Work {
             let addresses = compact.caches(&cache.keys, &cache.values)?;
             let caches = get(addresses.len())?;
             device.upload(&caches.slice(0, addresses.len())?, &addresses)?;
+            let costs: Vec<u8> =
+                (0..most(room) as u32).flat_map(|i| tree::typical(i).to_le_bytes()).collect();
+            let typical = get(costs.len())?;
+            device.upload(&typical.slice(0, costs.len())?, &costs)?;
             Ok::<_, Error>(Growing {
                 choices: device.allocate(drafted * most(room) * 8, "the drafter's choices")?,
                 counts: get(drafted * 4)?,
+                typical,
                 parents: get(rows * 4)?,
                 masks: get(rows * 8)?,
                 caches,
@@ -263,7 +271,7 @@ impl Batch<'_> {
 
         // Verify.
         match trees {
-            Some(growing) => self.grow(shape, growing)?,
+            Some(growing) => self.grow(shape, growing, rules)?,
             None => round.tokens(device, &w.tokens, &w.drafts, &w.states, &w.verify_spans)?,
         }
         vocabulary.embed(device, &self.scratch, &w.tokens, rows, 1.0)?;
@@ -297,6 +305,10 @@ impl Batch<'_> {
                 counters: &r.counters,
             };
             rule.judge(device, verdict, target, r.drafter(), judged, &w.states, &w.tables)?;
+            if let Some(growing) = trees {
+                let (siblings, drawn) = (Siblings { sequences, block, wide, vocab }, growing.drawn(w));
+                siblings.judge(device, verdict, drawn, target, r.drafter(), &w.states, &w.tables)?;
+            }
         }
         if let Some(growing) = trees {
             let compact = compact(models, &self.cache, sequences, wide);
@@ -372,8 +384,9 @@ impl Batch<'_> {
     }
 
     /// The trees of the round, and the tables of their verification.
-    fn grow(&self, shape: Shape, growing: &Growing) -> Result<()> {
+    fn grow(&self, shape: Shape, growing: &Growing, rules: Option<&Judging>) -> Result<()> {
         let (w, Shape { sequences, rows: wide, .. }) = (&self.work, shape);
+        let (device, block) = (self.device, self.room.block);
         let trees = Trees {
             tokens: &w.tokens,
             parents: &growing.parents,
@@ -381,8 +394,16 @@ impl Batch<'_> {
             table: &w.verify_rows,
             spans: &w.verify_spans,
         };
-        let build = TreeBuild { sequences, block: self.room.block, wide, most: most(self.room) };
-        build.launch(self.device, trees, &growing.choices, &growing.counts, &w.drafts, &w.states)
+        let build = TreeBuild { sequences, block, wide, most: most(self.room) };
+        let Growing { choices, counts, typical, .. } = growing;
+        build.launch(device, trees, choices, counts, &w.drafts, typical, &w.states)?;
+        match rules {
+            Some(r) => {
+                let siblings = Siblings { sequences, block, wide, vocab: self.models.vocabulary.vocab };
+                siblings.draw(device, growing.drawn(w), r.drafter(), &w.states, &w.tables)
+            }
+            None => Ok(()),
+        }
     }
 
     /// The target's head over rows `first..first + rows` of its scratch.
@@ -392,6 +413,12 @@ impl Batch<'_> {
         let head = Head { rows, vocab, k, multiplier: 1.0, softcap: None };
         let logits = keep.then_some(&w.logits);
         vocabulary.head(self.device, target, &self.scratch, first, head, live, &w.best, logits)
+    }
+}
+
+impl Growing {
+    fn drawn<'a>(&'a self, w: &'a Work) -> Drawn<'a> {
+        Drawn { tokens: &w.tokens, parents: &self.parents, spans: &w.verify_spans }
     }
 }
 

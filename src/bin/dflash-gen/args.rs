@@ -66,7 +66,7 @@ pub struct Args {
     pub batch: usize,
     /// Print what would be loaded (files, shapes, bytes, KV per token), and load nothing
     #[arg(long, help_heading = "Models")]
-    #[arg(conflicts_with_all = ["prompt", "file", "prompts", "compare", "stream_json", "tree", "adaptive"])]
+    #[arg(conflicts_with_all = ["prompt", "file", "prompts", "compare", "stream_json"])]
     pub plan: bool,
     /// With --plan: print the kernel launches of a round instead, as a GPU runs them
     #[arg(long, requires = "plan", help_heading = "Models")]

@@ -126,8 +126,9 @@ fn build(kernel: TreeBuild) -> Case {
         let counts = desk.words((0..sequences * block).map(|_| most as u32))?;
         let state = Sequence { rows: rows as u32, form: Form::BestFirst, ..sequence(block, greedy()) };
         let states = desk.bytes(&state.to_bytes()?.repeat(sequences))?;
-        // Of chains, which there are none of.
+        // Of chains, and of trees that are drawn, which there are none of.
         let drafts = desk.words(vec![NONE; sequences * block])?;
+        let typical = desk.words(vec![NONE; most])?;
         let [tokens, parents, masks, table, spans] =
             [rows * 4, rows * 4, rows * 8, rows * 16, 8].map(|bytes| desk.output(sequences * bytes));
         let to = [tokens?, parents?, masks?, table?, spans?];
@@ -140,6 +141,7 @@ fn build(kernel: TreeBuild) -> Case {
                 &list,
                 &counts,
                 &drafts,
+                &typical,
                 &states,
             )
         };
