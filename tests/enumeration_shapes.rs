@@ -190,10 +190,16 @@ fn several_chains_fill_the_rows_that_there_are() {
         for deepest in 1..=15 {
             let (count, depth) = chains(rows, deepest);
             assert!(count >= 1 && (1..=deepest).contains(&depth), "{rows} {deepest}: {count} of {depth}");
-            assert!(1 + count * depth <= rows, "{rows} {deepest}: {count} of {depth}");
-            assert!(1 + (count + 1) * depth > rows, "{rows} {deepest}: {count} of {depth}: another fits");
+            assert!(count * depth < rows, "{rows} {deepest}: {count} of {depth}");
+            assert!((count + 1) * depth >= rows, "{rows} {deepest}: {count} of {depth}: another fits");
         }
     }
+}
+
+#[test]
+fn chains_are_three_or_two_where_three_had_hardly_a_draft() {
+    let found = [2, 3, 8, 9, 10, 16, 31, 64].map(|rows| chains(rows, 15));
+    assert_eq!(found, [(1, 1), (2, 1), (2, 3), (2, 4), (3, 3), (3, 5), (3, 10), (4, 15)]);
 }
 
 #[test]
