@@ -1,54 +1,34 @@
-//! How much a round drafts and verifies: fixed, cut where the drafter is in doubt, or as much as pays. Counts and
-//! costs come in, a number of drafts goes out; there is no clock here, and nothing that a controller says changes
-//! which tokens the rule `match` emits: they depend on no draft.
+//! How much a round drafts and verifies: as much as pays. Counts and costs come in, a number of drafts goes out; there
+//! is no clock here, and nothing that a controller says changes which tokens the rule `match` emits: they depend on no
+//! draft.
 
 use crate::config::{DrafterConfig, TargetConfig};
 use crate::floor::{Card, draft_pass, target_pass};
 use crate::tree::MOST_ROWS;
-use crate::{Error, Result};
 
-/// Says how large rounds of one sequence are. Rounds come in order: each is asked for, drafted and judged, before the
-/// next.
+/// Says how large rounds of one sequence are, by what came of earlier ones. They are asked for in order, and judged in
+/// order, but a device has its next round on its way before the host has read the last: rounds may be asked for before
+/// those in front of them are judged.
 pub trait Controller {
-    /// Drafts that the next round may run, of `most` that it could; 0: a plain step, for which the drafter does not
-    /// run.
+    /// Drafts that the next round may run, of `most` that it could; 0: a plain step, which is never judged.
     fn drafts(&mut self, most: usize) -> usize;
 
     /// How many of the drafts to verify, the first ones. `costs` of their paths, `-log2` of the probability that the
     /// drafter gives them in units of 2^-16 bits, parents before children. Only for drafts that are a function of the
-    /// drafter's law: to leave out a *sampled* one because of what it is would bend what is emitted.
+    /// drafter's law: to leave out a *sampled* one because of what it is would bend what is emitted. Asked where drafts
+    /// are known before they are verified, on the CPU, and then every round is judged before the next is asked for.
     fn cut(&mut self, costs: &[u32]) -> usize {
         costs.len()
     }
 
-    /// A round in which the drafter ran is over: of `verified` drafts `accepted` stood, one below another.
-    fn judged(&mut self, verified: usize, accepted: usize);
+    /// The first round that was asked for and is not judged is over: it verified `verified` drafts, rows 1, 2, ... behind
+    /// the anchor, and bit `i` of `stood` says that row `i` is on the accepted path; the anchor, bit 0, always is.
+    fn judged(&mut self, verified: usize, stood: u64);
 }
 
-/// The same for every round.
-pub struct Fixed(pub usize);
-
-impl Controller for Fixed {
-    fn drafts(&mut self, most: usize) -> usize {
-        self.0.min(most)
-    }
-
-    fn judged(&mut self, _: usize, _: usize) {}
-}
-
-/// Verifies the drafts whose paths the drafter gives at least this probability: 0 to 1.
-pub struct Confident(pub f64);
-
-impl Controller for Confident {
-    fn drafts(&mut self, most: usize) -> usize {
-        most
-    }
-
-    fn cut(&mut self, costs: &[u32]) -> usize {
-        costs.iter().take_while(|cost| probability(**cost, 1.0) >= self.0).count()
-    }
-
-    fn judged(&mut self, _: usize, _: usize) {}
+/// Drafts among the rows that stood.
+fn accepted(stood: u64) -> usize {
+    (stood >> 1).count_ones() as usize
 }
 
 /// Of a path of that cost, if every bit of it counts `weight`.
@@ -57,9 +37,6 @@ fn probability(cost: u32, weight: f64) -> f64 {
 }
 
 // ---- what rounds cost ----
-
-/// Where a verification pass begins to take more: products are computed in tiles of that many rows.
-const EDGES: [usize; 3] = [16, 32, 64];
 
 /// What the passes of a round take, in one unit: milliseconds, or any other.
 #[derive(Debug, Clone, PartialEq)]
@@ -71,56 +48,30 @@ pub struct Costs {
 }
 
 impl Costs {
-    /// From passes that were measured: (rows, cost), ascending, at least one of them within each tile of
-    /// [1, 16, 32, 64] rows. Linear between those of one tile and flat beyond them, because between tiles costs jump.
-    ///
-    /// # Errors
-    /// [`Error::Usage`]: rows that do not ascend from 1 to 64, a cost that is no positive number, a tile without any.
-    pub fn measured(draft: f64, grid: &[(usize, f64)]) -> Result<Costs> {
-        let wrong = |what: String| Err(Error::Usage(what));
-        if let Some((rows, _)) = grid.iter().find(|(rows, _)| !(1..=MOST_ROWS).contains(rows)) {
-            return wrong(format!("a pass of {rows} rows has a cost, expected 1 to {MOST_ROWS} rows"));
-        }
-        if let Some(pair) = grid.windows(2).find(|pair| pair[0].0 >= pair[1].0) {
-            return wrong(format!("a pass of {} rows follows one of {}", pair[1].0, pair[0].0));
-        }
-        let costs = grid.iter().map(|(_, cost)| *cost);
-        if let Some(cost) = costs.chain([draft]).find(|cost| !(*cost > 0.0 && cost.is_finite())) {
-            return wrong(format!("a pass costs {cost}, expected more than 0"));
-        }
-        let mut verify = Vec::new();
-        let mut first = 1;
-        for edge in EDGES {
-            let tile: Vec<_> = grid.iter().filter(|(rows, _)| (first..=edge).contains(rows)).collect();
-            let Some((last, _)) = tile.last() else {
-                return wrong(format!("no pass of {first} to {edge} rows has a cost"));
-            };
-            for rows in first..=edge {
-                let near = rows.clamp(tile[0].0, *last);
-                let above = tile.iter().position(|(rows, _)| *rows >= near).unwrap_or(0);
-                let ((low, from), (high, to)) = (tile[above.saturating_sub(1)], tile[above]);
-                let share = if high > low { (near - low) as f64 / (high - low) as f64 } else { 1.0 };
-                verify.push(from + share * (to - from));
-            }
-            first = edge + 1;
-        }
-        Ok(Costs { draft, verify })
-    }
-
-    /// The least that they can be on a card, in milliseconds ([`crate::floor`]), for one sequence of `context`
-    /// positions and blocks of `block` rows.
+    /// The least that they can be on a card, in milliseconds ([`crate::floor`]), for `batch` sequences of `context`
+    /// positions that do the same together, in blocks of `block` rows.
     pub fn modelled(
         card: &Card,
         target: &TargetConfig,
         drafter: &DrafterConfig,
         context: usize,
+        batch: usize,
         block: usize,
     ) -> Costs {
-        let verify = |rows| target_pass(target, context, 1, rows).ms(card);
+        let verify = |rows| target_pass(target, context, batch, rows).ms(card);
         Costs {
-            draft: draft_pass(target, drafter, context, 1, block).ms(card),
+            draft: draft_pass(target, drafter, context, batch, block).ms(card),
             verify: (1..=MOST_ROWS).map(verify).collect(),
         }
+    }
+
+    /// Where passes are of few sizes, ascending: a row costs what the next larger pass does, or the largest.
+    pub fn of_sizes(self, sizes: &[usize]) -> Costs {
+        let cost = |rows: usize| {
+            let size = sizes.iter().find(|size| **size >= rows).or(sizes.last()).unwrap_or(&rows);
+            self.verify[(size - 1).min(self.verify.len() - 1)]
+        };
+        Costs { draft: self.draft, verify: (1..=self.verify.len()).map(cost).collect() }
     }
 
     /// A plain step.
@@ -149,36 +100,17 @@ impl Costs {
     }
 }
 
-/// Drafts for each sequence of a batch, so that all of them together emit the most tokens in a time: `survival[b][i]`
-/// is the probability that draft `i` of sequence `b` stands, never more than the one before; `cost(n)` that of a
-/// round with `n` drafts in all. Of equals the fewest, and of equally probable ones the first of each sequence first.
-pub fn share(survival: &[Vec<f64>], cost: impl Fn(usize) -> f64) -> Vec<usize> {
-    let each = survival.iter().enumerate();
-    let mut order: Vec<(f64, usize, usize)> =
-        each.flat_map(|(b, all)| all.iter().enumerate().map(move |(i, stands)| (*stands, i, b))).collect();
-    order.sort_by(|x, y| y.0.total_cmp(&x.0).then((x.1, x.2).cmp(&(y.1, y.2))));
-    let mut tokens = survival.len() as f64;
-    let (mut best, mut least) = (0, cost(0) / tokens);
-    for (n, (stands, ..)) in (1..).zip(&order) {
-        tokens += stands;
-        let each = cost(n) / tokens;
-        if each < least {
-            (best, least) = (n, each);
-        }
-    }
-    let mut drafts = vec![0; survival.len()];
-    order[..best].iter().for_each(|(_, _, b)| drafts[*b] += 1);
-    drafts
-}
-
 // ---- what is accepted ----
 
-/// How often drafts stand, position by position, of those whose predecessors stood: what was counted, which fades,
-/// and a guess that weighs as much as two of them: one half, and behind the first position what holds for the one
-/// before. Were it one half everywhere, positions that are no longer drafted would never be found to pay again.
+/// How often each row behind the anchor stands, of the rounds that verified it: what was counted, which fades, and a guess
+/// that weighs as much as two rounds: one half for the first row, and then as if each row before had been as good as
+/// the others. Rows that are no longer verified come back to the guess, or they would never be found to pay again.
+///
+/// For a chain row `i` is its `i`-th draft. A best-first tree begins with the smaller ones, so that what it accepts says
+/// what each of them would have.
 #[derive(Debug, Clone, Default)]
 pub struct Positions {
-    /// (stood, came to be judged)
+    /// (stood, was verified), of row 1 on
     counts: Vec<(f64, f64)>,
 }
 
@@ -186,28 +118,29 @@ pub struct Positions {
 const FADE: f64 = 0.98;
 
 impl Positions {
-    /// A chain of `verified` drafts, of which `accepted` stood.
-    pub fn judged(&mut self, verified: usize, accepted: usize) {
+    /// A round of `verified` drafts; `stood` as for [`Controller::judged`].
+    pub fn judged(&mut self, verified: usize, stood: u64) {
         if self.counts.len() < verified {
             self.counts.resize(verified, (0.0, 0.0));
         }
-        for (i, (stood, judged)) in self.counts.iter_mut().enumerate() {
-            let reached = i <= accepted && i < verified;
-            *stood = *stood * FADE + f64::from(i < accepted);
-            *judged = *judged * FADE + f64::from(reached);
+        for (i, (stand, count)) in self.counts.iter_mut().enumerate() {
+            let is_there = i < verified;
+            let stands = is_there && stood.checked_shr(i as u32 + 1).is_some_and(|bits| bits & 1 > 0);
+            *stand = *stand * FADE + f64::from(stands);
+            *count = *count * FADE + f64::from(is_there);
         }
     }
 
-    /// The probability that each of the first `most` drafts of a chain stands.
+    /// The probability that each of the first `most` drafts stands.
     pub fn survival(&self, most: usize) -> Vec<f64> {
-        let (mut stands, mut guess) = (1.0, 0.5);
+        let mut before: f64 = 1.0;
         let counts = self.counts.iter().copied().chain(std::iter::repeat((0.0, 0.0)));
-        let next = |(stood, judged): (f64, f64)| {
-            guess = (stood + 2.0 * guess) / (judged + 2.0);
-            stands *= guess;
-            stands
+        let next = |(i, (stood, verified)): (usize, (f64, f64))| {
+            let guess = if i == 0 { 0.5 } else { before.powf((i + 1) as f64 / i as f64) };
+            before = (stood + 2.0 * guess) / (verified + 2.0);
+            before
         };
-        counts.take(most).map(next).collect()
+        counts.take(most).enumerate().map(next).collect()
     }
 }
 
@@ -219,8 +152,8 @@ const FROZEN: usize = 4;
 /// Rows that a round may have more or fewer than the one before, so that sizes do not jump to and fro.
 const STEP: usize = 16;
 
-/// As many drafts of a chain as pay, by what is accepted at each position. Known before the round's drafts are: for
-/// devices whose rounds are on their way before the host has read the last one.
+/// As many drafts of a chain or a tree as pay, by how often each row stands. Known before the round's drafts are: for
+/// devices, whose rounds are on their way before the host has read the last one.
 pub struct ByPosition {
     costs: Costs,
     positions: Positions,
@@ -248,8 +181,8 @@ impl Controller for ByPosition {
         self.last
     }
 
-    fn judged(&mut self, verified: usize, accepted: usize) {
-        self.positions.judged(verified, accepted);
+    fn judged(&mut self, verified: usize, stood: u64) {
+        self.positions.judged(verified, stood);
         self.rounds += 1;
     }
 }
@@ -288,10 +221,10 @@ impl Controller for ByConfidence {
         drafts
     }
 
-    fn judged(&mut self, _: usize, accepted: usize) {
+    fn judged(&mut self, _: usize, stood: u64) {
         // Nothing of the outcome may be below the line: what is expected rightly must leave the weight alone on
         // average.
-        let wrong = (self.expected - accepted as f64) / (1.0 + self.expected);
+        let wrong = (self.expected - accepted(stood) as f64) / (1.0 + self.expected);
         self.weight = (self.weight * (LEARN * wrong).exp()).clamp(0.25, 4.0);
     }
 }
@@ -307,10 +240,23 @@ pub struct WherePays<C> {
     /// Rounds in a row that drafting did not pay, while it is on; that it did, altogether.
     poor: usize,
     paid: usize,
-    /// Plain steps up to the next trial; none: drafting is on.
-    wait: Option<usize>,
+    drafting: Drafting,
+    /// Rounds with drafts that are not judged.
+    open: usize,
     /// Plain steps before a trial.
     interval: usize,
+}
+
+/// Whether rounds draft.
+#[derive(Clone, Copy, PartialEq)]
+enum Drafting {
+    On,
+    /// So many plain steps, then a trial.
+    Off {
+        wait: usize,
+    },
+    /// One round drafts, and until it is judged no other.
+    Trial,
 }
 
 /// Below this many times plain decoding's rate drafting does not pay; a trial must bring more.
@@ -330,12 +276,13 @@ const MEMORY_OF_TRIALS: f64 = 0.5;
 impl<C> WherePays<C> {
     pub fn new(inner: C, costs: Costs) -> WherePays<C> {
         let (tokens, spent, interval) = (0.0, 0.0, INTERVALS.0);
-        WherePays { inner, costs, tokens, spent, rounds: 0, poor: 0, paid: 0, wait: None, interval }
+        let drafting = Drafting::On;
+        WherePays { inner, costs, tokens, spent, rounds: 0, poor: 0, paid: 0, drafting, open: 0, interval }
     }
 
     /// Whether rounds draft, trials aside.
     pub fn is_on(&self) -> bool {
-        self.wait.is_none()
+        self.drafting == Drafting::On
     }
 
     /// Tokens for the cost of a plain step; 1 in plain decoding.
@@ -346,34 +293,43 @@ impl<C> WherePays<C> {
 
 impl<C: Controller> Controller for WherePays<C> {
     fn drafts(&mut self, most: usize) -> usize {
-        match &mut self.wait {
+        let drafts = match &mut self.drafting {
             // Where nothing could be drafted anyway, no trial is lost.
             _ if most == 0 => 0,
-            Some(wait) if *wait > 0 => {
+            Drafting::Trial => 0,
+            Drafting::Off { wait } if *wait > 0 => {
                 *wait -= 1;
                 0
             }
             _ => self.inner.drafts(most),
+        };
+        if drafts > 0 {
+            self.open += 1;
+            if !self.is_on() {
+                self.drafting = Drafting::Trial;
+            }
         }
+        drafts
     }
 
     fn cut(&mut self, costs: &[u32]) -> usize {
         self.inner.cut(costs)
     }
 
-    fn judged(&mut self, verified: usize, accepted: usize) {
-        self.inner.judged(verified, accepted);
+    fn judged(&mut self, verified: usize, stood: u64) {
+        self.inner.judged(verified, stood);
+        self.open = self.open.saturating_sub(1);
         let memory = if self.is_on() { MEMORY } else { MEMORY_OF_TRIALS };
         // A round's weight is what it costs, so that gains are rates.
         let norm = 1.0 - memory;
         let first = self.rounds == 0;
         let mix = |old: f64, new: f64| if first { new } else { memory * old + norm * new };
-        self.tokens = mix(self.tokens, accepted as f64 + 1.0);
+        self.tokens = mix(self.tokens, accepted(stood) as f64 + 1.0);
         self.spent = mix(self.spent, self.costs.round(verified));
         self.rounds += 1;
         let gain = self.gain();
-        match self.wait {
-            None => {
+        match self.drafting {
+            Drafting::On => {
                 let poor = gain < PAYS && self.rounds > FROZEN;
                 self.poor = if poor { self.poor + 1 } else { 0 };
                 self.paid += usize::from(!poor);
@@ -381,15 +337,18 @@ impl<C: Controller> Controller for WherePays<C> {
                     self.interval = INTERVALS.0;
                 }
                 if self.poor == POOR {
-                    self.wait = Some(self.interval);
+                    self.drafting = Drafting::Off { wait: self.interval };
                 }
             }
-            Some(_) => {
+            Drafting::Trial if self.open == 0 => {
                 self.interval = (2 * self.interval).min(INTERVALS.1);
                 let again = gain >= PAYS_AGAIN;
                 (self.poor, self.paid) = (0, 0);
-                self.wait = (!again).then_some(self.interval);
+                let wait = self.interval;
+                self.drafting = if again { Drafting::On } else { Drafting::Off { wait } };
             }
+            // On its way when the one before ended drafting.
+            _ => {}
         }
     }
 }

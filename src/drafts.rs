@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 /// What --adaptive takes a CPU for, whichever it is, so that a run's rounds can be had again: some cores of a server.
 const CORES: Card = Card { name: "cpu", bandwidth: 20.0, tflops: 0.1, memory: f64::INFINITY };
 
-/// To be flattened into a program's own, which have a `gpu`.
+/// To be flattened into a program's own.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct DraftFlags {
     /// Which drafts stand
@@ -38,9 +38,9 @@ pub struct DraftFlags {
     #[arg(long, value_name = "N", help_heading = "Generation", verbatim_doc_comment)]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub tree: Option<usize>,
-    /// Verify as many drafts a round as pay, by what has been accepted and how sure the drafter is, and none where drafting
-    /// does not pay. The text is the same [device cpu only]
-    #[arg(long, help_heading = "Generation", conflicts_with = "gpu", verbatim_doc_comment)]
+    /// Verify as many drafts a round as pay, by what has been accepted and, on the CPU, how sure the drafter is, and none
+    /// where drafting does not pay. The text is the same
+    #[arg(long, help_heading = "Generation", verbatim_doc_comment)]
     pub adaptive: bool,
 }
 
@@ -61,11 +61,11 @@ pub struct Drafts {
 
 impl DraftFlags {
     /// What can be told wrong before any file is looked at. `plain`: there is no drafter, because `--draft` is none; `block`
-    /// and `device` as given.
+    /// as given.
     ///
     /// # Errors
-    /// [`Error::Usage`] for flags that cannot go together, [`Error::Unsupported`] for what `device` does not run.
-    pub fn check(&self, plain: bool, block: Option<usize>, device: Choice) -> Result<()> {
+    /// [`Error::Usage`] for flags that cannot go together.
+    pub fn check(&self, plain: bool, block: Option<usize>) -> Result<()> {
         if self.coupled && self.verify != Rule::Match {
             return Err(Error::Usage(format!(
                 "--coupled is for --verify match, but --verify is {}, which draws drafts by chances of their own",
@@ -85,9 +85,6 @@ impl DraftFlags {
         if let Some(rows) = self.tree.filter(|rows| !(2..=MOST_ROWS).contains(rows)) {
             return Err(Error::Usage(format!("--tree is {rows}, expected 2 to {MOST_ROWS}")));
         }
-        if let (Some(flag), Choice::Cuda | Choice::Emulator) = (self.cpu_only(), device) {
-            return Err(Error::Unsupported(format!("{flag} runs on --device cpu only")));
-        }
         match (adaptive.or(tree.filter(|_| self.coupled)), self.drawn()) {
             (Some(best), Some(drawn)) => Err(Error::Usage(format!(
                 "{best} is for the drafter's best tokens, but with {drawn} drafts are drawn at random"
@@ -105,29 +102,32 @@ impl DraftFlags {
         }
     }
 
-    /// The flag that asks for rounds that devices do not have.
-    pub fn cpu_only(&self) -> Option<&'static str> {
+    /// Where to look for a place to run: only the CPU judges several chains as blocks, so that auto is the CPU there, which
+    /// is said on stderr unless `quiet`.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where that was asked of another device.
+    pub fn choice(&self, device: Choice, quiet: bool) -> Result<Choice> {
         let chains = self.tree.is_some() && self.verify == Rule::Block;
-        self.adaptive.then_some("--adaptive").or(chains.then_some("--tree with --verify block"))
+        let flags = "--tree with --verify block";
+        match device {
+            Choice::Auto if chains => {
+                if !quiet {
+                    note(&format!("device: cpu: {flags} runs there only"));
+                }
+                Ok(Choice::Cpu)
+            }
+            Choice::Cuda | Choice::Emulator if chains => {
+                Err(Error::Unsupported(format!("{flags} runs on --device cpu only")))
+            }
+            device => Ok(device),
+        }
     }
 
     /// `room` for such rounds on a device.
     pub fn room(&self, room: Room) -> Room {
+        let room = Room { adaptive: self.adaptive, ..room };
         Room { rules: self.verify != Rule::Match, ..room.with_trees(self.tree.unwrap_or(0)) }
-    }
-
-    /// Where to look for a place to run, which is said on stderr unless `quiet`: what no GPU runs, `--device auto` takes
-    /// to the CPU.
-    pub fn choice(&self, device: Choice, quiet: bool) -> Choice {
-        match (device, self.cpu_only()) {
-            (Choice::Auto, Some(flag)) => {
-                if !quiet {
-                    note(&format!("device: cpu: {flag} runs there only"));
-                }
-                Choice::Cpu
-            }
-            (choice, _) => choice,
-        }
     }
 
     /// Drafts for a target that samples so: the same filters, and `--draft-temperature`.
@@ -156,7 +156,7 @@ impl DraftFlags {
     pub fn cpu(&self, pair: &Pair, sequences: usize, context: usize) -> Result<Cpu> {
         let costs = pair.drafter.as_ref().filter(|_| self.adaptive).map(|drafter| {
             let (target, drafter) = (&pair.target.config, &drafter.config);
-            Costs::modelled(&CORES, target, drafter, 0, drafter.block)
+            Costs::modelled(&CORES, target, drafter, 0, 1, drafter.block)
         });
         Ok(Cpu::load(pair, sequences, context)?.adaptive(costs))
     }

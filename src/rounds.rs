@@ -3,9 +3,11 @@
 //! All that changes from round to round lives in device memory (`cuda/state.cuh`), so the host enqueues rounds without
 //! knowing what came of the last one, and reads behind.
 
-use crate::config::DrafterConfig;
+use crate::config::{DrafterConfig, TargetConfig};
+use crate::control::{ByPosition, Controller, Costs, WherePays};
 use crate::device::{Buffer, Device, Graph};
 use crate::engine::{Backend, Decoder, Emitted, Prefill, Request};
+use crate::floor::{CARDS, Card};
 use crate::kernels::round::{Finish, Form, Record, Ring, Round, STOP_IDS, Sequence};
 use crate::kernels::sample::Sample;
 use crate::load::Loader;
@@ -15,6 +17,7 @@ use crate::pair::Pair;
 use crate::rules::Rule;
 use crate::verify::Sampling;
 use crate::{Error, Result, profile};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 mod captured;
@@ -33,6 +36,7 @@ const AHEAD: usize = 2;
 
 /// A pair's weights on a device.
 pub struct Models {
+    config: TargetConfig,
     target: Stack,
     vocabulary: Vocabulary,
     drafter: Option<(DrafterConfig, Stack, Injection)>,
@@ -75,13 +79,16 @@ impl Models {
         done("target weights");
         let vocabulary = Vocabulary::load(loader, config)?;
         done("vocabulary");
-        let Some(model) = &pair.drafter else { return Ok(Models { target, vocabulary, drafter: None }) };
+        let Some(model) = &pair.drafter else {
+            return Ok(Models { config: config.clone(), target, vocabulary, drafter: None });
+        };
         let c = &model.config;
         loader.turn_to(&model.weights);
         let stack = Stack::load(loader, "", &c.stack, positions)?;
         let injection = Injection::load(loader, c.stack.hidden, c.taps.len())?;
         done("drafter weights");
-        Ok(Models { target, vocabulary, drafter: Some((c.clone(), stack, injection)) })
+        let drafter = Some((c.clone(), stack, injection));
+        Ok(Models { config: config.clone(), target, vocabulary, drafter })
     }
 
     fn taps(&self) -> &[usize] {
@@ -156,6 +163,20 @@ pub struct Batch<'a> {
     /// Rows of each sequence in the round enqueued last.
     rows: usize,
     watched: bool,
+    /// Of sequences that join; none: their rounds are as large as they can be.
+    controllers: Option<Controllers<'a>>,
+}
+
+/// Makes a sequence's controller.
+type Controllers<'a> = Box<dyn Fn() -> Box<dyn Controller> + 'a>;
+
+/// How large a sequence's rounds are.
+struct Control {
+    controller: Box<dyn Controller>,
+    /// Drafts that it allowed each round that was not read yet, the oldest first.
+    allowed: VecDeque<usize>,
+    /// Rows that the device verifies at most, as it was told last.
+    rows: usize,
 }
 
 #[derive(Default)]
@@ -171,6 +192,7 @@ struct Slot {
     drawn: bool,
     /// As it is to be when the prompt is done.
     state: Option<Sequence>,
+    control: Option<Control>,
     phase: Phase,
 }
 
@@ -188,6 +210,18 @@ enum Phase {
 impl Slot {
     fn drafts(&self) -> bool {
         self.state.as_ref().is_some_and(|state| state.draft_end > 0)
+    }
+
+    /// Drafts of a round at most, as far as the host knows how long the sequence is: it may be longer.
+    fn most(&self) -> usize {
+        let Some(state) = &self.state else { return 0 };
+        let left = |end: u32| (end as usize).saturating_sub(self.held);
+        let block = (state.block as usize).min(left(state.draft_end)).min(left(state.end).saturating_sub(1));
+        match state.form {
+            _ if block < 2 => 0,
+            Form::Chain => block - 1,
+            Form::BestFirst => state.rows as usize - 1,
+        }
     }
 
     fn sampled(&self) -> bool {
@@ -252,12 +286,30 @@ impl<'a> Batch<'a> {
             read: 0,
             rows: 1,
             watched: false,
+            controllers: None,
         };
         for shape in batch.shapes() {
             let graph = batch.capture(shape)?;
             batch.graphs.push((shape, graph));
         }
+        if let (true, Some((drafter, ..))) = (room.adaptive, &models.drafter) {
+            let card = Card::of_driver(&device.properties().name).unwrap_or(CARDS[0]);
+            let costs = Costs::modelled(&card, &models.config, drafter, 0, sequences, block);
+            let mut sizes: Vec<usize> = batch.graphs.iter().map(|(shape, _)| shape.rows).collect();
+            sizes.sort_unstable();
+            let costs = costs.of_sizes(&sizes);
+            batch.control(move || {
+                Box::new(WherePays::new(ByPosition::new(costs.clone()), costs.clone())) as Box<dyn Controller>
+            });
+        }
         Ok(batch)
+    }
+
+    /// Sequences that draft for the rule `match` and join from now on each have a controller that `make` makes. In an
+    /// adaptive room they have one already, which drafts what pays by the costs of the device's card, or of an H200 where
+    /// it is none that is known.
+    pub fn control(&mut self, make: impl Fn() -> Box<dyn Controller> + 'a) {
+        self.controllers = Some(Box::new(make));
     }
 
     /// The sequence in `slot` as it is to be when its prompt, of which it has the pages, is done.
@@ -374,23 +426,55 @@ impl<'a> Batch<'a> {
 
     /// Enqueues a round of all sequences that run. At most two may be enqueued whose results nobody has read.
     fn enqueue(&mut self) -> Result<()> {
+        let mut rows = 1;
+        for slot in 0..self.slots.len() {
+            rows = rows.max(self.size(slot)?);
+        }
         let running = |slot: &Slot| matches!(slot.phase, Phase::Running { .. });
         let taking_part = || self.slots.iter().filter(|slot| running(slot));
         let highest = self.slots.iter().rposition(running).map_or(0, |slot| slot + 1);
-        let drawn = taking_part().any(|slot| slot.drawn);
+        let drafter = match taking_part().any(Slot::drafts) {
+            false => Part::Rests,
+            true if rows == 1 && self.room.adaptive => Part::Follows,
+            true => Part::Drafts,
+        };
+        let drawn = drafter == Part::Drafts && taking_part().any(|slot| slot.drawn);
         let sampled = self.watched || drawn || taking_part().any(Slot::sampled);
-        let drafter = if taking_part().any(Slot::drafts) { Part::Drafts } else { Part::Rests };
         let fits = |shape: &Shape| {
             let kind = (shape.drafter, shape.sampled, shape.drawn);
-            shape.sequences >= highest && kind == (drafter, sampled, drawn)
+            shape.sequences >= highest && shape.rows >= rows && kind == (drafter, sampled, drawn)
         };
         let Some((shape, graph)) = self.graphs.iter().find(|(shape, _)| fits(shape)) else {
-            return Err(Error::Internal(format!("no round for {highest} sequences was captured")));
+            return Err(Error::Internal(format!(
+                "no round for {highest} sequences of {rows} rows was captured"
+            )));
         };
         self.device.replay(graph)?;
         self.rows = shape.rows;
         self.enqueued += 1;
         Ok(())
+    }
+
+    /// Rows that the next round verifies at most of the sequence in `slot`, 1 where there is none or it drafts nothing. The
+    /// device hears of it in order, behind the rounds that are on their way, and nobody waits.
+    fn size(&mut self, slot: usize) -> Result<usize> {
+        let own = &mut self.slots[slot];
+        if !(matches!(own.phase, Phase::Running { .. }) && own.drafts()) {
+            return Ok(1);
+        }
+        let most = own.most();
+        let Some(control) = &mut own.control else {
+            return Ok(own.state.as_ref().map_or(1, |state| state.rows as usize));
+        };
+        let drafts = control.controller.drafts(most).min(most);
+        control.allowed.push_back(drafts);
+        let rows = drafts + 1;
+        if control.rows != rows {
+            let at = slot * Sequence::BYTES + Sequence::ROWS_AT;
+            self.device.fill(&self.work.states.slice(at, 1)?, rows as u8)?;
+            control.rows = rows;
+        }
+        Ok(rows)
     }
 
     /// What round `round` did for the sequence in `slot`; waits for it.
@@ -513,6 +597,12 @@ impl Decoder for Batch<'_> {
             end if own.drafted < end => own.drafted,
             _ => own.held,
         };
+        let adapts = state.draft_end > 0 && state.rule == Rule::Match;
+        own.control = self.controllers.as_ref().filter(|_| adapts).map(|make| Control {
+            controller: make(),
+            allowed: VecDeque::new(),
+            rows: state.rows as usize,
+        });
         (own.tokens, own.prompt, own.drawn) = (prompt.clone(), prompt.len(), drawn);
         (own.state, own.phase) = (Some(state), Phase::Filling { at });
         Ok(Some(at))
@@ -570,7 +660,7 @@ impl Decoder for Batch<'_> {
                     continue;
                 }
                 any = true;
-                let Record { tokens, judged, drafted, .. } = self.record(self.read, slot)?;
+                let Record { tokens, judged, drafted, stood, .. } = self.record(self.read, slot)?;
                 if tokens.is_empty() {
                     return Err(Error::Internal(format!(
                         "round {} emitted nothing for the sequence in slot {slot}",
@@ -583,6 +673,11 @@ impl Decoder for Batch<'_> {
                     && state.draft_end > 0
                 {
                     own.drafted = own.drafted.max(own.held.min(state.draft_end as usize));
+                }
+                if let Some(Control { controller, allowed, .. }) = &mut own.control
+                    && allowed.pop_front().is_some_and(|drafts| drafts > 0)
+                {
+                    controller.judged(drafted as usize, stood);
                 }
                 own.held += tokens.len();
                 own.tokens.extend(&tokens);
@@ -600,7 +695,7 @@ impl Decoder for Batch<'_> {
         own.held = own.held.min(own.prompt + tokens.saturating_sub(1));
         own.drafted = own.drafted.min(own.held);
         own.tokens.truncate(own.held);
-        (own.state, own.phase) = (None, Phase::Idle);
+        (own.state, own.control, own.phase) = (None, None, Phase::Idle);
         self.device.upload(&self.work.states.slice(slot * Sequence::BYTES, 4)?, &[0; 4])
     }
 

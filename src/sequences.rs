@@ -6,7 +6,7 @@ use crate::engine::{Backend, Decoder, Emitted, Prefill, Request};
 use crate::pair::Pair;
 use crate::reference::{Cache, Drafter, Target};
 use crate::rules::{self, Dice, Drafting, Probabilities, Rule, Siblings};
-use crate::tree::{self, Tree};
+use crate::tree::{self, MOST_ROWS, Tree};
 use crate::verify::{Sampling, judge, walk};
 use crate::{Error, Result};
 
@@ -323,13 +323,14 @@ impl<'a> Sequence<'a> {
         let rows = self.rows();
         let tree = self.state.as_ref().and_then(|state| state.how.tree);
         let most = if rows < 2 { 0 } else { tree.unwrap_or(rows) - 1 };
+        // A controller hears of so many rows.
+        let most = if self.costs.is_some() { most.min(MOST_ROWS - 1) } else { most };
         let allowed = self.ask(|controller| controller.drafts(most))?.unwrap_or(most);
         if allowed == 0 {
             self.draft(1)?;
             self.verify(&[], out)?;
             return Ok(0);
         }
-        let before = out.len();
         let drafts = if tree.is_some() {
             let mut tree = self.draft_tree(rows, allowed + 1)?;
             if let Some(kept) = self.ask(|controller| controller.cut(&tree.costs[1..]))? {
@@ -354,8 +355,9 @@ impl<'a> Sequence<'a> {
             self.verify(&tokens, out)?;
             tokens.len()
         };
-        let accepted = out.len() - before - 1;
-        self.ask(|controller| controller.judged(drafts, accepted))?;
+        let (state, _) = started(&mut self.state)?;
+        let stood = state.path.iter().fold(0, |stood, row| stood | 1 << row);
+        self.ask(|controller| controller.judged(drafts, stood))?;
         Ok(drafts)
     }
 

@@ -273,10 +273,6 @@ fn drafts_that_cannot_be_made_are_refused_as_by_dflash_gen() {
         assert!(theirs.code == 2, "{theirs:?}");
         refused(bench(args(&one, flags)), 2, sentence);
     }
-    for flags in [&["--tree", "9"][..], &["--adaptive"], &["--verify", "block"]] {
-        let part = format!("{} runs on --device cpu only", flags.join(" ").trim_end_matches(" 9"));
-        refused(bench(args(&one, &[flags, &["--device", "emulator"]].concat())), 4, &part);
-    }
 }
 
 #[test]

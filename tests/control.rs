@@ -9,24 +9,44 @@ mod kernel;
 mod program;
 mod support;
 
-use crowd::{Silent, held, seeded};
+use crowd::{Silent, go_on, held, open, request, seeded, tiny, together};
 use dflash::config::{DrafterConfig, TargetConfig};
-use dflash::control::{
-    ByConfidence, ByPosition, Confident, Controller, Costs, Fixed, Positions, WherePays, share,
-};
+use dflash::control::{ByConfidence, ByPosition, Controller, Costs, Positions, WherePays};
 use dflash::cpu;
+use dflash::emulator::Emulator;
 use dflash::engine::{Outcome, Request, generate};
 use dflash::floor::{Card, draft_pass, target_pass};
+use dflash::lossless;
+use dflash::memory::Room;
 use dflash::pair::Pair;
 use dflash::reference::{Drafter, Target};
+use dflash::rounds::{Batch, Models as OnDevice};
 use dflash::rules::Drafting;
 use dflash::sequences::{Sequence, Sequences};
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, PUBLISHED};
 use kernel::Random;
 use serde_json::Value;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 
 fn costs(draft: f64, verify: impl Fn(usize) -> f64) -> Costs {
     Costs { draft, verify: (1..=64).map(verify).collect() }
+}
+
+/// The path of a chain whose first `accepted` drafts stood.
+fn chain_of(accepted: usize) -> u64 {
+    u64::MAX >> (63 - accepted)
+}
+
+/// The same for every round.
+struct Fixed(usize);
+
+impl Controller for Fixed {
+    fn drafts(&mut self, most: usize) -> usize {
+        self.0.min(most)
+    }
+
+    fn judged(&mut self, _: usize, _: u64) {}
 }
 
 fn unit(random: &mut Random) -> f64 {
@@ -126,42 +146,11 @@ fn on_a_staircase_the_best_size_fills_a_tile() {
 }
 
 #[test]
-fn measured_costs_are_linear_within_a_tile_and_jump_between_them() {
-    let grid = [(1, 1.0), (9, 1.8), (16, 2.5), (17, 10.0), (32, 10.0), (40, 20.0), (48, 28.0)];
-    let table = Costs::measured(0.5, &grid).unwrap();
-    assert_eq!(table.verify.len(), 64);
-    for (rows, cost) in grid {
-        assert_eq!(table.verify[rows - 1], cost);
-    }
-    for (rows, cost) in
-        [(2, 1.1), (5, 1.4), (15, 2.4), (20, 10.0), (33, 20.0), (44, 24.0), (49, 28.0), (64, 28.0)]
-    {
-        near(table.verify[rows - 1], cost);
-    }
-    assert_eq!((table.plain(), table.round(0), table.round(15), table.round(16)), (1.0, 1.5, 3.0, 10.5));
-    assert_eq!(table.round(1000), 28.5);
-    for (draft, grid, part) in [
-        (0.5, &[(1, 1.0), (17, 2.0)][..], "no pass of 33 to 64 rows has a cost"),
-        (0.5, &[(17, 1.0), (64, 2.0)], "no pass of 1 to 16 rows has a cost"),
-        (0.5, &[], "no pass of 1 to 16 rows"),
-        (0.5, &[(1, 1.0), (65, 2.0)], "a pass of 65 rows has a cost, expected 1 to 64 rows"),
-        (0.5, &[(0, 1.0)], "a pass of 0 rows"),
-        (0.5, &[(2, 1.0), (2, 2.0)], "a pass of 2 rows follows one of 2"),
-        (0.5, &[(1, f64::NAN), (17, 1.0), (33, 1.0)], "a pass costs NaN, expected more than 0"),
-        (0.0, &[(1, 1.0), (17, 1.0), (33, 1.0)], "a pass costs 0, expected more than 0"),
-        (f64::INFINITY, &[(1, 1.0), (17, 1.0), (33, 1.0)], "a pass costs inf"),
-    ] {
-        let error = Costs::measured(draft, grid).unwrap_err();
-        assert!(error.exit_code() == 2 && error.to_string().contains(part), "{part}: {error}");
-    }
-}
-
-#[test]
 fn modelled_costs_are_the_floor_of_the_passes() {
     let (_, target, drafter) = PUBLISHED.into_iter().find(|pair| pair.0 == "qwen3-8b").unwrap();
     let (target, drafter) = (TargetConfig::open(&target).unwrap(), DrafterConfig::open(&drafter).unwrap());
     let card = Card::named("H200").unwrap();
-    let costs = Costs::modelled(&card, &target, &drafter, 1000, 16);
+    let costs = Costs::modelled(&card, &target, &drafter, 1000, 1, 16);
     assert_eq!(costs.draft, draft_pass(&target, &drafter, 1000, 1, 16).ms(&card));
     for rows in [1, 2, 16, 17, 64] {
         assert_eq!(costs.verify[rows - 1], target_pass(&target, 1000, 1, rows).ms(&card));
@@ -169,46 +158,22 @@ fn modelled_costs_are_the_floor_of_the_passes() {
     assert_eq!(costs.plain(), costs.verify[0]);
     // Bound by memory: a round of 64 rows costs little more than one of 16.
     assert!(costs.round(63) < 1.01 * costs.round(15));
+    // Of so many sequences that products decide, it is what is verified that costs.
+    let many = Costs::modelled(&card, &target, &drafter, 1000, 64, 16);
+    assert_eq!(many.verify[31], target_pass(&target, 1000, 64, 32).ms(&card));
+    assert_eq!(many.draft, draft_pass(&target, &drafter, 1000, 64, 16).ms(&card));
+    assert!(many.round(63) > 2.0 * many.round(15));
 }
 
-/// Every way to share, of costs with and without steps.
 #[test]
-fn a_batch_shares_drafts_so_that_no_other_way_emits_more_in_a_time() {
-    let mut random = Random::new(9);
-    let mut uneven = 0;
-    for case in 0..300 {
-        let mut falling = |n| {
-            let mut s: Vec<f64> = (0..n).map(|_| f64::from(random.unit())).collect();
-            s.sort_by(|a, b| b.total_cmp(a));
-            s
-        };
-        let survival = [falling(4), falling(case % 5), falling(3)];
-        let step = 0.05 + 0.5 * f64::from(random.unit());
-        let cost = |n: usize| match case % 2 {
-            0 => 1.0 + step * (n as f64).powf(1.5) / 8.0,
-            _ => 1.0 + step * n.div_ceil(4) as f64,
-        };
-        let value = |drafts: &[usize]| {
-            let stands = |(s, n): (&Vec<f64>, &usize)| s[..*n].iter().sum::<f64>();
-            (3.0 + survival.iter().zip(drafts).map(stands).sum::<f64>()) / cost(drafts.iter().sum())
-        };
-        let mut best: f64 = 0.0;
-        for a in 0..=survival[0].len() {
-            for b in 0..=survival[1].len() {
-                for c in 0..=survival[2].len() {
-                    best = best.max(value(&[a, b, c]));
-                }
-            }
-        }
-        let drafts = share(&survival, cost);
-        near(value(&drafts), best);
-        uneven += usize::from(drafts[0] != drafts[2]);
-    }
-    assert!(uneven > 50, "{uneven} of 300 shared unevenly");
-    // Equal ones in turn; where nothing is free, nothing; of no sequences, nobody.
-    assert_eq!(share(&[vec![0.5; 3], vec![0.5; 3]], |n| if n > 3 { 9.0 } else { 1.0 }), [2, 1]);
-    assert_eq!(share(&[vec![0.9; 3], vec![]], |n| 1.0 + n as f64), [0, 0]);
-    assert!(share(&[], |_| 1.0).is_empty());
+fn where_passes_are_of_few_sizes_a_row_costs_what_the_next_one_does() {
+    let sized = |sizes: &[usize]| costs(0.5, |rows| rows as f64).of_sizes(sizes).verify;
+    let all = sized(&[1, 1, 16, 32, 64]);
+    let expected = |rows: usize| [1, 16, 32, 64].into_iter().find(|size| *size >= rows).unwrap() as f64;
+    assert_eq!(all, (1..=64).map(expected).collect::<Vec<_>>());
+    // What is never verified has a cost all the same.
+    assert_eq!(sized(&[1, 5])[1..], [5.0; 63]);
+    assert_eq!(sized(&[])[..3], [1.0, 2.0, 3.0]);
 }
 
 // ---- acceptance ----
@@ -221,19 +186,56 @@ fn positions_begin_at_one_half_and_follow_what_is_counted() {
         found.iter().zip(expected).for_each(|(found, expected)| near(*found, *expected));
     };
     survival(&positions, &[0.5, 0.25, 0.125]);
-    // Of three drafts the first stood, the second was refused, the third never judged.
-    positions.judged(3, 1);
-    let (a, b) = (2.0 / 3.0, 4.0 / 9.0);
-    survival(&positions, &[a, a * b, a * b * b, a * b * b * b]);
-    // All of two: what came before has faded a little, for every position.
-    positions.judged(2, 2);
-    let a = (1.98 + 1.0) / (1.98 + 2.0);
-    let b = (1.0 + 2.0 * a) / (1.98 + 2.0);
-    survival(&positions, &[a, a * b, a * b * b]);
-    positions.judged(0, 0);
-    let a = (1.0 + 1.98 * 0.98) / (2.0 + 1.98 * 0.98);
-    survival(&positions, &[a]);
+    // Of three drafts the first stood; a fourth there was not.
+    positions.judged(3, 0b11);
+    let a: f64 = 2.0 / 3.0;
+    let b = 2.0 * a.powi(2) / 3.0;
+    let c = 2.0 * b.powf(1.5) / 3.0;
+    survival(&positions, &[a, b, c, c.powf(4.0 / 3.0)]);
+    // A tree's second row, where the first and the third did not: what came before fades, for every row.
+    positions.judged(2, 0b101);
+    let a: f64 = (0.98 + 1.0) / (1.98 + 2.0);
+    let b: f64 = (1.0 + 2.0 * a.powi(2)) / (1.98 + 2.0);
+    let c = 2.0 * b.powf(1.5) / (0.98 + 2.0);
+    survival(&positions, &[a, b, c]);
+    positions.judged(0, 1);
+    survival(&positions, &[(0.98 * 0.98 + 1.0) / (1.98 * 0.98 + 2.0)]);
     assert!(positions.survival(0).is_empty());
+    // Bits of rows that were not verified, and rows beyond the bits.
+    let mut garbage = Positions::default();
+    garbage.judged(1, u64::MAX);
+    survival(&garbage, &[2.0 / 3.0, 4.0 / 9.0]);
+    garbage.judged(100, u64::MAX);
+    assert!(garbage.survival(100)[62] > 0.3 && garbage.survival(100)[63] < 0.3);
+}
+
+/// What is asked for fewer rows is what those alone would bring.
+#[test]
+fn positions_of_a_tree_foretell_every_smaller_one() {
+    let mut random = Random::new(8);
+    let parents: Vec<usize> =
+        (0..40).map(|row: usize| if row == 0 { 0 } else { random.below(row) }).collect();
+    let (mut positions, mut brought) = (Positions::default(), vec![0.0; 40]);
+    let rounds = 4000;
+    for _ in 0..rounds {
+        // Walks down from the anchor, to each child with the same chance, or ends.
+        let (mut stood, mut at) = (1u64, 0);
+        loop {
+            let children: Vec<usize> = (at + 1..40).filter(|row| parents[*row] == at).collect();
+            let Some(next) = children.get(random.below(children.len() + 1)) else { break };
+            (stood, at) = (stood | 1 << next, *next);
+        }
+        positions.judged(39, stood);
+        (1..40).for_each(|row| {
+            brought[row] += f64::from((stood & ((2 << row) - 2)).count_ones()) / rounds as f64
+        });
+    }
+    let survival = positions.survival(39);
+    for rows in 1..40 {
+        let expected: f64 = survival[..rows].iter().sum();
+        assert!((expected - brought[rows]).abs() < 0.35, "{rows} rows: {expected}, {}", brought[rows]);
+    }
+    assert!(brought[39] > 1.0 && brought[5] < brought[39] - 0.3, "{brought:?}");
 }
 
 #[test]
@@ -244,7 +246,7 @@ fn positions_find_the_acceptance_they_are_shown() {
     let mut mean = [0.0; 5];
     for round in 0..6000 {
         let accepted = truth.iter().take_while(|p| unit(&mut random) < **p).count();
-        positions.judged(5, accepted);
+        positions.judged(5, chain_of(accepted));
         if round >= 1000 {
             positions.survival(5).iter().zip(&mut mean).for_each(|(s, mean)| *mean += s / 5000.0);
         }
@@ -270,19 +272,6 @@ fn chain(probabilities: &[f64]) -> Vec<u32> {
 }
 
 #[test]
-fn a_fixed_size_is_kept_and_doubt_cuts_at_the_threshold() {
-    let mut fixed = Fixed(7);
-    assert_eq!((fixed.drafts(15), fixed.drafts(3), fixed.drafts(0), fixed.cut(&[1; 5])), (7, 3, 0, 5));
-    let mut confident = Confident(0.3);
-    let paths = chain(&[0.9, 0.8, 0.5, 0.5]);
-    assert_eq!((confident.drafts(15), confident.cut(&paths)), (15, 3));
-    confident.judged(3, 0);
-    assert_eq!((confident.cut(&chain(&[0.2, 1.0])), confident.cut(&[])), (0, 0));
-    assert_eq!((Confident(0.0).cut(&paths), Confident(1.0).cut(&[0, 0, 1])), (4, 2));
-    assert_eq!(Confident(0.25).cut(&[131_072, 131_073]), 1);
-}
-
-#[test]
 fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
     // Every row costs a tenth of a step.
     let table = costs(0.5, |rows| 1.0 + 0.1 * rows as f64);
@@ -293,8 +282,8 @@ fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
         let (best, _) = table.cheapest(&positions.survival(15));
         assert_eq!(drafts, if round < 4 { 15 } else { best.max(1) }, "round {round}");
         let accepted = [0, 3, 1, 2][round % 4].min(drafts);
-        controller.judged(drafts, accepted);
-        positions.judged(drafts, accepted);
+        controller.judged(drafts, chain_of(accepted));
+        positions.judged(drafts, chain_of(accepted));
     }
     assert!((2..8).contains(&controller.drafts(15)));
     assert_eq!(controller.drafts(1), 1);
@@ -304,7 +293,7 @@ fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
     for round in 0..400 {
         let drafts = controller.drafts(63);
         sizes.push(drafts);
-        controller.judged(drafts, if (10..100).contains(&round) { 0 } else { drafts });
+        controller.judged(drafts, chain_of(if (10..100).contains(&round) { 0 } else { drafts }));
     }
     assert!(sizes.windows(2).skip(4).all(|pair| pair[0].abs_diff(pair[1]) <= 16), "{sizes:?}");
     assert_eq!((sizes[..4].to_vec(), sizes[99], sizes[399]), (vec![63; 4], 1, 63), "{sizes:?}");
@@ -333,7 +322,7 @@ fn confidence_is_weighed_by_what_came_of_it() {
             let survival: Vec<f64> =
                 paths.iter().map(|cost| (-weight * f64::from(*cost) / 65536.0).exp2()).collect();
             assert_eq!(drafts, by_brute_force(&table, &survival).0);
-            controller.judged(drafts, accepted.min(drafts));
+            controller.judged(drafts, chain_of(accepted.min(drafts)));
             mean += if round < 1000 { 0.0 } else { controller.weight() / 3000.0 };
         }
         assert!((mean / bias - 1.0).abs() < 0.15, "{mean} for {bias}");
@@ -341,73 +330,90 @@ fn confidence_is_weighed_by_what_came_of_it() {
     let mut hopeless = ByConfidence::new(table);
     for _ in 0..2000 {
         let drafts = hopeless.cut(&chain(&[0.99; 15]));
-        hopeless.judged(drafts, 0);
+        hopeless.judged(drafts, 1);
     }
     assert_eq!(hopeless.weight(), 4.0);
 }
 
-/// Runs `rounds` rounds, of which round `i` would accept `accepts(i)` of up to 15 drafts: which rounds drafted, and
-/// what all cost in plain steps per token.
+/// Runs `rounds` rounds, of which round `i` would accept `accepts(i)` of up to 15 drafts, and is judged when `late` more
+/// have been asked for: which rounds drafted, and what all cost in plain steps per token.
 fn play(
     controller: &mut WherePays<Fixed>,
     costs: &Costs,
     rounds: usize,
+    late: usize,
     accepts: impl Fn(usize) -> usize,
 ) -> (Vec<usize>, f64) {
-    let (mut drafted, mut tokens, mut spent) = (vec![], 0, 0.0);
-    for round in 0..rounds {
-        let drafts = controller.drafts(15);
-        if drafts == 0 {
-            (tokens, spent) = (tokens + 1, spent + costs.plain());
+    let (mut drafted, mut tokens, mut spent, mut waiting) = (vec![], 0, 0.0, VecDeque::new());
+    for round in 0..rounds + late {
+        if waiting.len() > late || round >= rounds {
+            match waiting.pop_front() {
+                Some((drafts, accepted)) if drafts > 0 => controller.judged(drafts, chain_of(accepted)),
+                _ => {}
+            }
+        }
+        if round >= rounds {
             continue;
         }
+        let drafts = controller.drafts(15);
         let accepted = accepts(round).min(drafts);
-        controller.judged(drafts, accepted);
-        drafted.push(round);
-        (tokens, spent) = (tokens + accepted + 1, spent + costs.round(drafts));
+        waiting.push_back((drafts, accepted));
+        if drafts > 0 {
+            drafted.push(round);
+        }
+        tokens += accepted + 1;
+        spent += if drafts > 0 { costs.round(drafts) } else { costs.plain() };
     }
+    waiting
+        .into_iter()
+        .filter(|(drafts, _)| *drafts > 0)
+        .for_each(|(d, a)| controller.judged(d, chain_of(a)));
     (drafted, spent / tokens as f64 / costs.plain())
 }
 
 #[test]
 fn drafting_ends_where_it_does_not_pay_and_is_tried_ever_more_rarely() {
     let table = costs(0.2, |_| 1.0);
-    let mut controller = WherePays::new(Fixed(15), table.clone());
-    let (drafted, each) = play(&mut controller, &table, 4000, |_| 0);
-    // Four rounds before anything is made of them, then eight poor ones; then trials after 16, 32, ... 256 plain steps.
-    let mut expected: Vec<usize> = (0..12).collect();
-    let (mut at, mut interval) = (11, 16);
-    loop {
-        at += interval + 1;
-        if at >= 4000 {
-            break;
+    for late in 0..4 {
+        let mut controller = WherePays::new(Fixed(15), table.clone());
+        let (drafted, each) = play(&mut controller, &table, 4000, late, |_| 0);
+        // Four rounds before anything is made of them, then eight poor ones, and those that were on their way; then trials
+        // after 16, 32, ... 256 plain steps, whose verdict is waited for.
+        let mut expected: Vec<usize> = (0..12 + late).collect();
+        let (mut at, mut interval, mut waited) = (11 + late, 16, 0);
+        loop {
+            at += waited + interval + 1;
+            if at >= 4000 {
+                break;
+            }
+            expected.push(at);
+            (interval, waited) = ((2 * interval).min(256), late);
         }
-        expected.push(at);
-        interval = (2 * interval).min(256);
+        assert_eq!(drafted, expected, "{late} late");
+        assert!(!controller.is_on() && each < 1.01, "{each}");
+        // What then pays is found within the longest interval, and kept.
+        let (drafted, each) = play(&mut controller, &table, 1000, late, |_| 9);
+        assert!(controller.is_on() && drafted[0] <= 256, "{}", drafted[0]);
+        assert_eq!(drafted.len(), 1000 - drafted[0] - late);
+        assert!(each < 0.5, "{each}");
+        // A plain step where nothing could be drafted is no trial, and no poor round.
+        assert_eq!((controller.drafts(0), controller.is_on()), (0, true));
     }
-    assert_eq!(drafted, expected);
-    assert!(!controller.is_on() && each < 1.01, "{each}");
-    // What then pays is found within the longest interval, and kept.
-    let (drafted, each) = play(&mut controller, &table, 1000, |_| 9);
-    assert!(controller.is_on() && drafted[0] <= 256 && drafted.len() == 1000 - drafted[0], "{}", drafted[0]);
-    assert!(each < 0.5, "{each}");
-    // A plain step where nothing could be drafted is no trial, and no poor round.
-    assert_eq!((controller.drafts(0), controller.is_on()), (0, true));
 }
 
 #[test]
 fn drafting_that_pays_is_never_left_out_and_a_bad_stretch_costs_little() {
     let table = costs(0.2, |_| 1.0);
     let mut controller = WherePays::new(Fixed(15), table.clone());
-    let (drafted, _) = play(&mut controller, &table, 2000, |round| [0, 0, 3, 0][round % 4]);
+    let (drafted, _) = play(&mut controller, &table, 2000, 1, |round| [0, 0, 3, 0][round % 4]);
     assert_eq!(drafted.len(), 2000);
     assert!(controller.gain() > 1.2);
     // Eight times in turn: good stretches are drafted for the most part, bad ones are not.
     let mut controller = WherePays::new(Fixed(15), table.clone());
     for turn in 0..8 {
-        let (bad, each) = play(&mut controller, &table, 600, |_| 0);
+        let (bad, each) = play(&mut controller, &table, 600, 1, |_| 0);
         assert!(bad.len() < 60 && each < 1.05, "turn {turn}: {} rounds, {each}", bad.len());
-        let (good, each) = play(&mut controller, &table, 600, |_| 7);
+        let (good, each) = play(&mut controller, &table, 600, 1, |_| 7);
         assert!(good.len() > 340 && each < 0.5, "turn {turn}: {} rounds, {each}", good.len());
     }
 }
@@ -425,7 +431,7 @@ fn what_pays_a_little_more_and_a_little_less_does_not_go_to_and_fro() {
         for stands in &stands {
             let drafts = controller.drafts(15);
             if drafts > 0 {
-                controller.judged(drafts, *stands);
+                controller.judged(drafts, chain_of(*stands));
             }
             turns += usize::from(controller.is_on() != on);
             on = controller.is_on();
@@ -525,6 +531,197 @@ fn a_drafter_that_was_left_alone_catches_up() {
     assert_eq!(idle.draft(16).unwrap(), busy.draft(16).unwrap());
 }
 
+// ---- on devices ----
+
+/// On the emulator, for a pair of so many tokens: of few, drafts are often right; of many, never.
+fn on_device(vocab: usize, room: Room, then: impl FnOnce(&mut Batch)) {
+    let (target, drafter) = tiny();
+    let pair = open(&support::write_pair(&support::Target { vocab, ..target }, &drafter));
+    let device = Emulator::new();
+    let models = OnDevice::load(&device, &pair, room.positions).unwrap();
+    then(&mut Batch::new(&device, &models, room).unwrap());
+}
+
+fn room(sequences: usize, tree: usize) -> Room {
+    Room { adaptive: true, ..Room::new(sequences, 16, 256).with_trees(tree) }
+}
+
+fn with_tree(request: &Request, rows: usize) -> Request {
+    let tree = (rows > 0).then_some(rows);
+    Request { drafting: Drafting { tree, ..request.drafting.clone() }, ..request.clone() }
+}
+
+fn alone(batch: &mut Batch, request: &Request) -> Outcome {
+    generate(batch, request, &mut Silent).unwrap()
+}
+
+/// Says so, and then that all may be drafted.
+struct Script(VecDeque<usize>);
+
+impl Controller for Script {
+    fn drafts(&mut self, most: usize) -> usize {
+        self.0.pop_front().unwrap_or(most)
+    }
+
+    fn judged(&mut self, verified: usize, stood: u64) {
+        assert!(verified < 64 && stood & 1 == 1 && stood <= u64::MAX >> (63 - verified));
+    }
+}
+
+/// Anything, and often nothing. What it is told of must be what it asked for, in order.
+struct Wild {
+    random: Random,
+    asked: VecDeque<usize>,
+}
+
+impl Controller for Wild {
+    fn drafts(&mut self, most: usize) -> usize {
+        let drafts = [0, self.random.below(most + 1), most][self.random.below(3)];
+        if drafts > 0 {
+            self.asked.push_back(drafts);
+        }
+        assert!(self.asked.len() <= 2, "{:?}", self.asked);
+        drafts
+    }
+
+    fn judged(&mut self, verified: usize, _: u64) {
+        // Where positions end there may be fewer than the host knew of.
+        let asked = self.asked.pop_front().unwrap();
+        assert!(verified <= asked, "{verified} of {asked}");
+    }
+}
+
+fn wild(seed: u64) -> Box<dyn Controller> {
+    Box::new(Wild { random: Random::new(seed), asked: VecDeque::new() })
+}
+
+#[test]
+fn rounds_on_a_device_verify_what_controllers_say_each_in_its_round() {
+    on_device(4, room(2, 64), |batch| {
+        let mut random = Random::new(21);
+        let (mut scripts, mut requests, mut plain) = (vec![], vec![], vec![]);
+        for (i, tree) in [64, 0, 40, 64, 0].into_iter().enumerate() {
+            let most = if tree > 0 { tree - 1 } else { 15 };
+            let sizes = [0, 1, 15, 16, 31, 32, most];
+            let script: VecDeque<usize> = (0..60)
+                .map(|_| [sizes[random.below(7)].min(most), random.below(most + 1)][random.below(2)])
+                .collect();
+            scripts.push(script);
+            let asked = request(&[1 + i as u32 % 3, 2, 3], 40 + 11 * i, 16, [0.0, 0.9][i % 2]);
+            plain.push(alone(batch, &Request { block: 1, ..asked.clone() }));
+            requests.push(with_tree(&asked, tree));
+        }
+        // Sequences join in the order of the list.
+        let left = RefCell::new(VecDeque::from(scripts.clone()));
+        batch.control(move || Box::new(Script(left.borrow_mut().pop_front().unwrap())));
+        let got = together(batch, &requests, go_on);
+        for (i, (got, plain)) in got.iter().zip(&plain).enumerate() {
+            assert_eq!((&got.tokens, got.finish), (&plain.tokens, plain.finish), "request {i}");
+            let script: Vec<usize> = scripts[i].iter().copied().take(got.drafted.len()).collect();
+            assert_eq!(got.drafted, script, "request {i}");
+            assert!(got.accepted.iter().any(|tokens| *tokens > 2), "request {i}: {:?}", got.accepted);
+        }
+    });
+}
+
+#[test]
+fn controllers_of_any_kind_leave_a_batchs_answers_alone() {
+    for vocab in [4, 90] {
+        on_device(vocab, room(3, 64), |batch| {
+            let mut requests = vec![];
+            for (i, tree) in [0, 64, 17, 0, 33, 0].into_iter().enumerate() {
+                let asked = seeded(&[1, 2, 3, i as u32 % 4], 24 + 9 * i, 16, [0.0, 0.8][i % 2], i as u64);
+                requests.push(with_tree(&asked, tree));
+            }
+            // One of no drafts, and one of drawn ones.
+            requests[3].block = 1;
+            requests[5].drafting.sampling.temperature = 1.0;
+            let plainly =
+                |request: &Request| Request { block: 1, drafting: Drafting::default(), ..request.clone() };
+            let plain: Vec<Outcome> = requests.iter().map(|asked| alone(batch, &plainly(asked))).collect();
+            let next = Cell::new(0);
+            let kinds = move || -> Box<dyn Controller> {
+                next.set(next.get() + 1);
+                match next.get() % 3 {
+                    0 => Box::new(Fixed(usize::MAX)),
+                    _ => wild(next.get()),
+                }
+            };
+            let modelled = together(batch, &requests, go_on);
+            batch.control(kinds);
+            for got in [modelled, together(batch, &requests, go_on), together(batch, &requests, go_on)] {
+                for (i, (got, plain)) in got.iter().zip(&plain).enumerate() {
+                    assert_eq!(
+                        (&got.tokens, got.finish),
+                        (&plain.tokens, plain.finish),
+                        "{vocab}: request {i}"
+                    );
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn every_token_comes_of_plain_decodings_logits_whatever_rounds_draft() {
+    for (vocab, tree) in [(4, 0), (4, 64), (90, 0)] {
+        on_device(vocab, room(1, tree), |batch| {
+            batch.control(|| wild(5));
+            for temperature in [0.0, 0.7] {
+                let asked = with_tree(&request(&[3, 1, 2], 60, 16, temperature), tree);
+                let report = lossless::check(batch, &asked, || Ok(Silent)).unwrap().unwrap();
+                assert_eq!(
+                    (report.identical, report.compared),
+                    (Ok(()), 59),
+                    "{vocab} tokens, trees of {tree}"
+                );
+            }
+        });
+    }
+}
+
+/// Plain steps leave no holes: the drafter drafts what it would have, had it drafted all along.
+#[test]
+fn a_drafter_that_follows_on_a_device_drafts_what_it_would_have() {
+    on_device(4, room(1, 0), |batch| {
+        let asked = request(&[2, 1, 3, 3], 150, 16, 0.0);
+        batch.control(|| Box::new(Fixed(usize::MAX)));
+        let busy = alone(batch, &asked);
+        let brought = |rounds: std::ops::Range<usize>| busy.accepted[rounds].iter().sum::<usize>();
+        assert!(busy.accepted.iter().filter(|tokens| **tokens > 1).count() > 10, "{:?}", busy.accepted);
+        for (first, last) in [(0, 1), (0, 7), (3, 4), (5, 20), (1, 30)] {
+            // Drafts as before, but for these rounds; as many plain steps as they brought tokens.
+            let script = [vec![15; first], vec![0; brought(first..last)]].concat();
+            batch.control(move || Box::new(Script(script.clone().into())));
+            let paused = alone(batch, &asked);
+            assert_eq!(paused.tokens, busy.tokens);
+            let ones = vec![1; brought(first..last)];
+            let expected = [&busy.accepted[..first], &ones, &busy.accepted[last..]].concat();
+            assert_eq!(paused.accepted, expected, "rounds {first} to {last}");
+        }
+    });
+}
+
+#[test]
+fn on_a_device_a_drafter_that_is_never_right_is_left_alone_and_tried_again() {
+    for tree in [0, 64] {
+        on_device(1000, room(1, tree), |batch| {
+            let asked = with_tree(&request(&[7, 8, 9], 120, 16, 0.0), tree);
+            let got = alone(batch, &asked);
+            assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
+            assert_eq!(got.accepted, [1; 119]);
+            let drafted: Vec<usize> = (0..119).filter(|round| got.drafted[*round] > 0).collect();
+            // Twelve rounds and one on its way; trials after 16 and 32 plain steps, each with one on its way.
+            assert_eq!(drafted, [&(0..13).collect::<Vec<_>>()[..], &[29, 63]].concat());
+        });
+    }
+    // One that is often right goes on.
+    on_device(4, room(1, 0), |batch| {
+        let got = alone(batch, &request(&[1, 2], 80, 16, 0.0));
+        assert!(got.drafted.iter().all(|drafts| *drafts > 0), "{:?} {:?}", got.drafted, got.accepted);
+    });
+}
+
 // ---- the flag ----
 
 const PROMPT: &str = "def read_lines(path):\n    with open(path) as file:\n        ";
@@ -554,13 +751,23 @@ fn adaptive_rounds_give_the_same_text_and_are_recorded() {
 }
 
 #[test]
+fn adaptive_rounds_on_the_emulator_give_the_same_text() {
+    let args = [PROMPT, "-n", "14", "--json", "--device", "emulator", "-q", "--ctx", "128"];
+    let tokens = |more: &[&str]| program::run([&args, more].concat()).json().remove(0);
+    let (plain, adaptive) = (tokens(&["--draft", "none"]), tokens(&["--tree", "40", "--adaptive"]));
+    assert_eq!(adaptive["tokens"], plain["tokens"]);
+    assert_eq!((&adaptive["adaptive"], &adaptive["device"]), (&Value::Bool(true), &Value::from("emulator")));
+    let checked = [&args[..], &["--adaptive", "--check-lossless"]].concat();
+    assert_eq!(program::run(checked).json()[0]["identical"], true);
+}
+
+#[test]
 fn what_cannot_adapt_is_refused_in_a_sentence() {
     for (args, code, part) in [
         (&["--block", "1"][..], 2, "--block is 1, which is plain decoding: --adaptive expects at least 2"),
         (&["--draft", "none"], 2, "--adaptive needs a drafter, but --draft is none"),
-        (&["--gpu", "0", "--device", "auto"], 2, "--gpu"),
-        (&["--device", "cuda"], 4, "--adaptive runs on --device cpu only"),
-        (&["--device", "emulator"], 4, "--adaptive runs on --device cpu only"),
+        (&["--verify", "block"], 2, "--adaptive is for the drafter's best tokens, but with --verify block"),
+        (&["--coupled", "--device", "emulator"], 2, "--adaptive is for the drafter's best tokens"),
     ] {
         let run = program::run([&[PROMPT, "--adaptive"], args].concat());
         let lines = run.err.lines().count();

@@ -94,8 +94,8 @@ pub struct Sequence {
 
 impl Sequence {
     pub const BYTES: usize = 128;
-    /// Where the word is that says how large rounds are.
-    pub const SHAPE_AT: usize = 28;
+    /// Where the byte is that says how many rows are verified at most.
+    pub const ROWS_AT: usize = 29;
 
     /// The word that says how large rounds are.
     pub fn shape(&self) -> u32 {

@@ -58,3 +58,46 @@ fn a_drafter_that_catches_up_leaves_the_targets_pages_alone() {
         }
     }
 }
+
+struct Script(std::vec::IntoIter<usize>);
+
+impl Controller for Script {
+    fn drafts(&mut self, most: usize) -> usize {
+        self.0.next().unwrap_or(most)
+    }
+
+    fn judged(&mut self, _: usize, _: u64) {}
+}
+
+/// The smallest graph that has rows for all, and one without drafts where nobody drafts.
+#[test]
+fn rounds_are_as_large_as_the_largest_of_their_sequences() {
+    let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+    let models = Models::load(&device, &pair, 128).unwrap();
+    let room = Room { adaptive: true, ..Room::new(2, 16, 128).with_trees(64) };
+    let mut batch = Batch::new(&device, &models, room).unwrap();
+    let scripts = [[63, 0, 15, 16, 0, 32, 3], [0, 0, 3, 31, 15, 0, 4]];
+    let next = std::cell::Cell::new(0);
+    batch.control(move || {
+        next.set(next.get() + 1);
+        Box::new(Script(scripts[next.get() - 1].to_vec().into_iter()))
+    });
+    let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+    let drafting = crate::rules::Drafting { tree: Some(64), ..Default::default() };
+    let request =
+        Request { prompt: vec![300, 301], max_tokens: 100, sampling, stop_ids: vec![], block: 16, drafting };
+    for slot in 0..2 {
+        assert_eq!(batch.join(slot, &request, false), Ok(Some(0)));
+        assert!(batch.prefill(slot).unwrap().next.is_some());
+    }
+    let mut rows = vec![];
+    let mut out = vec![Emitted::default(); 2];
+    for round in 0..6 {
+        batch.enqueue().unwrap();
+        rows.push(batch.rows);
+        if round > 0 {
+            batch.round(&mut out).unwrap();
+        }
+    }
+    assert_eq!(rows, [64, 1, 16, 32, 16, 64]);
+}

@@ -44,7 +44,7 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
     let room = flags.drafts.room(Room::of(&pair, flags.batch, block, flags.ctx, longest)?);
 
-    let choice = flags.drafts.choice(flags.device, false);
+    let choice = flags.drafts.choice(flags.device, false)?;
     let place = Place::of_pair(choice, flags.gpu.unwrap_or(0), &pair, room, false)?;
     let (machine, repeats, counts) = match &place {
         None => {
@@ -95,7 +95,7 @@ fn check(flags: &args::Generate) -> Result<Sampling> {
     let args::Generate { temperature, top_k, top_p, min_p, seed, .. } = *flags;
     let sampling = Sampling { temperature, top_k, top_p, min_p, seed, stream: 0 };
     sampling.check()?;
-    flags.drafts.check(false, flags.block, flags.device)?;
+    flags.drafts.check(false, flags.block)?;
     flags.drafts.drafting(&sampling)?;
     match flags {
         _ if flags.gpu.is_some() && matches!(flags.device, Choice::Cpu | Choice::Emulator) => {

@@ -168,7 +168,7 @@ impl Args {
             (_, true) => Some("--check-lossless"),
             _ => None,
         };
-        self.drafts.check(self.plain(), self.block, self.device)?;
+        self.drafts.check(self.plain(), self.block)?;
         if let (Some(flag), true) = (twice, self.drafts.verify != Rule::Match) {
             return Err(Error::Usage(format!(
                 "{flag} needs --verify match: what {} emits has the law of plain decoding, not its tokens",
