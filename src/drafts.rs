@@ -86,9 +86,7 @@ impl DraftFlags {
             return Err(Error::Usage(format!("--tree is {rows}, expected 2 to {MOST_ROWS}")));
         }
         if let (Some(flag), Choice::Cuda | Choice::Emulator) = (self.cpu_only(), device) {
-            return Err(Error::Unsupported(format!(
-                "{flag} runs on --device cpu only"
-            )));
+            return Err(Error::Unsupported(format!("{flag} runs on --device cpu only")));
         }
         match (adaptive.or(tree.filter(|_| self.coupled)), self.drawn()) {
             (Some(best), Some(drawn)) => Err(Error::Usage(format!(

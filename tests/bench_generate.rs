@@ -264,7 +264,7 @@ fn drafts_that_cannot_be_made_are_refused_as_by_dflash_gen() {
         &["--tree", "65"],
         &["--tree", "x"],
         &["--tree", "9", "--coupled"],
-        &["--tree", "9", "--gpu", "0"],
+        &["--tree", "9", "--verify", "block", "--gpu", "0"],
         &["--adaptive", "--verify", "rejection"],
         &["--adaptive", "--block", "1"],
     ] {
@@ -273,8 +273,12 @@ fn drafts_that_cannot_be_made_are_refused_as_by_dflash_gen() {
         assert!(theirs.code == 2, "{theirs:?}");
         refused(bench(args(&one, flags)), 2, sentence);
     }
-    for flags in [&["--tree", "9"][..], &["--adaptive"], &["--verify", "block"]] {
-        let part = format!("{} runs on --device cpu only", flags.join(" ").trim_end_matches(" 9"));
+    for (flags, what) in [
+        (&["--adaptive"][..], "--adaptive"),
+        (&["--tree", "9", "--verify", "rejection"], "--tree with --verify rejection"),
+        (&["--tree", "9", "--verify", "block"], "--tree with --verify block"),
+    ] {
+        let part = format!("{what} runs on --device cpu only");
         refused(bench(args(&one, &[flags, &["--device", "emulator"]].concat())), 4, &part);
     }
 }
