@@ -17,6 +17,7 @@ pub mod read;
 pub mod round;
 pub mod rules;
 pub mod sample;
+pub mod siblings;
 pub mod swiglu;
 pub mod tree;
 pub mod verify;

@@ -15,7 +15,7 @@ static JUDGE: Kernel = Kernel { file: "rules", name: "judge", threads: 512, max_
 pub const LAW_BYTES: usize = 48;
 
 /// Bytes of the sampler's [`super::sample::tables`] that these kernels look at: the two for weights.
-const TABLE_BYTES: usize = 2048;
+pub(super) const TABLE_BYTES: usize = 2048;
 
 /// The kernels for `sequences` sequences (at most 1024) in blocks of `block` rows (at most 64), over `vocab` tokens (at
 /// most 2^26), with the rows' best given for `blocks` blocks of ids.
