@@ -220,7 +220,7 @@ impl Slot {
         match state.form {
             _ if block < 2 => 0,
             Form::Chain => block - 1,
-            Form::BestFirst => state.rows as usize - 1,
+            Form::BestFirst | Form::Drawn => state.rows as usize - 1,
         }
     }
 

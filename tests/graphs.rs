@@ -9,6 +9,7 @@ use dflash::engine::{Decoder, Emitted, Request};
 use dflash::memory::Room;
 use dflash::pair::Pair;
 use dflash::rounds::{Batch, Models, Part, Shape};
+use dflash::rules::{Drafting, Rule};
 use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
 use kernel::*;
@@ -17,8 +18,9 @@ const POSITIONS: usize = 256;
 const SLOTS: usize = 3;
 const BLOCK: usize = 16;
 
-/// The second request of a slot joins when the first has emitted all it may.
-fn requests() -> [[Request; 2]; SLOTS] {
+/// Chains that match and plain decoding; in a room for all also trees and drafts that are drawn. The second request of a
+/// slot joins when the first has emitted all it may.
+fn requests(all: bool) -> [[Request; 2]; SLOTS] {
     let oracle: serde_json::Value = serde_json::from_str(include_str!("data/oracle.json")).unwrap();
     let request = |held: usize, length: usize, max_tokens: usize, block: usize, temperature: f32| {
         let ids = oracle["prompts"][held]["prompt_ids"].as_array().unwrap();
@@ -26,11 +28,26 @@ fn requests() -> [[Request; 2]; SLOTS] {
         let prompt = ids[ids.len() - length..].iter().map(|id| id.as_u64().unwrap() as u32).collect();
         Request { prompt, max_tokens, sampling, stop_ids: vec![0], block, drafting: Default::default() }
     };
-    [
+    let mut requests = [
         [request(4, 128, 18, 16, 0.0), request(36, 60, 12, 7, 0.0)],
         [request(33, 64, 9, 3, 0.0), request(1, 1, 12, 16, 0.9)],
         [request(9, 128, 2, 1, 0.0), request(12, 33, 16, 1, 0.0)],
-    ]
+    ];
+    if all {
+        let Drafting { sampling, .. } = Drafting::default();
+        let draws =
+            |rule| Drafting { rule, sampling: Sampling { temperature: 0.8, ..sampling.clone() }, tree: None };
+        requests[0][0].drafting.tree = Some(20);
+        requests[0][1].drafting = draws(Rule::Block);
+        requests[1][0].drafting.tree = Some(32);
+        requests[1][1].drafting = draws(Rule::Rejection);
+    }
+    requests
+}
+
+fn drawn(request: &Request) -> bool {
+    let Drafting { rule, sampling, .. } = &request.drafting;
+    request.block > 1 && (*rule != Rule::Match || sampling.temperature != 0.0)
 }
 
 /// Who is in a slot.
@@ -48,8 +65,8 @@ struct Drive {
 }
 
 impl Drive {
-    fn new() -> Drive {
-        Drive { requests: requests(), seats: Default::default() }
+    fn new(all: bool) -> Drive {
+        Drive { requests: requests(all), seats: Default::default() }
     }
 
     fn running(&self) -> impl Iterator<Item = (usize, &Request)> {
@@ -101,16 +118,19 @@ impl Drive {
     fn shape(&self, batch: &Batch) -> Shape {
         let highest = self.running().last().map_or(0, |(slot, _)| slot + 1);
         let drafting = self.running().any(|(_, request)| request.block > 1);
-        let sampled = self.running().any(|(_, request)| request.sampling.temperature != 0.0);
+        let drawn = self.running().any(|(_, request)| drawn(request));
+        let sampled = drawn || self.running().any(|(_, request)| request.sampling.temperature != 0.0);
         let drafter = if drafting { Part::Drafts } else { Part::Rests };
         let kind = |s: &Shape| (s.drafter, s.sampled, s.drawn);
-        let fits = |s: &Shape| s.sequences >= highest && kind(s) == (drafter, sampled, false);
+        let fits = |s: &Shape| s.sequences >= highest && kind(s) == (drafter, sampled, drawn);
         batch.graphs().iter().map(|(shape, _)| *shape).find(fits).unwrap()
     }
 }
 
-fn batch<'a>(device: &'a dyn Device, models: &'a Models) -> Batch<'a> {
-    Batch::new(device, models, Room::new(SLOTS, BLOCK, POSITIONS)).unwrap()
+fn batch<'a>(device: &'a dyn Device, models: &'a Models, all: bool) -> Batch<'a> {
+    let room = Room::new(SLOTS, BLOCK, POSITIONS);
+    let room = if all { Room { rules: true, ..room.with_trees(32) } } else { room };
+    Batch::new(device, models, room).unwrap()
 }
 
 fn models(device: &dyn Device) -> Models {
@@ -118,12 +138,17 @@ fn models(device: &dyn Device) -> Models {
     Models::load(device, &pair, POSITIONS).unwrap()
 }
 
+/// `test` of a room for chains that match, and of one for all.
+fn every_device_of_both(test: impl Fn(&dyn Device, bool)) {
+    [false, true].into_iter().for_each(|all| every_device(|device| test(device, all)));
+}
+
 #[test]
 fn a_round_captured_in_the_middle_of_generations_is_the_one_captured_at_first() {
-    every_device(|device| {
+    every_device_of_both(|device, all| {
         let models = models(device);
-        let mut batches = [batch(device, &models)];
-        let mut drive = Drive::new();
+        let mut batches = [batch(device, &models, all)];
+        let mut drive = Drive::new(all);
         let (mut round, mut lengths) = (0, vec![]);
         while drive.change(&mut batches, round, true) {
             drive.round(&mut batches[0]);
@@ -157,6 +182,12 @@ fn buffers(node: &Node) -> Vec<&Buffer> {
         .collect()
 }
 
+/// As [`buffers`], but for the one that says where the caches are.
+fn data(node: &Node) -> impl Iterator<Item = &Buffer> {
+    let Node::Launch(launch) = node else { panic!("a round copies nothing: {node:?}") };
+    buffers(node).into_iter().skip(usize::from(launch.kernel.name == "compact"))
+}
+
 /// Rounds that have begun on the device: the first word of the clock, argument 6 of `round_begin`.
 fn rounds(device: &dyn Device, batch: &Batch) -> u32 {
     download::<u32>(device, buffers(&batch.graphs()[0].1.nodes[0])[6])[0]
@@ -164,17 +195,17 @@ fn rounds(device: &dyn Device, batch: &Batch) -> u32 {
 
 #[test]
 fn replays_leave_the_bits_of_fresh_launches() {
-    every_device(|device| {
+    every_device_of_both(|device, every| {
         let models = models(device);
-        let mut batches = [batch(device, &models), batch(device, &models)];
-        let mut drive = Drive::new();
+        let mut batches = [batch(device, &models, every), batch(device, &models, every)];
+        let mut drive = Drive::new(every);
         let (mut round, mut seen) = (0, vec![]);
         // What two batches have of their own, by its place in the graph of all.
         let (all, last) = {
             let [replayed, launched] = &batches;
             let pairs = |first: &[Node], second: &[Node]| {
                 let pairs = first.iter().zip(second);
-                let pairs = pairs.flat_map(|(a, b)| buffers(a).into_iter().zip(buffers(b)));
+                let pairs = pairs.flat_map(|(a, b)| data(a).zip(data(b)));
                 let mut own: Vec<(Buffer, Buffer)> = pairs.map(|(a, b)| (a.clone(), b.clone())).collect();
                 own.sort_by_key(|(a, _)| (a.address(), a.bytes()));
                 own.dedup();
@@ -208,5 +239,6 @@ fn replays_leave_the_bits_of_fresh_launches() {
         let any = |of: fn(&Shape) -> bool| seen.iter().any(of);
         assert!(any(|s| !s.drafts()) && any(|s| s.drafts() && s.sampled), "{seen:?}");
         assert!(any(|s| s.sequences == 1) && any(|s| s.sequences == 3), "{seen:?}");
+        assert_eq!(any(|s| s.drawn), every, "{seen:?}");
     });
 }

@@ -124,9 +124,14 @@ fn pairs() -> Vec<(Option<support::Pair>, Pair)> {
 
 fn rooms(pair: &Pair) -> Vec<Room> {
     let most = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
-    [(1, 1, 64), (1, most, 256), (3, most.min(7), 200), (16, most, 65)]
-        .map(|(sequences, block, positions)| Room::new(sequences, block, positions))
-        .to_vec()
+    let of = |(sequences, block, positions)| Room::new(sequences, block, positions);
+    let mut rooms = [(1, 1, 64), (1, most, 256), (3, most.min(7), 200), (16, most, 65)].map(of).to_vec();
+    if most > 1 {
+        let (small, large) = (of((2, most, 100)), of((3, most, 200)));
+        rooms.extend([small.with_trees(5), Room { rules: true, ..small }]);
+        rooms.push(Room { rules: true, ..large.with_trees(64) });
+    }
+    rooms
 }
 
 fn batch<'a>(device: &'a dyn Device, models: &'a Models, room: Room) -> Batch<'a> {
@@ -146,11 +151,11 @@ memory for 1 sequence of 4096 positions in blocks of 16:
   keys and values                18874368 bytes     18.0 MiB
   page tables                         512 bytes      0.5 KiB
   workspaces                      1081808 bytes      1.0 MiB
-  activations and state           3196392 bytes      3.0 MiB
-  in all                         30311864 bytes     28.9 MiB
+  activations and state           3196400 bytes      3.0 MiB
+  in all                         30311872 bytes     28.9 MiB
   at most while loading           7684608 bytes      7.3 MiB
-  to be free on a GPU           572522736 bytes    546.0 MiB
-  page-locked on the host             240 bytes      0.2 KiB
+  to be free on a GPU           572522784 bytes    546.0 MiB
+  page-locked on the host             288 bytes      0.3 KiB
 pages of keys and values: 64 of 294912 bytes, 4608 a position";
     assert_eq!(plan.to_string(), expected);
 }
@@ -255,11 +260,11 @@ fn what_does_not_fit_is_one_sentence_with_the_context_that_would() {
         assert_eq!(check(needed - 1, overhead).unwrap_err().0, 5);
     }
     let needed = plan.needed(Overhead::NONE);
-    assert_eq!(needed, 49_187_368);
+    assert_eq!(needed, 49_187_472);
     assert_eq!(
         check(needed - 1, Overhead::NONE).unwrap_err().1,
-        "not enough memory on the device for 2 sequences of 4096 positions in blocks of 8: 49187368 bytes (46.9 MiB) are \
-         needed, 49187367 bytes (46.9 MiB) are free; the largest --ctx that fits is 4032"
+        "not enough memory on the device for 2 sequences of 4096 positions in blocks of 8: 49187472 bytes (46.9 MiB) are \
+         needed, 49187471 bytes (46.9 MiB) are free; the largest --ctx that fits is 4032"
     );
     let sentence = check(5 << 20, Overhead::GPU).unwrap_err().1;
     assert!(
@@ -325,6 +330,7 @@ fn a_round_is_five_launches_a_layer_and_a_few() {
         let drafters = pair.drafter.as_ref().map_or(0, |drafter| drafter.config.stack.attention.len());
         for room in rooms(pair) {
             let (layers, more) = if room.block > 1 { (own + drafters, 13) } else { (own, 8) };
+            let more = more + if room.tree > 0 { 2 } else { 0 };
             assert_eq!(count(pair, room), (5 * layers + more, Some((layers, 5))), "{room:?}");
         }
     }

@@ -3,6 +3,8 @@
 
 #[path = "support/crowd.rs"]
 mod crowd;
+#[path = "support/law.rs"]
+mod law;
 #[path = "support/program.rs"]
 mod program;
 mod support;
@@ -22,7 +24,6 @@ use dflash::tree::{Tree, chains, shape};
 use dflash::verify::Sampling;
 use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
 use serde_json::Value;
-use std::collections::HashMap;
 
 struct Models(Target, Drafter);
 
@@ -45,63 +46,21 @@ impl Models {
         Sequences::new(&self.0, Some(&self.1), slots, usize::MAX)
     }
 
-    /// The law of the first `length` tokens after `prompt`, and its sequences of any probability.
-    fn law(&self, prompt: &[u32], sampling: &Sampling, length: usize) -> HashMap<Vec<u32>, f64> {
-        let mut law = HashMap::from([(vec![], 1.0)]);
-        for _ in 0..length {
-            let mut longer = HashMap::new();
-            for (tokens, likely) in law {
-                let mut cache = Cache::new(&self.0.config.stack, prompt.len() + length).unwrap();
-                let all = [prompt, &tokens].concat();
-                let normed = self.0.forward(&all, &mut cache, &[], &mut Vec::new(), 1);
-                let mut logits = Vec::new();
-                self.0.logits(&normed, &mut logits);
-                let weights = sampling.survivors(&logits).unwrap();
-                let total: u64 = weights.iter().map(|&(_, w)| w).sum();
-                longer.extend(
-                    weights
-                        .iter()
-                        .map(|&(id, w)| ([&tokens[..], &[id]].concat(), likely * w as f64 / total as f64)),
-                );
-            }
-            law = longer;
-        }
-        law
-    }
-
-    /// Holds `runs` answers to `request`, of as many seeds, against the target's law: chi-square, refused where one
-    /// honest run in ten thousand is worse (Wilson and Hilferty). Returns the drafts accepted per round.
+    /// Holds `runs` answers to `request`, of as many seeds, against the target's law. Returns the drafts accepted per round.
     fn check(&self, request: &Request, runs: u64) -> f64 {
-        let law = self.law(&request.prompt, &request.sampling, request.max_tokens);
-        let mut counts: HashMap<Vec<u32>, u64> = HashMap::new();
-        let mut decoder = self.slots(1);
+        let law = law::law(&self.0, &request.prompt, &request.sampling, request.max_tokens);
+        let (mut decoder, what) = (self.slots(1), &request.drafting);
         let mut accepted = Vec::new();
-        for seed in 0..runs {
+        let answer = |seed| {
             let sampling = Sampling { seed, ..request.sampling.clone() };
-            let outcome =
-                resume(&mut decoder, &Request { sampling, ..request.clone() }, &mut Silent).unwrap();
-            *counts.entry(outcome.tokens).or_default() += 1;
+            let request = Request { sampling, ..request.clone() };
+            let outcome = resume(&mut decoder, &request, &mut Silent).unwrap();
             accepted.extend(outcome.accepted);
-        }
-        let what = &request.drafting;
-        let (mut chi, mut cells, mut rare) = (0.0, 0, (0.0, 0.0));
-        for (tokens, likely) in &law {
-            let found = counts.remove(tokens).unwrap_or(0) as f64;
-            match likely * runs as f64 {
-                e if e < 10.0 => rare = (rare.0 + e, rare.1 + found),
-                e => (chi, cells) = (chi + (found - e).powi(2) / e, cells + 1),
-            }
-        }
-        assert!(counts.is_empty(), "{what:?}: {counts:?} are no answers of the target");
-        if rare.0 > 5.0 {
-            (chi, cells) = (chi + (rare.1 - rare.0).powi(2) / rare.0, cells + 1);
-        }
-        let dof = f64::from(cells - 1);
-        let bound = dof * (1.0 - 2.0 / (9.0 * dof) + 3.72 * (2.0 / (9.0 * dof)).sqrt()).powi(3);
+            outcome.tokens
+        };
+        law::check(what, &law, (0..runs).map(answer));
         let mean = (accepted.iter().sum::<usize>() - accepted.len()) as f64 / accepted.len() as f64;
-        println!("{what:?}: {chi:.1} of at most {bound:.1}, {cells} cells, {mean:.3} drafts a round");
-        assert!(cells > 10, "{what:?}: {cells} cells");
-        assert!(chi < bound, "{what:?}: chi-square {chi:.1} of at most {bound:.1}");
+        println!("{what:?}: {mean:.3} drafts a round");
         mean
     }
 }
@@ -437,25 +396,7 @@ fn drafts_that_somebody_else_made_have_no_law() {
     assert_eq!(error.to_string(), "drafts without the laws that they were drawn from");
 }
 
-// ---- devices and flags ----
-
-#[test]
-fn devices_refuse_other_rules_than_match() {
-    use dflash::engine::{Backend, generate};
-    let (target, drafter) = crowd::tiny();
-    let pair = crowd::open(&support::write_pair(&target, &drafter));
-    let device = Box::new(dflash::emulator::Emulator::new());
-    let room = dflash::memory::Room::new(1, 4, 64);
-    let backend = OnDevice::load("emulator", device, &pair, room, &mut |_, _| ()).unwrap();
-    let mut decoder = backend.decoder().unwrap();
-    for how in [drafting(Rule::Rejection, 0.0), drafting(Rule::Block, 1.0)] {
-        let error = generate(&mut *decoder, &request(&[1, 2], 5, 4, how), &mut Silent).unwrap_err();
-        assert_eq!(error.exit_code(), 4);
-        assert_eq!(error.to_string(), "only the device cpu judges drafts by other rules than match");
-    }
-    // Plain decoding has no drafts.
-    run(&mut *decoder, &request(&[1, 2], 5, 1, drafting(Rule::Block, 1.0)));
-}
+// ---- flags ----
 
 fn record(args: &[&str]) -> Value {
     program::run([&["--json", "import os\n", "-n", "40", "--seed", "3"], args].concat()).json().remove(0)
@@ -489,6 +430,12 @@ fn verify_chooses_the_rule_and_the_record_names_it() {
         // Three chains of 6 fit, or all rows of a shape.
         assert_eq!(drafted[0], if rule == "block" { 18 } else { 19 });
     }
+    for rule in ["rejection", "block"] {
+        let args = [&hot[..], &["--verify", rule, "--device", "emulator", "-n", "10"]].concat();
+        let got = record(&args);
+        assert_eq!((&got["verify"], &got["device"]), (&Value::from(rule), &Value::from("emulator")));
+        assert_eq!(record(&args)["tokens"], got["tokens"], "the seed gives {rule}'s text again");
+    }
     let coupled = record(&[&hot[..], &["--coupled"]].concat());
     assert_eq!(coupled["tokens"], matched["tokens"]);
     assert_ne!(coupled["accepted"], matched["accepted"]);
@@ -498,7 +445,7 @@ fn verify_chooses_the_rule_and_the_record_names_it() {
 
 #[test]
 fn flags_that_cannot_go_together_are_refused() {
-    let cases: [(i32, &[&str], &str); 13] = [
+    let cases: [(i32, &[&str], &str); 14] = [
         (
             2,
             &["--verify", "typical"],
@@ -553,13 +500,8 @@ fn flags_that_cannot_go_together_are_refused() {
         ),
         (
             4,
-            &["--device", "emulator", "--verify", "rejection"],
-            "--verify rejection runs on --device cpu only: the other devices verify chains by the rule match",
-        ),
-        (
-            4,
-            &["--device", "cuda", "--verify", "block"],
-            "--verify block runs on --device cpu only: the other devices verify chains by the rule match",
+            &["--device", "cuda", "--verify", "block", "--tree", "9"],
+            "--tree with --verify block runs on --device cpu only",
         ),
         (
             2,

@@ -554,6 +554,19 @@ fn checks_and_conversations_run_with_trees() {
 }
 
 #[test]
+fn a_device_runs_trees_and_says_what_it_ran() {
+    let record = |args: &[&str]| {
+        let args = [&[PROMPT, "-n", "12", "--json", "--device", "emulator"], args].concat();
+        program::run(args).json().remove(0)
+    };
+    let (plain, tree) = (record(&["--draft", "none"]), record(&["--tree", "40"]));
+    assert_eq!((&tree["tokens"], &tree["tree"]), (&plain["tokens"], &40.into()));
+    assert!(tree["drafted"].as_array().unwrap().iter().all(|drafted| *drafted == 39), "{tree}");
+    let checked = record(&["--tree", "24", "--check-lossless"]);
+    assert_eq!((&checked["identical"], &checked["compared"]), (&true.into(), &11.into()));
+}
+
+#[test]
 fn what_cannot_be_is_refused_in_a_sentence() {
     for (args, code, part) in [
         (&["--tree", "1"][..], 2, "--tree is 1, expected 2 to 64"),
@@ -566,9 +579,11 @@ fn what_cannot_be_is_refused_in_a_sentence() {
             "--block is 1, which is plain decoding: --tree expects at least 2",
         ),
         (&["--tree", "9", "--draft", "none"], 2, "--tree needs a drafter, but --draft is none"),
-        (&["--tree", "9", "--gpu", "0", "--device", "auto"], 2, "--gpu"),
-        (&["--tree", "9", "--device", "cuda"], 4, "--tree runs on --device cpu only"),
-        (&["--tree", "9", "--device", "emulator"], 4, "--tree runs on --device cpu only"),
+        (
+            &["--tree", "9", "--verify", "block", "--device", "emulator"],
+            4,
+            "--tree with --verify block runs on --device cpu only",
+        ),
     ] {
         let run = program::run([&[PROMPT], args].concat());
         let lines = run.err.lines().count();
@@ -577,8 +592,9 @@ fn what_cannot_be_is_refused_in_a_sentence() {
             "{args:?}: {run:?}"
         );
     }
-    let plan = program::run(["--plan", "--tree", "9"]);
-    assert!(plan.code == 2 && plan.err.contains("--plan"), "{plan:?}");
-    let auto = program::run([PROMPT, "-n", "5", "--tree", "9", "--device", "auto"]);
-    assert!(auto.code == 0 && auto.err.contains("device: cpu: --tree runs there only"), "{auto:?}");
+    let plan = program::run(["--plan", "--tree", "9", "--device", "emulator"]);
+    assert!(plan.code == 0 && plan.out.contains("in blocks of 16 and trees of 9:"), "{plan:?}");
+    let auto = program::run([PROMPT, "-n", "5", "--tree", "9", "--verify", "block", "--device", "auto"]);
+    let note = "device: cpu: --tree with --verify block runs there only";
+    assert!(auto.code == 0 && auto.err.contains(note), "{auto:?}");
 }

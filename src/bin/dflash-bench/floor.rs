@@ -193,7 +193,7 @@ fn passes(
 /// Rounds of the chain whose tokens cost the least, of those that --curve has drafts for.
 fn cheapest(flags: &args::Floor, pair: &Pair, card: &Card, context: usize) -> Option<Row> {
     let (curve, drafter) = (flags.curve.as_ref()?, &pair.drafter.as_ref()?.config);
-    let costs = Costs::modelled(card, &pair.target.config, drafter, context, drafter.block);
+    let costs = Costs::modelled(card, &pair.target.config, drafter, context, 1, drafter.block);
     let mut stands = 1.0;
     let survival: Vec<f64> = curve
         .0

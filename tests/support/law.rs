@@ -1,0 +1,62 @@
+//! The law of an answer's first tokens, which the target's own logits give exactly, and answers held against it.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+use dflash::reference::{Cache, Target};
+use dflash::verify::Sampling;
+use std::collections::HashMap;
+use std::fmt::Debug;
+
+/// Token sequences of any probability, and theirs.
+pub type Law = HashMap<Vec<u32>, f64>;
+
+/// The law of the first `length` tokens after `prompt`.
+pub fn law(target: &Target, prompt: &[u32], sampling: &Sampling, length: usize) -> Law {
+    let mut law = HashMap::from([(vec![], 1.0)]);
+    for _ in 0..length {
+        let mut longer = HashMap::new();
+        for (tokens, likely) in law {
+            let mut cache = Cache::new(&target.config.stack, prompt.len() + length).unwrap();
+            let all = [prompt, &tokens].concat();
+            let normed = target.forward(&all, &mut cache, &[], &mut Vec::new(), 1);
+            let mut logits = Vec::new();
+            target.logits(&normed, &mut logits);
+            let weights = sampling.survivors(&logits).unwrap();
+            let total: u64 = weights.iter().map(|&(_, w)| w).sum();
+            longer.extend(
+                weights
+                    .iter()
+                    .map(|&(id, w)| ([&tokens[..], &[id]].concat(), likely * w as f64 / total as f64)),
+            );
+        }
+        law = longer;
+    }
+    law
+}
+
+/// Holds answers against a law: chi-square, refused where one honest run in ten thousand is worse (Wilson and Hilferty).
+#[track_caller]
+pub fn check(what: &dyn Debug, law: &Law, answers: impl IntoIterator<Item = Vec<u32>>) {
+    let mut counts: HashMap<Vec<u32>, u64> = HashMap::new();
+    for answer in answers {
+        *counts.entry(answer).or_default() += 1;
+    }
+    let runs = counts.values().sum::<u64>() as f64;
+    let (mut chi, mut cells, mut rare) = (0.0, 0, (0.0, 0.0));
+    for (tokens, likely) in law {
+        let found = counts.remove(tokens).unwrap_or(0) as f64;
+        match likely * runs {
+            e if e < 10.0 => rare = (rare.0 + e, rare.1 + found),
+            e => (chi, cells) = (chi + (found - e).powi(2) / e, cells + 1),
+        }
+    }
+    assert!(counts.is_empty(), "{what:?}: {counts:?} are no answers of the target");
+    if rare.0 > 5.0 {
+        (chi, cells) = (chi + (rare.1 - rare.0).powi(2) / rare.0, cells + 1);
+    }
+    let dof = f64::from(cells - 1);
+    let bound = dof * (1.0 - 2.0 / (9.0 * dof) + 3.72 * (2.0 / (9.0 * dof)).sqrt()).powi(3);
+    println!("{what:?}: {chi:.1} of at most {bound:.1}, {cells} cells");
+    assert!(cells > 10, "{what:?}: {cells} cells");
+    assert!(chi < bound, "{what:?}: chi-square {chi:.1} of at most {bound:.1}");
+}
