@@ -225,24 +225,6 @@ pub fn draw(laws: &[Probabilities], coin: &mut impl Coin) -> Option<Vec<u32>> {
     laws.iter().enumerate().map(one).collect()
 }
 
-/// Draws a tree, level by level: `widths[d]` children of every row of depth `d` from `laws[d]`. Returns tokens, as
-/// [`draw_shape`], and the parents that it takes.
-pub fn draw_tree(
-    anchor: u32,
-    widths: &[usize],
-    laws: &[Probabilities],
-    siblings: Siblings,
-    coin: &mut impl Coin,
-) -> Option<(Vec<u32>, Vec<u32>)> {
-    let (mut parents, mut level) = (vec![0], 0..1);
-    for &width in widths {
-        let end = parents.len();
-        parents.extend(level.flat_map(|parent| std::iter::repeat_n(parent, width)));
-        level = end as u32..parents.len() as u32;
-    }
-    Some((draw_shape(anchor, &parents, laws, siblings, coin)?, parents))
-}
-
 /// Draws a tree of a given shape: `parents` `[rows]` as [`crate::verify::walk`] takes them, the anchor's row first; rows
 /// of depth `d + 1` from `laws[d]`, siblings in the order of their rows. Returns the tokens. Where
 /// [`Siblings::Distinct`] runs out of tokens a row repeats the sibling before it, and [`recursive`] passes it over: so
@@ -443,7 +425,7 @@ pub fn block(
 // ---- the best of several chains ----
 
 /// Draws `count` chains for [`best_block`], all of them after the anchor, one behind the other: row `1 + c g + i` has
-/// draft `i` of chain `c`, where `g` is the number of laws. Returns tokens and parents as [`draw_tree`].
+/// draft `i` of chain `c`, where `g` is the number of laws. Returns the tokens, and the parents that [`draw_shape`] would take.
 pub fn draw_chains(
     anchor: u32,
     count: usize,

@@ -100,69 +100,6 @@ impl Tree {
         tree
     }
 
-    /// [`Tree::best_first`] as many threads can do it: depth by depth, at each the best `rows - 1` children of the
-    /// best `rows - 1` prefixes of the depth before, and at last the best of them all. That loses nothing: whatever
-    /// is before a prefix is not worse. A prefix is known by its place among its depth's in the order of ranks, so
-    /// that a key of any depth fits one word.
-    pub fn by_levels(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
-        let most = rows.clamp(1, MOST_ROWS) - 1;
-        let mut all: Vec<Prefix> = Vec::new();
-        let mut beam = vec![Prefix { cost: 0, depth: 0, order: 0, parent: 0, token: anchor }];
-        let mut first = 0; // of the beam, in `all`, counted from 1; 0: the anchor
-        for choices in choices {
-            // (cost, parent's order, rank) is the order of costs and then of ranks from the anchor on.
-            let children = beam.iter().enumerate().flat_map(|(parent, prefix)| {
-                let child = move |(rank, choice): (usize, &Choice)| {
-                    (prefix.cost + choice.cost, prefix.order, rank, parent, choice.token)
-                };
-                choices.iter().take(most).enumerate().map(child)
-            });
-            let mut children: Vec<_> = children.collect();
-            children.sort_unstable();
-            children.truncate(most);
-            let order = |own: &(u32, usize, usize, usize, u32)| {
-                children.iter().filter(|other| (other.1, other.2) < (own.1, own.2)).count()
-            };
-            let depth = beam.first().map_or(0, |prefix| prefix.depth) + 1;
-            let next = children.iter().map(|child| {
-                let (cost, _, _, parent, token) = *child;
-                Prefix { cost, depth, order: order(child), parent: first + parent, token }
-            });
-            beam = next.collect();
-            first = all.len() + 1;
-            all.extend(beam.iter().cloned());
-        }
-        let mut order: Vec<usize> = (0..all.len()).collect();
-        order.sort_unstable_by_key(|&i| (all[i].cost, all[i].depth, all[i].order));
-        order.truncate(most);
-        let mut tree = Tree::new(anchor);
-        // A parent's key is less than its children's: its row is known when they come.
-        let mut row_of = vec![0; all.len() + 1];
-        for i in order {
-            row_of[i + 1] = tree.push(row_of[all[i].parent], all[i].token, all[i].cost);
-        }
-        tree
-    }
-
-    /// A tree of fixed widths: every row of depth `d` has the best `widths[d]` choices for what follows it, depth by
-    /// depth, until the tree has `rows` rows.
-    pub fn fixed(anchor: u32, choices: &[Vec<Choice>], widths: &[usize], rows: usize) -> Tree {
-        let (mut tree, rows) = (Tree::new(anchor), rows.min(MOST_ROWS));
-        let mut level = 0..1;
-        for (choices, width) in choices.iter().zip(widths) {
-            let end = level.end;
-            for parent in level {
-                for choice in choices.iter().take(*width) {
-                    if tree.rows() < rows {
-                        tree.push(parent, choice.token, tree.costs[parent] + choice.cost);
-                    }
-                }
-            }
-            level = end..tree.rows();
-        }
-        tree
-    }
-
     /// The tree of its first `rows` rows, at least the anchor: closed, because parents come first.
     pub fn truncate(&mut self, rows: usize) {
         let rows = rows.max(1);
@@ -172,18 +109,6 @@ impl Tree {
         self.masks.truncate(rows);
         self.costs.truncate(rows);
     }
-}
-
-/// A prefix of [`Tree::by_levels`].
-#[derive(Clone)]
-struct Prefix {
-    cost: u32,
-    depth: u32,
-    /// Its place among its depth's, by the ranks from the anchor on.
-    order: usize,
-    /// Where its parent stands in the list of all, counted from 1; 0: it follows the anchor.
-    parent: usize,
-    token: u32,
 }
 
 /// One of the tokens that the drafter holds best for a position.

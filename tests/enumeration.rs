@@ -4,7 +4,7 @@
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::rules::{Coin, ONE, Probabilities, Purpose, Siblings, Word, draw, draw_chains, draw_tree};
+use dflash::rules::{Coin, ONE, Probabilities, Purpose, Siblings, Word, draw, draw_chains};
 use dflash::verify::{judge, walk};
 use enumeration::*;
 use num_rational::BigRational;

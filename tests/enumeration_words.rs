@@ -4,7 +4,7 @@
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::rules::{Coin, Dice, Purpose, Siblings, Word, draw, draw_chains, draw_tree};
+use dflash::rules::{Coin, Dice, Purpose, Siblings, Word, draw, draw_chains};
 use dflash::verify::{Sampling, philox};
 use enumeration::*;
 use std::collections::HashSet;

@@ -4,7 +4,7 @@
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::rules::{ONE, Probabilities, Siblings, draw_chains, draw_tree};
+use dflash::rules::{ONE, Probabilities, Siblings, draw_chains};
 use dflash::verify::Sampling;
 use enumeration::*;
 use num_rational::BigRational;

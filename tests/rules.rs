@@ -445,7 +445,7 @@ fn verify_chooses_the_rule_and_the_record_names_it() {
 
 #[test]
 fn flags_that_cannot_go_together_are_refused() {
-    let cases: [(i32, &[&str], &str); 14] = [
+    let cases: [(i32, &[&str], &str); 12] = [
         (
             2,
             &["--verify", "typical"],

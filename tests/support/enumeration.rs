@@ -8,7 +8,7 @@
 mod random;
 
 use dflash::rules::{
-    Coin, ONE, Probabilities, Siblings, Word, best_block, block, draw, draw_chains, draw_tree, recursive,
+    Coin, ONE, Probabilities, Siblings, Word, best_block, block, draw, draw_chains, draw_shape, recursive,
     rejection,
 };
 use dflash::verify::Sampling;
@@ -360,4 +360,22 @@ pub fn models(count: u64, seed: u64) -> impl Iterator<Item = Models> {
         let (vocab, depth) = SHAPES[i as usize % SHAPES.len()];
         Models::random(&mut Random::new(seed * 1000 + i), vocab, depth)
     })
+}
+
+/// Draws a tree, level by level: `widths[d]` children of every row of depth `d` from `laws[d]`. Returns tokens, as
+/// [`draw_shape`], and the parents that it takes.
+pub fn draw_tree(
+    anchor: u32,
+    widths: &[usize],
+    laws: &[Probabilities],
+    siblings: Siblings,
+    coin: &mut impl Coin,
+) -> Option<(Vec<u32>, Vec<u32>)> {
+    let (mut parents, mut level) = (vec![0], 0..1);
+    for &width in widths {
+        let end = parents.len();
+        parents.extend(level.flat_map(|parent| std::iter::repeat_n(parent, width)));
+        level = end as u32..parents.len() as u32;
+    }
+    Some((draw_shape(anchor, &parents, laws, siblings, coin)?, parents))
 }
