@@ -76,7 +76,7 @@ struct Attention {
   float* sums;             // [4 warps][ROWS]
   uint4* views;            // [ROWS]: what `view` says
   u8* spoiled;             // [PAGE][CHUNKS]: this piece of a value held a NaN or an infinity; TREE: [2][PAGE][CHUNKS]
-  u8* paths;               // TREE: [ROWS][64]: `path_tables`
+  u8* paths;               // TREE: [ROWS][64]: `trace_paths`
 
   Pass pass;
   u32 sequence, head, group;  // kv head; query heads of it
