@@ -241,8 +241,6 @@ pub struct WherePays<C> {
     poor: usize,
     paid: usize,
     drafting: Drafting,
-    /// Rounds with drafts that are not judged.
-    open: usize,
     /// Plain steps before a trial.
     interval: usize,
 }
@@ -277,7 +275,7 @@ impl<C> WherePays<C> {
     pub fn new(inner: C, costs: Costs) -> WherePays<C> {
         let (tokens, spent, interval) = (0.0, 0.0, INTERVALS.0);
         let drafting = Drafting::On;
-        WherePays { inner, costs, tokens, spent, rounds: 0, poor: 0, paid: 0, drafting, open: 0, interval }
+        WherePays { inner, costs, tokens, spent, rounds: 0, poor: 0, paid: 0, drafting, interval }
     }
 
     /// Whether rounds draft, trials aside.
@@ -303,11 +301,8 @@ impl<C: Controller> Controller for WherePays<C> {
             }
             _ => self.inner.drafts(most),
         };
-        if drafts > 0 {
-            self.open += 1;
-            if !self.is_on() {
-                self.drafting = Drafting::Trial;
-            }
+        if drafts > 0 && !self.is_on() {
+            self.drafting = Drafting::Trial;
         }
         drafts
     }
@@ -318,7 +313,6 @@ impl<C: Controller> Controller for WherePays<C> {
 
     fn judged(&mut self, verified: usize, stood: u64) {
         self.inner.judged(verified, stood);
-        self.open = self.open.saturating_sub(1);
         let memory = if self.is_on() { MEMORY } else { MEMORY_OF_TRIALS };
         // A round's weight is what it costs, so that gains are rates.
         let norm = 1.0 - memory;
@@ -340,15 +334,15 @@ impl<C: Controller> Controller for WherePays<C> {
                     self.drafting = Drafting::Off { wait: self.interval };
                 }
             }
-            Drafting::Trial if self.open == 0 => {
+            Drafting::Trial => {
                 self.interval = (2 * self.interval).min(INTERVALS.1);
                 let again = gain >= PAYS_AGAIN;
                 (self.poor, self.paid) = (0, 0);
                 let wait = self.interval;
                 self.drafting = if again { Drafting::On } else { Drafting::Off { wait } };
             }
-            // On its way when the one before ended drafting.
-            _ => {}
+            // On its way when the one before ended drafting: long over before there is a trial.
+            Drafting::Off { .. } => {}
         }
     }
 }

@@ -28,6 +28,7 @@ use kernel::Random;
 use serde_json::Value;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::rc::Rc;
 
 fn costs(draft: f64, verify: impl Fn(usize) -> f64) -> Costs {
     Costs { draft, verify: (1..=64).map(verify).collect() }
@@ -557,15 +558,19 @@ fn alone(batch: &mut Batch, request: &Request) -> Outcome {
 }
 
 /// Says so, and then that all may be drafted.
-struct Script(VecDeque<usize>);
+struct Script {
+    sizes: VecDeque<usize>,
+    /// (verified, stood) of its rounds
+    heard: Rc<RefCell<Vec<(usize, u64)>>>,
+}
 
 impl Controller for Script {
     fn drafts(&mut self, most: usize) -> usize {
-        self.0.pop_front().unwrap_or(most)
+        self.sizes.pop_front().unwrap_or(most)
     }
 
     fn judged(&mut self, verified: usize, stood: u64) {
-        assert!(verified < 64 && stood & 1 == 1 && stood <= u64::MAX >> (63 - verified));
+        self.heard.borrow_mut().push((verified, stood));
     }
 }
 
@@ -614,12 +619,31 @@ fn rounds_on_a_device_verify_what_controllers_say_each_in_its_round() {
         }
         // Sequences join in the order of the list.
         let left = RefCell::new(VecDeque::from(scripts.clone()));
-        batch.control(move || Box::new(Script(left.borrow_mut().pop_front().unwrap())));
+        let heard: Vec<Rc<RefCell<Vec<_>>>> = scripts.iter().map(|_| Rc::default()).collect();
+        let ears = RefCell::new(VecDeque::from(heard.clone()));
+        batch.control(move || {
+            let sizes = left.borrow_mut().pop_front().unwrap();
+            Box::new(Script { sizes, heard: ears.borrow_mut().pop_front().unwrap() })
+        });
         let got = together(batch, &requests, go_on);
         for (i, (got, plain)) in got.iter().zip(&plain).enumerate() {
             assert_eq!((&got.tokens, got.finish), (&plain.tokens, plain.finish), "request {i}");
             let script: Vec<usize> = scripts[i].iter().copied().take(got.drafted.len()).collect();
             assert_eq!(got.drafted, script, "request {i}");
+            // What came of each round with drafts, and nothing else, is what its controller hears.
+            let rounds = got.drafted.iter().zip(&got.accepted).filter(|(drafts, _)| **drafts > 0);
+            let heard = heard[i].borrow();
+            assert_eq!(heard.len(), rounds.clone().count(), "request {i}");
+            for ((drafts, tokens), (verified, stood)) in rounds.zip(heard.iter()) {
+                assert_eq!(
+                    (verified, stood.count_ones() as usize, stood & 1),
+                    (drafts, *tokens, 1),
+                    "request {i}"
+                );
+                let is_tree = requests[i].drafting.tree.is_some();
+                let (within, chain) = (*stood <= chain_of(*drafts), *stood == chain_of(tokens - 1));
+                assert!(within && (is_tree || chain), "request {i}: {stood:b} of {drafts}");
+            }
             assert!(got.accepted.iter().any(|tokens| *tokens > 2), "request {i}: {:?}", got.accepted);
         }
     });
@@ -694,7 +718,7 @@ fn a_drafter_that_follows_on_a_device_drafts_what_it_would_have() {
         for (first, last) in [(0, 1), (0, 7), (3, 4), (5, 20), (1, rounds / 2)] {
             // Drafts as before, but for these rounds; as many plain steps as they brought tokens.
             let script = [vec![15; first], vec![0; brought(first..last)]].concat();
-            batch.control(move || Box::new(Script(script.clone().into())));
+            batch.control(move || Box::new(Script { sizes: script.clone().into(), heard: Rc::default() }));
             let paused = alone(batch, &asked);
             assert_eq!(paused.tokens, busy.tokens);
             let ones = vec![1; brought(first..last)];

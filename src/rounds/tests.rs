@@ -76,11 +76,11 @@ fn rounds_are_as_large_as_the_largest_of_their_sequences() {
     let models = Models::load(&device, &pair, 128).unwrap();
     let room = Room { adaptive: true, ..Room::new(2, 16, 128).with_trees(64) };
     let mut batch = Batch::new(&device, &models, room).unwrap();
-    let scripts = [[63, 0, 15, 16, 0, 32, 3], [0, 0, 3, 31, 15, 0, 4]];
+    let scripts = [vec![63, 0, 15, 16, 0, 32, 3], vec![0, 0, 3, 31, 15, 0, 4]];
     let next = std::cell::Cell::new(0);
     batch.control(move || {
         next.set(next.get() + 1);
-        Box::new(Script(scripts[next.get() - 1].to_vec().into_iter()))
+        Box::new(Script(scripts[next.get() - 1].clone().into_iter()))
     });
     let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
     let drafting = crate::rules::Drafting { tree: Some(64), ..Default::default() };
