@@ -207,7 +207,7 @@ fn tokens_of_trees_come_of_the_logits_of_plain_decoding_bit_for_bit() {
 
 #[test]
 fn the_first_tokens_have_the_targets_law_under_every_rule() {
-    const RUNS: u64 = 1500;
+    const RUNS: u64 = 700;
     let pair = small(4);
     let target = Target::load(&pair.target).unwrap();
     let prompt = [1, 2, 3];
@@ -215,12 +215,7 @@ fn the_first_tokens_have_the_targets_law_under_every_rule() {
         let models = Models::load(device, &pair, 64).unwrap();
         let room = Room { rules: true, ..Room::new(32, 4, 64) };
         let mut batch = Batch::new(device, &models, room).unwrap();
-        for how in [
-            draws(Rule::Rejection, 1.0),
-            draws(Rule::Block, 1.0),
-            draws(Rule::Block, 0.5),
-            draws(Rule::Rejection, 0.0),
-        ] {
+        for how in [draws(Rule::Rejection, 1.0), draws(Rule::Block, 1.0)] {
             let one = |seed| Request { drafting: how.clone(), ..seeded(&prompt, 3, 4, 1.0, seed) };
             let requests: Vec<Request> = (0..RUNS).map(one).collect();
             let outcomes = together(&mut batch, &requests, go_on);
@@ -310,9 +305,13 @@ fn devices_draw_and_judge_as_the_cpu_does_but_for_near_ties() {
             Batch::new(device, &models, Room { rules: true, ..Room::new(4, 8, POSITIONS) }).unwrap();
         let prompts = held();
         let kinds = [Rule::Rejection, Rule::Block].map(|rule| (draws(rule, 0.7), 8, 1.0));
-        let requests: Vec<Request> = (0..12u64)
-            .map(|i| request(&prompts[2 * i as usize][..50], TOKENS, kinds[i as usize % 2].clone(), i))
-            .collect();
+        // So few survivors that a chance has room on both sides.
+        let few = |i: u64| {
+            let mut one = request(&prompts[2 * i as usize][..50], TOKENS, kinds[i as usize % 2].clone(), i);
+            (one.sampling.top_k, one.drafting.sampling.top_k) = (4, 4);
+            one
+        };
+        let requests: Vec<Request> = (0..12).map(few).collect();
         let own = together(&mut batch, &requests, go_on);
         let theirs = cpu::install(|| {
             together(&mut Sequences::new(&target, Some(&drafter), 4, POSITIONS), &requests, go_on)
@@ -338,6 +337,28 @@ fn devices_draw_and_judge_as_the_cpu_does_but_for_near_ties() {
         }
         println!("{same} of {} answers are the CPU's, after {rounds} equal rounds", requests.len());
         assert!(same >= 9, "{same}");
+    });
+}
+
+/// A tree's path leaves the drafter its features: where it drafts as well as on the CPU, it has them.
+#[test]
+fn trees_on_devices_accept_what_the_cpus_do() {
+    let pair = demo();
+    let target = Target::load(&pair.target).unwrap();
+    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    every_device(|device| {
+        let models = Models::load(device, &pair, POSITIONS).unwrap();
+        let mut batch = Batch::new(device, &models, Room::new(4, BLOCK, POSITIONS).with_trees(20)).unwrap();
+        let prompts = held();
+        let of = |i: usize| request(&prompts[9 * i][..60], 20, (tree(20), 16, 0.0), 1);
+        let requests: Vec<Request> = (0..4).map(of).collect();
+        let own = together(&mut batch, &requests, go_on);
+        let mut on_cpu = Sequences::new(&target, Some(&drafter), 4, POSITIONS);
+        let theirs = cpu::install(|| together(&mut on_cpu, &requests, go_on));
+        let same = own.iter().zip(&theirs).filter(|(a, b)| answer(a) == answer(b)).count();
+        let all: Vec<_> = own.iter().zip(&theirs).map(|(a, b)| (&a.accepted, &b.accepted)).collect();
+        println!("{same} of 4: {all:?}");
+        assert!(same >= 3, "{all:?}");
     });
 }
 
