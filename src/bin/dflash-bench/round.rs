@@ -647,6 +647,6 @@ mod tests {
         let asked = device.asked.lock().unwrap();
         let samples: Vec<&str> = asked.split('e').step_by(2).collect();
         assert_eq!(samples.len(), 3 * 7 + 1);
-        assert!(samples[..3 * 7].iter().all(|before| before.ends_with("rcc")), "{asked}");
+        assert!(samples[..3 * 7].iter().all(|before| before.ends_with("rccc")), "{asked}");
     }
 }
