@@ -579,7 +579,6 @@ fn what_cannot_be_is_refused_in_a_sentence() {
             "--block is 1, which is plain decoding: --tree expects at least 2",
         ),
         (&["--tree", "9", "--draft", "none"], 2, "--tree needs a drafter, but --draft is none"),
-        (&["--tree", "9", "--verify", "block", "--gpu", "0", "--device", "auto"], 2, "--gpu"),
         (
             &["--tree", "9", "--verify", "block", "--device", "emulator"],
             4,
