@@ -55,6 +55,11 @@ fn tree(rows: usize) -> Drafting {
     Drafting { tree: Some(rows), ..Drafting::default() }
 }
 
+/// Whose siblings are drawn without replacement.
+fn drawn_tree(rows: usize, temperature: f32) -> Drafting {
+    Drafting { tree: Some(rows), ..draws(Rule::Rejection, temperature) }
+}
+
 /// How drafts are made and judged, rows of a block, temperature.
 fn kinds() -> Vec<(Drafting, usize, f32)> {
     let plain = Drafting::default;
@@ -76,6 +81,8 @@ fn kinds() -> Vec<(Drafting, usize, f32)> {
         (draws(Rule::Rejection, 2.0), 16, 0.0),
         (draws(Rule::Block, 2.0), 2, 0.6),
         (draws(Rule::Block, 1.0), 1, 1.0),
+        (drawn_tree(40, 1.0), 16, 1.0),
+        (drawn_tree(7, 0.5), 6, 0.9),
     ]
 }
 
@@ -213,9 +220,9 @@ fn the_first_tokens_have_the_targets_law_under_every_rule() {
     let prompt = [1, 2, 3];
     every_device(|device| {
         let models = Models::load(device, &pair, 64).unwrap();
-        let room = Room { rules: true, ..Room::new(32, 4, 64) };
+        let room = Room { rules: true, ..Room::new(32, 4, 64).with_trees(9) };
         let mut batch = Batch::new(device, &models, room).unwrap();
-        for how in [draws(Rule::Rejection, 1.0), draws(Rule::Block, 1.0)] {
+        for how in [draws(Rule::Rejection, 1.0), draws(Rule::Block, 1.0), drawn_tree(9, 1.0)] {
             let one = |seed| Request { drafting: how.clone(), ..seeded(&prompt, 3, 4, 1.0, seed) };
             let requests: Vec<Request> = (0..RUNS).map(one).collect();
             let outcomes = together(&mut batch, &requests, go_on);
@@ -497,7 +504,7 @@ fn rooms_refuse_what_they_were_not_made_for() {
     let drawn = Drafting { tree: Some(20), ..draws(Rule::Block, 1.0) };
     let room = Room { rules: true, ..chains.with_trees(20) };
     let (code, error) = refused(room, of(8, &drawn));
-    assert_eq!((code, &error[..]), (4, "devices judge trees by the rule match only, not block"));
+    assert_eq!((code, &error[..]), (4, "only the device cpu judges several chains as blocks"));
 }
 
 /// A sequence has the pages of its positions and of the rows of its tree, no more and no less.
@@ -542,7 +549,7 @@ fn trees_take_their_pages_and_no_others() {
 // ---- launches ----
 
 #[test]
-fn trees_cost_two_launches_a_round_and_rules_four() {
+fn trees_cost_two_launches_a_round_rules_four_and_both_eight() {
     let (pair, device) = (demo(), Emulator::new());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
     // As tests/device.rs counts them.
@@ -558,7 +565,9 @@ fn trees_cost_two_launches_a_round_and_rules_four() {
                     // choices and compact; tree_build comes in round_tokens' place.
                     let more = if trees { 2 } else { 0 };
                     // The drafter's law and the target's, draw and judge.
-                    drafting + more + if rules && shape.drawn { 4 } else { 0 }
+                    let of_rules = if rules && shape.drawn { 4 } else { 0 };
+                    // Siblings are drawn and judged by kernels of their own.
+                    drafting + more + of_rules + if trees && of_rules > 0 { 2 } else { 0 }
                 }
                 _ => plain,
             };
