@@ -264,7 +264,6 @@ fn drafts_that_cannot_be_made_are_refused_as_by_dflash_gen() {
         &["--tree", "65"],
         &["--tree", "x"],
         &["--tree", "9", "--coupled"],
-        &["--adaptive", "--gpu", "0"],
         &["--adaptive", "--verify", "rejection"],
         &["--adaptive", "--block", "1"],
     ] {
