@@ -262,9 +262,9 @@ const PAYS: f64 = 1.03;
 const PAYS_AGAIN: f64 = 1.08;
 /// Poor rounds in a row that end it.
 const POOR: usize = 8;
-/// Plain steps before the first trial, and before any: twice as many after each that fails.
+/// Plain steps before the first trial, and before any: twice as many after each, until drafting has paid for long.
 const INTERVALS: (usize, usize) = (16, 256);
-/// Paying rounds after which the next interval is the first one again.
+/// Paying rounds since the last trial after which the next interval is the first one again.
 const SETTLED: usize = 64;
 /// What is left of a round's tokens and costs after another one; after a trial, which stands for all the rounds
 /// between.

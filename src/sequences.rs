@@ -356,7 +356,9 @@ impl<'a> Sequence<'a> {
             tokens.len()
         };
         let (state, _) = started(&mut self.state)?;
-        let stood = state.path.iter().fold(0, |stood, row| stood | 1 << row);
+        // Without a controller there may be more rows than bits.
+        let stood =
+            state.path.iter().fold(0, |stood, row| stood | 1u64.checked_shl(*row as u32).unwrap_or(0));
         self.ask(|controller| controller.judged(drafts, stood))?;
         Ok(drafts)
     }

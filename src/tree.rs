@@ -1,7 +1,7 @@
 //! Draft trees: several guesses for a position, verified in one pass. A tree is rows of a pass, the anchor first; its
 //! nodes come from one pass of the drafter, whose rows know nothing of each other, so that any row's tokens can
-//! follow any of the row before. What a tree holds decides how many drafts are accepted, never which tokens are
-//! emitted.
+//! follow any of the row before. What a tree holds decides how many drafts are accepted; under the rule `match` never which
+//! tokens are emitted, and under others never their law.
 //!
 //! Scores are integers, and every tie has an order: a device that builds the same tree from the same logits draws the
 //! same tree, whatever the order of its reductions.
@@ -178,7 +178,8 @@ pub fn typical(place: u32) -> u32 {
 
 /// How many chains [`crate::rules::draw_chains`] draws for a tree of up to `rows` rows, at least one, and of how many
 /// drafts, at most `depth`. Three rather than longer ones, or two where three had fewer than three drafts each: so the demo
-/// pair accepts most, in trees of 8, 16 and 31 rows at temperatures 0.7 and 1.
+/// pair accepts most, in trees of 8, 16 and 31 rows at temperatures 0.7 and 1. More where rows are left over because `depth`
+/// ends them, and one for two rows.
 pub fn chains(rows: usize, depth: usize) -> (usize, usize) {
     let drafts = rows.saturating_sub(1);
     let least = if drafts < 9 { 2 } else { 3 };

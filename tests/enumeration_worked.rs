@@ -4,7 +4,7 @@
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::rules::{ONE, Probabilities, Siblings, draw_chains};
+use dflash::rules::{Coin, ONE, Probabilities, Siblings, Word, draw_chains, rejection};
 use dflash::verify::Sampling;
 use enumeration::*;
 use num_rational::BigRational;
@@ -25,6 +25,43 @@ fn probabilities_are_the_worked_examples() {
     );
     assert_eq!(of(0.5, &p), [221067737783788, 49326719680635, 11006359540146, 74159706087]);
     assert_eq!(of(0.0, &p), [ONE]);
+}
+
+/// Lets every draft fall, and keeps what it was asked.
+#[derive(Default)]
+struct Falls {
+    chances: Vec<(u64, u64)>,
+    weights: Vec<(u32, u64)>,
+}
+
+impl Coin for Falls {
+    fn accept(&mut self, _: Word, s: u64, n: u64) -> bool {
+        self.chances.push((s, n));
+        s >= n
+    }
+
+    fn pick(&mut self, _: Word, weights: &[(u32, u64)]) -> Option<u32> {
+        self.weights = weights.to_vec();
+        weights.first().map(|&(id, _)| id)
+    }
+}
+
+#[test]
+fn chances_and_what_is_left_are_the_worked_examples() {
+    let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+    let p = sampling.probabilities(&[1.0, 0.25, -0.5, -3.0]).unwrap();
+    let q = sampling.probabilities(&[0.0, 1.0, -0.5, -1.0]).unwrap();
+    for (draft, stands) in [(0, None), (1, Some(0.4758225)), (2, None), (3, Some(0.1363248))] {
+        let mut coin = Falls::default();
+        let (accepted, _) =
+            rejection(&[draft], std::slice::from_ref(&q), |_| Some(p.clone()), &mut coin).unwrap();
+        let (s, n) = coin.chances[0];
+        assert_eq!((accepted, s >= n), (usize::from(stands.is_none()), stands.is_none()), "{draft}");
+        if let Some(stands) = stands {
+            assert!((s as f64 / n as f64 - stands).abs() < 1e-7, "{draft}: {s} of {n}");
+            assert_eq!(coin.weights, [(0, 104257175306647), (2, 266038055173)]);
+        }
+    }
 }
 
 #[test]
@@ -225,6 +262,10 @@ fn the_best_of_several_chains_accepts_what_was_computed_by_hand() {
     let first = |id: u32| choose.iter().filter(|(c, _)| c[0] == id).map(|(_, p)| p).sum::<BigRational>();
     for (id, expected) in (0u32..).zip([19.0 / 100.0, 8.0 / 25.0, 33.0 / 100.0, 4.0 / 25.0]) {
         near(&first(id), expected, 1e-13);
+    }
+    let both = |id: u32| choose.iter().filter(|(c, _)| c[..] == [0, id]).map(|(_, p)| p).sum::<BigRational>();
+    for (id, expected) in (0u32..).zip([199.0 / 1900.0, 98.0 / 475.0, 573.0 / 1900.0, 184.0 / 475.0]) {
+        near(&(both(id) / first(0)), expected, 1e-13);
     }
     // Where the drafter is the target, one chain always stands, and the best of two does not.
     let even = Models::new(2, 1, || probabilities(&[1, 1]), || probabilities(&[1, 1]));

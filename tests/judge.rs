@@ -553,12 +553,18 @@ fn garbage_stays_inside_the_buffers() {
                 // Small words too, which pass for ids, rules and counts.
                 let word =
                     |_| random.next() as u32 >> if random.below(2) == 0 { 0 } else { 20 + random.below(12) };
-                let words: Vec<u32> = (0..bytes / 4).map(word).collect();
-                upload(device, &words)
+                (0..bytes / 4).map(word).collect::<Vec<u32>>()
             };
+            let mut states = noise(sequences * 128);
+            // Its rule is the last word, its form the upper half of the eighth; let some be those that take part.
+            for words in states.chunks_mut(32).skip(i % 2) {
+                (words[31], words[7]) = ([Rule::Rejection, Rule::Block][i / 2 % 2] as u32, words[7] & 0xffff);
+            }
+            let states = upload(device, &states);
+            let mut noise = |bytes: usize| upload(device, &noise(bytes));
             let [drafts, path, tokens] = [(); 3].map(|()| noise(rows * 4));
             let [accepted, next] = [(); 2].map(|()| noise(sequences * 4));
-            let (states, table, spans) = (noise(sequences * 128), noise(rows * 16), noise(sequences * 8));
+            let (table, spans) = (noise(rows * 16), noise(sequences * 8));
             let [a, b] = [(); 2].map(|()| (noise(rows * vocab * 4), noise(rows * LAW_BYTES)));
             let (target, drafter) = (Rows { logits: &a.0, laws: &a.1 }, Rows { logits: &b.0, laws: &b.1 });
             let (partial, best) = (noise(rows * 8), noise(rows * kernels.blocks * 8));

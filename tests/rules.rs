@@ -351,6 +351,21 @@ fn a_block_of_one_row_is_plain_decoding_whatever_the_rule() {
     });
 }
 
+/// More of them than a controller's bits are.
+#[test]
+fn a_block_of_a_hundred_drafts_stands_whole() {
+    let (target, drafter) = crowd::tiny();
+    let target = support::Target { vocab: 1, ..target };
+    let drafter = support::Drafter { block: 101, mask_token: 0, ..drafter };
+    let models = load(&crowd::open(&support::write_pair(&target, &drafter)));
+    cpu::install(|| {
+        for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
+            let got = run(&mut models.slots(1), &request(&[0], 103, 101, drafting(rule, 1.0)));
+            assert_eq!((got.accepted, got.tokens.len()), (vec![101, 101], 103), "{rule:?}");
+        }
+    });
+}
+
 #[test]
 fn drawn_trees_get_less_deep_where_positions_end() {
     let (target, mut drafter) = crowd::tiny();

@@ -557,8 +557,11 @@ fn garbage_stays_inside_the_buffers() {
             let [accepted, next] = [(); 2].map(|()| upload(device, &noise(sequences * 4)));
             let spans = upload(device, &noise(sequences * 8));
             let mut states = noise(sequences * 128);
-            // Its rule is the last word; let some be the one that takes part.
-            states.chunks_mut(32).skip(i % 2).for_each(|words| words[31] = 1);
+            // Its rule is the last word, its form the upper half of the eighth; let some be those that take part.
+            for words in states.chunks_mut(32).skip(i % 2) {
+                (words[31], words[7]) =
+                    (Rule::Rejection as u32, words[7] & 0xffff | (Form::Drawn as u32) << 16);
+            }
             let states = upload(device, &states);
             let (target, drafter) = (
                 [noise(sequences * wide * vocab * 4), noise(sequences * wide * LAW_BYTES)],

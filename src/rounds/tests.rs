@@ -101,3 +101,22 @@ fn rounds_are_as_large_as_the_largest_of_their_sequences() {
     }
     assert_eq!(rows, [64, 1, 16, 32, 16, 64]);
 }
+
+/// Rows that the next pass has anyway cost nothing, and controllers know which passes there are.
+#[test]
+fn controllers_of_an_adaptive_room_fill_its_passes() {
+    let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+    let models = Models::load(&device, &pair, 128).unwrap();
+    let room = Room { adaptive: true, ..Room::new(1, 16, 128).with_trees(64) };
+    let batch = Batch::new(&device, &models, room).unwrap();
+    let mut controller = batch.controllers.as_ref().unwrap()();
+    let mut rows = vec![];
+    for _ in 0..12 {
+        let drafts = controller.drafts(63);
+        controller.judged(drafts, 0b11);
+        rows.push(drafts + 1);
+    }
+    // From all of them a tile at a time to the smallest, and of that more than what stands would pay by itself.
+    assert_eq!(rows[..7], [64, 64, 64, 64, 48, 32, 16]);
+    assert!(rows[7..].iter().all(|rows| (9..17).contains(rows)), "{rows:?}");
+}

@@ -98,7 +98,8 @@ fn room_json(room: Room) -> Value {
 }
 
 fn print_launches(args: &Args, pair: &Pair, room: Room) -> Result<u8> {
-    let sampled = args.temperature != 0.0;
+    // Rules other than `match` draw drafts and judge them by logits at any temperature.
+    let sampled = args.temperature != 0.0 || room.rules;
     let nodes = launches::of_round(pair, room, sampled)?;
     let sections = launches::outline(&nodes);
     let layers = launches::layers(&sections);
