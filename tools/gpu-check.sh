@@ -48,7 +48,7 @@ for turn in first second; do
     say "         $(grep -o "opened in .*" "$out/last")"
 done
 
-for test in cuda pack read norm linear linear_bits prefill attention decide rounds passes graphs device lossless; do
+for test in cuda pack read norm linear linear_bits prefill attention decide rounds passes graphs device lossless device_trees judge siblings device_rules; do
     [ -x "$test" ] || continue
     step 120 tests.log "$test" "./$test" --show-output && continue
     # A kernel that went wrong takes the others of its process along: each failed test again, alone.
@@ -70,7 +70,13 @@ generate() { # generate LOG ARGS...
 if [ -x dflash-gen ]; then
     generate generate.log -n 128 --check-lossless
     generate generate.log -n 128 --check-lossless --temperature 0.8 --top-p 0.95 --seed 1
+    generate generate.log -n 128 --check-lossless --tree 64
+    generate generate.log -n 128 --check-lossless --tree 20 --temperature 0.8 --seed 1
     generate generate.log -n 128 --compare
+    for how in "--adaptive" "--verify block" "--verify rejection --tree 64"; do
+        # shellcheck disable=SC2086 # several flags
+        generate generate.log -n 128 --temperature 1 --seed 1 --json $how
+    done
     for batch in 1 8; do generate generate.log -n 128 --batch $batch --json; done
 fi
 
