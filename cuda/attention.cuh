@@ -15,7 +15,7 @@
 constexpr u32 ATTENTION_THREADS = 128;
 
 // How a row sees the other rows of its pass.
-enum Rule {
+enum Sight {
   CHAIN,  // those before it, and itself
   TREE,   // those its mask names, ancestors and itself: these are its positions from `context` on, in order of slots
   BLOCK,  // all
@@ -58,7 +58,7 @@ WRAPPER u32 window_start(u32 end, u32 window) { return window && end > window ? 
 
 // --- the core ---
 
-template <int D, int MT, Rule RULE>
+template <int D, int MT, Sight RULE>
 struct Attention {
   static constexpr u32 ROWS = 16 * MT;
   static constexpr u32 PITCH = D * 2;        // bytes of a query, key or value
@@ -671,7 +671,7 @@ struct Attention {
 // tile's keys lie in several splits, each block leaves a part, the last of a group of splits merges the group's, and
 // the last of all the groups'. 64 rows at 4096 slots leave a megabyte of parts per kv head, which one block could not
 // read in less time than all together take to attend (64 bytes a clock: 9 us, against 4 for the keys and values).
-template <int D, int MT, Rule RULE>
+template <int D, int MT, Sight RULE>
 WRAPPER void attend(const Pass& pass,
                     float* partials,  // [sequences * row tiles][kv_heads][splits][PARTIAL]
                     u32* counters) {  // [sequences * row tiles][kv_heads][groups + 1], zeros
