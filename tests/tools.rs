@@ -11,6 +11,7 @@ mod support;
 
 use bench::misfit;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -293,6 +294,26 @@ fn a_check_of_the_tests_alone_ends_with_them() {
     for wrong in [&[][..], &[&out, "0"], &[&out, "x"], &[&out, "1", "2"]] {
         assert_eq!(check(wrong).status.code(), Some(2));
     }
+}
+
+/// A filter that no test has any more would leave its sanitizer without work.
+#[test]
+fn what_a_check_names_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let check = fs::read_to_string(root.join("tools/gpu-check.sh")).unwrap();
+    let source = |test: &str| fs::read_to_string(root.join(format!("tests/{test}.rs"))).unwrap();
+    let loops = check.lines().find_map(|line| line.strip_prefix("for test in ")?.strip_suffix("; do"));
+    assert!(loops.unwrap().split(' ').all(|test| source(test).contains("#[test]")));
+    let mut tools = BTreeMap::new();
+    for call in check.lines().filter_map(|line| line.trim().strip_prefix("checker ")) {
+        let [tool, test, filters @ ..] = &call.split(' ').collect::<Vec<_>>()[..] else { panic!("{call}") };
+        let source = source(test);
+        let named =
+            |filter: &&str| source.lines().any(|line| line.starts_with("fn ") && line.contains(*filter));
+        assert!(!filters.is_empty() && filters.iter().all(named), "{call}");
+        *tools.entry(*tool).or_insert(0) += 1;
+    }
+    assert_eq!(tools.into_keys().collect::<Vec<_>>(), ["initcheck", "memcheck", "racecheck", "synccheck"]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The kernel tests on this machine's GPU, from what tools/gpu-pack.sh packed, in at most 8 minutes: first plainly, then,
-# where compute-sanitizer works, some under memcheck and racecheck. Needs the driver alone.
+# where compute-sanitizer works, some under each of its tools. Needs the driver alone.
 #   pack/gpu-check.sh OUT            writes OUT/summary.txt and logs; exits 0 where all passed
 #   pack/gpu-check.sh OUT SECONDS    the tests alone, in so many seconds: a step of gpu-report.sh
 set -uo pipefail
@@ -35,7 +35,7 @@ step() {
     return $status
 }
 
-rm -f "$out"/{summary.txt,tests.log,generate.log,memcheck.log,racecheck.log}
+rm -f "$out"/{summary.txt,tests.log,generate.log,{mem,race,init,sync}check.log}
 say "commit   $(head -n 1 commit)$([ "$(wc -l <commit)" = 1 ] || echo ', with changes')"
 facts=name,driver_version,memory.total,clocks.max.sm
 say "card     $(timeout -k 1 $(((${2:-460} + 45) / 46)) nvidia-smi --query-gpu=$facts --format=csv,noheader 2>&1 | head -n 1)"
@@ -87,9 +87,9 @@ checker() { # checker TOOL TEST FILTERS...
     grep -E '^=+ (ERROR|RACECHECK) SUMMARY' "$out/last" | tail -n 1 | tee -a "$out/summary.txt"
 }
 if ! command -v compute-sanitizer >/dev/null; then
-    say "compute-sanitizer is not here: no memcheck, no racecheck"
+    say "compute-sanitizer is not here: no memcheck, racecheck, initcheck, synccheck"
 elif ! step 60 memcheck.log "compute-sanitizer" compute-sanitizer --error-exitcode 9 --report-api-errors no "${open[@]}"; then
-    say "no memcheck and no racecheck: $(grep -m 1 '^=====' "$out/last" | cut -c 1-200)"
+    say "no memcheck, racecheck, initcheck, synccheck: $(grep -m 1 '^=====' "$out/last" | cut -c 1-200)"
 else
     # Nonsense in every index a kernel reads from memory.
     checker memcheck linear rows_and_pages_that_are_nonsense injection_gathers
@@ -98,6 +98,9 @@ else
     checker memcheck rounds garbage_in_states
     checker memcheck pack places_that_do_not_exist embedding_reads
     checker memcheck norm whole_norm
+    checker memcheck device_trees garbage
+    checker memcheck judge garbage
+    checker memcheck siblings garbage
     # Every kernel that shares memory between threads.
     checker racecheck linear_bits schedules_and_threads
     checker racecheck prefill schedules_and_threads
@@ -105,5 +108,15 @@ else
     checker racecheck decide sampler_is_the_same verdict_is_the_same
     checker racecheck rounds rounds_are_the_same
     checker racecheck norm split_norm
+    checker racecheck device_trees every_schedule
+    checker racecheck judge every_schedule
+    checker racecheck siblings every_schedule
+    # What a kernel reads of a buffer that nothing has written; barriers that not all threads of a block come to.
+    checker initcheck rounds rounds_are_the_same
+    checker initcheck device_trees rounds_of_trees
+    checker synccheck linear_bits schedules_and_threads
+    checker synccheck attention five_schedules
+    checker synccheck judge every_schedule
+    checker synccheck siblings every_schedule
 fi
 finish
