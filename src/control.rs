@@ -1,6 +1,7 @@
-//! How much a round drafts and verifies: as much as pays. Counts and costs come in, a number of drafts goes out; there
-//! is no clock here, and nothing that a controller says changes which tokens the rule `match` emits: they depend on no
-//! draft.
+//! How much a round drafts and verifies: all it can, as much as pays, or what stands often enough. Counts and costs come
+//! in, a number of drafts goes out; there is no clock here, and nothing that a controller says changes which tokens the
+//! rule `match` emits: they depend on no draft. The law of what other rules emit is the target's for any size that is
+//! known before the round's drafts are drawn.
 
 use crate::config::{DrafterConfig, TargetConfig};
 use crate::floor::{Card, draft_pass, target_pass};
@@ -13,10 +14,16 @@ pub trait Controller {
     /// Drafts that the next round may run, of `most` that it could; 0: a plain step, which is never judged.
     fn drafts(&mut self, most: usize) -> usize;
 
+    /// Whether it looks at a round's drafts before they are verified. Only the CPU, which knows them then, may be given one
+    /// that does, and only for drafts that are a function of the drafter's law: to leave out a *sampled* one because of
+    /// what it is would bend what is emitted.
+    fn looks(&self) -> bool {
+        false
+    }
+
     /// How many of the drafts to verify, the first ones. `costs` of their paths, `-log2` of the probability that the
-    /// drafter gives them in units of 2^-16 bits, parents before children. Only for drafts that are a function of the
-    /// drafter's law: to leave out a *sampled* one because of what it is would bend what is emitted. Asked where drafts
-    /// are known before they are verified, on the CPU, and then every round is judged before the next is asked for.
+    /// drafter gives them in units of 2^-16 bits, parents before children. Asked where it looks, and then every round is
+    /// judged before the next is asked for.
     fn cut(&mut self, costs: &[u32]) -> usize {
         costs.len()
     }
@@ -24,6 +31,17 @@ pub trait Controller {
     /// The first round that was asked for and is not judged is over: it verified `verified` drafts, rows 1, 2, ... behind
     /// the anchor, and bit `i` of `stood` says that row `i` is on the accepted path; the anchor, bit 0, always is.
     fn judged(&mut self, verified: usize, stood: u64);
+}
+
+/// Rounds are as large as they can be.
+pub struct Fixed;
+
+impl Controller for Fixed {
+    fn drafts(&mut self, most: usize) -> usize {
+        most
+    }
+
+    fn judged(&mut self, _: usize, _: u64) {}
 }
 
 /// Drafts among the rows that stood.
@@ -144,7 +162,46 @@ impl Positions {
     }
 }
 
-// ---- what pays ----
+// ---- what is verified ----
+
+/// What rounds are to be as large as.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum Goal {
+    /// They can be.
+    #[default]
+    All,
+    /// Pays where passes cost this much; where drafting does not pay, rounds are plain steps.
+    Pays(Costs),
+    /// The first drafts of which each stands with at least this probability, above 0 and up to 1.
+    AtLeast(f64),
+}
+
+impl Goal {
+    /// A sequence's controller. One that knows sizes `ahead` does not look at the drafts: on devices, and for drafts that
+    /// are drawn at random.
+    pub fn controller(&self, ahead: bool) -> Box<dyn Controller + Send> {
+        match (self, ahead) {
+            (Goal::All, _) => Box::new(Fixed),
+            (Goal::Pays(costs), true) => {
+                Box::new(WherePays::new(ByPosition::new(self.clone()), costs.clone()))
+            }
+            (Goal::Pays(costs), false) => {
+                Box::new(WherePays::new(ByConfidence::new(self.clone()), costs.clone()))
+            }
+            (Goal::AtLeast(_), true) => Box::new(ByPosition::new(self.clone())),
+            (Goal::AtLeast(_), false) => Box::new(ByConfidence::new(self.clone())),
+        }
+    }
+
+    /// How many drafts to verify; `survival` as for [`Costs::cheapest`].
+    fn size(&self, survival: &[f64]) -> usize {
+        match self {
+            Goal::All => survival.len(),
+            Goal::Pays(costs) => costs.cheapest(survival).0,
+            Goal::AtLeast(least) => survival.iter().take_while(|stands| *stands >= least).count(),
+        }
+    }
+}
 
 /// Rounds of a request before anything is made of what it accepts.
 const FROZEN: usize = 4;
@@ -152,28 +209,30 @@ const FROZEN: usize = 4;
 /// Rows that a round may have more or fewer than the one before, so that sizes do not jump to and fro.
 const STEP: usize = 16;
 
-/// As many drafts of a chain or a tree as pay, by how often each row stands. Known before the round's drafts are: for
-/// devices, whose rounds are on their way before the host has read the last one.
+/// As many drafts of a chain or a tree as the goal says, by how often each row stands. Known before the round's drafts
+/// are: for devices, whose rounds are on their way before the host has read the last one, and for drafts that are drawn.
 pub struct ByPosition {
-    costs: Costs,
+    goal: Goal,
     positions: Positions,
     rounds: usize,
     last: usize,
 }
 
 impl ByPosition {
-    pub fn new(costs: Costs) -> ByPosition {
-        ByPosition { costs, positions: Positions::default(), rounds: 0, last: 0 }
+    pub fn new(goal: Goal) -> ByPosition {
+        ByPosition { goal, positions: Positions::default(), rounds: 0, last: 0 }
     }
 }
 
 impl Controller for ByPosition {
     fn drafts(&mut self, most: usize) -> usize {
+        // It hears of so many.
+        let most = most.min(MOST_ROWS - 1);
         let wanted = match self.rounds {
             0..FROZEN => most,
-            // A plain step is not for this controller to take: it would learn nothing more.
+            // A plain step is not for this controller to take: it would learn nothing more, and never draft again.
             _ => {
-                let (best, _) = self.costs.cheapest(&self.positions.survival(most));
+                let best = self.goal.size(&self.positions.survival(most));
                 best.clamp(self.last.saturating_sub(STEP), self.last + STEP).max(1)
             }
         };
@@ -187,10 +246,11 @@ impl Controller for ByPosition {
     }
 }
 
-/// As many drafts of a chain or a tree as pay, by how sure the drafter is of this round's: a bit of a path's cost
-/// counts as much as makes the number expected to stand the number that does.
+/// As many drafts of a chain or a tree as the goal says, by how sure the drafter is of this round's. What pays must be
+/// right in sum: a bit of a path's cost counts as much as makes the number expected to stand the number that does. A
+/// probability that each must have is the drafter's own, so that a round which verifies nothing says nothing of the next.
 pub struct ByConfidence {
-    costs: Costs,
+    goal: Goal,
     weight: f64,
     expected: f64,
 }
@@ -199,8 +259,8 @@ pub struct ByConfidence {
 const LEARN: f64 = 0.1;
 
 impl ByConfidence {
-    pub fn new(costs: Costs) -> ByConfidence {
-        ByConfidence { costs, weight: 1.0, expected: 0.0 }
+    pub fn new(goal: Goal) -> ByConfidence {
+        ByConfidence { goal, weight: 1.0, expected: 0.0 }
     }
 
     /// What a bit counts: more than 1 where the drafter is too sure.
@@ -211,17 +271,24 @@ impl ByConfidence {
 
 impl Controller for ByConfidence {
     fn drafts(&mut self, most: usize) -> usize {
-        most
+        most.min(MOST_ROWS - 1)
+    }
+
+    fn looks(&self) -> bool {
+        true
     }
 
     fn cut(&mut self, costs: &[u32]) -> usize {
         let survival: Vec<f64> = costs.iter().map(|cost| probability(*cost, self.weight)).collect();
-        let (drafts, _) = self.costs.cheapest(&survival);
+        let drafts = self.goal.size(&survival);
         self.expected = survival[..drafts].iter().sum();
         drafts
     }
 
     fn judged(&mut self, _: usize, stood: u64) {
+        if matches!(self.goal, Goal::AtLeast(_)) {
+            return;
+        }
         // Nothing of the outcome may be below the line: what is expected rightly must leave the weight alone on
         // average.
         let wrong = (self.expected - accepted(stood) as f64) / (1.0 + self.expected);
@@ -305,6 +372,10 @@ impl<C: Controller> Controller for WherePays<C> {
             self.drafting = Drafting::Trial;
         }
         drafts
+    }
+
+    fn looks(&self) -> bool {
+        self.inner.looks()
     }
 
     fn cut(&mut self, costs: &[u32]) -> usize {

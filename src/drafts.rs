@@ -1,7 +1,7 @@
 //! The flags that say how drafts are made and which of them stand, the same for every program that generates, and what
 //! follows from them.
 
-use crate::control::Costs;
+use crate::control::{Costs, Goal};
 use crate::floor::Card;
 use crate::memory::Room;
 use crate::pair::Pair;
@@ -38,10 +38,12 @@ pub struct DraftFlags {
     #[arg(long, value_name = "N", help_heading = "Generation", verbatim_doc_comment)]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub tree: Option<usize>,
-    /// Verify as many drafts a round as pay, by what has been accepted and, on the CPU, how sure the drafter is, and none
-    /// where drafting does not pay. The text is the same
-    #[arg(long, help_heading = "Generation", verbatim_doc_comment)]
-    pub adaptive: bool,
+    /// Verify as many drafts a round as pay, by what has been accepted and, on the CPU, how sure the drafter is of its best
+    /// tokens, and none where drafting does not pay; or, with P, those that stand with at least this probability, by the
+    /// same. With --verify match the text is the same; trees need it
+    #[arg(long, value_name = "P", num_args = 0..=1, require_equals = true)]
+    #[arg(help_heading = "Generation", verbatim_doc_comment, value_parser = number::<f64>)]
+    pub adaptive: Option<Option<f64>>,
 }
 
 /// How drafts were made and judged, as records say it.
@@ -51,8 +53,10 @@ pub struct Drafts {
     pub verify: Option<String>,
     /// Rows of a round's tree at most, the anchor counted; null: chains.
     pub tree: Option<usize>,
-    /// Whether rounds drafted as much as paid.
+    /// Whether rounds drafted as much as paid, or what stood often enough.
     pub adaptive: Option<bool>,
+    /// Adaptive rounds verified the drafts that stood with at least this probability; null: those that paid.
+    pub threshold: Option<f64>,
     /// Whether drafts were drawn by the noise of the target's tokens.
     pub coupled: Option<bool>,
     /// What drafts were drawn at; null: they were the drafter's best tokens.
@@ -78,19 +82,31 @@ impl DraftFlags {
             ));
         }
         let tree = self.tree.map(|_| "--tree");
-        let adaptive = self.adaptive.then_some("--adaptive");
+        let adaptive = self.adaptive.map(|_| "--adaptive");
         for flag in [self.drawn(), tree, adaptive].into_iter().flatten() {
             needs_drafter(flag, plain, block)?;
         }
         if let Some(rows) = self.tree.filter(|rows| !(2..=MOST_ROWS).contains(rows)) {
             return Err(Error::Usage(format!("--tree is {rows}, expected 2 to {MOST_ROWS}")));
         }
-        match (adaptive.or(tree.filter(|_| self.coupled)), self.drawn()) {
-            (Some(best), Some(drawn)) => Err(Error::Usage(format!(
-                "{best} is for the drafter's best tokens, but with {drawn} drafts are drawn at random"
+        if let Some(least) = self.threshold().filter(|least| !(*least > 0.0 && *least <= 1.0)) {
+            return Err(Error::Usage(format!("--adaptive is {least}, expected more than 0 and at most 1")));
+        }
+        match (tree, self.drawn()) {
+            (Some(tree), Some(drawn)) if self.coupled => Err(Error::Usage(format!(
+                "{tree} is for the drafter's best tokens, but with {drawn} drafts are drawn at random"
+            ))),
+            (Some(tree), Some(drawn)) if adaptive.is_some() => Err(Error::Usage(format!(
+                "--adaptive with {tree} expects --verify match, but with {drawn} trees are drawn at random, and how \
+                 often a row stands depends on their size"
             ))),
             _ => Ok(()),
         }
+    }
+
+    /// The probability in `--adaptive=P`.
+    fn threshold(&self) -> Option<f64> {
+        self.adaptive.flatten()
     }
 
     /// The flag that asks for drafts other than the drafter's best tokens.
@@ -126,7 +142,7 @@ impl DraftFlags {
 
     /// `room` for such rounds on a device.
     pub fn room(&self, room: Room) -> Room {
-        let room = Room { adaptive: self.adaptive, ..room };
+        let room = Room { adaptive: self.adaptive.is_some(), threshold: self.threshold(), ..room };
         Room { rules: self.verify != Rule::Match, ..room.with_trees(self.tree.unwrap_or(0)) }
     }
 
@@ -154,11 +170,15 @@ impl DraftFlags {
     /// # Errors
     /// As [`Cpu::load`].
     pub fn cpu(&self, pair: &Pair, sequences: usize, context: usize) -> Result<Cpu> {
-        let costs = pair.drafter.as_ref().filter(|_| self.adaptive).map(|drafter| {
-            let (target, drafter) = (&pair.target.config, &drafter.config);
-            Costs::modelled(&CORES, target, drafter, 0, 1, drafter.block)
-        });
-        Ok(Cpu::load(pair, sequences, context)?.adaptive(costs))
+        let goal = match (self.adaptive, &pair.drafter) {
+            (Some(Some(least)), _) => Goal::AtLeast(least),
+            (Some(None), Some(drafter)) => {
+                let (target, drafter) = (&pair.target.config, &drafter.config);
+                Goal::Pays(Costs::modelled(&CORES, target, drafter, 0, 1, drafter.block))
+            }
+            _ => Goal::All,
+        };
+        Ok(Cpu::load(pair, sequences, context)?.adaptive(goal))
     }
 
     /// What records say of requests that draft: `drafting` as [`DraftFlags::drafting`] has it.
@@ -168,7 +188,8 @@ impl DraftFlags {
         Drafts {
             verify: Some(drafting.rule.name().into()),
             tree: self.tree,
-            adaptive: Some(self.adaptive),
+            adaptive: Some(self.adaptive.is_some()),
+            threshold: self.threshold(),
             coupled: Some(self.coupled),
             draft_temperature: temperature.filter(|_| self.drawn().is_some()),
         }

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
 /// What a batch is to have room for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Room {
     pub sequences: usize,
     pub block: usize,
@@ -29,13 +29,16 @@ pub struct Room {
     pub rules: bool,
     /// Rounds may be of several sizes, down to plain steps that the drafter follows.
     pub adaptive: bool,
+    /// Adaptive rounds verify the drafts that stand with at least this probability; none: those that pay.
+    pub threshold: Option<f64>,
 }
 
 impl Room {
     /// Every sequence can have `positions` positions at the same time.
     pub fn new(sequences: usize, block: usize, positions: usize) -> Room {
         let pages = sequences.saturating_mul(positions.div_ceil(PAGE));
-        Room { sequences, block, pages, positions, tree: 0, rules: false, adaptive: false }
+        let (tree, rules, adaptive, threshold) = (0, false, false, None);
+        Room { sequences, block, pages, positions, tree, rules, adaptive, threshold }
     }
 
     /// The same for trees of up to `rows` rows, which take slots behind the positions that they stand for.
@@ -119,7 +122,7 @@ impl Overhead {
 }
 
 /// What [`Models::load`] and [`Batch::new`] will allocate. As text it is a table.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct MemoryPlan {
     pub room: Room,
     pub lines: Vec<Line>,

@@ -4,7 +4,7 @@
 //! knowing what came of the last one, and reads behind.
 
 use crate::config::{DrafterConfig, TargetConfig};
-use crate::control::{ByPosition, Controller, Costs, WherePays};
+use crate::control::{Controller, Costs, Fixed, Goal};
 use crate::device::{Buffer, Device, Graph};
 use crate::engine::{Backend, Decoder, Emitted, Prefill, Request};
 use crate::floor::{CARDS, Card};
@@ -163,8 +163,8 @@ pub struct Batch<'a> {
     /// Rows of each sequence in the round enqueued last.
     rows: usize,
     watched: bool,
-    /// Of sequences that join; none: their rounds are as large as they can be.
-    controllers: Option<Controllers<'a>>,
+    /// Of sequences that join.
+    controllers: Controllers<'a>,
 }
 
 /// Makes a sequence's controller.
@@ -177,6 +177,12 @@ struct Control {
     allowed: VecDeque<usize>,
     /// Rows that the device verifies at most, as it was told last.
     rows: usize,
+}
+
+impl Default for Control {
+    fn default() -> Control {
+        Control { controller: Box::new(Fixed), allowed: VecDeque::new(), rows: 0 }
+    }
 }
 
 #[derive(Default)]
@@ -192,7 +198,7 @@ struct Slot {
     drawn: bool,
     /// As it is to be when the prompt is done.
     state: Option<Sequence>,
-    control: Option<Control>,
+    control: Control,
     phase: Phase,
 }
 
@@ -286,7 +292,7 @@ impl<'a> Batch<'a> {
             read: 0,
             rows: 1,
             watched: false,
-            controllers: None,
+            controllers: Box::new(|| Box::new(Fixed)),
         };
         for shape in batch.shapes() {
             let graph = batch.capture(shape)?;
@@ -297,19 +303,18 @@ impl<'a> Batch<'a> {
             let costs = Costs::modelled(&card, &models.config, drafter, 0, sequences, block);
             let mut sizes: Vec<usize> = batch.graphs.iter().map(|(shape, _)| shape.rows).collect();
             sizes.sort_unstable();
-            let costs = costs.of_sizes(&sizes);
-            batch.control(move || {
-                Box::new(WherePays::new(ByPosition::new(costs.clone()), costs.clone())) as Box<dyn Controller>
-            });
+            let goal = room.threshold.map_or(Goal::Pays(costs.of_sizes(&sizes)), Goal::AtLeast);
+            batch.control(move || goal.controller(true));
         }
         Ok(batch)
     }
 
-    /// Sequences that draft for the rule `match` and join from now on each have a controller that `make` makes. In an
-    /// adaptive room they have one already, which drafts what pays by the costs of the device's card, or of an H200 where
-    /// it is none that is known.
+    /// Sequences that join from now on each have a controller that `make` makes, but for those whose trees are drawn at
+    /// random: these are whole, because how many siblings they have depends on their size, so that rows say nothing of
+    /// those of another. In an adaptive room there is one already, which drafts what pays by the costs of the device's
+    /// card, or of an H200 where it is none that is known; or what stands with the room's threshold.
     pub fn control(&mut self, make: impl Fn() -> Box<dyn Controller> + 'a) {
-        self.controllers = Some(Box::new(make));
+        self.controllers = Box::new(make);
     }
 
     /// The sequence in `slot` as it is to be when its prompt, of which it has the pages, is done.
@@ -462,19 +467,18 @@ impl<'a> Batch<'a> {
         if !(matches!(own.phase, Phase::Running { .. }) && own.drafts()) {
             return Ok(1);
         }
-        let most = own.most();
-        let Some(control) = &mut own.control else {
-            return Ok(own.state.as_ref().map_or(1, |state| state.rows as usize));
-        };
+        let (most, control) = (own.most(), &mut own.control);
         let drafts = control.controller.drafts(most).min(most);
         control.allowed.push_back(drafts);
-        let rows = drafts + 1;
+        // Where positions end, the device knows better.
+        let all = own.state.as_ref().map_or(1, |state| state.rows as usize);
+        let rows = if drafts < most { drafts + 1 } else { all };
         if control.rows != rows {
             let at = slot * Sequence::BYTES + Sequence::ROWS_AT;
             self.device.fill(&self.work.states.slice(at, 1)?, rows as u8)?;
             control.rows = rows;
         }
-        Ok(rows)
+        Ok(drafts + 1)
     }
 
     /// What round `round` did for the sequence in `slot`; waits for it.
@@ -597,12 +601,8 @@ impl Decoder for Batch<'_> {
             end if own.drafted < end => own.drafted,
             _ => own.held,
         };
-        let adapts = state.draft_end > 0 && state.rule == Rule::Match;
-        own.control = self.controllers.as_ref().filter(|_| adapts).map(|make| Control {
-            controller: make(),
-            allowed: VecDeque::new(),
-            rows: state.rows as usize,
-        });
+        let controller = if state.form == Form::Drawn { Box::new(Fixed) } else { (self.controllers)() };
+        own.control = Control { controller, allowed: VecDeque::new(), rows: state.rows as usize };
         (own.tokens, own.prompt, own.drawn) = (prompt.clone(), prompt.len(), drawn);
         (own.state, own.phase) = (Some(state), Phase::Filling { at });
         Ok(Some(at))
@@ -674,10 +674,8 @@ impl Decoder for Batch<'_> {
                 {
                     own.drafted = own.drafted.max(own.held.min(state.draft_end as usize));
                 }
-                if let Some(Control { controller, allowed, .. }) = &mut own.control
-                    && allowed.pop_front().is_some_and(|drafts| drafts > 0)
-                {
-                    controller.judged(drafted as usize, stood);
+                if own.control.allowed.pop_front().is_some_and(|drafts| drafts > 0) {
+                    own.control.controller.judged(drafted as usize, stood);
                 }
                 own.held += tokens.len();
                 own.tokens.extend(&tokens);
@@ -695,7 +693,7 @@ impl Decoder for Batch<'_> {
         own.held = own.held.min(own.prompt + tokens.saturating_sub(1));
         own.drafted = own.drafted.min(own.held);
         own.tokens.truncate(own.held);
-        (own.state, own.control, own.phase) = (None, None, Phase::Idle);
+        (own.state, own.phase) = (None, Phase::Idle);
         self.device.upload(&self.work.states.slice(slot * Sequence::BYTES, 4)?, &[0; 4])
     }
 

@@ -1,12 +1,12 @@
 //! Sequences that take turns on the CPU: the `cpu` device. What a round is, in the plainest form: the devices' rounds
 //! (`rounds.rs`) emit what these do, but for the rounding of their kernels.
 
-use crate::control::{ByConfidence, Controller, Costs, WherePays};
+use crate::control::{Controller, Fixed, Goal};
 use crate::engine::{Backend, Decoder, Emitted, Prefill, Request};
 use crate::pair::Pair;
 use crate::reference::{Cache, Drafter, Target};
 use crate::rules::{self, Dice, Drafting, Probabilities, Rule, Siblings};
-use crate::tree::{self, MOST_ROWS, Tree};
+use crate::tree::{self, Tree};
 use crate::verify::{Sampling, judge, walk};
 use crate::{Error, Result};
 
@@ -21,7 +21,7 @@ pub struct Cpu {
     drafter: Option<Drafter>,
     slots: usize,
     context: usize,
-    costs: Option<Costs>,
+    goal: Goal,
 }
 
 impl Cpu {
@@ -31,12 +31,12 @@ impl Cpu {
     /// What is wrong with a tensor, by its name.
     pub fn load(pair: &Pair, slots: usize, context: usize) -> Result<Cpu> {
         let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
-        Ok(Cpu { target: Target::load(&pair.target)?, drafter, slots, context, costs: None })
+        Ok(Cpu { target: Target::load(&pair.target)?, drafter, slots, context, goal: Goal::All })
     }
 
     /// As [`Sequences::adaptive`].
-    pub fn adaptive(self, costs: Option<Costs>) -> Cpu {
-        Cpu { costs, ..self }
+    pub fn adaptive(self, goal: Goal) -> Cpu {
+        Cpu { goal, ..self }
     }
 }
 
@@ -48,7 +48,7 @@ impl Backend for Cpu {
     fn decoder(&self) -> Result<Box<dyn Decoder + '_>> {
         let drafter = self.drafter.as_ref();
         let sequences = Sequences::new(&self.target, drafter, self.slots, self.context);
-        Ok(Box::new(sequences.adaptive(self.costs.as_ref())))
+        Ok(Box::new(sequences.adaptive(&self.goal)))
     }
 }
 
@@ -60,8 +60,8 @@ pub struct Sequence<'a> {
     drafter: Option<&'a Drafter>,
     /// Positions it may have.
     context: usize,
-    /// What passes cost; none: rounds are as large as they can be.
-    costs: Option<&'a Costs>,
+    /// What its rounds are as large as.
+    goal: &'a Goal,
     state: Option<State>,
 }
 
@@ -80,19 +80,19 @@ struct State {
     laws: Vec<Probabilities>, // [drafts]: what the drafts of this round were drawn from, by rules that ask for it
     logits: Vec<f32>,         // [rows][vocab] of the last verification
     path: Vec<usize>,         // the rows of it that stood, 0 first
-    controller: Option<Box<dyn Controller + Send>>,
+    controller: Box<dyn Controller + Send>,
 }
 
 impl<'a> Sequence<'a> {
     /// A fresh sequence; without a drafter it decodes plainly.
     pub fn new(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequence<'a> {
         let context = target.config.stack.max_positions;
-        Sequence { target, drafter, context, costs: None, state: None }
+        Sequence { target, drafter, context, goal: &Goal::All, state: None }
     }
 
     /// As [`Sequences::adaptive`].
-    pub fn adaptive(self, costs: Option<&'a Costs>) -> Sequence<'a> {
-        Sequence { costs, ..self }
+    pub fn adaptive(self, goal: &'a Goal) -> Sequence<'a> {
+        Sequence { goal, ..self }
     }
 
     /// Positions that (target, drafter) hold, the drafter's pending ones counted: both equal the anchor's position
@@ -248,7 +248,7 @@ impl<'a> Sequence<'a> {
                 laws: Vec::new(),
                 logits: Vec::new(),
                 path: Vec::new(),
-                controller: None,
+                controller: Box::new(Fixed),
             }),
         };
         (state.drafting, state.anchor) = (drafter.is_some(), None);
@@ -258,10 +258,14 @@ impl<'a> Sequence<'a> {
         state.how = Drafting { sampling: Sampling { seed, stream, ..sampling }, ..request.drafting };
         (state.round, state.laws) = (1, Vec::new());
         state.prompt.clone_from(prompt);
-        state.controller = self.costs.map(|costs| {
-            let sizes = ByConfidence::new(costs.clone());
-            Box::new(WherePays::new(sizes, costs.clone())) as Box<dyn Controller + Send>
-        });
+        let how = &state.how;
+        // What was drawn must be verified whatever it is. How many siblings the shape of a drawn tree has depends on its
+        // size, so that its rows say nothing of those of another.
+        let drawn = how.rule != Rule::Match || how.sampling.temperature != 0.0;
+        state.controller = match how.tree {
+            Some(_) if how.rule != Rule::Match => Box::new(Fixed),
+            tree => self.goal.controller(drawn && tree.is_none()),
+        };
         if let (Some(drafter), None) = (drafter, &state.context) {
             state.context = Some(Cache::new(&drafter.config.stack, 0)?);
         }
@@ -323,9 +327,8 @@ impl<'a> Sequence<'a> {
         let rows = self.rows();
         let tree = self.state.as_ref().and_then(|state| state.how.tree);
         let most = if rows < 2 { 0 } else { tree.unwrap_or(rows) - 1 };
-        // A controller hears of so many rows.
-        let most = if self.costs.is_some() { most.min(MOST_ROWS - 1) } else { most };
-        let allowed = self.ask(|controller| controller.drafts(most))?.unwrap_or(most);
+        let (allowed, looks) =
+            self.ask(|controller| (controller.drafts(most).min(most), controller.looks()))?;
         if allowed == 0 {
             self.draft(1)?;
             self.verify(&[], out)?;
@@ -333,40 +336,46 @@ impl<'a> Sequence<'a> {
         }
         let drafts = if tree.is_some() {
             let mut tree = self.draft_tree(rows, allowed + 1)?;
-            if let Some(kept) = self.ask(|controller| controller.cut(&tree.costs[1..]))? {
-                tree.truncate(kept + 1);
+            if looks {
+                tree.truncate(self.ask(|controller| controller.cut(&tree.costs[1..]))? + 1);
             }
             self.verify_tree(&tree, out)?;
             tree.rows() - 1
-        } else if self.costs.is_none() {
-            let drafts = self.draft(rows)?;
+        } else {
+            let drafts = self.draft_some(rows, allowed, looks)?;
             self.verify(&drafts, out)?;
             drafts.len()
-        } else {
-            // The drafter sees the whole block, as in its training, however few of its drafts are asked for.
-            let mut drafts = self.drafted(rows, |logits, _| Some(*tree::choices(logits, 1)?.first()?))?;
-            drafts.truncate(allowed);
-            let mut cost = 0;
-            let costs: Vec<u32> = drafts.iter().map(|draft| (cost += draft.cost, cost).1).collect();
-            if let Some(kept) = self.ask(|controller| controller.cut(&costs))? {
-                drafts.truncate(kept);
-            }
-            let tokens: Vec<u32> = drafts.iter().map(|draft| draft.token).collect();
-            self.verify(&tokens, out)?;
-            tokens.len()
         };
         let (state, _) = started(&mut self.state)?;
-        // Without a controller there may be more rows than bits.
+        // A whole block may have more rows than there are bits.
         let stood =
             state.path.iter().fold(0, |stood, row| stood | 1u64.checked_shl(*row as u32).unwrap_or(0));
         self.ask(|controller| controller.judged(drafts, stood))?;
         Ok(drafts)
     }
 
-    /// What the controller answers; none without one.
-    fn ask<T>(&mut self, question: impl FnOnce(&mut dyn Controller) -> T) -> Result<Option<T>> {
+    /// The first `allowed` drafts for a block of `rows`, of which the controller then cuts some where it looks. The drafter
+    /// sees the whole block, as in its training, however few of its drafts are asked for.
+    fn draft_some(&mut self, rows: usize, allowed: usize, looks: bool) -> Result<Vec<u32>> {
+        if !looks {
+            let mut drafts = self.draft(rows)?;
+            drafts.truncate(allowed);
+            let (state, _) = started(&mut self.state)?;
+            state.laws.truncate(allowed);
+            return Ok(drafts);
+        }
+        let mut drafts = self.drafted(rows, |logits, _| Some(*tree::choices(logits, 1)?.first()?))?;
+        drafts.truncate(allowed);
+        let mut cost = 0;
+        let costs: Vec<u32> = drafts.iter().map(|draft| (cost += draft.cost, cost).1).collect();
+        drafts.truncate(self.ask(|controller| controller.cut(&costs))?);
+        Ok(drafts.iter().map(|draft| draft.token).collect())
+    }
+
+    /// What the controller answers.
+    fn ask<T>(&mut self, question: impl FnOnce(&mut dyn Controller) -> T) -> Result<T> {
         let (state, _) = started(&mut self.state)?;
-        Ok(state.controller.as_deref_mut().map(|controller| question(controller)))
+        Ok(question(&mut *state.controller))
     }
 }
 
@@ -441,13 +450,14 @@ impl<'a> Sequences<'a> {
         context: usize,
     ) -> Sequences<'a> {
         let context = context.min(target.config.stack.max_positions);
-        let sequence = || Sequence { target, drafter, context, costs: None, state: None };
+        let sequence = || Sequence { target, drafter, context, goal: &Goal::All, state: None };
         Sequences { all: (0..slots).map(|_| sequence()).collect(), running: vec![false; slots] }
     }
 
-    /// Rounds draft as much as pays where passes cost this much, and nothing where drafting does not; none: all they can.
-    pub fn adaptive(mut self, costs: Option<&'a Costs>) -> Sequences<'a> {
-        self.all = self.all.into_iter().map(|sequence| sequence.adaptive(costs)).collect();
+    /// Rounds of requests that join from now on are as large as `goal` says, but for trees that are drawn at random, which
+    /// are whole.
+    pub fn adaptive(mut self, goal: &'a Goal) -> Sequences<'a> {
+        self.all = self.all.into_iter().map(|sequence| sequence.adaptive(goal)).collect();
         self
     }
 }

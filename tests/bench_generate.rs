@@ -194,14 +194,18 @@ fn every_way_of_drafting_is_measured_and_named() {
     let hot = ["-n", "20", "--temperature", "1", "--seed", "3", "--device", "cpu"];
     let drafts = |verify: &str, tree: Value, adaptive: bool, coupled: bool, temperature: Value| {
         json!({
-            "verify": verify, "tree": tree, "adaptive": adaptive, "coupled": coupled, "draft_temperature": temperature,
+            "verify": verify, "tree": tree, "adaptive": adaptive, "threshold": null, "coupled": coupled,
+            "draft_temperature": temperature,
         })
     };
+    let mut thorough = drafts("match", Value::Null, true, false, Value::Null);
+    thorough["threshold"] = json!(0.3);
     let null = || Value::Null;
     for (flags, expected, title) in [
         (&[][..], drafts("match", null(), false, false, null()), "seed 3; plain"),
         (&["--tree", "9"], drafts("match", json!(9), false, false, null()), "seed 3, trees of 9; plain"),
         (&["--adaptive"], drafts("match", null(), true, false, null()), "seed 3, adaptive; plain"),
+        (&["--adaptive=0.3"], thorough, "seed 3, adaptive at 0.3; plain"),
         (
             &["--coupled", "--draft-temperature", "0.3"],
             drafts("match", null(), false, true, json!(0.3)),
@@ -264,7 +268,8 @@ fn drafts_that_cannot_be_made_are_refused_as_by_dflash_gen() {
         &["--tree", "65"],
         &["--tree", "x"],
         &["--tree", "9", "--coupled"],
-        &["--adaptive", "--verify", "rejection"],
+        &["--adaptive", "--tree", "9", "--verify", "rejection"],
+        &["--adaptive=0"],
         &["--adaptive", "--block", "1"],
     ] {
         let theirs = run([&["--prompts", &one], flags].concat());

@@ -112,6 +112,7 @@ fn a_record_has_exactly_these_fields() {
         "verify",
         "tree",
         "adaptive",
+        "threshold",
         "coupled",
         "draft_temperature",
         "seconds",
@@ -150,12 +151,16 @@ fn a_record_has_exactly_these_fields() {
 #[test]
 fn records_name_how_drafts_were_made_and_judged() {
     let hot = ["--temperature", "0.7", "--seed", "5", "-n", "12"];
-    let none = || [(); 5].map(|()| Value::Null);
+    let none = || [(); 6].map(|()| Value::Null);
     let drafts = |verify: &str, tree: Value, adaptive: bool, coupled: bool, temperature: Value| {
-        [json!(verify), tree, json!(adaptive), json!(coupled), temperature]
+        [json!(verify), tree, json!(adaptive), Value::Null, json!(coupled), temperature]
+    };
+    let with_threshold = |mut drafts: [Value; 6], threshold: f64| {
+        drafts[3] = json!(threshold);
+        drafts
     };
     // A temperature is told as it was typed, not as the nearest number in 32 bits.
-    let cases: [(&[&str], [Value; 5]); 8] = [
+    let cases: [(&[&str], [Value; 6]); 11] = [
         (&[], drafts("match", Value::Null, false, false, Value::Null)),
         (&["--draft", "none"], none()),
         (&["--block", "1"], none()),
@@ -167,11 +172,21 @@ fn records_name_how_drafts_were_made_and_judged() {
             drafts("rejection", Value::Null, false, false, json!(0.3)),
         ),
         (&["--tree", "9", "--adaptive"], drafts("match", json!(9), true, false, Value::Null)),
+        (
+            &["--tree", "9", "--adaptive=0.1"],
+            with_threshold(drafts("match", json!(9), true, false, Value::Null), 0.1),
+        ),
+        (
+            &["--coupled", "--adaptive=1"],
+            with_threshold(drafts("match", Value::Null, true, true, json!(0.7)), 1.0),
+        ),
+        (&["--verify", "rejection", "--adaptive"], drafts("rejection", Value::Null, true, false, json!(0.7))),
     ];
     for (flags, expected) in cases {
         let args = [&[PROMPT][..], &hot, flags].concat();
         let told = |record: &Value| {
-            ["verify", "tree", "adaptive", "coupled", "draft_temperature"].map(|field| record[field].clone())
+            ["verify", "tree", "adaptive", "threshold", "coupled", "draft_temperature"]
+                .map(|field| record[field].clone())
         };
         assert_eq!(told(&record(&args)), expected, "{flags:?}");
         let events = run([&args[..], &["--stream-json"]].concat()).json();
@@ -504,6 +519,7 @@ fn compare_tells_rates_and_identity() {
             "verify",
             "tree",
             "adaptive",
+            "threshold",
             "coupled",
             "draft_temperature",
         ];

@@ -1,34 +1,15 @@
-//! How much a round drafts: the arithmetic of costs and acceptance against brute force, controllers over scripted and
-//! random acceptance, and that none of it changes what is emitted.
+//! How much a round drafts: the arithmetic of costs and acceptance against brute force, and controllers over scripted and
+//! random acceptance.
 
-#[path = "support/crowd.rs"]
-mod crowd;
-#[path = "support/kernel.rs"]
-mod kernel;
-#[path = "support/program.rs"]
-mod program;
-mod support;
+#[path = "support/random.rs"]
+mod random;
 
-use crowd::{Silent, go_on, held, open, request, seeded, tiny, together};
 use dflash::config::{DrafterConfig, TargetConfig};
-use dflash::control::{ByConfidence, ByPosition, Controller, Costs, Positions, WherePays};
-use dflash::cpu;
-use dflash::emulator::Emulator;
-use dflash::engine::{Outcome, Request, generate};
+use dflash::control::{ByConfidence, ByPosition, Controller, Costs, Fixed, Goal, Positions, WherePays};
 use dflash::floor::{Card, draft_pass, target_pass};
-use dflash::lossless;
-use dflash::memory::Room;
-use dflash::pair::Pair;
-use dflash::reference::{Drafter, Target};
-use dflash::rounds::{Batch, Models as OnDevice};
-use dflash::rules::Drafting;
-use dflash::sequences::{Sequence, Sequences};
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, PUBLISHED};
-use kernel::Random;
-use serde_json::Value;
-use std::cell::{Cell, RefCell};
+use dflash::weights::PUBLISHED;
+use random::Random;
 use std::collections::VecDeque;
-use std::rc::Rc;
 
 fn costs(draft: f64, verify: impl Fn(usize) -> f64) -> Costs {
     Costs { draft, verify: (1..=64).map(verify).collect() }
@@ -37,17 +18,6 @@ fn costs(draft: f64, verify: impl Fn(usize) -> f64) -> Costs {
 /// The path of a chain whose first `accepted` drafts stood.
 fn chain_of(accepted: usize) -> u64 {
     u64::MAX >> (63 - accepted)
-}
-
-/// The same for every round.
-struct Fixed(usize);
-
-impl Controller for Fixed {
-    fn drafts(&mut self, most: usize) -> usize {
-        self.0.min(most)
-    }
-
-    fn judged(&mut self, _: usize, _: u64) {}
 }
 
 fn unit(random: &mut Random) -> f64 {
@@ -277,7 +247,7 @@ fn chain(probabilities: &[f64]) -> Vec<u32> {
 fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
     // Every row costs a tenth of a step.
     let table = costs(0.5, |rows| 1.0 + 0.1 * rows as f64);
-    let mut controller = ByPosition::new(table.clone());
+    let mut controller = ByPosition::new(Goal::Pays(table.clone()));
     let mut positions = Positions::default();
     for round in 0..200 {
         let drafts = controller.drafts(15);
@@ -290,7 +260,7 @@ fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
     assert!((2..8).contains(&controller.drafts(15)));
     assert_eq!(controller.drafts(1), 1);
     // From all to few and back, never more than 16 rows at once.
-    let mut controller = ByPosition::new(table);
+    let mut controller = ByPosition::new(Goal::Pays(table));
     let mut sizes = vec![];
     for round in 0..400 {
         let drafts = controller.drafts(63);
@@ -314,7 +284,7 @@ fn confidence_is_weighed_by_what_came_of_it() {
     let mut random = Random::new(4);
     let table = costs(0.3, |rows| 1.0 + 0.05 * rows as f64);
     for bias in [0.5, 1.0, 2.0, 3.0] {
-        let mut controller = ByConfidence::new(table.clone());
+        let mut controller = ByConfidence::new(Goal::Pays(table.clone()));
         let mut mean = 0.0;
         for round in 0..4000 {
             assert_eq!(controller.drafts(15), 15);
@@ -329,12 +299,84 @@ fn confidence_is_weighed_by_what_came_of_it() {
         }
         assert!((mean / bias - 1.0).abs() < 0.15, "{mean} for {bias}");
     }
-    let mut hopeless = ByConfidence::new(table);
+    let mut hopeless = ByConfidence::new(Goal::Pays(table));
     for _ in 0..2000 {
         let drafts = hopeless.cut(&chain(&[0.99; 15]));
         hopeless.judged(drafts, 1);
     }
     assert_eq!(hopeless.weight(), 4.0);
+}
+
+/// Of each goal, what there is known before the drafts are, and what looks at them.
+#[test]
+fn goals_make_controllers_that_look_only_where_they_may() {
+    let pays = Goal::Pays(costs(0.1, |_| 1.0));
+    for (goal, ahead, looks, most) in [
+        (Goal::All, true, false, 100),
+        (Goal::All, false, false, 100),
+        (pays.clone(), true, false, 63),
+        (pays, false, true, 63),
+        (Goal::AtLeast(0.5), true, false, 63),
+        (Goal::AtLeast(0.5), false, true, 63),
+    ] {
+        let mut controller = goal.controller(ahead);
+        assert_eq!((controller.looks(), controller.drafts(100)), (looks, most), "{goal:?}, ahead: {ahead}");
+        assert_eq!((controller.drafts(7), controller.drafts(0)), (7, 0), "{goal:?}, ahead: {ahead}");
+        let kept = controller.cut(&[0, 100, 40 << 16]);
+        assert_eq!(kept, if looks { 2 } else { 3 }, "{goal:?}, ahead: {ahead}");
+    }
+}
+
+#[test]
+fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
+    for least in [1e-9, 0.2, 0.5, 0.8, 1.0] {
+        let mut random = Random::new(31);
+        let mut controller = Goal::AtLeast(least).controller(true);
+        let mut positions = Positions::default();
+        let mut sizes = vec![];
+        // Nothing stands for long, then all, then what happens to.
+        for round in 0..900 {
+            let drafts = controller.drafts(15);
+            let survival = positions.survival(15);
+            let often = (0..15).find(|row| survival[*row] < least).unwrap_or(15);
+            assert_eq!(drafts, if round < 4 { 15 } else { often.max(1) }, "at least {least}, round {round}");
+            let accepted = [0, 15, random.below(16)][round / 300].min(drafts);
+            controller.judged(drafts, chain_of(accepted));
+            positions.judged(drafts, chain_of(accepted));
+            sizes.push(drafts);
+        }
+        // No plain step is for ever, because there is none; what stands again is verified again.
+        let expected = if least < 1e-6 { (15, 15) } else { (1, if least < 1.0 { 15 } else { 1 }) };
+        assert_eq!((sizes[299], sizes[599]), expected, "at least {least}: {sizes:?}");
+    }
+    // A tree ends before the first row that does not stand often enough, whatever comes behind.
+    let mut controller = Goal::AtLeast(0.5).controller(true);
+    for _ in 0..4 {
+        assert_eq!(controller.drafts(20), 20);
+        controller.judged(20, 0b110111);
+    }
+    assert_eq!(controller.drafts(20), 2);
+}
+
+#[test]
+fn by_confidence_verifies_paths_that_the_drafter_holds_likely_enough() {
+    let cuts = |least: f64, paths: &[u32]| Goal::AtLeast(least).controller(false).cut(paths);
+    // A half, a quarter, an eighth: of equals, they stand.
+    let halves = chain(&[0.5; 10]);
+    for (least, kept) in [(0.51, 0), (0.5, 1), (0.26, 1), (0.25, 2), (0.125, 3), (1e-9, 10), (1.0, 0)] {
+        assert_eq!(cuts(least, &halves), kept, "at least {least}");
+    }
+    assert_eq!((cuts(1.0, &[0, 0, 1, 0]), cuts(0.5, &[])), (2, 0));
+    // Of a tree, those before the first that is not.
+    assert_eq!(cuts(0.25, &[1 << 16, 3 << 15, 2 << 16, (2 << 16) + 1, 2 << 16]), 3);
+    // However often nothing was verified or nothing stood, a drafter that is sure is verified.
+    let mut controller = Goal::AtLeast(0.9).controller(false);
+    for round in 0..2000 {
+        assert_eq!(controller.drafts(15), 15);
+        let (paths, kept) = if round % 2 == 0 { (chain(&[0.8; 15]), 0) } else { (chain(&[0.99; 15]), 10) };
+        assert_eq!(controller.cut(&paths), kept, "round {round}");
+        controller.judged(kept, 1);
+    }
 }
 
 /// Runs `rounds` rounds, of which round `i` would accept `accepts(i)` of up to 15 drafts, and is judged when `late` more
@@ -377,7 +419,7 @@ fn play(
 fn drafting_ends_where_it_does_not_pay_and_is_tried_ever_more_rarely() {
     let table = costs(0.2, |_| 1.0);
     for late in 0..4 {
-        let mut controller = WherePays::new(Fixed(15), table.clone());
+        let mut controller = WherePays::new(Fixed, table.clone());
         let (drafted, each) = play(&mut controller, &table, 4000, late, |_| 0);
         // Four rounds before anything is made of them, then eight poor ones, and those that were on their way; then trials
         // after 16, 32, ... 256 plain steps, whose verdict is waited for.
@@ -406,12 +448,12 @@ fn drafting_ends_where_it_does_not_pay_and_is_tried_ever_more_rarely() {
 #[test]
 fn drafting_that_pays_is_never_left_out_and_a_bad_stretch_costs_little() {
     let table = costs(0.2, |_| 1.0);
-    let mut controller = WherePays::new(Fixed(15), table.clone());
+    let mut controller = WherePays::new(Fixed, table.clone());
     let (drafted, _) = play(&mut controller, &table, 2000, 1, |round| [0, 0, 3, 0][round % 4]);
     assert_eq!(drafted.len(), 2000);
     assert!(controller.gain() > 1.2);
     // Eight times in turn: good stretches are drafted for the most part, bad ones are not.
-    let mut controller = WherePays::new(Fixed(15), table.clone());
+    let mut controller = WherePays::new(Fixed, table.clone());
     for turn in 0..8 {
         let (bad, each) = play(&mut controller, &table, 600, 1, |_| 0);
         assert!(bad.len() < 60 && each < 1.05, "turn {turn}: {} rounds, {each}", bad.len());
@@ -428,7 +470,7 @@ fn what_pays_a_little_more_and_a_little_less_does_not_go_to_and_fro() {
         let mut random = Random::new(seed);
         let stands: Vec<usize> =
             (0..5000).map(|_| usize::from(unit(&mut random) < if pays { 0.5 } else { 0.16 })).collect();
-        let mut controller = WherePays::new(Fixed(15), table.clone());
+        let mut controller = WherePays::new(Fixed, table.clone());
         let (mut turns, mut on) = (0, true);
         for stands in &stands {
             let drafts = controller.drafts(15);
@@ -439,371 +481,5 @@ fn what_pays_a_little_more_and_a_little_less_does_not_go_to_and_fro() {
             on = controller.is_on();
         }
         assert!(turns < if pays { 12 } else { 40 }, "{turns} turns, pays: {pays}");
-    }
-}
-
-// ---- on the CPU ----
-
-struct Models(Target, Drafter);
-
-fn load(pair: Pair) -> Models {
-    Models(Target::load(&pair.target).unwrap(), Drafter::load(&pair.drafter.unwrap()).unwrap())
-}
-
-/// `vocab` of few tokens: random drafts are often right; of many: never.
-fn drawn(vocab: usize) -> Models {
-    let (target, drafter) = support::small();
-    let written = support::write_pair(&support::Target { vocab, ..target }, &drafter);
-    load(Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap())
-}
-
-fn run(models: &Models, tree: Option<usize>, costs: Option<&Costs>, request: &Request) -> Outcome {
-    let sequences = Sequences::new(&models.0, Some(&models.1), 1, usize::MAX);
-    let request = Request { drafting: Drafting { tree, ..Default::default() }, ..request.clone() };
-    cpu::install(|| generate(&mut sequences.adaptive(costs), &request, &mut Silent)).unwrap()
-}
-
-#[test]
-fn no_costs_change_what_is_emitted() {
-    let (demo, few, many) = (load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()), drawn(4), drawn(90));
-    let cheap = costs(0.1, |_| 1.0);
-    let dear = costs(0.1, |rows| 0.5 + 0.5 * rows as f64);
-    let stairs = costs(0.3, |rows| rows.div_ceil(5) as f64);
-    let prompts = held();
-    let (mut cut, mut plain_steps) = (0, 0);
-    for (models, prompt, tokens) in
-        [(&demo, &prompts[3][..], 90), (&few, &[1, 3, 2], 200), (&many, &[5, 6], 200)]
-    {
-        for temperature in [0.0, 0.8] {
-            let request = seeded(prompt, tokens, models.1.config.block, temperature, 3);
-            let plain = run(models, None, None, &Request { block: 1, ..request.clone() });
-            for tree in [None, Some(30)] {
-                let whole = run(models, tree, None, &request);
-                for costs in [&cheap, &dear, &stairs] {
-                    let got = run(models, tree, Some(costs), &request);
-                    assert_eq!((&got.tokens, got.finish), (&plain.tokens, plain.finish));
-                    // And the same rounds again: no clock has a say.
-                    assert_eq!(got.drafted, run(models, tree, Some(costs), &request).drafted);
-                    let all: usize = got.drafted.iter().sum();
-                    cut += usize::from(all < whole.drafted.iter().sum());
-                    plain_steps += got.drafted.iter().filter(|drafts| **drafts == 0).count();
-                }
-            }
-        }
-    }
-    assert!(cut > 18 && plain_steps > 500, "{cut} of 36 runs drafted less, {plain_steps} plain steps");
-}
-
-#[test]
-fn a_drafter_that_is_never_right_is_left_alone_for_the_most_part() {
-    let models = drawn(1000);
-    let cheap = costs(0.3, |rows| 1.0 + 0.02 * rows as f64);
-    for tree in [None, Some(16)] {
-        let got = run(&models, tree, Some(&cheap), &seeded(&[7, 8, 9], 240, 8, 1.0, 2));
-        let steps: Vec<f64> =
-            got.drafted.iter().map(|d| if *d > 0 { cheap.round(*d) } else { 1.02 }).collect();
-        let (drafted, each) =
-            (steps.iter().filter(|s| **s > 1.02).count(), steps.iter().sum::<f64>() / 240.0);
-        assert!((5..30).contains(&drafted) && each < 1.1, "{drafted} rounds drafted, {each} a token");
-    }
-}
-
-/// After plain steps the drafter's context has no holes: it drafts what it would have, had it drafted all along.
-#[test]
-fn a_drafter_that_was_left_alone_catches_up() {
-    let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
-    let prompt = &held()[4];
-    let begin = || {
-        let mut sequence = Sequence::new(&models.0, Some(&models.1));
-        sequence.start(&seeded(prompt, 120, 16, 0.0, 0)).unwrap();
-        while sequence.prefill().unwrap().next.is_none() {}
-        sequence
-    };
-    let (mut idle, mut busy) = (begin(), begin());
-    let (mut plainly, mut drafted) = (vec![], vec![]);
-    while drafted.len() < 80 {
-        busy.round(&mut drafted).unwrap();
-    }
-    while plainly.len() < drafted.len() {
-        idle.draft(1).unwrap();
-        idle.verify(&[], &mut plainly).unwrap();
-    }
-    assert_eq!(plainly, drafted);
-    assert_eq!(idle.lengths(), busy.lengths());
-    assert_eq!(idle.draft(16).unwrap(), busy.draft(16).unwrap());
-}
-
-// ---- on devices ----
-
-/// On the emulator, for a pair of so many tokens: of few, drafts are often right; of many, never.
-fn on_device(vocab: usize, room: Room, then: impl FnOnce(&mut Batch)) {
-    let (target, drafter) = tiny();
-    let pair = open(&support::write_pair(&support::Target { vocab, ..target }, &drafter));
-    let device = Emulator::new();
-    let models = OnDevice::load(&device, &pair, room.positions).unwrap();
-    then(&mut Batch::new(&device, &models, room).unwrap());
-}
-
-fn room(sequences: usize, tree: usize) -> Room {
-    Room { adaptive: true, ..Room::new(sequences, 16, 256).with_trees(tree) }
-}
-
-fn with_tree(request: &Request, rows: usize) -> Request {
-    let tree = (rows > 0).then_some(rows);
-    Request { drafting: Drafting { tree, ..request.drafting.clone() }, ..request.clone() }
-}
-
-fn alone(batch: &mut Batch, request: &Request) -> Outcome {
-    generate(batch, request, &mut Silent).unwrap()
-}
-
-/// Says so, and then that all may be drafted.
-struct Script {
-    sizes: VecDeque<usize>,
-    /// (verified, stood) of its rounds
-    heard: Rc<RefCell<Vec<(usize, u64)>>>,
-}
-
-impl Controller for Script {
-    fn drafts(&mut self, most: usize) -> usize {
-        self.sizes.pop_front().unwrap_or(most)
-    }
-
-    fn judged(&mut self, verified: usize, stood: u64) {
-        self.heard.borrow_mut().push((verified, stood));
-    }
-}
-
-/// Anything, and often nothing. What it is told of must be what it asked for, in order.
-struct Wild {
-    random: Random,
-    asked: VecDeque<usize>,
-}
-
-impl Controller for Wild {
-    fn drafts(&mut self, most: usize) -> usize {
-        let drafts = [0, self.random.below(most + 1), most][self.random.below(3)];
-        if drafts > 0 {
-            self.asked.push_back(drafts);
-        }
-        assert!(self.asked.len() <= 2, "{:?}", self.asked);
-        drafts
-    }
-
-    fn judged(&mut self, verified: usize, _: u64) {
-        // Where positions end there may be fewer than the host knew of.
-        let asked = self.asked.pop_front().unwrap();
-        assert!(verified <= asked, "{verified} of {asked}");
-    }
-}
-
-fn wild(seed: u64) -> Box<dyn Controller> {
-    Box::new(Wild { random: Random::new(seed), asked: VecDeque::new() })
-}
-
-#[test]
-fn rounds_on_a_device_verify_what_controllers_say_each_in_its_round() {
-    on_device(4, room(2, 64), |batch| {
-        let mut random = Random::new(21);
-        let (mut scripts, mut requests, mut plain) = (vec![], vec![], vec![]);
-        for (i, tree) in [64, 0, 40, 64, 0].into_iter().enumerate() {
-            let most = if tree > 0 { tree - 1 } else { 15 };
-            let sizes = [0, 1, 15, 16, 31, 32, most];
-            let script: VecDeque<usize> = (0..60)
-                .map(|_| [sizes[random.below(7)].min(most), random.below(most + 1)][random.below(2)])
-                .collect();
-            scripts.push(script);
-            let asked = request(&[1 + i as u32 % 3, 2, 3], 40 + 11 * i, 16, [0.0, 0.9][i % 2]);
-            plain.push(alone(batch, &Request { block: 1, ..asked.clone() }));
-            requests.push(with_tree(&asked, tree));
-        }
-        // Sequences join in the order of the list.
-        let left = RefCell::new(VecDeque::from(scripts.clone()));
-        let heard: Vec<Rc<RefCell<Vec<_>>>> = scripts.iter().map(|_| Rc::default()).collect();
-        let ears = RefCell::new(VecDeque::from(heard.clone()));
-        batch.control(move || {
-            let sizes = left.borrow_mut().pop_front().unwrap();
-            Box::new(Script { sizes, heard: ears.borrow_mut().pop_front().unwrap() })
-        });
-        let got = together(batch, &requests, go_on);
-        for (i, (got, plain)) in got.iter().zip(&plain).enumerate() {
-            assert_eq!((&got.tokens, got.finish), (&plain.tokens, plain.finish), "request {i}");
-            let script: Vec<usize> = scripts[i].iter().copied().take(got.drafted.len()).collect();
-            assert_eq!(got.drafted, script, "request {i}");
-            // What came of each round with drafts, and nothing else, is what its controller hears.
-            let rounds = got.drafted.iter().zip(&got.accepted).filter(|(drafts, _)| **drafts > 0);
-            let heard = heard[i].borrow();
-            assert_eq!(heard.len(), rounds.clone().count(), "request {i}");
-            for ((drafts, tokens), (verified, stood)) in rounds.zip(heard.iter()) {
-                assert_eq!(
-                    (verified, stood.count_ones() as usize, stood & 1),
-                    (drafts, *tokens, 1),
-                    "request {i}"
-                );
-                let is_tree = requests[i].drafting.tree.is_some();
-                let (within, chain) = (*stood <= chain_of(*drafts), *stood == chain_of(tokens - 1));
-                assert!(within && (is_tree || chain), "request {i}: {stood:b} of {drafts}");
-            }
-            assert!(got.accepted.iter().any(|tokens| *tokens > 2), "request {i}: {:?}", got.accepted);
-        }
-    });
-}
-
-#[test]
-fn controllers_of_any_kind_leave_a_batchs_answers_alone() {
-    for vocab in [4, 90] {
-        on_device(vocab, room(3, 64), |batch| {
-            let mut requests = vec![];
-            for (i, tree) in [0, 64, 17, 0, 33, 0].into_iter().enumerate() {
-                let asked = seeded(&[1, 2, 3, i as u32 % 4], 16 + 5 * i, 16, [0.0, 0.8][i % 2], i as u64);
-                requests.push(with_tree(&asked, tree));
-            }
-            // One of no drafts, and one of drawn ones.
-            requests[3].block = 1;
-            requests[5].drafting.sampling.temperature = 1.0;
-            let plainly =
-                |request: &Request| Request { block: 1, drafting: Drafting::default(), ..request.clone() };
-            let plain: Vec<Outcome> = requests.iter().map(|asked| alone(batch, &plainly(asked))).collect();
-            let next = Cell::new(0);
-            let kinds = move || -> Box<dyn Controller> {
-                next.set(next.get() + 1);
-                match next.get() % 3 {
-                    0 => Box::new(Fixed(usize::MAX)),
-                    _ => wild(next.get()),
-                }
-            };
-            let modelled = together(batch, &requests, go_on);
-            batch.control(kinds);
-            for got in [modelled, together(batch, &requests, go_on)] {
-                for (i, (got, plain)) in got.iter().zip(&plain).enumerate() {
-                    assert_eq!(
-                        (&got.tokens, got.finish),
-                        (&plain.tokens, plain.finish),
-                        "{vocab}: request {i}"
-                    );
-                }
-            }
-        });
-    }
-}
-
-#[test]
-fn every_token_comes_of_plain_decodings_logits_whatever_rounds_draft() {
-    for (vocab, tree) in [(4, 0), (4, 64), (90, 0)] {
-        on_device(vocab, room(1, tree), |batch| {
-            batch.control(|| wild(5));
-            for temperature in [0.0, 0.7] {
-                let asked = with_tree(&request(&[3, 1, 2], 60, 16, temperature), tree);
-                let report = lossless::check(batch, &asked, || Ok(Silent)).unwrap().unwrap();
-                assert_eq!(
-                    (report.identical, report.compared),
-                    (Ok(()), 59),
-                    "{vocab} tokens, trees of {tree}"
-                );
-            }
-        });
-    }
-}
-
-/// Plain steps leave no holes: the drafter drafts what it would have, had it drafted all along.
-#[test]
-fn a_drafter_that_follows_on_a_device_drafts_what_it_would_have() {
-    on_device(4, room(1, 0), |batch| {
-        let asked = request(&[2, 1, 3, 3], 150, 16, 0.9);
-        batch.control(|| Box::new(Fixed(usize::MAX)));
-        let busy = alone(batch, &asked);
-        let brought = |rounds: std::ops::Range<usize>| busy.accepted[rounds].iter().sum::<usize>();
-        assert!(busy.accepted.iter().filter(|tokens| **tokens > 1).count() > 10, "{:?}", busy.accepted);
-        let rounds = busy.accepted.len();
-        for (first, last) in [(0, 1), (0, 7), (3, 4), (5, 20), (1, rounds / 2)] {
-            // Drafts as before, but for these rounds; as many plain steps as they brought tokens.
-            let script = [vec![15; first], vec![0; brought(first..last)]].concat();
-            batch.control(move || Box::new(Script { sizes: script.clone().into(), heard: Rc::default() }));
-            let paused = alone(batch, &asked);
-            assert_eq!(paused.tokens, busy.tokens);
-            let ones = vec![1; brought(first..last)];
-            let expected = [&busy.accepted[..first], &ones, &busy.accepted[last..]].concat();
-            assert_eq!(paused.accepted, expected, "rounds {first} to {last}");
-        }
-    });
-}
-
-#[test]
-fn on_a_device_a_drafter_that_is_never_right_is_left_alone_and_tried_again() {
-    for tree in [0, 64] {
-        on_device(1000, room(1, tree), |batch| {
-            let asked = with_tree(&request(&[7, 8, 9], 120, 16, 0.0), tree);
-            let got = alone(batch, &asked);
-            assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
-            assert_eq!(got.accepted, [1; 119]);
-            let drafted: Vec<usize> = (0..119).filter(|round| got.drafted[*round] > 0).collect();
-            // Twelve rounds and one on its way; trials after 16 and 32 plain steps, each with one on its way.
-            assert_eq!(drafted, [&(0..13).collect::<Vec<_>>()[..], &[29, 63]].concat());
-        });
-    }
-    // One that is right later on: it is left alone, tried, waited for, and kept.
-    on_device(4, room(1, 0), |batch| {
-        let got = alone(batch, &request(&[1, 2], 80, 16, 0.0));
-        let drafted: Vec<bool> = got.drafted.iter().map(|drafts| *drafts > 0).collect();
-        let expected =
-            [vec![true; 13], vec![false; 16], vec![true, false], vec![true; drafted.len() - 31]].concat();
-        assert_eq!(drafted, expected, "{:?}", got.accepted);
-        assert!(drafted.len() > 31 && got.accepted[29] > 1, "{:?}", got.accepted);
-    });
-}
-
-// ---- the flag ----
-
-const PROMPT: &str = "def read_lines(path):\n    with open(path) as file:\n        ";
-
-#[test]
-fn adaptive_rounds_give_the_same_text_and_are_recorded() {
-    for (sampling, tree) in
-        [(&["--temperature", "0"][..], &[][..]), (&["--temperature", "1", "--seed", "4"], &["--tree", "40"])]
-    {
-        let record = |args: &[&str]| {
-            let args = [&[PROMPT, "-n", "120", "--json"], sampling, args].concat();
-            program::run(args).json().remove(0)
-        };
-        let plain = record(&["--draft", "none"]);
-        let whole = record(tree);
-        let adaptive = record(&[tree, &["--adaptive"]].concat());
-        assert_eq!((&adaptive["tokens"], &whole["tokens"]), (&plain["tokens"], &plain["tokens"]));
-        let told = |record: &Value| record["adaptive"].as_bool();
-        assert_eq!((told(&adaptive), told(&whole), told(&plain)), (Some(true), Some(false), None));
-        let sum = |record: &Value| -> u64 {
-            record["drafted"].as_array().unwrap().iter().map(|drafts| drafts.as_u64().unwrap()).sum()
-        };
-        assert!(0 < sum(&adaptive) && sum(&adaptive) < sum(&whole), "{} of {}", sum(&adaptive), sum(&whole));
-    }
-    let args = [PROMPT, "-n", "60", "--adaptive", "--check-lossless", "--json"];
-    assert_eq!(program::run(args).json()[0]["identical"], true);
-}
-
-#[test]
-fn adaptive_rounds_on_the_emulator_give_the_same_text() {
-    let args = [PROMPT, "-n", "14", "--json", "--device", "emulator", "-q", "--ctx", "128"];
-    let tokens = |more: &[&str]| program::run([&args, more].concat()).json().remove(0);
-    let (plain, adaptive) = (tokens(&["--draft", "none"]), tokens(&["--tree", "40", "--adaptive"]));
-    assert_eq!(adaptive["tokens"], plain["tokens"]);
-    assert_eq!((&adaptive["adaptive"], &adaptive["device"]), (&Value::Bool(true), &Value::from("emulator")));
-    let checked = [&args[..], &["--adaptive", "--check-lossless"]].concat();
-    assert_eq!(program::run(checked).json()[0]["identical"], true);
-}
-
-#[test]
-fn what_cannot_adapt_is_refused_in_a_sentence() {
-    for (args, code, part) in [
-        (&["--block", "1"][..], 2, "--block is 1, which is plain decoding: --adaptive expects at least 2"),
-        (&["--draft", "none"], 2, "--adaptive needs a drafter, but --draft is none"),
-        (&["--verify", "block"], 2, "--adaptive is for the drafter's best tokens, but with --verify block"),
-        (&["--coupled", "--device", "emulator"], 2, "--adaptive is for the drafter's best tokens"),
-    ] {
-        let run = program::run([&[PROMPT, "--adaptive"], args].concat());
-        let lines = run.err.lines().count();
-        assert!(
-            run.code == code && run.out.is_empty() && lines == 1 && run.err.contains(part),
-            "{args:?}: {run:?}"
-        );
     }
 }

@@ -604,6 +604,7 @@ fn check_lossless_counts_what_it_compared() {
             "verify",
             "tree",
             "adaptive",
+            "threshold",
             "coupled",
             "draft_temperature",
         ];

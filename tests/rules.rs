@@ -525,8 +525,9 @@ fn flags_that_cannot_go_together_are_refused() {
         ),
         (
             2,
-            &["--adaptive", "--verify", "block"],
-            "--adaptive is for the drafter's best tokens, but with --verify block drafts are drawn at random",
+            &["--adaptive", "--tree", "9", "--verify", "block"],
+            "--adaptive with --tree expects --verify match, but with --verify block trees are drawn at random, and \
+          how often a row stands depends on their size",
         ),
     ];
     for (code, args, sentence) in cases {

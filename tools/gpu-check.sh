@@ -48,7 +48,7 @@ for turn in first second; do
     say "         $(grep -o "opened in .*" "$out/last")"
 done
 
-for test in cuda pack read norm linear linear_bits prefill attention decide rounds passes graphs device lossless device_trees judge siblings device_rules; do
+for test in cuda pack read norm linear linear_bits prefill attention attention_tree decide rounds passes graphs device lossless device_trees judge siblings device_rules; do
     [ -x "$test" ] || continue
     step 120 tests.log "$test" "./$test" --show-output && continue
     # A kernel that went wrong takes the others of its process along: each failed test again, alone.
@@ -73,7 +73,7 @@ if [ -x dflash-gen ]; then
     generate generate.log -n 128 --check-lossless --tree 64
     generate generate.log -n 128 --check-lossless --tree 20 --temperature 0.8 --seed 1
     generate generate.log -n 128 --compare
-    for how in "--adaptive" "--verify block" "--verify rejection --tree 64"; do
+    for how in "--adaptive" "--adaptive=0.5 --verify block" "--verify block" "--verify rejection --tree 64"; do
         # shellcheck disable=SC2086 # several flags
         generate generate.log -n 128 --temperature 1 --seed 1 --json $how
     done
@@ -105,6 +105,7 @@ else
     checker racecheck linear_bits schedules_and_threads
     checker racecheck prefill schedules_and_threads
     checker racecheck attention five_schedules
+    checker racecheck attention_tree five_schedules
     checker racecheck decide sampler_is_the_same verdict_is_the_same
     checker racecheck rounds rounds_are_the_same
     checker racecheck norm split_norm

@@ -109,7 +109,7 @@ fn controllers_of_an_adaptive_room_fill_its_passes() {
     let models = Models::load(&device, &pair, 128).unwrap();
     let room = Room { adaptive: true, ..Room::new(1, 16, 128).with_trees(64) };
     let batch = Batch::new(&device, &models, room).unwrap();
-    let mut controller = batch.controllers.as_ref().unwrap()();
+    let mut controller = (batch.controllers)();
     let mut rows = vec![];
     for _ in 0..12 {
         let drafts = controller.drafts(63);

@@ -177,7 +177,9 @@ fn drafts(flags: &args::Generate, drafts: &Drafts) -> String {
         all.push(format!("--verify {}", flags.drafts.verify.name()));
     }
     all.extend(drafts.tree.map(|rows| format!("trees of {rows}")));
-    all.extend(flags.drafts.adaptive.then(|| "adaptive".into()));
+    let adaptive =
+        |least: Option<f64>| least.map_or("adaptive".into(), |least| format!("adaptive at {least}"));
+    all.extend(flags.drafts.adaptive.map(adaptive));
     all.extend(flags.drafts.coupled.then(|| "coupled drafts".into()));
     let own = drafts.draft_temperature.filter(|_| flags.drafts.draft_temperature.is_some());
     all.extend(own.map(|temperature| format!("drafts at temperature {temperature}")));

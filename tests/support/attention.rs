@@ -1,0 +1,302 @@
+//! What tests of attention share: sequences and batches of them, their launch, and the reference in f64.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+use crate::kernel::*;
+use dflash::Result;
+use dflash::device::{Buffer, Device};
+use dflash::kernels::attention::{Attention, Layer, Mask, Paged, Workspace};
+
+pub const PAGE: usize = 64;
+/// Weights are rounded to bf16 before they meet the values, and the output once more: 2^-9 = 1.95e-3 at most, each.
+/// Seen: 2.4e-3.
+pub const BOUND: f64 = 3e-3;
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rule {
+    Chain,
+    Tree,
+    Block,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub window: usize,
+    pub rule: Rule,
+}
+
+/// One sequence: its keys and values [context + rows][kv_heads][head_dim], queries [rows][heads][head_dim], bf16.
+#[derive(Debug, Clone, Default)]
+pub struct Sequence {
+    pub context: usize,
+    pub rows: usize,
+    pub masks: Vec<u64>,
+    pub q: Vec<u16>,
+    pub k: Vec<u16>,
+    pub v: Vec<u16>,
+}
+
+impl Sequence {
+    pub fn new(shape: &Shape, context: usize, rows: usize, random: &mut Random) -> Sequence {
+        let keys = (context + rows) * shape.kv_heads * shape.head_dim;
+        let masks = match shape.rule {
+            // Every row hangs on one before it, or on the context.
+            Rule::Tree => (0..rows).fold(Vec::new(), |mut masks: Vec<u64>, row| {
+                let parent = random.below(row + 1);
+                masks.push(1 << row | if parent == row { 0 } else { masks[parent] });
+                masks
+            }),
+            Rule::Chain => (0..rows).map(|row| u64::MAX >> (63 - row % 64)).collect(),
+            Rule::Block => vec![low(rows); rows],
+        };
+        let q = random.bf16(rows * shape.heads * shape.head_dim, 1.0);
+        Sequence { context, rows, masks, q, k: random.bf16(keys, 1.0), v: random.bf16(keys, 1.0) }
+    }
+
+    /// A tree in which row i + 1 follows row `parents[i]`; NONE: the context, as row 0 does.
+    pub fn tree(shape: &Shape, context: usize, parents: &[usize], random: &mut Random) -> Sequence {
+        let mut s = Sequence::new(shape, context, parents.len() + 1, random);
+        s.masks = vec![1];
+        for (i, &parent) in parents.iter().enumerate() {
+            s.masks.push(1 << (i + 1) | s.masks.get(parent).copied().unwrap_or(0));
+        }
+        s
+    }
+
+    /// The rows on the way to `row`, and it.
+    pub fn path(&self, row: usize) -> Vec<usize> {
+        (0..self.rows).filter(|i| self.masks[row] >> i & 1 == 1).collect()
+    }
+
+    /// The chain of these rows, at consecutive slots behind the context.
+    pub fn chain(&self, shape: &Shape, path: &[usize]) -> Sequence {
+        let (wide, narrow) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let keys = |x: &[u16]| {
+            let rows = path.iter().flat_map(|row| &x[(self.context + row) * narrow..][..narrow]);
+            x[..self.context * narrow].iter().chain(rows).copied().collect::<Vec<u16>>()
+        };
+        Sequence {
+            context: self.context,
+            rows: path.len(),
+            masks: (0..path.len()).map(|row| low(row + 1)).collect(),
+            q: path.iter().flat_map(|row| &self.q[row * wide..][..wide]).copied().collect(),
+            k: keys(&self.k),
+            v: keys(&self.v),
+        }
+    }
+
+    /// Row `row` alone, behind the rows before it as context.
+    pub fn step(&self, shape: &Shape, row: usize) -> Sequence {
+        let (at, width) = (self.context + row, shape.kv_heads * shape.head_dim);
+        let cut = |x: &[u16]| x[..(at + 1) * width].to_vec();
+        Sequence {
+            context: at,
+            rows: 1,
+            masks: vec![1],
+            q: self.q[row * shape.heads * shape.head_dim..][..shape.heads * shape.head_dim].to_vec(),
+            k: cut(&self.k),
+            v: cut(&self.v),
+        }
+    }
+
+    pub fn position(&self, rule: Rule, slot: usize) -> usize {
+        match rule {
+            Rule::Tree if slot >= self.context => {
+                self.context + self.masks[slot - self.context].count_ones() as usize - 1
+            }
+            _ => slot,
+        }
+    }
+
+    /// dflash.md 3.6, and the mask of a tree.
+    pub fn sees(&self, shape: &Shape, row: usize, slot: usize) -> bool {
+        let (query, key) = (self.position(shape.rule, self.context + row), self.position(shape.rule, slot));
+        let within = match shape.rule {
+            Rule::Chain => slot <= self.context + row,
+            Rule::Tree => slot < self.context || self.masks[row] >> (slot - self.context) & 1 == 1,
+            Rule::Block => shape.window == 0 || key < query + shape.window,
+        };
+        within && (shape.window == 0 || key + shape.window > query)
+    }
+
+    /// softmax(q K^T / sqrt(head_dim)) V in f64, [rows][heads][head_dim].
+    pub fn reference(&self, shape: &Shape) -> Vec<f32> {
+        let (dim, group) = (shape.head_dim, shape.heads / shape.kv_heads);
+        let (q, k, v) = (from_bf16(&self.q), from_bf16(&self.k), from_bf16(&self.v));
+        let mut out = Vec::new();
+        for row in 0..self.rows {
+            let seen: Vec<usize> =
+                (0..self.context + self.rows).filter(|&slot| self.sees(shape, row, slot)).collect();
+            for head in 0..shape.heads {
+                let query = &q[(row * shape.heads + head) * dim..][..dim];
+                let at = |slot: usize| (slot * shape.kv_heads + head / group) * dim;
+                let dot = |slot: usize| -> f64 {
+                    query.iter().zip(&k[at(slot)..][..dim]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+                };
+                let scores: Vec<f64> = seen.iter().map(|&slot| dot(slot) / (dim as f64).sqrt()).collect();
+                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|s| (s - most).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                out.extend((0..dim).map(|d| {
+                    let mixed: f64 =
+                        seen.iter().zip(&weights).map(|(&slot, w)| w * f64::from(v[at(slot) + d])).sum();
+                    (mixed / sum) as f32
+                }));
+            }
+        }
+        out
+    }
+}
+
+pub fn low(bits: usize) -> u64 {
+    if bits >= 64 { u64::MAX } else { (1 << bits) - 1 }
+}
+
+/// A batch in device memory: pages in random order, NaN wherever no sequence has a key, garbage in unused table
+/// entries.
+pub struct Batch {
+    pub layer: Layer,
+    pub pages: [Buffer; 2],
+    pub table: Buffer,
+    pub spans: Buffer,
+    pub masks: Buffer,
+    pub q: Buffer,
+    pub out: Buffer,
+}
+
+impl Batch {
+    pub fn paged(&self) -> Paged<'_> {
+        Paged { k: &self.pages[0], v: &self.pages[1], table: &self.table, spans: &self.spans }
+    }
+}
+
+pub fn batch(
+    device: &dyn Device,
+    shape: &Shape,
+    block: usize,
+    per_sequence: usize,
+    sequences: &[Sequence],
+) -> Batch {
+    let mut random = Random::new(block as u64 * 977 + sequences.len() as u64);
+    let (dim, kv_heads) = (shape.head_dim, shape.kv_heads);
+    let count = sequences.iter().map(|s| (s.context + s.rows).div_ceil(PAGE)).sum::<usize>() + 2;
+    let mut free: Vec<u32> = (0..count as u32).collect();
+    let mut table = vec![0u32; sequences.len() * per_sequence];
+    table.iter_mut().for_each(|entry| *entry = random.next() as u32 | 1 << 20);
+    let mut pages =
+        [vec![POISON; count * kv_heads * PAGE * dim], vec![POISON; count * kv_heads * PAGE * dim]];
+    let mut q = vec![POISON; sequences.len() * block * shape.heads * dim];
+    let mut masks = vec![u64::MAX; sequences.len() * block];
+    for (i, s) in sequences.iter().enumerate() {
+        for slot in 0..s.context + s.rows {
+            let entry = &mut table[i * per_sequence + slot / PAGE];
+            if slot.is_multiple_of(PAGE) {
+                *entry = free.swap_remove(random.below(free.len()));
+            }
+            for head in 0..kv_heads {
+                for d in 0..dim {
+                    let token = slot % PAGE;
+                    let at = ((*entry as usize * kv_heads + head) * PAGE + token) * dim;
+                    let at = at + ((d / 8) ^ (token & 7)) * 8 + d % 8;
+                    let from = (slot * kv_heads + head) * dim + d;
+                    (pages[0][at], pages[1][at]) = (s.k[from], s.v[from]);
+                }
+            }
+        }
+        q[i * block * shape.heads * dim..][..s.q.len()].copy_from_slice(&s.q);
+        masks[i * block..][..s.rows].copy_from_slice(&s.masks[..s.rows]);
+    }
+    let spans: Vec<u32> = sequences.iter().flat_map(|s| [s.context as u32, s.rows as u32]).collect();
+    Batch {
+        layer: Layer {
+            heads: shape.heads,
+            kv_heads,
+            head_dim: dim,
+            pages: count,
+            pages_per_sequence: per_sequence,
+            window: shape.window,
+            scale: (1.0 / (dim as f64).sqrt()) as f32,
+        },
+        pages: [upload(device, &pages[0]), upload(device, &pages[1])],
+        table: upload(device, &table),
+        spans: upload(device, &spans),
+        masks: upload(device, &masks),
+        out: poisoned::<u16>(device, q.len()),
+        q: upload(device, &q),
+    }
+}
+
+pub fn workspace(device: &dyn Device, attention: &Attention) -> Result<Workspace> {
+    let counters = device.allocate(attention.counter_bytes()?, "counters")?;
+    device.fill(&counters, 0)?;
+    Ok(Workspace { partials: poisoned::<u8>(device, attention.partial_bytes()?), counters })
+}
+
+pub fn launch(
+    device: &dyn Device,
+    batch: &Batch,
+    attention: &Attention,
+    rule: Rule,
+    space: &Workspace,
+) -> Result<()> {
+    let mask = match rule {
+        Rule::Chain => Mask::Chain,
+        Rule::Tree => Mask::Tree(&batch.masks),
+        Rule::Block => Mask::Block,
+    };
+    attention.launch(device, &batch.out, &batch.q, batch.paged(), mask, space)
+}
+
+/// The outputs of the sequences' rows, [rows][heads][head_dim] each; asserts that the rest was left alone.
+pub fn run(device: &dyn Device, shape: &Shape, block: usize, sequences: &[Sequence]) -> Vec<Vec<u16>> {
+    let slots = sequences.iter().map(|s| s.context + s.rows).max().unwrap();
+    run_with(device, shape, block, slots, sequences)
+}
+
+pub fn run_with(
+    device: &dyn Device,
+    shape: &Shape,
+    block: usize,
+    capacity: usize,
+    sequences: &[Sequence],
+) -> Vec<Vec<u16>> {
+    let batch = batch(device, shape, block, capacity.div_ceil(PAGE), sequences);
+    let attention = Attention { layer: batch.layer, sequences: sequences.len(), block, capacity };
+    let space = workspace(device, &attention).unwrap();
+    launch(device, &batch, &attention, shape.rule, &space).unwrap();
+    assert!(bytes_of(device, &space.counters).iter().all(|&b| b == 0), "counters are to be zero again");
+    let (out, width) = (download::<u16>(device, &batch.out), shape.heads * shape.head_dim);
+    let of = |(s, out): (&Sequence, &[u16])| {
+        let (rows, rest) = out.split_at(s.rows * width);
+        assert!(rest.iter().all(|&x| x == POISON), "a row beyond the span was written");
+        rows.to_vec()
+    };
+    sequences.iter().zip(out.chunks(block * width)).map(of).collect()
+}
+
+/// As [`run`], held against the reference.
+pub fn check(device: &dyn Device, shape: &Shape, block: usize, sequences: &[Sequence]) -> Vec<Vec<u16>> {
+    let out = run(device, shape, block, sequences);
+    for (s, out) in sequences.iter().zip(&out).filter(|(s, _)| s.rows > 0) {
+        let error = relative_error(&from_bf16(out), &s.reference(shape));
+        assert!(error < BOUND, "error {error:.1e}: {shape:?}, context {}, {} rows", s.context, s.rows);
+    }
+    out
+}
+
+pub const CONTEXTS: [usize; 9] = [0, 1, 63, 64, 65, 127, 128, 129, 300];
+
+pub fn shape(rule: Rule, head_dim: usize, heads: usize, kv_heads: usize, window: usize) -> Shape {
+    Shape { heads, kv_heads, head_dim, window, rule }
+}
+
+pub const NONE: usize = usize::MAX;
+
+/// One step per row, each in a batch of its own.
+pub fn steps(device: &dyn Device, shape: &Shape, s: &Sequence) -> Vec<u16> {
+    let shape = Shape { rule: Rule::Chain, ..*shape };
+    (0..s.rows).flat_map(|row| run(device, &shape, 1, &[s.step(&shape, row)]).concat()).collect()
+}
