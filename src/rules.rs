@@ -503,15 +503,16 @@ pub fn best_block(
 /// Classes of [`class`].
 const CLASSES: usize = 64;
 
-/// How much likelier a token is to the target, of which it has the probability `p`, than to the drafter, `q`: in quarters
+/// How much likelier a token is to the target, of which it has the probability `p`, than to the drafter, `q`: in halves
 /// of an octave, 32 where they are alike. Logarithms are piecewise linear, from one power of two to the next. Any function
-/// of the two makes [`best_block`] lossless; its resolution decides how much is accepted.
+/// of the two makes [`best_block`] lossless, and hardly any accepts more: on the demo pair octaves, halves and eighths
+/// differ by 0.003 of a draft at most, and halves are best.
 pub fn class(p: u64, q: u64) -> usize {
-    let quarters = |x: u64| {
+    let halves = |x: u64| {
         let zeros = x.leading_zeros();
-        4 * (64 - zeros as i32) + (x.checked_shl(zeros).unwrap_or(0) >> 61 & 3) as i32
+        2 * (64 - zeros as i32) + (x.checked_shl(zeros).unwrap_or(0) >> 62 & 1) as i32
     };
-    if p == 0 { 0 } else { (quarters(p) - quarters(q) + 32).clamp(0, CLASSES as i32 - 1) as usize }
+    if p == 0 { 0 } else { (halves(p) - halves(q) + 32).clamp(0, CLASSES as i32 - 1) as usize }
 }
 
 /// That a chain is out, or else has what has this probability.

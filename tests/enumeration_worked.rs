@@ -251,10 +251,10 @@ fn siblings_accept_no_more_than_optimal_transport_does() {
 /// Of each draft of the chain that is chosen, which it is and which chain has it.
 type Chosen = Vec<(u32, usize)>;
 
-/// Quarters of an octave, piecewise linear, by their bounds.
-fn quarters(p: u64) -> i32 {
-    let bound = |n: i32| (4 + u128::from(n as u32 % 4)) << (n / 4);
-    (0..).take_while(|&n| bound(n) <= 4 * u128::from(p)).count() as i32
+/// Halves of an octave, piecewise linear, by their bounds.
+fn halves(p: u64) -> i32 {
+    let bound = |n: i32| (2 + u128::from(n as u32 % 2)) << (n / 2);
+    (0..).take_while(|&n| bound(n) <= 2 * u128::from(p)).count() as i32
 }
 
 /// The choice by its definition: of the chains that have had the drafts so far the one of the highest class, of several
@@ -265,7 +265,7 @@ fn choose(models: &Models, chains: &[Vec<u32>]) -> Chosen {
         let before: Vec<u32> = chosen.iter().map(|&(id, _)| id).collect();
         let class = |id: u32| {
             let (p, q) = (models.p(&before).of(id), models.laws[i].of(id));
-            if p == 0 { 0 } else { (quarters(p) - quarters(q) + 32).clamp(0, 63) }
+            if p == 0 { 0 } else { (halves(p) - halves(q) + 32).clamp(0, 63) }
         };
         let mut running = (0..chains.len()).filter(|&chain| chains[chain][..i] == before);
         let first = running.next().unwrap();
