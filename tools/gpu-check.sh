@@ -48,7 +48,7 @@ for turn in first second; do
     say "         $(grep -o "opened in .*" "$out/last")"
 done
 
-for test in cuda pack read norm linear linear_bits prefill attention decide rounds passes graphs device lossless device_trees judge siblings device_rules; do
+for test in cuda pack read norm linear linear_bits prefill attention decide rounds passes graphs device lossless device_trees judge siblings chains device_rules; do
     [ -x "$test" ] || continue
     step 120 tests.log "$test" "./$test" --show-output && continue
     # A kernel that went wrong takes the others of its process along: each failed test again, alone.

@@ -336,7 +336,7 @@ fn parents(random: &mut Random, kind: Rule, rows: usize, depth: usize) -> Vec<u3
                 ((rows - 1) / each, each)
             }
         };
-        let parent = |i: usize| if i % each == 0 { 0 } else { i as u32 };
+        let parent = |i: usize| if i.is_multiple_of(each) { 0 } else { i as u32 };
         return [0].into_iter().chain((0..count * each).map(parent)).collect();
     }
     let mut tree = vec![0u32];
