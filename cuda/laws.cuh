@@ -66,8 +66,11 @@ WRAPPER u64 probability_at(const Law& law, const u32* tables, const float* logit
   return id < vocab ? probability(law, tables, ld(logits + id), id) : 0;
 }
 
-// floor(a b / 2^48) of two up to 2^48.
+// floor(a b / 2^48), below 2^64.
 WRAPPER u64 times(u64 a, u64 b) { return __umul64hi(a, b) << 16 | a * b >> 48; }
+
+// What of a is beyond b.
+WRAPPER u64 beyond(u64 a, u64 b) { return a > b ? a - b : 0; }
 
 // min(2^48, floor(a b / n)) of three up to 2^48; 0 for n = 0. 16 bits of the quotient at a time: no step exceeds 64.
 WRAPPER u64 ratio(u64 a, u64 b, u64 n) {
@@ -158,6 +161,76 @@ WRAPPER u32 pick(u32 vocab, u64 bits, u64* words, F f) {
   }
   const u32 id = (first + lane) * 4 + i;
   return beyond ? __shfl_sync(~0u, id, __ffs(int(beyond)) - 1) : NONE;
+}
+
+// The target's law of a row, and the one that its next draft was drawn from; with both rows of logits.
+struct Pair {
+  Law p, q;
+  const float *target, *draft;  // [vocab]
+};
+
+// Of tokens 4 group .. 4 group + 3, what f makes of p and q; 0 beyond the vocabulary.
+template <class F>
+WRAPPER Four of_both(const Pair& rows, const u32* table, u32 vocab, u32 group, F f) {
+  const float4 a = load4(rows.target, vocab, group), b = load4(rows.draft, vocab, group);
+  const float as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
+  Four made;
+#pragma unroll
+  for (u32 i = 0; i < 4; i++) {
+    const u32 id = group * 4 + i;
+    made.w[i] = 0;
+    if (id < vocab) made.w[i] = f(probability(rows.p, table, as[i], id), probability(rows.q, table, bs[i], id));
+  }
+  return made;
+}
+
+// The sum of f(p, q) over all tokens; every thread has it.
+template <class F>
+WRAPPER u64 sum_of_both(const Pair& rows, const u32* table, u32 vocab, u64* words, F f) {
+  u64 sum = 0;
+  for (u32 group = threadIdx.x; group < (vocab + 3) / 4; group += THREADS) {
+    const Four four = of_both(rows, table, vocab, group, f);
+    sum += four.w[0] + four.w[1] + four.w[2] + four.w[3];
+  }
+  return block_sum(sum, words);
+}
+
+// A token of a law.
+WRAPPER u32 pick_of(const Law& law, const u32* table, const float* logits, u32 vocab, u64 bits, u64* words) {
+  return pick(vocab, bits, words, [&](u32 group) {
+    const float4 v = load4(logits, vocab, group);
+    const float four[4] = {v.x, v.y, v.z, v.w};
+    Four p;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) p.w[i] = group * 4 + i < vocab ? probability(law, table, four[i], group * 4 + i) : 0;
+    return p;
+  });
+}
+
+// How many of a sequence's g drafts stand as a block, told to the last of its blocks 0 .. g to come here, and NONE to the
+// others. What row `at` has in common with its draft's law is in sums[at], of thread 0; share(at) is what of the first
+// `at` drafts is to be emitted, and of more than `most` nothing. `found` has two words.
+template <class F>
+WRAPPER u32 stands_of(const Dice& dice, const u64* sums, u32* counter, u32 g, u32 most, u32* found, F share) {
+  if (threadIdx.x == 0) {
+    __threadfence();
+    sts(found, atomicAdd(counter, 1u));
+  }
+  __syncthreads();
+  if (lds(found) != g) return NONE;
+  __threadfence();
+  if (threadIdx.x == 0) {
+    st(counter, 0u);
+    u32 at = most;
+    for (; at > 0; at--) {
+      const u64 here = share(at), both = at < g && here < ONE ? ld_cg(sums + at) : 0;
+      if (here == ONE && at < g) break;
+      if (accept(dice, at, at, here - both, ONE - both)) break;
+    }
+    sts(found + 1, at);
+  }
+  __syncthreads();
+  return lds(found + 1);
 }
 
 WRAPPER void load_tables(u32* to, const u32* tables) {

@@ -6,7 +6,8 @@
 //
 // With trees, choices and tree_build stand where round_tokens does, and compact before round_finish; tree_build's tables
 // take the place of round_begin's for the verification pass. Where drafts are drawn by rules, law and draw end the draft
-// pass and draw_siblings follows tree_build; law, judge and judge_tree follow verify, whose verdicts they replace.
+// pass and draw_siblings and draw_chains follow tree_build; law, judge, judge_tree, chain_classes and judge_chains
+// follow verify, whose verdicts they replace.
 //
 // Computes: round_begin: tokens, rows and spans of both passes, the number of active sequences, the round's number.
 //           round_tokens: tokens of the verification pass, anchor and drafts.

@@ -102,14 +102,7 @@ KERNEL(512, 1, draw,
   const float* from = logits + size_t(r) * vocab;
   u32 token = NONE;
   if (own.heir != NONE) {
-    token = pick(vocab, bits(dice_of(sequences + sequence), DRAFT, depth, depth), words, [&](u32 group) {
-      const float4 v = load4(from, vocab, group);
-      const float four[4] = {v.x, v.y, v.z, v.w};
-      Four p;
-#pragma unroll
-      for (u32 i = 0; i < 4; i++) p.w[i] = group * 4 + i < vocab ? probability(own, table, four[i], group * 4 + i) : 0;
-      return p;
-    });
+    token = pick_of(own, table, from, vocab, bits(dice_of(sequences + sequence), DRAFT, depth, depth), words);
   }
   if (threadIdx.x == 0) st(drafts + r, token);
 }
@@ -133,7 +126,7 @@ KERNEL(512, 1, judge,
   SHARED(u32, table, 512);
   SHARED(u64, words, WARPS);
   SHARED(u64, chances, MOST_ROWS * 2);  // p and q of each draft; by blocks then the shares w
-  SHARED(u32, verdict, 4);
+  SHARED(u32, verdict, 5);
   grid_launch();
   load_tables(table, tables);
   grid_wait();
@@ -189,82 +182,30 @@ KERNEL(512, 1, judge,
     // Share of the drafts up to a row that is to be emitted.
     const auto share = [&](u32 at) { return at ? lds(chances + at - 1) : ONE; };
     if (sound && row > 0 && row <= stands && row < g && share(row) < ONE) {
-      const Law p = target(row), q = drafter(row);
-      const float *target_from = target_row(row), *draft_from = draft_row(row);
+      const Pair rows = {target(row), drafter(row), target_row(row), draft_row(row)};
       const u64 here = share(row);
-      u64 sum = 0;
-      for (u32 group = threadIdx.x; group < (vocab + 3) / 4; group += THREADS) {
-        const float4 a = load4(target_from, vocab, group), b = load4(draft_from, vocab, group);
-        const float as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) {
-          const u32 id = group * 4 + i;
-          if (id < vocab) sum += min(times(here, probability(p, table, as[i], id)), probability(q, table, bs[i], id));
-        }
-      }
-      sum = block_sum(sum, words);
+      const u64 sum =
+          sum_of_both(rows, table, vocab, words, [&](u64 p, u64 q) { return min(times(here, p), q); });
       if (threadIdx.x == 0) st_cg(shared + draft_first + row, sum);
     }
-    if (threadIdx.x == 0) {
-      __threadfence();
-      sts(verdict + 3, atomicAdd(counters + own, 1u));
-    }
-    __syncthreads();
-    if (lds(verdict + 3) != g) return;
-    __threadfence();
-    if (threadIdx.x == 0) {
-      st(counters + own, 0u);
-      u32 at = sound ? stands : 0;
-      for (; at > 0; at--) {
-        const u64 here = share(at);
-        const u64 both = at < g && here < ONE ? ld_cg(shared + draft_first + at) : 0;
-        if (here == ONE && at < g) break;
-        if (accept(dice, at, at, here - both, ONE - both)) break;
-      }
-      sts(verdict, at);
-    }
-    __syncthreads();
-    stands = lds(verdict);
+    stands = stands_of(dice, shared + draft_first, counters + own, g, sound ? stands : 0, verdict + 3, share);
+    if (stands == NONE) return;
     taken = stands < g;
     w = share(stands);
   }
 
   u32 token = NONE;
   if (sound) {
-    const Law p = target(stands);
-    const float* target_from = target_row(stands);
     const u64 chance = bits(dice, RESIDUAL, stands + 1, stands);
+    const Law p = target(stands);
     if (taken) {
-      const Law q = drafter(stands);
-      const float* draft_from = draft_row(stands);
+      const Pair rows = {p, drafter(stands), target_row(stands), draft_row(stands)};
       token = pick(vocab, chance, words, [&](u32 group) {
-        const float4 a = load4(target_from, vocab, group), b = load4(draft_from, vocab, group);
-        const float as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
-        Four left;
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) {
-          const u32 id = group * 4 + i;
-          const u64 mine = id < vocab ? times(w, probability(p, table, as[i], id)) : 0;
-          const u64 drawn = id < vocab ? probability(q, table, bs[i], id) : 0;
-          left.w[i] = mine > drawn ? mine - drawn : 0;
-        }
-        return left;
+        return of_both(rows, table, vocab, group, [&](u64 p, u64 q) { return beyond(times(w, p), q); });
       });
     }
     // Where nothing is left both laws are the same.
-    if (token == NONE) {
-      token = pick(vocab, chance, words, [&](u32 group) {
-        const float4 a = load4(target_from, vocab, group);
-        const float as[4] = {a.x, a.y, a.z, a.w};
-        Four whole;
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) {
-          const u32 id = group * 4 + i;
-          whole.w[i] = id < vocab ? probability(p, table, as[i], id) : 0;
-        }
-        return whole;
-      });
-    }
+    if (token == NONE) token = pick_of(p, table, target_row(stands), vocab, chance, words);
   }
   const u32 stood = sound ? stands : 0;
   if (threadIdx.x < wide) st(path + first + threadIdx.x, threadIdx.x <= stood ? threadIdx.x : NONE);

@@ -29,7 +29,7 @@ WRAPPER u64 scaled(u64 w, u32 up, u64 inverse) { return __umul64hi(w << (up & 63
 struct Both {
   u64 p, q;
 };
-WRAPPER u64 beyond(Both w) { return w.p > w.q ? w.p - w.q : 0; }
+WRAPPER u64 beyond(Both w) { return beyond(w.p, w.q); }
 
 // A token's q after `count` steps.
 WRAPPER u64 after(const Steps& steps, u32 count, u64 q, u32 id) {

@@ -21,7 +21,7 @@ enum Rule : u32 { MATCH = 0, REJECTION = 1, BLOCK = 2 };
 enum Form : u32 {
   CHAIN_OF_DRAFTS = 0,
   BEST_FIRST = 1,  // the tree of the most probable prefixes
-  DRAWN = 2,       // a tree of a fixed shape, of tokens that are drawn
+  DRAWN = 2,       // a tree of a fixed shape, of tokens that are drawn; under the rule `block` several chains
 };
 
 constexpr u32 STOP_IDS = 12;

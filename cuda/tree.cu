@@ -4,7 +4,7 @@
 // Computes: the most probable prefixes, best first, until the tree has as many rows as the sequence may verify, or `wide`,
 //           or there are no more. Between equal costs the less deep, then the better ranks from the anchor on. A sequence
 //           that drafts a chain has its drafts one behind another. A tree of drawn tokens has the shape that costs of
-//           `typical` give; its tokens are not known yet.
+//           `typical` give, or under the rule `block` that of several chains; its tokens are not known yet.
 // Work:     grid (sequences), one warp each; lane l holds rows l and l + 32, and two places for prefixes that may be next.
 //           A turn takes the best of the 64: four reductions of 32 bits. Then its place holds its next sibling, and the
 //           new row's place its first child; so 64 places are enough, and no sort of a level is needed.
@@ -39,6 +39,14 @@ struct Prefix {
 };
 WRAPPER u128 nothing() { return ~u128(0); }
 
+// Drafts of each of several chains in a tree of up to `rows` rows: `chains` of src/tree.rs.
+WRAPPER u32 chain_drafts(u32 rows, u32 depth) {
+  const u32 drafts = rows - 1;
+  u32 count = 2;
+  for (; (count + 1) * (count + 1) <= drafts; count++) {}
+  return min(depth, max(1u, drafts / count));
+}
+
 // The prefix of `rank` behind one whose code begins with the `used` first bits of `code`.
 WRAPPER Prefix prefix(u32 cost, u32 depth, u128 code, u32 used, u32 parent, u32 rank) {
   // A sound tree never has more; a last rank of 63, one too many, takes 13.
@@ -70,6 +78,7 @@ KERNEL(32, 8, tree_build,
   const Progress s = ld_progress(sequences + own);
   const u32 places = block_rows(s, block), rows = min(verified_rows(s), wide);
   const bool chain = form_of(s.shape) == CHAIN_OF_DRAFTS, drawn = form_of(s.shape) == DRAWN;
+  const bool several = drawn && ld(&sequences[own].rule) == BLOCK;
   const u32 levels = places && !chain ? places - 1 : 0;
   choices += size_t(own) * block * most, counts += size_t(own) * block, drafts += size_t(own) * block;
 
@@ -93,7 +102,7 @@ KERNEL(32, 8, tree_build,
   Prefix next[2] = {prefix(NONE, 0, 0, 0, 0, 0), prefix(NONE, 0, 0, 0, 0, 0)};
   if (lane == 0) next[0] = prefix(cost_of(0, 0), 1, 0, 0, 0, 0);
 #pragma unroll 1
-  while (count && count < rows && levels && !damaged) {
+  while (count && count < rows && levels && !damaged && !several) {
     const u32 better = next[1].key < next[0].key;
     const u128 mine = better ? next[1].key : next[0].key;
     u128 key = 0;
@@ -130,6 +139,8 @@ KERNEL(32, 8, tree_build,
   // A draft that is NONE tells round_finish.
   if (damaged && count) count = 2;
   if (chain) count = min(places, rows);
+  const u32 each = several && levels && rows > 1 ? chain_drafts(rows, levels) : 0;
+  if (each) count = 1 + (rows - 1) / each * each;
 #pragma unroll
   for (u32 i = 0; i < 2; i++) {
     const u32 row = lane + i * 32;
@@ -138,6 +149,10 @@ KERNEL(32, 8, tree_build,
     const bool there = row < count, draft = there && row && !damaged;
     if (there && damaged && row) depth[i] = 1, mask[i] = 3;
     if (there && chain) parent[i] = row ? row - 1 : 0, depth[i] = row, mask[i] = ~0ull >> (63 - row);
+    if (there && each && row) {
+      const u32 before = (row - 1) % each;
+      parent[i] = before ? row - 1 : 0, depth[i] = before + 1, mask[i] = ((2ull << before) - 1) << (row - before) | 1;
+    }
     u32 token = there && !row ? s.anchor : NONE;
     if (draft && !drawn) token = chain ? ld(drafts + row) : ld(&choices[size_t(depth[i]) * most + rank[i]].x);
     st(tokens + to, token);

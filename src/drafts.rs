@@ -5,10 +5,9 @@ use crate::control::{Costs, Goal};
 use crate::floor::Card;
 use crate::memory::Room;
 use crate::pair::Pair;
-use crate::place::Choice;
 use crate::rules::{Drafting, Rule};
 use crate::sequences::Cpu;
-use crate::terminal::{note, number, whole};
+use crate::terminal::{number, whole};
 use crate::tree::MOST_ROWS;
 use crate::verify::Sampling;
 use crate::{Error, Result};
@@ -34,7 +33,7 @@ pub struct DraftFlags {
     /// Draft a tree instead of a chain: up to N tokens a round, 1 from the target and N - 1 drafts, of which several may
     /// be rivals for a position; --block says how many positions. With --verify match, the best tree there is, and the text
     /// is the same; with rejection, one of a fixed shape whose rivals are drawn one without the other; with block, several
-    /// chains, of which the best is judged: that may be worse than the one chain of --verify block
+    /// chains, of which the best is judged
     #[arg(long, value_name = "N", help_heading = "Generation", verbatim_doc_comment)]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub tree: Option<usize>,
@@ -115,28 +114,6 @@ impl DraftFlags {
             Rule::Match => self.coupled.then_some("--coupled"),
             Rule::Rejection => Some("--verify rejection"),
             Rule::Block => Some("--verify block"),
-        }
-    }
-
-    /// Where to look for a place to run: only the CPU judges several chains as blocks, so that auto is the CPU there, which
-    /// is said on stderr unless `quiet`.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] where that was asked of another device.
-    pub fn choice(&self, device: Choice, quiet: bool) -> Result<Choice> {
-        let chains = self.tree.is_some() && self.verify == Rule::Block;
-        let flags = "--tree with --verify block";
-        match device {
-            Choice::Auto if chains => {
-                if !quiet {
-                    note(&format!("device: cpu: {flags} runs there only"));
-                }
-                Ok(Choice::Cpu)
-            }
-            Choice::Cuda | Choice::Emulator if chains => {
-                Err(Error::Unsupported(format!("{flags} runs on --device cpu only")))
-            }
-            device => Ok(device),
         }
     }
 

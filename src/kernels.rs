@@ -3,6 +3,7 @@
 //! A launcher checks sizes before it launches; what is inside the buffers is checked by nobody, so kernels clamp it.
 
 pub mod attention;
+pub mod chains;
 pub mod choices;
 pub mod compact;
 pub mod embedding;

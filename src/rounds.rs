@@ -567,9 +567,6 @@ impl Decoder for Batch<'_> {
                 "a request of blocks of {block}, trees of {tree} and the rule {rule} in rounds that were not made for it"
             )));
         }
-        if tree > 0 && drafting.rule == Rule::Block {
-            return Err(Error::Unsupported("only the device cpu judges several chains as blocks".into()));
-        }
         let positions = request.positions().min(self.context());
         let pages = (positions + tree).div_ceil(PAGE);
         if pages > self.room.pages {

@@ -177,13 +177,12 @@ pub fn typical(place: u32) -> u32 {
 }
 
 /// How many chains [`crate::rules::draw_chains`] draws for a tree of up to `rows` rows, at least one, and of how many
-/// drafts, at most `depth`. Three rather than longer ones, or two where three had fewer than three drafts each: so the demo
-/// pair accepts most, in trees of 8, 16 and 31 rows at temperatures 0.7 and 1. More where rows are left over because `depth`
-/// ends them, and one for two rows.
+/// drafts, at most `depth`. About as many as each has drafts, and two at least where there are two drafts: so the demo pair
+/// accepts most, in trees of 16, 32 and 64 rows at temperatures 0.7 and 1. More where rows are left over because `depth` ends
+/// them, and one for two rows.
 pub fn chains(rows: usize, depth: usize) -> (usize, usize) {
     let drafts = rows.saturating_sub(1);
-    let least = if drafts < 9 { 2 } else { 3 };
-    let depth = depth.min((drafts / least).max(1));
+    let depth = depth.min((drafts / drafts.isqrt().max(2)).max(1));
     (drafts / depth.max(1), depth)
 }
 

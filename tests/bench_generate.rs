@@ -277,8 +277,6 @@ fn drafts_that_cannot_be_made_are_refused_as_by_dflash_gen() {
         assert!(theirs.code == 2, "{theirs:?}");
         refused(bench(args(&one, flags)), 2, sentence);
     }
-    let flags = ["--tree", "9", "--verify", "block", "--device", "emulator"];
-    refused(bench(args(&one, &flags)), 4, "--tree with --verify block runs on --device cpu only");
 }
 
 #[test]

@@ -55,9 +55,9 @@ fn tree(rows: usize) -> Drafting {
     Drafting { tree: Some(rows), ..Drafting::default() }
 }
 
-/// Whose siblings are drawn without replacement.
-fn drawn_tree(rows: usize, temperature: f32) -> Drafting {
-    Drafting { tree: Some(rows), ..draws(Rule::Rejection, temperature) }
+/// Of siblings that are drawn without replacement, or of several chains.
+fn drawn_tree(rule: Rule, rows: usize, temperature: f32) -> Drafting {
+    Drafting { tree: Some(rows), ..draws(rule, temperature) }
 }
 
 /// How drafts are made and judged, rows of a block, temperature.
@@ -81,8 +81,10 @@ fn kinds() -> Vec<(Drafting, usize, f32)> {
         (draws(Rule::Rejection, 2.0), 16, 0.0),
         (draws(Rule::Block, 2.0), 2, 0.6),
         (draws(Rule::Block, 1.0), 1, 1.0),
-        (drawn_tree(40, 1.0), 16, 1.0),
-        (drawn_tree(7, 0.5), 6, 0.9),
+        (drawn_tree(Rule::Rejection, 40, 1.0), 16, 1.0),
+        (drawn_tree(Rule::Rejection, 7, 0.5), 6, 0.9),
+        (drawn_tree(Rule::Block, 64, 1.0), 16, 1.1),
+        (drawn_tree(Rule::Block, 9, 1.0), 3, 1.0),
     ]
 }
 
@@ -222,7 +224,12 @@ fn the_first_tokens_have_the_targets_law_under_every_rule() {
         let models = Models::load(device, &pair, 64).unwrap();
         let room = Room { rules: true, ..Room::new(32, 4, 64).with_trees(9) };
         let mut batch = Batch::new(device, &models, room).unwrap();
-        for how in [draws(Rule::Rejection, 1.0), draws(Rule::Block, 1.0), drawn_tree(9, 1.0)] {
+        for how in [
+            draws(Rule::Rejection, 1.0),
+            draws(Rule::Block, 1.0),
+            drawn_tree(Rule::Rejection, 9, 1.0),
+            drawn_tree(Rule::Block, 9, 1.0),
+        ] {
             let one = |seed| Request { drafting: how.clone(), ..seeded(&prompt, 3, 4, 1.0, seed) };
             let requests: Vec<Request> = (0..RUNS).map(one).collect();
             let outcomes = together(&mut batch, &requests, go_on);
@@ -379,20 +386,22 @@ fn drawn_trees_on_devices_are_the_cpus_round_by_round() {
         let models = Models::load(device, &pair, 64).unwrap();
         let room = Room { rules: true, ..Room::new(16, 4, 64).with_trees(9) };
         let mut batch = Batch::new(device, &models, room).unwrap();
-        let kinds = [drawn_tree(7, 1.0), tree(9), drawn_tree(9, 2.0), draws(Rule::Block, 1.0)];
+        let [siblings, chains] =
+            [(Rule::Rejection, 7), (Rule::Block, 9)].map(|(rule, rows)| drawn_tree(rule, rows, 1.0));
+        let kinds = [siblings, tree(9), drawn_tree(Rule::Rejection, 9, 2.0), draws(Rule::Block, 1.0), chains];
         let one = |i: u64| Request {
-            drafting: kinds[i as usize % 4].clone(),
+            drafting: kinds[i as usize % 5].clone(),
             ..seeded(&prompt, 3 + i as usize % 7, 4, 1.0, i)
         };
-        let requests: Vec<Request> = (0..160).map(one).collect();
+        let requests: Vec<Request> = (0..200).map(one).collect();
         let own = together(&mut batch, &requests, go_on);
         let mut on_cpu = Sequences::new(&target, Some(&drafter), 1, 64);
         let theirs = cpu::install(|| requests.iter().map(|one| run(&mut on_cpu, one)).collect::<Vec<_>>());
         let same = own.iter().zip(&theirs).filter(|(a, b)| answer(a) == answer(b)).count();
         let stood: usize = own.iter().flat_map(|own| &own.accepted).map(|judged| judged - 1).sum();
-        println!("{same} of 160 answers are the CPU's, {stood} drafts stood");
+        println!("{same} of 200 answers are the CPU's, {stood} drafts stood");
         // Kernels round, so that a chance now and then goes the other way.
-        assert!(same >= 150 && stood > 200, "{same} {stood}");
+        assert!(same >= 188 && stood > 250, "{same} {stood}");
     });
 }
 
@@ -528,10 +537,6 @@ fn rooms_refuse_what_they_were_not_made_for() {
     assert_eq!(refused(chains.with_trees(20), of(8, &tree(21))), (1, sentence(8, 21, "match")));
     assert_eq!(refused(chains, of(8, &draws(Rule::Rejection, 1.0))), (1, sentence(8, 0, "rejection")));
     assert_eq!(refused(chains.with_trees(20), of(8, &draws(Rule::Block, 1.0))), (1, sentence(8, 0, "block")));
-    let drawn = Drafting { tree: Some(20), ..draws(Rule::Block, 1.0) };
-    let room = Room { rules: true, ..chains.with_trees(20) };
-    let (code, error) = refused(room, of(8, &drawn));
-    assert_eq!((code, &error[..]), (4, "only the device cpu judges several chains as blocks"));
 }
 
 /// A sequence has the pages of its positions and of the rows of its tree, no more and no less.
@@ -576,7 +581,7 @@ fn trees_take_their_pages_and_no_others() {
 // ---- launches ----
 
 #[test]
-fn trees_cost_two_launches_a_round_rules_four_and_both_eight() {
+fn trees_cost_two_launches_a_round_rules_four_and_both_eleven() {
     let (pair, device) = (demo(), Emulator::new());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
     // As tests/device.rs counts them.
@@ -593,8 +598,8 @@ fn trees_cost_two_launches_a_round_rules_four_and_both_eight() {
                     let more = if trees { 2 } else { 0 };
                     // The drafter's law and the target's, draw and judge.
                     let of_rules = if rules && shape.drawn { 4 } else { 0 };
-                    // Siblings are drawn and judged by kernels of their own.
-                    drafting + more + of_rules + if trees && of_rules > 0 { 2 } else { 0 }
+                    // Siblings and chains are drawn and judged by kernels of their own, two and three.
+                    drafting + more + of_rules + if trees && of_rules > 0 { 5 } else { 0 }
                 }
                 _ => plain,
             };

@@ -14,7 +14,8 @@ use dflash::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables
 use dflash::kernels::sample::tables;
 use dflash::kernels::tree::{TreeBuild, Trees};
 use dflash::kernels::verify::{Verdict, Verify};
-use dflash::tree::{Choice, Tree, choices, moves, shape, typical};
+use dflash::rules::Rule;
+use dflash::tree::{Choice, Tree, chains, choices, moves, shape, typical};
 use dflash::verify::{Sampling, walk};
 use kernel::*;
 
@@ -195,7 +196,7 @@ fn sequence(active: bool, length: u32, anchor: u32, levels: u32) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
-        rule: dflash::rules::Rule::Match,
+        rule: Rule::Match,
     }
 }
 
@@ -234,6 +235,7 @@ impl Forest {
             let mut state = sequence(random.below(8) > 0, length, anchor, levels as u32);
             state.rows = [64, 1 + random.below(64) as u32][random.below(2)];
             state.form = [Form::Chain, Form::Drawn, Form::BestFirst, Form::BestFirst][random.below(4)];
+            state.rule = [Rule::Rejection, Rule::Block][random.below(2)];
             sequences.push(state);
             // Few different costs make many ties; wide ones a few.
             let spread = [1, 2, 4, 40, 1 << 20][random.below(5)];
@@ -316,7 +318,13 @@ impl Forest {
                 let drafts: Vec<_> = self.drafts[own * block + 1..][..levels].iter().map(draft).collect();
                 tree = Tree::best_first(state.anchor, &drafts, rows);
             }
-            if state.form == Form::Drawn {
+            if state.form == Form::Drawn && state.rule == Rule::Block {
+                let (count, deep) = if levels > 0 { chains(rows, levels) } else { (0, 1) };
+                let parents: Vec<u32> = (0..=count * deep)
+                    .map(|row| if row == 0 || (row - 1) % deep == 0 { 0 } else { row as u32 - 1 })
+                    .collect();
+                tree = Tree::drawn(&[&[state.anchor], &vec![NONE; count * deep][..]].concat(), &parents);
+            } else if state.form == Form::Drawn {
                 let place = |rank| Choice { token: NONE, cost: typical(rank as u32) };
                 let siblings: Vec<Choice> = (0..self.build.most).map(place).collect();
                 tree = Tree::best_first(state.anchor, &vec![siblings; levels], rows);

@@ -214,6 +214,18 @@ fn the_best_of_several_chains_emits_the_targets_law() {
     assert!(gains > losses);
 }
 
+#[test]
+fn where_the_drafter_is_the_target_several_chains_stand_as_one_does() {
+    for i in 0..12 {
+        let mut random = Random::new(16_000 + i);
+        let (vocab, depth, count) = [(2, 2, 2), (3, 2, 2), (2, 2, 3), (4, 1, 3)][i as usize % 4];
+        let row = random.row(vocab);
+        let models = Models::new(vocab, depth, || row.clone(), || row.clone());
+        let missing = ratio(depth as u64, 1) - accepted(&models.best(count));
+        assert!(missing <= rounding(&models) * ratio(2 * count as u64, 1), "model {i}: {}", float(&missing));
+    }
+}
+
 // ---- known mistakes are caught ----
 
 /// The largest distance from the target's law among 30 models of three tokens and two drafts, without zeros.
@@ -345,6 +357,22 @@ fn a_chain_dropped_for_what_it_is_is_caught() {
             let q = |token: u32| models.laws[0].of(token);
             let kept = if q(tokens[1]) < q(tokens[3]) { 5 } else { 3 };
             models.judged_best(&tokens[..kept], &parents[..kept], coin)
+        })
+    });
+    println!("{distance:.3}");
+    assert!(distance > 0.02, "{distance}");
+}
+
+#[test]
+fn a_choice_by_other_classes_than_its_laws_is_caught() {
+    // Chains of one class are put in an order of their tokens, so that not the first has the next draft.
+    let distance = worst(|models| {
+        enumerate(|coin| {
+            let (tokens, parents) = draw_chains(9, 2, &models.laws, coin).unwrap();
+            let mut chains: Vec<&[u32]> = tokens[1..].chunks(models.depth()).collect();
+            chains.sort();
+            let tokens = [&tokens[..1], &chains.concat()].concat();
+            models.judged_best(&tokens, &parents, coin)
         })
     });
     println!("{distance:.3}");

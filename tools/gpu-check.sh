@@ -48,7 +48,7 @@ for turn in first second; do
     say "         $(grep -o "opened in .*" "$out/last")"
 done
 
-for test in cuda pack read norm linear linear_bits prefill attention attention_tree decide rounds passes graphs device lossless device_trees judge siblings device_rules; do
+for test in cuda pack read norm linear linear_bits prefill attention attention_tree decide rounds passes graphs device lossless device_trees judge siblings chains device_rules; do
     [ -x "$test" ] || continue
     step 120 tests.log "$test" "./$test" --show-output && continue
     # A kernel that went wrong takes the others of its process along: each failed test again, alone.
@@ -101,6 +101,7 @@ else
     checker memcheck device_trees garbage
     checker memcheck judge garbage
     checker memcheck siblings garbage
+    checker memcheck chains garbage
     # Every kernel that shares memory between threads.
     checker racecheck linear_bits schedules_and_threads
     checker racecheck prefill schedules_and_threads
@@ -112,6 +113,7 @@ else
     checker racecheck device_trees every_schedule
     checker racecheck judge every_schedule
     checker racecheck siblings every_schedule
+    checker racecheck chains every_schedule
     # What a kernel reads of a buffer that nothing has written; barriers that not all threads of a block come to.
     checker initcheck rounds rounds_are_the_same
     checker initcheck device_trees rounds_of_trees
@@ -119,5 +121,6 @@ else
     checker synccheck attention five_schedules
     checker synccheck judge every_schedule
     checker synccheck siblings every_schedule
+    checker synccheck chains every_schedule
 fi
 finish

@@ -55,7 +55,7 @@ pub enum Form {
     Chain,
     /// The tree of the most probable prefixes.
     BestFirst,
-    /// A tree of the shape [`crate::tree::shape`], of tokens that are drawn.
+    /// A tree of tokens that are drawn: of the shape [`crate::tree::shape`], under the rule `block` [`crate::tree::chains`].
     Drawn,
 }
 

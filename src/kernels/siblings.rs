@@ -36,7 +36,7 @@ pub struct Drawn<'a> {
 }
 
 impl Siblings {
-    fn check(
+    pub(super) fn check(
         &self,
         kernel: &str,
         trees: Drawn<'_>,
@@ -59,8 +59,8 @@ impl Siblings {
         aligned(kernel, "tables", tables, TABLE_BYTES)
     }
 
-    /// The three sizes that both kernels take last.
-    fn sizes(&self) -> impl Iterator<Item = Arg> {
+    /// The three sizes that all kernels of drawn trees take last.
+    pub(super) fn sizes(&self) -> impl Iterator<Item = Arg> {
         [self.vocab, self.block, self.wide].into_iter().map(|n| (n as u32).into())
     }
 

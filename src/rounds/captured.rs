@@ -2,6 +2,7 @@
 
 use super::{Batch, Models};
 use crate::device::{Buffer, Device, Graph};
+use crate::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use crate::kernels::choices::Choices;
 use crate::kernels::compact::Compact;
 use crate::kernels::head::Head;
@@ -62,6 +63,7 @@ pub(super) struct Judging {
     targets: Buffer,  // [rows] of LAW_BYTES
     partial: Buffer,  // [drafted] u64
     counters: Buffer, // [sequences] u32
+    classes: Buffer,  // [rows] of CLASSES_BYTES, where there are trees
 }
 
 impl Work {
@@ -105,6 +107,7 @@ impl Work {
                 targets: get(rows * LAW_BYTES)?,
                 partial: get(drafted * 8)?,
                 counters: zeros(sequences * 4, "counters of verdicts")?,
+                classes: get(if room.tree > 0 { rows * CLASSES_BYTES } else { 0 })?,
             })
         });
         let sample = Sample { rows, vocab, blocks, sequences };
@@ -308,6 +311,9 @@ impl Batch<'_> {
             if let Some(growing) = trees {
                 let (siblings, drawn) = (Siblings { sequences, block, wide, vocab }, growing.drawn(w));
                 siblings.judge(device, verdict, drawn, target, r.drafter(), &w.states, &w.tables)?;
+                let work = Workspace { classes: &r.classes, partial: &r.partial, counters: &r.counters };
+                let chains = Chains(siblings);
+                chains.judge(device, verdict, drawn, target, r.drafter(), &w.states, &w.tables, work)?;
             }
         }
         if let Some(growing) = trees {
@@ -400,7 +406,8 @@ impl Batch<'_> {
         match rules {
             Some(r) => {
                 let siblings = Siblings { sequences, block, wide, vocab: self.models.vocabulary.vocab };
-                siblings.draw(device, growing.drawn(w), r.drafter(), &w.states, &w.tables)
+                siblings.draw(device, growing.drawn(w), r.drafter(), &w.states, &w.tables)?;
+                Chains(siblings).draw(device, growing.drawn(w), r.drafter(), &w.states, &w.tables)
             }
             None => Ok(()),
         }

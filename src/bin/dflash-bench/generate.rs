@@ -44,8 +44,7 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
     let room = flags.drafts.room(Room::of(&pair, flags.batch, block, flags.ctx, longest)?);
 
-    let choice = flags.drafts.choice(flags.device, false)?;
-    let place = Place::of_pair(choice, flags.gpu.unwrap_or(0), &pair, room, false)?;
+    let place = Place::of_pair(flags.device, flags.gpu.unwrap_or(0), &pair, room, false)?;
     let (machine, repeats, counts) = match &place {
         None => {
             let backend = flags.drafts.cpu(&pair, room.sequences, pair.context(flags.ctx)?)?;

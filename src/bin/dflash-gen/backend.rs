@@ -15,8 +15,7 @@ pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Roo
 
 /// The pair, loaded where `--device` says.
 pub fn load(args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
-    let choice = args.drafts.choice(args.device, args.quiet)?;
-    let Some(place) = Place::of_pair(choice, args.gpu.unwrap_or(0), pair, room, args.quiet)? else {
+    let Some(place) = Place::of_pair(args.device, args.gpu.unwrap_or(0), pair, room, args.quiet)? else {
         // Its caches grow with the requests, so that only `--ctx` limits them.
         return Ok(Box::new(args.drafts.cpu(pair, room.sequences, args.context(pair)?)?));
     };

@@ -58,8 +58,6 @@ fn run(args: &Args) -> Result<u8> {
     args.context(&pair)?;
     if args.plan {
         let on_cpu = matches!(args.device, Choice::Auto | Choice::Cpu) && !args.launches;
-        // What no device runs has no launches and takes no device's memory.
-        args.drafts.choice(if args.launches { Choice::Cuda } else { args.device }, true)?;
         let room = backend::room(args, &pair, block, 0)?;
         return plan::print(args, &pair, (!on_cpu).then_some(room));
     }
