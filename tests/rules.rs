@@ -442,11 +442,11 @@ fn verify_chooses_the_rule_and_the_record_names_it() {
         assert_eq!((&tree["verify"], &tree["tree"]), (&Value::from(rule), &Value::from(20)));
         assert_ne!(tree["tokens"], chain["tokens"], "{rule}");
         let drafted = tree["drafted"].as_array().unwrap();
-        // Three chains of 6 fit, or all rows of a shape.
-        assert_eq!(drafted[0], if rule == "block" { 18 } else { 19 });
+        // Four chains of 4 fit, or all rows of a shape.
+        assert_eq!(drafted[0], if rule == "block" { 16 } else { 19 });
     }
-    for rule in ["rejection", "block"] {
-        let args = [&hot[..], &["--verify", rule, "--device", "emulator"]].concat();
+    for (rule, more) in [("rejection", &[][..]), ("block", &[]), ("block", &["--tree", "9"])] {
+        let args = [&hot[..], &["--verify", rule, "--device", "emulator"], more].concat();
         let got = record(&args);
         assert_eq!((&got["verify"], &got["device"]), (&Value::from(rule), &Value::from("emulator")));
         assert_eq!(record(&args)["tokens"], got["tokens"], "the seed gives {rule}'s text again");
