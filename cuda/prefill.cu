@@ -199,8 +199,7 @@ WRAPPER bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& e
     cp_async_commit();
     wgmma_wait<1>();
   }
-  wgmma_wait<0>();
-  cp_async_wait_all();
+  wgmma_wait<0>();  // no copies are left on their way: the last stage's were waited for
   __syncthreads();  // the tile takes the place of the stages
 #pragma unroll
   for (u32 j = 0; j < 32; j++) {

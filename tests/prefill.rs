@@ -11,6 +11,7 @@ use dflash::emulator::{Emulator, Schedule};
 use dflash::kernels::inject::Inject;
 use dflash::kernels::linear::{Prompt, Shape};
 use dflash::kernels::qkv::Qkv;
+use dflash::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
 
@@ -229,4 +230,18 @@ fn the_head_has_no_kernel_for_prompts() {
     let head = dflash::kernels::head::Head { rows: 3, vocab, k, multiplier: 1.0, softcap: None };
     let refusal = head.launch(&device, &layer.input(true), &best, None).unwrap_err();
     assert_eq!(refusal.to_string(), "kernel head_8: has no twin for prompts");
+}
+
+#[test]
+fn a_device_without_wgmma_takes_the_kernels_by_warps() {
+    // As a card before Hopper, and any with the other image.
+    let ledger = dflash::memory::Ledger::new();
+    assert!(!ledger.properties().overlap);
+    assert_eq!(prompts(&ledger).collect::<Vec<_>>(), [Prompt::Warps]);
+    assert_eq!(Prompt::of(&ledger), Prompt::Warps);
+    let kernel = Swiglu { rows: 3, inner: 96, k: 64 };
+    let layer = by(Prompt::Warpgroups, &Data::new(1, 3, kernel.shape())).upload(&ledger, |r| r);
+    let refusal = kernel.launch(&ledger, &layer.input(true), &poisoned::<u16>(&ledger, 3 * 96)).unwrap_err();
+    assert_eq!(refusal.to_string(), "kernel prefill_swiglu_wgmma: ledger has no wgmma");
+    assert_eq!(prompts(&Emulator::new()).count(), 2);
 }
