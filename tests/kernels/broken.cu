@@ -183,6 +183,12 @@ KERNEL(128, 1, broken_wgmma, (float* out, const u16* a, const u16* b, u32 bug)) 
     if (bug != 9) wgmma_commit();
   }
   if (bug == 10) sts128(memory + thread * 16, make_uint4(1, 2, 3, 4));  // what the products may not have read yet
+  if (bug == 15 || bug == 16) {
+    wgmma_wait<1>();
+    __syncthreads();
+    // 15: what the second group may not have read yet. 16: what the first has read, which is no bug.
+    sts128(memory + (bug == 15 ? STAGE : 0) + thread * 16, make_uint4(1, 2, 3, 4));
+  }
   if (bug == 11) sum[5] = 1;                                            // before the wait
   if (bug == 12) wgmma_wait<1>();                                       // one too few
   else if (bug != 13) wgmma_wait<0>();
