@@ -1,6 +1,7 @@
 // Every instruction that C++ has no word for, each with its host twin beside it: tensor core products, ldmatrix, cp.async,
-// memory accesses with a cache policy, dependent launch, bf16. No other file contains inline PTX, and kernels reach global
-// and shared memory through these wrappers where bytes, alignment and bank conflicts are to be checked and counted.
+// memory accesses with a cache policy, dependent launch, bf16; the twin of wgmma, which is long, is wgmma.h. No other file
+// contains inline PTX, and kernels reach global and shared memory through these wrappers where bytes, alignment and bank
+// conflicts are to be checked and counted.
 //
 // bf16 is stored as u16; u32 holds two, the lower index in the lower half. A lane is g = lane / 4, t = lane % 4.
 #pragma once

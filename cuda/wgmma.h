@@ -1,8 +1,8 @@
-// What the emulator makes of wgmma. The warp that comes last to a product works out its own quarter of it, 16 of the 64
-// rows, from shared memory as the matrix descriptors tell. The card may read operands and write sums at any time between a
-// product and the wait for its group, so here both happen twice: sums are kept aside and their registers are poison until
-// the wait, which also holds the operands against what they were. Bank conflicts are not counted: eight rows of 8 k lie in all
-// 32 banks in both layouts there are.
+// What the emulator makes of wgmma. The last lane of a warp to come to a product works out the warp's quarter of it, 16 of
+// the 64 rows, from shared memory as the matrix descriptors tell. The card may read operands and write sums at any time
+// between a product and the wait for its group: so sums are kept aside and their registers are poison until that wait, which
+// also holds the operands against what they were. Bank conflicts are not counted: eight rows of 8 k lie in all 32 banks in
+// both layouts there are.
 #pragma once
 #include "emu.h"
 
