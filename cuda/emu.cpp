@@ -318,6 +318,7 @@ void prepare(Lane& lane, const Block& b) {
   lane.fake = nullptr;
   lane.operation = nullptr;
   lane.groups = 0;
+  lane.fences = 0;
   lane.copies.clear();
   lane.accesses.clear();
   uintptr_t top = (reinterpret_cast<uintptr_t>(lane.stack) + STACK) & ~uintptr_t(15);
@@ -460,7 +461,10 @@ void run_block(Arena& a, const Launch& launch, uint64_t linear) {
   for (unsigned w = 0; w < b.warps; w++) {
     b.ready[w] = ~0u;
     b.warp[w].arrived = 0;
+    b.warp[w].wgmma = {};
+    b.issued[w / 4].clear();
   }
+  b.writers.assign((launch.shared + 15) / 16, {NOBODY, 0});
   for (unsigned i = 0; i < b.threads; i++) prepare(a.lanes[i], b);
   poison(b.shared, launch.shared);
   rewind(b);
@@ -471,6 +475,13 @@ void run_block(Arena& a, const Launch& launch, uint64_t linear) {
     b.failed = true;
     report_stuck(b, begin_message(b, nullptr, {nullptr, 0}));
     return;
+  }
+  for (unsigned w = 0; w < b.warps && !b.failed; w++) {
+    const size_t mine = b.warp[w].wgmma.issued, all = b.issued[w / 4].size();
+    if (mine == all) continue;
+    b.failed = true;
+    begin_message(b, nullptr, {launch.kernel->file, 0})
+        .add("warp %u came to %zu wgmma.mma_async of the %zu of its warpgroup", w, mine, all);
   }
   if (launch.conflicts) count_accesses(b);
   if (overrun(b.shared, launch.shared)) {
@@ -538,11 +549,14 @@ void finish_copies(Lane& lane, uint32_t keep) {
   for (const Copy& copy : lane.copies) {
     if (copy.group >= done) {
       lane.copies[left++] = copy;
-    } else if (copy.from) {
+      continue;
+    }
+    if (copy.from) {
       memcpy(copy.to, copy.from, 16);
     } else {
       memset(copy.to, 0, 16);
     }
+    wrote_shared(copy.to);
   }
   lane.copies.resize(left);
 }

@@ -72,7 +72,7 @@ struct Counts {
   uint64_t streamed;   // bytes of ld_stream: weights and other constants
   uint64_t read;       // bytes of every other global load, cp.async included
   uint64_t written;    // bytes of global stores and atomics
-  uint64_t mma;        // warp-wide mma.m16n8k16
+  uint64_t mma;        // warp-wide mma.m16n8k16; those that a wgmma amounts to
   uint64_t shared;     // warp-wide shared-memory accesses looked at for bank conflicts
   uint64_t conflicts;  // extra shared-memory passes those needed
 };
@@ -83,6 +83,13 @@ struct Copy {
   const void* from;  // null: zeros
   uint32_t group;
 };
+
+// The last thread that wrote 16 bytes of dynamic shared memory, and how many proxy fences it had passed by then.
+struct Writer {
+  uint32_t lane : 11;  // NOBODY: none yet
+  uint32_t fences : 21;
+};
+constexpr uint32_t NOBODY = 2047;
 
 // One access to shared memory through a wrapper, kept until the next barrier to be matched with the other lanes'.
 struct Access {
@@ -104,8 +111,35 @@ struct Lane {
   const char* operation;
   Site site;
   uint32_t groups;  // cp.async groups committed
+  uint32_t fences;  // fence.proxy.async passed
   std::vector<Copy> copies;
   std::vector<Access> accesses;
+};
+
+// A wgmma on its way, as far as a warp is concerned: what it read, which may not change until it is waited for.
+struct Product {
+  uint32_t group;
+  uint64_t a, b;  // matrix descriptors
+  unsigned n;
+  Site site;
+  std::vector<uint4> operands;
+};
+
+// Accumulators of wgmmas on their way: the lanes' own are poison meanwhile.
+struct Sums {
+  float* to[32];
+  unsigned n;
+  uint32_t group;             // of the last product that adds to them
+  std::vector<float> values;  // [16][n]
+};
+
+// A warp's wgmmas (wgmma.h).
+struct Wgmma {
+  bool fenced;      // wgmma.fence came after the last time that sums were handed back
+  uint32_t groups;  // committed
+  size_t issued;    // products since the block began
+  std::vector<Product> products;
+  std::vector<Sums> sums;
 };
 
 struct Warp {
@@ -114,6 +148,7 @@ struct Warp {
   int line;
   const void* in[32];
   void* out[32];
+  Wgmma wgmma;
 };
 
 struct Kernel {
@@ -157,6 +192,8 @@ struct Block {
   Counts counts;
   Lane* lanes;
   Warp warp[32];
+  std::vector<std::pair<uint64_t, uint64_t>> issued[8];  // descriptors of every wgmma of a warpgroup
+  std::vector<Writer> writers;                           // per 16 bytes of dynamic shared memory
 };
 
 inline thread_local Block* block = nullptr;
@@ -217,6 +254,12 @@ inline void touch_shared(Site site, const char* what, const void* address, uint3
   const uintptr_t at = reinterpret_cast<uintptr_t>(address);
   if (at % bytes) fail(site, "%s at address %p, which is not a multiple of %u", what, address, bytes);
   if (block->launch->conflicts) lane->accesses.push_back({site.line, bytes, at});
+}
+
+// Remembers who wrote to dynamic shared memory by an ordinary store or copy.
+inline void wrote_shared(const void* to) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(block->shared);
+  if (at < block->launch->shared) block->writers[at / 16] = {lane->index, lane->fences};
 }
 
 template <class T>

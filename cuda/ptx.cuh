@@ -1,11 +1,13 @@
 // Every instruction that C++ has no word for, each with its host twin beside it: tensor core products, ldmatrix, cp.async,
-// memory accesses with a cache policy, dependent launch, bf16. No other file contains inline PTX, and kernels reach global
-// and shared memory through these wrappers where bytes, alignment and bank conflicts are to be checked and counted.
+// memory accesses with a cache policy, dependent launch, bf16; the twin of wgmma, which is long, is wgmma.h. No other file
+// contains inline PTX, and kernels reach global and shared memory through these wrappers where bytes, alignment and bank
+// conflicts are to be checked and counted.
 //
 // bf16 is stored as u16; u32 holds two, the lower index in the lower half. A lane is g = lane / 4, t = lane % 4.
 #pragma once
 #ifdef DFLASH_EMULATOR
 #include "emu.h"
+#include "wgmma.h"
 #define HOST(...) __VA_ARGS__
 #else
 #include <stdint.h>
@@ -136,6 +138,101 @@ WRAPPER void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
 #endif
 }
 
+// --- tensor cores by warpgroup, asynchronously (sm_90a): four warps, the first a multiple of four ---
+
+#if defined(DFLASH_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define WGMMA 1
+
+WRAPPER u32 shared_address(const void* at) {
+#ifdef DFLASH_EMULATOR
+  return emu::shared_address(at);
+#else
+  return u32(__cvta_generic_to_shared(at));
+#endif
+}
+
+// The descriptor of an operand in shared memory, rows of k (K-major): addresses and strides in bytes, multiples of 16.
+//   No swizzle: 8 rows x 8 k are 128 bytes, row by row; `leading` bytes on are the next 8 k, `stride` bytes on the next 8 rows.
+//   SWIZZLE_128: 8 rows x 64 k are 1024 bytes from a multiple of 1024 on, piece c of 8 k of a row in place c ^ row % 8;
+//   `stride` bytes on are the next 8 rows. 16 k further is 32 bytes further, inside the 64; `leading` is not used.
+enum Swizzle : u32 { NO_SWIZZLE = 0, SWIZZLE_128 = 1 };
+WRAPPER u64 matrix(u32 address, u32 leading, u32 stride, Swizzle swizzle) {
+  return (address & 0x3ffff) >> 4 | u64(leading >> 4) << 16 | u64(stride >> 4) << 32 | u64(swizzle) << 62;
+}
+// The same matrix that many bytes further on.
+WRAPPER u64 advance(u64 matrix, u32 bytes) { return matrix + (bytes >> 4); }
+
+// Before the first product, and between what a thread does with its sums and the next product on them.
+WRAPPER void wgmma_fence(SITE_ONLY) {
+#ifdef DFLASH_EMULATOR
+  emu::wgmma_fence(EMU_HERE);
+#else
+  asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+#endif
+}
+
+// Closes the group of products since the last commit.
+WRAPPER void wgmma_commit(SITE_ONLY) {
+#ifdef DFLASH_EMULATOR
+  emu::wgmma_commit(EMU_HERE);
+#else
+  asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+#endif
+}
+
+// Waits for all groups of products but the newest KEEP: their operands may be overwritten, and their sums looked at where no
+// later product adds to them.
+template <int KEEP>
+WRAPPER void wgmma_wait(SITE_ONLY) {
+#ifdef DFLASH_EMULATOR
+  emu::wgmma_wait(KEEP, EMU_HERE);
+#else
+  asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(KEEP) : "memory");
+#endif
+}
+
+// Starts D[64][256] = A[64][16] B[16][256], plus D where `add`, bf16 in, f32 sums, by the whole warpgroup with the same
+// descriptors. Warp w of the four has rows 16 w..; d[4j + 0, 1]: D[g][8j + 2t..], d[4j + 2, 3]: D[g + 8][8j + 2t..].
+WRAPPER void wgmma_bf16(float (&d)[128], u64 a, u64 b, bool add SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::wgmma(d, 256, {a, b, add}, EMU_HERE);
+#else
+#define FOUR_OF(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SIXTEEN_OF(i) FOUR_OF(i), FOUR_OF(i + 4), FOUR_OF(i + 8), FOUR_OF(i + 12)
+  asm volatile(
+      "{\n"
+      ".reg .pred add;\n"
+      "setp.ne.b32 add, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+      "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+      "}, %128, %129, add, 1, 1, 0, 0;\n"
+      "}"
+      : SIXTEEN_OF(0), SIXTEEN_OF(16), SIXTEEN_OF(32), SIXTEEN_OF(48), SIXTEEN_OF(64), SIXTEEN_OF(80), SIXTEEN_OF(96),
+        SIXTEEN_OF(112)
+      : "l"(a), "l"(b), "r"(u32(add)));
+#undef SIXTEEN_OF
+#undef FOUR_OF
+#endif
+}
+
+// Makes what this thread wrote to shared memory (its copies waited for) known to the tensor cores, which read it by another
+// way than loads do. Between the writes and the barrier that the products are behind.
+WRAPPER void fence_proxy_async() {
+#ifdef DFLASH_EMULATOR
+  emu::lane->fences++;
+#else
+  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+#endif
+}
+#endif
+
 // --- shared memory ---
 
 #ifdef DFLASH_EMULATOR
@@ -184,7 +281,7 @@ WRAPPER T lds(const T* from SITE) {
 }
 template <class T>
 WRAPPER void sts(T* to, T value SITE) {
-  HOST(emu::touch_shared(EMU_HERE, "shared store", to, sizeof(T));)
+  HOST(emu::touch_shared(EMU_HERE, "shared store", to, sizeof(T)); emu::wrote_shared(to);)
   *to = value;
 }
 WRAPPER uint4 lds128(const void* from SITE) {
@@ -192,7 +289,7 @@ WRAPPER uint4 lds128(const void* from SITE) {
   return *static_cast<const uint4*>(from);
 }
 WRAPPER void sts128(void* to, uint4 value SITE) {
-  HOST(emu::touch_shared(EMU_HERE, "16-byte shared store", to, 16);)
+  HOST(emu::touch_shared(EMU_HERE, "16-byte shared store", to, 16); emu::wrote_shared(to);)
   *static_cast<uint4*>(to) = value;
 }
 

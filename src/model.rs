@@ -10,7 +10,7 @@ use crate::kernels::attention::{self, Attention, Mask, Paged, Prefill};
 use crate::kernels::embedding::Embedding;
 use crate::kernels::head::Head;
 use crate::kernels::inject::Inject;
-use crate::kernels::linear::{self, Input, Shape};
+use crate::kernels::linear::{self, Input, Prompt, Shape};
 use crate::kernels::norm::Norm;
 use crate::kernels::project::{Project, Projected};
 use crate::kernels::qkv::{Places, Qkv};
@@ -141,7 +141,7 @@ impl Stack {
                 x,
                 sumsq,
                 eps: c.eps,
-                prompt: pass.prompt.is_some(),
+                prompt: pass.prompt.map(|_| Prompt::of(device)),
                 live: pass.live,
                 workspace: &s.linear,
             };
@@ -205,7 +205,7 @@ impl Stack {
                 x: &s.y,
                 sumsq: Some(&s.sumsq),
                 eps: self.config.eps,
-                prompt,
+                prompt: prompt.then(|| Prompt::of(device)),
                 live,
                 workspace: &s.linear,
             };
@@ -532,7 +532,7 @@ impl Vocabulary {
             x: &y,
             sumsq: Some(&sumsq),
             eps: stack.config.eps,
-            prompt: false,
+            prompt: None,
             live,
             workspace: &s.linear,
         };
@@ -581,7 +581,7 @@ impl Injection {
             x: features,
             sumsq: None,
             eps: 0.0,
-            prompt,
+            prompt: prompt.then(|| Prompt::of(device)),
             live,
             workspace: &s.linear,
         };

@@ -85,6 +85,18 @@ fn every_kernel_of_the_demo_pair_is_counted() {
     let prompt = row(&found, "target prompt: down", json!({ "rows": 512 }));
     let activations = 512.0 * (384.0 * 2.0 + 128.0 * 10.0 + 4.0);
     assert_eq!((number(prompt, "MB") * 1e6).round(), 128.0 * 384.0 * 2.0 + activations);
+    // Both kernels for prompts are there; that by warpgroups has half as many blocks, of twice the tokens.
+    for name in ["target prompt", "drafter prompt"] {
+        let by_warps =
+            rows.iter().filter(|row| row["name"].as_str().unwrap().starts_with(&format!("{name}: ")));
+        for by_warps in by_warps {
+            let other = by_warps["name"].as_str().unwrap().replace("prompt: ", "prompt wgmma: ");
+            let other = row(&found, &other, json!({ "rows": 512 }));
+            let same = |what| assert_eq!(number(by_warps, what), number(other, what), "{other}");
+            ["MB", "GFLOP", "mma", "written", "conflicts"].map(same);
+            assert_eq!(number(by_warps, "blocks"), number(other, "blocks") * 2.0, "{other}");
+        }
+    }
     let keys = row(&found, "drafter prompt: keys and values", json!({ "rows": 512 }));
     assert_eq!(number(keys, "GFLOP"), 2.0 * 512.0 * 128.0 * 256.0 / 1e9);
 

@@ -150,7 +150,7 @@ fn swiglu_of_large_gates_is_zero_or_the_gate() {
             x: to_bf16(&x),
             sumsq: vec![0.0],
             live: 1,
-            prompt: false,
+            prompt: None,
         };
         let place = |r: usize| if r < inner { Swiglu::places(r).0 } else { Swiglu::places(r - inner).1 };
         let layer = data.upload(device, place);
@@ -251,7 +251,7 @@ fn the_best_logit_is_the_lowest_id_among_equals_and_says_where_none_is_finite() 
                 x: one,
                 sumsq: vec![if row == 3 { 1e34 } else { k as f32 }],
                 live: 1,
-                prompt: false,
+                prompt: None,
             };
             let kernel = Head { rows: 1, vocab, k, multiplier: 1.0, softcap: None };
             let (best, logits) = head(device, kernel, &data, true);

@@ -225,7 +225,7 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
             x: &x,
             sumsq: Some(&sumsq),
             eps: EPS,
-            prompt: false,
+            prompt: None,
             live: None,
             workspace: &workspace,
         };

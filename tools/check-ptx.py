@@ -2,8 +2,8 @@
 """Holds what nvcc makes of cuda/*.cu for sm_80 and sm_90a against cuda/expected.txt.
 
 Per kernel: no more registers than stated, no spills, no local memory, and the named instructions present. A kernel without
-a line, a line without a kernel, and inline assembly outside cuda/ptx.cuh fail too. `--write` prints a fresh table with
-today's registers, for a change that means to move them.
+a line, a line without a kernel, a warning of the compiler (that it makes wgmma wait, say) and inline assembly outside
+cuda/ptx.cuh fail too. `--write` prints a fresh table with today's registers, for a change that means to move them.
 """
 
 import os
@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGETS = ["sm_80", "sm_90a"]
 # What a word in expected.txt asks of the machine code.
 WORDS = {
+    "hgmma": re.compile(r"\bHGMMA\.64x256x16\.F32\.BF16"),
     "hmma": re.compile(r"\bHMMA\.16816\.F32\.BF16"),
     "ldg128": re.compile(r"\bLDG\S*\.128"),
     "ldgsts128": re.compile(r"\bLDGSTS\S*\.128"),
@@ -45,13 +46,14 @@ def find(tool):
 
 
 def compile_one(source, target, folder):
-    """{kernel: (registers, stack, spills, machine code)} of one file for one target."""
+    """{kernel: (registers, stack, spills, machine code)} of one file for one target, and what the compiler warns of."""
     cubin = folder / f"{source.stem}.{target}.cubin"
     command = [find("nvcc"), "-cubin", "-std=c++17", "-O3", f"-arch={target}", "-Xptxas=-v", str(source), "-o", str(cubin)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
     kernels, name = {}, None
+    warnings = [line for line in run.stderr.splitlines() if re.search(r"\bwarning\b|Performance Loss", line)]
     for line in run.stderr.splitlines():
         if m := re.search(r"Compiling entry function '(\w+)'", line):
             name = m[1]
@@ -61,26 +63,26 @@ def compile_one(source, target, folder):
         elif m := re.search(r"Used (\d+) registers", line):
             kernels[name]["registers"] = int(m[1])
     if not kernels:
-        return kernels
+        return kernels, warnings
     code = subprocess.run([find("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     for part in re.split(r"^\.text\.", code, flags=re.M)[1:]:
         name = part.split(":", 1)[0]
         if name in kernels:
             kernels[name]["code"] = part
-    return kernels
+    return kernels, warnings
 
 
 def expectations():
-    """{kernel: ([registers per target], [words])} of expected.txt."""
+    """{kernel: ([registers per target, None: not there], [words])} of expected.txt."""
     table = {}
     for number, line in enumerate((ROOT / "cuda/expected.txt").read_text().splitlines(), 1):
         fields = line.split("#")[0].split()
         if not fields:
             continue
         words = fields[3:]
-        if len(fields) < 3 or not all(f.isdigit() for f in fields[1:3]) or not set(words) <= set(WORDS):
+        if len(fields) < 3 or not all(f.isdigit() or f == "-" for f in fields[1:3]) or not set(words) <= set(WORDS):
             sys.exit(f"cuda/expected.txt:{number}: expected `kernel registers registers [{' '.join(WORDS)}]`")
-        table[fields[0]] = ([int(f) for f in fields[1:3]], words)
+        table[fields[0]] = ([None if f == "-" else int(f) for f in fields[1:3]], words)
     return table
 
 
@@ -94,25 +96,33 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted((ROOT / "cuda").glob("*.cu")):
             for index, target in enumerate(TARGETS):
-                for name, made in compile_one(source, target, pathlib.Path(folder)).items():
-                    seen.setdefault(name, [0] * len(TARGETS))[index] = made["registers"]
+                kernels, warnings = compile_one(source, target, pathlib.Path(folder))
+                faults += [f"{source.name} for {target}: {line}" for line in warnings]
+                for name, made in kernels.items():
+                    seen.setdefault(name, [None] * len(TARGETS))[index] = made["registers"]
                     where = f"{source.name}: {name} on {target}"
                     if made["stack"] or made["spills"]:
                         faults.append(f"{where}: {made['stack']} bytes of local memory, {made['spills']} spilled; expected none")
                     if name not in table:
                         continue
                     limits, words = table[name]
-                    if made["registers"] > limits[index]:
+                    if limits[index] is None:
+                        faults.append(f"{where}: expected not to be there")
+                    elif made["registers"] > limits[index]:
                         faults.append(f"{where}: {made['registers']} registers, expected at most {limits[index]}")
                     for word in words:
                         if not WORDS[word].search(made["code"]):
                             faults.append(f"{where}: no {word} in the machine code")
+    for name, (limits, _) in table.items():
+        for index, target in enumerate(TARGETS):
+            if limits[index] is not None and name in seen and seen[name][index] is None:
+                faults.append(f"cuda/expected.txt has registers of {name} on {target}, where it is not")
     faults += [f"kernel {name} has no line in cuda/expected.txt" for name in seen if name not in table]
     faults += [f"cuda/expected.txt names {name}, which no file in cuda/ defines" for name in table if name not in seen]
     if sys.argv[1:] == ["--write"]:
         for name, registers in seen.items():
             words = table.get(name, ([], []))[1]
-            print(" ".join([f"{name:<28}", *(f"{r:>4}" for r in registers), *words]).rstrip())
+            print(" ".join([f"{name:<28}", *(f"{'-' if r is None else r:>4}" for r in registers), *words]).rstrip())
         return
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -7,7 +7,7 @@ use crate::device::{Buffer, Device, Kernel};
 
 static KERNELS: [Kernel; 5] =
     kernels("inject", ["inject_8", "inject_16", "inject_32", "inject_64", "inject_128"]);
-static PREFILL: Kernel = prefill("prefill_inject");
+static PREFILL: [Kernel; 2] = prefill(["prefill_inject", "prefill_inject_wgmma"]);
 
 /// `v = features[gather[m]] W^T`, of which `y = bf16(gain * v)` and the sums of squares are kept.
 #[derive(Debug, Clone, Copy)]

@@ -2,7 +2,7 @@
 //!
 //! Each multiplies 1 to 128 rows in one read of the weights, more in passes of 128, and differs from the others in what
 //! it does with the sums: [`super::qkv`], [`super::project`], [`super::swiglu`], [`super::head`], [`super::inject`]. All but
-//! the head have a twin for prompts in `cuda/prefill.cu`, which cuts the work for many rows.
+//! the head have twins for prompts in `cuda/prefill.cu`, which cut the work for many rows: see [`Prompt`].
 
 use crate::device::{Arg, Buffer, Device, Kernel};
 use crate::{Error, Result};
@@ -102,11 +102,56 @@ pub struct Input<'a> {
     pub sumsq: Option<&'a Buffer>,
     /// Of that norm, and of the head norms of the qkv kernel.
     pub eps: f32,
-    /// The rows are a prompt's: take the kernel of `cuda/prefill.cu`. Its sums over K are not split, so its bits are others.
-    pub prompt: bool,
+    /// The rows are a prompt's: take this kernel of `cuda/prefill.cu`. Its sums over K are not split, so its bits are others.
+    pub prompt: Option<Prompt>,
     /// A u32 that is 0 where the launch has nothing to do.
     pub live: Option<&'a Buffer>,
     pub workspace: &'a Workspace,
+}
+
+/// The kernels for prompts, which differ in their main loop and in their bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prompt {
+    /// By warps, on every card: `prefill_*`.
+    Warps,
+    /// By warpgroups with wgmma, where the compute_90a image runs: `prefill_*_wgmma`.
+    Warpgroups,
+}
+
+/// The kernels that prompts go through where there is a choice. Not yet [`Prompt::Warpgroups`], which no card has run.
+const PREFERRED: Prompt = Prompt::Warps;
+
+impl Prompt {
+    /// All there are, as in the kernels' lists.
+    pub const ALL: [Prompt; 2] = [Prompt::Warps, Prompt::Warpgroups];
+
+    /// What the engine takes on a device.
+    pub fn of(device: &dyn Device) -> Prompt {
+        if PREFERRED.runs_on(device) { PREFERRED } else { Prompt::Warps }
+    }
+
+    /// Whether the device has these kernels: wgmma and dependent launch come with the same image.
+    pub fn runs_on(self, device: &dyn Device) -> bool {
+        self == Prompt::Warps || device.properties().overlap
+    }
+
+    /// Tokens of a block of these kernels.
+    const fn tokens(self) -> usize {
+        match self {
+            Prompt::Warps => 128,
+            Prompt::Warpgroups => 256,
+        }
+    }
+
+    /// Dynamic shared memory of a block: stages of 128 packed rows and its tokens, 64 k each; with wgmma they begin at a
+    /// multiple of 1024.
+    const fn shared(self) -> u32 {
+        let (stages, aligning) = match self {
+            Prompt::Warps => (3, 0),
+            Prompt::Warpgroups => (4, 1024),
+        };
+        (stages * (BLOCK + self.tokens()) * 64 * 2 + aligning) as u32
+    }
 }
 
 /// Where the rows of `x` are taken from, in place of 0, 1, 2...
@@ -122,8 +167,8 @@ pub(super) struct Gather<'a> {
 pub(super) struct Launch<'a> {
     /// By number of 8-token tiles: 1, 2, 4, 8, 16.
     pub kernels: &'static [Kernel; 5],
-    /// For prompts.
-    pub prefill: Option<&'static Kernel>,
+    /// For prompts, as [`Prompt::ALL`].
+    pub prefill: Option<&'static [Kernel; 2]>,
     pub shape: Shape,
     pub rows: usize,
     pub input: &'a Input<'a>,
@@ -146,13 +191,14 @@ pub(super) const fn kernels(file: &'static str, names: [&'static str; 5]) -> [Ke
     ]
 }
 
-/// The entry point for prompts.
-pub(super) const fn prefill(name: &'static str) -> Kernel {
-    Kernel { file: "prefill", name, threads: 128, max_shared: PREFILL_SHARED }
+/// The entry points for prompts.
+pub(super) const fn prefill(names: [&'static str; 2]) -> [Kernel; 2] {
+    // A thread per token.
+    const fn one(name: &'static str, prompt: Prompt) -> Kernel {
+        Kernel { file: "prefill", name, threads: prompt.tokens() as u32, max_shared: prompt.shared() }
+    }
+    [one(names[0], Prompt::Warps), one(names[1], Prompt::Warpgroups)]
 }
-
-/// Three stages of 128 packed rows and 128 tokens, 64 k each.
-const PREFILL_SHARED: u32 = 3 * 2 * 128 * 64 * 2;
 
 /// Which of the five entry points takes `rows` rows, and its number of 8-token tiles.
 fn tiles(rows: usize) -> (usize, usize) {
@@ -176,10 +222,17 @@ impl Launch<'_> {
         let Launch { shape, rows, input, first_block, .. } = *self;
         let Shape { n, k } = shape;
         let (index, _) = tiles(rows);
-        let prefill = self.prefill.filter(|_| input.prompt);
-        let kernel = prefill.unwrap_or(&self.kernels[index]);
-        if input.prompt && prefill.is_none() {
-            return Err(Error::Internal(format!("kernel {}: has no twin for prompts", kernel.name)));
+        let kernel = match (input.prompt, self.prefill) {
+            (None, _) => &self.kernels[index],
+            (Some(prompt), Some(kernels)) => &kernels[prompt as usize],
+            (Some(_), None) => {
+                let name = self.kernels[index].name;
+                return Err(Error::Internal(format!("kernel {name}: has no twin for prompts")));
+            }
+        };
+        if input.prompt.is_some_and(|prompt| !prompt.runs_on(device)) {
+            let card = &device.properties().name;
+            return Err(Error::Internal(format!("kernel {}: {card} has no wgmma", kernel.name)));
         }
         let (slice, splits) = shape.slices();
         let passes = rows.div_ceil(PASS);
@@ -202,7 +255,7 @@ impl Launch<'_> {
                 kernel.name
             )));
         }
-        let (partial, counters) = if input.prompt { (0, 0) } else { shape.workspace(rows) };
+        let (partial, counters) = if input.prompt.is_some() { (0, 0) } else { shape.workspace(rows) };
         let needs = Needs(self.kernels[0].file);
         needs.buffer("weights", input.weights, shape.weight_bytes())?;
         needs.buffer("x", input.x, self.gather.map_or(rows, |g| g.of) * k * 2)?;
@@ -233,8 +286,9 @@ impl Launch<'_> {
         ];
         args.extend_from_slice(epilogue);
         let blocks = (shape.blocks() - first_block) as u32;
-        if prefill.is_some() {
-            return device.launch(kernel, [passes as u32, blocks, 1], PREFILL_SHARED, &args);
+        if let Some(prompt) = input.prompt {
+            let grid = [rows.div_ceil(prompt.tokens()) as u32, blocks, 1];
+            return device.launch(kernel, grid, prompt.shared(), &args);
         }
         device.launch(kernel, [blocks, splits as u32, passes as u32], shared(index, slice), &args)
     }

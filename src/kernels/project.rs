@@ -7,7 +7,7 @@ use crate::device::{Buffer, Device, Kernel};
 
 static KERNELS: [Kernel; 5] =
     kernels("project", ["project_8", "project_16", "project_32", "project_64", "project_128"]);
-static PREFILL: Kernel = prefill("prefill_project");
+static PREFILL: [Kernel; 2] = prefill(["prefill_project", "prefill_project_wgmma"]);
 
 /// `x += in W^T`, then `y = bf16(gain * x)` and sums of squares of `x` for the next norm.
 #[derive(Debug, Clone, Copy)]

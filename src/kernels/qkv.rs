@@ -6,7 +6,7 @@ use crate::Result;
 use crate::device::{Buffer, Device, Kernel};
 
 static KERNELS: [Kernel; 5] = kernels("qkv", ["qkv_8", "qkv_16", "qkv_32", "qkv_64", "qkv_128"]);
-static PREFILL: Kernel = prefill("prefill_qkv");
+static PREFILL: [Kernel; 2] = prefill(["prefill_qkv", "prefill_qkv_wgmma"]);
 
 /// Query, key and value heads of `rstd * (in W^T)`; queries and keys normed (where they have gains) and turned.
 #[derive(Debug, Clone, Copy)]

@@ -6,7 +6,7 @@ use crate::device::{Buffer, Device, Kernel};
 
 static KERNELS: [Kernel; 5] =
     kernels("swiglu", ["swiglu_8", "swiglu_16", "swiglu_32", "swiglu_64", "swiglu_128"]);
-static PREFILL: Kernel = prefill("prefill_swiglu");
+static PREFILL: [Kernel; 2] = prefill(["prefill_swiglu", "prefill_swiglu_wgmma"]);
 
 /// `out = bf16(silu(gate) * up)`, gate and up the two halves of `rstd * (in W^T)`.
 #[derive(Debug, Clone, Copy)]

@@ -151,3 +151,50 @@ KERNEL(64, 1, broken_stack, (u32* out, u32 bug)) {
   grid_wait();
   out[threadIdx.x] = bug == 1 && threadIdx.x == 40 ? deep(0) : 0;
 }
+
+// out[64][256] = a[64][32] b[256][32] in two groups of products. Bugs, by number: see the lines.
+KERNEL(128, 1, broken_wgmma, (float* out, const u16* a, const u16* b, u32 bug)) {
+  DYNAMIC_SHARED(u8, memory);
+  grid_wait();
+  const u32 thread = threadIdx.x, warp = thread / 32, row = warp * 16 + thread % 32 / 4, t = thread % 4;
+  // Per 16 k: 64 rows of a, 256 of b; 8 rows x 8 k in 128 bytes.
+  constexpr u32 STAGE = 320 * 32, LEADING = 128, STRIDE = 256;
+  for (u32 s = 0; s < 2; s++) {
+    for (u32 i = thread; i < 320 * 2; i += 128) {
+      const u32 r = i / 2, half = i % 2;
+      const u16* from = r < 64 ? a + r * 32 : b + (r - 64) * 32;
+      cp_async16(memory + s * STAGE + r / 8 * STRIDE + half * LEADING + r % 8 * 16, from + s * 16 + half * 8);
+    }
+    cp_async_commit();
+  }
+  if (bug == 1) fence_proxy_async();  // before the copies are there
+  cp_async_wait<0>();
+  if (bug != 1 && bug != 2) fence_proxy_async();  // 2: none
+  if (bug != 3) __syncthreads();
+  if (bug == 4 && warp == 3) return;  // before the others' products
+  float sum[128];
+  if (bug != 5) wgmma_fence();
+  for (u32 s = 0; s < 2; s++) {
+    const u32 at = shared_address(memory + s * STAGE), stride = bug == 6 && warp == 2 ? 512 : STRIDE;
+    u64 left = matrix(at, LEADING, stride, NO_SWIZZLE), right = matrix(at + 2048, LEADING, STRIDE, NO_SWIZZLE);
+    if (bug == 7) left = matrix(at, 0, 1024, SWIZZLE_128);  // not at a multiple of 1024
+    if (bug == 8) right = advance(right, 2 * STAGE);        // beyond shared memory
+    wgmma_bf16(sum, left, right, s > 0);
+    if (bug != 9) wgmma_commit();
+  }
+  if (bug == 10) sts128(memory + thread * 16, make_uint4(1, 2, 3, 4));  // what the products may not have read yet
+  if (bug == 15 || bug == 16) {
+    wgmma_wait<1>();
+    __syncthreads();
+    // 15: what the second group may not have read yet. 16: what the first has read, which is no bug.
+    sts128(memory + (bug == 15 ? STAGE : 0) + thread * 16, make_uint4(1, 2, 3, 4));
+  }
+  if (bug == 11) sum[5] = 1;                                            // before the wait
+  if (bug == 12) wgmma_wait<1>();                                       // one too few
+  else if (bug != 13) wgmma_wait<0>();
+  if (bug == 14) {
+    sum[7] += 1;
+    wgmma_bf16(sum, 0, 0, true);  // without another fence
+  }
+  for (u32 i = 0; i < 128; i++) st(out + (row + i / 2 % 2 * 8) * 256 + i / 4 * 8 + t * 2 + i % 2, sum[i]);
+}

@@ -85,3 +85,43 @@ KERNEL(64, 1, toy_grid, (u32* out)) {
   for (u32 i = 0; i < 32; i++) sum += staged[i];
   out[(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = sum + blockIdx.y * 10000;
 }
+
+// out[64][256] = c[64][256] + a[64][k] b[256][k], c left out where null, by one warpgroup: all of a and b staged in shared
+// memory as matrices without a swizzle, with these strides, or with that of 128 bytes (k up to 64), from aligned places on.
+KERNEL(128, 1, toy_wgmma,
+       (float* out, const u16* a, const u16* b, const float* c, u32 k, u32 swizzle, u32 leading, u32 stride)) {
+  DYNAMIC_SHARED(u8, memory);
+  grid_wait();
+  const u32 thread = threadIdx.x, row = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
+  u8* const first = memory + (0u - shared_address(memory)) % 1024;
+  u8* const second = first + (8 * stride + k / 8 * leading + 1023) / 1024 * 1024;
+  const auto stage = [&](u8* to, const u16* from, u32 rows) {
+    for (u32 i = thread; i < rows * (k / 8); i += 128) {
+      const u32 r = i / (k / 8), piece = i % (k / 8);
+      const u32 at = swizzle ? r * 128 + (piece ^ r % 8) * 16 : r / 8 * stride + piece * leading + r % 8 * 16;
+      sts128(to + at, ld128(from + r * k + piece * 8));
+    }
+  };
+  stage(first, a, 64);
+  stage(second, b, 256);
+  fence_proxy_async();
+  __syncthreads();
+  float sum[128];
+  for (u32 i = 0; i < 128; i++) {
+    // Where nothing is added to them they may hold anything.
+    const u32 at = (row + i / 2 % 2 * 8) * 256 + i / 4 * 8 + t * 2 + i % 2;
+    sum[i] = c ? ld(c + at) : __uint_as_float(0x7fc00000u);
+  }
+  wgmma_fence();
+  for (u32 i = 0; i < k / 16; i++) {
+    const Swizzle mode = swizzle ? SWIZZLE_128 : NO_SWIZZLE;
+    const u64 left = advance(matrix(shared_address(first), leading, stride, mode), i * (swizzle ? 32 : 2 * leading));
+    const u64 right = advance(matrix(shared_address(second), leading, stride, mode), i * (swizzle ? 32 : 2 * leading));
+    wgmma_bf16(sum, left, right, c || i);
+    // In groups of one, of which some are waited for early.
+    wgmma_commit();
+    wgmma_wait<2>();
+  }
+  wgmma_wait<0>();
+  for (u32 i = 0; i < 128; i++) st(out + (row + i / 2 % 2 * 8) * 256 + i / 4 * 8 + t * 2 + i % 2, sum[i]);
+}

@@ -6,7 +6,7 @@ use crate::kernel::*;
 use dflash::device::{Buffer, Device};
 use dflash::kernels::head::Head;
 use dflash::kernels::inject::Inject;
-use dflash::kernels::linear::{Input, Shape, Workspace};
+use dflash::kernels::linear::{Input, Prompt, Shape, Workspace};
 use dflash::kernels::project::{Project, Projected};
 use dflash::kernels::qkv::{Places, Qkv};
 use dflash::kernels::swiglu::Swiglu;
@@ -37,7 +37,7 @@ pub struct Layer {
     pub x: Buffer,
     pub sumsq: Buffer,
     pub live: Buffer,
-    pub prompt: bool,
+    pub prompt: Option<Prompt>,
     pub workspace: Workspace,
 }
 
@@ -50,8 +50,8 @@ pub struct Data {
     pub sumsq: Vec<f32>,
     /// What the flag says whether there is something to do.
     pub live: u32,
-    /// By the kernels for prompts.
-    pub prompt: bool,
+    /// By these kernels for prompts.
+    pub prompt: Option<Prompt>,
 }
 
 impl Data {
@@ -64,8 +64,18 @@ impl Data {
             x: random.bf16(rows * shape.k, 1.0),
             sumsq: (0..rows * parts).map(|_| 50.0 + 200.0 * random.unit()).collect(),
             live: 1,
-            prompt: false,
+            prompt: None,
         }
+    }
+
+    /// As [`Data::new`] of whole numbers so small that every sum is exact, in whatever order it is added.
+    pub fn whole(seed: u64, rows: usize, shape: Shape) -> Data {
+        let mut random = Random::new(seed);
+        let mut small = |count: usize| -> Vec<u16> {
+            let numbers: Vec<f32> = (0..count).map(|_| random.below(9) as f32 - 4.0).collect();
+            to_bf16(&numbers)
+        };
+        Data { w: small(shape.n * shape.k), x: small(rows * shape.k), ..Data::new(seed, rows, shape) }
     }
 
     pub fn rows(&self) -> usize {

@@ -14,9 +14,10 @@ use crate::machine::Instruments;
 use crate::record::{Better, Record, Row};
 use crate::sampling::{Cost, Times, cost};
 use crate::{args, model, record};
-use dflash::device::Graph;
+use dflash::device::{Device, Graph};
 use dflash::floor::Card;
 use dflash::kernels::attention::MOST_SLOTS;
+use dflash::kernels::linear::Prompt;
 use dflash::kernels::read::Read;
 use dflash::measure::quantile;
 use dflash::memory::{MemoryPlan, Room};
@@ -105,7 +106,7 @@ pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
         Some(pair) => pair,
         None => pair(flags, if desk.counts() { "demo" } else { "qwen3-8b" })?,
     };
-    let cases = chosen(flags, &pair)?;
+    let cases = chosen(flags, &pair, &*place.device)?;
     let instruments = Instruments::open(&place);
     place.device.tally_conflicts(true);
     let card = Card::of_driver(&place.device.properties().name);
@@ -153,7 +154,7 @@ fn pair(flags: &args::Kernels, name: &str) -> Result<Pair> {
 }
 
 /// What `--only` leaves.
-fn chosen(flags: &args::Kernels, pair: &Pair) -> Result<Vec<Case>> {
+fn chosen(flags: &args::Kernels, pair: &Pair, device: &dyn Device) -> Result<Vec<Case>> {
     let once = |list: &args::Whole| {
         let mut once: Vec<usize> = vec![];
         list.0.iter().for_each(|n| {
@@ -164,7 +165,8 @@ fn chosen(flags: &args::Kernels, pair: &Pair) -> Result<Vec<Case>> {
         once
     };
     let (rows, contexts) = (once(&flags.rows), once(&flags.context));
-    let mut cases = linear::cases(pair, &rows);
+    let prompts: Vec<Prompt> = Prompt::ALL.into_iter().filter(|prompt| prompt.runs_on(device)).collect();
+    let mut cases = linear::cases(pair, &rows, &prompts);
     cases.extend(attention::cases(pair, &rows, &contexts));
     cases.extend(round::cases(pair, &rows));
     cases.extend(trees::cases(pair, &rows));

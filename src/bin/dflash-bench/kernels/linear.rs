@@ -7,7 +7,7 @@ use dflash::device::Buffer;
 use dflash::kernels::PAGE;
 use dflash::kernels::head::Head;
 use dflash::kernels::inject::Inject;
-use dflash::kernels::linear::{Input, PASS, Shape, Workspace};
+use dflash::kernels::linear::{Input, PASS, Prompt, Shape, Workspace};
 use dflash::kernels::project::{Project, Projected};
 use dflash::kernels::qkv::{Places, Qkv};
 use dflash::kernels::swiglu::Swiglu;
@@ -27,21 +27,23 @@ fn exact(k: usize) -> f64 {
 }
 
 /// Every linear launch of a round for each of `rows`, and of a prompt's chunk. The drafter's are those whose shapes are
-/// not the target's.
-pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
+/// not the target's. `prompts`: the kernels for prompts that the device has.
+pub fn cases(pair: &Pair, rows: &[usize], prompts: &[Prompt]) -> Vec<Case> {
     let target = &pair.target.config;
     let mut all = vec![];
     for &rows in rows {
-        all.extend(stack("target", &target.stack, None, rows, false));
+        all.extend(stack("target", &target.stack, None, rows, None));
         all.push(head("target: lm_head", target, &target.stack, (1.0, None), rows, false));
         all.push(head("target: lm_head with logits", target, &target.stack, (1.0, None), rows, true));
     }
-    all.extend(stack("target prompt", &target.stack, None, PROMPT, true));
+    for &prompt in prompts {
+        all.extend(stack(&of_prompt("target", prompt), &target.stack, None, PROMPT, Some(prompt)));
+    }
     let Some(drafter) = &pair.drafter else { return all };
     let c = &drafter.config;
     for &rows in rows {
-        all.push(inject("drafter: fc", c, rows, false));
-        all.extend(stack("drafter", &c.stack, Some(&target.stack), rows, false));
+        all.push(inject("drafter: fc", c, rows, None));
+        all.extend(stack("drafter", &c.stack, Some(&target.stack), rows, None));
         if (c.output_multiplier, c.softcap) != (1.0, None) {
             all.push(head(
                 "drafter: lm_head",
@@ -53,9 +55,20 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
             ));
         }
     }
-    all.push(inject("drafter prompt: fc", c, PROMPT, true));
-    all.push(qkv("drafter prompt: keys and values", &c.stack, PROMPT, true, true));
+    for &prompt in prompts {
+        let drafter = of_prompt("drafter", prompt);
+        all.push(inject(&format!("{drafter}: fc"), c, PROMPT, Some(prompt)));
+        all.push(qkv(&format!("{drafter}: keys and values"), &c.stack, PROMPT, Some(prompt), true));
+    }
     all
+}
+
+/// What a model's layers are called with a prompt's rows, by the kernels that multiply them.
+fn of_prompt(model: &str, prompt: Prompt) -> String {
+    match prompt {
+        Prompt::Warps => format!("{model} prompt"),
+        Prompt::Warpgroups => format!("{model} prompt wgmma"),
+    }
 }
 
 /// A layer's four, but for those that `known` has too.
@@ -64,7 +77,7 @@ fn stack(
     c: &config::Stack,
     known: Option<&config::Stack>,
     rows: usize,
-    prompt: bool,
+    prompt: Option<Prompt>,
 ) -> Vec<Case> {
     let heads = |c: &config::Stack| (c.hidden, c.heads, c.kv_heads, c.head_dim, c.qk_norm);
     let shapes = |c: &config::Stack| c.shapes();
@@ -90,11 +103,11 @@ fn stack(
 /// a prompt's passes run side by side, so that one reading from memory could serve them all.
 fn case(
     name: &str,
-    (rows, prompt): (usize, bool),
+    (rows, prompt): (usize, Option<Prompt>),
     (weights, bytes): (usize, u64),
     make: impl for<'d> Fn(&Desk<'d>) -> Result<Ready<'d>> + 'static,
 ) -> Case {
-    let again = if prompt { (weights * (rows.div_ceil(PASS) - 1)) as u64 } else { 0 };
+    let again = if prompt.is_some() { (weights * (rows.div_ceil(PASS) - 1)) as u64 } else { 0 };
     Case {
         name: name.into(),
         parameters: json!({ "rows": rows }),
@@ -112,12 +125,18 @@ struct Layer {
     x: Drawn,
     sumsq: Option<Drawn>,
     eps: f32,
-    prompt: bool,
+    prompt: Option<Prompt>,
     workspace: Workspace,
 }
 
 impl Layer {
-    fn new(desk: &Desk, shape: Shape, rows: usize, norm: Option<f32>, prompt: bool) -> Result<Layer> {
+    fn new(
+        desk: &Desk,
+        shape: Shape,
+        rows: usize,
+        norm: Option<f32>,
+        prompt: Option<Prompt>,
+    ) -> Result<Layer> {
         let Shape { k, .. } = shape;
         let scale = (k as f32).sqrt().recip();
         let (w, weights) = desk.cold(shape.weight_bytes() / 2, scale, shape.weight_bytes(), "weights")?;
@@ -158,7 +177,7 @@ impl Layer {
     }
 }
 
-fn project(name: &str, shape: Shape, rows: usize, prompt: bool) -> Case {
+fn project(name: &str, shape: Shape, rows: usize, prompt: Option<Prompt>) -> Case {
     let Shape { n, k } = shape;
     let kernel = Project { rows, n, k };
     case(name, (rows, prompt), (shape.weight_bytes(), kernel.bytes()), move |desk| {
@@ -206,7 +225,7 @@ fn project(name: &str, shape: Shape, rows: usize, prompt: bool) -> Case {
     })
 }
 
-fn swiglu(name: &str, c: &config::Stack, rows: usize, prompt: bool) -> Case {
+fn swiglu(name: &str, c: &config::Stack, rows: usize, prompt: Option<Prompt>) -> Case {
     let (kernel, eps) = (Swiglu { rows, inner: c.intermediate, k: c.hidden }, c.eps);
     case(name, (rows, prompt), (kernel.shape().weight_bytes(), kernel.bytes()), move |desk| {
         let device = desk.device;
@@ -243,9 +262,9 @@ fn head(
 ) -> Case {
     let kernel = Head { rows, vocab: target.vocab, k: c.hidden, multiplier, softcap };
     let (shape, eps) = (kernel.shape(), c.eps);
-    case(name, (rows, false), (shape.weight_bytes(), kernel.bytes(kept)), move |desk| {
+    case(name, (rows, None), (shape.weight_bytes(), kernel.bytes(kept)), move |desk| {
         let device = desk.device;
-        let layer = Rc::new(Layer::new(desk, shape, rows, Some(eps), false)?);
+        let layer = Rc::new(Layer::new(desk, shape, rows, Some(eps), None)?);
         let best = desk.output(rows * shape.blocks() * 8)?;
         let logits = kept.then(|| desk.output(rows * kernel.vocab * 4)).transpose()?;
         let run = {
@@ -291,7 +310,7 @@ fn decode(best: u64) -> (f32, usize) {
     (f32::from_bits(bits), id as usize)
 }
 
-fn inject(name: &str, c: &DrafterConfig, rows: usize, prompt: bool) -> Case {
+fn inject(name: &str, c: &DrafterConfig, rows: usize, prompt: Option<Prompt>) -> Case {
     let (n, k) = (c.stack.hidden, c.taps.len() * c.stack.hidden);
     let kernel = Inject { rows, n, k, feature_rows: rows };
     let shape = kernel.shape();
@@ -327,7 +346,7 @@ fn inject(name: &str, c: &DrafterConfig, rows: usize, prompt: bool) -> Case {
 }
 
 /// One sequence's rows, in pages in falling order.
-fn qkv(name: &str, c: &config::Stack, rows: usize, prompt: bool, keys_only: bool) -> Case {
+fn qkv(name: &str, c: &config::Stack, rows: usize, prompt: Option<Prompt>, keys_only: bool) -> Case {
     let &config::Stack { hidden, heads, kv_heads, head_dim, qk_norm, eps, .. } = c;
     let positions = FIRST + rows;
     let pages = positions.div_ceil(PAGE);

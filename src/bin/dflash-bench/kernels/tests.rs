@@ -123,7 +123,7 @@ fn demo() -> Pair {
 
 /// One of every kind: a row alone, rows that fill no tile, blocks and steps of several sequences.
 fn cases(pair: &Pair) -> Vec<Case> {
-    let mut all = linear::cases(pair, &[1, 19]);
+    let mut all = linear::cases(pair, &[1, 19], &Prompt::ALL);
     all.extend(attention::cases(pair, &[1, 5, 32], &[0, 70]));
     all.extend(round::cases(pair, &[1, 5, 32]));
     all.extend(trees::cases(pair, &[1, 2, 9, 128]));
