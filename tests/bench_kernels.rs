@@ -92,8 +92,9 @@ fn every_kernel_of_the_demo_pair_is_counted() {
         for by_warps in by_warps {
             let other = by_warps["name"].as_str().unwrap().replace("prompt: ", "prompt wgmma: ");
             let other = row(&found, &other, json!({ "rows": 512 }));
-            let same = |what| assert_eq!(number(by_warps, what), number(other, what), "{other}");
-            ["MB", "GFLOP", "mma", "written", "conflicts"].map(same);
+            for what in ["MB", "GFLOP", "mma", "written", "conflicts"] {
+                assert_eq!(number(by_warps, what), number(other, what), "{what} of {other}");
+            }
             assert_eq!(number(by_warps, "blocks"), number(other, "blocks") * 2.0, "{other}");
         }
     }
