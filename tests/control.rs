@@ -355,7 +355,8 @@ fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
         assert_eq!(controller.drafts(20), 20);
         controller.judged(20, 0b110111);
     }
-    assert_eq!(controller.drafts(20), 2);
+    // Not all at once.
+    assert_eq!([(); 2].map(|()| controller.drafts(20)), [4, 2]);
 }
 
 #[test]
