@@ -457,7 +457,7 @@ pub fn draw_chains(
 /// out of the running, `out`. The chain with the next draft `x` of class `b` is chain `c` with the probability that this
 /// runs and draws `x`, times that of every earlier one being out or of a lower class, times that of every later one being
 /// out or of no higher: in all `q(x)` times a sum that only `b` decides. Such laws fall short of [`ONE`] by rounding, by
-/// less than a unit a token and two a chain, and have no heir: `block` needs no more.
+/// less than a unit a token and some two a chain, and have no heir: `block` needs no more.
 ///
 /// Lossless, up to rounding: append to each token the chain that it was chosen from. Of the chains before a draft that
 /// law depends, but the target's does not; given the draft, both may have the same law of the chain, which cancels in

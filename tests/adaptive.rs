@@ -622,6 +622,23 @@ fn adaptive_rounds_on_the_emulator_give_the_same_text() {
     assert_eq!(program::run(checked).json()[0]["identical"], true);
 }
 
+/// The probability in the flag is what rounds go by: certainty leaves hardly any of the drafts that the CPU looks at, and
+/// one of those that are drawn.
+#[test]
+fn the_probability_of_the_flag_decides_sizes() {
+    let drafted = |args: &[&str]| -> Vec<u64> {
+        let args = [&[PROMPT, "--json", "-q", "--temperature", "1", "--seed", "4"], args].concat();
+        let record = program::run(args).json().remove(0);
+        record["drafted"].as_array().unwrap().iter().map(|drafts| drafts.as_u64().unwrap()).collect()
+    };
+    let on_cpu = |flag| drafted(&["-n", "60", "--device", "cpu", flag]).iter().sum::<u64>();
+    let [all, some, none] = ["--adaptive=0.0001", "--adaptive=0.1", "--adaptive=1"].map(on_cpu);
+    assert!(all > some + 20 && some > none + 15, "{all} {some} {none}");
+    let device = ["-n", "24", "--device", "emulator", "--ctx", "128", "--block", "8"];
+    let rounds = drafted(&[&device[..], &["--adaptive=1", "--verify", "block"]].concat());
+    assert!(rounds.len() > 8 && rounds[8..].iter().all(|drafts| *drafts == 1), "{rounds:?}");
+}
+
 #[test]
 fn what_cannot_adapt_is_refused_in_a_sentence() {
     for (args, code, part) in [

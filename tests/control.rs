@@ -322,14 +322,14 @@ fn goals_make_controllers_that_look_only_where_they_may() {
         let mut controller = goal.controller(ahead);
         assert_eq!((controller.looks(), controller.drafts(100)), (looks, most), "{goal:?}, ahead: {ahead}");
         assert_eq!((controller.drafts(7), controller.drafts(0)), (7, 0), "{goal:?}, ahead: {ahead}");
-        let kept = controller.cut(&[0, 100, 40 << 16]);
+        let kept = controller.cut(&[0, 100, 66 << 16]);
         assert_eq!(kept, if looks { 2 } else { 3 }, "{goal:?}, ahead: {ahead}");
     }
 }
 
 #[test]
 fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
-    for least in [1e-9, 0.2, 0.5, 0.8, 1.0] {
+    for least in [1e-90, 0.2, 0.5, 0.8, 1.0] {
         let mut random = Random::new(31);
         let mut controller = Goal::AtLeast(least).controller(true);
         let mut positions = Positions::default();
@@ -355,7 +355,8 @@ fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
         assert_eq!(controller.drafts(20), 20);
         controller.judged(20, 0b110111);
     }
-    assert_eq!(controller.drafts(20), 2);
+    // Not all at once.
+    assert_eq!([(); 2].map(|()| controller.drafts(20)), [4, 2]);
 }
 
 #[test]
