@@ -44,7 +44,9 @@ fn every_kernel_of_the_demo_pair_is_counted() {
             (&row["kind"], &row["unit"], &row["samples"]),
             (&json!("counted"), &json!("bytes"), &Value::Null)
         );
-        assert_eq!(number(row, "launches"), 1.0, "{row}");
+        // Chains are judged in two.
+        let launches = if row["name"] == "judge chains" { 2.0 } else { 1.0 };
+        assert_eq!(number(row, "launches"), launches, "{row}");
         let bytes = number(row, "streamed") + number(row, "read") + number(row, "written");
         assert_eq!(row["median"], bytes, "{row}");
         // What a launch must move it moves, and no kernel could do without.
@@ -166,6 +168,29 @@ fn trees_and_rules_are_counted_where_there_are_drafts() {
         let seen = number(tree, "GFLOP") * 1e9 / f64::from(4 * 4 * 64 * trees);
         let (least, most) = (f64::from(each * 102 - 1), f64::from(each * 100 + each * (each + 1) / 2));
         assert!((least..most).contains(&seen), "{seen}, expected {least} to {most}");
+    }
+}
+
+#[test]
+fn drawn_trees_are_counted() {
+    let only = "draw siblings,judge siblings,draw chains,judge chains";
+    let found = counted(["--rows", "1,16,64,128", "--only", only]);
+    // The ceiling, and trees of 3.
+    assert_eq!(found["rows"].as_array().unwrap().len(), 1 + 3 * 4, "{found}");
+    // Chains are three of five drafts, and seven of nine.
+    for (rows, trees, chains, each) in [(16, 1, 3, 5), (64, 1, 7, 9), (128, 2, 7, 9)] {
+        let of = |name: &str| row(&found, name, json!({ "rows": rows, "batch": trees }));
+        let of_logits = |name: &str| number(of(name), "MB") * 1e6 / f64::from(2048 * 4 * trees);
+        for name in only.split(',') {
+            let moved = of(name)["median"].as_f64().unwrap();
+            assert!(number(of(name), "MB") * 1e6 <= moved, "{name}: {moved}");
+        }
+        assert_eq!(of_logits("draw chains").floor(), f64::from(each));
+        assert!((1.0..15.0).contains(&of_logits("draw siblings")));
+        // Of siblings two rows at least. Of chains those with a draft behind them, and the drafter's; and two to pick of.
+        let classes = 1 + chains * (each - 1) + each;
+        let judged = (of_logits("judge siblings"), of_logits("judge chains"));
+        assert_eq!(judged, (2.0, f64::from(classes + 2)));
     }
 }
 

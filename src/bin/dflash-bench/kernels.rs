@@ -2,6 +2,7 @@
 //! then timed, or on the emulator counted.
 
 mod attention;
+mod drawn;
 mod linear;
 mod round;
 mod rules;
@@ -171,6 +172,7 @@ fn chosen(flags: &args::Kernels, pair: &Pair, device: &dyn Device) -> Result<Vec
     cases.extend(round::cases(pair, &rows));
     cases.extend(trees::cases(pair, &rows));
     cases.extend(rules::cases(pair, &rows));
+    cases.extend(drawn::cases(pair, &rows));
     if flags.only.is_empty() {
         return Ok(cases);
     }

@@ -33,11 +33,11 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     all
 }
 
-fn of(kernels: Rules) -> Value {
+pub fn of(kernels: Rules) -> Value {
     json!({ "rows": kernels.sequences * kernels.block, "batch": kernels.sequences })
 }
 
-fn at_temperature(temperature: f32) -> Sampling {
+pub fn at_temperature(temperature: f32) -> Sampling {
     Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: SEED, stream: 0 }
 }
 
@@ -51,18 +51,18 @@ fn states(kernels: Rules, sampling: &Sampling, rule: Rule) -> Result<Vec<u8>> {
 }
 
 /// The chances of a sequence of [`states`].
-fn dice(own: usize) -> Dice {
+pub fn dice(own: usize) -> Dice {
     Dice { seed: SEED, stream: own as u32, round: 1, anchor: LENGTH }
 }
 
 /// What all these kernels read.
-struct Common {
+pub struct Common {
     table: Buffer,
-    tables: Buffer,
+    pub tables: Buffer,
 }
 
 impl Common {
-    fn new(desk: &Desk, kernels: Rules) -> Result<Common> {
+    pub fn new(desk: &Desk, kernels: Rules) -> Result<Common> {
         let Rules { sequences, block, .. } = kernels;
         let row = |i: usize| [(i / block) as u32, LENGTH + (i % block) as u32, NONE, NONE];
         let tables = desk.bytes(&sample::tables())?;
@@ -71,7 +71,7 @@ impl Common {
     }
 
     /// Laws as the kernel makes them of those logits.
-    fn laws(
+    pub fn laws(
         &self,
         desk: &Desk,
         kernels: Rules,
@@ -115,7 +115,7 @@ fn law(kernels: Rules) -> Case {
     })
 }
 
-fn probabilities(sampling: &Sampling, logits: &[f32]) -> Result<Probabilities> {
+pub fn probabilities(sampling: &Sampling, logits: &[f32]) -> Result<Probabilities> {
     sampling.probabilities(logits).ok_or_else(|| Error::Internal("logits without a law".into()))
 }
 

@@ -128,6 +128,7 @@ fn cases(pair: &Pair) -> Vec<Case> {
     all.extend(round::cases(pair, &[1, 5, 32]));
     all.extend(trees::cases(pair, &[1, 2, 9, 128]));
     all.extend(rules::cases(pair, &[1, 2, 9, 32]));
+    all.extend(drawn::cases(pair, &[1, 2, 9, 128]));
     all
 }
 

@@ -56,7 +56,7 @@ pub fn drawn(pair: &Pair, sequences: usize, rows: usize) -> Vec<Tree> {
 }
 
 /// Places that the drafter fills.
-fn levels(pair: &Pair) -> Option<usize> {
+pub fn levels(pair: &Pair) -> Option<usize> {
     let block = pair.drafter.as_ref()?.config.block.min(MOST_BLOCK);
     block.checked_sub(1).filter(|levels| *levels > 0)
 }
