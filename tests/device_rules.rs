@@ -214,29 +214,37 @@ fn tokens_of_trees_come_of_the_logits_of_plain_decoding_bit_for_bit() {
 
 // ---- laws ----
 
-#[test]
-fn the_first_tokens_have_the_targets_law_under_every_rule() {
+/// That of three tokens, of many answers in the rounds of one room.
+fn the_first_tokens_have_the_targets_law(rows: usize, kinds: [Drafting; 2]) {
     const RUNS: u64 = 700;
     let pair = small(4);
     let target = Target::load(&pair.target).unwrap();
     let prompt = [1, 2, 3];
     every_device(|device| {
         let models = Models::load(device, &pair, 64).unwrap();
-        let room = Room { rules: true, ..Room::new(32, 4, 64).with_trees(9) };
+        let room = Room { rules: true, ..Room::new(32, 4, 64).with_trees(rows) };
         let mut batch = Batch::new(device, &models, room).unwrap();
-        for how in [
-            draws(Rule::Rejection, 1.0),
-            draws(Rule::Block, 1.0),
-            drawn_tree(Rule::Rejection, 9, 1.0),
-            drawn_tree(Rule::Block, 9, 1.0),
-        ] {
+        for how in &kinds {
             let one = |seed| Request { drafting: how.clone(), ..seeded(&prompt, 3, 4, 1.0, seed) };
             let requests: Vec<Request> = (0..RUNS).map(one).collect();
             let outcomes = together(&mut batch, &requests, go_on);
             let law = law::law(&target, &prompt, &requests[0].sampling, 3);
-            law::check(&how, &law, outcomes.into_iter().map(|outcome| outcome.tokens));
+            law::check(how, &law, outcomes.into_iter().map(|outcome| outcome.tokens));
         }
     });
+}
+
+#[test]
+fn the_first_tokens_of_chains_have_the_targets_law() {
+    the_first_tokens_have_the_targets_law(0, [Rule::Rejection, Rule::Block].map(|rule| draws(rule, 1.0)));
+}
+
+#[test]
+fn the_first_tokens_of_trees_have_the_targets_law() {
+    the_first_tokens_have_the_targets_law(
+        9,
+        [Rule::Rejection, Rule::Block].map(|rule| drawn_tree(rule, 9, 1.0)),
+    );
 }
 
 /// Chances of a request, and the least distance of any so far from where it would have gone the other way.

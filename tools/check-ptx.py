@@ -6,6 +6,8 @@ a line, a line without a kernel, a warning of the compiler (that it makes wgmma 
 cuda/ptx.cuh fail too. `--write` prints a fresh table with today's registers, for a change that means to move them.
 """
 
+import concurrent.futures
+import itertools
 import os
 import pathlib
 import re
@@ -94,25 +96,27 @@ def main():
                 if re.search(r"\b(asm|__asm__)\b\s*(volatile)?\s*\(", line.split("//")[0]):
                     faults.append(f"{source.name}:{number}: inline assembly belongs in cuda/ptx.cuh")
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((ROOT / "cuda").glob("*.cu")):
-            for index, target in enumerate(TARGETS):
-                kernels, warnings = compile_one(source, target, pathlib.Path(folder))
-                faults += [f"{source.name} for {target}: {line}" for line in warnings]
-                for name, made in kernels.items():
-                    seen.setdefault(name, [None] * len(TARGETS))[index] = made["registers"]
-                    where = f"{source.name}: {name} on {target}"
-                    if made["stack"] or made["spills"]:
-                        faults.append(f"{where}: {made['stack']} bytes of local memory, {made['spills']} spilled; expected none")
-                    if name not in table:
-                        continue
-                    limits, words = table[name]
-                    if limits[index] is None:
-                        faults.append(f"{where}: expected not to be there")
-                    elif made["registers"] > limits[index]:
-                        faults.append(f"{where}: {made['registers']} registers, expected at most {limits[index]}")
-                    for word in words:
-                        if not WORDS[word].search(made["code"]):
-                            faults.append(f"{where}: no {word} in the machine code")
+        jobs = list(itertools.product(sorted((ROOT / "cuda").glob("*.cu")), TARGETS))
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            all_made = list(pool.map(lambda job: compile_one(*job, pathlib.Path(folder)), jobs))
+    for (source, target), (kernels, warnings) in zip(jobs, all_made):
+        index = TARGETS.index(target)
+        faults += [f"{source.name} for {target}: {line}" for line in warnings]
+        for name, made in kernels.items():
+            seen.setdefault(name, [None] * len(TARGETS))[index] = made["registers"]
+            where = f"{source.name}: {name} on {target}"
+            if made["stack"] or made["spills"]:
+                faults.append(f"{where}: {made['stack']} bytes of local memory, {made['spills']} spilled; expected none")
+            if name not in table:
+                continue
+            limits, words = table[name]
+            if limits[index] is None:
+                faults.append(f"{where}: expected not to be there")
+            elif made["registers"] > limits[index]:
+                faults.append(f"{where}: {made['registers']} registers, expected at most {limits[index]}")
+            for word in words:
+                if not WORDS[word].search(made["code"]):
+                    faults.append(f"{where}: no {word} in the machine code")
     for name, (limits, _) in table.items():
         for index, target in enumerate(TARGETS):
             if limits[index] is not None and name in seen and seen[name][index] is None:
