@@ -91,7 +91,9 @@ inline void start_product(const void** in, void** out, unsigned n, Site site) {
 
   Sums& sums = sums_of(state, out, n, site);
   sums.group = state.groups;
-  Product product{state.groups, mine.a, mine.b, n, site, {}};
+  // What fails leaves its fiber for good: nothing here may own memory meanwhile.
+  state.products.push_back({state.groups, mine.a, mine.b, n, site, {}});
+  Product& product = state.products.back();
   for_operands(mine.a, mine.b, n, site, [&](const uint4* from) {
     const Writer by = block->writers[size_t(reinterpret_cast<const unsigned char*>(from) - block->shared) / 16];
     if (by.lane != NOBODY && block->lanes[by.lane].fences == by.fences) {
@@ -131,7 +133,6 @@ inline void start_product(const void** in, void** out, unsigned n, Site site) {
       memcpy(to, &low, 16), memcpy(to + 4, &high, 16);
     }
   }
-  state.products.push_back(std::move(product));
   block->counts.mma += n / 8;
 }
 
