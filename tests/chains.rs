@@ -59,16 +59,7 @@ fn chains_are_drawn_and_judged_as_the_rules_say() {
 
 #[test]
 fn chains_are_the_same_under_every_schedule() {
-    for sizes in [(3, 4, 64), (17, 5, 9), (257, 8, 16), (2047, 4, 8)] {
-        let batch = batch(&mut Random::new(sizes.0 as u64), Rule::Block, sizes, 5);
-        same_bits(|device| {
-            let Outcome { drafts, tokens, accepted, next, path, .. } = batch.run(device);
-            to_bytes(&[drafts, tokens, accepted, next, path].concat())
-        });
-        let parallel = Emulator::new();
-        parallel.set_threads(2);
-        batch.check(&parallel, "two threads");
-    }
+    same_under_every_schedule(Rule::Block);
 }
 
 /// A batch of one sequence, of chains that are all drawn from one row and judged by `target`'s.

@@ -1,6 +1,6 @@
 //! `tools/gpu-report.sh` with programs that fail, hang and print nothing: what its summary says, and that it ends. No
-//! GPU is needed: the programs are scripts of these tests. And the records of tools in Python, and what
-//! `tools/acceptance.py` prints.
+//! GPU is needed: the programs are scripts of these tests. That `tools/gpu-check.sh` names tests that exist. And the
+//! records of tools in Python, and what `tools/acceptance.py` prints.
 #![cfg(target_os = "linux")]
 
 #[path = "support/bench.rs"]

@@ -5,6 +5,7 @@
 
 use crate::kernel::*;
 use dflash::device::Device;
+use dflash::emulator::Emulator;
 use dflash::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use dflash::kernels::round::{Finish, Form, Sequence};
 use dflash::kernels::rules::{LAW_BYTES, Rows, Rules};
@@ -468,4 +469,18 @@ pub fn batch(
         requests.push(request);
     }
     Batch { kind, vocab, block, wide, requests, target, drafter, tokens }
+}
+
+/// Draws and verdicts of that rule's kernels.
+pub fn same_under_every_schedule(kind: Rule) {
+    for sizes in [(3, 4, 64), (17, 5, 9), (257, 8, 16), (2047, 4, 8)] {
+        let batch = batch(&mut Random::new(sizes.0 as u64), kind, sizes, 5);
+        same_bits(|device| {
+            let Outcome { drafts, tokens, accepted, next, path, .. } = batch.run(device);
+            to_bytes(&[drafts, tokens, accepted, next, path].concat())
+        });
+        let parallel = Emulator::new();
+        parallel.set_threads(2);
+        batch.check(&parallel, "two threads");
+    }
 }
