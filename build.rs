@@ -13,6 +13,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// The two images of every source file: what runs anywhere from Ampere on, and what only an H100 or H200 takes.
 const TARGETS: [&str; 2] = ["compute_80", "compute_90a"];
 
+/// The folders below `cuda/`.
+const FOLDERS: [&str; 5] = ["common", "emulator", "model", "perf", "spec"];
+
 /// One compiler run: `command` turns `source` into `output`.
 struct Job {
     source: PathBuf,
@@ -21,8 +24,8 @@ struct Job {
 }
 
 fn main() {
-    let sources = files("cuda", "cu");
-    let headers = [files("cuda", "h"), files("cuda", "cuh")].concat();
+    let sources = kernel_files("cu");
+    let headers = [kernel_files("h"), kernel_files("cuh")].concat();
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=cuda");
     for file in sources.iter().chain(&headers) {
@@ -55,8 +58,15 @@ fn build_ptx(sources: &[PathBuf], headers: &[PathBuf], out: &Path) {
                 for target in TARGETS {
                     let output = out.join(format!("{}.{target}.ptx", stem(source)));
                     table += &format!("include_str!({:?}), ", output);
-                    let command =
-                        [&nvcc, "-ptx", "-std=c++17", "-O3", "-lineinfo", &format!("-arch={target}")];
+                    let command = [
+                        &nvcc,
+                        "-ptx",
+                        "-std=c++17",
+                        "-O3",
+                        "-lineinfo",
+                        "-Icuda",
+                        &format!("-arch={target}"),
+                    ];
                     jobs.push(Job {
                         source: source.clone(),
                         output,
@@ -81,8 +91,8 @@ fn build_emulator(mut sources: Vec<PathBuf>, headers: &[PathBuf], out: &Path) {
         println!("cargo:rerun-if-changed={}", file.display());
     }
     sources.extend(broken);
-    sources.push(PathBuf::from("cuda/emu.cpp"));
-    println!("cargo:rerun-if-changed=cuda/emu.cpp");
+    sources.push(PathBuf::from("cuda/emulator/emu.cpp"));
+    println!("cargo:rerun-if-changed=cuda/emulator/emu.cpp");
 
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").opt_level(2).include("cuda").define("DFLASH_EMULATOR", None);
@@ -210,6 +220,11 @@ fn compile(job: &Job, headers: &[PathBuf], version: &str) -> bool {
             true
         }
     }
+}
+
+/// The files below `cuda/` with an extension, sorted by folder and name.
+fn kernel_files(extension: &str) -> Vec<PathBuf> {
+    FOLDERS.iter().flat_map(|folder| files(&format!("cuda/{folder}"), extension)).collect()
 }
 
 /// The files of a folder with an extension, sorted.

@@ -3,12 +3,12 @@
 
 use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
 use dflash::Result;
-use dflash::engine::Request;
-use dflash::pair::Pair;
-use dflash::reference::{Drafter, Target};
-use dflash::sequences::Sequence;
-use dflash::verify::Sampling;
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::cpu::decoder::Sequence;
+use dflash::cpu::model::{Drafter, Target};
+use dflash::engine::generate::Request;
+use dflash::spec::sampling::Sampling;
 use std::time::{Duration, Instant};
 
 const PROMPT: usize = 128;

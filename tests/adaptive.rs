@@ -12,19 +12,19 @@ mod random;
 mod support;
 
 use crowd::{Silent, go_on, held, open, request, seeded, tiny, together};
-use dflash::control::{Controller, Costs, Fixed, Goal};
-use dflash::cpu;
-use dflash::emulator::Emulator;
-use dflash::engine::{Decoder, Outcome, Request, generate};
-use dflash::lossless;
-use dflash::memory::Room;
-use dflash::pair::Pair;
-use dflash::reference::{Drafter, Target};
-use dflash::rounds::{Batch, Models as OnDevice};
-use dflash::rules::{Drafting, Rule};
-use dflash::sequences::{Sequence, Sequences};
-use dflash::verify::Sampling;
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::cpu::decoder::{Sequence, Sequences};
+use dflash::cpu::model::{Drafter, Target};
+use dflash::cpu::ops;
+use dflash::engine::generate::{Decoder, Outcome, Request, generate};
+use dflash::engine::lossless;
+use dflash::gpu::decoder::{Batch, Models as OnDevice};
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::memory::Room;
+use dflash::spec::draft_length::{Controller, Costs, Fixed, Goal};
+use dflash::spec::sampling::Sampling;
+use dflash::spec::verify::{Drafting, Rule};
 use random::Random;
 use serde_json::Value;
 use std::cell::{Cell, RefCell};
@@ -62,7 +62,7 @@ fn alone(decoder: &mut dyn Decoder, request: &Request) -> Outcome {
 fn run(models: &Models, tree: Option<usize>, goal: &Goal, request: &Request) -> Outcome {
     let sequences = Sequences::new(&models.0, Some(&models.1), 1, usize::MAX);
     let request = Request { drafting: Drafting { tree, ..Default::default() }, ..request.clone() };
-    cpu::install(|| generate(&mut sequences.adaptive(goal), &request, &mut Silent)).unwrap()
+    ops::install(|| generate(&mut sequences.adaptive(goal), &request, &mut Silent)).unwrap()
 }
 
 #[test]
@@ -187,7 +187,7 @@ fn rounds_of_drawn_drafts_that_adapt_have_the_targets_law() {
     let models = drawn(4);
     let dear = Goal::Pays(costs(0.2, |rows| 1.0 + 0.12 * rows as f64));
     let often = Goal::AtLeast(0.25);
-    cpu::install(|| {
+    ops::install(|| {
         for (rule, goal) in [Rule::Rejection, Rule::Block].into_iter().flat_map(|r| [(r, &dear), (r, &often)])
         {
             let mut asked = Request { drafting: draws(rule), ..request(&[1, 2, 3], TOKENS, 6, 1.0) };

@@ -3,8 +3,8 @@
 
 mod support;
 
-use dflash::cpu::{self, Kv, Matrix};
-use dflash::weights::{Checkpoint, Dtype, Folder};
+use dflash::checkpoint::safetensors::{Checkpoint, Dtype, Folder};
+use dflash::cpu::ops::{self, Kv, Matrix};
 use std::ops::Range;
 use support::{Random, Raw};
 
@@ -32,7 +32,7 @@ fn matrices(shapes: &[[usize; 2]], dtype: Dtype) -> Vec<Matrix> {
 
 fn linear(w: &Matrix, x: &[f32]) -> Vec<f32> {
     let mut y = vec![f32::NAN; 3];
-    cpu::linear(x, x.len() / w.cols, [(w, &mut y)]);
+    ops::linear(x, x.len() / w.cols, [(w, &mut y)]);
     y
 }
 
@@ -109,7 +109,7 @@ fn matrices_multiplied_together_have_the_bits_of_each_alone() {
         let x = random(3, rows * 72);
         let mut y: [Vec<f32>; 4] = Default::default();
         let [a, b, c, d] = &mut y;
-        cpu::linear(&x, rows, [(&all[0], a), (&all[1], b), (&all[2], c), (&all[3], d)]);
+        ops::linear(&x, rows, [(&all[0], a), (&all[1], b), (&all[2], c), (&all[3], d)]);
         for (w, y) in all.iter().zip(&y) {
             assert_eq!(bits(y), bits(&linear(w, &x)));
         }
@@ -127,7 +127,7 @@ fn threads_change_no_bits() {
         let run = |threads: usize| {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
                 let mut out = vec![];
-                cpu::attention(&q, heads, &kv, &|row| 0..positions - 16 + row, &mut out);
+                ops::attention(&q, heads, &kv, &|row| 0..positions - 16 + row, &mut out);
                 (bits(&linear(w, &x)), bits(&out))
             })
         };
@@ -182,7 +182,7 @@ impl Case {
         let mut out = vec![];
         let first = rows.start;
         let q = &self.q[rows.start * width..rows.end * width];
-        cpu::attention(q, self.heads, kv, &|row| visible[first + row].clone(), &mut out);
+        ops::attention(q, self.heads, kv, &|row| visible[first + row].clone(), &mut out);
         out
     }
 
@@ -287,7 +287,7 @@ fn softmax_survives_extreme_scores_and_hides_no_nan() {
         kv.write(0, &k, &v);
         let mut out = vec![];
         // A key of k scores 4 k.
-        cpu::attention(&vec![1.0; dims], 1, &kv, &|_| 0..keys.len(), &mut out);
+        ops::attention(&vec![1.0; dims], 1, &kv, &|_| 0..keys.len(), &mut out);
         out[0]
     };
     assert_eq!(run(&[0.0, 1e30, 0.0]), 1.0);
@@ -323,7 +323,7 @@ fn rms_norm_is_the_f64_formula() {
         for (scale, eps) in [(1.0, 1e-6), (1e-3, 1e-5), (1e4, 1e-6)] {
             let x: Vec<f32> = x.iter().map(|x| x * scale).collect();
             let mut out = vec![9.0; 2];
-            cpu::rms_norm(&x, &weight, eps, &mut out);
+            ops::rms_norm(&x, &weight, eps, &mut out);
             for (row, got) in x.chunks(width).zip(out.chunks(width)) {
                 let squares: f64 = row.iter().map(|x| (*x as f64).powi(2)).sum();
                 let size = (squares / width as f64 + eps as f64).sqrt();
@@ -335,7 +335,7 @@ fn rms_norm_is_the_f64_formula() {
         }
     }
     let mut zeros = vec![0.0; 20];
-    cpu::rms_norm_in_place(&mut zeros, &[1.0; 20], 1e-6);
+    ops::rms_norm_in_place(&mut zeros, &[1.0; 20], 1e-6);
     assert_eq!(zeros, [0.0; 20]);
 }
 
@@ -353,7 +353,7 @@ fn rope_turns_pairs_half_a_rotary_width_apart() {
             .map(|v| v as f32)
             .collect();
         let mut got = x.clone();
-        cpu::rope(&mut got, heads, dims, &table, rotary);
+        ops::rope(&mut got, heads, dims, &table, rotary);
         for (at, got) in got.iter().enumerate() {
             let (row, d) = (at / (heads * dims), at % dims);
             let base = at - d;
@@ -380,7 +380,7 @@ fn swiglu_is_the_f64_formula_over_the_whole_range() {
     gate.extend([-1e4, 1e4, 1e30, -0.0, 1e-30, -1e-30, 1e-45]);
     let up = random(1, gate.len());
     let mut got = gate.clone();
-    cpu::swiglu(&mut got, &up);
+    ops::swiglu(&mut got, &up);
     for ((g, u), got) in gate.iter().zip(&up).zip(got) {
         let (g, u) = (*g as f64, *u as f64);
         let exact = g / (1.0 + (-g).exp()) * u;
@@ -388,6 +388,6 @@ fn swiglu_is_the_f64_formula_over_the_whole_range() {
         assert!((got as f64 - exact).abs() <= 4e-7 * exact.abs() + 1e-34, "{g}, {u}: {got}, not {exact}");
     }
     let mut odd = [f32::NAN, 1.0];
-    cpu::swiglu(&mut odd, &[1.0, f32::NAN]);
+    ops::swiglu(&mut odd, &[1.0, f32::NAN]);
     assert!(odd.iter().all(|v| v.is_nan()));
 }

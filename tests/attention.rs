@@ -7,9 +7,9 @@ mod kernel;
 
 use attention::*;
 use dflash::Error;
-use dflash::device::Device;
-use dflash::emulator::{Emulator, Schedule};
-use dflash::kernels::attention::{Attention, Layer, Prefill, split_of, split_start};
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::{Emulator, Schedule};
+use dflash::gpu::kernels::attention::{Attention, Layer, Prefill, split_of, split_start};
 use kernel::*;
 
 #[test]

@@ -6,8 +6,8 @@ mod attention;
 mod kernel;
 
 use attention::*;
-use dflash::device::Device;
-use dflash::emulator::Emulator;
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
 use kernel::*;
 
 #[test]

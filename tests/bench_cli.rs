@@ -213,7 +213,7 @@ fn measured(rows: &[(&str, &str, Option<&[f64]>, Value)]) -> Value {
     let rows: Vec<Value> = rows
         .iter()
         .map(|(name, unit, samples, rounds)| {
-            let median = samples.map_or(Some(5.0), |samples| dflash::measure::quantile(samples, 0.5));
+            let median = samples.map_or(Some(5.0), |samples| dflash::perf::statistics::quantile(samples, 0.5));
             json!({
                 "name": name, "parameters": { "rows": 16 }, "kind": "measured", "unit": unit,
                 "better": if *unit == "tok/s" { "higher" } else { "lower" }, "samples": samples, "rounds": rounds,

@@ -7,8 +7,8 @@ mod program;
 mod support;
 
 use bench::{bench, record, refused, row};
-use dflash::measure::Summary;
-use dflash::stats;
+use dflash::engine::stats;
+use dflash::perf::statistics::Summary;
 use program::{finish, run, write};
 use serde_json::{Value, json};
 use std::path::Path;

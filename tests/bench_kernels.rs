@@ -7,7 +7,7 @@ mod program;
 mod support;
 
 use bench::{bench, record, refused, row};
-use dflash::floor::{CARDS, Card};
+use dflash::perf::roofline::{CARDS, Card};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 

@@ -1,11 +1,11 @@
 //! The arithmetic that benchmarks rest on: the floor of a pair on a card, and statistics.
 
-use dflash::config::{Attention, DrafterConfig, TargetConfig};
-use dflash::floor::{
+use dflash::checkpoint::config::{Attention, DrafterConfig, TargetConfig};
+use dflash::checkpoint::safetensors::PUBLISHED;
+use dflash::perf::roofline::{
     CARDS, Card, draft_pass, drafter_bytes, fc_bytes, head_bytes, layer_bytes, target_bytes, target_pass,
 };
-use dflash::measure::{Interval, Rounds, Summary, Verdict, Work, quantile, rates, ratio};
-use dflash::weights::PUBLISHED;
+use dflash::perf::statistics::{Interval, Rounds, Summary, Verdict, Work, quantile, rates, ratio};
 
 fn configs(name: &str) -> (TargetConfig, DrafterConfig) {
     let (_, target, drafter) = PUBLISHED.into_iter().find(|pair| pair.0 == name).unwrap();

@@ -6,14 +6,14 @@ mod support;
 
 use crowd::{Silent, request};
 use dflash::Error;
-use dflash::emulator::Emulator;
-use dflash::engine::{Backend, Outcome, check_lossless, generate};
-use dflash::memory::{MemoryPlan, Room};
-use dflash::pair::Pair;
-use dflash::reference::{Drafter, Target};
-use dflash::rounds::OnDevice;
-use dflash::sequences::Cpu;
-use dflash::weights::{Dtype, PUBLISHED, Tensor};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{Dtype, PUBLISHED, Tensor};
+use dflash::cpu::decoder::Cpu;
+use dflash::cpu::model::{Drafter, Target};
+use dflash::engine::generate::{Backend, Outcome, check_lossless, generate};
+use dflash::gpu::decoder::OnDevice;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::memory::{MemoryPlan, Room};
 use half::bf16;
 use std::fs;
 use support::disk;
@@ -164,7 +164,7 @@ fn a_drawn_pair_runs_on_the_emulator_and_is_lossless_there() {
 #[test]
 fn the_cpu_refuses_drawn_weights_in_a_sentence() {
     let (_root, pair) = tiny();
-    let path = |folder: &dflash::weights::Folder| folder.path("drawn weights");
+    let path = |folder: &dflash::checkpoint::safetensors::Folder| folder.path("drawn weights");
     let sentence = |path: String| {
         Error::Unsupported(format!(
             "{path} are made for devices and are nowhere in memory: expected a pair with files on the CPU"

@@ -512,7 +512,8 @@ fn every_subcommand_can_report_and_prints_the_same() {
     // Exit codes stay those of the run.
     let slow = |old: f64| {
         let samples: Vec<f64> = (0..20).map(|i| old + f64::from(i) * 1e-4).collect();
-        let mut row = row("x", json!({}), "ms", dflash::measure::quantile(&samples, 0.5).unwrap(), json!({}));
+        let mut row =
+            row("x", json!({}), "ms", dflash::perf::statistics::quantile(&samples, 0.5).unwrap(), json!({}));
         row["samples"] = json!(samples);
         row
     };

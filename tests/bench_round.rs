@@ -9,9 +9,9 @@ mod program;
 mod support;
 
 use bench::{bench, record, refused, row};
-use dflash::memory::{MemoryPlan, Overhead, Room};
-use dflash::pair::Pair;
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::gpu::memory::{MemoryPlan, Overhead, Room};
 use library::library;
 use program::finish;
 use serde_json::{Value, json};

@@ -3,7 +3,7 @@
 mod support;
 
 use dflash::Error;
-use dflash::weights::Dtype;
+use dflash::checkpoint::safetensors::Dtype;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;

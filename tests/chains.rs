@@ -1,21 +1,21 @@
 //! Several chains drawn on a device and the best of them judged, decision for decision and sum for sum against
-//! `draw_chains` and `best_block` of `src/rules.rs`.
+//! `draw_chains` and `best_block` of `src/spec/verify.rs`.
 
 #[path = "support/drawn.rs"]
 mod drawn;
 #[path = "support/kernel.rs"]
 mod kernel;
 
-use dflash::device::{Buffer, Device};
-use dflash::emulator::Emulator;
-use dflash::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
-use dflash::kernels::round::Form;
-use dflash::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
-use dflash::kernels::sample::tables;
-use dflash::kernels::siblings::{Drawn, Siblings};
-use dflash::kernels::verify::Verdict;
-use dflash::rules::Rule;
-use dflash::verify::Sampling;
+use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
+use dflash::gpu::kernels::round::Form;
+use dflash::gpu::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
+use dflash::gpu::kernels::sample::tables;
+use dflash::gpu::kernels::siblings::{Drawn, Siblings};
+use dflash::gpu::kernels::verify::Verdict;
+use dflash::spec::sampling::Sampling;
+use dflash::spec::verify::Rule;
 use drawn::*;
 use kernel::*;
 

@@ -415,7 +415,7 @@ fn a_damaged_model_ends_the_conversation() {
     let pair = ascii_pair();
     let mut tensors = support::target_tensors(&support::Target { eos: vec![], ..Default::default() });
     tensors.last_mut().unwrap().values[3] = f32::NAN;
-    support::write_tensors(&pair.target, &tensors, dflash::weights::Dtype::Bf16, 1);
+    support::write_tensors(&pair.target, &tensors, dflash::checkpoint::safetensors::Dtype::Bf16, 1);
     let got = Setting::new(Some(&pair), &[]).chat("hello\nhello\n");
     assert_eq!((got.code, got.out.as_str(), got.err.lines().count()), (3, "", 1), "{got:?}");
 }

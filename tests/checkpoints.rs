@@ -2,8 +2,8 @@
 
 mod support;
 
-use dflash::config::{Attention, DrafterConfig, Family, Rope, RopeScaling, TargetConfig};
-use dflash::weights::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::checkpoint::config::{Attention, DrafterConfig, Family, Rope, RopeScaling, TargetConfig};
+use dflash::checkpoint::safetensors::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype};
 use dflash::{Error, Result};
 use serde_json::{Value, json};
 use std::fs;

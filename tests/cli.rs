@@ -4,9 +4,9 @@
 mod program;
 mod support;
 
-use dflash::config::TargetConfig;
-use dflash::text::Text;
-use dflash::weights::{DEMO_TARGET, Dtype};
+use dflash::checkpoint::config::TargetConfig;
+use dflash::checkpoint::safetensors::{DEMO_TARGET, Dtype};
+use dflash::text::tokenizer::Text;
 #[cfg(target_os = "linux")]
 use program::status;
 use program::{BINARY, command, finish, flags, run, run_pair, with_stdin, write};

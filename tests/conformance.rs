@@ -9,13 +9,13 @@ mod dense;
 mod support;
 
 use crowd::{Silent, seeded};
-use dflash::config::DrafterConfig;
-use dflash::cpu;
-use dflash::engine::{Decoder, Emitted, Finish, Outcome, Prefill, Request, generate};
-use dflash::pair::Pair;
-use dflash::reference::{Cache, Drafter, Target};
-use dflash::sequences::Sequence;
-use dflash::weights::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype, Folder};
+use dflash::checkpoint::config::DrafterConfig;
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype, Folder};
+use dflash::cpu::decoder::Sequence;
+use dflash::cpu::model::{Cache, Drafter, Target};
+use dflash::cpu::ops;
+use dflash::engine::generate::{Decoder, Emitted, Finish, Outcome, Prefill, Request, generate};
 use serde_json::json;
 use support::Random;
 
@@ -504,7 +504,7 @@ impl Decoder for Checked<'_> {
 }
 
 fn run(mut decoder: Checked, request: &Request) -> Outcome {
-    cpu::install(|| generate(&mut decoder, request, &mut Silent)).unwrap()
+    ops::install(|| generate(&mut decoder, request, &mut Silent)).unwrap()
 }
 
 /// A pair of so few tokens that an untrained drafter is often right.

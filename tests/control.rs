@@ -4,10 +4,12 @@
 #[path = "support/random.rs"]
 mod random;
 
-use dflash::config::{DrafterConfig, TargetConfig};
-use dflash::control::{ByConfidence, ByPosition, Controller, Costs, Fixed, Goal, Positions, WherePays};
-use dflash::floor::{Card, draft_pass, target_pass};
-use dflash::weights::PUBLISHED;
+use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
+use dflash::checkpoint::safetensors::PUBLISHED;
+use dflash::perf::roofline::{Card, draft_pass, target_pass};
+use dflash::spec::draft_length::{
+    ByConfidence, ByPosition, Controller, Costs, Fixed, Goal, Positions, WherePays,
+};
 use random::Random;
 use std::collections::VecDeque;
 

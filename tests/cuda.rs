@@ -3,9 +3,9 @@
 #[path = "support/kernel.rs"]
 mod kernel;
 
-use dflash::cuda::Cuda;
-use dflash::device::Device;
-use dflash::kernels::embedding::Embedding;
+use dflash::gpu::cuda::Cuda;
+use dflash::gpu::device::Device;
+use dflash::gpu::kernels::embedding::Embedding;
 use kernel::*;
 use std::sync::Barrier;
 use std::time::Instant;

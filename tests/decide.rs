@@ -1,15 +1,15 @@
-//! The sampler and the verdict on drafts, decision for decision against their one definition, `src/verify.rs`.
+//! The sampler and the verdict on drafts, decision for decision against their one definition, `src/spec/sampling.rs`.
 
 #[path = "support/kernel.rs"]
 mod kernel;
 
-use dflash::device::{Buffer, Device};
-use dflash::emulator::Emulator;
-use dflash::kernels::round::{Finish, Form, Sequence};
-use dflash::kernels::sample::{Races, Sample, tables};
-use dflash::kernels::verify::{Verdict, Verify};
-use dflash::rules::Rule;
-use dflash::verify::{Sampling, TABLES, judge, philox, walk};
+use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::round::{Finish, Form, Sequence};
+use dflash::gpu::kernels::sample::{Races, Sample, tables};
+use dflash::gpu::kernels::verify::{Verdict, Verify};
+use dflash::spec::sampling::{Sampling, TABLES, judge, philox, walk};
+use dflash::spec::verify::Rule;
 use kernel::*;
 
 const NONE: u32 = u32::MAX;

@@ -6,14 +6,14 @@ mod crowd;
 mod support;
 
 use crowd::{answer, go_on, run, together};
-use dflash::cuda::Cuda;
-use dflash::device::{Device, Node};
-use dflash::emulator::Emulator;
-use dflash::engine::{Decoder, Finish, Request, generate, resume};
-use dflash::memory::Room;
-use dflash::pair::Pair;
-use dflash::rounds::{Batch, Models};
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::engine::generate::{Decoder, Finish, Request, generate, resume};
+use dflash::gpu::cuda::Cuda;
+use dflash::gpu::decoder::{Batch, Models};
+use dflash::gpu::device::{Device, Node};
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::memory::Room;
 use serde_json::Value;
 
 const POSITIONS: usize = 512;

@@ -10,19 +10,19 @@ mod law;
 mod support;
 
 use crowd::{Event, Silent, go_on, held, open, run, seeded, tiny, together};
-use dflash::cpu;
-use dflash::device::{Device, Node};
-use dflash::emulator::Emulator;
-use dflash::engine::{Decoder, Finish, Flow, Outcome, Request};
-use dflash::lossless::check;
-use dflash::memory::Room;
-use dflash::pair::Pair;
-use dflash::reference::{Cache, Drafter, Target};
-use dflash::rounds::{Batch, Models, Part};
-use dflash::rules::{Coin, Dice, Drafting, Rule, Word, block, draw, rejection};
-use dflash::sequences::Sequences;
-use dflash::verify::Sampling;
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::cpu::decoder::Sequences;
+use dflash::cpu::model::{Cache, Drafter, Target};
+use dflash::cpu::ops;
+use dflash::engine::generate::{Decoder, Finish, Flow, Outcome, Request};
+use dflash::engine::lossless::check;
+use dflash::gpu::decoder::{Batch, Models, Part};
+use dflash::gpu::device::{Device, Node};
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::memory::Room;
+use dflash::spec::sampling::Sampling;
+use dflash::spec::verify::{Coin, Dice, Drafting, Rule, Word, block, draw, rejection};
 use kernel::{Random, every_device};
 
 const POSITIONS: usize = 192;
@@ -335,7 +335,7 @@ fn devices_draw_and_judge_as_the_cpu_does_but_for_near_ties() {
         };
         let requests: Vec<Request> = (0..12).map(few).collect();
         let own = together(&mut batch, &requests, go_on);
-        let theirs = cpu::install(|| {
+        let theirs = ops::install(|| {
             together(&mut Sequences::new(&target, Some(&drafter), 4, POSITIONS), &requests, go_on)
         });
         let (mut same, mut rounds) = (0, 0);
@@ -376,7 +376,7 @@ fn trees_on_devices_accept_what_the_cpus_do() {
         let requests: Vec<Request> = (0..4).map(of).collect();
         let own = together(&mut batch, &requests, go_on);
         let mut on_cpu = Sequences::new(&target, Some(&drafter), 4, POSITIONS);
-        let theirs = cpu::install(|| together(&mut on_cpu, &requests, go_on));
+        let theirs = ops::install(|| together(&mut on_cpu, &requests, go_on));
         let same = own.iter().zip(&theirs).filter(|(a, b)| answer(a) == answer(b)).count();
         let all: Vec<_> = own.iter().zip(&theirs).map(|(a, b)| (&a.accepted, &b.accepted)).collect();
         println!("{same} of 4: {all:?}");
@@ -404,7 +404,7 @@ fn drawn_trees_on_devices_are_the_cpus_round_by_round() {
         let requests: Vec<Request> = (0..200).map(one).collect();
         let own = together(&mut batch, &requests, go_on);
         let mut on_cpu = Sequences::new(&target, Some(&drafter), 1, 64);
-        let theirs = cpu::install(|| requests.iter().map(|one| run(&mut on_cpu, one)).collect::<Vec<_>>());
+        let theirs = ops::install(|| requests.iter().map(|one| run(&mut on_cpu, one)).collect::<Vec<_>>());
         let same = own.iter().zip(&theirs).filter(|(a, b)| answer(a) == answer(b)).count();
         let stood: usize = own.iter().flat_map(|own| &own.accepted).map(|judged| judged - 1).sum();
         println!("{same} of 200 answers are the CPU's, {stood} drafts stood");

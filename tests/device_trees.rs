@@ -1,22 +1,22 @@
-//! Draft trees on the device, decision for decision against src/tree.rs: the drafter's choices, the trees of them, and
+//! Draft trees on the device, decision for decision against src/spec/tree.rs: the drafter's choices, the trees of them, and
 //! the keys and values of accepted paths.
 
 #[path = "support/kernel.rs"]
 mod kernel;
 
 use dflash::Error;
-use dflash::device::Device;
-use dflash::emulator::Emulator;
-use dflash::kernels::PAGE;
-use dflash::kernels::choices::Choices;
-use dflash::kernels::compact::Compact;
-use dflash::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables};
-use dflash::kernels::sample::tables;
-use dflash::kernels::tree::{TreeBuild, Trees};
-use dflash::kernels::verify::{Verdict, Verify};
-use dflash::rules::Rule;
-use dflash::tree::{Choice, Tree, chains, choices, moves, shape, typical};
-use dflash::verify::{Sampling, walk};
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::PAGE;
+use dflash::gpu::kernels::choices::Choices;
+use dflash::gpu::kernels::compact::Compact;
+use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables};
+use dflash::gpu::kernels::sample::tables;
+use dflash::gpu::kernels::tree::{TreeBuild, Trees};
+use dflash::gpu::kernels::verify::{Verdict, Verify};
+use dflash::spec::sampling::{Sampling, walk};
+use dflash::spec::tree::{Choice, Tree, chains, choices, moves, shape, typical};
+use dflash::spec::verify::Rule;
 use kernel::*;
 
 const NONE: u32 = u32::MAX;

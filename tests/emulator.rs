@@ -3,9 +3,9 @@
 #[path = "support/kernel.rs"]
 mod kernel;
 
-use dflash::device::{Arg, Buffer, Device, Kernel, Node};
-use dflash::emulator::{Emulator, Schedule};
-use dflash::kernels::embedding::Embedding;
+use dflash::gpu::device::{Arg, Buffer, Device, Kernel, Node};
+use dflash::gpu::emulator::{Emulator, Schedule};
+use dflash::gpu::kernels::embedding::Embedding;
 use dflash::{Error, Result};
 use kernel::*;
 
@@ -521,7 +521,7 @@ fn counters_count_bytes_blocks_and_launches() {
 
 #[test]
 fn a_machine_without_a_gpu_gets_one_sentence() {
-    match dflash::cuda::Cuda::open(0) {
+    match dflash::gpu::cuda::Cuda::open(0) {
         Ok(device) => assert!(device.properties().capability >= (8, 0)),
         Err(Error::Unsupported(text)) => {
             assert!(text.starts_with("device cuda: ") && !text.contains('\n'), "{text}");

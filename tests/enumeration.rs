@@ -4,8 +4,8 @@
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::rules::{Coin, ONE, Probabilities, Purpose, Siblings, Word, draw, draw_chains};
-use dflash::verify::{judge, walk};
+use dflash::spec::sampling::{judge, walk};
+use dflash::spec::verify::{Coin, ONE, Probabilities, Purpose, Siblings, Word, draw, draw_chains};
 use enumeration::*;
 use num_rational::BigRational;
 use std::collections::HashSet;

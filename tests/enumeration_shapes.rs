@@ -4,8 +4,8 @@
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::rules::{Coin, Dice, Probabilities, Siblings, Word, draw_shape, recursive};
-use dflash::tree::{MOST_ROWS, chains, shape};
+use dflash::spec::tree::{MOST_ROWS, chains, shape};
+use dflash::spec::verify::{Coin, Dice, Probabilities, Siblings, Word, draw_shape, recursive};
 use enumeration::*;
 use num_rational::BigRational;
 

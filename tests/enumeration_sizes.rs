@@ -5,8 +5,8 @@
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::control::{Controller, Costs, Goal};
-use dflash::rules::{Coin, ONE, Probabilities, Purpose, Word, draw};
+use dflash::spec::draft_length::{Controller, Costs, Goal};
+use dflash::spec::verify::{Coin, ONE, Probabilities, Purpose, Word, draw};
 use enumeration::*;
 use std::collections::{BTreeMap, BTreeSet};
 

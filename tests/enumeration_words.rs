@@ -4,8 +4,8 @@
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::rules::{Coin, Dice, Purpose, Siblings, Word, draw, draw_chains};
-use dflash::verify::{Sampling, philox};
+use dflash::spec::sampling::{Sampling, philox};
+use dflash::spec::verify::{Coin, Dice, Purpose, Siblings, Word, draw, draw_chains};
 use enumeration::*;
 use std::collections::HashSet;
 

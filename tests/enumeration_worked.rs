@@ -4,8 +4,8 @@
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::rules::{Coin, ONE, Probabilities, Siblings, Word, best_block, draw_chains, rejection};
-use dflash::verify::Sampling;
+use dflash::spec::sampling::Sampling;
+use dflash::spec::verify::{Coin, ONE, Probabilities, Siblings, Word, best_block, draw_chains, rejection};
 use enumeration::*;
 use num_rational::BigRational;
 use std::collections::HashMap;

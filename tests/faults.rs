@@ -8,13 +8,15 @@ mod program;
 mod support;
 
 use crowd::*;
-use dflash::cuda::Cuda;
-use dflash::device::Device;
-use dflash::emulator::Emulator;
-use dflash::engine::{Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, generate_all, resume};
-use dflash::memory::Room;
-use dflash::rounds::{Batch, Models};
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::engine::generate::{
+    Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, generate_all, resume,
+};
+use dflash::gpu::cuda::Cuda;
+use dflash::gpu::decoder::{Batch, Models};
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::memory::Room;
 use dflash::{Error, Result};
 use program::{command, flags, run_pair, write};
 use serde_json::{Value, json};
@@ -124,7 +126,7 @@ fn stop_ids_end_an_answer_at_every_place_of_a_round_and_of_their_list() {
     let prompt = oracle["prompts"][19]["prompt_ids"].as_array().unwrap();
     let prompt: Vec<u32> = prompt.iter().map(|id| id.as_u64().unwrap() as u32).collect();
     let device = Emulator::new();
-    let pair = dflash::pair::Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
+    let pair = dflash::checkpoint::pair::Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let models = Models::load(&device, &pair, 192).unwrap();
     let mut single = batch(&device, &models, 1, 192);
     let plain = request(&prompt, 25, 16, 0.0);

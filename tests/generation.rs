@@ -4,13 +4,13 @@
 
 mod support;
 
-use dflash::cpu;
-use dflash::engine::{Finish, Flow, Listener, Outcome, Request, generate, resume};
-use dflash::pair::Pair;
-use dflash::reference::{Cache, Drafter, Target};
-use dflash::sequences::Sequences;
-use dflash::verify::{Sampling, argmax};
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
+use dflash::cpu::decoder::Sequences;
+use dflash::cpu::model::{Cache, Drafter, Target};
+use dflash::cpu::ops;
+use dflash::engine::generate::{Finish, Flow, Listener, Outcome, Request, generate, resume};
+use dflash::spec::sampling::{Sampling, argmax};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::sync::LazyLock;
@@ -87,7 +87,7 @@ fn alone<'a>(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequences<'a> 
 
 fn run_for(models: &Models, request: &Request, listener: &mut Until) -> Outcome {
     let drafter = Some(&models.1).filter(|_| request.block > 1);
-    cpu::install(|| generate(&mut alone(&models.0, drafter), request, listener)).unwrap()
+    ops::install(|| generate(&mut alone(&models.0, drafter), request, listener)).unwrap()
 }
 
 fn run(models: &Models, request: &Request) -> Outcome {
@@ -285,7 +285,7 @@ fn verify_rows_equal_plain_steps_bit_for_bit() {
             assert_eq!(at, 180);
             (logits, features)
         };
-        let plain = cpu::install(|| run(50, &[1; 80]));
+        let plain = ops::install(|| run(50, &[1; 80]));
         for (prefill, lengths) in [
             (50, &[16; 5][..]),
             (100, &[16; 5]),
@@ -293,7 +293,7 @@ fn verify_rows_equal_plain_steps_bit_for_bit() {
             (1, &[5; 16]),
             (25, &[3, 13, 1, 16, 16, 15, 7, 9]),
         ] {
-            let got = cpu::install(|| run(prefill, lengths));
+            let got = ops::install(|| run(prefill, lengths));
             assert!(got == plain, "passes of {prefill} and {lengths:?} differ from single steps");
         }
     }
@@ -308,9 +308,9 @@ fn kept_with_the_answer_of_a_fresh_start(
     request: &Request,
 ) -> usize {
     let quiet = || Until::new(0, Flow::Continue);
-    let got = cpu::install(|| resume(sequence, request, &mut quiet())).unwrap();
+    let got = ops::install(|| resume(sequence, request, &mut quiet())).unwrap();
     let fresh = &mut alone(&models.0, Some(&models.1));
-    let fresh = cpu::install(|| generate(fresh, request, &mut quiet())).unwrap();
+    let fresh = ops::install(|| generate(fresh, request, &mut quiet())).unwrap();
     let same = |outcome: &Outcome| (outcome.tokens.clone(), outcome.finish, outcome.accepted.clone());
     assert_eq!(same(&got), same(&fresh), "after {} tokens kept", got.kept);
     assert_eq!(fresh.kept, 0);
@@ -389,14 +389,14 @@ fn a_prompt_cut_short_and_an_answer_cut_short_are_kept() {
         let request = greedy(&prompt, 30, block);
         let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
         let mut cut = AtPrefill(2, vec![]);
-        let outcome = cpu::install(|| generate(&mut sequence, &request, &mut cut)).unwrap();
+        let outcome = ops::install(|| generate(&mut sequence, &request, &mut cut)).unwrap();
         assert_eq!((outcome.finish, outcome.tokens.len()), (Finish::Interrupted, 0));
         let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &request);
         assert_eq!(kept, cut.1[1]);
         // Within a round, so that what the sequence holds is longer than the answer.
         for after in [1, 4, 5, 9] {
             let mut listener = Until::new(after, Flow::Interrupt);
-            let outcome = cpu::install(|| resume(&mut sequence, &request, &mut listener)).unwrap();
+            let outcome = ops::install(|| resume(&mut sequence, &request, &mut listener)).unwrap();
             let next = [&prompt[..], &outcome.tokens, &[9, 9, 9]].concat();
             let next = greedy(&next, 12, block);
             let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &next);

@@ -4,14 +4,14 @@
 #[path = "support/kernel.rs"]
 mod kernel;
 
-use dflash::device::{Arg, Buffer, Device, Node};
-use dflash::engine::{Decoder, Emitted, Request};
-use dflash::memory::Room;
-use dflash::pair::Pair;
-use dflash::rounds::{Batch, Models, Part, Shape};
-use dflash::rules::{Drafting, Rule};
-use dflash::verify::Sampling;
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::engine::generate::{Decoder, Emitted, Request};
+use dflash::gpu::decoder::{Batch, Models, Part, Shape};
+use dflash::gpu::device::{Arg, Buffer, Device, Node};
+use dflash::gpu::memory::Room;
+use dflash::spec::sampling::Sampling;
+use dflash::spec::verify::{Drafting, Rule};
 use kernel::*;
 
 const POSITIONS: usize = 256;

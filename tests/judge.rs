@@ -1,16 +1,16 @@
-//! Drafts drawn and judged on a device, decision for decision against their one definition, `src/rules.rs`.
+//! Drafts drawn and judged on a device, decision for decision against their one definition, `src/spec/verify.rs`.
 
 #[path = "support/kernel.rs"]
 mod kernel;
 
-use dflash::device::Device;
-use dflash::emulator::Emulator;
-use dflash::kernels::round::{Finish, Form, Sequence};
-use dflash::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
-use dflash::kernels::sample::tables;
-use dflash::kernels::verify::Verdict;
-use dflash::rules::{self, Dice, ONE, Probabilities, Rule};
-use dflash::verify::{Sampling, TABLES, argmax};
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::round::{Finish, Form, Sequence};
+use dflash::gpu::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
+use dflash::gpu::kernels::sample::tables;
+use dflash::gpu::kernels::verify::Verdict;
+use dflash::spec::sampling::{Sampling, TABLES, argmax};
+use dflash::spec::verify::{self, Dice, ONE, Probabilities, Rule};
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
@@ -233,7 +233,7 @@ impl Batch {
             }
             if laws.iter().all(Option::is_some) && request.rule != Rule::Match && request.rows > 0 {
                 let laws: Vec<Probabilities> = laws.iter().flatten().cloned().collect();
-                let chain = rules::draw(&laws, &mut request.dice()).unwrap();
+                let chain = verify::draw(&laws, &mut request.dice()).unwrap();
                 assert_eq!(drawn[1..request.rows], chain, "{context}");
             }
 
@@ -249,8 +249,8 @@ impl Batch {
             let drafts = &got.tokens[at + 1..at + request.rows];
             let target = |row| self.law(false, own, row);
             let expected = match request.rule {
-                Rule::Block => rules::block(drafts, &laws, target, &mut request.dice()),
-                _ => rules::rejection(drafts, &laws, target, &mut request.dice()),
+                Rule::Block => verify::block(drafts, &laws, target, &mut request.dice()),
+                _ => verify::rejection(drafts, &laws, target, &mut request.dice()),
             };
             let Some((stood, token)) = expected else {
                 assert_eq!(next, NONE, "{context}: damaged");
@@ -285,8 +285,8 @@ impl Seen {
 
 /// The token of row `row` from its own law.
 fn draw_one(law: &Probabilities, row: usize, dice: Dice) -> u32 {
-    let word = rules::Word { purpose: rules::Purpose::Draft, depth: row, row };
-    rules::Coin::pick(&mut dice.clone(), word, law.tokens()).unwrap()
+    let word = verify::Word { purpose: verify::Purpose::Draft, depth: row, row };
+    verify::Coin::pick(&mut dice.clone(), word, law.tokens()).unwrap()
 }
 
 /// The probabilities that 48 bytes of a law make of a row's logits; `None` where it is none.
@@ -482,13 +482,13 @@ fn the_last_units_of_a_chance_count() {
     let high = |bits: u64, n: u64| ((u128::from(bits) * u128::from(n)) >> 64) as u64;
     let bits = |rounds: u32, purpose| {
         let dice = Dice { seed: how.seed, stream: how.stream, round: rounds + 1, anchor: 9 };
-        dice.bits(rules::Word { purpose, depth: 1, row: (purpose == rules::Purpose::Accept) as usize })
+        dice.bits(verify::Word { purpose, depth: 1, row: (purpose == verify::Purpose::Accept) as usize })
     };
     let rest = 2 * share + over;
     let find = |wanted: &dyn Fn(u32) -> bool| (0..1 << 22).find(|&rounds| wanted(rounds)).unwrap();
     // Units on both sides of token 1's, and its own; and a draft that the target never emits, at chance 0.
-    let at = |unit: u64| find(&|rounds| high(bits(rounds, rules::Purpose::Residual), rest) == unit);
-    let zero = find(&|rounds| high(bits(rounds, rules::Purpose::Accept), q.of(3)) == 0);
+    let at = |unit: u64| find(&|rounds| high(bits(rounds, verify::Purpose::Residual), rest) == unit);
+    let zero = find(&|rounds| high(bits(rounds, verify::Purpose::Accept), q.of(3)) == 0);
     let units = [(at(share - 1), Some(0)), (at(share), Some(1)), (at(share + 1), Some(2)), (zero, None)];
     every_device(|device| {
         // The tokens in one lane, in lanes of one warp, and in warps of their own.

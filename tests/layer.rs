@@ -3,9 +3,9 @@
 #[path = "support/kernel.rs"]
 mod kernel;
 
-use dflash::device::Device;
-use dflash::emulator::Emulator;
-use dflash::kernels::attention::{Attention, Layer, Mask, Paged, Workspace};
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::attention::{Attention, Layer, Mask, Paged, Workspace};
 use kernel::*;
 
 /// Weights of the layer, bytes.

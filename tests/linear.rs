@@ -8,11 +8,11 @@ mod kernel;
 #[path = "support/layer.rs"]
 mod layer;
 
-use dflash::kernels::head::Head;
-use dflash::kernels::inject::Inject;
-use dflash::kernels::linear::{Shape, Workspace};
-use dflash::kernels::qkv::Qkv;
-use dflash::kernels::swiglu::Swiglu;
+use dflash::gpu::kernels::head::Head;
+use dflash::gpu::kernels::inject::Inject;
+use dflash::gpu::kernels::linear::{Shape, Workspace};
+use dflash::gpu::kernels::qkv::Qkv;
+use dflash::gpu::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
 
@@ -259,7 +259,7 @@ fn the_best_logit_is_the_lowest_id_among_equals_and_says_where_none_is_finite() 
             let best: Vec<u64> = from_bytes(&best);
             assert_eq!(best, ranks(&logits, vocab), "row {row}");
             let winner = best.iter().copied().max().unwrap();
-            match dflash::verify::argmax(&logits) {
+            match dflash::spec::sampling::argmax(&logits) {
                 Some(id) => assert_eq!(!(winner as u32), id, "row {row}"),
                 None if row == 1 => assert_eq!(winner >> 32, 0x007f_ffff, "-inf everywhere"),
                 None => assert_eq!(winner, u64::MAX, "row {row}"),

@@ -7,14 +7,14 @@ mod kernel;
 mod layer;
 
 use dflash::Error;
-use dflash::device::{Buffer, Counts, Device};
-use dflash::emulator::{Emulator, Schedule};
-use dflash::kernels::head::Head;
-use dflash::kernels::inject::Inject;
-use dflash::kernels::linear::{Input, Shape, Workspace};
-use dflash::kernels::project::{Project, Projected};
-use dflash::kernels::qkv::{Places, Qkv};
-use dflash::kernels::swiglu::Swiglu;
+use dflash::gpu::device::{Buffer, Counts, Device};
+use dflash::gpu::emulator::{Emulator, Schedule};
+use dflash::gpu::kernels::head::Head;
+use dflash::gpu::kernels::inject::Inject;
+use dflash::gpu::kernels::linear::{Input, Shape, Workspace};
+use dflash::gpu::kernels::project::{Project, Projected};
+use dflash::gpu::kernels::qkv::{Places, Qkv};
+use dflash::gpu::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
 

@@ -7,17 +7,17 @@ mod kernel;
 mod program;
 mod support;
 
-use dflash::device::Device;
-use dflash::emulator::Emulator;
-use dflash::engine::{Decoder, Emitted, Flow, Listener, Prefill, Request, generate};
-use dflash::lossless::{Report, check};
-use dflash::memory::Room;
-use dflash::pair::Pair;
-use dflash::reference::{Drafter, Target};
-use dflash::rounds::{Batch, Models};
-use dflash::sequences::Sequences;
-use dflash::verify::Sampling;
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::cpu::decoder::Sequences;
+use dflash::cpu::model::{Drafter, Target};
+use dflash::engine::generate::{Decoder, Emitted, Flow, Listener, Prefill, Request, generate};
+use dflash::engine::lossless::{Report, check};
+use dflash::gpu::decoder::{Batch, Models};
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::memory::Room;
+use dflash::spec::sampling::Sampling;
 use kernel::{Random, gpu};
 use serde_json::{Value, json};
 

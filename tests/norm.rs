@@ -3,9 +3,9 @@
 #[path = "support/kernel.rs"]
 mod kernel;
 
-use dflash::device::Device;
-use dflash::emulator::Emulator;
-use dflash::kernels::norm::Norm;
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::norm::Norm;
 use kernel::*;
 
 const EPS: f32 = 1e-6;

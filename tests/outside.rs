@@ -5,8 +5,8 @@
 mod program;
 mod support;
 
-use dflash::text::Text;
-use dflash::weights::DEMO_TARGET;
+use dflash::checkpoint::safetensors::DEMO_TARGET;
+use dflash::text::tokenizer::Text;
 use program::{Live, command, flags, interrupt, run, write};
 use serde_json::{Value, json};
 use std::fs;

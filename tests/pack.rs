@@ -5,12 +5,12 @@ mod kernel;
 #[path = "support/layer.rs"]
 mod layer;
 
-use dflash::device::{Buffer, Device};
-use dflash::emulator::Emulator;
-use dflash::kernels::embedding::Embedding;
-use dflash::kernels::linear::Shape;
-use dflash::kernels::pack::{Pack, Place};
-use dflash::kernels::swiglu::Swiglu;
+use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::embedding::Embedding;
+use dflash::gpu::kernels::linear::Shape;
+use dflash::gpu::kernels::pack::{Pack, Place};
+use dflash::gpu::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
 

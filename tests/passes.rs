@@ -5,14 +5,14 @@
 mod kernel;
 mod support;
 
-use dflash::device::{Buffer, Device, Node};
-use dflash::emulator::Emulator;
-use dflash::kernels::head::Head;
-use dflash::load::Loader;
-use dflash::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
-use dflash::pair::Pair;
-use dflash::reference::{self, Drafter, Target};
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::cpu::model::{self, Drafter, Target};
+use dflash::gpu::device::{Buffer, Device, Node};
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::head::Head;
+use dflash::gpu::loader::Loader;
+use dflash::gpu::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
 use kernel::*;
 
 /// Activations are rounded to bf16 some ten times a layer, 2^-9 each; the worst seen is 7.3e-3.
@@ -148,7 +148,7 @@ impl Rig<'_> {
 
     /// The reference's features and logits of `tokens` from position `at` on.
     fn expected(&self, tokens: &[u32], at: usize) -> (Vec<f32>, Vec<f32>) {
-        let mut cache = reference::Cache::new(&self.target.config.stack, tokens.len()).unwrap();
+        let mut cache = model::Cache::new(&self.target.config.stack, tokens.len()).unwrap();
         let (mut features, mut logits) = (vec![], vec![]);
         let taps = &self.drafter.config.taps;
         let normed = self.target.forward(tokens, &mut cache, taps, &mut features, tokens.len() - at);
@@ -189,7 +189,7 @@ fn wide() -> (support::Pair, Pair) {
         head_dim: 128,
         vocab: 301,
         tied: false,
-        dtype: dflash::weights::Dtype::Bf16,
+        dtype: dflash::checkpoint::safetensors::Dtype::Bf16,
         ..support::Target::default()
     };
     let drafter = support::Drafter {
@@ -198,7 +198,7 @@ fn wide() -> (support::Pair, Pair) {
         kv_heads: 2,
         head_dim: 128,
         taps: vec![1, 0],
-        dtype: dflash::weights::Dtype::Bf16,
+        dtype: dflash::checkpoint::safetensors::Dtype::Bf16,
         ..support::Drafter::default()
     };
     let written = support::write_pair(&target, &drafter);
@@ -344,7 +344,7 @@ fn draft_equals_the_reference(device: &dyn Device, pair: &Pair) {
     rig.draft_stack.run(device, s, cache, &pass).unwrap();
     let logits = rig.logits(&rig.draft_stack, s, block, block);
 
-    let mut context = reference::Cache::new(&d.stack, length + block).unwrap();
+    let mut context = model::Cache::new(&d.stack, length + block).unwrap();
     let (mut expected, widened) = (vec![], from_bf16(&features));
     rig.drafter.inject(&widened, &mut context);
     let hidden = rig.drafter.hidden(&rig.target, tokens[length], block, &mut context, |_, _| ());

@@ -6,12 +6,12 @@ mod kernel;
 #[path = "support/layer.rs"]
 mod layer;
 
-use dflash::device::Device;
-use dflash::emulator::{Emulator, Schedule};
-use dflash::kernels::inject::Inject;
-use dflash::kernels::linear::{Prompt, Shape};
-use dflash::kernels::qkv::Qkv;
-use dflash::kernels::swiglu::Swiglu;
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::{Emulator, Schedule};
+use dflash::gpu::kernels::inject::Inject;
+use dflash::gpu::kernels::linear::{Prompt, Shape};
+use dflash::gpu::kernels::qkv::Qkv;
+use dflash::gpu::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
 
@@ -227,7 +227,7 @@ fn the_head_has_no_kernel_for_prompts() {
     let (vocab, k) = (261, 96);
     let layer = by(Prompt::Warps, &Data::new(1, 3, Shape { n: vocab, k })).upload(&device, |r| r);
     let best = poisoned::<u64>(&device, 9);
-    let head = dflash::kernels::head::Head { rows: 3, vocab, k, multiplier: 1.0, softcap: None };
+    let head = dflash::gpu::kernels::head::Head { rows: 3, vocab, k, multiplier: 1.0, softcap: None };
     let refusal = head.launch(&device, &layer.input(true), &best, None).unwrap_err();
     assert_eq!(refusal.to_string(), "kernel head_8: has no twin for prompts");
 }
@@ -235,7 +235,7 @@ fn the_head_has_no_kernel_for_prompts() {
 #[test]
 fn a_device_without_wgmma_takes_the_kernels_by_warps() {
     // As a card before Hopper, and any with the other image.
-    let ledger = dflash::memory::Ledger::new();
+    let ledger = dflash::gpu::memory::Ledger::new();
     assert!(!ledger.properties().overlap);
     assert_eq!(prompts(&ledger).collect::<Vec<_>>(), [Prompt::Warps]);
     assert_eq!(Prompt::of(&ledger), Prompt::Warps);

@@ -6,10 +6,10 @@ mod library;
 mod program;
 mod support;
 
-use dflash::cuda::{self, Cuda};
-use dflash::device::Device;
-use dflash::emulator::Emulator;
-use dflash::profile::{range, window};
+use dflash::gpu::cuda::{self, Cuda};
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::nvtx::{range, window};
 use library::library;
 use program::{Run, finish};
 use std::path::Path;

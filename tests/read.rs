@@ -4,9 +4,9 @@
 mod kernel;
 
 use dflash::Error;
-use dflash::device::Device;
-use dflash::emulator::Emulator;
-use dflash::kernels::read::Read;
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::read::Read;
 use kernel::*;
 
 /// Sizes around a warp, a block and a run of 2048 pieces, in pieces of 16 bytes.

@@ -4,7 +4,7 @@
 mod program;
 mod support;
 
-use dflash::weights::Dtype;
+use dflash::checkpoint::safetensors::Dtype;
 use program::{Run, command, run, with_stdin, write};
 use proptest::prelude::*;
 use serde_json::{Value, json};

@@ -5,12 +5,12 @@
 mod kernel;
 
 use dflash::Error;
-use dflash::device::{Buffer, Device, Graph};
-use dflash::emulator::{Emulator, Schedule};
-use dflash::kernels::round::{Finish, Form, Record, Ring, Round, STOP_IDS, Sequence, Tables};
-use dflash::kernels::verify::{Verdict, Verify};
-use dflash::rules::Rule;
-use dflash::verify::{Sampling, walk};
+use dflash::gpu::device::{Buffer, Device, Graph};
+use dflash::gpu::emulator::{Emulator, Schedule};
+use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, STOP_IDS, Sequence, Tables};
+use dflash::gpu::kernels::verify::{Verdict, Verify};
+use dflash::spec::sampling::{Sampling, walk};
+use dflash::spec::verify::Rule;
 use kernel::*;
 
 const NONE: u32 = u32::MAX;

@@ -10,19 +10,19 @@ mod program;
 mod support;
 
 use crowd::{Silent, go_on, run, together};
-use dflash::cpu;
-use dflash::engine::{Outcome, Request, resume};
-use dflash::pair::Pair;
-use dflash::reference::{Cache, Drafter, Target};
-use dflash::rounds::OnDevice;
-use dflash::rules::{
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::cpu::decoder::{Sequence, Sequences};
+use dflash::cpu::model::{Cache, Drafter, Target};
+use dflash::cpu::ops;
+use dflash::engine::generate::{Outcome, Request, resume};
+use dflash::gpu::decoder::OnDevice;
+use dflash::spec::sampling::Sampling;
+use dflash::spec::tree::{Tree, chains, shape};
+use dflash::spec::verify::{
     Dice, Drafting, Rule, Siblings, best_block, block, draw_chains, draw_shape, recursive, rejection,
 };
-use dflash::sequences::{Sequence, Sequences};
-use dflash::text::Text;
-use dflash::tree::{Tree, chains, shape};
-use dflash::verify::Sampling;
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::text::tokenizer::Text;
 use serde_json::Value;
 
 struct Models(Target, Drafter);
@@ -92,7 +92,7 @@ fn the_first_tokens_of_the_demo_pair_have_the_targets_law_under_every_rule() {
     let oracle: Value = serde_json::from_str(include_str!("data/oracle.json")).unwrap();
     let said = oracle["prompts"][18]["output_ids"].as_array().unwrap().iter();
     let prompt: Vec<u32> = said.take(135).map(|id| id.as_u64().unwrap() as u32).collect();
-    cpu::install(|| {
+    ops::install(|| {
         for how in [
             drafting(Rule::Match, 0.0),
             drafting(Rule::Match, 1.0),
@@ -114,7 +114,7 @@ fn the_first_tokens_of_the_demo_pair_have_the_targets_law_under_every_rule() {
 #[test]
 fn four_tokens_of_a_tiny_pair_have_the_targets_law_under_every_rule() {
     let models = tiny();
-    cpu::install(|| {
+    ops::install(|| {
         for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
             for temperature in [0.0, 0.5, 2.0] {
                 // Trees have more siblings than there are tokens to draw.
@@ -132,7 +132,7 @@ fn four_tokens_of_a_tiny_pair_have_the_targets_law_under_every_rule() {
 #[test]
 fn drafts_that_are_the_best_tokens_stand_as_often_as_under_match() {
     let models = tiny();
-    cpu::install(|| {
+    ops::install(|| {
         let mean = |rule| models.check(&request(&[3, 1], 5, 5, drafting(rule, 0.0)), 4000);
         let [by_match, by_token, by_block] = [Rule::Match, Rule::Rejection, Rule::Block].map(mean);
         assert!((by_match - by_token).abs() < 0.05, "{by_match} {by_token}");
@@ -145,7 +145,7 @@ fn greedy_answers_are_the_targets_best_tokens_under_every_rule() {
     let models = demo();
     let greedy =
         |block, drafting| Request { drafting, ..crowd::request(&tokens(PROMPTS[0]), 60, block, 0.0) };
-    cpu::install(|| {
+    ops::install(|| {
         let plain = run(&mut models.slots(1), &greedy(1, Drafting::default()));
         for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
             for temperature in [0.0, 1.0] {
@@ -162,7 +162,7 @@ fn greedy_answers_are_the_targets_best_tokens_under_every_rule() {
 #[test]
 fn coupled_drafts_change_no_token() {
     let models = demo();
-    cpu::install(|| {
+    ops::install(|| {
         for text in PROMPTS {
             let prompt = tokens(text);
             let plain = run(&mut models.slots(1), &request(&prompt, 80, 1, Drafting::default()));
@@ -179,11 +179,11 @@ fn coupled_drafts_change_no_token() {
 
 #[test]
 fn devices_couple_drafts_as_the_cpu_does() {
-    use dflash::engine::Backend;
+    use dflash::engine::generate::Backend;
     let models = demo();
     let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
-    let device = Box::new(dflash::emulator::Emulator::new());
-    let room = dflash::memory::Room::new(2, 8, 128);
+    let device = Box::new(dflash::gpu::emulator::Emulator::new());
+    let room = dflash::gpu::memory::Room::new(2, 8, 128);
     let backend = OnDevice::load("emulator", device, &pair, room, &mut |_, _| ()).unwrap();
     let mut decoder = backend.decoder().unwrap();
     let stood = |outcome: &Outcome| outcome.accepted.iter().sum::<usize>();
@@ -197,7 +197,7 @@ fn devices_couple_drafts_as_the_cpu_does() {
             let got = run(&mut *decoder, &coupled);
             assert_eq!(got.tokens, plain.tokens, "{text:?}");
             by_device += stood(&got);
-            by_cpu += stood(&cpu::install(|| run(&mut models.slots(1), &coupled)));
+            by_cpu += stood(&ops::install(|| run(&mut models.slots(1), &coupled)));
         }
         best += 2 * stood(&run(&mut *decoder, &with(8, Drafting::default())));
         // Drafts of a greedy answer too, and those of others in the same rounds.
@@ -249,7 +249,7 @@ fn the_same_noise_chooses_alike_as_often_as_published() {
 #[test]
 fn answers_of_drawn_drafts_are_the_seeds_and_not_the_slots_or_the_others() {
     let models = demo();
-    cpu::install(|| {
+    ops::install(|| {
         for (rule, tree) in
             [Rule::Rejection, Rule::Block].into_iter().flat_map(|r| [(r, None), (r, Some(12))])
         {
@@ -334,7 +334,7 @@ fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
             out.extend(&stood[1..]);
             out.push(next);
         }
-        let got = cpu::install(|| run(&mut Sequences::new(target, Some(drafter), 1, usize::MAX), &request));
+        let got = ops::install(|| run(&mut Sequences::new(target, Some(drafter), 1, usize::MAX), &request));
         assert_eq!(got.tokens, out[..40], "{rule:?}, {most:?}");
     }
 }
@@ -342,7 +342,7 @@ fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
 #[test]
 fn a_block_of_one_row_is_plain_decoding_whatever_the_rule() {
     let models = tiny();
-    cpu::install(|| {
+    ops::install(|| {
         let plain = run(&mut models.slots(1), &request(&[1, 2], 40, 1, Drafting::default()));
         for rule in [Rule::Rejection, Rule::Block] {
             let got = run(&mut models.slots(1), &request(&[1, 2], 40, 1, drafting(rule, 1.0)));
@@ -358,7 +358,7 @@ fn a_block_of_a_hundred_drafts_stands_whole() {
     let target = support::Target { vocab: 1, ..target };
     let drafter = support::Drafter { block: 101, mask_token: 0, ..drafter };
     let models = load(&crowd::open(&support::write_pair(&target, &drafter)));
-    cpu::install(|| {
+    ops::install(|| {
         for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
             let got = run(&mut models.slots(1), &request(&[0], 103, 101, drafting(rule, 1.0)));
             assert_eq!((got.accepted, got.tokens.len()), (vec![101, 101], 103), "{rule:?}");
@@ -371,7 +371,7 @@ fn drawn_trees_get_less_deep_where_positions_end() {
     let (target, mut drafter) = crowd::tiny();
     drafter.max_positions = 24;
     let Models(target, drafter) = load(&crowd::open(&support::write_pair(&target, &drafter)));
-    cpu::install(|| {
+    ops::install(|| {
         for rule in [Rule::Rejection, Rule::Block] {
             let (mut cut, mut none) = (0, 0);
             for most in [2, 3, 7, 16, 64] {

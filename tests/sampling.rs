@@ -5,7 +5,7 @@
 mod random;
 
 use dflash::Error;
-use dflash::verify::{Sampling, TABLES, argmax, judge, philox};
+use dflash::spec::sampling::{Sampling, TABLES, argmax, judge, philox};
 use random::Random;
 
 const PLAIN: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };

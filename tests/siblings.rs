@@ -1,20 +1,20 @@
-//! Trees drawn and judged on a device, decision for decision against `draw_shape` and `recursive` of `src/rules.rs`.
+//! Trees drawn and judged on a device, decision for decision against `draw_shape` and `recursive` of `src/spec/verify.rs`.
 
 #[path = "support/drawn.rs"]
 mod drawn;
 #[path = "support/kernel.rs"]
 mod kernel;
 
-use dflash::device::Device;
-use dflash::emulator::Emulator;
-use dflash::kernels::round::Form;
-use dflash::kernels::rules::{LAW_BYTES, Rows};
-use dflash::kernels::sample::tables;
-use dflash::kernels::siblings::{Drawn, Siblings};
-use dflash::kernels::verify::Verdict;
-use dflash::rules::{Dice, Probabilities, Purpose, Rule, Word};
-use dflash::tree::shape;
-use dflash::verify::Sampling;
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::round::Form;
+use dflash::gpu::kernels::rules::{LAW_BYTES, Rows};
+use dflash::gpu::kernels::sample::tables;
+use dflash::gpu::kernels::siblings::{Drawn, Siblings};
+use dflash::gpu::kernels::verify::Verdict;
+use dflash::spec::sampling::Sampling;
+use dflash::spec::tree::shape;
+use dflash::spec::verify::{Dice, Probabilities, Purpose, Rule, Word};
 use drawn::*;
 use kernel::*;
 

@@ -5,13 +5,13 @@ mod crowd;
 mod support;
 
 use crowd::*;
-use dflash::emulator::Emulator;
-use dflash::engine::{Decoder, Finish, Flow, Outcome, Request};
-use dflash::memory::Room;
-use dflash::reference::{Drafter, Target};
-use dflash::rounds::{Batch, Models};
-use dflash::sequences::Sequences;
-use dflash::verify::Sampling;
+use dflash::cpu::decoder::Sequences;
+use dflash::cpu::model::{Drafter, Target};
+use dflash::engine::generate::{Decoder, Finish, Flow, Outcome, Request};
+use dflash::gpu::decoder::{Batch, Models};
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::memory::Room;
+use dflash::spec::sampling::Sampling;
 
 const REQUESTS: usize = 200;
 const POSITIONS: usize = 201;

@@ -3,8 +3,8 @@
 mod support;
 
 use dflash::Error;
-use dflash::config::{DrafterConfig, TargetConfig};
-use dflash::weights::{Checkpoint, Dtype};
+use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
+use dflash::checkpoint::safetensors::{Checkpoint, Dtype};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -3,7 +3,7 @@
 #[path = "support/text.rs"]
 mod text;
 
-use dflash::text::{Message, Text};
+use dflash::text::tokenizer::{Message, Text};
 use dflash::{Error, Result};
 use proptest::prelude::*;
 use serde_json::{Value, json};

@@ -5,8 +5,8 @@
 mod text;
 
 use dflash::Error;
-use dflash::text::{Stream, Text};
-use dflash::weights::Folder;
+use dflash::checkpoint::safetensors::Folder;
+use dflash::text::tokenizer::{Stream, Text};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::sync::LazyLock;

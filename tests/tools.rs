@@ -365,7 +365,7 @@ fn rows_of_python_are_rows_of_the_schema() {
     assert_eq!(misfit(&record), None);
     let row = bench::row(&record, "plain step", json!({ "context": 64, "batch": 2 }));
     for (name, q) in [("median", 0.5), ("p10", 0.1), ("p90", 0.9)] {
-        assert_eq!(row[name].as_f64(), dflash::measure::quantile(&samples, q), "{name}");
+        assert_eq!(row[name].as_f64(), dflash::perf::statistics::quantile(&samples, q), "{name}");
     }
     let plain = bench::row(&record, "plain decoding", json!({ "context": 64, "batch": 2 }));
     assert_eq!(plain["samples"][3], 200.0);

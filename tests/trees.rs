@@ -10,15 +10,15 @@ mod program;
 mod support;
 
 use crowd::{Silent, held, seeded};
-use dflash::cpu;
-use dflash::engine::{Finish, Outcome, Request, generate};
-use dflash::lossless::check;
-use dflash::pair::Pair;
-use dflash::reference::{Cache, Drafter, Target};
-use dflash::rules::Drafting;
-use dflash::sequences::{Sequence, Sequences};
-use dflash::tree::{Choice, MOST_ROWS, Tree, choices, moves};
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::cpu::decoder::{Sequence, Sequences};
+use dflash::cpu::model::{Cache, Drafter, Target};
+use dflash::cpu::ops;
+use dflash::engine::generate::{Finish, Outcome, Request, generate};
+use dflash::engine::lossless::check;
+use dflash::spec::tree::{Choice, MOST_ROWS, Tree, choices, moves};
+use dflash::spec::verify::Drafting;
 use kernel::Random;
 use serde_json::Value;
 use std::collections::HashSet;
@@ -359,7 +359,7 @@ fn every_row_of_a_tree_has_the_bits_of_plain_decoding_along_its_path() {
             let (rows, depth) = (2 + random.below(24), 1 + random.below(20));
             let tree = random_tree(&mut random, vocab, rows, depth);
             let (mut features, mut logits) = (vec![], vec![]);
-            let normed = cpu::install(|| target.forward_tree(&tree, &mut fresh(), &taps, &mut features));
+            let normed = ops::install(|| target.forward_tree(&tree, &mut fresh(), &taps, &mut features));
             target.logits(&normed, &mut logits);
             let width = taps.len() * stack.hidden;
             for row in 0..tree.rows() {
@@ -388,7 +388,7 @@ fn decoder(models: &Models) -> Sequences<'_> {
 }
 
 fn run(models: &Models, rows: Option<usize>, request: &Request) -> Outcome {
-    cpu::install(|| generate(&mut decoder(models), &grown(rows, request.clone()), &mut Silent)).unwrap()
+    ops::install(|| generate(&mut decoder(models), &grown(rows, request.clone()), &mut Silent)).unwrap()
 }
 
 /// What a round keeps of a tree, whoever drew it, is what plain decoding would have there: later rounds, of trees,
@@ -501,7 +501,7 @@ fn logits_of_a_trees_path_are_those_of_plain_decoding_bit_for_bit() {
             let block = block.min(models.1.config.block);
             let request = grown(Some(rows), seeded(prompt, tokens, block, temperature, 5));
             let mut decoder = decoder(models);
-            let report = cpu::install(|| check(&mut decoder, &request, || Ok(Silent))).unwrap().unwrap();
+            let report = ops::install(|| check(&mut decoder, &request, || Ok(Silent))).unwrap().unwrap();
             assert_eq!((&report.identical, report.compared), (&Ok(()), tokens - 1));
             assert!(report.rejected > 0 && report.rounds < tokens - 1, "{report:?}");
         }

@@ -4,8 +4,8 @@
 mod kernel;
 
 use dflash::Result;
-use dflash::device::{Arg, Device, Kernel};
-use dflash::emulator::{Emulator, Schedule};
+use dflash::gpu::device::{Arg, Device, Kernel};
+use dflash::gpu::emulator::{Emulator, Schedule};
 use kernel::*;
 
 const M: usize = 64;

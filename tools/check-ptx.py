@@ -3,7 +3,7 @@
 
 Per kernel: no more registers than stated, no spills, no local memory, and the named instructions present. A kernel without
 a line, a line without a kernel, a warning of the compiler (that it makes wgmma wait, say) and inline assembly outside
-cuda/ptx.cuh fail too. `--write` prints a fresh table with today's registers, for a change that means to move them.
+cuda/common/ptx.cuh fail too. `--write` prints a fresh table with today's registers, for a change that means to move them.
 """
 
 import concurrent.futures
@@ -50,7 +50,7 @@ def find(tool):
 def compile_one(source, target, folder):
     """{kernel: (registers, stack, spills, machine code)} of one file for one target, and what the compiler warns of."""
     cubin = folder / f"{source.stem}.{target}.cubin"
-    command = [find("nvcc"), "-cubin", "-std=c++17", "-O3", f"-arch={target}", "-Xptxas=-v", str(source), "-o", str(cubin)]
+    command = [find("nvcc"), "-cubin", "-std=c++17", "-O3", "-I", str(ROOT / "cuda"), f"-arch={target}", "-Xptxas=-v", str(source), "-o", str(cubin)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
@@ -90,13 +90,13 @@ def expectations():
 
 def main():
     table, faults, seen = expectations(), [], {}
-    for source in sorted((ROOT / "cuda").iterdir()):
+    for source in sorted((ROOT / "cuda").rglob("*")):
         if source.suffix in (".cu", ".h", ".cuh") and source.name != "ptx.cuh":
             for number, line in enumerate(source.read_text().splitlines(), 1):
                 if re.search(r"\b(asm|__asm__)\b\s*(volatile)?\s*\(", line.split("//")[0]):
-                    faults.append(f"{source.name}:{number}: inline assembly belongs in cuda/ptx.cuh")
+                    faults.append(f"{source.name}:{number}: inline assembly belongs in cuda/common/ptx.cuh")
     with tempfile.TemporaryDirectory() as folder:
-        jobs = list(itertools.product(sorted((ROOT / "cuda").glob("*.cu")), TARGETS))
+        jobs = list(itertools.product(sorted((ROOT / "cuda").rglob("*.cu")), TARGETS))
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             all_made = list(pool.map(lambda job: compile_one(*job, pathlib.Path(folder)), jobs))
     for (source, target), (kernels, warnings) in zip(jobs, all_made):

@@ -1,5 +1,5 @@
 // Kernels with one bug each, which the tests of the emulator must see reported. `bug` = 0 runs the right version.
-#include "ptx.cuh"
+#include "common/ptx.cuh"
 
 // out[i] = in[i ^ 32]: staged in shared memory. Bug 1: no barrier after staging.
 KERNEL(128, 1, broken_staging, (u32* out, const u32* in, u32 bug)) {

@@ -1,5 +1,5 @@
 // Small kernels that show the emulator's operations, one by one, and what a missing barrier looks like; for tests only.
-#include "ptx.cuh"
+#include "common/ptx.cuh"
 
 // out[warp][16][8] = in_a[16][16] in_b[16][8], `repeats` times over, by every warp. Row-major bf16 in, f32 out.
 KERNEL(64, 1, toy_mma, (float* out, const u16* a, const u16* b, u32 repeats)) {

@@ -4,8 +4,8 @@
 
 use crate::kernel::*;
 use dflash::Result;
-use dflash::device::{Buffer, Device};
-use dflash::kernels::attention::{Attention, Layer, Mask, Paged, Workspace};
+use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::kernels::attention::{Attention, Layer, Mask, Paged, Workspace};
 
 pub const PAGE: usize = 64;
 /// Weights are rounded to bf16 before they meet the values, and the output once more: 2^-9 = 1.95e-3 at most, each.

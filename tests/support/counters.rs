@@ -2,14 +2,14 @@
 //! threads.
 
 use dflash::Result;
-use dflash::device::{Counts, Device};
-use dflash::emulator::Emulator;
-use dflash::engine::{Decoder, Request};
-use dflash::memory::Room;
-use dflash::pair::Pair;
-use dflash::rounds::{Batch, Models, Part, Shape};
-use dflash::verify::Sampling;
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::engine::generate::{Decoder, Request};
+use dflash::gpu::decoder::{Batch, Models, Part, Shape};
+use dflash::gpu::device::{Counts, Device};
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::memory::Room;
+use dflash::spec::sampling::Sampling;
 use std::fmt::Write;
 
 /// Tokens of each prompt, and positions that a sequence has room for.

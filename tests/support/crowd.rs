@@ -5,8 +5,10 @@
 
 use crate::support;
 use dflash::Result;
-use dflash::engine::{Decoder, Finish, Flow, Listener, Listeners, Outcome, Request, generate, generate_all};
-use dflash::verify::Sampling;
+use dflash::engine::generate::{
+    Decoder, Finish, Flow, Listener, Listeners, Outcome, Request, generate, generate_all,
+};
+use dflash::spec::sampling::Sampling;
 
 /// What a listener hears of: `Prompt(done)`, `Token(number)` with numbers from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,6 +148,7 @@ pub fn tiny() -> (support::Target, support::Drafter) {
     (target, drafter)
 }
 
-pub fn open(pair: &support::Pair) -> dflash::pair::Pair {
-    dflash::pair::Pair::open(support::disk(&pair.target), Some(support::disk(&pair.drafter))).unwrap()
+pub fn open(pair: &support::Pair) -> dflash::checkpoint::pair::Pair {
+    dflash::checkpoint::pair::Pair::open(support::disk(&pair.target), Some(support::disk(&pair.drafter)))
+        .unwrap()
 }

@@ -1,9 +1,9 @@
 //! Target and drafter a second time: dense f64 attention with an explicit mask, no cache, plain loops, written from
-//! dflash.md sections 3 and 7.2 and Hugging Face's RoPE formulas. An oracle for `src/reference.rs`; shares nothing with
+//! dflash.md sections 3 and 7.2 and Hugging Face's RoPE formulas. An oracle for `src/cpu/model.rs`; shares nothing with
 //! it but the specs of the random checkpoints, whose values it takes before they are written to a file.
 
 use crate::support;
-use dflash::weights::Dtype;
+use dflash::checkpoint::safetensors::Dtype;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::f64::consts::PI;

@@ -4,17 +4,17 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 use crate::kernel::*;
-use dflash::device::Device;
-use dflash::emulator::Emulator;
-use dflash::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
-use dflash::kernels::round::{Finish, Form, Sequence};
-use dflash::kernels::rules::{LAW_BYTES, Rows, Rules};
-use dflash::kernels::sample::tables;
-use dflash::kernels::siblings::{Drawn, Siblings};
-use dflash::kernels::verify::Verdict;
-use dflash::rules::{self, Coin, Dice, ONE, Probabilities, Rule, Word};
-use dflash::tree::{chains, shape};
-use dflash::verify::Sampling;
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
+use dflash::gpu::kernels::round::{Finish, Form, Sequence};
+use dflash::gpu::kernels::rules::{LAW_BYTES, Rows, Rules};
+use dflash::gpu::kernels::sample::tables;
+use dflash::gpu::kernels::siblings::{Drawn, Siblings};
+use dflash::gpu::kernels::verify::Verdict;
+use dflash::spec::sampling::Sampling;
+use dflash::spec::tree::{chains, shape};
+use dflash::spec::verify::{self, Coin, Dice, ONE, Probabilities, Rule, Word};
 use std::collections::HashMap;
 
 pub const NONE: u32 = u32::MAX;
@@ -120,7 +120,7 @@ impl Batch {
         logits: &[f32],
         of_each: usize,
         settings: fn(&Request) -> &Sampling,
-    ) -> (dflash::device::Buffer, dflash::device::Buffer) {
+    ) -> (dflash::gpu::device::Buffer, dflash::gpu::device::Buffer) {
         let (sequences, vocab) = (self.requests.len(), self.vocab);
         let kernels = Rules { sequences, block: of_each, vocab, blocks: vocab.div_ceil(128) };
         let states: Vec<u8> = self.requests.iter().flat_map(|r| r.state(Form::Drawn, settings(r))).collect();
@@ -229,11 +229,11 @@ impl Batch {
             let expected = match self.kind {
                 Rule::Block => {
                     let drawn =
-                        rules::draw_chains(7, (rows - 1) / deepest, &whole[..deepest], &mut dice).unwrap();
+                        verify::draw_chains(7, (rows - 1) / deepest, &whole[..deepest], &mut dice).unwrap();
                     assert_eq!(&drawn.1, parents, "{context}");
                     drawn.0
                 }
-                _ => rules::draw_shape(7, parents, &whole, rules::Siblings::Distinct, &mut dice).unwrap(),
+                _ => verify::draw_shape(7, parents, &whole, verify::Siblings::Distinct, &mut dice).unwrap(),
             };
             for row in 0..rows {
                 let depth = request.depth(row);
@@ -253,8 +253,10 @@ impl Batch {
             let target = |row: usize| request.sampling.probabilities(rows_of(row));
             let mut heard = Heard(request.dice(), vec![]);
             let judged = match self.kind {
-                Rule::Block => rules::best_block(tokens, &whole[..deepest], target, &mut heard),
-                _ => rules::recursive(tokens, parents, &whole, rules::Siblings::Distinct, target, &mut heard),
+                Rule::Block => verify::best_block(tokens, &whole[..deepest], target, &mut heard),
+                _ => {
+                    verify::recursive(tokens, parents, &whole, verify::Siblings::Distinct, target, &mut heard)
+                }
             };
             let Some((stood, token)) = judged else {
                 assert_eq!(next, NONE, "{context}: damaged");

@@ -7,11 +7,11 @@
 #[path = "random.rs"]
 mod random;
 
-use dflash::rules::{
+use dflash::spec::sampling::Sampling;
+use dflash::spec::verify::{
     Coin, ONE, Probabilities, Siblings, Word, best_block, block, draw, draw_chains, draw_shape, recursive,
     rejection,
 };
-use dflash::verify::Sampling;
 use num_rational::BigRational;
 pub use random::Random;
 use std::collections::HashMap;

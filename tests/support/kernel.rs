@@ -8,9 +8,9 @@
 #[path = "random.rs"]
 mod random;
 
-use dflash::cuda::Cuda;
-use dflash::device::{Buffer, Device};
-use dflash::emulator::{Emulator, Schedule};
+use dflash::gpu::cuda::Cuda;
+use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::emulator::{Emulator, Schedule};
 pub use random::Random;
 use std::sync::OnceLock;
 

@@ -2,8 +2,8 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
-use dflash::reference::{Cache, Target};
-use dflash::verify::Sampling;
+use dflash::cpu::model::{Cache, Target};
+use dflash::spec::sampling::Sampling;
 use std::collections::HashMap;
 use std::fmt::Debug;
 

@@ -3,13 +3,13 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 use crate::kernel::*;
-use dflash::device::{Buffer, Device};
-use dflash::kernels::head::Head;
-use dflash::kernels::inject::Inject;
-use dflash::kernels::linear::{Input, Prompt, Shape, Workspace};
-use dflash::kernels::project::{Project, Projected};
-use dflash::kernels::qkv::{Places, Qkv};
-use dflash::kernels::swiglu::Swiglu;
+use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::kernels::head::Head;
+use dflash::gpu::kernels::inject::Inject;
+use dflash::gpu::kernels::linear::{Input, Prompt, Shape, Workspace};
+use dflash::gpu::kernels::project::{Project, Projected};
+use dflash::gpu::kernels::qkv::{Places, Qkv};
+use dflash::gpu::kernels::swiglu::Swiglu;
 
 pub const EPS: f32 = 1e-5;
 pub const NONE: u32 = u32::MAX;

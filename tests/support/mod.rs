@@ -9,8 +9,8 @@
 mod random;
 
 use dflash::Result;
-use dflash::config::{DrafterConfig, TargetConfig, check_pair};
-use dflash::weights::{Checkpoint, Dtype, Folder};
+use dflash::checkpoint::config::{DrafterConfig, TargetConfig, check_pair};
+use dflash::checkpoint::safetensors::{Checkpoint, Dtype, Folder};
 pub use random::Random;
 use serde_json::{Map, Value, json};
 use std::fs;

@@ -3,8 +3,8 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 use dflash::Result;
-use dflash::text::{Message, Stream, Text};
-use dflash::weights::{DEMO_TARGET, Folder};
+use dflash::checkpoint::safetensors::{DEMO_TARGET, Folder};
+use dflash::text::tokenizer::{Message, Stream, Text};
 use serde_json::{Value, json};
 use std::sync::LazyLock;
 

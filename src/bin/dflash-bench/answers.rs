@@ -1,10 +1,11 @@
 //! What answers say: rows from the outcomes of plain decoding and of DFlash for the same prompts. Arithmetic alone.
 
 use crate::record::{Better, Kind, Row};
-use dflash::device::Counts;
-use dflash::engine::{Outcome, check_lossless};
-use dflash::measure::{self, FEWEST, Interval, Summary, Work};
-use dflash::{Error, Result, stats};
+use dflash::engine::generate::{Outcome, check_lossless};
+use dflash::engine::stats;
+use dflash::gpu::device::Counts;
+use dflash::perf::statistics::{self, FEWEST, Interval, Summary, Work};
+use dflash::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
@@ -272,7 +273,7 @@ fn speed_ups(group: &Map<String, Value>, prompts: &[usize], repeats: &[Repeat]) 
 /// Of tasks done both ways. The interval needs [`FEWEST`] of them.
 fn speed_up(name: &str, parameters: Value, tasks: Vec<[Work; 2]>) -> Option<Row> {
     let [before, after] = [0, 1].map(|mode| tasks.iter().map(|both| both[mode]).collect::<Vec<_>>());
-    let Interval { ratio, low, high } = measure::rates(&before, &after)?;
+    let Interval { ratio, low, high } = statistics::rates(&before, &after)?;
     let sure = tasks.len() >= FEWEST;
     let numbers = json!({ "low": sure.then_some(low), "high": sure.then_some(high) });
     Some(Row::value(name, parameters, Kind::Measured, ratio, "x", Better::Higher, numbers))
@@ -302,7 +303,7 @@ fn throughput(repeats: &[Repeat]) -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dflash::engine::Finish;
+    use dflash::engine::generate::Finish;
 
     fn outcome(tokens: usize, accepted: &[usize], prefill: u64, decode: u64) -> Outcome {
         Outcome {

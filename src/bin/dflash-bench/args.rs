@@ -2,8 +2,8 @@
 
 use crate::show::Format;
 use clap::{Args as Flags, Parser, Subcommand};
-use dflash::drafts::DraftFlags;
-use dflash::place::Choice;
+use dflash::cli::device::Choice;
+use dflash::cli::spec_flags::DraftFlags;
 use std::path::PathBuf;
 
 const EXIT_CODES: &str = "\

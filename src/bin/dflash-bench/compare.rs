@@ -3,7 +3,7 @@
 use crate::args;
 use crate::record::{Better, Kind, Record, Row};
 use crate::show::four_digits;
-use dflash::measure::{self, FEWEST, Interval, Rounds, Verdict};
+use dflash::perf::statistics::{self, FEWEST, Interval, Rounds, Verdict};
 use dflash::{Error, Result};
 use serde_json::{Map, Value, json};
 
@@ -98,7 +98,7 @@ fn both(flags: &args::Compare, old: &Row, new: &Row) -> Result<Row> {
     let speed = |ratio: Interval| if old.better == Better::Lower { ratio.inverse() } else { ratio };
     let sampled = old.groups().zip(new.groups());
     let interval = sampled.and_then(|(old, new)| {
-        let interval = measure::ratio(&old, &new, Rounds::Apart)?;
+        let interval = statistics::ratio(&old, &new, Rounds::Apart)?;
         Some((speed(interval), old.len().min(new.len()) >= FEWEST))
     });
     // Two zeros are equal, and nothing else is a multiple of zero.

@@ -4,7 +4,7 @@ use crate::plot::{self, Axis, Bar, Colour, FIRST, INK, KINDS, Mark, PLAIN, Scale
 use crate::record::{Kind, Record, Row};
 use crate::show::{four_digits, shown};
 use dflash::Result;
-use dflash::floor::Card;
+use dflash::perf::roofline::Card;
 use serde::Serialize;
 
 /// A drawing and what is said under it.

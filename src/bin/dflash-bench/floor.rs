@@ -1,14 +1,15 @@
-//! `floor`: what the arithmetic of `dflash::floor` and the plan of memory say about a pair on a card. Nothing runs.
+//! `floor`: what the arithmetic of `dflash::perf::roofline` and the plan of memory say about a pair on a card. Nothing runs.
 
 use crate::record::{Better, Kind, Machine, Record, Row};
 use crate::{args, model, record};
-use dflash::config::Stack;
-use dflash::control::Costs;
-use dflash::floor::{self, CARDS, Card, Pass};
-use dflash::memory::{MemoryPlan, Overhead, Room};
-use dflash::pair::{Model, Pair};
-use dflash::tree::MOST_ROWS;
-use dflash::{Error, Result, terminal};
+use dflash::checkpoint::config::Stack;
+use dflash::checkpoint::pair::{Model, Pair};
+use dflash::cli::terminal;
+use dflash::gpu::memory::{MemoryPlan, Overhead, Room};
+use dflash::perf::roofline::{self, CARDS, Card, Pass};
+use dflash::spec::draft_length::Costs;
+use dflash::spec::tree::MOST_ROWS;
+use dflash::{Error, Result};
 use serde_json::{Map, Value, json};
 
 /// The title of a table, and the record.
@@ -114,20 +115,20 @@ fn weights(pair: &Pair, rows: &mut Vec<Row>) {
     };
     let target = &pair.target.config;
     let mut stack = |model: &str, stack: &Stack, more: (&str, f64), pass: f64| {
-        for (part, bytes) in floor::layer_bytes(stack) {
+        for (part, bytes) in roofline::layer_bytes(stack) {
             count(format!("{model}: {part} of a layer"), bytes / 1e6, "MB");
         }
         count(format!("{model}: {}", more.0), more.1 / 1e6, "MB");
         count(format!("{model}: weights of a pass"), pass / 1e9, "GB");
         count(format!("{model}: keys and values of a position"), stack.kv_bytes_per_token(2) as f64, "bytes");
     };
-    stack("target", &target.stack, ("lm_head", floor::head_bytes(target)), floor::target_bytes(target));
+    stack("target", &target.stack, ("lm_head", roofline::head_bytes(target)), roofline::target_bytes(target));
     if let Some(Model { config, .. }) = &pair.drafter {
         stack(
             "drafter",
             &config.stack,
-            ("fc", floor::fc_bytes(config)),
-            floor::drafter_bytes(target, config),
+            ("fc", roofline::fc_bytes(config)),
+            roofline::drafter_bytes(target, config),
         );
     }
 }
@@ -156,16 +157,16 @@ fn passes(
         let value = batch as f64 * tokens / ms * 1e3;
         Row::value(name, parameters, Kind::Predicted, value, "tok/s", Better::Higher, json!({}))
     };
-    let step = floor::target_pass(target, context, batch, 1);
+    let step = roofline::target_pass(target, context, batch, 1);
     let step_ms = step.ms(card);
     rows.push(pass("plain step", parameters(json!({})), &step, step_ms));
     rows.push(rate("plain decoding", parameters(json!({})), 1.0, step_ms));
     let Some(drafter) = &pair.drafter else { return };
-    let draft = floor::draft_pass(target, &drafter.config, context, batch, drafter.config.block);
+    let draft = roofline::draft_pass(target, &drafter.config, context, batch, drafter.config.block);
     let draft_ms = draft.ms(card);
     rows.push(pass("draft", parameters(json!({})), &draft, draft_ms));
     for &nodes in tree {
-        let verify = floor::target_pass(target, context, batch, nodes);
+        let verify = roofline::target_pass(target, context, batch, nodes);
         let ms = draft_ms + verify.ms(card);
         let round = Pass { bytes: draft.bytes + verify.bytes, flops: draft.flops + verify.flops };
         let with = |more: Value| {

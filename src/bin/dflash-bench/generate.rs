@@ -4,19 +4,22 @@ use crate::answers::{self, DECODING, Repeat};
 use crate::args;
 use crate::machine::Instruments;
 use crate::record::{Machine, Model, Record};
-use dflash::device::Counts;
-use dflash::drafts::Drafts;
-use dflash::engine::{Backend, Decoder, Flow, Listener, Listeners, Outcome, Request, generate_all};
-use dflash::memory::Room;
-use dflash::pair::Pair;
-use dflash::place::{Choice, Place};
-use dflash::prompts::{self, Content, Prompt, Tokens};
-use dflash::rounds::{Batch, Models};
-use dflash::rules::Rule;
-use dflash::text::Text;
-use dflash::verify::Sampling;
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder};
-use dflash::{Error, Result, cpu, fault, terminal};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
+use dflash::cli::device::{Choice, Place};
+use dflash::cli::sigbus;
+use dflash::cli::spec_flags::Drafts;
+use dflash::cli::terminal;
+use dflash::cpu::ops;
+use dflash::engine::generate::{Backend, Decoder, Flow, Listener, Listeners, Outcome, Request, generate_all};
+use dflash::gpu::decoder::{Batch, Models};
+use dflash::gpu::device::Counts;
+use dflash::gpu::memory::Room;
+use dflash::spec::sampling::Sampling;
+use dflash::spec::verify::Rule;
+use dflash::text::prompts::{self, Content, Prompt, Tokens};
+use dflash::text::tokenizer::Text;
+use dflash::{Error, Result};
 use indicatif::ProgressBar;
 use serde_json::Value;
 use std::time::Instant;
@@ -26,7 +29,7 @@ const REPEATS: usize = 3;
 
 /// The title of a table, the record, and the first answer of DFlash that is not plain decoding's.
 pub fn run(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
-    cpu::install(|| measured(flags))
+    ops::install(|| measured(flags))
 }
 
 fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
@@ -38,7 +41,7 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
         _ => (DEMO_TARGET, DEMO_DRAFTER),
     };
     let pair = Pair::open(target, Some(drafter))?;
-    fault::guard("dflash-bench", &pair)?;
+    sigbus::guard("dflash-bench", &pair)?;
     let block = pair.block(flags.block)?;
     let requests = requests(flags, &pair, prompts, &sampling, block)?;
     let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
@@ -316,7 +319,7 @@ impl Listeners for Hearing<'_> {
 mod tests {
     use super::*;
     use clap::Parser;
-    use dflash::engine::{Emitted, Prefill};
+    use dflash::engine::generate::{Emitted, Prefill};
 
     /// Its answers count up from the prompt, with `strays` drafts by another step; it keeps what it was asked.
     struct Counter {

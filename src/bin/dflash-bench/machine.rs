@@ -4,8 +4,8 @@
 //! answer is null in the record, and no error.
 
 use crate::record::{Machine, Process, State};
-use dflash::device::Properties;
-use dflash::place::Place;
+use dflash::cli::device::Place;
+use dflash::gpu::device::Properties;
 use nvml_wrapper::Nvml;
 use nvml_wrapper::bitmasks::device::ThrottleReasons;
 use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
@@ -143,8 +143,8 @@ pub mod tests {
     use super::*;
     use crate::record::{Model, Record};
     use crate::show;
-    use dflash::emulator::Emulator;
-    use dflash::memory::Overhead;
+    use dflash::gpu::emulator::Emulator;
+    use dflash::gpu::memory::Overhead;
     use std::ffi::OsStr;
 
     const NVML: &str = include_str!("../../../tests/data/profile/nvml.c");

@@ -19,7 +19,7 @@ mod show;
 
 use args::{Args, Command};
 use dflash::Result;
-use dflash::terminal;
+use dflash::cli::terminal;
 use record::Record;
 use std::process::ExitCode;
 

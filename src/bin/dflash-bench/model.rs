@@ -1,7 +1,7 @@
 //! `--model`: a published pair, the demo pair or folders, of which only `config.json` is read; the weights are drawn.
 
-use dflash::pair::Pair;
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder, PUBLISHED};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder, PUBLISHED};
 use dflash::{Error, Result};
 use std::path::{Path, PathBuf};
 

@@ -1,10 +1,11 @@
 //! What a subcommand found, as it is written and read again. `benches/schema.json` describes it; it only ever grows.
 
 use crate::sampling::Times;
-use dflash::device::Counts;
-use dflash::drafts::Drafts;
-use dflash::measure::Summary;
-use dflash::{Error, Result, cuda};
+use dflash::cli::spec_flags::Drafts;
+use dflash::gpu::cuda;
+use dflash::gpu::device::Counts;
+use dflash::perf::statistics::Summary;
+use dflash::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::HashMap;

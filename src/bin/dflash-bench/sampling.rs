@@ -2,8 +2,8 @@
 
 use crate::machine::Instruments;
 use dflash::Result;
-use dflash::device::{Counts, Device};
-use dflash::measure::quantile;
+use dflash::gpu::device::{Counts, Device};
+use dflash::perf::statistics::quantile;
 
 /// What running something took.
 #[derive(Debug, Clone, PartialEq)]

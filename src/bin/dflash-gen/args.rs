@@ -1,12 +1,12 @@
 //! Flags: what there is, what cannot go together, and what follows from them alone.
 
 use clap::{ArgAction, Parser, ValueEnum};
-use dflash::drafts::{DraftFlags, needs_drafter};
-use dflash::pair::Pair;
-use dflash::place::Choice;
-use dflash::rules::Rule;
-use dflash::terminal::{number, whole};
-use dflash::verify::Sampling;
+use dflash::checkpoint::pair::Pair;
+use dflash::cli::device::Choice;
+use dflash::cli::spec_flags::{DraftFlags, needs_drafter};
+use dflash::cli::terminal::{number, whole};
+use dflash::spec::sampling::Sampling;
+use dflash::spec::verify::Rule;
 use dflash::{Error, Result};
 use std::path::PathBuf;
 

@@ -1,12 +1,13 @@
 //! `--device`: where to run, and what is to be known before anything is loaded there.
 
 use crate::args::Args;
-use dflash::engine::Backend;
-use dflash::memory::Room;
-use dflash::pair::Pair;
-use dflash::place::Place;
-use dflash::rounds::OnDevice;
-use dflash::{Result, terminal};
+use dflash::Result;
+use dflash::checkpoint::pair::Pair;
+use dflash::cli::device::Place;
+use dflash::cli::terminal;
+use dflash::engine::generate::Backend;
+use dflash::gpu::decoder::OnDevice;
+use dflash::gpu::memory::Room;
 
 /// Room for `--batch` sequences of `--ctx` positions, in blocks of up to `block` rows; `needed`: by the longest request.
 pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Room> {

@@ -1,11 +1,11 @@
 //! Prompts: from the command line, a file, stdin or JSON lines to requests, each checked under its own name.
 
 use crate::args::Args;
-use dflash::engine::Request;
-use dflash::pair::Pair;
-use dflash::prompts::{self, Content, Prompt, Tokens, without_template};
-use dflash::text::Text;
-use dflash::verify::Sampling;
+use dflash::checkpoint::pair::Pair;
+use dflash::engine::generate::Request;
+use dflash::spec::sampling::Sampling;
+use dflash::text::prompts::{self, Content, Prompt, Tokens, without_template};
+use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
 use serde_json::Value;
 use std::io::{self, IsTerminal, Read};

@@ -2,8 +2,8 @@
 
 use crate::output::{Output, StopOnly};
 use crate::{INTERRUPTED_EXIT, Session, note};
-use dflash::engine::{Flow, Listener, Request};
-use dflash::lossless::{Report, check};
+use dflash::engine::generate::{Flow, Listener, Request};
+use dflash::engine::lossless::{Report, check};
 use dflash::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};

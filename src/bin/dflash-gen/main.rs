@@ -11,16 +11,19 @@ mod plan;
 
 use args::Args;
 use chat::Chat;
-use dflash::engine::{
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
+use dflash::cli::device::Choice;
+use dflash::cli::sigbus;
+use dflash::cli::terminal::{self, note};
+use dflash::cpu::ops;
+use dflash::engine::generate::{
     Backend, Finish, Flow, Listener, Listeners, Outcome, Request, check_lossless, generate, generate_all,
 };
-use dflash::pair::Pair;
-use dflash::place::Choice;
-use dflash::stats::{self, Record, Seconds};
-use dflash::terminal::{self, note};
-use dflash::text::Text;
-use dflash::weights::{DEMO_DRAFTER, DEMO_TARGET, Folder};
-use dflash::{Error, Result, cpu, fault, prompts};
+use dflash::engine::stats::{self, Record, Seconds};
+use dflash::text::prompts;
+use dflash::text::tokenizer::Text;
+use dflash::{Error, Result};
 use output::{Output, StopOnly, Writer};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
@@ -36,7 +39,7 @@ const INTERRUPTED_EXIT: u8 = 130;
 
 fn main() -> ExitCode {
     match terminal::parse::<Args>("dflash-gen") {
-        Ok(args) => terminal::run("dflash-gen", || cpu::install(|| run(&args))),
+        Ok(args) => terminal::run("dflash-gen", || ops::install(|| run(&args))),
         Err(code) => code,
     }
 }
@@ -53,7 +56,7 @@ fn run(args: &Args) -> Result<u8> {
     };
     let clock = Instant::now();
     let pair = Pair::open(target, drafter)?;
-    fault::guard("dflash-gen", &pair)?;
+    sigbus::guard("dflash-gen", &pair)?;
     let block = args.block(&pair)?;
     args.context(&pair)?;
     if args.plan {

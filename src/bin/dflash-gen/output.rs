@@ -2,9 +2,10 @@
 
 use crate::args::Color;
 use crate::{Session, interrupt};
-use dflash::engine::{Flow, Listener, Outcome, Request};
-use dflash::text::Stream;
-use dflash::{Result, terminal};
+use dflash::Result;
+use dflash::cli::terminal;
+use dflash::engine::generate::{Flow, Listener, Outcome, Request};
+use dflash::text::tokenizer::Stream;
 use serde_json::json;
 use std::io::{self, IsTerminal};
 

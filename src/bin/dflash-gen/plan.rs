@@ -3,12 +3,12 @@
 use crate::args::Args;
 use crate::output::Output;
 use dflash::Result;
-use dflash::config::Stack;
-use dflash::device::Node;
-use dflash::launches::{self, Section};
-use dflash::memory::{MemoryPlan, Overhead, Room, size};
-use dflash::pair::Pair;
-use dflash::weights::{Checkpoint, Folder};
+use dflash::checkpoint::config::Stack;
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{Checkpoint, Folder};
+use dflash::gpu::device::Node;
+use dflash::gpu::graph_listing::{self, Section};
+use dflash::gpu::memory::{MemoryPlan, Overhead, Room, size};
 use serde_json::{Value, json};
 
 /// One model of the pair.
@@ -100,9 +100,9 @@ fn room_json(room: Room) -> Value {
 fn print_launches(args: &Args, pair: &Pair, room: Room) -> Result<u8> {
     // Rules other than `match` draw drafts and judge them by logits at any temperature.
     let sampled = args.temperature != 0.0 || room.rules;
-    let nodes = launches::of_round(pair, room, sampled)?;
-    let sections = launches::outline(&nodes);
-    let layers = launches::layers(&sections);
+    let nodes = graph_listing::of_round(pair, room, sampled)?;
+    let sections = graph_listing::outline(&nodes);
+    let layers = graph_listing::layers(&sections);
     let mut out = Output::default();
     if args.json {
         let record = json!({
@@ -135,8 +135,8 @@ fn print_launches(args: &Args, pair: &Pair, room: Room) -> Result<u8> {
     Ok(0)
 }
 
-fn group_lines(out: &mut Output, section: &Section, group: &launches::Group) -> Result<()> {
-    let launches::Group { nodes, times, layers } = group;
+fn group_lines(out: &mut Output, section: &Section, group: &graph_listing::Group) -> Result<()> {
+    let graph_listing::Group { nodes, times, layers } = group;
     let indent = match layers.len() {
         0 if *times == 1 => "  ",
         0 => {
@@ -175,7 +175,7 @@ fn section_json(section: &Section) -> Value {
         Node::Copy { to, .. } => json!({ "copy_bytes": to.bytes() }),
         Node::Fill { to, .. } => json!({ "fill_bytes": to.bytes() }),
     };
-    let group = |group: &launches::Group| {
+    let group = |group: &graph_listing::Group| {
         let layers = (!group.layers.is_empty()).then(
             || json!({ "model": section.model, "first": group.layers.start, "count": group.layers.len() }),
         );

@@ -4,12 +4,12 @@ use super::linear::in_pages;
 use super::values::{Desk, Drawn, below, close, ends, halves_of};
 use super::{Case, PROMPT, Ready, blocks, groups, trees};
 use dflash::Result;
-use dflash::config;
-use dflash::device::{Buffer, Device};
-use dflash::kernels::PAGE;
-use dflash::kernels::attention::{Attention, Layer, Mask, Paged, Prefill, Workspace};
-use dflash::pair::Pair;
-use dflash::tree::Tree;
+use dflash::checkpoint::config;
+use dflash::checkpoint::pair::Pair;
+use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::kernels::PAGE;
+use dflash::gpu::kernels::attention::{Attention, Layer, Mask, Paged, Prefill, Workspace};
+use dflash::spec::tree::Tree;
 use serde_json::json;
 
 /// Weights are rounded to bf16 before they meet the values, and the output once more: 1.95e-3 at most, each.

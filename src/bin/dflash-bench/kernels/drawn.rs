@@ -5,17 +5,17 @@ use super::round::{ANCHOR, LENGTH, Logits, NONE, case, sequence};
 use super::rules::{Common, at_temperature, dice, of, probabilities};
 use super::values::{Desk, ends, equal, words_of};
 use super::{Case, Ready, trees};
-use dflash::device::{Buffer, Device};
-use dflash::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
-use dflash::kernels::linear::Shape;
-use dflash::kernels::round::{Form, Sequence};
-use dflash::kernels::rules::{LAW_BYTES, Rows, Rules};
-use dflash::kernels::siblings::{Drawn, Siblings};
-use dflash::kernels::verify::Verdict;
-use dflash::pair::Pair;
-use dflash::rules::{self, Probabilities, Rule};
-use dflash::tree;
-use dflash::verify::Sampling;
+use dflash::checkpoint::pair::Pair;
+use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
+use dflash::gpu::kernels::linear::Shape;
+use dflash::gpu::kernels::round::{Form, Sequence};
+use dflash::gpu::kernels::rules::{LAW_BYTES, Rows, Rules};
+use dflash::gpu::kernels::siblings::{Drawn, Siblings};
+use dflash::gpu::kernels::verify::Verdict;
+use dflash::spec::sampling::Sampling;
+use dflash::spec::tree;
+use dflash::spec::verify::{self, Probabilities, Rule};
 use dflash::{Error, Result};
 use std::rc::Rc;
 
@@ -169,9 +169,9 @@ fn draw(trees: Trees) -> Case {
                 let expected = match trees.rule {
                     Rule::Block => {
                         let (count, _) = trees.chains();
-                        rules::draw_chains(ANCHOR, count, &laws, &mut coin).map(|(tokens, _)| tokens)
+                        verify::draw_chains(ANCHOR, count, &laws, &mut coin).map(|(tokens, _)| tokens)
                     }
-                    _ => rules::draw_shape(ANCHOR, &parents, &laws, rules::Siblings::Distinct, &mut coin),
+                    _ => verify::draw_shape(ANCHOR, &parents, &laws, verify::Siblings::Distinct, &mut coin),
                 };
                 let got = &found[own * wide..][..parents.len()];
                 equal("draft", got, &expected.unwrap_or_default())?;
@@ -233,10 +233,10 @@ fn judge(trees: Trees) -> Case {
                 let of_target = |row: usize| target.probabilities(&ground.logits.row(like(own * wide + row)));
                 let drafts = &tokens[own * wide..][..parents.len()];
                 let verdict = match trees.rule {
-                    Rule::Block => rules::best_block(drafts, &laws, of_target, &mut coin),
+                    Rule::Block => verify::best_block(drafts, &laws, of_target, &mut coin),
                     _ => {
-                        let distinct = rules::Siblings::Distinct;
-                        rules::recursive(drafts, &parents, &laws, distinct, of_target, &mut coin)
+                        let distinct = verify::Siblings::Distinct;
+                        verify::recursive(drafts, &parents, &laws, distinct, of_target, &mut coin)
                     }
                 };
                 let (way, token) = verdict.ok_or_else(|| Error::Internal("no verdict".into()))?;

@@ -2,16 +2,16 @@
 
 use super::values::{Desk, Drawn, close, ends, floats_of, halves_of, longs_of, spots};
 use super::{Case, PROMPT, Ready};
-use dflash::config::{self, DrafterConfig, TargetConfig};
-use dflash::device::Buffer;
-use dflash::kernels::PAGE;
-use dflash::kernels::head::Head;
-use dflash::kernels::inject::Inject;
-use dflash::kernels::linear::{Input, PASS, Prompt, Shape, Workspace};
-use dflash::kernels::project::{Project, Projected};
-use dflash::kernels::qkv::{Places, Qkv};
-use dflash::kernels::swiglu::Swiglu;
-use dflash::pair::Pair;
+use dflash::checkpoint::config::{self, DrafterConfig, TargetConfig};
+use dflash::checkpoint::pair::Pair;
+use dflash::gpu::device::Buffer;
+use dflash::gpu::kernels::PAGE;
+use dflash::gpu::kernels::head::Head;
+use dflash::gpu::kernels::inject::Inject;
+use dflash::gpu::kernels::linear::{Input, PASS, Prompt, Shape, Workspace};
+use dflash::gpu::kernels::project::{Project, Projected};
+use dflash::gpu::kernels::qkv::{Places, Qkv};
+use dflash::gpu::kernels::swiglu::Swiglu;
 use dflash::{Error, Result};
 use serde_json::json;
 use std::rc::Rc;
@@ -461,7 +461,7 @@ fn rotated(head: &[f64], rope: &Drawn, position: usize) -> Vec<f64> {
     (0..dim).map(turn).collect()
 }
 
-/// Place of an element of keys or values: a token has its chunks of 8 dims permuted, as `page_offset` of `cuda/rows.cuh`
+/// Place of an element of keys or values: a token has its chunks of 8 dims permuted, as `page_offset` of `cuda/common/rows.cuh`
 /// has it.
 pub fn in_pages(page: usize, head: usize, kv_heads: usize, slot: usize, d: usize, head_dim: usize) -> usize {
     let token = slot % PAGE;

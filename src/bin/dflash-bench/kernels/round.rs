@@ -3,17 +3,17 @@
 
 use super::values::{Desk, Drawn, below, close, equal, floats_of, halves_of, spots, words_of};
 use super::{Case, Ready, groups};
-use dflash::device::Buffer;
-use dflash::kernels::embedding::Embedding;
-use dflash::kernels::linear::Shape;
-use dflash::kernels::norm::{Norm, PART};
-use dflash::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables};
-use dflash::kernels::sample::{self, Races, Sample};
-use dflash::kernels::verify::{Verdict, Verify};
-use dflash::model::Row;
-use dflash::pair::Pair;
-use dflash::rules::Rule;
-use dflash::verify::{self, Sampling};
+use dflash::checkpoint::pair::Pair;
+use dflash::gpu::device::Buffer;
+use dflash::gpu::kernels::embedding::Embedding;
+use dflash::gpu::kernels::linear::Shape;
+use dflash::gpu::kernels::norm::{Norm, PART};
+use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables};
+use dflash::gpu::kernels::sample::{self, Races, Sample};
+use dflash::gpu::kernels::verify::{Verdict, Verify};
+use dflash::gpu::model::Row;
+use dflash::spec::sampling::{self, Sampling};
+use dflash::spec::verify::Rule;
 use dflash::{Error, Result};
 use serde_json::json;
 use std::rc::Rc;
@@ -268,7 +268,7 @@ fn verdict(round: Round, vocab: usize) -> Case {
             let mut expected = [vec![], vec![], vec![]];
             for own in 0..sequences {
                 let at = own * block;
-                let judged = verify::judge(&drafts[at + 1..at + block], |row| Some(choices[at + row]));
+                let judged = sampling::judge(&drafts[at + 1..at + block], |row| Some(choices[at + row]));
                 let (stood, token) = judged.ok_or_else(|| Error::Internal("no verdict".into()))?;
                 expected[0].push(stood as u32);
                 expected[1].push(token);

@@ -3,16 +3,16 @@
 use super::round::{LENGTH, Logits, NONE, case, sequence};
 use super::values::{Desk, ends, equal, words_of};
 use super::{Case, Ready, blocks};
-use dflash::device::Buffer;
-use dflash::kernels::linear::Shape;
-use dflash::kernels::round::Sequence;
-use dflash::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
-use dflash::kernels::sample;
-use dflash::kernels::verify::Verdict;
-use dflash::pair::Pair;
-use dflash::rules::{self, Dice, Probabilities, Rule};
-use dflash::tree;
-use dflash::verify::{Sampling, TABLES};
+use dflash::checkpoint::pair::Pair;
+use dflash::gpu::device::Buffer;
+use dflash::gpu::kernels::linear::Shape;
+use dflash::gpu::kernels::round::Sequence;
+use dflash::gpu::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
+use dflash::gpu::kernels::sample;
+use dflash::gpu::kernels::verify::Verdict;
+use dflash::spec::sampling::{Sampling, TABLES};
+use dflash::spec::tree;
+use dflash::spec::verify::{self, Dice, Probabilities, Rule};
 use dflash::{Error, Result};
 use serde_json::{Value, json};
 
@@ -119,7 +119,7 @@ pub fn probabilities(sampling: &Sampling, logits: &[f32]) -> Result<Probabilitie
     sampling.probabilities(logits).ok_or_else(|| Error::Internal("logits without a law".into()))
 }
 
-/// The tokens and their probabilities that a law's words make of a row: `probability` of cuda/rules.cu. None where they
+/// The tokens and their probabilities that a law's words make of a row: `probability` of cuda/spec/rules.cu. None where they
 /// are no law.
 fn told(law: &[u32], logits: &[f32]) -> Vec<(u32, u64)> {
     let long = |i: usize| u64::from(law[i + 1]) << 32 | u64::from(law[i]);
@@ -157,7 +157,7 @@ fn draw(kernels: Rules) -> Case {
             for own in ends(sequences) {
                 let law = |row: usize| probabilities(&sampling, &logits.row(own * block + row));
                 let laws = (1..block).map(law).collect::<Result<Vec<_>>>()?;
-                let expected = rules::draw(&laws, &mut dice(own)).unwrap_or_default();
+                let expected = verify::draw(&laws, &mut dice(own)).unwrap_or_default();
                 equal("draft", &found[own * block + 1..][..block - 1], &expected)?;
             }
             Ok(())
@@ -232,8 +232,8 @@ fn judge(name: &str, kernels: Rules, rule: Rule) -> Case {
                 let of_target = |row: usize| target.probabilities(&logits.row((at + row + 1) % rows));
                 let (drafts, mut coin) = (&tokens[at + 1..at + block], dice(own));
                 let verdict = match rule {
-                    Rule::Block => rules::block(drafts, &laws, of_target, &mut coin),
-                    _ => rules::rejection(drafts, &laws, of_target, &mut coin),
+                    Rule::Block => verify::block(drafts, &laws, of_target, &mut coin),
+                    _ => verify::rejection(drafts, &laws, of_target, &mut coin),
                 };
                 let (stood, token) = verdict.ok_or_else(|| Error::Internal("no verdict".into()))?;
                 equal("accepted", &accepted[own..=own], &[stood as u32])?;

@@ -3,8 +3,8 @@
 
 use super::*;
 use crate::sampling::together;
-use dflash::device::{Arg, Buffer, Counts, Device, Event, Graph, Kernel, Pinned, Properties};
-use dflash::emulator::Emulator;
+use dflash::gpu::device::{Arg, Buffer, Counts, Device, Event, Graph, Kernel, Pinned, Properties};
+use dflash::gpu::emulator::Emulator;
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
@@ -180,7 +180,8 @@ fn attention_of_every_rule_is_checked() {
     let mut pair = demo();
     let stack = &mut pair.drafter.as_mut().unwrap().config.stack;
     let rules = [(false, Some(24)), (true, Some(90)), (true, None)];
-    stack.attention = rules.map(|(causal, window)| dflash::config::Attention { causal, window }).to_vec();
+    stack.attention =
+        rules.map(|(causal, window)| dflash::checkpoint::config::Attention { causal, window }).to_vec();
     pair.target.config.stack.attention[1].window = Some(40);
     let device = Emulator::new();
     let desk = Desk::new(&device);

@@ -1,7 +1,7 @@
 //! Values on a device that the host knows too: drawn once, repeated as far as they are needed, and how results are held
 //! against what they should be.
 
-use dflash::device::{Buffer, Device};
+use dflash::gpu::device::{Buffer, Device};
 use dflash::{Error, Result};
 use half::bf16;
 use std::cell::Cell;
@@ -263,7 +263,7 @@ mod tests {
     /// The read ceiling on a GPU reads more than the drawn numbers; on the emulator it does not.
     #[test]
     fn words_are_added_also_where_numbers_repeat() {
-        let device = dflash::emulator::Emulator::new();
+        let device = dflash::gpu::emulator::Emulator::new();
         let desk = Desk::new(&device);
         let count = DRAWN + 4099;
         let drawn = desk.halves(2 * count, 1.0, "words").unwrap();

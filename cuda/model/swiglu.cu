@@ -1,0 +1,11 @@
+// Gate and up projections of the MLP with the activation between them.
+//
+// Computes: out[m][i] = bf16(silu(gate) * up), gate and up = rstd[m] * (in W^T) of neuron i.
+// Work:     grid (ceil(n / 128), splits of K, passes of 8 NT tokens), 256 threads; see linear.cuh.
+// Order:    linear.cuh.
+// Bytes:    n k 2 of weights per pass; m k 2 per 128 rows of W; m n written.
+// Needs:    packed tiles of 8 gate rows, then the 8 up rows of the same neurons; n a multiple of 64, k of 32; 16-byte
+//           aligned.
+#include "model/epilogues.cuh"
+
+LINEAR_KERNELS(swiglu, false)

@@ -1,0 +1,188 @@
+//! Fields of an untrusted JSON file: typed, bounded, and wrong ones named by file, path and value.
+
+use crate::checkpoint::safetensors::Folder;
+use crate::{Error, Result};
+use serde_json::{Map, Value};
+
+/// One JSON file of a folder: an object.
+pub(crate) struct Document {
+    pub(crate) file: String,
+    pub(crate) map: Map<String, Value>,
+}
+
+impl Document {
+    /// Larger than any real configuration, and small enough that parsing it costs little memory.
+    const MAX_BYTES: usize = 4 << 20;
+
+    pub(crate) fn open(folder: &Folder, name: &str) -> Result<Option<Document>> {
+        folder.file(name)?.map(|bytes| Document::parse(folder.path(name), &bytes)).transpose()
+    }
+
+    pub(crate) fn need(folder: &Folder, name: &str) -> Result<Document> {
+        Document::parse(folder.path(name), &folder.need(name)?)
+    }
+
+    fn parse(file: String, bytes: &[u8]) -> Result<Document> {
+        if bytes.len() > Document::MAX_BYTES {
+            return Err(Error::Model(format!(
+                "{file} has {} bytes, expected a configuration of at most {}",
+                bytes.len(),
+                Document::MAX_BYTES
+            )));
+        }
+        match serde_json::from_slice(bytes) {
+            Ok(Value::Object(map)) => Ok(Document { file, map }),
+            Ok(_) => Err(Error::Model(format!("{file} is not a JSON object"))),
+            Err(e) => {
+                let hint = if has_python_number(bytes) {
+                    " (NaN and Infinity are Python's, not JSON's)"
+                } else {
+                    ""
+                };
+                Err(Error::Model(format!("{file} is not valid JSON: {}{hint}", shown(&e.to_string()))))
+            }
+        }
+    }
+
+    pub(crate) fn fields(&self) -> Fields<'_> {
+        Fields { file: &self.file, prefix: "", map: &self.map }
+    }
+}
+
+/// Whether a bare `NaN` or `Infinity` stands where JSON has a value.
+fn has_python_number(bytes: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(bytes);
+    ["NaN", "Infinity"].iter().any(|word| {
+        text.match_indices(word).any(|(at, _)| {
+            let before = text[..at].trim_end_matches('-').trim_end();
+            before.ends_with([':', ',', '['])
+        })
+    })
+}
+
+/// An object of a file; `prefix` is its path within the file, ending in a dot, or empty.
+#[derive(Clone, Copy)]
+pub(crate) struct Fields<'a> {
+    pub(crate) file: &'a str,
+    pub(crate) prefix: &'a str,
+    pub(crate) map: &'a Map<String, Value>,
+}
+
+impl<'a> Fields<'a> {
+    /// A field; null counts as absent, as for Hugging Face.
+    pub(crate) fn get(&self, name: &str) -> Option<Field<'a>> {
+        let value = self.map.get(name).filter(|value| !value.is_null())?;
+        Some(Field { file: self.file, name: format!("{}{name}", self.prefix), value })
+    }
+
+    pub(crate) fn need(&self, name: &str) -> Result<Field<'a>> {
+        self.get(name).ok_or_else(|| self.absent(name))
+    }
+
+    pub(crate) fn absent(&self, name: &str) -> Error {
+        Error::Model(format!("{}: {}{name} is absent", self.file, self.prefix))
+    }
+
+    pub(crate) fn unsupported(&self, name: &str, found: &str, expected: &str) -> Error {
+        let (file, prefix, found) = (self.file, self.prefix, shown(found));
+        Error::Unsupported(format!(
+            "{file}: {prefix}{name} is {found}, which this engine does not run: expected {expected}"
+        ))
+    }
+
+    /// A text field that must have this value if it is there.
+    pub(crate) fn only(&self, name: &str, expected: &str) -> Result<()> {
+        match self.get(name) {
+            Some(field) if field.text()? != expected => Err(self.unsupported(name, field.text()?, expected)),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn architecture(&self) -> Result<&'a str> {
+        let field = self.need("architectures")?;
+        match field.value.as_array().map(Vec::as_slice) {
+            Some([Value::String(name)]) => Ok(name),
+            _ => Err(field.wrong("a list of one name")),
+        }
+    }
+}
+
+/// One value with its place, for errors.
+pub(crate) struct Field<'a> {
+    pub(crate) file: &'a str,
+    pub(crate) name: String,
+    pub(crate) value: &'a Value,
+}
+
+impl<'a> Field<'a> {
+    pub(crate) fn found(&self) -> String {
+        shown(&self.value.to_string())
+    }
+
+    pub(crate) fn wrong(&self, expected: &str) -> Error {
+        Error::Model(format!("{}: {} is {}, expected {expected}", self.file, self.name, self.found()))
+    }
+
+    pub(crate) fn whole(&self, min: usize, max: usize) -> Result<usize> {
+        let value =
+            self.value.as_u64().and_then(|x| usize::try_from(x).ok()).filter(|x| (min..=max).contains(x));
+        value.ok_or_else(|| self.wrong(&format!("a whole number from {min} to {max}")))
+    }
+
+    pub(crate) fn double(&self, expected: &str, ok: impl Fn(f64) -> bool) -> Result<f64> {
+        self.value.as_f64().filter(|&x| x.is_finite() && ok(x)).ok_or_else(|| self.wrong(expected))
+    }
+
+    /// A number that is still in range as an f32.
+    pub(crate) fn number(&self, expected: &str, ok: impl Fn(f32) -> bool) -> Result<f32> {
+        let value = self.double(expected, |_| true)? as f32;
+        Some(value).filter(|&x| x.is_finite() && ok(x)).ok_or_else(|| self.wrong(expected))
+    }
+
+    pub(crate) fn flag(&self) -> Result<bool> {
+        self.value.as_bool().ok_or_else(|| self.wrong("true or false"))
+    }
+
+    pub(crate) fn text(&self) -> Result<&'a str> {
+        self.value.as_str().ok_or_else(|| self.wrong("a text"))
+    }
+
+    pub(crate) fn list(&self) -> Result<Vec<Field<'a>>> {
+        let items = self.value.as_array().ok_or_else(|| self.wrong("a list"))?;
+        let field = |(i, value)| Field { file: self.file, name: format!("{}[{i}]", self.name), value };
+        Ok(items.iter().enumerate().map(field).collect())
+    }
+
+    pub(crate) fn table(&self, prefix: &'a str) -> Result<Fields<'a>> {
+        let map = self.value.as_object().ok_or_else(|| self.wrong("an object"))?;
+        Ok(Fields { file: self.file, prefix, map })
+    }
+
+    /// Whether the value says the same as the field's absence: false, 0, empty, or the given text.
+    pub(crate) fn is_neutral(&self, neutral: &str) -> bool {
+        match self.value {
+            Value::Null | Value::Bool(false) => true,
+            Value::Number(x) => x.as_f64() == Some(0.0) || x.as_f64() == neutral.parse().ok(),
+            Value::String(text) => text.is_empty() || text == neutral,
+            Value::Array(list) => list.is_empty(),
+            Value::Object(map) => map.is_empty(),
+            Value::Bool(true) => false,
+        }
+    }
+}
+
+/// Text from an untrusted file as it may appear in an error: one line, no control characters, not long.
+pub(crate) fn shown(text: &str) -> String {
+    const LONGEST: usize = 100;
+    let mut line = String::new();
+    for c in text.chars().take(LONGEST) {
+        match c {
+            '"' | '\'' | '\\' => line.push(c),
+            c => line.extend(c.escape_debug()),
+        }
+    }
+    if text.chars().nth(LONGEST).is_some() {
+        line.push_str("...");
+    }
+    line
+}

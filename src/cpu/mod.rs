@@ -1,0 +1,7 @@
+//! Both models in plain f32 on the CPU: the reference that the kernels are tested against.
+
+pub mod decoder;
+pub mod kv_cache;
+pub mod model;
+pub mod ops;
+pub(crate) mod simd;

@@ -1,0 +1,435 @@
+//! Target and drafter in plain f32: what the `cpu` device runs, and the oracle that the kernels are held against. Read it
+//! beside dflash.md sections 3 to 5 (arXiv 2602.06036); the arithmetic underneath is in `cpu.rs`.
+
+use crate::checkpoint::config::{Attention, DrafterConfig, Stack, TargetConfig};
+use crate::checkpoint::pair::Model;
+use crate::checkpoint::safetensors::Checkpoint;
+use crate::cpu::ops::{self, Kv, Matrix};
+use crate::spec::tree::{Tree, moves};
+use crate::{Error, Result};
+
+// ---- one decoder layer, shared by target and drafter ----
+
+struct Layer {
+    input_norm: Vec<f32>,           // [hidden]
+    q: Matrix,                      // [heads * head_dim][hidden]
+    k: Matrix,                      // [kv_heads * head_dim][hidden]
+    v: Matrix,                      // [kv_heads * head_dim][hidden]
+    o: Matrix,                      // [hidden][heads * head_dim]
+    qk_norm: Option<[Vec<f32>; 2]>, // [head_dim] each
+    post_norm: Vec<f32>,            // [hidden]
+    gate: Matrix,                   // [intermediate][hidden]
+    up: Matrix,                     // [intermediate][hidden]
+    down: Matrix,                   // [hidden][intermediate]
+}
+
+impl Layer {
+    fn load(file: &Checkpoint, prefix: &str, s: &Stack) -> Result<Layer> {
+        let vector = |name: &str, len| {
+            Ok::<_, Error>(ops::to_f32(&file.tensor(&format!("{prefix}.{name}.weight"), &[len])?))
+        };
+        let matrix = |name: &str, rows, cols| matrix(file, &format!("{prefix}.{name}.weight"), rows, cols);
+        let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
+        Ok(Layer {
+            input_norm: vector("input_layernorm", s.hidden)?,
+            q: matrix("self_attn.q_proj", q, s.hidden)?,
+            k: matrix("self_attn.k_proj", kv, s.hidden)?,
+            v: matrix("self_attn.v_proj", kv, s.hidden)?,
+            o: matrix("self_attn.o_proj", s.hidden, q)?,
+            qk_norm: match s.qk_norm {
+                true => {
+                    Some([vector("self_attn.q_norm", s.head_dim)?, vector("self_attn.k_norm", s.head_dim)?])
+                }
+                false => None,
+            },
+            post_norm: vector("post_attention_layernorm", s.hidden)?,
+            gate: matrix("mlp.gate_proj", s.intermediate, s.hidden)?,
+            up: matrix("mlp.up_proj", s.intermediate, s.hidden)?,
+            down: matrix("mlp.down_proj", s.hidden, s.intermediate)?,
+        })
+    }
+}
+
+fn matrix(file: &Checkpoint, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
+    Ok(Matrix::new(file.tensor(name, &[rows, cols])?))
+}
+
+/// One model's keys and values for one sequence, positions `0..len`, and the buffers of a pass.
+pub struct Cache {
+    layers: Vec<Kv>,
+    len: usize,
+    /// `[positions][rotary_dims]`: cosines, then sines; grows with the positions used.
+    rope: Vec<f32>,
+    frequencies: Vec<f64>,
+    magnitude: f64,
+    scratch: Scratch,
+}
+
+#[derive(Default)]
+struct Scratch {
+    y: Vec<f32>,    // [rows][hidden]: normed input of a sublayer
+    q: Vec<f32>,    // [rows][heads * head_dim]
+    k: Vec<f32>,    // [rows][kv_heads * head_dim]
+    v: Vec<f32>,    // [rows][kv_heads * head_dim]
+    a: Vec<f32>,    // [rows][heads * head_dim]: attention's output
+    z: Vec<f32>,    // [rows][hidden]: a sublayer's output
+    gate: Vec<f32>, // [rows][intermediate]
+    up: Vec<f32>,   // [rows][intermediate]
+}
+
+impl Cache {
+    /// Room for `positions`. What grows with them is asked for here, so that too little memory is an error and not an
+    /// abort.
+    pub fn new(stack: &Stack, positions: usize) -> Result<Cache> {
+        let (frequencies, magnitude) = stack.rope.frequencies();
+        let kv = |_| Kv::new(stack.kv_heads, stack.head_dim, 0);
+        let mut cache = Cache {
+            layers: stack.attention.iter().map(kv).collect::<Result<_>>()?,
+            len: 0,
+            rope: Vec::new(),
+            frequencies,
+            magnitude,
+            scratch: Scratch::default(),
+        };
+        cache.grow(positions)?;
+        Ok(cache)
+    }
+
+    /// Room for `positions` in all; those held stay.
+    pub fn grow(&mut self, positions: usize) -> Result<()> {
+        let rotations = positions * 2 * self.frequencies.len();
+        self.rope
+            .try_reserve_exact(rotations.saturating_sub(self.rope.len()))
+            .map_err(|_| Error::Memory(format!("no memory for the rotations of {positions} positions")))?;
+        self.layers.iter_mut().try_for_each(|kv| kv.grow(positions, self.len))
+    }
+
+    /// Positions held.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Forgets positions `len..`.
+    pub fn crop(&mut self, len: usize) {
+        assert!(len <= self.len);
+        self.len = len;
+    }
+
+    /// Of rows written at positions `at..` keeps those of `path`, as positions `at..` in its order, and forgets the others.
+    pub(crate) fn keep(&mut self, at: usize, path: &[usize]) {
+        for kv in &mut self.layers {
+            moves(path).for_each(|(from, to)| kv.copy(at + from, at + to));
+        }
+        self.crop(at + path.len());
+    }
+
+    /// Makes cosines and sines up to position `end`. Angles are f32 products, as in the reference implementation.
+    fn rotate_to(&mut self, end: usize) {
+        let width = 2 * self.frequencies.len();
+        for position in self.rope.len() / width.max(1)..end {
+            let angle = |f: &f64| (position as f32 * *f as f32) as f64;
+            self.rope.extend(self.frequencies.iter().map(|f| (angle(f).cos() * self.magnitude) as f32));
+            self.rope.extend(self.frequencies.iter().map(|f| (angle(f).sin() * self.magnitude) as f32));
+        }
+    }
+}
+
+/// `x` `[rows][heads * head_dim]`, normed if there is a norm, and rotated to positions `at..`, or to those of a tree whose
+/// anchor is at `at` (dflash.md 3.4).
+fn rotate(
+    stack: &Stack,
+    norm: Option<&[f32]>,
+    rope: &[f32],
+    at: usize,
+    tree: Option<&Tree>,
+    x: &mut [f32],
+    heads: usize,
+) {
+    if let Some(norm) = norm {
+        ops::rms_norm_in_place(x, norm, stack.eps);
+    }
+    let width = stack.rope.rotary_dims;
+    for (row, x) in x.chunks_mut(heads * stack.head_dim).enumerate() {
+        let position = at + tree.map_or(row, |tree| tree.depths[row] as usize);
+        ops::rope(x, heads, stack.head_dim, &rope[position * width..][..width], width);
+    }
+}
+
+/// `k` and `v` of the pass's rows for layer `i`, written at positions `at..`: a tree's beside each other, though `k` is
+/// rotated to where the row stands on its path.
+fn write_kv(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize, tree: Option<&Tree>) {
+    let Cache { layers, rope, scratch: Scratch { k, v, .. }, .. } = cache;
+    let norm = layer.qk_norm.as_ref().map(|[_, norm]| &norm[..]);
+    rotate(stack, norm, rope, at, tree, k, stack.kv_heads);
+    layers[i].write(at, k, v);
+}
+
+/// Attention of a tree's rows. Every row's ancestors are brought to the positions that they have on its path, so that
+/// each of its sums is the one that plain decoding forms, bit for bit. Leaves keys and values as they were before.
+fn tree_attention(stack: &Stack, cache: &mut Cache, i: usize, at: usize, tree: &Tree) {
+    let Cache { layers, scratch: s, .. } = cache;
+    let (kv, width) = (&mut layers[i], stack.kv_heads * stack.head_dim);
+    let mut own = Vec::new();
+    s.a.clear();
+    for (row, q) in s.q.chunks(stack.heads * stack.head_dim).enumerate() {
+        let mut end = at;
+        for row in tree.path(row) {
+            kv.write(end, &s.k[row * width..][..width], &s.v[row * width..][..width]);
+            end += 1;
+        }
+        ops::attention(q, stack.heads, kv, &|_| visible(stack.attention[i], end - 1, end), &mut own);
+        s.a.extend_from_slice(&own);
+    }
+    kv.write(at, &s.k, &s.v);
+}
+
+/// The keys that the query at `position` sees when keys `0..end` exist (dflash.md 3.6).
+fn visible(rule: Attention, position: usize, end: usize) -> std::ops::Range<usize> {
+    let last = match (rule.causal, rule.window) {
+        (true, _) => position + 1,
+        (false, Some(window)) => end.min(position.saturating_add(window)),
+        (false, None) => end,
+    };
+    (position + 1).saturating_sub(rule.window.unwrap_or(usize::MAX))..last
+}
+
+/// Layer `i` over `x` [rows][hidden] in place: rows stand at positions `at..`, keys `0..at+rows` exist once it has
+/// written its own (dflash.md 3.4; the target is the same with causal attention). A tree's rows see what is before `at`,
+/// and their own paths.
+fn forward_layer(
+    stack: &Stack,
+    layer: &Layer,
+    cache: &mut Cache,
+    i: usize,
+    at: usize,
+    tree: Option<&Tree>,
+    x: &mut [f32],
+) {
+    let rows = x.len() / stack.hidden;
+    let s = &mut cache.scratch;
+    ops::rms_norm(x, &layer.input_norm, stack.eps, &mut s.y);
+    ops::linear(&s.y, rows, [(&layer.q, &mut s.q), (&layer.k, &mut s.k), (&layer.v, &mut s.v)]);
+    let norm = layer.qk_norm.as_ref().map(|[norm, _]| &norm[..]);
+    rotate(stack, norm, &cache.rope, at, tree, &mut s.q, stack.heads);
+    write_kv(stack, layer, cache, i, at, tree);
+
+    match tree {
+        None => {
+            let (s, rule) = (&mut cache.scratch, stack.attention[i]);
+            let visible = |row: usize| visible(rule, at + row, at + rows);
+            ops::attention(&s.q, stack.heads, &cache.layers[i], &visible, &mut s.a);
+        }
+        Some(tree) => tree_attention(stack, cache, i, at, tree),
+    }
+    let s = &mut cache.scratch;
+    ops::linear(&s.a, rows, [(&layer.o, &mut s.z)]);
+    ops::add(x, &s.z);
+
+    ops::rms_norm(x, &layer.post_norm, stack.eps, &mut s.y);
+    ops::linear(&s.y, rows, [(&layer.gate, &mut s.gate), (&layer.up, &mut s.up)]);
+    ops::swiglu(&mut s.gate, &s.up);
+    ops::linear(&s.gate, rows, [(&layer.down, &mut s.z)]);
+    ops::add(x, &s.z);
+}
+
+// ---- the target ----
+
+/// A Qwen3 or Llama causal language model.
+pub struct Target {
+    pub config: TargetConfig,
+    embedding: Matrix,    // [vocab][hidden]
+    head: Option<Matrix>, // [vocab][hidden]; none: the embedding
+    norm: Vec<f32>,       // [hidden]
+    layers: Vec<Layer>,
+}
+
+impl Target {
+    /// Weights stay where the checkpoint has them.
+    pub fn load(model: &Model<TargetConfig>) -> Result<Target> {
+        let (config, file) = (model.config.clone(), &model.weights);
+        file.need_files()?;
+        let s = &config.stack;
+        Ok(Target {
+            embedding: matrix(file, "model.embed_tokens.weight", config.vocab, s.hidden)?,
+            head: match config.tied {
+                true => None,
+                false => Some(matrix(file, "lm_head.weight", config.vocab, s.hidden)?),
+            },
+            norm: ops::to_f32(&file.tensor("model.norm.weight", &[s.hidden])?),
+            layers: (0..s.attention.len())
+                .map(|i| Layer::load(file, &format!("model.layers.{i}"), s))
+                .collect::<Result<_>>()?,
+            config,
+        })
+    }
+
+    /// Raw embedding rows times `scale`, `[tokens][hidden]`.
+    pub fn embed(&self, tokens: &[u32], scale: f32) -> Vec<f32> {
+        let hidden = self.config.stack.hidden;
+        let mut x = vec![0.0; tokens.len() * hidden];
+        for (token, row) in tokens.iter().zip(x.chunks_mut(hidden)) {
+            self.embedding.row(*token as usize, scale, row);
+        }
+        x
+    }
+
+    /// `[rows][vocab]` from final-normed rows `[rows][hidden]`.
+    pub fn logits(&self, normed: &[f32], out: &mut Vec<f32>) {
+        let rows = normed.len() / self.config.stack.hidden;
+        ops::linear(normed, rows, [(self.head.as_ref().unwrap_or(&self.embedding), out)]);
+    }
+
+    /// Runs `tokens` at positions `cache.len()..`. Fills `features` `[tokens][taps * hidden]`, the residual stream
+    /// after each tapped layer, in list order (dflash.md 3.1). Returns the final-normed last rows, `[last][hidden]`.
+    pub fn forward(
+        &self,
+        tokens: &[u32],
+        cache: &mut Cache,
+        taps: &[usize],
+        features: &mut Vec<f32>,
+        last: usize,
+    ) -> Vec<f32> {
+        self.run(tokens, None, cache, taps, features, last)
+    }
+
+    /// Runs a tree whose anchor is at position `cache.len()`: [`Target::forward`] of each of its paths, bit for bit, for all
+    /// rows at once. Row `i`'s keys and values are left at position `cache.len() + i`, whatever its depth.
+    pub fn forward_tree(
+        &self,
+        tree: &Tree,
+        cache: &mut Cache,
+        taps: &[usize],
+        features: &mut Vec<f32>,
+    ) -> Vec<f32> {
+        self.run(&tree.tokens, Some(tree), cache, taps, features, tree.rows())
+    }
+
+    pub(crate) fn run(
+        &self,
+        tokens: &[u32],
+        tree: Option<&Tree>,
+        cache: &mut Cache,
+        taps: &[usize],
+        features: &mut Vec<f32>,
+        last: usize,
+    ) -> Vec<f32> {
+        let s = &self.config.stack;
+        let at = cache.len;
+        cache.rotate_to(at + tokens.len());
+        features.resize(tokens.len() * taps.len() * s.hidden, 0.0);
+        let mut x = self.embed(tokens, 1.0);
+        for (i, layer) in self.layers.iter().enumerate() {
+            forward_layer(s, layer, cache, i, at, tree, &mut x);
+            for (j, _) in taps.iter().enumerate().filter(|(_, tap)| **tap == i) {
+                for (row, x) in x.chunks(s.hidden).enumerate() {
+                    features[(row * taps.len() + j) * s.hidden..][..s.hidden].copy_from_slice(x);
+                }
+            }
+        }
+        cache.len = at + tokens.len();
+        let mut normed = Vec::new();
+        ops::rms_norm(&x[(tokens.len() - last) * s.hidden..], &self.norm, s.eps, &mut normed);
+        normed
+    }
+}
+
+// ---- the drafter ----
+
+/// A DFlash drafter. Embedding and head are the target's.
+pub struct Drafter {
+    pub config: DrafterConfig,
+    fc: Matrix,            // [hidden][taps * hidden]
+    hidden_norm: Vec<f32>, // [hidden]
+    norm: Vec<f32>,        // [hidden]
+    layers: Vec<Layer>,
+}
+
+impl Drafter {
+    /// Weights stay where the checkpoint has them.
+    pub fn load(model: &Model<DrafterConfig>) -> Result<Drafter> {
+        let (config, file) = (model.config.clone(), &model.weights);
+        file.need_files()?;
+        let s = &config.stack;
+        Ok(Drafter {
+            fc: matrix(file, "fc.weight", s.hidden, config.taps.len() * s.hidden)?,
+            hidden_norm: ops::to_f32(&file.tensor("hidden_norm.weight", &[s.hidden])?),
+            norm: ops::to_f32(&file.tensor("norm.weight", &[s.hidden])?),
+            layers: (0..s.attention.len())
+                .map(|i| Layer::load(file, &format!("layers.{i}"), s))
+                .collect::<Result<_>>()?,
+            config,
+        })
+    }
+
+    /// Values of a position's feature: taps x hidden.
+    pub(crate) fn feature(&self) -> usize {
+        self.fc.cols
+    }
+
+    /// `c = hidden_norm(fc(feature))` for features `[rows][taps * hidden]`: `[rows][hidden]` (dflash.md 3.2).
+    pub fn context(&self, features: &[f32]) -> Vec<f32> {
+        let s = &self.config.stack;
+        let (mut projected, mut c) = (Vec::new(), Vec::new());
+        ops::linear(features, features.len() / self.fc.cols, [(&self.fc, &mut projected)]);
+        ops::rms_norm(&projected, &self.hidden_norm, s.eps, &mut c);
+        c
+    }
+
+    /// Appends committed positions `cache.len()..` to the context: keys and values of every layer straight from `c`,
+    /// with no input norm (dflash.md 3.2, 4). The context must end where the next block begins.
+    pub fn inject(&self, features: &[f32], cache: &mut Cache) {
+        if features.is_empty() {
+            return;
+        }
+        let s = &self.config.stack;
+        let c = self.context(features);
+        let (at, rows) = (cache.len, c.len() / s.hidden);
+        cache.rotate_to(at + rows);
+        for (i, layer) in self.layers.iter().enumerate() {
+            let Scratch { k, v, .. } = &mut cache.scratch;
+            ops::linear(&c, rows, [(&layer.k, k), (&layer.v, v)]);
+            write_kv(s, layer, cache, i, at, None);
+        }
+        cache.len = at + rows;
+    }
+
+    /// One pass over `[anchor, mask x (rows - 1)]` at positions `cache.len()..`: final-normed rows `[rows][hidden]`.
+    /// The block's own keys and values are dropped again. `each` sees every layer's output (for tests).
+    pub fn hidden(
+        &self,
+        target: &Target,
+        anchor: u32,
+        rows: usize,
+        cache: &mut Cache,
+        mut each: impl FnMut(usize, &[f32]),
+    ) -> Vec<f32> {
+        let s = &self.config.stack;
+        let mut tokens = vec![self.config.mask_token; rows];
+        tokens[0] = anchor;
+        let mut x = target.embed(&tokens, self.config.embedding_scale);
+        let at = cache.len;
+        cache.rotate_to(at + rows);
+        for (i, layer) in self.layers.iter().enumerate() {
+            forward_layer(s, layer, cache, i, at, None, &mut x);
+            each(i, &x);
+        }
+        ops::rms_norm_in_place(&mut x, &self.norm, s.eps);
+        x
+    }
+
+    /// Logits of final-normed rows through the target's head, multiplier and softcap (dflash.md 3.5).
+    pub fn logits(&self, target: &Target, normed: &[f32], out: &mut Vec<f32>) {
+        target.logits(normed, out);
+        let cap = self.config.softcap;
+        for logit in out.iter_mut() {
+            *logit *= self.config.output_multiplier;
+            if let Some(cap) = cap {
+                *logit = cap * (*logit / cap).tanh();
+            }
+        }
+    }
+}

@@ -1,0 +1,734 @@
+//! The GPU: [`Device`] on the CUDA driver API, which is loaded when the first device is opened. No other part of CUDA is
+//! needed at run time.
+//!
+//! The kernels are PTX in the binary, in two forms: compute_90a for exactly sm_90, compute_80 for everything else from
+//! Ampere on. Only kernels of the first form may overlap their predecessor, since only there `grid_wait` is an
+//! instruction. One stream carries all work; graphs are captured from it.
+
+use crate::gpu::device::{
+    Arg, Buffer, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
+    check_launch,
+};
+use crate::{Error, Result};
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+use std::any::Any;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CStr, CString, c_void};
+use std::mem::MaybeUninit;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+
+/// One source file of `cuda/`, compiled for compute_80 and for compute_90a.
+struct Module {
+    file: &'static str,
+    ptx: [&'static str; 2],
+}
+
+/// Empty in a binary that was built without nvcc.
+static MODULES: &[Module] = include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
+
+/// What this build's kernels are compiled for; nothing where nvcc was not there.
+pub fn targets() -> &'static [&'static str] {
+    if MODULES.is_empty() { &[] } else { &["compute_80", "compute_90a"] }
+}
+
+/// The CUDA version whose driver takes the PTX of the pinned nvcc, and has every function called here.
+const NEEDED: u32 = 13000;
+
+/// Shared memory per block that needs no request.
+const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
+
+/// A device's primary context and the stream of all work. Freed after everything that lives in it.
+struct Context {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    /// Held while the stream is captured: nobody may wait for it then.
+    capturing: Mutex<()>,
+}
+
+// SAFETY: contexts and streams are handles that the driver lets any thread use, and every use binds the context first.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Makes the context current on this thread, as nearly every driver call needs it.
+    fn bind(&self) -> Result<()> {
+        // SAFETY: the context is retained until `self` is dropped.
+        check("binding the context", unsafe { result::ctx::set_current(self.context) })
+    }
+
+    /// Waits until no work uses what is about to be freed, then frees it. A failure leaves nothing to be done.
+    fn free(&self, free: impl FnOnce() -> std::result::Result<(), DriverError>) {
+        let _capturing = lock(&self.capturing);
+        if self.bind().is_ok() {
+            // SAFETY: the stream is valid, and not captured while the lock is held.
+            let _ = unsafe { result::stream::synchronize(self.stream) };
+            let _ = free();
+        }
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: created in `open`, destroyed once; a failure leaves nothing to be done.
+        unsafe {
+            let _ = result::ctx::set_current(self.context);
+            let _ = result::stream::synchronize(self.stream);
+            let _ = result::stream::destroy(self.stream);
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// One allocation on the device.
+struct DeviceMemory {
+    address: sys::CUdeviceptr,
+    context: Arc<Context>,
+}
+
+impl Memory for DeviceMemory {}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated with `malloc_sync`, freed once.
+        self.context.free(|| unsafe { result::free_sync(self.address) });
+    }
+}
+
+/// One page-locked allocation on the host.
+struct HostMemory {
+    host: *mut c_void,
+    context: Arc<Context>,
+}
+
+// SAFETY: only an address to give back.
+unsafe impl Send for HostMemory {}
+// SAFETY: as above.
+unsafe impl Sync for HostMemory {}
+
+impl Memory for HostMemory {}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated with `malloc_host`, freed once.
+        self.context.free(|| unsafe { result::free_host(self.host) });
+    }
+}
+
+struct CudaEvent {
+    event: sys::CUevent,
+    context: Arc<Context>,
+}
+
+// SAFETY: a handle any thread may use.
+unsafe impl Send for CudaEvent {}
+// SAFETY: as above.
+unsafe impl Sync for CudaEvent {}
+
+impl Drop for CudaEvent {
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            // SAFETY: created in `record`, destroyed once; the driver keeps what the stream has yet to pass.
+            let _ = unsafe { result::event::destroy(self.event) };
+        }
+    }
+}
+
+/// A graph ready to launch. The nodes in [`Graph`] keep its buffers alive.
+struct CudaGraph {
+    executable: sys::CUgraphExec,
+    context: Arc<Context>,
+}
+
+// SAFETY: a handle; the driver forbids only concurrent use, and launches happen under the device's lock.
+unsafe impl Send for CudaGraph {}
+// SAFETY: as above.
+unsafe impl Sync for CudaGraph {}
+
+impl Drop for CudaGraph {
+    fn drop(&mut self) {
+        // SAFETY: instantiated in `capture`, destroyed once.
+        self.context.free(|| unsafe { result::graph::exec_destroy(self.executable) });
+    }
+}
+
+/// An entry point of a loaded module, and the size of each of its parameters.
+#[derive(Clone)]
+struct Function {
+    handle: sys::CUfunction,
+    sizes: Arc<[usize]>,
+}
+
+/// What changes while the device is used; its lock orders the callers.
+struct State {
+    functions: BTreeMap<(&'static str, &'static str), Function>,
+    /// The steps of each thread that captures a graph.
+    recording: HashMap<ThreadId, Vec<Node>>,
+}
+
+// SAFETY: function handles are valid on every thread while their module is loaded.
+unsafe impl Send for State {}
+
+/// A GPU.
+pub struct Cuda {
+    properties: Properties,
+    state: Mutex<State>,
+    modules: BTreeMap<&'static str, LoadedModule>,
+    context: Arc<Context>,
+}
+
+/// Stays loaded until the context goes.
+struct LoadedModule(sys::CUmodule);
+
+// SAFETY: a handle any thread may use.
+unsafe impl Send for LoadedModule {}
+// SAFETY: as above.
+unsafe impl Sync for LoadedModule {}
+
+/// Turns a driver error into a sentence: what was done, and the driver's words.
+fn check<T>(what: &str, result: std::result::Result<T, DriverError>) -> Result<T> {
+    result.map_err(|e| Error::Internal(format!("CUDA: {what} failed: {}", reason(e))))
+}
+
+fn reason(error: DriverError) -> String {
+    let text = |s: std::result::Result<&CStr, DriverError>| s.map(|s| s.to_string_lossy().into_owned());
+    match (text(error.error_string()), text(error.error_name())) {
+        (Ok(words), Ok(name)) => format!("{words} ({name})"),
+        _ => format!("error {}", error.0 as u32),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Cuda {
+    /// Opens GPU number `ordinal` and loads the kernels for it; the driver compiles them the first time, and keeps the
+    /// result for later runs.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the binary has no CUDA kernels, or the machine no driver, no such GPU, a driver too old
+    /// for the kernels, or a GPU older than sm_80; [`Error::Internal`] where the driver refuses a kernel.
+    pub fn open(ordinal: u32) -> Result<Cuda> {
+        Cuda::with(MODULES, ordinal)
+    }
+
+    fn with(from: &'static [Module], ordinal: u32) -> Result<Cuda> {
+        let unsupported = |what: String| Err(Error::Unsupported(what));
+        if from.is_empty() {
+            return unsupported(
+                "device cuda: this binary was built without nvcc and has no CUDA kernels".to_string(),
+            );
+        }
+        // SAFETY: only tries to load the library; without this check the first driver call would panic.
+        if !unsafe { sys::is_culib_present() } {
+            return unsupported(
+                "device cuda: no NVIDIA driver on this machine (libcuda.so.1 was not found)".to_string(),
+            );
+        }
+        let mut version = 0;
+        // SAFETY: writes one int; needs no initialised driver.
+        check("asking for the driver's version", unsafe { sys::cuDriverGetVersion(&mut version) }.result())?;
+        let driver = u32::try_from(version).unwrap_or(0);
+        if driver < NEEDED {
+            return unsupported(format!(
+                "device cuda: the NVIDIA driver supports CUDA {}.{}, needed is {}.{} or newer (driver 580 or newer)",
+                driver / 1000,
+                driver % 1000 / 10,
+                NEEDED / 1000,
+                NEEDED % 1000 / 10
+            ));
+        }
+        if let Err(e) = result::init() {
+            return unsupported(match e.0 {
+                sys::CUresult::CUDA_ERROR_NO_DEVICE => "device cuda: the driver sees no GPU".to_string(),
+                _ => format!("device cuda: the driver does not start: {}", reason(e)),
+            });
+        }
+        let count = check("counting GPUs", result::device::get_count())?;
+        let number = match i32::try_from(ordinal) {
+            Ok(number) if number < count => number,
+            _ => {
+                return unsupported(format!("device cuda: no GPU number {ordinal}, the driver sees {count}"));
+            }
+        };
+        let device = check("opening the GPU", result::device::get(number))?;
+        let properties = properties(device, driver)?;
+        let (major, minor) = properties.capability;
+        if major < 8 {
+            return unsupported(format!(
+                "device cuda: {} has compute capability {major}.{minor}, needed is 8.0 or newer",
+                properties.name
+            ));
+        }
+        // SAFETY: `device` came from the driver; the context is released when `Context` drops.
+        let context = check("creating a context", unsafe { result::primary_ctx::retain(device) })?;
+        // SAFETY: just retained.
+        let bound = unsafe { result::ctx::set_current(context) };
+        let stream = bound.and_then(|()| result::stream::create(result::stream::StreamKind::NonBlocking));
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(e) => {
+                // SAFETY: retained above, and not yet owned by a `Context`.
+                let _ = unsafe { result::primary_ctx::release(device) };
+                return check("creating a stream", Err(e));
+            }
+        };
+        let context = Arc::new(Context { device, context, stream, capturing: Mutex::new(()) });
+        let mut modules = BTreeMap::new();
+        for module in from {
+            modules.insert(module.file, load(module, usize::from(properties.overlap), driver)?);
+        }
+        let state = Mutex::new(State { functions: BTreeMap::new(), recording: HashMap::new() });
+        Ok(Cuda { properties, state, modules, context })
+    }
+
+    /// The driver's handle of a kernel, made ready on its first use.
+    fn function(&self, state: &mut State, kernel: &'static Kernel) -> Result<Function> {
+        if let Some(function) = state.functions.get(&(kernel.file, kernel.name)) {
+            return Ok(function.clone());
+        }
+        let wrong = |what: String| Error::Internal(format!("kernel {}: {what}", kernel.name));
+        let Some(module) = self.modules.get(kernel.file) else {
+            return Err(wrong(format!("this binary has no module {}", kernel.file)));
+        };
+        let name = CString::new(kernel.name).map_err(|_| wrong("a name with a zero byte".to_string()))?;
+        let what = format!("finding kernel {}", kernel.name);
+        // SAFETY: the module is loaded and stays so.
+        let handle = check(&what, unsafe { result::module::get_function(module.0, name) })?;
+        // SAFETY: the handle is valid; loading now keeps a first launch during capture from doing it.
+        check(&what, unsafe { sys::cuFuncLoad(handle) }.result())?;
+        let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
+        // SAFETY: as above.
+        let threads = check(&what, unsafe { result::function::get_function_attribute(handle, limit) })?;
+        if threads < 0 || (threads as u32) < kernel.threads {
+            return Err(wrong(format!("{} threads per block, it can have {threads}", kernel.threads)));
+        }
+        if kernel.max_shared > self.properties.shared_per_block {
+            return Err(Error::Unsupported(format!(
+                "device cuda: kernel {} needs {} bytes of shared memory per block, {} has {}",
+                kernel.name, kernel.max_shared, self.properties.name, self.properties.shared_per_block
+            )));
+        }
+        if kernel.max_shared > SHARED_WITHOUT_ASKING {
+            let size = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let what =
+                format!("asking for {} bytes of shared memory for kernel {}", kernel.max_shared, kernel.name);
+            // SAFETY: as above; the value is at most what a block can have, which fits an int.
+            check(&what, unsafe {
+                result::function::set_function_attribute(handle, size, kernel.max_shared as i32)
+            })?;
+        }
+        let mut sizes = Vec::new();
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: asks for parameter after parameter until the driver says there is none.
+        while unsafe { sys::cuFuncGetParamInfo(handle, sizes.len(), &mut offset, &mut size) }.result().is_ok()
+        {
+            sizes.push(size);
+        }
+        let function = Function { handle, sizes: sizes.into() };
+        state.functions.insert((kernel.file, kernel.name), function.clone());
+        Ok(function)
+    }
+
+    /// Puts a launch on the stream, or into the graph that is captured from it.
+    fn issue(&self, state: &mut State, launch: &Launch) -> Result<()> {
+        let Launch { kernel, grid, shared, args } = launch;
+        let function = self.function(state, kernel)?;
+        let short = |arg: &Arg| matches!(arg, Arg::U32(_) | Arg::I32(_) | Arg::F32(_));
+        let given: Vec<usize> = args.iter().map(|arg| if short(arg) { 4 } else { 8 }).collect();
+        if *given != *function.sizes {
+            return Err(Error::Internal(format!(
+                "kernel {}: arguments of {given:?} bytes, its parameters have {:?}",
+                kernel.name, function.sizes
+            )));
+        }
+        let mut words: Vec<u64> = args.iter().map(Arg::word).collect();
+        let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| (w as *mut u64).cast()).collect();
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: *shared,
+            hStream: self.context.stream,
+            attrs: &mut overlap,
+            // `overlap` is set with the compute_90a image only: in the other one grid_wait is empty.
+            numAttrs: u32::from(self.properties.overlap),
+        };
+        let what = format!("launching kernel {}", kernel.name);
+        // SAFETY: as many arguments as parameters, each of its size (checked above); little-endian words hold 4-byte ones
+        // in front. The driver copies arguments and attributes before it returns. Buffers are live: their drop waits
+        // for the stream, and a graph's nodes hold them.
+        check(&what, unsafe {
+            sys::cuLaunchKernelEx(&config, function.handle, pointers.as_mut_ptr(), std::ptr::null_mut())
+                .result()
+        })
+    }
+
+    fn issue_copy(&self, to: &Buffer, from: &Buffer) -> Result<()> {
+        if to.bytes() == 0 {
+            return Ok(());
+        }
+        // SAFETY: both are live device memory of this many bytes.
+        check("a copy on the device", unsafe {
+            result::memcpy_dtod_async(to.address(), from.address(), to.bytes(), self.context.stream)
+        })
+    }
+
+    fn issue_fill(&self, to: &Buffer, byte: u8) -> Result<()> {
+        if to.bytes() == 0 {
+            return Ok(());
+        }
+        // SAFETY: live device memory of this many bytes.
+        check("filling device memory", unsafe {
+            result::memset_d8_async(to.address(), byte, to.bytes(), self.context.stream)
+        })
+    }
+
+    fn issue_node(&self, state: &mut State, node: &Node) -> Result<()> {
+        match node {
+            Node::Launch(launch) => self.issue(state, launch),
+            Node::Copy { to, from } => self.issue_copy(to, from),
+            Node::Fill { to, byte } => self.issue_fill(to, *byte),
+        }
+    }
+
+    /// Records the step where a graph is being captured, else runs it now.
+    fn run_or_record(&self, node: Node) -> Result<()> {
+        let mut state = lock(&self.state);
+        if let Some(nodes) = state.recording.get_mut(&thread::current().id()) {
+            nodes.push(node);
+            return Ok(());
+        }
+        self.context.bind()?;
+        self.issue_node(&mut state, &node)
+    }
+
+    /// Binds the context, with the device's lock; refuses while this thread captures a graph.
+    fn now(&self, what: &str) -> Result<MutexGuard<'_, State>> {
+        let state = lock(&self.state);
+        if state.recording.contains_key(&thread::current().id()) {
+            return Err(Error::Internal(format!("{what} while a graph is captured")));
+        }
+        self.context.bind()?;
+        Ok(state)
+    }
+
+    /// Captures the steps from the stream and makes them launchable.
+    fn instantiate(&self, state: &mut State, nodes: &[Node]) -> Result<CudaGraph> {
+        for node in nodes {
+            if let Node::Launch(launch) = node {
+                self.function(state, launch.kernel)?;
+            }
+        }
+        let stream = self.context.stream;
+        let capturing = lock(&self.context.capturing);
+        // SAFETY: the stream is ours and not capturing.
+        check("starting a capture", unsafe {
+            result::stream::begin_capture(stream, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
+        })?;
+        let issued = nodes.iter().try_for_each(|node| self.issue_node(state, node));
+        // SAFETY: the capture is ended whatever happened in it.
+        let graph = check("ending a capture", unsafe { result::stream::end_capture(stream) });
+        drop(capturing);
+        if let (Err(_), Ok(graph)) = (&issued, &graph) {
+            // SAFETY: the graph is valid and nobody else's.
+            let _ = unsafe { result::graph::destroy(*graph) };
+        }
+        let graph = issued.and(graph)?;
+        // SAFETY: the graph is valid; its executable form does not need it any more.
+        let executable = unsafe {
+            let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let _ = result::graph::destroy(graph);
+            check("instantiating a graph", executable)?
+        };
+        let graph = CudaGraph { executable, context: self.context.clone() };
+        // SAFETY: executable and stream are valid.
+        check("uploading a graph", unsafe { result::graph::upload(graph.executable, stream) })?;
+        Ok(graph)
+    }
+}
+
+/// Loads one module's image: 0 for compute_80, 1 for compute_90a.
+fn load(module: &Module, image: usize, driver: u32) -> Result<LoadedModule> {
+    let wrong = |what: String| Error::Internal(format!("CUDA module {}: {what}", module.file));
+    let ptx = CString::new(module.ptx[image]).map_err(|_| wrong("its PTX holds a zero byte".to_string()))?;
+    let mut log = vec![0u8; 8192];
+    let mut options = [
+        sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
+        sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
+        sys::CUjit_option::CU_JIT_GENERATE_LINE_INFO,
+    ];
+    // Numbers travel in a pointer's place, as the interface has it. Lines are for the sanitizers and profilers.
+    let number = std::ptr::without_provenance_mut;
+    let mut values = [log.as_mut_ptr().cast::<c_void>(), number(log.len() - 1), number(1)];
+    let mut loaded = MaybeUninit::uninit();
+    // SAFETY: the image is a C string, the log longer than its stated size, options and values are three each.
+    let result = unsafe {
+        sys::cuModuleLoadDataEx(
+            loaded.as_mut_ptr(),
+            ptx.as_ptr().cast(),
+            options.len() as u32,
+            options.as_mut_ptr(),
+            values.as_mut_ptr(),
+        )
+    };
+    match result.result() {
+        // SAFETY: written by the driver on success.
+        Ok(()) => Ok(LoadedModule(unsafe { loaded.assume_init() })),
+        Err(DriverError(sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION)) => {
+            Err(Error::Unsupported(format!(
+                "device cuda: the NVIDIA driver (CUDA {}.{}) is too old for this binary's kernels, built by a newer nvcc",
+                driver / 1000,
+                driver % 1000 / 10
+            )))
+        }
+        Err(e) => {
+            let log = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default();
+            let log = log.split_whitespace().collect::<Vec<_>>().join(" ");
+            let words = reason(e);
+            Err(wrong(format!(
+                "the driver refused it: {words}{}{log}",
+                if log.is_empty() { "" } else { ": " }
+            )))
+        }
+    }
+}
+
+fn properties(device: sys::CUdevice, driver: u32) -> Result<Properties> {
+    use sys::CUdevice_attribute as A;
+    let ask = |attribute| -> Result<u32> {
+        // SAFETY: `device` came from the driver.
+        let value = check("asking for the GPU's properties", unsafe {
+            result::device::get_attribute(device, attribute)
+        })?;
+        Ok(u32::try_from(value).unwrap_or(0))
+    };
+    let capability = (
+        ask(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        ask(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
+    Ok(Properties {
+        name: check("asking for the GPU's name", result::device::get_name(device))?,
+        capability,
+        multiprocessors: ask(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        // SAFETY: as above.
+        memory: check("asking for the GPU's memory", unsafe { result::device::total_mem(device) })? as u64,
+        l2: u64::from(ask(A::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?),
+        shared_per_block: ask(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        driver,
+        pci: pci(device),
+        overlap: capability == (9, 0),
+    })
+}
+
+/// The card's place on the PCI bus, None where the driver does not say.
+fn pci(device: sys::CUdevice) -> Option<String> {
+    let mut text = [0u8; 32];
+    // SAFETY: writes at most as many bytes as there are, the closing zero included.
+    let result = unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), text.len() as i32, device) };
+    let text = result.result().ok().and_then(|()| CStr::from_bytes_until_nul(&text).ok())?;
+    text.to_str().ok().map(String::from)
+}
+
+impl Device for Cuda {
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer> {
+        let _state = self.now("an allocation")?;
+        // SAFETY: contents are undefined, as the trait says.
+        match unsafe { result::malloc_sync(bytes.max(1)) } {
+            Ok(address) => {
+                let memory = DeviceMemory { address, context: self.context.clone() };
+                Ok(Buffer::new(address, bytes, Arc::new(memory)))
+            }
+            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                let (free, total) = check("asking for free memory", result::mem_get_info())?;
+                Err(Error::Memory(format!(
+                    "not enough GPU memory for {what}: {} needed, {} free of {}",
+                    gib(bytes),
+                    gib(free),
+                    gib(total)
+                )))
+            }
+            Err(e) => check(&format!("allocating {bytes} bytes for {what}"), Err(e)),
+        }
+    }
+
+    fn pinned(&self, bytes: usize, what: &str) -> Result<Pinned> {
+        let _state = self.now("an allocation")?;
+        let what = format!("allocating {bytes} bytes of page-locked memory for {what}");
+        let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
+        // SAFETY: the memory is set below before anyone reads it.
+        let host = check(&what, unsafe { result::malloc_host(bytes.max(1), flags) })?;
+        let memory = HostMemory { host, context: self.context.clone() };
+        let mut address = 0;
+        // SAFETY: `host` was just allocated with this size and mapped for the device.
+        unsafe {
+            host.cast::<u8>().write_bytes(0, bytes);
+            check(&what, sys::cuMemHostGetDevicePointer_v2(&mut address, host, 0).result())?;
+        }
+        Ok(Pinned { host: host.cast(), buffer: Buffer::new(address, bytes, Arc::new(memory)) })
+    }
+
+    fn memory(&self) -> Result<(u64, u64)> {
+        self.context.bind()?;
+        let (free, total) = check("asking for free memory", result::mem_get_info())?;
+        Ok((free as u64, total as u64))
+    }
+
+    fn upload(&self, to: &Buffer, bytes: &[u8]) -> Result<()> {
+        check_copy(to.bytes(), bytes.len())?;
+        let _state = self.now("an upload")?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: sizes agree; the source is not touched before the copy is done.
+        check("copying to the GPU", unsafe {
+            result::memcpy_htod_async(to.address(), bytes, self.context.stream)
+                .and_then(|()| result::stream::synchronize(self.context.stream))
+        })
+    }
+
+    fn download(&self, from: &Buffer, bytes: &mut [u8]) -> Result<()> {
+        check_copy(bytes.len(), from.bytes())?;
+        let _state = self.now("a download")?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: sizes agree; the bytes are not touched before the copy is done.
+        check("copying from the GPU", unsafe {
+            result::memcpy_dtoh_async(bytes, from.address(), self.context.stream)
+                .and_then(|()| result::stream::synchronize(self.context.stream))
+        })
+    }
+
+    fn copy(&self, to: &Buffer, from: &Buffer) -> Result<()> {
+        check_copy(to.bytes(), from.bytes())?;
+        self.run_or_record(Node::Copy { to: to.clone(), from: from.clone() })
+    }
+
+    fn fill(&self, to: &Buffer, byte: u8) -> Result<()> {
+        self.run_or_record(Node::Fill { to: to.clone(), byte })
+    }
+
+    /// Waits for the kernels that wrote it: one that reads before its `grid_wait` would not. A failure shows at the next
+    /// call.
+    fn seal(&self, _constant: &Buffer) {
+        let _ = self.synchronize();
+    }
+
+    fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {
+        check_launch(kernel, grid, shared)?;
+        self.run_or_record(Node::Launch(Launch { kernel, grid, shared, args: args.to_vec() }))
+    }
+
+    fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        // The steps are noted first and captured afterwards in one go, so that what fails in `record` leaves no capture
+        // open, and every kernel is loaded before it starts.
+        let thread = thread::current().id();
+        self.now("a capture")?.recording.insert(thread, Vec::new());
+        let result = record();
+        let mut state = lock(&self.state);
+        let nodes = state.recording.remove(&thread).unwrap_or_default();
+        result?;
+        self.context.bind()?;
+        let graph = self.instantiate(&mut state, &nodes)?;
+        Ok(Graph { nodes, replayable: Box::new(graph) })
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        let _state = self.now("a replay")?;
+        let graph = graph.replayable.downcast_ref::<CudaGraph>();
+        let Some(graph) = graph.filter(|graph| Arc::ptr_eq(&graph.context, &self.context)) else {
+            return Err(Error::Internal("a graph of another device".to_string()));
+        };
+        // SAFETY: the executable is valid, launches are ordered by the lock.
+        check("launching a graph", unsafe { result::graph::launch(graph.executable, self.context.stream) })
+    }
+
+    fn record(&self) -> Result<Event> {
+        let _state = self.now("an event")?;
+        let event = check("creating an event", result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT))?;
+        let event = CudaEvent { event, context: self.context.clone() };
+        // SAFETY: event and stream are valid.
+        check("recording an event", unsafe { result::event::record(event.event, self.context.stream) })?;
+        Ok(Event(Box::new(event)))
+    }
+
+    fn elapsed(&self, from: &Event, to: &Event) -> Result<f32> {
+        self.context.bind()?;
+        let own = |event: &Event| -> Result<sys::CUevent> {
+            let event: &dyn Any = event.0.as_ref();
+            let event = event.downcast_ref::<CudaEvent>().map(|e| e.event);
+            event.ok_or_else(|| Error::Internal("an event of another device".to_string()))
+        };
+        let (from, to) = (own(from)?, own(to)?);
+        // SAFETY: both events are valid and were recorded on the same stream.
+        check("timing", unsafe {
+            result::event::synchronize(to).and_then(|()| result::event::elapsed(from, to))
+        })
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        let _state = self.now("a wait")?;
+        // SAFETY: the stream is valid.
+        check("waiting for the GPU", unsafe { result::stream::synchronize(self.context.stream) })
+    }
+
+    fn profile(&self, on: bool) -> Result<()> {
+        self.context.bind()?;
+        // SAFETY: they need no more than a driver.
+        let told = unsafe { if on { sys::cuProfilerStart() } else { sys::cuProfilerStop() } };
+        check("telling the profiler", told.result())
+    }
+}
+
+fn gib(bytes: usize) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1u32 << 30))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_binary_without_kernels_says_so() {
+        let said = Cuda::with(&[], 0).err();
+        let sentence = "device cuda: this binary was built without nvcc and has no CUDA kernels";
+        assert_eq!(said, Some(Error::Unsupported(sentence.into())));
+    }
+
+    /// Profilers and sanitizers name lines of the source by them.
+    #[test]
+    fn both_images_of_every_kernel_tell_its_lines() {
+        for module in MODULES {
+            for (ptx, target) in module.ptx.iter().zip(targets()) {
+                let own = |line: &str| {
+                    line.starts_with("\t.file") && line.contains(&format!("{}.cu\"", module.file))
+                };
+                assert!(ptx.lines().any(own), "{} for {target} names no source", module.file);
+                // The text of an entry point lasts until the next one begins.
+                let entries = ptx.split(".visible .entry ").skip(1);
+                let silent: Vec<&str> = entries
+                    .filter(|entry| !entry.lines().any(|line| line.starts_with("\t.loc\t")))
+                    .map(|entry| entry.split('(').next().unwrap())
+                    .collect();
+                assert_eq!(silent, [""; 0], "{} for {target}", module.file);
+            }
+        }
+    }
+}

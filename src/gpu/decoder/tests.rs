@@ -1,0 +1,122 @@
+use super::*;
+use crate::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use crate::engine::generate::{Flow, Listener, resume};
+use crate::gpu::emulator::Emulator;
+
+struct Silent;
+
+impl Listener for Silent {
+    fn token(&mut self, _: u32, _: bool) -> Result<Flow> {
+        Ok(Flow::Continue)
+    }
+}
+
+/// Otherwise drafting would change what plain steps wrote, and so the answers that follow.
+#[test]
+fn a_drafter_that_catches_up_leaves_the_targets_pages_alone() {
+    let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+    let models = Models::load(&device, &pair, 128).unwrap();
+    let mut batch = Batch::new(&device, &models, Room::new(1, 16, 128)).unwrap();
+    let request = |prompt: &[u32], block| {
+        let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+        Request {
+            prompt: prompt.to_vec(),
+            max_tokens: 3,
+            sampling,
+            stop_ids: vec![],
+            block,
+            drafting: Default::default(),
+        }
+    };
+    let mut said: Vec<u32> = (0..66).map(|i| 300 + i).collect();
+    said.extend(resume(&mut batch, &request(&said, 1), &mut Silent).unwrap().tokens);
+    let held = batch.slots[0].held;
+    assert_eq!((held, batch.slots[0].drafted), (68, 0));
+
+    // Bits that no pass would write.
+    let stack = &pair.target.config.stack;
+    let (layers, row) = (stack.attention.len(), stack.head_dim * 2);
+    let buffer = |batch: &Batch, layer: usize| batch.cache.keys[layer].clone();
+    let pages = |batch: &Batch, layer| {
+        let mut bytes = vec![0; buffer(batch, layer).bytes()];
+        device.download(&buffer(batch, layer), &mut bytes).unwrap();
+        bytes
+    };
+    let marked: Vec<Vec<u8>> =
+        (0..layers).map(|i| pages(&batch, i).iter().map(|byte| byte ^ 1).collect()).collect();
+    (0..layers).for_each(|i| device.upload(&buffer(&batch, i), &marked[i]).unwrap());
+    said.push(7);
+    assert_eq!(batch.join(0, &request(&said, 16), true), Ok(Some(0)));
+    assert!(batch.prefill(0).unwrap().next.is_some());
+    for (layer, marked) in marked.iter().enumerate() {
+        let now = pages(&batch, layer);
+        for (at, head) in (0..said.len()).flat_map(|at| (0..stack.kv_heads).map(move |head| (at, head))) {
+            let page = batch.slots[0].pages[at / PAGE] as usize;
+            let begin = ((page * stack.kv_heads + head) * PAGE + at % PAGE) * row;
+            let kept = now[begin..begin + row] == marked[begin..begin + row];
+            assert_eq!(kept, at < held, "layer {layer}, head {head}, position {at}");
+        }
+    }
+}
+
+struct Script(std::vec::IntoIter<usize>);
+
+impl Controller for Script {
+    fn drafts(&mut self, most: usize) -> usize {
+        self.0.next().unwrap_or(most)
+    }
+
+    fn judged(&mut self, _: usize, _: u64) {}
+}
+
+/// The smallest graph that has rows for all, and one without drafts where nobody drafts.
+#[test]
+fn rounds_are_as_large_as_the_largest_of_their_sequences() {
+    let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+    let models = Models::load(&device, &pair, 128).unwrap();
+    let room = Room { adaptive: true, ..Room::new(2, 16, 128).with_trees(64) };
+    let mut batch = Batch::new(&device, &models, room).unwrap();
+    let scripts = [vec![63, 0, 15, 16, 0, 32, 3], vec![0, 0, 3, 31, 15, 0, 4]];
+    let next = std::cell::Cell::new(0);
+    batch.control(move || {
+        next.set(next.get() + 1);
+        Box::new(Script(scripts[next.get() - 1].clone().into_iter()))
+    });
+    let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+    let drafting = crate::spec::verify::Drafting { tree: Some(64), ..Default::default() };
+    let request =
+        Request { prompt: vec![300, 301], max_tokens: 100, sampling, stop_ids: vec![], block: 16, drafting };
+    for slot in 0..2 {
+        assert_eq!(batch.join(slot, &request, false), Ok(Some(0)));
+        assert!(batch.prefill(slot).unwrap().next.is_some());
+    }
+    let mut rows = vec![];
+    let mut out = vec![Emitted::default(); 2];
+    for round in 0..6 {
+        batch.enqueue().unwrap();
+        rows.push(batch.rows);
+        if round > 0 {
+            batch.round(&mut out).unwrap();
+        }
+    }
+    assert_eq!(rows, [64, 1, 16, 32, 16, 64]);
+}
+
+/// Rows that the next pass has anyway cost nothing, and controllers know which passes there are.
+#[test]
+fn controllers_of_an_adaptive_room_fill_its_passes() {
+    let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+    let models = Models::load(&device, &pair, 128).unwrap();
+    let room = Room { adaptive: true, ..Room::new(1, 16, 128).with_trees(64) };
+    let batch = Batch::new(&device, &models, room).unwrap();
+    let mut controller = (batch.controllers)();
+    let mut rows = vec![];
+    for _ in 0..12 {
+        let drafts = controller.drafts(63);
+        controller.judged(drafts, 0b11);
+        rows.push(drafts + 1);
+    }
+    // From all of them a tile at a time to the smallest, and of that more than what stands would pay by itself.
+    assert_eq!(rows[..7], [64, 64, 64, 64, 48, 32, 16]);
+    assert!(rows[7..].iter().all(|rows| (9..17).contains(rows)), "{rows:?}");
+}

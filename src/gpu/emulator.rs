@@ -1,0 +1,639 @@
+//! The kernels on the CPU: [`Device`] over the host build of `cuda/*.cu`, for finding bugs without a GPU.
+//!
+//! Every launch runs to its end before the call returns. Buffers are single heap allocations full of poison, with a
+//! pattern around them that is looked at after every launch (under the feature `sanitize` AddressSanitizer watches
+//! instead). Results must not depend on the [`Schedule`]; what a launch did is counted per kernel.
+
+use crate::gpu::device::{
+    Arg, Buffer, Counts, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
+    check_launch,
+};
+use crate::{Error, Result};
+use std::alloc::{Layout, alloc, dealloc};
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CStr, c_char, c_void};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+use std::time::Instant;
+
+/// In which order the threads of a block, and the blocks of a launch, take their turns. In-order alone finds few missing
+/// barriers; the two greedy ones find those between warps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Schedule {
+    InOrder,
+    Reversed,
+    /// Any thread that can run, drawn from the seed.
+    Shuffled(u64),
+    /// One warp until it waits for others, then the lowest that can run.
+    GreedyUp,
+    /// One warp until it waits for others, then the highest that can run.
+    GreedyDown,
+}
+
+impl Schedule {
+    /// One of each kind.
+    pub const ALL: [Schedule; 5] = [
+        Schedule::InOrder,
+        Schedule::Reversed,
+        Schedule::Shuffled(1),
+        Schedule::GreedyUp,
+        Schedule::GreedyDown,
+    ];
+}
+
+/// The structures of `emu.h`, field for field.
+mod ffi {
+    use super::{c_char, c_void};
+
+    #[repr(C)]
+    pub struct Kernel {
+        pub name: *const c_char,
+        pub file: *const c_char,
+        pub threads: u32,
+        pub call: *const c_void,
+        pub parameters: *const c_char,
+        pub next: *const Kernel,
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    pub struct Counts {
+        pub blocks: u64,
+        pub streamed: u64,
+        pub read: u64,
+        pub written: u64,
+        pub mma: u64,
+        pub shared: u64,
+        pub conflicts: u64,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    pub struct Range {
+        pub begin: usize,
+        pub end: usize,
+    }
+
+    #[repr(C)]
+    pub struct Launch {
+        pub kernel: *const Kernel,
+        pub arguments: *mut *mut c_void,
+        pub grid: [u32; 3],
+        pub shared: u32,
+        pub schedule: u32,
+        pub conflicts: u32,
+        pub overlap: u32,
+        pub seed: u64,
+        pub sealed: *const Range,
+        pub sealed_count: usize,
+    }
+
+    unsafe extern "C" {
+        pub fn dflash_emu_kernels(see: extern "C" fn(*mut c_void, *const Kernel), context: *mut c_void);
+        pub fn dflash_emu_run(
+            launch: *const Launch,
+            blocks: *const u64,
+            count: usize,
+            counts: *mut Counts,
+            message: *mut c_char,
+            message_size: usize,
+        ) -> i32;
+    }
+}
+
+/// A kernel of the host build.
+#[derive(Clone)]
+struct Entry {
+    kernel: *const ffi::Kernel,
+    threads: u32,
+    /// Source file without path and extension.
+    file: String,
+    /// One letter per parameter, as [`Arg::letter`].
+    parameters: String,
+}
+
+// SAFETY: the pointer is to a C++ object with static lifetime that nothing changes.
+unsafe impl Send for Entry {}
+// SAFETY: as above.
+unsafe impl Sync for Entry {}
+
+/// Bytes kept around every buffer; also its alignment.
+const GUARD: usize = 256;
+const GUARD_BYTE: u8 = 0xc5;
+/// The poison of `emu.h`: NaN as bf16 and as f32, far below any index as an integer.
+const POISON: [u8; 2] = 0xffa5u16.to_le_bytes();
+
+/// One heap allocation: `GUARD` bytes, the buffer, `GUARD` bytes. Under AddressSanitizer the buffer alone.
+struct Block {
+    start: *mut u8,
+    layout: Layout,
+    bytes: usize,
+    live: Arc<Mutex<Live>>,
+}
+
+// SAFETY: the memory is reached through `Device` calls, which the emulator orders.
+unsafe impl Send for Block {}
+// SAFETY: as above.
+unsafe impl Sync for Block {}
+
+impl Memory for Block {}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        let address = self.start as usize + guard();
+        let mut live = lock(&self.live);
+        live.buffers.remove(&address);
+        live.memory.buffers -= 1;
+        live.memory.bytes -= self.bytes;
+        live.sealed.retain(|range| range.begin < address || range.begin >= address + self.bytes.max(1));
+        // SAFETY: allocated with this layout in `allocate`, freed once.
+        unsafe { dealloc(self.start, self.layout) };
+    }
+}
+
+/// What is allocated: address and size of every buffer, and the constant parts, ascending.
+#[derive(Default)]
+struct Live {
+    buffers: BTreeMap<usize, usize>,
+    sealed: Vec<ffi::Range>,
+    memory: Allocated,
+}
+
+/// What an emulator's memory is used for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Allocated {
+    /// Buffers there are.
+    pub buffers: usize,
+    /// Their bytes.
+    pub bytes: usize,
+    /// The most bytes there have been.
+    pub peak: usize,
+}
+
+struct State {
+    schedule: Schedule,
+    conflicts: bool,
+    threads: usize,
+    counts: BTreeMap<&'static str, Counts>,
+    /// The steps of each thread that captures a graph.
+    recording: HashMap<ThreadId, Vec<Node>>,
+}
+
+/// The emulated device.
+pub struct Emulator {
+    properties: Properties,
+    kernels: BTreeMap<String, Entry>,
+    live: Arc<Mutex<Live>>,
+    state: Mutex<State>,
+    /// Held while a launch runs.
+    running: Mutex<()>,
+}
+
+/// Bytes around a buffer that belong to its allocation.
+fn guard() -> usize {
+    if cfg!(feature = "sanitize") { 0 } else { GUARD }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Emulator {
+    /// A device with the in-order schedule, one OS thread per launch, bank conflicts counted for `ldmatrix` only.
+    pub fn new() -> Emulator {
+        extern "C" fn see(context: *mut c_void, kernel: *const ffi::Kernel) {
+            // SAFETY: called by `dflash_emu_kernels` below with the map and a static kernel entry.
+            unsafe {
+                let kernels = &mut *context.cast::<BTreeMap<String, Entry>>();
+                let text = |p: *const c_char| CStr::from_ptr(p).to_string_lossy().into_owned();
+                let path = text((*kernel).file);
+                let file = Path::new(&path).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                let entry = Entry {
+                    kernel,
+                    threads: (*kernel).threads,
+                    file,
+                    parameters: text((*kernel).parameters),
+                };
+                kernels.insert(text((*kernel).name), entry);
+            }
+        }
+        let mut kernels: BTreeMap<String, Entry> = BTreeMap::new();
+        // SAFETY: `see` gets back the pointer to the map, which outlives the call.
+        unsafe { ffi::dflash_emu_kernels(see, (&raw mut kernels).cast()) };
+        Emulator {
+            properties: Properties {
+                name: "emulator".to_string(),
+                capability: (8, 0),
+                multiprocessors: 1,
+                memory: 16 << 30,
+                l2: 50 << 20,
+                shared_per_block: 227 << 10,
+                driver: 0,
+                pci: None,
+                overlap: true,
+            },
+            kernels,
+            live: Arc::default(),
+            state: Mutex::new(State {
+                schedule: Schedule::InOrder,
+                conflicts: false,
+                threads: 1,
+                counts: BTreeMap::new(),
+                recording: HashMap::new(),
+            }),
+            running: Mutex::new(()),
+        }
+    }
+
+    /// A device with that much memory, bytes.
+    pub fn with_memory(bytes: u64) -> Emulator {
+        let mut emulator = Emulator::new();
+        emulator.properties.memory = bytes;
+        emulator
+    }
+
+    /// What is allocated now.
+    pub fn allocated(&self) -> Allocated {
+        lock(&self.live).memory
+    }
+
+    /// The schedule of later launches.
+    pub fn set_schedule(&self, schedule: Schedule) {
+        lock(&self.state).schedule = schedule;
+    }
+
+    /// Whether later launches count bank conflicts of every access through a wrapper, which costs time.
+    pub fn count_conflicts(&self, on: bool) {
+        lock(&self.state).conflicts = on;
+    }
+
+    /// Over how many OS threads later launches spread their blocks. One keeps the order of blocks that of the schedule.
+    pub fn set_threads(&self, threads: usize) {
+        lock(&self.state).threads = threads.max(1);
+    }
+
+    /// What each kernel has done since the last [`Emulator::reset_counts`], by kernel name.
+    pub fn counts(&self) -> BTreeMap<&'static str, Counts> {
+        lock(&self.state).counts.clone()
+    }
+
+    /// Starts counting from zero.
+    pub fn reset_counts(&self) {
+        lock(&self.state).counts.clear();
+    }
+
+    /// Names of all kernels of the host build.
+    pub fn kernels(&self) -> impl Iterator<Item = &str> {
+        self.kernels.keys().map(String::as_str)
+    }
+
+    /// Adds a step to the graph that this thread captures, if it does.
+    fn recorded(&self, node: impl FnOnce() -> Node) -> bool {
+        match lock(&self.state).recording.get_mut(&thread::current().id()) {
+            Some(nodes) => {
+                nodes.push(node());
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn not_capturing(&self, what: &str) -> Result<()> {
+        match lock(&self.state).recording.contains_key(&thread::current().id()) {
+            true => Err(Error::Internal(format!("{what} while a graph is captured"))),
+            false => Ok(()),
+        }
+    }
+
+    /// Checks a launch against the kernel's own declaration.
+    fn check(&self, kernel: &Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<&Entry> {
+        check_launch(kernel, grid, shared)?;
+        let wrong = |what: String| Error::Internal(format!("kernel {}: {what}", kernel.name));
+        let Some(entry) = self.kernels.get(kernel.name) else {
+            return Err(wrong(format!("not in the host build of cuda/{}.cu", kernel.file)));
+        };
+        if entry.file != kernel.file {
+            return Err(wrong(format!("in {}.cu, declared is {}.cu", entry.file, kernel.file)));
+        }
+        if entry.threads != kernel.threads {
+            return Err(wrong(format!(
+                "{} threads per block, declared are {}",
+                entry.threads, kernel.threads
+            )));
+        }
+        let letters: String = args.iter().map(Arg::letter).collect();
+        if letters != entry.parameters {
+            return Err(wrong(format!(
+                "arguments {letters:?}, expected {:?} (p pointer, u u32, i i32, U u64, f f32)",
+                entry.parameters
+            )));
+        }
+        let limit = self.properties.shared_per_block;
+        if kernel.max_shared > limit {
+            return Err(wrong(format!(
+                "{} bytes of dynamic shared memory, a block has {limit}",
+                kernel.max_shared
+            )));
+        }
+        Ok(entry)
+    }
+
+    fn run(&self, launch: &Launch) -> Result<()> {
+        let Launch { kernel, grid, shared, args } = launch;
+        let entry = self.check(kernel, *grid, *shared, args)?;
+        let _running = lock(&self.running);
+        let (schedule, conflicts, threads) = {
+            let state = lock(&self.state);
+            (state.schedule, state.conflicts, state.threads)
+        };
+        let mut words: Vec<u64> = args.iter().map(Arg::word).collect();
+        let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| (w as *mut u64).cast()).collect();
+        let sealed = lock(&self.live).sealed.clone();
+        let (number, seed) = match schedule {
+            Schedule::InOrder => (0, 0),
+            Schedule::Reversed => (1, 0),
+            Schedule::Shuffled(seed) => (2, seed),
+            Schedule::GreedyUp => (3, 0),
+            Schedule::GreedyDown => (4, 0),
+        };
+        let call = Call(ffi::Launch {
+            kernel: entry.kernel,
+            arguments: pointers.as_mut_ptr(),
+            grid: *grid,
+            shared: *shared,
+            schedule: number,
+            conflicts: u32::from(conflicts),
+            overlap: 1,
+            seed,
+            sealed: sealed.as_ptr(),
+            sealed_count: sealed.len(),
+        });
+        let blocks = block_order(grid.iter().map(|&n| u64::from(n)).product(), schedule);
+        let mut counts = call.run_all(&blocks, threads)?;
+        counts.launches = 1;
+        *lock(&self.state).counts.entry(kernel.name).or_default() += counts;
+        self.check_guards(kernel)
+    }
+
+    /// Looks at the pattern around every buffer.
+    fn check_guards(&self, kernel: &Kernel) -> Result<()> {
+        if guard() == 0 {
+            return Ok(());
+        }
+        for (&address, &bytes) in &lock(&self.live).buffers {
+            let start = address - GUARD;
+            // SAFETY: the allocation reaches from GUARD bytes before the buffer to GUARD bytes after it, and is in the map
+            // only while it lives.
+            let (before, after) = unsafe {
+                (
+                    std::slice::from_raw_parts(start as *const u8, GUARD),
+                    std::slice::from_raw_parts((address + bytes) as *const u8, GUARD),
+                )
+            };
+            if before.iter().chain(after).any(|&b| b != GUARD_BYTE) {
+                return Err(Error::Internal(format!(
+                    "kernel {}: wrote outside a buffer of {bytes} bytes at {address:#x}",
+                    kernel.name
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Default for Emulator {
+    fn default() -> Emulator {
+        Emulator::new()
+    }
+}
+
+/// A launch, shared by the threads that run its blocks.
+struct Call(ffi::Launch);
+
+// SAFETY: everything behind its pointers is only read while the blocks run.
+unsafe impl Sync for Call {}
+
+impl Call {
+    /// Runs the blocks in order on one thread, or in any order on several.
+    fn run_all(&self, blocks: &[u64], threads: usize) -> Result<Counts> {
+        if threads <= 1 || blocks.len() <= 1 {
+            return self.run_some(blocks);
+        }
+        let next = AtomicUsize::new(0);
+        let stop = AtomicBool::new(false);
+        let total = Mutex::new(Ok(Counts::default()));
+        rayon::scope(|scope| {
+            for _ in 0..threads.min(blocks.len()) {
+                scope.spawn(|_| {
+                    while !stop.load(Ordering::Relaxed) {
+                        let Some(block) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+                        let result = self.run_some(std::slice::from_ref(block));
+                        let mut total = lock(&total);
+                        match (&mut *total, result) {
+                            (Ok(total), Ok(counts)) => *total += counts,
+                            (Ok(_), Err(e)) => {
+                                stop.store(true, Ordering::Relaxed);
+                                *total = Err(e);
+                            }
+                            (Err(_), _) => {}
+                        }
+                    }
+                });
+            }
+        });
+        total.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run_some(&self, blocks: &[u64]) -> Result<Counts> {
+        let mut counts = ffi::Counts::default();
+        let mut message = [0u8; 1600];
+        // SAFETY: the launch points at a live kernel entry, as many arguments of the right sizes as it has parameters
+        // (`check`), and live sealed ranges; the other pointers are to locals of the sizes given.
+        let failed = unsafe {
+            ffi::dflash_emu_run(
+                &self.0,
+                blocks.as_ptr(),
+                blocks.len(),
+                &mut counts,
+                message.as_mut_ptr().cast(),
+                message.len(),
+            )
+        };
+        if failed != 0 {
+            let text = CStr::from_bytes_until_nul(&message).map(CStr::to_string_lossy).unwrap_or_default();
+            return Err(Error::Internal(text.into_owned()));
+        }
+        let ffi::Counts { blocks, streamed, read, written, mma, shared, conflicts } = counts;
+        Ok(Counts { launches: 0, blocks, streamed, read, written, mma, shared, conflicts })
+    }
+}
+
+/// Linear block indices in the order a schedule runs them.
+fn block_order(count: u64, schedule: Schedule) -> Vec<u64> {
+    let mut order: Vec<u64> = (0..count).collect();
+    match schedule {
+        Schedule::InOrder | Schedule::GreedyUp => {}
+        Schedule::Reversed | Schedule::GreedyDown => order.reverse(),
+        Schedule::Shuffled(seed) => {
+            let mut state = seed;
+            for i in (1..order.len()).rev() {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                order.swap(i, (state >> 33) as usize % (i + 1));
+            }
+        }
+    }
+    order
+}
+
+impl Device for Emulator {
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer> {
+        self.not_capturing("an allocation")?;
+        let refused = || Error::Memory(format!("no memory for {what}: {bytes} bytes asked of the emulator"));
+        let whole = bytes.max(1).checked_add(2 * guard()).ok_or_else(refused)?;
+        let layout = Layout::from_size_align(whole, GUARD).map_err(|_| refused())?;
+        let (free, total) = self.memory()?;
+        if bytes as u64 > free {
+            return Err(Error::Memory(format!(
+                "not enough memory of the emulator for {what}: {bytes} bytes needed, {free} free of {total}"
+            )));
+        }
+        // SAFETY: the layout is not empty; the pointer is checked; all writes lie inside the allocation.
+        let start = unsafe {
+            let start = alloc(layout);
+            if start.is_null() {
+                return Err(refused());
+            }
+            start.write_bytes(GUARD_BYTE, whole);
+            let inside = std::slice::from_raw_parts_mut(start.add(guard()), bytes);
+            for (i, byte) in inside.iter_mut().enumerate() {
+                *byte = POISON[i & 1];
+            }
+            start
+        };
+        let address = start as usize + guard();
+        let mut live = lock(&self.live);
+        live.buffers.insert(address, bytes);
+        live.memory.buffers += 1;
+        live.memory.bytes += bytes;
+        live.memory.peak = live.memory.peak.max(live.memory.bytes);
+        drop(live);
+        let block = Block { start, layout, bytes, live: self.live.clone() };
+        Ok(Buffer::new(address as u64, bytes, Arc::new(block)))
+    }
+
+    fn pinned(&self, bytes: usize, what: &str) -> Result<Pinned> {
+        let buffer = self.allocate(bytes, what)?;
+        self.fill(&buffer, 0)?;
+        Ok(Pinned { host: buffer.address() as *mut u8, buffer })
+    }
+
+    fn memory(&self) -> Result<(u64, u64)> {
+        let used = self.allocated().bytes as u64;
+        Ok((self.properties.memory.saturating_sub(used), self.properties.memory))
+    }
+
+    fn upload(&self, to: &Buffer, bytes: &[u8]) -> Result<()> {
+        self.not_capturing("an upload")?;
+        check_copy(to.bytes(), bytes.len())?;
+        let _running = lock(&self.running);
+        // SAFETY: a buffer's address and size describe live memory; no kernel runs.
+        unsafe { std::ptr::copy(bytes.as_ptr(), to.address() as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    fn download(&self, from: &Buffer, bytes: &mut [u8]) -> Result<()> {
+        self.not_capturing("a download")?;
+        check_copy(bytes.len(), from.bytes())?;
+        let _running = lock(&self.running);
+        // SAFETY: as in `upload`.
+        unsafe { std::ptr::copy(from.address() as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn copy(&self, to: &Buffer, from: &Buffer) -> Result<()> {
+        check_copy(to.bytes(), from.bytes())?;
+        if !self.recorded(|| Node::Copy { to: to.clone(), from: from.clone() }) {
+            let _running = lock(&self.running);
+            // SAFETY: as in `upload`; the two may overlap.
+            unsafe { std::ptr::copy(from.address() as *const u8, to.address() as *mut u8, to.bytes()) };
+        }
+        Ok(())
+    }
+
+    fn fill(&self, to: &Buffer, byte: u8) -> Result<()> {
+        if !self.recorded(|| Node::Fill { to: to.clone(), byte }) {
+            let _running = lock(&self.running);
+            // SAFETY: as in `upload`.
+            unsafe { (to.address() as *mut u8).write_bytes(byte, to.bytes()) };
+        }
+        Ok(())
+    }
+
+    fn seal(&self, constant: &Buffer) {
+        let mut live = lock(&self.live);
+        let begin = constant.address() as usize;
+        live.sealed.push(ffi::Range { begin, end: begin + constant.bytes() });
+        live.sealed.sort_by_key(|range| range.begin);
+    }
+
+    fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {
+        self.check(kernel, grid, shared, args)?;
+        let launch = Launch { kernel, grid, shared, args: args.to_vec() };
+        if self.recorded(|| Node::Launch(launch.clone())) {
+            return Ok(());
+        }
+        self.run(&launch)
+    }
+
+    fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        self.not_capturing("a capture")?;
+        let thread = thread::current().id();
+        lock(&self.state).recording.insert(thread, Vec::new());
+        let result = record();
+        let nodes = lock(&self.state).recording.remove(&thread).unwrap_or_default();
+        result.map(|()| Graph { nodes, replayable: Box::new(()) })
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        self.not_capturing("a replay")?;
+        for node in &graph.nodes {
+            match node {
+                Node::Launch(launch) => self.run(launch)?,
+                Node::Copy { to, from } => self.copy(to, from)?,
+                Node::Fill { to, byte } => self.fill(to, *byte)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn record(&self) -> Result<Event> {
+        Ok(Event(Box::new(Instant::now())))
+    }
+
+    fn elapsed(&self, from: &Event, to: &Event) -> Result<f32> {
+        match (from.0.downcast_ref::<Instant>(), to.0.downcast_ref::<Instant>()) {
+            (Some(from), Some(to)) => Ok(to.duration_since(*from).as_secs_f32() * 1e3),
+            _ => Err(Error::Internal("an event of another device".to_string())),
+        }
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.not_capturing("a wait")
+    }
+
+    fn tally(&self) -> Option<Counts> {
+        let mut sum = Counts::default();
+        self.counts().into_values().for_each(|counts| sum += counts);
+        Some(sum)
+    }
+
+    fn tally_conflicts(&self, all: bool) {
+        self.count_conflicts(all);
+    }
+}

@@ -1,0 +1,149 @@
+//! The launches of a captured graph as a list to be read: parts of a round, equal layers told once. All of it is taken
+//! from the graph; what is known here is which kernels begin a part or a layer.
+
+use crate::Result;
+use crate::checkpoint::pair::Pair;
+use crate::gpu::decoder::{Batch, Models};
+use crate::gpu::device::Node;
+use crate::gpu::loader::Loader;
+use crate::gpu::memory::{Ledger, Room};
+use std::ops::Range;
+
+/// A part of a graph.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Section<'a> {
+    /// What it is for: `begin`, `inject`, `draft`, `verify` or `accept`.
+    pub name: &'static str,
+    /// Whose layers it runs.
+    pub model: &'static str,
+    /// All its steps, and the same told briefly.
+    pub nodes: &'a [Node],
+    pub groups: Vec<Group<'a>>,
+}
+
+/// Steps that follow each other, once or several times.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Group<'a> {
+    /// Of the first time. The others have other arguments and nothing else.
+    pub nodes: &'a [Node],
+    pub times: usize,
+    /// The model's layers that this is, all times together; empty outside of layers.
+    pub layers: Range<usize>,
+}
+
+/// The launches of a round of `pair`, `sampled` or greedy, as every device captures them. Takes no device.
+///
+/// # Errors
+/// As [`crate::gpu::memory::MemoryPlan::new`].
+pub fn of_round(pair: &Pair, room: Room, sampled: bool) -> Result<Vec<Node>> {
+    room.check()?;
+    let ledger = Ledger::new();
+    let mut loader = Loader::new(&ledger, &pair.target.weights);
+    let models = Models::list(&mut loader, pair, room.positions, &mut |_| ())?;
+    let batch = Batch::new(&ledger, &models, room)?;
+    Ok(batch.largest(sampled)?.nodes.clone())
+}
+
+/// The parts of a round's graph.
+pub fn outline(nodes: &[Node]) -> Vec<Section<'_>> {
+    let mut starts: Vec<(usize, &'static str)> = vec![];
+    for (i, node) in nodes.iter().enumerate() {
+        let before = starts.last().map_or("", |start| start.1);
+        let name = match kernel(node) {
+            ("inject", _) => "inject",
+            ("embedding", _) if before == "inject" => "draft",
+            (_, "round_tokens" | "tree_build") => "verify",
+            ("verify", _) => "accept",
+            _ if i == 0 => "begin",
+            _ => continue,
+        };
+        starts.push((i, name));
+    }
+    let ends = starts.iter().skip(1).map(|start| start.0).chain([nodes.len()]);
+    starts.iter().zip(ends).map(|(&(start, name), end)| section(name, &nodes[start..end])).collect()
+}
+
+/// How many layers the sections run, and with how many steps each, where that is one number.
+pub fn layers(sections: &[Section]) -> Option<(usize, usize)> {
+    let groups = sections.iter().flat_map(|section| &section.groups).filter(|g| !g.layers.is_empty());
+    let (layers, steps) =
+        groups.clone().fold((0, 0), |sum, g| (sum.0 + g.layers.len(), sum.1 + g.times * g.nodes.len()));
+    let each = steps.checked_div(layers)?;
+    groups.clone().all(|g| g.times * g.nodes.len() == g.layers.len() * each).then_some((layers, each))
+}
+
+/// The steps of a part in order: those of a layer together, with true, and others each alone.
+pub fn units(nodes: &[Node]) -> Vec<(&[Node], bool)> {
+    // A layer is a qkv launch and what follows, to the last projection before the next.
+    let mut units = vec![];
+    let mut rest = nodes;
+    while let Some(first) = rest.first() {
+        let layer = kernel(first).0 == "qkv";
+        let next = rest.iter().skip(1).position(|node| kernel(node).0 == "qkv").map_or(rest.len(), |i| i + 1);
+        let last = rest[..next].iter().rposition(|node| kernel(node).0 == "project");
+        let (unit, after) = rest.split_at(if layer { last.unwrap_or(0) + 1 } else { 1 });
+        units.push((unit, layer));
+        rest = after;
+    }
+    units
+}
+
+fn section<'a>(name: &'static str, nodes: &'a [Node]) -> Section<'a> {
+    let model = if matches!(name, "inject" | "draft") { "drafter" } else { "target" };
+    let units = units(nodes);
+    let (mut groups, mut layers): (Vec<Group>, usize) = (vec![], 0);
+    let (mut unit, mut at) = (0, 0);
+    while unit < units.len() {
+        let (period, times) = repetition(&units[unit..]);
+        let taken = &units[unit..unit + period];
+        let length: usize = taken.iter().map(|(nodes, _)| nodes.len()).sum();
+        let first = layers;
+        layers += times * taken.iter().filter(|(_, layer)| *layer).count();
+        let alone = times == 1 && layers == first;
+        match groups.last_mut() {
+            // Single steps stand together.
+            Some(group) if alone && group.times == 1 && group.layers.is_empty() => {
+                group.nodes = &nodes[at - group.nodes.len()..at + length];
+            }
+            _ => groups.push(Group { nodes: &nodes[at..at + length], times, layers: first..layers }),
+        }
+        unit += period * times;
+        at += length * times;
+    }
+    Section { name, model, nodes, groups }
+}
+
+/// How many units repeat from the first on, and how often: what covers the most of them.
+fn repetition(units: &[(&[Node], bool)]) -> (usize, usize) {
+    let mut best = (1, 1);
+    for period in 1..=units.len() / 2 {
+        let again = units.chunks_exact(period).skip(1);
+        let same = |chunk: &&[(&[Node], bool)]| {
+            chunk.iter().zip(units).all(|((a, _), (b, _))| {
+                a.len() == b.len() && a.iter().zip(*b).all(|(a, b)| equal_but_for_arguments(a, b))
+            })
+        };
+        let times = 1 + again.take_while(same).count();
+        if times > 1 && period * times > best.0 * best.1 {
+            best = (period, times);
+        }
+    }
+    best
+}
+
+fn equal_but_for_arguments(a: &Node, b: &Node) -> bool {
+    match (a, b) {
+        (Node::Launch(a), Node::Launch(b)) => (a.kernel, a.grid, a.shared) == (b.kernel, b.grid, b.shared),
+        (Node::Copy { to: a, .. }, Node::Copy { to: b, .. }) => a.bytes() == b.bytes(),
+        (Node::Fill { to: a, byte: x }, Node::Fill { to: b, byte: y }) => (a.bytes(), x) == (b.bytes(), y),
+        _ => false,
+    }
+}
+
+/// File and entry point of a launch's kernel.
+fn kernel(node: &Node) -> (&'static str, &'static str) {
+    match node {
+        Node::Launch(launch) => (launch.kernel.file, launch.kernel.name),
+        _ => ("", ""),
+    }
+}

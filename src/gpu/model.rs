@@ -1,0 +1,591 @@
+//! Target and drafter on a device, as ordered lists of launches: a prompt's chunk, a draft pass, a verification pass. Knows
+//! shapes and order; neither sequences nor text, nor who fills the tables of a pass.
+//!
+//! A layer is five launches: qkv, attention, output projection, gate and up, down. Norms have no launch of their own: who
+//! writes the residual stream leaves what the next linear layer takes (`cuda/model/epilogues.cuh`).
+
+use crate::checkpoint::config::{self, TargetConfig};
+use crate::gpu::device::{Buffer, Device};
+use crate::gpu::kernels::attention::{self, Attention, Mask, Paged, Prefill};
+use crate::gpu::kernels::embedding::Embedding;
+use crate::gpu::kernels::head::Head;
+use crate::gpu::kernels::inject::Inject;
+use crate::gpu::kernels::linear::{self, Input, Prompt, Shape};
+use crate::gpu::kernels::norm::Norm;
+use crate::gpu::kernels::project::{Project, Projected};
+use crate::gpu::kernels::qkv::{Places, Qkv};
+use crate::gpu::kernels::swiglu::Swiglu;
+use crate::gpu::loader::{Loader, Rows};
+use crate::{Error, Result};
+
+pub use crate::gpu::kernels::PAGE;
+
+/// One row of a pass: `Row` of `cuda/common/rows.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    /// Row of the page table; [`Row::NONE`]: padding.
+    pub sequence: u32,
+    /// Of the token, for RoPE.
+    pub position: u32,
+    /// Where its key and value go; [`Row::NONE`]: nowhere.
+    pub slot: u32,
+    /// Row of the query buffer; [`Row::NONE`]: none.
+    pub query: u32,
+}
+
+impl Row {
+    pub const NONE: u32 = u32::MAX;
+    pub const BYTES: usize = 16;
+
+    /// As the device reads it.
+    pub fn to_bytes(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        for (to, word) in bytes.chunks_mut(4).zip([self.sequence, self.position, self.slot, self.query]) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+}
+
+/// One decoder layer's weights.
+struct Layer {
+    qkv: Buffer,                     // packed, query heads, key heads, value heads
+    o: Buffer,                       // packed
+    gate_up: Buffer,                 // packed, tiles of 8 gates and 8 ups
+    down: Buffer,                    // packed
+    input_gain: Buffer,              // [hidden] f32
+    post_gain: Buffer,               // [hidden] f32
+    head_gains: Option<[Buffer; 2]>, // [head_dim] f32, of queries and keys
+}
+
+impl Layer {
+    fn load(loader: &mut Loader, prefix: &str, c: &config::Stack) -> Result<Layer> {
+        let (hidden, inner, head) = (c.hidden, c.intermediate, c.head_dim);
+        let (q, kv) = (c.heads * head, c.kv_heads * head);
+        let [qkv, o, gate_up, down] = c.shapes();
+        let name = |part: &str| format!("{prefix}.{part}.weight");
+        let part = |part, rows, place| (name(part), rows, place);
+        let first = Rows::From(0);
+        let queries = part("self_attn.q_proj", q, first);
+        let keys = part("self_attn.k_proj", kv, Rows::From(q));
+        let values = part("self_attn.v_proj", kv, Rows::From(q + kv));
+        let (gates, ups) = (part("mlp.gate_proj", inner, Rows::Gates), part("mlp.up_proj", inner, Rows::Ups));
+        let mut head_gain = |part| loader.vector(&name(part), head);
+        Ok(Layer {
+            head_gains: match c.qk_norm {
+                true => Some([head_gain("self_attn.q_norm")?, head_gain("self_attn.k_norm")?]),
+                false => None,
+            },
+            qkv: loader.packed(qkv, &[queries, keys, values])?,
+            o: loader.packed(o, &[part("self_attn.o_proj", hidden, first)])?,
+            gate_up: loader.packed(gate_up, &[gates, ups])?,
+            down: loader.packed(down, &[part("mlp.down_proj", hidden, first)])?,
+            input_gain: loader.vector(&name("input_layernorm"), hidden)?,
+            post_gain: loader.vector(&name("post_attention_layernorm"), hidden)?,
+        })
+    }
+}
+
+/// A stack of decoder layers, the target's or the drafter's.
+pub struct Stack {
+    pub config: config::Stack,
+    layers: Vec<Layer>,
+    final_gain: Buffer, // [hidden] f32
+    rope: Buffer,       // [positions][head_dim] f32
+    positions: usize,
+}
+
+impl Stack {
+    /// What `loader` is to load: `{prefix}layers.{i}` and the norm `{prefix}norm`; positions up to `positions` can be
+    /// turned.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for shapes the kernels do not have, named by their config field; else as
+    /// [`Loader::packed`].
+    pub fn load(
+        loader: &mut Loader,
+        prefix: &str,
+        config: &config::Stack,
+        positions: usize,
+    ) -> Result<Stack> {
+        check(config)?;
+        let layers =
+            (0..config.attention.len()).map(|i| Layer::load(loader, &format!("{prefix}layers.{i}"), config));
+        Ok(Stack {
+            layers: layers.collect::<Result<_>>()?,
+            final_gain: loader.vector(&format!("{prefix}norm.weight"), config.hidden)?,
+            rope: loader.rotations(&config.rope, config.head_dim, positions)?,
+            positions,
+            config: config.clone(),
+        })
+    }
+
+    fn norm(&self, rows: usize) -> Norm {
+        Norm { rows, hidden: self.config.hidden }
+    }
+
+    /// Runs the layers over `pass.rows()` rows of `s.x`. Afterwards `s.y` and `s.sumsq` hold what a head takes, final norm
+    /// included.
+    ///
+    /// # Errors
+    /// What the device says; [`Error::Internal`] where `s` or `cache` is too small for the pass.
+    pub fn run(&self, device: &dyn Device, s: &Scratch, cache: &Cache, pass: &Pass) -> Result<()> {
+        let c = &self.config;
+        let (rows, all) = (pass.rows(), pass.rows() + pass.injected);
+        // Injected rows stand before the pass's own.
+        let (y, sumsq) = s.behind(c.hidden, pass.injected)?;
+        self.norm(rows).launch(device, &y, &sumsq, &s.x, None, &self.layers[0].input_gain)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let input = |weights, x, sumsq| Input {
+                weights,
+                x,
+                sumsq,
+                eps: c.eps,
+                prompt: pass.prompt.map(|_| Prompt::of(device)),
+                live: pass.live,
+                workspace: &s.linear,
+            };
+            self.qkv(all, false, s, cache).launch(
+                device,
+                &input(&layer.qkv, &s.y, Some(&s.sumsq)),
+                &self.places(i, s, cache, pass.table),
+            )?;
+            self.attend(device, i, s, cache, pass)?;
+            let next = self.layers.get(i + 1).map_or(&self.final_gain, |next| &next.input_gain);
+            let out = |gain| Projected { x: &s.x, y: &y, sumsq: &sumsq, gain, features: None };
+            let [_, o, _, down] = c.shapes();
+            Project { rows, n: o.n, k: o.k }.launch(
+                device,
+                &input(&layer.o, &s.attended, None),
+                &out(&layer.post_gain),
+            )?;
+            Swiglu { rows, inner: c.intermediate, k: c.hidden }.launch(
+                device,
+                &input(&layer.gate_up, &y, Some(&sumsq)),
+                &s.inner,
+            )?;
+            let tap =
+                pass.taps.and_then(|(taps, to)| Some((taps.iter().position(|&t| t == i)?, taps.len(), to)));
+            let features = match tap {
+                None => None,
+                Some((place, taps, to)) => {
+                    let skipped = place * c.hidden * 2;
+                    Some((to.slice(skipped, to.bytes() - skipped)?, taps * c.hidden))
+                }
+            };
+            let features = features.as_ref().map(|(buffer, pitch)| (buffer, *pitch));
+            Project { rows, n: down.n, k: down.k }.launch(
+                device,
+                &input(&layer.down, &s.inner, None),
+                &Projected { features, ..out(next) },
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Keys and values of rows that are already in `s.y` and `s.sumsq`, for every layer: what features leave in the drafter's
+    /// cache, a `prompt`'s or those of a round. `table` `[rows]` [`Row`]; `live` as [`Pass::live`].
+    ///
+    /// # Errors
+    /// As [`Stack::run`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn remember(
+        &self,
+        device: &dyn Device,
+        s: &Scratch,
+        cache: &Cache,
+        table: &Buffer,
+        rows: usize,
+        prompt: bool,
+        live: Option<&Buffer>,
+    ) -> Result<()> {
+        for (i, layer) in self.layers.iter().enumerate() {
+            let input = Input {
+                weights: &layer.qkv,
+                x: &s.y,
+                sumsq: Some(&s.sumsq),
+                eps: self.config.eps,
+                prompt: prompt.then(|| Prompt::of(device)),
+                live,
+                workspace: &s.linear,
+            };
+            self.qkv(rows, true, s, cache).launch(device, &input, &self.places(i, s, cache, table))?;
+        }
+        Ok(())
+    }
+
+    fn qkv(&self, rows: usize, keys_only: bool, s: &Scratch, cache: &Cache) -> Qkv {
+        let c = &self.config;
+        Qkv {
+            rows,
+            k: c.hidden,
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            query_rows: s.rows,
+            pages: cache.pages,
+            sequences: cache.sequences,
+            sequence_pages: cache.sequence_pages,
+            positions: self.positions,
+            keys_only,
+        }
+    }
+
+    fn places<'a>(&'a self, layer: usize, s: &'a Scratch, cache: &'a Cache, table: &'a Buffer) -> Places<'a> {
+        let gains = self.layers[layer].head_gains.as_ref();
+        Places {
+            rows: table,
+            queries: &s.queries,
+            keys: &cache.keys[layer],
+            values: &cache.values[layer],
+            table: &cache.table,
+            q_gain: gains.map(|g| &g[0]),
+            k_gain: gains.map(|g| &g[1]),
+            rope: &self.rope,
+        }
+    }
+
+    fn attend(&self, device: &dyn Device, i: usize, s: &Scratch, cache: &Cache, pass: &Pass) -> Result<()> {
+        let (c, rule) = (&self.config, self.config.attention[i]);
+        let layer = attention::Layer {
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            pages: cache.pages,
+            pages_per_sequence: cache.sequence_pages,
+            window: rule.window.unwrap_or(0),
+            scale: 1.0 / (c.head_dim as f32).sqrt(),
+        };
+        let (k, v, spans) = (&cache.keys[i], &cache.values[i], pass.spans);
+        if let Some(sequence) = pass.prompt {
+            let width = cache.sequence_pages * 4;
+            let table = cache.table.slice(sequence * width, width)?;
+            let prefill = Prefill { layer, rows: pass.rows() };
+            return prefill.launch(device, &s.attended, &s.queries, Paged { k, v, table: &table, spans });
+        }
+        let mask = match (rule.causal, pass.masks) {
+            (false, _) => Mask::Block,
+            (true, None) => Mask::Chain,
+            (true, Some(masks)) => Mask::Tree(masks),
+        };
+        let attention =
+            Attention { layer, sequences: pass.sequences, block: pass.block, capacity: cache.capacity() };
+        attention.launch(
+            device,
+            &s.attended,
+            &s.queries,
+            Paged { k, v, table: &cache.table, spans },
+            mask,
+            &s.attention,
+        )
+    }
+}
+
+impl config::Stack {
+    /// The layer's linear shapes: qkv, o, gate_up, down.
+    pub fn shapes(&self) -> [Shape; 4] {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        [
+            Shape { n: q + 2 * kv, k: self.hidden },
+            Shape { n: self.hidden, k: q },
+            Shape { n: 2 * self.intermediate, k: self.hidden },
+            Shape { n: self.hidden, k: self.intermediate },
+        ]
+    }
+}
+
+/// Refuses what the kernels do not have, by the name of the config's field.
+fn check(c: &config::Stack) -> Result<()> {
+    let needs = [
+        (c.hidden.is_multiple_of(64), "hidden_size", c.hidden, "a multiple of 64"),
+        (c.intermediate.is_multiple_of(32), "intermediate_size", c.intermediate, "a multiple of 32"),
+        (c.head_dim == 64 || c.head_dim == 128, "head_dim", c.head_dim, "64 or 128"),
+        (c.heads <= 8 * c.kv_heads, "num_attention_heads", c.heads, "at most 8 heads on each key/value head"),
+        (c.rope.rotary_dims == c.head_dim, "the number of rotated dims", c.rope.rotary_dims, "all of a head"),
+    ];
+    for (holds, field, found, expected) in needs {
+        if !holds {
+            return Err(Error::Unsupported(format!(
+                "the kernels cannot run this model: {field} is {found}, expected {expected}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Keys and values of a stack, in pages of [`PAGE`] tokens that sequences own.
+pub struct Cache {
+    pub(crate) keys: Vec<Buffer>,   // per layer [pages][kv_heads][PAGE][head_dim] bf16
+    pub(crate) values: Vec<Buffer>, // as keys
+    /// `[sequences][sequence_pages]` u32: the pages of each sequence, in order of position.
+    pub table: Buffer,
+    pub pages: usize,
+    pub sequences: usize,
+    pub sequence_pages: usize,
+}
+
+impl Cache {
+    /// Room for `pages` pages, of which each of `sequences` sequences may have `sequence_pages`. The table is not filled.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where there is too little.
+    pub fn new(
+        device: &dyn Device,
+        c: &config::Stack,
+        pages: usize,
+        sequences: usize,
+        sequence_pages: usize,
+    ) -> Result<Cache> {
+        let bytes = pages * c.kv_heads * PAGE * c.head_dim * 2;
+        let side = |what| {
+            (0..c.attention.len()).map(|_| device.allocate(bytes, what)).collect::<Result<Vec<Buffer>>>()
+        };
+        Ok(Cache {
+            keys: side("keys")?,
+            values: side("values")?,
+            table: device.allocate(sequences * sequence_pages * 4, "the page table")?,
+            pages,
+            sequences,
+            sequence_pages,
+        })
+    }
+
+    /// Positions a sequence can have.
+    pub fn capacity(&self) -> usize {
+        self.sequence_pages * PAGE
+    }
+}
+
+/// What a stack's passes work in; one for all passes, which follow each other.
+pub struct Scratch {
+    /// Residual stream `[rows][hidden]` f32.
+    pub x: Buffer,
+    /// What the next linear layer takes: `[injected + rows][hidden]` bf16.
+    pub y: Buffer,
+    /// And its partial sums of squares: `[injected + rows][ceil(hidden / 128)]` f32.
+    pub sumsq: Buffer,
+    queries: Buffer,  // [rows][heads][head_dim] bf16
+    attended: Buffer, // as queries
+    inner: Buffer,    // [rows][intermediate] bf16
+    linear: linear::Workspace,
+    attention: attention::Workspace,
+    rows: usize,
+}
+
+/// The largest passes a [`Scratch`] has room for.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    pub sequences: usize,
+    pub block: usize,
+    /// Rows of a prompt's chunk.
+    pub chunk: usize,
+    /// Injected rows before a draft pass's own.
+    pub injected: usize,
+    /// Rows and shape of a head, where there is one.
+    pub head: Option<Shape>,
+    /// Inputs of the feature projection, where there is one.
+    pub features: Option<usize>,
+}
+
+impl Scratch {
+    /// # Errors
+    /// [`Error::Memory`] where there is too little.
+    pub fn new(device: &dyn Device, c: &config::Stack, cache: &Cache, sizes: Sizes) -> Result<Scratch> {
+        let Sizes { sequences, block, chunk, injected, .. } = sizes;
+        let round = sequences * block;
+        let rows = round.max(chunk);
+        let all = (round + injected).max(chunk);
+        let parts = c.hidden.div_ceil(128);
+        let mut launches: Vec<_> = c.shapes().iter().map(|&shape| (shape, round + injected)).collect();
+        launches.extend(sizes.head.map(|head| (head, round)));
+        launches.extend(sizes.features.map(|k| (Shape { n: c.hidden, k }, injected)));
+        let layer = attention::Layer {
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            pages: cache.pages,
+            pages_per_sequence: cache.sequence_pages,
+            window: 0,
+            scale: 1.0,
+        };
+        let attention = Attention { layer, sequences, block, capacity: cache.capacity() };
+        let counters = device.allocate(attention.counter_bytes()?, "counters of attention")?;
+        device.fill(&counters, 0)?;
+        let get = |bytes: usize, what| device.allocate(bytes, what);
+        Ok(Scratch {
+            x: get(rows * c.hidden * 4, "the residual stream")?,
+            y: get(all * c.hidden * 2, "activations")?,
+            sumsq: get(all * parts * 4, "sums of squares")?,
+            queries: get(rows * c.heads * c.head_dim * 2, "queries")?,
+            attended: get(rows * c.heads * c.head_dim * 2, "attention's output")?,
+            inner: get(rows * c.intermediate * 2, "activations of the MLP")?,
+            linear: linear::Workspace::new(device, &launches)?,
+            attention: attention::Workspace {
+                partials: get(attention.partial_bytes()?, "partial results of attention")?,
+                counters,
+            },
+            rows,
+        })
+    }
+
+    /// `y` and `sumsq` from row `first` on.
+    fn behind(&self, hidden: usize, first: usize) -> Result<(Buffer, Buffer)> {
+        let (y, sums) = (first * hidden * 2, first * hidden.div_ceil(128) * 4);
+        Ok((self.y.slice(y, self.y.bytes() - y)?, self.sumsq.slice(sums, self.sumsq.bytes() - sums)?))
+    }
+}
+
+/// One pass through a stack.
+#[derive(Clone, Copy)]
+pub struct Pass<'a> {
+    pub sequences: usize,
+    /// Rows of each.
+    pub block: usize,
+    /// Rows that stand before them in `table`, `y` and `sumsq`, are there already and leave keys and values only.
+    pub injected: usize,
+    /// `[injected + sequences * block]` [`Row`]; a row's query is its place in the pass.
+    pub table: &'a Buffer,
+    /// `[sequences]` of (context, rows) u32.
+    pub spans: &'a Buffer,
+    /// Of a tree, `[sequences][block]` u64; none for chains.
+    pub masks: Option<&'a Buffer>,
+    /// The rows are a prompt's chunk, of this sequence; `sequences` is 1.
+    pub prompt: Option<usize>,
+    /// A u32 that is 0 where there is nothing to do.
+    pub live: Option<&'a Buffer>,
+    /// Layers whose outputs are kept, and where: `[rows][taps][hidden]` bf16.
+    pub taps: Option<(&'a [usize], &'a Buffer)>,
+}
+
+impl Pass<'_> {
+    /// Rows of its own.
+    pub fn rows(&self) -> usize {
+        self.sequences * self.block
+    }
+}
+
+/// A target's embedding and LM head, which its drafter shares.
+pub struct Vocabulary {
+    embedding: Option<Buffer>, // [vocab][hidden] bf16; none: the head's packed weights
+    head: Buffer,              // packed
+    pub vocab: usize,
+    hidden: usize,
+}
+
+impl Vocabulary {
+    /// # Errors
+    /// As [`Stack::load`].
+    pub fn load(loader: &mut Loader, config: &TargetConfig) -> Result<Vocabulary> {
+        let (vocab, hidden) = (config.vocab, config.stack.hidden);
+        let table = "model.embed_tokens.weight";
+        let (embedding, head) = match config.tied {
+            true => (None, table),
+            false => (Some(loader.table(table, vocab, hidden)?), "lm_head.weight"),
+        };
+        let shape = Shape { n: vocab, k: hidden };
+        let head = loader.packed(shape, &[(head.to_string(), vocab, Rows::From(0))])?;
+        Ok(Vocabulary { embedding, head, vocab, hidden })
+    }
+
+    /// Of the LM head.
+    pub fn shape(&self) -> Shape {
+        Shape { n: self.vocab, k: self.hidden }
+    }
+
+    /// `s.x` from `tokens` `[rows]` u32.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn embed(
+        &self,
+        device: &dyn Device,
+        s: &Scratch,
+        tokens: &Buffer,
+        rows: usize,
+        scale: f32,
+    ) -> Result<()> {
+        let packed = self.embedding.is_none();
+        let embedding = Embedding { rows, hidden: self.hidden, vocab: self.vocab, packed, scale };
+        embedding.launch(device, &s.x, self.embedding.as_ref().unwrap_or(&self.head), tokens)
+    }
+
+    /// `best` `[rows][ceil(vocab / 128)]` u64 and, where they are wanted, `logits` `[rows][vocab]` f32 of rows
+    /// `first..first + rows` of `s.y`.
+    ///
+    /// # Errors
+    /// What the device says.
+    #[allow(clippy::too_many_arguments)]
+    pub fn head(
+        &self,
+        device: &dyn Device,
+        stack: &Stack,
+        s: &Scratch,
+        first: usize,
+        head: Head,
+        live: Option<&Buffer>,
+        best: &Buffer,
+        logits: Option<&Buffer>,
+    ) -> Result<()> {
+        let (y, sumsq) = s.behind(self.hidden, first)?;
+        let input = Input {
+            weights: &self.head,
+            x: &y,
+            sumsq: Some(&sumsq),
+            eps: stack.config.eps,
+            prompt: None,
+            live,
+            workspace: &s.linear,
+        };
+        head.launch(device, &input, best, logits)
+    }
+}
+
+/// The drafter's projection of tapped features.
+pub struct Injection {
+    weights: Buffer, // packed
+    gain: Buffer,    // [hidden] f32
+    shape: Shape,
+}
+
+impl Injection {
+    /// # Errors
+    /// As [`Stack::load`].
+    pub fn load(loader: &mut Loader, hidden: usize, taps: usize) -> Result<Injection> {
+        let shape = Shape { n: hidden, k: taps * hidden };
+        Ok(Injection {
+            weights: loader.packed(shape, &[("fc.weight".to_string(), hidden, Rows::From(0))])?,
+            gain: loader.vector("hidden_norm.weight", hidden)?,
+            shape,
+        })
+    }
+
+    /// The first `rows` rows of `s.y` and `s.sumsq` from `features` `[feature_rows][taps][hidden]` bf16; `gather` `[rows]`
+    /// u32 says from which, a row that does not exist gives zeros.
+    ///
+    /// # Errors
+    /// What the device says.
+    #[allow(clippy::too_many_arguments)]
+    pub fn run(
+        &self,
+        device: &dyn Device,
+        s: &Scratch,
+        rows: usize,
+        features: &Buffer,
+        gather: &Buffer,
+        prompt: bool,
+        live: Option<&Buffer>,
+    ) -> Result<()> {
+        let Shape { n, k } = self.shape;
+        let input = Input {
+            weights: &self.weights,
+            x: features,
+            sumsq: None,
+            eps: 0.0,
+            prompt: prompt.then(|| Prompt::of(device)),
+            live,
+            workspace: &s.linear,
+        };
+        let inject = Inject { rows, n, k, feature_rows: features.bytes() / (k * 2) };
+        inject.launch(device, &input, gather, &s.y, &s.sumsq, &self.gain)
+    }
+}
