@@ -1,4 +1,4 @@
-//! The CPU reference on the demo pair: a plain step, a round, a prompt. `cargo bench --bench cpu` tells times with
+//! The CPU reference on the demo pair: a AR step, a round, a prompt. `cargo bench --bench cpu` tells times with
 //! their intervals, and what changed since it ran last.
 
 use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
@@ -8,13 +8,13 @@ use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::cpu::decoder::Sequence;
 use dflash::cpu::model::{Drafter, Target};
 use dflash::engine::generate::Request;
-use dflash::spec::sampling::Sampling;
+use dflash::spec::sampling::SamplingParams;
 use std::time::{Duration, Instant};
 
 const PROMPT: usize = 128;
 
 fn request(block: usize) -> Request {
-    let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+    let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
     // Any text will do, but words are likelier than bytes.
     let prompt = (0..PROMPT as u32).map(|i| 300 + i * 13).collect();
     Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block, drafting: Default::default() }
@@ -62,7 +62,7 @@ fn demo(criterion: &mut Criterion) {
     let Some(drafter) = pair.drafter.as_ref().map(|model| sound(Drafter::load(model))) else { return };
     let mut group = criterion.benchmark_group("cpu, demo pair");
     group.sample_size(20).sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(4));
-    for (name, block) in [("plain step", 1), ("round", 16)] {
+    for (name, block) in [("AR step", 1), ("round", 16)] {
         let mut sequence = Sequence::new(&target, Some(&drafter));
         group.bench_function(name, |bencher| {
             bencher.iter_custom(|times| sound(rounds(&mut sequence, &request(block), times)));

@@ -1,10 +1,10 @@
 //! `--adaptive`: what controllers say is what rounds draft, on the CPU and on devices, and none of it changes what is
-//! emitted under the rule `match`, nor the law of what other rules emit.
+//! emitted under the rule `match`, nor the distribution of what other rules emit.
 
 #[path = "support/crowd.rs"]
 mod crowd;
-#[path = "support/law.rs"]
-mod law;
+#[path = "support/distribution.rs"]
+mod distribution;
 #[path = "support/program.rs"]
 mod program;
 #[path = "support/random.rs"]
@@ -21,10 +21,10 @@ use dflash::engine::generate::{Decoder, Outcome, Request, generate};
 use dflash::engine::lossless;
 use dflash::gpu::decoder::{Batch, Models as OnDevice};
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::Room;
-use dflash::spec::draft_length::{Controller, Costs, Fixed, Goal};
-use dflash::spec::sampling::Sampling;
-use dflash::spec::verify::{Drafting, Rule};
+use dflash::gpu::memory::BatchConfig;
+use dflash::spec::draft_length::{Controller, Costs, DraftLengthPolicy, Fixed};
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify::{SpecConfig, VerifyMethod};
 use random::Random;
 use serde_json::Value;
 use std::cell::{Cell, RefCell};
@@ -59,19 +59,19 @@ fn alone(decoder: &mut dyn Decoder, request: &Request) -> Outcome {
     generate(decoder, request, &mut Silent).unwrap()
 }
 
-fn run(models: &Models, tree: Option<usize>, goal: &Goal, request: &Request) -> Outcome {
+fn run(models: &Models, tree: Option<usize>, goal: &DraftLengthPolicy, request: &Request) -> Outcome {
     let sequences = Sequences::new(&models.0, Some(&models.1), 1, usize::MAX);
-    let request = Request { drafting: Drafting { tree, ..Default::default() }, ..request.clone() };
+    let request = Request { drafting: SpecConfig { tree, ..Default::default() }, ..request.clone() };
     ops::install(|| generate(&mut sequences.adaptive(goal), &request, &mut Silent)).unwrap()
 }
 
 #[test]
 fn no_goal_changes_what_is_emitted() {
     let (demo, few, many) = (load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()), drawn(4), drawn(90));
-    let cheap = Goal::Pays(costs(0.1, |_| 1.0));
-    let dear = Goal::Pays(costs(0.1, |rows| 0.5 + 0.5 * rows as f64));
-    let stairs = Goal::Pays(costs(0.3, |rows| rows.div_ceil(5) as f64));
-    let often = Goal::AtLeast(0.4);
+    let cheap = DraftLengthPolicy::CostModel(costs(0.1, |_| 1.0));
+    let dear = DraftLengthPolicy::CostModel(costs(0.1, |rows| 0.5 + 0.5 * rows as f64));
+    let stairs = DraftLengthPolicy::CostModel(costs(0.3, |rows| rows.div_ceil(5) as f64));
+    let often = DraftLengthPolicy::Threshold(0.4);
     let prompts = held();
     let (mut cut, mut plain_steps) = (0, 0);
     for (models, prompt, tokens) in
@@ -79,9 +79,9 @@ fn no_goal_changes_what_is_emitted() {
     {
         for temperature in [0.0, 0.8] {
             let request = seeded(prompt, tokens, models.1.config.block, temperature, 3);
-            let plain = run(models, None, &Goal::All, &Request { block: 1, ..request.clone() });
+            let plain = run(models, None, &DraftLengthPolicy::Full, &Request { block: 1, ..request.clone() });
             for tree in [None, Some(30)] {
-                let whole = run(models, tree, &Goal::All, &request);
+                let whole = run(models, tree, &DraftLengthPolicy::Full, &request);
                 for goal in [&cheap, &dear, &stairs, &often] {
                     let got = run(models, tree, goal, &request);
                     assert_eq!((&got.tokens, got.finish), (&plain.tokens, plain.finish));
@@ -95,7 +95,7 @@ fn no_goal_changes_what_is_emitted() {
         }
     }
     println!("{cut} {plain_steps}");
-    assert!(cut > 30 && plain_steps > 500, "{cut} of 48 runs drafted less, {plain_steps} plain steps");
+    assert!(cut > 30 && plain_steps > 500, "{cut} of 48 runs drafted less, {plain_steps} AR steps");
 }
 
 /// Of a chain and of a tree exactly the paths that the drafter gives that probability, whatever came of earlier ones.
@@ -103,10 +103,10 @@ fn no_goal_changes_what_is_emitted() {
 fn a_threshold_cuts_chains_and_trees_at_paths_below_it() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     for least in [0.02, 0.3, 0.99, 1.0] {
-        let (goal, mut sizes) = (Goal::AtLeast(least), vec![]);
+        let (goal, mut sizes) = (DraftLengthPolicy::Threshold(least), vec![]);
         for tree in [None, Some(64), Some(6)] {
             let mut sequence = Sequence::new(&models.0, Some(&models.1)).adaptive(&goal);
-            let drafting = Drafting { tree, ..Default::default() };
+            let drafting = SpecConfig { tree, ..Default::default() };
             let asked = Request { drafting, ..request(&held()[4], 120, 16, 0.0) };
             sequence.start(&asked).unwrap();
             while sequence.prefill().unwrap().next.is_none() {}
@@ -140,7 +140,12 @@ fn a_drafter_that_is_never_right_is_left_alone_for_the_most_part() {
     let models = drawn(1000);
     let cheap = costs(0.3, |rows| 1.0 + 0.02 * rows as f64);
     for tree in [None, Some(16)] {
-        let got = run(&models, tree, &Goal::Pays(cheap.clone()), &seeded(&[7, 8, 9], 240, 8, 1.0, 2));
+        let got = run(
+            &models,
+            tree,
+            &DraftLengthPolicy::CostModel(cheap.clone()),
+            &seeded(&[7, 8, 9], 240, 8, 1.0, 2),
+        );
         let steps: Vec<f64> =
             got.drafted.iter().map(|d| if *d > 0 { cheap.round(*d) } else { 1.02 }).collect();
         let (drafted, each) =
@@ -149,7 +154,7 @@ fn a_drafter_that_is_never_right_is_left_alone_for_the_most_part() {
     }
 }
 
-/// After plain steps the drafter's context has no holes: it drafts what it would have, had it drafted all along.
+/// After AR steps the drafter's context has no holes: it drafts what it would have, had it drafted all along.
 #[test]
 fn a_drafter_that_was_left_alone_catches_up() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
@@ -176,32 +181,37 @@ fn a_drafter_that_was_left_alone_catches_up() {
 
 // ---- drafts that are drawn, on the CPU ----
 
-fn draws(rule: Rule) -> Drafting {
-    Drafting { rule, sampling: Sampling { temperature: 1.0, ..Drafting::default().sampling }, tree: None }
+fn draws(rule: VerifyMethod) -> SpecConfig {
+    SpecConfig {
+        rule,
+        sampling: SamplingParams { temperature: 1.0, ..SpecConfig::default().sampling },
+        tree: None,
+    }
 }
 
-/// Sizes that earlier rounds chose, of whole generations long enough to have them; plain steps among them.
+/// Sizes that earlier rounds chose, of whole generations long enough to have them; AR steps among them.
 #[test]
 fn rounds_of_drawn_drafts_that_adapt_have_the_targets_law() {
     const TOKENS: usize = 12;
     let models = drawn(4);
-    let dear = Goal::Pays(costs(0.2, |rows| 1.0 + 0.12 * rows as f64));
-    let often = Goal::AtLeast(0.25);
+    let dear = DraftLengthPolicy::CostModel(costs(0.2, |rows| 1.0 + 0.12 * rows as f64));
+    let often = DraftLengthPolicy::Threshold(0.25);
     ops::install(|| {
-        for (rule, goal) in [Rule::Rejection, Rule::Block].into_iter().flat_map(|r| [(r, &dear), (r, &often)])
+        for (rule, goal) in
+            [VerifyMethod::Rejection, VerifyMethod::Block].into_iter().flat_map(|r| [(r, &dear), (r, &often)])
         {
             let mut asked = Request { drafting: draws(rule), ..request(&[1, 2, 3], TOKENS, 6, 1.0) };
             (asked.sampling.top_k, asked.drafting.sampling.top_k) = (2, 3);
-            let law = law::law(&models.0, &asked.prompt, &asked.sampling, TOKENS);
+            let distribution = distribution::distribution(&models.0, &asked.prompt, &asked.sampling, TOKENS);
             let mut sequences = Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).adaptive(goal);
             let mut sizes = [0; 6];
             let answer = |seed| {
-                let sampling = Sampling { seed, ..asked.sampling.clone() };
+                let sampling = SamplingParams { seed, ..asked.sampling.clone() };
                 let got = alone(&mut sequences, &Request { sampling, ..asked.clone() });
                 got.drafted.iter().skip(4).for_each(|drafts| sizes[*drafts] += 1);
                 got.tokens
             };
-            law::check(&rule, &law, (0..3000).map(answer));
+            distribution::check(&rule, &distribution, (0..3000).map(answer));
             println!("rounds from the fifth on, by their drafts: {sizes:?}");
             assert!(sizes[1..].iter().filter(|rounds| **rounds > 200).count() > 1, "{sizes:?}");
         }
@@ -211,14 +221,17 @@ fn rounds_of_drawn_drafts_that_adapt_have_the_targets_law() {
 #[test]
 fn coupled_drafts_that_adapt_change_no_token() {
     let models = drawn(4);
-    let asked = Request { drafting: draws(Rule::Match), ..request(&[1, 2, 3], 200, 16, 1.0) };
-    let answer = |goal: &Goal, asked: &Request| {
+    let asked = Request { drafting: draws(VerifyMethod::Match), ..request(&[1, 2, 3], 200, 16, 1.0) };
+    let answer = |goal: &DraftLengthPolicy, asked: &Request| {
         alone(&mut Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).adaptive(goal), asked)
     };
-    let (plain, whole) = (Request { block: 1, ..asked.clone() }, answer(&Goal::All, &asked));
-    for goal in [Goal::Pays(costs(0.2, |rows| 1.0 + 0.12 * rows as f64)), Goal::AtLeast(0.3)] {
+    let (plain, whole) = (Request { block: 1, ..asked.clone() }, answer(&DraftLengthPolicy::Full, &asked));
+    for goal in [
+        DraftLengthPolicy::CostModel(costs(0.2, |rows| 1.0 + 0.12 * rows as f64)),
+        DraftLengthPolicy::Threshold(0.3),
+    ] {
         let got = answer(&goal, &asked);
-        assert_eq!(got.tokens, answer(&Goal::All, &plain).tokens);
+        assert_eq!(got.tokens, answer(&DraftLengthPolicy::Full, &plain).tokens);
         let first = |outcome: &Outcome| outcome.accepted[..4].to_vec();
         assert_eq!(first(&got), first(&whole), "the drafts are the coupled ones");
         assert!(got.drafted[4..].iter().all(|drafts| *drafts < 12), "{goal:?}: {:?}", got.drafted);
@@ -229,8 +242,8 @@ fn coupled_drafts_that_adapt_change_no_token() {
 #[test]
 fn drawn_drafts_under_any_threshold_go_on() {
     let models = drawn(90);
-    let (goal, mut asked) = (Goal::AtLeast(1.0), request(&[5, 6], 60, 8, 1.0));
-    for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
+    let (goal, mut asked) = (DraftLengthPolicy::Threshold(1.0), request(&[5, 6], 60, 8, 1.0));
+    for rule in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
         asked.drafting = draws(rule);
         let got =
             alone(&mut Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).adaptive(&goal), &asked);
@@ -245,10 +258,10 @@ fn drawn_drafts_under_any_threshold_go_on() {
 #[test]
 fn drawn_trees_do_not_adapt() {
     let models = drawn(4);
-    let goal = Goal::AtLeast(1.0);
-    for (rule, drafts) in [(Rule::Rejection, 11), (Rule::Block, 9)] {
+    let goal = DraftLengthPolicy::Threshold(1.0);
+    for (rule, drafts) in [(VerifyMethod::Rejection, 11), (VerifyMethod::Block, 9)] {
         let asked =
-            Request { drafting: Drafting { tree: Some(12), ..draws(rule) }, ..request(&[1], 40, 4, 1.0) };
+            Request { drafting: SpecConfig { tree: Some(12), ..draws(rule) }, ..request(&[1], 40, 4, 1.0) };
         let got =
             alone(&mut Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).adaptive(&goal), &asked);
         assert!(got.drafted.iter().all(|drafted| *drafted == drafts), "{rule:?}: {:?}", got.drafted);
@@ -258,7 +271,7 @@ fn drawn_trees_do_not_adapt() {
 // ---- on devices ----
 
 /// On the emulator, for a pair of so many tokens: of few, drafts are often right; of many, never.
-fn on_device(vocab: usize, room: Room, then: impl FnOnce(&mut Batch)) {
+fn on_device(vocab: usize, room: BatchConfig, then: impl FnOnce(&mut Batch)) {
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&support::Target { vocab, ..target }, &drafter));
     let device = Emulator::new();
@@ -266,13 +279,13 @@ fn on_device(vocab: usize, room: Room, then: impl FnOnce(&mut Batch)) {
     then(&mut Batch::new(&device, &models, room).unwrap());
 }
 
-fn room(sequences: usize, tree: usize) -> Room {
-    Room { adaptive: true, ..Room::new(sequences, 16, 256).with_trees(tree) }
+fn room(sequences: usize, tree: usize) -> BatchConfig {
+    BatchConfig { adaptive: true, ..BatchConfig::new(sequences, 16, 256).with_trees(tree) }
 }
 
 fn with_tree(request: &Request, rows: usize) -> Request {
     let tree = (rows > 0).then_some(rows);
-    Request { drafting: Drafting { tree, ..request.drafting.clone() }, ..request.clone() }
+    Request { drafting: SpecConfig { tree, ..request.drafting.clone() }, ..request.clone() }
 }
 
 /// Says so, and then that all may be drafted.
@@ -380,7 +393,7 @@ fn controllers_of_any_kind_leave_a_batchs_answers_alone() {
             requests[3].block = 1;
             requests[5].drafting.sampling.temperature = 1.0;
             let plainly =
-                |request: &Request| Request { block: 1, drafting: Drafting::default(), ..request.clone() };
+                |request: &Request| Request { block: 1, drafting: SpecConfig::default(), ..request.clone() };
             let plain: Vec<Outcome> = requests.iter().map(|asked| alone(batch, &plainly(asked))).collect();
             let next = Cell::new(0);
             let kinds = move || -> Box<dyn Controller> {
@@ -423,7 +436,7 @@ fn every_token_comes_of_plain_decodings_logits_whatever_rounds_draft() {
     }
 }
 
-/// Plain steps leave no holes: the drafter drafts what it would have, had it drafted all along.
+/// AR steps leave no holes: the drafter drafts what it would have, had it drafted all along.
 #[test]
 fn a_drafter_that_follows_on_a_device_drafts_what_it_would_have() {
     on_device(4, room(1, 0), |batch| {
@@ -434,7 +447,7 @@ fn a_drafter_that_follows_on_a_device_drafts_what_it_would_have() {
         assert!(busy.accepted.iter().filter(|tokens| **tokens > 1).count() > 10, "{:?}", busy.accepted);
         let rounds = busy.accepted.len();
         for (first, last) in [(0, 1), (0, 7), (3, 4), (5, 20), (1, rounds / 2)] {
-            // Drafts as before, but for these rounds; as many plain steps as they brought tokens.
+            // Drafts as before, but for these rounds; as many AR steps as they brought tokens.
             let script = [vec![15; first], vec![0; brought(first..last)]].concat();
             batch.control(move || Box::new(Script { sizes: script.clone().into(), heard: Rc::default() }));
             let paused = alone(batch, &asked);
@@ -455,7 +468,7 @@ fn on_a_device_a_drafter_that_is_never_right_is_left_alone_and_tried_again() {
             assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
             assert_eq!(got.accepted, [1; 119]);
             let drafted: Vec<usize> = (0..119).filter(|round| got.drafted[*round] > 0).collect();
-            // Twelve rounds and one on its way; trials after 16 and 32 plain steps, each with one on its way.
+            // Twelve rounds and one on its way; trials after 16 and 32 AR steps, each with one on its way.
             assert_eq!(drafted, [&(0..13).collect::<Vec<_>>()[..], &[29, 63]].concat());
         });
     }
@@ -492,14 +505,14 @@ impl Controller for ByPast {
     }
 }
 
-/// Chains of both rules in the same rounds, which other chains and plain steps share.
+/// Chains of both rules in the same rounds, which other chains and AR steps share.
 #[test]
 fn drawn_drafts_of_a_batch_whose_sizes_adapt_have_the_targets_law() {
     const RUNS: u64 = 700;
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&target, &drafter));
     let target = Target::load(&pair.target).unwrap();
-    let room = Room { rules: true, adaptive: true, ..Room::new(32, 5, 64) };
+    let room = BatchConfig { rules: true, adaptive: true, ..BatchConfig::new(32, 5, 64) };
     let device = Emulator::new();
     let models = OnDevice::load(&device, &pair, 64).unwrap();
     let mut batch = Batch::new(&device, &models, room).unwrap();
@@ -510,7 +523,7 @@ fn drawn_drafts_of_a_batch_whose_sizes_adapt_have_the_targets_law() {
         Box::new(ByPast { past: next.get(), rounds: 0, sizes: told.clone() })
     });
     let prompt = [1, 2, 3];
-    let kinds = [draws(Rule::Rejection), draws(Rule::Block), Drafting::default()];
+    let kinds = [draws(VerifyMethod::Rejection), draws(VerifyMethod::Block), SpecConfig::default()];
     let one = |i: u64| {
         let kind = kinds[if i.is_multiple_of(20) { 2 } else { i as usize % 2 }].clone();
         let mut one = Request { drafting: kind, ..seeded(&prompt, 4, 5, 1.0, i) };
@@ -521,25 +534,31 @@ fn drawn_drafts_of_a_batch_whose_sizes_adapt_have_the_targets_law() {
     let outcomes = together(&mut batch, &requests, go_on);
     println!("rounds by their drafts: {:?}", sizes.get());
     assert!(sizes.get().iter().all(|rounds| *rounds > 100), "{:?}", sizes.get());
-    let law = law::law(&target, &prompt, &requests[0].sampling, 4);
-    let drawn = requests.iter().zip(&outcomes).filter(|(request, _)| request.drafting.rule != Rule::Match);
-    law::check(&"both rules", &law, drawn.map(|(_, outcome)| outcome.tokens.clone()));
+    let distribution = distribution::distribution(&target, &prompt, &requests[0].sampling, 4);
+    let drawn =
+        requests.iter().zip(&outcomes).filter(|(request, _)| request.drafting.rule != VerifyMethod::Match);
+    distribution::check(&"both rules", &distribution, drawn.map(|(_, outcome)| outcome.tokens.clone()));
 }
 
 /// The room's own controllers, of what pays and of what stands often enough: an answer's rounds are its own.
 #[test]
 fn rules_that_adapt_answer_in_a_batch_as_alone() {
     for (vocab, threshold) in [(90, None), (4, Some(0.3))] {
-        let room = Room { rules: true, threshold, ..room(3, 20) };
+        let room = BatchConfig { rules: true, threshold, ..room(3, 20) };
         on_device(vocab, room, |batch| {
-            let kinds = [draws(Rule::Rejection), draws(Rule::Block), draws(Rule::Match), Drafting::default()];
+            let kinds = [
+                draws(VerifyMethod::Rejection),
+                draws(VerifyMethod::Block),
+                draws(VerifyMethod::Match),
+                SpecConfig::default(),
+            ];
             let mut requests: Vec<Request> = (0..8)
                 .map(|i| {
                     let asked = seeded(&[1, 2, 3, i as u32 % 4], 24 + 2 * i, 8, 1.0, i as u64);
                     Request { drafting: kinds[i % 4].clone(), ..asked }
                 })
                 .collect();
-            // A tree of the best tokens, one that is drawn and does not adapt, and plain decoding.
+            // A tree of the best tokens, one that is drawn and does not adapt, and autoregressive decoding.
             requests[3].drafting.tree = Some(20);
             requests[4].drafting.tree = Some(20);
             requests[7].block = 1;
@@ -548,7 +567,7 @@ fn rules_that_adapt_answer_in_a_batch_as_alone() {
             for (i, (request, got)) in requests.iter().zip(&all).enumerate() {
                 let own = alone(batch, request);
                 assert_eq!((&got.tokens, &got.drafted), (&own.tokens, &own.drafted), "request {i}");
-                if request.drafting.rule != Rule::Match && request.drafting.tree.is_none() {
+                if request.drafting.rule != VerifyMethod::Match && request.drafting.tree.is_none() {
                     sizes.extend(got.drafted.iter().copied());
                 }
             }
@@ -559,17 +578,17 @@ fn rules_that_adapt_answer_in_a_batch_as_alone() {
     }
 }
 
-/// As the controller that a room's threshold stands for says, two rounds ahead; and never a plain step.
+/// As the controller that a room's threshold stands for says, two rounds ahead; and never a AR step.
 #[test]
 fn on_a_device_a_threshold_is_what_has_stood_so_often() {
     for (tree, threshold) in [(0, 0.2), (0, 1.0), (64, 0.2)] {
-        on_device(4, Room { threshold: Some(threshold), ..room(1, tree) }, |batch| {
+        on_device(4, BatchConfig { threshold: Some(threshold), ..room(1, tree) }, |batch| {
             let asked = with_tree(&request(&[1, 2], 150, 16, 0.8), tree);
             let got = alone(batch, &asked);
             assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
             assert!(got.drafted[9..].iter().all(|drafts| (1..12).contains(drafts)), "{:?}", got.drafted);
             if tree == 0 {
-                let (mut again, mut heard) = (Goal::AtLeast(threshold).controller(true), 0);
+                let (mut again, mut heard) = (DraftLengthPolicy::Threshold(threshold).controller(true), 0);
                 for (round, drafts) in got.drafted.iter().enumerate() {
                     for heard in heard..round.saturating_sub(1) {
                         again.judged(got.drafted[heard], chain_of(got.accepted[heard] - 1));
@@ -642,7 +661,11 @@ fn the_probability_of_the_flag_decides_sizes() {
 #[test]
 fn what_cannot_adapt_is_refused_in_a_sentence() {
     for (args, code, part) in [
-        (&["--block", "1"][..], 2, "--block is 1, which is plain decoding: --adaptive expects at least 2"),
+        (
+            &["--block", "1"][..],
+            2,
+            "--block is 1, which is autoregressive decoding: --adaptive expects at least 2",
+        ),
         (&["--draft", "none"], 2, "--adaptive needs a drafter, but --draft is none"),
         (
             &["--verify", "block", "--tree", "9"],

@@ -56,8 +56,8 @@ fn floor_predicts_qwen3_8b_on_an_h200() {
     let tree = || at(json!({ "tree": 16 }));
     near(row(&found, "target: down of a layer", json!({})), 100.7);
     near(row(&found, "drafter: weights of a pass", json!({})), 3.34);
-    near(row(&found, "plain step", at(json!({}))), 3.15);
-    near(row(&found, "plain decoding", at(json!({}))), 317.0);
+    near(row(&found, "AR step", at(json!({}))), 3.15);
+    near(row(&found, "autoregressive decoding", at(json!({}))), 317.0);
     near(row(&found, "round", tree()), 3.85);
     near(row(&found, "acceptance length to break even", tree()), 1.222);
     let synthetic = row(&found, "DFlash, synthetic acceptance", at(json!({ "tree": 16, "acceptance": 4 })));
@@ -94,7 +94,7 @@ fn floor_takes_lists_and_every_kind_of_model_and_card() {
     }
     let bare = record(0, &["floor", "--bandwidth", "4100", "--flops", "900", "--context", "0"]);
     assert_eq!(bare["machine"]["card"], Value::Null);
-    let step = row(&bare, "plain step", json!({ "context": 0, "batch": 1 }));
+    let step = row(&bare, "AR step", json!({ "context": 0, "batch": 1 }));
     assert!((step["median"].as_f64().unwrap() - 3.692).abs() < 0.01, "{step}");
 
     // Folders with nothing but a config; heads of 24, which no kernel runs, so that memory is not told.

@@ -165,7 +165,7 @@ fn on_the_emulator_it_counts_and_says_so() {
     let launches = |record: &Value| value(record, "launches per token", json!({ "decoding": "dflash" }));
     let all = |record: &Value| value(record, "all answers", json!({ "decoding": "dflash" }));
     assert_eq!((launches(&twice), all(&twice)), (launches(&found), 2.0 * all(&found)));
-    // Plain decoding launches steps, one for each token after the first, and DFlash rounds.
+    // Autoregressive decoding launches steps, one for each token after the first, and DFlash rounds.
     let longer = ["10", "15", "24"].map(|n| {
         let flags = ["--count", "1", "-n", n, "--device", "emulator"];
         let found = record(0, &args(PROMPTS, &flags));
@@ -244,10 +244,11 @@ fn every_way_of_drafting_is_measured_and_named() {
         let table = bench(args(&two, &[&all[..], &["--repeat", "1"]].concat())).done();
         let first = table.lines().next().unwrap();
         assert!(first.contains(title), "{first}");
-        let law = "the law is plain decoding's, the tokens are not, and are not held against it";
-        assert_eq!(first.contains(law), of_law, "{first}");
+        let distribution =
+            "the distribution is autoregressive decoding's, the tokens are not, and are not held against it";
+        assert_eq!(first.contains(distribution), of_law, "{first}");
     }
-    // Where one token has all of the law, its tokens are plain decoding's.
+    // Where one token has all of the distribution, its tokens are autoregressive decoding's.
     let greedy = ["-n", "20", "--device", "cpu", "--repeat", "1", "--verify", "block"];
     let found = record(0, &args(&two, &greedy));
     assert_eq!(row(&found, "identical", json!({}))["numbers"], json!({ "compared": 2 }));
@@ -335,7 +336,7 @@ fn generate_refuses_in_a_sentence() {
         (&["--count", "3"], "--count is 3, but"),
         (&["--batch", "3"], "--batch is 3, expected 1 to 2, the number of prompts"),
         (&["--batch", "0"], "--batch is 0, expected 1 to 2, the number of prompts"),
-        (&["--block", "1"], "--block is 1, which is plain decoding: expected at least 2"),
+        (&["--block", "1"], "--block is 1, which is autoregressive decoding: expected at least 2"),
         (&["--block", "17"], "--block is 17, expected 1 to 16"),
         (&["--ctx", "1"], "--ctx is 1, expected 2 to 4096"),
         (&["--temperature", "-1"], "--temperature is -1, expected 0 (greedy)"),

@@ -128,7 +128,8 @@ fn every_kernel_of_the_demo_pair_is_counted() {
 /// Trees have up to 64 rows, blocks 16; an anchor alone is neither.
 #[test]
 fn trees_and_rules_are_counted_where_there_are_drafts() {
-    let only = "choices,tree_build,compact,law,draw,judge by rejection,judge by blocks,attention of a tree";
+    let only =
+        "choices,tree_build,compact,distribution,draw,judge by rejection,judge by blocks,attention of a tree";
     let found = counted(["--rows", "1,16,64,128", "--context", "100", "--only", only]);
     let rows = found["rows"].as_array().unwrap();
     // The ceiling; choices of 4; trees of 3; blocks of 3.
@@ -146,8 +147,8 @@ fn trees_and_rules_are_counted_where_there_are_drafts() {
         let moved = needed("compact", of_trees()) / f64::from(6 * 2 * 64 * 8);
         assert!(moved.fract() == 0.0 && (1.0..f64::from(15 * trees)).contains(&moved), "{moved}");
         row(&found, "tree_build", of_trees());
-        // Logits of 2048 tokens: all twice for choices and laws, those of drafts once to draw; a verdict by rejection
-        // reads two rows, one by blocks both laws of each draft but the first, and the last row.
+        // Logits of 2048 tokens: all twice for choices and distributions, those of drafts once to draw; a verdict by rejection
+        // reads two rows, one by blocks both distributions of each draft but the first, and the last row.
         let whole = 2048 * 4;
         let logits = |name: &str, at: Value| (needed(name, at) / f64::from(whole)).floor();
         let mostly = |found: f64, expected: i32| {
@@ -155,7 +156,7 @@ fn trees_and_rules_are_counted_where_there_are_drafts() {
             assert!(expected <= found && found <= expected * 4.5, "{found}, expected {expected}");
         };
         mostly(logits("choices", json!({ "rows": rows })), 2 * rows);
-        mostly(logits("law", of_blocks()), 2 * rows);
+        mostly(logits("distribution", of_blocks()), 2 * rows);
         mostly(logits("draw", of_blocks()), 15 * blocks);
         let verdict = |name: &str| (needed(name, of_blocks()) / f64::from(whole * blocks)).floor();
         assert_eq!((verdict("judge by rejection"), verdict("judge by blocks")), (2.0, 29.0));
@@ -215,7 +216,7 @@ fn the_drafters_layers_are_told_where_they_are_not_the_targets() {
     assert_eq!(of("qwen3-8b"), ["drafter: fc"]);
     // Its drafter has other heads and fewer neurons.
     assert_eq!(of("llama-3.1-8b"), ["drafter: fc", "drafter: qkv", "drafter: gate_up", "drafter: down"]);
-    // And blocks of 10: 16 rows are two of 8, 7 one, 11 plain steps.
+    // And blocks of 10: 16 rows are two of 8, 7 one, 11 AR steps.
     let only = ["--only", "drafter attention,verify"];
     let found =
         counted(["--model", "llama-3.1-8b", "--rows", "7,11,16", "--context", "64"].into_iter().chain(only));
@@ -241,10 +242,10 @@ fn a_folder_with_a_config_is_enough_and_shapes_without_kernels_are_refused() {
     let folder = place("target", support::target_config(&target));
     let found = counted(["--model", &folder, "--rows", "1,3", "--context", "0,3"]);
     assert_eq!(found["model"], json!({ "target": folder, "drafter": null }));
-    // Without a drafter there are plain steps alone.
+    // Without a drafter there are AR steps alone.
     row(&found, "attention", json!({ "rows": 3, "context": 0, "batch": 3 }));
     let rows = found["rows"].as_array().unwrap();
-    let of_drafts = ["drafter", "tree", "choices", "compact", "law", "draw", "judge"];
+    let of_drafts = ["drafter", "tree", "choices", "compact", "distribution", "draw", "judge"];
     let named = |row: &Value, part: &str| row["name"].as_str().unwrap().contains(part);
     assert!(rows.iter().all(|row| of_drafts.iter().all(|part| !named(row, part))), "{found}");
 

@@ -50,7 +50,7 @@ fn bytes_of_the_qwen3_pairs() {
 
 #[test]
 fn least_times_of_the_qwen3_pairs_on_an_h200() {
-    // ms of a plain step and of a round at 4.8, 4.3 and 4.1 TB/s; tok/s at the last for acceptance lengths 4, 6, 8.
+    // ms of a AR step and of a round at 4.8, 4.3 and 4.1 TB/s; tok/s at the last for acceptance lengths 4, 6, 8.
     for (name, steps, rounds, rates) in [
         ("qwen3-8b", [3.15, 3.52, 3.69], [3.85, 4.30, 4.51], [888.0, 1331.0, 1775.0]),
         ("qwen3-4b", [1.68, 1.87, 1.96], [2.06, 2.30, 2.41], [1657.0, 2486.0, 3314.0]),

@@ -13,7 +13,7 @@ use dflash::cpu::model::{Drafter, Target};
 use dflash::engine::generate::{Backend, Outcome, check_lossless, generate};
 use dflash::gpu::decoder::OnDevice;
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::{MemoryPlan, Room};
+use dflash::gpu::memory::{BatchConfig, MemoryPlan};
 use half::bf16;
 use std::fs;
 use support::disk;
@@ -121,7 +121,7 @@ fn a_drawn_pair_has_the_parameters_of_the_published_one() {
         let pair = published(name);
         assert_eq!(support::parameters(&pair.target.config.tensors()), parameters, "{name}");
         let alone = Pair::drawn(pair.target.folder.clone(), None).unwrap();
-        let plan = MemoryPlan::new(&alone, Room::new(1, 1, 4096)).unwrap();
+        let plan = MemoryPlan::new(&alone, BatchConfig::new(1, 1, 4096)).unwrap();
         assert_eq!(plan.file_bytes as u64, parameters * 2, "{name}");
         assert_eq!(pair.target.weights.files().iter().map(|file| file.1).sum::<usize>(), plan.file_bytes);
     }
@@ -129,7 +129,7 @@ fn a_drawn_pair_has_the_parameters_of_the_published_one() {
 
 #[test]
 fn the_plan_of_qwen3_8b() {
-    let plan = MemoryPlan::new(&published("qwen3-8b"), Room::new(1, 16, 4096)).unwrap();
+    let plan = MemoryPlan::new(&published("qwen3-8b"), BatchConfig::new(1, 16, 4096)).unwrap();
     let line = |what: &str| plan.lines.iter().find(|line| line.what == what).unwrap().bytes;
     // Norms are f32 there, and the table of angles is 4096 x 128 f32.
     let (layer, norms, angles) = (385_875_968, (2 * 4096 + 2 * 128) * 4, 4096 * 128 * 4);
@@ -145,7 +145,8 @@ fn a_drawn_pair_runs_on_the_emulator_and_is_lossless_there() {
     let load = || {
         let device = Emulator::new();
         device.set_threads(2);
-        OnDevice::load("emulator", Box::new(device), &pair, Room::new(1, 8, 128), &mut |_, _| ()).unwrap()
+        OnDevice::load("emulator", Box::new(device), &pair, BatchConfig::new(1, 8, 128), &mut |_, _| ())
+            .unwrap()
     };
     let run = |backend: &OnDevice, block: usize| -> Outcome {
         let request = request(&[5, 6, 7], 12, block, 0.0);

@@ -119,7 +119,7 @@ fn figures_draw_to_scale() {
     let svg = || all(timeline, "svg").next().unwrap();
     let per_ms = {
         let step = drawn(svg(), "rect", "var(--c9)", "width");
-        // With host, plain step, and so on.
+        // With host, AR step, and so on.
         step[1] / (3.4 * (1.0 + 0.04 + 1024.0 / 4e4))
     };
     let slow = 1.0 + 0.04 + 1024.0 / 4e4;
@@ -209,7 +209,7 @@ fn tokens_against_batch_have_the_floor_of_the_same_models_beside_them() {
         lines.map(|li| text_of(li).trim().to_string()).collect::<Vec<_>>()
     };
     let measured = [
-        "measured: plain decoding",
+        "measured: autoregressive decoding",
         "measured: DFlash, synthetic acceptance of 4, 16 rows",
         "measured: DFlash, synthetic acceptance of 6.5, 16 rows",
     ];
@@ -217,7 +217,7 @@ fn tokens_against_batch_have_the_floor_of_the_same_models_beside_them() {
     assert_eq!(legends(&[round(), floor("qwen3-4b")]), measured);
     let [plain, four, more] = measured;
     let predicted = [
-        "predicted for H200: plain decoding",
+        "predicted for H200: autoregressive decoding",
         "predicted for H200: DFlash, synthetic acceptance of 4, 16 rows",
     ];
     assert_eq!(legends(&[floor("qwen3-8b"), round()])[..2], predicted);
@@ -236,7 +236,7 @@ fn tokens_against_batch_have_the_floor_of_the_same_models_beside_them() {
     );
     let titles: Vec<String> = all(both, "circle").map(text_of).collect();
     assert!(
-        titles.iter().any(|title| title == "measured: plain decoding, batch 1: 276.0 tok/s"),
+        titles.iter().any(|title| title == "measured: autoregressive decoding, batch 1: 276.0 tok/s"),
         "{titles:?}"
     );
 }
@@ -252,13 +252,11 @@ fn counters_of_the_emulator_are_called_so() {
         ("attention", json!({ "rows": 1, "context": 64, "batch": 4 })),
     ];
     let kernels = counted("kernels", &rows);
-    let mut round = counted(
-        "round",
-        &[("plain step", at()), ("round", block()), ("draft", block()), ("verify", block())],
-    );
+    let mut round =
+        counted("round", &[("AR step", at()), ("round", block()), ("draft", block()), ("verify", block())]);
     round["rows"][2]["median"] = json!(1.5e6);
     round["rows"][3]["median"] = json!(3.5e6);
-    let mut rate = row("plain decoding", at(), "bytes/tok", 4e6, json!({}));
+    let mut rate = row("autoregressive decoding", at(), "bytes/tok", 4e6, json!({}));
     rate["kind"] = json!("counted");
     round["rows"].as_array_mut().unwrap().push(rate);
     let page = page(&[kernels, round]);
@@ -267,7 +265,7 @@ fn counters_of_the_emulator_are_called_so() {
     let rates = "Bytes per token against batch at context 64";
     assert_eq!(titles(&document), [bytes, "Where a round goes at context 64", rates]);
     let dots: Vec<String> = all(figure(&document, rates), "circle").map(text_of).collect();
-    assert_eq!(dots, ["counted: plain decoding, batch 1: 4 MB/tok"]);
+    assert_eq!(dots, ["counted: autoregressive decoding, batch 1: 4 MB/tok"]);
     let heads: Vec<String> = all(document.root(), "h2").map(text_of).collect();
     assert_eq!(heads[0], "kernels of qwen3-8b with qwen3-8b-dflash on emulator: counters, no times");
     assert!(page.contains("<li>counted by the emulator: no times</li>") && !page.contains("measured"));
@@ -296,7 +294,7 @@ fn counters_of_the_emulator_are_called_so() {
     assert!((bytes("var(--c3)") / bytes("var(--c4)") - 9.0).abs() < 1.0);
     let round = |fill| widths("Where a round goes at context 64", fill)[0];
     assert!((round("var(--c5)") / round("var(--c4)") - 3.5 / 1.5).abs() < 0.02);
-    // Here both together are what the plain step takes.
+    // Here both together are what the AR step takes.
     assert!((round("var(--c5)") + round("var(--c4)") - round("var(--c9)")).abs() < 2.0);
     assert!(text_of(figure(&document, "Where a round goes at context 64")).contains("5 MB"));
 }
@@ -314,7 +312,7 @@ fn figures_without_rows_are_left_out() {
     let is = |name: &'static str| move |row: &Value| row["name"] == name;
     assert_eq!(titled(record("round", vec![])), [""; 0]);
     assert_eq!(titled(cut(kernels(), &is("read ceiling"))), [""; 0]);
-    assert_eq!(titled(cut(round(), &is("plain decoding"))).len(), 2);
+    assert_eq!(titled(cut(round(), &is("autoregressive decoding"))).len(), 2);
     assert_eq!(
         titled(cut(round(), &|row| row["unit"] == "ms")),
         ["Where a round goes at context 1024", "Where a round goes at context 8192"]
@@ -552,6 +550,6 @@ fn a_page_that_cannot_be_written_is_refused_before_anything_runs() {
         std::os::unix::fs::symlink("/dev/full", at("full.html")).unwrap();
         let run = bench(["floor", "--report", &at("full.html")]);
         assert!(run.code == 1 && run.err.contains("full.html cannot be written: No space left"), "{run:?}");
-        assert!(run.out.contains("plain step"));
+        assert!(run.out.contains("AR step"));
     }
 }

@@ -11,7 +11,7 @@ mod support;
 use bench::{bench, record, refused, row};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
-use dflash::gpu::memory::{MemoryPlan, Overhead, Room};
+use dflash::gpu::memory::{BatchConfig, MemoryPlan, Overhead};
 use library::library;
 use program::finish;
 use serde_json::{Value, json};
@@ -61,7 +61,7 @@ fn the_parts_of_a_grid_of_rounds_add_up() {
     assert_eq!((&found["command"], &found["machine"]["device"]), (&json!("round"), &json!("emulator")));
     assert_eq!(found["machine"]["card"], Value::Null);
     assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
-    // A plain step, the round and its five parts.
+    // A AR step, the round and its five parts.
     assert_eq!(found["rows"].as_array().unwrap().len(), 4 * 7);
     let mut grid = vec![];
     for batch in [1, 3] {
@@ -69,7 +69,7 @@ fn the_parts_of_a_grid_of_rounds_add_up() {
             let at = json!({ "context": context, "batch": batch, "block": 16 });
             let all = whole(&found, &at);
             assert_eq!(all[1], planned(batch, "0"));
-            let plain = counts(&found, "plain step", json!({ "context": context, "batch": batch }));
+            let plain = counts(&found, "AR step", json!({ "context": context, "batch": batch }));
             assert!(plain[1] < all[1] && plain[0] < all[0]);
             grid.push((all, plain));
         }
@@ -97,7 +97,7 @@ fn sampled_rounds_and_shorter_blocks_are_counted_as_planned() {
         let all = whole(&found, &json!({ "context": context, "batch": 1, "block": 5 }));
         assert_eq!(all[1], planned(1, "0.8"));
         // The sampler's races have them; what is greedy has none.
-        let plain = counts(&found, "plain step", json!({ "context": context, "batch": 1 }));
+        let plain = counts(&found, "AR step", json!({ "context": context, "batch": 1 }));
         assert!(plain[7] > 0 && all[7] > plain[7], "{plain:?}, {all:?}");
     }
 }
@@ -121,7 +121,7 @@ fn assumed_acceptance_is_bytes_per_token_here() {
     for (length, key) in [(1.0, json!(1)), (6.5, json!(6.5))] {
         near(value(&found, synthetic, json!({ "block": 16, "acceptance": key })), bytes / 2.0 / length);
     }
-    near(value(&found, "plain decoding", json!({})), value(&found, "plain step", json!({})).0 / 2.0);
+    near(value(&found, "autoregressive decoding", json!({})), value(&found, "AR step", json!({})).0 / 2.0);
     // 1 + 0.5 + 0.5 x 0.25 = 1.625, of rounds in blocks of 3.
     let found = round(&[&args[..], &["--curve", "0.5,0.25", "--block", "3"]].concat());
     let bytes = value(&found, "round", json!({ "block": 3 })).0;
@@ -176,7 +176,7 @@ fn a_target_alone_has_plain_steps() {
     let found = round(&["--model", &folder, "--context", "9"]);
     assert_eq!(found["model"]["drafter"], Value::Null);
     assert_eq!(found["rows"].as_array().unwrap().len(), 1);
-    assert!(counts(&found, "plain step", json!({ "context": 9, "batch": 1 }))[1] > 10);
+    assert!(counts(&found, "AR step", json!({ "context": 9, "batch": 1 }))[1] > 10);
     let edit = |config: &mut Value| config["max_position_embeddings"] = json!(16);
     support::edit_json(dir.path(), "config.json", edit);
     let run = bench(["round", "--device", "emulator", "--model", &folder, "--context", "0"]);
@@ -191,7 +191,8 @@ fn a_target_alone_has_plain_steps() {
 fn round_refuses_in_a_sentence() {
     // What the emulator has, and positions for the rounds, which the flag does not tell.
     let pair = Pair::drawn(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
-    let most = MemoryPlan::largest_context(&pair, Room::new(1000, 16, 1), 16 << 30, Overhead::NONE).unwrap();
+    let most =
+        MemoryPlan::largest_context(&pair, BatchConfig::new(1000, 16, 1), 16 << 30, Overhead::NONE).unwrap();
     let fits = most - 272;
     assert!(most < 4096 && fits > 1000);
     for (args, code, part) in [

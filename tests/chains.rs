@@ -1,5 +1,5 @@
 //! Several chains drawn on a device and the best of them judged, decision for decision and sum for sum against
-//! `draw_chains` and `best_block` of `src/spec/verify.rs`.
+//! `sample_chains` and `multi_draft_block_verify` of `src/spec/verify.rs`.
 
 #[path = "support/drawn.rs"]
 mod drawn;
@@ -10,12 +10,12 @@ use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use dflash::gpu::kernels::round::Form;
-use dflash::gpu::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
+use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules, VerifyInputs};
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::siblings::{Drawn, Siblings};
 use dflash::gpu::kernels::verify::Verdict;
-use dflash::spec::sampling::Sampling;
-use dflash::spec::verify::Rule;
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify::VerifyMethod;
 use drawn::*;
 use kernel::*;
 
@@ -44,7 +44,7 @@ fn chains_are_drawn_and_judged_as_the_rules_say() {
         (32000, 3, 5, 2),
     ] {
         for i in 0..(batches / shrink).max(1) {
-            let batch = batch(&mut random, Rule::Block, (vocab, block, wide), 8);
+            let batch = batch(&mut random, VerifyMethod::Block, (vocab, block, wide), 8);
             every_device_in_turn(i, |device| seen.add(batch.check(device, &format!("batch {i}"))));
         }
     }
@@ -59,7 +59,7 @@ fn chains_are_drawn_and_judged_as_the_rules_say() {
 
 #[test]
 fn chains_are_the_same_under_every_schedule() {
-    same_under_every_schedule(Rule::Block);
+    same_under_every_schedule(VerifyMethod::Block);
 }
 
 /// A batch of one sequence, of chains that are all drawn from one row and judged by `target`'s.
@@ -69,10 +69,11 @@ fn alone(
     parents: Vec<u32>,
     target: impl Fn(&[f32]) -> Vec<f32>,
 ) -> Batch {
-    let how = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: random.next(), stream: 9 };
+    let how =
+        SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: random.next(), stream: 9 };
     let (row, wide) = (random.normals(vocab, 2.0), parents.len());
     let request = Request {
-        rule: Rule::Block,
+        rule: VerifyMethod::Block,
         length: 70,
         rounds: random.below(1000) as u32,
         sampling: how.clone(),
@@ -80,7 +81,7 @@ fn alone(
         parents,
     };
     Batch {
-        kind: Rule::Block,
+        kind: VerifyMethod::Block,
         vocab,
         block,
         wide,
@@ -133,9 +134,9 @@ fn one_chain_is_judged_as_a_chain_is() {
         let (mut random, mut accepted) = (Random::new(6), 0);
         for i in 0..30 {
             let (vocab, block) = ([3, 40, 257][i % 3], [2, 4, 9][i / 3 % 3]);
-            let mut batch = batch(&mut random, Rule::Block, (vocab, block, block), 6);
+            let mut batch = batch(&mut random, VerifyMethod::Block, (vocab, block, block), 6);
             for request in &mut batch.requests {
-                (request.rule, request.parents) = (Rule::Block, parents(1, block - 1));
+                (request.rule, request.parents) = (VerifyMethod::Block, parents(1, block - 1));
             }
             batch.tokens.fill(None);
             let own = batch.run(device);
@@ -143,8 +144,8 @@ fn one_chain_is_judged_as_a_chain_is() {
 
             // The same drafts as chains.
             let sequences = batch.requests.len();
-            let target = batch.laws(device, &batch.target, block, |r| &r.sampling);
-            let drafter = batch.laws(device, &batch.drafter, block, |r| &r.drafting);
+            let target = batch.distributions(device, &batch.target, block, |r| &r.sampling);
+            let drafter = batch.distributions(device, &batch.drafter, block, |r| &r.drafting);
             let state = |r: &Request| r.state(Form::Chain, &r.sampling);
             let states = upload(device, &batch.requests.iter().flat_map(state).collect::<Vec<u8>>());
             let kernels = Rules { sequences, block, vocab, blocks: vocab.div_ceil(128) };
@@ -152,7 +153,7 @@ fn one_chain_is_judged_as_a_chain_is() {
             let [tokens, spans] = [&own.tokens, &spans].map(|words| upload(device, words));
             let partial = poisoned::<u64>(device, sequences * block);
             let counters = upload(device, &vec![0u32; sequences]);
-            let judged = Judged {
+            let judged = VerifyInputs {
                 wide: block,
                 tokens: &tokens,
                 spans: &spans,
@@ -162,11 +163,12 @@ fn one_chain_is_judged_as_a_chain_is() {
             let [accepted, next] = [(); 2].map(|()| poisoned::<u32>(device, sequences));
             let path = poisoned::<u32>(device, sequences * block);
             let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
-            let [target, drafter] = [&target, &drafter].map(|(logits, laws)| Rows { logits, laws });
+            let [target, drafter] =
+                [&target, &drafter].map(|(logits, distributions)| Rows { logits, distributions });
             let tables = constant(device, &tables());
             kernels.judge(device, verdict, target, drafter, judged, &states, &tables).unwrap();
             for (at, rows) in own.tokens.chunks(block).enumerate() {
-                // What is said of a draft without a law does not matter, nor of rows that no draft leads to.
+                // What is said of a draft without a distribution does not matter, nor of rows that no draft leads to.
                 let damaged = own.next[at] == NONE || rows.contains(&NONE);
                 let of = |buffer: &Buffer| download::<u32>(device, buffer)[at];
                 if !damaged {
@@ -203,18 +205,20 @@ fn garbage_stays_inside_the_buffers() {
             let mut states = noise(sequences * 128);
             // Its rule is the last word, its form the upper half of the eighth; let some be those that take part.
             for words in states.chunks_mut(32).skip(i % 2) {
-                (words[31], words[7]) = (Rule::Block as u32, words[7] & 0xffff | (Form::Drawn as u32) << 16);
+                (words[31], words[7]) =
+                    (VerifyMethod::Block as u32, words[7] & 0xffff | (Form::Drawn as u32) << 16);
             }
             let states = upload(device, &states);
             let (target, drafter) = (
-                [noise(sequences * wide * vocab * 4), noise(sequences * wide * LAW_BYTES)],
-                [noise(sequences * block * vocab * 4), noise(sequences * block * LAW_BYTES)],
+                [noise(sequences * wide * vocab * 4), noise(sequences * wide * DISTRIBUTION_BYTES)],
+                [noise(sequences * block * vocab * 4), noise(sequences * block * DISTRIBUTION_BYTES)],
             );
             let [target, drafter] = [target, drafter].map(|rows| rows.map(|words| upload(device, &words)));
             let tables = constant(device, &tables());
             let trees = Drawn { tokens: &tokens, parents: &parents, spans: &spans };
             let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
-            let [target, drafter] = [&target, &drafter].map(|[logits, laws]| Rows { logits, laws });
+            let [target, drafter] =
+                [&target, &drafter].map(|[logits, distributions]| Rows { logits, distributions });
             let work = Workspace { classes: &classes, partial: &partial, counters: &counters };
             kernels.judge(device, verdict, trees, target, drafter, &states, &tables, work).unwrap();
             kernels.draw(device, trees, drafter, &states, &tables).unwrap();
@@ -227,8 +231,8 @@ fn launches_refuse_what_does_not_fit() {
     let device = Emulator::new();
     let kernels = Siblings { sequences: 2, block: 4, wide: 8, vocab: 40 };
     let get = |bytes: usize| device.allocate(bytes, "test").unwrap();
-    let (logits, laws) = (get(16 * 160), get(16 * LAW_BYTES));
-    let rows = Rows { logits: &logits, laws: &laws };
+    let (logits, distributions) = (get(16 * 160), get(16 * DISTRIBUTION_BYTES));
+    let rows = Rows { logits: &logits, distributions: &distributions };
     let (tokens, parents, spans) = (get(64), get(64), get(16));
     let trees = Drawn { tokens: &tokens, parents: &parents, spans: &spans };
     let (states, tables, small) = (get(256), get(2048), get(48));
@@ -236,7 +240,7 @@ fn launches_refuse_what_does_not_fit() {
         Chains(kernels).draw(&device, trees, rows, &states, &tables).unwrap_err().to_string()
     };
     let message = draw(kernels, Drawn { parents: &small, ..trees }, rows);
-    assert_eq!(message, "kernel draw_chains: parents has 48 bytes, needs 64");
+    assert_eq!(message, "kernel sample_chains: parents has 48 bytes, needs 64");
     let message = draw(Siblings { wide: 65, ..kernels }, trees, rows);
     assert!(message.contains("2 sequences in blocks of 65 rows"), "{message}");
     let [accepted, next, path, classes, partial, counters] = [8, 8, 64, 16 * CLASSES_BYTES, 64, 8].map(get);
@@ -247,11 +251,11 @@ fn launches_refuse_what_does_not_fit() {
         judged.unwrap_err().to_string()
     };
     let message = judge(Verdict { path: &small, ..verdict }, rows, work);
-    assert_eq!(message, "kernel judge_chains: path has 48 bytes, needs 64");
+    assert_eq!(message, "kernel verify_chains: path has 48 bytes, needs 64");
     let message = judge(verdict, Rows { logits: &small, ..rows }, work);
-    assert_eq!(message, "kernel judge_chains: the target's logits has 48 bytes, needs 2560");
+    assert_eq!(message, "kernel verify_chains: the target's logits has 48 bytes, needs 2560");
     let message = judge(verdict, rows, Workspace { classes: &small, ..work });
-    assert_eq!(message, "kernel judge_chains: classes has 48 bytes, needs 8192");
+    assert_eq!(message, "kernel verify_chains: classes has 48 bytes, needs 8192");
     let message = judge(verdict, rows, Workspace { partial: &small, ..work });
-    assert_eq!(message, "kernel judge_chains: partial has 48 bytes, needs 64");
+    assert_eq!(message, "kernel verify_chains: partial has 48 bytes, needs 64");
 }

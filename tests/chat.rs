@@ -315,7 +315,7 @@ fn a_wrong_command_is_one_sentence_and_changes_nothing() {
     let plain = Setting::new(None, &["--draft", "none"]);
     let got = plain.chat("/draft on\n/draft off\n/set block 2\n");
     let sentences = "dflash-gen: /draft on needs a drafter, but --draft is none\n\
-                     dflash-gen: --block is 2 without a drafter, expected 1 (plain decoding)\n";
+                     dflash-gen: --block is 2 without a drafter, expected 1 (autoregressive decoding)\n";
     assert_eq!((got.code, got.err.as_str()), (0, sentences));
 }
 
@@ -432,25 +432,25 @@ fn the_demo_pair_needs_no_template_of_the_users() {
 #[cfg(target_os = "linux")]
 #[test]
 fn ctrl_c_ends_the_answer_and_keeps_what_was_said() {
-    let mut live = Live::new(["--chat", "-n", "3000", "--ignore-eos"]);
-    live.say("def main(");
+    let mut num_active = Live::new(["--chat", "-n", "3000", "--ignore-eos"]);
+    num_active.say("def main(");
     let mut said = vec![0; 40];
-    live.out.read_exact(&mut said).unwrap();
-    interrupt(&live.child);
-    live.say("/stats");
-    let line = live.error_line();
+    num_active.out.read_exact(&mut said).unwrap();
+    interrupt(&num_active.child);
+    num_active.say("/stats");
+    let line = num_active.error_line();
     assert!(line.ends_with(", interrupted\n"), "{line}");
     let tokens = stat(&line, " tokens in ");
     assert!(tokens < 3000, "{line}");
-    live.error_line();
-    live.say("/set max-tokens 10");
-    live.say("import os");
-    live.say("/stats");
-    let line = live.error_line();
+    num_active.error_line();
+    num_active.say("/set max-tokens 10");
+    num_active.say("import os");
+    num_active.say("/stats");
+    let line = num_active.error_line();
     let kept = stat(&line, " kept, ");
     assert!(kept > tokens / 2, "{kept} kept of an answer of {tokens} tokens");
-    assert_eq!(live.end(), Some(0));
-    live.out.read_to_end(&mut said).unwrap();
+    assert_eq!(num_active.end(), Some(0));
+    num_active.out.read_to_end(&mut said).unwrap();
     // The same, had it been asked for no more.
     let setting = Setting::demo(&["--ignore-eos"]);
     let user = |text: &str| json!({"role": "user", "content": text});
@@ -469,29 +469,30 @@ fn line_of(record: &Value) -> String {
 #[cfg(target_os = "linux")]
 #[test]
 fn ctrl_c_twice_ends_the_program() {
-    let mut live = Live::new(["--chat", "-n", "3000", "--ignore-eos"]);
-    live.say("def main(");
-    live.out.read_exact(&mut [0; 40]).unwrap();
-    interrupt(&live.child);
-    interrupt(&live.child);
+    let mut num_active = Live::new(["--chat", "-n", "3000", "--ignore-eos"]);
+    num_active.say("def main(");
+    num_active.out.read_exact(&mut [0; 40]).unwrap();
+    interrupt(&num_active.child);
+    interrupt(&num_active.child);
     // Pending signals of one kind are one: the second may have been lost in the first.
     std::thread::sleep(Duration::from_millis(300));
-    interrupt(&live.child);
-    assert_eq!(live.code(), Some(130));
+    interrupt(&num_active.child);
+    assert_eq!(num_active.code(), Some(130));
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn ctrl_c_between_answers_ends_the_program() {
     for said in ["/set", "/help", "import os"] {
-        let mut live = Live::new(["--chat", "-n", "5"]);
-        live.say(said);
-        live.say("/stats");
-        while !live.error_line().starts_with(if said == "import os" { "in all" } else { "no answer" }) {}
+        let mut num_active = Live::new(["--chat", "-n", "5"]);
+        num_active.say(said);
+        num_active.say("/stats");
+        while !num_active.error_line().starts_with(if said == "import os" { "in all" } else { "no answer" }) {
+        }
         // The line comes just before the wait for the next.
         std::thread::sleep(Duration::from_millis(300));
-        interrupt(&live.child);
-        assert_eq!(live.code(), Some(130), "after {said:?}");
+        interrupt(&num_active.child);
+        assert_eq!(num_active.code(), Some(130), "after {said:?}");
     }
 }
 
@@ -501,15 +502,15 @@ fn ctrl_c_before_the_answer_drops_the_message() {
     let target = support::Target { eos: vec![], max_positions: 1 << 17, ..Default::default() };
     let drafter = support::Drafter { max_positions: 1 << 17, ..Default::default() };
     let pair = support::write_pair(&target, &drafter);
-    let mut live = Live::new(flags(&pair).iter().map(String::as_str).chain(["--chat", "-n", "8"]));
+    let mut num_active = Live::new(flags(&pair).iter().map(String::as_str).chain(["--chat", "-n", "8"]));
     // Half a minute of prompt.
-    live.say(&"long ".repeat(20_000));
+    num_active.say(&"long ".repeat(20_000));
     std::thread::sleep(Duration::from_millis(300));
-    interrupt(&live.child);
-    assert_eq!(live.error_line(), "interrupted before the answer began: the message is dropped\n");
-    live.say("hello");
-    assert_eq!(live.end(), Some(0));
+    interrupt(&num_active.child);
+    assert_eq!(num_active.error_line(), "interrupted before the answer began: the message is dropped\n");
+    num_active.say("hello");
+    assert_eq!(num_active.end(), Some(0));
     let mut out = String::new();
-    live.out.read_to_string(&mut out).unwrap();
+    num_active.out.read_to_string(&mut out).unwrap();
     assert_eq!(out, Setting::new(Some(&pair), &["-n", "8"]).answers(&["hello"], &[]));
 }

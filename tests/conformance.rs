@@ -590,7 +590,7 @@ fn c8_sampled_tokens_follow_the_target_law_whatever_is_drafted() {
     let pair = write(&spec, &draft);
     let oracle = dense::Target::new(&spec);
     let prompt = [2, 0, 3];
-    let law = |prefix: &[u32]| -> Vec<f64> {
+    let distribution = |prefix: &[u32]| -> Vec<f64> {
         let logits = oracle.logits(oracle.states(&[&prompt, prefix].concat()).last().unwrap()).pop().unwrap();
         let weights: Vec<f64> = logits.iter().map(|l| (l / 1.5).exp()).collect();
         weights.iter().map(|w| w / weights.iter().sum::<f64>()).collect()
@@ -599,12 +599,16 @@ fn c8_sampled_tokens_follow_the_target_law_whatever_is_drafted() {
     let mut exact = vec![];
     for a in 0..4 {
         for b in 0..4 {
-            exact.extend(law(&[a, b]).iter().map(|p| p * law(&[])[a as usize] * law(&[a])[b as usize]));
+            exact.extend(
+                distribution(&[a, b])
+                    .iter()
+                    .map(|p| p * distribution(&[])[a as usize] * distribution(&[a])[b as usize]),
+            );
         }
     }
     let argmax = None;
     let least: &(dyn Fn(usize, usize) -> Vec<u32> + Sync) = &|_, rows| {
-        let best = law(&[]);
+        let best = distribution(&[]);
         let worst = (0..4).min_by(|a, b| best[*a].total_cmp(&best[*b])).unwrap();
         vec![worst as u32; rows - 1]
     };

@@ -8,7 +8,7 @@ use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
 use dflash::checkpoint::safetensors::PUBLISHED;
 use dflash::perf::roofline::{Card, draft_pass, target_pass};
 use dflash::spec::draft_length::{
-    ByConfidence, ByPosition, Controller, Costs, Fixed, Goal, Positions, WherePays,
+    ByConfidence, ByPosition, Controller, CostGated, Costs, DraftLengthPolicy, Fixed, Positions,
 };
 use random::Random;
 use std::collections::VecDeque;
@@ -249,7 +249,7 @@ fn chain(probabilities: &[f64]) -> Vec<u32> {
 fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
     // Every row costs a tenth of a step.
     let table = costs(0.5, |rows| 1.0 + 0.1 * rows as f64);
-    let mut controller = ByPosition::new(Goal::Pays(table.clone()));
+    let mut controller = ByPosition::new(DraftLengthPolicy::CostModel(table.clone()));
     let mut positions = Positions::default();
     for round in 0..200 {
         let drafts = controller.drafts(15);
@@ -262,7 +262,7 @@ fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
     assert!((2..8).contains(&controller.drafts(15)));
     assert_eq!(controller.drafts(1), 1);
     // From all to few and back, never more than 16 rows at once.
-    let mut controller = ByPosition::new(Goal::Pays(table));
+    let mut controller = ByPosition::new(DraftLengthPolicy::CostModel(table));
     let mut sizes = vec![];
     for round in 0..400 {
         let drafts = controller.drafts(63);
@@ -286,12 +286,12 @@ fn confidence_is_weighed_by_what_came_of_it() {
     let mut random = Random::new(4);
     let table = costs(0.3, |rows| 1.0 + 0.05 * rows as f64);
     for bias in [0.5, 1.0, 2.0, 3.0] {
-        let mut controller = ByConfidence::new(Goal::Pays(table.clone()));
+        let mut controller = ByConfidence::new(DraftLengthPolicy::CostModel(table.clone()));
         let mut mean = 0.0;
         for round in 0..4000 {
             assert_eq!(controller.drafts(15), 15);
             let (paths, accepted) = sure(&mut random, bias, 15);
-            let drafts = controller.cut(&paths);
+            let drafts = controller.truncate(&paths);
             let weight = controller.weight();
             let survival: Vec<f64> =
                 paths.iter().map(|cost| (-weight * f64::from(*cost) / 65536.0).exp2()).collect();
@@ -301,9 +301,9 @@ fn confidence_is_weighed_by_what_came_of_it() {
         }
         assert!((mean / bias - 1.0).abs() < 0.15, "{mean} for {bias}");
     }
-    let mut hopeless = ByConfidence::new(Goal::Pays(table));
+    let mut hopeless = ByConfidence::new(DraftLengthPolicy::CostModel(table));
     for _ in 0..2000 {
-        let drafts = hopeless.cut(&chain(&[0.99; 15]));
+        let drafts = hopeless.truncate(&chain(&[0.99; 15]));
         hopeless.judged(drafts, 1);
     }
     assert_eq!(hopeless.weight(), 4.0);
@@ -312,19 +312,23 @@ fn confidence_is_weighed_by_what_came_of_it() {
 /// Of each goal, what there is known before the drafts are, and what looks at them.
 #[test]
 fn goals_make_controllers_that_look_only_where_they_may() {
-    let pays = Goal::Pays(costs(0.1, |_| 1.0));
+    let pays = DraftLengthPolicy::CostModel(costs(0.1, |_| 1.0));
     for (goal, ahead, looks, most) in [
-        (Goal::All, true, false, 100),
-        (Goal::All, false, false, 100),
+        (DraftLengthPolicy::Full, true, false, 100),
+        (DraftLengthPolicy::Full, false, false, 100),
         (pays.clone(), true, false, 63),
         (pays, false, true, 63),
-        (Goal::AtLeast(0.5), true, false, 63),
-        (Goal::AtLeast(0.5), false, true, 63),
+        (DraftLengthPolicy::Threshold(0.5), true, false, 63),
+        (DraftLengthPolicy::Threshold(0.5), false, true, 63),
     ] {
         let mut controller = goal.controller(ahead);
-        assert_eq!((controller.looks(), controller.drafts(100)), (looks, most), "{goal:?}, ahead: {ahead}");
+        assert_eq!(
+            (controller.needs_draft_probs(), controller.drafts(100)),
+            (looks, most),
+            "{goal:?}, ahead: {ahead}"
+        );
         assert_eq!((controller.drafts(7), controller.drafts(0)), (7, 0), "{goal:?}, ahead: {ahead}");
-        let kept = controller.cut(&[0, 100, 66 << 16]);
+        let kept = controller.truncate(&[0, 100, 66 << 16]);
         assert_eq!(kept, if looks { 2 } else { 3 }, "{goal:?}, ahead: {ahead}");
     }
 }
@@ -333,7 +337,7 @@ fn goals_make_controllers_that_look_only_where_they_may() {
 fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
     for least in [1e-90, 0.2, 0.5, 0.8, 1.0] {
         let mut random = Random::new(31);
-        let mut controller = Goal::AtLeast(least).controller(true);
+        let mut controller = DraftLengthPolicy::Threshold(least).controller(true);
         let mut positions = Positions::default();
         let mut sizes = vec![];
         // Nothing stands for long, then all, then what happens to.
@@ -347,12 +351,12 @@ fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
             positions.judged(drafts, chain_of(accepted));
             sizes.push(drafts);
         }
-        // No plain step is for ever, because there is none; what stands again is verified again.
+        // No AR step is for ever, because there is none; what stands again is verified again.
         let expected = if least < 1e-6 { (15, 15) } else { (1, if least < 1.0 { 15 } else { 1 }) };
         assert_eq!((sizes[299], sizes[599]), expected, "at least {least}: {sizes:?}");
     }
     // A tree ends before the first row that does not stand often enough, whatever comes behind.
-    let mut controller = Goal::AtLeast(0.5).controller(true);
+    let mut controller = DraftLengthPolicy::Threshold(0.5).controller(true);
     for _ in 0..4 {
         assert_eq!(controller.drafts(20), 20);
         controller.judged(20, 0b110111);
@@ -363,7 +367,8 @@ fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
 
 #[test]
 fn by_confidence_verifies_paths_that_the_drafter_holds_likely_enough() {
-    let cuts = |least: f64, paths: &[u32]| Goal::AtLeast(least).controller(false).cut(paths);
+    let cuts =
+        |least: f64, paths: &[u32]| DraftLengthPolicy::Threshold(least).controller(false).truncate(paths);
     // A half, a quarter, an eighth: of equals, they stand.
     let halves = chain(&[0.5; 10]);
     for (least, kept) in [(0.51, 0), (0.5, 1), (0.26, 1), (0.25, 2), (0.125, 3), (1e-9, 10), (1.0, 0)] {
@@ -373,19 +378,19 @@ fn by_confidence_verifies_paths_that_the_drafter_holds_likely_enough() {
     // Of a tree, those before the first that is not.
     assert_eq!(cuts(0.25, &[1 << 16, 3 << 15, 2 << 16, (2 << 16) + 1, 2 << 16]), 3);
     // However often nothing was verified or nothing stood, a drafter that is sure is verified.
-    let mut controller = Goal::AtLeast(0.9).controller(false);
+    let mut controller = DraftLengthPolicy::Threshold(0.9).controller(false);
     for round in 0..2000 {
         assert_eq!(controller.drafts(15), 15);
         let (paths, kept) = if round % 2 == 0 { (chain(&[0.8; 15]), 0) } else { (chain(&[0.99; 15]), 10) };
-        assert_eq!(controller.cut(&paths), kept, "round {round}");
+        assert_eq!(controller.truncate(&paths), kept, "round {round}");
         controller.judged(kept, 1);
     }
 }
 
 /// Runs `rounds` rounds, of which round `i` would accept `accepts(i)` of up to 15 drafts, and is judged when `late` more
-/// have been asked for: which rounds drafted, and what all cost in plain steps per token.
+/// have been asked for: which rounds drafted, and what all cost in AR steps per token.
 fn play(
-    controller: &mut WherePays<Fixed>,
+    controller: &mut CostGated<Fixed>,
     costs: &Costs,
     rounds: usize,
     late: usize,
@@ -422,10 +427,10 @@ fn play(
 fn drafting_ends_where_it_does_not_pay_and_is_tried_ever_more_rarely() {
     let table = costs(0.2, |_| 1.0);
     for late in 0..4 {
-        let mut controller = WherePays::new(Fixed, table.clone());
+        let mut controller = CostGated::new(Fixed, table.clone());
         let (drafted, each) = play(&mut controller, &table, 4000, late, |_| 0);
         // Four rounds before anything is made of them, then eight poor ones, and those that were on their way; then trials
-        // after 16, 32, ... 256 plain steps, whose verdict is waited for.
+        // after 16, 32, ... 256 AR steps, whose verdict is waited for.
         let mut expected: Vec<usize> = (0..12 + late).collect();
         let (mut at, mut interval, mut waited) = (11 + late, 16, 0);
         loop {
@@ -443,7 +448,7 @@ fn drafting_ends_where_it_does_not_pay_and_is_tried_ever_more_rarely() {
         assert!(controller.is_on() && drafted[0] <= 256, "{}", drafted[0]);
         assert_eq!(drafted.len(), 1000 - drafted[0] - late);
         assert!(each < 0.5, "{each}");
-        // A plain step where nothing could be drafted is no trial, and no poor round.
+        // A AR step where nothing could be drafted is no trial, and no poor round.
         assert_eq!((controller.drafts(0), controller.is_on()), (0, true));
     }
 }
@@ -451,12 +456,12 @@ fn drafting_ends_where_it_does_not_pay_and_is_tried_ever_more_rarely() {
 #[test]
 fn drafting_that_pays_is_never_left_out_and_a_bad_stretch_costs_little() {
     let table = costs(0.2, |_| 1.0);
-    let mut controller = WherePays::new(Fixed, table.clone());
+    let mut controller = CostGated::new(Fixed, table.clone());
     let (drafted, _) = play(&mut controller, &table, 2000, 1, |round| [0, 0, 3, 0][round % 4]);
     assert_eq!(drafted.len(), 2000);
     assert!(controller.gain() > 1.2);
     // Eight times in turn: good stretches are drafted for the most part, bad ones are not.
-    let mut controller = WherePays::new(Fixed, table.clone());
+    let mut controller = CostGated::new(Fixed, table.clone());
     for turn in 0..8 {
         let (bad, each) = play(&mut controller, &table, 600, 1, |_| 0);
         assert!(bad.len() < 60 && each < 1.05, "turn {turn}: {} rounds, {each}", bad.len());
@@ -473,7 +478,7 @@ fn what_pays_a_little_more_and_a_little_less_does_not_go_to_and_fro() {
         let mut random = Random::new(seed);
         let stands: Vec<usize> =
             (0..5000).map(|_| usize::from(unit(&mut random) < if pays { 0.5 } else { 0.16 })).collect();
-        let mut controller = WherePays::new(Fixed, table.clone());
+        let mut controller = CostGated::new(Fixed, table.clone());
         let (mut turns, mut on) = (0, true);
         for stands in &stands {
             let drafts = controller.drafts(15);

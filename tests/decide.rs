@@ -8,17 +8,17 @@ use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::round::{Finish, Form, Sequence};
 use dflash::gpu::kernels::sample::{Races, Sample, tables};
 use dflash::gpu::kernels::verify::{Verdict, Verify};
-use dflash::spec::sampling::{Sampling, TABLES, judge, philox, walk};
-use dflash::spec::verify::Rule;
+use dflash::spec::sampling::{SamplingParams, TABLES, judge, philox, walk};
+use dflash::spec::verify::VerifyMethod;
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
 
-fn greedy() -> Sampling {
-    Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 }
+fn greedy() -> SamplingParams {
+    SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 }
 }
 
-fn sequence(sampling: Sampling) -> Sequence {
+fn sequence(sampling: SamplingParams) -> Sequence {
     Sequence {
         active: true,
         length: 0,
@@ -36,7 +36,7 @@ fn sequence(sampling: Sampling) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
-        rule: Rule::Match,
+        rule: VerifyMethod::Match,
     }
 }
 
@@ -45,7 +45,7 @@ struct Batch {
     vocab: usize,
     logits: Vec<f32>,
     rows: Vec<(u32, u32)>,
-    settings: Vec<Sampling>,
+    settings: Vec<SamplingParams>,
 }
 
 impl Batch {
@@ -117,7 +117,7 @@ impl Batch {
 }
 
 /// Settings of every mix.
-fn settings(random: &mut Random, vocab: usize) -> Sampling {
+fn settings(random: &mut Random, vocab: usize) -> SamplingParams {
     let temperature = match random.below(10) {
         0 => 0.0,
         1 => 1e-4,
@@ -146,8 +146,14 @@ fn settings(random: &mut Random, vocab: usize) -> Sampling {
         2 => f64::from(random.unit()),
         _ => 0.0,
     };
-    let settings =
-        Sampling { temperature, top_k, top_p, min_p, seed: random.next(), stream: random.next() as u32 };
+    let settings = SamplingParams {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed: random.next(),
+        stream: random.next() as u32,
+    };
     settings.check().unwrap();
     settings
 }
@@ -198,8 +204,14 @@ fn sampler_is_the_same_under_every_schedule() {
 fn sampler_is_choose_on_a_real_vocabulary() {
     let mut random = Random::new(5);
     let vocab = if cfg!(feature = "sanitize") { 20011 } else { 151936 };
-    let of =
-        |temperature, top_k, top_p, min_p| Sampling { temperature, top_k, top_p, min_p, seed: 77, stream: 3 };
+    let of = |temperature, top_k, top_p, min_p| SamplingParams {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed: 77,
+        stream: 3,
+    };
     let settings = vec![
         of(0.0, 0, 1.0, 0.0),
         of(1.0, 0, 1.0, 0.0),
@@ -228,7 +240,7 @@ fn cuts_fall_among_ties_as_the_definition_says() {
             for i in 0..40 {
                 let top_k = if i % 3 == 0 { 0 } else { 1 + random.below(vocab) };
                 let top_p = if i % 3 == 1 { 1.0 } else { f64::from(random.unit()).max(0.001) };
-                settings.push(Sampling {
+                settings.push(SamplingParams {
                     temperature: 1.0,
                     top_k,
                     top_p,
@@ -245,8 +257,8 @@ fn cuts_fall_among_ties_as_the_definition_says() {
         let vocab = 70000;
         let mut row = vec![-50.0; vocab];
         (0..vocab).step_by(3001).for_each(|id| row[id] = 2.0);
-        let settings: Vec<Sampling> = (1..=16)
-            .map(|top_k| Sampling {
+        let settings: Vec<SamplingParams> = (1..=16)
+            .map(|top_k| SamplingParams {
                 temperature: 1.0,
                 top_k,
                 top_p: 1.0,
@@ -271,7 +283,7 @@ fn races_that_end_in_a_tie_go_to_the_lower_id() {
         ] {
             for top_k in [0, vocab - 1] {
                 let settings =
-                    Sampling { temperature: 1.0, top_k, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+                    SamplingParams { temperature: 1.0, top_k, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
                 for (position, winner, second) in ties {
                     let time = |id: u32| {
                         let words = philox([position, (5 << 24) | (id / 4), 0, 0], [1, 0]);
@@ -294,7 +306,8 @@ fn top_p_rounds_its_goal_up() {
         // The share of the mass asked for is a little more than the best token has, by less than one unit of weight.
         let mut found = 0;
         for logit in (1..20).map(|i| -0.25 * i as f32) {
-            let all = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 3, stream: 1 };
+            let all =
+                SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 3, stream: 1 };
             let row = vec![0.0, logit];
             let weights = all.survivors(&row).unwrap();
             let (best, total) = (1u128 << 32, (1u128 << 32) + u128::from(weights[1].1));
@@ -303,7 +316,7 @@ fn top_p_rounds_its_goal_up() {
                 continue;
             }
             found += 1;
-            let settings = Sampling { top_p: share as f64 / best as f64, ..all };
+            let settings = SamplingParams { top_p: share as f64 / best as f64, ..all };
             assert_eq!(settings.survivors(&row).unwrap().len(), 2);
             let rows = (0..200).map(|position| (0, position)).collect();
             let batch = Batch { vocab: 2, logits: row.repeat(200), rows, settings: vec![settings] };
@@ -317,11 +330,12 @@ fn top_p_rounds_its_goal_up() {
 #[test]
 fn min_p_keeps_what_weighs_just_enough() {
     every_device(|device| {
-        let all = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
+        let all = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
         let row = vec![0.0, -1.0];
         let weight = all.survivors(&row).unwrap()[1].1;
         for (more, kept) in [(0, 2), (1, 1)] {
-            let settings = Sampling { min_p: (weight + more) as f64 / (1u64 << 32) as f64, ..all.clone() };
+            let settings =
+                SamplingParams { min_p: (weight + more) as f64 / (1u64 << 32) as f64, ..all.clone() };
             assert_eq!(settings.survivors(&row).unwrap().len(), kept);
             let rows = (0..200).map(|position| (0, position)).collect();
             let batch = Batch { vocab: 2, logits: row.repeat(200), rows, settings: vec![settings] };
@@ -337,9 +351,15 @@ fn damaged_rows_choose_nothing_and_spoil_no_other_row() {
         let vocab = 1000;
         let mut random = Random::new(11);
         let sound = random.normals(vocab, 3.0);
-        let law =
-            |temperature, top_k| Sampling { temperature, top_k, top_p: 1.0, min_p: 0.0, seed: 4, stream: 9 };
-        let settings = vec![greedy(), law(1.0, 0), law(0.8, 40)];
+        let distribution = |temperature, top_k| SamplingParams {
+            temperature,
+            top_k,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 4,
+            stream: 9,
+        };
+        let settings = vec![greedy(), distribution(1.0, 0), distribution(0.8, 40)];
         for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
             let (mut rows, mut logits) = (Vec::new(), Vec::new());
             for i in 0..9 {
@@ -572,11 +592,11 @@ fn verdict_is_the_same_under_every_schedule() {
 fn walk_takes_the_lowest_of_equal_siblings_and_needs_earlier_parents() {
     //  0 -> 1 (5), 2 (5), 3 (6); 4 (7) follows 2, 5 (8) follows 1; 6 (5) names a later row and is unreachable.
     let (tokens, parents) = ([9, 5, 5, 6, 7, 8, 5], [0, 0, 0, 0, 2, 1, 6]);
-    let law = |choices: [u32; 7]| walk(&tokens, &parents, move |row| Some(choices[row]));
-    assert_eq!(law([5, 8, 7, 0, 0, 3, 0]), Some((vec![0, 1, 5], 3)));
-    assert_eq!(law([5, 7, 7, 0, 0, 3, 0]), Some((vec![0, 1], 7)));
-    assert_eq!(law([6, 0, 0, 5, 0, 0, 0]), Some((vec![0, 3], 5)));
-    assert_eq!(law([4, 0, 0, 0, 0, 0, 0]), Some((vec![0], 4)));
+    let distribution = |choices: [u32; 7]| walk(&tokens, &parents, move |row| Some(choices[row]));
+    assert_eq!(distribution([5, 8, 7, 0, 0, 3, 0]), Some((vec![0, 1, 5], 3)));
+    assert_eq!(distribution([5, 7, 7, 0, 0, 3, 0]), Some((vec![0, 1], 7)));
+    assert_eq!(distribution([6, 0, 0, 5, 0, 0, 0]), Some((vec![0, 3], 5)));
+    assert_eq!(distribution([4, 0, 0, 0, 0, 0, 0]), Some((vec![0], 4)));
     assert_eq!(walk(&tokens, &parents, |row| (row == 0).then_some(5)), None);
     assert_eq!(walk(&[9], &[0], |_| Some(2)), Some((vec![0], 2)));
 }

@@ -1,5 +1,5 @@
 //! Generations through the kernels, on the emulator and on a GPU where one opens: a device's rounds against the reference's
-//! tokens, DFlash against plain decoding, and batches against sequences alone.
+//! tokens, DFlash against autoregressive decoding, and batches against sequences alone.
 
 #[path = "support/crowd.rs"]
 mod crowd;
@@ -13,7 +13,7 @@ use dflash::gpu::cuda::Cuda;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::{Device, Node};
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::Room;
+use dflash::gpu::memory::BatchConfig;
 use serde_json::Value;
 
 const POSITIONS: usize = 512;
@@ -80,7 +80,7 @@ fn greedy_tokens_on_the_device_equal_the_reference_but_for_near_ties() {
     every_device(|device| {
         let pair = demo();
         let models = Models::load(device, &pair, POSITIONS).unwrap();
-        let mut batch = Batch::new(device, &models, Room::new(8, 16, 192)).unwrap();
+        let mut batch = Batch::new(device, &models, BatchConfig::new(8, 16, 192)).unwrap();
         let held = held();
         assert_eq!(held.len(), 40);
         let requests: Vec<Request> = held.iter().map(|h| request(&h.prompt, TOKENS, 16, 0.0)).collect();
@@ -128,11 +128,11 @@ fn dflash_on_the_device_equals_plain_decoding_on_the_device() {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         for (temperature, prompt) in [0.0, 0.8, 1.3].into_iter().zip(prompts()) {
             let prompt = &prompt[64..];
-            let mut plain = Batch::new(device, &models, Room::new(1, 1, POSITIONS)).unwrap();
+            let mut plain = Batch::new(device, &models, BatchConfig::new(1, 1, POSITIONS)).unwrap();
             let expected = run(&mut plain, &request(prompt, 16, 1, temperature));
             for block in [2, 7, 16] {
-                let mut single = Batch::new(device, &models, Room::new(1, block, POSITIONS)).unwrap();
-                // Plain steps are rounds of their own there.
+                let mut single = Batch::new(device, &models, BatchConfig::new(1, block, POSITIONS)).unwrap();
+                // AR steps are rounds of their own there.
                 for block in [block, 1] {
                     let own = run(&mut single, &request(prompt, 16, block, temperature));
                     assert_eq!(own.tokens, expected.tokens, "block {block}, temperature {temperature}");
@@ -159,12 +159,12 @@ fn a_batch_emits_what_its_sequences_emit_alone() {
         let requests = mixed(&prompts());
         // With fewer pages than three sequences want, too.
         for pages in [15, 5] {
-            let room = Room { pages, ..Room::new(3, 16, POSITIONS) };
+            let room = BatchConfig { pages, ..BatchConfig::new(3, 16, POSITIONS) };
             let mut batch = Batch::new(device, &models, room).unwrap();
             let all = together(&mut batch, &requests, go_on);
             assert_eq!(batch.free_pages(), pages, "all pages are back");
             for (i, request) in requests.iter().enumerate() {
-                let mut batch = Batch::new(device, &models, Room::new(1, 16, POSITIONS)).unwrap();
+                let mut batch = Batch::new(device, &models, BatchConfig::new(1, 16, POSITIONS)).unwrap();
                 let alone = run(&mut batch, request);
                 assert_eq!(answer(&all[i]), answer(&alone), "sequence {i} with {pages} pages");
                 assert!(all[i].tokens.len() == request.max_tokens || all[i].finish == Finish::Stop);
@@ -181,7 +181,7 @@ fn a_conversation_is_the_same_with_and_without_drafts() {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let prompt = &prompts()[4][..60];
         let turns = |blocks: [usize; 4], temperature: f32| {
-            let mut batch = Batch::new(device, &models, Room::new(1, 16, POSITIONS)).unwrap();
+            let mut batch = Batch::new(device, &models, BatchConfig::new(1, 16, POSITIONS)).unwrap();
             let mut said = prompt.to_vec();
             let mut kept = vec![];
             for (turn, block) in blocks.into_iter().enumerate() {
@@ -213,7 +213,7 @@ fn a_round_is_five_launches_a_layer_and_thirteen() {
     let (pair, device) = (demo(), emulator());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
     let launches = |block: usize| {
-        let batch = Batch::new(&device, &models, Room::new(5, block, POSITIONS)).unwrap();
+        let batch = Batch::new(&device, &models, BatchConfig::new(5, block, POSITIONS)).unwrap();
         let count = |nodes: &[Node]| {
             assert!(nodes.iter().all(|node| matches!(node, Node::Launch(_))), "a round copies nothing");
             nodes.len()
@@ -236,7 +236,7 @@ fn a_round_is_five_launches_a_layer_and_thirteen() {
 fn a_sequence_that_does_not_fit_is_refused_and_leaves_nothing_behind() {
     let (pair, device) = (demo(), emulator());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
-    let room = Room { pages: 4, ..Room::new(2, 16, POSITIONS) };
+    let room = BatchConfig { pages: 4, ..BatchConfig::new(2, 16, POSITIONS) };
     let mut batch = Batch::new(&device, &models, room).unwrap();
     let prompt = vec![5; 100];
     let error = generate(&mut batch, &request(&prompt, 200, 16, 0.0), &mut crowd::Silent).unwrap_err();

@@ -1,12 +1,12 @@
 //! Rounds of trees and of every rule on devices: many kinds of requests in one batch against each of them alone, answers
-//! against the target's law and the CPU's, ends, refusals, and what a round launches.
+//! against the target's distribution and the CPU's, ends, refusals, and what a round launches.
 
 #[path = "support/crowd.rs"]
 mod crowd;
+#[path = "support/distribution.rs"]
+mod distribution;
 #[path = "support/kernel.rs"]
 mod kernel;
-#[path = "support/law.rs"]
-mod law;
 mod support;
 
 use crowd::{Event, Silent, go_on, held, open, run, seeded, tiny, together};
@@ -17,12 +17,14 @@ use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;
 use dflash::engine::generate::{Decoder, Finish, Flow, Outcome, Request};
 use dflash::engine::lossless::check;
-use dflash::gpu::decoder::{Batch, Models, Part};
+use dflash::gpu::decoder::{Batch, DrafterMode, Models};
 use dflash::gpu::device::{Device, Node};
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::Room;
-use dflash::spec::sampling::Sampling;
-use dflash::spec::verify::{Coin, Dice, Drafting, Rule, Word, block, draw, rejection};
+use dflash::gpu::memory::BatchConfig;
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify::{
+    DrawKey, PhiloxStream, RandomSource, SpecConfig, VerifyMethod, block, draw, rejection,
+};
 use kernel::{Random, every_device};
 
 const POSITIONS: usize = 192;
@@ -32,8 +34,8 @@ const TREE: usize = 64;
 const NEAR: f64 = 0.01;
 
 /// Of everything.
-fn room(sequences: usize) -> Room {
-    Room { rules: true, ..Room::new(sequences, BLOCK, POSITIONS).with_trees(TREE) }
+fn room(sequences: usize) -> BatchConfig {
+    BatchConfig { rules: true, ..BatchConfig::new(sequences, BLOCK, POSITIONS).with_trees(TREE) }
 }
 
 fn demo() -> Pair {
@@ -46,52 +48,52 @@ fn small(vocab: usize) -> Pair {
     open(&support::write_pair(&support::Target { vocab, ..target }, &drafter))
 }
 
-fn draws(rule: Rule, temperature: f32) -> Drafting {
-    let sampling = Sampling { temperature, ..Drafting::default().sampling };
-    Drafting { rule, sampling, tree: None }
+fn draws(rule: VerifyMethod, temperature: f32) -> SpecConfig {
+    let sampling = SamplingParams { temperature, ..SpecConfig::default().sampling };
+    SpecConfig { rule, sampling, tree: None }
 }
 
-fn tree(rows: usize) -> Drafting {
-    Drafting { tree: Some(rows), ..Drafting::default() }
+fn tree(rows: usize) -> SpecConfig {
+    SpecConfig { tree: Some(rows), ..SpecConfig::default() }
 }
 
 /// Of siblings that are drawn without replacement, or of several chains.
-fn drawn_tree(rule: Rule, rows: usize, temperature: f32) -> Drafting {
-    Drafting { tree: Some(rows), ..draws(rule, temperature) }
+fn drawn_tree(rule: VerifyMethod, rows: usize, temperature: f32) -> SpecConfig {
+    SpecConfig { tree: Some(rows), ..draws(rule, temperature) }
 }
 
 /// How drafts are made and judged, rows of a block, temperature.
-fn kinds() -> Vec<(Drafting, usize, f32)> {
-    let plain = Drafting::default;
+fn kinds() -> Vec<(SpecConfig, usize, f32)> {
+    let plain = SpecConfig::default;
     vec![
         (tree(64), 16, 0.0),
-        (draws(Rule::Block, 1.0), 16, 1.0),
+        (draws(VerifyMethod::Block, 1.0), 16, 1.0),
         (plain(), 1, 0.0),
-        (draws(Rule::Rejection, 1.0), 16, 1.0),
+        (draws(VerifyMethod::Rejection, 1.0), 16, 1.0),
         (tree(5), 3, 0.9),
         (plain(), 16, 0.0),
-        (draws(Rule::Match, 1.0), 9, 1.0),
+        (draws(VerifyMethod::Match, 1.0), 9, 1.0),
         (tree(20), 16, 1.2),
-        (draws(Rule::Rejection, 0.0), 7, 0.7),
+        (draws(VerifyMethod::Rejection, 0.0), 7, 0.7),
         (plain(), 1, 1.0),
-        (draws(Rule::Block, 0.5), 5, 1.3),
+        (draws(VerifyMethod::Block, 0.5), 5, 1.3),
         (tree(64), 6, 1.0),
         (plain(), 4, 0.8),
-        (draws(Rule::Match, 0.5), 16, 0.0),
-        (draws(Rule::Rejection, 2.0), 16, 0.0),
-        (draws(Rule::Block, 2.0), 2, 0.6),
-        (draws(Rule::Block, 1.0), 1, 1.0),
-        (drawn_tree(Rule::Rejection, 40, 1.0), 16, 1.0),
-        (drawn_tree(Rule::Rejection, 7, 0.5), 6, 0.9),
-        (drawn_tree(Rule::Block, 64, 1.0), 16, 1.1),
-        (drawn_tree(Rule::Block, 9, 1.0), 3, 1.0),
+        (draws(VerifyMethod::Match, 0.5), 16, 0.0),
+        (draws(VerifyMethod::Rejection, 2.0), 16, 0.0),
+        (draws(VerifyMethod::Block, 2.0), 2, 0.6),
+        (draws(VerifyMethod::Block, 1.0), 1, 1.0),
+        (drawn_tree(VerifyMethod::Rejection, 40, 1.0), 16, 1.0),
+        (drawn_tree(VerifyMethod::Rejection, 7, 0.5), 6, 0.9),
+        (drawn_tree(VerifyMethod::Block, 64, 1.0), 16, 1.1),
+        (drawn_tree(VerifyMethod::Block, 9, 1.0), 3, 1.0),
     ]
 }
 
 fn request(
     prompt: &[u32],
     tokens: usize,
-    (how, block, temperature): (Drafting, usize, f32),
+    (how, block, temperature): (SpecConfig, usize, f32),
     seed: u64,
 ) -> Request {
     let mut request = seeded(prompt, tokens, block, temperature, seed);
@@ -105,7 +107,7 @@ fn answer(outcome: &Outcome) -> (&[u32], Finish, &[usize], &[usize]) {
 
 /// The plain answer to the same request.
 fn plainly(request: &Request) -> Request {
-    Request { block: 1, drafting: Drafting::default(), ..request.clone() }
+    Request { block: 1, drafting: SpecConfig::default(), ..request.clone() }
 }
 
 fn prompt(random: &mut Random, length: usize, vocab: usize) -> Vec<u32> {
@@ -115,11 +117,11 @@ fn prompt(random: &mut Random, length: usize, vocab: usize) -> Vec<u32> {
 // ---- many together ----
 
 /// Runs the requests together, request `i` for `leaves[i]` tokens at most, and each alone: same tokens, same rounds; and
-/// under the rule `match` the tokens of plain decoding. Returns the drafts that stood.
+/// under the rule `match` the tokens of autoregressive decoding. Returns the drafts that stood.
 fn same_as_alone(
     device: &dyn Device,
     models: &Models,
-    room: Room,
+    room: BatchConfig,
     requests: &[Request],
     leaves: &[usize],
 ) -> usize {
@@ -138,7 +140,7 @@ fn same_as_alone(
     for (i, (request, own)) in requests.iter().zip(&all).enumerate() {
         let what = (&request.drafting, request.block, request.sampling.temperature);
         assert_eq!(answer(own), answer(&alone(i, request)), "request {i}: {what:?}");
-        if request.drafting.rule == Rule::Match || request.block == 1 {
+        if request.drafting.rule == VerifyMethod::Match || request.block == 1 {
             assert_eq!(own.tokens, alone(i, &plainly(request)).tokens, "request {i}: {what:?}");
         }
         let most = request.drafting.tree.unwrap_or(request.block) - 1;
@@ -166,7 +168,7 @@ fn a_batch_of_all_kinds_answers_as_each_does_alone() {
         }
         let leaves: Vec<usize> = requests.iter().map(|_| 3 + random.below(40)).collect();
         // Now and then a slot waits for pages.
-        let room = Room { pages: 10, ..room(6) };
+        let room = BatchConfig { pages: 10, ..room(6) };
         let stood = same_as_alone(device, &models, room, &requests, &leaves);
         assert!(stood > 40, "{stood} drafts stood");
     });
@@ -179,13 +181,14 @@ fn a_batch_of_the_demo_pair_answers_as_each_does_alone() {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let prompts = held();
         // As wide as the room is.
-        let narrow = |(how, block, temperature): (Drafting, usize, f32)| {
-            (Drafting { tree: how.tree.map(|rows| rows.min(20)), ..how }, block, temperature)
+        let narrow = |(how, block, temperature): (SpecConfig, usize, f32)| {
+            (SpecConfig { tree: how.tree.map(|rows| rows.min(20)), ..how }, block, temperature)
         };
         let requests: Vec<Request> = (kinds().into_iter().take(5).enumerate())
             .map(|(i, kind)| request(&prompts[3 * i][..20 + 9 * i], 7, narrow(kind), i as u64))
             .collect();
-        let stood = same_as_alone(device, &models, Room { tree: 20, ..room(3) }, &requests, &[usize::MAX; 5]);
+        let stood =
+            same_as_alone(device, &models, BatchConfig { tree: 20, ..room(3) }, &requests, &[usize::MAX; 5]);
         assert!(stood > 8, "{stood} drafts stood");
     });
 }
@@ -212,62 +215,65 @@ fn tokens_of_trees_come_of_the_logits_of_plain_decoding_bit_for_bit() {
     });
 }
 
-// ---- laws ----
+// ---- distributions ----
 
 /// That of three tokens, of many answers in the rounds of one room.
-fn the_first_tokens_have_the_targets_law(rows: usize, kinds: [Drafting; 2]) {
+fn the_first_tokens_have_the_targets_law(rows: usize, kinds: [SpecConfig; 2]) {
     const RUNS: u64 = 700;
     let pair = small(4);
     let target = Target::load(&pair.target).unwrap();
     let prompt = [1, 2, 3];
     every_device(|device| {
         let models = Models::load(device, &pair, 64).unwrap();
-        let room = Room { rules: true, ..Room::new(32, 4, 64).with_trees(rows) };
+        let room = BatchConfig { rules: true, ..BatchConfig::new(32, 4, 64).with_trees(rows) };
         let mut batch = Batch::new(device, &models, room).unwrap();
         for how in &kinds {
             let one = |seed| Request { drafting: how.clone(), ..seeded(&prompt, 3, 4, 1.0, seed) };
             let requests: Vec<Request> = (0..RUNS).map(one).collect();
             let outcomes = together(&mut batch, &requests, go_on);
-            let law = law::law(&target, &prompt, &requests[0].sampling, 3);
-            law::check(how, &law, outcomes.into_iter().map(|outcome| outcome.tokens));
+            let distribution = distribution::distribution(&target, &prompt, &requests[0].sampling, 3);
+            distribution::check(how, &distribution, outcomes.into_iter().map(|outcome| outcome.tokens));
         }
     });
 }
 
 #[test]
 fn the_first_tokens_of_chains_have_the_targets_law() {
-    the_first_tokens_have_the_targets_law(0, [Rule::Rejection, Rule::Block].map(|rule| draws(rule, 1.0)));
+    the_first_tokens_have_the_targets_law(
+        0,
+        [VerifyMethod::Rejection, VerifyMethod::Block].map(|rule| draws(rule, 1.0)),
+    );
 }
 
 #[test]
 fn the_first_tokens_of_trees_have_the_targets_law() {
     the_first_tokens_have_the_targets_law(
         9,
-        [Rule::Rejection, Rule::Block].map(|rule| drawn_tree(rule, 9, 1.0)),
+        [VerifyMethod::Rejection, VerifyMethod::Block].map(|rule| drawn_tree(rule, 9, 1.0)),
     );
 }
 
 /// Chances of a request, and the least distance of any so far from where it would have gone the other way.
 struct Margins {
-    dice: Dice,
+    dice: PhiloxStream,
     least: f64,
 }
 
 impl Margins {
-    fn see(&mut self, word: Word, bounds: impl IntoIterator<Item = u64>, of: u64) {
+    fn see(&mut self, word: DrawKey, bounds: impl IntoIterator<Item = u64>, of: u64) {
         let at = ((u128::from(self.dice.bits(word)) * u128::from(of)) >> 64) as u64;
         let nearest = bounds.into_iter().map(|bound| at.abs_diff(bound)).min();
         self.least = nearest.map_or(self.least, |nearest| self.least.min(nearest as f64 / of as f64));
     }
 }
 
-impl Coin for Margins {
-    fn accept(&mut self, word: Word, s: u64, n: u64) -> bool {
+impl RandomSource for Margins {
+    fn accept(&mut self, word: DrawKey, s: u64, n: u64) -> bool {
         self.see(word, [s], n);
         self.dice.accept(word, s, n)
     }
 
-    fn pick(&mut self, word: Word, weights: &[(u32, u64)]) -> Option<u32> {
+    fn pick(&mut self, word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
         let mut sum = 0;
         let bounds: Vec<u64> = weights.iter().map(|&(_, w)| (sum += w, sum).1).collect();
         self.see(word, bounds[..bounds.len() - 1].iter().copied(), sum);
@@ -290,20 +296,20 @@ fn margins(target: &Target, drafter: &Drafter, request: &Request) -> Vec<f64> {
         drafter.inject(&features, &mut context);
         let hidden = drafter.hidden(target, anchor, request.block, &mut context, |_, _| ());
         drafter.logits(target, &hidden[target.config.stack.hidden..], &mut logits);
-        let law = |row: &[f32]| request.drafting.sampling.probabilities(row).unwrap();
-        let laws: Vec<_> = logits.chunks(vocab).map(law).collect();
+        let distribution = |row: &[f32]| request.drafting.sampling.probabilities(row).unwrap();
+        let distributions: Vec<_> = logits.chunks(vocab).map(distribution).collect();
         let round = all.len() as u32 + 1;
-        let dice = Dice { seed: own.seed, stream: own.stream, round, anchor: at as u32 };
+        let dice = PhiloxStream { seed: own.seed, stream: own.stream, round, anchor: at as u32 };
         let mut coin = Margins { dice, least: 1.0 };
-        let drafts = draw(&laws, &mut coin).unwrap();
+        let drafts = draw(&distributions, &mut coin).unwrap();
         features.clear();
         let rows = [&[anchor], &drafts[..]].concat();
         let normed = target.forward(&rows, &mut cache, taps, &mut features, rows.len());
         target.logits(&normed, &mut logits);
-        let law = |row: usize| own.probabilities(&logits[row * vocab..][..vocab]);
+        let distribution = |row: usize| own.probabilities(&logits[row * vocab..][..vocab]);
         let judged = match request.drafting.rule {
-            Rule::Rejection => rejection(&drafts, &laws, law, &mut coin),
-            _ => block(&drafts, &laws, law, &mut coin),
+            VerifyMethod::Rejection => rejection(&drafts, &distributions, distribution, &mut coin),
+            _ => block(&drafts, &distributions, distribution, &mut coin),
         };
         let (accepted, next) = judged.unwrap();
         cache.crop(at + accepted + 1);
@@ -324,9 +330,10 @@ fn devices_draw_and_judge_as_the_cpu_does_but_for_near_ties() {
     every_device(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch =
-            Batch::new(device, &models, Room { rules: true, ..Room::new(4, 8, POSITIONS) }).unwrap();
+            Batch::new(device, &models, BatchConfig { rules: true, ..BatchConfig::new(4, 8, POSITIONS) })
+                .unwrap();
         let prompts = held();
-        let kinds = [Rule::Rejection, Rule::Block].map(|rule| (draws(rule, 0.7), 8, 1.0));
+        let kinds = [VerifyMethod::Rejection, VerifyMethod::Block].map(|rule| (draws(rule, 0.7), 8, 1.0));
         // So few survivors that a chance has room on both sides.
         let few = |i: u64| {
             let mut one = request(&prompts[2 * i as usize][..50], TOKENS, kinds[i as usize % 2].clone(), i);
@@ -370,7 +377,8 @@ fn trees_on_devices_accept_what_the_cpus_do() {
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
     every_device(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
-        let mut batch = Batch::new(device, &models, Room::new(4, BLOCK, POSITIONS).with_trees(20)).unwrap();
+        let mut batch =
+            Batch::new(device, &models, BatchConfig::new(4, BLOCK, POSITIONS).with_trees(20)).unwrap();
         let prompts = held();
         let of = |i: usize| request(&prompts[9 * i][..60], 20, (tree(20), 16, 0.0), 1);
         let requests: Vec<Request> = (0..4).map(of).collect();
@@ -392,11 +400,17 @@ fn drawn_trees_on_devices_are_the_cpus_round_by_round() {
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
     every_device(|device| {
         let models = Models::load(device, &pair, 64).unwrap();
-        let room = Room { rules: true, ..Room::new(16, 4, 64).with_trees(9) };
+        let room = BatchConfig { rules: true, ..BatchConfig::new(16, 4, 64).with_trees(9) };
         let mut batch = Batch::new(device, &models, room).unwrap();
-        let [siblings, chains] =
-            [(Rule::Rejection, 7), (Rule::Block, 9)].map(|(rule, rows)| drawn_tree(rule, rows, 1.0));
-        let kinds = [siblings, tree(9), drawn_tree(Rule::Rejection, 9, 2.0), draws(Rule::Block, 1.0), chains];
+        let [siblings, chains] = [(VerifyMethod::Rejection, 7), (VerifyMethod::Block, 9)]
+            .map(|(rule, rows)| drawn_tree(rule, rows, 1.0));
+        let kinds = [
+            siblings,
+            tree(9),
+            drawn_tree(VerifyMethod::Rejection, 9, 2.0),
+            draws(VerifyMethod::Block, 1.0),
+            chains,
+        ];
         let one = |i: u64| Request {
             drafting: kinds[i as usize % 5].clone(),
             ..seeded(&prompt, 3 + i as usize % 7, 4, 1.0, i)
@@ -456,7 +470,7 @@ fn answers_go_on_to_the_last_position_and_drafts_to_the_drafters_last() {
             for (request, own) in requests.iter().zip(&all) {
                 assert_eq!((own.finish, own.tokens.len()), (Finish::Context, end - request.prompt.len()));
                 drafted_by_the_rules(request, own, end, draft_end);
-                if request.drafting.rule == Rule::Match {
+                if request.drafting.rule == VerifyMethod::Match {
                     assert_eq!(own.tokens, run(&mut batch, &plainly(request)).tokens, "{request:?}");
                 }
             }
@@ -492,7 +506,7 @@ fn a_stop_id_in_the_middle_of_what_stood_is_the_answers_last_token() {
     every_device(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch = Batch::new(device, &models, room(2)).unwrap();
-        for kind in [tree(64), draws(Rule::Block, 1.0), draws(Rule::Rejection, 1.0)] {
+        for kind in [tree(64), draws(VerifyMethod::Block, 1.0), draws(VerifyMethod::Rejection, 1.0)] {
             // A draft that stood, another one behind it, that is no token of the answer before.
             let inside = |own: &Outcome| {
                 let mut begin = 1;
@@ -525,14 +539,14 @@ fn a_stop_id_in_the_middle_of_what_stood_is_the_answers_last_token() {
 fn rooms_refuse_what_they_were_not_made_for() {
     let (pair, device) = (small(12), Emulator::new());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
-    let of = |block: usize, how: &Drafting| request(&[1, 2, 3], 5, (how.clone(), block, 1.0), 1);
-    let chains = Room::new(1, 8, POSITIONS);
-    let refused = |room: Room, request: Request| {
+    let of = |block: usize, how: &SpecConfig| request(&[1, 2, 3], 5, (how.clone(), block, 1.0), 1);
+    let chains = BatchConfig::new(1, 8, POSITIONS);
+    let refused = |room: BatchConfig, request: Request| {
         let mut batch = Batch::new(&device, &models, room).unwrap();
         let error = batch.join(0, &request, false).unwrap_err();
         assert_eq!(batch.free_pages(), room.pages);
         // It is of use to others.
-        run(&mut batch, &of(8, &Drafting::default()));
+        run(&mut batch, &of(8, &SpecConfig::default()));
         (error.exit_code(), error.to_string())
     };
     let sentence = |block, tree, rule| {
@@ -540,11 +554,17 @@ fn rooms_refuse_what_they_were_not_made_for() {
             "a request of blocks of {block}, trees of {tree} and the rule {rule} in rounds that were not made for it"
         )
     };
-    assert_eq!(refused(chains, of(9, &Drafting::default())), (1, sentence(9, 0, "match")));
+    assert_eq!(refused(chains, of(9, &SpecConfig::default())), (1, sentence(9, 0, "match")));
     assert_eq!(refused(chains, of(8, &tree(2))), (1, sentence(8, 2, "match")));
     assert_eq!(refused(chains.with_trees(20), of(8, &tree(21))), (1, sentence(8, 21, "match")));
-    assert_eq!(refused(chains, of(8, &draws(Rule::Rejection, 1.0))), (1, sentence(8, 0, "rejection")));
-    assert_eq!(refused(chains.with_trees(20), of(8, &draws(Rule::Block, 1.0))), (1, sentence(8, 0, "block")));
+    assert_eq!(
+        refused(chains, of(8, &draws(VerifyMethod::Rejection, 1.0))),
+        (1, sentence(8, 0, "rejection"))
+    );
+    assert_eq!(
+        refused(chains.with_trees(20), of(8, &draws(VerifyMethod::Block, 1.0))),
+        (1, sentence(8, 0, "block"))
+    );
 }
 
 /// A sequence has the pages of its positions and of the rows of its tree, no more and no less.
@@ -556,12 +576,12 @@ fn trees_take_their_pages_and_no_others() {
     let mut random = Random::new(1);
     // Prompt, answer and block are 64 positions: a page, and with a tree another one.
     let prompt = prompt(&mut random, 30, VOCAB);
-    let of = |how: Drafting| request(&prompt, 26, (how, 8, 1.0), 4);
-    let alone = Room { pages: 1, ..Room::new(1, 8, 64) };
-    let expected = run(&mut Batch::new(&device, &models, alone).unwrap(), &of(Drafting::default()));
+    let of = |how: SpecConfig| request(&prompt, 26, (how, 8, 1.0), 4);
+    let alone = BatchConfig { pages: 1, ..BatchConfig::new(1, 8, 64) };
+    let expected = run(&mut Batch::new(&device, &models, alone).unwrap(), &of(SpecConfig::default()));
     for (rows, pages) in [(2, 2), (64, 2)] {
         for room in [3, 4] {
-            let room = Room { pages: room, ..Room::new(3, 8, 64).with_trees(64) };
+            let room = BatchConfig { pages: room, ..BatchConfig::new(3, 8, 64).with_trees(64) };
             let mut batch = Batch::new(&device, &models, room).unwrap();
             assert_eq!(batch.join(0, &of(tree(rows)), false), Ok(Some(0)));
             assert_eq!(batch.free_pages(), room.pages - pages);
@@ -573,14 +593,14 @@ fn trees_take_their_pages_and_no_others() {
                 batch.leave(1, 0).unwrap();
             }
             // Who waits for pages gets them.
-            let requests = [of(tree(rows)), of(Drafting::default()), of(tree(rows)), of(tree(rows))];
+            let requests = [of(tree(rows)), of(SpecConfig::default()), of(tree(rows)), of(tree(rows))];
             for own in together(&mut batch, &requests, go_on) {
                 assert_eq!(own.tokens, expected.tokens);
             }
             assert_eq!(batch.free_pages(), room.pages);
         }
     }
-    let room = Room { pages: 1, ..Room::new(1, 8, 64).with_trees(64) };
+    let room = BatchConfig { pages: 1, ..BatchConfig::new(1, 8, 64).with_trees(64) };
     let error = Batch::new(&device, &models, room).unwrap().join(0, &of(tree(2)), false).unwrap_err();
     let sentence = "a sequence of 64 positions needs 2 pages of keys and values, but there are 1";
     assert_eq!((error.exit_code(), error.to_string().as_str()), (5, sentence));
@@ -595,16 +615,16 @@ fn trees_cost_two_launches_a_round_rules_four_and_both_eleven() {
     // As tests/device.rs counts them.
     let (plain, drafting) = (5 * 6 + 8, 5 * (6 + 3) + 13);
     for (trees, rules) in [(false, false), (true, false), (false, true), (true, true)] {
-        let room = Room::new(2, BLOCK, POSITIONS).with_trees(if trees { TREE } else { 0 });
-        let batch = Batch::new(&device, &models, Room { rules, ..room }).unwrap();
+        let room = BatchConfig::new(2, BLOCK, POSITIONS).with_trees(if trees { TREE } else { 0 });
+        let batch = Batch::new(&device, &models, BatchConfig { rules, ..room }).unwrap();
         for (shape, graph) in batch.graphs() {
             let launches = graph.nodes.iter().filter(|node| matches!(node, Node::Launch(_))).count();
             assert_eq!(launches, graph.nodes.len(), "a round copies nothing");
             let expected = match shape.drafter {
-                Part::Drafts => {
+                DrafterMode::Draft => {
                     // choices and compact; tree_build comes in round_tokens' place.
                     let more = if trees { 2 } else { 0 };
-                    // The drafter's law and the target's, draw and judge.
+                    // The drafter's distribution and the target's, draw and judge.
                     let of_rules = if rules && shape.drawn { 4 } else { 0 };
                     // Siblings and chains are drawn and judged by kernels of their own, two and three.
                     drafting + more + of_rules + if trees && of_rules > 0 { 5 } else { 0 }
@@ -612,7 +632,7 @@ fn trees_cost_two_launches_a_round_rules_four_and_both_eleven() {
                 _ => plain,
             };
             assert_eq!(launches, expected, "{shape:?}, trees {trees}, rules {rules}");
-            let rows = if shape.drafts() { room.wide() } else { 1 };
+            let rows = if shape.drafts() { room.max_verify_rows() } else { 1 };
             assert_eq!(shape.rows, rows, "{shape:?}");
         }
         assert_eq!(batch.graphs().len(), 2 * 5);

@@ -14,9 +14,9 @@ use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, T
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::tree::{TreeBuild, Trees};
 use dflash::gpu::kernels::verify::{Verdict, Verify};
-use dflash::spec::sampling::{Sampling, walk};
+use dflash::spec::sampling::{SamplingParams, walk};
 use dflash::spec::tree::{Choice, Tree, chains, choices, moves, shape, typical};
-use dflash::spec::verify::Rule;
+use dflash::spec::verify::VerifyMethod;
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
@@ -178,7 +178,7 @@ fn garbage_in_keys_and_logits_stays_inside_the_choices() {
 
 /// A sequence at `length` whose drafter has `levels` places to fill.
 fn sequence(active: bool, length: u32, anchor: u32, levels: u32) -> Sequence {
-    let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+    let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
     Sequence {
         active,
         length,
@@ -196,7 +196,7 @@ fn sequence(active: bool, length: u32, anchor: u32, levels: u32) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
-        rule: Rule::Match,
+        rule: VerifyMethod::Match,
     }
 }
 
@@ -235,7 +235,7 @@ impl Forest {
             let mut state = sequence(random.below(8) > 0, length, anchor, levels as u32);
             state.rows = [64, 1 + random.below(64) as u32][random.below(2)];
             state.form = [Form::Chain, Form::Drawn, Form::BestFirst, Form::BestFirst][random.below(4)];
-            state.rule = [Rule::Rejection, Rule::Block][random.below(2)];
+            state.rule = [VerifyMethod::Rejection, VerifyMethod::Block][random.below(2)];
             sequences.push(state);
             // Few different costs make many ties; wide ones a few.
             let spread = [1, 2, 4, 40, 1 << 20][random.below(5)];
@@ -318,7 +318,7 @@ impl Forest {
                 let drafts: Vec<_> = self.drafts[own * block + 1..][..levels].iter().map(draft).collect();
                 tree = Tree::best_first(state.anchor, &drafts, rows);
             }
-            if state.form == Form::Drawn && state.rule == Rule::Block {
+            if state.form == Form::Drawn && state.rule == VerifyMethod::Block {
                 let (count, deep) = if levels > 0 { chains(rows, levels) } else { (0, 1) };
                 let parents: Vec<u32> = (0..=count * deep)
                     .map(|row| if row == 0 || (row - 1) % deep == 0 { 0 } else { row as u32 - 1 })
@@ -593,7 +593,7 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
     let [draft_tokens, features, draft_rows, draft_spans] = [block, block, block * 8, 2].map(words);
     let [tokens, parents, masks, table, spans] = [rows, rows, rows * 2, rows.max(block) * 4, 2].map(words);
     let [accepted, next, path] = [1, 1, rows].map(words);
-    let (clock, ring) = (upload(device, &[0u32; 3]), Ring::new(device, round, 2).unwrap());
+    let (round_header, ring) = (upload(device, &[0u32; 3]), Ring::new(device, round, 2).unwrap());
     let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
     let mut all: Vec<Sequence> =
         (0..count).map(|i| sequence(true, 100 + i as u32, 1, 15 + random.below(3000) as u32)).collect();
@@ -608,7 +608,7 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
             draft_spans: &draft_spans,
             verify_rows: &table,
             verify_spans: &spans,
-            clock: &clock,
+            round_header: &round_header,
         };
         round.begin(device, tables, &states, &path, true, 99).unwrap();
         // What the drafter is to see: rows of the last pass, in the order of the path.
@@ -650,7 +650,7 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
         Verify { sequences: count, block: rows }
             .launch(device, verdict, &chosen, &tokens, Some(&parents), &spans)
             .unwrap();
-        round.finish(device, &states, &ring, &clock, verdict, &tokens, &spans).unwrap();
+        round.finish(device, &states, &ring, &round_header, verdict, &tokens, &spans).unwrap();
 
         let bytes = bytes_of(device, &states);
         for (own, state) in all.iter_mut().enumerate() {

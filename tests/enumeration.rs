@@ -1,32 +1,35 @@
-//! The rules that judge drafts emit the target's law, by enumeration: no sampling. Each known mistake has a test that the
+//! The rules that judge drafts emit the target's distribution, by enumeration: no sampling. Each known mistake has a test that the
 //! enumeration catches it.
 
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
 use dflash::spec::sampling::{judge, walk};
-use dflash::spec::verify::{Coin, ONE, Probabilities, Purpose, Siblings, Word, draw, draw_chains};
+use dflash::spec::verify::{
+    Distribution, DrawKey, ONE, Purpose, RandomSource, Siblings, draw, sample_chains,
+};
 use enumeration::*;
 use num_rational::BigRational;
 use std::collections::HashSet;
 
-// ---- every rule emits the target's law ----
+// ---- every rule emits the target's distribution ----
 
 #[test]
 fn token_by_token_emits_the_targets_law_exactly() {
     for (i, models) in models(90, 1).enumerate() {
-        let law = models.chain(Rule::Rejection);
-        assert_eq!(models.distance(&law), ratio(0, 1), "model {i}");
-        // A prefix is accepted with the product of what both laws share.
+        let distribution = models.chain(Rule::Rejection);
+        assert_eq!(models.distance(&distribution), ratio(0, 1), "model {i}");
+        // A prefix is accepted with the product of what both distributions share.
         let mut expected = ratio(0, 1);
         for length in 1..=models.depth() {
             for tokens in sequences(models.vocab, length) {
-                let shared =
-                    |i: usize| models.p(&tokens[..i]).of(tokens[i]).min(models.laws[i].of(tokens[i]));
+                let shared = |i: usize| {
+                    models.p(&tokens[..i]).of(tokens[i]).min(models.distributions[i].of(tokens[i]))
+                };
                 expected += (0..length).map(|i| ratio(shared(i), ONE)).product::<BigRational>();
             }
         }
-        assert_eq!(accepted(&law), expected, "model {i}");
+        assert_eq!(accepted(&distribution), expected, "model {i}");
     }
 }
 
@@ -37,7 +40,7 @@ fn shares(models: &Models) -> BigRational {
         for tokens in sequences(models.vocab, length) {
             let (mut w, mut q) = (ratio(1, 1), ratio(1, 1));
             for (i, &token) in tokens.iter().enumerate() {
-                let drawn = ratio(models.laws[i].of(token), ONE);
+                let drawn = ratio(models.distributions[i].of(token), ONE);
                 q *= &drawn;
                 if q == ratio(0, 1) {
                     break;
@@ -54,12 +57,15 @@ fn shares(models: &Models) -> BigRational {
 fn block_verification_emits_the_targets_law_up_to_rounding_and_accepts_no_fewer() {
     let mut worst = ratio(0, 1);
     for (i, models) in models(90, 2).enumerate() {
-        let law = models.chain(Rule::Block);
-        let distance = models.distance(&law);
+        let distribution = models.chain(Rule::Block);
+        let distance = models.distance(&distribution);
         assert!(distance <= rounding(&models), "model {i}: {}", float(&distance));
         worst = worst.max(distance);
-        near(&(accepted(&law) - shares(&models)), 0.0, 1e-13);
-        assert!(accepted(&law) + rounding(&models) >= accepted(&models.chain(Rule::Rejection)), "model {i}");
+        near(&(accepted(&distribution) - shares(&models)), 0.0, 1e-13);
+        assert!(
+            accepted(&distribution) + rounding(&models) >= accepted(&models.chain(Rule::Rejection)),
+            "model {i}"
+        );
     }
     println!("largest distance {:e}", float(&worst));
 }
@@ -71,12 +77,12 @@ fn block_verification_emits_the_targets_law_exactly_where_nothing_is_rounded() {
         let (vocab, depth) = SHAPES[i as usize % SHAPES.len()];
         let (mut p, mut q) = (Random::new(3000 + i), Random::new(4000 + i));
         let models = Models::new(vocab, depth, || p.dyadic(vocab), || q.powers(vocab));
-        let law = models.chain(Rule::Block);
-        assert_eq!(models.distance(&law), ratio(0, 1), "model {i}");
-        assert_eq!(accepted(&law), shares(&models), "model {i}");
+        let distribution = models.chain(Rule::Block);
+        assert_eq!(models.distance(&distribution), ratio(0, 1), "model {i}");
+        assert_eq!(accepted(&distribution), shares(&models), "model {i}");
         let by_token = accepted(&models.chain(Rule::Rejection));
-        assert!(accepted(&law) >= by_token, "model {i}");
-        gains += u32::from(accepted(&law) > by_token);
+        assert!(accepted(&distribution) >= by_token, "model {i}");
+        gains += u32::from(accepted(&distribution) > by_token);
     }
     assert!(gains > 10, "block verification is a rule of its own: {gains}");
 }
@@ -85,9 +91,9 @@ fn block_verification_emits_the_targets_law_exactly_where_nothing_is_rounded() {
 fn drafts_that_were_not_drawn_are_judged_as_by_match_whatever_the_rule() {
     for (i, mut models) in models(40, 5).enumerate() {
         let drafts: Vec<u32> = (0..models.depth()).map(|d| (i + d) as u32 % models.vocab as u32).collect();
-        models.laws = drafts.iter().map(|&id| one_hot(id)).collect();
+        models.distributions = drafts.iter().map(|&id| one_hot(id)).collect();
         let matched = enumerate(|coin| {
-            let word = |row| Word { purpose: Purpose::Residual, depth: row + 1, row };
+            let word = |row| DrawKey { purpose: Purpose::Residual, depth: row + 1, row };
             let sample = |row: usize| coin.pick(word(row), models.p(&drafts[..row]).tokens());
             let (accepted, next) = judge(&drafts, sample).unwrap();
             [&drafts[..accepted], &[next]].concat()
@@ -104,13 +110,13 @@ fn drafts_that_were_not_drawn_are_judged_as_by_match_whatever_the_rule() {
 fn a_chain_may_end_after_a_draft_for_what_that_is() {
     for (i, models) in models(40, 6).enumerate() {
         for rule in [Rule::Rejection, Rule::Block] {
-            let law = enumerate(|coin| {
-                let mut drafts = draw(&models.laws, coin).unwrap();
-                let last = drafts.iter().zip(&models.laws).position(|(&id, q)| q.of(id) < ONE / 3);
+            let distribution = enumerate(|coin| {
+                let mut drafts = draw(&models.distributions, coin).unwrap();
+                let last = drafts.iter().zip(&models.distributions).position(|(&id, q)| q.of(id) < ONE / 3);
                 drafts.truncate(last.map_or(drafts.len(), |at| at + 1));
-                models.judged(rule, &drafts, &models.laws, coin)
+                models.judged(rule, &drafts, &models.distributions, coin)
             });
-            assert!(models.distance(&law) <= rounding(&models), "model {i}, {rule:?}");
+            assert!(models.distance(&distribution) <= rounding(&models), "model {i}, {rule:?}");
         }
     }
 }
@@ -125,9 +131,9 @@ fn trees_of_drawn_drafts_emit_the_targets_law() {
         let (vocab, widths) = TREES[i as usize % TREES.len()];
         let models = Models::random(&mut Random::new(7000 + i), vocab, widths.len());
         for siblings in [Siblings::Independent, Siblings::Distinct] {
-            let law = models.tree(widths, siblings);
-            let distance = models.distance(&law);
-            // Of up to three siblings, two leave a rounded law.
+            let distribution = models.tree(widths, siblings);
+            let distance = models.distance(&distribution);
+            // Of up to three siblings, two leave a rounded distribution.
             assert!(
                 distance <= rounding(&models) * ratio(2, 1),
                 "model {i}, {siblings:?}: {}",
@@ -150,11 +156,12 @@ fn independent_draws_may_be_judged_as_distinct_ones() {
     for i in 0..30 {
         let (vocab, widths) = TREES[i as usize % TREES.len()];
         let models = Models::random(&mut Random::new(8000 + i), vocab, widths.len());
-        let law = enumerate(|coin| {
-            let (tokens, parents) = draw_tree(9, widths, &models.laws, Siblings::Independent, coin).unwrap();
+        let distribution = enumerate(|coin| {
+            let (tokens, parents) =
+                draw_tree(9, widths, &models.distributions, Siblings::Independent, coin).unwrap();
             models.judged_tree(&tokens, &parents, Siblings::Distinct, coin)
         });
-        assert!(models.distance(&law) <= rounding(&models) * ratio(2, 1), "model {i}");
+        assert!(models.distance(&distribution) <= rounding(&models) * ratio(2, 1), "model {i}");
     }
 }
 
@@ -173,18 +180,18 @@ fn match_emits_the_targets_law_on_any_fixed_tree() {
                 parents.push(parent as u32);
             }
         }
-        let law = enumerate(|coin| {
-            let word = |row| Word { purpose: Purpose::Residual, depth: 0, row };
+        let distribution = enumerate(|coin| {
+            let word = |row| DrawKey { purpose: Purpose::Residual, depth: 0, row };
             let sample = |row: usize| coin.pick(word(row), models.p(&way(&tokens, &parents, row)).tokens());
             let (path, next) = walk(&tokens, &parents, sample).unwrap();
             path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
         });
-        assert_eq!(models.distance(&law), ratio(0, 1), "tree {i}");
-        // It accepts what the target's law has of the tree.
+        assert_eq!(models.distance(&distribution), ratio(0, 1), "tree {i}");
+        // It accepts what the target's distribution has of the tree.
         let nodes: HashSet<Vec<u32>> = (1..tokens.len()).map(|row| way(&tokens, &parents, row)).collect();
         // Of rows that stand twice the first has the way on, so only trees without such accept it all.
         if nodes.len() == tokens.len() - 1 {
-            assert_eq!(accepted(&law), nodes.iter().map(|way| models.plain(way)).sum(), "tree {i}");
+            assert_eq!(accepted(&distribution), nodes.iter().map(|way| models.plain(way)).sum(), "tree {i}");
         }
     }
 }
@@ -196,8 +203,8 @@ fn the_best_of_several_chains_emits_the_targets_law() {
         let (vocab, depth, count) =
             [(2, 2, 2), (3, 2, 2), (2, 2, 3), (2, 3, 2), (4, 1, 3), (3, 1, 3)][i as usize % 6];
         let models = Models::random(&mut Random::new(15_000 + i), vocab, depth);
-        let law = models.best(count);
-        let distance = models.distance(&law);
+        let distribution = models.best(count);
+        let distance = models.distance(&distribution);
         assert!(
             distance <= rounding(&models) * ratio(2 * count as u64, 1),
             "model {i}: {}",
@@ -206,7 +213,7 @@ fn the_best_of_several_chains_emits_the_targets_law() {
         worst = worst.max(distance);
         let one = models.chain(Rule::Block);
         assert_eq!(models.best(1), one, "model {i}: the best of one is that one");
-        let gain = float(&(accepted(&law) - accepted(&one)));
+        let gain = float(&(accepted(&distribution) - accepted(&one)));
         gains += u32::from(gain > 1e-9);
         losses += u32::from(gain < -1e-9);
     }
@@ -228,15 +235,15 @@ fn where_the_drafter_is_the_target_several_chains_stand_as_one_does() {
 
 // ---- known mistakes are caught ----
 
-/// The largest distance from the target's law among 30 models of three tokens and two drafts, without zeros.
-fn worst(mut law: impl FnMut(&Models) -> Law) -> f64 {
+/// The largest distance from the target's distribution among 30 models of three tokens and two drafts, without zeros.
+fn worst(mut distribution: impl FnMut(&Models) -> JointDistribution) -> f64 {
     let one = |i: u64| {
         let mut rng = Random::new(11_000 + i);
         let mut row = || probabilities(&rng.weights(3, false));
-        let laws = [row(), row()].into_iter();
-        let mut laws = laws.cycle();
-        let models = Models::new(3, 2, row, || laws.next().unwrap());
-        float(&models.distance(&law(&models)))
+        let distributions = [row(), row()].into_iter();
+        let mut distributions = distributions.cycle();
+        let models = Models::new(3, 2, row, || distributions.next().unwrap());
+        float(&models.distance(&distribution(&models)))
     };
     (0..30).map(one).fold(0.0, f64::max)
 }
@@ -244,22 +251,25 @@ fn worst(mut law: impl FnMut(&Models) -> Law) -> f64 {
 #[test]
 fn a_law_that_the_drafts_were_not_drawn_from_is_caught() {
     // Drawn from the best two tokens, judged as if from all three.
-    let filtered = |law: &Probabilities| {
-        let least = law.tokens().iter().rev().min_by_key(|t| t.1).unwrap().0;
-        law.without(least).unwrap()
+    let filtered = |distribution: &Distribution| {
+        let least = distribution.tokens().iter().rev().min_by_key(|t| t.1).unwrap().0;
+        distribution.without(least).unwrap()
     };
     for rule in [Rule::Rejection, Rule::Block] {
         let distance = worst(|models| {
-            let drawn = Models { laws: models.laws.iter().map(filtered).collect(), ..models.clone() };
-            drawn.chain_with(rule, &models.laws)
+            let drawn = Models {
+                distributions: models.distributions.iter().map(filtered).collect(),
+                ..models.clone()
+            };
+            drawn.chain_with(rule, &models.distributions)
         });
         println!("{rule:?}: {distance:.3}");
         assert!((0.15..0.45).contains(&distance), "{rule:?}: {distance}");
     }
-    // The other way round nothing is lost under rejection: what the filter leaves is drawn by its law, and what it does
+    // The other way round nothing is lost under rejection: what the filter leaves is drawn by its distribution, and what it does
     // not leave is passed over.
     let other = worst(|models| {
-        let claimed: Vec<_> = models.laws.iter().map(filtered).collect();
+        let claimed: Vec<_> = models.distributions.iter().map(filtered).collect();
         models.chain_with(Rule::Rejection, &claimed)
     });
     assert!(other < 1e-13, "{other}");
@@ -270,10 +280,11 @@ fn a_draft_dropped_for_what_it_is_is_caught() {
     for rule in [Rule::Rejection, Rule::Block] {
         let distance = worst(|models| {
             enumerate(|coin| {
-                let mut drafts = draw(&models.laws, coin).unwrap();
-                let kept = drafts.iter().zip(&models.laws).take_while(|(id, q)| q.of(**id) >= ONE / 3);
+                let mut drafts = draw(&models.distributions, coin).unwrap();
+                let kept =
+                    drafts.iter().zip(&models.distributions).take_while(|(id, q)| q.of(**id) >= ONE / 3);
                 drafts.truncate(kept.count());
-                models.judged(rule, &drafts, &models.laws, coin)
+                models.judged(rule, &drafts, &models.distributions, coin)
             })
         });
         println!("{rule:?}: {distance:.3}");
@@ -283,13 +294,15 @@ fn a_draft_dropped_for_what_it_is_is_caught() {
 
 #[test]
 fn the_drafters_best_token_judged_by_its_probability_is_caught() {
-    let best = |law: &Probabilities| law.tokens().iter().rev().max_by_key(|t| t.1).unwrap().0;
+    let best =
+        |distribution: &Distribution| distribution.tokens().iter().rev().max_by_key(|t| t.1).unwrap().0;
     let mut most = 0f64;
     for i in 0..60 {
         let models = Models::random(&mut Random::new(12_000 + i), 3, 2);
-        let drafts: Vec<u32> = models.laws.iter().map(best).collect();
-        let law = enumerate(|coin| models.judged(Rule::Rejection, &drafts, &models.laws, coin));
-        most = most.max(float(&models.distance(&law)));
+        let drafts: Vec<u32> = models.distributions.iter().map(best).collect();
+        let distribution =
+            enumerate(|coin| models.judged(Rule::Rejection, &drafts, &models.distributions, coin));
+        most = most.max(float(&models.distance(&distribution)));
     }
     println!("{most:.3}");
     assert!(most > 0.5, "{most}");
@@ -300,9 +313,9 @@ fn a_residual_without_its_share_is_caught() {
     // Block verification's own decision, and then the residual of rejection.
     let distance = worst(|models| {
         enumerate(|coin| {
-            let drafts = draw(&models.laws, coin).unwrap();
+            let drafts = draw(&models.distributions, coin).unwrap();
             let mut coin = Spoiled { coin, models, drafts: &drafts };
-            models.judged(Rule::Block, &drafts, &models.laws, &mut coin)
+            models.judged(Rule::Block, &drafts, &models.distributions, &mut coin)
         })
     });
     println!("{distance:.4}");
@@ -316,13 +329,13 @@ struct Spoiled<'a> {
     drafts: &'a [u32],
 }
 
-impl Coin for Spoiled<'_> {
-    fn accept(&mut self, word: Word, s: u64, n: u64) -> bool {
+impl RandomSource for Spoiled<'_> {
+    fn accept(&mut self, word: DrawKey, s: u64, n: u64) -> bool {
         self.coin.accept(word, s, n)
     }
 
-    fn pick(&mut self, word: Word, weights: &[(u32, u64)]) -> Option<u32> {
-        let Some(q) = self.models.laws.get(word.row) else { return self.coin.pick(word, weights) };
+    fn pick(&mut self, word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
+        let Some(q) = self.models.distributions.get(word.row) else { return self.coin.pick(word, weights) };
         let p = self.models.p(&self.drafts[..word.row]);
         let over = p.tokens().iter().map(|&(id, p)| (id, p.saturating_sub(q.of(id)))).filter(|t| t.1 > 0);
         let over: Vec<(u32, u64)> = over.collect();
@@ -337,12 +350,13 @@ fn siblings_out_of_the_order_they_were_drawn_in_are_caught() {
         let mut rng = Random::new(13_000 + i);
         let (p, q) = (probabilities(&rng.weights(4, true)), probabilities(&rng.weights(4, false)));
         let models = Models::new(4, 1, || p.clone(), || q.clone());
-        let law = enumerate(|coin| {
-            let (mut tokens, parents) = draw_tree(9, &[2], &models.laws, Siblings::Distinct, coin).unwrap();
+        let distribution = enumerate(|coin| {
+            let (mut tokens, parents) =
+                draw_tree(9, &[2], &models.distributions, Siblings::Distinct, coin).unwrap();
             tokens[1..].sort_by_key(|&id| std::cmp::Reverse(q.of(id)));
             models.judged_tree(&tokens, &parents, Siblings::Distinct, coin)
         });
-        most = most.max(float(&models.distance(&law)));
+        most = most.max(float(&models.distance(&distribution)));
     }
     println!("{most:.3}");
     assert!((0.15..0.45).contains(&most), "{most}");
@@ -352,9 +366,9 @@ fn siblings_out_of_the_order_they_were_drawn_in_are_caught() {
 fn a_chain_dropped_for_what_it_is_is_caught() {
     let distance = worst(|models| {
         enumerate(|coin| {
-            let (tokens, parents) = draw_chains(9, 2, &models.laws, coin).unwrap();
+            let (tokens, parents) = sample_chains(9, 2, &models.distributions, coin).unwrap();
             // Both are judged only where the first is the less likely.
-            let q = |token: u32| models.laws[0].of(token);
+            let q = |token: u32| models.distributions[0].of(token);
             let kept = if q(tokens[1]) < q(tokens[3]) { 5 } else { 3 };
             models.judged_best(&tokens[..kept], &parents[..kept], coin)
         })
@@ -368,7 +382,7 @@ fn a_choice_by_other_classes_than_its_laws_is_caught() {
     // Chains of one class are put in an order of their tokens, so that not the first has the next draft.
     let distance = worst(|models| {
         enumerate(|coin| {
-            let (tokens, parents) = draw_chains(9, 2, &models.laws, coin).unwrap();
+            let (tokens, parents) = sample_chains(9, 2, &models.distributions, coin).unwrap();
             let mut chains: Vec<&[u32]> = tokens[1..].chunks(models.depth()).collect();
             chains.sort();
             let tokens = [&tokens[..1], &chains.concat()].concat();

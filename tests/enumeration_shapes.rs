@@ -1,11 +1,13 @@
-//! Trees of any fixed shape, drawn without replacement and judged by recursive rejection, by enumeration: the target's law
+//! Trees of any fixed shape, drawn without replacement and judged by recursive rejection, by enumeration: the target's distribution
 //! is emitted whatever the shape, and a shape depends on nothing that is drawn.
 
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
 use dflash::spec::tree::{MOST_ROWS, chains, shape};
-use dflash::spec::verify::{Coin, Dice, Probabilities, Siblings, Word, draw_shape, recursive};
+use dflash::spec::verify::{
+    Distribution, DrawKey, PhiloxStream, RandomSource, Siblings, recursive, sample_tree,
+};
 use enumeration::*;
 use num_rational::BigRational;
 
@@ -29,10 +31,10 @@ fn parents(random: &mut Random, rows: usize, depth: usize) -> Vec<u32> {
 }
 
 impl Models {
-    /// The law of a round of a tree of that shape.
-    fn shaped(&self, parents: &[u32], siblings: Siblings) -> Law {
+    /// The distribution of a round of a tree of that shape.
+    fn shaped(&self, parents: &[u32], siblings: Siblings) -> JointDistribution {
         enumerate(|coin| {
-            let tokens = draw_shape(9, parents, &self.laws, siblings, coin).unwrap();
+            let tokens = sample_tree(9, parents, &self.distributions, siblings, coin).unwrap();
             assert_eq!(tokens.len(), parents.len(), "rows depend on nothing drawn");
             self.judged_tree(&tokens, parents, siblings, coin)
         })
@@ -81,15 +83,15 @@ fn a_shape_of_widths_is_the_tree_of_those_widths() {
 }
 
 /// Draws as if by chance, and keeps the names of the chances.
-struct Named(Dice, Vec<Word>);
+struct Named(PhiloxStream, Vec<DrawKey>);
 
-impl Coin for Named {
-    fn accept(&mut self, word: Word, s: u64, n: u64) -> bool {
+impl RandomSource for Named {
+    fn accept(&mut self, word: DrawKey, s: u64, n: u64) -> bool {
         self.1.push(word);
         self.0.accept(word, s, n)
     }
 
-    fn pick(&mut self, word: Word, weights: &[(u32, u64)]) -> Option<u32> {
+    fn pick(&mut self, word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
         self.1.push(word);
         self.0.pick(word, weights)
     }
@@ -104,17 +106,18 @@ fn siblings_beyond_a_laws_tokens_are_repeats_that_never_stand() {
         let rows = 2 + random.below(12);
         let parents = parents(&mut random, rows, depth);
         let models = Models::random(&mut random, vocab, depth);
-        let mut coin = Named(Dice { seed: 3, stream: 1, round, anchor: 8 }, vec![]);
-        let tokens = draw_shape(9, &parents, &models.laws, Siblings::Distinct, &mut coin).unwrap();
+        let mut coin = Named(PhiloxStream { seed: 3, stream: 1, round, anchor: 8 }, vec![]);
+        let tokens = sample_tree(9, &parents, &models.distributions, Siblings::Distinct, &mut coin).unwrap();
         let target = |row: usize| Some(models.p(&way(&tokens, &parents, row)));
         let (path, _) =
-            recursive(&tokens, &parents, &models.laws, Siblings::Distinct, target, &mut coin).unwrap();
+            recursive(&tokens, &parents, &models.distributions, Siblings::Distinct, target, &mut coin)
+                .unwrap();
         for row in 1..tokens.len() {
             let depth = way(&tokens, &parents, row).len();
             let before: Vec<usize> = (1..row).filter(|&other| parents[other] == parents[row]).collect();
             let repeat = before.iter().any(|&other| tokens[other] == tokens[row]);
-            assert!(models.laws[depth - 1].of(tokens[row]) > 0, "row {row} cannot be drawn");
-            assert_eq!(repeat, before.len() >= models.laws[depth - 1].tokens().len(), "row {row}");
+            assert!(models.distributions[depth - 1].of(tokens[row]) > 0, "row {row} cannot be drawn");
+            assert_eq!(repeat, before.len() >= models.distributions[depth - 1].tokens().len(), "row {row}");
             assert!(!repeat || tokens[row] == tokens[*before.last().unwrap()]);
             assert!(!(repeat && path.contains(&row)), "row {row} stands");
             let drawn = coin.1.iter().any(|word| (word.purpose as u32, word.row) == (2, row));
@@ -134,14 +137,14 @@ fn siblings_beyond_a_laws_tokens_are_repeats_that_never_stand() {
 fn shapes_that_are_none_are_refused() {
     let models = Models::random(&mut Random::new(1), 3, 1);
     let draw = |parents: &[u32]| {
-        let mut coin = Dice { seed: 1, stream: 1, round: 1, anchor: 1 };
-        draw_shape(9, parents, &models.laws, Siblings::Distinct, &mut coin)
+        let mut coin = PhiloxStream { seed: 1, stream: 1, round: 1, anchor: 1 };
+        sample_tree(9, parents, &models.distributions, Siblings::Distinct, &mut coin)
     };
     assert!(draw(&[0, 0, 0]).is_some());
     assert_eq!(draw(&[0, 1]), None, "a row that follows itself");
     assert_eq!(draw(&[0, 2, 0]), None, "a row that follows a later one");
     assert_eq!(draw(&[0, u32::MAX]), None);
-    assert_eq!(draw(&[0, 0, 1]), None, "there is one law");
+    assert_eq!(draw(&[0, 0, 1]), None, "there is one distribution");
 }
 
 #[test]
@@ -220,14 +223,15 @@ fn laws_of_other_siblings_are_caught() {
     let mut most = 0f64;
     for i in 0..25 {
         let mut random = Random::new(24_000 + i);
-        let (p, q): (Probabilities, Probabilities) =
+        let (p, q): (Distribution, Distribution) =
             (probabilities(&random.weights(4, true)), probabilities(&random.weights(4, false)));
         let models = Models::new(4, 1, || p.clone(), || q.clone());
-        let law = enumerate(|coin| {
-            let tokens = draw_shape(9, &[0, 0, 0, 0], &models.laws, Siblings::Distinct, coin).unwrap();
+        let distribution = enumerate(|coin| {
+            let tokens =
+                sample_tree(9, &[0, 0, 0, 0], &models.distributions, Siblings::Distinct, coin).unwrap();
             models.judged_tree(&tokens, &[0, 0, 0, 0], Siblings::Independent, coin)
         });
-        most = most.max(float(&models.distance(&law)));
+        most = most.max(float(&models.distance(&distribution)));
     }
     println!("{most:.3}");
     assert!(most > 0.02, "{most}");

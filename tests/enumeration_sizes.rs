@@ -1,19 +1,19 @@
 //! Rounds whose sizes a controller chooses, by enumeration of whole generations: where a size is known before the round's
-//! drafts are drawn, what is emitted has the target's law, whatever came of the rounds before; where it looks at what was
+//! drafts are drawn, what is emitted has the target's distribution, whatever came of the rounds before; where it looks at what was
 //! drawn, it has not.
 
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::spec::draft_length::{Controller, Costs, Goal};
-use dflash::spec::verify::{Coin, ONE, Probabilities, Purpose, Word, draw};
+use dflash::spec::draft_length::{Controller, Costs, DraftLengthPolicy};
+use dflash::spec::verify::{Distribution, DrawKey, ONE, Purpose, RandomSource, draw};
 use enumeration::*;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A controller whose next rounds hang on what comes of these.
 struct Warm {
     name: &'static str,
-    goal: Goal,
+    goal: DraftLengthPolicy,
     /// (rounds, drafts of each that stood at most).
     before: Vec<(usize, usize)>,
 }
@@ -23,10 +23,10 @@ fn warm() -> [Warm; 3] {
     let costs = Costs { draft: 0.05, verify: vec![1.0; 64] };
     let dear = Costs { draft: 0.2, verify: (0..64).map(|row| 1.0 + 0.3 * f64::from(row)).collect() };
     [
-        Warm { name: "at least", goal: Goal::AtLeast(0.5), before: vec![(4, 4), (2, 0)] },
-        Warm { name: "what pays", goal: Goal::Pays(dear), before: vec![(2, 2), (3, 0)] },
+        Warm { name: "at least", goal: DraftLengthPolicy::Threshold(0.5), before: vec![(4, 4), (2, 0)] },
+        Warm { name: "what pays", goal: DraftLengthPolicy::CostModel(dear), before: vec![(2, 2), (3, 0)] },
         // One more poor round ends drafting.
-        Warm { name: "where it pays", goal: Goal::Pays(costs), before: vec![(11, 0)] },
+        Warm { name: "where it pays", goal: DraftLengthPolicy::CostModel(costs), before: vec![(11, 0)] },
     ]
 }
 
@@ -72,25 +72,25 @@ impl Models {
             if size == 0 {
                 said.push(coin.pick(WORD, self.p(&said).tokens()).unwrap());
             } else {
-                let laws = &self.laws[..size];
-                let mut drafts = draw(laws, coin).unwrap();
-                if controller.looks() {
+                let distributions = &self.distributions[..size];
+                let mut drafts = draw(distributions, coin).unwrap();
+                if controller.needs_draft_probs() {
                     let mut bits = 0.0;
-                    let cost = |(id, law): (&u32, &Probabilities)| {
-                        bits -= (law.of(*id) as f64 / ONE as f64).log2();
+                    let cost = |(id, distribution): (&u32, &Distribution)| {
+                        bits -= (distribution.of(*id) as f64 / ONE as f64).log2();
                         (bits * 65536.0) as u32
                     };
-                    let costs: Vec<u32> = drafts.iter().zip(laws).map(cost).collect();
-                    drafts.truncate(controller.cut(&costs));
+                    let costs: Vec<u32> = drafts.iter().zip(distributions).map(cost).collect();
+                    drafts.truncate(controller.truncate(&costs));
                 }
                 let after = Models {
                     target: (self.target.iter())
                         .filter(|(tokens, _)| tokens.starts_with(&said))
-                        .map(|(tokens, law)| (tokens[said.len()..].to_vec(), law.clone()))
+                        .map(|(tokens, distribution)| (tokens[said.len()..].to_vec(), distribution.clone()))
                         .collect(),
                     ..self.clone()
                 };
-                let emitted = after.judged(rule, &drafts, &laws[..drafts.len()], coin);
+                let emitted = after.judged(rule, &drafts, &distributions[..drafts.len()], coin);
                 let stood = emitted.len() - 1;
                 said.extend(emitted);
                 controller.judged(drafts.len(), (2 << stood) - 1);
@@ -104,14 +104,14 @@ impl Models {
 }
 
 /// What none of these coins reads.
-const WORD: Word = Word { purpose: Purpose::Residual, depth: 1, row: 0 };
+const WORD: DrawKey = DrawKey { purpose: Purpose::Residual, depth: 1, row: 0 };
 
 /// Without zeros, so that every branch is there.
 fn of(vocab: usize, depth: usize, seed: u64) -> Models {
     let mut rng = Random::new(seed);
-    let laws: Vec<_> = (0..depth).map(|_| probabilities(&rng.weights(vocab, false))).collect();
-    let mut laws = laws.into_iter();
-    Models::new(vocab, depth, || probabilities(&rng.weights(vocab, false)), || laws.next().unwrap())
+    let distributions: Vec<_> = (0..depth).map(|_| probabilities(&rng.weights(vocab, false))).collect();
+    let mut distributions = distributions.into_iter();
+    Models::new(vocab, depth, || probabilities(&rng.weights(vocab, false)), || distributions.next().unwrap())
 }
 
 #[test]
@@ -125,10 +125,10 @@ fn sizes_that_earlier_rounds_choose_emit_the_targets_law() {
             for (i, (vocab, depth)) in shapes.enumerate() {
                 let models = of(vocab, depth, 500 + i as u64);
                 for rule in [Rule::Rejection, Rule::Block] {
-                    let law = enumerate(|coin| {
+                    let distribution = enumerate(|coin| {
                         models.generation(rule, warm.controller(true), late, coin, &mut sizes)
                     });
-                    let distance = float(&models.distance(&law));
+                    let distance = float(&models.distance(&distribution));
                     assert!(distance < 1e-13, "{}, {rule:?}, model {i}: {distance}", warm.name);
                 }
             }
@@ -147,10 +147,10 @@ fn a_size_that_looks_at_what_was_drawn_is_caught() {
         for rule in [Rule::Rejection, Rule::Block] {
             let distance = |seed: u64| {
                 let models = of(3, 2, 600 + seed);
-                let law = enumerate(|coin| {
+                let distribution = enumerate(|coin| {
                     models.generation(rule, warm.controller(false), false, coin, &mut BTreeMap::new())
                 });
-                float(&models.distance(&law))
+                float(&models.distance(&distribution))
             };
             let worst = (0..30u64).map(distance).fold(0.0, f64::max);
             println!("{}, {rule:?}: {worst:.3}", warm.name);

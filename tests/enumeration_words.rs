@@ -1,18 +1,18 @@
-//! The random words that rules judge by: each is drawn once, from its own counter, and with them the emitted law is the
+//! The random words that rules judge by: each is drawn once, from its own counter, and with them the emitted distribution is the
 //! target's; here by sampling, with fixed seeds.
 
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::spec::sampling::{Sampling, philox};
-use dflash::spec::verify::{Coin, Dice, Purpose, Siblings, Word, draw, draw_chains};
+use dflash::spec::sampling::{SamplingParams, philox};
+use dflash::spec::verify::{DrawKey, PhiloxStream, Purpose, RandomSource, Siblings, draw, sample_chains};
 use enumeration::*;
 use std::collections::HashSet;
 
 #[test]
 fn a_chances_word_is_its_counters() {
-    let dice = Dice { seed: 0x12345678_DEADBEEF, stream: 42, round: 3, anchor: 1000 };
-    let word = |purpose, depth, row| Word { purpose, depth, row };
+    let dice = PhiloxStream { seed: 0x12345678_DEADBEEF, stream: 42, round: 3, anchor: 1000 };
+    let word = |purpose, depth, row| DrawKey { purpose, depth, row };
     assert_eq!(dice.counter(word(Purpose::Draft, 2, 5)), [1002, 0x0200_0005, 42, 3]);
     assert_eq!(dice.counter(word(Purpose::Accept, 1, 1)), [1001, 0x0300_0001, 42, 3]);
     assert_eq!(dice.counter(word(Purpose::Residual, 16, 15)), [1016, 0x0400_000f, 42, 3]);
@@ -26,12 +26,12 @@ const PYTHON: [u64; 3] = [0xe9021443_b92ce131, 0x4caae71b_059014b6, 0x8cb62e28_f
 
 /// Passes chances on, and keeps their counters.
 struct Recorder<'a> {
-    dice: Dice,
+    dice: PhiloxStream,
     counters: &'a mut HashSet<[u32; 4]>,
 }
 
 impl Recorder<'_> {
-    fn record(&mut self, word: Word) {
+    fn record(&mut self, word: DrawKey) {
         let counter = self.dice.counter(word);
         assert!(self.counters.insert(counter), "{word:?} of {:?} has been used", self.dice);
         // Of the request, and nothing else.
@@ -39,13 +39,13 @@ impl Recorder<'_> {
     }
 }
 
-impl Coin for Recorder<'_> {
-    fn accept(&mut self, word: Word, s: u64, n: u64) -> bool {
+impl RandomSource for Recorder<'_> {
+    fn accept(&mut self, word: DrawKey, s: u64, n: u64) -> bool {
         self.record(word);
         self.dice.accept(word, s, n)
     }
 
-    fn pick(&mut self, word: Word, weights: &[(u32, u64)]) -> Option<u32> {
+    fn pick(&mut self, word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
         self.record(word);
         self.dice.pick(word, weights)
     }
@@ -60,21 +60,27 @@ fn no_word_is_used_twice() {
         for round in 1..500 {
             let depth = 1 + rng.below(3);
             let models = Models::random(&mut rng, 3, depth);
-            let dice = Dice { seed: 5, stream: 6, round, anchor };
+            let dice = PhiloxStream { seed: 5, stream: 6, round, anchor };
             let mut coin = Recorder { dice, counters: &mut counters };
             let emitted = match kind {
                 0 | 1 => {
-                    let drafts = draw(&models.laws, &mut coin).unwrap();
-                    models.judged([Rule::Rejection, Rule::Block][kind], &drafts, &models.laws, &mut coin)
+                    let drafts = draw(&models.distributions, &mut coin).unwrap();
+                    models.judged(
+                        [Rule::Rejection, Rule::Block][kind],
+                        &drafts,
+                        &models.distributions,
+                        &mut coin,
+                    )
                 }
                 4 => {
-                    let (tokens, parents) = draw_chains(0, 3, &models.laws, &mut coin).unwrap();
+                    let (tokens, parents) = sample_chains(0, 3, &models.distributions, &mut coin).unwrap();
                     models.judged_best(&tokens, &parents, &mut coin)
                 }
                 _ => {
                     let siblings = [Siblings::Independent, Siblings::Distinct][kind - 2];
                     let widths = &[3, 2, 2][..depth];
-                    let (tokens, parents) = draw_tree(0, widths, &models.laws, siblings, &mut coin).unwrap();
+                    let (tokens, parents) =
+                        draw_tree(0, widths, &models.distributions, siblings, &mut coin).unwrap();
                     models.judged_tree(&tokens, &parents, siblings, &mut coin)
                 }
             };
@@ -91,11 +97,11 @@ fn counts(models: &Models, rule: Rule, runs: u64, reuse: bool) -> Vec<u64> {
     for seed in 0..runs {
         let (mut tokens, mut round) = (Vec::new(), 1);
         while tokens.len() < length {
-            let dice = Dice { seed, stream: 0, round, anchor: tokens.len() as u32 };
+            let dice = PhiloxStream { seed, stream: 0, round, anchor: tokens.len() as u32 };
             let mut coin = Keyed { dice, reuse };
-            // The laws of these models do not depend on what came before.
-            let drafts = draw(&models.laws, &mut coin).unwrap();
-            tokens.extend(models.judged(rule, &drafts, &models.laws, &mut coin));
+            // The distributions of these models do not depend on what came before.
+            let drafts = draw(&models.distributions, &mut coin).unwrap();
+            tokens.extend(models.judged(rule, &drafts, &models.distributions, &mut coin));
             round += 1;
         }
         counts[tokens[..length].iter().fold(0, |cell, &id| cell * vocab + id as usize)] += 1;
@@ -103,29 +109,29 @@ fn counts(models: &Models, rule: Rule, runs: u64, reuse: bool) -> Vec<u64> {
     counts
 }
 
-/// Dice, or the mistake of words that are named by position and purpose alone.
+/// PhiloxStream, or the mistake of words that are named by position and purpose alone.
 struct Keyed {
-    dice: Dice,
+    dice: PhiloxStream,
     reuse: bool,
 }
 
 impl Keyed {
-    fn word(&mut self, word: Word) -> Word {
+    fn word(&mut self, word: DrawKey) -> DrawKey {
         if self.reuse {
             self.dice.round = 1;
-            return Word { row: 0, ..word };
+            return DrawKey { row: 0, ..word };
         }
         word
     }
 }
 
-impl Coin for Keyed {
-    fn accept(&mut self, word: Word, s: u64, n: u64) -> bool {
+impl RandomSource for Keyed {
+    fn accept(&mut self, word: DrawKey, s: u64, n: u64) -> bool {
         let word = self.word(word);
         self.dice.accept(word, s, n)
     }
 
-    fn pick(&mut self, word: Word, weights: &[(u32, u64)]) -> Option<u32> {
+    fn pick(&mut self, word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
         let word = self.word(word);
         self.dice.pick(word, weights)
     }
@@ -151,7 +157,7 @@ fn words_used_again_are_caught_under_block_verification() {
     }
 }
 
-/// Chi-square against the target's law, and its bound of one in ten thousand (Wilson and Hilferty).
+/// Chi-square against the target's distribution, and its bound of one in ten thousand (Wilson and Hilferty).
 fn chi_square(models: &Models, counts: &[u64]) -> (f64, f64) {
     let runs = counts.iter().sum::<u64>() as f64;
     let (mut chi, mut cells) = (0.0, 0);
@@ -171,12 +177,13 @@ fn chi_square(models: &Models, counts: &[u64]) -> (f64, f64) {
 
 #[test]
 fn words_of_philox_give_the_targets_law() {
-    let law = |logits: &[f32], temperature| {
-        let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+    let distribution = |logits: &[f32], temperature| {
+        let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
         sampling.probabilities(logits).unwrap()
     };
-    let mut drawn = [law(&[0.0, 0.9, -0.4, -1.0], 1.0), law(&[0.3, -0.2, 0.8, 0.0], 0.7)].into_iter();
-    let p = law(&[1.0, 0.2, -0.5, -2.0], 1.0);
+    let mut drawn =
+        [distribution(&[0.0, 0.9, -0.4, -1.0], 1.0), distribution(&[0.3, -0.2, 0.8, 0.0], 0.7)].into_iter();
+    let p = distribution(&[1.0, 0.2, -0.5, -2.0], 1.0);
     let models = Models::new(4, 2, || p.clone(), || drawn.next().unwrap());
     for rule in [Rule::Rejection, Rule::Block] {
         let (chi, bound) = chi_square(&models, &counts(&models, rule, 1 << 18, false));
@@ -187,8 +194,8 @@ fn words_of_philox_give_the_targets_law() {
 
 #[test]
 fn philox_is_what_the_dice_call() {
-    let dice = Dice { seed: 1 << 32 | 2, stream: 3, round: 4, anchor: 5 };
-    let word = Word { purpose: Purpose::Accept, depth: 1, row: 1 };
+    let dice = PhiloxStream { seed: 1 << 32 | 2, stream: 3, round: 4, anchor: 5 };
+    let word = DrawKey { purpose: Purpose::Accept, depth: 1, row: 1 };
     let drawn = philox(dice.counter(word), [2, 1]);
     assert_eq!(dice.bits(word), u64::from(drawn[0]) << 32 | u64::from(drawn[1]));
 }

@@ -1,21 +1,23 @@
 //! The rules that judge drafts, held against numbers that were worked out by hand, published or bounded by theory, by
-//! enumeration; and the laws of rows that they judge by.
+//! enumeration; and the distributions of rows that they judge by.
 
 #[path = "support/enumeration.rs"]
 mod enumeration;
 
-use dflash::spec::sampling::Sampling;
-use dflash::spec::verify::{Coin, ONE, Probabilities, Siblings, Word, best_block, draw_chains, rejection};
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify::{
+    Distribution, DrawKey, ONE, RandomSource, Siblings, multi_draft_block_verify, rejection, sample_chains,
+};
 use enumeration::*;
 use num_rational::BigRational;
 use std::collections::HashMap;
 
-// ---- laws of rows ----
+// ---- distributions of rows ----
 
 #[test]
 fn probabilities_are_the_worked_examples() {
     let of = |temperature, logits: &[f32]| {
-        let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+        let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
         sampling.probabilities(logits).unwrap().tokens().iter().map(|&(_, p)| p).collect::<Vec<_>>()
     };
     let p = [1.0, 0.25, -0.5, -3.0];
@@ -35,13 +37,13 @@ struct Falls {
     weights: Vec<(u32, u64)>,
 }
 
-impl Coin for Falls {
-    fn accept(&mut self, _: Word, s: u64, n: u64) -> bool {
+impl RandomSource for Falls {
+    fn accept(&mut self, _: DrawKey, s: u64, n: u64) -> bool {
         self.chances.push((s, n));
         s >= n
     }
 
-    fn pick(&mut self, _: Word, weights: &[(u32, u64)]) -> Option<u32> {
+    fn pick(&mut self, _: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
         self.weights = weights.to_vec();
         weights.first().map(|&(id, _)| id)
     }
@@ -49,7 +51,7 @@ impl Coin for Falls {
 
 #[test]
 fn chances_and_what_is_left_are_the_worked_examples() {
-    let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+    let sampling = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
     let p = sampling.probabilities(&[1.0, 0.25, -0.5, -3.0]).unwrap();
     let q = sampling.probabilities(&[0.0, 1.0, -0.5, -1.0]).unwrap();
     for (draft, stands) in [(0, None), (1, Some(0.4758225)), (2, None), (3, Some(0.1363248))] {
@@ -76,46 +78,56 @@ fn probabilities_add_up_and_are_the_weights_shares_whatever_those_are() {
         let weights: Vec<(u32, u64)> =
             (0..count as u32).map(|id| (id * 3, rng.next() >> (63 - bits) >> rng.below(4))).collect();
         let total: u128 = weights.iter().map(|&(_, w)| u128::from(w)).sum();
-        let heir = weights[rng.below(count)].0;
-        let Some(law) = Probabilities::new(weights.clone(), heir) else {
+        let rounding_token = weights[rng.below(count)].0;
+        let Some(distribution) = Distribution::new(weights.clone(), rounding_token) else {
             assert!(total == 0 || total >> 64 > 0);
             continue;
         };
-        assert_eq!(law.tokens().iter().map(|&(_, p)| p).sum::<u64>(), ONE);
-        assert!(law.tokens().iter().all(|&(_, p)| p > 0) && law.tokens().is_sorted_by(|a, b| a.0 < b.0));
+        assert_eq!(distribution.tokens().iter().map(|&(_, p)| p).sum::<u64>(), ONE);
+        assert!(
+            distribution.tokens().iter().all(|&(_, p)| p > 0)
+                && distribution.tokens().is_sorted_by(|a, b| a.0 < b.0)
+        );
         let mut short = 0;
         for &(id, w) in &weights {
             let exact = (u128::from(w) << 48) / total;
-            if id != heir {
-                assert!((0..2).contains(&(exact as i128 - i128::from(law.of(id)))), "{w} of {total}");
+            if id != rounding_token {
+                assert!(
+                    (0..2).contains(&(exact as i128 - i128::from(distribution.of(id)))),
+                    "{w} of {total}"
+                );
             }
             short += 2;
         }
-        let (at, extra) = ((heir / 3) as usize, law.of(heir));
+        let (at, extra) = ((rounding_token / 3) as usize, distribution.of(rounding_token));
         assert!(i128::from(extra) - ((u128::from(weights[at].1) << 48) / total) as i128 <= short);
     }
     // The ends: one token; a sum of 2^64 - 1; all of 2^26 tokens as good as the best.
-    assert_eq!(Probabilities::new(vec![(7, 1)], 7).unwrap().tokens(), [(7, ONE)]);
-    assert_eq!(Probabilities::new(vec![(7, u64::MAX)], 7).unwrap().tokens(), [(7, ONE)]);
-    let widest = Probabilities::new((0..1 << 26).map(|id| (id, 1u64 << 32)).collect(), 0).unwrap();
+    assert_eq!(Distribution::new(vec![(7, 1)], 7).unwrap().tokens(), [(7, ONE)]);
+    assert_eq!(Distribution::new(vec![(7, u64::MAX)], 7).unwrap().tokens(), [(7, ONE)]);
+    let widest = Distribution::new((0..1 << 26).map(|id| (id, 1u64 << 32)).collect(), 0).unwrap();
     assert!(widest.tokens().iter().all(|&(_, p)| p == 1 << 22));
     for bad in [vec![], vec![(0, 0)], vec![(0, u64::MAX), (1, 1)]] {
-        assert_eq!(Probabilities::new(bad, 0), None);
+        assert_eq!(Distribution::new(bad, 0), None);
     }
-    assert_eq!(Probabilities::new(vec![(1, 1)], 0), None, "no such heir");
+    assert_eq!(Distribution::new(vec![(1, 1)], 0), None, "no such rounding_token");
 }
 
 #[test]
 fn what_rounding_leaves_over_is_the_best_tokens_and_the_lowest_of_several() {
-    let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
-    let law = sampling.probabilities(&[0.0, 2.0, 2.0, 2.0]).unwrap();
-    assert!(law.of(1) > law.of(2) && law.of(2) == law.of(3));
+    let sampling = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+    let distribution = sampling.probabilities(&[0.0, 2.0, 2.0, 2.0]).unwrap();
+    assert!(distribution.of(1) > distribution.of(2) && distribution.of(2) == distribution.of(3));
     // So near the best that it weighs as much: the logit decides.
-    let law = sampling.probabilities(&[1.0, 1.000_001, 1.0]).unwrap();
-    assert!(law.of(1) > law.of(0) && law.of(0) == law.of(2));
-    // Of what is left of a law, the heaviest.
-    let law = probabilities(&[1, 5, 3, 3]).without(1).unwrap();
-    assert!(law.of(2) > law.of(3) && law.of(3) > law.of(0) && law.of(1) == 0);
+    let distribution = sampling.probabilities(&[1.0, 1.000_001, 1.0]).unwrap();
+    assert!(distribution.of(1) > distribution.of(0) && distribution.of(0) == distribution.of(2));
+    // Of what is left of a distribution, the heaviest.
+    let distribution = probabilities(&[1, 5, 3, 3]).without(1).unwrap();
+    assert!(
+        distribution.of(2) > distribution.of(3)
+            && distribution.of(3) > distribution.of(0)
+            && distribution.of(1) == 0
+    );
     assert_eq!(one_hot(3).without(3), None);
     assert_eq!(one_hot(3).without(4).unwrap(), one_hot(3));
     assert_eq!(sampling.probabilities(&[f32::NAN, 0.0]), None);
@@ -137,7 +149,7 @@ fn worked() -> Models {
     Models {
         vocab: 3,
         target: before.map(|s| (s.clone(), rows(&s))).collect(),
-        laws: vec![probabilities(&[2, 1, 1]), probabilities(&[1, 1, 0])],
+        distributions: vec![probabilities(&[2, 1, 1]), probabilities(&[1, 1, 0])],
     }
 }
 
@@ -155,22 +167,25 @@ fn chains_of_the_worked_example_are_accepted_as_computed_by_hand() {
     ];
     for (drafts, by_token, by_block) in paths {
         for (rule, expected) in [(Rule::Rejection, by_token), (Rule::Block, by_block)] {
-            let law = enumerate(|coin| models.judged(rule, &drafts, &models.laws, coin));
+            let distribution = enumerate(|coin| models.judged(rule, &drafts, &models.distributions, coin));
             for (accepted, (a, b)) in expected.into_iter().enumerate() {
-                let found: BigRational =
-                    law.iter().filter(|(tokens, _)| tokens.len() == accepted + 1).map(|(_, p)| p).sum();
+                let found: BigRational = distribution
+                    .iter()
+                    .filter(|(tokens, _)| tokens.len() == accepted + 1)
+                    .map(|(_, p)| p)
+                    .sum();
                 assert_eq!(found, ratio(a, b), "{rule:?}, {drafts:?}, {accepted} accepted");
             }
             // Where the first falls, 1 follows; where a block of one is kept of (0, .), 2 does.
-            for tokens in law.keys() {
+            for tokens in distribution.keys() {
                 assert!(tokens.len() != 1 || tokens[..] == [1], "{rule:?}: {tokens:?}");
                 assert!(rule != Rule::Block || tokens.len() != 2 || drafts[0] != 0 || tokens[1] == 2);
             }
         }
     }
     for (rule, mean) in [(Rule::Rejection, ratio(19, 16)), (Rule::Block, ratio(5, 4))] {
-        let law = models.chain(rule);
-        assert_eq!((accepted(&law), models.distance(&law)), (mean, ratio(0, 1)));
+        let distribution = models.chain(rule);
+        assert_eq!((accepted(&distribution), models.distance(&distribution)), (mean, ratio(0, 1)));
     }
 }
 
@@ -202,11 +217,16 @@ fn siblings_of_the_worked_example_are_accepted_as_computed_by_hand() {
         ([0, 1], Siblings::Independent, &[(0, 1.0)], &[]),
     ];
     for (draws, siblings, stand, fall) in cases {
-        let law = enumerate(|coin| models.judged_tree(&[9, draws[0], draws[1]], &[0; 3], siblings, coin));
+        let distribution =
+            enumerate(|coin| models.judged_tree(&[9, draws[0], draws[1]], &[0; 3], siblings, coin));
         for id in 0..4 {
             let sum = |cells: Cells| cells.iter().filter(|cell| cell.0 == id).map(|cell| cell.1).sum::<f64>();
             let of = |keep: &dyn Fn(&[u32]) -> bool| -> BigRational {
-                law.iter().filter(|(tokens, _)| tokens[0] == id && keep(tokens)).map(|(_, p)| p).sum()
+                distribution
+                    .iter()
+                    .filter(|(tokens, _)| tokens[0] == id && keep(tokens))
+                    .map(|(_, p)| p)
+                    .sum()
             };
             near(&of(&|tokens| tokens.len() == 2), sum(stand), 1e-13);
             near(&of(&|tokens| tokens.len() == 1), sum(fall), 1e-13);
@@ -219,7 +239,7 @@ fn siblings_of_the_worked_example_are_accepted_as_computed_by_hand() {
 
 /// The most that any lossless rule accepts of candidates that are drawn so: the least, over sets of tokens, of the set's
 /// probability and the chance that some candidate is outside.
-fn most(p: &Probabilities, drawn: &Law) -> BigRational {
+fn most(p: &Distribution, drawn: &JointDistribution) -> BigRational {
     let sets = (0..1u32 << 4).map(|set| {
         let inside = |id: u32| set >> id & 1 == 1;
         let mass = p.tokens().iter().filter(|t| inside(t.0)).map(|t| ratio(t.1, ONE)).sum::<BigRational>();
@@ -232,7 +252,7 @@ fn most(p: &Probabilities, drawn: &Law) -> BigRational {
 #[test]
 fn siblings_accept_no_more_than_optimal_transport_does() {
     let candidates = |models: &Models, siblings| {
-        enumerate(|coin| draw_tree(9, &[2], &models.laws, siblings, coin).unwrap().0.split_off(1))
+        enumerate(|coin| draw_tree(9, &[2], &models.distributions, siblings, coin).unwrap().0.split_off(1))
     };
     let worked = four();
     for (siblings, bound) in [(Siblings::Independent, 79.0 / 100.0), (Siblings::Distinct, 701.0 / 840.0)] {
@@ -264,7 +284,7 @@ fn choose(models: &Models, chains: &[Vec<u32>]) -> Chosen {
     for i in 0..models.depth() {
         let before: Vec<u32> = chosen.iter().map(|&(id, _)| id).collect();
         let class = |id: u32| {
-            let (p, q) = (models.p(&before).of(id), models.laws[i].of(id));
+            let (p, q) = (models.p(&before).of(id), models.distributions[i].of(id));
             if p == 0 { 0 } else { (halves(p) - halves(q) + 32).clamp(0, 63) }
         };
         let mut running = (0..chains.len()).filter(|&chain| chains[chain][..i] == before);
@@ -278,7 +298,7 @@ fn choose(models: &Models, chains: &[Vec<u32>]) -> Chosen {
     chosen
 }
 
-/// Chains of [`draw_chains`], each its tokens.
+/// Chains of [`sample_chains`], each its tokens.
 fn chains(tokens: &[u32], depth: usize) -> Vec<Vec<u32>> {
     tokens[1..].chunks(depth).map(<[u32]>::to_vec).collect()
 }
@@ -286,7 +306,8 @@ fn chains(tokens: &[u32], depth: usize) -> Vec<Vec<u32>> {
 /// How likely each beginning of a choice is, by all draws there are.
 fn choices(models: &Models, count: usize) -> HashMap<Chosen, BigRational> {
     let mut all = HashMap::new();
-    for (tokens, likely) in enumerate(|coin| draw_chains(9, count, &models.laws, coin).unwrap().0) {
+    for (tokens, likely) in enumerate(|coin| sample_chains(9, count, &models.distributions, coin).unwrap().0)
+    {
         let chosen = choose(models, &chains(&tokens, models.depth()));
         for end in 0..=chosen.len() {
             *all.entry(chosen[..end].to_vec()).or_insert_with(|| ratio(0, 1)) += likely.clone();
@@ -295,7 +316,7 @@ fn choices(models: &Models, count: usize) -> HashMap<Chosen, BigRational> {
     all
 }
 
-/// The law of the next draft of a choice that began so, whichever chain has it.
+/// The distribution of the next draft of a choice that began so, whichever chain has it.
 fn chosen_law(
     all: &HashMap<Chosen, BigRational>,
     vocab: usize,
@@ -333,15 +354,15 @@ fn the_best_of_several_chains_accepts_what_was_computed_by_hand() {
 }
 
 /// Lets no draft stand, and keeps what its chances were.
-struct Refusing(Vec<(Word, u64, u64)>);
+struct Refusing(Vec<(DrawKey, u64, u64)>);
 
-impl Coin for Refusing {
-    fn accept(&mut self, word: Word, s: u64, n: u64) -> bool {
+impl RandomSource for Refusing {
+    fn accept(&mut self, word: DrawKey, s: u64, n: u64) -> bool {
         self.0.push((word, s, n));
         false
     }
 
-    fn pick(&mut self, _: Word, weights: &[(u32, u64)]) -> Option<u32> {
+    fn pick(&mut self, _: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
         weights.first().map(|&(id, _)| id)
     }
 }
@@ -356,7 +377,7 @@ fn the_law_of_a_choice_is_what_all_draws_of_it_say() {
         let q = row(&mut random, false);
         let models = Models::new(vocab, depth, || row(&mut random, i % 8 < 4), || q.clone());
         let all = choices(&models, count);
-        let draws = enumerate(|coin| draw_chains(9, count, &models.laws, coin).unwrap().0);
+        let draws = enumerate(|coin| sample_chains(9, count, &models.distributions, coin).unwrap().0);
         for tokens in draws.keys() {
             let chosen = choose(&models, &chains(tokens, depth));
             let drafts: Vec<u32> = chosen.iter().map(|&(id, _)| id).collect();
@@ -364,13 +385,14 @@ fn the_law_of_a_choice_is_what_all_draws_of_it_say() {
                 Some(models.p(&chains(tokens, depth)[row.saturating_sub(1) / depth][..drafted(row, depth)]))
             };
             let mut coin = Refusing(vec![]);
-            best_block(tokens, &models.laws, target, &mut coin).unwrap();
+            multi_draft_block_verify(tokens, &models.distributions, target, &mut coin).unwrap();
             parted += usize::from(chosen.iter().any(|&(_, chain)| chain != chosen[0].1));
-            // The share of each beginning, and what the next draft's two laws have in common.
+            // The share of each beginning, and what the next draft's two distributions have in common.
             let (mut share, mut shares) = (ratio(1, 1), vec![ratio(1, 1)]);
             for (at, &draft) in drafts.iter().enumerate() {
-                let law = chosen_law(&all, vocab, count, &chosen[..at]);
-                share = share * ratio(models.p(&drafts[..at]).of(draft), ONE) / law[draft as usize].clone();
+                let distribution = chosen_law(&all, vocab, count, &chosen[..at]);
+                share = share * ratio(models.p(&drafts[..at]).of(draft), ONE)
+                    / distribution[draft as usize].clone();
                 share = share.min(ratio(1, 1));
                 shares.push(share.clone());
             }
@@ -378,10 +400,10 @@ fn the_law_of_a_choice_is_what_all_draws_of_it_say() {
                 let (at, w) = (word.row, &shares[word.row]);
                 let mut common = ratio(0, 1);
                 if at < depth && *w < ratio(1, 1) {
-                    let law = chosen_law(&all, vocab, count, &chosen[..at]);
+                    let distribution = chosen_law(&all, vocab, count, &chosen[..at]);
                     let p = models.p(&drafts[..at]);
                     common = (0..vocab as u32)
-                        .map(|id| (w * ratio(p.of(id), ONE)).min(law[id as usize].clone()))
+                        .map(|id| (w * ratio(p.of(id), ONE)).min(distribution[id as usize].clone()))
                         .sum();
                 }
                 let (s, n) = (ratio(s, ONE), ratio(n, ONE));
@@ -400,7 +422,7 @@ fn the_law_of_a_choice_is_what_all_draws_of_it_say() {
     assert!(compared > 5000 && parted > 500, "{compared} {parted}");
 }
 
-/// Drafts on the way to a row of [`draw_chains`].
+/// Drafts on the way to a row of [`sample_chains`].
 fn drafted(row: usize, depth: usize) -> usize {
     if row == 0 { 0 } else { (row - 1) % depth + 1 }
 }

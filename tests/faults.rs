@@ -16,7 +16,7 @@ use dflash::gpu::cuda::Cuda;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::Room;
+use dflash::gpu::memory::BatchConfig;
 use dflash::{Error, Result};
 use program::{command, flags, run_pair, write};
 use serde_json::{Value, json};
@@ -43,7 +43,7 @@ fn loaded(pair: &support::Pair, positions: usize, test: impl FnOnce(&Emulator, &
 }
 
 fn batch<'a>(device: &'a Emulator, models: &'a Models, slots: usize, positions: usize) -> Batch<'a> {
-    Batch::new(device, models, Room::new(slots, 16, positions)).unwrap()
+    Batch::new(device, models, BatchConfig::new(slots, 16, positions)).unwrap()
 }
 
 fn prompt(seed: u64, length: usize) -> Vec<u32> {
@@ -57,7 +57,7 @@ fn attempt(
     request: &Request,
     reply: impl FnMut(usize, Event) -> Result<Flow>,
 ) -> Result<Outcome> {
-    let mut crowd = Crowd::new(1, reply);
+    let mut crowd = BatchRecorder::new(1, reply);
     generate_all(decoder, std::slice::from_ref(request), &mut crowd)?;
     Ok(crowd.outcomes.remove(0).unwrap())
 }
@@ -210,7 +210,7 @@ fn answers_end_with_the_context_at_every_place_of_a_round() {
 #[test]
 fn who_finds_too_few_pages_waits_and_who_never_fits_is_refused() {
     on_the_emulator(tiny(), 256, |device, models| {
-        let room = Room { pages: 3, ..Room::new(3, 16, 256) };
+        let room = BatchConfig { pages: 3, ..BatchConfig::new(3, 16, 256) };
         let mut three = Batch::new(device, models, room).unwrap();
         // Two pages each: one runs at a time.
         let requests: Vec<Request> = (0..4).map(|i| request(&prompt(i, 60), 12, 16, 0.0)).collect();
@@ -232,7 +232,7 @@ fn who_finds_too_few_pages_waits_and_who_never_fits_is_refused() {
         // Alone, and while others run.
         for before in [0, 1, 2] {
             let list = [&requests[..before], std::slice::from_ref(&huge)].concat();
-            let mut crowd = Crowd::new(list.len(), go_on);
+            let mut crowd = BatchRecorder::new(list.len(), go_on);
             let error = generate_all(&mut three, &list, &mut crowd).unwrap_err();
             assert_eq!((error.to_string().as_str(), error.exit_code()), (sentence, 5));
             assert_eq!(three.free_pages(), 3, "pages are back after a refusal");
@@ -259,7 +259,7 @@ fn logits(batch: &mut Batch, slot: usize, request: &Request) -> (Vec<u32>, Vec<V
 #[test]
 fn pages_of_who_left_belong_to_the_next() {
     on_the_emulator(tiny(), 128, |device, models| {
-        let room = Room { pages: 2, ..Room::new(2, 16, 128) };
+        let room = BatchConfig { pages: 2, ..BatchConfig::new(2, 16, 128) };
         let mut two = Batch::new(device, models, room).unwrap();
         let mut single = batch(device, models, 1, 128);
         two.watch();
@@ -343,7 +343,7 @@ fn an_answer_can_be_ended_at_every_token_and_fail_there() {
     });
 }
 
-/// What is kept of an answer that was cut within a round is what plain decoding would have kept, and good: neither tokens
+/// What is kept of an answer that was cut within a round is what autoregressive decoding would have kept, and good: neither tokens
 /// nor rounds after it differ from a fresh start's.
 #[test]
 fn a_conversation_goes_on_from_an_answer_that_was_ended_at_any_token() {
@@ -411,7 +411,7 @@ fn an_interrupted_batch_gives_all_back_and_goes_on_with_others() {
         assert_eq!(all, 9 + 21 + 13 + 2 + 17);
         for patience in (1..12).chain([20, 31, 45, all]) {
             let mut heard = 0;
-            let mut crowd = Crowd::new(5, |_, event| {
+            let mut crowd = BatchRecorder::new(5, |_, event| {
                 heard += usize::from(matches!(event, Event::Token(_)));
                 Ok(if heard == patience { Flow::Interrupt } else { Flow::Continue })
             });

@@ -1,5 +1,5 @@
 //! Whole generations and first-round values of the embedded pair against the recorded outputs of the reference
-//! implementation, and speculative against plain decoding: equal tokens, equal bits, whatever the block, the sampling
+//! implementation, and speculative against autoregressive decoding: equal tokens, equal bits, whatever the block, the sampling
 //! and the reason to stop.
 
 mod support;
@@ -9,8 +9,8 @@ use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;
-use dflash::engine::generate::{Finish, Flow, Listener, Outcome, Request, generate, resume};
-use dflash::spec::sampling::{Sampling, argmax};
+use dflash::engine::generate::{Finish, Flow, Outcome, Request, TokenSink, generate, resume};
+use dflash::spec::sampling::{SamplingParams, argmax};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::sync::LazyLock;
@@ -68,7 +68,7 @@ impl Until {
     }
 }
 
-impl Listener for Until {
+impl TokenSink for Until {
     fn token(&mut self, id: u32, drafted: bool) -> dflash::Result<Flow> {
         self.heard.push(id);
         self.drafted.push(drafted);
@@ -99,7 +99,7 @@ fn greedy(prompt: &[u32], max_tokens: usize, block: usize) -> Request {
 }
 
 fn sampled(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, seed: u64) -> Request {
-    let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 0 };
+    let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 0 };
     Request {
         prompt: prompt.to_vec(),
         max_tokens,
@@ -242,7 +242,8 @@ fn filtered_output_equals_plain_output() {
         for (top_k, top_p, min_p) in [(20, 0.9, 0.05), (3, 1.0, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.2)] {
             let request = |block| {
                 let mut request = sampled(&held.prompt[90..], 20, block, 1.2, 5);
-                request.sampling = Sampling { top_k, top_p, min_p, stream: i as u32, ..request.sampling };
+                request.sampling =
+                    SamplingParams { top_k, top_p, min_p, stream: i as u32, ..request.sampling };
                 request
             };
             let plain = run(&DEMO, &request(1));
@@ -372,7 +373,7 @@ fn a_drafter_catches_up_from_where_it_was_left() {
         let last = if turn == 0 { 0 } else { said.len() - 4 };
         let expected = if block > 1 { last.min(drafted) } else { last };
         // A round that the budget cut ran one token more at least; what waits for the drafter is at most a block, and
-        // plain decoding forgets it.
+        // autoregressive decoding forgets it.
         let waiting = if expected == drafted { 16 } else { 0 };
         let range = expected.saturating_sub(waiting)..=expected + 1;
         assert!(range.contains(&kept), "turn {turn}: {kept} kept, expected {expected}");
@@ -509,7 +510,7 @@ fn interruption_and_stopping_leave_a_prefix() {
 
 struct AtPrefill(usize, Vec<usize>);
 
-impl Listener for AtPrefill {
+impl TokenSink for AtPrefill {
     fn prefill(&mut self, done: usize) -> Flow {
         self.1.push(done);
         if self.1.len() == self.0 { Flow::Interrupt } else { Flow::Continue }

@@ -7,24 +7,24 @@ mod kernel;
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::engine::generate::{Decoder, Emitted, Request};
-use dflash::gpu::decoder::{Batch, Models, Part, Shape};
+use dflash::gpu::decoder::{Batch, DrafterMode, Models, Shape};
 use dflash::gpu::device::{Arg, Buffer, Device, Node};
-use dflash::gpu::memory::Room;
-use dflash::spec::sampling::Sampling;
-use dflash::spec::verify::{Drafting, Rule};
+use dflash::gpu::memory::BatchConfig;
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify::{SpecConfig, VerifyMethod};
 use kernel::*;
 
 const POSITIONS: usize = 256;
 const SLOTS: usize = 3;
 const BLOCK: usize = 16;
 
-/// Chains that match and plain decoding; in a room for all also trees and drafts that are drawn. The second request of a
+/// Chains that match and autoregressive decoding; in a room for all also trees and drafts that are drawn. The second request of a
 /// slot joins when the first has emitted all it may.
 fn requests(all: bool) -> [[Request; 2]; SLOTS] {
     let oracle: serde_json::Value = serde_json::from_str(include_str!("data/oracle.json")).unwrap();
     let request = |held: usize, length: usize, max_tokens: usize, block: usize, temperature: f32| {
         let ids = oracle["prompts"][held]["prompt_ids"].as_array().unwrap();
-        let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 11, stream: 2 };
+        let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 11, stream: 2 };
         let prompt = ids[ids.len() - length..].iter().map(|id| id.as_u64().unwrap() as u32).collect();
         Request { prompt, max_tokens, sampling, stop_ids: vec![0], block, drafting: Default::default() }
     };
@@ -34,20 +34,23 @@ fn requests(all: bool) -> [[Request; 2]; SLOTS] {
         [request(9, 128, 2, 1, 0.0), request(12, 33, 16, 1, 0.0)],
     ];
     if all {
-        let Drafting { sampling, .. } = Drafting::default();
-        let draws =
-            |rule| Drafting { rule, sampling: Sampling { temperature: 0.8, ..sampling.clone() }, tree: None };
+        let SpecConfig { sampling, .. } = SpecConfig::default();
+        let draws = |rule| SpecConfig {
+            rule,
+            sampling: SamplingParams { temperature: 0.8, ..sampling.clone() },
+            tree: None,
+        };
         requests[0][0].drafting.tree = Some(20);
-        requests[0][1].drafting = draws(Rule::Block);
+        requests[0][1].drafting = draws(VerifyMethod::Block);
         requests[1][0].drafting.tree = Some(32);
-        requests[1][1].drafting = draws(Rule::Rejection);
+        requests[1][1].drafting = draws(VerifyMethod::Rejection);
     }
     requests
 }
 
 fn drawn(request: &Request) -> bool {
-    let Drafting { rule, sampling, .. } = &request.drafting;
-    request.block > 1 && (*rule != Rule::Match || sampling.temperature != 0.0)
+    let SpecConfig { rule, sampling, .. } = &request.drafting;
+    request.block > 1 && (*rule != VerifyMethod::Match || sampling.temperature != 0.0)
 }
 
 /// Who is in a slot.
@@ -120,7 +123,7 @@ impl Drive {
         let drafting = self.running().any(|(_, request)| request.block > 1);
         let drawn = self.running().any(|(_, request)| drawn(request));
         let sampled = drawn || self.running().any(|(_, request)| request.sampling.temperature != 0.0);
-        let drafter = if drafting { Part::Drafts } else { Part::Rests };
+        let drafter = if drafting { DrafterMode::Draft } else { DrafterMode::Idle };
         let kind = |s: &Shape| (s.drafter, s.sampled, s.drawn);
         let fits = |s: &Shape| s.sequences >= highest && kind(s) == (drafter, sampled, drawn);
         batch.graphs().iter().map(|(shape, _)| *shape).find(fits).unwrap()
@@ -128,8 +131,8 @@ impl Drive {
 }
 
 fn batch<'a>(device: &'a dyn Device, models: &'a Models, all: bool) -> Batch<'a> {
-    let room = Room::new(SLOTS, BLOCK, POSITIONS);
-    let room = if all { Room { rules: true, ..room.with_trees(32) } } else { room };
+    let room = BatchConfig::new(SLOTS, BLOCK, POSITIONS);
+    let room = if all { BatchConfig { rules: true, ..room.with_trees(32) } } else { room };
     Batch::new(device, models, room).unwrap()
 }
 

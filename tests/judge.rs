@@ -6,11 +6,11 @@ mod kernel;
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::round::{Finish, Form, Sequence};
-use dflash::gpu::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
+use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules, VerifyInputs};
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::verify::Verdict;
-use dflash::spec::sampling::{Sampling, TABLES, argmax};
-use dflash::spec::verify::{self, Dice, ONE, Probabilities, Rule};
+use dflash::spec::sampling::{SamplingParams, TABLES, argmax};
+use dflash::spec::verify::{self, Distribution, ONE, PhiloxStream, VerifyMethod};
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
@@ -21,16 +21,16 @@ const OLD: u32 = 0x0bad_cafe;
 /// A sequence of a batch: how many rows take part, how it samples, how its drafts were drawn.
 #[derive(Clone)]
 struct Request {
-    rule: Rule,
+    rule: VerifyMethod,
     rows: usize,
     length: u32,
     rounds: u32,
-    sampling: Sampling,
-    drafting: Sampling,
+    sampling: SamplingParams,
+    drafting: SamplingParams,
 }
 
 impl Request {
-    fn state(&self, sampling: &Sampling) -> Vec<u8> {
+    fn state(&self, sampling: &SamplingParams) -> Vec<u8> {
         let state = Sequence {
             active: true,
             length: self.length,
@@ -53,9 +53,9 @@ impl Request {
         state.to_bytes().unwrap()
     }
 
-    fn dice(&self) -> Dice {
-        let Sampling { seed, stream, .. } = self.sampling;
-        Dice { seed, stream, round: self.rounds + 1, anchor: self.length }
+    fn dice(&self) -> PhiloxStream {
+        let SamplingParams { seed, stream, .. } = self.sampling;
+        PhiloxStream { seed, stream, round: self.rounds + 1, anchor: self.length }
     }
 }
 
@@ -75,7 +75,7 @@ struct Batch {
 #[derive(Debug, PartialEq)]
 struct Outcome {
     /// Of the target's rows, then of the drafter's.
-    laws: [Vec<u8>; 2],
+    distributions: [Vec<u8>; 2],
     drafts: Vec<u32>,
     tokens: Vec<u32>,
     accepted: Vec<u32>,
@@ -137,7 +137,7 @@ impl Batch {
     fn run(&self, device: &dyn Device) -> Outcome {
         let kernels = self.kernels();
         let (sequences, rows) = (self.requests.len(), self.requests.len() * self.block);
-        let states = |of: fn(&Request) -> &Sampling| {
+        let states = |of: fn(&Request) -> &SamplingParams| {
             upload(device, &self.requests.iter().flat_map(|r| r.state(of(r))).collect::<Vec<u8>>())
         };
         let (own, draft) = (states(|r| &r.sampling), states(|r| &r.drafting));
@@ -147,16 +147,16 @@ impl Batch {
         let tables = constant(device, &tables());
         let target_logits = upload(device, &self.widened(&self.target, self.vocab, wide, 7.0));
         let draft_logits = upload(device, &self.drafter);
-        let target_laws = poisoned::<u8>(device, sequences * wide * LAW_BYTES);
-        let draft_laws = poisoned::<u8>(device, rows * LAW_BYTES);
-        let target = Rows { logits: &target_logits, laws: &target_laws };
-        let drafter = Rows { logits: &draft_logits, laws: &draft_laws };
+        let target_laws = poisoned::<u8>(device, sequences * wide * DISTRIBUTION_BYTES);
+        let draft_laws = poisoned::<u8>(device, rows * DISTRIBUTION_BYTES);
+        let target = Rows { logits: &target_logits, distributions: &target_laws };
+        let drafter = Rows { logits: &draft_logits, distributions: &draft_laws };
         let best = self.best(&self.target);
         let best = upload(device, &self.widened(&best, best.len() / rows, wide, 5));
         let wide_table = upload(device, &self.widened(&self.table(), 4, wide, NONE));
-        widen.law(device, target, &best, &wide_table, &own, &tables).unwrap();
+        widen.distribution(device, target, &best, &wide_table, &own, &tables).unwrap();
         let (best, table) = (upload(device, &self.best(&self.drafter)), upload(device, &self.table()));
-        kernels.law(device, drafter, &best, &table, &draft, &tables).unwrap();
+        kernels.distribution(device, drafter, &best, &table, &draft, &tables).unwrap();
         let drafts = upload(device, &vec![OLD; rows]);
         kernels.draw(device, &drafts, drafter, &table, &own, &tables).unwrap();
         let drafts: Vec<u32> = download(device, &drafts);
@@ -170,14 +170,14 @@ impl Batch {
         let (spans, on_device) = (upload(device, &spans), upload(device, &self.widened(&tokens, 1, wide, 3)));
         let (partial, counters) = (poisoned::<u64>(device, rows), upload(device, &vec![0u32; sequences]));
         let judged =
-            Judged { wide, tokens: &on_device, spans: &spans, partial: &partial, counters: &counters };
+            VerifyInputs { wide, tokens: &on_device, spans: &spans, partial: &partial, counters: &counters };
         // Twice: a graph is replayed without anybody clearing the counters.
         for _ in 0..2 {
             kernels.judge(device, verdict, target, drafter, judged, &own, &tables).unwrap();
             assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are left at zero");
         }
         let [accepted, next, path] = [&accepted, &next, &path].map(|b| download::<u32>(device, b));
-        // What lies behind the blocks is left out again: no law, and no way.
+        // What lies behind the blocks is left out again: no distribution, and no way.
         let narrow = |all: &[u8], each: usize| {
             let of = |one: &[u8]| one[..self.block * each].to_vec();
             all.chunks(wide * each).flat_map(of).collect::<Vec<u8>>()
@@ -186,12 +186,13 @@ impl Batch {
             path.chunks(wide).all(|way| way[self.block..].iter().all(|&row| [OLD, NONE].contains(&row)));
         assert!(kept, "{path:?}");
         let path = from_bytes(&narrow(&to_bytes(&path), 4));
-        let laws = [narrow(&bytes_of(device, &target_laws), LAW_BYTES), bytes_of(device, &draft_laws)];
-        Outcome { laws, drafts, tokens, accepted, next, path }
+        let distributions =
+            [narrow(&bytes_of(device, &target_laws), DISTRIBUTION_BYTES), bytes_of(device, &draft_laws)];
+        Outcome { distributions, drafts, tokens, accepted, next, path }
     }
 
-    /// The law of a target's or a drafter's row, as the definition has it.
-    fn law(&self, drafter: bool, own: usize, row: usize) -> Option<Probabilities> {
+    /// The distribution of a target's or a drafter's row, as the definition has it.
+    fn distribution(&self, drafter: bool, own: usize, row: usize) -> Option<Distribution> {
         let request = &self.requests[own];
         let (logits, how) = match drafter {
             true => (&self.drafter, &request.drafting),
@@ -206,18 +207,19 @@ impl Batch {
         for (own, request) in self.requests.iter().enumerate() {
             let at = own * self.block;
             let context = format!("{what}, vocabulary {}, sequence {own}, {:?}", self.vocab, request.rule);
-            let laws: Vec<Option<Probabilities>> =
-                (1..request.rows).map(|row| self.law(true, own, row)).collect();
+            let distributions: Vec<Option<Distribution>> =
+                (1..request.rows).map(|row| self.distribution(true, own, row)).collect();
             for row in 0..self.block {
                 for drafter in [false, true] {
-                    let expected = self.law(drafter, own, row).filter(|_| row < request.rows);
-                    let (laws, logits) = match drafter {
-                        false => (&got.laws[0], &self.target),
-                        true => (&got.laws[1], &self.drafter),
+                    let expected = self.distribution(drafter, own, row).filter(|_| row < request.rows);
+                    let (distributions, logits) = match drafter {
+                        false => (&got.distributions[0], &self.target),
+                        true => (&got.distributions[1], &self.drafter),
                     };
-                    let law = &laws[(at + row) * LAW_BYTES..][..LAW_BYTES];
-                    let read = probabilities(law, self.row(logits, at + row));
-                    let expected = expected.map(|law| law.tokens().to_vec());
+                    let distribution =
+                        &distributions[(at + row) * DISTRIBUTION_BYTES..][..DISTRIBUTION_BYTES];
+                    let read = probabilities(distribution, self.row(logits, at + row));
+                    let expected = expected.map(|distribution| distribution.tokens().to_vec());
                     assert_eq!(read, expected, "{context}, row {row}, drafter {drafter}");
                 }
             }
@@ -225,32 +227,39 @@ impl Batch {
             for (row, &token) in drawn.iter().enumerate() {
                 let expected = match row {
                     0 => OLD,
-                    row if row >= request.rows || request.rule == Rule::Match => OLD,
-                    // One law at a time, so that damaged ones leave the others alone: rows count from the chain's begin.
-                    row => laws[row - 1].as_ref().map_or(NONE, |law| draw_one(law, row, request.dice())),
+                    row if row >= request.rows || request.rule == VerifyMethod::Match => OLD,
+                    // One distribution at a time, so that damaged ones leave the others alone: rows count from the chain's begin.
+                    row => distributions[row - 1]
+                        .as_ref()
+                        .map_or(NONE, |distribution| draw_one(distribution, row, request.dice())),
                 };
                 assert_eq!(token, expected, "{context}, draft {row}");
             }
-            if laws.iter().all(Option::is_some) && request.rule != Rule::Match && request.rows > 0 {
-                let laws: Vec<Probabilities> = laws.iter().flatten().cloned().collect();
-                let chain = verify::draw(&laws, &mut request.dice()).unwrap();
+            if distributions.iter().all(Option::is_some)
+                && request.rule != VerifyMethod::Match
+                && request.rows > 0
+            {
+                let distributions: Vec<Distribution> = distributions.iter().flatten().cloned().collect();
+                let chain = verify::draw(&distributions, &mut request.dice()).unwrap();
                 assert_eq!(drawn[1..request.rows], chain, "{context}");
             }
 
             let (accepted, next) = (got.accepted[own], got.next[own]);
             let path = &got.path[at..][..self.block];
-            if request.rule == Rule::Match || request.rows < 2 {
+            if request.rule == VerifyMethod::Match || request.rows < 2 {
                 assert_eq!((accepted, next), (OLD, OLD), "{context}");
                 assert!(path.iter().all(|&row| row == OLD), "{context}");
                 continue;
             }
-            // A draft that has no law ends its round; what is said of it does not matter.
-            let Some(laws) = laws.into_iter().collect::<Option<Vec<Probabilities>>>() else { continue };
+            // A draft that has no distribution ends its round; what is said of it does not matter.
+            let Some(distributions) = distributions.into_iter().collect::<Option<Vec<Distribution>>>() else {
+                continue;
+            };
             let drafts = &got.tokens[at + 1..at + request.rows];
-            let target = |row| self.law(false, own, row);
+            let target = |row| self.distribution(false, own, row);
             let expected = match request.rule {
-                Rule::Block => verify::block(drafts, &laws, target, &mut request.dice()),
-                _ => verify::rejection(drafts, &laws, target, &mut request.dice()),
+                VerifyMethod::Block => verify::block(drafts, &distributions, target, &mut request.dice()),
+                _ => verify::rejection(drafts, &distributions, target, &mut request.dice()),
             };
             let Some((stood, token)) = expected else {
                 assert_eq!(next, NONE, "{context}: damaged");
@@ -283,15 +292,15 @@ impl Seen {
     }
 }
 
-/// The token of row `row` from its own law.
-fn draw_one(law: &Probabilities, row: usize, dice: Dice) -> u32 {
+/// The token of row `row` from its own distribution.
+fn draw_one(distribution: &Distribution, row: usize, dice: PhiloxStream) -> u32 {
     let word = verify::Word { purpose: verify::Purpose::Draft, depth: row, row };
-    verify::Coin::pick(&mut dice.clone(), word, law.tokens()).unwrap()
+    verify::RandomSource::pick(&mut dice.clone(), word, distribution.tokens()).unwrap()
 }
 
-/// The probabilities that 48 bytes of a law make of a row's logits; `None` where it is none.
-fn probabilities(law: &[u8], logits: &[f32]) -> Option<Vec<(u32, u64)>> {
-    let words: Vec<u32> = from_bytes(law);
+/// The probabilities that 48 bytes of a distribution make of a row's logits; `None` where it is none.
+fn probabilities(distribution: &[u8], logits: &[f32]) -> Option<Vec<(u32, u64)>> {
+    let words: Vec<u32> = from_bytes(distribution);
     let (max, c) = (f32::from_bits(words[0]), f32::from_bits(words[1]));
     let limit = (words[4], words[5], words[6]);
     let (inverse, left) =
@@ -320,7 +329,7 @@ fn probabilities(law: &[u8], logits: &[f32]) -> Option<Vec<(u32, u64)>> {
     Some(found)
 }
 
-fn settings(random: &mut Random, vocab: usize) -> Sampling {
+fn settings(random: &mut Random, vocab: usize) -> SamplingParams {
     let temperature = match random.below(8) {
         0 => 0.0,
         1 => 1e4,
@@ -340,7 +349,7 @@ fn settings(random: &mut Random, vocab: usize) -> Sampling {
         _ => 1.0,
     };
     let min_p = if random.below(4) == 0 { f64::from(random.unit()) } else { 0.0 };
-    Sampling { temperature, top_k, top_p, min_p, seed: random.next(), stream: random.next() as u32 }
+    SamplingParams { temperature, top_k, top_p, min_p, seed: random.next(), stream: random.next() as u32 }
 }
 
 /// Sequences of all rules and lengths. The drafter's row `j` is often like the target's row `j - 1`, which it stands
@@ -348,7 +357,13 @@ fn settings(random: &mut Random, vocab: usize) -> Sampling {
 fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> Batch {
     let (mut requests, mut target, mut drafter, mut tokens) = (vec![], vec![], vec![], vec![]);
     for _ in 0..sequences {
-        let rule = [Rule::Match, Rule::Rejection, Rule::Rejection, Rule::Block, Rule::Block][random.below(5)];
+        let rule = [
+            VerifyMethod::Match,
+            VerifyMethod::Rejection,
+            VerifyMethod::Rejection,
+            VerifyMethod::Block,
+            VerifyMethod::Block,
+        ][random.below(5)];
         let rows = match random.below(6) {
             0 => 0,
             1 => 1,
@@ -358,7 +373,7 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
         let sampling = settings(random, vocab);
         let drafting = match random.below(2) {
             0 => sampling.clone(),
-            _ => Sampling { seed: sampling.seed, stream: sampling.stream, ..settings(random, vocab) },
+            _ => SamplingParams { seed: sampling.seed, stream: sampling.stream, ..settings(random, vocab) },
         };
         let length = random.next() as u32 >> (1 + random.below(31));
         requests.push(Request { rule, rows, length, rounds: random.below(1000) as u32, sampling, drafting });
@@ -396,7 +411,7 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
         }
         target.extend(own.concat());
         drafter.extend(drafts.concat());
-        // Mostly what was drawn; else anything, also what the law cannot draw and what no vocabulary has.
+        // Mostly what was drawn; else anything, also what the distribution cannot draw and what no vocabulary has.
         tokens.extend((0..block).map(|_| match random.below(25) {
             0 => Some(random.below(vocab) as u32),
             1 if random.below(8) == 0 => Some(vocab as u32 + random.below(3) as u32),
@@ -439,8 +454,8 @@ fn verdicts_are_the_same_under_every_schedule() {
     for (vocab, block) in [(3, 64), (17, 5), (257, 16), (2047, 4)] {
         let batch = batch(&mut Random::new(vocab as u64), vocab, block, 6);
         same_bits(|device| {
-            let Outcome { laws, drafts, tokens, accepted, next, path } = batch.run(device);
-            let [a, b] = laws;
+            let Outcome { distributions, drafts, tokens, accepted, next, path } = batch.run(device);
+            let [a, b] = distributions;
             [a, b, to_bytes(&[drafts, tokens, accepted, next, path].concat())].concat()
         });
         let parallel = Emulator::new();
@@ -449,12 +464,12 @@ fn verdicts_are_the_same_under_every_schedule() {
     }
 }
 
-fn of(temperature: f32, top_k: usize, top_p: f64) -> Sampling {
-    Sampling { temperature, top_k, top_p, min_p: 0.0, seed: 11, stream: 5 }
+fn of(temperature: f32, top_k: usize, top_p: f64) -> SamplingParams {
+    SamplingParams { temperature, top_k, top_p, min_p: 0.0, seed: 11, stream: 5 }
 }
 
 /// One sequence of two rows, whose only draft is `draft`.
-fn pair(rule: Rule, target: Vec<f32>, drafter: Vec<f32>, draft: u32, rounds: u32) -> Batch {
+fn pair(rule: VerifyMethod, target: Vec<f32>, drafter: Vec<f32>, draft: u32, rounds: u32) -> Batch {
     let how = of(1.0, 0, 1.0);
     let vocab = target.len();
     Batch {
@@ -481,7 +496,7 @@ fn the_last_units_of_a_chance_count() {
     assert!(share < 1 << 17 && q.of(3) < 1 << 18, "{p:?} {q:?}");
     let high = |bits: u64, n: u64| ((u128::from(bits) * u128::from(n)) >> 64) as u64;
     let bits = |rounds: u32, purpose| {
-        let dice = Dice { seed: how.seed, stream: how.stream, round: rounds + 1, anchor: 9 };
+        let dice = PhiloxStream { seed: how.seed, stream: how.stream, round: rounds + 1, anchor: 9 };
         dice.bits(verify::Word { purpose, depth: 1, row: (purpose == verify::Purpose::Accept) as usize })
     };
     let rest = 2 * share + over;
@@ -499,7 +514,7 @@ fn the_last_units_of_a_chance_count() {
                 all
             };
             for (rule, (rounds, next)) in
-                [Rule::Rejection, Rule::Block].into_iter().flat_map(|r| units.map(|u| (r, u)))
+                [VerifyMethod::Rejection, VerifyMethod::Block].into_iter().flat_map(|r| units.map(|u| (r, u)))
             {
                 let batch = pair(rule, apart(&target), apart(&drafter), 3 * stride as u32, rounds);
                 batch.check(device, "units");
@@ -531,7 +546,7 @@ fn laws_that_are_alike_let_every_draft_stand() {
             let batch = Batch {
                 vocab,
                 block,
-                requests: [Rule::Rejection, Rule::Block].map(request).to_vec(),
+                requests: [VerifyMethod::Rejection, VerifyMethod::Block].map(request).to_vec(),
                 target: row.repeat(2 * block),
                 drafter: row.repeat(2 * block),
                 tokens: vec![None; 2 * block],
@@ -558,19 +573,21 @@ fn garbage_stays_inside_the_buffers() {
             let mut states = noise(sequences * 128);
             // Its rule is the last word, its form the upper half of the eighth; let some be those that take part.
             for words in states.chunks_mut(32).skip(i % 2) {
-                (words[31], words[7]) = ([Rule::Rejection, Rule::Block][i / 2 % 2] as u32, words[7] & 0xffff);
+                (words[31], words[7]) =
+                    ([VerifyMethod::Rejection, VerifyMethod::Block][i / 2 % 2] as u32, words[7] & 0xffff);
             }
             let states = upload(device, &states);
             let mut noise = |bytes: usize| upload(device, &noise(bytes));
             let [drafts, path, tokens] = [(); 3].map(|()| noise(rows * 4));
             let [accepted, next] = [(); 2].map(|()| noise(sequences * 4));
             let (table, spans) = (noise(rows * 16), noise(sequences * 8));
-            let [a, b] = [(); 2].map(|()| (noise(rows * vocab * 4), noise(rows * LAW_BYTES)));
-            let (target, drafter) = (Rows { logits: &a.0, laws: &a.1 }, Rows { logits: &b.0, laws: &b.1 });
+            let [a, b] = [(); 2].map(|()| (noise(rows * vocab * 4), noise(rows * DISTRIBUTION_BYTES)));
+            let (target, drafter) =
+                (Rows { logits: &a.0, distributions: &a.1 }, Rows { logits: &b.0, distributions: &b.1 });
             let (partial, best) = (noise(rows * 8), noise(rows * kernels.blocks * 8));
             let counters = upload(device, &vec![0u32; sequences]);
             let tables = constant(device, &tables());
-            let judged = Judged {
+            let judged = VerifyInputs {
                 wide: block,
                 tokens: &tokens,
                 spans: &spans,
@@ -581,7 +598,7 @@ fn garbage_stays_inside_the_buffers() {
             kernels.draw(device, &drafts, drafter, &table, &states, &tables).unwrap();
             kernels.judge(device, verdict, target, drafter, judged, &states, &tables).unwrap();
             assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are left at zero");
-            kernels.law(device, target, &best, &table, &states, &tables).unwrap();
+            kernels.distribution(device, target, &best, &table, &states, &tables).unwrap();
         }
     });
 }
@@ -592,20 +609,20 @@ fn launches_refuse_what_does_not_fit() {
     let batch = batch(&mut Random::new(3), 40, 4, 2);
     let kernels = batch.kernels();
     let get = |bytes: usize| device.allocate(bytes, "test").unwrap();
-    let (logits, laws) = (get(8 * 160), get(8 * LAW_BYTES));
-    let rows = Rows { logits: &logits, laws: &laws };
+    let (logits, distributions) = (get(8 * 160), get(8 * DISTRIBUTION_BYTES));
+    let rows = Rows { logits: &logits, distributions: &distributions };
     let (best, table, states, tables) = (get(64), get(128), get(256), get(2048));
-    let law = |kernels: Rules, rows, best| {
-        kernels.law(&device, rows, best, &table, &states, &tables).unwrap_err().to_string()
+    let distribution = |kernels: Rules, rows, best| {
+        kernels.distribution(&device, rows, best, &table, &states, &tables).unwrap_err().to_string()
     };
-    let small = get(8 * LAW_BYTES - 16);
-    let message = law(kernels, Rows { laws: &small, ..rows }, &best);
-    assert!(message.contains("kernel law: laws has 368 bytes, needs 384"), "{message}");
-    let message = law(Rules { block: 65, ..kernels }, rows, &best);
+    let small = get(8 * DISTRIBUTION_BYTES - 16);
+    let message = distribution(kernels, Rows { distributions: &small, ..rows }, &best);
+    assert!(message.contains("kernel distribution: distributions has 368 bytes, needs 384"), "{message}");
+    let message = distribution(Rules { block: 65, ..kernels }, rows, &best);
     assert!(message.contains("2 sequences in blocks of 65 rows"), "{message}");
-    let message = law(Rules { vocab: (1 << 26) + 1, ..kernels }, rows, &best);
+    let message = distribution(Rules { vocab: (1 << 26) + 1, ..kernels }, rows, &best);
     assert!(message.contains("67108865 tokens in 1 blocks; possible are 1 to 2^26 tokens"), "{message}");
-    let message = law(kernels, rows, &best.slice(8, 56).unwrap());
+    let message = distribution(kernels, rows, &best.slice(8, 56).unwrap());
     assert!(message.contains("best"), "{message}");
     let drafts = get(28);
     let message = kernels.draw(&device, &drafts, rows, &table, &states, &tables).unwrap_err().to_string();

@@ -149,7 +149,7 @@ fn swiglu_of_large_gates_is_zero_or_the_gate() {
             w: to_bf16(&values),
             x: to_bf16(&x),
             sumsq: vec![0.0],
-            live: 1,
+            num_active: 1,
             prompt: None,
         };
         let place = |r: usize| if r < inner { Swiglu::places(r).0 } else { Swiglu::places(r - inner).1 };
@@ -250,7 +250,7 @@ fn the_best_logit_is_the_lowest_id_among_equals_and_says_where_none_is_finite() 
                 w: to_bf16(&w),
                 x: one,
                 sumsq: vec![if row == 3 { 1e34 } else { k as f32 }],
-                live: 1,
+                num_active: 1,
                 prompt: None,
             };
             let kernel = Head { rows: 1, vocab, k, multiplier: 1.0, softcap: None };

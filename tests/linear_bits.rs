@@ -145,7 +145,7 @@ fn a_launch_with_nothing_to_do_writes_nothing() {
     for kind in KINDS {
         let device = Emulator::new();
         let shape = Shape { n: kind.outputs(), k: 1056 };
-        kind.run(&device, &Data { live: 0, ..Data::new(7, 4, shape) });
+        kind.run(&device, &Data { num_active: 0, ..Data::new(7, 4, shape) });
         let counts = counted(&device);
         assert_eq!((counts.written, counts.mma), (0, 0), "{kind:?}");
         // Four groups per tile in each of the four slices are on their way before it is known.
@@ -153,13 +153,13 @@ fn a_launch_with_nothing_to_do_writes_nothing() {
     }
     every_device(|device| {
         let dead = Logits::new(device, 5, 300, 1056);
-        device.upload(&dead.layer.live, &[0; 4]).unwrap();
+        device.upload(&dead.layer.num_active, &[0; 4]).unwrap();
         dead.launch(device, &dead.layer.workspace).unwrap();
         for buffer in [&dead.best, &dead.logits] {
             assert!(download::<u16>(device, buffer).iter().all(|&w| w == POISON));
         }
         // What says there is something may be any other number, and the counters were left as they have to be.
-        device.upload(&dead.layer.live, &[0, 0, 0, 0x80]).unwrap();
+        device.upload(&dead.layer.num_active, &[0, 0, 0, 0x80]).unwrap();
         dead.launch(device, &dead.layer.workspace).unwrap();
         assert_written(&bytes_of(device, &dead.logits), "logits");
     });
@@ -226,7 +226,7 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
             sumsq: Some(&sumsq),
             eps: EPS,
             prompt: None,
-            live: None,
+            num_active: None,
             workspace: &workspace,
         };
         let y = poisoned::<u16>(&device, rows * shape.n);

@@ -14,7 +14,7 @@ use dflash::gpu::device::Buffer;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::loader::{Loader, PIECE, PIECES, Rows};
-use dflash::gpu::memory::{Ledger, MemoryPlan, Overhead, Room};
+use dflash::gpu::memory::{BatchConfig, Ledger, MemoryPlan, Overhead};
 use dflash::gpu::model::PAGE;
 use kernel::*;
 use layer::pack_rows;
@@ -199,7 +199,7 @@ fn rotations_are_those_of_the_reference() {
 #[test]
 fn progress_ends_with_all_bytes_and_never_goes_back() {
     let (_files, pair) = written(&target(Dtype::F16, 3, false), &drafter(Dtype::F32));
-    let plan = MemoryPlan::new(&pair, Room::new(1, 8, 100)).unwrap();
+    let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 8, 100)).unwrap();
     let mut heard = vec![];
     Models::load_with(&Emulator::new(), &pair, 100, &mut |done, total| heard.push((done, total))).unwrap();
     assert_eq!(
@@ -229,9 +229,13 @@ fn pairs() -> Vec<(&'static str, Option<support::Pair>, Pair)> {
 #[test]
 fn the_plan_is_what_is_allocated() {
     for (what, _files, pair) in &pairs() {
-        let rooms = [Room::new(1, 1, 64), Room::new(3, 7, 200), Room { pages: 5, ..Room::new(2, 16, 250) }];
+        let rooms = [
+            BatchConfig::new(1, 1, 64),
+            BatchConfig::new(3, 7, 200),
+            BatchConfig { pages: 5, ..BatchConfig::new(2, 16, 250) },
+        ];
         for room in rooms {
-            let Room { block, pages, positions, .. } = room;
+            let BatchConfig { block, pages, positions, .. } = room;
             let plan = MemoryPlan::new(pair, room).unwrap();
             let device = Emulator::new();
             let models = Models::load(&device, pair, positions).unwrap();
@@ -274,7 +278,7 @@ fn the_plan_is_what_is_allocated() {
 #[test]
 fn no_weight_is_held_twice() {
     for (what, _files, pair) in &pairs() {
-        let room = Room::new(1, 4, 128);
+        let room = BatchConfig::new(1, 4, 128);
         let plan = MemoryPlan::new(pair, room).unwrap();
         let line = |name: &str| plan.lines.iter().find(|l| l.what == name).map_or(0, |l| l.bytes);
         let bytes = |tensors: &[(String, Vec<usize>)]| -> usize {
@@ -570,7 +574,7 @@ fn a_bad_weight_in_any_tensor_of_a_pair_is_named_and_all_memory_comes_back() {
 #[test]
 fn too_little_device_memory_is_one_sentence_and_for_weights_before_any_is_read() {
     let (_files, pair) = written(&target(Dtype::Bf16, 1, false), &drafter(Dtype::Bf16));
-    let room = Room::new(2, 4, 128);
+    let room = BatchConfig::new(2, 4, 128);
     let plan = MemoryPlan::new(&pair, room).unwrap();
     let (whole, weights) =
         (plan.total() + plan.pinned, plan.lines[..3].iter().map(|l| l.bytes).sum::<usize>());

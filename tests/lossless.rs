@@ -1,4 +1,4 @@
-//! DFlash equals plain decoding bit for bit: tokens, and the logits that chose them, for all blocks, batches, slots and ways
+//! DFlash equals autoregressive decoding bit for bit: tokens, and the logits that chose them, for all blocks, batches, slots and ways
 //! to sample, on the emulator and on a GPU where one opens; and the check that users have of it.
 
 #[path = "support/kernel.rs"]
@@ -11,13 +11,13 @@ use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Drafter, Target};
-use dflash::engine::generate::{Decoder, Emitted, Flow, Listener, Prefill, Request, generate};
+use dflash::engine::generate::{Decoder, Emitted, Flow, Prefill, Request, TokenSink, generate};
 use dflash::engine::lossless::{Report, check};
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::Room;
-use dflash::spec::sampling::Sampling;
+use dflash::gpu::memory::BatchConfig;
+use dflash::spec::sampling::SamplingParams;
 use kernel::{Random, gpu};
 use serde_json::{Value, json};
 
@@ -99,20 +99,20 @@ fn wide(vocab: usize) -> support::Pair {
 }
 
 /// Greedy, and every filter, alone and together.
-fn samplings() -> Vec<Sampling> {
-    let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 0 };
-    let all = Sampling { temperature: 0.9, ..greedy.clone() };
+fn samplings() -> Vec<SamplingParams> {
+    let greedy = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 0 };
+    let all = SamplingParams { temperature: 0.9, ..greedy.clone() };
     vec![
         greedy,
         all.clone(),
-        Sampling { top_k: 2, stream: 1, ..all.clone() },
-        Sampling { top_p: 0.8, seed: 8, ..all.clone() },
-        Sampling { min_p: 0.3, temperature: 1.4, ..all.clone() },
-        Sampling { top_k: 40, top_p: 0.95, min_p: 0.01, stream: 2, ..all },
+        SamplingParams { top_k: 2, stream: 1, ..all.clone() },
+        SamplingParams { top_p: 0.8, seed: 8, ..all.clone() },
+        SamplingParams { min_p: 0.3, temperature: 1.4, ..all.clone() },
+        SamplingParams { top_k: 40, top_p: 0.95, min_p: 0.01, stream: 2, ..all },
     ]
 }
 
-/// What plain decoding says to a prompt, and the bits of the logits behind each token but the first.
+/// What autoregressive decoding says to a prompt, and the bits of the logits behind each token but the first.
 struct Answer {
     request: Request,
     tokens: Vec<u32>,
@@ -123,9 +123,15 @@ fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|logit| logit.to_bits()).collect()
 }
 
-/// Plain decoding alone, in rounds of one row, as long as the context goes or `most` tokens.
-fn plain(device: &dyn Device, models: &Models, prompt: &[u32], sampling: &Sampling, most: usize) -> Answer {
-    let mut batch = Batch::new(device, models, Room::new(1, 1, POSITIONS)).unwrap();
+/// Autoregressive decoding alone, in rounds of one row, as long as the context goes or `most` tokens.
+fn plain(
+    device: &dyn Device,
+    models: &Models,
+    prompt: &[u32],
+    sampling: &SamplingParams,
+    most: usize,
+) -> Answer {
+    let mut batch = Batch::new(device, models, BatchConfig::new(1, 1, POSITIONS)).unwrap();
     batch.watch();
     let max_tokens = most.min(POSITIONS - prompt.len());
     let sampling = sampling.clone();
@@ -153,7 +159,7 @@ fn plain(device: &dyn Device, models: &Models, prompt: &[u32], sampling: &Sampli
 fn answers(device: &dyn Device, models: &Models, vocab: usize, most: usize) -> Vec<Answer> {
     let mut random = Random::new(1);
     let lengths = [3, 64 - most / 2, 128 - most / 2, POSITIONS - most / 2, 64, 127];
-    let answer = |(length, sampling): (usize, &Sampling)| {
+    let answer = |(length, sampling): (usize, &SamplingParams)| {
         let prompt: Vec<u32> = (0..length).map(|_| random.below(vocab) as u32).collect();
         plain(device, models, &prompt, sampling, most)
     };
@@ -196,7 +202,13 @@ impl Heard {
 
 /// Guests join and leave in any order, in any slot, until enough is heard; not a bit of it may be another than when plain
 /// decoding runs for them alone.
-fn crowd(device: &dyn Device, models: &Models, room: Room, answers: &[Answer], guessing: bool) -> Heard {
+fn crowd(
+    device: &dyn Device,
+    models: &Models,
+    room: BatchConfig,
+    answers: &[Answer],
+    guessing: bool,
+) -> Heard {
     let blocks: Vec<usize> = [1, 2, 7, 16].into_iter().filter(|block| *block <= room.block).collect();
     let mut random = Random::new((room.sequences * 100 + room.block) as u64);
     let mut batch = Batch::new(device, models, room).unwrap();
@@ -285,8 +297,8 @@ fn crowds(device: &dyn Device, pair: &Pair, most: usize, rooms: &[(usize, usize)
     let answers = answers(device, &models, pair.target.config.vocab, most);
     for &(sequences, block) in rooms {
         // Not all that want to be there at once always can.
-        let all = Room::new(sequences, block, POSITIONS);
-        let room = Room { pages: all.pages - usize::from(sequences > 1), ..all };
+        let all = BatchConfig::new(sequences, block, POSITIONS);
+        let room = BatchConfig { pages: all.pages - usize::from(sequences > 1), ..all };
         let heard = crowd(device, &models, room, &answers, guessing);
         println!(
             "{sequences} x {block}: {} rounds, {} rows, {} of drafts; {} answers to the end, {} left before",
@@ -325,7 +337,7 @@ fn a_crowd_of_the_demo_pair_hears_what_plain_decoding_says() {
 /// Hears all, up to so many tokens.
 struct Patient(usize);
 
-impl Listener for Patient {
+impl TokenSink for Patient {
     fn token(&mut self, _id: u32, _drafted: bool) -> dflash::Result<Flow> {
         self.0 -= 1;
         Ok(if self.0 == 0 { Flow::Interrupt } else { Flow::Continue })
@@ -336,7 +348,7 @@ fn checked(decoder: &mut dyn Decoder, request: &Request) -> Report {
     check(decoder, request, || Ok(Patient(1000))).unwrap().expect("nobody interrupts")
 }
 
-fn request(prompt: &[u32], max_tokens: usize, sampling: Sampling) -> Request {
+fn request(prompt: &[u32], max_tokens: usize, sampling: SamplingParams) -> Request {
     Request {
         prompt: prompt.to_vec(),
         max_tokens,
@@ -385,7 +397,7 @@ fn a_decoder_that_is_lossless_passes_wherever_its_answers_end() {
     counts_are_those_of_the_rounds(&mut Sequences::new(&target, Some(&drafter), 1, POSITIONS), 3);
     every_device(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
-        let mut batch = Batch::new(device, &models, Room::new(2, 16, POSITIONS)).unwrap();
+        let mut batch = Batch::new(device, &models, BatchConfig::new(2, 16, POSITIONS)).unwrap();
         counts_are_those_of_the_rounds(&mut batch, 3);
     });
 }
@@ -504,21 +516,20 @@ fn every_lie_is_found_and_told() {
         let other =
             |run: usize, at: usize, token: u32| if (run, at) == (2, place) { (token + 1) % 3 } else { token };
         let expected = format!(
-            "after {place} equal tokens plain decoding goes on with {}, and DFlash goes on with {}",
+            "after {place} equal tokens autoregressive decoding goes on with {}, and DFlash goes on with {}",
             answer[place],
             (answer[place] + 1) % 3
         );
         assert_eq!(tell(&other, nothing), (expected, place, 2));
     }
 
-    // Plain decoding that says something else every time.
+    // Autoregressive decoding that says something else every time.
     let moody = |run: usize, at: usize, logits: &mut [f32]| {
         if at == 5 {
             logits[0] = run as f32;
         }
     };
-    let expected =
-        "plain decoding does not repeat itself: token 6 (position 8) came of other logits when it ran again";
+    let expected = "autoregressive decoding does not repeat itself: token 6 (position 8) came of other logits when it ran again";
     assert_eq!(tell(truth, &moody), (expected.into(), 5, 3));
 }
 
@@ -644,7 +655,10 @@ fn check_lossless_takes_a_prompt_from_anywhere_and_stops_where_the_text_does() {
 fn check_lossless_is_refused_where_it_would_mean_nothing() {
     for (args, sentence) in [
         ("--draft none x", "--check-lossless needs a drafter, but --draft is none"),
-        ("--block 1 x", "--block is 1, which is plain decoding: --check-lossless expects at least 2"),
+        (
+            "--block 1 x",
+            "--block is 1, which is autoregressive decoding: --check-lossless expects at least 2",
+        ),
         ("-n 1 x", "--max-tokens is 1, which leaves --check-lossless no round: expected at least 2"),
         ("--compare x", "the argument '--check-lossless' cannot be used with '--compare'"),
         ("--chat", "the argument '--check-lossless' cannot be used with '--chat'"),

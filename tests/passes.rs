@@ -1,4 +1,4 @@
-//! Whole passes through the kernels, held against the reference models: a prompt's chunks, plain steps,
+//! Whole passes through the kernels, held against the reference models: a prompt's chunks, AR steps,
 //! verification and draft passes, on the demo pair and on random pairs with other heads.
 
 #[path = "support/kernel.rs"]
@@ -135,7 +135,7 @@ impl Rig<'_> {
             spans: &spans,
             masks: masks.as_ref(),
             prompt,
-            live: None,
+            num_active: None,
             taps: Some((&self.drafter.config.taps, &features)),
         };
         self.stack.run(device, &self.scratch, &self.cache, &pass).unwrap();
@@ -178,7 +178,7 @@ fn tokens(pair: &Pair, count: usize, seed: u64) -> Vec<u32> {
 }
 
 /// A random pair whose models have heads of 128, groups of 3 and 1, no q/k norm, an own head, odd sizes.
-fn wide() -> (support::Pair, Pair) {
+fn max_verify_rows() -> (support::Pair, Pair) {
     let target = support::Target {
         llama: true,
         hidden: 192,
@@ -316,7 +316,7 @@ fn draft_equals_the_reference(device: &dyn Device, pair: &Pair) {
     rig.injection.run(device, s, known, &prompt, &upload(device, &numbers), true, None).unwrap();
     let mut table = rows_at(0, 0, known);
     table.chunks_mut(Row::BYTES).for_each(|row| row[12..].fill(0xff));
-    rig.draft_stack.remember(device, s, cache, &upload(device, &table), known, true, None).unwrap();
+    rig.draft_stack.write_context_kv(device, s, cache, &upload(device, &table), known, true, None).unwrap();
 
     let last = upload(device, &features[known * width..]);
     let gather: Vec<u32> =
@@ -338,7 +338,7 @@ fn draft_equals_the_reference(device: &dyn Device, pair: &Pair) {
         spans: &upload(device, &[length as u32, block as u32]),
         masks: None,
         prompt: None,
-        live: None,
+        num_active: None,
         taps: None,
     };
     rig.draft_stack.run(device, s, cache, &pass).unwrap();
@@ -379,7 +379,7 @@ fn a_pass_is_five_launches_a_layer_and_one() {
         spans: &spans,
         masks: None,
         prompt: None,
-        live: None,
+        num_active: None,
         taps: None,
     };
     let graph = device.capture(&mut || rig.stack.run(device, &rig.scratch, &rig.cache, &pass)).unwrap();

@@ -14,7 +14,7 @@ use dflash::gpu::device::{Arg, Buffer, Device, Node};
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::graph_listing::{Group, layers, of_round, outline};
 use dflash::gpu::kernels::attention::MOST_SLOTS;
-use dflash::gpu::memory::{Ledger, MemoryPlan, Overhead, Room};
+use dflash::gpu::memory::{BatchConfig, Ledger, MemoryPlan, Overhead};
 use dflash::gpu::model::PAGE;
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
@@ -122,19 +122,19 @@ fn pairs() -> Vec<(Option<support::Pair>, Pair)> {
     vec![(None, demo()), (Some(files), alternating), (Some(single_files), single), (None, alone)]
 }
 
-fn rooms(pair: &Pair) -> Vec<Room> {
+fn rooms(pair: &Pair) -> Vec<BatchConfig> {
     let most = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
-    let of = |(sequences, block, positions)| Room::new(sequences, block, positions);
+    let of = |(sequences, block, positions)| BatchConfig::new(sequences, block, positions);
     let mut rooms = [(1, 1, 64), (1, most, 256), (3, most.min(7), 200), (16, most, 65)].map(of).to_vec();
     if most > 1 {
         let (small, large) = (of((2, most, 100)), of((3, most, 200)));
-        rooms.extend([small.with_trees(5), Room { rules: true, ..small }]);
-        rooms.push(Room { rules: true, ..large.with_trees(64) });
+        rooms.extend([small.with_trees(5), BatchConfig { rules: true, ..small }]);
+        rooms.push(BatchConfig { rules: true, ..large.with_trees(64) });
     }
     rooms
 }
 
-fn batch<'a>(device: &'a dyn Device, models: &'a Models, room: Room) -> Batch<'a> {
+fn batch<'a>(device: &'a dyn Device, models: &'a Models, room: BatchConfig) -> Batch<'a> {
     Batch::new(device, models, room).unwrap()
 }
 
@@ -142,7 +142,7 @@ fn batch<'a>(device: &'a dyn Device, models: &'a Models, room: Room) -> Batch<'a
 
 #[test]
 fn the_table_of_the_demo_pair() {
-    let plan = MemoryPlan::new(&demo(), Room::new(1, 16, 4096)).unwrap();
+    let plan = MemoryPlan::new(&demo(), BatchConfig::new(1, 16, 4096)).unwrap();
     let expected = "\
 memory for 1 sequence of 4096 positions in blocks of 16:
   target weights                  4007424 bytes      3.8 MiB
@@ -202,7 +202,7 @@ fn loading_may_need_more_than_what_stays() {
     let tensors = || TargetConfig::open(&folder).unwrap().tensors();
     sparse(dir.path(), &support::target_config(&wide), tensors);
     let pair = Pair::open(disk(dir.path()), None).unwrap();
-    let plan = MemoryPlan::new(&pair, Room::new(1, 1, 64)).unwrap();
+    let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 1, 64)).unwrap();
     assert!(plan.loading() > plan.total());
     let needed = plan.needed(Overhead::NONE);
     let load = |bytes: usize| Models::load(&Emulator::with_memory(bytes as u64), &pair, 64).is_ok();
@@ -220,11 +220,12 @@ fn the_largest_context_fits_and_a_page_more_does_not() {
     for (_files, pair) in &pairs() {
         let block = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
         let most = pair.target.config.stack.max_positions;
-        let plan = |pages: usize| MemoryPlan::new(pair, Room::new(2, block, pages * PAGE)).unwrap();
+        let plan = |pages: usize| MemoryPlan::new(pair, BatchConfig::new(2, block, pages * PAGE)).unwrap();
         for overhead in [Overhead::NONE, Overhead::GPU] {
             let needed = |pages| plan(pages).needed(overhead);
-            let largest =
-                |free| MemoryPlan::largest_context(pair, Room::new(2, block, 1), free, overhead).unwrap();
+            let largest = |free| {
+                MemoryPlan::largest_context(pair, BatchConfig::new(2, block, 1), free, overhead).unwrap()
+            };
             assert_eq!(largest(needed(1) - 1), 0);
             assert_eq!(largest(usize::MAX), most);
             // On a GPU several numbers of pages need as much.
@@ -237,9 +238,11 @@ fn the_largest_context_fits_and_a_page_more_does_not() {
         // As the emulator has it.
         for free in [plan(1).needed(Overhead::NONE), plan(3).needed(Overhead::NONE) - 1] {
             let largest =
-                MemoryPlan::largest_context(pair, Room::new(2, block, 1), free, Overhead::NONE).unwrap();
+                MemoryPlan::largest_context(pair, BatchConfig::new(2, block, 1), free, Overhead::NONE)
+                    .unwrap();
             let runs = |positions: usize| {
-                let (device, room) = (Emulator::with_memory(free as u64), Room::new(2, block, positions));
+                let (device, room) =
+                    (Emulator::with_memory(free as u64), BatchConfig::new(2, block, positions));
                 let models = Models::load(&device, pair, positions);
                 models.is_ok_and(|models| Batch::new(&device, &models, room).is_ok())
             };
@@ -251,7 +254,7 @@ fn the_largest_context_fits_and_a_page_more_does_not() {
 #[test]
 fn what_does_not_fit_is_one_sentence_with_the_context_that_would() {
     let pair = demo();
-    let plan = MemoryPlan::new(&pair, Room::new(2, 8, 4096)).unwrap();
+    let plan = MemoryPlan::new(&pair, BatchConfig::new(2, 8, 4096)).unwrap();
     let check =
         |free, overhead| plan.check(&pair, free, overhead).map_err(|e| (e.exit_code(), e.to_string()));
     for overhead in [Overhead::NONE, Overhead::GPU] {
@@ -318,7 +321,7 @@ fn the_launches_known_without_a_device_are_those_that_the_emulator_captures() {
 }
 
 /// Launches of a round of that pair, and its layers with the launches of each.
-fn count(pair: &Pair, room: Room) -> (usize, Option<(usize, usize)>) {
+fn count(pair: &Pair, room: BatchConfig) -> (usize, Option<(usize, usize)>) {
     let nodes = of_round(pair, room, false).unwrap();
     (nodes.len(), layers(&outline(&nodes)))
 }
@@ -335,8 +338,8 @@ fn a_round_is_five_launches_a_layer_and_a_few() {
         }
     }
     let (_files, pair) = sparse_pair(&qwen3_8b().0, &qwen3_8b().1);
-    assert_eq!(count(&pair, Room::new(1, 16, 40960)), (218, Some((41, 5))));
-    assert_eq!(count(&pair, Room::new(1, 1, 40960)), (188, Some((36, 5))));
+    assert_eq!(count(&pair, BatchConfig::new(1, 16, 40960)), (218, Some((41, 5))));
+    assert_eq!(count(&pair, BatchConfig::new(1, 1, 40960)), (188, Some((36, 5))));
 }
 
 /// An outline says each node once, in order, but for arguments.
@@ -380,7 +383,7 @@ fn an_outline_unfolds_to_the_graph() {
 
 /// Number of repetitions and layers of a part's groups.
 fn shape(pair: &Pair, name: &str, block: usize) -> Vec<(usize, std::ops::Range<usize>, usize)> {
-    let nodes = of_round(pair, Room::new(1, block, 64), false).unwrap();
+    let nodes = of_round(pair, BatchConfig::new(1, block, 64), false).unwrap();
     let sections = outline(&nodes);
     let section = sections.iter().find(|section| section.name == name).unwrap();
     let layers = |group: &Group| if group.layers.is_empty() { 0..0 } else { group.layers.clone() };
@@ -485,7 +488,7 @@ fn launches_need_a_plan_and_a_model_that_the_kernels_run() {
 #[test]
 fn a_plan_for_a_device_has_its_memory_too() {
     let args = ["--plan", "--device", "cuda", "--ctx", "1000", "--block", "8"];
-    let plan = MemoryPlan::new(&demo(), Room::new(1, 8, 1000)).unwrap();
+    let plan = MemoryPlan::new(&demo(), BatchConfig::new(1, 8, 1000)).unwrap();
     let text = program::run(args).done();
     assert!(text.starts_with("target demo/target: ") && text.ends_with(&format!("\n{plan}\n")), "{text}");
     assert!(!program::run(["--plan", "--device", "cpu"]).done().contains("memory for"));
@@ -517,7 +520,7 @@ fn a_context_that_does_not_fit_is_refused_with_the_table_and_the_one_that_would(
         support::Drafter { intermediate: 32, heads: 1, kv_heads: 1, head_dim: 64, ..Default::default() };
     let files = support::write_pair(&target, &drafter);
     let pair = Pair::open(disk(&files.target), Some(disk(&files.drafter))).unwrap();
-    let plan = MemoryPlan::new(&pair, Room::new(1, 8, 900_000)).unwrap();
+    let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 8, 900_000)).unwrap();
     let args = ["--device", "emulator", "--ctx", "900000", "-n", "1", "a"];
     for more in [&[][..], &["--quiet"]] {
         let run = program::run_pair(&files, &[&args[..], more].concat());
@@ -527,8 +530,9 @@ fn a_context_that_does_not_fit_is_refused_with_the_table_and_the_one_that_would(
         let (before, most) = sentence.rsplit_once("; the largest --ctx that fits is ").expect(sentence);
         assert!(before.starts_with("dflash-gen: not enough memory on the device for 1 sequence of 900000 "));
         let most: usize = most.parse().unwrap();
-        let needed =
-            |positions| MemoryPlan::new(&pair, Room::new(1, 8, positions)).unwrap().needed(Overhead::NONE);
+        let needed = |positions| {
+            MemoryPlan::new(&pair, BatchConfig::new(1, 8, positions)).unwrap().needed(Overhead::NONE)
+        };
         assert!(needed(most) <= 16 << 30 && needed(most + PAGE) > 16 << 30, "{most}");
     }
 }
@@ -539,21 +543,23 @@ fn a_context_that_does_not_fit_is_refused_with_the_table_and_the_one_that_would(
 fn rooms_that_the_kernels_do_not_have_are_refused_by_their_flag() {
     let pair = demo();
     let refused = [
-        (Room::new(0, 16, 64), "--batch 0: expected 1 to 1024"),
-        (Room::new(1025, 1, 64), "--batch 1025: expected 1 to 1024"),
-        (Room::new(usize::MAX, 16, usize::MAX), "--batch 18446744073709551615: expected 1 to 1024"),
-        (Room::new(1, 0, 64), "--block 0: expected 1 to 64"),
-        (Room::new(1, 65, 64), "--block 65: expected 1 to 64"),
-        (Room::new(1024, 64, 64), "--batch 1024: expected at most 1023 in blocks of 64"),
-        (Room::new(1, 16, 0), "--ctx 0: expected 1 to 901120"),
-        (Room::new(1, 16, MOST_SLOTS + 1), "--ctx 901121: expected 1 to 901120"),
+        (BatchConfig::new(0, 16, 64), "--batch 0: expected 1 to 1024"),
+        (BatchConfig::new(1025, 1, 64), "--batch 1025: expected 1 to 1024"),
+        (BatchConfig::new(usize::MAX, 16, usize::MAX), "--batch 18446744073709551615: expected 1 to 1024"),
+        (BatchConfig::new(1, 0, 64), "--block 0: expected 1 to 64"),
+        (BatchConfig::new(1, 65, 64), "--block 65: expected 1 to 64"),
+        (BatchConfig::new(1024, 64, 64), "--batch 1024: expected at most 1023 in blocks of 64"),
+        (BatchConfig::new(1, 16, 0), "--ctx 0: expected 1 to 901120"),
+        (BatchConfig::new(1, 16, MOST_SLOTS + 1), "--ctx 901121: expected 1 to 901120"),
     ];
     for (room, end) in refused {
         let expected = Error::Unsupported(format!("the kernels cannot run {end}"));
         assert_eq!(MemoryPlan::new(&pair, room), Err(expected.clone()));
         assert_eq!(of_round(&pair, room, true), Err(expected));
     }
-    for room in [Room::new(1023, 64, 64), Room::new(1024, 63, 1), Room::new(1, 64, MOST_SLOTS)] {
+    for room in
+        [BatchConfig::new(1023, 64, 64), BatchConfig::new(1024, 63, 1), BatchConfig::new(1, 64, MOST_SLOTS)]
+    {
         let plan = MemoryPlan::new(&pair, room).unwrap();
         assert!(plan.needed(Overhead::GPU) > plan.peak());
         assert_eq!(count(&pair, room), (58, Some((9, 5))));
@@ -596,7 +602,9 @@ fn no_config_is_too_odd_for_a_plan() {
         };
         let (_files, pair) = sparse_pair(&target, &drafter);
         let most = target.max_positions.min(MOST_SLOTS);
-        for room in [Room::new(1, drafter.block, most), Room::new(1000, drafter.block.min(16), 1)] {
+        for room in
+            [BatchConfig::new(1, drafter.block, most), BatchConfig::new(1000, drafter.block.min(16), 1)]
+        {
             match MemoryPlan::new(&pair, room) {
                 Ok(plan) => {
                     planned += 1;

@@ -142,7 +142,7 @@ fn a_prompt_with_nothing_to_do_writes_nothing() {
     for (prompt, kind) in kinds_of_prompts() {
         let device = Emulator::new();
         let data = by(prompt, &Data::new(7, 4, Shape { n: kind.outputs(), k: 96 }));
-        kind.run(&device, &Data { live: 0, ..data });
+        kind.run(&device, &Data { num_active: 0, ..data });
         let counts = device.counts();
         let (name, counts) = counts.iter().find(|(name, _)| name.starts_with("prefill_")).unwrap();
         assert_eq!((counts.written, counts.mma), (0, 0), "{name}");

@@ -62,8 +62,8 @@ const FLAGS: &str = r#"
 2 | --min-p 1 x | --min-p is 1, expected at least 0 and less than 1
 2 | --block 0 x | --block is 0, expected 1 to 16, the block that demo/drafter/config.json was trained with
 2 | --block 17 x | --block is 17, expected 1 to 16, the block that demo/drafter/config.json was trained with
-2 | --draft none --block 4 x | --block is 4 without a drafter, expected 1 (plain decoding)
-2 | --target ROOT x | --target needs --draft: its drafter's folder, or none for plain decoding
+2 | --draft none --block 4 x | --block is 4 without a drafter, expected 1 (autoregressive decoding)
+2 | --target ROOT x | --target needs --draft: its drafter's folder, or none for autoregressive decoding
 2 | --ctx 1 x | --ctx is 1, expected 2 to 4096, the positions that demo/target/config.json has
 2 | --ctx 4097 x | --ctx is 4097, expected 2 to 4096, the positions that demo/target/config.json has
 2 | --batch 2 x | --batch needs --prompts
@@ -82,7 +82,7 @@ const FLAGS: &str = r#"
 2 | --json --show-accept x | the argument '--json' cannot be used with '--show-accept'
 2 | --compare --stream-json x | the argument '--compare' cannot be used with '--stream-json'
 2 | --compare --draft none x | --compare needs a drafter, but --draft is none
-2 | --compare --block 1 x | --block is 1, which is plain decoding: --compare expects at least 2
+2 | --compare --block 1 x | --block is 1, which is autoregressive decoding: --compare expects at least 2
 2 | --compare -n 0 x | --max-tokens is 0, which leaves --compare nothing to compare
 2 | --chat x | the argument '--chat' cannot be used with '[PROMPT]'
 2 | --chat -f ROOT/p | the argument '--chat' cannot be used with '--file <FILE>'
@@ -95,7 +95,7 @@ const FLAGS: &str = r#"
 2 | --chat -n 0 | --max-tokens is 0, which leaves --chat nothing to say
 2 | --chat --stop '' | --stop is empty, expected at least one character
 2 | --chat --template-arg x | --template-arg is "x", expected NAME=VALUE
-2 | --chat --draft none --block 4 | --block is 4 without a drafter, expected 1 (plain decoding)
+2 | --chat --draft none --block 4 | --block is 4 without a drafter, expected 1 (autoregressive decoding)
 2 | --plan x | the argument '--plan' cannot be used with '[PROMPT]'
 2 | --prompts ROOT/p.jsonl x | the argument '--prompts <FILE.jsonl>' cannot be used with '[PROMPT]'
 2 | --prompts ROOT/p.jsonl -f ROOT/p | the argument '--prompts <FILE.jsonl>' cannot be used with '--file <FILE>'

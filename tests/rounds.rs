@@ -9,8 +9,8 @@ use dflash::gpu::device::{Buffer, Device, Graph};
 use dflash::gpu::emulator::{Emulator, Schedule};
 use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, STOP_IDS, Sequence, Tables};
 use dflash::gpu::kernels::verify::{Verdict, Verify};
-use dflash::spec::sampling::{Sampling, walk};
-use dflash::spec::verify::Rule;
+use dflash::spec::sampling::{SamplingParams, walk};
+use dflash::spec::verify::VerifyMethod;
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
@@ -54,7 +54,7 @@ struct Place {
     draft_spans: Buffer,
     verify_rows: Buffer,
     verify_spans: Buffer,
-    clock: Buffer,
+    round_header: Buffer,
     drafts: Buffer,
     choices: Buffer,
     tokens: Buffer,
@@ -79,7 +79,7 @@ impl Place {
             draft_spans: words(sequences * 2),
             verify_rows: words(rows * 4),
             verify_spans: words(sequences * 2),
-            clock: upload(device, &[0u32; 3]),
+            round_header: upload(device, &[0u32; 3]),
             drafts: words(drafted),
             choices: words(rows),
             tokens: words(rows),
@@ -99,7 +99,7 @@ impl Place {
             draft_spans: &self.draft_spans,
             verify_rows: &self.verify_rows,
             verify_spans: &self.verify_spans,
-            clock: &self.clock,
+            round_header: &self.round_header,
         }
     }
 
@@ -123,7 +123,7 @@ impl Place {
 
     fn finish(&self, device: &dyn Device, kind: usize, verdict: Verdict) -> dflash::Result<()> {
         let (round, spans) = (self.sizes.kind(kind).0, &self.verify_spans);
-        round.finish(device, &self.sequences, &self.ring, &self.clock, verdict, &self.tokens, spans)
+        round.finish(device, &self.sequences, &self.ring, &self.round_header, verdict, &self.tokens, spans)
     }
 
     fn capture(&self, device: &dyn Device, kind: usize) -> Graph {
@@ -157,7 +157,7 @@ impl Place {
             &self.draft_spans,
             &self.verify_rows,
             &self.verify_spans,
-            &self.clock,
+            &self.round_header,
             &self.tokens,
             &self.accepted,
             &self.next,
@@ -334,7 +334,7 @@ fn random_sequence(random: &mut Random, block: usize) -> Sequence {
         block: 1 + random.below(block + 2).min(63) as u32,
         rows: if random.below(2) == 0 { 64 } else { 1 + random.below(block + 2).min(63) as u32 },
         form: Form::Chain,
-        sampling: Sampling {
+        sampling: SamplingParams {
             temperature: 0.8,
             top_k: 0,
             top_p: 1.0,
@@ -347,7 +347,7 @@ fn random_sequence(random: &mut Random, block: usize) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
-        rule: Rule::Match,
+        rule: VerifyMethod::Match,
     }
 }
 
@@ -391,7 +391,7 @@ fn simulate(device: &dyn Device, sizes: Sizes, before: impl Fn(usize)) -> [usize
 
         let words = |buffer: &Buffer| download::<u32>(device, buffer);
         let active = all.iter().filter(|s| s.active).count() as u32;
-        assert_eq!(words(&fresh.clock), [round, active, wide as u32]);
+        assert_eq!(words(&fresh.round_header), [round, active, wide as u32]);
         let got = [
             &fresh.draft_tokens,
             &fresh.draft_rows,
@@ -574,7 +574,7 @@ fn a_round_past_the_end_writes_its_number_and_no_token() {
                     .all(|r| r.tokens.is_empty() && r.judged == 0 && r.finish == Finish::Length)
             );
             assert_eq!(bytes_of(device, &place.sequences), state);
-            assert_eq!(download::<u32>(device, &place.clock), [round, 0, block as u32]);
+            assert_eq!(download::<u32>(device, &place.round_header), [round, 0, block as u32]);
             assert!(bytes_of(device, &place.verify_rows).chunks(16).all(|row| row[..4] == [255; 4]));
         }
         // Tokens of the first round are where they were.
@@ -599,7 +599,7 @@ fn garbage_in_states_and_verdicts_stays_inside_the_buffers() {
                     (0..buffer.bytes() / 4).map(|_| random.next() as u32 >> random.below(32)).collect();
                 device.upload(buffer, &to_bytes(&words)).unwrap();
             };
-            for buffer in [&place.sequences, &place.drafts, &place.choices, &place.clock] {
+            for buffer in [&place.sequences, &place.drafts, &place.choices, &place.round_header] {
                 garbage(buffer);
             }
             place.parents.iter().for_each(&mut garbage);

@@ -1,10 +1,10 @@
-//! `--verify` and drafts that are drawn, on the CPU engine: the law of whole generations against the target's, which the
+//! `--verify` and drafts that are drawn, on the CPU engine: the distribution of whole generations against the target's, which the
 //! target's own logits give exactly; what must not show in an answer; and the flags.
 
 #[path = "support/crowd.rs"]
 mod crowd;
-#[path = "support/law.rs"]
-mod law;
+#[path = "support/distribution.rs"]
+mod distribution;
 #[path = "support/program.rs"]
 mod program;
 mod support;
@@ -17,10 +17,11 @@ use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;
 use dflash::engine::generate::{Outcome, Request, resume};
 use dflash::gpu::decoder::OnDevice;
-use dflash::spec::sampling::Sampling;
+use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree::{Tree, chains, shape};
 use dflash::spec::verify::{
-    Dice, Drafting, Rule, Siblings, best_block, block, draw_chains, draw_shape, recursive, rejection,
+    PhiloxStream, Siblings, SpecConfig, VerifyMethod, block, multi_draft_block_verify, recursive, rejection,
+    sample_chains, sample_tree,
 };
 use dflash::text::tokenizer::Text;
 use serde_json::Value;
@@ -46,35 +47,36 @@ impl Models {
         Sequences::new(&self.0, Some(&self.1), slots, usize::MAX)
     }
 
-    /// Holds `runs` answers to `request`, of as many seeds, against the target's law. Returns the drafts accepted per round.
+    /// Holds `runs` answers to `request`, of as many seeds, against the target's distribution. Returns the drafts accepted per round.
     fn check(&self, request: &Request, runs: u64) -> f64 {
-        let law = law::law(&self.0, &request.prompt, &request.sampling, request.max_tokens);
+        let distribution =
+            distribution::distribution(&self.0, &request.prompt, &request.sampling, request.max_tokens);
         let (mut decoder, what) = (self.slots(1), &request.drafting);
         let mut accepted = Vec::new();
         let answer = |seed| {
-            let sampling = Sampling { seed, ..request.sampling.clone() };
+            let sampling = SamplingParams { seed, ..request.sampling.clone() };
             let request = Request { sampling, ..request.clone() };
             let outcome = resume(&mut decoder, &request, &mut Silent).unwrap();
             accepted.extend(outcome.accepted);
             outcome.tokens
         };
-        law::check(what, &law, (0..runs).map(answer));
+        distribution::check(what, &distribution, (0..runs).map(answer));
         let mean = (accepted.iter().sum::<usize>() - accepted.len()) as f64 / accepted.len() as f64;
         println!("{what:?}: {mean:.3} drafts a round");
         mean
     }
 }
 
-fn drafting(rule: Rule, temperature: f32) -> Drafting {
-    let Drafting { sampling, .. } = Drafting::default();
-    Drafting { rule, sampling: Sampling { temperature, ..sampling }, tree: None }
+fn drafting(rule: VerifyMethod, temperature: f32) -> SpecConfig {
+    let SpecConfig { sampling, .. } = SpecConfig::default();
+    SpecConfig { rule, sampling: SamplingParams { temperature, ..sampling }, tree: None }
 }
 
-fn tree(rule: Rule, temperature: f32, rows: usize) -> Drafting {
-    Drafting { tree: Some(rows), ..drafting(rule, temperature) }
+fn tree(rule: VerifyMethod, temperature: f32, rows: usize) -> SpecConfig {
+    SpecConfig { tree: Some(rows), ..drafting(rule, temperature) }
 }
 
-fn request(prompt: &[u32], max_tokens: usize, block: usize, drafting: Drafting) -> Request {
+fn request(prompt: &[u32], max_tokens: usize, block: usize, drafting: SpecConfig) -> Request {
     Request { drafting, ..crowd::request(prompt, max_tokens, block, 1.0) }
 }
 
@@ -94,14 +96,14 @@ fn the_first_tokens_of_the_demo_pair_have_the_targets_law_under_every_rule() {
     let prompt: Vec<u32> = said.take(135).map(|id| id.as_u64().unwrap() as u32).collect();
     ops::install(|| {
         for how in [
-            drafting(Rule::Match, 0.0),
-            drafting(Rule::Match, 1.0),
-            drafting(Rule::Rejection, 1.0),
-            drafting(Rule::Block, 1.0),
-            tree(Rule::Rejection, 1.0, 9),
-            tree(Rule::Block, 1.0, 10),
+            drafting(VerifyMethod::Match, 0.0),
+            drafting(VerifyMethod::Match, 1.0),
+            drafting(VerifyMethod::Rejection, 1.0),
+            drafting(VerifyMethod::Block, 1.0),
+            tree(VerifyMethod::Rejection, 1.0, 9),
+            tree(VerifyMethod::Block, 1.0, 10),
         ] {
-            // So few survivors that their joint law can be counted.
+            // So few survivors that their joint distribution can be counted.
             let drawn = how.sampling.temperature > 0.0;
             let mut request = request(&prompt, 3, 4, how);
             (request.sampling.top_k, request.drafting.sampling.top_k) = (4, 4);
@@ -115,12 +117,12 @@ fn the_first_tokens_of_the_demo_pair_have_the_targets_law_under_every_rule() {
 fn four_tokens_of_a_tiny_pair_have_the_targets_law_under_every_rule() {
     let models = tiny();
     ops::install(|| {
-        for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
+        for rule in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
             for temperature in [0.0, 0.5, 2.0] {
                 // Trees have more siblings than there are tokens to draw.
                 for tree in [None, Some(4), Some(9), Some(16)] {
                     let mut request =
-                        request(&[1, 2, 3], 4, 4, Drafting { tree, ..drafting(rule, temperature) });
+                        request(&[1, 2, 3], 4, 4, SpecConfig { tree, ..drafting(rule, temperature) });
                     request.drafting.sampling.top_k = 3;
                     models.check(&request, 6000);
                 }
@@ -134,7 +136,8 @@ fn drafts_that_are_the_best_tokens_stand_as_often_as_under_match() {
     let models = tiny();
     ops::install(|| {
         let mean = |rule| models.check(&request(&[3, 1], 5, 5, drafting(rule, 0.0)), 4000);
-        let [by_match, by_token, by_block] = [Rule::Match, Rule::Rejection, Rule::Block].map(mean);
+        let [by_match, by_token, by_block] =
+            [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block].map(mean);
         assert!((by_match - by_token).abs() < 0.05, "{by_match} {by_token}");
         assert!((by_match - by_block).abs() < 0.05, "{by_match} {by_block}");
     });
@@ -146,11 +149,11 @@ fn greedy_answers_are_the_targets_best_tokens_under_every_rule() {
     let greedy =
         |block, drafting| Request { drafting, ..crowd::request(&tokens(PROMPTS[0]), 60, block, 0.0) };
     ops::install(|| {
-        let plain = run(&mut models.slots(1), &greedy(1, Drafting::default()));
-        for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
+        let plain = run(&mut models.slots(1), &greedy(1, SpecConfig::default()));
+        for rule in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
             for temperature in [0.0, 1.0] {
                 for tree in [None, Some(12)] {
-                    let how = Drafting { tree, ..drafting(rule, temperature) };
+                    let how = SpecConfig { tree, ..drafting(rule, temperature) };
                     let got = run(&mut models.slots(1), &greedy(8, how));
                     assert_eq!(got.tokens, plain.tokens, "{rule:?}, drafts at {temperature}, {tree:?}");
                 }
@@ -165,10 +168,10 @@ fn coupled_drafts_change_no_token() {
     ops::install(|| {
         for text in PROMPTS {
             let prompt = tokens(text);
-            let plain = run(&mut models.slots(1), &request(&prompt, 80, 1, Drafting::default()));
-            let best = run(&mut models.slots(1), &request(&prompt, 80, 16, Drafting::default()));
+            let plain = run(&mut models.slots(1), &request(&prompt, 80, 1, SpecConfig::default()));
+            let best = run(&mut models.slots(1), &request(&prompt, 80, 16, SpecConfig::default()));
             for temperature in [0.3, 1.0, 3.0] {
-                let how = drafting(Rule::Match, temperature);
+                let how = drafting(VerifyMethod::Match, temperature);
                 let coupled = run(&mut models.slots(1), &request(&prompt, 80, 16, how));
                 assert_eq!(coupled.tokens, plain.tokens, "{text:?}");
                 assert_ne!(coupled.accepted, best.accepted, "{text:?}: other drafts");
@@ -183,7 +186,7 @@ fn devices_couple_drafts_as_the_cpu_does() {
     let models = demo();
     let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let device = Box::new(dflash::gpu::emulator::Emulator::new());
-    let room = dflash::gpu::memory::Room::new(2, 8, 128);
+    let room = dflash::gpu::memory::BatchConfig::new(2, 8, 128);
     let backend = OnDevice::load("emulator", device, &pair, room, &mut |_, _| ()).unwrap();
     let mut decoder = backend.decoder().unwrap();
     let stood = |outcome: &Outcome| outcome.accepted.iter().sum::<usize>();
@@ -191,22 +194,22 @@ fn devices_couple_drafts_as_the_cpu_does() {
     for text in &PROMPTS[..2] {
         let prompt = tokens(text);
         let with = |block, how| request(&prompt, 20, block, how);
-        let plain = run(&mut *decoder, &with(1, Drafting::default()));
+        let plain = run(&mut *decoder, &with(1, SpecConfig::default()));
         for temperature in [0.5, 1.5] {
-            let coupled = with(8, drafting(Rule::Match, temperature));
+            let coupled = with(8, drafting(VerifyMethod::Match, temperature));
             let got = run(&mut *decoder, &coupled);
             assert_eq!(got.tokens, plain.tokens, "{text:?}");
             by_device += stood(&got);
             by_cpu += stood(&ops::install(|| run(&mut models.slots(1), &coupled)));
         }
-        best += 2 * stood(&run(&mut *decoder, &with(8, Drafting::default())));
+        best += 2 * stood(&run(&mut *decoder, &with(8, SpecConfig::default())));
         // Drafts of a greedy answer too, and those of others in the same rounds.
-        let mut greedy = with(8, drafting(Rule::Match, 1.0));
+        let mut greedy = with(8, drafting(VerifyMethod::Match, 1.0));
         greedy.sampling.temperature = 0.0;
         let alone = run(&mut *decoder, &greedy);
         let cold = Request { block: 1, ..greedy.clone() };
         assert_eq!(alone.tokens, run(&mut *decoder, &cold).tokens, "{text:?}");
-        let others = with(8, Drafting::default());
+        let others = with(8, SpecConfig::default());
         let both = together(&mut *decoder, &[greedy, others], go_on);
         assert_eq!([&both[0].tokens, &both[1].tokens], [&alone.tokens, &plain.tokens], "{text:?}");
     }
@@ -223,7 +226,8 @@ fn the_same_noise_chooses_alike_as_often_as_published() {
         ([3.0, 0.0, 0.0, 1.0], [0.0, 3.0, 0.0, 1.0]),
     ];
     for (p, q) in rows {
-        let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
+        let sampling =
+            SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
         let share = |row: &[f32]| {
             let weights = sampling.survivors(row).unwrap();
             let total: u64 = weights.iter().map(|&(_, w)| w).sum();
@@ -240,7 +244,7 @@ fn the_same_noise_chooses_alike_as_often_as_published() {
         // Four standard deviations are 0.0055.
         assert!((found - expected).abs() < 0.0055, "{found} instead of {expected}");
         // Two draws of noise of their own are alike less often.
-        let strange = Sampling { stream: 2, ..sampling.clone() };
+        let strange = SamplingParams { stream: 2, ..sampling.clone() };
         let same = (0..positions).filter(|&at| sampling.choose(&p, at) == strange.choose(&q, at)).count();
         assert!((same as f64 / f64::from(positions)) < found - 0.05);
     }
@@ -250,12 +254,13 @@ fn the_same_noise_chooses_alike_as_often_as_published() {
 fn answers_of_drawn_drafts_are_the_seeds_and_not_the_slots_or_the_others() {
     let models = demo();
     ops::install(|| {
-        for (rule, tree) in
-            [Rule::Rejection, Rule::Block].into_iter().flat_map(|r| [(r, None), (r, Some(12))])
+        for (rule, tree) in [VerifyMethod::Rejection, VerifyMethod::Block]
+            .into_iter()
+            .flat_map(|r| [(r, None), (r, Some(12))])
         {
             let of = |i: u32| {
                 let prompt: Vec<u32> = tokens(PROMPTS[i as usize % 2]);
-                let how = Drafting { tree, ..drafting(rule, 1.0) };
+                let how = SpecConfig { tree, ..drafting(rule, 1.0) };
                 let mut one = request(&prompt, 20 + i as usize, 8, how);
                 one.sampling.stream = i;
                 one
@@ -279,8 +284,10 @@ fn answers_of_drawn_drafts_are_the_seeds_and_not_the_slots_or_the_others() {
 fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
     let Models(target, drafter) = &tiny();
     let vocab = target.config.vocab;
-    for (rule, most) in [Rule::Rejection, Rule::Block].into_iter().flat_map(|r| [(r, None), (r, Some(11))]) {
-        let request = request(&[1, 2, 3], 40, 5, Drafting { tree: most, ..drafting(rule, 1.5) });
+    for (rule, most) in
+        [VerifyMethod::Rejection, VerifyMethod::Block].into_iter().flat_map(|r| [(r, None), (r, Some(11))])
+    {
+        let request = request(&[1, 2, 3], 40, 5, SpecConfig { tree: most, ..drafting(rule, 1.5) });
         let own = &request.sampling;
         let (seed, stream) = (own.seed, own.stream);
         // The engine's loop again, as short as it can be.
@@ -298,32 +305,39 @@ fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
             drafter.inject(&features, &mut context);
             let hidden = drafter.hidden(target, anchor, 5, &mut context, |_, _| ());
             drafter.logits(target, &hidden[target.config.stack.hidden..], &mut logits);
-            let law = |row: &[f32]| request.drafting.sampling.probabilities(row).unwrap();
-            let mut laws: Vec<_> = logits.chunks(vocab).map(law).collect();
-            let mut dice = Dice { seed, stream, round, anchor: at as u32 };
+            let distribution = |row: &[f32]| request.drafting.sampling.probabilities(row).unwrap();
+            let mut distributions: Vec<_> = logits.chunks(vocab).map(distribution).collect();
+            let mut dice = PhiloxStream { seed, stream, round, anchor: at as u32 };
             let drawn = match (rule, most) {
-                (_, None) => draw_chains(anchor, 1, &laws, &mut dice).unwrap(),
-                (Rule::Block, Some(most)) => {
+                (_, None) => sample_chains(anchor, 1, &distributions, &mut dice).unwrap(),
+                (VerifyMethod::Block, Some(most)) => {
                     let (count, depth) = chains(most, 4);
-                    laws.truncate(depth);
-                    draw_chains(anchor, count, &laws, &mut dice).unwrap()
+                    distributions.truncate(depth);
+                    sample_chains(anchor, count, &distributions, &mut dice).unwrap()
                 }
                 (_, Some(most)) => {
                     let parents = shape(most, 4).parents;
-                    (draw_shape(anchor, &parents, &laws, Siblings::Distinct, &mut dice).unwrap(), parents)
+                    (
+                        sample_tree(anchor, &parents, &distributions, Siblings::Distinct, &mut dice).unwrap(),
+                        parents,
+                    )
                 }
             };
             let tree = Tree::drawn(&drawn.0, &drawn.1);
             let normed = target.forward_tree(&tree, &mut cache, &drafter.config.taps, &mut features);
             target.logits(&normed, &mut logits);
-            let law = |row: usize| own.probabilities(&logits[row * vocab..][..vocab]);
+            let distribution = |row: usize| own.probabilities(&logits[row * vocab..][..vocab]);
             let (tokens, parents) = (&tree.tokens[..], &tree.parents[..]);
             let chain = |(accepted, next): (usize, u32)| ((0..=accepted).collect::<Vec<usize>>(), next);
             let judged = match (rule, most) {
-                (Rule::Rejection, None) => rejection(&tokens[1..], &laws, law, &mut dice).map(chain),
-                (_, None) => block(&tokens[1..], &laws, law, &mut dice).map(chain),
-                (Rule::Block, _) => best_block(tokens, &laws, law, &mut dice),
-                _ => recursive(tokens, parents, &laws, Siblings::Distinct, law, &mut dice),
+                (VerifyMethod::Rejection, None) => {
+                    rejection(&tokens[1..], &distributions, distribution, &mut dice).map(chain)
+                }
+                (_, None) => block(&tokens[1..], &distributions, distribution, &mut dice).map(chain),
+                (VerifyMethod::Block, _) => {
+                    multi_draft_block_verify(tokens, &distributions, distribution, &mut dice)
+                }
+                _ => recursive(tokens, parents, &distributions, Siblings::Distinct, distribution, &mut dice),
             };
             let (path, next) = judged.unwrap();
             // The cache as a chain leaves it, by another pass over what stood.
@@ -343,8 +357,8 @@ fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
 fn a_block_of_one_row_is_plain_decoding_whatever_the_rule() {
     let models = tiny();
     ops::install(|| {
-        let plain = run(&mut models.slots(1), &request(&[1, 2], 40, 1, Drafting::default()));
-        for rule in [Rule::Rejection, Rule::Block] {
+        let plain = run(&mut models.slots(1), &request(&[1, 2], 40, 1, SpecConfig::default()));
+        for rule in [VerifyMethod::Rejection, VerifyMethod::Block] {
             let got = run(&mut models.slots(1), &request(&[1, 2], 40, 1, drafting(rule, 1.0)));
             assert_eq!(got.tokens, plain.tokens);
         }
@@ -359,7 +373,7 @@ fn a_block_of_a_hundred_drafts_stands_whole() {
     let drafter = support::Drafter { block: 101, mask_token: 0, ..drafter };
     let models = load(&crowd::open(&support::write_pair(&target, &drafter)));
     ops::install(|| {
-        for rule in [Rule::Match, Rule::Rejection, Rule::Block] {
+        for rule in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
             let got = run(&mut models.slots(1), &request(&[0], 103, 101, drafting(rule, 1.0)));
             assert_eq!((got.accepted, got.tokens.len()), (vec![101, 101], 103), "{rule:?}");
         }
@@ -372,7 +386,7 @@ fn drawn_trees_get_less_deep_where_positions_end() {
     drafter.max_positions = 24;
     let Models(target, drafter) = load(&crowd::open(&support::write_pair(&target, &drafter)));
     ops::install(|| {
-        for rule in [Rule::Rejection, Rule::Block] {
+        for rule in [VerifyMethod::Rejection, VerifyMethod::Block] {
             let (mut cut, mut none) = (0, 0);
             for most in [2, 3, 7, 16, 64] {
                 let mut sequence = Sequence::new(&target, Some(&drafter));
@@ -383,7 +397,7 @@ fn drawn_trees_get_less_deep_where_positions_end() {
                     let rows = sequence.rows();
                     let drafts = sequence.round(&mut out).unwrap();
                     let whole = match rule {
-                        Rule::Block => {
+                        VerifyMethod::Block => {
                             let (count, depth) = chains(most, rows.max(2) - 1);
                             count * depth
                         }
@@ -403,12 +417,12 @@ fn drawn_trees_get_less_deep_where_positions_end() {
 fn drafts_that_somebody_else_made_have_no_law() {
     let models = tiny();
     let mut sequence = Sequence::new(&models.0, Some(&models.1));
-    sequence.start(&request(&[1, 2], 10, 4, drafting(Rule::Block, 1.0))).unwrap();
+    sequence.start(&request(&[1, 2], 10, 4, drafting(VerifyMethod::Block, 1.0))).unwrap();
     sequence.prefill().unwrap();
     let error = sequence.verify(&[1, 1, 1], &mut Vec::new()).unwrap_err();
-    assert_eq!(error.to_string(), "drafts without the laws that they were drawn from");
+    assert_eq!(error.to_string(), "drafts without the distributions that they were drawn from");
     let error = sequence.verify_tree(&Tree::drawn(&[1, 1, 1], &[0, 0, 0]), &mut Vec::new()).unwrap_err();
-    assert_eq!(error.to_string(), "drafts without the laws that they were drawn from");
+    assert_eq!(error.to_string(), "drafts without the distributions that they were drawn from");
 }
 
 // ---- flags ----
@@ -499,19 +513,19 @@ fn flags_that_cannot_go_together_are_refused() {
         (
             2,
             &["--coupled", "--block", "1"],
-            "--block is 1, which is plain decoding: --coupled expects at least 2",
+            "--block is 1, which is autoregressive decoding: --coupled expects at least 2",
         ),
         (
             2,
             &["--verify", "block", "--compare"],
-            "--compare needs --verify match: what block emits has the law of \
-          plain decoding, not its tokens",
+            "--compare needs --verify match: what block emits has the distribution of \
+          autoregressive decoding, not its tokens",
         ),
         (
             2,
             &["--verify", "rejection", "--check-lossless"],
             "--check-lossless needs --verify match: what rejection \
-          emits has the law of plain decoding, not its tokens",
+          emits has the distribution of autoregressive decoding, not its tokens",
         ),
         (
             2,

@@ -1,14 +1,15 @@
-//! The sampling law and the rule that judges drafts, held against exact arithmetic, naive definitions and
+//! The sampling distribution and the rule that judges drafts, held against exact arithmetic, naive definitions and
 //! enumeration. Every seed is fixed: a test passes always or never.
 
 #[path = "support/random.rs"]
 mod random;
 
 use dflash::Error;
-use dflash::spec::sampling::{Sampling, TABLES, argmax, judge, philox};
+use dflash::spec::sampling::{SamplingParams, TABLES, argmax, judge, philox};
 use random::Random;
 
-const PLAIN: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+const PLAIN: SamplingParams =
+    SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
 
 impl Random {
     fn pick<T: Copy>(&mut self, from: &[T]) -> T {
@@ -39,10 +40,10 @@ fn crc32(words: &[u32]) -> u32 {
 
 /// Fails where observed counts are worse than one honest row in ten thousand. Cells that expect fewer than 10 are
 /// merged; the bound is Wilson and Hilferty's for 3.72 standard deviations.
-fn assert_drawn_from(law: &[f64], counts: &[u64], what: &str) {
+fn assert_drawn_from(distribution: &[f64], counts: &[u64], what: &str) {
     let draws = counts.iter().sum::<u64>() as f64;
     let (mut rare, mut cells) = ((0.0, 0.0), Vec::new());
-    for (&p, &n) in law.iter().zip(counts) {
+    for (&p, &n) in distribution.iter().zip(counts) {
         assert!(p > 0.0 || n == 0, "{what}: drew a token of probability 0");
         match p * draws {
             e if e < 10.0 => rare = (rare.0 + e, rare.1 + n as f64),
@@ -57,19 +58,22 @@ fn assert_drawn_from(law: &[f64], counts: &[u64], what: &str) {
     let chi2: f64 = cells.iter().map(|(e, n)| (n - e) * (n - e) / e).sum();
     let dof = (cells.len() - 1).max(1) as f64;
     let bound = dof * (1.0 - 2.0 / (9.0 * dof) + 3.72 * (2.0 / (9.0 * dof)).sqrt()).powi(3);
-    assert!(chi2 < bound, "{what}: chi-square {chi2:.1} of at most {bound:.1}, {counts:?} for {law:?}");
+    assert!(
+        chi2 < bound,
+        "{what}: chi-square {chi2:.1} of at most {bound:.1}, {counts:?} for {distribution:?}"
+    );
 }
 
-/// Weights of all tokens, from the filter-free law, zeros included.
-fn weights(sampling: &Sampling, logits: &[f32]) -> Vec<u64> {
+/// Weights of all tokens, from the filter-free distribution, zeros included.
+fn weights(sampling: &SamplingParams, logits: &[f32]) -> Vec<u64> {
     let mut all = vec![0; logits.len()];
-    let open = Sampling { top_k: 0, top_p: 1.0, min_p: 0.0, ..sampling.clone() };
+    let open = SamplingParams { top_k: 0, top_p: 1.0, min_p: 0.0, ..sampling.clone() };
     open.survivors(logits).unwrap().into_iter().for_each(|(id, w)| all[id as usize] = w);
     all
 }
 
 /// The filters by their definition: sort all tokens, cut, compare sums as exact fractions.
-fn naive_survivors(sampling: &Sampling, logits: &[f32]) -> Vec<(u32, u64)> {
+fn naive_survivors(sampling: &SamplingParams, logits: &[f32]) -> Vec<(u32, u64)> {
     let weight = weights(sampling, logits);
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).unwrap()); // stable: equal logits stay in id order
@@ -143,7 +147,7 @@ fn race_times_are_logarithms() {
 
 #[test]
 fn weights_are_the_worked_examples() {
-    let of = |temperature, row: &[f32]| weights(&Sampling { temperature, ..PLAIN }, row);
+    let of = |temperature, row: &[f32]| weights(&SamplingParams { temperature, ..PLAIN }, row);
     let p = [1.0, 0.25, -0.5, -3.0];
     assert_eq!(of(1.0, &p), [4294967296, 2028806333, 958333631, 78664944]);
     assert_eq!(of(1.0, &[0.0, 1.0, -0.5, -1.0]), [1580037892, 4294967296, 958333631, 581260151]);
@@ -176,7 +180,7 @@ fn weights_are_softmax() {
                 .iter()
                 .map(|&l| ((f64::from(l) - f64::from(max)) / f64::from(temperature)).exp())
                 .collect();
-            let weight = weights(&Sampling { temperature, ..PLAIN }, &row);
+            let weight = weights(&SamplingParams { temperature, ..PLAIN }, &row);
             let (z, zw) = (exact.iter().sum::<f64>(), weight.iter().sum::<u64>() as f64);
             let tv: f64 =
                 exact.iter().zip(&weight).map(|(e, &w)| (e / z - w as f64 / zw).abs()).sum::<f64>() / 2.0;
@@ -191,7 +195,7 @@ fn filters_keep_what_their_definition_keeps() {
     for case in 0..6000 {
         let vocab = [1, 2, 3, 7, 40, 300][rng.below(6)];
         let row = rng.row(vocab);
-        let sampling = Sampling {
+        let sampling = SamplingParams {
             temperature: rng.pick(&[1e-4, 1e-3, 0.5, 1.0, 2.0, 100.0, 1e4]),
             top_k: rng.pick(&[0, 0, 1, 2, 5, vocab, 1000]),
             top_p: rng.pick(&[1.0, 1.0, 1e-12, 0.25, 0.5, 0.75, 0.9, 1.0 - 1e-9, 1.0 - 1e-12]),
@@ -217,20 +221,21 @@ fn filters_keep_what_their_definition_keeps() {
 
 #[test]
 fn ties_at_a_boundary_go_to_the_lower_id() {
-    let ids =
-        |s: Sampling, row: &[f32]| s.survivors(row).unwrap().iter().map(|&(id, _)| id).collect::<Vec<_>>();
+    let ids = |s: SamplingParams, row: &[f32]| {
+        s.survivors(row).unwrap().iter().map(|&(id, _)| id).collect::<Vec<_>>()
+    };
     let row = [1.0, 2.0, 1.0, 2.0, 1.0];
-    assert_eq!(ids(Sampling { top_k: 1, ..PLAIN }, &row), [1]);
-    assert_eq!(ids(Sampling { top_k: 3, ..PLAIN }, &row), [0, 1, 3]);
-    assert_eq!(ids(Sampling { top_k: 4, ..PLAIN }, &row), [0, 1, 2, 3]);
+    assert_eq!(ids(SamplingParams { top_k: 1, ..PLAIN }, &row), [1]);
+    assert_eq!(ids(SamplingParams { top_k: 3, ..PLAIN }, &row), [0, 1, 3]);
+    assert_eq!(ids(SamplingParams { top_k: 4, ..PLAIN }, &row), [0, 1, 2, 3]);
     let zeros = [-0.0, 0.0, -0.0, 0.0];
-    assert_eq!(ids(Sampling { top_k: 2, ..PLAIN }, &zeros), [0, 1]);
-    assert_eq!(ids(Sampling { top_p: 0.5, ..PLAIN }, &zeros), [0, 1]);
-    assert_eq!(ids(Sampling { top_p: 0.5 + 1e-9, ..PLAIN }, &zeros), [0, 1, 2]);
-    assert_eq!(ids(Sampling { top_p: 1e-12, ..PLAIN }, &zeros), [0]);
-    assert_eq!(ids(Sampling { min_p: 1.0 - 1e-12, ..PLAIN }, &row), [1, 3]);
+    assert_eq!(ids(SamplingParams { top_k: 2, ..PLAIN }, &zeros), [0, 1]);
+    assert_eq!(ids(SamplingParams { top_p: 0.5, ..PLAIN }, &zeros), [0, 1]);
+    assert_eq!(ids(SamplingParams { top_p: 0.5 + 1e-9, ..PLAIN }, &zeros), [0, 1, 2]);
+    assert_eq!(ids(SamplingParams { top_p: 1e-12, ..PLAIN }, &zeros), [0]);
+    assert_eq!(ids(SamplingParams { min_p: 1.0 - 1e-12, ..PLAIN }, &row), [1, 3]);
     // top-p counts what top-k left: 1 of 2, not 1 of 4
-    assert_eq!(ids(Sampling { top_k: 2, top_p: 0.5, ..PLAIN }, &zeros), [0]);
+    assert_eq!(ids(SamplingParams { top_k: 2, top_p: 0.5, ..PLAIN }, &zeros), [0]);
     assert_eq!([argmax(&row), argmax(&zeros), argmax(&[-1.0, -0.0, 0.0])], [Some(1), Some(0), Some(1)]);
 }
 
@@ -241,39 +246,39 @@ fn rows_without_a_finite_best_are_none() {
     {
         assert_eq!(argmax(row), None, "{row:?}");
         for temperature in [0.0, 1e-3, 1.0, 100.0] {
-            let s = Sampling { temperature, top_k: 2, top_p: 0.5, ..PLAIN };
+            let s = SamplingParams { temperature, top_k: 2, top_p: 0.5, ..PLAIN };
             assert_eq!((s.choose(row, 0), s.survivors(row)), (None, None), "{row:?}");
         }
     }
     for temperature in [0.0, 1e-3, 100.0] {
-        assert_eq!(Sampling { temperature, ..PLAIN }.choose(&[-inf, f32::MIN, -inf], 9), Some(1));
+        assert_eq!(SamplingParams { temperature, ..PLAIN }.choose(&[-inf, f32::MIN, -inf], 9), Some(1));
     }
 }
 
 #[test]
 fn settings_out_of_range_name_their_flag() {
-    let refused = |s: Sampling, flag: &str| {
+    let refused = |s: SamplingParams, flag: &str| {
         let Err(Error::Usage(text)) = s.check() else { panic!("{s:?} was not refused as usage") };
         assert!(text.starts_with(flag), "{text}");
     };
     for temperature in [f32::NAN, -1.0, -f32::MIN_POSITIVE, f32::INFINITY, 0.9e-4, 1.1e4] {
-        refused(Sampling { temperature, ..PLAIN }, "--temperature");
+        refused(SamplingParams { temperature, ..PLAIN }, "--temperature");
     }
     for top_p in [f64::NAN, 0.0, -0.5, 1.0 + 1e-9, f64::INFINITY] {
-        refused(Sampling { top_p, ..PLAIN }, "--top-p");
+        refused(SamplingParams { top_p, ..PLAIN }, "--top-p");
     }
     for min_p in [f64::NAN, -1e-9, 1.0, 2.0] {
-        refused(Sampling { min_p, ..PLAIN }, "--min-p");
+        refused(SamplingParams { min_p, ..PLAIN }, "--min-p");
     }
     for temperature in [0.0, -0.0, 1e-4, 1.0, 1e4] {
-        Sampling { temperature, top_k: usize::MAX, top_p: 1e-300, ..PLAIN }.check().unwrap();
+        SamplingParams { temperature, top_k: usize::MAX, top_p: 1e-300, ..PLAIN }.check().unwrap();
     }
 }
 
 #[test]
 fn settings_that_check_would_refuse_do_not_panic() {
     for x in [f32::NAN, f32::INFINITY, -1.0, 1e-45] {
-        let s = Sampling { temperature: x, top_p: x.into(), min_p: x.into(), ..PLAIN };
+        let s = SamplingParams { temperature: x, top_p: x.into(), min_p: x.into(), ..PLAIN };
         s.choose(&[0.0, 1.0, -3e38, 3e38], 0);
     }
 }
@@ -283,8 +288,14 @@ fn temperature_zero_is_argmax() {
     let mut rng = Random::new(4);
     for case in 0..500 {
         let row = rng.row(50);
-        let s =
-            Sampling { temperature: 0.0, top_k: 3, top_p: 0.1, min_p: 0.9, seed: rng.next(), stream: case };
+        let s = SamplingParams {
+            temperature: 0.0,
+            top_k: 3,
+            top_p: 0.1,
+            min_p: 0.9,
+            seed: rng.next(),
+            stream: case,
+        };
         let best = (0..50u32).rev().filter(|&x| row[x as usize] > f32::NEG_INFINITY).max_by(|&a, &b| {
             row[a as usize].partial_cmp(&row[b as usize]).unwrap() // the last of equals, so the lowest id
         });
@@ -293,7 +304,7 @@ fn temperature_zero_is_argmax() {
 }
 
 /// The race by its definition: every survivor's own Philox word, ratios as exact fractions, from the highest id down.
-fn naive_race(s: &Sampling, kept: &[(u32, u64)], position: u32) -> u32 {
+fn naive_race(s: &SamplingParams, kept: &[(u32, u64)], position: u32) -> u32 {
     let key = [(s.seed & 0xffff_ffff) as u32, (s.seed >> 32) as u32];
     let mut best = (u128::MAX >> 64, 1, 0);
     for &(id, w) in kept.iter().rev() {
@@ -312,7 +323,7 @@ fn choose_is_the_integer_race_over_survivors() {
     for case in 0..4000 {
         let vocab = [1, 3, 8, 33, 1000][rng.below(5)];
         let row = rng.row(vocab);
-        let s = Sampling {
+        let s = SamplingParams {
             temperature: rng.pick(&[0.2, 1.0, 5.0]),
             top_k: rng.pick(&[0, 2, 6]),
             top_p: rng.pick(&[1.0, 0.8]),
@@ -403,16 +414,16 @@ fn draws_follow_the_exact_law() {
     for (r, row) in rows.iter().enumerate() {
         for temperature in [0.3, 1.0, 3.0] {
             for (top_k, top_p, min_p) in filters {
-                let s = Sampling { temperature, top_k, top_p, min_p, seed: 77 + r as u64, stream: 3 };
-                let mut law = vec![0.0; row.len()];
+                let s = SamplingParams { temperature, top_k, top_p, min_p, seed: 77 + r as u64, stream: 3 };
+                let mut distribution = vec![0.0; row.len()];
                 for (id, _) in naive_survivors(&s, row) {
-                    law[id as usize] = (f64::from(row[id as usize]) / f64::from(temperature)).exp();
+                    distribution[id as usize] = (f64::from(row[id as usize]) / f64::from(temperature)).exp();
                 }
-                let z: f64 = law.iter().sum();
-                law.iter_mut().for_each(|p| *p /= z);
+                let z: f64 = distribution.iter().sum();
+                distribution.iter_mut().for_each(|p| *p /= z);
                 let mut counts = vec![0; row.len()];
                 (0..60_000).for_each(|position| counts[s.choose(row, position).unwrap() as usize] += 1);
-                assert_drawn_from(&law, &counts, &format!("{s:?} on {row:?}"));
+                assert_drawn_from(&distribution, &counts, &format!("{s:?} on {row:?}"));
             }
         }
     }
@@ -422,10 +433,10 @@ fn draws_follow_the_exact_law() {
 fn a_million_draws_follow_the_exact_law() {
     let row = [1.0f32, 0.25, -0.5, -3.0, -6.0];
     let z: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
-    let law: Vec<f64> = row.iter().map(|&l| f64::from(l).exp() / z).collect();
+    let distribution: Vec<f64> = row.iter().map(|&l| f64::from(l).exp() / z).collect();
     let mut counts = [0; 5];
     (0..1_000_000).for_each(|position| counts[PLAIN.choose(&row, position).unwrap() as usize] += 1);
-    assert_drawn_from(&law, &counts, "a million draws");
+    assert_drawn_from(&distribution, &counts, "a million draws");
 }
 
 /// Seeds, streams and neighbouring positions that share noise would show as dependent pairs.
@@ -433,9 +444,9 @@ fn a_million_draws_follow_the_exact_law() {
 fn draws_at_different_positions_streams_and_seeds_are_independent() {
     let row = [0.5f32, 0.0, -0.5];
     let z: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
-    let law: Vec<f64> = (0..9).map(|i| f64::from(row[i / 3] + row[i % 3]).exp() / (z * z)).collect();
-    let base = Sampling { seed: 5, stream: 9, ..PLAIN };
-    let other = |f: &dyn Fn(&mut Sampling)| {
+    let distribution: Vec<f64> = (0..9).map(|i| f64::from(row[i / 3] + row[i % 3]).exp() / (z * z)).collect();
+    let base = SamplingParams { seed: 5, stream: 9, ..PLAIN };
+    let other = |f: &dyn Fn(&mut SamplingParams)| {
         let mut s = base.clone();
         f(&mut s);
         s
@@ -454,22 +465,22 @@ fn draws_at_different_positions_streams_and_seeds_are_independent() {
             let (a, b) = (base.choose(&row, p).unwrap(), partner.choose(&row, q).unwrap());
             counts[(a * 3 + b) as usize] += 1;
         }
-        assert_drawn_from(&law, &counts, what);
+        assert_drawn_from(&distribution, &counts, what);
     }
     // ids 4 apart have the same word of neighbouring groups
     let mut wide = [f32::NEG_INFINITY; 9];
     (wide[0], wide[4], wide[8]) = (row[0], row[1], row[2]);
     let mut counts = [0; 9];
     (0..60_000).for_each(|p| counts[base.choose(&wide, p).unwrap() as usize] += 1);
-    let law: Vec<f64> = wide.iter().map(|&l| f64::from(l).exp() / z).collect();
-    assert_drawn_from(&law, &counts, "groups");
+    let distribution: Vec<f64> = wide.iter().map(|&l| f64::from(l).exp() / z).collect();
+    assert_drawn_from(&distribution, &counts, "groups");
 }
 
 #[test]
 fn a_draw_depends_on_nothing_but_its_arguments() {
     let mut rng = Random::new(6);
     let rows: Vec<Vec<f32>> = (0..300).map(|_| (0..500).map(|_| rng.normal(2.0)).collect()).collect();
-    let s = Sampling { top_k: 100, top_p: 0.95, min_p: 0.001, seed: rng.next(), stream: 7, ..PLAIN };
+    let s = SamplingParams { top_k: 100, top_p: 0.95, min_p: 0.001, seed: rng.next(), stream: 7, ..PLAIN };
     let draw = |i: usize| s.choose(&rows[i], i as u32);
     let forward: Vec<_> = (0..300).map(draw).collect();
     let mut backward: Vec<_> = (0..300).rev().map(draw).collect();
@@ -522,7 +533,7 @@ fn matching_equals_plain_sampling_with_the_same_seed() {
     for _ in 0..200 {
         let table: Vec<Vec<f32>> = (0..V * V).map(|_| rng.row(V)).map(|mut r| (r[0] = 0.5, r).1).collect();
         let row = |out: &[u32]| &table[out[out.len() - 1] as usize * V + out[out.len() - 2] as usize];
-        let s = Sampling {
+        let s = SamplingParams {
             temperature: rng.pick(&[0.0, 0.3, 1.0, 2.0]),
             top_k: rng.pick(&[0, 3]),
             top_p: rng.pick(&[1.0, 0.9]),

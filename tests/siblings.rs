@@ -1,4 +1,4 @@
-//! Trees drawn and judged on a device, decision for decision against `draw_shape` and `recursive` of `src/spec/verify.rs`.
+//! Trees drawn and judged on a device, decision for decision against `sample_tree` and `recursive` of `src/spec/verify.rs`.
 
 #[path = "support/drawn.rs"]
 mod drawn;
@@ -8,13 +8,13 @@ mod kernel;
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::round::Form;
-use dflash::gpu::kernels::rules::{LAW_BYTES, Rows};
+use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows};
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::siblings::{Drawn, Siblings};
 use dflash::gpu::kernels::verify::Verdict;
-use dflash::spec::sampling::Sampling;
+use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree::shape;
-use dflash::spec::verify::{Dice, Probabilities, Purpose, Rule, Word};
+use dflash::spec::verify::{Distribution, DrawKey, PhiloxStream, Purpose, VerifyMethod};
 use drawn::*;
 use kernel::*;
 
@@ -35,7 +35,7 @@ fn trees_are_drawn_and_judged_as_the_rules_say() {
         (32000, 3, 6, 2),
     ] {
         for i in 0..(batches / shrink).max(1) {
-            let batch = batch(&mut random, Rule::Rejection, (vocab, block, wide), 8);
+            let batch = batch(&mut random, VerifyMethod::Rejection, (vocab, block, wide), 8);
             every_device_in_turn(i, |device| seen.add(batch.check(device, &format!("batch {i}"))));
         }
     }
@@ -50,7 +50,7 @@ fn trees_are_drawn_and_judged_as_the_rules_say() {
 
 #[test]
 fn trees_are_the_same_under_every_schedule() {
-    same_under_every_schedule(Rule::Rejection);
+    same_under_every_schedule(VerifyMethod::Rejection);
 }
 
 #[test]
@@ -60,10 +60,16 @@ fn laws_that_are_alike_let_the_first_of_siblings_stand() {
         let (vocab, block, wide) = (257, 8, 16);
         for temperature in [0.0, 1.0] {
             let row = random.normals(vocab, 2.0);
-            let how =
-                Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: random.next(), stream: 9 };
+            let how = SamplingParams {
+                temperature,
+                top_k: 0,
+                top_p: 1.0,
+                min_p: 0.0,
+                seed: random.next(),
+                stream: 9,
+            };
             let request = Request {
-                rule: Rule::Rejection,
+                rule: VerifyMethod::Rejection,
                 length: 70,
                 rounds: 3,
                 sampling: how.clone(),
@@ -71,7 +77,7 @@ fn laws_that_are_alike_let_the_first_of_siblings_stand() {
                 parents: shape(wide, block - 1).parents,
             };
             let batch = Batch {
-                kind: Rule::Rejection,
+                kind: VerifyMethod::Rejection,
                 vocab,
                 block,
                 wide,
@@ -86,23 +92,23 @@ fn laws_that_are_alike_let_the_first_of_siblings_stand() {
     });
 }
 
-/// What is beyond `q` of `p`, and the law it makes.
-fn beyond(p: &Probabilities, q: &Probabilities) -> (Vec<(u32, u64)>, Probabilities) {
+/// What is beyond `q` of `p`, and the distribution it makes.
+fn beyond(p: &Distribution, q: &Distribution) -> (Vec<(u32, u64)>, Distribution) {
     let over = p.tokens().iter().map(|&(id, w)| (id, w.saturating_sub(q.of(id))));
     let over: Vec<(u32, u64)> = over.filter(|&(_, w)| w > 0).collect();
     let most = over.iter().map(|&(_, w)| w).max().unwrap();
-    let heir = over.iter().find(|&&(_, w)| w == most).unwrap().0;
-    (over.clone(), Probabilities::new(over, heir).unwrap())
+    let rounding_token = over.iter().find(|&&(_, w)| w == most).unwrap().0;
+    (over.clone(), Distribution::new(over, rounding_token).unwrap())
 }
 
 #[test]
 fn the_last_units_between_siblings_count() {
-    // The first sibling always falls, and what is left of both laws is nearly all on the same tokens: on one, or on two
+    // The first sibling always falls, and what is left of both distributions is nearly all on the same tokens: on one, or on two
     // that weigh the same, of which the lower takes what rounding leaves. After the second sibling, which the target never
     // emits, what is left is a handful of units, those tokens' among them.
     let none = f32::NEG_INFINITY;
     let half = |n: f32| -n * 2f32.ln();
-    let how = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 11, stream: 5 };
+    let how = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 11, stream: 5 };
     let mut tried = 0;
     for heavy in [&[2usize][..], &[2, 5], &[3, 4]] {
         let (mut target, mut drafter) = (vec![none; 8], vec![none; 8]);
@@ -119,8 +125,8 @@ fn the_last_units_between_siblings_count() {
         let total: u64 = rest.iter().map(|&(_, w)| w).sum();
         assert!(total < 1 << 20 && heavy.iter().any(|&id| rest.iter().any(|r| r.0 == id as u32)), "{rest:?}");
         let bits = |rounds: u32| {
-            let dice = Dice { seed: how.seed, stream: how.stream, round: rounds + 1, anchor: 9 };
-            dice.bits(Word { purpose: Purpose::Residual, depth: 1, row: 0 })
+            let dice = PhiloxStream { seed: how.seed, stream: how.stream, round: rounds + 1, anchor: 9 };
+            dice.bits(DrawKey { purpose: Purpose::Residual, depth: 1, row: 0 })
         };
         let unit = |rounds: u32| ((u128::from(bits(rounds)) * u128::from(total)) >> 64) as u64;
         // The last unit of each token and the first of the next.
@@ -133,7 +139,7 @@ fn the_last_units_between_siblings_count() {
         let found: Vec<u32> =
             ends.iter().map(|&goal| (0..1 << 25).find(|&rounds| unit(rounds) == goal).unwrap()).collect();
         let request = |&rounds: &u32| Request {
-            rule: Rule::Rejection,
+            rule: VerifyMethod::Rejection,
             length: 9,
             rounds,
             sampling: how.clone(),
@@ -148,7 +154,7 @@ fn the_last_units_between_siblings_count() {
             };
             let (drafts, sequences) = ([Some(7), Some(7 * stride as u32), Some(stride as u32)], found.len());
             let batch = Batch {
-                kind: Rule::Rejection,
+                kind: VerifyMethod::Rejection,
                 vocab: 7 * stride + 1,
                 block: 2,
                 wide: 3,
@@ -189,18 +195,19 @@ fn garbage_stays_inside_the_buffers() {
             // Its rule is the last word, its form the upper half of the eighth; let some be those that take part.
             for words in states.chunks_mut(32).skip(i % 2) {
                 (words[31], words[7]) =
-                    (Rule::Rejection as u32, words[7] & 0xffff | (Form::Drawn as u32) << 16);
+                    (VerifyMethod::Rejection as u32, words[7] & 0xffff | (Form::Drawn as u32) << 16);
             }
             let states = upload(device, &states);
             let (target, drafter) = (
-                [noise(sequences * wide * vocab * 4), noise(sequences * wide * LAW_BYTES)],
-                [noise(sequences * block * vocab * 4), noise(sequences * block * LAW_BYTES)],
+                [noise(sequences * wide * vocab * 4), noise(sequences * wide * DISTRIBUTION_BYTES)],
+                [noise(sequences * block * vocab * 4), noise(sequences * block * DISTRIBUTION_BYTES)],
             );
             let [target, drafter] = [target, drafter].map(|rows| rows.map(|words| upload(device, &words)));
             let tables = constant(device, &tables());
             let trees = Drawn { tokens: &tokens, parents: &parents, spans: &spans };
             let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
-            let [target, drafter] = [&target, &drafter].map(|[logits, laws]| Rows { logits, laws });
+            let [target, drafter] =
+                [&target, &drafter].map(|[logits, distributions]| Rows { logits, distributions });
             kernels.judge(device, verdict, trees, target, drafter, &states, &tables).unwrap();
             kernels.draw(device, trees, drafter, &states, &tables).unwrap();
         }
@@ -212,8 +219,8 @@ fn launches_refuse_what_does_not_fit() {
     let device = Emulator::new();
     let kernels = Siblings { sequences: 2, block: 4, wide: 8, vocab: 40 };
     let get = |bytes: usize| device.allocate(bytes, "test").unwrap();
-    let (logits, laws) = (get(16 * 160), get(16 * LAW_BYTES));
-    let rows = Rows { logits: &logits, laws: &laws };
+    let (logits, distributions) = (get(16 * 160), get(16 * DISTRIBUTION_BYTES));
+    let rows = Rows { logits: &logits, distributions: &distributions };
     let (tokens, parents, spans) = (get(64), get(64), get(16));
     let trees = Drawn { tokens: &tokens, parents: &parents, spans: &spans };
     let (states, tables, small) = (get(256), get(2048), get(48));
@@ -221,20 +228,20 @@ fn launches_refuse_what_does_not_fit() {
         kernels.draw(&device, trees, rows, &states, &tables).unwrap_err().to_string()
     };
     let message = draw(kernels, Drawn { parents: &small, ..trees }, rows);
-    assert_eq!(message, "kernel draw_siblings: parents has 48 bytes, needs 64");
+    assert_eq!(message, "kernel sample_siblings: parents has 48 bytes, needs 64");
     let message = draw(Siblings { wide: 65, ..kernels }, trees, rows);
     assert!(message.contains("2 sequences in blocks of 65 rows"), "{message}");
     let message = draw(Siblings { vocab: 0, ..kernels }, trees, rows);
-    assert_eq!(message, "kernel draw_siblings: 0 tokens; possible are 1 to 2^26");
-    let message = draw(kernels, trees, Rows { laws: &small, ..rows });
-    assert_eq!(message, "kernel draw_siblings: the drafter's laws has 48 bytes, needs 384");
+    assert_eq!(message, "kernel sample_siblings: 0 tokens; possible are 1 to 2^26");
+    let message = draw(kernels, trees, Rows { distributions: &small, ..rows });
+    assert_eq!(message, "kernel sample_siblings: the drafter's distributions has 48 bytes, needs 384");
     let [accepted, next, path] = [8, 8, 60].map(get);
     let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
     let judge = |verdict, target| {
         kernels.judge(&device, verdict, trees, target, rows, &states, &tables).unwrap_err().to_string()
     };
-    assert_eq!(judge(verdict, rows), "kernel judge_tree: path has 60 bytes, needs 64");
+    assert_eq!(judge(verdict, rows), "kernel verify_tree: path has 60 bytes, needs 64");
     let path = get(64);
     let message = judge(Verdict { path: &path, ..verdict }, Rows { logits: &small, ..rows });
-    assert_eq!(message, "kernel judge_tree: the target's logits has 48 bytes, needs 2560");
+    assert_eq!(message, "kernel verify_tree: the target's logits has 48 bytes, needs 2560");
 }

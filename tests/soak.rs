@@ -10,8 +10,8 @@ use dflash::cpu::model::{Drafter, Target};
 use dflash::engine::generate::{Decoder, Finish, Flow, Outcome, Request};
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::Room;
-use dflash::spec::sampling::Sampling;
+use dflash::gpu::memory::BatchConfig;
+use dflash::spec::sampling::SamplingParams;
 
 const REQUESTS: usize = 200;
 const POSITIONS: usize = 201;
@@ -26,7 +26,7 @@ fn random(random: &mut support::Random) -> (Request, Option<usize>) {
     let prompt = (0..length).map(|_| random.below(4) as u32).collect();
     let most = [12, 12, 60][random.below(3)];
     let max_tokens = random.below(most + 1);
-    let sampling = Sampling {
+    let sampling = SamplingParams {
         temperature: [0.0, 0.0, 0.6, 1.0, 2.0][random.below(5)],
         top_k: [0, 0, 2, 3][random.below(4)],
         top_p: [1.0, 1.0, 0.9, 0.5][random.below(4)],
@@ -83,14 +83,14 @@ fn requests_on_the_emulator_are_answered_as_alone_and_give_all_back() {
         let models = Models::load(&device, &pair, POSITIONS).unwrap();
         let loaded = device.allocated();
         let (requests, patience) = requests();
-        let mut single = Batch::new(&device, &models, Room::new(1, 16, POSITIONS)).unwrap();
+        let mut single = Batch::new(&device, &models, BatchConfig::new(1, 16, POSITIONS)).unwrap();
         let expected: Vec<Outcome> =
             requests.iter().enumerate().map(|(i, r)| alone(&patience, i, &mut single, r)).collect();
         drop(single);
         check_kinds(&expected, &patience);
         // A sequence takes up to 4 pages.
         for (slots, pages, count) in [(1, 4, 30), (3, 7, 60), (8, 15, REQUESTS)] {
-            let room = Room { pages, ..Room::new(slots, 16, POSITIONS) };
+            let room = BatchConfig { pages, ..BatchConfig::new(slots, 16, POSITIONS) };
             let mut batch = Batch::new(&device, &models, room).unwrap();
             let outcomes = together(&mut batch, &requests[..count], |i, event| patient(patience[i], event));
             for (i, (outcome, expected)) in outcomes.iter().zip(&expected).enumerate() {

@@ -357,17 +357,17 @@ fn python(code: &str, input: &Value) -> Value {
 #[test]
 fn rows_of_python_are_rows_of_the_schema() {
     let samples = [3.0, 1.0, 2.0, 10.0, 4.0, 2.5];
-    let code = "[row('plain step', {'context': 64, 'batch': 2}, given, [3, 3], numbers={'GB': 1.5}), \
+    let code = "[row('AR step', {'context': 64, 'batch': 2}, given, [3, 3], numbers={'GB': 1.5}), \
                 row('round', {'context': 64, 'batch': 2, 'block': 16}, given, [3, 3])]";
     let rows = python(&format!("[*{code}, *rates({code}, [4, 6.5])]"), &json!(samples));
     let mut record: Value = serde_json::from_str(&bench::bench(["floor", "--json"]).done()).unwrap();
     record["rows"] = rows;
     assert_eq!(misfit(&record), None);
-    let row = bench::row(&record, "plain step", json!({ "context": 64, "batch": 2 }));
+    let row = bench::row(&record, "AR step", json!({ "context": 64, "batch": 2 }));
     for (name, q) in [("median", 0.5), ("p10", 0.1), ("p90", 0.9)] {
         assert_eq!(row[name].as_f64(), dflash::perf::statistics::quantile(&samples, q), "{name}");
     }
-    let plain = bench::row(&record, "plain decoding", json!({ "context": 64, "batch": 2 }));
+    let plain = bench::row(&record, "autoregressive decoding", json!({ "context": 64, "batch": 2 }));
     assert_eq!(plain["samples"][3], 200.0);
     assert_eq!((&plain["unit"], &plain["better"]), (&json!("tok/s"), &json!("higher")));
     let at = json!({ "context": 64, "batch": 2, "block": 16, "acceptance": 6.5 });
@@ -491,7 +491,7 @@ fn acceptance_tells_what_the_programs_say() {
         bench::row(&floor, "round", at)["median"].as_f64().unwrap()
     };
     let plain_ms =
-        bench::row(&floor, "plain step", json!({ "context": 64, "batch": 1 }))["median"].as_f64().unwrap();
+        bench::row(&floor, "AR step", json!({ "context": 64, "batch": 1 }))["median"].as_f64().unwrap();
     let rate = |tau: f64, rows: u32| {
         [format!("{:.0}", 1e3 * tau / ms(rows)), format!("{:.2}", tau * plain_ms / ms(rows))]
     };
@@ -633,7 +633,7 @@ fn acceptance_fails_where_a_text_is_another_one() {
     let rows = &tables(&out)[0];
     assert_eq!(rows[0][..6], ["1", "chain of 16", "match", "1.750 ± 0.250", "7.7", "2 of 2"]);
     assert_eq!(rows[1][..6], ["1", "tree of 8", "match", "2.000 ± 0.000", "3.5", "0 of 2"]);
-    // A text of `rejection` is nothing to hold against plain decoding's.
+    // A text of `rejection` is nothing to hold against autoregressive decoding's.
     assert_eq!((rows[5][..3].join(" "), rows[5][5]), ("1 tree of 8 rejection".into(), ""));
     assert!(rows.iter().all(|row| row[1..3] != ["chain of 16", "block"]), "{out}");
     assert!(err.contains("left out: block: dflash-gen: not here\n"), "{err}");

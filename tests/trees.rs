@@ -18,7 +18,7 @@ use dflash::cpu::ops;
 use dflash::engine::generate::{Finish, Outcome, Request, generate};
 use dflash::engine::lossless::check;
 use dflash::spec::tree::{Choice, MOST_ROWS, Tree, choices, moves};
-use dflash::spec::verify::Drafting;
+use dflash::spec::verify::SpecConfig;
 use kernel::Random;
 use serde_json::Value;
 use std::collections::HashSet;
@@ -143,8 +143,9 @@ struct Prefix {
 
 #[test]
 fn the_worked_tree_of_two_positions_is_built_as_written_and_committed_as_written() {
-    let laws: [[f32; 3]; 2] = [[0.6, 0.25, 0.15], [0.5, 0.3, 0.2]];
-    let choices: Vec<_> = laws.iter().map(|law| choices(&law.map(f32::ln), 6).unwrap()).collect();
+    let distributions: [[f32; 3]; 2] = [[0.6, 0.25, 0.15], [0.5, 0.3, 0.2]];
+    let choices: Vec<_> =
+        distributions.iter().map(|distribution| choices(&distribution.map(f32::ln), 6).unwrap()).collect();
     let tree = Tree::best_first(9, &choices, 7);
     let of: [&[u32]; 6] = [&[0], &[0, 0], &[1], &[0, 1], &[2], &[1, 0]];
     assert_eq!(prefixes(&tree), of);
@@ -338,7 +339,7 @@ fn random_tree(random: &mut Random, vocab: usize, rows: usize, depth: usize) -> 
     tree
 }
 
-/// Keys, values, features and logits of every path are those of plain steps along it.
+/// Keys, values, features and logits of every path are those of AR steps along it.
 #[test]
 fn every_row_of_a_tree_has_the_bits_of_plain_decoding_along_its_path() {
     let mut random = Random::new(7);
@@ -380,7 +381,7 @@ fn every_row_of_a_tree_has_the_bits_of_plain_decoding_along_its_path() {
 
 /// With rounds of trees of up to `rows` rows; none: of chains.
 fn grown(rows: Option<usize>, request: Request) -> Request {
-    Request { drafting: Drafting { tree: rows, ..request.drafting.clone() }, ..request }
+    Request { drafting: SpecConfig { tree: rows, ..request.drafting.clone() }, ..request }
 }
 
 fn decoder(models: &Models) -> Sequences<'_> {
@@ -391,7 +392,7 @@ fn run(models: &Models, rows: Option<usize>, request: &Request) -> Outcome {
     ops::install(|| generate(&mut decoder(models), &grown(rows, request.clone()), &mut Silent)).unwrap()
 }
 
-/// What a round keeps of a tree, whoever drew it, is what plain decoding would have there: later rounds, of trees,
+/// What a round keeps of a tree, whoever drew it, is what autoregressive decoding would have there: later rounds, of trees,
 /// chains and single steps in turn, say so.
 #[test]
 fn whatever_tree_is_verified_the_answer_is_that_of_plain_decoding() {
@@ -443,7 +444,7 @@ fn whatever_tree_is_verified_the_answer_is_that_of_plain_decoding() {
     assert!(turned > 100, "{turned} of {rounds} rounds went two rows deep or more");
 }
 
-/// A round leaves the drafter the features of the path, in its order: it drafts what it would have after plain steps.
+/// A round leaves the drafter the features of the path, in its order: it drafts what it would have after AR steps.
 #[test]
 fn after_every_tree_the_drafter_knows_what_it_would_after_plain_steps() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
@@ -618,7 +619,7 @@ fn what_cannot_be_is_refused_in_a_sentence() {
         (
             &["--tree", "9", "--block", "1"],
             2,
-            "--block is 1, which is plain decoding: --tree expects at least 2",
+            "--block is 1, which is autoregressive decoding: --tree expects at least 2",
         ),
         (&["--tree", "9", "--draft", "none"], 2, "--tree needs a drafter, but --draft is none"),
     ] {
@@ -634,7 +635,7 @@ fn what_cannot_be_is_refused_in_a_sentence() {
     // Drawn trees are judged by their rule at any temperature.
     for rule in ["rejection", "block"] {
         let judged = program::run(["--plan", "--launches", "--tree", "9", "--verify", rule]);
-        let kernels = ["draw_siblings", "judge_tree", "draw_chains", "chain_classes", "judge_chains"];
+        let kernels = ["sample_siblings", "verify_tree", "sample_chains", "chain_classes", "verify_chains"];
         let room = "of 4096 positions in blocks of 16 and trees of 9, sampled";
         assert!(kernels.iter().chain([&room]).all(|part| judged.out.contains(part)), "{judged:?}");
     }

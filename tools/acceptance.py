@@ -6,7 +6,7 @@ Runs dflash-gen over prompts on the CPU and prints three tables in Markdown. Of 
     tau            tokens of a round, the target's own included, over all rounds of all prompts; with several seeds
                    their mean and its standard error. No round is cut where an answer ends
     drafts/token   drafts that the target ran for each token
-    identical      answers that are plain decoding's with the same seed, token for token, where the rule promises it;
+    identical      answers that are autoregressive decoding's with the same seed, token for token, where the rule promises it;
                    fewer than all makes the exit code 1
     tok/s          predicted for --model on --card by dflash-bench floor, from bytes and operations alone, as if its
                    drafter were accepted as the one that ran: an upper bound, and never a measurement
@@ -34,7 +34,7 @@ from records import wholes
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Name, flags ({half}: half the temperature), whether texts are plain decoding's, whether there are trees of it.
+# Name, flags ({half}: half the temperature), whether texts are autoregressive decoding's, whether there are trees of it.
 RULES = [
     ("match", "", True, True),
     ("match, coupled", "--coupled", True, False),
@@ -58,7 +58,7 @@ PUBLISHED = [
 PUBLISHED_BLOCK = 16
 PUBLISHED_TREES = [64, 128, 256]
 
-# Rows of a round, None: plain decoding's; with flags of dflash-gen.
+# Rows of a round, None: autoregressive decoding's; with flags of dflash-gen.
 Cell = namedtuple("Cell", "rule tree flags identical")
 PLAIN = Cell("plain", None, "--draft none", True)
 
@@ -153,9 +153,9 @@ def floor(args, more):
 
 
 def predictions(args, rows):
-    """Milliseconds of a plain step, and of a round by its rows."""
+    """Milliseconds of a AR step, and of a round by its rows."""
     found = floor(args, ["--tree", ",".join(map(str, sorted(rows)))])
-    plain = next(row["median"] for row in found if row["name"] == "plain step")
+    plain = next(row["median"] for row in found if row["name"] == "AR step")
     return plain, {row["parameters"]["tree"]: row["median"] for row in found if row["name"] == "round"}
 
 
@@ -208,7 +208,7 @@ def main():
     plain_ms, round_ms = predictions(args, {chain, *args.tree, PUBLISHED_BLOCK, *PUBLISHED_TREES})
 
     def rate(tau, rows):
-        """Predicted tokens per second, and times plain decoding."""
+        """Predicted tokens per second, and times autoregressive decoding."""
         return [f"{1000 * tau / round_ms[rows]:.0f}", f"{tau * plain_ms / round_ms[rows]:.2f}"]
 
     where = f"{args.model} on {args.card}"

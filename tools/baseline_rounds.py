@@ -1,7 +1,7 @@
 """The rounds of `dflash-bench round` in PyTorch: `tools/baseline.py rounds`, for a side-by-side on one machine in one
 run.
 
-    plain step    one row of each sequence through the target
+    AR step    one row of each sequence through the target
     round         inject, draft, verify and accept as one: features of a block's rows into the drafter's keys and
                   values, its pass over a block, the target's pass over that block, and which drafts stand
     inject, draft, verify    alone
@@ -12,7 +12,7 @@ fastest at the shape. On a GPU all of it is captured as CUDA graphs. Weights and
 CPU) at the shapes of benches/models/*.json. Positions are constants of the graph, which a real engine cannot have: a
 favour to torch. The scaling of RoPE is left out, which changes values and no time.
 
-A plain step of Hugging Face Transformers, with the same shapes and a StaticCache, is measured beside them: as it is, as
+A AR step of Hugging Face Transformers, with the same shapes and a StaticCache, is measured beside them: as it is, as
 a CUDA graph, and through torch.compile; its rows have the parameter `library`. What it cannot do is told on stderr.
 
 Times are the device's own, every round of samples goes over all rows, and the first does not count. `--json OUT` writes
@@ -234,7 +234,7 @@ class Pair:
         """Features [batch, rows, taps * hidden] joined and normed, as the drafter's layers take them."""
         return self.drafter.norm(F.linear(features, self.fc), self.hidden_norm)
 
-    def remember(self, context, caches, start, angles):
+    def write_context_kv(self, context, caches, start, angles):
         """The drafter's keys and values of joined features: a part of its pass, as in dflash-bench's rounds."""
         wide = self.drafter.heads * self.drafter.head_dim
         for layer, cache in zip(self.drafter.layers, caches):
@@ -344,7 +344,7 @@ def torch_rows(pair, machine, context, batch):
         attend, ways[what] = machine.fastest(stack, batch, rows, context + rows, causal)
         return attend
 
-    step_way = way("plain step", target, 1, True)
+    step_way = way("AR step", target, 1, True)
     draft_way, verify_way = way("draft", drafter, block, False), way("verify", target, block, True)
     print(f"context {context}, batch {batch}: attention {ways}", file=sys.stderr)
 
@@ -357,7 +357,7 @@ def torch_rows(pair, machine, context, batch):
         return pair.inject(features)
 
     def draft(joined=joined):
-        pair.remember(joined, own, injected, before)
+        pair.write_context_kv(joined, own, injected, before)
         return pair.draft(anchors, own, context, drafted, draft_way)
 
     def verify(tokens=tokens):
@@ -378,7 +378,7 @@ def torch_rows(pair, machine, context, batch):
     draft_bytes = drafter.weight_bytes() + pair.head.nbytes + held * drafter.position_bytes()
     inject_bytes = pair.fc.nbytes
     return [
-        ("plain step", at, machine.prepared(step), nothing, plain_bytes),
+        ("AR step", at, machine.prepared(step), nothing, plain_bytes),
         ("round", in_round, machine.prepared(whole), nothing, plain_bytes + draft_bytes + inject_bytes),
         ("inject", in_round, machine.prepared(inject), nothing, inject_bytes),
         ("draft", in_round, machine.prepared(draft), nothing, draft_bytes),
@@ -387,7 +387,7 @@ def torch_rows(pair, machine, context, batch):
 
 
 def library_rows(config, machine, dtype, grid, plain_bytes):
-    """Transformers' plain step at every place of the grid, as it is, as a graph and compiled."""
+    """Transformers' AR step at every place of the grid, as it is, as a graph and compiled."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
@@ -428,7 +428,7 @@ def library_rows(config, machine, dtype, grid, plain_bytes):
                 print(f"{name}: left out: {type(error).__name__}: {reason}", file=sys.stderr)
                 continue
             parameters = {"context": context, "batch": batch, "library": name}
-            rows.append(("plain step", parameters, run, rewind, plain_bytes(context, batch)))
+            rows.append(("AR step", parameters, run, rewind, plain_bytes(context, batch)))
     return rows
 
 
@@ -505,7 +505,7 @@ def decode(pair, prompt, new_tokens):
     while len(tokens) < new_tokens and tokens[-1] != stop:
         start = len(prompt) + len(tokens) - 1
         angles = pair.drafter.angles(injected, features.shape[1])
-        pair.remember(pair.inject(features), own, injected, angles)
+        pair.write_context_kv(pair.inject(features), own, injected, angles)
         injected += features.shape[1]
         block = attentions(pair.drafter, pair.block, start + pair.block, False)["folded"]
         anchors = torch.tensor([tokens[-1]])
@@ -575,7 +575,7 @@ def main(arguments):
     fast = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION])
     with fast if machine.cuda else contextlib.nullcontext():
         measured = [row for place in grid for row in torch_rows(pair, machine, *place)]
-    bytes_of = {(row[1]["context"], row[1]["batch"]): row[4] for row in measured if row[0] == "plain step"}
+    bytes_of = {(row[1]["context"], row[1]["batch"]): row[4] for row in measured if row[0] == "AR step"}
     if not args.without_transformers:
         measured += library_rows(pair.config, machine, dtype, grid, lambda *place: bytes_of[place])
 

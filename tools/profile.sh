@@ -4,7 +4,7 @@
 #   tools/profile.sh OUT [FLAGS]   of dflash-bench round, one batch and context: --model qwen3-8b --context 1024
 # Into OUT:
 #   eager.nsys-rep  5 rounds launch by launch, with the ranges round, inject, draft, layer k, verify, accept
-#   graph.nsys-rep  plain steps and rounds as they run, each replay one thing: periods and the gaps between them
+#   graph.nsys-rep  AR steps and rounds as they run, each replay one thing: periods and the gaps between them
 #   node.nsys-rep   the same, each kernel of a replay by itself: what it is made of; small kernels look slower
 #   ncu.ncu-rep     one round, kernel by kernel: bytes of DRAM, time, throughput, and the source's lines
 #   *.csv           what nsys and ncu say of them; kernels.txt: tools/kernel-table.py of those

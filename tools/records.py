@@ -23,12 +23,12 @@ def row(name, parameters, samples, rounds, unit="ms", better="lower", numbers=No
 
 
 def rates(rows, acceptance):
-    """Tokens per second of plain steps, and of rounds at acceptance lengths that are assumed."""
+    """Tokens per second of AR steps, and of rounds at acceptance lengths that are assumed."""
     more = []
     for step in rows:
         at = step["parameters"]
         names = {
-            "plain step": [("plain decoding", 1, at)],
+            "AR step": [("autoregressive decoding", 1, at)],
             "round": [("DFlash, synthetic acceptance", tokens, {**at, "acceptance": tokens}) for tokens in acceptance],
         }
         for name, tokens, parameters in names.get(step["name"], []):

@@ -36,7 +36,7 @@ struct __align__(16) Progress {
   u32 budget;     // tokens that may still be emitted
   u32 end;        // the sequence's positions are 0..end; the token of the last one is never run
   u32 draft_end;  // the drafter's positions are 0..draft_end; 0: there is no drafter
-  u32 shape;      // bits 0 to 7: rows of a block at most, anchor included, 1: plain decoding; 8 to 15: rows that are
+  u32 shape;      // bits 0 to 7: rows of a block at most, anchor included, 1: autoregressive decoding; 8 to 15: rows that are
                   // verified at most, of a block or a tree, anchor included; from 16 on: a Form
 };
 

@@ -301,8 +301,8 @@ void enter() {
     fail({b.launch->kernel->file, 0}, "the thread ended without grid_wait(), so the next kernel could overtake the last one");
   }
   me.at = At::Done;
-  b.live--;
-  if (b.live && b.waiting == b.live) release_barrier(b);
+  b.num_active--;
+  if (b.num_active && b.waiting == b.num_active) release_barrier(b);
   go(&me, next_lane(b), true);
   abort();
 }
@@ -454,7 +454,7 @@ void run_block(Arena& a, const Launch& launch, uint64_t linear) {
   b.index = {unsigned(linear % nx), unsigned(linear / nx % ny), unsigned(linear / nx / ny)};
   b.serial = ++a.serial;
   b.random = launch.seed + linear * 0x2545f4914f6cdd1du;
-  b.live = b.threads;
+  b.num_active = b.threads;
   b.waiting = 0;
   b.failed = false;
   b.any = b.warps == 32 ? ~0u : (1u << b.warps) - 1;
@@ -471,7 +471,7 @@ void run_block(Arena& a, const Launch& launch, uint64_t linear) {
   b.counts.blocks++;
   go(nullptr, next_lane(b));
   if (b.failed) return;
-  if (b.live) {
+  if (b.num_active) {
     b.failed = true;
     report_stuck(b, begin_message(b, nullptr, {nullptr, 0}));
     return;
@@ -538,7 +538,7 @@ void barrier(Site site) {
   me.at = At::Barrier;
   me.operation = "__syncthreads";
   me.site = site;
-  if (++b.waiting == b.live) release_barrier(b);
+  if (++b.waiting == b.num_active) release_barrier(b);
   suspend();
 }
 

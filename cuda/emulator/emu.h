@@ -182,7 +182,7 @@ struct Launch {
 struct Block {
   dim3 index, size, grid;
   const Launch* launch;
-  unsigned threads, warps, live, waiting, current;
+  unsigned threads, warps, num_active, waiting, current;
   const char* barrier_file;
   int barrier_line;
   uint64_t random, serial;

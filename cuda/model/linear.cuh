@@ -22,7 +22,7 @@ struct Linear {
   const float* sumsq;   // [m][ceil(k / 128)] partial sums of squares of what `in` was made from, or null: no norm
   float4* partial;      // [passes][blocks][splits][warp 8][8-token tile][lane 32], unused where grid.y is 1
   u32* counters;        // [passes][blocks], zero, and zero again afterwards
-  const u32* live;      // 0: there is nothing to do; or null
+  const u32* num_active;      // 0: there is nothing to do; or null
   u32 m, n, k;          // rows, outputs, inputs
   u32 slice;            // groups of 32 k per slice
   u32 in_rows;          // rows of `in`, with GATHER
@@ -31,9 +31,9 @@ struct Linear {
 };
 #define LINEAR_PARAMETERS                                                                                       \
   const u16 *weights, const u16 *in, const u32 *gather, const float *sumsq, float4 *partial, u32 *counters,     \
-      const u32 *live, u32 m, u32 n, u32 k, u32 slice, u32 in_rows, u32 first_block, float eps
+      const u32 *num_active, u32 m, u32 n, u32 k, u32 slice, u32 in_rows, u32 first_block, float eps
 #define LINEAR \
-  Linear { weights, in, gather, sumsq, partial, counters, live, m, n, k, slice, in_rows, first_block, eps }
+  Linear { weights, in, gather, sumsq, partial, counters, num_active, m, n, k, slice, in_rows, first_block, eps }
 
 // Where a row's query, key and value go; NONE: nowhere.
 struct __align__(16) Place {
@@ -149,7 +149,7 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
   }
   grid_wait();
 
-  const u32 live = l.live ? ld(l.live) : 1;  // looked at once the first activations are on their way
+  const u32 num_active = l.num_active ? ld(l.num_active) : 1;  // looked at once the first activations are on their way
   tile.values = reinterpret_cast<const float*>(memory);
   tile.scale = scale;
   tile.token = blockIdx.z * NT * 8;
@@ -169,7 +169,7 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
     sts(scale + threadIdx.x, normed ? inverse_rms(l, tile.token + threadIdx.x) : 1.0f);
   }
   if (threadIdx.x >= 128 && threadIdx.x - 128 < tile.tokens) prepare(epilogue, tile, threadIdx.x - 128);
-  if (live == 0) {
+  if (num_active == 0) {
     cp_async_wait_all();
     return false;
   }

@@ -78,7 +78,7 @@ WRAPPER bool begin(const Linear& l, Tile& tile, const Epilogue& epilogue, unsign
   static_assert(Loop::TOKENS <= Loop::THREADS, "a thread per token");
   grid_launch();
   grid_wait();
-  if (l.live && ld(l.live) == 0) return false;
+  if (l.num_active && ld(l.num_active) == 0) return false;
   tile.values = reinterpret_cast<const float*>(memory);
   tile.scale = scale;
   tile.token = blockIdx.x * Loop::TOKENS;

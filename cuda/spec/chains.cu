@@ -1,16 +1,16 @@
-// The best of several chains, judged as a block: `draw_chains` and `best_block` of src/spec/verify.rs, decision for decision.
+// The best of several chains, judged as a block: `sample_chains` and `multi_draft_block_verify` of src/spec/verify.rs, decision for decision.
 //
-// Computes: draw_chains: the tokens of each sequence's chains, row by row from the law of the row's depth. chain_classes: for
-//           each row that has a draft behind it, the drafter's mass in each class of tokens and all before it. judge_chains:
-//           which chain's drafts are chosen, how many of them stand, and the token after those, of the law that is left.
+// Computes: sample_chains: the tokens of each sequence's chains, row by row from the distribution of the row's depth. chain_classes: for
+//           each row that has a draft behind it, the drafter's mass in each class of tokens and all before it. verify_chains:
+//           which chain's drafts are chosen, how many of them stand, and the token after those, of the distribution that is left.
 //           Only sequences of the rule `block` that draw a tree, of two rows or more, take part.
-// Work:     512 threads. draw_chains and chain_classes: grid (wide, sequences), a row each. judge_chains: grid (block,
+// Work:     512 threads. sample_chains and chain_classes: grid (wide, sequences), a row each. verify_chains: grid (block,
 //           sequences): each block finds the choice again, from a few words of each draft, and sums what its row's test
 //           needs; the last of a sequence judges.
 // Order:    ids ascend where a token is picked; all sums are of integers.
-// Bytes:    draw_chains: a row of logits per draft. chain_classes: two rows of logits per row with a draft behind it.
-//           judge_chains: two rows of logits per sequence, and two more per draft of a chain.
-// Needs:    vocab up to 2^26; block and wide 1 to 64; laws, logits, tables 16-byte aligned; counters zero, and left so. Rows
+// Bytes:    sample_chains: a row of logits per draft. chain_classes: two rows of logits per row with a draft behind it.
+//           verify_chains: two rows of logits per sequence, and two more per draft of a chain.
+// Needs:    vocab up to 2^26; block and wide 1 to 64; distributions, logits, tables 16-byte aligned; counters zero, and left so. Rows
 //           that come after the same drafts have the same logits.
 #include "spec/distribution.cuh"
 
@@ -63,9 +63,9 @@ WRAPPER u64 share_of(const u64* out, u32 count, u64 below, u64 up_to) {
 
 }  // namespace
 
-KERNEL(512, 1, draw_chains,
+KERNEL(512, 1, sample_chains,
        (u32* tokens,                // [sequences][wide]: anchor, drafts; NONE: padding, or a damaged draft
-        const Law* laws,            // [sequences][block]: row d's is that of depth d
+        const RowDistribution* distributions,            // [sequences][block]: row d's is that of depth d
         const float* logits,        // [sequences][block][vocab]
         const u32* parents,         // [sequences][wide]: the row a row follows: 0 where a chain begins
         const Span* spans,          // [sequences]: how many rows there are
@@ -86,9 +86,9 @@ KERNEL(512, 1, draw_chains,
   if (row && row < chains.rows) {
     const u32 depth = depth_of(row, chains.g);
     const size_t at = size_t(own) * block + depth;
-    const Law law = ld_law(laws + at);
-    if (law.heir != NONE) {
-      token = pick_of(law, table, logits + at * vocab, vocab, bits(dice_of(s), DRAFT, depth, row), words);
+    const RowDistribution distribution = ld_law(distributions + at);
+    if (distribution.rounding_token != NONE) {
+      token = pick_of(distribution, table, logits + at * vocab, vocab, bits(dice_of(s), DRAFT, depth, row), words);
     }
   }
   if (threadIdx.x == 0) st(tokens + first + row, token);
@@ -97,9 +97,9 @@ KERNEL(512, 1, draw_chains,
 KERNEL(512, 1, chain_classes,
        (u64* masses,                // [sequences][wide][CLASSES]: the drafter's mass up to a class, of rows with a draft
                                     // behind them; others, and damaged rows, are left as they are
-        const Law* targets,         // [sequences][wide]: after the drafts on the way to a row
+        const RowDistribution* targets,         // [sequences][wide]: after the drafts on the way to a row
         const float* target_logits, // [sequences][wide][vocab]
-        const Law* drafters,        // [sequences][block]: row d's is what the rows of depth d were drawn from
+        const RowDistribution* drafters,        // [sequences][block]: row d's is what the rows of depth d were drawn from
         const float* draft_logits,  // [sequences][block][vocab]
         const u32* parents,         // [sequences][wide]: the row a row follows: 0 where a chain begins
         const Span* spans,          // [sequences]: how many rows there are
@@ -118,7 +118,7 @@ KERNEL(512, 1, chain_classes,
   const size_t draft = size_t(own) * block + depth_of(row, chains.g) + 1;
   const Pair rows = {ld_law(targets + first + row), ld_law(drafters + draft), target_logits + (first + row) * vocab,
                      draft_logits + draft * vocab};
-  if (rows.p.heir == NONE || rows.q.heir == NONE) return;
+  if (rows.p.rounding_token == NONE || rows.q.rounding_token == NONE) return;
   for (u32 i = threadIdx.x; i < CLASSES * 32; i += THREADS) sts(bins + i, u64(0));
   __syncthreads();
   for (u32 group = threadIdx.x; group < (vocab + 3) / 4; group += THREADS) {
@@ -140,13 +140,13 @@ KERNEL(512, 1, chain_classes,
   st(masses + (first + row) * CLASSES + threadIdx.x, up_to);
 }
 
-KERNEL(512, 1, judge_chains,
+KERNEL(512, 1, verify_chains,
        (u32* accepted,              // [sequences]; this and the next two are left as they are where a sequence takes no part
         u32* next,                  // [sequences]; NONE: damaged
         u32* path,                  // [sequences][wide]: 0, then the rows that stand, then NONE
-        const Law* targets,         // [sequences][wide]: after the drafts on the way to a row
+        const RowDistribution* targets,         // [sequences][wide]: after the drafts on the way to a row
         const float* target_logits, // [sequences][wide][vocab]
-        const Law* drafters,        // [sequences][block]: row d's is what the rows of depth d were drawn from
+        const RowDistribution* drafters,        // [sequences][block]: row d's is what the rows of depth d were drawn from
         const float* draft_logits,  // [sequences][block][vocab]
         const u32* tokens,          // [sequences][wide]: anchor, drafts
         const u32* parents,         // [sequences][wide]: the row a row follows: 0 where a chain begins
@@ -154,7 +154,7 @@ KERNEL(512, 1, judge_chains,
         const Sequence* sequences,  // [sequences]
         const u32* tables,
         const u64* masses,          // [sequences][wide][CLASSES], as chain_classes has them
-        u64* shared,                // [sequences][block]: what a row's law and the choice's share
+        u64* shared,                // [sequences][block]: what a row's distribution and the choice's share
         u32* counters,              // [sequences]
         u32 vocab, u32 block, u32 wide)) {
   SHARED(u32, table, 512);
@@ -180,12 +180,12 @@ KERNEL(512, 1, judge_chains,
   const Chains chains = chains_of(s, parents + first, spans + own, block, wide);
   const u32 count = chains.count, g = chains.g;
   if (count == 0 || row > g) return;
-  const Dice dice = dice_of(s);
+  const PhiloxStream dice = dice_of(s);
 
   if (threadIdx.x < count * g) {
     const u32 i = threadIdx.x, depth = i % g, before = depth ? i : 0, token = ld(tokens + first + i + 1);
-    const Law p = ld_law(targets + first + before), q = ld_law(drafters + draft_first + depth + 1);
-    const bool sound = p.heir != NONE && q.heir != NONE;
+    const RowDistribution p = ld_law(targets + first + before), q = ld_law(drafters + draft_first + depth + 1);
+    const bool sound = p.rounding_token != NONE && q.rounding_token != NONE;
     const u64 mine = sound ? probability_at(p, table, target_logits + (first + before) * vocab, vocab, token) : 0;
     const u64 drawn =
         sound ? probability_at(q, table, draft_logits + (draft_first + depth + 1) * vocab, vocab, token) : 0;
@@ -201,7 +201,7 @@ KERNEL(512, 1, judge_chains,
     bool runs[2] = {lane < count, lane + 32 < count};
     u64 out[2] = {0, 0}, w = ONE;
     u32 winner = 0, stands = 0;
-    bool sound = ld(&targets[first].heir) != NONE;
+    bool sound = ld(&targets[first].rounding_token) != NONE;
 #pragma unroll 1
     for (u32 i = 0; i < g; i++) {
       u32 best = NONE;
@@ -218,7 +218,7 @@ KERNEL(512, 1, judge_chains,
       w = ratio(w, lds(ps + at), times(q, share_of(outs + i * count, count, lds(below + at), up)));
       if (lane == 0) sts(shares + i, w);
       if (w && stands == i) stands++;
-      sound &= ld(&targets[first + at + 1].heir) != NONE && ld(&drafters[draft_first + i + 1].heir) != NONE;
+      sound &= ld(&targets[first + at + 1].rounding_token) != NONE && ld(&drafters[draft_first + i + 1].rounding_token) != NONE;
 #pragma unroll
       for (u32 j = 0; j < 2; j++) {
         const u32 c = lane + 32 * j;
@@ -268,8 +268,8 @@ KERNEL(512, 1, judge_chains,
         return of_both(here, table, vocab, group, [&](u64 p, u64 q) { return beyond(times(w, p), chosen(p, q)); });
       });
     }
-    // Where nothing is left both laws are the same.
-    const Law p = ld_law(targets + row_at(stands));
+    // Where nothing is left both distributions are the same.
+    const RowDistribution p = ld_law(targets + row_at(stands));
     if (token == NONE) token = pick_of(p, table, target_logits + row_at(stands) * vocab, vocab, chance, words);
   }
   if (threadIdx.x < wide) {

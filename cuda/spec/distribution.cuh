@@ -1,5 +1,5 @@
-// Laws of rows and the chances of a round: what kernels that draw and judge share. Probabilities are integers that add up
-// to 2^48 in each row. `Probabilities` and `Dice` of src/spec/verify.rs.
+// Distributions of rows and the chances of a round: what kernels that draw and judge share. Probabilities are integers that add up
+// to 2^48 in each row. `Probabilities` and `PhiloxStream` of src/spec/verify.rs.
 #pragma once
 #include "spec/sampling_weights.cuh"
 #include "common/state.cuh"
@@ -11,59 +11,59 @@ constexpr u32 MOST_ROWS = 64;
 // Purposes of Philox counters.
 constexpr u32 DRAFT = 2, ACCEPT = 3, RESIDUAL = 4;
 
-// A row's law: the weight W of a token that the filters leave is the probability W 2^up inverse / 2^64, rounded down;
-// what is left over is the heir's. Mirrored by src/gpu/kernels/rules.rs.
-struct __align__(16) Law {
+// A row's distribution: the weight W of a token that the filters leave is the probability W 2^up inverse / 2^64, rounded down;
+// what is left over is the rounding_token's. Mirrored by src/gpu/kernels/rules.rs.
+struct __align__(16) RowDistribution {
   float max, c;
   u32 min_p, up;
   Rank limit;   // the last token that the cuts keep
-  u32 heir;     // the best token; NONE: there is no law
+  u32 rounding_token;     // the best token; NONE: there is no distribution
   u64 inverse, left;
 };
-static_assert(sizeof(Law) == 48, "src/gpu/kernels/rules.rs counts on it");
+static_assert(sizeof(RowDistribution) == 48, "src/gpu/kernels/rules.rs counts on it");
 
 // Where a round's chances come from.
-struct Dice {
+struct PhiloxStream {
   u32 key[2], stream, round, anchor;
 };
-WRAPPER Dice dice_of(const Sequence* s) {
+WRAPPER PhiloxStream dice_of(const Sequence* s) {
   return {{ld(s->seed), ld(s->seed + 1)}, ld(&s->stream), ld(&s->rounds) + 1, ld(&s->now.length)};
 }
-WRAPPER u64 bits(const Dice& d, u32 purpose, u32 depth, u32 row) {
+WRAPPER u64 bits(const PhiloxStream& d, u32 purpose, u32 depth, u32 row) {
   const uint4 drawn = philox(make_uint4(d.anchor + depth, purpose << 24 | row, d.stream, d.round), d.key[0], d.key[1]);
   return u64(drawn.x) << 32 | drawn.y;
 }
-WRAPPER bool accept(const Dice& d, u32 depth, u32 row, u64 s, u64 n) {
+WRAPPER bool accept(const PhiloxStream& d, u32 depth, u32 row, u64 s, u64 n) {
   return s >= n || __umul64hi(bits(d, ACCEPT, depth, row), n) < s;
 }
 
-WRAPPER Law ld_law(const Law* from) {
+WRAPPER RowDistribution ld_law(const RowDistribution* from) {
   const uint4 a = ld128(from), b = ld128(reinterpret_cast<const uint4*>(from) + 1);
   const uint4 c = ld128(reinterpret_cast<const uint4*>(from) + 2);
   return {__uint_as_float(a.x), __uint_as_float(a.y), a.z, a.w, {b.x, b.y, b.z}, b.w, u64(c.y) << 32 | c.x,
           u64(c.w) << 32 | c.z};
 }
-WRAPPER void st_law(Law* to, const Law& law) {
+WRAPPER void st_law(RowDistribution* to, const RowDistribution& distribution) {
   uint4* words = reinterpret_cast<uint4*>(to);
-  st128(words, make_uint4(__float_as_uint(law.max), __float_as_uint(law.c), law.min_p, law.up));
-  st128(words + 1, make_uint4(law.limit.t, law.limit.inverse, law.limit.id, law.heir));
-  st128(words + 2, make_uint4(u32(law.inverse), u32(law.inverse >> 32), u32(law.left), u32(law.left >> 32)));
+  st128(words, make_uint4(__float_as_uint(distribution.max), __float_as_uint(distribution.c), distribution.min_p, distribution.up));
+  st128(words + 1, make_uint4(distribution.limit.t, distribution.limit.inverse, distribution.limit.id, distribution.rounding_token));
+  st128(words + 2, make_uint4(u32(distribution.inverse), u32(distribution.inverse >> 32), u32(distribution.left), u32(distribution.left >> 32)));
 }
 
 // The weight of a token, 0 where a filter takes it.
-WRAPPER u64 kept_weight(const Law& law, const u32* tables, float logit, u32 id) {
-  const Rank rank = {exponent(law.max, logit, law.c), ~ascending(logit), id};
+WRAPPER u64 kept_weight(const RowDistribution& distribution, const u32* tables, float logit, u32 id) {
+  const Rank rank = {exponent(distribution.max, logit, distribution.c), ~ascending(logit), id};
   const u64 w = weight(tables, rank.t);
-  return w >= law.min_p && within(rank, law.limit) ? w : 0;
+  return w >= distribution.min_p && within(rank, distribution.limit) ? w : 0;
 }
 
-// The probability of a token below the vocabulary's size. The shift keeps 64 bits where the law is garbage.
-WRAPPER u64 probability(const Law& law, const u32* tables, float logit, u32 id) {
-  const u64 p = __umul64hi(kept_weight(law, tables, logit, id) << (law.up & 63), law.inverse);
-  return p + (id == law.heir ? law.left : 0);
+// The probability of a token below the vocabulary's size. The shift keeps 64 bits where the distribution is garbage.
+WRAPPER u64 probability(const RowDistribution& distribution, const u32* tables, float logit, u32 id) {
+  const u64 p = __umul64hi(kept_weight(distribution, tables, logit, id) << (distribution.up & 63), distribution.inverse);
+  return p + (id == distribution.rounding_token ? distribution.left : 0);
 }
-WRAPPER u64 probability_at(const Law& law, const u32* tables, const float* logits, u32 vocab, u32 id) {
-  return id < vocab ? probability(law, tables, ld(logits + id), id) : 0;
+WRAPPER u64 probability_at(const RowDistribution& distribution, const u32* tables, const float* logits, u32 vocab, u32 id) {
+  return id < vocab ? probability(distribution, tables, ld(logits + id), id) : 0;
 }
 
 // floor(a b / 2^48), below 2^64.
@@ -163,9 +163,9 @@ WRAPPER u32 pick(u32 vocab, u64 bits, u64* words, F f) {
   return beyond ? __shfl_sync(~0u, id, __ffs(int(beyond)) - 1) : NONE;
 }
 
-// The target's law of a row, and the one that its next draft was drawn from; with both rows of logits.
+// The target's distribution of a row, and the one that its next draft was drawn from; with both rows of logits.
 struct Pair {
-  Law p, q;
+  RowDistribution p, q;
   const float *target, *draft;  // [vocab]
 };
 
@@ -195,23 +195,23 @@ WRAPPER u64 sum_of_both(const Pair& rows, const u32* table, u32 vocab, u64* word
   return block_sum(sum, words);
 }
 
-// A token of a law.
-WRAPPER u32 pick_of(const Law& law, const u32* table, const float* logits, u32 vocab, u64 bits, u64* words) {
+// A token of a distribution.
+WRAPPER u32 pick_of(const RowDistribution& distribution, const u32* table, const float* logits, u32 vocab, u64 bits, u64* words) {
   return pick(vocab, bits, words, [&](u32 group) {
     const float4 v = load4(logits, vocab, group);
     const float four[4] = {v.x, v.y, v.z, v.w};
     Four p;
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) p.w[i] = group * 4 + i < vocab ? probability(law, table, four[i], group * 4 + i) : 0;
+    for (u32 i = 0; i < 4; i++) p.w[i] = group * 4 + i < vocab ? probability(distribution, table, four[i], group * 4 + i) : 0;
     return p;
   });
 }
 
 // How many of a sequence's g drafts stand as a block, told to the last of its blocks 0 .. g to come here, and NONE to the
-// others. What row `at` has in common with its draft's law is in sums[at], of thread 0; share(at) is what of the first
+// others. What row `at` has in common with its draft's distribution is in sums[at], of thread 0; share(at) is what of the first
 // `at` drafts is to be emitted, and of more than `most` nothing. `found` has two words.
 template <class F>
-WRAPPER u32 stands_of(const Dice& dice, const u64* sums, u32* counter, u32 g, u32 most, u32* found, F share) {
+WRAPPER u32 stands_of(const PhiloxStream& dice, const u64* sums, u32* counter, u32 g, u32 most, u32* found, F share) {
   if (threadIdx.x == 0) {
     __threadfence();
     sts(found, atomicAdd(counter, 1u));

@@ -5,8 +5,8 @@
 //   round_begin - draft pass - round_tokens - verification pass - verify - round_finish
 //
 // With trees, choices and tree_build stand where round_tokens does, and compact before round_finish; tree_build's tables
-// take the place of round_begin's for the verification pass. Where drafts are drawn by rules, law and draw end the draft
-// pass and draw_siblings and draw_chains follow tree_build; law, judge, judge_tree, chain_classes and judge_chains
+// take the place of round_begin's for the verification pass. Where drafts are drawn by rules, distribution and draw end the draft
+// pass and sample_siblings and sample_chains follow tree_build; distribution, judge, verify_tree, chain_classes and verify_chains
 // follow verify, whose verdicts they replace.
 //
 // Computes: round_begin: tokens, rows and spans of both passes, the number of active sequences, the round's number.
@@ -37,11 +37,11 @@ KERNEL(64, 8, round_begin,
         Span* draft_spans,    // [sequences]: what the block's rows see; no rows where nothing is drafted
         Row* verify_rows,     // [sequences][wide]
         Span* verify_spans,   // [sequences]
-        u32* clock,           // [3]: the round's number, active sequences; rows per sequence of the last verification
+        u32* round_header,           // [3]: the round's number, active sequences; rows per sequence of the last verification
         const Sequence* sequences,  // [sequences]
-        const u32* path,      // [sequences][clock[2]], as the last verdict left it; at most `columns`
+        const u32* path,      // [sequences][round_header[2]], as the last verdict left it; at most `columns`
         u32 block, u32 wide, u32 columns,  // rows of a sequence: of its block; of its verification; of any
-        u32 drafts,           // 0: every sequence takes a plain step
+        u32 drafts,           // 0: every sequence takes a AR step
         u32 mask)) {
   grid_launch();
   grid_wait();
@@ -50,7 +50,7 @@ KERNEL(64, 8, round_begin,
   const u32 rows = block_rows(s, drafts ? block : 1), drafting = rows > 1 ? rows : 0;
   const u32 verified = min(min(rows, verified_rows(s)), wide);
   const u32 pending = s.active ? min(min(s.pending, block), s.length) : 0;
-  const u32 at = own * block + row, before = min(ld(clock + 2), columns);
+  const u32 at = own * block + row, before = min(ld(round_header + 2), columns);
   if (row < block) {
     st(draft_tokens + at, row >= drafting ? NONE : row == 0 ? s.anchor : mask);
     // A feature's slot in the drafter's pages is its position.
@@ -78,8 +78,8 @@ KERNEL(64, 8, round_begin,
     for (u32 i = row; i < count; i += 32) active += ld(&sequences[i].now.active) != 0;
     active = __reduce_add_sync(~0u, active);
     if (row == 0) {
-      st(clock, ld(clock) + 1);
-      st(clock + 1, active);
+      st(round_header, ld(round_header) + 1);
+      st(round_header + 1, active);
     }
   }
 }
@@ -103,7 +103,7 @@ KERNEL(64, 8, round_tokens,
 KERNEL(32, 16, round_finish,
        (Sequence* sequences,   // [sequences]
         u32* ring,             // [places][slots][record]: a Record and its tokens, in pinned memory
-        u32* clock,            // [3], as round_begin left it
+        u32* round_header,            // [3], as round_begin left it
         const u32* accepted,   // [sequences]
         const u32* next,       // [sequences]
         const u32* path,       // [sequences][wide]
@@ -112,7 +112,7 @@ KERNEL(32, 16, round_finish,
         u32 wide, u32 places, u32 slots, u32 record)) {
   grid_launch();
   grid_wait();
-  const u32 own = blockIdx.x, lane = threadIdx.x, round = ld(clock);
+  const u32 own = blockIdx.x, lane = threadIdx.x, round = ld(round_header);
   Sequence* to = sequences + own;
   const Progress s = ld_progress(to);
   u32* const line = ring + (size_t(round % places) * slots + own) * record;
@@ -184,7 +184,7 @@ KERNEL(32, 16, round_finish,
     st(line + 4, sound ? rows - 1 : 0);
     st(line + 5, sound ? low_way : 0);
     st(line + 6, sound ? high_way : 0);
-    if (own == 0) st(clock + 2, wide);
+    if (own == 0) st(round_header + 2, wide);
   }
   __threadfence_system();
   __syncwarp();

@@ -1,20 +1,20 @@
 // Drafts drawn at random and judged by `rejection` and `block` of src/spec/verify.rs, decision for decision. Probabilities are
 // integers that add up to 2^48 in each row; all sums are of integers, so nothing depends on how the work is split.
 //
-// Computes: law: per row what turns a logit into a probability; heir NONE for a damaged row and for one without a
-//           sequence. draw: per drafted row a token of its law. judge: per sequence which drafts stand and the token
-//           after them, of the law that is left. Sequences of the rule `match` are none of draw's and judge's; nor, for
+// Computes: distribution: per row what turns a logit into a probability; rounding_token NONE for a damaged row and for one without a
+//           sequence. draw: per drafted row a token of its distribution. judge: per sequence which drafts stand and the token
+//           after them, of the distribution that is left. Sequences of the rule `match` are none of draw's and judge's; nor, for
 //           judge, are blocks without drafts, which all rules decode plainly.
-// Work:     512 threads. law and draw: grid (rows). judge: grid (block, sequences): by blocks, each row's block sums
+// Work:     512 threads. distribution and draw: grid (rows). judge: grid (block, sequences): by blocks, each row's block sums
 //           what the row's test needs, and the last of a sequence judges; else row 0's judges alone.
 // Order:    ids ascend where a token is picked.
-// Bytes:    law: best, and the row's logits twice; with cuts as `sample` besides. draw: the row's logits once. judge:
+// Bytes:    distribution: best, and the row's logits twice; with cuts as `sample` besides. draw: the row's logits once. judge:
 //           two rows of logits per sequence, by blocks two more per draft.
-// Needs:    vocab up to 2^26, block 1 to 64; logits, best, laws, tables 16-byte aligned; counters zero, and left so.
+// Needs:    vocab up to 2^26, block 1 to 64; logits, best, distributions, tables 16-byte aligned; counters zero, and left so.
 #include "spec/distribution.cuh"
 
-KERNEL(512, 1, law,
-       (Law* laws,                  // [rows]
+KERNEL(512, 1, distribution,
+       (RowDistribution* distributions,                  // [rows]
         const u64* best,            // [rows][blocks], as `sample` has it
         const float* logits,        // [rows][vocab]
         const Row* rows,            // [rows]
@@ -36,9 +36,9 @@ KERNEL(512, 1, law,
   const u32 top = u32(key >> 32), id = ~u32(key);
   const bool sound = known && id < vocab && top > ascending(__uint_as_float(0xff800000u)) &&
                      top < ascending(__uint_as_float(0x7f800000u));
-  Law own = {logit_of(top), known ? ld(&s->c) : 0, 0, 0, {~0u, ~0u, ~0u}, NONE, 0, 0};
+  RowDistribution own = {logit_of(top), known ? ld(&s->c) : 0, 0, 0, {~0u, ~0u, ~0u}, NONE, 0, 0};
   if (!sound) {
-    if (threadIdx.x == 0) st_law(laws + r, own);
+    if (threadIdx.x == 0) st_law(distributions + r, own);
     return;
   }
   const float* from = logits + size_t(r) * vocab;
@@ -78,14 +78,14 @@ KERNEL(512, 1, law,
       own.inverse = inverse_of(sum << own.up);
     }
   }
-  own.heir = id;
-  if (threadIdx.x == 0) st_law(laws + r, own);
+  own.rounding_token = id;
+  if (threadIdx.x == 0) st_law(distributions + r, own);
 }
 
 KERNEL(512, 1, draw,
        (u32* drafts,                // [sequences][block]: row j's token is the draft for place j; row 0 and rows of the
                                     // rule `match` are left as they are; NONE: damaged
-        const Law* laws,            // [sequences][block]
+        const RowDistribution* distributions,            // [sequences][block]
         const float* logits,        // [sequences][block][vocab]
         const Row* rows,            // [sequences][block]
         const Sequence* sequences,  // [sequences]
@@ -98,10 +98,10 @@ KERNEL(512, 1, draw,
   __syncthreads();
   const u32 r = blockIdx.x, depth = r % block, sequence = ld(&rows[r].sequence);
   if (depth == 0 || sequence >= count || ld(&sequences[sequence].rule) == MATCH) return;
-  const Law own = ld_law(laws + r);
+  const RowDistribution own = ld_law(distributions + r);
   const float* from = logits + size_t(r) * vocab;
   u32 token = NONE;
-  if (own.heir != NONE) {
+  if (own.rounding_token != NONE) {
     token = pick_of(own, table, from, vocab, bits(dice_of(sequences + sequence), DRAFT, depth, depth), words);
   }
   if (threadIdx.x == 0) st(drafts + r, token);
@@ -112,15 +112,15 @@ KERNEL(512, 1, judge,
                                     // where nothing was drafted
         u32* next,                  // [sequences]; NONE: damaged
         u32* path,                  // [sequences][wide]: 0, 1, .. accepted, then NONE
-        const Law* targets,         // [sequences][wide]: after the anchor and the drafts up to a row
+        const RowDistribution* targets,         // [sequences][wide]: after the anchor and the drafts up to a row
         const float* target_logits, // [sequences][wide][vocab]
-        const Law* drafters,        // [sequences][block]: what a row's draft was drawn from; row 0 unused
+        const RowDistribution* drafters,        // [sequences][block]: what a row's draft was drawn from; row 0 unused
         const float* draft_logits,  // [sequences][block][vocab]
         const u32* tokens,          // [sequences][wide]: anchor, drafts
         const Span* spans,          // [sequences]
         const Sequence* sequences,  // [sequences]
         const u32* tables,
-        u64* shared,                // [sequences][block]: what a row's law and its draft's share
+        u64* shared,                // [sequences][block]: what a row's distribution and its draft's share
         u32* counters,              // [sequences]
         u32 vocab, u32 block, u32 wide)) {
   SHARED(u32, table, 512);
@@ -138,26 +138,26 @@ KERNEL(512, 1, judge,
   if (rows < 2 || row >= rows || (row > 0 && rule != BLOCK)) return;
   __syncthreads();
   const u32 g = rows - 1;
-  const Dice dice = dice_of(s);
+  const PhiloxStream dice = dice_of(s);
   const auto target = [&](u32 at) { return ld_law(targets + first + at); };
   const auto drafter = [&](u32 at) { return ld_law(drafters + draft_first + at + 1); };
   const auto target_row = [&](u32 at) { return target_logits + (first + at) * vocab; };
   const auto draft_row = [&](u32 at) { return draft_logits + (draft_first + at + 1) * vocab; };
 
-  // Draft i + 1 against the laws after i drafts.
+  // Draft i + 1 against the distributions after i drafts.
   if (threadIdx.x < g) {
     const u32 i = threadIdx.x, token = ld(tokens + first + i + 1);
-    const Law p = target(i), q = drafter(i);
-    const bool sound = p.heir != NONE && q.heir != NONE;
+    const RowDistribution p = target(i), q = drafter(i);
+    const bool sound = p.rounding_token != NONE && q.rounding_token != NONE;
     sts(chances + i, sound ? probability_at(p, table, target_row(i), vocab, token) : 0);
     sts(chances + MOST_ROWS + i, sound ? probability_at(q, table, draft_row(i), vocab, token) : 0);
   }
   __syncthreads();
 
-  // Stands, the share w of the row after that, whether the draft's law is taken off, and whether there is a token.
+  // Stands, the share w of the row after that, whether the draft's distribution is taken off, and whether there is a token.
   if (threadIdx.x == 0) {
     u32 stands = 0, taken = 0;
-    bool sound = ld(&targets[first].heir) != NONE;
+    bool sound = ld(&targets[first].rounding_token) != NONE;
     for (; sound && stands < g; stands++) {
       const u64 p = lds(chances + stands), q = lds(chances + MOST_ROWS + stands);
       if (rule == BLOCK) {
@@ -169,7 +169,7 @@ KERNEL(512, 1, judge,
         if (q == 0 || !accept(dice, stands + 1, stands + 1, p, q)) break;
         taken = 0;
       }
-      sound = ld(&targets[first + stands + 1].heir) != NONE;
+      sound = ld(&targets[first + stands + 1].rounding_token) != NONE;
     }
     sts(verdict, stands), sts(verdict + 1, taken), sts(verdict + 2, u32(sound));
   }
@@ -197,14 +197,14 @@ KERNEL(512, 1, judge,
   u32 token = NONE;
   if (sound) {
     const u64 chance = bits(dice, RESIDUAL, stands + 1, stands);
-    const Law p = target(stands);
+    const RowDistribution p = target(stands);
     if (taken) {
       const Pair rows = {p, drafter(stands), target_row(stands), draft_row(stands)};
       token = pick(vocab, chance, words, [&](u32 group) {
         return of_both(rows, table, vocab, group, [&](u64 p, u64 q) { return beyond(times(w, p), q); });
       });
     }
-    // Where nothing is left both laws are the same.
+    // Where nothing is left both distributions are the same.
     if (token == NONE) token = pick_of(p, table, target_row(stands), vocab, chance, words);
   }
   const u32 stood = sound ? stands : 0;

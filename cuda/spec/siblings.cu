@@ -1,28 +1,28 @@
-// Trees of a fixed shape whose siblings are drawn without replacement, and the verdict on them: `draw_shape` and `recursive`
+// Trees of a fixed shape whose siblings are drawn without replacement, and the verdict on them: `sample_tree` and `recursive`
 // of src/spec/verify.rs with distinct siblings, decision for decision.
 //
-// Computes: draw_siblings: the tokens of each sequence's tree, a row's children from the law of their depth, each without
-//           those before it; a child for which no token is left repeats the one before. judge_tree: from the anchor down,
-//           which child of a row stands, and the token after the last one, of the law that is left. Only sequences of the
+// Computes: sample_siblings: the tokens of each sequence's tree, a row's children from the distribution of their depth, each without
+//           those before it; a child for which no token is left repeats the one before. verify_tree: from the anchor down,
+//           which child of a row stands, and the token after the last one, of the distribution that is left. Only sequences of the
 //           rule `rejection` that draw a tree, of two rows or more, take part.
-// Work:     512 threads. draw_siblings: grid (wide, sequences), the children of one row each. judge_tree: grid (sequences).
-//           Laws between siblings are not stored: a few words per sibling say how each follows from the one before, and an
+// Work:     512 threads. sample_siblings: grid (wide, sequences), the children of one row each. verify_tree: grid (sequences).
+//           Distributions between siblings are not stored: a few words per sibling say how each follows from the one before, and an
 //           element goes through all of them where it is asked for.
 // Order:    ids ascend where a token is picked; all sums are of integers.
-// Bytes:    draw_siblings: per row with n children, one row of logits 2 n times. judge_tree: per row of the walk with n
+// Bytes:    sample_siblings: per row with n children, one row of logits 2 n times. verify_tree: per row of the walk with n
 //           children looked at, two rows of logits up to 2 n times.
-// Needs:    vocab up to 2^26; block and wide 1 to 64; laws, logits, tables 16-byte aligned.
+// Needs:    vocab up to 2^26; block and wide 1 to 64; distributions, logits, tables 16-byte aligned.
 #include "spec/distribution.cuh"
 
 namespace {
 
 constexpr u32 SCALES = 4, MARKS = 5;
 
-// How the laws after a sibling follow from those before it. The drafter's q loses the token that was drawn, and what is left
+// How the distributions after a sibling follow from those before it. The drafter's q loses the token that was drawn, and what is left
 // is scaled up to 2^48; the target's p becomes max(p - q, 0), scaled likewise. Words of step s are at s, MOST_ROWS + s, ...
 struct Steps {
-  u64* scales;  // [SCALES][MOST_ROWS]: q's inverse and what its heir gets, p's
-  u32* marks;   // [MARKS][MOST_ROWS]: the token, q's shift and heir, p's
+  u64* scales;  // [SCALES][MOST_ROWS]: q's inverse and what its rounding_token gets, p's
+  u32* marks;   // [MARKS][MOST_ROWS]: the token, q's shift and rounding_token, p's
 };
 WRAPPER u64 scaled(u64 w, u32 up, u64 inverse) { return __umul64hi(w << (up & 63), inverse); }
 
@@ -66,7 +66,7 @@ struct Heaviest {
 WRAPPER Heaviest heavier(Heaviest a, Heaviest b) { return b.w > a.w || (b.w == a.w && b.id < a.id) ? b : a; }
 
 // Of the block; every thread has it. `words` and `ids` may be written again as `block_sum`'s.
-WRAPPER u32 block_heir(Heaviest own, u64* words, u32* ids) {
+WRAPPER u32 block_rounding_token(Heaviest own, u64* words, u32* ids) {
   for (int flip = 16; flip; flip /= 2) {
     own = heavier(own, {__shfl_xor_sync(~0u, own.w, flip), __shfl_xor_sync(~0u, own.id, flip)});
   }
@@ -82,25 +82,25 @@ WRAPPER void scale_of(u64 sum, u32& up, u64& inverse) {
   inverse = inverse_of(sum << up);
 }
 
-// What two kernels need of the drafter's law of a depth.
+// What two kernels need of the drafter's distribution of a depth.
 struct Depth {
-  Law law;
+  RowDistribution distribution;
   const float* logits;
   const u32* table;
   u32 vocab;
 };
 // 0 for what is no token.
 WRAPPER u64 drawn_at(const Depth& d, const Steps& steps, u32 count, u32 id) {
-  return id < d.vocab ? after(steps, count, probability(d.law, d.table, ld(d.logits + id), id), id) : 0;
+  return id < d.vocab ? after(steps, count, probability(d.distribution, d.table, ld(d.logits + id), id), id) : 0;
 }
 
 // Where reductions over the block meet.
 struct Meeting {
-  u64 *words, *heirs;  // [WARPS] each
+  u64 *words, *rounding_weights;  // [WARPS] each
   u32* ids;            // [WARPS]
 };
 
-// q's part of step `count`: the law without a token. False where no other is left. All threads have passed a barrier before
+// q's part of step `count`: the distribution without a token. False where no other is left. All threads have passed a barrier before
 // and after.
 WRAPPER bool lose(const Depth& d, const Steps& steps, u32 count, u32 token, const Meeting& meeting) {
   const u64 rest = ONE - drawn_at(d, steps, count, token);
@@ -117,16 +117,16 @@ WRAPPER bool lose(const Depth& d, const Steps& steps, u32 count, u32 token, cons
     for (u32 i = 0; i < 4; i++) {
       const u32 id = group * 4 + i;
       if (id >= d.vocab || id == token) continue;
-      const u64 w = after(steps, count, probability(d.law, d.table, four[i], id), id);
+      const u64 w = after(steps, count, probability(d.distribution, d.table, four[i], id), id);
       sum += scaled(w, up, inverse);
       heaviest = heavier(heaviest, {w, id});
     }
   }
   sum = block_sum(sum, meeting.words);
-  const u32 heir = block_heir(heaviest, meeting.heirs, meeting.ids);
+  const u32 rounding_token = block_rounding_token(heaviest, meeting.rounding_weights, meeting.ids);
   if (threadIdx.x == 0) {
     sts(steps.marks + count, token), sts(steps.marks + MOST_ROWS + count, up);
-    sts(steps.marks + 2 * MOST_ROWS + count, heir);
+    sts(steps.marks + 2 * MOST_ROWS + count, rounding_token);
     sts(steps.scales + count, inverse), sts(steps.scales + MOST_ROWS + count, ONE - sum);
   }
   __syncthreads();
@@ -154,9 +154,9 @@ WRAPPER u32 next_child(const u32* parents, u32 row, u32 child, u32 rows) {
 
 }  // namespace
 
-KERNEL(512, 1, draw_siblings,
+KERNEL(512, 1, sample_siblings,
        (u32* tokens,                // [sequences][wide]: anchor, drafts; NONE: padding, or a damaged draft
-        const Law* laws,            // [sequences][block]: row d's is that of depth d
+        const RowDistribution* distributions,            // [sequences][block]: row d's is that of depth d
         const float* logits,        // [sequences][block][vocab]
         const u32* parents,         // [sequences][wide]: the row a row follows, an earlier one; the anchor's is not looked at
         const Span* spans,          // [sequences]: how many rows the tree has
@@ -164,7 +164,7 @@ KERNEL(512, 1, draw_siblings,
         const u32* tables, u32 vocab, u32 block, u32 wide)) {
   SHARED(u32, table, 512);
   SHARED(u64, words, WARPS);
-  SHARED(u64, heirs, WARPS);
+  SHARED(u64, rounding_weights, WARPS);
   SHARED(u32, ids, WARPS);
   SHARED(u64, scales, 2 * MOST_ROWS);
   SHARED(u32, marks, 3 * MOST_ROWS);
@@ -188,12 +188,12 @@ KERNEL(512, 1, draw_siblings,
 
   const bool deep = depth >= block - 1;
   const size_t at = size_t(own) * block + (deep ? 0 : depth + 1);
-  const Depth from = {ld_law(laws + at), logits + at * vocab, table, vocab};
-  const Dice dice = dice_of(s);
+  const Depth from = {ld_law(distributions + at), logits + at * vocab, table, vocab};
+  const PhiloxStream dice = dice_of(s);
   const Steps steps = {scales, marks};
-  const Meeting meeting = {words, heirs, ids};
+  const Meeting meeting = {words, rounding_weights, ids};
   u32 count = 0, token = NONE;
-  bool left = !deep && from.law.heir != NONE;
+  bool left = !deep && from.distribution.rounding_token != NONE;
 #pragma unroll 1
   for (bool begun = false; child < rows; child = next_child(parents + first, row, child, rows), begun = true) {
     if (begun && left) {
@@ -209,7 +209,7 @@ KERNEL(512, 1, draw_siblings,
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
           const u32 id = group * 4 + i;
-          p.w[i] = id < vocab ? after(steps, count, probability(from.law, table, four[i], id), id) : 0;
+          p.w[i] = id < vocab ? after(steps, count, probability(from.distribution, table, four[i], id), id) : 0;
         }
         return p;
       });
@@ -218,13 +218,13 @@ KERNEL(512, 1, draw_siblings,
   }
 }
 
-KERNEL(512, 1, judge_tree,
+KERNEL(512, 1, verify_tree,
        (u32* accepted,              // [sequences]; this and the next two are left as they are where a sequence takes no part
         u32* next,                  // [sequences]; NONE: damaged
         u32* path,                  // [sequences][wide]: 0, then the rows of the walk, then NONE
-        const Law* targets,         // [sequences][wide]: after the drafts on the way to a row
+        const RowDistribution* targets,         // [sequences][wide]: after the drafts on the way to a row
         const float* target_logits, // [sequences][wide][vocab]
-        const Law* drafters,        // [sequences][block]: row d's is what the rows of depth d were drawn from
+        const RowDistribution* drafters,        // [sequences][block]: row d's is what the rows of depth d were drawn from
         const float* draft_logits,  // [sequences][block][vocab]
         const u32* tokens,          // [sequences][wide]: anchor, drafts
         const u32* parents,         // [sequences][wide]: the row a row follows
@@ -233,7 +233,7 @@ KERNEL(512, 1, judge_tree,
         const u32* tables, u32 vocab, u32 block, u32 wide)) {
   SHARED(u32, table, 512);
   SHARED(u64, words, WARPS);
-  SHARED(u64, heirs, WARPS);
+  SHARED(u64, rounding_weights, WARPS);
   SHARED(u32, ids, WARPS);
   SHARED(u64, scales, SCALES * MOST_ROWS);
   SHARED(u32, marks, MARKS * MOST_ROWS);
@@ -246,9 +246,9 @@ KERNEL(512, 1, judge_tree,
   const Sequence* s = sequences + own;
   const u32 rows = min(ld(&spans[own].rows), wide);
   if (ld(&s->rule) != REJECTION || form_of(ld(&s->now.shape)) != DRAWN || rows < 2) return;
-  const Dice dice = dice_of(s);
+  const PhiloxStream dice = dice_of(s);
   const Steps steps = {scales, marks};
-  const Meeting meeting = {words, heirs, ids};
+  const Meeting meeting = {words, rounding_weights, ids};
 
   u32 row = 0, depth = 0, token = NONE;
   if (threadIdx.x < wide) st(path + first + threadIdx.x, threadIdx.x ? NONE : 0);
@@ -256,15 +256,15 @@ KERNEL(512, 1, judge_tree,
 #pragma unroll 1
   for (bool stands = true; stands;) {
     stands = false;
-    const Law p = ld_law(targets + first + row);
+    const RowDistribution p = ld_law(targets + first + row);
     u32 child = next_child(parents + first, row, row, rows);
     const bool drafted = child < rows, deep = depth >= block - 1;
     const size_t at = size_t(own) * block + (deep ? 0 : depth + 1);
     const Depth q = {ld_law(drafters + at), draft_logits + at * vocab, table, vocab};
     const float* target_from = target_logits + (first + row) * vocab;
-    if (p.heir == NONE || (drafted && (deep || q.law.heir == NONE))) break;
+    if (p.rounding_token == NONE || (drafted && (deep || q.distribution.rounding_token == NONE))) break;
     const auto both = [&](u32 count, float target, float draft, u32 id) {
-      return after(steps, count, Both{probability(p, table, target, id), probability(q.law, table, draft, id)}, id);
+      return after(steps, count, Both{probability(p, table, target, id), probability(q.distribution, table, draft, id)}, id);
     };
     // `fallen` has been judged after `count` steps; once `ahead`, q's part of the next step is there.
     u32 count = 0, fallen = NONE;
@@ -278,7 +278,7 @@ KERNEL(512, 1, judge_tree,
         if (!ahead) break;
       }
       const u32 draft = ld(tokens + first + child);
-      // A token that this law cannot draw is no draft of it: a repeat, passed over.
+      // A token that this distribution cannot draw is no draft of it: a repeat, passed over.
       const u64 chance = drawn_at(q, steps, count + ahead, draft);
       if (chance == 0) continue;
       if (ahead) {
@@ -304,10 +304,10 @@ KERNEL(512, 1, judge_tree,
           }
           __syncthreads();
           sum = block_sum(sum, words);
-          const u32 heir = block_heir(heaviest, heirs, ids);
+          const u32 rounding_token = block_rounding_token(heaviest, rounding_weights, ids);
           // Garbage may weigh nothing.
           if (!again) scale_of(max(sum, u64(1)), up, inverse);
-          if (again && threadIdx.x == 0) sts(marks + 4 * MOST_ROWS + count, heir);
+          if (again && threadIdx.x == 0) sts(marks + 4 * MOST_ROWS + count, rounding_token);
         }
         if (threadIdx.x == 0) {
           sts(marks + 3 * MOST_ROWS + count, up);
@@ -331,7 +331,7 @@ KERNEL(512, 1, judge_tree,
       continue;
     }
     const u64 chance = bits(dice, RESIDUAL, depth + 1, row);
-    // Where nothing is beyond, both laws are the same.
+    // Where nothing is beyond, both distributions are the same.
 #pragma unroll 1
     for (u32 whole = fallen == NONE; whole < 2 && token == NONE; whole++) {
       token = pick(vocab, chance, words, [&](u32 group) {

@@ -68,7 +68,7 @@ impl Pair {
             return match block {
                 None | Some(1) => Ok(1),
                 Some(n) => Err(Error::Usage(format!(
-                    "--block is {n} without a drafter, expected 1 (plain decoding)"
+                    "--block is {n} without a drafter, expected 1 (autoregressive decoding)"
                 ))),
             };
         };

@@ -4,7 +4,7 @@ use crate::checkpoint::pair::Pair;
 use crate::cli::terminal;
 use crate::gpu::cuda::Cuda;
 use crate::gpu::device::Device;
-use crate::gpu::memory::{MemoryPlan, Overhead, Room};
+use crate::gpu::memory::{BatchConfig, MemoryPlan, Overhead};
 use crate::{Error, Result};
 
 /// Where to run.
@@ -21,7 +21,7 @@ pub enum Choice {
 }
 
 /// What runs the kernels.
-pub struct Place {
+pub struct DeviceHandle {
     /// The word in `--device` and in records.
     pub name: &'static str,
     pub device: Box<dyn Device>,
@@ -29,13 +29,13 @@ pub struct Place {
     pub overhead: Overhead,
 }
 
-impl Place {
+impl DeviceHandle {
     /// GPU number `number`, as the driver counts.
     ///
     /// # Errors
     /// As [`Cuda::open`].
-    pub fn gpu(number: u32) -> Result<Place> {
-        Ok(Place { name: "cuda", device: Box::new(Cuda::open(number)?), overhead: Overhead::GPU })
+    pub fn gpu(number: u32) -> Result<DeviceHandle> {
+        Ok(DeviceHandle { name: "cuda", device: Box::new(Cuda::open(number)?), overhead: Overhead::GPU })
     }
 
     /// The emulator, on all cores.
@@ -43,10 +43,10 @@ impl Place {
     /// # Errors
     /// [`Error::Unsupported`] in a build without it.
     #[cfg(feature = "emulator")]
-    pub fn emulator() -> Result<Place> {
+    pub fn emulator() -> Result<DeviceHandle> {
         let device = crate::gpu::emulator::Emulator::new();
         device.set_threads(std::thread::available_parallelism().map_or(1, usize::from));
-        Ok(Place { name: "emulator", device: Box::new(device), overhead: Overhead::NONE })
+        Ok(DeviceHandle { name: "emulator", device: Box::new(device), overhead: Overhead::NONE })
     }
 
     /// The emulator, which this build does not have.
@@ -54,7 +54,7 @@ impl Place {
     /// # Errors
     /// [`Error::Unsupported`], always.
     #[cfg(not(feature = "emulator"))]
-    pub fn emulator() -> Result<Place> {
+    pub fn emulator() -> Result<DeviceHandle> {
         Err(Error::Unsupported(
             "--device emulator is not in this build: expected one with `cargo build --release --features emulator`"
                 .into(),
@@ -65,14 +65,14 @@ impl Place {
     /// A sentence on stderr then says which and why, unless `quiet`.
     ///
     /// # Errors
-    /// As [`Place::gpu`] and [`Place::emulator`], where one of them was asked for.
+    /// As [`DeviceHandle::gpu`] and [`DeviceHandle::emulator`], where one of them was asked for.
     pub fn of_pair(
         choice: Choice,
         number: u32,
         pair: &Pair,
-        room: Room,
+        room: BatchConfig,
         quiet: bool,
-    ) -> Result<Option<Place>> {
+    ) -> Result<Option<DeviceHandle>> {
         let say = |line: &str| {
             if !quiet {
                 terminal::note(line);
@@ -80,10 +80,10 @@ impl Place {
         };
         match choice {
             Choice::Cpu => Ok(None),
-            Choice::Cuda => Place::gpu(number).map(Some),
-            Choice::Emulator => Place::emulator().map(Some),
+            Choice::Cuda => DeviceHandle::gpu(number).map(Some),
+            Choice::Emulator => DeviceHandle::emulator().map(Some),
             Choice::Auto => {
-                match Place::gpu(number).and_then(|gpu| MemoryPlan::new(pair, room).map(|_| gpu)) {
+                match DeviceHandle::gpu(number).and_then(|gpu| MemoryPlan::new(pair, room).map(|_| gpu)) {
                     Ok(gpu) => {
                         say(&format!("device: cuda, {}", gpu.device.properties().name));
                         Ok(Some(gpu))
@@ -103,7 +103,7 @@ impl Place {
     ///
     /// # Errors
     /// As [`MemoryPlan::new`] and [`MemoryPlan::check`].
-    pub fn has_memory(&self, pair: &Pair, room: Room, quiet: bool) -> Result<()> {
+    pub fn has_memory(&self, pair: &Pair, room: BatchConfig, quiet: bool) -> Result<()> {
         let plan = MemoryPlan::new(pair, room)?;
         let (free, _) = self.device.memory()?;
         let fits = plan.check(pair, usize::try_from(free).unwrap_or(usize::MAX), self.overhead);
@@ -117,11 +117,13 @@ impl Place {
     ///
     /// # Errors
     /// [`Error::Usage`] for the CPU, which has none; [`Error::Unsupported`] where neither opens.
-    pub fn of_kernels(choice: Choice, number: u32) -> Result<Place> {
+    pub fn of_kernels(choice: Choice, number: u32) -> Result<DeviceHandle> {
         match choice {
-            Choice::Cuda => Place::gpu(number),
-            Choice::Emulator => Place::emulator(),
-            Choice::Auto => Place::gpu(number).or_else(|reason| Place::emulator().map_err(|_| reason)),
+            Choice::Cuda => DeviceHandle::gpu(number),
+            Choice::Emulator => DeviceHandle::emulator(),
+            Choice::Auto => {
+                DeviceHandle::gpu(number).or_else(|reason| DeviceHandle::emulator().map_err(|_| reason))
+            }
             Choice::Cpu => {
                 Err(Error::Usage("--device is cpu, which has no kernels: expected cuda or emulator".into()))
             }

@@ -4,24 +4,24 @@
 use crate::checkpoint::pair::Pair;
 use crate::cli::terminal::{number, whole};
 use crate::cpu::decoder::Cpu;
-use crate::gpu::memory::Room;
+use crate::engine::stats::SpecRecord;
+use crate::gpu::memory::BatchConfig;
 use crate::perf::roofline::Card;
-use crate::spec::draft_length::{Costs, Goal};
-use crate::spec::sampling::Sampling;
+use crate::spec::draft_length::{Costs, DraftLengthPolicy};
+use crate::spec::sampling::SamplingParams;
 use crate::spec::tree::MOST_ROWS;
-use crate::spec::verify::{Drafting, Rule};
+use crate::spec::verify::{SpecConfig, VerifyMethod};
 use crate::{Error, Result};
-use serde::{Deserialize, Serialize};
 
 /// What --adaptive takes a CPU for, whichever it is, so that a run's rounds can be had again: some cores of a server.
 const CORES: Card = Card { name: "cpu", bandwidth: 20.0, tflops: 0.1, memory: f64::INFINITY };
 
 /// To be flattened into a program's own.
 #[derive(Debug, Clone, Default, clap::Args)]
-pub struct DraftFlags {
+pub struct SpecFlags {
     /// Which drafts stand
-    #[arg(long, value_enum, default_value_t = Rule::Match, help_heading = "Generation")]
-    pub verify: Rule,
+    #[arg(long, value_enum, default_value_t = VerifyMethod::Match, help_heading = "Generation")]
+    pub verify: VerifyMethod,
     /// Draw drafts by the noise that the target's tokens are chosen by; the text stays what it is. With --verify match
     #[arg(long, help_heading = "Generation")]
     pub coupled: bool,
@@ -45,31 +45,14 @@ pub struct DraftFlags {
     pub adaptive: Option<Option<f64>>,
 }
 
-/// How drafts were made and judged, as records say it.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Drafts {
-    /// The acceptance rule; null in plain decoding, as all of these.
-    pub verify: Option<String>,
-    /// Rows of a round's tree at most, the anchor counted; null: chains.
-    pub tree: Option<usize>,
-    /// Whether rounds drafted as much as paid, or what stood often enough.
-    pub adaptive: Option<bool>,
-    /// Adaptive rounds verified the drafts that stood with at least this probability; null: those that paid.
-    pub threshold: Option<f64>,
-    /// Whether drafts were drawn by the noise of the target's tokens.
-    pub coupled: Option<bool>,
-    /// What drafts were drawn at; null: they were the drafter's best tokens.
-    pub draft_temperature: Option<f64>,
-}
-
-impl DraftFlags {
+impl SpecFlags {
     /// What can be told wrong before any file is looked at. `plain`: there is no drafter, because `--draft` is none; `block`
     /// as given.
     ///
     /// # Errors
     /// [`Error::Usage`] for flags that cannot go together.
     pub fn check(&self, plain: bool, block: Option<usize>) -> Result<()> {
-        if self.coupled && self.verify != Rule::Match {
+        if self.coupled && self.verify != VerifyMethod::Match {
             return Err(Error::Usage(format!(
                 "--coupled is for --verify match, but --verify is {}, which draws drafts by chances of their own",
                 self.verify.name()
@@ -111,35 +94,35 @@ impl DraftFlags {
     /// The flag that asks for drafts other than the drafter's best tokens.
     pub fn drawn(&self) -> Option<&'static str> {
         match self.verify {
-            Rule::Match => self.coupled.then_some("--coupled"),
-            Rule::Rejection => Some("--verify rejection"),
-            Rule::Block => Some("--verify block"),
+            VerifyMethod::Match => self.coupled.then_some("--coupled"),
+            VerifyMethod::Rejection => Some("--verify rejection"),
+            VerifyMethod::Block => Some("--verify block"),
         }
     }
 
     /// `room` for such rounds on a device.
-    pub fn room(&self, room: Room) -> Room {
-        let room = Room { adaptive: self.adaptive.is_some(), threshold: self.threshold(), ..room };
-        Room { rules: self.verify != Rule::Match, ..room.with_trees(self.tree.unwrap_or(0)) }
+    pub fn room(&self, room: BatchConfig) -> BatchConfig {
+        let room = BatchConfig { adaptive: self.adaptive.is_some(), threshold: self.threshold(), ..room };
+        BatchConfig { rules: self.verify != VerifyMethod::Match, ..room.with_trees(self.tree.unwrap_or(0)) }
     }
 
     /// Drafts for a target that samples so: the same filters, and `--draft-temperature`.
     ///
     /// # Errors
     /// [`Error::Usage`] for a temperature that there is not.
-    pub fn drafting(&self, sampling: &Sampling) -> Result<Drafting> {
+    pub fn drafting(&self, sampling: &SamplingParams) -> Result<SpecConfig> {
         if self.drawn().is_none() {
-            return Ok(Drafting { tree: self.tree, ..Drafting::default() });
+            return Ok(SpecConfig { tree: self.tree, ..SpecConfig::default() });
         }
         let temperature = self.draft_temperature.unwrap_or(sampling.temperature);
-        let sampling = Sampling { temperature, ..sampling.clone() };
+        let sampling = SamplingParams { temperature, ..sampling.clone() };
         let wrong = |_| {
             Error::Usage(format!(
                 "--draft-temperature is {temperature}, expected 0 (best tokens) or 0.0001 to 10000"
             ))
         };
         sampling.check().map_err(wrong)?;
-        Ok(Drafting { rule: self.verify, sampling, tree: self.tree })
+        Ok(SpecConfig { rule: self.verify, sampling, tree: self.tree })
     }
 
     /// The pair on the CPU, drafting so: up to `sequences` together, of `context` positions each.
@@ -148,21 +131,21 @@ impl DraftFlags {
     /// As [`Cpu::load`].
     pub fn cpu(&self, pair: &Pair, sequences: usize, context: usize) -> Result<Cpu> {
         let goal = match (self.adaptive, &pair.drafter) {
-            (Some(Some(least)), _) => Goal::AtLeast(least),
+            (Some(Some(least)), _) => DraftLengthPolicy::Threshold(least),
             (Some(None), Some(drafter)) => {
                 let (target, drafter) = (&pair.target.config, &drafter.config);
-                Goal::Pays(Costs::modelled(&CORES, target, drafter, 0, 1, drafter.block))
+                DraftLengthPolicy::CostModel(Costs::modelled(&CORES, target, drafter, 0, 1, drafter.block))
             }
-            _ => Goal::All,
+            _ => DraftLengthPolicy::Full,
         };
         Ok(Cpu::load(pair, sequences, context)?.adaptive(goal))
     }
 
-    /// What records say of requests that draft: `drafting` as [`DraftFlags::drafting`] has it.
-    pub fn record(&self, drafting: &Drafting) -> Drafts {
+    /// What records say of requests that draft: `drafting` as [`SpecFlags::drafting`] has it.
+    pub fn record(&self, drafting: &SpecConfig) -> SpecRecord {
         // As it was typed: 0.3 is another number in 64 bits.
         let temperature = drafting.sampling.temperature.to_string().parse().ok();
-        Drafts {
+        SpecRecord {
             verify: Some(drafting.rule.name().into()),
             tree: self.tree,
             adaptive: Some(self.adaptive.is_some()),
@@ -173,7 +156,7 @@ impl DraftFlags {
     }
 }
 
-/// Refuses `flag` where nothing is drafted. `plain` and `block` as for [`DraftFlags::check`].
+/// Refuses `flag` where nothing is drafted. `plain` and `block` as for [`SpecFlags::check`].
 ///
 /// # Errors
 /// [`Error::Usage`]
@@ -182,9 +165,9 @@ pub fn needs_drafter(flag: &str, plain: bool, block: Option<usize>) -> Result<()
         return Err(Error::Usage(format!("{flag} needs a drafter, but --draft is none")));
     }
     match block {
-        Some(1) => {
-            Err(Error::Usage(format!("--block is 1, which is plain decoding: {flag} expects at least 2")))
-        }
+        Some(1) => Err(Error::Usage(format!(
+            "--block is 1, which is autoregressive decoding: {flag} expects at least 2"
+        ))),
         _ => Ok(()),
     }
 }

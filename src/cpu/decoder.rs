@@ -4,10 +4,10 @@
 use crate::checkpoint::pair::Pair;
 use crate::cpu::model::{Cache, Drafter, Target};
 use crate::engine::generate::{Backend, Decoder, Emitted, Prefill, Request};
-use crate::spec::draft_length::{Controller, Fixed, Goal};
-use crate::spec::sampling::{Sampling, judge, walk};
+use crate::spec::draft_length::{Controller, DraftLengthPolicy, Fixed};
+use crate::spec::sampling::{SamplingParams, judge, walk};
 use crate::spec::tree::{self, Tree};
-use crate::spec::verify::{self, Dice, Drafting, Probabilities, Rule, Siblings};
+use crate::spec::verify::{self, Distribution, PhiloxStream, Siblings, SpecConfig, VerifyMethod};
 use crate::{Error, Result};
 
 /// Rows of a prompt that go through a model together.
@@ -21,7 +21,7 @@ pub struct Cpu {
     drafter: Option<Drafter>,
     slots: usize,
     context: usize,
-    goal: Goal,
+    goal: DraftLengthPolicy,
 }
 
 impl Cpu {
@@ -31,11 +31,17 @@ impl Cpu {
     /// What is wrong with a tensor, by its name.
     pub fn load(pair: &Pair, slots: usize, context: usize) -> Result<Cpu> {
         let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
-        Ok(Cpu { target: Target::load(&pair.target)?, drafter, slots, context, goal: Goal::All })
+        Ok(Cpu {
+            target: Target::load(&pair.target)?,
+            drafter,
+            slots,
+            context,
+            goal: DraftLengthPolicy::Full,
+        })
     }
 
     /// As [`Sequences::adaptive`].
-    pub fn adaptive(self, goal: Goal) -> Cpu {
+    pub fn adaptive(self, goal: DraftLengthPolicy) -> Cpu {
         Cpu { goal, ..self }
     }
 }
@@ -61,7 +67,7 @@ pub struct Sequence<'a> {
     /// Positions it may have.
     context: usize,
     /// What its rounds are as large as.
-    goal: &'a Goal,
+    goal: &'a DraftLengthPolicy,
     state: Option<State>,
 }
 
@@ -72,14 +78,14 @@ struct State {
     cache: Cache,           // target: positions 0..s
     context: Option<Cache>, // drafter: of positions 0..s the first; none before it was needed
     features: Vec<f32>, // [pending][taps * hidden]: the positions after them that the drafter has not seen
-    drafting: bool, // the drafter follows: its context and the pending positions are 0..s; else plain decoding
+    drafting: bool, // the drafter follows: its context and the pending positions are 0..s; else autoregressive decoding
     anchor: Option<u32>, // the token at position s, on which the target has not been run; none before the prompt has
-    sampling: Sampling,
-    how: Drafting, // drafts are made and judged; seed and stream are the request's here too
-    round: u32,    // of this request, from 1 on
-    laws: Vec<Probabilities>, // [drafts]: what the drafts of this round were drawn from, by rules that ask for it
-    logits: Vec<f32>,         // [rows][vocab] of the last verification
-    path: Vec<usize>,         // the rows of it that stood, 0 first
+    sampling: SamplingParams,
+    how: SpecConfig, // drafts are made and judged; seed and stream are the request's here too
+    round: u32,      // of this request, from 1 on
+    distributions: Vec<Distribution>, // [drafts]: what the drafts of this round were drawn from, by rules that ask for it
+    logits: Vec<f32>,                 // [rows][vocab] of the last verification
+    path: Vec<usize>,                 // the rows of it that stood, 0 first
     controller: Box<dyn Controller + Send>,
 }
 
@@ -87,16 +93,16 @@ impl<'a> Sequence<'a> {
     /// A fresh sequence; without a drafter it decodes plainly.
     pub fn new(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequence<'a> {
         let context = target.config.stack.max_positions;
-        Sequence { target, drafter, context, goal: &Goal::All, state: None }
+        Sequence { target, drafter, context, goal: &DraftLengthPolicy::Full, state: None }
     }
 
     /// As [`Sequences::adaptive`].
-    pub fn adaptive(self, goal: &'a Goal) -> Sequence<'a> {
+    pub fn adaptive(self, goal: &'a DraftLengthPolicy) -> Sequence<'a> {
         Sequence { goal, ..self }
     }
 
     /// Positions that (target, drafter) hold, the drafter's pending ones counted: both equal the anchor's position
-    /// after every round (dflash.md 4). None before the start; the drafter's is none in plain decoding.
+    /// after every round (dflash.md 4). None before the start; the drafter's is none in autoregressive decoding.
     pub fn lengths(&self) -> Option<(usize, Option<usize>)> {
         let state = self.state.as_ref()?;
         Some((state.cache.len(), self.drafter.filter(|_| state.drafting).map(|d| state.drafted(d))))
@@ -106,28 +112,28 @@ impl<'a> Sequence<'a> {
     /// drafter.
     pub fn draft(&mut self, rows: usize) -> Result<Vec<u32>> {
         let (state, _) = started(&mut self.state)?;
-        let Drafting { rule, sampling, .. } = state.how.clone();
-        if rule == Rule::Match {
+        let SpecConfig { rule, sampling, .. } = state.how.clone();
+        if rule == VerifyMethod::Match {
             return self.drafted(rows, |logits, position| sampling.choose(logits, position));
         }
-        let laws = self.drafted(rows, |logits, _| sampling.probabilities(logits))?;
+        let distributions = self.drafted(rows, |logits, _| sampling.probabilities(logits))?;
         let (state, _) = started(&mut self.state)?;
-        let drafts = verify::draw(&laws, &mut state.dice());
-        state.laws = laws;
-        drafts.ok_or_else(|| Error::Internal("a law without tokens".into()))
+        let drafts = verify::draw(&distributions, &mut state.dice());
+        state.distributions = distributions;
+        drafts.ok_or_else(|| Error::Internal("a distribution without tokens".into()))
     }
 
     /// As [`Sequence::draft`], but a tree of up to `most` rows: under the rule `match` the best that the block's drafts
     /// and their rivals make, else one of a fixed shape, drawn.
     pub fn draft_tree(&mut self, rows: usize, most: usize) -> Result<Tree> {
         let (state, anchor) = started(&mut self.state)?;
-        let Drafting { rule, sampling, .. } = state.how.clone();
-        if rule != Rule::Match {
-            let mut laws = self.drafted(rows, |logits, _| sampling.probabilities(logits))?;
+        let SpecConfig { rule, sampling, .. } = state.how.clone();
+        if rule != VerifyMethod::Match {
+            let mut distributions = self.drafted(rows, |logits, _| sampling.probabilities(logits))?;
             let (state, _) = started(&mut self.state)?;
-            let tree = drawn(rule, anchor, most, &mut laws, &mut state.dice());
-            state.laws = laws;
-            return tree.ok_or_else(|| Error::Internal("a law without tokens".into()));
+            let tree = drawn(rule, anchor, most, &mut distributions, &mut state.dice());
+            state.distributions = distributions;
+            return tree.ok_or_else(|| Error::Internal("a distribution without tokens".into()));
         }
         let choices = self.drafted(rows, |logits, _| tree::choices(logits, most.saturating_sub(1)))?;
         let (_, anchor) = started(&mut self.state)?;
@@ -137,7 +143,7 @@ impl<'a> Sequence<'a> {
     /// What `of` makes of the drafter's logits for each of a block's rows behind the anchor, and of their positions.
     fn drafted<T>(&mut self, rows: usize, of: impl Fn(&[f32], u32) -> Option<T>) -> Result<Vec<T>> {
         let (state, anchor) = started(&mut self.state)?;
-        state.laws.clear();
+        state.distributions.clear();
         let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, state.drafting) else {
             return Ok(Vec::new());
         };
@@ -174,8 +180,10 @@ impl<'a> Sequence<'a> {
         let (target, s) = (self.target, state.cache.len());
         let vocab = target.config.vocab;
         let drafts = &block[1..];
-        if state.how.rule != Rule::Match && tree.map_or(drafts.len(), Tree::deepest) != state.laws.len() {
-            return Err(Error::Internal("drafts without the laws that they were drawn from".into()));
+        if state.how.rule != VerifyMethod::Match
+            && tree.map_or(drafts.len(), Tree::deepest) != state.distributions.len()
+        {
+            return Err(Error::Internal("drafts without the distributions that they were drawn from".into()));
         }
         let mut dice = state.dice();
         // Until this round is judged, the cache holds what may not belong to the sequence.
@@ -194,20 +202,29 @@ impl<'a> Sequence<'a> {
             let depth = tree.map_or(at, |tree| tree.depths[at] as usize);
             sampling.choose(row(at), (s + depth + 1) as u32)
         };
-        let law = |at: usize| sampling.probabilities(row(at));
+        let distribution = |at: usize| sampling.probabilities(row(at));
         let chain = |(accepted, next): (usize, u32)| ((0..=accepted).collect(), next);
         let verdict = match (tree, state.how.rule) {
-            (Some(tree), Rule::Match) => walk(block, &tree.parents, choose),
-            (Some(tree), Rule::Rejection) => {
+            (Some(tree), VerifyMethod::Match) => walk(block, &tree.parents, choose),
+            (Some(tree), VerifyMethod::Rejection) => {
                 let siblings = Siblings::Distinct;
-                verify::recursive(block, &tree.parents, &state.laws, siblings, law, &mut dice)
+                verify::recursive(
+                    block,
+                    &tree.parents,
+                    &state.distributions,
+                    siblings,
+                    distribution,
+                    &mut dice,
+                )
             }
-            (Some(_), Rule::Block) => verify::best_block(block, &state.laws, law, &mut dice),
-            (_, Rule::Rejection) if !drafts.is_empty() => {
-                verify::rejection(drafts, &state.laws, law, &mut dice).map(chain)
+            (Some(_), VerifyMethod::Block) => {
+                verify::multi_draft_block_verify(block, &state.distributions, distribution, &mut dice)
             }
-            (_, Rule::Block) if !drafts.is_empty() => {
-                verify::block(drafts, &state.laws, law, &mut dice).map(chain)
+            (_, VerifyMethod::Rejection) if !drafts.is_empty() => {
+                verify::rejection(drafts, &state.distributions, distribution, &mut dice).map(chain)
+            }
+            (_, VerifyMethod::Block) if !drafts.is_empty() => {
+                verify::block(drafts, &state.distributions, distribution, &mut dice).map(chain)
             }
             // Where nothing was drafted, all rules decode plainly.
             _ => judge(drafts, choose).map(chain),
@@ -245,7 +262,7 @@ impl<'a> Sequence<'a> {
                 sampling: request.sampling.clone(),
                 how: request.drafting.clone(),
                 round: 1,
-                laws: Vec::new(),
+                distributions: Vec::new(),
                 logits: Vec::new(),
                 path: Vec::new(),
                 controller: Box::new(Fixed),
@@ -253,24 +270,24 @@ impl<'a> Sequence<'a> {
         };
         (state.drafting, state.anchor) = (drafter.is_some(), None);
         (state.sampling, state.block) = (request.sampling.clone(), request.block);
-        let Sampling { seed, stream, .. } = request.sampling;
-        let Drafting { sampling, .. } = request.drafting.clone();
-        state.how = Drafting { sampling: Sampling { seed, stream, ..sampling }, ..request.drafting };
-        (state.round, state.laws) = (1, Vec::new());
+        let SamplingParams { seed, stream, .. } = request.sampling;
+        let SpecConfig { sampling, .. } = request.drafting.clone();
+        state.how = SpecConfig { sampling: SamplingParams { seed, stream, ..sampling }, ..request.drafting };
+        (state.round, state.distributions) = (1, Vec::new());
         state.prompt.clone_from(prompt);
         let how = &state.how;
         // What was drawn must be verified whatever it is. How many siblings the shape of a drawn tree has depends on its
         // size, so that its rows say nothing of those of another.
-        let drawn = how.rule != Rule::Match || how.sampling.temperature != 0.0;
+        let drawn = how.rule != VerifyMethod::Match || how.sampling.temperature != 0.0;
         state.controller = match how.tree {
-            Some(_) if how.rule != Rule::Match => Box::new(Fixed),
+            Some(_) if how.rule != VerifyMethod::Match => Box::new(Fixed),
             tree => self.goal.controller(drawn && tree.is_none()),
         };
         if let (Some(drafter), None) = (drafter, &state.context) {
             state.context = Some(Cache::new(&drafter.config.stack, 0)?);
         }
 
-        // The last token is run again, for its logits; a drafter that was left behind, by plain decoding, needs the
+        // The last token is run again, for its logits; a drafter that was left behind, by autoregressive decoding, needs the
         // features of all that it has not seen.
         let same = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         let seen = drafter.map_or(usize::MAX, |drafter| state.drafted(drafter));
@@ -328,7 +345,7 @@ impl<'a> Sequence<'a> {
         let tree = self.state.as_ref().and_then(|state| state.how.tree);
         let most = if rows < 2 { 0 } else { tree.unwrap_or(rows) - 1 };
         let (allowed, looks) =
-            self.ask(|controller| (controller.drafts(most).min(most), controller.looks()))?;
+            self.ask(|controller| (controller.drafts(most).min(most), controller.needs_draft_probs()))?;
         if allowed == 0 {
             self.draft(1)?;
             self.verify(&[], out)?;
@@ -337,7 +354,7 @@ impl<'a> Sequence<'a> {
         let drafts = if tree.is_some() {
             let mut tree = self.draft_tree(rows, allowed + 1)?;
             if looks {
-                tree.truncate(self.ask(|controller| controller.cut(&tree.costs[1..]))? + 1);
+                tree.truncate(self.ask(|controller| controller.truncate(&tree.costs[1..]))? + 1);
             }
             self.verify_tree(&tree, out)?;
             tree.rows() - 1
@@ -361,14 +378,14 @@ impl<'a> Sequence<'a> {
             let mut drafts = self.draft(rows)?;
             drafts.truncate(allowed);
             let (state, _) = started(&mut self.state)?;
-            state.laws.truncate(allowed);
+            state.distributions.truncate(allowed);
             return Ok(drafts);
         }
         let mut drafts = self.drafted(rows, |logits, _| Some(*tree::choices(logits, 1)?.first()?))?;
         drafts.truncate(allowed);
         let mut cost = 0;
         let costs: Vec<u32> = drafts.iter().map(|draft| (cost += draft.cost, cost).1).collect();
-        drafts.truncate(self.ask(|controller| controller.cut(&costs))?);
+        drafts.truncate(self.ask(|controller| controller.truncate(&costs))?);
         Ok(drafts.iter().map(|draft| draft.token).collect())
     }
 
@@ -381,9 +398,9 @@ impl<'a> Sequence<'a> {
 
 impl State {
     /// The chances of this round.
-    fn dice(&self) -> Dice {
-        let Sampling { seed, stream, .. } = self.sampling;
-        Dice { seed, stream, round: self.round, anchor: self.cache.len() as u32 }
+    fn dice(&self) -> PhiloxStream {
+        let SamplingParams { seed, stream, .. } = self.sampling;
+        PhiloxStream { seed, stream, round: self.round, anchor: self.cache.len() as u32 }
     }
 
     /// Positions that the drafter holds or that wait for it.
@@ -402,23 +419,23 @@ impl State {
     }
 }
 
-/// A tree of up to `most` rows that is drawn from `laws`; those that it is not deep enough for are dropped.
+/// A tree of up to `most` rows that is drawn from `distributions`; those that it is not deep enough for are dropped.
 fn drawn(
-    rule: Rule,
+    rule: VerifyMethod,
     anchor: u32,
     most: usize,
-    laws: &mut Vec<Probabilities>,
-    dice: &mut Dice,
+    distributions: &mut Vec<Distribution>,
+    dice: &mut PhiloxStream,
 ) -> Option<Tree> {
-    if rule == Rule::Block {
-        let (count, depth) = tree::chains(most, laws.len());
-        laws.truncate(depth);
-        let (tokens, parents) = verify::draw_chains(anchor, count, laws, dice)?;
+    if rule == VerifyMethod::Block {
+        let (count, depth) = tree::chains(most, distributions.len());
+        distributions.truncate(depth);
+        let (tokens, parents) = verify::sample_chains(anchor, count, distributions, dice)?;
         return Some(Tree::drawn(&tokens, &parents));
     }
-    let mut tree = tree::shape(most, laws.len());
-    laws.truncate(tree.deepest());
-    tree.tokens = verify::draw_shape(anchor, &tree.parents, laws, Siblings::Distinct, dice)?;
+    let mut tree = tree::shape(most, distributions.len());
+    distributions.truncate(tree.deepest());
+    tree.tokens = verify::sample_tree(anchor, &tree.parents, distributions, Siblings::Distinct, dice)?;
     Some(tree)
 }
 
@@ -450,13 +467,13 @@ impl<'a> Sequences<'a> {
         context: usize,
     ) -> Sequences<'a> {
         let context = context.min(target.config.stack.max_positions);
-        let sequence = || Sequence { target, drafter, context, goal: &Goal::All, state: None };
+        let sequence = || Sequence { target, drafter, context, goal: &DraftLengthPolicy::Full, state: None };
         Sequences { all: (0..slots).map(|_| sequence()).collect(), running: vec![false; slots] }
     }
 
     /// Rounds of requests that join from now on are as large as `goal` says, but for trees that are drawn at random, which
     /// are whole.
-    pub fn adaptive(mut self, goal: &'a Goal) -> Sequences<'a> {
+    pub fn adaptive(mut self, goal: &'a DraftLengthPolicy) -> Sequences<'a> {
         self.all = self.all.into_iter().map(|sequence| sequence.adaptive(goal)).collect();
         self
     }

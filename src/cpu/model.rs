@@ -169,7 +169,7 @@ fn write_kv(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize
 }
 
 /// Attention of a tree's rows. Every row's ancestors are brought to the positions that they have on its path, so that
-/// each of its sums is the one that plain decoding forms, bit for bit. Leaves keys and values as they were before.
+/// each of its sums is the one that autoregressive decoding forms, bit for bit. Leaves keys and values as they were before.
 fn tree_attention(stack: &Stack, cache: &mut Cache, i: usize, at: usize, tree: &Tree) {
     let Cache { layers, scratch: s, .. } = cache;
     let (kv, width) = (&mut layers[i], stack.kv_heads * stack.head_dim);

@@ -4,7 +4,7 @@
 //! Every sum has one order, a function of shape and absolute position alone: 16 lanes by index modulo 16, folded
 //! 8-4-2-1. A row's bits therefore depend neither on the rows computed with it nor on the number of threads, and are
 //! the same under AVX-512, AVX2 and NEON (x86 without FMA rounds twice and differs in the last bits). This is what
-//! makes speculative decoding equal plain decoding bit for bit.
+//! makes speculative decoding equal autoregressive decoding bit for bit.
 
 // Tiles are small constants, and a plain index into each of several arrays is what unrolls into registers.
 #![allow(clippy::needless_range_loop)]

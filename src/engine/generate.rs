@@ -1,9 +1,9 @@
 //! A request's life: prompt checks, prefill, rounds, and when to stop; and many requests that take turns in the slots of a
 //! decoder. Written once for every device; what a device does for sequences is the [`Decoder`] trait; [`Backend`] is the
-//! pair on a device, which hands them out. Plain decoding is the same loop with blocks of one row.
+//! pair on a device, which hands them out. Autoregressive decoding is the same loop with blocks of one row.
 
-use crate::spec::sampling::Sampling;
-use crate::spec::verify::Drafting;
+use crate::spec::sampling::SamplingParams;
+use crate::spec::verify::SpecConfig;
 use crate::{Error, Result};
 use std::time::{Duration, Instant};
 
@@ -13,13 +13,13 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// Tokens to produce at most.
     pub max_tokens: usize,
-    pub sampling: Sampling,
+    pub sampling: SamplingParams,
     /// Ids that end the answer; the one met is its last token. Empty: none.
     pub stop_ids: Vec<u32>,
-    /// Rows of a block, anchor included; 1 = plain decoding.
+    /// Rows of a block, anchor included; 1 = autoregressive decoding.
     pub block: usize,
-    /// How drafts are made and judged; of no use to plain decoding.
-    pub drafting: Drafting,
+    /// How drafts are made and judged; of no use to autoregressive decoding.
+    pub drafting: SpecConfig,
 }
 
 impl Request {
@@ -121,7 +121,7 @@ pub enum Flow {
 }
 
 /// Hears of a generation while it runs.
-pub trait Listener {
+pub trait TokenSink {
     /// `done` of the prompt's tokens have been run.
     fn prefill(&mut self, _done: usize) -> Flow {
         Flow::Continue
@@ -176,9 +176,9 @@ pub struct Outcome {
 }
 
 /// Hears of many generations while they run together. Requests go by their place in the list.
-pub trait Listeners {
+pub trait TokenSinks {
     /// Who hears of request `index`.
-    fn of(&mut self, index: usize) -> Result<&mut dyn Listener>;
+    fn of(&mut self, index: usize) -> Result<&mut dyn TokenSink>;
 
     /// Request `index` is done. Anything but [`Flow::Continue`] interrupts all others, those not yet begun without a word.
     fn done(&mut self, index: usize, outcome: Outcome) -> Result<Flow>;
@@ -195,7 +195,7 @@ pub trait Listeners {
 pub fn generate(
     decoder: &mut dyn Decoder,
     request: &Request,
-    listener: &mut dyn Listener,
+    listener: &mut dyn TokenSink,
 ) -> Result<Outcome> {
     alone(decoder, request, false, listener)
 }
@@ -204,7 +204,7 @@ pub fn generate(
 ///
 /// # Errors
 /// As [`generate`].
-pub fn resume(decoder: &mut dyn Decoder, request: &Request, listener: &mut dyn Listener) -> Result<Outcome> {
+pub fn resume(decoder: &mut dyn Decoder, request: &Request, listener: &mut dyn TokenSink) -> Result<Outcome> {
     alone(decoder, request, true, listener)
 }
 
@@ -212,11 +212,11 @@ fn alone(
     decoder: &mut dyn Decoder,
     request: &Request,
     keep: bool,
-    listener: &mut dyn Listener,
+    listener: &mut dyn TokenSink,
 ) -> Result<Outcome> {
-    struct One<'a>(&'a mut dyn Listener, Option<Outcome>);
-    impl Listeners for One<'_> {
-        fn of(&mut self, _: usize) -> Result<&mut dyn Listener> {
+    struct One<'a>(&'a mut dyn TokenSink, Option<Outcome>);
+    impl TokenSinks for One<'_> {
+        fn of(&mut self, _: usize) -> Result<&mut dyn TokenSink> {
             Ok(self.0)
         }
         fn done(&mut self, _: usize, outcome: Outcome) -> Result<Flow> {
@@ -238,13 +238,13 @@ fn alone(
 pub fn generate_all(
     decoder: &mut dyn Decoder,
     requests: &[Request],
-    listeners: &mut dyn Listeners,
+    listeners: &mut dyn TokenSinks,
 ) -> Result<()> {
     run(decoder, requests, false, listeners)
 }
 
 /// A request in a slot.
-struct Seat<'a> {
+struct RunningRequest<'a> {
     index: usize,
     request: &'a Request,
     /// Tokens that may be emitted.
@@ -258,10 +258,10 @@ fn run(
     decoder: &mut dyn Decoder,
     requests: &[Request],
     keep: bool,
-    listeners: &mut dyn Listeners,
+    listeners: &mut dyn TokenSinks,
 ) -> Result<()> {
     requests.iter().try_for_each(|request| check(decoder, request))?;
-    let mut seats: Vec<Option<Seat>> = (0..decoder.slots()).map(|_| None).collect();
+    let mut seats: Vec<Option<RunningRequest>> = (0..decoder.slots()).map(|_| None).collect();
     let end = serve(decoder, requests, keep, listeners, &mut seats);
     if end.is_err() {
         // The error is what the caller has to hear, and the decoder is to be of use to others.
@@ -278,8 +278,8 @@ fn serve<'a>(
     decoder: &mut dyn Decoder,
     requests: &'a [Request],
     keep: bool,
-    listeners: &mut dyn Listeners,
-    seats: &mut [Option<Seat<'a>>],
+    listeners: &mut dyn TokenSinks,
+    seats: &mut [Option<RunningRequest<'a>>],
 ) -> Result<()> {
     let context = decoder.context();
     let mut emitted = vec![Emitted::default(); seats.len()];
@@ -307,7 +307,7 @@ fn serve<'a>(
                     let Some(kept) = decoder.join(slot, request, keep)? else { break };
                     let outcome = Outcome { kept, ..outcome };
                     let clock = Instant::now();
-                    *place = Some(Seat { index, request, room, outcome, clock, filling: true });
+                    *place = Some(RunningRequest { index, request, room, outcome, clock, filling: true });
                 }
                 waiting.next();
             }
@@ -375,13 +375,13 @@ fn check(decoder: &dyn Decoder, request: &Request) -> Result<()> {
     }
 }
 
-impl Seat<'_> {
+impl RunningRequest<'_> {
     /// Runs a part of the prompt; true when the answer is over.
     fn prefill(
         &mut self,
         decoder: &mut dyn Decoder,
         slot: usize,
-        listeners: &mut dyn Listeners,
+        listeners: &mut dyn TokenSinks,
     ) -> Result<bool> {
         let Prefill { done, next } = decoder.prefill(slot)?;
         let listener = listeners.of(self.index)?;
@@ -396,7 +396,7 @@ impl Seat<'_> {
     }
 
     /// Moves a round's tokens into the answer; true when it is over.
-    fn round(&mut self, emitted: &Emitted, listeners: &mut dyn Listeners) -> Result<bool> {
+    fn round(&mut self, emitted: &Emitted, listeners: &mut dyn TokenSinks) -> Result<bool> {
         let Emitted { tokens, judged, drafted } = emitted;
         if tokens.is_empty() {
             return Ok(false);
@@ -410,7 +410,7 @@ impl Seat<'_> {
     }
 
     /// Tokens one by one; true when the answer is over.
-    fn take(&mut self, tokens: &[u32], judged: usize, listener: &mut dyn Listener) -> Result<bool> {
+    fn take(&mut self, tokens: &[u32], judged: usize, listener: &mut dyn TokenSink) -> Result<bool> {
         for (i, id) in tokens.iter().enumerate() {
             self.outcome.tokens.push(*id);
             let finish = match listener.token(*id, i + 1 < judged)? {
@@ -426,7 +426,7 @@ impl Seat<'_> {
         Ok(false)
     }
 
-    fn end(mut self, decoder: &mut dyn Decoder, slot: usize, listeners: &mut dyn Listeners) -> Result<Flow> {
+    fn end(mut self, decoder: &mut dyn Decoder, slot: usize, listeners: &mut dyn TokenSinks) -> Result<Flow> {
         match self.filling {
             true => self.outcome.prefill = self.clock.elapsed(),
             false => self.outcome.decode = self.clock.elapsed() - self.outcome.prefill,
@@ -449,7 +449,7 @@ pub fn check_lossless(plain: &Outcome, speculative: &Outcome) -> Result<()> {
         return Ok(());
     }
     Err(Error::Lossless(format!(
-        "after {at} equal tokens plain decoding {}, and DFlash {}",
+        "after {at} equal tokens autoregressive decoding {}, and DFlash {}",
         token(plain),
         token(speculative)
     )))
@@ -477,19 +477,19 @@ mod tests {
         for (other, sentence) in [
             (
                 outcome(&[5, 9, 7], Finish::Length),
-                "after 1 equal tokens plain decoding goes on with 6, and DFlash goes on with 9",
+                "after 1 equal tokens autoregressive decoding goes on with 6, and DFlash goes on with 9",
             ),
             (
                 outcome(&[5, 6], Finish::Stop),
-                "after 2 equal tokens plain decoding goes on with 7, and DFlash ends there (stop)",
+                "after 2 equal tokens autoregressive decoding goes on with 7, and DFlash ends there (stop)",
             ),
             (
                 outcome(&[5, 6, 7, 8], Finish::Length),
-                "after 3 equal tokens plain decoding ends there (length), and DFlash goes on with 8",
+                "after 3 equal tokens autoregressive decoding ends there (length), and DFlash goes on with 8",
             ),
             (
                 outcome(&[5, 6, 7], Finish::Stop),
-                "after 3 equal tokens plain decoding ends there (length), and DFlash ends there (stop)",
+                "after 3 equal tokens autoregressive decoding ends there (length), and DFlash ends there (stop)",
             ),
         ] {
             let error = check_lossless(&plain, &other).unwrap_err();

@@ -1,12 +1,12 @@
 //! Whether DFlash is lossless for a request, bit for bit: not only the same tokens, but each of them chosen by the same
-//! logits as in plain decoding. Runs on any [`Decoder`]; the rounds are those of [`generate`], overheard.
+//! logits as in autoregressive decoding. Runs on any [`Decoder`]; the rounds are those of [`generate`], overheard.
 
 use crate::engine::generate::{
-    Decoder, Emitted, Finish, Flow, Listener, Outcome, Prefill, Request, check_lossless, generate,
+    Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, TokenSink, check_lossless, generate,
 };
 use crate::{Error, Result};
 
-/// What was held against plain decoding.
+/// What was held against autoregressive decoding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {
     /// Tokens of the answer with drafts.
@@ -15,7 +15,7 @@ pub struct Report {
     pub rounds: usize,
     /// Rows whose logits `[vocab]` were compared: one for every token of the answer but the first, up to a difference.
     pub compared: usize,
-    /// Rows behind the last accepted draft of a round: no token came of them, and plain decoding has none to hold against
+    /// Rows behind the last accepted draft of a round: no token came of them, and autoregressive decoding has none to hold against
     /// them; nor of a tree's rows beside its path.
     pub rejected: usize,
     /// [`Error::Lossless`]: the first difference.
@@ -32,7 +32,7 @@ pub struct Report {
 ///
 /// # Errors
 /// As [`generate`]. A difference is none: it is in the report.
-pub fn check<L: Listener>(
+pub fn check<L: TokenSink>(
     decoder: &mut dyn Decoder,
     request: &Request,
     mut listener: impl FnMut() -> Result<L>,
@@ -80,18 +80,20 @@ pub fn check<L: Listener>(
     }))
 }
 
-/// `at`: the token's place in the answer, from 0. `repeats`: plain decoding gave the same logits twice.
+/// `at`: the token's place in the answer, from 0. `repeats`: autoregressive decoding gave the same logits twice.
 fn difference(at: usize, position: usize, repeats: bool, plain: &[f32], drafted: &[f32]) -> Error {
     let pairs = || plain.iter().zip(drafted).enumerate().filter(|(_, (a, b))| a.to_bits() != b.to_bits());
     let token = format!("token {} (position {position})", at + 1);
     Error::Lossless(match pairs().next() {
         Some((id, (a, b))) if repeats => format!(
-            "{token} came of other logits: {} of {} differ, the first that of id {id}: {a} in plain decoding, {b} in \
+            "{token} came of other logits: {} of {} differ, the first that of id {id}: {a} in autoregressive decoding, {b} in \
              DFlash",
             pairs().count(),
             plain.len()
         ),
-        _ => format!("plain decoding does not repeat itself: {token} came of other logits when it ran again"),
+        _ => format!(
+            "autoregressive decoding does not repeat itself: {token} came of other logits when it ran again"
+        ),
     })
 }
 
@@ -110,7 +112,7 @@ type Ear<'a> = dyn FnMut(usize, u32, Vec<f32>) + 'a;
 fn overhear(
     decoder: &mut dyn Decoder,
     request: &Request,
-    listener: &mut dyn Listener,
+    listener: &mut dyn TokenSink,
     ear: &mut Ear,
 ) -> Result<Outcome> {
     generate(&mut Overheard { decoder, slot: 0, tokens: 0, ear }, request, listener)
@@ -118,7 +120,7 @@ fn overhear(
 
 struct Silent;
 
-impl Listener for Silent {
+impl TokenSink for Silent {
     fn token(&mut self, _id: u32, _drafted: bool) -> Result<Flow> {
         Ok(Flow::Continue)
     }

@@ -1,8 +1,7 @@
 //! What a run reports about itself: acceptance length, histogram, rates, and the record that `--json` prints.
 
-use crate::cli::spec_flags::Drafts;
 use crate::engine::generate::Outcome;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Acceptance length: mean tokens per round, bonus included, the prefill's token not counted; the last round counts as
 /// judged, even if a stop or the budget cut it (dflash.md 5.3). None without rounds.
@@ -59,7 +58,7 @@ pub struct Record {
     pub draft: Option<String>,
     /// How its drafts were made and judged.
     #[serde(flatten)]
-    pub drafts: Drafts,
+    pub drafts: SpecRecord,
     pub seconds: Seconds,
 }
 
@@ -87,4 +86,21 @@ mod tests {
         assert_eq!(histogram(&rounds, 4), "█  ▁");
         assert_eq!(histogram(&[], 2), "  ");
     }
+}
+
+/// How drafts were made and judged, as records say it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct SpecRecord {
+    /// The acceptance rule; null in autoregressive decoding, as all of these.
+    pub verify: Option<String>,
+    /// Rows of a round's tree at most, the anchor counted; null: chains.
+    pub tree: Option<usize>,
+    /// Whether rounds drafted as much as paid, or what stood often enough.
+    pub adaptive: Option<bool>,
+    /// Adaptive rounds verified the drafts that stood with at least this probability; null: those that paid.
+    pub threshold: Option<f64>,
+    /// Whether drafts were drawn by the noise of the target's tokens.
+    pub coupled: Option<bool>,
+    /// What drafts were drawn at; null: they were the drafter's best tokens.
+    pub draft_temperature: Option<f64>,
 }

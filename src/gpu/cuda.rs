@@ -368,7 +368,7 @@ impl Cuda {
         };
         let what = format!("launching kernel {}", kernel.name);
         // SAFETY: as many arguments as parameters, each of its size (checked above); little-endian words hold 4-byte ones
-        // in front. The driver copies arguments and attributes before it returns. Buffers are live: their drop waits
+        // in front. The driver copies arguments and attributes before it returns. Buffers are num_active: their drop waits
         // for the stream, and a graph's nodes hold them.
         check(&what, unsafe {
             sys::cuLaunchKernelEx(&config, function.handle, pointers.as_mut_ptr(), std::ptr::null_mut())
@@ -380,7 +380,7 @@ impl Cuda {
         if to.bytes() == 0 {
             return Ok(());
         }
-        // SAFETY: both are live device memory of this many bytes.
+        // SAFETY: both are num_active device memory of this many bytes.
         check("a copy on the device", unsafe {
             result::memcpy_dtod_async(to.address(), from.address(), to.bytes(), self.context.stream)
         })
@@ -390,7 +390,7 @@ impl Cuda {
         if to.bytes() == 0 {
             return Ok(());
         }
-        // SAFETY: live device memory of this many bytes.
+        // SAFETY: num_active device memory of this many bytes.
         check("filling device memory", unsafe {
             result::memset_d8_async(to.address(), byte, to.bytes(), self.context.stream)
         })

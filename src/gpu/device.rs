@@ -2,7 +2,7 @@
 //! implement it; neither knows what a model is.
 //!
 //! Work is ordered: a device runs everything in the order it was asked for. Launching is a safe call because a kernel's
-//! arguments can only be buffers that live on (a launch and a graph keep theirs alive) and plain numbers; that a kernel
+//! arguments can only be buffers that num_active on (a launch and a graph keep theirs alive) and plain numbers; that a kernel
 //! stays inside its buffers is the promise of the kernel's launcher in [`crate::gpu::kernels`], tested under the emulator.
 
 use crate::{Error, Result};

@@ -130,7 +130,7 @@ struct Block {
     start: *mut u8,
     layout: Layout,
     bytes: usize,
-    live: Arc<Mutex<Live>>,
+    num_active: Arc<Mutex<Live>>,
 }
 
 // SAFETY: the memory is reached through `Device` calls, which the emulator orders.
@@ -143,11 +143,11 @@ impl Memory for Block {}
 impl Drop for Block {
     fn drop(&mut self) {
         let address = self.start as usize + guard();
-        let mut live = lock(&self.live);
-        live.buffers.remove(&address);
-        live.memory.buffers -= 1;
-        live.memory.bytes -= self.bytes;
-        live.sealed.retain(|range| range.begin < address || range.begin >= address + self.bytes.max(1));
+        let mut num_active = lock(&self.num_active);
+        num_active.buffers.remove(&address);
+        num_active.memory.buffers -= 1;
+        num_active.memory.bytes -= self.bytes;
+        num_active.sealed.retain(|range| range.begin < address || range.begin >= address + self.bytes.max(1));
         // SAFETY: allocated with this layout in `allocate`, freed once.
         unsafe { dealloc(self.start, self.layout) };
     }
@@ -185,7 +185,7 @@ struct State {
 pub struct Emulator {
     properties: Properties,
     kernels: BTreeMap<String, Entry>,
-    live: Arc<Mutex<Live>>,
+    num_active: Arc<Mutex<Live>>,
     state: Mutex<State>,
     /// Held while a launch runs.
     running: Mutex<()>,
@@ -235,7 +235,7 @@ impl Emulator {
                 overlap: true,
             },
             kernels,
-            live: Arc::default(),
+            num_active: Arc::default(),
             state: Mutex::new(State {
                 schedule: Schedule::InOrder,
                 conflicts: false,
@@ -256,7 +256,7 @@ impl Emulator {
 
     /// What is allocated now.
     pub fn allocated(&self) -> Allocated {
-        lock(&self.live).memory
+        lock(&self.num_active).memory
     }
 
     /// The schedule of later launches.
@@ -350,7 +350,7 @@ impl Emulator {
         };
         let mut words: Vec<u64> = args.iter().map(Arg::word).collect();
         let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| (w as *mut u64).cast()).collect();
-        let sealed = lock(&self.live).sealed.clone();
+        let sealed = lock(&self.num_active).sealed.clone();
         let (number, seed) = match schedule {
             Schedule::InOrder => (0, 0),
             Schedule::Reversed => (1, 0),
@@ -382,7 +382,7 @@ impl Emulator {
         if guard() == 0 {
             return Ok(());
         }
-        for (&address, &bytes) in &lock(&self.live).buffers {
+        for (&address, &bytes) in &lock(&self.num_active).buffers {
             let start = address - GUARD;
             // SAFETY: the allocation reaches from GUARD bytes before the buffer to GUARD bytes after it, and is in the map
             // only while it lives.
@@ -449,8 +449,8 @@ impl Call {
     fn run_some(&self, blocks: &[u64]) -> Result<Counts> {
         let mut counts = ffi::Counts::default();
         let mut message = [0u8; 1600];
-        // SAFETY: the launch points at a live kernel entry, as many arguments of the right sizes as it has parameters
-        // (`check`), and live sealed ranges; the other pointers are to locals of the sizes given.
+        // SAFETY: the launch points at a num_active kernel entry, as many arguments of the right sizes as it has parameters
+        // (`check`), and num_active sealed ranges; the other pointers are to locals of the sizes given.
         let failed = unsafe {
             ffi::dflash_emu_run(
                 &self.0,
@@ -517,13 +517,13 @@ impl Device for Emulator {
             start
         };
         let address = start as usize + guard();
-        let mut live = lock(&self.live);
-        live.buffers.insert(address, bytes);
-        live.memory.buffers += 1;
-        live.memory.bytes += bytes;
-        live.memory.peak = live.memory.peak.max(live.memory.bytes);
-        drop(live);
-        let block = Block { start, layout, bytes, live: self.live.clone() };
+        let mut num_active = lock(&self.num_active);
+        num_active.buffers.insert(address, bytes);
+        num_active.memory.buffers += 1;
+        num_active.memory.bytes += bytes;
+        num_active.memory.peak = num_active.memory.peak.max(num_active.memory.bytes);
+        drop(num_active);
+        let block = Block { start, layout, bytes, num_active: self.num_active.clone() };
         Ok(Buffer::new(address as u64, bytes, Arc::new(block)))
     }
 
@@ -542,7 +542,7 @@ impl Device for Emulator {
         self.not_capturing("an upload")?;
         check_copy(to.bytes(), bytes.len())?;
         let _running = lock(&self.running);
-        // SAFETY: a buffer's address and size describe live memory; no kernel runs.
+        // SAFETY: a buffer's address and size describe num_active memory; no kernel runs.
         unsafe { std::ptr::copy(bytes.as_ptr(), to.address() as *mut u8, bytes.len()) };
         Ok(())
     }
@@ -576,10 +576,10 @@ impl Device for Emulator {
     }
 
     fn seal(&self, constant: &Buffer) {
-        let mut live = lock(&self.live);
+        let mut num_active = lock(&self.num_active);
         let begin = constant.address() as usize;
-        live.sealed.push(ffi::Range { begin, end: begin + constant.bytes() });
-        live.sealed.sort_by_key(|range| range.begin);
+        num_active.sealed.push(ffi::Range { begin, end: begin + constant.bytes() });
+        num_active.sealed.sort_by_key(|range| range.begin);
     }
 
     fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {

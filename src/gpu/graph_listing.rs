@@ -6,7 +6,7 @@ use crate::checkpoint::pair::Pair;
 use crate::gpu::decoder::{Batch, Models};
 use crate::gpu::device::Node;
 use crate::gpu::loader::Loader;
-use crate::gpu::memory::{Ledger, Room};
+use crate::gpu::memory::{BatchConfig, Ledger};
 use std::ops::Range;
 
 /// A part of a graph.
@@ -35,7 +35,7 @@ pub struct Group<'a> {
 ///
 /// # Errors
 /// As [`crate::gpu::memory::MemoryPlan::new`].
-pub fn of_round(pair: &Pair, room: Room, sampled: bool) -> Result<Vec<Node>> {
+pub fn of_round(pair: &Pair, room: BatchConfig, sampled: bool) -> Result<Vec<Node>> {
     room.check()?;
     let ledger = Ledger::new();
     let mut loader = Loader::new(&ledger, &pair.target.weights);

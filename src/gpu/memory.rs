@@ -18,7 +18,7 @@ use std::thread::{self, ThreadId};
 
 /// What a batch is to have room for.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Room {
+pub struct BatchConfig {
     pub sequences: usize,
     pub block: usize,
     pub pages: usize,
@@ -27,28 +27,28 @@ pub struct Room {
     pub tree: usize,
     /// Drafts may be judged by other rules than `match`, which takes the drafter's logits beside the target's.
     pub rules: bool,
-    /// Rounds may be of several sizes, down to plain steps that the drafter follows.
+    /// Rounds may be of several sizes, down to AR steps that the drafter follows.
     pub adaptive: bool,
     /// Adaptive rounds verify the drafts that stand with at least this probability; none: those that pay.
     pub threshold: Option<f64>,
 }
 
-impl Room {
+impl BatchConfig {
     /// Every sequence can have `positions` positions at the same time.
-    pub fn new(sequences: usize, block: usize, positions: usize) -> Room {
+    pub fn new(sequences: usize, block: usize, positions: usize) -> BatchConfig {
         let pages = sequences.saturating_mul(positions.div_ceil(PAGE));
         let (tree, rules, adaptive, threshold) = (0, false, false, None);
-        Room { sequences, block, pages, positions, tree, rules, adaptive, threshold }
+        BatchConfig { sequences, block, pages, positions, tree, rules, adaptive, threshold }
     }
 
     /// The same for trees of up to `rows` rows, which take slots behind the positions that they stand for.
-    pub fn with_trees(self, rows: usize) -> Room {
+    pub fn with_trees(self, rows: usize) -> BatchConfig {
         let pages = self.sequences.saturating_mul((self.positions + rows).div_ceil(PAGE));
-        Room { pages, tree: rows, ..self }
+        BatchConfig { pages, tree: rows, ..self }
     }
 
     /// Rows that a round verifies of a sequence at most.
-    pub fn wide(&self) -> usize {
+    pub fn max_verify_rows(&self) -> usize {
         self.block.max(self.tree)
     }
 
@@ -57,7 +57,7 @@ impl Room {
         (self.positions + self.tree).div_ceil(PAGE)
     }
 
-    /// As [`Room::new`]: sequences of `--ctx` positions, or of 8192, or of the `needed` ones of the longest request.
+    /// As [`BatchConfig::new`]: sequences of `--ctx` positions, or of 8192, or of the `needed` ones of the longest request.
     ///
     /// # Errors
     /// As [`Pair::context`].
@@ -67,16 +67,16 @@ impl Room {
         block: usize,
         ctx: Option<usize>,
         needed: usize,
-    ) -> Result<Room> {
+    ) -> Result<BatchConfig> {
         let most = pair.context(ctx)?;
         let positions = if ctx.is_some() { most } else { most.min(needed.max(8192)) };
-        Ok(Room::new(sequences, block, positions))
+        Ok(BatchConfig::new(sequences, block, positions))
     }
 
     /// # Errors
     /// [`Error::Unsupported`] for more than the kernels can run together, named by its flag.
     pub fn check(&self) -> Result<()> {
-        let Room { sequences, block, positions, tree, .. } = *self;
+        let BatchConfig { sequences, block, positions, tree, .. } = *self;
         let wrong = |flag, found, expected| {
             Err(Error::Unsupported(format!("the kernels cannot run --{flag} {found}: expected {expected}")))
         };
@@ -85,8 +85,8 @@ impl Room {
             (0, ..) | (1025.., ..) => wrong("batch", sequences, "1 to 1024".to_string()),
             (_, 0 | 65.., _) => wrong("block", block, "1 to 64".to_string()),
             _ if tree > MOST_ROWS => wrong("tree", tree, format!("at most {MOST_ROWS}")),
-            _ if sequences * self.wide() > 65535 => {
-                let wide = self.wide();
+            _ if sequences * self.max_verify_rows() > 65535 => {
+                let wide = self.max_verify_rows();
                 wrong("batch", sequences, format!("at most {} in blocks of {wide}", 65535 / wide))
             }
             _ if positions == 0 || positions > most - tree => {
@@ -124,7 +124,7 @@ impl Overhead {
 /// What [`Models::load`] and [`Batch::new`] will allocate. As text it is a table.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MemoryPlan {
-    pub room: Room,
+    pub room: BatchConfig,
     pub lines: Vec<Line>,
     /// Bytes of each allocation on the device, those for weights first.
     sizes: Vec<usize>,
@@ -142,8 +142,8 @@ pub struct MemoryPlan {
 
 impl MemoryPlan {
     /// # Errors
-    /// As [`Room::check`], and what [`Models::load`] would refuse before it reads weights, memory apart.
-    pub fn new(pair: &Pair, room: Room) -> Result<MemoryPlan> {
+    /// As [`BatchConfig::check`], and what [`Models::load`] would refuse before it reads weights, memory apart.
+    pub fn new(pair: &Pair, room: BatchConfig) -> Result<MemoryPlan> {
         room.check()?;
         let ledger = Ledger::new();
         let (mut lines, mut sizes) = (vec![], vec![]);
@@ -232,13 +232,13 @@ impl MemoryPlan {
     ///
     /// # Errors
     /// As [`MemoryPlan::new`].
-    pub fn largest_context(pair: &Pair, room: Room, free: usize, overhead: Overhead) -> Result<usize> {
+    pub fn largest_context(pair: &Pair, room: BatchConfig, free: usize, overhead: Overhead) -> Result<usize> {
         let most = pair.target.config.stack.max_positions;
         let positions = |pages: usize| most.min(pages * PAGE);
         let with = |pages| {
-            let Room { rules, adaptive, .. } = room;
-            let sized = Room::new(room.sequences, room.block, positions(pages)).with_trees(room.tree);
-            MemoryPlan::new(pair, Room { rules, adaptive, ..sized })
+            let BatchConfig { rules, adaptive, .. } = room;
+            let sized = BatchConfig::new(room.sequences, room.block, positions(pages)).with_trees(room.tree);
+            MemoryPlan::new(pair, BatchConfig { rules, adaptive, ..sized })
         };
         if with(1)?.needed(overhead) > free {
             return Ok(0);
@@ -258,9 +258,9 @@ impl MemoryPlan {
 }
 
 /// As in "memory for ...".
-impl fmt::Display for Room {
+impl fmt::Display for BatchConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Room { sequences, block, positions, .. } = self;
+        let BatchConfig { sequences, block, positions, .. } = self;
         let plural = if *sequences == 1 { "" } else { "s" };
         write!(f, "{sequences} sequence{plural} of {positions} positions in blocks of {block}")?;
         if self.tree > 0 { write!(f, " and trees of {}", self.tree) } else { Ok(()) }

@@ -142,7 +142,7 @@ impl Stack {
                 sumsq,
                 eps: c.eps,
                 prompt: pass.prompt.map(|_| Prompt::of(device)),
-                live: pass.live,
+                num_active: pass.num_active,
                 workspace: &s.linear,
             };
             self.qkv(all, false, s, cache).launch(
@@ -184,12 +184,12 @@ impl Stack {
     }
 
     /// Keys and values of rows that are already in `s.y` and `s.sumsq`, for every layer: what features leave in the drafter's
-    /// cache, a `prompt`'s or those of a round. `table` `[rows]` [`Row`]; `live` as [`Pass::live`].
+    /// cache, a `prompt`'s or those of a round. `table` `[rows]` [`Row`]; `num_active` as [`Pass::num_active`].
     ///
     /// # Errors
     /// As [`Stack::run`].
     #[allow(clippy::too_many_arguments)]
-    pub fn remember(
+    pub fn write_context_kv(
         &self,
         device: &dyn Device,
         s: &Scratch,
@@ -197,7 +197,7 @@ impl Stack {
         table: &Buffer,
         rows: usize,
         prompt: bool,
-        live: Option<&Buffer>,
+        num_active: Option<&Buffer>,
     ) -> Result<()> {
         for (i, layer) in self.layers.iter().enumerate() {
             let input = Input {
@@ -206,7 +206,7 @@ impl Stack {
                 sumsq: Some(&s.sumsq),
                 eps: self.config.eps,
                 prompt: prompt.then(|| Prompt::of(device)),
-                live,
+                num_active,
                 workspace: &s.linear,
             };
             self.qkv(rows, true, s, cache).launch(device, &input, &self.places(i, s, cache, table))?;
@@ -452,7 +452,7 @@ pub struct Pass<'a> {
     /// The rows are a prompt's chunk, of this sequence; `sequences` is 1.
     pub prompt: Option<usize>,
     /// A u32 that is 0 where there is nothing to do.
-    pub live: Option<&'a Buffer>,
+    pub num_active: Option<&'a Buffer>,
     /// Layers whose outputs are kept, and where: `[rows][taps][hidden]` bf16.
     pub taps: Option<(&'a [usize], &'a Buffer)>,
 }
@@ -522,7 +522,7 @@ impl Vocabulary {
         s: &Scratch,
         first: usize,
         head: Head,
-        live: Option<&Buffer>,
+        num_active: Option<&Buffer>,
         best: &Buffer,
         logits: Option<&Buffer>,
     ) -> Result<()> {
@@ -533,7 +533,7 @@ impl Vocabulary {
             sumsq: Some(&sumsq),
             eps: stack.config.eps,
             prompt: None,
-            live,
+            num_active,
             workspace: &s.linear,
         };
         head.launch(device, &input, best, logits)
@@ -573,7 +573,7 @@ impl Injection {
         features: &Buffer,
         gather: &Buffer,
         prompt: bool,
-        live: Option<&Buffer>,
+        num_active: Option<&Buffer>,
     ) -> Result<()> {
         let Shape { n, k } = self.shape;
         let input = Input {
@@ -582,7 +582,7 @@ impl Injection {
             sumsq: None,
             eps: 0.0,
             prompt: prompt.then(|| Prompt::of(device)),
-            live,
+            num_active,
             workspace: &s.linear,
         };
         let inject = Inject { rows, n, k, feature_rows: features.bytes() / (k * 2) };

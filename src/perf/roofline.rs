@@ -150,7 +150,7 @@ fn attention_flops(stack: &Stack, context: usize, rows: usize) -> f64 {
     4.0 * sizes(stack)[2] * rows as f64 * keys
 }
 
-/// A pass of the target over `rows` rows of each of `batch` sequences that have `context` positions: a plain step (1 row),
+/// A pass of the target over `rows` rows of each of `batch` sequences that have `context` positions: a AR step (1 row),
 /// the verification of a block, or of a tree with that many nodes.
 pub fn target_pass(target: &TargetConfig, context: usize, batch: usize, rows: usize) -> Pass {
     let stack = &target.stack;

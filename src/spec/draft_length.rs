@@ -1,6 +1,6 @@
 //! How much a round drafts and verifies: all it can, as much as pays, or what stands often enough. Counts and costs come
 //! in, a number of drafts goes out; there is no clock here, and nothing that a controller says changes which tokens the
-//! rule `match` emits: they depend on no draft. The law of what other rules emit is the target's for any size that is
+//! rule `match` emits: they depend on no draft. The distribution of what other rules emit is the target's for any size that is
 //! known before the round's drafts are drawn.
 
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
@@ -11,20 +11,20 @@ use crate::spec::tree::MOST_ROWS;
 /// order, but a device has its next round on its way before the host has read the last: rounds may be asked for before
 /// those in front of them are judged.
 pub trait Controller {
-    /// Drafts that the next round may run, of `most` that it could; 0: a plain step, which is never judged.
+    /// Drafts that the next round may run, of `most` that it could; 0: a AR step, which is never judged.
     fn drafts(&mut self, most: usize) -> usize;
 
     /// Whether it looks at a round's drafts before they are verified. Only the CPU, which knows them then, may be given one
-    /// that does, and only for drafts that are a function of the drafter's law: to leave out a *sampled* one because of
+    /// that does, and only for drafts that are a function of the drafter's distribution: to leave out a *sampled* one because of
     /// what it is would bend what is emitted.
-    fn looks(&self) -> bool {
+    fn needs_draft_probs(&self) -> bool {
         false
     }
 
     /// How many of the drafts to verify, the first ones. `costs` of their paths, `-log2` of the probability that the
     /// drafter gives them in units of 2^-16 bits, parents before children. Asked where it looks, and then every round is
     /// judged before the next is asked for.
-    fn cut(&mut self, costs: &[u32]) -> usize {
+    fn truncate(&mut self, costs: &[u32]) -> usize {
         costs.len()
     }
 
@@ -61,7 +61,7 @@ fn probability(cost: u32, weight: f64) -> f64 {
 pub struct Costs {
     /// The drafter's pass, and whatever else only a round with drafts has.
     pub draft: f64,
-    /// A verification pass over 1, 2, ... [`MOST_ROWS`] rows; the first is a plain step.
+    /// A verification pass over 1, 2, ... [`MOST_ROWS`] rows; the first is a AR step.
     pub verify: Vec<f64>,
 }
 
@@ -92,7 +92,7 @@ impl Costs {
         Costs { draft: self.draft, verify: (1..=self.verify.len()).map(cost).collect() }
     }
 
-    /// A plain step.
+    /// A AR step.
     pub fn plain(&self) -> f64 {
         self.verify[0]
     }
@@ -166,39 +166,41 @@ impl Positions {
 
 /// What rounds are to be as large as.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub enum Goal {
+pub enum DraftLengthPolicy {
     /// They can be.
     #[default]
-    All,
-    /// Pays where passes cost this much; where drafting does not pay, rounds are plain steps.
-    Pays(Costs),
+    Full,
+    /// Pays where passes cost this much; where drafting does not pay, rounds are AR steps.
+    CostModel(Costs),
     /// The first drafts of which each stands with at least this probability, above 0 and up to 1.
-    AtLeast(f64),
+    Threshold(f64),
 }
 
-impl Goal {
+impl DraftLengthPolicy {
     /// A sequence's controller. One that knows sizes `ahead` does not look at the drafts: on devices, and for drafts that
     /// are drawn at random.
     pub fn controller(&self, ahead: bool) -> Box<dyn Controller + Send> {
         match (self, ahead) {
-            (Goal::All, _) => Box::new(Fixed),
-            (Goal::Pays(costs), true) => {
-                Box::new(WherePays::new(ByPosition::new(self.clone()), costs.clone()))
+            (DraftLengthPolicy::Full, _) => Box::new(Fixed),
+            (DraftLengthPolicy::CostModel(costs), true) => {
+                Box::new(CostGated::new(ByPosition::new(self.clone()), costs.clone()))
             }
-            (Goal::Pays(costs), false) => {
-                Box::new(WherePays::new(ByConfidence::new(self.clone()), costs.clone()))
+            (DraftLengthPolicy::CostModel(costs), false) => {
+                Box::new(CostGated::new(ByConfidence::new(self.clone()), costs.clone()))
             }
-            (Goal::AtLeast(_), true) => Box::new(ByPosition::new(self.clone())),
-            (Goal::AtLeast(_), false) => Box::new(ByConfidence::new(self.clone())),
+            (DraftLengthPolicy::Threshold(_), true) => Box::new(ByPosition::new(self.clone())),
+            (DraftLengthPolicy::Threshold(_), false) => Box::new(ByConfidence::new(self.clone())),
         }
     }
 
     /// How many drafts to verify; `survival` as for [`Costs::cheapest`].
     fn size(&self, survival: &[f64]) -> usize {
         match self {
-            Goal::All => survival.len(),
-            Goal::Pays(costs) => costs.cheapest(survival).0,
-            Goal::AtLeast(least) => survival.iter().take_while(|stands| *stands >= least).count(),
+            DraftLengthPolicy::Full => survival.len(),
+            DraftLengthPolicy::CostModel(costs) => costs.cheapest(survival).0,
+            DraftLengthPolicy::Threshold(least) => {
+                survival.iter().take_while(|stands| *stands >= least).count()
+            }
         }
     }
 }
@@ -212,14 +214,14 @@ const STEP: usize = 16;
 /// As many drafts of a chain or a tree as the goal says, by how often each row stands. Known before the round's drafts
 /// are: for devices, whose rounds are on their way before the host has read the last one, and for drafts that are drawn.
 pub struct ByPosition {
-    goal: Goal,
+    goal: DraftLengthPolicy,
     positions: Positions,
     rounds: usize,
     last: usize,
 }
 
 impl ByPosition {
-    pub fn new(goal: Goal) -> ByPosition {
+    pub fn new(goal: DraftLengthPolicy) -> ByPosition {
         ByPosition { goal, positions: Positions::default(), rounds: 0, last: 0 }
     }
 }
@@ -230,7 +232,7 @@ impl Controller for ByPosition {
         let most = most.min(MOST_ROWS - 1);
         let wanted = match self.rounds {
             0..FROZEN => most,
-            // A plain step is not for this controller to take: it would learn nothing more, and never draft again.
+            // A AR step is not for this controller to take: it would learn nothing more, and never draft again.
             _ => {
                 let best = self.goal.size(&self.positions.survival(most));
                 best.clamp(self.last.saturating_sub(STEP), self.last + STEP).max(1)
@@ -250,7 +252,7 @@ impl Controller for ByPosition {
 /// right in sum: a bit of a path's cost counts as much as makes the number expected to stand the number that does. A
 /// probability that each must have is the drafter's own, so that a round which verifies nothing says nothing of the next.
 pub struct ByConfidence {
-    goal: Goal,
+    goal: DraftLengthPolicy,
     weight: f64,
     expected: f64,
 }
@@ -259,7 +261,7 @@ pub struct ByConfidence {
 const LEARN: f64 = 0.1;
 
 impl ByConfidence {
-    pub fn new(goal: Goal) -> ByConfidence {
+    pub fn new(goal: DraftLengthPolicy) -> ByConfidence {
         ByConfidence { goal, weight: 1.0, expected: 0.0 }
     }
 
@@ -274,11 +276,11 @@ impl Controller for ByConfidence {
         most.min(MOST_ROWS - 1)
     }
 
-    fn looks(&self) -> bool {
+    fn needs_draft_probs(&self) -> bool {
         true
     }
 
-    fn cut(&mut self, costs: &[u32]) -> usize {
+    fn truncate(&mut self, costs: &[u32]) -> usize {
         let survival: Vec<f64> = costs.iter().map(|cost| probability(*cost, self.weight)).collect();
         let drafts = self.goal.size(&survival);
         self.expected = survival[..drafts].iter().sum();
@@ -286,7 +288,7 @@ impl Controller for ByConfidence {
     }
 
     fn judged(&mut self, _: usize, stood: u64) {
-        if matches!(self.goal, Goal::AtLeast(_)) {
+        if matches!(self.goal, DraftLengthPolicy::Threshold(_)) {
             return;
         }
         // Nothing of the outcome may be below the line: what is expected rightly must leave the weight alone on
@@ -297,7 +299,7 @@ impl Controller for ByConfidence {
 }
 
 /// A controller whose drafts are left out where they do not pay, and tried again from time to time.
-pub struct WherePays<C> {
+pub struct CostGated<C> {
     inner: C,
     costs: Costs,
     /// Tokens and costs of the rounds with drafts; the older, the less they count.
@@ -308,7 +310,7 @@ pub struct WherePays<C> {
     poor: usize,
     paid: usize,
     drafting: Drafting,
-    /// Plain steps before a trial.
+    /// AR steps before a trial.
     interval: usize,
 }
 
@@ -316,7 +318,7 @@ pub struct WherePays<C> {
 #[derive(Clone, Copy, PartialEq)]
 enum Drafting {
     On,
-    /// So many plain steps, then a trial.
+    /// So many AR steps, then a trial.
     Off {
         wait: usize,
     },
@@ -324,12 +326,12 @@ enum Drafting {
     Trial,
 }
 
-/// Below this many times plain decoding's rate drafting does not pay; a trial must bring more.
+/// Below this many times autoregressive decoding's rate drafting does not pay; a trial must bring more.
 const PAYS: f64 = 1.03;
 const PAYS_AGAIN: f64 = 1.08;
 /// Poor rounds in a row that end it.
 const POOR: usize = 8;
-/// Plain steps before the first trial, and before any: twice as many after each, until drafting has paid for long.
+/// AR steps before the first trial, and before any: twice as many after each, until drafting has paid for long.
 const INTERVALS: (usize, usize) = (16, 256);
 /// Paying rounds since the last trial after which the next interval is the first one again.
 const SETTLED: usize = 64;
@@ -338,11 +340,11 @@ const SETTLED: usize = 64;
 const MEMORY: f64 = 0.9;
 const MEMORY_OF_TRIALS: f64 = 0.5;
 
-impl<C> WherePays<C> {
-    pub fn new(inner: C, costs: Costs) -> WherePays<C> {
+impl<C> CostGated<C> {
+    pub fn new(inner: C, costs: Costs) -> CostGated<C> {
         let (tokens, spent, interval) = (0.0, 0.0, INTERVALS.0);
         let drafting = Drafting::On;
-        WherePays { inner, costs, tokens, spent, rounds: 0, poor: 0, paid: 0, drafting, interval }
+        CostGated { inner, costs, tokens, spent, rounds: 0, poor: 0, paid: 0, drafting, interval }
     }
 
     /// Whether rounds draft, trials aside.
@@ -350,13 +352,13 @@ impl<C> WherePays<C> {
         self.drafting == Drafting::On
     }
 
-    /// Tokens for the cost of a plain step; 1 in plain decoding.
+    /// Tokens for the cost of a AR step; 1 in autoregressive decoding.
     pub fn gain(&self) -> f64 {
         if self.spent > 0.0 { self.tokens / self.spent * self.costs.plain() } else { 1.0 }
     }
 }
 
-impl<C: Controller> Controller for WherePays<C> {
+impl<C: Controller> Controller for CostGated<C> {
     fn drafts(&mut self, most: usize) -> usize {
         let drafts = match &mut self.drafting {
             // Where nothing could be drafted anyway, no trial is lost.
@@ -374,12 +376,12 @@ impl<C: Controller> Controller for WherePays<C> {
         drafts
     }
 
-    fn looks(&self) -> bool {
-        self.inner.looks()
+    fn needs_draft_probs(&self) -> bool {
+        self.inner.needs_draft_probs()
     }
 
-    fn cut(&mut self, costs: &[u32]) -> usize {
-        self.inner.cut(costs)
+    fn truncate(&mut self, costs: &[u32]) -> usize {
+        self.inner.truncate(costs)
     }
 
     fn judged(&mut self, verified: usize, stood: u64) {

@@ -1,17 +1,17 @@
-//! Which token is emitted: the sampling law, its randomness, and the rule that judges drafts. The one definition
+//! Which token is emitted: the sampling distribution, its randomness, and the rule that judges drafts. The one definition
 //! that every device is held to, decision for decision; knows no device and no model.
 //!
 //! One f32 subtraction, one f32 multiplication and one rounding per logit turn a row into integer weights; all that
 //! follows is integer, so no reduction order can change a decision. The noise of a token is a function of
 //! (seed, stream, position, id) alone: never of the round, of a node, of a batch slot, or of what was drafted.
 
-use crate::spec::verify::Probabilities;
+use crate::spec::verify::Distribution;
 use crate::{Error, Result};
 use std::sync::LazyLock;
 
 /// How one request samples. `temperature` 0 is greedy and ignores the rest.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Sampling {
+pub struct SamplingParams {
     pub temperature: f32,
     /// Keep the k best, 0 = all. Equal logits at the boundary: lowest ids stay, so that exactly k do.
     pub top_k: usize,
@@ -25,7 +25,7 @@ pub struct Sampling {
     pub stream: u32,
 }
 
-impl Sampling {
+impl SamplingParams {
     /// Refuses NaN, negative and out-of-range values, naming the flag. `Error::Usage`.
     pub fn check(&self) -> Result<()> {
         let (t, p, m) = (self.temperature, self.top_p, self.min_p);
@@ -69,7 +69,7 @@ impl Sampling {
         best.map(|(id, _, _)| id)
     }
 
-    /// The law that `choose` samples: every token of positive weight that the filters leave, as `(id, W)`, ids
+    /// The distribution that `choose` samples: every token of positive weight that the filters leave, as `(id, W)`, ids
     /// ascending. Its probability is `W / sum W`. The best token has `W = 2^32`, and the sum is below 2^58 for
     /// vocabularies up to 2^26, the most that race counters can tell apart. At temperature 0 only the best token is
     /// left. `None` as in [`argmax`].
@@ -120,17 +120,17 @@ impl Sampling {
     }
 }
 
-impl Sampling {
-    /// The law of [`Sampling::survivors`] in units of 2^-48, for the rules of [`crate::spec::verify`]; the best token takes
+impl SamplingParams {
+    /// The distribution of [`SamplingParams::survivors`] in units of 2^-48, for the rules of [`crate::spec::verify`]; the best token takes
     /// what rounding leaves over. Survivors that it rounds to nothing are gone. `None` as in [`argmax`].
-    pub fn probabilities(&self, logits: &[f32]) -> Option<Probabilities> {
-        Probabilities::new(self.survivors(logits)?, argmax(logits)?)
+    pub fn probabilities(&self, logits: &[f32]) -> Option<Distribution> {
+        Distribution::new(self.survivors(logits)?, argmax(logits)?)
     }
 }
 
 /// The settings as kernels take them (cuda/common/state.cuh), all that is not the request's seed and stream.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Law {
+pub struct SamplerSettings {
     /// `65536 log2(e) / temperature`, 0 for greedy.
     pub c: f32,
     /// Tokens kept, 0 = all.
@@ -141,19 +141,19 @@ pub struct Law {
     pub min_p: u32,
 }
 
-impl Sampling {
-    /// The same law in 32 bits a setting. Nothing is lost: a vocabulary has at most 2^26 tokens; the best token alone
+impl SamplingParams {
+    /// The same distribution in 32 bits a setting. Nothing is lost: a vocabulary has at most 2^26 tokens; the best token alone
     /// has more than the share 2^-32 of any mass, so that it stands for shares rounded to 0; all of the mass is every
     /// token that weighs anything; and no weight is 2^32 - 1.
-    pub fn law(&self) -> Law {
+    pub fn distribution(&self) -> SamplerSettings {
         if self.temperature == 0.0 {
-            return Law { c: 0.0, top_k: 0, top_p: 0, min_p: 0 };
+            return SamplerSettings { c: 0.0, top_k: 0, top_p: 0, min_p: 0 };
         }
         let top_p = match share(self.top_p) {
             ONE.. => 0,
             share => (share as u32).max(1),
         };
-        Law {
+        SamplerSettings {
             c: scale(self.temperature),
             top_k: u32::try_from(self.top_k).unwrap_or(u32::MAX),
             top_p,
@@ -200,9 +200,9 @@ pub fn argmax(logits: &[f32]) -> Option<u32> {
 /// accepted. Returns how many drafts are accepted and the token that follows them, a correction or, if all of them
 /// stand, a bonus; `None` as soon as `target_at` says so. Greedy verification is this rule at temperature 0.
 ///
-/// Lossless: by induction a row is sampled only where the drafts before it are what plain decoding emits, and what is
+/// Lossless: by induction a row is sampled only where the drafts before it are what autoregressive decoding emits, and what is
 /// emitted there is the target's own sample, with the noise of its position and of nothing else. So the output is
-/// plain decoding's, token for token and for every drafter and block length; for a draft that is fixed before the
+/// autoregressive decoding's, token for token and for every drafter and block length; for a draft that is fixed before the
 /// noise is seen, no lossless rule accepts more often. Sources: the DFlash reference implementation (arXiv
 /// 2602.06036), and coupled sampling in Daliri et al., arXiv 2408.07978.
 pub fn judge(draft: &[u32], mut target_at: impl FnMut(usize) -> Option<u32>) -> Option<(usize, u32)> {
@@ -239,7 +239,7 @@ pub fn walk(
     }
 }
 
-/// Purpose in the top byte of a counter's second word: the exponential race of [`Sampling::choose`], token group
+/// Purpose in the top byte of a counter's second word: the exponential race of [`SamplingParams::choose`], token group
 /// (id / 4) below it.
 const RACE: u32 = 5;
 
@@ -288,7 +288,7 @@ impl Tables {
 
     /// `L = -log2(u / 2^32) * 2^27`, an exponential variate where `u` is uniform: 1 to 31 * 2^27, so that products with
     /// a weight fit 64 bits; 0 and 1 are read as 2. Linear between the table's points. The winner of a row usually has
-    /// a small time, so small times decide the law: here they keep the word's own resolution, and a token that a
+    /// a small time, so small times decide the distribution: here they keep the word's own resolution, and a token that a
     /// row's best outweigh 10^6 times is drawn in proportion to 0.5 %, at 10^7 to 5 %.
     pub fn time(&self, u: u32) -> u64 {
         let u = u.max(2);

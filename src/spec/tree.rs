@@ -1,7 +1,7 @@
 //! Draft trees: several guesses for a position, verified in one pass. A tree is rows of a pass, the anchor first; its
 //! nodes come from one pass of the drafter, whose rows know nothing of each other, so that any row's tokens can
 //! follow any of the row before. What a tree holds decides how many drafts are accepted; under the rule `match` never which
-//! tokens are emitted, and under others never their law.
+//! tokens are emitted, and under others never their distribution.
 //!
 //! Scores are integers, and every tie has an order: a device that builds the same tree from the same logits draws the
 //! same tree, whatever the order of its reductions.
@@ -34,7 +34,7 @@ impl Tree {
         Tree { tokens: vec![anchor], parents: vec![0], depths: vec![0], masks: vec![1], costs: vec![0] }
     }
 
-    /// Tokens and parents as [`crate::spec::verify::draw_shape`] has them, `[rows]` each and at most [`MOST_ROWS`]. What was drawn
+    /// Tokens and parents as [`crate::spec::verify::sample_tree`] has them, `[rows]` each and at most [`MOST_ROWS`]. What was drawn
     /// has no costs: they are 0.
     pub fn drawn(tokens: &[u32], parents: &[u32]) -> Tree {
         let mut tree = Tree::new(tokens[0]);
@@ -123,7 +123,7 @@ pub struct Choice {
 const SCALE: f32 = (65536.0 * std::f64::consts::LOG2_E) as f32;
 
 /// The `count` best tokens of the drafter's logits `[vocab]`, by (logit descending, id ascending), all of positive
-/// weight in the law that [`crate::spec::sampling::Sampling::survivors`] is of at temperature 1: fewer where there are fewer.
+/// weight in the distribution that [`crate::spec::sampling::SamplingParams::survivors`] is of at temperature 1: fewer where there are fewer.
 /// `None` as in [`argmax`].
 pub fn choices(logits: &[f32], count: usize) -> Option<Vec<Choice>> {
     let max = logits[argmax(logits)? as usize];
@@ -160,7 +160,7 @@ fn bits(total: u64) -> u32 {
 
 // ---- shapes of trees that are drawn at random ----
 
-/// The shape of a tree that [`crate::spec::verify::draw_shape`] draws, of up to `rows` rows and `depth` drafts one behind the
+/// The shape of a tree that [`crate::spec::verify::sample_tree`] draws, of up to `rows` rows and `depth` drafts one behind the
 /// other: a function of these two alone, the best tree where all drafts of a place among siblings stand equally often.
 /// Its tokens are 0.
 pub fn shape(rows: usize, depth: usize) -> Tree {
@@ -176,7 +176,7 @@ pub fn typical(place: u32) -> u32 {
     bits(u64::from(if place == 0 { 2 } else { 10 * place }) << 32)
 }
 
-/// How many chains [`crate::spec::verify::draw_chains`] draws for a tree of up to `rows` rows, at least one, and of how many
+/// How many chains [`crate::spec::verify::sample_chains`] draws for a tree of up to `rows` rows, at least one, and of how many
 /// drafts, at most `depth`. About as many as each has drafts, and two at least where there are two drafts: so the demo pair
 /// accepts most, in trees of 16, 32 and 64 rows at temperatures 0.7 and 1. More where rows are left over because `depth` ends
 /// them, and one for two rows.

@@ -1,34 +1,34 @@
 //! Rules that judge drafts drawn at random: token by token, by blocks, over trees. They accept with probabilities built
-//! from two laws, the target's and the one a draft was drawn from, and emit the target's law; the tokens are not those
-//! of plain decoding with the same seed, as the rule `match` of [`crate::spec::sampling`] emits them.
+//! from two distributions, the target's and the one a draft was drawn from, and emit the target's distribution; the tokens are not those
+//! of autoregressive decoding with the same seed, as the rule `match` of [`crate::spec::sampling`] emits them.
 //!
 //! All is integer, so that a device can decide alike: probabilities are multiples of 2^-48, and every chance is a call
-//! of a [`Coin`]. [`Dice`] are Philox words; a test's coin takes every branch in turn and sums up exact probabilities.
+//! of a [`RandomSource`]. [`PhiloxStream`] are Philox words; a test's coin takes every branch in turn and sums up exact probabilities.
 //!
-//! Losslessness needs one thing of the caller: the laws given here are those the drafts were drawn from. A draft that
-//! was not drawn, such as the drafter's best token, has the law of temperature 0: all of it on that token. To judge it
+//! Losslessness needs one thing of the caller: the distributions given here are those the drafts were drawn from. A draft that
+//! was not drawn, such as the drafter's best token, has the distribution of temperature 0: all of it on that token. To judge it
 //! by the drafter's probability would be wrong. And a draft that was drawn must not be dropped for what it is; a chain
 //! may end after it.
 
-use crate::spec::sampling::{Sampling, philox};
+use crate::spec::sampling::{SamplingParams, philox};
 use std::borrow::Cow;
 
 /// Probability 1.
 pub const ONE: u64 = 1 << 48;
 
-/// The law of a row in units of 2^-48: `(id, probability)` of the tokens that have any, ids ascending. They add up to
-/// [`ONE`] exactly, but for those that [`best_block`] makes for itself and shows nobody.
+/// The distribution of a row in units of 2^-48: `(id, probability)` of the tokens that have any, ids ascending. They add up to
+/// [`ONE`] exactly, but for those that [`multi_draft_block_verify`] makes for itself and shows nobody.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Probabilities(Vec<(u32, u64)>);
+pub struct Distribution(Vec<(u32, u64)>);
 
-impl Probabilities {
-    /// From weights, ids ascending; what rounding leaves over goes to `heir`. `None` where they add up to nothing or to
-    /// 2^64, or where the heir is not among them.
+impl Distribution {
+    /// From weights, ids ascending; what rounding leaves over goes to `rounding_token`. `None` where they add up to nothing or to
+    /// 2^64, or where the rounding_token is not among them.
     ///
     /// With the sum `Z` shifted up to 64 bits and `R = floor(2^112 / Z)`, which is above 2^48 and at most 2^49, a
     /// weight, shifted alike, becomes the upper half of its product with `R`: one division a row, and nothing
-    /// overflows, whatever the vocabulary. Each is short by less than 2 units, so the heir gets less than two a token.
-    pub fn new(mut weights: Vec<(u32, u64)>, heir: u32) -> Option<Probabilities> {
+    /// overflows, whatever the vocabulary. Each is short by less than 2 units, so the rounding_token gets less than two a token.
+    pub fn new(mut weights: Vec<(u32, u64)>, rounding_token: u32) -> Option<Distribution> {
         let total = weights.iter().try_fold(0u64, |sum, &(_, w)| sum.checked_add(w)).filter(|&z| z > 0)?;
         let up = total.leading_zeros();
         let inverse = ((1u128 << 112) / u128::from(total << up)) as u64;
@@ -37,16 +37,16 @@ impl Probabilities {
             *w = high(*w << up, inverse);
             left -= *w;
         }
-        let at = weights.binary_search_by_key(&heir, |&(id, _)| id).ok()?;
+        let at = weights.binary_search_by_key(&rounding_token, |&(id, _)| id).ok()?;
         weights[at].1 += left;
         weights.retain(|&(_, p)| p > 0);
-        Some(Probabilities(weights))
+        Some(Distribution(weights))
     }
 
-    /// From weights that are left of a law: the heir is the heaviest, of several the lowest.
-    fn of_rest(weights: Vec<(u32, u64)>) -> Option<Probabilities> {
-        let heir = weights.iter().rev().max_by_key(|&&(_, w)| w)?.0;
-        Probabilities::new(weights, heir)
+    /// From weights that are left of a distribution: the rounding_token is the heaviest, of several the lowest.
+    fn of_rest(weights: Vec<(u32, u64)>) -> Option<Distribution> {
+        let rounding_token = weights.iter().rev().max_by_key(|&&(_, w)| w)?.0;
+        Distribution::new(weights, rounding_token)
     }
 
     /// The tokens and their probabilities, ids ascending.
@@ -59,14 +59,14 @@ impl Probabilities {
         self.0.binary_search_by_key(&id, |&(id, _)| id).map_or(0, |at| self.0[at].1)
     }
 
-    /// The law of another draw, without that token. `None` if there is no other.
-    pub fn without(&self, id: u32) -> Option<Probabilities> {
-        Probabilities::of_rest(self.0.iter().copied().filter(|&(other, _)| other != id).collect())
+    /// The distribution of another draw, without that token. `None` if there is no other.
+    pub fn without(&self, id: u32) -> Option<Distribution> {
+        Distribution::of_rest(self.0.iter().copied().filter(|&(other, _)| other != id).collect())
     }
 
     /// `max(weight * self - other, 0)`, of the tokens where it is not 0; `weight` in units of 2^-48, products rounded
     /// down.
-    fn beyond(&self, weight: u64, other: &Probabilities) -> Vec<(u32, u64)> {
+    fn beyond(&self, weight: u64, other: &Distribution) -> Vec<(u32, u64)> {
         let over = |&(id, p): &(u32, u64)| (id, times(weight, p).saturating_sub(other.of(id)));
         self.0.iter().map(over).filter(|&(_, w)| w > 0).collect()
     }
@@ -90,48 +90,49 @@ fn ratio(a: u64, b: u64, n: u64) -> u64 {
 
 /// Which drafts stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
-pub enum Rule {
-    /// Those that are what plain decoding emits with the same seed
+pub enum VerifyMethod {
+    /// Those that are what autoregressive decoding emits with the same seed
     #[default]
     Match,
-    /// Token by token, so that the law is the target's
+    /// Token by token, so that the distribution is the target's
     Rejection,
-    /// Whole blocks, so that the law is the target's
+    /// Whole blocks, so that the distribution is the target's
     Block,
 }
 
-impl Rule {
+impl VerifyMethod {
     /// The word in `--verify` and in records.
     pub fn name(self) -> &'static str {
         match self {
-            Rule::Match => "match",
-            Rule::Rejection => "rejection",
-            Rule::Block => "block",
+            VerifyMethod::Match => "match",
+            VerifyMethod::Rejection => "rejection",
+            VerifyMethod::Block => "block",
         }
     }
 }
 
 /// How a request's drafts are made and judged.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Drafting {
-    pub rule: Rule,
+pub struct SpecConfig {
+    pub rule: VerifyMethod,
     /// What drafts are drawn with from the drafter's logits. Seed and stream are the request's. At temperature 0 they
-    /// are the drafter's best tokens. Else, under [`Rule::Match`], they are what [`Sampling::choose`] makes of the
-    /// drafter's logits with the very noise that the target's tokens are chosen by: laws that are alike then choose
+    /// are the drafter's best tokens. Else, under [`VerifyMethod::Match`], they are what [`SamplingParams::choose`] makes of the
+    /// drafter's logits with the very noise that the target's tokens are chosen by: distributions that are alike then choose
     /// alike (Daliri et al., arXiv 2408.07978). Under the other rules they are drawn from words of their own.
-    pub sampling: Sampling,
+    pub sampling: SamplingParams,
     /// Rounds verify a tree of up to so many rows, the anchor counted, 2 to [`crate::spec::tree::MOST_ROWS`]; at most as deep as
-    /// a block is. Under [`Rule::Match`] it is [`crate::spec::tree::Tree::best_first`] of the drafter's best tokens; under
-    /// [`Rule::Rejection`] [`crate::spec::tree::shape`], of distinct siblings; under [`Rule::Block`] several chains,
+    /// a block is. Under [`VerifyMethod::Match`] it is [`crate::spec::tree::Tree::best_first`] of the drafter's best tokens; under
+    /// [`VerifyMethod::Rejection`] [`crate::spec::tree::shape`], of distinct siblings; under [`VerifyMethod::Block`] several chains,
     /// [`crate::spec::tree::chains`]. None: a chain.
     pub tree: Option<usize>,
 }
 
-impl Default for Drafting {
-    /// Chains of the drafter's best tokens, judged by [`Rule::Match`].
-    fn default() -> Drafting {
-        let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
-        Drafting { rule: Rule::Match, sampling, tree: None }
+impl Default for SpecConfig {
+    /// Chains of the drafter's best tokens, judged by [`VerifyMethod::Match`].
+    fn default() -> SpecConfig {
+        let sampling =
+            SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+        SpecConfig { rule: VerifyMethod::Match, sampling, tree: None }
     }
 }
 
@@ -150,7 +151,7 @@ pub enum Purpose {
 
 /// Names a chance within a round. No two of a round have the same name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Word {
+pub struct DrawKey {
     pub purpose: Purpose,
     /// Of the token in question: its position less the anchor's.
     pub depth: usize,
@@ -159,13 +160,13 @@ pub struct Word {
 }
 
 /// Where chances come from.
-pub trait Coin {
+pub trait RandomSource {
     /// True with probability `s / n`, and always where `s` is not less than `n`.
-    fn accept(&mut self, word: Word, s: u64, n: u64) -> bool;
+    fn accept(&mut self, word: DrawKey, s: u64, n: u64) -> bool;
 
     /// An id, with the probability of its share of the weights; `None` where they add up to 0. They are given by
     /// ascending ids, and add up to less than 2^64.
-    fn pick(&mut self, word: Word, weights: &[(u32, u64)]) -> Option<u32>;
+    fn pick(&mut self, word: DrawKey, weights: &[(u32, u64)]) -> Option<u32>;
 }
 
 /// Philox words of one round of a request. Chances are right to 2^-64 each.
@@ -173,7 +174,7 @@ pub trait Coin {
 /// The round is part of every counter: drafts and tests beyond the point where a round stopped have had a say in where
 /// it did, so that the next one must not meet their words again. A batch slot is in none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Dice {
+pub struct PhiloxStream {
     pub seed: u64,
     /// The request's.
     pub stream: u32,
@@ -183,26 +184,26 @@ pub struct Dice {
     pub anchor: u32,
 }
 
-impl Dice {
+impl PhiloxStream {
     /// The counter of a chance. Rows are fewer than 2^24.
-    pub fn counter(&self, word: Word) -> [u32; 4] {
+    pub fn counter(&self, word: DrawKey) -> [u32; 4] {
         let position = self.anchor.wrapping_add(word.depth as u32);
         [position, ((word.purpose as u32) << 24) | word.row as u32, self.stream, self.round]
     }
 
     /// The chance's random 64 bits.
-    pub fn bits(&self, word: Word) -> u64 {
+    pub fn bits(&self, word: DrawKey) -> u64 {
         let drawn = philox(self.counter(word), [self.seed as u32, (self.seed >> 32) as u32]);
         (u64::from(drawn[0]) << 32) | u64::from(drawn[1])
     }
 }
 
-impl Coin for Dice {
-    fn accept(&mut self, word: Word, s: u64, n: u64) -> bool {
+impl RandomSource for PhiloxStream {
+    fn accept(&mut self, word: DrawKey, s: u64, n: u64) -> bool {
         s >= n || high(self.bits(word), n) < s
     }
 
-    fn pick(&mut self, word: Word, weights: &[(u32, u64)]) -> Option<u32> {
+    fn pick(&mut self, word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
         let mut at = high(self.bits(word), weights.iter().map(|&(_, w)| w).sum());
         for &(id, w) in weights {
             match at.checked_sub(w) {
@@ -216,77 +217,79 @@ impl Coin for Dice {
 
 // ---- drafts ----
 
-/// How the children of a node are drawn from the law of their depth.
+/// How the children of a node are drawn from the distribution of their depth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Siblings {
-    /// Each from the whole law, whatever the others are (SpecInfer, arXiv 2305.09781).
+    /// Each from the whole distribution, whatever the others are (SpecInfer, arXiv 2305.09781).
     Independent,
     /// Each without those before it (Sequoia, arXiv 2402.12374).
     Distinct,
 }
 
-/// Draws a chain, a token from each law. `None` never, with laws.
-pub fn draw(laws: &[Probabilities], coin: &mut impl Coin) -> Option<Vec<u32>> {
-    let one = |(i, law): (usize, &Probabilities)| coin.pick(word(Purpose::Draft, i + 1, i + 1), &law.0);
-    laws.iter().enumerate().map(one).collect()
+/// Draws a chain, a token from each distribution. `None` never, with distributions.
+pub fn draw(distributions: &[Distribution], coin: &mut impl RandomSource) -> Option<Vec<u32>> {
+    let one = |(i, distribution): (usize, &Distribution)| {
+        coin.pick(word(Purpose::Draft, i + 1, i + 1), &distribution.0)
+    };
+    distributions.iter().enumerate().map(one).collect()
 }
 
 /// Draws a tree of a given shape: `parents` `[rows]` as [`crate::spec::sampling::walk`] takes them, the anchor's row first; rows
-/// of depth `d + 1` from `laws[d]`, siblings in the order of their rows. Returns the tokens. Where
+/// of depth `d + 1` from `distributions[d]`, siblings in the order of their rows. Returns the tokens. Where
 /// [`Siblings::Distinct`] runs out of tokens a row repeats the sibling before it, and [`recursive`] passes it over: so
-/// the shape depends on nothing that is drawn. `None` where a row follows no earlier one, or no law is so deep.
-pub fn draw_shape(
+/// the shape depends on nothing that is drawn. `None` where a row follows no earlier one, or no distribution is so deep.
+pub fn sample_tree(
     anchor: u32,
     parents: &[u32],
-    laws: &[Probabilities],
+    distributions: &[Distribution],
     siblings: Siblings,
-    coin: &mut impl Coin,
+    coin: &mut impl RandomSource,
 ) -> Option<Vec<u32>> {
     struct Row<'a> {
         token: u32,
         depth: usize,
         /// Of its next child.
-        law: Option<Cow<'a, Probabilities>>,
+        distribution: Option<Cow<'a, Distribution>>,
         /// The child before that.
         child: Option<u32>,
     }
-    let law = |depth: usize| laws.get(depth).map(Cow::Borrowed);
-    let mut rows = vec![Row { token: anchor, depth: 0, law: law(0), child: None }];
+    let distribution = |depth: usize| distributions.get(depth).map(Cow::Borrowed);
+    let mut rows = vec![Row { token: anchor, depth: 0, distribution: distribution(0), child: None }];
     for &parent in parents.iter().skip(1) {
         let own = rows.len();
         let parent = rows.get_mut(parent as usize)?;
         let depth = parent.depth + 1;
-        let token = match parent.law.take() {
+        let token = match parent.distribution.take() {
             None => parent.child?,
             Some(from) => {
                 let token = coin.pick(word(Purpose::Draft, depth, own), &from.0)?;
-                parent.law = next_law(from, token, siblings);
+                parent.distribution = next_law(from, token, siblings);
                 token
             }
         };
         parent.child = Some(token);
-        rows.push(Row { token, depth, law: law(depth), child: None });
+        rows.push(Row { token, depth, distribution: distribution(depth), child: None });
     }
     Some(rows.iter().map(|row| row.token).collect())
 }
 
-/// The law of the sibling after one that was drawn from `law`.
-fn next_law(law: Cow<Probabilities>, drawn: u32, siblings: Siblings) -> Option<Cow<Probabilities>> {
+/// The distribution of the sibling after one that was drawn from `distribution`.
+fn next_law(distribution: Cow<Distribution>, drawn: u32, siblings: Siblings) -> Option<Cow<Distribution>> {
     match siblings {
-        Siblings::Independent => Some(law),
-        Siblings::Distinct => law.without(drawn).map(Cow::Owned),
+        Siblings::Independent => Some(distribution),
+        Siblings::Distinct => distribution.without(drawn).map(Cow::Owned),
     }
 }
 
-fn word(purpose: Purpose, depth: usize, row: usize) -> Word {
-    Word { purpose, depth, row }
+fn word(purpose: Purpose, depth: usize, row: usize) -> DrawKey {
+    DrawKey { purpose, depth, row }
 }
 
 // ---- rules ----
 
 /// Judges a chain token by token (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318): a draft stands
-/// with probability `min(1, p / q)`; in place of the first that falls comes a token of the law `max(p - q, 0)`.
-/// `drafts[i]` was drawn from `laws[i]`, and there may be more laws than drafts; `target(row)` is the target's law after
+/// with probability `min(1, p / q)`; in place of the first that falls comes a token of the distribution `max(p - q, 0)`.
+/// `drafts[i]` was drawn from `distributions[i]`, and there may be more distributions than drafts; `target(row)` is the target's distribution after
 /// the first `row` drafts, asked for only where those stand. Returns how many stand and the token after them; `None` as
 /// soon as `target` says so.
 ///
@@ -294,13 +297,14 @@ fn word(purpose: Purpose, depth: usize, row: usize) -> Word {
 /// a draft is with probability `1 - sum min(p, q) = sum max(p - q, 0)`, with `max(p - q, 0)`: together `p`.
 pub fn rejection(
     drafts: &[u32],
-    laws: &[Probabilities],
-    mut target: impl FnMut(usize) -> Option<Probabilities>,
-    coin: &mut impl Coin,
+    distributions: &[Distribution],
+    mut target: impl FnMut(usize) -> Option<Distribution>,
+    coin: &mut impl RandomSource,
 ) -> Option<(usize, u32)> {
-    for (row, (&draft, law)) in drafts.iter().zip(laws).enumerate() {
+    for (row, (&draft, distribution)) in drafts.iter().zip(distributions).enumerate() {
         let child = [(row + 1, draft)];
-        if let Verdict::Token(token) = node(target(row)?, law, &child, Siblings::Independent, row, row, coin)?
+        if let Verdict::Token(token) =
+            node(target(row)?, distribution, &child, Siblings::Independent, row, row, coin)?
         {
             return Some((row, token));
         }
@@ -309,35 +313,35 @@ pub fn rejection(
     Some((g, coin.pick(word(Purpose::Residual, g + 1, g), &target(g)?.0)?))
 }
 
-/// Judges a tree of [`draw_shape`] from the root down, the siblings of a node in the order they were drawn in: recursive
-/// rejection. `laws[d]` is what the drafts of depth `d + 1` were drawn from; `target(row)` the target's law after the
+/// Judges a tree of [`sample_tree`] from the root down, the siblings of a node in the order they were drawn in: recursive
+/// rejection. `distributions[d]` is what the drafts of depth `d + 1` were drawn from; `target(row)` the target's distribution after the
 /// drafts on the way to `row`. Returns the rows of the walk, 0 first, and the token that follows them; `None` as soon
 /// as `target` says so.
 ///
-/// Lossless: one step of [`rejection`] leaves the law `max(p - q, 0)` to be emitted, and the next sibling is a draw
-/// from a known law that does not depend on how the step went; so the steps follow each other. That is why the order
-/// of siblings matters. Laws between two siblings are rounded: the law that is emitted is the target's to `2 V 2^-48`
+/// Lossless: one step of [`rejection`] leaves the distribution `max(p - q, 0)` to be emitted, and the next sibling is a draw
+/// from a known distribution that does not depend on how the step went; so the steps follow each other. That is why the order
+/// of siblings matters. Distributions between two siblings are rounded: the distribution that is emitted is the target's to `2 V 2^-48`
 /// for every sibling after the first.
 pub fn recursive(
     tokens: &[u32],
     parents: &[u32],
-    laws: &[Probabilities],
+    distributions: &[Distribution],
     siblings: Siblings,
-    mut target: impl FnMut(usize) -> Option<Probabilities>,
-    coin: &mut impl Coin,
+    mut target: impl FnMut(usize) -> Option<Distribution>,
+    coin: &mut impl RandomSource,
 ) -> Option<(Vec<usize>, u32)> {
     let mut path = vec![0];
     let mut row = 0;
     loop {
         let (p, depth) = (target(row)?, path.len() - 1);
-        let Some(law) = laws.get(depth) else {
+        let Some(distribution) = distributions.get(depth) else {
             return Some((path, coin.pick(word(Purpose::Residual, depth + 1, row), &p.0)?));
         };
         let children: Vec<(usize, u32)> = (row + 1..tokens.len())
             .filter(|&child| parents[child] as usize == row)
             .map(|child| (child, tokens[child]))
             .collect();
-        match node(p, law, &children, siblings, depth, row, coin)? {
+        match node(p, distribution, &children, siblings, depth, row, coin)? {
             Verdict::Child(child) => row = child,
             Verdict::Token(token) => return Some((path, token)),
         }
@@ -354,22 +358,22 @@ enum Verdict {
 
 /// Judges the drafts `(row, token)` that follow `row`, which stands at `depth`.
 fn node(
-    mut p: Probabilities,
-    law: &Probabilities,
+    mut p: Distribution,
+    distribution: &Distribution,
     children: &[(usize, u32)],
     siblings: Siblings,
     depth: usize,
     row: usize,
-    coin: &mut impl Coin,
+    coin: &mut impl RandomSource,
 ) -> Option<Verdict> {
-    let (mut q, mut rest) = (Some(Cow::Borrowed(law)), Vec::new());
+    let (mut q, mut rest) = (Some(Cow::Borrowed(distribution)), Vec::new());
     for &(child, token) in children {
         let Some(from) = q else { break };
-        // A token that this law cannot draw is no draft of it: a sibling seen before, passed over.
+        // A token that this distribution cannot draw is no draft of it: a sibling seen before, passed over.
         let chance = from.of(token);
         if chance > 0 {
             if !rest.is_empty() {
-                p = Probabilities::of_rest(rest)?;
+                p = Distribution::of_rest(rest)?;
             }
             if coin.accept(word(Purpose::Accept, depth + 1, child), p.of(token), chance) {
                 return Some(Verdict::Child(child));
@@ -378,7 +382,7 @@ fn node(
         }
         q = if chance > 0 { next_law(from, token, siblings) } else { Some(from) };
     }
-    // Where nothing is beyond, both laws are the same, and no draft falls.
+    // Where nothing is beyond, both distributions are the same, and no draft falls.
     let weights = if rest.is_empty() { &p.0 } else { &rest };
     Some(Verdict::Token(coin.pick(word(Purpose::Residual, depth + 1, row), weights)?))
 }
@@ -389,17 +393,17 @@ fn node(
 ///
 /// `w[i]`, in units of 2^-48, is `min(1, w[i - 1] p / q)` along the chain: the share of the drafts' first `i` that is
 /// to be emitted. From the longest to the shortest, an independent test decides whether it is these that stand; it
-/// makes up for what longer ones have emitted already. After them comes a token of the law `max(w p - q, 0)`.
+/// makes up for what longer ones have emitted already. After them comes a token of the distribution `max(w p - q, 0)`.
 /// Rounding down costs `2 V 2^-48` a row.
 pub fn block(
     drafts: &[u32],
-    laws: &[Probabilities],
-    mut target: impl FnMut(usize) -> Option<Probabilities>,
-    coin: &mut impl Coin,
+    distributions: &[Distribution],
+    mut target: impl FnMut(usize) -> Option<Distribution>,
+    coin: &mut impl RandomSource,
 ) -> Option<(usize, u32)> {
     let (mut shares, mut rows) = (vec![ONE], vec![target(0)?]);
-    for (i, (draft, law)) in drafts.iter().zip(laws).enumerate() {
-        let share = ratio(shares[i], rows[i].of(*draft), law.of(*draft));
+    for (i, (draft, distribution)) in drafts.iter().zip(distributions).enumerate() {
+        let share = ratio(shares[i], rows[i].of(*draft), distribution.of(*draft));
         // No longer chain can be emitted.
         if share == 0 {
             break;
@@ -409,18 +413,21 @@ pub fn block(
     }
     let whole = drafts.len();
     for (row, (p, &w)) in rows.iter().zip(&shares).enumerate().rev() {
-        let (s, n) = match laws.get(row).filter(|_| row < whole) {
+        let (s, n) = match distributions.get(row).filter(|_| row < whole) {
             None => (w, ONE),
             Some(_) if w == ONE => (ONE, ONE),
-            Some(law) => {
-                let kept: u64 = p.0.iter().map(|&(id, p)| times(w, p).min(law.of(id))).sum();
+            Some(distribution) => {
+                let kept: u64 = p.0.iter().map(|&(id, p)| times(w, p).min(distribution.of(id))).sum();
                 (w - kept, ONE - kept)
             }
         };
         if row > 0 && !coin.accept(word(Purpose::Accept, row, row), s, n) {
             continue;
         }
-        let rest = laws.get(row).filter(|_| row < whole).map_or(Vec::new(), |law| p.beyond(w, law));
+        let rest = distributions
+            .get(row)
+            .filter(|_| row < whole)
+            .map_or(Vec::new(), |distribution| p.beyond(w, distribution));
         let weights = if rest.is_empty() { &p.0 } else { &rest };
         return Some((row, coin.pick(word(Purpose::Residual, row + 1, row), weights)?));
     }
@@ -429,60 +436,60 @@ pub fn block(
 
 // ---- the best of several chains ----
 
-/// Draws `count` chains for [`best_block`], all of them after the anchor, one behind the other: row `1 + c g + i` has
-/// draft `i` of chain `c`, where `g` is the number of laws. Returns the tokens, and the parents that [`draw_shape`] would take.
-pub fn draw_chains(
+/// Draws `count` chains for [`multi_draft_block_verify`], all of them after the anchor, one behind the other: row `1 + c g + i` has
+/// draft `i` of chain `c`, where `g` is the number of distributions. Returns the tokens, and the parents that [`sample_tree`] would take.
+pub fn sample_chains(
     anchor: u32,
     count: usize,
-    laws: &[Probabilities],
-    coin: &mut impl Coin,
+    distributions: &[Distribution],
+    coin: &mut impl RandomSource,
 ) -> Option<(Vec<u32>, Vec<u32>)> {
     let (mut tokens, mut parents) = (vec![anchor], vec![0]);
     for _ in 0..count {
-        for (i, law) in laws.iter().enumerate() {
+        for (i, distribution) in distributions.iter().enumerate() {
             let row = tokens.len();
-            tokens.push(coin.pick(word(Purpose::Draft, i + 1, row), &law.0)?);
+            tokens.push(coin.pick(word(Purpose::Draft, i + 1, row), &distribution.0)?);
             parents.push(if i == 0 { 0 } else { row as u32 - 1 });
         }
     }
     Some((tokens, parents))
 }
 
-/// Judges the chains of [`draw_chains`], after Thomas and Pal, arXiv 2602.16961: chooses one, draft by draft, and judges it
-/// by [`block`] as drawn from the law that such a choice has. At each row those chains run that have had the drafts chosen
+/// Judges the chains of [`sample_chains`], after Thomas and Pal, arXiv 2602.16961: chooses one, draft by draft, and judges it
+/// by [`block`] as drawn from the distribution that such a choice has. At each row those chains run that have had the drafts chosen
 /// so far; of them the one with the highest [`class`] has the next draft, of several the first. Arguments and result as
-/// of [`recursive`], where `laws` are as many as a chain has drafts; the rows are those of the chain chosen last.
+/// of [`recursive`], where `distributions` are as many as a chain has drafts; the rows are those of the chain chosen last.
 ///
 /// A chain's draws are its own, so that all there is to know of what it is, given the choices so far, is how likely it is
 /// out of the running, `out`. The chain with the next draft `x` of class `b` is chain `c` with the probability that this
 /// runs and draws `x`, times that of every earlier one being out or of a lower class, times that of every later one being
-/// out or of no higher: in all `q(x)` times a sum that only `b` decides. Such laws fall short of [`ONE`] by rounding, by
-/// less than a unit a token and some two a chain, and have no heir: `block` needs no more.
+/// out or of no higher: in all `q(x)` times a sum that only `b` decides. Such distributions fall short of [`ONE`] by rounding, by
+/// less than a unit a token and some two a chain, and have no rounding_token: `block` needs no more.
 ///
 /// Lossless, up to rounding: append to each token the chain that it was chosen from. Of the chains before a draft that
-/// law depends, but the target's does not; given the draft, both may have the same law of the chain, which cancels in
+/// distribution depends, but the target's does not; given the draft, both may have the same distribution of the chain, which cancels in
 /// every ratio that `block` takes and adds up to 1 in everything that it sums. Where `q` is `p` all tokens are of one
-/// class, and the law is `q`: a choice bends nothing there.
-pub fn best_block(
+/// class, and the distribution is `q`: a choice bends nothing there.
+pub fn multi_draft_block_verify(
     tokens: &[u32],
-    laws: &[Probabilities],
-    mut target: impl FnMut(usize) -> Option<Probabilities>,
-    coin: &mut impl Coin,
+    distributions: &[Distribution],
+    mut target: impl FnMut(usize) -> Option<Distribution>,
+    coin: &mut impl RandomSource,
 ) -> Option<(Vec<usize>, u32)> {
-    let g = laws.len();
+    let g = distributions.len();
     let count = tokens.len().saturating_sub(1).checked_div(g).unwrap_or(0);
     let row = |chain: usize, draft: usize| 1 + chain * g + draft;
     let (mut running, mut out): (Vec<usize>, _) = ((0..count).collect(), vec![0; count]);
     let (mut winner, mut drafts, mut chosen, mut rows) = (0, vec![], vec![], vec![target(0)?]);
-    for (i, law) in laws.iter().enumerate() {
-        let class_of = |id: u32| class(rows[i].of(id), law.of(id));
+    for (i, distribution) in distributions.iter().enumerate() {
+        let class_of = |id: u32| class(rows[i].of(id), distribution.of(id));
         // The drafter's mass below each class; the next entry's is that up to it.
         let mut below = [0; CLASSES + 1];
-        law.0.iter().for_each(|&(id, q)| below[class_of(id) + 1] += q);
+        distribution.0.iter().for_each(|&(id, q)| below[class_of(id) + 1] += q);
         (0..CLASSES).for_each(|class| below[class + 1] += below[class]);
         let shares: Vec<u64> = (0..CLASSES).map(|b| share_of(&out, below[b], below[b + 1])).collect();
-        let bent = law.0.iter().map(|&(id, q)| (id, times(q, shares[class_of(id)])));
-        chosen.push(Probabilities(bent.filter(|&(_, p)| p > 0).collect()));
+        let bent = distribution.0.iter().map(|&(id, q)| (id, times(q, shares[class_of(id)])));
+        chosen.push(Distribution(bent.filter(|&(_, p)| p > 0).collect()));
 
         let draft = |chain: usize| tokens[row(chain, i)];
         winner = *running.iter().rev().max_by_key(|&&chain| class_of(draft(chain)))?;
@@ -491,7 +498,7 @@ pub fn best_block(
         out[..winner].fill(ONE);
         out[winner] = 0;
         for out in &mut out[winner + 1..] {
-            *out = ONE - ratio(ONE - *out, law.of(id), out_or(*out, up_to));
+            *out = ONE - ratio(ONE - *out, distribution.of(id), out_or(*out, up_to));
         }
         drafts.push(id);
         rows.push(target(row(winner, i))?);
@@ -505,7 +512,7 @@ const CLASSES: usize = 64;
 
 /// How much likelier a token is to the target, of which it has the probability `p`, than to the drafter, `q`: in halves
 /// of an octave, 32 where they are alike. Logarithms are piecewise linear, from one power of two to the next. Any function
-/// of the two makes [`best_block`] lossless, and hardly any accepts more: on the demo pair octaves, halves and eighths
+/// of the two makes [`multi_draft_block_verify`] lossless, and hardly any accepts more: on the demo pair octaves, halves and eighths
 /// differ by 0.003 of a draft at most, and halves are best.
 pub fn class(p: u64, q: u64) -> usize {
     let halves = |x: u64| {

@@ -5,11 +5,11 @@ use dflash::Result;
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::engine::generate::{Decoder, Request};
-use dflash::gpu::decoder::{Batch, Models, Part, Shape};
+use dflash::gpu::decoder::{Batch, DrafterMode, Models, Shape};
 use dflash::gpu::device::{Counts, Device};
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::Room;
-use dflash::spec::sampling::Sampling;
+use dflash::gpu::memory::BatchConfig;
+use dflash::spec::sampling::SamplingParams;
 use std::fmt::Write;
 
 /// Tokens of each prompt, and positions that a sequence has room for.
@@ -25,12 +25,12 @@ pub fn table() -> Result<String> {
     let models = Models::load(&device, &pair, POSITIONS)?;
     let mut out = line(["kernel", "launches", "blocks", "streamed", "read", "written", "mma", "conflicts"]);
     for (name, sequences, block, temperature) in [
-        ("plain step of 1 sequence", 1, 1, 0.0),
+        ("AR step of 1 sequence", 1, 1, 0.0),
         ("round of 1 sequence", 1, 16, 0.0),
         ("round of 4 sequences", 4, 16, 0.0),
         ("round of 1 sequence, sampled", 1, 16, 0.8),
     ] {
-        let mut batch = Batch::new(&device, &models, Room::new(sequences, block, POSITIONS))?;
+        let mut batch = Batch::new(&device, &models, BatchConfig::new(sequences, block, POSITIONS))?;
         device.reset_counts();
         for slot in 0..sequences {
             batch.join(slot, &request(slot as u32, block, temperature), false)?;
@@ -42,7 +42,7 @@ pub fn table() -> Result<String> {
         let shape = Shape {
             sequences,
             rows: block,
-            drafter: if block > 1 { Part::Drafts } else { Part::Rests },
+            drafter: if block > 1 { DrafterMode::Draft } else { DrafterMode::Idle },
             sampled: temperature > 0.0,
             drawn: false,
         };
@@ -55,7 +55,7 @@ pub fn table() -> Result<String> {
 }
 
 fn request(slot: u32, block: usize, temperature: f32) -> Request {
-    let sampling = Sampling { temperature, top_k: 0, top_p: 0.9, min_p: 0.0, seed: 1, stream: slot };
+    let sampling = SamplingParams { temperature, top_k: 0, top_p: 0.9, min_p: 0.0, seed: 1, stream: slot };
     let prompt = (0..PROMPT).map(|i| 300 + i * 13 + slot).collect();
     Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block, drafting: Default::default() }
 }

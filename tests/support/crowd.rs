@@ -6,9 +6,9 @@
 use crate::support;
 use dflash::Result;
 use dflash::engine::generate::{
-    Decoder, Finish, Flow, Listener, Listeners, Outcome, Request, generate, generate_all,
+    Decoder, Finish, Flow, Outcome, Request, TokenSink, TokenSinks, generate, generate_all,
 };
-use dflash::spec::sampling::Sampling;
+use dflash::spec::sampling::SamplingParams;
 
 /// What a listener hears of: `Prompt(done)`, `Token(number)` with numbers from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,16 +18,16 @@ pub enum Event {
 }
 
 /// Hears of all requests, answers as `reply` does, and holds outcomes against what was said.
-pub struct Crowd<F> {
+pub struct BatchRecorder<F> {
     pub outcomes: Vec<Option<Outcome>>,
     heard: Vec<Vec<u32>>,
     index: usize,
     reply: F,
 }
 
-impl<F: FnMut(usize, Event) -> Result<Flow>> Crowd<F> {
-    pub fn new(requests: usize, reply: F) -> Crowd<F> {
-        Crowd { outcomes: vec![None; requests], heard: vec![vec![]; requests], index: 0, reply }
+impl<F: FnMut(usize, Event) -> Result<Flow>> BatchRecorder<F> {
+    pub fn new(requests: usize, reply: F) -> BatchRecorder<F> {
+        BatchRecorder { outcomes: vec![None; requests], heard: vec![vec![]; requests], index: 0, reply }
     }
 
     /// Tokens said so far, of all requests.
@@ -36,7 +36,7 @@ impl<F: FnMut(usize, Event) -> Result<Flow>> Crowd<F> {
     }
 }
 
-impl<F: FnMut(usize, Event) -> Result<Flow>> Listener for Crowd<F> {
+impl<F: FnMut(usize, Event) -> Result<Flow>> TokenSink for BatchRecorder<F> {
     fn prefill(&mut self, done: usize) -> Flow {
         (self.reply)(self.index, Event::Prompt(done)).unwrap()
     }
@@ -48,8 +48,8 @@ impl<F: FnMut(usize, Event) -> Result<Flow>> Listener for Crowd<F> {
     }
 }
 
-impl<F: FnMut(usize, Event) -> Result<Flow>> Listeners for Crowd<F> {
-    fn of(&mut self, index: usize) -> Result<&mut dyn Listener> {
+impl<F: FnMut(usize, Event) -> Result<Flow>> TokenSinks for BatchRecorder<F> {
+    fn of(&mut self, index: usize) -> Result<&mut dyn TokenSink> {
         self.index = index;
         Ok(self)
     }
@@ -69,7 +69,7 @@ pub fn go_on(_: usize, _: Event) -> Result<Flow> {
 /// Takes all that is said.
 pub struct Silent;
 
-impl Listener for Silent {
+impl TokenSink for Silent {
     fn token(&mut self, _id: u32, _drafted: bool) -> Result<Flow> {
         Ok(Flow::Continue)
     }
@@ -86,7 +86,7 @@ pub fn together(
     requests: &[Request],
     reply: impl FnMut(usize, Event) -> Result<Flow>,
 ) -> Vec<Outcome> {
-    let mut crowd = Crowd::new(requests.len(), reply);
+    let mut crowd = BatchRecorder::new(requests.len(), reply);
     generate_all(decoder, requests, &mut crowd).unwrap();
     crowd.outcomes.into_iter().map(Option::unwrap).collect()
 }
@@ -102,7 +102,7 @@ pub fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32
 }
 
 pub fn seeded(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, seed: u64) -> Request {
-    let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 3 };
+    let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 3 };
     Request {
         prompt: prompt.to_vec(),
         max_tokens,

@@ -8,13 +8,13 @@ use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use dflash::gpu::kernels::round::{Finish, Form, Sequence};
-use dflash::gpu::kernels::rules::{LAW_BYTES, Rows, Rules};
+use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules};
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::siblings::{Drawn, Siblings};
 use dflash::gpu::kernels::verify::Verdict;
-use dflash::spec::sampling::Sampling;
+use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree::{chains, shape};
-use dflash::spec::verify::{self, Coin, Dice, ONE, Probabilities, Rule, Word};
+use dflash::spec::verify::{self, Distribution, DrawKey, ONE, PhiloxStream, RandomSource, VerifyMethod};
 use std::collections::HashMap;
 
 pub const NONE: u32 = u32::MAX;
@@ -25,17 +25,17 @@ const OLD: u32 = 0x0bad_cafe;
 /// A sequence of a batch, and its tree.
 #[derive(Clone)]
 pub struct Request {
-    pub rule: Rule,
+    pub rule: VerifyMethod,
     pub length: u32,
     pub rounds: u32,
-    pub sampling: Sampling,
-    pub drafting: Sampling,
+    pub sampling: SamplingParams,
+    pub drafting: SamplingParams,
     /// As many as the tree has rows.
     pub parents: Vec<u32>,
 }
 
 impl Request {
-    pub fn state(&self, form: Form, sampling: &Sampling) -> Vec<u8> {
+    pub fn state(&self, form: Form, sampling: &SamplingParams) -> Vec<u8> {
         let state = Sequence {
             active: true,
             length: self.length,
@@ -58,9 +58,9 @@ impl Request {
         state.to_bytes().unwrap()
     }
 
-    pub fn dice(&self) -> Dice {
-        let Sampling { seed, stream, .. } = self.sampling;
-        Dice { seed, stream, round: self.rounds + 1, anchor: self.length }
+    pub fn dice(&self) -> PhiloxStream {
+        let SamplingParams { seed, stream, .. } = self.sampling;
+        PhiloxStream { seed, stream, round: self.rounds + 1, anchor: self.length }
     }
 
     pub fn depth(&self, row: usize) -> usize {
@@ -82,7 +82,7 @@ impl Request {
 #[derive(Clone)]
 pub struct Batch {
     /// Whose kernels run: those of siblings under `rejection`, those of chains under `block`. Other sequences take no part.
-    pub kind: Rule,
+    pub kind: VerifyMethod,
     pub vocab: usize,
     pub block: usize,
     pub wide: usize,
@@ -103,7 +103,7 @@ pub struct Outcome {
     pub accepted: Vec<u32>,
     pub next: Vec<u32>,
     pub path: Vec<u32>,
-    /// `[sequences][block]`, of chains: what a row's law and its draft's share, where that was asked for.
+    /// `[sequences][block]`, of chains: what a row's distribution and its draft's share, where that was asked for.
     shared: Vec<u64>,
 }
 
@@ -113,13 +113,13 @@ impl Batch {
         Siblings { sequences: self.requests.len(), block, wide, vocab }
     }
 
-    /// The laws of rows, `of_each` of a sequence.
-    pub fn laws(
+    /// The distributions of rows, `of_each` of a sequence.
+    pub fn distributions(
         &self,
         device: &dyn Device,
         logits: &[f32],
         of_each: usize,
-        settings: fn(&Request) -> &Sampling,
+        settings: fn(&Request) -> &SamplingParams,
     ) -> (dflash::gpu::device::Buffer, dflash::gpu::device::Buffer) {
         let (sequences, vocab) = (self.requests.len(), self.vocab);
         let kernels = Rules { sequences, block: of_each, vocab, blocks: vocab.div_ceil(128) };
@@ -127,19 +127,19 @@ impl Batch {
         let best: Vec<u64> = logits.chunks(vocab).flat_map(best_keys).collect();
         let table: Vec<u32> =
             (0..sequences * of_each).flat_map(|row| [(row / of_each) as u32, 0, NONE, NONE]).collect();
-        let rows = (upload(device, logits), poisoned::<u8>(device, sequences * of_each * LAW_BYTES));
+        let rows = (upload(device, logits), poisoned::<u8>(device, sequences * of_each * DISTRIBUTION_BYTES));
         let [states, table] = [upload(device, &states), upload(device, &table)];
         let (best, tables) = (upload(device, &best), constant(device, &tables()));
-        let both = Rows { logits: &rows.0, laws: &rows.1 };
-        kernels.law(device, both, &best, &table, &states, &tables).unwrap();
+        let both = Rows { logits: &rows.0, distributions: &rows.1 };
+        kernels.distribution(device, both, &best, &table, &states, &tables).unwrap();
         rows
     }
 
     pub fn run(&self, device: &dyn Device) -> Outcome {
         let Batch { block, wide, .. } = *self;
         let (kernels, sequences) = (self.kernels(), self.requests.len());
-        let drafter = self.laws(device, &self.drafter, block, |r| &r.drafting);
-        let drafter = Rows { logits: &drafter.0, laws: &drafter.1 };
+        let drafter = self.distributions(device, &self.drafter, block, |r| &r.drafting);
+        let drafter = Rows { logits: &drafter.0, distributions: &drafter.1 };
         let states: Vec<u8> = self.requests.iter().flat_map(|r| r.state(Form::Drawn, &r.sampling)).collect();
         let (states, tables) = (upload(device, &states), constant(device, &tables()));
         // Rows behind the tree's follow anything.
@@ -150,7 +150,7 @@ impl Batch {
         let drafts = upload(device, &vec![OLD; sequences * wide]);
         let trees = Drawn { tokens: &drafts, parents: &parents, spans: &spans };
         match self.kind {
-            Rule::Block => Chains(kernels).draw(device, trees, drafter, &states, &tables).unwrap(),
+            VerifyMethod::Block => Chains(kernels).draw(device, trees, drafter, &states, &tables).unwrap(),
             _ => kernels.draw(device, trees, drafter, &states, &tables).unwrap(),
         }
         let drafts: Vec<u32> = download(device, &drafts);
@@ -159,14 +159,14 @@ impl Batch {
         let tokens: Vec<u32> = self.tokens.iter().enumerate().map(token).collect();
         let on_device = upload(device, &tokens);
         let target = self.judged(&tokens);
-        let on_target = self.laws(device, &target, wide, |r| &r.sampling);
-        let rows = Rows { logits: &on_target.0, laws: &on_target.1 };
+        let on_target = self.distributions(device, &target, wide, |r| &r.sampling);
+        let rows = Rows { logits: &on_target.0, distributions: &on_target.1 };
         let [accepted, next] = [(); 2].map(|()| upload(device, &vec![OLD; sequences]));
         let path = upload(device, &vec![OLD; sequences * wide]);
         let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
         let trees = Drawn { tokens: &on_device, parents: &parents, spans: &spans };
         let shared = poisoned::<u64>(device, sequences * block);
-        if self.kind == Rule::Block {
+        if self.kind == VerifyMethod::Block {
             let classes = poisoned::<u8>(device, sequences * wide * CLASSES_BYTES);
             let counters = upload(device, &vec![0u32; sequences]);
             let work = Workspace { classes: &classes, partial: &shared, counters: &counters };
@@ -183,7 +183,7 @@ impl Batch {
     /// The target's logits after these drafts: rows of chains that have had the same ones have the same.
     fn judged(&self, tokens: &[u32]) -> Vec<f32> {
         let mut target = self.target.clone();
-        for (own, request) in self.requests.iter().enumerate().filter(|_| self.kind == Rule::Block) {
+        for (own, request) in self.requests.iter().enumerate().filter(|_| self.kind == VerifyMethod::Block) {
             let mut seen = HashMap::new();
             for row in 0..request.parents.len() {
                 let at = own * self.wide;
@@ -195,8 +195,8 @@ impl Batch {
         target
     }
 
-    /// The laws of depths 1, 2, .. as the definition has them.
-    pub fn drafts_laws(&self, own: usize) -> Vec<Option<Probabilities>> {
+    /// The distributions of depths 1, 2, .. as the definition has them.
+    pub fn drafts_laws(&self, own: usize) -> Vec<Option<Distribution>> {
         let rows = self.drafter[own * self.block * self.vocab..].chunks(self.vocab).take(self.block).skip(1);
         rows.map(|row| self.requests[own].drafting.probabilities(row)).collect()
     }
@@ -218,33 +218,35 @@ impl Batch {
             }
             let rows = parents.len();
             assert!(drawn[rows..].iter().all(|&token| token == NONE), "{context}: padding");
-            let laws = self.drafts_laws(own);
+            let distributions = self.drafts_laws(own);
             let deepest = (0..rows).map(|row| request.depth(row)).max().unwrap();
-            // What a damaged depth has, the others are as they would be: any law stands in for it.
-            let any = laws.iter().flatten().next().cloned();
+            // What a damaged depth has, the others are as they would be: any distribution stands in for it.
+            let any = distributions.iter().flatten().next().cloned();
             let Some(any) = any else { continue };
-            let whole: Vec<Probabilities> =
-                laws.iter().map(|law| law.clone().unwrap_or(any.clone())).collect();
+            let whole: Vec<Distribution> = distributions
+                .iter()
+                .map(|distribution| distribution.clone().unwrap_or(any.clone()))
+                .collect();
             let mut dice = request.dice();
             let expected = match self.kind {
-                Rule::Block => {
+                VerifyMethod::Block => {
                     let drawn =
-                        verify::draw_chains(7, (rows - 1) / deepest, &whole[..deepest], &mut dice).unwrap();
+                        verify::sample_chains(7, (rows - 1) / deepest, &whole[..deepest], &mut dice).unwrap();
                     assert_eq!(&drawn.1, parents, "{context}");
                     drawn.0
                 }
-                _ => verify::draw_shape(7, parents, &whole, verify::Siblings::Distinct, &mut dice).unwrap(),
+                _ => verify::sample_tree(7, parents, &whole, verify::Siblings::Distinct, &mut dice).unwrap(),
             };
             for row in 0..rows {
                 let depth = request.depth(row);
-                let damaged = depth > 0 && laws[depth - 1].is_none();
+                let damaged = depth > 0 && distributions[depth - 1].is_none();
                 assert_eq!(drawn[row], if damaged { NONE } else { expected[row] }, "{context}, row {row}");
                 let before = (1..row).filter(|&other| parents[other] == parents[row]);
                 seen.repeats +=
                     usize::from(before.into_iter().any(|other| drawn[other] == drawn[row]) && !damaged);
             }
-            // A draft that has no law ends its round; what is said of it does not matter.
-            if laws[..deepest].iter().any(Option::is_none) {
+            // A draft that has no distribution ends its round; what is said of it does not matter.
+            if distributions[..deepest].iter().any(Option::is_none) {
                 seen.damaged += 1;
                 continue;
             }
@@ -253,7 +255,9 @@ impl Batch {
             let target = |row: usize| request.sampling.probabilities(rows_of(row));
             let mut heard = Heard(request.dice(), vec![]);
             let judged = match self.kind {
-                Rule::Block => verify::best_block(tokens, &whole[..deepest], target, &mut heard),
+                VerifyMethod::Block => {
+                    verify::multi_draft_block_verify(tokens, &whole[..deepest], target, &mut heard)
+                }
                 _ => {
                     verify::recursive(tokens, parents, &whole, verify::Siblings::Distinct, target, &mut heard)
                 }
@@ -268,8 +272,10 @@ impl Batch {
             way.resize(wide, NONE);
             assert_eq!(path, way, "{context}");
             // To the last unit.
-            for &(row, n) in
-                heard.1.iter().filter(|&&(row, n)| self.kind == Rule::Block && row < deepest && n < ONE)
+            for &(row, n) in heard
+                .1
+                .iter()
+                .filter(|&&(row, n)| self.kind == VerifyMethod::Block && row < deepest && n < ONE)
             {
                 assert_eq!(got.shared[own * self.block + row], ONE - n, "{context}, row {row}");
                 seen.sums += 1;
@@ -286,16 +292,16 @@ impl Batch {
     }
 }
 
-/// Dice, and of each test the row and what it was out of.
-struct Heard(Dice, Vec<(usize, u64)>);
+/// PhiloxStream, and of each test the row and what it was out of.
+struct Heard(PhiloxStream, Vec<(usize, u64)>);
 
-impl Coin for Heard {
-    fn accept(&mut self, word: Word, s: u64, n: u64) -> bool {
+impl RandomSource for Heard {
+    fn accept(&mut self, word: DrawKey, s: u64, n: u64) -> bool {
         self.1.push((word.row, n));
         self.0.accept(word, s, n)
     }
 
-    fn pick(&mut self, word: Word, weights: &[(u32, u64)]) -> Option<u32> {
+    fn pick(&mut self, word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
         self.0.pick(word, weights)
     }
 }
@@ -327,11 +333,11 @@ impl Seen {
 }
 
 /// Parents of a tree of so many rows: a shape of the engine's, a star, or anything; of several chains, up to so many.
-fn parents(random: &mut Random, kind: Rule, rows: usize, depth: usize) -> Vec<u32> {
+fn parents(random: &mut Random, kind: VerifyMethod, rows: usize, depth: usize) -> Vec<u32> {
     if rows == 0 || depth == 0 {
         return vec![0; rows.min(1)];
     }
-    if kind == Rule::Block {
+    if kind == VerifyMethod::Block {
         let (count, each) = match random.below(3) {
             0 => chains(rows, depth),
             _ => {
@@ -383,7 +389,7 @@ pub fn row(random: &mut Random, vocab: usize) -> Vec<f32> {
     row
 }
 
-pub fn settings(random: &mut Random, vocab: usize) -> Sampling {
+pub fn settings(random: &mut Random, vocab: usize) -> SamplingParams {
     let temperature = [0.0, 1e4, 1e-4, 0.7, 1.0, 1.0, 1.0, 2.0][random.below(8)];
     let top_k = match random.below(6) {
         0 => 1 + random.below(vocab.min(4)),
@@ -392,34 +398,40 @@ pub fn settings(random: &mut Random, vocab: usize) -> Sampling {
     };
     let top_p = [1.0, 1.0, 1.0, 1.0, 0.9, 1e-12][random.below(6)];
     let min_p = if random.below(4) == 0 { f64::from(random.unit()) } else { 0.0 };
-    Sampling { temperature, top_k, top_p, min_p, seed: random.next(), stream: random.next() as u32 }
+    SamplingParams { temperature, top_k, top_p, min_p, seed: random.next(), stream: random.next() as u32 }
 }
 
 /// The target's rows are often like those their drafts were drawn from; sometimes nothing like them.
 pub fn batch(
     random: &mut Random,
-    kind: Rule,
+    kind: VerifyMethod,
     (vocab, block, wide): (usize, usize, usize),
     sequences: usize,
 ) -> Batch {
     let (mut requests, mut target, mut drafter, mut tokens) = (vec![], vec![], vec![], vec![]);
     for _ in 0..sequences {
         let rule = match random.below(10) {
-            0 => Rule::Match,
-            1 if kind == Rule::Block => Rule::Rejection,
-            1 => Rule::Block,
+            0 => VerifyMethod::Match,
+            1 if kind == VerifyMethod::Block => VerifyMethod::Rejection,
+            1 => VerifyMethod::Block,
             _ => kind,
         };
-        // Both laws broad and nothing alike: it takes some siblings until one stands.
+        // Both distributions broad and nothing alike: it takes some siblings until one stands.
         let broad = random.below(3) == 0;
-        let plain = |own: Sampling| Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, ..own };
+        let plain = |own: SamplingParams| SamplingParams {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            ..own
+        };
         let sampling = match broad {
             true => plain(settings(random, vocab)),
             false => settings(random, vocab),
         };
         let drafting = match random.below(if broad { 1 } else { 2 }) {
             0 => sampling.clone(),
-            _ => Sampling { seed: sampling.seed, stream: sampling.stream, ..settings(random, vocab) },
+            _ => SamplingParams { seed: sampling.seed, stream: sampling.stream, ..settings(random, vocab) },
         };
         let rows = match random.below(8) {
             0 => random.below(3).min(wide),
@@ -461,7 +473,7 @@ pub fn batch(
             2 => target[own - wide * vocab..][..vocab].fill(f32::NEG_INFINITY),
             _ => {}
         }
-        // Mostly what was drawn; else anything, also what the law cannot draw and what no vocabulary has.
+        // Mostly what was drawn; else anything, also what the distribution cannot draw and what no vocabulary has.
         tokens.extend((0..wide).map(|_| match random.below(25) {
             0 => Some(random.below(vocab) as u32),
             1 if random.below(8) == 0 => Some(vocab as u32 + random.below(3) as u32),
@@ -474,7 +486,7 @@ pub fn batch(
 }
 
 /// Draws and verdicts of that rule's kernels.
-pub fn same_under_every_schedule(kind: Rule) {
+pub fn same_under_every_schedule(kind: VerifyMethod) {
     for sizes in [(3, 4, 64), (17, 5, 9), (257, 8, 16), (2047, 4, 8)] {
         let batch = batch(&mut Random::new(sizes.0 as u64), kind, sizes, 5);
         same_bits(|device| {

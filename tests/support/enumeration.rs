@@ -1,5 +1,5 @@
-//! Models of a few tokens, and the law of what a rule emits of them, by enumeration: a coin that takes every branch in turn
-//! runs the code under test, and the law, completed to a fixed length by the target, is compared with the target's in exact
+//! Models of a few tokens, and the distribution of what a rule emits of them, by enumeration: a coin that takes every branch in turn
+//! runs the code under test, and the distribution, completed to a fixed length by the target, is compared with the target's in exact
 //! fractions.
 
 #![allow(dead_code)] // each test binary uses its own part
@@ -7,10 +7,10 @@
 #[path = "random.rs"]
 mod random;
 
-use dflash::spec::sampling::Sampling;
+use dflash::spec::sampling::SamplingParams;
 use dflash::spec::verify::{
-    Coin, ONE, Probabilities, Siblings, Word, best_block, block, draw, draw_chains, draw_shape, recursive,
-    rejection,
+    Distribution, DrawKey, ONE, RandomSource, Siblings, block, draw, multi_draft_block_verify, recursive,
+    rejection, sample_chains, sample_tree,
 };
 use num_rational::BigRational;
 pub use random::Random;
@@ -46,35 +46,35 @@ impl Enumerator {
     }
 }
 
-impl Coin for Enumerator {
-    fn accept(&mut self, _word: Word, s: u64, n: u64) -> bool {
+impl RandomSource for Enumerator {
+    fn accept(&mut self, _word: DrawKey, s: u64, n: u64) -> bool {
         let s = s.min(n);
         n == 0 || self.branch(&[s, n - s], n) == 0
     }
 
-    fn pick(&mut self, _word: Word, weights: &[(u32, u64)]) -> Option<u32> {
+    fn pick(&mut self, _word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
         assert!(weights.is_sorted_by(|a, b| a.0 < b.0), "ids ascend");
         let only: Vec<u64> = weights.iter().map(|&(_, w)| w).collect();
         Some(weights[self.branch(&only, only.iter().sum())].0)
     }
 }
 
-pub type Law = HashMap<Vec<u32>, BigRational>;
+pub type JointDistribution = HashMap<Vec<u32>, BigRational>;
 
-/// The law of what `run` returns.
-pub fn enumerate(mut run: impl FnMut(&mut Enumerator) -> Vec<u32>) -> Law {
-    let mut law = Law::new();
+/// The distribution of what `run` returns.
+pub fn enumerate(mut run: impl FnMut(&mut Enumerator) -> Vec<u32>) -> JointDistribution {
+    let mut distribution = JointDistribution::new();
     let mut script = Vec::new();
     loop {
         let mut coin = Enumerator { script, at: 0, likely: ratio(1, 1) };
         let emitted = run(&mut coin);
-        *law.entry(emitted).or_insert_with(|| ratio(0, 1)) += coin.likely;
+        *distribution.entry(emitted).or_insert_with(|| ratio(0, 1)) += coin.likely;
         script = coin.script;
         // The next leaf: the last branch that has another beside it.
         while script.pop_if(|(taken, of)| *taken + 1 == *of).is_some() {}
         match script.last_mut() {
             Some((taken, _)) => *taken += 1,
-            None => return law,
+            None => return distribution,
         }
     }
 }
@@ -95,13 +95,13 @@ impl Random {
     }
 
     /// A row as the engine has them: logits with ties and masked tokens, a temperature, filters.
-    pub fn sampled(&mut self, vocab: usize) -> Probabilities {
+    pub fn sampled(&mut self, vocab: usize) -> Distribution {
         let mut logits: Vec<f32> = (0..vocab).map(|_| self.below(9) as f32 * 0.5).collect();
         let at = self.below(2 * vocab);
         if at < vocab - 1 {
             logits[at] = f32::NEG_INFINITY;
         }
-        let sampling = Sampling {
+        let sampling = SamplingParams {
             temperature: [0.0, 0.5, 1.0, 2.0][self.below(4)],
             top_k: self.below(vocab),
             top_p: [0.6, 0.9, 1.0][self.below(3)],
@@ -113,7 +113,7 @@ impl Random {
     }
 
     /// Any row: fractions, sampled logits, one token, multiples of 1/256.
-    pub fn row(&mut self, vocab: usize) -> Probabilities {
+    pub fn row(&mut self, vocab: usize) -> Distribution {
         match self.below(8) {
             0..3 => probabilities(&self.weights(vocab, true)),
             3..6 => self.sampled(vocab),
@@ -123,7 +123,7 @@ impl Random {
     }
 
     /// Multiples of 1/256.
-    pub fn dyadic(&mut self, vocab: usize) -> Probabilities {
+    pub fn dyadic(&mut self, vocab: usize) -> Distribution {
         let mut cuts: Vec<u64> = (1..vocab).map(|_| self.below(257) as u64).collect();
         cuts.sort();
         let ends = cuts.iter().copied().chain([256]);
@@ -132,7 +132,7 @@ impl Random {
     }
 
     /// Powers of 1/2, so that nothing is rounded where they divide.
-    pub fn powers(&mut self, vocab: usize) -> Probabilities {
+    pub fn powers(&mut self, vocab: usize) -> Distribution {
         let mut weights = vec![256u64];
         while weights.len() < vocab {
             let at = self.below(weights.len());
@@ -157,21 +157,21 @@ impl Random {
 }
 
 /// Weights of ids 0, 1, ...; the heaviest takes what rounding leaves over.
-pub fn probabilities(weights: &[u64]) -> Probabilities {
-    let heir = (0..weights.len()).rev().max_by_key(|&i| weights[i]).unwrap();
-    Probabilities::new((0u32..).zip(weights.iter().copied()).collect(), heir as u32).unwrap()
+pub fn probabilities(weights: &[u64]) -> Distribution {
+    let rounding_token = (0..weights.len()).rev().max_by_key(|&i| weights[i]).unwrap();
+    Distribution::new((0u32..).zip(weights.iter().copied()).collect(), rounding_token as u32).unwrap()
 }
 
-pub fn one_hot(id: u32) -> Probabilities {
-    Probabilities::new(vec![(id, 1)], id).unwrap()
+pub fn one_hot(id: u32) -> Distribution {
+    Distribution::new(vec![(id, 1)], id).unwrap()
 }
 
-/// A target whose law depends on all tokens before, and a drafter's laws per depth.
+/// A target whose distribution depends on all tokens before, and a drafter's distributions per depth.
 #[derive(Clone)]
 pub struct Models {
     pub vocab: usize,
-    pub target: HashMap<Vec<u32>, Probabilities>,
-    pub laws: Vec<Probabilities>,
+    pub target: HashMap<Vec<u32>, Distribution>,
+    pub distributions: Vec<Distribution>,
 }
 
 /// All sequences of so many tokens.
@@ -187,19 +187,19 @@ impl Models {
     pub fn new(
         vocab: usize,
         depth: usize,
-        mut row: impl FnMut() -> Probabilities,
-        law: impl FnMut() -> Probabilities,
+        mut row: impl FnMut() -> Distribution,
+        distribution: impl FnMut() -> Distribution,
     ) -> Models {
         let before = (0..=depth).flat_map(|length| sequences(vocab, length));
         let target = before.map(|s| (s, row())).collect();
-        Models { vocab, target, laws: std::iter::repeat_with(law).take(depth).collect() }
+        Models { vocab, target, distributions: std::iter::repeat_with(distribution).take(depth).collect() }
     }
 
     pub fn random(rng: &mut Random, vocab: usize, depth: usize) -> Models {
         let mut models = Models::new(vocab, depth, || rng.row(vocab), || one_hot(0));
         let kind = rng.below(8);
         for d in 0..depth {
-            models.laws[d] = match kind {
+            models.distributions[d] = match kind {
                 // As the target on one path; and on none of its tokens, where it leaves some.
                 0 => models.target[&vec![0; d]].clone(),
                 1 => {
@@ -214,29 +214,29 @@ impl Models {
     }
 
     pub fn depth(&self) -> usize {
-        self.laws.len()
+        self.distributions.len()
     }
 
-    pub fn p(&self, before: &[u32]) -> Probabilities {
+    pub fn p(&self, before: &[u32]) -> Distribution {
         self.target[before].clone()
     }
 
-    /// The target's law of a sequence.
+    /// The target's distribution of a sequence.
     pub fn plain(&self, tokens: &[u32]) -> BigRational {
         let p = |i: usize| ratio(self.target[&tokens[..i]].of(tokens[i]), ONE);
         (0..tokens.len()).map(p).product()
     }
 
-    /// Half the sum of the differences between the target's law of `depth + 1` tokens and `law`, completed to as many.
-    pub fn distance(&self, law: &Law) -> BigRational {
+    /// Half the sum of the differences between the target's distribution of `depth + 1` tokens and `distribution`, completed to as many.
+    pub fn distance(&self, distribution: &JointDistribution) -> BigRational {
         let length = self.depth() + 1;
-        let total: BigRational = law.values().sum();
+        let total: BigRational = distribution.values().sum();
         assert_eq!(total, ratio(1, 1), "the coin took every branch");
         let mut differences = ratio(0, 1);
         for tokens in sequences(self.vocab, length) {
             let mut emitted = ratio(0, 1);
             for n in 1..=length {
-                if let Some(likely) = law.get(&tokens[..n]) {
+                if let Some(likely) = distribution.get(&tokens[..n]) {
                     // The target goes on.
                     let rest = (n..length).map(|i| ratio(self.target[&tokens[..i]].of(tokens[i]), ONE));
                     emitted += rest.fold(likely.clone(), |a, b| a * b);
@@ -249,15 +249,15 @@ impl Models {
         differences / ratio(2, 1)
     }
 
-    /// The law of a round of a chain, by `rule`.
-    pub fn chain(&self, rule: Rule) -> Law {
-        self.chain_with(rule, &self.laws)
+    /// The distribution of a round of a chain, by `rule`.
+    pub fn chain(&self, rule: Rule) -> JointDistribution {
+        self.chain_with(rule, &self.distributions)
     }
 
     /// The same, judged as if the drafts came from `claimed`.
-    pub fn chain_with(&self, rule: Rule, claimed: &[Probabilities]) -> Law {
+    pub fn chain_with(&self, rule: Rule, claimed: &[Distribution]) -> JointDistribution {
         enumerate(|coin| {
-            let drafts = draw(&self.laws, coin).unwrap();
+            let drafts = draw(&self.distributions, coin).unwrap();
             self.judged(rule, &drafts, claimed, coin)
         })
     }
@@ -266,22 +266,22 @@ impl Models {
         &self,
         rule: Rule,
         drafts: &[u32],
-        laws: &[Probabilities],
-        coin: &mut impl Coin,
+        distributions: &[Distribution],
+        coin: &mut impl RandomSource,
     ) -> Vec<u32> {
         let target = |row: usize| Some(self.p(&drafts[..row]));
         let (accepted, next) = match rule {
-            Rule::Rejection => rejection(drafts, laws, target, coin),
-            Rule::Block => block(drafts, laws, target, coin),
+            Rule::Rejection => rejection(drafts, distributions, target, coin),
+            Rule::Block => block(drafts, distributions, target, coin),
         }
         .unwrap();
         [&drafts[..accepted], &[next]].concat()
     }
 
-    /// The law of a round of a tree.
-    pub fn tree(&self, widths: &[usize], siblings: Siblings) -> Law {
+    /// The distribution of a round of a tree.
+    pub fn tree(&self, widths: &[usize], siblings: Siblings) -> JointDistribution {
         enumerate(|coin| {
-            let (tokens, parents) = draw_tree(9, widths, &self.laws, siblings, coin).unwrap();
+            let (tokens, parents) = draw_tree(9, widths, &self.distributions, siblings, coin).unwrap();
             self.judged_tree(&tokens, &parents, siblings, coin)
         })
     }
@@ -291,24 +291,24 @@ impl Models {
         tokens: &[u32],
         parents: &[u32],
         siblings: Siblings,
-        coin: &mut impl Coin,
+        coin: &mut impl RandomSource,
     ) -> Vec<u32> {
         let target = |row: usize| Some(self.p(&way(tokens, parents, row)));
-        let (path, next) = recursive(tokens, parents, &self.laws, siblings, target, coin).unwrap();
+        let (path, next) = recursive(tokens, parents, &self.distributions, siblings, target, coin).unwrap();
         path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
     }
 
-    /// The law of a round of the best of `count` chains.
-    pub fn best(&self, count: usize) -> Law {
+    /// The distribution of a round of the best of `count` chains.
+    pub fn best(&self, count: usize) -> JointDistribution {
         enumerate(|coin| {
-            let (tokens, parents) = draw_chains(9, count, &self.laws, coin).unwrap();
+            let (tokens, parents) = sample_chains(9, count, &self.distributions, coin).unwrap();
             self.judged_best(&tokens, &parents, coin)
         })
     }
 
-    pub fn judged_best(&self, tokens: &[u32], parents: &[u32], coin: &mut impl Coin) -> Vec<u32> {
+    pub fn judged_best(&self, tokens: &[u32], parents: &[u32], coin: &mut impl RandomSource) -> Vec<u32> {
         let target = |row: usize| Some(self.p(&way(tokens, parents, row)));
-        let (path, next) = best_block(tokens, &self.laws, target, coin).unwrap();
+        let (path, next) = multi_draft_block_verify(tokens, &self.distributions, target, coin).unwrap();
         assert!(path[1..].iter().zip(&path).all(|(&row, &before)| parents[row] as usize == before));
         path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
     }
@@ -333,8 +333,8 @@ pub enum Rule {
 }
 
 /// Mean of accepted drafts.
-pub fn accepted(law: &Law) -> BigRational {
-    law.iter().map(|(tokens, likely)| likely * ratio(tokens.len() as u64 - 1, 1)).sum()
+pub fn accepted(distribution: &JointDistribution) -> BigRational {
+    distribution.iter().map(|(tokens, likely)| likely * ratio(tokens.len() as u64 - 1, 1)).sum()
 }
 
 pub fn float(x: &BigRational) -> f64 {
@@ -362,14 +362,14 @@ pub fn models(count: u64, seed: u64) -> impl Iterator<Item = Models> {
     })
 }
 
-/// Draws a tree, level by level: `widths[d]` children of every row of depth `d` from `laws[d]`. Returns tokens, as
-/// [`draw_shape`], and the parents that it takes.
+/// Draws a tree, level by level: `widths[d]` children of every row of depth `d` from `distributions[d]`. Returns tokens, as
+/// [`sample_tree`], and the parents that it takes.
 pub fn draw_tree(
     anchor: u32,
     widths: &[usize],
-    laws: &[Probabilities],
+    distributions: &[Distribution],
     siblings: Siblings,
-    coin: &mut impl Coin,
+    coin: &mut impl RandomSource,
 ) -> Option<(Vec<u32>, Vec<u32>)> {
     let (mut parents, mut level) = (vec![0], 0..1);
     for &width in widths {
@@ -377,5 +377,5 @@ pub fn draw_tree(
         parents.extend(level.flat_map(|parent| std::iter::repeat_n(parent, width)));
         level = end as u32..parents.len() as u32;
     }
-    Some((draw_shape(anchor, &parents, laws, siblings, coin)?, parents))
+    Some((sample_tree(anchor, &parents, distributions, siblings, coin)?, parents))
 }

@@ -183,7 +183,7 @@ impl Random {
     }
 }
 
-/// A row of logits of one of many kinds that has a law.
+/// A row of logits of one of many kinds that has a distribution.
 pub fn sound_logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     let mut row = match random.below(10) {
         0 => vec![random.normal(5.0); vocab],

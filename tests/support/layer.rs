@@ -36,7 +36,7 @@ pub struct Layer {
     pub weights: Buffer,
     pub x: Buffer,
     pub sumsq: Buffer,
-    pub live: Buffer,
+    pub num_active: Buffer,
     pub prompt: Option<Prompt>,
     pub workspace: Workspace,
 }
@@ -49,7 +49,7 @@ pub struct Data {
     pub x: Vec<u16>,
     pub sumsq: Vec<f32>,
     /// What the flag says whether there is something to do.
-    pub live: u32,
+    pub num_active: u32,
     /// By these kernels for prompts.
     pub prompt: Option<Prompt>,
 }
@@ -63,7 +63,7 @@ impl Data {
             w: random.bf16(shape.n * shape.k, (shape.k as f32).sqrt().recip()),
             x: random.bf16(rows * shape.k, 1.0),
             sumsq: (0..rows * parts).map(|_| 50.0 + 200.0 * random.unit()).collect(),
-            live: 1,
+            num_active: 1,
             prompt: None,
         }
     }
@@ -87,7 +87,7 @@ impl Data {
             weights: constant(device, &pack_rows(&self.w, self.shape, place)),
             x: upload(device, &self.x),
             sumsq: upload(device, &self.sumsq),
-            live: upload(device, &[self.live]),
+            num_active: upload(device, &[self.num_active]),
             prompt: self.prompt,
             workspace: Workspace::new(device, &[(self.shape, self.rows())]).unwrap(),
         }
@@ -118,7 +118,7 @@ impl Layer {
             sumsq: normed.then_some(&self.sumsq),
             eps: EPS,
             prompt: self.prompt,
-            live: Some(&self.live),
+            num_active: Some(&self.num_active),
             workspace: &self.workspace,
         }
     }

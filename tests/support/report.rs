@@ -89,12 +89,12 @@ pub fn round() -> Value {
                 all
             };
             let block = || with("block", json!(16));
-            rows.push(row("plain step", at(), "ms", 3.4 * slow, json!({})));
+            rows.push(row("AR step", at(), "ms", 3.4 * slow, json!({})));
             rows.push(row("round", block(), "ms", 4.4 * slow, json!({ "floor ms": 3.9, "launches": 400 })));
             rows.extend(PARTS.map(|(name, ms)| row(name, block(), "ms", ms * slow, json!({}))));
             rows.push(row("round with host", block(), "ms", 4.6 * slow, json!({})));
             let rate = f64::from(batch) * 1e3 / slow;
-            rows.push(row("plain decoding", at(), "tok/s", rate / 3.4, json!({})));
+            rows.push(row("autoregressive decoding", at(), "tok/s", rate / 3.4, json!({})));
             for length in [4.0, 6.5] {
                 let name = "DFlash, synthetic acceptance";
                 let mut at = block();

@@ -1,4 +1,4 @@
-//! What answers say: rows from the outcomes of plain decoding and of DFlash for the same prompts. Arithmetic alone.
+//! What answers say: rows from the outcomes of autoregressive decoding and of DFlash for the same prompts. Arithmetic alone.
 
 use crate::record::{Better, Kind, Row};
 use dflash::engine::generate::{Outcome, check_lossless};
@@ -497,7 +497,7 @@ mod tests {
         repeats[1].outcomes[1][1].accepted = vec![3, 2];
         let (rows, same) = lossless(&repeats, &names, 77, true);
         assert_eq!(identical(&rows), (0.5, json!({ "compared": 4 })));
-        let sentence = "p line 1, repeat 2: after 3 equal tokens plain decoding goes on with 3, and DFlash goes on \
+        let sentence = "p line 1, repeat 2: after 3 equal tokens autoregressive decoding goes on with 3, and DFlash goes on \
             with 99";
         assert_eq!(same, Err(Error::Lossless(sentence.into())));
         repeats[1].outcomes[1][0].tokens[3] = 3;
@@ -511,7 +511,7 @@ mod tests {
         let names = ["p line 1", "p line 2"].map(String::from);
         let mut repeats = repeats();
         repeats[0].outcomes = repeats[1].outcomes.clone();
-        // Plain decoding's are other ones.
+        // Autoregressive decoding's are other ones.
         repeats.iter_mut().for_each(|repeat| repeat.outcomes[0][0].tokens[3] = 99);
         let (rows, same) = lossless(&repeats, &names, 77, false);
         assert_eq!(same, Ok(()));

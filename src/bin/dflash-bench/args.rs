@@ -3,7 +3,7 @@
 use crate::show::Format;
 use clap::{Args as Flags, Parser, Subcommand};
 use dflash::cli::device::Choice;
-use dflash::cli::spec_flags::DraftFlags;
+use dflash::cli::spec_flags::SpecFlags;
 use std::path::PathBuf;
 
 const EXIT_CODES: &str = "\
@@ -11,7 +11,7 @@ LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)  512-4096
 
 Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 answers of DFlash that are not
-plain decoding's, 7 a row of compare is SLOWER.";
+autoregressive decoding's, 7 a row of compare is SLOWER.";
 
 /// Measure and predict what DFlash decoding takes.
 ///
@@ -41,10 +41,10 @@ pub enum Command {
     /// Measure: every kernel of a round and of a prompt at a model's shapes, against what reading memory takes
     #[command(after_help = KERNELS)]
     Kernels(Kernels),
-    /// Measure a plain step and a DFlash round of drawn weights, and the round's parts
+    /// Measure a AR step and a DFlash round of drawn weights, and the round's parts
     #[command(after_help = ROUND)]
     Round(Round),
-    /// Measure: answers to prompts, by plain decoding and by DFlash in turn; on the emulator counters instead of times
+    /// Measure: answers to prompts, by autoregressive decoding and by DFlash in turn; on the emulator counters instead of times
     #[command(after_help = EXIT_CODES)]
     Generate(Generate),
     /// Predict: the least time of a step, a draft, a verification and a round, from bytes and operations alone
@@ -61,7 +61,7 @@ pub enum Command {
 const ROUND: &str = "\
 Weights are drawn and the context is noise, so nothing is downloaded and no prompt is run; the text means nothing.
 
-On a GPU, in ms of its own clock: \"plain step\" and \"round\" are replays of the captured graphs, each behind a whole
+On a GPU, in ms of its own clock: \"AR step\" and \"round\" are replays of the captured graphs, each behind a whole
 round that keeps the card busy while they are enqueued. Parts of a round: graphs of its first launches are replayed in
 turn with it (begin; to inject; to draft; to verify), and a part is, in each round of samples, the difference of two
 medians; what a part shares with the one before it counts for the later one, and the start and the end of a graph for
@@ -112,7 +112,7 @@ pub struct Kernels {
     /// Folder of the drafter, of which only config.json is read [default: of a name: its own; of a folder: none]
     #[arg(long, value_name = "DIR")]
     pub draft: Option<PathBuf>,
-    /// Rows of a launch, of all sequences together: in blocks, as few as the drafter's allows, as plain steps, and in
+    /// Rows of a launch, of all sequences together: in blocks, as few as the drafter's allows, as AR steps, and in
     /// trees of up to 64
     #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = wholes)]
     #[arg(allow_hyphen_values = true)]
@@ -292,7 +292,7 @@ pub struct Generate {
     #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Generation")]
     pub block: Option<usize>,
     #[command(flatten)]
-    pub drafts: DraftFlags,
+    pub drafts: SpecFlags,
 }
 
 #[derive(Flags)]

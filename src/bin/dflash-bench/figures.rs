@@ -161,7 +161,7 @@ fn roofline(record: &Record) -> Result<Option<Figure>> {
     if let Some(ceiling) = ceiling {
         let to = meet.unwrap_or(end).max(low);
         let name = format!("read ceiling, measured: {} GB/s", four_digits(ceiling));
-        rule(name, Mark::Rule, vec![(low, low * ceiling), (to, to * ceiling)]);
+        rule(name, Mark::VerifyMethod, vec![(low, low * ceiling), (to, to * ceiling)]);
     }
     if let Some(peak) = peak {
         let name = format!("tensor cores, nominal: {} TFLOP/s", four_digits(peak / 1e3));
@@ -246,9 +246,9 @@ fn timeline(record: &Record, context: f64) -> Result<Option<Figure>> {
     let (mut bars, mut notes) = (vec![], vec![]);
     for round in named(record, "round").filter(here).filter(|round| round.unit == first.unit) {
         let at = parameters(round, &["context"]);
-        // A plain step has no block.
+        // A AR step has no block.
         let alike = |row: &&Row| {
-            let batch = row.name == "plain step" && parameter(row, "batch") == parameter(round, "batch");
+            let batch = row.name == "AR step" && parameter(row, "batch") == parameter(round, "batch");
             row.unit == round.unit && here(row) && (row.parameters == round.parameters || batch)
         };
         let mut parts = vec![];
@@ -269,7 +269,7 @@ fn timeline(record: &Record, context: f64) -> Result<Option<Figure>> {
             bars.push(Bar { label: label.into(), parts, value });
         };
         push("round", round, parts);
-        for (label, name) in [("with host", "round with host"), ("plain step", "plain step")] {
+        for (label, name) in [("with host", "round with host"), ("AR step", "AR step")] {
             if let Some(row) = named(record, name).find(alike) {
                 push(label, row, vec![]);
             }
@@ -282,7 +282,7 @@ fn timeline(record: &Record, context: f64) -> Result<Option<Figure>> {
 
 /// Rows of tokens per second, or of the emulator's bytes per token, each with what they are of, at any batch.
 fn rates(record: &Record, context: f64) -> Vec<(String, &Row)> {
-    let names = ["plain decoding", "DFlash, synthetic acceptance"];
+    let names = ["autoregressive decoding", "DFlash, synthetic acceptance"];
     let here = |row: &&Row| {
         let known = ["tok/s", "bytes/tok"].contains(&&*row.unit) && names.contains(&&*row.name);
         known && parameter(row, "context") == Some(context)

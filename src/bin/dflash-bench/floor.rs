@@ -5,7 +5,7 @@ use crate::{args, model, record};
 use dflash::checkpoint::config::Stack;
 use dflash::checkpoint::pair::{Model, Pair};
 use dflash::cli::terminal;
-use dflash::gpu::memory::{MemoryPlan, Overhead, Room};
+use dflash::gpu::memory::{BatchConfig, MemoryPlan, Overhead};
 use dflash::perf::roofline::{self, CARDS, Card, Pass};
 use dflash::spec::draft_length::Costs;
 use dflash::spec::tree::MOST_ROWS;
@@ -159,8 +159,8 @@ fn passes(
     };
     let step = roofline::target_pass(target, context, batch, 1);
     let step_ms = step.ms(card);
-    rows.push(pass("plain step", parameters(json!({})), &step, step_ms));
-    rows.push(rate("plain decoding", parameters(json!({})), 1.0, step_ms));
+    rows.push(pass("AR step", parameters(json!({})), &step, step_ms));
+    rows.push(rate("autoregressive decoding", parameters(json!({})), 1.0, step_ms));
     let Some(drafter) = &pair.drafter else { return };
     let draft = roofline::draft_pass(target, &drafter.config, context, batch, drafter.config.block);
     let draft_ms = draft.ms(card);
@@ -222,7 +222,7 @@ pub fn whole_or_not(x: f64) -> Value {
 fn memory(pair: &Pair, card: &Card, context: usize, batch: usize, rows: &mut Vec<Row>) {
     let block = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
     let positions = (context + block).min(pair.target.config.stack.max_positions);
-    let plan = match MemoryPlan::new(pair, Room::new(batch, block, positions)) {
+    let plan = match MemoryPlan::new(pair, BatchConfig::new(batch, block, positions)) {
         Ok(plan) => plan,
         Err(error) => return terminal::note(&format!("no memory plan: {error}")),
     };

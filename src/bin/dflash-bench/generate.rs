@@ -1,4 +1,4 @@
-//! `generate`: a pair's answers to prompts, by plain decoding and by DFlash in turn, in one process.
+//! `generate`: a pair's answers to prompts, by autoregressive decoding and by DFlash in turn, in one process.
 
 use crate::answers::{self, DECODING, Repeat};
 use crate::args;
@@ -6,17 +6,19 @@ use crate::machine::Instruments;
 use crate::record::{Machine, Model, Record};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
-use dflash::cli::device::{Choice, Place};
+use dflash::cli::device::{Choice, DeviceHandle};
 use dflash::cli::sigbus;
-use dflash::cli::spec_flags::Drafts;
 use dflash::cli::terminal;
 use dflash::cpu::ops;
-use dflash::engine::generate::{Backend, Decoder, Flow, Listener, Listeners, Outcome, Request, generate_all};
+use dflash::engine::generate::{
+    Backend, Decoder, Flow, Outcome, Request, TokenSink, TokenSinks, generate_all,
+};
+use dflash::engine::stats::SpecRecord;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Counts;
-use dflash::gpu::memory::Room;
-use dflash::spec::sampling::Sampling;
-use dflash::spec::verify::Rule;
+use dflash::gpu::memory::BatchConfig;
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify::VerifyMethod;
 use dflash::text::prompts::{self, Content, Prompt, Tokens};
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
@@ -27,7 +29,7 @@ use std::time::Instant;
 /// Repeats where `--repeat` asks for no others. Counters need none.
 const REPEATS: usize = 3;
 
-/// The title of a table, the record, and the first answer of DFlash that is not plain decoding's.
+/// The title of a table, the record, and the first answer of DFlash that is not autoregressive decoding's.
 pub fn run(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     ops::install(|| measured(flags))
 }
@@ -45,9 +47,9 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     let block = pair.block(flags.block)?;
     let requests = requests(flags, &pair, prompts, &sampling, block)?;
     let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
-    let room = flags.drafts.room(Room::of(&pair, flags.batch, block, flags.ctx, longest)?);
+    let room = flags.drafts.room(BatchConfig::of(&pair, flags.batch, block, flags.ctx, longest)?);
 
-    let place = Place::of_pair(flags.device, flags.gpu.unwrap_or(0), &pair, room, false)?;
+    let place = DeviceHandle::of_pair(flags.device, flags.gpu.unwrap_or(0), &pair, room, false)?;
     let (machine, repeats, counts) = match &place {
         None => {
             let backend = flags.drafts.cpu(&pair, room.sequences, pair.context(flags.ctx)?)?;
@@ -90,12 +92,12 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
 }
 
 /// What can be told wrong before any file is looked at.
-fn check(flags: &args::Generate) -> Result<Sampling> {
+fn check(flags: &args::Generate) -> Result<SamplingParams> {
     let few = |flag: &str, found: usize, least: usize, why: &str| {
         Err(Error::Usage(format!("--{flag} is {found}, {why}: expected at least {least}")))
     };
     let args::Generate { temperature, top_k, top_p, min_p, seed, .. } = *flags;
-    let sampling = Sampling { temperature, top_k, top_p, min_p, seed, stream: 0 };
+    let sampling = SamplingParams { temperature, top_k, top_p, min_p, seed, stream: 0 };
     sampling.check()?;
     flags.drafts.check(false, flags.block)?;
     flags.drafts.drafting(&sampling)?;
@@ -108,7 +110,7 @@ fn check(flags: &args::Generate) -> Result<Sampling> {
         }
         _ if flags.repeat == Some(0) => few("repeat", 0, 1, "which measures nothing"),
         _ if flags.count == Some(0) => few("count", 0, 1, "which leaves no prompt"),
-        _ if flags.block == Some(1) => few("block", 1, 2, "which is plain decoding"),
+        _ if flags.block == Some(1) => few("block", 1, 2, "which is autoregressive decoding"),
         _ => Ok(sampling),
     }
 }
@@ -144,7 +146,7 @@ fn requests(
     flags: &args::Generate,
     pair: &Pair,
     prompts: Vec<Prompt>,
-    sampling: &Sampling,
+    sampling: &SamplingParams,
     block: usize,
 ) -> Result<Vec<Request>> {
     let text = Text::open(&pair.target.folder, None)?;
@@ -158,7 +160,7 @@ fn requests(
                 "{name} has messages, and {folder} has no chat template: expected {{\"prompt\": TEXT}}"
             )));
         }
-        let sampling = Sampling { stream, ..sampling.clone() };
+        let sampling = SamplingParams { stream, ..sampling.clone() };
         let (prompt, stop_ids) = (tokens.of(prompt)?, stop_ids.clone());
         let drafting = flags.drafts.drafting(&sampling)?;
         Ok(Request { prompt, max_tokens: flags.max_tokens, sampling, stop_ids, block, drafting })
@@ -166,16 +168,16 @@ fn requests(
     (0..).zip(prompts).map(request).collect()
 }
 
-/// Whether DFlash is to give plain decoding's tokens: other rules than match share its law alone, but where one token
+/// Whether DFlash is to give autoregressive decoding's tokens: other rules than match share its distribution alone, but where one token
 /// has all of it.
 fn same_tokens(flags: &args::Generate) -> bool {
-    flags.drafts.verify == Rule::Match || flags.temperature == 0.0
+    flags.drafts.verify == VerifyMethod::Match || flags.temperature == 0.0
 }
 
 /// How drafts are made and judged, where not as it is by default.
-fn drafts(flags: &args::Generate, drafts: &Drafts) -> String {
+fn drafts(flags: &args::Generate, drafts: &SpecRecord) -> String {
     let mut all = vec![];
-    if flags.drafts.verify != Rule::Match {
+    if flags.drafts.verify != VerifyMethod::Match {
         all.push(format!("--verify {}", flags.drafts.verify.name()));
     }
     all.extend(drafts.tree.map(|rows| format!("trees of {rows}")));
@@ -206,16 +208,18 @@ fn title(
     let what = if machine.device.as_deref() == Some("emulator") {
         "counted by the emulator, which has no times".to_string()
     } else {
-        format!("plain decoding and DFlash in turn, {repeats} times")
+        format!("autoregressive decoding and DFlash in turn, {repeats} times")
     };
     let (target, drafter, prompts) = (name(&model.target), name(&model.drafter), requests.len());
     let how = how + &drafts(flags, &flags.drafts.record(&requests[0].drafting));
-    let law = match same_tokens(flags) {
+    let distribution = match same_tokens(flags) {
         true => "",
-        false => "; the law is plain decoding's, the tokens are not, and are not held against it",
+        false => {
+            "; the distribution is autoregressive decoding's, the tokens are not, and are not held against it"
+        }
     };
     format!(
-        "{target} with {drafter} on {on}: {prompts} prompts{together}, up to {} tokens each, {how}; {what}{law}",
+        "{target} with {drafter} on {on}: {prompts} prompts{together}, up to {} tokens each, {how}; {what}{distribution}",
         flags.max_tokens
     )
 }
@@ -225,7 +229,7 @@ struct Run<'a> {
     flags: &'a args::Generate,
     requests: &'a [Request],
     /// None: the CPU.
-    place: Option<(&'a Place, &'a Instruments)>,
+    place: Option<(&'a DeviceHandle, &'a Instruments)>,
 }
 
 impl Run<'_> {
@@ -297,14 +301,14 @@ struct Hearing<'a> {
     bar: &'a ProgressBar,
 }
 
-impl Listener for Hearing<'_> {
+impl TokenSink for Hearing<'_> {
     fn token(&mut self, _id: u32, _drafted: bool) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 }
 
-impl Listeners for Hearing<'_> {
-    fn of(&mut self, _index: usize) -> Result<&mut dyn Listener> {
+impl TokenSinks for Hearing<'_> {
+    fn of(&mut self, _index: usize) -> Result<&mut dyn TokenSink> {
         Ok(self)
     }
 
@@ -370,7 +374,7 @@ mod tests {
         let args::Command::Generate(flags) = args.command else { panic!("another command") };
         let sampling = check(&flags).unwrap();
         let request = |id: u32| {
-            let sampling = Sampling { stream: id, ..sampling.clone() };
+            let sampling = SamplingParams { stream: id, ..sampling.clone() };
             Request {
                 prompt: vec![id],
                 max_tokens: 7,
@@ -387,7 +391,8 @@ mod tests {
     }
 
     fn counter(slots: usize, strays: bool) -> Counter {
-        let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+        let sampling =
+            SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
         let nobody = Request {
             prompt: vec![0],
             max_tokens: 0,
@@ -439,8 +444,7 @@ mod tests {
         let names = ["a", "b", "c"].map(String::from);
         let repeats = all(&mut counter(1, true), &["--repeat", "1"]);
         let (_, same) = answers::lossless(&repeats, &names, 3, true);
-        let sentence =
-            "a, repeat 1: after 1 equal tokens plain decoding goes on with 2, and DFlash goes on with 3";
+        let sentence = "a, repeat 1: after 1 equal tokens autoregressive decoding goes on with 2, and DFlash goes on with 3";
         assert_eq!(same, Err(Error::Lossless(sentence.into())));
         let (_, same) = answers::lossless(&all(&mut counter(1, false), &[]), &names, 3, true);
         assert_eq!(same, Ok(()));

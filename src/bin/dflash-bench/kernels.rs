@@ -16,24 +16,24 @@ use crate::record::{Better, Record, Row};
 use crate::sampling::{Cost, Times, cost};
 use crate::{args, model, record};
 use dflash::checkpoint::pair::Pair;
-use dflash::cli::device::{Choice, Place};
+use dflash::cli::device::{Choice, DeviceHandle};
 use dflash::cli::terminal;
 use dflash::gpu::device::{Device, Graph};
 use dflash::gpu::kernels::attention::MOST_SLOTS;
 use dflash::gpu::kernels::linear::Prompt;
 use dflash::gpu::kernels::read::Read;
-use dflash::gpu::memory::{MemoryPlan, Room};
+use dflash::gpu::memory::{BatchConfig, MemoryPlan};
 use dflash::perf::roofline::Card;
 use dflash::perf::statistics::quantile;
 use dflash::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
-use values::{Desk, words_of};
+use values::{BenchFixtures, words_of};
 
 /// Rows of a prompt's chunk, as rounds cut it.
 const PROMPT: usize = 512;
-/// The most rows, which as plain steps are as many sequences.
+/// The most rows, which as AR steps are as many sequences.
 const MOST_ROWS: usize = 1024;
 /// The most rows of a sequence.
 const MOST_BLOCK: usize = 64;
@@ -58,7 +58,7 @@ pub struct Case {
     pub make: Make,
 }
 
-type Make = Box<dyn for<'d> Fn(&Desk<'d>) -> Result<Ready<'d>>>;
+type Make = Box<dyn for<'d> Fn(&BenchFixtures<'d>) -> Result<Ready<'d>>>;
 
 /// A kernel with all it needs.
 pub struct Ready<'d> {
@@ -89,7 +89,7 @@ fn blocks(pair: &Pair, rows: usize) -> (usize, usize) {
     batch.map_or((rows, 1), |batch| (batch, rows / batch))
 }
 
-/// As blocks, and as plain steps, where these are not the same.
+/// As blocks, and as AR steps, where these are not the same.
 fn groups(pair: &Pair, rows: usize) -> Vec<(usize, usize)> {
     let (blocks, plain) = (blocks(pair, rows), (rows, 1));
     if blocks == plain { vec![plain] } else { vec![blocks, plain] }
@@ -102,8 +102,8 @@ pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
     }
     // A wrong model is found before a device is opened, which takes its time.
     let named = flags.model.as_ref().map(|name| pair(flags, name)).transpose()?;
-    let place = Place::of_kernels(flags.device, flags.gpu.unwrap_or(0))?;
-    let desk = Desk::new(&*place.device);
+    let place = DeviceHandle::of_kernels(flags.device, flags.gpu.unwrap_or(0))?;
+    let desk = BenchFixtures::new(&*place.device);
     let pair = match named {
         Some(pair) => pair,
         None => pair(flags, if desk.counts() { "demo" } else { "qwen3-8b" })?,
@@ -141,7 +141,7 @@ pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
 fn pair(flags: &args::Kernels, name: &str) -> Result<Pair> {
     let pair = model::pair(name, flags.draft.clone())?;
     // Which shapes the kernels have, the plan knows.
-    MemoryPlan::new(&pair, Room::new(1, 1, 1))?;
+    MemoryPlan::new(&pair, BatchConfig::new(1, 1, 1))?;
     let wrong = |flag: &str, found: usize, expected: String| {
         Err(Error::Usage(format!("--{flag} has {found}, expected {expected}")))
     };
@@ -192,7 +192,7 @@ fn chosen(flags: &args::Kernels, pair: &Pair, device: &dyn Device) -> Result<Vec
 
 /// How all cases are measured.
 struct Bench<'d> {
-    desk: Desk<'d>,
+    desk: BenchFixtures<'d>,
     instruments: Instruments,
     card: Option<Card>,
     rounds: usize,

@@ -4,7 +4,7 @@
 //! answer is null in the record, and no error.
 
 use crate::record::{Machine, Process, State};
-use dflash::cli::device::Place;
+use dflash::cli::device::DeviceHandle;
 use dflash::gpu::device::Properties;
 use nvml_wrapper::Nvml;
 use nvml_wrapper::bitmasks::device::ThrottleReasons;
@@ -31,7 +31,7 @@ pub struct Instruments {
 
 impl Instruments {
     /// Of what runs at `place`, as it is now. Without instruments every answer is None.
-    pub fn open(place: &Place) -> Instruments {
+    pub fn open(place: &DeviceHandle) -> Instruments {
         // Nothing is loaded for what is no card.
         let pci = place.device.properties().pci.clone();
         Instruments::with(pci.and_then(|pci| Some((Nvml::init().ok()?, pci))))
@@ -75,7 +75,7 @@ impl Instruments {
     }
 
     /// For the record, at the end of the run.
-    pub fn machine(&self, place: &Place) -> Machine {
+    pub fn machine(&self, place: &DeviceHandle) -> Machine {
         let Properties { name, driver, capability, multiprocessors, l2, memory, overlap, .. } =
             place.device.properties();
         let gpu = place.name == "cuda";
@@ -158,8 +158,8 @@ pub mod tests {
         Instruments::with(Some((nvml, pci.into())))
     }
 
-    fn emulator() -> Place {
-        Place { name: "emulator", device: Box::new(Emulator::new()), overhead: Overhead::NONE }
+    fn emulator() -> DeviceHandle {
+        DeviceHandle { name: "emulator", device: Box::new(Emulator::new()), overhead: Overhead::NONE }
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub enum Mark {
     Dots,
     Line,
     Dashed,
-    Rule,
+    VerifyMethod,
     DashedRule,
     Columns,
 }
@@ -47,7 +47,7 @@ impl Mark {
     pub fn class(self) -> &'static str {
         match self {
             Mark::Dots => "dot",
-            Mark::Line | Mark::Rule => "line",
+            Mark::Line | Mark::VerifyMethod => "line",
             Mark::Dashed | Mark::DashedRule => "dashed",
             Mark::Columns => "box",
         }
@@ -242,7 +242,7 @@ pub fn lines(x: &Axis, y: &Axis, series: &[Series]) -> Result<Option<String>> {
             let points = || places.iter().map(|point| (point.0, point.1));
             match series.mark {
                 Mark::Dots => (),
-                Mark::Line | Mark::Rule => {
+                Mark::Line | Mark::VerifyMethod => {
                     chart.draw_series(LineSeries::new(points(), style))?;
                 }
                 Mark::Dashed | Mark::DashedRule => {

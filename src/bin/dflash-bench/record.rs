@@ -1,7 +1,7 @@
 //! What a subcommand found, as it is written and read again. `benches/schema.json` describes it; it only ever grows.
 
 use crate::sampling::Times;
-use dflash::cli::spec_flags::Drafts;
+use dflash::engine::stats::SpecRecord;
 use dflash::gpu::cuda;
 use dflash::gpu::device::Counts;
 use dflash::perf::statistics::Summary;
@@ -25,7 +25,7 @@ pub struct Record {
     pub model: Model,
     /// Of `generate`: how drafts were made and judged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub drafts: Option<Drafts>,
+    pub drafts: Option<SpecRecord>,
     pub rows: Vec<Row>,
 }
 

@@ -1,4 +1,4 @@
-//! `round`: a plain step and a DFlash round at the shapes of a pair with drawn weights, and where the round's time goes.
+//! `round`: a AR step and a DFlash round at the shapes of a pair with drawn weights, and where the round's time goes.
 //! One load of the weights for all batches and contexts.
 
 use crate::args::{self, Numbers};
@@ -8,18 +8,18 @@ use crate::model;
 use crate::record::{self, Better, Kind, Record, Row};
 use crate::sampling::{Times, together};
 use dflash::checkpoint::pair::Pair;
-use dflash::cli::device::{Choice, Place};
+use dflash::cli::device::{Choice, DeviceHandle};
 use dflash::cli::terminal;
 use dflash::engine::generate::{Decoder, Emitted, Request};
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::{Counts, Device, Graph, Node};
 use dflash::gpu::graph_listing::{outline, units};
 use dflash::gpu::kernels::attention::MOST_SLOTS;
-use dflash::gpu::memory::{MemoryPlan, Room, size};
+use dflash::gpu::memory::{BatchConfig, MemoryPlan, size};
 use dflash::gpu::nvtx::{range, window};
 use dflash::perf::roofline::{Card, Pass, draft_pass, fc_bytes, target_pass};
 use dflash::perf::statistics::quantile;
-use dflash::spec::sampling::Sampling;
+use dflash::spec::sampling::SamplingParams;
 use dflash::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
@@ -34,7 +34,7 @@ const MOST_ROUNDS: usize = LEAD + LOOP + 3;
 /// Rounds that are enqueued together for the gaps between them.
 const TOGETHER: usize = 4;
 
-const PLAIN: &str = "plain decoding";
+const PLAIN: &str = "autoregressive decoding";
 const SYNTHETIC: &str = "DFlash, synthetic acceptance";
 
 /// One place of the grid, on a device.
@@ -46,20 +46,26 @@ struct Point<'a> {
     batch: usize,
     /// 1 without a drafter.
     block: usize,
-    sampling: Sampling,
+    sampling: SamplingParams,
     /// Tokens per round that are assumed.
     acceptance: &'a [f64],
 }
 
 /// The title of a table, and the record.
 pub fn run(flags: &args::Round) -> Result<(String, Record)> {
-    let sampling =
-        Sampling { temperature: flags.temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+    let sampling = SamplingParams {
+        temperature: flags.temperature,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        seed: 1,
+        stream: 0,
+    };
     sampling.check()?;
     if flags.gpu.is_some() && matches!(flags.device, Choice::Cpu | Choice::Emulator) {
         return Err(Error::Usage("--gpu needs --device cuda or auto".into()));
     }
-    let place = Place::of_kernels(flags.device, flags.gpu.unwrap_or(0))?;
+    let place = DeviceHandle::of_kernels(flags.device, flags.gpu.unwrap_or(0))?;
     let device = &*place.device;
     let counting = device.tally().is_some();
     let name = flags.model.as_deref().unwrap_or(if counting { "demo" } else { "qwen3-8b" });
@@ -68,7 +74,7 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     check(flags, &pair, block)?;
     let acceptance = acceptance(flags, block, counting)?;
     let positions = largest(&flags.context.0) + spare(block);
-    fits(&pair, &place, Room::new(largest(&flags.batch.0), block, positions))?;
+    fits(&pair, &place, BatchConfig::new(largest(&flags.batch.0), block, positions))?;
 
     // As `kernels` counts them.
     device.tally_conflicts(true);
@@ -231,13 +237,13 @@ fn tokens(curve: &[f64]) -> f64 {
 }
 
 /// Whether the largest place of the grid fits the device, before anything is loaded.
-fn fits(pair: &Pair, place: &Place, room: Room) -> Result<()> {
+fn fits(pair: &Pair, place: &DeviceHandle, room: BatchConfig) -> Result<()> {
     let needed = MemoryPlan::new(pair, room)?.needed(place.overhead);
     let free = usize::try_from(place.device.memory()?.0).unwrap_or(usize::MAX);
     if needed <= free {
         return Ok(());
     }
-    let Room { block, .. } = room;
+    let BatchConfig { block, .. } = room;
     let most = MemoryPlan::largest_context(pair, room, free, place.overhead)?;
     let advice = match most.checked_sub(spare(block)) {
         Some(most) => format!("the largest --context that fits is {most}"),
@@ -275,11 +281,15 @@ impl Point<'_> {
     }
 
     fn batch<'a>(&'a self, models: &'a Models) -> Result<Batch<'a>> {
-        Batch::new(self.device, models, Room::new(self.batch, self.block, self.context + spare(self.block)))
+        Batch::new(
+            self.device,
+            models,
+            BatchConfig::new(self.batch, self.block, self.context + spare(self.block)),
+        )
     }
 
-    fn pretend(&self, batch: &mut Batch) -> Result<()> {
-        (0..self.batch).try_for_each(|slot| batch.pretend(slot, self.context, &self.request()))
+    fn fill_synthetic_context(&self, batch: &mut Batch) -> Result<()> {
+        (0..self.batch).try_for_each(|slot| batch.fill_synthetic_context(slot, self.context, &self.request()))
     }
 
     fn is_sampled(&self) -> bool {
@@ -289,8 +299,8 @@ impl Point<'_> {
     /// What the emulator counts, each part alone and in order.
     fn count(&self, models: &Models, rows: &mut Vec<Row>) -> Result<()> {
         let mut batch = self.batch(models)?;
-        self.pretend(&mut batch)?;
-        let still = batch.still()?;
+        self.fill_synthetic_context(&mut batch)?;
+        let still = batch.freeze()?;
         let run = |nodes: &[Node]| {
             let before = self.device.tally();
             nodes.iter().try_for_each(|node| node.enqueue(self.device))?;
@@ -304,7 +314,7 @@ impl Point<'_> {
             rows.last().and_then(|row| row.median).unwrap_or(0.0)
         };
         let plain = still.graph(false, self.is_sampled())?;
-        let plain = push("plain step", self.parameters(json!({})), &run(&plain.nodes)?);
+        let plain = push("AR step", self.parameters(json!({})), &run(&plain.nodes)?);
         let mut round = None;
         if self.block > 1 {
             let graph = still.graph(true, self.is_sampled())?;
@@ -332,13 +342,13 @@ impl Point<'_> {
         self.parameters(json!({ "block": self.block, "acceptance": whole_or_not(length) }))
     }
 
-    /// `rounds` rounds in a profiler's window, launch by launch, in ranges for their parts and layers; plain steps where
+    /// `rounds` rounds in a profiler's window, launch by launch, in ranges for their parts and layers; AR steps where
     /// there is no drafter.
     fn profile(&self, models: &Models, rounds: usize) -> Result<()> {
         let device = self.device;
         let mut batch = self.batch(models)?;
-        self.pretend(&mut batch)?;
-        let still = batch.still()?;
+        self.fill_synthetic_context(&mut batch)?;
+        let still = batch.freeze()?;
         let graph = still.graph(self.block > 1, self.is_sampled())?;
         let sections = outline(&graph.nodes);
         device.replay(graph)?;
@@ -374,8 +384,8 @@ impl Point<'_> {
             1 => None,
             _ => Some(self.with_host(&mut batch, instruments, rounds)?),
         };
-        self.pretend(&mut batch)?;
-        let still = batch.still()?;
+        self.fill_synthetic_context(&mut batch)?;
+        let still = batch.freeze()?;
         let plain = still.graph(false, self.is_sampled())?;
         let round = if self.block > 1 { Some(still.graph(true, self.is_sampled())?) } else { None };
         let sections = round.map_or(vec![], |graph| outline(&graph.nodes));
@@ -386,7 +396,7 @@ impl Point<'_> {
             let first = round.map_or(&[][..], |graph| &graph.nodes[..end]);
             cuts.push(device.capture(&mut || first.iter().try_for_each(|node| node.enqueue(device)))?);
         }
-        // The plain step; all but the last part of the round, more and more of it; the round; rounds together.
+        // The AR step; all but the last part of the round, more and more of it; the round; rounds together.
         let graphs: Vec<&Graph> = [plain].into_iter().chain(&cuts).chain(round).collect();
         let count = graphs.len() + usize::from(round.is_some());
         let mut prepare = || {
@@ -404,7 +414,7 @@ impl Point<'_> {
         let target = &self.pair.target.config;
         let step = target_pass(target, self.context, self.batch, 1);
         let parameters = || self.parameters(json!({}));
-        rows.push(self.timed("plain step", parameters(), &times[0], plain.nodes.len(), Some(step)));
+        rows.push(self.timed("AR step", parameters(), &times[0], plain.nodes.len(), Some(step)));
         rows.push(self.rate(PLAIN, parameters(), 1.0, &times[0], json!({})));
         let (Some(round), Some(with_host)) = (round, with_host) else { return Ok(()) };
         let [taken, taken_together] = &times[times.len() - 2..] else { return Ok(()) };
@@ -443,7 +453,7 @@ impl Point<'_> {
         let mut times = Times::default();
         let mut emitted = vec![Emitted::default(); self.batch];
         for round in 0..=rounds {
-            self.pretend(batch)?;
+            self.fill_synthetic_context(batch)?;
             for i in 0..LEAD + LOOP {
                 let clock = Instant::now();
                 batch.round(&mut emitted)?;
@@ -543,7 +553,7 @@ mod tests {
     /// By the emulator's clock, whose times mean nothing: what is looked at is which rows there are, and that they agree.
     #[test]
     fn rows_of_times_follow_from_their_samples() {
-        let place = Place::emulator().unwrap();
+        let place = DeviceHandle::emulator().unwrap();
         let instruments = Instruments::open(&place);
         let pair = model::pair("demo", None).unwrap();
         let models = Models::load(&*place.device, &pair, 600).unwrap();
@@ -555,7 +565,14 @@ mod tests {
             context: 16,
             batch: 2,
             block: 4,
-            sampling: Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 },
+            sampling: SamplingParams {
+                temperature: 0.0,
+                top_k: 0,
+                top_p: 1.0,
+                min_p: 0.0,
+                seed: 1,
+                stream: 0,
+            },
             acceptance: &acceptance,
         };
         let mut rows = vec![];
@@ -563,12 +580,12 @@ mod tests {
         let names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
         let parts = ["begin", "inject", "draft", "verify", "accept"];
         let expected =
-            [&["plain step", PLAIN, "round"][..], &parts, &["gaps", "round with host", SYNTHETIC, SYNTHETIC]];
+            [&["AR step", PLAIN, "round"][..], &parts, &["gaps", "round with host", SYNTHETIC, SYNTHETIC]];
         assert_eq!(names, expected.concat());
         let row = |name: &str| rows.iter().find(|row| row.name == name).unwrap();
         let number = |name: &str, key: &str| row(name).numbers[key].as_f64().unwrap();
         let flat = |name: &str| row(name).samples.clone().unwrap();
-        for name in ["plain step", "round", "begin", PLAIN] {
+        for name in ["AR step", "round", "begin", PLAIN] {
             assert_eq!(
                 (flat(name).len(), &row(name).rounds),
                 (rounds * samples, &Some(vec![samples; rounds]))
@@ -590,11 +607,11 @@ mod tests {
         assert!((number("round", "share of floor") / share - 1.0).abs() < 1e-9);
         assert!(!row("accept").numbers.contains_key("GB") && !row("gaps").numbers.contains_key("launches"));
         // Two sequences.
-        assert!((flat(PLAIN)[1] / (2.0 / flat("plain step")[1] * 1e3) - 1.0).abs() < 1e-9);
+        assert!((flat(PLAIN)[1] / (2.0 / flat("AR step")[1] * 1e3) - 1.0).abs() < 1e-9);
         let synthetic = rows.iter().rfind(|row| row.name == SYNTHETIC).unwrap();
         assert_eq!(synthetic.parameters["acceptance"], 3.5);
         assert!((synthetic.samples.as_ref().unwrap()[1] / (7.0 / flat("round")[1] * 1e3) - 1.0).abs() < 1e-9);
-        let ratio = row("plain step").median.unwrap() / row("round").median.unwrap();
+        let ratio = row("AR step").median.unwrap() / row("round").median.unwrap();
         assert!((synthetic.numbers["speed-up"].as_f64().unwrap() / (3.5 * ratio) - 1.0).abs() < 1e-9);
 
         // A difference that is not above 0 has a value alone.
@@ -610,7 +627,7 @@ mod tests {
         let mut alone = vec![];
         point.measure(&models, &instruments, 1, 1, &mut alone).unwrap();
         let names: Vec<&str> = alone.iter().map(|row| row.name.as_str()).collect();
-        assert_eq!(names, ["plain step", PLAIN]);
+        assert_eq!(names, ["AR step", PLAIN]);
     }
 
     /// By a clock of 1 ms for a launch and 0.5 between graphs, on a card that is held back.
@@ -628,7 +645,14 @@ mod tests {
             context: 16,
             batch: 1,
             block: 4,
-            sampling: Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 },
+            sampling: SamplingParams {
+                temperature: 0.0,
+                top_k: 0,
+                top_p: 1.0,
+                min_p: 0.0,
+                seed: 1,
+                stream: 0,
+            },
             acceptance: &[2.0],
         };
         let mut rows = vec![];
@@ -640,10 +664,7 @@ mod tests {
             }
         }
         let median = |name: &str| rows.iter().find(|row| row.name == name).unwrap().median.unwrap();
-        assert_eq!(
-            ["plain step", "round", "begin", "accept", "gaps"].map(median),
-            [38.0, 58.0, 1.0, 2.0, 0.5]
-        );
+        assert_eq!(["AR step", "round", "begin", "accept", "gaps"].map(median), [38.0, 58.0, 1.0, 2.0, 0.5]);
         // Before each sample the card has a round to work on, and what it did to the sequences is taken back.
         let asked = device.asked.lock().unwrap();
         let samples: Vec<&str> = asked.split('e').step_by(2).collect();

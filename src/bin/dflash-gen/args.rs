@@ -3,10 +3,10 @@
 use clap::{ArgAction, Parser, ValueEnum};
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::device::Choice;
-use dflash::cli::spec_flags::{DraftFlags, needs_drafter};
+use dflash::cli::spec_flags::{SpecFlags, needs_drafter};
 use dflash::cli::terminal::{number, whole};
-use dflash::spec::sampling::Sampling;
-use dflash::spec::verify::Rule;
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify::VerifyMethod;
 use dflash::{Error, Result};
 use std::path::PathBuf;
 
@@ -45,7 +45,7 @@ pub struct Args {
     /// Hugging Face folder of the target [default: the demo pair's]
     #[arg(long, value_name = "DIR", help_heading = "Models")]
     pub target: Option<PathBuf>,
-    /// Hugging Face folder of its DFlash drafter, or "none" for plain decoding [default: the demo pair's]
+    /// Hugging Face folder of its DFlash drafter, or "none" for autoregressive decoding [default: the demo pair's]
     #[arg(long, value_name = "DIR|none", help_heading = "Models")]
     pub draft: Option<PathBuf>,
     /// Where to run
@@ -103,12 +103,12 @@ pub struct Args {
     /// Go on after the model's stop tokens
     #[arg(long, help_heading = "Generation")]
     pub ignore_eos: bool,
-    /// Tokens per block: 1 from the target and N - 1 drafts; 1 is plain decoding [default: as the drafter was trained]
+    /// Tokens per block: 1 from the target and N - 1 drafts; 1 is autoregressive decoding [default: as the drafter was trained]
     #[arg(long, value_name = "N", help_heading = "Generation")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub block: Option<usize>,
     #[command(flatten)]
-    pub drafts: DraftFlags,
+    pub drafts: SpecFlags,
 
     /// System message, put before every conversation
     #[arg(long, value_name = "TEXT", conflicts_with = "raw", help_heading = "Chat template")]
@@ -139,10 +139,10 @@ pub struct Args {
     /// Print one JSON object per round, and at the end the one of --json
     #[arg(long, conflicts_with = "json", help_heading = "Output")]
     pub stream_json: bool,
-    /// Instead of text: every prompt by plain decoding and by DFlash, both rates, and whether the tokens are identical
+    /// Instead of text: every prompt by autoregressive decoding and by DFlash, both rates, and whether the tokens are identical
     #[arg(long, conflicts_with_all = ["stream_json", "show_accept"], help_heading = "Output")]
     pub compare: bool,
-    /// Instead of text: every prompt by plain decoding and by DFlash, and whether the tokens and the logits that chose them
+    /// Instead of text: every prompt by autoregressive decoding and by DFlash, and whether the tokens and the logits that chose them
     /// are identical, bit for bit
     #[arg(long, help_heading = "Output", verbatim_doc_comment)]
     #[arg(conflicts_with_all = ["compare", "stream_json", "show_accept", "plan", "chat", "batch"])]
@@ -169,9 +169,9 @@ impl Args {
             _ => None,
         };
         self.drafts.check(self.plain(), self.block)?;
-        if let (Some(flag), true) = (twice, self.drafts.verify != Rule::Match) {
+        if let (Some(flag), true) = (twice, self.drafts.verify != VerifyMethod::Match) {
             return Err(Error::Usage(format!(
-                "{flag} needs --verify match: what {} emits has the law of plain decoding, not its tokens",
+                "{flag} needs --verify match: what {} emits has the distribution of autoregressive decoding, not its tokens",
                 self.drafts.verify.name()
             )));
         }
@@ -180,7 +180,7 @@ impl Args {
         }
         match (&self.target, &self.draft) {
             (Some(_), None) => {
-                wrong("--target needs --draft: its drafter's folder, or none for plain decoding")
+                wrong("--target needs --draft: its drafter's folder, or none for autoregressive decoding")
             }
             _ if !(1..=MOST_SEQUENCES).contains(&self.batch) => {
                 Err(Error::Usage(format!("--batch is {}, expected 1 to {MOST_SEQUENCES}", self.batch)))
@@ -208,8 +208,8 @@ impl Args {
         self.draft.as_ref().is_some_and(|dir| dir.as_os_str() == "none")
     }
 
-    pub fn sampling(&self) -> Result<Sampling> {
-        let sampling = Sampling {
+    pub fn sampling(&self) -> Result<SamplingParams> {
+        let sampling = SamplingParams {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,

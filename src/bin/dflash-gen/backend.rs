@@ -3,20 +3,21 @@
 use crate::args::Args;
 use dflash::Result;
 use dflash::checkpoint::pair::Pair;
-use dflash::cli::device::Place;
+use dflash::cli::device::DeviceHandle;
 use dflash::cli::terminal;
 use dflash::engine::generate::Backend;
 use dflash::gpu::decoder::OnDevice;
-use dflash::gpu::memory::Room;
+use dflash::gpu::memory::BatchConfig;
 
 /// Room for `--batch` sequences of `--ctx` positions, in blocks of up to `block` rows; `needed`: by the longest request.
-pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Room> {
-    Ok(args.drafts.room(Room::of(pair, args.batch, block, args.ctx, needed)?))
+pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<BatchConfig> {
+    Ok(args.drafts.room(BatchConfig::of(pair, args.batch, block, args.ctx, needed)?))
 }
 
 /// The pair, loaded where `--device` says.
-pub fn load(args: &Args, pair: &Pair, room: Room) -> Result<Box<dyn Backend>> {
-    let Some(place) = Place::of_pair(args.device, args.gpu.unwrap_or(0), pair, room, args.quiet)? else {
+pub fn load(args: &Args, pair: &Pair, room: BatchConfig) -> Result<Box<dyn Backend>> {
+    let Some(place) = DeviceHandle::of_pair(args.device, args.gpu.unwrap_or(0), pair, room, args.quiet)?
+    else {
         // Its caches grow with the requests, so that only `--ctx` limits them.
         return Ok(Box::new(args.drafts.cpu(pair, room.sequences, args.context(pair)?)?));
     };

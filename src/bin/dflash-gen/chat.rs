@@ -10,7 +10,7 @@ use dflash::checkpoint::pair::Pair;
 use dflash::cli::terminal;
 use dflash::engine::generate::{Decoder, Finish, Outcome, Request, resume};
 use dflash::engine::stats;
-use dflash::spec::sampling::Sampling;
+use dflash::spec::sampling::SamplingParams;
 use dflash::text::prompts::{utf8, without_template};
 use dflash::text::tokenizer::{Message, Text};
 use dflash::{Error, Result};
@@ -52,7 +52,7 @@ pub struct Chat<'a> {
     system: Option<String>,
     /// User and assistant in turn.
     messages: Vec<Message>,
-    sampling: Sampling,
+    sampling: SamplingParams,
     max_tokens: usize,
     block: usize,
     drafting: bool,
@@ -80,7 +80,7 @@ enum Then {
 }
 
 impl<'a> Chat<'a> {
-    pub fn new(session: &'a Session<'a>, sampling: Sampling, block: usize) -> Result<Chat<'a>> {
+    pub fn new(session: &'a Session<'a>, sampling: SamplingParams, block: usize) -> Result<Chat<'a>> {
         Ok(Chat {
             session,
             decoder: session.backend.decoder()?,
@@ -238,7 +238,7 @@ impl<'a> Chat<'a> {
     /// `NAME VALUE`, judged as the flag of that name.
     fn set(&mut self, setting: &str) -> Result<()> {
         if setting.is_empty() {
-            let Sampling { temperature, top_p, top_k, min_p, seed, .. } = self.sampling;
+            let SamplingParams { temperature, top_p, top_k, min_p, seed, .. } = self.sampling;
             note(&format!(
                 "temperature {temperature}, top-p {top_p}, top-k {top_k}, min-p {min_p}, seed {seed}, max-tokens {}, \
                  block {}",

@@ -3,7 +3,7 @@
 use crate::args::Args;
 use dflash::checkpoint::pair::Pair;
 use dflash::engine::generate::Request;
-use dflash::spec::sampling::Sampling;
+use dflash::spec::sampling::SamplingParams;
 use dflash::text::prompts::{self, Content, Prompt, Tokens, without_template};
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
@@ -49,7 +49,7 @@ pub fn requests(
     args: &Args,
     pair: &Pair,
     text: &Text,
-    sampling: &Sampling,
+    sampling: &SamplingParams,
     block: usize,
 ) -> Result<Vec<Request>> {
     text.stream(&args.stop)?;
@@ -63,7 +63,7 @@ pub fn requests(
     let mut requests = Vec::new();
     for (stream, prompt) in (0..).zip(prompts(args)?) {
         let stop_ids = if args.ignore_eos { vec![] } else { pair.target.config.eos.clone() };
-        let sampling = Sampling { stream, ..sampling.clone() };
+        let sampling = SamplingParams { stream, ..sampling.clone() };
         let (prompt, max_tokens, drafting) =
             (tokens.of(prompt)?, args.max_tokens, args.drafts.drafting(&sampling)?);
         requests.push(Request { prompt, max_tokens, sampling, stop_ids, block, drafting });

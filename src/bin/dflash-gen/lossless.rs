@@ -2,7 +2,7 @@
 
 use crate::output::{Output, StopOnly};
 use crate::{INTERRUPTED_EXIT, Session, note};
-use dflash::engine::generate::{Flow, Listener, Request};
+use dflash::engine::generate::{Flow, Request, TokenSink};
 use dflash::engine::lossless::{Report, check};
 use dflash::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -12,7 +12,7 @@ use std::io::IsTerminal;
 /// Counts tokens for who waits.
 struct Counting<'a>(StopOnly<'a>, &'a ProgressBar);
 
-impl Listener for Counting<'_> {
+impl TokenSink for Counting<'_> {
     fn prefill(&mut self, done: usize) -> Flow {
         self.0.prefill(done)
     }

@@ -18,7 +18,7 @@ use dflash::cli::sigbus;
 use dflash::cli::terminal::{self, note};
 use dflash::cpu::ops;
 use dflash::engine::generate::{
-    Backend, Finish, Flow, Listener, Listeners, Outcome, Request, check_lossless, generate, generate_all,
+    Backend, Finish, Flow, Outcome, Request, TokenSink, TokenSinks, check_lossless, generate, generate_all,
 };
 use dflash::engine::stats::{self, Record, Seconds};
 use dflash::text::prompts;
@@ -205,7 +205,7 @@ impl Session<'_> {
         all
     }
 
-    /// Plain decoding and DFlash in turn, prompt by prompt, after a short warm-up of both.
+    /// Autoregressive decoding and DFlash in turn, prompt by prompt, after a short warm-up of both.
     fn compare(&self, requests: &[Request]) -> Result<u8> {
         let mut decoder = self.backend.decoder()?;
         let mut one = |request: &Request, block: usize, max_tokens: usize| {
@@ -293,8 +293,8 @@ impl Answers<'_> {
     }
 }
 
-impl Listeners for Answers<'_> {
-    fn of(&mut self, index: usize) -> Result<&mut dyn Listener> {
+impl TokenSinks for Answers<'_> {
+    fn of(&mut self, index: usize) -> Result<&mut dyn TokenSink> {
         let first = index == self.next;
         match &mut self.writers[index] {
             Some(writer) => Ok(writer),

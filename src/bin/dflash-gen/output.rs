@@ -4,7 +4,7 @@ use crate::args::Color;
 use crate::{Session, interrupt};
 use dflash::Result;
 use dflash::cli::terminal;
-use dflash::engine::generate::{Flow, Listener, Outcome, Request};
+use dflash::engine::generate::{Flow, Outcome, Request, TokenSink};
 use dflash::text::tokenizer::Stream;
 use serde_json::json;
 use std::io::{self, IsTerminal};
@@ -169,7 +169,7 @@ impl<'a> Writer<'a> {
     }
 }
 
-impl Listener for Writer<'_> {
+impl TokenSink for Writer<'_> {
     fn prefill(&mut self, done: usize) -> Flow {
         if let Some(bar) = &self.bar {
             match bar.length() == Some(done as u64) {
@@ -206,7 +206,7 @@ impl Listener for Writer<'_> {
 /// Stops where the text would, and writes nothing.
 pub struct StopOnly<'a>(pub Stream<'a>);
 
-impl Listener for StopOnly<'_> {
+impl TokenSink for StopOnly<'_> {
     fn prefill(&mut self, _: usize) -> Flow {
         interrupt()
     }

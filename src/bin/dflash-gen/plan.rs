@@ -8,7 +8,7 @@ use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{Checkpoint, Folder};
 use dflash::gpu::device::Node;
 use dflash::gpu::graph_listing::{self, Section};
-use dflash::gpu::memory::{MemoryPlan, Overhead, Room, size};
+use dflash::gpu::memory::{BatchConfig, MemoryPlan, Overhead, size};
 use serde_json::{Value, json};
 
 /// One model of the pair.
@@ -24,7 +24,7 @@ struct Part<'a> {
 const KV_ELEMENT: usize = 4;
 
 /// `room`: what a device is to have room for; none on the CPU, which has no launches either.
-pub fn print(args: &Args, pair: &Pair, room: Option<Room>) -> Result<u8> {
+pub fn print(args: &Args, pair: &Pair, room: Option<BatchConfig>) -> Result<u8> {
     if let (true, Some(room)) = (args.launches, room) {
         return print_launches(args, pair, room);
     }
@@ -88,8 +88,8 @@ fn memory_json(plan: &MemoryPlan) -> Value {
     })
 }
 
-fn room_json(room: Room) -> Value {
-    let Room { sequences, block, pages, positions, tree, .. } = room;
+fn room_json(room: BatchConfig) -> Value {
+    let BatchConfig { sequences, block, pages, positions, tree, .. } = room;
     let mut value = json!({ "sequences": sequences, "block": block, "positions": positions, "pages": pages });
     if tree > 0 {
         value["tree"] = tree.into();
@@ -97,7 +97,7 @@ fn room_json(room: Room) -> Value {
     value
 }
 
-fn print_launches(args: &Args, pair: &Pair, room: Room) -> Result<u8> {
+fn print_launches(args: &Args, pair: &Pair, room: BatchConfig) -> Result<u8> {
     // Rules other than `match` draw drafts and judge them by logits at any temperature.
     let sampled = args.temperature != 0.0 || room.rules;
     let nodes = graph_listing::of_round(pair, room, sampled)?;

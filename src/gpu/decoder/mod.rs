@@ -10,13 +10,13 @@ use crate::gpu::device::{Buffer, Device, Graph};
 use crate::gpu::kernels::round::{Finish, Form, Record, Ring, Round, STOP_IDS, Sequence};
 use crate::gpu::kernels::sample::Sample;
 use crate::gpu::loader::Loader;
-use crate::gpu::memory::Room;
+use crate::gpu::memory::BatchConfig;
 use crate::gpu::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
 use crate::gpu::nvtx;
 use crate::perf::roofline::{CARDS, Card};
-use crate::spec::draft_length::{Controller, Costs, Fixed, Goal};
-use crate::spec::sampling::Sampling;
-use crate::spec::verify::Rule;
+use crate::spec::draft_length::{Controller, Costs, DraftLengthPolicy, Fixed};
+use crate::spec::sampling::SamplingParams;
+use crate::spec::verify::VerifyMethod;
 use crate::{Error, Result};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -26,9 +26,9 @@ mod synthetic;
 #[cfg(all(test, feature = "emulator"))]
 mod tests;
 
-use round_graph::Work;
-pub use round_graph::{Part, Shape};
-pub use synthetic::Still;
+use round_graph::RoundBuffers;
+pub use round_graph::{DrafterMode, Shape};
+pub use synthetic::FrozenBatch;
 
 /// Rows of a prompt that go through a model together.
 const CHUNK: usize = 512;
@@ -111,7 +111,7 @@ pub struct OnDevice {
     name: &'static str,
     device: Box<dyn Device>,
     models: Models,
-    room: Room,
+    room: BatchConfig,
 }
 
 impl OnDevice {
@@ -123,7 +123,7 @@ impl OnDevice {
         name: &'static str,
         device: Box<dyn Device>,
         pair: &Pair,
-        room: Room,
+        room: BatchConfig,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<OnDevice> {
         let models = Models::load_with(&*device, pair, room.positions, progress)?;
@@ -148,11 +148,11 @@ impl Backend for OnDevice {
 pub struct Batch<'a> {
     device: &'a dyn Device,
     models: &'a Models,
-    room: Room,
+    room: BatchConfig,
     cache: Cache,
     scratch: Scratch,
     draft: Option<(Cache, Scratch)>,
-    work: Work,
+    work: RoundBuffers,
     prompt: Prompt,
     ring: Ring,
     graphs: Vec<(Shape, Graph)>,
@@ -237,19 +237,19 @@ impl Slot {
 }
 
 impl<'a> Batch<'a> {
-    /// Room for the sequences, and their rounds, captured. A block of one row is plain decoding: no drafter runs.
+    /// Room for the sequences, and their rounds, captured. A block of one row is autoregressive decoding: no drafter runs.
     ///
     /// # Errors
     /// [`Error::Memory`] where there is too little; else what the device says.
-    pub fn new(device: &'a dyn Device, models: &'a Models, room: Room) -> Result<Batch<'a>> {
-        let Room { sequences, block, pages, .. } = room;
+    pub fn new(device: &'a dyn Device, models: &'a Models, room: BatchConfig) -> Result<Batch<'a>> {
+        let BatchConfig { sequences, block, pages, .. } = room;
         let (stack, vocabulary) = (&models.target.config, &models.vocabulary);
         let taps = models.taps().len();
         let cache = |config| Cache::new(device, config, pages, sequences, room.sequence_pages());
         let target_cache = cache(stack)?;
         let sizes = Sizes {
             sequences,
-            block: room.wide(),
+            block: room.max_verify_rows(),
             chunk: CHUNK,
             injected: 0,
             head: Some(vocabulary.shape()),
@@ -263,7 +263,7 @@ impl<'a> Batch<'a> {
             let scratch = Scratch::new(device, &stack.config, &cache, sizes)?;
             Ok::<_, Error>((cache, scratch))
         });
-        let work = Work::new(device, models, room, &target_cache)?;
+        let work = RoundBuffers::new(device, models, room, &target_cache)?;
         let get = |bytes: usize, what| device.allocate(bytes.max(16), what);
         let numbers: Vec<u8> = (0..CHUNK as u32).flat_map(u32::to_le_bytes).collect();
         let prompt = Prompt {
@@ -275,7 +275,7 @@ impl<'a> Batch<'a> {
         };
         device.fill(&prompt.features, 0)?;
         device.upload(&prompt.gather, &numbers)?;
-        let ring = Ring::new(device, Round { sequences, block, wide: room.wide() }, AHEAD + 1)?;
+        let ring = Ring::new(device, Round { sequences, block, wide: room.max_verify_rows() }, AHEAD + 1)?;
         let mut batch = Batch {
             device,
             models,
@@ -304,7 +304,9 @@ impl<'a> Batch<'a> {
             let costs = Costs::modelled(&card, &models.config, drafter, 0, sequences, block);
             let mut sizes: Vec<usize> = batch.graphs.iter().map(|(shape, _)| shape.rows).collect();
             sizes.sort_unstable();
-            let goal = room.threshold.map_or(Goal::Pays(costs.of_sizes(&sizes)), Goal::AtLeast);
+            let goal = room
+                .threshold
+                .map_or(DraftLengthPolicy::CostModel(costs.of_sizes(&sizes)), DraftLengthPolicy::Threshold);
             batch.control(move || goal.controller(true));
         }
         Ok(batch)
@@ -349,7 +351,7 @@ impl<'a> Batch<'a> {
             rows: request.drafting.tree.unwrap_or(request.block) as u32,
             form: match (tree, request.drafting.rule) {
                 (0, _) => Form::Chain,
-                (_, Rule::Match) => Form::BestFirst,
+                (_, VerifyMethod::Match) => Form::BestFirst,
                 _ => Form::Drawn,
             },
             sampling: request.sampling.clone(),
@@ -415,7 +417,7 @@ impl<'a> Batch<'a> {
             spans: &p.span,
             masks: None,
             prompt: Some(slot),
-            live: None,
+            num_active: None,
             taps: drafting.then_some((models.taps(), &p.features)),
         };
         models.target.run(device, &self.scratch, &self.cache, &pass)?;
@@ -424,7 +426,7 @@ impl<'a> Batch<'a> {
         {
             injection.run(device, s, count, &p.features, &p.gather, true, None)?;
             put(&p.rows, &rows(false, 0..draft_end))?;
-            stack.remember(device, s, cache, &p.rows, count, true, None)?;
+            stack.write_context_kv(device, s, cache, &p.rows, count, true, None)?;
             put(&p.rows, &rows(true, held..usize::MAX))?;
         }
         Ok(())
@@ -440,11 +442,11 @@ impl<'a> Batch<'a> {
         let taking_part = || self.slots.iter().filter(|slot| running(slot));
         let highest = self.slots.iter().rposition(running).map_or(0, |slot| slot + 1);
         let drafter = match taking_part().any(Slot::drafts) {
-            false => Part::Rests,
-            true if rows == 1 && self.room.adaptive => Part::Follows,
-            true => Part::Drafts,
+            false => DrafterMode::Idle,
+            true if rows == 1 && self.room.adaptive => DrafterMode::CatchUp,
+            true => DrafterMode::Draft,
         };
-        let drawn = drafter == Part::Drafts && taking_part().any(|slot| slot.drawn);
+        let drawn = drafter == DrafterMode::Draft && taking_part().any(|slot| slot.drawn);
         let sampled = self.watched || drawn || taking_part().any(Slot::sampled);
         let fits = |shape: &Shape| {
             let kind = (shape.drafter, shape.sampled, shape.drawn);
@@ -562,7 +564,7 @@ impl Decoder for Batch<'_> {
         };
         let (prompt, block, drafting) = (&request.prompt, request.block, &request.drafting);
         let (room, tree) = (self.room, drafting.tree.unwrap_or(0));
-        if block > room.block || tree > room.tree || (drafting.rule != Rule::Match && !room.rules) {
+        if block > room.block || tree > room.tree || (drafting.rule != VerifyMethod::Match && !room.rules) {
             let rule = drafting.rule.name();
             return Err(Error::Internal(format!(
                 "a request of blocks of {block}, trees of {tree} and the rule {rule} in rounds that were not made for it"
@@ -584,9 +586,9 @@ impl Decoder for Batch<'_> {
         let waiting = Sequence { active: false, ..state.clone() };
         let to = self.work.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         self.device.upload(&to, &waiting.to_bytes()?)?;
-        let Sampling { seed, stream, .. } = request.sampling;
-        let draws = Sampling { seed, stream, ..drafting.sampling.clone() };
-        let drawn = state.draft_end > 0 && (draws.temperature != 0.0 || state.rule != Rule::Match);
+        let SamplingParams { seed, stream, .. } = request.sampling;
+        let draws = SamplingParams { seed, stream, ..drafting.sampling.clone() };
+        let drawn = state.draft_end > 0 && (draws.temperature != 0.0 || state.rule != VerifyMethod::Match);
         let to = self.work.drafting.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         self.device.upload(&to, &Sequence { sampling: draws, ..waiting }.to_bytes()?)?;
         let own = &mut self.slots[slot];

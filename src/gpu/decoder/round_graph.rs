@@ -7,23 +7,23 @@ use crate::gpu::kernels::choices::Choices;
 use crate::gpu::kernels::compact::Compact;
 use crate::gpu::kernels::head::Head;
 use crate::gpu::kernels::round::{Round, Sequence, Tables};
-use crate::gpu::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
+use crate::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules, VerifyInputs};
 use crate::gpu::kernels::sample::{self, Races, Sample};
 use crate::gpu::kernels::siblings::{Drawn, Siblings};
 use crate::gpu::kernels::tree::{TreeBuild, Trees};
 use crate::gpu::kernels::verify::{Verdict, Verify};
-use crate::gpu::memory::Room;
+use crate::gpu::memory::BatchConfig;
 use crate::gpu::model::{Cache, Pass, Row};
 use crate::spec::tree;
 use crate::{Error, Result};
 
 /// What a round's kernels leave for each other. `drafted` = sequences x block, `rows` = sequences x rows that a round
 /// verifies of each at most.
-pub(super) struct Work {
+pub(super) struct RoundBuffers {
     pub states: Buffer,       // [sequences] Sequence
     pub drafting: Buffer,     // [sequences] Sequence: the settings that drafts are drawn with
-    pub clock: Buffer,        // [3] u32
-    pub live: Buffer,         // of clock
+    pub round_header: Buffer, // [3] u32
+    pub num_active: Buffer,   // of round_header
     pub draft_tokens: Buffer, // [drafted] u32
     pub draft_rows: Buffer,   // [2][drafted] Row
     pub pending: Buffer,      // [drafted] u32
@@ -42,12 +42,12 @@ pub(super) struct Work {
     pub accepted: Buffer,     // [sequences] u32
     pub next: Buffer,         // [sequences] u32
     pub path: Buffer,         // [rows] u32
-    pub trees: Option<Growing>,
-    pub rules: Option<Judging>,
+    pub trees: Option<TreeBuffers>,
+    pub rules: Option<VerifyBuffers>,
 }
 
 /// What trees take besides.
-pub(super) struct Growing {
+pub(super) struct TreeBuffers {
     choices: Buffer, // [drafted][most] (token, cost) u32
     counts: Buffer,  // [drafted] u32
     typical: Buffer, // [most] u32
@@ -57,33 +57,38 @@ pub(super) struct Growing {
 }
 
 /// What rules other than `match` take besides.
-pub(super) struct Judging {
+pub(super) struct VerifyBuffers {
     logits: Buffer,   // [drafted][vocab] f32: the drafter's
-    drafters: Buffer, // [drafted] of LAW_BYTES
-    targets: Buffer,  // [rows] of LAW_BYTES
+    drafters: Buffer, // [drafted] of DISTRIBUTION_BYTES
+    targets: Buffer,  // [rows] of DISTRIBUTION_BYTES
     partial: Buffer,  // [drafted] u64
     counters: Buffer, // [sequences] u32
     classes: Buffer,  // [rows] of CLASSES_BYTES, where there are trees
 }
 
-impl Work {
-    pub fn new(device: &dyn Device, models: &Models, room: Room, cache: &Cache) -> Result<Work> {
-        let Room { sequences, block, .. } = room;
+impl RoundBuffers {
+    pub fn new(
+        device: &dyn Device,
+        models: &Models,
+        room: BatchConfig,
+        cache: &Cache,
+    ) -> Result<RoundBuffers> {
+        let BatchConfig { sequences, block, .. } = room;
         let (hidden, taps) = (models.target.config.hidden, models.taps().len());
         let (vocab, blocks) = (models.vocabulary.vocab, models.vocabulary.shape().blocks());
-        let (drafted, rows) = (sequences * block, sequences * room.wide());
+        let (drafted, rows) = (sequences * block, sequences * room.max_verify_rows());
         let zeros = |bytes: usize, what| {
             let buffer = device.allocate(bytes.max(16), what)?;
             device.fill(&buffer, 0)?;
             Ok::<_, Error>(buffer)
         };
         let get = |bytes: usize| device.allocate(bytes.max(16), "a round's tables");
-        let clock = zeros(12, "the round's number")?;
+        let round_header = zeros(12, "the round's number")?;
         let tables = get(sample::tables().len())?;
         device.upload(&tables, &sample::tables())?;
         device.seal(&tables);
         let trees = (room.tree > 0).then(|| {
-            let compact = compact(models, cache, sequences, room.wide());
+            let compact = compact(models, cache, sequences, room.max_verify_rows());
             let addresses = compact.caches(&cache.keys, &cache.values)?;
             let caches = get(addresses.len())?;
             device.upload(&caches.slice(0, addresses.len())?, &addresses)?;
@@ -91,7 +96,7 @@ impl Work {
                 (0..most(room) as u32).flat_map(|i| tree::typical(i).to_le_bytes()).collect();
             let typical = get(costs.len())?;
             device.upload(&typical.slice(0, costs.len())?, &costs)?;
-            Ok::<_, Error>(Growing {
+            Ok::<_, Error>(TreeBuffers {
                 choices: device.allocate(drafted * most(room) * 8, "the drafter's choices")?,
                 counts: get(drafted * 4)?,
                 typical,
@@ -101,21 +106,21 @@ impl Work {
             })
         });
         let rules = room.rules.then(|| {
-            Ok::<_, Error>(Judging {
+            Ok::<_, Error>(VerifyBuffers {
                 logits: device.allocate(drafted * vocab * 4, "the drafter's logits")?,
-                drafters: get(drafted * LAW_BYTES)?,
-                targets: get(rows * LAW_BYTES)?,
+                drafters: get(drafted * DISTRIBUTION_BYTES)?,
+                targets: get(rows * DISTRIBUTION_BYTES)?,
                 partial: get(drafted * 8)?,
                 counters: zeros(sequences * 4, "counters of verdicts")?,
                 classes: get(if room.tree > 0 { rows * CLASSES_BYTES } else { 0 })?,
             })
         });
         let sample = Sample { rows, vocab, blocks, sequences };
-        Ok(Work {
+        Ok(RoundBuffers {
             states: zeros(sequences * Sequence::BYTES, "the state of sequences")?,
             drafting: zeros(sequences * Sequence::BYTES, "the settings of drafts")?,
-            live: clock.slice(4, 4)?,
-            clock,
+            num_active: round_header.slice(4, 4)?,
+            round_header,
             draft_tokens: get(drafted * 4)?,
             draft_rows: get(2 * drafted * Row::BYTES)?,
             pending: get(drafted * 4)?,
@@ -159,7 +164,7 @@ fn compact(models: &Models, cache: &Cache, sequences: usize, rows: usize) -> Com
 }
 
 /// Choices of each row that a tree may need.
-fn most(room: Room) -> usize {
+fn most(room: BatchConfig) -> usize {
     room.tree.saturating_sub(1).max(1)
 }
 
@@ -170,7 +175,7 @@ pub struct Shape {
     pub sequences: usize,
     /// Rows that are verified of each at most, anchor included; 1 where nothing is drafted.
     pub rows: usize,
-    pub drafter: Part,
+    pub drafter: DrafterMode,
     /// With the sampler's races, and logits that can be read.
     pub sampled: bool,
     /// With drafts that are drawn: by the noise of the target's tokens, or, in a room with rules, by chances of their own;
@@ -180,17 +185,17 @@ pub struct Shape {
 
 /// What the drafter does in a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum DrafterMode {
     /// Nothing, and it falls behind.
-    Rests,
+    Idle,
     /// It takes in what the target has verified, so that it can draft later.
-    Follows,
-    Drafts,
+    CatchUp,
+    Draft,
 }
 
 impl Shape {
     pub fn drafts(&self) -> bool {
-        self.drafter == Part::Drafts
+        self.drafter == DrafterMode::Draft
     }
 }
 
@@ -200,18 +205,18 @@ const TILES: [usize; 2] = [16, 32];
 impl Batch<'_> {
     /// Every round there is: for 1, 2, 4... sequences and for all.
     pub(super) fn shapes(&self) -> Vec<Shape> {
-        let Room { sequences: all, adaptive, .. } = self.room;
+        let BatchConfig { sequences: all, adaptive, .. } = self.room;
         let counts = (0..).map(|i| 1 << i).take_while(|&count| count < all).chain([all]);
-        let wide = self.room.wide();
+        let wide = self.room.max_verify_rows();
         let fewer = TILES.into_iter().filter(|&rows| adaptive && rows < wide);
-        let mut kinds = vec![(1, Part::Rests)];
+        let mut kinds = vec![(1, DrafterMode::Idle)];
         if self.draft.is_some() {
-            kinds.extend(adaptive.then_some((1, Part::Follows)));
-            kinds.extend(fewer.chain([wide]).map(|rows| (rows, Part::Drafts)));
+            kinds.extend(adaptive.then_some((1, DrafterMode::CatchUp)));
+            kinds.extend(fewer.chain([wide]).map(|rows| (rows, DrafterMode::Draft)));
         }
         let shape = |sequences| {
             let how = [(false, false), (true, false), (true, true)];
-            let of = move |&(rows, drafter): &(usize, Part)| {
+            let of = move |&(rows, drafter): &(usize, DrafterMode)| {
                 how.map(|(sampled, drawn)| Shape { sequences, rows, drafter, sampled, drawn })
             };
             kinds.iter().flat_map(of).filter(|shape| shape.drafts() || !shape.drawn).collect::<Vec<_>>()
@@ -259,7 +264,7 @@ impl Batch<'_> {
             draft_spans: &w.draft_spans,
             verify_rows: &w.verify_rows,
             verify_spans: &w.verify_spans,
-            clock: &w.clock,
+            round_header: &w.round_header,
         };
         let mask = models.drafter.as_ref().map_or(0, |(config, ..)| config.mask_token);
         round.begin(device, tables, &w.states, &w.path, shape.drafts(), mask)?;
@@ -267,9 +272,9 @@ impl Batch<'_> {
         let rules = w.rules.as_ref().filter(|_| shape.drawn);
         let rule = Rules { sequences, block, vocab, blocks };
         match shape.drafter {
-            Part::Rests => {}
-            Part::Follows => self.follow(sequences)?,
-            Part::Drafts => self.draft(shape, trees, rules)?,
+            DrafterMode::Idle => {}
+            DrafterMode::CatchUp => self.follow(sequences)?,
+            DrafterMode::Draft => self.draft(shape, trees, rules)?,
         }
 
         // Verify.
@@ -286,21 +291,21 @@ impl Batch<'_> {
             spans: &w.verify_spans,
             masks: trees.map(|growing| &growing.masks),
             prompt: None,
-            live: Some(&w.live),
-            taps: (shape.drafter != Part::Rests).then_some((models.taps(), &w.features)),
+            num_active: Some(&w.num_active),
+            taps: (shape.drafter != DrafterMode::Idle).then_some((models.taps(), &w.features)),
         };
         models.target.run(device, &self.scratch, &self.cache, &pass)?;
-        self.head(0, rows, pass.live, sampled)?;
+        self.head(0, rows, pass.num_active, sampled)?;
         let sample = Sample { rows, vocab, blocks, sequences };
         sample.launch(device, &w.choices, &w.best, &w.verify_rows, sampled.then(|| w.races()))?;
         let verdict = Verdict { accepted: &w.accepted, next: &w.next, path: &w.path };
         let (verify, parents) = (Verify { sequences, block: wide }, trees.map(|growing| &growing.parents));
         verify.launch(device, verdict, &w.choices, &w.tokens, parents, &w.verify_spans)?;
         if let Some(r) = rules {
-            let target = Rows { logits: &w.logits, laws: &r.targets };
+            let target = Rows { logits: &w.logits, distributions: &r.targets };
             let every_row = Rules { block: wide, ..rule };
-            every_row.law(device, target, &w.best, &w.verify_rows, &w.states, &w.tables)?;
-            let judged = Judged {
+            every_row.distribution(device, target, &w.best, &w.verify_rows, &w.states, &w.tables)?;
+            let judged = VerifyInputs {
                 wide,
                 tokens: &w.tokens,
                 spans: &w.verify_spans,
@@ -320,30 +325,30 @@ impl Batch<'_> {
             let compact = compact(models, &self.cache, sequences, wide);
             compact.launch(device, &growing.caches, &self.cache.table, verdict, &w.verify_spans)?;
         }
-        round.finish(device, &w.states, &self.ring, &w.clock, verdict, &w.tokens, &w.verify_spans)
+        round.finish(device, &w.states, &self.ring, &w.round_header, verdict, &w.tokens, &w.verify_spans)
     }
 
     /// The drafter takes in what the last round left for it.
     fn follow(&self, sequences: usize) -> Result<()> {
         let (device, w, rows) = (self.device, &self.work, sequences * self.room.block);
         if let (Some((_, stack, injection)), Some((cache, s))) = (&self.models.drafter, &self.draft) {
-            let live = Some(&w.live);
-            injection.run(device, s, rows, &w.features, &w.pending, false, live)?;
-            stack.remember(device, s, cache, &w.draft_rows, rows, false, live)?;
+            let num_active = Some(&w.num_active);
+            injection.run(device, s, rows, &w.features, &w.pending, false, num_active)?;
+            stack.write_context_kv(device, s, cache, &w.draft_rows, rows, false, num_active)?;
         }
         Ok(())
     }
 
     /// The drafter takes in what the last round left for it, and drafts.
-    fn draft(&self, shape: Shape, trees: Option<&Growing>, rules: Option<&Judging>) -> Result<()> {
+    fn draft(&self, shape: Shape, trees: Option<&TreeBuffers>, rules: Option<&VerifyBuffers>) -> Result<()> {
         let (device, models, w) = (self.device, self.models, &self.work);
         let (Some((config, stack, injection)), Some((cache, s))) = (&models.drafter, &self.draft) else {
             return Err(Error::Internal("a round with drafts, but without a drafter".into()));
         };
         let (sequences, block, vocabulary) = (shape.sequences, self.room.block, &models.vocabulary);
         let (rows, vocab, blocks) = (sequences * block, vocabulary.vocab, vocabulary.shape().blocks());
-        let live = Some(&w.live);
-        injection.run(device, s, rows, &w.features, &w.pending, false, live)?;
+        let num_active = Some(&w.num_active);
+        injection.run(device, s, rows, &w.features, &w.pending, false, num_active)?;
         vocabulary.embed(device, s, &w.draft_tokens, rows, config.embedding_scale)?;
         let pass = Pass {
             sequences,
@@ -353,7 +358,7 @@ impl Batch<'_> {
             spans: &w.draft_spans,
             masks: None,
             prompt: None,
-            live,
+            num_active,
             taps: None,
         };
         stack.run(device, s, cache, &pass)?;
@@ -367,7 +372,7 @@ impl Batch<'_> {
         // Where no rule asks for them again, the target's logits take their place.
         let logits = rules.map_or(&w.logits, |r| &r.logits);
         let kept = (shape.drawn || trees.is_some()).then_some(logits);
-        vocabulary.head(device, stack, s, rows, head, live, &w.best, kept)?;
+        vocabulary.head(device, stack, s, rows, head, num_active, &w.best, kept)?;
         // A draft is chosen by the noise of its own position, but the sampler takes that of the one after: it gets each
         // row the row before. What the first of a block chooses is not looked at.
         let before = rows - usize::from(shape.drawn);
@@ -378,7 +383,7 @@ impl Batch<'_> {
         let own = w.draft_rows.slice(rows * Row::BYTES, rows * Row::BYTES)?;
         if let Some(r) = rules {
             let rule = Rules { sequences, block, vocab, blocks };
-            rule.law(device, r.drafter(), &w.best, &own, &w.drafting, &w.tables)?;
+            rule.distribution(device, r.drafter(), &w.best, &own, &w.drafting, &w.tables)?;
             rule.draw(device, &w.drafts, r.drafter(), &own, &w.states, &w.tables)?;
         }
         if let Some(growing) = trees {
@@ -390,7 +395,7 @@ impl Batch<'_> {
     }
 
     /// The trees of the round, and the tables of their verification.
-    fn grow(&self, shape: Shape, growing: &Growing, rules: Option<&Judging>) -> Result<()> {
+    fn grow(&self, shape: Shape, growing: &TreeBuffers, rules: Option<&VerifyBuffers>) -> Result<()> {
         let (w, Shape { sequences, rows: wide, .. }) = (&self.work, shape);
         let (device, block) = (self.device, self.room.block);
         let trees = Trees {
@@ -401,7 +406,7 @@ impl Batch<'_> {
             spans: &w.verify_spans,
         };
         let build = TreeBuild { sequences, block, wide, most: most(self.room) };
-        let Growing { choices, counts, typical, .. } = growing;
+        let TreeBuffers { choices, counts, typical, .. } = growing;
         build.launch(device, trees, choices, counts, &w.drafts, typical, &w.states)?;
         match rules {
             Some(r) => {
@@ -414,23 +419,29 @@ impl Batch<'_> {
     }
 
     /// The target's head over rows `first..first + rows` of its scratch.
-    pub(super) fn head(&self, first: usize, rows: usize, live: Option<&Buffer>, keep: bool) -> Result<()> {
+    pub(super) fn head(
+        &self,
+        first: usize,
+        rows: usize,
+        num_active: Option<&Buffer>,
+        keep: bool,
+    ) -> Result<()> {
         let (target, vocabulary, w) = (&self.models.target, &self.models.vocabulary, &self.work);
         let (vocab, k) = (vocabulary.vocab, target.config.hidden);
         let head = Head { rows, vocab, k, multiplier: 1.0, softcap: None };
         let logits = keep.then_some(&w.logits);
-        vocabulary.head(self.device, target, &self.scratch, first, head, live, &w.best, logits)
+        vocabulary.head(self.device, target, &self.scratch, first, head, num_active, &w.best, logits)
     }
 }
 
-impl Growing {
-    fn drawn<'a>(&'a self, w: &'a Work) -> Drawn<'a> {
+impl TreeBuffers {
+    fn drawn<'a>(&'a self, w: &'a RoundBuffers) -> Drawn<'a> {
         Drawn { tokens: &w.tokens, parents: &self.parents, spans: &w.verify_spans }
     }
 }
 
-impl Judging {
+impl VerifyBuffers {
     fn drafter(&self) -> Rows<'_> {
-        Rows { logits: &self.logits, laws: &self.drafters }
+        Rows { logits: &self.logits, distributions: &self.drafters }
     }
 }

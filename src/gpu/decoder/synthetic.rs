@@ -1,7 +1,7 @@
 //! For measuring, where shapes matter and text does not: sequences whose context is noise, so that none has to be run,
 //! and rounds that begin at one and the same state however often.
 
-use super::{Batch, Part, Phase, Shape};
+use super::{Batch, DrafterMode, Phase, Shape};
 use crate::checkpoint::safetensors::draw;
 use crate::engine::generate::{Decoder, Request};
 use crate::gpu::device::{Buffer, Graph};
@@ -21,7 +21,7 @@ impl<'a> Batch<'a> {
     ///
     /// # Errors
     /// [`Error::Memory`] where there are too few pages; else as [`Decoder::join`].
-    pub fn pretend(&mut self, slot: usize, context: usize, request: &Request) -> Result<()> {
+    pub fn fill_synthetic_context(&mut self, slot: usize, context: usize, request: &Request) -> Result<()> {
         // No prompt begins with such a token, so that nobody resumes here.
         let request = Request { prompt: vec![u32::MAX; context], ..request.clone() };
         if self.join(slot, &request, false)?.is_none() {
@@ -60,11 +60,12 @@ impl<'a> Batch<'a> {
         }
         if self.draft.is_some() {
             let block = self.room.block;
-            let features = self.work.features.bytes() / self.room.sequences / self.room.wide() * block;
+            let features =
+                self.work.features.bytes() / self.room.sequences / self.room.max_verify_rows() * block;
             self.fill(&self.work.features.slice(slot * features, features)?, &noise)?;
             let path: Vec<u8> = (0..block as u32).flat_map(u32::to_le_bytes).collect();
             self.device.upload(&self.work.path.slice(slot * path.len(), path.len())?, &path)?;
-            let columns = self.work.clock.slice(8, 4)?;
+            let columns = self.work.round_header.slice(8, 4)?;
             self.device.upload(&columns, &(block as u32).to_le_bytes())?;
         }
         Ok(())
@@ -86,21 +87,21 @@ impl<'a> Batch<'a> {
     ///
     /// # Errors
     /// [`Error::Memory`] where there is too little, a few hundred bytes a sequence.
-    pub fn still(self) -> Result<Still<'a>> {
+    pub fn freeze(self) -> Result<FrozenBatch<'a>> {
         let keep = |buffer: &Buffer| {
             let kept = self.device.allocate(buffer.bytes(), "the state of sequences to return to")?;
             self.device.copy(&kept, buffer)?;
             Ok::<_, Error>(kept)
         };
         let (states, path) = (keep(&self.work.states)?, keep(&self.work.path)?);
-        let columns = keep(&self.work.clock.slice(8, 4)?)?;
-        Ok(Still { batch: self, states, path, columns })
+        let columns = keep(&self.work.round_header.slice(8, 4)?)?;
+        Ok(FrozenBatch { batch: self, states, path, columns })
     }
 }
 
 /// A batch that stands still: its rounds are replayed by whoever measures them, and what they do to its sequences is taken
 /// back. Its host side no longer follows what happens, and so it is no decoder any more.
-pub struct Still<'a> {
+pub struct FrozenBatch<'a> {
     batch: Batch<'a>,
     states: Buffer,
     path: Buffer,
@@ -108,7 +109,7 @@ pub struct Still<'a> {
     columns: Buffer,
 }
 
-impl Still<'_> {
+impl FrozenBatch<'_> {
     /// Enqueues that the next round begins where the first did: three small copies. Keys and values that rounds have written
     /// since lie behind the sequences' ends; the features are the last round's.
     ///
@@ -118,16 +119,17 @@ impl Still<'_> {
         let (device, work) = (self.batch.device, &self.batch.work);
         device.copy(&work.states, &self.states)?;
         device.copy(&work.path, &self.path)?;
-        device.copy(&work.clock.slice(8, 4)?, &self.columns)
+        device.copy(&work.round_header.slice(8, 4)?, &self.columns)
     }
 
-    /// The round of all slots: a plain step, or with drafts; greedy or with the sampler's races.
+    /// The round of all slots: a AR step, or with drafts; greedy or with the sampler's races.
     ///
     /// # Errors
     /// [`Error::Internal`] where there is none: with drafts, but without a drafter.
     pub fn graph(&self, drafting: bool, sampled: bool) -> Result<&Graph> {
         let room = self.batch.room;
-        let (rows, drafter) = if drafting { (room.wide(), Part::Drafts) } else { (1, Part::Rests) };
+        let (rows, drafter) =
+            if drafting { (room.max_verify_rows(), DrafterMode::Draft) } else { (1, DrafterMode::Idle) };
         let wanted = Shape { sequences: room.sequences, rows, drafter, sampled, drawn: false };
         let found = self.batch.graphs.iter().find(|(shape, _)| *shape == wanted);
         found.map(|(_, graph)| graph).ok_or_else(|| Error::Internal(format!("no {wanted:?} was captured")))
@@ -139,12 +141,12 @@ mod tests {
     use super::*;
     use crate::checkpoint::pair::Pair;
     use crate::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
-    use crate::engine::generate::{Emitted, Flow, Listener, generate, resume};
+    use crate::engine::generate::{Emitted, Flow, TokenSink, generate, resume};
     use crate::gpu::decoder::Models;
     use crate::gpu::device::Device;
     use crate::gpu::emulator::Emulator;
-    use crate::gpu::memory::Room;
-    use crate::spec::sampling::Sampling;
+    use crate::gpu::memory::BatchConfig;
+    use crate::spec::sampling::SamplingParams;
     use half::bf16;
 
     const BLOCK: usize = 16;
@@ -153,14 +155,14 @@ mod tests {
 
     struct Silent;
 
-    impl Listener for Silent {
+    impl TokenSink for Silent {
         fn token(&mut self, _: u32, _: bool) -> Result<Flow> {
             Ok(Flow::Continue)
         }
     }
 
     fn request(prompt: Vec<u32>, block: usize, temperature: f32) -> Request {
-        let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+        let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
         Request { prompt, max_tokens: 40, sampling, stop_ids: vec![], block, drafting: Default::default() }
     }
 
@@ -202,9 +204,9 @@ mod tests {
         assert_eq!(pair.target.config.stack.head_dim * 2, 128);
         let models = Models::load(&device, &pair, 256).unwrap();
         for (block, temperature) in [(BLOCK, 0.0), (7, 0.8), (1, 0.0)] {
-            let mut batch = Batch::new(&device, &models, Room::new(3, BLOCK, 256)).unwrap();
+            let mut batch = Batch::new(&device, &models, BatchConfig::new(3, BLOCK, 256)).unwrap();
             for (slot, context) in CONTEXTS.into_iter().enumerate() {
-                batch.pretend(slot, context, &request(vec![], block, temperature)).unwrap();
+                batch.fill_synthetic_context(slot, context, &request(vec![], block, temperature)).unwrap();
             }
             for (slot, context) in CONTEXTS.into_iter().enumerate() {
                 let pending = if block > 1 { block.min(context) } else { 0 };
@@ -253,11 +255,11 @@ mod tests {
     fn who_comes_after_noise_is_answered_as_if_it_had_not_been() {
         let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
         let models = Models::load(&device, &pair, 256).unwrap();
-        let fresh = || Batch::new(&device, &models, Room::new(1, BLOCK, 256)).unwrap();
+        let fresh = || Batch::new(&device, &models, BatchConfig::new(1, BLOCK, 256)).unwrap();
         let asked = request((0..70).collect(), BLOCK, 0.0);
         let answer = generate(&mut fresh(), &asked, &mut Silent).unwrap();
         let mut batch = fresh();
-        batch.pretend(0, 90, &request(vec![], BLOCK, 0.0)).unwrap();
+        batch.fill_synthetic_context(0, 90, &request(vec![], BLOCK, 0.0)).unwrap();
         let mut emitted = vec![Emitted::default()];
         batch.round(&mut emitted).unwrap();
         batch.leave(0, 1).unwrap();
@@ -269,11 +271,11 @@ mod tests {
     fn a_batch_that_stands_still_does_the_same_again_and_again() {
         let (device, pair) = (Emulator::new(), pair());
         let models = Models::load(&device, &pair, 256).unwrap();
-        let mut batch = Batch::new(&device, &models, Room::new(3, BLOCK, 256)).unwrap();
+        let mut batch = Batch::new(&device, &models, BatchConfig::new(3, BLOCK, 256)).unwrap();
         for (slot, context) in CONTEXTS.into_iter().enumerate() {
-            batch.pretend(slot, context, &request(vec![], BLOCK, 0.0)).unwrap();
+            batch.fill_synthetic_context(slot, context, &request(vec![], BLOCK, 0.0)).unwrap();
         }
-        let still = batch.still().unwrap();
+        let still = batch.freeze().unwrap();
         let (states, path) = (bytes(&still.batch, &still.states), bytes(&still.batch, &still.path));
         let identity: Vec<u8> = (0..3).flat_map(|_| (0..BLOCK as u32).flat_map(u32::to_le_bytes)).collect();
         assert_eq!(path, identity);
@@ -297,13 +299,21 @@ mod tests {
     fn noise_that_does_not_fit_is_refused() {
         let (device, pair) = (Emulator::new(), pair());
         let models = Models::load(&device, &pair, 256).unwrap();
-        let mut batch = Batch::new(&device, &models, Room { pages: 3, ..Room::new(2, BLOCK, 256) }).unwrap();
+        let mut batch =
+            Batch::new(&device, &models, BatchConfig { pages: 3, ..BatchConfig::new(2, BLOCK, 256) })
+                .unwrap();
         let asked = request(vec![], BLOCK, 0.0);
-        let whole = batch.pretend(0, 200, &asked).unwrap_err();
+        let whole = batch.fill_synthetic_context(0, 200, &asked).unwrap_err();
         assert!(whole.to_string().contains("needs 4 pages"), "{whole}");
-        batch.pretend(0, 70, &asked).unwrap();
-        assert!(batch.pretend(0, 70, &asked).unwrap_err().to_string().contains("slot 0 of 2 is not free"));
-        let refused = batch.pretend(1, 70, &asked).unwrap_err();
+        batch.fill_synthetic_context(0, 70, &asked).unwrap();
+        assert!(
+            batch
+                .fill_synthetic_context(0, 70, &asked)
+                .unwrap_err()
+                .to_string()
+                .contains("slot 0 of 2 is not free")
+        );
+        let refused = batch.fill_synthetic_context(1, 70, &asked).unwrap_err();
         assert_eq!(refused, Error::Memory("too few pages for 70 positions: 1 are free".into()));
     }
 }

@@ -1,24 +1,25 @@
 use super::*;
 use crate::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
-use crate::engine::generate::{Flow, Listener, resume};
+use crate::engine::generate::{Flow, TokenSink, resume};
 use crate::gpu::emulator::Emulator;
 
 struct Silent;
 
-impl Listener for Silent {
+impl TokenSink for Silent {
     fn token(&mut self, _: u32, _: bool) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 }
 
-/// Otherwise drafting would change what plain steps wrote, and so the answers that follow.
+/// Otherwise drafting would change what AR steps wrote, and so the answers that follow.
 #[test]
 fn a_drafter_that_catches_up_leaves_the_targets_pages_alone() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
-    let mut batch = Batch::new(&device, &models, Room::new(1, 16, 128)).unwrap();
+    let mut batch = Batch::new(&device, &models, BatchConfig::new(1, 16, 128)).unwrap();
     let request = |prompt: &[u32], block| {
-        let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+        let sampling =
+            SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
         Request {
             prompt: prompt.to_vec(),
             max_tokens: 3,
@@ -74,7 +75,7 @@ impl Controller for Script {
 fn rounds_are_as_large_as_the_largest_of_their_sequences() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
-    let room = Room { adaptive: true, ..Room::new(2, 16, 128).with_trees(64) };
+    let room = BatchConfig { adaptive: true, ..BatchConfig::new(2, 16, 128).with_trees(64) };
     let mut batch = Batch::new(&device, &models, room).unwrap();
     let scripts = [vec![63, 0, 15, 16, 0, 32, 3], vec![0, 0, 3, 31, 15, 0, 4]];
     let next = std::cell::Cell::new(0);
@@ -82,8 +83,8 @@ fn rounds_are_as_large_as_the_largest_of_their_sequences() {
         next.set(next.get() + 1);
         Box::new(Script(scripts[next.get() - 1].clone().into_iter()))
     });
-    let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
-    let drafting = crate::spec::verify::Drafting { tree: Some(64), ..Default::default() };
+    let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
+    let drafting = crate::spec::verify::SpecConfig { tree: Some(64), ..Default::default() };
     let request =
         Request { prompt: vec![300, 301], max_tokens: 100, sampling, stop_ids: vec![], block: 16, drafting };
     for slot in 0..2 {
@@ -107,7 +108,7 @@ fn rounds_are_as_large_as_the_largest_of_their_sequences() {
 fn controllers_of_an_adaptive_room_fill_its_passes() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
-    let room = Room { adaptive: true, ..Room::new(1, 16, 128).with_trees(64) };
+    let room = BatchConfig { adaptive: true, ..BatchConfig::new(1, 16, 128).with_trees(64) };
     let batch = Batch::new(&device, &models, room).unwrap();
     let mut controller = (batch.controllers)();
     let mut rows = vec![];

@@ -30,7 +30,7 @@ impl Compact {
     }
 
     /// What a launch knows the caches by, `[layers][2]` u64: where keys and values are. `keys` and `values` per layer
-    /// `[pages][kv_heads][PAGE][head_dim]` bf16; they must live as long as launches use this.
+    /// `[pages][kv_heads][PAGE][head_dim]` bf16; they must num_active as long as launches use this.
     ///
     /// # Errors
     /// [`Error::Internal`] where there are not as many as layers, or one is too small.

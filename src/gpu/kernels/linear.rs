@@ -105,7 +105,7 @@ pub struct Input<'a> {
     /// The rows are a prompt's: take this kernel of `cuda/model/prefill.cu`. Its sums over K are not split, so its bits are others.
     pub prompt: Option<Prompt>,
     /// A u32 that is 0 where the launch has nothing to do.
-    pub live: Option<&'a Buffer>,
+    pub num_active: Option<&'a Buffer>,
     pub workspace: &'a Workspace,
 }
 
@@ -262,8 +262,8 @@ impl Launch<'_> {
         if let Some(sumsq) = input.sumsq {
             super::at_least(needs.0, "sumsq", sumsq, rows * k.div_ceil(BLOCK) * 4)?;
         }
-        if let Some(live) = input.live {
-            super::at_least(needs.0, "live", live, 4)?;
+        if let Some(num_active) = input.num_active {
+            super::at_least(needs.0, "num_active", num_active, 4)?;
         }
         needs.optional("gather", self.gather.map(|g| g.rows), rows * 4)?;
         needs.buffer("partial sums", &input.workspace.partial, partial)?;
@@ -275,7 +275,7 @@ impl Launch<'_> {
             or_null(input.sumsq),
             (&input.workspace.partial).into(),
             (&input.workspace.counters).into(),
-            or_null(input.live),
+            or_null(input.num_active),
             (rows as u32).into(),
             (n as u32).into(),
             (k as u32).into(),

@@ -5,8 +5,8 @@
 use super::verify::Verdict;
 use super::{aligned, at_least};
 use crate::gpu::device::{Arg, Buffer, Device, Kernel, Pinned};
-use crate::spec::sampling::Sampling;
-use crate::spec::verify::Rule;
+use crate::spec::sampling::SamplingParams;
+use crate::spec::verify::VerifyMethod;
 use crate::{Error, Result};
 
 static BEGIN: Kernel = Kernel { file: "round", name: "round_begin", threads: 64, max_shared: 0 };
@@ -76,12 +76,12 @@ pub struct Sequence {
     pub end: u32,
     /// Positions the drafter may have; 0 without a drafter.
     pub draft_end: u32,
-    /// Rows of a block at most, anchor included; 1 for plain decoding. At most 64.
+    /// Rows of a block at most, anchor included; 1 for autoregressive decoding. At most 64.
     pub block: u32,
     /// Rows that are verified at most, of a block or a tree, anchor included: 1 to 64.
     pub rows: u32,
     pub form: Form,
-    pub sampling: Sampling,
+    pub sampling: SamplingParams,
     /// At most [`STOP_IDS`].
     pub stop_ids: Vec<u32>,
     pub finish: Finish,
@@ -89,7 +89,7 @@ pub struct Sequence {
     pub drafted: u32,
     pub accepted: u32,
     /// Which drafts stand.
-    pub rule: Rule,
+    pub rule: VerifyMethod,
 }
 
 impl Sequence {
@@ -113,7 +113,7 @@ impl Sequence {
                 self.stop_ids.len()
             )));
         }
-        let (law, seed) = (self.sampling.law(), self.sampling.seed);
+        let (distribution, seed) = (self.sampling.distribution(), self.sampling.seed);
         let mut words = vec![
             u32::from(self.active),
             self.length,
@@ -123,10 +123,10 @@ impl Sequence {
             self.end,
             self.draft_end,
             self.shape(),
-            law.c.to_bits(),
-            law.top_k,
-            law.top_p,
-            law.min_p,
+            distribution.c.to_bits(),
+            distribution.top_k,
+            distribution.top_p,
+            distribution.min_p,
             seed as u32,
             (seed >> 32) as u32,
             self.sampling.stream,
@@ -206,7 +206,7 @@ pub struct Tables<'a> {
     pub verify_spans: &'a Buffer,
     /// `[3]` u32: the round's number, to be 0 before the first; sequences that take part; rows per sequence of the last
     /// verification, which [`Round::finish`] writes.
-    pub clock: &'a Buffer,
+    pub round_header: &'a Buffer,
 }
 
 /// Records of the last few rounds, in memory that the host reads without waiting.
@@ -234,7 +234,7 @@ impl Round {
     }
 
     /// Makes the tables. `sequences` `[sequences]` [`Sequence`]; `path` `[sequences][..]` as the last verdict left it, with
-    /// as many columns as `tables.clock` says; without `drafts` every sequence takes a plain step; `mask`: the drafter's
+    /// as many columns as `tables.round_header` says; without `drafts` every sequence takes a AR step; `mask`: the drafter's
     /// mask token.
     ///
     /// # Errors
@@ -258,7 +258,7 @@ impl Round {
         aligned(NAME, "draft_spans", tables.draft_spans, count * 8)?;
         aligned(NAME, "verify_rows", tables.verify_rows, count * wide * 16)?;
         aligned(NAME, "verify_spans", tables.verify_spans, count * 8)?;
-        at_least(NAME, "clock", tables.clock, 12)?;
+        at_least(NAME, "round_header", tables.round_header, 12)?;
         aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
         at_least(NAME, "path", path, count * wide * 4)?;
         let columns = (path.bytes() / (count * 4)).min(64);
@@ -269,7 +269,7 @@ impl Round {
             tables.draft_spans.into(),
             tables.verify_rows.into(),
             tables.verify_spans.into(),
-            tables.clock.into(),
+            tables.round_header.into(),
             sequences.into(),
             path.into(),
             (block as u32).into(),
@@ -309,7 +309,7 @@ impl Round {
     }
 
     /// Brings `sequences` up to date with the verdict on `tokens` `[sequences][wide]`, and writes the round's records.
-    /// `clock` as [`Round::begin`] left it. `spans` `[sequences]` `Span`: how many rows of each were verified.
+    /// `round_header` as [`Round::begin`] left it. `spans` `[sequences]` `Span`: how many rows of each were verified.
     ///
     /// # Errors
     /// As [`Round::begin`].
@@ -319,7 +319,7 @@ impl Round {
         device: &dyn Device,
         sequences: &Buffer,
         ring: &Ring,
-        clock: &Buffer,
+        round_header: &Buffer,
         verdict: Verdict<'_>,
         tokens: &Buffer,
         spans: &Buffer,
@@ -334,14 +334,14 @@ impl Round {
             )));
         }
         aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
-        at_least(NAME, "clock", clock, 12)?;
+        at_least(NAME, "round_header", round_header, 12)?;
         verdict.check(NAME, count, wide)?;
         at_least(NAME, "tokens", tokens, count * wide * 4)?;
         aligned(NAME, "spans", spans, count * 8)?;
         let args = [
             sequences.into(),
             (&ring.memory.buffer).into(),
-            clock.into(),
+            round_header.into(),
             verdict.accepted.into(),
             verdict.next.into(),
             verdict.path.into(),

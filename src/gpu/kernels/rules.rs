@@ -4,15 +4,15 @@ use super::round::{Sequence, check_shape};
 use super::verify::Verdict;
 use super::{aligned, at_least};
 use crate::gpu::device::{Buffer, Device, Kernel};
-use crate::spec::verify::Rule;
+use crate::spec::verify::VerifyMethod;
 use crate::{Error, Result};
 
-static LAW: Kernel = Kernel { file: "rules", name: "law", threads: 512, max_shared: 0 };
+static DISTRIBUTION: Kernel = Kernel { file: "rules", name: "distribution", threads: 512, max_shared: 0 };
 static DRAW: Kernel = Kernel { file: "rules", name: "draw", threads: 512, max_shared: 0 };
 static JUDGE: Kernel = Kernel { file: "rules", name: "judge", threads: 512, max_shared: 0 };
 
-/// Bytes of a row's law: what turns its logits into [`crate::spec::verify::Probabilities`].
-pub const LAW_BYTES: usize = 48;
+/// Bytes of a row's distribution: what turns its logits into [`crate::spec::verify::Distribution`].
+pub const DISTRIBUTION_BYTES: usize = 48;
 
 /// Bytes of the sampler's [`super::sample::tables`] that these kernels look at: the two for weights.
 pub(super) const TABLE_BYTES: usize = 2048;
@@ -27,19 +27,19 @@ pub struct Rules {
     pub blocks: usize,
 }
 
-/// Rows of logits, as many of each sequence as a block's or a verification's, and the laws that a launch makes of them or
+/// Rows of logits, as many of each sequence as a block's or a verification's, and the distributions that a launch makes of them or
 /// has made.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a> {
     /// `[sequences][rows][vocab]` f32
     pub logits: &'a Buffer,
-    /// `[sequences][rows]` of [`LAW_BYTES`]
-    pub laws: &'a Buffer,
+    /// `[sequences][rows]` of [`DISTRIBUTION_BYTES`]
+    pub distributions: &'a Buffer,
 }
 
 /// What only [`Rules::judge`] needs.
 #[derive(Debug, Clone, Copy)]
-pub struct Judged<'a> {
+pub struct VerifyInputs<'a> {
     /// Rows of a sequence in the verification, 1 to 64: those behind a block's are not looked at.
     pub wide: usize,
     /// `[sequences][wide]` u32: the anchor and the drafts.
@@ -53,29 +53,31 @@ pub struct Judged<'a> {
 }
 
 impl Rules {
-    /// Bytes that [`Rules::law`] must move without top-k and top-p: the logits once for the sum of their weights, once
+    /// Bytes that [`Rules::distribution`] must move without top-k and top-p: the logits once for the sum of their weights, once
     /// for what rounding leaves over.
-    pub fn law_bytes(&self) -> u64 {
-        let row = self.blocks * 8 + self.vocab * 8 + TABLE_BYTES + LAW_BYTES;
+    pub fn distribution_bytes(&self) -> u64 {
+        let row = self.blocks * 8 + self.vocab * 8 + TABLE_BYTES + DISTRIBUTION_BYTES;
         (self.sequences * self.block * row) as u64
     }
 
     /// Bytes that [`Rules::draw`] must move.
     pub fn draw_bytes(&self) -> u64 {
-        let draft = self.vocab * 4 + TABLE_BYTES + LAW_BYTES + 4;
+        let draft = self.vocab * 4 + TABLE_BYTES + DISTRIBUTION_BYTES + 4;
         (self.sequences * (self.block - 1) * draft) as u64
     }
 
     /// Bytes that [`Rules::judge`] must move where a rejection's draft falls, and where a block's shares are all
-    /// between 0 and 1: then the laws of its rows but the first and the last are added up, and the token
+    /// between 0 and 1: then the distributions of its rows but the first and the last are added up, and the token
     /// is of one more at least.
-    pub fn judge_bytes(&self, rule: Rule) -> u64 {
+    pub fn judge_bytes(&self, rule: VerifyMethod) -> u64 {
         let rows = match rule {
-            Rule::Match => return 0,
-            Rule::Rejection => 2,
-            Rule::Block => 2 * self.block.saturating_sub(2) + 1,
+            VerifyMethod::Match => return 0,
+            VerifyMethod::Rejection => 2,
+            VerifyMethod::Block => 2 * self.block.saturating_sub(2) + 1,
         };
-        (self.sequences * (rows * self.vocab * 4 + 2 * (self.block - 1) * LAW_BYTES + self.block * 8)) as u64
+        (self.sequences
+            * (rows * self.vocab * 4 + 2 * (self.block - 1) * DISTRIBUTION_BYTES + self.block * 8))
+            as u64
     }
 
     fn check(&self, kernel: &str) -> Result<()> {
@@ -92,7 +94,7 @@ impl Rules {
     fn rows(&self, kernel: &str, what: &str, rows: Rows<'_>, of_each: usize) -> Result<()> {
         let count = self.sequences * of_each;
         aligned(kernel, what, rows.logits, count * self.vocab * 4)?;
-        aligned(kernel, "laws", rows.laws, count * LAW_BYTES)
+        aligned(kernel, "distributions", rows.distributions, count * DISTRIBUTION_BYTES)
     }
 
     fn common(&self, kernel: &str, sequences: &Buffer, tables: &Buffer) -> Result<()> {
@@ -100,14 +102,14 @@ impl Rules {
         aligned(kernel, "tables", tables, TABLE_BYTES)
     }
 
-    /// Makes `rows.laws` of `rows.logits`, by the settings in `settings` `[sequences]` [`Sequence`]: none for rows that
+    /// Makes `rows.distributions` of `rows.logits`, by the settings in `settings` `[sequences]` [`Sequence`]: none for rows that
     /// are damaged or without a sequence. `best` `[sequences][block][blocks]` u64 as [`super::sample::Sample::launch`]
     /// has it, `table` `[sequences][block]` `Row`s (cuda/common/rows.cuh), of which the sequence counts; `tables`
     /// [`super::sample::tables`], sealed.
     ///
     /// # Errors
     /// [`Error::Internal`] where a buffer is too small or a size outside the limits; else what the device says.
-    pub fn law(
+    pub fn distribution(
         &self,
         device: &dyn Device,
         rows: Rows<'_>,
@@ -117,13 +119,13 @@ impl Rules {
         tables: &Buffer,
     ) -> Result<()> {
         let Rules { sequences, block, vocab, blocks } = *self;
-        self.check("law")?;
-        self.rows("law", "logits", rows, block)?;
-        self.common("law", settings, tables)?;
-        aligned("law", "best", best, sequences * block * blocks * 8)?;
-        aligned("law", "rows", table, sequences * block * 16)?;
+        self.check("distribution")?;
+        self.rows("distribution", "logits", rows, block)?;
+        self.common("distribution", settings, tables)?;
+        aligned("distribution", "best", best, sequences * block * blocks * 8)?;
+        aligned("distribution", "rows", table, sequences * block * 16)?;
         let mut args = vec![
-            rows.laws.into(),
+            rows.distributions.into(),
             best.into(),
             rows.logits.into(),
             table.into(),
@@ -131,16 +133,16 @@ impl Rules {
             tables.into(),
         ];
         args.extend([sequences, blocks, vocab].map(|n| (n as u32).into()));
-        device.launch(&LAW, [(sequences * block) as u32, 1, 1], 0, &args)
+        device.launch(&DISTRIBUTION, [(sequences * block) as u32, 1, 1], 0, &args)
     }
 
     /// Draws `drafts` `[sequences][block]` u32, from row 1 of each block on, as [`crate::spec::verify::draw`] does: the token of
-    /// row j from the row's own law, `u32::MAX` where it has none. `states` `[sequences]` [`Sequence`]: rule, seed,
+    /// row j from the row's own distribution, `u32::MAX` where it has none. `states` `[sequences]` [`Sequence`]: rule, seed,
     /// stream, length and rounds. Rows without a sequence or under the rule `match` are left as they are. `table` and
-    /// `tables` as [`Rules::law`].
+    /// `tables` as [`Rules::distribution`].
     ///
     /// # Errors
-    /// As [`Rules::law`].
+    /// As [`Rules::distribution`].
     pub fn draw(
         &self,
         device: &dyn Device,
@@ -158,7 +160,7 @@ impl Rules {
         aligned("draw", "rows", table, sequences * block * 16)?;
         let mut args = vec![
             drafts.into(),
-            rows.laws.into(),
+            rows.distributions.into(),
             rows.logits.into(),
             table.into(),
             states.into(),
@@ -173,7 +175,7 @@ impl Rules {
     /// j was drawn from; `states` and `tables` as [`Rules::draw`].
     ///
     /// # Errors
-    /// As [`Rules::law`].
+    /// As [`Rules::distribution`].
     #[allow(clippy::too_many_arguments)] // all of a verdict's inputs
     pub fn judge(
         &self,
@@ -181,7 +183,7 @@ impl Rules {
         verdict: Verdict<'_>,
         target: Rows<'_>,
         drafter: Rows<'_>,
-        judged: Judged<'_>,
+        judged: VerifyInputs<'_>,
         states: &Buffer,
         tables: &Buffer,
     ) -> Result<()> {
@@ -200,9 +202,9 @@ impl Rules {
             verdict.accepted.into(),
             verdict.next.into(),
             verdict.path.into(),
-            target.laws.into(),
+            target.distributions.into(),
             target.logits.into(),
-            drafter.laws.into(),
+            drafter.distributions.into(),
             drafter.logits.into(),
             judged.tokens.into(),
             judged.spans.into(),

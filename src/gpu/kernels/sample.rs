@@ -1,4 +1,4 @@
-//! `cuda/spec/sample.cu`: the token each row chooses, as [`crate::spec::sampling::Sampling::choose`] has it.
+//! `cuda/spec/sample.cu`: the token each row chooses, as [`crate::spec::sampling::SamplingParams::choose`] has it.
 
 use super::round::Sequence;
 use super::{aligned, at_least};

@@ -1,15 +1,15 @@
-//! `cuda/spec/siblings.cu`: trees whose siblings are drawn without replacement, as [`crate::spec::verify::draw_shape`] has them, and
+//! `cuda/spec/siblings.cu`: trees whose siblings are drawn without replacement, as [`crate::spec::verify::sample_tree`] has them, and
 //! judged by [`crate::spec::verify::recursive`].
 
 use super::round::{Sequence, check_shape};
-use super::rules::{LAW_BYTES, Rows, TABLE_BYTES};
+use super::rules::{DISTRIBUTION_BYTES, Rows, TABLE_BYTES};
 use super::verify::Verdict;
 use super::{aligned, at_least};
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
 use crate::{Error, Result};
 
-static DRAW: Kernel = Kernel { file: "siblings", name: "draw_siblings", threads: 512, max_shared: 0 };
-static JUDGE: Kernel = Kernel { file: "siblings", name: "judge_tree", threads: 512, max_shared: 0 };
+static DRAW: Kernel = Kernel { file: "siblings", name: "sample_siblings", threads: 512, max_shared: 0 };
+static JUDGE: Kernel = Kernel { file: "siblings", name: "verify_tree", threads: 512, max_shared: 0 };
 
 /// The kernels for `sequences` sequences (at most 1024), over `vocab` tokens (at most 2^26): trees of up to `wide` rows,
 /// the anchor counted, from blocks of `block` rows of the drafter (each at most 64).
@@ -27,7 +27,7 @@ pub struct Siblings {
 /// Trees that are drawn in a shape that is there before.
 #[derive(Debug, Clone, Copy)]
 pub struct Drawn<'a> {
-    /// `[sequences][wide]` u32: the anchor, then the drafts; `u32::MAX`: padding, or a draft whose law is damaged.
+    /// `[sequences][wide]` u32: the anchor, then the drafts; `u32::MAX`: padding, or a draft whose distribution is damaged.
     pub tokens: &'a Buffer,
     /// `[sequences][wide]` u32: the row that a row follows, an earlier one of the same sequence.
     pub parents: &'a Buffer,
@@ -54,7 +54,12 @@ impl Siblings {
         at_least(kernel, "parents", trees.parents, sequences * wide * 4)?;
         aligned(kernel, "spans", trees.spans, sequences * 8)?;
         aligned(kernel, "the drafter's logits", drafter.logits, sequences * block * vocab * 4)?;
-        aligned(kernel, "the drafter's laws", drafter.laws, sequences * block * LAW_BYTES)?;
+        aligned(
+            kernel,
+            "the drafter's distributions",
+            drafter.distributions,
+            sequences * block * DISTRIBUTION_BYTES,
+        )?;
         aligned(kernel, "sequences", states, sequences * Sequence::BYTES)?;
         aligned(kernel, "tables", tables, TABLE_BYTES)
     }
@@ -64,7 +69,7 @@ impl Siblings {
         [self.vocab, self.block, self.wide].into_iter().map(|n| (n as u32).into())
     }
 
-    /// Draws `trees.tokens`, row by row from the laws of `drafter`, `[sequences][block]`: the rows of depth `d` from row
+    /// Draws `trees.tokens`, row by row from the distributions of `drafter`, `[sequences][block]`: the rows of depth `d` from row
     /// `d`'s, siblings in the order of their rows and each without those before it. A row for which no token is left
     /// repeats the one before. `states` `[sequences]` [`Sequence`]: rule, seed, stream, anchor, length and rounds; `tables`
     /// [`super::sample::tables`], sealed.
@@ -79,10 +84,10 @@ impl Siblings {
         states: &Buffer,
         tables: &Buffer,
     ) -> Result<()> {
-        self.check("draw_siblings", trees, drafter, states, tables)?;
+        self.check("sample_siblings", trees, drafter, states, tables)?;
         let mut args = vec![
             trees.tokens.into(),
-            drafter.laws.into(),
+            drafter.distributions.into(),
             drafter.logits.into(),
             trees.parents.into(),
             trees.spans.into(),
@@ -93,7 +98,7 @@ impl Siblings {
         device.launch(&DRAW, [self.wide as u32, self.sequences as u32, 1], 0, &args)
     }
 
-    /// The verdict on such trees, its path `[sequences][wide]`. `target` `[sequences][wide]`: row j's logits and law come
+    /// The verdict on such trees, its path `[sequences][wide]`. `target` `[sequences][wide]`: row j's logits and distribution come
     /// after the drafts on the way to row j; the rest as [`Siblings::draw`].
     ///
     /// # Errors
@@ -110,17 +115,22 @@ impl Siblings {
         tables: &Buffer,
     ) -> Result<()> {
         let Siblings { sequences, wide, vocab, .. } = *self;
-        self.check("judge_tree", trees, drafter, states, tables)?;
-        verdict.check("judge_tree", sequences, wide)?;
-        aligned("judge_tree", "the target's logits", target.logits, sequences * wide * vocab * 4)?;
-        aligned("judge_tree", "the target's laws", target.laws, sequences * wide * LAW_BYTES)?;
+        self.check("verify_tree", trees, drafter, states, tables)?;
+        verdict.check("verify_tree", sequences, wide)?;
+        aligned("verify_tree", "the target's logits", target.logits, sequences * wide * vocab * 4)?;
+        aligned(
+            "verify_tree",
+            "the target's distributions",
+            target.distributions,
+            sequences * wide * DISTRIBUTION_BYTES,
+        )?;
         let mut args = vec![
             verdict.accepted.into(),
             verdict.next.into(),
             verdict.path.into(),
-            target.laws.into(),
+            target.distributions.into(),
             target.logits.into(),
-            drafter.laws.into(),
+            drafter.distributions.into(),
             drafter.logits.into(),
             trees.tokens.into(),
             trees.parents.into(),

@@ -1,7 +1,7 @@
 //! The attention kernels at a model's shapes.
 
 use super::linear::in_pages;
-use super::values::{Desk, Drawn, below, close, ends, halves_of};
+use super::values::{BenchFixtures, Drawn, below, close, ends, halves_of};
 use super::{Case, PROMPT, Ready, blocks, groups, trees};
 use dflash::Result;
 use dflash::checkpoint::config;
@@ -15,7 +15,7 @@ use serde_json::json;
 /// Weights are rounded to bf16 before they meet the values, and the output once more: 1.95e-3 at most, each.
 const BOUND: f64 = 3e-3;
 
-/// For each of `rows` and `contexts`: the target's attention of blocks, of plain steps and of trees, the drafter's of
+/// For each of `rows` and `contexts`: the target's attention of blocks, of AR steps and of trees, the drafter's of
 /// blocks, and the target's of a prompt's chunk. Once for each rule that layers have.
 pub fn cases(pair: &Pair, rows: &[usize], contexts: &[usize]) -> Vec<Case> {
     let target = &pair.target.config.stack;
@@ -91,7 +91,7 @@ struct Sequences {
 impl Sequences {
     /// And the copies of its keys and values.
     fn new(
-        desk: &Desk,
+        desk: &BenchFixtures,
         layer: Layer,
         rule: config::Attention,
         (count, rows, context): (usize, usize, usize),
@@ -271,7 +271,7 @@ fn tree(c: &config::Stack, rule: config::Attention, trees: Vec<Tree>, rows: usiz
     }
 }
 
-fn workspace(desk: &Desk, kernel: &Attention) -> Result<Workspace> {
+fn workspace(desk: &BenchFixtures, kernel: &Attention) -> Result<Workspace> {
     let counters = desk.device.allocate(kernel.counter_bytes()?, "counters of attention")?;
     desk.device.fill(&counters, 0)?;
     Ok(Workspace { partials: desk.output(kernel.partial_bytes()?)?, counters })

@@ -3,19 +3,19 @@
 
 use super::round::{ANCHOR, LENGTH, Logits, NONE, case, sequence};
 use super::rules::{Common, at_temperature, dice, of, probabilities};
-use super::values::{Desk, ends, equal, words_of};
+use super::values::{BenchFixtures, ends, equal, words_of};
 use super::{Case, Ready, trees};
 use dflash::checkpoint::pair::Pair;
 use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::round::{Form, Sequence};
-use dflash::gpu::kernels::rules::{LAW_BYTES, Rows, Rules};
+use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules};
 use dflash::gpu::kernels::siblings::{Drawn, Siblings};
 use dflash::gpu::kernels::verify::Verdict;
-use dflash::spec::sampling::Sampling;
+use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree;
-use dflash::spec::verify::{self, Probabilities, Rule};
+use dflash::spec::verify::{self, Distribution, VerifyMethod};
 use dflash::{Error, Result};
 use std::rc::Rc;
 
@@ -27,7 +27,7 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     for (sequences, wide) in rows.iter().filter_map(|rows| trees::shape(pair, *rows)) {
         let block = trees::levels(pair).unwrap_or(0) + 1;
         let kernels = Siblings { sequences, block, wide, vocab: target.vocab };
-        for rule in [Rule::Rejection, Rule::Block] {
+        for rule in [VerifyMethod::Rejection, VerifyMethod::Block] {
             all.push(draw(Trees { kernels, blocks, rule }));
             all.push(judge(Trees { kernels, blocks, rule }));
         }
@@ -41,12 +41,12 @@ struct Trees {
     kernels: Siblings,
     /// Of the head.
     blocks: usize,
-    rule: Rule,
+    rule: VerifyMethod,
 }
 
 impl Trees {
     fn name(&self, what: &str) -> String {
-        format!("{what} {}", if self.rule == Rule::Block { "chains" } else { "siblings" })
+        format!("{what} {}", if self.rule == VerifyMethod::Block { "chains" } else { "siblings" })
     }
 
     /// Chains, and drafts of each.
@@ -59,7 +59,7 @@ impl Trees {
         let (count, each) = self.chains();
         let after = |i: usize| if i.is_multiple_of(each) { 0 } else { i as u32 };
         match self.rule {
-            Rule::Block => [0].into_iter().chain((0..count * each).map(after)).collect(),
+            VerifyMethod::Block => [0].into_iter().chain((0..count * each).map(after)).collect(),
             _ => tree::shape(self.kernels.wide, self.kernels.block - 1).parents,
         }
     }
@@ -80,7 +80,7 @@ impl Trees {
 
     fn draw_bytes(&self) -> u64 {
         let Siblings { sequences, wide, vocab, .. } = self.kernels;
-        (sequences * (self.levels() * (vocab * 4 + LAW_BYTES) + wide * 4)) as u64
+        (sequences * (self.levels() * (vocab * 4 + DISTRIBUTION_BYTES) + wide * 4)) as u64
     }
 
     /// Of siblings two rows of logits are looked at, if it ends at the anchor; of chains the classes of all rows with a draft
@@ -88,7 +88,7 @@ impl Trees {
     fn judge_bytes(&self) -> u64 {
         let (Siblings { sequences, vocab, .. }, (count, each)) = (self.kernels, self.chains());
         let rows = match self.rule {
-            Rule::Block => 1 + count * (each - 1) + each + 2,
+            VerifyMethod::Block => 1 + count * (each - 1) + each + 2,
             _ => 2,
         };
         (sequences * rows * vocab * 4) as u64
@@ -99,14 +99,15 @@ impl Trees {
         Rules { sequences, block: of_each, vocab, blocks: self.blocks }
     }
 
-    fn drafter(&self) -> Sampling {
+    fn drafter(&self) -> SamplingParams {
         at_temperature(0.9)
     }
 
     /// What the drafts of a sequence are drawn from.
-    fn laws(&self, logits: &Logits, own: usize) -> Result<Vec<Probabilities>> {
-        let law = |depth| probabilities(&self.drafter(), &logits.row(own * self.kernels.block + depth));
-        (1..=self.levels()).map(law).collect()
+    fn distributions(&self, logits: &Logits, own: usize) -> Result<Vec<Distribution>> {
+        let distribution =
+            |depth| probabilities(&self.drafter(), &logits.row(own * self.kernels.block + depth));
+        (1..=self.levels()).map(distribution).collect()
     }
 }
 
@@ -115,7 +116,7 @@ struct Ground {
     common: Common,
     logits: Logits,
     /// Of the drafter's rows.
-    laws: Buffer,
+    distributions: Buffer,
     states: Buffer,
     tokens: Buffer,
     parents: Buffer,
@@ -123,14 +124,15 @@ struct Ground {
 }
 
 impl Ground {
-    fn new(desk: &Desk, trees: Trees) -> Result<Ground> {
+    fn new(desk: &BenchFixtures, trees: Trees) -> Result<Ground> {
         let Siblings { sequences, block, wide, vocab } = trees.kernels;
         let common = Common::new(desk, trees.rows(block))?;
         let logits = Logits::new(desk, sequences * block, vocab)?;
         let best = logits.best(trees.blocks);
-        let laws = common.laws(desk, trees.rows(block), &logits.buffer(), &best, &trees.drafter())?;
+        let distributions =
+            common.distributions(desk, trees.rows(block), &logits.buffer(), &best, &trees.drafter())?;
         let state = |own: usize| {
-            let sampling = Sampling { stream: own as u32, ..at_temperature(1.0) };
+            let sampling = SamplingParams { stream: own as u32, ..at_temperature(1.0) };
             let Trees { rule, .. } = trees;
             Sequence { rule, rows: wide as u32, form: Form::Drawn, ..sequence(block, sampling) }.to_bytes()
         };
@@ -140,15 +142,15 @@ impl Ground {
         parents.resize(wide, 0);
         let parents = desk.words(parents.repeat(sequences))?;
         let tokens = desk.output(sequences * wide * 4)?;
-        Ok(Ground { common, logits, laws, states, tokens, parents, spans })
+        Ok(Ground { common, logits, distributions, states, tokens, parents, spans })
     }
 
     fn draw(&self, device: &dyn Device, trees: Trees) -> Result<()> {
-        let Ground { common, logits, laws, states, tokens, parents, spans } = self;
+        let Ground { common, logits, distributions, states, tokens, parents, spans } = self;
         let (drawn, logits) = (Drawn { tokens, parents, spans }, logits.buffer());
-        let drafter = Rows { logits: &logits, laws };
+        let drafter = Rows { logits: &logits, distributions };
         match trees.rule {
-            Rule::Block => Chains(trees.kernels).draw(device, drawn, drafter, states, &common.tables),
+            VerifyMethod::Block => Chains(trees.kernels).draw(device, drawn, drafter, states, &common.tables),
             _ => trees.kernels.draw(device, drawn, drafter, states, &common.tables),
         }
     }
@@ -165,13 +167,20 @@ fn draw(trees: Trees) -> Case {
         let check = move || {
             let (found, parents) = (words_of(device, &ground.tokens)?, trees.parents());
             for own in ends(sequences) {
-                let (laws, mut coin) = (trees.laws(&ground.logits, own)?, dice(own));
+                let (distributions, mut coin) = (trees.distributions(&ground.logits, own)?, dice(own));
                 let expected = match trees.rule {
-                    Rule::Block => {
+                    VerifyMethod::Block => {
                         let (count, _) = trees.chains();
-                        verify::draw_chains(ANCHOR, count, &laws, &mut coin).map(|(tokens, _)| tokens)
+                        verify::sample_chains(ANCHOR, count, &distributions, &mut coin)
+                            .map(|(tokens, _)| tokens)
                     }
-                    _ => verify::draw_shape(ANCHOR, &parents, &laws, verify::Siblings::Distinct, &mut coin),
+                    _ => verify::sample_tree(
+                        ANCHOR,
+                        &parents,
+                        &distributions,
+                        verify::Siblings::Distinct,
+                        &mut coin,
+                    ),
                 };
                 let got = &found[own * wide..][..parents.len()];
                 equal("draft", got, &expected.unwrap_or_default())?;
@@ -203,7 +212,7 @@ fn judge(trees: Trees) -> Case {
         let of_drafter = ground.logits.best(trees.blocks);
         let best: Vec<Vec<u8>> = (0..sequences * wide).map(|i| of_drafter[like(i)].clone()).collect();
         let of_target = Common::new(desk, trees.rows(wide))?;
-        let laws = of_target.laws(desk, trees.rows(wide), &logits, &best, &target)?;
+        let distributions = of_target.distributions(desk, trees.rows(wide), &logits, &best, &target)?;
         let classes = desk.output(sequences * wide * CLASSES_BYTES)?;
         let partial = desk.output(sequences * block * 8)?;
         let counters = desk.words((0..sequences).map(|_| 0))?;
@@ -215,9 +224,9 @@ fn judge(trees: Trees) -> Case {
             let verdict = Verdict { accepted, next, path };
             let Ground { common, states, tokens, parents, spans, .. } = &*judged;
             let (drawn, of_drafter) = (Drawn { tokens, parents, spans }, judged.logits.buffer());
-            let target = Rows { logits: &logits, laws: &laws };
-            let drafter = Rows { logits: &of_drafter, laws: &judged.laws };
-            if trees.rule == Rule::Block {
+            let target = Rows { logits: &logits, distributions: &distributions };
+            let drafter = Rows { logits: &of_drafter, distributions: &judged.distributions };
+            if trees.rule == VerifyMethod::Block {
                 let work = Workspace { classes: &classes, partial: &partial, counters: &counters };
                 let chains = Chains(trees.kernels);
                 return chains.judge(device, verdict, drawn, target, drafter, states, &common.tables, work);
@@ -229,14 +238,16 @@ fn judge(trees: Trees) -> Case {
             let (accepted, next, path) = (accepted?, next?, path?);
             let tokens = words_of(device, &ground.tokens)?;
             for own in ends(sequences) {
-                let (laws, mut coin) = (trees.laws(&ground.logits, own)?, dice(own));
+                let (distributions, mut coin) = (trees.distributions(&ground.logits, own)?, dice(own));
                 let of_target = |row: usize| target.probabilities(&ground.logits.row(like(own * wide + row)));
                 let drafts = &tokens[own * wide..][..parents.len()];
                 let verdict = match trees.rule {
-                    Rule::Block => verify::best_block(drafts, &laws, of_target, &mut coin),
+                    VerifyMethod::Block => {
+                        verify::multi_draft_block_verify(drafts, &distributions, of_target, &mut coin)
+                    }
                     _ => {
                         let distinct = verify::Siblings::Distinct;
-                        verify::recursive(drafts, &parents, &laws, distinct, of_target, &mut coin)
+                        verify::recursive(drafts, &parents, &distributions, distinct, of_target, &mut coin)
                     }
                 };
                 let (way, token) = verdict.ok_or_else(|| Error::Internal("no verdict".into()))?;

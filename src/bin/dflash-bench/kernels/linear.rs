@@ -1,6 +1,6 @@
 //! The linear kernels at a model's shapes.
 
-use super::values::{Desk, Drawn, close, ends, floats_of, halves_of, longs_of, spots};
+use super::values::{BenchFixtures, Drawn, close, ends, floats_of, halves_of, longs_of, spots};
 use super::{Case, PROMPT, Ready};
 use dflash::checkpoint::config::{self, DrafterConfig, TargetConfig};
 use dflash::checkpoint::pair::Pair;
@@ -105,7 +105,7 @@ fn case(
     name: &str,
     (rows, prompt): (usize, Option<Prompt>),
     (weights, bytes): (usize, u64),
-    make: impl for<'d> Fn(&Desk<'d>) -> Result<Ready<'d>> + 'static,
+    make: impl for<'d> Fn(&BenchFixtures<'d>) -> Result<Ready<'d>> + 'static,
 ) -> Case {
     let again = if prompt.is_some() { (weights * (rows.div_ceil(PASS) - 1)) as u64 } else { 0 };
     Case {
@@ -131,7 +131,7 @@ struct Layer {
 
 impl Layer {
     fn new(
-        desk: &Desk,
+        desk: &BenchFixtures,
         shape: Shape,
         rows: usize,
         norm: Option<f32>,
@@ -154,7 +154,7 @@ impl Layer {
             sumsq: self.sumsq.as_ref().map(|sums| &sums.buffer),
             eps: self.eps,
             prompt: self.prompt,
-            live: None,
+            num_active: None,
             workspace: &self.workspace,
         }
     }

@@ -1,7 +1,7 @@
 //! What a round does besides its linear layers and attention: small launches, whose inputs the kernel before has just
 //! written, so that they are timed with warm caches.
 
-use super::values::{Desk, Drawn, below, close, equal, floats_of, halves_of, spots, words_of};
+use super::values::{BenchFixtures, Drawn, below, close, equal, floats_of, halves_of, spots, words_of};
 use super::{Case, Ready, groups};
 use dflash::checkpoint::pair::Pair;
 use dflash::gpu::device::Buffer;
@@ -12,8 +12,8 @@ use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, T
 use dflash::gpu::kernels::sample::{self, Races, Sample};
 use dflash::gpu::kernels::verify::{Verdict, Verify};
 use dflash::gpu::model::Row;
-use dflash::spec::sampling::{self, Sampling};
-use dflash::spec::verify::Rule;
+use dflash::spec::sampling::{self, SamplingParams};
+use dflash::spec::verify::VerifyMethod;
 use dflash::{Error, Result};
 use serde_json::json;
 use std::rc::Rc;
@@ -27,7 +27,7 @@ pub const LENGTH: u32 = 100;
 /// The token at position [`LENGTH`].
 pub const ANCHOR: u32 = 17;
 
-/// For each of `rows`: embedding, norm, sampling; for blocks and plain steps the verdict and the round's own kernels.
+/// For each of `rows`: embedding, norm, sampling; for blocks and AR steps the verdict and the round's own kernels.
 pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     let target = &pair.target.config;
     let (hidden, vocab) = (target.stack.hidden, target.vocab);
@@ -54,7 +54,7 @@ pub fn case(
     name: &str,
     parameters: serde_json::Value,
     bytes: u64,
-    make: impl for<'d> Fn(&Desk<'d>) -> Result<Ready<'d>> + 'static,
+    make: impl for<'d> Fn(&BenchFixtures<'d>) -> Result<Ready<'d>> + 'static,
 ) -> Case {
     Case { name: name.into(), parameters, bytes, flops: 0.0, make: Box::new(make) }
 }
@@ -125,7 +125,7 @@ pub struct Logits {
 }
 
 impl Logits {
-    pub fn new(desk: &Desk, rows: usize, vocab: usize) -> Result<Logits> {
+    pub fn new(desk: &BenchFixtures, rows: usize, vocab: usize) -> Result<Logits> {
         Ok(Logits { drawn: desk.floats(rows * vocab, 0.0, 3.0, "logits")?, rows, vocab })
     }
 
@@ -169,8 +169,9 @@ fn sampled(name: &str, kernel: Sample, temperature: f32) -> Case {
         let best = desk.bytes(&logits.best(blocks).concat())?;
         let position = |row: usize| 100 + row as u32;
         let table = desk.words((0..rows).flat_map(|row| [0, position(row), NONE, NONE]))?;
-        let law = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 0 };
-        let state = desk.bytes(&sequence(1, law.clone()).to_bytes()?)?;
+        let distribution =
+            SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 0 };
+        let state = desk.bytes(&sequence(1, distribution.clone()).to_bytes()?)?;
         let tables = desk.bytes(&sample::tables())?;
         device.seal(&tables);
         let (partial, choice) = (desk.output(kernel.workspace())?, desk.output(rows * 4)?);
@@ -189,7 +190,8 @@ fn sampled(name: &str, kernel: Sample, temperature: f32) -> Case {
         let check = move || {
             let found = words_of(device, &choice)?;
             let looked_at = logits.looked_at();
-            let choose = |&row: &usize| law.choose(&logits.row(row), position(row) + 1).unwrap_or(NONE);
+            let choose =
+                |&row: &usize| distribution.choose(&logits.row(row), position(row) + 1).unwrap_or(NONE);
             let got: Vec<u32> = looked_at.iter().map(|row| found[*row]).collect();
             equal("choice", &got, &looked_at.iter().map(choose).collect::<Vec<u32>>())
         };
@@ -198,7 +200,7 @@ fn sampled(name: &str, kernel: Sample, temperature: f32) -> Case {
 }
 
 /// A sequence that runs on for longer than anybody measures.
-pub fn sequence(block: usize, sampling: Sampling) -> Sequence {
+pub fn sequence(block: usize, sampling: SamplingParams) -> Sequence {
     Sequence {
         active: true,
         length: LENGTH,
@@ -216,12 +218,12 @@ pub fn sequence(block: usize, sampling: Sampling) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
-        rule: Rule::Match,
+        rule: VerifyMethod::Match,
     }
 }
 
-pub fn greedy() -> Sampling {
-    Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 }
+pub fn greedy() -> SamplingParams {
+    SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 }
 }
 
 fn states(round: Round) -> Result<Vec<u8>> {
@@ -293,17 +295,25 @@ fn begin(round: Round, mask: u32) -> Case {
         let [draft_rows, verify_rows] =
             [desk.output(2 * rows * Row::BYTES)?, desk.output(rows * Row::BYTES)?];
         let [draft_spans, verify_spans] = [desk.output(sequences * 8)?, desk.output(sequences * 8)?];
-        let clock = desk.words([0, 0, block as u32])?;
-        let all = [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock];
+        let round_header = desk.words([0, 0, block as u32])?;
+        let all = [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, round_header];
         let written = all.clone();
         let launch = move |_| {
-            let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock] = &all;
-            let tables =
-                Tables { draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock };
+            let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, round_header] =
+                &all;
+            let tables = Tables {
+                draft_tokens,
+                draft_rows,
+                features,
+                draft_spans,
+                verify_rows,
+                verify_spans,
+                round_header,
+            };
             round.begin(device, tables, &states, &path, block > 1, mask)
         };
         let check = move || {
-            let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, clock] =
+            let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, round_header] =
                 written.each_ref().map(|buffer| words_of(device, buffer));
             let begun = sequence(block, greedy());
             let (length, pending) = (begun.length, begun.pending);
@@ -342,7 +352,7 @@ fn begin(round: Round, mask: u32) -> Case {
             equal("verify row", &verify_rows?, &expected[2])?;
             equal("draft span", &draft_spans?, &span(drafts))?;
             equal("verify span", &verify_spans?, &span(block as u32))?;
-            equal("clock", &clock?, &[1, sequences as u32, block as u32])
+            equal("round_header", &round_header?, &[1, sequences as u32, block as u32])
         };
         Ok(Ready::new(1, launch, check))
     })
@@ -375,13 +385,13 @@ fn finish(round: Round, vocab: usize) -> Case {
         let accepted = desk.words((0..sequences).map(|own| standing(own, block) as u32))?;
         let next = desk.words((0..sequences).map(|own| own as u32))?;
         let path = desk.words((0..tokens.len()).map(|i| (i % block) as u32))?;
-        let clock = desk.words([1, sequences as u32, block as u32])?;
+        let round_header = desk.words([1, sequences as u32, block as u32])?;
         let spans = desk.words((0..sequences).flat_map(|_| [0, block as u32]))?;
         let ring = Rc::new(Ring::new(device, round, 1)?);
         let (own_ring, own_states) = (ring.clone(), states.clone());
         let launch = move |_| {
             let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
-            round.finish(device, &own_states, &own_ring, &clock, verdict, &drafts, &spans)
+            round.finish(device, &own_states, &own_ring, &round_header, verdict, &drafts, &spans)
         };
         // A round makes its sequences longer.
         let to = states.clone();

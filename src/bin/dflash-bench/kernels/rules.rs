@@ -1,34 +1,34 @@
 //! Drafts drawn at random and the verdicts on them: the kernels of the rules `rejection` and `block`.
 
 use super::round::{LENGTH, Logits, NONE, case, sequence};
-use super::values::{Desk, ends, equal, words_of};
+use super::values::{BenchFixtures, ends, equal, words_of};
 use super::{Case, Ready, blocks};
 use dflash::checkpoint::pair::Pair;
 use dflash::gpu::device::Buffer;
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::round::Sequence;
-use dflash::gpu::kernels::rules::{Judged, LAW_BYTES, Rows, Rules};
+use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules, VerifyInputs};
 use dflash::gpu::kernels::sample;
 use dflash::gpu::kernels::verify::Verdict;
-use dflash::spec::sampling::{Sampling, TABLES};
+use dflash::spec::sampling::{SamplingParams, TABLES};
 use dflash::spec::tree;
-use dflash::spec::verify::{self, Dice, Probabilities, Rule};
+use dflash::spec::verify::{self, Distribution, PhiloxStream, VerifyMethod};
 use dflash::{Error, Result};
 use serde_json::{Value, json};
 
 const SEED: u64 = 7;
 
-/// For each of `rows`, where they are blocks that have drafts: the laws of all rows, a draft from each, the verdicts.
+/// For each of `rows`, where they are blocks that have drafts: the distributions of all rows, a draft from each, the verdicts.
 pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     let target = &pair.target.config;
     let (vocab, of_head) = (target.vocab, Shape { n: target.vocab, k: target.stack.hidden }.blocks());
     let mut all = vec![];
     for (sequences, block) in rows.iter().map(|rows| blocks(pair, *rows)).filter(|(_, block)| *block > 1) {
         let kernels = Rules { sequences, block, vocab, blocks: of_head };
-        all.push(law(kernels));
+        all.push(distribution(kernels));
         all.push(draw(kernels));
-        all.push(judge("judge by rejection", kernels, Rule::Rejection));
-        all.push(judge("judge by blocks", kernels, Rule::Block));
+        all.push(judge("judge by rejection", kernels, VerifyMethod::Rejection));
+        all.push(judge("judge by blocks", kernels, VerifyMethod::Block));
     }
     all
 }
@@ -37,22 +37,22 @@ pub fn of(kernels: Rules) -> Value {
     json!({ "rows": kernels.sequences * kernels.block, "batch": kernels.sequences })
 }
 
-pub fn at_temperature(temperature: f32) -> Sampling {
-    Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: SEED, stream: 0 }
+pub fn at_temperature(temperature: f32) -> SamplingParams {
+    SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: SEED, stream: 0 }
 }
 
 /// Sequences that sample so, each with a stream of its own.
-fn states(kernels: Rules, sampling: &Sampling, rule: Rule) -> Result<Vec<u8>> {
+fn states(kernels: Rules, sampling: &SamplingParams, rule: VerifyMethod) -> Result<Vec<u8>> {
     let state = |own: usize| {
-        let sampling = Sampling { stream: own as u32, ..sampling.clone() };
+        let sampling = SamplingParams { stream: own as u32, ..sampling.clone() };
         Sequence { rule, ..sequence(kernels.block, sampling) }.to_bytes()
     };
     Ok((0..kernels.sequences).map(state).collect::<Result<Vec<_>>>()?.concat())
 }
 
 /// The chances of a sequence of [`states`].
-pub fn dice(own: usize) -> Dice {
-    Dice { seed: SEED, stream: own as u32, round: 1, anchor: LENGTH }
+pub fn dice(own: usize) -> PhiloxStream {
+    PhiloxStream { seed: SEED, stream: own as u32, round: 1, anchor: LENGTH }
 }
 
 /// What all these kernels read.
@@ -62,7 +62,7 @@ pub struct Common {
 }
 
 impl Common {
-    pub fn new(desk: &Desk, kernels: Rules) -> Result<Common> {
+    pub fn new(desk: &BenchFixtures, kernels: Rules) -> Result<Common> {
         let Rules { sequences, block, .. } = kernels;
         let row = |i: usize| [(i / block) as u32, LENGTH + (i % block) as u32, NONE, NONE];
         let tables = desk.bytes(&sample::tables())?;
@@ -70,42 +70,43 @@ impl Common {
         Ok(Common { table: desk.words((0..sequences * block).flat_map(row))?, tables })
     }
 
-    /// Laws as the kernel makes them of those logits.
-    pub fn laws(
+    /// Distributions as the kernel makes them of those logits.
+    pub fn distributions(
         &self,
-        desk: &Desk,
+        desk: &BenchFixtures,
         kernels: Rules,
         logits: &Buffer,
         best: &[Vec<u8>],
-        sampling: &Sampling,
+        sampling: &SamplingParams,
     ) -> Result<Buffer> {
-        let laws = desk.output(kernels.sequences * kernels.block * LAW_BYTES)?;
+        let distributions = desk.output(kernels.sequences * kernels.block * DISTRIBUTION_BYTES)?;
         let (best, states) =
-            (desk.bytes(&best.concat())?, desk.bytes(&states(kernels, sampling, Rule::Match)?)?);
-        let rows = Rows { logits, laws: &laws };
-        kernels.law(desk.device, rows, &best, &self.table, &states, &self.tables)?;
-        Ok(laws)
+            (desk.bytes(&best.concat())?, desk.bytes(&states(kernels, sampling, VerifyMethod::Match)?)?);
+        let rows = Rows { logits, distributions: &distributions };
+        kernels.distribution(desk.device, rows, &best, &self.table, &states, &self.tables)?;
+        Ok(distributions)
     }
 }
 
-fn law(kernels: Rules) -> Case {
-    case("law", of(kernels), kernels.law_bytes(), move |desk| {
+fn distribution(kernels: Rules) -> Case {
+    case("distribution", of(kernels), kernels.distribution_bytes(), move |desk| {
         let (device, sampling) = (desk.device, at_temperature(1.0));
         let common = Common::new(desk, kernels)?;
         let rows = kernels.sequences * kernels.block;
         let logits = Logits::new(desk, rows, kernels.vocab)?;
         let best = desk.bytes(&logits.best(kernels.blocks).concat())?;
-        let states = desk.bytes(&states(kernels, &sampling, Rule::Match)?)?;
-        let laws = desk.output(rows * LAW_BYTES)?;
-        let (from, to) = (logits.buffer(), laws.clone());
+        let states = desk.bytes(&states(kernels, &sampling, VerifyMethod::Match)?)?;
+        let distributions = desk.output(rows * DISTRIBUTION_BYTES)?;
+        let (from, to) = (logits.buffer(), distributions.clone());
         let launch = move |_| {
-            let rows = Rows { logits: &from, laws: &to };
-            kernels.law(device, rows, &best, &common.table, &states, &common.tables)
+            let rows = Rows { logits: &from, distributions: &to };
+            kernels.distribution(device, rows, &best, &common.table, &states, &common.tables)
         };
         let check = move || {
-            let found = words_of(device, &laws)?;
+            let found = words_of(device, &distributions)?;
             for row in logits.looked_at() {
-                let (own, logits) = (&found[row * LAW_BYTES / 4..][..LAW_BYTES / 4], logits.row(row));
+                let (own, logits) =
+                    (&found[row * DISTRIBUTION_BYTES / 4..][..DISTRIBUTION_BYTES / 4], logits.row(row));
                 let expected = probabilities(&sampling, &logits)?;
                 equal("probability", &told(own, &logits), expected.tokens())?;
             }
@@ -115,24 +116,25 @@ fn law(kernels: Rules) -> Case {
     })
 }
 
-pub fn probabilities(sampling: &Sampling, logits: &[f32]) -> Result<Probabilities> {
-    sampling.probabilities(logits).ok_or_else(|| Error::Internal("logits without a law".into()))
+pub fn probabilities(sampling: &SamplingParams, logits: &[f32]) -> Result<Distribution> {
+    sampling.probabilities(logits).ok_or_else(|| Error::Internal("logits without a distribution".into()))
 }
 
-/// The tokens and their probabilities that a law's words make of a row: `probability` of cuda/spec/rules.cu. None where they
-/// are no law.
-fn told(law: &[u32], logits: &[f32]) -> Vec<(u32, u64)> {
-    let long = |i: usize| u64::from(law[i + 1]) << 32 | u64::from(law[i]);
-    let (max, c, heir) = (f32::from_bits(law[0]), f32::from_bits(law[1]), law[7]);
+/// The tokens and their probabilities that a distribution's words make of a row: `probability` of cuda/spec/rules.cu. None where they
+/// are no distribution.
+fn told(distribution: &[u32], logits: &[f32]) -> Vec<(u32, u64)> {
+    let long = |i: usize| u64::from(distribution[i + 1]) << 32 | u64::from(distribution[i]);
+    let (max, c, rounding_token) =
+        (f32::from_bits(distribution[0]), f32::from_bits(distribution[1]), distribution[7]);
     let probability = |(id, logit): (u32, &f32)| {
         let weight = TABLES.weight(max, *logit, c);
-        let kept = weight >= u64::from(law[2]) && law[4..7] == [NONE; 3];
-        let shifted = if kept { weight << (law[3] & 63) } else { 0 };
+        let kept = weight >= u64::from(distribution[2]) && distribution[4..7] == [NONE; 3];
+        let shifted = if kept { weight << (distribution[3] & 63) } else { 0 };
         let share = ((u128::from(shifted) * u128::from(long(8))) >> 64) as u64;
-        let left = if id == heir { long(10) } else { 0 };
+        let left = if id == rounding_token { long(10) } else { 0 };
         Some((id, share.wrapping_add(left))).filter(|(_, p)| *p > 0)
     };
-    if heir == NONE {
+    if rounding_token == NONE {
         return vec![];
     }
     (0..).zip(logits).filter_map(probability).collect()
@@ -144,20 +146,21 @@ fn draw(kernels: Rules) -> Case {
         let (device, sampling) = (desk.device, at_temperature(1.0));
         let common = Common::new(desk, kernels)?;
         let logits = Logits::new(desk, sequences * block, vocab)?;
-        let laws = common.laws(desk, kernels, &logits.buffer(), &logits.best(blocks), &sampling)?;
-        let states = desk.bytes(&states(kernels, &sampling, Rule::Block)?)?;
+        let distributions =
+            common.distributions(desk, kernels, &logits.buffer(), &logits.best(blocks), &sampling)?;
+        let states = desk.bytes(&states(kernels, &sampling, VerifyMethod::Block)?)?;
         let drafts = desk.output(sequences * block * 4)?;
         let (from, to) = (logits.buffer(), drafts.clone());
         let launch = move |_| {
-            let rows = Rows { logits: &from, laws: &laws };
+            let rows = Rows { logits: &from, distributions: &distributions };
             kernels.draw(device, &to, rows, &common.table, &states, &common.tables)
         };
         let check = move || {
             let found = words_of(device, &drafts)?;
             for own in ends(sequences) {
-                let law = |row: usize| probabilities(&sampling, &logits.row(own * block + row));
-                let laws = (1..block).map(law).collect::<Result<Vec<_>>>()?;
-                let expected = verify::draw(&laws, &mut dice(own)).unwrap_or_default();
+                let distribution = |row: usize| probabilities(&sampling, &logits.row(own * block + row));
+                let distributions = (1..block).map(distribution).collect::<Result<Vec<_>>>()?;
+                let expected = verify::draw(&distributions, &mut dice(own)).unwrap_or_default();
                 equal("draft", &found[own * block + 1..][..block - 1], &expected)?;
             }
             Ok(())
@@ -167,16 +170,16 @@ fn draw(kernels: Rules) -> Case {
 }
 
 /// The target's row after some drafts has the logits that the next one was drawn from, at another temperature.
-fn judge(name: &str, kernels: Rules, rule: Rule) -> Case {
+fn judge(name: &str, kernels: Rules, rule: VerifyMethod) -> Case {
     let Rules { sequences, block, vocab, blocks } = kernels;
     let rows = sequences * block;
     // So that it is known what has to be read: rejection meets a last draft that the target's filter takes, all before
     // it are likelier than they were when drawn; block meets none but drafts that were likelier then.
     let (kept, temperature) = match rule {
-        Rule::Block => (0, 0.9),
+        VerifyMethod::Block => (0, 0.9),
         _ => ((vocab / 2).clamp(1, 20), 1.1),
     };
-    let target = Sampling { top_k: kept, ..at_temperature(1.0) };
+    let target = SamplingParams { top_k: kept, ..at_temperature(1.0) };
     let drafter = at_temperature(temperature);
     case(name, of(kernels), kernels.judge_bytes(rule), move |desk| {
         let device = desk.device;
@@ -190,12 +193,12 @@ fn judge(name: &str, kernels: Rules, rule: Rule) -> Case {
         put(0, row, rows - 1)?;
         put((rows - 1) * row, 0, 1)?;
         let mut best = logits.best(blocks);
-        let draft_laws = common.laws(desk, kernels, &draft_logits, &best, &drafter)?;
+        let draft_laws = common.distributions(desk, kernels, &draft_logits, &best, &drafter)?;
         best.rotate_left(1);
-        let target_laws = common.laws(desk, kernels, &target_logits, &best, &target)?;
+        let target_laws = common.distributions(desk, kernels, &target_logits, &best, &target)?;
         let draft = |i: usize| {
             let choices = tree::choices(&logits.row(i), kept + 1).unwrap_or_default();
-            let fallen = rule == Rule::Rejection && i % block == block - 1;
+            let fallen = rule == VerifyMethod::Rejection && i % block == block - 1;
             let choice = if fallen { choices.last() } else { choices.first() };
             choice.map_or(NONE, |choice| choice.token)
         };
@@ -210,9 +213,9 @@ fn judge(name: &str, kernels: Rules, rule: Rule) -> Case {
         let launch = move |_| {
             let [accepted, next, path] = &to;
             let verdict = Verdict { accepted, next, path };
-            let target = Rows { logits: &target_logits, laws: &target_laws };
-            let drafter = Rows { logits: &draft_logits, laws: &draft_laws };
-            let judged = Judged {
+            let target = Rows { logits: &target_logits, distributions: &target_laws };
+            let drafter = Rows { logits: &draft_logits, distributions: &draft_laws };
+            let judged = VerifyInputs {
                 wide: block,
                 tokens: &drafted,
                 spans: &spans,
@@ -227,13 +230,13 @@ fn judge(name: &str, kernels: Rules, rule: Rule) -> Case {
             let (accepted, next, path) = (accepted?, next?, path?);
             for own in ends(sequences) {
                 let at = own * block;
-                let law = |row: usize| probabilities(&drafter, &logits.row(at + row));
-                let laws = (1..block).map(law).collect::<Result<Vec<_>>>()?;
+                let distribution = |row: usize| probabilities(&drafter, &logits.row(at + row));
+                let distributions = (1..block).map(distribution).collect::<Result<Vec<_>>>()?;
                 let of_target = |row: usize| target.probabilities(&logits.row((at + row + 1) % rows));
                 let (drafts, mut coin) = (&tokens[at + 1..at + block], dice(own));
                 let verdict = match rule {
-                    Rule::Block => verify::block(drafts, &laws, of_target, &mut coin),
-                    _ => verify::rejection(drafts, &laws, of_target, &mut coin),
+                    VerifyMethod::Block => verify::block(drafts, &distributions, of_target, &mut coin),
+                    _ => verify::rejection(drafts, &distributions, of_target, &mut coin),
                 };
                 let (stood, token) = verdict.ok_or_else(|| Error::Internal("no verdict".into()))?;
                 equal("accepted", &accepted[own..=own], &[stood as u32])?;

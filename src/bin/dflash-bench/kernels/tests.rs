@@ -144,7 +144,7 @@ fn results_that_are_wrong_are_refused_and_right_ones_are_not() {
     let pair = demo();
     for case in cases(&pair) {
         for (device, spoiled) in [(&right, false), (&off, true)] {
-            let ready = (case.make)(&Desk::new(device)).unwrap();
+            let ready = (case.make)(&BenchFixtures::new(device)).unwrap();
             (ready.prepare)().unwrap();
             refused(&case, (ready.check)(), "not launched");
             (ready.launch)(0).unwrap();
@@ -161,8 +161,8 @@ fn results_that_are_wrong_are_refused_and_right_ones_are_not() {
 
 #[test]
 fn a_wrong_kernel_has_no_row() {
-    let (device, place) = (Disguised::new(0, true), Place::emulator().unwrap());
-    let (desk, instruments) = (Desk::new(&device as &dyn Device), Instruments::open(&place));
+    let (device, place) = (Disguised::new(0, true), DeviceHandle::emulator().unwrap());
+    let (desk, instruments) = (BenchFixtures::new(&device as &dyn Device), Instruments::open(&place));
     let bench =
         Bench { desk, instruments, card: None, rounds: 1, samples: 1, ceiling: 3 << 15, sample_ms: 0.0 };
     let said = |result: Result<Row>| result.unwrap_err().to_string();
@@ -184,7 +184,7 @@ fn attention_of_every_rule_is_checked() {
         rules.map(|(causal, window)| dflash::checkpoint::config::Attention { causal, window }).to_vec();
     pair.target.config.stack.attention[1].window = Some(40);
     let device = Emulator::new();
-    let desk = Desk::new(&device);
+    let desk = BenchFixtures::new(&device);
     let all = attention::cases(&pair, &[16, 32], &[0, 10, 100]);
     let windowed = |case: &&Case| case.parameters.get("window").is_some();
     assert_eq!(
@@ -206,13 +206,13 @@ fn samples_are_times_of_launches_on_cold_copies() {
     let (l2, rounds, samples) = (128 << 10, 2, 1);
     let device = Disguised::new(l2, false);
     let pair = demo();
-    let place = Place::emulator().unwrap();
+    let place = DeviceHandle::emulator().unwrap();
     let card = Card { name: "a card", bandwidth: 1.0, tflops: 1e-9, memory: 1.0 };
     let chosen =
         |case: &Case| case.name == "norm" || (case.name == "target: o" && case.parameters["rows"] == 19);
     let cases: Vec<Case> = cases(&pair).into_iter().filter(chosen).collect();
     for (card, sample_ms, times) in [(None, 0.0, 1), (Some(card), 1e9, 32)] {
-        let (desk, ceiling) = (Desk::new(&device as &dyn Device), 1 << 20);
+        let (desk, ceiling) = (BenchFixtures::new(&device as &dyn Device), 1 << 20);
         device.inner.reset_counts();
         device.weights.lock().unwrap().clear();
         let instruments = Instruments::open(&place);
@@ -252,7 +252,7 @@ fn samples_are_times_of_launches_on_cold_copies() {
 #[test]
 fn the_first_round_of_samples_does_not_count_and_the_others_keep_their_order() {
     let device = Disguised { clock: Clock::Counting, ..Disguised::new(0, false) };
-    let instruments = Instruments::open(&Place::emulator().unwrap());
+    let instruments = Instruments::open(&DeviceHandle::emulator().unwrap());
     let mut order = vec![];
     let mut run = |i: usize| {
         order.push(i);
@@ -271,7 +271,7 @@ fn the_first_round_of_samples_does_not_count_and_the_others_keep_their_order() {
 fn the_read_ceiling_is_that_of_the_best_number_of_blocks() {
     let device = Disguised { clock: Clock::Blocks, ..Disguised::new(0, false) };
     let (desk, instruments) =
-        (Desk::new(&device as &dyn Device), Instruments::open(&Place::emulator().unwrap()));
+        (BenchFixtures::new(&device as &dyn Device), Instruments::open(&DeviceHandle::emulator().unwrap()));
     let bench =
         Bench { desk, instruments, card: None, rounds: 2, samples: 2, ceiling: 1 << 20, sample_ms: 0.0 };
     let (row, ceiling) = bench.ceiling().unwrap();
@@ -287,10 +287,10 @@ fn the_read_ceiling_is_that_of_the_best_number_of_blocks() {
 fn what_does_not_fit_is_left_out_and_told_and_the_rest_is_measured() {
     let device = Emulator::with_memory(256 << 10);
     let pair = demo();
-    let place = Place::emulator().unwrap();
+    let place = DeviceHandle::emulator().unwrap();
     let of = |name: &str| cases(&pair).into_iter().find(|case| case.name == name).unwrap();
     let chosen = ["norm", "target: lm_head", "target: o", "target: lm_head with logits"].map(of);
-    let (desk, instruments) = (Desk::new(&device as &dyn Device), Instruments::open(&place));
+    let (desk, instruments) = (BenchFixtures::new(&device as &dyn Device), Instruments::open(&place));
     let bench =
         Bench { desk, instruments, card: None, rounds: 1, samples: 1, ceiling: 64 << 10, sample_ms: 0.0 };
     let (rows, end) = bench.rows(&chosen).unwrap();

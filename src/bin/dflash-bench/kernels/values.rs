@@ -16,7 +16,7 @@ const CACHES: usize = 3;
 const SPOTS: usize = 64;
 
 /// Where kernels are made ready.
-pub struct Desk<'a> {
+pub struct BenchFixtures<'a> {
     pub device: &'a dyn Device,
     numbers: Rc<[f32]>,
     phase: Cell<usize>,
@@ -65,15 +65,15 @@ pub fn below(i: usize, count: usize) -> usize {
     ((u128::from(mix(i)) * count as u128) >> 64) as usize
 }
 
-impl<'a> Desk<'a> {
-    pub fn new(device: &'a dyn Device) -> Desk<'a> {
+impl<'a> BenchFixtures<'a> {
+    pub fn new(device: &'a dyn Device) -> BenchFixtures<'a> {
         // About normal, variance 1: zeros would let a GPU clock higher than weights do.
         let quarter = |bits: u64| (bits & 0xffff) as f32 / 65535.0 - 0.5;
         let number = |i| {
             let bits = mix(i);
             (0..4).map(|part| quarter(bits >> (part * 16))).sum::<f32>() * 3f32.sqrt()
         };
-        Desk { device, numbers: (0..DRAWN).map(number).collect(), phase: Cell::new(0) }
+        BenchFixtures { device, numbers: (0..DRAWN).map(number).collect(), phase: Cell::new(0) }
     }
 
     /// Whether times say nothing here, and launches are counted.
@@ -103,7 +103,7 @@ impl<'a> Desk<'a> {
         Ok(self.drawn(count, (0.0, scale, true), 1, what)?.0)
     }
 
-    /// As [`Desk::halves`], with as many equal copies as keep each launch's own out of the cache if `together` bytes
+    /// As [`BenchFixtures::halves`], with as many equal copies as keep each launch's own out of the cache if `together` bytes
     /// take turns with each.
     ///
     /// # Errors
@@ -264,7 +264,7 @@ mod tests {
     #[test]
     fn words_are_added_also_where_numbers_repeat() {
         let device = dflash::gpu::emulator::Emulator::new();
-        let desk = Desk::new(&device);
+        let desk = BenchFixtures::new(&device);
         let count = DRAWN + 4099;
         let drawn = desk.halves(2 * count, 1.0, "words").unwrap();
         let found = words_of(&device, &drawn.buffer).unwrap();

@@ -1,21 +1,26 @@
-//! The law of an answer's first tokens, which the target's own logits give exactly, and answers held against it.
+//! The distribution of an answer's first tokens, which the target's own logits give exactly, and answers held against it.
 
 #![allow(dead_code)] // each test binary uses its own part
 
 use dflash::cpu::model::{Cache, Target};
-use dflash::spec::sampling::Sampling;
+use dflash::spec::sampling::SamplingParams;
 use std::collections::HashMap;
 use std::fmt::Debug;
 
 /// Token sequences of any probability, and theirs.
-pub type Law = HashMap<Vec<u32>, f64>;
+pub type Distribution = HashMap<Vec<u32>, f64>;
 
-/// The law of the first `length` tokens after `prompt`.
-pub fn law(target: &Target, prompt: &[u32], sampling: &Sampling, length: usize) -> Law {
-    let mut law = HashMap::from([(vec![], 1.0)]);
+/// The distribution of the first `length` tokens after `prompt`.
+pub fn distribution(
+    target: &Target,
+    prompt: &[u32],
+    sampling: &SamplingParams,
+    length: usize,
+) -> Distribution {
+    let mut distribution = HashMap::from([(vec![], 1.0)]);
     for _ in 0..length {
         let mut longer = HashMap::new();
-        for (tokens, likely) in law {
+        for (tokens, likely) in distribution {
             let mut cache = Cache::new(&target.config.stack, prompt.len() + length).unwrap();
             let all = [prompt, &tokens].concat();
             let normed = target.forward(&all, &mut cache, &[], &mut Vec::new(), 1);
@@ -29,21 +34,21 @@ pub fn law(target: &Target, prompt: &[u32], sampling: &Sampling, length: usize) 
                     .map(|&(id, w)| ([&tokens[..], &[id]].concat(), likely * w as f64 / total as f64)),
             );
         }
-        law = longer;
+        distribution = longer;
     }
-    law
+    distribution
 }
 
-/// Holds answers against a law: chi-square, refused where one honest run in ten thousand is worse (Wilson and Hilferty).
+/// Holds answers against a distribution: chi-square, refused where one honest run in ten thousand is worse (Wilson and Hilferty).
 #[track_caller]
-pub fn check(what: &dyn Debug, law: &Law, answers: impl IntoIterator<Item = Vec<u32>>) {
+pub fn check(what: &dyn Debug, distribution: &Distribution, answers: impl IntoIterator<Item = Vec<u32>>) {
     let mut counts: HashMap<Vec<u32>, u64> = HashMap::new();
     for answer in answers {
         *counts.entry(answer).or_default() += 1;
     }
     let runs = counts.values().sum::<u64>() as f64;
     let (mut chi, mut cells, mut rare) = (0.0, 0, (0.0, 0.0));
-    for (tokens, likely) in law {
+    for (tokens, likely) in distribution {
         let found = counts.remove(tokens).unwrap_or(0) as f64;
         match likely * runs {
             e if e < 10.0 => rare = (rare.0 + e, rare.1 + found),
