@@ -85,8 +85,8 @@ fn build_ptx(sources: &[PathBuf], headers: &[PathBuf], out: &Path) {
 /// The host build of the kernels, and of the deliberately broken ones its tests use, as one static library.
 #[cfg(feature = "emulator")]
 fn build_emulator(mut sources: Vec<PathBuf>, headers: &[PathBuf], out: &Path) {
-    println!("cargo:rerun-if-changed=tests/kernels");
-    let broken = files("tests/kernels", "cu");
+    println!("cargo:rerun-if-changed=tests/cuda");
+    let broken = files("tests/cuda", "cu");
     for file in &broken {
         println!("cargo:rerun-if-changed={}", file.display());
     }

@@ -1,8 +1,6 @@
 //! What tests of attention share: sequences and batches of them, their launch, and the reference in f64.
 
-#![allow(dead_code)] // each test binary uses its own part
-
-use crate::kernel::*;
+use crate::support::kernel::*;
 use dflash::Result;
 use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::kernels::attention::{Attention, Layer, Mask, Paged, Workspace};

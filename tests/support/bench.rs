@@ -1,8 +1,6 @@
 //! `dflash-bench` as a child process, and its records, each held against `benches/schema.json`.
 
-#![allow(dead_code)] // each test binary uses its own part
-
-use crate::program::{Run, finish};
+use crate::support::program::{Run, finish};
 use serde_json::Value;
 use std::process::Command;
 

@@ -1,8 +1,6 @@
 //! Many requests on one decoder: a listener that says what a test wants, random requests, a pair that the kernels run in
 //! no time.
 
-#![allow(dead_code)] // each test binary uses its own part
-
 use crate::support;
 use dflash::Result;
 use dflash::engine::generate::{

@@ -1,7 +1,5 @@
 //! The distribution of an answer's first tokens, which the target's own logits give exactly, and answers held against it.
 
-#![allow(dead_code)] // each test binary uses its own part
-
 use dflash::cpu::model::{Cache, Target};
 use dflash::spec::sampling::SamplingParams;
 use std::collections::HashMap;

@@ -1,9 +1,7 @@
 //! Batches of trees that are drawn and judged by kernels, siblings without replacement or several chains, held against the
 //! rules' definitions.
 
-#![allow(dead_code)] // each test binary uses its own part
-
-use crate::kernel::*;
+use crate::support::kernel::*;
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};

@@ -2,10 +2,7 @@
 //! runs the code under test, and the distribution, completed to a fixed length by the target, is compared with the target's in exact
 //! fractions.
 
-#![allow(dead_code)] // each test binary uses its own part
-
-#[path = "random.rs"]
-mod random;
+use crate::support::random;
 
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::verify::{

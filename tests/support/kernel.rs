@@ -3,10 +3,7 @@
 //! Tests run on the emulator, and on the GPU too where one opens. Bits are compared within one device; across devices only
 //! those of kernels that compute with integers or round once.
 
-#![allow(dead_code)] // each test binary uses its own part
-
-#[path = "random.rs"]
-mod random;
+use crate::support::random;
 
 use dflash::gpu::cuda::Cuda;
 use dflash::gpu::device::{Buffer, Device};

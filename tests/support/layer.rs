@@ -1,8 +1,6 @@
 //! Linear layers for tests: weights in their packed order (written down once more), inputs, references, launches.
 
-#![allow(dead_code)] // each test binary uses its own part
-
-use crate::kernel::*;
+use crate::support::kernel::*;
 use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::kernels::head::Head;
 use dflash::gpu::kernels::inject::Inject;

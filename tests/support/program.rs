@@ -1,7 +1,5 @@
 //! `dflash-gen` as a child process.
 
-#![allow(dead_code)] // each test binary uses its own part
-
 use crate::support::Pair;
 use serde_json::Value;
 use std::ffi::{OsStr, OsString};

@@ -1,7 +1,5 @@
 //! Seeded random numbers for test data, from a generator that the code under test does not use.
 
-#![allow(dead_code)] // each test binary uses its own part
-
 /// SplitMix64.
 pub struct Random(u64);
 

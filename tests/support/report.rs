@@ -1,9 +1,7 @@
 //! Records that no card made, whose card is named "constructed", and what the pages of `--report` show of them.
 
-#![allow(dead_code)] // each test binary uses its own part
-
-use crate::bench::{bench, misfit};
-use crate::program::write;
+use crate::support::bench::{bench, misfit};
+use crate::support::program::write;
 use roxmltree::{Document, Node};
 use serde_json::{Value, json};
 use std::fs;

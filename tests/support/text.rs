@@ -1,7 +1,5 @@
 //! Folders of text files, written and opened, and everything that can be asked of them.
 
-#![allow(dead_code)] // each test binary uses its own part
-
 use dflash::Result;
 use dflash::checkpoint::safetensors::{DEMO_TARGET, Folder};
 use dflash::text::tokenizer::{Message, Stream, Text};

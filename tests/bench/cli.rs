@@ -1,0 +1,437 @@
+//! `dflash-bench` as a user runs it. Every record it prints is held against `benches/schema.json`.
+
+use crate::support;
+use crate::support::bench;
+use crate::support::program;
+
+use bench::{bench, misfit, record, refused, row};
+use program::write;
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// What is done to a record that it may be refused.
+type Spoil = fn(&mut Value);
+
+#[test]
+fn the_schema_refuses_what_is_no_record() {
+    let whole = record(0, &["floor"]);
+    let breaks: [(&str, Spoil); 10] = [
+        ("/schema", |r| r["schema"] = json!("dflash-bench/2")),
+        ("", |r| drop(r.as_object_mut().unwrap().remove("machine"))),
+        ("", |r| r["more"] = json!(1)),
+        ("/machine/before", |r| r["machine"]["before"] = json!({})),
+        ("/machine/capability", |r| r["machine"]["capability"] = json!(9.0)),
+        ("/rows/0/kind", |r| r["rows"][0]["kind"] = json!("guessed")),
+        ("/rows/0/parameters/context", |r| r["rows"][0]["parameters"]["context"] = json!(null)),
+        ("/rows/0/samples/1", |r| r["rows"][0]["samples"] = json!([1, 0])),
+        ("/rows/0/samples", |r| r["rows"][0]["samples"] = json!([])),
+        ("/rows/0/numbers/GB", |r| r["rows"][0]["numbers"]["GB"] = json!("1")),
+    ];
+    for (place, spoil) in breaks {
+        let mut spoiled = whole.clone();
+        spoil(&mut spoiled);
+        let wrong = misfit(&spoiled);
+        assert!(wrong.as_ref().is_some_and(|w| w.starts_with(&format!("{place}: "))), "{place}: {wrong:?}");
+    }
+}
+
+// ---- floor ----
+
+#[test]
+fn floor_predicts_qwen3_8b_on_an_h200() {
+    let found = record(0, &["floor", "--context", "0", "--acceptance", "4,6.5"]);
+    assert_eq!(found["machine"]["card"], "H200");
+    assert_eq!(found["model"], json!({ "target": "qwen3-8b", "drafter": "qwen3-8b-dflash" }));
+    let near = |row: &Value, expected: f64| {
+        let median = row["median"].as_f64().unwrap();
+        assert!((median / expected - 1.0).abs() < 0.005, "{row}, expected {expected}");
+    };
+    let at = |more: Value| {
+        let mut all = json!({ "context": 0, "batch": 1 });
+        all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        all
+    };
+    let tree = || at(json!({ "tree": 16 }));
+    near(row(&found, "target: down of a layer", json!({})), 100.7);
+    near(row(&found, "drafter: weights of a pass", json!({})), 3.34);
+    near(row(&found, "AR step", at(json!({}))), 3.15);
+    near(row(&found, "autoregressive decoding", at(json!({}))), 317.0);
+    near(row(&found, "round", tree()), 3.85);
+    near(row(&found, "acceptance length to break even", tree()), 1.222);
+    let synthetic = row(&found, "DFlash, synthetic acceptance", at(json!({ "tree": 16, "acceptance": 4 })));
+    near(synthetic, 1039.0);
+    assert_eq!(synthetic["kind"], "predicted");
+    assert!((synthetic["numbers"]["speed-up"].as_f64().unwrap() - 3.27).abs() < 0.02);
+    row(&found, "DFlash, synthetic acceptance", at(json!({ "tree": 16, "acceptance": 6.5 })));
+    // 16.38 GB of parameters, 2.1 of the drafter's, and the reserve.
+    near(row(&found, "memory", at(json!({}))), 19.38);
+}
+
+#[test]
+fn floor_takes_lists_and_every_kind_of_model_and_card() {
+    let lists =
+        ["floor", "--context", "512-2048*2", "--batch", "1,4", "--tree", "16-48+16", "--acceptance", "2"];
+    let found = record(0, &lists);
+    let rounds = found["rows"].as_array().unwrap().iter().filter(|row| row["name"] == "round");
+    assert_eq!(rounds.count(), 3 * 2 * 3);
+    // A larger tree costs no more than its keys while memory decides, and its paths are still a block.
+    let round = |tree: usize| {
+        let at = json!({ "context": 512, "batch": 1, "tree": tree });
+        row(&found, "round", at)["median"].as_f64().unwrap()
+    };
+    assert!(round(48) > round(16) && round(48) < 1.01 * round(16));
+    refused(
+        bench(["floor", "--tree", "48", "--acceptance", "17"]),
+        2,
+        "--acceptance has 17, expected 1 to 16",
+    );
+
+    for model in ["qwen3-4b", "llama-3.1-8b", "demo"] {
+        let found = record(0, &["floor", "--model", model, "--card", "rtx4090", "--context", "128"]);
+        assert_eq!(found["machine"]["card"], "RTX-4090");
+    }
+    let bare = record(0, &["floor", "--bandwidth", "4100", "--flops", "900", "--context", "0"]);
+    assert_eq!(bare["machine"]["card"], Value::Null);
+    let step = row(&bare, "AR step", json!({ "context": 0, "batch": 1 }));
+    assert!((step["median"].as_f64().unwrap() - 3.692).abs() < 0.01, "{step}");
+
+    // Folders with nothing but a config; heads of 24, which no kernel runs, so that memory is not told.
+    let dir = tempfile::tempdir().unwrap();
+    let (target, drafter) = (support::Target::default(), support::Drafter::default());
+    let place = |name: &str, config: Value| {
+        let folder = dir.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        support::write_json(&folder, "config.json", &config);
+        folder.display().to_string()
+    };
+    let target_dir = place("target", support::target_config(&target));
+    let drafter_dir = place("drafter", support::drafter_config(&target, &drafter));
+    let run = bench(["floor", "--model", &target_dir, "--draft", &drafter_dir, "--context", "100"]);
+    assert!(run.err.starts_with("no memory plan: the kernels cannot run ") && run.err.lines().count() == 1);
+    assert!(run.out.contains("round") && !run.out.contains("memory  "), "{}", run.out);
+    let alone = record(0, &["floor", "--model", &target_dir, "--context", "100"]);
+    assert_eq!(alone["model"]["drafter"], Value::Null);
+    assert!(alone["rows"].as_array().unwrap().iter().all(|row| row["name"] != "round"));
+    refused(
+        bench(["floor", "--model", &target_dir, "--context", "9", "--tree", "4"]),
+        2,
+        "need a drafter: --draft DIR",
+    );
+    refused(bench(["floor", "--model", &target_dir, "--context", "9", "--curve", "1"]), 2, "need a drafter");
+    refused(bench(["floor", "--model", &drafter_dir]), 2, "is a drafter's");
+}
+
+#[test]
+fn floor_finds_the_cheapest_chain_of_a_curve() {
+    let cheapest = |more: &[&str]| {
+        let found = record(0, &[&["floor", "--context", "64"][..], more].concat());
+        row(&found, "DFlash, cheapest chain of the curve", json!({ "context": 64, "batch": 1 })).clone()
+    };
+    // What drafts behind one that never stands would cost is spared.
+    let short = cheapest(&["--curve", "0.5,0.5,0,1"]);
+    assert_eq!((&short["kind"], &short["unit"]), (&json!("predicted"), &json!("tok/s")));
+    assert_eq!((&short["numbers"]["drafts"], &short["numbers"]["tokens"]), (&json!(2), &json!(1.75)));
+    assert_eq!(cheapest(&["--curve", "0"])["numbers"]["drafts"], 0);
+    // A whole block is a round of that many rows.
+    let whole = cheapest(&["--curve", &["1"; 15].join(",")]);
+    let at = json!({ "context": 64, "batch": 1, "tree": 16 });
+    let floor = record(0, &["floor", "--context", "64", "--acceptance", "16"]);
+    assert_eq!(whole["numbers"]["ms"], row(&floor, "round", at)["median"]);
+    let at = json!({ "context": 64, "batch": 1, "tree": 16, "acceptance": 16 });
+    let synthetic = row(&floor, "DFlash, synthetic acceptance", at);
+    for (found, expected) in [
+        (&whole["median"], &synthetic["median"]),
+        (&whole["numbers"]["speed-up"], &synthetic["numbers"]["speed-up"]),
+    ] {
+        assert!((found.as_f64().unwrap() / expected.as_f64().unwrap() - 1.0).abs() < 1e-9, "{whole}");
+    }
+    // Where operations decide, each row costs, and drafts that seldom stand do not pay.
+    let slow = cheapest(&["--bandwidth", "4800", "--flops", "1", "--curve", &["0.5"; 15].join(",")]);
+    assert_eq!(slow["numbers"]["drafts"], 1);
+}
+
+#[test]
+fn floor_refuses_in_a_sentence() {
+    for (args, part) in [
+        (&["--card", "H300"][..], "--card is \"H300\", expected H200, H100-SXM"),
+        (&["--bandwidth", "100"], "--flops"),
+        (&["--bandwidth", "0", "--flops", "1"], "expected a number above 0"),
+        (&["--card", "L4", "--bandwidth", "1", "--flops", "1"], "cannot be used with"),
+        (&["--model", "qwen9"], "--model is \"qwen9\", expected qwen3-4b, qwen3-8b, llama-3.1-8b, demo or"),
+        (&["--context", "40960"], "--context has 40960, expected less than 40960"),
+        (&["--context", "8-1"], "\"8-1\" has no end"),
+        (&["--batch", "0"], "--batch has 0, expected 1 to 1024"),
+        (&["--tree", "1"], "--tree has 1, expected 2 to 1024"),
+        (&["--acceptance", "0.5"], "--acceptance has 0.5, expected 1 to 16"),
+        (&["--curve", "0.5,1.5"], "--curve has 1.5, expected probabilities, 0 to 1"),
+        (&["--curve", "1-16"], "--curve has 16, expected at most 15 probabilities, one for each draft"),
+        (
+            &["--curve", "0.5", "--batch", "1,2"],
+            "--batch has 2, expected 1 with --curve, which is of one sequence",
+        ),
+        (&["--json", "--csv"], "cannot be used with"),
+    ] {
+        refused(bench(["floor"].iter().chain(args)), 2, part);
+    }
+    refused(bench([] as [&str; 0]), 2, "requires a subcommand");
+    assert!(bench(["--help"]).done().contains("7 a row of compare is SLOWER"));
+}
+
+#[test]
+fn the_same_rows_as_table_markdown_and_csv() {
+    let rows = record(0, &["floor"])["rows"].as_array().unwrap().len();
+    let table = bench(["floor"]).done();
+    assert_eq!(table.lines().count(), rows + 2);
+    assert!(table.starts_with("qwen3-8b with qwen3-8b-dflash on H200") && table.contains("not measured"));
+    let markdown = bench(["floor", "--markdown"]).done();
+    let lines: Vec<&str> = markdown.lines().filter(|line| line.starts_with('|')).collect();
+    assert_eq!(lines.len(), rows + 2);
+    assert!(
+        lines.iter().all(|line| line.matches('|').count() == lines[0].matches('|').count()),
+        "{markdown}"
+    );
+    let csv = bench(["floor", "--csv"]).done();
+    let head: Vec<&str> = csv.lines().next().unwrap().split(',').collect();
+    assert_eq!(csv.lines().count(), rows + 1);
+    assert_eq!(head[..6], ["name", "context", "batch", "tree", "acceptance", "median"]);
+    let synthetic = csv.lines().find(|line| line.contains("synthetic")).unwrap();
+    assert!(synthetic.starts_with("\"DFlash, synthetic acceptance\",1024,1,16,2,"), "{synthetic}");
+    // The name has a comma.
+    assert!(
+        csv.lines()
+            .skip(1)
+            .all(|l| l.matches(',').count() == head.len() - 1 + usize::from(l.starts_with('"')))
+    );
+}
+
+// ---- compare ----
+
+/// A record of measured rows: name, unit, samples, rounds.
+fn measured(rows: &[(&str, &str, Option<&[f64]>, Value)]) -> Value {
+    let rows: Vec<Value> = rows
+        .iter()
+        .map(|(name, unit, samples, rounds)| {
+            let median = samples.map_or(Some(5.0), |samples| dflash::perf::statistics::quantile(samples, 0.5));
+            json!({
+                "name": name, "parameters": { "rows": 16 }, "kind": "measured", "unit": unit,
+                "better": if *unit == "tok/s" { "higher" } else { "lower" }, "samples": samples, "rounds": rounds,
+                "median": median, "p10": null, "p90": null, "numbers": {}, "verdict": null,
+            })
+        })
+        .collect();
+    let found = json!({
+        "schema": "dflash-bench/1", "command": "floor", "arguments": [],
+        "build": { "version": "0", "commit": null, "features": [], "ptx": [] },
+        "machine": {
+            "device": "cuda", "card": "H200", "driver": "580", "gigabytes_per_s": null, "tflops": null,
+            "memory_gigabytes": null,
+        },
+        "model": { "target": "qwen3-8b", "drafter": null }, "rows": rows,
+    });
+    assert_eq!(misfit(&found), None);
+    found
+}
+
+/// `count` samples around `median`, of which each strays by up to `noise` of it.
+fn samples(seed: u64, count: usize, median: f64, noise: f64) -> Vec<f64> {
+    let mut random = support::Random::new(seed);
+    (0..count).map(|_| median * (1.0 + noise * (2.0 * f64::from(random.unit()) - 1.0))).collect()
+}
+
+fn files(dir: &Path, before: &Value, after: &Value) -> [String; 2] {
+    [("A.json", before), ("B.json", after)].map(|(name, record)| write(dir, name, record.to_string()))
+}
+
+/// The verdict on one row of these samples.
+fn verdict(unit: &str, before: &[f64], after: &[f64], rounds: Value) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let [a, b] = [before, after].map(|samples| measured(&[("x", unit, Some(samples), rounds.clone())]));
+    let [a, b] = files(dir.path(), &a, &b);
+    let run = bench(["compare", &a, &b, "--json"]);
+    let found: Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!(misfit(&found), None);
+    let verdict = found["rows"][0]["verdict"].as_str().unwrap().to_string();
+    assert_eq!(run.code, if verdict == "SLOWER" { 7 } else { 0 });
+    verdict
+}
+
+#[test]
+fn compare_tells_shifts_from_noise() {
+    let null = || Value::Null;
+    let base = samples(1, 40, 10.0, 0.005);
+    assert_eq!(verdict("ms", &base, &samples(2, 40, 10.0, 0.005), null()), "SAME");
+    assert_eq!(verdict("ms", &base, &samples(3, 40, 10.5, 0.005), null()), "SLOWER");
+    assert_eq!(verdict("ms", &base, &samples(3, 40, 9.5, 0.005), null()), "FASTER");
+    assert_eq!(verdict("tok/s", &base, &samples(3, 40, 10.5, 0.005), null()), "FASTER");
+    assert_eq!(verdict("tok/s", &base, &samples(3, 40, 9.5, 0.005), null()), "SLOWER");
+    // Two percent of difference in thirty of noise; and too few to say, however clear they look.
+    assert_eq!(verdict("ms", &samples(4, 20, 10.0, 0.3), &samples(5, 20, 10.2, 0.3), null()), "UNCLEAR");
+    assert_eq!(verdict("ms", &samples(6, 4, 10.0, 0.001), &samples(7, 40, 12.0, 0.001), null()), "UNCLEAR");
+    // A hundred samples in rounds whose clocks differ say what their rounds say.
+    let drifting = |seed, clocks: [f64; 5]| -> Vec<f64> {
+        clocks.iter().zip(seed..).flat_map(|(clock, seed)| samples(seed, 20, *clock, 0.001)).collect()
+    };
+    let (before, after) =
+        (drifting(10, [9.6, 9.8, 10.0, 10.3, 10.6]), drifting(20, [9.9, 10.0, 10.3, 10.5, 10.9]));
+    assert_eq!(verdict("ms", &before, &after, null()), "SLOWER");
+    assert_eq!(verdict("ms", &before, &after, json!([20, 20, 20, 20, 20])), "UNCLEAR");
+    // The same clocks in fewer rounds than can be judged.
+    let after: Vec<f64> = before.iter().map(|x| x * 1.5).collect();
+    assert_eq!(verdict("ms", &before, &after, json!([20, 20, 20, 40])), "UNCLEAR");
+}
+
+#[test]
+fn compare_lists_rows_of_one_side_and_judges_values_without_samples() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = samples(1, 20, 10.0, 0.002);
+    let a = measured(&[
+        ("both", "ms", Some(&base), json!(null)),
+        ("old", "ms", None, json!(null)),
+        ("counted", "GB", None, json!(null)),
+    ]);
+    let mut b = measured(&[
+        ("new", "ms", None, json!(null)),
+        ("counted", "GB", None, json!(null)),
+        ("both", "ms", Some(&base), json!(null)),
+    ]);
+    let [a_file, b_file] = files(dir.path(), &a, &b);
+    let verdicts = |found: &Value| -> Vec<String> {
+        let rows = found["rows"].as_array().unwrap();
+        rows.iter().map(|row| format!("{} {}", row["name"], row["verdict"]).replace('"', "")).collect()
+    };
+    let found = record(0, &["compare", &a_file, &b_file]);
+    assert_eq!(verdicts(&found), ["both SAME", "old ONLY IN A", "counted SAME", "new ONLY IN B"]);
+    assert_eq!(found["rows"][0]["median"], 1.0);
+    let table = bench(["compare", &a_file, &b_file]).done();
+    assert!(
+        table.lines().next().unwrap().ends_with("threshold 1%: 2 SAME, 1 ONLY IN A, 1 ONLY IN B"),
+        "{table}"
+    );
+    b["rows"][1]["median"] = json!(4.0);
+    let [_, b_file] = files(dir.path(), &a, &b);
+    let found = record(0, &["compare", &a_file, &b_file]);
+    assert_eq!(verdicts(&found)[2], "counted UNCLEAR");
+    assert_eq!(row(&found, "counted", json!({ "rows": 16 }))["median"], 1.25);
+    // What is exact needs no samples.
+    let mut a = a;
+    for (kind, before, after, code, verdict) in [
+        ("counted", 5.0, 4.0, 0, "FASTER"),
+        ("counted", 4.0, 5.0, 7, "SLOWER"),
+        ("predicted", 4.0, 5.0, 7, "SLOWER"),
+        ("counted", 1000.0, 1009.0, 0, "SAME"),
+        ("counted", 0.0, 1.0, 7, "SLOWER"),
+        ("counted", 1.0, 0.0, 0, "FASTER"),
+        ("measured", 4.0, 5.0, 0, "UNCLEAR"),
+    ] {
+        (a["rows"][2]["kind"], a["rows"][2]["median"]) = (json!(kind), json!(before));
+        (b["rows"][1]["kind"], b["rows"][1]["median"]) = (json!(kind), json!(after));
+        let [a_file, b_file] = files(dir.path(), &a, &b);
+        let found = record(code, &["compare", &a_file, &b_file]);
+        assert_eq!(verdicts(&found)[2], format!("counted {verdict}"), "{kind}, {before}, {after}");
+    }
+    // Below another threshold a shift of 0.5 % is one.
+    let shifted: Vec<f64> = base.iter().map(|x| x * 1.005).collect();
+    let [a, b] = [&base, &shifted].map(|s| measured(&[("x", "ms", Some(s), json!(null))]));
+    let [a_file, b_file] = files(dir.path(), &a, &b);
+    assert_eq!(verdicts(&record(0, &["compare", &a_file, &b_file])), ["x SAME"]);
+    assert_eq!(verdicts(&record(7, &["compare", &a_file, &b_file, "--threshold", "0.2%"])), ["x SLOWER"]);
+}
+
+#[test]
+fn compare_refuses_what_cannot_be_compared() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = samples(1, 20, 10.0, 0.002);
+    let a = measured(&[("x", "ms", Some(&base), json!([10, 10]))]);
+    let breaks: [(&str, Spoil); 17] = [
+        ("the card of", |r| r["machine"]["card"] = json!("L4")),
+        ("the device of", |r| r["machine"]["device"] = json!(null)),
+        ("the target of", |r| r["model"]["target"] = json!("qwen3-4b")),
+        ("is \"z\": expected the same, or --force", |r| r["model"]["drafter"] = json!("z")),
+        ("has the schema \"dflash-bench/2\", expected \"dflash-bench/1\"", |r| {
+            r["schema"] = json!("dflash-bench/2")
+        }),
+        ("has the schema null", |r| *r = json!([1])),
+        ("is not a whole record: missing field `rows`", |r| drop(r.as_object_mut().unwrap().remove("rows"))),
+        ("unknown variant `guessed`", |r| r["rows"][0]["kind"] = json!("guessed")),
+        ("row 1 (x) has the sample 0", |r| r["rows"][0]["samples"][3] = json!(0.0)),
+        ("row 1 (x) has the median 9", |r| r["rows"][0]["median"] = json!(9.0)),
+        ("row 1 (x) has rounds of [10, 11] samples, and 20 samples", |r| {
+            r["rows"][0]["rounds"] = json!([10, 11])
+        }),
+        ("row 1 (x) has the throttled place 2, beyond its samples", |r| {
+            r["rows"][0]["throttled"] = json!([1, 2])
+        }),
+        ("row 1 (x) has [1] as batch, expected a number or a text", |r| {
+            r["rows"][0]["parameters"]["batch"] = json!([1])
+        }),
+        ("row 1 (x) has \"y\" as GB, expected a number or null", |r| {
+            r["rows"][0]["numbers"]["GB"] = json!("y")
+        }),
+        ("rows 1 and 2 are both x", |r| {
+            let first = r["rows"][0].clone();
+            r["rows"].as_array_mut().unwrap().push(first);
+        }),
+        ("row x is in ms, lower is better in", |r| r["rows"][0]["unit"] = json!("us")),
+        ("have no row in common", |r| r["rows"][0]["name"] = json!("y")),
+    ];
+    for (part, spoil) in breaks {
+        let mut b = a.clone();
+        spoil(&mut b);
+        let [a_file, b_file] = files(dir.path(), &a, &b);
+        refused(bench(["compare", &a_file, &b_file]), 2, part);
+        if part.starts_with("the ") {
+            assert_eq!(bench(["compare", &a_file, &b_file, "--force"]).code, 0, "{part}");
+        }
+    }
+    let whole = write(dir.path(), "A.json", a.to_string());
+    let cut = write(dir.path(), "cut.json", &a.to_string()[..200]);
+    refused(bench(["compare", &whole, &cut]), 2, "cut.json is not a record in JSON");
+    let bytes = write(dir.path(), "bytes.json", [0xff, 0xfe]);
+    refused(bench(["compare", &bytes, &whole]), 2, "bytes.json is not a record in JSON");
+    let none = dir.path().join("none.json").display().to_string();
+    refused(bench(["compare", &whole, &none]), 2, "none.json cannot be read");
+    refused(bench(["compare", &whole, &whole, "--threshold", "1"]), 2, "expected a percentage");
+    refused(bench(["compare", &whole]), 2, "B.json");
+}
+
+#[test]
+fn of_many_rows_the_first_damage_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let most = 20_000;
+    let mut whole = measured(&[("x", "ms", None, json!(null))]);
+    let one = whole["rows"][0].clone();
+    let at = |i: usize| {
+        let mut row = one.clone();
+        row["parameters"] = json!({ "rows": i, "context": 1024, "of": "x" });
+        row
+    };
+    whole["rows"] = (0..most).map(at).collect();
+    let show = |record: &Value| bench(["show", &write(dir.path(), "many.json", record.to_string())]);
+    assert_eq!(show(&whole).done().lines().count(), most + 2);
+    // Equal whatever the order that parameters stand in; other texts, numbers and names are not.
+    let first = json!({ "of": "x", "context": 1024, "rows": 7 });
+    let mut twice = whole.clone();
+    for (i, other) in [
+        (most - 4, json!({ "rows": "7", "context": 1024, "of": "x" })),
+        (most - 3, json!({ "rows": 7.5, "context": 1024, "of": "x" })),
+        (most - 2, json!({ "rows": 7, "context": 1024 })),
+    ] {
+        twice["rows"][i]["parameters"] = other;
+    }
+    (twice["rows"][most - 5]["name"], twice["rows"][most - 5]["parameters"]) = (json!("y"), first.clone());
+    assert_eq!(show(&twice).code, 0);
+    twice["rows"][most - 1]["parameters"] = first.clone();
+    let last = format!("is damaged: rows 8 and {most} are both x with equal parameters");
+    refused(show(&twice), 2, &last);
+    // Of three that are equal, the first two; of all damage, that of the first row that has any.
+    twice["rows"][most / 2]["parameters"] = first;
+    refused(show(&twice), 2, &format!("rows 8 and {} are both x", most / 2 + 1));
+    let mut spoiled = twice.clone();
+    spoiled["rows"][most / 2 + 1]["samples"] = json!([]);
+    refused(show(&spoiled), 2, &format!("rows 8 and {} are both x", most / 2 + 1));
+    spoiled["rows"][most / 2 - 1]["samples"] = json!([]);
+    refused(show(&spoiled), 2, &format!("row {} (x) has an empty list of samples", most / 2));
+    // A row that is damaged and equal to another is damaged.
+    twice["rows"][most / 2]["samples"] = json!([]);
+    refused(show(&twice), 2, &format!("row {} (x) has an empty list of samples", most / 2 + 1));
+}

@@ -1,0 +1,379 @@
+//! `dflash-bench generate` as a user runs it, on the CPU and on the emulator.
+
+use crate::support;
+use crate::support::bench;
+use crate::support::program;
+
+use bench::{bench, record, refused, row};
+use dflash::engine::stats;
+use dflash::perf::statistics::Summary;
+use program::{finish, run, write};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::Command;
+
+const PROMPTS: &str = "tests/data/prompts.jsonl";
+
+/// `generate` with those flags.
+fn args<'a>(prompts: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    [&["generate", "--prompts", prompts], more].concat()
+}
+
+/// The first prompts of the held-out ones, with these categories.
+fn categorised(dir: &Path, categories: &[Value]) -> String {
+    let file = std::fs::read_to_string(PROMPTS).unwrap();
+    let line = |(line, category): (&str, &Value)| {
+        let mut prompt: Value = serde_json::from_str(line).unwrap();
+        if !category.is_null() {
+            prompt["category"] = category.clone();
+        }
+        format!("{prompt}\n")
+    };
+    write(dir, "prompts.jsonl", file.lines().zip(categories).map(line).collect::<String>())
+}
+
+/// Tokens per round of each prompt, as `dflash-gen` reports them.
+fn accepted(prompts: &str, more: &[&str]) -> Vec<Vec<usize>> {
+    let records = run([&["--prompts", prompts, "--json", "-q"], more].concat()).json();
+    let list = |record: &Value| serde_json::from_value(record["accepted"].clone()).unwrap();
+    records.iter().map(list).collect()
+}
+
+fn value(record: &Value, name: &str, parameters: Value) -> f64 {
+    row(record, name, parameters)["median"].as_f64().unwrap()
+}
+
+/// The rows of acceptance say what those rounds say.
+#[track_caller]
+fn accepts(record: &Value, accepted: &[Vec<usize>], block: usize) {
+    let rounds = accepted.concat();
+    let share = |count: usize| count as f64 / rounds.len() as f64;
+    for tokens in 1..=block {
+        let count = rounds.iter().filter(|n| **n == tokens).count();
+        assert_eq!(value(record, "rounds", json!({ "accepted": tokens })), count as f64, "{tokens}");
+    }
+    for position in 1..block {
+        let count = rounds.iter().filter(|n| **n > position).count();
+        let found = value(record, "accepted at position", json!({ "position": position }));
+        assert_eq!(found, share(count), "{position}");
+    }
+    let rows = record["rows"].as_array().unwrap();
+    let count = |name: &str| rows.iter().filter(|row| row["name"] == name).count();
+    assert_eq!((count("rounds"), count("accepted at position")), (block, block - 1));
+    lengths(record, accepted, None);
+}
+
+#[track_caller]
+fn lengths(record: &Value, accepted: &[Vec<usize>], category: Option<&str>) {
+    let found = |mean: &str| {
+        let mut parameters = json!({ "mean": mean });
+        if let Some(category) = category {
+            parameters["category"] = category.into();
+        }
+        value(record, "acceptance length", parameters)
+    };
+    assert_eq!(found("tokens/rounds"), stats::tau(&accepted.concat()).unwrap());
+    let each: Vec<f64> = accepted.iter().filter_map(|rounds| stats::tau(rounds)).collect();
+    assert_eq!(found("of prompts"), Summary::of(&each).unwrap().mean);
+}
+
+#[test]
+fn on_the_cpu_it_measures_times_and_accepts_what_dflash_gen_accepts() {
+    let dir = tempfile::tempdir().unwrap();
+    let categories =
+        [json!("tests"), json!(null), json!("a, \"b\""), json!("tests"), json!(null), json!("tests")];
+    let prompts = categorised(dir.path(), &categories);
+    let sampled = ["-n", "20", "--temperature", "0.8", "--top-p", "0.9", "--seed", "7"];
+    let found = record(0, &args(&prompts, &[&sampled[..], &["--device", "cpu", "--repeat", "2"]].concat()));
+    assert_eq!((&found["command"], &found["machine"]["device"]), (&json!("generate"), &json!("cpu")));
+    assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
+    let accepted = accepted(&prompts, &sampled);
+    accepts(&found, &accepted, 16);
+    let tests = [0, 3, 5].map(|i| accepted[i].clone());
+    lengths(&found, &tests, Some("tests"));
+    lengths(&found, &accepted[2..3], Some("a, \"b\""));
+
+    let identical = row(&found, "identical", json!({}));
+    assert_eq!(identical["median"], 1.0);
+    assert_eq!(identical["numbers"], json!({ "compared": 12 }));
+    assert_eq!(value(&found, "tokens of answers", json!({})), 120.0);
+    for name in ["TTFT", "TPOT", "tokens per second"] {
+        for mode in ["plain", "dflash"] {
+            for (category, prompts) in [(None, 6), (Some("tests"), 3), (Some("a, \"b\""), 1)] {
+                let mut parameters = json!({ "decoding": mode });
+                if let Some(category) = category {
+                    parameters["category"] = category.into();
+                }
+                let row = row(&found, name, parameters);
+                assert_eq!(row["samples"].as_array().unwrap().len(), 2 * prompts);
+                assert_eq!((&row["rounds"], &row["kind"]), (&json!([prompts, prompts]), &json!("measured")));
+                let samples: Vec<f64> = serde_json::from_value(row["samples"].clone()).unwrap();
+                let summary = Summary::of(&samples).unwrap();
+                assert_eq!(row["numbers"], json!({ "mean": summary.mean, "p99": summary.p99 }));
+            }
+        }
+    }
+    // What the rows of a request say must go together: tokens of an answer by TTFT and TPOT, and by its rate.
+    let samples = |name: &str| -> Vec<f64> {
+        let row = row(&found, name, json!({ "decoding": "plain" }));
+        serde_json::from_value(row["samples"].clone()).unwrap()
+    };
+    for ((ttft, tpot), rate) in samples("TTFT").iter().zip(samples("TPOT")).zip(samples("tokens per second"))
+    {
+        let ms = 20.0 / rate * 1e3;
+        assert!((ttft + 19.0 * tpot - ms).abs() < 1e-9 * ms, "{ttft} {tpot} {rate}");
+    }
+    for name in ["speed-up", "speed-up of decoding"] {
+        let row = row(&found, name, json!({}));
+        let [low, high] = ["low", "high"].map(|key| row["numbers"][key].as_f64().unwrap());
+        let ratio = row["median"].as_f64().unwrap();
+        assert!(low <= ratio && ratio <= high && row["unit"] == "x", "{row}");
+        // Three prompts of a category are too few.
+        let few = self::row(&found, name, json!({ "category": "tests" }));
+        assert_eq!(few["numbers"], json!({ "low": null, "high": null }));
+    }
+
+    // It is a record that compare reads.
+    let file = write(dir.path(), "A.json", found.to_string());
+    let compared = record(0, &["compare", &file, &file]);
+    assert!(compared["rows"].as_array().unwrap().len() == found["rows"].as_array().unwrap().len());
+}
+
+#[test]
+fn on_the_emulator_it_counts_and_says_so() {
+    let flags = ["--count", "2", "-n", "10", "--block", "6", "--device", "emulator"];
+    let found = record(0, &args(PROMPTS, &flags));
+    assert_eq!(found["machine"]["device"], "emulator");
+    assert!(found["rows"].as_array().unwrap().iter().all(|row| row["kind"] == "counted"), "{found}");
+    let dir = tempfile::tempdir().unwrap();
+    let two = categorised(dir.path(), &[json!(null), json!(null)]);
+    accepts(&found, &accepted(&two, &["-n", "10", "--block", "6", "--device", "emulator"]), 6);
+    for mode in ["plain", "dflash"] {
+        let of = || json!({ "decoding": mode });
+        let all = row(&found, "all answers", of());
+        let number = |key: &str| all["numbers"][key].as_f64().unwrap();
+        let bytes = number("streamed") + number("read") + number("written");
+        assert_eq!(all["median"], bytes);
+        assert_eq!(value(&found, "bytes per token", of()), bytes / 20.0);
+        assert_eq!(value(&found, "launches per token", of()), number("launches") / 20.0);
+        assert_eq!(value(&found, "mma per token", of()), number("mma") / 20.0);
+    }
+    // Counters repeat themselves, and are of all repeats.
+    let twice = record(0, &args(PROMPTS, &[&flags[..], &["--repeat", "2"]].concat()));
+    let launches = |record: &Value| value(record, "launches per token", json!({ "decoding": "dflash" }));
+    let all = |record: &Value| value(record, "all answers", json!({ "decoding": "dflash" }));
+    assert_eq!((launches(&twice), all(&twice)), (launches(&found), 2.0 * all(&found)));
+    // Autoregressive decoding launches steps, one for each token after the first, and DFlash rounds.
+    let longer = ["10", "15", "24"].map(|n| {
+        let flags = ["--count", "1", "-n", n, "--device", "emulator"];
+        let found = record(0, &args(PROMPTS, &flags));
+        let launches = |mode: &str| {
+            row(&found, "all answers", json!({ "decoding": mode }))["numbers"]["launches"].as_u64().unwrap()
+        };
+        let length = row(&found, "acceptance length", json!({ "mean": "tokens/rounds" }));
+        let rounds = length["numbers"]["rounds"].as_u64().unwrap();
+        [(launches("plain"), n.parse().unwrap()), (launches("dflash"), rounds)]
+    });
+    for mode in [0, 1] {
+        let [first, second, third] = longer.map(|both| both[mode]);
+        let more = |a: (u64, u64), b: (u64, u64)| (b.0 - a.0, b.1 - a.1);
+        let ((some, few), (all, many)) = (more(first, second), more(first, third));
+        assert!(few > 0 && many > few && some * many == all * few && all % many == 0, "{longer:?}");
+    }
+    let title = bench(args(PROMPTS, &flags)).done();
+    assert!(title.lines().next().unwrap().ends_with("greedy; counted by the emulator, which has no times"));
+}
+
+/// A rule's answers, trees and adaptive rounds are those of dflash-gen, and the record says how drafts were made.
+#[test]
+fn every_way_of_drafting_is_measured_and_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let two = categorised(dir.path(), &[json!(null), json!(null)]);
+    let hot = ["-n", "20", "--temperature", "1", "--seed", "3", "--device", "cpu"];
+    let drafts = |verify: &str, tree: Value, adaptive: bool, coupled: bool, temperature: Value| {
+        json!({
+            "verify": verify, "tree": tree, "adaptive": adaptive, "threshold": null, "coupled": coupled,
+            "draft_temperature": temperature,
+        })
+    };
+    let mut thorough = drafts("match", Value::Null, true, false, Value::Null);
+    thorough["threshold"] = json!(0.3);
+    let null = || Value::Null;
+    for (flags, expected, title) in [
+        (&[][..], drafts("match", null(), false, false, null()), "seed 3; plain"),
+        (&["--tree", "9"], drafts("match", json!(9), false, false, null()), "seed 3, trees of 9; plain"),
+        (&["--adaptive"], drafts("match", null(), true, false, null()), "seed 3, adaptive; plain"),
+        (&["--adaptive=0.3"], thorough, "seed 3, adaptive at 0.3; plain"),
+        (
+            &["--coupled", "--draft-temperature", "0.3"],
+            drafts("match", null(), false, true, json!(0.3)),
+            "seed 3, coupled drafts, drafts at temperature 0.3; plain",
+        ),
+        (
+            &["--verify", "rejection"],
+            drafts("rejection", null(), false, false, json!(1.0)),
+            "seed 3, --verify rejection; plain",
+        ),
+        (
+            &["--verify", "block", "--draft-temperature", "0.5"],
+            drafts("block", null(), false, false, json!(0.5)),
+            "seed 3, --verify block, drafts at temperature 0.5; plain",
+        ),
+    ] {
+        let all = [&hot[..], flags].concat();
+        let found = record(0, &args(&two, &[&all[..], &["--repeat", "2"]].concat()));
+        assert_eq!(found["drafts"], expected);
+        let records = run([&["--prompts", &two, "--json", "-q"], &all[..]].concat()).json();
+        let lists = |field: &str| -> Vec<Vec<usize>> {
+            records.iter().map(|one| serde_json::from_value(one[field].clone()).unwrap()).collect()
+        };
+        let (accepted, drafted) = (lists("accepted"), lists("drafted"));
+        accepts(&found, &accepted, 16);
+        let sum = |lists: Vec<Vec<usize>>| lists.concat().iter().sum::<usize>() as f64;
+        assert_eq!(value(&found, "drafts per token", json!({})), sum(drafted) / sum(accepted));
+
+        let of_law = expected["verify"] != "match";
+        let rows = found["rows"].as_array().unwrap();
+        let identical = rows.iter().filter(|row| row["name"] == "identical").collect::<Vec<_>>();
+        let (to, compared) = if of_law { (json!({ "to": "repeat 1" }), 2) } else { (json!({}), 4) };
+        assert_eq!(identical.len(), 1);
+        assert_eq!((&identical[0]["parameters"], &identical[0]["median"]), (&to, &json!(1.0)), "{flags:?}");
+        assert_eq!(identical[0]["numbers"], json!({ "compared": compared }));
+        let table = bench(args(&two, &[&all[..], &["--repeat", "1"]].concat())).done();
+        let first = table.lines().next().unwrap();
+        assert!(first.contains(title), "{first}");
+        let distribution =
+            "the distribution is autoregressive decoding's, the tokens are not, and are not held against it";
+        assert_eq!(first.contains(distribution), of_law, "{first}");
+    }
+    // Where one token has all of the distribution, its tokens are autoregressive decoding's.
+    let greedy = ["-n", "20", "--device", "cpu", "--repeat", "1", "--verify", "block"];
+    let found = record(0, &args(&two, &greedy));
+    assert_eq!(row(&found, "identical", json!({}))["numbers"], json!({ "compared": 2 }));
+    assert_eq!(found["drafts"]["draft_temperature"], 0.0);
+}
+
+#[test]
+fn drafts_that_cannot_be_made_are_refused_as_by_dflash_gen() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = write(dir.path(), "one.jsonl", "{\"prompt\": \"a\"}\n");
+    for flags in [
+        &["--coupled", "--verify", "block"][..],
+        &["--draft-temperature", "1"],
+        &["--verify", "block", "--draft-temperature", "-1"],
+        &["--verify", "typical"],
+        &["--coupled", "--block", "1"],
+        &["--tree", "1"],
+        &["--tree", "65"],
+        &["--tree", "x"],
+        &["--tree", "9", "--coupled"],
+        &["--adaptive", "--tree", "9", "--verify", "rejection"],
+        &["--adaptive=0"],
+        &["--adaptive", "--block", "1"],
+    ] {
+        let theirs = run([&["--prompts", &one], flags].concat());
+        let sentence = theirs.err.strip_prefix("dflash-gen: ").unwrap();
+        assert!(theirs.code == 2, "{theirs:?}");
+        refused(bench(args(&one, flags)), 2, sentence);
+    }
+}
+
+#[test]
+fn prompts_that_run_together_accept_what_they_accept_alone() {
+    let flags = ["--count", "5", "-n", "12", "--device", "cpu", "--repeat", "5"];
+    let [alone, together] =
+        [&[][..], &["--batch", "3"]].map(|more| record(0, &args(PROMPTS, &[&flags, more].concat())));
+    let decided = |record: &Value| -> Vec<Value> {
+        let rows = record["rows"].as_array().unwrap().iter();
+        rows.filter(|row| row["kind"] == "counted").cloned().collect()
+    };
+    assert_eq!(decided(&alone), decided(&together));
+    assert_eq!(decided(&alone).iter().filter(|row| row["name"] == "rounds").count(), 16);
+    for mode in ["plain", "dflash"] {
+        let row = row(&together, "tokens per second, all", json!({ "decoding": mode }));
+        assert_eq!((row["samples"].as_array().unwrap().len(), &row["rounds"]), (5, &Value::Null));
+    }
+    // Five repeats are enough to be sure of something.
+    assert!(row(&together, "speed-up, all", json!({}))["numbers"]["low"].is_number());
+    let rows = alone["rows"].as_array().unwrap();
+    assert!(rows.iter().all(|row| !row["name"].as_str().unwrap().ends_with(", all")));
+}
+
+#[test]
+fn answers_of_one_token_have_no_rounds() {
+    // The model's stop tokens are of no account to --ignore-eos; here every token is one.
+    let (target, drafter) = (
+        support::Target { eos: (0..301).collect(), vocab: 301, ..support::Target::default() },
+        support::Drafter::default(),
+    );
+    let pair = support::write_pair(&target, &drafter);
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write(dir.path(), "p.jsonl", "{\"prompt\": \"abc\"}\n\n{\"prompt\": \"b\"}\n");
+    let flags = program::flags(&pair);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--device", "cpu", "-n", "4"]).collect();
+    let found = record(0, &args(&prompts, &flags));
+    let rows =
+        |name: &str| found["rows"].as_array().unwrap().iter().filter(|row| row["name"] == name).count();
+    assert_eq!(value(&found, "tokens of answers", json!({})), 2.0);
+    assert_eq!((rows("TTFT"), rows("TPOT"), rows("speed-up"), rows("speed-up of decoding")), (2, 0, 1, 0));
+    assert_eq!((rows("acceptance length"), rows("accepted at position")), (0, 0));
+    let all = record(0, &args(&prompts, &[&flags[..], &["--ignore-eos"]].concat()));
+    assert_eq!(value(&all, "tokens of answers", json!({})), 8.0);
+}
+
+#[test]
+fn generate_refuses_in_a_sentence() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| write(dir.path(), name, text);
+    let two = file("two.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": \"b\", \"category\": \"x\"}\n");
+    for (flags, part) in [
+        (&["-n", "1"][..], "--max-tokens is 1, which leaves no round to measure: expected at least 2"),
+        (&["-n", "x"], "invalid value 'x' for '--max-tokens <N>'"),
+        (&["--repeat", "0"], "--repeat is 0, which measures nothing: expected at least 1"),
+        (&["--count", "0"], "--count is 0, which leaves no prompt: expected at least 1"),
+        (&["--count", "3"], "--count is 3, but"),
+        (&["--batch", "3"], "--batch is 3, expected 1 to 2, the number of prompts"),
+        (&["--batch", "0"], "--batch is 0, expected 1 to 2, the number of prompts"),
+        (&["--block", "1"], "--block is 1, which is autoregressive decoding: expected at least 2"),
+        (&["--block", "17"], "--block is 17, expected 1 to 16"),
+        (&["--ctx", "1"], "--ctx is 1, expected 2 to 4096"),
+        (&["--temperature", "-1"], "--temperature is -1, expected 0 (greedy)"),
+        (&["--gpu", "0"], "--gpu needs --device cuda or auto"),
+        (&["--target", "x"], "--draft <DIR>"),
+        (&["--draft", "x"], "--target <DIR>"),
+    ] {
+        refused(bench(args(&two, &[flags, &["--device", "cpu"]].concat())), 2, part);
+    }
+    refused(bench(["generate"]), 2, "--prompts <FILE.jsonl>");
+    refused(bench(args(&two, &["--target", "nowhere", "--draft", "nowhere"])), 3, "nowhere does not exist");
+    for (name, text, part) in [
+        ("empty.jsonl", "\n", "holds no prompt"),
+        ("cut.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\"", "cut.jsonl line 2: EOF while parsing"),
+        ("neither.jsonl", "{}", "line 1 has neither prompt nor messages"),
+        (
+            "number.jsonl",
+            "{\"prompt\": \"a\", \"category\": 5}",
+            "line 1 has the category 5, expected a text",
+        ),
+        (
+            "lines.jsonl",
+            "{\"prompt\": \"a\", \"category\": \"a\\nb\"}",
+            "has the category \"a\\nb\", expected",
+        ),
+        (
+            "chat.jsonl",
+            "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}",
+            "has no chat template: expected",
+        ),
+        ("none.jsonl", "{\"prompt\": \"\"}", "line 1 is empty, expected at least one token"),
+        ("long.jsonl", &format!("{{\"prompt\": \"{}\"}}", "a b ".repeat(4096)), "but the context holds 4096"),
+    ] {
+        refused(bench(args(&file(name, text), &["--device", "cpu"])), 2, part);
+    }
+    refused(bench(args("nowhere.jsonl", &[])), 2, "nowhere.jsonl cannot be read");
+    // Categories are no business of dflash-gen.
+    run(["--prompts", &dir.path().join("number.jsonl").display().to_string(), "-n", "1"]).done();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
+    command.args(["generate", "--help"]);
+    assert!(finish(command).done().contains("6 answers of DFlash that are not"));
+}

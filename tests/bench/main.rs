@@ -1,0 +1,13 @@
+//! dflash-bench: numbers, records, reports.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod cli;
+mod counters;
+mod generate;
+mod kernels;
+mod numbers;
+mod pair;
+mod report;
+mod round;

@@ -1,0 +1,177 @@
+//! Pairs whose weights are drawn: what is measured where the files are not.
+
+use crate::support;
+use crate::support::crowd;
+
+use crowd::{Silent, request};
+use dflash::Error;
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{Dtype, PUBLISHED, Tensor};
+use dflash::cpu::decoder::Cpu;
+use dflash::cpu::model::{Drafter, Target};
+use dflash::engine::generate::{Backend, Outcome, check_lossless, generate};
+use dflash::gpu::decoder::OnDevice;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::memory::{BatchConfig, MemoryPlan};
+use half::bf16;
+use std::fs;
+use support::disk;
+
+fn published(name: &str) -> Pair {
+    let (_, target, drafter) = PUBLISHED.into_iter().find(|pair| pair.0 == name).unwrap();
+    Pair::drawn(target, Some(drafter)).unwrap()
+}
+
+/// A small pair that the kernels run, of which only the configs are on the disk.
+fn tiny() -> (tempfile::TempDir, Pair) {
+    let target = support::Target {
+        hidden: 192,
+        intermediate: 160,
+        layers: 3,
+        heads: 3,
+        kv_heads: 1,
+        head_dim: 64,
+        vocab: 301,
+        tied: false,
+        ..Default::default()
+    };
+    let drafter = support::Drafter {
+        intermediate: 96,
+        layers: 2,
+        heads: 2,
+        kv_heads: 2,
+        head_dim: 128,
+        taps: vec![0, 1],
+        ..Default::default()
+    };
+    let root = tempfile::tempdir().unwrap();
+    let (target_dir, drafter_dir) = (root.path().join("target"), root.path().join("drafter"));
+    fs::create_dir_all(&target_dir).unwrap();
+    fs::create_dir_all(&drafter_dir).unwrap();
+    support::write_json(&target_dir, "config.json", &support::target_config(&target));
+    support::write_json(&drafter_dir, "config.json", &support::drafter_config(&target, &drafter));
+    let pair = Pair::drawn(disk(&target_dir), Some(disk(&drafter_dir))).unwrap();
+    (root, pair)
+}
+
+fn read(tensor: &Tensor, at: usize, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    tensor.read(at, &mut bytes).unwrap();
+    bytes
+}
+
+fn q_proj(pair: &Pair) -> Tensor {
+    let stack = &pair.target.config.stack;
+    let shape = [stack.heads * stack.head_dim, stack.hidden];
+    pair.target.weights.tensor("model.layers.1.self_attn.q_proj.weight", &shape).unwrap()
+}
+
+#[test]
+fn drawn_bytes_are_the_same_in_whatever_pieces_they_are_read() {
+    let (_root, pair) = tiny();
+    let tensor = q_proj(&pair);
+    let whole = read(&tensor, 0, 192 * 192 * 2);
+    assert_eq!(whole, read(&q_proj(&tiny().1), 0, 192 * 192 * 2));
+    let mut random = support::Random::new(3);
+    for _ in 0..1000 {
+        let at = random.below(whole.len());
+        let count = random.below(40).min(whole.len() - at);
+        assert_eq!(read(&tensor, at, count), whole[at..at + count], "{count} bytes at {at}");
+    }
+    let error = tensor.read(whole.len() - 1, &mut [0; 2]).unwrap_err();
+    assert!(matches!(error, Error::Internal(_)), "{error:?}");
+}
+
+#[test]
+fn drawn_weights_are_small_of_both_signs_and_not_those_of_another_tensor_or_model() {
+    let pair = published("qwen3-8b");
+    let tensor = q_proj(&pair);
+    assert_eq!(tensor.dtype, Dtype::Bf16);
+    let bytes = read(&tensor, 0, 1 << 20);
+    let values: Vec<f32> =
+        bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
+    assert!(values.iter().all(|v| (1.0 / 64.0..1.0 / 32.0).contains(&v.abs())));
+    // 2^19 fair coins: half of them, within six standard deviations.
+    let negative = values.iter().filter(|v| **v < 0.0).count();
+    assert!(negative.abs_diff(1 << 18) < 6 * 362, "{negative} of {} are negative", values.len());
+    let mean = values.iter().map(|v| f64::from(v.abs())).sum::<f64>() / values.len() as f64;
+    assert!((mean * 64.0 - 1.496).abs() < 0.005, "mean magnitude {mean}");
+    // Rows differ, and so do tensors and the two models.
+    let (first, second) = bytes.split_at(8192);
+    assert_ne!(first, &second[..8192]);
+    let embedding = pair.target.weights.tensor("model.embed_tokens.weight", &[151_936, 4096]).unwrap();
+    let fc = pair.drafter.as_ref().unwrap().weights.tensor("fc.weight", &[4096, 5 * 4096]).unwrap();
+    // Each is the first of its checkpoint.
+    let [embedding, fc] = [embedding, fc].map(|tensor| read(&tensor, 0, 1 << 16));
+    assert_ne!(bytes[..1 << 16], embedding);
+    let words = |bytes: &[u8]| -> std::collections::HashSet<u64> {
+        bytes.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().unwrap())).collect()
+    };
+    // 32 random bits a word: 2^13 words of each meet once in 64 times.
+    assert!(words(&embedding).intersection(&words(&fc)).count() < 3);
+}
+
+#[test]
+fn a_drawn_pair_has_the_parameters_of_the_published_one() {
+    // As the model cards count them.
+    for (name, parameters) in
+        [("qwen3-4b", 4_022_468_096), ("qwen3-8b", 8_190_735_360), ("llama-3.1-8b", 8_030_261_248)]
+    {
+        let pair = published(name);
+        assert_eq!(support::parameters(&pair.target.config.tensors()), parameters, "{name}");
+        let alone = Pair::drawn(pair.target.folder.clone(), None).unwrap();
+        let plan = MemoryPlan::new(&alone, BatchConfig::new(1, 1, 4096)).unwrap();
+        assert_eq!(plan.file_bytes as u64, parameters * 2, "{name}");
+        assert_eq!(pair.target.weights.files().iter().map(|file| file.1).sum::<usize>(), plan.file_bytes);
+    }
+}
+
+#[test]
+fn the_plan_of_qwen3_8b() {
+    let plan = MemoryPlan::new(&published("qwen3-8b"), BatchConfig::new(1, 16, 4096)).unwrap();
+    let line = |what: &str| plan.lines.iter().find(|line| line.what == what).unwrap().bytes;
+    // Norms are f32 there, and the table of angles is 4096 x 128 f32.
+    let (layer, norms, angles) = (385_875_968, (2 * 4096 + 2 * 128) * 4, 4096 * 128 * 4);
+    assert_eq!(line("target weights"), 36 * (layer + norms) + 4096 * 4 + angles);
+    assert_eq!(line("vocabulary"), 2 * 151_936 * 4096 * 2);
+    assert_eq!(line("drafter weights"), 5 * (layer + norms) + 5 * 4096 * 4096 * 2 + 2 * 4096 * 4 + angles);
+    assert_eq!(line("keys and values"), 4096 * (147_456 + 20_480));
+}
+
+#[test]
+fn a_drawn_pair_runs_on_the_emulator_and_is_lossless_there() {
+    let (_root, pair) = tiny();
+    let load = || {
+        let device = Emulator::new();
+        device.set_threads(2);
+        OnDevice::load("emulator", Box::new(device), &pair, BatchConfig::new(1, 8, 128), &mut |_, _| ())
+            .unwrap()
+    };
+    let run = |backend: &OnDevice, block: usize| -> Outcome {
+        let request = request(&[5, 6, 7], 12, block, 0.0);
+        generate(&mut *backend.decoder().unwrap(), &request, &mut Silent).unwrap()
+    };
+    let backend = load();
+    let (plain, fast) = (run(&backend, 1), run(&backend, 8));
+    assert_eq!(plain.tokens.len(), 12);
+    assert!(!fast.accepted.is_empty());
+    check_lossless(&plain, &fast).unwrap();
+    assert_eq!(run(&load(), 8).tokens, fast.tokens);
+    // Greedy, so that the weights decide, and not one token again and again.
+    assert!(plain.tokens.iter().any(|token| *token != plain.tokens[0]), "{:?}", plain.tokens);
+}
+
+#[test]
+fn the_cpu_refuses_drawn_weights_in_a_sentence() {
+    let (_root, pair) = tiny();
+    let path = |folder: &dflash::checkpoint::safetensors::Folder| folder.path("drawn weights");
+    let sentence = |path: String| {
+        Error::Unsupported(format!(
+            "{path} are made for devices and are nowhere in memory: expected a pair with files on the CPU"
+        ))
+    };
+    let drafter = pair.drafter.as_ref().unwrap();
+    assert_eq!(Target::load(&pair.target).err(), Some(sentence(path(&pair.target.folder))));
+    assert_eq!(Drafter::load(drafter).err(), Some(sentence(path(&drafter.folder))));
+    assert_eq!(Cpu::load(&pair, 1, 64).err(), Some(sentence(path(&drafter.folder))));
+}

@@ -1,0 +1,244 @@
+//! `dflash-bench round` on the emulator, where it counts.
+
+use crate::support;
+use crate::support::bench;
+use crate::support::library;
+use crate::support::program;
+
+use bench::{bench, record, refused, row};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::gpu::memory::{BatchConfig, MemoryPlan, Overhead};
+use library::library;
+use program::finish;
+use serde_json::{Value, json};
+use std::process::Command;
+
+const PARTS: [&str; 5] = ["begin", "inject", "draft", "verify", "accept"];
+const COUNTS: [&str; 7] = ["launches", "blocks", "streamed", "read", "written", "mma", "conflicts"];
+
+fn round(args: &[&str]) -> Value {
+    record(0, &[&["round", "--device", "emulator"], args].concat())
+}
+
+/// All numbers of a row that has these parameters, the value first.
+fn counts(found: &Value, name: &str, parameters: Value) -> Vec<u64> {
+    let row = row(found, name, parameters);
+    assert_eq!(
+        (&row["kind"], &row["unit"], &row["samples"]),
+        (&json!("counted"), &json!("bytes"), &json!(null))
+    );
+    let value = row["median"].as_f64().unwrap();
+    let numbers = COUNTS.map(|key| row["numbers"][key].as_u64().unwrap());
+    assert_eq!(value, (numbers[2] + numbers[3] + numbers[4]) as f64);
+    [&[value as u64][..], &numbers].concat()
+}
+
+/// Launches of a round of the demo pair in blocks of 16, as `dflash-gen` tells them.
+fn planned(batch: usize, temperature: &str) -> u64 {
+    let batch = batch.to_string();
+    let run =
+        program::run(["--plan", "--launches", "--json", "--batch", &batch, "--temperature", temperature]);
+    serde_json::from_str::<Value>(&run.done()).unwrap()["launches"].as_u64().unwrap()
+}
+
+/// That the parts are the round, and how its counts are.
+fn whole(found: &Value, at: &Value) -> Vec<u64> {
+    let parts = PARTS.map(|part| counts(found, part, at.clone()));
+    let all = counts(found, "round", at.clone());
+    let sum: Vec<u64> = (0..all.len()).map(|i| parts.iter().map(|part| part[i]).sum()).collect();
+    assert_eq!(sum, all);
+    assert!(parts.iter().all(|part| part[0] > 0));
+    all
+}
+
+#[test]
+fn the_parts_of_a_grid_of_rounds_add_up() {
+    let found = round(&["--model", "demo", "--batch", "1,3", "--context", "64,200"]);
+    assert_eq!((&found["command"], &found["machine"]["device"]), (&json!("round"), &json!("emulator")));
+    assert_eq!(found["machine"]["card"], Value::Null);
+    assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
+    // A AR step, the round and its five parts.
+    assert_eq!(found["rows"].as_array().unwrap().len(), 4 * 7);
+    let mut grid = vec![];
+    for batch in [1, 3] {
+        for context in [64, 200] {
+            let at = json!({ "context": context, "batch": batch, "block": 16 });
+            let all = whole(&found, &at);
+            assert_eq!(all[1], planned(batch, "0"));
+            let plain = counts(&found, "AR step", json!({ "context": context, "batch": batch }));
+            assert!(plain[1] < all[1] && plain[0] < all[0]);
+            grid.push((all, plain));
+        }
+    }
+    assert_eq!(grid[0].0[1], 58);
+    // The keys and values of 136 positions more, at least once.
+    let floor = record(0, &["floor", "--model", "demo"]);
+    let position =
+        row(&floor, "target: keys and values of a position", json!({}))["median"].as_f64().unwrap();
+    for (short, sequences) in [(0, 1), (2, 3)] {
+        let more = |counts: [&Vec<u64>; 2]| counts[1][4] - counts[0][4];
+        let least = sequences * 136 * position as u64;
+        let plain = more([&grid[short].1, &grid[short + 1].1]);
+        assert!((least..least * 5 / 4).contains(&plain), "{plain}, expected about {least}");
+        assert!(more([&grid[short].0, &grid[short + 1].0]) > plain);
+    }
+    // Three sequences read the weights once, all but what is not packed.
+    assert!(grid[2].0[3] < grid[0].0[3] * 101 / 100);
+}
+
+#[test]
+fn sampled_rounds_and_shorter_blocks_are_counted_as_planned() {
+    let found = round(&["--context", "0,1", "--temperature", "0.8", "--block", "5"]);
+    for context in [0, 1] {
+        let all = whole(&found, &json!({ "context": context, "batch": 1, "block": 5 }));
+        assert_eq!(all[1], planned(1, "0.8"));
+        // The sampler's races have them; what is greedy has none.
+        let plain = counts(&found, "AR step", json!({ "context": context, "batch": 1 }));
+        assert!(plain[7] > 0 && all[7] > plain[7], "{plain:?}, {all:?}");
+    }
+}
+
+#[test]
+fn assumed_acceptance_is_bytes_per_token_here() {
+    let args = ["--context", "64", "--batch", "2"];
+    let value = |found: &Value, name: &str, more: Value| {
+        let mut at = json!({ "context": 64, "batch": 2 });
+        at.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let row = row(found, name, at);
+        assert_eq!(row["kind"], "counted");
+        (row["median"].as_f64().unwrap(), row["unit"].as_str().unwrap().to_string())
+    };
+    let near = |found: (f64, String), expected: f64| {
+        assert!((found.0 / expected - 1.0).abs() < 1e-9 && found.1 == "bytes/tok", "{found:?}, {expected}");
+    };
+    let synthetic = "DFlash, synthetic acceptance";
+    let found = round(&[&args[..], &["--acceptance", "1,6.5"]].concat());
+    let bytes = value(&found, "round", json!({ "block": 16 })).0;
+    for (length, key) in [(1.0, json!(1)), (6.5, json!(6.5))] {
+        near(value(&found, synthetic, json!({ "block": 16, "acceptance": key })), bytes / 2.0 / length);
+    }
+    near(value(&found, "autoregressive decoding", json!({})), value(&found, "AR step", json!({})).0 / 2.0);
+    // 1 + 0.5 + 0.5 x 0.25 = 1.625, of rounds in blocks of 3.
+    let found = round(&[&args[..], &["--curve", "0.5,0.25", "--block", "3"]].concat());
+    let bytes = value(&found, "round", json!({ "block": 3 })).0;
+    near(value(&found, synthetic, json!({ "block": 3, "acceptance": 1.625 })), bytes / 2.0 / 1.625);
+}
+
+#[test]
+fn the_table_says_what_it_is() {
+    let table = bench(["round", "--device", "emulator", "--context", "16", "--acceptance", "4"]).done();
+    let title = table.lines().next().unwrap();
+    for part in ["demo/target with demo/drafter", "drawn weights", "on the emulator: counters, not times"] {
+        assert!(title.contains(part), "{title}");
+    }
+    assert!(title.contains("synthetic acceptance is assumed, not measured"), "{title}");
+    assert!(!table.contains(" ms "), "{table}");
+    let help = bench(["round", "--help"]).done();
+    assert!(help.contains("assumed, not measured") && help.contains("5 out of memory"), "{help}");
+}
+
+#[test]
+fn profilers_hear_of_rounds_their_parts_and_layers() {
+    let folder = tempfile::tempdir().unwrap();
+    let heard = folder.path().join("heard");
+    let nvtx = library(folder.path(), "nvtx.so", include_str!("../data/profile/nvtx.c"), &[]);
+    let args = ["round", "--device", "emulator", "--context", "16", "--json"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
+    command.args(args).args(["--profile", "2"]).env("NVTX_INJECTION64_PATH", nvtx).env("RANGES", &heard);
+    let run = finish(command);
+    // The rows are what they are without.
+    let rows = |text: &str| serde_json::from_str::<Value>(text).unwrap()["rows"].clone();
+    assert_eq!(rows(&run.done()), rows(&bench(args).done()));
+    let layers = |count| (0..count).map(|i| format!("    layer {i}\n    end\n")).collect::<String>();
+    let part = |name: &str, layers: String| format!("  {name}\n{layers}  end\n");
+    let parts = [("begin", 0), ("inject", 0), ("draft", 3), ("verify", 6), ("accept", 0)];
+    let parts = parts.map(|(name, count)| part(name, layers(count))).concat();
+    assert_eq!(std::fs::read_to_string(heard).unwrap(), format!("round\n{parts}end\n").repeat(2));
+}
+
+#[test]
+fn a_target_alone_has_plain_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = support::Target {
+        heads: 3,
+        kv_heads: 1,
+        head_dim: 64,
+        hidden: 192,
+        intermediate: 160,
+        ..Default::default()
+    };
+    support::write_json(dir.path(), "config.json", &support::target_config(&target));
+    let folder = dir.path().display().to_string();
+    let found = round(&["--model", &folder, "--context", "9"]);
+    assert_eq!(found["model"]["drafter"], Value::Null);
+    assert_eq!(found["rows"].as_array().unwrap().len(), 1);
+    assert!(counts(&found, "AR step", json!({ "context": 9, "batch": 1 }))[1] > 10);
+    let edit = |config: &mut Value| config["max_position_embeddings"] = json!(16);
+    support::edit_json(dir.path(), "config.json", edit);
+    let run = bench(["round", "--device", "emulator", "--model", &folder, "--context", "0"]);
+    refused(run, 4, "the models have 16 positions, fewer than the 17 of rounds in blocks of 1");
+    for flag in [["--block", "4"], ["--acceptance", "2"], ["--curve", "0.5"]] {
+        let run = bench(["round", "--device", "emulator", "--model", &folder].iter().chain(&flag));
+        refused(run, 2, "--block, --acceptance and --curve need a drafter: --draft DIR");
+    }
+}
+
+#[test]
+fn round_refuses_in_a_sentence() {
+    // What the emulator has, and positions for the rounds, which the flag does not tell.
+    let pair = Pair::drawn(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
+    let most =
+        MemoryPlan::largest_context(&pair, BatchConfig::new(1000, 16, 1), 16 << 30, Overhead::NONE).unwrap();
+    let fits = most - 272;
+    assert!(most < 4096 && fits > 1000);
+    for (args, code, part) in [
+        (&["--batch", "0"][..], 2, "--batch has 0, expected 1 to 1024"),
+        (&["--batch", "2,1-2"], 2, "--batch has 2 twice"),
+        (
+            &["--context", "3825"],
+            2,
+            "--context has 3825, expected 0 to 3824: 4096 positions, less 272 for rounds",
+        ),
+        (&["--context", "64,64"], 2, "--context has 64 twice"),
+        (&["--context", "4-1"], 2, "has no end"),
+        (
+            &["--block", "1"],
+            2,
+            "--block is 1, expected 2 to 16, the block that demo/drafter was trained with",
+        ),
+        (&["--block", "17"], 2, "--block is 17, expected 2 to 16"),
+        (&["--block", "-3"], 2, "--block"),
+        (&["--acceptance", "0.5"], 2, "--acceptance has 0.5, expected 1 to 16"),
+        (&["--acceptance", "5", "--block", "4"], 2, "--acceptance has 5, expected 1 to 4"),
+        (&["--acceptance", "2,2"], 2, "--acceptance has 2 twice"),
+        (&["--acceptance", "2", "--curve", "0.5"], 2, "cannot be used with"),
+        (&["--curve", "1.5"], 2, "--curve has 1.5, expected probabilities, 0 to 1"),
+        (&["--curve", "-0.5"], 2, "--curve"),
+        (&["--curve", "0.9,0.9,0.9", "--block", "3"], 2, "--curve has 3 probabilities, expected at most 2"),
+        (&["--curve", ""], 2, "--curve"),
+        (&["--temperature", "-1"], 2, "--temperature is -1"),
+        (&["--temperature", "NaN"], 2, "--temperature is NaN"),
+        (&["--samples", "0"], 2, "expected a whole number from 1 to 1000"),
+        (&["--rounds", "1001"], 2, "expected a whole number from 1 to 1000"),
+        (&["--profile", "0"], 2, "expected a whole number from 1 to 1000"),
+        (
+            &["--profile", "1", "--batch", "1-3"],
+            2,
+            "--profile needs one batch and one context, found 3 together",
+        ),
+        (&["--gpu", "0"], 2, "--gpu needs --device cuda or auto"),
+        (&["--model", "qwen9"], 2, "--model is \"qwen9\""),
+        (
+            &["--batch", "1000", "--context", "3824"],
+            5,
+            &*format!("; the largest --context that fits is {fits}\n"),
+        ),
+        (&["--model", "qwen3-8b", "--batch", "1024"], 5, " bytes (256.2 GiB) are needed, "),
+    ] {
+        let run = bench(["round", "--device", "emulator"].iter().chain(args));
+        refused(run, code, part);
+    }
+    refused(bench(["round", "--device", "cpu"]), 2, "--device is cpu, which has no kernels");
+    refused(bench(["round", "--model", "demo", "--device", "cuda", "--gpu", "99"]), 4, "device cuda");
+}

@@ -1,0 +1,451 @@
+//! Checkpoint folders: what is read from them.
+
+use crate::support;
+
+use dflash::checkpoint::config::{Attention, DrafterConfig, Family, Rope, RopeScaling, TargetConfig};
+use dflash::checkpoint::safetensors::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::{Error, Result};
+use serde_json::{Value, json};
+use std::fs;
+use support::{Drafter, Raw, Target, disk, edit_json, open_all, open_pair, small, small_pair, write_pair};
+
+/// Values of a tensor as f32, whatever it is stored in.
+fn values(weights: &Checkpoint, name: &str, shape: &[usize]) -> Vec<f32> {
+    let tensor = weights.tensor(name, shape).unwrap();
+    let half = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
+    match tensor.dtype {
+        Dtype::Bf16 => tensor.bytes().chunks(2).map(|b| half::bf16::from_bits(half(b)).to_f32()).collect(),
+        Dtype::F16 => tensor.bytes().chunks(2).map(|b| half::f16::from_bits(half(b)).to_f32()).collect(),
+        Dtype::F32 => tensor.bytes().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
+    }
+}
+
+// ---- what is read ----
+
+#[test]
+fn the_demo_pair_opens_and_its_configs_are_read() {
+    let (target, drafter, weights, _) = open_all(&DEMO_TARGET, &DEMO_DRAFTER).unwrap();
+    assert_eq!(target.family, Family::Qwen3);
+    assert!(target.tied && target.stack.qk_norm);
+    assert_eq!((target.vocab, target.eos.as_slice()), (2048, [0].as_slice()));
+    assert_eq!(target.stack.attention, [Attention { causal: true, window: None }; 6]);
+    assert_eq!(target.stack.rope, Rope { theta: 1e6, rotary_dims: 64, scaling: RopeScaling::Default });
+    assert_eq!((drafter.taps.as_slice(), drafter.block, drafter.mask_token), ([1, 2, 3].as_slice(), 16, 1));
+    assert_eq!(drafter.stack.attention, [Attention { causal: false, window: None }; 3]);
+    assert_eq!((drafter.embedding_scale, drafter.output_multiplier, drafter.softcap), (1.0, 1.0, None));
+    let (name, file, dtype, shape) = weights.list()[0];
+    assert_eq!((name, file), ("model.embed_tokens.weight", "demo/target/model.safetensors"));
+    assert_eq!((dtype, shape), (Dtype::Bf16, [2048, 128].as_slice()));
+}
+
+#[test]
+fn tensors_come_back_as_they_were_written_in_every_dtype_and_sharding() {
+    for (dtype, shards) in [(Dtype::Bf16, 1), (Dtype::F16, 3), (Dtype::F32, 5)] {
+        let (target, drafter) = small();
+        let target = Target { dtype, shards, tied: false, ..target };
+        let pair = write_pair(&target, &Drafter { dtype, shards, ..drafter });
+        let (config, _, weights, _) = open_pair(&pair).unwrap();
+        assert_eq!(weights.list().len(), config.tensors().len());
+        for Raw { name, shape, values: written } in support::target_tensors(&target) {
+            let read = values(&weights, &name, &shape);
+            let step = match dtype {
+                Dtype::Bf16 => 1.0 / 256.0,
+                Dtype::F16 => 1.0 / 2048.0,
+                Dtype::F32 => 0.0,
+            };
+            assert!(
+                read.iter().zip(&written).all(|(r, w)| (r - w).abs() <= step * w.abs().max(1e-3)),
+                "{name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_header_of_any_length_leaves_unaligned_tensors_readable() {
+    let dir = tempfile::tempdir().unwrap();
+    for padding in 0..9 {
+        let header = json!({ "x": { "dtype": "F32", "shape": [2], "data_offsets": [0, 8] } }).to_string();
+        let header = header + &" ".repeat(padding);
+        let data: Vec<u8> = [1.5f32, -2.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+        fs::write(dir.path().join("model.safetensors"), support::safetensors_raw(&header, &data)).unwrap();
+        let weights = Checkpoint::open(&disk(dir.path())).unwrap();
+        assert_eq!(values(&weights, "x", &[2]), [1.5, -2.0]);
+    }
+}
+
+#[test]
+fn drafter_tensors_are_found_under_every_known_spelling() {
+    let (target, drafter) = small();
+    let pair = write_pair(&target, &drafter);
+    let plain = support::drafter_tensors(&target, &drafter);
+    let rename = |to: &dyn Fn(&str) -> String| -> Vec<Raw> {
+        plain.iter().map(|t| Raw { name: to(&t.name), ..t.clone() }).collect()
+    };
+    let encoder = |name: &str| match name {
+        "fc.weight" => "encoder.fc.weight".to_string(),
+        "hidden_norm.weight" => "encoder.output_norm_enc.weight".to_string(),
+        name => name.to_string(),
+    };
+    for spelling in
+        [rename(&|n| format!("model.{n}")), rename(&encoder), rename(&|n| format!("model.{}", encoder(n)))]
+    {
+        support::write_tensors(&pair.drafter, &spelling, Dtype::F32, 1);
+        let (config, _, _, weights) = open_pair(&pair).map(|(_, d, t, w)| (d, 0, t, w)).unwrap();
+        for (name, shape) in config.tensors() {
+            let written = plain.iter().find(|t| t.name == name).unwrap();
+            assert_eq!(values(&weights, &name, &shape), written.values, "{name}");
+        }
+    }
+}
+
+#[test]
+fn targets_may_carry_buffers_and_a_stored_copy_of_a_tied_head() {
+    let (target, drafter) = small();
+    let pair = write_pair(&target, &drafter);
+    let mut tensors = support::target_tensors(&target);
+    let head = Raw { name: "lm_head.weight".into(), ..tensors[0].clone() };
+    let buffer = |name: &str| Raw { name: name.into(), shape: vec![2], values: vec![1.0; 2] };
+    tensors.extend([head, buffer("model.layers.0.self_attn.rotary_emb.inv_freq")]);
+    support::write_tensors(&pair.target, &tensors, Dtype::F32, 1);
+    open_pair(&pair).unwrap();
+
+    // An I64 buffer: four f32 zeros relabelled as two I64.
+    tensors.push(Raw { name: "model.position_ids".into(), shape: vec![4], values: vec![0.0; 4] });
+    let file = support::safetensors_file(&tensors, Dtype::F32);
+    let header_end = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&file[8..header_end]).unwrap();
+    header["model.position_ids"]["dtype"] = "I64".into();
+    header["model.position_ids"]["shape"] = json!([2]);
+    let file = support::safetensors_raw(&header.to_string(), &file[header_end..]);
+    fs::write(pair.target.join("model.safetensors"), file).unwrap();
+    let (.., weights, _) = open_pair(&pair).unwrap();
+    assert!(weights.list().iter().all(|(name, ..)| *name != "model.position_ids"));
+    let error = weights.tensor("model.position_ids", &[2]).err().unwrap();
+    assert!(matches!(error, Error::Unsupported(_)), "{error}");
+}
+
+#[test]
+fn stop_ids_come_from_the_generation_config_first() {
+    let pair = small_pair();
+    let target = disk(&pair.target);
+    let eos = || TargetConfig::open(&target).unwrap().eos;
+    let set = |file: &str, value: Value| edit_json(&pair.target, file, |c| c["eos_token_id"] = value);
+    set("config.json", json!(5));
+    set("generation_config.json", json!([7, 3]));
+    assert_eq!(eos(), [7, 3]);
+    set("generation_config.json", json!(8));
+    assert_eq!(eos(), [8]);
+    set("generation_config.json", Value::Null);
+    assert_eq!(eos(), [5]);
+    fs::remove_file(pair.target.join("generation_config.json")).unwrap();
+    set("config.json", json!([5, 6]));
+    assert_eq!(eos(), [5, 6]);
+    set("config.json", Value::Null);
+    assert_eq!(eos(), [0u32; 0]);
+}
+
+/// A drafter config with the sizes of a published checkpoint (dflash.md section 1).
+fn published(h: usize, ff: usize, layers: usize, heads: usize, kv: usize, taps: usize) -> Value {
+    json!({
+        "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_size": h, "intermediate_size": ff,
+        "num_hidden_layers": layers, "num_target_layers": 64, "num_attention_heads": heads,
+        "num_key_value_heads": kv, "head_dim": 128, "rope_theta": 1e6, "max_position_embeddings": 40960,
+        "vocab_size": 151936,
+        "dflash_config": { "mask_token_id": 151669, "target_layer_ids": (0..taps).collect::<Vec<_>>() }
+    })
+}
+
+fn drafter_from(config: &Value) -> Result<DrafterConfig> {
+    let dir = tempfile::tempdir().unwrap();
+    support::write_json(dir.path(), "config.json", config);
+    DrafterConfig::open(&disk(dir.path()))
+}
+
+fn target_from(config: &Value) -> Result<TargetConfig> {
+    let dir = tempfile::tempdir().unwrap();
+    support::write_json(dir.path(), "config.json", config);
+    TargetConfig::open(&disk(dir.path()))
+}
+
+#[test]
+fn parameter_counts_are_those_of_the_published_drafters() {
+    let count = |c: Value| support::parameters(&drafter_from(&c).unwrap().tensors());
+    assert_eq!(count(published(2560, 9728, 5, 32, 8, 5)), 537_427_200);
+    assert_eq!(count(published(4096, 12288, 5, 32, 8, 5)), 1_048_626_432);
+    assert_eq!(count(published(2560, 9216, 6, 32, 8, 8)), 634_425_856);
+    assert_eq!(count(published(2048, 6144, 6, 32, 8, 8)), 385_906_176);
+    // The formula of section 2 for the two drafters without a published count.
+    let formula = |l: u64, h: u64, ff: u64, nh: u64, nkv: u64, n: u64| {
+        let hd = 128;
+        l * (2 * h * nh * hd + 2 * h * nkv * hd + 2 * hd + 3 * h * ff + 2 * h) + n * h * h + 2 * h
+    };
+    assert_eq!(count(published(1024, 3072, 5, 16, 8, 5)), formula(5, 1024, 3072, 16, 8, 5));
+    assert_eq!(count(published(2048, 6144, 5, 16, 8, 5)), formula(5, 2048, 6144, 16, 8, 5));
+    let millions = |n: u64| format!("{:.1} M", n as f64 / 1e6);
+    assert_eq!(millions(formula(5, 1024, 3072, 16, 8, 5)), "83.9 M");
+    assert_eq!(millions(formula(5, 2048, 6144, 16, 8, 5)), "272.7 M");
+
+    let drafter = drafter_from(&published(4096, 12288, 5, 32, 8, 5)).unwrap();
+    assert_eq!(drafter.tensors().len(), 58);
+    assert_eq!(drafter.stack.kv_bytes_per_token(2), 20_480);
+    let drafter = drafter_from(&published(2560, 9216, 6, 32, 8, 8)).unwrap();
+    assert_eq!(drafter.tensors().len(), 69);
+}
+
+#[test]
+fn a_target_counts_its_head_once() {
+    // Qwen3-0.6B as published: 596,049,920 weights, tied.
+    let mut config = support::target_config(&Target {
+        hidden: 1024,
+        intermediate: 3072,
+        layers: 28,
+        heads: 16,
+        kv_heads: 8,
+        head_dim: 128,
+        vocab: 151_936,
+        ..Target::default()
+    });
+    let count = |c: &Value| support::parameters(&target_from(c).unwrap().tensors());
+    assert_eq!(count(&config), 596_049_920);
+    config["tie_word_embeddings"] = false.into();
+    assert_eq!(count(&config), 596_049_920 + 151_936 * 1024);
+    config.as_object_mut().unwrap().remove("tie_word_embeddings");
+    assert!(!target_from(&config).unwrap().tied);
+}
+
+#[test]
+fn absent_layer_ids_follow_the_rule() {
+    // The checked values of dflash.md section 1.
+    let cases: [(usize, &[usize]); 10] = [
+        (36, &[1, 9, 17, 25, 33]),
+        (32, &[1, 8, 15, 22, 29]),
+        (32, &[1, 5, 9, 13, 17, 21, 25, 29]),
+        (24, &[1, 6, 11, 16, 21]),
+        (28, &[1, 7, 13, 19, 25]),
+        (48, &[1, 12, 23, 34, 45]),
+        (64, &[1, 16, 31, 46, 61]),
+        (60, &[1, 12, 23, 35, 46, 57]),
+        (40, &[1, 6, 11, 16, 22, 27, 32, 37]),
+        (52, &[1, 13, 25, 37, 49]),
+    ];
+    let taps = |target_layers: usize, layers: usize| {
+        let mut config = published(64, 64, layers, 4, 2, 0);
+        config["num_target_layers"] = target_layers.into();
+        config["dflash_config"].as_object_mut().unwrap().remove("target_layer_ids");
+        drafter_from(&config).unwrap().taps
+    };
+    for (target_layers, expected) in cases {
+        assert_eq!(taps(target_layers, expected.len()), expected, "{target_layers} layers");
+    }
+    assert_eq!(taps(36, 1), [18]);
+    // 10.5 and 29.5 go to the even neighbour, as Python rounds.
+    assert_eq!(taps(42, 5), [1, 10, 20, 30, 39]);
+}
+
+#[test]
+fn drafter_fields_are_read_from_both_places_and_the_inner_one_wins() {
+    let mut config = published(64, 64, 2, 4, 2, 3);
+    let block = |config: &Value| drafter_from(config).unwrap().block;
+    assert_eq!(block(&config), 16);
+    config["block_size"] = 10.into();
+    assert_eq!(block(&config), 10);
+    config["dflash_config"]["block_size"] = 8.into();
+    assert_eq!(block(&config), 8);
+
+    config["input_embedding_scale"] = json!(2.5);
+    config["output_multiplier"] = json!(0.25);
+    config["final_logit_softcapping"] = json!(20);
+    config["dflash_config"]["output_multiplier"] = json!(0.5);
+    let drafter = drafter_from(&config).unwrap();
+    assert_eq!((drafter.embedding_scale, drafter.output_multiplier, drafter.softcap), (2.5, 0.5, Some(20.0)));
+    config["dflash_config"]["final_logit_softcapping"] = json!(0.0);
+    assert_eq!(drafter_from(&config).unwrap().softcap, None);
+
+    // All of it at top level, and `dflash_config` absent.
+    let flat = config["dflash_config"].take();
+    config.as_object_mut().unwrap().extend(flat.as_object().unwrap().clone());
+    let drafter = drafter_from(&config).unwrap();
+    assert_eq!(
+        (drafter.taps.as_slice(), drafter.mask_token, drafter.block),
+        ([0, 1, 2].as_slice(), 151_669, 8)
+    );
+}
+
+#[test]
+fn causality_and_windows_resolve_as_the_reference_does() {
+    let mut config = published(64, 64, 3, 4, 2, 2);
+    let seen = |config: &Value| drafter_from(config).unwrap().stack.attention;
+    let of = |causal, window| Attention { causal, window };
+    assert_eq!(seen(&config), [of(false, None); 3]);
+    config["layer_types"] = json!(["sliding_attention", "sliding_attention", "full_attention"]);
+    config["sliding_window"] = 2048.into();
+    let mixed = [of(true, Some(2048)), of(true, Some(2048)), of(false, None)];
+    assert_eq!(seen(&config), mixed);
+    config["use_sliding_window"] = true.into();
+    assert_eq!(seen(&config), mixed);
+    config["dflash_config"]["causal"] = true.into();
+    assert_eq!(seen(&config), [of(true, Some(2048)), of(true, Some(2048)), of(true, None)]);
+    config["is_causal"] = false.into();
+    assert_eq!(seen(&config), [of(false, Some(2048)), of(false, Some(2048)), of(false, None)]);
+    // The window counts only where `layer_types` says sliding.
+    config["layer_types"] = json!(["full_attention", "full_attention", "full_attention"]);
+    assert_eq!(seen(&config), [of(false, None); 3]);
+}
+
+#[test]
+fn sliding_layers_of_a_target_are_those_that_hugging_face_makes() {
+    let mut config = support::target_config(&Target::default());
+    config["sliding_window"] = 32.into();
+    config["max_window_layers"] = 3.into();
+    let windows = |config: &Value| {
+        let attention = target_from(config).unwrap().stack.attention;
+        assert!(attention.iter().all(|a| a.causal));
+        attention.iter().map(|a| a.window).collect::<Vec<_>>()
+    };
+    assert_eq!(windows(&config), [None; 4]);
+    config["use_sliding_window"] = true.into();
+    assert_eq!(windows(&config), [None, None, None, Some(32)]);
+    config["layer_types"] =
+        json!(["sliding_attention", "full_attention", "sliding_attention", "full_attention"]);
+    assert_eq!(windows(&config), [Some(32), None, Some(32), None]);
+}
+
+#[test]
+fn head_sizes_default_as_in_hugging_face() {
+    let mut config = support::target_config(&Target { llama: true, ..Target::default() });
+    config.as_object_mut().unwrap().remove("head_dim");
+    config.as_object_mut().unwrap().remove("num_key_value_heads");
+    let stack = target_from(&config).unwrap().stack;
+    assert_eq!((stack.head_dim, stack.kv_heads, stack.qk_norm), (64 / 4, 4, false));
+    let mut config = support::target_config(&Target::default());
+    config["head_dim"] = Value::Null;
+    assert_eq!(target_from(&config).unwrap().stack.head_dim, 128);
+}
+
+// ---- RoPE ----
+
+/// Values of `modeling_rope_utils` of transformers 4.57.6 (its functions run in f64 on numpy): the settings, head_dim,
+/// factor on cos and sin, and some inverse frequencies.
+#[test]
+fn rope_frequencies_are_those_of_hugging_face() {
+    type Case = (Value, f64, usize, f64, &'static [(usize, f64)]);
+    let cases: [Case; 8] = [
+        (
+            // Llama 3.1
+            json!({ "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192 }),
+            5e5,
+            128,
+            1.0,
+            &[
+                (0, 1.0),
+                (16, 0.03760603093086393),
+                (28, 0.0032114459947525913),
+                (29, 0.002166570763503359),
+                (34, 0.00017850781276799638),
+                (35, 9.556212353964683e-05),
+                (63, 3.068925988914511e-07),
+            ],
+        ),
+        (
+            // gpt-oss
+            json!({ "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                    "original_max_position_embeddings": 4096, "truncate": false }),
+            150_000.0,
+            64,
+            1.3465735902799727,
+            &[
+                (8, 0.050813274815461475),
+                (9, 0.03170569618466377),
+                (12, 0.006794959489732219),
+                (17, 0.00012931870124506317),
+                (18, 3.8308812373753384e-05),
+                (31, 3.0235114281192144e-07),
+            ],
+        ),
+        (
+            json!({ "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096 }),
+            150_000.0,
+            64,
+            1.3465735902799727,
+            &[(9, 0.031620752275346484), (12, 0.007015713910504388), (17, 0.0002279477957951252)],
+        ),
+        (
+            // Qwen3's recipe for long context; the old spelling of the type
+            json!({ "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768 }),
+            1e6,
+            128,
+            1.138629436111989,
+            &[
+                (23, 0.006978305848598663),
+                (24, 0.005375321490790102),
+                (39, 6.490394320837029e-05),
+                (40, 4.445698525097307e-05),
+                (63, 3.102344401879299e-07),
+            ],
+        ),
+        (
+            json!({ "rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5,
+                    "original_max_position_embeddings": 4096 }),
+            1e4,
+            64,
+            1.1557219901962608,
+            &[(12, 0.026879360111431223), (31, 3.33380358040831e-06)],
+        ),
+        (
+            // without an original length it is max_position_embeddings, 163840 here
+            json!({ "rope_type": "yarn", "factor": 40.0, "attention_factor": 1.25 }),
+            1e4,
+            64,
+            1.25,
+            &[(12, 0.03162277660168379), (31, 5.334085728653295e-05)],
+        ),
+        (
+            json!({ "type": "linear", "factor": 4.0 }),
+            1e4,
+            64,
+            1.0,
+            &[(0, 0.25), (12, 0.007905694150420948), (31, 3.33380358040831e-05)],
+        ),
+        (Value::Null, 1e4, 64, 1.0, &[(12, 0.03162277660168379), (31, 0.0001333521432163324)]),
+    ];
+    for (scaling, theta, head_dim, factor, expected) in cases {
+        let older = support::target_config(&Target {
+            head_dim,
+            rope_theta: theta,
+            rope_scaling: scaling.clone(),
+            max_positions: 163_840,
+            ..Target::default()
+        });
+        // The newer spelling of the same.
+        let mut newer = older.clone();
+        let fields = newer.as_object_mut().unwrap();
+        fields.remove("rope_theta");
+        fields.remove("rope_scaling");
+        let mut parameters = if scaling.is_null() { json!({ "rope_type": "default" }) } else { scaling };
+        parameters["rope_theta"] = theta.into();
+        fields.insert("rope_parameters".into(), parameters);
+        for config in [older, newer] {
+            let (frequencies, magnitude) = target_from(&config).unwrap().stack.rope.frequencies();
+            assert_eq!(frequencies.len(), head_dim / 2);
+            assert!((magnitude - factor).abs() < 1e-12, "{config}: {magnitude}");
+            for &(i, value) in expected {
+                let error = (frequencies[i] / value - 1.0).abs();
+                assert!(error < 1e-11, "{config}: pair {i} is {}, expected {value}", frequencies[i]);
+            }
+        }
+    }
+}
+
+#[test]
+fn partial_rotary_factor_rotates_the_leading_dims() {
+    let mut config = published(64, 64, 2, 4, 2, 2);
+    config["dflash_config"]["partial_rotary_factor"] = json!(0.5);
+    config["rope_theta"] = json!(1e4);
+    let rope = drafter_from(&config).unwrap().stack.rope;
+    assert_eq!(rope.rotary_dims, 64);
+    let (frequencies, _) = rope.frequencies();
+    // As in the table above: half of a head of 128 is a head of 64.
+    assert!((frequencies[12] / 0.03162277660168379 - 1.0).abs() < 1e-11);
+}

@@ -1,0 +1,224 @@
+//! Checkpoints with anything at all in their files: opening them gives a result or one sentence.
+
+use crate::support;
+
+use dflash::Error;
+use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
+use dflash::checkpoint::safetensors::{Checkpoint, Dtype};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::fs;
+use std::sync::LazyLock;
+use support::{Target, disk, open_all, small, write_pair};
+
+/// Notes the largest single allocation of each thread.
+struct Counting;
+
+thread_local! {
+    static LARGEST: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: every call is passed on unchanged to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(layout.size())));
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(size)));
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const FILES: [(bool, &str); 7] = [
+    (true, "config.json"),
+    (true, "generation_config.json"),
+    (true, "model.safetensors.index.json"),
+    (true, "model-00001-of-00002.safetensors"),
+    (true, "model-00002-of-00002.safetensors"),
+    (false, "config.json"),
+    (false, "model.safetensors"),
+];
+
+/// The files of a good pair.
+static WHOLE: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
+    let (target, drafter) = small();
+    let pair = write_pair(&Target { shards: 2, ..target }, &drafter);
+    let folder = |of_target| if of_target { &pair.target } else { &pair.drafter };
+    FILES.iter().map(|(of_target, name)| fs::read(folder(*of_target).join(name)).unwrap()).collect()
+});
+
+/// One way to spoil a file. Numbers are taken modulo what the file has.
+#[derive(Debug, Clone)]
+enum Spoil {
+    Flip { at: usize, bit: u8 },
+    Truncate { at: usize },
+    Splice { from: usize, length: usize, to: usize },
+    Field { at: usize, value: Value },
+}
+
+fn spoil() -> impl Strategy<Value = Spoil> {
+    let odd = [
+        Value::Null,
+        json!(true),
+        json!(0),
+        json!(1),
+        json!(3),
+        json!(-1),
+        json!(1.5),
+        json!(1e308),
+        json!(1e-308),
+        json!(u64::MAX),
+        json!(i64::MIN),
+        json!(1024),
+        json!(1 << 24),
+        json!(""),
+        json!("\u{1b}[2J\n\0"),
+        json!("../.."),
+        json!([]),
+        json!([0, 1]),
+        json!([[1e300]]),
+        json!({}),
+        json!({ "rope_type": "yarn", "factor": 1e300, "beta_fast": 1e-300, "beta_slow": 1e-300 }),
+        json!({ "rope_type": "llama3", "factor": 1e300, "low_freq_factor": 1e-300, "high_freq_factor": 1e300,
+                "original_max_position_embeddings": 1 }),
+        json!({ "dtype": "F32", "shape": [1], "data_offsets": [0, 4] }),
+    ];
+    prop_oneof![
+        (any::<usize>(), 0..8u8).prop_map(|(at, bit)| Spoil::Flip { at, bit }),
+        any::<usize>().prop_map(|at| Spoil::Truncate { at }),
+        (any::<usize>(), 1..64usize, any::<usize>()).prop_map(|(from, length, to)| Spoil::Splice {
+            from,
+            length,
+            to
+        }),
+        (any::<usize>(), proptest::sample::select(odd.to_vec()))
+            .prop_map(|(at, value)| Spoil::Field { at, value }),
+    ]
+}
+
+/// Every value in a JSON tree, the tree itself first.
+fn places<'a>(value: &'a mut Value, at: &mut usize) -> Option<&'a mut Value> {
+    if *at == 0 {
+        return Some(value);
+    }
+    *at -= 1;
+    match value {
+        Value::Array(list) => list.iter_mut().find_map(|v| places(v, at)),
+        Value::Object(map) => map.values_mut().find_map(|v| places(v, at)),
+        _ => None,
+    }
+}
+
+fn count(value: &Value) -> usize {
+    1 + match value {
+        Value::Array(list) => list.iter().map(count).sum(),
+        Value::Object(map) => map.values().map(count).sum(),
+        _ => 0,
+    }
+}
+
+/// The JSON part of a file: all of it, or a safetensors header.
+fn json_part(file: &[u8]) -> (usize, usize) {
+    match file.first_chunk::<8>().map(|n| u64::from_le_bytes(*n)) {
+        Some(n) if n < file.len() as u64 - 8 => (8, 8 + n as usize),
+        _ => (0, file.len()),
+    }
+}
+
+fn apply(spoil: &Spoil, file: &mut Vec<u8>) {
+    if file.is_empty() {
+        return;
+    }
+    let (begin, end) = json_part(file);
+    match spoil {
+        // Half of the flips go to the JSON, where they matter.
+        Spoil::Flip { at, bit } if at % 2 == 0 => file[at / 2 % end] ^= 1 << bit,
+        Spoil::Flip { at, bit } => {
+            let at = at % file.len();
+            file[at] ^= 1 << bit;
+        }
+        Spoil::Truncate { at } => file.truncate(at % file.len()),
+        Spoil::Splice { from, length, to } => {
+            let from = from % end;
+            let piece = file[from..(from + length).min(end)].to_vec();
+            let to = to % end;
+            file.splice(to..to, piece);
+        }
+        Spoil::Field { at, value } => {
+            let Ok(mut tree) = serde_json::from_slice::<Value>(&file[begin..end]) else { return };
+            let mut at = at % count(&tree);
+            *places(&mut tree, &mut at).unwrap() = value.clone();
+            let text = tree.to_string();
+            *file = match begin {
+                0 => text.into_bytes(),
+                _ => support::safetensors_raw(&text, &file[end..]),
+            };
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever is in the files: a result or one sentence, never a panic, and no allocation that they do not justify.
+    #[test]
+    fn spoiled_checkpoints_never_panic_nor_claim_memory(
+        edits in prop::collection::vec((0..FILES.len(), spoil()), 1..4)
+    ) {
+        let root = tempfile::tempdir().unwrap();
+        let (target, drafter) = (root.path().join("target"), root.path().join("drafter"));
+        fs::create_dir(&target).unwrap();
+        fs::create_dir(&drafter).unwrap();
+        let mut files = WHOLE.clone();
+        for (which, spoil) in &edits {
+            apply(spoil, &mut files[*which]);
+        }
+        for ((of_target, name), file) in FILES.iter().zip(&files) {
+            fs::write(if *of_target { &target } else { &drafter }.join(name), file).unwrap();
+        }
+        let bytes: usize = files.iter().map(Vec::len).sum();
+        let (target, drafter) = (disk(&target), disk(&drafter));
+
+        LARGEST.set(0);
+        let opened = open_all(&target, &drafter);
+        // Also what the pair's check would have stopped.
+        let parts = [TargetConfig::open(&target).map(|c| c.stack.rope.frequencies()),
+            DrafterConfig::open(&drafter).map(|c| c.stack.rope.frequencies())];
+        let files = [Checkpoint::open(&target), Checkpoint::open(&drafter)];
+        let largest = LARGEST.get();
+
+        // 64 bytes per byte of JSON for its tree, and the tensor names of the most layers a config may have.
+        prop_assert!(largest <= 64 * bytes + (1 << 20), "{largest} bytes at once for files of {bytes}");
+        let mut errors: Vec<Error> = files.iter().filter_map(|f| f.as_ref().err().cloned()).collect();
+        errors.extend(parts.iter().filter_map(|p| p.as_ref().err().cloned()));
+        errors.extend(opened.as_ref().err().cloned());
+        for error in errors {
+            prop_assert!((2..=4).contains(&error.exit_code()), "{error:?}");
+            let sentence = error.to_string();
+            prop_assert!(!sentence.contains(char::is_control) && sentence.len() < 1000, "{sentence:?}");
+        }
+        for (frequencies, magnitude) in parts.iter().flatten() {
+            prop_assert!(frequencies.iter().all(|f| f.is_finite()) && magnitude.is_finite(), "{frequencies:?}");
+        }
+        if let Ok((target, drafter, target_weights, drafter_weights)) = opened {
+            for (weights, tensors) in [(target_weights, target.tensors()), (drafter_weights, drafter.tensors())] {
+                for (name, shape) in tensors {
+                    let tensor = weights.tensor(&name, &shape).unwrap();
+                    let size = if tensor.dtype == Dtype::F32 { 4 } else { 2 };
+                    prop_assert_eq!(tensor.bytes().len(), shape.iter().product::<usize>() * size);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! dflash-gen and the scripts in tools/ as a user runs them.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod chat;
+mod cli;
+mod outside;
+mod plan;
+mod profile;
+mod profiling_tools;
+mod tools;

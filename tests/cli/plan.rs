@@ -1,0 +1,625 @@
+//! What is known of a pair without a device: memory, whether it fits, and the launches of a round; held against what the
+//! emulator allocates and captures.
+
+use crate::support;
+use crate::support::program;
+
+use dflash::Error;
+use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::gpu::decoder::{Batch, Models};
+use dflash::gpu::device::{Arg, Buffer, Device, Node};
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::graph_listing::{Group, layers, of_round, outline};
+use dflash::gpu::kernels::attention::MOST_SLOTS;
+use dflash::gpu::memory::{BatchConfig, Ledger, MemoryPlan, Overhead};
+use dflash::gpu::model::PAGE;
+use serde_json::{Map, Value, json};
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use support::disk;
+
+fn demo() -> Pair {
+    Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()
+}
+
+/// A folder with this config and all its weights, which are zeros and take no place on the disk.
+fn sparse(dir: &Path, config: &Value, tensors: impl FnOnce() -> Vec<(String, Vec<usize>)>) {
+    fs::create_dir_all(dir).unwrap();
+    support::write_json(dir, "config.json", config);
+    let (mut header, mut end) = (Map::new(), 0);
+    for (name, shape) in tensors() {
+        let begin = end;
+        end += shape.iter().product::<usize>() * 2;
+        header.insert(name, json!({ "dtype": "BF16", "shape": shape, "data_offsets": [begin, end] }));
+    }
+    let head = support::safetensors_raw(&Value::Object(header).to_string(), &[]);
+    let path = dir.join("model.safetensors");
+    fs::write(&path, &head).unwrap();
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len((head.len() + end) as u64).unwrap();
+}
+
+fn sparse_pair(target: &support::Target, drafter: &support::Drafter) -> (support::Pair, Pair) {
+    let root = tempfile::tempdir().unwrap();
+    let files =
+        support::Pair { target: root.path().join("target"), drafter: root.path().join("drafter"), root };
+    let (target_dir, drafter_dir) = (disk(&files.target), disk(&files.drafter));
+    sparse(&files.target, &support::target_config(target), || {
+        TargetConfig::open(&target_dir).unwrap().tensors()
+    });
+    sparse(&files.drafter, &support::drafter_config(target, drafter), || {
+        DrafterConfig::open(&drafter_dir).unwrap().tensors()
+    });
+    let pair = Pair::open(target_dir, Some(drafter_dir)).unwrap();
+    (files, pair)
+}
+
+fn qwen3_8b() -> (support::Target, support::Drafter) {
+    let target = support::Target {
+        hidden: 4096,
+        intermediate: 12288,
+        layers: 36,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        vocab: 151_936,
+        tied: false,
+        max_positions: 40960,
+        ..Default::default()
+    };
+    let drafter = support::Drafter {
+        intermediate: 12288,
+        layers: 5,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        taps: vec![1, 9, 17, 25, 33],
+        mask_token: 151_669,
+        block: 16,
+        max_positions: 40960,
+        ..Default::default()
+    };
+    (target, drafter)
+}
+
+/// A pair whose kernels differ from those of the demo pair, with `layers` layers in the target.
+fn small(layers: usize, sliding: Vec<bool>) -> (support::Pair, Pair) {
+    let target = support::Target {
+        hidden: 192,
+        intermediate: 160,
+        layers,
+        heads: 3,
+        kv_heads: 1,
+        head_dim: 64,
+        vocab: 301,
+        tied: false,
+        ..Default::default()
+    };
+    let drafter = support::Drafter {
+        intermediate: 96,
+        layers: sliding.len(),
+        heads: 2,
+        kv_heads: 2,
+        head_dim: 128,
+        taps: (0..layers - 1).rev().collect(),
+        window: Some(40),
+        sliding,
+        ..Default::default()
+    };
+    let files = support::write_pair(&target, &drafter);
+    let pair = Pair::open(disk(&files.target), Some(disk(&files.drafter))).unwrap();
+    (files, pair)
+}
+
+/// The demo pair, two small ones, and a target alone.
+fn pairs() -> Vec<(Option<support::Pair>, Pair)> {
+    let (files, alternating) = small(3, vec![true, false, true, false]);
+    let (single_files, single) = small(2, vec![false]);
+    let alone = Pair::open(disk(&single_files.target), None).unwrap();
+    vec![(None, demo()), (Some(files), alternating), (Some(single_files), single), (None, alone)]
+}
+
+fn rooms(pair: &Pair) -> Vec<BatchConfig> {
+    let most = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
+    let of = |(sequences, block, positions)| BatchConfig::new(sequences, block, positions);
+    let mut rooms = [(1, 1, 64), (1, most, 256), (3, most.min(7), 200), (16, most, 65)].map(of).to_vec();
+    if most > 1 {
+        let (small, large) = (of((2, most, 100)), of((3, most, 200)));
+        rooms.extend([small.with_trees(5), BatchConfig { rules: true, ..small }]);
+        rooms.push(BatchConfig { rules: true, ..large.with_trees(64) });
+    }
+    rooms
+}
+
+fn batch<'a>(device: &'a dyn Device, models: &'a Models, room: BatchConfig) -> Batch<'a> {
+    Batch::new(device, models, room).unwrap()
+}
+
+// ---- memory ----
+
+#[test]
+fn the_table_of_the_demo_pair() {
+    let plan = MemoryPlan::new(&demo(), BatchConfig::new(1, 16, 4096)).unwrap();
+    let expected = "\
+memory for 1 sequence of 4096 positions in blocks of 16:
+  target weights                  4007424 bytes      3.8 MiB
+  vocabulary                       524288 bytes    512.0 KiB
+  drafter weights                 2627072 bytes      2.5 MiB
+  keys and values                18874368 bytes     18.0 MiB
+  page tables                         512 bytes      0.5 KiB
+  workspaces                      1081808 bytes      1.0 MiB
+  activations and state           3196400 bytes      3.0 MiB
+  in all                         30311872 bytes     28.9 MiB
+  at most while loading           7684608 bytes      7.3 MiB
+  to be free on a GPU           572522784 bytes    546.0 MiB
+  page-locked on the host             288 bytes      0.3 KiB
+pages of keys and values: 64 of 294912 bytes, 4608 a position";
+    assert_eq!(plan.to_string(), expected);
+}
+
+#[test]
+fn a_gpu_needs_every_allocation_rounded_up_and_a_reserve() {
+    for (_files, pair) in pairs() {
+        for room in rooms(&pair) {
+            let plan = MemoryPlan::new(&pair, room).unwrap();
+            let ledger = Ledger::new();
+            let round = |taken: &[(String, usize)]| -> usize {
+                taken.iter().map(|(_, bytes)| bytes.next_multiple_of(2 << 20)).sum()
+            };
+            let models = Models::load(&ledger, &pair, room.positions).unwrap();
+            let loaded = ledger.take();
+            let (weights, passing) = loaded.split_at(loaded.len() - 2);
+            batch(&ledger, &models, room);
+            let rest = ledger.take();
+            let stays = round(weights) + round(&rest) + ledger.pinned_bytes();
+            let needed = plan.needed(Overhead::GPU) - (256 << 20);
+            let loading = round(weights) + round(passing);
+            assert!(loading < stays, "{room:?}");
+            assert_eq!(needed, stays, "{room:?}");
+            assert_eq!(plan.allocations(), weights.len() + rest.len());
+        }
+    }
+}
+
+/// Where a matrix on its way to the device takes more than a small batch.
+#[test]
+fn loading_may_need_more_than_what_stays() {
+    let wide = support::Target {
+        hidden: 2048,
+        intermediate: 4096,
+        layers: 2,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 64,
+        vocab: 301,
+        ..Default::default()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let folder = disk(dir.path());
+    let tensors = || TargetConfig::open(&folder).unwrap().tensors();
+    sparse(dir.path(), &support::target_config(&wide), tensors);
+    let pair = Pair::open(disk(dir.path()), None).unwrap();
+    let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 1, 64)).unwrap();
+    assert!(plan.loading() > plan.total());
+    let needed = plan.needed(Overhead::NONE);
+    let load = |bytes: usize| Models::load(&Emulator::with_memory(bytes as u64), &pair, 64).is_ok();
+    assert!(load(needed) && !load(needed - 1));
+    assert!(plan.check(&pair, needed - 1, Overhead::NONE).is_err());
+    let granule = Overhead { granule: 1 << 20, reserve: 5 };
+    let ledger = Ledger::new();
+    drop(Models::load(&ledger, &pair, 64).unwrap());
+    let rounded = ledger.take().iter().map(|(_, bytes)| bytes.next_multiple_of(1 << 20)).sum::<usize>();
+    assert!(plan.needed(granule) >= rounded + 5);
+}
+
+#[test]
+fn the_largest_context_fits_and_a_page_more_does_not() {
+    for (_files, pair) in &pairs() {
+        let block = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
+        let most = pair.target.config.stack.max_positions;
+        let plan = |pages: usize| MemoryPlan::new(pair, BatchConfig::new(2, block, pages * PAGE)).unwrap();
+        for overhead in [Overhead::NONE, Overhead::GPU] {
+            let needed = |pages| plan(pages).needed(overhead);
+            let largest = |free| {
+                MemoryPlan::largest_context(pair, BatchConfig::new(2, block, 1), free, overhead).unwrap()
+            };
+            assert_eq!(largest(needed(1) - 1), 0);
+            assert_eq!(largest(usize::MAX), most);
+            // On a GPU several numbers of pages need as much.
+            let most_like_three = (3..).take_while(|&pages| needed(pages) == needed(3)).last().unwrap();
+            assert_eq!(largest(needed(3)), most.min(most_like_three * PAGE));
+            if needed(2) < needed(3) {
+                assert_eq!(largest(needed(3) - 1), 2 * PAGE);
+            }
+        }
+        // As the emulator has it.
+        for free in [plan(1).needed(Overhead::NONE), plan(3).needed(Overhead::NONE) - 1] {
+            let largest =
+                MemoryPlan::largest_context(pair, BatchConfig::new(2, block, 1), free, Overhead::NONE)
+                    .unwrap();
+            let runs = |positions: usize| {
+                let (device, room) =
+                    (Emulator::with_memory(free as u64), BatchConfig::new(2, block, positions));
+                let models = Models::load(&device, pair, positions);
+                models.is_ok_and(|models| Batch::new(&device, &models, room).is_ok())
+            };
+            assert!(runs(largest) && !runs(largest + PAGE), "{largest}");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_one_sentence_with_the_context_that_would() {
+    let pair = demo();
+    let plan = MemoryPlan::new(&pair, BatchConfig::new(2, 8, 4096)).unwrap();
+    let check =
+        |free, overhead| plan.check(&pair, free, overhead).map_err(|e| (e.exit_code(), e.to_string()));
+    for overhead in [Overhead::NONE, Overhead::GPU] {
+        let needed = plan.needed(overhead);
+        assert_eq!(check(needed, overhead), Ok(()));
+        assert_eq!(check(needed - 1, overhead).unwrap_err().0, 5);
+    }
+    let needed = plan.needed(Overhead::NONE);
+    assert_eq!(needed, 49_187_472);
+    assert_eq!(
+        check(needed - 1, Overhead::NONE).unwrap_err().1,
+        "not enough memory on the device for 2 sequences of 4096 positions in blocks of 8: 49187472 bytes (46.9 MiB) are \
+         needed, 49187471 bytes (46.9 MiB) are free; the largest --ctx that fits is 4032"
+    );
+    let sentence = check(5 << 20, Overhead::GPU).unwrap_err().1;
+    assert!(
+        sentence.ends_with("5242880 bytes (5.0 MiB) are free; not even 64 positions of each fit"),
+        "{sentence}"
+    );
+}
+
+// ---- launches ----
+
+/// A launch's numbers, and which of the buffers seen so far its pointers are.
+fn without_addresses(nodes: &[Node]) -> Vec<(&'static str, [u32; 3], u32, Vec<String>)> {
+    let mut seen: HashMap<(u64, usize), usize> = HashMap::new();
+    let mut name = |buffer: &Buffer| {
+        let next = seen.len();
+        let number = *seen.entry((buffer.address(), buffer.bytes())).or_insert(next);
+        format!("buffer {number} of {} bytes", buffer.bytes())
+    };
+    let mut out = vec![];
+    for node in nodes {
+        let Node::Launch(launch) = node else { panic!("a round copies nothing: {node:?}") };
+        let mut args = vec![];
+        for arg in &launch.args {
+            args.push(match arg {
+                Arg::Buffer(buffer) => name(buffer),
+                other => format!("{other:?}"),
+            });
+        }
+        out.push((launch.kernel.name, launch.grid, launch.shared, args));
+    }
+    out
+}
+
+#[test]
+fn the_launches_known_without_a_device_are_those_that_the_emulator_captures() {
+    for (_files, pair) in &pairs() {
+        for room in rooms(pair) {
+            let device = Emulator::new();
+            let models = Models::load(&device, pair, room.positions).unwrap();
+            let batch = batch(&device, &models, room);
+            for sampled in [false, true] {
+                let counted = without_addresses(&of_round(pair, room, sampled).unwrap());
+                let captured = without_addresses(&batch.largest(sampled).unwrap().nodes);
+                assert_eq!(counted.len(), captured.len());
+                for (counted, captured) in counted.iter().zip(&captured) {
+                    assert_eq!(counted, captured, "{room:?}, sampled {sampled}");
+                }
+            }
+        }
+    }
+}
+
+/// Launches of a round of that pair, and its layers with the launches of each.
+fn count(pair: &Pair, room: BatchConfig) -> (usize, Option<(usize, usize)>) {
+    let nodes = of_round(pair, room, false).unwrap();
+    (nodes.len(), layers(&outline(&nodes)))
+}
+
+#[test]
+fn a_round_is_five_launches_a_layer_and_a_few() {
+    for (_files, pair) in &pairs() {
+        let own = pair.target.config.stack.attention.len();
+        let drafters = pair.drafter.as_ref().map_or(0, |drafter| drafter.config.stack.attention.len());
+        for room in rooms(pair) {
+            let (layers, more) = if room.block > 1 { (own + drafters, 13) } else { (own, 8) };
+            let more = more + if room.tree > 0 { 2 } else { 0 };
+            assert_eq!(count(pair, room), (5 * layers + more, Some((layers, 5))), "{room:?}");
+        }
+    }
+    let (_files, pair) = sparse_pair(&qwen3_8b().0, &qwen3_8b().1);
+    assert_eq!(count(&pair, BatchConfig::new(1, 16, 40960)), (218, Some((41, 5))));
+    assert_eq!(count(&pair, BatchConfig::new(1, 1, 40960)), (188, Some((36, 5))));
+}
+
+/// An outline says each node once, in order, but for arguments.
+#[test]
+fn an_outline_unfolds_to_the_graph() {
+    for (_files, pair) in &pairs() {
+        for room in rooms(pair) {
+            let nodes = of_round(pair, room, false).unwrap();
+            let sections = outline(&nodes);
+            let names: Vec<&str> = sections.iter().map(|section| section.name).collect();
+            match room.block {
+                1 => assert_eq!(names, ["begin", "verify", "accept"]),
+                _ => assert_eq!(names, ["begin", "inject", "draft", "verify", "accept"]),
+            }
+            let mut unfolded = vec![];
+            for section in &sections {
+                let mut next = 0;
+                for group in section.groups.iter().filter(|group| !group.layers.is_empty()) {
+                    assert_eq!(group.layers.start, next);
+                    next = group.layers.end;
+                }
+                let stack = match (section.name, &pair.drafter) {
+                    ("draft", Some(drafter)) => Some(&drafter.config.stack),
+                    ("verify", _) => Some(&pair.target.config.stack),
+                    _ => None,
+                };
+                assert_eq!(next, stack.map_or(0, |stack| stack.attention.len()), "{}", section.name);
+                for group in &section.groups {
+                    (0..group.times).for_each(|_| unfolded.extend(group.nodes));
+                }
+            }
+            let place = |node: &Node| match node {
+                Node::Launch(launch) => (launch.kernel.name, launch.grid, launch.shared),
+                other => panic!("{other:?}"),
+            };
+            let unfolded: Vec<_> = unfolded.into_iter().map(place).collect();
+            assert_eq!(unfolded, nodes.iter().map(place).collect::<Vec<_>>());
+        }
+    }
+}
+
+/// Number of repetitions and layers of a part's groups.
+fn shape(pair: &Pair, name: &str, block: usize) -> Vec<(usize, std::ops::Range<usize>, usize)> {
+    let nodes = of_round(pair, BatchConfig::new(1, block, 64), false).unwrap();
+    let sections = outline(&nodes);
+    let section = sections.iter().find(|section| section.name == name).unwrap();
+    let layers = |group: &Group| if group.layers.is_empty() { 0..0 } else { group.layers.clone() };
+    section.groups.iter().map(|group| (group.times, layers(group), group.nodes.len())).collect()
+}
+
+#[test]
+fn equal_layers_are_told_once_and_others_apart() {
+    let of = |sliding: Vec<bool>| {
+        let (_files, pair) = small(2, sliding);
+        shape(&pair, "draft", 8)
+    };
+    let around = |layers: Vec<_>| [vec![(1, 0..0, 2)], layers, vec![(1, 0..0, 2)]].concat();
+    assert_eq!(of(vec![false]), around(vec![(1, 0..1, 5)]));
+    assert_eq!(of(vec![false; 4]), around(vec![(4, 0..4, 5)]));
+    // Sliding layers are causal and take another kernel.
+    assert_eq!(of(vec![true, true, true, false]), around(vec![(3, 0..3, 5), (1, 3..4, 5)]));
+    assert_eq!(of(vec![true, false, true, false]), around(vec![(2, 0..4, 10)]));
+    assert_eq!(of([true, true, true, false].repeat(2)), around(vec![(2, 0..8, 20)]));
+    assert_eq!(of(vec![true, false, true]), around(vec![(1, 0..1, 5), (1, 1..2, 5), (1, 2..3, 5)]));
+}
+
+// ---- the command ----
+
+#[test]
+fn the_listing_in_the_readme_is_what_the_program_prints() {
+    let readme = include_str!("../../README.md");
+    let command = "\n$ target/release/dflash-gen --plan --launches\n";
+    let (_, behind) = readme.split_once(command).expect("the README has the command");
+    let (listing, _) = behind.split_once("```").unwrap();
+    assert_eq!(listing, program::run(["--plan", "--launches"]).done());
+}
+
+#[test]
+fn launches_of_other_rounds() {
+    let plain = program::run(["--plan", "--launches", "--block", "1"]).done();
+    assert!(plain.starts_with("a round of 1 sequence of 4096 positions in blocks of 1, greedy\n"), "{plain}");
+    assert!(plain.ends_with("\na round is 38 launches: 5 for each of 6 layers, and 8\n"), "{plain}");
+    let sampled = program::run(["--plan", "--launches", "--temperature", "0.5"]).done();
+    assert!(sampled.contains("in blocks of 16, sampled\n"), "{sampled}");
+    let (files, _) = small(2, vec![true, false, true, false, true]);
+    let text = program::run_pair(&files, &["--plan", "--launches"]).done();
+    for line in [
+        "  layers 0..3 of the drafter, 2 x:",
+        "  layer 4 of the drafter:",
+        "  layers 0..1 of the target, 2 x:",
+    ] {
+        assert!(text.lines().any(|l| l == line), "no {line:?} in:\n{text}");
+    }
+    assert!(text.contains("in blocks of 8, greedy") && text.contains("of 256 positions"), "{text}");
+}
+
+#[test]
+fn launches_as_json_are_those_of_the_text() {
+    let list = program::run(["--plan", "--launches", "--json"]).json().remove(0);
+    let text = program::run(["--plan", "--launches"]).done();
+    assert_eq!(
+        (&list["launches"], &list["layers"], &list["launches_per_layer"]),
+        (&json!(58), &json!(9), &json!(5))
+    );
+    assert_eq!(list["room"], json!({"sequences": 1, "block": 16, "positions": 4096, "pages": 64}));
+    let (mut launches, mut lines) = (0, text.lines().skip(2));
+    for section in list["sections"].as_array().unwrap() {
+        assert_eq!(lines.next().unwrap(), section["name"]);
+        for group in section["groups"].as_array().unwrap() {
+            if !group["layers"].is_null() {
+                let model = group["layers"]["model"].as_str().unwrap();
+                assert!(lines.next().unwrap().contains(&format!(" of the {model}, {} x:", group["times"])));
+            }
+            for launch in group["launches"].as_array().unwrap() {
+                launches += group["times"].as_u64().unwrap();
+                let grid: Vec<String> =
+                    launch["grid"].as_array().unwrap().iter().map(Value::to_string).collect();
+                let words = format!(
+                    "{} {} {} {}",
+                    launch["kernel"].as_str().unwrap(),
+                    grid.join(" x "),
+                    launch["threads"],
+                    launch["shared_bytes"]
+                );
+                let line: Vec<&str> = lines.next().unwrap().split_whitespace().collect();
+                assert_eq!(line.join(" "), words);
+            }
+        }
+    }
+    assert_eq!(launches, 58);
+}
+
+#[test]
+fn launches_need_a_plan_and_a_model_that_the_kernels_run() {
+    let run = program::run(["--launches"]);
+    assert!(run.code == 2 && run.err.contains("--plan"), "{run:?}");
+    // Heads of 24.
+    let files = support::write_pair(&support::Target::default(), &support::Drafter::default());
+    assert_eq!(program::run_pair(&files, &["--plan"]).code, 0);
+    let run = program::run_pair(&files, &["--plan", "--launches"]);
+    assert_eq!(run.code, 4, "{run:?}");
+    assert_eq!((run.out.as_str(), run.err.lines().count()), ("", 1));
+    assert!(run.err.contains("the kernels cannot run this model: "), "{run:?}");
+}
+
+#[test]
+fn a_plan_for_a_device_has_its_memory_too() {
+    let args = ["--plan", "--device", "cuda", "--ctx", "1000", "--block", "8"];
+    let plan = MemoryPlan::new(&demo(), BatchConfig::new(1, 8, 1000)).unwrap();
+    let text = program::run(args).done();
+    assert!(text.starts_with("target demo/target: ") && text.ends_with(&format!("\n{plan}\n")), "{text}");
+    assert!(!program::run(["--plan", "--device", "cpu"]).done().contains("memory for"));
+    let memory = program::run([&args[..], &["--json"]].concat()).json().remove(0)["memory"].take();
+    assert_eq!(memory["room"], json!({"sequences": 1, "block": 8, "positions": 1000, "pages": 16}));
+    let lines = memory["lines"].as_array().unwrap();
+    let whats: Vec<&str> = lines.iter().map(|line| line["what"].as_str().unwrap()).collect();
+    assert_eq!(whats, plan.lines.iter().map(|line| line.what).collect::<Vec<_>>());
+    assert_eq!(lines.iter().map(|line| line["bytes"].as_u64().unwrap()).sum::<u64>(), memory["bytes"]);
+    let rest = ["loading_bytes", "gpu_bytes", "pinned_bytes", "page_bytes"].map(|name| memory[name].clone());
+    let expected = [plan.loading(), plan.needed(Overhead::GPU), plan.pinned, plan.page_bytes];
+    assert_eq!(rest, expected.map(Value::from));
+}
+
+#[test]
+fn a_context_that_does_not_fit_is_refused_with_the_table_and_the_one_that_would() {
+    let target = support::Target {
+        hidden: 64,
+        intermediate: 32,
+        layers: 12,
+        heads: 8,
+        kv_heads: 8,
+        head_dim: 128,
+        vocab: 300,
+        max_positions: 1 << 20,
+        ..Default::default()
+    };
+    let drafter =
+        support::Drafter { intermediate: 32, heads: 1, kv_heads: 1, head_dim: 64, ..Default::default() };
+    let files = support::write_pair(&target, &drafter);
+    let pair = Pair::open(disk(&files.target), Some(disk(&files.drafter))).unwrap();
+    let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 8, 900_000)).unwrap();
+    let args = ["--device", "emulator", "--ctx", "900000", "-n", "1", "a"];
+    for more in [&[][..], &["--quiet"]] {
+        let run = program::run_pair(&files, &[&args[..], more].concat());
+        assert_eq!((run.code, run.out.as_str()), (5, ""), "{}", run.err);
+        let (table, sentence) = run.err.trim_end().rsplit_once('\n').unwrap();
+        assert_eq!(table, plan.to_string());
+        let (before, most) = sentence.rsplit_once("; the largest --ctx that fits is ").expect(sentence);
+        assert!(before.starts_with("dflash-gen: not enough memory on the device for 1 sequence of 900000 "));
+        let most: usize = most.parse().unwrap();
+        let needed = |positions| {
+            MemoryPlan::new(&pair, BatchConfig::new(1, 8, positions)).unwrap().needed(Overhead::NONE)
+        };
+        assert!(needed(most) <= 16 << 30 && needed(most + PAGE) > 16 << 30, "{most}");
+    }
+}
+
+// ---- whatever the config ----
+
+#[test]
+fn rooms_that_the_kernels_do_not_have_are_refused_by_their_flag() {
+    let pair = demo();
+    let refused = [
+        (BatchConfig::new(0, 16, 64), "--batch 0: expected 1 to 1024"),
+        (BatchConfig::new(1025, 1, 64), "--batch 1025: expected 1 to 1024"),
+        (BatchConfig::new(usize::MAX, 16, usize::MAX), "--batch 18446744073709551615: expected 1 to 1024"),
+        (BatchConfig::new(1, 0, 64), "--block 0: expected 1 to 64"),
+        (BatchConfig::new(1, 65, 64), "--block 65: expected 1 to 64"),
+        (BatchConfig::new(1024, 64, 64), "--batch 1024: expected at most 1023 in blocks of 64"),
+        (BatchConfig::new(1, 16, 0), "--ctx 0: expected 1 to 901120"),
+        (BatchConfig::new(1, 16, MOST_SLOTS + 1), "--ctx 901121: expected 1 to 901120"),
+    ];
+    for (room, end) in refused {
+        let expected = Error::Unsupported(format!("the kernels cannot run {end}"));
+        assert_eq!(MemoryPlan::new(&pair, room), Err(expected.clone()));
+        assert_eq!(of_round(&pair, room, true), Err(expected));
+    }
+    for room in
+        [BatchConfig::new(1023, 64, 64), BatchConfig::new(1024, 63, 1), BatchConfig::new(1, 64, MOST_SLOTS)]
+    {
+        let plan = MemoryPlan::new(&pair, room).unwrap();
+        assert!(plan.needed(Overhead::GPU) > plan.peak());
+        assert_eq!(count(&pair, room), (58, Some((9, 5))));
+    }
+}
+
+/// Sizes up to the limits that configs have: planned, or refused by name.
+#[test]
+fn no_config_is_too_odd_for_a_plan() {
+    let mut random = support::Random::new(5);
+    let (mut planned, mut refused) = (0, 0);
+    for _ in 0..60 {
+        let mut one_of = |sizes: &[usize]| sizes[random.below(sizes.len())];
+        let kv_heads = one_of(&[1, 3, 8, 128]);
+        let hidden = one_of(&[64, 192, 4096, 16384, 65536]);
+        let target = support::Target {
+            hidden,
+            intermediate: one_of(&[32, 96, 53248, 1 << 20]),
+            // A file has at most 16 TiB.
+            layers: if hidden > 4096 { 2 } else { one_of(&[2, 3, 126]) },
+            heads: kv_heads * one_of(&[1, 7, 8]),
+            kv_heads,
+            head_dim: one_of(&[64, 128, 128, 1024]),
+            vocab: one_of(&[2, 301, 151_936, 1 << 24]),
+            max_positions: one_of(&[1, 63, 64, 40960, 1 << 24]),
+            tied: one_of(&[0, 1]) == 1,
+            llama: one_of(&[0, 1]) == 1,
+            ..Default::default()
+        };
+        let drafter = support::Drafter {
+            intermediate: one_of(&[32, 1 << 20]),
+            layers: one_of(&[1, 2, 5]),
+            heads: one_of(&[8, 32]),
+            kv_heads: one_of(&[4, 8]),
+            head_dim: one_of(&[64, 128]),
+            taps: vec![0],
+            block: one_of(&[2, 16, 64, 1024]),
+            max_positions: one_of(&[1, 4096, 1 << 24]),
+            ..Default::default()
+        };
+        let (_files, pair) = sparse_pair(&target, &drafter);
+        let most = target.max_positions.min(MOST_SLOTS);
+        for room in
+            [BatchConfig::new(1, drafter.block, most), BatchConfig::new(1000, drafter.block.min(16), 1)]
+        {
+            match MemoryPlan::new(&pair, room) {
+                Ok(plan) => {
+                    planned += 1;
+                    assert!(plan.peak() < plan.needed(Overhead::GPU) && !plan.to_string().is_empty());
+                    assert!(plan.check(&pair, usize::MAX, Overhead::GPU).is_ok());
+                    let error = plan.check(&pair, 256 << 20, Overhead::GPU).unwrap_err();
+                    assert!(matches!(error, Error::Memory(_)), "{error:?}");
+                    assert_eq!(count(&pair, room).1.unwrap().1, 5);
+                }
+                Err(Error::Unsupported(sentence)) => {
+                    refused += 1;
+                    assert!(sentence.starts_with("the kernels cannot run "), "{sentence}");
+                }
+                Err(error) => panic!("{error:?}: {target:?} {drafter:?} {room:?}"),
+            }
+        }
+    }
+    assert!(planned > 20 && refused > 20, "{planned} planned, {refused} refused");
+}

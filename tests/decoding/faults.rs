@@ -1,0 +1,717 @@
+//! What can go wrong or end early on a device, at every point: afterwards the decoder takes the next request as if
+//! nothing had been, and in the end all memory is given back.
+
+use crate::support;
+use crate::support::crowd;
+use crate::support::program;
+
+use crowd::*;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::engine::generate::{
+    Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, generate_all, resume,
+};
+use dflash::gpu::cuda::Cuda;
+use dflash::gpu::decoder::{Batch, Models};
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::memory::BatchConfig;
+use dflash::{Error, Result};
+use program::{command, flags, run_pair, write};
+use serde_json::{Value, json};
+use std::io::Read;
+use std::process::Stdio;
+
+/// A tiny pair on an emulator, which has to have all its memory back after the test.
+fn on_the_emulator(
+    (target, drafter): (support::Target, support::Drafter),
+    positions: usize,
+    test: impl FnOnce(&Emulator, &Models),
+) {
+    let pair = support::write_pair(&target, &drafter);
+    loaded(&pair, positions, test);
+}
+
+fn loaded(pair: &support::Pair, positions: usize, test: impl FnOnce(&Emulator, &Models)) {
+    let device = Emulator::new();
+    let models = Models::load(&device, &open(pair), positions).unwrap();
+    test(&device, &models);
+    drop(models);
+    let left = device.allocated();
+    assert_eq!((left.buffers, left.bytes), (0, 0));
+}
+
+fn batch<'a>(device: &'a Emulator, models: &'a Models, slots: usize, positions: usize) -> Batch<'a> {
+    Batch::new(device, models, BatchConfig::new(slots, 16, positions)).unwrap()
+}
+
+fn prompt(seed: u64, length: usize) -> Vec<u32> {
+    let mut random = support::Random::new(seed);
+    (0..length).map(|_| random.below(4) as u32).collect()
+}
+
+/// The request's outcome, or the error that ended it, with a listener that replies so.
+fn attempt(
+    decoder: &mut dyn Decoder,
+    request: &Request,
+    reply: impl FnMut(usize, Event) -> Result<Flow>,
+) -> Result<Outcome> {
+    let mut crowd = BatchRecorder::new(1, reply);
+    generate_all(decoder, std::slice::from_ref(request), &mut crowd)?;
+    Ok(crowd.outcomes.remove(0).unwrap())
+}
+
+/// Prompt and greedy answer with a round of at least `least` tokens.
+fn long_round(decoder: &mut dyn Decoder, tokens: usize, least: usize) -> (Vec<u32>, Outcome) {
+    let runs = (0..40).map(|seed| {
+        let prompt = prompt(seed, 7);
+        let outcome = run(decoder, &request(&prompt, tokens, 16, 0.0));
+        (prompt, outcome)
+    });
+    let long = |outcome: &Outcome| outcome.accepted.iter().rev().skip(1).any(|&n| n >= least);
+    let found = runs.into_iter().find(|(_, outcome)| long(outcome));
+    found.expect("a prompt whose drafts are often right")
+}
+
+// ---- limits ----
+
+#[test]
+fn budgets_end_an_answer_at_every_place_of_a_round() {
+    on_the_emulator(tiny(), 128, |device, models| {
+        let mut single = batch(device, models, 1, 128);
+        let (prompt, whole) = long_round(&mut single, 30, 6);
+        let plain = run(&mut single, &request(&prompt, 30, 1, 0.0));
+        assert_eq!(whole.tokens, plain.tokens);
+        let mut within = 0;
+        for budget in 0..=30 {
+            for block in [if budget % 3 == 0 { 5 } else { 16 }, 16] {
+                let got = run(&mut single, &request(&prompt, budget, block, 0.0));
+                assert_eq!((&got.tokens[..], got.finish), (&plain.tokens[..budget], Finish::Length));
+                // The last round counts whole.
+                let judged: usize = got.accepted.iter().sum();
+                assert!(judged + 1 >= budget, "{judged} tokens judged for a budget of {budget}");
+                if block == 16 {
+                    assert!(whole.accepted.starts_with(&got.accepted), "budget {budget}");
+                    within += usize::from(judged + 1 > budget);
+                }
+                assert_eq!(single.free_pages(), 2);
+            }
+        }
+        assert!(within >= 5, "only {within} budgets ended within a round");
+    });
+}
+
+/// A token depends on what is before it, the seed and its position, whether a prompt's row gave it or a round's.
+#[test]
+fn a_prompt_and_a_part_of_its_answer_give_the_rest_of_it() {
+    on_the_emulator(tiny(), 128, |device, models| {
+        let mut single = batch(device, models, 1, 128);
+        for (seed, temperature) in [(1, 0.0), (2, 0.8), (3, 2.0)] {
+            let prompt = prompt(seed, 9);
+            let whole = run(&mut single, &request(&prompt, 16, 16, temperature)).tokens;
+            for n in 1..16 {
+                let said = [&prompt[..], &whole[..n]].concat();
+                let rest = run(&mut single, &request(&said, 16 - n, 16, temperature)).tokens;
+                assert_eq!(rest, whole[n..], "after {n} tokens at temperature {temperature}");
+            }
+        }
+    });
+}
+
+/// A round of the demo pair that brings 16 tokens, almost all of them new to the answer.
+#[test]
+fn stop_ids_end_an_answer_at_every_place_of_a_round_and_of_their_list() {
+    let oracle: serde_json::Value = serde_json::from_str(include_str!("../data/oracle.json")).unwrap();
+    let prompt = oracle["prompts"][19]["prompt_ids"].as_array().unwrap();
+    let prompt: Vec<u32> = prompt.iter().map(|id| id.as_u64().unwrap() as u32).collect();
+    let device = Emulator::new();
+    let pair = dflash::checkpoint::pair::Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
+    let models = Models::load(&device, &pair, 192).unwrap();
+    let mut single = batch(&device, &models, 1, 192);
+    let plain = request(&prompt, 25, 16, 0.0);
+    let whole = run(&mut single, &plain);
+    assert_eq!(whole.accepted[0], 16);
+    let mut places = 0;
+    for (at, stop) in whole.tokens[..17].iter().enumerate() {
+        if whole.tokens[..at].contains(stop) {
+            continue;
+        }
+        // The device looks for the first 12; what it emits beyond one of the others is dropped.
+        let place = [0, 12, 11, 19, 5, 13][at % 6];
+        let mut stop_ids: Vec<u32> = (5000..5020).collect();
+        stop_ids[place] = *stop;
+        let got = run(&mut single, &Request { stop_ids, ..plain.clone() });
+        assert_eq!((&got.tokens[..], got.finish), (&whole.tokens[..=at], Finish::Stop), "place {place}");
+        assert_eq!(got.accepted, &[16][..usize::from(at > 0)]);
+        assert_eq!(single.free_pages(), 3);
+        places += 1;
+    }
+    assert!(places >= 15, "only {places} of 17 tokens are new where they stand");
+
+    // Not for the host to cut: the device itself ends its round there.
+    let new = |at: &usize| !whole.tokens[..*at].contains(&whole.tokens[*at]);
+    let at = (5..16).find(new).unwrap();
+    for (place, max_tokens, emitted) in [(0, 25, at), (11, 25, at), (12, 25, 16), (12, at + 1, at)] {
+        let mut stop_ids: Vec<u32> = (5000..5020).collect();
+        stop_ids[place] = whole.tokens[at];
+        let request = Request { stop_ids, max_tokens, ..plain.clone() };
+        assert_eq!(single.join(0, &request, false), Ok(Some(0)));
+        while single.prefill(0).unwrap().next.is_none() {}
+        let mut out = [Emitted::default()];
+        single.round(&mut out).unwrap();
+        let expected = Emitted { tokens: whole.tokens[1..=emitted].to_vec(), judged: 16, drafted: 15 };
+        assert_eq!(out[0], expected, "place {place}, at most {max_tokens}");
+        single.leave(0, at + 1).unwrap();
+    }
+}
+
+#[test]
+fn answers_end_with_the_context_at_every_place_of_a_round() {
+    // The context is the room's, the target's, or ends within a page; the drafter's is as long, or shorter.
+    for (positions, limit, draft_limit) in [(64, 256, 256), (256, 70, 256), (70, 256, 60), (256, 70, 40)] {
+        let (target, drafter) = tiny();
+        let target = support::Target { max_positions: limit, ..target };
+        let drafter = support::Drafter { max_positions: draft_limit, ..drafter };
+        let context = positions.min(limit);
+        on_the_emulator((target, drafter), positions, |device, models| {
+            let mut single = batch(device, models, 1, positions);
+            assert_eq!(single.context(), context);
+            let all = prompt(3, context + 1);
+            for left in [1, 2, 3, 8, 16, 17, 33] {
+                let prompt = &all[..context - left];
+                let plain = run(&mut single, &request(prompt, 60, 1, 0.0));
+                assert_eq!((plain.tokens.len(), plain.finish), (left, Finish::Context));
+                for block in [2, 16] {
+                    let got = run(&mut single, &request(prompt, 60, block, 0.0));
+                    assert_eq!((&got.tokens, got.finish), (&plain.tokens, Finish::Context), "{left} left");
+                    // The budget that is met there is a budget.
+                    let got = run(&mut single, &request(prompt, left, block, 0.0));
+                    assert_eq!((&got.tokens, got.finish), (&plain.tokens, Finish::Length), "{left} left");
+                }
+            }
+            for length in [context, context + 1] {
+                let error = attempt(&mut single, &request(&all[..length], 3, 16, 0.0), go_on).unwrap_err();
+                let sentence = format!(
+                    "the prompt has {length} tokens, but the context holds {context}, the answer included"
+                );
+                assert_eq!((error.to_string(), error.exit_code()), (sentence, 2));
+            }
+            let one = run(&mut single, &request(&all[..1], 20, 16, 0.0));
+            let plain = run(&mut single, &request(&all[..1], 20, 1, 0.0));
+            assert_eq!((&one.tokens, one.tokens.len(), one.finish), (&plain.tokens, 20, Finish::Length));
+            assert_eq!(single.free_pages(), positions.div_ceil(64));
+        });
+    }
+}
+
+// ---- pages ----
+
+#[test]
+fn who_finds_too_few_pages_waits_and_who_never_fits_is_refused() {
+    on_the_emulator(tiny(), 256, |device, models| {
+        let room = BatchConfig { pages: 3, ..BatchConfig::new(3, 16, 256) };
+        let mut three = Batch::new(device, models, room).unwrap();
+        // Two pages each: one runs at a time.
+        let requests: Vec<Request> = (0..4).map(|i| request(&prompt(i, 60), 12, 16, 0.0)).collect();
+        let mut most = 0;
+        let (mut first, mut over) = (vec![false; 4], vec![false; 4]);
+        let outcomes = together(&mut three, &requests, |i, event| {
+            first[i] = true;
+            over[i] |= event == Event::Token(12);
+            most = most.max((0..4).filter(|&i| first[i] && !over[i]).count());
+            go_on(i, event)
+        });
+        assert_eq!(most, 1, "sequences ran together in too few pages");
+        let mut single = batch(device, models, 1, 256);
+        for (outcome, request) in outcomes.iter().zip(&requests) {
+            assert_eq!(answer(outcome), answer(&run(&mut single, request)));
+        }
+        let huge = request(&prompt(9, 150), 60, 16, 0.0);
+        let sentence = "a sequence of 226 positions needs 4 pages of keys and values, but there are 3";
+        // Alone, and while others run.
+        for before in [0, 1, 2] {
+            let list = [&requests[..before], std::slice::from_ref(&huge)].concat();
+            let mut crowd = BatchRecorder::new(list.len(), go_on);
+            let error = generate_all(&mut three, &list, &mut crowd).unwrap_err();
+            assert_eq!((error.to_string().as_str(), error.exit_code()), (sentence, 5));
+            assert_eq!(three.free_pages(), 3, "pages are back after a refusal");
+            assert_eq!(answer(&run(&mut three, &requests[3])), answer(&outcomes[3]));
+        }
+    });
+}
+
+/// A sequence that joined, to its end: its tokens, and the logits of all but the first.
+fn logits(batch: &mut Batch, slot: usize, request: &Request) -> (Vec<u32>, Vec<Vec<f32>>) {
+    let mut out = vec![Emitted::default(); batch.slots()];
+    let (mut tokens, mut logits) = (vec![batch.prefill(slot).unwrap().next.unwrap()], vec![]);
+    while tokens.len() < request.max_tokens {
+        batch.round(&mut out).unwrap();
+        for (row, token) in out[slot].tokens.iter().enumerate() {
+            tokens.push(*token);
+            logits.push(batch.logits(slot, row).unwrap());
+        }
+    }
+    (tokens, logits)
+}
+
+/// Who left in the middle had, as far as the device was told, more to say.
+#[test]
+fn pages_of_who_left_belong_to_the_next() {
+    on_the_emulator(tiny(), 128, |device, models| {
+        let room = BatchConfig { pages: 2, ..BatchConfig::new(2, 16, 128) };
+        let mut two = Batch::new(device, models, room).unwrap();
+        let mut single = batch(device, models, 1, 128);
+        two.watch();
+        single.watch();
+        for block in [1, 16] {
+            // What the first one would still write lies where the second has its prompt.
+            let first = request(&prompt(1, 9), 110, block, 0.0);
+            let second = request(&prompt(2, 100), 26, block, 0.0);
+            assert_eq!(two.join(0, &first, false), Ok(Some(0)));
+            two.prefill(0).unwrap();
+            two.round(&mut [Emitted::default(), Emitted::default()]).unwrap();
+            assert_eq!(two.join(1, &second, false), Ok(None));
+            two.leave(0, 1).unwrap();
+            assert_eq!(two.join(1, &second, false), Ok(Some(0)));
+            assert_eq!(single.join(0, &second, false), Ok(Some(0)));
+            let alone = logits(&mut single, 0, &second);
+            assert!(logits(&mut two, 1, &second) == alone, "somebody writes there, block {block}");
+            single.leave(0, 26).unwrap();
+            two.leave(1, 26).unwrap();
+            // Nothing is left of the first one.
+            assert_eq!(two.join(0, &first, true), Ok(Some(0)));
+            two.leave(0, 0).unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_decoder_dropped_with_a_round_under_way_gives_all_back() {
+    on_the_emulator(tiny(), 128, |device, models| {
+        let before = device.allocated();
+        for rounds in 0..3 {
+            let mut two = batch(device, models, 2, 128);
+            let mut out = vec![Emitted::default(); 2];
+            for slot in 0..2 {
+                assert_eq!(two.join(slot, &request(&prompt(1, 9), 60, 16, 0.0), false), Ok(Some(0)));
+                assert!(matches!(two.prefill(slot), Ok(Prefill { done: 9, next: Some(_) })));
+            }
+            for _ in 0..rounds {
+                two.round(&mut out).unwrap();
+                assert!(out.iter().all(|emitted| !emitted.tokens.is_empty()));
+            }
+            drop(two);
+            let now = device.allocated();
+            assert_eq!((now.buffers, now.bytes), (before.buffers, before.bytes), "after {rounds} rounds");
+        }
+    });
+}
+
+// ---- ends from outside ----
+
+#[test]
+fn an_answer_can_be_ended_at_every_token_and_fail_there() {
+    on_the_emulator(tiny(), 128, |device, models| {
+        let mut single = batch(device, models, 1, 128);
+        let (prompt, whole) = long_round(&mut single, 20, 6);
+        let whole_request = request(&prompt, 20, 16, 0.0);
+        let next = request(&prompt[2..], 9, 16, 0.8);
+        let expected = run(&mut batch(device, models, 1, 128), &next);
+        for at in [Event::Prompt(prompt.len())].into_iter().chain((1..=20).map(Event::Token)) {
+            for flow in [Flow::Stop, Flow::Interrupt] {
+                let reply = |_, event| Ok(if event == at { flow } else { Flow::Continue });
+                let got = attempt(&mut single, &whole_request, reply).unwrap();
+                let (tokens, finish) = match (at, flow) {
+                    (Event::Prompt(_), _) => (0, Finish::Interrupted),
+                    (Event::Token(n), Flow::Stop) => (n, Finish::Stop),
+                    (Event::Token(n), _) => (n, Finish::Interrupted),
+                };
+                assert_eq!((&got.tokens[..], got.finish), (&whole.tokens[..tokens], finish), "{at:?}");
+                assert!(whole.accepted.starts_with(&got.accepted));
+                assert_eq!(single.free_pages(), 2);
+                assert_eq!(answer(&run(&mut single, &next)), answer(&expected), "after {flow:?} at {at:?}");
+            }
+            if let Event::Token(_) = at {
+                let broken = Error::Internal("a full disk".into());
+                let reply = |_, event| if event == at { Err(broken.clone()) } else { Ok(Flow::Continue) };
+                assert_eq!(attempt(&mut single, &whole_request, reply).unwrap_err(), broken);
+                assert_eq!(single.free_pages(), 2, "pages are back after an error");
+                assert_eq!(answer(&run(&mut single, &next)), answer(&expected), "after an error at {at:?}");
+            }
+        }
+    });
+}
+
+/// What is kept of an answer that was cut within a round is what autoregressive decoding would have kept, and good: neither tokens
+/// nor rounds after it differ from a fresh start's.
+#[test]
+fn a_conversation_goes_on_from_an_answer_that_was_ended_at_any_token() {
+    on_the_emulator(tiny(), 128, |device, models| {
+        let (mut single, mut fresh) = (batch(device, models, 1, 128), batch(device, models, 1, 128));
+        let (prompt, whole) = long_round(&mut single, 16, 6);
+        let first = request(&prompt, 16, 16, 0.0);
+        for n in 1..=16 {
+            let next = [&prompt[..], &whole.tokens[..n], &[2, 0, 1]].concat();
+            for block in [1, 16] {
+                let reply = |_, event| Ok(if event == Event::Token(n) { Flow::Stop } else { Flow::Continue });
+                let cut = attempt(&mut single, &first, reply).unwrap();
+                assert_eq!(cut.tokens, whole.tokens[..n]);
+                let next = request(&next, 8, block, 0.0);
+                let got = resume(&mut single, &next, &mut Silent).unwrap();
+                assert_eq!(answer(&got), answer(&run(&mut fresh, &next)), "after {n} tokens, block {block}");
+                // All but the last token; the drafter has seen what was there before the last round.
+                let seen = cut.accepted.iter().rev().skip(1).sum::<usize>();
+                let kept = if block > 1 { seen } else { n - 1 };
+                assert_eq!(got.kept, prompt.len() + kept, "after {n} tokens, block {block}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_prompt_can_be_ended_after_every_chunk() {
+    let (target, drafter) = tiny();
+    let target = support::Target { max_positions: 640, ..target };
+    let drafter = support::Drafter { max_positions: 640, ..drafter };
+    on_the_emulator((target, drafter), 640, |device, models| {
+        let mut single = batch(device, models, 1, 640);
+        let next = request(&prompt(2, 70), 9, 16, 0.0);
+        let expected = run(&mut single, &next);
+        let long = request(&prompt(1, 520), 9, 16, 0.0);
+        let mut chunks = vec![];
+        let outcome = attempt(&mut single, &long, |_, event| {
+            chunks.extend(matches!(event, Event::Prompt(_)).then_some(event));
+            Ok(Flow::Continue)
+        });
+        let whole = outcome.unwrap();
+        assert_eq!(chunks, [Event::Prompt(512), Event::Prompt(520)]);
+        for (at, kept) in chunks.into_iter().zip([512, 519]) {
+            let reply = |_, event| Ok(if event == at { Flow::Interrupt } else { Flow::Continue });
+            let got = attempt(&mut single, &long, reply).unwrap();
+            assert_eq!((got.tokens, got.finish, got.accepted), (vec![], Finish::Interrupted, vec![]));
+            assert_eq!(answer(&run(&mut single, &next)), answer(&expected), "after an end at {at:?}");
+            // Or with the same prompt, of which something was run.
+            attempt(&mut single, &long, reply).unwrap();
+            let again = resume(&mut single, &long, &mut Silent).unwrap();
+            assert_eq!((answer(&again), again.kept), (answer(&whole), kept));
+        }
+    });
+}
+
+#[test]
+fn an_interrupted_batch_gives_all_back_and_goes_on_with_others() {
+    on_the_emulator(tiny(), 128, |device, models| {
+        let settings = [(9, 16, 0.0), (21, 16, 0.7), (13, 5, 0.0), (2, 1, 1.0), (17, 16, 0.0)];
+        let request = |(i, (tokens, block, temperature))| request(&prompt(i, 11), tokens, block, temperature);
+        let requests: Vec<Request> = (0..).zip(settings).map(request).collect();
+        let mut three = batch(device, models, 3, 128);
+        let expected = together(&mut three, &requests, go_on);
+        let all: usize = expected.iter().map(|outcome| outcome.tokens.len()).sum();
+        assert_eq!(all, 9 + 21 + 13 + 2 + 17);
+        for patience in (1..12).chain([20, 31, 45, all]) {
+            let mut heard = 0;
+            let mut crowd = BatchRecorder::new(5, |_, event| {
+                heard += usize::from(matches!(event, Event::Token(_)));
+                Ok(if heard == patience { Flow::Interrupt } else { Flow::Continue })
+            });
+            generate_all(&mut three, &requests, &mut crowd).unwrap();
+            assert_eq!(crowd.heard(), patience, "something is said after an interruption");
+            let begun = || crowd.outcomes.iter().zip(&expected).filter_map(|(o, e)| Some((o.as_ref()?, e)));
+            assert!(begun().any(|(outcome, _)| outcome.finish == Finish::Interrupted));
+            for (outcome, whole) in begun() {
+                assert_eq!(outcome.tokens, whole.tokens[..outcome.tokens.len()]);
+            }
+            assert_eq!(three.free_pages(), 3 * 2);
+            let again = together(&mut three, &requests, go_on);
+            assert!(again.iter().map(answer).eq(expected.iter().map(answer)), "after {patience} tokens");
+        }
+    });
+}
+
+// ---- damage ----
+
+/// The head's row for token 3 is infinite where one feature is large, and else decides or does nothing.
+#[test]
+fn logits_that_overflow_in_a_pass_are_an_error_and_the_decoder_goes_on() {
+    let (target, drafter) = tiny();
+    let (mut damaged, mut sound) = ([0; 2], 0);
+    for feature in 0..8 {
+        let pair = support::write_pair(&target, &drafter);
+        let mut tensors = support::target_tensors(&target);
+        let head = tensors.iter_mut().find(|t| t.name == "lm_head.weight").unwrap();
+        head.values[3 * 64..].fill(0.0);
+        head.values[3 * 64 + feature] = 3e38;
+        support::write_tensors(&pair.target, &tensors, target.dtype, 1);
+        loaded(&pair, 128, |device, models| {
+            let mut two = batch(device, models, 2, 128);
+            let requests = (0..6).map(|seed| request(&prompt(seed, 6), 12, [1, 16][seed as usize % 2], 0.0));
+            for request in requests.chain([request(&[0], 1, 16, 0.0)]) {
+                let mut heard = 0;
+                let result = attempt(&mut two, &request, |_, event| {
+                    heard += usize::from(matches!(event, Event::Token(_)));
+                    Ok(Flow::Continue)
+                });
+                assert_eq!(two.free_pages(), 4);
+                let Err(error) = result else {
+                    let alone = run(&mut batch(device, models, 1, 128), &request);
+                    assert_eq!(answer(&result.unwrap()), answer(&alone));
+                    sound += 1;
+                    continue;
+                };
+                // The drafter's logits come from the same head.
+                let whose =
+                    if request.block > 1 && heard > 0 { ["target", "drafter"] } else { ["target"; 2] };
+                let place = match heard {
+                    0 => format!(" for position {}", request.prompt.len()),
+                    _ => String::new(),
+                };
+                let sentence = |model| {
+                    format!(
+                        "the {model}'s logits{place} hold a NaN or infinity, or nothing but -inf: its weights or its \
+                         config are damaged"
+                    )
+                };
+                assert!(whose.map(sentence).contains(&error.to_string()), "{error}");
+                assert_eq!(error.exit_code(), 3);
+                damaged[usize::from(heard > 0)] += 1;
+            }
+        });
+    }
+    println!("damaged in the prompt and later: {damaged:?}, sound: {sound}");
+    assert!(damaged.iter().all(|&n| n > 0) && sound > 3);
+}
+
+#[test]
+fn drafts_that_overflow_are_an_error() {
+    let (target, drafter) = tiny();
+    let pair = support::write_pair(&target, &drafter);
+    let mut tensors = support::drafter_tensors(&target, &drafter);
+    tensors.iter_mut().find(|t| t.name == "norm.weight").unwrap().values.fill(3e38);
+    support::write_tensors(&pair.drafter, &tensors, drafter.dtype, 1);
+    loaded(&pair, 128, |device, models| {
+        let mut single = batch(device, models, 1, 128);
+        let plain = request(&prompt(1, 6), 12, 1, 0.0);
+        let expected = run(&mut single, &plain);
+        let error = attempt(&mut single, &request(&prompt(1, 6), 12, 16, 0.0), go_on).unwrap_err();
+        assert_eq!(
+            (error.to_string().as_str(), error.exit_code()),
+            (
+                "the drafter's logits hold a NaN or infinity, or nothing but -inf: its weights or its config are damaged",
+                3
+            )
+        );
+        assert_eq!(answer(&run(&mut single, &plain)), answer(&expected));
+    });
+}
+
+// ---- through the program ----
+
+/// Tokens 2 and 3 are letters that the model writes, others it has none.
+fn spaces_and_marks(dir: &std::path::Path) -> String {
+    let prompts = ["! !!  !", " ", "!!!!", "  ! !  !! !", "! "];
+    let lines = prompts.map(|prompt| json!({ "prompt": prompt }).to_string() + "\n");
+    write(dir, "prompts.jsonl", lines.concat())
+}
+
+#[test]
+fn a_weight_that_is_no_number_is_named_on_the_device() {
+    let (target, drafter) = tiny();
+    for of_target in [true, false] {
+        let pair = support::write_pair(&target, &drafter);
+        let (dir, mut tensors) = match of_target {
+            true => (&pair.target, support::target_tensors(&target)),
+            false => (&pair.drafter, support::drafter_tensors(&target, &drafter)),
+        };
+        let tensor = tensors.iter_mut().find(|t| t.name.ends_with("layers.0.mlp.up_proj.weight")).unwrap();
+        tensor.values[70] = f32::NAN;
+        let name = tensor.name.clone();
+        support::write_tensors(dir, &tensors, target.dtype, 1);
+        let run = run_pair(&pair, &["--device", "emulator", "-q", "--raw", "!"]);
+        assert_eq!((run.code, run.out.as_str()), (3, ""), "{run:?}");
+        assert_eq!(run.err.lines().count(), 1, "{run:?}");
+        let file = dir.join("model.safetensors").display().to_string();
+        assert!([&name, &file, "NaN"].iter().all(|part| run.err.contains(*part)), "{run:?}");
+    }
+}
+
+/// The stop string ends the answers soon.
+#[test]
+fn a_sequence_has_8192_positions_or_what_it_needs_or_those_of_its_flag() {
+    let (target, drafter) = tiny();
+    let pair = support::write_pair(&support::Target { max_positions: 20_000, ..target }, &drafter);
+    let most = usize::MAX.to_string();
+    let args = ["--raw", "!", "--temperature", "1", "--seed", "1", "--stop", "!", "--stop", " "];
+    let room = |more: &[&str]| {
+        let run = run_pair(&pair, &[&args[..], &["--device", "emulator"], more].concat());
+        assert_eq!(run.code, 0, "{more:?}: {run:?}");
+        run.err.lines().next().unwrap().to_string()
+    };
+    // Prompt, answer and a block.
+    for (more, positions) in [
+        (&["-n", "100"][..], 8192),
+        (&["-n", "9000"], 9017),
+        (&["-n", &most], 20_000),
+        (&["-n", "9000", "--ctx", "100"], 100),
+    ] {
+        let expected = format!("memory for 1 sequence of {positions} positions in blocks of 16:");
+        assert_eq!(room(more), expected, "{more:?}");
+    }
+    // The CPU has what the model has, or less if it is told so.
+    for (more, ctx) in [(&[][..], 20_000), (&["--ctx", "9"][..], 9)] {
+        let prompt = "!".repeat(ctx);
+        let run = run_pair(&pair, &[&["--raw", &prompt, "-n", "1"], more].concat());
+        let sentence = format!(
+            "dflash-gen: the prompt has {ctx} tokens, but the context holds {ctx}, the answer included\n"
+        );
+        assert_eq!((run.code, run.err), (2, sentence));
+        assert_eq!(run_pair(&pair, &[&args[..], &["-n", &most], more].concat()).code, 0);
+    }
+}
+
+#[test]
+fn batches_print_what_single_sequences_print() {
+    let pair = support::write_pair(&tiny().0, &tiny().1);
+    let file = spaces_and_marks(pair.root.path());
+    let args = ["--raw", "-n", "16", "--temperature", "0.7", "--seed", "5", "-q"];
+    for device in ["cpu", "emulator"] {
+        let with = |more: &[&str]| {
+            run_pair(&pair, &[&args[..], &["--device", device, "--prompts", &file], more].concat()).done()
+        };
+        let timeless = |text: &str| -> Vec<Value> {
+            let record = |line: &str| {
+                let mut record: Value = serde_json::from_str(line).unwrap();
+                record.as_object_mut().unwrap().remove("seconds");
+                record
+            };
+            text.lines().map(record).collect()
+        };
+        let by_index = |text: &str| {
+            let mut events = timeless(text);
+            events.sort_by_key(|event| event["index"].as_u64().unwrap());
+            events
+        };
+        let texts = with(&[]);
+        assert!(texts.lines().count() >= 5, "{texts:?}");
+        let (records, events) = (timeless(&with(&["--json"])), by_index(&with(&["--stream-json"])));
+        assert_eq!(records.len(), 5);
+        assert!(records.iter().all(|record| record["device"] == device && record["draft"] != Value::Null));
+        for count in ["2", "3"] {
+            assert_eq!(with(&["--batch", count]), texts, "--batch {count} on {device}");
+            assert_eq!(timeless(&with(&["--batch", count, "--json"])), records);
+            let unsorted = with(&["--batch", count, "--stream-json"]);
+            assert_eq!(by_index(&unsorted), events);
+            assert_ne!(timeless(&unsorted), events, "the answers of a batch did not run together");
+        }
+        // A context that the answers reach.
+        let short = timeless(&with(&["--batch", "3", "--json", "--ctx", "15", "--ignore-eos"]));
+        let ends = |record: &Value| {
+            let room = 15 - record["prompt_tokens"].as_u64().unwrap() as usize;
+            (
+                record["tokens"].as_array().unwrap().len(),
+                room,
+                record["finish_reason"].as_str() == Some("context"),
+            )
+        };
+        assert!(short.iter().map(ends).all(|(tokens, room, context)| tokens == room && context), "{short:?}");
+    }
+}
+
+#[test]
+fn the_device_that_is_not_there_is_refused_and_auto_says_which_it_took() {
+    let pair = support::write_pair(&tiny().0, &tiny().1);
+    let args = ["--raw", "!", "-n", "3", "--json"];
+    let with = |device: &str| run_pair(&pair, &[&args[..], &["--device", device]].concat());
+    let auto = with("auto");
+    let said = auto.err.lines().find(|line| line.starts_with("device: ")).unwrap_or_default().to_string();
+    let record = &auto.json()[0];
+    let asked = with("cuda");
+    match Cuda::open(0) {
+        Ok(gpu) => {
+            assert_eq!(
+                (&record["device"], said),
+                (&json!("cuda"), format!("device: cuda, {}", gpu.properties().name))
+            );
+            assert_eq!(asked.json()[0]["tokens"], record["tokens"]);
+        }
+        Err(reason) => {
+            let reason = reason.to_string();
+            assert_eq!(
+                (asked.code, asked.out.as_str(), asked.err),
+                (4, "", format!("dflash-gen: {reason}\n"))
+            );
+            let why = reason.trim_start_matches("device cuda: ");
+            assert_eq!((&record["device"], said), (&json!("cpu"), format!("device: cpu: {why}")));
+        }
+    }
+}
+
+/// Five answers of so many tokens, three at a time.
+fn long(tokens: &str) -> (support::Pair, Vec<String>) {
+    let (target, drafter) = tiny();
+    let target = support::Target { max_positions: 100_000, ..target };
+    let pair = support::write_pair(&target, &drafter);
+    let file = spaces_and_marks(pair.root.path());
+    let more = ["--raw", "-q", "--ignore-eos", "-n", tokens, "--batch", "3", "--prompts", &file];
+    let args = flags(&pair).into_iter().chain(more.map(String::from)).collect();
+    (pair, args)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_reader_who_leaves_ends_a_batch_on_the_device_quietly() {
+    // Records come at the end of answers.
+    for (form, tokens) in [(&[][..], "3000"), (&["--json"], "5"), (&["--stream-json"], "3000")] {
+        let (_pair, args) = long(tokens);
+        let mut command = command(
+            args.iter().map(String::as_str).chain(["--device", "emulator"]).chain(form.iter().copied()),
+        );
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut child = command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+        drop(command);
+        reader.read_exact(&mut [0; 10]).unwrap();
+        drop(reader);
+        let mut err = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
+        assert_eq!((child.wait().unwrap().code(), err.as_str()), (Some(0), ""), "{form:?}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn ctrl_c_in_a_batch_prints_what_was_said() {
+    let (_pair, args) = long("3000");
+    for device in ["cpu", "emulator"] {
+        for form in [&[][..], &["--stream-json"]] {
+            let with = |more: &[&str]| {
+                command(
+                    args.iter().map(String::as_str).chain(["--device", device]).chain(more.iter().copied()),
+                )
+            };
+            let mut child = with(form)
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut out = child.stdout.take().unwrap();
+            let mut bytes = vec![0; 20];
+            out.read_exact(&mut bytes).unwrap();
+            program::interrupt(&child);
+            out.read_to_end(&mut bytes).unwrap();
+            let (code, said) = (child.wait().unwrap().code(), String::from_utf8(bytes).unwrap());
+            assert_eq!(code, Some(130), "{said:?}");
+            if form.is_empty() {
+                // The three that run together, each as far as it came.
+                assert_eq!(said.lines().count(), 3, "{said:?}");
+                continue;
+            }
+            let events: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            let (done, parts): (Vec<_>, Vec<_>) = events.iter().partition(|event| event["event"] == "done");
+            assert!(!done.is_empty() && done.iter().all(|record| record["finish_reason"] == "interrupted"));
+            for record in done {
+                let of = parts.iter().filter(|event| event["index"] == record["index"]);
+                let tokens: Vec<&Value> = of.flat_map(|event| event["tokens"].as_array().unwrap()).collect();
+                assert!(tokens.iter().copied().eq(record["tokens"].as_array().unwrap()));
+            }
+        }
+    }
+}

@@ -1,0 +1,672 @@
+//! DFlash equals autoregressive decoding bit for bit: tokens, and the logits that chose them, for all blocks, batches, slots and ways
+//! to sample, on the emulator and on a GPU where one opens; and the check that users have of it.
+
+use crate::support;
+use crate::support::kernel;
+use crate::support::program;
+
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::cpu::decoder::Sequences;
+use dflash::cpu::model::{Drafter, Target};
+use dflash::engine::generate::{Decoder, Emitted, Flow, Prefill, Request, TokenSink, generate};
+use dflash::engine::lossless::{Report, check};
+use dflash::gpu::decoder::{Batch, Models};
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::memory::BatchConfig;
+use dflash::spec::sampling::SamplingParams;
+use kernel::{Random, gpu};
+use serde_json::{Value, json};
+
+/// Positions of a sequence: two pages, the first split of the attention, and a little of the next one.
+const POSITIONS: usize = 160;
+
+fn every_device(test: impl Fn(&dyn Device)) {
+    let emulator = Emulator::new();
+    emulator.set_threads(2);
+    test(&emulator);
+    if let Some(gpu) = gpu() {
+        test(gpu);
+    }
+}
+
+fn demo() -> Pair {
+    Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()
+}
+
+fn open(written: &support::Pair) -> Pair {
+    Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap()
+}
+
+/// Heads of 64 in groups of 2, sums over K in three slices, a drafter that looks through a window. Of so few tokens, and of
+/// such a seed, that it is often right.
+fn narrow() -> support::Pair {
+    let target = support::Target {
+        intermediate: 768,
+        layers: 2,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 64,
+        vocab: 3,
+        seed: 21,
+        max_positions: POSITIONS,
+        ..Default::default()
+    };
+    let drafter = support::Drafter {
+        intermediate: 32,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 64,
+        taps: vec![0],
+        block: 16,
+        sliding: vec![true, false],
+        window: Some(7),
+        ..Default::default()
+    };
+    support::write_pair(&target, &drafter)
+}
+
+/// Heads of 128, three of them on one of keys, no q/k norm, a head of its own.
+fn wide(vocab: usize) -> support::Pair {
+    let target = support::Target {
+        llama: true,
+        hidden: 192,
+        intermediate: 160,
+        layers: 2,
+        heads: 3,
+        kv_heads: 1,
+        head_dim: 128,
+        vocab,
+        seed: 26,
+        tied: false,
+        dtype: Dtype::Bf16,
+        ..Default::default()
+    };
+    let drafter = support::Drafter {
+        intermediate: 96,
+        layers: 1,
+        heads: 2,
+        kv_heads: 2,
+        head_dim: 128,
+        taps: vec![0],
+        block: 16,
+        ..Default::default()
+    };
+    support::write_pair(&target, &drafter)
+}
+
+/// Greedy, and every filter, alone and together.
+fn samplings() -> Vec<SamplingParams> {
+    let greedy = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 0 };
+    let all = SamplingParams { temperature: 0.9, ..greedy.clone() };
+    vec![
+        greedy,
+        all.clone(),
+        SamplingParams { top_k: 2, stream: 1, ..all.clone() },
+        SamplingParams { top_p: 0.8, seed: 8, ..all.clone() },
+        SamplingParams { min_p: 0.3, temperature: 1.4, ..all.clone() },
+        SamplingParams { top_k: 40, top_p: 0.95, min_p: 0.01, stream: 2, ..all },
+    ]
+}
+
+/// What autoregressive decoding says to a prompt, and the bits of the logits behind each token but the first.
+struct Answer {
+    request: Request,
+    tokens: Vec<u32>,
+    logits: Vec<Vec<u32>>,
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|logit| logit.to_bits()).collect()
+}
+
+/// Autoregressive decoding alone, in rounds of one row, as long as the context goes or `most` tokens.
+fn plain(
+    device: &dyn Device,
+    models: &Models,
+    prompt: &[u32],
+    sampling: &SamplingParams,
+    most: usize,
+) -> Answer {
+    let mut batch = Batch::new(device, models, BatchConfig::new(1, 1, POSITIONS)).unwrap();
+    batch.watch();
+    let max_tokens = most.min(POSITIONS - prompt.len());
+    let sampling = sampling.clone();
+    let request = Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling,
+        stop_ids: vec![],
+        block: 1,
+        drafting: Default::default(),
+    };
+    batch.join(0, &request, false).unwrap().unwrap();
+    let first = batch.prefill(0).unwrap().next.expect("a prompt of one part");
+    let (mut tokens, mut logits, mut out) = (vec![first], vec![vec![]], [Emitted::default()]);
+    while tokens.len() < max_tokens {
+        batch.round(&mut out).unwrap();
+        assert_eq!((out[0].tokens.len(), out[0].judged), (1, 1));
+        tokens.extend(&out[0].tokens);
+        logits.push(bits(&batch.logits(0, 0).unwrap()));
+    }
+    Answer { request, tokens, logits }
+}
+
+/// Prompts whose answers cross the border of pages, of splits, of the context, or none.
+fn answers(device: &dyn Device, models: &Models, vocab: usize, most: usize) -> Vec<Answer> {
+    let mut random = Random::new(1);
+    let lengths = [3, 64 - most / 2, 128 - most / 2, POSITIONS - most / 2, 64, 127];
+    let answer = |(length, sampling): (usize, &SamplingParams)| {
+        let prompt: Vec<u32> = (0..length).map(|_| random.below(vocab) as u32).collect();
+        plain(device, models, &prompt, sampling, most)
+    };
+    lengths.into_iter().zip(&samplings()).map(answer).collect()
+}
+
+/// Somebody who asks for an answer that is known, `answers[answer]`.
+struct Guest {
+    answer: usize,
+    block: usize,
+    /// Tokens up to a stop or a limit, of which it stays for some.
+    end: usize,
+    stays: usize,
+    said: usize,
+    filling: bool,
+}
+
+/// What a crowd has heard.
+#[derive(Debug, Default)]
+struct Heard {
+    rounds: usize,
+    rows: usize,
+    /// Of drafts.
+    accepted: usize,
+    left_early: usize,
+    /// Of answers to the end: slot, block, which.
+    ended: Vec<(usize, usize, usize)>,
+}
+
+impl Heard {
+    /// Every slot, every block and every answer to its end, somebody who left before, and drafts that were right.
+    fn enough(&self, slots: usize, blocks: &[usize], answers: usize, guessing: bool) -> bool {
+        (0..slots).all(|slot| self.ended.iter().any(|ended| ended.0 == slot))
+            && blocks.iter().all(|block| self.ended.iter().any(|ended| ended.1 == *block))
+            && (0..answers).all(|answer| self.ended.iter().any(|ended| ended.2 == answer))
+            && self.left_early > 0
+            && (self.accepted > 0 || !guessing)
+    }
+}
+
+/// Guests join and leave in any order, in any slot, until enough is heard; not a bit of it may be another than when plain
+/// decoding runs for them alone.
+fn crowd(
+    device: &dyn Device,
+    models: &Models,
+    room: BatchConfig,
+    answers: &[Answer],
+    guessing: bool,
+) -> Heard {
+    let blocks: Vec<usize> = [1, 2, 7, 16].into_iter().filter(|block| *block <= room.block).collect();
+    let mut random = Random::new((room.sequences * 100 + room.block) as u64);
+    let mut batch = Batch::new(device, models, room).unwrap();
+    batch.watch();
+    let mut guests: Vec<Option<Guest>> = (0..room.sequences).map(|_| None).collect();
+    let mut out = vec![Emitted::default(); room.sequences];
+    let (mut heard, mut joined) = (Heard::default(), 0);
+    while !heard.enough(room.sequences, &blocks, answers.len(), guessing) {
+        assert!(heard.rounds < 1000, "some of it never happens: {heard:?}");
+        for (slot, place) in guests.iter_mut().enumerate().filter(|(_, place)| place.is_none()) {
+            if random.below(4) == 0 {
+                continue;
+            }
+            let (answer, block) = (joined % answers.len(), blocks[random.below(blocks.len())]);
+            let tokens = &answers[answer].tokens;
+            let (mut request, mut end) = (Request { block, ..answers[answer].request.clone() }, tokens.len());
+            let mut stays = end;
+            match random.below(8) {
+                0 => (end, request.max_tokens) = (1 + stays / 2, 1 + stays / 2),
+                1 => {
+                    let stop = tokens[random.below(end)];
+                    end = tokens.iter().position(|token| *token == stop).unwrap() + 1;
+                    request.stop_ids = vec![stop];
+                }
+                2 | 3 => stays = random.below(end),
+                _ => {}
+            }
+            if batch.join(slot, &request, false).unwrap().is_some() {
+                *place = Some(Guest { answer, block, end, stays: stays.min(end), said: 0, filling: true });
+                joined += 1;
+            }
+        }
+        for (slot, place) in guests.iter_mut().enumerate() {
+            if let Some(guest) = place.as_mut().filter(|guest| guest.filling)
+                && let Some(first) = batch.prefill(slot).unwrap().next
+            {
+                assert_eq!(first, answers[guest.answer].tokens[0], "the first token in slot {slot}");
+                (guest.filling, guest.said) = (false, 1);
+                farewell(&mut batch, slot, place, &mut heard);
+            }
+        }
+        if guests.iter().flatten().all(|guest| guest.filling) {
+            continue;
+        }
+        batch.round(&mut out).unwrap();
+        heard.rounds += 1;
+        for (slot, place) in guests.iter_mut().enumerate() {
+            let Some(guest) = place else { continue };
+            let Answer { request, tokens, logits } = &answers[guest.answer];
+            for (row, token) in out[slot].tokens.iter().enumerate().take(guest.end - guest.said) {
+                let what = format!(
+                    "round {} of {room:?}: slot {slot}, row {row} of a block of {}, token {} after a prompt of {}, {:?}",
+                    heard.rounds,
+                    guest.block,
+                    guest.said + 1,
+                    request.prompt.len(),
+                    request.sampling
+                );
+                let own = bits(&batch.logits(slot, row).unwrap());
+                let other = own.iter().zip(&logits[guest.said]).filter(|(a, b)| a != b).count();
+                assert_eq!(other, 0, "logits that differ: {what}");
+                assert_eq!(*token, tokens[guest.said], "{what}");
+                guest.said += 1;
+                heard.rows += 1;
+                heard.accepted += usize::from(row > 0);
+            }
+            farewell(&mut batch, slot, place, &mut heard);
+        }
+    }
+    heard
+}
+
+/// Who stayed long enough leaves.
+fn farewell(batch: &mut Batch, slot: usize, place: &mut Option<Guest>, heard: &mut Heard) {
+    let Some(guest) = place.take_if(|guest| guest.said >= guest.stays) else { return };
+    match guest.said == guest.end {
+        true => heard.ended.push((slot, guest.block, guest.answer)),
+        false => heard.left_early += 1,
+    }
+    batch.leave(slot, guest.said).unwrap();
+}
+
+/// Crowds in rooms of (sequences, block), who ask for answers of up to `most` tokens.
+fn crowds(device: &dyn Device, pair: &Pair, most: usize, rooms: &[(usize, usize)], guessing: bool) {
+    let models = Models::load(device, pair, POSITIONS).unwrap();
+    let answers = answers(device, &models, pair.target.config.vocab, most);
+    for &(sequences, block) in rooms {
+        // Not all that want to be there at once always can.
+        let all = BatchConfig::new(sequences, block, POSITIONS);
+        let room = BatchConfig { pages: all.pages - usize::from(sequences > 1), ..all };
+        let heard = crowd(device, &models, room, &answers, guessing);
+        println!(
+            "{sequences} x {block}: {} rounds, {} rows, {} of drafts; {} answers to the end, {} left before",
+            heard.rounds,
+            heard.rows,
+            heard.accepted,
+            heard.ended.len(),
+            heard.left_early
+        );
+    }
+}
+
+#[test]
+fn crowds_of_a_narrow_pair_hear_what_plain_decoding_says() {
+    let pair = open(&narrow());
+    let rooms = [(1, 2), (1, 7), (1, 16), (3, 2), (3, 7), (3, 16), (8, 2), (8, 7), (8, 16)];
+    every_device(|device| crowds(device, &pair, 12, &rooms, true));
+}
+
+#[test]
+fn crowds_of_a_wide_pair_hear_what_plain_decoding_says() {
+    let pair = open(&wide(4));
+    every_device(|device| crowds(device, &pair, 12, &[(1, 16), (3, 7), (8, 2)], true));
+    // Of more tokens than one block of the head: nothing is guessed.
+    let pair = open(&wide(301));
+    every_device(|device| crowds(device, &pair, 6, &[(3, 16)], false));
+}
+
+#[test]
+fn a_crowd_of_the_demo_pair_hears_what_plain_decoding_says() {
+    every_device(|device| crowds(device, &demo(), 8, &[(3, 16)], false));
+}
+
+// ---- the check ----
+
+/// Hears all, up to so many tokens.
+struct Patient(usize);
+
+impl TokenSink for Patient {
+    fn token(&mut self, _id: u32, _drafted: bool) -> dflash::Result<Flow> {
+        self.0 -= 1;
+        Ok(if self.0 == 0 { Flow::Interrupt } else { Flow::Continue })
+    }
+}
+
+fn checked(decoder: &mut dyn Decoder, request: &Request) -> Report {
+    check(decoder, request, || Ok(Patient(1000))).unwrap().expect("nobody interrupts")
+}
+
+fn request(prompt: &[u32], max_tokens: usize, sampling: SamplingParams) -> Request {
+    Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling,
+        stop_ids: vec![],
+        block: 16,
+        drafting: Default::default(),
+    }
+}
+
+/// What is counted is what [`generate`] does, wherever an answer ends.
+fn counts_are_those_of_the_rounds(decoder: &mut dyn Decoder, vocab: usize) {
+    let mut random = Random::new(3);
+    let prompt: Vec<u32> = (0..POSITIONS - 8).map(|_| random.below(vocab) as u32).collect();
+    for sampling in &samplings()[..2] {
+        let short = request(&prompt[..5], 14, sampling.clone());
+        let answer = generate(decoder, &short, &mut Patient(1000)).unwrap();
+        for request in [
+            Request { stop_ids: vec![answer.tokens[9]], ..short.clone() },
+            Request { max_tokens: 1, ..short.clone() },
+            Request { max_tokens: 2, ..short.clone() },
+            request(&prompt, 14, sampling.clone()),
+            Request { block: 7, ..short.clone() },
+            short,
+        ] {
+            let outcome = generate(decoder, &request, &mut Patient(1000)).unwrap();
+            let rounds = outcome.accepted.len();
+            let expected = Report {
+                tokens: outcome.tokens.len(),
+                rounds,
+                compared: outcome.tokens.len() - 1,
+                rejected: rounds + outcome.drafted.iter().sum::<usize>()
+                    - outcome.accepted.iter().sum::<usize>(),
+                identical: Ok(()),
+            };
+            assert_eq!(checked(decoder, &request), expected, "{request:?}");
+        }
+    }
+}
+
+#[test]
+fn a_decoder_that_is_lossless_passes_wherever_its_answers_end() {
+    let pair = open(&narrow());
+    let target = Target::load(&pair.target).unwrap();
+    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    counts_are_those_of_the_rounds(&mut Sequences::new(&target, Some(&drafter), 1, POSITIONS), 3);
+    every_device(|device| {
+        let models = Models::load(device, &pair, POSITIONS).unwrap();
+        let mut batch = Batch::new(device, &models, BatchConfig::new(2, 16, POSITIONS)).unwrap();
+        counts_are_those_of_the_rounds(&mut batch, 3);
+    });
+}
+
+/// Tells what is not so: `token` and `logits` are given the number of the run, from 1, and the token's place, from 0.
+struct Liar<'a> {
+    decoder: &'a mut dyn Decoder,
+    /// Requests so far.
+    runs: usize,
+    /// Tokens of the answer before the last round, and after it.
+    said: [usize; 2],
+    token: &'a dyn Fn(usize, usize, u32) -> u32,
+    logits: &'a dyn Fn(usize, usize, &mut [f32]),
+}
+
+impl Decoder for Liar<'_> {
+    fn vocab(&self) -> usize {
+        self.decoder.vocab()
+    }
+    fn context(&self) -> usize {
+        self.decoder.context()
+    }
+    fn slots(&self) -> usize {
+        self.decoder.slots()
+    }
+    fn join(&mut self, slot: usize, request: &Request, keep: bool) -> dflash::Result<Option<usize>> {
+        self.runs += 1;
+        self.decoder.join(slot, request, keep)
+    }
+    fn prefill(&mut self, slot: usize) -> dflash::Result<Prefill> {
+        let mut prefill = self.decoder.prefill(slot)?;
+        prefill.next = prefill.next.map(|first| (self.token)(self.runs, 0, first));
+        self.said = [0, 1];
+        Ok(prefill)
+    }
+    fn round(&mut self, out: &mut [Emitted]) -> dflash::Result<()> {
+        self.decoder.round(out)?;
+        self.said = [self.said[1], self.said[1] + out[0].tokens.len()];
+        for (row, token) in out[0].tokens.iter_mut().enumerate() {
+            *token = (self.token)(self.runs, self.said[0] + row, *token);
+        }
+        Ok(())
+    }
+    fn leave(&mut self, slot: usize, tokens: usize) -> dflash::Result<()> {
+        self.decoder.leave(slot, tokens)
+    }
+    fn watch(&mut self) {
+        self.decoder.watch();
+    }
+    fn logits(&mut self, slot: usize, row: usize) -> dflash::Result<Vec<f32>> {
+        let mut logits = self.decoder.logits(slot, row)?;
+        (self.logits)(self.runs, self.said[0] + row, &mut logits);
+        Ok(logits)
+    }
+}
+
+#[test]
+fn every_lie_is_found_and_told() {
+    let pair = open(&narrow());
+    let target = Target::load(&pair.target).unwrap();
+    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let mut honest = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
+    let request = request(&[2, 0, 1], 12, samplings().swap_remove(1));
+    let answer = generate(&mut honest, &request, &mut Patient(1000)).unwrap().tokens;
+    type Token<'a> = &'a dyn Fn(usize, usize, u32) -> u32;
+    type Logits<'a> = &'a dyn Fn(usize, usize, &mut [f32]);
+    let mut tell = |token: Token, logits: Logits| {
+        let liar = &mut Liar { decoder: &mut honest, runs: 0, said: [0; 2], token, logits };
+        let report = checked(liar, &request);
+        let error = report.identical.expect_err("a lie");
+        assert_eq!(error.exit_code(), 6);
+        (error.to_string(), report.compared, liar.runs)
+    };
+    let (truth, nothing): (Token, Logits) = (&|_, _, token| token, &|_, _, _| ());
+
+    // One bit of one logit, behind each token but the first, with drafts alone.
+    for place in 1..12 {
+        let seen = std::cell::Cell::new([0.0; 2]);
+        let flip = |run: usize, at: usize, logits: &mut [f32]| {
+            if (run, at) == (2, place) {
+                let bent = f32::from_bits(logits[1].to_bits() ^ 1);
+                seen.set([logits[1], bent]);
+                logits[1] = bent;
+            }
+        };
+        let told = tell(truth, &flip);
+        let [own, bent] = seen.get();
+        let expected = format!(
+            "token {} (position {}) came of other logits: 1 of 3 differ, the first that of id 1: {own} in plain \
+             decoding, {bent} in DFlash",
+            place + 1,
+            place + 3
+        );
+        assert_eq!(told, (expected, place, 3));
+    }
+    // Signs of zeros are bits, too; and of many differences the first is told.
+    let zeros = |run: usize, at: usize, logits: &mut [f32]| {
+        if at == 4 || run == 2 && at > 6 {
+            logits.fill(if run == 2 { -0.0 } else { 0.0 });
+        }
+    };
+    let expected = "token 5 (position 7) came of other logits: 3 of 3 differ, the first that of id 0: 0 in plain \
+                    decoding, -0 in DFlash";
+    assert_eq!(tell(truth, &zeros), (expected.into(), 4, 3));
+
+    // A row that another one's logits are told for.
+    let shift = |run: usize, at: usize, logits: &mut [f32]| {
+        if run == 2 && at == 2 {
+            logits.rotate_left(1);
+        }
+    };
+    assert!(tell(truth, &shift).0.starts_with("token 3 (position 5) came of other logits: 3 of 3 differ"));
+
+    // A token that its logits did not choose; the first one, which has none.
+    for place in [0, 1, 7] {
+        let other =
+            |run: usize, at: usize, token: u32| if (run, at) == (2, place) { (token + 1) % 3 } else { token };
+        let expected = format!(
+            "after {place} equal tokens autoregressive decoding goes on with {}, and DFlash goes on with {}",
+            answer[place],
+            (answer[place] + 1) % 3
+        );
+        assert_eq!(tell(&other, nothing), (expected, place, 2));
+    }
+
+    // Autoregressive decoding that says something else every time.
+    let moody = |run: usize, at: usize, logits: &mut [f32]| {
+        if at == 5 {
+            logits[0] = run as f32;
+        }
+    };
+    let expected = "autoregressive decoding does not repeat itself: token 6 (position 8) came of other logits when it ran again";
+    assert_eq!(tell(truth, &moody), (expected.into(), 5, 3));
+}
+
+#[test]
+fn what_lies_behind_the_end_of_an_answer_is_not_compared() {
+    let pair = open(&narrow());
+    let target = Target::load(&pair.target).unwrap();
+    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let mut honest = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
+    let request = request(&[2, 0, 1], 12, samplings().swap_remove(0));
+    let behind = std::cell::Cell::new(0);
+    let logits = |run: usize, at: usize, logits: &mut [f32]| {
+        if run == 2 && at >= 12 {
+            behind.set(behind.get() + 1);
+            logits[0] = -7.0;
+        }
+    };
+    let mut liar =
+        Liar { decoder: &mut honest, runs: 0, said: [0; 2], token: &|_, _, token| token, logits: &logits };
+    let report = checked(&mut liar, &request);
+    assert_eq!((report.identical, report.compared), (Ok(()), 11));
+    assert!(behind.get() > 0, "no round went on behind the answer");
+}
+
+#[test]
+fn an_interrupted_check_says_nothing() {
+    let pair = open(&narrow());
+    let target = Target::load(&pair.target).unwrap();
+    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let mut decoder = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
+    let request = request(&[2, 0, 1], 12, samplings().swap_remove(0));
+    for patience in [[3, 1000], [1000, 1], [1000, 4]] {
+        let mut runs = patience.into_iter();
+        let report = check(&mut decoder, &request, || Ok(Patient(runs.next().unwrap()))).unwrap();
+        assert_eq!(report, None, "{patience:?}");
+    }
+    assert_eq!(checked(&mut decoder, &request).identical, Ok(()));
+}
+
+// ---- --check-lossless ----
+
+const PROMPT: &str = "def read_config(filename):";
+
+#[test]
+fn check_lossless_counts_what_it_compared() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = ["import os", "class A:\n"].map(|p| json!({"prompt": p}).to_string()).join("\n");
+    let file = program::write(dir.path(), "p.jsonl", lines);
+    let runs: [(&str, &str, &[&str]); 3] = [
+        ("cpu", "30", &[]),
+        ("cpu", "30", &["--temperature", "0.8", "--seed", "3", "--block", "7"]),
+        ("emulator", "9", &["--temperature", "0.8", "--seed", "3", "--ctx", "64"]),
+    ];
+    for (device, tokens, more) in runs {
+        let with = |first: &[&'static str]| -> Vec<&str> {
+            let args = ["--device", device, "--prompts", &file, "-n", tokens];
+            first.iter().chain(&args).chain(more).copied().collect()
+        };
+        let expected = program::run(with(&["--json"])).json();
+        let table = program::run(with(&["--check-lossless"]));
+        // A device says first what it takes.
+        let said =
+            table.err.lines().skip(if device == "cpu" { 0 } else { 13 }).collect::<Vec<_>>().join("\n");
+        assert_eq!((table.code, said.as_str()), (0, if more.is_empty() { "" } else { "seed 3" }));
+        let rows: Vec<Vec<&str>> = table.out.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows[0].join(" "), "prompt tokens rounds rows compared identical");
+        assert_eq!(rows.iter().skip(1).map(|row| row[0]).collect::<Vec<_>>(), ["1", "2", "all"]);
+        assert!(rows.iter().skip(1).all(|row| row.len() == 5 && row[4] == "yes"), "{}", table.out);
+
+        let report = program::run(with(&["--check-lossless", "--json"])).json().remove(0);
+        let fields = [
+            "tokens",
+            "rounds",
+            "compared",
+            "rejected",
+            "identical",
+            "difference",
+            "prompts",
+            "seed",
+            "device",
+            "target",
+            "draft",
+            "verify",
+            "tree",
+            "adaptive",
+            "threshold",
+            "coupled",
+            "draft_temperature",
+        ];
+        assert_eq!(report.as_object().unwrap().keys().collect::<Vec<_>>(), fields);
+        assert_eq!((&report["identical"], &report["difference"]), (&json!(true), &Value::Null));
+        assert_eq!((&report["device"], &report["draft"]), (&json!(device), &expected[0]["draft"]));
+        let parts = report["prompts"].as_array().unwrap();
+        for ((part, record), row) in parts.iter().zip(&expected).zip(&rows[1..]) {
+            let (tokens, rounds) = (record["tokens"].as_array().unwrap().len(), &record["rounds"]);
+            assert_eq!((&part["tokens"], &part["rounds"]), (&json!(tokens), rounds));
+            assert_eq!((&part["compared"], &part["identical"]), (&json!(tokens - 1), &json!(true)));
+            assert_eq!(row[1..4], [tokens.to_string(), rounds.to_string(), (tokens - 1).to_string()]);
+        }
+        for (i, field) in ["tokens", "rounds", "compared", "rejected"].into_iter().enumerate() {
+            let sum = parts.iter().map(|part| part[field].as_u64().unwrap()).sum::<u64>();
+            assert_eq!(report[field], sum, "{field}");
+            assert!(i == 3 || rows[3][i + 1] == sum.to_string(), "{field}: {}", table.out);
+        }
+    }
+}
+
+#[test]
+fn check_lossless_takes_a_prompt_from_anywhere_and_stops_where_the_text_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = program::write(dir.path(), "prompt.txt", PROMPT);
+    let args = ["--check-lossless", "-n", "40", "--stop", "if "];
+    let table = program::run([PROMPT].iter().chain(&args)).done();
+    assert_eq!(program::run(["-f", file.as_str()].iter().chain(&args)).done(), table);
+    assert_eq!(program::with_stdin(&args, PROMPT.as_bytes()).out, table);
+    let record = program::run(["--json", PROMPT, "-n", "40", "--stop", "if "]).json().remove(0);
+    let tokens = record["tokens"].as_array().unwrap().len();
+    assert_eq!(record["finish_reason"], "stop");
+    assert!(table.lines().last().unwrap().trim_start().starts_with(&format!("all  {tokens:6} ")), "{table}");
+}
+
+#[test]
+fn check_lossless_is_refused_where_it_would_mean_nothing() {
+    for (args, sentence) in [
+        ("--draft none x", "--check-lossless needs a drafter, but --draft is none"),
+        (
+            "--block 1 x",
+            "--block is 1, which is autoregressive decoding: --check-lossless expects at least 2",
+        ),
+        ("-n 1 x", "--max-tokens is 1, which leaves --check-lossless no round: expected at least 2"),
+        ("--compare x", "the argument '--check-lossless' cannot be used with '--compare'"),
+        ("--chat", "the argument '--check-lossless' cannot be used with '--chat'"),
+        ("--plan", "the argument '--check-lossless' cannot be used with '--plan'"),
+        ("--stream-json x", "the argument '--check-lossless' cannot be used with '--stream-json'"),
+        ("--show-accept x", "the argument '--check-lossless' cannot be used with '--show-accept'"),
+        ("--batch 2 --prompts x", "the argument '--check-lossless' cannot be used with '--batch <N>'"),
+    ] {
+        let run = program::run(["--check-lossless"].into_iter().chain(args.split(' ')));
+        assert_eq!((run.code, run.out.as_str()), (2, ""), "{args}");
+        assert_eq!(run.err, format!("dflash-gen: {sentence}\n"), "{args}");
+    }
+}

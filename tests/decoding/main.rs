@@ -1,0 +1,16 @@
+//! Whole generations: speculative against autoregressive decoding, batches, devices, reference outputs.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod adaptive;
+mod arithmetic;
+mod conformance;
+mod device;
+mod device_rules;
+mod faults;
+mod generation;
+mod lossless;
+mod rules;
+mod soak;
+mod trees;

@@ -1,0 +1,508 @@
+//! Attention: against f64, and that a row's bits depend on its query and the keys it sees alone.
+
+use crate::support::attention;
+use crate::support::kernel;
+
+use attention::*;
+use dflash::Error;
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::{Emulator, Schedule};
+use dflash::gpu::kernels::attention::{Attention, Layer, Prefill, split_of, split_start};
+use kernel::*;
+
+#[test]
+fn all_groups_and_head_sizes_equal_f64() {
+    every_device(|device| {
+        let mut random = Random::new(1);
+        for head_dim in [64, 128] {
+            // Groups of 1 to 8, no group, and one key/value head for all.
+            for (heads, kv_heads) in [(2, 2), (4, 2), (3, 1), (8, 2), (5, 1), (6, 1), (14, 2), (8, 1)] {
+                for (rule, rows) in [(Rule::Chain, 1), (Rule::Chain, 3), (Rule::Block, 9), (Rule::Tree, 17)] {
+                    let shape = shape(rule, head_dim, heads, kv_heads, 0);
+                    let context = CONTEXTS[random.below(CONTEXTS.len())];
+                    check(device, &shape, rows, &[Sequence::new(&shape, context, rows, &mut random)]);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn all_contexts_and_windows_equal_f64_in_a_ragged_batch() {
+    every_device(|device| {
+        let mut random = Random::new(2);
+        for rule in [Rule::Chain, Rule::Tree, Rule::Block] {
+            for window in [0, 1, 7, 64, 100] {
+                for (head_dim, block) in [(64, 16), (128, 8)] {
+                    let shape = shape(rule, head_dim, 2, 1, window);
+                    let sequences: Vec<Sequence> = CONTEXTS
+                        .iter()
+                        .map(|&context| Sequence::new(&shape, context, random.below(block + 1), &mut random))
+                        .collect();
+                    check(device, &shape, block, &sequences);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn random_shapes_equal_f64() {
+    every_device(|device| {
+        let mut random = Random::new(16);
+        for _ in 0..if cfg!(feature = "sanitize") { 30 } else { 150 } {
+            let rule = [Rule::Chain, Rule::Tree, Rule::Block][random.below(3)];
+            let (group, kv_heads) = (1 + random.below(8), 1 + random.below(2));
+            let window = if random.below(2) == 0 { 0 } else { 1 + random.below(200) };
+            let shape = shape(rule, [64, 128][random.below(2)], group * kv_heads, kv_heads, window);
+            let block = 1 + random.below(if group > 4 { 12 } else { 24 });
+            let mut sequence = || {
+                let (context, rows) = (random.below(400), random.below(block + 1));
+                Sequence::new(&shape, context, rows, &mut random)
+            };
+            let sequences = [sequence(), sequence()];
+            check(device, &shape, block, &sequences);
+        }
+    });
+}
+
+#[test]
+fn trees_and_blocks_of_64_rows_equal_f64() {
+    every_device(|device| {
+        let mut random = Random::new(3);
+        for (rule, window) in [(Rule::Tree, 0), (Rule::Tree, 9), (Rule::Block, 20), (Rule::Chain, 30)] {
+            // Eight tiles of 64 packed rows; seven, of which some hold heads of two rows' ends.
+            for (heads, head_dim) in [(8, 64), (7, 128)] {
+                let shape = shape(rule, head_dim, heads, 1, window);
+                check(device, &shape, 64, &[Sequence::new(&shape, 100, 64, &mut random)]);
+            }
+        }
+    });
+}
+
+#[test]
+fn five_schedules_and_two_threads_give_equal_bits() {
+    let mut random = Random::new(4);
+    for (rule, head_dim, window) in [(Rule::Chain, 64, 0), (Rule::Tree, 128, 100), (Rule::Block, 64, 40)] {
+        let shape = shape(rule, head_dim, 8, 2, window);
+        let sequences: Vec<Sequence> =
+            [(300, 16), (0, 0), (250, 13)].map(|(c, r)| Sequence::new(&shape, c, r, &mut random)).into();
+        let test = |device: &dyn Device| to_bytes(&check(device, &shape, 16, &sequences).concat());
+        let bytes = bits_of_every_device(test).remove(0);
+        assert_written(&bytes, "out");
+        let parallel = Emulator::new();
+        parallel.set_threads(2);
+        assert_eq!(test(&parallel), bytes);
+    }
+}
+
+/// Two blocks at a time, so that the two splits of a kv head run side by side, each warp as far as it gets: the block
+/// that merges must find all the other has left.
+#[test]
+fn merging_waits_for_all_warps_of_the_other_blocks() {
+    let shape = shape(Rule::Chain, 64, 32, 8, 0);
+    let mut random = Random::new(17);
+    let sequences: Vec<Sequence> = (0..4).map(|_| Sequence::new(&shape, 192, 16, &mut random)).collect();
+    let device = Emulator::new();
+    let expected = run(&device, &shape, 16, &sequences);
+    device.set_threads(2);
+    for schedule in Schedule::ALL {
+        device.set_schedule(schedule);
+        for _ in 0..if cfg!(feature = "sanitize") { 1 } else { 3 } {
+            assert!(run(&device, &shape, 16, &sequences) == expected, "{schedule:?}");
+        }
+    }
+}
+
+#[test]
+fn single_token_steps_equal_one_block_bit_for_bit() {
+    every_device(|device| {
+        let mut random = Random::new(5);
+        // Borders of tiles at 64, of splits at 128, of groups of splits at 1024, of wider splits at 4096.
+        let small = cfg!(feature = "sanitize");
+        let far: &[usize] = if small { &[1019] } else { &[505, 1012, 1023, 2040, 4085] };
+        let near = [0, 48, 63, 64, 112, 120, 127, 128, 250, 300];
+        for (i, &context) in near.iter().chain(far).enumerate() {
+            for window in if context > 300 { vec![0, 300] } else { vec![0, 7, 100] } {
+                let head_dim = [64, 128][i % 2];
+                let shape = shape(Rule::Chain, head_dim, 4, 1, window);
+                let s = Sequence::new(&shape, context, 16, &mut random);
+                let block = check(device, &shape, 16, std::slice::from_ref(&s)).concat();
+                assert!(steps(device, &shape, &s) == block, "context {context}, window {window}");
+                // The same keys and rows in blocks of 2 and of 7.
+                for size in [2, 7] {
+                    let mut again = Vec::new();
+                    for first in (0..16).step_by(size) {
+                        let width = shape.heads * head_dim;
+                        let last = s.step(&shape, (first + size).min(16) - 1);
+                        let rows = last.context + 1 - context - first;
+                        let q = s.q[first * width..(first + rows) * width].to_vec();
+                        let part = Sequence {
+                            context: context + first,
+                            rows,
+                            masks: s.masks[..rows].to_vec(),
+                            q,
+                            ..last
+                        };
+                        again.extend(run(device, &shape, size, &[part]).concat());
+                    }
+                    assert!(again == block, "blocks of {size}: context {context}, window {window}");
+                }
+            }
+        }
+    });
+}
+
+/// An output that shrinks to nothing is a zero without a sign, in one split and in a block that has two.
+#[test]
+fn a_zero_is_the_same_zero_in_one_split_and_in_two() {
+    every_device(|device| {
+        let shape = shape(Rule::Chain, 64, 1, 1, 0);
+        let mut s = Sequence::new(&shape, 120, 16, &mut Random::new(18));
+        s.q = to_bf16(&vec![4.0; 16 * 64]);
+        // The first tile leaves about -1e-38, which 2^-92 makes -0; the second adds nothing but -0.
+        s.k = to_bf16(&[vec![0.0; 64 * 64], vec![2.0; 72 * 64]].concat());
+        s.v = to_bf16(&[vec![-1e-40; 64 * 64], vec![-0.0; 72 * 64]].concat());
+        let block = run(device, &shape, 16, std::slice::from_ref(&s)).concat();
+        assert!(block.iter().all(|&x| x == 0));
+        assert!(steps(device, &shape, &s) == block);
+    });
+}
+
+#[test]
+fn bits_are_the_same_in_any_batch_place_block_and_capacity() {
+    every_device(|device| {
+        let mut random = Random::new(7);
+        for (rule, rows) in [(Rule::Chain, 5), (Rule::Tree, 5), (Rule::Block, 5)] {
+            let shape = shape(rule, 64, 3, 1, 0);
+            let s = Sequence::new(&shape, 130, rows, &mut random);
+            let other = |context, random: &mut Random| Sequence::new(&shape, context, rows, random);
+            let alone = run(device, &shape, rows, std::slice::from_ref(&s)).concat();
+            for (block, place, capacity) in [(5, 0, 310), (6, 1, 500), (16, 2, 5000), (64, 1, 400)] {
+                let mut sequences = vec![other(7, &mut random), other(300, &mut random)];
+                sequences.insert(place, s.clone());
+                let out = run_with(device, &shape, block, capacity, &sequences);
+                assert!(out[place] == alone, "{rule:?} among blocks of {block}, place {place}");
+            }
+        }
+    });
+}
+
+#[test]
+fn rows_see_nothing_of_what_is_not_theirs() {
+    every_device(|device| {
+        let mut random = Random::new(8);
+        for (rule, window) in
+            [(Rule::Chain, 0), (Rule::Chain, 20), (Rule::Tree, 0), (Rule::Tree, 4), (Rule::Block, 3)]
+        {
+            for head_dim in [64, 128] {
+                let shape = shape(rule, head_dim, 4, 2, window);
+                let s = Sequence::new(&shape, 125, 8, &mut random);
+                let clean = run(device, &shape, 8, std::slice::from_ref(&s)).concat();
+                // One key, one value, or one element of either is no number: rows that do not see it keep their bits.
+                for slot in [110, 124, 125, 127, 128, 130, 132] {
+                    for (of_key, elements, bits) in
+                        [(true, 1, 0x7fc0), (false, 1, 0x7fc0), (false, head_dim, 0xff80), (false, 1, 0x7f80)]
+                    {
+                        let mut bad = s.clone();
+                        let at = (slot * 2 + 1) * head_dim + 3 * (head_dim - elements) / 4;
+                        let x = if of_key { &mut bad.k } else { &mut bad.v };
+                        x[at..at + elements].fill(bits);
+                        let out = run(device, &shape, 8, &[bad]).concat();
+                        for (i, (out, clean)) in out.chunks(head_dim).zip(clean.chunks(head_dim)).enumerate()
+                        {
+                            let (row, head) = (i / 4, i % 4);
+                            let what = format!(
+                                "{shape:?}, slot {slot}, row {row}, head {head}, key {of_key}, {bits:x}"
+                            );
+                            if head >= 2 && s.sees(&shape, row, slot) {
+                                assert!(
+                                    from_bf16(out).iter().any(|x| !x.is_finite()),
+                                    "{what} does not see it"
+                                );
+                            } else {
+                                assert!(out == clean, "{what} was reached");
+                            }
+                        }
+                    }
+                }
+                // A query that is no number stays with its own row and head.
+                let mut bad = s.clone();
+                bad.q[(3 * 4 + 1) * head_dim] = 0x7fc0;
+                let out = run(device, &shape, 8, &[bad]).concat();
+                for (i, (out, clean)) in out.chunks(head_dim).zip(clean.chunks(head_dim)).enumerate() {
+                    assert!(if i == 13 { from_bf16(out).iter().all(|x| x.is_nan()) } else { out == clean });
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn any_length_page_and_mask_stays_inside_the_buffers() {
+    every_device(|device| {
+        let mut random = Random::new(9);
+        let odd = [0, 1, 63, 64, 200, 319, 320, 321, 1 << 31, (1 << 31) - 1, u32::MAX - 1, u32::MAX];
+        for turn in 0..if cfg!(feature = "sanitize") { 12 } else { 60 } {
+            let rule = [Rule::Chain, Rule::Tree, Rule::Block][turn % 3];
+            let shape = shape(rule, [64, 128][turn % 2], 3, 1, [0, 1, 70, 1 << 31][turn % 4]);
+            let sequences: Vec<Sequence> =
+                (0..3).map(|_| Sequence::new(&shape, 50, 5, &mut random)).collect();
+            let batch = batch(device, &shape, 5, 5, &sequences);
+            let mut pick =
+                || if random.below(3) == 0 { random.next() as u32 } else { odd[random.below(odd.len())] };
+            let words = |n: usize, pick: &mut dyn FnMut() -> u32| {
+                (0..n).flat_map(|_| pick().to_le_bytes()).collect::<Vec<u8>>()
+            };
+            device.upload(&batch.spans, &words(6, &mut pick)).unwrap();
+            if turn < 6 {
+                // Ends that are 0 again.
+                let spans = [u32::MAX, 1, u32::MAX - 1, 2, u32::MAX - 4, 5];
+                device.upload(&batch.spans, &to_bytes(&spans)).unwrap();
+            }
+            device.upload(&batch.masks, &words(30, &mut pick)).unwrap();
+            if turn % 5 > 0 {
+                device.upload(&batch.table, &words(15, &mut pick)).unwrap();
+            }
+            // A capacity that is no multiple of anything.
+            let attention = Attention { layer: batch.layer, sequences: 3, block: 5, capacity: 311 };
+            let space = workspace(device, &attention).unwrap();
+            launch(device, &batch, &attention, rule, &space).unwrap();
+            assert!(bytes_of(device, &space.counters).iter().all(|&b| b == 0));
+            let prefill = Prefill { layer: batch.layer, rows: 15 };
+            prefill.launch(device, &batch.out, &batch.q, batch.paged()).unwrap();
+        }
+    });
+}
+
+/// Prefill of `s` in chunks of these sizes.
+fn prefill(device: &dyn Device, shape: &Shape, chunks: &[usize], s: &Sequence) -> Vec<u16> {
+    let (mut out, mut at, width) = (Vec::new(), 0, shape.heads * shape.head_dim);
+    for &rows in chunks {
+        let whole = s.step(shape, at + rows - 1);
+        let q = s.q[at * width..(at + rows) * width].to_vec();
+        let part = Sequence { context: s.context + at, rows, masks: vec![0; rows], q, ..whole };
+        let room = rows + 3;
+        let batch = batch(device, shape, room, (part.context + rows).div_ceil(PAGE) + 1, &[part]);
+        let prefill = Prefill { layer: batch.layer, rows: room };
+        prefill.launch(device, &batch.out, &batch.q, batch.paged()).unwrap();
+        let got = download::<u16>(device, &batch.out);
+        assert!(got[rows * width..].iter().all(|&x| x == POISON), "a row beyond the span was written");
+        out.extend(&got[..rows * width]);
+        at += rows;
+    }
+    out
+}
+
+#[test]
+fn prefill_equals_f64_and_its_bits_do_not_depend_on_chunks() {
+    let mut random = Random::new(10);
+    for (head_dim, heads, kv_heads, window, context) in
+        [(64, 4, 1, 0, 0), (128, 3, 1, 0, 70), (64, 1, 1, 50, 0), (128, 8, 1, 64, 200), (64, 2, 2, 1, 63)]
+    {
+        let shape = shape(Rule::Chain, head_dim, heads, kv_heads, window);
+        let s = Sequence::new(&shape, context, 150, &mut random);
+        if !cfg!(feature = "sanitize") {
+            bits_of_every_device(|device| to_bytes(&prefill(device, &shape, &[150], &s)));
+        }
+        every_device(|device| {
+            let whole = prefill(device, &shape, &[150], &s);
+            let error = relative_error(&from_bf16(&whole), &s.reference(&shape));
+            assert!(error < BOUND, "error {error:.1e}: {shape:?}");
+            assert!(prefill(device, &shape, &[1, 64, 17, 68], &s) == whole, "{shape:?}");
+            // Where all keys are in one split, these are also the bits of single steps.
+            if context == 0 {
+                let few = Sequence { rows: if cfg!(feature = "sanitize") { 20 } else { 128 }, ..s.clone() };
+                let rows = few.rows * heads * head_dim;
+                assert!(steps(device, &shape, &few) == whole[..rows], "{shape:?}");
+            }
+        });
+    }
+}
+
+#[test]
+fn prefill_takes_chunks_of_512_rows() {
+    every_device(|device| {
+        let rows = if cfg!(feature = "sanitize") { 130 } else { 512 };
+        let shape = shape(Rule::Chain, 64, 4, 1, 100);
+        let s = Sequence::new(&shape, 10, rows, &mut Random::new(11));
+        let out = prefill(device, &shape, &[rows], &s);
+        assert!(relative_error(&from_bf16(&out), &s.reference(&shape)) < BOUND);
+    });
+}
+
+#[test]
+fn splits_cover_all_slots_in_order() {
+    let mut slot = 0;
+    for split in 0..200 {
+        assert_eq!(split_start(split), slot);
+        let next = split_start(split + 1);
+        assert_eq!((split_of(slot), split_of(next - 1)), (split, split));
+        slot = next;
+    }
+    assert_eq!([4096, 32768, 131_072].map(split_of), [32, 88, 136]);
+}
+
+/// Contexts of 128k and more, where all pages of the table are a few: keys repeat, and so does the reference.
+#[test]
+fn contexts_beyond_128k_equal_f64() {
+    let device = Emulator::new();
+    contexts_beyond_128k(&device, || Some(device.counts()["attention_64x16"].read as usize));
+    if let Some(gpu) = gpu() {
+        contexts_beyond_128k(gpu, || None);
+    }
+}
+
+/// `read`: bytes read since the device was opened, where they are counted.
+fn contexts_beyond_128k(device: &dyn Device, read: impl Fn() -> Option<usize>) {
+    let mut before = 0;
+    let context = if cfg!(feature = "sanitize") { 35_000 } else { 131_100 };
+    let shape = shape(Rule::Chain, 64, 1, 1, 0);
+    let mut random = Random::new(12);
+    let few = Sequence::new(&shape, 5 * PAGE, 0, &mut random);
+    let repeat = |x: &[u16]| x.iter().copied().cycle().take((context + 2) * 64).collect::<Vec<u16>>();
+    let s = Sequence {
+        context,
+        rows: 2,
+        masks: vec![1, 3],
+        q: random.bf16(2 * 64, 1.0),
+        k: repeat(&few.k),
+        v: repeat(&few.v),
+    };
+    let per_sequence = (context + 2).div_ceil(PAGE);
+    let mut b = batch(device, &shape, 2, per_sequence, std::slice::from_ref(&few));
+    let table: Vec<u32> = download(device, &b.table);
+    b.table = upload(device, &(0..per_sequence).map(|i| table[i % 5]).collect::<Vec<u32>>());
+    b.spans = upload(device, &[context as u32, 2]);
+    b.q = upload(device, &s.q);
+    for (window, blocks) in [(0, split_of(context + 1) + 1), (1000, 2)] {
+        b.layer.window = window;
+        let attention = Attention { layer: b.layer, sequences: 1, block: 2, capacity: per_sequence * PAGE };
+        let space = workspace(device, &attention).unwrap();
+        launch(device, &b, &attention, Rule::Chain, &space).unwrap();
+        let expected = s.reference(&Shape { window, ..shape });
+        let error = relative_error(&from_bf16(&download(device, &b.out)), &expected);
+        assert!(error < BOUND, "window {window}: error {error:.1e}");
+        // Keys and values, a page number per thread and tile, parts; splits the window does not reach read the span.
+        if let Some(read) = read() {
+            let (bytes, seen) = (read - before, if window == 0 { context + 2 } else { window + 1 });
+            let most = seen * (256 + 9) + blocks * 4096 + 140 * 1024;
+            assert!(bytes < most, "{bytes} bytes read, window {window}");
+            before = read;
+        }
+    }
+}
+
+#[test]
+fn keys_and_values_are_read_once_without_bank_conflicts() {
+    for (head_dim, rows) in [(64, 1), (128, 1), (64, 16), (128, 16)] {
+        let device = Emulator::new();
+        device.count_conflicts(true);
+        let shape = shape(Rule::Chain, head_dim, 4, 1, 0);
+        let s = Sequence::new(&shape, 255 - rows, rows, &mut Random::new(13));
+        run(&device, &shape, rows, std::slice::from_ref(&s));
+        let counts = device.counts();
+        let (name, count) = counts.first_key_value().unwrap();
+        assert_eq!(count.conflicts, 0, "{name}");
+        let (keys, queries) = (255 * 2 * head_dim * 2, 2 * rows * 4 * head_dim * 2);
+        let batch = batch(&device, &shape, rows, 4, std::slice::from_ref(&s));
+        let attention = Attention { layer: batch.layer, sequences: 1, block: rows, capacity: 255 };
+        assert_eq!(attention.bytes(&[(255 - rows, rows)]), (keys + queries) as u64);
+        // Two splits: both read the queries, the last reads parts of 4 (head_dim + 2) bytes a row, and 128 threads of
+        // each read 16 bytes of span and table.
+        let (packed, most) = (rows * 4, 2 * 128 * 16);
+        let parts = 2 * packed * (4 * head_dim + 8);
+        assert_eq!(count.read as usize - most, keys + queries + parts, "{name}");
+        let products = if rows == 1 { 1 } else { 4 } * 4 * 4 * (head_dim / 16 * 2 + 4 * head_dim / 32);
+        assert_eq!(count.mma as usize, products, "{name}: tiles of 64 keys");
+    }
+}
+
+#[test]
+fn shared_memory_is_free_of_conflicts_under_every_mask() {
+    let counted = |what: &str, run: &dyn Fn(&Emulator)| {
+        let device = Emulator::new();
+        device.count_conflicts(true);
+        run(&device);
+        for (name, count) in device.counts() {
+            assert!(count.shared > 0, "{name}");
+            assert_eq!(count.conflicts, 0, "{name}: {what}, of {} accesses", count.shared);
+        }
+    };
+    let mut random = Random::new(17);
+    let few = if cfg!(feature = "sanitize") { 1 } else { 6 };
+    for (head_dim, heads) in [(64, 3), (64, 1), (64, 8), (128, 1), (128, 4), (128, 5)].into_iter().take(few) {
+        for (context, window) in [(70, 0), (255, 100), (1300, 0)] {
+            for rule in [Rule::Chain, Rule::Tree, Rule::Block] {
+                let shape = shape(rule, head_dim, heads, 1, window);
+                for rows in [1, 7, 64] {
+                    let mut s = Sequence::new(&shape, context, rows, &mut random);
+                    // Keys of a path need not lie in banks of their own, but where they are neighbours.
+                    s.masks = (1..=rows).map(low).collect();
+                    let what = format!("{shape:?}, {rows} rows after {context}");
+                    counted(&what, &|device| drop(run(device, &shape, rows, std::slice::from_ref(&s))));
+                }
+            }
+            let shape = shape(Rule::Chain, head_dim, heads, 1, window);
+            let s = Sequence::new(&shape, context, 130, &mut random);
+            let what = format!("a prompt, {shape:?} after {context}");
+            counted(&what, &|device| drop(prefill(device, &shape, &[1, 64, 65], &s)));
+        }
+    }
+}
+
+#[test]
+fn a_graph_of_attention_can_be_replayed() {
+    every_device(|device| {
+        let mut random = Random::new(14);
+        let shape = shape(Rule::Chain, 64, 4, 2, 0);
+        let s = [Sequence::new(&shape, 1200, 4, &mut random), Sequence::new(&shape, 200, 3, &mut random)];
+        let batch = batch(device, &shape, 4, 19, &s);
+        let attention = Attention { layer: batch.layer, sequences: 2, block: 4, capacity: 19 * PAGE };
+        let space = workspace(device, &attention).unwrap();
+        let graph = device.capture(&mut || launch(device, &batch, &attention, shape.rule, &space)).unwrap();
+        let mut first = None;
+        for contexts in [[1200u32, 200], [100, 3], [1200, 200]] {
+            device.fill(&batch.out, 0).unwrap();
+            device.upload(&batch.spans, &to_bytes(&[contexts[0], 4, contexts[1], 3])).unwrap();
+            device.replay(&graph).unwrap();
+            let out = bytes_of(device, &batch.out);
+            assert!(contexts[0] != 1200 || first.get_or_insert_with(|| out.clone()) == &out);
+        }
+    });
+}
+
+#[test]
+fn shapes_the_kernels_do_not_have_are_refused() {
+    let device = Emulator::new();
+    let shape = shape(Rule::Tree, 64, 4, 2, 0);
+    let s = [Sequence::new(&shape, 10, 2, &mut Random::new(15))];
+    let batch = batch(&device, &shape, 2, 1, &s);
+    let good = Attention { layer: batch.layer, sequences: 1, block: 2, capacity: 64 };
+    let space = workspace(&device, &good).unwrap();
+    launch(&device, &batch, &good, shape.rule, &space).unwrap();
+    let refused = |attention: Attention, part: &str| {
+        let error = launch(&device, &batch, &attention, shape.rule, &space).unwrap_err();
+        assert!(matches!(&error, Error::Internal(text) if text.contains(part)), "{error}: {part}");
+    };
+    let layer = |layer: Layer| Attention { layer, ..good };
+    refused(layer(Layer { heads: 18, ..good.layer }), "18 heads of 64 on 2 key/value heads");
+    refused(layer(Layer { heads: 5, ..good.layer }), "5 heads of 64 on 2");
+    refused(layer(Layer { kv_heads: 0, ..good.layer }), "on 0 key/value heads");
+    refused(layer(Layer { head_dim: 96, ..good.layer }), "heads of 96");
+    refused(layer(Layer { head_dim: 128, ..good.layer }), "out has 1024 bytes, needs 2048");
+    refused(layer(Layer { pages: 4, ..good.layer }), "k has 49152 bytes, needs 65536");
+    refused(Attention { block: 65, ..good }, "1 to 64 rows");
+    refused(Attention { block: 3, ..good }, "needs");
+    refused(Attention { capacity: 65, ..good }, "1 to 64 slots");
+    refused(Attention { sequences: 2, ..good }, "needs");
+    let prefill = |layer: Layer, rows: usize| {
+        let refused = Prefill { layer, rows }.launch(&device, &batch.out, &batch.q, batch.paged());
+        refused.unwrap_err().to_string()
+    };
+    assert!(prefill(good.layer, 3).contains("kernel attention_prefill: out has 1024 bytes, needs 1536"));
+    assert!(prefill(good.layer, 0).contains("0 rows"));
+    assert!(prefill(Layer { head_dim: 80, ..good.layer }, 2).contains("heads of 80"));
+    let vast = Layer { pages_per_sequence: 1 << 20, ..good.layer };
+    refused(Attention { layer: vast, capacity: 1 << 26, ..good }, "67108864 slots, possible are 901120");
+}

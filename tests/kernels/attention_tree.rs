@@ -1,0 +1,233 @@
+//! Attention under the masks of trees: every row has the bits of its path as a chain.
+
+use crate::support::attention;
+use crate::support::kernel;
+
+use attention::*;
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use kernel::*;
+
+#[test]
+fn single_token_steps_equal_a_chain_of_64_in_a_tree_bit_for_bit() {
+    every_device(|device| {
+        let mut random = Random::new(6);
+        for (context, heads, window) in [(100, 4, 0), (40, 3, 50)] {
+            let chain = shape(Rule::Chain, 64, heads, 1, window);
+            let s = Sequence::new(&chain, context, 64, &mut random);
+            let tree = Shape { rule: Rule::Tree, ..chain };
+            let block = check(device, &tree, 64, std::slice::from_ref(&s));
+            assert!(steps(device, &chain, &s) == block[0]);
+            assert!(run(device, &chain, 64, &[s]) == block);
+        }
+    });
+}
+
+/// The trees of a kind that have `rows` rows: chains with few branches; bushes; many short paths; many short ones and a
+/// long one, whose keys lie the farther apart the deeper; and two that start at the context.
+fn parents(kind: usize, rows: usize, random: &mut Random) -> Vec<usize> {
+    let parent = |row: usize, random: &mut Random| match kind % 5 {
+        0 if random.below(8) > 0 => row - 1,
+        0 | 1 => random.below(row),
+        2 => random.below(row.min(4)),
+        3 if row.is_multiple_of(3) => row - 3,
+        3 => row / 3 * 3,
+        _ if row < 3 => NONE,
+        _ => row - 2,
+    };
+    (1..rows).map(|row| parent(row, random)).collect()
+}
+
+/// The outputs of trees, which must be those of their paths as chains: one chain for each leaf, all in one launch.
+fn as_chains(device: &dyn Device, shape: &Shape, s: &Sequence) -> Vec<u16> {
+    let width = shape.heads * shape.head_dim;
+    let is_leaf = |row: &usize| s.masks[row + 1..].iter().all(|mask| mask >> row & 1 == 0);
+    let leaves: Vec<Vec<usize>> = (0..s.rows).filter(is_leaf).map(|leaf| s.path(leaf)).collect();
+    let chains: Vec<Sequence> = leaves.iter().map(|path| s.chain(shape, path)).collect();
+    let block = leaves.iter().map(Vec::len).max().unwrap_or(1);
+    let found = run(device, &Shape { rule: Rule::Chain, ..*shape }, block, &chains);
+    let mut out = vec![POISON; s.rows * width];
+    for (path, found) in leaves.iter().zip(&found) {
+        for (row, found) in path.iter().zip(found.chunks(width)) {
+            out[row * width..][..width].copy_from_slice(found);
+        }
+    }
+    assert_written(&to_bytes(&out), "a row of no path");
+    out
+}
+
+/// Runs a batch of trees; each row must have the bits of its path as a chain.
+fn trees_equal_chains(device: &dyn Device, shape: &Shape, block: usize, trees: &[Sequence]) {
+    let found = check(device, shape, block, trees);
+    for (s, found) in trees.iter().zip(&found).filter(|(s, _)| s.rows > 0) {
+        let (expected, width) = (as_chains(device, shape, s), shape.heads * shape.head_dim);
+        for (row, (found, expected)) in found.chunks(width).zip(expected.chunks(width)).enumerate() {
+            let what = format!("{shape:?}, {} rows after {}: row {row}", s.rows, s.context);
+            assert!(found == expected, "{what}, path {:?}, has other bits", s.path(row));
+        }
+    }
+}
+
+/// Borders of tiles and splits before, among and behind the rows of trees, and trees with all their rows on one page.
+#[test]
+fn every_row_of_a_tree_has_the_bits_of_its_path_as_a_chain() {
+    every_device(|device| {
+        let mut random = Random::new(20);
+        let contexts: Vec<usize> =
+            [0, 1, 47].into_iter().chain(55..66).chain(112..130).chain([191, 250]).collect();
+        let turns = if cfg!(feature = "sanitize") { 12 } else { 3 * contexts.len() };
+        for turn in 0..turns {
+            let group = [1, 2, 4, 8, 3, 5][turn % 6];
+            let kv_heads = 1 + random.below(2);
+            let window = [0, 0, 1 + random.below(8), 1 + random.below(150)][random.below(4)];
+            let shape = shape(Rule::Tree, [64, 128][turn / 6 % 2], group * kv_heads, kv_heads, window);
+            let rows = if turn % 4 == 0 { 64 } else { 2 + random.below(24) };
+            let context = contexts[turn * 5 % contexts.len()];
+            let parents = parents(turn, rows, &mut random);
+            trees_equal_chains(
+                device,
+                &shape,
+                rows,
+                &[Sequence::tree(&shape, context, &parents, &mut random)],
+            );
+        }
+    });
+}
+
+#[test]
+fn trees_of_a_ragged_batch_have_the_bits_of_chains() {
+    every_device(|device| {
+        let mut random = Random::new(21);
+        for (head_dim, heads, window) in [(64, 4, 0), (128, 3, 0), (64, 1, 70), (128, 8, 5)] {
+            let shape = shape(Rule::Tree, head_dim, heads, 1, window);
+            let mut trees: Vec<Sequence> = [(63, 20), (0, 1), (120, 24), (64, 7), (190, 23)]
+                .iter()
+                .enumerate()
+                .map(|(i, &(context, rows))| {
+                    Sequence::tree(&shape, context, &parents(i, rows, &mut random), &mut random)
+                })
+                .collect();
+            trees.insert(2, Sequence::new(&shape, 300, 0, &mut random));
+            trees_equal_chains(device, &shape, 24, &trees);
+        }
+    });
+}
+
+/// A tree across the border of splits of 128 and of 512 slots, of which the deepest row is compared with a step of plain
+/// decoding.
+#[test]
+fn a_tree_across_wider_splits_has_the_bits_of_plain_steps() {
+    every_device(|device| {
+        let mut random = Random::new(22);
+        let contexts: &[usize] = if cfg!(feature = "sanitize") { &[1010] } else { &[1010, 4060, 4095, 4600] };
+        for (turn, &context) in contexts.iter().enumerate() {
+            let shape = shape(Rule::Tree, [64, 128][turn % 2], 4, 1, [0, 0, 300][turn % 3]);
+            let s = Sequence::tree(&shape, context, &parents(4, 64, &mut random), &mut random);
+            let found = run(device, &shape, 64, std::slice::from_ref(&s)).concat();
+            let row = (0..64).max_by_key(|&row| s.masks[row].count_ones()).unwrap();
+            let path = s.path(row);
+            let width = shape.heads * shape.head_dim;
+            let steps = steps(device, &shape, &s.chain(&shape, &path));
+            for (row, step) in path.iter().zip(steps.chunks(width)) {
+                assert!(&found[row * width..][..width] == step, "row {row} after {context}");
+            }
+        }
+    });
+}
+
+/// Keys and values that are no numbers, one slot of a tree or of its last page at a time: rows that do not see it keep
+/// their bits, and those that do give what a chain gives.
+#[test]
+fn rows_of_trees_see_nothing_of_other_paths() {
+    every_device(|device| {
+        let mut random = Random::new(23);
+        for (turn, (context, window)) in [(60, 0), (100, 0), (127, 30), (64, 0)].into_iter().enumerate() {
+            let shape = shape(Rule::Tree, [64, 128][turn % 2], 2, 1, window);
+            let s = Sequence::tree(&shape, context, &parents(turn, 12, &mut random), &mut random);
+            let clean = run(device, &shape, 12, std::slice::from_ref(&s)).concat();
+            let slots = context.saturating_sub(3)..context + 12;
+            for (slot, of_key) in slots.flat_map(|slot| [(slot, true), (slot, false)]) {
+                let mut bad = s.clone();
+                let x = if of_key { &mut bad.k } else { &mut bad.v };
+                x[slot * shape.head_dim + 5] = 0x7fc0;
+                let found = run(device, &shape, 12, std::slice::from_ref(&bad)).concat();
+                assert!(found == as_chains(device, &shape, &bad), "slot {slot} after {context}, {of_key}");
+                let width = 2 * shape.head_dim;
+                for (row, (found, clean)) in found.chunks(width).zip(clean.chunks(width)).enumerate() {
+                    let reached = from_bf16(found).iter().any(|x| x.is_nan());
+                    assert_eq!(reached, s.sees(&shape, row, slot), "slot {slot} after {context}, row {row}");
+                    assert!(reached || found == clean, "slot {slot} after {context}, row {row}");
+                }
+            }
+        }
+    });
+}
+
+/// Bits of rows that are not there, or have no slot because the capacity ends before them, name no keys.
+#[test]
+fn rows_of_trees_see_no_rows_that_are_not_there() {
+    every_device(|device| {
+        let mut random = Random::new(26);
+        for (head_dim, context) in [(64, 70), (128, 50)] {
+            let shape = shape(Rule::Tree, head_dim, 3, 1, 0);
+            let s = Sequence::tree(&shape, context, &parents(1, 12, &mut random), &mut random);
+            let clean = run(device, &shape, 12, std::slice::from_ref(&s)).concat();
+            let mut more = s.clone();
+            more.masks.iter_mut().for_each(|mask| *mask |= !low(12));
+            assert!(run(device, &shape, 12, &[more]).concat() == clean, "{head_dim}");
+            let mut fewer = s.clone();
+            fewer.masks.iter_mut().for_each(|mask| *mask &= low(7));
+            let found = run_with(device, &shape, 12, context + 7, &[s]).concat();
+            assert!(found[..7 * 3 * head_dim] == clean[..7 * 3 * head_dim], "{head_dim}, room for 7 rows");
+            assert!(found == run(device, &shape, 12, &[fewer]).concat(), "{head_dim}, rows behind these");
+        }
+    });
+}
+
+#[test]
+fn trees_give_equal_bits_under_five_schedules_and_two_threads() {
+    let mut random = Random::new(24);
+    for (head_dim, heads, window) in [(128, 2, 0), (64, 8, 40)] {
+        let shape = shape(Rule::Tree, head_dim, heads, 1, window);
+        let mut trees = vec![Sequence::new(&shape, 10, 0, &mut random)];
+        for (i, (context, rows)) in [(121, 30), (63, 16), (250, 9)].into_iter().enumerate() {
+            trees.push(Sequence::tree(&shape, context, &parents(i + 1, rows, &mut random), &mut random));
+        }
+        let expected: Vec<u16> = trees
+            .iter()
+            .filter(|s| s.rows > 0)
+            .flat_map(|s| as_chains(&Emulator::new(), &shape, s))
+            .collect();
+        let test = |device: &dyn Device| to_bytes(&run(device, &shape, 30, &trees).concat());
+        assert!(five_schedules(|device| test(device)) == to_bytes(&expected));
+        let parallel = Emulator::new();
+        parallel.set_threads(2);
+        assert!(test(&parallel) == to_bytes(&expected));
+    }
+}
+
+/// What is gathered for one row is not multiplied for others, rows that do not reach a position do not gather it, and
+/// both of a tree's pages are read once.
+#[test]
+fn trees_gather_only_what_their_rows_reach() {
+    let shape = shape(Rule::Tree, 64, 4, 1, 0);
+    // Four children of the context's last key, behind whole pages and in one; a chain of 20 rows, four of which reach
+    // the 17th position.
+    let cases = [(256, vec![NONE; 3], 1, 4), (300, vec![NONE; 3], 1, 4), (256, (0..19).collect(), 8, 24)];
+    for (context, parents, sixteens, gathered) in cases {
+        let rows = parents.len() + 1;
+        let s = Sequence::tree(&shape, context, &parents, &mut Random::new(25));
+        let count = |shape: &Shape| {
+            let device = Emulator::new();
+            run(&device, shape, rows, std::slice::from_ref(&s));
+            device.counts().into_values().next().unwrap()
+        };
+        let (tree, chain) = (count(&shape), count(&Shape { rule: Rule::Chain, ..shape }));
+        // Per 16 packed rows and 16 keys: 8 products of queries and keys, 4 warps' 2 of weights and values.
+        let products = 16 * (context / 16 * sixteens + gathered);
+        assert_eq!(tree.mma as usize, products, "{rows} rows after {context}");
+        // On top come masks: two by every thread, one by 32 for each row, one for each packed row.
+        let masks = tree.blocks as usize * (128 * 16 + rows * 32 * 8 + 64 * 8);
+        assert!((tree.read as usize) < chain.read as usize + masks, "{} against {}", tree.read, chain.read);
+    }
+}

@@ -1,0 +1,740 @@
+//! Draft trees on the device, decision for decision against src/spec/tree.rs: the drafter's choices, the trees of them, and
+//! the keys and values of accepted paths.
+
+use crate::support::kernel;
+
+use dflash::Error;
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::PAGE;
+use dflash::gpu::kernels::choices::Choices;
+use dflash::gpu::kernels::compact::Compact;
+use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables};
+use dflash::gpu::kernels::sample::tables;
+use dflash::gpu::kernels::tree::{TreeBuild, Trees};
+use dflash::gpu::kernels::verify::{Verdict, Verify};
+use dflash::spec::sampling::{SamplingParams, walk};
+use dflash::spec::tree::{Choice, Tree, chains, choices, moves, shape, typical};
+use dflash::spec::verify::VerifyMethod;
+use kernel::*;
+
+const NONE: u32 = u32::MAX;
+
+/// Fewer cases under the sanitizers.
+fn cases(count: usize) -> usize {
+    if cfg!(feature = "sanitize") { (count / 20).max(1) } else { count }
+}
+
+// ---- choices ----
+
+/// Rows of logits, and whether each is a sequence's.
+struct Rows {
+    vocab: usize,
+    most: usize,
+    logits: Vec<f32>,
+    known: Vec<bool>,
+}
+
+impl Rows {
+    fn random(random: &mut Random, rows: usize, vocab: usize, most: usize) -> Rows {
+        let known = (0..rows).map(|_| random.below(10) > 0).collect();
+        Rows { vocab, most, logits: (0..rows).flat_map(|_| logits(random, vocab)).collect(), known }
+    }
+
+    fn row(&self, row: usize) -> &[f32] {
+        &self.logits[row * self.vocab..][..self.vocab]
+    }
+
+    /// Counts, then choices.
+    fn expected(&self) -> Vec<u32> {
+        let (mut counts, mut all) = (vec![], vec![]);
+        for (row, known) in self.known.iter().enumerate() {
+            let found = if *known { choices(self.row(row), self.most) } else { Some(vec![]) };
+            counts.push(found.as_ref().map_or(NONE, |found| found.len() as u32));
+            let mut list: Vec<u32> =
+                found.iter().flatten().flat_map(|choice| [choice.token, choice.cost]).collect();
+            list.resize(self.most * 2, NONE);
+            all.extend(list);
+        }
+        [counts, all].concat()
+    }
+
+    fn best(&self) -> Vec<u64> {
+        (0..self.known.len()).flat_map(|row| best_keys(self.row(row))).collect()
+    }
+
+    fn run(&self, device: &dyn Device, best: &[u64]) -> Vec<u32> {
+        let rows = self.known.len();
+        let kernel = Choices { rows, vocab: self.vocab, blocks: self.vocab.div_ceil(128), most: self.most };
+        let (counts, list) = (poisoned::<u32>(device, rows), poisoned::<u32>(device, rows * self.most * 2));
+        let table: Vec<u32> =
+            self.known.iter().flat_map(|known| [if *known { 0 } else { NONE }, 7, NONE, NONE]).collect();
+        let (best, logits) = (upload(device, best), upload(device, &self.logits));
+        let (table, tables) = (upload(device, &table), constant(device, &tables()));
+        kernel.launch(device, &list, &counts, &best, &logits, &table, &tables).unwrap();
+        [download::<u32>(device, &counts), download(device, &list)].concat()
+    }
+
+    #[track_caller]
+    fn check(&self, device: &dyn Device, what: &str) {
+        let (got, expected) = (self.run(device, &self.best()), self.expected());
+        let rows = self.known.len();
+        for row in 0..rows {
+            let of =
+                |words: &[u32]| (words[row], words[rows + row * self.most * 2..][..self.most * 2].to_vec());
+            assert_eq!(
+                of(&got),
+                of(&expected),
+                "{what}, vocabulary {}, {} best, row {row}",
+                self.vocab,
+                self.most
+            );
+        }
+    }
+}
+
+#[test]
+fn choices_are_the_hosts_on_thousands_of_rows() {
+    let mut random = Random::new(31);
+    for (vocab, batches) in [(1, 5), (2, 10), (3, 10), (17, 20), (63, 10), (130, 40), (2048, 30), (9001, 10)]
+    {
+        for i in 0..cases(batches) {
+            let most = [1, 63, 7, 1 + random.below(63)][i % 4];
+            let rows = Rows::random(&mut random, 16, vocab, most);
+            every_device_in_turn(i, |device| rows.check(device, &format!("batch {i}")));
+        }
+    }
+}
+
+#[test]
+fn choices_are_the_same_under_every_schedule() {
+    for (vocab, most) in [(2, 5), (17, 63), (2047, 63), (20000, 31)] {
+        let rows = Rows::random(&mut Random::new(vocab as u64), 8, vocab, most);
+        let bytes = same_bits(|device| to_bytes(&rows.run(device, &rows.best())));
+        assert_eq!(from_bytes::<u32>(&bytes), rows.expected());
+        let parallel = Emulator::new();
+        parallel.set_threads(2);
+        rows.check(&parallel, "two threads");
+    }
+}
+
+#[test]
+fn choices_of_a_real_vocabulary() {
+    let vocab = if cfg!(feature = "sanitize") { 20011 } else { 151936 };
+    let logits = Random::new(5).normals(3 * vocab, 3.0);
+    let rows = Rows { vocab, most: 63, logits, known: vec![true; 3] };
+    every_device(|device| rows.check(device, "Qwen3"));
+}
+
+#[test]
+fn choices_end_among_ties_as_the_definition_says() {
+    every_device(|device| {
+        let mut random = Random::new(8);
+        let vocab = 301;
+        let near = |random: &mut Random| f32::from_bits(20f32.to_bits() - random.below(5) as u32);
+        for most in [1, 2, 20, 62, 63] {
+            let flat = vec![-1.5; vocab];
+            let near: Vec<f32> = (0..vocab).map(|_| near(&mut random)).collect();
+            let steps: Vec<f32> = (0..vocab).map(|id| -((id % 7) as f32)).collect();
+            // Of most tokens nothing is left, of the row's tail the weight is 1.
+            let few: Vec<f32> = (0..vocab).map(|id| if id % 9 == 0 { -22.1 } else { -23.0 }).collect();
+            let few = [&few[1..], &[0.0]].concat();
+            let logits = [flat, near, steps, few].concat();
+            Rows { vocab, most, logits, known: vec![true; 4] }.check(device, "ties");
+        }
+        // Ids that differ in their upper digits only.
+        let vocab = 70000;
+        let mut row = vec![-50.0; vocab];
+        (0..vocab).step_by(3001).for_each(|id| row[id] = 2.0);
+        for most in [1, 5, 23, 24, 40] {
+            Rows { vocab, most, logits: row.clone(), known: vec![true] }.check(device, "spread");
+        }
+    });
+}
+
+#[test]
+fn garbage_in_keys_and_logits_stays_inside_the_choices() {
+    every_device(|device| {
+        let mut random = Random::new(12);
+        for i in 0..30 {
+            let most = 1 + random.below(63);
+            let mut rows = Rows::random(&mut random, 4, [1, 7, 300, 5000][i % 4], most);
+            if i % 2 == 0 {
+                rows.logits.iter_mut().for_each(|l| *l = f32::from_bits(random.next() as u32));
+            }
+            let best: Vec<u64> = rows
+                .best()
+                .iter()
+                .map(|key| if i % 3 == 0 { *key } else { key ^ random.next() >> 20 })
+                .collect();
+            let counts = rows.run(device, &best);
+            assert!(counts[..4].iter().all(|&count| count == NONE || count as usize <= rows.most));
+        }
+    });
+}
+
+// ---- trees ----
+
+/// A sequence at `length` whose drafter has `levels` places to fill.
+fn sequence(active: bool, length: u32, anchor: u32, levels: u32) -> Sequence {
+    let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
+    Sequence {
+        active,
+        length,
+        anchor,
+        pending: 0,
+        budget: 100,
+        end: 1 << 20,
+        draft_end: length + levels + 1,
+        block: 64,
+        rows: 64,
+        form: Form::BestFirst,
+        sampling,
+        stop_ids: vec![],
+        finish: Finish::Running,
+        rounds: 0,
+        drafted: 0,
+        accepted: 0,
+        rule: VerifyMethod::Match,
+    }
+}
+
+/// A batch of trees to be built. `choices[sequence][level]`; `None`: a damaged row. Of those that draft chains `drafts`
+/// `[sequences][block]` counts.
+struct Forest {
+    build: TreeBuild,
+    sequences: Vec<Sequence>,
+    choices: Vec<Vec<Option<Vec<Choice>>>>,
+    drafts: Vec<u32>,
+}
+
+/// Rows of a block of the sequence.
+fn depth(s: &Sequence, block: usize) -> usize {
+    let room = |end: u32| (end as usize).saturating_sub(s.length as usize);
+    (s.block as usize).min(block).min(room(s.draft_end)).min(room(s.end).saturating_sub(1)).max(1)
+}
+
+/// What is left of a launch, all as words.
+#[derive(Debug, PartialEq)]
+struct Built {
+    tokens: Vec<u32>,
+    parents: Vec<u32>,
+    masks: Vec<u64>,
+    table: Vec<u32>,
+    spans: Vec<u32>,
+}
+
+impl Forest {
+    fn random(random: &mut Random, block: usize, wide: usize, most: usize) -> Forest {
+        let count = 1 + random.below(6);
+        let (mut sequences, mut all) = (vec![], vec![]);
+        for _ in 0..count {
+            let levels = [block - 1, random.below(block)][random.below(2)];
+            let (length, anchor) = (1 + random.below(4000) as u32, random.below(9) as u32);
+            let mut state = sequence(random.below(8) > 0, length, anchor, levels as u32);
+            state.rows = [64, 1 + random.below(64) as u32][random.below(2)];
+            state.form = [Form::Chain, Form::Drawn, Form::BestFirst, Form::BestFirst][random.below(4)];
+            state.rule = [VerifyMethod::Rejection, VerifyMethod::Block][random.below(2)];
+            sequences.push(state);
+            // Few different costs make many ties; wide ones a few.
+            let spread = [1, 2, 4, 40, 1 << 20][random.below(5)];
+            let damaged = random.below(12) == 0;
+            let mut level = || {
+                let count = [most, random.below(most + 1)][usize::from(random.below(4) == 0)];
+                let mut costs: Vec<u32> = (0..count).map(|_| random.below(spread) as u32).collect();
+                costs.sort_unstable();
+                let first = random.below(1000) as u32;
+                (0u32..).zip(costs).map(|(i, cost)| Choice { token: first + i * 7 % 64, cost }).collect()
+            };
+            let mut levels: Vec<Option<Vec<Choice>>> = (0..block - 1).map(|_| Some(level())).collect();
+            if damaged && block > 1 {
+                levels[random.below(block - 1)] = None;
+            }
+            all.push(levels);
+        }
+        let drafts =
+            (0..count * block).map(|_| [random.below(9) as u32, NONE][usize::from(random.below(40) == 0)]);
+        let (build, drafts) = (TreeBuild { sequences: count, block, wide, most }, drafts.collect());
+        Forest { build, sequences, choices: all, drafts }
+    }
+
+    fn run(&self, device: &dyn Device) -> Built {
+        let (list, counts) = self.inputs();
+        let states: Vec<u8> = self.sequences.iter().flat_map(|s| s.to_bytes().unwrap()).collect();
+        self.launch(device, &list, &counts, &states)
+    }
+
+    /// Choices and counts as the kernel takes them.
+    fn inputs(&self) -> (Vec<u32>, Vec<u32>) {
+        let TreeBuild { sequences, block, most, .. } = self.build;
+        let mut list = vec![0xabcd_ef01u32; sequences * block * most * 2];
+        let mut counts = vec![NONE; sequences * block];
+        for (own, levels) in self.choices.iter().enumerate() {
+            for (level, choices) in levels.iter().enumerate() {
+                let row = own * block + level + 1;
+                counts[row] = choices.as_ref().map_or(NONE, |choices| choices.len() as u32);
+                for (rank, choice) in choices.iter().flatten().enumerate() {
+                    list[(row * most + rank) * 2..][..2].copy_from_slice(&[choice.token, choice.cost]);
+                }
+            }
+        }
+        (list, counts)
+    }
+
+    fn launch(&self, device: &dyn Device, list: &[u32], counts: &[u32], states: &[u8]) -> Built {
+        let TreeBuild { sequences, wide: rows, .. } = self.build;
+        let words = |count: usize| poisoned::<u32>(device, sequences * count);
+        let (tokens, parents, masks) = (words(rows), words(rows), words(rows * 2));
+        let (table, spans) = (words(rows * 4), words(2));
+        let trees = Trees { tokens: &tokens, parents: &parents, masks: &masks, table: &table, spans: &spans };
+        let (list, counts, states) = (upload(device, list), upload(device, counts), upload(device, states));
+        let drafts = upload(device, &self.drafts);
+        let typical = upload(device, &(0..63).map(typical).collect::<Vec<u32>>());
+        self.build.launch(device, trees, &list, &counts, &drafts, &typical, &states).unwrap();
+        Built {
+            tokens: download(device, &tokens),
+            parents: download(device, &parents),
+            masks: download(device, &masks),
+            table: download(device, &table),
+            spans: download(device, &spans),
+        }
+    }
+
+    fn expected(&self) -> Built {
+        let TreeBuild { block, wide, .. } = self.build;
+        let (mut tokens, mut parents, mut masks) = (vec![], vec![], vec![]);
+        let (mut table, mut spans) = (vec![], vec![]);
+        for (own, (state, choices)) in self.sequences.iter().zip(&self.choices).enumerate() {
+            let (levels, rows) = (depth(state, block) - 1, wide.min(state.rows as usize));
+            let known: Option<Vec<Vec<Choice>>> = choices[..levels].iter().cloned().collect();
+            let mut tree = Tree::best_first(state.anchor, known.as_deref().unwrap_or_default(), rows);
+            if known.is_none() && rows > 1 {
+                let damaged = [vec![Choice { token: NONE, cost: 0 }]];
+                tree = Tree::best_first(state.anchor, &damaged, 2);
+            }
+            if state.form == Form::Chain {
+                let draft = |token: &u32| vec![Choice { token: *token, cost: 0 }];
+                let drafts: Vec<_> = self.drafts[own * block + 1..][..levels].iter().map(draft).collect();
+                tree = Tree::best_first(state.anchor, &drafts, rows);
+            }
+            if state.form == Form::Drawn && state.rule == VerifyMethod::Block {
+                let (count, deep) = if levels > 0 { chains(rows, levels) } else { (0, 1) };
+                let parents: Vec<u32> = (0..=count * deep)
+                    .map(|row| if row == 0 || (row - 1) % deep == 0 { 0 } else { row as u32 - 1 })
+                    .collect();
+                tree = Tree::drawn(&[&[state.anchor], &vec![NONE; count * deep][..]].concat(), &parents);
+            } else if state.form == Form::Drawn {
+                let place = |rank| Choice { token: NONE, cost: typical(rank as u32) };
+                let siblings: Vec<Choice> = (0..self.build.most).map(place).collect();
+                tree = Tree::best_first(state.anchor, &vec![siblings; levels], rows);
+                if self.build.most + 1 >= rows {
+                    assert_eq!(tree.parents, shape(rows, levels).parents);
+                }
+            }
+            let count = if state.active { tree.rows() } else { 0 };
+            let at = tokens.len();
+            for row in 0..count {
+                tokens.push(tree.tokens[row]);
+                parents.push(tree.parents[row]);
+                masks.push(tree.masks[row]);
+                let (position, slot) = (state.length + tree.depths[row], state.length + row as u32);
+                table.extend([own as u32, position, slot, (at + row) as u32]);
+            }
+            spans.extend(if count > 0 { [state.length, count as u32] } else { [0, 0] });
+            tokens.resize(at + wide, NONE);
+            parents.resize(at + wide, 0);
+            masks.resize(at + wide, 0);
+            (count..wide).for_each(|_| table.extend([NONE, 0, NONE, NONE]));
+        }
+        Built { tokens, parents, masks, table, spans }
+    }
+}
+
+/// Shapes around warps and limits.
+const SHAPES: [(usize, usize, usize); 9] = [
+    (1, 1, 1),
+    (2, 64, 63),
+    (16, 64, 63),
+    (16, 16, 15),
+    (16, 33, 32),
+    (8, 32, 5),
+    (64, 64, 63),
+    (64, 64, 2),
+    (10, 2, 1),
+];
+
+#[test]
+fn trees_are_the_hosts_ties_included() {
+    let mut random = Random::new(41);
+    for i in 0..cases(100) {
+        for (block, rows, most) in SHAPES {
+            let forest = Forest::random(&mut random, block, rows, most);
+            every_device_in_turn(i, |device| {
+                let (got, expected) = (forest.run(device), forest.expected());
+                assert_eq!(got.parents, expected.parents, "turn {i}, {:?}", forest.build);
+                assert_eq!(got, expected, "turn {i}, {:?}", forest.build);
+            });
+        }
+    }
+}
+
+#[test]
+fn trees_are_the_same_under_every_schedule() {
+    for (block, rows, most) in SHAPES {
+        let forest = Forest::random(&mut Random::new(43), block, rows, most);
+        let bytes = same_bits(|device| {
+            let Built { tokens, parents, masks, table, spans } = forest.run(device);
+            [to_bytes(&tokens), to_bytes(&parents), to_bytes(&masks), to_bytes(&table), to_bytes(&spans)]
+                .concat()
+        });
+        assert_written(&bytes, "trees");
+    }
+}
+
+#[test]
+fn trees_of_the_drafters_own_choices_are_the_hosts() {
+    let (block, rows, most, vocab) = (16, 64, 63, 1009);
+    let mut random = Random::new(44);
+    for turn in 0..cases(40) {
+        let scale = [0.5, 3.0, 8.0][turn % 3];
+        let level = |random: &mut Random| choices(&random.normals(vocab, scale), most);
+        let levels = (1..block).map(|_| level(&mut random)).collect();
+        let forest = Forest {
+            drafts: vec![0; block],
+            build: TreeBuild { sequences: 1, block, wide: rows, most },
+            sequences: vec![sequence(true, 100, 3, 15)],
+            choices: vec![levels],
+        };
+        let expected = forest.expected();
+        assert_eq!(expected.spans, [100, 64]);
+        every_device_in_turn(turn, |device| assert_eq!(forest.run(device), expected));
+    }
+}
+
+#[test]
+fn garbage_in_choices_and_states_makes_rows_that_follow_earlier_ones() {
+    every_device(|device| {
+        let mut random = Random::new(45);
+        for turn in 0..cases(200) {
+            let (block, rows, most) = SHAPES[turn % SHAPES.len()];
+            let forest = Forest::random(&mut random, block, rows, most);
+            let mut words = |count: usize| (0..count).map(|_| random.next() as u32).collect::<Vec<u32>>();
+            let count = forest.build.sequences;
+            let (list, mut counts) = (words(count * block * most * 2), words(count * block));
+            if turn % 2 == 0 {
+                counts.fill(most as u32 + 9);
+            }
+            let states = if turn % 3 == 0 {
+                to_bytes(&words(count * Sequence::BYTES / 4))
+            } else {
+                forest.sequences.iter().flat_map(|s| s.to_bytes().unwrap()).collect()
+            };
+            let built = forest.launch(device, &list, &counts, &states);
+            for own in 0..count {
+                let there = built.spans[own * 2 + 1] as usize;
+                assert!(there <= rows);
+                for row in 1..there {
+                    let parent = built.parents[own * rows + row] as usize;
+                    assert!(parent < row);
+                    let mask = |row: usize| built.masks[own * rows + row];
+                    assert_eq!(mask(row), mask(parent) | 1 << row);
+                }
+            }
+        }
+    });
+}
+
+// ---- paths ----
+
+/// A paged cache, and paths in it.
+struct Paths {
+    compact: Compact,
+    table: Vec<u32>,
+    accepted: Vec<u32>,
+    path: Vec<u32>,
+    spans: Vec<u32>,
+    /// Per layer.
+    keys: Vec<Vec<u16>>,
+    values: Vec<Vec<u16>>,
+}
+
+impl Paths {
+    fn random(random: &mut Random, turn: usize) -> Paths {
+        let (rows, sequence_pages) = ([1, 2, 16, 33, 64][turn % 5], 3);
+        let sequences = 1 + random.below(3);
+        let pages = sequences * sequence_pages + 2;
+        let (layers, kv_heads) = (1 + random.below(3), 1 + random.below(3));
+        let head_dim = [64, 128][turn % 2];
+        let compact = Compact { sequences, rows, layers, kv_heads, head_dim, pages, sequence_pages };
+        let mut table: Vec<u32> = (0..pages as u32).collect();
+        for i in (1..pages).rev() {
+            table.swap(i, random.below(i + 1));
+        }
+        table.truncate(sequences * sequence_pages);
+        let (mut accepted, mut path, mut spans) = (vec![], vec![], vec![]);
+        for _ in 0..sequences {
+            let count = [rows, random.below(rows + 1)][random.below(2)];
+            // Often over the border of a page.
+            let context = [random.below(3 * PAGE - rows + 1), PAGE - 1 - random.below(9)][random.below(2)];
+            spans.extend([context as u32, count as u32]);
+            let skip = 1 + random.below(4);
+            let mut own: Vec<u32> = (1..count as u32).filter(|_| random.below(skip) == 0).collect();
+            own.insert(0, 0);
+            accepted.push(own.len() as u32 - 1);
+            own.resize(rows, NONE);
+            path.extend(own);
+        }
+        let words = pages * kv_heads * PAGE * head_dim;
+        let mut side = || (0..layers).map(|_| (0..words).map(|_| random.next() as u16).collect()).collect();
+        let (keys, values) = (side(), side());
+        Paths { compact, table, accepted, path, spans, keys, values }
+    }
+
+    /// Element `dim` of a slot in a cache: the chunks of a token are permuted.
+    fn at(&self, own: usize, head: usize, slot: usize, dim: usize) -> usize {
+        let Compact { kv_heads, head_dim, sequence_pages, .. } = self.compact;
+        let page = self.table[own * sequence_pages + slot / PAGE] as usize;
+        let token = slot % PAGE;
+        ((page * kv_heads + head) * PAGE + token) * head_dim + ((dim / 8) ^ (token & 7)) * 8 + dim % 8
+    }
+
+    /// The caches, row by row in the order of [`moves`].
+    fn expected(&self) -> Vec<Vec<u16>> {
+        let Compact { sequences, rows, kv_heads, head_dim, .. } = self.compact;
+        let mut caches: Vec<Vec<u16>> = self.keys.iter().chain(&self.values).cloned().collect();
+        for own in 0..sequences {
+            let [context, count] = [0, 1].map(|i| self.spans[own * 2 + i] as usize);
+            if count == 0 {
+                continue;
+            }
+            let path = &self.path[own * rows..][..self.accepted[own] as usize + 1];
+            let path: Vec<usize> = path.iter().map(|&row| row as usize).collect();
+            for (from, to) in moves(&path) {
+                for head in 0..kv_heads {
+                    for dim in 0..head_dim {
+                        let [from, to] = [from, to].map(|row| self.at(own, head, context + row, dim));
+                        caches.iter_mut().for_each(|cache| cache[to] = cache[from]);
+                    }
+                }
+            }
+        }
+        caches
+    }
+
+    fn run(&self, device: &dyn Device) -> Vec<Vec<u16>> {
+        let [keys, values] =
+            [&self.keys, &self.values].map(|side| side.iter().map(|c| upload(device, c)).collect::<Vec<_>>());
+        let caches = upload(device, &self.compact.caches(&keys, &values).unwrap());
+        let [table, accepted, path, spans] =
+            [&self.table, &self.accepted, &self.path, &self.spans].map(|words| upload(device, words));
+        let next = poisoned::<u32>(device, self.compact.sequences);
+        let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+        self.compact.launch(device, &caches, &table, verdict, &spans).unwrap();
+        keys.iter().chain(&values).map(|cache| download(device, cache)).collect()
+    }
+}
+
+#[test]
+fn paths_are_moved_as_one_row_after_the_other() {
+    let mut random = Random::new(51);
+    let mut moved = 0;
+    for turn in 0..cases(60) {
+        let paths = Paths::random(&mut random, turn);
+        let expected = paths.expected();
+        moved += usize::from(expected[0] != paths.keys[0]);
+        every_device_in_turn(turn, |device| {
+            assert!(paths.run(device) == expected, "turn {turn}, {:?}, path {:?}", paths.compact, paths.path);
+        });
+    }
+    assert!(moved > 0, "nothing was ever moved");
+}
+
+#[test]
+fn paths_are_moved_the_same_under_every_schedule() {
+    // Each row's slot is the goal of the one after it.
+    let mut paths = Paths::random(&mut Random::new(52), 4);
+    let Compact { sequences, rows, .. } = paths.compact;
+    let path: Vec<u32> = [0].into_iter().chain(2..rows as u32).chain([NONE]).collect();
+    paths.path = path.repeat(sequences);
+    paths.accepted = vec![rows as u32 - 2; sequences];
+    paths.spans = [40, rows as u32].repeat(sequences);
+    let bytes = same_bits(|device| to_bytes(&paths.run(device).concat()));
+    assert!(from_bytes::<u16>(&bytes) == paths.expected().concat());
+}
+
+#[test]
+fn garbage_in_paths_stays_inside_the_cache() {
+    every_device(|device| {
+        let mut random = Random::new(53);
+        for turn in 0..cases(40) {
+            let mut paths = Paths::random(&mut random, turn);
+            // Two of three are what they were: garbage everywhere would end at the first check.
+            for words in [&mut paths.table, &mut paths.accepted, &mut paths.path, &mut paths.spans] {
+                for word in words {
+                    if random.below(3) == 0 {
+                        *word = random.next() as u32 >> random.below(32);
+                    }
+                }
+            }
+            paths.run(device);
+        }
+    });
+}
+
+// ---- rounds ----
+
+/// Rounds of trees: the tables, the verdict and the state after it are those of the host's tree and walk.
+fn rounds_of_trees(device: &dyn Device, turn: usize) {
+    let (block, rows, most, count) = [(16, 64, 63, 3), (8, 20, 5, 2), (16, 9, 8, 4)][turn % 3];
+    let mut random = Random::new(60 + turn as u64);
+    let round = Round { sequences: count, block, wide: rows };
+    let words = |each: usize| poisoned::<u32>(device, count * each);
+    let [draft_tokens, features, draft_rows, draft_spans] = [block, block, block * 8, 2].map(words);
+    let [tokens, parents, masks, table, spans] = [rows, rows, rows * 2, rows.max(block) * 4, 2].map(words);
+    let [accepted, next, path] = [1, 1, rows].map(words);
+    let (round_header, ring) = (upload(device, &[0u32; 3]), Ring::new(device, round, 2).unwrap());
+    let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+    let mut all: Vec<Sequence> =
+        (0..count).map(|i| sequence(true, 100 + i as u32, 1, 15 + random.below(3000) as u32)).collect();
+    let states: Vec<u8> = all.iter().flat_map(|s| s.to_bytes().unwrap()).collect();
+    let states = upload(device, &states);
+    let (mut stood, mut paths) = (0, vec![vec![]; count]);
+    for number in 1..=12 {
+        let tables = Tables {
+            draft_tokens: &draft_tokens,
+            draft_rows: &draft_rows,
+            features: &features,
+            draft_spans: &draft_spans,
+            verify_rows: &table,
+            verify_spans: &spans,
+            round_header: &round_header,
+        };
+        round.begin(device, tables, &states, &path, true, 99).unwrap();
+        // What the drafter is to see: rows of the last pass, in the order of the path.
+        let found: Vec<u32> = download(device, &features);
+        for (own, path) in paths.iter().enumerate() {
+            let mut expected: Vec<u32> = path.iter().map(|&row| (own * rows + row) as u32).collect();
+            expected.resize(block, NONE);
+            assert_eq!(found[own * block..][..block], expected, "round {number}, sequence {own}");
+        }
+
+        let mut forest = Forest::random(&mut random, block, rows, most);
+        forest.build.sequences = count;
+        forest.choices.resize(count, forest.choices[0].clone());
+        if number < 12 {
+            forest
+                .choices
+                .iter_mut()
+                .flatten()
+                .for_each(|level| *level = Some(level.take().unwrap_or_default()));
+        }
+        forest.drafts = (0..count * block).map(|_| random.below(9) as u32).collect();
+        forest.sequences = all.clone();
+        let expected = forest.expected();
+        let (list, counts) = forest.inputs();
+        let (list, counts) = (upload(device, &list), upload(device, &counts));
+        let to = Trees { tokens: &tokens, parents: &parents, masks: &masks, table: &table, spans: &spans };
+        let drafts = upload(device, &forest.drafts);
+        let none = upload(device, &[0u32; 63]);
+        forest.build.launch(device, to, &list, &counts, &drafts, &none, &states).unwrap();
+        // Most rows choose what one of their children is.
+        let child = |i: usize, row: usize| {
+            let children = (1..rows).filter(|&child| expected.parents[i - row + child] as usize == row);
+            children.map(|child| expected.tokens[i - row + child]).rfind(|&token| token != NONE)
+        };
+        let choices: Vec<u32> = (0..count * rows)
+            .map(|i| child(i, i % rows).filter(|_| random.below(8) > 0).unwrap_or(5))
+            .collect();
+        let chosen = upload(device, &choices);
+        Verify { sequences: count, block: rows }
+            .launch(device, verdict, &chosen, &tokens, Some(&parents), &spans)
+            .unwrap();
+        round.finish(device, &states, &ring, &round_header, verdict, &tokens, &spans).unwrap();
+
+        let bytes = bytes_of(device, &states);
+        for (own, state) in all.iter_mut().enumerate() {
+            let (at, there) = (own * rows, expected.spans[own * 2 + 1] as usize);
+            let (tokens, parents) = (&expected.tokens[at..][..there], &expected.parents[at..][..there]);
+            let mut record = Record { tokens: vec![], judged: 0, finish: state.finish, drafted: 0, stood: 0 };
+            paths[own].clear();
+            if there > 0 && tokens[1..].contains(&NONE) {
+                (record.finish, state.finish, state.active) =
+                    (Finish::DamagedDrafter, Finish::DamagedDrafter, false);
+                state.rounds += 1;
+            } else if there > 0 {
+                let (way, next) = walk(tokens, parents, |row| Some(choices[at + row])).unwrap();
+                record.tokens = way[1..].iter().map(|&row| tokens[row]).chain([next]).collect();
+                record.judged = way.len() as u32;
+                record.drafted = there as u32 - 1;
+                record.stood = way.iter().map(|row| 1 << row).sum();
+                record.tokens.truncate(state.budget as usize);
+                let kept = record.tokens.len();
+                state.length += kept as u32;
+                state.budget -= kept as u32;
+                state.anchor = record.tokens[kept - 1];
+                state.rounds += 1;
+                state.drafted += there as u32 - 1;
+                state.accepted += way.len() as u32 - 1;
+                state.pending = kept as u32;
+                if state.budget == 0 {
+                    (record.finish, state.finish, state.active) = (Finish::Length, Finish::Length, false);
+                } else {
+                    paths[own] = way;
+                }
+                stood += kept - 1;
+            }
+            let found = &bytes[own * Sequence::BYTES..][..Sequence::BYTES];
+            assert_eq!(found, state.to_bytes().unwrap(), "round {number}, sequence {own}");
+            assert_eq!(ring.read(number, own).unwrap(), Some(record), "round {number}, sequence {own}");
+            // A drafter's room ends before the sequence's.
+            if state.draft_end < state.length + block as u32 {
+                state.draft_end += 1000;
+            }
+        }
+        let states_now: Vec<u8> = all.iter().flat_map(|s| s.to_bytes().unwrap()).collect();
+        device.upload(&states, &states_now).unwrap();
+    }
+    assert!(stood > 10, "{stood} drafts stood");
+}
+
+#[test]
+fn rounds_of_trees_are_the_hosts_trees_and_walks() {
+    for turn in 0..cases(30).max(3) {
+        every_device_in_turn(turn, |device| rounds_of_trees(device, turn));
+    }
+}
+
+#[test]
+fn launchers_refuse_sizes_outside_their_limits_and_short_buffers() {
+    let device = &Emulator::new();
+    let short = upload(device, &[0u32; 4]);
+    let refused = |what: &str, result: dflash::Result<()>| match result {
+        Err(Error::Internal(message)) => assert!(message.contains(what), "{message}"),
+        other => panic!("{other:?}"),
+    };
+    for (most, rows, what) in [(0, 1, "1 to 63"), (64, 1, "1 to 63"), (63, 0, "rows"), (63, 1, "choices has")]
+    {
+        let kernel = Choices { rows, vocab: 300, blocks: 3, most };
+        refused(what, kernel.launch(device, &short, &short, &short, &short, &short, &short));
+    }
+    let trees = Trees { tokens: &short, parents: &short, masks: &short, table: &short, spans: &short };
+    for (rows, most, what) in [(0, 1, "1 to 64"), (65, 1, "1 to 64"), (64, 64, "1 to 63"), (64, 63, "tokens")]
+    {
+        let kernel = TreeBuild { sequences: 1, block: 16, wide: rows, most };
+        refused(what, kernel.launch(device, trees, &short, &short, &short, &short, &short));
+    }
+    let shape =
+        Compact { sequences: 1, rows: 4, layers: 1, kv_heads: 1, head_dim: 64, pages: 1, sequence_pages: 1 };
+    let verdict = Verdict { accepted: &short, next: &short, path: &short };
+    for (shape, what) in [
+        (Compact { head_dim: 96, ..shape }, "64 or 128"),
+        (Compact { layers: 0, ..shape }, "layers"),
+        (Compact { rows: 65, ..shape }, "rows"),
+        (Compact { rows: 5, ..shape }, "path"),
+        (Compact { sequence_pages: 5, ..shape }, "page_table"),
+    ] {
+        refused(what, shape.launch(device, &short, &short, verdict, &short));
+    }
+    refused("keys", shape.caches(std::slice::from_ref(&short), std::slice::from_ref(&short)).map(|_| ()));
+    refused("0 caches", shape.caches(&[], &[]).map(|_| ()));
+}

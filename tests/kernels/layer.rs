@@ -1,0 +1,55 @@
+//! What attention adds to the traffic of a Qwen3-8B layer, whose linear kernels `linear_bits.rs` counts.
+
+use crate::support::kernel;
+
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::attention::{Attention, Layer, Mask, Paged, Workspace};
+use kernel::*;
+
+/// Weights of the layer, bytes.
+const WEIGHTS: u64 = 385_875_968;
+
+/// 16 rows behind 1008 others: 32 query heads of 128 on 8 key heads.
+#[test]
+fn attention_of_a_qwen3_8b_layer_leaves_its_traffic_below_a_quarter_of_its_weights() {
+    let (context, rows) = (1008, 16);
+    let layer = Layer {
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        pages: 16,
+        pages_per_sequence: 16,
+        window: 0,
+        scale: 128f32.sqrt().recip(),
+    };
+    let attention = Attention { layer, sequences: 1, block: rows, capacity: 1024 };
+    let device = Emulator::new();
+    device.set_threads(2);
+    let mut random = Random::new(1);
+    let pages = 16 * 8 * 64 * 128;
+    let (k, v) = (upload(&device, &random.bf16(pages, 1.0)), upload(&device, &random.bf16(pages, 1.0)));
+    let q = upload(&device, &random.bf16(rows * 32 * 128, 1.0));
+    let out = poisoned::<u16>(&device, rows * 32 * 128);
+    let numbers: Vec<u32> = (0..16).collect();
+    let paged = Paged {
+        k: &k,
+        v: &v,
+        table: &upload(&device, &numbers),
+        spans: &upload(&device, &[context as u32, rows as u32]),
+    };
+    let counters = device.allocate(attention.counter_bytes().unwrap(), "counters").unwrap();
+    device.fill(&counters, 0).unwrap();
+    let partials = device.allocate(attention.partial_bytes().unwrap(), "partials").unwrap();
+    attention.launch(&device, &out, &q, paged, Mask::Chain, &Workspace { partials, counters }).unwrap();
+    assert_written(&bytes_of(&device, &out), "attention's output");
+
+    let counts = device.counts()["attention_128x64"];
+    let least = attention.bytes(&[(context, rows)]);
+    assert_eq!(least, 2 * 2 * 128 * (16 * 32 + 1024 * 8) as u64);
+    assert!(counts.read >= least - 2 * 16 * 32 * 128, "keys, values and queries are read");
+    // Of both, 2,129,920 are the results of the splits: 8 splits x 8 heads x 64 rows x 130 numbers.
+    assert_eq!((counts.read, counts.written), (7_503_872, 2_261_280));
+    // With the 64,506,240 bytes of the linear kernels that is 19.3 % of the weights.
+    assert!((64_506_240 + counts.read + counts.written) * 4 <= WEIGHTS);
+}

@@ -1,0 +1,332 @@
+//! What holds for every linear kernel: a row's bits do not depend on the other rows, launches repeat, weights are read once
+//! per pass, nothing else costs much, shared memory is free of bank conflicts, launchers refuse what does not fit.
+
+use crate::support::kernel;
+use crate::support::layer;
+
+use dflash::Error;
+use dflash::gpu::device::{Buffer, Counts, Device};
+use dflash::gpu::emulator::{Emulator, Schedule};
+use dflash::gpu::kernels::head::Head;
+use dflash::gpu::kernels::inject::Inject;
+use dflash::gpu::kernels::linear::{Input, Shape, Workspace};
+use dflash::gpu::kernels::project::{Project, Projected};
+use dflash::gpu::kernels::qkv::{Places, Qkv};
+use dflash::gpu::kernels::swiglu::Swiglu;
+use kernel::*;
+use layer::*;
+
+#[test]
+fn a_rows_bits_do_not_depend_on_the_other_rows() {
+    every_device(|device| {
+        for kind in KINDS {
+            // One slice of K; four, the last of them shorter; eight.
+            for (k, splits) in [(96, 1), (1056, 4), (2048, 8)] {
+                let shape = Shape { n: kind.outputs(), k };
+                assert_eq!(shape.slices().1, splits);
+                let parts = k.div_ceil(128);
+                let own = Data::new(1, 1, shape);
+                let alone = kind.run(device, &own).remove(0);
+                let mut random = Random::new(2);
+                for rows in [1, 2, 8, 16, 32, 64, 128, 131] {
+                    for (place, poisoned) in [(0, true), (rows - 1, false), (random.below(rows), true)] {
+                        let mut data = Data { w: own.w.clone(), ..Data::new(3 + rows as u64, rows, shape) };
+                        if poisoned {
+                            data.x.fill(0x7fc1);
+                            data.sumsq.fill(f32::NAN);
+                        }
+                        data.x[place * k..(place + 1) * k].copy_from_slice(&own.x);
+                        data.sumsq[place * parts..(place + 1) * parts].copy_from_slice(&own.sumsq);
+                        let bits = kind.run(device, &data).remove(place);
+                        assert!(
+                            bits == alone,
+                            "{kind:?}, K {k}: row {place} of {rows}, NaN neighbours: {poisoned}"
+                        );
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn schedules_and_threads_give_the_same_bits() {
+    let rows = 20;
+    for kind in KINDS {
+        let data = Data::new(5, rows, Shape { n: kind.outputs(), k: 1056 });
+        let bits = bits_of_every_device(|device| kind.run(device, &data).concat()).remove(0);
+        assert_written(&bits, &format!("{kind:?}"));
+        let parallel = Emulator::new();
+        parallel.set_threads(2);
+        for _ in 0..5 {
+            assert!(kind.run(&parallel, &data).concat() == bits, "{kind:?} on two threads");
+        }
+    }
+}
+
+/// A head launch whose inputs stay, for tests that launch it in other ways.
+struct Logits {
+    kernel: Head,
+    layer: Layer,
+    best: Buffer,
+    logits: Buffer,
+}
+
+impl Logits {
+    fn new(device: &dyn Device, rows: usize, vocab: usize, k: usize) -> Logits {
+        Logits {
+            kernel: Head { rows, vocab, k, multiplier: 1.0, softcap: None },
+            layer: Data::new(6, rows, Shape { n: vocab, k }).upload(device, |r| r),
+            best: poisoned::<u64>(device, rows * vocab.div_ceil(128)),
+            logits: poisoned::<f32>(device, rows * vocab),
+        }
+    }
+
+    fn launch(&self, device: &dyn Device, workspace: &Workspace) -> dflash::Result<()> {
+        let input = Input { workspace, ..self.layer.input(true) };
+        self.kernel.launch(device, &input, &self.best, Some(&self.logits))
+    }
+
+    fn take(&self, device: &dyn Device) -> Vec<u8> {
+        let bytes = bytes_of(device, &self.logits);
+        device.fill(&self.logits, 0xff).unwrap();
+        bytes
+    }
+}
+
+#[test]
+fn a_graph_of_launches_that_share_a_workspace_repeats_its_bits() {
+    every_device(|device| {
+        let shapes = [(3, 200, 640), (150, 64, 512), (17, 700, 1056)];
+        let layers = shapes.map(|(rows, vocab, k)| Logits::new(device, rows, vocab, k));
+        let launches: Vec<_> = layers.iter().map(|l| (l.kernel.shape(), l.kernel.rows)).collect();
+        assert!(launches.iter().all(|l| l.0.slices().1 > 1));
+        let shared = Workspace::new(device, &launches).unwrap();
+        let right = layers.each_ref().map(|l| {
+            l.launch(device, &l.layer.workspace).unwrap();
+            l.take(device)
+        });
+        let graph =
+            device.capture(&mut || layers.iter().try_for_each(|l| l.launch(device, &shared))).unwrap();
+        for _ in 0..3 {
+            device.replay(&graph).unwrap();
+            for (layer, right) in layers.iter().zip(&right) {
+                assert!(layer.take(device) == *right, "{:?}", layer.kernel);
+            }
+        }
+    });
+}
+
+/// Two blocks at a time of the eight that share a tile: the one that adds the slices must find all that the others'
+/// warps have left.
+#[test]
+fn slices_are_added_when_all_warps_have_left_theirs() {
+    let device = Emulator::new();
+    let logits = Logits::new(&device, 3, 128, 2048);
+    let run = || {
+        let fresh = Workspace::new(&device, &[(logits.kernel.shape(), 3)]).unwrap();
+        logits.launch(&device, &fresh).unwrap();
+        logits.take(&device)
+    };
+    let expected = run();
+    device.set_threads(2);
+    for schedule in Schedule::ALL {
+        device.set_schedule(schedule);
+        for _ in 0..if cfg!(feature = "sanitize") { 3 } else { 40 } {
+            assert!(run() == expected, "{schedule:?}");
+        }
+    }
+}
+
+#[test]
+fn a_launch_with_nothing_to_do_writes_nothing() {
+    for kind in KINDS {
+        let device = Emulator::new();
+        let shape = Shape { n: kind.outputs(), k: 1056 };
+        kind.run(&device, &Data { num_active: 0, ..Data::new(7, 4, shape) });
+        let counts = counted(&device);
+        assert_eq!((counts.written, counts.mma), (0, 0), "{kind:?}");
+        // Four groups per tile in each of the four slices are on their way before it is known.
+        assert_eq!(counts.streamed, (shape.packed_rows() / 16 * 4 * 4 * 1024) as u64, "{kind:?}");
+    }
+    every_device(|device| {
+        let dead = Logits::new(device, 5, 300, 1056);
+        device.upload(&dead.layer.num_active, &[0; 4]).unwrap();
+        dead.launch(device, &dead.layer.workspace).unwrap();
+        for buffer in [&dead.best, &dead.logits] {
+            assert!(download::<u16>(device, buffer).iter().all(|&w| w == POISON));
+        }
+        // What says there is something may be any other number, and the counters were left as they have to be.
+        device.upload(&dead.layer.num_active, &[0, 0, 0, 0x80]).unwrap();
+        dead.launch(device, &dead.layer.workspace).unwrap();
+        assert_written(&bytes_of(device, &dead.logits), "logits");
+    });
+}
+
+/// All that a device counted in linear kernels.
+fn counted(device: &Emulator) -> Counts {
+    let mut sum = Counts::default();
+    device.counts().into_values().for_each(|c| sum += c);
+    sum
+}
+
+#[test]
+fn weights_are_read_once_per_pass_and_shared_memory_is_free_of_conflicts() {
+    for kind in KINDS {
+        for rows in [1, 16, 32, 64, 128, 256] {
+            for k in [96, 1056] {
+                let shape = Shape { n: kind.outputs(), k };
+                let device = Emulator::new();
+                device.count_conflicts(true);
+                kind.run(&device, &Data::new(8, rows, shape));
+                let counts = counted(&device);
+                let (passes, what) = (rows.div_ceil(128), format!("{kind:?}, {rows} rows, K {k}"));
+                assert_eq!(counts.streamed, (shape.weight_bytes() * passes) as u64, "{what}");
+                // Two products per tile of weights and 8 rows, rounded up to a power of two.
+                let tiles = (rows.min(128).div_ceil(8).next_power_of_two() * passes) as u64;
+                assert_eq!(counts.mma, shape.weight_bytes() as u64 / 1024 * 2 * tiles, "{what}");
+                assert!(counts.shared > 0, "{what}");
+                assert_eq!(counts.conflicts, 0, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn keys_alone_read_the_weights_of_keys_and_values_alone() {
+    // 2 query heads, 1 key head of 64: the first block is all queries.
+    let (rows, k) = (3, 544);
+    let mut cache = cache(12, rows, 2, 1, 64, true);
+    (cache.qkv.k, cache.qkv.keys_only) = (k, true);
+    let device = Emulator::new();
+    qkv(&device, &Data::new(11, rows, cache.qkv.shape()), &cache);
+    assert_eq!(counted(&device).streamed, 2 * 64 * k as u64 * 2);
+}
+
+/// One layer of Qwen3-8B on 16 rows: hidden size 4096, 32 query and 8 key heads of 128, 12288 neurons.
+#[cfg(not(feature = "sanitize"))]
+#[test]
+fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
+    let rows = 16;
+    let (hidden, inner) = (4096, 12288);
+    let counts_of = |kind: Kind, shape: Shape| {
+        let device = Emulator::new();
+        device.set_threads(2);
+        let weights = device.allocate(shape.weight_bytes(), "weights").unwrap();
+        device.fill(&weights, 0x3c).unwrap();
+        device.seal(&weights);
+        let x = upload(&device, &vec![0x3c00u16; rows * shape.k]);
+        let sumsq = upload(&device, &vec![1f32; rows * hidden / 128]);
+        let workspace = Workspace::new(&device, &[(shape, rows)]).unwrap();
+        let input = Input {
+            weights: &weights,
+            x: &x,
+            sumsq: Some(&sumsq),
+            eps: EPS,
+            prompt: None,
+            num_active: None,
+            workspace: &workspace,
+        };
+        let y = poisoned::<u16>(&device, rows * shape.n);
+        match kind {
+            Kind::Swiglu => Swiglu { rows, inner, k: hidden }.launch(&device, &input, &y).unwrap(),
+            Kind::Qkv => {
+                let mut cache = cache(9, rows, 32, 8, 128, true);
+                cache.qkv.k = hidden;
+                let pages = poisoned::<u16>(&device, cache.qkv.pages * 8 * 64 * 128);
+                let gains = cache.gains.unwrap().map(|g| upload(&device, &g));
+                let places = Places {
+                    rows: &upload(&device, &cache.rows),
+                    queries: &y,
+                    keys: &pages,
+                    values: &poisoned::<u16>(&device, pages.bytes() / 2),
+                    table: &upload(&device, &cache.table),
+                    q_gain: Some(&gains[0]),
+                    k_gain: Some(&gains[1]),
+                    rope: &upload(&device, &cache.rope),
+                };
+                cache.qkv.launch(&device, &input, &places).unwrap();
+            }
+            _ => {
+                let residual = upload(&device, &vec![0f32; rows * hidden]);
+                let gain = upload(&device, &vec![1f32; hidden]);
+                let out = Projected { x: &residual, y: &y, sumsq: &sumsq, gain: &gain, features: None };
+                let input = Input { sumsq: None, ..input };
+                Project { rows, n: shape.n, k: shape.k }.launch(&device, &input, &out).unwrap();
+            }
+        }
+        let counts = counted(&device);
+        assert_eq!(counts.streamed, shape.weight_bytes() as u64, "{kind:?}");
+        counts
+    };
+    let layer = [
+        (Kind::Qkv, Shape { n: 6144, k: hidden }),
+        (Kind::Project, Shape { n: hidden, k: hidden }),
+        (Kind::Swiglu, Shape { n: inner * 2, k: hidden }),
+        (Kind::Project, Shape { n: hidden, k: inner }),
+    ];
+    let (mut weights, mut others, mut percent) = (0, 0, Vec::new());
+    for (kind, shape) in layer {
+        let counts = counts_of(kind, shape);
+        let other = counts.read + counts.written;
+        weights += counts.streamed;
+        others += other;
+        percent.push((other * 1000).div_ceil(counts.streamed));
+    }
+    assert_eq!(weights, 385_875_968);
+    // Per mille of the weights, rounded up: qkv, o, gate and up, down.
+    assert_eq!((others, &percent[..]), (64_506_240, &[235, 274, 129, 175][..]));
+    assert!(others * 4 <= weights);
+}
+
+#[test]
+fn launches_that_do_not_fit_are_refused_with_a_sentence() {
+    let device = Emulator::new();
+    let small = device.allocate(64, "too little").unwrap();
+    let at = Logits::new(&device, 9, 300, 96);
+    let refused = |what: dflash::Result<()>, part: &str| {
+        let error = what.unwrap_err();
+        assert!(matches!(&error, Error::Internal(text) if text.contains(part)), "{error}: {part}");
+    };
+    let good = at.layer.input(true);
+    let launch = |input: Input, kernel: Head| kernel.launch(&device, &input, &at.best, Some(&at.logits));
+    launch(good, at.kernel).unwrap();
+    refused(launch(Input { weights: &small, ..good }, at.kernel), "weights has 64 bytes, needs 58368");
+    refused(launch(Input { x: &small, ..good }, at.kernel), "x has 64 bytes, needs 1728");
+    refused(launch(Input { sumsq: Some(&small), ..good }, Head { rows: 17, ..at.kernel }), "needs");
+    refused(launch(good, Head { k: 80, ..at.kernel }), "80 inputs");
+    refused(launch(good, Head { rows: 0, ..at.kernel }), "0 rows");
+    refused(launch(good, Head { vocab: 0, ..at.kernel }), "0 outputs");
+    let odd = at.layer.x.slice(8, 1720).unwrap();
+    refused(launch(Input { x: &odd, ..good }, Head { rows: 1, ..at.kernel }), "not a multiple of 16");
+    // 640 inputs need partial sums, which this workspace has no room for.
+    let more = Logits::new(&device, 9, 300, 640);
+    refused(more.launch(&device, &at.layer.workspace), "partial sums has 16 bytes, needs");
+
+    let out = Projected { x: &small, y: &small, sumsq: &small, gain: &small, features: None };
+    let plain = at.layer.input(false);
+    refused(Project { rows: 1, n: 96, k: 96 }.launch(&device, &plain, &out), "96 outputs");
+    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &good, &out), "sums of squares");
+    let out =
+        Projected { features: Some((&small, 66)), x: &at.logits, y: &at.logits, gain: &at.logits, ..out };
+    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &plain, &out), "features 66 apart");
+    refused(Swiglu { rows: 1, inner: 48, k: 96 }.launch(&device, &good, &small), "48 neurons");
+    let inject = Inject { rows: 1, n: 64, k: 96, feature_rows: 0 };
+    refused(inject.launch(&device, &plain, &small, &small, &small, &small), "0 rows of features");
+    let cache = cache(10, 1, 3, 1, 64, false);
+    let places = Places {
+        rows: &small,
+        queries: &small,
+        keys: &small,
+        values: &small,
+        table: &small,
+        q_gain: None,
+        k_gain: None,
+        rope: &small,
+    };
+    let bad = |qkv: Qkv, part: &str| refused(qkv.launch(&device, &good, &places), part);
+    bad(Qkv { head_dim: 96, ..cache.qkv }, "head dimension of 96");
+    bad(Qkv { heads: 3, kv_heads: 2, ..cache.qkv }, "3 query heads and 2 key heads");
+    bad(Qkv { positions: 0, ..cache.qkv }, "a position");
+    bad(cache.qkv, "queries has 64 bytes, needs 384");
+}

@@ -1,0 +1,387 @@
+//! Whole passes through the kernels, held against the reference models: a prompt's chunks, AR steps,
+//! verification and draft passes, on the demo pair and on random pairs with other heads.
+
+use crate::support;
+use crate::support::kernel;
+
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::cpu::model::{self, Drafter, Target};
+use dflash::gpu::device::{Buffer, Device, Node};
+use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::head::Head;
+use dflash::gpu::loader::Loader;
+use dflash::gpu::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
+use kernel::*;
+
+/// Activations are rounded to bf16 some ten times a layer, 2^-9 each; the worst seen is 7.3e-3.
+const BOUND: f64 = 1.5e-2;
+const POSITIONS: usize = 256;
+const CHUNK: usize = 48;
+
+/// Both models, on the CPU and on a device.
+struct Rig<'a> {
+    device: &'a dyn Device,
+    target: Target,
+    drafter: Drafter,
+    stack: Stack,
+    vocabulary: Vocabulary,
+    cache: Cache,
+    scratch: Scratch,
+    injection: Injection,
+    draft_stack: Stack,
+    draft_cache: Cache,
+    draft_scratch: Scratch,
+}
+
+/// Pages in no particular order.
+fn fill_table(device: &dyn Device, cache: &Cache) {
+    let pages: Vec<u32> = (0..cache.pages as u32).rev().collect();
+    device.upload(&cache.table, &to_bytes(&pages)).unwrap();
+}
+
+impl Rig<'_> {
+    fn new<'a>(device: &'a dyn Device, pair: &Pair, sequences: usize, block: usize) -> Rig<'a> {
+        let drafter_model = pair.drafter.as_ref().unwrap();
+        let (t, d) = (&pair.target.config, &drafter_model.config);
+        let (taps, hidden) = (d.taps.len(), t.stack.hidden);
+        let mut loader = Loader::new(device, &pair.target.weights);
+        let stack = Stack::load(&mut loader, "model.", &t.stack, POSITIONS).unwrap();
+        let vocabulary = Vocabulary::load(&mut loader, t).unwrap();
+        loader.turn_to(&drafter_model.weights);
+        let draft_stack = Stack::load(&mut loader, "", &d.stack, POSITIONS).unwrap();
+        let injection = Injection::load(&mut loader, hidden, taps).unwrap();
+        loader.run(&mut |_, _| ()).unwrap();
+        let pages = POSITIONS / PAGE;
+        let cache = Cache::new(device, &t.stack, sequences * pages, sequences, pages).unwrap();
+        let draft_cache = Cache::new(device, &d.stack, sequences * pages, sequences, pages).unwrap();
+        fill_table(device, &cache);
+        fill_table(device, &draft_cache);
+        let sizes = Sizes {
+            sequences,
+            block,
+            chunk: CHUNK,
+            injected: 0,
+            head: Some(vocabulary.shape()),
+            features: None,
+        };
+        let draft_sizes = Sizes { injected: sequences * block, features: Some(taps * hidden), ..sizes };
+        Rig {
+            scratch: Scratch::new(device, &t.stack, &cache, sizes).unwrap(),
+            draft_scratch: Scratch::new(device, &d.stack, &draft_cache, draft_sizes).unwrap(),
+            target: Target::load(&pair.target).unwrap(),
+            drafter: Drafter::load(drafter_model).unwrap(),
+            stack,
+            vocabulary,
+            cache,
+            injection,
+            draft_stack,
+            draft_cache,
+            device,
+        }
+    }
+
+    fn features(&self, rows: usize) -> Buffer {
+        let taps = self.drafter.config.taps.len();
+        poisoned::<u16>(self.device, rows * taps * self.target.config.stack.hidden)
+    }
+
+    /// Logits of the first `rows` rows of the pass that ran last.
+    fn logits(&self, stack: &Stack, scratch: &Scratch, first: usize, rows: usize) -> Vec<f32> {
+        let vocab = self.vocabulary.vocab;
+        let best = poisoned::<u64>(self.device, rows * vocab.div_ceil(128));
+        let logits = poisoned::<f32>(self.device, rows * vocab);
+        let head = Head { rows, vocab, k: stack.config.hidden, multiplier: 1.0, softcap: None };
+        self.vocabulary.head(self.device, stack, scratch, first, head, None, &best, Some(&logits)).unwrap();
+        download(self.device, &logits)
+    }
+
+    /// Target rows of sequence `sequence`: `tokens` at positions `at..`, as a prompt or as a block. Features and logits of
+    /// all rows.
+    fn target_pass(&self, sequence: usize, at: usize, tokens: &[u32], prompt: bool) -> (Vec<u16>, Vec<f32>) {
+        let table = rows_at(sequence, at, tokens.len());
+        self.pass_of(&table, at, tokens, None, prompt.then_some(sequence))
+    }
+
+    /// As [`Rig::target_pass`], of the first sequence's tree with these masks.
+    fn tree_pass(&self, at: usize, tokens: &[u32], masks: &[u64]) -> (Vec<u16>, Vec<f32>) {
+        let mut table = rows_at(0, at, tokens.len());
+        for (row, mask) in table.chunks_mut(Row::BYTES).zip(masks) {
+            row[4..8].copy_from_slice(&(at as u32 + mask.count_ones() - 1).to_le_bytes());
+        }
+        self.pass_of(&table, at, tokens, Some(masks), None)
+    }
+
+    fn pass_of(
+        &self,
+        table: &[u8],
+        at: usize,
+        tokens: &[u32],
+        masks: Option<&[u64]>,
+        prompt: Option<usize>,
+    ) -> (Vec<u16>, Vec<f32>) {
+        let (device, rows) = (self.device, tokens.len());
+        let features = self.features(rows);
+        let table = upload(device, table);
+        let spans = upload(device, &[at as u32, rows as u32]);
+        let masks = masks.map(|masks| upload(device, masks));
+        self.vocabulary.embed(device, &self.scratch, &upload(device, tokens), rows, 1.0).unwrap();
+        let pass = Pass {
+            sequences: 1,
+            block: rows,
+            injected: 0,
+            table: &table,
+            spans: &spans,
+            masks: masks.as_ref(),
+            prompt,
+            num_active: None,
+            taps: Some((&self.drafter.config.taps, &features)),
+        };
+        self.stack.run(device, &self.scratch, &self.cache, &pass).unwrap();
+        let logits = match prompt {
+            Some(_) => vec![],
+            None => self.logits(&self.stack, &self.scratch, 0, rows),
+        };
+        (download(device, &features), logits)
+    }
+
+    /// The reference's features and logits of `tokens` from position `at` on.
+    fn expected(&self, tokens: &[u32], at: usize) -> (Vec<f32>, Vec<f32>) {
+        let mut cache = model::Cache::new(&self.target.config.stack, tokens.len()).unwrap();
+        let (mut features, mut logits) = (vec![], vec![]);
+        let taps = &self.drafter.config.taps;
+        let normed = self.target.forward(tokens, &mut cache, taps, &mut features, tokens.len() - at);
+        self.target.logits(&normed, &mut logits);
+        (features[features.len() / tokens.len() * at..].to_vec(), logits)
+    }
+}
+
+/// Rows of one sequence at positions `at..`, queries in order.
+fn rows_at(sequence: usize, at: usize, rows: usize) -> Vec<u8> {
+    let row = |i: usize| Row {
+        sequence: sequence as u32,
+        position: (at + i) as u32,
+        slot: (at + i) as u32,
+        query: i as u32,
+    };
+    (0..rows).flat_map(|i| row(i).to_bytes()).collect()
+}
+
+fn demo() -> Pair {
+    Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()
+}
+
+fn tokens(pair: &Pair, count: usize, seed: u64) -> Vec<u32> {
+    let mut random = Random::new(seed);
+    (0..count).map(|_| random.below(pair.target.config.vocab) as u32).collect()
+}
+
+/// A random pair whose models have heads of 128, groups of 3 and 1, no q/k norm, an own head, odd sizes.
+fn wide() -> (support::Pair, Pair) {
+    let target = support::Target {
+        llama: true,
+        hidden: 192,
+        intermediate: 160,
+        layers: 3,
+        heads: 3,
+        kv_heads: 1,
+        head_dim: 128,
+        vocab: 301,
+        tied: false,
+        dtype: dflash::checkpoint::safetensors::Dtype::Bf16,
+        ..support::Target::default()
+    };
+    let drafter = support::Drafter {
+        intermediate: 96,
+        heads: 2,
+        kv_heads: 2,
+        head_dim: 128,
+        taps: vec![1, 0],
+        dtype: dflash::checkpoint::safetensors::Dtype::Bf16,
+        ..support::Drafter::default()
+    };
+    let written = support::write_pair(&target, &drafter);
+    let pair = Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap();
+    (written, pair)
+}
+
+fn close(what: &str, out: &[f32], reference: &[f32]) {
+    let error = relative_error(out, reference);
+    assert!(error < BOUND, "{what}: error {error:.2e}, expected below {BOUND:.0e}");
+}
+
+fn chunks_and_blocks_equal_the_reference(device: &dyn Device, pair: &Pair) {
+    let rig = Rig::new(device, pair, 1, 16);
+    let tokens = tokens(pair, 116, 1);
+    let mut features = vec![];
+    for at in (0..100).step_by(CHUNK) {
+        let chunk = &tokens[at..(at + CHUNK).min(100)];
+        features.extend(rig.target_pass(0, at, chunk, true).0);
+    }
+    let (more, logits) = rig.target_pass(0, 100, &tokens[100..], false);
+    features.extend(more);
+    let (expected, _) = rig.expected(&tokens, 0);
+    close("features", &from_bf16(&features), &expected);
+    close("logits", &logits, &rig.expected(&tokens, 100).1);
+}
+
+#[test]
+fn chunks_and_blocks_of_the_demo_target_equal_the_reference() {
+    let pair = &demo();
+    every_device(|device| chunks_and_blocks_equal_the_reference(device, pair));
+}
+
+#[test]
+fn chunks_and_blocks_of_a_wide_target_equal_the_reference() {
+    let pair = &wide().1;
+    every_device(|device| chunks_and_blocks_equal_the_reference(device, pair));
+}
+
+fn steps_equal_blocks_bit_for_bit(device: &dyn Device, pair: &Pair) {
+    let tokens = tokens(pair, 80, 2);
+    // Contexts before a page's end, before a split's end.
+    for (context, block) in [(57, 16), (62, 7), (60, 2)] {
+        let rig = Rig::new(device, pair, 1, 16);
+        rig.target_pass(0, 0, &tokens[..CHUNK], true);
+        rig.target_pass(0, CHUNK, &tokens[CHUNK..context], true);
+        let (features, logits) = rig.target_pass(0, context, &tokens[context..context + block], false);
+        for i in 0..block {
+            let (own, row) = rig.target_pass(0, context + i, &tokens[context + i..][..1], false);
+            assert_eq!(to_bytes(&row), to_bytes(&logits[i * row.len()..][..row.len()]), "row {i} of {block}");
+            assert_eq!(own, features[i * own.len()..][..own.len()], "features of row {i} of {block}");
+        }
+    }
+}
+
+#[test]
+fn plain_steps_equal_a_verification_block_bit_for_bit() {
+    let pair = &demo();
+    every_device(|device| steps_equal_blocks_bit_for_bit(device, pair));
+    let pair = &wide().1;
+    every_device(|device| steps_equal_blocks_bit_for_bit(device, pair));
+}
+
+/// Every row of a tree against its path as a chain. A third of the trees' rows follow the row before them, the others any.
+fn trees_equal_chains_bit_for_bit(device: &dyn Device, pair: &Pair) {
+    let mut random = Random::new(4);
+    // Paths that cross a page's end and a split's.
+    for (context, rows) in [(57, 16), (62, 9), (121, 16)] {
+        let rig = Rig::new(device, pair, 1, 16);
+        let tokens = tokens(pair, context + rows, context as u64);
+        for (i, chunk) in tokens[..context].chunks(CHUNK).enumerate() {
+            rig.target_pass(0, i * CHUNK, chunk, true);
+        }
+        let tokens = &tokens[context..];
+        let mut masks = vec![1u64];
+        for row in 1..rows {
+            let parent = if random.below(3) == 0 { row - 1 } else { random.below(row) };
+            masks.push(masks[parent] | 1 << row);
+        }
+        let (features, logits) = rig.tree_pass(context, tokens, &masks);
+        for (row, mask) in masks.iter().enumerate() {
+            let path: Vec<u32> = (0..rows).filter(|i| mask >> i & 1 == 1).map(|i| tokens[i]).collect();
+            let (own, last) = rig.target_pass(0, context, &path, false);
+            let (width, vocab) = (own.len() / path.len(), last.len() / path.len());
+            let what = format!("row {row} of {rows} after {context}");
+            let last = &last[(path.len() - 1) * vocab..];
+            assert_eq!(to_bytes(last), to_bytes(&logits[row * vocab..][..vocab]), "{what}");
+            assert_eq!(own[(path.len() - 1) * width..], features[row * width..][..width], "features, {what}");
+        }
+    }
+}
+
+#[test]
+fn every_row_of_a_tree_equals_its_path_as_a_chain_bit_for_bit() {
+    let pair = &demo();
+    every_device(|device| trees_equal_chains_bit_for_bit(device, pair));
+    let pair = &wide().1;
+    every_device(|device| trees_equal_chains_bit_for_bit(device, pair));
+}
+
+fn draft_equals_the_reference(device: &dyn Device, pair: &Pair) {
+    let (block, known, pending) = (8, 40, 3);
+    let rig = Rig::new(device, pair, 1, block);
+    let d = &rig.drafter.config;
+    let length = known + pending;
+    let tokens = tokens(pair, length + 1, 3);
+    let (features, _) = rig.expected(&tokens[..length], 0);
+    let features = to_bf16(&features);
+    let width = features.len() / length;
+
+    // The prompt's features, then those of the last round before the block's own rows.
+    let numbers: Vec<u32> = (0..known as u32).collect();
+    let prompt = upload(device, &features[..known * width]);
+    let (s, cache) = (&rig.draft_scratch, &rig.draft_cache);
+    rig.injection.run(device, s, known, &prompt, &upload(device, &numbers), true, None).unwrap();
+    let mut table = rows_at(0, 0, known);
+    table.chunks_mut(Row::BYTES).for_each(|row| row[12..].fill(0xff));
+    rig.draft_stack.write_context_kv(device, s, cache, &upload(device, &table), known, true, None).unwrap();
+
+    let last = upload(device, &features[known * width..]);
+    let gather: Vec<u32> =
+        (0..block as u32).map(|i| if i < pending as u32 { i } else { Row::NONE }).collect();
+    rig.injection.run(device, s, block, &last, &upload(device, &gather), false, None).unwrap();
+    let none = Row { sequence: Row::NONE, position: 0, slot: Row::NONE, query: Row::NONE };
+    let mut table = rows_at(0, known, pending);
+    table.chunks_mut(Row::BYTES).for_each(|row| row[12..].fill(0xff));
+    table.extend((pending..block).flat_map(|_| none.to_bytes()));
+    table.extend(rows_at(0, length, block));
+    let mut ids = vec![d.mask_token; block];
+    ids[0] = tokens[length];
+    rig.vocabulary.embed(device, s, &upload(device, &ids), block, d.embedding_scale).unwrap();
+    let pass = Pass {
+        sequences: 1,
+        block,
+        injected: block,
+        table: &upload(device, &table),
+        spans: &upload(device, &[length as u32, block as u32]),
+        masks: None,
+        prompt: None,
+        num_active: None,
+        taps: None,
+    };
+    rig.draft_stack.run(device, s, cache, &pass).unwrap();
+    let logits = rig.logits(&rig.draft_stack, s, block, block);
+
+    let mut context = model::Cache::new(&d.stack, length + block).unwrap();
+    let (mut expected, widened) = (vec![], from_bf16(&features));
+    rig.drafter.inject(&widened, &mut context);
+    let hidden = rig.drafter.hidden(&rig.target, tokens[length], block, &mut context, |_, _| ());
+    rig.target.logits(&hidden, &mut expected);
+    close("draft", &logits, &expected);
+}
+
+#[test]
+fn drafts_of_the_demo_drafter_equal_the_reference() {
+    let pair = &demo();
+    every_device(|device| draft_equals_the_reference(device, pair));
+}
+
+#[test]
+fn drafts_of_a_wide_drafter_equal_the_reference() {
+    let pair = &wide().1;
+    every_device(|device| draft_equals_the_reference(device, pair));
+}
+
+#[test]
+fn a_pass_is_five_launches_a_layer_and_one() {
+    let pair = demo();
+    let device = &Emulator::new();
+    let rig = Rig::new(device, &pair, 1, 16);
+    let table = upload(device, &rows_at(0, 0, 16));
+    let spans = upload(device, &[0u32, 16]);
+    let pass = Pass {
+        sequences: 1,
+        block: 16,
+        injected: 0,
+        table: &table,
+        spans: &spans,
+        masks: None,
+        prompt: None,
+        num_active: None,
+        taps: None,
+    };
+    let graph = device.capture(&mut || rig.stack.run(device, &rig.scratch, &rig.cache, &pass)).unwrap();
+    let launches = graph.nodes.iter().filter(|node| matches!(node, Node::Launch(_))).count();
+    assert_eq!((launches, graph.nodes.len()), (1 + 5 * 6, 1 + 5 * 6));
+}

@@ -1,0 +1,245 @@
+//! The linear kernels for prompts against the skinny ones and against f64. Those by warps have the skinny ones' bits wherever
+//! these do not split K; those by warpgroups add in another order, and have their bits where every sum is exact.
+
+use crate::support::kernel;
+use crate::support::layer;
+
+use dflash::gpu::device::Device;
+use dflash::gpu::emulator::{Emulator, Schedule};
+use dflash::gpu::kernels::inject::Inject;
+use dflash::gpu::kernels::linear::{Prompt, Shape};
+use dflash::gpu::kernels::qkv::Qkv;
+use dflash::gpu::kernels::swiglu::Swiglu;
+use kernel::*;
+use layer::*;
+
+const PROMPT_KINDS: [Kind; 4] = [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Inject];
+
+fn by(prompt: Prompt, data: &Data) -> Data {
+    Data { prompt: Some(prompt), ..data.clone() }
+}
+
+/// What a device has of the two.
+fn prompts(device: &dyn Device) -> impl Iterator<Item = Prompt> {
+    Prompt::ALL.into_iter().filter(|prompt| prompt.runs_on(device))
+}
+
+fn kinds_of_prompts() -> impl Iterator<Item = (Prompt, Kind)> {
+    Prompt::ALL.into_iter().flat_map(|prompt| PROMPT_KINDS.map(|kind| (prompt, kind)))
+}
+
+#[test]
+fn prompts_have_the_bits_of_blocks_where_k_is_not_split() {
+    every_device(|device| {
+        let rows = if cfg!(feature = "sanitize") { &[5, 130][..] } else { &[1, 5, 127, 128, 129, 300][..] };
+        for kind in PROMPT_KINDS {
+            // Less than a stage, one, one and a half, several.
+            for k in [32, 64, 96, 160, 480] {
+                let shape = Shape { n: kind.outputs(), k };
+                assert_eq!(shape.slices().1, 1);
+                for &rows in rows {
+                    let data = Data::new(rows as u64, rows, shape);
+                    let block = kind.run(device, &data);
+                    let chunk = kind.run(device, &by(Prompt::Warps, &data));
+                    assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
+                    assert_written(&chunk.concat(), "the result");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn exact_sums_have_the_bits_of_blocks_by_warpgroups_too() {
+    every_device(|device| {
+        if !Prompt::Warpgroups.runs_on(device) {
+            return;
+        }
+        // Less than a stage, one, one and a half, as many as the ring has, more; blocks of tokens that are full, or nearly.
+        let all = [(32, 1), (64, 257), (96, 255), (160, 5), (224, 127), (256, 256), (320, 300), (1056, 513)];
+        for kind in PROMPT_KINDS {
+            for (k, rows) in all {
+                if cfg!(feature = "sanitize") && k * rows > 96 * 255 {
+                    continue;
+                }
+                let data = Data::whole(rows as u64, rows, Shape { n: kind.outputs(), k });
+                let block = kind.run(device, &data);
+                let chunk = kind.run(device, &by(Prompt::Warpgroups, &data));
+                assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
+                assert_written(&chunk.concat(), "the result");
+            }
+        }
+    });
+}
+
+#[test]
+fn heads_of_all_kinds_have_the_bits_of_blocks() {
+    every_device(|device| {
+        for (heads, kv_heads, head_dim) in HEADS {
+            for keys_only in [false, true] {
+                let (rows, k) = (20, 96);
+                let mut to = cache(3, rows, heads, kv_heads, head_dim, true);
+                to.qkv = Qkv { k, keys_only, ..to.qkv };
+                let data = Data::whole(4, rows, to.qkv.shape());
+                let block = qkv(device, &data, &to);
+                for prompt in prompts(device) {
+                    let chunk = qkv(device, &by(prompt, &data), &to);
+                    assert!(
+                        block == chunk,
+                        "{prompt:?}, {heads} heads, {kv_heads} of keys, {head_dim}, {keys_only}"
+                    );
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn long_sums_of_prompts_equal_f64() {
+    // The skinny kernel would split these sums in four and in eight.
+    for (k, prompt) in [1056, 2048].into_iter().flat_map(|k| Prompt::ALL.map(|prompt| (k, prompt))) {
+        let (rows, n) = (150, 128);
+        let data = by(prompt, &Data::new(1, rows, Shape { n, k }));
+        let (x, gain) = (vec![0.0; rows * n], vec![1.0; n]);
+        let expected: Vec<f32> = data.product(false).into_iter().map(|v| v as f32).collect();
+        let outcomes = bits_of_every_device(|device| match prompt.runs_on(device) {
+            true => project(device, &data, &x, &gain, 0),
+            false => vec![],
+        });
+        for (bytes, bound) in outcomes.iter().zip([1e-6, 2e-5]).filter(|(bytes, _)| !bytes.is_empty()) {
+            let error = relative_error(&from_bytes(&bytes[..rows * n * 4]), &expected);
+            assert!(error < bound, "{prompt:?}, K {k}: error {error:.2e}, expected below {bound:.0e}");
+        }
+    }
+}
+
+#[test]
+fn a_prompt_rows_bits_do_not_depend_on_the_other_rows() {
+    every_device(|device| {
+        for (prompt, kind) in prompts(device).flat_map(|prompt| PROMPT_KINDS.map(|kind| (prompt, kind))) {
+            let (k, rows) = (1056, 140);
+            let shape = Shape { n: kind.outputs(), k };
+            let parts = k.div_ceil(128);
+            let own = by(prompt, &Data::new(1, 1, shape));
+            let alone = kind.run(device, &own).remove(0);
+            for place in [0, 77, 127, 128, rows - 1] {
+                let mut data = by(prompt, &Data { w: own.w.clone(), ..Data::new(2, rows, shape) });
+                data.x.fill(0x7fc1);
+                data.sumsq.fill(f32::NAN);
+                data.x[place * k..(place + 1) * k].copy_from_slice(&own.x);
+                data.sumsq[place * parts..(place + 1) * parts].copy_from_slice(&own.sumsq);
+                let bits = kind.run(device, &data).remove(place);
+                assert!(bits == alone, "{prompt:?}, {kind:?}: row {place} of {rows}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_prompt_with_nothing_to_do_writes_nothing() {
+    for (prompt, kind) in kinds_of_prompts() {
+        let device = Emulator::new();
+        let data = by(prompt, &Data::new(7, 4, Shape { n: kind.outputs(), k: 96 }));
+        kind.run(&device, &Data { num_active: 0, ..data });
+        let counts = device.counts();
+        let (name, counts) = counts.iter().find(|(name, _)| name.starts_with("prefill_")).unwrap();
+        assert_eq!((counts.written, counts.mma), (0, 0), "{name}");
+    }
+}
+
+#[test]
+fn a_prompts_features_that_are_not_there_are_zeros() {
+    every_device(|device| {
+        let (rows, feature_rows, n, k) = (140, 21, 128, 96);
+        let data = Data::whole(9, feature_rows, Shape { n, k });
+        let gather: Vec<u32> = (0..rows as u32)
+            .map(|row| match row % 4 {
+                1 => 20 + row,
+                3 => u32::MAX / row,
+                _ => row % 21,
+            })
+            .collect();
+        let run = |data: &Data| {
+            let layer = data.upload(device, |r| r);
+            let (y, sumsq) = (poisoned::<u16>(device, rows * n), poisoned::<f32>(device, rows));
+            let (gather, gain) = (upload(device, &gather), upload(device, &vec![0.5f32; n]));
+            let kernel = Inject { rows, n, k, feature_rows };
+            kernel.launch(device, &layer.input(false), &gather, &y, &sumsq, &gain).unwrap();
+            [bytes_of(device, &y), bytes_of(device, &sumsq)].concat()
+        };
+        let block = run(&data);
+        for prompt in prompts(device) {
+            assert!(block == run(&by(prompt, &data)), "{prompt:?}");
+        }
+        assert!(block[n * 2..n * 4].iter().all(|&b| b == 0), "row 1 is the first that is not there");
+    });
+}
+
+#[test]
+fn schedules_and_threads_give_the_same_bits() {
+    for (prompt, kind) in kinds_of_prompts() {
+        let data = by(prompt, &Data::new(5, 20, Shape { n: kind.outputs(), k: 288 }));
+        let run = |device: &dyn Device| match prompt.runs_on(device) {
+            true => kind.run(device, &data).concat(),
+            false => vec![],
+        };
+        let bits = bits_of_every_device(run).remove(0);
+        let parallel = Emulator::new();
+        parallel.set_threads(2);
+        parallel.set_schedule(Schedule::GreedyDown);
+        assert!(kind.run(&parallel, &data).concat() == bits, "{prompt:?}, {kind:?} on two threads");
+    }
+}
+
+#[test]
+fn shared_memory_is_free_of_conflicts_and_every_block_reads_its_weights_once() {
+    for (prompt, kind) in kinds_of_prompts() {
+        let (rows, k) = (260, 160);
+        let device = Emulator::new();
+        device.count_conflicts(true);
+        let data = by(prompt, &Data::new(8, rows, Shape { n: kind.outputs(), k }));
+        kind.run(&device, &data);
+        let counts = device.counts();
+        let (name, counts) = counts.iter().find(|(name, _)| name.starts_with("prefill_")).unwrap();
+        assert_eq!(counts.conflicts, 0, "{name}");
+        // Blocks of tokens. Products are rounded up to whole stages and blocks: 3 stages of 4 times 16 k, and 8 tiles of
+        // weights for each tile of 8 tokens.
+        let (wide, tokens) = match prompt {
+            Prompt::Warps => (3, 128),
+            Prompt::Warpgroups => (2, 256),
+        };
+        let blocks = data.shape.n.div_ceil(128) * wide;
+        assert_eq!(counts.blocks, blocks as u64, "{name}");
+        assert_eq!(counts.mma, (blocks * 3 * 4 * 8 * tokens / 8) as u64, "{name}");
+        let least = data.shape.weight_bytes() * wide + rows * k * 2 * data.shape.n.div_ceil(128);
+        let read = counts.read as usize;
+        assert!(read >= least, "{name}: {read} bytes read, at least {least}");
+        // Of the epilogues this one reads least: its gains.
+        assert!(kind != Kind::Inject || read < least * 11 / 10, "{name}: {read} bytes read, least {least}");
+    }
+}
+
+#[test]
+fn the_head_has_no_kernel_for_prompts() {
+    let device = Emulator::new();
+    let (vocab, k) = (261, 96);
+    let layer = by(Prompt::Warps, &Data::new(1, 3, Shape { n: vocab, k })).upload(&device, |r| r);
+    let best = poisoned::<u64>(&device, 9);
+    let head = dflash::gpu::kernels::head::Head { rows: 3, vocab, k, multiplier: 1.0, softcap: None };
+    let refusal = head.launch(&device, &layer.input(true), &best, None).unwrap_err();
+    assert_eq!(refusal.to_string(), "kernel head_8: has no twin for prompts");
+}
+
+#[test]
+fn a_device_without_wgmma_takes_the_kernels_by_warps() {
+    // As a card before Hopper, and any with the other image.
+    let ledger = dflash::gpu::memory::Ledger::new();
+    assert!(!ledger.properties().overlap);
+    assert_eq!(prompts(&ledger).collect::<Vec<_>>(), [Prompt::Warps]);
+    assert_eq!(Prompt::of(&ledger), Prompt::Warps);
+    let kernel = Swiglu { rows: 3, inner: 96, k: 64 };
+    let layer = by(Prompt::Warpgroups, &Data::new(1, 3, kernel.shape())).upload(&ledger, |r| r);
+    let refusal = kernel.launch(&ledger, &layer.input(true), &poisoned::<u16>(&ledger, 3 * 96)).unwrap_err();
+    assert_eq!(refusal.to_string(), "kernel prefill_swiglu_wgmma: ledger has no wgmma");
+    assert_eq!(prompts(&Emulator::new()).count(), 2);
+}

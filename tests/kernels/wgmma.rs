@@ -1,0 +1,121 @@
+//! The emulator's wgmma: products against plain arithmetic, matrices in every layout the kernels use, and what it reports.
+
+use crate::support::kernel;
+
+use dflash::Result;
+use dflash::gpu::device::{Arg, Device, Kernel};
+use dflash::gpu::emulator::{Emulator, Schedule};
+use kernel::*;
+
+const M: usize = 64;
+const N: usize = 256;
+static WGMMA: Kernel = Kernel { file: "toys", name: "toy_wgmma", threads: 128, max_shared: 200 << 10 };
+static BROKEN: Kernel = Kernel { file: "broken", name: "broken_wgmma", threads: 128, max_shared: STAGED };
+/// Two times 16 k of 64 and 256 rows.
+const STAGED: u32 = 2 * 320 * 32;
+
+/// `c + a b^T` for `a [M][k]`, `b [N][k]`.
+fn product(a: &[u16], b: &[u16], c: Option<&[f32]>, k: usize) -> Vec<f32> {
+    let (a, b) = (from_bf16(a), from_bf16(b));
+    let sum = |i: usize| {
+        let pairs = a[i / N * k..][..k].iter().zip(&b[i % N * k..][..k]);
+        pairs.map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>() + c.map_or(0.0, |c| f64::from(c[i]))
+    };
+    (0..M * N).map(|i| sum(i) as f32).collect()
+}
+
+#[test]
+fn wgmma_multiplies_matrices_in_every_layout() {
+    let mut random = Random::new(1);
+    // Core matrices one after the other along k; along the rows; with gaps; swizzled.
+    let layouts = [(16, 0, 128, 256), (48, 0, 128, 768), (48, 0, 4096, 128), (32, 0, 4112, 128)];
+    for (k, swizzle, leading, stride) in layouts.into_iter().chain([16, 32, 64].map(|k| (k, 1, 0, 1024))) {
+        let (a, b, c) = (random.bf16(M * k, 1.0), random.bf16(N * k, 1.0), random.normals(M * N, 3.0));
+        let counted = k / 16;
+        for c in [None, Some(&c)] {
+            let bytes = five_schedules(|device| {
+                let out = poisoned::<f32>(device, M * N);
+                let [a, b] = [&a, &b].map(|m| upload(device, m));
+                let c = c.map_or(Arg::Null, |c| (&upload(device, c)).into());
+                let [k, leading, stride] = [k, leading, stride].map(|n| Arg::U32(n as u32));
+                let args =
+                    [(&out).into(), (&a).into(), (&b).into(), c, k, Arg::U32(swizzle), leading, stride];
+                device.launch(&WGMMA, [1, 1, 1], WGMMA.max_shared, &args).unwrap();
+                // m64n256k16 is 128 times m16n8k16.
+                assert_eq!(device.counts()["toy_wgmma"].mma, 128 * counted as u64);
+                bytes_of(device, &out)
+            });
+            let expected = product(&a, &b, c.map(Vec::as_slice), k);
+            let error = relative_error(&from_bytes(&bytes), &expected);
+            assert!(error < 1e-6, "{k} k, layout {swizzle} {leading} {stride}: error {error:.1e}");
+        }
+    }
+}
+
+/// What the kernel with a bug leaves or the error it ends with, under each schedule.
+fn broken(bug: u32) -> Vec<Result<Vec<f32>>> {
+    let mut random = Random::new(2);
+    let (a, b) = (random.bf16(M * 32, 1.0), random.bf16(N * 32, 1.0));
+    let expected = product(&a, &b, None, 32);
+    let on = |schedule| {
+        let device = Emulator::new();
+        device.set_schedule(schedule);
+        let out = poisoned::<f32>(&device, M * N);
+        let args = [(&out).into(), (&upload(&device, &a)).into(), (&upload(&device, &b)).into(), bug.into()];
+        device.launch(&BROKEN, [1, 1, 1], STAGED, &args)?;
+        let found: Vec<f32> = download(&device, &out);
+        // As differences, which are 0 where all is well.
+        Ok(found.iter().zip(&expected).map(|(f, e)| (f - e).abs()).collect())
+    };
+    Schedule::ALL.into_iter().map(on).collect()
+}
+
+fn right(outcome: &Result<Vec<f32>>) -> bool {
+    outcome.as_ref().is_ok_and(|differences| differences.iter().all(|d| *d < 1e-4))
+}
+
+#[test]
+fn rules_of_wgmma_that_are_broken_are_reported() {
+    assert!(broken(0).iter().all(right));
+    let all = [
+        (1, "no fence.proxy.async of that thread made known"),
+        (2, "no fence.proxy.async of that thread made known"),
+        (4, "came to 0 wgmma.mma_async of the 2 of its warpgroup"),
+        (5, "without a wgmma.fence since"),
+        (6, "other matrix descriptors than the rest of the warpgroup"),
+        (7, "eight rows start at a multiple of 1024"),
+        (8, "of 20480 bytes of dynamic shared memory"),
+        (11, "sums of a wgmma were written to before this wait"),
+        (14, "without a wgmma.fence since"),
+    ];
+    for (bug, text) in all {
+        for (schedule, outcome) in Schedule::ALL.iter().zip(broken(bug)) {
+            let message = outcome.err().map(|e| e.to_string()).unwrap_or_default();
+            assert!(
+                message.contains("broken_wgmma") && message.contains(text),
+                "{bug}, {schedule:?}: {message:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn operands_and_sums_of_products_under_way_are_nobodys() {
+    // Operands overwritten before the wait: whoever comes to it, or to a product after that, says so.
+    let overwritten = broken(10);
+    assert!(overwritten.iter().all(Result::is_err));
+    let text = "changed before this wait for it";
+    assert!(overwritten.iter().any(|r| r.as_ref().is_err_and(|e| e.to_string().contains(text))));
+    for outcome in broken(15) {
+        assert!(outcome.is_err_and(|e| e.to_string().contains(text)));
+    }
+    assert!(broken(16).iter().all(right), "what a group has read is free once it has been waited for");
+    // No commit, a wait for one group too few, no wait: the sums are still poison.
+    for bug in [9, 12, 13] {
+        for outcome in broken(bug) {
+            assert!(outcome.unwrap().iter().all(|d| d.is_nan()), "bug {bug}");
+        }
+    }
+    // No barrier between the copies and the products.
+    assert!(broken(3).iter().any(|outcome| !right(outcome)));
+}

@@ -1,0 +1,492 @@
+//! How much a round drafts: the arithmetic of costs and acceptance against brute force, and controllers over scripted and
+//! random acceptance.
+
+use crate::support::random;
+
+use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
+use dflash::checkpoint::safetensors::PUBLISHED;
+use dflash::perf::roofline::{Card, draft_pass, target_pass};
+use dflash::spec::draft_length::{
+    ByConfidence, ByPosition, Controller, CostGated, Costs, DraftLengthPolicy, Fixed, Positions,
+};
+use random::Random;
+use std::collections::VecDeque;
+
+fn costs(draft: f64, verify: impl Fn(usize) -> f64) -> Costs {
+    Costs { draft, verify: (1..=64).map(verify).collect() }
+}
+
+/// The path of a chain whose first `accepted` drafts stood.
+fn chain_of(accepted: usize) -> u64 {
+    u64::MAX >> (63 - accepted)
+}
+
+fn unit(random: &mut Random) -> f64 {
+    f64::from(random.unit())
+}
+
+#[track_caller]
+fn near(found: f64, expected: f64) {
+    assert!((found - expected).abs() < 1e-9 * expected.abs().max(1.0), "{found}, expected {expected}");
+}
+
+// ---- costs ----
+
+#[test]
+fn the_worked_example_drafts_seven() {
+    let costs = costs(1.2, |m| 10.0 + 0.05 * m as f64 + 0.03 * (m.max(4) - 4).pow(2) as f64);
+    let mut stands = 1.0;
+    let survival: Vec<f64> = [0.86, 0.80, 0.76, 0.73, 0.70, 0.68, 0.66, 0.64]
+        .iter()
+        .map(|accepted| {
+            stands *= accepted;
+            stands
+        })
+        .collect();
+    // Rows m count the anchor, too; without drafts there is no drafter.
+    let expected = [10.05, 6.0753, 4.4545, 3.7123, 3.325, 3.1238, 3.0296, 3.0039, 3.0258];
+    assert_eq!((costs.plain() * 1e4).round() / 1e4, expected[0]);
+    for n in 1..=8 {
+        let each = costs.round(n) / (1.0 + survival[..n].iter().sum::<f64>());
+        assert_eq!((each * 1e4).round() / 1e4, expected[n], "{n} drafts");
+    }
+    let (drafts, each) = costs.cheapest(&survival);
+    assert_eq!((drafts, (each * 1e4).round() / 1e4), (7, 3.0039));
+}
+
+/// Every size by itself, in plain sums.
+fn by_brute_force(costs: &Costs, survival: &[f64]) -> (usize, f64) {
+    let each = |n: usize| (costs.draft + costs.verify[n]) / (1.0 + survival[..n].iter().sum::<f64>());
+    let all = (0..=survival.len()).map(|n| (n, each(n)));
+    all.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap()
+}
+
+#[test]
+fn the_cheapest_size_is_the_cheapest_of_all_and_where_costs_are_convex_the_first_that_does_not_pay_ends_it() {
+    let mut random = Random::new(1);
+    for _ in 0..3000 {
+        let n = 1 + random.below(40);
+        let mut survival: Vec<f64> = (0..n).map(|_| unit(&mut random)).collect();
+        survival.sort_by(|a, b| b.total_cmp(a));
+        let mut steps: Vec<f64> = (0..64).map(|_| unit(&mut random) * 0.4).collect();
+        steps.sort_by(f64::total_cmp);
+        let first = 0.5 + 4.5 * unit(&mut random);
+        let convex = costs(unit(&mut random), |rows| first + steps[..rows].iter().sum::<f64>());
+        let best = convex.cheapest(&survival);
+        let expected = by_brute_force(&convex, &survival);
+        near(best.1, expected.1);
+        // Adding drafts until the next one does not pay.
+        let (mut tokens, mut stop) = (1.0, 0);
+        while stop < n && convex.round(stop + 1) / (tokens + survival[stop]) < convex.round(stop) / tokens {
+            tokens += survival[stop];
+            stop += 1;
+        }
+        assert_eq!(best.0, stop);
+        // Any costs at all.
+        let verify = (0..64).map(|_| 0.1 + unit(&mut random)).collect();
+        let wild = Costs { draft: unit(&mut random), verify };
+        near(wild.cheapest(&survival).1, by_brute_force(&wild, &survival).1);
+    }
+}
+
+#[test]
+fn on_a_staircase_the_best_size_fills_a_tile() {
+    let mut random = Random::new(2);
+    let mut edges = [0; 3];
+    for _ in 0..500 {
+        let second = 1.0 + unit(&mut random);
+        let heights = [1.0, second, second + unit(&mut random)];
+        let stairs = costs(0.2, |rows| heights[[16, 32, 64].iter().position(|edge| rows <= *edge).unwrap()]);
+        let (mut stands, keep) = (1.0, 0.8 + 0.2 * unit(&mut random));
+        let survival: Vec<f64> = (0..63)
+            .map(|_| {
+                stands *= keep;
+                stands
+            })
+            .collect();
+        let (drafts, each) = stairs.cheapest(&survival);
+        near(each, by_brute_force(&stairs, &survival).1);
+        let edge = [16, 32, 64].iter().position(|edge| drafts + 1 == *edge).expect("a tile's last row");
+        edges[edge] += 1;
+    }
+    assert!(edges.iter().all(|times| *times > 10), "{edges:?}");
+    // Of equals the fewest, and none where nothing stands.
+    let flat = costs(1.0, |_| 1.0);
+    assert_eq!(flat.cheapest(&[0.0; 20]).0, 0);
+    assert_eq!(flat.cheapest(&[0.5, 0.0, 0.0]).0, 1);
+    assert_eq!(flat.cheapest(&[]), (0, 2.0));
+}
+
+#[test]
+fn modelled_costs_are_the_floor_of_the_passes() {
+    let (_, target, drafter) = PUBLISHED.into_iter().find(|pair| pair.0 == "qwen3-8b").unwrap();
+    let (target, drafter) = (TargetConfig::open(&target).unwrap(), DrafterConfig::open(&drafter).unwrap());
+    let card = Card::named("H200").unwrap();
+    let costs = Costs::modelled(&card, &target, &drafter, 1000, 1, 16);
+    assert_eq!(costs.draft, draft_pass(&target, &drafter, 1000, 1, 16).ms(&card));
+    for rows in [1, 2, 16, 17, 64] {
+        assert_eq!(costs.verify[rows - 1], target_pass(&target, 1000, 1, rows).ms(&card));
+    }
+    assert_eq!(costs.plain(), costs.verify[0]);
+    // Bound by memory: a round of 64 rows costs little more than one of 16.
+    assert!(costs.round(63) < 1.01 * costs.round(15));
+    // Of so many sequences that products decide, it is what is verified that costs.
+    let many = Costs::modelled(&card, &target, &drafter, 1000, 64, 16);
+    assert_eq!(many.verify[31], target_pass(&target, 1000, 64, 32).ms(&card));
+    assert_eq!(many.draft, draft_pass(&target, &drafter, 1000, 64, 16).ms(&card));
+    assert!(many.round(63) > 2.0 * many.round(15));
+}
+
+#[test]
+fn where_passes_are_of_few_sizes_a_row_costs_what_the_next_one_does() {
+    let sized = |sizes: &[usize]| costs(0.5, |rows| rows as f64).of_sizes(sizes).verify;
+    let all = sized(&[1, 1, 16, 32, 64]);
+    let expected = |rows: usize| [1, 16, 32, 64].into_iter().find(|size| *size >= rows).unwrap() as f64;
+    assert_eq!(all, (1..=64).map(expected).collect::<Vec<_>>());
+    // What is never verified has a cost all the same.
+    assert_eq!(sized(&[1, 5])[1..], [5.0; 63]);
+    assert_eq!(sized(&[])[..3], [1.0, 2.0, 3.0]);
+}
+
+// ---- acceptance ----
+
+#[test]
+fn positions_begin_at_one_half_and_follow_what_is_counted() {
+    let mut positions = Positions::default();
+    let survival = |positions: &Positions, expected: &[f64]| {
+        let found = positions.survival(expected.len());
+        found.iter().zip(expected).for_each(|(found, expected)| near(*found, *expected));
+    };
+    survival(&positions, &[0.5, 0.25, 0.125]);
+    // Of three drafts the first stood; a fourth there was not.
+    positions.judged(3, 0b11);
+    let a: f64 = 2.0 / 3.0;
+    let b = 2.0 * a.powi(2) / 3.0;
+    let c = 2.0 * b.powf(1.5) / 3.0;
+    survival(&positions, &[a, b, c, c.powf(4.0 / 3.0)]);
+    // A tree's second row, where the first and the third did not: what came before fades, for every row.
+    positions.judged(2, 0b101);
+    let a: f64 = (0.98 + 1.0) / (1.98 + 2.0);
+    let b: f64 = (1.0 + 2.0 * a.powi(2)) / (1.98 + 2.0);
+    let c = 2.0 * b.powf(1.5) / (0.98 + 2.0);
+    survival(&positions, &[a, b, c]);
+    positions.judged(0, 1);
+    survival(&positions, &[(0.98 * 0.98 + 1.0) / (1.98 * 0.98 + 2.0)]);
+    assert!(positions.survival(0).is_empty());
+    // Bits of rows that were not verified, and rows beyond the bits.
+    let mut garbage = Positions::default();
+    garbage.judged(1, u64::MAX);
+    survival(&garbage, &[2.0 / 3.0, 4.0 / 9.0]);
+    garbage.judged(100, u64::MAX);
+    let survival = garbage.survival(100);
+    assert!(survival[62] > 0.9 && survival[63] < 0.7, "{survival:?}");
+}
+
+/// What is asked for fewer rows is what those alone would bring.
+#[test]
+fn positions_of_a_tree_foretell_every_smaller_one() {
+    let mut random = Random::new(8);
+    let parents: Vec<usize> =
+        (0..40).map(|row: usize| if row == 0 { 0 } else { random.below(row) }).collect();
+    let (mut positions, mut brought) = (Positions::default(), vec![0.0; 40]);
+    let rounds = 4000;
+    for _ in 0..rounds {
+        // Walks down from the anchor, to each child with the same chance, or ends.
+        let (mut stood, mut at) = (1u64, 0);
+        loop {
+            let children: Vec<usize> = (at + 1..40).filter(|row| parents[*row] == at).collect();
+            let Some(next) = children.get(random.below(children.len() + 1)) else { break };
+            (stood, at) = (stood | 1 << next, *next);
+        }
+        positions.judged(39, stood);
+        (1..40).for_each(|row| {
+            brought[row] += f64::from((stood & ((2 << row) - 2)).count_ones()) / rounds as f64
+        });
+    }
+    let survival = positions.survival(39);
+    for rows in 1..40 {
+        let expected: f64 = survival[..rows].iter().sum();
+        assert!((expected - brought[rows]).abs() < 0.35, "{rows} rows: {expected}, {}", brought[rows]);
+    }
+    assert!(brought[39] > 1.0 && brought[5] < brought[39] - 0.3, "{brought:?}");
+}
+
+#[test]
+fn positions_find_the_acceptance_they_are_shown() {
+    let mut random = Random::new(3);
+    let truth = [0.9, 0.8, 0.5, 0.7, 0.2];
+    let mut positions = Positions::default();
+    let mut mean = [0.0; 5];
+    for round in 0..6000 {
+        let accepted = truth.iter().take_while(|p| unit(&mut random) < **p).count();
+        positions.judged(5, chain_of(accepted));
+        if round >= 1000 {
+            positions.survival(5).iter().zip(&mut mean).for_each(|(s, mean)| *mean += s / 5000.0);
+        }
+    }
+    let mut stands = 1.0;
+    for (mean, accepted) in mean.iter().zip(truth) {
+        stands *= accepted;
+        // The guess counts as much as two of about fifty rounds.
+        assert!((mean - stands).abs() < 0.04, "{mean}, expected about {stands}");
+    }
+}
+
+// ---- controllers ----
+
+/// Costs of the paths of a chain whose drafts have these probabilities.
+fn chain(probabilities: &[f64]) -> Vec<u32> {
+    let mut bits = 0.0;
+    let cost = |p: &f64| {
+        bits -= p.log2();
+        (bits * 65536.0).round() as u32
+    };
+    probabilities.iter().map(cost).collect()
+}
+
+#[test]
+fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
+    // Every row costs a tenth of a step.
+    let table = costs(0.5, |rows| 1.0 + 0.1 * rows as f64);
+    let mut controller = ByPosition::new(DraftLengthPolicy::CostModel(table.clone()));
+    let mut positions = Positions::default();
+    for round in 0..200 {
+        let drafts = controller.drafts(15);
+        let (best, _) = table.cheapest(&positions.survival(15));
+        assert_eq!(drafts, if round < 4 { 15 } else { best.max(1) }, "round {round}");
+        let accepted = [0, 3, 1, 2][round % 4].min(drafts);
+        controller.judged(drafts, chain_of(accepted));
+        positions.judged(drafts, chain_of(accepted));
+    }
+    assert!((2..8).contains(&controller.drafts(15)));
+    assert_eq!(controller.drafts(1), 1);
+    // From all to few and back, never more than 16 rows at once.
+    let mut controller = ByPosition::new(DraftLengthPolicy::CostModel(table));
+    let mut sizes = vec![];
+    for round in 0..400 {
+        let drafts = controller.drafts(63);
+        sizes.push(drafts);
+        controller.judged(drafts, chain_of(if (10..100).contains(&round) { 0 } else { drafts }));
+    }
+    assert!(sizes.windows(2).skip(4).all(|pair| pair[0].abs_diff(pair[1]) <= 16), "{sizes:?}");
+    assert_eq!((sizes[..4].to_vec(), sizes[99], sizes[399]), (vec![63; 4], 1, 63), "{sizes:?}");
+}
+
+/// A drafter whose sureness is `bias` times too much in bits, and its rounds.
+fn sure(random: &mut Random, bias: f64, depth: usize) -> (Vec<u32>, usize) {
+    let real: Vec<f64> = (0..depth).map(|_| 0.3 + 0.7 * unit(random)).collect();
+    let accepted = real.iter().take_while(|p| unit(random) < **p).count();
+    let said: Vec<f64> = real.iter().map(|p| p.powf(1.0 / bias)).collect();
+    (chain(&said), accepted)
+}
+
+#[test]
+fn confidence_is_weighed_by_what_came_of_it() {
+    let mut random = Random::new(4);
+    let table = costs(0.3, |rows| 1.0 + 0.05 * rows as f64);
+    for bias in [0.5, 1.0, 2.0, 3.0] {
+        let mut controller = ByConfidence::new(DraftLengthPolicy::CostModel(table.clone()));
+        let mut mean = 0.0;
+        for round in 0..4000 {
+            assert_eq!(controller.drafts(15), 15);
+            let (paths, accepted) = sure(&mut random, bias, 15);
+            let drafts = controller.truncate(&paths);
+            let weight = controller.weight();
+            let survival: Vec<f64> =
+                paths.iter().map(|cost| (-weight * f64::from(*cost) / 65536.0).exp2()).collect();
+            assert_eq!(drafts, by_brute_force(&table, &survival).0);
+            controller.judged(drafts, chain_of(accepted.min(drafts)));
+            mean += if round < 1000 { 0.0 } else { controller.weight() / 3000.0 };
+        }
+        assert!((mean / bias - 1.0).abs() < 0.15, "{mean} for {bias}");
+    }
+    let mut hopeless = ByConfidence::new(DraftLengthPolicy::CostModel(table));
+    for _ in 0..2000 {
+        let drafts = hopeless.truncate(&chain(&[0.99; 15]));
+        hopeless.judged(drafts, 1);
+    }
+    assert_eq!(hopeless.weight(), 4.0);
+}
+
+/// Of each goal, what there is known before the drafts are, and what looks at them.
+#[test]
+fn goals_make_controllers_that_look_only_where_they_may() {
+    let pays = DraftLengthPolicy::CostModel(costs(0.1, |_| 1.0));
+    for (goal, ahead, looks, most) in [
+        (DraftLengthPolicy::Full, true, false, 100),
+        (DraftLengthPolicy::Full, false, false, 100),
+        (pays.clone(), true, false, 63),
+        (pays, false, true, 63),
+        (DraftLengthPolicy::Threshold(0.5), true, false, 63),
+        (DraftLengthPolicy::Threshold(0.5), false, true, 63),
+    ] {
+        let mut controller = goal.controller(ahead);
+        assert_eq!(
+            (controller.needs_draft_probs(), controller.drafts(100)),
+            (looks, most),
+            "{goal:?}, ahead: {ahead}"
+        );
+        assert_eq!((controller.drafts(7), controller.drafts(0)), (7, 0), "{goal:?}, ahead: {ahead}");
+        let kept = controller.truncate(&[0, 100, 66 << 16]);
+        assert_eq!(kept, if looks { 2 } else { 3 }, "{goal:?}, ahead: {ahead}");
+    }
+}
+
+#[test]
+fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
+    for least in [1e-90, 0.2, 0.5, 0.8, 1.0] {
+        let mut random = Random::new(31);
+        let mut controller = DraftLengthPolicy::Threshold(least).controller(true);
+        let mut positions = Positions::default();
+        let mut sizes = vec![];
+        // Nothing stands for long, then all, then what happens to.
+        for round in 0..900 {
+            let drafts = controller.drafts(15);
+            let survival = positions.survival(15);
+            let often = (0..15).find(|row| survival[*row] < least).unwrap_or(15);
+            assert_eq!(drafts, if round < 4 { 15 } else { often.max(1) }, "at least {least}, round {round}");
+            let accepted = [0, 15, random.below(16)][round / 300].min(drafts);
+            controller.judged(drafts, chain_of(accepted));
+            positions.judged(drafts, chain_of(accepted));
+            sizes.push(drafts);
+        }
+        // No AR step is for ever, because there is none; what stands again is verified again.
+        let expected = if least < 1e-6 { (15, 15) } else { (1, if least < 1.0 { 15 } else { 1 }) };
+        assert_eq!((sizes[299], sizes[599]), expected, "at least {least}: {sizes:?}");
+    }
+    // A tree ends before the first row that does not stand often enough, whatever comes behind.
+    let mut controller = DraftLengthPolicy::Threshold(0.5).controller(true);
+    for _ in 0..4 {
+        assert_eq!(controller.drafts(20), 20);
+        controller.judged(20, 0b110111);
+    }
+    // Not all at once.
+    assert_eq!([(); 2].map(|()| controller.drafts(20)), [4, 2]);
+}
+
+#[test]
+fn by_confidence_verifies_paths_that_the_drafter_holds_likely_enough() {
+    let cuts =
+        |least: f64, paths: &[u32]| DraftLengthPolicy::Threshold(least).controller(false).truncate(paths);
+    // A half, a quarter, an eighth: of equals, they stand.
+    let halves = chain(&[0.5; 10]);
+    for (least, kept) in [(0.51, 0), (0.5, 1), (0.26, 1), (0.25, 2), (0.125, 3), (1e-9, 10), (1.0, 0)] {
+        assert_eq!(cuts(least, &halves), kept, "at least {least}");
+    }
+    assert_eq!((cuts(1.0, &[0, 0, 1, 0]), cuts(0.5, &[])), (2, 0));
+    // Of a tree, those before the first that is not.
+    assert_eq!(cuts(0.25, &[1 << 16, 3 << 15, 2 << 16, (2 << 16) + 1, 2 << 16]), 3);
+    // However often nothing was verified or nothing stood, a drafter that is sure is verified.
+    let mut controller = DraftLengthPolicy::Threshold(0.9).controller(false);
+    for round in 0..2000 {
+        assert_eq!(controller.drafts(15), 15);
+        let (paths, kept) = if round % 2 == 0 { (chain(&[0.8; 15]), 0) } else { (chain(&[0.99; 15]), 10) };
+        assert_eq!(controller.truncate(&paths), kept, "round {round}");
+        controller.judged(kept, 1);
+    }
+}
+
+/// Runs `rounds` rounds, of which round `i` would accept `accepts(i)` of up to 15 drafts, and is judged when `late` more
+/// have been asked for: which rounds drafted, and what all cost in AR steps per token.
+fn play(
+    controller: &mut CostGated<Fixed>,
+    costs: &Costs,
+    rounds: usize,
+    late: usize,
+    accepts: impl Fn(usize) -> usize,
+) -> (Vec<usize>, f64) {
+    let (mut drafted, mut tokens, mut spent, mut waiting) = (vec![], 0, 0.0, VecDeque::new());
+    for round in 0..rounds + late {
+        if waiting.len() > late || round >= rounds {
+            match waiting.pop_front() {
+                Some((drafts, accepted)) if drafts > 0 => controller.judged(drafts, chain_of(accepted)),
+                _ => {}
+            }
+        }
+        if round >= rounds {
+            continue;
+        }
+        let drafts = controller.drafts(15);
+        let accepted = accepts(round).min(drafts);
+        waiting.push_back((drafts, accepted));
+        if drafts > 0 {
+            drafted.push(round);
+        }
+        tokens += accepted + 1;
+        spent += if drafts > 0 { costs.round(drafts) } else { costs.plain() };
+    }
+    waiting
+        .into_iter()
+        .filter(|(drafts, _)| *drafts > 0)
+        .for_each(|(d, a)| controller.judged(d, chain_of(a)));
+    (drafted, spent / tokens as f64 / costs.plain())
+}
+
+#[test]
+fn drafting_ends_where_it_does_not_pay_and_is_tried_ever_more_rarely() {
+    let table = costs(0.2, |_| 1.0);
+    for late in 0..4 {
+        let mut controller = CostGated::new(Fixed, table.clone());
+        let (drafted, each) = play(&mut controller, &table, 4000, late, |_| 0);
+        // Four rounds before anything is made of them, then eight poor ones, and those that were on their way; then trials
+        // after 16, 32, ... 256 AR steps, whose verdict is waited for.
+        let mut expected: Vec<usize> = (0..12 + late).collect();
+        let (mut at, mut interval, mut waited) = (11 + late, 16, 0);
+        loop {
+            at += waited + interval + 1;
+            if at >= 4000 {
+                break;
+            }
+            expected.push(at);
+            (interval, waited) = ((2 * interval).min(256), late);
+        }
+        assert_eq!(drafted, expected, "{late} late");
+        assert!(!controller.is_on() && each < 1.01, "{each}");
+        // What then pays is found within the longest interval, and kept.
+        let (drafted, each) = play(&mut controller, &table, 1000, late, |_| 9);
+        assert!(controller.is_on() && drafted[0] <= 256, "{}", drafted[0]);
+        assert_eq!(drafted.len(), 1000 - drafted[0] - late);
+        assert!(each < 0.5, "{each}");
+        // A AR step where nothing could be drafted is no trial, and no poor round.
+        assert_eq!((controller.drafts(0), controller.is_on()), (0, true));
+    }
+}
+
+#[test]
+fn drafting_that_pays_is_never_left_out_and_a_bad_stretch_costs_little() {
+    let table = costs(0.2, |_| 1.0);
+    let mut controller = CostGated::new(Fixed, table.clone());
+    let (drafted, _) = play(&mut controller, &table, 2000, 1, |round| [0, 0, 3, 0][round % 4]);
+    assert_eq!(drafted.len(), 2000);
+    assert!(controller.gain() > 1.2);
+    // Eight times in turn: good stretches are drafted for the most part, bad ones are not.
+    let mut controller = CostGated::new(Fixed, table.clone());
+    for turn in 0..8 {
+        let (bad, each) = play(&mut controller, &table, 600, 1, |_| 0);
+        assert!(bad.len() < 60 && each < 1.05, "turn {turn}: {} rounds, {each}", bad.len());
+        let (good, each) = play(&mut controller, &table, 600, 1, |_| 7);
+        assert!(good.len() > 340 && each < 0.5, "turn {turn}: {} rounds, {each}", good.len());
+    }
+}
+
+#[test]
+fn what_pays_a_little_more_and_a_little_less_does_not_go_to_and_fro() {
+    // A round costs 1.2 steps: one draft of two rounds pays, one of six does not.
+    let table = costs(0.2, |_| 1.0);
+    for (seed, pays) in [(1, false), (2, true), (3, false), (4, true)] {
+        let mut random = Random::new(seed);
+        let stands: Vec<usize> =
+            (0..5000).map(|_| usize::from(unit(&mut random) < if pays { 0.5 } else { 0.16 })).collect();
+        let mut controller = CostGated::new(Fixed, table.clone());
+        let (mut turns, mut on) = (0, true);
+        for stands in &stands {
+            let drafts = controller.drafts(15);
+            if drafts > 0 {
+                controller.judged(drafts, chain_of(*stands));
+            }
+            turns += usize::from(controller.is_on() != on);
+            on = controller.is_on();
+        }
+        assert!(turns < if pays { 12 } else { 40 }, "{turns} turns, pays: {pays}");
+    }
+}

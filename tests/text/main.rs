@@ -1,0 +1,7 @@
+//! Tokenizer, chat templates, streaming.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod templates;
+mod text;

@@ -1,0 +1,561 @@
+//! Prompts to tokens and tokens to text: held against the `tokenizers` crate's own decoder, recorded reference ids and a
+//! naive search for stop strings; tokenizers that are broken.
+
+use crate::support::text;
+
+use dflash::Error;
+use dflash::checkpoint::safetensors::Folder;
+use dflash::text::tokenizer::{Stream, Text};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use std::sync::LazyLock;
+use text::*;
+use tokenizers::Tokenizer;
+
+const ORACLE: &str = include_str!("../data/oracle.json");
+
+static CRATE: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::from_bytes(TOKENIZER).unwrap());
+static SENTENCEPIECE: LazyLock<Text> =
+    LazyLock::new(|| open(&[("tokenizer.json", &sentencepiece().to_string())]).unwrap());
+static SENTENCEPIECE_CRATE: LazyLock<Tokenizer> =
+    LazyLock::new(|| Tokenizer::from_bytes(sentencepiece().to_string()).unwrap());
+
+/// The demo token that is this one byte.
+fn byte_token(byte: u8) -> u32 {
+    static BYTES: LazyLock<Vec<u32>> = LazyLock::new(|| {
+        // GPT-2's table, written the other way round: printable bytes are themselves, the rest follow from U+0100.
+        let printable = |b: u8| (33..=126).contains(&b) || (161..=172).contains(&b) || b >= 174;
+        let mut others = 0x100..;
+        (0..=255u8)
+            .map(|b| if printable(b) { b as u32 } else { others.next().unwrap() })
+            .map(|code| CRATE.token_to_id(&char::from_u32(code).unwrap().to_string()).unwrap())
+            .collect()
+    });
+    BYTES[byte as usize]
+}
+
+fn joined(pushes: &[(String, bool)]) -> String {
+    pushes.iter().map(|(text, _)| text.as_str()).collect()
+}
+
+/// Text with what makes detokenising hard: characters of every length, joiners, U+FFFD itself.
+fn unicode() -> impl Strategy<Value = String> {
+    let pieces = prop_oneof![
+        any::<char>().prop_map(String::from),
+        Just("👩‍💻".to_string()),
+        Just("日本語".to_string()),
+        Just("é".to_string()),
+        Just(" the".to_string()),
+        Just("\u{fffd}".to_string()),
+        "[ -~\n]{0,6}",
+    ];
+    prop::collection::vec(pieces, 0..12).prop_map(|pieces| pieces.concat())
+}
+
+// Detokenising
+
+proptest! {
+    /// Any ids, ids without a token among them.
+    #[test]
+    fn pushes_add_up_to_the_decoding_of_all_ids(ids in prop::collection::vec(0u32..2060, 0..60)) {
+        let expected = CRATE.decode(&ids, true).unwrap();
+        let (pushes, rest) = streamed(DEMO.stream(&[]).unwrap(), &ids);
+        prop_assert_eq!(joined(&pushes) + &rest, expected.clone());
+        prop_assert_eq!(DEMO.decode(&ids).unwrap(), expected);
+    }
+
+    /// Any bytes, one token each: nearly everything is invalid.
+    #[test]
+    fn invalid_bytes_are_replaced_as_the_whole_would_be(
+        bytes in prop::collection::vec(prop_oneof![any::<u8>(), 0xe0u8..0xf5, 0x80u8..0xc0], 0..40),
+    ) {
+        let ids: Vec<u32> = bytes.iter().map(|b| byte_token(*b)).collect();
+        let (pushes, rest) = streamed(DEMO.stream(&[]).unwrap(), &ids);
+        prop_assert_eq!(joined(&pushes) + &rest, String::from_utf8_lossy(&bytes));
+        for end in 0..=ids.len() {
+            // Only the start of a character is ever held back.
+            let held = String::from_utf8_lossy(&bytes[..end]).into_owned();
+            let held = held.strip_prefix(&joined(&pushes[..end])).unwrap();
+            prop_assert!(held.is_empty() || held == "\u{fffd}", "{:?}", held);
+        }
+    }
+
+    /// Characters split across tokens, cut after every byte: each comes out whole, with the token that completes it.
+    #[test]
+    fn characters_appear_whole_with_their_last_byte(text in unicode()) {
+        let ids: Vec<u32> = text.bytes().map(byte_token).collect();
+        let (pushes, rest) = streamed(DEMO.stream(&[]).unwrap(), &ids);
+        prop_assert_eq!(rest, "");
+        for end in 0..=ids.len() {
+            let whole = (0..=end).rev().find(|at| text.is_char_boundary(*at)).unwrap();
+            prop_assert_eq!(joined(&pushes[..end]), &text[..whole]);
+        }
+    }
+
+    #[test]
+    fn text_survives_the_way_through_tokens(text in unicode()) {
+        prop_assume!(!text.contains("<|"));
+        prop_assert_eq!(DEMO.decode(&DEMO.encode(&text).unwrap()).unwrap(), text);
+    }
+
+    /// SentencePiece layout. A run of byte tokens that is not UTF-8 is replaced as a whole there, so only valid ones
+    /// are compared.
+    #[test]
+    fn sentencepiece_pushes_add_up_to_the_decoding_of_all_ids(ids in prop::collection::vec(
+        prop_oneof![Just(3 + 0x20u32), Just(3 + 0x41u32), 0u32..3, 259u32..276], 0..30,
+    )) {
+        let expected = SENTENCEPIECE_CRATE.decode(&ids, true).unwrap();
+        let (pushes, rest) = streamed(SENTENCEPIECE.stream(&[]).unwrap(), &ids);
+        prop_assert_eq!(joined(&pushes) + &rest, expected);
+    }
+
+    #[test]
+    fn sentencepiece_text_survives_the_way_through_tokens(text in unicode()) {
+        prop_assume!(!["<s>", "</s>", "<unk>", "▁"].iter().any(|token| text.contains(token)));
+        let ids = SENTENCEPIECE.encode(&text).unwrap();
+        let (pushes, rest) = streamed(SENTENCEPIECE.stream(&[]).unwrap(), &ids);
+        prop_assert_eq!(joined(&pushes) + &rest, text.clone());
+        prop_assert_eq!(SENTENCEPIECE_CRATE.decode(&ids, true).unwrap(), text);
+    }
+}
+
+#[test]
+fn a_lost_byte_shows_as_soon_as_it_is_certain() {
+    let push = |stream: &mut Stream, byte| stream.push(byte_token(byte)).unwrap().0;
+    let mut stream = DEMO.stream(&[]).unwrap();
+    assert_eq!(push(&mut stream, 0x80), "\u{fffd}"); // never the first byte of a character
+    assert_eq!(push(&mut stream, 0xf0), ""); // may become one
+    assert_eq!(push(&mut stream, 0x9f), "");
+    assert_eq!(push(&mut stream, b'a'), "\u{fffd}a"); // it did not
+    assert_eq!(push(&mut stream, 0xe6), "");
+    assert_eq!(stream.finish(), "\u{fffd}");
+}
+
+/// Decoding a growing window again for every token would not end here.
+#[test]
+fn an_endless_run_of_invalid_bytes_streams() {
+    for byte in [0x80, 0xe2, 0xff] {
+        let mut stream = DEMO.stream(&["\u{fffd}x".to_string()]).unwrap();
+        let mut bytes = 0;
+        for _ in 0..200_000 {
+            bytes += stream.push(byte_token(byte)).unwrap().0.len();
+        }
+        assert!(bytes >= 3 * 199_998, "{byte:#x}: {bytes}");
+    }
+}
+
+#[test]
+fn the_first_space_of_a_sentencepiece_answer_is_not_text() {
+    let id = |token: &str| SENTENCEPIECE_CRATE.token_to_id(token).unwrap();
+    let ids = [id("▁the"), id("▁the"), id("▁▁"), id("▁a")];
+    let (pushes, rest) = streamed(SENTENCEPIECE.stream(&[]).unwrap(), &ids);
+    let pushes: Vec<&str> = pushes.iter().map(|(text, _)| text.as_str()).collect();
+    assert_eq!((pushes, rest.as_str()), (vec!["the", " the", "  ", " a"], ""));
+    // A byte token may be that space as well.
+    assert_eq!(SENTENCEPIECE.decode(&[3 + 0x20, 3 + 0x20, id("a")]).unwrap(), " a");
+}
+
+#[test]
+fn metaspace_decoders_match_the_crate() {
+    for scheme in ["always", "first", "never"] {
+        let mut tokenizer = sentencepiece();
+        tokenizer["decoder"] =
+            json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true});
+        let text = open(&[("tokenizer.json", &tokenizer.to_string())]).unwrap();
+        let oracle = Tokenizer::from_bytes(tokenizer.to_string()).unwrap();
+        let ids: Vec<u32> = ["▁▁", "▁the", "a", "▁", "."].map(|t| oracle.token_to_id(t).unwrap()).into();
+        assert_eq!(text.decode(&ids).unwrap(), oracle.decode(&ids, true).unwrap(), "{scheme}");
+        let with_special = [&[1], &ids[..]].concat();
+        assert_eq!(
+            text.decode(&with_special).unwrap(),
+            oracle.decode(&with_special, true).unwrap(),
+            "{scheme}"
+        );
+    }
+}
+
+#[test]
+fn special_tokens_have_no_text_and_lookalikes_do() {
+    let mut tokenizer = tokenizer_json();
+    let added = json!({"id": 2048, "content": "<think>", "single_word": false, "lstrip": false, "rstrip": false,
+                       "normalized": false, "special": false});
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    let text = open(&[("tokenizer.json", &tokenizer.to_string())]).unwrap();
+    assert_eq!(text.encode("<|endoftext|><think>").unwrap(), [0, 2048]);
+    let spelled: Vec<u32> = "<|endoftext|>".bytes().map(byte_token).collect();
+    let ids = [&[0, 2048, 1], &spelled[..], &[0]].concat();
+    assert_eq!(text.decode(&ids).unwrap(), "<think><|endoftext|>");
+}
+
+#[test]
+fn decoders_that_cannot_be_streamed_are_refused_by_name() {
+    let strip_the_end = json!({"type": "Sequence", "decoders": [
+        {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 0, "stop": 1}]});
+    let strip_each =
+        json!({"type": "Sequence", "decoders": [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]});
+    let late_replace = json!({"type": "Sequence", "decoders": [
+        {"type": "Fuse"}, {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]});
+    let regex = json!({"type": "Replace", "pattern": {"Regex": "a|b"}, "content": " "});
+    for (decoder, name) in [
+        (strip_the_end, "Strip"),
+        (strip_each, "Strip"),
+        (late_replace, "Replace"),
+        (regex, "Replace"),
+        (Value::Null, "null"),
+    ] {
+        let mut tokenizer = sentencepiece();
+        tokenizer["decoder"] = decoder;
+        let Err(Error::Unsupported(message)) = open(&[("tokenizer.json", &tokenizer.to_string())]) else {
+            panic!("{name} was not refused");
+        };
+        assert!(message.contains("tokenizer.json") && message.contains(name), "{message}");
+    }
+    let mut tokenizer = sentencepiece();
+    tokenizer["decoder"] = json!({"type": "WordPiece", "prefix": "##", "cleanup": true});
+    let Err(Error::Model(message)) = open(&[("tokenizer.json", &tokenizer.to_string())]) else { panic!() };
+    assert!(message.contains("WordPiece"), "{message}");
+}
+
+// Stop strings
+
+/// (text before the stop, bytes up to and with the stop), by looking at every prefix of the text, char by char.
+fn naive_stop(text: &str, stops: &[String]) -> Option<(String, usize)> {
+    let ends = text.char_indices().map(|(at, c)| at + c.len_utf8());
+    ends.filter_map(|end| {
+        let complete = stops.iter().filter(|stop| text[..end].ends_with(stop.as_str()));
+        complete.map(|stop| end - stop.len()).min().map(|start| (text[..start].to_string(), end))
+    })
+    .next()
+}
+
+/// How much of the end of `text` could be the start of a stop string.
+fn naive_held(text: &str, stops: &[String]) -> usize {
+    let starts = text.char_indices().map(|(at, _)| at);
+    starts
+        .map(|at| text.len() - at)
+        .find(|len| stops.iter().any(|s| s.starts_with(&text[text.len() - len..])))
+        .unwrap_or(0)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn stops_cut_where_a_naive_search_finds_them(
+        pieces in prop::collection::vec(
+            prop::sample::select(vec!["a", "b", "€", "👩", "self", "se", " return", "l", "ab"]), 0..12),
+        stops in prop::collection::vec(prop_oneof!["[ab]{1,4}", "[ab€👩]{1,3}", "[self]{1,5}"], 0..3),
+        parts in prop::collection::vec((any::<prop::sample::Index>(), 1usize..7), 0..3),
+        whole_tokens in any::<bool>(),
+    ) {
+        let text = pieces.concat();
+        let chars: Vec<char> = text.chars().collect();
+        let mut stops = stops;
+        for (at, length) in parts {
+            if !chars.is_empty() {
+                stops.push(chars[at.index(chars.len())..].iter().take(length).collect());
+            }
+        }
+        let ids: Vec<u32> = if whole_tokens {
+            DEMO.encode(&text).unwrap()
+        } else {
+            text.bytes().map(byte_token).collect()
+        };
+        // One character of a token's spelling is one byte.
+        let lengths = ids.iter().map(|id| CRATE.id_to_token(*id).unwrap().chars().count());
+        let (pushes, rest) = streamed(DEMO.stream(&stops).unwrap(), &ids);
+        let stop = naive_stop(&text, &stops);
+        let expected = stop.as_ref().map_or(&text, |(before, _)| before);
+        prop_assert_eq!(&(joined(&pushes) + &rest), expected);
+        prop_assert_eq!(pushes.iter().any(|(_, stopped)| *stopped), stop.is_some());
+        // Nothing is told late: neither a stop nor text that cannot belong to one.
+        let mut end = 0;
+        for (i, length) in lengths.enumerate() {
+            end += length;
+            let stopped = stop.as_ref().is_some_and(|(_, complete)| end >= *complete);
+            prop_assert_eq!(pushes[i].1, stopped);
+            if !stopped {
+                let whole = (0..=end).rev().find(|at| text.is_char_boundary(*at)).unwrap();
+                let released = whole - naive_held(&text[..whole], &stops);
+                prop_assert_eq!(joined(&pushes[..=i]), &text[..released]);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_stop_that_is_complete_first_wins() {
+    let stop = |text: &str, stops: &[&str]| {
+        let stops: Vec<String> = stops.iter().map(|s| s.to_string()).collect();
+        let (pushes, rest) = streamed(DEMO.stream(&stops).unwrap(), &DEMO.encode(text).unwrap());
+        joined(&pushes) + &rest
+    };
+    assert_eq!(stop("one two three", &["two three", "wo"]), "one t");
+    assert_eq!(stop("one two three", &["o", "two"]), "");
+    assert_eq!(stop("say two", &["wo", "two"]), "say "); // both complete at once: the earlier start
+    assert_eq!(DEMO.encode(" return").unwrap().len(), 1);
+    assert_eq!(stop("x return", &["return", "etu"]), "x r"); // in one token as well
+    assert_eq!(stop("aaab", &["aab"]), "a"); // a failed attempt is the start of the next
+    assert_eq!(stop("an unfinished sto", &["stop"]), "an unfinished sto");
+    assert_eq!(stop("price: 3€!", &["€"]), "price: 3");
+}
+
+#[test]
+fn nothing_follows_a_stop() {
+    let ids = DEMO.encode("one two three four").unwrap();
+    let (pushes, rest) = streamed(DEMO.stream(&[" two".into()]).unwrap(), &ids);
+    assert_eq!((joined(&pushes).as_str(), rest.as_str()), ("one", ""));
+    let first = pushes.iter().position(|(_, stopped)| *stopped).unwrap();
+    assert!(pushes[first + 1..].iter().all(|(text, stopped)| text.is_empty() && *stopped));
+}
+
+#[test]
+fn special_tokens_do_not_break_a_stop_string() {
+    let ids = [byte_token(b'a'), byte_token(b'b'), 0, byte_token(b'c'), byte_token(b'd')];
+    let (pushes, rest) = streamed(DEMO.stream(&["bc".into()]).unwrap(), &ids);
+    assert_eq!(joined(&pushes) + &rest, "a");
+}
+
+#[test]
+fn an_empty_stop_string_is_refused() {
+    let Err(Error::Usage(message)) = DEMO.stream(&["x".into(), String::new()]) else { panic!() };
+    assert!(message.contains("--stop"), "{message}");
+}
+
+// Raw prompts
+
+#[test]
+fn raw_prompts_have_the_ids_of_the_reference() {
+    let oracle: Value = serde_json::from_str(ORACLE).unwrap();
+    let prompts = oracle["prompts"].as_array().unwrap();
+    assert_eq!(prompts.len(), 40);
+    for prompt in prompts {
+        let text = prompt["prompt"].as_str().unwrap();
+        let ids: Vec<u32> = serde_json::from_value(prompt["prompt_ids"].clone()).unwrap();
+        assert_eq!(DEMO.encode(text).unwrap(), ids, "{text}");
+        assert_eq!(DEMO.decode(&ids).unwrap(), text);
+    }
+}
+
+#[test]
+fn raw_text_recognises_special_tokens() {
+    assert_eq!(DEMO.encode("<|endoftext|>").unwrap(), [0]);
+    assert!(DEMO.encode("").unwrap().is_empty());
+}
+
+#[test]
+fn bos_is_added_once() {
+    let plain = DEMO.encode("import os").unwrap();
+    let bos = [&[1], &plain[..]].concat();
+    let config = r#"{"add_bos_token": true, "bos_token": {"content": "<|mask|>", "special": true}}"#;
+    let text = open(&[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", config)]).unwrap();
+    assert_eq!(text.encode("import os").unwrap(), bos);
+    // What is in the text is the text's.
+    assert_eq!(text.encode("<|mask|>import os").unwrap(), [&[1], &bos[..]].concat());
+
+    let sentencepiece = sentencepiece().to_string();
+    let expected = SENTENCEPIECE_CRATE.encode("the", true).unwrap().get_ids().to_vec();
+    assert_eq!(expected[0], 1);
+    for config in ["{}", r#"{"add_bos_token": true, "bos_token": "<s>"}"#] {
+        let text = open(&[("tokenizer.json", &sentencepiece), ("tokenizer_config.json", config)]).unwrap();
+        assert_eq!(text.encode("the").unwrap(), expected, "{config}");
+        assert!(text.encode("").unwrap().is_empty(), "{config}");
+    }
+    for config in [r#"{"add_bos_token": true}"#, r#"{"add_bos_token": true, "bos_token": "<nowhere>"}"#] {
+        let result = open(&[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", config)]);
+        let Err(Error::Model(message)) = result else { panic!("{config}") };
+        assert!(message.contains("tokenizer_config.json") && message.contains("bos_token"), "{message}");
+    }
+}
+
+// Files that are wrong
+
+#[test]
+fn missing_and_malformed_files_are_named() {
+    let template = ("chat_template.jinja", "x");
+    for (files, file, what) in [
+        (&[template][..], "tokenizer.json", "missing"),
+        (&[("tokenizer.json", "{")], "tokenizer.json", "EOF"),
+        (&[("tokenizer.json", "[1, 2]")], "tokenizer.json", "not a tokenizer"),
+        (
+            &[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", "{]")],
+            "tokenizer_config.json",
+            "column 2",
+        ),
+        (
+            &[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", r#"{"chat_template": 3}"#)],
+            "tokenizer_config.json",
+            "chat_template",
+        ),
+        (
+            &[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", r#"{"eos_token": [1]}"#)],
+            "tokenizer_config.json",
+            "special token",
+        ),
+    ] {
+        let Err(Error::Model(message)) = open(files) else { panic!("{file}: {what}") };
+        assert!(message.contains(file) && message.contains(what) && !message.contains('\n'), "{message}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), TOKENIZER).unwrap();
+    std::fs::write(dir.path().join("chat_template.jinja"), b"\xff{{ x }}").unwrap();
+    let Err(Error::Model(message)) = Text::open(&Folder::Disk(dir.path().into()), None) else { panic!() };
+    assert!(message.contains("chat_template.jinja") && message.contains("UTF-8"), "{message}");
+}
+
+#[test]
+fn added_tokens_that_would_get_another_id_are_refused() {
+    let mut tokenizer = tokenizer_json();
+    let added = json!({"id": 5000, "content": "<late>", "single_word": false, "lstrip": false, "rstrip": false,
+                       "normalized": false, "special": true});
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    let Err(Error::Model(message)) = open(&[("tokenizer.json", &tokenizer.to_string())]) else { panic!() };
+    assert!(message.contains("<late>") && message.contains("5000") && message.contains("2048"), "{message}");
+}
+
+#[test]
+fn the_file_cannot_cut_or_pad_prompts() {
+    let mut tokenizer = tokenizer_json();
+    tokenizer["truncation"] =
+        json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+    tokenizer["padding"] = json!({"strategy": {"Fixed": 1u64 << 50}, "direction": "Right", "pad_to_multiple_of": null,
+                                  "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"});
+    let text = open(&[("tokenizer.json", &tokenizer.to_string())]).unwrap();
+    assert_eq!(text.encode("import os, sys").unwrap(), DEMO.encode("import os, sys").unwrap());
+}
+
+#[test]
+fn panics_of_the_crate_are_errors() {
+    let deep = format!("{}a{}", "(?:".repeat(100_000), ")".repeat(100_000));
+    for (part, value) in [
+        // The crate unwraps its parse of this map.
+        ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})),
+        (
+            "pre_tokenizer",
+            json!({"type": "Split", "pattern": {"Regex": deep}, "behavior": "Isolated", "invert": false}),
+        ),
+    ] {
+        let mut tokenizer = tokenizer_json();
+        tokenizer[part] = value;
+        let Err(Error::Model(message)) = open(&[("tokenizer.json", &tokenizer.to_string())]) else {
+            panic!("{part}")
+        };
+        assert!(
+            message.contains("tokenizer.json is not a tokenizer") && !message.contains('\n'),
+            "{message}"
+        );
+        assert!(message.len() < 500, "{} bytes", message.len());
+    }
+}
+
+#[test]
+fn long_texts_of_a_file_do_not_make_long_errors() {
+    let long = "\u{1b}[31m 日本\n".repeat(20_000);
+    for config in [
+        json!({"add_bos_token": long}),
+        json!({"add_bos_token": true, "bos_token": long}),
+        json!({"chat_template": {&long: 1}}),
+    ] {
+        let config = config.to_string();
+        let result = open(&[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", &config)]);
+        assert!(or_sentence(result).is_none());
+    }
+    let added = json!({"id": 5000, "content": &long, "single_word": false, "lstrip": false, "rstrip": false,
+                       "normalized": false, "special": true});
+    let regex = json!({"type": "Replace", "pattern": {"Regex": "a|b|".repeat(25_000)}, "content": long});
+    for (place, value) in [("/decoder", regex), ("/added_tokens/0", added), ("/model/type", json!(long))] {
+        let mut tokenizer = sentencepiece();
+        *tokenizer.pointer_mut(place).unwrap() = value;
+        assert!(or_sentence(open(&[("tokenizer.json", &tokenizer.to_string())])).is_none(), "{place}");
+    }
+}
+
+/// All places in a JSON value, as pointers.
+fn places(value: &Value, at: String, out: &mut Vec<String>) {
+    match value {
+        Value::Array(items) => {
+            items.iter().enumerate().for_each(|(i, item)| places(item, format!("{at}/{i}"), out));
+        }
+        Value::Object(map) => map.iter().for_each(|(key, item)| {
+            places(item, format!("{at}/{}", key.replace('~', "~0").replace('/', "~1")), out)
+        }),
+        _ => {}
+    }
+    out.push(at);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// The crate panics on some of these; none may reach the caller.
+    #[test]
+    fn a_tokenizer_with_any_value_replaced_does_not_panic(
+        place in any::<prop::sample::Index>(),
+        outside_vocabulary in any::<bool>(),
+        value in prop::sample::select(vec![
+            json!(null), json!(true), json!(0), json!(-1), json!(4294967295u32), json!(1u64 << 60), json!(0.5),
+            json!(""), json!("▁"), json!("<s>"), json!("é"), json!("("), json!("(?!a)*"), json!("a{9999}{9999}"),
+            json!([]), json!({}), json!(["a", "b"]), json!({"String": ""}), json!({"Regex": ""}),
+            json!({"type": "Sequence", "decoders": []}), json!({"type": "BPEDecoder", "suffix": ""}),
+            json!({"type": "Split", "pattern": {"Regex": "(a*)*b"}, "behavior": "Isolated", "invert": true}),
+            json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+            json!({"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]]}),
+            json!({"type": "WordPiece", "unk_token": "no", "continuing_subword_prefix": "", "max_input_chars_per_word": 1, "vocab": {}}),
+            json!({"type": "FixedLength", "length": 0}),
+            json!({"type": "Digits", "individual_digits": true}),
+            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+        ]),
+    ) {
+        let mut tokenizer = sentencepiece();
+        let mut all = Vec::new();
+        places(&tokenizer, String::new(), &mut all);
+        // Half of the cases leave the vocabulary alone, or it would get most of them.
+        all.retain(|place| outside_vocabulary != place.starts_with("/model/vocab/"));
+        *tokenizer.pointer_mut(&all[place.index(all.len())]).unwrap() = value;
+        exercise(&[("tokenizer.json", tokenizer.to_string().as_bytes())], Some("{{ messages[0].content }}"));
+    }
+
+    #[test]
+    fn a_tokenizer_with_any_byte_changed_does_not_panic(
+        place in any::<prop::sample::Index>(), byte in any::<u8>(), cut in any::<bool>(),
+    ) {
+        let mut bytes = sentencepiece().to_string().into_bytes();
+        let at = place.index(bytes.len());
+        bytes[at] = byte;
+        if cut {
+            bytes.truncate(at);
+        }
+        exercise(&[("tokenizer.json", &bytes)], Some("{{ messages[0].content }}"));
+    }
+
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    #[test]
+    fn a_tokenizer_config_with_any_value_replaced_or_byte_changed_does_not_panic(
+        place in any::<prop::sample::Index>(),
+        value in prop::sample::select(vec![
+            json!(null), json!(true), json!(-1), json!(1e300), json!(""), json!("<s>"), json!("{% if"), json!([]), json!({}),
+            json!("x\n".repeat(50_000)), json!({"content": "\u{1b}".repeat(500)}), json!([{"name": "default"}]),
+            json!("{{ messages * 100 }}"), json!("{{ bos_token.no.such }}"),
+        ]),
+        byte in any::<Option<u8>>(),
+    ) {
+        let mut config = json!({
+            "add_bos_token": true, "bos_token": {"content": "<s>", "special": true}, "eos_token": "</s>", "pad_token": null,
+            "chat_template": [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "{{ messages }}"}],
+        });
+        let mut all = Vec::new();
+        places(&config, String::new(), &mut all);
+        if byte.is_none() {
+            *config.pointer_mut(&all[place.index(all.len())]).unwrap() = value;
+        }
+        let mut bytes = config.to_string().into_bytes();
+        let at = place.index(bytes.len());
+        bytes[at] = byte.unwrap_or(bytes[at]);
+        let tokenizer = sentencepiece().to_string();
+        exercise(&[("tokenizer.json", tokenizer.as_bytes()), ("tokenizer_config.json", &bytes)], None);
+    }
+}
