@@ -42,18 +42,20 @@ say "card     $(timeout -k 1 $(((${2:-460} + 45) / 46)) nvidia-smi --query-gpu=$
 say "machine  $(nproc) cores, $(uname -r), $(ldd --version 2>&1 | head -n 1)"
 
 # Without this the tests below would pass on the emulator alone. The second time the driver has the kernels compiled.
-open=(./cuda --ignored --exact a_gpu_opens --show-output)
+open=(./kernels --ignored --exact cuda::a_gpu_opens --show-output)
 for turn in first second; do
     step 200 tests.log "opening the GPU, $turn time" "${open[@]}" || { cat "$out/last"; say "no GPU"; exit 1; }
     say "         $(grep -o "opened in .*" "$out/last")"
 done
 
-for test in cuda pack read norm linear linear_bits prefill attention attention_tree decide rounds passes graphs device lossless device_trees judge siblings chains device_rules; do
-    [ -x "$test" ] || continue
-    step 120 tests.log "$test" "./$test" --show-output && continue
-    # A kernel that went wrong takes the others of its process along: each failed test again, alone.
-    for name in $(sed -n 's/^test \([a-z0-9_]*\) .*FAILED$/\1/p' "$out/last" | head -n 12); do
-        step 40 tests.log "    $name, alone" "./$test" --show-output --exact "$name"
+# Program and module: a module's tests are those of tests/PROGRAM/MODULE.rs.
+for test in kernels/cuda kernels/pack kernels/read kernels/norm kernels/linear kernels/linear_bits kernels/prefill kernels/attention kernels/attention_tree kernels/decide kernels/rounds kernels/passes kernels/graphs decoding/device decoding/lossless kernels/device_trees kernels/judge kernels/siblings kernels/chains decoding/device_rules; do
+    program=${test%/*} module=${test#*/}
+    [ -x "$program" ] || continue
+    step 120 tests.log "$test" "./$program" --show-output "$module::" && continue
+    # A failed kernel can leave the context of its process unusable: run each failed test again, alone.
+    for name in $(sed -n 's/^test \([a-z0-9_:]*\) .*FAILED$/\1/p' "$out/last" | head -n 12); do
+        step 40 tests.log "    $name, alone" "./$program" --show-output --exact "$name"
         grep -m 1 -A 2 'panicked at' "$out/last" | cut -c 1-300 | tee -a "$out/summary.txt"
     done
 done
@@ -80,10 +82,13 @@ if [ -x dflash-gen ]; then
     for batch in 1 8; do generate generate.log -n 128 --batch $batch --json; done
 fi
 
-checker() { # checker TOOL TEST FILTERS...
-    local tool=$1 test=$2
+# checker TOOL MODULE FILTERS...: the tests in tests/kernels/MODULE.rs whose names contain a filter.
+checker() {
+    local tool=$1 module=$2 tests
     shift 2
-    step 60 "$tool.log" "$tool $test" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 "./$test" --show-output "$@"
+    mapfile -t tests < <(./kernels --list --format terse | sed -n 's/: test$//p' | grep "^$module::" | grep -F "$(printf '%s\n' "$@")")
+    [ ${#tests[@]} -gt 0 ] || { say "NO TESTS  $tool $module $*"; bad=1; return 1; }
+    step 60 "$tool.log" "$tool $module" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 ./kernels --show-output --exact "${tests[@]}"
     grep -E '^=+ (ERROR|RACECHECK) SUMMARY' "$out/last" | tail -n 1 | tee -a "$out/summary.txt"
 }
 if ! command -v compute-sanitizer >/dev/null; then

@@ -10,9 +10,9 @@ work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 mkdir "$work/pack"
 
-read -ra names < <(sed -n 's/^for test in \(.*\); do$/\1/p' tools/gpu-check.sh)
+mapfile -t names < <(sed -n 's/^for test in \(.*\); do$/\1/p' tools/gpu-check.sh | tr ' ' '\n' | cut -d/ -f1 | sort -u)
 cargo test --release --locked --no-run "${names[@]/#/--test=}" 2>&1 | tee "$work/build.log"
-sed -n 's,.*Executable tests/\(.*\)\.rs (\(.*\)),\1 \2,p' "$work/build.log" >"$work/programs"
+sed -n 's,.*Executable tests/\(.*\)/main\.rs (\(.*\)),\1 \2,p' "$work/build.log" >"$work/programs"
 DFLASH_COMMIT=$(git describe --always --dirty --abbrev=12) cargo build --release --locked
 for name in dflash-gen dflash-bench; do echo "$name target/release/$name" >>"$work/programs"; done
 while read -r name program; do

@@ -165,7 +165,7 @@ say "| --- | --- | --- | --- |"
 state before
 
 if [ "$device" = cuda ]; then
-    if [ -x "$pack/cuda" ]; then
+    if [ -x "$pack/kernels" ]; then
         step 130 tests logs/tests.out "$pack/gpu-check.sh" "$out/tests" "$(seconds 125)"
     else
         reserved=$((reserved - 130))

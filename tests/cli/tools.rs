@@ -34,6 +34,10 @@ fn script(dir: &Path, name: &str, text: &str) {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
+/// A test program whose tests pass.
+const PASSES: &str =
+    "echo 'opened in 0.10 s: Properties'; echo 'test result: ok. 3 passed; 0 failed; 0 ignored'";
+
 /// A folder as tools/gpu-pack.sh packs it, with `bench` as dflash-bench, and tests that pass.
 fn pack(bench: &str) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -48,9 +52,7 @@ fn pack(bench: &str) -> TempDir {
     fs::write(dir.path().join("commit"), "0123456789abcdef0123\n").unwrap();
     script(dir.path(), "dflash-bench", &format!("echo \"$@\" >>\"$0.calls\"\n{bench}"));
     script(dir.path(), "dflash-gen", &format!("echo \"$@\" >>\"$0.calls\"\n{GEN}"));
-    let passes = "echo 'opened in 0.10 s: Properties'; echo 'test result: ok. 3 passed; 0 failed; 0 ignored'";
-    script(dir.path(), "cuda", passes);
-    script(dir.path(), "norm", passes);
+    script(dir.path(), "kernels", PASSES);
     dir
 }
 
@@ -121,7 +123,10 @@ fn a_report_of_steps_that_go_well() {
     ] {
         assert_eq!(step(&summary, name), ("ok", ""));
     }
-    assert!(summary.contains("    ok  cuda  0 s  3 passed; 0 failed\n    ok  norm  0 s"), "{summary}");
+    assert!(
+        summary.contains("    ok  cuda  0 s  3 passed; 0 failed\n    ok  kernels/norm  0 s"),
+        "{summary}"
+    );
     assert!(
         summary.contains("Lossless, sampled: 32 tokens of 10 rounds identical, with all logits of 30 rows.")
     );
@@ -168,7 +173,8 @@ fn what_fails_is_told_with_its_reason_and_the_rest_goes_on() {
     // A driver's tool that hangs, too, and no home to write to.
     script(dir.path(), "nvidia-smi", "sleep 100");
     script(dir.path(), "dflash-gen", &format!("echo \"cache $CUDA_CACHE_PATH\" >&2\n{GEN}"));
-    script(dir.path(), "norm", "echo 'test a_norm_is_right ... FAILED'; echo 'on cuda'; exit 101");
+    let fails = "echo 'test norm::a_norm_is_right ... FAILED'; echo 'on cuda'; exit 101";
+    script(dir.path(), "kernels", &format!("case \"$*\" in *norm*) {fails} ;; esac\n{PASSES}"));
     let out = dir.path().join("out");
     let mut command = command(dir.path(), &["--limit", "60", &out.display().to_string()], Some(dir.path()));
     let done = command.env("HOME", "/proc/none").output().unwrap();
@@ -179,7 +185,7 @@ fn what_fails_is_told_with_its_reason_and_the_rest_goes_on() {
             && summary.contains("Driver unknown, nvidia-smi does not say")
     );
     assert_eq!(step(&summary, "tests").0, "FAILED 1");
-    assert!(summary.contains("    FAILED 101  norm  0 s"), "{summary}");
+    assert!(summary.contains("    FAILED 101  kernels/norm  0 s"), "{summary}");
     assert_eq!(step(&summary, "lossless-greedy").0, "ok");
     assert_eq!(step(&summary, "kernels-qwen3-8b"), ("FAILED 5", "dflash-bench: too little / memory"));
     assert_eq!(step(&summary, "round-qwen3-8b").0, "FAILED 6");
@@ -225,7 +231,7 @@ fn where_everything_hangs_steps_are_left_out() {
 #[test]
 fn records_that_cannot_be_shown_and_tests_that_are_not_there() {
     let dir = pack("[ $1 != show ] || { echo 'dflash-bench: a.json is damaged' >&2; exit 2; }; echo '{}'");
-    fs::remove_file(dir.path().join("cuda")).unwrap();
+    fs::remove_file(dir.path().join("kernels")).unwrap();
     let done = report(dir.path(), &["--limit", "60", &dir.path().join("out").display().to_string()], None);
     let summary = text(&done.stdout);
     assert_eq!(done.status.code(), Some(1), "{summary}");
@@ -285,7 +291,9 @@ fn a_check_of_the_tests_alone_ends_with_them() {
     let summary = text(&done.stdout);
     assert_eq!(done.status.code(), Some(0), "{summary}");
     assert!(
-        summary.contains("ok  norm") && summary.contains("all passed") && !summary.contains("dflash-gen"),
+        summary.contains("ok  kernels/norm")
+            && summary.contains("all passed")
+            && !summary.contains("dflash-gen"),
         "{summary}"
     );
     for wrong in [&[][..], &[&out, "0"], &[&out, "x"], &[&out, "1", "2"]] {
@@ -303,8 +311,8 @@ fn what_a_check_names_is_there() {
     assert!(loops.unwrap().split(' ').all(|test| source(test).contains("#[test]")));
     let mut tools = BTreeMap::new();
     for call in check.lines().filter_map(|line| line.trim().strip_prefix("checker ")) {
-        let [tool, test, filters @ ..] = &call.split(' ').collect::<Vec<_>>()[..] else { panic!("{call}") };
-        let source = source(test);
+        let [tool, module, filters @ ..] = &call.split(' ').collect::<Vec<_>>()[..] else { panic!("{call}") };
+        let source = source(&format!("kernels/{module}"));
         let named =
             |filter: &&str| source.lines().any(|line| line.starts_with("fn ") && line.contains(*filter));
         assert!(!filters.is_empty() && filters.iter().all(named), "{call}");
