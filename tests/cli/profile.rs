@@ -30,7 +30,7 @@ fn generation() -> Command {
 /// This test again, in a program of its own.
 fn again(name: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", name]);
+    command.args(["--exact", &format!("profile::{name}")]);
     command
 }
 

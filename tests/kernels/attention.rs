@@ -153,6 +153,21 @@ fn single_token_steps_equal_one_block_bit_for_bit() {
     });
 }
 
+/// Windows of several groups of splits: the first visible split moves with the row, but a split's group does not.
+#[test]
+fn a_windows_bits_do_not_depend_on_its_first_visible_split() {
+    let shape = shape(Rule::Chain, 64, 8, 1, 1200);
+    // Splits begin at multiples of 128 here. The first visible positions of a tile's eight rows lie on both sides of one.
+    for context in [2347, 2475, 2603] {
+        let s = Sequence::new(&shape, context, 8, &mut Random::new(context as u64));
+        assert_ne!(split_of(context - 1199), split_of(context + 7 - 1199));
+        every_device(|device| {
+            let block = run(device, &shape, 8, std::slice::from_ref(&s)).concat();
+            assert!(steps(device, &shape, &s) == block, "context {context}");
+        });
+    }
+}
+
 /// An output that shrinks to nothing is a zero without a sign, in one split and in a block that has two.
 #[test]
 fn a_zero_is_the_same_zero_in_one_split_and_in_two() {

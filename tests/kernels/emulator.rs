@@ -289,7 +289,11 @@ fn the_sanitizer_reports_accesses_outside_memory_with_their_line() {
     output(&device, 0).unwrap();
     for bug in ["1", "2", "3", "output"] {
         let child = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "the_sanitizer_reports_accesses_outside_memory_with_their_line", "--nocapture"])
+            .args([
+                "--exact",
+                "emulator::the_sanitizer_reports_accesses_outside_memory_with_their_line",
+                "--nocapture",
+            ])
             .env(BUG, bug)
             .output()
             .unwrap();
