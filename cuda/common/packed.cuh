@@ -1,9 +1,10 @@
-// Where a packed matrix keeps its elements: tiles of 16 rows x 32 columns, [half 2][kblock 4][row 8][8] bf16 in each.
+// Layout of packed weight matrices: tiles of 16 rows x 32 columns, each [half 2][kblock 4][row 8][8] bf16.
 #pragma once
 #include "common/ptx.cuh"
 
-// Element offset of columns 8 piece.. of packed row `row`, for k columns.
-WRAPPER size_t packed_offset(u32 row, u32 piece, u32 k) {
-  const size_t tile = size_t(row / 16) * (k / 32) + piece / 4;
-  return tile * 512 + row / 8 % 2 * 256 + piece % 4 * 64 + row % 8 * 8;
+// Element offset of the 8-column chunk `chunk` (columns 8 chunk..8 chunk + 8) of packed row `row` in a matrix
+// of k columns.
+WRAPPER size_t packed_offset(u32 row, u32 chunk, u32 k) {
+  const size_t tile = size_t(row / 16) * (k / 32) + chunk / 4;
+  return tile * 512 + row / 8 % 2 * 256 + chunk % 4 * 64 + row % 8 * 8;
 }

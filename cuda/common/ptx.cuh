@@ -1,9 +1,11 @@
-// Every instruction that C++ has no word for, each with its host twin beside it: tensor core products, ldmatrix, cp.async,
-// memory accesses with a cache policy, dependent launch, bf16; the twin of wgmma, which is long, is wgmma.h. No other file
-// contains inline PTX, and kernels reach global and shared memory through these wrappers where bytes, alignment and bank
-// conflicts are to be checked and counted.
+// Wrappers for every instruction that CUDA C++ does not expose, each next to its host emulation: tensor core
+// products, ldmatrix, cp.async, memory accesses with a cache policy, programmatic dependent launch, bf16. The
+// emulation of wgmma is long and lives in emulator/wgmma.h. No other file contains inline PTX. Kernels access
+// global and shared memory through these wrappers, so that the emulator can check alignment and count bytes
+// and bank conflicts.
 //
-// bf16 is stored as u16; u32 holds two, the lower index in the lower half. A lane is g = lane / 4, t = lane % 4.
+// A bf16 is stored as u16; a u32 holds two, the one of lower index in the lower half. Fragment layouts use
+// g = lane / 4 and t = lane % 4.
 #pragma once
 #ifdef DFLASH_EMULATOR
 #include "emulator/emu.h"
@@ -24,7 +26,7 @@ typedef uint16_t u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// In a wrapper's parameter list: the caller's line, on the host only.
+// Last parameter of a wrapper: the caller's source location, only in the emulator.
 #ifdef DFLASH_EMULATOR
 #define SITE , EMU_SITE
 #define SITE_ONLY EMU_SITE
@@ -36,11 +38,11 @@ typedef unsigned long long u64;
 
 // --- bf16 ---
 
-// The two halves of a pair.
+// The two bf16 of a pair as f32.
 WRAPPER float low_f32(u32 pair) { return __uint_as_float(pair << 16); }
 WRAPPER float high_f32(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// Round to nearest, ties to even; NaN becomes 0x7fff, as the instruction has it.
+// Rounds to nearest, ties to even; NaN becomes 0x7fff, as the cvt instruction does.
 WRAPPER u16 f32_to_bf16(float x) {
 #ifdef DFLASH_EMULATOR
   if (x != x) return 0x7fff;
@@ -53,7 +55,7 @@ WRAPPER u16 f32_to_bf16(float x) {
 #endif
 }
 
-// Two bf16 in one word, `low` at the lower address.
+// Rounds two floats to a pair of bf16, `low` at the lower address.
 WRAPPER u32 pack2(float low, float high) {
 #ifdef DFLASH_EMULATOR
   return u32(f32_to_bf16(low)) | u32(f32_to_bf16(high)) << 16;
@@ -66,7 +68,7 @@ WRAPPER u32 pack2(float low, float high) {
 
 // --- special functions ---
 
-// 2^x, relative error 2^-22; -inf gives exactly 0 and 0 gives exactly 1. Results below 2^-126 are 0.
+// 2^x with relative error 2^-22. -inf gives exactly 0, 0 gives exactly 1, results below 2^-126 are 0.
 WRAPPER float ex2(float x) {
 #ifdef DFLASH_EMULATOR
   const float y = exp2f(x);
@@ -102,9 +104,10 @@ inline void mma_warp(const void** in, void** out) {
     b[t + 8][g] = low_f32(from.b[1]), b[t + 9][g] = high_f32(from.b[1]);
     d[g][t] = c[0], d[g][t + 1] = c[1], d[g + 8][t] = c[2], d[g + 8][t + 1] = c[3];
   }
-  // Products of bf16 are exact in f32; the sum runs upwards in k. The hardware aligns and truncates instead. Four rows at a
-  // time fill the sixteen vector registers every processor has.
-  const auto four = [](const float* p) { return *reinterpret_cast<const Four*>(p); };
+  // Products of bf16 are exact in f32. The emulator adds them in ascending k; the hardware aligns and
+  // truncates instead. Four rows at a time fill the sixteen vector registers of every x86-64 and Arm
+  // processor.
+  const auto four = [](const float* p) { return *reinterpret_cast<const Four*>(p); };  // p: [4]
   for (int r = 0; r < 16; r += 4) {
     Four sum[4][2];
     for (int i = 0; i < 4; i++) sum[i][0] = four(d[r + i]), sum[i][1] = four(d[r + i] + 4);
@@ -124,8 +127,9 @@ inline void mma_warp(const void** in, void** out) {
 }  // namespace emu
 #endif
 
-// D[16][8] += A[16][16] B[16][8], bf16 in, f32 sums, by the whole warp. a0: A[g][2t..], a1: A[g+8][2t..], a2: A[g][2t+8..],
-// a3: A[g+8][2t+8..]; b0: B[2t..][g], b1: B[2t+8..][g]; d[0..1]: D[g][2t..], d[2..3]: D[g+8][2t..].
+// D[16][8] += A[16][16] B[16][8], bf16 inputs, f32 accumulators, executed by the whole warp.
+// a0: A[g][2t..], a1: A[g+8][2t..], a2: A[g][2t+8..], a3: A[g+8][2t+8..]; b0: B[2t..][g], b1: B[2t+8..][g];
+// d[0..1]: D[g][2t..], d[2..3]: D[g+8][2t..].
 WRAPPER void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1 SITE) {
 #ifdef DFLASH_EMULATOR
   emu::MmaOperands operands{{a0, a1, a2, a3}, {b0, b1}};
@@ -138,11 +142,12 @@ WRAPPER void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
 #endif
 }
 
-// --- tensor cores by warpgroup, asynchronously (sm_90a): four warps, the first a multiple of four ---
+// --- wgmma (sm_90a): asynchronous tensor core products of a warpgroup, 4 warps from a multiple of 4 on ---
 
 #if defined(DFLASH_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA 1
 
+// Address in the shared window, as descriptors hold it.
 WRAPPER u32 shared_address(const void* at) {
 #ifdef DFLASH_EMULATOR
   return emu::shared_address(at);
@@ -151,18 +156,21 @@ WRAPPER u32 shared_address(const void* at) {
 #endif
 }
 
-// The descriptor of an operand in shared memory, rows of k (K-major): addresses and strides in bytes, multiples of 16.
-//   No swizzle: 8 rows x 8 k are 128 bytes, row by row; `leading` bytes on are the next 8 k, `stride` bytes on the next 8 rows.
-//   SWIZZLE_128: 8 rows x 64 k are 1024 bytes from a multiple of 1024 on, piece c of 8 k of a row in place c ^ row % 8;
-//   `stride` bytes on are the next 8 rows. 16 k further is 32 bytes further, inside the 64; `leading` is not used.
+// Descriptor of a K-major operand in shared memory. Addresses and strides are in bytes, multiples of 16.
+//   NO_SWIZZLE: 8 rows x 8 k occupy 128 bytes, row by row. The next 8 k start `leading` bytes further, the
+//   next 8 rows `stride` bytes further.
+//   SWIZZLE_128: 8 rows x 64 k occupy 1024 bytes, aligned to 1024. Chunk c (8 k) of a row is stored at
+//   c ^ row % 8. The next 8 rows start `stride` bytes further. Within the 64 k, the next 16 k start 32 bytes
+//   further. `leading` is unused.
 enum Swizzle : u32 { NO_SWIZZLE = 0, SWIZZLE_128 = 1 };
-WRAPPER u64 matrix(u32 address, u32 leading, u32 stride, Swizzle swizzle) {
+WRAPPER u64 descriptor(u32 address, u32 leading, u32 stride, Swizzle swizzle) {
   return (address & 0x3ffff) >> 4 | u64(leading >> 4) << 16 | u64(stride >> 4) << 32 | u64(swizzle) << 62;
 }
-// The same matrix that many bytes further on.
-WRAPPER u64 advance(u64 matrix, u32 bytes) { return matrix + (bytes >> 4); }
+// The descriptor of the same operand `bytes` further.
+WRAPPER u64 advance(u64 descriptor, u32 bytes) { return descriptor + (bytes >> 4); }
 
-// Before the first product, and between what a thread does with its sums and the next product on them.
+// Required before the first product, and between a thread's own accesses to the accumulators and the next
+// product that adds to them.
 WRAPPER void wgmma_fence(SITE_ONLY) {
 #ifdef DFLASH_EMULATOR
   emu::wgmma_fence(EMU_HERE);
@@ -171,7 +179,7 @@ WRAPPER void wgmma_fence(SITE_ONLY) {
 #endif
 }
 
-// Closes the group of products since the last commit.
+// Closes the group of products started since the last commit.
 WRAPPER void wgmma_commit(SITE_ONLY) {
 #ifdef DFLASH_EMULATOR
   emu::wgmma_commit(EMU_HERE);
@@ -180,8 +188,8 @@ WRAPPER void wgmma_commit(SITE_ONLY) {
 #endif
 }
 
-// Waits for all groups of products but the newest KEEP: their operands may be overwritten, and their sums looked at where no
-// later product adds to them.
+// Waits for all groups of products except the newest KEEP. Operands of the finished groups may be
+// overwritten, and accumulators may be read if no unfinished product adds to them.
 template <int KEEP>
 WRAPPER void wgmma_wait(SITE_ONLY) {
 #ifdef DFLASH_EMULATOR
@@ -191,8 +199,9 @@ WRAPPER void wgmma_wait(SITE_ONLY) {
 #endif
 }
 
-// Starts D[64][256] = A[64][16] B[16][256], plus D where `add`, bf16 in, f32 sums, by the whole warpgroup with the same
-// descriptors. Warp w of the four has rows 16 w..; d[4j + 0, 1]: D[g][8j + 2t..], d[4j + 2, 3]: D[g + 8][8j + 2t..].
+// Starts D[64][256] = A[64][16] B[16][256], plus D if `add`: bf16 inputs, f32 accumulators. The whole
+// warpgroup passes the same descriptors. Warp w of the four holds rows 16w..16w + 16 of D;
+// d[4j + 0, 1]: D[g][8j + 2t..], d[4j + 2, 3]: D[g + 8][8j + 2t..].
 WRAPPER void wgmma_bf16(float (&d)[128], u64 a, u64 b, bool add SITE) {
 #ifdef DFLASH_EMULATOR
   emu::wgmma(d, 256, {a, b, add}, EMU_HERE);
@@ -222,8 +231,8 @@ WRAPPER void wgmma_bf16(float (&d)[128], u64 a, u64 b, bool add SITE) {
 #endif
 }
 
-// Makes what this thread wrote to shared memory (its copies waited for) known to the tensor cores, which read it by another
-// way than loads do. Between the writes and the barrier that the products are behind.
+// Makes this thread's writes to shared memory visible to wgmma, which reads through the async proxy. Belongs
+// after the writes (for cp.async: after the wait) and before the barrier that precedes the products.
 WRAPPER void fence_proxy_async() {
 #ifdef DFLASH_EMULATOR
   emu::lane->fences++;
@@ -267,13 +276,14 @@ inline void ldmatrix(u32 (&r)[4], const void* row, Site site) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(u32(__cvta_generic_to_shared(row))) : "memory"); \
   }
 #endif
-// ldmatrix: four 8x8 matrices of bf16 from shared memory. Lane 8m + i brings the address of row i of matrix m (16 bytes,
-// aligned); register m of lane (g, t) gets [g][2t..2t+1] of matrix m, or [2t..2t+1][g] transposed.
+// ldmatrix: loads four 8x8 matrices of bf16 from shared memory. Lane 8m + i passes the address of row i of
+// matrix m (16 bytes, aligned). Register m of lane (g, t) receives elements [g][2t..2t+1] of matrix m; with
+// _trans [2t..2t+1][g].
 LDMATRIX(ldmatrix4, false, "x4")
 LDMATRIX(ldmatrix4_trans, true, "x4.trans")
 #undef LDMATRIX
 
-// One access of 1 to 16 bytes to shared memory, counted for bank conflicts.
+// One shared memory access of 1 to 16 bytes; the emulator counts its bank conflicts.
 template <class T>
 WRAPPER T lds(const T* from SITE) {
   HOST(emu::touch_shared(EMU_HERE, "shared load", from, sizeof(T));)
@@ -295,15 +305,16 @@ WRAPPER void sts128(void* to, uint4 value SITE) {
 
 // --- asynchronous copies, global to shared, 16 bytes ---
 
-// Starts a copy; where `valid` is false the destination gets zeros and nothing is read. The bytes are there after a
-// cp_async_wait that covers the copy's group, and for other threads after a barrier on top of that.
+// Starts a copy. If `valid` is false, nothing is read and the destination is filled with zeros. This thread
+// may read the bytes after a cp_async_wait that covers the copy's group, other threads after a barrier in
+// addition.
 WRAPPER void cp_async16(void* to, const void* from, bool valid = true SITE) {
 #ifdef DFLASH_EMULATOR
   emu::touch_shared(EMU_HERE, "cp.async into shared memory", to, 16);
   if (valid) {
     emu::touch(EMU_HERE, "cp.async", from, 16);
     emu::block->counts.read += 16;
-    // Reads now, so that a bad address is reported at this line.
+    // Reads the source now, so that a bad address is reported at this line.
     uint4 now;
     memcpy(&now, from, 16);
     asm volatile("" : : "r"(now.x), "r"(now.w));
@@ -317,7 +328,7 @@ WRAPPER void cp_async16(void* to, const void* from, bool valid = true SITE) {
 #endif
 }
 
-// Closes the group of copies this thread has started since the last commit.
+// Closes the group of copies that this thread started since the last commit.
 WRAPPER void cp_async_commit() {
 #ifdef DFLASH_EMULATOR
   emu::lane->groups++;
@@ -326,7 +337,7 @@ WRAPPER void cp_async_commit() {
 #endif
 }
 
-// Waits for all of this thread's groups but the newest KEEP.
+// Waits for all of this thread's groups except the newest KEEP.
 template <int KEEP>
 WRAPPER void cp_async_wait() {
 #ifdef DFLASH_EMULATOR
@@ -348,7 +359,8 @@ WRAPPER void cp_async_wait_all() {
 
 // --- global memory ---
 
-// 16 bytes that no kernel of the round writes and that are read once: weights. Allowed before grid_wait.
+// Loads 16 bytes that are read once and that no kernel of the round writes: weights. Allowed before
+// grid_wait.
 WRAPPER uint4 ld_stream(const void* from SITE) {
 #ifdef DFLASH_EMULATOR
   emu::touch(EMU_HERE, "16-byte streaming load", from, 16, true);
@@ -363,7 +375,7 @@ WRAPPER uint4 ld_stream(const void* from SITE) {
 #endif
 }
 
-// An ordinary load or store of 1 to 16 bytes, counted.
+// Ordinary loads and stores of 1 to 16 bytes; the emulator counts the bytes.
 template <class T>
 WRAPPER T ld(const T* from SITE) {
   HOST(emu::touch(EMU_HERE, "load", from, sizeof(T)); emu::block->counts.read += sizeof(T);)
@@ -383,8 +395,8 @@ WRAPPER void st128(void* to, uint4 value SITE) {
   *static_cast<uint4*>(to) = value;
 }
 
-// Loads and stores past L1, for what blocks of the same launch leave for each other (behind __threadfence and an atomic
-// counter).
+// Loads and stores that bypass L1, for data exchanged between blocks of one launch (ordered by __threadfence
+// and an atomic counter).
 #ifdef DFLASH_EMULATOR
 #define PAST_L1(T, form, load, store, out, in)                                                     \
   WRAPPER T ld_cg(const T* from SITE) {                                                            \
@@ -414,8 +426,8 @@ PAST_L1(float4, "v4.f32", "{%0,%1,%2,%3}, [%4]", "[%0], {%1,%2,%3,%4}", FOUR("=f
 PAST_L1(uint4, "v4.u32", "{%0,%1,%2,%3}, [%4]", "[%0], {%1,%2,%3,%4}", FOUR("=r"), FOUR("r"))
 #undef PAST_L1
 
-// A store that the host sees, and with it everything this thread wrote or knew of before: the sequence number of a ring
-// in pinned memory.
+// A store with release semantics at system scope: a host that reads this value also sees all earlier writes
+// that this thread made or observed. Publishes the sequence number of the ring in pinned memory.
 WRAPPER void st_release_system(u32* to, u32 value SITE) {
 #ifdef DFLASH_EMULATOR
   emu::touch(EMU_HERE, "store", to, 4);
@@ -426,10 +438,11 @@ WRAPPER void st_release_system(u32* to, u32 value SITE) {
 #endif
 }
 
-// --- programmatic dependent launch (sm_90; elsewhere kernels follow each other anyway) ---
+// --- programmatic dependent launch (sm_90; on older GPUs kernels run one after the other) ---
 
-// Until here only constants were read (ld_stream); from here all earlier kernels are done and their writes visible. Every
-// thread of every kernel calls it before it ends, or its successor could overtake its predecessor.
+// Waits until all earlier kernels have finished and their writes are visible. Before this call a kernel may
+// read only constants (ld_stream). Every thread of every kernel calls it before it exits; otherwise the next
+// kernel could start before the previous one has finished.
 WRAPPER void grid_wait() {
 #ifdef DFLASH_EMULATOR
   emu::lane->waited = true;
@@ -438,7 +451,7 @@ WRAPPER void grid_wait() {
 #endif
 }
 
-// The next kernel's blocks may be scheduled as this one's finish; it orders nothing.
+// Allows the next kernel's blocks to be scheduled while this kernel still runs. It orders no memory accesses.
 WRAPPER void grid_launch() {
 #if !defined(DFLASH_EMULATOR) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");

@@ -1,78 +1,81 @@
-// What a round knows of a sequence. It lives in device memory from the sequence's first round to its last; the host
-// writes it once, before the first, and reads what a round did from the ring (round.cu). Mirrored by `Sequence` in
-// src/gpu/kernels/round.rs.
+// The device-side state of a sequence. It lives in device memory from the sequence's first round to its last.
+// The host writes it once, before the first round, and learns what each round did from the ring
+// (cuda/spec/round.cu). Mirrored by `Sequence` in src/gpu/kernels/round.rs.
 #pragma once
 #include "common/rows.cuh"
 
-// Why a sequence takes no part in rounds any more; the host's words for it are those of `Finish` in src/engine/generate.rs.
+// Why a sequence no longer takes part in rounds. `Finish` in src/engine/generate.rs holds the names that the
+// host reports.
 enum Finish : u32 {
   RUNNING = 0,
   STOP = 1,             // a stop id was emitted
-  LENGTH = 2,           // the budget is spent
+  LENGTH = 2,           // the token budget is used up
   CONTEXT = 3,          // the last position is taken
-  DAMAGED_TARGET = 4,   // the logits that were to choose the next token hold a NaN or infinity, or nothing but -inf
-  DAMAGED_DRAFTER = 5,  // the same for a draft
+  DAMAGED_TARGET = 4,   // the target logits for the next token hold a NaN or +inf, or nothing but -inf
+  DAMAGED_DRAFTER = 5,  // the same for the drafter's logits of a draft
 };
 
-// Which drafts stand; src/spec/verify.rs says what each means.
-enum Rule : u32 { MATCH = 0, REJECTION = 1, BLOCK = 2 };
+// How drafts are verified; `VerifyMethod` in src/spec/verify.rs defines the methods.
+enum VerifyMethod : u32 { MATCH = 0, REJECTION = 1, BLOCK = 2 };
 
-// What a sequence drafts.
+// The shape of a sequence's drafts.
 enum Form : u32 {
   CHAIN_OF_DRAFTS = 0,
-  BEST_FIRST = 1,  // the tree of the most probable prefixes
-  DRAWN = 2,       // a tree of a fixed shape, of tokens that are drawn; under the rule `block` several chains
+  BEST_FIRST = 1,  // a tree of the most probable prefixes
+  DRAWN = 2,       // a tree of fixed shape with sampled tokens; several chains with VerifyMethod BLOCK
 };
 
 constexpr u32 STOP_IDS = 12;
 
-// How far a sequence is, and its limits.
+// Progress of a sequence, and its limits.
 struct __align__(16) Progress {
   u32 active;     // nonzero: takes part in rounds
-  u32 length;     // positions 0..length are in the target's pages
-  u32 anchor;     // token at position `length`, emitted and not yet run
-  u32 pending;    // positions length - pending..length have features that the drafter has not seen: the rows on the
-                  // last verification's path
+  u32 length;     // positions 0..length are in the target's KV cache
+  u32 anchor;     // token at position `length`: emitted, not yet run through the target
+  u32 pending;    // the drafter has not read the features of positions length - pending..length, the
+                  // accepted rows of the last verification
   u32 budget;     // tokens that may still be emitted
-  u32 end;        // the sequence's positions are 0..end; the token of the last one is never run
-  u32 draft_end;  // the drafter's positions are 0..draft_end; 0: there is no drafter
-  u32 shape;      // bits 0 to 7: rows of a block at most, anchor included, 1: autoregressive decoding; 8 to 15: rows that are
-                  // verified at most, of a block or a tree, anchor included; from 16 on: a Form
+  u32 end;        // the sequence's positions are 0..end; the token at the last one is never run
+  u32 draft_end;  // the drafter's positions are 0..draft_end; 0: no drafter
+  u32 shape;      // bits 0 to 7: maximum rows of a block, anchor included; 1 for autoregressive decoding.
+                  // Bits 8 to 15: maximum rows to verify, of a block or a tree, anchor included.
+                  // Bits 16 and up: a Form
 };
 
 struct __align__(16) Sequence {
   Progress now;
-  float c;        // 65536 log2(e) / temperature; 0: greedy
-  u32 top_k;      // tokens kept; 0: all
-  u32 top_p;      // share of the mass kept, in units of 2^-32; 0: all
-  u32 min_p;      // least share of the best token's weight, in units of 2^-32
-  u32 seed[2];    // Philox key
-  u32 stream;     // of the request, for Philox
-  u32 finish;     // a Finish
-  u32 stop[STOP_IDS];  // ids that end the answer; NONE where there are fewer
-  u32 rounds;     // rounds this sequence took part in
-  u32 drafted;    // drafts that were judged
-  u32 accepted;   // drafts that stood
-  u32 rule;       // a Rule
+  float c;             // 65536 log2(e) / temperature; 0: greedy
+  u32 top_k;           // tokens kept; 0: all
+  u32 top_p;           // fraction of the probability mass kept, in units of 2^-32; 0: all
+  u32 min_p;           // minimum weight relative to the best token's, in units of 2^-32
+  u32 seed[2];         // Philox key
+  u32 stream;          // Philox stream of the request
+  u32 finish;          // a Finish
+  u32 stop[STOP_IDS];  // ids that end the answer; NONE in unused entries
+  u32 rounds;          // rounds this sequence took part in
+  u32 drafted;         // drafts verified
+  u32 accepted;        // drafts accepted
+  u32 rule;            // a VerifyMethod
 };
 static_assert(sizeof(Sequence) == 128, "src/gpu/kernels/round.rs writes it word by word");
 
-WRAPPER Progress ld_progress(const Sequence* from) {
+WRAPPER Progress ld_progress(const Sequence* from) {  // [1]
   const uint4 a = ld(reinterpret_cast<const uint4*>(from)), b = ld(reinterpret_cast<const uint4*>(from) + 1);
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 }
 
 WRAPPER u32 form_of(u32 shape) { return shape >> 16; }
 
-// Rows of a sequence's next block, anchor included: as many as the request, the drafter's positions and the context
-// allow, at least one; 0 where the sequence takes no part. The one rule for all kernels of a round.
+// Rows of the sequence's next block, anchor included: the maximum that the request, the drafter's positions
+// and the context allow, at least 1; 0 when the sequence does not take part. Every kernel of a round uses
+// this function.
 WRAPPER u32 block_rows(const Progress& s, u32 block) {
   if (!s.active) return 0;
   const u32 draft = s.draft_end > s.length ? s.draft_end - s.length : 0;
-  const u32 room = s.end > s.length ? s.end - s.length - 1 : 0;
-  return max(1u, min(min(s.shape & 0xff, block), min(draft, room)));
+  const u32 left = s.end > s.length ? s.end - s.length - 1 : 0;
+  return max(1u, min(min(s.shape & 0xff, block), min(draft, left)));
 }
 
-// How many of them are verified, of chains; of a tree it is how deep it may be that they say, and this how many rows it
-// may have.
+// Maximum rows that the sequence verifies per round: of a chain, the rows of its block that are verified; of a
+// tree, its number of rows, while block_rows bounds its depth.
 WRAPPER u32 verified_rows(const Progress& s) { return max(1u, s.shape >> 8 & 0xff); }

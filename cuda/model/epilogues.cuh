@@ -1,31 +1,35 @@
-// What is done with the sums of a linear layer, a tile of tokens x 128 packed rows of W at a time: by the whole block,
-// a warp per token, a lane per four neighbouring columns. None of it knows which main loop left the tile.
+// Epilogues of the linear layers. Each processes a tile of tokens x 128 packed rows of W with the whole
+// block, one warp per token, one lane per four neighbouring columns. They work for every main loop
+// (linear.cuh, prefill.cu).
 //
-// Products and sums that could be contracted in two ways name the one they mean, so that every instance rounds alike.
+// Where the compiler could contract a product and a sum in more than one way, an intrinsic selects one, so
+// that every kernel that contains an epilogue rounds alike.
 #pragma once
 #include "model/linear.cuh"
 #include "common/numbers.cuh"
 
-// x += sums, then what the next linear layer takes: bf16(gain x) and the tile's part of the sum of squares of x.
+// Residual add: x += sums. Then the input of the next linear layer, bf16(gain x), and this tile's part of the
+// sum of squares of x for its norm.
 struct Project {
-  float* x;           // [m][n], in place; null: x is the sums alone and kept nowhere
-  u16* y;             // [m][n] bf16
-  float* sumsq;       // [m][ceil(n / 128)]
+  float* x;           // [m][n] residual stream, updated in place; null: x = sums, not stored
+  u16* y;             // [m][n] bf16(gain x)
+  float* sumsq;       // [m][ceil(n / 128)] partial sums of squares of x
   const float* gain;  // [n]
   u16* features;      // [m][feature_pitch] bf16(x), or null
   u32 feature_pitch;  // elements from row to row of `features`
 };
-#define PARAMETERS_project float *x, u16 *y, float *sumsq_out, const float *gain, u16 *features, u32 feature_pitch
+#define PARAMETERS_project \
+  float *x, u16 *y, float *sumsq_out, const float *gain, u16 *features, u32 feature_pitch
 #define EPILOGUE_project Project{x, y, sumsq_out, gain, features, feature_pitch}
 #define PARAMETERS_inject u16 *y, float *sumsq_out, const float *gain
 #define EPILOGUE_inject Project{nullptr, y, sumsq_out, gain, nullptr, 0}
-WRAPPER void finish(const Linear& l, const Project& p, const Tile& tile) {
+WRAPPER void apply_epilogue(const Linear& l, const Project& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, column = tile.row + lane * 4;
   const u32 parts = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const bool inside = column < l.n;
   float4 gain = make_float4(0, 0, 0, 0);
   if (inside) gain = ld(reinterpret_cast<const float4*>(p.gain + column));
-  // Two tokens at a time, whose residuals arrive together.
+  // Two tokens at a time, so that the loads of their residuals overlap.
   for (u32 first = threadIdx.x / 32; first < tile.tokens; first += warps * 2) {
     float4 old[2];
 #pragma unroll
@@ -44,9 +48,9 @@ WRAPPER void finish(const Linear& l, const Project& p, const Tile& tile) {
       float square = 0;
       if (inside) {
         v = make_float4(old[j].x + v.x, old[j].y + v.y, old[j].z + v.z, old[j].w + v.w);
-        square = squares(v);
+        square = sum_of_squares(v);
         if (p.x) st(reinterpret_cast<float4*>(p.x + row * l.n + column), v);
-        st(reinterpret_cast<uint2*>(p.y + row * l.n + column), pack4(times(v, gain)));
+        st(reinterpret_cast<uint2*>(p.y + row * l.n + column), pack4(mul(v, gain)));
         if (p.features) st(reinterpret_cast<uint2*>(p.features + row * p.feature_pitch + column), pack4(v));
       }
       square = lane_sum(square, 32);
@@ -55,7 +59,7 @@ WRAPPER void finish(const Linear& l, const Project& p, const Tile& tile) {
   }
 }
 
-// silu(gate) * up; of every 16 columns 8 are gates and 8 the ups of the same neurons.
+// silu(gate) * up. Of every 16 columns the first 8 are gates, the other 8 the ups of the same neurons.
 struct Swiglu {
   u16* out;  // [m][n / 2] bf16
 };
@@ -65,13 +69,14 @@ WRAPPER float swiglu(float gate, float up) {
   const float e = ex2(__fmul_rn(gate, -1.44269504f));  // exp(-gate)
   return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, e)), up);
 }
-WRAPPER void finish(const Linear& l, const Swiglu& p, const Tile& tile) {
+WRAPPER void apply_epilogue(const Linear& l, const Swiglu& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32;
-  // A gate's lane and the up's, two lanes on, halve their four neurons between them.
+  // A lane with four gates and the lane with their ups, two lanes further, compute two of the four neurons
+  // each.
   const bool has_gates = lane % 4 < 2;
   const u32 neuron = tile.row / 2 + lane / 4 * 8 + lane % 2 * 4 + (has_gates ? 0 : 2);
   for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
-    const float4 v = times(columns(tile, i), lds(tile.scale + i));
+    const float4 v = mul(columns(tile, i), lds(tile.scale + i));
     const float a = __shfl_xor_sync(0xffffffffu, has_gates ? v.z : v.x, 2);
     const float b = __shfl_xor_sync(0xffffffffu, has_gates ? v.w : v.y, 2);
     const float first = has_gates ? swiglu(v.x, a) : swiglu(a, v.z);
@@ -82,13 +87,14 @@ WRAPPER void finish(const Linear& l, const Swiglu& p, const Tile& tile) {
   }
 }
 
-// Queries, keys and values: norm of each query and key head, RoPE, and to their places. Packed rows are the query
-// heads, the key heads, the value heads. A head is 32 or 16 lanes.
+// RMSNorm of each query and key head, RoPE, and stores: queries to their buffer, keys and values to the KV
+// cache. The packed rows are the query heads, then the key heads, then the value heads. A head occupies 32 or
+// 16 lanes.
 struct Qkv {
   const Row* rows;      // [m]
-  u16* queries;         // [queries][heads][head_dim] bf16
-  u16* keys;            // [pages][kv_heads][PAGE][head_dim] bf16, as page_offset has it
-  u16* values;          // as keys
+  u16* queries;         // [query_rows][heads][head_dim] bf16
+  u16* keys;            // [pages][kv_heads][PAGE][head_dim] bf16, chunks permuted (page_offset)
+  u16* values;          // [pages][kv_heads][PAGE][head_dim] bf16, chunks permuted
   const u32* table;     // [sequences][sequence_pages] page numbers
   const float* q_gain;  // [head_dim], or null: no norm
   const float* k_gain;  // [head_dim], or null: no norm
@@ -96,46 +102,50 @@ struct Qkv {
   u32 heads, kv_heads;
   u32 head_dim;         // 64 or 128
   u32 query_rows;       // rows of `queries`
-  u32 pages, sequences, sequence_pages;
-  u32 positions;        // at least 1
+  u32 pages;            // pages of `keys` and `values`
+  u32 sequences;        // rows of `table`
+  u32 sequence_pages;   // columns of `table`
+  u32 positions;        // rows of `rope`, at least 1
 };
-#define PARAMETERS_qkv                                                                                                \
-  const Row *rows, u16 *queries, u16 *keys, u16 *values, const u32 *table, const float *q_gain, const float *k_gain,  \
-      const float *rope, u32 heads, u32 kv_heads, u32 head_dim, u32 query_rows, u32 pages, u32 sequences,             \
-      u32 sequence_pages, u32 positions
-#define EPILOGUE_qkv                                                                                                   \
-  Qkv {                                                                                                                \
-    rows, queries, keys, values, table, q_gain, k_gain, rope, heads, kv_heads, head_dim, query_rows, pages, sequences, \
-        sequence_pages, positions                                                                                      \
+#define PARAMETERS_qkv                                                                                 \
+  const Row *rows, u16 *queries, u16 *keys, u16 *values, const u32 *table, const float *q_gain,        \
+      const float *k_gain, const float *rope, u32 heads, u32 kv_heads, u32 head_dim, u32 query_rows,   \
+      u32 pages, u32 sequences, u32 sequence_pages, u32 positions
+#define EPILOGUE_qkv                                                                                   \
+  Qkv {                                                                                                \
+    rows, queries, keys, values, table, q_gain, k_gain, rope, heads, kv_heads, head_dim, query_rows,   \
+        pages, sequences, sequence_pages, positions                                                    \
   }
-// A token's place, checked.
-WRAPPER void prepare(const Qkv& p, const Tile& tile, u32 token) {
+// Looks up where the token's query, key and value go; anything out of range becomes NONE, the position is
+// clamped.
+WRAPPER void prepare_token(const Qkv& p, const Tile& tile, u32 token) {
   const Row row = ld(p.rows + tile.token + token);
-  const bool known = row.sequence < p.sequences;
-  Place to{min(row.position, p.positions - 1), NONE, NONE, row.slot};
-  if (known && row.query < p.query_rows) to.query = row.query;
-  if (known && row.slot / PAGE < p.sequence_pages) {
+  const bool valid = row.sequence < p.sequences;
+  KvSlot to{min(row.position, p.positions - 1), NONE, NONE, row.slot};
+  if (valid && row.query < p.query_rows) to.query = row.query;
+  if (valid && row.slot / PAGE < p.sequence_pages) {
     const u32 page = ld(p.table + size_t(row.sequence) * p.sequence_pages + row.slot / PAGE);
     if (page < p.pages) to.page = page;
   }
-  sts(tile.places + token, to);
+  sts(tile.kv_slots + token, to);
 }
-WRAPPER void finish(const Linear& l, const Qkv& p, const Tile& tile) {
+WRAPPER void apply_epilogue(const Linear& l, const Qkv& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, width = p.head_dim / 4, half = p.head_dim / 2;
   const u32 head = (tile.row + lane * 4) / p.head_dim, d = lane * 4 % p.head_dim;
-  const bool query = head < p.heads, turned = head < p.heads + p.kv_heads, inside = head < p.heads + 2 * p.kv_heads;
-  const float* gains = query ? p.q_gain : turned ? p.k_gain : nullptr;
+  const bool query = head < p.heads, rotated = head < p.heads + p.kv_heads;
+  const bool inside = head < p.heads + 2 * p.kv_heads;
+  const float* gains = query ? p.q_gain : rotated ? p.k_gain : nullptr;
   float4 gain = make_float4(1, 1, 1, 1);
   if (gains) gain = ld(reinterpret_cast<const float4*>(gains + d));
-  // Two tokens at a time, whose angles arrive together.
+  // Two tokens at a time, so that the loads of their RoPE rows overlap.
   for (u32 first = threadIdx.x / 32; first < tile.tokens; first += warps * 2) {
     float4 c[2], s[2];
 #pragma unroll
     for (u32 j = 0; j < 2; j++) {
       c[j] = make_float4(1, 1, 1, 1), s[j] = make_float4(0, 0, 0, 0);
       const u32 i = first + j * warps;
-      if (i >= tile.tokens || !turned) continue;
-      const float* angles = p.rope + size_t(lds(&tile.places[i].position)) * p.head_dim + d % half;
+      if (i >= tile.tokens || !rotated) continue;
+      const float* angles = p.rope + size_t(lds(&tile.kv_slots[i].position)) * p.head_dim + d % half;
       c[j] = ld(reinterpret_cast<const float4*>(angles));
       s[j] = ld(reinterpret_cast<const float4*>(angles + half));
     }
@@ -143,54 +153,57 @@ WRAPPER void finish(const Linear& l, const Qkv& p, const Tile& tile) {
     for (u32 j = 0; j < 2; j++) {
       const u32 i = first + j * warps;
       if (i >= tile.tokens) break;
-      float4 v = times(columns(tile, i), lds(tile.scale + i));
-      const float mean = __fdiv_rn(lane_sum(squares(v), width), float(p.head_dim));
-      if (gains) v = times(times(v, __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, l.eps)))), gain);
-      float4 pair;
-      pair.x = __shfl_xor_sync(0xffffffffu, v.x, int(width / 2));
-      pair.y = __shfl_xor_sync(0xffffffffu, v.y, int(width / 2));
-      pair.z = __shfl_xor_sync(0xffffffffu, v.z, int(width / 2));
-      pair.w = __shfl_xor_sync(0xffffffffu, v.w, int(width / 2));
-      if (turned) {
-        pair = times(pair, times(s[j], d < half ? -1.0f : 1.0f));
-        v.x = __fmaf_rn(v.x, c[j].x, pair.x);
-        v.y = __fmaf_rn(v.y, c[j].y, pair.y);
-        v.z = __fmaf_rn(v.z, c[j].z, pair.z);
-        v.w = __fmaf_rn(v.w, c[j].w, pair.w);
+      float4 v = mul(columns(tile, i), lds(tile.scale + i));
+      const float mean = __fdiv_rn(lane_sum(sum_of_squares(v), width), float(p.head_dim));
+      if (gains) v = mul(mul(v, __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, l.eps)))), gain);
+      float4 partner;
+      partner.x = __shfl_xor_sync(0xffffffffu, v.x, int(width / 2));
+      partner.y = __shfl_xor_sync(0xffffffffu, v.y, int(width / 2));
+      partner.z = __shfl_xor_sync(0xffffffffu, v.z, int(width / 2));
+      partner.w = __shfl_xor_sync(0xffffffffu, v.w, int(width / 2));
+      if (rotated) {
+        partner = mul(partner, mul(s[j], d < half ? -1.0f : 1.0f));
+        v.x = __fmaf_rn(v.x, c[j].x, partner.x);
+        v.y = __fmaf_rn(v.y, c[j].y, partner.y);
+        v.z = __fmaf_rn(v.z, c[j].z, partner.z);
+        v.w = __fmaf_rn(v.w, c[j].w, partner.w);
       }
       const uint2 low = pack4(v);
       const uint2 high =
           make_uint2(__shfl_xor_sync(0xffffffffu, low.x, 1), __shfl_xor_sync(0xffffffffu, low.y, 1));
-      const Place to = lds(tile.places + i);
+      const KvSlot to = lds(tile.kv_slots + i);
       if (lane % 2 || !inside) continue;
       const uint4 chunk = make_uint4(low.x, low.y, high.x, high.y);
       if (query) {
         if (to.query != NONE) st128(p.queries + (size_t(to.query) * p.heads + head) * p.head_dim + d, chunk);
       } else if (to.page != NONE) {
-        const u32 kv_head = head - (turned ? p.heads : p.heads + p.kv_heads);
+        const u32 kv_head = head - (rotated ? p.heads : p.heads + p.kv_heads);
         const size_t at = (size_t(to.page) * p.kv_heads + kv_head) * (PAGE * p.head_dim * 2);
-        char* page = reinterpret_cast<char*>(turned ? p.keys : p.values) + at;
+        char* page = reinterpret_cast<char*>(rotated ? p.keys : p.values) + at;
         st128(page + page_offset(to.slot, d / 8, p.head_dim), chunk);
       }
     }
   }
 }
 
-// Logits, and per row and block the best of them as one number: larger is better, the lowest id wins among equals.
+// Logits, and for each row and block of 128 ids the argmax as one integer: larger is better, the lowest id
+// wins ties.
 struct Head {
-  float* logits;     // [m][n], or null: not kept
-  u64* best;         // [m][ceil(n / 128)]: the logit in ascending order << 32 | ~id; all ones: a NaN or +inf among them
-  float multiplier;  // of the logits
-  float cap;         // then cap * tanh(logit / cap); 0: none
+  float* logits;     // [m][n], or null: not stored
+  u64* best;         // [m][ceil(n / 128)]: ascending(logit) << 32 | ~id; all ones if a logit is NaN or +inf
+  float multiplier;  // logits are multiplied by it
+  float cap;         // then softcapped, cap * tanh(logit / cap); 0: no softcap
 };
+// The argmax key of one logit.
 WRAPPER u64 rank(float logit, u32 id) {
   return logit < __uint_as_float(0x7f800000u) ? u64(ascending(logit)) << 32 | u32(~id) : ~0ull;
 }
-WRAPPER void finish(const Linear& l, const Head& p, const Tile& tile) {
-  const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4, blocks = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
+WRAPPER void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
+  const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4;
+  const u32 blocks = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
   for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
     const size_t row = tile.token + i;
-    const float4 v = times(times(columns(tile, i), lds(tile.scale + i)), p.multiplier);
+    const float4 v = mul(mul(columns(tile, i), lds(tile.scale + i)), p.multiplier);
     float logit[4] = {v.x, v.y, v.z, v.w};
     u64 best = 0;
 #pragma unroll
@@ -201,7 +214,8 @@ WRAPPER void finish(const Linear& l, const Head& p, const Tile& tile) {
     if (p.logits) {
       float* to = p.logits + row * l.n + column;
       if (l.n % 4 == 0) {
-        if (column < l.n) st(reinterpret_cast<float4*>(to), make_float4(logit[0], logit[1], logit[2], logit[3]));
+        const float4 four = make_float4(logit[0], logit[1], logit[2], logit[3]);
+        if (column < l.n) st(reinterpret_cast<float4*>(to), four);
       } else {
 #pragma unroll
         for (u32 j = 0; j < 4; j++) {

@@ -1,10 +1,11 @@
-// The LM head: logits, and the best of every 128 of them.
+// The LM head: logits, and the argmax of every 128 of them.
 //
-// Computes: logit[m][v] = softcap(multiplier * rstd[m] * (in W^T)), kept or not; best[m][b], larger is better.
+// Computes: logit[m][v] = softcap(multiplier * rstd[m] * (in W^T)), optionally stored; best[m][b] = argmax
+//           key of ids 128b..128b + 128.
 // Work:     grid (ceil(n / 128), splits of K, passes of 8 NT tokens), 256 threads; see linear.cuh.
-// Order:    linear.cuh; the best is a maximum of a total order.
-// Bytes:    n k 2 of weights per pass; m k 2 per 128 rows of W; m n 4 written where logits are kept.
-// Needs:    k a multiple of 32; any n; 16-byte aligned.
+// Order:    linear.cuh; best is a maximum over a total order, so its order does not matter.
+// Bytes:    n k 2 of weights per pass; m k 2 per 128 rows of W; m n 4 written if logits are stored.
+// Preconditions: k a multiple of 32; any n; buffers 16-byte aligned.
 #include "model/epilogues.cuh"
 
 #define PARAMETERS_head float *logits, u64 *best, float multiplier, float cap

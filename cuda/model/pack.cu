@@ -1,18 +1,19 @@
-// Weights into the order the linear kernels read, once, while they are loaded.
+// Permutes weights into the layout of the linear kernels (common/packed.cuh). Runs once, while weights are
+// loaded.
 //
-// Computes: packed row place[r] = row r of `in`; rows n.. of the last tile = 0.
-// Work:     grid (rows + padding rows), one block of 256 threads per row, 16 bytes per thread and turn.
-// Order:    nothing is added.
+// Computes: packed row place[r] = row r of `in`; rows from n to the end of the last tile = 0.
+// Work:     grid (rows + padding rows), one block of 256 threads per row, 16 bytes per thread and iteration.
+// Order:    no additions.
 // Bytes:    rows x k x (2 read + 2 written).
-// Needs:    k a multiple of 32; in and out 16-byte aligned.
+// Preconditions: k a multiple of 32; in and out 16-byte aligned.
 #include "common/packed.cuh"
 
 KERNEL(256, 4, pack,
        (u16* out,            // [ceil(n / 16)][k / 32][half 2][kblock 4][row 8][8] bf16
         const u16* in,       // [rows][k] bf16
-        const u32* place,    // [rows] packed row of each row, others than 0..n are left out; or null: first + r
+        const u32* place,    // [rows] packed row of each row, skipped if not below n; null: first + r
         u32 rows, u32 n, u32 k,
-        u32 first)) {        // packed row of row 0 without `place`
+        u32 first)) {        // packed row of row 0 if `place` is null
   grid_launch();
   grid_wait();
   const bool padding = blockIdx.x >= rows;

@@ -176,8 +176,8 @@ KERNEL(128, 1, broken_wgmma, (float* out, const u16* a, const u16* b, u32 bug)) 
   if (bug != 5) wgmma_fence();
   for (u32 s = 0; s < 2; s++) {
     const u32 at = shared_address(memory + s * STAGE), stride = bug == 6 && warp == 2 ? 512 : STRIDE;
-    u64 left = matrix(at, LEADING, stride, NO_SWIZZLE), right = matrix(at + 2048, LEADING, STRIDE, NO_SWIZZLE);
-    if (bug == 7) left = matrix(at, 0, 1024, SWIZZLE_128);  // not at a multiple of 1024
+    u64 left = descriptor(at, LEADING, stride, NO_SWIZZLE), right = descriptor(at + 2048, LEADING, STRIDE, NO_SWIZZLE);
+    if (bug == 7) left = descriptor(at, 0, 1024, SWIZZLE_128);  // not at a multiple of 1024
     if (bug == 8) right = advance(right, 2 * STAGE);        // beyond shared memory
     wgmma_bf16(sum, left, right, s > 0);
     if (bug != 9) wgmma_commit();

@@ -115,8 +115,8 @@ KERNEL(128, 1, toy_wgmma,
   wgmma_fence();
   for (u32 i = 0; i < k / 16; i++) {
     const Swizzle mode = swizzle ? SWIZZLE_128 : NO_SWIZZLE;
-    const u64 left = advance(matrix(shared_address(first), leading, stride, mode), i * (swizzle ? 32 : 2 * leading));
-    const u64 right = advance(matrix(shared_address(second), leading, stride, mode), i * (swizzle ? 32 : 2 * leading));
+    const u64 left = advance(descriptor(shared_address(first), leading, stride, mode), i * (swizzle ? 32 : 2 * leading));
+    const u64 right = advance(descriptor(shared_address(second), leading, stride, mode), i * (swizzle ? 32 : 2 * leading));
     wgmma_bf16(sum, left, right, c || i);
     // In groups of one, of which some are waited for early.
     wgmma_commit();
