@@ -255,7 +255,7 @@ fn commands_in_the_pages_print_what_the_pages_say() {
         }
     }
     assert!(wrong.is_empty(), "{}\n({UPDATE}=1 writes the actual output into the pages)", wrong.join("\n"));
-    assert!(run >= 8, "only {run} commands were found");
+    assert!(run >= 6, "only {run} commands were found");
 }
 
 #[test]
