@@ -422,7 +422,7 @@ def library_rows(config, machine, dtype, grid, plain_bytes):
                 run = made(rewind)
                 rewind()
                 run()
-            except Exception as error:  # Whatever a library of this size may raise: the other rows stand.
+            except Exception as error:  # A library of this size may raise anything; keep the other rows.
                 reason = (str(error).splitlines() or [""])[0][:200]
                 print(f"{name}: left out: {type(error).__name__}: {reason}", file=sys.stderr)
                 continue
