@@ -1,21 +1,23 @@
 #!/usr/bin/env python3
-"""What drafts of every shape are worth under every rule, and what they would bring on a card.
+"""Acceptance of every draft shape with every verification method, and the speed predicted from it.
 
-Runs dflash-gen over prompts on the CPU and prints three tables in Markdown. Of the first:
+Runs dflash-gen on the CPU over a file of prompts and prints three tables in Markdown.
 
-    tau            tokens of a round, the target's own included, over all rounds of all prompts; with several seeds
-                   their mean and its standard error. No round is cut where an answer ends
-    drafts/token   drafts that the target ran for each token
-    identical      answers that are autoregressive decoding's with the same seed, token for token, where the rule promises it;
-                   fewer than all makes the exit code 1
-    tok/s          predicted for --model on --card by dflash-bench floor, from bytes and operations alone, as if its
-                   drafter were accepted as the one that ran: an upper bound, and never a measurement
+Columns of the first table:
 
-The second says how often drafts of a chain stand at each position, and what the cost model makes of that: how many of
-them pay (dflash-bench floor --curve), and which of the trees. The third, for qwen3-8b alone, is what it makes of
-published acceptance lengths, as if each draft of a chain stood as often as the next. At temperature 0 there is one
-seed, and only the rule match: all rules accept the same drafts there. What dflash-gen refuses is left out, with a word
-on stderr. Needs Python 3.10 or newer and nothing else:
+    tau            tokens per round, bonus token included, over all rounds of all prompts; with several seeds their
+                   mean and its standard error. The last round of an answer counts whole
+    drafts/token   drafts that the target ran per emitted token
+    identical      answers that equal autoregressive decoding with the same seed, for methods that promise it; if any
+                   answer differs, the exit code is 1
+    tok/s          predicted for --model on --card by dflash-bench floor, from bytes and operations alone, with the
+                   acceptance of the drafter that ran: an upper bound, not a measurement
+
+The second table has the acceptance of a chain's drafts by position, and what the cost model concludes from it: how
+many drafts pay (dflash-bench floor --curve), and which tree. The third table, for qwen3-8b only, applies the model to
+published acceptance lengths, assuming equal acceptance at every position. At temperature 0 there is one seed and one
+method, match, because all methods accept the same drafts there. Combinations that dflash-gen refuses are left out and
+named on stderr. Needs Python 3.10 or newer and nothing else:
 
     cargo build --release && python3 tools/acceptance.py
 """
@@ -34,8 +36,8 @@ from records import wholes
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Name, flags ({half}: half the temperature), whether texts are autoregressive decoding's, whether there are trees of it.
-RULES = [
+# Name, flags ({half}: half the temperature), whether the output equals AR decoding, whether it verifies trees.
+METHODS = [
     ("match", "", True, True),
     ("match, coupled", "--coupled", True, False),
     ("match, coupled, drafts at T/2", "--coupled --draft-temperature {half}", True, False),
@@ -44,8 +46,8 @@ RULES = [
     ("block", "--verify block", False, True),
 ]
 
-# Qwen3-8B by the table of the DDTree paper, arXiv 2604.12989: set, temperature, acceptance length and speed-up of
-# DFlash, the same of DDTree with the best of seven budgets (16 to 1024 nodes), which it does not name.
+# Qwen3-8B in the DDTree paper, arXiv 2604.12989: set, temperature, acceptance length and speed-up of DFlash, and the
+# same of DDTree with the best of seven budgets (16 to 1024 nodes). The paper does not say which budget was best.
 PUBLISHED = [
     ("MATH-500", 0, 7.79, 5.56, 10.73, 7.52),
     ("GSM8K", 0, 6.57, 4.78, 9.54, 6.75),
@@ -58,17 +60,17 @@ PUBLISHED = [
 PUBLISHED_BLOCK = 16
 PUBLISHED_TREES = [64, 128, 256]
 
-# Rows of a round, None: autoregressive decoding's; with flags of dflash-gen.
-Cell = namedtuple("Cell", "rule tree flags identical")
-PLAIN = Cell("plain", None, "--draft none", True)
+# One row of the first table. tree: rows of the tree, None for a chain.
+Cell = namedtuple("Cell", "method tree flags identical")
+AR = Cell("AR", None, "--draft none", True)
 
 
 class Refused(Exception):
-    """A program's exit code, and what it said."""
+    """A program failed: its exit code and its message."""
 
 
 def temperatures(text):
-    """As they are given, for dflash-gen to read; what is no number is refused here."""
+    """A list of numbers, kept as text for dflash-gen."""
     found = text.split(",")
     for part in found:
         float(part)
@@ -77,24 +79,24 @@ def temperatures(text):
 
 def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", default=ROOT / "tests/data/prompts.jsonl", help="as dflash-gen takes them")
-    parser.add_argument("--bin", type=Path, default=ROOT / "target/release", help="where the two programs are")
-    parser.add_argument("--tree", type=wholes, default=[8, 16, 32, 64], metavar="LIST", help="rows of trees")
+    parser.add_argument("--prompts", default=ROOT / "tests/data/prompts.jsonl", help="file of prompts, as for dflash-gen")
+    parser.add_argument("--bin", type=Path, default=ROOT / "target/release", help="folder of dflash-gen and dflash-bench")
+    parser.add_argument("--tree", type=wholes, default=[8, 16, 32, 64], metavar="LIST", help="tree sizes in rows")
     parser.add_argument("--temperature", type=temperatures, default=["0", "0.7", "1"], metavar="LIST")
-    parser.add_argument("-n", default="128", help="tokens of an answer")
+    parser.add_argument("-n", default="128", help="tokens per answer")
     parser.add_argument("--seed", type=wholes, default=[1, 2, 3, 4, 5], metavar="LIST")
-    parser.add_argument("--model", default="qwen3-8b", help="of the prediction, as dflash-bench floor takes it")
+    parser.add_argument("--model", default="qwen3-8b", help="model of the prediction, as for dflash-bench floor")
     parser.add_argument("--card", default="H200")
-    parser.add_argument("--context", default="1024", help="positions that its sequence has")
+    parser.add_argument("--context", default="1024", help="positions in its context")
     return parser.parse_args()
 
 
 def run(command):
-    """Its stdout."""
+    """Runs a command and returns its stdout."""
     try:
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     except OSError as error:
-        raise Refused(2, f"--bin has no {command[0].name}: {error.strerror}, expected what cargo build makes") from None
+        raise Refused(2, f"--bin has no {command[0].name}: {error.strerror}, expected the folder that cargo build writes") from None
     if done.returncode:
         raise Refused(done.returncode, done.stderr.strip())
     return done.stdout
@@ -106,24 +108,24 @@ def answers(args, cell, temperature, seed):
     command += cell.flags.format(half=float(temperature) / 2).split()
     records = [json.loads(line) for line in run(command).splitlines()]
     if not every(records, "accepted"):
-        raise Refused(2, f"-n {args.n} brings no round, expected longer answers")
+        raise Refused(2, f"-n is {args.n}, which gives no round: expected a larger number")
     return records
 
 
 def cells(trees, temperature):
-    """Rows of the first table."""
-    for rule, more, identical, grows in RULES:
-        if rule == "match" or float(temperature) > 0:
-            yield Cell(rule, None, more, identical)
-            yield from (Cell(rule, tree, f"{more} --tree {tree}", identical) for tree in trees if grows)
+    """Rows of the first table at one temperature."""
+    for method, more, identical, with_trees in METHODS:
+        if method == "match" or float(temperature) > 0:
+            yield Cell(method, None, more, identical)
+            yield from (Cell(method, tree, f"{more} --tree {tree}", identical) for tree in trees if with_trees)
 
 
 def all_answers(args):
-    """Records by cell, temperature and seed; what was refused is not there."""
+    """Records by cell, temperature and seed, without the cells that dflash-gen refused."""
     wanted = []
     for temperature in args.temperature:
         seeds = args.seed if float(temperature) > 0 else args.seed[:1]
-        wanted += [(cell, temperature, seed) for cell in [PLAIN, *cells(args.tree, temperature)] for seed in seeds]
+        wanted += [(cell, temperature, seed) for cell in [AR, *cells(args.tree, temperature)] for seed in seeds]
     found, left_out = {}, {}
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -134,7 +136,7 @@ def all_answers(args):
                 found[runs[future]] = future.result()
             except Refused as refused:
                 code, said = refused.args
-                if code not in (2, 4) or cell.tree is None and cell.rule in ("plain", "match"):
+                if code not in (2, 4) or cell.tree is None and cell.method in ("AR", "match"):
                     raise
                 left_out[cell] = said
             if sys.stderr.isatty():
@@ -142,44 +144,44 @@ def all_answers(args):
     finally:
         pool.shutdown(cancel_futures=True)
     for cell, said in left_out.items():
-        print(f"left out: {cell.rule}{f', tree of {cell.tree}' if cell.tree else ''}: {said}", file=sys.stderr)
+        print(f"left out: {cell.method}{f', tree of {cell.tree}' if cell.tree else ''}: {said}", file=sys.stderr)
     return {key: records for key, records in found.items() if key[0] not in left_out}
 
 
 def floor(args, more):
-    """Rows of what is predicted."""
+    """Rows that dflash-bench floor predicts."""
     command = [args.bin / "dflash-bench", "floor", "--model", args.model, "--card", args.card]
     return json.loads(run(command + ["--context", args.context, "--json"] + more))["rows"]
 
 
 def predictions(args, rows):
-    """Milliseconds of a AR step, and of a round by its rows."""
+    """Milliseconds of an AR step, and of a round by its number of rows."""
     found = floor(args, ["--tree", ",".join(map(str, sorted(rows)))])
-    plain = next(row["median"] for row in found if row["name"] == "AR step")
-    return plain, {row["parameters"]["tree"]: row["median"] for row in found if row["name"] == "round"}
+    ar = next(row["median"] for row in found if row["name"] == "AR step")
+    return ar, {row["parameters"]["tree"]: row["median"] for row in found if row["name"] == "round"}
 
 
 def cheapest(args, curve):
-    """The round that the cost model takes, if each draft of a chain stands so often where those before it do."""
+    """The cheapest round by the cost model. curve: acceptance of each draft given that those before it are accepted."""
     found = floor(args, ["--curve", ",".join(f"{p:.6f}" for p in curve)])
     row = next(row for row in found if row["name"] == "DFlash, cheapest chain of the curve")
     return {"tok/s": row["median"], **row["numbers"]}
 
 
 def every(records, field):
-    """Of all rounds of all prompts."""
+    """The field's values for all rounds of all prompts."""
     return [n for record in records for n in record[field]]
 
 
 def curve_of(accepted, drafts):
-    """How often each draft of a chain stands where those before it do, as far as that was seen; accepted counts the
-    target's own token."""
-    stood = [sum(n > i for n in accepted) for i in range(drafts + 1)]
-    return [after / before for before, after in zip(stood, stood[1:]) if before]
+    """Acceptance of each draft given that those before it are accepted, as far as it was observed. accepted: tokens per
+    round, bonus token included."""
+    reached = [sum(n > i for n in accepted) for i in range(drafts + 1)]
+    return [after / before for before, after in zip(reached, reached[1:]) if before]
 
 
 def even(tau, drafts):
-    """How often each draft of a chain stands, if all do equally often and a round brings tau tokens."""
+    """The acceptance probability that gives tau if it is equal for all drafts of a chain."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -201,19 +203,19 @@ def head(*columns):
 
 def main():
     args = flags()
-    floor(args, [])  # What it refuses is known before anything runs.
+    floor(args, [])  # Wrong flags are reported before anything runs.
     found = all_answers(args)
-    chain = 1 + max(n for (cell, *_), records in found.items() if (cell.rule, cell.tree) == ("match", None)
+    chain = 1 + max(n for (cell, *_), records in found.items() if (cell.method, cell.tree) == ("match", None)
                     for n in every(records, "drafted"))
-    plain_ms, round_ms = predictions(args, {chain, *args.tree, PUBLISHED_BLOCK, *PUBLISHED_TREES})
+    ar_ms, round_ms = predictions(args, {chain, *args.tree, PUBLISHED_BLOCK, *PUBLISHED_TREES})
 
     def rate(tau, rows):
-        """Predicted tokens per second, and times autoregressive decoding."""
-        return [f"{1000 * tau / round_ms[rows]:.0f}", f"{tau * plain_ms / round_ms[rows]:.2f}"]
+        """Predicted tokens per second, and the ratio to AR decoding."""
+        return [f"{1000 * tau / round_ms[rows]:.0f}", f"{tau * ar_ms / round_ms[rows]:.2f}"]
 
     where = f"{args.model} on {args.card}"
     wrong, best = False, {}
-    head("T", "drafts", "rule", "tau", "drafts/token", "identical", f"predicted tok/s, {where}", "times plain")
+    head("T", "drafts", "method", "tau", "drafts/token", "identical", f"predicted tok/s, {where}", "x AR")
     for temperature in args.temperature:
         for cell in cells(args.tree, temperature):
             runs = {seed: records for (other, at, seed), records in found.items() if (other, at) == (cell, temperature)}
@@ -225,21 +227,21 @@ def main():
                 text += f" ± {statistics.stdev(taus) / len(taus) ** 0.5:.3f}"
             all_records = [record for records in runs.values() for record in records]
             same = sum(own["tokens"] == other["tokens"] for seed, records in runs.items()
-                       for own, other in zip(records, found[PLAIN, temperature, seed], strict=True))
+                       for own, other in zip(records, found[AR, temperature, seed], strict=True))
             wrong |= cell.identical and same < len(all_records)
             drafts = sum(every(all_records, "drafted")) / sum(every(all_records, "accepted"))
             shape = f"tree of {cell.tree}" if cell.tree else f"chain of {chain}"
             identical = f"{same} of {len(all_records)}" if cell.identical else ""
-            line([temperature, shape, cell.rule, text, f"{drafts:.1f}", identical, *rate(tau, cell.tree or chain)])
-            if cell.rule == "match" and cell.tree:
+            line([temperature, shape, cell.method, text, f"{drafts:.1f}", identical, *rate(tau, cell.tree or chain)])
+            if cell.method == "match" and cell.tree:
                 best[temperature] = max(best.get(temperature, (0, 0)), (tau / round_ms[cell.tree], cell.tree))
 
     print()
-    head("T", "drafts of the chain that stand where those before do, match", "drafts that pay", "tau",
-         f"predicted tok/s, {where}", "times plain", "of the trees, rows that pay", "predicted tok/s")
+    head("T", "acceptance of each draft of the chain given those before it, match", "drafts that pay", "tau",
+         f"predicted tok/s, {where}", "x AR", "tree rows that pay", "predicted tok/s")
     for temperature in args.temperature:
         accepted = [n for (cell, at, _), records in found.items()
-                    if (cell.rule, cell.tree, at) == ("match", None, temperature) for n in every(records, "accepted")]
+                    if (cell.method, cell.tree, at) == ("match", None, temperature) for n in every(records, "accepted")]
         curve = curve_of(accepted, chain - 1)
         model = cheapest(args, curve)
         tree = [f"{best[temperature][1]}", f"{1000 * best[temperature][0]:.0f}"] if temperature in best else ["", ""]
@@ -249,14 +251,14 @@ def main():
     if args.model != "qwen3-8b":
         return int(wrong)
     print()
-    predicted = [f"predicted with {shape} of {rows} ({round_ms[rows]:.2f} ms a round): tok/s, times plain"
+    predicted = [f"predicted with {shape} of {rows} ({round_ms[rows]:.2f} ms a round): tok/s, x AR"
                  for shape, rows in [("a chain", PUBLISHED_BLOCK), *(("a tree", rows) for rows in PUBLISHED_TREES)]]
-    head("set", "T", "DFlash, published: tau, speed-up", "a draft stands", "drafts that pay", predicted[0],
+    head("set", "T", "DFlash, published: tau, speed-up", "p per draft", "drafts that pay", predicted[0],
          "DDTree, published: tau, speed-up", *predicted[1:])
     for name, temperature, tau, speed, tree_tau, tree_speed in PUBLISHED:
-        stands = even(tau, PUBLISHED_BLOCK - 1)
-        pays = cheapest(args, [stands] * (PUBLISHED_BLOCK - 1))["drafts"]
-        line([name, str(temperature), f"{tau:.2f}, {speed:.2f}", f"{stands:.2f}", str(pays),
+        p = even(tau, PUBLISHED_BLOCK - 1)
+        pays = cheapest(args, [p] * (PUBLISHED_BLOCK - 1))["drafts"]
+        line([name, str(temperature), f"{tau:.2f}, {speed:.2f}", f"{p:.2f}", str(pays),
               ", ".join(rate(tau, PUBLISHED_BLOCK)), f"{tree_tau:.2f}, {tree_speed:.2f}",
               *(", ".join(rate(tree_tau, rows)) for rows in PUBLISHED_TREES)])
     return int(wrong)

@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""The reference on PyTorch's CPU back end, and dflash-gen beside it: same prompts, same machine, same run.
+"""PyTorch on the CPU and dflash-gen, side by side: same prompts, same machine, same run.
 
 Needs Python 3.10 or newer with
 
     pip install torch transformers
 
-(any build of torch; only the CPU is used, and nothing is downloaded). Rows of the table:
+(any build of torch: only the CPU is used, and nothing is downloaded). Rows of the table:
 
     torch plain    Hugging Face Transformers, `generate`, greedy, f32 from the bf16 weights
-    torch dflash   DFlash as the paper has it, a port: drafter below, target through Transformers with DynamicCache
+    torch dflash   a port of DFlash: the drafter below, the target through Transformers with DynamicCache
     ours plain     dflash-gen --draft none    (with --ours PATH)
     ours dflash    dflash-gen                 (with --ours PATH)
 
-Every answer is checked against the recorded one of the reference implementation (tests/data/oracle.json), and so are
-the acceptance lengths of every round; any difference is reported and makes the exit code 1. tok/s is new tokens over
-seconds of the whole request, prompt included, loading left out. tau is verified tokens per round over all rounds of
-all prompts, mean tau the mean of the prompts' own, which is what papers report. Example:
+The script compares every answer, and the accepted tokens of every round, with those that the reference implementation
+recorded (tests/data/oracle.json). It reports any difference and then ends with exit code 1. tok/s is new tokens over
+seconds of the whole request, prompt included, loading excluded. tau is tokens per round over all rounds of all prompts;
+mean tau is the mean of the prompts' own tau, which papers report. Example:
 
     cargo build --release && python tools/baseline.py --ours target/release/dflash-gen
 
@@ -63,7 +63,7 @@ class Drafter:
         self.reset()
 
     def reset(self):
-        """Forgets the context: keys and values per layer, [1, kv_heads, positions, head_dim]."""
+        """Clears the context: keys and values per layer, [1, kv_heads, positions, head_dim]."""
         empty = torch.zeros(1, self.kv_heads, 0, self.head_dim)
         self.keys, self.values = [empty] * self.layers, [empty] * self.layers
 
@@ -96,7 +96,7 @@ class Drafter:
             self.values[layer] = torch.cat((self.values[layer], values), dim=2)
 
     def draft(self, anchor):
-        """The block - 1 most likely tokens after the anchor, which stands right behind the context."""
+        """The block - 1 drafts after the anchor, whose position follows the context."""
         start = self.keys[0].shape[2]
         x = self.embedding[torch.tensor([anchor] + [self.mask] * (self.block - 1))]  # [block, hidden]
         for layer in range(self.layers):
@@ -125,8 +125,8 @@ def plain(target, prompt, new_tokens):
 def dflash(target, drafter, prompt, new_tokens, stop_ids):
     """Greedy continuation by DFlash, and the tokens of each round.
 
-    As the recorded reference counts: every block is drafted in full, rounds go on until `new_tokens` are verified
-    beyond the one from the prompt, and the last round counts in full although the answer is cut.
+    Counts as the recorded reference does: every block is drafted in full, rounds continue until `new_tokens` tokens
+    follow the one from the prompt, and the last round counts in full although the answer is cut.
     """
     drafter.reset()
     cache = DynamicCache(config=target.config)
@@ -188,8 +188,8 @@ def main():
     parser.add_argument("-n", type=int, default=128, help="new tokens per prompt (default 128)")
     parser.add_argument("--count", type=int, help="only the first COUNT prompts")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions; the median is reported (default 3)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads for torch; dflash-gen uses the cores that taskset leaves it")
-    parser.add_argument("--ours", metavar="PATH", help="dflash-gen, for the rows beside torch's")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of torch; restrict dflash-gen with taskset")
+    parser.add_argument("--ours", metavar="PATH", help="path of dflash-gen, for its rows")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args()
     if args.n < 1 or args.repeat < 1 or args.threads < 1 or (args.count is not None and args.count < 1):
@@ -207,7 +207,7 @@ def main():
 
     texts = [json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines() if line.strip()][: args.count]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    # Recorded answers hold for the recorded budget; for a smaller one the tokens still do, as a prefix.
+    # Recorded answers are for the recorded budget. For a smaller budget the tokens are a prefix of them.
     recorded = json.loads(args.oracle.read_text())
     budget = recorded["summary"]["max_new_tokens"]
     known = {prompt["prompt"]: prompt for prompt in recorded["prompts"]}
@@ -263,7 +263,7 @@ def main():
     dflash(target, drafter, prompts[0], 16, stop_ids)
     results = {row: [] for row in rows}
     for _ in range(args.repeat):
-        # Turn by turn, so that a slow minute of the machine hits every row.
+        # In turn, so that a slow minute of the machine affects every row.
         for row, measure in rows.items():
             results[row].append(measure())
 

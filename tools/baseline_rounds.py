@@ -1,28 +1,27 @@
-"""The rounds of `dflash-bench round` in PyTorch: `tools/baseline.py rounds`, for a side-by-side on one machine in one
-run.
+"""The rounds of `dflash-bench round` in PyTorch (`tools/baseline.py rounds`), to compare on one machine in one run.
 
-    AR step    one row of each sequence through the target
-    round         inject, draft, verify and accept as one: features of a block's rows into the drafter's keys and
-                  values, its pass over a block, the target's pass over that block, and which drafts stand
-    inject, draft, verify    alone
+    AR step       one row of each sequence through the target
+    round         inject, draft, verify and accept together: features of a block's rows into the drafter's keys and
+                  values, the drafter's pass over a block, the target's pass over that block, acceptance
+    inject, draft, verify    each alone
 
 Linears are torch.nn.functional.linear (cuBLAS) with query, key and value, and gate and up as one matrix each; attention
-is torch's SDPA, without its plain kernels, and of three ways to put grouped heads and the mask to it the one that is
-fastest at the shape. On a GPU all of it is captured as CUDA graphs. Weights and contexts are noise in bf16 (f32 on a
-CPU) at the shapes of benches/models/*.json. Positions are constants of the graph, which a real engine cannot have: a
-favour to torch. The scaling of RoPE is left out, which changes values and no time.
+is torch's SDPA without its math kernels. Of three ways to pass grouped heads and the mask, the script takes the one that
+is fastest at the shape. On a GPU everything is captured as CUDA graphs. Weights and contexts are noise in bf16 (f32 on
+a CPU) at the shapes of benches/models/*.json. Positions are constants of the graph, which a real engine cannot have:
+this favours torch. RoPE scaling is omitted, which changes values and no times.
 
-A AR step of Hugging Face Transformers, with the same shapes and a StaticCache, is measured beside them: as it is, as
-a CUDA graph, and through torch.compile; its rows have the parameter `library`. What it cannot do is told on stderr.
+The AR step of Hugging Face Transformers, with the same shapes and a StaticCache, is measured too: as it is, as a CUDA
+graph, and through torch.compile; its rows have the parameter `library`. Variants that fail are named on stderr.
 
-Times are the device's own, every round of samples goes over all rows, and the first does not count. `--json OUT` writes
-a record in the form of benches/schema.json. With `--ours dflash-bench` that program runs the same grid between the
-rounds of samples; its record is OUT with `-ours` in its name, and the two are compared by
+Times are the device's own. Every round of samples covers all rows, and the first round does not count. `--json OUT`
+writes a record in the form of benches/schema.json. With `--ours dflash-bench` that program runs the same grid between
+the rounds of samples. Its record is OUT with `-ours` in its name; compare the two with
 
     dflash-bench compare OUT OUT-ours
 
-`--check dflash-gen` measures nothing: it decodes prompts by these rounds with the demo pair's own weights, in f32, and
-holds tokens and accepted drafts against dflash-gen's on the CPU; exit code 1 where they differ.
+`--check dflash-gen` measures nothing: it decodes prompts by these rounds with the weights of the demo pair, in f32, and
+compares tokens and accepted drafts with those of dflash-gen on the CPU; exit code 1 if they differ.
 """
 
 import argparse
@@ -59,7 +58,7 @@ def configs(model):
 
 
 def drawn(device, dtype):
-    """Weights that nobody trained: name and shape to a tensor of noise."""
+    """Random weights: from a name and a shape to a tensor of noise."""
     generator = torch.Generator(device).manual_seed(1)
 
     def weight(name, shape):
@@ -126,7 +125,7 @@ class Stack:
         return 2 * len(self.layers) * self.kv_heads * self.head_dim * self.last.element_size()
 
     def cache(self, batch, positions):
-        """Keys and values of every layer, full of noise: layers x [2, batch, kv_heads, positions, head_dim]."""
+        """Keys and values of every layer, filled with noise: layers x [2, batch, kv_heads, positions, head_dim]."""
         shape = (2, batch, self.kv_heads, positions, self.head_dim)
         return [torch.randn(shape, device=self.last.device, dtype=self.last.dtype) for _ in self.layers]
 
@@ -157,7 +156,7 @@ class Stack:
         cache[1][:, :, rows] = self.head_rows(values, self.kv_heads)
 
     def forward(self, x, caches, start, angles, attend, taps=()):
-        """The rows at positions from `start` on, normed, and what the tapped layers put out."""
+        """Final-normed rows at positions from `start` on, and the outputs of the tapped layers."""
         wide, narrow, tapped = self.heads * self.head_dim, self.kv_heads * self.head_dim, []
         for i, (layer, cache) in enumerate(zip(self.layers, caches)):
             rows = F.linear(self.norm(x, layer["before"]), layer["qkv"])
@@ -177,15 +176,15 @@ class Stack:
 
 
 def lower_right(rows, positions, device, dtype, copies=1):
-    """What each row may not see as -inf; the last row sees all. [copies * rows, positions], each beginning at a
-    multiple of 16 bytes, as SDPA's kernels want it."""
+    """A mask with -inf at hidden positions; the last row sees everything. [copies * rows, positions], each row at a
+    multiple of 16 bytes, as SDPA's kernels require."""
     wide = torch.full((rows, (positions + 7) // 8 * 8), -math.inf, device=device, dtype=dtype)
     return wide.triu(positions - rows + 1).repeat(copies, 1)[:, :positions]
 
 
 def attentions(stack, rows, positions, causal):
-    """Ways to attend, name to function of queries, keys and values [batch, heads, rows, head_dim]: the groups of heads
-    by SDPA itself; folded into rows, so that keys and values are read once; keys and values copied for every head."""
+    """Ways to attend, from a name to a function of queries, keys and values [batch, heads, rows, head_dim]: groups of
+    heads by SDPA itself; groups folded into rows, so that keys and values are read once; keys and values copied."""
     group, masked = stack.heads // stack.kv_heads, causal and rows > 1
     masks = [
         lower_right(rows, positions, stack.last.device, stack.last.dtype, copies) if masked else None
@@ -210,7 +209,7 @@ def attentions(stack, rows, positions, causal):
 
 
 class Pair:
-    """Target and drafter. A round's parts are functions of tensors and of the position where they begin."""
+    """Target and drafter. The parts of a round are functions of tensors and of their first position."""
 
     def __init__(self, model, weights, device):
         self.names, (config, own) = configs(model)
@@ -231,18 +230,18 @@ class Pair:
         return F.linear(x, self.head).argmax(-1)
 
     def inject(self, features):
-        """Features [batch, rows, taps * hidden] joined and normed, as the drafter's layers take them."""
+        """Context features of tapped features [batch, rows, taps * hidden] (docs/dflash.md 3.2)."""
         return self.drafter.norm(F.linear(features, self.fc), self.hidden_norm)
 
     def write_context_kv(self, context, caches, start, angles):
-        """The drafter's keys and values of joined features: a part of its pass, as in dflash-bench's rounds."""
+        """Writes the drafter's keys and values of context features: part of the draft, as in dflash-bench."""
         wide = self.drafter.heads * self.drafter.head_dim
         for layer, cache in zip(self.drafter.layers, caches):
             keys, values = F.linear(context, layer["qkv"][wide:]).chunk(2, dim=-1)
             self.drafter.keep(layer, cache, keys, values, start, angles)
 
     def draft(self, anchors, caches, start, angles, attend):
-        """The tokens [batch, block - 1] after the anchors [batch], which stand at `start`."""
+        """Drafts [batch, block - 1] after the anchors [batch] at position `start`."""
         masks = anchors.new_full((len(anchors), self.block - 1), self.mask)
         x = self.embedding[torch.cat((anchors[:, None], masks), dim=1)]
         return self.best(self.drafter.forward(x, caches, start, angles, attend)[0][:, 1:])
@@ -253,9 +252,9 @@ class Pair:
         return self.best(x), features
 
     def accept(self, drafts, best):
-        """How many tokens of each sequence stand, and the last of them: each [batch]."""
-        standing = (drafts == best[:, :-1]).int().cumprod(1).sum(1)
-        return standing + 1, best.gather(1, standing[:, None])[:, 0]
+        """Tokens that each sequence emits, and the last of them: each [batch]."""
+        accepted = (drafts == best[:, :-1]).int().cumprod(1).sum(1)
+        return accepted + 1, best.gather(1, accepted[:, None])[:, 0]
 
 
 class Machine:
@@ -290,11 +289,11 @@ class Machine:
             return (time.perf_counter() - start) * 1e3
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if captured:
-            # The card is busy while the sample is enqueued, as in dflash-bench: its start is no part of it.
+            # Keeps the GPU busy while the sample is enqueued, as in dflash-bench, so that its start does not count.
             run()
         prepare()
         if not captured:
-            # What comes before must not wait for the host between the two events.
+            # Preparation must not make the GPU wait for the host between the two events.
             torch.cuda.synchronize()
         begin.record()
         run()
@@ -303,7 +302,7 @@ class Machine:
         return begin.elapsed_time(end)
 
     def fastest(self, stack, batch, rows, positions, causal):
-        """The attention that is right and takes least at this shape, and its name."""
+        """The fastest correct attention at this shape, and its name."""
         device, dtype = stack.last.device, stack.last.dtype
         queries = torch.randn(batch, stack.heads, rows, stack.head_dim, device=device, dtype=dtype)
         shape = (2, batch, stack.kv_heads, positions, stack.head_dim)
@@ -329,7 +328,7 @@ class Machine:
 
 
 def torch_rows(pair, machine, context, batch):
-    """The rows of one place of the grid: name, parameters, what runs, what comes before it, bytes that it must read."""
+    """Rows at one point of the grid: name, parameters, function, preparation, bytes that it must read."""
     target, drafter, block, device = pair.target, pair.drafter, pair.block, pair.device
     caches, own = target.cache(batch, context + block), drafter.cache(batch, context + block)
     anchors = torch.randint(pair.vocabulary, (batch,), device=device)
@@ -387,7 +386,7 @@ def torch_rows(pair, machine, context, batch):
 
 
 def library_rows(config, machine, dtype, grid, plain_bytes):
-    """Transformers' AR step at every place of the grid, as it is, as a graph and compiled."""
+    """Transformers' AR step at every point of the grid: as it is, as a graph, and compiled."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
@@ -411,7 +410,7 @@ def library_rows(config, machine, dtype, grid, plain_bytes):
                     layer.cumulative_length.fill_(context)
 
         def stepping(forward, cache=cache, ids=ids):
-            # The argmax, so that nothing of the logits is left to do.
+            # With the argmax, so that the work on the logits is included.
             return lambda: forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
         ways = {"transformers": lambda rewind: stepping(model)}
@@ -423,7 +422,7 @@ def library_rows(config, machine, dtype, grid, plain_bytes):
                 run = made(rewind)
                 rewind()
                 run()
-            except Exception as error:  # Whatever a library of this size may raise: the other rows stand.
+            except Exception as error:  # A library of this size may raise anything; keep the other rows.
                 reason = (str(error).splitlines() or [""])[0][:200]
                 print(f"{name}: left out: {type(error).__name__}: {reason}", file=sys.stderr)
                 continue
@@ -465,7 +464,7 @@ def record(args, names, rows):
 
 
 def check(binary, count, new_tokens):
-    """Decodes held-out prompts of the demo pair by these rounds and holds them against dflash-gen. True: all equal."""
+    """Decodes held-out prompts with these rounds and compares with dflash-gen. True if all are equal."""
     from transformers import AutoTokenizer
 
     pair = Pair("demo", (stored(ROOT / "demo/target"), stored(ROOT / "demo/drafter")), "cpu")
@@ -490,7 +489,7 @@ def check(binary, count, new_tokens):
 
 
 def decode(pair, prompt, new_tokens):
-    """Greedy tokens of one prompt and what each round brought, as dflash-gen counts them."""
+    """Greedy tokens of one prompt and the tokens of each round, as dflash-gen counts them."""
     stop, positions = pair.config["eos_token_id"], len(prompt) + new_tokens + pair.block
     caches, own = pair.target.cache(1, positions), pair.drafter.cache(1, positions)
 

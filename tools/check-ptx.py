@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Holds what nvcc makes of cuda/*.cu for sm_80 and sm_90a against cuda/expected.txt.
+"""Compares the machine code of all kernels, for sm_80 and sm_90a, with cuda/expected.txt.
 
-Per kernel: no more registers than stated, no spills, no local memory, and the named instructions present. A kernel without
-a line, a line without a kernel, a warning of the compiler (that it makes wgmma wait, say) and inline assembly outside
-cuda/common/ptx.cuh fail too. `--write` prints a fresh table with today's registers, for a change that means to move them.
+Each kernel must have no more registers than stated, no spills, no local memory, and the instructions that its line
+names. These fail too: a kernel without a line, a line without a kernel, a warning of the compiler (for example that it
+serialises wgmma), and inline assembly outside cuda/common/ptx.cuh. `--write` prints a new table with the current
+registers, for a change that is meant to alter them.
 """
 
 import concurrent.futures
@@ -18,7 +19,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGETS = ["sm_80", "sm_90a"]
-# What a word in expected.txt asks of the machine code.
+# The instructions that a word in expected.txt requires.
 WORDS = {
     "hgmma": re.compile(r"\bHGMMA\.64x256x16\.F32\.BF16"),
     "hmma": re.compile(r"\bHMMA\.16816\.F32\.BF16"),
@@ -32,7 +33,7 @@ WORDS = {
 
 
 def find(tool):
-    """The pinned tool where it is installed, else the one beside $NVCC, in $CUDA_HOME or on PATH."""
+    """Path of the tool: beside $NVCC, the pinned one, in $CUDA_HOME, or on PATH."""
     places = [ROOT / ".cuda/nvidia/cu13/bin" / tool]
     if "NVCC" in os.environ:
         places.insert(0, pathlib.Path(os.environ["NVCC"]).parent / tool)

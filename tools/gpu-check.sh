@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The kernel tests on this machine's GPU, from what tools/gpu-pack.sh packed, in at most 8 minutes: first plainly, then,
-# where compute-sanitizer works, some under each of its tools. Needs the driver alone.
-#   pack/gpu-check.sh OUT            writes OUT/summary.txt and logs; exits 0 where all passed
-#   pack/gpu-check.sh OUT SECONDS    the tests alone, in so many seconds: a step of gpu-report.sh
+# Runs the kernel tests on this machine's GPU, from a pack of tools/gpu-pack.sh, in at most 8 minutes: first as they are,
+# then, if compute-sanitizer works, some of them under each of its tools. Needs nothing but the driver.
+#   pack/gpu-check.sh OUT            writes OUT/summary.txt and logs; exit code 0 if all passed
+#   pack/gpu-check.sh OUT SECONDS    the tests only, within SECONDS: a step of gpu-report.sh
 set -uo pipefail
 [ $# = 1 ] || [[ $# = 2 && "$2" =~ ^[1-9][0-9]{0,5}$ ]] || { sed -n '2,5p' "$0"; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")" || exit 2
-# Where some containers keep the driver; last, so that a loader's own choice goes first.
+# Some containers keep the driver here. Last in the path, so that the loader's own choice comes first.
 export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64"
 end=$((SECONDS + ${2:-460})) bad=0
 finish() {
@@ -26,7 +26,7 @@ step() {
     timeout -k 5 $((limit < left ? limit : left)) "$@" >"$out/last" 2>&1
     status=$?
     { echo "== $title: $*"; cat "$out/last"; } >>"$log"
-    # Where the GPU does not open, tests pass on the emulator alone.
+    # If the GPU does not open, tests would pass on the emulator alone.
     [ $status != 0 ] || grep -qE '^(on|opened in) ' "$out/last" || status=99
     [ $status = 0 ] || { word="FAILED $status"; bad=1; }
     [ $status != 99 ] || word="NOT ON THE GPU"
@@ -62,7 +62,7 @@ done
 
 [ $# = 1 ] || finish
 
-# The program itself, on the demo pair that it holds: every prompt plainly and with drafts, logits and times.
+# The program itself, with the built-in demo pair: every prompt with and without drafts, logits and times.
 generate() { # generate LOG ARGS...
     local log=$1
     shift
@@ -96,7 +96,7 @@ if ! command -v compute-sanitizer >/dev/null; then
 elif ! step 60 memcheck.log "compute-sanitizer" compute-sanitizer --error-exitcode 9 --report-api-errors no "${open[@]}"; then
     say "no memcheck, racecheck, initcheck, synccheck: $(grep -m 1 '^=====' "$out/last" | cut -c 1-200)"
 else
-    # Nonsense in every index a kernel reads from memory.
+    # Invalid values in every index that a kernel reads from memory.
     checker memcheck linear rows_and_pages_that_are_nonsense injection_gathers
     checker memcheck attention any_length_page_and_mask
     checker memcheck decide garbage_in_settings verdict_is_the_same
@@ -107,7 +107,7 @@ else
     checker memcheck judge garbage
     checker memcheck siblings garbage
     checker memcheck chains garbage
-    # Every kernel that shares memory between threads.
+    # Every kernel whose threads share memory.
     checker racecheck linear_bits schedules_and_threads
     checker racecheck prefill schedules_and_threads
     checker racecheck attention five_schedules
@@ -119,7 +119,7 @@ else
     checker racecheck judge every_schedule
     checker racecheck siblings every_schedule
     checker racecheck chains every_schedule
-    # What a kernel reads of a buffer that nothing has written; barriers that not all threads of a block come to.
+    # Reads of memory that nothing has written; barriers that not all threads of a block reach.
     checker initcheck rounds rounds_are_the_same
     checker initcheck device_trees rounds_of_trees
     checker synccheck linear_bits schedules_and_threads

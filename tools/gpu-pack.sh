@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Packs what tools/gpu-check.sh and tools/gpu-report.sh run on a machine with a GPU that has neither cargo nor nvcc: the
-# tests that use one, as programs, dflash-gen and dflash-bench with the held-out prompts, and the commit they are of.
+# Packs everything that tools/gpu-check.sh and tools/gpu-report.sh need on a GPU machine without cargo and nvcc: the test
+# programs that use a GPU, dflash-gen, dflash-bench, the held-out prompts, and the commit.
 #   tools/gpu-pack.sh pack.tar.xz      unpacks to pack/
 set -euo pipefail
 [ $# = 1 ] || { sed -n '2,4p' "$0"; exit 2; }
@@ -21,6 +21,6 @@ while read -r name program; do
 done <"$work/programs"
 cp tools/gpu-check.sh tools/gpu-report.sh tests/data/prompts.jsonl "$work/pack/"
 { git rev-parse HEAD; git status --short --untracked-files=no; } >"$work/pack/commit"
-# Every program holds the same kernels: a dictionary longer than one makes them cost once.
+# Every program contains the same kernels. A dictionary longer than one program stores them once.
 tar -C "$work" -c pack | xz --lzma2=preset=1,dict=64MiB >"$archive"
 ls -l "$archive"

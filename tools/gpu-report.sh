@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What the engine does on this machine's GPU, in at most 8 minutes whatever hangs: the kernel tests, lossless checks,
-# then kernels, rounds of two published pairs with drawn weights and whole generations. Needs the driver alone.
+# Tests and measures the engine on this machine's GPU, in at most 8 minutes even if something hangs: kernel tests, lossless
+# checks, kernels, rounds of two published pairs with random weights, and generations. Needs nothing but the driver.
 #   tools/gpu-report.sh [FLAGS] [OUT]     from a checkout in which `cargo build --release` and `cargo test --release
 #   pack/gpu-report.sh [FLAGS] [OUT]      --no-run` have run, or from what tools/gpu-pack.sh packed
 # OUT is a folder, new or empty [benches/results/CARD-DATE-COMMIT in a checkout, else results/CARD-DATE-COMMIT]. It gets
 # summary.md, report.html, a record in JSON of each step, and logs.
 #   --device cuda|emulator    emulator: the same steps on the demo pair, in which counters replace times [cuda]
 #   --bin DIR                 where dflash-gen and dflash-bench are [target/release in a checkout, else the pack]
-#   --limit SECONDS           all of it in so many seconds, each step in proportion [480]
+#   --limit SECONDS           time for everything; each step gets its part [480]
 # Exit codes: 0 every step went well, 1 one failed, took too long or was left out (summary.md says which), 2 usage, 130
 # interrupted. CUDA_VISIBLE_DEVICES chooses the GPU.
 set -uo pipefail
@@ -38,10 +38,10 @@ for program in dflash-gen dflash-bench; do
     [ -x "$bin/$program" ] || usage "$bin has no $program: cargo build --release or tools/gpu-pack.sh makes it"
 done
 
-# All seconds below are of 480. The last twelfth is for the report, and for what does not die at once.
+# Seconds below assume a limit of 480. The last twelfth is for the report and for processes that end late.
 seconds() { echo $((($1 * limit + 479) / 480)); }
 end=$((SECONDS + $(seconds 440))) reserved=430 bad=0
-# Where some containers keep the driver and its tools; last, so that the system's own choice goes first.
+# Some containers keep the driver and its tools here. Last in the path, so that the system's own choice comes first.
 export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64" PATH="$PATH:/usr/local/nvidia/bin"
 if [ -n "$root" ]; then
     commit=$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null) || commit=unknown
@@ -52,7 +52,7 @@ smi() { timeout -k 1 "$(seconds 10)" nvidia-smi -i "${CUDA_VISIBLE_DEVICES:-0}" 
 card=emulator driver=none
 if [ "$device" = cuda ]; then
     IFS=, read -r card driver < <(smi --query-gpu=name,driver_version --format=csv,noheader)
-    # One that hangs or fails is not asked again.
+    # If nvidia-smi hangs or fails once, it is not called again.
     [ -n "$driver" ] || smi() { false; }
     [ -n "$card" ] ||
         card=$(sed -n 's/^Model:[[:space:]]*//p' /proc/driver/nvidia/gpus/*/information 2>/dev/null | head -n 1)
@@ -73,7 +73,7 @@ mkdir -p "$out/logs" 2>/dev/null || usage "$out cannot be made: name a folder th
 out=$(cd "$out" && pwd)
 scratch=$out/.scratch
 mkdir "$scratch" || exit 2
-# The driver keeps compiled kernels in the home, and compiles them for every process anew where it cannot.
+# The driver caches compiled kernels in the home folder. If it cannot, it compiles them for every process.
 kept=${HOME:-/}/.nv/ComputeCache
 if [ -z "${CUDA_CACHE_PATH:-}" ] && ! { mkdir -p "$kept" 2>/dev/null && [ -w "$kept" ]; }; then
     export CUDA_CACHE_PATH=$scratch/cache
@@ -90,8 +90,8 @@ stop() {
 }
 trap stop INT TERM HUP
 
-# within SECONDS COMMAND...: its exit code, or 124 where it had to be killed. What even that does not end, as a process
-# that waits for a broken driver, is left behind. Each command leads a process group, so that its children go with it.
+# within SECONDS COMMAND...: its exit code, or 124 if it had to be killed. A process that survives even that (waiting for
+# a broken driver) is left behind. Each command leads a process group, so that its children are killed too.
 set -m
 within() {
     local until=$((SECONDS + $1)) signal child
@@ -110,8 +110,8 @@ within() {
     wait "$child"
 }
 
-# step SHARE NAME OUTPUT COMMAND...: stdout to OUTPUT, stderr to a log, and a row of the summary. A step may take its
-# share of the 480 seconds, and what those before have left. What a failed one printed is kept with the logs.
+# step SHARE NAME OUTPUT COMMAND...: stdout to OUTPUT, stderr to a log, and a row of the summary. A step may use its share
+# of the 480 seconds and whatever the steps before it left over. The output of a failed step is kept with the logs.
 step() {
     local share=$1 name=$2 file=$out/$3 log=$out/logs/$2.log start=$SECONDS status=0 word=ok note='' left
     shift 3
@@ -126,7 +126,7 @@ step() {
     if [ $status = 0 ] && [ -s "$scratch/out" ]; then
         mv "$scratch/out" "$file"
     else
-        # The last sentence is the reason.
+        # The last line of stderr is the reason.
         word="FAILED $status" bad=1 note=$(sed 1d "$log" | tail -n 1 | cut -c 1-300 | tr '|' '/')
         [ $status != 124 ] || word="TOO LONG" note="ended after $left s"
         [ $status != 0 ] || note="printed nothing"
@@ -139,7 +139,7 @@ leave_out() { # leave_out NAME WHY
     bad=1
 }
 
-# The folder from which tests run: the pack, or links to the newest programs of a checkout.
+# The folder where tests run: the pack, or links to the newest programs of a checkout.
 pack=$here
 if [ -n "$root" ]; then
     pack=$scratch/pack
@@ -193,7 +193,7 @@ for pair in "${pairs[@]}"; do
     [ "$pair" != qwen3-8b ] || share=75
     bench $share "round-$pair" round --model "$pair" "${rounds[@]}"
 done
-# Fewer rounds than 5 would leave `compare` without a verdict.
+# With fewer than 5 rounds `compare` gives no result.
 bench 35 generate-demo generate --prompts "$prompts" -n "$length" "${repeat[@]}"
 state after
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The kernels of a profile as a table: launches, median time, share of the time, and, where bytes are known, GB/s and
-its percentage of a ceiling.
+"""Prints the kernels of a profile as a table: launches, median time, percentage of the time, and, if bytes are known,
+GB/s and the percentage of a ceiling.
 
-Reads what `nsys stats` writes of cuda_gpu_kern_sum or cuda_gpu_trace, and what `ncu --csv` prints of its pages raw and
-details, from a file or stdin (-). ncu counts bytes. For nsys, --launches (`dflash-gen --plan --launches --json` of the
-pair) and --record (`dflash-bench floor --json` of it) tell the weights that each launch reads: at least its bytes.
+Reads the reports cuda_gpu_kern_sum and cuda_gpu_trace of `nsys stats`, and the pages raw and details of `ncu --csv`,
+from a file or stdin (-). ncu counts bytes. For nsys, --launches (`dflash-gen --plan --launches --json` of the pair) and
+--record (`dflash-bench floor --json` of it) give the weights that each launch reads, a lower bound of its bytes.
 
 Exit codes: 0 done, 2 a flag or a file is wrong.
 """
@@ -26,11 +26,11 @@ MATRICES = {"qkv": "qkv", "swiglu": "gate_up", "project": "o", "head": "lm_head"
 
 
 class Wrong(Exception):
-    """A sentence for whoever gave the input."""
+    """A flag or a file is wrong: one sentence."""
 
 
 class Kernel:
-    """The launches of a kernel: how many, how long in all and in the middle (ns), and their bytes where known."""
+    """The launches of a kernel: number, total and median time (ns), and bytes if known."""
 
     def __init__(self, times, launches=None, total=None):
         self.launches = launches or len(times)
@@ -40,7 +40,7 @@ class Kernel:
 
 
 def number(text, where):
-    """As both tools write them: 1,205.00 or 1205."""
+    """A number as either tool writes it: 1,205.00 or 1205."""
     try:
         value = float(text.replace(",", ""))
     except ValueError:
@@ -57,7 +57,7 @@ def scaled(text, unit, units, where):
 
 
 def plain(name):
-    """Without parameters, which are there where a name was demangled."""
+    """The name without the parameters that a demangled name has."""
     return name.split("(")[0].strip()
 
 
@@ -82,7 +82,7 @@ def rows(text, source):
 
 
 def column(head, name, source):
-    """A column that tells its unit, and that: `Med (ns)`."""
+    """The column whose name ends in its unit, such as `Med (ns)`, and the unit."""
     for cell in head:
         if m := re.fullmatch(rf"{name} \((\w+)\)", cell):
             return cell, m[1]
@@ -137,7 +137,7 @@ def from_ncu(head, table, source):
         if TIME not in metrics:
             raise Wrong(f"{where} ({kernel}) has no {TIME}: expected --metrics {TIME},{READ},{WRITTEN}")
         times.setdefault(kernel, []).append(scaled(*metrics[TIME], NANOSECONDS, f"{where}, {TIME}"))
-        # A card that does not count says n/a.
+        # A GPU without the counter gives n/a.
         known = [metrics[name] for name in (READ, WRITTEN) if metrics.get(name, ("n/a",))[0] != "n/a"]
         counted = sum(scaled(*cell, BYTES, f"{where}, bytes") for cell in known) if len(known) == 2 else None
         moved.setdefault(kernel, []).append(counted)

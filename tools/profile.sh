@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Where a round's time goes, by NVIDIA's profilers, and the tables of its kernels. Needs a GPU, a built dflash-bench,
-# and Nsight Systems (nsys), Nsight Compute (ncu) or both.
+# Profiles a round with NVIDIA's profilers and prints tables of its kernels. Needs a GPU, a built dflash-bench, and
+# Nsight Systems (nsys), Nsight Compute (ncu) or both.
 #   tools/profile.sh OUT [FLAGS]   of dflash-bench round, one batch and context: --model qwen3-8b --context 1024
-# Into OUT:
+# Writes into OUT:
 #   eager.nsys-rep  5 rounds launch by launch, with the ranges round, inject, draft, layer k, verify, accept
-#   graph.nsys-rep  AR steps and rounds as they run, each replay one thing: periods and the gaps between them
-#   node.nsys-rep   the same, each kernel of a replay by itself: what it is made of; small kernels look slower
+#   graph.nsys-rep  AR steps and rounds as they run, one entry per replay: periods and the gaps between them
+#   node.nsys-rep   the same, one entry per kernel of a replay; small kernels look slower than they are
 #   ncu.ncu-rep     one round, kernel by kernel: bytes of DRAM, time, throughput, and the source's lines
-#   *.csv           what nsys and ncu say of them; kernels.txt: tools/kernel-table.py of those
+#   *.csv           the reports of nsys and ncu; kernels.txt: their tables, by tools/kernel-table.py
 # In the environment: BENCH, the dflash-bench to run [target/release/dflash-bench]; KERNELS, a regular expression of the
 # kernels that ncu looks at [all]; RECORD, a record of dflash-bench kernels, whose read ceiling is 100 % [none].
-# Exit codes: 0 all that is installed did its part, 1 a profiler or the round failed, 2 there is nothing to run.
+# Exit codes: 0 every installed profiler succeeded, 1 a profiler or the round failed, 2 there is nothing to run.
 set -uo pipefail
 
 fail() { echo "profile.sh: $*" >&2; exit 2; }
@@ -28,7 +28,7 @@ have nsys || have ncu ||
     fail "neither nsys nor ncu is on PATH: Nsight Systems and Nsight Compute have them, often in /usr/local/cuda/bin"
 log=$out/log bad=0
 failed() { echo "profile.sh: failed (exit code $1); its words are at the end of $log" >&2; bad=1; return 1; }
-# step COMMAND...: what it says goes to the log.
+# step COMMAND...: its output goes to the log.
 step() {
     echo "profile.sh: $*" >&2
     "$@" >>"$log" 2>&1 || failed $?
@@ -65,8 +65,8 @@ else
 fi
 
 if have ncu; then
-    # Clocks as they are: a round does not run at base clocks. Caches are emptied before each kernel (ncu's default), as
-    # other weights do it in a round; else the second pass of a kernel would find its own there.
+    # Clocks are left alone, because a round does not run at base clocks. Caches are emptied before each kernel (ncu's
+    # default), as other weights do in a round; otherwise ncu's second pass of a kernel would find its own data there.
     metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
     metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
     step ncu --clock-control none --profile-from-start off --nvtx --kernel-name "regex:${KERNELS:-.}" \

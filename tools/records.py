@@ -23,7 +23,7 @@ def row(name, parameters, samples, rounds, unit="ms", better="lower", numbers=No
 
 
 def rates(rows, acceptance):
-    """Tokens per second of AR steps, and of rounds at acceptance lengths that are assumed."""
+    """Tokens per second of AR steps, and of rounds at assumed acceptance lengths."""
     more = []
     for step in rows:
         at = step["parameters"]
@@ -38,7 +38,7 @@ def rates(rows, acceptance):
 
 
 def merged(records):
-    """One record of several runs of the same command: their samples, one after the other."""
+    """Joins the records of several runs of one command: their samples, one after the other."""
     whole = records[0]
     for first in whole["rows"]:
         key = (first["name"], first["parameters"])
@@ -77,7 +77,7 @@ def numbers(text):
         last, given, step = rest.partition(by) if dash else (first, "", "")
         first, last, step = number(first), number(last), number(step) if given else 1.0
         if last < first or step <= 0 or (by == "*" and (step <= 1 or first == 0)):
-            raise argparse.ArgumentTypeError(f"{part!r} has no end: expected FIRST-LAST+STEP or FIRST-LAST*FACTOR")
+            raise argparse.ArgumentTypeError(f"{part!r} does not end: expected FIRST-LAST+STEP or FIRST-LAST*FACTOR")
         while first <= last:
             found.append(first)
             first = first * step if by == "*" else first + step

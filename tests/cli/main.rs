@@ -5,6 +5,7 @@ mod support;
 
 mod chat;
 mod cli;
+mod docs;
 mod outside;
 mod plan;
 mod profile;

@@ -408,15 +408,6 @@ fn equal_layers_are_told_once_and_others_apart() {
 // ---- the command ----
 
 #[test]
-fn the_listing_in_the_readme_is_what_the_program_prints() {
-    let readme = include_str!("../../README.md");
-    let command = "\n$ target/release/dflash-gen --plan --launches\n";
-    let (_, behind) = readme.split_once(command).expect("the README has the command");
-    let (listing, _) = behind.split_once("```").unwrap();
-    assert_eq!(listing, program::run(["--plan", "--launches"]).done());
-}
-
-#[test]
 fn launches_of_other_rounds() {
     let plain = program::run(["--plan", "--launches", "--block", "1"]).done();
     assert!(plain.starts_with("a round of 1 sequence of 4096 positions in blocks of 1, greedy\n"), "{plain}");
