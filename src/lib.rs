@@ -1,17 +1,76 @@
-//! dflash: a latency engine for DFlash speculative decoding (arXiv 2602.06036).
+//! dflash is a latency engine for speculative decoding with DFlash drafters (arXiv 2602.06036): one user, one
+//! model, as many tokens per second as the memory bus allows. A DFlash drafter proposes a block of tokens in
+//! one parallel pass; the target verifies them in one pass; the text is exactly that of the target alone.
+//!
+//! The models run as hand-written CUDA kernels on an NVIDIA GPU, or on the CPU in f32. Both give the same
+//! answers, up to the rounding of their arithmetic.
+//!
+//! # First steps
+//!
+//! A demo pair is embedded in the binary, so this example runs anywhere, without a download and without a
+//! GPU:
+//!
+//! ```
+//! use dflash::{Engine, Models, Params};
+//!
+//! # fn main() -> dflash::Result<()> {
+//! let engine = Engine::open(Models::demo())?;
+//! for token in engine.generate("def f(x):", Params::default().max_tokens(24))? {
+//!     let token = token?;
+//!     print!("{}", token.text);
+//! }
+//!
+//! // Or the whole answer at once, with its acceptance length.
+//! let answer = engine.generate("import os\n", Params::default().max_tokens(24))?.finish()?;
+//! println!("{}", answer.text);
+//! println!("{} tokens in {} rounds, tau {:?}", answer.tokens().len(), answer.rounds(), answer.tau());
+//! assert!(answer.rounds() < 24);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! With models of your own: [`Models::folders`]`("Qwen3-8B", "Qwen3-8B-DFlash-b16")`, Hugging Face folders of
+//! a target and of the drafter that was trained for it.
+//!
+//! | type | what it is |
+//! | --- | --- |
+//! | [`Engine`] | a pair of models, loaded on a device; opened with [`EngineOptions`] |
+//! | [`Params`] | settings of one request: length, [`SamplingParams`], [`SpecConfig`], stop strings |
+//! | [`Generation`] | a running answer: an iterator of [`Token`]s, and in the end a [`Completion`] |
+//! | [`Session`] | answers one request after another without running shared prefixes again |
+//! | [`Error`] | everything that can go wrong, as one sentence |
+//!
+//! # Where to read on
+//!
+//! The folders from the mathematics to the programs. A folder uses those above it, never those below.
 //!
 //! | folder | owns |
 //! | --- | --- |
 //! | [`checkpoint`] | model folders: `config.json`, safetensors, target and drafter opened together |
-//! | [`text`] | tokenizer, chat templates, prompts, streaming text, stop strings |
-//! | [`spec`] | speculative decoding as mathematics, without a device: sampling, distributions, verification, trees |
-//! | [`engine`] | the life of a request: prefill, rounds, stopping, statistics, the lossless check |
-//! | [`cpu`] | the reference: both models in plain f32, and sequences on the CPU |
-//! | [`gpu`] | devices, kernels, models on a device, the captured round |
+//! | [`text`] | tokenizer, chat templates, prompts, stop strings |
+//! | [`spec`] | speculative decoding as mathematics: sampling, distributions, verification, trees |
 //! | [`perf`] | rooflines and statistics of measurements |
-//! | [`cli`] | what both binaries share and a library user does not need |
+//! | [`engine`] | the life of a request: prefill, rounds, stopping, statistics, the lossless check |
+//! | [`cpu`] | both models in f32 on the CPU: the reference that the kernels are tested against |
+//! | [`gpu`] | devices, kernels, models on a device, the round as one captured graph |
+//! | [`api`] | the types of this page: connects the folders above |
+//! | `cli` | what both command-line programs share (feature `cli`) |
+//!
+//! A good order: [`spec::verify`] for which drafts are accepted and why the output is the target's;
+//! [`cpu::decoder`] for a whole round in plain code; [`gpu::decoder`] for the same round on a GPU. `docs/`
+//! has the algorithm (`docs/dflash.md`), the architecture and the glossary.
+//!
+//! # Features
+//!
+//! | feature | default | effect |
+//! | --- | --- | --- |
+//! | `cli` | yes | the programs `dflash-gen` and `dflash-bench`, and what only they need |
+//! | `emulator` | no | the CUDA kernels, compiled for the CPU, as a device for tests |
+//! | `sanitize` | no | the emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer |
 
+pub mod api;
 pub mod checkpoint;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod cpu;
 pub mod engine;
@@ -21,4 +80,10 @@ pub mod perf;
 pub mod spec;
 pub mod text;
 
+pub use api::{Completion, DeviceChoice, Engine, EngineOptions, Generation, Models, Params, Session, Token};
+pub use engine::generate::{Finish, check_lossless};
 pub use error::{Error, Result};
+pub use spec::sampling::SamplingParams;
+pub use spec::verify::SpecConfig;
+pub use text::prompts::Content;
+pub use text::tokenizer::Message;

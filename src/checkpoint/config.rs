@@ -1,14 +1,16 @@
-//! `config.json` of target and drafter: read, checked, and refused by name where this engine cannot run it.
-//! Everything the models need comes from here, nothing from folder names. Field meanings: dflash.md section 1
-//! (arXiv 2602.06036 and the published checkpoints) and Hugging Face's Qwen3 and Llama configurations.
+//! `config.json` of target and drafter: read and checked. A model that this engine cannot run is refused with
+//! the field that says so. Everything the models need comes from here, nothing from folder names. Field
+//! meanings: `docs/dflash.md` section 1 (arXiv 2602.06036 and the published checkpoints) and Hugging Face's
+//! Qwen3 and Llama configurations.
 
-use crate::checkpoint::json::{Document, Field, Fields, shown};
-use crate::checkpoint::safetensors::Folder;
+use crate::checkpoint::folder::Folder;
+use crate::checkpoint::json::{Document, Field, Fields};
+use crate::error::excerpt;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::f64::consts::TAU;
 
-// Bounds on sizes: far above every published model, and low enough that no product of them overflows a u64.
+// Bounds on sizes: far above every published model, and low enough that no product of sizes overflows a u64.
 const MAX_LAYERS: usize = 1 << 10;
 const MAX_HIDDEN: usize = 1 << 16;
 const MAX_INTERMEDIATE: usize = 1 << 20;
@@ -18,102 +20,142 @@ const MAX_VOCAB: usize = 1 << 24;
 const MAX_POSITIONS: usize = 1 << 24;
 const MAX_BLOCK: usize = 1 << 10;
 
-/// Which keys one layer's queries see, beside the rule that committed context is always `k < anchor`.
-/// With `p` the query's position and `k` the key's: causal: `k <= p`; window `W`: `p - k < W`, and, if not causal,
-/// `k - p < W` too (dflash.md 3.6).
+/// The attention mask of one layer, in addition to the rule that committed context is always `k < anchor`.
+/// With `p` the query's position and `k` the key's: causal means `k <= p`; a window `W` means `p - k < W`
+/// and, if not causal, also `k - p < W` (`docs/dflash.md` 3.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attention {
+    /// Whether queries attend to earlier positions only.
     pub causal: bool,
+    /// Width of the sliding window in positions; `None` for full attention.
     pub window: Option<usize>,
 }
 
-/// How inverse frequencies are scaled, with Hugging Face's formulas (`modeling_rope_utils`).
+/// How inverse frequencies are scaled. Field meanings and formulas are those of Hugging Face's
+/// `modeling_rope_utils`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
+    /// No scaling.
     Default,
+    /// All frequencies divided by `factor`.
     Linear {
+        /// At least 1.
         factor: f64,
     },
+    /// Low frequencies divided by `factor`, high ones kept, those between blended (Llama 3.1).
     Llama3 {
+        /// At least 1.
         factor: f64,
+        /// Turns within the original context up to which a frequency counts as low.
         low_freq_factor: f64,
+        /// Turns from which it counts as high.
         high_freq_factor: f64,
+        /// The context, in positions, that the model was trained with before scaling.
         original_max_positions: usize,
     },
+    /// YaRN (arXiv 2309.00071).
     Yarn {
+        /// At least 1.
         factor: f64,
+        /// Turns within the original context from which a frequency is kept.
         beta_fast: f64,
+        /// Turns up to which it is divided by `factor`.
         beta_slow: f64,
+        /// The context, in positions, that the model was trained with before scaling.
         original_max_positions: usize,
-        /// magnitude of cos and sin, resolved from `attention_factor`, `mscale`, `mscale_all_dim` or the default
+        /// Factor on cos and sin, resolved from `attention_factor`, `mscale`, `mscale_all_dim` or the
+        /// default.
         attention_factor: f64,
+        /// Whether the bounds of the blended range are rounded to whole pairs.
         truncate: bool,
     },
 }
 
-/// Rotary embedding, half-split layout: dims `d` and `d + rotary_dims/2` form a pair (dflash.md 3.5).
+/// Rotary embedding, half-split layout: dims `d` and `d + rotary_dims/2` form a pair (`docs/dflash.md` 3.5).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
+    /// Base of the frequencies.
     pub theta: f64,
-    /// Leading dims of a head that are rotated; `head_dim` unless `partial_rotary_factor` says less.
+    /// Leading dims of a head that are rotated: `head_dim`, or fewer with `partial_rotary_factor`.
     pub rotary_dims: usize,
+    /// How frequencies are scaled for long contexts.
     pub scaling: RopeScaling,
 }
 
 /// The shape of a pre-norm decoder stack, shared by target and drafter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stack {
+    /// Width of the residual stream.
     pub hidden: usize,
+    /// Width of the MLP.
     pub intermediate: usize,
+    /// Query heads.
     pub heads: usize,
+    /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
+    /// Dims of a head, even.
     pub head_dim: usize,
+    /// Epsilon of every RMSNorm.
     pub eps: f32,
+    /// Rotary embedding.
     pub rope: Rope,
-    /// RMSNorm over each head of q and k before RoPE (Qwen3 yes, Llama no).
+    /// Whether q and k go through an RMSNorm per head before RoPE (Qwen3 yes, Llama no).
     pub qk_norm: bool,
-    /// One per layer; its length is the number of layers.
+    /// One mask per layer; the length is the number of layers.
     pub attention: Vec<Attention>,
+    /// Positions that the model supports.
     pub max_positions: usize,
 }
 
+/// Architectures of targets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
+    /// `Qwen3ForCausalLM`
     Qwen3,
+    /// `LlamaForCausalLM`
     Llama,
 }
 
 /// A target: `config.json` of a Qwen3 or Llama causal language model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TargetConfig {
+    /// Its architecture.
     pub family: Family,
+    /// Its layers.
     pub stack: Stack,
+    /// Rows of the embedding table; token ids are below this.
     pub vocab: usize,
-    /// The output head is the embedding table.
+    /// Whether the output head is the embedding table.
     pub tied: bool,
-    /// Stop ids: `generation_config.json` if it names any, else `config.json`. May be empty.
+    /// Stop ids: those of `generation_config.json` if it has any, else those of `config.json`. May be empty.
     pub eos: Vec<u32>,
 }
 
-/// A drafter: `config.json` in the z-lab layout (dflash.md section 1).
+/// A drafter: `config.json` in the z-lab layout (`docs/dflash.md` section 1).
 #[derive(Debug, Clone, PartialEq)]
 pub struct DrafterConfig {
+    /// Its layers.
     pub stack: Stack,
+    /// The target's vocabulary size.
     pub vocab: usize,
+    /// The target's number of layers.
     pub num_target_layers: usize,
-    /// Target layers whose *output* is read, in list order (dflash.md 3.1).
+    /// Target layers whose *output* the drafter reads, in list order (`docs/dflash.md` 3.1).
     pub taps: Vec<usize>,
+    /// Token id of the masked rows of a block.
     pub mask_token: u32,
     /// Rows of a trained block, anchor included.
     pub block: usize,
+    /// Factor on the embeddings of a block's rows.
     pub embedding_scale: f32,
+    /// Factor on the logits.
     pub output_multiplier: f32,
     /// `logits = cap * tanh(logits / cap)` after the multiplier.
     pub softcap: Option<f32>,
 }
 
-/// Fields of a drafter's `config.json` that this engine does not run (dflash.md A): whose they are, and the value
-/// that, beside null, false, 0 and empty, says the same as their absence.
+/// Fields of a drafter's `config.json` that this engine does not run (`docs/dflash.md` A): (field, kind of
+/// drafter that has it, value that means the same as its absence, beside null, false, 0 and empty).
 const VARIANTS: [(&str, &str, &str); 20] = [
     ("conv_kernel_size", "DFlash2", ""),
     ("conv_group_size", "DFlash2", ""),
@@ -136,6 +178,7 @@ const VARIANTS: [(&str, &str, &str); 20] = [
     ("attn_output_gate", "gated-attention", ""),
     ("eagle_config", "EAGLE", ""),
 ];
+/// Fields that only the speculators layout has.
 const SPECULATORS: [&str; 5] = [
     "speculators_model_type",
     "speculators_config",
@@ -143,7 +186,8 @@ const SPECULATORS: [&str; 5] = [
     "draft_vocab_size",
     "aux_hidden_state_layer_ids",
 ];
-/// The fields of `dflash_config` that are understood; any other must be one of the above and neutral.
+/// The fields of `dflash_config` that are supported. Any other must be one of [`VARIANTS`] with a neutral
+/// value.
 const DFLASH: [&str; 10] = [
     "target_layer_ids",
     "mask_token_id",
@@ -156,15 +200,20 @@ const DFLASH: [&str; 10] = [
     "partial_rotary_factor",
     "swa_window_size",
 ];
-/// What a set of RoPE settings may hold whatever its type; Hugging Face writes the original length even where no formula
-/// reads it.
+/// Fields of RoPE settings that are allowed for every type. Hugging Face writes the original length even
+/// where no formula uses it.
 const ROPE: [&str; 5] =
     ["rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"];
+/// Further fields of YaRN's settings.
 const YARN: [&str; 7] =
     ["factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"];
 
 impl TargetConfig {
-    /// Reads `config.json` and, if there, `generation_config.json`.
+    /// Reads `config.json` and, if it exists, `generation_config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a missing or malformed file or field; [`Error::Unsupported`] for another
+    /// architecture or a variant that this engine does not run; [`Error::Option`] for a drafter.
     pub fn open(folder: &Folder) -> Result<Self> {
         let document = Document::need(folder, "config.json")?;
         let config = document.fields();
@@ -173,11 +222,14 @@ impl TargetConfig {
             "Qwen3ForCausalLM" => Family::Qwen3,
             "LlamaForCausalLM" => Family::Llama,
             _ if architecture.starts_with("DFlash") || config.get("dflash_config").is_some() => {
-                return Err(Error::Usage(format!(
-                    "{} is a drafter's ({}): expected a target here, drafters go to --draft",
-                    document.file,
-                    shown(architecture)
-                )));
+                return Err(Error::option(
+                    "target",
+                    format!(
+                        "is given {}, which describes a drafter ({}): expected a target",
+                        document.file,
+                        excerpt(architecture)
+                    ),
+                ));
             }
             _ => {
                 return Err(config.unsupported(
@@ -220,7 +272,10 @@ impl TargetConfig {
 }
 
 impl DrafterConfig {
-    /// Reads `config.json`. Other drafters in the same container are refused with the field that gave them away.
+    /// Reads `config.json`. Drafters of other kinds are refused with the field that identifies them.
+    ///
+    /// # Errors
+    /// As [`TargetConfig::open`]; [`Error::Option`] for a target.
     pub fn open(folder: &Folder) -> Result<Self> {
         let document = Document::need(folder, "config.json")?;
         let config = document.fields();
@@ -230,7 +285,8 @@ impl DrafterConfig {
             None => Fields { map: &nothing, ..config },
         };
         refuse_other_drafters(&config, &nested)?;
-        // Every field of `dflash_config` may also stand at top level; the inner one wins (dflash.md section 1).
+        // Every field of `dflash_config` may also be at top level; the inner one wins (docs/dflash.md section
+        // 1).
         let either = |name: &str| nested.get(name).or_else(|| config.get(name));
         let need = |name: &str| either(name).ok_or_else(|| config.absent(name));
 
@@ -240,7 +296,7 @@ impl DrafterConfig {
             Some(field) => Some(field.flag()?),
             None => None,
         };
-        // Sliding layers are causal unless told otherwise (dflash.md 3.6).
+        // Sliding layers are causal unless the config says otherwise (docs/dflash.md 3.6).
         let attention = windows
             .into_iter()
             .map(|window| Attention { causal: causal.unwrap_or(window.is_some()), window })
@@ -257,7 +313,7 @@ impl DrafterConfig {
             }
             None => {
                 let ids = default_taps(num_target_layers, layers);
-                check_taps(&ids, num_target_layers, &config, "target_layer_ids (absent, so by the rule)")?;
+                check_taps(&ids, num_target_layers, &config, "target_layer_ids (absent, so the default)")?;
                 ids
             }
         };
@@ -285,7 +341,8 @@ impl DrafterConfig {
         })
     }
 
-    /// Name and shape of every tensor the checkpoint must hold (dflash.md section 2), `[out, in]` for linear layers.
+    /// Name and shape of every tensor the checkpoint must hold (`docs/dflash.md` section 2), `[out, in]` for
+    /// linear layers.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let hidden = self.stack.hidden;
         let mut list = vec![
@@ -299,7 +356,7 @@ impl DrafterConfig {
 }
 
 impl Stack {
-    /// Bytes of keys and values per token, all layers, with elements of that many bytes.
+    /// Bytes of keys and values per token in all layers, with elements of `element` bytes.
     pub fn kv_bytes_per_token(&self, element: usize) -> usize {
         2 * self.attention.len() * self.kv_heads * self.head_dim * element
     }
@@ -330,20 +387,21 @@ impl Stack {
 
 impl Rope {
     /// Inverse frequencies `[rotary_dims / 2]` and the factor on cos and sin, by Hugging Face's formulas
-    /// (`modeling_rope_utils`): YaRN is arXiv 2309.00071, `llama3` the scheme of Meta's Llama 3.1 release.
+    /// (`modeling_rope_utils`). YaRN is arXiv 2309.00071; `llama3` is the scheme of Meta's Llama 3.1 release.
     pub fn frequencies(&self) -> (Vec<f64>, f64) {
         let dim = self.rotary_dims as f64;
         let pairs = self.rotary_dims / 2;
-        let plain = (0..pairs).map(|i| self.theta.powf(-2.0 * i as f64 / dim));
+        let unscaled = (0..pairs).map(|i| self.theta.powf(-2.0 * i as f64 / dim));
         match self.scaling {
-            RopeScaling::Default => (plain.collect(), 1.0),
-            RopeScaling::Linear { factor } => (plain.map(|f| f / factor).collect(), 1.0),
+            RopeScaling::Default => (unscaled.collect(), 1.0),
+            RopeScaling::Linear { factor } => (unscaled.map(|f| f / factor).collect(), 1.0),
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
-                // Between the two bounds on turns within the original context, slowed and plain are blended.
-                let scaled = plain.map(|f| {
+                // Between the two bounds on turns within the original context, the scaled and the unscaled
+                // frequency are blended.
+                let scaled = unscaled.map(|f| {
                     let turns = original_max_positions as f64 * f / TAU;
-                    let share = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
-                    blend(f / factor, f, share)
+                    let weight = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    blend(f / factor, f, weight)
                 });
                 (scaled.collect(), 1.0)
             }
@@ -366,7 +424,7 @@ impl Rope {
                 let low = low.max(0.0);
                 let high = high.min(dim - 1.0);
                 let high = if low == high { high + 0.001 } else { high };
-                let scaled = plain.enumerate().map(|(i, f)| {
+                let scaled = unscaled.enumerate().map(|(i, f)| {
                     let slowed = (i as f64 - low) / (high - low);
                     blend(f, f / factor, slowed)
                 });
@@ -376,14 +434,17 @@ impl Rope {
     }
 }
 
-/// `from` at share 0 and below, `to` at share 1 and above, linear between.
-fn blend(from: f64, to: f64, share: f64) -> f64 {
-    let share = share.clamp(0.0, 1.0);
-    from * (1.0 - share) + to * share
+/// `from` at weight 0 and below, `to` at weight 1 and above, linear between.
+fn blend(from: f64, to: f64, weight: f64) -> f64 {
+    let weight = weight.clamp(0.0, 1.0);
+    from * (1.0 - weight) + to * weight
 }
 
-/// Refuses a drafter that was not made for this target: hidden size of the taps, vocabulary, layer count, layer
-/// ids, mask id. Names both files. Their context lengths may differ: beyond the drafter's the target decodes plainly.
+/// Checks that a drafter was made for this target: hidden size of the taps, vocabulary, layer count, layer
+/// ids, mask id. Context lengths may differ: beyond the drafter's, the target decodes autoregressively.
+///
+/// # Errors
+/// [`Error::Model`], naming both files, for a drafter of another target.
 pub fn check_pair(
     target: &TargetConfig,
     target_folder: &Folder,
@@ -416,16 +477,17 @@ pub fn check_pair(
     Ok(())
 }
 
-/// A drafter of another kind, named by its field or architecture.
+/// The error for a target or for a drafter of another kind, with the field or architecture that identifies
+/// it.
 fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
     let architecture = config.architecture();
     if let Ok(name @ ("Qwen3ForCausalLM" | "LlamaForCausalLM")) = architecture
         && nested.map.is_empty()
     {
-        return Err(Error::Usage(format!(
-            "{} is a target's ({name}): expected a DFlash drafter here, targets go to --target",
-            config.file
-        )));
+        return Err(Error::option(
+            "draft",
+            format!("is given {}, which describes a target ({name}): expected a DFlash drafter", config.file),
+        ));
     }
     for name in SPECULATORS {
         if let Some(field) = config.get(name) {
@@ -442,7 +504,7 @@ fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
         for (name, kind, neutral) in VARIANTS {
             if let Some(field) = table.get(name).filter(|f| !f.is_neutral(neutral)) {
                 return Err(Error::Unsupported(format!(
-                    "{}: {} is {}, which makes it a {kind} drafter: this engine runs plain DFlash drafters",
+                    "{}: {} is {}, which makes it a {kind} drafter: this engine runs standard DFlash drafters",
                     field.file,
                     field.name,
                     field.found()
@@ -453,9 +515,9 @@ fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
     let known = |name: &str| DFLASH.contains(&name) || VARIANTS.iter().any(|(v, ..)| *v == name);
     if let Some((name, _)) = nested.map.iter().find(|(name, value)| !value.is_null() && !known(name)) {
         return Err(Error::Unsupported(format!(
-            "{}: dflash_config.{} is unknown: this engine runs plain DFlash drafters",
+            "{}: dflash_config.{} is unknown: this engine runs standard DFlash drafters",
             config.file,
-            shown(name)
+            excerpt(name)
         )));
     }
     let architecture = architecture?;
@@ -466,8 +528,8 @@ fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
     refuse_quantised(config)
 }
 
-/// The rule for absent `target_layer_ids` (dflash.md section 1). May give ids that [`check_taps`] refuses, none of them
-/// negative.
+/// The default for absent `target_layer_ids` (`docs/dflash.md` section 1). Ids are not negative, but
+/// [`check_taps`] may refuse them.
 fn default_taps(target_layers: usize, layers: usize) -> Vec<usize> {
     if layers == 1 {
         return vec![target_layers / 2];
@@ -491,7 +553,7 @@ fn check_taps(taps: &[usize], target_layers: usize, config: &Fields, name: &str)
         }
         if tap == target_layers - 1 {
             return Err(Error::Unsupported(format!(
-                "{file}: {name} holds {tap}, the target's last layer, of which engines differ on whether the final norm is applied"
+                "{file}: {name} holds {tap}, the target's last layer: engines differ on whether the final norm applies to it"
             )));
         }
         if taps[..i].contains(&tap) {
@@ -508,8 +570,9 @@ fn stop_ids(config: &Fields, vocab: usize) -> Result<Vec<u32>> {
     ids.iter().map(|id| Ok(id.whole(0, vocab - 1)? as u32)).collect()
 }
 
-/// What both models share, and the window of each layer; `Stack::attention` is left for the caller. `extra`: where
-/// `partial_rotary_factor` is looked for first. Defaults are those of Hugging Face's Qwen3 and Llama configurations.
+/// The fields that both models share, and the window of each layer. `Stack::attention` is left to the caller.
+/// `extra` is searched first for `partial_rotary_factor`. Defaults are those of Hugging Face's Qwen3 and
+/// Llama configurations.
 fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<Option<usize>>)> {
     config.only("hidden_act", "silu")?;
     for name in ["attention_bias", "mlp_bias"] {
@@ -560,8 +623,8 @@ fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<
     Ok((stack, windows))
 }
 
-/// The window of each layer, as Hugging Face's Qwen3 resolves it: by `layer_types`, or without them every layer from
-/// `max_window_layers` on if `use_sliding_window` is set.
+/// The window of each layer, as Hugging Face's Qwen3 resolves it: by `layer_types` or, without them, for
+/// every layer from `max_window_layers` on if `use_sliding_window` is set.
 fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<usize>>> {
     let used = config.get("use_sliding_window").map(|f| f.flag()).transpose()?;
     let window = config.get("sliding_window").map(|f| f.whole(1, MAX_POSITIONS)).transpose()?;
@@ -619,10 +682,10 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
     };
     if let Some((layer_type, _)) = table.map.iter().find(|(_, value)| value.is_object()) {
         return Err(Error::Unsupported(format!(
-            "{}: {}{} is a set of RoPE settings for some layers, expected one for all",
+            "{}: {}{} holds RoPE settings for some layers, expected the same settings for all",
             config.file,
             table.prefix,
-            shown(layer_type)
+            excerpt(layer_type)
         )));
     }
     let above_one = |field: Field| field.double("a number above 1", |x| x > 1.0);
@@ -638,16 +701,16 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
     }
     let theta = inner.or(outer).unwrap_or(10_000.0);
 
-    let share = [extra, &table, config].into_iter().find_map(|t| t.get("partial_rotary_factor"));
-    let rotary_dims = match share {
+    let partial = [extra, &table, config].into_iter().find_map(|t| t.get("partial_rotary_factor"));
+    let rotary_dims = match partial {
         None => head_dim,
         Some(field) => {
-            let share = field.double("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?;
+            let fraction = field.double("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?;
             // Truncated, as Hugging Face does.
-            let dims = (head_dim as f64 * share) as usize;
+            let dims = (head_dim as f64 * fraction) as usize;
             if dims < 2 || !dims.is_multiple_of(2) {
                 return Err(Error::Model(format!(
-                    "{}: {} = {share} of head_dim {head_dim} rotates {dims} dims, expected an even number from 2",
+                    "{}: {} = {fraction} of head_dim {head_dim} rotates {dims} dims, expected an even number from 2",
                     field.file, field.name
                 )));
             }
@@ -688,7 +751,7 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
         "yarn" => {
             let factor = at_least_one("factor")?;
             let magnitude = |scale: f64| 0.1 * scale * factor.ln() + 1.0;
-            // Hugging Face takes 0 for absent in these four.
+            // Hugging Face treats 0 as absent in these four.
             let given = |name: &str| match table.get(name) {
                 Some(field) => {
                     field.double("a number from 0", |x| x >= 0.0).map(|x| Some(x).filter(|x| *x > 0.0))
@@ -727,10 +790,10 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
     let known = |name: &str| ROPE.contains(&name) || known.contains(&name);
     if let Some((name, _)) = table.map.iter().find(|(name, value)| !value.is_null() && !known(name)) {
         return Err(Error::Unsupported(format!(
-            "{}: {}{} is unknown for rope_type {kind}, which this engine runs without it",
+            "{}: {}{} is unknown: this engine runs rope_type {kind} without it",
             config.file,
             table.prefix,
-            shown(name)
+            excerpt(name)
         )));
     }
     Ok(Rope { theta, rotary_dims, scaling })

@@ -1,10 +1,11 @@
-//! Fields of an untrusted JSON file: typed, bounded, and wrong ones named by file, path and value.
+//! Fields of an untrusted JSON file: typed and bounded. Errors name the file, the field's path and its value.
 
-use crate::checkpoint::safetensors::Folder;
+use crate::checkpoint::folder::Folder;
+use crate::error::excerpt;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 
-/// One JSON file of a folder: an object.
+/// One JSON file of a folder, whose top level is an object.
 pub(crate) struct Document {
     pub(crate) file: String,
     pub(crate) map: Map<String, Value>,
@@ -39,7 +40,7 @@ impl Document {
                 } else {
                     ""
                 };
-                Err(Error::Model(format!("{file} is not valid JSON: {}{hint}", shown(&e.to_string()))))
+                Err(Error::Model(format!("{file} is not valid JSON: {}{hint}", excerpt(&e.to_string()))))
             }
         }
     }
@@ -49,7 +50,7 @@ impl Document {
     }
 }
 
-/// Whether a bare `NaN` or `Infinity` stands where JSON has a value.
+/// Whether the text has a bare `NaN` or `Infinity` in place of a value.
 fn has_python_number(bytes: &[u8]) -> bool {
     let text = String::from_utf8_lossy(bytes);
     ["NaN", "Infinity"].iter().any(|word| {
@@ -60,7 +61,7 @@ fn has_python_number(bytes: &[u8]) -> bool {
     })
 }
 
-/// An object of a file; `prefix` is its path within the file, ending in a dot, or empty.
+/// An object in a file. `prefix` is its path within the file: empty, or ending in a dot.
 #[derive(Clone, Copy)]
 pub(crate) struct Fields<'a> {
     pub(crate) file: &'a str,
@@ -69,7 +70,7 @@ pub(crate) struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// A field; null counts as absent, as for Hugging Face.
+    /// A field. Null counts as absent, as in Hugging Face.
     pub(crate) fn get(&self, name: &str) -> Option<Field<'a>> {
         let value = self.map.get(name).filter(|value| !value.is_null())?;
         Some(Field { file: self.file, name: format!("{}{name}", self.prefix), value })
@@ -84,13 +85,13 @@ impl<'a> Fields<'a> {
     }
 
     pub(crate) fn unsupported(&self, name: &str, found: &str, expected: &str) -> Error {
-        let (file, prefix, found) = (self.file, self.prefix, shown(found));
+        let (file, prefix, found) = (self.file, self.prefix, excerpt(found));
         Error::Unsupported(format!(
             "{file}: {prefix}{name} is {found}, which this engine does not run: expected {expected}"
         ))
     }
 
-    /// A text field that must have this value if it is there.
+    /// Checks that a text field, if it exists, has this value.
     pub(crate) fn only(&self, name: &str, expected: &str) -> Result<()> {
         match self.get(name) {
             Some(field) if field.text()? != expected => Err(self.unsupported(name, field.text()?, expected)),
@@ -107,7 +108,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// One value with its place, for errors.
+/// One value, with its file and path for errors.
 pub(crate) struct Field<'a> {
     pub(crate) file: &'a str,
     pub(crate) name: String,
@@ -116,7 +117,7 @@ pub(crate) struct Field<'a> {
 
 impl<'a> Field<'a> {
     pub(crate) fn found(&self) -> String {
-        shown(&self.value.to_string())
+        excerpt(&self.value.to_string())
     }
 
     pub(crate) fn wrong(&self, expected: &str) -> Error {
@@ -133,7 +134,7 @@ impl<'a> Field<'a> {
         self.value.as_f64().filter(|&x| x.is_finite() && ok(x)).ok_or_else(|| self.wrong(expected))
     }
 
-    /// A number that is still in range as an f32.
+    /// A number in the range of f32.
     pub(crate) fn number(&self, expected: &str, ok: impl Fn(f32) -> bool) -> Result<f32> {
         let value = self.double(expected, |_| true)? as f32;
         Some(value).filter(|&x| x.is_finite() && ok(x)).ok_or_else(|| self.wrong(expected))
@@ -158,7 +159,7 @@ impl<'a> Field<'a> {
         Ok(Fields { file: self.file, prefix, map })
     }
 
-    /// Whether the value says the same as the field's absence: false, 0, empty, or the given text.
+    /// Whether the value means the same as the field's absence: false, 0, empty, or the given text.
     pub(crate) fn is_neutral(&self, neutral: &str) -> bool {
         match self.value {
             Value::Null | Value::Bool(false) => true,
@@ -169,20 +170,4 @@ impl<'a> Field<'a> {
             Value::Bool(true) => false,
         }
     }
-}
-
-/// Text from an untrusted file as it may appear in an error: one line, no control characters, not long.
-pub(crate) fn shown(text: &str) -> String {
-    const LONGEST: usize = 100;
-    let mut line = String::new();
-    for c in text.chars().take(LONGEST) {
-        match c {
-            '"' | '\'' | '\\' => line.push(c),
-            c => line.extend(c.escape_debug()),
-        }
-    }
-    if text.chars().nth(LONGEST).is_some() {
-        line.push_str("...");
-    }
-    line
 }

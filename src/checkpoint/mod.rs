@@ -1,6 +1,19 @@
-//! Model folders on disk: `config.json`, safetensors shards, and target and drafter opened together.
+//! Model folders on disk: `config.json`, safetensors shards, and a target and its drafter opened as a pair.
+//!
+//! All files are untrusted input. Sizes are bounded before anything is allocated, and every fault is one
+//! sentence that names the file and the field or tensor.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`folder`] | where files come from: a folder on disk, or files embedded in the binary (the demo pair) |
+//! | [`config`] | `config.json` of target and drafter |
+//! | [`safetensors`] | tensors by name, with shape and type, memory-mapped |
+//! | [`random_weights`] | weights that no file holds, for measuring published shapes |
+//! | [`pair`] | target and drafter opened together and checked against each other |
 
 pub mod config;
+pub mod folder;
 pub(crate) mod json;
 pub mod pair;
+pub mod random_weights;
 pub mod safetensors;

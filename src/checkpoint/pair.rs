@@ -1,24 +1,36 @@
-//! A target and its drafter, opened and held against each other before any weight is read.
+//! A target and its drafter, opened and checked against each other before any weight is read.
 
 use crate::checkpoint::config::{DrafterConfig, TargetConfig, check_pair};
-use crate::checkpoint::safetensors::{Checkpoint, Folder};
+use crate::checkpoint::folder::Folder;
+use crate::checkpoint::safetensors::Checkpoint;
 use crate::{Error, Result};
 
-/// One model's folder: its config and its mapped, checked checkpoint.
+/// One model: its folder, its config, and its mapped, checked checkpoint.
 pub struct Model<Config> {
+    /// Where its files are.
     pub folder: Folder,
+    /// Its `config.json`.
     pub config: Config,
+    /// Its tensors.
     pub weights: Checkpoint,
 }
 
-/// What is needed to build models on any device.
+/// A target and the drafter that was trained for it: what every device loads.
 pub struct Pair {
+    /// The model whose text is generated.
     pub target: Model<TargetConfig>,
+    /// Its DFlash drafter; `None` for autoregressive decoding only.
     pub drafter: Option<Model<DrafterConfig>>,
 }
 
 impl Pair {
-    /// Reads the configs, then their fit, then the headers of the weights: the cheapest mistake is found first.
+    /// Reads the configs, then checks that they fit, then reads the headers of the weights, so the cheapest
+    /// mistake is found first. No weight is read.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for files that are missing, malformed or do not fit; [`Error::Unsupported`] for
+    /// models that this engine does not run; [`Error::Option`] for a drafter given as the target or the
+    /// reverse.
     pub fn open(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
         let (config, drafter) = configs(&target, drafter)?;
         let weights = Checkpoint::open(&target)?;
@@ -31,59 +43,72 @@ impl Pair {
         Ok(Pair { target: Model { folder: target, config, weights }, drafter: drafter.transpose()? })
     }
 
-    /// A pair with the shapes of these configs and drawn weights ([`Checkpoint::drawn`]): for measuring, where shapes
-    /// matter and text does not. Only `config.json` is read. The CPU reference does not run it.
-    pub fn drawn(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
+    /// A pair with the shapes of these configs and random weights ([`Checkpoint::random`]). For measuring,
+    /// where shapes matter and text does not. Reads `config.json` only. Devices run it, the CPU reference
+    /// does not.
+    ///
+    /// # Errors
+    /// As [`Pair::open`], for the configs.
+    pub fn with_random_weights(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
         let (config, drafter) = configs(&target, drafter)?;
-        let weights = Checkpoint::drawn(&target, &config.tensors(), 1);
+        let weights = Checkpoint::random(&target, &config.tensors(), 1);
         let drafter = drafter.map(|(folder, config)| {
-            let weights = Checkpoint::drawn(&folder, &config.tensors(), 2);
+            let weights = Checkpoint::random(&folder, &config.tensors(), 2);
             Model { folder, config, weights }
         });
         Ok(Pair { target: Model { folder: target, config, weights }, drafter })
     }
 
-    /// Positions that a sequence may have: `--ctx`, or all that the target has.
+    /// Positions that a sequence may have, prompt and answer together: `context`, or all that the target has.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a number that the target does not have.
-    pub fn context(&self, ctx: Option<usize>) -> Result<usize> {
-        let most = self.target.config.stack.max_positions;
-        match ctx {
-            None => Ok(most),
-            Some(n) if (2..=most).contains(&n) => Ok(n),
-            Some(n) => Err(Error::Usage(format!(
-                "--ctx is {n}, expected 2 to {most}, the positions that {} has",
-                self.target.folder.path("config.json")
-            ))),
+    /// [`Error::Option`] for a number outside 2 to the target's positions.
+    pub fn context(&self, context: Option<usize>) -> Result<usize> {
+        let limit = self.target.config.stack.max_positions;
+        match context {
+            None => Ok(limit),
+            Some(n) if (2..=limit).contains(&n) => Ok(n),
+            Some(n) => Err(Error::option(
+                "context",
+                format!(
+                    "is {n}, expected 2 to {limit}, the positions that {} has",
+                    self.target.folder.path("config.json")
+                ),
+            )),
         }
     }
 
-    /// Rows of a block: `--block`, or what the drafter was trained with; 1 without a drafter.
+    /// Rows of a block, anchor included: `block`, or the number that the drafter was trained with; 1 without
+    /// a drafter.
     ///
     /// # Errors
-    /// [`Error::Usage`] for another number than those.
+    /// [`Error::Option`] for a number outside 1 to the trained one, or other than 1 without a drafter.
     pub fn block(&self, block: Option<usize>) -> Result<usize> {
         let Some(drafter) = &self.drafter else {
             return match block {
                 None | Some(1) => Ok(1),
-                Some(n) => Err(Error::Usage(format!(
-                    "--block is {n} without a drafter, expected 1 (autoregressive decoding)"
-                ))),
+                Some(n) => Err(Error::option(
+                    "block",
+                    format!("is {n} without a drafter, expected 1 (autoregressive decoding)"),
+                )),
             };
         };
         let trained = drafter.config.block;
         match block {
             None => Ok(trained),
             Some(n) if (1..=trained).contains(&n) => Ok(n),
-            Some(n) => Err(Error::Usage(format!(
-                "--block is {n}, expected 1 to {trained}, the block that {} was trained with",
-                drafter.folder.path("config.json")
-            ))),
+            Some(n) => Err(Error::option(
+                "block",
+                format!(
+                    "is {n}, expected 1 to {trained}, the block that {} was trained with",
+                    drafter.folder.path("config.json")
+                ),
+            )),
         }
     }
 }
 
+/// Reads both configs and checks that the drafter was made for the target.
 fn configs(
     target: &Folder,
     drafter: Option<Folder>,

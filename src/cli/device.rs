@@ -1,132 +1,75 @@
-//! `--device`: its words, and opening what runs the kernels.
+//! `--device`: its values, and the lines on stderr that say where a pair runs and what memory it takes.
 
+pub use crate::api::device::{DeviceChoice as Choice, DeviceHandle};
+
+use crate::Result;
+use crate::api::device::Placement;
 use crate::checkpoint::pair::Pair;
-use crate::cli::terminal;
-use crate::gpu::cuda::Cuda;
-use crate::gpu::device::Device;
-use crate::gpu::memory::{BatchConfig, MemoryPlan, Overhead};
-use crate::{Error, Result};
+use crate::cli::terminal::{message, note};
+use crate::gpu::memory::BatchConfig;
+use clap::builder::PossibleValue;
 
-/// Where to run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Choice {
-    /// A GPU if one can run the pair, else the CPU
-    Auto,
-    /// Plain f32, the reference
-    Cpu,
-    /// The kernels on a GPU
-    Cuda,
-    /// The kernels on the CPU, slowly, for tests; builds with the feature emulator have it
-    Emulator,
-}
-
-/// What runs the kernels.
-pub struct DeviceHandle {
-    /// The word in `--device` and in records.
-    pub name: &'static str,
-    pub device: Box<dyn Device>,
-    /// What an allocation costs there beyond its bytes.
-    pub overhead: Overhead,
-}
-
-impl DeviceHandle {
-    /// GPU number `number`, as the driver counts.
-    ///
-    /// # Errors
-    /// As [`Cuda::open`].
-    pub fn gpu(number: u32) -> Result<DeviceHandle> {
-        Ok(DeviceHandle { name: "cuda", device: Box::new(Cuda::open(number)?), overhead: Overhead::GPU })
+impl clap::ValueEnum for Choice {
+    fn value_variants<'a>() -> &'a [Choice] {
+        &[Choice::Auto, Choice::Cpu, Choice::Cuda, Choice::Emulator]
     }
 
-    /// The emulator, on all cores.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] in a build without it.
-    #[cfg(feature = "emulator")]
-    pub fn emulator() -> Result<DeviceHandle> {
-        let device = crate::gpu::emulator::Emulator::new();
-        device.set_threads(std::thread::available_parallelism().map_or(1, usize::from));
-        Ok(DeviceHandle { name: "emulator", device: Box::new(device), overhead: Overhead::NONE })
-    }
-
-    /// The emulator, which this build does not have.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`], always.
-    #[cfg(not(feature = "emulator"))]
-    pub fn emulator() -> Result<DeviceHandle> {
-        Err(Error::Unsupported(
-            "--device emulator is not in this build: expected one with `cargo build --release --features emulator`"
-                .into(),
-        ))
-    }
-
-    /// Where a pair with that room runs; None: on the CPU. Left to itself: on the GPU if the kernels run the pair there.
-    /// A sentence on stderr then says which and why, unless `quiet`.
-    ///
-    /// # Errors
-    /// As [`DeviceHandle::gpu`] and [`DeviceHandle::emulator`], where one of them was asked for.
-    pub fn of_pair(
-        choice: Choice,
-        number: u32,
-        pair: &Pair,
-        room: BatchConfig,
-        quiet: bool,
-    ) -> Result<Option<DeviceHandle>> {
-        let say = |line: &str| {
-            if !quiet {
-                terminal::note(line);
-            }
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        let (name, help) = match self {
+            Choice::Auto => ("auto", "A GPU if one can run the pair, else the CPU"),
+            Choice::Cpu => ("cpu", "The CPU reference in f32"),
+            Choice::Cuda => ("cuda", "The kernels on a GPU"),
+            Choice::Emulator => (
+                "emulator",
+                "The kernels on the CPU, slowly, for tests; only in builds with the feature emulator",
+            ),
         };
-        match choice {
-            Choice::Cpu => Ok(None),
-            Choice::Cuda => DeviceHandle::gpu(number).map(Some),
-            Choice::Emulator => DeviceHandle::emulator().map(Some),
-            Choice::Auto => {
-                match DeviceHandle::gpu(number).and_then(|gpu| MemoryPlan::new(pair, room).map(|_| gpu)) {
-                    Ok(gpu) => {
-                        say(&format!("device: cuda, {}", gpu.device.properties().name));
-                        Ok(Some(gpu))
-                    }
-                    Err(reason) => {
-                        let reason = reason.to_string();
-                        say(&format!("device: cpu: {}", reason.trim_start_matches("device cuda: ")));
-                        Ok(None)
-                    }
-                }
-            }
-        }
+        Some(PossibleValue::new(name).help(help))
     }
+}
 
-    /// Whether a pair with that room fits into the memory that is free now. What it takes is said on stderr, unless
-    /// `quiet` and it fits.
-    ///
-    /// # Errors
-    /// As [`MemoryPlan::new`] and [`MemoryPlan::check`].
-    pub fn has_memory(&self, pair: &Pair, room: BatchConfig, quiet: bool) -> Result<()> {
-        let plan = MemoryPlan::new(pair, room)?;
-        let (free, _) = self.device.memory()?;
-        let fits = plan.check(pair, usize::try_from(free).unwrap_or(usize::MAX), self.overhead);
-        if !quiet || fits.is_err() {
-            terminal::note(&plan.to_string());
+/// The device that runs a pair with these capacities; `None` for the CPU. For `auto`, prints a line on stderr
+/// that says which device it is and why, unless `quiet`.
+///
+/// # Errors
+/// As [`DeviceHandle::for_pair`].
+pub fn for_pair(
+    choice: Choice,
+    number: u32,
+    pair: &Pair,
+    capacity: BatchConfig,
+    quiet: bool,
+) -> Result<Option<DeviceHandle>> {
+    let say = |line: &str| {
+        if !quiet {
+            note(line);
         }
-        fits
-    }
+    };
+    Ok(match DeviceHandle::for_pair(choice, number, pair, capacity)? {
+        Placement::Device(gpu) => {
+            if choice == Choice::Auto {
+                say(&format!("device: cuda, {}", gpu.device.properties().name));
+            }
+            Some(gpu)
+        }
+        Placement::Cpu { fallback } => {
+            if let Some(reason) = fallback {
+                say(&format!("device: cpu: {}", message(&reason).trim_start_matches("device cuda: ")));
+            }
+            None
+        }
+    })
+}
 
-    /// What runs kernels where `choice` says; on their own, a GPU, else the emulator.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] for the CPU, which has none; [`Error::Unsupported`] where neither opens.
-    pub fn of_kernels(choice: Choice, number: u32) -> Result<DeviceHandle> {
-        match choice {
-            Choice::Cuda => DeviceHandle::gpu(number),
-            Choice::Emulator => DeviceHandle::emulator(),
-            Choice::Auto => {
-                DeviceHandle::gpu(number).or_else(|reason| DeviceHandle::emulator().map_err(|_| reason))
-            }
-            Choice::Cpu => {
-                Err(Error::Usage("--device is cpu, which has no kernels: expected cuda or emulator".into()))
-            }
-        }
+/// Checks that a pair with these capacities fits into the memory that is free now. Prints the memory plan on
+/// stderr, unless `quiet` and it fits.
+///
+/// # Errors
+/// As [`DeviceHandle::memory_plan`]; [`Error::Memory`](crate::Error::Memory) if it does not fit.
+pub fn check_memory(device: &DeviceHandle, pair: &Pair, capacity: BatchConfig, quiet: bool) -> Result<()> {
+    let (plan, fits) = device.memory_plan(pair, capacity)?;
+    if !quiet || fits.is_err() {
+        note(&plan.to_string());
     }
+    fits
 }

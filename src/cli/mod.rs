@@ -1,6 +1,8 @@
-//! What both binaries share and a library user does not need: devices by name, terminal output, exit codes.
+//! What both command-line programs share and a library user does not need: flags, terminal output, exit
+//! codes, signals. Behind the feature `cli`, which is on by default. Modules outside `cli` never name it.
 
 pub mod device;
 pub mod sigbus;
 pub mod spec_flags;
 pub mod terminal;
+mod verify_method;

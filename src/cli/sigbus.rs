@@ -1,5 +1,5 @@
-//! A checkpoint that loses bytes while it is mapped: the first look at them is a SIGBUS, which ends the program with one
-//! sentence and the exit code of a broken model file.
+//! A checkpoint file that becomes shorter while it is mapped: reading a missing byte raises SIGBUS. The
+//! handler here ends the program with one sentence and the exit code of a broken model file.
 
 use crate::checkpoint::pair::Pair;
 use crate::{Error, Result};
@@ -7,38 +7,39 @@ use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Where a file is mapped, and what is said if its bytes are gone.
+/// The addresses of a mapped file, and the line to print if its bytes are missing.
 struct Mapping {
     addresses: Range<usize>,
     sentence: String,
 }
 
-/// Written once, before the handler is there to read it.
+/// Written once, before the handler that reads it is installed.
 static MAPPINGS: OnceLock<Vec<Mapping>> = OnceLock::new();
 
-/// Set by the first thread that meets missing bytes: it alone speaks.
-static SPOKEN: AtomicBool = AtomicBool::new(false);
+/// Set by the first thread that reads a missing byte. Only that thread prints.
+static PRINTED: AtomicBool = AtomicBool::new(false);
 
 const EXIT: u8 = 3;
 
-/// From here on, while `pair` lives, missing bytes of its files end `program` as [`Error::Model`] does.
+/// Installs the handler: from now on, while `pair` lives, a missing byte of its files ends `program` as
+/// [`Error::Model`] does. Call at most once.
 ///
 /// # Errors
-/// [`Error::Internal`] where the system refuses the handler.
+/// [`Error::Internal`] if the system refuses the handler or it is already installed.
 pub fn guard(program: &str, pair: &Pair) -> Result<()> {
     let files = pair.target.weights.mapped();
     let files = files.chain(pair.drafter.iter().flat_map(|drafter| drafter.weights.mapped()));
     let mappings = files.map(|(path, addresses)| {
-        let what = "is no longer all there: the file became shorter after it was opened, or cannot be read";
+        let what = "has lost bytes: the file became shorter after it was opened, or cannot be read";
         let sentence = format!("{program}: {path} {what}").replace(char::is_control, " ") + "\n";
         Mapping { addresses, sentence }
     });
     if MAPPINGS.set(mappings.collect()).is_err() {
         return Err(Error::Internal("checkpoints are guarded twice".into()));
     }
-    // SAFETY: all zeros are a sigaction without flags and with an empty mask; it gets the handler that SA_SIGINFO asks
-    // for, which lives as long as the program, and the table that it reads is there. Its stack is the one that every
-    // thread of Rust's has for faults.
+    // SAFETY: all zeros are a sigaction without flags and with an empty mask. The handler has the signature
+    // that SA_SIGINFO requires and lives as long as the program, and the table that it reads is written. It
+    // runs on the alternate signal stack that Rust gives every thread.
     let refused = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         let handler: extern "C" fn(libc::c_int, *const libc::siginfo_t, *mut libc::c_void) = missing;
@@ -54,29 +55,29 @@ pub fn guard(program: &str, pair: &Pair) -> Result<()> {
     }
 }
 
-/// The handler. It may have interrupted anything, so it takes no lock, allocates nothing and calls only what
-/// signal-safety(7) lists.
+/// The handler. It may interrupt any code, so it takes no lock, allocates nothing and calls only functions
+/// that signal-safety(7) lists.
 extern "C" fn missing(signal: libc::c_int, info: *const libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: with SA_SIGINFO the system passes a valid siginfo_t, and this code says that it holds an address. A signal
-    // that a process sent, or another fault, has none or one that is not in the table.
+    // SAFETY: with SA_SIGINFO the system passes a valid siginfo_t, and BUS_ADRERR says that it holds an
+    // address. A signal that a process sent has no address, and another fault's address is not in the table.
     let address = unsafe { ((*info).si_code == libc::BUS_ADRERR).then(|| (*info).si_addr().addr()) };
     let mapping = address.and_then(|at| MAPPINGS.get()?.iter().find(|m| m.addresses.contains(&at)));
     let Some(Mapping { sentence, .. }) = mapping else {
-        // SAFETY: both calls take plain numbers. The signal comes again when this function returns, and then it does
-        // what it does without us.
+        // SAFETY: both calls take plain numbers. The signal is raised again when this function returns, with
+        // its default action.
         unsafe {
             libc::signal(signal, libc::SIG_DFL);
             libc::raise(signal);
         }
         return;
     };
-    if SPOKEN.swap(true, Ordering::Relaxed) {
+    if PRINTED.swap(true, Ordering::Relaxed) {
         loop {
-            // SAFETY: waits for the thread that came first to end the program.
+            // SAFETY: takes no argument. Waits until the first thread ends the program.
             unsafe { libc::pause() };
         }
     }
-    // SAFETY: the sentence is valid for its length; nothing of the program runs after `_exit`.
+    // SAFETY: the sentence is valid for its length, and nothing of the program runs after `_exit`.
     unsafe {
         libc::write(libc::STDERR_FILENO, sentence.as_ptr().cast(), sentence.len());
         libc::_exit(EXIT.into());

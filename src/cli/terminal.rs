@@ -1,39 +1,48 @@
-//! What every binary owes a terminal: errors as one line and an exit code, panics too, and readers who may leave.
+//! Terminal behaviour of both programs: an error or a panic is one line on stderr and an exit code, and a
+//! reader of stdout may close it at any time.
 
+use crate::text::untrusted;
 use crate::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 
-/// The flags of `program`, or the exit code with which it ends instead: after the help that was asked for, or a sentence.
+/// Parses the flags of `program`. `Err` is the exit code to end with: after printing the help that was asked
+/// for, or a sentence about a wrong flag.
 pub fn parse<Args: clap::Parser>(program: &str) -> std::result::Result<Args, ExitCode> {
     Args::try_parse().map_err(|error| match error.use_stderr() {
         true => fail(program, &sentence(&error)),
         false => {
-            // Its reader may be gone, which is no failure.
+            // The reader may have closed stdout, which is not a failure.
             let _ = error.print();
             ExitCode::SUCCESS
         }
     })
 }
 
-/// A flag's whole number, or what was expected; for clap's `value_parser`.
+/// Parses a flag's whole number; for clap's `value_parser`. The error says what is expected.
 pub fn whole<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
-    let most = u128::MAX >> (128 - 8 * size_of::<T>());
-    text.parse().map_err(|_| format!("expected a whole number from 0 to {most}"))
+    let largest = u128::MAX >> (128 - 8 * size_of::<T>());
+    text.parse().map_err(|_| format!("expected a whole number from 0 to {largest}"))
 }
 
-/// As [`whole`], of any number.
+/// As [`whole`], for any number.
 pub fn number<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
     text.parse().map_err(|_| "expected a number".into())
 }
 
-/// Runs what `program` does; its errors and panics become one line on stderr and their exit code.
+/// Runs `program`. An error or a panic becomes one line on stderr and its exit code.
 pub fn run(program: &'static str, run: impl FnOnce() -> Result<u8> + std::panic::UnwindSafe) -> ExitCode {
-    // A panic is a bug of ours, and still one sentence and exit code 1.
+    // A panic is a bug in this program. It still gives one sentence and exit code 1.
     std::panic::set_hook(Box::new(move |panic| {
+        // The library turns panics on these threads into errors, which are printed instead.
+        if std::thread::current().name() == Some(untrusted::THREAD_NAME) {
+            return;
+        }
         let place = panic.location().map_or("unknown".into(), |at| format!("{}:{}", at.file(), at.line()));
-        let what = panic.payload_as_str().unwrap_or("panic");
+        let payload = panic.payload();
+        let text = payload.downcast_ref::<String>().map(String::as_str);
+        let what = text.or(payload.downcast_ref::<&str>().copied()).unwrap_or("panic");
         note(&format!("{program}: internal failure at {place}: {what}").replace(char::is_control, " "));
     }));
     match std::panic::catch_unwind(run) {
@@ -48,17 +57,33 @@ fn fail(program: &str, error: &Error) -> ExitCode {
     ExitCode::from(error.exit_code())
 }
 
-/// One line on stderr, even where a file's name or a flag's value has several.
-pub fn complain(program: &str, error: &Error) {
-    note(&format!("{program}: {error}").replace(char::is_control, " "));
+/// The sentence of an error, with the flag instead of the library's name of an option.
+pub fn message(error: &Error) -> String {
+    match error {
+        Error::Option { name, problem } => {
+            let flag = match *name {
+                "context" => "ctx".into(),
+                "sequences" => "batch".into(),
+                name => name.replace('_', "-"),
+            };
+            format!("--{flag} {problem}")
+        }
+        other => other.to_string(),
+    }
 }
 
-/// A line on stderr. Not `eprintln!`, which panics when nobody reads.
+/// Prints an error as one line on stderr. Control characters, such as a newline in a file's name, become
+/// spaces.
+pub fn complain(program: &str, error: &Error) {
+    note(&format!("{program}: {}", message(error)).replace(char::is_control, " "));
+}
+
+/// Prints a line on stderr. Unlike `eprintln!` it does not panic if stderr is closed.
 pub fn note(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-/// How far something is, on stderr, in indicatif's `template`; nothing where `quiet` or where nobody watches.
+/// A progress bar on stderr in indicatif's `template`; hidden if `quiet` or if stderr is not a terminal.
 pub fn progress(template: &str, quiet: bool) -> ProgressBar {
     let shown = !quiet && io::stderr().is_terminal();
     let bar = if shown { ProgressBar::new(0) } else { ProgressBar::hidden() };
@@ -66,20 +91,20 @@ pub fn progress(template: &str, quiet: bool) -> ProgressBar {
     style.map(|style| bar.clone().with_style(style)).unwrap_or(bar)
 }
 
-/// Of weights on their way to a device: what it hears is bytes done and bytes in all.
+/// A progress bar for loading weights, and the callback that moves it: (bytes done, bytes in all).
 pub fn weights(quiet: bool) -> (ProgressBar, impl FnMut(usize, usize)) {
     let bar = progress("weights {bar:40} {bytes} of {total_bytes}, {bytes_per_sec}", quiet);
-    let heard = bar.clone();
+    let moved = bar.clone();
     (bar, move |done, total| {
-        heard.set_length(total as u64);
-        heard.set_position(done as u64);
+        moved.set_length(total as u64);
+        moved.set_position(done as u64);
     })
 }
 
-/// Text on stdout, flushed: somebody may be watching. False if nobody reads any more.
+/// Writes text to stdout and flushes it. False if the reader has closed stdout.
 ///
 /// # Errors
-/// [`Error::Internal`] where it cannot be written for another reason.
+/// [`Error::Internal`] if writing fails for another reason.
 pub fn print(text: &str) -> Result<bool> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -89,7 +114,7 @@ pub fn print(text: &str) -> Result<bool> {
     }
 }
 
-/// clap's report as one sentence: what is wrong, and its tip if there is one.
+/// clap's report as one sentence: what is wrong, and its tip if it has one.
 pub fn sentence(error: &clap::Error) -> Error {
     let report = error.render().to_string();
     let paragraph = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -1,4 +1,4 @@
-//! What hardware allows, and statistics of what was measured.
+//! What the hardware allows at most, and statistics of what was measured.
 
 pub mod roofline;
 pub mod statistics;

@@ -1,21 +1,24 @@
-//! The least time that the passes of a pair can take on a card: every weight and every key and value of the context
-//! crosses the memory bus once, every product goes through the tensor cores, and the slower of the two decides. All of
-//! it is arithmetic on configs; activations, norms and embeddings, about a thousandth, are left out.
+//! Roofline model: the least time that a pass of the target or the drafter can take on a card. Every weight
+//! and every key and value of the context crosses the memory bus once, every product goes through the tensor
+//! cores, and the slower of the two decides. All of it is computed from configs. Activations, norms and
+//! embeddings are left out; they are about a thousandth.
 
 use crate::checkpoint::config::{DrafterConfig, Stack, TargetConfig};
 
-/// bf16
+/// Bytes of a bf16.
 const ELEMENT: f64 = 2.0;
 
-/// What a card can do at most, as its vendor says. What a kernel reaches is less: reading alone about 90 %.
+/// Nominal limits of a card, from its vendor. Kernels reach less: reading alone reaches about 90 % of the
+/// bandwidth.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Card {
+    /// Its short name, such as `H100-SXM`.
     pub name: &'static str,
-    /// GB/s (10^9)
+    /// Memory bandwidth in GB/s (10^9 bytes).
     pub bandwidth: f64,
-    /// dense bf16 with f32 sums, TFLOP/s
+    /// Dense bf16 with f32 accumulation, in TFLOP/s.
     pub tflops: f64,
-    /// GB (10^9)
+    /// Memory in GB (10^9 bytes).
     pub memory: f64,
 }
 
@@ -23,7 +26,7 @@ const fn card(name: &'static str, bandwidth: f64, tflops: f64, memory: f64) -> C
     Card { name, bandwidth, tflops, memory }
 }
 
-/// Nominal figures of the vendor's data sheets, without sparsity.
+/// Known cards, with the figures of the vendor's data sheets, without sparsity.
 pub const CARDS: [Card; 12] = [
     card("H200", 4800.0, 989.0, 141.0),
     card("H100-SXM", 3350.0, 989.0, 80.0),
@@ -40,14 +43,14 @@ pub const CARDS: [Card; 12] = [
 ];
 
 impl Card {
-    /// By name, in any case and with or without its hyphens and spaces.
+    /// The card of that name, in any case and with or without hyphens and spaces.
     pub fn named(name: &str) -> Option<Card> {
-        let plain = |name: &str| name.replace(['-', ' '], "").to_lowercase();
-        CARDS.into_iter().find(|card| plain(card.name) == plain(name))
+        let normal = |name: &str| name.replace(['-', ' '], "").to_lowercase();
+        CARDS.into_iter().find(|card| normal(card.name) == normal(name))
     }
 
-    /// By what the driver calls it: `NVIDIA H200`, `NVIDIA A100-SXM4-80GB`, `NVIDIA GeForce RTX 4090`. None where it is
-    /// not surely one of [`CARDS`].
+    /// The card with that name in the driver: `NVIDIA H200`, `NVIDIA A100-SXM4-80GB`, `NVIDIA GeForce RTX
+    /// 4090`. `None` if it is not certainly one of [`CARDS`].
     pub fn of_driver(name: &str) -> Option<Card> {
         let words: Vec<&str> =
             name.split([' ', '-']).filter(|word| !["NVIDIA", "GeForce"].contains(word)).collect();
@@ -55,10 +58,10 @@ impl Card {
         let found = match *words.first()? {
             "H100" if has("PCIe") => "H100-PCIe",
             "H100" if has("HBM3") => "H100-SXM",
-            // The PCIe card of that size has slower memory.
+            // The PCIe card with 80 GB has slower memory.
             "A100" if has("80GB") && !has("PCIe") => "A100-80GB",
             "A100" if has("40GB") => "A100-40GB",
-            // A 4090 D or Laptop GPU is another card.
+            // With more words (4090 D, Laptop GPU) it is another card.
             "RTX" if words.len() == 2 => return Card::named(&words.concat()),
             "H200" if has("NVL") => return None,
             "H100" | "A100" | "RTX" => return None,
@@ -68,12 +71,12 @@ impl Card {
     }
 }
 
-/// What a pass must move and compute. Numbers are f64 because configs may be absurd; real ones are exact in it.
+/// The work of a pass. Numbers are f64, so that absurd configs do not overflow; those of real ones are exact.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pass {
-    /// bytes from and to memory
+    /// Bytes read from and written to memory.
     pub bytes: f64,
-    /// floating point operations, two for each product that is added
+    /// Floating point operations, two for each multiply-add.
     pub flops: f64,
 }
 
@@ -87,13 +90,14 @@ impl Pass {
         self.bytes / (card.bandwidth * 1e6)
     }
 
-    /// Whether it waits for memory, and not for the tensor cores.
+    /// Whether memory limits it, not the tensor cores.
     pub fn is_bound_by_memory(&self, card: &Card) -> bool {
         self.memory_ms(card) >= self.ms(card)
     }
 }
 
-/// Bytes of a layer's matrices: query, key and value together; output; gate and up together; down.
+/// (name, bytes) of a layer's matrices, as the kernels read them: q, k and v together; output; gate and up
+/// together; down.
 pub fn layer_bytes(stack: &Stack) -> [(&'static str, f64); 4] {
     let [h, ff, q, kv] = sizes(stack);
     [
@@ -104,7 +108,7 @@ pub fn layer_bytes(stack: &Stack) -> [(&'static str, f64); 4] {
     ]
 }
 
-/// hidden, intermediate, and widths of all queries and of all keys
+/// Hidden size, intermediate size, width of all query heads and of all key heads.
 fn sizes(s: &Stack) -> [f64; 4] {
     [s.hidden, s.intermediate, s.heads * s.head_dim, s.kv_heads * s.head_dim].map(|n| n as f64)
 }
@@ -114,12 +118,12 @@ fn layers_bytes(stack: &Stack) -> f64 {
     stack.attention.len() as f64 * layer
 }
 
-/// Bytes of the matrix that makes logits, which may be the embedding table.
+/// Bytes of the output head's matrix, which may be the embedding table.
 pub fn head_bytes(target: &TargetConfig) -> f64 {
     target.vocab as f64 * target.stack.hidden as f64 * ELEMENT
 }
 
-/// Bytes of the matrix that joins the tapped features.
+/// Bytes of the drafter's `fc` matrix, which projects the tapped features.
 pub fn fc_bytes(drafter: &DrafterConfig) -> f64 {
     drafter.taps.len() as f64 * (drafter.stack.hidden as f64).powi(2) * ELEMENT
 }
@@ -129,7 +133,7 @@ pub fn target_bytes(target: &TargetConfig) -> f64 {
     layers_bytes(&target.stack) + head_bytes(target)
 }
 
-/// Bytes of weights that a pass of the drafter reads: its layers, the join of features, and the target's head.
+/// Bytes of weights that a pass of the drafter reads: its layers, its `fc` matrix, and the target's head.
 pub fn drafter_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
     layers_bytes(&drafter.stack) + fc_bytes(drafter) + head_bytes(target)
 }
@@ -139,19 +143,20 @@ fn kv_bytes(stack: &Stack) -> f64 {
     2.0 * sizes(stack)[3] * ELEMENT
 }
 
-/// Positions of a context that each layer reads: all, or its window; all layers together.
+/// Sum over layers of the context positions that each reads: all, or those in its window.
 fn positions_read(stack: &Stack, context: usize) -> f64 {
     stack.attention.iter().map(|layer| layer.window.map_or(context, |w| w.min(context)) as f64).sum()
 }
 
-/// Operations of attention for `rows` rows of a sequence, each over the context and the rows of the pass.
+/// Operations of attention for `rows` rows of a sequence, each attending to the context and the rows of the
+/// pass.
 fn attention_flops(stack: &Stack, context: usize, rows: usize) -> f64 {
     let keys = positions_read(stack, context) + (stack.attention.len() * rows) as f64;
     4.0 * sizes(stack)[2] * rows as f64 * keys
 }
 
-/// A pass of the target over `rows` rows of each of `batch` sequences that have `context` positions: a AR step (1 row),
-/// the verification of a block, or of a tree with that many nodes.
+/// A pass of the target over `rows` rows of each of `batch` sequences that have `context` positions: an AR
+/// step (1 row), or the verification of a block or a tree with that many rows.
 pub fn target_pass(target: &TargetConfig, context: usize, batch: usize, rows: usize) -> Pass {
     let stack = &target.stack;
     let weights = target_bytes(target);
@@ -163,8 +168,8 @@ pub fn target_pass(target: &TargetConfig, context: usize, batch: usize, rows: us
     }
 }
 
-/// A pass of the drafter: `block` rows of each sequence, and keys and values of as many rows of features, which is what a
-/// captured round always computes.
+/// A pass of the drafter over `block` rows of each of `batch` sequences that have `context` positions.
+/// Includes keys and values of as many rows of features, which a captured round always computes.
 pub fn draft_pass(
     target: &TargetConfig,
     drafter: &DrafterConfig,

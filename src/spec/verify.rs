@@ -89,7 +89,7 @@ fn ratio(a: u64, b: u64, n: u64) -> u64 {
 }
 
 /// Which drafts stand.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum VerifyMethod {
     /// Those that are what autoregressive decoding emits with the same seed
     #[default]

@@ -1,30 +1,32 @@
 //! Chat templates: jinja as Hugging Face runs it, with its filters, functions and whitespace rules.
 //!
-//! A template comes with a checkpoint and is untrusted: its length and the instructions of a rendering are bounded.
-//! What it allocates is not, as it is not in Hugging Face's sandbox.
+//! A template comes with a checkpoint and is untrusted. Its length and the number of instructions of a
+//! rendering are bounded. Its allocations are not, as in Hugging Face's sandbox.
 
-use crate::text::tokenizer::{TEMPLATE_STACKS, guarded, one_line};
+use crate::error::one_line;
+use crate::text::untrusted::{TEMPLATE_STACKS, guarded};
 use crate::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, ErrorKind};
 
-/// Instructions one rendering may take: several thousand messages.
+/// Instructions that one rendering may take, enough for several thousand messages.
 const TEMPLATE_FUEL: u64 = 500_000;
-/// Bytes of a chat template; those in use stay below 32 KiB.
+/// Bytes that a chat template may have. Published ones stay below 32 KiB.
 const TEMPLATE_LIMIT: usize = 64 << 10;
 
 /// A parsed chat template.
 pub(crate) struct Template {
-    /// Holds the one template, under its name in errors.
+    /// Holds the template under the name `chat_template`.
     environment: Environment<'static>,
+    /// The template's name in errors.
     name: String,
-    /// Given by the user, so its faults are the command line's, not the model's.
+    /// Whether it overrides the model's own: its faults are then [`Error::Usage`], not [`Error::Model`].
     from_user: bool,
 }
 
 impl Template {
-    /// Parses `source`, called `name` in errors.
+    /// Parses `source`; errors call it `name`.
     pub(crate) fn parse(name: String, source: String, from_user: bool) -> Result<Self> {
         if source.len() > TEMPLATE_LIMIT {
             let what = format!("{name} has {} bytes, expected at most {TEMPLATE_LIMIT}", source.len());
@@ -38,7 +40,7 @@ impl Template {
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
-        // Undefined values are called by name in errors.
+        // So that errors name undefined values.
         environment.set_debug(true);
         let parse = || {
             let result = environment.add_template_owned("chat_template", source);
@@ -51,7 +53,7 @@ impl Template {
 
     /// The text for these variables, an object.
     pub(crate) fn render(&self, variables: serde_json::Value) -> Result<String> {
-        // An error can hold the values it is about, so it too has to end on the deep stack.
+        // An error can hold nested values, so it is turned into a sentence and dropped on the deep stack too.
         let render = || {
             let template = self.environment.get_template("chat_template");
             let result = template.and_then(|template| template.render(Value::from(Serde(variables))));
@@ -88,7 +90,7 @@ impl Template {
     }
 }
 
-/// What `raise_exception` was called with, so that it can be told from a fault of the template.
+/// The message of a `raise_exception` call, to tell it from a fault of the template.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Raised(String);
@@ -97,7 +99,8 @@ fn raise_exception(message: String) -> std::result::Result<Value, minijinja::Err
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, "raised").with_source(Raised(message)))
 }
 
-/// `tojson` as Hugging Face defines it: Python's `json.dumps` with `ensure_ascii=False`, not jinja's HTML-safe filter.
+/// `tojson` as Hugging Face defines it: Python's `json.dumps` with `ensure_ascii=False`, not jinja's
+/// HTML-safe filter.
 fn to_json(
     value: Value,
     indent: Option<usize>,
@@ -109,7 +112,7 @@ fn to_json(
     if options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false) {
         return Err(minijinja::Error::new(
             ErrorKind::InvalidOperation,
-            "tojson has no ensure_ascii=true here",
+            "tojson does not support ensure_ascii=true",
         ));
     }
     options.assert_all_used()?;
@@ -171,14 +174,15 @@ fn write_json(value: &serde_json::Value, style: &JsonStyle, depth: usize, out: &
     }
 }
 
-/// The current date for templates that state it, in UTC: what the local zone is, nothing in the standard library knows.
+/// The current date, for templates that state it. In UTC: the standard library does not know the local time
+/// zone.
 fn strftime_now(format: String) -> std::result::Result<String, minijinja::Error> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs());
     strftime(&format, now).map_err(|what| minijinja::Error::new(ErrorKind::InvalidOperation, what))
 }
 
-/// Python's `strftime` for a UTC time in seconds since 1970: the directives that dates in prompts use, with glibc's `-`
-/// for numbers without padding.
+/// Python's `strftime` for a UTC time in seconds since 1970. Supports the directives that dates in prompts
+/// use, and glibc's `-` for numbers without padding.
 fn strftime(format: &str, seconds: u64) -> std::result::Result<String, String> {
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     const MONTHS: [(&str, u64); 12] = [

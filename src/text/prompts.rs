@@ -1,31 +1,64 @@
-//! Prompts from files: JSON lines to token ids, each checked under the name it has in errors.
+//! Prompts: texts, conversations and files of them, to checked token ids. Every prompt has a name, which
+//! errors use.
 
 use crate::checkpoint::pair::Pair;
-use crate::text::tokenizer::{Message, Text, one_line};
+use crate::error::one_line;
+use crate::text::tokenizer::{Message, Text};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
 
-/// What is to be answered.
+/// One prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompt {
-    /// What it goes by in errors.
+    /// Its name in errors, such as `the prompt` or `FILE line 3`.
     pub name: String,
+    /// What is to be answered.
     pub content: Content,
-    /// The line's "category", of whatever form; null without one.
+    /// The `category` of its line, any JSON value; null without one.
     pub category: Value,
 }
 
+/// What is to be answered.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Content {
+    /// One text: a user's message if the model has a chat template, else the beginning of the text to
+    /// generate.
     Text(String),
+    /// A conversation, which needs a chat template.
     Chat(Vec<Message>),
+    /// Token ids, as they are.
+    Tokens(Vec<u32>),
 }
 
-/// The text of a file that the user named. A byte order mark, which some editors write, is not part of it.
+impl From<&str> for Content {
+    fn from(text: &str) -> Content {
+        Content::Text(text.into())
+    }
+}
+
+impl From<String> for Content {
+    fn from(text: String) -> Content {
+        Content::Text(text)
+    }
+}
+
+impl From<Vec<Message>> for Content {
+    fn from(messages: Vec<Message>) -> Content {
+        Content::Chat(messages)
+    }
+}
+
+impl From<Vec<u32>> for Content {
+    fn from(ids: Vec<u32>) -> Content {
+        Content::Tokens(ids)
+    }
+}
+
+/// Reads a text file. A byte order mark, which some editors write, is dropped.
 ///
 /// # Errors
-/// [`Error::Usage`] where it cannot be read or is not UTF-8.
+/// [`Error::Usage`] if it cannot be read or is not UTF-8.
 pub fn read(path: &Path) -> Result<String> {
     let name = path.display().to_string();
     let bytes = std::fs::read(path).map_err(|e| Error::Usage(format!("{name} cannot be read: {e}")))?;
@@ -33,8 +66,10 @@ pub fn read(path: &Path) -> Result<String> {
     Ok(text.strip_prefix('\u{feff}').map(String::from).unwrap_or(text))
 }
 
+/// The bytes of `name` as text.
+///
 /// # Errors
-/// [`Error::Usage`] where the bytes of `name` are not UTF-8.
+/// [`Error::Usage`] if they are not UTF-8.
 pub fn utf8(bytes: Vec<u8>, name: &str) -> Result<String> {
     String::from_utf8(bytes).map_err(|e| {
         Error::Usage(format!(
@@ -44,7 +79,7 @@ pub fn utf8(bytes: Vec<u8>, name: &str) -> Result<String> {
     })
 }
 
-/// One line of `--prompts`; other fields are other programs' business.
+/// One line of a file of prompts. Other fields are ignored.
 #[derive(serde::Deserialize)]
 struct Line {
     prompt: Option<String>,
@@ -53,11 +88,11 @@ struct Line {
     category: Value,
 }
 
-/// The prompts of `--prompts FILE.jsonl`, at least one: a JSON object per line, `{"prompt": TEXT}` or
-/// `{"messages": [...]}`; blank lines do not count.
+/// The prompts of a JSON lines file, at least one. A line is an object, `{"prompt": TEXT}` or `{"messages":
+/// [...]}`; blank lines are skipped.
 ///
 /// # Errors
-/// [`Error::Usage`] with the line that is no such object.
+/// [`Error::Usage`] naming the line that is not such an object, or for a file without prompts; as [`read`].
 pub fn lines(path: &Path) -> Result<Vec<Prompt>> {
     let text = read(path)?;
     let mut prompts = Vec::new();
@@ -68,7 +103,7 @@ pub fn lines(path: &Path) -> Result<Vec<Prompt>> {
         let name = format!("{} line {number}", path.display());
         let expected = "expected {\"prompt\": TEXT} or {\"messages\": [...]}";
         let Line { prompt, messages, category } = serde_json::from_str(line).map_err(|e| {
-            // Each line is a document of its own, so "line 1" would mislead.
+            // Each line is parsed as a document of its own, so serde's "line 1" would mislead.
             let what = one_line(&e.to_string().replace(" at line 1 column ", " at column "));
             Error::Usage(format!("{name}: {what}: {expected}"))
         })?;
@@ -90,27 +125,30 @@ pub fn lines(path: &Path) -> Result<Vec<Prompt>> {
     }
 }
 
-/// How prompts become tokens of a target.
-pub struct Tokens<'a> {
+/// Turns prompts into token ids of a target.
+pub struct PromptEncoder<'a> {
+    /// The target's config says which ids exist.
     pub pair: &'a Pair,
+    /// The target's tokenizer and chat template.
     pub text: &'a Text,
-    /// Take prompts as they are, though the model has a chat template.
+    /// Encode texts as they are, even if the model has a chat template.
     pub raw: bool,
-    /// Put before every conversation.
+    /// A system message to put before every conversation.
     pub system: Option<&'a str>,
-    /// Of the chat template.
+    /// Variables of the chat template.
     pub variables: &'a [(String, Value)],
     /// Positions that a sequence may have, prompt and answer together.
     pub context: usize,
 }
 
-impl Tokens<'_> {
+impl PromptEncoder<'_> {
     /// The prompt's token ids: at least one, fewer than the context, each below the target's vocabulary.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a prompt that does not go with the template, is empty or too long; [`Error::Model`] for ids
+    /// [`Error::Usage`] for a prompt that is empty, too long or refused by the template; [`Error::Option`]
+    /// for messages without a template, with `raw`, or with a second system message; [`Error::Model`] for ids
     /// that the target does not have.
-    pub fn of(&self, prompt: Prompt) -> Result<Vec<u32>> {
+    pub fn encode(&self, prompt: Prompt) -> Result<Vec<u32>> {
         let (name, ids) = (prompt.name.clone(), self.ids(prompt)?);
         let vocab = self.pair.target.config.vocab;
         if ids.is_empty() {
@@ -137,6 +175,7 @@ impl Tokens<'_> {
             other => other,
         };
         let mut messages = match content {
+            Content::Tokens(ids) => return Ok(ids),
             Content::Text(prompt) if prompt.is_empty() => {
                 return Err(Error::Usage(format!("{name} is empty, expected at least one token")));
             }
@@ -145,9 +184,8 @@ impl Tokens<'_> {
             }
             Content::Text(content) => vec![Message { role: "user".into(), content }],
             Content::Chat(_) if self.raw => {
-                return Err(Error::Usage(format!(
-                    "{name} has messages, which need a chat template, but --raw is given"
-                )));
+                let problem = format!("is set, but {name} has messages, which need a chat template");
+                return Err(Error::option("raw", problem));
             }
             Content::Chat(_) if !self.text.has_template() => {
                 let folder = self.pair.target.folder.name();
@@ -157,7 +195,8 @@ impl Tokens<'_> {
         };
         if let Some(content) = self.system {
             if messages.iter().any(|m| m.role == "system") {
-                return Err(Error::Usage(format!("{name} has a system message, and --system gives another")));
+                let problem = format!("is set, but {name} has a system message of its own");
+                return Err(Error::option("system", problem));
             }
             messages.insert(0, Message { role: "system".into(), content: content.into() });
         }
@@ -165,9 +204,8 @@ impl Tokens<'_> {
     }
 }
 
-/// [`Error::Usage`]: `who_needs` a chat template, which the target in `folder` does not have.
-pub fn without_template(who_needs: &str, folder: &str) -> Error {
-    Error::Usage(format!(
-        "{who_needs} a chat template, and {folder} has none: --chat-template FILE gives one"
-    ))
+/// [`Error::Option`] for an absent chat template: the target in `folder` has none, and `what_needs` (a
+/// subject and the word "needs" or "need") one.
+pub fn without_template(what_needs: &str, folder: &str) -> Error {
+    Error::option("chat_template", format!("is absent and {folder} has none, but {what_needs} one"))
 }

@@ -5,7 +5,7 @@ use dflash::checkpoint::safetensors::PUBLISHED;
 use dflash::perf::roofline::{
     CARDS, Card, draft_pass, drafter_bytes, fc_bytes, head_bytes, layer_bytes, target_bytes, target_pass,
 };
-use dflash::perf::statistics::{Interval, Rounds, Summary, Verdict, Work, quantile, rates, ratio};
+use dflash::perf::statistics::{Interval, Pairing, Summary, Verdict, Work, quantile, rates, ratio};
 
 fn configs(name: &str) -> (TargetConfig, DrafterConfig) {
     let (_, target, drafter) = PUBLISHED.into_iter().find(|pair| pair.0 == name).unwrap();
@@ -156,10 +156,10 @@ fn quantiles_equal_numpy() {
 #[test]
 fn bootstraps_equal_numpy_and_are_near_scipy() {
     let (before, after) = (alone(&BEFORE), alone(&AFTER));
-    let apart = ratio(&before, &after, Rounds::Apart).unwrap();
+    let apart = ratio(&before, &after, Pairing::Unpaired).unwrap();
     equals(apart, (0.9012345679012346, 0.8712871287128714, 0.9301745635910224), 1e-12);
     equals(apart, (0.9012345679012346, 0.8704156479217604, 0.9301745635910224), 0.002);
-    let together = ratio(&before, &after, Rounds::Together).unwrap();
+    let together = ratio(&before, &after, Pairing::Paired).unwrap();
     equals(together, (0.9012345679012346, 0.888888888888889, 0.9099999999999999), 1e-12);
     let before: [&[f64]; 6] = [
         &[10.0, 10.1, 10.05],
@@ -177,13 +177,13 @@ fn bootstraps_equal_numpy_and_are_near_scipy() {
         &[12.3, 12.2, 12.4],
         &[9.9, 10.1, 10.0],
     ];
-    let apart = ratio(&before, &after, Rounds::Apart).unwrap();
+    let apart = ratio(&before, &after, Pairing::Unpaired).unwrap();
     equals(apart, (1.0071942446043165, 0.8416492047026279, 1.232354509562632), 1e-12);
-    let together = ratio(&before, &after, Rounds::Together).unwrap();
+    let together = ratio(&before, &after, Pairing::Paired).unwrap();
     equals(together, (1.0071942446043165, 0.971153846153846, 1.041860465116279), 1e-12);
     // Samples of a round are no news to each other: taken one by one they would look far surer.
     let (flat_before, flat_after) = (before.concat(), after.concat());
-    let flat = ratio(&alone(&flat_before), &alone(&flat_after), Rounds::Apart).unwrap();
+    let flat = ratio(&alone(&flat_before), &alone(&flat_after), Pairing::Unpaired).unwrap();
     assert!(flat.high - flat.low < 0.8 * (apart.high - apart.low), "{flat:?} {apart:?}");
 }
 
@@ -229,7 +229,7 @@ fn an_interval_holds_the_truth_as_often_as_it_says() {
     let mut held = 0;
     for _ in 0..300 {
         let (before, after) = (draw(15, 1.0), draw(25, 1.1));
-        let found = ratio(&alone(&before), &alone(&after), Rounds::Apart).unwrap();
+        let found = ratio(&alone(&before), &alone(&after), Pairing::Unpaired).unwrap();
         held += usize::from(found.low <= 1.1 && 1.1 <= found.high);
     }
     // 99 % of 300 are 297, give or take 2.
@@ -247,11 +247,11 @@ fn what_cannot_be_compared_has_no_ratio() {
         (&one, &[&[f64::INFINITY][..]]),
         (&one, &[&[1.0][..], &[]]),
     ] {
-        assert_eq!(ratio(before, after, Rounds::Apart), None, "{before:?} {after:?}");
+        assert_eq!(ratio(before, after, Pairing::Unpaired), None, "{before:?} {after:?}");
     }
     let two: [&[f64]; 2] = [&[1.0], &[2.0]];
-    assert_eq!(ratio(&one, &two, Rounds::Together), None);
-    assert!(ratio(&one, &two, Rounds::Apart).is_some());
+    assert_eq!(ratio(&one, &two, Pairing::Paired), None);
+    assert!(ratio(&one, &two, Pairing::Unpaired).is_some());
 }
 
 #[test]

@@ -19,7 +19,7 @@ use support::disk;
 
 fn published(name: &str) -> Pair {
     let (_, target, drafter) = PUBLISHED.into_iter().find(|pair| pair.0 == name).unwrap();
-    Pair::drawn(target, Some(drafter)).unwrap()
+    Pair::with_random_weights(target, Some(drafter)).unwrap()
 }
 
 /// A small pair that the kernels run, of which only the configs are on the disk.
@@ -50,7 +50,7 @@ fn tiny() -> (tempfile::TempDir, Pair) {
     fs::create_dir_all(&drafter_dir).unwrap();
     support::write_json(&target_dir, "config.json", &support::target_config(&target));
     support::write_json(&drafter_dir, "config.json", &support::drafter_config(&target, &drafter));
-    let pair = Pair::drawn(disk(&target_dir), Some(disk(&drafter_dir))).unwrap();
+    let pair = Pair::with_random_weights(disk(&target_dir), Some(disk(&drafter_dir))).unwrap();
     (root, pair)
 }
 
@@ -119,7 +119,7 @@ fn a_drawn_pair_has_the_parameters_of_the_published_one() {
     {
         let pair = published(name);
         assert_eq!(support::parameters(&pair.target.config.tensors()), parameters, "{name}");
-        let alone = Pair::drawn(pair.target.folder.clone(), None).unwrap();
+        let alone = Pair::with_random_weights(pair.target.folder.clone(), None).unwrap();
         let plan = MemoryPlan::new(&alone, BatchConfig::new(1, 1, 4096)).unwrap();
         assert_eq!(plan.file_bytes as u64, parameters * 2, "{name}");
         assert_eq!(pair.target.weights.files().iter().map(|file| file.1).sum::<usize>(), plan.file_bytes);
@@ -164,7 +164,7 @@ fn a_drawn_pair_runs_on_the_emulator_and_is_lossless_there() {
 #[test]
 fn the_cpu_refuses_drawn_weights_in_a_sentence() {
     let (_root, pair) = tiny();
-    let path = |folder: &dflash::checkpoint::safetensors::Folder| folder.path("drawn weights");
+    let path = |folder: &dflash::checkpoint::safetensors::Folder| folder.path("random weights");
     let sentence = |path: String| {
         Error::Unsupported(format!(
             "{path} are made for devices and are nowhere in memory: expected a pair with files on the CPU"

@@ -187,7 +187,7 @@ fn a_target_alone_has_plain_steps() {
 #[test]
 fn round_refuses_in_a_sentence() {
     // What the emulator has, and positions for the rounds, which the flag does not tell.
-    let pair = Pair::drawn(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
+    let pair = Pair::with_random_weights(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let most =
         MemoryPlan::largest_context(&pair, BatchConfig::new(1000, 16, 1), 16 << 30, Overhead::NONE).unwrap();
     let fits = most - 272;

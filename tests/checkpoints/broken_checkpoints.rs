@@ -60,7 +60,7 @@ const TARGET_CONFIGS: &str = r#"
 3 | architectures = "Qwen3ForCausalLM" | T/config.json: architectures is "Qwen3ForCausalLM", expected a list of one name
 3 | architectures absent | T/config.json: architectures is absent
 4 | model_type = "qwen3_moe" | T/config.json: model_type is qwen3_moe, which this engine does not run: expected qwen3
-2 | architectures = ["DFlashDraftModel"] | T/config.json is a drafter's (DFlashDraftModel): expected a target here, drafters go to --draft
+2 | architectures = ["DFlashDraftModel"] | target is given T/config.json, which describes a drafter (DFlashDraftModel): expected a target
 4 | hidden_act = "gelu" | T/config.json: hidden_act is gelu, which this engine does not run: expected silu
 4 | attention_bias = true | T/config.json: attention_bias is true, which this engine does not run: expected false
 4 | mlp_bias = true | T/config.json: mlp_bias is true, which this engine does not run: expected false
@@ -81,7 +81,7 @@ const TARGET_CONFIGS: &str = r#"
 3 | rope_parameters = { "rope_theta": 5e5 } | T/config.json: rope_parameters.rope_theta is 500000 and rope_theta is 10000, expected one value
 3 | rope_scaling = { "type": "linear", "factor": 2.0 }; rope_parameters = { "rope_type": "default" } | T/config.json: rope_scaling and rope_parameters differ, expected one of them or twice the same
 0 | rope_scaling = { "type": "linear", "factor": 2.0 }; rope_parameters = { "type": "linear", "factor": 2.0, "rope_theta": 1e4 } | opened
-4 | rope_parameters = { "full_attention": { "rope_theta": 1e4 } } | T/config.json: rope_parameters.full_attention is a set of RoPE settings for some layers, expected one for all
+4 | rope_parameters = { "full_attention": { "rope_theta": 1e4 } } | T/config.json: rope_parameters.full_attention holds RoPE settings for some layers, expected the same settings for all
 4 | rope_scaling = { "rope_type": "dynamic", "factor": 2.0 } | T/config.json: rope_scaling.rope_type is dynamic, which this engine does not run: expected default, linear, llama3 or yarn
 4 | rope_scaling = { "type": "longrope", "factor": 2.0 } | T/config.json: rope_scaling.rope_type is longrope, which this engine does not run: expected default, linear, llama3 or yarn
 3 | rope_scaling = { "factor": 2.0 } | T/config.json: rope_scaling.rope_type is absent
@@ -89,10 +89,10 @@ const TARGET_CONFIGS: &str = r#"
 3 | rope_scaling = { "type": "linear", "factor": 0 } | T/config.json: rope_scaling.factor is 0, expected a number from 1
 3 | rope_scaling = [] | T/config.json: rope_scaling is [], expected an object
 3 | rope_scaling = { "rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4, "original_max_position_embeddings": 8192 } | T/config.json: rope_scaling.high_freq_factor is 4, expected a number above low_freq_factor
-4 | rope_scaling = { "type": "default", "mrope_section": [8, 8, 8] } | T/config.json: rope_scaling.mrope_section is unknown for rope_type default, which this engine runs without it
-4 | rope_scaling = { "type": "linear", "factor": 2.0, "beta_fast": 32 } | T/config.json: rope_scaling.beta_fast is unknown for rope_type linear, which this engine runs without it
-4 | rope_parameters = { "rope_theta": 1e4, "factor": 2.0, "rope_type": "default" } | T/config.json: rope_parameters.factor is unknown for rope_type default, which this engine runs without it
-4 | rope_scaling = { "type": "yarn", "factor": 2.0, "low_freq_factor": 1 } | T/config.json: rope_scaling.low_freq_factor is unknown for rope_type yarn, which this engine runs without it
+4 | rope_scaling = { "type": "default", "mrope_section": [8, 8, 8] } | T/config.json: rope_scaling.mrope_section is unknown: this engine runs rope_type default without it
+4 | rope_scaling = { "type": "linear", "factor": 2.0, "beta_fast": 32 } | T/config.json: rope_scaling.beta_fast is unknown: this engine runs rope_type linear without it
+4 | rope_parameters = { "rope_theta": 1e4, "factor": 2.0, "rope_type": "default" } | T/config.json: rope_parameters.factor is unknown: this engine runs rope_type default without it
+4 | rope_scaling = { "type": "yarn", "factor": 2.0, "low_freq_factor": 1 } | T/config.json: rope_scaling.low_freq_factor is unknown: this engine runs rope_type yarn without it
 0 | rope_scaling = { "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1, "mrope_section": null } | opened
 0 | rope_scaling = { "rope_type": "linear", "type": "linear", "factor": 2.0, "original_max_position_embeddings": 64 } | opened
 0 | rope_scaling = { "rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192 } | opened
@@ -115,24 +115,24 @@ fn drafter_configs_are_refused_by_field() {
 
 const DRAFTER_CONFIGS: &str = r#"
 4 | architectures = ["DFlash2DraftModel"] | D/config.json: architectures is DFlash2DraftModel, which this engine does not run: expected DFlashDraftModel
-4 | dflash_config.selector_rank = 256 | D/config.json: dflash_config.selector_rank is 256, which makes it a DFlash2 drafter: this engine runs plain DFlash drafters
-4 | conv_kernel_size = 2 | D/config.json: conv_kernel_size is 2, which makes it a DFlash2 drafter: this engine runs plain DFlash drafters
-4 | dflash_config.markov_rank = 256 | D/config.json: dflash_config.markov_rank is 256, which makes it a DSpark (DeepSpec) drafter: this engine runs plain DFlash drafters
-4 | sample_from_anchor = true | D/config.json: sample_from_anchor is true, which makes it a DSpark (DeepSpec) drafter: this engine runs plain DFlash drafters
-4 | dflash_config.shift_label = true | D/config.json: dflash_config.shift_label is true, which makes it a Domino drafter: this engine runs plain DFlash drafters
-4 | dflash_config.projector_type = "domino" | D/config.json: dflash_config.projector_type is "domino", which makes it a Domino or DSpark drafter: this engine runs plain DFlash drafters
-4 | fc_layernorm = true | D/config.json: fc_layernorm is true, which makes it a per-tap norm drafter: this engine runs plain DFlash drafters
-4 | dflash_config.use_swa = true | D/config.json: dflash_config.use_swa is true, which makes it a MiMo-style drafter: this engine runs plain DFlash drafters
-4 | attention_sink_bias = true | D/config.json: attention_sink_bias is true, which makes it a MiMo-style drafter: this engine runs plain DFlash drafters
-4 | attention_value_scale = 0.612 | D/config.json: attention_value_scale is 0.612, which makes it a MiMo-style drafter: this engine runs plain DFlash drafters
-4 | dflash_config.tree_width = 4 | D/config.json: dflash_config.tree_width is unknown: this engine runs plain DFlash drafters
+4 | dflash_config.selector_rank = 256 | D/config.json: dflash_config.selector_rank is 256, which makes it a DFlash2 drafter: this engine runs standard DFlash drafters
+4 | conv_kernel_size = 2 | D/config.json: conv_kernel_size is 2, which makes it a DFlash2 drafter: this engine runs standard DFlash drafters
+4 | dflash_config.markov_rank = 256 | D/config.json: dflash_config.markov_rank is 256, which makes it a DSpark (DeepSpec) drafter: this engine runs standard DFlash drafters
+4 | sample_from_anchor = true | D/config.json: sample_from_anchor is true, which makes it a DSpark (DeepSpec) drafter: this engine runs standard DFlash drafters
+4 | dflash_config.shift_label = true | D/config.json: dflash_config.shift_label is true, which makes it a Domino drafter: this engine runs standard DFlash drafters
+4 | dflash_config.projector_type = "domino" | D/config.json: dflash_config.projector_type is "domino", which makes it a Domino or DSpark drafter: this engine runs standard DFlash drafters
+4 | fc_layernorm = true | D/config.json: fc_layernorm is true, which makes it a per-tap norm drafter: this engine runs standard DFlash drafters
+4 | dflash_config.use_swa = true | D/config.json: dflash_config.use_swa is true, which makes it a MiMo-style drafter: this engine runs standard DFlash drafters
+4 | attention_sink_bias = true | D/config.json: attention_sink_bias is true, which makes it a MiMo-style drafter: this engine runs standard DFlash drafters
+4 | attention_value_scale = 0.612 | D/config.json: attention_value_scale is 0.612, which makes it a MiMo-style drafter: this engine runs standard DFlash drafters
+4 | dflash_config.tree_width = 4 | D/config.json: dflash_config.tree_width is unknown: this engine runs standard DFlash drafters
 4 | speculators_model_type = "dflash" | D/config.json: speculators_model_type makes it a drafter in the speculators layout: this engine runs the z-lab layout (DFlashDraftModel)
 4 | draft_vocab_size = 32000 | D/config.json: draft_vocab_size makes it a drafter in the speculators layout: this engine runs the z-lab layout (DFlashDraftModel)
 4 | architectures = ["LlamaForCausalLMEagle3"] | D/config.json: architectures is LlamaForCausalLMEagle3, which this engine does not run: expected DFlashDraftModel
 4 | model_type = "llama" | D/config.json: model_type is llama, which this engine does not run: expected qwen3
 4 | quantization_config = { "bits": 4 } | D/config.json: quantization_config is there without a quant_method, which this engine does not run: expected an unquantised checkpoint
 4 | attention_bias = true | D/config.json: attention_bias is true, which this engine does not run: expected false
-2 | dflash_config absent; architectures = ["Qwen3ForCausalLM"] | D/config.json is a target's (Qwen3ForCausalLM): expected a DFlash drafter here, targets go to --target
+2 | dflash_config absent; architectures = ["Qwen3ForCausalLM"] | draft is given D/config.json, which describes a target (Qwen3ForCausalLM): expected a DFlash drafter
 3 | dflash_config = [1] | D/config.json: dflash_config is [1], expected an object
 3 | dflash_config.mask_token_id absent | D/config.json: mask_token_id is absent
 3 | dflash_config.mask_token_id = 40 | D/config.json: dflash_config.mask_token_id is 40, expected a whole number from 0 to 39
@@ -140,7 +140,7 @@ const DRAFTER_CONFIGS: &str = r#"
 3 | dflash_config.target_layer_ids = [] | D/config.json: dflash_config.target_layer_ids is empty, expected at least one layer
 3 | dflash_config.target_layer_ids = [0, 4] | D/config.json: dflash_config.target_layer_ids holds 4, expected layers from 0 to 3 (num_target_layers is 4)
 3 | dflash_config.target_layer_ids = [0, -1] | D/config.json: dflash_config.target_layer_ids[1] is -1, expected a whole number from 0 to 1024
-4 | dflash_config.target_layer_ids = [0, 3] | D/config.json: dflash_config.target_layer_ids holds 3, the target's last layer, of which engines differ on whether the final norm is applied
+4 | dflash_config.target_layer_ids = [0, 3] | D/config.json: dflash_config.target_layer_ids holds 3, the target's last layer: engines differ on whether the final norm applies to it
 3 | dflash_config.target_layer_ids = [2, 2] | D/config.json: dflash_config.target_layer_ids holds 2 twice
 3 | dflash_config.target_layer_ids = [0, 1, 2] | D/model.safetensors: tensor fc.weight has shape [16, 32], expected [16, 48] from config.json
 3 | block_size = 1 | D/config.json: block_size is 1, expected a whole number from 2 to 1024
@@ -152,7 +152,7 @@ const DRAFTER_CONFIGS: &str = r#"
 3 | hidden_size = 32 | D/config.json was not made for T/config.json: its hidden size is 32, the target's is 16
 3 | vocab_size = 41 | D/config.json was not made for T/config.json: its vocabulary size is 41, the target's is 40
 3 | num_target_layers = 5 | D/config.json was not made for T/config.json: its number of target layers is 5, the target's is 4
-3 | num_hidden_layers = 1 | D/model.safetensors: tensor layers.1.input_layernorm.weight is of a layer beyond the 1 of config.json
+3 | num_hidden_layers = 1 | D/model.safetensors: tensor layers.1.input_layernorm.weight belongs to a layer beyond the 1 of config.json
 "#;
 
 /// Rewrites the header of a model's only file; `edit` sees it as JSON.
@@ -207,9 +207,9 @@ fn broken_safetensors_files_are_refused_by_what_is_wrong() {
     let offsets = "model.norm.weight";
     let rows: Vec<(Spoil, u8, &str)> = vec![
         (write(vec![]),
-            3, "T/model.safetensors is not a whole safetensors file: it has 0 bytes, and 8 of header length come first"),
+            3, "T/model.safetensors is not a whole safetensors file: it has 0 bytes, expected at least 8 for the header's length"),
         (write(vec![1, 2, 3]),
-            3, "T/model.safetensors is not a whole safetensors file: it has 3 bytes, and 8 of header length come first"),
+            3, "T/model.safetensors is not a whole safetensors file: it has 3 bytes, expected at least 8 for the header's length"),
         (write(support::safetensors_raw("{}", &[])),
             3, "T/model.safetensors has no tensor model.embed_tokens.weight"),
         (write(support::safetensors_raw("{\"a\":", &[])),
@@ -219,13 +219,13 @@ fn broken_safetensors_files_are_refused_by_what_is_wrong() {
         (write(support::safetensors_raw("\u{1b}[31m", &[])),
             3, "T/model.safetensors is not a whole safetensors file: its header: expected value at line 1 column 1"),
         (write([u64::MAX.to_le_bytes().as_slice(), b"{}"].concat()),
-            3, "T/model.safetensors is not a whole safetensors file: its header is to be 18446744073709551615 bytes long, and 2 follow"),
+            3, "T/model.safetensors is not a whole safetensors file: its header's length is given as 18446744073709551615 bytes, but only 2 follow"),
         (write(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n".to_vec()),
             3, "T/model.safetensors is not a whole safetensors file: it is a Git LFS pointer, the weights were not fetched"),
         (cut(|_| 100),
-            3, "T/model.safetensors is not a whole safetensors file: its header is to be 4586 bytes long, and 92 follow"),
+            3, "T/model.safetensors is not a whole safetensors file: its header's length is given as 4586 bytes, but only 92 follow"),
         (cut(|len| len - 1),
-            3, "T/model.safetensors is not a whole safetensors file: its header describes 21664 bytes of tensors, and 21663 follow it"),
+            3, "T/model.safetensors is not a whole safetensors file: its header describes 21664 bytes of tensors, but 21663 follow it"),
         (header(|h| h["model.norm.weight"]["shape"] = json!([u64::MAX, u64::MAX])),
             3, "T/model.safetensors is not a whole safetensors file: its header: overflow computing buffer size from shape and/or element type"),
         (header(|h| h["model.norm.weight"]["shape"] = json!([-1])),
@@ -241,25 +241,25 @@ fn broken_safetensors_files_are_refused_by_what_is_wrong() {
         (header(|h| h["model.norm.weight"]["data_offsets"] = json!([32, 0])),
             3, "T/model.safetensors is not a whole safetensors file: its header: invalid offset for tensor `model.norm.weight`"),
         (write(overflowing()),
-            3, "T/model.safetensors is not a whole safetensors file: its header describes 18446744073709551608 bytes of tensors, and 0 follow it"),
+            3, "T/model.safetensors is not a whole safetensors file: its header describes 18446744073709551608 bytes of tensors, but 0 follow it"),
         (Box::new(move |t, _| edit_tensors(t, target(), |all| all.retain(|x| x.name != offsets))),
             3, "T/model.safetensors has no tensor model.norm.weight"),
         (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(named("model.layers.0.self_attn.q_proj.bias"))) }),
             4, "T/model.safetensors: tensor model.layers.0.self_attn.q_proj.bias is not one that this kind of target has"),
         (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(named("model.layers.4.mlp.up_proj.weight"))) }),
-            3, "T/model.safetensors: tensor model.layers.4.mlp.up_proj.weight is of a layer beyond the 4 of config.json"),
+            3, "T/model.safetensors: tensor model.layers.4.mlp.up_proj.weight belongs to a layer beyond the 4 of config.json"),
         (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(named("model.layers.0.mlp.up_proj.weight_scale"))) }),
-            4, "T/model.safetensors: tensor model.layers.0.mlp.up_proj.weight_scale is of a quantised checkpoint, which this engine does not run: expected BF16, F16 or F32 weights"),
+            4, "T/model.safetensors: tensor model.layers.0.mlp.up_proj.weight_scale belongs to a quantised checkpoint, which this engine does not run: expected BF16, F16 or F32 weights"),
         (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(named("model.layers.0.mlp.up_proj.qweight"))) }),
-            4, "T/model.safetensors: tensor model.layers.0.mlp.up_proj.qweight is of a quantised checkpoint, which this engine does not run: expected BF16, F16 or F32 weights"),
+            4, "T/model.safetensors: tensor model.layers.0.mlp.up_proj.qweight belongs to a quantised checkpoint, which this engine does not run: expected BF16, F16 or F32 weights"),
         (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(named("candidate_selector.predecessor_codebook"))) }),
-            4, "D/model.safetensors: tensor candidate_selector.predecessor_codebook belongs to a DFlash2 drafter: this engine runs plain DFlash drafters"),
+            4, "D/model.safetensors: tensor candidate_selector.predecessor_codebook belongs to a DFlash2 drafter: this engine runs standard DFlash drafters"),
         (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(named("layers.0.attention_conv.base_kernel"))) }),
-            4, "D/model.safetensors: tensor layers.0.attention_conv.base_kernel belongs to a DFlash2 drafter: this engine runs plain DFlash drafters"),
+            4, "D/model.safetensors: tensor layers.0.attention_conv.base_kernel belongs to a DFlash2 drafter: this engine runs standard DFlash drafters"),
         (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(named("model.embed_tokens.weight"))) }),
-            4, "D/model.safetensors: tensor model.embed_tokens.weight belongs to a drafter with an embedding, head or vocabulary of its own: this engine runs plain DFlash drafters"),
+            4, "D/model.safetensors: tensor model.embed_tokens.weight belongs to a drafter with an embedding, head or vocabulary of its own: this engine runs standard DFlash drafters"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(named("d2t")))),
-            4, "D/model.safetensors: tensor d2t belongs to a drafter with an embedding, head or vocabulary of its own: this engine runs plain DFlash drafters"),
+            4, "D/model.safetensors: tensor d2t belongs to a drafter with an embedding, head or vocabulary of its own: this engine runs standard DFlash drafters"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(named("markov_w1")))),
             4, "D/model.safetensors: tensor markov_w1 is not one that a DFlash drafter has"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(named("model.fc.weight")))),

@@ -72,8 +72,8 @@ const FLAGS: &str = r#"
 2 | --gpu one x | invalid value 'one' for '--gpu <N>': expected a whole number from 0 to 4294967295
 2 | --device tpu x | invalid value 'tpu' for '--device <DEVICE>' [possible values: auto, cpu, cuda, emulator]; a similar value exists: 'cpu'
 2 | --stop '' x | --stop is empty, expected at least one character
-2 | --system Kind! x | --system needs a chat template, and demo/target has none: --chat-template FILE gives one
-2 | --template-arg a=1 x | --template-arg needs a chat template, and demo/target has none: --chat-template FILE gives one
+2 | --system Kind! x | --chat-template is absent and demo/target has none, but --system needs one
+2 | --template-arg a=1 x | --chat-template is absent and demo/target has none, but --template-arg needs one
 2 | --template-arg thinking x | --template-arg is "thinking", expected NAME=VALUE
 2 | --template-arg =1 x | --template-arg is "=1", expected NAME=VALUE
 2 | --raw --system Kind! x | the argument '--raw' cannot be used with '--system <TEXT>'
@@ -125,16 +125,16 @@ const PROMPTS: &str = r#"
 2 | --prompts ROOT/blank.jsonl | ROOT/blank.jsonl holds no prompt
 2 | --prompts ROOT/empty.jsonl | ROOT/empty.jsonl line 2 is empty, expected at least one token
 2 | --prompts ROOT/latin1.jsonl | ROOT/latin1.jsonl is not UTF-8: byte 15 is not part of a character
-2 | --prompts ROOT/chat.jsonl | ROOT/chat.jsonl line 1 has messages, which need a chat template, and demo/target has none: --chat-template FILE gives one
-2 | --prompts ROOT/chat.jsonl --raw | ROOT/chat.jsonl line 1 has messages, which need a chat template, but --raw is given
+2 | --prompts ROOT/chat.jsonl | --chat-template is absent and demo/target has none, but ROOT/chat.jsonl line 1 has messages, which need one
+2 | --prompts ROOT/chat.jsonl --raw | --raw is set, but ROOT/chat.jsonl line 1 has messages, which need a chat template
 2 | --prompts ROOT/tool.jsonl | ROOT/tool.jsonl line 1: unknown field `tool_calls`, expected `role` or `content` at column 59: expected {"prompt": TEXT} or {"messages": [...]}
-2 | --prompts ROOT/system.jsonl --system b --chat-template ROOT/ok.jinja | ROOT/system.jsonl line 1 has a system message, and --system gives another
+2 | --prompts ROOT/system.jsonl --system b --chat-template ROOT/ok.jinja | --system is set, but ROOT/system.jsonl line 1 has a system message of its own
 2 | --prompts ROOT/none.jsonl --chat-template ROOT/ok.jinja | ROOT/none.jsonl line 1 gives no tokens, expected at least one
 2 | x --chat-template ROOT/nothing | ROOT/nothing cannot be read: No such file or directory (os error 2)
 2 | x --chat-template ROOT/open.jinja | ROOT/open.jinja is not a template in line 1: syntax error: unexpected end of input, expected end of block
 2 | x --chat-template ROOT/raise.jinja | the prompt: ROOT/raise.jinja refuses this conversation: only two
 2 | x --chat-template ROOT/endless.jinja | the prompt: ROOT/endless.jinja failed in line 1: takes more than 500000 instructions
-2 | x --chat-template ROOT/ok.jinja --template-arg messages=[] | the prompt: --template-arg messages is reserved: the conversation comes from the prompt
+2 | x --chat-template ROOT/ok.jinja --template-arg messages=[] | --template-arg is given messages, which is reserved for the conversation
 "#;
 
 #[test]
@@ -185,17 +185,17 @@ const MODELS: &str = r#"
 3 | no config | ROOT/target has no config.json, it holds model.safetensors: expected a Hugging Face model folder
 3 | half a config | ROOT/target/config.json is not valid JSON: EOF while parsing a value at line 1 column 6
 3 | no weights | ROOT/target has no model.safetensors: expected safetensors, in one file or in shards with model.safetensors.index.json
-3 | no tokenizer | ROOT/target/tokenizer.json is missing; a target folder needs its tokenizer
+3 | no tokenizer | ROOT/target/tokenizer.json is missing: expected the tokenizer in the target's folder
 3 | empty tokenizer | ROOT/target/tokenizer.json is not a tokenizer: Model missing. at line 1 column 2
-3 | cut in the header | ROOT/target/model.safetensors is not a whole safetensors file: its header is to be 4711 bytes long, and 92 follow
-3 | cut in the length | ROOT/target/model.safetensors is not a whole safetensors file: it has 5 bytes, and 8 of header length come first
-3 | empty weights | ROOT/target/model.safetensors is not a whole safetensors file: it has 0 bytes, and 8 of header length come first
-3 | cut in the data | ROOT/target/model.safetensors is not a whole safetensors file: its header describes 315008 bytes of tensors, and 95281 follow it
+3 | cut in the header | ROOT/target/model.safetensors is not a whole safetensors file: its header's length is given as 4711 bytes, but only 92 follow
+3 | cut in the length | ROOT/target/model.safetensors is not a whole safetensors file: it has 5 bytes, expected at least 8 for the header's length
+3 | empty weights | ROOT/target/model.safetensors is not a whole safetensors file: it has 0 bytes, expected at least 8 for the header's length
+3 | cut in the data | ROOT/target/model.safetensors is not a whole safetensors file: its header describes 315008 bytes of tensors, but 95281 follow it
 3 | overlapping offsets | ROOT/target/model.safetensors is not a whole safetensors file: its header: invalid offset for tensor `model.embed_tokens.weight`
 3 | shape overflow | ROOT/target/model.safetensors is not a whole safetensors file: its header: overflow computing buffer size from shape and/or element type
 3 | wrong shape | ROOT/target/model.safetensors: tensor model.norm.weight has shape [32, 2], expected [64] from config.json
 4 | wrong dtype | ROOT/target/model.safetensors: tensor model.norm.weight is I16, which this engine does not run: expected BF16, F16 or F32
-3 | data of no tensor | ROOT/target/model.safetensors is not a whole safetensors file: its header describes 314880 bytes of tensors, and 315008 follow it
+3 | data of no tensor | ROOT/target/model.safetensors is not a whole safetensors file: its header describes 314880 bytes of tensors, but 315008 follow it
 4 | another architecture | ROOT/target/config.json: architectures is MambaForCausalLM, which this engine does not run: expected Qwen3ForCausalLM or LlamaForCausalLM
 3 | uneven heads | ROOT/target/config.json: num_attention_heads is 3, expected a multiple of num_key_value_heads, which is 2
 3 | text for a number | ROOT/target/config.json: hidden_size is "64", expected a whole number from 1 to 65536
@@ -207,10 +207,10 @@ const MODELS: &str = r#"
 3 | drafter of another vocabulary | ROOT/drafter/config.json was not made for ROOT/target/config.json: its vocabulary size is 98, the target's is 97
 3 | drafter of a deeper target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its number of target layers is 36, the target's is 4
 3 | block of one | ROOT/drafter/config.json: block_size is 1, expected a whole number from 2 to 1024
-4 | another kind of drafter | ROOT/drafter/config.json: selector_rank is 64, which makes it a DFlash2 drafter: this engine runs plain DFlash drafters
+4 | another kind of drafter | ROOT/drafter/config.json: selector_rank is 64, which makes it a DFlash2 drafter: this engine runs standard DFlash drafters
 3 | no drafter folder | ROOT/drafter does not exist: expected a Hugging Face model folder
-2 | target as drafter | ROOT/drafter/config.json is a target's (Qwen3ForCausalLM): expected a DFlash drafter here, targets go to --target
-3 | cut drafter | ROOT/drafter/model.safetensors is not a whole safetensors file: its header is to be 2344 bytes long, and 22 follow
+2 | target as drafter | --draft is given ROOT/drafter/config.json, which describes a target (Qwen3ForCausalLM): expected a DFlash drafter
+3 | cut drafter | ROOT/drafter/model.safetensors is not a whole safetensors file: its header's length is given as 2344 bytes, but only 22 follow
 3 | a NaN | the target's logits for position 8 hold a NaN or infinity, or nothing but -inf: its weights or its config are damaged
 3 | tokenizer of another model | the prompt holds token id 106, but the target has 97 rows: its tokenizer belongs to another model
 3 | missing shard | ROOT/target/model.safetensors.index.json lists the shard model-00002-of-00003.safetensors, which is not in the folder
@@ -351,7 +351,7 @@ proptest! {
 const OTHER_FOLDERS: &str = r#"
 3 | --target ROOT/target/config.json --draft none x | ROOT/target/config.json is a file: expected a Hugging Face model folder
 3 | --target ROOT/target --draft ROOT/target/config.json x | ROOT/target/config.json is a file: expected a Hugging Face model folder
-2 | --target ROOT/drafter --draft none x | ROOT/drafter/config.json is a drafter's (DFlashDraftModel): expected a target here, drafters go to --draft
+2 | --target ROOT/drafter --draft none x | --target is given ROOT/drafter/config.json, which describes a drafter (DFlashDraftModel): expected a target
 3 | --draft ROOT/drafter x | ROOT/drafter/config.json was not made for demo/target/config.json: its hidden size is 64, the target's is 128
 "#;
 

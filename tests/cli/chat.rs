@@ -403,7 +403,7 @@ fn a_target_without_a_template_is_refused_by_name() {
     });
     let got = Setting::new(Some(&pair), &[]).chat("hello\n");
     let sentence = format!(
-        "dflash-gen: --chat needs a chat template, and {} has none: --chat-template FILE gives one\n",
+        "dflash-gen: --chat-template is absent and {} has none, but --chat needs one\n",
         pair.target.display()
     );
     assert_eq!((got.code, got.out.as_str(), got.err), (2, "", sentence));

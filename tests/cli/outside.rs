@@ -218,7 +218,7 @@ fn over(mut run: Live) -> (Option<i32>, String) {
 
 fn sentence(file: &Path) -> String {
     let file = file.to_str().unwrap().replace('\n', " ");
-    let what = "is no longer all there: the file became shorter after it was opened, or cannot be read";
+    let what = "has lost bytes: the file became shorter after it was opened, or cannot be read";
     format!("dflash-gen: {file} {what}\n")
 }
 

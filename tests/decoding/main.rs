@@ -4,6 +4,7 @@
 mod support;
 
 mod adaptive;
+mod api;
 mod arithmetic;
 mod conformance;
 mod device;

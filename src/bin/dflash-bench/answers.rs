@@ -4,7 +4,7 @@ use crate::record::{Better, Kind, Row};
 use dflash::engine::generate::{Outcome, check_lossless};
 use dflash::engine::stats;
 use dflash::gpu::device::Counts;
-use dflash::perf::statistics::{self, FEWEST, Interval, Summary, Work};
+use dflash::perf::statistics::{self, Interval, MIN_SAMPLES, Summary, Work};
 use dflash::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
@@ -270,11 +270,11 @@ fn speed_ups(group: &Map<String, Value>, prompts: &[usize], repeats: &[Repeat]) 
     parts.into_iter().filter_map(row).collect()
 }
 
-/// Of tasks done both ways. The interval needs [`FEWEST`] of them.
+/// Of tasks done both ways. The interval needs [`MIN_SAMPLES`] of them.
 fn speed_up(name: &str, parameters: Value, tasks: Vec<[Work; 2]>) -> Option<Row> {
     let [before, after] = [0, 1].map(|mode| tasks.iter().map(|both| both[mode]).collect::<Vec<_>>());
     let Interval { ratio, low, high } = statistics::rates(&before, &after)?;
-    let sure = tasks.len() >= FEWEST;
+    let sure = tasks.len() >= MIN_SAMPLES;
     let numbers = json!({ "low": sure.then_some(low), "high": sure.then_some(high) });
     Some(Row::value(name, parameters, Kind::Measured, ratio, "x", Better::Higher, numbers))
 }

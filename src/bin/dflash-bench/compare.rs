@@ -3,7 +3,7 @@
 use crate::args;
 use crate::record::{Better, Kind, Record, Row};
 use crate::show::four_digits;
-use dflash::perf::statistics::{self, FEWEST, Interval, Rounds, Verdict};
+use dflash::perf::statistics::{self, Interval, MIN_SAMPLES, Pairing, Verdict};
 use dflash::{Error, Result};
 use serde_json::{Map, Value, json};
 
@@ -98,8 +98,8 @@ fn both(flags: &args::Compare, old: &Row, new: &Row) -> Result<Row> {
     let speed = |ratio: Interval| if old.better == Better::Lower { ratio.inverse() } else { ratio };
     let sampled = old.groups().zip(new.groups());
     let interval = sampled.and_then(|(old, new)| {
-        let interval = statistics::ratio(&old, &new, Rounds::Apart)?;
-        Some((speed(interval), old.len().min(new.len()) >= FEWEST))
+        let interval = statistics::ratio(&old, &new, Pairing::Unpaired)?;
+        Some((speed(interval), old.len().min(new.len()) >= MIN_SAMPLES))
     });
     // Two zeros are equal, and nothing else is a multiple of zero.
     let ratio = if a == b { 1.0 } else { b / a };

@@ -6,7 +6,7 @@ use crate::machine::Instruments;
 use crate::record::{Machine, Model, Record};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
-use dflash::cli::device::{Choice, DeviceHandle};
+use dflash::cli::device::{self, Choice, DeviceHandle};
 use dflash::cli::sigbus;
 use dflash::cli::terminal;
 use dflash::cpu::ops;
@@ -19,7 +19,7 @@ use dflash::gpu::device::Counts;
 use dflash::gpu::memory::BatchConfig;
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::verify::VerifyMethod;
-use dflash::text::prompts::{self, Content, Prompt, Tokens};
+use dflash::text::prompts::{self, Content, Prompt, PromptEncoder};
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
 use indicatif::ProgressBar;
@@ -49,7 +49,7 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
     let room = flags.drafts.room(BatchConfig::of(&pair, flags.batch, block, flags.ctx, longest)?);
 
-    let place = DeviceHandle::of_pair(flags.device, flags.gpu.unwrap_or(0), &pair, room, false)?;
+    let place = device::for_pair(flags.device, flags.gpu.unwrap_or(0), &pair, room, false)?;
     let (machine, repeats, counts) = match &place {
         None => {
             let backend = flags.drafts.cpu(&pair, room.sequences, pair.context(flags.ctx)?)?;
@@ -59,7 +59,7 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
             (machine, repeats, counts)
         }
         Some(place) => {
-            place.has_memory(&pair, room, true)?;
+            device::check_memory(place, &pair, room, true)?;
             let (bar, mut progress) = terminal::weights(false);
             let models = Models::load_with(&*place.device, &pair, room.positions, &mut progress);
             bar.finish_and_clear();
@@ -151,7 +151,7 @@ fn requests(
 ) -> Result<Vec<Request>> {
     let text = Text::open(&pair.target.folder, None)?;
     let context = pair.context(flags.ctx)?;
-    let tokens = Tokens { pair, text: &text, raw: false, system: None, variables: &[], context };
+    let tokens = PromptEncoder { pair, text: &text, raw: false, system: None, variables: &[], context };
     let stop_ids = if flags.ignore_eos { vec![] } else { pair.target.config.eos.clone() };
     let request = |(stream, prompt): (u32, Prompt)| {
         if let (Content::Chat(_), false) = (&prompt.content, text.has_template()) {
@@ -161,7 +161,7 @@ fn requests(
             )));
         }
         let sampling = SamplingParams { stream, ..sampling.clone() };
-        let (prompt, stop_ids) = (tokens.of(prompt)?, stop_ids.clone());
+        let (prompt, stop_ids) = (tokens.encode(prompt)?, stop_ids.clone());
         let drafting = flags.drafts.drafting(&sampling)?;
         Ok(Request { prompt, max_tokens: flags.max_tokens, sampling, stop_ids, block, drafting })
     };

@@ -102,7 +102,7 @@ pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
     }
     // A wrong model is found before a device is opened, which takes its time.
     let named = flags.model.as_ref().map(|name| pair(flags, name)).transpose()?;
-    let place = DeviceHandle::of_kernels(flags.device, flags.gpu.unwrap_or(0))?;
+    let place = DeviceHandle::for_kernels(flags.device, flags.gpu.unwrap_or(0))?;
     let desk = BenchFixtures::new(&*place.device);
     let pair = match named {
         Some(pair) => pair,

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 pub fn pair(model: &str, draft: Option<PathBuf>) -> Result<Pair> {
     let draft = draft.map(Folder::Disk);
     if model == "demo" {
-        return Pair::drawn(DEMO_TARGET, Some(draft.unwrap_or(DEMO_DRAFTER)));
+        return Pair::with_random_weights(DEMO_TARGET, Some(draft.unwrap_or(DEMO_DRAFTER)));
     }
     if let Some((_, target, drafter)) = PUBLISHED.into_iter().find(|pair| pair.0 == model) {
-        return Pair::drawn(target, Some(draft.unwrap_or(drafter)));
+        return Pair::with_random_weights(target, Some(draft.unwrap_or(drafter)));
     }
     let dir = Path::new(model);
     if !dir.exists() {
@@ -21,5 +21,5 @@ pub fn pair(model: &str, draft: Option<PathBuf>) -> Result<Pair> {
             "--model is {model:?}, expected {known}, demo or a target's folder"
         )));
     }
-    Pair::drawn(Folder::Disk(dir.to_path_buf()), draft)
+    Pair::with_random_weights(Folder::Disk(dir.to_path_buf()), draft)
 }

@@ -65,7 +65,7 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     if flags.gpu.is_some() && matches!(flags.device, Choice::Cpu | Choice::Emulator) {
         return Err(Error::Usage("--gpu needs --device cuda or auto".into()));
     }
-    let place = DeviceHandle::of_kernels(flags.device, flags.gpu.unwrap_or(0))?;
+    let place = DeviceHandle::for_kernels(flags.device, flags.gpu.unwrap_or(0))?;
     let device = &*place.device;
     let counting = device.tally().is_some();
     let name = flags.model.as_deref().unwrap_or(if counting { "demo" } else { "qwen3-8b" });

@@ -3,7 +3,7 @@
 use crate::args::Args;
 use dflash::Result;
 use dflash::checkpoint::pair::Pair;
-use dflash::cli::device::DeviceHandle;
+use dflash::cli::device;
 use dflash::cli::terminal;
 use dflash::engine::generate::Backend;
 use dflash::gpu::decoder::OnDevice;
@@ -16,12 +16,11 @@ pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<Bat
 
 /// The pair, loaded where `--device` says.
 pub fn load(args: &Args, pair: &Pair, room: BatchConfig) -> Result<Box<dyn Backend>> {
-    let Some(place) = DeviceHandle::of_pair(args.device, args.gpu.unwrap_or(0), pair, room, args.quiet)?
-    else {
+    let Some(place) = device::for_pair(args.device, args.gpu.unwrap_or(0), pair, room, args.quiet)? else {
         // Its caches grow with the requests, so that only `--ctx` limits them.
         return Ok(Box::new(args.drafts.cpu(pair, room.sequences, args.context(pair)?)?));
     };
-    place.has_memory(pair, room, args.quiet)?;
+    device::check_memory(&place, pair, room, args.quiet)?;
     let (bar, mut progress) = terminal::weights(args.quiet);
     let backend = OnDevice::load(place.name, place.device, pair, room, &mut progress);
     bar.finish_and_clear();

@@ -4,7 +4,7 @@ use crate::args::Args;
 use dflash::checkpoint::pair::Pair;
 use dflash::engine::generate::Request;
 use dflash::spec::sampling::SamplingParams;
-use dflash::text::prompts::{self, Content, Prompt, Tokens, without_template};
+use dflash::text::prompts::{self, Content, Prompt, PromptEncoder, without_template};
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
 use serde_json::Value;
@@ -59,13 +59,13 @@ pub fn requests(
         return Err(without_template(&format!("{flag} needs"), &pair.target.folder.name()));
     }
     let (raw, system, context) = (args.raw, args.system.as_deref(), args.context(pair)?);
-    let tokens = Tokens { pair, text, raw, system, variables: &variables, context };
+    let tokens = PromptEncoder { pair, text, raw, system, variables: &variables, context };
     let mut requests = Vec::new();
     for (stream, prompt) in (0..).zip(prompts(args)?) {
         let stop_ids = if args.ignore_eos { vec![] } else { pair.target.config.eos.clone() };
         let sampling = SamplingParams { stream, ..sampling.clone() };
         let (prompt, max_tokens, drafting) =
-            (tokens.of(prompt)?, args.max_tokens, args.drafts.drafting(&sampling)?);
+            (tokens.encode(prompt)?, args.max_tokens, args.drafts.drafting(&sampling)?);
         requests.push(Request { prompt, max_tokens, sampling, stop_ids, block, drafting });
     }
     Ok(requests)

@@ -2,7 +2,7 @@
 //! and rounds that begin at one and the same state however often.
 
 use super::{Batch, DrafterMode, Phase, Shape};
-use crate::checkpoint::safetensors::draw;
+use crate::checkpoint::random_weights::random_bytes;
 use crate::engine::generate::{Decoder, Request};
 use crate::gpu::device::{Buffer, Graph};
 use crate::gpu::kernels::round::Sequence;
@@ -47,7 +47,7 @@ impl<'a> Batch<'a> {
     /// Fills the slot's pages of its first `context` positions, and its rows of features, of a path that is its block.
     fn make_noise(&self, slot: usize, context: usize) -> Result<()> {
         let mut noise = vec![0; NOISE];
-        draw(3, 0, &mut noise);
+        random_bytes(3, 0, &mut noise);
         let pages = &self.slots[slot].pages[..context.div_ceil(PAGE)];
         for cache in [Some(&self.cache), self.draft.as_ref().map(|(cache, _)| cache)].into_iter().flatten() {
             for buffer in cache.keys.iter().chain(&cache.values) {
@@ -167,7 +167,7 @@ mod tests {
     }
 
     fn pair() -> Pair {
-        Pair::drawn(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()
+        Pair::with_random_weights(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()
     }
 
     fn bytes(batch: &Batch, of: &Buffer) -> Vec<u8> {

@@ -1,0 +1,127 @@
+//! Which device runs a pair, and opening it.
+
+use crate::checkpoint::pair::Pair;
+use crate::gpu::cuda::Cuda;
+use crate::gpu::device::Device;
+use crate::gpu::memory::{BatchConfig, MemoryPlan, Overhead};
+use crate::{Error, Result};
+
+/// Where to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// A GPU if one can run the pair, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU reference in f32.
+    Cpu,
+    /// The CUDA kernels on a GPU.
+    Cuda,
+    /// The CUDA kernels on the CPU, slowly, for tests. Only in builds with the feature `emulator`.
+    Emulator,
+}
+
+/// An open device that runs the kernels.
+pub struct DeviceHandle {
+    /// `cuda` or `emulator`, as in records.
+    pub name: &'static str,
+    /// The device.
+    pub device: Box<dyn Device>,
+    /// What an allocation costs there beyond its bytes.
+    pub overhead: Overhead,
+}
+
+/// Where a pair is to run.
+pub enum Placement {
+    /// On a device that runs the kernels.
+    Device(DeviceHandle),
+    /// On the CPU.
+    Cpu {
+        /// Why not on a GPU, if the choice was [`DeviceChoice::Auto`].
+        fallback: Option<Error>,
+    },
+}
+
+impl DeviceHandle {
+    /// GPU number `number` in the driver's order, from 0.
+    ///
+    /// # Errors
+    /// As [`Cuda::open`].
+    pub fn gpu(number: u32) -> Result<DeviceHandle> {
+        Ok(DeviceHandle { name: "cuda", device: Box::new(Cuda::open(number)?), overhead: Overhead::GPU })
+    }
+
+    /// The emulator, on all cores.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] in a build without it.
+    #[cfg(feature = "emulator")]
+    pub fn emulator() -> Result<DeviceHandle> {
+        let device = crate::gpu::emulator::Emulator::new();
+        device.set_threads(std::thread::available_parallelism().map_or(1, usize::from));
+        Ok(DeviceHandle { name: "emulator", device: Box::new(device), overhead: Overhead::NONE })
+    }
+
+    /// The emulator, which this build does not have.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], always.
+    #[cfg(not(feature = "emulator"))]
+    pub fn emulator() -> Result<DeviceHandle> {
+        Err(Error::Unsupported(
+            "device emulator: not in this build, expected one with `cargo build --release --features emulator`"
+                .into(),
+        ))
+    }
+
+    /// Where a pair with these capacities runs. [`DeviceChoice::Auto`] takes the GPU if it opens and the
+    /// kernels support the pair, else the CPU with the reason.
+    ///
+    /// # Errors
+    /// As [`DeviceHandle::gpu`] and [`DeviceHandle::emulator`] for an explicit choice.
+    pub fn for_pair(
+        choice: DeviceChoice,
+        number: u32,
+        pair: &Pair,
+        capacity: BatchConfig,
+    ) -> Result<Placement> {
+        match choice {
+            DeviceChoice::Cpu => Ok(Placement::Cpu { fallback: None }),
+            DeviceChoice::Cuda => DeviceHandle::gpu(number).map(Placement::Device),
+            DeviceChoice::Emulator => DeviceHandle::emulator().map(Placement::Device),
+            DeviceChoice::Auto => {
+                match DeviceHandle::gpu(number).and_then(|gpu| MemoryPlan::new(pair, capacity).map(|_| gpu)) {
+                    Ok(gpu) => Ok(Placement::Device(gpu)),
+                    Err(reason) => Ok(Placement::Cpu { fallback: Some(reason) }),
+                }
+            }
+        }
+    }
+
+    /// A device for kernels alone, without a pair. [`DeviceChoice::Auto`] takes a GPU, else the emulator.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for the CPU, which runs no kernels; [`Error::Unsupported`] if neither opens.
+    pub fn for_kernels(choice: DeviceChoice, number: u32) -> Result<DeviceHandle> {
+        match choice {
+            DeviceChoice::Cuda => DeviceHandle::gpu(number),
+            DeviceChoice::Emulator => DeviceHandle::emulator(),
+            DeviceChoice::Auto => {
+                DeviceHandle::gpu(number).or_else(|reason| DeviceHandle::emulator().map_err(|_| reason))
+            }
+            DeviceChoice::Cpu => {
+                Err(Error::option("device", "is cpu, which has no kernels: expected cuda or emulator"))
+            }
+        }
+    }
+
+    /// The memory that a pair with these capacities takes, and whether it fits into what is free now.
+    ///
+    /// # Errors
+    /// As [`MemoryPlan::new`]. Too little memory is [`Error::Memory`] in the second value.
+    pub fn memory_plan(&self, pair: &Pair, capacity: BatchConfig) -> Result<(MemoryPlan, Result<()>)> {
+        let plan = MemoryPlan::new(pair, capacity)?;
+        let (free, _) = self.device.memory()?;
+        let fits = plan.check(pair, usize::try_from(free).unwrap_or(usize::MAX), self.overhead);
+        Ok((plan, fits))
+    }
+}

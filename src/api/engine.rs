@@ -1,0 +1,307 @@
+//! A pair on a device, ready to generate.
+
+use crate::api::device::{DeviceChoice, DeviceHandle, Placement};
+use crate::api::generation::{DecoderRef, Generation};
+use crate::api::params::Params;
+use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
+use crate::checkpoint::pair::Pair;
+use crate::cpu::decoder::Cpu;
+use crate::engine::generate::{Backend, Decoder, Request};
+use crate::gpu::decoder::OnDevice;
+use crate::gpu::memory::BatchConfig;
+use crate::spec::verify::{SpecConfig, VerifyMethod};
+use crate::text::prompts::{Content, Prompt, PromptEncoder, without_template};
+use crate::text::tokenizer::Text;
+use crate::{Error, Result};
+use std::path::PathBuf;
+
+/// Which models to open.
+#[derive(Debug, Clone)]
+pub struct Models {
+    target: Folder,
+    drafter: Option<Folder>,
+}
+
+impl Models {
+    /// The demo pair, embedded in the binary: a small model of Python source and its drafter. It knows no
+    /// conversations.
+    pub fn demo() -> Models {
+        Models { target: DEMO_TARGET, drafter: Some(DEMO_DRAFTER) }
+    }
+
+    /// Hugging Face folders of a target and of the DFlash drafter that was trained for it.
+    pub fn folders(target: impl Into<PathBuf>, drafter: impl Into<PathBuf>) -> Models {
+        Models { target: Folder::Disk(target.into()), drafter: Some(Folder::Disk(drafter.into())) }
+    }
+
+    /// The Hugging Face folder of a target alone, for autoregressive decoding.
+    pub fn target(target: impl Into<PathBuf>) -> Models {
+        Models { target: Folder::Disk(target.into()), drafter: None }
+    }
+}
+
+/// How to open an [`Engine`].
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct EngineOptions {
+    /// Where to run. The default is a GPU if there is one that can run the pair, else the CPU.
+    pub device: DeviceChoice,
+    /// Which GPU, in the driver's order from 0.
+    pub gpu: u32,
+    /// Positions that a sequence may have, prompt and answer together. `None` for the model's own limit, but
+    /// at most 8192 on a GPU, where their memory is allocated in advance.
+    pub context: Option<usize>,
+    /// A chat template (jinja) that overrides the model's.
+    pub chat_template: Option<String>,
+    /// The most demanding [`Params::spec`] that requests will have. A GPU allocates memory for it in advance;
+    /// the CPU does not need it.
+    pub spec: SpecConfig,
+}
+
+impl EngineOptions {
+    /// Sets [`EngineOptions::device`].
+    pub fn device(self, device: DeviceChoice) -> EngineOptions {
+        EngineOptions { device, ..self }
+    }
+
+    /// Sets [`EngineOptions::gpu`].
+    pub fn gpu(self, number: u32) -> EngineOptions {
+        EngineOptions { gpu: number, ..self }
+    }
+
+    /// Sets [`EngineOptions::context`].
+    pub fn context(self, positions: usize) -> EngineOptions {
+        EngineOptions { context: Some(positions), ..self }
+    }
+
+    /// Sets [`EngineOptions::chat_template`].
+    pub fn chat_template(self, source: impl Into<String>) -> EngineOptions {
+        EngineOptions { chat_template: Some(source.into()), ..self }
+    }
+
+    /// Sets [`EngineOptions::spec`].
+    pub fn spec(self, spec: SpecConfig) -> EngineOptions {
+        EngineOptions { spec, ..self }
+    }
+}
+
+/// A target, its drafter and its tokenizer, loaded on a device.
+///
+/// ```
+/// use dflash::{Engine, Models, Params};
+///
+/// # fn main() -> dflash::Result<()> {
+/// let engine = Engine::open(Models::demo())?;
+/// let mut text = String::new();
+/// for token in engine.generate("def f(x):", Params::default().max_tokens(32))? {
+///     text += &token?.text;
+/// }
+/// assert!(text.starts_with("\n    "));
+/// # Ok(())
+/// # }
+/// ```
+pub struct Engine {
+    pair: Pair,
+    text: Text,
+    backend: Loaded,
+    /// Positions that a sequence may have.
+    context: usize,
+    fallback: Option<Error>,
+}
+
+/// The loaded pair. An enum and not a trait object, so that `Engine` is `Send` and `Sync`.
+enum Loaded {
+    Cpu(Cpu),
+    Device(OnDevice, BatchConfig),
+}
+
+impl Engine {
+    /// Opens the models with default options: on a GPU if one can run them, else on the CPU
+    /// ([`Engine::fallback`] says why).
+    ///
+    /// Weights on disk are memory-mapped. Like every engine that maps its weights, this one must not outlive
+    /// their files: a file that is cut short while the engine is open raises SIGBUS on the CPU.
+    ///
+    /// # Errors
+    /// As [`Engine::open_with`].
+    pub fn open(models: Models) -> Result<Engine> {
+        Engine::open_with(models, EngineOptions::default())
+    }
+
+    /// Opens the models.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for files that are missing, malformed or do not fit; [`Error::Unsupported`] for a
+    /// model or device that this engine or this build does not have; [`Error::Memory`]; [`Error::Option`] for
+    /// a wrong option.
+    pub fn open_with(models: Models, options: EngineOptions) -> Result<Engine> {
+        let EngineOptions { device, gpu, context, chat_template, spec } = options;
+        let pair = Pair::open(models.target, models.drafter)?;
+        let block = pair.block(None)?;
+        let capacity = with_capacity_for(BatchConfig::of(&pair, 1, block, context, 0)?, &spec);
+        let template = chat_template.map(|source| ("the chat template", source));
+        let text = Text::open(&pair.target.folder, template)?;
+        let (backend, context, fallback) = match DeviceHandle::for_pair(device, gpu, &pair, capacity)? {
+            Placement::Cpu { fallback } => {
+                let context = pair.context(context)?;
+                (Loaded::Cpu(Cpu::load(&pair, 1, context)?), context, fallback)
+            }
+            Placement::Device(DeviceHandle { name, device, overhead }) => {
+                let handle = DeviceHandle { name, device, overhead };
+                handle.memory_plan(&pair, capacity)?.1?;
+                let loaded = OnDevice::load(name, handle.device, &pair, capacity, &mut |_, _| ())?;
+                (Loaded::Device(loaded, capacity), capacity.positions, None)
+            }
+        };
+        Ok(Engine { pair, text, backend, context, fallback })
+    }
+
+    /// Starts generating an answer to a text, a conversation or token ids. Nothing runs until the first token
+    /// is asked for.
+    ///
+    /// A text is a user's message if the model has a chat template, else (or with [`Params::raw`]) the
+    /// beginning of the text to generate.
+    ///
+    /// Each call allocates a decoder of its own. To answer many requests, use a [`Session`].
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a prompt that is empty, too long or refused by the chat template;
+    /// [`Error::Option`] for wrong parameters; [`Error::Memory`].
+    pub fn generate(&self, prompt: impl Into<Content>, params: Params) -> Result<Generation<'_>> {
+        let request = self.request(prompt.into(), &params)?;
+        let stream = self.text.stream(&params.stop)?;
+        Generation::start(DecoderRef::Owned(self.backend.get().decoder()?), request, stream, false)
+    }
+
+    /// A decoder that answers one request after another.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is too little for its caches.
+    pub fn session(&self) -> Result<Session<'_>> {
+        Ok(Session { engine: self, decoder: self.backend.get().decoder()? })
+    }
+
+    /// Where the pair runs: `cpu`, `cuda` or `emulator`.
+    pub fn device(&self) -> &'static str {
+        self.backend.get().name()
+    }
+
+    /// Why the pair runs on the CPU, if the device was chosen automatically.
+    pub fn fallback(&self) -> Option<&Error> {
+        self.fallback.as_ref()
+    }
+
+    /// Positions that a sequence may have, prompt and answer together.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// The models' configs and checkpoints.
+    pub fn pair(&self) -> &Pair {
+        &self.pair
+    }
+
+    /// The tokenizer.
+    pub fn text(&self) -> &Text {
+        &self.text
+    }
+
+    /// Checks a prompt and its parameters, and turns them into a request of token ids.
+    fn request(&self, content: Content, params: &Params) -> Result<Request> {
+        let Params { sampling, spec, system, template_args, .. } = params;
+        sampling.check()?;
+        let block = self.pair.block(params.block)?;
+        if let Loaded::Device(_, capacity) = &self.backend
+            && with_capacity_for(*capacity, spec) != *capacity
+            && block > 1
+        {
+            return Err(Error::option(
+                "spec",
+                "needs more memory than the engine was opened with: expected the same in EngineOptions",
+            ));
+        }
+        if !self.text.has_template() && (system.is_some() || !template_args.is_empty()) {
+            let option = if system.is_some() { "system needs" } else { "template_args need" };
+            return Err(without_template(option, &self.pair.target.folder.name()));
+        }
+        let encoder = PromptEncoder {
+            pair: &self.pair,
+            text: &self.text,
+            raw: params.raw,
+            system: system.as_deref(),
+            variables: template_args,
+            context: self.context,
+        };
+        let name = "the prompt".into();
+        Ok(Request {
+            prompt: encoder.encode(Prompt { name, content, category: serde_json::Value::Null })?,
+            max_tokens: params.max_tokens,
+            sampling: sampling.clone(),
+            stop_ids: params.stop_ids.clone().unwrap_or_else(|| self.pair.target.config.eos.clone()),
+            block,
+            drafting: spec.clone(),
+        })
+    }
+}
+
+impl Loaded {
+    fn get(&self) -> &dyn Backend {
+        match self {
+            Loaded::Cpu(cpu) => cpu,
+            Loaded::Device(device, _) => device,
+        }
+    }
+}
+
+/// `capacity`, enlarged so that rounds of this kind fit.
+fn with_capacity_for(capacity: BatchConfig, spec: &SpecConfig) -> BatchConfig {
+    let rules = capacity.rules || spec.rule != VerifyMethod::Match;
+    match spec.tree {
+        Some(rows) if rows > capacity.tree => BatchConfig { rules, ..capacity.with_trees(rows) },
+        _ => BatchConfig { rules, ..capacity },
+    }
+}
+
+/// Answers one request after another on one decoder. The tokens that a prompt shares with the sequence before
+/// it are not run again, so each turn of a conversation costs only what is new.
+///
+/// ```
+/// use dflash::{Engine, Models, Params};
+///
+/// # fn main() -> dflash::Result<()> {
+/// let engine = Engine::open(Models::demo())?;
+/// let mut session = engine.session()?;
+/// let params = Params::default().max_tokens(8);
+/// let first = session.generate("import os\nimport ", params.clone())?.finish()?;
+/// let again = session.generate("import os\nimport ", params)?.finish()?;
+/// assert_eq!((first.outcome.kept, again.text), (0, first.text));
+/// assert!(again.outcome.kept > 0);
+/// # Ok(())
+/// # }
+/// ```
+pub struct Session<'a> {
+    engine: &'a Engine,
+    decoder: Box<dyn Decoder + 'a>,
+}
+
+impl Session<'_> {
+    /// As [`Engine::generate`].
+    ///
+    /// # Errors
+    /// As [`Engine::generate`].
+    pub fn generate(&mut self, prompt: impl Into<Content>, params: Params) -> Result<Generation<'_>> {
+        let request = self.engine.request(prompt.into(), &params)?;
+        let stream = self.engine.text.stream(&params.stop)?;
+        Generation::start(DecoderRef::Borrowed(&mut *self.decoder), request, stream, true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_can_be_shared_between_threads() {
+        fn shared<T: Send + Sync>() {}
+        shared::<Engine>();
+    }
+}

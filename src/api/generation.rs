@@ -1,0 +1,289 @@
+//! One answer, token by token. Rounds run when a token is asked for and none is ready.
+
+use crate::engine::generate::{Decoder, Emitted, Finish, Outcome, Prefill, Request};
+use crate::engine::stats;
+use crate::text::tokenizer::Stream;
+use crate::{Error, Result};
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// One token of an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Token {
+    /// The token's id.
+    pub id: u32,
+    /// The text that became certain with this token. May be empty, and may hold text of earlier tokens: a
+    /// character can take several tokens, and text that may begin a stop string is held back. The texts of
+    /// all tokens together are the answer.
+    pub text: String,
+    /// The round that produced it, from 1 on. The first token comes from the prompt's own pass: round 0.
+    pub round: usize,
+    /// Whether the drafter proposed this token and the target accepted it. Other tokens are the target's own.
+    pub accepted: bool,
+}
+
+/// What came of a request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completion {
+    /// The answer, without special tokens and without the stop string.
+    pub text: String,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Token ids, why the answer ended, tokens and drafts per round, and times. While the answer is still
+    /// running, [`Outcome::finish`] is [`Finish::Interrupted`].
+    pub outcome: Outcome,
+}
+
+impl Completion {
+    /// The answer's token ids, including a stop id that ended it.
+    pub fn tokens(&self) -> &[u32] {
+        &self.outcome.tokens
+    }
+
+    /// Why the answer ended.
+    pub fn finish(&self) -> Finish {
+        self.outcome.finish
+    }
+
+    /// Rounds after the prompt, each with one pass of the target.
+    pub fn rounds(&self) -> usize {
+        self.outcome.accepted.len()
+    }
+
+    /// Acceptance length: mean number of tokens per round, bonus token included. `None` without rounds.
+    pub fn tau(&self) -> Option<f64> {
+        stats::tau(&self.outcome.accepted)
+    }
+
+    /// Tokens per second of prefill and decoding together.
+    pub fn tokens_per_second(&self) -> f64 {
+        stats::rate(&self.outcome)
+    }
+}
+
+/// A decoder of one answer, or one that a session lends.
+pub(crate) enum DecoderRef<'a> {
+    Owned(Box<dyn Decoder + 'a>),
+    Borrowed(&'a mut (dyn Decoder + 'a)),
+}
+
+impl<'a> DecoderRef<'a> {
+    fn get(&mut self) -> &mut (dyn Decoder + 'a) {
+        match self {
+            DecoderRef::Owned(decoder) => &mut **decoder,
+            DecoderRef::Borrowed(decoder) => *decoder,
+        }
+    }
+}
+
+/// The slot of a decoder that answers are generated in.
+const SLOT: usize = 0;
+
+/// An answer that is being generated: an iterator over its [`Token`]s.
+///
+/// Tokens come as rounds produce them. Dropping the iterator ends the answer. An error ends it too; it is the
+/// last item.
+///
+/// ```
+/// use dflash::{Engine, Finish, Models, Params};
+///
+/// # fn main() -> dflash::Result<()> {
+/// let engine = Engine::open(Models::demo())?;
+/// let mut answer = engine.generate("def f(x):", Params::default().max_tokens(20))?;
+/// let first = answer.next().unwrap()?;
+/// assert_eq!((first.round, first.accepted), (0, false));
+/// let whole = answer.finish()?;
+/// assert_eq!((whole.tokens().len(), whole.finish()), (20, Finish::Length));
+/// # Ok(())
+/// # }
+/// ```
+pub struct Generation<'a> {
+    decoder: DecoderRef<'a>,
+    request: Request,
+    /// None once the answer is over.
+    stream: Option<Stream<'a>>,
+    /// Tokens that the answer may have, by `max_tokens` and the context.
+    budget: usize,
+    phase: Phase,
+    ready: VecDeque<Token>,
+    /// What a round emits, by slot.
+    emitted: Vec<Emitted>,
+    completion: Completion,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The request has no slot yet.
+    Waiting,
+    Prefill,
+    Rounds,
+    /// The slot is free again.
+    Done,
+}
+
+impl<'a> Generation<'a> {
+    /// `keep`: whether tokens that the decoder still holds need not run again.
+    pub(crate) fn start(
+        mut decoder: DecoderRef<'a>,
+        request: Request,
+        stream: Stream<'a>,
+        keep: bool,
+    ) -> Result<Generation<'a>> {
+        let (context, slots) = (decoder.get().context(), decoder.get().slots());
+        let outcome = Outcome {
+            tokens: Vec::new(),
+            finish: Finish::Interrupted,
+            accepted: Vec::new(),
+            drafted: Vec::new(),
+            kept: 0,
+            prefill: Duration::ZERO,
+            decode: Duration::ZERO,
+        };
+        let budget = request.max_tokens.min(context - request.prompt.len());
+        let completion = Completion { text: String::new(), prompt_tokens: request.prompt.len(), outcome };
+        let mut generation = Generation {
+            decoder,
+            request,
+            stream: Some(stream),
+            budget,
+            phase: Phase::Waiting,
+            ready: VecDeque::new(),
+            emitted: vec![Emitted::default(); slots],
+            completion,
+        };
+        if budget == 0 {
+            generation.end(generation.limit())?;
+            return Ok(generation);
+        }
+        let Generation { decoder, request, completion, .. } = &mut generation;
+        let Some(kept) = decoder.get().join(SLOT, request, keep)? else {
+            return Err(Error::Internal("the only request of a decoder waits for memory".into()));
+        };
+        completion.outcome.kept = kept;
+        generation.phase = Phase::Prefill;
+        Ok(generation)
+    }
+
+    /// Runs the answer to its end.
+    ///
+    /// # Errors
+    /// What the device reports; [`Error::Model`] if the weights are damaged.
+    pub fn finish(mut self) -> Result<Completion> {
+        while self.phase != Phase::Done {
+            self.ready.clear();
+            self.step()?;
+        }
+        let text = std::mem::take(&mut self.completion.text);
+        Ok(Completion { text, ..self.completion.clone() })
+    }
+
+    /// The answer so far, including tokens of the last round that were not taken yet.
+    pub fn so_far(&self) -> &Completion {
+        &self.completion
+    }
+
+    /// The prompt, up to the first token; then one round.
+    fn step(&mut self) -> Result<()> {
+        let clock = Instant::now();
+        match self.phase {
+            Phase::Prefill => {
+                let first = loop {
+                    if let Prefill { next: Some(first), .. } = self.decoder.get().prefill(SLOT)? {
+                        break first;
+                    }
+                };
+                self.phase = Phase::Rounds;
+                let end = self.take(&[first], 1)?;
+                self.completion.outcome.prefill += clock.elapsed();
+                end.map_or(Ok(()), |finish| self.end(finish))
+            }
+            Phase::Rounds => {
+                self.decoder.get().round(&mut self.emitted)?;
+                let Emitted { tokens, judged, drafted } = std::mem::take(&mut self.emitted[SLOT]);
+                let mut end = None;
+                if !tokens.is_empty() {
+                    self.completion.outcome.accepted.push(judged);
+                    self.completion.outcome.drafted.push(drafted);
+                    end = self.take(&tokens, judged)?;
+                }
+                self.completion.outcome.decode += clock.elapsed();
+                end.map_or(Ok(()), |finish| self.end(finish))
+            }
+            Phase::Waiting | Phase::Done => Ok(()),
+        }
+    }
+
+    /// Appends a round's tokens one by one until the answer is over. `emitted`: how many tokens the round
+    /// would have brought without an end; all but the last of them are accepted drafts. The same rules as in
+    /// [`crate::engine::generate`].
+    fn take(&mut self, tokens: &[u32], emitted: usize) -> Result<Option<Finish>> {
+        let limit = self.limit();
+        let Some(stream) = &mut self.stream else { return Ok(Some(limit)) };
+        for (i, &id) in tokens.iter().enumerate() {
+            let (text, stopped) = stream.push(id)?;
+            let outcome = &mut self.completion.outcome;
+            outcome.tokens.push(id);
+            self.completion.text += &text;
+            let round = outcome.accepted.len();
+            self.ready.push_back(Token { id, text, round, accepted: i + 1 < emitted });
+            if stopped || self.request.stop_ids.contains(&id) {
+                return Ok(Some(Finish::Stop));
+            }
+            if outcome.tokens.len() == self.budget {
+                return Ok(Some(limit));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Why an answer ends that uses up its budget.
+    fn limit(&self) -> Finish {
+        if self.budget < self.request.max_tokens { Finish::Context } else { Finish::Length }
+    }
+
+    /// Ends the answer: the text that was held back belongs to its last token.
+    fn end(&mut self, finish: Finish) -> Result<()> {
+        let rest = self.stream.take().map(Stream::finish).unwrap_or_default();
+        self.completion.text += &rest;
+        if let Some(last) = self.ready.back_mut() {
+            last.text += &rest;
+        }
+        self.completion.outcome.finish = finish;
+        self.leave()
+    }
+
+    /// Frees the slot.
+    fn leave(&mut self) -> Result<()> {
+        let joined = matches!(self.phase, Phase::Prefill | Phase::Rounds);
+        self.phase = Phase::Done;
+        match joined {
+            true => self.decoder.get().leave(SLOT, self.completion.outcome.tokens.len()),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = Result<Token>;
+
+    fn next(&mut self) -> Option<Result<Token>> {
+        // On a device a round may bring nothing, because its results are read later.
+        while self.ready.is_empty() && self.phase != Phase::Done {
+            if let Err(error) = self.step() {
+                // The first error is the one to report.
+                let _ = self.leave();
+                return Some(Err(error));
+            }
+        }
+        self.ready.pop_front().map(Ok)
+    }
+}
+
+impl std::iter::FusedIterator for Generation<'_> {}
+
+impl Drop for Generation<'_> {
+    fn drop(&mut self) {
+        // So that a session can go on with its decoder. An error will show again when it does.
+        let _ = self.leave();
+    }
+}

@@ -1,0 +1,157 @@
+//! The library's iterator of tokens: the same answer as `engine::generate`, round by round, on the CPU and on a device.
+
+use crate::support;
+use crate::support::crowd;
+
+use dflash::engine::generate::{Flow, Outcome, Request, TokenSink, generate};
+use dflash::text::tokenizer::Stream;
+use dflash::{Content, DeviceChoice, Engine, EngineOptions, Error, Finish, Models, Params, Result};
+use std::sync::LazyLock;
+
+static DEMO: LazyLock<Engine> = LazyLock::new(|| {
+    let options = EngineOptions::default().device(DeviceChoice::Cpu);
+    Engine::open_with(Models::demo(), options).unwrap()
+});
+
+/// A tiny pair with random weights on the emulator.
+fn on_the_emulator() -> (support::Pair, Engine) {
+    let (target, drafter) = crowd::tiny();
+    let pair = support::write_pair(&target, &drafter);
+    let options = EngineOptions::default().device(DeviceChoice::Emulator).context(128);
+    let engine = Engine::open_with(Models::folders(&pair.target, &pair.drafter), options).unwrap();
+    (pair, engine)
+}
+
+/// Stops where the text stops.
+struct Stops<'a>(Stream<'a>);
+
+impl TokenSink for Stops<'_> {
+    fn token(&mut self, id: u32, _: bool) -> Result<Flow> {
+        Ok(if self.0.push(id)?.1 { Flow::Stop } else { Flow::Continue })
+    }
+}
+
+/// The outcome of the engine's own loop for the same request.
+fn by_the_engine(engine: &Engine, prompt: &[u32], params: &Params) -> Outcome {
+    let request = Request {
+        prompt: prompt.to_vec(),
+        max_tokens: params.max_tokens,
+        sampling: params.sampling.clone(),
+        stop_ids: params.stop_ids.clone().unwrap_or_else(|| engine.pair().target.config.eos.clone()),
+        block: engine.pair().block(params.block).unwrap(),
+        drafting: params.spec.clone(),
+    };
+    let cpu = dflash::cpu::decoder::Cpu::load(engine.pair(), 1, engine.context()).unwrap();
+    let mut decoder = dflash::engine::generate::Backend::decoder(&cpu).unwrap();
+    let mut stops = Stops(engine.text().stream(&params.stop).unwrap());
+    generate(&mut *decoder, &request, &mut stops).unwrap()
+}
+
+#[test]
+fn an_iterated_answer_is_that_of_the_engine() {
+    let prompt = DEMO.text().encode("def f(x):").unwrap();
+    let all = Params::default().max_tokens(40);
+    let free = DEMO.generate(prompt.clone(), all.clone()).unwrap().finish().unwrap();
+    assert_eq!(free.finish(), Finish::Length);
+    let seventh = free.tokens()[6];
+    for (params, finish) in [
+        (all.clone(), Finish::Length),
+        (all.clone().autoregressive(), Finish::Length),
+        (all.clone().block(5).temperature(1.0).seed(3), Finish::Length),
+        (all.clone().stop("\n"), Finish::Stop),
+        (all.clone().stop_ids([seventh]), Finish::Stop),
+        (all.clone().max_tokens(1), Finish::Length),
+        (all.clone().max_tokens(0), Finish::Length),
+    ] {
+        let expected = by_the_engine(&DEMO, &prompt, &params);
+        let mut answer = DEMO.generate(prompt.clone(), params.clone()).unwrap();
+        let tokens: Vec<_> = answer.by_ref().map(Result::unwrap).collect();
+        let found = answer.finish().unwrap();
+        let outcome = &found.outcome;
+        assert_eq!((found.finish(), outcome.finish), (finish, expected.finish), "{params:?}");
+        assert_eq!(outcome.tokens, expected.tokens, "{params:?}");
+        assert_eq!((&outcome.accepted, &outcome.drafted), (&expected.accepted, &expected.drafted));
+        assert_eq!(tokens.iter().map(|t| t.id).collect::<Vec<_>>(), expected.tokens);
+        assert_eq!(tokens.iter().map(|t| t.text.as_str()).collect::<String>(), found.text);
+        // All tokens of a round but its last are accepted drafts.
+        for (round, emitted) in (1..).zip(&outcome.accepted) {
+            let of_round: Vec<_> = tokens.iter().filter(|t| t.round == round).collect();
+            assert!(of_round.iter().enumerate().all(|(i, t)| t.accepted == (i + 1 < *emitted)), "{tokens:?}");
+        }
+    }
+}
+
+#[test]
+fn the_context_ends_an_answer() {
+    let options = EngineOptions::default().device(DeviceChoice::Cpu).context(24);
+    let engine = Engine::open_with(Models::demo(), options).unwrap();
+    let answer = engine.generate("x = 1\n", Params::default()).unwrap().finish().unwrap();
+    let (prompt, tokens) = (answer.prompt_tokens, answer.tokens().len());
+    assert_eq!((prompt + tokens, answer.finish()), (24, Finish::Context));
+}
+
+#[test]
+fn a_round_runs_only_when_a_token_is_asked_for() {
+    let mut answer = DEMO.generate("def f(x):", Params::default()).unwrap();
+    assert_eq!((answer.so_far().tokens().len(), answer.so_far().finish()), (0, Finish::Interrupted));
+    let mut taken = 0;
+    while taken < 60 {
+        let Some(token) = answer.next() else { break };
+        taken += 1;
+        // Rounds so far are those of the tokens taken so far.
+        assert_eq!(answer.so_far().rounds(), token.unwrap().round);
+    }
+    assert!(answer.so_far().rounds() > 3);
+}
+
+#[test]
+fn a_session_reuses_its_decoder_after_a_dropped_answer() {
+    let (_folder, engine) = on_the_emulator();
+    for engine in [&*DEMO, &engine] {
+        let prompt: Vec<u32> = (0..20).map(|i| i % 3).collect();
+        let params = Params::default().max_tokens(12);
+        let expected = engine.generate(prompt.clone(), params.clone()).unwrap().finish().unwrap();
+        let mut session = engine.session().unwrap();
+        for _ in 0..3 {
+            // Dropped after the first round.
+            let mut answer = session.generate(prompt.clone(), params.clone()).unwrap();
+            while answer.so_far().rounds() == 0 {
+                answer.next().unwrap().unwrap();
+            }
+        }
+        let found = session.generate(prompt.clone(), params.clone()).unwrap().finish().unwrap();
+        assert_eq!((found.tokens(), found.finish()), (expected.tokens(), expected.finish()));
+        assert!((1..prompt.len()).contains(&found.outcome.kept), "{found:?}");
+    }
+}
+
+#[test]
+fn an_error_is_the_last_item() {
+    let pair = support::write_pair(&Default::default(), &Default::default());
+    let mut tensors = support::drafter_tensors(&Default::default(), &Default::default());
+    tensors.last_mut().unwrap().values[3] = f32::NAN;
+    support::write_tensors(&pair.drafter, &tensors, dflash::checkpoint::safetensors::Dtype::Bf16, 1);
+    let options = EngineOptions::default().device(DeviceChoice::Cpu);
+    let engine = Engine::open_with(Models::folders(&pair.target, &pair.drafter), options).unwrap();
+    let items: Vec<_> = engine.generate(vec![1, 2, 3], Params::default()).unwrap().collect();
+    assert!(matches!(items[..], [Ok(_), Err(Error::Model(_))]), "{items:?}");
+}
+
+#[test]
+fn options_are_refused_by_their_names() {
+    let with = |params: Params| DEMO.generate("x", params).err().unwrap().to_string();
+    let options = EngineOptions::default().device(DeviceChoice::Cpu).context(1);
+    let found = Engine::open_with(Models::demo(), options).err().unwrap().to_string();
+    assert_eq!(found, "context is 1, expected 2 to 4096, the positions that demo/target/config.json has");
+    assert_eq!(
+        with(Params::default().block(99)),
+        "block is 99, expected 1 to 16, the block that demo/drafter/config.json was trained with"
+    );
+    assert_eq!(with(Params::default().stop("")), "stop is empty, expected at least one character");
+    assert_eq!(
+        with(Params::default().system("Be kind.")),
+        "chat_template is absent and demo/target has none, but system needs one"
+    );
+    let empty = DEMO.generate(Content::Tokens(vec![]), Params::default()).err().unwrap();
+    assert_eq!(empty, Error::Usage("the prompt gives no tokens, expected at least one".into()));
+}
