@@ -10,7 +10,7 @@ use crate::checkpoint::safetensors::{Checkpoint, Dtype, Tensor};
 use crate::cpu::simd::widen;
 use crate::gpu::device::{Buffer, Device};
 use crate::gpu::kernels::linear::Shape;
-use crate::gpu::kernels::pack::{Pack, Place};
+use crate::gpu::kernels::pack::{Pack, RowMap};
 use crate::gpu::kernels::swiglu::Swiglu;
 use crate::{Error, Result};
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
@@ -30,7 +30,7 @@ const BLOCK: usize = 2048;
 pub enum Rows {
     /// Those from this one on.
     From(usize),
-    /// Those of the gates in [`Swiglu::places`].
+    /// Those of the gates in [`Swiglu::gate_up_rows`].
     Gates,
     /// And those of the ups.
     Ups,
@@ -289,16 +289,16 @@ impl Sending<'_> {
         let pack = Pack { rows: end - first, layer };
         let place = |row| match rows {
             Rows::From(start) => start + row,
-            Rows::Gates => Swiglu::places(row).0,
-            Rows::Ups => Swiglu::places(row).1,
+            Rows::Gates => Swiglu::gate_up_rows(row).0,
+            Rows::Ups => Swiglu::gate_up_rows(row).1,
         };
         if let Rows::From(_) = rows {
-            return pack.launch(self.device, &job.out, &self.rows, &Place::From(place(first)));
+            return pack.launch(self.device, &job.out, &self.rows, &RowMap::From(place(first)));
         }
         let bytes: Vec<u8> = (first..end).flat_map(|row| (place(row) as u32).to_le_bytes()).collect();
         let places = self.places.slice(0, bytes.len())?;
         self.device.upload(&places, &bytes)?;
-        pack.launch(self.device, &job.out, &self.rows, &Place::At(&places))
+        pack.launch(self.device, &job.out, &self.rows, &RowMap::At(&places))
     }
 
     /// Angles are f32 products, as in the reference implementation.

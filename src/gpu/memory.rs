@@ -80,7 +80,7 @@ impl BatchConfig {
         let wrong = |flag, found, expected| {
             Err(Error::Unsupported(format!("the kernels cannot run --{flag} {found}: expected {expected}")))
         };
-        let most = attention::MOST_SLOTS;
+        let most = attention::MAX_SLOTS;
         match (sequences, block, positions) {
             (0, ..) | (1025.., ..) => wrong("batch", sequences, "1 to 1024".to_string()),
             (_, 0 | 65.., _) => wrong("block", block, "1 to 64".to_string()),

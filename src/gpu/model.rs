@@ -10,10 +10,10 @@ use crate::gpu::kernels::attention::{self, Attention, Mask, Paged, Prefill};
 use crate::gpu::kernels::embedding::Embedding;
 use crate::gpu::kernels::head::Head;
 use crate::gpu::kernels::inject::Inject;
-use crate::gpu::kernels::linear::{self, Input, Prompt, Shape};
+use crate::gpu::kernels::linear::{self, Input, PrefillKernel, Shape};
 use crate::gpu::kernels::norm::Norm;
-use crate::gpu::kernels::project::{Project, Projected};
-use crate::gpu::kernels::qkv::{Places, Qkv};
+use crate::gpu::kernels::project::{Project, ProjectBuffers};
+use crate::gpu::kernels::qkv::{Qkv, QkvBuffers};
 use crate::gpu::kernels::swiglu::Swiglu;
 use crate::gpu::loader::{Loader, Rows};
 use crate::{Error, Result};
@@ -141,7 +141,7 @@ impl Stack {
                 x,
                 sumsq,
                 eps: c.eps,
-                prompt: pass.prompt.map(|_| Prompt::of(device)),
+                prompt: pass.prompt.map(|_| PrefillKernel::of(device)),
                 num_active: pass.num_active,
                 workspace: &s.linear,
             };
@@ -152,7 +152,7 @@ impl Stack {
             )?;
             self.attend(device, i, s, cache, pass)?;
             let next = self.layers.get(i + 1).map_or(&self.final_gain, |next| &next.input_gain);
-            let out = |gain| Projected { x: &s.x, y: &y, sumsq: &sumsq, gain, features: None };
+            let out = |gain| ProjectBuffers { x: &s.x, y: &y, sumsq: &sumsq, gain, features: None };
             let [_, o, _, down] = c.shapes();
             Project { rows, n: o.n, k: o.k }.launch(
                 device,
@@ -177,7 +177,7 @@ impl Stack {
             Project { rows, n: down.n, k: down.k }.launch(
                 device,
                 &input(&layer.down, &s.inner, None),
-                &Projected { features, ..out(next) },
+                &ProjectBuffers { features, ..out(next) },
             )?;
         }
         Ok(())
@@ -205,7 +205,7 @@ impl Stack {
                 x: &s.y,
                 sumsq: Some(&s.sumsq),
                 eps: self.config.eps,
-                prompt: prompt.then(|| Prompt::of(device)),
+                prompt: prompt.then(|| PrefillKernel::of(device)),
                 num_active,
                 workspace: &s.linear,
             };
@@ -231,9 +231,15 @@ impl Stack {
         }
     }
 
-    fn places<'a>(&'a self, layer: usize, s: &'a Scratch, cache: &'a Cache, table: &'a Buffer) -> Places<'a> {
+    fn places<'a>(
+        &'a self,
+        layer: usize,
+        s: &'a Scratch,
+        cache: &'a Cache,
+        table: &'a Buffer,
+    ) -> QkvBuffers<'a> {
         let gains = self.layers[layer].head_gains.as_ref();
-        Places {
+        QkvBuffers {
             rows: table,
             queries: &s.queries,
             keys: &cache.keys[layer],
@@ -581,7 +587,7 @@ impl Injection {
             x: features,
             sumsq: None,
             eps: 0.0,
-            prompt: prompt.then(|| Prompt::of(device)),
+            prompt: prompt.then(|| PrefillKernel::of(device)),
             num_active,
             workspace: &s.linear,
         };

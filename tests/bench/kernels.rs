@@ -41,8 +41,8 @@ fn every_kernel_of_the_demo_pair_is_counted() {
             (&row["kind"], &row["unit"], &row["samples"]),
             (&json!("counted"), &json!("bytes"), &Value::Null)
         );
-        // Chains are judged in two.
-        let launches = if row["name"] == "judge chains" { 2.0 } else { 1.0 };
+        // Chains are verified in two launches.
+        let launches = if row["name"] == "verify_chains" { 2.0 } else { 1.0 };
         assert_eq!(number(row, "launches"), launches, "{row}");
         let bytes = number(row, "streamed") + number(row, "read") + number(row, "written");
         assert_eq!(row["median"], bytes, "{row}");
@@ -125,8 +125,7 @@ fn every_kernel_of_the_demo_pair_is_counted() {
 /// Trees have up to 64 rows, blocks 16; an anchor alone is neither.
 #[test]
 fn trees_and_rules_are_counted_where_there_are_drafts() {
-    let only =
-        "choices,tree_build,compact,distribution,draw,judge by rejection,judge by blocks,attention of a tree";
+    let only = "choices,tree_build,compact,row_distribution,sample_drafts,verify_drafts by rejection,verify_drafts by block,attention of a tree";
     let found = counted(["--rows", "1,16,64,128", "--context", "100", "--only", only]);
     let rows = found["rows"].as_array().unwrap();
     // The ceiling; choices of 4; trees of 3; blocks of 3.
@@ -153,10 +152,10 @@ fn trees_and_rules_are_counted_where_there_are_drafts() {
             assert!(expected <= found && found <= expected * 4.5, "{found}, expected {expected}");
         };
         mostly(logits("choices", json!({ "rows": rows })), 2 * rows);
-        mostly(logits("distribution", of_blocks()), 2 * rows);
-        mostly(logits("draw", of_blocks()), 15 * blocks);
+        mostly(logits("row_distribution", of_blocks()), 2 * rows);
+        mostly(logits("sample_drafts", of_blocks()), 15 * blocks);
         let verdict = |name: &str| (needed(name, of_blocks()) / f64::from(whole * blocks)).floor();
-        assert_eq!((verdict("judge by rejection"), verdict("judge by blocks")), (2.0, 29.0));
+        assert_eq!((verdict("verify_drafts by rejection"), verdict("verify_drafts by block")), (2.0, 29.0));
         let tree =
             row(&found, "attention of a tree", json!({ "rows": rows, "context": 100, "batch": trees }));
         let each = rows / trees;
@@ -171,7 +170,7 @@ fn trees_and_rules_are_counted_where_there_are_drafts() {
 
 #[test]
 fn drawn_trees_are_counted() {
-    let only = "draw siblings,judge siblings,draw chains,judge chains";
+    let only = "sample_siblings,verify_tree,sample_chains,verify_chains";
     let found = counted(["--rows", "1,16,64,128", "--only", only]);
     // The ceiling, and trees of 3.
     assert_eq!(found["rows"].as_array().unwrap().len(), 1 + 3 * 4, "{found}");
@@ -183,11 +182,11 @@ fn drawn_trees_are_counted() {
             let moved = of(name)["median"].as_f64().unwrap();
             assert!(number(of(name), "MB") * 1e6 <= moved, "{name}: {moved}");
         }
-        assert_eq!(of_logits("draw chains").floor(), f64::from(each));
-        assert!((1.0..15.0).contains(&of_logits("draw siblings")));
+        assert_eq!(of_logits("sample_chains").floor(), f64::from(each));
+        assert!((1.0..15.0).contains(&of_logits("sample_siblings")));
         // Of siblings two rows at least. Of chains those with a draft behind them, and the drafter's; and two to pick of.
         let classes = 1 + chains * (each - 1) + each;
-        let judged = (of_logits("judge siblings"), of_logits("judge chains"));
+        let judged = (of_logits("verify_tree"), of_logits("verify_chains"));
         assert_eq!(judged, (2.0, f64::from(classes + 2)));
     }
 }
@@ -242,7 +241,7 @@ fn a_folder_with_a_config_is_enough_and_shapes_without_kernels_are_refused() {
     // Without a drafter there are AR steps alone.
     row(&found, "attention", json!({ "rows": 3, "context": 0, "batch": 3 }));
     let rows = found["rows"].as_array().unwrap();
-    let of_drafts = ["drafter", "tree", "choices", "compact", "distribution", "draw", "judge"];
+    let of_drafts = ["drafter", "tree", "choices", "compact", "distribution", "draft", "siblings", "chains"];
     let named = |row: &Value, part: &str| row["name"].as_str().unwrap().contains(part);
     assert!(rows.iter().all(|row| of_drafts.iter().all(|part| !named(row, part))), "{found}");
 

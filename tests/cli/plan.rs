@@ -12,7 +12,7 @@ use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::{Arg, Buffer, Device, Node};
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::graph_listing::{Group, layers, of_round, outline};
-use dflash::gpu::kernels::attention::MOST_SLOTS;
+use dflash::gpu::kernels::attention::MAX_SLOTS;
 use dflash::gpu::memory::{BatchConfig, Ledger, MemoryPlan, Overhead};
 use dflash::gpu::model::PAGE;
 use serde_json::{Map, Value, json};
@@ -540,7 +540,7 @@ fn rooms_that_the_kernels_do_not_have_are_refused_by_their_flag() {
         (BatchConfig::new(1, 65, 64), "--block 65: expected 1 to 64"),
         (BatchConfig::new(1024, 64, 64), "--batch 1024: expected at most 1023 in blocks of 64"),
         (BatchConfig::new(1, 16, 0), "--ctx 0: expected 1 to 901120"),
-        (BatchConfig::new(1, 16, MOST_SLOTS + 1), "--ctx 901121: expected 1 to 901120"),
+        (BatchConfig::new(1, 16, MAX_SLOTS + 1), "--ctx 901121: expected 1 to 901120"),
     ];
     for (room, end) in refused {
         let expected = Error::Unsupported(format!("the kernels cannot run {end}"));
@@ -548,7 +548,7 @@ fn rooms_that_the_kernels_do_not_have_are_refused_by_their_flag() {
         assert_eq!(of_round(&pair, room, true), Err(expected));
     }
     for room in
-        [BatchConfig::new(1023, 64, 64), BatchConfig::new(1024, 63, 1), BatchConfig::new(1, 64, MOST_SLOTS)]
+        [BatchConfig::new(1023, 64, 64), BatchConfig::new(1024, 63, 1), BatchConfig::new(1, 64, MAX_SLOTS)]
     {
         let plan = MemoryPlan::new(&pair, room).unwrap();
         assert!(plan.needed(Overhead::GPU) > plan.peak());
@@ -591,7 +591,7 @@ fn no_config_is_too_odd_for_a_plan() {
             ..Default::default()
         };
         let (_files, pair) = sparse_pair(&target, &drafter);
-        let most = target.max_positions.min(MOST_SLOTS);
+        let most = target.max_positions.min(MAX_SLOTS);
         for room in
             [BatchConfig::new(1, drafter.block, most), BatchConfig::new(1000, drafter.block.min(16), 1)]
         {

@@ -519,5 +519,5 @@ fn shapes_the_kernels_do_not_have_are_refused() {
     assert!(prefill(good.layer, 0).contains("0 rows"));
     assert!(prefill(Layer { head_dim: 80, ..good.layer }, 2).contains("heads of 80"));
     let vast = Layer { pages_per_sequence: 1 << 20, ..good.layer };
-    refused(Attention { layer: vast, capacity: 1 << 26, ..good }, "67108864 slots, possible are 901120");
+    refused(Attention { layer: vast, capacity: 1 << 26, ..good }, "67108864 slots; expected at most 901120");
 }

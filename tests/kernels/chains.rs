@@ -7,11 +7,11 @@ use crate::support::kernel;
 use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
+use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
 use dflash::gpu::kernels::round::Form;
-use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules, VerifyInputs};
 use dflash::gpu::kernels::sample::tables;
-use dflash::gpu::kernels::siblings::{Drawn, Siblings};
-use dflash::gpu::kernels::verify::Verdict;
+use dflash::gpu::kernels::siblings::{SampledTrees, Siblings};
+use dflash::gpu::kernels::verify::VerifyOutput;
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::verify::VerifyMethod;
 use drawn::*;
@@ -146,13 +146,13 @@ fn one_chain_is_judged_as_a_chain_is() {
             let drafter = batch.distributions(device, &batch.drafter, block, |r| &r.drafting);
             let state = |r: &Request| r.state(Form::Chain, &r.sampling);
             let states = upload(device, &batch.requests.iter().flat_map(state).collect::<Vec<u8>>());
-            let kernels = Rules { sequences, block, vocab, blocks: vocab.div_ceil(128) };
+            let kernels = RejectionSampler { sequences, block, vocab, blocks: vocab.div_ceil(128) };
             let spans: Vec<u32> = batch.requests.iter().flat_map(|r| [r.length, block as u32]).collect();
             let [tokens, spans] = [&own.tokens, &spans].map(|words| upload(device, words));
             let partial = poisoned::<u64>(device, sequences * block);
             let counters = upload(device, &vec![0u32; sequences]);
             let judged = VerifyInputs {
-                wide: block,
+                max_verify_rows: block,
                 tokens: &tokens,
                 spans: &spans,
                 partial: &partial,
@@ -160,11 +160,11 @@ fn one_chain_is_judged_as_a_chain_is() {
             };
             let [accepted, next] = [(); 2].map(|()| poisoned::<u32>(device, sequences));
             let path = poisoned::<u32>(device, sequences * block);
-            let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+            let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
             let [target, drafter] =
                 [&target, &drafter].map(|(logits, distributions)| Rows { logits, distributions });
             let tables = constant(device, &tables());
-            kernels.judge(device, verdict, target, drafter, judged, &states, &tables).unwrap();
+            kernels.verify(device, verdict, target, drafter, judged, &states, &tables).unwrap();
             for (at, rows) in own.tokens.chunks(block).enumerate() {
                 // What is said of a draft without a distribution does not matter, nor of rows that no draft leads to.
                 let damaged = own.next[at] == NONE || rows.contains(&NONE);
@@ -187,7 +187,7 @@ fn garbage_stays_inside_the_buffers() {
         for i in 0..60 {
             let (vocab, sequences) = ([1, 7, 300, 3001][i % 4], 3);
             let (block, wide) = ([1, 4, 16][i % 3], [1, 5, 12, 64][i / 3 % 4]);
-            let kernels = Chains(Siblings { sequences, block, wide, vocab });
+            let kernels = Chains(Siblings { sequences, block, max_verify_rows: wide, vocab });
             let mut noise = |bytes: usize| {
                 // Small words too, which pass for ids, rows, rules and counts.
                 let word =
@@ -204,7 +204,7 @@ fn garbage_stays_inside_the_buffers() {
             // Its rule is the last word, its form the upper half of the eighth; let some be those that take part.
             for words in states.chunks_mut(32).skip(i % 2) {
                 (words[31], words[7]) =
-                    (VerifyMethod::Block as u32, words[7] & 0xffff | (Form::Drawn as u32) << 16);
+                    (VerifyMethod::Block as u32, words[7] & 0xffff | (Form::SampledTree as u32) << 16);
             }
             let states = upload(device, &states);
             let (target, drafter) = (
@@ -213,13 +213,13 @@ fn garbage_stays_inside_the_buffers() {
             );
             let [target, drafter] = [target, drafter].map(|rows| rows.map(|words| upload(device, &words)));
             let tables = constant(device, &tables());
-            let trees = Drawn { tokens: &tokens, parents: &parents, spans: &spans };
-            let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+            let trees = SampledTrees { tokens: &tokens, parents: &parents, spans: &spans };
+            let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
             let [target, drafter] =
                 [&target, &drafter].map(|[logits, distributions]| Rows { logits, distributions });
             let work = Workspace { classes: &classes, partial: &partial, counters: &counters };
-            kernels.judge(device, verdict, trees, target, drafter, &states, &tables, work).unwrap();
-            kernels.draw(device, trees, drafter, &states, &tables).unwrap();
+            kernels.verify(device, verdict, trees, target, drafter, &states, &tables, work).unwrap();
+            kernels.sample(device, trees, drafter, &states, &tables).unwrap();
         }
     });
 }
@@ -227,28 +227,28 @@ fn garbage_stays_inside_the_buffers() {
 #[test]
 fn launches_refuse_what_does_not_fit() {
     let device = Emulator::new();
-    let kernels = Siblings { sequences: 2, block: 4, wide: 8, vocab: 40 };
+    let kernels = Siblings { sequences: 2, block: 4, max_verify_rows: 8, vocab: 40 };
     let get = |bytes: usize| device.allocate(bytes, "test").unwrap();
     let (logits, distributions) = (get(16 * 160), get(16 * DISTRIBUTION_BYTES));
     let rows = Rows { logits: &logits, distributions: &distributions };
     let (tokens, parents, spans) = (get(64), get(64), get(16));
-    let trees = Drawn { tokens: &tokens, parents: &parents, spans: &spans };
+    let trees = SampledTrees { tokens: &tokens, parents: &parents, spans: &spans };
     let (states, tables, small) = (get(256), get(2048), get(48));
     let draw = |kernels: Siblings, trees, rows| {
-        Chains(kernels).draw(&device, trees, rows, &states, &tables).unwrap_err().to_string()
+        Chains(kernels).sample(&device, trees, rows, &states, &tables).unwrap_err().to_string()
     };
-    let message = draw(kernels, Drawn { parents: &small, ..trees }, rows);
+    let message = draw(kernels, SampledTrees { parents: &small, ..trees }, rows);
     assert_eq!(message, "kernel sample_chains: parents has 48 bytes, needs 64");
-    let message = draw(Siblings { wide: 65, ..kernels }, trees, rows);
+    let message = draw(Siblings { max_verify_rows: 65, ..kernels }, trees, rows);
     assert!(message.contains("2 sequences in blocks of 65 rows"), "{message}");
     let [accepted, next, path, classes, partial, counters] = [8, 8, 64, 16 * CLASSES_BYTES, 64, 8].map(get);
-    let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+    let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
     let work = Workspace { classes: &classes, partial: &partial, counters: &counters };
     let judge = |verdict, target, work| {
-        let judged = Chains(kernels).judge(&device, verdict, trees, target, rows, &states, &tables, work);
+        let judged = Chains(kernels).verify(&device, verdict, trees, target, rows, &states, &tables, work);
         judged.unwrap_err().to_string()
     };
-    let message = judge(Verdict { path: &small, ..verdict }, rows, work);
+    let message = judge(VerifyOutput { path: &small, ..verdict }, rows, work);
     assert_eq!(message, "kernel verify_chains: path has 48 bytes, needs 64");
     let message = judge(verdict, Rows { logits: &small, ..rows }, work);
     assert_eq!(message, "kernel verify_chains: the target's logits has 48 bytes, needs 2560");

@@ -5,8 +5,8 @@ use crate::support::kernel;
 use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::round::{Finish, Form, Sequence};
-use dflash::gpu::kernels::sample::{Races, Sample, tables};
-use dflash::gpu::kernels::verify::{Verdict, Verify};
+use dflash::gpu::kernels::sample::{Sample, SamplerInputs, tables};
+use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
 use dflash::spec::sampling::{SamplingParams, TABLES, judge, philox, walk};
 use dflash::spec::verify::VerifyMethod;
 use kernel::*;
@@ -35,7 +35,7 @@ fn sequence(sampling: SamplingParams) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
-        rule: VerifyMethod::Match,
+        verify_method: VerifyMethod::Match,
     }
 }
 
@@ -87,7 +87,7 @@ impl Batch {
         let (best, table) = (upload(device, &self.best()), upload(device, &self.table()));
         let (tables, counters) = (constant(device, &tables()), upload(device, &vec![0u32; sample.rows]));
         let partial = poisoned::<u8>(device, sample.workspace());
-        let races = Races {
+        let races = SamplerInputs {
             logits: &logits,
             sequences: &sequences,
             tables: &tables,
@@ -401,7 +401,7 @@ fn garbage_in_settings_and_keys_stays_inside_the_buffers() {
             let (logits, sequences) = (upload(device, &batch.logits), upload(device, &states));
             let (tables, counters) = (constant(device, &tables()), upload(device, &vec![0u32; sample.rows]));
             let partial = poisoned::<u8>(device, sample.workspace());
-            let races = Races {
+            let races = SamplerInputs {
                 logits: &logits,
                 sequences: &sequences,
                 tables: &tables,
@@ -454,7 +454,7 @@ impl Blocks {
         let spans: Vec<u32> = self.rows.iter().flat_map(|&rows| [7, rows]).collect();
         let [accepted, next, path] =
             [sequences, sequences, sequences * block].map(|count| poisoned::<u32>(device, count));
-        let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+        let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
         let parents = self.parents.as_ref().map(|p| upload(device, p));
         let [choices, tokens, spans] = [&self.choices, &self.tokens, &spans].map(|data| upload(device, data));
         Verify { sequences, block }

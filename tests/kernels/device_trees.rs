@@ -12,7 +12,7 @@ use dflash::gpu::kernels::compact::Compact;
 use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables};
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::tree::{TreeBuild, Trees};
-use dflash::gpu::kernels::verify::{Verdict, Verify};
+use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
 use dflash::spec::sampling::{SamplingParams, walk};
 use dflash::spec::tree::{Choice, Tree, chains, choices, moves, shape, typical};
 use dflash::spec::verify::VerifyMethod;
@@ -65,7 +65,8 @@ impl Rows {
 
     fn run(&self, device: &dyn Device, best: &[u64]) -> Vec<u32> {
         let rows = self.known.len();
-        let kernel = Choices { rows, vocab: self.vocab, blocks: self.vocab.div_ceil(128), most: self.most };
+        let kernel =
+            Choices { rows, vocab: self.vocab, blocks: self.vocab.div_ceil(128), per_row: self.most };
         let (counts, list) = (poisoned::<u32>(device, rows), poisoned::<u32>(device, rows * self.most * 2));
         let table: Vec<u32> =
             self.known.iter().flat_map(|known| [if *known { 0 } else { NONE }, 7, NONE, NONE]).collect();
@@ -195,7 +196,7 @@ fn sequence(active: bool, length: u32, anchor: u32, levels: u32) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
-        rule: VerifyMethod::Match,
+        verify_method: VerifyMethod::Match,
     }
 }
 
@@ -233,8 +234,8 @@ impl Forest {
             let (length, anchor) = (1 + random.below(4000) as u32, random.below(9) as u32);
             let mut state = sequence(random.below(8) > 0, length, anchor, levels as u32);
             state.rows = [64, 1 + random.below(64) as u32][random.below(2)];
-            state.form = [Form::Chain, Form::Drawn, Form::BestFirst, Form::BestFirst][random.below(4)];
-            state.rule = [VerifyMethod::Rejection, VerifyMethod::Block][random.below(2)];
+            state.form = [Form::Chain, Form::SampledTree, Form::BestFirst, Form::BestFirst][random.below(4)];
+            state.verify_method = [VerifyMethod::Rejection, VerifyMethod::Block][random.below(2)];
             sequences.push(state);
             // Few different costs make many ties; wide ones a few.
             let spread = [1, 2, 4, 40, 1 << 20][random.below(5)];
@@ -254,7 +255,8 @@ impl Forest {
         }
         let drafts =
             (0..count * block).map(|_| [random.below(9) as u32, NONE][usize::from(random.below(40) == 0)]);
-        let (build, drafts) = (TreeBuild { sequences: count, block, wide, most }, drafts.collect());
+        let (build, drafts) =
+            (TreeBuild { sequences: count, block, max_verify_rows: wide, per_row: most }, drafts.collect());
         Forest { build, sequences, choices: all, drafts }
     }
 
@@ -266,7 +268,7 @@ impl Forest {
 
     /// Choices and counts as the kernel takes them.
     fn inputs(&self) -> (Vec<u32>, Vec<u32>) {
-        let TreeBuild { sequences, block, most, .. } = self.build;
+        let TreeBuild { sequences, block, per_row: most, .. } = self.build;
         let mut list = vec![0xabcd_ef01u32; sequences * block * most * 2];
         let mut counts = vec![NONE; sequences * block];
         for (own, levels) in self.choices.iter().enumerate() {
@@ -282,7 +284,7 @@ impl Forest {
     }
 
     fn launch(&self, device: &dyn Device, list: &[u32], counts: &[u32], states: &[u8]) -> Built {
-        let TreeBuild { sequences, wide: rows, .. } = self.build;
+        let TreeBuild { sequences, max_verify_rows: rows, .. } = self.build;
         let words = |count: usize| poisoned::<u32>(device, sequences * count);
         let (tokens, parents, masks) = (words(rows), words(rows), words(rows * 2));
         let (table, spans) = (words(rows * 4), words(2));
@@ -301,7 +303,7 @@ impl Forest {
     }
 
     fn expected(&self) -> Built {
-        let TreeBuild { block, wide, .. } = self.build;
+        let TreeBuild { block, max_verify_rows: wide, .. } = self.build;
         let (mut tokens, mut parents, mut masks) = (vec![], vec![], vec![]);
         let (mut table, mut spans) = (vec![], vec![]);
         for (own, (state, choices)) in self.sequences.iter().zip(&self.choices).enumerate() {
@@ -317,17 +319,17 @@ impl Forest {
                 let drafts: Vec<_> = self.drafts[own * block + 1..][..levels].iter().map(draft).collect();
                 tree = Tree::best_first(state.anchor, &drafts, rows);
             }
-            if state.form == Form::Drawn && state.rule == VerifyMethod::Block {
+            if state.form == Form::SampledTree && state.verify_method == VerifyMethod::Block {
                 let (count, deep) = if levels > 0 { chains(rows, levels) } else { (0, 1) };
                 let parents: Vec<u32> = (0..=count * deep)
                     .map(|row| if row == 0 || (row - 1) % deep == 0 { 0 } else { row as u32 - 1 })
                     .collect();
                 tree = Tree::drawn(&[&[state.anchor], &vec![NONE; count * deep][..]].concat(), &parents);
-            } else if state.form == Form::Drawn {
+            } else if state.form == Form::SampledTree {
                 let place = |rank| Choice { token: NONE, cost: typical(rank as u32) };
-                let siblings: Vec<Choice> = (0..self.build.most).map(place).collect();
+                let siblings: Vec<Choice> = (0..self.build.per_row).map(place).collect();
                 tree = Tree::best_first(state.anchor, &vec![siblings; levels], rows);
-                if self.build.most + 1 >= rows {
+                if self.build.per_row + 1 >= rows {
                     assert_eq!(tree.parents, shape(rows, levels).parents);
                 }
             }
@@ -401,7 +403,7 @@ fn trees_of_the_drafters_own_choices_are_the_hosts() {
         let levels = (1..block).map(|_| level(&mut random)).collect();
         let forest = Forest {
             drafts: vec![0; block],
-            build: TreeBuild { sequences: 1, block, wide: rows, most },
+            build: TreeBuild { sequences: 1, block, max_verify_rows: rows, per_row: most },
             sequences: vec![sequence(true, 100, 3, 15)],
             choices: vec![levels],
         };
@@ -528,7 +530,7 @@ impl Paths {
         let [table, accepted, path, spans] =
             [&self.table, &self.accepted, &self.path, &self.spans].map(|words| upload(device, words));
         let next = poisoned::<u32>(device, self.compact.sequences);
-        let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+        let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
         self.compact.launch(device, &caches, &table, verdict, &spans).unwrap();
         keys.iter().chain(&values).map(|cache| download(device, cache)).collect()
     }
@@ -587,13 +589,13 @@ fn garbage_in_paths_stays_inside_the_cache() {
 fn rounds_of_trees(device: &dyn Device, turn: usize) {
     let (block, rows, most, count) = [(16, 64, 63, 3), (8, 20, 5, 2), (16, 9, 8, 4)][turn % 3];
     let mut random = Random::new(60 + turn as u64);
-    let round = Round { sequences: count, block, wide: rows };
+    let round = Round { sequences: count, block, max_verify_rows: rows };
     let words = |each: usize| poisoned::<u32>(device, count * each);
     let [draft_tokens, features, draft_rows, draft_spans] = [block, block, block * 8, 2].map(words);
     let [tokens, parents, masks, table, spans] = [rows, rows, rows * 2, rows.max(block) * 4, 2].map(words);
     let [accepted, next, path] = [1, 1, rows].map(words);
     let (round_header, ring) = (upload(device, &[0u32; 3]), Ring::new(device, round, 2).unwrap());
-    let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+    let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
     let mut all: Vec<Sequence> =
         (0..count).map(|i| sequence(true, 100 + i as u32, 1, 15 + random.below(3000) as u32)).collect();
     let states: Vec<u8> = all.iter().flat_map(|s| s.to_bytes().unwrap()).collect();
@@ -655,7 +657,8 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
         for (own, state) in all.iter_mut().enumerate() {
             let (at, there) = (own * rows, expected.spans[own * 2 + 1] as usize);
             let (tokens, parents) = (&expected.tokens[at..][..there], &expected.parents[at..][..there]);
-            let mut record = Record { tokens: vec![], judged: 0, finish: state.finish, drafted: 0, stood: 0 };
+            let mut record =
+                Record { tokens: vec![], acceptance_length: 0, finish: state.finish, drafted: 0, path: 0 };
             paths[own].clear();
             if there > 0 && tokens[1..].contains(&NONE) {
                 (record.finish, state.finish, state.active) =
@@ -664,9 +667,9 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
             } else if there > 0 {
                 let (way, next) = walk(tokens, parents, |row| Some(choices[at + row])).unwrap();
                 record.tokens = way[1..].iter().map(|&row| tokens[row]).chain([next]).collect();
-                record.judged = way.len() as u32;
+                record.acceptance_length = way.len() as u32;
                 record.drafted = there as u32 - 1;
-                record.stood = way.iter().map(|row| 1 << row).sum();
+                record.path = way.iter().map(|row| 1 << row).sum();
                 record.tokens.truncate(state.budget as usize);
                 let kept = record.tokens.len();
                 state.length += kept as u32;
@@ -714,18 +717,18 @@ fn launchers_refuse_sizes_outside_their_limits_and_short_buffers() {
     };
     for (most, rows, what) in [(0, 1, "1 to 63"), (64, 1, "1 to 63"), (63, 0, "rows"), (63, 1, "choices has")]
     {
-        let kernel = Choices { rows, vocab: 300, blocks: 3, most };
+        let kernel = Choices { rows, vocab: 300, blocks: 3, per_row: most };
         refused(what, kernel.launch(device, &short, &short, &short, &short, &short, &short));
     }
     let trees = Trees { tokens: &short, parents: &short, masks: &short, table: &short, spans: &short };
     for (rows, most, what) in [(0, 1, "1 to 64"), (65, 1, "1 to 64"), (64, 64, "1 to 63"), (64, 63, "tokens")]
     {
-        let kernel = TreeBuild { sequences: 1, block: 16, wide: rows, most };
+        let kernel = TreeBuild { sequences: 1, block: 16, max_verify_rows: rows, per_row: most };
         refused(what, kernel.launch(device, trees, &short, &short, &short, &short, &short));
     }
     let shape =
         Compact { sequences: 1, rows: 4, layers: 1, kv_heads: 1, head_dim: 64, pages: 1, sequence_pages: 1 };
-    let verdict = Verdict { accepted: &short, next: &short, path: &short };
+    let verdict = VerifyOutput { accepted: &short, next: &short, path: &short };
     for (shape, what) in [
         (Compact { head_dim: 96, ..shape }, "64 or 128"),
         (Compact { layers: 0, ..shape }, "layers"),
@@ -736,5 +739,5 @@ fn launchers_refuse_sizes_outside_their_limits_and_short_buffers() {
         refused(what, shape.launch(device, &short, &short, verdict, &short));
     }
     refused("keys", shape.caches(std::slice::from_ref(&short), std::slice::from_ref(&short)).map(|_| ()));
-    refused("0 caches", shape.caches(&[], &[]).map(|_| ()));
+    refused("0 key buffers", shape.caches(&[], &[]).map(|_| ()));
 }

@@ -4,10 +4,10 @@ use crate::support::kernel;
 
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
 use dflash::gpu::kernels::round::{Finish, Form, Sequence};
-use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules, VerifyInputs};
 use dflash::gpu::kernels::sample::tables;
-use dflash::gpu::kernels::verify::Verdict;
+use dflash::gpu::kernels::verify::VerifyOutput;
 use dflash::spec::sampling::{SamplingParams, TABLES, argmax};
 use dflash::spec::verify::{self, Distribution, ONE, PhiloxStream, VerifyMethod};
 use kernel::*;
@@ -47,7 +47,7 @@ impl Request {
             rounds: self.rounds,
             drafted: 0,
             accepted: 0,
-            rule: self.rule,
+            verify_method: self.rule,
         };
         state.to_bytes().unwrap()
     }
@@ -83,9 +83,9 @@ struct Outcome {
 }
 
 impl Batch {
-    fn kernels(&self) -> Rules {
+    fn kernels(&self) -> RejectionSampler {
         let Batch { vocab, block, .. } = *self;
-        Rules { sequences: self.requests.len(), block, vocab, blocks: vocab.div_ceil(128) }
+        RejectionSampler { sequences: self.requests.len(), block, vocab, blocks: vocab.div_ceil(128) }
     }
 
     fn row<'a>(&self, logits: &'a [f32], row: usize) -> &'a [f32] {
@@ -142,7 +142,7 @@ impl Batch {
         let (own, draft) = (states(|r| &r.sampling), states(|r| &r.drafting));
         // A verification may have room for more rows than a block has.
         let wide = (self.block + self.vocab % 3).min(64);
-        let widen = Rules { block: wide, ..kernels };
+        let widen = RejectionSampler { block: wide, ..kernels };
         let tables = constant(device, &tables());
         let target_logits = upload(device, &self.widened(&self.target, self.vocab, wide, 7.0));
         let draft_logits = upload(device, &self.drafter);
@@ -153,11 +153,11 @@ impl Batch {
         let best = self.best(&self.target);
         let best = upload(device, &self.widened(&best, best.len() / rows, wide, 5));
         let wide_table = upload(device, &self.widened(&self.table(), 4, wide, NONE));
-        widen.distribution(device, target, &best, &wide_table, &own, &tables).unwrap();
+        widen.distributions(device, target, &best, &wide_table, &own, &tables).unwrap();
         let (best, table) = (upload(device, &self.best(&self.drafter)), upload(device, &self.table()));
-        kernels.distribution(device, drafter, &best, &table, &draft, &tables).unwrap();
+        kernels.distributions(device, drafter, &best, &table, &draft, &tables).unwrap();
         let drafts = upload(device, &vec![OLD; rows]);
-        kernels.draw(device, &drafts, drafter, &table, &own, &tables).unwrap();
+        kernels.sample(device, &drafts, drafter, &table, &own, &tables).unwrap();
         let drafts: Vec<u32> = download(device, &drafts);
 
         let token = |(row, given): (usize, &Option<u32>)| given.unwrap_or(drafts[row]);
@@ -165,14 +165,19 @@ impl Batch {
         let spans: Vec<u32> = self.requests.iter().flat_map(|r| [r.length, r.rows as u32]).collect();
         let [accepted, next] = [(); 2].map(|()| upload(device, &vec![OLD; sequences]));
         let path = upload(device, &vec![OLD; sequences * wide]);
-        let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+        let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
         let (spans, on_device) = (upload(device, &spans), upload(device, &self.widened(&tokens, 1, wide, 3)));
         let (partial, counters) = (poisoned::<u64>(device, rows), upload(device, &vec![0u32; sequences]));
-        let judged =
-            VerifyInputs { wide, tokens: &on_device, spans: &spans, partial: &partial, counters: &counters };
+        let judged = VerifyInputs {
+            max_verify_rows: wide,
+            tokens: &on_device,
+            spans: &spans,
+            partial: &partial,
+            counters: &counters,
+        };
         // Twice: a graph is replayed without anybody clearing the counters.
         for _ in 0..2 {
-            kernels.judge(device, verdict, target, drafter, judged, &own, &tables).unwrap();
+            kernels.verify(device, verdict, target, drafter, judged, &own, &tables).unwrap();
             assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are left at zero");
         }
         let [accepted, next, path] = [&accepted, &next, &path].map(|b| download::<u32>(device, b));
@@ -561,7 +566,7 @@ fn garbage_stays_inside_the_buffers() {
         let mut random = Random::new(12);
         for i in 0..30 {
             let (vocab, block, sequences) = ([1, 7, 300, 3001][i % 4], [1, 4, 16][i % 3], 3);
-            let kernels = Rules { sequences, block, vocab, blocks: vocab.div_ceil(128) };
+            let kernels = RejectionSampler { sequences, block, vocab, blocks: vocab.div_ceil(128) };
             let rows = sequences * block;
             let mut noise = |bytes: usize| {
                 // Small words too, which pass for ids, rules and counts.
@@ -587,17 +592,17 @@ fn garbage_stays_inside_the_buffers() {
             let counters = upload(device, &vec![0u32; sequences]);
             let tables = constant(device, &tables());
             let judged = VerifyInputs {
-                wide: block,
+                max_verify_rows: block,
                 tokens: &tokens,
                 spans: &spans,
                 partial: &partial,
                 counters: &counters,
             };
-            let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
-            kernels.draw(device, &drafts, drafter, &table, &states, &tables).unwrap();
-            kernels.judge(device, verdict, target, drafter, judged, &states, &tables).unwrap();
+            let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
+            kernels.sample(device, &drafts, drafter, &table, &states, &tables).unwrap();
+            kernels.verify(device, verdict, target, drafter, judged, &states, &tables).unwrap();
             assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are left at zero");
-            kernels.distribution(device, target, &best, &table, &states, &tables).unwrap();
+            kernels.distributions(device, target, &best, &table, &states, &tables).unwrap();
         }
     });
 }
@@ -611,19 +616,22 @@ fn launches_refuse_what_does_not_fit() {
     let (logits, distributions) = (get(8 * 160), get(8 * DISTRIBUTION_BYTES));
     let rows = Rows { logits: &logits, distributions: &distributions };
     let (best, table, states, tables) = (get(64), get(128), get(256), get(2048));
-    let distribution = |kernels: Rules, rows, best| {
-        kernels.distribution(&device, rows, best, &table, &states, &tables).unwrap_err().to_string()
+    let distribution = |kernels: RejectionSampler, rows, best| {
+        kernels.distributions(&device, rows, best, &table, &states, &tables).unwrap_err().to_string()
     };
     let small = get(8 * DISTRIBUTION_BYTES - 16);
     let message = distribution(kernels, Rows { distributions: &small, ..rows }, &best);
-    assert!(message.contains("kernel distribution: distributions has 368 bytes, needs 384"), "{message}");
-    let message = distribution(Rules { block: 65, ..kernels }, rows, &best);
+    assert!(
+        message.contains("kernel distribution: the rows' distributions has 368 bytes, needs 384"),
+        "{message}"
+    );
+    let message = distribution(RejectionSampler { block: 65, ..kernels }, rows, &best);
     assert!(message.contains("2 sequences in blocks of 65 rows"), "{message}");
-    let message = distribution(Rules { vocab: (1 << 26) + 1, ..kernels }, rows, &best);
-    assert!(message.contains("67108865 tokens in 1 blocks; possible are 1 to 2^26 tokens"), "{message}");
+    let message = distribution(RejectionSampler { vocab: (1 << 26) + 1, ..kernels }, rows, &best);
+    assert!(message.contains("67108865 tokens; expected 1 to 2^26"), "{message}");
     let message = distribution(kernels, rows, &best.slice(8, 56).unwrap());
     assert!(message.contains("best"), "{message}");
     let drafts = get(28);
-    let message = kernels.draw(&device, &drafts, rows, &table, &states, &tables).unwrap_err().to_string();
+    let message = kernels.sample(&device, &drafts, rows, &table, &states, &tables).unwrap_err().to_string();
     assert!(message.contains("kernel draw: drafts has 28 bytes, needs 32"), "{message}");
 }

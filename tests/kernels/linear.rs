@@ -107,7 +107,8 @@ fn swiglu_multiplies_the_activated_gate_with_up() {
         let shape = Shape { n: inner * 2, k: [64, 288, 512, 1120, 4224][i % 5] };
         // Rows of `data` are all gates, then all ups.
         let data = Data::new(20 + i as u64, rows, shape);
-        let place = |r: usize| if r < inner { Swiglu::places(r).0 } else { Swiglu::places(r - inner).1 };
+        let place =
+            |r: usize| if r < inner { Swiglu::gate_up_rows(r).0 } else { Swiglu::gate_up_rows(r - inner).1 };
         let outcomes = bits_of_every_device(|device| {
             let layer = data.upload(device, place);
             let out = poisoned::<u16>(device, rows * inner);
@@ -150,7 +151,8 @@ fn swiglu_of_large_gates_is_zero_or_the_gate() {
             num_active: 1,
             prompt: None,
         };
-        let place = |r: usize| if r < inner { Swiglu::places(r).0 } else { Swiglu::places(r - inner).1 };
+        let place =
+            |r: usize| if r < inner { Swiglu::gate_up_rows(r).0 } else { Swiglu::gate_up_rows(r - inner).1 };
         let layer = data.upload(device, place);
         let out = poisoned::<u16>(device, inner);
         Swiglu { rows: 1, inner, k: 32 }.launch(device, &layer.input(false), &out).unwrap();

@@ -10,8 +10,8 @@ use dflash::gpu::emulator::{Emulator, Schedule};
 use dflash::gpu::kernels::head::Head;
 use dflash::gpu::kernels::inject::Inject;
 use dflash::gpu::kernels::linear::{Input, Shape, Workspace};
-use dflash::gpu::kernels::project::{Project, Projected};
-use dflash::gpu::kernels::qkv::{Places, Qkv};
+use dflash::gpu::kernels::project::{Project, ProjectBuffers};
+use dflash::gpu::kernels::qkv::{Qkv, QkvBuffers};
 use dflash::gpu::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
@@ -235,7 +235,7 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
                 cache.qkv.k = hidden;
                 let pages = poisoned::<u16>(&device, cache.qkv.pages * 8 * 64 * 128);
                 let gains = cache.gains.unwrap().map(|g| upload(&device, &g));
-                let places = Places {
+                let places = QkvBuffers {
                     rows: &upload(&device, &cache.rows),
                     queries: &y,
                     keys: &pages,
@@ -250,7 +250,7 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
             _ => {
                 let residual = upload(&device, &vec![0f32; rows * hidden]);
                 let gain = upload(&device, &vec![1f32; hidden]);
-                let out = Projected { x: &residual, y: &y, sumsq: &sumsq, gain: &gain, features: None };
+                let out = ProjectBuffers { x: &residual, y: &y, sumsq: &sumsq, gain: &gain, features: None };
                 let input = Input { sumsq: None, ..input };
                 Project { rows, n: shape.n, k: shape.k }.launch(&device, &input, &out).unwrap();
             }
@@ -303,18 +303,23 @@ fn launches_that_do_not_fit_are_refused_with_a_sentence() {
     let more = Logits::new(&device, 9, 300, 640);
     refused(more.launch(&device, &at.layer.workspace), "partial sums has 16 bytes, needs");
 
-    let out = Projected { x: &small, y: &small, sumsq: &small, gain: &small, features: None };
+    let out = ProjectBuffers { x: &small, y: &small, sumsq: &small, gain: &small, features: None };
     let plain = at.layer.input(false);
     refused(Project { rows: 1, n: 96, k: 96 }.launch(&device, &plain, &out), "96 outputs");
     refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &good, &out), "sums of squares");
-    let out =
-        Projected { features: Some((&small, 66)), x: &at.logits, y: &at.logits, gain: &at.logits, ..out };
+    let out = ProjectBuffers {
+        features: Some((&small, 66)),
+        x: &at.logits,
+        y: &at.logits,
+        gain: &at.logits,
+        ..out
+    };
     refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &plain, &out), "features 66 apart");
     refused(Swiglu { rows: 1, inner: 48, k: 96 }.launch(&device, &good, &small), "48 neurons");
     let inject = Inject { rows: 1, n: 64, k: 96, feature_rows: 0 };
     refused(inject.launch(&device, &plain, &small, &small, &small, &small), "0 rows of features");
     let cache = cache(10, 1, 3, 1, 64, false);
-    let places = Places {
+    let places = QkvBuffers {
         rows: &small,
         queries: &small,
         keys: &small,

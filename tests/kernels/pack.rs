@@ -7,13 +7,13 @@ use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::embedding::Embedding;
 use dflash::gpu::kernels::linear::Shape;
-use dflash::gpu::kernels::pack::{Pack, Place};
+use dflash::gpu::kernels::pack::{Pack, RowMap};
 use dflash::gpu::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
 
 /// Packs the matrices one after the other into one layer.
-fn packed(device: &dyn Device, shape: Shape, matrices: &[(&[u16], Place)]) -> Vec<u8> {
+fn packed(device: &dyn Device, shape: Shape, matrices: &[(&[u16], RowMap)]) -> Vec<u8> {
     let out = poisoned::<u16>(device, shape.weight_bytes() / 2);
     for (matrix, place) in matrices {
         let pack = Pack { rows: matrix.len() / shape.k, layer: shape };
@@ -27,7 +27,7 @@ fn rows_go_to_their_places_and_the_last_tile_is_filled_with_zeros() {
     for (n, k) in [(1, 32), (16, 96), (17, 64), (100, 2080)] {
         let shape = Shape { n, k };
         let w = Random::new(n as u64).bf16(n * k, 1.0);
-        let bytes = same_bits(|device| packed(device, shape, &[(&w, Place::From(0))]));
+        let bytes = same_bits(|device| packed(device, shape, &[(&w, RowMap::From(0))]));
         assert_eq!(from_bytes::<u16>(&bytes), pack_rows(&w, shape, |r| r), "{shape:?}");
     }
 }
@@ -38,7 +38,7 @@ fn a_layer_of_several_matrices_is_packed_in_any_order() {
     let w = Random::new(1).bf16(90 * 64, 1.0);
     let (first, second) = w.split_at(37 * 64);
     let pack =
-        |device: &dyn Device| packed(device, shape, &[(second, Place::From(37)), (first, Place::From(0))]);
+        |device: &dyn Device| packed(device, shape, &[(second, RowMap::From(37)), (first, RowMap::From(0))]);
     assert_eq!(from_bytes::<u16>(&same_bits(pack)), pack_rows(&w, shape, |r| r));
 
     let inner = 64;
@@ -46,10 +46,10 @@ fn a_layer_of_several_matrices_is_packed_in_any_order() {
     let w = Random::new(2).bf16(shape.n * shape.k, 1.0);
     let (gates, ups) = w.split_at(inner * shape.k);
     let places: (Vec<u32>, Vec<u32>) =
-        (0..inner).map(Swiglu::places).map(|(gate, up)| (gate as u32, up as u32)).unzip();
+        (0..inner).map(Swiglu::gate_up_rows).map(|(gate, up)| (gate as u32, up as u32)).unzip();
     let bytes = same_bits(|device| {
         let [gate, up] = [upload(device, &places.0), upload(device, &places.1)];
-        packed(device, shape, &[(gates, Place::At(&gate)), (ups, Place::At(&up))])
+        packed(device, shape, &[(gates, RowMap::At(&gate)), (ups, RowMap::At(&up))])
     });
     let place = |r: usize| if r < inner { r / 8 * 16 + r % 8 } else { (r - inner) / 8 * 16 + 8 + r % 8 };
     assert_eq!(from_bytes::<u16>(&bytes), pack_rows(&w, shape, place));
@@ -62,7 +62,7 @@ fn places_that_do_not_exist_are_left_out() {
     let places = [3u32, 20, 31, 32, u32::MAX, 19, 1 << 31, 0];
     let bytes = same_bits(|device| {
         let place = upload(device, &places);
-        packed(device, shape, &[(&w, Place::At(&place))])
+        packed(device, shape, &[(&w, RowMap::At(&place))])
     });
     let kept: Vec<usize> = (0..8).filter(|&r| places[r] < 20).collect();
     let rows: Vec<u16> = kept.iter().flat_map(|&r| w[r * 32..(r + 1) * 32].to_vec()).collect();
@@ -77,18 +77,18 @@ fn places_that_do_not_exist_are_left_out() {
 fn launches_that_do_not_fit_are_refused() {
     let device = Emulator::new();
     let (small, matrix) = (device.allocate(64, "too little").unwrap(), upload(&device, &[0u16; 64 * 32]));
-    let refused = |pack: Pack, out: &Buffer, place: &Place, part: &str| {
+    let refused = |pack: Pack, out: &Buffer, place: &RowMap, part: &str| {
         let error = pack.launch(&device, out, &matrix, place).unwrap_err().to_string();
         assert!(error.contains(part), "{error}: {part}");
     };
     let layer = Shape { n: 64, k: 32 };
-    refused(Pack { rows: 33, layer }, &matrix, &Place::From(32), "33 rows from 32 on of 64");
-    refused(Pack { rows: 2, layer }, &matrix, &Place::From(usize::MAX), "2 rows from");
-    refused(Pack { rows: 0, layer }, &matrix, &Place::From(0), "0 rows");
-    refused(Pack { rows: 8, layer: Shape { n: 64, k: 40 } }, &matrix, &Place::From(0), "40 columns");
-    refused(Pack { rows: 8, layer }, &small, &Place::From(0), "out has 64 bytes, needs 4096");
-    refused(Pack { rows: 64, layer }, &matrix, &Place::At(&small), "place has 64 bytes, needs 256");
-    Pack { rows: 64, layer }.launch(&device, &matrix.clone(), &matrix, &Place::From(0)).unwrap();
+    refused(Pack { rows: 33, layer }, &matrix, &RowMap::From(32), "33 rows from 32 on of 64");
+    refused(Pack { rows: 2, layer }, &matrix, &RowMap::From(usize::MAX), "2 rows from");
+    refused(Pack { rows: 0, layer }, &matrix, &RowMap::From(0), "0 rows");
+    refused(Pack { rows: 8, layer: Shape { n: 64, k: 40 } }, &matrix, &RowMap::From(0), "40 columns");
+    refused(Pack { rows: 8, layer }, &small, &RowMap::From(0), "out has 64 bytes, needs 4096");
+    refused(Pack { rows: 64, layer }, &matrix, &RowMap::At(&small), "map has 64 bytes, needs 256");
+    Pack { rows: 64, layer }.launch(&device, &matrix.clone(), &matrix, &RowMap::From(0)).unwrap();
 }
 
 #[test]

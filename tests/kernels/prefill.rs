@@ -7,7 +7,7 @@ use crate::support::layer;
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::{Emulator, Schedule};
 use dflash::gpu::kernels::inject::Inject;
-use dflash::gpu::kernels::linear::{Prompt, Shape};
+use dflash::gpu::kernels::linear::{PrefillKernel, Shape};
 use dflash::gpu::kernels::qkv::Qkv;
 use dflash::gpu::kernels::swiglu::Swiglu;
 use kernel::*;
@@ -15,17 +15,17 @@ use layer::*;
 
 const PROMPT_KINDS: [Kind; 4] = [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Inject];
 
-fn by(prompt: Prompt, data: &Data) -> Data {
+fn by(prompt: PrefillKernel, data: &Data) -> Data {
     Data { prompt: Some(prompt), ..data.clone() }
 }
 
 /// What a device has of the two.
-fn prompts(device: &dyn Device) -> impl Iterator<Item = Prompt> {
-    Prompt::ALL.into_iter().filter(|prompt| prompt.runs_on(device))
+fn prompts(device: &dyn Device) -> impl Iterator<Item = PrefillKernel> {
+    PrefillKernel::ALL.into_iter().filter(|prompt| prompt.runs_on(device))
 }
 
-fn kinds_of_prompts() -> impl Iterator<Item = (Prompt, Kind)> {
-    Prompt::ALL.into_iter().flat_map(|prompt| PROMPT_KINDS.map(|kind| (prompt, kind)))
+fn kinds_of_prompts() -> impl Iterator<Item = (PrefillKernel, Kind)> {
+    PrefillKernel::ALL.into_iter().flat_map(|prompt| PROMPT_KINDS.map(|kind| (prompt, kind)))
 }
 
 #[test]
@@ -40,7 +40,7 @@ fn prompts_have_the_bits_of_blocks_where_k_is_not_split() {
                 for &rows in rows {
                     let data = Data::new(rows as u64, rows, shape);
                     let block = kind.run(device, &data);
-                    let chunk = kind.run(device, &by(Prompt::Warps, &data));
+                    let chunk = kind.run(device, &by(PrefillKernel::Mma, &data));
                     assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
                     assert_written(&chunk.concat(), "the result");
                 }
@@ -52,7 +52,7 @@ fn prompts_have_the_bits_of_blocks_where_k_is_not_split() {
 #[test]
 fn exact_sums_have_the_bits_of_blocks_by_warpgroups_too() {
     every_device(|device| {
-        if !Prompt::Warpgroups.runs_on(device) {
+        if !PrefillKernel::Wgmma.runs_on(device) {
             return;
         }
         // Less than a stage, one, one and a half, as many as the ring has, more; blocks of tokens that are full, or nearly.
@@ -64,7 +64,7 @@ fn exact_sums_have_the_bits_of_blocks_by_warpgroups_too() {
                 }
                 let data = Data::whole(rows as u64, rows, Shape { n: kind.outputs(), k });
                 let block = kind.run(device, &data);
-                let chunk = kind.run(device, &by(Prompt::Warpgroups, &data));
+                let chunk = kind.run(device, &by(PrefillKernel::Wgmma, &data));
                 assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
                 assert_written(&chunk.concat(), "the result");
             }
@@ -97,7 +97,7 @@ fn heads_of_all_kinds_have_the_bits_of_blocks() {
 #[test]
 fn long_sums_of_prompts_equal_f64() {
     // The skinny kernel would split these sums in four and in eight.
-    for (k, prompt) in [1056, 2048].into_iter().flat_map(|k| Prompt::ALL.map(|prompt| (k, prompt))) {
+    for (k, prompt) in [1056, 2048].into_iter().flat_map(|k| PrefillKernel::ALL.map(|prompt| (k, prompt))) {
         let (rows, n) = (150, 128);
         let data = by(prompt, &Data::new(1, rows, Shape { n, k }));
         let (x, gain) = (vec![0.0; rows * n], vec![1.0; n]);
@@ -205,8 +205,8 @@ fn shared_memory_is_free_of_conflicts_and_every_block_reads_its_weights_once() {
         // Blocks of tokens. Products are rounded up to whole stages and blocks: 3 stages of 4 times 16 k, and 8 tiles of
         // weights for each tile of 8 tokens.
         let (wide, tokens) = match prompt {
-            Prompt::Warps => (3, 128),
-            Prompt::Warpgroups => (2, 256),
+            PrefillKernel::Mma => (3, 128),
+            PrefillKernel::Wgmma => (2, 256),
         };
         let blocks = data.shape.n.div_ceil(128) * wide;
         assert_eq!(counts.blocks, blocks as u64, "{name}");
@@ -223,11 +223,11 @@ fn shared_memory_is_free_of_conflicts_and_every_block_reads_its_weights_once() {
 fn the_head_has_no_kernel_for_prompts() {
     let device = Emulator::new();
     let (vocab, k) = (261, 96);
-    let layer = by(Prompt::Warps, &Data::new(1, 3, Shape { n: vocab, k })).upload(&device, |r| r);
+    let layer = by(PrefillKernel::Mma, &Data::new(1, 3, Shape { n: vocab, k })).upload(&device, |r| r);
     let best = poisoned::<u64>(&device, 9);
     let head = dflash::gpu::kernels::head::Head { rows: 3, vocab, k, multiplier: 1.0, softcap: None };
     let refusal = head.launch(&device, &layer.input(true), &best, None).unwrap_err();
-    assert_eq!(refusal.to_string(), "kernel head_8: has no twin for prompts");
+    assert_eq!(refusal.to_string(), "kernel head_8: has no counterpart for prompts");
 }
 
 #[test]
@@ -235,10 +235,10 @@ fn a_device_without_wgmma_takes_the_kernels_by_warps() {
     // As a card before Hopper, and any with the other image.
     let ledger = dflash::gpu::memory::Ledger::new();
     assert!(!ledger.properties().overlap);
-    assert_eq!(prompts(&ledger).collect::<Vec<_>>(), [Prompt::Warps]);
-    assert_eq!(Prompt::of(&ledger), Prompt::Warps);
+    assert_eq!(prompts(&ledger).collect::<Vec<_>>(), [PrefillKernel::Mma]);
+    assert_eq!(PrefillKernel::of(&ledger), PrefillKernel::Mma);
     let kernel = Swiglu { rows: 3, inner: 96, k: 64 };
-    let layer = by(Prompt::Warpgroups, &Data::new(1, 3, kernel.shape())).upload(&ledger, |r| r);
+    let layer = by(PrefillKernel::Wgmma, &Data::new(1, 3, kernel.shape())).upload(&ledger, |r| r);
     let refusal = kernel.launch(&ledger, &layer.input(true), &poisoned::<u16>(&ledger, 3 * 96)).unwrap_err();
     assert_eq!(refusal.to_string(), "kernel prefill_swiglu_wgmma: ledger has no wgmma");
     assert_eq!(prompts(&Emulator::new()).count(), 2);

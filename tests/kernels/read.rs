@@ -68,7 +68,7 @@ fn every_byte_is_read_once_and_little_is_written() {
             assert_eq!((counts.launches, counts.blocks, counts.conflicts), (1, blocks as u64, 0));
         }
     }
-    assert_eq!([1, 2048, 2049].map(|pieces| Read::most_blocks(pieces * 16)), [1, 1, 2]);
+    assert_eq!([1, 2048, 2049].map(|pieces| Read::max_blocks(pieces * 16)), [1, 1, 2]);
 }
 
 #[test]

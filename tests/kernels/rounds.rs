@@ -7,7 +7,7 @@ use dflash::Error;
 use dflash::gpu::device::{Buffer, Device, Graph};
 use dflash::gpu::emulator::{Emulator, Schedule};
 use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, STOP_IDS, Sequence, Tables};
-use dflash::gpu::kernels::verify::{Verdict, Verify};
+use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
 use dflash::spec::sampling::{SamplingParams, walk};
 use dflash::spec::verify::VerifyMethod;
 use kernel::*;
@@ -39,7 +39,7 @@ impl Sizes {
     fn kind(&self, kind: usize) -> (Round, bool) {
         let Sizes { sequences, block, wide, .. } = *self;
         let (wide, drafts) = if kind < 2 { (wide[kind], true) } else { (1, false) };
-        (Round { sequences, block, wide }, drafts)
+        (Round { sequences, block, max_verify_rows: wide }, drafts)
     }
 }
 
@@ -86,7 +86,8 @@ impl Place {
             accepted: words(sequences),
             next: words(sequences),
             path: words(rows),
-            ring: Ring::new(device, Round { wide: sizes.most(), ..sizes.kind(0).0 }, PLACES).unwrap(),
+            ring: Ring::new(device, Round { max_verify_rows: sizes.most(), ..sizes.kind(0).0 }, PLACES)
+                .unwrap(),
         }
     }
 
@@ -105,8 +106,8 @@ impl Place {
     /// The launches of a round of that kind, the passes of the models left out.
     fn launch(&self, device: &dyn Device, kind: usize) -> dflash::Result<()> {
         let (round, drafts) = self.sizes.kind(kind);
-        let Round { sequences, wide, .. } = round;
-        let verdict = Verdict { accepted: &self.accepted, next: &self.next, path: &self.path };
+        let Round { sequences, max_verify_rows: wide, .. } = round;
+        let verdict = VerifyOutput { accepted: &self.accepted, next: &self.next, path: &self.path };
         round.begin(device, self.tables(), &self.sequences, &self.path, drafts, MASK)?;
         round.tokens(device, &self.tokens, &self.drafts, &self.sequences, &self.verify_spans)?;
         Verify { sequences, block: wide }.launch(
@@ -120,7 +121,7 @@ impl Place {
         self.finish(device, kind, verdict)
     }
 
-    fn finish(&self, device: &dyn Device, kind: usize, verdict: Verdict) -> dflash::Result<()> {
+    fn finish(&self, device: &dyn Device, kind: usize, verdict: VerifyOutput) -> dflash::Result<()> {
         let (round, spans) = (self.sizes.kind(kind).0, &self.verify_spans);
         round.finish(device, &self.sequences, &self.ring, &self.round_header, verdict, &self.tokens, spans)
     }
@@ -201,7 +202,8 @@ fn model_round(
     choices: &[u32],
     parents: &[u32],
 ) -> Record {
-    let idle = |s: &Sequence| Record { tokens: vec![], judged: 0, finish: s.finish, drafted: 0, stood: 0 };
+    let idle =
+        |s: &Sequence| Record { tokens: vec![], acceptance_length: 0, finish: s.finish, drafted: 0, path: 0 };
     if !sequence.active {
         return idle(sequence);
     }
@@ -246,7 +248,7 @@ fn model_round(
     sequence.pending = if sequence.draft_end > start { kept.len() as u32 } else { 0 };
     let stood = path.iter().map(|row| 1 << row).sum();
     let (judged, finish) = (judged.len() as u32, sequence.finish);
-    Record { tokens: kept, judged, finish, drafted: rows as u32 - 1, stood }
+    Record { tokens: kept, acceptance_length: judged, finish, drafted: rows as u32 - 1, path: stood }
 }
 
 /// Rows of a block, and those of them that are verified.
@@ -255,7 +257,7 @@ fn rows(sequence: &Sequence, round: Round, drafts: bool) -> (usize, usize) {
     let by_context = (sequence.end - 1 - sequence.length) as usize;
     let block = (sequence.block as usize).min(round.block).min(by_drafter).min(by_context).max(1);
     let block = if drafts { block } else { 1 };
-    (block, block.min(sequence.rows as usize).min(round.wide))
+    (block, block.min(sequence.rows as usize).min(round.max_verify_rows))
 }
 
 /// What `round_begin` and `round_tokens` must make of the state before a round: draft tokens, draft rows, draft spans,
@@ -267,7 +269,7 @@ fn model_tables(
     inputs: &Inputs,
     (path, columns): (&[u32], usize),
 ) -> [Vec<u32>; 7] {
-    let Round { block, wide, .. } = round;
+    let Round { block, max_verify_rows: wide, .. } = round;
     let padding = [NONE, 0, NONE, NONE];
     let mut tables: [Vec<u32>; 7] = Default::default();
     let mut block_rows = Vec::new();
@@ -346,7 +348,7 @@ fn random_sequence(random: &mut Random, block: usize) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
-        rule: VerifyMethod::Match,
+        verify_method: VerifyMethod::Match,
     }
 }
 
@@ -376,7 +378,7 @@ fn simulate(device: &dyn Device, sizes: Sizes, before: impl Fn(usize)) -> [usize
             }
         }
         let kind = random.below(7) / 3;
-        let (shape, wide) = (sizes.kind(kind), sizes.kind(kind).0.wide);
+        let (shape, wide) = (sizes.kind(kind), sizes.kind(kind).0.max_verify_rows);
         let inputs = Inputs::new(&mut random, sizes, wide);
         [&fresh, &replayed].iter().for_each(|to| to.feed(device, &inputs));
         before(round as usize);
@@ -570,7 +572,7 @@ fn a_round_past_the_end_writes_its_number_and_no_token() {
             assert!(
                 record(round)
                     .iter()
-                    .all(|r| r.tokens.is_empty() && r.judged == 0 && r.finish == Finish::Length)
+                    .all(|r| r.tokens.is_empty() && r.acceptance_length == 0 && r.finish == Finish::Length)
             );
             assert_eq!(bytes_of(device, &place.sequences), state);
             assert_eq!(download::<u32>(device, &place.round_header), [round, 0, block as u32]);
@@ -607,7 +609,7 @@ fn garbage_in_states_and_verdicts_stays_inside_the_buffers() {
             for buffer in [&place.accepted, &place.next, &place.path, &place.tokens, &place.verify_spans] {
                 garbage(buffer);
             }
-            let verdict = Verdict { accepted: &place.accepted, next: &place.next, path: &place.path };
+            let verdict = VerifyOutput { accepted: &place.accepted, next: &place.next, path: &place.path };
             place.finish(device, 0, verdict).unwrap();
             for row in download::<u32>(device, &place.verify_rows).chunks(4).take(sequences * wide[0]) {
                 assert!(
@@ -631,9 +633,9 @@ fn states_and_rings_refuse_what_they_cannot_hold() {
     bytes[60] = 6;
     assert!(empty().updated(&bytes).unwrap_err().to_string().contains("code 6"));
     for (sequences, block, places) in [(0, 1, 1), (1025, 1, 1), (1, 0, 1), (1, 65, 1), (1, 1, 0)] {
-        assert!(Ring::new(&device, Round { sequences, block, wide: block }, places).is_err());
+        assert!(Ring::new(&device, Round { sequences, block, max_verify_rows: block }, places).is_err());
     }
-    let ring = Ring::new(&device, Round { sequences: 2, block: 4, wide: 4 }, 2).unwrap();
+    let ring = Ring::new(&device, Round { sequences: 2, block: 4, max_verify_rows: 4 }, 2).unwrap();
     assert_eq!(ring.read(1, 1).unwrap(), None);
     assert!(ring.read(1, 2).is_err());
 }

@@ -5,11 +5,11 @@ use crate::support::kernel;
 
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
+use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, Rows};
 use dflash::gpu::kernels::round::Form;
-use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows};
 use dflash::gpu::kernels::sample::tables;
-use dflash::gpu::kernels::siblings::{Drawn, Siblings};
-use dflash::gpu::kernels::verify::Verdict;
+use dflash::gpu::kernels::siblings::{SampledTrees, Siblings};
+use dflash::gpu::kernels::verify::VerifyOutput;
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree::shape;
 use dflash::spec::verify::{Distribution, DrawKey, PhiloxStream, Purpose, VerifyMethod};
@@ -178,7 +178,7 @@ fn garbage_stays_inside_the_buffers() {
         for i in 0..40 {
             let (vocab, sequences) = ([1, 7, 300, 3001][i % 4], 3);
             let (block, wide) = ([1, 4, 16][i % 3], [1, 5, 12, 64][i / 3 % 4]);
-            let kernels = Siblings { sequences, block, wide, vocab };
+            let kernels = Siblings { sequences, block, max_verify_rows: wide, vocab };
             let mut noise = |bytes: usize| {
                 // Small words too, which pass for ids, rows, rules and counts.
                 let word =
@@ -193,7 +193,7 @@ fn garbage_stays_inside_the_buffers() {
             // Its rule is the last word, its form the upper half of the eighth; let some be those that take part.
             for words in states.chunks_mut(32).skip(i % 2) {
                 (words[31], words[7]) =
-                    (VerifyMethod::Rejection as u32, words[7] & 0xffff | (Form::Drawn as u32) << 16);
+                    (VerifyMethod::Rejection as u32, words[7] & 0xffff | (Form::SampledTree as u32) << 16);
             }
             let states = upload(device, &states);
             let (target, drafter) = (
@@ -202,12 +202,12 @@ fn garbage_stays_inside_the_buffers() {
             );
             let [target, drafter] = [target, drafter].map(|rows| rows.map(|words| upload(device, &words)));
             let tables = constant(device, &tables());
-            let trees = Drawn { tokens: &tokens, parents: &parents, spans: &spans };
-            let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+            let trees = SampledTrees { tokens: &tokens, parents: &parents, spans: &spans };
+            let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
             let [target, drafter] =
                 [&target, &drafter].map(|[logits, distributions]| Rows { logits, distributions });
-            kernels.judge(device, verdict, trees, target, drafter, &states, &tables).unwrap();
-            kernels.draw(device, trees, drafter, &states, &tables).unwrap();
+            kernels.verify(device, verdict, trees, target, drafter, &states, &tables).unwrap();
+            kernels.sample(device, trees, drafter, &states, &tables).unwrap();
         }
     });
 }
@@ -215,31 +215,31 @@ fn garbage_stays_inside_the_buffers() {
 #[test]
 fn launches_refuse_what_does_not_fit() {
     let device = Emulator::new();
-    let kernels = Siblings { sequences: 2, block: 4, wide: 8, vocab: 40 };
+    let kernels = Siblings { sequences: 2, block: 4, max_verify_rows: 8, vocab: 40 };
     let get = |bytes: usize| device.allocate(bytes, "test").unwrap();
     let (logits, distributions) = (get(16 * 160), get(16 * DISTRIBUTION_BYTES));
     let rows = Rows { logits: &logits, distributions: &distributions };
     let (tokens, parents, spans) = (get(64), get(64), get(16));
-    let trees = Drawn { tokens: &tokens, parents: &parents, spans: &spans };
+    let trees = SampledTrees { tokens: &tokens, parents: &parents, spans: &spans };
     let (states, tables, small) = (get(256), get(2048), get(48));
     let draw = |kernels: Siblings, trees, rows| {
-        kernels.draw(&device, trees, rows, &states, &tables).unwrap_err().to_string()
+        kernels.sample(&device, trees, rows, &states, &tables).unwrap_err().to_string()
     };
-    let message = draw(kernels, Drawn { parents: &small, ..trees }, rows);
+    let message = draw(kernels, SampledTrees { parents: &small, ..trees }, rows);
     assert_eq!(message, "kernel sample_siblings: parents has 48 bytes, needs 64");
-    let message = draw(Siblings { wide: 65, ..kernels }, trees, rows);
+    let message = draw(Siblings { max_verify_rows: 65, ..kernels }, trees, rows);
     assert!(message.contains("2 sequences in blocks of 65 rows"), "{message}");
     let message = draw(Siblings { vocab: 0, ..kernels }, trees, rows);
-    assert_eq!(message, "kernel sample_siblings: 0 tokens; possible are 1 to 2^26");
+    assert_eq!(message, "kernel sample_siblings: 0 tokens; expected 1 to 2^26");
     let message = draw(kernels, trees, Rows { distributions: &small, ..rows });
     assert_eq!(message, "kernel sample_siblings: the drafter's distributions has 48 bytes, needs 384");
     let [accepted, next, path] = [8, 8, 60].map(get);
-    let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
+    let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
     let judge = |verdict, target| {
-        kernels.judge(&device, verdict, trees, target, rows, &states, &tables).unwrap_err().to_string()
+        kernels.verify(&device, verdict, trees, target, rows, &states, &tables).unwrap_err().to_string()
     };
     assert_eq!(judge(verdict, rows), "kernel verify_tree: path has 60 bytes, needs 64");
     let path = get(64);
-    let message = judge(Verdict { path: &path, ..verdict }, Rows { logits: &small, ..rows });
+    let message = judge(VerifyOutput { path: &path, ..verdict }, Rows { logits: &small, ..rows });
     assert_eq!(message, "kernel verify_tree: the target's logits has 48 bytes, needs 2560");
 }

@@ -5,11 +5,11 @@ use crate::support::kernel::*;
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
+use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows};
 use dflash::gpu::kernels::round::{Finish, Form, Sequence};
-use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules};
 use dflash::gpu::kernels::sample::tables;
-use dflash::gpu::kernels::siblings::{Drawn, Siblings};
-use dflash::gpu::kernels::verify::Verdict;
+use dflash::gpu::kernels::siblings::{SampledTrees, Siblings};
+use dflash::gpu::kernels::verify::VerifyOutput;
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree::{chains, shape};
 use dflash::spec::verify::{self, Distribution, DrawKey, ONE, PhiloxStream, RandomSource, VerifyMethod};
@@ -51,7 +51,7 @@ impl Request {
             rounds: self.rounds,
             drafted: 0,
             accepted: 0,
-            rule: self.rule,
+            verify_method: self.rule,
         };
         state.to_bytes().unwrap()
     }
@@ -108,7 +108,7 @@ pub struct Outcome {
 impl Batch {
     pub fn kernels(&self) -> Siblings {
         let Batch { vocab, block, wide, .. } = *self;
-        Siblings { sequences: self.requests.len(), block, wide, vocab }
+        Siblings { sequences: self.requests.len(), block, max_verify_rows: wide, vocab }
     }
 
     /// The distributions of rows, `of_each` of a sequence.
@@ -120,8 +120,9 @@ impl Batch {
         settings: fn(&Request) -> &SamplingParams,
     ) -> (dflash::gpu::device::Buffer, dflash::gpu::device::Buffer) {
         let (sequences, vocab) = (self.requests.len(), self.vocab);
-        let kernels = Rules { sequences, block: of_each, vocab, blocks: vocab.div_ceil(128) };
-        let states: Vec<u8> = self.requests.iter().flat_map(|r| r.state(Form::Drawn, settings(r))).collect();
+        let kernels = RejectionSampler { sequences, block: of_each, vocab, blocks: vocab.div_ceil(128) };
+        let states: Vec<u8> =
+            self.requests.iter().flat_map(|r| r.state(Form::SampledTree, settings(r))).collect();
         let best: Vec<u64> = logits.chunks(vocab).flat_map(best_keys).collect();
         let table: Vec<u32> =
             (0..sequences * of_each).flat_map(|row| [(row / of_each) as u32, 0, NONE, NONE]).collect();
@@ -129,7 +130,7 @@ impl Batch {
         let [states, table] = [upload(device, &states), upload(device, &table)];
         let (best, tables) = (upload(device, &best), constant(device, &tables()));
         let both = Rows { logits: &rows.0, distributions: &rows.1 };
-        kernels.distribution(device, both, &best, &table, &states, &tables).unwrap();
+        kernels.distributions(device, both, &best, &table, &states, &tables).unwrap();
         rows
     }
 
@@ -138,7 +139,8 @@ impl Batch {
         let (kernels, sequences) = (self.kernels(), self.requests.len());
         let drafter = self.distributions(device, &self.drafter, block, |r| &r.drafting);
         let drafter = Rows { logits: &drafter.0, distributions: &drafter.1 };
-        let states: Vec<u8> = self.requests.iter().flat_map(|r| r.state(Form::Drawn, &r.sampling)).collect();
+        let states: Vec<u8> =
+            self.requests.iter().flat_map(|r| r.state(Form::SampledTree, &r.sampling)).collect();
         let (states, tables) = (upload(device, &states), constant(device, &tables()));
         // Rows behind the tree's follow anything.
         let parents = |r: &Request| [&r.parents[..], &vec![0; wide - r.parents.len()]].concat();
@@ -146,10 +148,10 @@ impl Batch {
         let spans: Vec<u32> = self.requests.iter().flat_map(|r| [r.length, r.parents.len() as u32]).collect();
         let (parents, spans) = (upload(device, &parents), upload(device, &spans));
         let drafts = upload(device, &vec![OLD; sequences * wide]);
-        let trees = Drawn { tokens: &drafts, parents: &parents, spans: &spans };
+        let trees = SampledTrees { tokens: &drafts, parents: &parents, spans: &spans };
         match self.kind {
-            VerifyMethod::Block => Chains(kernels).draw(device, trees, drafter, &states, &tables).unwrap(),
-            _ => kernels.draw(device, trees, drafter, &states, &tables).unwrap(),
+            VerifyMethod::Block => Chains(kernels).sample(device, trees, drafter, &states, &tables).unwrap(),
+            _ => kernels.sample(device, trees, drafter, &states, &tables).unwrap(),
         }
         let drafts: Vec<u32> = download(device, &drafts);
 
@@ -161,18 +163,18 @@ impl Batch {
         let rows = Rows { logits: &on_target.0, distributions: &on_target.1 };
         let [accepted, next] = [(); 2].map(|()| upload(device, &vec![OLD; sequences]));
         let path = upload(device, &vec![OLD; sequences * wide]);
-        let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
-        let trees = Drawn { tokens: &on_device, parents: &parents, spans: &spans };
+        let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
+        let trees = SampledTrees { tokens: &on_device, parents: &parents, spans: &spans };
         let shared = poisoned::<u64>(device, sequences * block);
         if self.kind == VerifyMethod::Block {
             let classes = poisoned::<u8>(device, sequences * wide * CLASSES_BYTES);
             let counters = upload(device, &vec![0u32; sequences]);
             let work = Workspace { classes: &classes, partial: &shared, counters: &counters };
             let chains = Chains(kernels);
-            chains.judge(device, verdict, trees, rows, drafter, &states, &tables, work).unwrap();
+            chains.verify(device, verdict, trees, rows, drafter, &states, &tables, work).unwrap();
             assert_eq!(download::<u32>(device, &counters), vec![0; sequences]);
         } else {
-            kernels.judge(device, verdict, trees, rows, drafter, &states, &tables).unwrap();
+            kernels.verify(device, verdict, trees, rows, drafter, &states, &tables).unwrap();
         }
         let [accepted, next, path] = [&accepted, &next, &path].map(|b| download::<u32>(device, b));
         Outcome { drafts, tokens, target, accepted, next, path, shared: download(device, &shared) }

@@ -4,9 +4,9 @@ use crate::support::kernel::*;
 use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::kernels::head::Head;
 use dflash::gpu::kernels::inject::Inject;
-use dflash::gpu::kernels::linear::{Input, Prompt, Shape, Workspace};
-use dflash::gpu::kernels::project::{Project, Projected};
-use dflash::gpu::kernels::qkv::{Places, Qkv};
+use dflash::gpu::kernels::linear::{Input, PrefillKernel, Shape, Workspace};
+use dflash::gpu::kernels::project::{Project, ProjectBuffers};
+use dflash::gpu::kernels::qkv::{Qkv, QkvBuffers};
 use dflash::gpu::kernels::swiglu::Swiglu;
 
 pub const EPS: f32 = 1e-5;
@@ -35,7 +35,7 @@ pub struct Layer {
     pub x: Buffer,
     pub sumsq: Buffer,
     pub num_active: Buffer,
-    pub prompt: Option<Prompt>,
+    pub prompt: Option<PrefillKernel>,
     pub workspace: Workspace,
 }
 
@@ -49,7 +49,7 @@ pub struct Data {
     /// What the flag says whether there is something to do.
     pub num_active: u32,
     /// By these kernels for prompts.
-    pub prompt: Option<Prompt>,
+    pub prompt: Option<PrefillKernel>,
 }
 
 impl Data {
@@ -137,7 +137,7 @@ pub fn qkv(device: &dyn Device, data: &Data, cache: &Cache) -> Vec<u8> {
     let queries = poisoned::<u16>(device, query_rows * heads * head_dim);
     let [keys, values] = [(); 2].map(|()| poisoned::<u16>(device, pages * kv_heads * 64 * head_dim));
     let gains = cache.gains.as_ref().map(|g| g.each_ref().map(|g| upload(device, g)));
-    let places = Places {
+    let places = QkvBuffers {
         rows: &upload(device, &cache.rows),
         queries: &queries,
         keys: &keys,
@@ -203,7 +203,7 @@ pub fn project(device: &dyn Device, data: &Data, x: &[f32], gain: &[f32], pitch:
     let (x, y) = (upload(device, x), poisoned::<u16>(device, rows * n));
     let sumsq = poisoned::<f32>(device, rows * n.div_ceil(128));
     let (gain, features) = (upload(device, gain), poisoned::<u16>(device, rows * pitch));
-    let out = Projected {
+    let out = ProjectBuffers {
         x: &x,
         y: &y,
         sumsq: &sumsq,
@@ -258,7 +258,7 @@ impl Kind {
             Kind::Project => {
                 let x: Vec<f32> = (0..rows * n).map(|i| own[i / n] + (i % n) as f32).collect();
                 let x = upload(device, &x);
-                let out = Projected { x: &x, y: &y, sumsq: &sumsq, gain: &gain, features: None };
+                let out = ProjectBuffers { x: &x, y: &y, sumsq: &sumsq, gain: &gain, features: None };
                 Project { rows, n, k }.launch(device, &layer.input(false), &out).unwrap();
                 by_row(device, rows, &[&x, &y, &sumsq])
             }

@@ -1,11 +1,11 @@
-//! `kernels`: every kernel of a round and of a prompt's chunk at a model's shapes, held against a plain computation,
-//! then timed, or on the emulator counted.
+//! `kernels`: every kernel of a round and of a prompt's chunk at a model's shapes. Each is compared with a
+//! direct computation on the host, then timed, or counted on the emulator.
 
 mod attention;
-mod drawn;
 mod linear;
+mod rejection;
 mod round;
-mod rules;
+mod sampled_trees;
 #[cfg(test)]
 pub mod tests;
 mod trees;
@@ -19,8 +19,8 @@ use dflash::checkpoint::pair::Pair;
 use dflash::cli::device::{Choice, DeviceHandle};
 use dflash::cli::terminal;
 use dflash::gpu::device::{Device, Graph};
-use dflash::gpu::kernels::attention::MOST_SLOTS;
-use dflash::gpu::kernels::linear::Prompt;
+use dflash::gpu::kernels::attention::MAX_SLOTS;
+use dflash::gpu::kernels::linear::PrefillKernel;
 use dflash::gpu::kernels::read::Read;
 use dflash::gpu::memory::{BatchConfig, MemoryPlan};
 use dflash::perf::roofline::Card;
@@ -31,19 +31,20 @@ use serde_json::{Value, json};
 use std::io::IsTerminal;
 use values::{BenchFixtures, words_of};
 
-/// Rows of a prompt's chunk, as rounds cut it.
+/// Rows of a chunk of a prompt, as the engine divides it.
 const PROMPT: usize = 512;
-/// The most rows, which as AR steps are as many sequences.
-const MOST_ROWS: usize = 1024;
-/// The most rows of a sequence.
-const MOST_BLOCK: usize = 64;
-/// Launches that a sample has at least, and how many times as many at most for it to last.
+/// Largest number of rows; as AR steps they are that many sequences.
+const MAX_ROWS: usize = 1024;
+/// Largest number of rows per sequence.
+const MAX_BLOCK: usize = 64;
+/// Smallest number of launches in a sample.
 const LAUNCHES: usize = 16;
-const MOST_TIMES: usize = 32;
-/// Milliseconds that a sample lasts, or about: what a graph's start takes of them is about a hundredth.
+/// Largest factor on that number to make a sample last [`SAMPLE_MS`].
+const MAX_REPEATS: usize = 32;
+/// Milliseconds that a sample should last, so that the start of its graph is about a hundredth of it.
 const SAMPLE_MS: f64 = 1.0;
-/// Of [`Bench::ceiling`]: on a GPU so many that what its cache keeps of them from launch to launch is about
-/// a hundredth; on the emulator enough for some blocks.
+/// [`Bench::ceiling`] on a GPU, where the cache keeps about a hundredth of the bytes from launch to launch,
+/// and on the emulator, where it is enough for some blocks.
 const CEILING: [usize; 2] = [4 << 30, 1 << 20];
 const CEILING_NAME: &str = "read ceiling";
 
@@ -51,24 +52,24 @@ const CEILING_NAME: &str = "read ceiling";
 pub struct Case {
     pub name: String,
     pub parameters: Value,
-    /// What a launch must move.
+    /// Bytes that a launch must move.
     pub bytes: u64,
-    /// Two for each product that is added.
+    /// Floating-point operations: two per multiply-add.
     pub flops: f64,
     pub make: Make,
 }
 
 type Make = Box<dyn for<'d> Fn(&BenchFixtures<'d>) -> Result<Ready<'d>>>;
 
-/// A kernel with all it needs.
+/// A kernel with its inputs on the device.
 pub struct Ready<'d> {
-    /// Copies of its weights, or of keys and values.
+    /// Number of copies of its weights, or of keys and values.
     copies: usize,
-    /// With one of the copies.
+    /// Launches the kernel on one of the copies.
     launch: Box<dyn Fn(usize) -> Result<()> + 'd>,
-    /// Before the launches of a sample.
+    /// Runs before the launches of a sample.
     prepare: Box<dyn Fn() -> Result<()> + 'd>,
-    /// Whether the results of the first launch are right.
+    /// Checks the results of the first launch.
     check: Box<dyn Fn() -> Result<()> + 'd>,
 }
 
@@ -82,39 +83,41 @@ impl<'d> Ready<'d> {
     }
 }
 
-/// (sequences, rows of each) that `rows` rows are as blocks: as few sequences as the drafter's block allows.
+/// Divides `rows` rows into blocks, as (sequences, rows of each): as few sequences as the drafter's block
+/// allows.
 fn blocks(pair: &Pair, rows: usize) -> (usize, usize) {
-    let most = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block.min(MOST_BLOCK));
-    let batch = (1..=rows).find(|batch| rows.is_multiple_of(*batch) && rows / batch <= most);
+    let limit = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block.min(MAX_BLOCK));
+    let batch = (1..=rows).find(|batch| rows.is_multiple_of(*batch) && rows / batch <= limit);
     batch.map_or((rows, 1), |batch| (batch, rows / batch))
 }
 
-/// As blocks, and as AR steps, where these are not the same.
+/// `rows` rows as blocks and, if that differs, as AR steps.
 fn groups(pair: &Pair, rows: usize) -> Vec<(usize, usize)> {
-    let (blocks, plain) = (blocks(pair, rows), (rows, 1));
-    if blocks == plain { vec![plain] } else { vec![blocks, plain] }
+    let (blocks, ar_steps) = (blocks(pair, rows), (rows, 1));
+    if blocks == ar_steps { vec![ar_steps] } else { vec![blocks, ar_steps] }
 }
 
-/// The title of a table, and the record; and, where there was too little memory for some kernels, which and why.
+/// Returns the title of a table and the record. The second half is an error if some kernels were left out for
+/// lack of memory.
 pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
     if flags.gpu.is_some() && flags.device == Choice::Emulator {
         return Err(Error::Usage("--gpu needs --device cuda or auto".into()));
     }
-    // A wrong model is found before a device is opened, which takes its time.
+    // Opening a device takes time: report a wrong model first.
     let named = flags.model.as_ref().map(|name| pair(flags, name)).transpose()?;
-    let place = DeviceHandle::for_kernels(flags.device, flags.gpu.unwrap_or(0))?;
-    let desk = BenchFixtures::new(&*place.device);
+    let handle = DeviceHandle::for_kernels(flags.device, flags.gpu.unwrap_or(0))?;
+    let fixtures = BenchFixtures::new(&*handle.device);
     let pair = match named {
         Some(pair) => pair,
-        None => pair(flags, if desk.counts() { "demo" } else { "qwen3-8b" })?,
+        None => pair(flags, if fixtures.counts() { "demo" } else { "qwen3-8b" })?,
     };
-    let cases = chosen(flags, &pair, &*place.device)?;
-    let instruments = Instruments::open(&place);
-    place.device.tally_conflicts(true);
-    let card = Card::of_driver(&place.device.properties().name);
-    let ceiling = CEILING[usize::from(desk.counts())];
+    let cases = chosen(flags, &pair, &*handle.device)?;
+    let instruments = Instruments::open(&handle);
+    handle.device.tally_conflicts(true);
+    let card = Card::of_driver(&handle.device.properties().name);
+    let ceiling = CEILING[usize::from(fixtures.counts())];
     let (rounds, samples) = (flags.rounds, flags.samples);
-    let bench = Bench { desk, instruments, card, rounds, samples, ceiling, sample_ms: SAMPLE_MS };
+    let bench = Bench { fixtures, instruments, card, rounds, samples, ceiling, sample_ms: SAMPLE_MS };
     let (rows, end) = bench.rows(&cases)?;
 
     let model = record::Model {
@@ -122,15 +125,15 @@ pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
         drafter: pair.drafter.as_ref().map(|drafter| drafter.folder.name()),
     };
     let with = model.drafter.as_ref().map_or(String::new(), |name| format!(" with {name}"));
-    let what = match bench.desk.counts() {
+    let what = match bench.fixtures.counts() {
         true => "on the emulator: counters of one launch each, no times".to_string(),
         false => {
-            let card = &place.device.properties().name;
+            let card = &handle.device.properties().name;
             format!("on {card}: time of a launch, weights, keys and values not in the cache")
         }
     };
     let title = format!("{}{with} {what}", pair.target.folder.name());
-    let mut machine = bench.instruments.machine(&place);
+    let mut machine = bench.instruments.machine(&handle);
     machine.gigabytes_per_s = card.map(|card| card.bandwidth);
     machine.tflops = card.map(|card| card.tflops);
     let mut record = Record::new("kernels", machine, model);
@@ -140,22 +143,22 @@ pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
 
 fn pair(flags: &args::Kernels, name: &str) -> Result<Pair> {
     let pair = model::pair(name, flags.draft.clone())?;
-    // Which shapes the kernels have, the plan knows.
+    // The plan refuses shapes that the kernels do not support.
     MemoryPlan::new(&pair, BatchConfig::new(1, 1, 1))?;
     let wrong = |flag: &str, found: usize, expected: String| {
         Err(Error::Usage(format!("--{flag} has {found}, expected {expected}")))
     };
-    if let Some(&rows) = flags.rows.0.iter().find(|rows| !(1..=MOST_ROWS).contains(*rows)) {
-        return wrong("rows", rows, format!("1 to {MOST_ROWS}"));
+    if let Some(&rows) = flags.rows.0.iter().find(|rows| !(1..=MAX_ROWS).contains(*rows)) {
+        return wrong("rows", rows, format!("1 to {MAX_ROWS}"));
     }
-    let most = pair.target.config.stack.max_positions.min(MOST_SLOTS - PROMPT);
-    if let Some(&context) = flags.context.0.iter().find(|context| **context >= most) {
-        return wrong("context", context, format!("less than {most}, the positions that there are"));
+    let limit = pair.target.config.stack.max_positions.min(MAX_SLOTS - PROMPT);
+    if let Some(&context) = flags.context.0.iter().find(|context| **context >= limit) {
+        return wrong("context", context, format!("less than {limit}, the number of positions"));
     }
     Ok(pair)
 }
 
-/// What `--only` leaves.
+/// The cases that `--only` selects, or all.
 fn chosen(flags: &args::Kernels, pair: &Pair, device: &dyn Device) -> Result<Vec<Case>> {
     let once = |list: &args::Whole| {
         let mut once: Vec<usize> = vec![];
@@ -167,13 +170,14 @@ fn chosen(flags: &args::Kernels, pair: &Pair, device: &dyn Device) -> Result<Vec
         once
     };
     let (rows, contexts) = (once(&flags.rows), once(&flags.context));
-    let prompts: Vec<Prompt> = Prompt::ALL.into_iter().filter(|prompt| prompt.runs_on(device)).collect();
+    let prompts: Vec<PrefillKernel> =
+        PrefillKernel::ALL.into_iter().filter(|prompt| prompt.runs_on(device)).collect();
     let mut cases = linear::cases(pair, &rows, &prompts);
     cases.extend(attention::cases(pair, &rows, &contexts));
     cases.extend(round::cases(pair, &rows));
     cases.extend(trees::cases(pair, &rows));
-    cases.extend(rules::cases(pair, &rows));
-    cases.extend(drawn::cases(pair, &rows));
+    cases.extend(rejection::cases(pair, &rows));
+    cases.extend(sampled_trees::cases(pair, &rows));
     if flags.only.is_empty() {
         return Ok(cases);
     }
@@ -190,21 +194,21 @@ fn chosen(flags: &args::Kernels, pair: &Pair, device: &dyn Device) -> Result<Vec
     Ok(cases)
 }
 
-/// How all cases are measured.
+/// Measures cases.
 struct Bench<'d> {
-    desk: BenchFixtures<'d>,
+    fixtures: BenchFixtures<'d>,
     instruments: Instruments,
     card: Option<Card>,
     rounds: usize,
     samples: usize,
-    /// Bytes that the ceiling is read from.
+    /// Bytes that the read ceiling is measured with.
     ceiling: usize,
     sample_ms: f64,
 }
 
 impl Bench<'_> {
-    /// Cases for which there is too little memory are left out, and the first of them is the second half of the answer:
-    /// the others' rows are not to be lost.
+    /// Measures all cases. Those that do not fit the memory are left out, so that the rows of the others are
+    /// not lost; the first of them is the error in the second half of the result.
     fn rows(&self, cases: &[Case]) -> Result<(Vec<Row>, Result<()>)> {
         let shown = std::io::stderr().is_terminal();
         let bar = if shown { ProgressBar::new(cases.len() as u64) } else { ProgressBar::hidden() };
@@ -231,12 +235,12 @@ impl Bench<'_> {
         Ok((rows, end))
     }
 
-    /// The row of the read ceiling, and bytes per microsecond where there are times.
+    /// The row of the read ceiling and, if there are times, its bytes per microsecond.
     fn ceiling(&self) -> Result<(Row, Option<f64>)> {
-        let (device, desk) = (self.desk.device, &self.desk);
+        let (device, fixtures) = (self.fixtures.device, &self.fixtures);
         let bytes = self.ceiling;
-        let from = desk.halves(bytes / 2, 1.0, "what the read ceiling is measured with")?;
-        let out = desk.output(Read::most_blocks(bytes) * 4)?;
+        let from = fixtures.halves(bytes / 2, 1.0, "what the read ceiling is measured with")?;
+        let out = fixtures.output(Read::max_blocks(bytes) * 4)?;
         let launch = |blocks: usize| Read { bytes, blocks }.launch(device, &out, &from.buffer);
         let sum = from.words(bytes / 4);
         let check = |blocks: usize| {
@@ -245,11 +249,12 @@ impl Bench<'_> {
             values::equal("the sum", &[found.into_iter().fold(0, u32::wrapping_add)], &[sum])
                 .map_err(|e| wrong(CEILING_NAME, &json!({ "blocks": blocks }), e))
         };
-        // Blocks that stay, some of them per multiprocessor, or one for each part: cards differ in what they like.
+        // Some blocks per multiprocessor, each of which reads many parts, or one block per part. GPUs differ
+        // in which is fastest.
         let multiprocessors = device.properties().multiprocessors as usize;
-        let stay = [2, 4, 5, 8].map(|each| (each * multiprocessors).min(Read::most_blocks(bytes)));
+        let persistent = [2, 4, 5, 8].map(|each| (each * multiprocessors).min(Read::max_blocks(bytes)));
         let mut best: Option<(f64, usize)> = None;
-        for blocks in stay.into_iter().chain([Read::most_blocks(bytes)]) {
+        for blocks in persistent.into_iter().chain([Read::max_blocks(bytes)]) {
             check(blocks)?;
             let Cost::Times(times) = self.cost(1, self.samples, &mut || Ok(()), &mut || launch(blocks))?
             else {
@@ -260,7 +265,7 @@ impl Bench<'_> {
                 best = Some((median, blocks));
             }
         }
-        let blocks = best.map_or(stay[0], |best| best.1);
+        let blocks = best.map_or(persistent[0], |best| best.1);
         let read = Read { bytes, blocks };
         let numbers = json!({ "MB": read.bytes() as f64 / 1e6, "blocks": blocks });
         let row = match self.cost(self.rounds, self.samples, &mut || Ok(()), &mut || launch(blocks))? {
@@ -293,14 +298,14 @@ impl Bench<'_> {
         prepare: &mut dyn FnMut() -> Result<()>,
         run: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Cost> {
-        cost(self.desk.device, &self.instruments, rounds, samples, prepare, run)
+        cost(self.fixtures.device, &self.instruments, rounds, samples, prepare, run)
     }
 
-    /// Checks a case and measures it. `ceiling`: bytes per microsecond.
+    /// Checks a case and measures it. `ceiling`: the read ceiling in bytes per microsecond.
     fn row(&self, case: &Case, ceiling: Option<f64>) -> Result<Row> {
-        let device = self.desk.device;
+        let device = self.fixtures.device;
         let Case { name, parameters, bytes, flops, make } = case;
-        let ready = make(&self.desk)?;
+        let ready = make(&self.fixtures)?;
         (ready.prepare)()?;
         (ready.launch)(0)?;
         (ready.check)().map_err(|e| wrong(name, parameters, e))?;
@@ -315,44 +320,44 @@ impl Bench<'_> {
             (Cost::Times(times), ceiling) => {
                 let row =
                     Row::times(name, parameters.clone(), &times, ("us", 1e3 / launches as f64), json!({}));
-                // GFLOP in ms at TFLOP/s.
+                // GFLOP / (TFLOP/s) is ms.
                 let products = self.card.map_or(0.0, |card| gigaflop / card.tflops * 1e3);
-                let floor = ceiling.map(|ceiling| (bytes / ceiling).max(products));
+                let roofline = ceiling.map(|ceiling| (bytes / ceiling).max(products));
                 let rate = row.median.map(|us| bytes / us);
-                // What the cache holds is not held against memory.
+                // Without copies the data is in the cache, so that memory is not the limit.
                 let cold = ceiling.filter(|_| ready.copies > 1);
                 let share = rate.zip(cold).map(|(rate, ceiling)| rate / ceiling);
                 let row =
                     with(row, json!({ "GB/s": rate.map(|rate| rate / 1e3), "share of ceiling": share }));
-                with(with(row, json!({ "floor us": floor })), numbers)
+                with(with(row, json!({ "floor us": roofline })), numbers)
             }
         })
     }
 
-    /// The launches of a sample: each copy as often as the others.
+    /// The graph of a sample and its number of launches. All copies are used equally often.
     fn sample(&self, ready: &Ready) -> Result<(Graph, usize)> {
-        let device = self.desk.device;
+        let device = self.fixtures.device;
         let capture = |launches: usize| {
             let graph = device.capture(&mut || {
                 (0..launches).try_for_each(|launch| (ready.launch)(launch % ready.copies))
             })?;
             Ok::<_, Error>((graph, launches))
         };
-        if self.desk.counts() {
+        if self.fixtures.counts() {
             return capture(1);
         }
         let launches = LAUNCHES.next_multiple_of(ready.copies);
         let (graph, _) = capture(launches)?;
         let mut ms = f64::INFINITY;
-        // The first time may have to load things.
+        // The first replay may include one-time costs.
         for _ in 0..2 {
             let from = device.record()?;
             device.replay(&graph)?;
             ms = f64::from(device.elapsed(&from, &device.record()?)?);
         }
-        match ((self.sample_ms / ms).ceil() as usize).clamp(1, MOST_TIMES) {
+        match ((self.sample_ms / ms).ceil() as usize).clamp(1, MAX_REPEATS) {
             1 => Ok((graph, launches)),
-            times => capture(launches * times),
+            repeats => capture(launches * repeats),
         }
     }
 }
@@ -364,7 +369,7 @@ fn with(mut row: Row, numbers: Value) -> Row {
     row
 }
 
-/// A kernel whose results are not what they should be: no time of it means anything.
+/// The error for a kernel with wrong results. It is not timed.
 fn wrong(name: &str, parameters: &Value, error: Error) -> Error {
     match error {
         Error::Internal(what) => {

@@ -14,7 +14,7 @@ use dflash::engine::generate::{Decoder, Emitted, Request};
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::{Counts, Device, Graph, Node};
 use dflash::gpu::graph_listing::{outline, units};
-use dflash::gpu::kernels::attention::MOST_SLOTS;
+use dflash::gpu::kernels::attention::MAX_SLOTS;
 use dflash::gpu::memory::{BatchConfig, MemoryPlan, size};
 use dflash::gpu::nvtx::{range, window};
 use dflash::perf::roofline::{Card, Pass, draft_pass, fc_bytes, target_pass};
@@ -165,7 +165,7 @@ fn block(flags: &args::Round, pair: &Pair) -> Result<usize> {
 }
 
 fn check(flags: &args::Round, pair: &Pair, block: usize) -> Result<()> {
-    let target = pair.target.config.stack.max_positions.min(MOST_SLOTS);
+    let target = pair.target.config.stack.max_positions.min(MAX_SLOTS);
     let positions = pair.drafter.as_ref().map_or(target, |d| target.min(d.config.stack.max_positions));
     let taken = spare(block);
     let Some(most) = positions.checked_sub(taken) else {
@@ -538,7 +538,7 @@ impl Point<'_> {
 #[cfg(all(test, feature = "emulator"))]
 mod tests {
     use super::*;
-    use crate::kernels::tests::{Clock, Disguised};
+    use crate::kernels::tests::{Clock, FakeGpu};
     use crate::machine;
 
     #[test]
@@ -633,7 +633,7 @@ mod tests {
     /// By a clock of 1 ms for a launch and 0.5 between graphs, on a card that is held back.
     #[test]
     fn parts_are_differences_gaps_lie_between_rounds_and_every_row_says_that_it_was_throttled() {
-        let mut device = Disguised::new(0, false);
+        let mut device = FakeGpu::new(0, false);
         device.clock = Clock::Steps;
         let instruments = machine::tests::instruments("0000:ca:00.0");
         let pair = model::pair("demo", None).unwrap();

@@ -227,7 +227,7 @@ impl Slot {
         match state.form {
             _ if block < 2 => 0,
             Form::Chain => block - 1,
-            Form::BestFirst | Form::Drawn => state.rows as usize - 1,
+            Form::BestFirst | Form::SampledTree => state.rows as usize - 1,
         }
     }
 
@@ -275,7 +275,11 @@ impl<'a> Batch<'a> {
         };
         device.fill(&prompt.features, 0)?;
         device.upload(&prompt.gather, &numbers)?;
-        let ring = Ring::new(device, Round { sequences, block, wide: room.max_verify_rows() }, AHEAD + 1)?;
+        let ring = Ring::new(
+            device,
+            Round { sequences, block, max_verify_rows: room.max_verify_rows() },
+            AHEAD + 1,
+        )?;
         let mut batch = Batch {
             device,
             models,
@@ -352,7 +356,7 @@ impl<'a> Batch<'a> {
             form: match (tree, request.drafting.rule) {
                 (0, _) => Form::Chain,
                 (_, VerifyMethod::Match) => Form::BestFirst,
-                _ => Form::Drawn,
+                _ => Form::SampledTree,
             },
             sampling: request.sampling.clone(),
             stop_ids,
@@ -360,7 +364,7 @@ impl<'a> Batch<'a> {
             rounds: 0,
             drafted: 0,
             accepted: 0,
-            rule: request.drafting.rule,
+            verify_method: request.drafting.rule,
         })
     }
 
@@ -477,7 +481,7 @@ impl<'a> Batch<'a> {
         let all = own.state.as_ref().map_or(1, |state| state.rows as usize);
         let rows = if drafts < most { drafts + 1 } else { all };
         if control.rows != rows {
-            let at = slot * Sequence::BYTES + Sequence::ROWS_AT;
+            let at = slot * Sequence::BYTES + Sequence::ROWS_OFFSET;
             self.device.fill(&self.work.states.slice(at, 1)?, rows as u8)?;
             control.rows = rows;
         }
@@ -588,7 +592,8 @@ impl Decoder for Batch<'_> {
         self.device.upload(&to, &waiting.to_bytes()?)?;
         let SamplingParams { seed, stream, .. } = request.sampling;
         let draws = SamplingParams { seed, stream, ..drafting.sampling.clone() };
-        let drawn = state.draft_end > 0 && (draws.temperature != 0.0 || state.rule != VerifyMethod::Match);
+        let drawn =
+            state.draft_end > 0 && (draws.temperature != 0.0 || state.verify_method != VerifyMethod::Match);
         let to = self.work.drafting.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         self.device.upload(&to, &Sequence { sampling: draws, ..waiting }.to_bytes()?)?;
         let own = &mut self.slots[slot];
@@ -601,7 +606,7 @@ impl Decoder for Batch<'_> {
             end if own.drafted < end => own.drafted,
             _ => own.held,
         };
-        let controller = if state.form == Form::Drawn { Box::new(Fixed) } else { (self.controllers)() };
+        let controller = if state.form == Form::SampledTree { Box::new(Fixed) } else { (self.controllers)() };
         own.control = Control { controller, allowed: VecDeque::new(), rows: state.rows as usize };
         (own.tokens, own.prompt, own.drawn) = (prompt.clone(), prompt.len(), drawn);
         (own.state, own.phase) = (Some(state), Phase::Filling { at });
@@ -660,7 +665,8 @@ impl Decoder for Batch<'_> {
                     continue;
                 }
                 any = true;
-                let Record { tokens, judged, drafted, stood, .. } = self.record(self.read, slot)?;
+                let Record { tokens, acceptance_length: judged, drafted, path: stood, .. } =
+                    self.record(self.read, slot)?;
                 if tokens.is_empty() {
                     return Err(Error::Internal(format!(
                         "round {} emitted nothing for the sequence in slot {slot}",

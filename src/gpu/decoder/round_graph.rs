@@ -6,12 +6,12 @@ use crate::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use crate::gpu::kernels::choices::Choices;
 use crate::gpu::kernels::compact::Compact;
 use crate::gpu::kernels::head::Head;
+use crate::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
 use crate::gpu::kernels::round::{Round, Sequence, Tables};
-use crate::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules, VerifyInputs};
-use crate::gpu::kernels::sample::{self, Races, Sample};
-use crate::gpu::kernels::siblings::{Drawn, Siblings};
+use crate::gpu::kernels::sample::{self, Sample, SamplerInputs};
+use crate::gpu::kernels::siblings::{SampledTrees, Siblings};
 use crate::gpu::kernels::tree::{TreeBuild, Trees};
-use crate::gpu::kernels::verify::{Verdict, Verify};
+use crate::gpu::kernels::verify::{Verify, VerifyOutput};
 use crate::gpu::memory::BatchConfig;
 use crate::gpu::model::{Cache, Pass, Row};
 use crate::spec::tree;
@@ -144,8 +144,8 @@ impl RoundBuffers {
         })
     }
 
-    pub fn races(&self) -> Races<'_> {
-        Races {
+    pub fn races(&self) -> SamplerInputs<'_> {
+        SamplerInputs {
             logits: &self.logits,
             sequences: &self.states,
             tables: &self.tables,
@@ -254,7 +254,7 @@ impl Batch<'_> {
         let (device, models, w) = (self.device, self.models, &self.work);
         let Shape { sequences, rows: wide, sampled, .. } = shape;
         let (block, rows) = (self.room.block, sequences * wide);
-        let round = Round { sequences, block, wide };
+        let round = Round { sequences, block, max_verify_rows: wide };
         let vocabulary = &models.vocabulary;
         let (vocab, blocks) = (vocabulary.vocab, vocabulary.shape().blocks());
         let tables = Tables {
@@ -270,7 +270,7 @@ impl Batch<'_> {
         round.begin(device, tables, &w.states, &w.path, shape.drafts(), mask)?;
         let trees = w.trees.as_ref().filter(|_| shape.drafts());
         let rules = w.rules.as_ref().filter(|_| shape.drawn);
-        let rule = Rules { sequences, block, vocab, blocks };
+        let rule = RejectionSampler { sequences, block, vocab, blocks };
         match shape.drafter {
             DrafterMode::Idle => {}
             DrafterMode::CatchUp => self.follow(sequences)?,
@@ -298,27 +298,28 @@ impl Batch<'_> {
         self.head(0, rows, pass.num_active, sampled)?;
         let sample = Sample { rows, vocab, blocks, sequences };
         sample.launch(device, &w.choices, &w.best, &w.verify_rows, sampled.then(|| w.races()))?;
-        let verdict = Verdict { accepted: &w.accepted, next: &w.next, path: &w.path };
+        let verdict = VerifyOutput { accepted: &w.accepted, next: &w.next, path: &w.path };
         let (verify, parents) = (Verify { sequences, block: wide }, trees.map(|growing| &growing.parents));
         verify.launch(device, verdict, &w.choices, &w.tokens, parents, &w.verify_spans)?;
         if let Some(r) = rules {
             let target = Rows { logits: &w.logits, distributions: &r.targets };
-            let every_row = Rules { block: wide, ..rule };
-            every_row.distribution(device, target, &w.best, &w.verify_rows, &w.states, &w.tables)?;
+            let every_row = RejectionSampler { block: wide, ..rule };
+            every_row.distributions(device, target, &w.best, &w.verify_rows, &w.states, &w.tables)?;
             let judged = VerifyInputs {
-                wide,
+                max_verify_rows: wide,
                 tokens: &w.tokens,
                 spans: &w.verify_spans,
                 partial: &r.partial,
                 counters: &r.counters,
             };
-            rule.judge(device, verdict, target, r.drafter(), judged, &w.states, &w.tables)?;
+            rule.verify(device, verdict, target, r.drafter(), judged, &w.states, &w.tables)?;
             if let Some(growing) = trees {
-                let (siblings, drawn) = (Siblings { sequences, block, wide, vocab }, growing.drawn(w));
-                siblings.judge(device, verdict, drawn, target, r.drafter(), &w.states, &w.tables)?;
+                let (siblings, drawn) =
+                    (Siblings { sequences, block, max_verify_rows: wide, vocab }, growing.drawn(w));
+                siblings.verify(device, verdict, drawn, target, r.drafter(), &w.states, &w.tables)?;
                 let work = Workspace { classes: &r.classes, partial: &r.partial, counters: &r.counters };
                 let chains = Chains(siblings);
-                chains.judge(device, verdict, drawn, target, r.drafter(), &w.states, &w.tables, work)?;
+                chains.verify(device, verdict, drawn, target, r.drafter(), &w.states, &w.tables, work)?;
             }
         }
         if let Some(growing) = trees {
@@ -377,17 +378,17 @@ impl Batch<'_> {
         // row the row before. What the first of a block chooses is not looked at.
         let before = rows - usize::from(shape.drawn);
         let table = w.draft_rows.slice(before * Row::BYTES, rows * Row::BYTES)?;
-        let races = shape.drawn.then(|| Races { sequences: &w.drafting, logits, ..w.races() });
+        let races = shape.drawn.then(|| SamplerInputs { sequences: &w.drafting, logits, ..w.races() });
         let sample = Sample { rows, vocab, blocks, sequences };
         sample.launch(device, &w.drafts, &w.best, &table, races)?;
         let own = w.draft_rows.slice(rows * Row::BYTES, rows * Row::BYTES)?;
         if let Some(r) = rules {
-            let rule = Rules { sequences, block, vocab, blocks };
-            rule.distribution(device, r.drafter(), &w.best, &own, &w.drafting, &w.tables)?;
-            rule.draw(device, &w.drafts, r.drafter(), &own, &w.states, &w.tables)?;
+            let rule = RejectionSampler { sequences, block, vocab, blocks };
+            rule.distributions(device, r.drafter(), &w.best, &own, &w.drafting, &w.tables)?;
+            rule.sample(device, &w.drafts, r.drafter(), &own, &w.states, &w.tables)?;
         }
         if let Some(growing) = trees {
-            let choices = Choices { rows, vocab, blocks, most: most(self.room) };
+            let choices = Choices { rows, vocab, blocks, per_row: most(self.room) };
             let (to, counts) = (&growing.choices, &growing.counts);
             choices.launch(device, to, counts, &w.best, logits, &own, &w.tables)?;
         }
@@ -405,14 +406,15 @@ impl Batch<'_> {
             table: &w.verify_rows,
             spans: &w.verify_spans,
         };
-        let build = TreeBuild { sequences, block, wide, most: most(self.room) };
+        let build = TreeBuild { sequences, block, max_verify_rows: wide, per_row: most(self.room) };
         let TreeBuffers { choices, counts, typical, .. } = growing;
         build.launch(device, trees, choices, counts, &w.drafts, typical, &w.states)?;
         match rules {
             Some(r) => {
-                let siblings = Siblings { sequences, block, wide, vocab: self.models.vocabulary.vocab };
-                siblings.draw(device, growing.drawn(w), r.drafter(), &w.states, &w.tables)?;
-                Chains(siblings).draw(device, growing.drawn(w), r.drafter(), &w.states, &w.tables)
+                let siblings =
+                    Siblings { sequences, block, max_verify_rows: wide, vocab: self.models.vocabulary.vocab };
+                siblings.sample(device, growing.drawn(w), r.drafter(), &w.states, &w.tables)?;
+                Chains(siblings).sample(device, growing.drawn(w), r.drafter(), &w.states, &w.tables)
             }
             None => Ok(()),
         }
@@ -435,8 +437,8 @@ impl Batch<'_> {
 }
 
 impl TreeBuffers {
-    fn drawn<'a>(&'a self, w: &'a RoundBuffers) -> Drawn<'a> {
-        Drawn { tokens: &w.tokens, parents: &self.parents, spans: &w.verify_spans }
+    fn drawn<'a>(&'a self, w: &'a RoundBuffers) -> SampledTrees<'a> {
+        SampledTrees { tokens: &w.tokens, parents: &self.parents, spans: &w.verify_spans }
     }
 }
 

@@ -1,36 +1,45 @@
-//! `cuda/spec/choices.cu`: the tokens that a drafter holds best for each row, as [`crate::spec::tree::choices`] has them.
+//! `cuda/spec/choices.cu`: a drafter's best tokens for each row, as [`crate::spec::tree::choices`] defines
+//! them.
 
+use super::ROW_BYTES;
+use super::check::{Check, args};
 use super::sample;
-use super::{aligned, at_least};
+use crate::Result;
 use crate::gpu::device::{Buffer, Device, Kernel};
-use crate::{Error, Result};
 
 static CHOICES: Kernel = Kernel { file: "choices", name: "choices", threads: 512, max_shared: 0 };
 
-/// The `most` (1 to 63) best tokens of each of `rows` rows among `vocab` (at most 2^26); `blocks` is how many blocks of
-/// ids the rows' best are given for.
+/// The best tokens of each row.
 #[derive(Debug, Clone, Copy)]
 pub struct Choices {
+    /// Rows, 1 to 2^31 - 1.
     pub rows: usize,
+    /// Tokens, 1 to 2^26.
     pub vocab: usize,
+    /// Blocks of ids for which the LM head gives the best logit: columns of `best`.
     pub blocks: usize,
-    pub most: usize,
+    /// Tokens to find per row, 1 to 63.
+    pub per_row: usize,
 }
 
 impl Choices {
-    /// Bytes a launch must move: the logits once to select, once to collect; what lies behind 2048 digits is read again.
+    /// Bytes a launch must move: the logits once to select and once to collect. Further passes of the radix
+    /// selection are not counted: a pass looks at 11 bits.
     pub fn bytes(&self) -> u64 {
-        (self.rows * (self.blocks * 8 + self.vocab * 8 + sample::tables().len() + self.most * 8 + 20)) as u64
+        let row = self.blocks * 8 + self.vocab * 8 + sample::tables().len() + self.per_row * 8 + 20;
+        (self.rows * row) as u64
     }
 
-    /// `choices` `[rows][most]` (token, cost) u32 each, best first, `u32::MAX` behind the last; `counts` `[rows]` u32: how
-    /// many there are, `u32::MAX` for a damaged row and 0 for one without a sequence. `best` `[rows][blocks]` u64 and
-    /// `table` `[rows]` `Row` as in [`sample::Sample::launch`]; `logits` `[rows][vocab]` f32; `tables`:
-    /// [`sample::tables`], sealed.
+    /// Writes `choices` `[rows][per_row]` (token, cost) u32, best first, `u32::MAX` after the last; a cost is
+    /// -log2 of the token's probability at temperature 1 in units of 2^-16. Writes `counts` `[rows]` u32: the
+    /// number of choices, `u32::MAX` for a damaged row, 0 for one without a sequence.
+    ///
+    /// `best` `[rows][blocks]` u64 and `row_table` `[rows]` `Row` as for [`sample::Sample::launch`]; `logits`
+    /// `[rows][vocab]` f32; `tables`: [`sample::tables`], sealed.
     ///
     /// # Errors
-    /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
-    #[allow(clippy::too_many_arguments)] // what a kernel takes
+    /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
+    #[allow(clippy::too_many_arguments)] // the kernel's arguments
     pub fn launch(
         &self,
         device: &dyn Device,
@@ -38,37 +47,24 @@ impl Choices {
         counts: &Buffer,
         best: &Buffer,
         logits: &Buffer,
-        table: &Buffer,
+        row_table: &Buffer,
         tables: &Buffer,
     ) -> Result<()> {
-        let Choices { rows, vocab, blocks, most } = *self;
-        if !(1..1 << 31).contains(&rows)
-            || !(1..=1 << 26).contains(&vocab)
-            || !(1..=vocab).contains(&blocks)
-            || !(1..=63).contains(&most)
-        {
-            return Err(Error::Internal(format!(
-                "kernel choices: {most} of {vocab} tokens in {blocks} blocks for {rows} rows; possible are 1 to 63 of 1 \
-                 to 2^26"
-            )));
-        }
-        aligned("choices", "choices", choices, rows * most * 8)?;
-        at_least("choices", "counts", counts, rows * 4)?;
-        aligned("choices", "best", best, rows * blocks * 8)?;
-        aligned("choices", "logits", logits, rows * vocab * 4)?;
-        aligned("choices", "rows", table, rows * 16)?;
-        aligned("choices", "tables", tables, sample::tables().len())?;
-        let args = [
-            choices.into(),
-            counts.into(),
-            best.into(),
-            logits.into(),
-            table.into(),
-            tables.into(),
-            (blocks as u32).into(),
-            (vocab as u32).into(),
-            (most as u32).into(),
-        ];
+        let Choices { rows, vocab, blocks, per_row } = *self;
+        let check = Check("choices");
+        check.that(
+            (1..1 << 31).contains(&rows) && (1..=63).contains(&per_row),
+            format_args!("{per_row} choices for {rows} rows"),
+            "1 to 63 for 1 to 2^31 - 1 rows",
+        )?;
+        check.best(vocab, blocks)?;
+        check.aligned("choices", choices, rows * per_row * 8)?;
+        check.at_least("counts", counts, rows * 4)?;
+        check.aligned("best", best, rows * blocks * 8)?;
+        check.aligned("logits", logits, rows * vocab * 4)?;
+        check.aligned("rows", row_table, rows * ROW_BYTES)?;
+        check.aligned("tables", tables, sample::tables().len())?;
+        let args = args([choices, counts, best, logits, row_table, tables], [blocks, vocab, per_row]);
         device.launch(&CHOICES, [rows as u32, 1, 1], 0, &args)
     }
 }

@@ -1,94 +1,91 @@
-//! `cuda/spec/compact.cu`: keys and values of an accepted path to the slots behind each other, as [`crate::spec::tree::moves`] has
-//! it.
+//! `cuda/spec/compact.cu`: moves the keys and values of an accepted path to consecutive slots, as
+//! [`crate::spec::tree::moves`] defines it.
 
-use super::round::check_shape;
-use super::verify::Verdict;
-use super::{PAGE, aligned, at_least};
+use super::check::{Check, args};
+use super::verify::VerifyOutput;
+use super::{PAGE, SPAN_BYTES};
+use crate::Result;
 use crate::gpu::device::{Buffer, Device, Kernel};
-use crate::{Error, Result};
 
 static COMPACT: Kernel = Kernel { file: "compact", name: "compact", threads: 256, max_shared: 0 };
 
-/// A model's cache, and the trees whose paths are moved in it: `sequences` (at most 1024) of `rows` rows (at most 64).
+/// A model's KV cache, and the trees whose accepted paths are moved in it.
 #[derive(Debug, Clone, Copy)]
 pub struct Compact {
+    /// Sequences, 1 to 1024.
     pub sequences: usize,
+    /// Rows per tree, 1 to 64.
     pub rows: usize,
+    /// Layers, 1 to 65535.
     pub layers: usize,
+    /// Key/value heads, 1 to 65535.
     pub kv_heads: usize,
     /// 64 or 128.
     pub head_dim: usize,
+    /// Pages in each layer's key buffer and value buffer.
     pub pages: usize,
-    /// Columns of the page table.
+    /// Pages per sequence: columns of the page table.
     pub sequence_pages: usize,
 }
 
 impl Compact {
-    /// Bytes a launch must move where `moved` rows of all sequences together do not stand right.
+    /// Bytes a launch must move if `moved` rows, of all sequences together, are not in their final slot.
     pub fn bytes(&self, moved: usize) -> u64 {
         (self.layers * self.kv_heads * moved * self.head_dim * 8) as u64
     }
 
-    /// What a launch knows the caches by, `[layers][2]` u64: where keys and values are. `keys` and `values` per layer
-    /// `[pages][kv_heads][PAGE][head_dim]` bf16; they must num_active as long as launches use this.
+    /// The addresses of the cache's buffers as a launch takes them, `[layers][2]` u64: keys, values. `keys`
+    /// and `values` per layer `[pages][kv_heads][PAGE][head_dim]` bf16; they must outlive the launches that
+    /// use the result.
     ///
     /// # Errors
-    /// [`Error::Internal`] where there are not as many as layers, or one is too small.
+    /// [`crate::Error::Internal`] if the number of buffers is not that of the layers, or a buffer is too
+    /// small.
     pub fn caches(&self, keys: &[Buffer], values: &[Buffer]) -> Result<Vec<u8>> {
-        if keys.len() != self.layers || values.len() != self.layers {
-            let (keys, values) = (keys.len(), values.len());
-            return Err(Error::Internal(format!(
-                "kernel compact: {keys} caches of keys and {values} of values for {} layers",
-                self.layers
-            )));
-        }
+        let check = Check("compact");
+        check.that(
+            keys.len() == self.layers && values.len() == self.layers,
+            format_args!("{} key buffers and {} value buffers", keys.len(), values.len()),
+            format_args!("one of each for {} layers", self.layers),
+        )?;
         let bytes = self.pages * self.kv_heads * PAGE * self.head_dim * 2;
         let mut addresses = Vec::new();
         for (keys, values) in keys.iter().zip(values) {
-            aligned("compact", "keys", keys, bytes)?;
-            aligned("compact", "values", values, bytes)?;
+            check.aligned("keys", keys, bytes)?;
+            check.aligned("values", values, bytes)?;
             addresses.extend([keys, values].map(|cache| cache.address().to_le_bytes()).concat());
         }
         Ok(addresses)
     }
 
-    /// `caches`: what [`Compact::caches`] makes, uploaded. `page_table` `[sequences][sequence_pages]` u32; `verdict` and
-    /// `spans` `[sequences]` `Span` (cuda/common/rows.cuh) of the pass that ran the trees.
+    /// `caches`: the bytes of [`Compact::caches`]. `page_table` `[sequences][sequence_pages]` u32. `output`:
+    /// the result of the verification. `spans` `[sequences]` `Span` of the verification pass.
     ///
     /// # Errors
-    /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
+    /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
     pub fn launch(
         &self,
         device: &dyn Device,
         caches: &Buffer,
         page_table: &Buffer,
-        verdict: Verdict<'_>,
+        output: VerifyOutput<'_>,
         spans: &Buffer,
     ) -> Result<()> {
-        const NAME: &str = "compact";
         let Compact { sequences, rows, layers, kv_heads, head_dim, pages, sequence_pages } = *self;
-        check_shape(NAME, sequences, rows)?;
-        let most = 1..=65535;
-        if ![64, 128].contains(&head_dim) || !most.contains(&layers) || !most.contains(&kv_heads) {
-            return Err(Error::Internal(format!(
-                "kernel {NAME}: {layers} layers of {kv_heads} heads of {head_dim}; possible are heads of 64 or 128"
-            )));
-        }
-        aligned(NAME, "caches", caches, layers * 16)?;
-        at_least(NAME, "page_table", page_table, sequences * sequence_pages * 4)?;
-        verdict.check(NAME, sequences, rows)?;
-        aligned(NAME, "spans", spans, sequences * 8)?;
-        let args = [
-            caches.into(),
-            page_table.into(),
-            verdict.accepted.into(),
-            verdict.path.into(),
-            spans.into(),
-            (rows as u32).into(),
-            (head_dim as u32).into(),
-            (pages as u32).into(),
-            (sequence_pages as u32).into(),
-        ];
+        let check = Check("compact");
+        check.blocks(sequences, rows)?;
+        let limits = 1..=65535;
+        check.that(
+            [64, 128].contains(&head_dim) && limits.contains(&layers) && limits.contains(&kv_heads),
+            format_args!("{layers} layers of {kv_heads} heads of {head_dim}"),
+            "1 to 65535 layers of 1 to 65535 heads of 64 or 128",
+        )?;
+        check.aligned("caches", caches, layers * 16)?;
+        check.at_least("page_table", page_table, sequences * sequence_pages * 4)?;
+        output.check(&check, sequences, rows)?;
+        check.aligned("spans", spans, sequences * SPAN_BYTES)?;
+        let buffers = [caches, page_table, output.accepted, output.path, spans];
+        let args = args(buffers, [rows, head_dim, pages, sequence_pages]);
         device.launch(&COMPACT, [kv_heads as u32, sequences as u32, layers as u32], 0, &args)
     }
 }

@@ -1,27 +1,31 @@
 //! `cuda/model/inject.cu`: the target's features, gathered and projected to the drafter's hidden size.
 
-use super::at_least;
-use super::linear::{Gather, Input, Launch, Needs, Shape, input_bytes, kernels, prefill};
+use super::check::{Check, args};
+use super::linear::{Gather, Input, Kernels, Launch, Shape, check_unscaled, input_bytes, kernels};
 use crate::Result;
-use crate::gpu::device::{Buffer, Device, Kernel};
+use crate::gpu::device::{Buffer, Device};
 
-static KERNELS: [Kernel; 5] =
-    kernels("inject", ["inject_8", "inject_16", "inject_32", "inject_64", "inject_128"]);
-static PREFILL: [Kernel; 2] = prefill(["prefill_inject", "prefill_inject_wgmma"]);
+static KERNELS: Kernels = kernels(
+    "inject",
+    ["inject_8", "inject_16", "inject_32", "inject_64", "inject_128"],
+    Some(["prefill_inject", "prefill_inject_wgmma"]),
+);
 
-/// `v = features[gather[m]] W^T`, of which `y = bf16(gain * v)` and the sums of squares are kept.
+/// `v = features[gather[m]] W^T`. The kernel writes `y = bf16(gain * v)` and the sums of squares of `v`.
 #[derive(Debug, Clone, Copy)]
 pub struct Inject {
+    /// Rows, at least 1.
     pub rows: usize,
     /// Outputs: the drafter's hidden size, a multiple of 64.
     pub n: usize,
     /// Inputs: tapped layers times the target's hidden size, a multiple of 32.
     pub k: usize,
-    /// Rows of features there are.
+    /// Rows of the feature buffer, 1 to 2^31 - 1.
     pub feature_rows: usize,
 }
 
 impl Inject {
+    /// Shape of the weights.
     pub fn shape(&self) -> Shape {
         Shape { n: self.n, k: self.k }
     }
@@ -32,11 +36,12 @@ impl Inject {
             + (self.rows * (self.n * 2 + self.shape().parts() * 4 + 4)) as u64
     }
 
-    /// `input.x` are the features `[feature_rows][k]` bf16, `gather` `[rows]` u32 the feature row of each row (one that
-    /// does not exist gives zeros), `y` `[rows][n]` bf16, `sumsq` `[rows][ceil(n / 128)]` f32, `gain` `[n]` f32.
+    /// `input.x`: the features `[feature_rows][k]` bf16. `gather` `[rows]` u32: the feature row of each row;
+    /// one that does not exist gives zeros. Writes `y` `[rows][n]` bf16 and `sumsq` `[rows][ceil(n / 128)]`
+    /// f32. `gain` `[n]` f32.
     ///
     /// # Errors
-    /// [`crate::Error::Internal`] where a buffer is too small or a shape is not as stated; else what the device says.
+    /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
     pub fn launch(
         &self,
         device: &dyn Device,
@@ -46,29 +51,17 @@ impl Inject {
         sumsq: &Buffer,
         gain: &Buffer,
     ) -> Result<()> {
-        let Inject { rows, n, feature_rows, .. } = *self;
-        let needs = Needs("inject");
-        needs.that(n.is_multiple_of(64), "a multiple of 64", &format!("{n} outputs"))?;
-        needs.that(
-            input.sumsq.is_none(),
-            "none: its results are not scaled",
-            "sums of squares of the input",
+        let Inject { rows, feature_rows, .. } = *self;
+        let check = Check("inject");
+        let limits = 1..1 << 31;
+        check.that(
+            limits.contains(&feature_rows),
+            format_args!("{feature_rows} rows of features"),
+            "1 to 2^31 - 1",
         )?;
-        let there = (1..1 << 31).contains(&feature_rows);
-        needs.that(there, "1 to 2^31", &format!("{feature_rows} rows of features"))?;
-        needs.buffer("y", y, rows * n * 2)?;
-        at_least("inject", "sumsq", sumsq, rows * self.shape().parts() * 4)?;
-        needs.buffer("gain", gain, n * 4)?;
+        check_unscaled(&check, self.shape(), rows, input, [y, sumsq, gain])?;
         let gather = Some(Gather { rows: gather, of: feature_rows });
-        let launch = Launch {
-            kernels: &KERNELS,
-            prefill: Some(&PREFILL),
-            shape: self.shape(),
-            rows,
-            input,
-            gather,
-            first_block: 0,
-        };
-        launch.run(device, &[y.into(), sumsq.into(), gain.into()])
+        let launch = Launch { gather, ..Launch::new(&KERNELS, self.shape(), rows, input) };
+        launch.run(device, &args([y, sumsq, gain], []))
     }
 }

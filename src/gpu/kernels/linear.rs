@@ -1,27 +1,33 @@
-//! What the linear kernels (`cuda/model/linear.cuh`) have in common: how their work is cut, what they take, their workspace.
+//! What the linear kernels (`cuda/model/linear.cuh`) have in common: how their work is split, what they read,
+//! their workspace.
 //!
-//! Each multiplies 1 to 128 rows in one read of the weights, more in passes of 128, and differs from the others in what
-//! it does with the sums: [`super::qkv`], [`super::project`], [`super::swiglu`], [`super::head`], [`super::inject`]. All but
-//! the head have twins for prompts in `cuda/model/prefill.cu`, which cut the work for many rows: see [`Prompt`].
+//! Each multiplies 1 to 128 rows in one read of the weights, more rows in passes of 128. They differ in what
+//! they do with the sums: [`super::qkv`], [`super::project`], [`super::swiglu`], [`super::head`],
+//! [`super::inject`]. All but the head have counterparts for prompts in `cuda/model/prefill.cu`, which split
+//! the work for many rows: see [`PrefillKernel`].
 
+use super::check::{Check, or_null, u32s};
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
 use crate::{Error, Result};
 
 /// Packed rows of the weights per block.
 const BLOCK: usize = 128;
-/// The most slices of K; as in `linear.cuh`.
+/// Largest number of slices of K, as in `linear.cuh`.
 const MAX_SPLITS: usize = 8;
-/// Blocks that run at once on an H200: two on each of its 132 multiprocessors.
-const AT_ONCE: usize = 264;
-/// Groups of 32 k a slice has at least, or its start would cost more than it brings.
-const LEAST_GROUPS: usize = 8;
-/// Rows of one pass over the weights at most.
+/// Blocks that run at the same time on an H200: two on each of its 132 multiprocessors.
+const CONCURRENT_BLOCKS: usize = 264;
+/// Smallest slice of K in groups of 32; starting a block costs more than a smaller slice gains.
+const MIN_GROUPS: usize = 8;
+/// Largest number of rows in one pass over the weights.
 pub const PASS: usize = 128;
 
-/// `y = x W^T` for `W [n][k]`: everything that decides a row's bits.
+/// The weights of `y = x W^T`, `W [n][k]`. The bits of a row of `y` depend on nothing but this shape, the row
+/// and the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
+    /// Outputs.
     pub n: usize,
+    /// Inputs.
     pub k: usize,
 }
 
@@ -36,22 +42,23 @@ impl Shape {
         self.packed_rows() * self.k * 2
     }
 
-    /// Blocks of 128 packed rows; also columns of `best` of the head kernel.
+    /// Blocks of 128 packed rows; for the head kernel also columns of `best`.
     pub fn blocks(&self) -> usize {
         self.n.div_ceil(BLOCK)
     }
 
-    /// Partial sums of squares that a row of `n` leaves for the next norm, one per 128 columns.
+    /// Partial sums of squares that a row of `n` columns leaves for the next norm, one per 128 columns.
     pub fn parts(&self) -> usize {
         self.n.div_ceil(BLOCK)
     }
 
-    /// Groups of 32 k per slice, and slices of K: as many as fill the card once. Of the shape alone, so that bits
-    /// depend on nothing else.
+    /// Groups of 32 k per slice, and number of slices of K: as many as it takes to fill an H200 once. Both
+    /// depend on the shape only, never on the device or the rows, because the order of addition follows from
+    /// them.
     pub fn slices(&self) -> (usize, usize) {
         let groups = (self.k / 32).max(1);
-        let most = (AT_ONCE / self.blocks().max(1)).min(groups / LEAST_GROUPS).clamp(1, MAX_SPLITS);
-        let slice = groups.div_ceil(most);
+        let fill = CONCURRENT_BLOCKS / self.blocks().max(1);
+        let slice = groups.div_ceil(fill.min(groups / MIN_GROUPS).clamp(1, MAX_SPLITS));
         (slice, groups.div_ceil(slice))
     }
 
@@ -61,22 +68,24 @@ impl Shape {
         if splits == 1 {
             return (0, 0);
         }
-        let places = rows.div_ceil(PASS) * self.blocks();
-        (places * splits * BLOCK * tiles(rows).1 * 8 * 4, places)
+        let blocks = rows.div_ceil(PASS) * self.blocks();
+        (blocks * splits * BLOCK * tiles(rows).1 * 8 * 4, blocks)
     }
 }
 
-/// Scratch memory of the linear kernels, shared by all launches of a device, which run one after the other.
+/// Scratch memory of the linear kernels. One serves all launches of a device, since they run one after the
+/// other.
 pub struct Workspace {
     partial: Buffer,
     counters: Buffer,
 }
 
 impl Workspace {
-    /// Enough for launches of these shapes with up to as many rows. Costs device memory for the largest of them.
+    /// Enough for launches of each shape with up to the given number of rows: as large as the largest of them
+    /// needs.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little.
+    /// [`Error::Memory`] if the device has too little memory; device errors.
     pub fn new(device: &dyn Device, launches: &[(Shape, usize)]) -> Result<Workspace> {
         let (mut bytes, mut counters) = (16, 4);
         for (shape, rows) in launches {
@@ -97,117 +106,120 @@ pub struct Input<'a> {
     pub weights: &'a Buffer,
     /// `[rows][k]` bf16.
     pub x: &'a Buffer,
-    /// Sums of squares of the residual stream behind `x`, `[rows][ceil(k / 128)]` f32: results are multiplied by
-    /// `1 / sqrt(sum / k + eps)`. `None`: by 1, which is all that [`super::project`] and [`super::inject`] do.
+    /// `[rows][ceil(k / 128)]` f32: partial sums of squares of the residual stream that `x` was made from.
+    /// Results are multiplied by `rstd = 1 / sqrt(sum / k + eps)`. `None`: by 1, which is all that
+    /// [`super::project`] and [`super::inject`] can do.
     pub sumsq: Option<&'a Buffer>,
-    /// Of that norm, and of the head norms of the qkv kernel.
+    /// Epsilon of that norm, and of the head norms of the qkv kernel.
     pub eps: f32,
-    /// The rows are a prompt's: take this kernel of `cuda/model/prefill.cu`. Its sums over K are not split, so its bits are others.
-    pub prompt: Option<Prompt>,
-    /// A u32 that is 0 where the launch has nothing to do.
+    /// For the rows of a prompt: the kernel of `cuda/model/prefill.cu` to use. It does not split the sums
+    /// over K, so its bits differ from those of the other kernels.
+    pub prompt: Option<PrefillKernel>,
+    /// A u32; if it is 0, the launch does nothing.
     pub num_active: Option<&'a Buffer>,
+    /// Large enough for this launch.
     pub workspace: &'a Workspace,
 }
 
-/// The kernels for prompts, which differ in their main loop and in their bits.
+/// The kernels for prompts. They differ in their main loop and in their bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Prompt {
-    /// By warps, on every card: `prefill_*`.
-    Warps,
-    /// By warpgroups with wgmma, where the compute_90a image runs: `prefill_*_wgmma`.
-    Warpgroups,
+pub enum PrefillKernel {
+    /// `prefill_*`: warps that use mma.sync, on every GPU.
+    Mma,
+    /// `prefill_*_wgmma`: warpgroups that use wgmma, where the compute_90a image runs.
+    Wgmma,
 }
 
-/// The kernels that prompts go through where there is a choice. Not yet [`Prompt::Warpgroups`], which no card has run.
-const PREFERRED: Prompt = Prompt::Warps;
+/// The kernel that prompts use where both run. Not [`PrefillKernel::Wgmma`] yet, which has not run on a GPU.
+const PREFERRED: PrefillKernel = PrefillKernel::Mma;
 
-impl Prompt {
-    /// All there are, as in the kernels' lists.
-    pub const ALL: [Prompt; 2] = [Prompt::Warps, Prompt::Warpgroups];
+impl PrefillKernel {
+    /// All kernels for prompts.
+    pub const ALL: [PrefillKernel; 2] = [PrefillKernel::Mma, PrefillKernel::Wgmma];
 
-    /// What the engine takes on a device.
-    pub fn of(device: &dyn Device) -> Prompt {
-        if PREFERRED.runs_on(device) { PREFERRED } else { Prompt::Warps }
+    /// The kernel that the engine uses on a device.
+    pub fn of(device: &dyn Device) -> PrefillKernel {
+        if PREFERRED.runs_on(device) { PREFERRED } else { PrefillKernel::Mma }
     }
 
-    /// Whether the device has these kernels: wgmma and dependent launch come with the same image.
+    /// Whether the device has this kernel: wgmma and dependent launch come with the same image.
     pub fn runs_on(self, device: &dyn Device) -> bool {
-        self == Prompt::Warps || device.properties().overlap
+        self == PrefillKernel::Mma || device.properties().overlap
     }
 
-    /// Tokens of a block of these kernels.
+    /// Tokens per block, which is also its number of threads.
     const fn tokens(self) -> usize {
         match self {
-            Prompt::Warps => 128,
-            Prompt::Warpgroups => 256,
+            PrefillKernel::Mma => 128,
+            PrefillKernel::Wgmma => 256,
         }
     }
 
-    /// Dynamic shared memory of a block: stages of 128 packed rows and its tokens, 64 k each; with wgmma they begin at a
-    /// multiple of 1024.
+    /// Dynamic shared memory of a block, bytes: stages of 128 packed rows and the block's tokens, 64 k each.
+    /// For wgmma the stages begin at a multiple of 1024.
     const fn shared(self) -> u32 {
-        let (stages, aligning) = match self {
-            Prompt::Warps => (3, 0),
-            Prompt::Warpgroups => (4, 1024),
+        let (stages, alignment) = match self {
+            PrefillKernel::Mma => (3, 0),
+            PrefillKernel::Wgmma => (4, 1024),
         };
-        (stages * (BLOCK + self.tokens()) * 64 * 2 + aligning) as u32
+        (stages * (BLOCK + self.tokens()) * 64 * 2 + alignment) as u32
     }
 }
 
-/// Where the rows of `x` are taken from, in place of 0, 1, 2...
+/// Selects the rows of `x`, in place of rows 0, 1, 2...
 #[derive(Clone, Copy)]
 pub(super) struct Gather<'a> {
-    /// `[rows]` u32
+    /// `[rows]` u32.
     pub rows: &'a Buffer,
-    /// Rows of `x`.
+    /// Number of rows of `x`.
     pub of: usize,
 }
 
-/// One launch without its epilogue.
-pub(super) struct Launch<'a> {
+/// The entry points of a linear kernel.
+pub(super) struct Kernels {
     /// By number of 8-token tiles: 1, 2, 4, 8, 16.
-    pub kernels: &'static [Kernel; 5],
-    /// For prompts, as [`Prompt::ALL`].
-    pub prefill: Option<&'static [Kernel; 2]>,
-    pub shape: Shape,
-    pub rows: usize,
-    pub input: &'a Input<'a>,
-    pub gather: Option<Gather<'a>>,
-    /// Blocks of 128 packed rows left out at the start.
-    pub first_block: usize,
+    decode: [Kernel; 5],
+    /// In the order of [`PrefillKernel::ALL`].
+    prefill: Option<[Kernel; 2]>,
 }
 
-/// The five entry points of a linear kernel.
-pub(super) const fn kernels(file: &'static str, names: [&'static str; 5]) -> [Kernel; 5] {
-    const fn one(file: &'static str, name: &'static str, index: usize) -> Kernel {
+/// The entry points with these names: those of `file` by number of tiles, those of `prefill.cu`.
+pub(super) const fn kernels(
+    file: &'static str,
+    names: [&'static str; 5],
+    prefill: Option<[&'static str; 2]>,
+) -> Kernels {
+    const fn decode(file: &'static str, name: &'static str, index: usize) -> Kernel {
         Kernel { file, name, threads: 256, max_shared: shared(index, usize::MAX) }
     }
-    [
-        one(file, names[0], 0),
-        one(file, names[1], 1),
-        one(file, names[2], 2),
-        one(file, names[3], 3),
-        one(file, names[4], 4),
-    ]
-}
-
-/// The entry points for prompts.
-pub(super) const fn prefill(names: [&'static str; 2]) -> [Kernel; 2] {
-    // A thread per token.
-    const fn one(name: &'static str, prompt: Prompt) -> Kernel {
-        Kernel { file: "prefill", name, threads: prompt.tokens() as u32, max_shared: prompt.shared() }
+    const fn prompt(name: &'static str, kernel: PrefillKernel) -> Kernel {
+        Kernel { file: "prefill", name, threads: kernel.tokens() as u32, max_shared: kernel.shared() }
     }
-    [one(names[0], Prompt::Warps), one(names[1], Prompt::Warpgroups)]
+    Kernels {
+        decode: [
+            decode(file, names[0], 0),
+            decode(file, names[1], 1),
+            decode(file, names[2], 2),
+            decode(file, names[3], 3),
+            decode(file, names[4], 4),
+        ],
+        prefill: match prefill {
+            Some([mma, wgmma]) => {
+                Some([prompt(mma, PrefillKernel::Mma), prompt(wgmma, PrefillKernel::Wgmma)])
+            }
+            None => None,
+        },
+    }
 }
 
-/// Which of the five entry points takes `rows` rows, and its number of 8-token tiles.
+/// Index of the entry point for `rows` rows, and its number of 8-token tiles.
 fn tiles(rows: usize) -> (usize, usize) {
     let index = (0..4).find(|i| rows <= 8 << i).unwrap_or(4);
     (index, 1 << index)
 }
 
-/// Dynamic shared memory of entry point `index` for slices of `groups` groups of 32 k: one or two chunks of activations,
-/// later the finished tile. As `Staging` in `linear.cuh`.
+/// Dynamic shared memory of entry point `index` for slices of `groups` groups of 32 k, bytes: one or two
+/// chunks of activations, which the finished tile replaces. As `Staging` in `linear.cuh`.
 const fn shared(index: usize, groups: usize) -> u32 {
     let tokens = 8 << index;
     let chunk = if index < 4 { 512 } else { 256 };
@@ -216,18 +228,35 @@ const fn shared(index: usize, groups: usize) -> u32 {
     (buffers * tokens * (chunk * 2 + 64)) as u32
 }
 
-impl Launch<'_> {
-    /// Checks everything the main loop reaches and launches with the epilogue's arguments behind the common ones.
+/// One launch of a linear kernel, without the arguments of its epilogue.
+pub(super) struct Launch<'a> {
+    pub kernels: &'static Kernels,
+    pub shape: Shape,
+    pub rows: usize,
+    pub input: &'a Input<'a>,
+    pub gather: Option<Gather<'a>>,
+    /// Number of blocks of 128 packed rows that are left out at the start.
+    pub first_block: usize,
+}
+
+impl<'a> Launch<'a> {
+    /// A launch on all of the weights and on rows 0, 1, 2... of `x`.
+    pub fn new(kernels: &'static Kernels, shape: Shape, rows: usize, input: &'a Input<'a>) -> Launch<'a> {
+        Launch { kernels, shape, rows, input, gather: None, first_block: 0 }
+    }
+
+    /// Checks everything that the main loop reads or writes, and launches with the epilogue's arguments after
+    /// the common ones.
     pub fn run(&self, device: &dyn Device, epilogue: &[Arg]) -> Result<()> {
-        let Launch { shape, rows, input, first_block, .. } = *self;
+        let Launch { kernels, shape, rows, input, gather, first_block } = *self;
         let Shape { n, k } = shape;
         let (index, _) = tiles(rows);
-        let kernel = match (input.prompt, self.prefill) {
-            (None, _) => &self.kernels[index],
-            (Some(prompt), Some(kernels)) => &kernels[prompt as usize],
+        let kernel = match (input.prompt, &kernels.prefill) {
+            (None, _) => &kernels.decode[index],
+            (Some(prompt), Some(prefill)) => &prefill[prompt as usize],
             (Some(_), None) => {
-                let name = self.kernels[index].name;
-                return Err(Error::Internal(format!("kernel {name}: has no twin for prompts")));
+                let name = kernels.decode[index].name;
+                return Err(Error::Internal(format!("kernel {name}: has no counterpart for prompts")));
             }
         };
         if input.prompt.is_some_and(|prompt| !prompt.runs_on(device)) {
@@ -236,54 +265,37 @@ impl Launch<'_> {
         }
         let (slice, splits) = shape.slices();
         let passes = rows.div_ceil(PASS);
-        if rows == 0
-            || passes > 65535
-            || n == 0
-            || n > 1 << 30
-            || k == 0
-            || k > 1 << 30
-            || !k.is_multiple_of(32)
-        {
-            return Err(Error::Internal(format!(
-                "kernel {}: {rows} rows of {k} inputs and {n} outputs, needed are 1 to 8388480 rows and a multiple of 32 inputs",
-                kernel.name
-            )));
-        }
-        if first_block >= shape.blocks() {
-            return Err(Error::Internal(format!(
-                "kernel {}: nothing is left of {n} outputs behind {first_block} blocks of 128",
-                kernel.name
-            )));
-        }
+        let (sizes, limits) = ([n, k], 1..=1 << 30);
+        let fits = sizes.iter().all(|size| limits.contains(size)) && k.is_multiple_of(32);
+        Check(kernel.name).that(
+            fits && (1..=65535).contains(&passes),
+            format_args!("{rows} rows of {k} inputs and {n} outputs"),
+            "1 to 8388480 rows and a multiple of 32 inputs",
+        )?;
+        Check(kernel.name).that(
+            first_block < shape.blocks(),
+            format_args!("{n} outputs without the first {first_block} blocks of 128"),
+            "at least one block",
+        )?;
         let (partial, counters) = if input.prompt.is_some() { (0, 0) } else { shape.workspace(rows) };
-        let needs = Needs(self.kernels[0].file);
-        needs.buffer("weights", input.weights, shape.weight_bytes())?;
-        needs.buffer("x", input.x, self.gather.map_or(rows, |g| g.of) * k * 2)?;
+        let (gather, x_rows) = (gather.map(|g| g.rows), gather.map_or(rows, |g| g.of));
+        let Workspace { partial: partial_sums, counters: partial_counters } = input.workspace;
+        let check = Check(kernels.decode[0].file);
+        check.aligned("weights", input.weights, shape.weight_bytes())?;
+        check.aligned("x", input.x, x_rows * k * 2)?;
         if let Some(sumsq) = input.sumsq {
-            super::at_least(needs.0, "sumsq", sumsq, rows * k.div_ceil(BLOCK) * 4)?;
+            check.at_least("sumsq", sumsq, rows * k.div_ceil(BLOCK) * 4)?;
         }
         if let Some(num_active) = input.num_active {
-            super::at_least(needs.0, "num_active", num_active, 4)?;
+            check.at_least("num_active", num_active, 4)?;
         }
-        needs.optional("gather", self.gather.map(|g| g.rows), rows * 4)?;
-        needs.buffer("partial sums", &input.workspace.partial, partial)?;
-        needs.buffer("counters", &input.workspace.counters, counters * 4)?;
-        let mut args = vec![
-            input.weights.into(),
-            input.x.into(),
-            or_null(self.gather.map(|g| g.rows)),
-            or_null(input.sumsq),
-            (&input.workspace.partial).into(),
-            (&input.workspace.counters).into(),
-            or_null(input.num_active),
-            (rows as u32).into(),
-            (n as u32).into(),
-            (k as u32).into(),
-            (slice as u32).into(),
-            (self.gather.map_or(rows, |g| g.of) as u32).into(),
-            (first_block as u32).into(),
-            input.eps.into(),
-        ];
+        check.optional("gather", gather, rows * 4)?;
+        check.aligned("partial sums", partial_sums, partial)?;
+        check.aligned("counters", partial_counters, counters * 4)?;
+        let mut args = vec![input.weights.into(), input.x.into(), or_null(gather), or_null(input.sumsq)];
+        args.extend([partial_sums.into(), partial_counters.into(), or_null(input.num_active)]);
+        args.extend(u32s([rows, n, k, slice, x_rows, first_block]));
+        args.push(input.eps.into());
         args.extend_from_slice(epilogue);
         let blocks = (shape.blocks() - first_block) as u32;
         if let Some(prompt) = input.prompt {
@@ -294,33 +306,27 @@ impl Launch<'_> {
     }
 }
 
-/// Bytes a launch must move apart from its results: the weights in each pass, the rows and their sums of squares once.
+/// Checks what project and inject have in common: outputs a multiple of 64, an input that is not scaled, and
+/// the buffers `y` `[rows][n]` bf16, `sumsq` `[rows][parts]` f32 and `gain` `[n]` f32.
+pub(super) fn check_unscaled(
+    check: &Check,
+    shape: Shape,
+    rows: usize,
+    input: &Input,
+    [y, sumsq, gain]: [&Buffer; 3],
+) -> Result<()> {
+    let n = shape.n;
+    check.that(n.is_multiple_of(64), format_args!("{n} outputs"), "a multiple of 64")?;
+    let expected = "none, since results are not scaled";
+    check.that(input.sumsq.is_none(), "sums of squares of the input", expected)?;
+    check.aligned("y", y, rows * n * 2)?;
+    check.at_least("sumsq", sumsq, rows * shape.parts() * 4)?;
+    check.aligned("gain", gain, n * 4)
+}
+
+/// Bytes a launch must move apart from its results: the weights in each pass, and once the rows and, if they
+/// are `normed`, their sums of squares.
 pub(super) fn input_bytes(shape: Shape, rows: usize, normed: bool) -> u64 {
     let sums = if normed { shape.k.div_ceil(BLOCK) * 4 } else { 0 };
     (shape.weight_bytes() * rows.div_ceil(PASS) + rows * (shape.k * 2 + sums)) as u64
-}
-
-pub(super) fn or_null(buffer: Option<&Buffer>) -> Arg {
-    buffer.map_or(Arg::Null, Arg::from)
-}
-
-/// What a kernel, named here, needs of its buffers: size, and the 16-byte alignment that a slice may lack.
-pub(super) struct Needs(pub &'static str);
-
-impl Needs {
-    pub fn buffer(&self, what: &str, buffer: &Buffer, bytes: usize) -> Result<()> {
-        super::aligned(self.0, what, buffer, bytes)
-    }
-
-    pub fn optional(&self, what: &str, buffer: Option<&Buffer>, bytes: usize) -> Result<()> {
-        buffer.map_or(Ok(()), |buffer| self.buffer(what, buffer, bytes))
-    }
-
-    /// Refuses a shape the kernel cannot take, with what it would need.
-    pub fn that(&self, holds: bool, needed: &str, got: &str) -> Result<()> {
-        if holds {
-            return Ok(());
-        }
-        Err(Error::Internal(format!("kernel {}: {got}; needed is {needed}", self.0)))
-    }
 }

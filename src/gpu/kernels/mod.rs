@@ -1,9 +1,26 @@
-//! The launchers: for each file in `cuda/` its kernels, what a launch takes with every shape, and the bytes it must move.
+//! Launchers, one file per kernel source in `cuda/`. A launcher documents the shapes that a kernel takes and
+//! the bytes that it must move, checks its arguments, and launches it.
 //!
-//! A launcher checks sizes before it launches; what is inside the buffers is checked by nobody, so kernels clamp it.
+//! A launcher checks shapes, buffer sizes and alignment. It cannot check what buffers contain (row tables,
+//! page numbers, token ids), so the kernels clamp those.
+//!
+//! Terms used by all files:
+//!
+//! - Shapes are row-major, outermost dimension first, followed by the element type: `[rows][hidden]` bf16.
+//! - `Row` (16 bytes: sequence, position, slot, query) and `Span` (8 bytes: context, rows) are the structs of
+//!   `cuda/common/rows.cuh`, all fields u32. A sequence's span says how many slots it had before the pass and
+//!   how many rows it has in it.
+//! - `u32::MAX` stands for "none": padding, a row without a sequence, a token that could not be chosen.
+//! - A row of logits is *damaged* if it holds a NaN or +inf, or nothing but -inf.
+//! - A *sealed* buffer is constant: see [`Device::seal`](crate::gpu::device::Device::seal).
+//! - *Counters* must be zero before the first launch; every launch leaves them at zero.
+//! - *Bytes a launch must move* are the compulsory reads and writes: each input once, each output once.
+//!   `dflash-bench` divides them by the time of a launch.
+#![deny(missing_docs)]
 
 pub mod attention;
 pub mod chains;
+mod check;
 pub mod choices;
 pub mod compact;
 pub mod embedding;
@@ -15,34 +32,18 @@ pub mod pack;
 pub mod project;
 pub mod qkv;
 pub mod read;
+pub mod rejection;
 pub mod round;
-pub mod rules;
 pub mod sample;
 pub mod siblings;
 pub mod swiglu;
 pub mod tree;
 pub mod verify;
 
-use crate::gpu::device::Buffer;
-use crate::{Error, Result};
-
-/// Tokens in a page of keys and values, which is also the tile of attention: `PAGE` of `cuda/common/rows.cuh`.
+/// Tokens per page of keys and values, and per tile of attention: `PAGE` of `cuda/common/rows.cuh`.
 pub const PAGE: usize = 64;
 
-/// Refuses a buffer that is smaller than a kernel will reach.
-pub(crate) fn at_least(kernel: &str, what: &str, buffer: &Buffer, bytes: usize) -> Result<()> {
-    if buffer.bytes() >= bytes {
-        return Ok(());
-    }
-    Err(Error::Internal(format!("kernel {kernel}: {what} has {} bytes, needs {bytes}", buffer.bytes())))
-}
-
-/// As [`at_least`], for what a kernel reaches 16 bytes at a time: a slice may begin anywhere.
-pub(crate) fn aligned(kernel: &str, what: &str, buffer: &Buffer, bytes: usize) -> Result<()> {
-    at_least(kernel, what, buffer, bytes)?;
-    if buffer.address().is_multiple_of(16) {
-        return Ok(());
-    }
-    let address = buffer.address();
-    Err(Error::Internal(format!("kernel {kernel}: {what} at {address:#x}, not a multiple of 16 bytes")))
-}
+/// Bytes of a `Row`.
+const ROW_BYTES: usize = 16;
+/// Bytes of a `Span`.
+const SPAN_BYTES: usize = 8;

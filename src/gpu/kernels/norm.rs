@@ -1,20 +1,22 @@
-//! `cuda/model/norm.cu`: RMSNorm, split between producer and consumer of the residual stream, and whole.
+//! `cuda/model/norm.cu`: RMSNorm, either split between the producer and the consumer of the residual stream,
+//! or whole.
 
-use super::{aligned, at_least};
-use crate::gpu::device::{Arg, Buffer, Device, Kernel};
-use crate::{Error, Result};
+use super::check::{Check, or_null, u32s};
+use crate::Result;
+use crate::gpu::device::{Buffer, Device, Kernel};
 
 static RESIDUAL: Kernel = Kernel { file: "norm", name: "residual_norm", threads: 256, max_shared: 0 };
 static FULL: Kernel = Kernel { file: "norm", name: "full_norm", threads: 256, max_shared: 0 };
 
-/// Columns that share one partial sum of squares.
+/// Columns per partial sum of squares.
 pub const PART: usize = 128;
 
-/// Rows of the residual stream made ready for a linear kernel. `rows` at most 65535, `hidden` a multiple of 64 and at
-/// most 65536.
+/// The norm of rows of the residual stream.
 #[derive(Debug, Clone, Copy)]
 pub struct Norm {
+    /// Rows, 1 to 65535.
     pub rows: usize,
+    /// Hidden size, a multiple of 64, at most 65536.
     pub hidden: usize,
 }
 
@@ -24,7 +26,7 @@ impl Norm {
         self.hidden.div_ceil(PART)
     }
 
-    /// Bytes that [`Norm::launch`] must move.
+    /// Bytes that [`Norm::launch`] must move, with or without `add`.
     pub fn bytes(&self, add: bool) -> u64 {
         let row = self.hidden * if add { 14 } else { 6 } + self.parts() * 4;
         (self.rows * row + self.hidden * 4) as u64
@@ -35,13 +37,15 @@ impl Norm {
         (self.rows * self.hidden * 6 + self.hidden * 4) as u64
     }
 
-    /// `x[r] += add[r]` where there is an `add`, then `y[r] = bf16(gain x[r])` and, for the consumer to finish the norm
-    /// with, `sumsq[r][p]`: the sum of squares of columns `128 p ..` of `x[r]`.
+    /// The first half of the norm: `x[r] += add[r]` if there is an `add`, then `y[r] = bf16(gain x[r])` and
+    /// `sumsq[r][p]`, the sum of squares of columns `128 p ..` of `x[r]`. The linear kernel that reads `y`
+    /// scales its results by the norm.
     ///
-    /// `y` `[rows][hidden]` bf16, `sumsq` `[rows][parts]` f32, `x` and `add` `[rows][hidden]` f32, `gain` `[hidden]` f32.
+    /// `y` `[rows][hidden]` bf16, `sumsq` `[rows][parts]` f32, `x` and `add` `[rows][hidden]` f32, `gain`
+    /// `[hidden]` f32.
     ///
     /// # Errors
-    /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
+    /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
     pub fn launch(
         &self,
         device: &dyn Device,
@@ -52,20 +56,11 @@ impl Norm {
         gain: &Buffer,
     ) -> Result<()> {
         let (rows, hidden, parts) = (self.rows, self.hidden, self.parts());
-        self.check("residual_norm", y, x, gain)?;
-        at_least("residual_norm", "sumsq", sumsq, rows * parts * 4)?;
-        if let Some(add) = add {
-            aligned("residual_norm", "add", add, rows * hidden * 4)?;
-        }
-        let args = [
-            y.into(),
-            sumsq.into(),
-            x.into(),
-            add.map_or(Arg::Null, Arg::from),
-            gain.into(),
-            (hidden as u32).into(),
-            (parts as u32).into(),
-        ];
+        let check = self.check("residual_norm", y, x, gain)?;
+        check.at_least("sumsq", sumsq, rows * parts * 4)?;
+        check.optional("add", add, rows * hidden * 4)?;
+        let mut args = vec![y.into(), sumsq.into(), x.into(), or_null(add), gain.into()];
+        args.extend(u32s([hidden, parts]));
         device.launch(&RESIDUAL, [parts.div_ceil(8) as u32, rows as u32, 1], 0, &args)
     }
 
@@ -75,21 +70,23 @@ impl Norm {
     /// As [`Norm::launch`].
     pub fn full(&self, device: &dyn Device, y: &Buffer, x: &Buffer, gain: &Buffer, eps: f32) -> Result<()> {
         self.check("full_norm", y, x, gain)?;
-        let (hidden, parts) = (self.hidden as u32, self.parts() as u32);
-        let args = [y.into(), x.into(), gain.into(), hidden.into(), parts.into(), eps.into()];
+        let mut args = vec![y.into(), x.into(), gain.into()];
+        args.extend(u32s([self.hidden, self.parts()]));
+        args.push(eps.into());
         device.launch(&FULL, [self.rows as u32, 1, 1], 0, &args)
     }
 
-    fn check(&self, kernel: &str, y: &Buffer, x: &Buffer, gain: &Buffer) -> Result<()> {
+    fn check(&self, kernel: &'static str, y: &Buffer, x: &Buffer, gain: &Buffer) -> Result<Check> {
         let Norm { rows, hidden } = *self;
-        if !(1..=65535).contains(&rows) || !(64..=65536).contains(&hidden) || !hidden.is_multiple_of(64) {
-            return Err(Error::Internal(format!(
-                "kernel {kernel}: {rows} rows of {hidden} columns; possible are 1 to 65535 rows of a multiple of 64 \
-                 columns up to 65536"
-            )));
-        }
-        aligned(kernel, "y", y, rows * hidden * 2)?;
-        aligned(kernel, "x", x, rows * hidden * 4)?;
-        aligned(kernel, "gain", gain, hidden * 4)
+        let check = Check(kernel);
+        check.that(
+            (1..=65535).contains(&rows) && (64..=65536).contains(&hidden) && hidden.is_multiple_of(64),
+            format_args!("{rows} rows of {hidden} columns"),
+            "1 to 65535 rows of a multiple of 64 columns, up to 65536",
+        )?;
+        check.aligned("y", y, rows * hidden * 2)?;
+        check.aligned("x", x, rows * hidden * 4)?;
+        check.aligned("gain", gain, hidden * 4)?;
+        Ok(check)
     }
 }

@@ -1,27 +1,29 @@
-//! `cuda/model/pack.cu`: weights into the order the linear kernels read.
+//! `cuda/model/pack.cu`: puts weights into the order in which the linear kernels read them.
 
-use super::linear::{Needs, Shape, or_null};
+use super::check::{Check, or_null, u32s};
+use super::linear::Shape;
 use crate::Result;
 use crate::gpu::device::{Buffer, Device, Kernel};
 
 static PACK: Kernel = Kernel { file: "pack", name: "pack", threads: 256, max_shared: 0 };
 
-/// Packs rows of a matrix; a layer made of several matrices takes one launch for each.
+/// Packs the rows of a matrix. A layer that consists of several matrices takes one launch for each.
 ///
-/// Packed weights are `[ceil(n / 16)][k / 32][half 2][kblock 4][row 8][8]` bf16: tiles of 16 rows and 32 columns.
+/// Packed weights are `[ceil(n / 16)][k / 32][half 2][kblock 4][row 8][8]` bf16: tiles of 16 rows and 32
+/// columns.
 #[derive(Debug, Clone, Copy)]
 pub struct Pack {
-    /// Rows of this matrix.
+    /// Rows of this matrix, 1 to 2^30 - 1.
     pub rows: usize,
-    /// The whole layer; each launch clears what its last tile has beyond `n`.
+    /// The whole layer, `k` a multiple of 32. Each launch clears the rows beyond `n` of the last tile.
     pub layer: Shape,
 }
 
-/// To which packed row a row of the matrix goes.
-pub enum Place<'a> {
-    /// Row `r` to packed row `first + r`.
+/// The packed row of each row of the matrix.
+pub enum RowMap<'a> {
+    /// Row `r` goes to packed row `first + r`.
     From(usize),
-    /// Row `r` to packed row `place[r]`, u32; one that is not below `n` is left out.
+    /// Row `r` goes to packed row `map[r]`, u32; rows whose entry is not below `n` are left out.
     At(&'a Buffer),
 }
 
@@ -31,41 +33,34 @@ impl Pack {
         (self.rows * self.layer.k * 4) as u64
     }
 
-    /// `out` the packed weights of the layer, `matrix` `[rows][k]` bf16.
+    /// Writes rows of `out`, the packed weights of the layer. `matrix` `[rows][k]` bf16.
     ///
     /// # Errors
-    /// [`crate::Error::Internal`] where a buffer is too small or a shape is not as stated; else what the device says.
-    pub fn launch(&self, device: &dyn Device, out: &Buffer, matrix: &Buffer, place: &Place) -> Result<()> {
+    /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
+    pub fn launch(&self, device: &dyn Device, out: &Buffer, matrix: &Buffer, map: &RowMap) -> Result<()> {
         let Pack { rows, layer } = *self;
-        let needs = Needs("pack");
-        let (first, places) = match place {
-            Place::From(first) => (*first, None),
-            Place::At(places) => (0, Some(*places)),
+        let check = Check("pack");
+        let (first, map) = match map {
+            RowMap::From(first) => (*first, None),
+            RowMap::At(map) => (0, Some(*map)),
         };
-        needs.that(
+        check.that(
             (1..1 << 30).contains(&rows)
                 && layer.n < 1 << 30
-                && (places.is_some() || (rows <= layer.n && first <= layer.n - rows)),
-            "that its rows are some of the layer's",
-            &format!("{rows} rows from {first} on of {}", layer.n),
+                && (map.is_some() || (rows <= layer.n && first <= layer.n - rows)),
+            format_args!("{rows} rows from {first} on of {}", layer.n),
+            "rows of the layer",
         )?;
-        needs.that(
+        check.that(
             layer.k > 0 && layer.k.is_multiple_of(32),
+            format_args!("{} columns", layer.k),
             "a multiple of 32",
-            &format!("{} columns", layer.k),
         )?;
-        needs.buffer("out", out, layer.weight_bytes())?;
-        needs.buffer("matrix", matrix, rows * layer.k * 2)?;
-        needs.optional("place", places, rows * 4)?;
-        let args = [
-            out.into(),
-            matrix.into(),
-            or_null(places),
-            (rows as u32).into(),
-            (layer.n as u32).into(),
-            (layer.k as u32).into(),
-            (first as u32).into(),
-        ];
+        check.aligned("out", out, layer.weight_bytes())?;
+        check.aligned("matrix", matrix, rows * layer.k * 2)?;
+        check.optional("map", map, rows * 4)?;
+        let mut args = vec![out.into(), matrix.into(), or_null(map)];
+        args.extend(u32s([rows, layer.n, layer.k, first]));
         let padding = layer.packed_rows() - layer.n;
         device.launch(&PACK, [(rows + padding) as u32, 1, 1], 0, &args)
     }

@@ -1,17 +1,20 @@
-//! `cuda/model/project.cu`: output projections of attention and MLP, into the residual stream.
+//! `cuda/model/project.cu`: output projections of attention and MLP, added to the residual stream.
 
-use super::at_least;
-use super::linear::{Input, Launch, Needs, Shape, input_bytes, kernels, or_null, prefill};
+use super::check::{Check, args, or_null};
+use super::linear::{Input, Kernels, Launch, Shape, check_unscaled, input_bytes, kernels};
 use crate::Result;
-use crate::gpu::device::{Buffer, Device, Kernel};
+use crate::gpu::device::{Arg, Buffer, Device};
 
-static KERNELS: [Kernel; 5] =
-    kernels("project", ["project_8", "project_16", "project_32", "project_64", "project_128"]);
-static PREFILL: [Kernel; 2] = prefill(["prefill_project", "prefill_project_wgmma"]);
+static KERNELS: Kernels = kernels(
+    "project",
+    ["project_8", "project_16", "project_32", "project_64", "project_128"],
+    Some(["prefill_project", "prefill_project_wgmma"]),
+);
 
-/// `x += in W^T`, then `y = bf16(gain * x)` and sums of squares of `x` for the next norm.
+/// `x += in W^T`, then `y = bf16(gain * x)` and the sums of squares of `x` for the next norm.
 #[derive(Debug, Clone, Copy)]
 pub struct Project {
+    /// Rows, at least 1.
     pub rows: usize,
     /// Outputs: the hidden size, a multiple of 64.
     pub n: usize,
@@ -19,21 +22,23 @@ pub struct Project {
     pub k: usize,
 }
 
-/// What [`Project`] writes.
-pub struct Projected<'a> {
+/// What [`Project`] reads and writes besides its input.
+pub struct ProjectBuffers<'a> {
     /// The residual stream, `[rows][n]` f32, updated in place.
     pub x: &'a Buffer,
-    /// `[rows][n]` bf16.
+    /// Output, `[rows][n]` bf16.
     pub y: &'a Buffer,
-    /// `[rows][ceil(n / 128)]` f32: sums of `x^2` over 128 columns each.
+    /// Output, `[rows][ceil(n / 128)]` f32: sums of `x^2` over 128 columns each.
     pub sumsq: &'a Buffer,
     /// Weight of the next norm, `[n]` f32.
     pub gain: &'a Buffer,
-    /// `[rows][pitch]` bf16, of which a row's first `n` get `bf16(x)`, and `pitch`, a multiple of 4.
+    /// Output, `[rows][pitch]` bf16, and `pitch`, a multiple of 4: `bf16(x)` goes to the first `n` columns of
+    /// each row.
     pub features: Option<(&'a Buffer, usize)>,
 }
 
 impl Project {
+    /// Shape of the weights.
     pub fn shape(&self) -> Shape {
         Shape { n: self.n, k: self.k }
     }
@@ -44,46 +49,26 @@ impl Project {
             + (self.rows * (self.n * 10 + self.shape().parts() * 4)) as u64
     }
 
+    /// `input.x` `[rows][k]` bf16, not scaled by a norm: `input.sumsq` must be `None`.
+    ///
     /// # Errors
-    /// [`crate::Error::Internal`] where a buffer is too small or a shape is not as stated; else what the device says.
-    pub fn launch(&self, device: &dyn Device, input: &Input, out: &Projected) -> Result<()> {
+    /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
+    pub fn launch(&self, device: &dyn Device, input: &Input, buffers: &ProjectBuffers) -> Result<()> {
         let Project { rows, n, .. } = *self;
-        let needs = Needs("project");
-        needs.that(n.is_multiple_of(64), "a multiple of 64", &format!("{n} outputs"))?;
-        needs.that(
-            input.sumsq.is_none(),
-            "none: its results are not scaled",
-            "sums of squares of the input",
-        )?;
-        needs.buffer("x", out.x, rows * n * 4)?;
-        needs.buffer("y", out.y, rows * n * 2)?;
-        at_least("project", "sumsq", out.sumsq, rows * self.shape().parts() * 4)?;
-        needs.buffer("gain", out.gain, n * 4)?;
-        if let Some((features, pitch)) = out.features {
-            needs.that(
+        let &ProjectBuffers { x, y, sumsq, gain, features } = buffers;
+        let check = Check("project");
+        check_unscaled(&check, self.shape(), rows, input, [y, sumsq, gain])?;
+        check.aligned("x", x, rows * n * 4)?;
+        if let Some((features, pitch)) = features {
+            check.that(
                 pitch >= n && pitch.is_multiple_of(4) && u32::try_from(pitch).is_ok(),
-                &format!("a multiple of 4 from {n} on"),
-                &format!("features {pitch} apart"),
+                format_args!("features {pitch} apart"),
+                format_args!("a multiple of 4, at least {n}"),
             )?;
-            needs.buffer("features", features, (rows.saturating_sub(1) * pitch + n) * 2)?;
+            check.aligned("features", features, (rows.saturating_sub(1) * pitch + n) * 2)?;
         }
-        let args = [
-            out.x.into(),
-            out.y.into(),
-            out.sumsq.into(),
-            out.gain.into(),
-            or_null(out.features.map(|f| f.0)),
-            (out.features.map_or(0, |f| f.1) as u32).into(),
-        ];
-        let launch = Launch {
-            kernels: &KERNELS,
-            prefill: Some(&PREFILL),
-            shape: self.shape(),
-            rows,
-            input,
-            gather: None,
-            first_block: 0,
-        };
-        launch.run(device, &args)
+        let mut args = args([x, y, sumsq, gain], []);
+        args.extend([or_null(features.map(|f| f.0)), Arg::U32(features.map_or(0, |f| f.1 as u32))]);
+        Launch::new(&KERNELS, self.shape(), rows, input).run(device, &args)
     }
 }

@@ -1,9 +1,12 @@
-//! `cuda/spec/round.cu`: the state of sequences between rounds, the tables of a round's passes, and the ring of its results.
+//! `cuda/spec/round.cu`: the state of sequences between rounds, the tables of a round's passes, and the ring
+//! of records.
 //!
-//! The host writes a [`Sequence`] when it joins and reads [`Record`]s; all that happens between is the device's.
+//! The host writes a [`Sequence`] once, when its request is admitted, and reads [`Record`]s. In between only
+//! the device updates the state.
 
-use super::verify::Verdict;
-use super::{aligned, at_least};
+use super::check::{Check, args, u32s};
+use super::verify::VerifyOutput;
+use super::{ROW_BYTES, SPAN_BYTES};
 use crate::gpu::device::{Arg, Buffer, Device, Kernel, Pinned};
 use crate::spec::sampling::SamplingParams;
 use crate::spec::verify::VerifyMethod;
@@ -13,22 +16,26 @@ static BEGIN: Kernel = Kernel { file: "round", name: "round_begin", threads: 64,
 static TOKENS: Kernel = Kernel { file: "round", name: "round_tokens", threads: 64, max_shared: 0 };
 static FINISH: Kernel = Kernel { file: "round", name: "round_finish", threads: 32, max_shared: 0 };
 
-/// Stop ids that the device looks for; further ones are for the host.
+/// Bytes of [`Tables::round_header`].
+const HEADER_BYTES: usize = 12;
+
+/// Largest number of stop ids that the device checks; the host has to check further ones.
 pub const STOP_IDS: usize = 12;
 
-/// Why a sequence takes no part in rounds any more.
+/// Why a sequence no longer takes part in rounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
+    /// It still does.
     Running,
     /// A stop id was emitted; it is the last token.
     Stop,
-    /// The budget is spent.
+    /// The token budget is used up.
     Length,
     /// The context is full.
     Context,
-    /// The target's logits for the next token hold a NaN or infinity, or nothing but -inf.
+    /// The target's logits for the next token are damaged.
     DamagedTarget,
-    /// The same of the drafter's for a draft.
+    /// The drafter's logits for a draft are damaged.
     DamagedDrafter,
 }
 
@@ -44,72 +51,84 @@ impl Finish {
 
     fn from_word(word: u32) -> Result<Finish> {
         Finish::ALL.get(word as usize).copied().ok_or_else(|| {
-            Error::Internal(format!("a sequence's state ends with code {word}, known are 0 to 5"))
+            Error::Internal(format!("a sequence's state has finish code {word}, expected 0 to 5"))
         })
     }
 }
 
-/// What a sequence drafts.
+/// The form of a sequence's drafts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
+    /// One chain.
     Chain,
-    /// The tree of the most probable prefixes.
+    /// The tree of the most probable prefixes: [`crate::spec::tree::Tree::best_first`].
     BestFirst,
-    /// A tree of tokens that are drawn: of the shape [`crate::spec::tree::shape`], under the rule `block` [`crate::spec::tree::chains`].
-    Drawn,
+    /// A tree of sampled tokens. Its shape is [`crate::spec::tree::shape`], or [`crate::spec::tree::chains`]
+    /// if the method is `block`.
+    SampledTree,
 }
 
-/// A sequence as the device keeps it: `Sequence` of `cuda/common/state.cuh`, word for word.
+/// The state of a sequence on the device: `Sequence` of `cuda/common/state.cuh`, word for word.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sequence {
+    /// Takes part in rounds.
     pub active: bool,
-    /// Positions in the target's pages: `0..length`.
+    /// Positions `0..length` are in the target's pages.
     pub length: u32,
-    /// The token at position `length`, emitted and not yet run.
+    /// The token at position `length`: emitted, but not yet run by the target.
     pub anchor: u32,
-    /// How many of those positions, the last ones, have features that the drafter has not seen: rows of the last
-    /// verification's path.
+    /// The last `pending` of those positions have features that the drafter has not absorbed yet; they are
+    /// the rows of the last verification's path.
     pub pending: u32,
     /// Tokens that may still be emitted.
     pub budget: u32,
-    /// Positions the sequence may have, `0..end`; the token of the last is never run.
+    /// The sequence may have positions `0..end`; the token of the last one is never run.
     pub end: u32,
-    /// Positions the drafter may have; 0 without a drafter.
+    /// The drafter may have positions `0..draft_end`; 0 without a drafter.
     pub draft_end: u32,
-    /// Rows of a block at most, anchor included; 1 for autoregressive decoding. At most 64.
+    /// Maximum number of rows of a block, anchor included, 1 to 64; 1 for autoregressive decoding.
     pub block: u32,
-    /// Rows that are verified at most, of a block or a tree, anchor included: 1 to 64.
+    /// Maximum number of rows to verify, of a block or a tree, anchor included, 1 to 64.
     pub rows: u32,
+    /// The form of its drafts.
     pub form: Form,
+    /// How its tokens are sampled.
     pub sampling: SamplingParams,
-    /// At most [`STOP_IDS`].
+    /// At most [`STOP_IDS`] ids; each ends the answer.
     pub stop_ids: Vec<u32>,
+    /// Why it is no longer active.
     pub finish: Finish,
+    /// Rounds that it took part in.
     pub rounds: u32,
+    /// Drafts that were verified.
     pub drafted: u32,
+    /// Drafts that were accepted.
     pub accepted: u32,
-    /// Which drafts stand.
-    pub rule: VerifyMethod,
+    /// How its drafts are verified.
+    pub verify_method: VerifyMethod,
 }
 
 impl Sequence {
+    /// Bytes of a sequence on the device.
     pub const BYTES: usize = 128;
-    /// Where the byte is that says how many rows are verified at most.
-    pub const ROWS_AT: usize = 29;
+    /// Offset of the byte that holds [`Sequence::rows`].
+    pub const ROWS_OFFSET: usize = 29;
 
-    /// The word that says how large rounds are.
+    /// The state's word for the size of rounds: `block` in bits 0 to 7, `rows` in bits 8 to 15, `form` from
+    /// bit 16 on.
     pub fn shape(&self) -> u32 {
         self.block.min(64) | self.rows.clamp(1, 64) << 8 | (self.form as u32) << 16
     }
 
-    /// The bytes the device keeps. The first four are `active`: zeros written there alone take the sequence out.
+    /// The bytes on the device. The first four are `active`: writing zeros there removes the sequence from
+    /// rounds.
     ///
     /// # Errors
-    /// [`Error::Internal`] for more than [`STOP_IDS`] stop ids.
+    /// [`Error::Internal`] if there are more than [`STOP_IDS`] stop ids.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         if self.stop_ids.len() > STOP_IDS {
             return Err(Error::Internal(format!(
-                "{} stop ids for a device that looks for {STOP_IDS}",
+                "a sequence has {} stop ids, expected at most {STOP_IDS}",
                 self.stop_ids.len()
             )));
         }
@@ -134,14 +153,14 @@ impl Sequence {
         ];
         words.extend(&self.stop_ids);
         words.resize(16 + STOP_IDS, u32::MAX);
-        words.extend([self.rounds, self.drafted, self.accepted, self.rule as u32]);
+        words.extend([self.rounds, self.drafted, self.accepted, self.verify_method as u32]);
         Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
     }
 
-    /// This sequence as the device left it in `bytes`: what rounds change is taken from there.
+    /// This sequence with everything that rounds change read from `bytes`, the state on the device.
     ///
     /// # Errors
-    /// [`Error::Internal`] where the bytes are no sequence's.
+    /// [`Error::Internal`] if the bytes are not those of a sequence.
     pub fn updated(&self, bytes: &[u8]) -> Result<Sequence> {
         if bytes.len() != Sequence::BYTES {
             return Err(Error::Internal(format!(
@@ -169,76 +188,83 @@ impl Sequence {
 /// What a round did for a sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
-    /// Tokens emitted; none where the sequence took no part.
+    /// Emitted tokens; none if the sequence took no part.
     pub tokens: Vec<u32>,
-    /// Tokens that the verdict would have emitted without limits: accepted drafts and the one after them.
-    pub judged: u32,
+    /// Tokens that the verification gave, before stop ids and limits: accepted drafts and the token after
+    /// them.
+    pub acceptance_length: u32,
+    /// Whether and why the sequence ended.
     pub finish: Finish,
     /// Drafts that were verified.
     pub drafted: u32,
-    /// Bit `i`: row `i` of the verification is on the verdict's path.
-    pub stood: u64,
+    /// Bit `i` is set if row `i` of the verification is on the accepted path; bit 0 is the anchor.
+    pub path: u64,
 }
 
-/// The round's own kernels, for `sequences` sequences (at most 1024) in blocks of `block` rows, of which `wide` are
-/// verified, or of a tree so many (at most 64 each).
+/// The round's own kernels.
 #[derive(Debug, Clone, Copy)]
 pub struct Round {
+    /// Sequences, 1 to 1024.
     pub sequences: usize,
+    /// Rows of a block, 1 to 64.
     pub block: usize,
-    pub wide: usize,
+    /// Rows per sequence in the verification pass, of a block or a tree, 1 to 64.
+    pub max_verify_rows: usize,
 }
 
-/// The tables of a round's passes, as `round_begin` writes them.
+/// The tables of a round's passes; [`Round::begin`] writes them.
 #[derive(Debug, Clone, Copy)]
 pub struct Tables<'a> {
-    /// `[sequences][block]` u32: anchor and masks; `u32::MAX` is padding.
+    /// `[sequences][block]` u32: the drafter's input, anchor and mask tokens; `u32::MAX` is padding.
     pub draft_tokens: &'a Buffer,
-    /// `[2][sequences][block]` `Row`: first the pending features, at the drafter's positions and slots, then the block.
+    /// `[2][sequences][block]` `Row`: first those of the pending features, at the drafter's positions and
+    /// slots, then those of the block.
     pub draft_rows: &'a Buffer,
-    /// `[sequences][block]` u32: for each pending feature its row of the last verification pass; `u32::MAX` is padding.
+    /// `[sequences][block]` u32: the row of the last verification pass that each pending feature comes from;
+    /// `u32::MAX` is padding.
     pub features: &'a Buffer,
-    /// `[sequences]` `Span`: what the block's rows see of the drafter's pages; no rows where nothing is drafted.
+    /// `[sequences]` `Span` of the drafter's pass; no rows if nothing is drafted.
     pub draft_spans: &'a Buffer,
-    /// `[sequences][wide]` `Row`
+    /// `[sequences][max_verify_rows]` `Row` of the verification pass.
     pub verify_rows: &'a Buffer,
-    /// `[sequences]` `Span`
+    /// `[sequences]` `Span` of the verification pass.
     pub verify_spans: &'a Buffer,
-    /// `[3]` u32: the round's number, to be 0 before the first; sequences that take part; rows per sequence of the last
-    /// verification, which [`Round::finish`] writes.
+    /// `[3]` u32: the round's number, 0 before the first; the number of sequences that take part; rows per
+    /// sequence of the last verification, which [`Round::finish`] writes.
     pub round_header: &'a Buffer,
 }
 
-/// Records of the last few rounds, in memory that the host reads without waiting.
+/// The records of the last few rounds, in pinned memory that the host reads without waiting.
 pub struct Ring {
+    /// `[rounds][sequences]` records.
     pub memory: Pinned,
     sequences: usize,
-    wide: usize,
-    places: usize,
+    max_verify_rows: usize,
+    rounds: usize,
 }
 
 impl Round {
     /// Bytes that [`Round::begin`] must move.
     pub fn begin_bytes(&self) -> u64 {
-        (self.sequences * (48 + self.block * 44 + self.wide * 16)) as u64
+        (self.sequences * (48 + self.block * 44 + self.max_verify_rows * 16)) as u64
     }
 
     /// Bytes that [`Round::tokens`] must move.
     pub fn tokens_bytes(&self) -> u64 {
-        (self.sequences * (12 + self.wide * 8)) as u64
+        (self.sequences * (12 + self.max_verify_rows * 8)) as u64
     }
 
-    /// Bytes that [`Round::finish`] must move where all drafts stand.
+    /// Bytes that [`Round::finish`] must move if all drafts are accepted.
     pub fn finish_bytes(&self) -> u64 {
-        (self.sequences * (180 + self.wide * 12)) as u64
+        (self.sequences * (180 + self.max_verify_rows * 12)) as u64
     }
 
-    /// Makes the tables. `sequences` `[sequences]` [`Sequence`]; `path` `[sequences][..]` as the last verdict left it, with
-    /// as many columns as `tables.round_header` says; without `drafts` every sequence takes a AR step; `mask`: the drafter's
-    /// mask token.
+    /// Writes the tables. `sequences` `[sequences]` [`Sequence`]. `path` `[sequences][columns]` u32: the path
+    /// of the last verification, with as many columns as `tables.round_header` says. Without `drafts` every
+    /// sequence takes an AR step. `mask`: the drafter's mask token.
     ///
     /// # Errors
-    /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
+    /// [`Error::Internal`] if a buffer is too small or a size is out of range; device errors.
     pub fn begin(
         &self,
         device: &dyn Device,
@@ -248,42 +274,41 @@ impl Round {
         drafts: bool,
         mask: u32,
     ) -> Result<()> {
-        const NAME: &str = "round_begin";
-        let Round { sequences: count, block, wide } = *self;
-        check_shape(NAME, count, block)?;
-        check_shape(NAME, count, wide)?;
-        at_least(NAME, "draft_tokens", tables.draft_tokens, count * block * 4)?;
-        aligned(NAME, "draft_rows", tables.draft_rows, 2 * count * block * 16)?;
-        at_least(NAME, "features", tables.features, count * block * 4)?;
-        aligned(NAME, "draft_spans", tables.draft_spans, count * 8)?;
-        aligned(NAME, "verify_rows", tables.verify_rows, count * wide * 16)?;
-        aligned(NAME, "verify_spans", tables.verify_spans, count * 8)?;
-        at_least(NAME, "round_header", tables.round_header, 12)?;
-        aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
-        at_least(NAME, "path", path, count * wide * 4)?;
+        let Round { sequences: count, block, max_verify_rows: rows } = *self;
+        let Tables {
+            draft_tokens,
+            draft_rows,
+            features,
+            draft_spans,
+            verify_rows,
+            verify_spans,
+            round_header,
+        } = tables;
+        let check = Check("round_begin");
+        check.blocks(count, block)?;
+        check.blocks(count, rows)?;
+        check.at_least("draft_tokens", draft_tokens, count * block * 4)?;
+        check.aligned("draft_rows", draft_rows, 2 * count * block * ROW_BYTES)?;
+        check.at_least("features", features, count * block * 4)?;
+        check.aligned("draft_spans", draft_spans, count * SPAN_BYTES)?;
+        check.aligned("verify_rows", verify_rows, count * rows * ROW_BYTES)?;
+        check.aligned("verify_spans", verify_spans, count * SPAN_BYTES)?;
+        check.at_least("round_header", round_header, HEADER_BYTES)?;
+        check.aligned("sequences", sequences, count * Sequence::BYTES)?;
+        check.at_least("path", path, count * rows * 4)?;
         let columns = (path.bytes() / (count * 4)).min(64);
-        let args = [
-            tables.draft_tokens.into(),
-            tables.draft_rows.into(),
-            tables.features.into(),
-            tables.draft_spans.into(),
-            tables.verify_rows.into(),
-            tables.verify_spans.into(),
-            tables.round_header.into(),
-            sequences.into(),
-            path.into(),
-            (block as u32).into(),
-            (wide as u32).into(),
-            (columns as u32).into(),
-            u32::from(drafts).into(),
-            mask.into(),
-        ];
+        let outputs =
+            [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, round_header];
+        let buffers = outputs.into_iter().chain([sequences, path]);
+        let mut args = args(buffers, [block, rows, columns, usize::from(drafts)]);
+        args.push(mask.into());
         device.launch(&BEGIN, [count as u32, 1, 1], 0, &args)
     }
 
-    /// `tokens` `[sequences][wide]` u32 of the verification pass: anchor, drafts, `u32::MAX` as padding. `drafts`
-    /// `[sequences][block]` u32: what the drafter chose at each row of the block; row 0's is not used. `spans`
-    /// `[sequences]` `Span`: of the verification.
+    /// Writes `tokens` `[sequences][max_verify_rows]` u32 of the verification pass: anchor, drafts,
+    /// `u32::MAX` as padding. `drafts` `[sequences][block]` u32: the drafter's choice at each row of the
+    /// block; that of row 0 is not used. `sequences` `[sequences]` [`Sequence`]. `spans` `[sequences]` `Span`
+    /// of the verification pass.
     ///
     /// # Errors
     /// As [`Round::begin`].
@@ -295,133 +320,118 @@ impl Round {
         sequences: &Buffer,
         spans: &Buffer,
     ) -> Result<()> {
-        const NAME: &str = "round_tokens";
-        let Round { sequences: count, block, wide } = *self;
-        check_shape(NAME, count, block)?;
-        check_shape(NAME, count, wide)?;
-        at_least(NAME, "tokens", tokens, count * wide * 4)?;
-        at_least(NAME, "drafts", drafts, count * block * 4)?;
-        aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
-        aligned(NAME, "spans", spans, count * 8)?;
-        let mut args = vec![tokens.into(), drafts.into(), sequences.into(), spans.into()];
-        args.extend([block, wide].map(|n| Arg::U32(n as u32)));
+        let Round { sequences: count, block, max_verify_rows: rows } = *self;
+        let check = Check("round_tokens");
+        check.blocks(count, block)?;
+        check.blocks(count, rows)?;
+        check.at_least("tokens", tokens, count * rows * 4)?;
+        check.at_least("drafts", drafts, count * block * 4)?;
+        check.aligned("sequences", sequences, count * Sequence::BYTES)?;
+        check.aligned("spans", spans, count * SPAN_BYTES)?;
+        let args = args([tokens, drafts, sequences, spans], [block, rows]);
         device.launch(&TOKENS, [count as u32, 1, 1], 0, &args)
     }
 
-    /// Brings `sequences` up to date with the verdict on `tokens` `[sequences][wide]`, and writes the round's records.
-    /// `round_header` as [`Round::begin`] left it. `spans` `[sequences]` `Span`: how many rows of each were verified.
+    /// Updates `sequences` `[sequences]` [`Sequence`] with the result of the verification, and writes the
+    /// round's records. `round_header` as [`Round::begin`] left it. `tokens` `[sequences][max_verify_rows]`
+    /// u32: the verified tokens. `spans` `[sequences]` `Span` of the verification pass.
     ///
     /// # Errors
     /// As [`Round::begin`].
-    #[allow(clippy::too_many_arguments)] // what a kernel takes
+    #[allow(clippy::too_many_arguments)] // the kernel's arguments
     pub fn finish(
         &self,
         device: &dyn Device,
         sequences: &Buffer,
         ring: &Ring,
         round_header: &Buffer,
-        verdict: Verdict<'_>,
+        output: VerifyOutput<'_>,
         tokens: &Buffer,
         spans: &Buffer,
     ) -> Result<()> {
-        const NAME: &str = "round_finish";
-        let Round { sequences: count, wide, .. } = *self;
-        check_shape(NAME, count, wide)?;
-        if ring.sequences < count || ring.wide < wide {
-            return Err(Error::Internal(format!(
-                "kernel {NAME}: a ring for {} sequences of {} rows, needed is {count} of {wide}",
-                ring.sequences, ring.wide
-            )));
-        }
-        aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
-        at_least(NAME, "round_header", round_header, 12)?;
-        verdict.check(NAME, count, wide)?;
-        at_least(NAME, "tokens", tokens, count * wide * 4)?;
-        aligned(NAME, "spans", spans, count * 8)?;
-        let args = [
-            sequences.into(),
-            (&ring.memory.buffer).into(),
-            round_header.into(),
-            verdict.accepted.into(),
-            verdict.next.into(),
-            verdict.path.into(),
-            tokens.into(),
-            spans.into(),
-            (wide as u32).into(),
-            (ring.places as u32).into(),
-            (ring.sequences as u32).into(),
-            (record_words(ring.wide) as u32).into(),
-        ];
+        let Round { sequences: count, max_verify_rows: rows, .. } = *self;
+        let check = Check("round_finish");
+        check.blocks(count, rows)?;
+        check.that(
+            ring.sequences >= count && ring.max_verify_rows >= rows,
+            format_args!("a ring for {} sequences of {} rows", ring.sequences, ring.max_verify_rows),
+            format_args!("at least {count} of {rows}"),
+        )?;
+        check.aligned("sequences", sequences, count * Sequence::BYTES)?;
+        check.at_least("round_header", round_header, HEADER_BYTES)?;
+        output.check(&check, count, rows)?;
+        check.at_least("tokens", tokens, count * rows * 4)?;
+        check.aligned("spans", spans, count * SPAN_BYTES)?;
+        let mut args: Vec<Arg> = [sequences, &ring.memory.buffer, round_header].map(Arg::from).to_vec();
+        args.extend(output.buffers().map(Arg::from));
+        args.extend([tokens, spans].map(Arg::from));
+        args.extend(u32s([rows, ring.rounds, ring.sequences, record_words(ring.max_verify_rows)]));
         device.launch(&FINISH, [count as u32, 1, 1], 0, &args)
     }
 }
 
 impl Ring {
-    /// A ring for the records of `places` rounds of up to `round.wide` rows, empty.
+    /// An empty ring for the records of `rounds` rounds (1 to 65536) of up to `round.max_verify_rows` rows.
     ///
     /// # Errors
-    /// [`Error::Internal`] for sizes outside the limits of [`Round`]; else what the device says.
-    pub fn new(device: &dyn Device, round: Round, places: usize) -> Result<Ring> {
-        let Round { sequences, wide, .. } = round;
-        check_shape("round_finish", sequences, wide)?;
-        if !(1..=1 << 16).contains(&places) {
-            return Err(Error::Internal(format!("a ring of {places} rounds, possible are 1 to 65536")));
-        }
-        let memory = device.pinned(places * sequences * record_words(wide) * 4, "the ring of results")?;
-        Ok(Ring { memory, sequences, wide, places })
+    /// [`Error::Internal`] if a size is outside the limits; device errors.
+    pub fn new(device: &dyn Device, round: Round, rounds: usize) -> Result<Ring> {
+        let Round { sequences, max_verify_rows, .. } = round;
+        let check = Check("round_finish");
+        check.blocks(sequences, max_verify_rows)?;
+        let limits = 1..=1 << 16;
+        check.that(limits.contains(&rounds), format_args!("a ring of {rounds} rounds"), "1 to 65536")?;
+        let bytes = rounds * sequences * record_words(max_verify_rows) * 4;
+        let memory = device.pinned(bytes, "the ring of results")?;
+        Ok(Ring { memory, sequences, max_verify_rows, rounds })
     }
 
-    /// What round number `round` (from 1) did for `sequence`, `None` while it is on its way.
+    /// The record of round number `round` (from 1) for `sequence`; `None` until the device has written it.
     ///
-    /// A record is whole where no later round that takes its place is under way: a ring needs a place more than
-    /// rounds are enqueued before the host has read them.
+    /// A record is complete as long as no later round overwrites it. So a ring needs one round more than are
+    /// enqueued before the host has read them.
     ///
     /// # Errors
-    /// [`Error::Internal`] where a later round has taken the place, or the record makes no sense.
+    /// [`Error::Internal`] if a later round has overwritten the record, or the record is not valid.
     pub fn read(&self, round: u32, sequence: usize) -> Result<Option<Record>> {
         if sequence >= self.sequences {
-            return Err(Error::Internal(format!("the record of sequence {sequence} of {}", self.sequences)));
+            let count = self.sequences;
+            return Err(Error::Internal(format!(
+                "record of sequence {sequence}, expected less than {count}"
+            )));
         }
-        let place = round as usize % self.places;
-        let at = (place * self.sequences + sequence) * record_words(self.wide) * 4;
+        let place = round as usize % self.rounds;
+        let at = (place * self.sequences + sequence) * record_words(self.max_verify_rows) * 4;
         let word = |i: usize| self.memory.read_u32(at + i * 4);
-        let overtaken = |found: u32| {
-            Error::Internal(format!("round {round} was to be read when round {found} had taken its place"))
+        let overwritten = |found: u32| {
+            Error::Internal(format!(
+                "round {found} has overwritten the record of round {round} before it was read"
+            ))
         };
         match word(0)? {
             found if found == round => {}
             0 => return Ok(None),
             found if (found.wrapping_sub(round) as i32) < 0 => return Ok(None),
-            found => return Err(overtaken(found)),
+            found => return Err(overwritten(found)),
         }
-        let (kept, judged) = (word(1)?, word(2)?);
-        if kept as usize > self.wide {
+        let (kept, acceptance_length) = (word(1)?, word(2)?);
+        if kept as usize > self.max_verify_rows {
+            let most = self.max_verify_rows;
             return Err(Error::Internal(format!(
-                "round {round} says it emitted {kept} of {} tokens",
-                self.wide
+                "round {round} emitted {kept} tokens, expected at most {most}"
             )));
         }
         let tokens = (0..kept as usize).map(|i| word(8 + i)).collect::<Result<_>>()?;
         let (finish, drafted) = (Finish::from_word(word(3)?)?, word(4)?);
-        let stood = u64::from(word(5)?) | u64::from(word(6)?) << 32;
+        let path = u64::from(word(5)?) | u64::from(word(6)?) << 32;
         match word(0)? {
-            found if found == round => Ok(Some(Record { tokens, judged, finish, drafted, stood })),
-            found => Err(overtaken(found)),
+            found if found == round => Ok(Some(Record { tokens, acceptance_length, finish, drafted, path })),
+            found => Err(overwritten(found)),
         }
     }
 }
 
-/// Words of a record, its tokens included; a multiple of 4.
-fn record_words(wide: usize) -> usize {
-    (8 + wide).next_multiple_of(4)
-}
-
-/// The sizes that all of these kernels take.
-pub(super) fn check_shape(kernel: &str, sequences: usize, block: usize) -> Result<()> {
-    if (1..=1024).contains(&sequences) && (1..=64).contains(&block) {
-        return Ok(());
-    }
-    Err(Error::Internal(format!(
-        "kernel {kernel}: {sequences} sequences in blocks of {block} rows; possible are 1 to 1024 in blocks of 1 to 64"
-    )))
+/// Words of a record, tokens included; a multiple of 4.
+fn record_words(max_verify_rows: usize) -> usize {
+    (8 + max_verify_rows).next_multiple_of(4)
 }

@@ -1,45 +1,51 @@
-//! `cuda/spec/sample.cu`: the token each row chooses, as [`crate::spec::sampling::SamplingParams::choose`] has it.
+//! `cuda/spec/sample.cu`: the token that each row chooses, as
+//! [`SamplingParams::choose`](crate::spec::sampling::SamplingParams::choose) defines it.
 
+use super::ROW_BYTES;
+use super::check::{Check, args, u32s};
 use super::round::Sequence;
-use super::{aligned, at_least};
+use crate::Result;
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
 use crate::spec::sampling::{TABLES, Tables};
-use crate::{Error, Result};
 
 static SAMPLE: Kernel = Kernel { file: "sample", name: "sample", threads: 512, max_shared: 0 };
 
-/// Ids that one block of a race looks at.
+/// Ids per block of a sampled row.
 const SLICE: usize = 8192;
 
-/// The race's tables, `thi`, `tlo`, `rlog` and three words of padding, as the kernel wants them in memory.
+/// The sampler's tables in the kernels' layout, u32 each: `thi`, `tlo`, `rlog` of [`Tables`], and three words
+/// of padding.
 pub fn tables() -> Vec<u8> {
     let Tables { thi, tlo, rlog } = &*TABLES;
     let words = thi.iter().chain(tlo).chain(rlog).chain(&[0; 3]);
     words.flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// The token that each of `rows` rows (at most 65535) chooses among `vocab` (at most 2^26). Rows belong to `sequences`
-/// sequences; `blocks` is how many blocks of ids the rows' best are given for.
+/// Sampling of one token per row.
 #[derive(Debug, Clone, Copy)]
 pub struct Sample {
+    /// Rows, 1 to 65535.
     pub rows: usize,
+    /// Tokens, 1 to 2^26.
     pub vocab: usize,
+    /// Blocks of ids for which the LM head gives the best logit: columns of `best`.
     pub blocks: usize,
+    /// Sequences that the rows belong to.
     pub sequences: usize,
 }
 
-/// What a launch needs beyond the rows' best where some sequence has a temperature.
+/// What a launch needs besides `best` if some sequence has a temperature.
 #[derive(Debug, Clone, Copy)]
-pub struct Races<'a> {
-    /// `[rows][vocab]` f32; read for rows with a temperature only.
+pub struct SamplerInputs<'a> {
+    /// `[rows][vocab]` f32; read only for rows with a temperature.
     pub logits: &'a Buffer,
-    /// `[sequences]` [`Sequence`]
+    /// `[sequences]` [`Sequence`].
     pub sequences: &'a Buffer,
     /// [`tables`], sealed.
     pub tables: &'a Buffer,
-    /// [`Sample::workspace`] bytes, undefined.
+    /// [`Sample::workspace`] bytes, scratch.
     pub partial: &'a Buffer,
-    /// `[rows]` u32, zero; they are zero again afterwards.
+    /// `[rows]` u32 counters.
     pub counters: &'a Buffer,
 }
 
@@ -48,7 +54,7 @@ impl Sample {
         self.vocab.div_ceil(SLICE)
     }
 
-    /// Bytes of [`Races::partial`].
+    /// Bytes of [`SamplerInputs::partial`].
     pub fn workspace(&self) -> usize {
         self.rows * self.slices() * 16
     }
@@ -58,58 +64,55 @@ impl Sample {
         (self.rows * (self.blocks * 8 + 16 + 4)) as u64
     }
 
-    /// Bytes a launch must move whose rows all have a temperature, and neither top-k nor top-p.
-    pub fn race_bytes(&self) -> u64 {
+    /// Bytes a launch must move if all rows have a temperature, without top-k and top-p.
+    pub fn sampled_bytes(&self) -> u64 {
         let slice = self.blocks * 8 + tables().len() + 128;
         self.bytes() + (self.rows * (self.vocab * 4 + self.slices() * slice)) as u64
     }
 
-    /// `choice` `[rows]` u32: the chosen token, `u32::MAX` for a row without a sequence and for a damaged one. `best`
-    /// `[rows][blocks]` u64: per block of ids the largest `ascending(logit) << 32 | !id`, all ones where a logit is NaN
-    /// or +inf; it must be what `logits` say. `table` `[rows]`: `Row`s (cuda/common/rows.cuh), of which sequence and position
-    /// count: the noise is that of the position after. Without `races` every row is greedy.
+    /// Writes `choice` `[rows]` u32: the chosen token, `u32::MAX` for damaged rows and rows without a
+    /// sequence.
+    ///
+    /// `best` `[rows][blocks]` u64: see [`super::head::Head::launch`]; it must agree with `logits`.
+    /// `row_table` `[rows]` `Row`: the kernel reads sequence and position, and samples with the noise of the
+    /// position after it. Without `inputs` every row is greedy.
     ///
     /// # Errors
-    /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
+    /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
     pub fn launch(
         &self,
         device: &dyn Device,
         choice: &Buffer,
         best: &Buffer,
-        table: &Buffer,
-        races: Option<Races<'_>>,
+        row_table: &Buffer,
+        inputs: Option<SamplerInputs<'_>>,
     ) -> Result<()> {
         let Sample { rows, vocab, blocks, sequences } = *self;
-        if !(1..=65535).contains(&rows)
-            || !(1..=1 << 26).contains(&vocab)
-            || !(1..=vocab).contains(&blocks)
-            || sequences == 0
-        {
-            return Err(Error::Internal(format!(
-                "kernel sample: {rows} rows, {vocab} tokens in {blocks} blocks, {sequences} sequences; possible are 1 \
-                 to 65535 rows and 1 to 2^26 tokens"
-            )));
-        }
-        at_least("sample", "choice", choice, rows * 4)?;
-        aligned("sample", "best", best, rows * blocks * 8)?;
-        aligned("sample", "rows", table, rows * 16)?;
+        let check = Check("sample");
+        check.that(
+            (1..=65535).contains(&rows) && sequences > 0,
+            format_args!("{rows} rows of {sequences} sequences"),
+            "1 to 65535 rows of at least one sequence",
+        )?;
+        check.best(vocab, blocks)?;
+        check.at_least("choice", choice, rows * 4)?;
+        check.aligned("best", best, rows * blocks * 8)?;
+        check.aligned("rows", row_table, rows * ROW_BYTES)?;
         let mut slices = 1;
-        let mut pointers = [Arg::Null, Arg::Null, Arg::Null, Arg::Null, Arg::Null];
-        if let Some(races) = races {
-            aligned("sample", "logits", races.logits, rows * vocab * 4)?;
-            aligned("sample", "sequences", races.sequences, sequences * Sequence::BYTES)?;
-            aligned("sample", "tables", races.tables, tables().len())?;
-            aligned("sample", "partial", races.partial, self.workspace())?;
-            at_least("sample", "counters", races.counters, rows * 4)?;
+        let mut pointers = [const { Arg::Null }; 5];
+        if let Some(SamplerInputs { logits, sequences: states, tables: sealed, partial, counters }) = inputs {
+            check.aligned("logits", logits, rows * vocab * 4)?;
+            check.aligned("sequences", states, sequences * Sequence::BYTES)?;
+            check.aligned("tables", sealed, tables().len())?;
+            check.aligned("partial", partial, self.workspace())?;
+            check.at_least("counters", counters, rows * 4)?;
             slices = self.slices();
-            pointers =
-                [races.logits, races.sequences, races.tables, races.partial, races.counters].map(Arg::from);
+            pointers = [logits, states, sealed, partial, counters].map(Arg::from);
         }
         let [logits, states, tables, partial, counters] = pointers;
-        let numbers = [sequences, blocks, vocab].map(|n| Arg::U32(n as u32));
-        let mut args =
-            vec![choice.into(), best.into(), logits, table.into(), states, tables, partial, counters];
-        args.extend(numbers);
+        let mut args = args([choice, best], []);
+        args.extend([logits, row_table.into(), states, tables, partial, counters]);
+        args.extend(u32s([sequences, blocks, vocab]));
         device.launch(&SAMPLE, [slices as u32, rows as u32, 1], 0, &args)
     }
 }

@@ -1,144 +1,149 @@
-//! `cuda/spec/siblings.cu`: trees whose siblings are drawn without replacement, as [`crate::spec::verify::sample_tree`] has them, and
-//! judged by [`crate::spec::verify::recursive`].
+//! `cuda/spec/siblings.cu`: trees whose siblings are sampled without replacement, and their verification by
+//! recursive rejection sampling. [`crate::spec::verify`] defines both.
 
-use super::round::{Sequence, check_shape};
-use super::rules::{DISTRIBUTION_BYTES, Rows, TABLE_BYTES};
-use super::verify::Verdict;
-use super::{aligned, at_least};
-use crate::gpu::device::{Arg, Buffer, Device, Kernel};
-use crate::{Error, Result};
+use super::SPAN_BYTES;
+use super::check::{Check, args};
+use super::rejection::{Rows, check_states};
+use super::verify::VerifyOutput;
+use crate::Result;
+use crate::gpu::device::{Buffer, Device, Kernel};
 
-static DRAW: Kernel = Kernel { file: "siblings", name: "sample_siblings", threads: 512, max_shared: 0 };
-static JUDGE: Kernel = Kernel { file: "siblings", name: "verify_tree", threads: 512, max_shared: 0 };
+static SAMPLE: Kernel = Kernel { file: "siblings", name: "sample_siblings", threads: 512, max_shared: 0 };
+static VERIFY: Kernel = Kernel { file: "siblings", name: "verify_tree", threads: 512, max_shared: 0 };
 
-/// The kernels for `sequences` sequences (at most 1024), over `vocab` tokens (at most 2^26): trees of up to `wide` rows,
-/// the anchor counted, from blocks of `block` rows of the drafter (each at most 64).
+/// The kernels for one tree per sequence.
 ///
-/// Sequences whose rule is `rejection` and that draw a tree, of two rows or more, take part; what there is of others is
-/// left as it is.
+/// Only sequences whose method is `rejection` and that sample a tree of at least two rows take part. The
+/// buffers of other sequences are left unchanged.
 #[derive(Debug, Clone, Copy)]
 pub struct Siblings {
+    /// Sequences, 1 to 1024.
     pub sequences: usize,
+    /// Rows of the drafter's block, 1 to 64.
     pub block: usize,
-    pub wide: usize,
+    /// Rows of a tree, anchor included, 1 to 64.
+    pub max_verify_rows: usize,
+    /// Tokens, 1 to 2^26.
     pub vocab: usize,
 }
 
-/// Trees that are drawn in a shape that is there before.
+/// Trees of a fixed shape whose tokens are sampled.
 #[derive(Debug, Clone, Copy)]
-pub struct Drawn<'a> {
-    /// `[sequences][wide]` u32: the anchor, then the drafts; `u32::MAX`: padding, or a draft whose distribution is damaged.
+pub struct SampledTrees<'a> {
+    /// `[sequences][max_verify_rows]` u32: the anchor, then the drafts; `u32::MAX` for padding and for a
+    /// draft whose distribution is damaged.
     pub tokens: &'a Buffer,
-    /// `[sequences][wide]` u32: the row that a row follows, an earlier one of the same sequence.
+    /// `[sequences][max_verify_rows]` u32: the row that each row follows, an earlier row of the same
+    /// sequence.
     pub parents: &'a Buffer,
-    /// `[sequences]` `Span`s (cuda/common/rows.cuh), of which the number of rows counts.
+    /// `[sequences]` `Span`: the number of rows of each sequence.
     pub spans: &'a Buffer,
 }
 
 impl Siblings {
-    pub(super) fn check(
+    fn check(
         &self,
-        kernel: &str,
-        trees: Drawn<'_>,
+        check: &Check,
+        trees: SampledTrees<'_>,
         drafter: Rows<'_>,
         states: &Buffer,
         tables: &Buffer,
     ) -> Result<()> {
-        let Siblings { sequences, block, wide, vocab } = *self;
-        check_shape(kernel, sequences, block)?;
-        check_shape(kernel, sequences, wide)?;
-        if !(1..=1 << 26).contains(&vocab) {
-            return Err(Error::Internal(format!("kernel {kernel}: {vocab} tokens; possible are 1 to 2^26")));
-        }
-        at_least(kernel, "tokens", trees.tokens, sequences * wide * 4)?;
-        at_least(kernel, "parents", trees.parents, sequences * wide * 4)?;
-        aligned(kernel, "spans", trees.spans, sequences * 8)?;
-        aligned(kernel, "the drafter's logits", drafter.logits, sequences * block * vocab * 4)?;
-        aligned(
-            kernel,
-            "the drafter's distributions",
-            drafter.distributions,
-            sequences * block * DISTRIBUTION_BYTES,
-        )?;
-        aligned(kernel, "sequences", states, sequences * Sequence::BYTES)?;
-        aligned(kernel, "tables", tables, TABLE_BYTES)
+        let Siblings { sequences, block, max_verify_rows, vocab } = *self;
+        check.blocks(sequences, block)?;
+        check.blocks(sequences, max_verify_rows)?;
+        check.vocab(vocab)?;
+        check.at_least("tokens", trees.tokens, sequences * max_verify_rows * 4)?;
+        check.at_least("parents", trees.parents, sequences * max_verify_rows * 4)?;
+        check.aligned("spans", trees.spans, sequences * SPAN_BYTES)?;
+        drafter.check(check, "the drafter's", sequences * block, vocab)?;
+        check_states(check, sequences, states, tables)
     }
 
-    /// The three sizes that all kernels of drawn trees take last.
-    pub(super) fn sizes(&self) -> impl Iterator<Item = Arg> {
-        [self.vocab, self.block, self.wide].into_iter().map(|n| (n as u32).into())
+    /// The sizes that all kernels of sampled trees take last.
+    pub(super) fn sizes(&self) -> [usize; 3] {
+        [self.vocab, self.block, self.max_verify_rows]
     }
 
-    /// Draws `trees.tokens`, row by row from the distributions of `drafter`, `[sequences][block]`: the rows of depth `d` from row
-    /// `d`'s, siblings in the order of their rows and each without those before it. A row for which no token is left
-    /// repeats the one before. `states` `[sequences]` [`Sequence`]: rule, seed, stream, anchor, length and rounds; `tables`
-    /// [`super::sample::tables`], sealed.
-    ///
-    /// # Errors
-    /// [`Error::Internal`] where a buffer is too small or a size outside the limits; else what the device says.
-    pub fn draw(
+    /// Launches a kernel that samples trees: this file's, or that of chains.
+    pub(super) fn sample_by(
         &self,
+        kernel: &'static Kernel,
         device: &dyn Device,
-        trees: Drawn<'_>,
+        trees: SampledTrees<'_>,
         drafter: Rows<'_>,
         states: &Buffer,
         tables: &Buffer,
     ) -> Result<()> {
-        self.check("sample_siblings", trees, drafter, states, tables)?;
-        let mut args = vec![
-            trees.tokens.into(),
-            drafter.distributions.into(),
-            drafter.logits.into(),
-            trees.parents.into(),
-            trees.spans.into(),
-            states.into(),
-            tables.into(),
-        ];
-        args.extend(self.sizes());
-        device.launch(&DRAW, [self.wide as u32, self.sequences as u32, 1], 0, &args)
+        self.check(&Check(kernel.name), trees, drafter, states, tables)?;
+        let SampledTrees { tokens, parents, spans } = trees;
+        let buffers = [tokens, drafter.distributions, drafter.logits, parents, spans, states, tables];
+        let grid = [self.max_verify_rows as u32, self.sequences as u32, 1];
+        device.launch(kernel, grid, 0, &args(buffers, self.sizes()))
     }
 
-    /// The verdict on such trees, its path `[sequences][wide]`. `target` `[sequences][wide]`: row j's logits and distribution come
-    /// after the drafts on the way to row j; the rest as [`Siblings::draw`].
+    /// Checks the arguments of a kernel that verifies trees, this file's or that of chains, and lists those
+    /// that both begin with.
+    #[allow(clippy::too_many_arguments)] // the kernel's arguments
+    pub(super) fn verify_buffers<'a>(
+        &self,
+        check: &Check,
+        output: VerifyOutput<'a>,
+        trees: SampledTrees<'a>,
+        target: Rows<'a>,
+        drafter: Rows<'a>,
+        states: &'a Buffer,
+        tables: &'a Buffer,
+    ) -> Result<Vec<&'a Buffer>> {
+        let rows = self.max_verify_rows;
+        self.check(check, trees, drafter, states, tables)?;
+        output.check(check, self.sequences, rows)?;
+        target.check(check, "the target's", self.sequences * rows, self.vocab)?;
+        let mut buffers = output.buffers().to_vec();
+        buffers.extend([target.distributions, target.logits, drafter.distributions, drafter.logits]);
+        buffers.extend([trees.tokens, trees.parents, trees.spans, states, tables]);
+        Ok(buffers)
+    }
+
+    /// Samples `trees.tokens` from the distributions of `drafter` `[sequences][block]`: rows of depth `d`
+    /// from its row `d`, siblings in the order of their rows, each without the tokens of those before it. If
+    /// no token is left, a row repeats the one before.
+    ///
+    /// `states` `[sequences]` [`super::round::Sequence`]: method, seed, stream, anchor, length and rounds.
+    /// `tables`: [`super::sample::tables`], sealed.
     ///
     /// # Errors
-    /// As [`Siblings::draw`].
-    #[allow(clippy::too_many_arguments)] // all of a verdict's inputs
-    pub fn judge(
+    /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
+    pub fn sample(
         &self,
         device: &dyn Device,
-        verdict: Verdict<'_>,
-        trees: Drawn<'_>,
+        trees: SampledTrees<'_>,
+        drafter: Rows<'_>,
+        states: &Buffer,
+        tables: &Buffer,
+    ) -> Result<()> {
+        self.sample_by(&SAMPLE, device, trees, drafter, states, tables)
+    }
+
+    /// Verifies the trees; `output.path` is `[sequences][max_verify_rows]`. `target`
+    /// `[sequences][max_verify_rows]`: row j follows the drafts on the path to row j. Everything else as for
+    /// [`Siblings::sample`].
+    ///
+    /// # Errors
+    /// As [`Siblings::sample`].
+    #[allow(clippy::too_many_arguments)] // the kernel's arguments
+    pub fn verify(
+        &self,
+        device: &dyn Device,
+        output: VerifyOutput<'_>,
+        trees: SampledTrees<'_>,
         target: Rows<'_>,
         drafter: Rows<'_>,
         states: &Buffer,
         tables: &Buffer,
     ) -> Result<()> {
-        let Siblings { sequences, wide, vocab, .. } = *self;
-        self.check("verify_tree", trees, drafter, states, tables)?;
-        verdict.check("verify_tree", sequences, wide)?;
-        aligned("verify_tree", "the target's logits", target.logits, sequences * wide * vocab * 4)?;
-        aligned(
-            "verify_tree",
-            "the target's distributions",
-            target.distributions,
-            sequences * wide * DISTRIBUTION_BYTES,
-        )?;
-        let mut args = vec![
-            verdict.accepted.into(),
-            verdict.next.into(),
-            verdict.path.into(),
-            target.distributions.into(),
-            target.logits.into(),
-            drafter.distributions.into(),
-            drafter.logits.into(),
-            trees.tokens.into(),
-            trees.parents.into(),
-            trees.spans.into(),
-            states.into(),
-            tables.into(),
-        ];
-        args.extend(self.sizes());
-        device.launch(&JUDGE, [sequences as u32, 1, 1], 0, &args)
+        let check = Check(VERIFY.name);
+        let buffers = self.verify_buffers(&check, output, trees, target, drafter, states, tables)?;
+        device.launch(&VERIFY, [self.sequences as u32, 1, 1], 0, &args(buffers, self.sizes()))
     }
 }

@@ -1,30 +1,36 @@
-//! `cuda/model/swiglu.cu`: gate and up projections of the MLP with the activation between them.
+//! `cuda/model/swiglu.cu`: gate and up projections of the MLP, and the activation.
 
-use super::linear::{Input, Launch, Needs, Shape, input_bytes, kernels, prefill};
+use super::check::Check;
+use super::linear::{Input, Kernels, Launch, Shape, input_bytes, kernels};
 use crate::Result;
-use crate::gpu::device::{Buffer, Device, Kernel};
+use crate::gpu::device::{Buffer, Device};
 
-static KERNELS: [Kernel; 5] =
-    kernels("swiglu", ["swiglu_8", "swiglu_16", "swiglu_32", "swiglu_64", "swiglu_128"]);
-static PREFILL: [Kernel; 2] = prefill(["prefill_swiglu", "prefill_swiglu_wgmma"]);
+static KERNELS: Kernels = kernels(
+    "swiglu",
+    ["swiglu_8", "swiglu_16", "swiglu_32", "swiglu_64", "swiglu_128"],
+    Some(["prefill_swiglu", "prefill_swiglu_wgmma"]),
+);
 
-/// `out = bf16(silu(gate) * up)`, gate and up the two halves of `rstd * (in W^T)`.
+/// `out = bf16(silu(gate) * up)`; gate and up are the two halves of `rstd * (in W^T)`.
 #[derive(Debug, Clone, Copy)]
 pub struct Swiglu {
+    /// Rows, at least 1.
     pub rows: usize,
-    /// Neurons, a multiple of 32.
+    /// Outputs: the intermediate size, a multiple of 32.
     pub inner: usize,
-    /// Inputs, a multiple of 32.
+    /// Inputs: the hidden size, a multiple of 32.
     pub k: usize,
 }
 
 impl Swiglu {
+    /// Shape of the weights, gate and up together.
     pub fn shape(&self) -> Shape {
         Shape { n: self.inner * 2, k: self.k }
     }
 
-    /// Packed row of neuron `i`'s gate and of its up: tiles of 8 and 8.
-    pub fn places(i: usize) -> (usize, usize) {
+    /// Packed rows of the weights for gate and up of neuron `i`: a tile of 16 rows has 8 gates, then their 8
+    /// ups.
+    pub fn gate_up_rows(i: usize) -> (usize, usize) {
         (i / 8 * 16 + i % 8, i / 8 * 16 + 8 + i % 8)
     }
 
@@ -33,24 +39,15 @@ impl Swiglu {
         input_bytes(self.shape(), self.rows, true) + (self.rows * self.inner * 2) as u64
     }
 
-    /// `out` `[rows][inner]` bf16; weights packed as [`Swiglu::places`] has it.
+    /// Writes `out` `[rows][inner]` bf16. The weights are packed in the order of [`Swiglu::gate_up_rows`].
     ///
     /// # Errors
-    /// [`crate::Error::Internal`] where a buffer is too small or a shape is not as stated; else what the device says.
+    /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
     pub fn launch(&self, device: &dyn Device, input: &Input, out: &Buffer) -> Result<()> {
         let Swiglu { rows, inner, .. } = *self;
-        let needs = Needs("swiglu");
-        needs.that(inner.is_multiple_of(32), "a multiple of 32", &format!("{inner} neurons"))?;
-        needs.buffer("out", out, rows * inner * 2)?;
-        let launch = Launch {
-            kernels: &KERNELS,
-            prefill: Some(&PREFILL),
-            shape: self.shape(),
-            rows,
-            input,
-            gather: None,
-            first_block: 0,
-        };
-        launch.run(device, &[out.into()])
+        let check = Check("swiglu");
+        check.that(inner.is_multiple_of(32), format_args!("{inner} neurons"), "a multiple of 32")?;
+        check.aligned("out", out, rows * inner * 2)?;
+        Launch::new(&KERNELS, self.shape(), rows, input).run(device, &[out.into()])
     }
 }

@@ -1,56 +1,64 @@
-//! `cuda/spec/tree.cu`: draft trees from a drafter's choices, as [`crate::spec::tree::Tree::best_first`] has them.
+//! `cuda/spec/tree.cu`: draft trees from a drafter's choices, as
+//! [`Tree::best_first`](crate::spec::tree::Tree::best_first) defines them.
 
-use super::round::{Sequence, check_shape};
-use super::{aligned, at_least};
+use super::check::{Check, args};
+use super::round::Sequence;
+use super::{ROW_BYTES, SPAN_BYTES};
+use crate::Result;
 use crate::gpu::device::{Buffer, Device, Kernel};
 use crate::spec::tree::MOST_ROWS;
-use crate::{Error, Result};
 
 static BUILD: Kernel = Kernel { file: "tree", name: "tree_build", threads: 32, max_shared: 0 };
 
-/// Trees of up to `wide` rows, the anchor counted (1 to 64), for `sequences` sequences (at most 1024) from blocks of
-/// `block` drafted rows (at most 64), of each of which the `most` (1 to 63) best choices are known.
+/// Building of one tree per sequence.
 #[derive(Debug, Clone, Copy)]
 pub struct TreeBuild {
+    /// Sequences, 1 to 1024.
     pub sequences: usize,
+    /// Rows of the drafter's block, 1 to 64.
     pub block: usize,
-    pub wide: usize,
-    pub most: usize,
+    /// Rows of a tree, anchor included, 1 to 64.
+    pub max_verify_rows: usize,
+    /// Choices that are known of each row of a block, 1 to 63.
+    pub per_row: usize,
 }
 
-/// Where trees go; padding beyond a sequence's rows is `u32::MAX` in tokens and rows, and 0 elsewhere.
+/// Where trees are written. Padding beyond a sequence's rows is `u32::MAX` in `tokens` and `row_table`, 0
+/// elsewhere.
 #[derive(Debug, Clone, Copy)]
 pub struct Trees<'a> {
-    /// `[sequences][wide]` u32: the anchor, then the drafts. Where a draft's row is damaged, the tree has two rows, and
-    /// the second token is `u32::MAX`.
+    /// `[sequences][max_verify_rows]` u32: the anchor, then the drafts. If a draft's row is damaged, the tree
+    /// has two rows and its second token is `u32::MAX`.
     pub tokens: &'a Buffer,
-    /// `[sequences][wide]` u32: the row that a row follows, of the same sequence.
+    /// `[sequences][max_verify_rows]` u32: the row that each row follows, of the same sequence.
     pub parents: &'a Buffer,
-    /// `[sequences][wide]` u64: bit `j`: row `j` is on the way to this one, or is this one.
+    /// `[sequences][max_verify_rows]` u64: bit `j` is set if row `j` is the row itself or one of its
+    /// ancestors.
     pub masks: &'a Buffer,
-    /// `[sequences][wide]` `Row` (cuda/common/rows.cuh) of the pass that verifies: positions by depth, slots by row.
+    /// `[sequences][max_verify_rows]` `Row` of the verification pass: positions by depth, slots by row.
     pub table: &'a Buffer,
-    /// `[sequences]` `Span`
+    /// `[sequences]` `Span` of the verification pass.
     pub spans: &'a Buffer,
 }
 
 impl TreeBuild {
-    /// Bytes a launch must move where all trees are full.
+    /// Bytes a launch must move if all trees are full.
     pub fn bytes(&self) -> u64 {
-        let TreeBuild { sequences, block, wide, most } = *self;
-        (sequences * ((block - 1) * (most * 4 + 4) + wide * 36 + 40)) as u64
+        let TreeBuild { sequences, block, max_verify_rows, per_row } = *self;
+        (sequences * ((block - 1) * (per_row * 4 + 4) + max_verify_rows * 36 + 40)) as u64
     }
 
-    /// `choices` `[sequences][block][most]` (token, cost) and `counts` `[sequences][block]` as
-    /// [`super::choices::Choices::launch`] leaves them; row `j` of a block are the choices for the `j`-th token behind the
-    /// anchor, row 0 is not read. `sequences` `[sequences]` [`Sequence`]: how deep a tree may be is as many rows as a
-    /// block may have. `drafts` `[sequences][block]` u32, of those that draft chains: the drafts of a block, row 0 not read;
-    /// their rows follow each other. `typical` `[most]` u32, of trees whose tokens are to be drawn:
-    /// [`crate::spec::tree::typical`] of each place; their tokens are left `u32::MAX`.
+    /// `choices` `[sequences][block][per_row]` (token, cost) u32 and `counts` `[sequences][block]` u32 as
+    /// [`super::choices::Choices::launch`] writes them: row `j` of a block has the choices for the `j`-th
+    /// token after the anchor, row 0 is not read. `sequences` `[sequences]` [`Sequence`]: a tree is at most
+    /// as deep as a block of the sequence has drafts. `drafts` `[sequences][block]` u32: the drafts of
+    /// sequences that draft chains, row 0 not read; they become a tree without branches. `typical`
+    /// `[per_row]` u32: for trees whose tokens are sampled later, [`crate::spec::tree::typical`] of each
+    /// place among siblings; their tokens are set to `u32::MAX`.
     ///
     /// # Errors
-    /// [`Error::Internal`] where a buffer is too small or a size outside the limits above; else what the device says.
-    #[allow(clippy::too_many_arguments)] // what a kernel takes
+    /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
+    #[allow(clippy::too_many_arguments)] // the kernel's arguments
     pub fn launch(
         &self,
         device: &dyn Device,
@@ -61,39 +69,26 @@ impl TreeBuild {
         typical: &Buffer,
         sequences: &Buffer,
     ) -> Result<()> {
-        const NAME: &str = "tree_build";
-        let TreeBuild { sequences: count, block, wide, most } = *self;
-        check_shape(NAME, count, block)?;
-        if !(1..=MOST_ROWS).contains(&wide) || !(1..MOST_ROWS).contains(&most) {
-            return Err(Error::Internal(format!(
-                "kernel {NAME}: trees of {wide} rows from {most} choices each; possible are 1 to 64 from 1 to 63"
-            )));
-        }
-        at_least(NAME, "tokens", trees.tokens, count * wide * 4)?;
-        at_least(NAME, "parents", trees.parents, count * wide * 4)?;
-        aligned(NAME, "masks", trees.masks, count * wide * 8)?;
-        aligned(NAME, "table", trees.table, count * wide * 16)?;
-        aligned(NAME, "spans", trees.spans, count * 8)?;
-        aligned(NAME, "choices", choices, count * block * most * 8)?;
-        at_least(NAME, "counts", counts, count * block * 4)?;
-        at_least(NAME, "drafts", drafts, count * block * 4)?;
-        at_least(NAME, "typical", typical, most * 4)?;
-        aligned(NAME, "sequences", sequences, count * Sequence::BYTES)?;
-        let args = [
-            trees.tokens.into(),
-            trees.parents.into(),
-            trees.masks.into(),
-            trees.table.into(),
-            trees.spans.into(),
-            choices.into(),
-            counts.into(),
-            drafts.into(),
-            typical.into(),
-            sequences.into(),
-            (block as u32).into(),
-            (wide as u32).into(),
-            (most as u32).into(),
-        ];
-        device.launch(&BUILD, [count as u32, 1, 1], 0, &args)
+        let TreeBuild { sequences: count, block, max_verify_rows: rows, per_row } = *self;
+        let check = Check("tree_build");
+        check.blocks(count, block)?;
+        check.that(
+            (1..=MOST_ROWS).contains(&rows) && (1..MOST_ROWS).contains(&per_row),
+            format_args!("trees of {rows} rows from {per_row} choices each"),
+            "1 to 64 rows from 1 to 63 choices",
+        )?;
+        check.at_least("tokens", trees.tokens, count * rows * 4)?;
+        check.at_least("parents", trees.parents, count * rows * 4)?;
+        check.aligned("masks", trees.masks, count * rows * 8)?;
+        check.aligned("table", trees.table, count * rows * ROW_BYTES)?;
+        check.aligned("spans", trees.spans, count * SPAN_BYTES)?;
+        check.aligned("choices", choices, count * block * per_row * 8)?;
+        check.at_least("counts", counts, count * block * 4)?;
+        check.at_least("drafts", drafts, count * block * 4)?;
+        check.at_least("typical", typical, per_row * 4)?;
+        check.aligned("sequences", sequences, count * Sequence::BYTES)?;
+        let Trees { tokens, parents, masks, table, spans } = trees;
+        let buffers = [tokens, parents, masks, table, spans, choices, counts, drafts, typical, sequences];
+        device.launch(&BUILD, [count as u32, 1, 1], 0, &args(buffers, [block, rows, per_row]))
     }
 }

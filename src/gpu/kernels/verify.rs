@@ -1,78 +1,83 @@
-//! `cuda/spec/verify.cu`: which drafts stand, as [`crate::spec::sampling::judge`] and [`crate::spec::sampling::walk`] have it.
+//! `cuda/spec/verify.cu`: verification by the method `match`. It accepts drafts as long as they equal the
+//! token that the target chose in their place, as [`crate::spec::sampling`] defines it for chains and for
+//! trees.
 
-use super::round::check_shape;
-use super::{aligned, at_least};
+use super::SPAN_BYTES;
+use super::check::{Check, or_null, u32s};
 use crate::Result;
-use crate::gpu::device::{Arg, Buffer, Device, Kernel};
+use crate::gpu::device::{Buffer, Device, Kernel};
 
 static VERIFY: Kernel = Kernel { file: "verify", name: "verify", threads: 32, max_shared: 0 };
 
-/// The verdict on `sequences` blocks of `block` rows (at most 64).
+/// Verification of one chain or tree per sequence.
 #[derive(Debug, Clone, Copy)]
 pub struct Verify {
+    /// Sequences, 1 to 1024.
     pub sequences: usize,
+    /// Rows per sequence, anchor included, 1 to 64.
     pub block: usize,
 }
 
-/// Where a verdict goes.
+/// The result of a verification, the same for all methods.
 #[derive(Debug, Clone, Copy)]
-pub struct Verdict<'a> {
-    /// `[sequences]` u32: drafts that stand.
+pub struct VerifyOutput<'a> {
+    /// `[sequences]` u32: number of accepted drafts.
     pub accepted: &'a Buffer,
-    /// `[sequences]` u32: the token after them; `u32::MAX` where its row is damaged or the sequence takes no part.
+    /// `[sequences]` u32: the token that follows the accepted drafts (correction or bonus); `u32::MAX` if the
+    /// row that it comes from is damaged or the sequence takes no part.
     pub next: &'a Buffer,
-    /// `[sequences][block]` u32: rows of the block on the way there, 0 first; `u32::MAX` beyond `accepted + 1` of them.
+    /// `[sequences][block]` u32: the rows from the anchor (row 0) to the last accepted draft, `accepted + 1`
+    /// of them, then `u32::MAX`.
     pub path: &'a Buffer,
 }
 
-impl Verdict<'_> {
-    pub(super) fn check(&self, kernel: &str, sequences: usize, block: usize) -> Result<()> {
-        at_least(kernel, "accepted", self.accepted, sequences * 4)?;
-        at_least(kernel, "next", self.next, sequences * 4)?;
-        at_least(kernel, "path", self.path, sequences * block * 4)
+impl<'a> VerifyOutput<'a> {
+    pub(super) fn check(&self, check: &Check, sequences: usize, block: usize) -> Result<()> {
+        check.at_least("accepted", self.accepted, sequences * 4)?;
+        check.at_least("next", self.next, sequences * 4)?;
+        check.at_least("path", self.path, sequences * block * 4)
+    }
+
+    /// In the order in which kernels take them.
+    pub(super) fn buffers(&self) -> [&'a Buffer; 3] {
+        [self.accepted, self.next, self.path]
     }
 }
 
 impl Verify {
-    /// Bytes a launch must move, trees' parents counted.
+    /// Bytes a launch must move, parents included.
     pub fn bytes(&self) -> u64 {
         (self.sequences * (self.block * 16 + 16)) as u64
     }
 
-    /// `choices` and `tokens` `[sequences][block]` u32: what the target chose at each row, and the anchor and the drafts;
-    /// `parents` `[sequences][block]` u32: the row that a draft follows, none for chains; `spans` `[sequences]`: `Span`s
-    /// (cuda/common/rows.cuh), of which the number of rows counts.
+    /// `choices` `[sequences][block]` u32: the target's choice at each row. `tokens` `[sequences][block]`
+    /// u32: the anchor and the drafts. `parents` `[sequences][block]` u32: the row that each draft follows;
+    /// `None` for chains. `spans` `[sequences]` `Span`: the number of rows of each sequence.
     ///
     /// # Errors
-    /// [`crate::Error::Internal`] where a buffer is too small or a size outside the limits; else what the device says.
+    /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
     pub fn launch(
         &self,
         device: &dyn Device,
-        verdict: Verdict<'_>,
+        output: VerifyOutput<'_>,
         choices: &Buffer,
         tokens: &Buffer,
         parents: Option<&Buffer>,
         spans: &Buffer,
     ) -> Result<()> {
         let Verify { sequences, block } = *self;
-        check_shape("verify", sequences, block)?;
-        verdict.check("verify", sequences, block)?;
-        at_least("verify", "choices", choices, sequences * block * 4)?;
-        at_least("verify", "tokens", tokens, sequences * block * 4)?;
-        aligned("verify", "spans", spans, sequences * 8)?;
+        let check = Check("verify");
+        check.blocks(sequences, block)?;
+        output.check(&check, sequences, block)?;
+        check.at_least("choices", choices, sequences * block * 4)?;
+        check.at_least("tokens", tokens, sequences * block * 4)?;
+        check.aligned("spans", spans, sequences * SPAN_BYTES)?;
         if let Some(parents) = parents {
-            at_least("verify", "parents", parents, sequences * block * 4)?;
+            check.at_least("parents", parents, sequences * block * 4)?;
         }
-        let args = [
-            verdict.accepted.into(),
-            verdict.next.into(),
-            verdict.path.into(),
-            choices.into(),
-            tokens.into(),
-            parents.map_or(Arg::Null, Arg::from),
-            spans.into(),
-            (block as u32).into(),
-        ];
+        let mut args: Vec<_> = output.buffers().map(Into::into).to_vec();
+        args.extend([choices.into(), tokens.into(), or_null(parents), spans.into()]);
+        args.extend(u32s([block]));
         device.launch(&VERIFY, [sequences as u32, 1, 1], 0, &args)
     }
 }

@@ -1,6 +1,6 @@
 //! The linear kernels at a model's shapes.
 
-use super::values::{BenchFixtures, Drawn, close, ends, floats_of, halves_of, longs_of, spots};
+use super::values::{BenchFixtures, RandomArray, close, ends, floats_of, halves_of, longs_of, spots};
 use super::{Case, PROMPT, Ready};
 use dflash::checkpoint::config::{self, DrafterConfig, TargetConfig};
 use dflash::checkpoint::pair::Pair;
@@ -8,27 +8,29 @@ use dflash::gpu::device::Buffer;
 use dflash::gpu::kernels::PAGE;
 use dflash::gpu::kernels::head::Head;
 use dflash::gpu::kernels::inject::Inject;
-use dflash::gpu::kernels::linear::{Input, PASS, Prompt, Shape, Workspace};
-use dflash::gpu::kernels::project::{Project, Projected};
-use dflash::gpu::kernels::qkv::{Places, Qkv};
+use dflash::gpu::kernels::linear::{Input, PASS, PrefillKernel, Shape, Workspace};
+use dflash::gpu::kernels::project::{Project, ProjectBuffers};
+use dflash::gpu::kernels::qkv::{Qkv, QkvBuffers};
 use dflash::gpu::kernels::swiglu::Swiglu;
 use dflash::{Error, Result};
 use serde_json::json;
 use std::rc::Rc;
 
-/// Rounding to bf16 alone makes up to 2^-9 = 1.95e-3.
+/// Bound of the relative error of results in bf16: rounding alone gives up to 2^-9 = 1.95e-3.
 const ROUNDED: f64 = 3e-3;
-/// The slot and position of the first row that goes to a cache.
+/// Slot and position of the first row that goes to the cache.
 const FIRST: usize = 5;
 
-/// Of a result in f32: tensor cores cut off instead of rounding, once per product of 16.
+/// Bound of the relative error of results in f32: tensor cores truncate instead of rounding, once per product
+/// of 16.
 fn exact(k: usize) -> f64 {
     1e-5 * (k as f64 / 4096.0).max(1.0)
 }
 
-/// Every linear launch of a round for each of `rows`, and of a prompt's chunk. The drafter's are those whose shapes are
-/// not the target's. `prompts`: the kernels for prompts that the device has.
-pub fn cases(pair: &Pair, rows: &[usize], prompts: &[Prompt]) -> Vec<Case> {
+/// The linear launches of a round for each of `rows`, and those of a chunk of a prompt. Of the drafter's
+/// layers, those whose shapes differ from the target's. `prompts`: the kernels for prompts that run on the
+/// device.
+pub fn cases(pair: &Pair, rows: &[usize], prompts: &[PrefillKernel]) -> Vec<Case> {
     let target = &pair.target.config;
     let mut all = vec![];
     for &rows in rows {
@@ -37,7 +39,7 @@ pub fn cases(pair: &Pair, rows: &[usize], prompts: &[Prompt]) -> Vec<Case> {
         all.push(head("target: lm_head with logits", target, &target.stack, (1.0, None), rows, true));
     }
     for &prompt in prompts {
-        all.extend(stack(&of_prompt("target", prompt), &target.stack, None, PROMPT, Some(prompt)));
+        all.extend(stack(&prompt_name("target", prompt), &target.stack, None, PROMPT, Some(prompt)));
     }
     let Some(drafter) = &pair.drafter else { return all };
     let c = &drafter.config;
@@ -56,28 +58,28 @@ pub fn cases(pair: &Pair, rows: &[usize], prompts: &[Prompt]) -> Vec<Case> {
         }
     }
     for &prompt in prompts {
-        let drafter = of_prompt("drafter", prompt);
+        let drafter = prompt_name("drafter", prompt);
         all.push(inject(&format!("{drafter}: fc"), c, PROMPT, Some(prompt)));
         all.push(qkv(&format!("{drafter}: keys and values"), &c.stack, PROMPT, Some(prompt), true));
     }
     all
 }
 
-/// What a model's layers are called with a prompt's rows, by the kernels that multiply them.
-fn of_prompt(model: &str, prompt: Prompt) -> String {
+/// The name of a model's layers for a prompt's rows, by kernel.
+fn prompt_name(model: &str, prompt: PrefillKernel) -> String {
     match prompt {
-        Prompt::Warps => format!("{model} prompt"),
-        Prompt::Warpgroups => format!("{model} prompt wgmma"),
+        PrefillKernel::Mma => format!("{model} prompt"),
+        PrefillKernel::Wgmma => format!("{model} prompt wgmma"),
     }
 }
 
-/// A layer's four, but for those that `known` has too.
+/// The four linear launches of a layer, except those whose shapes `known` has too.
 fn stack(
     model: &str,
     c: &config::Stack,
     known: Option<&config::Stack>,
     rows: usize,
-    prompt: Option<Prompt>,
+    prompt: Option<PrefillKernel>,
 ) -> Vec<Case> {
     let heads = |c: &config::Stack| (c.hidden, c.heads, c.kv_heads, c.head_dim, c.qk_norm);
     let shapes = |c: &config::Stack| c.shapes();
@@ -99,11 +101,12 @@ fn stack(
     all
 }
 
-/// A case of weights that are multiplied with `rows`. `bytes`: the launcher's, which has the weights once per pass;
-/// a prompt's passes run side by side, so that one reading from memory could serve them all.
+/// A case that multiplies weights with `rows`. `bytes`: the launcher's, which count the weights once per
+/// pass. For a prompt they count once: its passes run at the same time, so that one read from memory could
+/// serve them all.
 fn case(
     name: &str,
-    (rows, prompt): (usize, Option<Prompt>),
+    (rows, prompt): (usize, Option<PrefillKernel>),
     (weights, bytes): (usize, u64),
     make: impl for<'d> Fn(&BenchFixtures<'d>) -> Result<Ready<'d>> + 'static,
 ) -> Case {
@@ -117,33 +120,33 @@ fn case(
     }
 }
 
-/// What all of them read.
+/// The inputs of a linear layer.
 struct Layer {
     shape: Shape,
-    w: Drawn,
+    w: RandomArray,
     weights: Vec<Buffer>,
-    x: Drawn,
-    sumsq: Option<Drawn>,
+    x: RandomArray,
+    sumsq: Option<RandomArray>,
     eps: f32,
-    prompt: Option<Prompt>,
+    prompt: Option<PrefillKernel>,
     workspace: Workspace,
 }
 
 impl Layer {
     fn new(
-        desk: &BenchFixtures,
+        fixtures: &BenchFixtures,
         shape: Shape,
         rows: usize,
         norm: Option<f32>,
-        prompt: Option<Prompt>,
+        prompt: Option<PrefillKernel>,
     ) -> Result<Layer> {
         let Shape { k, .. } = shape;
         let scale = (k as f32).sqrt().recip();
-        let (w, weights) = desk.cold(shape.weight_bytes() / 2, scale, shape.weight_bytes(), "weights")?;
+        let (w, weights) = fixtures.cold(shape.weight_bytes() / 2, scale, shape.weight_bytes(), "weights")?;
         let sums = rows * k.div_ceil(PASS);
-        let sumsq = norm.map(|_| desk.floats(sums, 128.0, 10.0, "sums of squares")).transpose()?;
-        let x = desk.halves(rows * k, 1.0, "activations")?;
-        let workspace = Workspace::new(desk.device, &[(shape, rows)])?;
+        let sumsq = norm.map(|_| fixtures.floats(sums, 128.0, 10.0, "sums of squares")).transpose()?;
+        let x = fixtures.halves(rows * k, 1.0, "activations")?;
+        let workspace = Workspace::new(fixtures.device, &[(shape, rows)])?;
         Ok(Layer { shape, w, weights, x, sumsq, eps: norm.unwrap_or(0.0), prompt, workspace })
     }
 
@@ -159,7 +162,7 @@ impl Layer {
         }
     }
 
-    /// Of row `row` of x and packed row `packed` of the weights, norm included.
+    /// Product of row `row` of x and packed row `packed` of the weights, scaled by the norm.
     fn product(&self, row: usize, packed: usize) -> f64 {
         let k = self.shape.k;
         // [n / 16][k / 32][half 2][kblock 4][row 8][8]
@@ -177,24 +180,27 @@ impl Layer {
     }
 }
 
-fn project(name: &str, shape: Shape, rows: usize, prompt: Option<Prompt>) -> Case {
+fn project(name: &str, shape: Shape, rows: usize, prompt: Option<PrefillKernel>) -> Case {
     let Shape { n, k } = shape;
     let kernel = Project { rows, n, k };
-    case(name, (rows, prompt), (shape.weight_bytes(), kernel.bytes()), move |desk| {
-        let device = desk.device;
-        let layer = Rc::new(Layer::new(desk, shape, rows, None, prompt)?);
-        let (x, gain) =
-            (desk.floats(rows * n, 0.0, 1.0, "the residual stream")?, desk.floats(n, 1.0, 0.1, "gains")?);
-        let (y, sumsq) = (desk.output(rows * n * 2)?, desk.output(rows * shape.parts() * 4)?);
-        // Written in place, so that it is no constant.
-        let stream = desk.output(rows * n * 4)?;
+    case(name, (rows, prompt), (shape.weight_bytes(), kernel.bytes()), move |fixtures| {
+        let device = fixtures.device;
+        let layer = Rc::new(Layer::new(fixtures, shape, rows, None, prompt)?);
+        let (x, gain) = (
+            fixtures.floats(rows * n, 0.0, 1.0, "the residual stream")?,
+            fixtures.floats(n, 1.0, 0.1, "gains")?,
+        );
+        let (y, sumsq) = (fixtures.output(rows * n * 2)?, fixtures.output(rows * shape.parts() * 4)?);
+        // The kernel updates it in place, so it must not be the sealed one.
+        let stream = fixtures.output(rows * n * 4)?;
         device.copy(&stream, &x.buffer)?;
         let run = {
             let (layer, gain, stream, y, sumsq) =
                 (layer.clone(), gain.buffer.clone(), stream.clone(), y.clone(), sumsq.clone());
             move |copy: usize| {
-                let out = Projected { x: &stream, y: &y, sumsq: &sumsq, gain: &gain, features: None };
-                kernel.launch(device, &layer.input(copy), &out)
+                let buffers =
+                    ProjectBuffers { x: &stream, y: &y, sumsq: &sumsq, gain: &gain, features: None };
+                kernel.launch(device, &layer.input(copy), &buffers)
             }
         };
         let check = {
@@ -225,12 +231,12 @@ fn project(name: &str, shape: Shape, rows: usize, prompt: Option<Prompt>) -> Cas
     })
 }
 
-fn swiglu(name: &str, c: &config::Stack, rows: usize, prompt: Option<Prompt>) -> Case {
+fn swiglu(name: &str, c: &config::Stack, rows: usize, prompt: Option<PrefillKernel>) -> Case {
     let (kernel, eps) = (Swiglu { rows, inner: c.intermediate, k: c.hidden }, c.eps);
-    case(name, (rows, prompt), (kernel.shape().weight_bytes(), kernel.bytes()), move |desk| {
-        let device = desk.device;
-        let layer = Rc::new(Layer::new(desk, kernel.shape(), rows, Some(eps), prompt)?);
-        let out = desk.output(rows * kernel.inner * 2)?;
+    case(name, (rows, prompt), (kernel.shape().weight_bytes(), kernel.bytes()), move |fixtures| {
+        let device = fixtures.device;
+        let layer = Rc::new(Layer::new(fixtures, kernel.shape(), rows, Some(eps), prompt)?);
+        let out = fixtures.output(rows * kernel.inner * 2)?;
         let run = {
             let (layer, out) = (layer.clone(), out.clone());
             move |copy: usize| kernel.launch(device, &layer.input(copy), &out)
@@ -240,7 +246,7 @@ fn swiglu(name: &str, c: &config::Stack, rows: usize, prompt: Option<Prompt>) ->
             move || {
                 let found = halves_of(device, &out)?;
                 let value = |(row, i): (usize, usize)| {
-                    let (gate, up) = Swiglu::places(i);
+                    let (gate, up) = Swiglu::gate_up_rows(i);
                     let (gate, up) = (layer.product(row, gate), layer.product(row, up));
                     (found[row * kernel.inner + i], gate / (1.0 + (-gate).exp()) * up)
                 };
@@ -262,11 +268,11 @@ fn head(
 ) -> Case {
     let kernel = Head { rows, vocab: target.vocab, k: c.hidden, multiplier, softcap };
     let (shape, eps) = (kernel.shape(), c.eps);
-    case(name, (rows, None), (shape.weight_bytes(), kernel.bytes(kept)), move |desk| {
-        let device = desk.device;
-        let layer = Rc::new(Layer::new(desk, shape, rows, Some(eps), None)?);
-        let best = desk.output(rows * shape.blocks() * 8)?;
-        let logits = kept.then(|| desk.output(rows * kernel.vocab * 4)).transpose()?;
+    case(name, (rows, None), (shape.weight_bytes(), kernel.bytes(kept)), move |fixtures| {
+        let device = fixtures.device;
+        let layer = Rc::new(Layer::new(fixtures, shape, rows, Some(eps), None)?);
+        let best = fixtures.output(rows * shape.blocks() * 8)?;
+        let logits = kept.then(|| fixtures.output(rows * kernel.vocab * 4)).transpose()?;
         let run = {
             let (layer, best, logits) = (layer.clone(), best.clone(), logits.clone());
             move |copy: usize| kernel.launch(device, &layer.input(copy), &best, logits.as_ref())
@@ -292,7 +298,7 @@ fn head(
                     if !ids.contains(&id) {
                         return Err(Error::Internal(format!("the best of ids {ids:?} is {id}")));
                     }
-                    // Another id may have the same logit but for rounding.
+                    // Up to rounding, another id may have the same logit: compare both.
                     pairs.push((value, logit(row, id)));
                     pairs.push((value, ids.map(|id| logit(row, id)).fold(f64::NEG_INFINITY, f64::max)));
                 }
@@ -303,23 +309,23 @@ fn head(
     })
 }
 
-/// A logit and its id, from a number of [`Head::launch`]'s `best`.
+/// A logit and its id, from an entry of [`Head::launch`]'s `best`.
 fn decode(best: u64) -> (f32, usize) {
     let (ascending, id) = ((best >> 32) as u32, !(best as u32));
     let bits = if ascending >> 31 == 1 { ascending & 0x7fff_ffff } else { !ascending };
     (f32::from_bits(bits), id as usize)
 }
 
-fn inject(name: &str, c: &DrafterConfig, rows: usize, prompt: Option<Prompt>) -> Case {
+fn inject(name: &str, c: &DrafterConfig, rows: usize, prompt: Option<PrefillKernel>) -> Case {
     let (n, k) = (c.stack.hidden, c.taps.len() * c.stack.hidden);
     let kernel = Inject { rows, n, k, feature_rows: rows };
     let shape = kernel.shape();
-    case(name, (rows, prompt), (shape.weight_bytes(), kernel.bytes()), move |desk| {
-        let device = desk.device;
-        let layer = Rc::new(Layer::new(desk, shape, rows, None, prompt)?);
-        let gain = desk.floats(n, 1.0, 0.1, "gains")?;
-        let gather = desk.words((0..rows as u32).rev())?;
-        let (y, sumsq) = (desk.output(rows * n * 2)?, desk.output(rows * shape.parts() * 4)?);
+    case(name, (rows, prompt), (shape.weight_bytes(), kernel.bytes()), move |fixtures| {
+        let device = fixtures.device;
+        let layer = Rc::new(Layer::new(fixtures, shape, rows, None, prompt)?);
+        let gain = fixtures.floats(n, 1.0, 0.1, "gains")?;
+        let gather = fixtures.words((0..rows as u32).rev())?;
+        let (y, sumsq) = (fixtures.output(rows * n * 2)?, fixtures.output(rows * shape.parts() * 4)?);
         let run = {
             let (layer, gain, y, sumsq) = (layer.clone(), gain.buffer.clone(), y.clone(), sumsq.clone());
             move |copy: usize| kernel.launch(device, &layer.input(copy), &gather, &y, &sumsq, &gain)
@@ -345,8 +351,8 @@ fn inject(name: &str, c: &DrafterConfig, rows: usize, prompt: Option<Prompt>) ->
     })
 }
 
-/// One sequence's rows, in pages in falling order.
-fn qkv(name: &str, c: &config::Stack, rows: usize, prompt: Option<Prompt>, keys_only: bool) -> Case {
+/// Rows of one sequence, whose pages are in descending order.
+fn qkv(name: &str, c: &config::Stack, rows: usize, prompt: Option<PrefillKernel>, keys_only: bool) -> Case {
     let &config::Stack { hidden, heads, kv_heads, head_dim, qk_norm, eps, .. } = c;
     let positions = FIRST + rows;
     let pages = positions.div_ceil(PAGE);
@@ -364,29 +370,30 @@ fn qkv(name: &str, c: &config::Stack, rows: usize, prompt: Option<Prompt>, keys_
         keys_only,
     };
     let shape = kernel.shape();
-    // Blocks of 128 that hold queries alone are left out.
+    // Blocks of 128 rows that hold only queries are left out.
     let skipped = if keys_only { heads * head_dim / PASS * PASS * hidden * 2 } else { 0 };
-    case(name, (rows, prompt), (shape.weight_bytes() - skipped, kernel.bytes()), move |desk| {
-        let device = desk.device;
-        let layer = Rc::new(Layer::new(desk, shape, rows, Some(eps), prompt)?);
-        let table = desk.words((0..pages as u32).rev())?;
+    case(name, (rows, prompt), (shape.weight_bytes() - skipped, kernel.bytes()), move |fixtures| {
+        let device = fixtures.device;
+        let layer = Rc::new(Layer::new(fixtures, shape, rows, Some(eps), prompt)?);
+        let table = fixtures.words((0..pages as u32).rev())?;
         let row = |row: usize| [0, (FIRST + row) as u32, (FIRST + row) as u32, row as u32];
-        let rows_table = desk.words((0..rows).flat_map(row))?;
+        let rows_table = fixtures.words((0..rows).flat_map(row))?;
         let gains = match qk_norm {
-            true => {
-                Some([desk.floats(head_dim, 1.0, 0.1, "gains")?, desk.floats(head_dim, 1.0, 0.1, "gains")?])
-            }
+            true => Some([
+                fixtures.floats(head_dim, 1.0, 0.1, "gains")?,
+                fixtures.floats(head_dim, 1.0, 0.1, "gains")?,
+            ]),
             false => None,
         };
-        let rope = desk.floats(positions * head_dim, 0.0, 0.7, "the RoPE table")?;
-        let queries = desk.output(rows * heads * head_dim * 2)?;
+        let rope = fixtures.floats(positions * head_dim, 0.0, 0.7, "the RoPE table")?;
+        let queries = fixtures.output(rows * heads * head_dim * 2)?;
         let page_bytes = pages * kv_heads * PAGE * head_dim * 2;
-        let (keys, values) = (desk.output(page_bytes)?, desk.output(page_bytes)?);
+        let (keys, values) = (fixtures.output(page_bytes)?, fixtures.output(page_bytes)?);
         let run = {
             let (layer, gains, rope) = (layer.clone(), gains.clone(), rope.buffer.clone());
             let [queries, keys, values] = [&queries, &keys, &values].map(Buffer::clone);
             move |copy: usize| {
-                let to = Places {
+                let buffers = QkvBuffers {
                     rows: &rows_table,
                     queries: &queries,
                     keys: &keys,
@@ -396,7 +403,7 @@ fn qkv(name: &str, c: &config::Stack, rows: usize, prompt: Option<Prompt>, keys_
                     k_gain: gains.as_ref().map(|g| &g[1].buffer),
                     rope: &rope,
                 };
-                kernel.launch(device, &layer.input(copy), &to)
+                kernel.launch(device, &layer.input(copy), &buffers)
             }
         };
         let copies = layer.weights.len();
@@ -404,25 +411,25 @@ fn qkv(name: &str, c: &config::Stack, rows: usize, prompt: Option<Prompt>, keys_
             let [queries, keys, values] = [&queries, &keys, &values].map(|b| halves_of(device, b));
             let (queries, keys, values) = (queries?, keys?, values?);
             let all = heads + 2 * kv_heads;
-            let mut places = vec![heads, heads + kv_heads - 1, heads + kv_heads, all - 1];
+            let mut checked_heads = vec![heads, heads + kv_heads - 1, heads + kv_heads, all - 1];
             if !keys_only {
-                places.extend([0, heads - 1]);
+                checked_heads.extend([0, heads - 1]);
             }
             let mut pairs = vec![];
             for row in ends(rows) {
-                for &head in &places {
+                for &head in &checked_heads {
                     let gain = match &gains {
                         Some([q, _]) if head < heads => Some(q),
                         Some([_, k]) if head < heads + kv_heads => Some(k),
                         _ => None,
                     };
-                    let turned = head < heads + kv_heads;
+                    let rotate = head < heads + kv_heads;
                     let mut expected: Vec<f64> =
                         (0..head_dim).map(|d| layer.product(row, head * head_dim + d)).collect();
                     if let Some(gain) = gain {
                         expected = normed(&expected, gain, eps);
                     }
-                    if turned {
+                    if rotate {
                         expected = rotated(&expected, &rope, FIRST + row);
                     }
                     for (d, expected) in expected.into_iter().enumerate() {
@@ -432,7 +439,7 @@ fn qkv(name: &str, c: &config::Stack, rows: usize, prompt: Option<Prompt>, keys_
                         };
                         let found = match head {
                             _ if head < heads => queries[(row * heads + head) * head_dim + d],
-                            _ if turned => keys[at(head - heads)],
+                            _ if rotate => keys[at(head - heads)],
                             _ => values[at(head - heads - kv_heads)],
                         };
                         pairs.push((found, expected));
@@ -445,24 +452,24 @@ fn qkv(name: &str, c: &config::Stack, rows: usize, prompt: Option<Prompt>, keys_
     })
 }
 
-fn normed(head: &[f64], gain: &Drawn, eps: f32) -> Vec<f64> {
+fn normed(head: &[f64], gain: &RandomArray, eps: f32) -> Vec<f64> {
     let mean = head.iter().map(|x| x * x).sum::<f64>() / head.len() as f64;
     let scale = (mean + f64::from(eps)).sqrt().recip();
     head.iter().enumerate().map(|(d, x)| x * scale * f64::from(gain.at(d))).collect()
 }
 
-fn rotated(head: &[f64], rope: &Drawn, position: usize) -> Vec<f64> {
+fn rotated(head: &[f64], rope: &RandomArray, position: usize) -> Vec<f64> {
     let (dim, half) = (head.len(), head.len() / 2);
-    let turn = |d: usize| {
+    let element = |d: usize| {
         let angle = |part: usize| f64::from(rope.at(position * dim + part * half + d % half));
         let other = if d < half { -head[d + half] } else { head[d - half] };
         head[d] * angle(0) + other * angle(1)
     };
-    (0..dim).map(turn).collect()
+    (0..dim).map(element).collect()
 }
 
-/// Place of an element of keys or values: a token has its chunks of 8 dims permuted, as `page_offset` of `cuda/common/rows.cuh`
-/// has it.
+/// Index of an element of keys or values: chunks of 8 dims are permuted by token, as `page_offset` of
+/// `cuda/common/rows.cuh` defines it.
 pub fn in_pages(page: usize, head: usize, kv_heads: usize, slot: usize, d: usize, head_dim: usize) -> usize {
     let token = slot % PAGE;
     ((page * kv_heads + head) * PAGE + token) * head_dim + ((d / 8) ^ (token % 8)) * 8 + d % 8

@@ -1,16 +1,16 @@
-//! What a round does besides its linear layers and attention: small launches, whose inputs the kernel before has just
-//! written, so that they are timed with warm caches.
+//! The kernels of a round other than linear layers and attention. Their launches are small, and the kernel
+//! before has just written their inputs, so they are timed with warm caches.
 
-use super::values::{BenchFixtures, Drawn, below, close, equal, floats_of, halves_of, spots, words_of};
+use super::values::{BenchFixtures, RandomArray, below, close, equal, floats_of, halves_of, spots, words_of};
 use super::{Case, Ready, groups};
 use dflash::checkpoint::pair::Pair;
-use dflash::gpu::device::Buffer;
+use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::kernels::embedding::Embedding;
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::norm::{Norm, PART};
 use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables};
-use dflash::gpu::kernels::sample::{self, Races, Sample};
-use dflash::gpu::kernels::verify::{Verdict, Verify};
+use dflash::gpu::kernels::sample::{self, Sample, SamplerInputs};
+use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
 use dflash::gpu::model::Row;
 use dflash::spec::sampling::{self, SamplingParams};
 use dflash::spec::verify::VerifyMethod;
@@ -19,15 +19,17 @@ use serde_json::json;
 use std::rc::Rc;
 
 pub const NONE: u32 = u32::MAX;
-/// Rows of logits whose results are looked at: the definitions take their time.
-const LOOKED_AT: usize = 4;
+pub const SEED: u64 = 7;
+/// Largest number of rows of logits whose results are checked: the host's definitions are slow.
+const CHECKED_ROWS: usize = 4;
 
-/// Positions of every sequence; no launch here takes longer for more.
+/// Positions of every sequence. The cost of these kernels does not depend on it.
 pub const LENGTH: u32 = 100;
 /// The token at position [`LENGTH`].
 pub const ANCHOR: u32 = 17;
 
-/// For each of `rows`: embedding, norm, sampling; for blocks and AR steps the verdict and the round's own kernels.
+/// For each of `rows`: embedding, norm, sampling; for blocks and for AR steps: verification by `match` and
+/// the round's own kernels.
 pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     let target = &pair.target.config;
     let (hidden, vocab) = (target.stack.hidden, target.vocab);
@@ -37,11 +39,11 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
         all.push(embedding(Embedding { rows, hidden, vocab, packed: target.tied, scale: 1.0 }));
         all.push(norm(Norm { rows, hidden }));
         let sample = Sample { rows, vocab, blocks: Shape { n: vocab, k: hidden }.blocks(), sequences: 1 };
-        all.push(sampled("sample", sample, 0.0));
-        all.push(sampled("sample with temperature", sample, 1.0));
+        all.push(choice("sample", sample, 0.0));
+        all.push(choice("sample with temperature", sample, 1.0));
         for (batch, block) in groups(pair, rows) {
-            let round = Round { sequences: batch, block, wide: block };
-            all.push(verdict(round, vocab));
+            let round = Round { sequences: batch, block, max_verify_rows: block };
+            all.push(verify(round, vocab));
             all.push(begin(round, mask));
             all.push(tokens(round, vocab));
             all.push(finish(round, vocab));
@@ -61,13 +63,13 @@ pub fn case(
 
 fn embedding(kernel: Embedding) -> Case {
     let Embedding { rows, hidden, vocab, packed, .. } = kernel;
-    case("embedding", json!({ "rows": rows }), kernel.bytes(), move |desk| {
-        let device = desk.device;
+    case("embedding", json!({ "rows": rows }), kernel.bytes(), move |fixtures| {
+        let device = fixtures.device;
         let table_rows = if packed { vocab.next_multiple_of(16) } else { vocab };
-        let table = desk.halves(table_rows * hidden, 1.0, "the embedding table")?;
+        let table = fixtures.halves(table_rows * hidden, 1.0, "the embedding table")?;
         let ids: Vec<usize> = (0..rows).map(|row| below(row, vocab)).collect();
-        let tokens = desk.words(ids.iter().map(|id| *id as u32))?;
-        let out = desk.output(rows * hidden * 4)?;
+        let tokens = fixtures.words(ids.iter().map(|id| *id as u32))?;
+        let out = fixtures.output(rows * hidden * 4)?;
         let (from, to) = (table.buffer.clone(), out.clone());
         let launch = move |_| kernel.launch(device, &to, &from, &tokens);
         let check = move || {
@@ -89,11 +91,11 @@ fn embedding(kernel: Embedding) -> Case {
 
 fn norm(kernel: Norm) -> Case {
     let Norm { rows, hidden } = kernel;
-    case("norm", json!({ "rows": rows }), kernel.bytes(false), move |desk| {
-        let device = desk.device;
-        let x = desk.floats(rows * hidden, 0.0, 1.0, "the residual stream")?;
-        let gain = desk.floats(hidden, 1.0, 0.1, "gains")?;
-        let (y, sumsq) = (desk.output(rows * hidden * 2)?, desk.output(rows * kernel.parts() * 4)?);
+    case("norm", json!({ "rows": rows }), kernel.bytes(false), move |fixtures| {
+        let device = fixtures.device;
+        let x = fixtures.floats(rows * hidden, 0.0, 1.0, "the residual stream")?;
+        let gain = fixtures.floats(hidden, 1.0, 0.1, "gains")?;
+        let (y, sumsq) = (fixtures.output(rows * hidden * 2)?, fixtures.output(rows * kernel.parts() * 4)?);
         let (stream, gains, to, sums) = (x.buffer.clone(), gain.buffer.clone(), y.clone(), sumsq.clone());
         let launch = move |_| kernel.launch(device, &to, &sums, &stream, None, &gains);
         let check = move || {
@@ -117,33 +119,33 @@ fn norm(kernel: Norm) -> Case {
     })
 }
 
-/// Rows of logits, on the device and known to the host.
+/// Rows of random logits.
 pub struct Logits {
-    drawn: Drawn,
+    values: RandomArray,
     rows: usize,
     vocab: usize,
 }
 
 impl Logits {
-    pub fn new(desk: &BenchFixtures, rows: usize, vocab: usize) -> Result<Logits> {
-        Ok(Logits { drawn: desk.floats(rows * vocab, 0.0, 3.0, "logits")?, rows, vocab })
+    pub fn new(fixtures: &BenchFixtures, rows: usize, vocab: usize) -> Result<Logits> {
+        Ok(Logits { values: fixtures.floats(rows * vocab, 0.0, 3.0, "logits")?, rows, vocab })
     }
 
     /// `[rows][vocab]` f32
     pub fn buffer(&self) -> Buffer {
-        self.drawn.buffer.clone()
+        self.values.buffer.clone()
     }
 
     pub fn row(&self, row: usize) -> Vec<f32> {
-        (0..self.vocab).map(|id| self.drawn.at(row * self.vocab + id)).collect()
+        (0..self.vocab).map(|id| self.values.at(row * self.vocab + id)).collect()
     }
 
-    /// The rows that are looked at.
-    pub fn looked_at(&self) -> Vec<usize> {
-        (0..self.rows).step_by(self.rows.div_ceil(LOOKED_AT)).collect()
+    /// The rows to check.
+    pub fn checked_rows(&self) -> Vec<usize> {
+        (0..self.rows).step_by(self.rows.div_ceil(CHECKED_ROWS)).collect()
     }
 
-    /// As the head leaves each row: the best of every 128 ids, `blocks` of them.
+    /// The LM head's output for each row: the best logit of every 128 ids, `blocks` entries.
     pub fn best(&self, blocks: usize) -> Vec<Vec<u8>> {
         let number = |(id, logit): (usize, &f32)| {
             let bits = logit.to_bits();
@@ -152,54 +154,52 @@ impl Logits {
         };
         let of_row = |row: usize| {
             let numbers: Vec<u64> = self.row(row).iter().enumerate().map(number).collect();
-            let most = |block: &[u64]| block.iter().copied().max().unwrap_or(0);
+            let best = |block: &[u64]| block.iter().copied().max().unwrap_or(0);
             let chunks = numbers.chunks(self.vocab.div_ceil(blocks).max(PART));
-            chunks.flat_map(|block| most(block).to_le_bytes()).collect()
+            chunks.flat_map(|block| best(block).to_le_bytes()).collect()
         };
         (0..self.rows).map(of_row).collect()
     }
 }
 
-fn sampled(name: &str, kernel: Sample, temperature: f32) -> Case {
+fn choice(name: &str, kernel: Sample, temperature: f32) -> Case {
     let Sample { rows, vocab, blocks, .. } = kernel;
-    let bytes = if temperature > 0.0 { kernel.race_bytes() } else { kernel.bytes() };
-    case(name, json!({ "rows": rows }), bytes, move |desk| {
-        let device = desk.device;
-        let logits = Logits::new(desk, rows, vocab)?;
-        let best = desk.bytes(&logits.best(blocks).concat())?;
+    let bytes = if temperature > 0.0 { kernel.sampled_bytes() } else { kernel.bytes() };
+    case(name, json!({ "rows": rows }), bytes, move |fixtures| {
+        let device = fixtures.device;
+        let logits = Logits::new(fixtures, rows, vocab)?;
+        let best = fixtures.bytes(&logits.best(blocks).concat())?;
         let position = |row: usize| 100 + row as u32;
-        let table = desk.words((0..rows).flat_map(|row| [0, position(row), NONE, NONE]))?;
-        let distribution =
-            SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 0 };
-        let state = desk.bytes(&sequence(1, distribution.clone()).to_bytes()?)?;
-        let tables = desk.bytes(&sample::tables())?;
+        let table = fixtures.words((0..rows).flat_map(|row| [0, position(row), NONE, NONE]))?;
+        let sampling = at_temperature(temperature);
+        let state = fixtures.bytes(&sequence(1, sampling.clone()).to_bytes()?)?;
+        let tables = fixtures.bytes(&sample::tables())?;
         device.seal(&tables);
-        let (partial, choice) = (desk.output(kernel.workspace())?, desk.output(rows * 4)?);
-        let counters = desk.words((0..rows).map(|_| 0))?;
-        let (races, to, from) = (temperature > 0.0, choice.clone(), logits.buffer());
+        let (partial, choice) = (fixtures.output(kernel.workspace())?, fixtures.output(rows * 4)?);
+        let counters = fixtures.zeros(rows)?;
+        let (greedy, to, from) = (temperature == 0.0, choice.clone(), logits.buffer());
         let launch = move |_| {
-            let all = Races {
+            let inputs = SamplerInputs {
                 logits: &from,
                 sequences: &state,
                 tables: &tables,
                 partial: &partial,
                 counters: &counters,
             };
-            kernel.launch(device, &to, &best, &table, races.then_some(all))
+            kernel.launch(device, &to, &best, &table, (!greedy).then_some(inputs))
         };
         let check = move || {
             let found = words_of(device, &choice)?;
-            let looked_at = logits.looked_at();
-            let choose =
-                |&row: &usize| distribution.choose(&logits.row(row), position(row) + 1).unwrap_or(NONE);
-            let got: Vec<u32> = looked_at.iter().map(|row| found[*row]).collect();
-            equal("choice", &got, &looked_at.iter().map(choose).collect::<Vec<u32>>())
+            let checked = logits.checked_rows();
+            let choose = |&row: &usize| sampling.choose(&logits.row(row), position(row) + 1).unwrap_or(NONE);
+            let got: Vec<u32> = checked.iter().map(|row| found[*row]).collect();
+            equal("choice", &got, &checked.iter().map(choose).collect::<Vec<u32>>())
         };
         Ok(Ready::new(1, launch, check))
     })
 }
 
-/// A sequence that runs on for longer than anybody measures.
+/// A sequence that does not reach a limit while it is measured.
 pub fn sequence(block: usize, sampling: SamplingParams) -> Sequence {
     Sequence {
         active: true,
@@ -218,67 +218,105 @@ pub fn sequence(block: usize, sampling: SamplingParams) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
-        rule: VerifyMethod::Match,
+        verify_method: VerifyMethod::Match,
     }
 }
 
+pub fn at_temperature(temperature: f32) -> SamplingParams {
+    SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: SEED, stream: 0 }
+}
+
 pub fn greedy() -> SamplingParams {
-    SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 }
+    at_temperature(0.0)
+}
+
+/// The result of a verification, `[sequences][rows]`, on the device.
+#[derive(Clone)]
+pub struct Outcome {
+    accepted: Buffer,
+    next: Buffer,
+    path: Buffer,
+    rows: usize,
+}
+
+impl Outcome {
+    pub fn new(fixtures: &BenchFixtures, sequences: usize, rows: usize) -> Result<Outcome> {
+        let (accepted, next) = (fixtures.output(sequences * 4)?, fixtures.output(sequences * 4)?);
+        Ok(Outcome { accepted, next, path: fixtures.output(sequences * rows * 4)?, rows })
+    }
+
+    pub fn buffers(&self) -> VerifyOutput<'_> {
+        VerifyOutput { accepted: &self.accepted, next: &self.next, path: &self.path }
+    }
+
+    /// Compares the results of some sequences with the definition's: the rows from the anchor to the last
+    /// accepted draft, and the token after it.
+    pub fn check(
+        &self,
+        device: &dyn Device,
+        sequences: impl IntoIterator<Item = usize>,
+        expected: impl Fn(usize) -> Result<Option<(Vec<usize>, u32)>>,
+    ) -> Result<()> {
+        let [accepted, next, path] =
+            [&self.accepted, &self.next, &self.path].map(|buffer| words_of(device, buffer));
+        let (accepted, next, path) = (accepted?, next?, path?);
+        for own in sequences {
+            let result = expected(own)?;
+            let (rows, token) =
+                result.ok_or_else(|| Error::Internal("no result of a verification".into()))?;
+            equal("accepted", &accepted[own..=own], &[rows.len() as u32 - 1])?;
+            equal("next", &next[own..=own], &[token])?;
+            let row = |i: usize| rows.get(i).map_or(NONE, |row| *row as u32);
+            let rows: Vec<u32> = (0..self.rows).map(row).collect();
+            equal("path", &path[own * self.rows..][..self.rows], &rows)?;
+        }
+        Ok(())
+    }
 }
 
 fn states(round: Round) -> Result<Vec<u8>> {
     Ok(sequence(round.block, greedy()).to_bytes()?.repeat(round.sequences))
 }
 
-fn of(round: Round) -> serde_json::Value {
+fn parameters(round: Round) -> serde_json::Value {
     json!({ "rows": round.sequences * round.block, "batch": round.sequences })
 }
 
-/// Tokens of a verification: anchors and drafts.
-fn drafted(round: Round, vocab: usize) -> Vec<u32> {
+/// Random tokens of a verification: anchors and drafts.
+fn verify_tokens(round: Round, vocab: usize) -> Vec<u32> {
     (0..round.sequences * round.block).map(|i| below(i, vocab) as u32).collect()
 }
 
-/// How many drafts of a sequence stand: all numbers there are, in turn.
-fn standing(sequence: usize, block: usize) -> usize {
+/// How many drafts of a sequence are accepted: from sequence to sequence all possible numbers in turn.
+fn accepted_drafts(sequence: usize, block: usize) -> usize {
     (block - 1 + sequence) % block
 }
 
-fn verdict(round: Round, vocab: usize) -> Case {
+fn verify(round: Round, vocab: usize) -> Case {
     let Round { sequences, block, .. } = round;
     let kernel = Verify { sequences, block };
-    case("verify", of(round), kernel.bytes(), move |desk| {
-        let device = desk.device;
-        let drafts = drafted(round, vocab);
+    case("verify", parameters(round), kernel.bytes(), move |fixtures| {
+        let device = fixtures.device;
+        let drafts = verify_tokens(round, vocab);
         let choice = |i: usize| match (i / block, i % block) {
-            (own, row) if row < standing(own, block) => drafts[i + 1],
-            // No draft.
+            (own, row) if row < accepted_drafts(own, block) => drafts[i + 1],
+            // Not equal to any draft.
             _ => vocab as u32,
         };
         let choices: Vec<u32> = (0..drafts.len()).map(choice).collect();
-        let [tokens, chosen] = [&drafts, &choices].map(|words| desk.words(words.iter().copied()));
+        let [tokens, chosen] = [&drafts, &choices].map(|words| fixtures.words(words.iter().copied()));
         let (tokens, chosen) = (tokens?, chosen?);
-        let spans = desk.words((0..sequences).flat_map(|_| [0, block as u32]))?;
-        let (accepted, next) = (desk.output(sequences * 4)?, desk.output(sequences * 4)?);
-        let path = desk.output(sequences * block * 4)?;
-        let to = [&accepted, &next, &path].map(Buffer::clone);
-        let launch = move |_| {
-            let [accepted, next, path] = &to;
-            kernel.launch(device, Verdict { accepted, next, path }, &chosen, &tokens, None, &spans)
-        };
+        let spans = fixtures.words((0..sequences).flat_map(|_| [0, block as u32]))?;
+        let outcome = Outcome::new(fixtures, sequences, block)?;
+        let written = outcome.clone();
+        let launch = move |_| kernel.launch(device, outcome.buffers(), &chosen, &tokens, None, &spans);
         let check = move || {
-            let mut expected = [vec![], vec![], vec![]];
-            for own in 0..sequences {
+            let expected = |own: usize| {
                 let at = own * block;
-                let judged = sampling::judge(&drafts[at + 1..at + block], |row| Some(choices[at + row]));
-                let (stood, token) = judged.ok_or_else(|| Error::Internal("no verdict".into()))?;
-                expected[0].push(stood as u32);
-                expected[1].push(token);
-                expected[2].extend((0..block).map(|row| if row <= stood { row as u32 } else { NONE }));
-            }
-            equal("accepted", &words_of(device, &accepted)?, &expected[0])?;
-            equal("next", &words_of(device, &next)?, &expected[1])?;
-            equal("path", &words_of(device, &path)?, &expected[2])
+                let result = sampling::judge(&drafts[at + 1..at + block], |row| Some(choices[at + row]));
+                Ok(result.map(|(accepted, next)| ((0..=accepted).collect(), next)))
+            };
+            written.check(device, 0..sequences, expected)
         };
         Ok(Ready::new(1, launch, check))
     })
@@ -287,15 +325,15 @@ fn verdict(round: Round, vocab: usize) -> Case {
 fn begin(round: Round, mask: u32) -> Case {
     let Round { sequences, block, .. } = round;
     let rows = sequences * block;
-    case("round_begin", of(round), round.begin_bytes(), move |desk| {
-        let device = desk.device;
-        let states = desk.bytes(&states(round)?)?;
-        let path = desk.words((0..rows).map(|i| (i % block) as u32))?;
-        let [draft_tokens, features] = [desk.output(rows * 4)?, desk.output(rows * 4)?];
+    case("round_begin", parameters(round), round.begin_bytes(), move |fixtures| {
+        let device = fixtures.device;
+        let states = fixtures.bytes(&states(round)?)?;
+        let path = fixtures.words((0..rows).map(|i| (i % block) as u32))?;
+        let [draft_tokens, features] = [fixtures.output(rows * 4)?, fixtures.output(rows * 4)?];
         let [draft_rows, verify_rows] =
-            [desk.output(2 * rows * Row::BYTES)?, desk.output(rows * Row::BYTES)?];
-        let [draft_spans, verify_spans] = [desk.output(sequences * 8)?, desk.output(sequences * 8)?];
-        let round_header = desk.words([0, 0, block as u32])?;
+            [fixtures.output(2 * rows * Row::BYTES)?, fixtures.output(rows * Row::BYTES)?];
+        let [draft_spans, verify_spans] = [fixtures.output(sequences * 8)?, fixtures.output(sequences * 8)?];
+        let round_header = fixtures.words([0, 0, block as u32])?;
         let all = [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, round_header];
         let written = all.clone();
         let launch = move |_| {
@@ -315,8 +353,8 @@ fn begin(round: Round, mask: u32) -> Case {
         let check = move || {
             let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, round_header] =
                 written.each_ref().map(|buffer| words_of(device, buffer));
-            let begun = sequence(block, greedy());
-            let (length, pending) = (begun.length, begun.pending);
+            let state = sequence(block, greedy());
+            let (length, pending) = (state.length, state.pending);
             let drafts = if block > 1 { block as u32 } else { 0 };
             let mut expected: [Vec<u32>; 3] = Default::default();
             let mut pending_rows = vec![];
@@ -326,7 +364,7 @@ fn begin(round: Round, mask: u32) -> Case {
                 expected[0].push(if row >= drafts {
                     NONE
                 } else if row == 0 {
-                    begun.anchor
+                    state.anchor
                 } else {
                     mask
                 });
@@ -352,7 +390,7 @@ fn begin(round: Round, mask: u32) -> Case {
             equal("verify row", &verify_rows?, &expected[2])?;
             equal("draft span", &draft_spans?, &span(drafts))?;
             equal("verify span", &verify_spans?, &span(block as u32))?;
-            equal("round_header", &round_header?, &[1, sequences as u32, block as u32])
+            equal("round header", &round_header?, &[1, sequences as u32, block as u32])
         };
         Ok(Ready::new(1, launch, check))
     })
@@ -360,15 +398,15 @@ fn begin(round: Round, mask: u32) -> Case {
 
 fn tokens(round: Round, vocab: usize) -> Case {
     let Round { sequences, block, .. } = round;
-    case("round_tokens", of(round), round.tokens_bytes(), move |desk| {
-        let device = desk.device;
-        let states = desk.bytes(&states(round)?)?;
-        let mut expected = drafted(round, vocab);
-        let drafts = desk.words(expected.iter().copied())?;
+    case("round_tokens", parameters(round), round.tokens_bytes(), move |fixtures| {
+        let device = fixtures.device;
+        let states = fixtures.bytes(&states(round)?)?;
+        let mut expected = verify_tokens(round, vocab);
+        let drafts = fixtures.words(expected.iter().copied())?;
         (0..sequences).for_each(|own| expected[own * block] = ANCHOR);
-        let out = desk.output(expected.len() * 4)?;
+        let out = fixtures.output(expected.len() * 4)?;
         let to = out.clone();
-        let spans = desk.words((0..sequences).flat_map(|_| [0, block as u32]))?;
+        let spans = fixtures.words((0..sequences).flat_map(|_| [0, block as u32]))?;
         let launch = move |_| round.tokens(device, &to, &drafts, &states, &spans);
         Ok(Ready::new(1, launch, move || equal("token", &words_of(device, &out)?, &expected)))
     })
@@ -376,41 +414,45 @@ fn tokens(round: Round, vocab: usize) -> Case {
 
 fn finish(round: Round, vocab: usize) -> Case {
     let Round { sequences, block, .. } = round;
-    case("round_finish", of(round), round.finish_bytes(), move |desk| {
-        let device = desk.device;
+    case("round_finish", parameters(round), round.finish_bytes(), move |fixtures| {
+        let device = fixtures.device;
         let before = states(round)?;
-        let states = desk.bytes(&before)?;
-        let tokens = drafted(round, vocab);
-        let drafts = desk.words(tokens.iter().copied())?;
-        let accepted = desk.words((0..sequences).map(|own| standing(own, block) as u32))?;
-        let next = desk.words((0..sequences).map(|own| own as u32))?;
-        let path = desk.words((0..tokens.len()).map(|i| (i % block) as u32))?;
-        let round_header = desk.words([1, sequences as u32, block as u32])?;
-        let spans = desk.words((0..sequences).flat_map(|_| [0, block as u32]))?;
+        let states = fixtures.bytes(&before)?;
+        let tokens = verify_tokens(round, vocab);
+        let drafts = fixtures.words(tokens.iter().copied())?;
+        let accepted = fixtures.words((0..sequences).map(|own| accepted_drafts(own, block) as u32))?;
+        let next = fixtures.words((0..sequences).map(|own| own as u32))?;
+        let path = fixtures.words((0..tokens.len()).map(|i| (i % block) as u32))?;
+        let round_header = fixtures.words([1, sequences as u32, block as u32])?;
+        let spans = fixtures.words((0..sequences).flat_map(|_| [0, block as u32]))?;
         let ring = Rc::new(Ring::new(device, round, 1)?);
         let (own_ring, own_states) = (ring.clone(), states.clone());
         let launch = move |_| {
-            let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
-            round.finish(device, &own_states, &own_ring, &round_header, verdict, &drafts, &spans)
+            let output = VerifyOutput { accepted: &accepted, next: &next, path: &path };
+            round.finish(device, &own_states, &own_ring, &round_header, output, &drafts, &spans)
         };
-        // A round makes its sequences longer.
+        // A launch changes the states.
         let to = states.clone();
         let prepare = move || device.upload(&to, &before);
         let check = move || {
             device.synchronize()?;
             for own in 0..sequences {
-                let stood = standing(own, block);
-                let mut emitted = tokens[own * block + 1..own * block + 1 + stood].to_vec();
+                let accepted = accepted_drafts(own, block);
+                let mut emitted = tokens[own * block + 1..own * block + 1 + accepted].to_vec();
                 emitted.push(own as u32);
-                let judged = emitted.len() as u32;
-                let (drafted, stood) = (block as u32 - 1, u64::MAX >> (63 - stood));
-                let expected = Record { tokens: emitted, judged, finish: Finish::Running, drafted, stood };
+                let expected = Record {
+                    acceptance_length: emitted.len() as u32,
+                    tokens: emitted,
+                    finish: Finish::Running,
+                    drafted: block as u32 - 1,
+                    path: u64::MAX >> (63 - accepted),
+                };
                 equal("record", &[ring.read(1, own)?], &[Some(expected)])?;
             }
             let length =
                 |own: usize| words_of(device, &states).map(|words| words[own * Sequence::BYTES / 4 + 1]);
             let own = sequences - 1;
-            equal("length", &[length(own)?], &[LENGTH + standing(own, block) as u32 + 1])
+            equal("length", &[length(own)?], &[LENGTH + accepted_drafts(own, block) as u32 + 1])
         };
         Ok(Ready { prepare: Box::new(prepare), ..Ready::new(1, launch, check) })
     })

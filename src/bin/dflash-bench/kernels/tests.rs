@@ -1,5 +1,4 @@
-//! What a GPU would be asked, on the emulator behind a device that says it does not count, and whether the checks of
-//! results see wrong ones.
+//! The measurements on a GPU, tested with an emulator that claims not to count, and the checks of results.
 
 use super::*;
 use crate::sampling::together;
@@ -8,43 +7,44 @@ use dflash::gpu::emulator::Emulator;
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
-/// What times are made of, so that they can be told beforehand.
+/// The source of a fake GPU's times.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Clock {
+    /// The emulator's own times.
     Emulator,
     /// 1, 2, 3, ... ms.
     Counting,
-    /// 1 ms for the read ceiling on 10 blocks, and one more for each block less or more.
+    /// 1 ms for the read ceiling on 10 blocks, and 1 ms more for each block fewer or more.
     Blocks,
-    /// 1 ms for each step of a graph, and half a millisecond between graphs that follow each other.
+    /// 1 ms per step of a graph, and half a millisecond between consecutive graphs.
     Steps,
 }
 
-/// An emulator in a GPU's clothes, or with results that are a little off.
-pub struct Disguised {
+/// An emulator that pretends to be a GPU, and optionally corrupts results.
+pub struct FakeGpu {
     inner: Emulator,
     pub clock: Clock,
-    /// Of the clock: what elapsed counted, blocks of the last launch, steps, and steps at each event.
+    /// For the clock: calls of `elapsed`, blocks of the last launch, steps, and steps at each event.
     counted: Mutex<(f32, u32, f32, Vec<f32>)>,
-    /// What was asked for: `r`eplays, `c`opies, `e`vents.
+    /// The calls so far: `r`eplays, `c`opies, `e`vents.
     pub asked: Mutex<String>,
     properties: Properties,
     /// First arguments of linear launches: their weights.
     weights: Mutex<BTreeSet<u64>>,
-    spoiled: bool,
+    corrupt: bool,
 }
 
-impl Disguised {
-    pub fn new(l2: u64, spoiled: bool) -> Disguised {
+impl FakeGpu {
+    pub fn new(l2: u64, corrupt: bool) -> FakeGpu {
         let inner = Emulator::new();
         let properties = Properties { l2, multiprocessors: 2, ..inner.properties().clone() };
         let (clock, weights) = (Clock::Emulator, Mutex::default());
         let (counted, asked) = (Mutex::default(), Mutex::default());
-        Disguised { inner, clock, counted, asked, properties, weights, spoiled }
+        FakeGpu { inner, clock, counted, asked, properties, weights, corrupt }
     }
 }
 
-impl Device for Disguised {
+impl Device for FakeGpu {
     fn properties(&self) -> &Properties {
         &self.properties
     }
@@ -60,10 +60,10 @@ impl Device for Disguised {
     fn upload(&self, to: &Buffer, bytes: &[u8]) -> Result<()> {
         self.inner.upload(to, bytes)
     }
-    /// A bit of every other byte: the fraction of a bf16 or f32, an integer.
+    /// Corrupts one bit of every other byte, which is in the fraction of a bf16 or f32, or in an integer.
     fn download(&self, from: &Buffer, bytes: &mut [u8]) -> Result<()> {
         self.inner.download(from, bytes)?;
-        bytes.iter_mut().step_by(2).for_each(|byte| *byte ^= if self.spoiled { 2 } else { 0 });
+        bytes.iter_mut().step_by(2).for_each(|byte| *byte ^= if self.corrupt { 2 } else { 0 });
         Ok(())
     }
     fn copy(&self, to: &Buffer, from: &Buffer) -> Result<()> {
@@ -121,14 +121,15 @@ fn demo() -> Pair {
     model::pair("demo", None).unwrap()
 }
 
-/// One of every kind: a row alone, rows that fill no tile, blocks and steps of several sequences.
+/// Every kernel, on shapes of all kinds: a single row, rows that do not fill a tile, blocks and AR steps of
+/// several sequences.
 fn cases(pair: &Pair) -> Vec<Case> {
-    let mut all = linear::cases(pair, &[1, 19], &Prompt::ALL);
+    let mut all = linear::cases(pair, &[1, 19], &PrefillKernel::ALL);
     all.extend(attention::cases(pair, &[1, 5, 32], &[0, 70]));
     all.extend(round::cases(pair, &[1, 5, 32]));
     all.extend(trees::cases(pair, &[1, 2, 9, 128]));
-    all.extend(rules::cases(pair, &[1, 2, 9, 32]));
-    all.extend(drawn::cases(pair, &[1, 2, 9, 128]));
+    all.extend(rejection::cases(pair, &[1, 2, 9, 32]));
+    all.extend(sampled_trees::cases(pair, &[1, 2, 9, 128]));
     all
 }
 
@@ -139,52 +140,52 @@ fn refused(case: &Case, result: Result<()>, why: &str) {
 }
 
 #[test]
-fn results_that_are_wrong_are_refused_and_right_ones_are_not() {
-    let (right, off) = (Disguised::new(0, false), Disguised::new(0, true));
+fn wrong_results_are_refused_and_right_results_are_not() {
+    let (right, off) = (FakeGpu::new(0, false), FakeGpu::new(0, true));
     let pair = demo();
     for case in cases(&pair) {
-        for (device, spoiled) in [(&right, false), (&off, true)] {
+        for (device, corrupt) in [(&right, false), (&off, true)] {
             let ready = (case.make)(&BenchFixtures::new(device)).unwrap();
             (ready.prepare)().unwrap();
             refused(&case, (ready.check)(), "not launched");
             (ready.launch)(0).unwrap();
-            match spoiled {
-                true if case.name == "round_finish" => (), // its records are read without a download
+            match corrupt {
+                true if case.name == "round_finish" => (), // the host reads its records without a download
                 true => refused(&case, (ready.check)(), "off by a bit"),
                 false => (ready.check)().unwrap(),
             }
-            // A second time nothing is left of the first.
+            // Preparing a second time must work too.
             (ready.prepare)().unwrap();
         }
     }
 }
 
 #[test]
-fn a_wrong_kernel_has_no_row() {
-    let (device, place) = (Disguised::new(0, true), DeviceHandle::emulator().unwrap());
-    let (desk, instruments) = (BenchFixtures::new(&device as &dyn Device), Instruments::open(&place));
+fn a_kernel_with_wrong_results_is_not_timed() {
+    let (device, handle) = (FakeGpu::new(0, true), DeviceHandle::emulator().unwrap());
+    let (fixtures, instruments) = (BenchFixtures::new(&device as &dyn Device), Instruments::open(&handle));
     let bench =
-        Bench { desk, instruments, card: None, rounds: 1, samples: 1, ceiling: 3 << 15, sample_ms: 0.0 };
-    let said = |result: Result<Row>| result.unwrap_err().to_string();
-    let ceiling = said(bench.ceiling().map(|(row, _)| row));
+        Bench { fixtures, instruments, card: None, rounds: 1, samples: 1, ceiling: 3 << 15, sample_ms: 0.0 };
+    let message = |result: Result<Row>| result.unwrap_err().to_string();
+    let ceiling = message(bench.ceiling().map(|(row, _)| row));
     assert!(ceiling.starts_with("kernel check: read ceiling {\"blocks\":3}: the sum 0 is "), "{ceiling}");
     let norm = round::cases(&demo(), &[3]).into_iter().find(|case| case.name == "norm").unwrap();
-    let said = said(bench.row(&norm, None));
-    assert!(said.starts_with("kernel check: norm {\"rows\":3}: y: relative error "), "{said}");
-    assert!(said.ends_with("; nothing is timed"), "{said}");
+    let norm = message(bench.row(&norm, None));
+    assert!(norm.starts_with("kernel check: norm {\"rows\":3}: y: relative error "), "{norm}");
+    assert!(norm.ends_with("; nothing is timed"), "{norm}");
 }
 
-/// Sliding windows on both sides, a causal drafter: no published pair has them.
+/// Windows in both directions and a causal drafter, which no published pair has.
 #[test]
-fn attention_of_every_rule_is_checked() {
+fn attention_of_every_kind_is_checked() {
     let mut pair = demo();
     let stack = &mut pair.drafter.as_mut().unwrap().config.stack;
-    let rules = [(false, Some(24)), (true, Some(90)), (true, None)];
+    let kinds = [(false, Some(24)), (true, Some(90)), (true, None)];
     stack.attention =
-        rules.map(|(causal, window)| dflash::checkpoint::config::Attention { causal, window }).to_vec();
+        kinds.map(|(causal, window)| dflash::checkpoint::config::Attention { causal, window }).to_vec();
     pair.target.config.stack.attention[1].window = Some(40);
     let device = Emulator::new();
-    let desk = BenchFixtures::new(&device);
+    let fixtures = BenchFixtures::new(&device);
     let all = attention::cases(&pair, &[16, 32], &[0, 10, 100]);
     let windowed = |case: &&Case| case.parameters.get("window").is_some();
     assert_eq!(
@@ -192,7 +193,7 @@ fn attention_of_every_rule_is_checked() {
         (3 * (2 + 2 + 3 + 2 + 2 + 2 + 3 + 2 + 2), 3 * (1 + 1 + 2 + 1 + 1 + 1 + 2 + 1 + 1))
     );
     for case in all {
-        let ready = (case.make)(&desk).unwrap();
+        let ready = (case.make)(&fixtures).unwrap();
         (ready.launch)(0).unwrap();
         (ready.check)().map_err(|e| wrong(&case.name, &case.parameters, e)).unwrap();
         let counted = device.counts();
@@ -201,22 +202,22 @@ fn attention_of_every_rule_is_checked() {
 }
 
 #[test]
-fn samples_are_times_of_launches_on_cold_copies() {
-    // Twice the weights of the output projection, 64 KiB.
+fn samples_time_launches_on_cold_copies() {
+    // Twice the size of the output projection's weights, 64 KiB.
     let (l2, rounds, samples) = (128 << 10, 2, 1);
-    let device = Disguised::new(l2, false);
+    let device = FakeGpu::new(l2, false);
     let pair = demo();
-    let place = DeviceHandle::emulator().unwrap();
+    let handle = DeviceHandle::emulator().unwrap();
     let card = Card { name: "a card", bandwidth: 1.0, tflops: 1e-9, memory: 1.0 };
     let chosen =
         |case: &Case| case.name == "norm" || (case.name == "target: o" && case.parameters["rows"] == 19);
     let cases: Vec<Case> = cases(&pair).into_iter().filter(chosen).collect();
     for (card, sample_ms, times) in [(None, 0.0, 1), (Some(card), 1e9, 32)] {
-        let (desk, ceiling) = (BenchFixtures::new(&device as &dyn Device), 1 << 20);
+        let (fixtures, ceiling) = (BenchFixtures::new(&device as &dyn Device), 1 << 20);
         device.inner.reset_counts();
         device.weights.lock().unwrap().clear();
-        let instruments = Instruments::open(&place);
-        let bench = Bench { desk, instruments, card, rounds, samples, ceiling, sample_ms };
+        let instruments = Instruments::open(&handle);
+        let bench = Bench { fixtures, instruments, card, rounds, samples, ceiling, sample_ms };
         let (rows, end) = bench.rows(&cases).unwrap();
         assert_eq!(end, Ok(()));
         assert_eq!(rows.len(), 1 + cases.len());
@@ -231,17 +232,17 @@ fn samples_are_times_of_launches_on_cold_copies() {
             near(number("MB") * 1e6, case.bytes as f64);
             near(number("GB/s"), case.bytes as f64 / row.median.unwrap() / 1e3);
             match case.name.as_str() {
-                // All of it is in the cache.
+                // Everything is in the cache.
                 "norm" => assert_eq!(row.numbers["share of ceiling"], Value::Null),
                 _ => near(number("share of ceiling"), number("GB/s") / rate),
             }
-            // At 1000 operations in a second, products decide wherever there are any.
+            // At 1000 operations per second, any products dominate.
             let products = if card.is_some() { case.flops * 1e3 } else { 0.0 };
             near(number("floor us"), (case.bytes as f64 / 1e3 / rate).max(products));
         }
         let launches = |kernel: &str| device.inner.counts()[kernel].launches;
-        // 7 copies, so that 6 others are 3 times the cache: 21 launches. Norms have no weights: 16. One is checked,
-        // and two samples tell how long the others shall be.
+        // 7 copies, so that the 6 others are 3 times the cache: 21 launches. Norms have no weights: 16
+        // launches. One launch is checked, and two samples determine the length of the others.
         let launched = |of: u64| 1 + 2 * of + (rounds as u64 + 1) * samples as u64 * of * times;
         assert_eq!(launches("project_32"), launched(21));
         assert_eq!(launches("residual_norm"), 3 * launched(16));
@@ -250,8 +251,8 @@ fn samples_are_times_of_launches_on_cold_copies() {
 }
 
 #[test]
-fn the_first_round_of_samples_does_not_count_and_the_others_keep_their_order() {
-    let device = Disguised { clock: Clock::Counting, ..Disguised::new(0, false) };
+fn the_first_round_of_samples_is_dropped_and_order_is_kept() {
+    let device = FakeGpu { clock: Clock::Counting, ..FakeGpu::new(0, false) };
     let instruments = Instruments::open(&DeviceHandle::emulator().unwrap());
     let mut order = vec![];
     let mut run = |i: usize| {
@@ -268,14 +269,14 @@ fn the_first_round_of_samples_does_not_count_and_the_others_keep_their_order() {
 }
 
 #[test]
-fn the_read_ceiling_is_that_of_the_best_number_of_blocks() {
-    let device = Disguised { clock: Clock::Blocks, ..Disguised::new(0, false) };
-    let (desk, instruments) =
+fn the_read_ceiling_uses_the_best_number_of_blocks() {
+    let device = FakeGpu { clock: Clock::Blocks, ..FakeGpu::new(0, false) };
+    let (fixtures, instruments) =
         (BenchFixtures::new(&device as &dyn Device), Instruments::open(&DeviceHandle::emulator().unwrap()));
     let bench =
-        Bench { desk, instruments, card: None, rounds: 2, samples: 2, ceiling: 1 << 20, sample_ms: 0.0 };
+        Bench { fixtures, instruments, card: None, rounds: 2, samples: 2, ceiling: 1 << 20, sample_ms: 0.0 };
     let (row, ceiling) = bench.ceiling().unwrap();
-    // Of 4, 8, 10, 16 and 32, and a millisecond for 2^20 bytes and 10 sums.
+    // The candidates are 4, 8, 10, 16 and 32; 2^20 bytes and 10 sums take a millisecond.
     assert_eq!(row.numbers["blocks"], 10);
     let rate = (1048576.0 + 40.0) / 1e6;
     assert!((row.median.unwrap() / rate - 1.0).abs() < 1e-9, "{row:?}");
@@ -284,15 +285,15 @@ fn the_read_ceiling_is_that_of_the_best_number_of_blocks() {
 }
 
 #[test]
-fn what_does_not_fit_is_left_out_and_told_and_the_rest_is_measured() {
+fn cases_that_do_not_fit_are_reported_and_the_rest_is_measured() {
     let device = Emulator::with_memory(256 << 10);
     let pair = demo();
-    let place = DeviceHandle::emulator().unwrap();
+    let handle = DeviceHandle::emulator().unwrap();
     let of = |name: &str| cases(&pair).into_iter().find(|case| case.name == name).unwrap();
     let chosen = ["norm", "target: lm_head", "target: o", "target: lm_head with logits"].map(of);
-    let (desk, instruments) = (BenchFixtures::new(&device as &dyn Device), Instruments::open(&place));
+    let (fixtures, instruments) = (BenchFixtures::new(&device as &dyn Device), Instruments::open(&handle));
     let bench =
-        Bench { desk, instruments, card: None, rounds: 1, samples: 1, ceiling: 64 << 10, sample_ms: 0.0 };
+        Bench { fixtures, instruments, card: None, rounds: 1, samples: 1, ceiling: 64 << 10, sample_ms: 0.0 };
     let (rows, end) = bench.rows(&chosen).unwrap();
     let names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
     assert_eq!(names, ["read ceiling", "norm", "target: o"]);

@@ -1,10 +1,10 @@
-//! What rounds of trees do besides linear layers and attention: the drafter's choices, trees of them, and the keys and
-//! values of accepted paths.
+//! The kernels of rounds with best-first trees, other than linear layers and attention: the drafter's
+//! choices, trees made of them, and moving the keys and values of accepted paths.
 
 use super::linear::in_pages;
 use super::round::{ANCHOR, LENGTH, Logits, NONE, case, greedy, sequence};
 use super::values::{below, ends, equal, halves_of, longs_of, words_of};
-use super::{Case, MOST_BLOCK, Ready};
+use super::{Case, MAX_BLOCK, Ready};
 use dflash::Result;
 use dflash::checkpoint::config::Stack;
 use dflash::checkpoint::pair::Pair;
@@ -16,94 +16,103 @@ use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::round::{Form, Sequence};
 use dflash::gpu::kernels::sample;
 use dflash::gpu::kernels::tree::{TreeBuild, Trees};
-use dflash::gpu::kernels::verify::Verdict;
+use dflash::gpu::kernels::verify::VerifyOutput;
 use dflash::spec::tree::{self, Choice, MOST_ROWS, Tree};
 use serde_json::{Value, json};
 
-/// Of a choice's cost: how much more than the one before it costs at most, in units of 2^-16 bits. Trees of such
-/// choices have several branches, some rows long.
-const COST: usize = 3 << 16;
+/// Upper bound of the difference between the costs of a choice and of the one before it, in units of 2^-16
+/// bits. Trees of such choices have several branches, some of them several rows long.
+const COST_STEP: usize = 3 << 16;
 
-/// For each of `rows`: the choices of as many drafted rows; and for trees of as many rows in all, their building and
-/// the moving of their longest paths. None without a drafter.
+/// For each of `rows`: the choices of that many drafted rows; and for trees with that many rows in total,
+/// building them and moving their longest paths. None without a drafter.
 pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     let target = &pair.target.config;
     let Some(levels) = levels(pair) else { return vec![] };
     let mut all = vec![];
     for &rows in rows {
         let blocks = Shape { n: target.vocab, k: target.stack.hidden }.blocks();
-        all.push(choices(Choices { rows, vocab: target.vocab, blocks, most: MOST_ROWS - 1 }));
+        all.push(choices(Choices { rows, vocab: target.vocab, blocks, per_row: MOST_ROWS - 1 }));
         if let Some((sequences, rows)) = shape(pair, rows) {
-            all.push(build(TreeBuild { sequences, block: levels + 1, wide: rows, most: rows - 1 }));
-            all.extend(compact(&target.stack, drawn(pair, sequences, rows), rows));
+            all.push(build(TreeBuild {
+                sequences,
+                block: levels + 1,
+                max_verify_rows: rows,
+                per_row: rows - 1,
+            }));
+            all.extend(compact(&target.stack, random_trees(pair, sequences, rows), rows));
         }
     }
     all
 }
 
-/// (sequences, rows of each) that `rows` rows are as trees: as few sequences as the kernels allow. None without a
-/// drafter, and where each would be an anchor alone.
+/// Divides `rows` rows into trees, as (sequences, rows of each): as few sequences as the kernels allow. None
+/// without a drafter, or if each tree would have only its anchor.
 pub fn shape(pair: &Pair, rows: usize) -> Option<(usize, usize)> {
     levels(pair)?;
     let sequences = (1..=rows).find(|n| rows.is_multiple_of(*n) && rows / n <= MOST_ROWS)?;
     Some((sequences, rows / sequences)).filter(|(_, each)| *each > 1)
 }
 
-/// Trees of `rows` rows, of choices that might be the drafter's.
-pub fn drawn(pair: &Pair, sequences: usize, rows: usize) -> Vec<Tree> {
+/// Trees of `rows` rows, made of random choices.
+pub fn random_trees(pair: &Pair, sequences: usize, rows: usize) -> Vec<Tree> {
     let levels = levels(pair).unwrap_or(0);
-    (0..sequences).map(|own| Tree::best_first(ANCHOR, &drawn_choices(own, levels, rows - 1), rows)).collect()
+    (0..sequences).map(|own| Tree::best_first(ANCHOR, &random_choices(own, levels, rows - 1), rows)).collect()
 }
 
-/// Places that the drafter fills.
+/// Number of tokens that the drafter drafts in a block.
 pub fn levels(pair: &Pair) -> Option<usize> {
-    let block = pair.drafter.as_ref()?.config.block.min(MOST_BLOCK);
+    let block = pair.drafter.as_ref()?.config.block.min(MAX_BLOCK);
     block.checked_sub(1).filter(|levels| *levels > 0)
 }
 
-/// For each of `levels` places the `most` best tokens, of a sequence.
-fn drawn_choices(own: usize, levels: usize, most: usize) -> Vec<Vec<Choice>> {
+/// The `per_row` best tokens of each of `levels` rows of a sequence, at random.
+fn random_choices(own: usize, levels: usize, per_row: usize) -> Vec<Vec<Choice>> {
     let level = |level: usize| {
         let mut cost = 0;
         let choice = |rank: usize| {
-            let i = (own * MOST_BLOCK + level) * MOST_ROWS + rank;
-            cost += below(i, COST) as u32;
+            let i = (own * MAX_BLOCK + level) * MOST_ROWS + rank;
+            cost += below(i, COST_STEP) as u32;
             Choice { token: i as u32, cost }
         };
-        (0..most).map(choice).collect()
+        (0..per_row).map(choice).collect()
     };
     (0..levels).map(level).collect()
 }
 
-fn of(sequences: usize, rows: usize) -> Value {
+fn parameters(sequences: usize, rows: usize) -> Value {
     json!({ "rows": sequences * rows, "batch": sequences })
 }
 
-/// (token, cost) of each, and what stands behind the last of `most`.
-fn words(choices: &[Choice], most: usize) -> Vec<u32> {
+/// (token, cost) of each choice, padded to `per_row` choices.
+fn words(choices: &[Choice], per_row: usize) -> Vec<u32> {
     let mut words: Vec<u32> = choices.iter().flat_map(|choice| [choice.token, choice.cost]).collect();
-    words.resize(most * 2, NONE);
+    words.resize(per_row * 2, NONE);
     words
 }
 
 fn choices(kernel: Choices) -> Case {
-    let Choices { rows, vocab, blocks, most } = kernel;
-    case("choices", json!({ "rows": rows }), kernel.bytes(), move |desk| {
-        let device = desk.device;
-        let logits = Logits::new(desk, rows, vocab)?;
-        let best = desk.bytes(&logits.best(blocks).concat())?;
-        let table = desk.words((0..rows).flat_map(|row| [0, LENGTH + row as u32, NONE, NONE]))?;
-        let tables = desk.bytes(&sample::tables())?;
+    let Choices { rows, vocab, blocks, per_row } = kernel;
+    case("choices", json!({ "rows": rows }), kernel.bytes(), move |fixtures| {
+        let device = fixtures.device;
+        let logits = Logits::new(fixtures, rows, vocab)?;
+        let best = fixtures.bytes(&logits.best(blocks).concat())?;
+        let table = fixtures.words((0..rows).flat_map(|row| [0, LENGTH + row as u32, NONE, NONE]))?;
+        let tables = fixtures.bytes(&sample::tables())?;
         device.seal(&tables);
-        let (list, counts) = (desk.output(rows * most * 8)?, desk.output(rows * 4)?);
+        let (list, counts) = (fixtures.output(rows * per_row * 8)?, fixtures.output(rows * 4)?);
         let (from, to) = (logits.buffer(), [&list, &counts].map(Buffer::clone));
         let launch = move |_| kernel.launch(device, &to[0], &to[1], &best, &from, &table, &tables);
         let check = move || {
             let (list, counts) = (words_of(device, &list)?, words_of(device, &counts)?);
-            for row in logits.looked_at() {
-                let expected = tree::choices(&logits.row(row), most).unwrap_or_default();
+            for row in logits.checked_rows() {
+                let expected = tree::choices(&logits.row(row), per_row).unwrap_or_default();
                 equal("count of a row", &counts[row..=row], &[expected.len() as u32])?;
-                equal("word of choices", &list[row * most * 2..][..most * 2], &words(&expected, most))?;
+                equal(
+                    "word of choices",
+                    &list[row * per_row * 2..][..per_row * 2],
+                    &words(&expected, per_row),
+                )?;
             }
             Ok(())
         };
@@ -112,25 +121,25 @@ fn choices(kernel: Choices) -> Case {
 }
 
 fn build(kernel: TreeBuild) -> Case {
-    let TreeBuild { sequences, block, wide: rows, most } = kernel;
-    case("tree_build", of(sequences, rows), kernel.bytes(), move |desk| {
-        let device = desk.device;
+    let TreeBuild { sequences, block, max_verify_rows: rows, per_row } = kernel;
+    case("tree_build", parameters(sequences, rows), kernel.bytes(), move |fixtures| {
+        let device = fixtures.device;
         let all: Vec<Vec<Vec<Choice>>> =
-            (0..sequences).map(|own| drawn_choices(own, block - 1, most)).collect();
-        // A block's first row is the anchor's, and has no choices.
+            (0..sequences).map(|own| random_choices(own, block - 1, per_row)).collect();
+        // The first row of a block is the anchor's and has no choices.
         let of_block = |levels: &Vec<Vec<Choice>>| {
-            let known = levels.iter().flat_map(|choices| words(choices, most));
-            vec![NONE; most * 2].into_iter().chain(known).collect::<Vec<u32>>()
+            let choices = levels.iter().flat_map(|choices| words(choices, per_row));
+            vec![NONE; per_row * 2].into_iter().chain(choices).collect::<Vec<u32>>()
         };
-        let list = desk.words(all.iter().flat_map(of_block))?;
-        let counts = desk.words((0..sequences * block).map(|_| most as u32))?;
+        let list = fixtures.words(all.iter().flat_map(of_block))?;
+        let counts = fixtures.words((0..sequences * block).map(|_| per_row as u32))?;
         let state = Sequence { rows: rows as u32, form: Form::BestFirst, ..sequence(block, greedy()) };
-        let states = desk.bytes(&state.to_bytes()?.repeat(sequences))?;
-        // Of chains, and of trees that are drawn, which there are none of.
-        let drafts = desk.words(vec![NONE; sequences * block])?;
-        let typical = desk.words(vec![NONE; most])?;
+        let states = fixtures.bytes(&state.to_bytes()?.repeat(sequences))?;
+        // For chains and for sampled trees; there are none here.
+        let drafts = fixtures.words(vec![NONE; sequences * block])?;
+        let typical = fixtures.words(vec![NONE; per_row])?;
         let [tokens, parents, masks, table, spans] =
-            [rows * 4, rows * 4, rows * 8, rows * 16, 8].map(|bytes| desk.output(sequences * bytes));
+            [rows * 4, rows * 4, rows * 8, rows * 16, 8].map(|bytes| fixtures.output(sequences * bytes));
         let to = [tokens?, parents?, masks?, table?, spans?];
         let written = to.clone();
         let launch = move |_| {
@@ -167,7 +176,7 @@ fn build(kernel: TreeBuild) -> Case {
     })
 }
 
-/// None where every path stands right already.
+/// None if no row of a path has to move.
 fn compact(c: &Stack, trees: Vec<Tree>, rows: usize) -> Option<Case> {
     let paths = trees.iter().map(|tree| {
         let moved = |row: &usize| tree::moves(&tree.path(*row).collect::<Vec<_>>()).count();
@@ -187,29 +196,29 @@ fn compact(c: &Stack, trees: Vec<Tree>, rows: usize) -> Option<Case> {
         sequence_pages: each,
     };
     let Compact { layers, kv_heads, head_dim, pages, .. } = kernel;
-    let made = case("compact", of(sequences, rows), kernel.bytes(moved), move |desk| {
-        let device = desk.device;
+    let made = case("compact", parameters(sequences, rows), kernel.bytes(moved), move |fixtures| {
+        let device = fixtures.device;
         // [layers][keys, values][pages][kv_heads][PAGE][head_dim]
         let words = pages * kv_heads * PAGE * head_dim;
-        let before = desk.halves(layers * 2 * words, 1.0, "keys and values")?;
-        let caches = desk.output(layers * 2 * words * 2)?;
+        let before = fixtures.halves(layers * 2 * words, 1.0, "keys and values")?;
+        let caches = fixtures.output(layers * 2 * words * 2)?;
         device.copy(&caches, &before.buffer)?;
         let side = |layer: usize, side: usize| caches.slice((layer * 2 + side) * words * 2, words * 2);
         let [keys, values] = [0, 1].map(|of| (0..layers).map(|layer| side(layer, of)).collect::<Result<_>>());
         let (keys, values): (Vec<Buffer>, Vec<Buffer>) = (keys?, values?);
-        let addresses = desk.bytes(&kernel.caches(&keys, &values)?)?;
-        // The last page first.
+        let addresses = fixtures.bytes(&kernel.caches(&keys, &values)?)?;
+        // Pages in descending order.
         let page = move |own: usize, slot: usize| pages - 1 - (own * each + slot / PAGE);
-        let table = desk.words((0..pages).map(|place| (pages - 1 - place) as u32))?;
-        let accepted = desk.words(paths.iter().map(|path| path.len() as u32 - 1))?;
-        let next = desk.words((0..sequences).map(|_| 0))?;
+        let table = fixtures.words((0..pages).map(|place| (pages - 1 - place) as u32))?;
+        let accepted = fixtures.words(paths.iter().map(|path| path.len() as u32 - 1))?;
+        let next = fixtures.zeros(sequences)?;
         let row = |path: &Vec<usize>, to: usize| path.get(to).map_or(NONE, |from| *from as u32);
-        let path =
-            desk.words(paths.iter().flat_map(|path| (0..rows).map(|to| row(path, to)).collect::<Vec<_>>()))?;
-        let spans = desk.words([LENGTH, rows as u32].repeat(sequences))?;
+        let path = fixtures
+            .words(paths.iter().flat_map(|path| (0..rows).map(|to| row(path, to)).collect::<Vec<_>>()))?;
+        let spans = fixtures.words([LENGTH, rows as u32].repeat(sequences))?;
         let launch = move |_| {
-            let verdict = Verdict { accepted: &accepted, next: &next, path: &path };
-            kernel.launch(device, &addresses, &table, verdict, &spans)
+            let output = VerifyOutput { accepted: &accepted, next: &next, path: &path };
+            kernel.launch(device, &addresses, &table, output, &spans)
         };
         let paths = paths.clone();
         let check = move || {

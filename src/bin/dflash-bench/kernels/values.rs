@@ -1,5 +1,5 @@
-//! Values on a device that the host knows too: drawn once, repeated as far as they are needed, and how results are held
-//! against what they should be.
+//! Random values on a device that the host can compute too, and the comparison of results with expected
+//! values.
 
 use dflash::gpu::device::{Buffer, Device};
 use dflash::{Error, Result};
@@ -7,24 +7,24 @@ use half::bf16;
 use std::cell::Cell;
 use std::rc::Rc;
 
-/// Drawn numbers there are: a prime, so that no two rows of a matrix are alike.
-const DRAWN: usize = 1_048_573;
-/// Copies of weights, or of keys and values, take more than this many times the second-level cache together, so that a
-/// launch finds none of its own there.
+/// Number of random values; longer arrays repeat them. A prime, so that no two rows of a matrix are equal.
+const VALUES: usize = 1_048_573;
+/// All copies of weights, or of keys and values, take more than this many times the L2 cache, so that a
+/// launch finds none of its own copy there.
 const CACHES: usize = 3;
-/// Results of a launch that are looked at, where there are so many.
+/// Largest number of results of a launch that are checked.
 const SPOTS: usize = 64;
 
-/// Where kernels are made ready.
+/// Makes the inputs of kernels on one device.
 pub struct BenchFixtures<'a> {
     pub device: &'a dyn Device,
     numbers: Rc<[f32]>,
     phase: Cell<usize>,
 }
 
-/// An array on the device, and its values.
+/// An array of random values on the device, which the host can compute too.
 #[derive(Clone)]
-pub struct Drawn {
+pub struct RandomArray {
     pub buffer: Buffer,
     numbers: Rc<[f32]>,
     phase: usize,
@@ -33,10 +33,10 @@ pub struct Drawn {
     rounded: bool,
 }
 
-impl Drawn {
+impl RandomArray {
     /// Element `i`.
     pub fn at(&self, i: usize) -> f32 {
-        let x = self.centre + self.scale * self.numbers[(i + self.phase) % DRAWN];
+        let x = self.centre + self.scale * self.numbers[(i + self.phase) % VALUES];
         if self.rounded { bf16::from_f32(x).to_f32() } else { x }
     }
 
@@ -45,10 +45,10 @@ impl Drawn {
         let bits = |i| bf16::from_f32(self.at(i)).to_bits();
         let word = |i| u32::from(bits(2 * i)) | u32::from(bits(2 * i + 1)) << 16;
         let sum = |count| (0..count).map(word).fold(0, u32::wrapping_add);
-        // Then they repeat.
-        let times = (count / DRAWN) as u32;
-        let whole = if times > 0 { sum(DRAWN).wrapping_mul(times) } else { 0 };
-        whole.wrapping_add(sum(count % DRAWN))
+        // The values repeat after these.
+        let times = (count / VALUES) as u32;
+        let whole = if times > 0 { sum(VALUES).wrapping_mul(times) } else { 0 };
+        whole.wrapping_add(sum(count % VALUES))
     }
 }
 
@@ -60,28 +60,29 @@ fn mix(number: usize) -> u64 {
     x ^ x >> 31
 }
 
-/// Number `i` of a fixed sequence, below `count`.
+/// Value `i` of a fixed random sequence, below `count`.
 pub fn below(i: usize, count: usize) -> usize {
     ((u128::from(mix(i)) * count as u128) >> 64) as usize
 }
 
 impl<'a> BenchFixtures<'a> {
     pub fn new(device: &'a dyn Device) -> BenchFixtures<'a> {
-        // About normal, variance 1: zeros would let a GPU clock higher than weights do.
+        // About normal, with variance 1: a GPU would run at higher clocks on zeros than on weights.
         let quarter = |bits: u64| (bits & 0xffff) as f32 / 65535.0 - 0.5;
         let number = |i| {
             let bits = mix(i);
             (0..4).map(|part| quarter(bits >> (part * 16))).sum::<f32>() * 3f32.sqrt()
         };
-        BenchFixtures { device, numbers: (0..DRAWN).map(number).collect(), phase: Cell::new(0) }
+        BenchFixtures { device, numbers: (0..VALUES).map(number).collect(), phase: Cell::new(0) }
     }
 
-    /// Whether times say nothing here, and launches are counted.
+    /// Whether the device counts launches; its times mean nothing then.
     pub fn counts(&self) -> bool {
         self.device.tally().is_some()
     }
 
-    /// Copies of `bytes` bytes that are cold when their turn comes again.
+    /// Number of copies of `bytes` bytes that have left the cache when launches that use them in turn come
+    /// back to them.
     fn copies(&self, bytes: usize) -> usize {
         let l2 = usize::try_from(self.device.properties().l2).unwrap_or(usize::MAX / CACHES);
         if self.counts() { 1 } else { (CACHES * l2 / bytes.max(1) + 1).max(2) }
@@ -90,75 +91,75 @@ impl<'a> BenchFixtures<'a> {
     /// `count` f32 around `centre`.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little.
-    pub fn floats(&self, count: usize, centre: f32, scale: f32, what: &str) -> Result<Drawn> {
-        Ok(self.drawn(count, (centre, scale, false), 1, what)?.0)
+    /// [`Error::Memory`] if the device has too little memory.
+    pub fn floats(&self, count: usize, centre: f32, scale: f32, what: &str) -> Result<RandomArray> {
+        Ok(self.random(count, (centre, scale, false), 1, what)?.0)
     }
 
     /// `count` bf16 around 0.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little.
-    pub fn halves(&self, count: usize, scale: f32, what: &str) -> Result<Drawn> {
-        Ok(self.drawn(count, (0.0, scale, true), 1, what)?.0)
+    /// [`Error::Memory`] if the device has too little memory.
+    pub fn halves(&self, count: usize, scale: f32, what: &str) -> Result<RandomArray> {
+        Ok(self.random(count, (0.0, scale, true), 1, what)?.0)
     }
 
-    /// As [`BenchFixtures::halves`], with as many equal copies as keep each launch's own out of the cache if `together` bytes
-    /// take turns with each.
+    /// As [`BenchFixtures::halves`], with so many equal copies that a launch never finds its own in the
+    /// cache. `together`: bytes that a launch reads with each copy, the copy included.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little.
+    /// [`Error::Memory`] if the device has too little memory.
     pub fn cold(
         &self,
         count: usize,
         scale: f32,
         together: usize,
         what: &str,
-    ) -> Result<(Drawn, Vec<Buffer>)> {
-        self.drawn(count, (0.0, scale, true), self.copies(together), what)
+    ) -> Result<(RandomArray, Vec<Buffer>)> {
+        self.random(count, (0.0, scale, true), self.copies(together), what)
     }
 
-    fn drawn(
+    fn random(
         &self,
         count: usize,
         (centre, scale, rounded): (f32, f32, bool),
         copies: usize,
         what: &str,
-    ) -> Result<(Drawn, Vec<Buffer>)> {
+    ) -> Result<(RandomArray, Vec<Buffer>)> {
         let size = if rounded { 2 } else { 4 };
         let stride = (count * size).next_multiple_of(256);
         let all = self.device.allocate(stride * copies, what)?;
-        let phase = self.phase.replace((self.phase.get() + 123_457) % DRAWN);
+        let phase = self.phase.replace((self.phase.get() + 123_457) % VALUES);
         let buffer = all.slice(0, count * size)?;
-        let drawn = Drawn { buffer, numbers: self.numbers.clone(), phase, centre, scale, rounded };
-        let first = count.min(DRAWN);
+        let array = RandomArray { buffer, numbers: self.numbers.clone(), phase, centre, scale, rounded };
+        let first = count.min(VALUES);
         let bytes: Vec<u8> = match rounded {
-            true => (0..first).flat_map(|i| bf16::from_f32(drawn.at(i)).to_le_bytes()).collect(),
-            false => (0..first).flat_map(|i| drawn.at(i).to_le_bytes()).collect(),
+            true => (0..first).flat_map(|i| bf16::from_f32(array.at(i)).to_le_bytes()).collect(),
+            false => (0..first).flat_map(|i| array.at(i).to_le_bytes()).collect(),
         };
         let put = |from: usize, bytes: usize| all.slice(from, bytes);
-        let whole = drawn.buffer.slice(0, first * size)?;
+        let whole = array.buffer.slice(0, first * size)?;
         self.device.upload(&whole, &bytes)?;
-        for at in (first..count).step_by(DRAWN) {
-            let bytes = (count - at).min(DRAWN) * size;
+        for at in (first..count).step_by(VALUES) {
+            let bytes = (count - at).min(VALUES) * size;
             self.device.copy(&put(at * size, bytes)?, &put(0, bytes)?)?;
         }
         let copies = (0..copies).map(|copy| {
             let to = all.slice(copy * stride, count * size)?;
             if copy > 0 {
-                self.device.copy(&to, &drawn.buffer)?;
+                self.device.copy(&to, &array.buffer)?;
             }
             Ok(to)
         });
         let copies = copies.collect::<Result<Vec<Buffer>>>()?;
         self.device.seal(&all);
-        Ok((drawn, copies))
+        Ok((array, copies))
     }
 
-    /// Room for results, which is no number anywhere.
+    /// A buffer for results, filled with 0xff: NaN, or `u32::MAX`.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little.
+    /// [`Error::Memory`] if the device has too little memory.
     pub fn output(&self, bytes: usize) -> Result<Buffer> {
         let buffer = self.device.allocate(bytes, "results")?;
         self.device.fill(&buffer, 0xff)?;
@@ -168,7 +169,7 @@ impl<'a> BenchFixtures<'a> {
     /// An array of bytes.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little.
+    /// [`Error::Memory`] if the device has too little memory.
     pub fn bytes(&self, bytes: &[u8]) -> Result<Buffer> {
         let buffer = self.device.allocate(bytes.len(), "a table")?;
         self.device.upload(&buffer, bytes)?;
@@ -178,9 +179,17 @@ impl<'a> BenchFixtures<'a> {
     /// An array of u32.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little.
+    /// [`Error::Memory`] if the device has too little memory.
     pub fn words(&self, words: impl IntoIterator<Item = u32>) -> Result<Buffer> {
         self.bytes(&words.into_iter().flat_map(u32::to_le_bytes).collect::<Vec<u8>>())
+    }
+
+    /// An array of `count` u32 zeros.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if the device has too little memory.
+    pub fn zeros(&self, count: usize) -> Result<Buffer> {
+        self.words(std::iter::repeat_n(0, count))
     }
 }
 
@@ -208,7 +217,7 @@ pub fn longs_of(device: &dyn Device, from: &Buffer) -> Result<Vec<u64>> {
     elements(device, from, u64::from_le_bytes)
 }
 
-/// Places of a matrix to look at: its corners and some between, or all where there are few.
+/// Elements of a matrix to check, as (row, column): its corners and some others, or all if there are few.
 pub fn spots(rows: usize, columns: usize) -> Vec<(usize, usize)> {
     if rows * columns <= SPOTS {
         return (0..rows * columns).map(|i| (i / columns, i % columns)).collect();
@@ -218,22 +227,22 @@ pub fn spots(rows: usize, columns: usize) -> Vec<(usize, usize)> {
     corners.into_iter().chain(between).collect()
 }
 
-/// The first and the last of `count`, and one between.
+/// The first and the last of `count`, and one in between.
 pub fn ends(count: usize) -> Vec<usize> {
     let mut ends = vec![0, count / 3, count - 1];
     ends.dedup();
     ends
 }
 
-/// Refuses results (first of each pair) that are further from what they should be than `bound`, as lengths of vectors.
+/// Requires |results - expected| <= `bound` |expected|, the norms taken over all pairs of (result, expected).
 ///
 /// # Errors
-/// [`Error::Internal`] with the error.
+/// [`Error::Internal`] with the relative error.
 pub fn close(what: &str, pairs: &[(f32, f64)], bound: f64) -> Result<()> {
     let distance: f64 = pairs.iter().map(|(got, expected)| (f64::from(*got) - expected).powi(2)).sum();
     let length: f64 = pairs.iter().map(|(_, expected)| expected.powi(2)).sum();
     let error = (distance / length).sqrt();
-    // NaN is no small error.
+    // False for NaN too.
     if error <= bound {
         return Ok(());
     }
@@ -243,10 +252,10 @@ pub fn close(what: &str, pairs: &[(f32, f64)], bound: f64) -> Result<()> {
     )))
 }
 
-/// Refuses results that are not exactly what they should be.
+/// Requires that results are exactly as expected.
 ///
 /// # Errors
-/// [`Error::Internal`] with the first that differs.
+/// [`Error::Internal`] with the first difference.
 pub fn equal<T: PartialEq + std::fmt::Debug>(what: &str, got: &[T], expected: &[T]) -> Result<()> {
     let differs = got.iter().zip(expected).position(|(got, expected)| got != expected);
     match differs {
@@ -260,15 +269,15 @@ pub fn equal<T: PartialEq + std::fmt::Debug>(what: &str, got: &[T], expected: &[
 mod tests {
     use super::*;
 
-    /// The read ceiling on a GPU reads more than the drawn numbers; on the emulator it does not.
+    /// On a GPU the read ceiling reads more than [`VALUES`] values; on the emulator it does not.
     #[test]
-    fn words_are_added_also_where_numbers_repeat() {
+    fn sums_of_words_include_repeated_values() {
         let device = dflash::gpu::emulator::Emulator::new();
-        let desk = BenchFixtures::new(&device);
-        let count = DRAWN + 4099;
-        let drawn = desk.halves(2 * count, 1.0, "words").unwrap();
-        let found = words_of(&device, &drawn.buffer).unwrap();
-        assert_eq!(drawn.words(count), found.iter().copied().fold(0, u32::wrapping_add));
-        assert_eq!(drawn.words(5), found[..5].iter().copied().fold(0, u32::wrapping_add));
+        let fixtures = BenchFixtures::new(&device);
+        let count = VALUES + 4099;
+        let array = fixtures.halves(2 * count, 1.0, "words").unwrap();
+        let found = words_of(&device, &array.buffer).unwrap();
+        assert_eq!(array.words(count), found.iter().copied().fold(0, u32::wrapping_add));
+        assert_eq!(array.words(5), found[..5].iter().copied().fold(0, u32::wrapping_add));
     }
 }
