@@ -2,9 +2,10 @@
 
 use crate::checkpoint::pair::Pair;
 use crate::cli::terminal;
+use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::cuda::Cuda;
 use crate::gpu::device::Device;
-use crate::gpu::memory::{BatchConfig, MemoryPlan, Overhead};
+use crate::gpu::memory::{MemoryPlan, Overhead};
 use crate::{Error, Result};
 
 /// Where to run.
