@@ -1,9 +1,10 @@
 //! Which device runs a pair, and opening it.
 
 use crate::checkpoint::pair::Pair;
+use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::cuda::Cuda;
 use crate::gpu::device::Device;
-use crate::gpu::memory::{BatchConfig, MemoryPlan, Overhead};
+use crate::gpu::memory::{MemoryPlan, Overhead};
 use crate::{Error, Result};
 
 /// Where to run.

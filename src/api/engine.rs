@@ -7,8 +7,8 @@ use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use crate::checkpoint::pair::Pair;
 use crate::cpu::decoder::Cpu;
 use crate::engine::generate::{Backend, Decoder, Request};
-use crate::gpu::decoder::OnDevice;
-use crate::gpu::memory::BatchConfig;
+use crate::gpu::batch_config::BatchConfig;
+use crate::gpu::decoder::DeviceBackend;
 use crate::spec::verify::{SpecConfig, VerifyMethod};
 use crate::text::prompts::{Content, Prompt, PromptEncoder, without_template};
 use crate::text::tokenizer::Text;
@@ -111,7 +111,7 @@ pub struct Engine {
 /// The loaded pair. An enum and not a trait object, so that `Engine` is `Send` and `Sync`.
 enum Loaded {
     Cpu(Cpu),
-    Device(OnDevice, BatchConfig),
+    Device(DeviceBackend, BatchConfig),
 }
 
 impl Engine {
@@ -148,7 +148,7 @@ impl Engine {
             Placement::Device(DeviceHandle { name, device, overhead }) => {
                 let handle = DeviceHandle { name, device, overhead };
                 handle.memory_plan(&pair, capacity)?.1?;
-                let loaded = OnDevice::load(name, handle.device, &pair, capacity, &mut |_, _| ())?;
+                let loaded = DeviceBackend::load(name, handle.device, &pair, capacity, &mut |_, _| ())?;
                 (Loaded::Device(loaded, capacity), capacity.positions, None)
             }
         };
@@ -254,10 +254,10 @@ impl Loaded {
 
 /// `capacity`, enlarged so that rounds of this kind fit.
 fn with_capacity_for(capacity: BatchConfig, spec: &SpecConfig) -> BatchConfig {
-    let rules = capacity.rules || spec.rule != VerifyMethod::Match;
+    let draft_probs = capacity.draft_probs || spec.rule != VerifyMethod::Match;
     match spec.tree {
-        Some(rows) if rows > capacity.tree => BatchConfig { rules, ..capacity.with_trees(rows) },
-        _ => BatchConfig { rules, ..capacity },
+        Some(rows) if rows > capacity.tree => BatchConfig { draft_probs, ..capacity.with_trees(rows) },
+        _ => BatchConfig { draft_probs, ..capacity },
     }
 }
 

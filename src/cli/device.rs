@@ -6,7 +6,7 @@ use crate::Result;
 use crate::api::device::Placement;
 use crate::checkpoint::pair::Pair;
 use crate::cli::terminal::{message, note};
-use crate::gpu::memory::BatchConfig;
+use crate::gpu::batch_config::BatchConfig;
 use clap::builder::PossibleValue;
 
 impl clap::ValueEnum for Choice {

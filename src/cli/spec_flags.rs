@@ -5,7 +5,7 @@ use crate::checkpoint::pair::Pair;
 use crate::cli::terminal::{number, whole};
 use crate::cpu::decoder::Cpu;
 use crate::engine::stats::SpecRecord;
-use crate::gpu::memory::BatchConfig;
+use crate::gpu::batch_config::{AdaptiveLength, BatchConfig};
 use crate::perf::roofline::Card;
 use crate::spec::draft_length::{Costs, DraftLengthPolicy};
 use crate::spec::sampling::SamplingParams;
@@ -102,8 +102,13 @@ impl SpecFlags {
 
     /// `room` for such rounds on a device.
     pub fn room(&self, room: BatchConfig) -> BatchConfig {
-        let room = BatchConfig { adaptive: self.adaptive.is_some(), threshold: self.threshold(), ..room };
-        BatchConfig { rules: self.verify != VerifyMethod::Match, ..room.with_trees(self.tree.unwrap_or(0)) }
+        let length =
+            |threshold: Option<f64>| threshold.map_or(AdaptiveLength::CostModel, AdaptiveLength::Threshold);
+        let room = BatchConfig { adaptive: self.adaptive.map(length), ..room };
+        BatchConfig {
+            draft_probs: self.verify != VerifyMethod::Match,
+            ..room.with_trees(self.tree.unwrap_or(0))
+        }
     }
 
     /// Drafts for a target that samples so: the same filters, and `--draft-temperature`.

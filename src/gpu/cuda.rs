@@ -1,9 +1,9 @@
-//! The GPU: [`Device`] on the CUDA driver API, which is loaded when the first device is opened. No other part of CUDA is
-//! needed at run time.
+//! The GPU: [`Device`] on the CUDA driver API, which is loaded when the first device is opened. Running needs
+//! no other part of CUDA.
 //!
-//! The kernels are PTX in the binary, in two forms: compute_90a for exactly sm_90, compute_80 for everything else from
-//! Ampere on. Only kernels of the first form may overlap their predecessor, since only there `grid_wait` is an
-//! instruction. One stream carries all work; graphs are captured from it.
+//! The kernels are in the binary as PTX for two targets: compute_90a for exactly sm_90, compute_80 for every
+//! other GPU from Ampere on. Only compute_90a kernels may overlap their predecessor, because `grid_wait` is
+//! empty in the others. All work is on one stream; graphs are captured from it.
 
 use crate::gpu::device::{
     Arg, Buffer, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
@@ -25,42 +25,46 @@ struct Module {
     ptx: [&'static str; 2],
 }
 
-/// Empty in a binary that was built without nvcc.
+/// All modules; empty in a binary that was built without nvcc.
 static MODULES: &[Module] = include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 
-/// What this build's kernels are compiled for; nothing where nvcc was not there.
+/// The virtual architectures that this build's kernels are compiled for; empty in a binary built without
+/// nvcc.
 pub fn targets() -> &'static [&'static str] {
     if MODULES.is_empty() { &[] } else { &["compute_80", "compute_90a"] }
 }
 
-/// The CUDA version whose driver takes the PTX of the pinned nvcc, and has every function called here.
-const NEEDED: u32 = 13000;
+/// The oldest CUDA version whose driver accepts the PTX of the pinned nvcc and has every function called
+/// here.
+const MIN_DRIVER: u32 = 13000;
 
-/// Shared memory per block that needs no request.
-const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
+/// Dynamic shared memory per block, in bytes, that a kernel can use without raising its limit.
+const DEFAULT_SHARED: u32 = 48 << 10;
 
-/// A device's primary context and the stream of all work. Freed after everything that lives in it.
+/// A device's primary context and the stream. Every allocation, graph and event holds it, so it is freed
+/// last.
 struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
-    /// Held while the stream is captured: nobody may wait for it then.
+    /// Held while the stream is captured, when waiting for it is an error.
     capturing: Mutex<()>,
 }
 
-// SAFETY: contexts and streams are handles that the driver lets any thread use, and every use binds the context first.
+// SAFETY: contexts and streams are handles that any thread may use, and every use binds the context first.
 unsafe impl Send for Context {}
-// SAFETY: as above.
+// SAFETY: as for Send; the driver synchronizes concurrent calls.
 unsafe impl Sync for Context {}
 
 impl Context {
-    /// Makes the context current on this thread, as nearly every driver call needs it.
+    /// Makes the context current on this thread, which nearly every driver call needs.
     fn bind(&self) -> Result<()> {
         // SAFETY: the context is retained until `self` is dropped.
         check("binding the context", unsafe { result::ctx::set_current(self.context) })
     }
 
-    /// Waits until no work uses what is about to be freed, then frees it. A failure leaves nothing to be done.
+    /// Waits until no work uses the memory or graph that `free` frees, then calls it. Failures are ignored:
+    /// this runs in destructors.
     fn free(&self, free: impl FnOnce() -> std::result::Result<(), DriverError>) {
         let _capturing = lock(&self.capturing);
         if self.bind().is_ok() {
@@ -73,7 +77,8 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: created in `open`, destroyed once; a failure leaves nothing to be done.
+        // SAFETY: the stream was created and the context retained in `open`, and both are released once.
+        // Failures are ignored, because nothing could be done about them.
         unsafe {
             let _ = result::ctx::set_current(self.context);
             let _ = result::stream::synchronize(self.stream);
@@ -93,7 +98,7 @@ impl Memory for DeviceMemory {}
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        // SAFETY: allocated with `malloc_sync`, freed once.
+        // SAFETY: allocated with `malloc_sync`, freed once, and `free` has waited for all work.
         self.context.free(|| unsafe { result::free_sync(self.address) });
     }
 }
@@ -104,16 +109,16 @@ struct HostMemory {
     context: Arc<Context>,
 }
 
-// SAFETY: only an address to give back.
+// SAFETY: the pointer is used only to free the memory.
 unsafe impl Send for HostMemory {}
-// SAFETY: as above.
+// SAFETY: as for Send; no method uses the pointer.
 unsafe impl Sync for HostMemory {}
 
 impl Memory for HostMemory {}
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        // SAFETY: allocated with `malloc_host`, freed once.
+        // SAFETY: allocated with `malloc_host`, freed once, and `free` has waited for all work.
         self.context.free(|| unsafe { result::free_host(self.host) });
     }
 }
@@ -123,47 +128,49 @@ struct CudaEvent {
     context: Arc<Context>,
 }
 
-// SAFETY: a handle any thread may use.
+// SAFETY: an event is a handle that any thread may use.
 unsafe impl Send for CudaEvent {}
-// SAFETY: as above.
+// SAFETY: as for Send; the driver synchronizes concurrent calls.
 unsafe impl Sync for CudaEvent {}
 
 impl Drop for CudaEvent {
     fn drop(&mut self) {
         if self.context.bind().is_ok() {
-            // SAFETY: created in `record`, destroyed once; the driver keeps what the stream has yet to pass.
+            // SAFETY: created in `record`, destroyed once; the driver defers this until the stream has passed
+            // the event.
             let _ = unsafe { result::event::destroy(self.event) };
         }
     }
 }
 
-/// A graph ready to launch. The nodes in [`Graph`] keep its buffers alive.
+/// An executable graph. The nodes in [`Graph`] keep its buffers alive.
 struct CudaGraph {
     executable: sys::CUgraphExec,
     context: Arc<Context>,
 }
 
-// SAFETY: a handle; the driver forbids only concurrent use, and launches happen under the device's lock.
+// SAFETY: a graph is a handle that any thread may use, one at a time, and launches hold the device's lock.
 unsafe impl Send for CudaGraph {}
-// SAFETY: as above.
+// SAFETY: as for Send.
 unsafe impl Sync for CudaGraph {}
 
 impl Drop for CudaGraph {
     fn drop(&mut self) {
-        // SAFETY: instantiated in `capture`, destroyed once.
+        // SAFETY: instantiated in `instantiate`, destroyed once, and `free` has waited for all work.
         self.context.free(|| unsafe { result::graph::exec_destroy(self.executable) });
     }
 }
 
-/// An entry point of a loaded module, and the size of each of its parameters.
+/// An entry point of a loaded module, and the bytes of each of its parameters.
 #[derive(Clone)]
 struct Function {
     handle: sys::CUfunction,
     sizes: Arc<[usize]>,
 }
 
-/// What changes while the device is used; its lock orders the callers.
+/// The device's mutable state. Holding its lock orders the calls of several threads.
 struct State {
+    /// By file and entry point.
     functions: BTreeMap<(&'static str, &'static str), Function>,
     /// The steps of each thread that captures a graph.
     recording: HashMap<ThreadId, Vec<Node>>,
@@ -172,7 +179,7 @@ struct State {
 // SAFETY: function handles are valid on every thread while their module is loaded.
 unsafe impl Send for State {}
 
-/// A GPU.
+/// A GPU as a [`Device`].
 pub struct Cuda {
     properties: Properties,
     state: Mutex<State>,
@@ -180,15 +187,15 @@ pub struct Cuda {
     context: Arc<Context>,
 }
 
-/// Stays loaded until the context goes.
+/// A module, which stays loaded until the context is released.
 struct LoadedModule(sys::CUmodule);
 
-// SAFETY: a handle any thread may use.
+// SAFETY: a module is a handle that any thread may use.
 unsafe impl Send for LoadedModule {}
-// SAFETY: as above.
+// SAFETY: as for Send; the driver synchronizes concurrent calls.
 unsafe impl Sync for LoadedModule {}
 
-/// Turns a driver error into a sentence: what was done, and the driver's words.
+/// Turns a driver error into a sentence with the failed operation and the driver's reason.
 fn check<T>(what: &str, result: std::result::Result<T, DriverError>) -> Result<T> {
     result.map_err(|e| Error::Internal(format!("CUDA: {what} failed: {}", reason(e))))
 }
@@ -206,12 +213,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Cuda {
-    /// Opens GPU number `ordinal` and loads the kernels for it; the driver compiles them the first time, and keeps the
-    /// result for later runs.
+    /// Opens GPU number `ordinal` and loads the kernels for it. The driver compiles their PTX the first time
+    /// and caches the result for later runs.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] where the binary has no CUDA kernels, or the machine no driver, no such GPU, a driver too old
-    /// for the kernels, or a GPU older than sm_80; [`Error::Internal`] where the driver refuses a kernel.
+    /// [`Error::Unsupported`] where the binary has no CUDA kernels, or the machine has no driver, no such
+    /// GPU, a driver too old for the kernels, or a GPU older than sm_80; [`Error::Internal`] where the driver
+    /// refuses a kernel.
     pub fn open(ordinal: u32) -> Result<Cuda> {
         Cuda::with(MODULES, ordinal)
     }
@@ -223,23 +231,24 @@ impl Cuda {
                 "device cuda: this binary was built without nvcc and has no CUDA kernels".to_string(),
             );
         }
-        // SAFETY: only tries to load the library; without this check the first driver call would panic.
+        // SAFETY: only tries to load the driver library. Without this check the first driver call would
+        // panic.
         if !unsafe { sys::is_culib_present() } {
             return unsupported(
                 "device cuda: no NVIDIA driver on this machine (libcuda.so.1 was not found)".to_string(),
             );
         }
         let mut version = 0;
-        // SAFETY: writes one int; needs no initialised driver.
+        // SAFETY: writes one int, and works before the driver is initialized.
         check("asking for the driver's version", unsafe { sys::cuDriverGetVersion(&mut version) }.result())?;
         let driver = u32::try_from(version).unwrap_or(0);
-        if driver < NEEDED {
+        if driver < MIN_DRIVER {
             return unsupported(format!(
-                "device cuda: the NVIDIA driver supports CUDA {}.{}, needed is {}.{} or newer (driver 580 or newer)",
+                "device cuda: the NVIDIA driver supports CUDA {}.{}, expected {}.{} or newer (driver 580 or newer)",
                 driver / 1000,
                 driver % 1000 / 10,
-                NEEDED / 1000,
-                NEEDED % 1000 / 10
+                MIN_DRIVER / 1000,
+                MIN_DRIVER % 1000 / 10
             ));
         }
         if let Err(e) = result::init() {
@@ -260,13 +269,13 @@ impl Cuda {
         let (major, minor) = properties.capability;
         if major < 8 {
             return unsupported(format!(
-                "device cuda: {} has compute capability {major}.{minor}, needed is 8.0 or newer",
+                "device cuda: {} has compute capability {major}.{minor}, expected 8.0 or newer",
                 properties.name
             ));
         }
-        // SAFETY: `device` came from the driver; the context is released when `Context` drops.
+        // SAFETY: `device` came from the driver; `Context` releases the context when it drops.
         let context = check("creating a context", unsafe { result::primary_ctx::retain(device) })?;
-        // SAFETY: just retained.
+        // SAFETY: the context was just retained.
         let bound = unsafe { result::ctx::set_current(context) };
         let stream = bound.and_then(|()| result::stream::create(result::stream::StreamKind::NonBlocking));
         let stream = match stream {
@@ -286,7 +295,7 @@ impl Cuda {
         Ok(Cuda { properties, state, modules, context })
     }
 
-    /// The driver's handle of a kernel, made ready on its first use.
+    /// The driver's handle of a kernel. The first use loads it and checks it against its declaration.
     fn function(&self, state: &mut State, kernel: &'static Kernel) -> Result<Function> {
         if let Some(function) = state.functions.get(&(kernel.file, kernel.name)) {
             return Ok(function.clone());
@@ -297,15 +306,19 @@ impl Cuda {
         };
         let name = CString::new(kernel.name).map_err(|_| wrong("a name with a zero byte".to_string()))?;
         let what = format!("finding kernel {}", kernel.name);
-        // SAFETY: the module is loaded and stays so.
+        // SAFETY: the module stays loaded as long as the context.
         let handle = check(&what, unsafe { result::module::get_function(module.0, name) })?;
-        // SAFETY: the handle is valid; loading now keeps a first launch during capture from doing it.
+        // SAFETY: the handle is valid. Loading the function here keeps a first launch from doing it during a
+        // capture.
         check(&what, unsafe { sys::cuFuncLoad(handle) }.result())?;
         let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
-        // SAFETY: as above.
+        // SAFETY: the handle is valid.
         let threads = check(&what, unsafe { result::function::get_function_attribute(handle, limit) })?;
         if threads < 0 || (threads as u32) < kernel.threads {
-            return Err(wrong(format!("{} threads per block, it can have {threads}", kernel.threads)));
+            return Err(wrong(format!(
+                "{} threads per block, but it can have at most {threads}",
+                kernel.threads
+            )));
         }
         if kernel.max_shared > self.properties.shared_per_block {
             return Err(Error::Unsupported(format!(
@@ -313,18 +326,19 @@ impl Cuda {
                 kernel.name, kernel.max_shared, self.properties.name, self.properties.shared_per_block
             )));
         }
-        if kernel.max_shared > SHARED_WITHOUT_ASKING {
+        if kernel.max_shared > DEFAULT_SHARED {
             let size = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             let what =
                 format!("asking for {} bytes of shared memory for kernel {}", kernel.max_shared, kernel.name);
-            // SAFETY: as above; the value is at most what a block can have, which fits an int.
+            // SAFETY: the handle is valid; the value is at most `shared_per_block`, which fits an int.
             check(&what, unsafe {
                 result::function::set_function_attribute(handle, size, kernel.max_shared as i32)
             })?;
         }
         let mut sizes = Vec::new();
         let (mut offset, mut size) = (0, 0);
-        // SAFETY: asks for parameter after parameter until the driver says there is none.
+        // SAFETY: the handle is valid, and the driver refuses an index that is out of range, which ends the
+        // loop.
         while unsafe { sys::cuFuncGetParamInfo(handle, sizes.len(), &mut offset, &mut size) }.result().is_ok()
         {
             sizes.push(size);
@@ -334,7 +348,7 @@ impl Cuda {
         Ok(function)
     }
 
-    /// Puts a launch on the stream, or into the graph that is captured from it.
+    /// Enqueues a launch on the stream, or adds it to the graph that is captured from the stream.
     fn issue(&self, state: &mut State, launch: &Launch) -> Result<()> {
         let Launch { kernel, grid, shared, args } = launch;
         let function = self.function(state, kernel)?;
@@ -342,7 +356,7 @@ impl Cuda {
         let given: Vec<usize> = args.iter().map(|arg| if short(arg) { 4 } else { 8 }).collect();
         if *given != *function.sizes {
             return Err(Error::Internal(format!(
-                "kernel {}: arguments of {given:?} bytes, its parameters have {:?}",
+                "kernel {}: arguments of {given:?} bytes, but its parameters have {:?}",
                 kernel.name, function.sizes
             )));
         }
@@ -363,13 +377,14 @@ impl Cuda {
             sharedMemBytes: *shared,
             hStream: self.context.stream,
             attrs: &mut overlap,
-            // `overlap` is set with the compute_90a image only: in the other one grid_wait is empty.
+            // `overlap` is set only with compute_90a kernels, because `grid_wait` is empty in the others.
             numAttrs: u32::from(self.properties.overlap),
         };
         let what = format!("launching kernel {}", kernel.name);
-        // SAFETY: as many arguments as parameters, each of its size (checked above); little-endian words hold 4-byte ones
-        // in front. The driver copies arguments and attributes before it returns. Buffers are num_active: their drop waits
-        // for the stream, and a graph's nodes hold them.
+        // SAFETY: there are as many arguments as parameters and each has its size (checked above); a 4-byte
+        // argument is in the first bytes of its little-endian word. The driver copies arguments and
+        // attributes before it returns. Buffers outlive the kernel: dropping one waits for the stream, and a
+        // graph's nodes hold theirs.
         check(&what, unsafe {
             sys::cuLaunchKernelEx(&config, function.handle, pointers.as_mut_ptr(), std::ptr::null_mut())
                 .result()
@@ -380,7 +395,7 @@ impl Cuda {
         if to.bytes() == 0 {
             return Ok(());
         }
-        // SAFETY: both are num_active device memory of this many bytes.
+        // SAFETY: both buffers are allocated and have this many bytes; freeing one waits for the stream.
         check("a copy on the device", unsafe {
             result::memcpy_dtod_async(to.address(), from.address(), to.bytes(), self.context.stream)
         })
@@ -390,7 +405,7 @@ impl Cuda {
         if to.bytes() == 0 {
             return Ok(());
         }
-        // SAFETY: num_active device memory of this many bytes.
+        // SAFETY: the buffer is allocated and has this many bytes; freeing it waits for the stream.
         check("filling device memory", unsafe {
             result::memset_d8_async(to.address(), byte, to.bytes(), self.context.stream)
         })
@@ -404,7 +419,7 @@ impl Cuda {
         }
     }
 
-    /// Records the step where a graph is being captured, else runs it now.
+    /// Records the step if this thread captures a graph, otherwise enqueues it.
     fn run_or_record(&self, node: Node) -> Result<()> {
         let mut state = lock(&self.state);
         if let Some(nodes) = state.recording.get_mut(&thread::current().id()) {
@@ -415,8 +430,9 @@ impl Cuda {
         self.issue_node(&mut state, &node)
     }
 
-    /// Binds the context, with the device's lock; refuses while this thread captures a graph.
-    fn now(&self, what: &str) -> Result<MutexGuard<'_, State>> {
+    /// Takes the device's lock and binds the context, for `what`, which cannot be part of a graph; an error
+    /// while this thread captures one.
+    fn immediate(&self, what: &str) -> Result<MutexGuard<'_, State>> {
         let state = lock(&self.state);
         if state.recording.contains_key(&thread::current().id()) {
             return Err(Error::Internal(format!("{what} while a graph is captured")));
@@ -425,7 +441,7 @@ impl Cuda {
         Ok(state)
     }
 
-    /// Captures the steps from the stream and makes them launchable.
+    /// Captures the steps from the stream into an executable graph.
     fn instantiate(&self, state: &mut State, nodes: &[Node]) -> Result<CudaGraph> {
         for node in nodes {
             if let Node::Launch(launch) = node {
@@ -434,20 +450,20 @@ impl Cuda {
         }
         let stream = self.context.stream;
         let capturing = lock(&self.context.capturing);
-        // SAFETY: the stream is ours and not capturing.
+        // SAFETY: the stream is valid and not capturing, because `capturing` was free.
         check("starting a capture", unsafe {
             result::stream::begin_capture(stream, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
         })?;
         let issued = nodes.iter().try_for_each(|node| self.issue_node(state, node));
-        // SAFETY: the capture is ended whatever happened in it.
+        // SAFETY: the stream is capturing; the capture ends whether its steps succeeded or not.
         let graph = check("ending a capture", unsafe { result::stream::end_capture(stream) });
         drop(capturing);
         if let (Err(_), Ok(graph)) = (&issued, &graph) {
-            // SAFETY: the graph is valid and nobody else's.
+            // SAFETY: the graph is valid and not used again.
             let _ = unsafe { result::graph::destroy(*graph) };
         }
         let graph = issued.and(graph)?;
-        // SAFETY: the graph is valid; its executable form does not need it any more.
+        // SAFETY: the graph is valid and destroyed once; its executable form does not need it.
         let executable = unsafe {
             let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
             let _ = result::graph::destroy(graph);
@@ -460,7 +476,7 @@ impl Cuda {
     }
 }
 
-/// Loads one module's image: 0 for compute_80, 1 for compute_90a.
+/// Loads a module from image 0 (compute_80) or 1 (compute_90a).
 fn load(module: &Module, image: usize, driver: u32) -> Result<LoadedModule> {
     let wrong = |what: String| Error::Internal(format!("CUDA module {}: {what}", module.file));
     let ptx = CString::new(module.ptx[image]).map_err(|_| wrong("its PTX holds a zero byte".to_string()))?;
@@ -470,11 +486,12 @@ fn load(module: &Module, image: usize, driver: u32) -> Result<LoadedModule> {
         sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
         sys::CUjit_option::CU_JIT_GENERATE_LINE_INFO,
     ];
-    // Numbers travel in a pointer's place, as the interface has it. Lines are for the sanitizers and profilers.
+    // The interface passes numbers as pointers. Line information is for sanitizers and profilers.
     let number = std::ptr::without_provenance_mut;
     let mut values = [log.as_mut_ptr().cast::<c_void>(), number(log.len() - 1), number(1)];
     let mut loaded = MaybeUninit::uninit();
-    // SAFETY: the image is a C string, the log longer than its stated size, options and values are three each.
+    // SAFETY: the image is a C string, the log is longer than its stated size, and there are as many values
+    // as options.
     let result = unsafe {
         sys::cuModuleLoadDataEx(
             loaded.as_mut_ptr(),
@@ -485,11 +502,11 @@ fn load(module: &Module, image: usize, driver: u32) -> Result<LoadedModule> {
         )
     };
     match result.result() {
-        // SAFETY: written by the driver on success.
+        // SAFETY: the driver wrote the handle, because the call succeeded.
         Ok(()) => Ok(LoadedModule(unsafe { loaded.assume_init() })),
         Err(DriverError(sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION)) => {
             Err(Error::Unsupported(format!(
-                "device cuda: the NVIDIA driver (CUDA {}.{}) is too old for this binary's kernels, built by a newer nvcc",
+                "device cuda: the NVIDIA driver (CUDA {}.{}) is too old for this binary's kernels, which a newer nvcc built",
                 driver / 1000,
                 driver % 1000 / 10
             )))
@@ -523,7 +540,7 @@ fn properties(device: sys::CUdevice, driver: u32) -> Result<Properties> {
         name: check("asking for the GPU's name", result::device::get_name(device))?,
         capability,
         multiprocessors: ask(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        // SAFETY: as above.
+        // SAFETY: `device` came from the driver.
         memory: check("asking for the GPU's memory", unsafe { result::device::total_mem(device) })? as u64,
         l2: u64::from(ask(A::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?),
         shared_per_block: ask(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
@@ -533,10 +550,10 @@ fn properties(device: sys::CUdevice, driver: u32) -> Result<Properties> {
     })
 }
 
-/// The card's place on the PCI bus, None where the driver does not say.
+/// The card's PCI bus id; None where the driver does not report it.
 fn pci(device: sys::CUdevice) -> Option<String> {
     let mut text = [0u8; 32];
-    // SAFETY: writes at most as many bytes as there are, the closing zero included.
+    // SAFETY: the driver writes at most `text.len()` bytes, the terminating zero included.
     let result = unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), text.len() as i32, device) };
     let text = result.result().ok().and_then(|()| CStr::from_bytes_until_nul(&text).ok())?;
     text.to_str().ok().map(String::from)
@@ -548,8 +565,8 @@ impl Device for Cuda {
     }
 
     fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer> {
-        let _state = self.now("an allocation")?;
-        // SAFETY: contents are undefined, as the trait says.
+        let _state = self.immediate("an allocation")?;
+        // SAFETY: the memory is undefined, as the trait says, and the context is bound.
         match unsafe { result::malloc_sync(bytes.max(1)) } {
             Ok(address) => {
                 let memory = DeviceMemory { address, context: self.context.clone() };
@@ -569,10 +586,10 @@ impl Device for Cuda {
     }
 
     fn pinned(&self, bytes: usize, what: &str) -> Result<Pinned> {
-        let _state = self.now("an allocation")?;
+        let _state = self.immediate("an allocation")?;
         let what = format!("allocating {bytes} bytes of page-locked memory for {what}");
         let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
-        // SAFETY: the memory is set below before anyone reads it.
+        // SAFETY: the memory is written below before it is read, and the context is bound.
         let host = check(&what, unsafe { result::malloc_host(bytes.max(1), flags) })?;
         let memory = HostMemory { host, context: self.context.clone() };
         let mut address = 0;
@@ -592,11 +609,11 @@ impl Device for Cuda {
 
     fn upload(&self, to: &Buffer, bytes: &[u8]) -> Result<()> {
         check_copy(to.bytes(), bytes.len())?;
-        let _state = self.now("an upload")?;
+        let _state = self.immediate("an upload")?;
         if bytes.is_empty() {
             return Ok(());
         }
-        // SAFETY: sizes agree; the source is not touched before the copy is done.
+        // SAFETY: the sizes agree, and the borrowed source outlives the copy, because this waits for it.
         check("copying to the GPU", unsafe {
             result::memcpy_htod_async(to.address(), bytes, self.context.stream)
                 .and_then(|()| result::stream::synchronize(self.context.stream))
@@ -605,11 +622,11 @@ impl Device for Cuda {
 
     fn download(&self, from: &Buffer, bytes: &mut [u8]) -> Result<()> {
         check_copy(bytes.len(), from.bytes())?;
-        let _state = self.now("a download")?;
+        let _state = self.immediate("a download")?;
         if bytes.is_empty() {
             return Ok(());
         }
-        // SAFETY: sizes agree; the bytes are not touched before the copy is done.
+        // SAFETY: the sizes agree, and the borrowed destination outlives the copy, because this waits for it.
         check("copying from the GPU", unsafe {
             result::memcpy_dtoh_async(bytes, from.address(), self.context.stream)
                 .and_then(|()| result::stream::synchronize(self.context.stream))
@@ -625,8 +642,8 @@ impl Device for Cuda {
         self.run_or_record(Node::Fill { to: to.clone(), byte })
     }
 
-    /// Waits for the kernels that wrote it: one that reads before its `grid_wait` would not. A failure shows at the next
-    /// call.
+    /// Waits for the kernels that wrote the memory, because a kernel that reads it before its `grid_wait`
+    /// would not. A failure is reported by the next call.
     fn seal(&self, _constant: &Buffer) {
         let _ = self.synchronize();
     }
@@ -637,10 +654,10 @@ impl Device for Cuda {
     }
 
     fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
-        // The steps are noted first and captured afterwards in one go, so that what fails in `record` leaves no capture
-        // open, and every kernel is loaded before it starts.
+        // The steps are recorded first and then captured all at once, so that an error in `record` leaves no
+        // capture open and every kernel is loaded before the capture starts.
         let thread = thread::current().id();
-        self.now("a capture")?.recording.insert(thread, Vec::new());
+        self.immediate("a capture")?.recording.insert(thread, Vec::new());
         let result = record();
         let mut state = lock(&self.state);
         let nodes = state.recording.remove(&thread).unwrap_or_default();
@@ -651,20 +668,20 @@ impl Device for Cuda {
     }
 
     fn replay(&self, graph: &Graph) -> Result<()> {
-        let _state = self.now("a replay")?;
+        let _state = self.immediate("a replay")?;
         let graph = graph.replayable.downcast_ref::<CudaGraph>();
         let Some(graph) = graph.filter(|graph| Arc::ptr_eq(&graph.context, &self.context)) else {
             return Err(Error::Internal("a graph of another device".to_string()));
         };
-        // SAFETY: the executable is valid, launches are ordered by the lock.
+        // SAFETY: the executable graph is valid, and the lock orders its launches.
         check("launching a graph", unsafe { result::graph::launch(graph.executable, self.context.stream) })
     }
 
     fn record(&self) -> Result<Event> {
-        let _state = self.now("an event")?;
+        let _state = self.immediate("an event")?;
         let event = check("creating an event", result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT))?;
         let event = CudaEvent { event, context: self.context.clone() };
-        // SAFETY: event and stream are valid.
+        // SAFETY: the event and the stream are valid.
         check("recording an event", unsafe { result::event::record(event.event, self.context.stream) })?;
         Ok(Event(Box::new(event)))
     }
@@ -684,16 +701,16 @@ impl Device for Cuda {
     }
 
     fn synchronize(&self) -> Result<()> {
-        let _state = self.now("a wait")?;
+        let _state = self.immediate("a wait")?;
         // SAFETY: the stream is valid.
         check("waiting for the GPU", unsafe { result::stream::synchronize(self.context.stream) })
     }
 
     fn profile(&self, on: bool) -> Result<()> {
         self.context.bind()?;
-        // SAFETY: they need no more than a driver.
-        let told = unsafe { if on { sys::cuProfilerStart() } else { sys::cuProfilerStop() } };
-        check("telling the profiler", told.result())
+        // SAFETY: both calls only need a bound context.
+        let result = unsafe { if on { sys::cuProfilerStart() } else { sys::cuProfilerStop() } };
+        check("controlling the profiler", result.result())
     }
 }
 
@@ -706,28 +723,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_binary_without_kernels_says_so() {
-        let said = Cuda::with(&[], 0).err();
+    fn opening_a_gpu_without_kernels_in_the_binary_is_an_error() {
+        let error = Cuda::with(&[], 0).err();
         let sentence = "device cuda: this binary was built without nvcc and has no CUDA kernels";
-        assert_eq!(said, Some(Error::Unsupported(sentence.into())));
+        assert_eq!(error, Some(Error::Unsupported(sentence.into())));
     }
 
-    /// Profilers and sanitizers name lines of the source by them.
+    /// Profilers and sanitizers need it to name source lines.
     #[test]
-    fn both_images_of_every_kernel_tell_its_lines() {
+    fn both_images_of_every_kernel_have_line_information() {
         for module in MODULES {
             for (ptx, target) in module.ptx.iter().zip(targets()) {
-                let own = |line: &str| {
+                let names_source = |line: &str| {
                     line.starts_with("\t.file") && line.contains(&format!("{}.cu\"", module.file))
                 };
-                assert!(ptx.lines().any(own), "{} for {target} names no source", module.file);
-                // The text of an entry point lasts until the next one begins.
+                assert!(ptx.lines().any(names_source), "{} for {target} names no source", module.file);
+                // The text of an entry point ends where the next one begins.
                 let entries = ptx.split(".visible .entry ").skip(1);
-                let silent: Vec<&str> = entries
+                let without_lines: Vec<&str> = entries
                     .filter(|entry| !entry.lines().any(|line| line.starts_with("\t.loc\t")))
                     .map(|entry| entry.split('(').next().unwrap())
                     .collect();
-                assert_eq!(silent, [""; 0], "{} for {target}", module.file);
+                assert_eq!(without_lines, [""; 0], "{} for {target}", module.file);
             }
         }
     }

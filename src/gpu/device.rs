@@ -1,9 +1,10 @@
-//! What the engine needs of a device: memory, kernel launches, graphs, events. [`crate::gpu::cuda`] and `crate::gpu::emulator`
-//! implement it; neither knows what a model is.
+//! The interface to a device: memory, kernel launches, graphs, events. [`crate::gpu::cuda`],
+//! `crate::gpu::emulator` and [`crate::gpu::dry_run`] implement it; none of them knows what a model is.
 //!
-//! Work is ordered: a device runs everything in the order it was asked for. Launching is a safe call because a kernel's
-//! arguments can only be buffers that num_active on (a launch and a graph keep theirs alive) and plain numbers; that a kernel
-//! stays inside its buffers is the promise of the kernel's launcher in [`crate::gpu::kernels`], tested under the emulator.
+//! A device has one stream: it runs everything in the order of the calls. [`Device::launch`] is safe because
+//! a kernel's arguments are only numbers and buffers, and a launch or a graph keeps its buffers alive. That a
+//! kernel stays inside its buffers is guaranteed by its launcher in [`crate::gpu::kernels`], which the
+//! emulator tests.
 
 use crate::{Error, Result};
 use std::any::Any;
@@ -11,7 +12,7 @@ use std::fmt;
 use std::ops::{AddAssign, Sub};
 use std::sync::Arc;
 
-/// A kernel as the engine knows it; one `static` per entry point in `cuda/*.cu`.
+/// A kernel: one `static` for each entry point in `cuda/**/*.cu`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Kernel {
     /// Source file without path and extension: `embedding` for `cuda/model/embedding.cu`.
@@ -20,24 +21,29 @@ pub struct Kernel {
     pub name: &'static str,
     /// Threads per block, as in the kernel's `KERNEL(...)` line.
     pub threads: u32,
-    /// The most dynamic shared memory any launch asks for, bytes.
+    /// The most dynamic shared memory of any launch, in bytes.
     pub max_shared: u32,
 }
 
-/// One kernel argument. Pointers are buffers, so that they stay alive as long as the launch or its graph.
+/// One kernel argument. A pointer is a [`Buffer`], so its memory lives as long as the launch or its graph.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Arg {
+    /// A pointer to device memory.
     Buffer(Buffer),
     /// A null pointer, where a kernel allows one.
     Null,
+    /// A `u32`.
     U32(u32),
+    /// An `i32`.
     I32(i32),
+    /// A `u64`.
     U64(u64),
+    /// An `f32`.
     F32(f32),
 }
 
 impl Arg {
-    /// The letter of the parameter type that takes this argument: pointer, u32, i32, u64 or f32.
+    /// The parameter type of this argument as one letter: `p` pointer, `u` u32, `i` i32, `U` u64, `f` f32.
     pub fn letter(&self) -> char {
         match self {
             Arg::Buffer(_) | Arg::Null => 'p',
@@ -48,7 +54,7 @@ impl Arg {
         }
     }
 
-    /// The argument's bytes as a kernel parameter, from the lowest up; short ones in the first four.
+    /// The argument's bytes as a little-endian word; 4-byte arguments are in its low half.
     pub(crate) fn word(&self) -> u64 {
         match self {
             Arg::Buffer(buffer) => buffer.address,
@@ -87,10 +93,10 @@ impl From<f32> for Arg {
     }
 }
 
-/// Device memory that is given back when its last [`Buffer`] goes.
+/// An allocation on a device. Dropping it frees the memory.
 pub(crate) trait Memory: Send + Sync {}
 
-/// Device memory, or a part of it: clones and slices share the allocation.
+/// A range of device memory. Clones and slices share the allocation, which is freed with the last of them.
 #[derive(Clone)]
 pub struct Buffer {
     address: u64,
@@ -113,10 +119,10 @@ impl Buffer {
         self.bytes
     }
 
-    /// The part of `bytes` bytes from byte `offset` on.
+    /// The `bytes` bytes from byte `offset` on.
     ///
     /// # Errors
-    /// [`Error::Internal`] where that is not inside the buffer.
+    /// [`Error::Internal`] where this range is not inside the buffer.
     pub fn slice(&self, offset: usize, bytes: usize) -> Result<Buffer> {
         match offset.checked_add(bytes) {
             Some(end) if end <= self.bytes => {
@@ -136,34 +142,49 @@ impl fmt::Debug for Buffer {
     }
 }
 
-/// The same memory: address and size.
+/// Buffers are equal if address and size are.
 impl PartialEq for Buffer {
     fn eq(&self, other: &Buffer) -> bool {
         (self.address, self.bytes) == (other.address, other.bytes)
     }
 }
 
-/// One launch with everything that decides what it does.
+/// One kernel launch. The block size is the kernel's ([`Kernel::threads`]).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Launch {
+    /// The kernel.
     pub kernel: &'static Kernel,
     /// Blocks in x, y and z.
     pub grid: [u32; 3],
-    /// Dynamic shared memory, bytes.
+    /// Dynamic shared memory in bytes.
     pub shared: u32,
+    /// The kernel's parameters in order.
     pub args: Vec<Arg>,
 }
 
 /// One step of a captured graph.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Node {
+    /// A kernel launch.
     Launch(Launch),
-    Copy { to: Buffer, from: Buffer },
-    Fill { to: Buffer, byte: u8 },
+    /// A copy between two buffers of the same size.
+    Copy {
+        /// Destination.
+        to: Buffer,
+        /// Source.
+        from: Buffer,
+    },
+    /// Every byte of a buffer set to one value.
+    Fill {
+        /// Destination.
+        to: Buffer,
+        /// The value.
+        byte: u8,
+    },
 }
 
 impl Node {
-    /// Asks for this step: done now, or recorded where this thread captures a graph.
+    /// Enqueues this step on `device`, or records it if this thread captures a graph.
     ///
     /// # Errors
     /// As [`Device::launch`].
@@ -178,46 +199,56 @@ impl Node {
     }
 }
 
-/// What [`Device::capture`] recorded: the steps in order, to be looked at, and the device's own form of them.
+/// A captured graph: its steps, and the device's own executable form of them.
 pub struct Graph {
+    /// The steps in order.
     pub nodes: Vec<Node>,
     pub(crate) replayable: Box<dyn Any + Send + Sync>,
 }
 
-/// A moment in the device's order of work.
+/// A point in the device's stream, for timing.
 pub struct Event(pub(crate) Box<dyn Any + Send + Sync>);
 
-/// Host memory the device can write, for results the host reads without waiting for the device.
+/// Page-locked host memory that kernels can write, for results that the host polls.
 pub struct Pinned {
     pub(crate) host: *mut u8,
-    /// The same bytes as the device sees them.
+    /// The same bytes in the device's address space.
     pub buffer: Buffer,
 }
 
-// SAFETY: the host side is read through volatile or atomic loads only, and the memory lives as long as `buffer`.
+// SAFETY: `host` is only read, through atomic loads, and its memory lives as long as `buffer`.
 unsafe impl Send for Pinned {}
-// SAFETY: as above.
+// SAFETY: as for Send; concurrent atomic loads do not race.
 unsafe impl Sync for Pinned {}
 
 impl Pinned {
-    /// The u32 at a byte offset, as it is now; later reads see what the device had written before it.
+    /// Reads the u32 at a byte offset with acquire ordering: later reads see everything that the device wrote
+    /// before it.
     ///
     /// # Errors
     /// [`Error::Internal`] where the offset is not a multiple of 4 inside the buffer.
     pub fn read_u32(&self, offset: usize) -> Result<u32> {
         if !offset.is_multiple_of(4) || offset.checked_add(4).is_none_or(|end| end > self.buffer.bytes) {
-            return Err(Error::Internal(format!("a read at {offset} of {} pinned bytes", self.buffer.bytes)));
+            return Err(Error::Internal(format!(
+                "a read at byte {offset} of {} pinned bytes",
+                self.buffer.bytes
+            )));
         }
-        // SAFETY: inside the allocation, aligned (allocations are page- or 256-byte aligned), and valid for any bits.
+        // SAFETY: the word is inside the allocation and aligned, because allocations are page- or 256-byte
+        // aligned; any bits are a valid u32. The host never writes it, and the device's store of an aligned
+        // word is atomic.
         let word = unsafe { std::sync::atomic::AtomicU32::from_ptr(self.host.add(offset).cast()) };
         Ok(word.load(std::sync::atomic::Ordering::Acquire))
     }
 }
 
-/// What a kernel's launches did, as far as it went through the wrappers of `ptx.cuh`.
+/// Counters of kernel launches on the emulator. They include everything that goes through the wrappers of
+/// `ptx.cuh`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
+    /// Kernel launches.
     pub launches: u64,
+    /// Thread blocks run.
     pub blocks: u64,
     /// Bytes of streaming loads (`ld_stream`): weights.
     pub streamed: u64,
@@ -225,11 +256,11 @@ pub struct Counts {
     pub read: u64,
     /// Bytes of global stores and atomics.
     pub written: u64,
-    /// Warp-wide `mma.m16n8k16`.
+    /// Warp-wide `mma.m16n8k16` instructions; a wgmma counts as the number it is equivalent to.
     pub mma: u64,
-    /// Warp-wide shared-memory accesses looked at for bank conflicts: `ldmatrix` always, others on request.
+    /// Warp-wide shared-memory accesses checked for bank conflicts: `ldmatrix` always, others on request.
     pub shared: u64,
-    /// Extra passes those needed.
+    /// Extra shared-memory passes that bank conflicts caused.
     pub conflicts: u64,
 }
 
@@ -246,7 +277,7 @@ impl AddAssign for Counts {
     }
 }
 
-/// What was done between two tallies.
+/// The work between two readings of the counters.
 impl Sub for Counts {
     type Output = Counts;
     fn sub(self, before: Counts) -> Counts {
@@ -263,38 +294,42 @@ impl Sub for Counts {
     }
 }
 
-/// What is known about a device.
+/// Properties of a device.
 #[derive(Debug, Clone)]
 pub struct Properties {
+    /// The driver's name for a card, such as `NVIDIA H200`; `emulator` or `dry run` otherwise.
     pub name: String,
     /// Compute capability: (9, 0) for H100 and H200.
     pub capability: (u32, u32),
+    /// Streaming multiprocessors.
     pub multiprocessors: u32,
-    /// Global memory, bytes.
+    /// Global memory in bytes.
     pub memory: u64,
-    /// Second-level cache, bytes.
+    /// L2 cache in bytes.
     pub l2: u64,
-    /// The most dynamic shared memory a block may ask for, bytes.
+    /// The most dynamic shared memory that a block may request, in bytes.
     pub shared_per_block: u32,
-    /// Highest CUDA version the driver supports: 13000 for 13.0.
+    /// Highest CUDA version that the driver supports: 13000 for 13.0; 0 without a driver.
     pub driver: u32,
-    /// Where the card is on the PCI bus: `0000:65:00.0`. None for what is no card.
+    /// PCI bus id, such as `0000:65:00.0`; none for a device that is not a card.
     pub pci: Option<String>,
     /// Consecutive kernels may overlap up to their `grid_wait` (programmatic dependent launch).
     pub overlap: bool,
 }
 
-/// A device and its one queue of work. Errors name the kernel or the allocation.
+/// A device and its stream. Errors name the kernel or the allocation.
 pub trait Device: Send + Sync {
+    /// Name, sizes and features.
     fn properties(&self) -> &Properties;
 
-    /// Memory of `bytes` bytes, 256-byte aligned, contents undefined (poison in the emulator). `what` names it in errors.
+    /// Allocates `bytes` bytes, 256-byte aligned and undefined (poison in the emulator). `what` names them in
+    /// errors.
     ///
     /// # Errors
-    /// [`Error::Memory`] says how much was asked for, for what, and how much is free.
+    /// [`Error::Memory`] says how much was requested, for what, and how much is free.
     fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer>;
 
-    /// Host memory that kernels can write, zeroed.
+    /// Allocates page-locked host memory that kernels can write, zeroed.
     ///
     /// # Errors
     /// As [`Device::allocate`].
@@ -309,10 +344,10 @@ pub trait Device: Send + Sync {
     /// Copies host bytes into a buffer of the same size; `bytes` may be reused on return.
     ///
     /// # Errors
-    /// [`Error::Internal`] where sizes differ, while capturing, or from an earlier failure.
+    /// [`Error::Internal`] where sizes differ, while this thread captures, or after an earlier failure.
     fn upload(&self, to: &Buffer, bytes: &[u8]) -> Result<()>;
 
-    /// Waits for everything asked for so far and copies a buffer into host bytes of the same size.
+    /// Waits for all work enqueued so far and copies a buffer into host bytes of the same size.
     ///
     /// # Errors
     /// As [`Device::upload`].
@@ -324,28 +359,30 @@ pub trait Device: Send + Sync {
     /// As [`Device::upload`], but allowed while capturing.
     fn copy(&self, to: &Buffer, from: &Buffer) -> Result<()>;
 
-    /// Sets every byte of a buffer.
+    /// Sets every byte of a buffer to `byte`.
     ///
     /// # Errors
     /// As [`Device::copy`].
     fn fill(&self, to: &Buffer, byte: u8) -> Result<()>;
 
-    /// Promises that no kernel launched from now on writes this memory, so that kernels may read it before their
-    /// `grid_wait`; waits for those launched before. The emulator holds kernels to it.
+    /// Declares memory constant: the caller promises that no kernel launched from now on writes it, so
+    /// kernels may read it before their `grid_wait`. Waits for the kernels launched before. The emulator
+    /// reports a kernel that writes sealed memory.
     fn seal(&self, constant: &Buffer);
 
     /// Runs a kernel on `grid` blocks with `shared` bytes of dynamic shared memory.
     ///
     /// # Errors
-    /// [`Error::Internal`] where the kernel does not exist, its arguments or sizes do not fit, or, in the emulator, it went
-    /// wrong. A GPU reports a kernel's own failure at a later call.
+    /// [`Error::Internal`] where the kernel does not exist, the arguments or sizes do not fit its
+    /// declaration, or, on the emulator, the kernel failed. A GPU reports the failure of a kernel at a later
+    /// call.
     fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()>;
 
-    /// Records what `record` asks for on this thread instead of running it; what other threads ask for runs. Nothing in it
-    /// may allocate, upload, download or wait.
+    /// Runs `record` and records its launches, copies and fills instead of running them. Only the calls of
+    /// this thread are recorded. `record` may not allocate, upload, download or wait.
     ///
     /// # Errors
-    /// What `record` returned, or the driver's reason.
+    /// The error of `record`, or the driver's.
     fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph>;
 
     /// Runs a captured graph once.
@@ -354,7 +391,7 @@ pub trait Device: Send + Sync {
     /// As [`Device::launch`].
     fn replay(&self, graph: &Graph) -> Result<()>;
 
-    /// Marks this moment of the order of work.
+    /// Records an event behind all work enqueued so far.
     ///
     /// # Errors
     /// [`Error::Internal`] with the driver's reason.
@@ -366,19 +403,19 @@ pub trait Device: Send + Sync {
     /// [`Error::Internal`] with the driver's reason.
     fn elapsed(&self, from: &Event, to: &Event) -> Result<f32>;
 
-    /// Waits for everything asked for so far.
+    /// Waits for all work enqueued so far.
     ///
     /// # Errors
-    /// What a kernel launched earlier did wrong.
+    /// [`Error::Internal`] where an earlier kernel failed.
     fn synchronize(&self) -> Result<()>;
 
-    /// What all kernels have done so far, on a device that counts it and whose times say nothing: the emulator. None on a
-    /// GPU.
+    /// The counters of all kernels so far, on a device that has them instead of meaningful times: the
+    /// emulator. None on a GPU.
     fn tally(&self) -> Option<Counts> {
         None
     }
 
-    /// Tells the device's profiler to record from now on, or no more. Nothing where there is none.
+    /// Starts or stops recording by the device's profiler; does nothing on a device without one.
     ///
     /// # Errors
     /// [`Error::Internal`] with the driver's reason.
@@ -386,28 +423,29 @@ pub trait Device: Send + Sync {
         Ok(())
     }
 
-    /// Where [`Device::tally`] counts: bank conflicts of every access from now on, or of `ldmatrix` alone. Costs time.
+    /// On a device with [`Device::tally`]: counts bank conflicts of every access from now on if `all`, which
+    /// takes time, otherwise of `ldmatrix` only.
     fn tally_conflicts(&self, _all: bool) {}
 }
 
-/// Checks shared by the implementations: a launch that no device could take.
+/// Refuses a launch that is out of every device's limits or above the kernel's declared shared memory.
 pub(crate) fn check_launch(kernel: &Kernel, grid: [u32; 3], shared: u32) -> Result<()> {
     let wrong = |what: String| Err(Error::Internal(format!("kernel {}: {what}", kernel.name)));
     if grid.contains(&0) || grid[0] > i32::MAX as u32 || grid[1] > 65535 || grid[2] > 65535 {
         return wrong(format!(
-            "a grid of {grid:?} blocks: 1 to 2147483647 in x, 1 to 65535 in y and z are possible"
+            "a grid of {grid:?} blocks, expected 1 to 2147483647 in x and 1 to 65535 in y and z"
         ));
     }
     if shared > kernel.max_shared {
         return wrong(format!(
-            "{shared} bytes of dynamic shared memory, declared are at most {}",
+            "{shared} bytes of dynamic shared memory, but it declares at most {}",
             kernel.max_shared
         ));
     }
     Ok(())
 }
 
-/// The sizes of a copy's two sides, which must agree.
+/// Refuses a copy whose two sides, in bytes, have different sizes.
 pub(crate) fn check_copy(to: usize, from: usize) -> Result<()> {
     if to == from {
         return Ok(());

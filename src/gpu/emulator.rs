@@ -1,8 +1,9 @@
-//! The kernels on the CPU: [`Device`] over the host build of `cuda/*.cu`, for finding bugs without a GPU.
+//! The kernels on the CPU: [`Device`] over the host build of `cuda/**/*.cu`, for finding bugs without a GPU.
 //!
-//! Every launch runs to its end before the call returns. Buffers are single heap allocations full of poison, with a
-//! pattern around them that is looked at after every launch (under the feature `sanitize` AddressSanitizer watches
-//! instead). Results must not depend on the [`Schedule`]; what a launch did is counted per kernel.
+//! Every launch runs to its end before the call returns. Each buffer is one heap allocation filled with
+//! poison, with guard bytes around it that are checked after every launch (with the feature `sanitize`
+//! AddressSanitizer checks instead). Results must not depend on the [`Schedule`]. The work of launches is
+//! counted per kernel.
 
 use crate::gpu::device::{
     Arg, Buffer, Counts, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
@@ -18,22 +19,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
 
-/// In which order the threads of a block, and the blocks of a launch, take their turns. In-order alone finds few missing
-/// barriers; the two greedy ones find those between warps.
+/// The order in which the threads of a block and the blocks of a launch run. `InOrder` alone finds few
+/// missing barriers; the two greedy schedules find those between warps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Schedule {
+    /// Threads and blocks in ascending order.
     InOrder,
+    /// Threads and blocks in descending order.
     Reversed,
-    /// Any thread that can run, drawn from the seed.
+    /// A random thread that can run, chosen with this seed.
     Shuffled(u64),
-    /// One warp until it waits for others, then the lowest that can run.
+    /// One warp until it waits for others, then the lowest warp that can run.
     GreedyUp,
-    /// One warp until it waits for others, then the highest that can run.
+    /// One warp until it waits for others, then the highest warp that can run.
     GreedyDown,
 }
 
 impl Schedule {
-    /// One of each kind.
+    /// One schedule of each kind.
     pub const ALL: [Schedule; 5] = [
         Schedule::InOrder,
         Schedule::Reversed,
@@ -114,15 +117,16 @@ struct Entry {
     parameters: String,
 }
 
-// SAFETY: the pointer is to a C++ object with static lifetime that nothing changes.
+// SAFETY: the pointer is to a C++ object with static lifetime that is never changed.
 unsafe impl Send for Entry {}
-// SAFETY: as above.
+// SAFETY: as for Send.
 unsafe impl Sync for Entry {}
 
-/// Bytes kept around every buffer; also its alignment.
+/// Guard bytes on each side of a buffer; also its alignment.
 const GUARD: usize = 256;
+/// The value of every guard byte.
 const GUARD_BYTE: u8 = 0xc5;
-/// The poison of `emu.h`: NaN as bf16 and as f32, far below any index as an integer.
+/// The poison of `emu.h`: a NaN as bf16 and as f32, and far below any index as an integer.
 const POISON: [u8; 2] = 0xffa5u16.to_le_bytes();
 
 /// One heap allocation: `GUARD` bytes, the buffer, `GUARD` bytes. Under AddressSanitizer the buffer alone.
@@ -130,12 +134,12 @@ struct Block {
     start: *mut u8,
     layout: Layout,
     bytes: usize,
-    num_active: Arc<Mutex<Live>>,
+    allocations: Arc<Mutex<Allocations>>,
 }
 
-// SAFETY: the memory is reached through `Device` calls, which the emulator orders.
+// SAFETY: the memory is accessed only in `Device` calls, which the emulator orders.
 unsafe impl Send for Block {}
-// SAFETY: as above.
+// SAFETY: as for Send.
 unsafe impl Sync for Block {}
 
 impl Memory for Block {}
@@ -143,55 +147,61 @@ impl Memory for Block {}
 impl Drop for Block {
     fn drop(&mut self) {
         let address = self.start as usize + guard();
-        let mut num_active = lock(&self.num_active);
-        num_active.buffers.remove(&address);
-        num_active.memory.buffers -= 1;
-        num_active.memory.bytes -= self.bytes;
-        num_active.sealed.retain(|range| range.begin < address || range.begin >= address + self.bytes.max(1));
+        let mut allocations = lock(&self.allocations);
+        allocations.buffers.remove(&address);
+        allocations.sums.buffers -= 1;
+        allocations.sums.bytes -= self.bytes;
+        allocations
+            .sealed
+            .retain(|range| range.begin < address || range.begin >= address + self.bytes.max(1));
         // SAFETY: allocated with this layout in `allocate`, freed once.
         unsafe { dealloc(self.start, self.layout) };
     }
 }
 
-/// What is allocated: address and size of every buffer, and the constant parts, ascending.
+/// The memory in use.
 #[derive(Default)]
-struct Live {
+struct Allocations {
+    /// Size of every buffer, by address.
     buffers: BTreeMap<usize, usize>,
+    /// Constant ranges, in ascending order.
     sealed: Vec<ffi::Range>,
-    memory: Allocated,
+    sums: Allocated,
 }
 
-/// What an emulator's memory is used for.
+/// How much of an emulator's memory is in use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Allocated {
-    /// Buffers there are.
+    /// Number of buffers.
     pub buffers: usize,
-    /// Their bytes.
+    /// Bytes of all buffers, without guards.
     pub bytes: usize,
-    /// The most bytes there have been.
+    /// The maximum of `bytes` so far.
     pub peak: usize,
 }
 
 struct State {
     schedule: Schedule,
+    /// Counts the bank conflicts of every access, not only of `ldmatrix`.
     conflicts: bool,
+    /// OS threads per launch.
     threads: usize,
     counts: BTreeMap<&'static str, Counts>,
     /// The steps of each thread that captures a graph.
     recording: HashMap<ThreadId, Vec<Node>>,
 }
 
-/// The emulated device.
+/// The emulator as a [`Device`].
 pub struct Emulator {
     properties: Properties,
     kernels: BTreeMap<String, Entry>,
-    num_active: Arc<Mutex<Live>>,
+    allocations: Arc<Mutex<Allocations>>,
     state: Mutex<State>,
     /// Held while a launch runs.
     running: Mutex<()>,
 }
 
-/// Bytes around a buffer that belong to its allocation.
+/// Guard bytes on each side of a buffer in this build.
 fn guard() -> usize {
     if cfg!(feature = "sanitize") { 0 } else { GUARD }
 }
@@ -201,10 +211,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Emulator {
-    /// A device with the in-order schedule, one OS thread per launch, bank conflicts counted for `ldmatrix` only.
+    /// A device with 16 GiB of memory, the in-order schedule and one OS thread per launch, which counts the
+    /// bank conflicts of `ldmatrix` only.
     pub fn new() -> Emulator {
-        extern "C" fn see(context: *mut c_void, kernel: *const ffi::Kernel) {
-            // SAFETY: called by `dflash_emu_kernels` below with the map and a static kernel entry.
+        extern "C" fn add(context: *mut c_void, kernel: *const ffi::Kernel) {
+            // SAFETY: `dflash_emu_kernels` below calls this with the map and a static kernel entry, whose
+            // strings are C strings with static lifetime.
             unsafe {
                 let kernels = &mut *context.cast::<BTreeMap<String, Entry>>();
                 let text = |p: *const c_char| CStr::from_ptr(p).to_string_lossy().into_owned();
@@ -220,8 +232,8 @@ impl Emulator {
             }
         }
         let mut kernels: BTreeMap<String, Entry> = BTreeMap::new();
-        // SAFETY: `see` gets back the pointer to the map, which outlives the call.
-        unsafe { ffi::dflash_emu_kernels(see, (&raw mut kernels).cast()) };
+        // SAFETY: `add` is called only during this call, with the pointer to the map.
+        unsafe { ffi::dflash_emu_kernels(add, (&raw mut kernels).cast()) };
         Emulator {
             properties: Properties {
                 name: "emulator".to_string(),
@@ -235,7 +247,7 @@ impl Emulator {
                 overlap: true,
             },
             kernels,
-            num_active: Arc::default(),
+            allocations: Arc::default(),
             state: Mutex::new(State {
                 schedule: Schedule::InOrder,
                 conflicts: false,
@@ -247,49 +259,51 @@ impl Emulator {
         }
     }
 
-    /// A device with that much memory, bytes.
+    /// A device with `bytes` bytes of memory, otherwise as [`Emulator::new`].
     pub fn with_memory(bytes: u64) -> Emulator {
         let mut emulator = Emulator::new();
         emulator.properties.memory = bytes;
         emulator
     }
 
-    /// What is allocated now.
+    /// The memory in use.
     pub fn allocated(&self) -> Allocated {
-        lock(&self.num_active).memory
+        lock(&self.allocations).sums
     }
 
-    /// The schedule of later launches.
+    /// Sets the schedule of later launches.
     pub fn set_schedule(&self, schedule: Schedule) {
         lock(&self.state).schedule = schedule;
     }
 
-    /// Whether later launches count bank conflicts of every access through a wrapper, which costs time.
+    /// Makes later launches count the bank conflicts of every access through a wrapper, which takes time, or
+    /// of `ldmatrix` only.
     pub fn count_conflicts(&self, on: bool) {
         lock(&self.state).conflicts = on;
     }
 
-    /// Over how many OS threads later launches spread their blocks. One keeps the order of blocks that of the schedule.
+    /// Sets over how many OS threads later launches spread their blocks. Only with one do blocks run in the
+    /// order of the schedule.
     pub fn set_threads(&self, threads: usize) {
         lock(&self.state).threads = threads.max(1);
     }
 
-    /// What each kernel has done since the last [`Emulator::reset_counts`], by kernel name.
+    /// The counters of each kernel since the last [`Emulator::reset_counts`], by kernel name.
     pub fn counts(&self) -> BTreeMap<&'static str, Counts> {
         lock(&self.state).counts.clone()
     }
 
-    /// Starts counting from zero.
+    /// Sets all counters to zero.
     pub fn reset_counts(&self) {
         lock(&self.state).counts.clear();
     }
 
-    /// Names of all kernels of the host build.
+    /// The names of all kernels in the host build.
     pub fn kernels(&self) -> impl Iterator<Item = &str> {
         self.kernels.keys().map(String::as_str)
     }
 
-    /// Adds a step to the graph that this thread captures, if it does.
+    /// Appends a step to the graph that this thread captures; false if it captures none.
     fn recorded(&self, node: impl FnOnce() -> Node) -> bool {
         match lock(&self.state).recording.get_mut(&thread::current().id()) {
             Some(nodes) => {
@@ -307,7 +321,7 @@ impl Emulator {
         }
     }
 
-    /// Checks a launch against the kernel's own declaration.
+    /// Checks a launch against the kernel's declaration in C++.
     fn check(&self, kernel: &Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<&Entry> {
         check_launch(kernel, grid, shared)?;
         let wrong = |what: String| Error::Internal(format!("kernel {}: {what}", kernel.name));
@@ -315,11 +329,11 @@ impl Emulator {
             return Err(wrong(format!("not in the host build of cuda/{}.cu", kernel.file)));
         };
         if entry.file != kernel.file {
-            return Err(wrong(format!("in {}.cu, declared is {}.cu", entry.file, kernel.file)));
+            return Err(wrong(format!("in {}.cu, but declared in {}.cu", entry.file, kernel.file)));
         }
         if entry.threads != kernel.threads {
             return Err(wrong(format!(
-                "{} threads per block, declared are {}",
+                "{} threads per block, but {} are declared",
                 entry.threads, kernel.threads
             )));
         }
@@ -333,7 +347,7 @@ impl Emulator {
         let limit = self.properties.shared_per_block;
         if kernel.max_shared > limit {
             return Err(wrong(format!(
-                "{} bytes of dynamic shared memory, a block has {limit}",
+                "{} bytes of dynamic shared memory, but a block has at most {limit}",
                 kernel.max_shared
             )));
         }
@@ -350,7 +364,7 @@ impl Emulator {
         };
         let mut words: Vec<u64> = args.iter().map(Arg::word).collect();
         let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| (w as *mut u64).cast()).collect();
-        let sealed = lock(&self.num_active).sealed.clone();
+        let sealed = lock(&self.allocations).sealed.clone();
         let (number, seed) = match schedule {
             Schedule::InOrder => (0, 0),
             Schedule::Reversed => (1, 0),
@@ -377,15 +391,15 @@ impl Emulator {
         self.check_guards(kernel)
     }
 
-    /// Looks at the pattern around every buffer.
+    /// Checks the guard bytes around every buffer.
     fn check_guards(&self, kernel: &Kernel) -> Result<()> {
         if guard() == 0 {
             return Ok(());
         }
-        for (&address, &bytes) in &lock(&self.num_active).buffers {
+        for (&address, &bytes) in &lock(&self.allocations).buffers {
             let start = address - GUARD;
-            // SAFETY: the allocation reaches from GUARD bytes before the buffer to GUARD bytes after it, and is in the map
-            // only while it lives.
+            // SAFETY: the allocation extends from GUARD bytes before the buffer to GUARD bytes after it, and
+            // the map has only buffers that are allocated.
             let (before, after) = unsafe {
                 (
                     std::slice::from_raw_parts(start as *const u8, GUARD),
@@ -409,14 +423,14 @@ impl Default for Emulator {
     }
 }
 
-/// A launch, shared by the threads that run its blocks.
+/// A launch, shared by the OS threads that run its blocks.
 struct Call(ffi::Launch);
 
-// SAFETY: everything behind its pointers is only read while the blocks run.
+// SAFETY: the memory behind its pointers is only read while the blocks run.
 unsafe impl Sync for Call {}
 
 impl Call {
-    /// Runs the blocks in order on one thread, or in any order on several.
+    /// Runs the blocks in order on one OS thread, or in any order on several.
     fn run_all(&self, blocks: &[u64], threads: usize) -> Result<Counts> {
         if threads <= 1 || blocks.len() <= 1 {
             return self.run_some(blocks);
@@ -449,8 +463,9 @@ impl Call {
     fn run_some(&self, blocks: &[u64]) -> Result<Counts> {
         let mut counts = ffi::Counts::default();
         let mut message = [0u8; 1600];
-        // SAFETY: the launch points at a num_active kernel entry, as many arguments of the right sizes as it has parameters
-        // (`check`), and num_active sealed ranges; the other pointers are to locals of the sizes given.
+        // SAFETY: the launch points to a static kernel entry, to as many arguments of the right sizes as it
+        // has parameters (`check`), and to the sealed ranges, all of which outlive the call; the other
+        // pointers are to locals of the given sizes.
         let failed = unsafe {
             ffi::dflash_emu_run(
                 &self.0,
@@ -494,7 +509,8 @@ impl Device for Emulator {
 
     fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer> {
         self.not_capturing("an allocation")?;
-        let refused = || Error::Memory(format!("no memory for {what}: {bytes} bytes asked of the emulator"));
+        let refused =
+            || Error::Memory(format!("no host memory for {what}: the emulator needs {bytes} bytes"));
         let whole = bytes.max(1).checked_add(2 * guard()).ok_or_else(refused)?;
         let layout = Layout::from_size_align(whole, GUARD).map_err(|_| refused())?;
         let (free, total) = self.memory()?;
@@ -503,7 +519,7 @@ impl Device for Emulator {
                 "not enough memory of the emulator for {what}: {bytes} bytes needed, {free} free of {total}"
             )));
         }
-        // SAFETY: the layout is not empty; the pointer is checked; all writes lie inside the allocation.
+        // SAFETY: the layout is not empty, the pointer is checked, and all writes are inside the allocation.
         let start = unsafe {
             let start = alloc(layout);
             if start.is_null() {
@@ -517,13 +533,14 @@ impl Device for Emulator {
             start
         };
         let address = start as usize + guard();
-        let mut num_active = lock(&self.num_active);
-        num_active.buffers.insert(address, bytes);
-        num_active.memory.buffers += 1;
-        num_active.memory.bytes += bytes;
-        num_active.memory.peak = num_active.memory.peak.max(num_active.memory.bytes);
-        drop(num_active);
-        let block = Block { start, layout, bytes, num_active: self.num_active.clone() };
+        let mut allocations = lock(&self.allocations);
+        allocations.buffers.insert(address, bytes);
+        let sums = &mut allocations.sums;
+        sums.buffers += 1;
+        sums.bytes += bytes;
+        sums.peak = sums.peak.max(sums.bytes);
+        drop(allocations);
+        let block = Block { start, layout, bytes, allocations: self.allocations.clone() };
         Ok(Buffer::new(address as u64, bytes, Arc::new(block)))
     }
 
@@ -542,7 +559,8 @@ impl Device for Emulator {
         self.not_capturing("an upload")?;
         check_copy(to.bytes(), bytes.len())?;
         let _running = lock(&self.running);
-        // SAFETY: a buffer's address and size describe num_active memory; no kernel runs.
+        // SAFETY: a buffer's address and size describe allocated memory, and no kernel runs while the lock is
+        // held.
         unsafe { std::ptr::copy(bytes.as_ptr(), to.address() as *mut u8, bytes.len()) };
         Ok(())
     }
@@ -576,10 +594,10 @@ impl Device for Emulator {
     }
 
     fn seal(&self, constant: &Buffer) {
-        let mut num_active = lock(&self.num_active);
+        let mut allocations = lock(&self.allocations);
         let begin = constant.address() as usize;
-        num_active.sealed.push(ffi::Range { begin, end: begin + constant.bytes() });
-        num_active.sealed.sort_by_key(|range| range.begin);
+        allocations.sealed.push(ffi::Range { begin, end: begin + constant.bytes() });
+        allocations.sealed.sort_by_key(|range| range.begin);
     }
 
     fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {

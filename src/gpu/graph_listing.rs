@@ -1,50 +1,54 @@
-//! The launches of a captured graph as a list to be read: parts of a round, equal layers told once. All of it is taken
-//! from the graph; what is known here is which kernels begin a part or a layer.
+//! The launches of a captured graph as a readable list: the parts of a round, with equal layers listed once.
+//! Everything is read from the graph; this module only knows which kernels begin a part or a layer.
 
 use crate::Result;
 use crate::checkpoint::pair::Pair;
+use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::decoder::{Batch, Models};
 use crate::gpu::device::Node;
+use crate::gpu::dry_run::DryRunDevice;
 use crate::gpu::loader::Loader;
-use crate::gpu::memory::{BatchConfig, Ledger};
 use std::ops::Range;
 
-/// A part of a graph.
+/// A part of a round.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Section<'a> {
-    /// What it is for: `begin`, `inject`, `draft`, `verify` or `accept`.
+    /// `begin`, `inject`, `draft`, `verify` or `accept`.
     pub name: &'static str,
-    /// Whose layers it runs.
+    /// The model whose layers it runs: `target` or `drafter`.
     pub model: &'static str,
-    /// All its steps, and the same told briefly.
+    /// All its steps.
     pub nodes: &'a [Node],
+    /// The same steps with repetitions folded.
     pub groups: Vec<Group<'a>>,
 }
 
-/// Steps that follow each other, once or several times.
+/// Consecutive steps that run once or several times in a row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Group<'a> {
-    /// Of the first time. The others have other arguments and nothing else.
+    /// The steps of the first repetition. The others differ only in their arguments.
     pub nodes: &'a [Node],
+    /// Number of repetitions.
     pub times: usize,
-    /// The model's layers that this is, all times together; empty outside of layers.
+    /// The model's layers that all repetitions together run; empty outside of layers.
     pub layers: Range<usize>,
 }
 
-/// The launches of a round of `pair`, `sampled` or greedy, as every device captures them. Takes no device.
+/// The steps of a full-size round of `pair`, `sampled` or greedy. They are the same on every device, so this
+/// needs none.
 ///
 /// # Errors
 /// As [`crate::gpu::memory::MemoryPlan::new`].
-pub fn of_round(pair: &Pair, room: BatchConfig, sampled: bool) -> Result<Vec<Node>> {
-    room.check()?;
-    let ledger = Ledger::new();
-    let mut loader = Loader::new(&ledger, &pair.target.weights);
-    let models = Models::list(&mut loader, pair, room.positions, &mut |_| ())?;
-    let batch = Batch::new(&ledger, &models, room)?;
+pub fn of_round(pair: &Pair, config: BatchConfig, sampled: bool) -> Result<Vec<Node>> {
+    config.check()?;
+    let device = DryRunDevice::new();
+    let mut loader = Loader::new(&device, &pair.target.weights);
+    let models = Models::list(&mut loader, pair, config.positions, &mut |_| ())?;
+    let batch = Batch::new(&device, &models, config)?;
     Ok(batch.largest(sampled)?.nodes.clone())
 }
 
-/// The parts of a round's graph.
+/// Splits the steps of a round into its parts.
 pub fn outline(nodes: &[Node]) -> Vec<Section<'_>> {
     let mut starts: Vec<(usize, &'static str)> = vec![];
     for (i, node) in nodes.iter().enumerate() {
@@ -63,7 +67,8 @@ pub fn outline(nodes: &[Node]) -> Vec<Section<'_>> {
     starts.iter().zip(ends).map(|(&(start, name), end)| section(name, &nodes[start..end])).collect()
 }
 
-/// How many layers the sections run, and with how many steps each, where that is one number.
+/// Number of layers that the sections run, and of steps per layer; none where this number differs between
+/// layers.
 pub fn layers(sections: &[Section]) -> Option<(usize, usize)> {
     let groups = sections.iter().flat_map(|section| &section.groups).filter(|g| !g.layers.is_empty());
     let (layers, steps) =
@@ -72,7 +77,8 @@ pub fn layers(sections: &[Section]) -> Option<(usize, usize)> {
     groups.clone().all(|g| g.times * g.nodes.len() == g.layers.len() * each).then_some((layers, each))
 }
 
-/// The steps of a part in order: those of a layer together, with true, and others each alone.
+/// The steps of a part, in order, as units: `(steps, true)` for all steps of a layer, `(step, false)` for any
+/// other step.
 pub fn units(nodes: &[Node]) -> Vec<(&[Node], bool)> {
     // A layer is a qkv launch and what follows, to the last projection before the next.
     let mut units = vec![];
@@ -101,7 +107,7 @@ fn section<'a>(name: &'static str, nodes: &'a [Node]) -> Section<'a> {
         layers += times * taken.iter().filter(|(_, layer)| *layer).count();
         let alone = times == 1 && layers == first;
         match groups.last_mut() {
-            // Single steps stand together.
+            // Consecutive single steps are one group.
             Some(group) if alone && group.times == 1 && group.layers.is_empty() => {
                 group.nodes = &nodes[at - group.nodes.len()..at + length];
             }
@@ -113,7 +119,8 @@ fn section<'a>(name: &'static str, nodes: &'a [Node]) -> Section<'a> {
     Section { name, model, nodes, groups }
 }
 
-/// How many units repeat from the first on, and how often: what covers the most of them.
+/// Period and number of the repetition at the start of `units` that covers the most units; (1, 1) without
+/// one.
 fn repetition(units: &[(&[Node], bool)]) -> (usize, usize) {
     let mut best = (1, 1);
     for period in 1..=units.len() / 2 {
@@ -140,7 +147,7 @@ fn equal_but_for_arguments(a: &Node, b: &Node) -> bool {
     }
 }
 
-/// File and entry point of a launch's kernel.
+/// File and entry point of a launch's kernel; empty for other steps.
 fn kernel(node: &Node) -> (&'static str, &'static str) {
     match node {
         Node::Launch(launch) => (launch.kernel.file, launch.kernel.name),

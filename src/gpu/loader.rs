@@ -1,9 +1,10 @@
-//! Weights from checkpoints to a device, in two steps: memory is allocated while what shall come is listed, then one
-//! thread reads the files in order while this one converts, uploads and packs. Knows files and layouts, not models.
+//! Loads weights from checkpoints to a device, in two steps. First the caller lists the tensors, and their
+//! device memory is allocated. Then one thread reads the files in order while the calling thread converts,
+//! uploads and packs. This module knows files and layouts, not models.
 //!
-//! Files are read by position, not through their mapping, so that one that became shorter is an error and no signal.
-//! Host memory: [`PIECES`] pieces of [`PIECE`] bytes and one more for conversion, whatever the model; on the device
-//! [`Loader::passing`] bytes beside the weights.
+//! Files are read by position, not through their mapping, so that a file that became shorter gives an error
+//! and not a SIGBUS. The host memory is [`READ_BUFFERS`] buffers of [`READ_BYTES`] and one more for
+//! conversion, whatever the model; on the device [`Loader::staging_bytes`] are used beside the weights.
 
 use crate::checkpoint::config::Rope;
 use crate::checkpoint::safetensors::{Checkpoint, Dtype, Tensor};
@@ -16,27 +17,28 @@ use crate::{Error, Result};
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::thread;
 
-/// Bytes of a file read at once.
-pub const PIECE: usize = 16 << 20;
-/// Pieces that are being read, waiting and on their way to the device.
-pub const PIECES: usize = 3;
-/// Bytes of rows packed at once, unless one row is longer.
-const BATCH: usize = 16 << 20;
-/// Elements converted at once: they stay in the first-level cache.
+/// The most bytes of a file read at once.
+pub const READ_BYTES: usize = 16 << 20;
+/// Read buffers in circulation: one being read into, one waiting, one on its way to the device.
+pub const READ_BUFFERS: usize = 3;
+/// The most bytes of bf16 rows packed by one launch, unless one row is longer.
+const PACK_BYTES: usize = 16 << 20;
+/// Elements converted at once, so that they stay in the L1 cache.
 const BLOCK: usize = 2048;
 
-/// Which packed rows a matrix takes.
+/// Which rows of a packed layer a matrix takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rows {
-    /// Those from this one on.
+pub enum PackedRows {
+    /// Consecutive rows from this one on.
     From(usize),
-    /// Those of the gates in [`Swiglu::gate_up_rows`].
+    /// The rows of the gates, as [`Swiglu::gate_up_rows`] interleaves them.
     Gates,
-    /// And those of the ups.
+    /// The rows of the ups, as [`Swiglu::gate_up_rows`] interleaves them.
     Ups,
 }
 
-/// Weights that have their memory and wait for their bytes. Buffers it gave out hold nothing before [`Loader::run`].
+/// Lists weights whose memory is allocated and whose bytes [`Loader::run`] loads. Until then the buffers it
+/// returned are undefined.
 #[must_use = "buffers stay empty until `run`"]
 pub struct Loader<'a> {
     device: &'a dyn Device,
@@ -46,31 +48,32 @@ pub struct Loader<'a> {
     filled: Vec<Buffer>,
 }
 
-/// One tensor's way.
+/// One tensor to load.
 struct Job {
     tensor: Tensor,
     out: Buffer,
-    to: To,
+    format: Format,
 }
 
+/// How a tensor is stored on the device.
 #[derive(Clone, Copy)]
-enum To {
-    /// Rows of a packed layer.
-    Packed(Shape, Rows),
-    /// bf16, rows in order.
+enum Format {
+    /// As these rows of a packed layer.
+    Packed(Shape, PackedRows),
+    /// bf16, row-major.
     Table,
-    /// f32
+    /// f32.
     Vector,
 }
 
-/// A table of angles, which comes from no file.
+/// A RoPE table, which is computed and not read from a file.
 struct Rotations {
     out: Buffer, // [positions][head_dim] f32
     rope: Rope,
     head_dim: usize,
 }
 
-/// Elements `at..at + count` of a job's tensor, in the first of `bytes`.
+/// Elements `at..at + count` of a job's tensor, as the file has them, at the start of `bytes`.
 struct Piece {
     job: usize,
     at: usize,
@@ -87,34 +90,35 @@ impl Job {
         self.elements() * self.tensor.dtype.size()
     }
 
-    /// Elements that one launch packs, whole rows; all of a tensor that is not packed.
+    /// Elements that one launch packs: whole rows. For a tensor that is not packed, all elements.
     fn batch(&self) -> usize {
-        match self.to {
-            To::Packed(Shape { k, .. }, _) => self.elements().min((BATCH / (k * 2)).max(1) * k),
-            To::Table | To::Vector => self.elements(),
+        match self.format {
+            Format::Packed(Shape { k, .. }, _) => self.elements().min((PACK_BYTES / (k * 2)).max(1) * k),
+            Format::Table | Format::Vector => self.elements(),
         }
     }
 
-    /// First element and number of elements of each piece; none reaches into a second batch.
+    /// First element and number of elements of each piece. A piece never spans two batches.
     fn pieces(&self) -> impl Iterator<Item = (usize, usize)> {
-        let (elements, batch, most) = (self.elements(), self.batch(), PIECE / self.tensor.dtype.size());
+        let (elements, batch, largest) =
+            (self.elements(), self.batch(), READ_BYTES / self.tensor.dtype.size());
         let mut end = 0;
         std::iter::from_fn(move || {
             let at = end;
-            end = elements.min(at + most).min((at / batch + 1) * batch);
+            end = elements.min(at + largest).min((at / batch + 1) * batch);
             (end > at).then_some((at, end - at))
         })
     }
 }
 
 impl<'a> Loader<'a> {
-    /// What is asked for is in `file`.
+    /// A loader that looks up tensors in `file`.
     pub fn new(device: &'a dyn Device, file: &'a Checkpoint) -> Loader<'a> {
         Loader { device, file, jobs: vec![], rotations: vec![], filled: vec![] }
     }
 
-    /// What is asked for from now on is in `file`.
-    pub fn turn_to(&mut self, file: &'a Checkpoint) {
+    /// Looks up tensors in `file` from now on.
+    pub fn switch_to(&mut self, file: &'a Checkpoint) {
         self.file = file;
     }
 
@@ -124,43 +128,45 @@ impl<'a> Loader<'a> {
         Ok(buffer)
     }
 
-    /// `[len]` as f32.
+    /// Allocates and lists a vector `[len]`, stored as f32.
     ///
     /// # Errors
     /// As [`Checkpoint::tensor`] and [`Device::allocate`].
     pub fn vector(&mut self, name: &str, len: usize) -> Result<Buffer> {
         let tensor = self.file.tensor(name, &[len])?;
         let out = self.allocate(len * 4, name)?;
-        self.jobs.push(Job { tensor, out: out.clone(), to: To::Vector });
+        self.jobs.push(Job { tensor, out: out.clone(), format: Format::Vector });
         Ok(out)
     }
 
-    /// `[rows][columns]` as bf16.
+    /// Allocates and lists a matrix `[rows][columns]`, stored as row-major bf16.
     ///
     /// # Errors
     /// As [`Loader::vector`].
     pub fn table(&mut self, name: &str, rows: usize, columns: usize) -> Result<Buffer> {
         let tensor = self.file.tensor(name, &[rows, columns])?;
         let out = self.allocate(rows * columns * 2, name)?;
-        self.jobs.push(Job { tensor, out: out.clone(), to: To::Table });
+        self.jobs.push(Job { tensor, out: out.clone(), format: Format::Table });
         Ok(out)
     }
 
-    /// A layer's packed weights from matrices of these names, numbers of rows and places.
+    /// Allocates the packed weights of a layer and lists the matrices that make it up: name, number of rows,
+    /// and the packed rows that these take.
     ///
     /// # Errors
     /// As [`Loader::vector`].
-    pub fn packed(&mut self, layer: Shape, matrices: &[(String, usize, Rows)]) -> Result<Buffer> {
+    pub fn packed(&mut self, layer: Shape, matrices: &[(String, usize, PackedRows)]) -> Result<Buffer> {
         let what = matrices.first().map_or("weights", |m| m.0.as_str());
         let out = self.allocate(layer.weight_bytes(), what)?;
         for (name, rows, place) in matrices {
             let tensor = self.file.tensor(name, &[*rows, layer.k])?;
-            self.jobs.push(Job { tensor, out: out.clone(), to: To::Packed(layer, *place) });
+            self.jobs.push(Job { tensor, out: out.clone(), format: Format::Packed(layer, *place) });
         }
         Ok(out)
     }
 
-    /// `[positions][head_dim]` f32: cosines, then sines of every position.
+    /// Allocates and lists a RoPE table `[positions][head_dim]` f32: for each position the cosines, then the
+    /// sines.
     ///
     /// # Errors
     /// As [`Device::allocate`].
@@ -170,50 +176,52 @@ impl<'a> Loader<'a> {
         Ok(out)
     }
 
-    /// Bytes that will be read.
+    /// Bytes that [`Loader::run`] reads from files.
     pub fn file_bytes(&self) -> usize {
         self.jobs.iter().map(Job::file_bytes).sum()
     }
 
-    /// Bytes of device memory that [`Loader::run`] takes and gives back: rows on their way, and their places.
-    pub fn passing(&self) -> usize {
-        let (rows, places) = self.passing_parts();
+    /// Bytes of device memory that [`Loader::run`] allocates and frees again: rows to be packed, and their
+    /// places.
+    pub fn staging_bytes(&self) -> usize {
+        let (rows, places) = self.staging_parts();
         rows + places
     }
 
-    fn passing_parts(&self) -> (usize, usize) {
-        self.jobs.iter().fold((0, 0), |(rows, places), job| match job.to {
-            To::Packed(_, Rows::From(_)) => (rows.max(job.batch() * 2), places),
-            To::Packed(layer, _) => (rows.max(job.batch() * 2), places.max(job.batch() / layer.k * 4)),
-            To::Table | To::Vector => (rows, places),
+    fn staging_parts(&self) -> (usize, usize) {
+        self.jobs.iter().fold((0, 0), |(rows, places), job| match job.format {
+            Format::Packed(_, PackedRows::From(_)) => (rows.max(job.batch() * 2), places),
+            Format::Packed(layer, _) => (rows.max(job.batch() * 2), places.max(job.batch() / layer.k * 4)),
+            Format::Table | Format::Vector => (rows, places),
         })
     }
 
-    /// Fills every buffer. `progress` hears how many bytes of how many have been read and sent, first and last too.
+    /// Fills every buffer. Calls `progress` with the bytes loaded so far and the total: at the start, after
+    /// each piece and so also at the end.
     ///
     /// # Errors
-    /// [`Error::Model`] with file and tensor for a file that became shorter or cannot be read, for a NaN or an
-    /// infinity, and for a number beyond the range of bf16; else what the device says.
+    /// [`Error::Model`] with file and tensor for a file that became shorter or cannot be read, for a NaN or
+    /// an infinity, and for a number beyond the range of bf16; otherwise the device's error.
     pub fn run(mut self, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
         let total = self.file_bytes();
         let mut done = 0;
         progress(done, total);
-        // In the order of the files, whatever the order of the model.
+        // Read sequentially, whatever the order of the model.
         self.jobs.sort_by(|a, b| a.tensor.place().cmp(&b.tensor.place()));
-        let (rows, places) = self.passing_parts();
-        let mut sending = Sending {
+        let (rows, places) = self.staging_parts();
+        let mut sender = Sender {
             device: self.device,
-            rows: self.device.allocate(rows, "rows of weights on their way")?,
-            places: self.device.allocate(places, "places of weights on their way")?,
+            rows: self.device.allocate(rows, "rows of weights to pack")?,
+            places: self.device.allocate(places, "places of weights to pack")?,
             converted: Vec::new(),
         };
-        self.rotations.iter().try_for_each(|r| sending.rotations(r))?;
+        self.rotations.iter().try_for_each(|r| sender.rotations(r))?;
         let jobs = &self.jobs;
-        let largest = jobs.iter().map(Job::file_bytes).max().unwrap_or(0).min(PIECE);
+        let largest = jobs.iter().map(Job::file_bytes).max().unwrap_or(0).min(READ_BYTES);
         thread::scope(|scope| {
             let (give_back, empty) = channel();
-            let (give, full) = sync_channel(PIECES);
-            for _ in 0..PIECES {
+            let (give, full) = sync_channel(READ_BUFFERS);
+            for _ in 0..READ_BUFFERS {
                 let _ = give_back.send(vec![0; largest]);
             }
             thread::Builder::new()
@@ -223,10 +231,10 @@ impl<'a> Loader<'a> {
             for piece in &full {
                 let piece = piece?;
                 let job = &jobs[piece.job];
-                sending.send(job, &piece)?;
+                sender.send(job, &piece)?;
                 done += piece.count * job.tensor.dtype.size();
                 progress(done, total);
-                // Fails where the reader has ended.
+                // Fails once the reader has ended, which is fine.
                 let _ = give_back.send(piece.bytes);
             }
             Ok(())
@@ -239,7 +247,7 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// The reading thread: until all is read, something is wrong, or nobody takes it any more.
+/// The reading thread. It ends when everything is read, a read fails, or the receiver is gone.
 fn read(jobs: &[Job], empty: &Receiver<Vec<u8>>, full: &SyncSender<Result<Piece>>) {
     for (number, job) in jobs.iter().enumerate() {
         let size = job.tensor.dtype.size();
@@ -254,25 +262,25 @@ fn read(jobs: &[Job], empty: &Receiver<Vec<u8>>, full: &SyncSender<Result<Piece>
     }
 }
 
-/// What turns pieces into device memory.
-struct Sending<'a> {
+/// Converts pieces, uploads them and packs them.
+struct Sender<'a> {
     device: &'a dyn Device,
-    rows: Buffer,   // a batch of rows, bf16
-    places: Buffer, // u32 for each of them
+    rows: Buffer,   // [rows of a batch][k] bf16
+    places: Buffer, // [rows of a batch] u32
     converted: Vec<u8>,
 }
 
-impl Sending<'_> {
+impl Sender<'_> {
     fn send(&mut self, job: &Job, piece: &Piece) -> Result<()> {
         let (tensor, at, end) = (&job.tensor, piece.at, piece.at + piece.count);
         let bytes = &piece.bytes[..piece.count * tensor.dtype.size()];
-        let sent = match (job.to, tensor.dtype) {
-            (To::Vector, dtype) => to_f32(dtype, bytes, &mut self.converted).map(|()| &*self.converted),
+        let sent = match (job.format, tensor.dtype) {
+            (Format::Vector, dtype) => to_f32(dtype, bytes, &mut self.converted).map(|()| &*self.converted),
             (_, Dtype::Bf16) => finite(bytes).map(|()| bytes),
             (_, dtype) => to_bf16(dtype, bytes, &mut self.converted).map(|()| &*self.converted),
         };
-        let sent = sent.map_err(|i| spoiled(tensor, at + i, bytes, i))?;
-        let To::Packed(layer, rows) = job.to else {
+        let sent = sent.map_err(|i| bad_element(tensor, at + i, bytes, i))?;
+        let Format::Packed(layer, rows) = job.format else {
             let to = job.out.slice(at * (sent.len() / piece.count), sent.len())?;
             return self.device.upload(&to, sent);
         };
@@ -284,15 +292,15 @@ impl Sending<'_> {
         Ok(())
     }
 
-    /// Packs rows `first..end` of a matrix, which are in `self.rows`.
-    fn pack(&self, job: &Job, layer: Shape, rows: Rows, first: usize, end: usize) -> Result<()> {
+    /// Packs rows `first..end` of a matrix from `self.rows`.
+    fn pack(&self, job: &Job, layer: Shape, rows: PackedRows, first: usize, end: usize) -> Result<()> {
         let pack = Pack { rows: end - first, layer };
         let place = |row| match rows {
-            Rows::From(start) => start + row,
-            Rows::Gates => Swiglu::gate_up_rows(row).0,
-            Rows::Ups => Swiglu::gate_up_rows(row).1,
+            PackedRows::From(start) => start + row,
+            PackedRows::Gates => Swiglu::gate_up_rows(row).0,
+            PackedRows::Ups => Swiglu::gate_up_rows(row).1,
         };
-        if let Rows::From(_) = rows {
+        if let PackedRows::From(_) = rows {
             return pack.launch(self.device, &job.out, &self.rows, &RowMap::From(place(first)));
         }
         let bytes: Vec<u8> = (first..end).flat_map(|row| (place(row) as u32).to_le_bytes()).collect();
@@ -301,11 +309,11 @@ impl Sending<'_> {
         pack.launch(self.device, &job.out, &self.rows, &RowMap::At(&places))
     }
 
-    /// Angles are f32 products, as in the reference implementation.
+    /// Computes and uploads a RoPE table. Angles are products in f32, as in Hugging Face transformers.
     fn rotations(&mut self, r: &Rotations) -> Result<()> {
         let (frequencies, magnitude) = r.rope.frequencies();
         let row = r.head_dim * 4;
-        let (positions, at_once) = (r.out.bytes() / row, (PIECE / row).max(1));
+        let (positions, at_once) = (r.out.bytes() / row, (READ_BYTES / row).max(1));
         for first in (0..positions).step_by(at_once) {
             self.converted.clear();
             for position in first..positions.min(first + at_once) {
@@ -321,17 +329,18 @@ impl Sending<'_> {
     }
 }
 
-// ---- conversion: an error is the first element that cannot be ----
+// ---- conversion; an error is the index of the first element that cannot be converted ----
 
-/// Magnitudes as f32 bits from which on they are infinite or NaN, as they are and rounded to bf16.
+/// f32 bits of the smallest magnitude that is infinite or NaN.
 const INFINITE: u32 = 0x7f80_0000;
+/// f32 bits of the smallest magnitude that rounds to infinity as bf16.
 const BEYOND_BF16: u32 = 0x7f7f_8000;
 
-/// Whether all of bf16 `bytes` are finite.
+/// Checks that all bf16 values in `bytes` are finite.
 fn finite(bytes: &[u8]) -> std::result::Result<(), usize> {
     let bad = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]) & 0x7fff >= 0x7f80;
     for (number, block) in bytes.chunks(BLOCK * 2).enumerate() {
-        // Without a way out, so that it runs as fast as memory.
+        // The loop has no early exit, so it is vectorized and runs at memory speed.
         if block.chunks_exact(2).fold(false, |any, b| any | bad(b)) {
             let within = block.chunks_exact(2).position(bad).unwrap_or(0);
             return Err(number * BLOCK + within);
@@ -340,19 +349,20 @@ fn finite(bytes: &[u8]) -> std::result::Result<(), usize> {
     Ok(())
 }
 
-/// `bytes` as f32.
+/// Converts `bytes` to f32.
 fn to_f32(dtype: Dtype, bytes: &[u8], out: &mut Vec<u8>) -> std::result::Result<(), usize> {
     convert(dtype, bytes, out, INFINITE, u32::to_le_bytes)
 }
 
-/// `bytes` as bf16, rounded to nearest, ties to even.
+/// Converts `bytes` to bf16, rounded to nearest, ties to even.
 fn to_bf16(dtype: Dtype, bytes: &[u8], out: &mut Vec<u8>) -> std::result::Result<(), usize> {
-    // Below the limit nothing wraps; a check for it would keep the loop from becoming vectors.
+    // Nothing wraps below the limit; an overflow check would prevent vectorization.
     let round = |x: u32| (x.wrapping_add(0x7fff).wrapping_add(x >> 16 & 1) >> 16) as u16;
     convert(dtype, bytes, out, BEYOND_BF16, |x| round(x).to_le_bytes())
 }
 
-/// What `put` makes of the bits of each element as f32, magnitudes below `limit`.
+/// Widens each element to f32 and writes what `put` makes of its bits; its magnitude must be below `limit`
+/// (f32 bits).
 fn convert<const N: usize>(
     dtype: Dtype,
     bytes: &[u8],
@@ -361,35 +371,35 @@ fn convert<const N: usize>(
     put: impl Fn(u32) -> [u8; N],
 ) -> std::result::Result<(), usize> {
     out.resize(bytes.len() / dtype.size() * N, 0);
-    let mut wide = [0.0; BLOCK];
+    let mut widened = [0.0; BLOCK];
     let blocks = bytes.chunks(BLOCK * dtype.size()).zip(out.chunks_mut(BLOCK * N));
     for (number, (block, out)) in blocks.enumerate() {
-        let wide = &mut wide[..block.len() / dtype.size()];
+        let widened = &mut widened[..block.len() / dtype.size()];
         match dtype {
-            Dtype::F16 => wide.iter_mut().zip(block.chunks_exact(2)).for_each(|(x, b)| *x = f16(b)),
-            _ => widen(block, dtype, wide),
+            Dtype::F16 => widened.iter_mut().zip(block.chunks_exact(2)).for_each(|(x, b)| *x = f16(b)),
+            _ => widen(block, dtype, widened),
         }
         let bad = |x: &f32| x.to_bits() & 0x7fff_ffff >= limit;
-        if wide.iter().fold(false, |any, x| any | bad(x)) {
-            return Err(number * BLOCK + wide.iter().position(bad).unwrap_or(0));
+        if widened.iter().fold(false, |any, x| any | bad(x)) {
+            return Err(number * BLOCK + widened.iter().position(bad).unwrap_or(0));
         }
-        out.chunks_exact_mut(N).zip(wide).for_each(|(to, x)| to.copy_from_slice(&put(x.to_bits())));
+        out.chunks_exact_mut(N).zip(widened).for_each(|(to, x)| to.copy_from_slice(&put(x.to_bits())));
     }
     Ok(())
 }
 
-/// f16 as f32, without a branch so that a loop of it becomes vectors.
+/// f16 to f32 without a branch, so that loops over it are vectorized.
 fn f16(b: &[u8]) -> f32 {
     let bits = u32::from(u16::from_le_bytes([b[0], b[1]]));
     let magnitude = bits & 0x7fff;
-    // Exponents are 112 apart; the product makes normal numbers of subnormal ones.
+    // The exponent biases differ by 112; the product also normalizes subnormal numbers.
     let finite = (f32::from_bits(magnitude << 13) * f32::from_bits((112 + 127) << 23)).to_bits();
     let special = if magnitude >= 0x7c00 { INFINITE } else { 0 };
     f32::from_bits(finite | special | (bits & 0x8000) << 16)
 }
 
-/// The sentence for element `at` of a tensor, which is element `within` of `bytes`.
-fn spoiled(tensor: &Tensor, at: usize, bytes: &[u8], within: usize) -> Error {
+/// The error for element `at` of a tensor, which is element `within` of `bytes`.
+fn bad_element(tensor: &Tensor, at: usize, bytes: &[u8], within: usize) -> Error {
     let size = tensor.dtype.size();
     let mut value = [0.0];
     widen(&bytes[within * size..][..size], tensor.dtype, &mut value);
@@ -398,9 +408,9 @@ fn spoiled(tensor: &Tensor, at: usize, bytes: &[u8], within: usize) -> Error {
         _ => format!("[{at}]"),
     };
     let what = match value[0] {
-        x if x.is_nan() => "is NaN, expected are finite weights".to_string(),
-        x if x.is_infinite() => "is infinite, expected are finite weights".to_string(),
-        x => format!("is {x:e}, beyond the range of BF16, which is what the device's weights are"),
+        x if x.is_nan() => "is NaN, expected a finite number".to_string(),
+        x if x.is_infinite() => "is infinite, expected a finite number".to_string(),
+        x => format!("is {x:e}, beyond the range of BF16, the format of weights on the device"),
     };
     Error::Model(format!("{}: element {place} {what}", tensor.label()))
 }

@@ -1,163 +1,85 @@
-//! How much a pair takes of a device, before any of it is taken: what loads models and makes batches runs once on a
-//! [`Ledger`], which only counts. So there is one list of allocations, and its sums are exact.
+//! The memory plan of a pair: how many bytes it takes on a device, known before any of them is allocated.
+//!
+//! The code that loads models and makes batches runs once on a [`DryRunDevice`], which counts. There is one
+//! list of allocations, so the sums are exact.
 
 use crate::checkpoint::pair::Pair;
+use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::decoder::{Batch, Models};
-use crate::gpu::device::{
-    Arg, Buffer, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_launch,
-};
-use crate::gpu::kernels::attention;
+use crate::gpu::dry_run::DryRunDevice;
+use crate::gpu::kernels::PAGE;
 use crate::gpu::loader::Loader;
-use crate::gpu::model::PAGE;
-use crate::spec::tree::MOST_ROWS;
 use crate::{Error, Result};
-use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, ThreadId};
 
-/// What a batch is to have room for.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct BatchConfig {
-    pub sequences: usize,
-    pub block: usize,
-    pub pages: usize,
-    pub positions: usize,
-    /// Rows of a tree at most; 0: rounds verify chains only.
-    pub tree: usize,
-    /// Drafts may be judged by other rules than `match`, which takes the drafter's logits beside the target's.
-    pub rules: bool,
-    /// Rounds may be of several sizes, down to AR steps that the drafter follows.
-    pub adaptive: bool,
-    /// Adaptive rounds verify the drafts that stand with at least this probability; none: those that pay.
-    pub threshold: Option<f64>,
-}
-
-impl BatchConfig {
-    /// Every sequence can have `positions` positions at the same time.
-    pub fn new(sequences: usize, block: usize, positions: usize) -> BatchConfig {
-        let pages = sequences.saturating_mul(positions.div_ceil(PAGE));
-        let (tree, rules, adaptive, threshold) = (0, false, false, None);
-        BatchConfig { sequences, block, pages, positions, tree, rules, adaptive, threshold }
-    }
-
-    /// The same for trees of up to `rows` rows, which take slots behind the positions that they stand for.
-    pub fn with_trees(self, rows: usize) -> BatchConfig {
-        let pages = self.sequences.saturating_mul((self.positions + rows).div_ceil(PAGE));
-        BatchConfig { pages, tree: rows, ..self }
-    }
-
-    /// Rows that a round verifies of a sequence at most.
-    pub fn max_verify_rows(&self) -> usize {
-        self.block.max(self.tree)
-    }
-
-    /// Pages that one sequence may have.
-    pub fn sequence_pages(&self) -> usize {
-        (self.positions + self.tree).div_ceil(PAGE)
-    }
-
-    /// As [`BatchConfig::new`]: sequences of `--ctx` positions, or of 8192, or of the `needed` ones of the longest request.
-    ///
-    /// # Errors
-    /// As [`Pair::context`].
-    pub fn of(
-        pair: &Pair,
-        sequences: usize,
-        block: usize,
-        ctx: Option<usize>,
-        needed: usize,
-    ) -> Result<BatchConfig> {
-        let most = pair.context(ctx)?;
-        let positions = if ctx.is_some() { most } else { most.min(needed.max(8192)) };
-        Ok(BatchConfig::new(sequences, block, positions))
-    }
-
-    /// # Errors
-    /// [`Error::Unsupported`] for more than the kernels can run together, named by its flag.
-    pub fn check(&self) -> Result<()> {
-        let BatchConfig { sequences, block, positions, tree, .. } = *self;
-        let wrong = |flag, found, expected| {
-            Err(Error::Unsupported(format!("the kernels cannot run --{flag} {found}: expected {expected}")))
-        };
-        let most = attention::MAX_SLOTS;
-        match (sequences, block, positions) {
-            (0, ..) | (1025.., ..) => wrong("batch", sequences, "1 to 1024".to_string()),
-            (_, 0 | 65.., _) => wrong("block", block, "1 to 64".to_string()),
-            _ if tree > MOST_ROWS => wrong("tree", tree, format!("at most {MOST_ROWS}")),
-            _ if sequences * self.max_verify_rows() > 65535 => {
-                let wide = self.max_verify_rows();
-                wrong("batch", sequences, format!("at most {} in blocks of {wide}", 65535 / wide))
-            }
-            _ if positions == 0 || positions > most - tree => {
-                wrong("ctx", positions, format!("1 to {}", most - tree))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-/// A line of a [`MemoryPlan`].
+/// One line of a [`MemoryPlan`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
+    /// What the memory is for.
     pub what: &'static str,
+    /// Its size.
     pub bytes: usize,
 }
 
-/// What a device may take beyond the bytes it is asked for.
+/// Memory that a device takes beyond the bytes it is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Overhead {
-    /// Bytes to whose multiples it rounds an allocation up.
+    /// Each allocation is rounded up to a multiple of this many bytes.
     pub granule: usize,
-    /// Bytes it takes for itself, later.
+    /// Bytes that the device and its driver take later for themselves.
     pub reserve: usize,
 }
 
 impl Overhead {
-    /// The emulator's.
+    /// The emulator takes nothing more.
     pub const NONE: Overhead = Overhead { granule: 1, reserve: 0 };
-    /// A GPU's at the most. Drivers give out memory in pieces of 2 MiB, of which small allocations share one; the reserve
-    /// is for graphs, for the local memory of kernels and for other programs.
+    /// An upper bound for a GPU. The driver hands out memory in pieces of 2 MiB, which small allocations
+    /// share; the reserve is for graphs, for the kernels' local memory and for other programs.
     pub const GPU: Overhead = Overhead { granule: 2 << 20, reserve: 256 << 20 };
 }
 
-/// What [`Models::load`] and [`Batch::new`] will allocate. As text it is a table.
+/// The allocations of [`Models::load`] and [`Batch::new`]. Its `Display` is a table.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MemoryPlan {
-    pub room: BatchConfig,
+    /// The batch that it is for.
+    pub config: BatchConfig,
+    /// The allocations that stay, grouped by purpose.
     pub lines: Vec<Line>,
-    /// Bytes of each allocation on the device, those for weights first.
+    /// Bytes of each device allocation, weights first.
     sizes: Vec<usize>,
-    /// How many are for weights.
+    /// How many of `sizes` are weights.
     weights: usize,
-    /// Held beside the weights while they are loaded.
-    pub passing: usize,
-    /// Bytes that will be read from files.
+    /// Bytes of staging buffers, allocated beside the weights only while these are loaded.
+    pub staging: usize,
+    /// Bytes that loading reads from files.
     pub file_bytes: usize,
-    /// Of a page's keys and values in all layers of target and drafter.
+    /// Bytes of one page: keys and values of [`PAGE`] positions in all layers of target and drafter.
     pub page_bytes: usize,
-    /// Page-locked memory of the host.
+    /// Bytes of page-locked host memory.
     pub pinned: usize,
 }
 
 impl MemoryPlan {
+    /// Plans `pair` with a batch of that configuration.
+    ///
     /// # Errors
-    /// As [`BatchConfig::check`], and what [`Models::load`] would refuse before it reads weights, memory apart.
-    pub fn new(pair: &Pair, room: BatchConfig) -> Result<MemoryPlan> {
-        room.check()?;
-        let ledger = Ledger::new();
+    /// As [`BatchConfig::check`], and every refusal of [`Models::load`] that needs neither weights nor
+    /// memory.
+    pub fn new(pair: &Pair, config: BatchConfig) -> Result<MemoryPlan> {
+        config.check()?;
+        let device = DryRunDevice::new();
         let (mut lines, mut sizes) = (vec![], vec![]);
-        let mut loader = Loader::new(&ledger, &pair.target.weights);
-        let models = Models::list(&mut loader, pair, room.positions, &mut |what| {
-            let taken: Vec<usize> = ledger.take().into_iter().map(|(_, bytes)| bytes).collect();
-            lines.push(Line { what, bytes: taken.iter().sum() });
-            sizes.extend(taken);
+        let mut loader = Loader::new(&device, &pair.target.weights);
+        let models = Models::list(&mut loader, pair, config.positions, &mut |what| {
+            let group: Vec<usize> = device.take().into_iter().map(|(_, bytes)| bytes).collect();
+            lines.push(Line { what, bytes: group.iter().sum() });
+            sizes.extend(group);
         })?;
         let weights = sizes.len();
-        let (passing, file_bytes) = (loader.passing(), loader.file_bytes());
-        Batch::new(&ledger, &models, room)?;
+        let (staging, file_bytes) = (loader.staging_bytes(), loader.file_bytes());
+        Batch::new(&device, &models, config)?;
         let (mut keys, mut tables, mut workspaces, mut activations) = (0, 0, 0, 0);
-        for (what, bytes) in ledger.take() {
+        for (what, bytes) in device.take() {
             let group = match what.as_str() {
                 "keys" | "values" => &mut keys,
                 "the page table" => &mut tables,
@@ -171,9 +93,9 @@ impl MemoryPlan {
         lines.push(Line { what: "page tables", bytes: tables });
         lines.push(Line { what: "workspaces", bytes: workspaces });
         lines.push(Line { what: "activations and state", bytes: activations });
-        let pinned = ledger.pinned_bytes();
-        let page_bytes = keys / room.pages.max(1);
-        Ok(MemoryPlan { room, lines, sizes, weights, passing, file_bytes, page_bytes, pinned })
+        let pinned = device.pinned_bytes();
+        let page_bytes = keys / config.pages.max(1);
+        Ok(MemoryPlan { config, lines, sizes, weights, staging, file_bytes, page_bytes, pinned })
     }
 
     /// Number of allocations on the device.
@@ -186,69 +108,77 @@ impl MemoryPlan {
         self.sizes.iter().sum()
     }
 
-    /// The most bytes that are allocated while weights are loaded, before the rest.
+    /// Peak bytes while weights are loaded, before the batch is allocated.
     pub fn loading(&self) -> usize {
-        self.sizes[..self.weights].iter().sum::<usize>() + self.passing
+        self.sizes[..self.weights].iter().sum::<usize>() + self.staging
     }
 
-    /// The most bytes that are allocated at any time.
+    /// Peak bytes at any time.
     pub fn peak(&self) -> usize {
         self.total().max(self.loading())
     }
 
-    /// Bytes that must be free on a device for all of it, page-locked memory included, which some have no other place for.
+    /// Bytes that must be free on a device. Page-locked host memory counts, because some devices have no
+    /// other place for it.
     pub fn needed(&self, overhead: Overhead) -> usize {
         let Overhead { granule, reserve } = overhead;
-        let round =
+        let round_up =
             |sizes: &[usize]| sizes.iter().map(|bytes| bytes.next_multiple_of(granule)).sum::<usize>();
-        // What passes is two allocations.
-        let loading = round(&self.sizes[..self.weights]) + self.passing + 2 * (granule - 1);
-        loading.max(round(&self.sizes) + self.pinned) + reserve
+        // The staging memory is two allocations.
+        let loading = round_up(&self.sizes[..self.weights]) + self.staging + 2 * (granule - 1);
+        loading.max(round_up(&self.sizes) + self.pinned) + reserve
     }
 
-    /// Whether all of it fits into `free` bytes.
+    /// Checks that the plan fits into `free` bytes.
     ///
     /// # Errors
-    /// [`Error::Memory`] where not, with the largest `--ctx` that does; else as [`MemoryPlan::new`].
+    /// [`Error::Memory`] where it does not, with the longest context that does; otherwise as
+    /// [`MemoryPlan::new`].
     pub fn check(&self, pair: &Pair, free: usize, overhead: Overhead) -> Result<()> {
         let needed = self.needed(overhead);
         if needed <= free {
             return Ok(());
         }
-        let advice = match MemoryPlan::largest_context(pair, self.room, free, overhead)? {
+        let advice = match MemoryPlan::largest_context(pair, self.config, free, overhead)? {
             0 => format!("not even {PAGE} positions of each fit"),
-            most => format!("the largest --ctx that fits is {most}"),
+            positions => format!("the largest context that fits is {positions}"),
         };
         Err(Error::Memory(format!(
             "not enough memory on the device for {}: {} are needed, {} are free; {advice}",
-            self.room,
+            self.config,
             size(needed),
             size(free)
         )))
     }
 
-    /// The most positions that every one of as many sequences as `room` has can have within `free` bytes, whole pages
-    /// unless the models have fewer; 0 where not even one page fits.
+    /// The most positions per sequence that fit into `free` bytes with everything else as in `config`: whole
+    /// pages, or the models' maximum where that is less; 0 where not even one page per sequence fits.
     ///
     /// # Errors
     /// As [`MemoryPlan::new`].
-    pub fn largest_context(pair: &Pair, room: BatchConfig, free: usize, overhead: Overhead) -> Result<usize> {
-        let most = pair.target.config.stack.max_positions;
-        let positions = |pages: usize| most.min(pages * PAGE);
-        let with = |pages| {
-            let BatchConfig { rules, adaptive, .. } = room;
-            let sized = BatchConfig::new(room.sequences, room.block, positions(pages)).with_trees(room.tree);
-            MemoryPlan::new(pair, BatchConfig { rules, adaptive, ..sized })
+    pub fn largest_context(
+        pair: &Pair,
+        config: BatchConfig,
+        free: usize,
+        overhead: Overhead,
+    ) -> Result<usize> {
+        let limit = pair.target.config.stack.max_positions;
+        let positions = |pages: usize| limit.min(pages * PAGE);
+        let plan = |pages| {
+            let BatchConfig { draft_probs, adaptive, .. } = config;
+            let sized =
+                BatchConfig::new(config.sequences, config.block, positions(pages)).with_trees(config.tree);
+            MemoryPlan::new(pair, BatchConfig { draft_probs, adaptive, ..sized })
         };
-        if with(1)?.needed(overhead) > free {
+        if plan(1)?.needed(overhead) > free {
             return Ok(0);
         }
-        // A number of pages that fits, and one that does not or is not wanted.
-        let (mut fits, mut over) = (1, most.div_ceil(PAGE) + 1);
+        // Bisection: `fits` pages fit; `over` pages do not, or are more than the models can use.
+        let (mut fits, mut over) = (1, limit.div_ceil(PAGE) + 1);
         while over - fits > 1 {
             let middle = fits.midpoint(over);
-            // An error here is a context longer than the kernels take.
-            match with(middle).is_ok_and(|plan| plan.needed(overhead) <= free) {
+            // An error here means that the context is longer than the kernels support.
+            match plan(middle).is_ok_and(|plan| plan.needed(overhead) <= free) {
                 true => fits = middle,
                 false => over = middle,
             }
@@ -257,19 +187,9 @@ impl MemoryPlan {
     }
 }
 
-/// As in "memory for ...".
-impl fmt::Display for BatchConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let BatchConfig { sequences, block, positions, .. } = self;
-        let plural = if *sequences == 1 { "" } else { "s" };
-        write!(f, "{sequences} sequence{plural} of {positions} positions in blocks of {block}")?;
-        if self.tree > 0 { write!(f, " and trees of {}", self.tree) } else { Ok(()) }
-    }
-}
-
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "memory for {}:", self.room)?;
+        writeln!(f, "memory for {}:", self.config)?;
         let sums = [
             ("in all", self.total()),
             ("at most while loading", self.loading()),
@@ -280,12 +200,12 @@ impl fmt::Display for MemoryPlan {
         for (what, bytes) in lines.chain(sums) {
             writeln!(f, "  {what:24} {bytes:>14} bytes {:>12}", units(bytes))?;
         }
-        let (pages, bytes) = (self.room.pages, self.page_bytes);
+        let (pages, bytes) = (self.config.pages, self.page_bytes);
         write!(f, "pages of keys and values: {pages} of {bytes} bytes, {} a position", bytes / PAGE)
     }
 }
 
-/// Bytes in KiB, MiB from 1 on, or GiB from 10 on.
+/// `bytes` in KiB below 1 MiB, in MiB below 10 GiB, otherwise in GiB.
 pub fn units(bytes: usize) -> String {
     match bytes >> 20 {
         0 => format!("{:.1} KiB", bytes as f64 / 1024.0),
@@ -294,161 +214,7 @@ pub fn units(bytes: usize) -> String {
     }
 }
 
-/// Bytes, and the same in larger units.
+/// `bytes` exactly, followed by [`units`] in parentheses.
 pub fn size(bytes: usize) -> String {
     format!("{bytes} bytes ({})", units(bytes))
-}
-
-/// A device without memory: it counts what is allocated and captures graphs; copies and launches do nothing.
-pub struct Ledger {
-    properties: Properties,
-    taken: Mutex<Taken>,
-}
-
-#[derive(Default)]
-struct Taken {
-    /// What for, and bytes, since somebody looked.
-    new: Vec<(String, usize)>,
-    /// Where the next allocation begins.
-    end: u64,
-    pinned: usize,
-    /// The steps of each thread that captures a graph.
-    recording: HashMap<ThreadId, Vec<Node>>,
-}
-
-struct Nothing;
-
-impl Memory for Nothing {}
-
-/// Page-locked memory in name only.
-struct Host {
-    _words: Vec<u64>,
-}
-
-impl Memory for Host {}
-
-impl Ledger {
-    pub fn new() -> Ledger {
-        let properties = Properties {
-            name: "ledger".to_string(),
-            capability: (8, 0),
-            multiprocessors: 1,
-            memory: u64::MAX,
-            l2: 0,
-            shared_per_block: u32::MAX,
-            driver: 0,
-            pci: None,
-            overlap: false,
-        };
-        Ledger { properties, taken: Mutex::default() }
-    }
-
-    fn taken(&self) -> MutexGuard<'_, Taken> {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What has been allocated since the last call, whether given back or not: what for, and bytes.
-    pub fn take(&self) -> Vec<(String, usize)> {
-        std::mem::take(&mut self.taken().new)
-    }
-
-    /// Adds a step to the graph that this thread captures, if it does.
-    fn step(&self, node: Node) {
-        if let Some(nodes) = self.taken().recording.get_mut(&thread::current().id()) {
-            nodes.push(node);
-        }
-    }
-
-    /// Bytes of [`Device::pinned`] so far.
-    pub fn pinned_bytes(&self) -> usize {
-        self.taken().pinned
-    }
-}
-
-impl Default for Ledger {
-    fn default() -> Ledger {
-        Ledger::new()
-    }
-}
-
-fn nothing<T>(what: &str) -> Result<T> {
-    Err(Error::Internal(format!("{what} of a device that only counts memory")))
-}
-
-impl Device for Ledger {
-    fn properties(&self) -> &Properties {
-        &self.properties
-    }
-
-    fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer> {
-        let mut taken = self.taken();
-        let address = taken.end;
-        let end = address.checked_add(bytes as u64).and_then(|end| end.checked_next_multiple_of(256));
-        taken.end = end.ok_or_else(|| {
-            Error::Memory(format!("no memory for {what}: {bytes} bytes are more than any device has"))
-        })?;
-        taken.new.push((what.to_string(), bytes));
-        Ok(Buffer::new(address, bytes, Arc::new(Nothing)))
-    }
-
-    fn pinned(&self, bytes: usize, _what: &str) -> Result<Pinned> {
-        self.taken().pinned += bytes;
-        let mut words = vec![0u64; bytes.div_ceil(8)];
-        let host = words.as_mut_ptr().cast();
-        Ok(Pinned { host, buffer: Buffer::new(0, bytes, Arc::new(Host { _words: words })) })
-    }
-
-    fn memory(&self) -> Result<(u64, u64)> {
-        Ok((u64::MAX - self.taken().end, u64::MAX))
-    }
-
-    fn upload(&self, _to: &Buffer, _bytes: &[u8]) -> Result<()> {
-        Ok(())
-    }
-
-    fn download(&self, _from: &Buffer, _bytes: &mut [u8]) -> Result<()> {
-        nothing("a download")
-    }
-
-    fn copy(&self, to: &Buffer, from: &Buffer) -> Result<()> {
-        self.step(Node::Copy { to: to.clone(), from: from.clone() });
-        Ok(())
-    }
-
-    fn fill(&self, to: &Buffer, byte: u8) -> Result<()> {
-        self.step(Node::Fill { to: to.clone(), byte });
-        Ok(())
-    }
-
-    fn seal(&self, _constant: &Buffer) {}
-
-    fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {
-        check_launch(kernel, grid, shared)?;
-        self.step(Node::Launch(Launch { kernel, grid, shared, args: args.to_vec() }));
-        Ok(())
-    }
-
-    fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
-        let thread = thread::current().id();
-        self.taken().recording.insert(thread, vec![]);
-        let result = record();
-        let nodes = self.taken().recording.remove(&thread).unwrap_or_default();
-        result.map(|()| Graph { nodes, replayable: Box::new(()) })
-    }
-
-    fn replay(&self, _graph: &Graph) -> Result<()> {
-        Ok(())
-    }
-
-    fn record(&self) -> Result<Event> {
-        nothing("an event")
-    }
-
-    fn elapsed(&self, _from: &Event, _to: &Event) -> Result<f32> {
-        nothing("the time")
-    }
-
-    fn synchronize(&self) -> Result<()> {
-        Ok(())
-    }
 }

@@ -1,8 +1,11 @@
-//! Target and drafter on a device, as ordered lists of launches: a prompt's chunk, a draft pass, a verification pass. Knows
-//! shapes and order; neither sequences nor text, nor who fills the tables of a pass.
+//! The layers of target and drafter on a device, as ordered lists of launches: a prompt chunk, a draft pass,
+//! a verification pass. This module knows shapes and order; it knows neither sequences nor text, and its
+//! callers fill the tables of a pass.
 //!
-//! A layer is five launches: qkv, attention, output projection, gate and up, down. Norms have no launch of their own: who
-//! writes the residual stream leaves what the next linear layer takes (`cuda/model/epilogues.cuh`).
+//! A layer is five launches: qkv, attention, output projection, gate and up, down. RMS norms have no launch
+//! of their own: the kernel that writes the residual stream also writes the next linear layer's input, scaled
+//! by the norm's gain, and partial sums of squares, by which that layer scales its output
+//! (`cuda/model/epilogues.cuh`).
 
 use crate::checkpoint::config::{self, TargetConfig};
 use crate::gpu::device::{Buffer, Device};
@@ -15,29 +18,32 @@ use crate::gpu::kernels::norm::Norm;
 use crate::gpu::kernels::project::{Project, ProjectBuffers};
 use crate::gpu::kernels::qkv::{Qkv, QkvBuffers};
 use crate::gpu::kernels::swiglu::Swiglu;
-use crate::gpu::loader::{Loader, Rows};
+use crate::gpu::loader::{Loader, PackedRows};
 use crate::{Error, Result};
 
 pub use crate::gpu::kernels::PAGE;
 
-/// One row of a pass: `Row` of `cuda/common/rows.cuh`.
+/// One row of a pass: `Row` of `cuda/common/rows.cuh`, four words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
-    /// Row of the page table; [`Row::NONE`]: padding.
+    /// Row of the page table; [`Row::NONE`]: the row is padding.
     pub sequence: u32,
-    /// Of the token, for RoPE.
+    /// Position of the token, for RoPE.
     pub position: u32,
-    /// Where its key and value go; [`Row::NONE`]: nowhere.
+    /// Cache slot of the sequence that the row's key and value are written to; [`Row::NONE`]: they are not
+    /// written.
     pub slot: u32,
-    /// Row of the query buffer; [`Row::NONE`]: none.
+    /// Row of the query buffer that the row's query is written to; [`Row::NONE`]: it has no query.
     pub query: u32,
 }
 
 impl Row {
+    /// Marks an absent field.
     pub const NONE: u32 = u32::MAX;
+    /// Size on the device.
     pub const BYTES: usize = 16;
 
-    /// As the device reads it.
+    /// The row in device layout: its fields in order, little-endian.
     pub fn to_bytes(self) -> [u8; 16] {
         let mut bytes = [0; 16];
         for (to, word) in bytes.chunks_mut(4).zip([self.sequence, self.position, self.slot, self.query]) {
@@ -47,15 +53,15 @@ impl Row {
     }
 }
 
-/// One decoder layer's weights.
+/// The weights of one decoder layer. Packed: [`linear`]'s layout of bf16 weights.
 struct Layer {
-    qkv: Buffer,                     // packed, query heads, key heads, value heads
+    qkv: Buffer,                     // packed: query heads, key heads, value heads
     o: Buffer,                       // packed
-    gate_up: Buffer,                 // packed, tiles of 8 gates and 8 ups
+    gate_up: Buffer,                 // packed: tiles of 8 gates and 8 ups
     down: Buffer,                    // packed
     input_gain: Buffer,              // [hidden] f32
     post_gain: Buffer,               // [hidden] f32
-    head_gains: Option<[Buffer; 2]>, // [head_dim] f32, of queries and keys
+    head_gains: Option<[Buffer; 2]>, // [head_dim] f32: q_norm and k_norm
 }
 
 impl Layer {
@@ -65,11 +71,12 @@ impl Layer {
         let [qkv, o, gate_up, down] = c.shapes();
         let name = |part: &str| format!("{prefix}.{part}.weight");
         let part = |part, rows, place| (name(part), rows, place);
-        let first = Rows::From(0);
+        let first = PackedRows::From(0);
         let queries = part("self_attn.q_proj", q, first);
-        let keys = part("self_attn.k_proj", kv, Rows::From(q));
-        let values = part("self_attn.v_proj", kv, Rows::From(q + kv));
-        let (gates, ups) = (part("mlp.gate_proj", inner, Rows::Gates), part("mlp.up_proj", inner, Rows::Ups));
+        let keys = part("self_attn.k_proj", kv, PackedRows::From(q));
+        let values = part("self_attn.v_proj", kv, PackedRows::From(q + kv));
+        let (gates, ups) =
+            (part("mlp.gate_proj", inner, PackedRows::Gates), part("mlp.up_proj", inner, PackedRows::Ups));
         let mut head_gain = |part| loader.vector(&name(part), head);
         Ok(Layer {
             head_gains: match c.qk_norm {
@@ -86,8 +93,9 @@ impl Layer {
     }
 }
 
-/// A stack of decoder layers, the target's or the drafter's.
-pub struct Stack {
+/// The decoder layers and the final norm of the target or the drafter, without embedding and LM head.
+pub struct Transformer {
+    /// Shapes and constants.
     pub config: config::Stack,
     layers: Vec<Layer>,
     final_gain: Buffer, // [hidden] f32
@@ -95,23 +103,23 @@ pub struct Stack {
     positions: usize,
 }
 
-impl Stack {
-    /// What `loader` is to load: `{prefix}layers.{i}` and the norm `{prefix}norm`; positions up to `positions` can be
-    /// turned.
+impl Transformer {
+    /// Allocates the weights and lists them in `loader`: tensors `{prefix}layers.{i}.*` and `{prefix}norm`.
+    /// The RoPE table covers `positions` positions.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for shapes the kernels do not have, named by their config field; else as
-    /// [`Loader::packed`].
+    /// [`Error::Unsupported`] for a shape that the kernels do not support, named by its config field;
+    /// otherwise as [`Loader::packed`].
     pub fn load(
         loader: &mut Loader,
         prefix: &str,
         config: &config::Stack,
         positions: usize,
-    ) -> Result<Stack> {
+    ) -> Result<Transformer> {
         check(config)?;
         let layers =
             (0..config.attention.len()).map(|i| Layer::load(loader, &format!("{prefix}layers.{i}"), config));
-        Ok(Stack {
+        Ok(Transformer {
             layers: layers.collect::<Result<_>>()?,
             final_gain: loader.vector(&format!("{prefix}norm.weight"), config.hidden)?,
             rope: loader.rotations(&config.rope, config.head_dim, positions)?,
@@ -124,16 +132,16 @@ impl Stack {
         Norm { rows, hidden: self.config.hidden }
     }
 
-    /// Runs the layers over `pass.rows()` rows of `s.x`. Afterwards `s.y` and `s.sumsq` hold what a head takes, final norm
-    /// included.
+    /// Runs the layers over `pass.rows()` rows of `s.x`. Afterwards `s.y` and `s.sumsq` hold the input of the
+    /// LM head, with the final norm's gain applied.
     ///
     /// # Errors
-    /// What the device says; [`Error::Internal`] where `s` or `cache` is too small for the pass.
-    pub fn run(&self, device: &dyn Device, s: &Scratch, cache: &Cache, pass: &Pass) -> Result<()> {
+    /// The device's error; [`Error::Internal`] where `s` or `cache` is too small for the pass.
+    pub fn run(&self, device: &dyn Device, s: &Scratch, cache: &KvCache, pass: &Pass) -> Result<()> {
         let c = &self.config;
         let (rows, all) = (pass.rows(), pass.rows() + pass.injected);
-        // Injected rows stand before the pass's own.
-        let (y, sumsq) = s.behind(c.hidden, pass.injected)?;
+        // Injected rows come before the pass's own.
+        let (y, sumsq) = s.from_row(c.hidden, pass.injected)?;
         self.norm(rows).launch(device, &y, &sumsq, &s.x, None, &self.layers[0].input_gain)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let input = |weights, x, sumsq| Input {
@@ -183,17 +191,18 @@ impl Stack {
         Ok(())
     }
 
-    /// Keys and values of rows that are already in `s.y` and `s.sumsq`, for every layer: what features leave in the drafter's
-    /// cache, a `prompt`'s or those of a round. `table` `[rows]` [`Row`]; `num_active` as [`Pass::num_active`].
+    /// Writes the keys and values of every layer for `rows` rows of projected features, which
+    /// [`FeatureProjection::run`] left in `s.y` and `s.sumsq`. `table` `[rows]` [`Row`]; `prompt`: with the
+    /// kernels for many rows; `num_active` as [`Pass::num_active`].
     ///
     /// # Errors
-    /// As [`Stack::run`].
+    /// As [`Transformer::run`].
     #[allow(clippy::too_many_arguments)]
     pub fn write_context_kv(
         &self,
         device: &dyn Device,
         s: &Scratch,
-        cache: &Cache,
+        cache: &KvCache,
         table: &Buffer,
         rows: usize,
         prompt: bool,
@@ -214,7 +223,7 @@ impl Stack {
         Ok(())
     }
 
-    fn qkv(&self, rows: usize, keys_only: bool, s: &Scratch, cache: &Cache) -> Qkv {
+    fn qkv(&self, rows: usize, keys_only: bool, s: &Scratch, cache: &KvCache) -> Qkv {
         let c = &self.config;
         Qkv {
             rows,
@@ -235,7 +244,7 @@ impl Stack {
         &'a self,
         layer: usize,
         s: &'a Scratch,
-        cache: &'a Cache,
+        cache: &'a KvCache,
         table: &'a Buffer,
     ) -> QkvBuffers<'a> {
         let gains = self.layers[layer].head_gains.as_ref();
@@ -251,15 +260,15 @@ impl Stack {
         }
     }
 
-    fn attend(&self, device: &dyn Device, i: usize, s: &Scratch, cache: &Cache, pass: &Pass) -> Result<()> {
-        let (c, rule) = (&self.config, self.config.attention[i]);
+    fn attend(&self, device: &dyn Device, i: usize, s: &Scratch, cache: &KvCache, pass: &Pass) -> Result<()> {
+        let (c, own) = (&self.config, self.config.attention[i]);
         let layer = attention::Layer {
             heads: c.heads,
             kv_heads: c.kv_heads,
             head_dim: c.head_dim,
             pages: cache.pages,
             pages_per_sequence: cache.sequence_pages,
-            window: rule.window.unwrap_or(0),
+            window: own.window.unwrap_or(0),
             scale: 1.0 / (c.head_dim as f32).sqrt(),
         };
         let (k, v, spans) = (&cache.keys[i], &cache.values[i], pass.spans);
@@ -269,7 +278,7 @@ impl Stack {
             let prefill = Prefill { layer, rows: pass.rows() };
             return prefill.launch(device, &s.attended, &s.queries, Paged { k, v, table: &table, spans });
         }
-        let mask = match (rule.causal, pass.masks) {
+        let mask = match (own.causal, pass.masks) {
             (false, _) => Mask::Block,
             (true, None) => Mask::Chain,
             (true, Some(masks)) => Mask::Tree(masks),
@@ -288,7 +297,7 @@ impl Stack {
 }
 
 impl config::Stack {
-    /// The layer's linear shapes: qkv, o, gate_up, down.
+    /// The shapes of a layer's linear kernels: qkv, o, gate_up, down.
     pub fn shapes(&self) -> [Shape; 4] {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         [
@@ -300,7 +309,7 @@ impl config::Stack {
     }
 }
 
-/// Refuses what the kernels do not have, by the name of the config's field.
+/// Refuses shapes that the kernels do not support, by the name of the config's field.
 fn check(c: &config::Stack) -> Result<()> {
     let needs = [
         (c.hidden.is_multiple_of(64), "hidden_size", c.hidden, "a multiple of 64"),
@@ -319,34 +328,38 @@ fn check(c: &config::Stack) -> Result<()> {
     Ok(())
 }
 
-/// Keys and values of a stack, in pages of [`PAGE`] tokens that sequences own.
-pub struct Cache {
+/// The keys and values of a model, in pages of [`PAGE`] positions. A page belongs to one sequence.
+pub struct KvCache {
     pub(crate) keys: Vec<Buffer>,   // per layer [pages][kv_heads][PAGE][head_dim] bf16
     pub(crate) values: Vec<Buffer>, // as keys
-    /// `[sequences][sequence_pages]` u32: the pages of each sequence, in order of position.
+    /// The page table, `[sequences][sequence_pages]` u32: the pages of each sequence, in order of position.
     pub table: Buffer,
+    /// Pages in all.
     pub pages: usize,
+    /// Rows of the page table.
     pub sequences: usize,
+    /// The most pages of one sequence.
     pub sequence_pages: usize,
 }
 
-impl Cache {
-    /// Room for `pages` pages, of which each of `sequences` sequences may have `sequence_pages`. The table is not filled.
+impl KvCache {
+    /// Allocates `pages` pages for `sequences` sequences of at most `sequence_pages` pages each. The page
+    /// table is left undefined.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little.
+    /// [`Error::Memory`] where the device has too little.
     pub fn new(
         device: &dyn Device,
         c: &config::Stack,
         pages: usize,
         sequences: usize,
         sequence_pages: usize,
-    ) -> Result<Cache> {
+    ) -> Result<KvCache> {
         let bytes = pages * c.kv_heads * PAGE * c.head_dim * 2;
         let side = |what| {
             (0..c.attention.len()).map(|_| device.allocate(bytes, what)).collect::<Result<Vec<Buffer>>>()
         };
-        Ok(Cache {
+        Ok(KvCache {
             keys: side("keys")?,
             values: side("values")?,
             table: device.allocate(sequences * sequence_pages * 4, "the page table")?,
@@ -356,19 +369,19 @@ impl Cache {
         })
     }
 
-    /// Positions a sequence can have.
+    /// The most positions of one sequence.
     pub fn capacity(&self) -> usize {
         self.sequence_pages * PAGE
     }
 }
 
-/// What a stack's passes work in; one for all passes, which follow each other.
+/// Activations and workspaces of a model's passes. Passes run one after the other and share it.
 pub struct Scratch {
     /// Residual stream `[rows][hidden]` f32.
     pub x: Buffer,
-    /// What the next linear layer takes: `[injected + rows][hidden]` bf16.
+    /// Input of the next linear layer: `[injected + rows][hidden]` bf16.
     pub y: Buffer,
-    /// And its partial sums of squares: `[injected + rows][ceil(hidden / 128)]` f32.
+    /// Its partial sums of squares: `[injected + rows][ceil(hidden / 128)]` f32.
     pub sumsq: Buffer,
     queries: Buffer,  // [rows][heads][head_dim] bf16
     attended: Buffer, // as queries
@@ -378,26 +391,35 @@ pub struct Scratch {
     rows: usize,
 }
 
-/// The largest passes a [`Scratch`] has room for.
+/// The largest passes that a [`Scratch`] is for.
 #[derive(Debug, Clone, Copy)]
-pub struct Sizes {
+pub struct ScratchSizes {
+    /// Sequences of a round.
     pub sequences: usize,
+    /// Rows of each sequence in a round.
     pub block: usize,
-    /// Rows of a prompt's chunk.
+    /// Rows of a prompt chunk.
     pub chunk: usize,
-    /// Injected rows before a draft pass's own.
+    /// Injected rows of a round, before the pass's own ([`Pass::injected`]).
     pub injected: usize,
-    /// Rows and shape of a head, where there is one.
+    /// Shape of the LM head, where one runs after the pass.
     pub head: Option<Shape>,
-    /// Inputs of the feature projection, where there is one.
+    /// Inputs of the feature projection (taps x hidden), where one runs before the pass.
     pub features: Option<usize>,
 }
 
 impl Scratch {
+    /// Allocates the memory for passes through a model of config `c` and its `cache`.
+    ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little.
-    pub fn new(device: &dyn Device, c: &config::Stack, cache: &Cache, sizes: Sizes) -> Result<Scratch> {
-        let Sizes { sequences, block, chunk, injected, .. } = sizes;
+    /// [`Error::Memory`] where the device has too little.
+    pub fn new(
+        device: &dyn Device,
+        c: &config::Stack,
+        cache: &KvCache,
+        sizes: ScratchSizes,
+    ) -> Result<Scratch> {
+        let ScratchSizes { sequences, block, chunk, injected, .. } = sizes;
         let round = sequences * block;
         let rows = round.max(chunk);
         let all = (round + injected).max(chunk);
@@ -435,52 +457,59 @@ impl Scratch {
     }
 
     /// `y` and `sumsq` from row `first` on.
-    fn behind(&self, hidden: usize, first: usize) -> Result<(Buffer, Buffer)> {
+    fn from_row(&self, hidden: usize, first: usize) -> Result<(Buffer, Buffer)> {
         let (y, sums) = (first * hidden * 2, first * hidden.div_ceil(128) * 4);
         Ok((self.y.slice(y, self.y.bytes() - y)?, self.sumsq.slice(sums, self.sumsq.bytes() - sums)?))
     }
 }
 
-/// One pass through a stack.
+/// One pass through a model.
 #[derive(Clone, Copy)]
 pub struct Pass<'a> {
+    /// Sequences that take part.
     pub sequences: usize,
-    /// Rows of each.
+    /// Rows of each sequence.
     pub block: usize,
-    /// Rows that stand before them in `table`, `y` and `sumsq`, are there already and leave keys and values only.
+    /// Rows of projected features that come before the pass's own in `table`, `y` and `sumsq`. They are
+    /// already there, and every layer only writes their keys and values.
     pub injected: usize,
-    /// `[injected + sequences * block]` [`Row`]; a row's query is its place in the pass.
+    /// `[injected + sequences * block]` [`Row`]; a row's query is its index among the pass's own rows.
     pub table: &'a Buffer,
-    /// `[sequences]` of (context, rows) u32.
+    /// `[sequences]` of (context, rows) u32: positions before the rows, and how many of the rows are not
+    /// padding.
     pub spans: &'a Buffer,
-    /// Of a tree, `[sequences][block]` u64; none for chains.
+    /// `[sequences][block]` u64: the rows of its tree that each row attends to, one bit each; none for
+    /// chains.
     pub masks: Option<&'a Buffer>,
-    /// The rows are a prompt's chunk, of this sequence; `sequences` is 1.
+    /// The rows are a prompt chunk of this sequence, and `sequences` is 1.
     pub prompt: Option<usize>,
-    /// A u32 that is 0 where there is nothing to do.
+    /// One u32; where it is 0 the kernels return at once. None: they always run.
     pub num_active: Option<&'a Buffer>,
-    /// Layers whose outputs are kept, and where: `[rows][taps][hidden]` bf16.
+    /// Layers whose outputs the drafter reads, and where these are kept: `[rows][taps][hidden]` bf16.
     pub taps: Option<(&'a [usize], &'a Buffer)>,
 }
 
 impl Pass<'_> {
-    /// Rows of its own.
+    /// The pass's own rows, without injected ones.
     pub fn rows(&self) -> usize {
         self.sequences * self.block
     }
 }
 
-/// A target's embedding and LM head, which its drafter shares.
+/// The target's embedding and LM head, which the drafter shares.
 pub struct Vocabulary {
-    embedding: Option<Buffer>, // [vocab][hidden] bf16; none: the head's packed weights
+    embedding: Option<Buffer>, // [vocab][hidden] bf16; none (tied): the head's packed weights
     head: Buffer,              // packed
+    /// Number of token ids.
     pub vocab: usize,
     hidden: usize,
 }
 
 impl Vocabulary {
+    /// Allocates both and lists them in `loader`.
+    ///
     /// # Errors
-    /// As [`Stack::load`].
+    /// As [`Transformer::load`].
     pub fn load(loader: &mut Loader, config: &TargetConfig) -> Result<Vocabulary> {
         let (vocab, hidden) = (config.vocab, config.stack.hidden);
         let table = "model.embed_tokens.weight";
@@ -489,19 +518,19 @@ impl Vocabulary {
             false => (Some(loader.table(table, vocab, hidden)?), "lm_head.weight"),
         };
         let shape = Shape { n: vocab, k: hidden };
-        let head = loader.packed(shape, &[(head.to_string(), vocab, Rows::From(0))])?;
+        let head = loader.packed(shape, &[(head.to_string(), vocab, PackedRows::From(0))])?;
         Ok(Vocabulary { embedding, head, vocab, hidden })
     }
 
-    /// Of the LM head.
+    /// Shape of the LM head.
     pub fn shape(&self) -> Shape {
         Shape { n: self.vocab, k: self.hidden }
     }
 
-    /// `s.x` from `tokens` `[rows]` u32.
+    /// Writes `s.x` from `tokens` `[rows]` u32: embeddings times `scale`.
     ///
     /// # Errors
-    /// What the device says.
+    /// The device's error.
     pub fn embed(
         &self,
         device: &dyn Device,
@@ -515,16 +544,17 @@ impl Vocabulary {
         embedding.launch(device, &s.x, self.embedding.as_ref().unwrap_or(&self.head), tokens)
     }
 
-    /// `best` `[rows][ceil(vocab / 128)]` u64 and, where they are wanted, `logits` `[rows][vocab]` f32 of rows
-    /// `first..first + rows` of `s.y`.
+    /// Runs the LM head over rows `first..first + head.rows` of `s.y`, which a pass through `layers` left
+    /// there. Writes `best` `[rows][ceil(vocab / 128)]` u64, the best logit of each block of ids, and, if
+    /// given, `logits` `[rows][vocab]` f32.
     ///
     /// # Errors
-    /// What the device says.
+    /// The device's error.
     #[allow(clippy::too_many_arguments)]
     pub fn head(
         &self,
         device: &dyn Device,
-        stack: &Stack,
+        layers: &Transformer,
         s: &Scratch,
         first: usize,
         head: Head,
@@ -532,12 +562,12 @@ impl Vocabulary {
         best: &Buffer,
         logits: Option<&Buffer>,
     ) -> Result<()> {
-        let (y, sumsq) = s.behind(self.hidden, first)?;
+        let (y, sumsq) = s.from_row(self.hidden, first)?;
         let input = Input {
             weights: &self.head,
             x: &y,
             sumsq: Some(&sumsq),
-            eps: stack.config.eps,
+            eps: layers.config.eps,
             prompt: None,
             num_active,
             workspace: &s.linear,
@@ -546,30 +576,34 @@ impl Vocabulary {
     }
 }
 
-/// The drafter's projection of tapped features.
-pub struct Injection {
+/// The drafter's projection of the target's tapped layer outputs to its own hidden size (`fc` and
+/// `hidden_norm`).
+pub struct FeatureProjection {
     weights: Buffer, // packed
     gain: Buffer,    // [hidden] f32
     shape: Shape,
 }
 
-impl Injection {
+impl FeatureProjection {
+    /// Allocates the weights and lists them in `loader`.
+    ///
     /// # Errors
-    /// As [`Stack::load`].
-    pub fn load(loader: &mut Loader, hidden: usize, taps: usize) -> Result<Injection> {
+    /// As [`Transformer::load`].
+    pub fn load(loader: &mut Loader, hidden: usize, taps: usize) -> Result<FeatureProjection> {
         let shape = Shape { n: hidden, k: taps * hidden };
-        Ok(Injection {
-            weights: loader.packed(shape, &[("fc.weight".to_string(), hidden, Rows::From(0))])?,
+        Ok(FeatureProjection {
+            weights: loader.packed(shape, &[("fc.weight".to_string(), hidden, PackedRows::From(0))])?,
             gain: loader.vector("hidden_norm.weight", hidden)?,
             shape,
         })
     }
 
-    /// The first `rows` rows of `s.y` and `s.sumsq` from `features` `[feature_rows][taps][hidden]` bf16; `gather` `[rows]`
-    /// u32 says from which, a row that does not exist gives zeros.
+    /// Writes the first `rows` rows of `s.y` and `s.sumsq` from `features` `[feature_rows][taps][hidden]`
+    /// bf16. `gather` `[rows]` u32: the row of `features` to read; an index out of range gives zeros.
+    /// `prompt` and `num_active` as for [`Transformer::write_context_kv`].
     ///
     /// # Errors
-    /// What the device says.
+    /// The device's error.
     #[allow(clippy::too_many_arguments)]
     pub fn run(
         &self,

@@ -1,9 +1,9 @@
-//! What a profiler is told: named ranges, and the window that it shall record. Without one nothing is told, and nothing is
-//! needed: no library, no CUDA.
+//! Annotations for profilers: named ranges, and the window to record. Without a profiler they do nothing and
+//! need neither a library nor CUDA.
 //!
-//! Ranges are NVTX, version 3, whose other end is whatever library `NVTX_INJECTION64_PATH` names: Nsight Systems, Nsight
-//! Compute and CUPTI set it in the programs that they start. There is nothing to link against: the protocol is that
-//! library's one entry point and a table of functions that it fills in.
+//! Ranges are NVTX version 3. The profiler's library is the one that `NVTX_INJECTION64_PATH` names; Nsight
+//! Systems, Nsight Compute and CUPTI set it in the programs that they start. Nothing is linked: the protocol
+//! is one entry point of that library and a table of functions that it fills in.
 
 use crate::Result;
 use crate::gpu::device::Device;
@@ -13,29 +13,31 @@ use std::ptr::null_mut;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-/// The profiler's table of functions, module by module: how many each has, the unused first one included.
+/// Number of functions in each module of the protocol, the unused first one included.
 const SIZES: [usize; 7] = [0, 16, 9, 15, 7, 16, 7];
-/// The module of ranges without a domain, and two of its functions.
+/// The module of ranges without a domain.
 const CORE: usize = 1;
+/// Index of `nvtxRangePushA` in [`CORE`].
 const RANGE_PUSH_A: usize = 9;
+/// Index of `nvtxRangePop` in [`CORE`].
 const RANGE_POP: usize = 11;
 
-/// Room for the largest module, and for the null that ends it.
+/// Pointers of the largest module, and the null that ends it.
 type Module = [AtomicPtr<c_void>; 17];
 
-/// The functions: null where the profiler has none.
+/// The functions, which the profiler fills in; null where it has none.
 static FUNCTIONS: [Module; 7] = [const { [const { AtomicPtr::new(null_mut()) }; 17] }; 7];
-/// Where each of them is: what the profiler asks for.
-static PLACES: [Module; 7] = [const { [const { AtomicPtr::new(null_mut()) }; 17] }; 7];
+/// The address in [`FUNCTIONS`] of each function: the form in which the profiler reads them.
+static ADDRESSES: [Module; 7] = [const { [const { AtomicPtr::new(null_mut()) }; 17] }; 7];
 
-/// The table of [`module`], as a profiler reads it.
+/// The export table with [`module`], in the protocol's layout.
 #[repr(C)]
 struct Callbacks {
     bytes: usize,
     module: unsafe extern "C" fn(c_uint, *mut *mut c_void, *mut c_uint) -> c_int,
 }
 
-/// What a profiler may learn of this end of the protocol, and tell.
+/// The export table with the version of this end of the protocol.
 #[repr(C)]
 struct Versions {
     bytes: usize,
@@ -48,14 +50,18 @@ static CALLBACKS: Callbacks = Callbacks { bytes: size_of::<Callbacks>(), module 
 static VERSIONS: Versions =
     Versions { bytes: size_of::<Versions>(), version: 3, reserved: 0, set: ignore_version };
 
-/// Gives a profiler the places of a module's functions and their number; 0 where there is no such module.
-unsafe extern "C" fn module(number: c_uint, places: *mut *mut c_void, count: *mut c_uint) -> c_int {
+/// Returns the addresses of a module's functions and their number to the profiler. Its result is 1, or 0 for
+/// an unknown module.
+///
+/// # Safety
+/// `addresses` and `count` are null or valid for a write.
+unsafe extern "C" fn module(number: c_uint, addresses: *mut *mut c_void, count: *mut c_uint) -> c_int {
     let known = usize::try_from(number).ok().filter(|number| (1..SIZES.len()).contains(number));
     let Some(number) = known else { return 0 };
-    // SAFETY: the profiler passes null or a place for the answer; the table is static.
+    // SAFETY: the profiler passes null or valid pointers; the table is static.
     unsafe {
-        if let Some(places) = places.as_mut() {
-            *places = PLACES[number].as_ptr().cast_mut().cast();
+        if let Some(addresses) = addresses.as_mut() {
+            *addresses = ADDRESSES[number].as_ptr().cast_mut().cast();
         }
         if let Some(count) = count.as_mut() {
             *count = SIZES[number] as c_uint;
@@ -64,9 +70,16 @@ unsafe extern "C" fn module(number: c_uint, places: *mut *mut c_void, count: *mu
     1
 }
 
+/// Ignores the profiler's version.
+///
+/// # Safety
+/// None is needed; the type is the protocol's.
 unsafe extern "C" fn ignore_version(_version: u32) {}
 
-/// The tables by their numbers, null for others.
+/// Returns export table 1 ([`Callbacks`]) or 3 ([`Versions`]), null for any other number.
+///
+/// # Safety
+/// None is needed; the type is the protocol's.
 unsafe extern "C" fn export(table: u32) -> *const c_void {
     match table {
         1 => (&raw const CALLBACKS).cast(),
@@ -75,64 +88,67 @@ unsafe extern "C" fn export(table: u32) -> *const c_void {
     }
 }
 
-/// Whether a profiler took the table. The first call asks it.
+/// Whether a profiler is attached. The first call loads its library and initializes it.
 fn attached() -> bool {
     static ATTACHED: OnceLock<bool> = OnceLock::new();
     *ATTACHED.get_or_init(|| {
         let Some(path) = std::env::var_os("NVTX_INJECTION64_PATH") else { return false };
         for (number, size) in SIZES.into_iter().enumerate() {
             for i in 1..size {
-                PLACES[number][i].store(FUNCTIONS[number][i].as_ptr().cast(), Ordering::Relaxed);
+                ADDRESSES[number][i].store(FUNCTIONS[number][i].as_ptr().cast(), Ordering::Relaxed);
             }
         }
         type Initialize = unsafe extern "C" fn(unsafe extern "C" fn(u32) -> *const c_void) -> c_int;
-        // SAFETY: whoever started this program asks for the library; its entry point has this type by the protocol.
+        // SAFETY: the environment of this process names the library, and its entry point has this type by the
+        // protocol.
         unsafe {
             let Ok(library) = libloading::Library::new(path) else { return false };
             let Ok(initialize) = library.get::<Initialize>(b"InitializeInjectionNvtx2\0") else {
                 return false;
             };
-            let took = initialize(export) != 0;
-            // Its functions are called until the end.
+            let attached = initialize(export) != 0;
+            // Its functions are called until the process ends.
             std::mem::forget(library);
-            took
+            attached
         }
     })
 }
 
+/// A function of [`CORE`], or null.
 fn function(number: usize) -> *mut c_void {
     FUNCTIONS[CORE][number].load(Ordering::Relaxed)
 }
 
-/// A named stretch of this thread's work, which ends when it is dropped. Ranges nest.
+/// A named range of this thread's work. It ends when it is dropped. Ranges nest.
 #[must_use = "a range ends when it is dropped"]
 pub struct Range {
-    told: bool,
-    /// A range ends on the thread that it began on.
+    /// The profiler was told of the begin.
+    pushed: bool,
+    /// Not `Send`: a range ends on the thread that it began on.
     _thread: PhantomData<*const ()>,
 }
 
-/// Begins a range, if a profiler listens.
+/// Begins a range, which does nothing without a profiler.
 pub fn range(name: &str) -> Range {
     let push = if attached() { function(RANGE_PUSH_A) } else { null_mut() };
-    let told = !push.is_null();
-    if told {
-        // A name with a zero byte has no form there.
+    let pushed = !push.is_null();
+    if pushed {
+        // A name with a zero byte cannot be a C string and becomes empty.
         let name = CString::new(name).unwrap_or_default();
-        // SAFETY: the profiler put a function of this type there; it copies the name.
+        // SAFETY: the profiler put a function of this type there, and it copies the name.
         unsafe {
             let push: unsafe extern "C" fn(*const c_char) -> c_int = std::mem::transmute(push);
             push(name.as_ptr());
         }
     }
-    Range { told, _thread: PhantomData }
+    Range { pushed, _thread: PhantomData }
 }
 
 impl Drop for Range {
     fn drop(&mut self) {
         let pop = function(RANGE_POP);
-        if self.told && !pop.is_null() {
-            // SAFETY: as in `range`.
+        if self.pushed && !pop.is_null() {
+            // SAFETY: the profiler put a function of this type there.
             unsafe {
                 let pop: unsafe extern "C" fn() -> c_int = std::mem::transmute(pop);
                 pop();
@@ -141,12 +157,12 @@ impl Drop for Range {
     }
 }
 
-/// What a profiler that waits for `cudaProfilerStart` records, until it is dropped.
+/// The window that a profiler waiting for `cudaProfilerStart` records. It ends when it is dropped.
 #[must_use = "a window ends when it is dropped"]
 pub struct Window<'a>(&'a dyn Device);
 
-/// Begins the window. Work that was asked for before is done by then, and work in the window before it ends; devices that no
-/// profiler knows only wait.
+/// Begins the window. Work enqueued before has finished by then, and work in the window finishes before it
+/// ends. On a device without a profiler both ends only wait.
 ///
 /// # Errors
 /// As [`Device::synchronize`] and [`Device::profile`].
@@ -158,7 +174,7 @@ pub fn window(device: &dyn Device) -> Result<Window<'_>> {
 
 impl Drop for Window<'_> {
     fn drop(&mut self) {
-        // What went wrong shows at the next call.
+        // The next call reports a failure.
         let _ = self.0.synchronize();
         let _ = self.0.profile(false);
     }

@@ -10,9 +10,10 @@ use dflash::checkpoint::safetensors::{Dtype, PUBLISHED, Tensor};
 use dflash::cpu::decoder::Cpu;
 use dflash::cpu::model::{Drafter, Target};
 use dflash::engine::generate::{Backend, Outcome, check_lossless, generate};
-use dflash::gpu::decoder::OnDevice;
+use dflash::gpu::batch_config::BatchConfig;
+use dflash::gpu::decoder::DeviceBackend;
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::{BatchConfig, MemoryPlan};
+use dflash::gpu::memory::MemoryPlan;
 use half::bf16;
 use std::fs;
 use support::disk;
@@ -144,10 +145,10 @@ fn a_drawn_pair_runs_on_the_emulator_and_is_lossless_there() {
     let load = || {
         let device = Emulator::new();
         device.set_threads(2);
-        OnDevice::load("emulator", Box::new(device), &pair, BatchConfig::new(1, 8, 128), &mut |_, _| ())
+        DeviceBackend::load("emulator", Box::new(device), &pair, BatchConfig::new(1, 8, 128), &mut |_, _| ())
             .unwrap()
     };
-    let run = |backend: &OnDevice, block: usize| -> Outcome {
+    let run = |backend: &DeviceBackend, block: usize| -> Outcome {
         let request = request(&[5, 6, 7], 12, block, 0.0);
         generate(&mut *backend.decoder().unwrap(), &request, &mut Silent).unwrap()
     };

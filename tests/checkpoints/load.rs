@@ -7,12 +7,14 @@ use crate::support::layer;
 use dflash::Error;
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Buffer;
+use dflash::gpu::dry_run::DryRunDevice;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::linear::Shape;
-use dflash::gpu::loader::{Loader, PIECE, PIECES, Rows};
-use dflash::gpu::memory::{BatchConfig, Ledger, MemoryPlan, Overhead};
+use dflash::gpu::loader::{Loader, PackedRows, READ_BUFFERS, READ_BYTES};
+use dflash::gpu::memory::{MemoryPlan, Overhead};
 use dflash::gpu::model::PAGE;
 use kernel::*;
 use layer::pack_rows;
@@ -99,12 +101,12 @@ fn device_contents_equal_the_checkpoint_in_every_dtype_sharding_and_tying() {
         .map(own);
         // Others than in the files' order.
         let gates_shape = Shape { n: 320, k: 192 };
-        let gates = [(up.clone(), 160, Rows::Ups), (gate.clone(), 160, Rows::Gates)];
+        let gates = [(up.clone(), 160, PackedRows::Ups), (gate.clone(), 160, PackedRows::Gates)];
         let gate_up = loader.packed(gates_shape, &gates).unwrap();
         let heads = [
-            (q.clone(), 192, Rows::From(0)),
-            (k.clone(), 64, Rows::From(192)),
-            (v.clone(), 64, Rows::From(256)),
+            (q.clone(), 192, PackedRows::From(0)),
+            (k.clone(), 64, PackedRows::From(192)),
+            (v.clone(), 64, PackedRows::From(256)),
         ];
         let qkv_shape = Shape { n: 320, k: 192 };
         let qkv = loader.packed(qkv_shape, &heads).unwrap();
@@ -113,7 +115,7 @@ fn device_contents_equal_the_checkpoint_in_every_dtype_sharding_and_tying() {
         let plain = loader.table(table, 301, 192).unwrap();
         let head = if tied { table } else { "lm_head.weight" };
         let head_shape = Shape { n: 301, k: 192 };
-        let packed = loader.packed(head_shape, &[(head.to_string(), 301, Rows::From(0))]).unwrap();
+        let packed = loader.packed(head_shape, &[(head.to_string(), 301, PackedRows::From(0))]).unwrap();
         loader.run(&mut nobody).unwrap();
 
         let case = format!("{dtype:?}, {shards} shards, tied {tied}");
@@ -134,7 +136,7 @@ fn device_contents_equal_the_checkpoint_in_every_dtype_sharding_and_tying() {
 fn matrices_longer_than_a_piece_arrive_whole() {
     let (n, k, long) = match cfg!(feature = "sanitize") {
         true => (700, 12832, 64),
-        false => (5011, 2080, PIECE / 2 + 96),
+        false => (5011, 2080, READ_BYTES / 2 + 96),
     };
     let dir = tempfile::tempdir().unwrap();
     for dtype in [Dtype::Bf16, Dtype::F32] {
@@ -151,13 +153,13 @@ fn matrices_longer_than_a_piece_arrive_whole() {
         let mut loader = Loader::new(&device, &file);
         let shapes =
             [Shape { n: 2 * n.next_multiple_of(8), k }, Shape { n: n + 5, k }, Shape { n: 2, k: long }];
-        let gates = loader.packed(shapes[0], &[("a".into(), n, Rows::Gates)]).unwrap();
-        let shifted = loader.packed(shapes[1], &[("a".into(), n, Rows::From(5))]).unwrap();
-        let wide = loader.packed(shapes[2], &[("b".into(), 2, Rows::From(0))]).unwrap();
+        let gates = loader.packed(shapes[0], &[("a".into(), n, PackedRows::Gates)]).unwrap();
+        let shifted = loader.packed(shapes[1], &[("a".into(), n, PackedRows::From(5))]).unwrap();
+        let wide = loader.packed(shapes[2], &[("b".into(), 2, PackedRows::From(0))]).unwrap();
         let plain = loader.table("a", n, k).unwrap();
         let mut calls = 0;
         let before = device.allocated().bytes;
-        let passing = loader.passing();
+        let passing = loader.staging_bytes();
         loader.run(&mut |_, _| calls += 1).unwrap();
         assert!(calls > 6, "{calls} pieces");
         assert_eq!((device.allocated().bytes, device.allocated().peak), (before, before + passing));
@@ -244,7 +246,7 @@ fn the_plan_is_what_is_allocated() {
                 .map(|l| l.bytes)
                 .sum();
             assert_eq!(device.allocated().bytes, weights, "{what}, {plan:?}");
-            assert_eq!(device.allocated().peak, weights + plan.passing, "{what}, {plan:?}");
+            assert_eq!(device.allocated().peak, weights + plan.staging, "{what}, {plan:?}");
             assert_eq!(device.allocated().peak, plan.loading(), "{what}, {plan:?}");
             let batch = Batch::new(&device, &models, room).unwrap();
             // The emulator's page-locked memory is memory like all other: one buffer, the ring.
@@ -252,10 +254,10 @@ fn the_plan_is_what_is_allocated() {
             assert_eq!(used.bytes, plan.total() + plan.pinned, "{what}, {plan:?}");
             assert_eq!(
                 used.peak,
-                (plan.total() + plan.pinned).max(weights + plan.passing),
+                (plan.total() + plan.pinned).max(weights + plan.staging),
                 "{what}, {plan:?}"
             );
-            assert_eq!(plan.peak(), plan.total().max(weights + plan.passing), "{what}, {plan:?}");
+            assert_eq!(plan.peak(), plan.total().max(weights + plan.staging), "{what}, {plan:?}");
             assert_eq!(plan.needed(Overhead::NONE), used.peak, "{what}, {plan:?}");
             assert_eq!(plan.lines.iter().map(|l| l.bytes).sum::<usize>(), plan.total(), "{what}, {plan:?}");
             assert_eq!(used.buffers, plan.allocations() + 1, "{what}, {plan:?}");
@@ -344,11 +346,11 @@ fn load_a_gigabyte() {
         let file = Checkpoint::open(&disk(dir.path())).unwrap();
         // The second time from the page cache.
         for time in ["first", "second"] {
-            let device = Ledger::new();
+            let device = DryRunDevice::new();
             let mut loader = Loader::new(&device, &file);
             let layer = Shape { n: 1 << 14, k: 1 << 14 };
-            loader.packed(layer, &[("a".into(), 1 << 13, Rows::Gates)]).unwrap();
-            loader.packed(Shape { n: 2, k: 50 << 20 }, &[("b".into(), 2, Rows::From(0))]).unwrap();
+            loader.packed(layer, &[("a".into(), 1 << 13, PackedRows::Gates)]).unwrap();
+            loader.packed(Shape { n: 2, k: 50 << 20 }, &[("b".into(), 2, PackedRows::From(0))]).unwrap();
             loader.table("c", 1 << 12, 1 << 13).unwrap();
             fs::write("/proc/self/clear_refs", "5").unwrap();
             let (before, bytes, start) = (high_water(), loader.file_bytes(), std::time::Instant::now());
@@ -359,7 +361,7 @@ fn load_a_gigabyte() {
             // The pieces, one converted piece, and what threads and channels take.
             // AddressSanitizer keeps a shadow, and what was freed for a while.
             let other = if cfg!(feature = "sanitize") { 64 << 20 } else { 8 << 20 };
-            assert!(grown <= (PIECES + 1) * PIECE + other, "{dtype}: {grown} bytes");
+            assert!(grown <= (READ_BUFFERS + 1) * READ_BYTES + other, "{dtype}: {grown} bytes");
             assert!(high_water() < 512 << 20);
         }
     }
@@ -410,10 +412,10 @@ fn a_file_that_shrinks_while_it_is_read_is_named_with_the_tensor() {
     let rows = 1 << 12;
     sparse(dir.path(), &[("first", rows, 1 << 13), ("second", rows, 1 << 13)], "F32", 4);
     let file = Checkpoint::open(&disk(dir.path())).unwrap();
-    let device = Ledger::new();
+    let device = DryRunDevice::new();
     let mut loader = Loader::new(&device, &file);
     for name in ["second", "first"] {
-        loader.packed(Shape { n: rows, k: 1 << 13 }, &[(name.into(), rows, Rows::From(0))]).unwrap();
+        loader.packed(Shape { n: rows, k: 1 << 13 }, &[(name.into(), rows, PackedRows::From(0))]).unwrap();
     }
     let path = dir.path().join("model.safetensors");
     let mut cut = |done: usize, total: usize| {
@@ -460,7 +462,7 @@ fn load(values: &[f32], columns: usize, dtype: Dtype) -> [Result<Vec<f32>, Error
             let mut loader = Loader::new(&device, &file);
             let shape = Shape { n: rows, k: columns };
             let buffer = match kind {
-                0 => loader.packed(shape, &[("model.m.weight".into(), rows, Rows::From(0))]).unwrap(),
+                0 => loader.packed(shape, &[("model.m.weight".into(), rows, PackedRows::From(0))]).unwrap(),
                 1 => loader.table("model.m.weight", rows, columns).unwrap(),
                 _ => loader.vector("model.v.weight", values.len()).unwrap(),
             };
@@ -591,10 +593,10 @@ fn too_little_device_memory_is_one_sentence_and_for_weights_before_any_is_read()
         let (error, read) = load(bytes);
         let Some(Error::Memory(sentence)) = &error else { panic!("{error:?}") };
         assert!(sentence.contains(&format!("free of {bytes}")) && sentence.contains("needed"), "{sentence}");
-        assert_eq!(read, if bytes < weights + plan.passing { 0 } else { plan.file_bytes }, "{sentence}");
+        assert_eq!(read, if bytes < weights + plan.staging { 0 } else { plan.file_bytes }, "{sentence}");
     }
     // All but what is on its way.
-    let (error, read) = load(weights + plan.passing - 1);
+    let (error, read) = load(weights + plan.staging - 1);
     let Some(Error::Memory(sentence)) = &error else { panic!("{error:?}") };
     assert!(sentence.contains("weights on their way") && read == 0, "{sentence}");
 }

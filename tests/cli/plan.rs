@@ -8,12 +8,14 @@ use dflash::Error;
 use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::{Arg, Buffer, Device, Node};
+use dflash::gpu::dry_run::DryRunDevice;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::graph_listing::{Group, layers, of_round, outline};
 use dflash::gpu::kernels::attention::MAX_SLOTS;
-use dflash::gpu::memory::{BatchConfig, Ledger, MemoryPlan, Overhead};
+use dflash::gpu::memory::{MemoryPlan, Overhead};
 use dflash::gpu::model::PAGE;
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
@@ -127,8 +129,8 @@ fn rooms(pair: &Pair) -> Vec<BatchConfig> {
     let mut rooms = [(1, 1, 64), (1, most, 256), (3, most.min(7), 200), (16, most, 65)].map(of).to_vec();
     if most > 1 {
         let (small, large) = (of((2, most, 100)), of((3, most, 200)));
-        rooms.extend([small.with_trees(5), BatchConfig { rules: true, ..small }]);
-        rooms.push(BatchConfig { rules: true, ..large.with_trees(64) });
+        rooms.extend([small.with_trees(5), BatchConfig { draft_probs: true, ..small }]);
+        rooms.push(BatchConfig { draft_probs: true, ..large.with_trees(64) });
     }
     rooms
 }
@@ -164,7 +166,7 @@ fn a_gpu_needs_every_allocation_rounded_up_and_a_reserve() {
     for (_files, pair) in pairs() {
         for room in rooms(&pair) {
             let plan = MemoryPlan::new(&pair, room).unwrap();
-            let ledger = Ledger::new();
+            let ledger = DryRunDevice::new();
             let round = |taken: &[(String, usize)]| -> usize {
                 taken.iter().map(|(_, bytes)| bytes.next_multiple_of(2 << 20)).sum()
             };
@@ -208,7 +210,7 @@ fn loading_may_need_more_than_what_stays() {
     assert!(load(needed) && !load(needed - 1));
     assert!(plan.check(&pair, needed - 1, Overhead::NONE).is_err());
     let granule = Overhead { granule: 1 << 20, reserve: 5 };
-    let ledger = Ledger::new();
+    let ledger = DryRunDevice::new();
     drop(Models::load(&ledger, &pair, 64).unwrap());
     let rounded = ledger.take().iter().map(|(_, bytes)| bytes.next_multiple_of(1 << 20)).sum::<usize>();
     assert!(plan.needed(granule) >= rounded + 5);
@@ -266,7 +268,7 @@ fn what_does_not_fit_is_one_sentence_with_the_context_that_would() {
     assert_eq!(
         check(needed - 1, Overhead::NONE).unwrap_err().1,
         "not enough memory on the device for 2 sequences of 4096 positions in blocks of 8: 49187472 bytes (46.9 MiB) are \
-         needed, 49187471 bytes (46.9 MiB) are free; the largest --ctx that fits is 4032"
+         needed, 49187471 bytes (46.9 MiB) are free; the largest context that fits is 4032"
     );
     let sentence = check(5 << 20, Overhead::GPU).unwrap_err().1;
     assert!(
@@ -517,7 +519,7 @@ fn a_context_that_does_not_fit_is_refused_with_the_table_and_the_one_that_would(
         assert_eq!((run.code, run.out.as_str()), (5, ""), "{}", run.err);
         let (table, sentence) = run.err.trim_end().rsplit_once('\n').unwrap();
         assert_eq!(table, plan.to_string());
-        let (before, most) = sentence.rsplit_once("; the largest --ctx that fits is ").expect(sentence);
+        let (before, most) = sentence.rsplit_once("; the largest context that fits is ").expect(sentence);
         assert!(before.starts_with("dflash-gen: not enough memory on the device for 1 sequence of 900000 "));
         let most: usize = most.parse().unwrap();
         let needed = |positions| {
@@ -530,17 +532,17 @@ fn a_context_that_does_not_fit_is_refused_with_the_table_and_the_one_that_would(
 // ---- whatever the config ----
 
 #[test]
-fn rooms_that_the_kernels_do_not_have_are_refused_by_their_flag() {
+fn capacities_beyond_the_kernels_limits_are_refused_by_name() {
     let pair = demo();
     let refused = [
-        (BatchConfig::new(0, 16, 64), "--batch 0: expected 1 to 1024"),
-        (BatchConfig::new(1025, 1, 64), "--batch 1025: expected 1 to 1024"),
-        (BatchConfig::new(usize::MAX, 16, usize::MAX), "--batch 18446744073709551615: expected 1 to 1024"),
-        (BatchConfig::new(1, 0, 64), "--block 0: expected 1 to 64"),
-        (BatchConfig::new(1, 65, 64), "--block 65: expected 1 to 64"),
-        (BatchConfig::new(1024, 64, 64), "--batch 1024: expected at most 1023 in blocks of 64"),
-        (BatchConfig::new(1, 16, 0), "--ctx 0: expected 1 to 901120"),
-        (BatchConfig::new(1, 16, MAX_SLOTS + 1), "--ctx 901121: expected 1 to 901120"),
+        (BatchConfig::new(0, 16, 64), "a batch of 0: expected 1 to 1024"),
+        (BatchConfig::new(1025, 1, 64), "a batch of 1025: expected 1 to 1024"),
+        (BatchConfig::new(usize::MAX, 16, usize::MAX), "a batch of 18446744073709551615: expected 1 to 1024"),
+        (BatchConfig::new(1, 0, 64), "blocks of 0 rows: expected 1 to 64"),
+        (BatchConfig::new(1, 65, 64), "blocks of 65 rows: expected 1 to 64"),
+        (BatchConfig::new(1024, 64, 64), "a batch of 1024: expected at most 1023 with 64 rows per sequence"),
+        (BatchConfig::new(1, 16, 0), "a context of 0: expected 1 to 901120 positions"),
+        (BatchConfig::new(1, 16, MAX_SLOTS + 1), "a context of 901121: expected 1 to 901120 positions"),
     ];
     for (room, end) in refused {
         let expected = Error::Unsupported(format!("the kernels cannot run {end}"));

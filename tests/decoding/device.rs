@@ -7,11 +7,11 @@ use crowd::{answer, go_on, run, together};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::engine::generate::{Decoder, Finish, Request, generate, resume};
+use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::cuda::Cuda;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::{Device, Node};
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::BatchConfig;
 use serde_json::Value;
 
 const POSITIONS: usize = 512;

@@ -14,10 +14,10 @@ use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;
 use dflash::engine::generate::{Decoder, Finish, Flow, Outcome, Request};
 use dflash::engine::lossless::check;
+use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, DrafterMode, Models};
 use dflash::gpu::device::{Device, Node};
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::BatchConfig;
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::verify::{
     DrawKey, PhiloxStream, RandomSource, SpecConfig, VerifyMethod, block, draw, rejection,
@@ -32,7 +32,7 @@ const NEAR: f64 = 0.01;
 
 /// Of everything.
 fn room(sequences: usize) -> BatchConfig {
-    BatchConfig { rules: true, ..BatchConfig::new(sequences, BLOCK, POSITIONS).with_trees(TREE) }
+    BatchConfig { draft_probs: true, ..BatchConfig::new(sequences, BLOCK, POSITIONS).with_trees(TREE) }
 }
 
 fn demo() -> Pair {
@@ -222,7 +222,7 @@ fn the_first_tokens_have_the_targets_law(rows: usize, kinds: [SpecConfig; 2]) {
     let prompt = [1, 2, 3];
     every_device(|device| {
         let models = Models::load(device, &pair, 64).unwrap();
-        let room = BatchConfig { rules: true, ..BatchConfig::new(32, 4, 64).with_trees(rows) };
+        let room = BatchConfig { draft_probs: true, ..BatchConfig::new(32, 4, 64).with_trees(rows) };
         let mut batch = Batch::new(device, &models, room).unwrap();
         for how in &kinds {
             let one = |seed| Request { drafting: how.clone(), ..seeded(&prompt, 3, 4, 1.0, seed) };
@@ -326,9 +326,12 @@ fn devices_draw_and_judge_as_the_cpu_does_but_for_near_ties() {
         (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
     every_device(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
-        let mut batch =
-            Batch::new(device, &models, BatchConfig { rules: true, ..BatchConfig::new(4, 8, POSITIONS) })
-                .unwrap();
+        let mut batch = Batch::new(
+            device,
+            &models,
+            BatchConfig { draft_probs: true, ..BatchConfig::new(4, 8, POSITIONS) },
+        )
+        .unwrap();
         let prompts = held();
         let kinds = [VerifyMethod::Rejection, VerifyMethod::Block].map(|rule| (draws(rule, 0.7), 8, 1.0));
         // So few survivors that a chance has room on both sides.
@@ -397,7 +400,7 @@ fn drawn_trees_on_devices_are_the_cpus_round_by_round() {
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
     every_device(|device| {
         let models = Models::load(device, &pair, 64).unwrap();
-        let room = BatchConfig { rules: true, ..BatchConfig::new(16, 4, 64).with_trees(9) };
+        let room = BatchConfig { draft_probs: true, ..BatchConfig::new(16, 4, 64).with_trees(9) };
         let mut batch = Batch::new(device, &models, room).unwrap();
         let [siblings, chains] = [(VerifyMethod::Rejection, 7), (VerifyMethod::Block, 9)]
             .map(|(rule, rows)| drawn_tree(rule, rows, 1.0));
@@ -548,7 +551,7 @@ fn rooms_refuse_what_they_were_not_made_for() {
     };
     let sentence = |block, tree, rule| {
         format!(
-            "a request of blocks of {block}, trees of {tree} and the rule {rule} in rounds that were not made for it"
+            "the batch was not made for a request with blocks of {block} rows, trees of {tree} and verification by {rule}"
         )
     };
     assert_eq!(refused(chains, of(9, &SpecConfig::default())), (1, sentence(9, 0, "match")));
@@ -613,7 +616,7 @@ fn trees_cost_two_launches_a_round_rules_four_and_both_eleven() {
     let (plain, drafting) = (5 * 6 + 8, 5 * (6 + 3) + 13);
     for (trees, rules) in [(false, false), (true, false), (false, true), (true, true)] {
         let room = BatchConfig::new(2, BLOCK, POSITIONS).with_trees(if trees { TREE } else { 0 });
-        let batch = Batch::new(&device, &models, BatchConfig { rules, ..room }).unwrap();
+        let batch = Batch::new(&device, &models, BatchConfig { draft_probs: rules, ..room }).unwrap();
         for (shape, graph) in batch.graphs() {
             let launches = graph.nodes.iter().filter(|node| matches!(node, Node::Launch(_))).count();
             assert_eq!(launches, graph.nodes.len(), "a round copies nothing");
@@ -622,7 +625,7 @@ fn trees_cost_two_launches_a_round_rules_four_and_both_eleven() {
                     // choices and compact; tree_build comes in round_tokens' place.
                     let more = if trees { 2 } else { 0 };
                     // The drafter's distribution and the target's, draw and judge.
-                    let of_rules = if rules && shape.drawn { 4 } else { 0 };
+                    let of_rules = if rules && shape.sampled_drafts { 4 } else { 0 };
                     // Siblings and chains are drawn and judged by kernels of their own, two and three.
                     drafting + more + of_rules + if trees && of_rules > 0 { 5 } else { 0 }
                 }

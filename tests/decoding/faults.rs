@@ -10,11 +10,11 @@ use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::engine::generate::{
     Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, generate_all, resume,
 };
+use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::cuda::Cuda;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::BatchConfig;
 use dflash::{Error, Result};
 use program::{command, flags, run_pair, write};
 use serde_json::{Value, json};

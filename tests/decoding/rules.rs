@@ -13,7 +13,7 @@ use dflash::cpu::decoder::{Sequence, Sequences};
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;
 use dflash::engine::generate::{Outcome, Request, resume};
-use dflash::gpu::decoder::OnDevice;
+use dflash::gpu::decoder::DeviceBackend;
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree::{Tree, chains, shape};
 use dflash::spec::verify::{
@@ -183,8 +183,8 @@ fn devices_couple_drafts_as_the_cpu_does() {
     let models = demo();
     let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let device = Box::new(dflash::gpu::emulator::Emulator::new());
-    let room = dflash::gpu::memory::BatchConfig::new(2, 8, 128);
-    let backend = OnDevice::load("emulator", device, &pair, room, &mut |_, _| ()).unwrap();
+    let room = dflash::gpu::batch_config::BatchConfig::new(2, 8, 128);
+    let backend = DeviceBackend::load("emulator", device, &pair, room, &mut |_, _| ()).unwrap();
     let mut decoder = backend.decoder().unwrap();
     let stood = |outcome: &Outcome| outcome.accepted.iter().sum::<usize>();
     let (mut by_device, mut by_cpu, mut best) = (0usize, 0usize, 0usize);

@@ -7,9 +7,9 @@ use crowd::*;
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Drafter, Target};
 use dflash::engine::generate::{Decoder, Finish, Flow, Outcome, Request};
+use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::BatchConfig;
 use dflash::spec::sampling::SamplingParams;
 
 const REQUESTS: usize = 200;

@@ -6,9 +6,9 @@ use crate::support::kernel;
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::engine::generate::{Decoder, Emitted, Request};
-use dflash::gpu::decoder::{Batch, DrafterMode, Models, Shape};
+use dflash::gpu::batch_config::BatchConfig;
+use dflash::gpu::decoder::{Batch, DrafterMode, Models, RoundShape};
 use dflash::gpu::device::{Arg, Buffer, Device, Node};
-use dflash::gpu::memory::BatchConfig;
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::verify::{SpecConfig, VerifyMethod};
 use kernel::*;
@@ -117,21 +117,21 @@ impl Drive {
     }
 
     /// What the next round must be.
-    fn shape(&self, batch: &Batch) -> Shape {
+    fn shape(&self, batch: &Batch) -> RoundShape {
         let highest = self.running().last().map_or(0, |(slot, _)| slot + 1);
         let drafting = self.running().any(|(_, request)| request.block > 1);
         let drawn = self.running().any(|(_, request)| drawn(request));
         let sampled = drawn || self.running().any(|(_, request)| request.sampling.temperature != 0.0);
         let drafter = if drafting { DrafterMode::Draft } else { DrafterMode::Idle };
-        let kind = |s: &Shape| (s.drafter, s.sampled, s.drawn);
-        let fits = |s: &Shape| s.sequences >= highest && kind(s) == (drafter, sampled, drawn);
+        let kind = |s: &RoundShape| (s.drafter, s.sampled, s.sampled_drafts);
+        let fits = |s: &RoundShape| s.sequences >= highest && kind(s) == (drafter, sampled, drawn);
         batch.graphs().iter().map(|(shape, _)| *shape).find(fits).unwrap()
     }
 }
 
 fn batch<'a>(device: &'a dyn Device, models: &'a Models, all: bool) -> Batch<'a> {
     let room = BatchConfig::new(SLOTS, BLOCK, POSITIONS);
-    let room = if all { BatchConfig { rules: true, ..room.with_trees(32) } } else { room };
+    let room = if all { BatchConfig { draft_probs: true, ..room.with_trees(32) } } else { room };
     Batch::new(device, models, room).unwrap()
 }
 
@@ -238,9 +238,9 @@ fn replays_leave_the_bits_of_fresh_launches() {
                 assert!(bytes_of(device, a) == bytes_of(device, b), "{a:?} after {round} rounds");
             }
         }
-        let any = |of: fn(&Shape) -> bool| seen.iter().any(of);
+        let any = |of: fn(&RoundShape) -> bool| seen.iter().any(of);
         assert!(any(|s| !s.drafts()) && any(|s| s.drafts() && s.sampled), "{seen:?}");
         assert!(any(|s| s.sequences == 1) && any(|s| s.sequences == 3), "{seen:?}");
-        assert_eq!(any(|s| s.drawn), every, "{seen:?}");
+        assert_eq!(any(|s| s.sampled_drafts), every, "{seen:?}");
     });
 }

@@ -11,7 +11,9 @@ use dflash::gpu::device::{Buffer, Device, Node};
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::head::Head;
 use dflash::gpu::loader::Loader;
-use dflash::gpu::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
+use dflash::gpu::model::{
+    FeatureProjection, KvCache, PAGE, Pass, Row, Scratch, ScratchSizes, Transformer, Vocabulary,
+};
 use kernel::*;
 
 /// Activations are rounded to bf16 some ten times a layer, 2^-9 each; the worst seen is 7.3e-3.
@@ -24,18 +26,18 @@ struct Rig<'a> {
     device: &'a dyn Device,
     target: Target,
     drafter: Drafter,
-    stack: Stack,
+    stack: Transformer,
     vocabulary: Vocabulary,
-    cache: Cache,
+    cache: KvCache,
     scratch: Scratch,
-    injection: Injection,
-    draft_stack: Stack,
-    draft_cache: Cache,
+    injection: FeatureProjection,
+    draft_stack: Transformer,
+    draft_cache: KvCache,
     draft_scratch: Scratch,
 }
 
 /// Pages in no particular order.
-fn fill_table(device: &dyn Device, cache: &Cache) {
+fn fill_table(device: &dyn Device, cache: &KvCache) {
     let pages: Vec<u32> = (0..cache.pages as u32).rev().collect();
     device.upload(&cache.table, &to_bytes(&pages)).unwrap();
 }
@@ -46,18 +48,18 @@ impl Rig<'_> {
         let (t, d) = (&pair.target.config, &drafter_model.config);
         let (taps, hidden) = (d.taps.len(), t.stack.hidden);
         let mut loader = Loader::new(device, &pair.target.weights);
-        let stack = Stack::load(&mut loader, "model.", &t.stack, POSITIONS).unwrap();
+        let stack = Transformer::load(&mut loader, "model.", &t.stack, POSITIONS).unwrap();
         let vocabulary = Vocabulary::load(&mut loader, t).unwrap();
-        loader.turn_to(&drafter_model.weights);
-        let draft_stack = Stack::load(&mut loader, "", &d.stack, POSITIONS).unwrap();
-        let injection = Injection::load(&mut loader, hidden, taps).unwrap();
+        loader.switch_to(&drafter_model.weights);
+        let draft_stack = Transformer::load(&mut loader, "", &d.stack, POSITIONS).unwrap();
+        let injection = FeatureProjection::load(&mut loader, hidden, taps).unwrap();
         loader.run(&mut |_, _| ()).unwrap();
         let pages = POSITIONS / PAGE;
-        let cache = Cache::new(device, &t.stack, sequences * pages, sequences, pages).unwrap();
-        let draft_cache = Cache::new(device, &d.stack, sequences * pages, sequences, pages).unwrap();
+        let cache = KvCache::new(device, &t.stack, sequences * pages, sequences, pages).unwrap();
+        let draft_cache = KvCache::new(device, &d.stack, sequences * pages, sequences, pages).unwrap();
         fill_table(device, &cache);
         fill_table(device, &draft_cache);
-        let sizes = Sizes {
+        let sizes = ScratchSizes {
             sequences,
             block,
             chunk: CHUNK,
@@ -65,7 +67,8 @@ impl Rig<'_> {
             head: Some(vocabulary.shape()),
             features: None,
         };
-        let draft_sizes = Sizes { injected: sequences * block, features: Some(taps * hidden), ..sizes };
+        let draft_sizes =
+            ScratchSizes { injected: sequences * block, features: Some(taps * hidden), ..sizes };
         Rig {
             scratch: Scratch::new(device, &t.stack, &cache, sizes).unwrap(),
             draft_scratch: Scratch::new(device, &d.stack, &draft_cache, draft_sizes).unwrap(),
@@ -87,7 +90,7 @@ impl Rig<'_> {
     }
 
     /// Logits of the first `rows` rows of the pass that ran last.
-    fn logits(&self, stack: &Stack, scratch: &Scratch, first: usize, rows: usize) -> Vec<f32> {
+    fn logits(&self, stack: &Transformer, scratch: &Scratch, first: usize, rows: usize) -> Vec<f32> {
         let vocab = self.vocabulary.vocab;
         let best = poisoned::<u64>(self.device, rows * vocab.div_ceil(128));
         let logits = poisoned::<f32>(self.device, rows * vocab);

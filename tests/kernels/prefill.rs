@@ -233,7 +233,7 @@ fn the_head_has_no_kernel_for_prompts() {
 #[test]
 fn a_device_without_wgmma_takes_the_kernels_by_warps() {
     // As a card before Hopper, and any with the other image.
-    let ledger = dflash::gpu::memory::Ledger::new();
+    let ledger = dflash::gpu::dry_run::DryRunDevice::new();
     assert!(!ledger.properties().overlap);
     assert_eq!(prompts(&ledger).collect::<Vec<_>>(), [PrefillKernel::Mma]);
     assert_eq!(PrefillKernel::of(&ledger), PrefillKernel::Mma);

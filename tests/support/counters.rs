@@ -5,10 +5,10 @@ use dflash::Result;
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::engine::generate::{Decoder, Request};
-use dflash::gpu::decoder::{Batch, DrafterMode, Models, Shape};
+use dflash::gpu::batch_config::BatchConfig;
+use dflash::gpu::decoder::{Batch, DrafterMode, Models, RoundShape};
 use dflash::gpu::device::{Counts, Device};
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::memory::BatchConfig;
 use dflash::spec::sampling::SamplingParams;
 use std::fmt::Write;
 
@@ -39,12 +39,12 @@ pub fn table() -> Result<String> {
                 case(&mut out, &format!("prompt of {PROMPT} tokens"), &device);
             }
         }
-        let shape = Shape {
+        let shape = RoundShape {
             sequences,
             rows: block,
             drafter: if block > 1 { DrafterMode::Draft } else { DrafterMode::Idle },
             sampled: temperature > 0.0,
-            drawn: false,
+            sampled_drafts: false,
         };
         let graph = batch.capture(shape)?;
         device.reset_counts();

@@ -14,9 +14,9 @@ use dflash::engine::generate::{
     Backend, Decoder, Flow, Outcome, Request, TokenSink, TokenSinks, generate_all,
 };
 use dflash::engine::stats::SpecRecord;
+use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Counts;
-use dflash::gpu::memory::BatchConfig;
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::verify::VerifyMethod;
 use dflash::text::prompts::{self, Content, Prompt, PromptEncoder};

@@ -6,8 +6,8 @@ use dflash::checkpoint::pair::Pair;
 use dflash::cli::device;
 use dflash::cli::terminal;
 use dflash::engine::generate::Backend;
-use dflash::gpu::decoder::OnDevice;
-use dflash::gpu::memory::BatchConfig;
+use dflash::gpu::batch_config::BatchConfig;
+use dflash::gpu::decoder::DeviceBackend;
 
 /// Room for `--batch` sequences of `--ctx` positions, in blocks of up to `block` rows; `needed`: by the longest request.
 pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<BatchConfig> {
@@ -22,7 +22,7 @@ pub fn load(args: &Args, pair: &Pair, room: BatchConfig) -> Result<Box<dyn Backe
     };
     device::check_memory(&place, pair, room, args.quiet)?;
     let (bar, mut progress) = terminal::weights(args.quiet);
-    let backend = OnDevice::load(place.name, place.device, pair, room, &mut progress);
+    let backend = DeviceBackend::load(place.name, place.device, pair, room, &mut progress);
     bar.finish_and_clear();
     Ok(Box::new(backend?))
 }

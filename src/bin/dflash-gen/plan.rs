@@ -6,9 +6,10 @@ use dflash::Result;
 use dflash::checkpoint::config::Stack;
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{Checkpoint, Folder};
+use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::device::Node;
 use dflash::gpu::graph_listing::{self, Section};
-use dflash::gpu::memory::{BatchConfig, MemoryPlan, Overhead, size};
+use dflash::gpu::memory::{MemoryPlan, Overhead, size};
 use serde_json::{Value, json};
 
 /// One model of the pair.
@@ -78,7 +79,7 @@ pub fn print(args: &Args, pair: &Pair, room: Option<BatchConfig>) -> Result<u8> 
 
 fn memory_json(plan: &MemoryPlan) -> Value {
     json!({
-        "room": room_json(plan.room),
+        "room": room_json(plan.config),
         "lines": plan.lines.iter().map(|l| json!({"what": l.what, "bytes": l.bytes})).collect::<Vec<_>>(),
         "bytes": plan.total(),
         "loading_bytes": plan.loading(),
@@ -99,7 +100,7 @@ fn room_json(room: BatchConfig) -> Value {
 
 fn print_launches(args: &Args, pair: &Pair, room: BatchConfig) -> Result<u8> {
     // Rules other than `match` draw drafts and judge them by logits at any temperature.
-    let sampled = args.temperature != 0.0 || room.rules;
+    let sampled = args.temperature != 0.0 || room.draft_probs;
     let nodes = graph_listing::of_round(pair, room, sampled)?;
     let sections = graph_listing::outline(&nodes);
     let layers = graph_listing::layers(&sections);

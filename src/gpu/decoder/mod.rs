@@ -1,17 +1,17 @@
-//! Rounds on a device: sequences in slots, their pages, one captured graph that is every round, results read from a ring.
+//! The decoder of a device: sequences in slots, one captured graph per kind of round, results read from a
+//! ring.
 //!
-//! All that changes from round to round lives in device memory (`cuda/common/state.cuh`), so the host enqueues rounds without
-//! knowing what came of the last one, and reads behind.
+//! All state that changes from round to round is in device memory (`cuda/common/state.cuh`), so a round's
+//! launches are always the same. The host enqueues rounds without knowing the results of the last one and
+//! reads them later.
 
-use crate::checkpoint::config::{DrafterConfig, TargetConfig};
-use crate::checkpoint::pair::Pair;
-use crate::engine::generate::{Backend, Decoder, Emitted, Prefill, Request};
-use crate::gpu::device::{Buffer, Device, Graph};
-use crate::gpu::kernels::round::{Finish, Form, Record, Ring, Round, STOP_IDS, Sequence};
+use crate::engine::generate::{Decoder, Emitted, Prefill, Request};
+use crate::gpu::batch_config::{AdaptiveLength, BatchConfig};
+use crate::gpu::device::{Device, Graph};
+use crate::gpu::kernels::PAGE;
+use crate::gpu::kernels::round::{Finish, Form, Record, STOP_IDS, Sequence};
 use crate::gpu::kernels::sample::Sample;
-use crate::gpu::loader::Loader;
-use crate::gpu::memory::BatchConfig;
-use crate::gpu::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
+use crate::gpu::model::Row;
 use crate::gpu::nvtx;
 use crate::perf::roofline::{CARDS, Card};
 use crate::spec::draft_length::{Controller, Costs, DraftLengthPolicy, Fixed};
@@ -21,206 +21,113 @@ use crate::{Error, Result};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+mod backend;
+mod models;
+mod pages;
+mod prompt;
+mod round_buffers;
 mod round_graph;
 mod synthetic;
 #[cfg(all(test, feature = "emulator"))]
 mod tests;
 
-use round_graph::RoundBuffers;
-pub use round_graph::{DrafterMode, Shape};
+pub use backend::DeviceBackend;
+pub use models::Models;
+use pages::PageAllocator;
+use prompt::{CHUNK, Chunk, PromptBuffers};
+use round_graph::RoundContext;
+pub use round_graph::{DrafterMode, RoundShape};
 pub use synthetic::FrozenBatch;
 
-/// Rows of a prompt that go through a model together.
-const CHUNK: usize = 512;
 /// Rounds that may be enqueued before their results are read.
 const AHEAD: usize = 2;
 
-/// A pair's weights on a device.
-pub struct Models {
-    config: TargetConfig,
-    target: Stack,
-    vocabulary: Vocabulary,
-    drafter: Option<(DrafterConfig, Stack, Injection)>,
-}
-
-impl Models {
-    /// Loads both models for sequences of up to `positions` positions.
-    ///
-    /// # Errors
-    /// As [`Models::load_with`].
-    pub fn load(device: &dyn Device, pair: &Pair, positions: usize) -> Result<Models> {
-        Models::load_with(device, pair, positions, &mut |_, _| ())
-    }
-
-    /// As [`Models::load`]; `progress` hears how many bytes of how many are done.
-    ///
-    /// # Errors
-    /// As [`Stack::load`] and [`Loader::run`].
-    pub fn load_with(
-        device: &dyn Device,
-        pair: &Pair,
-        positions: usize,
-        progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<Models> {
-        let mut loader = Loader::new(device, &pair.target.weights);
-        let models = Models::list(&mut loader, pair, positions, &mut |_| ())?;
-        loader.run(progress)?;
-        Ok(models)
-    }
-
-    /// Allocates both models and lists what is to be read into them. `done` hears after each group what it was.
-    pub(crate) fn list<'a>(
-        loader: &mut Loader<'a>,
-        pair: &'a Pair,
-        positions: usize,
-        done: &mut dyn FnMut(&'static str),
-    ) -> Result<Models> {
-        let config = &pair.target.config;
-        let target = Stack::load(loader, "model.", &config.stack, positions)?;
-        done("target weights");
-        let vocabulary = Vocabulary::load(loader, config)?;
-        done("vocabulary");
-        let Some(model) = &pair.drafter else {
-            return Ok(Models { config: config.clone(), target, vocabulary, drafter: None });
-        };
-        let c = &model.config;
-        loader.turn_to(&model.weights);
-        let stack = Stack::load(loader, "", &c.stack, positions)?;
-        let injection = Injection::load(loader, c.stack.hidden, c.taps.len())?;
-        done("drafter weights");
-        let drafter = Some((c.clone(), stack, injection));
-        Ok(Models { config: config.clone(), target, vocabulary, drafter })
-    }
-
-    fn taps(&self) -> &[usize] {
-        self.drafter.as_ref().map_or(&[], |(config, ..)| &config.taps)
-    }
-}
-
-/// What a prompt's chunk takes.
-struct Prompt {
-    tokens: Buffer,   // [CHUNK] u32
-    rows: Buffer,     // [CHUNK] Row
-    span: Buffer,     // (context, rows) u32
-    features: Buffer, // [CHUNK][taps][hidden] bf16
-    gather: Buffer,   // [CHUNK] u32: 0, 1, 2...
-}
-
-/// The `cuda` and `emulator` devices: a pair's weights on one, and the room that decoders get there.
-pub struct OnDevice {
-    name: &'static str,
-    device: Box<dyn Device>,
-    models: Models,
-    room: BatchConfig,
-}
-
-impl OnDevice {
-    /// Loads the pair; `progress` hears how many bytes of how many are done. `name` is the device's word in `--device`.
-    ///
-    /// # Errors
-    /// As [`Models::load_with`].
-    pub fn load(
-        name: &'static str,
-        device: Box<dyn Device>,
-        pair: &Pair,
-        room: BatchConfig,
-        progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<OnDevice> {
-        let models = Models::load_with(&*device, pair, room.positions, progress)?;
-        Ok(OnDevice { name, device, models, room })
-    }
-}
-
-impl Backend for OnDevice {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn decoder(&self) -> Result<Box<dyn Decoder + '_>> {
-        Ok(Box::new(Batch::new(&*self.device, &self.models, self.room)?))
-    }
-}
-
-/// Sequences that run together on a device. Each has a slot and its own pages; none of it shows in what another emits.
+/// Sequences that run together on a device, each in a slot and with its own pages. They never affect each
+/// other's output.
 ///
-/// A sequence has the pages of all its positions, prompt and answer, before it begins: a round never waits for memory,
-/// and who finds too few waits for others to leave.
+/// A sequence gets the pages of all its positions, prompt and answer, when it is admitted. So a round never
+/// waits for memory; a request for which too few pages are free waits until other sequences end.
 pub struct Batch<'a> {
-    device: &'a dyn Device,
-    models: &'a Models,
-    room: BatchConfig,
-    cache: Cache,
-    scratch: Scratch,
-    draft: Option<(Cache, Scratch)>,
-    work: RoundBuffers,
-    prompt: Prompt,
-    ring: Ring,
-    graphs: Vec<(Shape, Graph)>,
-    free: Vec<u32>,
+    ctx: RoundContext<'a>,
+    prompt: PromptBuffers,
+    graphs: Vec<(RoundShape, Graph)>,
+    pages: PageAllocator,
     slots: Vec<Slot>,
-    /// Rounds enqueued, and those of them that were read, from 1 on.
+    /// Number of the round that was enqueued last, from 1 on.
     enqueued: u32,
+    /// Number of the round that was read last.
     read: u32,
-    /// Rows of each sequence in the round enqueued last.
+    /// Rows per sequence in the round that was enqueued last.
     rows: usize,
+    /// Every round keeps its logits, and the next one waits until the host has read them.
     watched: bool,
-    /// Of sequences that join.
+    /// For sequences that are admitted from now on.
     controllers: Controllers<'a>,
 }
 
-/// Makes a sequence's controller.
+/// Makes the controller of a sequence.
 type Controllers<'a> = Box<dyn Fn() -> Box<dyn Controller> + 'a>;
 
-/// How large a sequence's rounds are.
-struct Control {
+/// How many drafts a sequence's rounds verify.
+struct DraftLength {
     controller: Box<dyn Controller>,
-    /// Drafts that it allowed each round that was not read yet, the oldest first.
+    /// The drafts it allowed for each round that has not been read yet, the oldest first.
     allowed: VecDeque<usize>,
-    /// Rows that the device verifies at most, as it was told last.
+    /// The maximum of verified rows that the device was last told.
     rows: usize,
 }
 
-impl Default for Control {
-    fn default() -> Control {
-        Control { controller: Box::new(Fixed), allowed: VecDeque::new(), rows: 0 }
+impl Default for DraftLength {
+    fn default() -> DraftLength {
+        DraftLength { controller: Box::new(Fixed), allowed: VecDeque::new(), rows: 0 }
     }
 }
 
 #[derive(Default)]
 struct Slot {
-    pages: Vec<u32>,
-    /// Prompt and answer as far as they are known here, also of the last sequence: of these the target's pages hold the
-    /// first `held`, of which the drafter's hold the features of the first `drafted`.
+    /// Prompt and answer as far as the host has read them, also of a sequence that has ended.
     tokens: Vec<u32>,
+    /// The target's pages hold keys and values of the first `held` tokens.
     held: usize,
+    /// The drafter's pages hold keys and values of the features of the first `drafted` tokens.
     drafted: usize,
+    /// Tokens of the prompt.
     prompt: usize,
-    /// Its drafts are not the drafter's best tokens.
-    drawn: bool,
-    /// As it is to be when the prompt is done.
+    /// Drafts are sampled, not the drafter's best tokens.
+    sampled_drafts: bool,
+    /// The device's state of the sequence at the end of its prompt.
     state: Option<Sequence>,
-    control: Control,
+    draft_length: DraftLength,
     phase: Phase,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 enum Phase {
-    /// Nobody; what the last sequence left may be kept.
+    /// No sequence. Pages and tokens of the last one stay, so that the next one can reuse a common prefix.
     #[default]
     Idle,
-    /// The prompt runs from here on; the target's pages have all before `held`.
-    Filling { at: usize },
-    /// Takes part from this round on.
+    /// The prompt runs from token `at` on; the target's pages hold everything before `held`.
+    Prefill { at: usize },
+    /// Takes part in rounds, from number `first` on.
     Running { first: u32 },
 }
 
 impl Slot {
+    fn is_running(&self) -> bool {
+        matches!(self.phase, Phase::Running { .. })
+    }
+
     fn drafts(&self) -> bool {
         self.state.as_ref().is_some_and(|state| state.draft_end > 0)
     }
 
-    /// Drafts of a round at most, as far as the host knows how long the sequence is: it may be longer.
-    fn most(&self) -> usize {
+    fn sampled(&self) -> bool {
+        self.state.as_ref().is_some_and(|state| state.sampling.temperature != 0.0)
+    }
+
+    /// An upper bound of the drafts of the next round. The host knows a length that may be too small, because
+    /// rounds whose results it has not read have extended the sequence.
+    fn max_drafts(&self) -> usize {
         let Some(state) = &self.state else { return 0 };
         let left = |end: u32| (end as usize).saturating_sub(self.held);
         let block = (state.block as usize).min(left(state.draft_end)).min(left(state.end).saturating_sub(1));
@@ -230,115 +137,121 @@ impl Slot {
             Form::BestFirst | Form::SampledTree => state.rows as usize - 1,
         }
     }
-
-    fn sampled(&self) -> bool {
-        self.state.as_ref().is_some_and(|state| state.sampling.temperature != 0.0)
-    }
 }
 
 impl<'a> Batch<'a> {
-    /// Room for the sequences, and their rounds, captured. A block of one row is autoregressive decoding: no drafter runs.
+    /// Allocates the batch and captures its rounds. With blocks of one row every round is an AR step, and no
+    /// drafter runs.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little; else what the device says.
-    pub fn new(device: &'a dyn Device, models: &'a Models, room: BatchConfig) -> Result<Batch<'a>> {
-        let BatchConfig { sequences, block, pages, .. } = room;
-        let (stack, vocabulary) = (&models.target.config, &models.vocabulary);
-        let taps = models.taps().len();
-        let cache = |config| Cache::new(device, config, pages, sequences, room.sequence_pages());
-        let target_cache = cache(stack)?;
-        let sizes = Sizes {
-            sequences,
-            block: room.max_verify_rows(),
-            chunk: CHUNK,
-            injected: 0,
-            head: Some(vocabulary.shape()),
-            features: None,
-        };
-        let scratch = Scratch::new(device, stack, &target_cache, sizes)?;
-        let draft = models.drafter.as_ref().filter(|_| block > 1).map(|(_, stack, _)| {
-            let cache = cache(&stack.config)?;
-            let features = Some(taps * stack.config.hidden);
-            let sizes = Sizes { block, injected: sequences * block, features, ..sizes };
-            let scratch = Scratch::new(device, &stack.config, &cache, sizes)?;
-            Ok::<_, Error>((cache, scratch))
-        });
-        let work = RoundBuffers::new(device, models, room, &target_cache)?;
-        let get = |bytes: usize, what| device.allocate(bytes.max(16), what);
-        let numbers: Vec<u8> = (0..CHUNK as u32).flat_map(u32::to_le_bytes).collect();
-        let prompt = Prompt {
-            tokens: get(CHUNK * 4, "a prompt's tables")?,
-            rows: get(CHUNK * Row::BYTES, "a prompt's tables")?,
-            span: get(8, "a prompt's tables")?.slice(0, 8)?,
-            features: get(CHUNK * taps * stack.hidden * 2, "features")?,
-            gather: get(CHUNK * 4, "a prompt's tables")?,
-        };
-        device.fill(&prompt.features, 0)?;
-        device.upload(&prompt.gather, &numbers)?;
-        let ring = Ring::new(
-            device,
-            Round { sequences, block, max_verify_rows: room.max_verify_rows() },
-            AHEAD + 1,
-        )?;
+    /// [`Error::Memory`] where the device has too little; otherwise the device's error.
+    pub fn new(device: &'a dyn Device, models: &'a Models, config: BatchConfig) -> Result<Batch<'a>> {
+        let ctx = RoundContext::new(device, models, config, CHUNK, AHEAD + 1)?;
+        let prompt = PromptBuffers::new(device, models.taps().len(), models.target.config.hidden)?;
+        let graph = |shape| Ok((shape, ctx.capture(shape)?));
+        let graphs = ctx.shapes().into_iter().map(graph).collect::<Result<_>>()?;
         let mut batch = Batch {
-            device,
-            models,
-            room,
-            cache: target_cache,
-            scratch,
-            draft: draft.transpose()?,
-            work,
+            ctx,
             prompt,
-            ring,
-            graphs: Vec::new(),
-            free: (0..pages as u32).rev().collect(),
-            slots: (0..sequences).map(|_| Slot::default()).collect(),
+            graphs,
+            pages: PageAllocator::new(config.pages, config.sequences),
+            slots: (0..config.sequences).map(|_| Slot::default()).collect(),
             enqueued: 0,
             read: 0,
             rows: 1,
             watched: false,
             controllers: Box::new(|| Box::new(Fixed)),
         };
-        for shape in batch.shapes() {
-            let graph = batch.capture(shape)?;
-            batch.graphs.push((shape, graph));
-        }
-        if let (true, Some((drafter, ..))) = (room.adaptive, &models.drafter) {
-            let card = Card::of_driver(&device.properties().name).unwrap_or(CARDS[0]);
-            let costs = Costs::modelled(&card, &models.config, drafter, 0, sequences, block);
-            let mut sizes: Vec<usize> = batch.graphs.iter().map(|(shape, _)| shape.rows).collect();
-            sizes.sort_unstable();
-            let goal = room
-                .threshold
-                .map_or(DraftLengthPolicy::CostModel(costs.of_sizes(&sizes)), DraftLengthPolicy::Threshold);
-            batch.control(move || goal.controller(true));
+        if let Some(policy) = batch.draft_length_policy() {
+            batch.control(move || policy.controller(true));
         }
         Ok(batch)
     }
 
-    /// Sequences that join from now on each have a controller that `make` makes, but for those whose trees are drawn at
-    /// random: these are whole, because how many siblings they have depends on their size, so that rows say nothing of
-    /// those of another. In an adaptive room there is one already, which drafts what pays by the costs of the device's
-    /// card, or of an H200 where it is none that is known; or what stands with the room's threshold.
+    /// The policy of an adaptive batch with a drafter. Its costs are those of the device's card, or of an
+    /// H200 where the card is unknown, and count the rows of the captured rounds.
+    fn draft_length_policy(&self) -> Option<DraftLengthPolicy> {
+        let (RoundContext { device, models, config, .. }, drafter) = (&self.ctx, &self.ctx.models.drafter);
+        match (config.adaptive?, drafter.as_ref()?) {
+            (AdaptiveLength::Threshold(probability), _) => Some(DraftLengthPolicy::Threshold(probability)),
+            (AdaptiveLength::CostModel, drafter) => {
+                let card = Card::of_driver(&device.properties().name).unwrap_or(CARDS[0]);
+                let BatchConfig { sequences, block, .. } = *config;
+                let costs = Costs::modelled(&card, &models.config, &drafter.config, 0, sequences, block);
+                let mut sizes: Vec<usize> = self.graphs.iter().map(|(shape, _)| shape.rows).collect();
+                sizes.sort_unstable();
+                Some(DraftLengthPolicy::CostModel(costs.of_sizes(&sizes)))
+            }
+        }
+    }
+
+    /// Gives every sequence that is admitted from now on a controller made by `make`, except sequences with
+    /// sampled trees: their rounds always have the full size, because the number of siblings depends on a
+    /// tree's size, so what the rows of one size accept says nothing about another size. An adaptive batch
+    /// starts with the controllers of [`BatchConfig::adaptive`], any other with [`Fixed`].
     pub fn control(&mut self, make: impl Fn() -> Box<dyn Controller> + 'a) {
         self.controllers = Box::new(make);
     }
 
-    /// The sequence in `slot` as it is to be when its prompt, of which it has the pages, is done.
+    /// Captures the round of that shape again. The graph is the same at any time: replaying one would
+    /// otherwise not be the round.
+    ///
+    /// # Errors
+    /// The device's error.
+    pub fn capture(&self, shape: RoundShape) -> Result<Graph> {
+        self.ctx.capture(shape)
+    }
+
+    /// The captured rounds, in order of size.
+    pub fn graphs(&self) -> &[(RoundShape, Graph)] {
+        &self.graphs
+    }
+
+    /// The largest round: all slots, with drafts if there is a drafter. `sampled`: with the target's tokens
+    /// sampled, and, in a batch with [`BatchConfig::draft_probs`], the drafts too.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] where no such round was captured, which is a bug.
+    pub fn largest(&self, sampled: bool) -> Result<&Graph> {
+        let kind = |shape: &RoundShape| (shape.sampled, shape.sampled_drafts);
+        let sampled_drafts = sampled && self.ctx.config.draft_probs && self.ctx.draft.is_some();
+        let found = self.graphs.iter().rfind(|(shape, _)| kind(shape) == (sampled, sampled_drafts));
+        found.map(|(_, graph)| graph).ok_or_else(|| Error::Internal("no round was captured".into()))
+    }
+
+    /// Pages that are free or belong to a sequence that has ended.
+    pub fn free_pages(&self) -> usize {
+        self.pages.available(|slot| self.slots[slot].phase == Phase::Idle)
+    }
+
+    /// Gives an idle slot `count` pages, at the expense of other idle slots; false where too few are
+    /// available.
+    fn take_pages(&mut self, slot: usize, count: usize) -> bool {
+        let slots = &self.slots;
+        let Some(evicted) = self.pages.resize(slot, count, |slot| slots[slot].phase == Phase::Idle) else {
+            return false;
+        };
+        evicted.into_iter().for_each(|slot| self.slots[slot] = Slot::default());
+        true
+    }
+
+    /// Uploads the page table of `slot`, and returns the sequence's state as it is to be at the end of its
+    /// prompt.
     fn begin(&self, slot: usize, request: &Request) -> Result<Sequence> {
-        let (device, pages) = (self.device, &self.slots[slot].pages);
-        // What a sequence does not have it shall not reach.
-        let mut row = pages.clone();
-        row.resize(self.cache.sequence_pages, u32::MAX);
+        let (ctx, pages) = (&self.ctx, self.pages.of(slot));
+        // Entries behind the sequence's pages are out of range, so that kernels never reach another
+        // sequence's page.
+        let mut row = pages.to_vec();
+        row.resize(ctx.cache.sequence_pages, u32::MAX);
         let bytes: Vec<u8> = row.iter().flat_map(|page| page.to_le_bytes()).collect();
-        for cache in [Some(&self.cache), self.draft.as_ref().map(|(cache, _)| cache)].into_iter().flatten() {
-            device.upload(&cache.table.slice(slot * bytes.len(), bytes.len())?, &bytes)?;
+        for cache in ctx.caches() {
+            ctx.device.upload(&cache.table.slice(slot * bytes.len(), bytes.len())?, &bytes)?;
         }
-        // A tree's rows lie behind the positions.
+        // The rows of a tree take slots behind the positions.
         let tree = request.drafting.tree.unwrap_or(0);
         let end = self.context().min((pages.len() * PAGE).saturating_sub(tree));
-        let draft_end = match (&self.models.drafter, request.block) {
-            (Some((_, stack, _)), 2..) if self.draft.is_some() => stack.config.max_positions.min(end),
+        let draft_end = match (ctx.drafter(), request.block) {
+            (Some((drafter, ..)), 2..) => drafter.layers.config.max_positions.min(end),
             _ => 0,
         };
         let mut stop_ids = request.stop_ids.clone();
@@ -368,137 +281,87 @@ impl<'a> Batch<'a> {
         })
     }
 
-    /// The token that follows a prompt whose last row is row `last` of the chunk that ran last.
+    /// The token after a prompt, from row `last` of the chunk that ran last.
     fn first_token(&self, slot: usize, last: usize) -> Result<u32> {
-        let (device, vocabulary, sampled) =
-            (self.device, &self.models.vocabulary, self.slots[slot].sampled());
-        self.head(last, 1, None, sampled)?;
-        let sample = Sample {
-            rows: 1,
-            vocab: vocabulary.vocab,
-            blocks: vocabulary.shape().blocks(),
-            sequences: self.room.sequences,
-        };
+        let (ctx, w, sampled) = (&self.ctx, &self.ctx.buffers, self.slots[slot].sampled());
+        let vocabulary = &ctx.models.vocabulary;
+        ctx.target_head(last, 1, None, sampled)?;
+        let (vocab, blocks) = (vocabulary.vocab, vocabulary.shape().blocks());
+        let sample = Sample { rows: 1, vocab, blocks, sequences: ctx.config.sequences };
         let row = self.prompt.rows.slice(last * Row::BYTES, Row::BYTES)?;
-        let races = sampled.then(|| self.work.races());
-        sample.launch(device, &self.work.choices, &self.work.best, &row, races)?;
+        sample.launch(ctx.device, &w.choices, &w.best, &row, sampled.then(|| w.races()))?;
         let mut first = [0; 4];
-        device.download(&self.work.choices.slice(0, 4)?, &mut first)?;
+        ctx.device.download(&w.choices.slice(0, 4)?, &mut first)?;
         match u32::from_le_bytes(first) {
             u32::MAX => Err(damaged("target", self.slots[slot].prompt)),
             first => Ok(first),
         }
     }
 
-    /// Runs a chunk of a prompt through the target, and its features into the drafter's cache. Positions before `held`
-    /// leave features alone: the target's pages have them.
-    fn chunk(&self, slot: usize, first: usize, tokens: &[u32], held: usize, draft_end: usize) -> Result<()> {
-        let (device, models, p) = (self.device, self.models, &self.prompt);
-        let count = tokens.len();
-        let rows = |query: bool, stored: std::ops::Range<usize>| {
-            let row = move |i: usize| {
-                let (at, there) = ((first + i) as u32, stored.contains(&(first + i)));
-                Row {
-                    sequence: if query || there { slot as u32 } else { Row::NONE },
-                    position: at,
-                    slot: if there { at } else { Row::NONE },
-                    query: if query { i as u32 } else { Row::NONE },
-                }
-            };
-            (0..count).flat_map(move |i| row(i).to_bytes()).collect::<Vec<u8>>()
-        };
-        let put = |to: &Buffer, bytes: &[u8]| device.upload(&to.slice(0, bytes.len())?, bytes);
-        put(&p.tokens, &tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>())?;
-        put(&p.rows, &rows(true, held..usize::MAX))?;
-        put(&p.span, &[(first as u32).to_le_bytes(), (count as u32).to_le_bytes()].concat())?;
-        let drafting = draft_end > 0;
-        models.vocabulary.embed(device, &self.scratch, &p.tokens, count, 1.0)?;
-        let pass = Pass {
-            sequences: 1,
-            block: count,
-            injected: 0,
-            table: &p.rows,
-            spans: &p.span,
-            masks: None,
-            prompt: Some(slot),
-            num_active: None,
-            taps: drafting.then_some((models.taps(), &p.features)),
-        };
-        models.target.run(device, &self.scratch, &self.cache, &pass)?;
-        if let (true, Some((_, stack, injection)), Some((cache, s))) =
-            (drafting, &models.drafter, &self.draft)
-        {
-            injection.run(device, s, count, &p.features, &p.gather, true, None)?;
-            put(&p.rows, &rows(false, 0..draft_end))?;
-            stack.write_context_kv(device, s, cache, &p.rows, count, true, None)?;
-            put(&p.rows, &rows(true, held..usize::MAX))?;
-        }
-        Ok(())
-    }
-
-    /// Enqueues a round of all sequences that run. At most two may be enqueued whose results nobody has read.
+    /// Enqueues a round of all running sequences. At most [`AHEAD`] rounds may be enqueued and not yet read.
     fn enqueue(&mut self) -> Result<()> {
         let mut rows = 1;
         for slot in 0..self.slots.len() {
-            rows = rows.max(self.size(slot)?);
+            rows = rows.max(self.set_rows(slot)?);
         }
-        let running = |slot: &Slot| matches!(slot.phase, Phase::Running { .. });
-        let taking_part = || self.slots.iter().filter(|slot| running(slot));
-        let highest = self.slots.iter().rposition(running).map_or(0, |slot| slot + 1);
-        let drafter = match taking_part().any(Slot::drafts) {
+        let running = || self.slots.iter().filter(|slot| slot.is_running());
+        let highest = self.slots.iter().rposition(Slot::is_running).map_or(0, |slot| slot + 1);
+        let drafter = match running().any(Slot::drafts) {
             false => DrafterMode::Idle,
-            true if rows == 1 && self.room.adaptive => DrafterMode::CatchUp,
+            true if rows == 1 && self.ctx.config.adaptive.is_some() => DrafterMode::CatchUp,
             true => DrafterMode::Draft,
         };
-        let drawn = drafter == DrafterMode::Draft && taking_part().any(|slot| slot.drawn);
-        let sampled = self.watched || drawn || taking_part().any(Slot::sampled);
-        let fits = |shape: &Shape| {
-            let kind = (shape.drafter, shape.sampled, shape.drawn);
-            shape.sequences >= highest && shape.rows >= rows && kind == (drafter, sampled, drawn)
+        let sampled_drafts = drafter == DrafterMode::Draft && running().any(|slot| slot.sampled_drafts);
+        let sampled = self.watched || sampled_drafts || running().any(Slot::sampled);
+        // Graphs are in order of size: the first that fits is the smallest.
+        let fits = |shape: &RoundShape| {
+            let kind = (shape.drafter, shape.sampled, shape.sampled_drafts);
+            shape.sequences >= highest && shape.rows >= rows && kind == (drafter, sampled, sampled_drafts)
         };
         let Some((shape, graph)) = self.graphs.iter().find(|(shape, _)| fits(shape)) else {
             return Err(Error::Internal(format!(
                 "no round for {highest} sequences of {rows} rows was captured"
             )));
         };
-        self.device.replay(graph)?;
+        self.ctx.device.replay(graph)?;
         self.rows = shape.rows;
         self.enqueued += 1;
         Ok(())
     }
 
-    /// Rows that the next round verifies at most of the sequence in `slot`, 1 where there is none or it drafts nothing. The
-    /// device hears of it in order, behind the rounds that are on their way, and nobody waits.
-    fn size(&mut self, slot: usize) -> Result<usize> {
+    /// Asks the controller of the sequence in `slot` for its next round's size and returns the maximum of
+    /// rows to verify; 1 where no sequence runs or it does not draft. Tells the device in stream order,
+    /// behind the rounds already enqueued, so neither side waits.
+    fn set_rows(&mut self, slot: usize) -> Result<usize> {
         let own = &mut self.slots[slot];
-        if !(matches!(own.phase, Phase::Running { .. }) && own.drafts()) {
+        if !(own.is_running() && own.drafts()) {
             return Ok(1);
         }
-        let (most, control) = (own.most(), &mut own.control);
-        let drafts = control.controller.drafts(most).min(most);
-        control.allowed.push_back(drafts);
-        // Where positions end, the device knows better.
+        let (max_drafts, length) = (own.max_drafts(), &mut own.draft_length);
+        let drafts = length.controller.drafts(max_drafts).min(max_drafts);
+        length.allowed.push_back(drafts);
+        // At the maximum the device applies its own limits, because it knows the exact length.
         let all = own.state.as_ref().map_or(1, |state| state.rows as usize);
-        let rows = if drafts < most { drafts + 1 } else { all };
-        if control.rows != rows {
+        let rows = if drafts < max_drafts { drafts + 1 } else { all };
+        if length.rows != rows {
             let at = slot * Sequence::BYTES + Sequence::ROWS_OFFSET;
-            self.device.fill(&self.work.states.slice(at, 1)?, rows as u8)?;
-            control.rows = rows;
+            self.ctx.device.fill(&self.ctx.buffers.states.slice(at, 1)?, rows as u8)?;
+            length.rows = rows;
         }
         Ok(drafts + 1)
     }
 
-    /// What round `round` did for the sequence in `slot`; waits for it.
+    /// The result of round `round` for the sequence in `slot`; waits for it.
     fn record(&self, round: u32, slot: usize) -> Result<Record> {
-        let clock = Instant::now();
+        let begin = Instant::now();
         let record = loop {
-            if let Some(record) = self.ring.read(round, slot)? {
+            if let Some(record) = self.ctx.ring.read(round, slot)? {
                 break record;
             }
-            if clock.elapsed() > Duration::from_secs(1) {
-                // A kernel that failed never writes; this says so.
-                self.device.synchronize()?;
-                break self.ring.read(round, slot)?.ok_or_else(|| {
+            if begin.elapsed() > Duration::from_secs(1) {
+                // A failed kernel never writes its record; waiting for the device reports the failure.
+                self.ctx.device.synchronize()?;
+                break self.ctx.ring.read(round, slot)?.ok_or_else(|| {
                     Error::Internal(format!("round {round} ended without a record for slot {slot}"))
                 })?;
             }
@@ -510,38 +373,9 @@ impl<'a> Batch<'a> {
             _ => Ok(record),
         }
     }
-
-    /// Pages that no running sequence has.
-    pub fn free_pages(&self) -> usize {
-        let idle = self.slots.iter().filter(|slot| slot.phase == Phase::Idle);
-        self.free.len() + idle.map(|slot| slot.pages.len()).sum::<usize>()
-    }
-
-    /// Gives a slot `count` pages, at the expense of what ended sequences left; false where there are too few.
-    fn take_pages(&mut self, slot: usize, count: usize) -> bool {
-        let own = self.slots[slot].pages.len();
-        if count > self.free_pages() {
-            return false;
-        }
-        for other in (0..self.slots.len()).filter(|&other| other != slot) {
-            if own + self.free.len() >= count {
-                break;
-            }
-            if self.slots[other].phase == Phase::Idle {
-                self.free.extend(std::mem::take(&mut self.slots[other]).pages);
-            }
-        }
-        let pages = &mut self.slots[slot].pages;
-        while pages.len() < count
-            && let Some(page) = self.free.pop()
-        {
-            pages.push(page);
-        }
-        self.free.extend(pages.drain(count..));
-        true
-    }
 }
 
+/// The error for logits that are not numbers; `position` 0: unknown.
 fn damaged(model: &str, position: usize) -> Error {
     let place = if position > 0 { format!(" for position {position}") } else { String::new() };
     Error::Model(format!(
@@ -551,11 +385,11 @@ fn damaged(model: &str, position: usize) -> Error {
 
 impl Decoder for Batch<'_> {
     fn vocab(&self) -> usize {
-        self.models.vocabulary.vocab
+        self.ctx.models.vocabulary.vocab
     }
 
     fn context(&self) -> usize {
-        self.models.target.config.max_positions.min(self.room.positions)
+        self.ctx.models.target.config.max_positions.min(self.ctx.config.positions)
     }
 
     fn slots(&self) -> usize {
@@ -566,71 +400,75 @@ impl Decoder for Batch<'_> {
         let Some(Slot { phase: Phase::Idle, .. }) = self.slots.get(slot) else {
             return Err(Error::Internal(format!("slot {slot} of {} is not free", self.slots.len())));
         };
-        let (prompt, block, drafting) = (&request.prompt, request.block, &request.drafting);
-        let (room, tree) = (self.room, drafting.tree.unwrap_or(0));
-        if block > room.block || tree > room.tree || (drafting.rule != VerifyMethod::Match && !room.rules) {
-            let rule = drafting.rule.name();
+        let (prompt, block, spec) = (&request.prompt, request.block, &request.drafting);
+        let (config, tree) = (self.ctx.config, spec.tree.unwrap_or(0));
+        let needs_probs = spec.rule != VerifyMethod::Match;
+        if block > config.block || tree > config.tree || (needs_probs && !config.draft_probs) {
             return Err(Error::Internal(format!(
-                "a request of blocks of {block}, trees of {tree} and the rule {rule} in rounds that were not made for it"
+                "the batch was not made for a request with blocks of {block} rows, trees of {tree} and verification by {}",
+                spec.rule.name()
             )));
         }
         let positions = request.positions().min(self.context());
         let pages = (positions + tree).div_ceil(PAGE);
-        if pages > self.room.pages {
+        if pages > config.pages {
             return Err(Error::Memory(format!(
                 "a sequence of {positions} positions needs {pages} pages of keys and values, but there are {}",
-                self.room.pages
+                config.pages
             )));
         }
         if !self.take_pages(slot, pages) {
             return Ok(None);
         }
         let state = self.begin(slot, request)?;
-        // The first token's draw looks there too.
-        let waiting = Sequence { active: false, ..state.clone() };
-        let to = self.work.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
-        self.device.upload(&to, &waiting.to_bytes()?)?;
+
+        // Both states are uploaded inactive; the first token's sampling already reads their settings.
+        let (device, w) = (self.ctx.device, &self.ctx.buffers);
+        let inactive = Sequence { active: false, ..state.clone() };
+        let to = w.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
+        device.upload(&to, &inactive.to_bytes()?)?;
         let SamplingParams { seed, stream, .. } = request.sampling;
-        let draws = SamplingParams { seed, stream, ..drafting.sampling.clone() };
-        let drawn =
-            state.draft_end > 0 && (draws.temperature != 0.0 || state.verify_method != VerifyMethod::Match);
-        let to = self.work.drafting.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
-        self.device.upload(&to, &Sequence { sampling: draws, ..waiting }.to_bytes()?)?;
+        let sampling = SamplingParams { seed, stream, ..spec.sampling.clone() };
+        let sampled_drafts = state.draft_end > 0 && (sampling.temperature != 0.0 || needs_probs);
+        let to = w.drafting.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
+        device.upload(&to, &Sequence { sampling, ..inactive }.to_bytes()?)?;
+
         let own = &mut self.slots[slot];
-        let same = own.tokens[..own.held].iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        // The last token is run again, for its logits.
-        own.held = if keep { same.min(prompt.len() - 1) } else { 0 };
+        let common = own.tokens[..own.held].iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        // The last token runs again even if it is held, for its logits.
+        own.held = if keep { common.min(prompt.len() - 1) } else { 0 };
         own.drafted = own.drafted.min(own.held);
-        // The drafter needs features of what it has not seen, as far as it can go.
+        // The prompt runs from the first token whose features the drafter lacks, up to where its positions
+        // end.
         let at = match state.draft_end as usize {
             end if own.drafted < end => own.drafted,
             _ => own.held,
         };
         let controller = if state.form == Form::SampledTree { Box::new(Fixed) } else { (self.controllers)() };
-        own.control = Control { controller, allowed: VecDeque::new(), rows: state.rows as usize };
-        (own.tokens, own.prompt, own.drawn) = (prompt.clone(), prompt.len(), drawn);
-        (own.state, own.phase) = (Some(state), Phase::Filling { at });
+        own.draft_length = DraftLength { controller, allowed: VecDeque::new(), rows: state.rows as usize };
+        (own.tokens, own.prompt, own.sampled_drafts) = (prompt.clone(), prompt.len(), sampled_drafts);
+        (own.state, own.phase) = (Some(state), Phase::Prefill { at });
         Ok(Some(at))
     }
 
     fn prefill(&mut self, slot: usize) -> Result<Prefill> {
         let _range = nvtx::range("prefill");
-        let Some(Slot { phase: Phase::Filling { at }, state: Some(state), .. }) = self.slots.get(slot) else {
+        let Some(Slot { phase: Phase::Prefill { at }, state: Some(state), .. }) = self.slots.get(slot) else {
             return Err(Error::Internal(format!("slot {slot} has no prompt to run")));
         };
-        let (at, mut state) = (*at, state.clone());
+        let (first, mut state) = (*at, state.clone());
         let own = &self.slots[slot];
-        let end = own.prompt.min(at + CHUNK);
-        let draft_end = state.draft_end as usize;
-        self.chunk(slot, at, &own.tokens[at..end], own.held, draft_end)?;
+        let end = own.prompt.min(first + CHUNK);
+        let (tokens, held, draft_end) = (&own.tokens[first..end], own.held, state.draft_end as usize);
+        self.prompt.run(&self.ctx, Chunk { slot, first, tokens, held, draft_end })?;
         let next = match end == own.prompt {
-            true => Some(self.first_token(slot, end - at - 1)?),
+            true => Some(self.first_token(slot, end - first - 1)?),
             false => None,
         };
-        if let Some(first) = next {
-            state.anchor = first;
-            let to = self.work.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
-            self.device.upload(&to, &state.to_bytes()?)?;
+        if let Some(next) = next {
+            state.anchor = next;
+            let to = self.ctx.buffers.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
+            self.ctx.device.upload(&to, &state.to_bytes()?)?;
         }
         let own = &mut self.slots[slot];
         own.held = own.held.max(end);
@@ -639,7 +477,7 @@ impl Decoder for Batch<'_> {
         }
         own.phase = match next {
             Some(_) => Phase::Running { first: self.enqueued + 1 },
-            None => Phase::Filling { at: end },
+            None => Phase::Prefill { at: end },
         };
         own.tokens.extend(next);
         Ok(Prefill { done: end, next })
@@ -648,12 +486,13 @@ impl Decoder for Batch<'_> {
     fn round(&mut self, out: &mut [Emitted]) -> Result<()> {
         let _range = nvtx::range("round");
         out.iter_mut().for_each(|emitted| *emitted = Emitted::default());
-        if !self.slots.iter().any(|slot| matches!(slot.phase, Phase::Running { .. })) {
+        if !self.slots.iter().any(Slot::is_running) {
             return Err(Error::Internal("a round of no sequences".into()));
         }
+        // A round enqueued before any running sequence was admitted has no results; the loop skips it.
         let mut any = false;
         while !any {
-            // The next round is on its way before this one is read.
+            // The next round is enqueued before this one is read, so the device never waits for the host.
             let ahead = if self.watched { 1 } else { AHEAD as u32 };
             while self.enqueued < self.read + ahead {
                 self.enqueue()?;
@@ -673,15 +512,15 @@ impl Decoder for Batch<'_> {
                         self.read
                     )));
                 }
-                // All that was there before the round has its features in the drafter's pages now.
+                // The round wrote the features of all earlier positions into the drafter's pages.
                 let own = &mut self.slots[slot];
                 if let Some(state) = &own.state
                     && state.draft_end > 0
                 {
                     own.drafted = own.drafted.max(own.held.min(state.draft_end as usize));
                 }
-                if own.control.allowed.pop_front().is_some_and(|drafts| drafts > 0) {
-                    own.control.controller.judged(drafted as usize, stood);
+                if own.draft_length.allowed.pop_front().is_some_and(|drafts| drafts > 0) {
+                    own.draft_length.controller.judged(drafted as usize, stood);
                 }
                 own.held += tokens.len();
                 own.tokens.extend(&tokens);
@@ -695,12 +534,12 @@ impl Decoder for Batch<'_> {
         let Some(own) = self.slots.get_mut(slot).filter(|own| own.phase != Phase::Idle) else {
             return Err(Error::Internal(format!("no sequence is in slot {slot}")));
         };
-        // The answer's last token counts as not run, whether a round ran it or not.
+        // The answer's last token counts as not held, whether a round has run it or not.
         own.held = own.held.min(own.prompt + tokens.saturating_sub(1));
         own.drafted = own.drafted.min(own.held);
         own.tokens.truncate(own.held);
         (own.state, own.phase) = (None, Phase::Idle);
-        self.device.upload(&self.work.states.slice(slot * Sequence::BYTES, 4)?, &[0; 4])
+        self.ctx.device.upload(&self.ctx.buffers.states.slice(slot * Sequence::BYTES, 4)?, &[0; 4])
     }
 
     fn watch(&mut self) {
@@ -708,17 +547,16 @@ impl Decoder for Batch<'_> {
     }
 
     fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {
+        let (device, w) = (self.ctx.device, &self.ctx.buffers);
         let mut on_path = [0; 4];
-        let at = (slot * self.rows + row) * 4;
-        self.device.download(&self.work.path.slice(at, 4)?, &mut on_path)?;
+        device.download(&w.path.slice((slot * self.rows + row) * 4, 4)?, &mut on_path)?;
         let row = u32::from_le_bytes(on_path) as usize;
         if row >= self.rows {
             return Err(Error::Internal(format!("slot {slot} has no such logits")));
         }
-        let bytes = self.models.vocabulary.vocab * 4;
+        let bytes = self.ctx.models.vocabulary.vocab * 4;
         let mut logits = vec![0; bytes];
-        let from = self.work.logits.slice((slot * self.rows + row) * bytes, bytes)?;
-        self.device.download(&from, &mut logits)?;
+        device.download(&w.logits.slice((slot * self.rows + row) * bytes, bytes)?, &mut logits)?;
         Ok(logits.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
     }
 }

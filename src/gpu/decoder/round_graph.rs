@@ -1,262 +1,171 @@
-//! The rounds themselves: what they work in, which there are, and the launches of one, top to bottom.
+//! The round on a device: which rounds are captured as graphs, and the launches of one, top to bottom.
 
-use super::{Batch, Models};
+use super::models::{Drafter, Models};
+use super::round_buffers::{RoundBuffers, TreeBuffers, VerifyBuffers, compact, tree_choices};
+use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::device::{Buffer, Device, Graph};
-use crate::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
+use crate::gpu::kernels::chains::{Chains, Workspace};
 use crate::gpu::kernels::choices::Choices;
-use crate::gpu::kernels::compact::Compact;
 use crate::gpu::kernels::head::Head;
-use crate::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
-use crate::gpu::kernels::round::{Round, Sequence, Tables};
-use crate::gpu::kernels::sample::{self, Sample, SamplerInputs};
-use crate::gpu::kernels::siblings::{SampledTrees, Siblings};
+use crate::gpu::kernels::rejection::{RejectionSampler, Rows, VerifyInputs};
+use crate::gpu::kernels::round::{Ring, Round, Tables};
+use crate::gpu::kernels::sample::{Sample, SamplerInputs};
+use crate::gpu::kernels::siblings::Siblings;
 use crate::gpu::kernels::tree::{TreeBuild, Trees};
 use crate::gpu::kernels::verify::{Verify, VerifyOutput};
-use crate::gpu::memory::BatchConfig;
-use crate::gpu::model::{Cache, Pass, Row};
-use crate::spec::tree;
+use crate::gpu::model::{KvCache, Pass, Row, Scratch, ScratchSizes};
 use crate::{Error, Result};
 
-/// What a round's kernels leave for each other. `drafted` = sequences x block, `rows` = sequences x rows that a round
-/// verifies of each at most.
-pub(super) struct RoundBuffers {
-    pub states: Buffer,       // [sequences] Sequence
-    pub drafting: Buffer,     // [sequences] Sequence: the settings that drafts are drawn with
-    pub round_header: Buffer, // [3] u32
-    pub num_active: Buffer,   // of round_header
-    pub draft_tokens: Buffer, // [drafted] u32
-    pub draft_rows: Buffer,   // [2][drafted] Row
-    pub pending: Buffer,      // [drafted] u32
-    pub draft_spans: Buffer,  // [sequences]
-    pub verify_rows: Buffer,  // [rows] Row
-    pub verify_spans: Buffer, // [sequences]
-    pub drafts: Buffer,       // [drafted] u32
-    pub tokens: Buffer,       // [rows] u32
-    pub choices: Buffer,      // [rows] u32
-    pub features: Buffer,     // [rows][taps][hidden] bf16
-    pub best: Buffer,         // [rows][blocks] u64
-    pub logits: Buffer,       // [rows][vocab] f32
-    pub tables: Buffer,       // the sampler's
-    pub partial: Buffer,      // the sampler's
-    pub counters: Buffer,     // [rows] u32
-    pub accepted: Buffer,     // [sequences] u32
-    pub next: Buffer,         // [sequences] u32
-    pub path: Buffer,         // [rows] u32
-    pub trees: Option<TreeBuffers>,
-    pub rules: Option<VerifyBuffers>,
-}
-
-/// What trees take besides.
-pub(super) struct TreeBuffers {
-    choices: Buffer, // [drafted][most] (token, cost) u32
-    counts: Buffer,  // [drafted] u32
-    typical: Buffer, // [most] u32
-    parents: Buffer, // [rows] u32
-    masks: Buffer,   // [rows] u64
-    caches: Buffer,  // [layers][2] u64: where the target's keys and values are
-}
-
-/// What rules other than `match` take besides.
-pub(super) struct VerifyBuffers {
-    logits: Buffer,   // [drafted][vocab] f32: the drafter's
-    drafters: Buffer, // [drafted] of DISTRIBUTION_BYTES
-    targets: Buffer,  // [rows] of DISTRIBUTION_BYTES
-    partial: Buffer,  // [drafted] u64
-    counters: Buffer, // [sequences] u32
-    classes: Buffer,  // [rows] of CLASSES_BYTES, where there are trees
-}
-
-impl RoundBuffers {
-    pub fn new(
-        device: &dyn Device,
-        models: &Models,
-        room: BatchConfig,
-        cache: &Cache,
-    ) -> Result<RoundBuffers> {
-        let BatchConfig { sequences, block, .. } = room;
-        let (hidden, taps) = (models.target.config.hidden, models.taps().len());
-        let (vocab, blocks) = (models.vocabulary.vocab, models.vocabulary.shape().blocks());
-        let (drafted, rows) = (sequences * block, sequences * room.max_verify_rows());
-        let zeros = |bytes: usize, what| {
-            let buffer = device.allocate(bytes.max(16), what)?;
-            device.fill(&buffer, 0)?;
-            Ok::<_, Error>(buffer)
-        };
-        let get = |bytes: usize| device.allocate(bytes.max(16), "a round's tables");
-        let round_header = zeros(12, "the round's number")?;
-        let tables = get(sample::tables().len())?;
-        device.upload(&tables, &sample::tables())?;
-        device.seal(&tables);
-        let trees = (room.tree > 0).then(|| {
-            let compact = compact(models, cache, sequences, room.max_verify_rows());
-            let addresses = compact.caches(&cache.keys, &cache.values)?;
-            let caches = get(addresses.len())?;
-            device.upload(&caches.slice(0, addresses.len())?, &addresses)?;
-            let costs: Vec<u8> =
-                (0..most(room) as u32).flat_map(|i| tree::typical(i).to_le_bytes()).collect();
-            let typical = get(costs.len())?;
-            device.upload(&typical.slice(0, costs.len())?, &costs)?;
-            Ok::<_, Error>(TreeBuffers {
-                choices: device.allocate(drafted * most(room) * 8, "the drafter's choices")?,
-                counts: get(drafted * 4)?,
-                typical,
-                parents: get(rows * 4)?,
-                masks: get(rows * 8)?,
-                caches,
-            })
-        });
-        let rules = room.rules.then(|| {
-            Ok::<_, Error>(VerifyBuffers {
-                logits: device.allocate(drafted * vocab * 4, "the drafter's logits")?,
-                drafters: get(drafted * DISTRIBUTION_BYTES)?,
-                targets: get(rows * DISTRIBUTION_BYTES)?,
-                partial: get(drafted * 8)?,
-                counters: zeros(sequences * 4, "counters of verdicts")?,
-                classes: get(if room.tree > 0 { rows * CLASSES_BYTES } else { 0 })?,
-            })
-        });
-        let sample = Sample { rows, vocab, blocks, sequences };
-        Ok(RoundBuffers {
-            states: zeros(sequences * Sequence::BYTES, "the state of sequences")?,
-            drafting: zeros(sequences * Sequence::BYTES, "the settings of drafts")?,
-            num_active: round_header.slice(4, 4)?,
-            round_header,
-            draft_tokens: get(drafted * 4)?,
-            draft_rows: get(2 * drafted * Row::BYTES)?,
-            pending: get(drafted * 4)?,
-            draft_spans: get(sequences * 8)?,
-            verify_rows: get(rows * Row::BYTES)?,
-            verify_spans: get(sequences * 8)?,
-            drafts: zeros(drafted * 4, "drafts")?,
-            tokens: get(rows * 4)?,
-            choices: get(rows * 4)?,
-            features: zeros(rows * taps * hidden * 2, "features")?,
-            best: device.allocate(rows * blocks * 8, "the best logits")?,
-            logits: device.allocate(rows * vocab * 4, "logits")?,
-            tables,
-            partial: device.allocate(sample.workspace(), "partial races")?,
-            counters: zeros(rows * 4, "counters of races")?,
-            accepted: get(sequences * 4)?,
-            next: get(sequences * 4)?,
-            path: zeros(rows * 4, "paths")?,
-            trees: trees.transpose()?,
-            rules: rules.transpose()?,
-        })
-    }
-
-    pub fn races(&self) -> SamplerInputs<'_> {
-        SamplerInputs {
-            logits: &self.logits,
-            sequences: &self.states,
-            tables: &self.tables,
-            partial: &self.partial,
-            counters: &self.counters,
-        }
-    }
-}
-
-/// Moves accepted paths of `sequences` trees of `rows` rows in the target's cache.
-fn compact(models: &Models, cache: &Cache, sequences: usize, rows: usize) -> Compact {
-    let stack = &models.target.config;
-    let Cache { pages, sequence_pages, .. } = *cache;
-    let (layers, kv_heads, head_dim) = (stack.attention.len(), stack.kv_heads, stack.head_dim);
-    Compact { sequences, rows, layers, kv_heads, head_dim, pages, sequence_pages }
-}
-
-/// Choices of each row that a tree may need.
-fn most(room: BatchConfig) -> usize {
-    room.tree.saturating_sub(1).max(1)
-}
-
-/// Which round: a graph each.
+/// Which round: one graph is captured for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    /// The first so many slots take part.
+pub struct RoundShape {
+    /// The first this many slots take part.
     pub sequences: usize,
-    /// Rows that are verified of each at most, anchor included; 1 where nothing is drafted.
+    /// The most rows that are verified of each sequence, the anchor included; 1 in rounds without drafts.
     pub rows: usize,
+    /// What the drafter does.
     pub drafter: DrafterMode,
-    /// With the sampler's races, and logits that can be read.
+    /// Runs the sampler for sequences with a temperature and keeps the target's logits for the host.
     pub sampled: bool,
-    /// With drafts that are drawn: by the noise of the target's tokens, or, in a room with rules, by chances of their own;
-    /// needs the one above.
-    pub drawn: bool,
+    /// Samples the drafts: with the noise of the target's tokens (coupled), or, in a batch with
+    /// [`BatchConfig::draft_probs`], also with draws of their own. Needs `sampled`.
+    pub sampled_drafts: bool,
 }
 
 /// What the drafter does in a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DrafterMode {
-    /// Nothing, and it falls behind.
+    /// Nothing. Its cache falls behind the target's.
     Idle,
-    /// It takes in what the target has verified, so that it can draft later.
+    /// Writes keys and values for the features of the last verification, so that it can draft in a later
+    /// round.
     CatchUp,
+    /// Catches up, and drafts.
     Draft,
 }
 
-impl Shape {
+impl RoundShape {
+    /// Whether the round has drafts.
     pub fn drafts(&self) -> bool {
         self.drafter == DrafterMode::Draft
     }
 }
 
-/// Where a pass over more rows takes longer: products are computed in tiles of so many.
+/// Rows where a verification pass gets slower: linear layers compute tiles of this many rows.
 const TILES: [usize; 2] = [16, 32];
 
-impl Batch<'_> {
-    /// Every round there is: for 1, 2, 4... sequences and for all.
-    pub(super) fn shapes(&self) -> Vec<Shape> {
-        let BatchConfig { sequences: all, adaptive, .. } = self.room;
-        let counts = (0..).map(|i| 1 << i).take_while(|&count| count < all).chain([all]);
-        let wide = self.room.max_verify_rows();
-        let fewer = TILES.into_iter().filter(|&rows| adaptive && rows < wide);
+/// The device side of a batch: the models and all memory that rounds read and write.
+pub(super) struct RoundContext<'a> {
+    pub device: &'a dyn Device,
+    pub models: &'a Models,
+    pub config: BatchConfig,
+    /// The target's.
+    pub cache: KvCache,
+    /// The target's.
+    pub scratch: Scratch,
+    /// The drafter's; none where the batch drafts nothing.
+    pub draft: Option<(KvCache, Scratch)>,
+    pub buffers: RoundBuffers,
+    pub ring: Ring,
+}
+
+impl<'a> RoundContext<'a> {
+    /// Allocates everything, for prompt chunks of up to `chunk` rows and a ring of the results of `records`
+    /// rounds.
+    pub fn new(
+        device: &'a dyn Device,
+        models: &'a Models,
+        config: BatchConfig,
+        chunk: usize,
+        records: usize,
+    ) -> Result<RoundContext<'a>> {
+        let BatchConfig { sequences, block, pages, .. } = config;
+        let (target, max_verify_rows) = (&models.target.config, config.max_verify_rows());
+        let kv_cache = |stack| KvCache::new(device, stack, pages, sequences, config.sequence_pages());
+        let cache = kv_cache(target)?;
+        let sizes = ScratchSizes {
+            sequences,
+            block: max_verify_rows,
+            chunk,
+            injected: 0,
+            head: Some(models.vocabulary.shape()),
+            features: None,
+        };
+        let scratch = Scratch::new(device, target, &cache, sizes)?;
+        let draft = models.drafter.as_ref().filter(|_| block > 1).map(|drafter| {
+            let stack = &drafter.layers.config;
+            let cache = kv_cache(stack)?;
+            let features = Some(models.taps().len() * stack.hidden);
+            let sizes = ScratchSizes { block, injected: sequences * block, features, ..sizes };
+            let scratch = Scratch::new(device, stack, &cache, sizes)?;
+            Ok::<_, Error>((cache, scratch))
+        });
+        let draft = draft.transpose()?;
+        let buffers = RoundBuffers::new(device, models, config, &cache)?;
+        let ring = Ring::new(device, Round { sequences, block, max_verify_rows }, records)?;
+        Ok(RoundContext { device, models, config, cache, scratch, draft, buffers, ring })
+    }
+
+    /// The caches of the target and, if there is one, the drafter.
+    pub fn caches(&self) -> impl Iterator<Item = &KvCache> {
+        [Some(&self.cache), self.draft.as_ref().map(|(cache, _)| cache)].into_iter().flatten()
+    }
+
+    /// The drafter with its cache and scratch memory, where the batch drafts.
+    pub fn drafter(&self) -> Option<(&Drafter, &KvCache, &Scratch)> {
+        let (cache, scratch) = self.draft.as_ref()?;
+        Some((self.models.drafter.as_ref()?, cache, scratch))
+    }
+
+    /// Every round that is captured: for 1, 2, 4... sequences and for all, in order of size.
+    pub fn shapes(&self) -> Vec<RoundShape> {
+        let sequences = self.config.sequences;
+        let adaptive = self.config.adaptive.is_some();
+        let counts = (0..).map(|i| 1 << i).take_while(|&count| count < sequences).chain([sequences]);
+        let max_verify_rows = self.config.max_verify_rows();
+        let smaller = TILES.into_iter().filter(|&rows| adaptive && rows < max_verify_rows);
         let mut kinds = vec![(1, DrafterMode::Idle)];
         if self.draft.is_some() {
             kinds.extend(adaptive.then_some((1, DrafterMode::CatchUp)));
-            kinds.extend(fewer.chain([wide]).map(|rows| (rows, DrafterMode::Draft)));
+            kinds.extend(smaller.chain([max_verify_rows]).map(|rows| (rows, DrafterMode::Draft)));
         }
-        let shape = |sequences| {
-            let how = [(false, false), (true, false), (true, true)];
-            let of = move |&(rows, drafter): &(usize, DrafterMode)| {
-                how.map(|(sampled, drawn)| Shape { sequences, rows, drafter, sampled, drawn })
+        let of_count = |sequences| {
+            let sampling = [(false, false), (true, false), (true, true)];
+            let of_kind = move |&(rows, drafter): &(usize, DrafterMode)| {
+                sampling.map(|(sampled, sampled_drafts)| RoundShape {
+                    sequences,
+                    rows,
+                    drafter,
+                    sampled,
+                    sampled_drafts,
+                })
             };
-            kinds.iter().flat_map(of).filter(|shape| shape.drafts() || !shape.drawn).collect::<Vec<_>>()
+            let all = kinds.iter().flat_map(of_kind);
+            all.filter(|shape| shape.drafts() || !shape.sampled_drafts).collect::<Vec<_>>()
         };
-        counts.flat_map(shape).collect()
+        counts.flat_map(of_count).collect()
     }
 
-    /// The round of that shape, captured anew: at any time what it was at first, or a replay would not be the round.
-    ///
-    /// # Errors
-    /// What the device says.
-    pub fn capture(&self, shape: Shape) -> Result<Graph> {
+    /// Captures the launches of one round.
+    pub fn capture(&self, shape: RoundShape) -> Result<Graph> {
         self.device.capture(&mut || self.launch(shape))
     }
 
-    /// The rounds, captured.
-    pub fn graphs(&self) -> &[(Shape, Graph)] {
-        &self.graphs
-    }
-
-    /// The round of all slots, with drafts where there is a drafter: the drafter's best tokens, or drawn ones where rules
-    /// are what the batch was made for.
-    ///
-    /// # Errors
-    /// [`Error::Internal`] where there is none, which is a bug.
-    pub fn largest(&self, sampled: bool) -> Result<&Graph> {
-        let kind = |shape: &Shape| (shape.sampled, shape.drawn);
-        let drawn = sampled && self.room.rules && self.draft.is_some();
-        let found = self.graphs.iter().rfind(|(shape, _)| kind(shape) == (sampled, drawn));
-        found.map(|(_, graph)| graph).ok_or_else(|| Error::Internal("no round was captured".into()))
-    }
-
-    /// The round, top to bottom.
-    fn launch(&self, shape: Shape) -> Result<()> {
-        let (device, models, w) = (self.device, self.models, &self.work);
-        let Shape { sequences, rows: wide, sampled, .. } = shape;
-        let (block, rows) = (self.room.block, sequences * wide);
-        let round = Round { sequences, block, max_verify_rows: wide };
+    /// One round, top to bottom. Nothing here depends on what earlier rounds produced: all state is on the
+    /// device.
+    fn launch(&self, shape: RoundShape) -> Result<()> {
+        let (device, models, w) = (self.device, self.models, &self.buffers);
+        let RoundShape { sequences, rows: max_verify_rows, sampled, .. } = shape;
+        let (block, rows) = (self.config.block, sequences * max_verify_rows);
         let vocabulary = &models.vocabulary;
         let (vocab, blocks) = (vocabulary.vocab, vocabulary.shape().blocks());
+        let num_active = Some(&w.num_active);
+        let trees = w.trees.as_ref().filter(|_| shape.drafts());
+        let probs = w.verify.as_ref().filter(|_| shape.sampled_drafts);
+
+        // 1. Begin: from the sequences' states, the tables that the passes below read (rows, spans, draft
+        // tokens).
+        let round = Round { sequences, block, max_verify_rows };
         let tables = Tables {
             draft_tokens: &w.draft_tokens,
             draft_rows: &w.draft_rows,
@@ -266,90 +175,124 @@ impl Batch<'_> {
             verify_spans: &w.verify_spans,
             round_header: &w.round_header,
         };
-        let mask = models.drafter.as_ref().map_or(0, |(config, ..)| config.mask_token);
+        let mask = models.drafter.as_ref().map_or(0, |drafter| drafter.config.mask_token);
         round.begin(device, tables, &w.states, &w.path, shape.drafts(), mask)?;
-        let trees = w.trees.as_ref().filter(|_| shape.drafts());
-        let rules = w.rules.as_ref().filter(|_| shape.drawn);
-        let rule = RejectionSampler { sequences, block, vocab, blocks };
+
+        // 2. Draft: the features of the last verification go into the drafter's cache, then its pass over the
+        // blocks.
         match shape.drafter {
             DrafterMode::Idle => {}
-            DrafterMode::CatchUp => self.follow(sequences)?,
-            DrafterMode::Draft => self.draft(shape, trees, rules)?,
+            DrafterMode::CatchUp => self.catch_up(sequences)?,
+            DrafterMode::Draft => self.draft(shape, trees, probs)?,
         }
 
-        // Verify.
+        // 3. The rows to verify: trees are built and, where they are sampled, filled; chains are the drafts
+        // in order.
         match trees {
-            Some(growing) => self.grow(shape, growing, rules)?,
+            Some(trees) => self.build_trees(shape, trees, probs)?,
             None => round.tokens(device, &w.tokens, &w.drafts, &w.states, &w.verify_spans)?,
         }
+
+        // 4. The target's pass over them. It keeps the tapped features for the drafter's next round.
         vocabulary.embed(device, &self.scratch, &w.tokens, rows, 1.0)?;
         let pass = Pass {
             sequences,
-            block: wide,
+            block: max_verify_rows,
             injected: 0,
             table: &w.verify_rows,
             spans: &w.verify_spans,
-            masks: trees.map(|growing| &growing.masks),
+            masks: trees.map(|trees| &trees.masks),
             prompt: None,
-            num_active: Some(&w.num_active),
+            num_active,
             taps: (shape.drafter != DrafterMode::Idle).then_some((models.taps(), &w.features)),
         };
         models.target.run(device, &self.scratch, &self.cache, &pass)?;
-        self.head(0, rows, pass.num_active, sampled)?;
+
+        // 5. The target's token after each row: greedy, or sampled with the noise of its position.
+        self.target_head(0, rows, num_active, sampled)?;
         let sample = Sample { rows, vocab, blocks, sequences };
         sample.launch(device, &w.choices, &w.best, &w.verify_rows, sampled.then(|| w.races()))?;
-        let verdict = VerifyOutput { accepted: &w.accepted, next: &w.next, path: &w.path };
-        let (verify, parents) = (Verify { sequences, block: wide }, trees.map(|growing| &growing.parents));
-        verify.launch(device, verdict, &w.choices, &w.tokens, parents, &w.verify_spans)?;
-        if let Some(r) = rules {
-            let target = Rows { logits: &w.logits, distributions: &r.targets };
-            let every_row = RejectionSampler { block: wide, ..rule };
-            every_row.distributions(device, target, &w.best, &w.verify_rows, &w.states, &w.tables)?;
-            let judged = VerifyInputs {
-                max_verify_rows: wide,
+
+        // 6. Verify by `match`: accept the drafts that equal these tokens. The methods in 7 overwrite the
+        // result for the sequences that use them.
+        let result = VerifyOutput { accepted: &w.accepted, next: &w.next, path: &w.path };
+        let verify = Verify { sequences, block: max_verify_rows };
+        let parents = trees.map(|trees| &trees.parents);
+        verify.launch(device, result, &w.choices, &w.tokens, parents, &w.verify_spans)?;
+
+        // 7. Verify by `rejection` and `block`, from the distributions of both models.
+        if let Some(p) = probs {
+            let target = Rows { logits: &w.logits, distributions: &p.target };
+            let of_target = RejectionSampler { sequences, block: max_verify_rows, vocab, blocks };
+            of_target.distributions(device, target, &w.best, &w.verify_rows, &w.states, &w.tables)?;
+            let inputs = VerifyInputs {
+                max_verify_rows,
                 tokens: &w.tokens,
                 spans: &w.verify_spans,
-                partial: &r.partial,
-                counters: &r.counters,
+                partial: &p.partial,
+                counters: &p.counters,
             };
-            rule.verify(device, verdict, target, r.drafter(), judged, &w.states, &w.tables)?;
-            if let Some(growing) = trees {
-                let (siblings, drawn) =
-                    (Siblings { sequences, block, max_verify_rows: wide, vocab }, growing.drawn(w));
-                siblings.verify(device, verdict, drawn, target, r.drafter(), &w.states, &w.tables)?;
-                let work = Workspace { classes: &r.classes, partial: &r.partial, counters: &r.counters };
-                let chains = Chains(siblings);
-                chains.verify(device, verdict, drawn, target, r.drafter(), &w.states, &w.tables, work)?;
+            let chains = RejectionSampler { sequences, block, vocab, blocks };
+            chains.verify(device, result, target, p.drafter(), inputs, &w.states, &w.tables)?;
+            if let Some(trees) = trees {
+                let (siblings, sampled) =
+                    (Siblings { sequences, block, max_verify_rows, vocab }, trees.sampled(w));
+                siblings.verify(device, result, sampled, target, p.drafter(), &w.states, &w.tables)?;
+                let work = Workspace { classes: &p.classes, partial: &p.partial, counters: &p.counters };
+                let multi_draft = Chains(siblings);
+                multi_draft.verify(
+                    device,
+                    result,
+                    sampled,
+                    target,
+                    p.drafter(),
+                    &w.states,
+                    &w.tables,
+                    work,
+                )?;
             }
         }
-        if let Some(growing) = trees {
-            let compact = compact(models, &self.cache, sequences, wide);
-            compact.launch(device, &growing.caches, &self.cache.table, verdict, &w.verify_spans)?;
+
+        // 8. The accepted path of a tree moves to its positions in the target's cache. A chain is already
+        // there.
+        if let Some(trees) = trees {
+            let compact = compact(models, &self.cache, sequences, max_verify_rows);
+            compact.launch(device, &trees.caches, &self.cache.table, result, &w.verify_spans)?;
         }
-        round.finish(device, &w.states, &self.ring, &w.round_header, verdict, &w.tokens, &w.verify_spans)
+
+        // 9. Finish: update the sequences' states and write the records that the host reads.
+        round.finish(device, &w.states, &self.ring, &w.round_header, result, &w.tokens, &w.verify_spans)
     }
 
-    /// The drafter takes in what the last round left for it.
-    fn follow(&self, sequences: usize) -> Result<()> {
-        let (device, w, rows) = (self.device, &self.work, sequences * self.room.block);
-        if let (Some((_, stack, injection)), Some((cache, s))) = (&self.models.drafter, &self.draft) {
+    /// Writes the drafter's keys and values for the features that the last verification left.
+    fn catch_up(&self, sequences: usize) -> Result<()> {
+        let (device, w, rows) = (self.device, &self.buffers, sequences * self.config.block);
+        if let Some((drafter, cache, s)) = self.drafter() {
             let num_active = Some(&w.num_active);
-            injection.run(device, s, rows, &w.features, &w.pending, false, num_active)?;
-            stack.write_context_kv(device, s, cache, &w.draft_rows, rows, false, num_active)?;
+            drafter.projection.run(device, s, rows, &w.features, &w.pending, false, num_active)?;
+            drafter.layers.write_context_kv(device, s, cache, &w.draft_rows, rows, false, num_active)?;
         }
         Ok(())
     }
 
-    /// The drafter takes in what the last round left for it, and drafts.
-    fn draft(&self, shape: Shape, trees: Option<&TreeBuffers>, rules: Option<&VerifyBuffers>) -> Result<()> {
-        let (device, models, w) = (self.device, self.models, &self.work);
-        let (Some((config, stack, injection)), Some((cache, s))) = (&models.drafter, &self.draft) else {
+    /// Catches up and drafts, in one pass: its injected rows are the pending features, the others the blocks.
+    fn draft(
+        &self,
+        shape: RoundShape,
+        trees: Option<&TreeBuffers>,
+        probs: Option<&VerifyBuffers>,
+    ) -> Result<()> {
+        let (device, w) = (self.device, &self.buffers);
+        let Some((drafter, cache, s)) = self.drafter() else {
             return Err(Error::Internal("a round with drafts, but without a drafter".into()));
         };
-        let (sequences, block, vocabulary) = (shape.sequences, self.room.block, &models.vocabulary);
+        let (config, vocabulary) = (&drafter.config, &self.models.vocabulary);
+        let (sequences, block) = (shape.sequences, self.config.block);
         let (rows, vocab, blocks) = (sequences * block, vocabulary.vocab, vocabulary.shape().blocks());
         let num_active = Some(&w.num_active);
-        injection.run(device, s, rows, &w.features, &w.pending, false, num_active)?;
+
+        // The pass, to the final norm.
+        drafter.projection.run(device, s, rows, &w.features, &w.pending, false, num_active)?;
         vocabulary.embed(device, s, &w.draft_tokens, rows, config.embedding_scale)?;
         let pass = Pass {
             sequences,
@@ -362,88 +305,88 @@ impl Batch<'_> {
             num_active,
             taps: None,
         };
-        stack.run(device, s, cache, &pass)?;
+        drafter.layers.run(device, s, cache, &pass)?;
+
+        // Logits. Only `rejection` and `block` read them again after the target's pass; without these they go
+        // into the buffer of the target's.
         let head = Head {
             rows,
             vocab,
-            k: stack.config.hidden,
+            k: drafter.layers.config.hidden,
             multiplier: config.output_multiplier,
             softcap: config.softcap,
         };
-        // Where no rule asks for them again, the target's logits take their place.
-        let logits = rules.map_or(&w.logits, |r| &r.logits);
-        let kept = (shape.drawn || trees.is_some()).then_some(logits);
-        vocabulary.head(device, stack, s, rows, head, num_active, &w.best, kept)?;
-        // A draft is chosen by the noise of its own position, but the sampler takes that of the one after: it gets each
-        // row the row before. What the first of a block chooses is not looked at.
-        let before = rows - usize::from(shape.drawn);
-        let table = w.draft_rows.slice(before * Row::BYTES, rows * Row::BYTES)?;
-        let races = shape.drawn.then(|| SamplerInputs { sequences: &w.drafting, logits, ..w.races() });
+        let logits = probs.map_or(&w.logits, |p| &p.logits);
+        let kept = (shape.sampled_drafts || trees.is_some()).then_some(logits);
+        vocabulary.head(device, &drafter.layers, s, rows, head, num_active, &w.best, kept)?;
+
+        // The draft of each row: greedy, or coupled. A coupled draft uses the noise of its own position, but
+        // the sampler uses that of the position after its row, so it gets the table shifted by one row. Row 0
+        // of a block is the anchor; its choice is not read.
+        let first = rows - usize::from(shape.sampled_drafts);
+        let shifted = w.draft_rows.slice(first * Row::BYTES, rows * Row::BYTES)?;
+        let races =
+            shape.sampled_drafts.then(|| SamplerInputs { sequences: &w.drafting, logits, ..w.races() });
         let sample = Sample { rows, vocab, blocks, sequences };
-        sample.launch(device, &w.drafts, &w.best, &table, races)?;
+        sample.launch(device, &w.drafts, &w.best, &shifted, races)?;
+
+        // For `rejection` and `block`: the drafter's distributions, and drafts sampled from them with their
+        // own draws.
         let own = w.draft_rows.slice(rows * Row::BYTES, rows * Row::BYTES)?;
-        if let Some(r) = rules {
-            let rule = RejectionSampler { sequences, block, vocab, blocks };
-            rule.distributions(device, r.drafter(), &w.best, &own, &w.drafting, &w.tables)?;
-            rule.sample(device, &w.drafts, r.drafter(), &own, &w.states, &w.tables)?;
+        if let Some(p) = probs {
+            let chains = RejectionSampler { sequences, block, vocab, blocks };
+            chains.distributions(device, p.drafter(), &w.best, &own, &w.drafting, &w.tables)?;
+            chains.sample(device, &w.drafts, p.drafter(), &own, &w.states, &w.tables)?;
         }
-        if let Some(growing) = trees {
-            let choices = Choices { rows, vocab, blocks, per_row: most(self.room) };
-            let (to, counts) = (&growing.choices, &growing.counts);
-            choices.launch(device, to, counts, &w.best, logits, &own, &w.tables)?;
+
+        // For best-first trees: the most probable tokens of each row.
+        if let Some(trees) = trees {
+            let choices = Choices { rows, vocab, blocks, per_row: tree_choices(self.config) };
+            choices.launch(device, &trees.choices, &trees.counts, &w.best, logits, &own, &w.tables)?;
         }
         Ok(())
     }
 
-    /// The trees of the round, and the tables of their verification.
-    fn grow(&self, shape: Shape, growing: &TreeBuffers, rules: Option<&VerifyBuffers>) -> Result<()> {
-        let (w, Shape { sequences, rows: wide, .. }) = (&self.work, shape);
-        let (device, block) = (self.device, self.room.block);
-        let trees = Trees {
+    /// Builds the round's trees and the tables of their verification, and samples the tokens of sampled
+    /// trees.
+    fn build_trees(
+        &self,
+        shape: RoundShape,
+        trees: &TreeBuffers,
+        probs: Option<&VerifyBuffers>,
+    ) -> Result<()> {
+        let (w, RoundShape { sequences, rows: max_verify_rows, .. }) = (&self.buffers, shape);
+        let (device, block) = (self.device, self.config.block);
+        let out = Trees {
             tokens: &w.tokens,
-            parents: &growing.parents,
-            masks: &growing.masks,
+            parents: &trees.parents,
+            masks: &trees.masks,
             table: &w.verify_rows,
             spans: &w.verify_spans,
         };
-        let build = TreeBuild { sequences, block, max_verify_rows: wide, per_row: most(self.room) };
-        let TreeBuffers { choices, counts, typical, .. } = growing;
-        build.launch(device, trees, choices, counts, &w.drafts, typical, &w.states)?;
-        match rules {
-            Some(r) => {
-                let siblings =
-                    Siblings { sequences, block, max_verify_rows: wide, vocab: self.models.vocabulary.vocab };
-                siblings.sample(device, growing.drawn(w), r.drafter(), &w.states, &w.tables)?;
-                Chains(siblings).sample(device, growing.drawn(w), r.drafter(), &w.states, &w.tables)
-            }
-            None => Ok(()),
+        let build = TreeBuild { sequences, block, max_verify_rows, per_row: tree_choices(self.config) };
+        build.launch(device, out, &trees.choices, &trees.counts, &w.drafts, &trees.typical, &w.states)?;
+        if let Some(p) = probs {
+            let siblings =
+                Siblings { sequences, block, max_verify_rows, vocab: self.models.vocabulary.vocab };
+            siblings.sample(device, trees.sampled(w), p.drafter(), &w.states, &w.tables)?;
+            Chains(siblings).sample(device, trees.sampled(w), p.drafter(), &w.states, &w.tables)?;
         }
+        Ok(())
     }
 
-    /// The target's head over rows `first..first + rows` of its scratch.
-    pub(super) fn head(
+    /// The target's LM head over rows `first..first + rows` of its scratch memory; `keep`: with logits.
+    pub fn target_head(
         &self,
         first: usize,
         rows: usize,
         num_active: Option<&Buffer>,
         keep: bool,
     ) -> Result<()> {
-        let (target, vocabulary, w) = (&self.models.target, &self.models.vocabulary, &self.work);
+        let (target, vocabulary, w) = (&self.models.target, &self.models.vocabulary, &self.buffers);
         let (vocab, k) = (vocabulary.vocab, target.config.hidden);
         let head = Head { rows, vocab, k, multiplier: 1.0, softcap: None };
         let logits = keep.then_some(&w.logits);
         vocabulary.head(self.device, target, &self.scratch, first, head, num_active, &w.best, logits)
-    }
-}
-
-impl TreeBuffers {
-    fn drawn<'a>(&'a self, w: &'a RoundBuffers) -> SampledTrees<'a> {
-        SampledTrees { tokens: &w.tokens, parents: &self.parents, spans: &w.verify_spans }
-    }
-}
-
-impl VerifyBuffers {
-    fn drafter(&self) -> Rows<'_> {
-        Rows { logits: &self.logits, distributions: &self.drafters }
     }
 }

@@ -1,28 +1,31 @@
-//! For measuring, where shapes matter and text does not: sequences whose context is noise, so that none has to be run,
-//! and rounds that begin at one and the same state however often.
+//! Synthetic batches for measurements, where shapes matter and text does not: sequences whose context is
+//! noise, so that no prompt has to run, and rounds that can be replayed from the same state any number of
+//! times.
 
-use super::{Batch, DrafterMode, Phase, Shape};
+use super::{Batch, DrafterMode, Phase, RoundShape};
 use crate::checkpoint::random_weights::random_bytes;
 use crate::engine::generate::{Decoder, Request};
 use crate::gpu::device::{Buffer, Graph};
+use crate::gpu::kernels::PAGE;
 use crate::gpu::kernels::round::Sequence;
-use crate::gpu::model::PAGE;
 use crate::{Error, Result};
 
 /// Bytes of noise before it repeats.
 const NOISE: usize = 1 << 20;
 
 impl<'a> Batch<'a> {
-    /// As [`Decoder::join`] and the whole prompt, `context` tokens (0 too) of which none is run: keys and values of these
-    /// positions are noise, and so are the features that the drafter has not seen, of as many positions as a block whose
-    /// drafts all stood leaves. Noise, because a card runs zeros at higher clocks; the same in every layer. Rounds go on
-    /// from there as from any other state. Of `request` the prompt is not looked at. Who comes next into the slot keeps
-    /// nothing of it.
+    /// Admits a request with a prompt of `context` tokens (0 is allowed) of which none is run: the keys and
+    /// values of these positions are noise, the same in every layer. Noise, because a card runs zeros at
+    /// higher clocks.
+    ///
+    /// The drafter lacks the features of the last `block` positions, as after a round that accepted all its
+    /// drafts; they are noise too. Rounds continue from there as from any other state. The prompt in
+    /// `request` is ignored, and the slot's next sequence reuses nothing.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there are too few pages; else as [`Decoder::join`].
+    /// [`Error::Memory`] where there are too few pages; otherwise as [`Decoder::join`].
     pub fn fill_synthetic_context(&mut self, slot: usize, context: usize, request: &Request) -> Result<()> {
-        // No prompt begins with such a token, so that nobody resumes here.
+        // No real prompt contains this token, so none shares a prefix with it.
         let request = Request { prompt: vec![u32::MAX; context], ..request.clone() };
         if self.join(slot, &request, false)?.is_none() {
             let free = self.free_pages();
@@ -31,12 +34,12 @@ impl<'a> Batch<'a> {
         let Some(mut state) = self.slots[slot].state.clone() else {
             return Err(Error::Internal(format!("slot {slot} has no state")));
         };
-        self.make_noise(slot, context)?;
+        self.fill_noise(slot, context)?;
         let drafts = state.draft_end as usize > context;
         let pending = if drafts { request.block.min(context) } else { 0 };
         (state.anchor, state.pending) = (slot as u32 % self.vocab() as u32, pending as u32);
-        let states = self.work.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
-        self.device.upload(&states, &state.to_bytes()?)?;
+        let states = self.ctx.buffers.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
+        self.ctx.device.upload(&states, &state.to_bytes()?)?;
         let own = &mut self.slots[slot];
         own.tokens.push(state.anchor);
         (own.held, own.drafted) = (context, if drafts { context - pending } else { 0 });
@@ -44,93 +47,100 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// Fills the slot's pages of its first `context` positions, and its rows of features, of a path that is its block.
-    fn make_noise(&self, slot: usize, context: usize) -> Result<()> {
+    /// Fills the slot's pages of the first `context` positions and its rows of features, and makes its last
+    /// accepted path rows 0 to `block - 1`.
+    fn fill_noise(&self, slot: usize, context: usize) -> Result<()> {
+        let (ctx, w) = (&self.ctx, &self.ctx.buffers);
         let mut noise = vec![0; NOISE];
         random_bytes(3, 0, &mut noise);
-        let pages = &self.slots[slot].pages[..context.div_ceil(PAGE)];
-        for cache in [Some(&self.cache), self.draft.as_ref().map(|(cache, _)| cache)].into_iter().flatten() {
+        let pages = &self.pages.of(slot)[..context.div_ceil(PAGE)];
+        for cache in ctx.caches() {
             for buffer in cache.keys.iter().chain(&cache.values) {
                 let page = buffer.bytes() / cache.pages;
-                // Pages that follow each other are filled together.
+                // Consecutive pages are filled together.
                 for run in pages.chunk_by(|a, b| a + 1 == *b) {
                     self.fill(&buffer.slice(run[0] as usize * page, run.len() * page)?, &noise)?;
                 }
             }
         }
-        if self.draft.is_some() {
-            let block = self.room.block;
-            let features =
-                self.work.features.bytes() / self.room.sequences / self.room.max_verify_rows() * block;
-            self.fill(&self.work.features.slice(slot * features, features)?, &noise)?;
+        if ctx.draft.is_some() {
+            let block = ctx.config.block;
+            let row = w.features.bytes() / ctx.config.sequences / ctx.config.max_verify_rows();
+            let features = row * block;
+            self.fill(&w.features.slice(slot * features, features)?, &noise)?;
             let path: Vec<u8> = (0..block as u32).flat_map(u32::to_le_bytes).collect();
-            self.device.upload(&self.work.path.slice(slot * path.len(), path.len())?, &path)?;
-            let columns = self.work.round_header.slice(8, 4)?;
-            self.device.upload(&columns, &(block as u32).to_le_bytes())?;
+            ctx.device.upload(&w.path.slice(slot * path.len(), path.len())?, &path)?;
+            let columns = w.round_header.slice(8, 4)?;
+            ctx.device.upload(&columns, &(block as u32).to_le_bytes())?;
         }
         Ok(())
     }
 
-    /// Uploads `noise` once and copies it on, twice as much every time.
+    /// Uploads `noise` once and copies it onward, doubling the filled part each time.
     fn fill(&self, to: &Buffer, noise: &[u8]) -> Result<()> {
+        let device = self.ctx.device;
         let mut done = to.bytes().min(noise.len());
-        self.device.upload(&to.slice(0, done)?, &noise[..done])?;
+        device.upload(&to.slice(0, done)?, &noise[..done])?;
         while done < to.bytes() {
             let more = done.min(to.bytes() - done);
-            self.device.copy(&to.slice(done, more)?, &to.slice(0, more)?)?;
+            device.copy(&to.slice(done, more)?, &to.slice(0, more)?)?;
             done += more;
         }
         Ok(())
     }
 
-    /// The sequences as they are now, whose rounds are to be replayed from here any number of times.
+    /// Freezes the sequences in their present state, so that rounds can be replayed from it any number of
+    /// times.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little, a few hundred bytes a sequence.
+    /// [`Error::Memory`] where there is too little: a few hundred bytes per sequence.
     pub fn freeze(self) -> Result<FrozenBatch<'a>> {
-        let keep = |buffer: &Buffer| {
-            let kept = self.device.allocate(buffer.bytes(), "the state of sequences to return to")?;
-            self.device.copy(&kept, buffer)?;
-            Ok::<_, Error>(kept)
+        let (device, w) = (self.ctx.device, &self.ctx.buffers);
+        let save = |buffer: &Buffer| {
+            let saved = device.allocate(buffer.bytes(), "the state of sequences to return to")?;
+            device.copy(&saved, buffer)?;
+            Ok::<_, Error>(saved)
         };
-        let (states, path) = (keep(&self.work.states)?, keep(&self.work.path)?);
-        let columns = keep(&self.work.round_header.slice(8, 4)?)?;
+        let (states, path) = (save(&w.states)?, save(&w.path)?);
+        let columns = save(&w.round_header.slice(8, 4)?)?;
         Ok(FrozenBatch { batch: self, states, path, columns })
     }
 }
 
-/// A batch that stands still: its rounds are replayed by whoever measures them, and what they do to its sequences is taken
-/// back. Its host side no longer follows what happens, and so it is no decoder any more.
+/// A batch whose rounds are replayed for measurement and then undone with [`FrozenBatch::reset`]. The host
+/// does not follow what the rounds do, so it is no longer a decoder.
 pub struct FrozenBatch<'a> {
     batch: Batch<'a>,
     states: Buffer,
     path: Buffer,
-    /// Of the path.
+    /// Columns of `path`: the third word of the round header.
     columns: Buffer,
 }
 
 impl FrozenBatch<'_> {
-    /// Enqueues that the next round begins where the first did: three small copies. Keys and values that rounds have written
-    /// since lie behind the sequences' ends; the features are the last round's.
+    /// Enqueues three small copies that return the sequences to the frozen state. Keys and values that rounds
+    /// have written lie behind the sequences' ends; the features stay those of the last round.
     ///
     /// # Errors
-    /// What the device says.
+    /// The device's error.
     pub fn reset(&self) -> Result<()> {
-        let (device, work) = (self.batch.device, &self.batch.work);
-        device.copy(&work.states, &self.states)?;
-        device.copy(&work.path, &self.path)?;
-        device.copy(&work.round_header.slice(8, 4)?, &self.columns)
+        let (device, w) = (self.batch.ctx.device, &self.batch.ctx.buffers);
+        device.copy(&w.states, &self.states)?;
+        device.copy(&w.path, &self.path)?;
+        device.copy(&w.round_header.slice(8, 4)?, &self.columns)
     }
 
-    /// The round of all slots: a AR step, or with drafts; greedy or with the sampler's races.
+    /// The round of all slots: with drafts of full size if `drafting`, otherwise an AR step; sampled or
+    /// greedy.
     ///
     /// # Errors
-    /// [`Error::Internal`] where there is none: with drafts, but without a drafter.
+    /// [`Error::Internal`] for a round with drafts without a drafter.
     pub fn graph(&self, drafting: bool, sampled: bool) -> Result<&Graph> {
-        let room = self.batch.room;
+        let config = self.batch.ctx.config;
         let (rows, drafter) =
-            if drafting { (room.max_verify_rows(), DrafterMode::Draft) } else { (1, DrafterMode::Idle) };
-        let wanted = Shape { sequences: room.sequences, rows, drafter, sampled, drawn: false };
+            if drafting { (config.max_verify_rows(), DrafterMode::Draft) } else { (1, DrafterMode::Idle) };
+        let wanted =
+            RoundShape { sequences: config.sequences, rows, drafter, sampled, sampled_drafts: false };
         let found = self.batch.graphs.iter().find(|(shape, _)| *shape == wanted);
         found.map(|(_, graph)| graph).ok_or_else(|| Error::Internal(format!("no {wanted:?} was captured")))
     }
@@ -142,15 +152,16 @@ mod tests {
     use crate::checkpoint::pair::Pair;
     use crate::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
     use crate::engine::generate::{Emitted, Flow, TokenSink, generate, resume};
+    use crate::gpu::batch_config::BatchConfig;
     use crate::gpu::decoder::Models;
     use crate::gpu::device::Device;
     use crate::gpu::emulator::Emulator;
-    use crate::gpu::memory::BatchConfig;
+    use crate::gpu::model::KvCache;
     use crate::spec::sampling::SamplingParams;
     use half::bf16;
 
     const BLOCK: usize = 16;
-    /// None, pages in part, whole pages.
+    /// No page, a partly filled page, whole pages.
     const CONTEXTS: [usize; 3] = [0, 70, 128];
 
     struct Silent;
@@ -172,23 +183,23 @@ mod tests {
 
     fn bytes(batch: &Batch, of: &Buffer) -> Vec<u8> {
         let mut bytes = vec![0; of.bytes()];
-        batch.device.download(of, &mut bytes).unwrap();
+        batch.ctx.device.download(of, &mut bytes).unwrap();
         bytes
     }
 
     /// The slot's sequence as the device has it.
     fn state(batch: &Batch, slot: usize) -> Sequence {
-        let all = bytes(batch, &batch.work.states);
+        let all = bytes(batch, &batch.ctx.buffers.states);
         let state = batch.slots[slot].state.clone().unwrap();
         state.updated(&all[slot * Sequence::BYTES..][..Sequence::BYTES]).unwrap()
     }
 
     /// Keys and values of one position and layer, of the target or the drafter.
-    fn held(batch: &Batch, cache: &super::super::Cache, slot: usize, position: usize) -> Vec<u16> {
+    fn held(batch: &Batch, cache: &KvCache, slot: usize, position: usize) -> Vec<u16> {
         let mut words = vec![];
         for buffer in cache.keys.iter().chain(&cache.values) {
             let all = bytes(batch, buffer);
-            let page = &all[batch.slots[slot].pages[position / PAGE] as usize * (all.len() / cache.pages)..];
+            let page = &all[batch.pages.of(slot)[position / PAGE] as usize * (all.len() / cache.pages)..];
             let heads = all.len() / cache.pages / PAGE / 128;
             for head in 0..heads {
                 let row = &page[(head * PAGE + position % PAGE) * 128..][..128];
@@ -199,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_context_of_noise_is_there_and_rounds_go_on_from_it() {
+    fn rounds_continue_from_a_synthetic_context() {
         let (device, pair) = (Emulator::new(), pair());
         assert_eq!(pair.target.config.stack.head_dim * 2, 128);
         let models = Models::load(&device, &pair, 256).unwrap();
@@ -215,7 +226,7 @@ mod tests {
                 for position in
                     [0, context / 2, context.saturating_sub(1)].into_iter().filter(|p| *p < context)
                 {
-                    for cache in [&batch.cache, &batch.draft.as_ref().unwrap().0] {
+                    for cache in batch.ctx.caches() {
                         let words = held(&batch, cache, slot, position);
                         let usual = |w: &&u16| {
                             (2f32.powi(-6)..2f32.powi(-5)).contains(&bf16::from_bits(**w).to_f32().abs())
@@ -229,91 +240,90 @@ mod tests {
                     }
                 }
             }
-            // The device's record of a NaN would be an error.
+            // A NaN in the logits would be an error here.
             let mut emitted = vec![Emitted::default(); 3];
-            let mut brought = [0; 3];
+            let mut emitted_tokens = [0; 3];
             for _ in 0..3 {
                 batch.round(&mut emitted).unwrap();
                 for (slot, emitted) in emitted.iter().enumerate() {
                     assert!((1..=block).contains(&emitted.tokens.len()), "{emitted:?}");
-                    brought[slot] += emitted.tokens.len();
+                    emitted_tokens[slot] += emitted.tokens.len();
                 }
             }
-            // One round more is enqueued than was read.
+            // One more round is enqueued than was read.
             batch.round(&mut emitted).unwrap();
             for (slot, context) in CONTEXTS.into_iter().enumerate() {
-                let least = context + brought[slot] + emitted[slot].tokens.len();
+                let least = context + emitted_tokens[slot] + emitted[slot].tokens.len();
                 let length = state(&batch, slot).length as usize;
                 assert!((least + 1..=least + block).contains(&length), "slot {slot}: {length}, {least}");
             }
         }
     }
 
-    /// With the first slot's context full of noise and rounds of it run, its next request is answered as on a new device,
-    /// also where it may keep what was there; its neighbour's answer too.
+    /// The slot's next request may keep a prefix, and must find none.
     #[test]
-    fn who_comes_after_noise_is_answered_as_if_it_had_not_been() {
+    fn a_request_after_a_synthetic_one_is_answered_as_on_a_new_batch() {
         let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
         let models = Models::load(&device, &pair, 256).unwrap();
         let fresh = || Batch::new(&device, &models, BatchConfig::new(1, BLOCK, 256)).unwrap();
-        let asked = request((0..70).collect(), BLOCK, 0.0);
-        let answer = generate(&mut fresh(), &asked, &mut Silent).unwrap();
+        let wanted = request((0..70).collect(), BLOCK, 0.0);
+        let answer = generate(&mut fresh(), &wanted, &mut Silent).unwrap();
         let mut batch = fresh();
         batch.fill_synthetic_context(0, 90, &request(vec![], BLOCK, 0.0)).unwrap();
         let mut emitted = vec![Emitted::default()];
         batch.round(&mut emitted).unwrap();
         batch.leave(0, 1).unwrap();
-        let again = resume(&mut batch, &asked, &mut Silent).unwrap();
+        let again = resume(&mut batch, &wanted, &mut Silent).unwrap();
         assert_eq!((again.kept, &again.tokens, &again.accepted), (0, &answer.tokens, &answer.accepted));
     }
 
     #[test]
-    fn a_batch_that_stands_still_does_the_same_again_and_again() {
+    fn a_frozen_batch_returns_to_its_state_after_every_round() {
         let (device, pair) = (Emulator::new(), pair());
         let models = Models::load(&device, &pair, 256).unwrap();
         let mut batch = Batch::new(&device, &models, BatchConfig::new(3, BLOCK, 256)).unwrap();
         for (slot, context) in CONTEXTS.into_iter().enumerate() {
             batch.fill_synthetic_context(slot, context, &request(vec![], BLOCK, 0.0)).unwrap();
         }
-        let still = batch.freeze().unwrap();
-        let (states, path) = (bytes(&still.batch, &still.states), bytes(&still.batch, &still.path));
+        let frozen = batch.freeze().unwrap();
+        let (states, path) = (bytes(&frozen.batch, &frozen.states), bytes(&frozen.batch, &frozen.path));
         let identity: Vec<u8> = (0..3).flat_map(|_| (0..BLOCK as u32).flat_map(u32::to_le_bytes)).collect();
         assert_eq!(path, identity);
         for drafting in [true, false, true] {
-            device.replay(still.graph(drafting, false).unwrap()).unwrap();
-            let lengths = |slot| state(&still.batch, slot).length as usize;
+            device.replay(frozen.graph(drafting, false).unwrap()).unwrap();
+            let lengths = |slot| state(&frozen.batch, slot).length as usize;
             assert!((0..3).all(|slot| lengths(slot) > CONTEXTS[slot]));
-            assert_ne!(bytes(&still.batch, &still.batch.work.path), path);
-            still.reset().unwrap();
-            assert_eq!(bytes(&still.batch, &still.batch.work.states), states);
-            assert_eq!(bytes(&still.batch, &still.batch.work.path), path);
+            assert_ne!(bytes(&frozen.batch, &frozen.batch.ctx.buffers.path), path);
+            frozen.reset().unwrap();
+            assert_eq!(bytes(&frozen.batch, &frozen.batch.ctx.buffers.states), states);
+            assert_eq!(bytes(&frozen.batch, &frozen.batch.ctx.buffers.path), path);
         }
-        for (_, graph) in &still.batch.graphs {
+        for (_, graph) in &frozen.batch.graphs {
             assert!(graph.nodes.len() > 30);
         }
-        let all = still.graph(true, true).unwrap().nodes.len();
-        assert!(all > still.graph(false, true).unwrap().nodes.len());
+        let all = frozen.graph(true, true).unwrap().nodes.len();
+        assert!(all > frozen.graph(false, true).unwrap().nodes.len());
     }
 
     #[test]
-    fn noise_that_does_not_fit_is_refused() {
+    fn a_synthetic_context_that_does_not_fit_is_refused() {
         let (device, pair) = (Emulator::new(), pair());
         let models = Models::load(&device, &pair, 256).unwrap();
         let mut batch =
             Batch::new(&device, &models, BatchConfig { pages: 3, ..BatchConfig::new(2, BLOCK, 256) })
                 .unwrap();
-        let asked = request(vec![], BLOCK, 0.0);
-        let whole = batch.fill_synthetic_context(0, 200, &asked).unwrap_err();
+        let wanted = request(vec![], BLOCK, 0.0);
+        let whole = batch.fill_synthetic_context(0, 200, &wanted).unwrap_err();
         assert!(whole.to_string().contains("needs 4 pages"), "{whole}");
-        batch.fill_synthetic_context(0, 70, &asked).unwrap();
+        batch.fill_synthetic_context(0, 70, &wanted).unwrap();
         assert!(
             batch
-                .fill_synthetic_context(0, 70, &asked)
+                .fill_synthetic_context(0, 70, &wanted)
                 .unwrap_err()
                 .to_string()
                 .contains("slot 0 of 2 is not free")
         );
-        let refused = batch.fill_synthetic_context(1, 70, &asked).unwrap_err();
+        let refused = batch.fill_synthetic_context(1, 70, &wanted).unwrap_err();
         assert_eq!(refused, Error::Memory("too few pages for 70 positions: 1 are free".into()));
     }
 }

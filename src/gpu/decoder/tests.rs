@@ -1,4 +1,5 @@
 use super::*;
+use crate::checkpoint::pair::Pair;
 use crate::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use crate::engine::generate::{Flow, TokenSink, resume};
 use crate::gpu::emulator::Emulator;
@@ -11,9 +12,9 @@ impl TokenSink for Silent {
     }
 }
 
-/// Otherwise drafting would change what AR steps wrote, and so the answers that follow.
+/// Otherwise drafting would change the keys and values that AR steps wrote, and with them later answers.
 #[test]
-fn a_drafter_that_catches_up_leaves_the_targets_pages_alone() {
+fn a_prefill_for_the_drafter_leaves_the_targets_held_pages_alone() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
     let mut batch = Batch::new(&device, &models, BatchConfig::new(1, 16, 128)).unwrap();
@@ -29,15 +30,15 @@ fn a_drafter_that_catches_up_leaves_the_targets_pages_alone() {
             drafting: Default::default(),
         }
     };
-    let mut said: Vec<u32> = (0..66).map(|i| 300 + i).collect();
-    said.extend(resume(&mut batch, &request(&said, 1), &mut Silent).unwrap().tokens);
+    let mut tokens: Vec<u32> = (0..66).map(|i| 300 + i).collect();
+    tokens.extend(resume(&mut batch, &request(&tokens, 1), &mut Silent).unwrap().tokens);
     let held = batch.slots[0].held;
     assert_eq!((held, batch.slots[0].drafted), (68, 0));
 
-    // Bits that no pass would write.
+    // Flip bits, so that a rewritten position shows.
     let stack = &pair.target.config.stack;
     let (layers, row) = (stack.attention.len(), stack.head_dim * 2);
-    let buffer = |batch: &Batch, layer: usize| batch.cache.keys[layer].clone();
+    let buffer = |batch: &Batch, layer: usize| batch.ctx.cache.keys[layer].clone();
     let pages = |batch: &Batch, layer| {
         let mut bytes = vec![0; buffer(batch, layer).bytes()];
         device.download(&buffer(batch, layer), &mut bytes).unwrap();
@@ -46,13 +47,13 @@ fn a_drafter_that_catches_up_leaves_the_targets_pages_alone() {
     let marked: Vec<Vec<u8>> =
         (0..layers).map(|i| pages(&batch, i).iter().map(|byte| byte ^ 1).collect()).collect();
     (0..layers).for_each(|i| device.upload(&buffer(&batch, i), &marked[i]).unwrap());
-    said.push(7);
-    assert_eq!(batch.join(0, &request(&said, 16), true), Ok(Some(0)));
+    tokens.push(7);
+    assert_eq!(batch.join(0, &request(&tokens, 16), true), Ok(Some(0)));
     assert!(batch.prefill(0).unwrap().next.is_some());
     for (layer, marked) in marked.iter().enumerate() {
         let now = pages(&batch, layer);
-        for (at, head) in (0..said.len()).flat_map(|at| (0..stack.kv_heads).map(move |head| (at, head))) {
-            let page = batch.slots[0].pages[at / PAGE] as usize;
+        for (at, head) in (0..tokens.len()).flat_map(|at| (0..stack.kv_heads).map(move |head| (at, head))) {
+            let page = batch.pages.of(0)[at / PAGE] as usize;
             let begin = ((page * stack.kv_heads + head) * PAGE + at % PAGE) * row;
             let kept = now[begin..begin + row] == marked[begin..begin + row];
             assert_eq!(kept, at < held, "layer {layer}, head {head}, position {at}");
@@ -63,20 +64,24 @@ fn a_drafter_that_catches_up_leaves_the_targets_pages_alone() {
 struct Script(std::vec::IntoIter<usize>);
 
 impl Controller for Script {
-    fn drafts(&mut self, most: usize) -> usize {
-        self.0.next().unwrap_or(most)
+    fn drafts(&mut self, max: usize) -> usize {
+        self.0.next().unwrap_or(max)
     }
 
     fn judged(&mut self, _: usize, _: u64) {}
 }
 
-/// The smallest graph that has rows for all, and one without drafts where nobody drafts.
+/// A round replays the smallest graph with enough rows for every sequence, and one without drafts if no
+/// sequence drafts.
 #[test]
-fn rounds_are_as_large_as_the_largest_of_their_sequences() {
+fn a_round_is_as_large_as_its_largest_sequence_needs() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
-    let room = BatchConfig { adaptive: true, ..BatchConfig::new(2, 16, 128).with_trees(64) };
-    let mut batch = Batch::new(&device, &models, room).unwrap();
+    let config = BatchConfig {
+        adaptive: Some(AdaptiveLength::CostModel),
+        ..BatchConfig::new(2, 16, 128).with_trees(64)
+    };
+    let mut batch = Batch::new(&device, &models, config).unwrap();
     let scripts = [vec![63, 0, 15, 16, 0, 32, 3], vec![0, 0, 3, 31, 15, 0, 4]];
     let next = std::cell::Cell::new(0);
     batch.control(move || {
@@ -103,13 +108,17 @@ fn rounds_are_as_large_as_the_largest_of_their_sequences() {
     assert_eq!(rows, [64, 1, 16, 32, 16, 64]);
 }
 
-/// Rows that the next pass has anyway cost nothing, and controllers know which passes there are.
+/// Rows up to the size of the next captured pass cost nothing more, and the controllers' cost table knows
+/// these sizes.
 #[test]
-fn controllers_of_an_adaptive_room_fill_its_passes() {
+fn adaptive_controllers_fill_the_captured_passes() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
-    let room = BatchConfig { adaptive: true, ..BatchConfig::new(1, 16, 128).with_trees(64) };
-    let batch = Batch::new(&device, &models, room).unwrap();
+    let config = BatchConfig {
+        adaptive: Some(AdaptiveLength::CostModel),
+        ..BatchConfig::new(1, 16, 128).with_trees(64)
+    };
+    let batch = Batch::new(&device, &models, config).unwrap();
     let mut controller = (batch.controllers)();
     let mut rows = vec![];
     for _ in 0..12 {
@@ -117,7 +126,8 @@ fn controllers_of_an_adaptive_room_fill_its_passes() {
         controller.judged(drafts, 0b11);
         rows.push(drafts + 1);
     }
-    // From all of them a tile at a time to the smallest, and of that more than what stands would pay by itself.
+    // The size falls from the maximum, at most 16 rows a round, to the smallest pass; there it verifies more
+    // drafts than would pay if rows had a price.
     assert_eq!(rows[..7], [64, 64, 64, 64, 48, 32, 16]);
     assert!(rows[7..].iter().all(|rows| (9..17).contains(rows)), "{rows:?}");
 }

@@ -1,0 +1,127 @@
+//! The capacity of a batch: how many sequences, how long, and which kinds of rounds its memory and graphs are
+//! made for.
+
+use crate::checkpoint::pair::Pair;
+use crate::gpu::kernels::PAGE;
+use crate::gpu::kernels::attention::MAX_SLOTS;
+use crate::spec::tree::MOST_ROWS;
+use crate::{Error, Result};
+use std::fmt;
+
+/// The most rows of a verification pass over all sequences: the y dimension of a grid.
+const MAX_PASS_ROWS: usize = 65535;
+
+/// The capacity of a [`Batch`](crate::gpu::decoder::Batch).
+///
+/// It decides every allocation and every captured graph, so a request cannot exceed it later.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BatchConfig {
+    /// Sequences that run together: 1 to 1024.
+    pub sequences: usize,
+    /// Rows of a draft block, the anchor included: 1 to 64; 1 is autoregressive decoding.
+    pub block: usize,
+    /// Pages of keys and values, [`PAGE`] positions each, shared by all sequences.
+    pub pages: usize,
+    /// The most positions of one sequence, prompt and answer together.
+    pub positions: usize,
+    /// The most rows of a draft tree, the anchor included, up to [`MOST_ROWS`]; 0: rounds verify chains only.
+    pub tree: usize,
+    /// Reserves the drafter's logits and the distributions of both models, which the verification methods
+    /// `rejection` and `block` read. Without them every request must use `match`.
+    pub draft_probs: bool,
+    /// Captures rounds of several sizes, down to AR steps that keep the drafter's cache up to date, and
+    /// chooses among them by this policy. None: every round has the full size.
+    pub adaptive: Option<AdaptiveLength>,
+}
+
+/// How many drafts an adaptive batch verifies in a round.
+///
+/// This is [`DraftLengthPolicy`](crate::spec::draft_length::DraftLengthPolicy) without costs: the batch takes
+/// them from its device.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum AdaptiveLength {
+    /// As many as minimize the modelled time per token; AR steps where drafting does not pay.
+    CostModel,
+    /// The leading drafts whose acceptance probability is at least this: above 0, at most 1.
+    Threshold(f64),
+}
+
+impl BatchConfig {
+    /// Chains only, verified by `match`, with enough pages for every sequence to have `positions` positions.
+    pub fn new(sequences: usize, block: usize, positions: usize) -> BatchConfig {
+        let pages = sequences.saturating_mul(positions.div_ceil(PAGE));
+        BatchConfig { sequences, block, pages, positions, tree: 0, draft_probs: false, adaptive: None }
+    }
+
+    /// The same with trees of up to `rows` rows. A tree's rows take cache slots behind the sequence's
+    /// positions, so every sequence gets pages for them too.
+    pub fn with_trees(self, rows: usize) -> BatchConfig {
+        let pages = self.sequences.saturating_mul((self.positions + rows).div_ceil(PAGE));
+        BatchConfig { pages, tree: rows, ..self }
+    }
+
+    /// The most rows that a round verifies of one sequence, the anchor included.
+    pub fn max_verify_rows(&self) -> usize {
+        self.block.max(self.tree)
+    }
+
+    /// The most pages of one sequence.
+    pub fn sequence_pages(&self) -> usize {
+        (self.positions + self.tree).div_ceil(PAGE)
+    }
+
+    /// [`BatchConfig::new`] for a pair. Sequences have `ctx` positions where it is given; otherwise `needed`,
+    /// the positions of the longest request, but at least 8192 and at most what the models allow.
+    ///
+    /// # Errors
+    /// As [`Pair::context`].
+    pub fn of(
+        pair: &Pair,
+        sequences: usize,
+        block: usize,
+        ctx: Option<usize>,
+        needed: usize,
+    ) -> Result<BatchConfig> {
+        let limit = pair.context(ctx)?;
+        let positions = if ctx.is_some() { limit } else { limit.min(needed.max(8192)) };
+        Ok(BatchConfig::new(sequences, block, positions))
+    }
+
+    /// Checks the sizes against the limits of the kernels.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] names the size, its value and the limits.
+    pub fn check(&self) -> Result<()> {
+        let BatchConfig { sequences, block, positions, tree, .. } = *self;
+        let refuse = |found: String, expected: String| {
+            Err(Error::Unsupported(format!("the kernels cannot run {found}: expected {expected}")))
+        };
+        match (sequences, block, positions) {
+            (0, ..) | (1025.., ..) => refuse(format!("a batch of {sequences}"), "1 to 1024".into()),
+            (_, 0 | 65.., _) => refuse(format!("blocks of {block} rows"), "1 to 64".into()),
+            _ if tree > MOST_ROWS => refuse(format!("trees of {tree} rows"), format!("at most {MOST_ROWS}")),
+            _ if sequences * self.max_verify_rows() > MAX_PASS_ROWS => {
+                let rows = self.max_verify_rows();
+                let most = MAX_PASS_ROWS / rows;
+                refuse(
+                    format!("a batch of {sequences}"),
+                    format!("at most {most} with {rows} rows per sequence"),
+                )
+            }
+            _ if positions == 0 || positions > MAX_SLOTS - tree => {
+                refuse(format!("a context of {positions}"), format!("1 to {} positions", MAX_SLOTS - tree))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// As in "memory for ...".
+impl fmt::Display for BatchConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let BatchConfig { sequences, block, positions, .. } = self;
+        let plural = if *sequences == 1 { "" } else { "s" };
+        write!(f, "{sequences} sequence{plural} of {positions} positions in blocks of {block}")?;
+        if self.tree > 0 { write!(f, " and trees of {}", self.tree) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,79 @@
+//! The weights of a pair on a device.
+
+use crate::Result;
+use crate::checkpoint::config::{DrafterConfig, TargetConfig};
+use crate::checkpoint::pair::Pair;
+use crate::gpu::device::Device;
+use crate::gpu::loader::Loader;
+use crate::gpu::model::{FeatureProjection, Transformer, Vocabulary};
+
+/// A target and, if the pair has one, its drafter, loaded on a device.
+pub struct Models {
+    pub(super) config: TargetConfig,
+    pub(super) target: Transformer,
+    pub(super) vocabulary: Vocabulary,
+    pub(super) drafter: Option<Drafter>,
+}
+
+/// A drafter without the embedding and the LM head, which are the target's.
+pub(super) struct Drafter {
+    pub config: DrafterConfig,
+    pub layers: Transformer,
+    pub projection: FeatureProjection,
+}
+
+impl Models {
+    /// Loads both models for sequences of up to `positions` positions.
+    ///
+    /// # Errors
+    /// As [`Models::load_with`].
+    pub fn load(device: &dyn Device, pair: &Pair, positions: usize) -> Result<Models> {
+        Models::load_with(device, pair, positions, &mut |_, _| ())
+    }
+
+    /// As [`Models::load`]. Calls `progress` with the bytes loaded so far and the total.
+    ///
+    /// # Errors
+    /// As [`Transformer::load`] and [`Loader::run`].
+    pub fn load_with(
+        device: &dyn Device,
+        pair: &Pair,
+        positions: usize,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Models> {
+        let mut loader = Loader::new(device, &pair.target.weights);
+        let models = Models::list(&mut loader, pair, positions, &mut |_| ())?;
+        loader.run(progress)?;
+        Ok(models)
+    }
+
+    /// Allocates both models and lists in `loader` what to read into them. Calls `done` with the name of each
+    /// group of allocations after making it.
+    pub(crate) fn list<'a>(
+        loader: &mut Loader<'a>,
+        pair: &'a Pair,
+        positions: usize,
+        done: &mut dyn FnMut(&'static str),
+    ) -> Result<Models> {
+        let config = &pair.target.config;
+        let target = Transformer::load(loader, "model.", &config.stack, positions)?;
+        done("target weights");
+        let vocabulary = Vocabulary::load(loader, config)?;
+        done("vocabulary");
+        let Some(model) = &pair.drafter else {
+            return Ok(Models { config: config.clone(), target, vocabulary, drafter: None });
+        };
+        let drafter = model.config.clone();
+        loader.switch_to(&model.weights);
+        let layers = Transformer::load(loader, "", &drafter.stack, positions)?;
+        let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
+        done("drafter weights");
+        let drafter = Some(Drafter { config: drafter, layers, projection });
+        Ok(Models { config: config.clone(), target, vocabulary, drafter })
+    }
+
+    /// The target's layers whose outputs the drafter reads; empty without a drafter.
+    pub(super) fn taps(&self) -> &[usize] {
+        self.drafter.as_ref().map_or(&[], |drafter| &drafter.config.taps)
+    }
+}

@@ -1,0 +1,191 @@
+//! The device memory that the kernels of a round pass results to each other through.
+
+use super::models::Models;
+use crate::gpu::batch_config::BatchConfig;
+use crate::gpu::device::{Buffer, Device};
+use crate::gpu::kernels::chains::CLASSES_BYTES;
+use crate::gpu::kernels::compact::Compact;
+use crate::gpu::kernels::rejection::{DISTRIBUTION_BYTES, Rows};
+use crate::gpu::kernels::round::Sequence;
+use crate::gpu::kernels::sample::{self, Sample, SamplerInputs};
+use crate::gpu::kernels::siblings::SampledTrees;
+use crate::gpu::model::{KvCache, Row};
+use crate::spec::tree;
+use crate::{Error, Result};
+
+/// Buffers of every round. In the shapes below `draft_rows` = sequences x block and `rows` = sequences x
+/// [`BatchConfig::max_verify_rows`].
+pub(super) struct RoundBuffers {
+    pub states: Buffer,       // [sequences] Sequence
+    pub drafting: Buffer,     // [sequences] Sequence: sampler settings of the drafts
+    pub round_header: Buffer, // [3] u32: round number, active sequences, columns of `path`
+    pub num_active: Buffer,   // the second word of round_header
+    pub draft_tokens: Buffer, // [draft_rows] u32
+    pub draft_rows: Buffer,   // [2][draft_rows] Row: pending features, then the block
+    pub pending: Buffer,      // [draft_rows] u32: row of `features` of each pending feature
+    pub draft_spans: Buffer,  // [sequences] Span
+    pub verify_rows: Buffer,  // [rows] Row
+    pub verify_spans: Buffer, // [sequences] Span
+    pub drafts: Buffer,       // [draft_rows] u32
+    pub tokens: Buffer,       // [rows] u32: anchor and drafts
+    pub choices: Buffer,      // [rows] u32: the target's token after each row
+    pub features: Buffer,     // [rows][taps][hidden] bf16
+    pub best: Buffer,         // [rows][blocks of the LM head] u64
+    pub logits: Buffer,       // [rows][vocab] f32
+    pub tables: Buffer,       // sample::tables
+    pub partial: Buffer,      // Sample::workspace
+    pub counters: Buffer,     // [rows] u32
+    pub accepted: Buffer,     // [sequences] u32: number of accepted drafts
+    pub next: Buffer,         // [sequences] u32: the token after them
+    pub path: Buffer,         // [rows] u32: accepted rows, anchor first
+    pub trees: Option<TreeBuffers>,
+    pub verify: Option<VerifyBuffers>,
+}
+
+/// Buffers that only rounds with trees use.
+pub(super) struct TreeBuffers {
+    pub choices: Buffer, // [draft_rows][tree_choices] (token, cost) u32
+    pub counts: Buffer,  // [draft_rows] u32
+    pub typical: Buffer, // [tree_choices] u32
+    pub parents: Buffer, // [rows] u32
+    pub masks: Buffer,   // [rows] u64
+    pub caches: Buffer,  // [layers][2] u64: addresses of the target's keys and values
+}
+
+/// Buffers that only the verification methods `rejection` and `block` use.
+pub(super) struct VerifyBuffers {
+    pub logits: Buffer,   // [draft_rows][vocab] f32: the drafter's
+    pub drafter: Buffer,  // [draft_rows] of DISTRIBUTION_BYTES
+    pub target: Buffer,   // [rows] of DISTRIBUTION_BYTES
+    pub partial: Buffer,  // [draft_rows] u64
+    pub counters: Buffer, // [sequences] u32
+    pub classes: Buffer,  // [rows] of CLASSES_BYTES; only with trees
+}
+
+impl RoundBuffers {
+    /// Allocates the buffers. `cache` is the target's.
+    pub fn new(
+        device: &dyn Device,
+        models: &Models,
+        config: BatchConfig,
+        cache: &KvCache,
+    ) -> Result<RoundBuffers> {
+        let BatchConfig { sequences, block, .. } = config;
+        let (hidden, taps) = (models.target.config.hidden, models.taps().len());
+        let (vocab, blocks) = (models.vocabulary.vocab, models.vocabulary.shape().blocks());
+        let (draft_rows, rows) = (sequences * block, sequences * config.max_verify_rows());
+        let zeros = |bytes: usize, what| {
+            let buffer = device.allocate(bytes.max(16), what)?;
+            device.fill(&buffer, 0)?;
+            Ok::<_, Error>(buffer)
+        };
+        let get = |bytes: usize| device.allocate(bytes.max(16), "a round's tables");
+        let round_header = zeros(12, "the round's number")?;
+        let tables = get(sample::tables().len())?;
+        device.upload(&tables, &sample::tables())?;
+        device.seal(&tables);
+        let trees = (config.tree > 0).then(|| TreeBuffers::new(device, models, config, cache));
+        let verify = config.draft_probs.then(|| {
+            Ok::<_, Error>(VerifyBuffers {
+                logits: device.allocate(draft_rows * vocab * 4, "the drafter's logits")?,
+                drafter: get(draft_rows * DISTRIBUTION_BYTES)?,
+                target: get(rows * DISTRIBUTION_BYTES)?,
+                partial: get(draft_rows * 8)?,
+                counters: zeros(sequences * 4, "counters of verification")?,
+                classes: get(if config.tree > 0 { rows * CLASSES_BYTES } else { 0 })?,
+            })
+        });
+        let sample = Sample { rows, vocab, blocks, sequences };
+        Ok(RoundBuffers {
+            states: zeros(sequences * Sequence::BYTES, "the state of sequences")?,
+            drafting: zeros(sequences * Sequence::BYTES, "the settings of drafts")?,
+            num_active: round_header.slice(4, 4)?,
+            round_header,
+            draft_tokens: get(draft_rows * 4)?,
+            draft_rows: get(2 * draft_rows * Row::BYTES)?,
+            pending: get(draft_rows * 4)?,
+            draft_spans: get(sequences * 8)?,
+            verify_rows: get(rows * Row::BYTES)?,
+            verify_spans: get(sequences * 8)?,
+            drafts: zeros(draft_rows * 4, "drafts")?,
+            tokens: get(rows * 4)?,
+            choices: get(rows * 4)?,
+            features: zeros(rows * taps * hidden * 2, "features")?,
+            best: device.allocate(rows * blocks * 8, "the best logits")?,
+            logits: device.allocate(rows * vocab * 4, "logits")?,
+            tables,
+            partial: device.allocate(sample.workspace(), "partial races")?,
+            counters: zeros(rows * 4, "counters of races")?,
+            accepted: get(sequences * 4)?,
+            next: get(sequences * 4)?,
+            path: zeros(rows * 4, "paths")?,
+            trees: trees.transpose()?,
+            verify: verify.transpose()?,
+        })
+    }
+
+    /// What sampling the target's tokens reads and works in.
+    pub fn races(&self) -> SamplerInputs<'_> {
+        SamplerInputs {
+            logits: &self.logits,
+            sequences: &self.states,
+            tables: &self.tables,
+            partial: &self.partial,
+            counters: &self.counters,
+        }
+    }
+}
+
+impl TreeBuffers {
+    fn new(
+        device: &dyn Device,
+        models: &Models,
+        config: BatchConfig,
+        cache: &KvCache,
+    ) -> Result<TreeBuffers> {
+        let (sequences, choices) = (config.sequences, tree_choices(config));
+        let (draft_rows, rows) = (sequences * config.block, sequences * config.max_verify_rows());
+        let get = |bytes: usize| device.allocate(bytes.max(16), "a round's tables");
+        let compact = compact(models, cache, sequences, config.max_verify_rows());
+        let addresses = compact.caches(&cache.keys, &cache.values)?;
+        let caches = get(addresses.len())?;
+        device.upload(&caches.slice(0, addresses.len())?, &addresses)?;
+        let costs: Vec<u8> = (0..choices as u32).flat_map(|i| tree::typical(i).to_le_bytes()).collect();
+        let typical = get(costs.len())?;
+        device.upload(&typical.slice(0, costs.len())?, &costs)?;
+        Ok(TreeBuffers {
+            choices: device.allocate(draft_rows * choices * 8, "the drafter's choices")?,
+            counts: get(draft_rows * 4)?,
+            typical,
+            parents: get(rows * 4)?,
+            masks: get(rows * 8)?,
+            caches,
+        })
+    }
+
+    /// The trees whose tokens are sampled.
+    pub fn sampled<'a>(&'a self, buffers: &'a RoundBuffers) -> SampledTrees<'a> {
+        SampledTrees { tokens: &buffers.tokens, parents: &self.parents, spans: &buffers.verify_spans }
+    }
+}
+
+impl VerifyBuffers {
+    /// The drafter's logits and distributions, of the rows of its block.
+    pub fn drafter(&self) -> Rows<'_> {
+        Rows { logits: &self.logits, distributions: &self.drafter }
+    }
+}
+
+/// Choices per drafter row that a tree may need: as many as it can have drafts.
+pub(super) fn tree_choices(config: BatchConfig) -> usize {
+    config.tree.saturating_sub(1).max(1)
+}
+
+/// The launcher that moves the accepted paths of `sequences` trees of `rows` rows to the front in the
+/// target's cache.
+pub(super) fn compact(models: &Models, cache: &KvCache, sequences: usize, rows: usize) -> Compact {
+    let c = &models.target.config;
+    let KvCache { pages, sequence_pages, .. } = *cache;
+    let (layers, kv_heads, head_dim) = (c.attention.len(), c.kv_heads, c.head_dim);
+    Compact { sequences, rows, layers, kv_heads, head_dim, pages, sequence_pages }
+}
