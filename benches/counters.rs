@@ -1,6 +1,6 @@
-//! What each kernel does for the demo pair on the emulator: bytes, launches, products, bank conflicts, exactly. A line
-//! that `benches/counters.txt` has otherwise is marked; `cargo bench --bench counters -- --write` makes it the new one,
-//! which `--test counters` holds the kernels to.
+//! The exact counters of each kernel for the demo pair on the emulator: bytes, launches, products, bank
+//! conflicts. Lines that differ from `benches/counters.txt` are marked. `cargo bench --bench counters --
+//! --write` rewrites that file; `tests/bench/counters.rs` compares the kernels with it.
 
 #[path = "../tests/support/counters.rs"]
 mod counters;
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    // Cargo's own flag comes with any.
+    // Cargo adds `--bench`.
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     let write = match &args[..] {
         [] => false,

@@ -1,5 +1,5 @@
-//! The CPU reference on the demo pair: a AR step, a round, a prompt. `cargo bench --bench cpu` tells times with
-//! their intervals, and what changed since it ran last.
+//! The CPU implementation on the demo pair: an AR step, a round, a prompt. `cargo bench --bench cpu` prints
+//! times with intervals, and the change since the last run.
 
 use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
 use dflash::Result;
@@ -15,20 +15,20 @@ const PROMPT: usize = 128;
 
 fn request(block: usize) -> Request {
     let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
-    // Any text will do, but words are likelier than bytes.
+    // Any text will do. Ids from 300 on are words rather than bytes.
     let prompt = (0..PROMPT as u32).map(|i| 300 + i * 13).collect();
     Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block, drafting: Default::default() }
 }
 
-/// Runs what of the request's prompt the sequence does not hold.
+/// Runs the part of the prompt that the sequence does not hold.
 fn begin(sequence: &mut Sequence, request: &Request) -> Result<()> {
     sequence.start(request)?;
     while sequence.prefill()?.next.is_none() {}
     Ok(())
 }
 
-/// What `times` rounds take that begin with the same prompt. The first of each two is not measured: after it the
-/// drafter has features to take up, as in any later round.
+/// The time of `times` rounds after the same prompt. Each is the second round: only then does the drafter have
+/// features to absorb, as in any later round.
 fn rounds(sequence: &mut Sequence, request: &Request, times: u64) -> Result<Duration> {
     let mut all = Duration::ZERO;
     for _ in 0..times {
@@ -48,7 +48,7 @@ fn prompts(target: &Target, drafter: &Drafter, request: &Request, times: u64) ->
     Ok(start.elapsed())
 }
 
-/// The benches know no errors.
+/// Criterion has no errors: ends the program instead.
 fn sound<T>(result: Result<T>) -> T {
     result.unwrap_or_else(|e| {
         eprintln!("{e}");

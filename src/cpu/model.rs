@@ -1,6 +1,8 @@
 //! Target and drafter in plain f32: what the `cpu` device runs, and the oracle that the kernels are held against. Read it
 //! beside dflash.md sections 3 to 5 (arXiv 2602.06036); the arithmetic underneath is in `cpu.rs`.
 
+mod synthetic;
+
 use crate::checkpoint::config::{Attention, DrafterConfig, Stack, TargetConfig};
 use crate::checkpoint::pair::Model;
 use crate::checkpoint::safetensors::Checkpoint;

@@ -1,9 +1,9 @@
-//! `benches/counters.txt`: what each kernel does for the demo pair. A change that moves a number is to be seen.
+//! `benches/counters.txt`: the counters of every kernel for the demo pair. A change must show in the file.
 
 use crate::support::counters;
 
 #[test]
-fn kernels_do_what_the_file_says() {
+fn kernel_counters_equal_the_file() {
     let (found, expected) = (counters::table().unwrap(), include_str!("../../benches/counters.txt"));
     let moved: Vec<String> = found
         .lines()
@@ -13,7 +13,7 @@ fn kernels_do_what_the_file_says() {
         .collect();
     assert!(
         found == expected,
-        "{}\nIf that is meant: cargo bench --bench counters -- --write",
+        "{}\nIf the change is intended: cargo bench --bench counters -- --write",
         moved.join("\n")
     );
 }

@@ -14,12 +14,12 @@ use std::process::Command;
 
 const PROMPTS: &str = "tests/data/prompts.jsonl";
 
-/// `generate` with those flags.
+/// The command line of `generate` with these prompts and flags.
 fn args<'a>(prompts: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     [&["generate", "--prompts", prompts], more].concat()
 }
 
-/// The first prompts of the held-out ones, with these categories.
+/// A file of the first held-out prompts, with these categories.
 fn categorised(dir: &Path, categories: &[Value]) -> String {
     let file = std::fs::read_to_string(PROMPTS).unwrap();
     let line = |(line, category): (&str, &Value)| {
@@ -39,11 +39,16 @@ fn accepted(prompts: &str, more: &[&str]) -> Vec<Vec<usize>> {
     records.iter().map(list).collect()
 }
 
+/// `text` on one line, with single spaces.
+fn flat(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 fn value(record: &Value, name: &str, parameters: Value) -> f64 {
     row(record, name, parameters)["median"].as_f64().unwrap()
 }
 
-/// The rows of acceptance say what those rounds say.
+/// Checks the rows of acceptance against the rounds of `accepted`.
 #[track_caller]
 fn accepts(record: &Value, accepted: &[Vec<usize>], block: usize) {
     let rounds = accepted.concat();
@@ -78,7 +83,7 @@ fn lengths(record: &Value, accepted: &[Vec<usize>], category: Option<&str>) {
 }
 
 #[test]
-fn on_the_cpu_it_measures_times_and_accepts_what_dflash_gen_accepts() {
+fn the_cpu_measures_times_and_accepts_as_dflash_gen() {
     let dir = tempfile::tempdir().unwrap();
     let categories =
         [json!("tests"), json!(null), json!("a, \"b\""), json!("tests"), json!(null), json!("tests")];
@@ -113,7 +118,7 @@ fn on_the_cpu_it_measures_times_and_accepts_what_dflash_gen_accepts() {
             }
         }
     }
-    // What the rows of a request say must go together: tokens of an answer by TTFT and TPOT, and by its rate.
+    // TTFT, TPOT and rate of a request agree.
     let samples = |name: &str| -> Vec<f64> {
         let row = row(&found, name, json!({ "decoding": "plain" }));
         serde_json::from_value(row["samples"].clone()).unwrap()
@@ -128,19 +133,19 @@ fn on_the_cpu_it_measures_times_and_accepts_what_dflash_gen_accepts() {
         let [low, high] = ["low", "high"].map(|key| row["numbers"][key].as_f64().unwrap());
         let ratio = row["median"].as_f64().unwrap();
         assert!(low <= ratio && ratio <= high && row["unit"] == "x", "{row}");
-        // Three prompts of a category are too few.
+        // Three prompts of a category are too few for an interval.
         let few = self::row(&found, name, json!({ "category": "tests" }));
         assert_eq!(few["numbers"], json!({ "low": null, "high": null }));
     }
 
-    // It is a record that compare reads.
+    // compare reads the record.
     let file = write(dir.path(), "A.json", found.to_string());
     let compared = record(0, &["compare", &file, &file]);
     assert!(compared["rows"].as_array().unwrap().len() == found["rows"].as_array().unwrap().len());
 }
 
 #[test]
-fn on_the_emulator_it_counts_and_says_so() {
+fn the_emulator_counts_instead_of_measuring() {
     let flags = ["--count", "2", "-n", "10", "--block", "6", "--device", "emulator"];
     let found = record(0, &args(PROMPTS, &flags));
     assert_eq!(found["machine"]["device"], "emulator");
@@ -158,12 +163,13 @@ fn on_the_emulator_it_counts_and_says_so() {
         assert_eq!(value(&found, "launches per token", of()), number("launches") / 20.0);
         assert_eq!(value(&found, "mma per token", of()), number("mma") / 20.0);
     }
-    // Counters repeat themselves, and are of all repeats.
+    // Counters are the same in every repeat; sums are over all repeats.
     let twice = record(0, &args(PROMPTS, &[&flags[..], &["--repeat", "2"]].concat()));
     let launches = |record: &Value| value(record, "launches per token", json!({ "decoding": "dflash" }));
     let all = |record: &Value| value(record, "all answers", json!({ "decoding": "dflash" }));
     assert_eq!((launches(&twice), all(&twice)), (launches(&found), 2.0 * all(&found)));
-    // Autoregressive decoding launches steps, one for each token after the first, and DFlash rounds.
+    // Launches grow with the steps of AR decoding, one per token after the first, and with the rounds of
+    // DFlash.
     let longer = ["10", "15", "24"].map(|n| {
         let flags = ["--count", "1", "-n", n, "--device", "emulator"];
         let found = record(0, &args(PROMPTS, &flags));
@@ -180,13 +186,14 @@ fn on_the_emulator_it_counts_and_says_so() {
         let ((some, few), (all, many)) = (more(first, second), more(first, third));
         assert!(few > 0 && many > few && some * many == all * few && all % many == 0, "{longer:?}");
     }
-    let title = bench(args(PROMPTS, &flags)).done();
-    assert!(title.lines().next().unwrap().ends_with("greedy; counted by the emulator, which has no times"));
+    let table = flat(&bench(args(PROMPTS, &flags)).done());
+    assert!(table.contains("greedy; counters of the emulator, no times"), "{table}");
 }
 
-/// A rule's answers, trees and adaptive rounds are those of dflash-gen, and the record says how drafts were made.
+/// Every verification method, trees and adaptive rounds give what dflash-gen gives, and the record says how
+/// drafts were made.
 #[test]
-fn every_way_of_drafting_is_measured_and_named() {
+fn every_way_of_drafting_is_measured_and_recorded() {
     let dir = tempfile::tempdir().unwrap();
     let two = categorised(dir.path(), &[json!(null), json!(null)]);
     let hot = ["-n", "20", "--temperature", "1", "--seed", "3", "--device", "cpu"];
@@ -200,24 +207,32 @@ fn every_way_of_drafting_is_measured_and_named() {
     thorough["threshold"] = json!(0.3);
     let null = || Value::Null;
     for (flags, expected, title) in [
-        (&[][..], drafts("match", null(), false, false, null()), "seed 3; plain"),
-        (&["--tree", "9"], drafts("match", json!(9), false, false, null()), "seed 3, trees of 9; plain"),
-        (&["--adaptive"], drafts("match", null(), true, false, null()), "seed 3, adaptive; plain"),
-        (&["--adaptive=0.3"], thorough, "seed 3, adaptive at 0.3; plain"),
+        (&[][..], drafts("match", null(), false, false, null()), "seed 3; AR and DFlash in turn"),
+        (
+            &["--tree", "9"],
+            drafts("match", json!(9), false, false, null()),
+            "seed 3, trees of 9; AR and DFlash in turn",
+        ),
+        (
+            &["--adaptive"],
+            drafts("match", null(), true, false, null()),
+            "seed 3, adaptive; AR and DFlash in turn",
+        ),
+        (&["--adaptive=0.3"], thorough, "seed 3, adaptive at 0.3; AR and DFlash in turn"),
         (
             &["--coupled", "--draft-temperature", "0.3"],
             drafts("match", null(), false, true, json!(0.3)),
-            "seed 3, coupled drafts, drafts at temperature 0.3; plain",
+            "seed 3, coupled drafts, drafts at temperature 0.3; AR and DFlash in turn",
         ),
         (
             &["--verify", "rejection"],
             drafts("rejection", null(), false, false, json!(1.0)),
-            "seed 3, --verify rejection; plain",
+            "seed 3, --verify rejection; AR and DFlash in turn",
         ),
         (
             &["--verify", "block", "--draft-temperature", "0.5"],
             drafts("block", null(), false, false, json!(0.5)),
-            "seed 3, --verify block, drafts at temperature 0.5; plain",
+            "seed 3, --verify block, drafts at temperature 0.5; AR and DFlash in turn",
         ),
     ] {
         let all = [&hot[..], flags].concat();
@@ -232,21 +247,20 @@ fn every_way_of_drafting_is_measured_and_named() {
         let sum = |lists: Vec<Vec<usize>>| lists.concat().iter().sum::<usize>() as f64;
         assert_eq!(value(&found, "drafts per token", json!({})), sum(drafted) / sum(accepted));
 
-        let of_law = expected["verify"] != "match";
+        let sampled = expected["verify"] != "match";
         let rows = found["rows"].as_array().unwrap();
         let identical = rows.iter().filter(|row| row["name"] == "identical").collect::<Vec<_>>();
-        let (to, compared) = if of_law { (json!({ "to": "repeat 1" }), 2) } else { (json!({}), 4) };
+        let (to, compared) = if sampled { (json!({ "to": "repeat 1" }), 2) } else { (json!({}), 4) };
         assert_eq!(identical.len(), 1);
         assert_eq!((&identical[0]["parameters"], &identical[0]["median"]), (&to, &json!(1.0)), "{flags:?}");
         assert_eq!(identical[0]["numbers"], json!({ "compared": compared }));
-        let table = bench(args(&two, &[&all[..], &["--repeat", "1"]].concat())).done();
-        let first = table.lines().next().unwrap();
-        assert!(first.contains(title), "{first}");
+        let table = flat(&bench(args(&two, &[&all[..], &["--repeat", "1"]].concat())).done());
+        assert!(table.contains(title), "{table}");
         let distribution =
-            "the distribution is autoregressive decoding's, the tokens are not, and are not held against it";
-        assert_eq!(first.contains(distribution), of_law, "{first}");
+            "the distribution is the target's, the tokens are not those of AR and are not compared with them";
+        assert_eq!(table.contains(distribution), sampled, "{table}");
     }
-    // Where one token has all of the distribution, its tokens are autoregressive decoding's.
+    // At temperature 0 the distribution has one token, so the tokens are those of AR decoding.
     let greedy = ["-n", "20", "--device", "cpu", "--repeat", "1", "--verify", "block"];
     let found = record(0, &args(&two, &greedy));
     assert_eq!(row(&found, "identical", json!({}))["numbers"], json!({ "compared": 2 }));
@@ -254,7 +268,7 @@ fn every_way_of_drafting_is_measured_and_named() {
 }
 
 #[test]
-fn drafts_that_cannot_be_made_are_refused_as_by_dflash_gen() {
+fn illegal_combinations_are_refused_as_by_dflash_gen() {
     let dir = tempfile::tempdir().unwrap();
     let one = write(dir.path(), "one.jsonl", "{\"prompt\": \"a\"}\n");
     for flags in [
@@ -279,7 +293,7 @@ fn drafts_that_cannot_be_made_are_refused_as_by_dflash_gen() {
 }
 
 #[test]
-fn prompts_that_run_together_accept_what_they_accept_alone() {
+fn a_batch_accepts_what_its_prompts_accept_alone() {
     let flags = ["--count", "5", "-n", "12", "--device", "cpu", "--repeat", "5"];
     let [alone, together] =
         [&[][..], &["--batch", "3"]].map(|more| record(0, &args(PROMPTS, &[&flags, more].concat())));
@@ -293,7 +307,7 @@ fn prompts_that_run_together_accept_what_they_accept_alone() {
         let row = row(&together, "tokens per second, all", json!({ "decoding": mode }));
         assert_eq!((row["samples"].as_array().unwrap().len(), &row["rounds"]), (5, &Value::Null));
     }
-    // Five repeats are enough to be sure of something.
+    // Five repeats are enough for an interval.
     assert!(row(&together, "speed-up, all", json!({}))["numbers"]["low"].is_number());
     let rows = alone["rows"].as_array().unwrap();
     assert!(rows.iter().all(|row| !row["name"].as_str().unwrap().ends_with(", all")));
@@ -301,7 +315,7 @@ fn prompts_that_run_together_accept_what_they_accept_alone() {
 
 #[test]
 fn answers_of_one_token_have_no_rounds() {
-    // The model's stop tokens are of no account to --ignore-eos; here every token is one.
+    // Every token is a stop token here; --ignore-eos continues after them.
     let (target, drafter) = (
         support::Target { eos: (0..301).collect(), vocab: 301, ..support::Target::default() },
         support::Drafter::default(),
@@ -334,7 +348,7 @@ fn generate_refuses_in_a_sentence() {
         (&["--count", "3"], "--count is 3, but"),
         (&["--batch", "3"], "--batch is 3, expected 1 to 2, the number of prompts"),
         (&["--batch", "0"], "--batch is 0, expected 1 to 2, the number of prompts"),
-        (&["--block", "1"], "--block is 1, which is autoregressive decoding: expected at least 2"),
+        (&["--block", "1"], "--block is 1, which is AR decoding: expected at least 2"),
         (&["--block", "17"], "--block is 17, expected 1 to 16"),
         (&["--ctx", "1"], "--ctx is 1, expected 2 to 4096"),
         (&["--temperature", "-1"], "--temperature is -1, expected 0 (greedy)"),
@@ -344,7 +358,8 @@ fn generate_refuses_in_a_sentence() {
     ] {
         refused(bench(args(&two, &[flags, &["--device", "cpu"]].concat())), 2, part);
     }
-    refused(bench(["generate"]), 2, "--prompts <FILE.jsonl>");
+    refused(bench(["generate", "--count", "99"]), 2, "--count is 99, but there are 8 built-in prompts");
+    refused(bench(["generate", "--batch", "9"]), 2, "--batch is 9, expected 1 to 8, the number of prompts");
     refused(bench(args(&two, &["--target", "nowhere", "--draft", "nowhere"])), 3, "nowhere does not exist");
     for (name, text, part) in [
         ("empty.jsonl", "\n", "holds no prompt"),
@@ -371,9 +386,73 @@ fn generate_refuses_in_a_sentence() {
         refused(bench(args(&file(name, text), &["--device", "cpu"])), 2, part);
     }
     refused(bench(args("nowhere.jsonl", &[])), 2, "nowhere.jsonl cannot be read");
-    // Categories are no business of dflash-gen.
+    // dflash-gen ignores categories.
     run(["--prompts", &dir.path().join("number.jsonl").display().to_string(), "-n", "1"]).done();
     let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
     command.args(["generate", "--help"]);
-    assert!(finish(command).done().contains("6 answers of DFlash that are not"));
+    assert!(finish(command).done().contains("6 an answer of DFlash differs from"));
+}
+
+// ---- without prompts, without a subcommand ----
+
+#[test]
+fn generate_answers_built_in_prompts_by_default() {
+    let flags = ["generate", "--device", "cpu", "-n", "8", "--repeat", "1"];
+    let found = record(0, &flags);
+    assert_eq!(row(&found, "identical", json!({}))["numbers"], json!({ "compared": 8 }));
+    assert_eq!(value(&found, "tokens of answers", json!({})), 64.0);
+    let few = record(0, &[&flags[..], &["--count", "3"]].concat());
+    assert_eq!(value(&few, "tokens of answers", json!({})), 24.0);
+    let table = flat(&bench(flags).done());
+    assert!(table.contains("demo/target with demo/drafter on cpu: 8 built-in prompts"), "{table}");
+}
+
+#[test]
+fn without_a_subcommand_it_prints_a_short_table() {
+    let table = bench([] as [&str; 0]).done();
+    for part in [
+        "built-in prompts",
+        "AR",
+        "DFlash",
+        "tokens per second",
+        "tokens per round (tau)",
+        "answers equal to AR's",
+        "16 of 16",
+    ] {
+        assert!(table.contains(part), "{part}: {table}");
+    }
+    assert!(table.contains('█') && table.lines().count() < 50, "{table}");
+    assert!(table.lines().all(|line| line.chars().count() <= 100), "{table}");
+    let found = record(0, &[]);
+    assert_eq!((&found["command"], &found["arguments"]), (&json!("generate"), &json!(["--json"])));
+    let csv = bench(["--csv"]).done();
+    assert_eq!(csv.lines().count(), 1 + found["rows"].as_array().unwrap().len());
+}
+
+/// One line per number of tokens, with its count, its share and a bar in proportion.
+#[test]
+fn the_histogram_has_a_bar_for_each_number_of_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = ["generate", "--device", "cpu", "-n", "32", "--repeat", "1", "--count", "4", "--block", "6"];
+    let found = record(0, &flags);
+    let counts = [1, 2, 3, 4, 5, 6].map(|k| value(&found, "rounds", json!({ "accepted": k })));
+    let (sum, most) = (counts.iter().sum::<f64>(), counts.iter().copied().fold(0.0, f64::max));
+    let table = bench(["show", &write(dir.path(), "a.json", found.to_string())]).done();
+    let lines: Vec<&str> =
+        table.lines().skip_while(|line| !line.starts_with("tokens  rounds")).skip(1).collect();
+    assert_eq!(lines.len(), 6, "{table}");
+    for (i, (line, count)) in lines.iter().zip(counts).enumerate() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        assert_eq!(words[..2], [(i + 1).to_string(), count.to_string()], "{line}");
+        assert_eq!(words[2], format!("{:.1}", count / sum * 100.0), "{line}");
+        let bar = line.chars().filter(|c| ('█'..='▏').contains(c)).count();
+        assert_eq!(bar, (count / most * 30.0).ceil() as usize, "{line}");
+        if i < 5 {
+            let share = value(&found, "accepted at position", json!({ "position": i + 1 }));
+            assert!(line.contains(&format!("{:.1} %", share * 100.0)), "{line}");
+        }
+    }
+    // AR and DFlash are columns of one table, not rows of two names.
+    assert!(table.contains("TTFT") && !table.contains("plain"), "{table}");
+    assert_eq!(table.lines().filter(|line| line.starts_with("TTFT")).count(), 1, "{table}");
 }

@@ -1,4 +1,4 @@
-//! dflash-bench: numbers, records, reports.
+//! `dflash-bench`: arithmetic, records, tables and pages.
 
 #[path = "../support/mod.rs"]
 mod support;

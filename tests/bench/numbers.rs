@@ -1,4 +1,4 @@
-//! The arithmetic that benchmarks rest on: the floor of a pair on a card, and statistics.
+//! The arithmetic of benchmarks: the roofline of a pair on a card, and statistics.
 
 use dflash::checkpoint::config::{Attention, DrafterConfig, TargetConfig};
 use dflash::checkpoint::safetensors::PUBLISHED;
@@ -22,7 +22,7 @@ fn bandwidth(gigabytes: f64) -> Card {
     Card { name: "", bandwidth: gigabytes, tflops: 989.0, memory: 141.0 }
 }
 
-// ---- floor ----
+// ---- roofline ----
 
 #[test]
 fn bytes_of_the_qwen3_pairs() {
@@ -50,7 +50,8 @@ fn bytes_of_the_qwen3_pairs() {
 
 #[test]
 fn least_times_of_the_qwen3_pairs_on_an_h200() {
-    // ms of a AR step and of a round at 4.8, 4.3 and 4.1 TB/s; tok/s at the last for acceptance lengths 4, 6, 8.
+    // ms of a AR step and of a round at 4.8, 4.3 and 4.1 TB/s; tok/s at the last for acceptance lengths 4, 6,
+    // 8.
     for (name, steps, rounds, rates) in [
         ("qwen3-8b", [3.15, 3.52, 3.69], [3.85, 4.30, 4.51], [888.0, 1331.0, 1775.0]),
         ("qwen3-4b", [1.68, 1.87, 1.96], [2.06, 2.30, 2.41], [1657.0, 2486.0, 3314.0]),
@@ -121,8 +122,8 @@ fn cards_are_found_as_people_write_them() {
 
 // ---- statistics ----
 //
-// Expected figures: numpy 2.4.6, scipy 1.17.1 (`pip install numpy scipy`). Quantiles are `numpy.quantile(x, q)`, the
-// bootstrap is a loop over the same draws with `numpy.median`; scipy's own is
+// Expected figures: numpy 2.4.6, scipy 1.17.1 (`pip install numpy scipy`). Quantiles are `numpy.quantile(x,
+// q)`, the bootstrap is a loop over the same draws with `numpy.median`; scipy's own is
 //   scipy.stats.bootstrap((a, b), lambda u, v, axis: np.median(v, axis) / np.median(u, axis), paired=P,
 //       n_resamples=200000, confidence_level=.99, method='percentile', rng=1, vectorized=True)
 
@@ -187,7 +188,8 @@ fn bootstraps_equal_numpy_and_are_near_scipy() {
     assert!(flat.high - flat.low < 0.8 * (apart.high - apart.low), "{flat:?} {apart:?}");
 }
 
-// A ratio of sums: the same loop, and scipy's bootstrap((tokens, plain, others, fast), S, paired=True, ..) with
+// A ratio of sums: the same loop, and scipy's bootstrap((tokens, plain, others, fast), S, paired=True, ..)
+// with
 //   S = lambda a, p, b, f, axis=-1: (b.sum(axis) / f.sum(axis)) / (a.sum(axis) / p.sum(axis))
 #[test]
 fn rates_of_tasks_equal_numpy_and_are_near_scipy() {

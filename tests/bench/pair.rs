@@ -1,4 +1,4 @@
-//! Pairs whose weights are drawn: what is measured where the files are not.
+//! Pairs with random weights, which are measured where the files are not.
 
 use crate::support;
 use crate::support::crowd;
@@ -23,7 +23,7 @@ fn published(name: &str) -> Pair {
     Pair::with_random_weights(target, Some(drafter)).unwrap()
 }
 
-/// A small pair that the kernels run, of which only the configs are on the disk.
+/// A small pair that the kernels support, of which only the configs are on the disk.
 fn tiny() -> (tempfile::TempDir, Pair) {
     let target = support::Target {
         hidden: 192,
@@ -68,7 +68,7 @@ fn q_proj(pair: &Pair) -> Tensor {
 }
 
 #[test]
-fn drawn_bytes_are_the_same_in_whatever_pieces_they_are_read() {
+fn random_bytes_do_not_depend_on_how_they_are_read() {
     let (_root, pair) = tiny();
     let tensor = q_proj(&pair);
     let whole = read(&tensor, 0, 192 * 192 * 2);
@@ -84,7 +84,7 @@ fn drawn_bytes_are_the_same_in_whatever_pieces_they_are_read() {
 }
 
 #[test]
-fn drawn_weights_are_small_of_both_signs_and_not_those_of_another_tensor_or_model() {
+fn random_weights_are_small_and_differ_between_tensors() {
     let pair = published("qwen3-8b");
     let tensor = q_proj(&pair);
     assert_eq!(tensor.dtype, Dtype::Bf16);
@@ -92,7 +92,7 @@ fn drawn_weights_are_small_of_both_signs_and_not_those_of_another_tensor_or_mode
     let values: Vec<f32> =
         bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
     assert!(values.iter().all(|v| (1.0 / 64.0..1.0 / 32.0).contains(&v.abs())));
-    // 2^19 fair coins: half of them, within six standard deviations.
+    // 2^19 random signs: half of them are negative, within six standard deviations.
     let negative = values.iter().filter(|v| **v < 0.0).count();
     assert!(negative.abs_diff(1 << 18) < 6 * 362, "{negative} of {} are negative", values.len());
     let mean = values.iter().map(|v| f64::from(v.abs())).sum::<f64>() / values.len() as f64;
@@ -102,19 +102,19 @@ fn drawn_weights_are_small_of_both_signs_and_not_those_of_another_tensor_or_mode
     assert_ne!(first, &second[..8192]);
     let embedding = pair.target.weights.tensor("model.embed_tokens.weight", &[151_936, 4096]).unwrap();
     let fc = pair.drafter.as_ref().unwrap().weights.tensor("fc.weight", &[4096, 5 * 4096]).unwrap();
-    // Each is the first of its checkpoint.
+    // Each is the first tensor of its checkpoint.
     let [embedding, fc] = [embedding, fc].map(|tensor| read(&tensor, 0, 1 << 16));
     assert_ne!(bytes[..1 << 16], embedding);
     let words = |bytes: &[u8]| -> std::collections::HashSet<u64> {
         bytes.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().unwrap())).collect()
     };
-    // 32 random bits a word: 2^13 words of each meet once in 64 times.
+    // A word has 32 random bits: two sets of 2^13 words share one with a probability of 1/64.
     assert!(words(&embedding).intersection(&words(&fc)).count() < 3);
 }
 
 #[test]
-fn a_drawn_pair_has_the_parameters_of_the_published_one() {
-    // As the model cards count them.
+fn a_random_pair_has_the_published_number_of_parameters() {
+    // The counts of the model cards.
     for (name, parameters) in
         [("qwen3-4b", 4_022_468_096), ("qwen3-8b", 8_190_735_360), ("llama-3.1-8b", 8_030_261_248)]
     {
@@ -131,7 +131,7 @@ fn a_drawn_pair_has_the_parameters_of_the_published_one() {
 fn the_plan_of_qwen3_8b() {
     let plan = MemoryPlan::new(&published("qwen3-8b"), BatchConfig::new(1, 16, 4096)).unwrap();
     let line = |what: &str| plan.lines.iter().find(|line| line.what == what).unwrap().bytes;
-    // Norms are f32 there, and the table of angles is 4096 x 128 f32.
+    // Norms are f32 on a device, and the table of angles is 4096 x 128 f32.
     let (layer, norms, angles) = (385_875_968, (2 * 4096 + 2 * 128) * 4, 4096 * 128 * 4);
     assert_eq!(line("target weights"), 36 * (layer + norms) + 4096 * 4 + angles);
     assert_eq!(line("vocabulary"), 2 * 151_936 * 4096 * 2);
@@ -140,7 +140,7 @@ fn the_plan_of_qwen3_8b() {
 }
 
 #[test]
-fn a_drawn_pair_runs_on_the_emulator_and_is_lossless_there() {
+fn a_random_pair_is_lossless_on_the_emulator() {
     let (_root, pair) = tiny();
     let load = || {
         let device = Emulator::new();
@@ -158,12 +158,12 @@ fn a_drawn_pair_runs_on_the_emulator_and_is_lossless_there() {
     assert!(!fast.accepted.is_empty());
     check_lossless(&plain, &fast).unwrap();
     assert_eq!(run(&load(), 8).tokens, fast.tokens);
-    // Greedy, so that the weights decide, and not one token again and again.
+    // Greedy: the weights decide the tokens, which are not all the same.
     assert!(plain.tokens.iter().any(|token| *token != plain.tokens[0]), "{:?}", plain.tokens);
 }
 
 #[test]
-fn the_cpu_refuses_drawn_weights_in_a_sentence() {
+fn the_cpu_refuses_random_weights_that_are_not_in_memory() {
     let (_root, pair) = tiny();
     let path = |folder: &dflash::checkpoint::safetensors::Folder| folder.path("random weights");
     let sentence = |path: String| {

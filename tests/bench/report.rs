@@ -15,12 +15,11 @@ use std::path::Path;
 // ---- pages ----
 
 #[test]
-fn one_page_holds_everything_that_the_records_say() {
-    let floor = json!(null);
-    let mut records = [kernels(), round(), generate(), floor];
-    records[3] = serde_json::from_str(&bench(["floor", "--batch", "1-8*2", "--json"]).done()).unwrap();
+fn a_page_has_everything_of_its_records() {
+    let mut records = [kernels(), round(), generate(), json!(null)];
+    records[3] = serde_json::from_str(&bench(["roofline", "--batch", "1-8*2", "--json"]).done()).unwrap();
     let page = page(&records);
-    // Left where a person can look at it.
+    // Kept for a look in a browser.
     let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("constructed.html");
     fs::write(kept, &page).unwrap();
     let document = parsed(&page);
@@ -46,7 +45,7 @@ fn one_page_holds_everything_that_the_records_say() {
     );
     let heads: Vec<String> = all(document.root(), "h2").map(text_of).collect();
     assert_eq!(heads[1], "round of qwen3-8b with qwen3-8b-dflash on constructed");
-    assert_eq!(heads[3], "floor of qwen3-8b with qwen3-8b-dflash on H200: predicted, not measured");
+    assert_eq!(heads[3], "roofline of qwen3-8b with qwen3-8b-dflash on H200: predicted, not measured");
     let links = all(document.root(), "a").map(|a| a.attribute("href").unwrap().to_string());
     let targets = all(document.root(), "section").map(|s| format!("#{}", s.attribute("id").unwrap()));
     assert!(links.eq(targets));
@@ -89,7 +88,7 @@ fn one_page_holds_everything_that_the_records_say() {
             "predicted: from bytes and operations, nothing ransynthetic acceptance: assumed, not measured",
         ]
     );
-    // Every row is in its table, with its numbers.
+    // Every row is in the table of its record, with its value.
     for (record, section) in records.iter().zip(all(document.root(), "section")) {
         let rows = record["rows"].as_array().unwrap();
         let table = all(section, "table").last().unwrap();
@@ -110,12 +109,12 @@ fn one_page_holds_everything_that_the_records_say() {
 fn figures_draw_to_scale() {
     let page = page(&[kernels(), round(), generate()]);
     let document = parsed(&page);
-    // The first bar of a round: its parts side by side, as long as they take. Boxes of the legend are no drawing.
+    // The first bar of a round: its parts in a row, to scale.
     let timeline = figure(&document, "Where a round goes at context 1024");
     let svg = || all(timeline, "svg").next().unwrap();
     let per_ms = {
         let step = drawn(svg(), "rect", "var(--c9)", "width");
-        // With host, AR step, and so on.
+        // With host, AR step, and so on for each batch.
         step[1] / (3.4 * (1.0 + 0.04 + 1024.0 / 4e4))
     };
     let slow = 1.0 + 0.04 + 1024.0 / 4e4;
@@ -134,7 +133,7 @@ fn figures_draw_to_scale() {
         "{texts:?}"
     );
 
-    // Columns as high as their counts.
+    // Columns to scale with their counts.
     let heights = drawn(figure(&document, "Acceptance"), "rect", "var(--c2)", "height");
     let tallest = heights.iter().copied().fold(0.0, f64::max);
     assert_eq!(heights.len(), ACCEPTED.len());
@@ -147,7 +146,7 @@ fn figures_draw_to_scale() {
     for note in ["400 rounds.", "Acceptance length, tokens/rounds: 3.870."] {
         assert!(text_of(scale).contains(note), "{note}: {}", text_of(scale));
     }
-    // Shares reach as far as their percentage of the line that marks 100.
+    // Bars to scale with their percentage.
     let shares = figure(&document, "Share of the read ceiling, rows 16, context 1024");
     let texts: Vec<String> = all(shares, "text").map(|text| text_of(text).trim().to_string()).collect();
     assert!(texts.contains(&"81 %".to_string()) && texts.contains(&"target: qkv".to_string()));
@@ -156,7 +155,7 @@ fn figures_draw_to_scale() {
     let marked = figure(&document, "Share of the read ceiling, rows 1, context 1024");
     assert!(all(marked, "text").any(|text| text_of(text).contains("92 %, throttled")), "{}", text_of(marked));
 
-    // So do the steps of other batches, each beside its round.
+    // The steps of all batches are to scale, each beside its round.
     let steps = drawn(svg(), "rect", "var(--c9)", "width");
     let slow = |batch: f64| 1.0 + batch * 0.04 + 1024.0 / 4e4;
     for (i, batch) in [1.0, 2.0, 4.0, 8.0].into_iter().enumerate() {
@@ -170,7 +169,7 @@ fn figures_draw_to_scale() {
     assert_eq!(all(roofline, "circle").count(), 6 * KERNELS.len());
     let decade = (dots[5 * 5] - dots[0]) / 128f64.log10();
     assert!((dots[5] - dots[0] - decade * 8f64.log10()).abs() < 3.0, "{dots:?}");
-    // As many operations per byte as rows, since a weight of two bytes makes two of each; and as high as it is fast.
+    // A weight has two bytes and two operations per row: operations per byte equal rows.
     let ten = tick(roofline, "10", "x");
     assert!((dots[5] - ten - decade * 0.8f64.log10()).abs() < 3.0, "{ten}: {dots:?}");
     let (low, high) = (tick(roofline, "1000", "y"), tick(roofline, "100000", "y"));
@@ -192,9 +191,9 @@ fn figures_draw_to_scale() {
 }
 
 #[test]
-fn tokens_against_batch_have_the_floor_of_the_same_models_beside_them() {
-    let floor = |model: &str| -> Value {
-        let args = ["floor", "--model", model, "--batch", "1-8*2", "--acceptance", "4", "--json"];
+fn measured_rates_have_the_roofline_of_their_models_beside_them() {
+    let roofline = |model: &str| -> Value {
+        let args = ["roofline", "--model", model, "--batch", "1-8*2", "--acceptance", "4", "--json"];
         serde_json::from_str(&bench(args).done()).unwrap()
     };
     let title = "Tokens per second against batch at context 1024";
@@ -210,19 +209,19 @@ fn tokens_against_batch_have_the_floor_of_the_same_models_beside_them() {
         "measured: DFlash, synthetic acceptance of 6.5, 16 rows",
     ];
     assert_eq!(legends(&[round()]), measured);
-    assert_eq!(legends(&[round(), floor("qwen3-4b")]), measured);
-    let [plain, four, more] = measured;
+    assert_eq!(legends(&[round(), roofline("qwen3-4b")]), measured);
+    let [ar, four, more] = measured;
     let predicted = [
         "predicted for H200: autoregressive decoding",
         "predicted for H200: DFlash, synthetic acceptance of 4, 16 rows",
     ];
-    assert_eq!(legends(&[floor("qwen3-8b"), round()])[..2], predicted);
-    let page = page(&[round(), floor("qwen3-8b")]);
+    assert_eq!(legends(&[roofline("qwen3-8b"), round()])[..2], predicted);
+    let page = page(&[round(), roofline("qwen3-8b")]);
     let document = parsed(&page);
     let both = figure(&document, title);
     let lines: Vec<String> = all(both, "li").map(|li| text_of(li).trim().to_string()).collect();
-    assert_eq!(lines, [plain, predicted[0], four, predicted[1], more]);
-    // The same colour for the same thing, and batches at equal distances where they are.
+    assert_eq!(lines, [ar, predicted[0], four, predicted[1], more]);
+    // Measured and predicted rates have one colour, and batches are to scale.
     let dots = drawn(both, "circle", "var(--c2)", "cx");
     assert_eq!(dots[..4], dots[4..]);
     assert!((dots[3] - dots[2] - 4.0 * (dots[1] - dots[0])).abs() < 4.0, "{dots:?}");
@@ -238,7 +237,7 @@ fn tokens_against_batch_have_the_floor_of_the_same_models_beside_them() {
 }
 
 #[test]
-fn counters_of_the_emulator_are_called_so() {
+fn counters_of_the_emulator_are_labelled() {
     let at = || json!({ "context": 64, "batch": 1 });
     let block = || json!({ "context": 64, "batch": 1, "block": 16 });
     let rows = [
@@ -290,7 +289,7 @@ fn counters_of_the_emulator_are_called_so() {
     assert!((bytes("var(--c3)") / bytes("var(--c4)") - 9.0).abs() < 1.0);
     let round = |fill| widths("Where a round goes at context 64", fill)[0];
     assert!((round("var(--c5)") / round("var(--c4)") - 3.5 / 1.5).abs() < 0.02);
-    // Here both together are what the AR step takes.
+    // Draft and verify together equal the AR step here.
     assert!((round("var(--c5)") + round("var(--c4)") - round("var(--c9)")).abs() < 2.0);
     assert!(text_of(figure(&document, "Where a round goes at context 64")).contains("5 MB"));
 }
@@ -316,7 +315,7 @@ fn figures_without_rows_are_left_out() {
     assert_eq!(titled(cut(generate(), &is("rounds"))), ["Acceptance"]);
     assert_eq!(titled(cut(generate(), &is("accepted at position"))), ["Acceptance by position"]);
     assert_eq!(titled(cut(generate(), &is("TTFT"))), [""; 0]);
-    // Nothing but rows of one category: they are no whole.
+    // Rows of one category are not a record of all prompts.
     let mut one = generate();
     for row in one["rows"].as_array_mut().unwrap() {
         row["parameters"]["category"] = json!("code");
@@ -324,7 +323,7 @@ fn figures_without_rows_are_left_out() {
     let rows = one["rows"].as_array().unwrap().clone();
     one["rows"] = rows.into_iter().filter(|row| row["name"] == "rounds").collect();
     assert_eq!(titled(one), [""; 0]);
-    // Without bytes a kernel has a share and no place in a roofline; without its instruments a card has no state.
+    // Without bytes there is no roofline; without instruments there is no table of states.
     let mut bare = kernels();
     for row in bare["rows"].as_array_mut().unwrap() {
         row["numbers"].as_object_mut().unwrap().remove("MB");
@@ -338,7 +337,7 @@ fn figures_without_rows_are_left_out() {
 }
 
 #[test]
-fn a_part_that_is_lost_in_noise_is_named_instead_of_drawn() {
+fn a_part_within_noise_is_named_instead_of_drawn() {
     let mut noisy = round();
     let rows = noisy["rows"].as_array_mut().unwrap();
     rows.iter_mut().find(|row| row["name"] == "gaps").unwrap()["median"] = json!(-0.002);
@@ -350,7 +349,7 @@ fn a_part_that_is_lost_in_noise_is_named_instead_of_drawn() {
 }
 
 #[test]
-fn what_a_record_names_stays_text() {
+fn names_in_a_record_stay_text() {
     let hostile =
         "</text></svg><script>alert(1)</script>\"' onload=\"x\" {{ 7*7 }} {% raw %} &amp; \u{1b}[2J\u{0}]]>";
     let seen = "</text></svg><script>alert(1)</script>\"' onload=\"x\" {{ 7*7 }} {% raw %} &amp;";
@@ -365,7 +364,7 @@ fn what_a_record_names_stays_text() {
         record["arguments"] = json!([hostile]);
         record["build"]["ptx"] = json!([hostile]);
     }
-    // Names that figures look for have it behind them; others are all of it.
+    // Figures look up row names, so the hostile text is in parameters and numbers.
     for record in &mut records[..2] {
         for row in record["rows"].as_array_mut().unwrap() {
             row["parameters"][hostile] = json!(hostile);
@@ -394,7 +393,7 @@ fn what_a_record_names_stays_text() {
     let times = text_of(document.root()).matches(seen).count();
     assert!(times > 100, "{times} times {seen} in {page}");
     assert!(all(document.root(), "svg").any(|svg| text_of(svg).contains("</text></svg><script>")), "{page}");
-    // Nor does it move a terminal's cursor.
+    // Terminal output has no control characters.
     let dir = tempfile::tempdir().unwrap();
     let file = write(dir.path(), "a.json", records[0].to_string());
     for format in ["--markdown", "--json"] {
@@ -402,9 +401,10 @@ fn what_a_record_names_stays_text() {
         assert!(!out.contains(|c: char| c.is_control() && c != '\n'), "{format}: {out}");
     }
     let table = bench(["show", &file]).done();
-    let harmless = write(dir.path(), "b.json", kernels().to_string());
-    assert_eq!(table.lines().count(), bench(["show", &harmless]).done().lines().count() + 1);
-    assert!(!table.contains('\u{1b}'));
+    assert!(!table.contains(|c: char| c.is_control() && c != '\n'), "{table}");
+    let kernels =
+        KERNELS.iter().map(|(name, ..)| table.lines().filter(|line| line.starts_with(name)).count());
+    assert_eq!(kernels.collect::<Vec<_>>(), [6; KERNELS.len()], "{table}");
 }
 
 #[test]
@@ -428,7 +428,7 @@ fn any_number_makes_a_page() {
         parsed(&page);
         assert!(page.len() < 1_000_000, "{number}: {} bytes", page.len());
     }
-    // All kinds of shapes as the only parameter of a share.
+    // Any number as the only parameter.
     let mut wide = generate();
     wide["rows"] = [0.5, 1e14, 2e18, -3.0]
         .map(|at| row("accepted at position", json!({ "position": at }), "share", 0.5, json!({})))
@@ -439,7 +439,7 @@ fn any_number_makes_a_page() {
 }
 
 #[test]
-fn every_colour_of_a_page_has_both_schemes() {
+fn every_colour_has_a_light_and_a_dark_value() {
     let style = include_str!("../../src/bin/dflash-bench/report.css");
     let (light, dark) = style.split_once("@media (prefers-color-scheme: dark)").unwrap();
     let page = page(&[kernels(), round(), generate()]);
@@ -449,7 +449,7 @@ fn every_colour_of_a_page_has_both_schemes() {
     for name in used.into_iter().filter(|name| *name != "c") {
         assert!([light, dark].iter().all(|scheme| scheme.contains(&format!("--{name}: #"))), "{name}");
     }
-    // Placeholders are gone.
+    // No placeholder colours are left.
     let body = page.split("</style>").nth(1).unwrap();
     assert!(!body.contains("=\"#0D") && !body.contains("#000000"), "{body}");
 }
@@ -462,7 +462,8 @@ fn show_prints_records_again() {
     let [a, b] = [("a.json", kernels()), ("b.json", generate())]
         .map(|(name, r)| write(dir.path(), name, r.to_string()));
     let table = bench(["show", &a, &b]).done();
-    let (first, second) = table.split_once("\n\n").unwrap();
+    let at = table.find("generate of").unwrap();
+    let (first, second) = table.split_at(at);
     assert!(first.starts_with("kernels of qwen3-8b with qwen3-8b-dflash on constructed\n"), "{table}");
     assert!(second.starts_with("generate of qwen3-8b with qwen3-8b-dflash on constructed\n"), "{table}");
     assert!(second.contains("speed-up") && second.contains("3.480"));
@@ -478,7 +479,7 @@ fn show_prints_records_again() {
     refused(bench(["show", &a, &none]), 2, "none.json cannot be read");
     let cut = write(dir.path(), "cut.json", "{\"schema\": 1}");
     refused(bench(["show", &cut, &a]), 2, "cut.json has the schema 1, expected \"dflash-bench/1\"");
-    // What compare found is shown, and judged no second time.
+    // A record of compare is shown as it is.
     let mut slower = record("compare", vec![row("x", json!({}), "x", 0.5, json!({}))]);
     (slower["rows"][0]["kind"], slower["rows"][0]["verdict"]) = (json!("compared"), json!("SLOWER"));
     let page = page(&[slower]);
@@ -491,19 +492,20 @@ fn show_prints_records_again() {
 fn every_subcommand_can_report_and_prints_the_same() {
     let dir = tempfile::tempdir().unwrap();
     let report = write(dir.path(), "page.html", "an older page, longer than nothing");
-    let plain = bench(["floor"]).done();
-    assert_eq!(bench(["floor", "--report", &report]).done(), plain);
+    let table = bench(["roofline"]).done();
+    assert_eq!(bench(["roofline", "--report", &report]).done(), table);
     let page = fs::read_to_string(&report).unwrap();
     let document = parsed(&page);
     let heads: Vec<String> = all(document.root(), "h2").map(text_of).collect();
-    assert_eq!(heads, [plain.lines().next().unwrap()]);
+    let flat = table.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(heads.len() == 1 && flat.starts_with(&heads[0]), "{heads:?}: {table}");
     assert!(!page.contains("an older page"));
-    let record = bench(["floor", "--json", "--report", &report]).done();
+    let record = bench(["roofline", "--json", "--report", &report]).done();
     let [a, b] = ["a.json", "b.json"].map(|name| write(dir.path(), name, &record));
     let run = bench(["--report", &report, "compare", &a, &b]);
     assert_eq!(run.code, 0, "{run:?}");
     assert!(fs::read_to_string(&report).unwrap().contains("class=\"verdict SAME\""));
-    // Exit codes stay those of the run.
+    // The exit code is that of the run.
     let slow = |old: f64| {
         let samples: Vec<f64> = (0..20).map(|i| old + f64::from(i) * 1e-4).collect();
         let mut row =
@@ -532,19 +534,19 @@ fn a_page_that_cannot_be_written_is_refused_before_anything_runs() {
         (at("page"), "page, expected a name that ends in .html"),
         (String::new(), "a value is required for '--report"),
     ] {
-        // Also the error of the run itself comes later.
-        refused(bench(["floor", "--model", "none", "--report", &report]), 2, part);
+        // Also before the error of the run itself.
+        refused(bench(["roofline", "--model", "none", "--report", &report]), 2, part);
     }
     assert!(fs::read_to_string(record).unwrap().contains("constructed"));
-    // A run that fails leaves an older page as it was, and no empty one.
+    // A run that fails leaves an older page unchanged and no empty page.
     let (new, old) = (at("new.html"), write(dir.path(), "old.html", "old"));
     for page in [&new, &old] {
-        refused(bench(["floor", "--model", "none", "--report", page]), 2, "--model is \"none\"");
+        refused(bench(["roofline", "--model", "none", "--report", page]), 2, "--model is \"none\"");
     }
     assert!(!Path::new(&new).exists() && fs::read_to_string(old).unwrap() == "old");
     if Path::new("/dev/full").exists() {
         std::os::unix::fs::symlink("/dev/full", at("full.html")).unwrap();
-        let run = bench(["floor", "--report", &at("full.html")]);
+        let run = bench(["roofline", "--report", &at("full.html")]);
         assert!(run.code == 1 && run.err.contains("full.html cannot be written: No space left"), "{run:?}");
         assert!(run.out.contains("AR step"));
     }

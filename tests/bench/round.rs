@@ -1,4 +1,4 @@
-//! `dflash-bench round` on the emulator, where it counts.
+//! `dflash-bench round`: counters on the emulator, times on the CPU.
 
 use crate::support;
 use crate::support::bench;
@@ -22,7 +22,7 @@ fn round(args: &[&str]) -> Value {
     record(0, &[&["round", "--device", "emulator"], args].concat())
 }
 
-/// All numbers of a row that has these parameters, the value first.
+/// The value and the counters of the row with these parameters.
 fn counts(found: &Value, name: &str, parameters: Value) -> Vec<u64> {
     let row = row(found, name, parameters);
     assert_eq!(
@@ -35,7 +35,7 @@ fn counts(found: &Value, name: &str, parameters: Value) -> Vec<u64> {
     [&[value as u64][..], &numbers].concat()
 }
 
-/// Launches of a round of the demo pair in blocks of 16, as `dflash-gen` tells them.
+/// Launches of a round of the demo pair in blocks of 16, from `dflash-gen --plan`.
 fn planned(batch: usize, temperature: &str) -> u64 {
     let batch = batch.to_string();
     let run =
@@ -43,7 +43,7 @@ fn planned(batch: usize, temperature: &str) -> u64 {
     serde_json::from_str::<Value>(&run.done()).unwrap()["launches"].as_u64().unwrap()
 }
 
-/// That the parts are the round, and how its counts are.
+/// Checks that the parts add up to the round; its counters.
 fn whole(found: &Value, at: &Value) -> Vec<u64> {
     let parts = PARTS.map(|part| counts(found, part, at.clone()));
     let all = counts(found, "round", at.clone());
@@ -54,12 +54,12 @@ fn whole(found: &Value, at: &Value) -> Vec<u64> {
 }
 
 #[test]
-fn the_parts_of_a_grid_of_rounds_add_up() {
+fn the_parts_of_every_round_add_up() {
     let found = round(&["--model", "demo", "--batch", "1,3", "--context", "64,200"]);
     assert_eq!((&found["command"], &found["machine"]["device"]), (&json!("round"), &json!("emulator")));
     assert_eq!(found["machine"]["card"], Value::Null);
     assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
-    // A AR step, the round and its five parts.
+    // An AR step, the round and its five parts.
     assert_eq!(found["rows"].as_array().unwrap().len(), 4 * 7);
     let mut grid = vec![];
     for batch in [1, 3] {
@@ -73,10 +73,10 @@ fn the_parts_of_a_grid_of_rounds_add_up() {
         }
     }
     assert_eq!(grid[0].0[1], 58);
-    // The keys and values of 136 positions more, at least once.
-    let floor = record(0, &["floor", "--model", "demo"]);
+    // The keys and values of 136 more positions, at least once.
+    let roofline = record(0, &["roofline", "--model", "demo"]);
     let position =
-        row(&floor, "target: keys and values of a position", json!({}))["median"].as_f64().unwrap();
+        row(&roofline, "target: keys and values of a position", json!({}))["median"].as_f64().unwrap();
     for (short, sequences) in [(0, 1), (2, 3)] {
         let more = |counts: [&Vec<u64>; 2]| counts[1][4] - counts[0][4];
         let least = sequences * 136 * position as u64;
@@ -84,24 +84,24 @@ fn the_parts_of_a_grid_of_rounds_add_up() {
         assert!((least..least * 5 / 4).contains(&plain), "{plain}, expected about {least}");
         assert!(more([&grid[short].0, &grid[short + 1].0]) > plain);
     }
-    // Three sequences read the weights once, all but what is not packed.
+    // Three sequences read the packed weights once.
     assert!(grid[2].0[3] < grid[0].0[3] * 101 / 100);
 }
 
 #[test]
-fn sampled_rounds_and_shorter_blocks_are_counted_as_planned() {
+fn sampled_rounds_and_short_blocks_match_the_plan() {
     let found = round(&["--context", "0,1", "--temperature", "0.8", "--block", "5"]);
     for context in [0, 1] {
         let all = whole(&found, &json!({ "context": context, "batch": 1, "block": 5 }));
         assert_eq!(all[1], planned(1, "0.8"));
-        // The sampler's races have them; what is greedy has none.
+        // Only kernels that sample have bank conflicts.
         let plain = counts(&found, "AR step", json!({ "context": context, "batch": 1 }));
         assert!(plain[7] > 0 && all[7] > plain[7], "{plain:?}, {all:?}");
     }
 }
 
 #[test]
-fn assumed_acceptance_is_bytes_per_token_here() {
+fn synthetic_acceptance_gives_bytes_per_token() {
     let args = ["--context", "64", "--batch", "2"];
     let value = |found: &Value, name: &str, more: Value| {
         let mut at = json!({ "context": 64, "batch": 2 });
@@ -127,39 +127,39 @@ fn assumed_acceptance_is_bytes_per_token_here() {
 }
 
 #[test]
-fn the_table_says_what_it_is() {
+fn the_title_names_pair_device_and_kind() {
     let table = bench(["round", "--device", "emulator", "--context", "16", "--acceptance", "4"]).done();
-    let title = table.lines().next().unwrap();
-    for part in ["demo/target with demo/drafter", "drawn weights", "on the emulator: counters, not times"] {
+    let title = table.split_whitespace().collect::<Vec<_>>().join(" ");
+    for part in ["demo/target with demo/drafter", "random weights", "on the emulator: counters, not times"] {
         assert!(title.contains(part), "{title}");
     }
     assert!(title.contains("synthetic acceptance is assumed, not measured"), "{title}");
-    assert!(!table.contains(" ms "), "{table}");
+    assert!(!table.contains(" ms ") && !table.contains("ms,"), "{table}");
     let help = bench(["round", "--help"]).done();
     assert!(help.contains("assumed, not measured") && help.contains("5 out of memory"), "{help}");
 }
 
 #[test]
-fn profilers_hear_of_rounds_their_parts_and_layers() {
+fn profilers_get_ranges_of_rounds_parts_and_layers() {
     let folder = tempfile::tempdir().unwrap();
-    let heard = folder.path().join("heard");
+    let log = folder.path().join("ranges");
     let nvtx = library(folder.path(), "nvtx.so", include_str!("../data/profile/nvtx.c"), &[]);
     let args = ["round", "--device", "emulator", "--context", "16", "--json"];
     let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
-    command.args(args).args(["--profile", "2"]).env("NVTX_INJECTION64_PATH", nvtx).env("RANGES", &heard);
+    command.args(args).args(["--profile", "2"]).env("NVTX_INJECTION64_PATH", nvtx).env("RANGES", &log);
     let run = finish(command);
-    // The rows are what they are without.
+    // The rows are those of a run without --profile.
     let rows = |text: &str| serde_json::from_str::<Value>(text).unwrap()["rows"].clone();
     assert_eq!(rows(&run.done()), rows(&bench(args).done()));
     let layers = |count| (0..count).map(|i| format!("    layer {i}\n    end\n")).collect::<String>();
     let part = |name: &str, layers: String| format!("  {name}\n{layers}  end\n");
     let parts = [("begin", 0), ("inject", 0), ("draft", 3), ("verify", 6), ("accept", 0)];
     let parts = parts.map(|(name, count)| part(name, layers(count))).concat();
-    assert_eq!(std::fs::read_to_string(heard).unwrap(), format!("round\n{parts}end\n").repeat(2));
+    assert_eq!(std::fs::read_to_string(log).unwrap(), format!("round\n{parts}end\n").repeat(2));
 }
 
 #[test]
-fn a_target_alone_has_plain_steps() {
+fn a_target_alone_has_ar_steps() {
     let dir = tempfile::tempdir().unwrap();
     let target = support::Target {
         heads: 3,
@@ -178,7 +178,7 @@ fn a_target_alone_has_plain_steps() {
     let edit = |config: &mut Value| config["max_position_embeddings"] = json!(16);
     support::edit_json(dir.path(), "config.json", edit);
     let run = bench(["round", "--device", "emulator", "--model", &folder, "--context", "0"]);
-    refused(run, 4, "the models have 16 positions, fewer than the 17 of rounds in blocks of 1");
+    refused(run, 4, "the models have 16 positions, but rounds in blocks of 1 need 17");
     for flag in [["--block", "4"], ["--acceptance", "2"], ["--curve", "0.5"]] {
         let run = bench(["round", "--device", "emulator", "--model", &folder].iter().chain(&flag));
         refused(run, 2, "--block, --acceptance and --curve need a drafter: --draft DIR");
@@ -187,7 +187,7 @@ fn a_target_alone_has_plain_steps() {
 
 #[test]
 fn round_refuses_in_a_sentence() {
-    // What the emulator has, and positions for the rounds, which the flag does not tell.
+    // The emulator has 16 GiB, and rounds need positions beyond --context.
     let pair = Pair::with_random_weights(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let most =
         MemoryPlan::largest_context(&pair, BatchConfig::new(1000, 16, 1), 16 << 30, Overhead::NONE).unwrap();
@@ -203,11 +203,7 @@ fn round_refuses_in_a_sentence() {
         ),
         (&["--context", "64,64"], 2, "--context has 64 twice"),
         (&["--context", "4-1"], 2, "has no end"),
-        (
-            &["--block", "1"],
-            2,
-            "--block is 1, expected 2 to 16, the block that demo/drafter was trained with",
-        ),
+        (&["--block", "1"], 2, "--block is 1, expected 2 to 16, the block length of demo/drafter"),
         (&["--block", "17"], 2, "--block is 17, expected 2 to 16"),
         (&["--block", "-3"], 2, "--block"),
         (&["--acceptance", "0.5"], 2, "--acceptance has 0.5, expected 1 to 16"),
@@ -226,7 +222,7 @@ fn round_refuses_in_a_sentence() {
         (
             &["--profile", "1", "--batch", "1-3"],
             2,
-            "--profile needs one batch and one context, found 3 together",
+            "--profile needs one batch and one context, found 3 combinations",
         ),
         (&["--gpu", "0"], 2, "--gpu needs --device cuda or auto"),
         (&["--model", "qwen9"], 2, "--model is \"qwen9\""),
@@ -240,6 +236,85 @@ fn round_refuses_in_a_sentence() {
         let run = bench(["round", "--device", "emulator"].iter().chain(args));
         refused(run, code, part);
     }
-    refused(bench(["round", "--device", "cpu"]), 2, "--device is cpu, which has no kernels");
+    for (args, part) in [
+        (&["--profile", "1"][..], "--profile needs --device cuda or emulator"),
+        (&["--context", "3825"], "--context has 3825, expected 0 to 3824"),
+        (&["--block", "17"], "--block is 17, expected 2 to 16"),
+        (&["--gpu", "0"], "--gpu needs --device cuda or auto"),
+    ] {
+        refused(bench(["round", "--device", "cpu"].iter().chain(args)), 2, part);
+    }
     refused(bench(["round", "--model", "demo", "--device", "cuda", "--gpu", "99"]), 4, "device cuda");
+}
+
+// ---- the CPU ----
+
+#[test]
+fn the_cpu_measures_a_round_and_its_parts() {
+    let args = [
+        "round",
+        "--device",
+        "cpu",
+        "--context",
+        "24,0",
+        "--batch",
+        "1,2",
+        "--samples",
+        "2",
+        "--rounds",
+        "3",
+    ];
+    let found = record(0, &args);
+    assert_eq!(found["machine"]["device"], "cpu");
+    assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
+    // AR: a step and its rate. DFlash: a round, its three parts, and rates for 2, 4, 6 and 8 tokens.
+    assert_eq!(found["rows"].as_array().unwrap().len(), 4 * (2 + 1 + 3 + 4));
+    let samples = |name: &str, at: &Value| -> Vec<f64> {
+        let row = row(&found, name, at.clone());
+        assert_eq!(
+            (&row["kind"], &row["unit"], &row["rounds"]),
+            (&json!("measured"), &json!("ms"), &json!([2, 2, 2]))
+        );
+        serde_json::from_value(row["samples"].clone()).unwrap()
+    };
+    for batch in [1, 2] {
+        let at = json!({ "context": 24, "batch": batch, "block": 16 });
+        let parts = ["inject", "draft", "verify"].map(|name| samples(name, &at));
+        for (i, round) in samples("round", &at).iter().enumerate() {
+            let sum: f64 = parts.iter().map(|part| part[i]).sum();
+            assert!((sum / round - 1.0).abs() < 1e-9, "{sum} and {round}");
+        }
+    }
+    let table =
+        bench(["round", "--device", "cpu", "--context", "8", "--rounds", "1", "--samples", "1"]).done();
+    let flat = table.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(
+        flat.starts_with("demo/target with demo/drafter, random weights, on the CPU: measured;"),
+        "{table}"
+    );
+    // A sampled round, and a target without a drafter.
+    let sampled = record(
+        0,
+        &[&args[..3], &["--context", "8", "--temperature", "1", "--rounds", "1", "--samples", "1"]].concat(),
+    );
+    row(&sampled, "round", json!({ "context": 8, "batch": 1, "block": 16 }));
+    let dir = tempfile::tempdir().unwrap();
+    support::write_json(dir.path(), "config.json", &support::target_config(&support::Target::default()));
+    let folder = dir.path().display().to_string();
+    let alone = record(
+        0,
+        &[&args[..3], &["--model", &folder, "--context", "8", "--rounds", "1", "--samples", "1"]].concat(),
+    );
+    let names: Vec<&Value> = alone["rows"].as_array().unwrap().iter().map(|row| &row["name"]).collect();
+    assert_eq!(names, ["AR step", "autoregressive decoding"]);
+    assert_eq!(alone["model"], json!({ "target": folder, "drafter": null }));
+}
+
+#[test]
+fn a_model_that_does_not_fit_the_cpu_is_refused() {
+    // 1024 sequences of 8192 positions need terabytes of keys and values.
+    let args = ["round", "--device", "cpu", "--model", "qwen3-8b", "--batch", "1024", "--context", "8192"];
+    let run = bench(args);
+    assert!(run.err.contains("1024 sequences of 8464 positions"), "{run:?}");
+    refused(run, 5, "expected a smaller --model, --batch or --context");
 }

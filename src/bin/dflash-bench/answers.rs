@@ -1,4 +1,5 @@
-//! What answers say: rows from the outcomes of autoregressive decoding and of DFlash for the same prompts. Arithmetic alone.
+//! Rows of a record of `generate`, from the outcomes of AR decoding and of DFlash for the same prompts. Only
+//! arithmetic.
 
 use crate::record::{Better, Kind, Row};
 use dflash::engine::generate::{Outcome, check_lossless};
@@ -9,25 +10,25 @@ use dflash::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
-/// What stands at both places of every pair here, as rows say it.
+/// The values of the parameter `decoding`: AR decoding first, in every pair of this module, and DFlash.
 pub const DECODING: [&str; 2] = ["plain", "dflash"];
 
-/// All prompts once, both ways.
+/// All prompts, answered once with AR decoding and once with DFlash.
 #[derive(Debug, Clone, Default)]
 pub struct Repeat {
-    /// An outcome for each prompt, in their order.
+    /// One outcome for each prompt, in the order of the prompts.
     pub outcomes: [Vec<Outcome>; 2],
-    /// By the clock on the wall, with nothing between answers.
+    /// Wall-clock time of all answers.
     pub wall: [Duration; 2],
-    /// Whether the card held its clocks back; None: no instruments.
+    /// Whether the card was throttled. None: no instruments.
     pub throttled: Option<bool>,
 }
 
-/// Rows of what was decided: tokens and rounds, the same wherever and however fast they come.
+/// Rows of acceptance: tokens and rounds, which do not depend on the machine's speed.
 ///
-/// `categories`: of each prompt, none or a name. `block`: rows of a block, at least 2.
+/// `categories`: the category of each prompt, if it has one. `block`: rows of a block, at least 2.
 pub fn counted(repeats: &[Repeat], categories: &[Option<String>], block: usize) -> Vec<Row> {
-    // The other repeats have the same rounds, or `identical` says so.
+    // Other repeats have the same rounds; `lossless` checks that.
     let fast: &[Outcome] = repeats.first().map_or(&[], |first| &first.outcomes[1]);
     let mut rows = vec![];
     for (group, prompts) in groups(categories) {
@@ -47,7 +48,7 @@ pub fn counted(repeats: &[Repeat], categories: &[Option<String>], block: usize) 
     rows
 }
 
-/// Rows of times: on a machine whose clock means something.
+/// Rows of times, for machines other than the emulator.
 pub fn timed(repeats: &[Repeat], categories: &[Option<String>], batch: usize) -> Vec<Row> {
     let mut rows = vec![];
     for (group, prompts) in groups(categories) {
@@ -68,7 +69,7 @@ pub fn timed(repeats: &[Repeat], categories: &[Option<String>], batch: usize) ->
     rows
 }
 
-/// Rows of what the emulator counted: in all, and for each token.
+/// Rows of the emulator's counters: in all, and per token.
 pub fn emulated(repeats: &[Repeat], counts: &[Counts; 2]) -> Vec<Row> {
     let mut rows = vec![];
     for (mode, counts) in counts.iter().enumerate() {
@@ -87,8 +88,8 @@ pub fn emulated(repeats: &[Repeat], counts: &[Counts; 2]) -> Vec<Row> {
     rows
 }
 
-/// What was answered, and whether both ways gave the same: rows, and the first difference. Where they need not,
-/// `same_tokens` is false, each repeat is to give what the first one did.
+/// Rows of the answers' lengths and equality, and an error for the first difference. With `same_tokens`,
+/// DFlash must give the tokens of AR decoding; without, every repeat must give the tokens of the first.
 pub fn lossless(
     repeats: &[Repeat],
     names: &[String],
@@ -96,19 +97,19 @@ pub fn lossless(
     same_tokens: bool,
 ) -> (Vec<Row>, Result<()>) {
     let (mut compared, mut different, mut first) = (0usize, 0usize, Ok(()));
-    let told = |what: &str| Err(Error::Lossless(what.into()));
+    let lossy = |what: &str| Err(Error::Lossless(what.into()));
     for (number, Repeat { outcomes: [plain, fast], .. }) in (1..).zip(repeats) {
         for (i, (plain, fast)) in plain.iter().zip(fast).enumerate() {
             let before = &repeats[0].outcomes[1][i];
             let same = match () {
                 _ if same_tokens => check_lossless(plain, fast),
                 _ if number == 1 => continue,
-                _ if before.tokens != fast.tokens => told("DFlash emitted other tokens than in repeat 1"),
+                _ if before.tokens != fast.tokens => lossy("DFlash emitted other tokens than in repeat 1"),
                 _ => Ok(()),
             };
             let same = same.and(match before.accepted == fast.accepted {
                 true => Ok(()),
-                false => told("DFlash took other rounds than in repeat 1"),
+                false => lossy("DFlash took other rounds than in repeat 1"),
             });
             compared += 1;
             different += usize::from(same.is_err());
@@ -138,7 +139,8 @@ pub fn lossless(
     (rows, first)
 }
 
-/// All prompts, and those of each category: the parameters of their rows, and which they are.
+/// All prompts together, then those of each category: the parameters of their rows and the indices of the
+/// prompts.
 fn groups(categories: &[Option<String>]) -> Vec<(Map<String, Value>, Vec<usize>)> {
     let mut groups = vec![(Map::new(), (0..categories.len()).collect::<Vec<_>>())];
     for (i, category) in categories.iter().enumerate() {
@@ -163,7 +165,7 @@ fn tokens(outcomes: &[Outcome]) -> usize {
 
 // ---- acceptance ----
 
-/// Tokens per round: over all rounds, and the mean of what each prompt has.
+/// Tokens per round: over all rounds, and as the mean of the prompts' own.
 fn lengths(group: &Map<String, Value>, accepted: &[&[usize]]) -> Vec<Row> {
     let (rounds, of_prompts) = (accepted.concat(), accepted.iter().filter_map(|rounds| stats::tau(rounds)));
     let of_prompts = Summary::of(&of_prompts.collect::<Vec<_>>());
@@ -176,7 +178,7 @@ fn lengths(group: &Map<String, Value>, accepted: &[&[usize]]) -> Vec<Row> {
     vec![row("tokens/rounds", tau, numbers), row("of prompts", of_prompts.mean, json!({}))]
 }
 
-/// How many rounds brought so many tokens.
+/// Rounds by the number of tokens they brought, 1 to `block`.
 fn histogram(rounds: &[usize], block: usize) -> Vec<Row> {
     let row = |tokens: usize| {
         let (parameters, count) = (json!({ "accepted": tokens }), rounds.iter().filter(|n| **n == tokens));
@@ -186,10 +188,10 @@ fn histogram(rounds: &[usize], block: usize) -> Vec<Row> {
     (1..=block).map(row).collect()
 }
 
-/// The share of rounds in which draft `position`, from 1, was accepted, and with it all before it; and of those rounds
-/// alone in which the one before it was.
+/// The fraction of rounds that accepted draft `position`, from 1, and all drafts before it. `conditional`:
+/// the fraction among the rounds that accepted the draft before it.
 fn positions(rounds: &[usize], block: usize) -> Vec<Row> {
-    // A round's last token is the target's own.
+    // The last token of a round is the bonus token.
     let with = |drafts: usize| rounds.iter().filter(|tokens| **tokens > drafts).count() as f64;
     let row = |position: usize| {
         let (accepted, before) = (with(position), with(position - 1));
@@ -202,7 +204,7 @@ fn positions(rounds: &[usize], block: usize) -> Vec<Row> {
 
 // ---- times ----
 
-/// What a request's row is called, its unit, and what it is of an outcome, if anything.
+/// A row of requests: its name, its unit, and its value for an outcome, if it has one.
 type Measure = (&'static str, &'static str, Better, fn(&Outcome) -> Option<f64>);
 
 const REQUEST: [Measure; 3] = [
@@ -218,13 +220,13 @@ fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// Samples of each repeat, and whether it was throttled.
+/// The samples of each repeat, and whether it was throttled.
 type Samples = Vec<(Vec<f64>, Option<bool>)>;
 
 fn samples(repeats: &[Repeat], mode: usize, prompts: &[usize], of: fn(&Outcome) -> Option<f64>) -> Samples {
     let one = |repeat: &Repeat| {
         let samples = prompts.iter().filter_map(|&i| of(&repeat.outcomes[mode][i]));
-        // A clock too coarse to see it says nothing.
+        // A time of 0 is below the clock's resolution.
         (samples.filter(|x| *x > 0.0).collect(), repeat.throttled)
     };
     repeats.iter().map(one).filter(|(samples, _): &(Vec<f64>, _)| !samples.is_empty()).collect()
@@ -240,14 +242,14 @@ fn request(name: &str, parameters: Value, (unit, better): (&str, Better), sample
     Some(Row { throttled: throttled(samples.iter().map(|(_, throttled)| *throttled)), ..row })
 }
 
-/// Which rounds were; None where nobody knows.
+/// The throttled rounds. None: unknown.
 fn throttled(rounds: impl Iterator<Item = Option<bool>>) -> Option<Vec<usize>> {
     let known: Option<Vec<bool>> = rounds.collect();
     known.map(|rounds| (0..rounds.len()).filter(|i| rounds[*i]).collect())
 }
 
-/// How many times as many tokens per second DFlash brings, of everything and of what follows the first token; the
-/// interval is over prompts.
+/// The ratio of DFlash's tokens per second to AR decoding's: with the prompt, and after the first token. The
+/// interval is a bootstrap over prompts.
 fn speed_ups(group: &Map<String, Value>, prompts: &[usize], repeats: &[Repeat]) -> Vec<Row> {
     type Part = fn(&Outcome) -> (usize, Duration);
     let parts: [(&str, Part); 2] = [
@@ -262,7 +264,7 @@ fn speed_ups(group: &Map<String, Value>, prompts: &[usize], repeats: &[Repeat]) 
                 time: sum.time + time.as_secs_f64(),
             })
         };
-        // Who says no second token has no decoding.
+        // An answer of one token has no time after it.
         let both = prompts.iter().map(|&prompt| [work(prompt, 0), work(prompt, 1)]);
         let both = both.filter(|both| both.iter().all(|work| work.amount > 0.0));
         speed_up(name, Value::Object(group.clone()), both.collect())
@@ -270,7 +272,7 @@ fn speed_ups(group: &Map<String, Value>, prompts: &[usize], repeats: &[Repeat]) 
     parts.into_iter().filter_map(row).collect()
 }
 
-/// Of tasks done both ways. The interval needs [`MIN_SAMPLES`] of them.
+/// The speed-up over `tasks`, each with AR decoding and with DFlash. The interval needs [`MIN_SAMPLES`] of them.
 fn speed_up(name: &str, parameters: Value, tasks: Vec<[Work; 2]>) -> Option<Row> {
     let [before, after] = [0, 1].map(|mode| tasks.iter().map(|both| both[mode]).collect::<Vec<_>>());
     let Interval { ratio, low, high } = statistics::rates(&before, &after)?;
@@ -279,7 +281,7 @@ fn speed_up(name: &str, parameters: Value, tasks: Vec<[Work; 2]>) -> Option<Row>
     Some(Row::value(name, parameters, Kind::Measured, ratio, "x", Better::Higher, numbers))
 }
 
-/// Of requests that run together: their tokens by the clock on the wall.
+/// The throughput of batched requests: all tokens over the wall-clock time.
 fn throughput(repeats: &[Repeat]) -> Vec<Row> {
     let work = |repeat: &Repeat, mode: usize| Work {
         amount: tokens(&repeat.outcomes[mode]) as f64,
@@ -351,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_to_the_first_token_and_between_the_further_ones() {
+    fn ttft_and_tpot_are_before_and_after_the_first_token() {
         let rows = timed(&repeats(), &named(&["a", ""]), 1);
         let row = |name, mode| find(&rows, name, json!({ "decoding": mode }));
         let ttft = row("TTFT", "plain");
@@ -361,7 +363,7 @@ mod tests {
         let p99 = ttft.numbers["p99"].as_f64().unwrap();
         assert!(ttft.numbers["mean"] == 17.5 && (p99 - 29.7).abs() < 1e-9, "{ttft:?}");
         assert_eq!(row("TTFT", "dflash").samples, Some(vec![22.0, 11.0, 28.0, 9.0]));
-        // Ten tokens after the first; who has one token has none after it.
+        // Ten tokens follow the first; an answer of one token has no TPOT.
         let tpot = row("TPOT", "plain");
         assert_eq!(
             (tpot.samples.clone(), tpot.rounds.clone()),
@@ -380,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn rounds_without_samples_are_none_and_throttling_may_be_unknown() {
+    fn rounds_without_samples_are_left_out() {
         let mut repeats = repeats();
         repeats
             .iter_mut()
@@ -397,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn speed_ups_are_of_sums() {
+    fn a_speed_up_is_a_ratio_of_sums() {
         let rows = timed(&repeats(), &named(&["", "b"]), 1);
         let ratio = |name, parameters| find(&rows, name, parameters).median.unwrap();
         let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a}, expected {b}");
@@ -406,7 +408,7 @@ mod tests {
         near(ratio("speed-up", json!({ "category": "b" })), 70.0 / 30.0);
         near(ratio("speed-up of decoding", json!({})), 270.0 / 110.0);
         near(ratio("speed-up of decoding", json!({ "category": "b" })), 50.0 / 10.0);
-        // Two prompts are too few to be sure of anything.
+        // Two prompts are too few for an interval.
         assert_eq!(
             find(&rows, "speed-up", json!({})).numbers,
             *json!({ "low": null, "high": null }).as_object().unwrap()
@@ -426,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn who_runs_together_has_one_rate() {
+    fn a_batch_has_one_rate() {
         let rows = timed(&repeats(), &named(&["", ""]), 2);
         let row = find(&rows, "tokens per second, all", json!({ "decoding": "dflash" }));
         assert_eq!(row.samples, Some(vec![12.0 / 0.073, 17.0 / 0.107]));
@@ -436,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn acceptance_is_that_of_the_first_repeat() {
+    fn acceptance_comes_from_the_first_repeat() {
         let fast = vec![outcome(11, &[4, 3, 4], 1, 1), outcome(7, &[1, 4, 1], 1, 1), outcome(1, &[], 1, 1)];
         let again = vec![outcome(11, &[1; 10], 1, 1); 3];
         let repeats = [fast, again].map(|fast| Repeat { outcomes: [vec![], fast], ..Repeat::default() });
@@ -444,7 +446,7 @@ mod tests {
         let value = |name, parameters| find(&rows, name, parameters).median.unwrap();
         let histogram = [1, 2, 3, 4, 5].map(|k| value("rounds", json!({ "accepted": k })));
         assert_eq!(histogram, [2.0, 0.0, 1.0, 3.0, 0.0]);
-        // Drafts are what a round brings but its last token.
+        // Drafts are the tokens of a round without the last.
         let shares = [1, 2, 3, 4].map(|i| value("accepted at position", json!({ "position": i })));
         assert_eq!(shares, [4.0 / 6.0, 4.0 / 6.0, 0.5, 0.0]);
         let conditional = |i: usize| {
@@ -459,7 +461,7 @@ mod tests {
         assert_eq!(json!(numbers), json!({ "rounds": 6 }));
         // Four in each of six rounds, for 17 tokens.
         assert_eq!(value("drafts per token", json!({})), 24.0 / 17.0);
-        // After rejected drafts nobody is left to be asked.
+        // No round reached the second draft.
         let rows = counted(
             &[Repeat { outcomes: [vec![], vec![outcome(2, &[1], 1, 1)]], ..Repeat::default() }],
             &named(&[""]),
@@ -478,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn every_answer_that_differs_counts_and_the_first_is_told() {
+    fn every_difference_counts_and_the_first_is_reported() {
         let names = ["p line 1", "p line 2"].map(String::from);
         let mut repeats = repeats();
         // The second prompt's answers must be of one length to repeat.
@@ -507,11 +509,11 @@ mod tests {
     }
 
     #[test]
-    fn answers_of_another_law_are_held_against_the_first_repeats() {
+    fn sampled_verification_compares_with_the_first_repeat() {
         let names = ["p line 1", "p line 2"].map(String::from);
         let mut repeats = repeats();
         repeats[0].outcomes = repeats[1].outcomes.clone();
-        // Autoregressive decoding's are other ones.
+        // AR decoding gives other tokens.
         repeats.iter_mut().for_each(|repeat| repeat.outcomes[0][0].tokens[3] = 99);
         let (rows, same) = lossless(&repeats, &names, 77, false);
         assert_eq!(same, Ok(()));
@@ -521,7 +523,7 @@ mod tests {
         };
         assert_eq!(identical(&rows), (1.0, json!({ "compared": 2 })));
         let alone = lossless(&repeats[..1], &names, 77, false);
-        assert_eq!((alone.0.len(), alone.1), (2, Ok(())), "one repeat has nothing to be held against");
+        assert_eq!((alone.0.len(), alone.1), (2, Ok(())), "one repeat has nothing to compare with");
 
         repeats[1].outcomes[1][0].tokens[3] = 99;
         let (rows, same) = lossless(&repeats, &names, 77, false);
@@ -536,7 +538,7 @@ mod tests {
     }
 
     #[test]
-    fn counters_are_shared_out_among_all_tokens() {
+    fn counters_per_token_divide_by_all_tokens() {
         let plain =
             Counts { launches: 58, streamed: 1000, read: 300, written: 150, mma: 29, ..Counts::default() };
         let fast = Counts { launches: 29, ..plain };

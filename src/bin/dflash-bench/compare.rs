@@ -1,15 +1,18 @@
-//! `compare`: whether what one record measured is better in another, row by row and beyond chance.
+//! `compare`: whether rows of one record are better than those of another, beyond random variation.
 
 use crate::args;
+use crate::format::four_digits;
 use crate::record::{Better, Kind, Record, Row};
-use crate::show::four_digits;
 use dflash::perf::statistics::{self, Interval, MIN_SAMPLES, Pairing, Verdict};
 use dflash::{Error, Result};
 use serde_json::{Map, Value, json};
 
 const SLOWER_EXIT: u8 = 7;
 
-/// The title of a table, and the record.
+/// A title and the record.
+///
+/// # Errors
+/// [`Error::Usage`] for files that are no records, or records that cannot be compared.
 pub fn run(flags: &args::Compare) -> Result<(String, Record)> {
     let (before, after) = (Record::read(&flags.before)?, Record::read(&flags.after)?);
     if !flags.force {
@@ -45,7 +48,7 @@ pub fn run(flags: &args::Compare) -> Result<(String, Record)> {
     Ok((title, record))
 }
 
-/// 7 where a row is slower.
+/// 7 if a row is SLOWER, else 0.
 pub fn exit_code(record: &Record) -> u8 {
     let slower = |row: &Row| row.verdict.as_deref() == Some(Verdict::Slower.name());
     if record.rows.iter().any(slower) { SLOWER_EXIT } else { 0 }
@@ -101,7 +104,7 @@ fn both(flags: &args::Compare, old: &Row, new: &Row) -> Result<Row> {
         let interval = statistics::ratio(&old, &new, Pairing::Unpaired)?;
         Some((speed(interval), old.len().min(new.len()) >= MIN_SAMPLES))
     });
-    // Two zeros are equal, and nothing else is a multiple of zero.
+    // Two zeros are equal; any other value over zero is infinite.
     let ratio = if a == b { 1.0 } else { b / a };
     let exact = speed(Interval { ratio, low: ratio, high: ratio });
     let counted = [old, new].iter().all(|row| matches!(row.kind, Kind::Counted | Kind::Predicted));

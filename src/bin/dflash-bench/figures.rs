@@ -1,23 +1,23 @@
-//! Which rows of a record make which figure of a report. A figure without rows is left out.
+//! The figures of a report, from the rows of its records. A figure without rows is left out.
 
-use crate::plot::{self, Axis, Bar, Colour, FIRST, INK, KINDS, Mark, PLAIN, Scale, Series};
+use crate::format::{self, four_digits, short, shown};
+use crate::plot::{self, Axis, Bar, Colour, FIRST, INK, KINDS, Mark, REFERENCE, Scale, Series};
 use crate::record::{Kind, Record, Row};
-use crate::show::{four_digits, shown};
 use dflash::Result;
 use dflash::perf::roofline::Card;
 use serde::Serialize;
 
-/// A drawing and what is said under it.
+/// A drawing and its caption.
 #[derive(Debug, Serialize)]
 pub struct Figure {
     pub title: String,
-    /// SVG, in which texts are escaped.
+    /// SVG. Texts are escaped.
     pub svg: String,
     pub legend: Vec<Key>,
     pub notes: Vec<String>,
 }
 
-/// Of a legend.
+/// An entry of a legend.
 #[derive(Debug, Serialize)]
 pub struct Key {
     class: &'static str,
@@ -25,10 +25,10 @@ pub struct Key {
     name: String,
 }
 
-/// In the order in which a round runs them.
+/// The parts of a round, in order.
 const PARTS: [&str; 6] = ["begin", "inject", "draft", "verify", "accept", "gaps"];
 
-/// All of `record`'s figures; `all`: the page's records, of which floors predict what rounds measured.
+/// The figures of `record`. `all`: all records of the page; its rooflines are drawn beside measured rounds.
 ///
 /// # Errors
 /// [`dflash::Error::Internal`] if a figure cannot be drawn.
@@ -39,7 +39,7 @@ pub fn of(record: &Record, all: &[&Record]) -> Result<Vec<Figure>> {
             figures.extend(roofline(record)?);
             figures.extend(kernels(record)?);
         }
-        "round" | "floor" => {
+        "round" | "roofline" => {
             for context in distinct(record.rows.iter().filter_map(|row| parameter(row, "context"))) {
                 figures.extend(timeline(record, context)?);
                 figures.extend(tokens_by_batch(record, all, context)?);
@@ -68,14 +68,15 @@ fn number(row: &Row, name: &str) -> Option<f64> {
     row.numbers.get(name)?.as_f64()
 }
 
-/// `batch 1, context 1024`: all parameters but these.
+/// `batch 1, context 1024`: all parameters except `but`.
 pub fn parameters(row: &Row, but: &[&str]) -> String {
     let others = row.parameters.iter().filter(|(name, _)| !but.contains(&name.as_str()));
-    let texts: Vec<String> = others.map(|(name, value)| format!("{name} {}", shown(Some(value)))).collect();
+    let text = |name: &String| format!("{name} {}", format::parameter(&row.parameters, name));
+    let texts: Vec<String> = others.map(|(name, _)| text(name)).collect();
     texts.join(", ")
 }
 
-/// What is said behind a value of which some samples were taken while the card held its clocks back.
+/// The note behind a value with throttled samples.
 pub fn throttled(row: &Row) -> &'static str {
     if row.throttled.as_ref().is_some_and(|list| !list.is_empty()) { ", throttled" } else { "" }
 }
@@ -108,11 +109,11 @@ fn boxes(names: &[&str]) -> Vec<Key> {
     names.iter().enumerate().map(key).collect()
 }
 
-/// A unit in which the largest of some bytes has few digits, and how many of it a byte is.
+/// A unit that fits the largest of `all`, and the factor from bytes to it.
 fn bytes(all: impl Iterator<Item = f64>) -> (f64, &'static str) {
     match all.fold(0.0, f64::max) {
-        most if most < 1e6 => (1e-3, "kB"),
-        most if most < 1e9 => (1e-6, "MB"),
+        largest if largest < 1e6 => (1e-3, "kB"),
+        largest if largest < 1e9 => (1e-6, "MB"),
         _ => (1e-9, "GB"),
     }
 }
@@ -155,13 +156,13 @@ fn roofline(record: &Record) -> Result<Option<Figure>> {
         let points = points.into_iter().map(|(x, y)| (x, y, String::new())).collect();
         series.push(Series { name, colour: INK, mark, points });
     };
-    // Both lines end where they meet, which is further right than decode kernels go.
+    // Both lines end where they meet, which is beyond the intensity of decode kernels.
     let meet = ceiling.zip(peak).map(|(ceiling, peak)| peak / ceiling);
     let end = 10f64.powf((meet.unwrap_or(high).max(high) * 2.0).log10().ceil());
     if let Some(ceiling) = ceiling {
         let to = meet.unwrap_or(end).max(low);
         let name = format!("read ceiling, measured: {} GB/s", four_digits(ceiling));
-        rule(name, Mark::VerifyMethod, vec![(low, low * ceiling), (to, to * ceiling)]);
+        rule(name, Mark::Rule, vec![(low, low * ceiling), (to, to * ceiling)]);
     }
     if let Some(peak) = peak {
         let name = format!("tensor cores, nominal: {} TFLOP/s", four_digits(peak / 1e3));
@@ -173,10 +174,10 @@ fn roofline(record: &Record) -> Result<Option<Figure>> {
     let x = Axis("operations per byte, FLOP", Scale::Log);
     let svg = plot::lines(&x, &Axis("GFLOP/s", Scale::Log), &series)?;
     let (title, legend) = ("Roofline".into(), keys(&series));
-    Ok(svg.map(|svg| Figure { title, svg, legend, notes: vec!["A dot says which kernel it is.".into()] }))
+    Ok(svg.map(|svg| Figure { title, svg, legend, notes: vec!["Point at a dot to see its kernel.".into()] }))
 }
 
-/// Shares of the ceiling, or what the emulator counted; one figure for each number of rows.
+/// Fractions of the read ceiling, or the emulator's counters: one figure for each number of rows.
 fn kernels(record: &Record) -> Result<Vec<Figure>> {
     let moved = ["streamed", "read", "written"];
     let mut figures = vec![];
@@ -199,7 +200,7 @@ fn kernels(record: &Record) -> Result<Vec<Figure>> {
         let counted = counted.filter_map(|row| {
             let part = |(i, name): (usize, &&str)| Some((colour(i), number(row, name)? * scale));
             let parts = moved.iter().enumerate().map(part).collect::<Option<Vec<_>>>()?;
-            Some((row, bar(row, parts, format!("{} {unit}", plot::short(row.median? * scale)))))
+            Some((row, bar(row, parts, format!("{} {unit}", short(row.median? * scale)))))
         });
         let x = format!("{unit} that cross the bus, counted");
         let title = "Bytes by the emulator's counters";
@@ -208,7 +209,7 @@ fn kernels(record: &Record) -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
-/// Bars of rows, labelled with their parameters; those with one value in all of them are told once, in the title.
+/// Bars of rows, labelled with their parameters. Parameters that are the same in all rows are in the title.
 fn lanes(
     title: &str,
     x: &Axis,
@@ -232,7 +233,7 @@ fn lanes(
 
 // ---- round ----
 
-/// Where a round's time goes, or its bytes. Not predicted ones: they have no such parts.
+/// The parts of rounds, in time or in bytes. Predicted rounds have no such parts.
 fn timeline(record: &Record, context: f64) -> Result<Option<Figure>> {
     let here = |row: &&Row| parameter(row, "context") == Some(context) && row.kind != Kind::Predicted;
     let Some(first) = named(record, "round").find(here) else { return Ok(None) };
@@ -246,7 +247,7 @@ fn timeline(record: &Record, context: f64) -> Result<Option<Figure>> {
     let (mut bars, mut notes) = (vec![], vec![]);
     for round in named(record, "round").filter(here).filter(|round| round.unit == first.unit) {
         let at = parameters(round, &["context"]);
-        // A AR step has no block.
+        // An AR step has no block.
         let alike = |row: &&Row| {
             let batch = row.name == "AR step" && parameter(row, "batch") == parameter(round, "batch");
             row.unit == round.unit && here(row) && (row.parameters == round.parameters || batch)
@@ -264,7 +265,7 @@ fn timeline(record: &Record, context: f64) -> Result<Option<Figure>> {
         bars.push(Bar { label: at, ..Bar::default() });
         let mut push = |label: &str, row: &Row, parts: Vec<(Colour, f64)>| {
             let Some(value) = row.median else { return };
-            let parts = if parts.is_empty() { vec![(PLAIN, value * scale)] } else { parts };
+            let parts = if parts.is_empty() { vec![(REFERENCE, value * scale)] } else { parts };
             let value = format!("{} {unit}{}", four_digits(value * scale), throttled(row));
             bars.push(Bar { label: label.into(), parts, value });
         };
@@ -280,7 +281,7 @@ fn timeline(record: &Record, context: f64) -> Result<Option<Figure>> {
     Ok(svg.map(|svg| Figure { title, svg, legend: boxes(&PARTS), notes }))
 }
 
-/// Rows of tokens per second, or of the emulator's bytes per token, each with what they are of, at any batch.
+/// Rows of tokens per second, or of the emulator's bytes per token, at any batch, each with a description.
 fn rates(record: &Record, context: f64) -> Vec<(String, &Row)> {
     let names = ["autoregressive decoding", "DFlash, synthetic acceptance"];
     let here = |row: &&Row| {
@@ -288,8 +289,8 @@ fn rates(record: &Record, context: f64) -> Vec<(String, &Row)> {
         known && parameter(row, "context") == Some(context)
     };
     let what = |row: &Row| {
-        let length = parameter(row, "acceptance").map(|n| format!(" of {}", plot::short(n)));
-        // A block and a tree are both the rows that a verification has.
+        let length = parameter(row, "acceptance").map(|n| format!(" of {}", short(n)));
+        // A block and a tree are both the rows of a verification.
         let width = parameter(row, "block").or(parameter(row, "tree")).filter(|_| row.name != names[0]);
         let width = width.map(|n| format!(", {} rows", four_digits(n)));
         [row.name.clone(), length.unwrap_or_default(), width.unwrap_or_default()].concat()
@@ -297,14 +298,15 @@ fn rates(record: &Record, context: f64) -> Vec<(String, &Row)> {
     record.rows.iter().filter(here).map(|row| (what(row), row)).collect()
 }
 
-/// With a round's record come the floors of the same models, if the page has any, for what was measured.
+/// Tokens per second by batch. Beside measured rounds: the page's rooflines of the same models.
 fn tokens_by_batch(record: &Record, all: &[&Record], context: f64) -> Result<Option<Figure>> {
     let own = rates(record, context);
     let Some(unit) = own.first().map(|row| row.1.unit.as_str()) else { return Ok(None) };
     let mut sources = vec![(record, own.clone())];
     if record.command == "round" {
-        let floors = all.iter().filter(|o| o.command == "floor" && o.model.target == record.model.target);
-        sources.extend(floors.map(|floor| (*floor, rates(floor, context))));
+        let rooflines =
+            all.iter().filter(|o| o.command == "roofline" && o.model.target == record.model.target);
+        sources.extend(rooflines.map(|one| (*one, rates(one, context))));
     }
     let (scale, shown, what) = match unit {
         "tok/s" => (1.0, "tok/s", "Tokens per second"),
@@ -368,7 +370,7 @@ fn tokens_by_category(record: &Record) -> Result<Option<Figure>> {
     Ok(svg.map(|svg| Figure { title, svg, legend: vec![], notes: vec![] }))
 }
 
-/// Rows of all prompts together, by one parameter.
+/// Rows over all prompts, by one parameter.
 fn overall<'a>(record: &'a Record, name: &str, by: &'a str) -> impl Iterator<Item = (f64, &'a Row)> {
     named(record, name)
         .filter(|row| row.parameters.len() == 1)

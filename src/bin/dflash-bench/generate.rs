@@ -1,9 +1,10 @@
-//! `generate`: a pair's answers to prompts, by autoregressive decoding and by DFlash in turn, in one process.
+//! `generate`: answers prompts with autoregressive (AR) decoding and with DFlash in turn, in one process.
 
 use crate::answers::{self, DECODING, Repeat};
 use crate::args;
 use crate::machine::Instruments;
 use crate::record::{Machine, Model, Record};
+use clap::{Args as _, FromArgMatches};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::cli::device::{self, Choice, DeviceHandle};
@@ -26,10 +27,29 @@ use indicatif::ProgressBar;
 use serde_json::Value;
 use std::time::Instant;
 
-/// Repeats where `--repeat` asks for no others. Counters need none.
+/// The default of `--repeat`. Counters need no repeats.
 const REPEATS: usize = 3;
 
-/// The title of a table, the record, and the first answer of DFlash that is not autoregressive decoding's.
+/// The prompts without `--prompts`: a text a line, as in a file. They begin Python modules, which the demo
+/// pair knows.
+const BUILT_IN: &str = include_str!("prompts.jsonl");
+
+/// Flags of a run that takes seconds on any machine.
+///
+/// # Errors
+/// [`Error::Internal`] if the flags are no longer flags of `generate`.
+pub fn quick() -> Result<args::Generate> {
+    let command = args::Generate::augment_args(clap::Command::new("generate"));
+    let matches = command.try_get_matches_from(["generate", "--max-tokens", "64", "--repeat", "2"]);
+    matches
+        .and_then(|found| args::Generate::from_arg_matches(&found))
+        .map_err(|e| Error::Internal(e.to_string()))
+}
+
+/// A title, the record, and an error for the first answer of DFlash that differs from AR decoding's.
+///
+/// # Errors
+/// What is wrong with flags, files, the device or its memory.
 pub fn run(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     ops::install(|| measured(flags))
 }
@@ -91,7 +111,7 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     Ok(((title, record), identical))
 }
 
-/// What can be told wrong before any file is looked at.
+/// Checks the flags before any file is read.
 fn check(flags: &args::Generate) -> Result<SamplingParams> {
     let few = |flag: &str, found: usize, least: usize, why: &str| {
         Err(Error::Usage(format!("--{flag} is {found}, {why}: expected at least {least}")))
@@ -110,18 +130,36 @@ fn check(flags: &args::Generate) -> Result<SamplingParams> {
         }
         _ if flags.repeat == Some(0) => few("repeat", 0, 1, "which measures nothing"),
         _ if flags.count == Some(0) => few("count", 0, 1, "which leaves no prompt"),
-        _ if flags.block == Some(1) => few("block", 1, 2, "which is autoregressive decoding"),
+        _ if flags.block == Some(1) => few("block", 1, 2, "which is AR decoding"),
         _ => Ok(sampling),
     }
 }
 
+/// The built-in prompts.
+fn built_in() -> Result<Vec<Prompt>> {
+    #[derive(serde::Deserialize)]
+    struct Line {
+        prompt: String,
+    }
+    let prompt = |(number, line): (usize, &str)| {
+        let line: Line = serde_json::from_str(line)
+            .map_err(|e| Error::Internal(format!("built-in prompt {number} is damaged: {e}")))?;
+        let (name, content) = (format!("built-in prompt {number}"), Content::Text(line.prompt));
+        Ok(Prompt { name, content, category: Value::Null })
+    };
+    (1..).zip(BUILT_IN.lines()).map(prompt).collect()
+}
+
 /// The first `--count` prompts, and the category of each.
 fn prompts(flags: &args::Generate) -> Result<(Vec<Prompt>, Vec<Option<String>>)> {
-    let mut prompts = prompts::lines(&flags.prompts)?;
-    let (file, held) = (flags.prompts.display(), prompts.len());
+    let (mut prompts, source) = match &flags.prompts {
+        Some(path) => (prompts::lines(path)?, format!("{} holds", path.display())),
+        None => (built_in()?, "there are".into()),
+    };
+    let held = prompts.len();
     let count = flags.count.unwrap_or(held);
     if count > held {
-        return Err(Error::Usage(format!("--count is {count}, but {file} holds {held} prompts")));
+        return Err(Error::Usage(format!("--count is {count}, but {source} {held} prompts")));
     }
     prompts.truncate(count);
     if !(1..=count).contains(&flags.batch) {
@@ -168,13 +206,13 @@ fn requests(
     (0..).zip(prompts).map(request).collect()
 }
 
-/// Whether DFlash is to give autoregressive decoding's tokens: other rules than match share its distribution alone, but where one token
-/// has all of it.
+/// Whether DFlash must give the tokens of AR decoding. `rejection` and `block` only keep the target's
+/// distribution, unless temperature 0 leaves one token.
 fn same_tokens(flags: &args::Generate) -> bool {
     flags.drafts.verify == VerifyMethod::Match || flags.temperature == 0.0
 }
 
-/// How drafts are made and judged, where not as it is by default.
+/// How drafts are made and verified, where that differs from the defaults.
 fn drafts(flags: &args::Generate, drafts: &SpecRecord) -> String {
     let mut all = vec![];
     if flags.drafts.verify != VerifyMethod::Match {
@@ -206,25 +244,26 @@ fn title(
         format!("temperature {}, seed {}", flags.temperature, flags.seed)
     };
     let what = if machine.device.as_deref() == Some("emulator") {
-        "counted by the emulator, which has no times".to_string()
+        "counters of the emulator, no times".to_string()
     } else {
-        format!("autoregressive decoding and DFlash in turn, {repeats} times")
+        format!("AR and DFlash in turn, {repeats} times")
     };
     let (target, drafter, prompts) = (name(&model.target), name(&model.drafter), requests.len());
+    let source = if flags.prompts.is_none() { "built-in " } else { "" };
     let how = how + &drafts(flags, &flags.drafts.record(&requests[0].drafting));
     let distribution = match same_tokens(flags) {
         true => "",
         false => {
-            "; the distribution is autoregressive decoding's, the tokens are not, and are not held against it"
+            "; the distribution is the target's, the tokens are not those of AR and are not compared with them"
         }
     };
     format!(
-        "{target} with {drafter} on {on}: {prompts} prompts{together}, up to {} tokens each, {how}; {what}{distribution}",
+        "{target} with {drafter} on {on}: {prompts} {source}prompts{together}, up to {} tokens each, {how}; {what}{distribution}",
         flags.max_tokens
     )
 }
 
-/// All requests on one device.
+/// All requests, and the device that runs them.
 struct Run<'a> {
     flags: &'a args::Generate,
     requests: &'a [Request],
@@ -233,7 +272,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Every repeat, after a warm-up; on the emulator no warm-up, and what it counted.
+    /// All repeats after a warm-up. On the emulator there is no warm-up, and its counters are returned.
     fn all(&self, decoder: &mut dyn Decoder) -> Result<(Vec<Repeat>, Option<[Counts; 2]>)> {
         let emulated = self.tally().is_some();
         let repeats = self.flags.repeat.unwrap_or(if emulated { 1 } else { REPEATS });
@@ -253,8 +292,8 @@ impl Run<'_> {
         self.place.and_then(|(place, _)| place.device.tally())
     }
 
-    /// Repeat `number` from 0: each prompt both ways, or with `--batch` all of them. Who goes first changes each time,
-    /// so that neither always follows the other.
+    /// Repeat `number`, from 0: each prompt, or with `--batch` all of them, with AR decoding and with DFlash.
+    /// The order alternates, so that neither profits from its place.
     fn once(
         &self,
         decoder: &mut dyn Decoder,
@@ -271,13 +310,13 @@ impl Run<'_> {
                 let block = |request: &Request| if mode == 0 { 1 } else { request.block };
                 let group: Vec<Request> =
                     group.iter().map(|r| Request { block: block(r), ..r.clone() }).collect();
-                let mut hearing = Hearing { outcomes: vec![None; group.len()], bar };
-                // Rounds ahead of the last answer's end are no part of this one.
+                let mut sink = Outcomes { outcomes: vec![None; group.len()], bar };
+                // A device may still run rounds beyond the end of the last answer.
                 if let Some((place, _)) = self.place {
                     place.device.synchronize()?;
                 }
                 let (before, clock) = (self.tally(), Instant::now());
-                generate_all(decoder, &group, &mut hearing)?;
+                generate_all(decoder, &group, &mut sink)?;
                 repeat.wall[mode] += clock.elapsed();
                 if let (Some(before), Some(after)) = (before, self.tally()) {
                     counts[mode] += after - before;
@@ -285,7 +324,7 @@ impl Run<'_> {
                 if let Some(now) = self.place.and_then(|(_, instruments)| instruments.is_throttled()) {
                     repeat.throttled = Some(now || repeat.throttled.unwrap_or(false));
                 }
-                let outcomes: Option<Vec<Outcome>> = hearing.outcomes.into_iter().collect();
+                let outcomes: Option<Vec<Outcome>> = sink.outcomes.into_iter().collect();
                 let outcomes =
                     outcomes.ok_or_else(|| Error::Internal("a request without an outcome".into()))?;
                 repeat.outcomes[mode].extend(outcomes);
@@ -295,19 +334,19 @@ impl Run<'_> {
     }
 }
 
-/// Keeps outcomes, and shows how many there are.
-struct Hearing<'a> {
+/// Collects outcomes and advances the progress bar.
+struct Outcomes<'a> {
     outcomes: Vec<Option<Outcome>>,
     bar: &'a ProgressBar,
 }
 
-impl TokenSink for Hearing<'_> {
+impl TokenSink for Outcomes<'_> {
     fn token(&mut self, _id: u32, _drafted: bool) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 }
 
-impl TokenSinks for Hearing<'_> {
+impl TokenSinks for Outcomes<'_> {
     fn of(&mut self, _index: usize) -> Result<&mut dyn TokenSink> {
         Ok(self)
     }
@@ -325,7 +364,8 @@ mod tests {
     use clap::Parser;
     use dflash::engine::generate::{Emitted, Prefill};
 
-    /// Its answers count up from the prompt, with `strays` drafts by another step; it keeps what it was asked.
+    /// A decoder whose answers count up from the prompt. With `strays`, drafts count by another step. It logs
+    /// the prompt and the block of each request.
     struct Counter {
         slots: Vec<(u32, Request)>,
         asked: Vec<(u32, usize)>,
@@ -371,7 +411,7 @@ mod tests {
     fn all(decoder: &mut Counter, flags: &[&str]) -> Vec<Repeat> {
         let line = ["dflash-bench", "generate", "--prompts", "p.jsonl", "-n", "7"];
         let args = args::Args::parse_from(line.iter().chain(flags));
-        let args::Command::Generate(flags) = args.command else { panic!("another command") };
+        let Some(args::Command::Generate(flags)) = args.command else { panic!("another command") };
         let sampling = check(&flags).unwrap();
         let request = |id: u32| {
             let sampling = SamplingParams { stream: id, ..sampling.clone() };
@@ -393,7 +433,7 @@ mod tests {
     fn counter(slots: usize, strays: bool) -> Counter {
         let sampling =
             SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
-        let nobody = Request {
+        let idle = Request {
             prompt: vec![0],
             max_tokens: 0,
             sampling,
@@ -401,11 +441,24 @@ mod tests {
             block: 1,
             drafting: Default::default(),
         };
-        Counter { slots: vec![(0, nobody); slots], asked: vec![], strays }
+        Counter { slots: vec![(0, idle); slots], asked: vec![], strays }
     }
 
     #[test]
-    fn both_ways_take_turns_in_going_first() {
+    fn built_in_prompts_are_distinct_texts_and_quick_flags_are_valid() {
+        let prompts = built_in().unwrap();
+        assert!(prompts.len() >= dflash::perf::statistics::MIN_SAMPLES, "too few for an interval");
+        for (i, one) in prompts.iter().enumerate() {
+            assert!(matches!(&one.content, Content::Text(text) if !text.is_empty()), "{}", one.name);
+            assert!(prompts[..i].iter().all(|other| other.content != one.content), "{}", one.name);
+        }
+        let flags = quick().unwrap();
+        check(&flags).unwrap();
+        assert_eq!((flags.prompts, flags.batch, flags.repeat), (None, 1, Some(2)));
+    }
+
+    #[test]
+    fn ar_and_dflash_take_turns_in_going_first() {
         let mut decoder = counter(1, false);
         let repeats = all(&mut decoder, &["--repeat", "2"]);
         // After the warm-up.
@@ -431,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn who_runs_together_takes_turns_by_the_repeat() {
+    fn batches_take_turns_by_the_repeat() {
         let mut decoder = counter(2, false);
         let repeats = all(&mut decoder, &["--repeat", "2", "--batch", "2"]);
         let order: Vec<usize> = decoder.asked.iter().map(|asked| asked.1).collect();

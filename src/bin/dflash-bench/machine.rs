@@ -1,7 +1,7 @@
-//! What a record says of the machine that something ran on, and whether it was hindered while it did.
+//! The machine of a run: the card, its instruments, and whether it was throttled.
 //!
-//! A card is asked through NVML, which comes with the driver and is loaded when it is there. A question that it does not
-//! answer is null in the record, and no error.
+//! The instruments are NVML, which comes with the driver and is loaded at run time. A reading that NVML does
+//! not give is null in the record and no error.
 
 use crate::record::{Machine, Process, State};
 use dflash::cli::device::DeviceHandle;
@@ -11,9 +11,9 @@ use nvml_wrapper::bitmasks::device::ThrottleReasons;
 use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
 use nvml_wrapper::enums::device::UsedGpuMemory;
 
-/// Why a card runs slower than it could: what hinders it, and what nobody asked for. Idleness is no hindrance, and clocks
-/// that somebody set are a choice, by which measurements become steadier.
-const HINDRANCES: [(ThrottleReasons, &str); 6] = [
+/// Reasons that count as throttling. Idleness does not, nor do clocks set by the user, which make
+/// measurements steadier.
+const THROTTLING: [(ThrottleReasons, &str); 6] = [
     (ThrottleReasons::SW_POWER_CAP, "power cap"),
     (ThrottleReasons::HW_SLOWDOWN, "hardware slowdown"),
     (ThrottleReasons::HW_THERMAL_SLOWDOWN, "hardware thermal slowdown"),
@@ -22,17 +22,18 @@ const HINDRANCES: [(ThrottleReasons, &str); 6] = [
     (ThrottleReasons::SYNC_BOOST, "sync boost"),
 ];
 
-/// The card's own instruments, where there are any.
+/// The instruments of a card, if it has any.
 pub struct Instruments {
-    /// And where the card is on the PCI bus: NVML counts cards in another order than CUDA, and all of them.
+    /// NVML, and the card's PCI address: NVML and CUDA number cards differently.
     card: Option<(Nvml, String)>,
     before: Option<State>,
 }
 
 impl Instruments {
-    /// Of what runs at `place`, as it is now. Without instruments every answer is None.
+    /// The instruments of the device at `place`, with its present state. Without instruments every reading is
+    /// None.
     pub fn open(place: &DeviceHandle) -> Instruments {
-        // Nothing is loaded for what is no card.
+        // NVML is loaded only for a card.
         let pci = place.device.properties().pci.clone();
         Instruments::with(pci.and_then(|pci| Some((Nvml::init().ok()?, pci))))
     }
@@ -47,7 +48,7 @@ impl Instruments {
         nvml.device_by_pci_bus_id(pci.as_str()).ok()
     }
 
-    /// Clocks, power, and what else is known now.
+    /// Present clocks, power, temperature, throttling and processes.
     pub fn state(&self) -> Option<State> {
         let device = self.device()?;
         let watts = |milliwatts: u32| f64::from(milliwatts) / 1e3;
@@ -64,17 +65,17 @@ impl Instruments {
             celsius: device.temperature(TemperatureSensor::Gpu).ok(),
             watts: device.power_usage().ok().map(watts),
             limit_watts: device.enforced_power_limit().ok().map(watts),
-            throttle: hindrances(&device),
+            throttle: throttle_reasons(&device),
             processes,
         })
     }
 
-    /// Whether the card is hindered now, which it is only while it works.
+    /// Whether the card is throttled now. Only a working card can be.
     pub fn is_throttled(&self) -> Option<bool> {
-        Some(!hindrances(&self.device()?)?.is_empty())
+        Some(!throttle_reasons(&self.device()?)?.is_empty())
     }
 
-    /// For the record, at the end of the run.
+    /// The machine of a record, to be called at the end of the run.
     pub fn machine(&self, place: &DeviceHandle) -> Machine {
         let Properties { name, driver, capability, multiprocessors, l2, memory, overlap, .. } =
             place.device.properties();
@@ -97,41 +98,10 @@ impl Instruments {
     }
 }
 
-fn hindrances(device: &nvml_wrapper::Device) -> Option<Vec<String>> {
+fn throttle_reasons(device: &nvml_wrapper::Device) -> Option<Vec<String>> {
     let reasons = device.current_throttle_reasons().ok()?;
-    let named = HINDRANCES.iter().filter(|(reason, _)| reasons.contains(*reason));
+    let named = THROTTLING.iter().filter(|(reason, _)| reasons.contains(*reason));
     Some(named.map(|(_, name)| name.to_string()).collect())
-}
-
-/// The state before and after in a line: None where no instruments told it.
-pub fn describe(machine: &Machine) -> Option<String> {
-    let states = [("before", &machine.before), ("after", &machine.after)];
-    let told = states.into_iter().filter_map(|(when, state)| {
-        let State { sm_mhz, memory_mhz, celsius, watts, limit_watts, throttle, processes } =
-            state.as_ref()?;
-        let parts = [
-            sm_mhz.map(|mhz| format!("SM {mhz} MHz")),
-            memory_mhz.map(|mhz| format!("memory {mhz} MHz")),
-            celsius.map(|degrees| format!("{degrees} °C")),
-            watts.map(|watts| match limit_watts {
-                Some(limit) => format!("{watts:.0} of {limit:.0} W"),
-                None => format!("{watts:.0} W"),
-            }),
-            throttle.as_ref().map(|reasons| match reasons.is_empty() {
-                true => "not throttled".into(),
-                false => format!("throttled by {}", reasons.join(" and ")),
-            }),
-            processes.as_ref().map(|others| match others.len() {
-                0 => "no other process".into(),
-                1 => "1 other process".into(),
-                many => format!("{many} other processes"),
-            }),
-        ];
-        let parts: Vec<String> = parts.into_iter().flatten().collect();
-        (!parts.is_empty()).then(|| format!("{when}: {}", parts.join(", ")))
-    });
-    let told: Vec<String> = told.collect();
-    (!told.is_empty()).then(|| told.join("; "))
 }
 
 #[cfg(test)]
@@ -141,15 +111,16 @@ mod library;
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use crate::format::Format;
     use crate::record::{Model, Record};
-    use crate::show;
+    use crate::show::{self, describe};
     use dflash::gpu::emulator::Emulator;
     use dflash::gpu::memory::Overhead;
     use std::ffi::OsStr;
 
     const NVML: &str = include_str!("../../../tests/data/profile/nvml.c");
 
-    /// The instruments of the card there, by a library that stands in for NVML.
+    /// The instruments of the card at that address, through a library that stands in for NVML.
     pub fn instruments(pci: &str) -> Instruments {
         let folder = tempfile::tempdir().unwrap();
         let own = format!("-DOWN={}", std::process::id());
@@ -163,7 +134,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_card_is_found_by_its_place_on_the_bus() {
+    fn a_card_is_found_by_its_pci_address() {
         let state = instruments("0000:65:00.0").state().unwrap();
         let process = |pid, bytes| Process { pid, bytes };
         let expected = State {
@@ -182,14 +153,14 @@ pub mod tests {
     }
 
     #[test]
-    fn idleness_and_set_clocks_are_no_throttling_and_all_else_is() {
+    fn only_idleness_and_set_clocks_are_not_throttling() {
         assert_eq!(instruments("0000:17:00.0").is_throttled(), Some(false), "idle");
         assert_eq!(instruments("0000:65:00.0").is_throttled(), Some(false), "set clocks, display clocks");
         let slow = instruments("0000:ca:00.0");
         assert_eq!(slow.is_throttled(), Some(true));
-        let reasons: Vec<String> = HINDRANCES.iter().map(|(_, name)| name.to_string()).collect();
+        let reasons: Vec<String> = THROTTLING.iter().map(|(_, name)| name.to_string()).collect();
         assert_eq!(slow.state().unwrap().throttle, Some(reasons));
-        for (i, (_, name)) in HINDRANCES.iter().enumerate() {
+        for (i, (_, name)) in THROTTLING.iter().enumerate() {
             let one = instruments(&format!("0000:c{i}:00.0"));
             assert_eq!(one.is_throttled(), Some(true), "{name}");
             assert_eq!(one.state().unwrap().throttle, Some(vec![name.to_string()]));
@@ -197,7 +168,7 @@ pub mod tests {
     }
 
     #[test]
-    fn what_a_card_does_not_answer_is_unknown() {
+    fn readings_that_a_card_does_not_give_are_null() {
         let silent = instruments("0000:e1:00.0");
         assert_eq!(silent.state(), Some(State::default()));
         assert_eq!(silent.is_throttled(), None);
@@ -207,7 +178,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_machine_tells_its_driver_and_its_state_before_and_after() {
+    fn a_record_has_the_driver_and_the_state_before_and_after() {
         let mut place = emulator();
         place.name = "cuda";
         let machine = instruments("0000:65:00.0").machine(&place);
@@ -218,14 +189,14 @@ pub mod tests {
         assert_eq!(machine.ptx.as_deref(), Some("compute_90a"), "launches overlap there");
         let said = "SM 1755 MHz, memory 3201 MHz, 61 °C, 523 of 700 W, not throttled, 2 other processes";
         assert_eq!(describe(&machine), Some(format!("before: {said}; after: {said}")));
-        // And in the record and its table.
+        // In the record and its table, too.
         let record = Record::new("kernels", machine.clone(), Model::default());
         let schema = serde_json::from_str(include_str!("../../../benches/schema.json")).unwrap();
         let schema = jsonschema::validator_for(&schema).unwrap();
         assert_eq!(schema.validate(&serde_json::json!(record)).map_err(|e| e.to_string()), Ok(()));
-        let table = show::text(&record, "Title", show::Format::Table);
+        let table = show::text(&record, "Title", Format::Table);
         assert!(table.starts_with("Title\nbefore: SM 1755 MHz"), "{table}");
-        // What nobody told is not said.
+        // Unknown readings are left out.
         let with = |state| describe(&Machine { after: Some(state), ..Machine::default() });
         assert_eq!(with(State::default()), None);
         let throttle = Some(vec!["power cap".into(), "thermal slowdown".into()]);
@@ -235,7 +206,7 @@ pub mod tests {
     }
 
     #[test]
-    fn without_instruments_nothing_is_known() {
+    fn without_instruments_every_reading_is_null() {
         assert!(Nvml::builder().lib_path(OsStr::new("/none/libnvidia-ml.so.1")).init().is_err());
         let place = emulator();
         assert_eq!(place.device.properties().pci, None);

@@ -1,25 +1,31 @@
-//! What a pair takes and could reach on a card, and whether one measurement is better than another. Every subcommand
-//! makes a [`record::Record`]; [`show`] writes it.
+//! Measures and predicts DFlash decoding, and decides whether one measurement is better than another. Every
+//! subcommand makes a [`record::Record`], which [`show`] prints.
 
 mod answers;
 mod args;
 mod compare;
 mod figures;
-mod floor;
+mod format;
 mod generate;
 mod kernels;
+mod lists;
 mod machine;
 mod model;
 mod plot;
 mod record;
 mod report;
+mod roofline;
 mod round;
 mod sampling;
 mod show;
+mod table;
+mod times;
+mod width;
 
 use args::{Args, Command};
 use dflash::Result;
 use dflash::cli::terminal;
+use format::Format;
 use record::Record;
 use std::process::ExitCode;
 
@@ -38,27 +44,50 @@ fn run(args: &Args) -> Result<u8> {
     }
     let mut end = Ok(());
     let (title, record) = match &args.command {
-        Command::Kernels(flags) => {
+        None => return quick(args),
+        Some(Command::Kernels(flags)) => {
             let (found, whole) = kernels::run(flags)?;
             end = whole;
             found
         }
-        Command::Floor(flags) => floor::run(flags)?,
-        Command::Round(flags) => round::run(flags)?,
-        Command::Generate(flags) => {
+        Some(Command::Roofline(flags)) => roofline::run(flags)?,
+        Some(Command::Round(flags)) => round::run(flags)?,
+        Some(Command::Generate(flags)) => {
             let (found, identical) = generate::run(flags)?;
             end = identical;
             found
         }
-        Command::Compare(flags) => compare::run(flags)?,
-        Command::Show(flags) => return put(args, &show::run(flags, args.format())?).map(|()| 0),
+        Some(Command::Compare(flags)) => compare::run(flags)?,
+        Some(Command::Show(flags)) => return put(args, &show::run(flags, args.format())?).map(|()| 0),
     };
     let records = [(title, record)];
     put(args, &records)?;
     end.map(|()| compare::exit_code(&records[0].1))
 }
 
-/// Prints titled records, and writes their page if one is wanted.
+const NEXT: &str = "\
+Next: dflash-bench generate --prompts FILE.jsonl   your prompts, all figures
+      dflash-bench round                           where a round's time goes
+      dflash-bench roofline --card H200            the least times of Qwen3-8B on a card
+      dflash-bench --help
+";
+
+/// The demo pair on the built-in prompts, in short.
+fn quick(args: &Args) -> Result<u8> {
+    let ((title, record), identical) = generate::run(&generate::quick()?)?;
+    let records = [(title, record)];
+    if args.format() == Format::Table {
+        let [(title, record)] = &records;
+        let table = table::summary(record, title, width::columns());
+        terminal::print(&format!("{table}\n{NEXT}"))?;
+        args.report.as_ref().map_or(Ok(()), |path| report::write(path, &records))?;
+    } else {
+        put(args, &records)?;
+    }
+    identical.map(|()| 0)
+}
+
+/// Prints titled records, and writes their page if `--report` names one.
 fn put(args: &Args, records: &[(String, Record)]) -> Result<()> {
     let texts: Vec<String> =
         records.iter().map(|(title, record)| show::text(record, title, args.format())).collect();

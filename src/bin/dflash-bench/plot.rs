@@ -1,7 +1,7 @@
-//! Figures as SVG: lines and points over two axes, and bars. Colours are those of the page's style sheet, so that they
-//! follow its light or dark scheme. Knows no rows.
+//! Figures as SVG: lines and points over two axes, and bars. Colours are names in the page's style sheet,
+//! which has a light and a dark scheme. Knows no records.
 
-use crate::show::four_digits;
+use crate::format::short;
 use dflash::{Error, Result};
 use minijinja::HtmlEscape;
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, ValueFormatter};
@@ -10,44 +10,44 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use std::ops::Range;
 
-/// A colour of the style sheet, `var(--c0)` and so on.
+/// The number of a colour in the style sheet: `var(--c0)` and so on.
 pub type Colour = u8;
-/// Of text and axes.
+/// Text and axes.
 pub const INK: Colour = 0;
-/// Of lines that only guide the eye.
+/// Grid lines.
 const FAINT: Colour = 1;
-/// From here on colours tell things apart, `KINDS` of them.
+/// The first of `KINDS` colours for series.
 pub const FIRST: Colour = 2;
 pub const KINDS: Colour = 7;
-/// Of what others are compared with.
-pub const PLAIN: Colour = FIRST + KINDS;
+/// The reference that others are compared with.
+pub const REFERENCE: Colour = FIRST + KINDS;
 
-/// Units of a figure's width, of which a page shows about half as many pixels: plotters draws at whole units.
+/// The width of a figure in units. plotters draws at whole units, so there are about two to a pixel.
 const WIDTH: u32 = 1080;
-/// Size of text, as plotters takes it: 1.24 times the units it gets.
+/// The size of text for plotters, 1.24 times its height in units.
 const TEXT: f64 = 39.0;
-/// Units that a character takes at most, nearly.
+/// About the largest width of a character, in units.
 const CHARACTER: u32 = 17;
-/// A value that no axis can show: records come from anywhere.
+/// The largest value that an axis can show. Records may hold any number.
 const LARGEST: f64 = 1e15;
 
-/// How a series is drawn. All but rules and columns have a dot at each point.
+/// How a series is drawn. Rules and columns have no dots at their points.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mark {
     Dots,
     Line,
     Dashed,
-    VerifyMethod,
+    Rule,
     DashedRule,
     Columns,
 }
 
 impl Mark {
-    /// The legend's class in the style sheet.
+    /// The class of the legend's mark in the style sheet.
     pub fn class(self) -> &'static str {
         match self {
             Mark::Dots => "dot",
-            Mark::Line | Mark::VerifyMethod => "line",
+            Mark::Line | Mark::Rule => "line",
             Mark::Dashed | Mark::DashedRule => "dashed",
             Mark::Columns => "box",
         }
@@ -60,7 +60,7 @@ pub struct Series {
     pub name: String,
     pub colour: Colour,
     pub mark: Mark,
-    /// x, y, and what a pointer that rests on the dot reads, if anything.
+    /// x, y, and the dot's tooltip, which may be empty.
     pub points: Vec<(f64, f64, String)>,
 }
 
@@ -70,15 +70,15 @@ pub enum Scale {
     Linear,
     /// From 0, with ticks at whole numbers.
     Whole,
-    /// Decimal; what is not above 0 is not drawn.
+    /// Decimal. Values that are not above 0 are not drawn.
     Log,
 }
 
-/// What it shows, with its unit.
+/// An axis: its name with the unit, and its scale.
 pub struct Axis<'a>(pub &'a str, pub Scale);
 
 impl Axis<'_> {
-    /// Where a value lies; None if it cannot be drawn.
+    /// The place of a value. None: it cannot be drawn.
     fn place(&self, x: f64) -> Option<f64> {
         match self.1 {
             Scale::Log => (1.0 / LARGEST..=LARGEST).contains(&x).then(|| x.log10()),
@@ -86,11 +86,11 @@ impl Axis<'_> {
         }
     }
 
-    /// The range that holds these places, with about `count` ticks; `more` on both sides of a linear one.
+    /// The range of these places, with about `count` ticks. A linear range has `more` on both sides.
     fn range(&self, places: impl Iterator<Item = f64>, more: f64, count: f64) -> Span {
         let (low, high) = places.fold((f64::INFINITY, 0f64), |(low, high), x| (low.min(x), high.max(x)));
         if self.1 == Scale::Log {
-            // Not `high`, which started at 0.
+            // `high` started at 0, which is a place here.
             let (from, to) = (low.floor(), high.ceil().max(low.floor() + 1.0));
             let step = ((to - from) / count).ceil();
             let ticks = (0..).map(|i| from + step * f64::from(i)).take_while(|x| *x <= to);
@@ -104,21 +104,12 @@ impl Axis<'_> {
 
     fn tick(&self, place: f64) -> String {
         let value = if self.1 == Scale::Log { 10f64.powf(place) } else { place };
-        // Sums of steps are not the decimals that they stand for.
+        // Removes the rounding errors of sums of steps.
         short(if value == 0.0 { 0.0 } else { format!("{value:.6e}").parse().unwrap_or(value) })
     }
 }
 
-/// Four digits that count, without the zeros behind them.
-pub fn short(x: f64) -> String {
-    let text = four_digits(x);
-    match text.contains('.') && !text.contains('e') {
-        true => text.trim_end_matches('0').trim_end_matches('.').to_string(),
-        false => text,
-    }
-}
-
-/// A range of places and its ticks. plotters has the like, but without the traits that a mesh asks for.
+/// A range of places and its ticks. plotters' own lacks the traits that a mesh needs.
 struct Span(Range<f64>, Vec<f64>);
 
 impl Ranged for Span {
@@ -138,14 +129,14 @@ impl Ranged for Span {
     }
 }
 
-/// The least of 1, 2 and 5 times a power of ten that is not less than `x`, above 0.
+/// `x`, above 0, rounded up to 1, 2 or 5 times a power of ten.
 fn nice(x: f64) -> f64 {
     let power = 10f64.powf(x.log10().floor());
     let steps = [1.0, 2.0, 5.0].map(|step| step * power);
     steps.into_iter().find(|step| *step >= x * (1.0 - 1e-9)).unwrap_or(10.0 * power)
 }
 
-/// Stands for a colour until the style sheet's name replaces it.
+/// The placeholder of a colour, which the style sheet's name replaces in the SVG.
 fn rgb(colour: Colour) -> RGBColor {
     RGBColor(0x0d, 0x0f, colour)
 }
@@ -155,10 +146,10 @@ fn text(anchor: HPos, colour: Colour) -> TextStyle<'static> {
     TextStyle { color: rgb(colour).to_backend_color(), pos, ..TextStyle::from(("sans-serif", TEXT)) }
 }
 
-/// A drawing as SVG; None where nothing could be drawn. `titles`: of its circles, in their order.
+/// The drawn SVG with the style sheet's colours. `titles`: the tooltips of its circles, in order.
 fn svg(drawn: std::result::Result<String, impl std::fmt::Display>, titles: &[&str]) -> Result<String> {
     let mut svg = drawn.map_err(|e| Error::Internal(format!("a figure cannot be drawn: {e}")))?;
-    for colour in 0..=PLAIN {
+    for colour in 0..=REFERENCE {
         svg = svg.replace(&format!("\"#0D0F{colour:02X}\""), &format!("\"var(--c{colour})\""));
     }
     let mut parts = svg.split("<circle ");
@@ -174,7 +165,7 @@ fn svg(drawn: std::result::Result<String, impl std::fmt::Display>, titles: &[&st
     Ok(whole)
 }
 
-/// Draws the axes, their ticks and the lines that these guide the eye by; without `y` those of `x` alone.
+/// Draws the axes, their ticks and grid lines. Without `y`: only those of `x`.
 fn mesh<Y, DB>(
     chart: &mut ChartContext<DB, Cartesian2d<Span, Y>>,
     x: &Axis,
@@ -203,7 +194,7 @@ where
     mesh.draw()
 }
 
-/// Series over two axes; None where no point can be drawn.
+/// Series over two axes. None: no point can be drawn.
 ///
 /// # Errors
 /// [`Error::Internal`] if plotters fails.
@@ -221,7 +212,7 @@ pub fn lines(x: &Axis, y: &Axis, series: &[Series]) -> Result<Option<String>> {
     if all().next().is_none() {
         return Ok(None);
     }
-    // Half a column.
+    // Half a column's width.
     let more = if series.iter().any(|series| series.mark == Mark::Columns) { 0.5 } else { 0.0 };
     let across = x.range(all().map(|point| point.0), more, 8.0);
     let up = y.range(all().map(|point| point.1), 0.0, 7.0);
@@ -242,7 +233,7 @@ pub fn lines(x: &Axis, y: &Axis, series: &[Series]) -> Result<Option<String>> {
             let points = || places.iter().map(|point| (point.0, point.1));
             match series.mark {
                 Mark::Dots => (),
-                Mark::Line | Mark::VerifyMethod => {
+                Mark::Line | Mark::Rule => {
                     chart.draw_series(LineSeries::new(points(), style))?;
                 }
                 Mark::Dashed | Mark::DashedRule => {
@@ -269,17 +260,17 @@ pub fn lines(x: &Axis, y: &Axis, series: &[Series]) -> Result<Option<String>> {
     svg(drawn, &titles).map(Some)
 }
 
-/// A bar from left to right, or without parts a heading of those below it.
+/// A horizontal bar. Without parts it is a heading for the bars below it.
 #[derive(Debug, Clone, Default)]
 pub struct Bar {
     pub label: String,
-    /// One after another, each 0 or more.
+    /// Stacked from left to right, each 0 or more.
     pub parts: Vec<(Colour, f64)>,
-    /// What is written behind it.
+    /// The text behind the bar.
     pub value: String,
 }
 
-/// Bars, one below another, over one axis from 0; None where nothing can be drawn. `rule`: a value that is marked.
+/// Bars below each other, over one axis from 0. None: nothing can be drawn. `rule`: a value that is marked.
 ///
 /// # Errors
 /// [`Error::Internal`] if plotters fails.
@@ -368,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn every_number_that_a_record_can_hold_draws_or_is_left_out() {
+    fn every_number_draws_or_is_left_out() {
         let numbers = [0.0, -1.0, 5e-324, 1e-300, 1e-15, 1e-9, 0.1, 1.0, 7.0, 1e9, 1e15, 1e16, f64::MAX];
         for scale in [Scale::Linear, Scale::Whole, Scale::Log] {
             let axis = Axis("x", scale);
@@ -390,12 +381,12 @@ mod tests {
     }
 
     #[test]
-    fn colours_are_the_pages_and_dots_say_what_they_are() {
+    fn colours_are_style_names_and_dots_have_tooltips() {
         let axis = Axis("\"#0D0F02\"", Scale::Linear);
         let drawn = lines(&axis, &axis, &[one(&[(1.0, 1.0), (-1.0, 1.0), (2.0, 3.0)], Mark::Line)]);
         let drawn = drawn.unwrap().unwrap();
         assert!(!drawn.contains("=\"#") && drawn.contains("stroke=\"var(--c2)\""), "{drawn}");
-        // The point that cannot be drawn has none.
+        // The point that cannot be drawn has no tooltip.
         assert_eq!(drawn.matches("<title>a &lt;b&gt; &amp; c</title></circle>").count(), 2);
     }
 
@@ -419,7 +410,7 @@ mod tests {
             texts(&drawn),
             ["across", "0", "0.5", "1", "1.5", "2", "label", "value", "label", "value"]
         );
-        // Nothing of the other axis: lines at the ticks, and those with the axis they stand on.
+        // Only this axis: grid lines at the ticks, and ticks with their axis.
         assert_eq!((drawn.matches("<line ").count(), drawn.matches("<polyline ").count()), (5, 6), "{drawn}");
     }
 }

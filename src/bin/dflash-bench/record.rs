@@ -1,6 +1,6 @@
-//! What a subcommand found, as it is written and read again. `benches/schema.json` describes it; it only ever grows.
+//! The record of a run: how it is written and read. `benches/schema.json` is its form, which only grows.
 
-use crate::sampling::Times;
+use crate::times::Times;
 use dflash::engine::stats::SpecRecord;
 use dflash::gpu::cuda;
 use dflash::gpu::device::Counts;
@@ -11,19 +11,24 @@ use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::path::Path;
 
-/// Of every record. Another number: another meaning of what was there before.
+/// The schema of every record. A field that changes its meaning needs another number.
 pub const SCHEMA: &str = "dflash-bench/1";
+
+/// Names of rows in records of earlier versions, and today's names.
+const RENAMED: [(&str, &str); 3] =
+    [("plain step", "AR step"), ("plain decoding", "autoregressive decoding"), ("law", "distribution")];
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     pub schema: String,
-    /// The subcommand, and what it was given.
+    /// The subcommand. `floor` is the earlier name of `roofline`.
     pub command: String,
+    /// The command line, the subcommand first.
     pub arguments: Vec<String>,
     pub build: Build,
     pub machine: Machine,
     pub model: Model,
-    /// Of `generate`: how drafts were made and judged.
+    /// Only `generate`: how drafts were made and verified.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drafts: Option<SpecRecord>,
     pub rows: Vec<Row>,
@@ -35,22 +40,22 @@ pub struct Build {
     /// `DFLASH_COMMIT` in the environment of the build.
     pub commit: Option<String>,
     pub features: Vec<String>,
-    /// What the kernels are compiled for.
+    /// PTX targets of the kernels.
     pub ptx: Vec<String>,
 }
 
-/// Null is unknown.
+/// The machine of a run. Null is unknown.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
-    /// `cuda`, `emulator` or `cpu`; null where nothing ran.
+    /// `cuda`, `emulator` or `cpu`. Null: nothing ran.
     pub device: Option<String>,
     pub card: Option<String>,
     pub driver: Option<String>,
-    /// Nominal.
+    /// Nominal bandwidth of the memory.
     pub gigabytes_per_s: Option<f64>,
-    /// Nominal, dense bf16.
+    /// Nominal rate of dense bf16 products.
     pub tflops: Option<f64>,
-    /// Nominal where nothing ran, else what the driver says.
+    /// From the driver; nominal where nothing ran.
     pub memory_gigabytes: Option<f64>,
     /// Compute capability: `9.0`.
     #[serde(default)]
@@ -59,17 +64,17 @@ pub struct Machine {
     pub multiprocessors: Option<u32>,
     #[serde(default)]
     pub l2_bytes: Option<u64>,
-    /// Which of the build's PTX targets ran.
+    /// The PTX target that ran, one of the build's.
     #[serde(default)]
     pub ptx: Option<String>,
-    /// Before and after the run; null: no instruments.
+    /// The card before and after the run. Null: no instruments.
     #[serde(default)]
     pub before: Option<State>,
     #[serde(default)]
     pub after: Option<State>,
 }
 
-/// What a card's instruments say at one moment. Null: this one does not.
+/// Readings of a card's instruments at one moment. Null: the card does not report it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
     pub sm_mhz: Option<u32>,
@@ -77,36 +82,37 @@ pub struct State {
     pub celsius: Option<u32>,
     pub watts: Option<f64>,
     pub limit_watts: Option<f64>,
-    /// Why clocks are held back, idleness and clocks that somebody set left out. Empty: they are not.
+    /// The reasons for throttling. Idleness and clocks set by the user are not throttling.
     pub throttle: Option<Vec<String>>,
-    /// Other processes that compute on the card. In a container the driver may know this one by another number.
+    /// Other processes that compute on the card. In a container this process may be among them, under another
+    /// number.
     pub processes: Option<Vec<Process>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Process {
     pub pid: u32,
-    /// Null where the driver does not say.
+    /// Null: the driver does not report it.
     pub bytes: Option<u64>,
 }
 
-/// Names of folders or published pairs.
+/// The names of folders or published models.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Model {
     pub target: Option<String>,
     pub drafter: Option<String>,
 }
 
-/// Where a value comes from.
+/// The origin of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// Exact: bytes, launches.
+    /// Exact: bytes, launches, tokens.
     Counted,
-    /// By arithmetic from nominal figures; nothing ran.
+    /// Computed from nominal figures. Nothing ran.
     Predicted,
     Measured,
-    /// By `compare` from two records.
+    /// Computed by `compare` from two records.
     Compared,
 }
 
@@ -117,34 +123,35 @@ pub enum Better {
     Higher,
 }
 
-/// Name and parameters together are unique in a record.
+/// One value with its samples. Name and parameters together are unique in a record.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     pub name: String,
-    /// Numbers and texts.
+    /// Numbers and texts: the shape, the batch, the category.
     pub parameters: Map<String, Value>,
     pub kind: Kind,
     pub unit: String,
     pub better: Better,
-    /// In the order in which they were taken, each above 0. Null where nothing was sampled.
+    /// In the order of measurement, each above 0. Null: nothing was sampled.
     pub samples: Option<Vec<f64>>,
-    /// How many samples each round took, where they were taken in rounds.
+    /// Samples in each round. Null: the samples were not taken in rounds.
     pub rounds: Option<Vec<usize>>,
-    /// Places of the rounds (of the samples, where none are told) in which the card held its clocks back; null: unknown.
+    /// Indices of the rounds in which the card was throttled; of the samples where there are no rounds. Null:
+    /// unknown.
     #[serde(default)]
     pub throttled: Option<Vec<usize>>,
-    /// Of the samples, or the value itself. Null where `compare` has only one side.
+    /// The median of the samples, or the value itself. Null: only one record of `compare` has the row.
     pub median: Option<f64>,
     pub p10: Option<f64>,
     pub p90: Option<f64>,
-    /// Further numbers.
+    /// Further numbers, by name.
     pub numbers: Map<String, Value>,
-    /// Of `compare`.
+    /// The result of `compare`.
     pub verdict: Option<String>,
 }
 
 impl Record {
-    /// Without rows, of this build and these arguments.
+    /// A record without rows, of this build and this command line.
     pub fn new(command: &str, machine: Machine, model: Model) -> Record {
         let features = [("emulator", cfg!(feature = "emulator")), ("sanitize", cfg!(feature = "sanitize"))];
         Record {
@@ -164,10 +171,10 @@ impl Record {
         }
     }
 
-    /// A record from a file, in which every row can be relied on.
+    /// Reads and checks a record. Names of earlier versions become today's.
     ///
     /// # Errors
-    /// [`Error::Usage`] with the file and what is wrong with it.
+    /// [`Error::Usage`] that names the file and its fault.
     pub fn read(path: &Path) -> Result<Record> {
         let wrong = |what: String| Error::Usage(format!("{} {what}", path.display()));
         let bytes = std::fs::read(path).map_err(|e| wrong(format!("cannot be read: {e}")))?;
@@ -177,8 +184,9 @@ impl Record {
             Value::String(schema) if schema == SCHEMA => (),
             found => return Err(wrong(format!("has the schema {found}, expected {SCHEMA:?}"))),
         }
-        let record: Record =
+        let mut record: Record =
             serde_json::from_value(value).map_err(|e| wrong(format!("is not a whole record: {e}")))?;
+        record.modernise();
         let mut seen = HashMap::new();
         for (i, row) in record.rows.iter().enumerate() {
             row.check().map_err(|what| wrong(format!("is damaged: row {} ({}) {what}", i + 1, row.name)))?;
@@ -191,10 +199,21 @@ impl Record {
         }
         Ok(record)
     }
+
+    fn modernise(&mut self) {
+        if self.command == "floor" {
+            self.command = "roofline".into();
+        }
+        for row in &mut self.rows {
+            if let Some((_, name)) = RENAMED.iter().find(|(old, _)| *old == row.name) {
+                row.name = name.to_string();
+            }
+        }
+    }
 }
 
 impl Row {
-    /// A value that was not sampled.
+    /// A value without samples.
     pub fn value(
         name: &str,
         parameters: Value,
@@ -222,7 +241,7 @@ impl Row {
         }
     }
 
-    /// Measured: `times` in another unit, `scale` of which are a millisecond.
+    /// A measured row: `times` in `unit`. A millisecond is `scale` of them.
     pub fn times(
         name: &str,
         parameters: Value,
@@ -236,7 +255,7 @@ impl Row {
         Row { throttled: times.throttled.clone(), ..row }
     }
 
-    /// Measured: at least one sample, each above 0.
+    /// A measured row: at least one sample, each above 0.
     pub fn samples(
         name: &str,
         parameters: Value,
@@ -258,7 +277,7 @@ impl Row {
         }
     }
 
-    /// Counted by the emulator: the value is all bytes that crossed the memory bus.
+    /// A row of the emulator's counters. Its value is all bytes that crossed the memory bus.
     pub fn counts(name: &str, parameters: Value, counts: &Counts) -> Row {
         let Counts { launches, blocks, streamed, read, written, mma, conflicts, .. } = *counts;
         let numbers = serde_json::json!({
@@ -269,12 +288,12 @@ impl Row {
         Row::value(name, parameters, Kind::Counted, bytes, "bytes", Better::Lower, numbers)
     }
 
-    /// Whether it has the same name and parameters.
+    /// Whether `other` has the same name and parameters.
     pub fn is(&self, other: &Row) -> bool {
         self.name == other.name && self.parameters == other.parameters
     }
 
-    /// Rounds of samples; each sample is one where nothing groups them. None without samples.
+    /// The samples by round; each sample alone where there are no rounds. None without samples.
     pub fn groups(&self) -> Option<Vec<&[f64]>> {
         let samples = self.samples.as_deref()?;
         let Some(rounds) = &self.rounds else { return Some(samples.chunks(1).collect()) };

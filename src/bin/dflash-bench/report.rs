@@ -1,9 +1,10 @@
-//! `--report`: one page of records that needs nothing else, no network and no script. `report.html` is its form and
-//! `report.css` its look, in both schemes of a browser.
+//! `--report`: one page of records, without network and scripts. `report.html` is its template; `report.css`
+//! has a light and a dark scheme.
 
 use crate::figures::{self, Figure};
+use crate::format::four_digits;
 use crate::record::{Kind, Machine, Record, Row, State};
-use crate::show::{self, Column, four_digits};
+use crate::show::{self, Column};
 use dflash::{Error, Result};
 use minijinja::value::Serde;
 use minijinja::{Environment, context};
@@ -15,22 +16,22 @@ use std::path::Path;
 #[derive(Serialize)]
 struct Section {
     title: String,
-    /// What its values are not.
+    /// Notes on the kind of its values.
     labels: Vec<String>,
-    /// The rows that are read first.
+    /// The most important rows.
     headlines: Vec<(String, String)>,
     facts: Vec<(&'static str, String)>,
-    /// Before and after.
+    /// Readings of the card before and after the run.
     states: Vec<(&'static str, [String; 2])>,
     figures: Vec<Figure>,
     columns: Vec<Column>,
     rows: usize,
 }
 
-/// That `path` can become a page. To be asked before anything runs, so that no measurement is lost.
+/// Checks that a page can be written to `path`, before anything runs, so that no measurement is lost.
 ///
 /// # Errors
-/// [`Error::Usage`] where it cannot, or has no name of a page: a list of records may have slipped in.
+/// [`Error::Usage`] where it cannot, or where the name is not that of a page: it may be a record by mistake.
 pub fn check(path: &Path) -> Result<()> {
     let wrong = |what: String| Err(Error::Usage(format!("--report is {}, {what}", path.display())));
     if path.extension().is_none_or(|end| end != "html" && end != "htm") {
@@ -41,7 +42,7 @@ pub fn check(path: &Path) -> Result<()> {
     }
     let missing = !path.exists();
     match OpenOptions::new().write(true).create(true).truncate(false).open(path) {
-        // A run that fails leaves no empty page behind.
+        // A run that fails leaves no empty page.
         Ok(_) if missing => fs::remove_file(path).map_err(|e| failed(path, &e)),
         Ok(_) => Ok(()),
         Err(e) => wrong(format!("which cannot be written: {e}")),
@@ -65,13 +66,13 @@ fn page(records: &[(String, Record)]) -> Result<String> {
     let sections = records.iter().map(|(title, record)| section(title, record, &all));
     let sections = sections.collect::<Result<Vec<Section>>>()?;
     let mut environment = Environment::new();
-    // By its name's end everything that it fills in is escaped.
+    // minijinja escapes all values because the name ends in .html.
     let filled = environment.add_template("report.html", include_str!("report.html")).and_then(|()| {
         let style = include_str!("report.css");
         environment.get_template("report.html")?.render(context! { sections => Serde(&sections), style })
     });
     let html = filled.map_err(|e| Error::Internal(format!("the report cannot be filled in: {e:#}")))?;
-    // No page may hold them, and names may.
+    // Names may hold control characters, which a page must not.
     Ok(html.replace(|c: char| c.is_control() && c != '\n', "\u{fffd}"))
 }
 
@@ -155,7 +156,7 @@ fn facts(record: &Record) -> Vec<(&'static str, String)> {
     facts.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
 }
 
-/// What the card's instruments said before and after the run.
+/// Readings of the card's instruments before and after the run.
 fn states(machine: &Machine) -> Vec<(&'static str, [String; 2])> {
     let both = [&machine.before, &machine.after];
     if both.iter().all(|state| state.is_none()) {

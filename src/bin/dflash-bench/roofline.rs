@@ -1,4 +1,5 @@
-//! `floor`: what the arithmetic of `dflash::perf::roofline` and the plan of memory say about a pair on a card. Nothing runs.
+//! `roofline`: the least times of a pair on a card by `dflash::perf::roofline`, and the plan of its memory.
+//! Nothing runs.
 
 use crate::record::{Better, Kind, Machine, Record, Row};
 use crate::{args, model, record};
@@ -13,8 +14,11 @@ use dflash::spec::tree::MOST_ROWS;
 use dflash::{Error, Result};
 use serde_json::{Map, Value, json};
 
-/// The title of a table, and the record.
-pub fn run(flags: &args::Floor) -> Result<(String, Record)> {
+/// A title and the record.
+///
+/// # Errors
+/// [`Error::Usage`] for wrong flags; otherwise those of [`model::pair`].
+pub fn run(flags: &args::Roofline) -> Result<(String, Record)> {
     let card = card(flags)?;
     let pair = model::pair(&flags.model, flags.draft.clone())?;
     let trained = pair.drafter.as_ref().map(|drafter| drafter.config.block);
@@ -39,7 +43,7 @@ pub fn run(flags: &args::Floor) -> Result<(String, Record)> {
         memory_gigabytes: flags.bandwidth.is_none().then_some(card.memory),
         ..Machine::default()
     };
-    let mut record = Record::new("floor", machine, model);
+    let mut record = Record::new("roofline", machine, model);
     weights(&pair, &mut record.rows);
     for &context in &flags.context.0 {
         for &batch in &flags.batch.0 {
@@ -51,7 +55,7 @@ pub fn run(flags: &args::Floor) -> Result<(String, Record)> {
     Ok((title, record))
 }
 
-fn card(flags: &args::Floor) -> Result<Card> {
+fn card(flags: &args::Roofline) -> Result<Card> {
     if let (Some(bandwidth), Some(tflops)) = (flags.bandwidth, flags.flops) {
         return Ok(Card { name: "a card", bandwidth, tflops, memory: f64::INFINITY });
     }
@@ -62,12 +66,12 @@ fn card(flags: &args::Floor) -> Result<Card> {
     })
 }
 
-/// Tokens that a round with that many rows for a sequence can bring at most: a path has at most a block.
+/// The maximum number of tokens of a round that verifies `rows` rows: a path has at most a block.
 fn most_tokens(pair: &Pair, rows: usize) -> f64 {
     pair.drafter.as_ref().map_or(1, |drafter| rows.min(drafter.config.block)) as f64
 }
 
-fn check(flags: &args::Floor, pair: &Pair, tree: &[usize]) -> Result<()> {
+fn check(flags: &args::Roofline, pair: &Pair, tree: &[usize]) -> Result<()> {
     let wrong = |flag: &str, found: f64, expected: String| {
         Err(Error::Usage(format!("--{flag} has {found}, expected {expected}")))
     };
@@ -109,7 +113,7 @@ fn check(flags: &args::Floor, pair: &Pair, tree: &[usize]) -> Result<()> {
     }
 }
 
-/// What does not depend on the passes.
+/// Bytes of the weights and of a position's keys and values.
 fn weights(pair: &Pair, rows: &mut Vec<Row>) {
     let mut count = |name: String, value: f64, unit: &str| {
         rows.push(Row::value(&name, json!({}), Kind::Counted, value, unit, Better::Lower, json!({})));
@@ -135,7 +139,7 @@ fn weights(pair: &Pair, rows: &mut Vec<Row>) {
 }
 
 fn passes(
-    flags: &args::Floor,
+    flags: &args::Roofline,
     pair: &Pair,
     card: &Card,
     (context, batch): (usize, usize),
@@ -192,17 +196,17 @@ fn passes(
     }
 }
 
-/// Rounds of the chain whose tokens cost the least, of those that --curve has drafts for.
-fn cheapest(flags: &args::Floor, pair: &Pair, card: &Card, context: usize) -> Option<Row> {
+/// The chain length with the least time per token under `--curve`.
+fn cheapest(flags: &args::Roofline, pair: &Pair, card: &Card, context: usize) -> Option<Row> {
     let (curve, drafter) = (flags.curve.as_ref()?, &pair.drafter.as_ref()?.config);
     let costs = Costs::modelled(card, &pair.target.config, drafter, context, 1, drafter.block);
-    let mut stands = 1.0;
+    let mut accepted = 1.0;
     let survival: Vec<f64> = curve
         .0
         .iter()
         .map(|p| {
-            stands *= p;
-            stands
+            accepted *= p;
+            accepted
         })
         .collect();
     let (drafts, each) = costs.cheapest(&survival);
@@ -214,12 +218,12 @@ fn cheapest(flags: &args::Floor, pair: &Pair, card: &Card, context: usize) -> Op
     Some(Row::value(name, parameters, Kind::Predicted, 1e3 / each, "tok/s", Better::Higher, numbers))
 }
 
-/// Without a point where it has no fraction.
+/// A JSON number, without a decimal point where there is no fraction.
 pub fn whole_or_not(x: f64) -> Value {
     if x.fract() == 0.0 { json!(x as u64) } else { json!(x) }
 }
 
-/// What the pair with its sequences takes of a card, where the kernels run it.
+/// Memory of the pair and its sequences on a GPU, if the kernels support the pair.
 fn memory(pair: &Pair, card: &Card, context: usize, batch: usize, rows: &mut Vec<Row>) {
     let block = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
     let positions = (context + block).min(pair.target.config.stack.max_positions);

@@ -1,0 +1,23 @@
+//! Caches full of noise: a pass at any context can be measured without running a prompt.
+
+use super::Cache;
+
+impl Cache {
+    /// Fills an empty cache, which has capacity for `positions`, with noise: keys and values between -1/2 and 1/2.
+    pub fn fill_synthetic(&mut self, positions: usize) {
+        for kv in &mut self.layers {
+            let width = kv.heads * kv.dims;
+            for at in 0..positions {
+                // A multiplicative hash of the index, in 24 bits.
+                let noise = |i: usize| {
+                    let hash = (i as u32).wrapping_mul(0x9e37_79b1) >> 8;
+                    hash as f32 / (1 << 24) as f32 - 0.5
+                };
+                let row: Vec<f32> = (at * width..(at + 1) * width).map(noise).collect();
+                kv.write(at, &row, &row);
+            }
+        }
+        self.rotate_to(positions);
+        self.len = positions;
+    }
+}
