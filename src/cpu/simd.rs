@@ -1,5 +1,5 @@
-//! Vectors of 16 f32 under AVX-512, AVX2, or plain Rust, and the widening of weights into them. Knows no operation;
-//! `cpu.rs` writes those once, generic over [`Simd`].
+//! Vectors of 16 f32 under AVX-512, AVX2, or plain Rust, and the widening of weights into them. The operations are in
+//! [`crate::cpu::ops`], written once and generic over [`Simd`].
 
 use crate::checkpoint::safetensors::Dtype;
 
@@ -91,7 +91,7 @@ pub(crate) fn widen_as<E: Element>(bytes: &[u8], out: &mut [f32]) {
 
 // ---- instruction sets ----
 
-/// A vector of 16 f32 and what is done with it.
+/// A vector of 16 f32 and its operations.
 ///
 /// # Safety
 /// Every method requires that the CPU has the type's instructions; loads and stores that 16 elements are accessible.
@@ -217,14 +217,14 @@ pub(crate) mod x86 {
     use super::{Job, LANES, Simd};
     use std::arch::x86_64::*;
 
-    /// What [`Avx2`] needs.
+    /// Whether the CPU has the instructions of [`Avx2`].
     pub fn has_avx2() -> bool {
         is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
     }
 
-    /// What [`Avx512`] needs. Without VL the compiler leaves half of the 32 registers unused.
+    /// Whether the CPU has the instructions of [`Avx512`]. Without VL the compiler leaves half of the 32 registers unused.
     pub fn has_avx512() -> bool {
         has_avx2()
             && is_x86_feature_detected!("avx512f")

@@ -9,6 +9,8 @@ use crate::gpu::device::{
 use crate::gpu::kernels::attention;
 use crate::gpu::loader::Loader;
 use crate::gpu::model::PAGE;
+use crate::spec::config::{SpecConfig, VerifyMethod};
+use crate::spec::draft_length::DraftLengthPolicy;
 use crate::spec::tree::MOST_ROWS;
 use crate::{Error, Result};
 use std::collections::HashMap;
@@ -29,22 +31,28 @@ pub struct BatchConfig {
     pub rules: bool,
     /// Rounds may be of several sizes, down to AR steps that the drafter follows.
     pub adaptive: bool,
-    /// Adaptive rounds verify the drafts that stand with at least this probability; none: those that pay.
-    pub threshold: Option<f64>,
 }
 
 impl BatchConfig {
     /// Every sequence can have `positions` positions at the same time.
     pub fn new(sequences: usize, block: usize, positions: usize) -> BatchConfig {
         let pages = sequences.saturating_mul(positions.div_ceil(PAGE));
-        let (tree, rules, adaptive, threshold) = (0, false, false, None);
-        BatchConfig { sequences, block, pages, positions, tree, rules, adaptive, threshold }
+        BatchConfig { sequences, block, pages, positions, tree: 0, rules: false, adaptive: false }
     }
 
     /// The same for trees of up to `rows` rows, which take slots behind the positions that they stand for.
     pub fn with_trees(self, rows: usize) -> BatchConfig {
         let pages = self.sequences.saturating_mul((self.positions + rows).div_ceil(PAGE));
         BatchConfig { pages, tree: rows, ..self }
+    }
+
+    /// The same for requests with this configuration.
+    pub fn for_spec(self, spec: &SpecConfig) -> BatchConfig {
+        BatchConfig {
+            rules: spec.method() != VerifyMethod::Match,
+            adaptive: spec.draft_length() != DraftLengthPolicy::Full,
+            ..self.with_trees(spec.tree_rows().unwrap_or(0))
+        }
     }
 
     /// Rows that a round verifies of a sequence at most.

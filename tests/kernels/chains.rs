@@ -12,8 +12,8 @@ use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules, VerifyInputs}
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::siblings::{Drawn, Siblings};
 use dflash::gpu::kernels::verify::Verdict;
+use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
-use dflash::spec::verify::VerifyMethod;
 use drawn::*;
 use kernel::*;
 

@@ -1,7 +1,8 @@
 //! What answers say: rows from the outcomes of autoregressive decoding and of DFlash for the same prompts. Arithmetic alone.
 
 use crate::record::{Better, Kind, Row};
-use dflash::engine::generate::{Outcome, check_lossless};
+use dflash::engine::generate::Outcome;
+use dflash::engine::lossless::check_lossless;
 use dflash::engine::stats;
 use dflash::gpu::device::Counts;
 use dflash::perf::statistics::{self, FEWEST, Interval, Summary, Work};

@@ -8,7 +8,9 @@ use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::cli::device::{Choice, DeviceHandle};
 use dflash::cli::sigbus;
+use dflash::cli::spec_flags::name_flag;
 use dflash::cli::terminal;
+use dflash::cpu::decoder::Cpu;
 use dflash::cpu::ops;
 use dflash::engine::generate::{
     Backend, Decoder, Flow, Outcome, Request, TokenSink, TokenSinks, generate_all,
@@ -17,8 +19,8 @@ use dflash::engine::stats::SpecRecord;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Counts;
 use dflash::gpu::memory::BatchConfig;
+use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
-use dflash::spec::verify::VerifyMethod;
 use dflash::text::prompts::{self, Content, Prompt, Tokens};
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
@@ -47,12 +49,12 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     let block = pair.block(flags.block)?;
     let requests = requests(flags, &pair, prompts, &sampling, block)?;
     let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
-    let room = flags.drafts.room(BatchConfig::of(&pair, flags.batch, block, flags.ctx, longest)?);
+    let room = BatchConfig::of(&pair, flags.batch, block, flags.ctx, longest)?.for_spec(&requests[0].spec);
 
     let place = DeviceHandle::of_pair(flags.device, flags.gpu.unwrap_or(0), &pair, room, false)?;
     let (machine, repeats, counts) = match &place {
         None => {
-            let backend = flags.drafts.cpu(&pair, room.sequences, pair.context(flags.ctx)?)?;
+            let backend = Cpu::load(&pair, room.sequences, pair.context(flags.ctx)?)?;
             let machine = Machine { device: Some(backend.name().into()), ..Machine::default() };
             let (repeats, counts) =
                 Run { flags, requests: &requests, place: None }.all(&mut *backend.decoder()?)?;
@@ -79,7 +81,7 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     };
     let title = title(flags, &machine, &model, &requests, repeats.len());
     let mut record = Record::new("generate", machine, model);
-    record.drafts = Some(flags.drafts.record(&requests[0].drafting));
+    record.drafts = Some(SpecRecord::new(&requests[0].spec));
     let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
     let (rows, identical) = answers::lossless(&repeats, &names, prompt_tokens, same_tokens(flags));
     record.rows.extend(rows);
@@ -98,9 +100,9 @@ fn check(flags: &args::Generate) -> Result<SamplingParams> {
     };
     let args::Generate { temperature, top_k, top_p, min_p, seed, .. } = *flags;
     let sampling = SamplingParams { temperature, top_k, top_p, min_p, seed, stream: 0 };
-    sampling.check()?;
-    flags.drafts.check(false, flags.block)?;
-    flags.drafts.drafting(&sampling)?;
+    sampling.check().map_err(name_flag)?;
+    flags.drafts.need_drafter(false, flags.block)?;
+    flags.drafts.config(&sampling)?;
     match flags {
         _ if flags.gpu.is_some() && matches!(flags.device, Choice::Cpu | Choice::Emulator) => {
             Err(Error::Usage("--gpu needs --device cuda or auto".into()))
@@ -162,8 +164,8 @@ fn requests(
         }
         let sampling = SamplingParams { stream, ..sampling.clone() };
         let (prompt, stop_ids) = (tokens.of(prompt)?, stop_ids.clone());
-        let drafting = flags.drafts.drafting(&sampling)?;
-        Ok(Request { prompt, max_tokens: flags.max_tokens, sampling, stop_ids, block, drafting })
+        let spec = flags.drafts.config(&sampling)?;
+        Ok(Request { prompt, max_tokens: flags.max_tokens, sampling, stop_ids, block, spec })
     };
     (0..).zip(prompts).map(request).collect()
 }
@@ -211,7 +213,7 @@ fn title(
         format!("autoregressive decoding and DFlash in turn, {repeats} times")
     };
     let (target, drafter, prompts) = (name(&model.target), name(&model.drafter), requests.len());
-    let how = how + &drafts(flags, &flags.drafts.record(&requests[0].drafting));
+    let how = how + &drafts(flags, &SpecRecord::new(&requests[0].spec));
     let distribution = match same_tokens(flags) {
         true => "",
         false => {
@@ -308,7 +310,7 @@ impl TokenSink for Hearing<'_> {
 }
 
 impl TokenSinks for Hearing<'_> {
-    fn of(&mut self, _index: usize) -> Result<&mut dyn TokenSink> {
+    fn sink(&mut self, _index: usize) -> Result<&mut dyn TokenSink> {
         Ok(self)
     }
 
@@ -342,7 +344,7 @@ mod tests {
         fn slots(&self) -> usize {
             self.slots.len()
         }
-        fn join(&mut self, slot: usize, request: &Request, _keep: bool) -> Result<Option<usize>> {
+        fn admit(&mut self, slot: usize, request: &Request, _keep: bool) -> Result<Option<usize>> {
             self.asked.push((request.prompt[0], request.block));
             self.slots[slot] = (request.prompt[0], request.clone());
             Ok(Some(0))
@@ -355,11 +357,11 @@ mod tests {
                 let step = if self.strays && request.block > 1 { 2 } else { 1 };
                 let tokens: Vec<u32> = (1..=request.block as u32).map(|i| *last + i * step).collect();
                 *last = tokens[tokens.len() - 1];
-                *out = Emitted { judged: tokens.len(), drafted: tokens.len() - 1, tokens };
+                *out = Emitted { produced: tokens.len(), drafted: tokens.len() - 1, tokens };
             }
             Ok(())
         }
-        fn leave(&mut self, _slot: usize, _tokens: usize) -> Result<()> {
+        fn release(&mut self, _slot: usize, _tokens: usize) -> Result<()> {
             Ok(())
         }
         fn watch(&mut self) {}
@@ -381,7 +383,7 @@ mod tests {
                 sampling,
                 stop_ids: vec![],
                 block: 4,
-                drafting: Default::default(),
+                spec: Default::default(),
             }
         };
         let requests: Vec<Request> = (1..4).map(request).collect();
@@ -399,7 +401,7 @@ mod tests {
             sampling,
             stop_ids: vec![],
             block: 1,
-            drafting: Default::default(),
+            spec: Default::default(),
         };
         Counter { slots: vec![(0, nobody); slots], asked: vec![], strays }
     }

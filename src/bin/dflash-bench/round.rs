@@ -61,7 +61,7 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
         seed: 1,
         stream: 0,
     };
-    sampling.check()?;
+    sampling.check().map_err(dflash::cli::spec_flags::name_flag)?;
     if flags.gpu.is_some() && matches!(flags.device, Choice::Cpu | Choice::Emulator) {
         return Err(Error::Usage("--gpu needs --device cuda or auto".into()));
     }
@@ -276,7 +276,7 @@ impl Point<'_> {
             sampling: self.sampling.clone(),
             stop_ids: vec![],
             block: self.block,
-            drafting: Default::default(),
+            spec: Default::default(),
         }
     }
 
@@ -466,7 +466,7 @@ impl Point<'_> {
                 // The next round is under way.
                 times.end_round(round, LOOP, instruments.is_throttled());
             }
-            (0..self.batch).try_for_each(|slot| batch.leave(slot, 1))?;
+            (0..self.batch).try_for_each(|slot| batch.release(slot, 1))?;
         }
         Ok(times)
     }

@@ -14,9 +14,8 @@ use crate::gpu::memory::BatchConfig;
 use crate::gpu::model::{Cache, Injection, PAGE, Pass, Row, Scratch, Sizes, Stack, Vocabulary};
 use crate::gpu::nvtx;
 use crate::perf::roofline::{CARDS, Card};
+use crate::spec::config::{SpecConfig, VerifyMethod};
 use crate::spec::draft_length::{Controller, Costs, DraftLengthPolicy, Fixed};
-use crate::spec::sampling::SamplingParams;
-use crate::spec::verify::VerifyMethod;
 use crate::{Error, Result};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -164,8 +163,10 @@ pub struct Batch<'a> {
     /// Rows of each sequence in the round enqueued last.
     rows: usize,
     watched: bool,
-    /// Of sequences that join.
-    controllers: Controllers<'a>,
+    /// What rounds cost here; none without a drafter or where rounds have one size.
+    costs: Option<Costs>,
+    /// Makes the controllers of sequences that are admitted, in place of their draft-length policy.
+    controllers: Option<Controllers<'a>>,
 }
 
 /// Makes a sequence's controller.
@@ -293,7 +294,8 @@ impl<'a> Batch<'a> {
             read: 0,
             rows: 1,
             watched: false,
-            controllers: Box::new(|| Box::new(Fixed)),
+            costs: None,
+            controllers: None,
         };
         for shape in batch.shapes() {
             let graph = batch.capture(shape)?;
@@ -304,20 +306,26 @@ impl<'a> Batch<'a> {
             let costs = Costs::modelled(&card, &models.config, drafter, 0, sequences, block);
             let mut sizes: Vec<usize> = batch.graphs.iter().map(|(shape, _)| shape.rows).collect();
             sizes.sort_unstable();
-            let goal = room
-                .threshold
-                .map_or(DraftLengthPolicy::CostModel(costs.of_sizes(&sizes)), DraftLengthPolicy::Threshold);
-            batch.control(move || goal.controller(true));
+            batch.costs = Some(costs.of_sizes(&sizes));
         }
         Ok(batch)
     }
 
-    /// Sequences that join from now on each have a controller that `make` makes, but for those whose trees are drawn at
-    /// random: these are whole, because how many siblings they have depends on their size, so that rows say nothing of
-    /// those of another. In an adaptive room there is one already, which drafts what pays by the costs of the device's
-    /// card, or of an H200 where it is none that is known; or what stands with the room's threshold.
+    /// Sequences that are admitted from now on get a controller from `make` in place of their draft-length policy, except
+    /// those with sampled trees, which are always whole.
     pub fn control(&mut self, make: impl Fn() -> Box<dyn Controller> + 'a) {
-        self.controllers = Box::new(make);
+        self.controllers = Some(Box::new(make));
+    }
+
+    /// The controller of a request. The cost model uses the roofline of the device's card, or of an H200 where the card is
+    /// unknown.
+    fn controller(&self, spec: &SpecConfig, form: Form) -> Box<dyn Controller> {
+        match (&self.controllers, &self.costs) {
+            _ if form == Form::Drawn => Box::new(Fixed),
+            (Some(make), _) => make(),
+            (None, Some(costs)) => spec.draft_length().controller(costs, true),
+            (None, None) => Box::new(Fixed),
+        }
     }
 
     /// The sequence in `slot` as it is to be when its prompt, of which it has the pages, is done.
@@ -331,7 +339,7 @@ impl<'a> Batch<'a> {
             device.upload(&cache.table.slice(slot * bytes.len(), bytes.len())?, &bytes)?;
         }
         // A tree's rows lie behind the positions.
-        let tree = request.drafting.tree.unwrap_or(0);
+        let tree = request.spec.tree_rows().unwrap_or(0);
         let end = self.context().min((pages.len() * PAGE).saturating_sub(tree));
         let draft_end = match (&self.models.drafter, request.block) {
             (Some((_, stack, _)), 2..) if self.draft.is_some() => stack.config.max_positions.min(end),
@@ -348,11 +356,11 @@ impl<'a> Batch<'a> {
             end: end as u32,
             draft_end: draft_end as u32,
             block: request.block as u32,
-            rows: request.drafting.tree.unwrap_or(request.block) as u32,
-            form: match (tree, request.drafting.rule) {
-                (0, _) => Form::Chain,
-                (_, VerifyMethod::Match) => Form::BestFirst,
-                _ => Form::Drawn,
+            rows: request.spec.tree_rows().unwrap_or(request.block) as u32,
+            form: match (request.spec.tree_rows(), request.spec.method()) {
+                (None, _) => Form::Chain,
+                (Some(_), VerifyMethod::Match) => Form::BestFirst,
+                (Some(_), VerifyMethod::Rejection | VerifyMethod::Block) => Form::Drawn,
             },
             sampling: request.sampling.clone(),
             stop_ids,
@@ -360,7 +368,7 @@ impl<'a> Batch<'a> {
             rounds: 0,
             drafted: 0,
             accepted: 0,
-            rule: request.drafting.rule,
+            rule: request.spec.method(),
         })
     }
 
@@ -558,16 +566,22 @@ impl Decoder for Batch<'_> {
         self.slots.len()
     }
 
-    fn join(&mut self, slot: usize, request: &Request, keep: bool) -> Result<Option<usize>> {
+    fn admit(&mut self, slot: usize, request: &Request, keep: bool) -> Result<Option<usize>> {
         let Some(Slot { phase: Phase::Idle, .. }) = self.slots.get(slot) else {
             return Err(Error::Internal(format!("slot {slot} of {} is not free", self.slots.len())));
         };
-        let (prompt, block, drafting) = (&request.prompt, request.block, &request.drafting);
-        let (room, tree) = (self.room, drafting.tree.unwrap_or(0));
-        if block > room.block || tree > room.tree || (drafting.rule != VerifyMethod::Match && !room.rules) {
-            let rule = drafting.rule.name();
+        let (prompt, block, spec) = (&request.prompt, request.block, &request.spec);
+        let (room, tree) = (self.room, spec.tree_rows().unwrap_or(0));
+        let (method, adaptive) = (spec.method(), spec.draft_length() != DraftLengthPolicy::Full);
+        if block > room.block
+            || tree > room.tree
+            || (method != VerifyMethod::Match && !room.rules)
+            || (adaptive && !room.adaptive)
+        {
+            let (method, length) = (method.name(), if adaptive { "adaptive" } else { "full" });
             return Err(Error::Internal(format!(
-                "a request of blocks of {block}, trees of {tree} and the rule {rule} in rounds that were not made for it"
+                "the batch was not made for a request with blocks of {block}, trees of {tree}, the verification method \
+                 {method} and {length} draft lengths"
             )));
         }
         let positions = request.positions().min(self.context());
@@ -586,11 +600,11 @@ impl Decoder for Batch<'_> {
         let waiting = Sequence { active: false, ..state.clone() };
         let to = self.work.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         self.device.upload(&to, &waiting.to_bytes()?)?;
-        let SamplingParams { seed, stream, .. } = request.sampling;
-        let draws = SamplingParams { seed, stream, ..drafting.sampling.clone() };
-        let drawn = state.draft_end > 0 && (draws.temperature != 0.0 || state.rule != VerifyMethod::Match);
+        let draws = spec.draft_params(&request.sampling);
+        let drawn = state.draft_end > 0 && spec.samples_drafts();
         let to = self.work.drafting.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         self.device.upload(&to, &Sequence { sampling: draws, ..waiting }.to_bytes()?)?;
+        let controller = self.controller(spec, state.form);
         let own = &mut self.slots[slot];
         let same = own.tokens[..own.held].iter().zip(prompt).take_while(|(a, b)| a == b).count();
         // The last token is run again, for its logits.
@@ -601,7 +615,6 @@ impl Decoder for Batch<'_> {
             end if own.drafted < end => own.drafted,
             _ => own.held,
         };
-        let controller = if state.form == Form::Drawn { Box::new(Fixed) } else { (self.controllers)() };
         own.control = Control { controller, allowed: VecDeque::new(), rows: state.rows as usize };
         (own.tokens, own.prompt, own.drawn) = (prompt.clone(), prompt.len(), drawn);
         (own.state, own.phase) = (Some(state), Phase::Filling { at });
@@ -675,17 +688,17 @@ impl Decoder for Batch<'_> {
                     own.drafted = own.drafted.max(own.held.min(state.draft_end as usize));
                 }
                 if own.control.allowed.pop_front().is_some_and(|drafts| drafts > 0) {
-                    own.control.controller.judged(drafted as usize, stood);
+                    own.control.controller.observe(drafted as usize, stood);
                 }
                 own.held += tokens.len();
                 own.tokens.extend(&tokens);
-                *emitted = Emitted { tokens, judged: judged as usize, drafted: drafted as usize };
+                *emitted = Emitted { tokens, produced: judged as usize, drafted: drafted as usize };
             }
         }
         Ok(())
     }
 
-    fn leave(&mut self, slot: usize, tokens: usize) -> Result<()> {
+    fn release(&mut self, slot: usize, tokens: usize) -> Result<()> {
         let Some(own) = self.slots.get_mut(slot).filter(|own| own.phase != Phase::Idle) else {
             return Err(Error::Internal(format!("no sequence is in slot {slot}")));
         };

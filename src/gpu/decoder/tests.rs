@@ -2,6 +2,8 @@ use super::*;
 use crate::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use crate::engine::generate::{Flow, TokenSink, resume};
 use crate::gpu::emulator::Emulator;
+use crate::spec::config::ExactDrafts;
+use crate::spec::sampling::SamplingParams;
 
 struct Silent;
 
@@ -26,7 +28,7 @@ fn a_drafter_that_catches_up_leaves_the_targets_pages_alone() {
             sampling,
             stop_ids: vec![],
             block,
-            drafting: Default::default(),
+            spec: Default::default(),
         }
     };
     let mut said: Vec<u32> = (0..66).map(|i| 300 + i).collect();
@@ -47,7 +49,7 @@ fn a_drafter_that_catches_up_leaves_the_targets_pages_alone() {
         (0..layers).map(|i| pages(&batch, i).iter().map(|byte| byte ^ 1).collect()).collect();
     (0..layers).for_each(|i| device.upload(&buffer(&batch, i), &marked[i]).unwrap());
     said.push(7);
-    assert_eq!(batch.join(0, &request(&said, 16), true), Ok(Some(0)));
+    assert_eq!(batch.admit(0, &request(&said, 16), true), Ok(Some(0)));
     assert!(batch.prefill(0).unwrap().next.is_some());
     for (layer, marked) in marked.iter().enumerate() {
         let now = pages(&batch, layer);
@@ -67,7 +69,7 @@ impl Controller for Script {
         self.0.next().unwrap_or(most)
     }
 
-    fn judged(&mut self, _: usize, _: u64) {}
+    fn observe(&mut self, _: usize, _: u64) {}
 }
 
 /// The smallest graph that has rows for all, and one without drafts where nobody drafts.
@@ -84,11 +86,12 @@ fn rounds_are_as_large_as_the_largest_of_their_sequences() {
         Box::new(Script(scripts[next.get() - 1].clone().into_iter()))
     });
     let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
-    let drafting = crate::spec::verify::SpecConfig { tree: Some(64), ..Default::default() };
+    let drafts = ExactDrafts::BestFirstTree { rows: 64 };
+    let spec = SpecConfig::Exact { drafts, length: DraftLengthPolicy::Full };
     let request =
-        Request { prompt: vec![300, 301], max_tokens: 100, sampling, stop_ids: vec![], block: 16, drafting };
+        Request { prompt: vec![300, 301], max_tokens: 100, sampling, stop_ids: vec![], block: 16, spec };
     for slot in 0..2 {
-        assert_eq!(batch.join(slot, &request, false), Ok(Some(0)));
+        assert_eq!(batch.admit(slot, &request, false), Ok(Some(0)));
         assert!(batch.prefill(slot).unwrap().next.is_some());
     }
     let mut rows = vec![];
@@ -110,11 +113,12 @@ fn controllers_of_an_adaptive_room_fill_its_passes() {
     let models = Models::load(&device, &pair, 128).unwrap();
     let room = BatchConfig { adaptive: true, ..BatchConfig::new(1, 16, 128).with_trees(64) };
     let batch = Batch::new(&device, &models, room).unwrap();
-    let mut controller = (batch.controllers)();
+    let spec = SpecConfig::Exact { drafts: ExactDrafts::Chain, length: DraftLengthPolicy::CostModel };
+    let mut controller = batch.controller(&spec, Form::Chain);
     let mut rows = vec![];
     for _ in 0..12 {
         let drafts = controller.drafts(63);
-        controller.judged(drafts, 0b11);
+        controller.observe(drafts, 0b11);
         rows.push(drafts + 1);
     }
     // From all of them a tile at a time to the smallest, and of that more than what stands would pay by itself.

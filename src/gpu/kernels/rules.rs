@@ -1,17 +1,17 @@
-//! `cuda/spec/rules.cu`: drafts drawn at random and judged by [`crate::spec::verify::rejection`] and [`crate::spec::verify::block`].
+//! `cuda/spec/rules.cu`: drafts drawn at random and judged by [`crate::spec::verify::rejection`] and [`crate::spec::verify::block_verify`].
 
 use super::round::{Sequence, check_shape};
 use super::verify::Verdict;
 use super::{aligned, at_least};
 use crate::gpu::device::{Buffer, Device, Kernel};
-use crate::spec::verify::VerifyMethod;
+use crate::spec::config::VerifyMethod;
 use crate::{Error, Result};
 
 static DISTRIBUTION: Kernel = Kernel { file: "rules", name: "distribution", threads: 512, max_shared: 0 };
 static DRAW: Kernel = Kernel { file: "rules", name: "draw", threads: 512, max_shared: 0 };
 static JUDGE: Kernel = Kernel { file: "rules", name: "judge", threads: 512, max_shared: 0 };
 
-/// Bytes of a row's distribution: what turns its logits into [`crate::spec::verify::Distribution`].
+/// Bytes of a row's distribution: what turns its logits into [`crate::spec::distribution::Distribution`].
 pub const DISTRIBUTION_BYTES: usize = 48;
 
 /// Bytes of the sampler's [`super::sample::tables`] that these kernels look at: the two for weights.
@@ -136,7 +136,7 @@ impl Rules {
         device.launch(&DISTRIBUTION, [(sequences * block) as u32, 1, 1], 0, &args)
     }
 
-    /// Draws `drafts` `[sequences][block]` u32, from row 1 of each block on, as [`crate::spec::verify::draw`] does: the token of
+    /// Draws `drafts` `[sequences][block]` u32, from row 1 of each block on, as [`crate::spec::verify::sample_chain`] does: the token of
     /// row j from the row's own distribution, `u32::MAX` where it has none. `states` `[sequences]` [`Sequence`]: rule, seed,
     /// stream, length and rounds. Rows without a sequence or under the rule `match` are left as they are. `table` and
     /// `tables` as [`Rules::distribution`].

@@ -3,7 +3,7 @@
 use super::round::Sequence;
 use super::{aligned, at_least};
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
-use crate::spec::sampling::{TABLES, Tables};
+use crate::spec::rng::{TABLES, Tables};
 use crate::{Error, Result};
 
 static SAMPLE: Kernel = Kernel { file: "sample", name: "sample", threads: 512, max_shared: 0 };

@@ -1,5 +1,5 @@
 //! `cuda/spec/siblings.cu`: trees whose siblings are drawn without replacement, as [`crate::spec::verify::sample_tree`] has them, and
-//! judged by [`crate::spec::verify::recursive`].
+//! judged by [`crate::spec::verify::recursive_rejection`].
 
 use super::round::{Sequence, check_shape};
 use super::rules::{DISTRIBUTION_BYTES, Rows, TABLE_BYTES};

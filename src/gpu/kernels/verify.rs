@@ -1,4 +1,4 @@
-//! `cuda/spec/verify.cu`: which drafts stand, as [`crate::spec::sampling::judge`] and [`crate::spec::sampling::walk`] have it.
+//! `cuda/spec/verify.cu`: which drafts stand, as [`crate::spec::verify::match_chain`] and [`crate::spec::verify::match_tree`] have it.
 
 use super::round::check_shape;
 use super::{aligned, at_least};

@@ -13,9 +13,11 @@ use dflash::gpu::kernels::round::{Form, Sequence};
 use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules};
 use dflash::gpu::kernels::siblings::{Drawn, Siblings};
 use dflash::gpu::kernels::verify::Verdict;
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::distribution::Distribution;
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree;
-use dflash::spec::verify::{self, Distribution, VerifyMethod};
+use dflash::spec::verify;
 use dflash::{Error, Result};
 use std::rc::Rc;
 
@@ -247,7 +249,14 @@ fn judge(trees: Trees) -> Case {
                     }
                     _ => {
                         let distinct = verify::Siblings::Distinct;
-                        verify::recursive(drafts, &parents, &distributions, distinct, of_target, &mut coin)
+                        verify::recursive_rejection(
+                            drafts,
+                            &parents,
+                            &distributions,
+                            distinct,
+                            of_target,
+                            &mut coin,
+                        )
                     }
                 };
                 let (way, token) = verdict.ok_or_else(|| Error::Internal("no verdict".into()))?;

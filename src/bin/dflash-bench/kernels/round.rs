@@ -12,8 +12,9 @@ use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, T
 use dflash::gpu::kernels::sample::{self, Races, Sample};
 use dflash::gpu::kernels::verify::{Verdict, Verify};
 use dflash::gpu::model::Row;
-use dflash::spec::sampling::{self, SamplingParams};
-use dflash::spec::verify::VerifyMethod;
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify;
 use dflash::{Error, Result};
 use serde_json::json;
 use std::rc::Rc;
@@ -270,7 +271,7 @@ fn verdict(round: Round, vocab: usize) -> Case {
             let mut expected = [vec![], vec![], vec![]];
             for own in 0..sequences {
                 let at = own * block;
-                let judged = sampling::judge(&drafts[at + 1..at + block], |row| Some(choices[at + row]));
+                let judged = verify::match_chain(&drafts[at + 1..at + block], |row| Some(choices[at + row]));
                 let (stood, token) = judged.ok_or_else(|| Error::Internal("no verdict".into()))?;
                 expected[0].push(stood as u32);
                 expected[1].push(token);

@@ -10,9 +10,12 @@ use dflash::gpu::kernels::round::Sequence;
 use dflash::gpu::kernels::rules::{DISTRIBUTION_BYTES, Rows, Rules, VerifyInputs};
 use dflash::gpu::kernels::sample;
 use dflash::gpu::kernels::verify::Verdict;
-use dflash::spec::sampling::{SamplingParams, TABLES};
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::distribution::Distribution;
+use dflash::spec::rng::{PhiloxStream, TABLES};
+use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree;
-use dflash::spec::verify::{self, Distribution, PhiloxStream, VerifyMethod};
+use dflash::spec::verify;
 use dflash::{Error, Result};
 use serde_json::{Value, json};
 
@@ -160,7 +163,7 @@ fn draw(kernels: Rules) -> Case {
             for own in ends(sequences) {
                 let distribution = |row: usize| probabilities(&sampling, &logits.row(own * block + row));
                 let distributions = (1..block).map(distribution).collect::<Result<Vec<_>>>()?;
-                let expected = verify::draw(&distributions, &mut dice(own)).unwrap_or_default();
+                let expected = verify::sample_chain(&distributions, &mut dice(own)).unwrap_or_default();
                 equal("draft", &found[own * block + 1..][..block - 1], &expected)?;
             }
             Ok(())
@@ -235,7 +238,7 @@ fn judge(name: &str, kernels: Rules, rule: VerifyMethod) -> Case {
                 let of_target = |row: usize| target.probabilities(&logits.row((at + row + 1) % rows));
                 let (drafts, mut coin) = (&tokens[at + 1..at + block], dice(own));
                 let verdict = match rule {
-                    VerifyMethod::Block => verify::block(drafts, &distributions, of_target, &mut coin),
+                    VerifyMethod::Block => verify::block_verify(drafts, &distributions, of_target, &mut coin),
                     _ => verify::rejection(drafts, &distributions, of_target, &mut coin),
                 };
                 let (stood, token) = verdict.ok_or_else(|| Error::Internal("no verdict".into()))?;
