@@ -1,5 +1,5 @@
-//! The flags that say how drafts are made and verified, shared by every program that generates, and their translation
-//! into a [`SpecConfig`].
+//! The flags that say how drafts are made and verified, shared by every program that generates, and their
+//! translation into a [`SpecConfig`].
 
 use crate::cli::terminal::{number, whole};
 use crate::spec::config::{BlockDrafts, ExactDrafts, RejectionDrafts, SpecConfig, VerifyMethod};
@@ -16,25 +16,26 @@ pub struct SpecFlags {
     #[arg(long, default_value = "match", help_heading = "Generation")]
     #[arg(value_parser = EnumValueParser::<Method>::new().map(VerifyMethod::from))]
     pub verify: VerifyMethod,
-    /// Sample drafts with the noise that the target's tokens are sampled with; the text stays the same. With --verify
-    /// match
+    /// Sample drafts with the noise that the target's tokens are sampled with; the text stays the same. With
+    /// --verify match
     #[arg(long, help_heading = "Generation")]
     pub coupled: bool,
-    /// Sample drafts at this temperature; 0: the drafter's best tokens. With --coupled, and with --verify rejection or
-    /// block [default: as --temperature]
+    /// Sample drafts at this temperature; 0: the drafter's best tokens. With --coupled, and with --verify
+    /// rejection or block [default: as --temperature]
     #[arg(long, value_name = "T", help_heading = "Generation")]
     #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub draft_temperature: Option<f32>,
-    /// Draft a tree instead of a chain: up to N rows a round, the anchor and N - 1 drafts. Several drafts may compete for
-    /// one position; --block says how many positions there are. With --verify match it is the best tree for the drafter's
-    /// probabilities, and the text stays the same; with rejection a tree of fixed shape whose siblings are sampled without
-    /// replacement; with block several chains, of which one is selected
+    /// Draft a tree instead of a chain: up to N rows a round, the anchor and N - 1 drafts. Several drafts may
+    /// compete for one position; --block says how many positions there are. With --verify match it is the
+    /// best tree for the drafter's probabilities, and the text stays the same; with rejection a tree of fixed
+    /// shape whose siblings are sampled without replacement; with block several chains, of which one is
+    /// selected
     #[arg(long, value_name = "N", help_heading = "Generation", verbatim_doc_comment)]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub tree: Option<usize>,
-    /// Verify as many drafts a round as pay, by what was accepted so far and, on the CPU, the drafter's probabilities, and
-    /// none where drafting does not pay; with P instead those that are accepted with at least this probability. With
-    /// --verify match the text stays the same; trees need --verify match
+    /// Verify as many drafts a round as pay, by what was accepted so far and, on the CPU, the drafter's
+    /// probabilities, and none where drafting does not pay; with P instead those that are accepted with at
+    /// least this probability. With --verify match the text stays the same; trees need --verify match
     #[arg(long, value_name = "P", num_args = 0..=1, require_equals = true)]
     #[arg(help_heading = "Generation", verbatim_doc_comment, value_parser = number::<f64>)]
     pub adaptive: Option<Option<f64>>,
@@ -62,7 +63,8 @@ impl From<Method> for VerifyMethod {
 }
 
 impl SpecFlags {
-    /// Translates the flags for a target that samples with `sampling`: the one place that says which flags go together.
+    /// Translates the flags for a target that samples with `sampling`: the one place that says which flags go
+    /// together.
     ///
     /// # Errors
     /// [`Error::Usage`] for flags that cannot go together, and for numbers out of range.
@@ -122,13 +124,15 @@ impl SpecFlags {
         Ok(config)
     }
 
-    /// How drafts are sampled for a target that samples with `sampling`: with the same filters, at `--draft-temperature`.
+    /// How drafts are sampled for a target that samples with `sampling`: with the same filters, at
+    /// `--draft-temperature`.
     pub fn draft_params(&self, sampling: &SamplingParams) -> SamplingParams {
         let temperature = self.draft_temperature.unwrap_or(sampling.temperature);
         SamplingParams { temperature, ..sampling.clone() }
     }
 
-    /// Refuses flags about drafts where nothing is drafted: `--draft` is none (`no_drafter`), or `--block` is 1.
+    /// Refuses flags about drafts where nothing is drafted: `--draft` is none (`no_drafter`), or `--block` is
+    /// 1.
     ///
     /// # Errors
     /// [`Error::Usage`]
@@ -175,8 +179,8 @@ const OPTIONS: [(&str, &str); 11] = [
     ("block", "--block"),
 ];
 
-/// A library's error about an option as one about its flag: `top_p is 2, ...` becomes `--top-p is 2, ...`. Errors about
-/// anything else stay.
+/// A library's error about an option as one about its flag: `top_p is 2, ...` becomes `--top-p is 2, ...`.
+/// Errors about anything else stay.
 pub fn name_flag(error: Error) -> Error {
     let Error::Usage(sentence) = &error else { return error };
     let option = OPTIONS.iter().find_map(|(option, flag)| {

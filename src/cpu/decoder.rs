@@ -1,5 +1,5 @@
-//! The `cpu` device: sequences that take turns on the CPU, with each round in its plainest form. The rounds of other
-//! devices ([`crate::gpu::decoder`]) emit the same tokens, up to the rounding of their kernels.
+//! The `cpu` device: sequences that take turns on the CPU, with each round in its plainest form. The rounds
+//! of other devices ([`crate::gpu::decoder`]) emit the same tokens, up to the rounding of their kernels.
 
 use crate::checkpoint::pair::Pair;
 use crate::cpu::model::{Cache, Drafter, Target};
@@ -18,8 +18,8 @@ use crate::{Error, Result};
 /// Rows of a prompt that go through a model together.
 const CHUNK: usize = 64;
 
-/// What the cost model takes every CPU for, some cores of a server, so that the rounds of a run can be reproduced
-/// elsewhere.
+/// What the cost model takes every CPU for, some cores of a server, so that the rounds of a run can be
+/// reproduced elsewhere.
 const CORES: Card = Card { name: "cpu", bandwidth: 20.0, tflops: 0.1, memory: f64::INFINITY };
 
 // ---- the device ----
@@ -33,7 +33,8 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// Loads the pair for `slots` sequences of up to `context` positions. Weights stay where the checkpoints have them.
+    /// Loads the pair for `slots` sequences of up to `context` positions. Weights stay where the checkpoints
+    /// have them.
     ///
     /// # Errors
     /// What is wrong with a tensor, by its name.
@@ -55,7 +56,8 @@ impl Backend for Cpu {
 
 // ---- a sequence ----
 
-/// One sequence on the CPU: the target's cache, the drafter's cache, and the state that the next round starts from.
+/// One sequence on the CPU: the target's cache, the drafter's cache, and the state that the next round starts
+/// from.
 pub struct Sequence<'a> {
     target: &'a Target,
     drafter: Option<&'a Drafter>,
@@ -74,14 +76,14 @@ struct State {
     context: Option<Cache>, // drafter: the first of positions 0..s; none until needed
     features: Vec<f32>,     // [pending][taps * hidden]: the positions after those, not yet injected
     drafting: bool, // the drafter follows: its context and the pending positions are 0..s; else AR decoding
-    anchor: Option<u32>, // the token at position s, not yet run through the target; none before the prompt is done
+    anchor: Option<u32>, // the token at position s, not run yet; none before the prompt is done
     sampling: SamplingParams,
     spec: SpecConfig,
     draft_sampling: SamplingParams, // how drafts are sampled, with the request's seed and stream
     round: u32,                     // of this request, from 1 on
-    distributions: Vec<Distribution>, // [depth]: what this round's drafts were sampled from; empty for exact verification
-    logits: Vec<f32>,                 // [rows][vocab] of the last verification
-    path: Vec<usize>,                 // its accepted rows, 0 first
+    distributions: Vec<Distribution>, // [depth]: what this round's drafts were sampled from
+    logits: Vec<f32>,               // [rows][vocab] of the last verification
+    path: Vec<usize>,               // its accepted rows, 0 first
     controller: Box<dyn Controller + Send>,
 }
 
@@ -100,16 +102,17 @@ impl<'a> Sequence<'a> {
         Sequence { costs: Some(costs), ..self }
     }
 
-    /// Positions that (target, drafter) hold, the drafter's pending ones included: both equal the anchor's position after
-    /// every round (docs/dflash.md 4). `None` before the start; the drafter's is `None` in autoregressive decoding.
+    /// Positions that (target, drafter) hold, the drafter's pending ones included: both equal the anchor's
+    /// position after every round (docs/dflash.md 4). `None` before the start; the drafter's is `None` in
+    /// autoregressive decoding.
     pub fn lengths(&self) -> Option<(usize, Option<usize>)> {
         let state = self.state.as_ref()?;
         let drafter = self.drafter.filter(|_| state.drafting);
         Some((state.cache.len(), drafter.map(|drafter| state.drafter_positions(drafter))))
     }
 
-    /// Brings the drafter's context up to date and drafts a chain for a block of `rows`: `rows - 1` tokens, or none
-    /// without a drafter.
+    /// Brings the drafter's context up to date and drafts a chain for a block of `rows`: `rows - 1` tokens,
+    /// or none without a drafter.
     ///
     /// # Errors
     /// [`Error::Model`] if the drafter's logits are not finite.
@@ -117,7 +120,8 @@ impl<'a> Sequence<'a> {
         let (state, _) = started(&mut self.state)?;
         let sampling = state.draft_sampling.clone();
         match state.spec {
-            // Greedy parameters choose the best token; others the token that the target's noise at the position selects.
+            // Greedy parameters choose the best token; others the token that the target's noise at the
+            // position selects.
             SpecConfig::Exact { .. } => {
                 self.map_draft_logits(rows, |logits, position| sampling.choose(logits, position))
             }
@@ -132,8 +136,8 @@ impl<'a> Sequence<'a> {
         }
     }
 
-    /// As [`Sequence::draft`], but a tree of up to `max` rows: the best-first tree for exact verification, else sampled
-    /// drafts in a fixed shape.
+    /// As [`Sequence::draft`], but a tree of up to `max` rows: the best-first tree for exact verification,
+    /// else sampled drafts in a fixed shape.
     ///
     /// # Errors
     /// As [`Sequence::draft`].
@@ -168,7 +172,8 @@ impl<'a> Sequence<'a> {
         tree.ok_or_else(empty_distribution)
     }
 
-    /// Runs the drafter for a block of `rows` and maps its logits for each row after the anchor, with their positions.
+    /// Runs the drafter for a block of `rows` and maps its logits for each row after the anchor, with their
+    /// positions.
     fn map_draft_logits<T>(&mut self, rows: usize, map: impl Fn(&[f32], u32) -> Option<T>) -> Result<Vec<T>> {
         let (state, anchor) = started(&mut self.state)?;
         state.distributions.clear();
@@ -191,12 +196,13 @@ impl<'a> Sequence<'a> {
         rows.map(|(logits, at)| map(logits, at).ok_or_else(|| damaged("drafter", at as usize))).collect()
     }
 
-    /// Runs the target over the anchor and a chain of `drafts`, and appends to `out` the accepted drafts and the target's
-    /// own next token, which becomes the anchor. Exact verification takes any drafts, the other methods only those of the
-    /// last [`Sequence::draft`].
+    /// Runs the target over the anchor and a chain of `drafts`, and appends to `out` the accepted drafts and
+    /// the target's own next token, which becomes the anchor. Exact verification takes any drafts, the other
+    /// methods only those of the last [`Sequence::draft`].
     ///
     /// # Errors
-    /// [`Error::Model`] if the target's logits are not finite; [`Error::Internal`] for drafts of unknown distributions.
+    /// [`Error::Model`] if the target's logits are not finite; [`Error::Internal`] for drafts of unknown
+    /// distributions.
     pub fn verify(&mut self, drafts: &[u32], out: &mut Vec<u32>) -> Result<()> {
         let (_, anchor) = started(&mut self.state)?;
         self.verify_rows(&[&[anchor], drafts].concat(), None, out)
@@ -270,7 +276,8 @@ impl<'a> Sequence<'a> {
         Ok(())
     }
 
-    /// Takes a request, and returns how many tokens of its prompt need not be run because the sequence holds them.
+    /// Takes a request, and returns how many tokens of its prompt need not be run because the sequence holds
+    /// them.
     ///
     /// # Errors
     /// [`Error::Memory`] where its caches do not fit.
@@ -314,8 +321,8 @@ impl<'a> Sequence<'a> {
             state.context = Some(Cache::new(&drafter.config.stack, 0)?);
         }
 
-        // The last token is run again, for its logits. A drafter that was left behind by autoregressive decoding needs
-        // the features of every position that it has not seen.
+        // The last token is run again, for its logits. A drafter that was left behind by autoregressive
+        // decoding needs the features of every position that it has not seen.
         let same = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         let seen = drafter.map_or(usize::MAX, |drafter| state.drafter_positions(drafter));
         let kept = same.min(seen).min(prompt.len().saturating_sub(1));
@@ -361,15 +368,16 @@ impl<'a> Sequence<'a> {
         Ok(Prefill { done: end, next: state.anchor })
     }
 
-    /// Rows of the next block, anchor included: those of the request, but a block ends at the drafter's last position,
-    /// and before the context's last position, whose token is never run.
+    /// Rows of the next block, anchor included: those of the request, but a block ends at the drafter's last
+    /// position, and before the context's last position, whose token is never run.
     pub fn rows(&self) -> usize {
         let (at, block) = self.state.as_ref().map_or((0, 1), |state| (state.cache.len(), state.block));
         let last = self.drafter.map_or(0, |drafter| drafter.config.stack.max_positions);
         block.min(last.saturating_sub(at)).min((self.context - 1).saturating_sub(at)).max(1)
     }
 
-    /// Runs a round: drafts, verifies, appends to `out` what [`Sequence::verify`] does, and returns the number of drafts.
+    /// Runs a round: drafts, verifies, appends to `out` what [`Sequence::verify`] does, and returns the
+    /// number of drafts.
     ///
     /// # Errors
     /// As [`Sequence::draft`] and [`Sequence::verify`].
@@ -404,8 +412,8 @@ impl<'a> Sequence<'a> {
         Ok(drafts)
     }
 
-    /// The first `allowed` drafts for a block of `rows`; the controller may truncate them further. The drafter sees the
-    /// whole block, as in its training, however few drafts are used.
+    /// The first `allowed` drafts for a block of `rows`; the controller may truncate them further. The
+    /// drafter sees the whole block, as in its training, however few drafts are used.
     fn draft_up_to(&mut self, rows: usize, allowed: usize, truncates: bool) -> Result<Vec<u32>> {
         if !truncates {
             let mut drafts = self.draft(rows)?;

@@ -1,11 +1,13 @@
-//! Keys and values of a sequence on the CPU, one layer at a time, laid out for [`crate::cpu::ops::attention`].
+//! Keys and values of a sequence on the CPU, one layer at a time, laid out for
+//! [`crate::cpu::ops::attention`].
 
 use crate::cpu::simd::LANES;
 use crate::{Error, Result};
 
 /// Keys and values of one layer, positions `0..capacity`.
 pub struct Kv {
-    /// `[kv_heads][tiles][head_dim][16]`: lane = position modulo 16, so scores of 16 keys come out of one vector.
+    /// `[kv_heads][tiles][head_dim][16]`: lane = position modulo 16, so scores of 16 keys come out of one
+    /// vector.
     pub(crate) keys: Vec<f32>,
     /// `[kv_heads][16 * tiles][dims rounded up to 16]`
     pub(crate) values: Vec<f32>,
@@ -25,8 +27,9 @@ impl Kv {
         let wide = head_dim.next_multiple_of(LANES);
         let (keys, values) = (kv_heads * tiles * head_dim * LANES, kv_heads * tiles * LANES * wide);
         let zeros = |n: usize| {
-            // Reserved first, because `vec!` aborts where there is no memory. The system makes zeroed pages only when they
-            // are written, so the capacity for a long answer costs nothing until the answer is long.
+            // Reserved first, because `vec!` aborts where there is no memory. The system makes zeroed pages
+            // only when they are written, so the capacity for a long answer costs nothing until the answer is
+            // long.
             let mut probe = Vec::<f32>::new();
             probe.try_reserve_exact(n).map_err(|_| {
                 Error::Memory(format!(

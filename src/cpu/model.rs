@@ -1,5 +1,5 @@
-//! Target and drafter in plain f32: the `cpu` device runs them, and the kernels are tested against them. Read it beside
-//! docs/dflash.md, sections 3 to 5 (arXiv 2602.06036). The arithmetic is in [`crate::cpu::ops`].
+//! Target and drafter in plain f32: the `cpu` device runs them, and the kernels are tested against them. Read
+//! it beside docs/dflash.md, sections 3 to 5 (arXiv 2602.06036). The arithmetic is in [`crate::cpu::ops`].
 
 use crate::checkpoint::config::{Attention, DrafterConfig, Stack, TargetConfig};
 use crate::checkpoint::pair::Model;
@@ -78,8 +78,8 @@ struct Scratch {
 }
 
 impl Cache {
-    /// An empty cache with a capacity of `positions`. Everything that grows with them is allocated here, so that too little
-    /// memory is an error instead of an abort.
+    /// An empty cache with a capacity of `positions`. Everything that grows with them is allocated here, so
+    /// that too little memory is an error instead of an abort.
     ///
     /// # Errors
     /// [`Error::Memory`]
@@ -126,7 +126,8 @@ impl Cache {
         self.len = len;
     }
 
-    /// Of the rows written at positions `at..`, keeps those of `path`, moved to positions `at..` in its order.
+    /// Of the rows written at positions `at..`, keeps those of `path`, moved to positions `at..` in its
+    /// order.
     pub(crate) fn keep(&mut self, at: usize, path: &[usize]) {
         for kv in &mut self.layers {
             moves(path).for_each(|(from, to)| kv.copy(at + from, at + to));
@@ -134,7 +135,8 @@ impl Cache {
         self.crop(at + path.len());
     }
 
-    /// Computes cosines and sines up to position `end`. Angles are f32 products, as in the reference implementation.
+    /// Computes cosines and sines up to position `end`. Angles are f32 products, as in the reference
+    /// implementation.
     fn rotate_to(&mut self, end: usize) {
         let width = 2 * self.frequencies.len();
         for position in self.rope.len() / width.max(1)..end {
@@ -145,8 +147,8 @@ impl Cache {
     }
 }
 
-/// Norms `x` `[rows][heads * head_dim]` if there is a norm, and rotates it to positions `at..`, or to those of a tree whose
-/// anchor is at `at` (docs/dflash.md 3.4).
+/// Norms `x` `[rows][heads * head_dim]` if there is a norm, and rotates it to positions `at..`, or to those
+/// of a tree whose anchor is at `at` (docs/dflash.md 3.4).
 fn rotate(
     stack: &Stack,
     norm: Option<&[f32]>,
@@ -166,8 +168,8 @@ fn rotate(
     }
 }
 
-/// Writes `k` and `v` of the pass's rows for layer `i` at positions `at..`. The rows of a tree are stored in order, though
-/// `k` is rotated to the row's position on its path.
+/// Writes `k` and `v` of the pass's rows for layer `i` at positions `at..`. The rows of a tree are stored in
+/// order, though `k` is rotated to the row's position on its path.
 fn write_kv(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize, tree: Option<&Tree>) {
     let Cache { layers, rope, scratch: Scratch { k, v, .. }, .. } = cache;
     let norm = layer.qk_norm.as_ref().map(|[_, norm]| &norm[..]);
@@ -175,8 +177,8 @@ fn write_kv(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize
     layers[i].write(at, k, v);
 }
 
-/// Attention of a tree's rows. The ancestors of each row are moved to their positions on its path, so that each sum is
-/// the one of autoregressive decoding, bit for bit. Keys and values are restored at the end.
+/// Attention of a tree's rows. The ancestors of each row are moved to their positions on its path, so that
+/// each sum is the one of autoregressive decoding, bit for bit. Keys and values are restored at the end.
 fn tree_attention(stack: &Stack, cache: &mut Cache, i: usize, at: usize, tree: &Tree) {
     let Cache { layers, scratch: s, .. } = cache;
     let (kv, width) = (&mut layers[i], stack.kv_heads * stack.head_dim);
@@ -204,10 +206,11 @@ fn visible(attention: Attention, position: usize, end: usize) -> std::ops::Range
     (position + 1).saturating_sub(attention.window.unwrap_or(usize::MAX))..last
 }
 
-/// Runs layer `i` over `x` `[rows][hidden]` in place (docs/dflash.md 3.4; the target is the same with causal attention).
+/// Runs layer `i` over `x` `[rows][hidden]` in place (docs/dflash.md 3.4; the target is the same with causal
+/// attention).
 ///
-/// Rows are at positions `at..`; keys `0..at + rows` exist once it has written its own. The rows of a tree see the
-/// positions before `at` and their own paths.
+/// Rows are at positions `at..`; keys `0..at + rows` exist once it has written its own. The rows of a tree
+/// see the positions before `at` and their own paths.
 fn forward_layer(
     stack: &Stack,
     layer: &Layer,
@@ -295,8 +298,9 @@ impl Target {
         ops::linear(normed, rows, [(self.head.as_ref().unwrap_or(&self.embedding), out)]);
     }
 
-    /// Runs `tokens` at positions `cache.len()..`. Fills `features` `[tokens][taps * hidden]`, the residual stream
-    /// after each tapped layer, in list order (docs/dflash.md 3.1). Returns the final-normed last rows, `[last][hidden]`.
+    /// Runs `tokens` at positions `cache.len()..`. Fills `features` `[tokens][taps * hidden]`, the residual
+    /// stream after each tapped layer, in list order (docs/dflash.md 3.1). Returns the final-normed last
+    /// rows, `[last][hidden]`.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -308,8 +312,9 @@ impl Target {
         self.run(tokens, None, cache, taps, features, last)
     }
 
-    /// Runs a tree whose anchor is at position `cache.len()`. Each row gets the bits that [`Target::forward`] gives its path.
-    /// The keys and values of row `i` are left at position `cache.len() + i`, whatever its depth.
+    /// Runs a tree whose anchor is at position `cache.len()`. Each row gets the bits that [`Target::forward`]
+    /// gives its path. The keys and values of row `i` are left at position `cache.len() + i`, whatever its
+    /// depth.
     pub fn forward_tree(
         &self,
         tree: &Tree,
@@ -386,7 +391,8 @@ impl Drafter {
         self.fc.cols
     }
 
-    /// `c = hidden_norm(fc(feature))` for features `[rows][taps * hidden]`: `[rows][hidden]` (docs/dflash.md 3.2).
+    /// `c = hidden_norm(fc(feature))` for features `[rows][taps * hidden]`: `[rows][hidden]` (docs/dflash.md
+    /// 3.2).
     pub fn context(&self, features: &[f32]) -> Vec<f32> {
         let s = &self.config.stack;
         let (mut projected, mut c) = (Vec::new(), Vec::new());
@@ -395,8 +401,9 @@ impl Drafter {
         c
     }
 
-    /// Appends committed positions `cache.len()..` to the context: keys and values of every layer straight from `c`,
-    /// with no input norm (docs/dflash.md 3.2, 4). The context must end where the next block begins.
+    /// Appends committed positions `cache.len()..` to the context: keys and values of every layer straight
+    /// from `c`, with no input norm (docs/dflash.md 3.2, 4). The context must end where the next block
+    /// begins.
     pub fn inject(&self, features: &[f32], cache: &mut Cache) {
         if features.is_empty() {
             return;
@@ -413,8 +420,9 @@ impl Drafter {
         cache.len = at + rows;
     }
 
-    /// One pass over `[anchor, mask x (rows - 1)]` at positions `cache.len()..`: final-normed rows `[rows][hidden]`.
-    /// The block's own keys and values are dropped afterwards. `each` gets every layer's output (for tests).
+    /// One pass over `[anchor, mask x (rows - 1)]` at positions `cache.len()..`: final-normed rows
+    /// `[rows][hidden]`. The block's own keys and values are dropped afterwards. `each` gets every layer's
+    /// output (for tests).
     pub fn hidden(
         &self,
         target: &Target,

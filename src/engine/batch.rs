@@ -150,7 +150,8 @@ impl RunningRequest<'_> {
         Ok(ended)
     }
 
-    /// Takes tokens one by one; true when the answer is over. All but the last of the `produced` tokens were drafted.
+    /// Takes tokens one by one; true when the answer is over. All but the last of the `produced` tokens were
+    /// drafted.
     fn take(&mut self, tokens: &[u32], produced: usize, sink: &mut dyn TokenSink) -> Result<bool> {
         for (i, id) in tokens.iter().enumerate() {
             self.outcome.tokens.push(*id);

@@ -17,7 +17,8 @@ pub trait Backend {
 
 /// Sequences that run together on one device, each in a slot. Sequences never affect each other's output.
 ///
-/// A sequence is admitted to a slot, prefilled in parts, and then takes part in every round until it is released.
+/// A sequence is admitted to a slot, prefilled in parts, and then takes part in every round until it is
+/// released.
 pub trait Decoder {
     /// Number of token ids that the target has rows for: `0..vocab`.
     fn vocab(&self) -> usize;
@@ -30,8 +31,9 @@ pub trait Decoder {
 
     /// Admits a request to a free slot.
     ///
-    /// Returns how many tokens of its prompt need not be run: with `keep` those that the slot's last sequence left
-    /// there, without it none. Returns `None` if the request has to wait until other sequences are released.
+    /// Returns how many tokens of its prompt need not be run: with `keep` those that the slot's last sequence
+    /// left there, without it none. Returns `None` if the request has to wait until other sequences are
+    /// released.
     ///
     /// # Errors
     /// [`crate::Error::Memory`] if it would not fit even alone.
@@ -43,15 +45,16 @@ pub trait Decoder {
     /// [`crate::Error::Model`] if the target's logits are not finite; errors of the device.
     fn prefill(&mut self, slot: usize) -> Result<Prefill>;
 
-    /// Runs a round of all sequences whose prompts are done: drafts, verifies, and writes to `out[slot]` what each
-    /// emitted (docs/dflash.md 5.1). A sequence that was just admitted may have to wait for the next round.
+    /// Runs a round of all sequences whose prompts are done: drafts, verifies, and writes to `out[slot]` what
+    /// each emitted (docs/dflash.md 5.1). A sequence that was just admitted may have to wait for the next
+    /// round.
     ///
     /// # Errors
     /// As [`Decoder::prefill`].
     fn round(&mut self, out: &mut [Emitted]) -> Result<()>;
 
-    /// Ends the sequence in `slot`; the first `tokens` tokens of its answer count. What can be kept of it stays until
-    /// the memory is needed.
+    /// Ends the sequence in `slot`; the first `tokens` tokens of its answer count. What can be kept of it
+    /// stays until the memory is needed.
     ///
     /// # Errors
     /// Errors of the device.

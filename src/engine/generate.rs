@@ -1,8 +1,8 @@
 //! Running requests to their end, one or many, with the tokens delivered as they come.
 //!
-//! Everything here is written once for all devices. What a device does for sequences is the [`Decoder`] trait; a
-//! [`Backend`] is a pair of models on a device, which makes decoders. Autoregressive decoding is the same loop with
-//! blocks of one row.
+//! Everything here is written once for all devices. What a device does for sequences is the [`Decoder`]
+//! trait; a [`Backend`] is a pair of models on a device, which makes decoders. Autoregressive decoding is the
+//! same loop with blocks of one row.
 
 pub use crate::engine::decoder::{Backend, Decoder, Emitted, Prefill};
 pub use crate::engine::request::{Finish, Outcome, Request};
@@ -34,7 +34,8 @@ pub trait TokenSink {
     /// Any error ends the generation and is returned from it.
     fn token(&mut self, id: u32, drafted: bool) -> Result<Flow>;
 
-    /// A round is over: it produced `produced` tokens (bonus token included), and `kept` of them are in the answer.
+    /// A round is over: it produced `produced` tokens (bonus token included), and `kept` of them are in the
+    /// answer.
     ///
     /// # Errors
     /// As [`TokenSink::token`].
@@ -51,8 +52,8 @@ pub trait TokenSinks {
     /// Any error ends all generation and is returned from it.
     fn sink(&mut self, index: usize) -> Result<&mut dyn TokenSink>;
 
-    /// Request `index` is done. Anything but [`Flow::Continue`] interrupts the running requests; those that have not
-    /// begun are dropped.
+    /// Request `index` is done. Anything but [`Flow::Continue`] interrupts the running requests; those that
+    /// have not begun are dropped.
     ///
     /// # Errors
     /// As [`TokenSinks::sink`].
@@ -61,8 +62,9 @@ pub trait TokenSinks {
 
 /// Runs one request to its end.
 ///
-/// Rounds of different block sizes differ only in how many tokens they bring, never in which, and every stopping rule
-/// looks at tokens one by one. So, under exact verification, the answer is a function of prompt, sampling and limits.
+/// Rounds of different block sizes differ only in how many tokens they bring, never in which, and every
+/// stopping rule looks at tokens one by one. So, under exact verification, the answer is a function of
+/// prompt, sampling and limits.
 ///
 /// # Errors
 /// As [`Request::check`]; else the decoder's and the sink's.
@@ -70,8 +72,8 @@ pub fn generate(decoder: &mut dyn Decoder, request: &Request, sink: &mut dyn Tok
     one(decoder, request, false, sink)
 }
 
-/// As [`generate`], but does not run again what the decoder still holds of the prompt's first tokens from the last
-/// request.
+/// As [`generate`], but does not run again what the decoder still holds of the prompt's first tokens from the
+/// last request.
 ///
 /// # Errors
 /// As [`generate`].
@@ -100,12 +102,12 @@ fn one(
     one.1.ok_or_else(|| Error::Internal("a request ended without an outcome".into()))
 }
 
-/// Runs many requests, as many together as the decoder has slots and memory for; the others wait and are admitted in the
-/// order of the list. Each answer is the one that [`generate`] gives.
+/// Runs many requests, as many together as the decoder has slots and memory for; the others wait and are
+/// admitted in the order of the list. Each answer is the one that [`generate`] gives.
 ///
 /// # Errors
-/// As [`generate`]. All requests are checked before the first one runs, except whether each fits the memory, which is
-/// found when it is admitted.
+/// As [`generate`]. All requests are checked before the first one runs, except whether each fits the memory,
+/// which is found when it is admitted.
 pub fn generate_all(
     decoder: &mut dyn Decoder,
     requests: &[Request],

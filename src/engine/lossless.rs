@@ -1,12 +1,14 @@
-//! The lossless check: whether a request's answer with drafts equals that of autoregressive decoding. [`check_lossless`]
-//! compares tokens; [`check`] also compares the logits that chose each token, bit for bit, on any [`Decoder`].
+//! The lossless check: whether a request's answer with drafts equals that of autoregressive decoding.
+//! [`check_lossless`] compares tokens; [`check`] also compares the logits that chose each token, bit for bit,
+//! on any [`Decoder`].
 
 use crate::engine::decoder::{Decoder, Emitted, Prefill};
 use crate::engine::generate::{Flow, TokenSink, generate};
 use crate::engine::request::{Finish, Outcome, Request};
 use crate::{Error, Result};
 
-/// Compares a speculative answer with that of autoregressive decoding to the same request: same tokens, same end.
+/// Compares a speculative answer with that of autoregressive decoding to the same request: same tokens, same
+/// end.
 ///
 /// # Errors
 /// [`Error::Lossless`] with the first difference.
@@ -35,24 +37,26 @@ pub struct Report {
     pub tokens: usize,
     /// Rounds that produced them.
     pub rounds: usize,
-    /// Rows whose logits `[vocab]` were compared: one for every token of the answer but the first, up to a difference.
+    /// Rows whose logits `[vocab]` were compared: one for every token of the answer but the first, up to a
+    /// difference.
     pub compared: usize,
-    /// Verified rows that produced no token: those after the last accepted draft of a round, and those of a tree that
-    /// are not on its path. Autoregressive decoding has no logits to compare them with.
+    /// Verified rows that produced no token: those after the last accepted draft of a round, and those of a
+    /// tree that are not on its path. Autoregressive decoding has no logits to compare them with.
     pub rejected: usize,
     /// The first difference, as [`Error::Lossless`].
     pub identical: Result<()>,
 }
 
-/// Runs `request` by autoregressive decoding and then in its own blocks, alone on `decoder`, and compares: both must
-/// give the same tokens and the same end, and every token must come from the same logits, bit for bit.
+/// Runs `request` by autoregressive decoding and then in its own blocks, alone on `decoder`, and compares:
+/// both must give the same tokens and the same end, and every token must come from the same logits, bit for
+/// bit.
 ///
-/// `sink` makes a sink for each run. Returns `None` where a sink interrupts. The decoder is watched from then on
-/// ([`Decoder::watch`]).
+/// `sink` makes a sink for each run. Returns `None` where a sink interrupts. The decoder is watched from then
+/// on ([`Decoder::watch`]).
 ///
-/// The first token belongs to no round. Both runs get it from the same pass over the prompt, so only the token is
-/// compared. Of each row's logits a hash of 64 bits is kept. Watched rounds differ from unwatched ones in one thing:
-/// greedy rounds write their logits, too.
+/// The first token belongs to no round. Both runs get it from the same pass over the prompt, so only the
+/// token is compared. Of each row's logits a hash of 64 bits is kept. Watched rounds differ from unwatched
+/// ones in one thing: greedy rounds write their logits, too.
 ///
 /// # Errors
 /// As [`generate`]. A difference is not an error: it is in the report.
@@ -105,8 +109,8 @@ pub fn check<S: TokenSink>(
     }))
 }
 
-/// The error for different logits. `at`: index of the token in the answer. `repeats`: autoregressive decoding gave the
-/// same logits twice.
+/// The error for different logits. `at`: index of the token in the answer. `repeats`: autoregressive decoding
+/// gave the same logits twice.
 fn difference(at: usize, position: usize, repeats: bool, expected: &[f32], found: &[f32]) -> Error {
     let pairs = || expected.iter().zip(found).enumerate().filter(|(_, (a, b))| a.to_bits() != b.to_bits());
     let token = format!("token {} (position {position})", at + 1);
@@ -131,8 +135,8 @@ fn hash(logits: &[f32]) -> u64 {
     logits.iter().fold(0, mix)
 }
 
-/// Called with each token of an answer: its index, its id, and the logits that chose it, none for the first. Rounds may
-/// bring more tokens than the answer takes.
+/// Called with each token of an answer: its index, its id, and the logits that chose it, none for the first.
+/// Rounds may bring more tokens than the answer takes.
 type Observer<'a> = dyn FnMut(usize, u32, Vec<f32>) + 'a;
 
 fn observe(

@@ -28,8 +28,8 @@ impl Request {
         self.prompt.len().saturating_add(self.max_tokens).saturating_add(self.block)
     }
 
-    /// Checks the parameters against their ranges, and the prompt against a target of `vocab` tokens and a context of
-    /// `context` positions.
+    /// Checks the parameters against their ranges, and the prompt against a target of `vocab` tokens and a
+    /// context of `context` positions.
     ///
     /// # Errors
     /// [`Error::Usage`], or [`Error::Model`] for a token that the target does not have.
@@ -86,8 +86,9 @@ pub struct Outcome {
     pub tokens: Vec<u32>,
     /// Why it ended.
     pub finish: Finish,
-    /// Tokens that each round produced, the bonus token included. The last round counts whole even where a stop or the
-    /// budget cuts it, as the reference implementation records it (docs/dflash.md 5.1, older form).
+    /// Tokens that each round produced, the bonus token included. The last round counts whole even where a
+    /// stop or the budget cuts it, as the reference implementation records it (docs/dflash.md 5.1, older
+    /// form).
     pub accepted: Vec<usize>,
     /// Drafts that each of these rounds verified, all nodes of a tree counted.
     pub drafted: Vec<usize>,

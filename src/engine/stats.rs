@@ -5,8 +5,8 @@ use crate::spec::config::{ExactDrafts, SpecConfig};
 use crate::spec::draft_length::DraftLengthPolicy;
 use serde::{Deserialize, Serialize};
 
-/// Acceptance length: mean tokens per round, bonus token included, without the token of the prefill. The last round counts
-/// whole even if a stop or the budget cut it (docs/dflash.md 5.3). `None` without rounds.
+/// Acceptance length: mean tokens per round, bonus token included, without the token of the prefill. The last
+/// round counts whole even if a stop or the budget cut it (docs/dflash.md 5.3). `None` without rounds.
 pub fn tau(accepted: &[usize]) -> Option<f64> {
     match accepted.len() {
         0 => None,
@@ -14,7 +14,8 @@ pub fn tau(accepted: &[usize]) -> Option<f64> {
     }
 }
 
-/// A histogram of rounds by the tokens they produced: one bar per count `1..=block`, the tallest eight eighths high.
+/// A histogram of rounds by the tokens they produced: one bar per count `1..=block`, the tallest eight
+/// eighths high.
 pub fn histogram(accepted: &[usize], block: usize) -> String {
     const BARS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     let mut counts = vec![0; block.max(1)];
@@ -81,7 +82,8 @@ pub struct SpecRecord {
     pub tree: Option<usize>,
     /// Whether rounds had a draft length of their own.
     pub adaptive: Option<bool>,
-    /// Adaptive rounds verified the drafts accepted with at least this probability; null where the cost model chose.
+    /// Adaptive rounds verified the drafts accepted with at least this probability; null where the cost model
+    /// chose.
     pub threshold: Option<f64>,
     /// Whether drafts were sampled with the noise of the target's tokens.
     pub coupled: Option<bool>,

@@ -3,12 +3,12 @@
 //! | method | chain | tree | draft length |
 //! | --- | --- | --- | --- |
 //! | [`Exact`](SpecConfig::Exact) | best tokens, or coupled samples | best-first | any policy |
-//! | [`Rejection`](SpecConfig::Rejection) | samples | of a fixed shape, siblings without replacement | chains: any policy |
+//! | [`Rejection`](SpecConfig::Rejection) | samples | fixed shape, distinct siblings | chains: any policy |
 //! | [`Block`](SpecConfig::Block) | samples | several chains | chains: any policy |
 //!
-//! Two combinations do not exist. A best-first tree has no coupled samples, because it is built from the drafter's best
-//! tokens. A sampled tree has no draft-length policy: its shape, and with it how often a row is accepted, depends on its
-//! size, so rows of one size say nothing about those of another.
+//! Two combinations do not exist. A best-first tree has no coupled samples, because it is built from the
+//! drafter's best tokens. A sampled tree has no draft-length policy: its shape, and with it how often a row
+//! is accepted, depends on its size, so rows of one size say nothing about those of another.
 
 use crate::spec::draft_length::DraftLengthPolicy;
 use crate::spec::sampling::SamplingParams;
@@ -38,8 +38,8 @@ impl VerifyMethod {
     }
 }
 
-/// How the drafts of a request are made and verified. Every value is a legal combination; [`SpecConfig::check`] checks
-/// the numbers in it.
+/// How the drafts of a request are made and verified. Every value is a legal combination;
+/// [`SpecConfig::check`] checks the numbers in it.
 ///
 /// The default is what the DFlash paper does: chains of the drafter's best tokens, verified exactly.
 ///
@@ -61,7 +61,8 @@ impl VerifyMethod {
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub enum SpecConfig {
-    /// Exact verification ([`VerifyMethod::Match`]): the output is the token sequence of autoregressive decoding.
+    /// Exact verification ([`VerifyMethod::Match`]): the output is the token sequence of autoregressive
+    /// decoding.
     Exact {
         /// The drafts.
         drafts: ExactDrafts,
@@ -72,8 +73,8 @@ pub enum SpecConfig {
     Rejection {
         /// The shape of the drafts.
         drafts: RejectionDrafts,
-        /// How drafts are sampled from the drafter's logits. At temperature 0 they are the best tokens. The seed and the
-        /// stream are not read: those of the request are used.
+        /// How drafts are sampled from the drafter's logits. At temperature 0 they are the best tokens. The
+        /// seed and the stream are not read: those of the request are used.
         sampling: SamplingParams,
     },
     /// Block verification ([`VerifyMethod::Block`]): the output has the target's distribution.
@@ -90,9 +91,9 @@ pub enum SpecConfig {
 pub enum ExactDrafts {
     /// A chain of the drafter's best tokens.
     Chain,
-    /// A chain sampled by [`SamplingParams::choose`] from the drafter's logits with the noise that the target's tokens
-    /// are sampled with, so that similar distributions choose the same token (Daliri et al., arXiv 2408.07978). The seed
-    /// and the stream are not read: those of the request are used.
+    /// A chain sampled by [`SamplingParams::choose`] from the drafter's logits with the noise that the
+    /// target's tokens are sampled with, so that similar distributions choose the same token (Daliri et al.,
+    /// arXiv 2408.07978). The seed and the stream are not read: those of the request are used.
     CoupledChain(SamplingParams),
     /// The best tree of the drafter's best tokens ([`crate::spec::tree::Tree::best_first`]).
     BestFirstTree {
@@ -141,8 +142,8 @@ impl SpecConfig {
     /// Checks the numbers: rows of trees, thresholds, sampling parameters.
     ///
     /// # Errors
-    /// [`Error::Usage`]; the sentence begins with the option: `tree`, `threshold`, or `draft_` and the name of a field
-    /// of [`SamplingParams`].
+    /// [`Error::Usage`]; the sentence begins with the option: `tree`, `threshold`, or `draft_` and the name
+    /// of a field of [`SamplingParams`].
     pub fn check(&self) -> Result<()> {
         if let Some(rows) = self.tree_rows().filter(|rows| !(2..=MOST_ROWS).contains(rows)) {
             return Err(Error::Usage(format!("tree is {rows}, expected 2 to {MOST_ROWS}")));
@@ -167,7 +168,8 @@ impl SpecConfig {
         }
     }
 
-    /// Maximum rows of a round's tree, the anchor included; `None` for a chain. A tree is at most as deep as a block.
+    /// Maximum rows of a round's tree, the anchor included; `None` for a chain. A tree is at most as deep as
+    /// a block.
     pub fn tree_rows(&self) -> Option<usize> {
         match *self {
             SpecConfig::Exact { drafts: ExactDrafts::BestFirstTree { rows }, .. }
@@ -208,15 +210,15 @@ impl SpecConfig {
         self
     }
 
-    /// The parameters of the drafts of a request with these parameters: its seed and stream, and greedy where drafts are
-    /// best tokens.
+    /// The parameters of the drafts of a request with these parameters: its seed and stream, and greedy where
+    /// drafts are best tokens.
     pub fn draft_params(&self, request: &SamplingParams) -> SamplingParams {
         let SamplingParams { seed, stream, .. } = *request;
         SamplingParams { seed, stream, ..self.draft_sampling().cloned().unwrap_or_default() }
     }
 
-    /// Whether drafts are random: the draft length must then be chosen before they are known. Coupled samples at
-    /// temperature 0 are the best tokens.
+    /// Whether drafts are random: the draft length must then be chosen before they are known. Coupled samples
+    /// at temperature 0 are the best tokens.
     pub fn samples_drafts(&self) -> bool {
         match self {
             SpecConfig::Exact { drafts: ExactDrafts::CoupledChain(sampling), .. } => {

@@ -1,10 +1,10 @@
-//! How many drafts a round verifies: all that it can, as many as are expected to pay, or those that are accepted often
-//! enough.
+//! How many drafts a round verifies: all that it can, as many as are expected to pay, or those that are
+//! accepted often enough.
 //!
-//! A [`Controller`] gets counts and costs and returns a number of drafts. It has no clock, so the same request has the
-//! same rounds each time. Nothing that it returns changes which tokens exact verification emits, since those depend on
-//! no draft. Under rejection and block verification the output keeps the target's distribution for every length that is
-//! known before the round's drafts are sampled.
+//! A [`Controller`] gets counts and costs and returns a number of drafts. It has no clock, so the same
+//! request has the same rounds each time. Nothing that it returns changes which tokens exact verification
+//! emits, since those depend on no draft. Under rejection and block verification the output keeps the
+//! target's distribution for every length that is known before the round's drafts are sampled.
 
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
 use crate::perf::roofline::{Card, draft_pass, target_pass};
@@ -16,7 +16,8 @@ pub enum DraftLengthPolicy {
     /// All that fit: the block, or the tree.
     #[default]
     Full,
-    /// As many as make a token cheapest, by the decoder's [`Costs`]. Where drafting does not pay, rounds are AR steps.
+    /// As many as make a token cheapest, by the decoder's [`Costs`]. Where drafting does not pay, rounds are
+    /// AR steps.
     CostModel,
     /// The first drafts that are each accepted with at least this probability, above 0 and up to 1.
     Threshold(f64),
@@ -25,8 +26,8 @@ pub enum DraftLengthPolicy {
 impl DraftLengthPolicy {
     /// A controller for one sequence on a decoder with these costs.
     ///
-    /// With `ahead` it fixes the number of drafts before it has seen any of them. Devices need that, because they
-    /// enqueue rounds ahead, and so do drafts that are sampled.
+    /// With `ahead` it fixes the number of drafts before it has seen any of them. Devices need that, because
+    /// they enqueue rounds ahead, and so do drafts that are sampled.
     pub fn controller(self, costs: &Costs, ahead: bool) -> Box<dyn Controller + Send> {
         let costs = costs.clone();
         match (self, ahead) {
@@ -54,31 +55,33 @@ impl DraftLengthPolicy {
 
 /// Chooses the number of drafts of each round of one sequence, from the results of earlier rounds.
 ///
-/// Rounds are requested in order and observed in order. A device enqueues its next round before the host has read the
-/// last, so a round may be requested before earlier ones are observed.
+/// Rounds are requested in order and observed in order. A device enqueues its next round before the host has
+/// read the last, so a round may be requested before earlier ones are observed.
 pub trait Controller {
     /// The number of drafts of the next round, up to `max`. 0 makes it an AR step, which is not observed.
     fn drafts(&mut self, max: usize) -> usize;
 
-    /// Whether [`Controller::truncate`] is to be called with the probabilities of a round's drafts before they are
-    /// verified.
+    /// Whether [`Controller::truncate`] is to be called with the probabilities of a round's drafts before
+    /// they are verified.
     ///
-    /// Such a controller is only for the CPU, which knows the drafts by then, and only for drafts that are a function of
-    /// the drafter's distribution: leaving out a *sampled* draft because of what it is would bias the output.
+    /// Such a controller is only for the CPU, which knows the drafts by then, and only for drafts that are a
+    /// function of the drafter's distribution: leaving out a *sampled* draft because of what it is would bias
+    /// the output.
     fn needs_draft_probs(&self) -> bool {
         false
     }
 
-    /// How many of the drafts to verify, counted from the first. `costs` are those of their paths: `-log2` of the
-    /// probability that the drafter gives the path, in units of 2^-16 bits, parents before children. If
-    /// `needs_draft_probs`, it is called in every round, and each round is observed before the next is requested.
+    /// How many of the drafts to verify, counted from the first. `costs` are those of their paths: `-log2` of
+    /// the probability that the drafter gives the path, in units of 2^-16 bits, parents before children. If
+    /// `needs_draft_probs`, it is called in every round, and each round is observed before the next is
+    /// requested.
     fn truncate(&mut self, costs: &[u32]) -> usize {
         costs.len()
     }
 
-    /// The result of the oldest requested round with drafts that has not been observed. It verified `verified` drafts,
-    /// in rows 1, 2, ... after the anchor. Bit `i` of `accepted` says that row `i` is on the accepted path; bit 0, the
-    /// anchor's, is always set.
+    /// The result of the oldest requested round with drafts that has not been observed. It verified
+    /// `verified` drafts, in rows 1, 2, ... after the anchor. Bit `i` of `accepted` says that row `i` is on
+    /// the accepted path; bit 0, the anchor's, is always set.
     fn observe(&mut self, verified: usize, accepted: u64);
 }
 
@@ -115,8 +118,8 @@ pub struct Costs {
 }
 
 impl Costs {
-    /// The roofline times on a card, in milliseconds ([`crate::perf::roofline`]), for `batch` sequences of `context`
-    /// positions that do the same in each round, in blocks of `block` rows.
+    /// The roofline times on a card, in milliseconds ([`crate::perf::roofline`]), for `batch` sequences of
+    /// `context` positions that do the same in each round, in blocks of `block` rows.
     pub fn modelled(
         card: &Card,
         target: &TargetConfig,
@@ -132,8 +135,8 @@ impl Costs {
         }
     }
 
-    /// The costs where only passes of these sizes exist, ascending: a number of rows costs what the next larger pass
-    /// does, or the largest.
+    /// The costs where only passes of these sizes exist, ascending: a number of rows costs what the next
+    /// larger pass does, or the largest.
     pub fn of_sizes(self, sizes: &[usize]) -> Costs {
         let cost = |rows: usize| {
             let size = sizes.iter().find(|size| **size >= rows).or(sizes.last()).unwrap_or(&rows);
@@ -152,9 +155,9 @@ impl Costs {
         self.draft + self.verify[drafts.min(self.verify.len() - 1)]
     }
 
-    /// The number of drafts that makes a token cheapest, and the cost of a token then. `survival[i]` is the probability
-    /// that the `i`-th draft is accepted. The smallest number wins ties. All sizes are tried, because costs have steps
-    /// at which a local search would stop.
+    /// The number of drafts that makes a token cheapest, and the cost of a token then. `survival[i]` is the
+    /// probability that the `i`-th draft is accepted. The smallest number wins ties. All sizes are tried,
+    /// because costs have steps at which a local search would stop.
     pub fn cheapest(&self, survival: &[f64]) -> (usize, f64) {
         let (mut best, mut tokens) = ((0, self.round(0)), 1.0);
         for (i, p) in survival.iter().enumerate() {
@@ -172,12 +175,12 @@ impl Costs {
 
 /// Estimates how often each row after the anchor is accepted, over the rounds that verified it.
 ///
-/// The estimate is a count that fades, plus a prior that weighs as much as two rounds: one half for the first row, and
-/// for each later row the value that it would have if the rows before were as good as each other. A row that is no
-/// longer verified returns to the prior; otherwise nothing could find out that it pays again.
+/// The estimate is a count that fades, plus a prior that weighs as much as two rounds: one half for the first
+/// row, and for each later row the value that it would have if the rows before were as good as each other. A
+/// row that is no longer verified returns to the prior; otherwise nothing could find out that it pays again.
 ///
-/// Row `i` of a chain is its `i`-th draft. A best-first tree starts with the smaller trees, so what it accepts says what
-/// each of those would have accepted.
+/// Row `i` of a chain is its `i`-th draft. A best-first tree starts with the smaller trees, so what it
+/// accepts says what each of those would have accepted.
 #[derive(Debug, Clone, Default)]
 pub struct Positions {
     /// (times accepted, times verified), from row 1 on
@@ -222,8 +225,9 @@ const FROZEN: usize = 4;
 /// Maximum change of the number of drafts from one round to the next, so that it does not oscillate.
 const STEP: usize = 16;
 
-/// Chooses the number of drafts by how often each row has been accepted. The number is known before the round's drafts
-/// are: for devices, which enqueue rounds before the host has read the last one, and for drafts that are sampled.
+/// Chooses the number of drafts by how often each row has been accepted. The number is known before the
+/// round's drafts are: for devices, which enqueue rounds before the host has read the last one, and for
+/// drafts that are sampled.
 pub struct ByPosition {
     policy: DraftLengthPolicy,
     costs: Costs,
@@ -263,9 +267,10 @@ impl Controller for ByPosition {
 
 /// Chooses the number of drafts by the probabilities that the drafter gives them in this round.
 ///
-/// The cost model needs probabilities that are right on average. So a bit of a path's cost gets a weight, which is
-/// adjusted until the expected number of accepted drafts equals the actual one. A threshold is compared with the
-/// drafter's own probability, unweighted, so that a round that verifies nothing does not influence the next.
+/// The cost model needs probabilities that are right on average. So a bit of a path's cost gets a weight,
+/// which is adjusted until the expected number of accepted drafts equals the actual one. A threshold is
+/// compared with the drafter's own probability, unweighted, so that a round that verifies nothing does not
+/// influence the next.
 pub struct ByConfidence {
     policy: DraftLengthPolicy,
     costs: Costs,
@@ -308,14 +313,15 @@ impl Controller for ByConfidence {
         if matches!(self.policy, DraftLengthPolicy::Threshold(_)) {
             return;
         }
-        // The divisor must not depend on the outcome: a right expectation must leave the weight alone on average.
+        // The divisor must not depend on the outcome: a right expectation must leave the weight alone on
+        // average.
         let wrong = (self.expected - num_accepted(accepted) as f64) / (1.0 + self.expected);
         self.weight = (self.weight * (LEARNING_RATE * wrong).exp()).clamp(0.25, 4.0);
     }
 }
 
-/// Turns drafting off while it does not pay, and tries it again from time to time; while it is on, `C` chooses the
-/// number of drafts.
+/// Turns drafting off while it does not pay, and tries it again from time to time; while it is on, `C`
+/// chooses the number of drafts.
 pub struct CostGated<C> {
     inner: C,
     costs: Costs,
@@ -348,12 +354,13 @@ const PAYS: f64 = 1.03;
 const PAYS_AGAIN: f64 = 1.08;
 /// Rounds in a row that do not pay before drafting is turned off.
 const POOR: usize = 8;
-/// AR steps before the first trial, and the maximum. The interval doubles after each trial until drafting has paid for
-/// [`SETTLED`] rounds.
+/// AR steps before the first trial, and the maximum. The interval doubles after each trial until drafting has
+/// paid for [`SETTLED`] rounds.
 const INTERVALS: (usize, usize) = (16, 256);
 /// Paying rounds since the last trial after which the interval is reset.
 const SETTLED: usize = 64;
-/// What is left of the averages after another round; and after a trial, which represents all the rounds between.
+/// What is left of the averages after another round; and after a trial, which represents all the rounds
+/// between.
 const MEMORY: f64 = 0.9;
 const MEMORY_OF_TRIALS: f64 = 0.5;
 

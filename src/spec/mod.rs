@@ -1,8 +1,8 @@
 //! Speculative decoding as mathematics: no device and no model.
 //!
-//! A drafter proposes tokens, the target verifies them in one pass, and the accepted ones are emitted together with one
-//! token of the target's own. [`verify`] has the methods and why they are lossless; [`config`] says which combinations a
-//! request can ask for.
+//! A drafter proposes tokens, the target verifies them in one pass, and the accepted ones are emitted
+//! together with one token of the target's own. [`verify`] has the methods and why they are lossless;
+//! [`config`] says which combinations a request can ask for.
 //!
 //! Each module uses only those above it in this table:
 //!

@@ -1,17 +1,17 @@
-//! Randomness that every device reproduces bit for bit: Philox as the generator, integer tables in place of `exp` and
-//! `log`, and named random draws for the verification methods that sample.
+//! Randomness that every device reproduces bit for bit: Philox as the generator, integer tables in place of
+//! `exp` and `log`, and named random draws for the verification methods that sample.
 //!
-//! A random number is a pure function of (seed, stream, position, round, purpose, row). No generator has a state, so
-//! the order in which threads draw cannot matter.
+//! A random number is a pure function of (seed, stream, position, round, purpose, row). No generator has a
+//! state, so the order in which threads draw cannot matter.
 
 use std::sync::LazyLock;
 
-/// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four random words from a
-/// counter and a key.
+/// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four random words
+/// from a counter and a key.
 ///
-/// The key is the 64-bit seed as `[low half, high half]`. The counter is
-/// `[position, purpose << 24 | index, stream, round]`; the round is 0 wherever the output must not depend on how many
-/// rounds it took to get there.
+/// The key is the 64-bit seed as `[low half, high half]`. The counter is `[position, purpose << 24 | index,
+/// stream, round]`; the round is 0 wherever the output must not depend on how many rounds it took to get
+/// there.
 pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     let ([mut c0, mut c1, mut c2, mut c3], [mut k0, mut k1]) = (counter, key);
     for _ in 0..10 {
@@ -27,8 +27,8 @@ pub(crate) fn key(seed: u64) -> [u32; 2] {
     [seed as u32, (seed >> 32) as u32]
 }
 
-/// Purpose of the exponential race in [`crate::spec::sampling::SamplingParams::choose`]: the top byte of a counter's
-/// second word. The token group (id / 4) is below it. [`Purpose`] has the others.
+/// Purpose of the exponential race in [`crate::spec::sampling::SamplingParams::choose`]: the top byte of a
+/// counter's second word. The token group (id / 4) is below it. [`Purpose`] has the others.
 pub(crate) const RACE: u32 = 5;
 
 // ---- tables ----
@@ -45,9 +45,9 @@ pub struct Tables {
 
 /// The tables, computed once in f64.
 ///
-/// `exp2` and `log2` of two platforms may differ in their last bits (2^-22 and 2^-26 of a table's unit). No value lies
-/// within 2^-10 and 2^-17 of a rounding boundary, so all platforms round alike. A test checks the margins and the
-/// checksums.
+/// `exp2` and `log2` of two platforms may differ in their last bits (2^-22 and 2^-26 of a table's unit). No
+/// value lies within 2^-10 and 2^-17 of a rounding boundary, so all platforms round alike. A test checks the
+/// margins and the checksums.
 pub static TABLES: LazyLock<Tables> = LazyLock::new(|| Tables {
     thi: std::array::from_fn(|i| (31.0 - i as f64 / 256.0).exp2().round() as u32),
     tlo: std::array::from_fn(|i| (31.0 - i as f64 / 65536.0).exp2().round() as u32),
@@ -55,10 +55,11 @@ pub static TABLES: LazyLock<Tables> = LazyLock::new(|| Tables {
 });
 
 impl Tables {
-    /// The weight of a token: `W = 2^32 * exp((logit - max)/T)` to about 1e-5 of itself, truncated to an integer.
+    /// The weight of a token: `W = 2^32 * exp((logit - max)/T)` to about 1e-5 of itself, truncated to an
+    /// integer.
     ///
-    /// The best token has 2^32; from 22.2 T below the best on, weights are 0. `c = 65536 * log2(e) / T` in f32. The
-    /// exponent is rounded to 2^-16 and split into whole, upper and lower bits. Monotone in `logit`.
+    /// The best token has 2^32; from 22.2 T below the best on, weights are 0. `c = 65536 * log2(e) / T` in
+    /// f32. The exponent is rounded to 2^-16 and split into whole, upper and lower bits. Monotone in `logit`.
     pub fn weight(&self, max: f32, logit: f32, c: f32) -> u64 {
         // The bound also catches infinity: a weight is 0 above 32 << 16.
         let t = ((max - logit) * c).round_ties_even().min((40 << 16) as f32) as u32;
@@ -68,10 +69,10 @@ impl Tables {
 
     /// An exponential variate from a uniform word: `L = -log2(u / 2^32) * 2^27`.
     ///
-    /// The result is 1 to 31 * 2^27, so its product with a weight fits 64 bits; words 0 and 1 are read as 2. Linear
-    /// between the table's points. A row's winner usually has a small time, so small times decide the distribution.
-    /// There the word's own resolution is kept: a token that the rest of its row outweighs 10^6 times is sampled in
-    /// proportion to 0.5 %, at 10^7 times to 5 %.
+    /// The result is 1 to 31 * 2^27, so its product with a weight fits 64 bits; words 0 and 1 are read as 2.
+    /// Linear between the table's points. A row's winner usually has a small time, so small times decide the
+    /// distribution. There the word's own resolution is kept: a token that the rest of its row outweighs 10^6
+    /// times is sampled in proportion to 0.5 %, at 10^7 times to 5 %.
     pub fn time(&self, u: u32) -> u64 {
         let u = u.max(2);
         let zeros = u.leading_zeros();
@@ -106,21 +107,22 @@ pub struct DrawKey {
     pub row: usize,
 }
 
-/// Where the verification methods get their random draws. [`PhiloxStream`] is the one that devices use; a test's
-/// source takes every branch in turn and adds up exact probabilities.
+/// Where the verification methods get their random draws. [`PhiloxStream`] is the one that devices use; a
+/// test's source takes every branch in turn and adds up exact probabilities.
 pub trait RandomSource {
     /// True with probability `s / n`; always true where `s >= n`.
     fn accept(&mut self, key: DrawKey, s: u64, n: u64) -> bool;
 
-    /// A token id, sampled in proportion to `weights`: `(id, weight)` in ascending order of id, with a sum below 2^64.
-    /// `None` if the sum is 0.
+    /// A token id, sampled in proportion to `weights`: `(id, weight)` in ascending order of id, with a sum
+    /// below 2^64. `None` if the sum is 0.
     fn pick(&mut self, key: DrawKey, weights: &[(u32, u64)]) -> Option<u32>;
 }
 
 /// The random draws of one round of a request, from Philox. Probabilities are exact to 2^-64.
 ///
-/// The round is part of every counter. Drafts and tests beyond the point where a round stopped have influenced where it
-/// stopped, so the next round must not reuse their random numbers. The batch slot is part of none.
+/// The round is part of every counter. Drafts and tests beyond the point where a round stopped have
+/// influenced where it stopped, so the next round must not reuse their random numbers. The batch slot is part
+/// of none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PhiloxStream {
     /// The request's seed.

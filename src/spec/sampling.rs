@@ -1,10 +1,11 @@
-//! Which token the target chooses: logits become integer weights, filters remove some of them, and an exponential race
-//! picks one. This is the one definition that every device reproduces, decision for decision.
+//! Which token the target chooses: logits become integer weights, filters remove some of them, and an
+//! exponential race picks one. This is the one definition that every device reproduces, decision for
+//! decision.
 //!
-//! One f32 subtraction, one f32 multiplication and one rounding per logit turn a row into integer weights. Everything
-//! after that is integer, so no reduction order can change a decision. The noise of a token is a function of
-//! (seed, stream, position, id) alone: never of the round, the row, the batch slot, or the drafts. That is what makes
-//! exact verification lossless ([`crate::spec::verify::match_chain`]).
+//! One f32 subtraction, one f32 multiplication and one rounding per logit turn a row into integer weights.
+//! Everything after that is integer, so no reduction order can change a decision. The noise of a token is a
+//! function of (seed, stream, position, id) alone: never of the round, the row, the batch slot, or the
+//! drafts. That is what makes exact verification lossless ([`crate::spec::verify::match_chain`]).
 
 use crate::spec::distribution::Distribution;
 use crate::spec::rng::{RACE, TABLES, key, philox};
@@ -15,13 +16,14 @@ use crate::{Error, Result};
 pub struct SamplingParams {
     /// 0 is greedy; else 0.0001 to 10000.
     pub temperature: f32,
-    /// Keep the `k` best tokens; 0 keeps all. Of equal logits at the boundary the lowest ids stay, so that exactly `k`
-    /// do.
+    /// Keep the `k` best tokens; 0 keeps all. Of equal logits at the boundary the lowest ids stay, so that
+    /// exactly `k` do.
     pub top_k: usize,
-    /// Keep the smallest set of best tokens with this probability, above 0 and up to 1; 1 keeps all. Counted among the
-    /// tokens that `top_k` kept, best first.
+    /// Keep the smallest set of best tokens with this probability, above 0 and up to 1; 1 keeps all. Counted
+    /// among the tokens that `top_k` kept, best first.
     pub top_p: f64,
-    /// Keep tokens whose probability is at least this fraction of the best token's; from 0, which keeps all, to below 1.
+    /// Keep tokens whose probability is at least this fraction of the best token's; from 0, which keeps all,
+    /// to below 1.
     pub min_p: f64,
     /// The Philox key.
     pub seed: u64,
@@ -54,13 +56,14 @@ impl SamplingParams {
         Ok(())
     }
 
-    /// Samples the token at absolute position `position` from the target's f32 logits `[vocab]` for it. A fixed function
-    /// of logits, parameters and position; autoregressive and speculative decoding call it alike. `None` as in
-    /// [`argmax`].
+    /// Samples the token at absolute position `position` from the target's f32 logits `[vocab]` for it. A
+    /// fixed function of logits, parameters and position; autoregressive and speculative decoding call it
+    /// alike. `None` as in [`argmax`].
     ///
-    /// It is an exponential race: with `L(u)` an exponential variate, the smallest `L(u_x) / W(x)` is token x's with
-    /// probability `W(x) / sum W`. Ratios are compared by cross-multiplication (both products are below 2^64) and ties
-    /// go to the lower id: a total order, so a device may reduce partial winners in any order.
+    /// It is an exponential race: with `L(u)` an exponential variate, the smallest `L(u_x) / W(x)` is token
+    /// x's with probability `W(x) / sum W`. Ratios are compared by cross-multiplication (both products are
+    /// below 2^64) and ties go to the lower id: a total order, so a device may reduce partial winners in any
+    /// order.
     pub fn choose(&self, logits: &[f32], position: u32) -> Option<u32> {
         let (tables, key) = (&*TABLES, key(self.seed));
         let (mut group, mut words) = (u32::MAX, [0; 4]); // the four ids whose noise `words` is
@@ -79,14 +82,15 @@ impl SamplingParams {
         best.map(|(id, _, _)| id)
     }
 
-    /// The weights that `choose` samples from: `(id, W)` of every token that passes the filters and has `W > 0`, in
-    /// ascending order of id. A token's probability is `W / sum W`. `None` as in [`argmax`].
+    /// The weights that `choose` samples from: `(id, W)` of every token that passes the filters and has `W >
+    /// 0`, in ascending order of id. A token's probability is `W / sum W`. `None` as in [`argmax`].
     ///
-    /// The best token has `W = 2^32`, and the sum is below 2^58 for vocabularies up to 2^26, the maximum that the race's
-    /// counters can tell apart. At temperature 0 only the best token is left.
+    /// The best token has `W = 2^32`, and the sum is below 2^58 for vocabularies up to 2^26, the maximum that
+    /// the race's counters can tell apart. At temperature 0 only the best token is left.
     ///
-    /// Order of the filters: temperature, top-k by (logit descending, id ascending), top-p on what is left in that
-    /// order, min-p. Their bounds are integers: `top_p` and `min_p` are first rounded to multiples of 2^-32.
+    /// Order of the filters: temperature, top-k by (logit descending, id ascending), top-p on what is left in
+    /// that order, min-p. Their bounds are integers: `top_p` and `min_p` are first rounded to multiples of
+    /// 2^-32.
     pub fn survivors(&self, logits: &[f32]) -> Option<Vec<(u32, u64)>> {
         let best = argmax(logits)?;
         if self.temperature == 0.0 {
@@ -130,18 +134,18 @@ impl SamplingParams {
         Some(kept)
     }
 
-    /// The distribution of [`SamplingParams::survivors`] in units of 2^-48, for the methods of [`crate::spec::verify`].
-    /// The best token gets what rounding leaves over; survivors whose probability rounds to 0 are dropped. `None` as in
-    /// [`argmax`].
+    /// The distribution of [`SamplingParams::survivors`] in units of 2^-48, for the methods of
+    /// [`crate::spec::verify`]. The best token gets what rounding leaves over; survivors whose probability
+    /// rounds to 0 are dropped. `None` as in [`argmax`].
     pub fn probabilities(&self, logits: &[f32]) -> Option<Distribution> {
         Distribution::new(self.survivors(logits)?, argmax(logits)?)
     }
 
     /// The parameters in 32 bits each, for kernels; seed and stream apart.
     ///
-    /// Nothing is lost. A vocabulary has at most 2^26 tokens, so `top_k` fits. The best token alone has more than 2^-32
-    /// of any mass, so a `top_p` that rounds to 0 keeps it and no other. A `top_p` of 1 keeps every token. No weight is
-    /// 2^32 - 1, so `min_p` fits.
+    /// Nothing is lost. A vocabulary has at most 2^26 tokens, so `top_k` fits. The best token alone has more
+    /// than 2^-32 of any mass, so a `top_p` that rounds to 0 keeps it and no other. A `top_p` of 1 keeps
+    /// every token. No weight is 2^32 - 1, so `min_p` fits.
     pub fn settings(&self) -> SamplerSettings {
         if self.temperature == 0.0 {
             return SamplerSettings { c: 0.0, top_k: 0, top_p: 0, min_p: 0 };
@@ -193,8 +197,8 @@ fn fixed_point(x: f64) -> u64 {
 
 /// Index of the largest value, the lowest index on ties; `-0.0` equals `0.0`.
 ///
-/// `None` if the largest value is not finite: the row holds a NaN or `+inf`, or only `-inf` (masked tokens), or it is
-/// empty.
+/// `None` if the largest value is not finite: the row holds a NaN or `+inf`, or only `-inf` (masked tokens),
+/// or it is empty.
 pub fn argmax(logits: &[f32]) -> Option<u32> {
     let (mut best, mut max) = (None, f32::NEG_INFINITY);
     for (id, &logit) in (0u32..).zip(logits) {

@@ -1,12 +1,12 @@
 //! Draft trees: several candidates for a position, verified in one pass.
 //!
-//! A tree is the rows of a verification pass, the anchor first. Its nodes come from one pass of the drafter, whose rows
-//! are independent of each other, so any token of a row can follow any token of the row before. The tree decides how
-//! many drafts are accepted. Under exact verification it never decides which tokens are emitted, and under the other
-//! methods never their distribution.
+//! A tree is the rows of a verification pass, the anchor first. Its nodes come from one pass of the drafter,
+//! whose rows are independent of each other, so any token of a row can follow any token of the row before.
+//! The tree decides how many drafts are accepted. Under exact verification it never decides which tokens are
+//! emitted, and under the other methods never their distribution.
 //!
-//! Scores are integers and every tie has an order, so a device builds the same tree from the same logits, whatever the
-//! order of its reductions.
+//! Scores are integers and every tie has an order, so a device builds the same tree from the same logits,
+//! whatever the order of its reductions.
 
 use crate::spec::rng::TABLES;
 use crate::spec::sampling::argmax;
@@ -37,8 +37,8 @@ impl Tree {
         Tree { tokens: vec![anchor], parents: vec![0], depths: vec![0], masks: vec![1], costs: vec![0] }
     }
 
-    /// The tree of tokens and parents as [`crate::spec::verify::sample_tree`] has them, `[rows]` each, at most
-    /// [`MOST_ROWS`]. Sampled drafts have no costs: they are 0.
+    /// The tree of tokens and parents as [`crate::spec::verify::sample_tree`] has them, `[rows]` each, at
+    /// most [`MOST_ROWS`]. Sampled drafts have no costs: they are 0.
     pub fn sampled(tokens: &[u32], parents: &[u32]) -> Tree {
         let mut tree = Tree::new(tokens[0]);
         for (&token, &parent) in tokens.iter().zip(parents).skip(1) {
@@ -75,13 +75,13 @@ impl Tree {
         (0..=row).filter(move |ancestor| mask >> ancestor & 1 == 1)
     }
 
-    /// The tree of the most probable prefixes, best first, until it has `rows` rows or `choices` is exhausted (DDTree,
-    /// arXiv 2604.12989).
+    /// The tree of the most probable prefixes, best first, until it has `rows` rows or `choices` is exhausted
+    /// (DDTree, arXiv 2604.12989).
     ///
-    /// Of all trees of that size it has the greatest sum over its nodes of the probability of their path, as the drafter
-    /// estimates it. `choices[d]` are the candidates for the `d`-th token after the anchor; if each holds `rows - 1`, or
-    /// all there are, no better prefix is missed. Between equal costs the shallower prefix wins, then the one with the
-    /// better ranks from the anchor on.
+    /// Of all trees of that size it has the greatest sum over its nodes of the probability of their path, as
+    /// the drafter estimates it. `choices[d]` are the candidates for the `d`-th token after the anchor; if
+    /// each holds `rows - 1`, or all there are, no better prefix is missed. Between equal costs the shallower
+    /// prefix wins, then the one with the better ranks from the anchor on.
     pub fn best_first(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
         let (mut tree, rows) = (Tree::new(anchor), rows.min(MOST_ROWS));
         // (cost, ranks from the anchor on, parent); as many ranks as the prefix is deep.
@@ -128,11 +128,11 @@ pub struct Choice {
 /// Factor of a logit's distance from the best: 65536 log2(e), for the drafter's own temperature, 1.
 const SCALE: f32 = (65536.0 * std::f64::consts::LOG2_E) as f32;
 
-/// The `count` best tokens of the drafter's logits `[vocab]`, by (logit descending, id ascending). `None` as in
-/// [`argmax`].
+/// The `count` best tokens of the drafter's logits `[vocab]`, by (logit descending, id ascending). `None` as
+/// in [`argmax`].
 ///
-/// All have a positive weight in the distribution that [`crate::spec::sampling::SamplingParams::survivors`] gives at
-/// temperature 1; there may be fewer than `count` of those.
+/// All have a positive weight in the distribution that [`crate::spec::sampling::SamplingParams::survivors`]
+/// gives at temperature 1; there may be fewer than `count` of those.
 pub fn choices(logits: &[f32], count: usize) -> Option<Vec<Choice>> {
     let max = logits[argmax(logits)? as usize];
     let mut kept = Vec::new();
@@ -157,8 +157,8 @@ pub fn choices(logits: &[f32], count: usize) -> Option<Vec<Choice>> {
     Some(kept.into_iter().map(|(token, logit)| Choice { token, cost: cost(logit) }).collect())
 }
 
-/// `log2(total / 2^32)` in units of 2^-16, rounded to nearest but for the table's last digits. `total` is the sum of a
-/// row's weights, at least 2^32.
+/// `log2(total / 2^32)` in units of 2^-16, rounded to nearest but for the table's last digits. `total` is the
+/// sum of a row's weights, at least 2^32.
 fn bits(total: u64) -> u32 {
     let zeros = total.leading_zeros();
     // A variate's time is a logarithm: -log2(u / 2^32), here of the leading 32 bits, in units of 2^-27.
@@ -168,11 +168,11 @@ fn bits(total: u64) -> u32 {
 
 // ---- shapes of sampled trees ----
 
-/// The shape of a tree for [`crate::spec::verify::sample_tree`], of up to `rows` rows and `depth` drafts on a path. Its
-/// tokens are 0.
+/// The shape of a tree for [`crate::spec::verify::sample_tree`], of up to `rows` rows and `depth` drafts on a
+/// path. Its tokens are 0.
 ///
-/// It is a function of these two alone: the best tree if every first sibling is accepted equally often, and every second,
-/// and so on.
+/// It is a function of these two alone: the best tree if every first sibling is accepted equally often, and
+/// every second, and so on.
 pub fn shape(rows: usize, depth: usize) -> Tree {
     let siblings: Vec<Choice> =
         (0..MOST_ROWS as u32).map(|place| Choice { token: 0, cost: typical(place) }).collect();
@@ -181,26 +181,28 @@ pub fn shape(rows: usize, depth: usize) -> Tree {
 
 /// The cost of a draft, as in [`Choice`], by its place among its siblings.
 ///
-/// The first is accepted in one of two cases in which the row before them is, the second, third, ... in one of 10, 20,
-/// ... That is about what recursive rejection gives on the demo pair at temperatures 0.7 and 1, at most depths alike.
+/// The first is accepted in one of two cases in which the row before them is, the second, third, ... in one
+/// of 10, 20, ... That is about what recursive rejection gives on the demo pair at temperatures 0.7 and 1, at
+/// most depths alike.
 pub fn typical(place: u32) -> u32 {
     bits(u64::from(if place == 0 { 2 } else { 10 * place }) << 32)
 }
 
-/// How many chains [`crate::spec::verify::sample_chains`] samples for a tree of up to `rows` rows, at least one, and of
-/// how many drafts each, at most `depth`.
+/// How many chains [`crate::spec::verify::sample_chains`] samples for a tree of up to `rows` rows, at least
+/// one, and of how many drafts each, at most `depth`.
 ///
-/// About as many chains as each has drafts, and at least two where there are two drafts: the demo pair accepts most with
-/// that, in trees of 16, 32 and 64 rows at temperatures 0.7 and 1. There are more where `depth` leaves rows over, and
-/// there is one for two rows.
+/// About as many chains as each has drafts, and at least two where there are two drafts: the demo pair
+/// accepts most with that, in trees of 16, 32 and 64 rows at temperatures 0.7 and 1. There are more where
+/// `depth` leaves rows over, and there is one for two rows.
 pub fn chains(rows: usize, depth: usize) -> (usize, usize) {
     let drafts = rows.saturating_sub(1);
     let depth = depth.min((drafts / drafts.isqrt().max(2)).max(1));
     (drafts / depth.max(1), depth)
 }
 
-/// The copies that bring the rows of an accepted path, `[accepted + 1]` and 0 first, to consecutive slots: (from, to) in
-/// rows, ascending by `to`. In that order every slot is read before it is written. Rows already in place are left out.
+/// The copies that bring the rows of an accepted path, `[accepted + 1]` and 0 first, to consecutive slots:
+/// (from, to) in rows, ascending by `to`. In that order every slot is read before it is written. Rows already
+/// in place are left out.
 pub fn moves(path: &[usize]) -> impl Iterator<Item = (usize, usize)> {
     path.iter().enumerate().map(|(to, from)| (*from, to)).filter(|(from, to)| from != to)
 }

@@ -2,21 +2,23 @@
 //!
 //! | method | accepts a draft | the output is |
 //! | --- | --- | --- |
-//! | exact: [`match_chain`], [`match_tree`] | if it equals the token that the target samples there | the token sequence of autoregressive decoding with the same seed |
+//! | exact: [`match_chain`], [`match_tree`] | if it is the target's own token | that of AR decoding, token for token |
 //! | [`rejection`], [`recursive_rejection`] | with probability min(1, p/q) | distributed as the target's |
-//! | [`block_verify`], [`multi_draft_block_verify`] | as part of a block, by joint ratios | distributed as the target's |
+//! | [`block_verify`], [`multi_draft_block_verify`] | as part of a block | distributed as the target's |
 //!
-//! `p` is the target's distribution of the next token and `q` the one that the draft was sampled from. The second and
-//! third kind sample the drafts ([`sample_chain`], [`sample_tree`], [`sample_chains`]). Their output has the distribution
-//! of autoregressive decoding, but it is another sample: with the same seed the tokens differ.
+//! `p` is the target's distribution of the next token and `q` the one that the draft was sampled from. The
+//! second and third kind sample the drafts ([`sample_chain`], [`sample_tree`], [`sample_chains`]). Their
+//! output has the distribution of autoregressive decoding, but it is another sample: with the same seed the
+//! tokens differ.
 //!
-//! All arithmetic is integer, so a device decides alike: probabilities are multiples of 2^-48 and every random decision
-//! is a call of a [`RandomSource`].
+//! All arithmetic is integer, so a device decides alike: probabilities are multiples of 2^-48 and every
+//! random decision is a call of a [`RandomSource`].
 //!
-//! Losslessness needs one thing of the caller: the distributions given here must be those the drafts were sampled from.
-//! A draft that was not sampled, such as the drafter's best token, has the distribution of temperature 0, all of it on
-//! that token; verifying it by the drafter's probability would be wrong. And no sampled draft may be dropped because of
-//! which token it is. A chain may be cut at a length that does not depend on its tokens.
+//! Losslessness needs one thing of the caller: the distributions given here must be those the drafts were
+//! sampled from. A draft that was not sampled, such as the drafter's best token, has the distribution of
+//! temperature 0, all of it on that token; verifying it by the drafter's probability would be wrong. And no
+//! sampled draft may be dropped because of which token it is. A chain may be cut at a length that does not
+//! depend on its tokens.
 
 use crate::spec::distribution::{Distribution, ONE, ratio, times};
 use crate::spec::rng::{DrawKey, Purpose, RandomSource};
@@ -24,18 +26,20 @@ use std::borrow::Cow;
 
 // ---- exact verification ----
 
-/// Verifies a chain of drafts exactly: samples the target at every row and accepts drafts while they are equal.
+/// Verifies a chain of drafts exactly: samples the target at every row and accepts drafts while they are
+/// equal.
 ///
-/// Row `j` holds the target's logits after the drafts before `j`. `target_at(j)` samples it, and is called only if all
-/// of those drafts are accepted. Returns how many drafts are accepted and the token that follows them: a correction, or
-/// a bonus token if all are accepted. `None` as soon as `target_at` returns `None`. Greedy verification is this method
-/// at temperature 0.
+/// Row `j` holds the target's logits after the drafts before `j`. `target_at(j)` samples it, and is called
+/// only if all of those drafts are accepted. Returns how many drafts are accepted and the token that follows
+/// them: a correction, or a bonus token if all are accepted. `None` as soon as `target_at` returns `None`.
+/// Greedy verification is this method at temperature 0.
 ///
-/// Lossless: by induction, a row is sampled only where the drafts before it are what autoregressive decoding emits, and
-/// the token emitted there is the target's own sample, whose noise depends on its position and on nothing else. So the
-/// output equals autoregressive decoding token for token, for every drafter and block length. For a draft that is fixed
-/// before the noise is seen, no lossless method accepts more often. Sources: the DFlash reference implementation (arXiv
-/// 2602.06036), and coupled sampling in Daliri et al., arXiv 2408.07978.
+/// Lossless: by induction, a row is sampled only where the drafts before it are what autoregressive decoding
+/// emits, and the token emitted there is the target's own sample, whose noise depends on its position and on
+/// nothing else. So the output equals autoregressive decoding token for token, for every drafter and block
+/// length. For a draft that is fixed before the noise is seen, no lossless method accepts more often.
+/// Sources: the DFlash reference implementation (arXiv 2602.06036), and coupled sampling in Daliri et al.,
+/// arXiv 2408.07978.
 pub fn match_chain(drafts: &[u32], mut target_at: impl FnMut(usize) -> Option<u32>) -> Option<(usize, u32)> {
     for (row, &draft) in drafts.iter().enumerate() {
         let own = target_at(row)?;
@@ -48,11 +52,12 @@ pub fn match_chain(drafts: &[u32], mut target_at: impl FnMut(usize) -> Option<u3
 
 /// Verifies a tree of drafts exactly, as [`match_chain`] does a chain.
 ///
-/// `tokens` `[rows]`: the anchor, then the drafts. `parents` `[rows]`: the row that a draft follows, an earlier one (row
-/// 0's is not read; a draft that follows no earlier row is unreachable). `target_at(row)` samples the target's row after
-/// the drafts on the path to `row`. From row 0 on, the path continues with the child that equals the target's token, the
-/// lowest row of several. Returns the rows of the path, 0 first, and the token that follows them; `None` as soon as
-/// `target_at` returns `None`. A chain is the tree in which each row follows the one before.
+/// `tokens` `[rows]`: the anchor, then the drafts. `parents` `[rows]`: the row that a draft follows, an
+/// earlier one (row 0's is not read; a draft that follows no earlier row is unreachable). `target_at(row)`
+/// samples the target's row after the drafts on the path to `row`. From row 0 on, the path continues with the
+/// child that equals the target's token, the lowest row of several. Returns the rows of the path, 0 first,
+/// and the token that follows them; `None` as soon as `target_at` returns `None`. A chain is the tree in
+/// which each row follows the one before.
 pub fn match_tree(
     tokens: &[u32],
     parents: &[u32],
@@ -93,10 +98,11 @@ pub fn sample_chain(distributions: &[Distribution], random: &mut impl RandomSour
 
 /// Samples the tokens of a tree of a given shape.
 ///
-/// `parents` `[rows]` as [`match_tree`] takes them, the anchor's row first. Rows of depth `d + 1` are sampled from
-/// `distributions[d]`, siblings in the order of their rows. Returns the tokens `[rows]`. Where [`Siblings::Distinct`]
-/// runs out of tokens, a row repeats the sibling before it, and [`recursive_rejection`] skips it: so the shape does not
-/// depend on anything sampled. `None` where a row follows no earlier one, or is deeper than there are distributions.
+/// `parents` `[rows]` as [`match_tree`] takes them, the anchor's row first. Rows of depth `d + 1` are sampled
+/// from `distributions[d]`, siblings in the order of their rows. Returns the tokens `[rows]`. Where
+/// [`Siblings::Distinct`] runs out of tokens, a row repeats the sibling before it, and
+/// [`recursive_rejection`] skips it: so the shape does not depend on anything sampled. `None` where a row
+/// follows no earlier one, or is deeper than there are distributions.
 pub fn sample_tree(
     anchor: u32,
     parents: &[u32],
@@ -134,8 +140,9 @@ pub fn sample_tree(
 
 /// Samples `count` chains for [`multi_draft_block_verify`], each with one token from each distribution.
 ///
-/// They all follow the anchor and lie one behind the other: row `1 + c g + i` has draft `i` of chain `c`, where `g` is
-/// the number of distributions. Returns the tokens `[rows]` and their parents as [`sample_tree`] takes them.
+/// They all follow the anchor and lie one behind the other: row `1 + c g + i` has draft `i` of chain `c`,
+/// where `g` is the number of distributions. Returns the tokens `[rows]` and their parents as [`sample_tree`]
+/// takes them.
 pub fn sample_chains(
     anchor: u32,
     count: usize,
@@ -171,16 +178,18 @@ fn key(purpose: Purpose, depth: usize, row: usize) -> DrawKey {
 
 // ---- rejection sampling ----
 
-/// Verifies a chain token by token (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318): a draft is
-/// accepted with probability `min(1, p / q)`, and the first rejected draft is replaced by a token of the distribution
-/// `max(p - q, 0)`.
+/// Verifies a chain token by token (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318): a
+/// draft is accepted with probability `min(1, p / q)`, and the first rejected draft is replaced by a token of
+/// the distribution `max(p - q, 0)`.
 ///
-/// `drafts[i]` was sampled from `distributions[i]`; there may be more distributions than drafts. `target(row)` is the
-/// target's distribution after the first `row` drafts, asked for only if those are accepted. Returns how many drafts are
-/// accepted and the token after them; `None` as soon as `target` returns `None`.
+/// `drafts[i]` was sampled from `distributions[i]`; there may be more distributions than drafts.
+/// `target(row)` is the target's distribution after the first `row` drafts, asked for only if those are
+/// accepted. Returns how many drafts are accepted and the token after them; `None` as soon as `target`
+/// returns `None`.
 ///
-/// Lossless: a token is emitted as an accepted draft with probability `min(p, q)`. A draft is rejected with probability
-/// `1 - sum min(p, q) = sum max(p - q, 0)`, and then a token is emitted with `max(p - q, 0)`. Together that is `p`.
+/// Lossless: a token is emitted as an accepted draft with probability `min(p, q)`. A draft is rejected with
+/// probability `1 - sum min(p, q) = sum max(p - q, 0)`, and then a token is emitted with `max(p - q, 0)`.
+/// Together that is `p`.
 pub fn rejection(
     drafts: &[u32],
     distributions: &[Distribution],
@@ -199,17 +208,18 @@ pub fn rejection(
     Some((g, random.pick(key(Purpose::Residual, g + 1, g), target(g)?.tokens())?))
 }
 
-/// Verifies a tree of [`sample_tree`] by recursive rejection sampling, from the root down, the siblings of a node in the
-/// order they were sampled in (SpecInfer, arXiv 2305.09781; without replacement Sequoia, arXiv 2402.12374).
+/// Verifies a tree of [`sample_tree`] by recursive rejection sampling, from the root down, the siblings of a
+/// node in the order they were sampled in (SpecInfer, arXiv 2305.09781; without replacement Sequoia, arXiv
+/// 2402.12374).
 ///
-/// The drafts of depth `d + 1` were sampled from `distributions[d]`. `target(row)` is the target's distribution after
-/// the drafts on the path to `row`. Returns the rows of the accepted path, 0 first, and the token that follows them;
-/// `None` as soon as `target` returns `None`.
+/// The drafts of depth `d + 1` were sampled from `distributions[d]`. `target(row)` is the target's
+/// distribution after the drafts on the path to `row`. Returns the rows of the accepted path, 0 first, and
+/// the token that follows them; `None` as soon as `target` returns `None`.
 ///
-/// Lossless: a rejection in [`rejection`] leaves the distribution `max(p - q, 0)` to be emitted, and the next sibling is
-/// a sample of a known distribution that does not depend on the outcome; so the steps can follow each other. That is
-/// why the order of siblings matters. The distributions between two siblings are rounded: for every sibling after the
-/// first, the emitted distribution is the target's to within `2 V 2^-48`.
+/// Lossless: a rejection in [`rejection`] leaves the distribution `max(p - q, 0)` to be emitted, and the next
+/// sibling is a sample of a known distribution that does not depend on the outcome; so the steps can follow
+/// each other. That is why the order of siblings matters. The distributions between two siblings are rounded:
+/// for every sibling after the first, the emitted distribution is the target's to within `2 V 2^-48`.
 pub fn recursive_rejection(
     tokens: &[u32],
     parents: &[u32],
@@ -278,14 +288,15 @@ fn verify_children(
 
 // ---- block verification ----
 
-/// Verifies a chain as a block (Sun et al., arXiv 2403.10444). It accepts at least as many drafts as [`rejection`] on
-/// average, and as many as any method can that verifies one chain. Arguments and result as there, except that `target`
-/// is also called for drafts that may be rejected.
+/// Verifies a chain as a block (Sun et al., arXiv 2403.10444). It accepts at least as many drafts as
+/// [`rejection`] on average, and as many as any method can that verifies one chain. Arguments and result as
+/// there, except that `target` is also called for drafts that may be rejected.
 ///
-/// `w[i] = min(1, w[i - 1] p / q)` along the chain, in units of 2^-48, is the fraction of the probability of the first
-/// `i` drafts that is to be emitted. From the longest prefix to the shortest, an independent test decides whether that
-/// prefix is accepted; it makes up for what longer prefixes have emitted already. After the accepted prefix comes a
-/// token of the distribution `max(w p - q, 0)`. Rounding down costs `2 V 2^-48` a row.
+/// `w[i] = min(1, w[i - 1] p / q)` along the chain, in units of 2^-48, is the fraction of the probability of
+/// the first `i` drafts that is to be emitted. From the longest prefix to the shortest, an independent test
+/// decides whether that prefix is accepted; it makes up for what longer prefixes have emitted already. After
+/// the accepted prefix comes a token of the distribution `max(w p - q, 0)`. Rounding down costs `2 V 2^-48` a
+/// row.
 pub fn block_verify(
     drafts: &[u32],
     distributions: &[Distribution],
@@ -323,25 +334,26 @@ pub fn block_verify(
     None
 }
 
-/// Verifies the chains of [`sample_chains`], after Thomas and Pal, arXiv 2602.16961: selects one chain, draft by draft,
-/// and verifies it by [`block_verify`] as sampled from the distribution that such a selection has.
+/// Verifies the chains of [`sample_chains`], after Thomas and Pal, arXiv 2602.16961: selects one chain, draft
+/// by draft, and verifies it by [`block_verify`] as sampled from the distribution that such a selection has.
 ///
-/// At each row the chains that agree with all selected drafts so far are running. Of these, the one whose next draft has
-/// the highest [`class`] is selected, the first of several. Arguments and result as of [`recursive_rejection`], with as
-/// many `distributions` as a chain has drafts; the rows returned are those of the chain selected last.
+/// At each row the chains that agree with all selected drafts so far are running. Of these, the one whose
+/// next draft has the highest [`class`] is selected, the first of several. Arguments and result as of
+/// [`recursive_rejection`], with as many `distributions` as a chain has drafts; the rows returned are those
+/// of the chain selected last.
 ///
-/// A chain's samples are its own, so all that matters of a chain, given the selections so far, is the probability `out`
-/// that it is not running. The selected draft `x` of class `b` comes from chain `c` with the probability that `c` runs
-/// and samples `x`, times that of every earlier chain being out or of a lower class, times that of every later chain
-/// being out or of no higher class: in all `q(x)` times a sum that depends on `b` alone. By rounding these distributions
-/// fall short of [`ONE`], by less than a unit a token and about two a chain, and they have no rounding token:
-/// `block_verify` does not need more.
+/// A chain's samples are its own, so all that matters of a chain, given the selections so far, is the
+/// probability `out` that it is not running. The selected draft `x` of class `b` comes from chain `c` with
+/// the probability that `c` runs and samples `x`, times that of every earlier chain being out or of a lower
+/// class, times that of every later chain being out or of no higher class: in all `q(x)` times a sum that
+/// depends on `b` alone. By rounding these distributions fall short of [`ONE`], by less than a unit a token
+/// and about two a chain, and they have no rounding token: `block_verify` does not need more.
 ///
-/// Lossless, up to rounding: append to each token the chain that it was selected from. The selection's distribution
-/// depends on the chains of earlier drafts, but the target's does not. Given the draft, both may have the same
-/// distribution over the chain, which cancels in every ratio that `block_verify` takes and adds up to 1 in everything
-/// that it sums. Where `q` equals `p`, all tokens are of one class and the selection's distribution is `q`: the
-/// selection changes nothing there.
+/// Lossless, up to rounding: append to each token the chain that it was selected from. The selection's
+/// distribution depends on the chains of earlier drafts, but the target's does not. Given the draft, both may
+/// have the same distribution over the chain, which cancels in every ratio that `block_verify` takes and adds
+/// up to 1 in everything that it sums. Where `q` equals `p`, all tokens are of one class and the selection's
+/// distribution is `q`: the selection changes nothing there.
 pub fn multi_draft_block_verify(
     tokens: &[u32],
     distributions: &[Distribution],
@@ -383,12 +395,12 @@ pub fn multi_draft_block_verify(
 /// Number of classes of [`class`].
 const CLASSES: usize = 64;
 
-/// How much more probable a token is for the target (`p`) than for the drafter (`q`), in half octaves: 32 where the two
-/// are alike, clamped to 0 to 63.
+/// How much more probable a token is for the target (`p`) than for the drafter (`q`), in half octaves: 32
+/// where the two are alike, clamped to 0 to 63.
 ///
 /// Logarithms are piecewise linear, from one power of two to the next. Any function of the two keeps
-/// [`multi_draft_block_verify`] lossless, and finer ones hardly accept more: on the demo pair octaves, halves and eighths
-/// differ by 0.003 of a draft at most, and halves are best.
+/// [`multi_draft_block_verify`] lossless, and finer ones hardly accept more: on the demo pair octaves, halves
+/// and eighths differ by 0.003 of a draft at most, and halves are best.
 pub fn class(p: u64, q: u64) -> usize {
     let halves = |x: u64| {
         let zeros = x.leading_zeros();
@@ -402,12 +414,13 @@ fn out_or(out: u64, probability: u64) -> u64 {
     out + times(ONE - out, probability)
 }
 
-/// By what the selection among chains, which are out with these probabilities, multiplies the probability of a token.
-/// `below` and `up_to` are the drafter's mass below the token's class and up to it.
+/// By what the selection among chains, which are out with these probabilities, multiplies the probability of
+/// a token. `below` and `up_to` are the drafter's mass below the token's class and up to it.
 fn selection_factor(out: &[u64], below: u64, up_to: u64) -> u64 {
     let (mut sum, mut power) = (0, ONE);
     for &out in out {
-        // Horner's scheme: the earlier chains' part if this chain is no better, and this chain's if they are worse.
+        // Horner's scheme: the earlier chains' part if this chain is no better, and this chain's if they are
+        // worse.
         sum = times(sum, out_or(out, up_to)) + times(power, ONE - out);
         power = times(power, out_or(out, below));
     }

@@ -48,7 +48,8 @@ pub struct Args {
     /// Hugging Face folder of the target [default: the demo pair's]
     #[arg(long, value_name = "DIR", help_heading = "Models")]
     pub target: Option<PathBuf>,
-    /// Hugging Face folder of its DFlash drafter, or "none" for autoregressive decoding [default: the demo pair's]
+    /// Hugging Face folder of its DFlash drafter, or "none" for autoregressive decoding [default: the demo
+    /// pair's]
     #[arg(long, value_name = "DIR|none", help_heading = "Models")]
     pub draft: Option<PathBuf>,
     /// Where to run
@@ -58,8 +59,8 @@ pub struct Args {
     #[arg(long, value_name = "N", help_heading = "Models")]
     #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
     pub gpu: Option<u32>,
-    /// Positions that a sequence may have, prompt and answer together [default: on a device 8192, or what the longest
-    /// prompt needs; at most the model's]
+    /// Positions that a sequence may have, prompt and answer together [default: on a device 8192, or what the
+    /// longest prompt needs; at most the model's]
     #[arg(long, value_name = "N", help_heading = "Models")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub ctx: Option<usize>,
@@ -106,7 +107,8 @@ pub struct Args {
     /// Go on after the model's stop tokens
     #[arg(long, help_heading = "Generation")]
     pub ignore_eos: bool,
-    /// Tokens per block: 1 from the target and N - 1 drafts; 1 is autoregressive decoding [default: as the drafter was trained]
+    /// Tokens per block: 1 from the target and N - 1 drafts; 1 is autoregressive decoding [default: as the
+    /// drafter was trained]
     #[arg(long, value_name = "N", help_heading = "Generation")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub block: Option<usize>,
@@ -142,11 +144,12 @@ pub struct Args {
     /// Print one JSON object per round, and at the end the one of --json
     #[arg(long, conflicts_with = "json", help_heading = "Output")]
     pub stream_json: bool,
-    /// Instead of text: every prompt by autoregressive decoding and by DFlash, both rates, and whether the tokens are identical
+    /// Instead of text: every prompt by autoregressive decoding and by DFlash, both rates, and whether the
+    /// tokens are identical
     #[arg(long, conflicts_with_all = ["stream_json", "show_accept"], help_heading = "Output")]
     pub compare: bool,
-    /// Instead of text: every prompt by autoregressive decoding and by DFlash, and whether the tokens and the logits that chose them
-    /// are identical, bit for bit
+    /// Instead of text: every prompt by autoregressive decoding and by DFlash, and whether the tokens and the
+    /// logits that chose them are identical, bit for bit
     #[arg(long, help_heading = "Output", verbatim_doc_comment)]
     #[arg(conflicts_with_all = ["compare", "stream_json", "show_accept", "plan", "chat", "batch"])]
     pub check_lossless: bool,

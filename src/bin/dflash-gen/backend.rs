@@ -10,7 +10,8 @@ use dflash::engine::decoder::Backend;
 use dflash::gpu::decoder::OnDevice;
 use dflash::gpu::memory::BatchConfig;
 
-/// The capacity for the job's sequences, in blocks of up to `block` rows; `needed`: positions of the longest request.
+/// The capacity for the job's sequences, in blocks of up to `block` rows; `needed`: positions of the longest
+/// request.
 pub fn capacity(job: &Job, pair: &Pair, block: usize, needed: usize) -> Result<BatchConfig> {
     Ok(BatchConfig::of(pair, job.batch, block, job.ctx, needed)?.for_spec(&job.spec))
 }

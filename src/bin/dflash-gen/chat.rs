@@ -1,5 +1,6 @@
-//! `--chat`: a conversation, line by line. One sequence keeps its keys and values from one answer to the next. Each message
-//! renders and tokenises the whole conversation anew, so an answer equals that of a fresh run of it.
+//! `--chat`: a conversation, line by line. One sequence keeps its keys and values from one answer to the
+//! next. Each message renders and tokenises the whole conversation anew, so an answer equals that of a fresh
+//! run of it.
 
 use crate::args::Args;
 use crate::job::Job;
@@ -95,8 +96,8 @@ impl<'a> Chat<'a> {
         })
     }
 
-    /// Runs until the end of input, `/exit`, or the reader closes stdout. Wrong input is answered by a sentence, and the
-    /// conversation goes on.
+    /// Runs until the end of input, `/exit`, or the reader closes stdout. Wrong input is answered by a
+    /// sentence, and the conversation goes on.
     pub fn run(mut self) -> Result<u8> {
         let job = self.session.job;
         if io::stdin().is_terminal() && !job.quiet {
@@ -277,8 +278,8 @@ impl<'a> Chat<'a> {
     }
 }
 
-/// The next message or command, with its lines joined; `None` at the end of input. While it waits, Ctrl-C ends the
-/// program.
+/// The next message or command, with its lines joined; `None` at the end of input. While it waits, Ctrl-C
+/// ends the program.
 fn message() -> Result<Option<Vec<u8>>> {
     INTERRUPTED.store(true, Ordering::Relaxed);
     let terminal = io::stdin().is_terminal();

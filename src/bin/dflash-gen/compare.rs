@@ -1,4 +1,5 @@
-//! `--compare`: every prompt by autoregressive decoding and by DFlash: both rates, and whether the tokens are identical.
+//! `--compare`: every prompt by autoregressive decoding and by DFlash: both rates, and whether the tokens are
+//! identical.
 
 use crate::output::{Output, StopOnly};
 use crate::{INTERRUPTED_EXIT, Session, note};
@@ -11,8 +12,8 @@ use serde_json::{Value, json};
 use std::time::Duration;
 
 impl Session<'_> {
-    /// Runs both in turn, prompt by prompt, after a short warm-up of both. The first difference is the error, after all
-    /// prompts have run.
+    /// Runs both in turn, prompt by prompt, after a short warm-up of both. The first difference is the error,
+    /// after all prompts have run.
     pub fn compare(&self, requests: &[Request]) -> Result<u8> {
         let mut decoder = self.backend.decoder()?;
         let mut one = |request: &Request, block: usize, max_tokens: usize| {

@@ -1,4 +1,5 @@
-//! Prompts from the command line, a file, stdin or JSON lines, as requests. Each is checked under its own name.
+//! Prompts from the command line, a file, stdin or JSON lines, as requests. Each is checked under its own
+//! name.
 
 use crate::job::{Job, Source};
 use dflash::checkpoint::pair::Pair;
@@ -30,7 +31,8 @@ fn prompts(source: &Source) -> Result<Vec<Prompt>> {
     }
 }
 
-/// The requests of all prompts. Everything that can be wrong with any of them is found before the first one runs.
+/// The requests of all prompts. Everything that can be wrong with any of them is found before the first one
+/// runs.
 pub fn requests(job: &Job, pair: &Pair, text: &Text, block: usize) -> Result<Vec<Request>> {
     text.stream(&job.stop)?;
     if !text.has_template() && (job.system.is_some() || !job.variables.is_empty()) {

@@ -1,4 +1,5 @@
-//! `--check-lossless`: every prompt by autoregressive decoding and by DFlash, compared token for token and logit for logit.
+//! `--check-lossless`: every prompt by autoregressive decoding and by DFlash, compared token for token and
+//! logit for logit.
 
 use crate::output::{Output, StopOnly};
 use crate::{INTERRUPTED_EXIT, Session, note};
@@ -24,7 +25,8 @@ impl TokenSink for Counting<'_> {
 }
 
 impl Session<'_> {
-    /// Prints a line or an object for each prompt. The first difference is the error, after all prompts have run.
+    /// Prints a line or an object for each prompt. The first difference is the error, after all prompts have
+    /// run.
     pub fn check_lossless(&self, requests: &[Request]) -> Result<u8> {
         let mut decoder = self.backend.decoder()?;
         let mut out = Output::default();

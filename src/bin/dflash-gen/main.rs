@@ -1,5 +1,5 @@
-//! Text from a target and its DFlash drafter: flags in; text, records and statistics out. The library generates; this
-//! program connects it to files and terminals.
+//! Text from a target and its DFlash drafter: flags in; text, records and statistics out. The library
+//! generates; this program connects it to files and terminals.
 //!
 //! Flags ([`args`]) resolve once into a [`job::Job`], and nothing after that reads flags.
 
@@ -35,8 +35,8 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Set by Ctrl-C, read between tokens; while it is set, Ctrl-C ends the program. `--chat` also sets it while it waits for
-/// a line.
+/// Set by Ctrl-C, read between tokens; while it is set, Ctrl-C ends the program. `--chat` also sets it while
+/// it waits for a line.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 const INTERRUPTED_EXIT: u8 = 130;
@@ -86,7 +86,8 @@ fn run(job: &Job) -> Result<u8> {
     load += clock.elapsed();
     let session = Session { job, pair: &pair, text: &text, backend: &*backend, load };
 
-    // Until here Ctrl-C ends the program at once. From here a second one does, without waiting for the running round.
+    // Until here Ctrl-C ends the program at once. From here a second one does, without waiting for the
+    // running round.
     let handler = || {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
             if std::io::stderr().is_terminal() {
@@ -190,7 +191,8 @@ impl Session<'_> {
         }
     }
 
-    /// The object of `--compare` and of `--check-lossless`: results of all prompts, of each of them, and what ran.
+    /// The object of `--compare` and of `--check-lossless`: results of all prompts, of each of them, and what
+    /// ran.
     fn of_all(&self, mut all: Value, prompts: Vec<Value>, first: &Request) -> Value {
         all["prompts"] = prompts.into();
         all["seed"] = first.sampling.seed.into();

@@ -1,4 +1,5 @@
-//! Answers on their way to stdout, as text, as events or as a record. The reader may close stdout at any time.
+//! Answers on their way to stdout, as text, as events or as a record. The reader may close stdout at any
+//! time.
 
 use crate::job::Format;
 use crate::{Session, interrupt};
@@ -137,7 +138,8 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Writes the rest of the text and ends its last line. Returns the answer, and whether the reader has closed stdout.
+    /// Writes the rest of the text and ends its last line. Returns the answer, and whether the reader has
+    /// closed stdout.
     pub fn close(mut self, session: &Session<'a>) -> Result<(String, bool)> {
         self.rest(session)?;
         if !self.answer.ends_with('\n') {

@@ -1,4 +1,5 @@
-//! `--plan`: what would be loaded, what it would take and what a round would launch, from configs and headers alone.
+//! `--plan`: what would be loaded, what it would take and what a round would launch, from configs and headers
+//! alone.
 
 use crate::job::Job;
 use crate::output::Output;
