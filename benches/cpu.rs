@@ -17,7 +17,7 @@ fn request(block: usize) -> Request {
     let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
     // Any text will do. Ids from 300 on are words rather than bytes.
     let prompt = (0..PROMPT as u32).map(|i| 300 + i * 13).collect();
-    Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block, drafting: Default::default() }
+    Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block, spec: Default::default() }
 }
 
 /// Runs the part of the prompt that the sequence does not hold.

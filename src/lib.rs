@@ -81,9 +81,10 @@ pub mod spec;
 pub mod text;
 
 pub use api::{Completion, DeviceChoice, Engine, EngineOptions, Generation, Models, Params, Session, Token};
-pub use engine::generate::{Finish, check_lossless};
+pub use engine::lossless::check_lossless;
+pub use engine::request::Finish;
 pub use error::{Error, Result};
+pub use spec::config::SpecConfig;
 pub use spec::sampling::SamplingParams;
-pub use spec::verify::SpecConfig;
 pub use text::prompts::Content;
 pub use text::tokenizer::Message;

@@ -9,7 +9,7 @@ use crate::cpu::decoder::Cpu;
 use crate::engine::generate::{Backend, Decoder, Request};
 use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::decoder::DeviceBackend;
-use crate::spec::verify::{SpecConfig, VerifyMethod};
+use crate::spec::config::SpecConfig;
 use crate::text::prompts::{Content, Prompt, PromptEncoder, without_template};
 use crate::text::tokenizer::Text;
 use crate::{Error, Result};
@@ -238,7 +238,7 @@ impl Engine {
             sampling: sampling.clone(),
             stop_ids: params.stop_ids.clone().unwrap_or_else(|| self.pair.target.config.eos.clone()),
             block,
-            drafting: spec.clone(),
+            spec: spec.clone(),
         })
     }
 }
@@ -254,10 +254,15 @@ impl Loaded {
 
 /// `capacity`, enlarged so that rounds of this kind fit.
 fn with_capacity_for(capacity: BatchConfig, spec: &SpecConfig) -> BatchConfig {
-    let draft_probs = capacity.draft_probs || spec.rule != VerifyMethod::Match;
-    match spec.tree {
-        Some(rows) if rows > capacity.tree => BatchConfig { draft_probs, ..capacity.with_trees(rows) },
-        _ => BatchConfig { draft_probs, ..capacity },
+    let BatchConfig { draft_probs, adaptive, .. } = capacity.for_spec(spec);
+    let enlarged = BatchConfig {
+        draft_probs: draft_probs || capacity.draft_probs,
+        adaptive: adaptive || capacity.adaptive,
+        ..capacity
+    };
+    match spec.tree_rows() {
+        Some(rows) if rows > capacity.tree => enlarged.with_trees(rows),
+        _ => enlarged,
     }
 }
 

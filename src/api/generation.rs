@@ -156,7 +156,7 @@ impl<'a> Generation<'a> {
             return Ok(generation);
         }
         let Generation { decoder, request, completion, .. } = &mut generation;
-        let Some(kept) = decoder.get().join(SLOT, request, keep)? else {
+        let Some(kept) = decoder.get().admit(SLOT, request, keep)? else {
             return Err(Error::Internal("the only request of a decoder waits for memory".into()));
         };
         completion.outcome.kept = kept;
@@ -199,12 +199,12 @@ impl<'a> Generation<'a> {
             }
             Phase::Rounds => {
                 self.decoder.get().round(&mut self.emitted)?;
-                let Emitted { tokens, judged, drafted } = std::mem::take(&mut self.emitted[SLOT]);
+                let Emitted { tokens, produced, drafted } = std::mem::take(&mut self.emitted[SLOT]);
                 let mut end = None;
                 if !tokens.is_empty() {
-                    self.completion.outcome.accepted.push(judged);
+                    self.completion.outcome.accepted.push(produced);
                     self.completion.outcome.drafted.push(drafted);
-                    end = self.take(&tokens, judged)?;
+                    end = self.take(&tokens, produced)?;
                 }
                 self.completion.outcome.decode += clock.elapsed();
                 end.map_or(Ok(()), |finish| self.end(finish))
@@ -257,7 +257,7 @@ impl<'a> Generation<'a> {
         let joined = matches!(self.phase, Phase::Prefill | Phase::Rounds);
         self.phase = Phase::Done;
         match joined {
-            true => self.decoder.get().leave(SLOT, self.completion.outcome.tokens.len()),
+            true => self.decoder.get().release(SLOT, self.completion.outcome.tokens.len()),
             false => Ok(()),
         }
     }

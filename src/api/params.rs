@@ -1,7 +1,7 @@
 //! What one request asks for.
 
+use crate::spec::config::SpecConfig;
 use crate::spec::sampling::SamplingParams;
-use crate::spec::verify::SpecConfig;
 
 /// Settings of one request. The default is up to 256 tokens, greedy, with drafts verified by `match`: the
 /// text of autoregressive decoding, faster.
@@ -134,12 +134,5 @@ impl Params {
     pub fn template_arg(mut self, name: impl Into<String>, value: impl Into<serde_json::Value>) -> Params {
         self.template_args.push((name.into(), value.into()));
         self
-    }
-}
-
-impl Default for SamplingParams {
-    /// Greedy, seed 0.
-    fn default() -> SamplingParams {
-        SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 }
     }
 }

@@ -5,4 +5,3 @@ pub mod device;
 pub mod sigbus;
 pub mod spec_flags;
 pub mod terminal;
-mod verify_method;

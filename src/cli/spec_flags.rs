@@ -1,172 +1,159 @@
-//! The flags that say how drafts are made and which of them stand, the same for every program that generates, and what
-//! follows from them.
+//! The flags that say how drafts are made and verified, shared by every program that generates, and their
+//! translation into a [`SpecConfig`].
 
-use crate::checkpoint::pair::Pair;
 use crate::cli::terminal::{number, whole};
-use crate::cpu::decoder::Cpu;
-use crate::engine::stats::SpecRecord;
-use crate::gpu::batch_config::{AdaptiveLength, BatchConfig};
-use crate::perf::roofline::Card;
-use crate::spec::draft_length::{Costs, DraftLengthPolicy};
+use crate::spec::config::{BlockDrafts, ExactDrafts, RejectionDrafts, SpecConfig, VerifyMethod};
+use crate::spec::draft_length::DraftLengthPolicy;
 use crate::spec::sampling::SamplingParams;
-use crate::spec::tree::MOST_ROWS;
-use crate::spec::verify::{SpecConfig, VerifyMethod};
 use crate::{Error, Result};
+use clap::ValueEnum;
+use clap::builder::{EnumValueParser, TypedValueParser};
 
-/// What --adaptive takes a CPU for, whichever it is, so that a run's rounds can be had again: some cores of a server.
-const CORES: Card = Card { name: "cpu", bandwidth: 20.0, tflops: 0.1, memory: f64::INFINITY };
-
-/// To be flattened into a program's own.
+/// To be flattened into a program's own flags.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct SpecFlags {
-    /// Which drafts stand
-    #[arg(long, value_enum, default_value_t = VerifyMethod::Match, help_heading = "Generation")]
+    /// Which drafts are accepted
+    #[arg(long, default_value = "match", help_heading = "Generation")]
+    #[arg(value_parser = EnumValueParser::<Method>::new().map(VerifyMethod::from))]
     pub verify: VerifyMethod,
-    /// Draw drafts by the noise that the target's tokens are chosen by; the text stays what it is. With --verify match
+    /// Sample drafts with the noise that the target's tokens are sampled with; the text stays the same. With
+    /// --verify match
     #[arg(long, help_heading = "Generation")]
     pub coupled: bool,
-    /// Draw drafts at this temperature; 0: the drafter's best tokens. With --coupled, and with --verify rejection or
-    /// block [default: as --temperature]
+    /// Sample drafts at this temperature; 0: the drafter's best tokens. With --coupled, and with --verify
+    /// rejection or block [default: as --temperature]
     #[arg(long, value_name = "T", help_heading = "Generation")]
     #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub draft_temperature: Option<f32>,
-    /// Draft a tree instead of a chain: up to N tokens a round, 1 from the target and N - 1 drafts, of which several may
-    /// be rivals for a position; --block says how many positions. With --verify match, the best tree there is, and the text
-    /// is the same; with rejection, one of a fixed shape whose rivals are drawn one without the other; with block, several
-    /// chains, of which the best is judged
+    /// Draft a tree instead of a chain: up to N rows a round, the anchor and N - 1 drafts. Several drafts may
+    /// compete for one position; --block says how many positions there are. With --verify match it is the
+    /// best tree for the drafter's probabilities, and the text stays the same; with rejection a tree of fixed
+    /// shape whose siblings are sampled without replacement; with block several chains, of which one is
+    /// selected
     #[arg(long, value_name = "N", help_heading = "Generation", verbatim_doc_comment)]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub tree: Option<usize>,
-    /// Verify as many drafts a round as pay, by what has been accepted and, on the CPU, how sure the drafter is of its best
-    /// tokens, and none where drafting does not pay; or, with P, those that stand with at least this probability, by the
-    /// same. With --verify match the text is the same; trees need it
+    /// Verify as many drafts a round as pay, by what was accepted so far and, on the CPU, the drafter's
+    /// probabilities, and none where drafting does not pay; with P instead those that are accepted with at
+    /// least this probability. With --verify match the text stays the same; trees need --verify match
     #[arg(long, value_name = "P", num_args = 0..=1, require_equals = true)]
     #[arg(help_heading = "Generation", verbatim_doc_comment, value_parser = number::<f64>)]
     pub adaptive: Option<Option<f64>>,
 }
 
-impl SpecFlags {
-    /// What can be told wrong before any file is looked at. `plain`: there is no drafter, because `--draft` is none; `block`
-    /// as given.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] for flags that cannot go together.
-    pub fn check(&self, plain: bool, block: Option<usize>) -> Result<()> {
-        if self.coupled && self.verify != VerifyMethod::Match {
-            return Err(Error::Usage(format!(
-                "--coupled is for --verify match, but --verify is {}, which draws drafts by chances of their own",
-                self.verify.name()
-            )));
-        }
-        if self.drawn().is_none() && self.draft_temperature.is_some() {
-            return Err(Error::Usage(
-                "--draft-temperature needs --coupled or --verify rejection or block: match drafts best tokens".into(),
-            ));
-        }
-        let tree = self.tree.map(|_| "--tree");
-        let adaptive = self.adaptive.map(|_| "--adaptive");
-        for flag in [self.drawn(), tree, adaptive].into_iter().flatten() {
-            needs_drafter(flag, plain, block)?;
-        }
-        if let Some(rows) = self.tree.filter(|rows| !(2..=MOST_ROWS).contains(rows)) {
-            return Err(Error::Usage(format!("--tree is {rows}, expected 2 to {MOST_ROWS}")));
-        }
-        if let Some(least) = self.threshold().filter(|least| !(*least > 0.0 && *least <= 1.0)) {
-            return Err(Error::Usage(format!("--adaptive is {least}, expected more than 0 and at most 1")));
-        }
-        match (tree, self.drawn()) {
-            (Some(tree), Some(drawn)) if self.coupled => Err(Error::Usage(format!(
-                "{tree} is for the drafter's best tokens, but with {drawn} drafts are drawn at random"
-            ))),
-            (Some(tree), Some(drawn)) if adaptive.is_some() => Err(Error::Usage(format!(
-                "--adaptive with {tree} expects --verify match, but with {drawn} trees are drawn at random, and how \
-                 often a row stands depends on their size"
-            ))),
-            _ => Ok(()),
-        }
-    }
+/// [`VerifyMethod`] as a flag's value.
+#[derive(Clone, Copy, ValueEnum)]
+enum Method {
+    /// Drafts that equal the token that autoregressive decoding emits with the same seed
+    Match,
+    /// Token by token, with the probability that keeps the target's distribution
+    Rejection,
+    /// Whole blocks, with the probability that keeps the target's distribution
+    Block,
+}
 
-    /// The probability in `--adaptive=P`.
-    fn threshold(&self) -> Option<f64> {
-        self.adaptive.flatten()
-    }
-
-    /// The flag that asks for drafts other than the drafter's best tokens.
-    pub fn drawn(&self) -> Option<&'static str> {
-        match self.verify {
-            VerifyMethod::Match => self.coupled.then_some("--coupled"),
-            VerifyMethod::Rejection => Some("--verify rejection"),
-            VerifyMethod::Block => Some("--verify block"),
-        }
-    }
-
-    /// `room` for such rounds on a device.
-    pub fn room(&self, room: BatchConfig) -> BatchConfig {
-        let length =
-            |threshold: Option<f64>| threshold.map_or(AdaptiveLength::CostModel, AdaptiveLength::Threshold);
-        let room = BatchConfig { adaptive: self.adaptive.map(length), ..room };
-        BatchConfig {
-            draft_probs: self.verify != VerifyMethod::Match,
-            ..room.with_trees(self.tree.unwrap_or(0))
-        }
-    }
-
-    /// Drafts for a target that samples so: the same filters, and `--draft-temperature`.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] for a temperature that there is not.
-    pub fn drafting(&self, sampling: &SamplingParams) -> Result<SpecConfig> {
-        if self.drawn().is_none() {
-            return Ok(SpecConfig { tree: self.tree, ..SpecConfig::default() });
-        }
-        let temperature = self.draft_temperature.unwrap_or(sampling.temperature);
-        let sampling = SamplingParams { temperature, ..sampling.clone() };
-        let wrong = |_| {
-            Error::Usage(format!(
-                "--draft-temperature is {temperature}, expected 0 (best tokens) or 0.0001 to 10000"
-            ))
-        };
-        sampling.check().map_err(wrong)?;
-        Ok(SpecConfig { rule: self.verify, sampling, tree: self.tree })
-    }
-
-    /// The pair on the CPU, drafting so: up to `sequences` together, of `context` positions each.
-    ///
-    /// # Errors
-    /// As [`Cpu::load`].
-    pub fn cpu(&self, pair: &Pair, sequences: usize, context: usize) -> Result<Cpu> {
-        let goal = match (self.adaptive, &pair.drafter) {
-            (Some(Some(least)), _) => DraftLengthPolicy::Threshold(least),
-            (Some(None), Some(drafter)) => {
-                let (target, drafter) = (&pair.target.config, &drafter.config);
-                DraftLengthPolicy::CostModel(Costs::modelled(&CORES, target, drafter, 0, 1, drafter.block))
-            }
-            _ => DraftLengthPolicy::Full,
-        };
-        Ok(Cpu::load(pair, sequences, context)?.adaptive(goal))
-    }
-
-    /// What records say of requests that draft: `drafting` as [`SpecFlags::drafting`] has it.
-    pub fn record(&self, drafting: &SpecConfig) -> SpecRecord {
-        // As it was typed: 0.3 is another number in 64 bits.
-        let temperature = drafting.sampling.temperature.to_string().parse().ok();
-        SpecRecord {
-            verify: Some(drafting.rule.name().into()),
-            tree: self.tree,
-            adaptive: Some(self.adaptive.is_some()),
-            threshold: self.threshold(),
-            coupled: Some(self.coupled),
-            draft_temperature: temperature.filter(|_| self.drawn().is_some()),
+impl From<Method> for VerifyMethod {
+    fn from(method: Method) -> VerifyMethod {
+        match method {
+            Method::Match => VerifyMethod::Match,
+            Method::Rejection => VerifyMethod::Rejection,
+            Method::Block => VerifyMethod::Block,
         }
     }
 }
 
-/// Refuses `flag` where nothing is drafted. `plain` and `block` as for [`SpecFlags::check`].
+impl SpecFlags {
+    /// Translates the flags for a target that samples with `sampling`: the one place that says which flags go
+    /// together.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for flags that cannot go together, and for numbers out of range.
+    pub fn config(&self, sampling: &SamplingParams) -> Result<SpecConfig> {
+        let wrong = |sentence: String| Err(Error::Usage(sentence));
+        let length = match self.adaptive {
+            None => DraftLengthPolicy::Full,
+            Some(None) => DraftLengthPolicy::CostModel,
+            Some(Some(p)) => DraftLengthPolicy::Threshold(p),
+        };
+        let name = self.verify.name();
+        let params = self.draft_params(sampling);
+        let config = match (self.verify, self.coupled, self.tree) {
+            (VerifyMethod::Rejection | VerifyMethod::Block, true, _) => {
+                return wrong(format!(
+                    "--coupled needs --verify match, but --verify is {name}, which samples drafts with noise of their own"
+                ));
+            }
+            (VerifyMethod::Match, false, _) if self.draft_temperature.is_some() => {
+                return wrong(
+                    "--draft-temperature needs --coupled or --verify rejection or block: match drafts the best tokens"
+                        .into(),
+                );
+            }
+            (VerifyMethod::Match, true, Some(_)) => {
+                return wrong(
+                    "--tree is for the drafter's best tokens, but with --coupled drafts are sampled".into(),
+                );
+            }
+            (VerifyMethod::Rejection | VerifyMethod::Block, _, Some(_)) if self.adaptive.is_some() => {
+                return wrong(format!(
+                    "--adaptive with --tree needs --verify match, but --verify is {name}: how often a row of a sampled \
+                     tree is accepted depends on the size of the tree"
+                ));
+            }
+            (VerifyMethod::Match, true, None) => {
+                SpecConfig::Exact { drafts: ExactDrafts::CoupledChain(params), length }
+            }
+            (VerifyMethod::Match, false, None) => SpecConfig::Exact { drafts: ExactDrafts::Chain, length },
+            (VerifyMethod::Match, false, Some(rows)) => {
+                SpecConfig::Exact { drafts: ExactDrafts::BestFirstTree { rows }, length }
+            }
+            (VerifyMethod::Rejection, false, None) => {
+                SpecConfig::Rejection { drafts: RejectionDrafts::Chain { length }, sampling: params }
+            }
+            (VerifyMethod::Rejection, false, Some(rows)) => {
+                SpecConfig::Rejection { drafts: RejectionDrafts::Tree { rows }, sampling: params }
+            }
+            (VerifyMethod::Block, false, None) => {
+                SpecConfig::Block { drafts: BlockDrafts::Chain { length }, sampling: params }
+            }
+            (VerifyMethod::Block, false, Some(rows)) => {
+                SpecConfig::Block { drafts: BlockDrafts::Chains { rows }, sampling: params }
+            }
+        };
+        config.check().map_err(name_flag)?;
+        Ok(config)
+    }
+
+    /// How drafts are sampled for a target that samples with `sampling`: with the same filters, at
+    /// `--draft-temperature`.
+    pub fn draft_params(&self, sampling: &SamplingParams) -> SamplingParams {
+        let temperature = self.draft_temperature.unwrap_or(sampling.temperature);
+        SamplingParams { temperature, ..sampling.clone() }
+    }
+
+    /// Refuses flags about drafts where nothing is drafted: `--draft` is none (`no_drafter`), or `--block` is
+    /// 1.
+    ///
+    /// # Errors
+    /// [`Error::Usage`]
+    pub fn need_drafter(&self, no_drafter: bool, block: Option<usize>) -> Result<()> {
+        let sampled = match self.verify {
+            VerifyMethod::Match => self.coupled.then_some("--coupled"),
+            VerifyMethod::Rejection => Some("--verify rejection"),
+            VerifyMethod::Block => Some("--verify block"),
+        };
+        let (tree, adaptive) = (self.tree.map(|_| "--tree"), self.adaptive.map(|_| "--adaptive"));
+        let mut flags = [sampled, tree, adaptive].into_iter().flatten();
+        flags.try_for_each(|flag| needs_drafter(flag, no_drafter, block))
+    }
+}
+
+/// Refuses `flag` where nothing is drafted. Arguments as for [`SpecFlags::need_drafter`].
 ///
 /// # Errors
 /// [`Error::Usage`]
-pub fn needs_drafter(flag: &str, plain: bool, block: Option<usize>) -> Result<()> {
-    if plain {
+pub fn needs_drafter(flag: &str, no_drafter: bool, block: Option<usize>) -> Result<()> {
+    if no_drafter {
         return Err(Error::Usage(format!("{flag} needs a drafter, but --draft is none")));
     }
     match block {
@@ -174,5 +161,48 @@ pub fn needs_drafter(flag: &str, plain: bool, block: Option<usize>) -> Result<()
             "--block is 1, which is autoregressive decoding: {flag} expects at least 2"
         ))),
         _ => Ok(()),
+    }
+}
+
+/// Options of [`SamplingParams`] and [`SpecConfig`], and the flags that set them.
+const OPTIONS: [(&str, &str); 11] = [
+    ("temperature", "--temperature"),
+    ("top_k", "--top-k"),
+    ("top_p", "--top-p"),
+    ("min_p", "--min-p"),
+    ("draft_temperature", "--draft-temperature"),
+    ("draft_top_k", "--top-k"),
+    ("draft_top_p", "--top-p"),
+    ("draft_min_p", "--min-p"),
+    ("tree", "--tree"),
+    ("threshold", "--adaptive"),
+    ("block", "--block"),
+];
+
+/// A library's error about an option as one about its flag: `top_p is 2, ...` becomes `--top-p is 2, ...`.
+/// Errors about anything else stay.
+pub fn name_flag(error: Error) -> Error {
+    let Error::Usage(sentence) = &error else { return error };
+    let option = OPTIONS.iter().find_map(|(option, flag)| {
+        let rest = sentence.strip_prefix(option).filter(|rest| rest.starts_with(" is "))?;
+        Some(format!("{flag}{rest}"))
+    });
+    option.map_or(error.clone(), Error::Usage)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_about_options_name_the_flag() {
+        let named = |sentence: &str| name_flag(Error::Usage(sentence.into())).to_string();
+        assert_eq!(named("top_p is 2, expected 1"), "--top-p is 2, expected 1");
+        assert_eq!(named("draft_top_p is 2, expected 1"), "--top-p is 2, expected 1");
+        assert_eq!(named("threshold is 0, expected 1"), "--adaptive is 0, expected 1");
+        assert_eq!(named("tree, and others"), "tree, and others");
+        assert_eq!(named("the prompt is empty"), "the prompt is empty");
+        let other = Error::Model("tree is damaged".into());
+        assert_eq!(name_flag(other.clone()), other);
     }
 }

@@ -1,17 +1,26 @@
-//! Sequences that take turns on the CPU: the `cpu` device. What a round is, in the plainest form: the devices' rounds
-//! (`rounds.rs`) emit what these do, but for the rounding of their kernels.
+//! The `cpu` device: sequences that take turns on the CPU, with each round in its plainest form. The rounds
+//! of other devices ([`crate::gpu::decoder`]) emit the same tokens, up to the rounding of their kernels.
 
 use crate::checkpoint::pair::Pair;
 use crate::cpu::model::{Cache, Drafter, Target};
-use crate::engine::generate::{Backend, Decoder, Emitted, Prefill, Request};
-use crate::spec::draft_length::{Controller, DraftLengthPolicy, Fixed};
-use crate::spec::sampling::{SamplingParams, judge, walk};
+use crate::engine::decoder::{Backend, Decoder, Emitted, Prefill};
+use crate::engine::request::Request;
+use crate::perf::roofline::Card;
+use crate::spec::config::SpecConfig;
+use crate::spec::distribution::Distribution;
+use crate::spec::draft_length::{Controller, Costs, Fixed};
+use crate::spec::rng::PhiloxStream;
+use crate::spec::sampling::SamplingParams;
 use crate::spec::tree::{self, Tree};
-use crate::spec::verify::{self, Distribution, PhiloxStream, Siblings, SpecConfig, VerifyMethod};
+use crate::spec::verify::{self, Siblings};
 use crate::{Error, Result};
 
 /// Rows of a prompt that go through a model together.
 const CHUNK: usize = 64;
+
+/// What the cost model takes every CPU for, some cores of a server, so that the rounds of a run can be
+/// reproduced elsewhere.
+const CORES: Card = Card { name: "cpu", bandwidth: 20.0, tflops: 0.1, memory: f64::INFINITY };
 
 // ---- the device ----
 
@@ -21,28 +30,17 @@ pub struct Cpu {
     drafter: Option<Drafter>,
     slots: usize,
     context: usize,
-    goal: DraftLengthPolicy,
 }
 
 impl Cpu {
-    /// For `slots` sequences of up to `context` positions. Weights stay where the checkpoints have them.
+    /// Loads the pair for `slots` sequences of up to `context` positions. Weights stay where the checkpoints
+    /// have them.
     ///
     /// # Errors
     /// What is wrong with a tensor, by its name.
     pub fn load(pair: &Pair, slots: usize, context: usize) -> Result<Cpu> {
         let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
-        Ok(Cpu {
-            target: Target::load(&pair.target)?,
-            drafter,
-            slots,
-            context,
-            goal: DraftLengthPolicy::Full,
-        })
-    }
-
-    /// As [`Sequences::adaptive`].
-    pub fn adaptive(self, goal: DraftLengthPolicy) -> Cpu {
-        Cpu { goal, ..self }
+        Ok(Cpu { target: Target::load(&pair.target)?, drafter, slots, context })
     }
 }
 
@@ -52,103 +50,138 @@ impl Backend for Cpu {
     }
 
     fn decoder(&self) -> Result<Box<dyn Decoder + '_>> {
-        let drafter = self.drafter.as_ref();
-        let sequences = Sequences::new(&self.target, drafter, self.slots, self.context);
-        Ok(Box::new(sequences.adaptive(&self.goal)))
+        Ok(Box::new(Sequences::new(&self.target, self.drafter.as_ref(), self.slots, self.context)))
     }
 }
 
 // ---- a sequence ----
 
-/// One sequence on the CPU: the target's cache, the drafter's, and what the next round starts from.
+/// One sequence on the CPU: the target's cache, the drafter's cache, and the state that the next round starts
+/// from.
 pub struct Sequence<'a> {
     target: &'a Target,
     drafter: Option<&'a Drafter>,
-    /// Positions it may have.
+    /// Maximum positions.
     context: usize,
-    /// What its rounds are as large as.
-    goal: &'a DraftLengthPolicy,
+    /// Costs of its rounds; none without a drafter.
+    costs: Option<Costs>,
     state: Option<State>,
 }
 
 struct State {
     prompt: Vec<u32>,
     block: usize,
-    tokens: Vec<u32>,       // [s]: what the target's cache holds
+    tokens: Vec<u32>,       // [s]: tokens in the target's cache
     cache: Cache,           // target: positions 0..s
-    context: Option<Cache>, // drafter: of positions 0..s the first; none before it was needed
-    features: Vec<f32>, // [pending][taps * hidden]: the positions after them that the drafter has not seen
-    drafting: bool, // the drafter follows: its context and the pending positions are 0..s; else autoregressive decoding
-    anchor: Option<u32>, // the token at position s, on which the target has not been run; none before the prompt has
+    context: Option<Cache>, // drafter: the first of positions 0..s; none until needed
+    features: Vec<f32>,     // [pending][taps * hidden]: the positions after those, not yet injected
+    drafting: bool, // the drafter follows: its context and the pending positions are 0..s; else AR decoding
+    anchor: Option<u32>, // the token at position s, not run yet; none before the prompt is done
     sampling: SamplingParams,
-    how: SpecConfig, // drafts are made and judged; seed and stream are the request's here too
-    round: u32,      // of this request, from 1 on
-    distributions: Vec<Distribution>, // [drafts]: what the drafts of this round were drawn from, by rules that ask for it
-    logits: Vec<f32>,                 // [rows][vocab] of the last verification
-    path: Vec<usize>,                 // the rows of it that stood, 0 first
+    spec: SpecConfig,
+    draft_sampling: SamplingParams, // how drafts are sampled, with the request's seed and stream
+    round: u32,                     // of this request, from 1 on
+    distributions: Vec<Distribution>, // [depth]: what this round's drafts were sampled from
+    logits: Vec<f32>,               // [rows][vocab] of the last verification
+    path: Vec<usize>,               // its accepted rows, 0 first
     controller: Box<dyn Controller + Send>,
 }
 
 impl<'a> Sequence<'a> {
-    /// A fresh sequence; without a drafter it decodes plainly.
+    /// A fresh sequence; without a drafter it decodes autoregressively.
     pub fn new(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequence<'a> {
         let context = target.config.stack.max_positions;
-        Sequence { target, drafter, context, goal: &DraftLengthPolicy::Full, state: None }
+        let costs = drafter.map(|drafter| {
+            Costs::modelled(&CORES, &target.config, &drafter.config, 0, 1, drafter.config.block)
+        });
+        Sequence { target, drafter, context, costs, state: None }
     }
 
-    /// As [`Sequences::adaptive`].
-    pub fn adaptive(self, goal: &'a DraftLengthPolicy) -> Sequence<'a> {
-        Sequence { goal, ..self }
+    /// The same with these costs in place of modelled ones.
+    pub fn with_costs(self, costs: Costs) -> Sequence<'a> {
+        Sequence { costs: Some(costs), ..self }
     }
 
-    /// Positions that (target, drafter) hold, the drafter's pending ones counted: both equal the anchor's position
-    /// after every round (dflash.md 4). None before the start; the drafter's is none in autoregressive decoding.
+    /// Positions that (target, drafter) hold, the drafter's pending ones included: both equal the anchor's
+    /// position after every round (docs/dflash.md 4). `None` before the start; the drafter's is `None` in
+    /// autoregressive decoding.
     pub fn lengths(&self) -> Option<(usize, Option<usize>)> {
         let state = self.state.as_ref()?;
-        Some((state.cache.len(), self.drafter.filter(|_| state.drafting).map(|d| state.drafted(d))))
+        let drafter = self.drafter.filter(|_| state.drafting);
+        Some((state.cache.len(), drafter.map(|drafter| state.drafter_positions(drafter))))
     }
 
-    /// Brings the drafter's context up to date and drafts for a block of `rows`: `rows - 1` tokens, or none without a
-    /// drafter.
+    /// Brings the drafter's context up to date and drafts a chain for a block of `rows`: `rows - 1` tokens,
+    /// or none without a drafter.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the drafter's logits are not finite.
     pub fn draft(&mut self, rows: usize) -> Result<Vec<u32>> {
         let (state, _) = started(&mut self.state)?;
-        let SpecConfig { rule, sampling, .. } = state.how.clone();
-        if rule == VerifyMethod::Match {
-            return self.drafted(rows, |logits, position| sampling.choose(logits, position));
+        let sampling = state.draft_sampling.clone();
+        match state.spec {
+            // Greedy parameters choose the best token; others the token that the target's noise at the
+            // position selects.
+            SpecConfig::Exact { .. } => {
+                self.map_draft_logits(rows, |logits, position| sampling.choose(logits, position))
+            }
+            SpecConfig::Rejection { .. } | SpecConfig::Block { .. } => {
+                let distributions =
+                    self.map_draft_logits(rows, |logits, _| sampling.probabilities(logits))?;
+                let (state, _) = started(&mut self.state)?;
+                let drafts = verify::sample_chain(&distributions, &mut state.random());
+                state.distributions = distributions;
+                drafts.ok_or_else(empty_distribution)
+            }
         }
-        let distributions = self.drafted(rows, |logits, _| sampling.probabilities(logits))?;
-        let (state, _) = started(&mut self.state)?;
-        let drafts = verify::draw(&distributions, &mut state.dice());
-        state.distributions = distributions;
-        drafts.ok_or_else(|| Error::Internal("a distribution without tokens".into()))
     }
 
-    /// As [`Sequence::draft`], but a tree of up to `most` rows: under the rule `match` the best that the block's drafts
-    /// and their rivals make, else one of a fixed shape, drawn.
-    pub fn draft_tree(&mut self, rows: usize, most: usize) -> Result<Tree> {
+    /// As [`Sequence::draft`], but a tree of up to `max` rows: the best-first tree for exact verification,
+    /// else sampled drafts in a fixed shape.
+    ///
+    /// # Errors
+    /// As [`Sequence::draft`].
+    pub fn draft_tree(&mut self, rows: usize, max: usize) -> Result<Tree> {
         let (state, anchor) = started(&mut self.state)?;
-        let SpecConfig { rule, sampling, .. } = state.how.clone();
-        if rule != VerifyMethod::Match {
-            let mut distributions = self.drafted(rows, |logits, _| sampling.probabilities(logits))?;
-            let (state, _) = started(&mut self.state)?;
-            let tree = drawn(rule, anchor, most, &mut distributions, &mut state.dice());
-            state.distributions = distributions;
-            return tree.ok_or_else(|| Error::Internal("a distribution without tokens".into()));
+        let sampling = state.draft_sampling.clone();
+        if let SpecConfig::Exact { .. } = state.spec {
+            let choices =
+                self.map_draft_logits(rows, |logits, _| tree::choices(logits, max.saturating_sub(1)))?;
+            return Ok(Tree::best_first(anchor, &choices, max));
         }
-        let choices = self.drafted(rows, |logits, _| tree::choices(logits, most.saturating_sub(1)))?;
-        let (_, anchor) = started(&mut self.state)?;
-        Ok(Tree::best_first(anchor, &choices, most))
+        let mut distributions = self.map_draft_logits(rows, |logits, _| sampling.probabilities(logits))?;
+        let (state, _) = started(&mut self.state)?;
+        let random = &mut state.random();
+        let tree = match state.spec {
+            SpecConfig::Block { .. } => {
+                let (count, depth) = tree::chains(max, distributions.len());
+                distributions.truncate(depth);
+                let chains = verify::sample_chains(anchor, count, &distributions, random);
+                chains.map(|(tokens, parents)| Tree::sampled(&tokens, &parents))
+            }
+            _ => {
+                let shape = tree::shape(max, distributions.len());
+                // The shape may be less deep than the block.
+                distributions.truncate(shape.deepest());
+                let siblings = Siblings::Distinct;
+                let tokens = verify::sample_tree(anchor, &shape.parents, &distributions, siblings, random);
+                tokens.map(|tokens| Tree { tokens, ..shape })
+            }
+        };
+        state.distributions = distributions;
+        tree.ok_or_else(empty_distribution)
     }
 
-    /// What `of` makes of the drafter's logits for each of a block's rows behind the anchor, and of their positions.
-    fn drafted<T>(&mut self, rows: usize, of: impl Fn(&[f32], u32) -> Option<T>) -> Result<Vec<T>> {
+    /// Runs the drafter for a block of `rows` and maps its logits for each row after the anchor, with their
+    /// positions.
+    fn map_draft_logits<T>(&mut self, rows: usize, map: impl Fn(&[f32], u32) -> Option<T>) -> Result<Vec<T>> {
         let (state, anchor) = started(&mut self.state)?;
         state.distributions.clear();
         let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, state.drafting) else {
             return Ok(Vec::new());
         };
         if rows < 2 {
-            // Past the drafter's last position nothing is drafted any more, and nothing need be kept for it.
+            // Nothing is drafted after the drafter's last position, so nothing need be kept for it.
             if state.cache.len() + 1 >= drafter.config.stack.max_positions {
                 (state.context, state.features, state.drafting) = (None, Vec::new(), false);
             }
@@ -160,17 +193,25 @@ impl<'a> Sequence<'a> {
         let mut logits = Vec::new();
         drafter.logits(self.target, &hidden[self.target.config.stack.hidden..], &mut logits);
         let rows = logits.chunks(self.target.config.vocab).zip(state.cache.len() as u32 + 1..);
-        rows.map(|(logits, at)| of(logits, at).ok_or_else(|| damaged("drafter", at as usize))).collect()
+        rows.map(|(logits, at)| map(logits, at).ok_or_else(|| damaged("drafter", at as usize))).collect()
     }
 
-    /// Runs the target over the anchor and `drafts`, whoever made them, and appends to `out` those that it accepts and
-    /// its own next token, the new anchor. Rules other than `match` only judge what [`Sequence::draft`] has drawn.
+    /// Runs the target over the anchor and a chain of `drafts`, and appends to `out` the accepted drafts and
+    /// the target's own next token, which becomes the anchor. Exact verification takes any drafts, the other
+    /// methods only those of the last [`Sequence::draft`].
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the target's logits are not finite; [`Error::Internal`] for drafts of unknown
+    /// distributions.
     pub fn verify(&mut self, drafts: &[u32], out: &mut Vec<u32>) -> Result<()> {
         let (_, anchor) = started(&mut self.state)?;
         self.verify_rows(&[&[anchor], drafts].concat(), None, out)
     }
 
     /// As [`Sequence::verify`], of a tree that begins with the anchor.
+    ///
+    /// # Errors
+    /// As [`Sequence::verify`].
     pub fn verify_tree(&mut self, tree: &Tree, out: &mut Vec<u32>) -> Result<()> {
         self.verify_rows(&tree.tokens, Some(tree), out)
     }
@@ -180,13 +221,14 @@ impl<'a> Sequence<'a> {
         let (target, s) = (self.target, state.cache.len());
         let vocab = target.config.vocab;
         let drafts = &block[1..];
-        if state.how.rule != VerifyMethod::Match
-            && tree.map_or(drafts.len(), Tree::deepest) != state.distributions.len()
-        {
-            return Err(Error::Internal("drafts without the distributions that they were drawn from".into()));
+        let exact = matches!(state.spec, SpecConfig::Exact { .. });
+        if !exact && tree.map_or(drafts.len(), Tree::deepest) != state.distributions.len() {
+            return Err(Error::Internal(
+                "drafts without the distributions that they were sampled from".into(),
+            ));
         }
-        let mut dice = state.dice();
-        // Until this round is judged, the cache holds what may not belong to the sequence.
+        let mut random = state.random();
+        // Until the round is verified, the cache holds tokens that may not belong to the sequence.
         state.anchor = None;
 
         let taps = match (state.drafting, self.drafter) {
@@ -196,40 +238,31 @@ impl<'a> Sequence<'a> {
         let mut features = Vec::new();
         let normed = target.run(block, tree, &mut state.cache, taps, &mut features, block.len());
         target.logits(&normed, &mut state.logits);
-        let (sampling, logits) = (&state.sampling, &state.logits);
+        let (sampling, logits, q) = (&state.sampling, &state.logits, &state.distributions);
         let row = |row: usize| &logits[row * vocab..][..vocab];
         let choose = |at: usize| {
             let depth = tree.map_or(at, |tree| tree.depths[at] as usize);
             sampling.choose(row(at), (s + depth + 1) as u32)
         };
-        let distribution = |at: usize| sampling.probabilities(row(at));
+        let p = |at: usize| sampling.probabilities(row(at));
         let chain = |(accepted, next): (usize, u32)| ((0..=accepted).collect(), next);
-        let verdict = match (tree, state.how.rule) {
-            (Some(tree), VerifyMethod::Match) => walk(block, &tree.parents, choose),
-            (Some(tree), VerifyMethod::Rejection) => {
+        let verified = match (&state.spec, tree) {
+            (SpecConfig::Exact { .. }, Some(tree)) => verify::match_tree(block, &tree.parents, choose),
+            (SpecConfig::Rejection { .. }, Some(tree)) => {
                 let siblings = Siblings::Distinct;
-                verify::recursive(
-                    block,
-                    &tree.parents,
-                    &state.distributions,
-                    siblings,
-                    distribution,
-                    &mut dice,
-                )
+                verify::recursive_rejection(block, &tree.parents, q, siblings, p, &mut random)
             }
-            (Some(_), VerifyMethod::Block) => {
-                verify::multi_draft_block_verify(block, &state.distributions, distribution, &mut dice)
+            (SpecConfig::Block { .. }, Some(_)) => verify::multi_draft_block_verify(block, q, p, &mut random),
+            (SpecConfig::Rejection { .. }, None) if !drafts.is_empty() => {
+                verify::rejection(drafts, q, p, &mut random).map(chain)
             }
-            (_, VerifyMethod::Rejection) if !drafts.is_empty() => {
-                verify::rejection(drafts, &state.distributions, distribution, &mut dice).map(chain)
+            (SpecConfig::Block { .. }, None) if !drafts.is_empty() => {
+                verify::block_verify(drafts, q, p, &mut random).map(chain)
             }
-            (_, VerifyMethod::Block) if !drafts.is_empty() => {
-                verify::block(drafts, &state.distributions, distribution, &mut dice).map(chain)
-            }
-            // Where nothing was drafted, all rules decode plainly.
-            _ => judge(drafts, choose).map(chain),
+            // An AR step, whatever the method, samples as autoregressive decoding does.
+            (_, None) => verify::match_chain(drafts, choose).map(chain),
         };
-        let (path, next) = verdict.ok_or_else(|| damaged("target", s + 1))?;
+        let (path, next) = verified.ok_or_else(|| damaged("target", s + 1))?;
         state.round += 1;
 
         state.cache.keep(s, &path);
@@ -243,7 +276,11 @@ impl<'a> Sequence<'a> {
         Ok(())
     }
 
-    /// Takes a request, of whose prompt the first tokens need not be run again where the sequence has them: how many.
+    /// Takes a request, and returns how many tokens of its prompt need not be run because the sequence holds
+    /// them.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where its caches do not fit.
     pub fn start(&mut self, request: &Request) -> Result<usize> {
         let (prompt, target) = (&request.prompt, self.target);
         let last = self.drafter.map_or(0, |drafter| drafter.config.stack.max_positions);
@@ -260,7 +297,8 @@ impl<'a> Sequence<'a> {
                 drafting: false,
                 anchor: None,
                 sampling: request.sampling.clone(),
-                how: request.drafting.clone(),
+                spec: request.spec.clone(),
+                draft_sampling: SamplingParams::default(),
                 round: 1,
                 distributions: Vec::new(),
                 logits: Vec::new(),
@@ -270,33 +308,29 @@ impl<'a> Sequence<'a> {
         };
         (state.drafting, state.anchor) = (drafter.is_some(), None);
         (state.sampling, state.block) = (request.sampling.clone(), request.block);
-        let SamplingParams { seed, stream, .. } = request.sampling;
-        let SpecConfig { sampling, .. } = request.drafting.clone();
-        state.how = SpecConfig { sampling: SamplingParams { seed, stream, ..sampling }, ..request.drafting };
+        (state.spec, state.draft_sampling) =
+            (request.spec.clone(), request.spec.draft_params(&request.sampling));
         (state.round, state.distributions) = (1, Vec::new());
         state.prompt.clone_from(prompt);
-        let how = &state.how;
-        // What was drawn must be verified whatever it is. How many siblings the shape of a drawn tree has depends on its
-        // size, so that its rows say nothing of those of another.
-        let drawn = how.rule != VerifyMethod::Match || how.sampling.temperature != 0.0;
-        state.controller = match how.tree {
-            Some(_) if how.rule != VerifyMethod::Match => Box::new(Fixed),
-            tree => self.goal.controller(drawn && tree.is_none()),
+        // A sampled draft must be verified whatever it is, so the number of drafts is fixed before.
+        state.controller = match &self.costs {
+            Some(costs) => request.spec.draft_length().controller(costs, request.spec.samples_drafts()),
+            None => Box::new(Fixed),
         };
         if let (Some(drafter), None) = (drafter, &state.context) {
             state.context = Some(Cache::new(&drafter.config.stack, 0)?);
         }
 
-        // The last token is run again, for its logits; a drafter that was left behind, by autoregressive decoding, needs the
-        // features of all that it has not seen.
+        // The last token is run again, for its logits. A drafter that was left behind by autoregressive
+        // decoding needs the features of every position that it has not seen.
         let same = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        let seen = drafter.map_or(usize::MAX, |drafter| state.drafted(drafter));
+        let seen = drafter.map_or(usize::MAX, |drafter| state.drafter_positions(drafter));
         let kept = same.min(seen).min(prompt.len().saturating_sub(1));
         state.crop(kept, self.drafter);
         let positions = request.positions();
-        // A tree's rows take more room than the positions they stand for.
-        let room = positions.min(target.config.stack.max_positions) + request.drafting.tree.unwrap_or(0);
-        state.cache.grow(room)?;
+        // The rows of a tree take more slots than positions.
+        let slots = positions.min(target.config.stack.max_positions) + request.spec.tree_rows().unwrap_or(0);
+        state.cache.grow(slots)?;
         if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
             context.grow(positions.min(drafter.config.stack.max_positions))?;
             drafter.inject(&state.features, context);
@@ -306,6 +340,9 @@ impl<'a> Sequence<'a> {
     }
 
     /// Runs the next part of the prompt.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the target's logits are not finite.
     pub fn prefill(&mut self) -> Result<Prefill> {
         let (target, drafter) = (self.target, self.drafter);
         let Some(state) = self.state.as_mut().filter(|state| state.anchor.is_none()) else {
@@ -331,21 +368,25 @@ impl<'a> Sequence<'a> {
         Ok(Prefill { done: end, next: state.anchor })
     }
 
-    /// Rows of the next block, anchor included: as many as the request asks for, but a block ends where the drafter's
-    /// positions do, and before the context's last one, whose token is never run.
+    /// Rows of the next block, anchor included: those of the request, but a block ends at the drafter's last
+    /// position, and before the context's last position, whose token is never run.
     pub fn rows(&self) -> usize {
         let (at, block) = self.state.as_ref().map_or((0, 1), |state| (state.cache.len(), state.block));
         let last = self.drafter.map_or(0, |drafter| drafter.config.stack.max_positions);
         block.min(last.saturating_sub(at)).min((self.context - 1).saturating_sub(at)).max(1)
     }
 
-    /// A round: appends to `out` what [`Sequence::verify`] does of the drafter's own drafts, and says how many they were.
+    /// Runs a round: drafts, verifies, appends to `out` what [`Sequence::verify`] does, and returns the
+    /// number of drafts.
+    ///
+    /// # Errors
+    /// As [`Sequence::draft`] and [`Sequence::verify`].
     pub fn round(&mut self, out: &mut Vec<u32>) -> Result<usize> {
         let rows = self.rows();
-        let tree = self.state.as_ref().and_then(|state| state.how.tree);
-        let most = if rows < 2 { 0 } else { tree.unwrap_or(rows) - 1 };
-        let (allowed, looks) =
-            self.ask(|controller| (controller.drafts(most).min(most), controller.needs_draft_probs()))?;
+        let tree = self.state.as_ref().and_then(|state| state.spec.tree_rows());
+        let max = if rows < 2 { 0 } else { tree.unwrap_or(rows) - 1 };
+        let (allowed, truncates) =
+            self.ask(|controller| (controller.drafts(max).min(max), controller.needs_draft_probs()))?;
         if allowed == 0 {
             self.draft(1)?;
             self.verify(&[], out)?;
@@ -353,35 +394,36 @@ impl<'a> Sequence<'a> {
         }
         let drafts = if tree.is_some() {
             let mut tree = self.draft_tree(rows, allowed + 1)?;
-            if looks {
+            if truncates {
                 tree.truncate(self.ask(|controller| controller.truncate(&tree.costs[1..]))? + 1);
             }
             self.verify_tree(&tree, out)?;
             tree.rows() - 1
         } else {
-            let drafts = self.draft_some(rows, allowed, looks)?;
+            let drafts = self.draft_up_to(rows, allowed, truncates)?;
             self.verify(&drafts, out)?;
             drafts.len()
         };
         let (state, _) = started(&mut self.state)?;
-        // A whole block may have more rows than there are bits.
-        let stood =
-            state.path.iter().fold(0, |stood, row| stood | 1u64.checked_shl(*row as u32).unwrap_or(0));
-        self.ask(|controller| controller.judged(drafts, stood))?;
+        // A block may have more rows than there are bits.
+        let bit = |row: &usize| 1u64.checked_shl(*row as u32).unwrap_or(0);
+        let accepted = state.path.iter().fold(0, |bits, row| bits | bit(row));
+        self.ask(|controller| controller.observe(drafts, accepted))?;
         Ok(drafts)
     }
 
-    /// The first `allowed` drafts for a block of `rows`, of which the controller then cuts some where it looks. The drafter
-    /// sees the whole block, as in its training, however few of its drafts are asked for.
-    fn draft_some(&mut self, rows: usize, allowed: usize, looks: bool) -> Result<Vec<u32>> {
-        if !looks {
+    /// The first `allowed` drafts for a block of `rows`; the controller may truncate them further. The
+    /// drafter sees the whole block, as in its training, however few drafts are used.
+    fn draft_up_to(&mut self, rows: usize, allowed: usize, truncates: bool) -> Result<Vec<u32>> {
+        if !truncates {
             let mut drafts = self.draft(rows)?;
             drafts.truncate(allowed);
             let (state, _) = started(&mut self.state)?;
             state.distributions.truncate(allowed);
             return Ok(drafts);
         }
-        let mut drafts = self.drafted(rows, |logits, _| Some(*tree::choices(logits, 1)?.first()?))?;
+        let mut drafts =
+            self.map_draft_logits(rows, |logits, _| Some(*tree::choices(logits, 1)?.first()?))?;
         drafts.truncate(allowed);
         let mut cost = 0;
         let costs: Vec<u32> = drafts.iter().map(|draft| (cost += draft.cost, cost).1).collect();
@@ -397,18 +439,18 @@ impl<'a> Sequence<'a> {
 }
 
 impl State {
-    /// The chances of this round.
-    fn dice(&self) -> PhiloxStream {
+    /// The random draws of this round.
+    fn random(&self) -> PhiloxStream {
         let SamplingParams { seed, stream, .. } = self.sampling;
         PhiloxStream { seed, stream, round: self.round, anchor: self.cache.len() as u32 }
     }
 
-    /// Positions that the drafter holds or that wait for it.
-    fn drafted(&self, drafter: &Drafter) -> usize {
+    /// Positions in the drafter's cache, and those waiting for it.
+    fn drafter_positions(&self, drafter: &Drafter) -> usize {
         self.context.as_ref().map_or(0, |context| context.len() + self.features.len() / drafter.feature())
     }
 
-    /// Forgets positions `len..`, in both models.
+    /// Forgets positions `len..` in both models.
     fn crop(&mut self, len: usize, drafter: Option<&Drafter>) {
         self.tokens.truncate(len);
         self.cache.crop(len);
@@ -419,30 +461,14 @@ impl State {
     }
 }
 
-/// A tree of up to `most` rows that is drawn from `distributions`; those that it is not deep enough for are dropped.
-fn drawn(
-    rule: VerifyMethod,
-    anchor: u32,
-    most: usize,
-    distributions: &mut Vec<Distribution>,
-    dice: &mut PhiloxStream,
-) -> Option<Tree> {
-    if rule == VerifyMethod::Block {
-        let (count, depth) = tree::chains(most, distributions.len());
-        distributions.truncate(depth);
-        let (tokens, parents) = verify::sample_chains(anchor, count, distributions, dice)?;
-        return Some(Tree::drawn(&tokens, &parents));
-    }
-    let mut tree = tree::shape(most, distributions.len());
-    distributions.truncate(tree.deepest());
-    tree.tokens = verify::sample_tree(anchor, &tree.parents, distributions, Siblings::Distinct, dice)?;
-    Some(tree)
-}
-
 /// The state and its anchor.
 fn started(state: &mut Option<State>) -> Result<(&mut State, u32)> {
     let started = state.as_mut().and_then(|state| state.anchor.map(|anchor| (state, anchor)));
     started.ok_or_else(|| Error::Internal("a round before the start of its sequence".into()))
+}
+
+fn empty_distribution() -> Error {
+    Error::Internal("a distribution without tokens".into())
 }
 
 fn damaged(model: &str, position: usize) -> Error {
@@ -452,6 +478,8 @@ fn damaged(model: &str, position: usize) -> Error {
     ))
 }
 
+// ---- sequences in slots ----
+
 /// Sequences that take turns on the CPU.
 pub struct Sequences<'a> {
     all: Vec<Sequence<'a>>,
@@ -459,7 +487,7 @@ pub struct Sequences<'a> {
 }
 
 impl<'a> Sequences<'a> {
-    /// `slots` fresh ones of up to `context` positions; without a drafter they decode plainly.
+    /// `slots` fresh sequences of up to `context` positions; without a drafter they decode autoregressively.
     pub fn new(
         target: &'a Target,
         drafter: Option<&'a Drafter>,
@@ -467,15 +495,14 @@ impl<'a> Sequences<'a> {
         context: usize,
     ) -> Sequences<'a> {
         let context = context.min(target.config.stack.max_positions);
-        let sequence = || Sequence { target, drafter, context, goal: &DraftLengthPolicy::Full, state: None };
-        Sequences { all: (0..slots).map(|_| sequence()).collect(), running: vec![false; slots] }
+        let fresh = |_| Sequence { context, ..Sequence::new(target, drafter) };
+        Sequences { all: (0..slots).map(fresh).collect(), running: vec![false; slots] }
     }
 
-    /// Rounds of requests that join from now on are as large as `goal` says, but for trees that are drawn at random, which
-    /// are whole.
-    pub fn adaptive(mut self, goal: &'a DraftLengthPolicy) -> Sequences<'a> {
-        self.all = self.all.into_iter().map(|sequence| sequence.adaptive(goal)).collect();
-        self
+    /// The same with these costs in place of modelled ones.
+    pub fn with_costs(self, costs: &Costs) -> Sequences<'a> {
+        let all = self.all.into_iter().map(|sequence| sequence.with_costs(costs.clone())).collect();
+        Sequences { all, ..self }
     }
 }
 
@@ -492,7 +519,7 @@ impl Decoder for Sequences<'_> {
         self.all.len()
     }
 
-    fn join(&mut self, slot: usize, request: &Request, keep: bool) -> Result<Option<usize>> {
+    fn admit(&mut self, slot: usize, request: &Request, keep: bool) -> Result<Option<usize>> {
         if !keep {
             self.all[slot].state = None;
         }
@@ -510,13 +537,13 @@ impl Decoder for Sequences<'_> {
             *emitted = Emitted::default();
             if *running {
                 emitted.drafted = sequence.round(&mut emitted.tokens)?;
-                emitted.judged = emitted.tokens.len();
+                emitted.produced = emitted.tokens.len();
             }
         }
         Ok(())
     }
 
-    fn leave(&mut self, slot: usize, _tokens: usize) -> Result<()> {
+    fn release(&mut self, slot: usize, _tokens: usize) -> Result<()> {
         self.running[slot] = false;
         Ok(())
     }

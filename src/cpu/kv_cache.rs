@@ -1,45 +1,54 @@
-//! Keys and values of a sequence on the CPU, one layer at a time, laid out for `cpu::attention`.
+//! Keys and values of a sequence on the CPU, one layer at a time, laid out for
+//! [`crate::cpu::ops::attention`].
 
 use crate::cpu::simd::LANES;
 use crate::{Error, Result};
 
 /// Keys and values of one layer, positions `0..capacity`.
 pub struct Kv {
-    /// `[kv_heads][tiles][head_dim][16]`: lane = position modulo 16, so scores of 16 keys come out of one vector.
+    /// `[kv_heads][tiles][head_dim][16]`: lane = position modulo 16, so scores of 16 keys come out of one
+    /// vector.
     pub(crate) keys: Vec<f32>,
     /// `[kv_heads][16 * tiles][dims rounded up to 16]`
     pub(crate) values: Vec<f32>,
-    /// Of 16 positions each, for which there is room.
+    /// Allocated tiles, of 16 positions each.
     pub(crate) tiles: usize,
     pub(crate) heads: usize,
     pub(crate) dims: usize,
 }
 
 impl Kv {
-    /// Room for `positions`. `Error::Memory` says what it would take.
+    /// An empty cache with a capacity of `positions`.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] with the bytes that it needs.
     pub fn new(kv_heads: usize, head_dim: usize, positions: usize) -> Result<Kv> {
         let tiles = positions.div_ceil(LANES);
         let wide = head_dim.next_multiple_of(LANES);
         let (keys, values) = (kv_heads * tiles * head_dim * LANES, kv_heads * tiles * LANES * wide);
         let zeros = |n: usize| {
-            // Asked for first, because `vec!` aborts where there is no memory. Zeroed pages are only made when they
-            // are written, so that room for a long answer costs nothing until the answer is long.
+            // Reserved first, because `vec!` aborts where there is no memory. The system makes zeroed pages
+            // only when they are written, so the capacity for a long answer costs nothing until the answer is
+            // long.
             let mut probe = Vec::<f32>::new();
             probe.try_reserve_exact(n).map_err(|_| {
                 Error::Memory(format!(
                     "not enough memory: the KV cache of each layer needs {} bytes for {positions} positions (prompt \
-                     and --max-tokens)",
+                     and max_tokens)",
                     (keys + values) * size_of::<f32>()
                 ))
             })?;
-            // Unseen, an unused allocation may be optimised away, and with it the refusal.
+            // The compiler may remove an unused allocation, and with it the error.
             drop(std::hint::black_box(probe));
             Ok::<_, Error>(vec![0.0; n])
         };
         Ok(Kv { keys: zeros(keys)?, values: zeros(values)?, tiles, heads: kv_heads, dims: head_dim })
     }
 
-    /// Makes room for `positions` in all and keeps the first `used`.
+    /// Grows the capacity to `positions` in all and keeps the first `used`.
+    ///
+    /// # Errors
+    /// As [`Kv::new`].
     pub fn grow(&mut self, positions: usize, used: usize) -> Result<()> {
         if positions <= self.tiles * LANES {
             return Ok(());
@@ -75,7 +84,7 @@ impl Kv {
         }
     }
 
-    /// Writes what is at position `from` at position `to`, too.
+    /// Copies position `from` to position `to`.
     pub fn copy(&mut self, from: usize, to: usize) {
         let (dims, wide) = (self.dims, self.dims.next_multiple_of(LANES));
         for h in 0..self.heads {

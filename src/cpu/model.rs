@@ -1,5 +1,5 @@
-//! Target and drafter in plain f32: what the `cpu` device runs, and the oracle that the kernels are held against. Read it
-//! beside dflash.md sections 3 to 5 (arXiv 2602.06036); the arithmetic underneath is in `cpu.rs`.
+//! Target and drafter in plain f32: the `cpu` device runs them, and the kernels are tested against them. Read
+//! it beside docs/dflash.md, sections 3 to 5 (arXiv 2602.06036). The arithmetic is in [`crate::cpu::ops`].
 
 mod synthetic;
 
@@ -80,8 +80,11 @@ struct Scratch {
 }
 
 impl Cache {
-    /// Room for `positions`. What grows with them is asked for here, so that too little memory is an error and not an
-    /// abort.
+    /// An empty cache with a capacity of `positions`. Everything that grows with them is allocated here, so
+    /// that too little memory is an error instead of an abort.
+    ///
+    /// # Errors
+    /// [`Error::Memory`]
     pub fn new(stack: &Stack, positions: usize) -> Result<Cache> {
         let (frequencies, magnitude) = stack.rope.frequencies();
         let kv = |_| Kv::new(stack.kv_heads, stack.head_dim, 0);
@@ -97,7 +100,10 @@ impl Cache {
         Ok(cache)
     }
 
-    /// Room for `positions` in all; those held stay.
+    /// Grows the capacity to `positions` in all; positions held stay.
+    ///
+    /// # Errors
+    /// [`Error::Memory`]
     pub fn grow(&mut self, positions: usize) -> Result<()> {
         let rotations = positions * 2 * self.frequencies.len();
         self.rope
@@ -106,11 +112,12 @@ impl Cache {
         self.layers.iter_mut().try_for_each(|kv| kv.grow(positions, self.len))
     }
 
-    /// Positions held.
+    /// Number of positions held.
     pub fn len(&self) -> usize {
         self.len
     }
 
+    /// Whether no positions are held.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -121,7 +128,8 @@ impl Cache {
         self.len = len;
     }
 
-    /// Of rows written at positions `at..` keeps those of `path`, as positions `at..` in its order, and forgets the others.
+    /// Of the rows written at positions `at..`, keeps those of `path`, moved to positions `at..` in its
+    /// order.
     pub(crate) fn keep(&mut self, at: usize, path: &[usize]) {
         for kv in &mut self.layers {
             moves(path).for_each(|(from, to)| kv.copy(at + from, at + to));
@@ -129,7 +137,8 @@ impl Cache {
         self.crop(at + path.len());
     }
 
-    /// Makes cosines and sines up to position `end`. Angles are f32 products, as in the reference implementation.
+    /// Computes cosines and sines up to position `end`. Angles are f32 products, as in the reference
+    /// implementation.
     fn rotate_to(&mut self, end: usize) {
         let width = 2 * self.frequencies.len();
         for position in self.rope.len() / width.max(1)..end {
@@ -140,8 +149,8 @@ impl Cache {
     }
 }
 
-/// `x` `[rows][heads * head_dim]`, normed if there is a norm, and rotated to positions `at..`, or to those of a tree whose
-/// anchor is at `at` (dflash.md 3.4).
+/// Norms `x` `[rows][heads * head_dim]` if there is a norm, and rotates it to positions `at..`, or to those
+/// of a tree whose anchor is at `at` (docs/dflash.md 3.4).
 fn rotate(
     stack: &Stack,
     norm: Option<&[f32]>,
@@ -161,8 +170,8 @@ fn rotate(
     }
 }
 
-/// `k` and `v` of the pass's rows for layer `i`, written at positions `at..`: a tree's beside each other, though `k` is
-/// rotated to where the row stands on its path.
+/// Writes `k` and `v` of the pass's rows for layer `i` at positions `at..`. The rows of a tree are stored in
+/// order, though `k` is rotated to the row's position on its path.
 fn write_kv(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize, tree: Option<&Tree>) {
     let Cache { layers, rope, scratch: Scratch { k, v, .. }, .. } = cache;
     let norm = layer.qk_norm.as_ref().map(|[_, norm]| &norm[..]);
@@ -170,8 +179,8 @@ fn write_kv(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize
     layers[i].write(at, k, v);
 }
 
-/// Attention of a tree's rows. Every row's ancestors are brought to the positions that they have on its path, so that
-/// each of its sums is the one that autoregressive decoding forms, bit for bit. Leaves keys and values as they were before.
+/// Attention of a tree's rows. The ancestors of each row are moved to their positions on its path, so that
+/// each sum is the one of autoregressive decoding, bit for bit. Keys and values are restored at the end.
 fn tree_attention(stack: &Stack, cache: &mut Cache, i: usize, at: usize, tree: &Tree) {
     let Cache { layers, scratch: s, .. } = cache;
     let (kv, width) = (&mut layers[i], stack.kv_heads * stack.head_dim);
@@ -189,19 +198,21 @@ fn tree_attention(stack: &Stack, cache: &mut Cache, i: usize, at: usize, tree: &
     kv.write(at, &s.k, &s.v);
 }
 
-/// The keys that the query at `position` sees when keys `0..end` exist (dflash.md 3.6).
-fn visible(rule: Attention, position: usize, end: usize) -> std::ops::Range<usize> {
-    let last = match (rule.causal, rule.window) {
+/// The keys that the query at `position` sees when keys `0..end` exist (docs/dflash.md 3.6).
+fn visible(attention: Attention, position: usize, end: usize) -> std::ops::Range<usize> {
+    let last = match (attention.causal, attention.window) {
         (true, _) => position + 1,
         (false, Some(window)) => end.min(position.saturating_add(window)),
         (false, None) => end,
     };
-    (position + 1).saturating_sub(rule.window.unwrap_or(usize::MAX))..last
+    (position + 1).saturating_sub(attention.window.unwrap_or(usize::MAX))..last
 }
 
-/// Layer `i` over `x` [rows][hidden] in place: rows stand at positions `at..`, keys `0..at+rows` exist once it has
-/// written its own (dflash.md 3.4; the target is the same with causal attention). A tree's rows see what is before `at`,
-/// and their own paths.
+/// Runs layer `i` over `x` `[rows][hidden]` in place (docs/dflash.md 3.4; the target is the same with causal
+/// attention).
+///
+/// Rows are at positions `at..`; keys `0..at + rows` exist once it has written its own. The rows of a tree
+/// see the positions before `at` and their own paths.
 fn forward_layer(
     stack: &Stack,
     layer: &Layer,
@@ -221,8 +232,8 @@ fn forward_layer(
 
     match tree {
         None => {
-            let (s, rule) = (&mut cache.scratch, stack.attention[i]);
-            let visible = |row: usize| visible(rule, at + row, at + rows);
+            let (s, attention) = (&mut cache.scratch, stack.attention[i]);
+            let visible = |row: usize| visible(attention, at + row, at + rows);
             ops::attention(&s.q, stack.heads, &cache.layers[i], &visible, &mut s.a);
         }
         Some(tree) => tree_attention(stack, cache, i, at, tree),
@@ -242,6 +253,7 @@ fn forward_layer(
 
 /// A Qwen3 or Llama causal language model.
 pub struct Target {
+    /// Its `config.json`.
     pub config: TargetConfig,
     embedding: Matrix,    // [vocab][hidden]
     head: Option<Matrix>, // [vocab][hidden]; none: the embedding
@@ -250,7 +262,10 @@ pub struct Target {
 }
 
 impl Target {
-    /// Weights stay where the checkpoint has them.
+    /// Builds the model on mapped weights, which stay where the checkpoint has them.
+    ///
+    /// # Errors
+    /// What is wrong with a tensor, by its name.
     pub fn load(model: &Model<TargetConfig>) -> Result<Target> {
         let (config, file) = (model.config.clone(), &model.weights);
         file.need_files()?;
@@ -279,14 +294,15 @@ impl Target {
         x
     }
 
-    /// `[rows][vocab]` from final-normed rows `[rows][hidden]`.
+    /// Logits `[rows][vocab]` from final-normed rows `[rows][hidden]`.
     pub fn logits(&self, normed: &[f32], out: &mut Vec<f32>) {
         let rows = normed.len() / self.config.stack.hidden;
         ops::linear(normed, rows, [(self.head.as_ref().unwrap_or(&self.embedding), out)]);
     }
 
-    /// Runs `tokens` at positions `cache.len()..`. Fills `features` `[tokens][taps * hidden]`, the residual stream
-    /// after each tapped layer, in list order (dflash.md 3.1). Returns the final-normed last rows, `[last][hidden]`.
+    /// Runs `tokens` at positions `cache.len()..`. Fills `features` `[tokens][taps * hidden]`, the residual
+    /// stream after each tapped layer, in list order (docs/dflash.md 3.1). Returns the final-normed last
+    /// rows, `[last][hidden]`.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -298,8 +314,9 @@ impl Target {
         self.run(tokens, None, cache, taps, features, last)
     }
 
-    /// Runs a tree whose anchor is at position `cache.len()`: [`Target::forward`] of each of its paths, bit for bit, for all
-    /// rows at once. Row `i`'s keys and values are left at position `cache.len() + i`, whatever its depth.
+    /// Runs a tree whose anchor is at position `cache.len()`. Each row gets the bits that [`Target::forward`]
+    /// gives its path. The keys and values of row `i` are left at position `cache.len() + i`, whatever its
+    /// depth.
     pub fn forward_tree(
         &self,
         tree: &Tree,
@@ -341,8 +358,9 @@ impl Target {
 
 // ---- the drafter ----
 
-/// A DFlash drafter. Embedding and head are the target's.
+/// A DFlash drafter. It uses the embedding and the head of the target.
 pub struct Drafter {
+    /// Its `config.json`.
     pub config: DrafterConfig,
     fc: Matrix,            // [hidden][taps * hidden]
     hidden_norm: Vec<f32>, // [hidden]
@@ -351,7 +369,10 @@ pub struct Drafter {
 }
 
 impl Drafter {
-    /// Weights stay where the checkpoint has them.
+    /// As [`Target::load`].
+    ///
+    /// # Errors
+    /// As [`Target::load`].
     pub fn load(model: &Model<DrafterConfig>) -> Result<Drafter> {
         let (config, file) = (model.config.clone(), &model.weights);
         file.need_files()?;
@@ -367,12 +388,13 @@ impl Drafter {
         })
     }
 
-    /// Values of a position's feature: taps x hidden.
+    /// Length of a position's feature: taps x hidden.
     pub(crate) fn feature(&self) -> usize {
         self.fc.cols
     }
 
-    /// `c = hidden_norm(fc(feature))` for features `[rows][taps * hidden]`: `[rows][hidden]` (dflash.md 3.2).
+    /// `c = hidden_norm(fc(feature))` for features `[rows][taps * hidden]`: `[rows][hidden]` (docs/dflash.md
+    /// 3.2).
     pub fn context(&self, features: &[f32]) -> Vec<f32> {
         let s = &self.config.stack;
         let (mut projected, mut c) = (Vec::new(), Vec::new());
@@ -381,8 +403,9 @@ impl Drafter {
         c
     }
 
-    /// Appends committed positions `cache.len()..` to the context: keys and values of every layer straight from `c`,
-    /// with no input norm (dflash.md 3.2, 4). The context must end where the next block begins.
+    /// Appends committed positions `cache.len()..` to the context: keys and values of every layer straight
+    /// from `c`, with no input norm (docs/dflash.md 3.2, 4). The context must end where the next block
+    /// begins.
     pub fn inject(&self, features: &[f32], cache: &mut Cache) {
         if features.is_empty() {
             return;
@@ -399,8 +422,9 @@ impl Drafter {
         cache.len = at + rows;
     }
 
-    /// One pass over `[anchor, mask x (rows - 1)]` at positions `cache.len()..`: final-normed rows `[rows][hidden]`.
-    /// The block's own keys and values are dropped again. `each` sees every layer's output (for tests).
+    /// One pass over `[anchor, mask x (rows - 1)]` at positions `cache.len()..`: final-normed rows
+    /// `[rows][hidden]`. The block's own keys and values are dropped afterwards. `each` gets every layer's
+    /// output (for tests).
     pub fn hidden(
         &self,
         target: &Target,
@@ -423,7 +447,7 @@ impl Drafter {
         x
     }
 
-    /// Logits of final-normed rows through the target's head, multiplier and softcap (dflash.md 3.5).
+    /// Logits of final-normed rows through the target's head, multiplier and softcap (docs/dflash.md 3.5).
     pub fn logits(&self, target: &Target, normed: &[f32], out: &mut Vec<f32>) {
         target.logits(normed, out);
         let cap = self.config.softcap;

@@ -1,12 +1,13 @@
-//! The reference model's arithmetic on the CPU: matrix products against weights that stay bf16, f16 or f32 in their
-//! files, attention over a KV cache, norms, RoPE, SwiGLU. Knows no model; shares nothing with `cuda/`.
+//! The reference model's arithmetic on the CPU: matrix products against weights that stay bf16, f16 or f32 in
+//! their files, attention over a KV cache, norms, RoPE, SwiGLU. It shares no code with `cuda/`.
 //!
-//! Every sum has one order, a function of shape and absolute position alone: 16 lanes by index modulo 16, folded
-//! 8-4-2-1. A row's bits therefore depend neither on the rows computed with it nor on the number of threads, and are
-//! the same under AVX-512, AVX2 and NEON (x86 without FMA rounds twice and differs in the last bits). This is what
-//! makes speculative decoding equal autoregressive decoding bit for bit.
+//! Every sum has one order, a function of shape and absolute position alone: 16 lanes by index modulo 16,
+//! folded 8-4-2-1. A row's bits therefore depend neither on the rows computed with it nor on the number of
+//! threads, and are the same under AVX-512, AVX2 and NEON (x86 without FMA rounds twice and differs in the
+//! last bits). This is what makes speculative decoding equal autoregressive decoding bit for bit.
 
-// Tiles are small constants, and a plain index into each of several arrays is what unrolls into registers.
+// Tiles are small constants; indexing several arrays with one counter is what the compiler unrolls into
+// registers.
 #![allow(clippy::needless_range_loop)]
 
 use crate::checkpoint::safetensors::{Dtype, Tensor};
@@ -16,7 +17,9 @@ use crate::cpu::simd::{Bf16, Element, F16, F32, Job, LANES, Simd, run, widen, wi
 /// A weight matrix `[rows][cols]` in its checkpoint's bytes; `y = x W^T` reads row `n` for output `n`.
 pub struct Matrix {
     tensor: Tensor,
+    /// Output features.
     pub rows: usize,
+    /// Input features.
     pub cols: usize,
 }
 
@@ -45,21 +48,23 @@ pub fn to_f32(tensor: &Tensor) -> Vec<f32> {
 
 // ---- threads ----
 
-/// Runs `f` on the threads that the other functions here split their work over: as many as this process may use cores
-/// (`taskset` narrows them). Wrap whole programs, not operations: the hand-over costs some microseconds.
+/// Runs `f` on the thread pool that the other functions here split their work over: one thread per core that
+/// this process may use (`taskset` limits them). Wrap whole programs, not operations: entering the pool costs
+/// some microseconds.
 pub fn install<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     match rayon::ThreadPoolBuilder::new().num_threads(cores).build() {
         Ok(pool) => pool.install(f),
         Err(_) => {
-            // No threads to be had: this one does it all. It must be a pool's, or rayon would start threads again.
+            // No threads are available: this one does all the work. It must be a pool's, or rayon would start
+            // threads again.
             let _alone = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
             f()
         }
     }
 }
 
-/// Below this many multiply-adds a second thread costs more than it brings (a hand-over takes about 1 us).
+/// Below this many multiply-adds a second thread costs more than it saves (a hand-over takes about 1 us).
 const WORK_PER_TASK: usize = 1 << 14;
 
 /// `f(0..units)` cut into ranges of whole `grain`s for the pool's threads.
@@ -79,8 +84,8 @@ fn split(units: usize, grain: usize, work: usize, f: &(impl Fn(std::ops::Range<u
 #[derive(Clone, Copy)]
 struct Shared(*mut f32, usize);
 
-// SAFETY: only `block` reaches the pointer, and no two tasks write the same element: a feature of a linear, or a query of
-// attention, belongs to one task.
+// SAFETY: only `block` reaches the pointer, and no two tasks write the same element: a feature of a linear,
+// or a query of attention, belongs to one task.
 unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
@@ -89,7 +94,7 @@ impl Shared {
         Shared(buffer.as_mut_ptr(), buffer.len())
     }
 
-    /// Pointer to element `at`, of which `len` follow in the buffer.
+    /// Pointer to `len` elements from `at` on.
     fn block(&self, at: usize, len: usize) -> *mut f32 {
         assert!(at + len <= self.1);
         // SAFETY: in bounds.
@@ -125,8 +130,8 @@ pub fn linear<const N: usize>(x: &[f32], rows: usize, jobs: [(&Matrix, &mut Vec<
     });
 }
 
-/// `out = softmax(q K^T / sqrt(head_dim)) V` for `q [rows][heads * head_dim]`; row `r` sees the positions `visible(r)`
-/// (not empty). Query head `j` reads KV head `j / (heads / kv_heads)`.
+/// `out = softmax(q K^T / sqrt(head_dim)) V` for `q [rows][heads * head_dim]`; row `r` sees the positions
+/// `visible(r)` (not empty). Query head `j` reads KV head `j / (heads / kv_heads)`.
 pub fn attention(
     q: &[f32],
     heads: usize,
@@ -176,7 +181,8 @@ pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
     }
 }
 
-/// Half-split RoPE in place: `x [rows][heads * head_dim]`, `table [rows][rotary_dims]`, a row's cosines, then sines.
+/// Half-split RoPE in place: `x [rows][heads * head_dim]`, `table [rows][rotary_dims]`, a row's cosines, then
+/// sines.
 pub fn rope(x: &mut [f32], heads: usize, head_dim: usize, table: &[f32], rotary_dims: usize) {
     let half = rotary_dims / 2;
     for (x, table) in x.chunks_mut(heads * head_dim).zip(table.chunks(rotary_dims)) {
@@ -224,8 +230,8 @@ impl Job for Linear<'_> {
 }
 
 impl Linear<'_> {
-    /// Cuts the product into strips of equal tiles. With one row many features share a tile, with many rows two do:
-    /// the same sums either way.
+    /// Cuts the product into strips of equal tiles. With one row many features share a tile, with many rows
+    /// two do: the same sums either way.
     #[inline(always)]
     unsafe fn typed<S: Simd, E: Element>(&self) {
         unsafe {
@@ -292,7 +298,8 @@ impl<E: Element, const MB: usize, const NB: usize> Job for Strip<'_, E, MB, NB> 
     }
 }
 
-/// `MB` rows of x against `NB` features: `x [MB][cols]`, `w [NB][cols]`, `y [MB]` rows at a distance of `stride`.
+/// `MB` rows of x against `NB` features: `x [MB][cols]`, `w [NB][cols]`, `y [MB]` rows at a distance of
+/// `stride`.
 ///
 /// # Safety
 /// As [`Simd`], for all of these.
@@ -386,7 +393,8 @@ impl<const N: usize> Job for Attend<'_, N> {
             assert!(
                 hi <= self.kv.tiles * LANES && self.queries.iter().all(|q| q.visible.start < q.visible.end)
             );
-            // Tiles are aligned to absolute positions, so a key's lane and its place in every sum never change.
+            // Tiles are aligned to absolute positions, so a key's lane and its place in every sum never
+            // change.
             let (first, tiles) = (lo / LANES, hi.div_ceil(LANES) - lo / LANES);
             let width = tiles * LANES;
             self.scores.resize(N * width, 0.0);
@@ -475,8 +483,9 @@ impl<const N: usize> Job for Attend<'_, N> {
     }
 }
 
-/// For each of `N` queries the sum over the keys it has `seen`, in ascending order, of weight times `16 D` dims of the
-/// value. Hidden values are left out, not weighed with zero: one that is not finite would spoil the sum.
+/// For each of `N` queries the sum over the keys it has `seen`, in ascending order, of weight times `16 D`
+/// dims of the value. Hidden values are left out instead of weighted with zero, because a nonfinite value
+/// times zero is NaN.
 ///
 /// # Safety
 /// As [`Simd`]; `weights` and `values` (rows `stride` apart) reach to the end of what is seen.
@@ -572,7 +581,7 @@ impl Job for Swiglu<'_> {
 #[inline(always)]
 unsafe fn exp<S: Simd>(x: S::V) -> S::V {
     unsafe {
-        // In this order, because of two operands of which one is NaN the second is returned.
+        // The order matters: `min` and `max` return the second operand if either is NaN.
         let x = S::min(S::splat(88.0), S::max(S::splat(-87.3), x));
         // n = round(x / ln 2) by adding 1.5 * 2^23, whose low bits then hold n; r = x - n ln 2 in two steps.
         let magic = S::splat(12_582_912.0);
@@ -624,7 +633,8 @@ mod tests {
         }};
     }
 
-    /// All with fused multiply-add agree bit for bit; the plain one, which may round twice, to 1e-5 of the largest.
+    /// All with fused multiply-add agree bit for bit; the plain one, which may round twice, to 1e-5 of the
+    /// largest.
     fn agree(results: &[Vec<f32>], what: &str) {
         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
         assert!(results[0].iter().all(|v| v.is_finite()));

@@ -1,5 +1,5 @@
-//! Vectors of 16 f32 under AVX-512, AVX2, or plain Rust, and the widening of weights into them. Knows no operation;
-//! `cpu.rs` writes those once, generic over [`Simd`].
+//! Vectors of 16 f32 under AVX-512, AVX2, or plain Rust, and the widening of weights into them. The
+//! operations are in [`crate::cpu::ops`], written once and generic over [`Simd`].
 
 use crate::checkpoint::safetensors::Dtype;
 
@@ -91,15 +91,17 @@ pub(crate) fn widen_as<E: Element>(bytes: &[u8], out: &mut [f32]) {
 
 // ---- instruction sets ----
 
-/// A vector of 16 f32 and what is done with it.
+/// A vector of 16 f32 and its operations.
 ///
 /// # Safety
-/// Every method requires that the CPU has the type's instructions; loads and stores that 16 elements are accessible.
+/// Every method requires that the CPU has the type's instructions; loads and stores that 16 elements are
+/// accessible.
 pub(crate) trait Simd: Sized {
     type V: Copy;
     /// Accumulators that fit the registers.
     const TILE: usize;
-    /// Runs a job compiled for these instructions, in a function of its own: one large function spills registers.
+    /// Runs a job compiled for these instructions, in a function of its own: one large function spills
+    /// registers.
     unsafe fn call(job: impl Job);
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
@@ -217,14 +219,15 @@ pub(crate) mod x86 {
     use super::{Job, LANES, Simd};
     use std::arch::x86_64::*;
 
-    /// What [`Avx2`] needs.
+    /// Whether the CPU has the instructions of [`Avx2`].
     pub fn has_avx2() -> bool {
         is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
     }
 
-    /// What [`Avx512`] needs. Without VL the compiler leaves half of the 32 registers unused.
+    /// Whether the CPU has the instructions of [`Avx512`]. Without VL the compiler leaves half of the 32
+    /// registers unused.
     pub fn has_avx512() -> bool {
         has_avx2()
             && is_x86_feature_detected!("avx512f")
@@ -305,7 +308,8 @@ pub(crate) mod x86 {
                 _mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(127 << 23)))
             }
         }
-        /// The 16 folds at once: each step adds halves of vector pairs, so that 15 additions serve all 16 sums.
+        /// The 16 folds at once: each step adds halves of vector pairs, so that 15 additions serve all 16
+        /// sums.
         #[inline(always)]
         unsafe fn sum16(v: [__m512; 16]) -> [f32; LANES] {
             unsafe {
@@ -338,8 +342,8 @@ pub(crate) mod x86 {
                     let high = _mm512_shuffle_ps::<0b11_10_11_10>(b[i], b[i + 2]);
                     c[i] = _mm512_add_ps(low, high);
                 }
-                // l and l + 1: lanes of a quarter hold c0's pairs, then c1's.
-                // Quarter q, lane p would hold vector {0, 8, 4, 12}[q] + {0, 2, 1, 3}[p]: undone by the order going in.
+                // l and l + 1: lanes of a quarter hold c0's pairs, then c1's. Quarter q, lane p would hold
+                // vector {0, 8, 4, 12}[q] + {0, 2, 1, 3}[p]: undone by the order going in.
                 let low = _mm512_shuffle_ps::<0b10_00_10_00>(c[0], c[1]);
                 let high = _mm512_shuffle_ps::<0b11_01_11_01>(c[0], c[1]);
                 Self::lanes(_mm512_add_ps(low, high))

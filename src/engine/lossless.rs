@@ -1,95 +1,125 @@
-//! Whether DFlash is lossless for a request, bit for bit: not only the same tokens, but each of them chosen by the same
-//! logits as in autoregressive decoding. Runs on any [`Decoder`]; the rounds are those of [`generate`], overheard.
+//! The lossless check: whether a request's answer with drafts equals that of autoregressive decoding.
+//! [`check_lossless`] compares tokens; [`check`] also compares the logits that chose each token, bit for bit,
+//! on any [`Decoder`].
 
-use crate::engine::generate::{
-    Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, TokenSink, check_lossless, generate,
-};
+use crate::engine::decoder::{Decoder, Emitted, Prefill};
+use crate::engine::generate::{Flow, TokenSink, generate};
+use crate::engine::request::{Finish, Outcome, Request};
 use crate::{Error, Result};
 
-/// What was held against autoregressive decoding.
+/// Compares a speculative answer with that of autoregressive decoding to the same request: same tokens, same
+/// end.
+///
+/// # Errors
+/// [`Error::Lossless`] with the first difference.
+pub fn check_lossless(autoregressive: &Outcome, speculative: &Outcome) -> Result<()> {
+    let pairs = autoregressive.tokens.iter().zip(&speculative.tokens);
+    let at = pairs.take_while(|(a, b)| a == b).count();
+    let token = |outcome: &Outcome| match outcome.tokens.get(at) {
+        Some(id) => format!("goes on with {id}"),
+        None => format!("ends there ({})", outcome.finish.name()),
+    };
+    let lengths = [autoregressive.tokens.len(), speculative.tokens.len()];
+    if lengths == [at, at] && autoregressive.finish == speculative.finish {
+        return Ok(());
+    }
+    Err(Error::Lossless(format!(
+        "after {at} equal tokens autoregressive decoding {}, and DFlash {}",
+        token(autoregressive),
+        token(speculative)
+    )))
+}
+
+/// The result of [`check`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {
     /// Tokens of the answer with drafts.
     pub tokens: usize,
-    /// Rounds that brought them.
+    /// Rounds that produced them.
     pub rounds: usize,
-    /// Rows whose logits `[vocab]` were compared: one for every token of the answer but the first, up to a difference.
+    /// Rows whose logits `[vocab]` were compared: one for every token of the answer but the first, up to a
+    /// difference.
     pub compared: usize,
-    /// Rows behind the last accepted draft of a round: no token came of them, and autoregressive decoding has none to hold against
-    /// them; nor of a tree's rows beside its path.
+    /// Verified rows that produced no token: those after the last accepted draft of a round, and those of a
+    /// tree that are not on its path. Autoregressive decoding has no logits to compare them with.
     pub rejected: usize,
-    /// [`Error::Lossless`]: the first difference.
+    /// The first difference, as [`Error::Lossless`].
     pub identical: Result<()>,
 }
 
-/// Runs `request` plainly and then in its own blocks, alone on `decoder`, which is watched from now on: it must give the
-/// same tokens and the same end, and every token must come of the same logits, bit for bit. `listener` makes one for each
-/// run. None where it interrupts.
+/// Runs `request` by autoregressive decoding and then in its own blocks, alone on `decoder`, and compares:
+/// both must give the same tokens and the same end, and every token must come from the same logits, bit for
+/// bit.
 ///
-/// The first token is no round's: both runs have it from the same pass over the prompt, and only the token is compared.
-/// Of a row's logits a hash of 64 bits is kept. Watched rounds are not quite those of an unwatched decoder: greedy ones write
-/// their logits, too.
+/// `sink` makes a sink for each run. Returns `None` where a sink interrupts. The decoder is watched from then
+/// on ([`Decoder::watch`]).
+///
+/// The first token belongs to no round. Both runs get it from the same pass over the prompt, so only the
+/// token is compared. Of each row's logits a hash of 64 bits is kept. Watched rounds differ from unwatched
+/// ones in one thing: greedy rounds write their logits, too.
 ///
 /// # Errors
-/// As [`generate`]. A difference is none: it is in the report.
-pub fn check<L: TokenSink>(
+/// As [`generate`]. A difference is not an error: it is in the report.
+pub fn check<S: TokenSink>(
     decoder: &mut dyn Decoder,
     request: &Request,
-    mut listener: impl FnMut() -> Result<L>,
+    mut sink: impl FnMut() -> Result<S>,
 ) -> Result<Option<Report>> {
     decoder.watch();
-    let plainly = Request { block: 1, ..request.clone() };
+    let autoregressive = Request { block: 1, ..request.clone() };
     let mut hashes = Vec::new();
-    let plain =
-        overhear(decoder, &plainly, &mut listener()?, &mut |_, _, logits| hashes.push(hash(&logits)))?;
-    if plain.finish == Finish::Interrupted {
+    let expected =
+        observe(decoder, &autoregressive, &mut sink()?, &mut |_, _, logits| hashes.push(hash(&logits)))?;
+    if expected.finish == Finish::Interrupted {
         return Ok(None);
     }
 
-    let (mut compared, mut parted, mut other) = (0, false, None);
+    let (mut compared, mut differs, mut other) = (0, false, None);
     let mut compare = |at: usize, token: u32, logits: Vec<f32>| {
-        // Behind a difference all may differ; behind the answer's end is nothing to compare with.
-        if let (false, Some(expected)) = (parted, plain.tokens.get(at)) {
+        // After a difference everything may differ; after the answer's end there is nothing to compare with.
+        if let (false, Some(own)) = (differs, expected.tokens.get(at)) {
             compared += usize::from(at > 0);
             if hash(&logits) != hashes[at] {
                 other = Some((at, logits));
             }
-            parted = other.is_some() || token != *expected;
+            differs = other.is_some() || token != *own;
         }
     };
-    let drafted = overhear(decoder, request, &mut listener()?, &mut compare)?;
-    if drafted.finish == Finish::Interrupted {
+    let speculative = observe(decoder, request, &mut sink()?, &mut compare)?;
+    if speculative.finish == Finish::Interrupted {
         return Ok(None);
     }
     let identical = match other {
-        None => check_lossless(&plain, &drafted),
+        None => check_lossless(&expected, &speculative),
         Some((at, logits)) => {
-            // Once more up to there: nobody keeps the logits of a whole answer.
-            let upto = Request { max_tokens: at + 1, stop_ids: vec![], ..plainly };
+            // Runs again up to there, because only hashes were kept.
+            let upto = Request { max_tokens: at + 1, stop_ids: vec![], ..autoregressive };
             let mut own = Vec::new();
-            overhear(decoder, &upto, &mut Silent, &mut |_, _, logits| own = logits)?;
+            observe(decoder, &upto, &mut Silent, &mut |_, _, logits| own = logits)?;
             Err(difference(at, request.prompt.len() + at, hash(&own) == hashes[at], &own, &logits))
         }
     };
+    let rounds = speculative.drafted.iter().zip(&speculative.accepted);
     Ok(Some(Report {
-        tokens: drafted.tokens.len(),
-        rounds: drafted.accepted.len(),
+        tokens: speculative.tokens.len(),
+        rounds: speculative.accepted.len(),
         compared,
-        rejected: drafted.drafted.iter().zip(&drafted.accepted).map(|(d, judged)| d + 1 - judged).sum(),
+        rejected: rounds.map(|(drafted, produced)| drafted + 1 - produced).sum(),
         identical,
     }))
 }
 
-/// `at`: the token's place in the answer, from 0. `repeats`: autoregressive decoding gave the same logits twice.
-fn difference(at: usize, position: usize, repeats: bool, plain: &[f32], drafted: &[f32]) -> Error {
-    let pairs = || plain.iter().zip(drafted).enumerate().filter(|(_, (a, b))| a.to_bits() != b.to_bits());
+/// The error for different logits. `at`: index of the token in the answer. `repeats`: autoregressive decoding
+/// gave the same logits twice.
+fn difference(at: usize, position: usize, repeats: bool, expected: &[f32], found: &[f32]) -> Error {
+    let pairs = || expected.iter().zip(found).enumerate().filter(|(_, (a, b))| a.to_bits() != b.to_bits());
     let token = format!("token {} (position {position})", at + 1);
     Error::Lossless(match pairs().next() {
         Some((id, (a, b))) if repeats => format!(
             "{token} came of other logits: {} of {} differ, the first that of id {id}: {a} in autoregressive decoding, {b} in \
              DFlash",
             pairs().count(),
-            plain.len()
+            expected.len()
         ),
         _ => format!(
             "autoregressive decoding does not repeat itself: {token} came of other logits when it ran again"
@@ -97,7 +127,7 @@ fn difference(at: usize, position: usize, repeats: bool, plain: &[f32], drafted:
     })
 }
 
-/// Two rows that differ in one logit always have different hashes.
+/// Two rows that differ in exactly one logit always have different hashes.
 fn hash(logits: &[f32]) -> u64 {
     let mix = |hash: u64, logit: &f32| {
         (hash.rotate_left(27) ^ u64::from(logit.to_bits())).wrapping_mul(0x9e37_79b9_7f4a_7c15)
@@ -105,17 +135,17 @@ fn hash(logits: &[f32]) -> u64 {
     logits.iter().fold(0, mix)
 }
 
-/// Hears each token of an answer: its place from 0, its id, and the logits it came of, none for the first. Rounds may bring
-/// more than the answer takes.
-type Ear<'a> = dyn FnMut(usize, u32, Vec<f32>) + 'a;
+/// Called with each token of an answer: its index, its id, and the logits that chose it, none for the first.
+/// Rounds may bring more tokens than the answer takes.
+type Observer<'a> = dyn FnMut(usize, u32, Vec<f32>) + 'a;
 
-fn overhear(
+fn observe(
     decoder: &mut dyn Decoder,
     request: &Request,
-    listener: &mut dyn TokenSink,
-    ear: &mut Ear,
+    sink: &mut dyn TokenSink,
+    observer: &mut Observer,
 ) -> Result<Outcome> {
-    generate(&mut Overheard { decoder, slot: 0, tokens: 0, ear }, request, listener)
+    generate(&mut Observed { decoder, slot: 0, tokens: 0, observer }, request, sink)
 }
 
 struct Silent;
@@ -126,15 +156,15 @@ impl TokenSink for Silent {
     }
 }
 
-/// A watched decoder of one sequence; whatever it emits is told to somebody else, too.
-struct Overheard<'a> {
+/// A watched decoder of one sequence, which also reports what it emits to an observer.
+struct Observed<'a> {
     decoder: &'a mut dyn Decoder,
     slot: usize,
     tokens: usize,
-    ear: &'a mut Ear<'a>,
+    observer: &'a mut Observer<'a>,
 }
 
-impl Decoder for Overheard<'_> {
+impl Decoder for Observed<'_> {
     fn vocab(&self) -> usize {
         self.decoder.vocab()
     }
@@ -147,15 +177,15 @@ impl Decoder for Overheard<'_> {
         self.decoder.slots()
     }
 
-    fn join(&mut self, slot: usize, request: &Request, keep: bool) -> Result<Option<usize>> {
+    fn admit(&mut self, slot: usize, request: &Request, keep: bool) -> Result<Option<usize>> {
         self.slot = slot;
-        self.decoder.join(slot, request, keep)
+        self.decoder.admit(slot, request, keep)
     }
 
     fn prefill(&mut self, slot: usize) -> Result<Prefill> {
         let prefill = self.decoder.prefill(slot)?;
         if let Some(first) = prefill.next {
-            (self.ear)(0, first, Vec::new());
+            (self.observer)(0, first, Vec::new());
             self.tokens = 1;
         }
         Ok(prefill)
@@ -164,14 +194,14 @@ impl Decoder for Overheard<'_> {
     fn round(&mut self, out: &mut [Emitted]) -> Result<()> {
         self.decoder.round(out)?;
         for (row, token) in out[self.slot].tokens.iter().enumerate() {
-            (self.ear)(self.tokens, *token, self.decoder.logits(self.slot, row)?);
+            (self.observer)(self.tokens, *token, self.decoder.logits(self.slot, row)?);
             self.tokens += 1;
         }
         Ok(())
     }
 
-    fn leave(&mut self, slot: usize, tokens: usize) -> Result<()> {
-        self.decoder.leave(slot, tokens)
+    fn release(&mut self, slot: usize, tokens: usize) -> Result<()> {
+        self.decoder.release(slot, tokens)
     }
 
     fn watch(&mut self) {
@@ -180,5 +210,41 @@ impl Decoder for Overheard<'_> {
 
     fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {
         self.decoder.logits(slot, row)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn different_answers_are_reported_where_they_part() {
+        let outcome = |tokens: &[u32], finish| Outcome { tokens: tokens.to_vec(), ..Outcome::new(finish) };
+        let expected = outcome(&[5, 6, 7], Finish::Length);
+        // Rounds and times may differ.
+        let same = Outcome { accepted: vec![2], decode: Duration::from_secs(1), ..expected.clone() };
+        assert_eq!(check_lossless(&expected, &same), Ok(()));
+        for (other, sentence) in [
+            (
+                outcome(&[5, 9, 7], Finish::Length),
+                "after 1 equal tokens autoregressive decoding goes on with 6, and DFlash goes on with 9",
+            ),
+            (
+                outcome(&[5, 6], Finish::Stop),
+                "after 2 equal tokens autoregressive decoding goes on with 7, and DFlash ends there (stop)",
+            ),
+            (
+                outcome(&[5, 6, 7, 8], Finish::Length),
+                "after 3 equal tokens autoregressive decoding ends there (length), and DFlash goes on with 8",
+            ),
+            (
+                outcome(&[5, 6, 7], Finish::Stop),
+                "after 3 equal tokens autoregressive decoding ends there (length), and DFlash ends there (stop)",
+            ),
+        ] {
+            let error = check_lossless(&expected, &other).unwrap_err();
+            assert_eq!((error.exit_code(), error.to_string().as_str()), (6, sentence));
+        }
     }
 }

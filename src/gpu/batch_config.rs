@@ -4,6 +4,8 @@
 use crate::checkpoint::pair::Pair;
 use crate::gpu::kernels::PAGE;
 use crate::gpu::kernels::attention::MAX_SLOTS;
+use crate::spec::config::{SpecConfig, VerifyMethod};
+use crate::spec::draft_length::DraftLengthPolicy;
 use crate::spec::tree::MOST_ROWS;
 use crate::{Error, Result};
 use std::fmt;
@@ -29,28 +31,16 @@ pub struct BatchConfig {
     /// Reserves the drafter's logits and the distributions of both models, which the verification methods
     /// `rejection` and `block` read. Without them every request must use `match`.
     pub draft_probs: bool,
-    /// Captures rounds of several sizes, down to AR steps that keep the drafter's cache up to date, and
-    /// chooses among them by this policy. None: every round has the full size.
-    pub adaptive: Option<AdaptiveLength>,
-}
-
-/// How many drafts an adaptive batch verifies in a round.
-///
-/// This is [`DraftLengthPolicy`](crate::spec::draft_length::DraftLengthPolicy) without costs: the batch takes
-/// them from its device.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum AdaptiveLength {
-    /// As many as minimize the modelled time per token; AR steps where drafting does not pay.
-    CostModel,
-    /// The leading drafts whose acceptance probability is at least this: above 0, at most 1.
-    Threshold(f64),
+    /// Captures rounds of several sizes, down to AR steps that keep the drafter's cache up to date, for
+    /// requests whose draft length adapts. Without it every round has the full size.
+    pub adaptive: bool,
 }
 
 impl BatchConfig {
     /// Chains only, verified by `match`, with enough pages for every sequence to have `positions` positions.
     pub fn new(sequences: usize, block: usize, positions: usize) -> BatchConfig {
         let pages = sequences.saturating_mul(positions.div_ceil(PAGE));
-        BatchConfig { sequences, block, pages, positions, tree: 0, draft_probs: false, adaptive: None }
+        BatchConfig { sequences, block, pages, positions, tree: 0, draft_probs: false, adaptive: false }
     }
 
     /// The same with trees of up to `rows` rows. A tree's rows take cache slots behind the sequence's
@@ -58,6 +48,15 @@ impl BatchConfig {
     pub fn with_trees(self, rows: usize) -> BatchConfig {
         let pages = self.sequences.saturating_mul((self.positions + rows).div_ceil(PAGE));
         BatchConfig { pages, tree: rows, ..self }
+    }
+
+    /// The same for requests with this configuration.
+    pub fn for_spec(self, spec: &SpecConfig) -> BatchConfig {
+        BatchConfig {
+            draft_probs: spec.method() != VerifyMethod::Match,
+            adaptive: spec.draft_length() != DraftLengthPolicy::Full,
+            ..self.with_trees(spec.tree_rows().unwrap_or(0))
+        }
     }
 
     /// The most rows that a round verifies of one sequence, the anchor included.

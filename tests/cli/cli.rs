@@ -489,7 +489,7 @@ fn compare_tells_rates_and_identity() {
             ["--compare", "--prompts", &file, "-n", "30"].iter().chain(sampling).copied().collect();
         let table = run(&args).done();
         let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
-        assert_eq!(rows[0].join(" "), "prompt tokens plain tok/s dflash tok/s ratio tau identical");
+        assert_eq!(rows[0].join(" "), "prompt tokens AR tok/s dflash tok/s ratio tau identical");
         assert_eq!(rows.iter().skip(1).map(|r| r[0]).collect::<Vec<_>>(), ["1", "2", "all"]);
         assert_eq!(rows.iter().skip(1).map(|r| r[1]).collect::<Vec<_>>(), ["30", "30", "60"]);
         assert!(rows.iter().skip(1).all(|r| r.len() == 7 && r[6] == "yes"), "{table}");
@@ -764,7 +764,7 @@ fn too_little_memory_is_a_sentence() {
     let bytes = 2 * tiles * (24 + 32) * 4;
     let sentence = format!(
         "dflash-gen: not enough memory: the KV cache of each layer needs {bytes} bytes for {positions} positions \
-         (prompt and --max-tokens)\n"
+         (prompt and max_tokens)\n"
     );
     assert_eq!((run.code, run.out.as_str(), run.err), (5, "", sentence));
 }

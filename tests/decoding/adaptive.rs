@@ -15,12 +15,12 @@ use dflash::cpu::model::{Drafter, Target};
 use dflash::cpu::ops;
 use dflash::engine::generate::{Decoder, Outcome, Request, generate};
 use dflash::engine::lossless;
-use dflash::gpu::batch_config::{AdaptiveLength, BatchConfig};
-use dflash::gpu::decoder::{Batch, Models as DeviceModels};
+use dflash::gpu::batch_config::BatchConfig;
+use dflash::gpu::decoder::{Batch, Models as DeviceBackend};
 use dflash::gpu::emulator::Emulator;
+use dflash::spec::config::{SpecConfig, VerifyMethod};
 use dflash::spec::draft_length::{Controller, Costs, DraftLengthPolicy, Fixed};
 use dflash::spec::sampling::SamplingParams;
-use dflash::spec::verify::{SpecConfig, VerifyMethod};
 use random::Random;
 use serde_json::Value;
 use std::cell::{Cell, RefCell};
@@ -55,19 +55,42 @@ fn alone(decoder: &mut dyn Decoder, request: &Request) -> Outcome {
     generate(decoder, request, &mut Silent).unwrap()
 }
 
-fn run(models: &Models, tree: Option<usize>, goal: &DraftLengthPolicy, request: &Request) -> Outcome {
-    let sequences = Sequences::new(&models.0, Some(&models.1), 1, usize::MAX);
-    let request = Request { drafting: SpecConfig { tree, ..Default::default() }, ..request.clone() };
-    ops::install(|| generate(&mut sequences.adaptive(goal), &request, &mut Silent)).unwrap()
+/// A policy, and what rounds cost.
+type Goal = (DraftLengthPolicy, Costs);
+
+fn pays(costs: Costs) -> Goal {
+    (DraftLengthPolicy::CostModel, costs)
+}
+
+fn threshold(least: f64) -> Goal {
+    (DraftLengthPolicy::Threshold(least), costs(0.0, |_| 1.0))
+}
+
+fn full() -> Goal {
+    (DraftLengthPolicy::Full, costs(0.0, |_| 1.0))
+}
+
+fn sequences<'a>(models: &'a Models, goal: &Goal) -> Sequences<'a> {
+    Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).with_costs(&goal.1)
+}
+
+/// With rounds as large as the goal says, where they may be.
+fn adapting(goal: &Goal, request: &Request) -> Request {
+    Request { spec: crowd::with_length(&request.spec, goal.0), ..request.clone() }
+}
+
+fn run(models: &Models, tree: Option<usize>, goal: &Goal, request: &Request) -> Outcome {
+    let request = Request { spec: crowd::spec(VerifyMethod::Match, 0.0, tree), ..request.clone() };
+    ops::install(|| generate(&mut sequences(models, goal), &adapting(goal, &request), &mut Silent)).unwrap()
 }
 
 #[test]
 fn no_goal_changes_what_is_emitted() {
     let (demo, few, many) = (load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()), drawn(4), drawn(90));
-    let cheap = DraftLengthPolicy::CostModel(costs(0.1, |_| 1.0));
-    let dear = DraftLengthPolicy::CostModel(costs(0.1, |rows| 0.5 + 0.5 * rows as f64));
-    let stairs = DraftLengthPolicy::CostModel(costs(0.3, |rows| rows.div_ceil(5) as f64));
-    let often = DraftLengthPolicy::Threshold(0.4);
+    let cheap = pays(costs(0.1, |_| 1.0));
+    let dear = pays(costs(0.1, |rows| 0.5 + 0.5 * rows as f64));
+    let stairs = pays(costs(0.3, |rows| rows.div_ceil(5) as f64));
+    let often = threshold(0.4);
     let prompts = held();
     let (mut cut, mut plain_steps) = (0, 0);
     for (models, prompt, tokens) in
@@ -75,9 +98,9 @@ fn no_goal_changes_what_is_emitted() {
     {
         for temperature in [0.0, 0.8] {
             let request = seeded(prompt, tokens, models.1.config.block, temperature, 3);
-            let plain = run(models, None, &DraftLengthPolicy::Full, &Request { block: 1, ..request.clone() });
+            let plain = run(models, None, &full(), &Request { block: 1, ..request.clone() });
             for tree in [None, Some(30)] {
-                let whole = run(models, tree, &DraftLengthPolicy::Full, &request);
+                let whole = run(models, tree, &full(), &request);
                 for goal in [&cheap, &dear, &stairs, &often] {
                     let got = run(models, tree, goal, &request);
                     assert_eq!((&got.tokens, got.finish), (&plain.tokens, plain.finish));
@@ -99,12 +122,12 @@ fn no_goal_changes_what_is_emitted() {
 fn a_threshold_cuts_chains_and_trees_at_paths_below_it() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     for least in [0.02, 0.3, 0.99, 1.0] {
-        let (goal, mut sizes) = (DraftLengthPolicy::Threshold(least), vec![]);
+        let (goal, mut sizes) = (threshold(least), vec![]);
         for tree in [None, Some(64), Some(6)] {
-            let mut sequence = Sequence::new(&models.0, Some(&models.1)).adaptive(&goal);
-            let drafting = SpecConfig { tree, ..Default::default() };
-            let asked = Request { drafting, ..request(&held()[4], 120, 16, 0.0) };
-            sequence.start(&asked).unwrap();
+            let mut sequence = Sequence::new(&models.0, Some(&models.1));
+            let spec = crowd::spec(VerifyMethod::Match, 0.0, tree);
+            let asked = Request { spec, ..request(&held()[4], 120, 16, 0.0) };
+            sequence.start(&adapting(&goal, &asked)).unwrap();
             while sequence.prefill().unwrap().next.is_none() {}
             let mut out = vec![];
             while out.len() < 60 {
@@ -136,12 +159,7 @@ fn a_drafter_that_is_never_right_is_left_alone_for_the_most_part() {
     let models = drawn(1000);
     let cheap = costs(0.3, |rows| 1.0 + 0.02 * rows as f64);
     for tree in [None, Some(16)] {
-        let got = run(
-            &models,
-            tree,
-            &DraftLengthPolicy::CostModel(cheap.clone()),
-            &seeded(&[7, 8, 9], 240, 8, 1.0, 2),
-        );
+        let got = run(&models, tree, &pays(cheap.clone()), &seeded(&[7, 8, 9], 240, 8, 1.0, 2));
         let steps: Vec<f64> =
             got.drafted.iter().map(|d| if *d > 0 { cheap.round(*d) } else { 1.02 }).collect();
         let (drafted, each) =
@@ -178,11 +196,7 @@ fn a_drafter_that_was_left_alone_catches_up() {
 // ---- drafts that are drawn, on the CPU ----
 
 fn draws(rule: VerifyMethod) -> SpecConfig {
-    SpecConfig {
-        rule,
-        sampling: SamplingParams { temperature: 1.0, ..SpecConfig::default().sampling },
-        tree: None,
-    }
+    crowd::spec(rule, 1.0, None)
 }
 
 /// Sizes that earlier rounds chose, of whole generations long enough to have them; AR steps among them.
@@ -190,16 +204,17 @@ fn draws(rule: VerifyMethod) -> SpecConfig {
 fn rounds_of_drawn_drafts_that_adapt_have_the_targets_law() {
     const TOKENS: usize = 12;
     let models = drawn(4);
-    let dear = DraftLengthPolicy::CostModel(costs(0.2, |rows| 1.0 + 0.12 * rows as f64));
-    let often = DraftLengthPolicy::Threshold(0.25);
+    let dear = pays(costs(0.2, |rows| 1.0 + 0.12 * rows as f64));
+    let often = threshold(0.25);
     ops::install(|| {
         for (rule, goal) in
             [VerifyMethod::Rejection, VerifyMethod::Block].into_iter().flat_map(|r| [(r, &dear), (r, &often)])
         {
-            let mut asked = Request { drafting: draws(rule), ..request(&[1, 2, 3], TOKENS, 6, 1.0) };
-            (asked.sampling.top_k, asked.drafting.sampling.top_k) = (2, 3);
+            let spec = crowd::with_top_k(&draws(rule), 3);
+            let mut asked = adapting(goal, &Request { spec, ..request(&[1, 2, 3], TOKENS, 6, 1.0) });
+            asked.sampling.top_k = 2;
             let distribution = distribution::distribution(&models.0, &asked.prompt, &asked.sampling, TOKENS);
-            let mut sequences = Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).adaptive(goal);
+            let mut sequences = sequences(&models, goal);
             let mut sizes = [0; 6];
             let answer = |seed| {
                 let sampling = SamplingParams { seed, ..asked.sampling.clone() };
@@ -217,17 +232,12 @@ fn rounds_of_drawn_drafts_that_adapt_have_the_targets_law() {
 #[test]
 fn coupled_drafts_that_adapt_change_no_token() {
     let models = drawn(4);
-    let asked = Request { drafting: draws(VerifyMethod::Match), ..request(&[1, 2, 3], 200, 16, 1.0) };
-    let answer = |goal: &DraftLengthPolicy, asked: &Request| {
-        alone(&mut Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).adaptive(goal), asked)
-    };
-    let (plain, whole) = (Request { block: 1, ..asked.clone() }, answer(&DraftLengthPolicy::Full, &asked));
-    for goal in [
-        DraftLengthPolicy::CostModel(costs(0.2, |rows| 1.0 + 0.12 * rows as f64)),
-        DraftLengthPolicy::Threshold(0.3),
-    ] {
+    let asked = Request { spec: draws(VerifyMethod::Match), ..request(&[1, 2, 3], 200, 16, 1.0) };
+    let answer = |goal: &Goal, asked: &Request| alone(&mut sequences(&models, goal), &adapting(goal, asked));
+    let (plain, whole) = (Request { block: 1, ..asked.clone() }, answer(&full(), &asked));
+    for goal in [pays(costs(0.2, |rows| 1.0 + 0.12 * rows as f64)), threshold(0.3)] {
         let got = answer(&goal, &asked);
-        assert_eq!(got.tokens, answer(&DraftLengthPolicy::Full, &plain).tokens);
+        assert_eq!(got.tokens, answer(&full(), &plain).tokens);
         let first = |outcome: &Outcome| outcome.accepted[..4].to_vec();
         assert_eq!(first(&got), first(&whole), "the drafts are the coupled ones");
         assert!(got.drafted[4..].iter().all(|drafts| *drafts < 12), "{goal:?}: {:?}", got.drafted);
@@ -238,11 +248,10 @@ fn coupled_drafts_that_adapt_change_no_token() {
 #[test]
 fn drawn_drafts_under_any_threshold_go_on() {
     let models = drawn(90);
-    let (goal, mut asked) = (DraftLengthPolicy::Threshold(1.0), request(&[5, 6], 60, 8, 1.0));
+    let (goal, mut asked) = (threshold(1.0), request(&[5, 6], 60, 8, 1.0));
     for rule in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
-        asked.drafting = draws(rule);
-        let got =
-            alone(&mut Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).adaptive(&goal), &asked);
+        asked.spec = draws(rule);
+        let got = alone(&mut sequences(&models, &goal), &adapting(&goal, &asked));
         assert_eq!(
             (&got.drafted[..4], got.drafted[4..].iter().all(|drafts| *drafts == 1)),
             (&[7; 4][..], true)
@@ -254,12 +263,10 @@ fn drawn_drafts_under_any_threshold_go_on() {
 #[test]
 fn drawn_trees_do_not_adapt() {
     let models = drawn(4);
-    let goal = DraftLengthPolicy::Threshold(1.0);
+    let goal = threshold(1.0);
     for (rule, drafts) in [(VerifyMethod::Rejection, 11), (VerifyMethod::Block, 9)] {
-        let asked =
-            Request { drafting: SpecConfig { tree: Some(12), ..draws(rule) }, ..request(&[1], 40, 4, 1.0) };
-        let got =
-            alone(&mut Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).adaptive(&goal), &asked);
+        let asked = Request { spec: crowd::spec(rule, 1.0, Some(12)), ..request(&[1], 40, 4, 1.0) };
+        let got = alone(&mut sequences(&models, &goal), &adapting(&goal, &asked));
         assert!(got.drafted.iter().all(|drafted| *drafted == drafts), "{rule:?}: {:?}", got.drafted);
     }
 }
@@ -271,20 +278,17 @@ fn on_device(vocab: usize, room: BatchConfig, then: impl FnOnce(&mut Batch)) {
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&support::Target { vocab, ..target }, &drafter));
     let device = Emulator::new();
-    let models = DeviceModels::load(&device, &pair, room.positions).unwrap();
+    let models = DeviceBackend::load(&device, &pair, room.positions).unwrap();
     then(&mut Batch::new(&device, &models, room).unwrap());
 }
 
 fn room(sequences: usize, tree: usize) -> BatchConfig {
-    BatchConfig {
-        adaptive: Some(AdaptiveLength::CostModel),
-        ..BatchConfig::new(sequences, 16, 256).with_trees(tree)
-    }
+    BatchConfig { adaptive: true, ..BatchConfig::new(sequences, 16, 256).with_trees(tree) }
 }
 
 fn with_tree(request: &Request, rows: usize) -> Request {
     let tree = (rows > 0).then_some(rows);
-    Request { drafting: SpecConfig { tree, ..request.drafting.clone() }, ..request.clone() }
+    Request { spec: crowd::spec(VerifyMethod::Match, 0.0, tree), ..request.clone() }
 }
 
 /// Says so, and then that all may be drafted.
@@ -299,7 +303,7 @@ impl Controller for Script {
         self.sizes.pop_front().unwrap_or(most)
     }
 
-    fn judged(&mut self, verified: usize, stood: u64) {
+    fn observe(&mut self, verified: usize, stood: u64) {
         self.heard.borrow_mut().push((verified, stood));
     }
 }
@@ -320,7 +324,7 @@ impl Controller for Wild {
         drafts
     }
 
-    fn judged(&mut self, verified: usize, _: u64) {
+    fn observe(&mut self, verified: usize, _: u64) {
         // Where positions end there may be fewer than the host knew of.
         let asked = self.asked.pop_front().unwrap();
         assert!(verified <= asked, "{verified} of {asked}");
@@ -370,7 +374,7 @@ fn rounds_on_a_device_verify_what_controllers_say_each_in_its_round() {
                     (drafts, *tokens, 1),
                     "request {i}"
                 );
-                let is_tree = requests[i].drafting.tree.is_some();
+                let is_tree = requests[i].spec.tree_rows().is_some();
                 let (within, chain) = (*stood <= chain_of(*drafts), *stood == chain_of(tokens - 1));
                 assert!(within && (is_tree || chain), "request {i}: {stood:b} of {drafts}");
             }
@@ -390,9 +394,9 @@ fn controllers_of_any_kind_leave_a_batchs_answers_alone() {
             }
             // One of no drafts, and one of drawn ones.
             requests[3].block = 1;
-            requests[5].drafting.sampling.temperature = 1.0;
+            requests[5].spec = draws(VerifyMethod::Match);
             let plainly =
-                |request: &Request| Request { block: 1, drafting: SpecConfig::default(), ..request.clone() };
+                |request: &Request| Request { block: 1, spec: SpecConfig::default(), ..request.clone() };
             let plain: Vec<Outcome> = requests.iter().map(|asked| alone(batch, &plainly(asked))).collect();
             let next = Cell::new(0);
             let kinds = move || -> Box<dyn Controller> {
@@ -402,7 +406,9 @@ fn controllers_of_any_kind_leave_a_batchs_answers_alone() {
                     _ => wild(next.get()),
                 }
             };
-            let modelled = together(batch, &requests, go_on);
+            let goal = pays(costs(0.0, |_| 1.0));
+            let adaptive: Vec<Request> = requests.iter().map(|asked| adapting(&goal, asked)).collect();
+            let modelled = together(batch, &adaptive, go_on);
             batch.control(kinds);
             for got in [modelled, together(batch, &requests, go_on)] {
                 for (i, (got, plain)) in got.iter().zip(&plain).enumerate() {
@@ -460,10 +466,11 @@ fn a_drafter_that_follows_on_a_device_drafts_what_it_would_have() {
 
 #[test]
 fn on_a_device_a_drafter_that_is_never_right_is_left_alone_and_tried_again() {
+    let goal = pays(costs(0.0, |_| 1.0));
     for tree in [0, 64] {
         on_device(1000, room(1, tree), |batch| {
             let asked = with_tree(&request(&[7, 8, 9], 120, 16, 0.0), tree);
-            let got = alone(batch, &asked);
+            let got = alone(batch, &adapting(&goal, &asked));
             assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
             assert_eq!(got.accepted, [1; 119]);
             let drafted: Vec<usize> = (0..119).filter(|round| got.drafted[*round] > 0).collect();
@@ -473,7 +480,7 @@ fn on_a_device_a_drafter_that_is_never_right_is_left_alone_and_tried_again() {
     }
     // One that is right later on: it is left alone, tried, waited for, and kept.
     on_device(4, room(1, 0), |batch| {
-        let got = alone(batch, &request(&[1, 2], 80, 16, 0.0));
+        let got = alone(batch, &adapting(&goal, &request(&[1, 2], 80, 16, 0.0)));
         let drafted: Vec<bool> = got.drafted.iter().map(|drafts| *drafts > 0).collect();
         let expected =
             [vec![true; 13], vec![false; 16], vec![true, false], vec![true; drafted.len() - 31]].concat();
@@ -499,7 +506,7 @@ impl Controller for ByPast {
         drafts
     }
 
-    fn judged(&mut self, verified: usize, stood: u64) {
+    fn observe(&mut self, verified: usize, stood: u64) {
         self.past = self.past.wrapping_mul(1031) + stood * 8 + verified as u64;
     }
 }
@@ -511,13 +518,9 @@ fn drawn_drafts_of_a_batch_whose_sizes_adapt_have_the_targets_law() {
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&target, &drafter));
     let target = Target::load(&pair.target).unwrap();
-    let room = BatchConfig {
-        draft_probs: true,
-        adaptive: Some(AdaptiveLength::CostModel),
-        ..BatchConfig::new(32, 5, 64)
-    };
+    let room = BatchConfig { draft_probs: true, adaptive: true, ..BatchConfig::new(32, 5, 64) };
     let device = Emulator::new();
-    let models = DeviceModels::load(&device, &pair, 64).unwrap();
+    let models = DeviceBackend::load(&device, &pair, 64).unwrap();
     let mut batch = Batch::new(&device, &models, room).unwrap();
     let sizes = Rc::new(Cell::new([0; 5]));
     let (told, next) = (sizes.clone(), Cell::new(0));
@@ -529,7 +532,7 @@ fn drawn_drafts_of_a_batch_whose_sizes_adapt_have_the_targets_law() {
     let kinds = [draws(VerifyMethod::Rejection), draws(VerifyMethod::Block), SpecConfig::default()];
     let one = |i: u64| {
         let kind = kinds[if i.is_multiple_of(20) { 2 } else { i as usize % 2 }].clone();
-        let mut one = Request { drafting: kind, ..seeded(&prompt, 4, 5, 1.0, i) };
+        let mut one = Request { spec: kind, ..seeded(&prompt, 4, 5, 1.0, i) };
         one.sampling.top_k = 3;
         one
     };
@@ -539,16 +542,15 @@ fn drawn_drafts_of_a_batch_whose_sizes_adapt_have_the_targets_law() {
     assert!(sizes.get().iter().all(|rounds| *rounds > 100), "{:?}", sizes.get());
     let distribution = distribution::distribution(&target, &prompt, &requests[0].sampling, 4);
     let drawn =
-        requests.iter().zip(&outcomes).filter(|(request, _)| request.drafting.rule != VerifyMethod::Match);
+        requests.iter().zip(&outcomes).filter(|(request, _)| request.spec.method() != VerifyMethod::Match);
     distribution::check(&"both rules", &distribution, drawn.map(|(_, outcome)| outcome.tokens.clone()));
 }
 
 /// The room's own controllers, of what pays and of what stands often enough: an answer's rounds are its own.
 #[test]
 fn rules_that_adapt_answer_in_a_batch_as_alone() {
-    for (vocab, threshold) in [(90, None), (4, Some(0.3))] {
-        let adaptive = threshold.map_or(AdaptiveLength::CostModel, AdaptiveLength::Threshold);
-        let room = BatchConfig { draft_probs: true, adaptive: Some(adaptive), ..room(3, 20) };
+    for (vocab, goal) in [(90, pays(costs(0.0, |_| 1.0))), (4, threshold(0.3))] {
+        let room = BatchConfig { draft_probs: true, ..room(3, 20) };
         on_device(vocab, room, |batch| {
             let kinds = [
                 draws(VerifyMethod::Rejection),
@@ -559,25 +561,26 @@ fn rules_that_adapt_answer_in_a_batch_as_alone() {
             let mut requests: Vec<Request> = (0..8)
                 .map(|i| {
                     let asked = seeded(&[1, 2, 3, i as u32 % 4], 24 + 2 * i, 8, 1.0, i as u64);
-                    Request { drafting: kinds[i % 4].clone(), ..asked }
+                    adapting(&goal, &Request { spec: kinds[i % 4].clone(), ..asked })
                 })
                 .collect();
             // A tree of the best tokens, one that is drawn and does not adapt, and autoregressive decoding.
-            requests[3].drafting.tree = Some(20);
-            requests[4].drafting.tree = Some(20);
+            requests[3] = adapting(&goal, &with_tree(&requests[3], 20));
+            requests[4].spec = crowd::spec(VerifyMethod::Rejection, 1.0, Some(20));
             requests[7].block = 1;
             let all = together(batch, &requests, go_on);
             let mut sizes = std::collections::BTreeSet::new();
             for (i, (request, got)) in requests.iter().zip(&all).enumerate() {
                 let own = alone(batch, request);
                 assert_eq!((&got.tokens, &got.drafted), (&own.tokens, &own.drafted), "request {i}");
-                if request.drafting.rule != VerifyMethod::Match && request.drafting.tree.is_none() {
+                if request.spec.method() != VerifyMethod::Match && request.spec.tree_rows().is_none() {
                     sizes.extend(got.drafted.iter().copied());
                 }
             }
-            println!("{threshold:?}: {sizes:?}");
+            println!("{:?}: {sizes:?}", goal.0);
             assert!(all[4].drafted.iter().all(|drafts| *drafts == 19), "{:?}", all[4].drafted);
-            assert!(sizes.len() > 1 && sizes.contains(&0) == threshold.is_none(), "{threshold:?}: {sizes:?}");
+            let steps = goal.0 == DraftLengthPolicy::CostModel;
+            assert!(sizes.len() > 1 && sizes.contains(&0) == steps, "{:?}: {sizes:?}", goal.0);
         });
     }
 }
@@ -585,29 +588,25 @@ fn rules_that_adapt_answer_in_a_batch_as_alone() {
 /// As the controller that a room's threshold stands for says, two rounds ahead; and never a AR step.
 #[test]
 fn on_a_device_a_threshold_is_what_has_stood_so_often() {
-    for (tree, threshold) in [(0, 0.2), (0, 1.0), (64, 0.2)] {
-        on_device(
-            4,
-            BatchConfig { adaptive: Some(AdaptiveLength::Threshold(threshold)), ..room(1, tree) },
-            |batch| {
-                let asked = with_tree(&request(&[1, 2], 150, 16, 0.8), tree);
-                let got = alone(batch, &asked);
-                assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
-                assert!(got.drafted[9..].iter().all(|drafts| (1..12).contains(drafts)), "{:?}", got.drafted);
-                if tree == 0 {
-                    let (mut again, mut heard) =
-                        (DraftLengthPolicy::Threshold(threshold).controller(true), 0);
-                    for (round, drafts) in got.drafted.iter().enumerate() {
-                        for heard in heard..round.saturating_sub(1) {
-                            again.judged(got.drafted[heard], chain_of(got.accepted[heard] - 1));
-                        }
-                        heard = heard.max(round.saturating_sub(1));
-                        assert_eq!(again.drafts(15), *drafts, "round {round}");
+    for (tree, least) in [(0, 0.2), (0, 1.0), (64, 0.2)] {
+        on_device(4, room(1, tree), |batch| {
+            let asked = with_tree(&request(&[1, 2], 150, 16, 0.8), tree);
+            let (policy, costs) = threshold(least);
+            let got = alone(batch, &adapting(&threshold(least), &asked));
+            assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
+            assert!(got.drafted[9..].iter().all(|drafts| (1..12).contains(drafts)), "{:?}", got.drafted);
+            if tree == 0 {
+                let (mut again, mut heard) = (policy.controller(&costs, true), 0);
+                for (round, drafts) in got.drafted.iter().enumerate() {
+                    for heard in heard..round.saturating_sub(1) {
+                        again.observe(got.drafted[heard], chain_of(got.accepted[heard] - 1));
                     }
-                    assert!(got.drafted.iter().any(|drafts| *drafts > 1), "{:?}", got.drafted);
+                    heard = heard.max(round.saturating_sub(1));
+                    assert_eq!(again.drafts(15), *drafts, "round {round}");
                 }
-            },
-        );
+                assert!(got.drafted.iter().any(|drafts| *drafts > 1), "{:?}", got.drafted);
+            }
+        });
     }
 }
 
@@ -679,9 +678,9 @@ fn what_cannot_adapt_is_refused_in_a_sentence() {
         (
             &["--verify", "block", "--tree", "9"],
             2,
-            "--adaptive with --tree expects --verify match, but with --verify block",
+            "--adaptive with --tree needs --verify match, but --verify is block",
         ),
-        (&["--verify", "rejection", "--tree", "9"], 2, "trees are drawn at random"),
+        (&["--verify", "rejection", "--tree", "9"], 2, "how often a row of a sampled tree is accepted"),
         (&["--coupled", "--tree", "9"], 2, "--tree is for the drafter's best tokens, but with --coupled"),
     ] {
         let run = program::run([&[PROMPT, "--adaptive"], args].concat());

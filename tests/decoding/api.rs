@@ -39,7 +39,7 @@ fn by_the_engine(engine: &Engine, prompt: &[u32], params: &Params) -> Outcome {
         sampling: params.sampling.clone(),
         stop_ids: params.stop_ids.clone().unwrap_or_else(|| engine.pair().target.config.eos.clone()),
         block: engine.pair().block(params.block).unwrap(),
-        drafting: params.spec.clone(),
+        spec: params.spec.clone(),
     };
     let cpu = dflash::cpu::decoder::Cpu::load(engine.pair(), 1, engine.context()).unwrap();
     let mut decoder = dflash::engine::generate::Backend::decoder(&cpu).unwrap();

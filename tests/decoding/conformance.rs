@@ -462,7 +462,7 @@ impl Decoder for Checked<'_> {
         1
     }
 
-    fn join(&mut self, _: usize, request: &Request, _: bool) -> dflash::Result<Option<usize>> {
+    fn admit(&mut self, _: usize, request: &Request, _: bool) -> dflash::Result<Option<usize>> {
         self.drafter &= request.block > 1;
         self.sequence.start(request).map(Some)
     }
@@ -486,11 +486,11 @@ impl Decoder for Checked<'_> {
         };
         self.held += tokens.len();
         self.check();
-        out[0] = Emitted { judged: tokens.len(), tokens, drafted };
+        out[0] = Emitted { produced: tokens.len(), tokens, drafted };
         Ok(())
     }
 
-    fn leave(&mut self, _: usize, _: usize) -> dflash::Result<()> {
+    fn release(&mut self, _: usize, _: usize) -> dflash::Result<()> {
         Ok(())
     }
 

@@ -244,10 +244,10 @@ fn a_sequence_that_does_not_fit_is_refused_and_leaves_nothing_behind() {
     );
     assert_eq!((error.exit_code(), batch.free_pages()), (5, 4));
     // One that fits alone waits, and what another one left makes room for it.
-    assert_eq!(batch.join(0, &request(&prompt, 80, 16, 0.0), false), Ok(Some(0)));
-    assert_eq!((batch.free_pages(), batch.join(1, &request(&prompt, 20, 16, 0.0), false)), (0, Ok(None)));
-    batch.leave(0, 0).unwrap();
-    assert_eq!(batch.join(1, &request(&prompt, 20, 16, 0.0), false), Ok(Some(0)));
-    batch.leave(1, 0).unwrap();
+    assert_eq!(batch.admit(0, &request(&prompt, 80, 16, 0.0), false), Ok(Some(0)));
+    assert_eq!((batch.free_pages(), batch.admit(1, &request(&prompt, 20, 16, 0.0), false)), (0, Ok(None)));
+    batch.release(0, 0).unwrap();
+    assert_eq!(batch.admit(1, &request(&prompt, 20, 16, 0.0), false), Ok(Some(0)));
+    batch.release(1, 0).unwrap();
     assert_eq!(batch.free_pages(), 4);
 }

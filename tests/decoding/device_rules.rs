@@ -18,10 +18,10 @@ use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, DrafterMode, Models};
 use dflash::gpu::device::{Device, Node};
 use dflash::gpu::emulator::Emulator;
-use dflash::spec::sampling::SamplingParams;
-use dflash::spec::verify::{
-    DrawKey, PhiloxStream, RandomSource, SpecConfig, VerifyMethod, block, draw, rejection,
-};
+use dflash::spec::config::{SpecConfig, VerifyMethod};
+use dflash::spec::draft_length::DraftLengthPolicy;
+use dflash::spec::rng::{DrawKey, PhiloxStream, RandomSource};
+use dflash::spec::verify::{block_verify, rejection, sample_chain};
 use kernel::{Random, every_device};
 
 const POSITIONS: usize = 192;
@@ -46,17 +46,16 @@ fn small(vocab: usize) -> Pair {
 }
 
 fn draws(rule: VerifyMethod, temperature: f32) -> SpecConfig {
-    let sampling = SamplingParams { temperature, ..SpecConfig::default().sampling };
-    SpecConfig { rule, sampling, tree: None }
+    crowd::spec(rule, temperature, None)
 }
 
 fn tree(rows: usize) -> SpecConfig {
-    SpecConfig { tree: Some(rows), ..SpecConfig::default() }
+    crowd::spec(VerifyMethod::Match, 0.0, Some(rows))
 }
 
 /// Of siblings that are drawn without replacement, or of several chains.
 fn drawn_tree(rule: VerifyMethod, rows: usize, temperature: f32) -> SpecConfig {
-    SpecConfig { tree: Some(rows), ..draws(rule, temperature) }
+    crowd::spec(rule, temperature, Some(rows))
 }
 
 /// How drafts are made and judged, rows of a block, temperature.
@@ -95,7 +94,7 @@ fn request(
 ) -> Request {
     let mut request = seeded(prompt, tokens, block, temperature, seed);
     request.sampling.stream = seed as u32 % 5;
-    Request { drafting: how, ..request }
+    Request { spec: how, ..request }
 }
 
 fn answer(outcome: &Outcome) -> (&[u32], Finish, &[usize], &[usize]) {
@@ -104,7 +103,7 @@ fn answer(outcome: &Outcome) -> (&[u32], Finish, &[usize], &[usize]) {
 
 /// The plain answer to the same request.
 fn plainly(request: &Request) -> Request {
-    Request { block: 1, drafting: SpecConfig::default(), ..request.clone() }
+    Request { block: 1, spec: SpecConfig::default(), ..request.clone() }
 }
 
 fn prompt(random: &mut Random, length: usize, vocab: usize) -> Vec<u32> {
@@ -135,12 +134,12 @@ fn same_as_alone(
         together(&mut solo, std::slice::from_ref(request), |_, event| until(i, event)).remove(0)
     };
     for (i, (request, own)) in requests.iter().zip(&all).enumerate() {
-        let what = (&request.drafting, request.block, request.sampling.temperature);
+        let what = (&request.spec, request.block, request.sampling.temperature);
         assert_eq!(answer(own), answer(&alone(i, request)), "request {i}: {what:?}");
-        if request.drafting.rule == VerifyMethod::Match || request.block == 1 {
+        if request.spec.method() == VerifyMethod::Match || request.block == 1 {
             assert_eq!(own.tokens, alone(i, &plainly(request)).tokens, "request {i}: {what:?}");
         }
-        let most = request.drafting.tree.unwrap_or(request.block) - 1;
+        let most = request.spec.tree_rows().unwrap_or(request.block) - 1;
         assert!(own.drafted.iter().all(|&drafted| drafted <= most), "request {i}: {:?}", own.drafted);
         assert!(own.drafted.iter().zip(&own.accepted).all(|(d, judged)| judged - 1 <= *d), "request {i}");
     }
@@ -179,7 +178,7 @@ fn a_batch_of_the_demo_pair_answers_as_each_does_alone() {
         let prompts = held();
         // As wide as the room is.
         let narrow = |(how, block, temperature): (SpecConfig, usize, f32)| {
-            (SpecConfig { tree: how.tree.map(|rows| rows.min(20)), ..how }, block, temperature)
+            (if how.tree_rows().is_some() { tree(20) } else { how }, block, temperature)
         };
         let requests: Vec<Request> = (kinds().into_iter().take(5).enumerate())
             .map(|(i, kind)| request(&prompts[3 * i][..20 + 9 * i], 7, narrow(kind), i as u64))
@@ -225,7 +224,7 @@ fn the_first_tokens_have_the_targets_law(rows: usize, kinds: [SpecConfig; 2]) {
         let room = BatchConfig { draft_probs: true, ..BatchConfig::new(32, 4, 64).with_trees(rows) };
         let mut batch = Batch::new(device, &models, room).unwrap();
         for how in &kinds {
-            let one = |seed| Request { drafting: how.clone(), ..seeded(&prompt, 3, 4, 1.0, seed) };
+            let one = |seed| Request { spec: how.clone(), ..seeded(&prompt, 3, 4, 1.0, seed) };
             let requests: Vec<Request> = (0..RUNS).map(one).collect();
             let outcomes = together(&mut batch, &requests, go_on);
             let distribution = distribution::distribution(&target, &prompt, &requests[0].sampling, 3);
@@ -293,20 +292,20 @@ fn margins(target: &Target, drafter: &Drafter, request: &Request) -> Vec<f64> {
         drafter.inject(&features, &mut context);
         let hidden = drafter.hidden(target, anchor, request.block, &mut context, |_, _| ());
         drafter.logits(target, &hidden[target.config.stack.hidden..], &mut logits);
-        let distribution = |row: &[f32]| request.drafting.sampling.probabilities(row).unwrap();
+        let distribution = |row: &[f32]| request.spec.draft_sampling().unwrap().probabilities(row).unwrap();
         let distributions: Vec<_> = logits.chunks(vocab).map(distribution).collect();
         let round = all.len() as u32 + 1;
         let dice = PhiloxStream { seed: own.seed, stream: own.stream, round, anchor: at as u32 };
         let mut coin = Margins { dice, least: 1.0 };
-        let drafts = draw(&distributions, &mut coin).unwrap();
+        let drafts = sample_chain(&distributions, &mut coin).unwrap();
         features.clear();
         let rows = [&[anchor], &drafts[..]].concat();
         let normed = target.forward(&rows, &mut cache, taps, &mut features, rows.len());
         target.logits(&normed, &mut logits);
         let distribution = |row: usize| own.probabilities(&logits[row * vocab..][..vocab]);
-        let judged = match request.drafting.rule {
+        let judged = match request.spec.method() {
             VerifyMethod::Rejection => rejection(&drafts, &distributions, distribution, &mut coin),
-            _ => block(&drafts, &distributions, distribution, &mut coin),
+            _ => block_verify(&drafts, &distributions, distribution, &mut coin),
         };
         let (accepted, next) = judged.unwrap();
         cache.crop(at + accepted + 1);
@@ -337,7 +336,7 @@ fn devices_draw_and_judge_as_the_cpu_does_but_for_near_ties() {
         // So few survivors that a chance has room on both sides.
         let few = |i: u64| {
             let mut one = request(&prompts[2 * i as usize][..50], TOKENS, kinds[i as usize % 2].clone(), i);
-            (one.sampling.top_k, one.drafting.sampling.top_k) = (4, 4);
+            (one.sampling.top_k, one.spec) = (4, crowd::with_top_k(&one.spec, 4));
             one
         };
         let requests: Vec<Request> = (0..12).map(few).collect();
@@ -412,7 +411,7 @@ fn drawn_trees_on_devices_are_the_cpus_round_by_round() {
             chains,
         ];
         let one = |i: u64| Request {
-            drafting: kinds[i as usize % 5].clone(),
+            spec: kinds[i as usize % 5].clone(),
             ..seeded(&prompt, 3 + i as usize % 7, 4, 1.0, i)
         };
         let requests: Vec<Request> = (0..200).map(one).collect();
@@ -434,7 +433,7 @@ fn drafted_by_the_rules(request: &Request, outcome: &Outcome, end: usize, draft_
     let mut length = request.prompt.len();
     for (&drafted, &judged) in outcome.drafted.iter().zip(&outcome.accepted) {
         let rows = request.block.min(draft_end.saturating_sub(length)).min(end - 1 - length).max(1);
-        match request.drafting.tree {
+        match request.spec.tree_rows() {
             None => assert_eq!(drafted, rows - 1, "at {length}: {request:?}"),
             Some(most) => {
                 assert!((drafted > 0) == (rows > 1) && drafted < most, "{drafted} at {length}: {request:?}");
@@ -470,7 +469,7 @@ fn answers_go_on_to_the_last_position_and_drafts_to_the_drafters_last() {
             for (request, own) in requests.iter().zip(&all) {
                 assert_eq!((own.finish, own.tokens.len()), (Finish::Context, end - request.prompt.len()));
                 drafted_by_the_rules(request, own, end, draft_end);
-                if request.drafting.rule == VerifyMethod::Match {
+                if request.spec.method() == VerifyMethod::Match {
                     assert_eq!(own.tokens, run(&mut batch, &plainly(request)).tokens, "{request:?}");
                 }
             }
@@ -543,7 +542,7 @@ fn rooms_refuse_what_they_were_not_made_for() {
     let chains = BatchConfig::new(1, 8, POSITIONS);
     let refused = |room: BatchConfig, request: Request| {
         let mut batch = Batch::new(&device, &models, room).unwrap();
-        let error = batch.join(0, &request, false).unwrap_err();
+        let error = batch.admit(0, &request, false).unwrap_err();
         assert_eq!(batch.free_pages(), room.pages);
         // It is of use to others.
         run(&mut batch, &of(8, &SpecConfig::default()));
@@ -551,12 +550,16 @@ fn rooms_refuse_what_they_were_not_made_for() {
     };
     let sentence = |block, tree, rule| {
         format!(
-            "the batch was not made for a request with blocks of {block} rows, trees of {tree} and verification by {rule}"
+            "the batch was not made for a request with blocks of {block}, trees of {tree}, the verification method \
+             {rule} and full draft lengths"
         )
     };
     assert_eq!(refused(chains, of(9, &SpecConfig::default())), (1, sentence(9, 0, "match")));
     assert_eq!(refused(chains, of(8, &tree(2))), (1, sentence(8, 2, "match")));
     assert_eq!(refused(chains.with_trees(20), of(8, &tree(21))), (1, sentence(8, 21, "match")));
+    let adaptive = crowd::with_length(&SpecConfig::default(), DraftLengthPolicy::CostModel);
+    let (code, error) = refused(chains, of(8, &adaptive));
+    assert_eq!((code, error), (1, sentence(8, 0, "match").replace("full", "adaptive")));
     assert_eq!(
         refused(chains, of(8, &draws(VerifyMethod::Rejection, 1.0))),
         (1, sentence(8, 0, "rejection"))
@@ -583,14 +586,14 @@ fn trees_take_their_pages_and_no_others() {
         for room in [3, 4] {
             let room = BatchConfig { pages: room, ..BatchConfig::new(3, 8, 64).with_trees(64) };
             let mut batch = Batch::new(&device, &models, room).unwrap();
-            assert_eq!(batch.join(0, &of(tree(rows)), false), Ok(Some(0)));
+            assert_eq!(batch.admit(0, &of(tree(rows)), false), Ok(Some(0)));
             assert_eq!(batch.free_pages(), room.pages - pages);
             // As long as there are pages.
-            let second = batch.join(1, &of(tree(rows)), false).unwrap();
+            let second = batch.admit(1, &of(tree(rows)), false).unwrap();
             assert_eq!(second.is_some(), room.pages >= 2 * pages);
-            batch.leave(0, 0).unwrap();
+            batch.release(0, 0).unwrap();
             if second.is_some() {
-                batch.leave(1, 0).unwrap();
+                batch.release(1, 0).unwrap();
             }
             // Who waits for pages gets them.
             let requests = [of(tree(rows)), of(SpecConfig::default()), of(tree(rows)), of(tree(rows))];
@@ -601,7 +604,7 @@ fn trees_take_their_pages_and_no_others() {
         }
     }
     let room = BatchConfig { pages: 1, ..BatchConfig::new(1, 8, 64).with_trees(64) };
-    let error = Batch::new(&device, &models, room).unwrap().join(0, &of(tree(2)), false).unwrap_err();
+    let error = Batch::new(&device, &models, room).unwrap().admit(0, &of(tree(2)), false).unwrap_err();
     let sentence = "a sequence of 64 positions needs 2 pages of keys and values, but there are 1";
     assert_eq!((error.exit_code(), error.to_string().as_str()), (5, sentence));
 }

@@ -154,13 +154,13 @@ fn stop_ids_end_an_answer_at_every_place_of_a_round_and_of_their_list() {
         let mut stop_ids: Vec<u32> = (5000..5020).collect();
         stop_ids[place] = whole.tokens[at];
         let request = Request { stop_ids, max_tokens, ..plain.clone() };
-        assert_eq!(single.join(0, &request, false), Ok(Some(0)));
+        assert_eq!(single.admit(0, &request, false), Ok(Some(0)));
         while single.prefill(0).unwrap().next.is_none() {}
         let mut out = [Emitted::default()];
         single.round(&mut out).unwrap();
-        let expected = Emitted { tokens: whole.tokens[1..=emitted].to_vec(), judged: 16, drafted: 15 };
+        let expected = Emitted { tokens: whole.tokens[1..=emitted].to_vec(), produced: 16, drafted: 15 };
         assert_eq!(out[0], expected, "place {place}, at most {max_tokens}");
-        single.leave(0, at + 1).unwrap();
+        single.release(0, at + 1).unwrap();
     }
 }
 
@@ -266,20 +266,20 @@ fn pages_of_who_left_belong_to_the_next() {
             // What the first one would still write lies where the second has its prompt.
             let first = request(&prompt(1, 9), 110, block, 0.0);
             let second = request(&prompt(2, 100), 26, block, 0.0);
-            assert_eq!(two.join(0, &first, false), Ok(Some(0)));
+            assert_eq!(two.admit(0, &first, false), Ok(Some(0)));
             two.prefill(0).unwrap();
             two.round(&mut [Emitted::default(), Emitted::default()]).unwrap();
-            assert_eq!(two.join(1, &second, false), Ok(None));
-            two.leave(0, 1).unwrap();
-            assert_eq!(two.join(1, &second, false), Ok(Some(0)));
-            assert_eq!(single.join(0, &second, false), Ok(Some(0)));
+            assert_eq!(two.admit(1, &second, false), Ok(None));
+            two.release(0, 1).unwrap();
+            assert_eq!(two.admit(1, &second, false), Ok(Some(0)));
+            assert_eq!(single.admit(0, &second, false), Ok(Some(0)));
             let alone = logits(&mut single, 0, &second);
             assert!(logits(&mut two, 1, &second) == alone, "somebody writes there, block {block}");
-            single.leave(0, 26).unwrap();
-            two.leave(1, 26).unwrap();
+            single.release(0, 26).unwrap();
+            two.release(1, 26).unwrap();
             // Nothing is left of the first one.
-            assert_eq!(two.join(0, &first, true), Ok(Some(0)));
-            two.leave(0, 0).unwrap();
+            assert_eq!(two.admit(0, &first, true), Ok(Some(0)));
+            two.release(0, 0).unwrap();
         }
     });
 }
@@ -292,7 +292,7 @@ fn a_decoder_dropped_with_a_round_under_way_gives_all_back() {
             let mut two = batch(device, models, 2, 128);
             let mut out = vec![Emitted::default(); 2];
             for slot in 0..2 {
-                assert_eq!(two.join(slot, &request(&prompt(1, 9), 60, 16, 0.0), false), Ok(Some(0)));
+                assert_eq!(two.admit(slot, &request(&prompt(1, 9), 60, 16, 0.0), false), Ok(Some(0)));
                 assert!(matches!(two.prefill(slot), Ok(Prefill { done: 9, next: Some(_) })));
             }
             for _ in 0..rounds {

@@ -106,7 +106,7 @@ fn sampled(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, se
         sampling,
         stop_ids: vec![0],
         block,
-        drafting: Default::default(),
+        spec: Default::default(),
     }
 }
 

@@ -139,14 +139,14 @@ fn plain(
         sampling,
         stop_ids: vec![],
         block: 1,
-        drafting: Default::default(),
+        spec: Default::default(),
     };
-    batch.join(0, &request, false).unwrap().unwrap();
+    batch.admit(0, &request, false).unwrap().unwrap();
     let first = batch.prefill(0).unwrap().next.expect("a prompt of one part");
     let (mut tokens, mut logits, mut out) = (vec![first], vec![vec![]], [Emitted::default()]);
     while tokens.len() < max_tokens {
         batch.round(&mut out).unwrap();
-        assert_eq!((out[0].tokens.len(), out[0].judged), (1, 1));
+        assert_eq!((out[0].tokens.len(), out[0].produced), (1, 1));
         tokens.extend(&out[0].tokens);
         logits.push(bits(&batch.logits(0, 0).unwrap()));
     }
@@ -234,7 +234,7 @@ fn crowd(
                 2 | 3 => stays = random.below(end),
                 _ => {}
             }
-            if batch.join(slot, &request, false).unwrap().is_some() {
+            if batch.admit(slot, &request, false).unwrap().is_some() {
                 *place = Some(Guest { answer, block, end, stays: stays.min(end), said: 0, filling: true });
                 joined += 1;
             }
@@ -286,7 +286,7 @@ fn farewell(batch: &mut Batch, slot: usize, place: &mut Option<Guest>, heard: &m
         true => heard.ended.push((slot, guest.block, guest.answer)),
         false => heard.left_early += 1,
     }
-    batch.leave(slot, guest.said).unwrap();
+    batch.release(slot, guest.said).unwrap();
 }
 
 /// Crowds in rooms of (sequences, block), who ask for answers of up to `most` tokens.
@@ -353,7 +353,7 @@ fn request(prompt: &[u32], max_tokens: usize, sampling: SamplingParams) -> Reque
         sampling,
         stop_ids: vec![],
         block: 16,
-        drafting: Default::default(),
+        spec: Default::default(),
     }
 }
 
@@ -421,9 +421,9 @@ impl Decoder for Liar<'_> {
     fn slots(&self) -> usize {
         self.decoder.slots()
     }
-    fn join(&mut self, slot: usize, request: &Request, keep: bool) -> dflash::Result<Option<usize>> {
+    fn admit(&mut self, slot: usize, request: &Request, keep: bool) -> dflash::Result<Option<usize>> {
         self.runs += 1;
-        self.decoder.join(slot, request, keep)
+        self.decoder.admit(slot, request, keep)
     }
     fn prefill(&mut self, slot: usize) -> dflash::Result<Prefill> {
         let mut prefill = self.decoder.prefill(slot)?;
@@ -439,8 +439,8 @@ impl Decoder for Liar<'_> {
         }
         Ok(())
     }
-    fn leave(&mut self, slot: usize, tokens: usize) -> dflash::Result<()> {
-        self.decoder.leave(slot, tokens)
+    fn release(&mut self, slot: usize, tokens: usize) -> dflash::Result<()> {
+        self.decoder.release(slot, tokens)
     }
     fn watch(&mut self) {
         self.decoder.watch();

@@ -14,11 +14,13 @@ use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;
 use dflash::engine::generate::{Outcome, Request, resume};
 use dflash::gpu::decoder::DeviceBackend;
+use dflash::spec::config::{SpecConfig, VerifyMethod};
+use dflash::spec::rng::PhiloxStream;
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree::{Tree, chains, shape};
 use dflash::spec::verify::{
-    PhiloxStream, Siblings, SpecConfig, VerifyMethod, block, multi_draft_block_verify, recursive, rejection,
-    sample_chains, sample_tree,
+    Siblings, block_verify, multi_draft_block_verify, recursive_rejection, rejection, sample_chains,
+    sample_tree,
 };
 use dflash::text::tokenizer::Text;
 use serde_json::Value;
@@ -48,7 +50,7 @@ impl Models {
     fn check(&self, request: &Request, runs: u64) -> f64 {
         let distribution =
             distribution::distribution(&self.0, &request.prompt, &request.sampling, request.max_tokens);
-        let (mut decoder, what) = (self.slots(1), &request.drafting);
+        let (mut decoder, what) = (self.slots(1), &request.spec);
         let mut accepted = Vec::new();
         let answer = |seed| {
             let sampling = SamplingParams { seed, ..request.sampling.clone() };
@@ -65,16 +67,15 @@ impl Models {
 }
 
 fn drafting(rule: VerifyMethod, temperature: f32) -> SpecConfig {
-    let SpecConfig { sampling, .. } = SpecConfig::default();
-    SpecConfig { rule, sampling: SamplingParams { temperature, ..sampling }, tree: None }
+    crowd::spec(rule, temperature, None)
 }
 
 fn tree(rule: VerifyMethod, temperature: f32, rows: usize) -> SpecConfig {
-    SpecConfig { tree: Some(rows), ..drafting(rule, temperature) }
+    crowd::spec(rule, temperature, Some(rows))
 }
 
-fn request(prompt: &[u32], max_tokens: usize, block: usize, drafting: SpecConfig) -> Request {
-    Request { drafting, ..crowd::request(prompt, max_tokens, block, 1.0) }
+fn request(prompt: &[u32], max_tokens: usize, block: usize, spec: SpecConfig) -> Request {
+    Request { spec, ..crowd::request(prompt, max_tokens, block, 1.0) }
 }
 
 const PROMPTS: [&str; 3] =
@@ -101,9 +102,9 @@ fn the_first_tokens_of_the_demo_pair_have_the_targets_law_under_every_rule() {
             tree(VerifyMethod::Block, 1.0, 10),
         ] {
             // So few survivors that their joint distribution can be counted.
-            let drawn = how.sampling.temperature > 0.0;
-            let mut request = request(&prompt, 3, 4, how);
-            (request.sampling.top_k, request.drafting.sampling.top_k) = (4, 4);
+            let drawn = how.samples_drafts();
+            let mut request = request(&prompt, 3, 4, crowd::with_top_k(&how, 4));
+            request.sampling.top_k = 4;
             let stand = models.check(&request, 1000);
             assert!(stand > 0.2 || !drawn, "hardly a draft stands: {stand}");
         }
@@ -118,10 +119,8 @@ fn four_tokens_of_a_tiny_pair_have_the_targets_law_under_every_rule() {
             for temperature in [0.0, 0.5, 2.0] {
                 // Trees have more siblings than there are tokens to draw.
                 for tree in [None, Some(4), Some(9), Some(16)] {
-                    let mut request =
-                        request(&[1, 2, 3], 4, 4, SpecConfig { tree, ..drafting(rule, temperature) });
-                    request.drafting.sampling.top_k = 3;
-                    models.check(&request, 6000);
+                    let spec = crowd::with_top_k(&crowd::spec(rule, temperature, tree), 3);
+                    models.check(&request(&[1, 2, 3], 4, 4, spec), 6000);
                 }
             }
         }
@@ -143,14 +142,13 @@ fn drafts_that_are_the_best_tokens_stand_as_often_as_under_match() {
 #[test]
 fn greedy_answers_are_the_targets_best_tokens_under_every_rule() {
     let models = demo();
-    let greedy =
-        |block, drafting| Request { drafting, ..crowd::request(&tokens(PROMPTS[0]), 60, block, 0.0) };
+    let greedy = |block, spec| Request { spec, ..crowd::request(&tokens(PROMPTS[0]), 60, block, 0.0) };
     ops::install(|| {
         let plain = run(&mut models.slots(1), &greedy(1, SpecConfig::default()));
         for rule in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
             for temperature in [0.0, 1.0] {
                 for tree in [None, Some(12)] {
-                    let how = SpecConfig { tree, ..drafting(rule, temperature) };
+                    let how = crowd::spec(rule, temperature, tree);
                     let got = run(&mut models.slots(1), &greedy(8, how));
                     assert_eq!(got.tokens, plain.tokens, "{rule:?}, drafts at {temperature}, {tree:?}");
                 }
@@ -257,7 +255,7 @@ fn answers_of_drawn_drafts_are_the_seeds_and_not_the_slots_or_the_others() {
         {
             let of = |i: u32| {
                 let prompt: Vec<u32> = tokens(PROMPTS[i as usize % 2]);
-                let how = SpecConfig { tree, ..drafting(rule, 1.0) };
+                let how = crowd::spec(rule, 1.0, tree);
                 let mut one = request(&prompt, 20 + i as usize, 8, how);
                 one.sampling.stream = i;
                 one
@@ -284,7 +282,7 @@ fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
     for (rule, most) in
         [VerifyMethod::Rejection, VerifyMethod::Block].into_iter().flat_map(|r| [(r, None), (r, Some(11))])
     {
-        let request = request(&[1, 2, 3], 40, 5, SpecConfig { tree: most, ..drafting(rule, 1.5) });
+        let request = request(&[1, 2, 3], 40, 5, crowd::spec(rule, 1.5, most));
         let own = &request.sampling;
         let (seed, stream) = (own.seed, own.stream);
         // The engine's loop again, as short as it can be.
@@ -302,7 +300,8 @@ fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
             drafter.inject(&features, &mut context);
             let hidden = drafter.hidden(target, anchor, 5, &mut context, |_, _| ());
             drafter.logits(target, &hidden[target.config.stack.hidden..], &mut logits);
-            let distribution = |row: &[f32]| request.drafting.sampling.probabilities(row).unwrap();
+            let distribution =
+                |row: &[f32]| request.spec.draft_sampling().unwrap().probabilities(row).unwrap();
             let mut distributions: Vec<_> = logits.chunks(vocab).map(distribution).collect();
             let mut dice = PhiloxStream { seed, stream, round, anchor: at as u32 };
             let drawn = match (rule, most) {
@@ -320,7 +319,7 @@ fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
                     )
                 }
             };
-            let tree = Tree::drawn(&drawn.0, &drawn.1);
+            let tree = Tree::sampled(&drawn.0, &drawn.1);
             let normed = target.forward_tree(&tree, &mut cache, &drafter.config.taps, &mut features);
             target.logits(&normed, &mut logits);
             let distribution = |row: usize| own.probabilities(&logits[row * vocab..][..vocab]);
@@ -330,11 +329,18 @@ fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
                 (VerifyMethod::Rejection, None) => {
                     rejection(&tokens[1..], &distributions, distribution, &mut dice).map(chain)
                 }
-                (_, None) => block(&tokens[1..], &distributions, distribution, &mut dice).map(chain),
+                (_, None) => block_verify(&tokens[1..], &distributions, distribution, &mut dice).map(chain),
                 (VerifyMethod::Block, _) => {
                     multi_draft_block_verify(tokens, &distributions, distribution, &mut dice)
                 }
-                _ => recursive(tokens, parents, &distributions, Siblings::Distinct, distribution, &mut dice),
+                _ => recursive_rejection(
+                    tokens,
+                    parents,
+                    &distributions,
+                    Siblings::Distinct,
+                    distribution,
+                    &mut dice,
+                ),
             };
             let (path, next) = judged.unwrap();
             // The cache as a chain leaves it, by another pass over what stood.
@@ -417,9 +423,9 @@ fn drafts_that_somebody_else_made_have_no_law() {
     sequence.start(&request(&[1, 2], 10, 4, drafting(VerifyMethod::Block, 1.0))).unwrap();
     sequence.prefill().unwrap();
     let error = sequence.verify(&[1, 1, 1], &mut Vec::new()).unwrap_err();
-    assert_eq!(error.to_string(), "drafts without the distributions that they were drawn from");
-    let error = sequence.verify_tree(&Tree::drawn(&[1, 1, 1], &[0, 0, 0]), &mut Vec::new()).unwrap_err();
-    assert_eq!(error.to_string(), "drafts without the distributions that they were drawn from");
+    assert_eq!(error.to_string(), "drafts without the distributions that they were sampled from");
+    let error = sequence.verify_tree(&Tree::sampled(&[1, 1, 1], &[0, 0, 0]), &mut Vec::new()).unwrap_err();
+    assert_eq!(error.to_string(), "drafts without the distributions that they were sampled from");
 }
 
 // ---- flags ----
@@ -481,26 +487,25 @@ fn flags_that_cannot_go_together_are_refused() {
         (
             2,
             &["--coupled", "--verify", "block"],
-            "--coupled is for --verify match, but --verify is block, which draws \
-          drafts by chances of their own",
+            "--coupled needs --verify match, but --verify is block, which samples drafts with noise of their own",
         ),
         (
             2,
             &["--draft-temperature", "1"],
             "--draft-temperature needs --coupled or --verify rejection or block: match \
-          drafts best tokens",
+          drafts the best tokens",
         ),
         (
             2,
             &["--verify", "block", "--draft-temperature", "-1"],
-            "--draft-temperature is -1, expected 0 (best tokens) \
+            "--draft-temperature is -1, expected 0 (greedy) \
           or 0.0001 to 10000",
         ),
         (
             2,
             &["--verify", "block", "--draft-temperature", "NaN"],
-            "--draft-temperature is NaN, expected 0 (best \
-          tokens) or 0.0001 to 10000",
+            "--draft-temperature is NaN, expected 0 \
+          (greedy) or 0.0001 to 10000",
         ),
         (
             2,
@@ -527,13 +532,13 @@ fn flags_that_cannot_go_together_are_refused() {
         (
             2,
             &["--tree", "9", "--coupled"],
-            "--tree is for the drafter's best tokens, but with --coupled drafts are drawn at random",
+            "--tree is for the drafter's best tokens, but with --coupled drafts are sampled",
         ),
         (
             2,
             &["--adaptive", "--tree", "9", "--verify", "block"],
-            "--adaptive with --tree expects --verify match, but with --verify block trees are drawn at random, and \
-          how often a row stands depends on their size",
+            "--adaptive with --tree needs --verify match, but --verify is block: how often a row of a sampled tree is \
+          accepted depends on the size of the tree",
         ),
     ];
     for (code, args, sentence) in cases {

@@ -37,7 +37,7 @@ fn random(random: &mut support::Random) -> (Request, Option<usize>) {
     let stop_ids = (0..random.below(4) * 5).map(|_| random.below(60) as u32).collect();
     let block = [1, 2, 3, 5, 8, 13, 16, 16][random.below(8)];
     let patience = (random.below(4) == 0).then(|| 1 + random.below(12));
-    (Request { prompt, max_tokens, sampling, stop_ids, block, drafting: Default::default() }, patience)
+    (Request { prompt, max_tokens, sampling, stop_ids, block, spec: Default::default() }, patience)
 }
 
 fn requests() -> (Vec<Request>, Vec<Option<usize>>) {

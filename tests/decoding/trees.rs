@@ -14,8 +14,8 @@ use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;
 use dflash::engine::generate::{Finish, Outcome, Request, generate};
 use dflash::engine::lossless::check;
+use dflash::spec::config::VerifyMethod;
 use dflash::spec::tree::{Choice, MOST_ROWS, Tree, choices, moves};
-use dflash::spec::verify::SpecConfig;
 use kernel::Random;
 use serde_json::Value;
 use std::collections::HashSet;
@@ -123,7 +123,7 @@ fn by_levels(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
         parents.push(row_of[all[i].parent]);
         costs.push(all[i].cost);
     }
-    Tree { costs, ..Tree::drawn(&tokens, &parents) }
+    Tree { costs, ..Tree::sampled(&tokens, &parents) }
 }
 
 /// A prefix of [`by_levels`].
@@ -378,7 +378,7 @@ fn every_row_of_a_tree_has_the_bits_of_plain_decoding_along_its_path() {
 
 /// With rounds of trees of up to `rows` rows; none: of chains.
 fn grown(rows: Option<usize>, request: Request) -> Request {
-    Request { drafting: SpecConfig { tree: rows, ..request.drafting.clone() }, ..request }
+    Request { spec: crowd::spec(VerifyMethod::Match, 0.0, rows), ..request }
 }
 
 fn decoder(models: &Models) -> Sequences<'_> {

@@ -12,8 +12,8 @@ use dflash::gpu::kernels::round::Form;
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::siblings::{SampledTrees, Siblings};
 use dflash::gpu::kernels::verify::VerifyOutput;
+use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
-use dflash::spec::verify::VerifyMethod;
 use drawn::*;
 use kernel::*;
 

@@ -7,8 +7,10 @@ use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::round::{Finish, Form, Sequence};
 use dflash::gpu::kernels::sample::{Sample, SamplerInputs, tables};
 use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
-use dflash::spec::sampling::{SamplingParams, TABLES, judge, philox, walk};
-use dflash::spec::verify::VerifyMethod;
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::rng::{TABLES, philox};
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify::{match_chain, match_tree};
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
@@ -482,7 +484,7 @@ impl Blocks {
         };
         let (accepted, next) = match rows {
             0 => (0, NONE),
-            _ => match walk(&tokens, &parents, target) {
+            _ => match match_tree(&tokens, &parents, target) {
                 Some((rows, next)) => (rows.len() as u32 - 1, next),
                 None => (seen.len() as u32 - 1, NONE),
             },
@@ -499,7 +501,7 @@ impl Blocks {
                 let rows = (self.rows[sequence] as usize).min(self.block);
                 let drafts = &self.tokens[sequence * self.block..][1..rows];
                 let target = |row| Some(self.choices[sequence * self.block + row]).filter(|&c| c != NONE);
-                let verdict = judge(drafts, target).map(|(accepted, next)| (accepted as u32, next));
+                let verdict = match_chain(drafts, target).map(|(accepted, next)| (accepted as u32, next));
                 assert_eq!(verdict, Some((got.0, got.1)).filter(|&(_, next)| next != NONE));
             }
         }
@@ -591,11 +593,11 @@ fn verdict_is_the_same_under_every_schedule() {
 fn walk_takes_the_lowest_of_equal_siblings_and_needs_earlier_parents() {
     //  0 -> 1 (5), 2 (5), 3 (6); 4 (7) follows 2, 5 (8) follows 1; 6 (5) names a later row and is unreachable.
     let (tokens, parents) = ([9, 5, 5, 6, 7, 8, 5], [0, 0, 0, 0, 2, 1, 6]);
-    let distribution = |choices: [u32; 7]| walk(&tokens, &parents, move |row| Some(choices[row]));
+    let distribution = |choices: [u32; 7]| match_tree(&tokens, &parents, move |row| Some(choices[row]));
     assert_eq!(distribution([5, 8, 7, 0, 0, 3, 0]), Some((vec![0, 1, 5], 3)));
     assert_eq!(distribution([5, 7, 7, 0, 0, 3, 0]), Some((vec![0, 1], 7)));
     assert_eq!(distribution([6, 0, 0, 5, 0, 0, 0]), Some((vec![0, 3], 5)));
     assert_eq!(distribution([4, 0, 0, 0, 0, 0, 0]), Some((vec![0], 4)));
-    assert_eq!(walk(&tokens, &parents, |row| (row == 0).then_some(5)), None);
-    assert_eq!(walk(&[9], &[0], |_| Some(2)), Some((vec![0], 2)));
+    assert_eq!(match_tree(&tokens, &parents, |row| (row == 0).then_some(5)), None);
+    assert_eq!(match_tree(&[9], &[0], |_| Some(2)), Some((vec![0], 2)));
 }

@@ -13,9 +13,10 @@ use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, T
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::tree::{TreeBuild, Trees};
 use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
-use dflash::spec::sampling::{SamplingParams, walk};
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree::{Choice, Tree, chains, choices, moves, shape, typical};
-use dflash::spec::verify::VerifyMethod;
+use dflash::spec::verify::match_tree;
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
@@ -324,7 +325,7 @@ impl Forest {
                 let parents: Vec<u32> = (0..=count * deep)
                     .map(|row| if row == 0 || (row - 1) % deep == 0 { 0 } else { row as u32 - 1 })
                     .collect();
-                tree = Tree::drawn(&[&[state.anchor], &vec![NONE; count * deep][..]].concat(), &parents);
+                tree = Tree::sampled(&[&[state.anchor], &vec![NONE; count * deep][..]].concat(), &parents);
             } else if state.form == Form::SampledTree {
                 let place = |rank| Choice { token: NONE, cost: typical(rank as u32) };
                 let siblings: Vec<Choice> = (0..self.build.per_row).map(place).collect();
@@ -665,7 +666,7 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
                     (Finish::DamagedDrafter, Finish::DamagedDrafter, false);
                 state.rounds += 1;
             } else if there > 0 {
-                let (way, next) = walk(tokens, parents, |row| Some(choices[at + row])).unwrap();
+                let (way, next) = match_tree(tokens, parents, |row| Some(choices[at + row])).unwrap();
                 record.tokens = way[1..].iter().map(|&row| tokens[row]).chain([next]).collect();
                 record.acceptance_length = way.len() as u32;
                 record.drafted = there as u32 - 1;

@@ -1,7 +1,7 @@
 //! What a captured round may rely on: nothing that changes between rounds is in its arguments, and a replay does what the
 //! same launches do when they are asked for one by one.
 
-use crate::support::kernel;
+use crate::support::{crowd, kernel};
 
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
@@ -9,8 +9,8 @@ use dflash::engine::generate::{Decoder, Emitted, Request};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, DrafterMode, Models, RoundShape};
 use dflash::gpu::device::{Arg, Buffer, Device, Node};
+use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
-use dflash::spec::verify::{SpecConfig, VerifyMethod};
 use kernel::*;
 
 const POSITIONS: usize = 256;
@@ -25,7 +25,7 @@ fn requests(all: bool) -> [[Request; 2]; SLOTS] {
         let ids = oracle["prompts"][held]["prompt_ids"].as_array().unwrap();
         let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 11, stream: 2 };
         let prompt = ids[ids.len() - length..].iter().map(|id| id.as_u64().unwrap() as u32).collect();
-        Request { prompt, max_tokens, sampling, stop_ids: vec![0], block, drafting: Default::default() }
+        Request { prompt, max_tokens, sampling, stop_ids: vec![0], block, spec: Default::default() }
     };
     let mut requests = [
         [request(4, 128, 18, 16, 0.0), request(36, 60, 12, 7, 0.0)],
@@ -33,23 +33,16 @@ fn requests(all: bool) -> [[Request; 2]; SLOTS] {
         [request(9, 128, 2, 1, 0.0), request(12, 33, 16, 1, 0.0)],
     ];
     if all {
-        let SpecConfig { sampling, .. } = SpecConfig::default();
-        let draws = |rule| SpecConfig {
-            rule,
-            sampling: SamplingParams { temperature: 0.8, ..sampling.clone() },
-            tree: None,
-        };
-        requests[0][0].drafting.tree = Some(20);
-        requests[0][1].drafting = draws(VerifyMethod::Block);
-        requests[1][0].drafting.tree = Some(32);
-        requests[1][1].drafting = draws(VerifyMethod::Rejection);
+        requests[0][0].spec = crowd::spec(VerifyMethod::Match, 0.0, Some(20));
+        requests[0][1].spec = crowd::spec(VerifyMethod::Block, 0.8, None);
+        requests[1][0].spec = crowd::spec(VerifyMethod::Match, 0.0, Some(32));
+        requests[1][1].spec = crowd::spec(VerifyMethod::Rejection, 0.8, None);
     }
     requests
 }
 
 fn drawn(request: &Request) -> bool {
-    let SpecConfig { rule, sampling, .. } = &request.drafting;
-    request.block > 1 && (*rule != VerifyMethod::Match || sampling.temperature != 0.0)
+    request.block > 1 && request.spec.samples_drafts()
 }
 
 /// Who is in a slot.
@@ -86,7 +79,7 @@ impl Drive {
                 if seat.tokens.len() < request.max_tokens && !stopped {
                     continue;
                 }
-                batches.iter_mut().for_each(|batch| batch.leave(slot, seat.tokens.len()).unwrap());
+                batches.iter_mut().for_each(|batch| batch.release(slot, seat.tokens.len()).unwrap());
                 seat.running = false;
             }
             if round < 3 * slot || seat.begun == 2 {
@@ -94,7 +87,7 @@ impl Drive {
             }
             let request = &self.requests[slot][seat.begun];
             let mut first = batches.iter_mut().map(|batch| {
-                assert!(batch.join(slot, request, keep).unwrap().is_some());
+                assert!(batch.admit(slot, request, keep).unwrap().is_some());
                 std::iter::repeat_with(|| batch.prefill(slot).unwrap().next).find_map(|next| next).unwrap()
             });
             let token = first.next().unwrap();

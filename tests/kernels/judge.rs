@@ -8,8 +8,11 @@ use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows
 use dflash::gpu::kernels::round::{Finish, Form, Sequence};
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::verify::VerifyOutput;
-use dflash::spec::sampling::{SamplingParams, TABLES, argmax};
-use dflash::spec::verify::{self, Distribution, ONE, PhiloxStream, VerifyMethod};
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::distribution::{Distribution, ONE};
+use dflash::spec::rng::{self, PhiloxStream, TABLES};
+use dflash::spec::sampling::{SamplingParams, argmax};
+use dflash::spec::verify;
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
@@ -244,7 +247,7 @@ impl Batch {
                 && request.rows > 0
             {
                 let distributions: Vec<Distribution> = distributions.iter().flatten().cloned().collect();
-                let chain = verify::draw(&distributions, &mut request.dice()).unwrap();
+                let chain = verify::sample_chain(&distributions, &mut request.dice()).unwrap();
                 assert_eq!(drawn[1..request.rows], chain, "{context}");
             }
 
@@ -262,7 +265,9 @@ impl Batch {
             let drafts = &got.tokens[at + 1..at + request.rows];
             let target = |row| self.distribution(false, own, row);
             let expected = match request.rule {
-                VerifyMethod::Block => verify::block(drafts, &distributions, target, &mut request.dice()),
+                VerifyMethod::Block => {
+                    verify::block_verify(drafts, &distributions, target, &mut request.dice())
+                }
                 _ => verify::rejection(drafts, &distributions, target, &mut request.dice()),
             };
             let Some((stood, token)) = expected else {
@@ -298,8 +303,8 @@ impl Seen {
 
 /// The token of row `row` from its own distribution.
 fn draw_one(distribution: &Distribution, row: usize, dice: PhiloxStream) -> u32 {
-    let word = verify::DrawKey { purpose: verify::Purpose::Draft, depth: row, row };
-    verify::RandomSource::pick(&mut dice.clone(), word, distribution.tokens()).unwrap()
+    let word = rng::DrawKey { purpose: rng::Purpose::Draft, depth: row, row };
+    rng::RandomSource::pick(&mut dice.clone(), word, distribution.tokens()).unwrap()
 }
 
 /// The probabilities that 48 bytes of a distribution make of a row's logits; `None` where it is none.
@@ -495,19 +500,19 @@ fn the_last_units_of_a_chance_count() {
     let (target, drafter) = (vec![one, 0.0, one, none], vec![none, 0.0, none, two]);
     let how = of(1.0, 0, 1.0);
     let (p, q) = (how.probabilities(&target).unwrap(), how.probabilities(&drafter).unwrap());
-    let (share, over) = (p.of(0), p.of(1) - q.of(1));
-    assert_eq!((p.of(2), p.of(3), over), (share, 0, 1));
-    assert!(share < 1 << 17 && q.of(3) < 1 << 18, "{p:?} {q:?}");
+    let (share, over) = (p.probability(0), p.probability(1) - q.probability(1));
+    assert_eq!((p.probability(2), p.probability(3), over), (share, 0, 1));
+    assert!(share < 1 << 17 && q.probability(3) < 1 << 18, "{p:?} {q:?}");
     let high = |bits: u64, n: u64| ((u128::from(bits) * u128::from(n)) >> 64) as u64;
     let bits = |rounds: u32, purpose| {
         let dice = PhiloxStream { seed: how.seed, stream: how.stream, round: rounds + 1, anchor: 9 };
-        dice.bits(verify::DrawKey { purpose, depth: 1, row: (purpose == verify::Purpose::Accept) as usize })
+        dice.bits(rng::DrawKey { purpose, depth: 1, row: (purpose == rng::Purpose::Accept) as usize })
     };
     let rest = 2 * share + over;
     let find = |wanted: &dyn Fn(u32) -> bool| (0..1 << 22).find(|&rounds| wanted(rounds)).unwrap();
     // Units on both sides of token 1's, and its own; and a draft that the target never emits, at chance 0.
-    let at = |unit: u64| find(&|rounds| high(bits(rounds, verify::Purpose::Residual), rest) == unit);
-    let zero = find(&|rounds| high(bits(rounds, verify::Purpose::Accept), q.of(3)) == 0);
+    let at = |unit: u64| find(&|rounds| high(bits(rounds, rng::Purpose::Residual), rest) == unit);
+    let zero = find(&|rounds| high(bits(rounds, rng::Purpose::Accept), q.probability(3)) == 0);
     let units = [(at(share - 1), Some(0)), (at(share), Some(1)), (at(share + 1), Some(2)), (zero, None)];
     every_device(|device| {
         // The tokens in one lane, in lanes of one warp, and in warps of their own.

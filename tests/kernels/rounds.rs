@@ -8,8 +8,9 @@ use dflash::gpu::device::{Buffer, Device, Graph};
 use dflash::gpu::emulator::{Emulator, Schedule};
 use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, STOP_IDS, Sequence, Tables};
 use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
-use dflash::spec::sampling::{SamplingParams, walk};
-use dflash::spec::verify::VerifyMethod;
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify::match_tree;
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
@@ -218,7 +219,8 @@ fn model_round(
         end(sequence, Finish::DamagedDrafter);
         return idle(sequence);
     }
-    let Some((path, next)) = walk(&tokens, &parents[..rows], |row| Some(choices[row]).filter(|&c| c != NONE))
+    let Some((path, next)) =
+        match_tree(&tokens, &parents[..rows], |row| Some(choices[row]).filter(|&c| c != NONE))
     else {
         end(sequence, Finish::DamagedTarget);
         return idle(sequence);

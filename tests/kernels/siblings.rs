@@ -10,9 +10,11 @@ use dflash::gpu::kernels::round::Form;
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::siblings::{SampledTrees, Siblings};
 use dflash::gpu::kernels::verify::VerifyOutput;
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::distribution::Distribution;
+use dflash::spec::rng::{DrawKey, PhiloxStream, Purpose};
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree::shape;
-use dflash::spec::verify::{Distribution, DrawKey, PhiloxStream, Purpose, VerifyMethod};
 use drawn::*;
 use kernel::*;
 
@@ -92,7 +94,7 @@ fn laws_that_are_alike_let_the_first_of_siblings_stand() {
 
 /// What is beyond `q` of `p`, and the distribution it makes.
 fn beyond(p: &Distribution, q: &Distribution) -> (Vec<(u32, u64)>, Distribution) {
-    let over = p.tokens().iter().map(|&(id, w)| (id, w.saturating_sub(q.of(id))));
+    let over = p.tokens().iter().map(|&(id, w)| (id, w.saturating_sub(q.probability(id))));
     let over: Vec<(u32, u64)> = over.filter(|&(_, w)| w > 0).collect();
     let most = over.iter().map(|&(_, w)| w).max().unwrap();
     let rounding_token = over.iter().find(|&&(_, w)| w == most).unwrap().0;

@@ -16,6 +16,11 @@ fn costs(draft: f64, verify: impl Fn(usize) -> f64) -> Costs {
     Costs { draft, verify: (1..=64).map(verify).collect() }
 }
 
+/// Costs for policies that do not look at them.
+fn flat() -> Costs {
+    costs(0.0, |_| 1.0)
+}
+
 /// The path of a chain whose first `accepted` drafts stood.
 fn chain_of(accepted: usize) -> u64 {
     u64::MAX >> (63 - accepted)
@@ -45,7 +50,7 @@ fn the_worked_example_drafts_seven() {
         .collect();
     // Rows m count the anchor, too; without drafts there is no drafter.
     let expected = [10.05, 6.0753, 4.4545, 3.7123, 3.325, 3.1238, 3.0296, 3.0039, 3.0258];
-    assert_eq!((costs.plain() * 1e4).round() / 1e4, expected[0]);
+    assert_eq!((costs.ar_step() * 1e4).round() / 1e4, expected[0]);
     for n in 1..=8 {
         let each = costs.round(n) / (1.0 + survival[..n].iter().sum::<f64>());
         assert_eq!((each * 1e4).round() / 1e4, expected[n], "{n} drafts");
@@ -127,7 +132,7 @@ fn modelled_costs_are_the_floor_of_the_passes() {
     for rows in [1, 2, 16, 17, 64] {
         assert_eq!(costs.verify[rows - 1], target_pass(&target, 1000, 1, rows).ms(&card));
     }
-    assert_eq!(costs.plain(), costs.verify[0]);
+    assert_eq!(costs.ar_step(), costs.verify[0]);
     // Bound by memory: a round of 64 rows costs little more than one of 16.
     assert!(costs.round(63) < 1.01 * costs.round(15));
     // Of so many sequences that products decide, it is what is verified that costs.
@@ -159,25 +164,25 @@ fn positions_begin_at_one_half_and_follow_what_is_counted() {
     };
     survival(&positions, &[0.5, 0.25, 0.125]);
     // Of three drafts the first stood; a fourth there was not.
-    positions.judged(3, 0b11);
+    positions.observe(3, 0b11);
     let a: f64 = 2.0 / 3.0;
     let b = 2.0 * a.powi(2) / 3.0;
     let c = 2.0 * b.powf(1.5) / 3.0;
     survival(&positions, &[a, b, c, c.powf(4.0 / 3.0)]);
     // A tree's second row, where the first and the third did not: what came before fades, for every row.
-    positions.judged(2, 0b101);
+    positions.observe(2, 0b101);
     let a: f64 = (0.98 + 1.0) / (1.98 + 2.0);
     let b: f64 = (1.0 + 2.0 * a.powi(2)) / (1.98 + 2.0);
     let c = 2.0 * b.powf(1.5) / (0.98 + 2.0);
     survival(&positions, &[a, b, c]);
-    positions.judged(0, 1);
+    positions.observe(0, 1);
     survival(&positions, &[(0.98 * 0.98 + 1.0) / (1.98 * 0.98 + 2.0)]);
     assert!(positions.survival(0).is_empty());
     // Bits of rows that were not verified, and rows beyond the bits.
     let mut garbage = Positions::default();
-    garbage.judged(1, u64::MAX);
+    garbage.observe(1, u64::MAX);
     survival(&garbage, &[2.0 / 3.0, 4.0 / 9.0]);
-    garbage.judged(100, u64::MAX);
+    garbage.observe(100, u64::MAX);
     let survival = garbage.survival(100);
     assert!(survival[62] > 0.9 && survival[63] < 0.7, "{survival:?}");
 }
@@ -198,7 +203,7 @@ fn positions_of_a_tree_foretell_every_smaller_one() {
             let Some(next) = children.get(random.below(children.len() + 1)) else { break };
             (stood, at) = (stood | 1 << next, *next);
         }
-        positions.judged(39, stood);
+        positions.observe(39, stood);
         (1..40).for_each(|row| {
             brought[row] += f64::from((stood & ((2 << row) - 2)).count_ones()) / rounds as f64
         });
@@ -219,7 +224,7 @@ fn positions_find_the_acceptance_they_are_shown() {
     let mut mean = [0.0; 5];
     for round in 0..6000 {
         let accepted = truth.iter().take_while(|p| unit(&mut random) < **p).count();
-        positions.judged(5, chain_of(accepted));
+        positions.observe(5, chain_of(accepted));
         if round >= 1000 {
             positions.survival(5).iter().zip(&mut mean).for_each(|(s, mean)| *mean += s / 5000.0);
         }
@@ -248,25 +253,25 @@ fn chain(probabilities: &[f64]) -> Vec<u32> {
 fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
     // Every row costs a tenth of a step.
     let table = costs(0.5, |rows| 1.0 + 0.1 * rows as f64);
-    let mut controller = ByPosition::new(DraftLengthPolicy::CostModel(table.clone()));
+    let mut controller = ByPosition::new(DraftLengthPolicy::CostModel, table.clone());
     let mut positions = Positions::default();
     for round in 0..200 {
         let drafts = controller.drafts(15);
         let (best, _) = table.cheapest(&positions.survival(15));
         assert_eq!(drafts, if round < 4 { 15 } else { best.max(1) }, "round {round}");
         let accepted = [0, 3, 1, 2][round % 4].min(drafts);
-        controller.judged(drafts, chain_of(accepted));
-        positions.judged(drafts, chain_of(accepted));
+        controller.observe(drafts, chain_of(accepted));
+        positions.observe(drafts, chain_of(accepted));
     }
     assert!((2..8).contains(&controller.drafts(15)));
     assert_eq!(controller.drafts(1), 1);
     // From all to few and back, never more than 16 rows at once.
-    let mut controller = ByPosition::new(DraftLengthPolicy::CostModel(table));
+    let mut controller = ByPosition::new(DraftLengthPolicy::CostModel, table);
     let mut sizes = vec![];
     for round in 0..400 {
         let drafts = controller.drafts(63);
         sizes.push(drafts);
-        controller.judged(drafts, chain_of(if (10..100).contains(&round) { 0 } else { drafts }));
+        controller.observe(drafts, chain_of(if (10..100).contains(&round) { 0 } else { drafts }));
     }
     assert!(sizes.windows(2).skip(4).all(|pair| pair[0].abs_diff(pair[1]) <= 16), "{sizes:?}");
     assert_eq!((sizes[..4].to_vec(), sizes[99], sizes[399]), (vec![63; 4], 1, 63), "{sizes:?}");
@@ -285,7 +290,7 @@ fn confidence_is_weighed_by_what_came_of_it() {
     let mut random = Random::new(4);
     let table = costs(0.3, |rows| 1.0 + 0.05 * rows as f64);
     for bias in [0.5, 1.0, 2.0, 3.0] {
-        let mut controller = ByConfidence::new(DraftLengthPolicy::CostModel(table.clone()));
+        let mut controller = ByConfidence::new(DraftLengthPolicy::CostModel, table.clone());
         let mut mean = 0.0;
         for round in 0..4000 {
             assert_eq!(controller.drafts(15), 15);
@@ -295,15 +300,15 @@ fn confidence_is_weighed_by_what_came_of_it() {
             let survival: Vec<f64> =
                 paths.iter().map(|cost| (-weight * f64::from(*cost) / 65536.0).exp2()).collect();
             assert_eq!(drafts, by_brute_force(&table, &survival).0);
-            controller.judged(drafts, chain_of(accepted.min(drafts)));
+            controller.observe(drafts, chain_of(accepted.min(drafts)));
             mean += if round < 1000 { 0.0 } else { controller.weight() / 3000.0 };
         }
         assert!((mean / bias - 1.0).abs() < 0.15, "{mean} for {bias}");
     }
-    let mut hopeless = ByConfidence::new(DraftLengthPolicy::CostModel(table));
+    let mut hopeless = ByConfidence::new(DraftLengthPolicy::CostModel, table);
     for _ in 0..2000 {
         let drafts = hopeless.truncate(&chain(&[0.99; 15]));
-        hopeless.judged(drafts, 1);
+        hopeless.observe(drafts, 1);
     }
     assert_eq!(hopeless.weight(), 4.0);
 }
@@ -311,16 +316,16 @@ fn confidence_is_weighed_by_what_came_of_it() {
 /// Of each goal, what there is known before the drafts are, and what looks at them.
 #[test]
 fn goals_make_controllers_that_look_only_where_they_may() {
-    let pays = DraftLengthPolicy::CostModel(costs(0.1, |_| 1.0));
+    let costs = costs(0.1, |_| 1.0);
     for (goal, ahead, looks, most) in [
         (DraftLengthPolicy::Full, true, false, 100),
         (DraftLengthPolicy::Full, false, false, 100),
-        (pays.clone(), true, false, 63),
-        (pays, false, true, 63),
+        (DraftLengthPolicy::CostModel, true, false, 63),
+        (DraftLengthPolicy::CostModel, false, true, 63),
         (DraftLengthPolicy::Threshold(0.5), true, false, 63),
         (DraftLengthPolicy::Threshold(0.5), false, true, 63),
     ] {
-        let mut controller = goal.controller(ahead);
+        let mut controller = goal.controller(&costs, ahead);
         assert_eq!(
             (controller.needs_draft_probs(), controller.drafts(100)),
             (looks, most),
@@ -336,7 +341,7 @@ fn goals_make_controllers_that_look_only_where_they_may() {
 fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
     for least in [1e-90, 0.2, 0.5, 0.8, 1.0] {
         let mut random = Random::new(31);
-        let mut controller = DraftLengthPolicy::Threshold(least).controller(true);
+        let mut controller = DraftLengthPolicy::Threshold(least).controller(&flat(), true);
         let mut positions = Positions::default();
         let mut sizes = vec![];
         // Nothing stands for long, then all, then what happens to.
@@ -346,8 +351,8 @@ fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
             let often = (0..15).find(|row| survival[*row] < least).unwrap_or(15);
             assert_eq!(drafts, if round < 4 { 15 } else { often.max(1) }, "at least {least}, round {round}");
             let accepted = [0, 15, random.below(16)][round / 300].min(drafts);
-            controller.judged(drafts, chain_of(accepted));
-            positions.judged(drafts, chain_of(accepted));
+            controller.observe(drafts, chain_of(accepted));
+            positions.observe(drafts, chain_of(accepted));
             sizes.push(drafts);
         }
         // No AR step is for ever, because there is none; what stands again is verified again.
@@ -355,10 +360,10 @@ fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
         assert_eq!((sizes[299], sizes[599]), expected, "at least {least}: {sizes:?}");
     }
     // A tree ends before the first row that does not stand often enough, whatever comes behind.
-    let mut controller = DraftLengthPolicy::Threshold(0.5).controller(true);
+    let mut controller = DraftLengthPolicy::Threshold(0.5).controller(&flat(), true);
     for _ in 0..4 {
         assert_eq!(controller.drafts(20), 20);
-        controller.judged(20, 0b110111);
+        controller.observe(20, 0b110111);
     }
     // Not all at once.
     assert_eq!([(); 2].map(|()| controller.drafts(20)), [4, 2]);
@@ -366,8 +371,9 @@ fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
 
 #[test]
 fn by_confidence_verifies_paths_that_the_drafter_holds_likely_enough() {
-    let cuts =
-        |least: f64, paths: &[u32]| DraftLengthPolicy::Threshold(least).controller(false).truncate(paths);
+    let cuts = |least: f64, paths: &[u32]| {
+        DraftLengthPolicy::Threshold(least).controller(&flat(), false).truncate(paths)
+    };
     // A half, a quarter, an eighth: of equals, they stand.
     let halves = chain(&[0.5; 10]);
     for (least, kept) in [(0.51, 0), (0.5, 1), (0.26, 1), (0.25, 2), (0.125, 3), (1e-9, 10), (1.0, 0)] {
@@ -377,12 +383,12 @@ fn by_confidence_verifies_paths_that_the_drafter_holds_likely_enough() {
     // Of a tree, those before the first that is not.
     assert_eq!(cuts(0.25, &[1 << 16, 3 << 15, 2 << 16, (2 << 16) + 1, 2 << 16]), 3);
     // However often nothing was verified or nothing stood, a drafter that is sure is verified.
-    let mut controller = DraftLengthPolicy::Threshold(0.9).controller(false);
+    let mut controller = DraftLengthPolicy::Threshold(0.9).controller(&flat(), false);
     for round in 0..2000 {
         assert_eq!(controller.drafts(15), 15);
         let (paths, kept) = if round % 2 == 0 { (chain(&[0.8; 15]), 0) } else { (chain(&[0.99; 15]), 10) };
         assert_eq!(controller.truncate(&paths), kept, "round {round}");
-        controller.judged(kept, 1);
+        controller.observe(kept, 1);
     }
 }
 
@@ -399,7 +405,7 @@ fn play(
     for round in 0..rounds + late {
         if waiting.len() > late || round >= rounds {
             match waiting.pop_front() {
-                Some((drafts, accepted)) if drafts > 0 => controller.judged(drafts, chain_of(accepted)),
+                Some((drafts, accepted)) if drafts > 0 => controller.observe(drafts, chain_of(accepted)),
                 _ => {}
             }
         }
@@ -413,13 +419,13 @@ fn play(
             drafted.push(round);
         }
         tokens += accepted + 1;
-        spent += if drafts > 0 { costs.round(drafts) } else { costs.plain() };
+        spent += if drafts > 0 { costs.round(drafts) } else { costs.ar_step() };
     }
     waiting
         .into_iter()
         .filter(|(drafts, _)| *drafts > 0)
-        .for_each(|(d, a)| controller.judged(d, chain_of(a)));
-    (drafted, spent / tokens as f64 / costs.plain())
+        .for_each(|(d, a)| controller.observe(d, chain_of(a)));
+    (drafted, spent / tokens as f64 / costs.ar_step())
 }
 
 #[test]
@@ -482,7 +488,7 @@ fn what_pays_a_little_more_and_a_little_less_does_not_go_to_and_fro() {
         for stands in &stands {
             let drafts = controller.drafts(15);
             if drafts > 0 {
-                controller.judged(drafts, chain_of(*stands));
+                controller.observe(drafts, chain_of(*stands));
             }
             turns += usize::from(controller.is_on() != on);
             on = controller.is_on();

@@ -3,10 +3,9 @@
 
 use crate::support::enumeration;
 
-use dflash::spec::sampling::{judge, walk};
-use dflash::spec::verify::{
-    Distribution, DrawKey, ONE, Purpose, RandomSource, Siblings, draw, sample_chains,
-};
+use dflash::spec::distribution::{Distribution, ONE};
+use dflash::spec::rng::{DrawKey, Purpose, RandomSource};
+use dflash::spec::verify::{Siblings, match_chain, match_tree, sample_chain, sample_chains};
 use enumeration::*;
 use num_rational::BigRational;
 use std::collections::HashSet;
@@ -23,7 +22,10 @@ fn token_by_token_emits_the_targets_law_exactly() {
         for length in 1..=models.depth() {
             for tokens in sequences(models.vocab, length) {
                 let shared = |i: usize| {
-                    models.p(&tokens[..i]).of(tokens[i]).min(models.distributions[i].of(tokens[i]))
+                    models
+                        .p(&tokens[..i])
+                        .probability(tokens[i])
+                        .min(models.distributions[i].probability(tokens[i]))
                 };
                 expected += (0..length).map(|i| ratio(shared(i), ONE)).product::<BigRational>();
             }
@@ -39,12 +41,12 @@ fn shares(models: &Models) -> BigRational {
         for tokens in sequences(models.vocab, length) {
             let (mut w, mut q) = (ratio(1, 1), ratio(1, 1));
             for (i, &token) in tokens.iter().enumerate() {
-                let drawn = ratio(models.distributions[i].of(token), ONE);
+                let drawn = ratio(models.distributions[i].probability(token), ONE);
                 q *= &drawn;
                 if q == ratio(0, 1) {
                     break;
                 }
-                w = (w * ratio(models.p(&tokens[..i]).of(token), ONE) / drawn).min(ratio(1, 1));
+                w = (w * ratio(models.p(&tokens[..i]).probability(token), ONE) / drawn).min(ratio(1, 1));
             }
             sum += q * w;
         }
@@ -94,7 +96,7 @@ fn drafts_that_were_not_drawn_are_judged_as_by_match_whatever_the_rule() {
         let matched = enumerate(|coin| {
             let word = |row| DrawKey { purpose: Purpose::Residual, depth: row + 1, row };
             let sample = |row: usize| coin.pick(word(row), models.p(&drafts[..row]).tokens());
-            let (accepted, next) = judge(&drafts, sample).unwrap();
+            let (accepted, next) = match_chain(&drafts, sample).unwrap();
             [&drafts[..accepted], &[next]].concat()
         });
         assert_eq!(models.distance(&matched), ratio(0, 1));
@@ -110,8 +112,9 @@ fn a_chain_may_end_after_a_draft_for_what_that_is() {
     for (i, models) in models(40, 6).enumerate() {
         for rule in [Rule::Rejection, Rule::Block] {
             let distribution = enumerate(|coin| {
-                let mut drafts = draw(&models.distributions, coin).unwrap();
-                let last = drafts.iter().zip(&models.distributions).position(|(&id, q)| q.of(id) < ONE / 3);
+                let mut drafts = sample_chain(&models.distributions, coin).unwrap();
+                let last =
+                    drafts.iter().zip(&models.distributions).position(|(&id, q)| q.probability(id) < ONE / 3);
                 drafts.truncate(last.map_or(drafts.len(), |at| at + 1));
                 models.judged(rule, &drafts, &models.distributions, coin)
             });
@@ -182,7 +185,7 @@ fn match_emits_the_targets_law_on_any_fixed_tree() {
         let distribution = enumerate(|coin| {
             let word = |row| DrawKey { purpose: Purpose::Residual, depth: 0, row };
             let sample = |row: usize| coin.pick(word(row), models.p(&way(&tokens, &parents, row)).tokens());
-            let (path, next) = walk(&tokens, &parents, sample).unwrap();
+            let (path, next) = match_tree(&tokens, &parents, sample).unwrap();
             path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
         });
         assert_eq!(models.distance(&distribution), ratio(0, 1), "tree {i}");
@@ -279,9 +282,11 @@ fn a_draft_dropped_for_what_it_is_is_caught() {
     for rule in [Rule::Rejection, Rule::Block] {
         let distance = worst(|models| {
             enumerate(|coin| {
-                let mut drafts = draw(&models.distributions, coin).unwrap();
-                let kept =
-                    drafts.iter().zip(&models.distributions).take_while(|(id, q)| q.of(**id) >= ONE / 3);
+                let mut drafts = sample_chain(&models.distributions, coin).unwrap();
+                let kept = drafts
+                    .iter()
+                    .zip(&models.distributions)
+                    .take_while(|(id, q)| q.probability(**id) >= ONE / 3);
                 drafts.truncate(kept.count());
                 models.judged(rule, &drafts, &models.distributions, coin)
             })
@@ -312,7 +317,7 @@ fn a_residual_without_its_share_is_caught() {
     // Block verification's own decision, and then the residual of rejection.
     let distance = worst(|models| {
         enumerate(|coin| {
-            let drafts = draw(&models.distributions, coin).unwrap();
+            let drafts = sample_chain(&models.distributions, coin).unwrap();
             let mut coin = Spoiled { coin, models, drafts: &drafts };
             models.judged(Rule::Block, &drafts, &models.distributions, &mut coin)
         })
@@ -336,7 +341,8 @@ impl RandomSource for Spoiled<'_> {
     fn pick(&mut self, word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
         let Some(q) = self.models.distributions.get(word.row) else { return self.coin.pick(word, weights) };
         let p = self.models.p(&self.drafts[..word.row]);
-        let over = p.tokens().iter().map(|&(id, p)| (id, p.saturating_sub(q.of(id)))).filter(|t| t.1 > 0);
+        let over =
+            p.tokens().iter().map(|&(id, p)| (id, p.saturating_sub(q.probability(id)))).filter(|t| t.1 > 0);
         let over: Vec<(u32, u64)> = over.collect();
         self.coin.pick(word, if over.is_empty() { p.tokens() } else { &over })
     }
@@ -352,7 +358,7 @@ fn siblings_out_of_the_order_they_were_drawn_in_are_caught() {
         let distribution = enumerate(|coin| {
             let (mut tokens, parents) =
                 draw_tree(9, &[2], &models.distributions, Siblings::Distinct, coin).unwrap();
-            tokens[1..].sort_by_key(|&id| std::cmp::Reverse(q.of(id)));
+            tokens[1..].sort_by_key(|&id| std::cmp::Reverse(q.probability(id)));
             models.judged_tree(&tokens, &parents, Siblings::Distinct, coin)
         });
         most = most.max(float(&models.distance(&distribution)));
@@ -367,7 +373,7 @@ fn a_chain_dropped_for_what_it_is_is_caught() {
         enumerate(|coin| {
             let (tokens, parents) = sample_chains(9, 2, &models.distributions, coin).unwrap();
             // Both are judged only where the first is the less likely.
-            let q = |token: u32| models.distributions[0].of(token);
+            let q = |token: u32| models.distributions[0].probability(token);
             let kept = if q(tokens[1]) < q(tokens[3]) { 5 } else { 3 };
             models.judged_best(&tokens[..kept], &parents[..kept], coin)
         })

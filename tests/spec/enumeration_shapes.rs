@@ -3,10 +3,10 @@
 
 use crate::support::enumeration;
 
+use dflash::spec::distribution::Distribution;
+use dflash::spec::rng::{DrawKey, PhiloxStream, RandomSource};
 use dflash::spec::tree::{MOST_ROWS, chains, shape};
-use dflash::spec::verify::{
-    Distribution, DrawKey, PhiloxStream, RandomSource, Siblings, recursive, sample_tree,
-};
+use dflash::spec::verify::{Siblings, recursive_rejection, sample_tree};
 use enumeration::*;
 use num_rational::BigRational;
 
@@ -108,14 +108,23 @@ fn siblings_beyond_a_laws_tokens_are_repeats_that_never_stand() {
         let mut coin = Named(PhiloxStream { seed: 3, stream: 1, round, anchor: 8 }, vec![]);
         let tokens = sample_tree(9, &parents, &models.distributions, Siblings::Distinct, &mut coin).unwrap();
         let target = |row: usize| Some(models.p(&way(&tokens, &parents, row)));
-        let (path, _) =
-            recursive(&tokens, &parents, &models.distributions, Siblings::Distinct, target, &mut coin)
-                .unwrap();
+        let (path, _) = recursive_rejection(
+            &tokens,
+            &parents,
+            &models.distributions,
+            Siblings::Distinct,
+            target,
+            &mut coin,
+        )
+        .unwrap();
         for row in 1..tokens.len() {
             let depth = way(&tokens, &parents, row).len();
             let before: Vec<usize> = (1..row).filter(|&other| parents[other] == parents[row]).collect();
             let repeat = before.iter().any(|&other| tokens[other] == tokens[row]);
-            assert!(models.distributions[depth - 1].of(tokens[row]) > 0, "row {row} cannot be drawn");
+            assert!(
+                models.distributions[depth - 1].probability(tokens[row]) > 0,
+                "row {row} cannot be drawn"
+            );
             assert_eq!(repeat, before.len() >= models.distributions[depth - 1].tokens().len(), "row {row}");
             assert!(!repeat || tokens[row] == tokens[*before.last().unwrap()]);
             assert!(!(repeat && path.contains(&row)), "row {row} stands");

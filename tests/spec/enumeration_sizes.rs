@@ -4,8 +4,10 @@
 
 use crate::support::enumeration;
 
+use dflash::spec::distribution::{Distribution, ONE};
 use dflash::spec::draft_length::{Controller, Costs, DraftLengthPolicy};
-use dflash::spec::verify::{Distribution, DrawKey, ONE, Purpose, RandomSource, draw};
+use dflash::spec::rng::{DrawKey, Purpose, RandomSource};
+use dflash::spec::verify::sample_chain;
 use enumeration::*;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 struct Warm {
     name: &'static str,
     goal: DraftLengthPolicy,
+    costs: Costs,
     /// (rounds, drafts of each that stood at most).
     before: Vec<(usize, usize)>,
 }
@@ -22,20 +25,30 @@ fn warm() -> [Warm; 3] {
     let costs = Costs { draft: 0.05, verify: vec![1.0; 64] };
     let dear = Costs { draft: 0.2, verify: (0..64).map(|row| 1.0 + 0.3 * f64::from(row)).collect() };
     [
-        Warm { name: "at least", goal: DraftLengthPolicy::Threshold(0.5), before: vec![(4, 4), (2, 0)] },
-        Warm { name: "what pays", goal: DraftLengthPolicy::CostModel(dear), before: vec![(2, 2), (3, 0)] },
+        Warm {
+            name: "at least",
+            goal: DraftLengthPolicy::Threshold(0.5),
+            costs: dear.clone(),
+            before: vec![(4, 4), (2, 0)],
+        },
+        Warm {
+            name: "what pays",
+            goal: DraftLengthPolicy::CostModel,
+            costs: dear,
+            before: vec![(2, 2), (3, 0)],
+        },
         // One more poor round ends drafting.
-        Warm { name: "where it pays", goal: DraftLengthPolicy::CostModel(costs), before: vec![(11, 0)] },
+        Warm { name: "where it pays", goal: DraftLengthPolicy::CostModel, costs, before: vec![(11, 0)] },
     ]
 }
 
 impl Warm {
     fn controller(&self, ahead: bool) -> Box<dyn Controller + Send> {
-        let mut controller = self.goal.controller(ahead);
+        let mut controller = self.goal.controller(&self.costs, ahead);
         for &(rounds, stood) in &self.before {
             for _ in 0..rounds {
                 let drafts = controller.drafts(4);
-                controller.judged(drafts, (2 << stood.min(drafts)) - 1);
+                controller.observe(drafts, (2 << stood.min(drafts)) - 1);
             }
         }
         controller
@@ -72,11 +85,11 @@ impl Models {
                 said.push(coin.pick(WORD, self.p(&said).tokens()).unwrap());
             } else {
                 let distributions = &self.distributions[..size];
-                let mut drafts = draw(distributions, coin).unwrap();
+                let mut drafts = sample_chain(distributions, coin).unwrap();
                 if controller.needs_draft_probs() {
                     let mut bits = 0.0;
                     let cost = |(id, distribution): (&u32, &Distribution)| {
-                        bits -= (distribution.of(*id) as f64 / ONE as f64).log2();
+                        bits -= (distribution.probability(*id) as f64 / ONE as f64).log2();
                         (bits * 65536.0) as u32
                     };
                     let costs: Vec<u32> = drafts.iter().zip(distributions).map(cost).collect();
@@ -92,7 +105,7 @@ impl Models {
                 let emitted = after.judged(rule, &drafts, &distributions[..drafts.len()], coin);
                 let stood = emitted.len() - 1;
                 said.extend(emitted);
-                controller.judged(drafts.len(), (2 << stood) - 1);
+                controller.observe(drafts.len(), (2 << stood) - 1);
             }
             if !late {
                 next = controller.drafts(depth);

@@ -3,8 +3,9 @@
 
 use crate::support::enumeration;
 
-use dflash::spec::sampling::{SamplingParams, philox};
-use dflash::spec::verify::{DrawKey, PhiloxStream, Purpose, RandomSource, Siblings, draw, sample_chains};
+use dflash::spec::rng::{DrawKey, PhiloxStream, Purpose, RandomSource, philox};
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify::{Siblings, sample_chain, sample_chains};
 use enumeration::*;
 use std::collections::HashSet;
 
@@ -63,7 +64,7 @@ fn no_word_is_used_twice() {
             let mut coin = Recorder { dice, counters: &mut counters };
             let emitted = match kind {
                 0 | 1 => {
-                    let drafts = draw(&models.distributions, &mut coin).unwrap();
+                    let drafts = sample_chain(&models.distributions, &mut coin).unwrap();
                     models.judged(
                         [Rule::Rejection, Rule::Block][kind],
                         &drafts,
@@ -99,7 +100,7 @@ fn counts(models: &Models, rule: Rule, runs: u64, reuse: bool) -> Vec<u64> {
             let dice = PhiloxStream { seed, stream: 0, round, anchor: tokens.len() as u32 };
             let mut coin = Keyed { dice, reuse };
             // The distributions of these models do not depend on what came before.
-            let drafts = draw(&models.distributions, &mut coin).unwrap();
+            let drafts = sample_chain(&models.distributions, &mut coin).unwrap();
             tokens.extend(models.judged(rule, &drafts, &models.distributions, &mut coin));
             round += 1;
         }

@@ -3,10 +3,10 @@
 
 use crate::support::enumeration;
 
+use dflash::spec::distribution::{Distribution, ONE};
+use dflash::spec::rng::{DrawKey, RandomSource};
 use dflash::spec::sampling::SamplingParams;
-use dflash::spec::verify::{
-    Distribution, DrawKey, ONE, RandomSource, Siblings, multi_draft_block_verify, rejection, sample_chains,
-};
+use dflash::spec::verify::{Siblings, multi_draft_block_verify, rejection, sample_chains};
 use enumeration::*;
 use num_rational::BigRational;
 use std::collections::HashMap;
@@ -92,13 +92,13 @@ fn probabilities_add_up_and_are_the_weights_shares_whatever_those_are() {
             let exact = (u128::from(w) << 48) / total;
             if id != rounding_token {
                 assert!(
-                    (0..2).contains(&(exact as i128 - i128::from(distribution.of(id)))),
+                    (0..2).contains(&(exact as i128 - i128::from(distribution.probability(id)))),
                     "{w} of {total}"
                 );
             }
             short += 2;
         }
-        let (at, extra) = ((rounding_token / 3) as usize, distribution.of(rounding_token));
+        let (at, extra) = ((rounding_token / 3) as usize, distribution.probability(rounding_token));
         assert!(i128::from(extra) - ((u128::from(weights[at].1) << 48) / total) as i128 <= short);
     }
     // The ends: one token; a sum of 2^64 - 1; all of 2^26 tokens as good as the best.
@@ -116,16 +116,22 @@ fn probabilities_add_up_and_are_the_weights_shares_whatever_those_are() {
 fn what_rounding_leaves_over_is_the_best_tokens_and_the_lowest_of_several() {
     let sampling = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
     let distribution = sampling.probabilities(&[0.0, 2.0, 2.0, 2.0]).unwrap();
-    assert!(distribution.of(1) > distribution.of(2) && distribution.of(2) == distribution.of(3));
+    assert!(
+        distribution.probability(1) > distribution.probability(2)
+            && distribution.probability(2) == distribution.probability(3)
+    );
     // So near the best that it weighs as much: the logit decides.
     let distribution = sampling.probabilities(&[1.0, 1.000_001, 1.0]).unwrap();
-    assert!(distribution.of(1) > distribution.of(0) && distribution.of(0) == distribution.of(2));
+    assert!(
+        distribution.probability(1) > distribution.probability(0)
+            && distribution.probability(0) == distribution.probability(2)
+    );
     // Of what is left of a distribution, the heaviest.
     let distribution = probabilities(&[1, 5, 3, 3]).without(1).unwrap();
     assert!(
-        distribution.of(2) > distribution.of(3)
-            && distribution.of(3) > distribution.of(0)
-            && distribution.of(1) == 0
+        distribution.probability(2) > distribution.probability(3)
+            && distribution.probability(3) > distribution.probability(0)
+            && distribution.probability(1) == 0
     );
     assert_eq!(one_hot(3).without(3), None);
     assert_eq!(one_hot(3).without(4).unwrap(), one_hot(3));
@@ -283,7 +289,7 @@ fn choose(models: &Models, chains: &[Vec<u32>]) -> Chosen {
     for i in 0..models.depth() {
         let before: Vec<u32> = chosen.iter().map(|&(id, _)| id).collect();
         let class = |id: u32| {
-            let (p, q) = (models.p(&before).of(id), models.distributions[i].of(id));
+            let (p, q) = (models.p(&before).probability(id), models.distributions[i].probability(id));
             if p == 0 { 0 } else { (halves(p) - halves(q) + 32).clamp(0, 63) }
         };
         let mut running = (0..chains.len()).filter(|&chain| chains[chain][..i] == before);
@@ -390,7 +396,7 @@ fn the_law_of_a_choice_is_what_all_draws_of_it_say() {
             let (mut share, mut shares) = (ratio(1, 1), vec![ratio(1, 1)]);
             for (at, &draft) in drafts.iter().enumerate() {
                 let distribution = chosen_law(&all, vocab, count, &chosen[..at]);
-                share = share * ratio(models.p(&drafts[..at]).of(draft), ONE)
+                share = share * ratio(models.p(&drafts[..at]).probability(draft), ONE)
                     / distribution[draft as usize].clone();
                 share = share.min(ratio(1, 1));
                 shares.push(share.clone());
@@ -402,7 +408,7 @@ fn the_law_of_a_choice_is_what_all_draws_of_it_say() {
                     let distribution = chosen_law(&all, vocab, count, &chosen[..at]);
                     let p = models.p(&drafts[..at]);
                     common = (0..vocab as u32)
-                        .map(|id| (w * ratio(p.of(id), ONE)).min(distribution[id as usize].clone()))
+                        .map(|id| (w * ratio(p.probability(id), ONE)).min(distribution[id as usize].clone()))
                         .sum();
                 }
                 let (s, n) = (ratio(s, ONE), ratio(n, ONE));

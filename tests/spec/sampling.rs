@@ -4,7 +4,9 @@
 use crate::support::random;
 
 use dflash::Error;
-use dflash::spec::sampling::{SamplingParams, TABLES, argmax, judge, philox};
+use dflash::spec::rng::{TABLES, philox};
+use dflash::spec::sampling::{SamplingParams, argmax};
+use dflash::spec::verify::match_chain;
 use random::Random;
 
 const PLAIN: SamplingParams =
@@ -514,7 +516,7 @@ fn greedy_chains_equal_the_plain_loop() {
             let block = rng.below(8);
             let draft: Vec<u32> = (0..block).map(|_| rng.below(vocab) as u32).collect();
             let rows: Vec<u32> = (0..=block).map(|j| next(&[&out, &draft[..j]].concat())).collect();
-            let (a, y) = judge(&draft, |j| Some(rows[j])).unwrap();
+            let (a, y) = match_chain(&draft, |j| Some(rows[j])).unwrap();
             let expected = (0..block).find(|&j| draft[j] != rows[j]).unwrap_or(block);
             assert_eq!((a, y), (expected, rows[expected]));
             out.extend(&draft[..a]);
@@ -557,7 +559,7 @@ fn matching_equals_plain_sampling_with_the_same_seed() {
                 })
                 .collect();
             let mut asked = 0;
-            let (a, y) = judge(&draft, |j| {
+            let (a, y) = match_chain(&draft, |j| {
                 assert_eq!(j, asked, "rows are sampled in order, once");
                 asked += 1;
                 sample(&[&out, &draft[..j]].concat())
@@ -575,8 +577,8 @@ fn matching_equals_plain_sampling_with_the_same_seed() {
 
 #[test]
 fn a_row_that_cannot_be_sampled_ends_the_judgement() {
-    assert_eq!(judge(&[1, 2], |j| [Some(1), None][j.min(1)]), None);
-    assert_eq!(judge(&[1, 2], |j| [Some(3), None][j]), Some((0, 3)));
-    assert_eq!(judge(&[], |_| Some(4)), Some((0, 4)));
-    assert_eq!(judge(&[], |_| None), None);
+    assert_eq!(match_chain(&[1, 2], |j| [Some(1), None][j.min(1)]), None);
+    assert_eq!(match_chain(&[1, 2], |j| [Some(3), None][j]), Some((0, 3)));
+    assert_eq!(match_chain(&[], |_| Some(4)), Some((0, 4)));
+    assert_eq!(match_chain(&[], |_| None), None);
 }

@@ -33,7 +33,7 @@ pub fn table() -> Result<String> {
         let mut batch = Batch::new(&device, &models, BatchConfig::new(sequences, block, POSITIONS))?;
         device.reset_counts();
         for slot in 0..sequences {
-            batch.join(slot, &request(slot as u32, block, temperature), false)?;
+            batch.admit(slot, &request(slot as u32, block, temperature), false)?;
             batch.prefill(slot)?;
             if slot == 0 && name == "round of 1 sequence" {
                 case(&mut out, &format!("prompt of {PROMPT} tokens"), &device);
@@ -57,7 +57,7 @@ pub fn table() -> Result<String> {
 fn request(slot: u32, block: usize, temperature: f32) -> Request {
     let sampling = SamplingParams { temperature, top_k: 0, top_p: 0.9, min_p: 0.0, seed: 1, stream: slot };
     let prompt = (0..PROMPT).map(|i| 300 + i * 13 + slot).collect();
-    Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block, drafting: Default::default() }
+    Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block, spec: Default::default() }
 }
 
 fn case(out: &mut String, name: &str, device: &Emulator) {

@@ -6,6 +6,8 @@ use dflash::Result;
 use dflash::engine::generate::{
     Decoder, Finish, Flow, Outcome, Request, TokenSink, TokenSinks, generate, generate_all,
 };
+use dflash::spec::config::{BlockDrafts, ExactDrafts, RejectionDrafts, SpecConfig, VerifyMethod};
+use dflash::spec::draft_length::DraftLengthPolicy;
 use dflash::spec::sampling::SamplingParams;
 
 /// What a listener hears of: `Prompt(done)`, `Token(number)` with numbers from 1.
@@ -47,7 +49,7 @@ impl<F: FnMut(usize, Event) -> Result<Flow>> TokenSink for BatchRecorder<F> {
 }
 
 impl<F: FnMut(usize, Event) -> Result<Flow>> TokenSinks for BatchRecorder<F> {
-    fn of(&mut self, index: usize) -> Result<&mut dyn TokenSink> {
+    fn sink(&mut self, index: usize) -> Result<&mut dyn TokenSink> {
         self.index = index;
         Ok(self)
     }
@@ -107,8 +109,52 @@ pub fn seeded(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32,
         sampling,
         stop_ids: vec![],
         block,
-        drafting: Default::default(),
+        spec: Default::default(),
     }
+}
+
+/// Chains, or trees of up to `tree` rows, verified by this method, with drafts sampled at this temperature. Exact trees
+/// are best-first, and exact chains at temperature 0 hold the best tokens.
+pub fn spec(method: VerifyMethod, temperature: f32, tree: Option<usize>) -> SpecConfig {
+    let sampling = SamplingParams { temperature, ..SamplingParams::default() };
+    let length = DraftLengthPolicy::Full;
+    match (method, tree) {
+        (VerifyMethod::Match, Some(rows)) => {
+            SpecConfig::Exact { drafts: ExactDrafts::BestFirstTree { rows }, length }
+        }
+        (VerifyMethod::Match, None) if temperature == 0.0 => SpecConfig::default(),
+        (VerifyMethod::Match, None) => {
+            SpecConfig::Exact { drafts: ExactDrafts::CoupledChain(sampling), length }
+        }
+        (VerifyMethod::Rejection, None) => {
+            SpecConfig::Rejection { drafts: RejectionDrafts::Chain { length }, sampling }
+        }
+        (VerifyMethod::Rejection, Some(rows)) => {
+            SpecConfig::Rejection { drafts: RejectionDrafts::Tree { rows }, sampling }
+        }
+        (VerifyMethod::Block, None) => SpecConfig::Block { drafts: BlockDrafts::Chain { length }, sampling },
+        (VerifyMethod::Block, Some(rows)) => {
+            SpecConfig::Block { drafts: BlockDrafts::Chains { rows }, sampling }
+        }
+    }
+}
+
+/// The same with drafts sampled among the `k` best tokens, where they are sampled.
+pub fn with_top_k(spec: &SpecConfig, k: usize) -> SpecConfig {
+    let sampling = spec.draft_sampling().cloned().unwrap_or_default();
+    spec.clone().with_draft_sampling(SamplingParams { top_k: k, ..sampling })
+}
+
+/// The same with this draft length, where there may be one.
+pub fn with_length(spec: &SpecConfig, policy: DraftLengthPolicy) -> SpecConfig {
+    let mut spec = spec.clone();
+    match &mut spec {
+        SpecConfig::Exact { length, .. }
+        | SpecConfig::Rejection { drafts: RejectionDrafts::Chain { length }, .. }
+        | SpecConfig::Block { drafts: BlockDrafts::Chain { length }, .. } => *length = policy,
+        _ => {}
+    }
+    spec
 }
 
 /// The prompts that the reference answered.

@@ -10,9 +10,12 @@ use dflash::gpu::kernels::round::{Finish, Form, Sequence};
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::siblings::{SampledTrees, Siblings};
 use dflash::gpu::kernels::verify::VerifyOutput;
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::distribution::{Distribution, ONE};
+use dflash::spec::rng::{DrawKey, PhiloxStream, RandomSource};
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree::{chains, shape};
-use dflash::spec::verify::{self, Distribution, DrawKey, ONE, PhiloxStream, RandomSource, VerifyMethod};
+use dflash::spec::verify;
 use std::collections::HashMap;
 
 pub const NONE: u32 = u32::MAX;
@@ -258,9 +261,14 @@ impl Batch {
                 VerifyMethod::Block => {
                     verify::multi_draft_block_verify(tokens, &whole[..deepest], target, &mut heard)
                 }
-                _ => {
-                    verify::recursive(tokens, parents, &whole, verify::Siblings::Distinct, target, &mut heard)
-                }
+                _ => verify::recursive_rejection(
+                    tokens,
+                    parents,
+                    &whole,
+                    verify::Siblings::Distinct,
+                    target,
+                    &mut heard,
+                ),
             };
             let Some((stood, token)) = judged else {
                 assert_eq!(next, NONE, "{context}: damaged");

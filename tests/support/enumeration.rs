@@ -4,10 +4,12 @@
 
 use crate::support::random;
 
+use dflash::spec::distribution::{Distribution, ONE};
+use dflash::spec::rng::{DrawKey, RandomSource};
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::verify::{
-    Distribution, DrawKey, ONE, RandomSource, Siblings, block, draw, multi_draft_block_verify, recursive,
-    rejection, sample_chains, sample_tree,
+    Siblings, block_verify, multi_draft_block_verify, recursive_rejection, rejection, sample_chain,
+    sample_chains, sample_tree,
 };
 use num_rational::BigRational;
 pub use random::Random;
@@ -201,7 +203,8 @@ impl Models {
                 0 => models.target[&vec![0; d]].clone(),
                 1 => {
                     let taken = models.target[&vec![0; d]].clone();
-                    let others: Vec<u64> = (0..vocab as u32).map(|id| u64::from(taken.of(id) == 0)).collect();
+                    let others: Vec<u64> =
+                        (0..vocab as u32).map(|id| u64::from(taken.probability(id) == 0)).collect();
                     if others.contains(&1) { probabilities(&others) } else { taken }
                 }
                 _ => rng.row(vocab),
@@ -220,7 +223,7 @@ impl Models {
 
     /// The target's distribution of a sequence.
     pub fn plain(&self, tokens: &[u32]) -> BigRational {
-        let p = |i: usize| ratio(self.target[&tokens[..i]].of(tokens[i]), ONE);
+        let p = |i: usize| ratio(self.target[&tokens[..i]].probability(tokens[i]), ONE);
         (0..tokens.len()).map(p).product()
     }
 
@@ -235,7 +238,8 @@ impl Models {
             for n in 1..=length {
                 if let Some(likely) = distribution.get(&tokens[..n]) {
                     // The target goes on.
-                    let rest = (n..length).map(|i| ratio(self.target[&tokens[..i]].of(tokens[i]), ONE));
+                    let rest =
+                        (n..length).map(|i| ratio(self.target[&tokens[..i]].probability(tokens[i]), ONE));
                     emitted += rest.fold(likely.clone(), |a, b| a * b);
                 }
             }
@@ -254,7 +258,7 @@ impl Models {
     /// The same, judged as if the drafts came from `claimed`.
     pub fn chain_with(&self, rule: Rule, claimed: &[Distribution]) -> JointDistribution {
         enumerate(|coin| {
-            let drafts = draw(&self.distributions, coin).unwrap();
+            let drafts = sample_chain(&self.distributions, coin).unwrap();
             self.judged(rule, &drafts, claimed, coin)
         })
     }
@@ -269,7 +273,7 @@ impl Models {
         let target = |row: usize| Some(self.p(&drafts[..row]));
         let (accepted, next) = match rule {
             Rule::Rejection => rejection(drafts, distributions, target, coin),
-            Rule::Block => block(drafts, distributions, target, coin),
+            Rule::Block => block_verify(drafts, distributions, target, coin),
         }
         .unwrap();
         [&drafts[..accepted], &[next]].concat()
@@ -291,7 +295,8 @@ impl Models {
         coin: &mut impl RandomSource,
     ) -> Vec<u32> {
         let target = |row: usize| Some(self.p(&way(tokens, parents, row)));
-        let (path, next) = recursive(tokens, parents, &self.distributions, siblings, target, coin).unwrap();
+        let (path, next) =
+            recursive_rejection(tokens, parents, &self.distributions, siblings, target, coin).unwrap();
         path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
     }
 

@@ -2,7 +2,8 @@
 //! arithmetic.
 
 use crate::record::{Better, Kind, Row};
-use dflash::engine::generate::{Outcome, check_lossless};
+use dflash::engine::generate::Outcome;
+use dflash::engine::lossless::check_lossless;
 use dflash::engine::stats;
 use dflash::gpu::device::Counts;
 use dflash::perf::statistics::{self, Interval, MIN_SAMPLES, Summary, Work};

@@ -9,7 +9,9 @@ use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::cli::device::{self, Choice, DeviceHandle};
 use dflash::cli::sigbus;
+use dflash::cli::spec_flags::name_flag;
 use dflash::cli::terminal;
+use dflash::cpu::decoder::Cpu;
 use dflash::cpu::ops;
 use dflash::engine::generate::{
     Backend, Decoder, Flow, Outcome, Request, TokenSink, TokenSinks, generate_all,
@@ -18,8 +20,8 @@ use dflash::engine::stats::SpecRecord;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Counts;
+use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
-use dflash::spec::verify::VerifyMethod;
 use dflash::text::prompts::{self, Content, Prompt, PromptEncoder};
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
@@ -67,12 +69,12 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     let block = pair.block(flags.block)?;
     let requests = requests(flags, &pair, prompts, &sampling, block)?;
     let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
-    let room = flags.drafts.room(BatchConfig::of(&pair, flags.batch, block, flags.ctx, longest)?);
+    let room = BatchConfig::of(&pair, flags.batch, block, flags.ctx, longest)?.for_spec(&requests[0].spec);
 
     let place = device::for_pair(flags.device, flags.gpu.unwrap_or(0), &pair, room, false)?;
     let (machine, repeats, counts) = match &place {
         None => {
-            let backend = flags.drafts.cpu(&pair, room.sequences, pair.context(flags.ctx)?)?;
+            let backend = Cpu::load(&pair, room.sequences, pair.context(flags.ctx)?)?;
             let machine = Machine { device: Some(backend.name().into()), ..Machine::default() };
             let (repeats, counts) =
                 Run { flags, requests: &requests, place: None }.all(&mut *backend.decoder()?)?;
@@ -99,7 +101,7 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     };
     let title = title(flags, &machine, &model, &requests, repeats.len());
     let mut record = Record::new("generate", machine, model);
-    record.drafts = Some(flags.drafts.record(&requests[0].drafting));
+    record.drafts = Some(SpecRecord::new(&requests[0].spec));
     let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
     let (rows, identical) = answers::lossless(&repeats, &names, prompt_tokens, same_tokens(flags));
     record.rows.extend(rows);
@@ -118,9 +120,9 @@ fn check(flags: &args::Generate) -> Result<SamplingParams> {
     };
     let args::Generate { temperature, top_k, top_p, min_p, seed, .. } = *flags;
     let sampling = SamplingParams { temperature, top_k, top_p, min_p, seed, stream: 0 };
-    sampling.check()?;
-    flags.drafts.check(false, flags.block)?;
-    flags.drafts.drafting(&sampling)?;
+    sampling.check().map_err(name_flag)?;
+    flags.drafts.need_drafter(false, flags.block)?;
+    flags.drafts.config(&sampling)?;
     match flags {
         _ if flags.gpu.is_some() && matches!(flags.device, Choice::Cpu | Choice::Emulator) => {
             Err(Error::Usage("--gpu needs --device cuda or auto".into()))
@@ -200,8 +202,8 @@ fn requests(
         }
         let sampling = SamplingParams { stream, ..sampling.clone() };
         let (prompt, stop_ids) = (tokens.encode(prompt)?, stop_ids.clone());
-        let drafting = flags.drafts.drafting(&sampling)?;
-        Ok(Request { prompt, max_tokens: flags.max_tokens, sampling, stop_ids, block, drafting })
+        let spec = flags.drafts.config(&sampling)?;
+        Ok(Request { prompt, max_tokens: flags.max_tokens, sampling, stop_ids, block, spec })
     };
     (0..).zip(prompts).map(request).collect()
 }
@@ -250,7 +252,7 @@ fn title(
     };
     let (target, drafter, prompts) = (name(&model.target), name(&model.drafter), requests.len());
     let source = if flags.prompts.is_none() { "built-in " } else { "" };
-    let how = how + &drafts(flags, &flags.drafts.record(&requests[0].drafting));
+    let how = how + &drafts(flags, &SpecRecord::new(&requests[0].spec));
     let distribution = match same_tokens(flags) {
         true => "",
         false => {
@@ -347,7 +349,7 @@ impl TokenSink for Outcomes<'_> {
 }
 
 impl TokenSinks for Outcomes<'_> {
-    fn of(&mut self, _index: usize) -> Result<&mut dyn TokenSink> {
+    fn sink(&mut self, _index: usize) -> Result<&mut dyn TokenSink> {
         Ok(self)
     }
 
@@ -382,7 +384,7 @@ mod tests {
         fn slots(&self) -> usize {
             self.slots.len()
         }
-        fn join(&mut self, slot: usize, request: &Request, _keep: bool) -> Result<Option<usize>> {
+        fn admit(&mut self, slot: usize, request: &Request, _keep: bool) -> Result<Option<usize>> {
             self.asked.push((request.prompt[0], request.block));
             self.slots[slot] = (request.prompt[0], request.clone());
             Ok(Some(0))
@@ -395,11 +397,11 @@ mod tests {
                 let step = if self.strays && request.block > 1 { 2 } else { 1 };
                 let tokens: Vec<u32> = (1..=request.block as u32).map(|i| *last + i * step).collect();
                 *last = tokens[tokens.len() - 1];
-                *out = Emitted { judged: tokens.len(), drafted: tokens.len() - 1, tokens };
+                *out = Emitted { produced: tokens.len(), drafted: tokens.len() - 1, tokens };
             }
             Ok(())
         }
-        fn leave(&mut self, _slot: usize, _tokens: usize) -> Result<()> {
+        fn release(&mut self, _slot: usize, _tokens: usize) -> Result<()> {
             Ok(())
         }
         fn watch(&mut self) {}
@@ -421,7 +423,7 @@ mod tests {
                 sampling,
                 stop_ids: vec![],
                 block: 4,
-                drafting: Default::default(),
+                spec: Default::default(),
             }
         };
         let requests: Vec<Request> = (1..4).map(request).collect();
@@ -439,7 +441,7 @@ mod tests {
             sampling,
             stop_ids: vec![],
             block: 1,
-            drafting: Default::default(),
+            spec: Default::default(),
         };
         Counter { slots: vec![(0, idle); slots], asked: vec![], strays }
     }

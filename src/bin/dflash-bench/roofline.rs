@@ -211,7 +211,7 @@ fn cheapest(flags: &args::Roofline, pair: &Pair, card: &Card, context: usize) ->
         .collect();
     let (drafts, each) = costs.cheapest(&survival);
     let tokens = 1.0 + survival[..drafts].iter().sum::<f64>();
-    let (ms, speed) = (costs.round(drafts), costs.plain() / each);
+    let (ms, speed) = (costs.round(drafts), costs.ar_step() / each);
     let numbers = json!({ "drafts": drafts, "tokens": tokens, "ms": ms, "speed-up": speed });
     let (name, parameters) =
         ("DFlash, cheapest chain of the curve", json!({ "context": context, "batch": 1 }));

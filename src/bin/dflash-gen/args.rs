@@ -1,17 +1,20 @@
-//! Flags: what there is, what cannot go together, and what follows from them alone.
+//! The flags as they are typed, and their translation into a [`Job`].
 
+use crate::job::{Action, Format, Job, Source};
 use clap::{ArgAction, Parser, ValueEnum};
-use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::cli::device::Choice;
-use dflash::cli::spec_flags::{SpecFlags, needs_drafter};
+use dflash::cli::spec_flags::{SpecFlags, name_flag, needs_drafter};
 use dflash::cli::terminal::{number, whole};
+use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
-use dflash::spec::verify::VerifyMethod;
 use dflash::{Error, Result};
-use std::path::PathBuf;
+use serde_json::Value;
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
 
-/// Sequences that can run together.
-const MOST_SEQUENCES: usize = 16;
+/// Maximum sequences that run together.
+const MAX_SEQUENCES: usize = 16;
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, 2 usage,
@@ -37,7 +40,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["prompt", "file"], verbatim_doc_comment)]
     pub prompts: Option<PathBuf>,
     /// Hold a conversation: messages from stdin, one a line, until its end. /help lists the commands.
-    /// What was said stays in memory, so that each turn runs only what is new
+    /// The conversation stays in memory, so that each turn runs only what is new
     #[arg(long, verbatim_doc_comment)]
     #[arg(conflicts_with_all = ["prompt", "file", "prompts", "raw", "plan", "json", "stream_json", "compare"])]
     pub chat: bool,
@@ -45,7 +48,8 @@ pub struct Args {
     /// Hugging Face folder of the target [default: the demo pair's]
     #[arg(long, value_name = "DIR", help_heading = "Models")]
     pub target: Option<PathBuf>,
-    /// Hugging Face folder of its DFlash drafter, or "none" for autoregressive decoding [default: the demo pair's]
+    /// Hugging Face folder of its DFlash drafter, or "none" for autoregressive decoding [default: the demo
+    /// pair's]
     #[arg(long, value_name = "DIR|none", help_heading = "Models")]
     pub draft: Option<PathBuf>,
     /// Where to run
@@ -55,12 +59,12 @@ pub struct Args {
     #[arg(long, value_name = "N", help_heading = "Models")]
     #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
     pub gpu: Option<u32>,
-    /// Positions that a sequence may have, prompt and answer together [default: on a device 8192, or what the longest
-    /// prompt needs; at most the model's]
+    /// Positions that a sequence may have, prompt and answer together [default: on a device 8192, or what the
+    /// longest prompt needs; at most the model's]
     #[arg(long, value_name = "N", help_heading = "Models")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub ctx: Option<usize>,
-    /// Prompts of --prompts that run together; their answers are what they are alone
+    /// Prompts of --prompts that run together; each answer is the one it gets alone
     #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "compare")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = "Models")]
     pub batch: usize,
@@ -76,7 +80,7 @@ pub struct Args {
     #[arg(short = 'n', long, value_name = "N", default_value_t = 256, help_heading = "Generation")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub max_tokens: usize,
-    /// 0 is greedy: the best token every time, whatever the next four say
+    /// 0 is greedy: the best token every time, whatever the next four flags say
     #[arg(long, value_name = "T", default_value_t = 0.0, help_heading = "Generation")]
     #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub temperature: f32,
@@ -88,11 +92,11 @@ pub struct Args {
     #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Generation")]
     #[arg(value_parser = number::<f64>, allow_negative_numbers = true)]
     pub top_p: f64,
-    /// Sample among tokens at least this fraction as likely as the best
+    /// Sample among tokens with at least this fraction of the best one's probability
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Generation")]
     #[arg(value_parser = number::<f64>, allow_negative_numbers = true)]
     pub min_p: f64,
-    /// Same seed, same text, with --verify match whatever the drafter and the block [default: drawn, and printed]
+    /// Same seed, same text; with --verify match for any drafter and block [default: random, and printed]
     #[arg(long, value_name = "N", help_heading = "Generation")]
     #[arg(value_parser = whole::<u64>, allow_negative_numbers = true)]
     pub seed: Option<u64>,
@@ -103,7 +107,8 @@ pub struct Args {
     /// Go on after the model's stop tokens
     #[arg(long, help_heading = "Generation")]
     pub ignore_eos: bool,
-    /// Tokens per block: 1 from the target and N - 1 drafts; 1 is autoregressive decoding [default: as the drafter was trained]
+    /// Tokens per block: 1 from the target and N - 1 drafts; 1 is autoregressive decoding [default: as the
+    /// drafter was trained]
     #[arg(long, value_name = "N", help_heading = "Generation")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub block: Option<usize>,
@@ -139,11 +144,12 @@ pub struct Args {
     /// Print one JSON object per round, and at the end the one of --json
     #[arg(long, conflicts_with = "json", help_heading = "Output")]
     pub stream_json: bool,
-    /// Instead of text: every prompt by autoregressive decoding and by DFlash, both rates, and whether the tokens are identical
+    /// Instead of text: every prompt by autoregressive decoding and by DFlash, both rates, and whether the
+    /// tokens are identical
     #[arg(long, conflicts_with_all = ["stream_json", "show_accept"], help_heading = "Output")]
     pub compare: bool,
-    /// Instead of text: every prompt by autoregressive decoding and by DFlash, and whether the tokens and the logits that chose them
-    /// are identical, bit for bit
+    /// Instead of text: every prompt by autoregressive decoding and by DFlash, and whether the tokens and the
+    /// logits that chose them are identical, bit for bit
     #[arg(long, help_heading = "Output", verbatim_doc_comment)]
     #[arg(conflicts_with_all = ["compare", "stream_json", "show_accept", "plan", "chat", "batch"])]
     pub check_lossless: bool,
@@ -160,30 +166,101 @@ pub enum Color {
 }
 
 impl Args {
-    /// What can be told wrong before any file is looked at.
-    pub fn check(&self) -> Result<()> {
+    /// Resolves the flags. Everything that can be wrong without looking at a file is found here.
+    pub fn resolve(self) -> Result<Job> {
+        self.check()?;
+        let sampling = SamplingParams {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            seed: self.seed.unwrap_or_else(random_seed),
+            stream: 0,
+        };
+        sampling.check().map_err(name_flag)?;
+        let spec = self.drafts.config(&sampling)?;
+        let color = match self.color {
+            Color::Auto => io::stdout().is_terminal(),
+            Color::Always => true,
+            Color::Never => false,
+        };
+        Ok(Job {
+            action: self.action(),
+            is_demo: self.target.is_none(),
+            drafter: match self.draft {
+                None => Some(DEMO_DRAFTER),
+                Some(dir) if is_none(&dir) => None,
+                Some(dir) => Some(Folder::Disk(dir)),
+            },
+            target: self.target.map_or(DEMO_TARGET, Folder::Disk),
+            device: self.device,
+            gpu: self.gpu.unwrap_or(0),
+            ctx: self.ctx,
+            batch: self.batch,
+            block: self.block,
+            source: match (self.prompt, self.file, self.prompts) {
+                (Some(text), ..) => Source::Text(text),
+                (_, Some(path), _) => Source::File(path),
+                (.., Some(path)) => Source::Lines(path),
+                _ => Source::Stdin,
+            },
+            raw: self.raw,
+            system: self.system,
+            template: self.chat_template,
+            variables: self.template_arg.iter().map(|arg| template_variable(arg)).collect::<Result<_>>()?,
+            max_tokens: self.max_tokens,
+            stop: self.stop,
+            ignore_eos: self.ignore_eos,
+            sampling,
+            spec,
+            draft_temperature: self.drafts.draft_temperature,
+            format: match (self.json, self.stream_json) {
+                (true, _) => Format::Json,
+                (_, true) => Format::Events,
+                _ => Format::Text,
+            },
+            show_accepted: self.show_accept && color,
+            dim: self.color != Color::Never,
+            quiet: self.quiet,
+        })
+    }
+
+    fn action(&self) -> Action {
+        match self {
+            _ if self.plan => Action::Plan { launches: self.launches },
+            _ if self.chat => Action::Chat,
+            _ if self.compare => Action::Compare,
+            _ if self.check_lossless => Action::CheckLossless,
+            _ => Action::Generate,
+        }
+    }
+
+    /// Flags that cannot go together, and capacities out of range.
+    fn check(&self) -> Result<()> {
         let wrong = |what: &str| Err(Error::Usage(what.into()));
-        let twice = match (self.compare, self.check_lossless) {
+        let no_drafter = self.draft.as_deref().is_some_and(is_none);
+        self.drafts.need_drafter(no_drafter, self.block)?;
+        // These compare with autoregressive decoding.
+        let compares = match (self.compare, self.check_lossless) {
             (true, _) => Some("--compare"),
             (_, true) => Some("--check-lossless"),
             _ => None,
         };
-        self.drafts.check(self.plain(), self.block)?;
-        if let (Some(flag), true) = (twice, self.drafts.verify != VerifyMethod::Match) {
+        if let (Some(flag), true) = (compares, self.drafts.verify != VerifyMethod::Match) {
             return Err(Error::Usage(format!(
                 "{flag} needs --verify match: what {} emits has the distribution of autoregressive decoding, not its tokens",
                 self.drafts.verify.name()
             )));
         }
-        if let Some(flag) = twice {
-            needs_drafter(flag, self.plain(), self.block)?;
+        if let Some(flag) = compares {
+            needs_drafter(flag, no_drafter, self.block)?;
         }
         match (&self.target, &self.draft) {
             (Some(_), None) => {
                 wrong("--target needs --draft: its drafter's folder, or none for autoregressive decoding")
             }
-            _ if !(1..=MOST_SEQUENCES).contains(&self.batch) => {
-                Err(Error::Usage(format!("--batch is {}, expected 1 to {MOST_SEQUENCES}", self.batch)))
+            _ if !(1..=MAX_SEQUENCES).contains(&self.batch) => {
+                Err(Error::Usage(format!("--batch is {}, expected 1 to {MAX_SEQUENCES}", self.batch)))
             }
             _ if self.gpu.is_some() && matches!(self.device, Choice::Cpu | Choice::Emulator) => {
                 wrong("--gpu needs --device cuda or auto")
@@ -202,38 +279,71 @@ impl Args {
             _ => Ok(()),
         }
     }
+}
 
-    /// `--draft none`
-    pub fn plain(&self) -> bool {
-        self.draft.as_ref().is_some_and(|dir| dir.as_os_str() == "none")
-    }
+/// The word that `--draft` takes in place of a folder.
+fn is_none(dir: &Path) -> bool {
+    dir.as_os_str() == "none"
+}
 
-    pub fn sampling(&self) -> Result<SamplingParams> {
-        let sampling = SamplingParams {
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            seed: self.seed.unwrap_or_else(draw_seed),
-            stream: 0,
-        };
-        sampling.check()?;
-        Ok(sampling)
-    }
-
-    /// Positions that a sequence may have at most.
-    pub fn context(&self, pair: &Pair) -> Result<usize> {
-        pair.context(self.ctx)
-    }
-
-    /// Rows of a block, 1 without a drafter.
-    pub fn block(&self, pair: &Pair) -> Result<usize> {
-        pair.block(self.block)
+/// `--template-arg`: the value is JSON if it parses as such, else text.
+fn template_variable(arg: &str) -> Result<(String, Value)> {
+    match arg.split_once('=') {
+        Some((name, value)) if !name.is_empty() => {
+            Ok((name.to_string(), serde_json::from_str(value).unwrap_or_else(|_| value.into())))
+        }
+        _ => Err(Error::Usage(format!("--template-arg is {arg:?}, expected NAME=VALUE"))),
     }
 }
 
-/// A short random number, from the standard library's hash keys.
-fn draw_seed() -> u64 {
+/// A short random number, from the hash keys of the standard library.
+fn random_seed() -> u64 {
     use std::hash::{BuildHasher, RandomState};
     RandomState::new().hash_one(0) >> 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(flags: &[&str]) -> Result<Job> {
+        Args::try_parse_from(["dflash-gen"].iter().chain(flags)).unwrap().resolve()
+    }
+
+    #[test]
+    fn flags_resolve_into_a_job_with_every_default() {
+        let job = resolve(&["hello", "--seed", "5"]).unwrap();
+        assert!(job.action == Action::Generate && job.is_demo && job.drafter.is_some());
+        assert!(matches!(job.source, Source::Text(text) if text == "hello"));
+        assert_eq!(job.sampling, SamplingParams { seed: 5, ..SamplingParams::default() });
+        assert_eq!(job.spec, Default::default());
+        let job =
+            resolve(&["--target", "a", "--draft", "none", "--chat", "--template-arg", "x=[1]"]).unwrap();
+        assert!(job.action == Action::Chat && !job.is_demo && job.drafter.is_none());
+        assert_eq!(job.variables, [("x".into(), serde_json::json!([1]))]);
+    }
+
+    #[test]
+    fn sampled_drafts_follow_the_targets_sampling_unless_they_have_a_temperature() {
+        let hot = SamplingParams { temperature: 0.5, top_k: 3, ..SamplingParams::default() };
+        for (more, expected) in [(&[][..], 0.5), (&["--draft-temperature", "2"], 2.0)] {
+            let flags = [&["x", "--verify", "rejection", "--temperature", "1"], more].concat();
+            let spec = resolve(&flags).unwrap().spec(&hot);
+            let drafts = spec.draft_sampling().unwrap();
+            assert_eq!((drafts.temperature, drafts.top_k), (expected, 3));
+        }
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused_by_the_flag() {
+        for (flags, sentence) in [
+            (&["--top-p", "2"][..], "--top-p is 2, expected more than 0 and at most 1"),
+            (&["--tree", "65"], "--tree is 65, expected 2 to 64"),
+            (&["--adaptive=2"], "--adaptive is 2, expected more than 0 and at most 1"),
+            (&["--template-arg", "x"], "--template-arg is \"x\", expected NAME=VALUE"),
+        ] {
+            let error = resolve(flags).err().unwrap();
+            assert_eq!((error.exit_code(), error.to_string().as_str()), (2, sentence));
+        }
+    }
 }

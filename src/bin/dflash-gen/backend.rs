@@ -1,28 +1,30 @@
-//! `--device`: where to run, and what is to be known before anything is loaded there.
+//! The device: what it must have capacity for, and loading the pair there.
 
-use crate::args::Args;
+use crate::job::Job;
 use dflash::Result;
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::device;
 use dflash::cli::terminal;
-use dflash::engine::generate::Backend;
+use dflash::cpu::decoder::Cpu;
+use dflash::engine::decoder::Backend;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::DeviceBackend;
 
-/// Room for `--batch` sequences of `--ctx` positions, in blocks of up to `block` rows; `needed`: by the longest request.
-pub fn room(args: &Args, pair: &Pair, block: usize, needed: usize) -> Result<BatchConfig> {
-    Ok(args.drafts.room(BatchConfig::of(pair, args.batch, block, args.ctx, needed)?))
+/// The capacity for the job's sequences, in blocks of up to `block` rows; `needed`: positions of the longest
+/// request.
+pub fn capacity(job: &Job, pair: &Pair, block: usize, needed: usize) -> Result<BatchConfig> {
+    Ok(BatchConfig::of(pair, job.batch, block, job.ctx, needed)?.for_spec(&job.spec))
 }
 
-/// The pair, loaded where `--device` says.
-pub fn load(args: &Args, pair: &Pair, room: BatchConfig) -> Result<Box<dyn Backend>> {
-    let Some(place) = device::for_pair(args.device, args.gpu.unwrap_or(0), pair, room, args.quiet)? else {
-        // Its caches grow with the requests, so that only `--ctx` limits them.
-        return Ok(Box::new(args.drafts.cpu(pair, room.sequences, args.context(pair)?)?));
+/// Loads the pair where the job says.
+pub fn load(job: &Job, pair: &Pair, capacity: BatchConfig) -> Result<Box<dyn Backend>> {
+    let Some(handle) = device::for_pair(job.device, job.gpu, pair, capacity, job.quiet)? else {
+        // The CPU's caches grow with the requests, so only the context limits them.
+        return Ok(Box::new(Cpu::load(pair, capacity.sequences, job.context(pair)?)?));
     };
-    device::check_memory(&place, pair, room, args.quiet)?;
-    let (bar, mut progress) = terminal::weights(args.quiet);
-    let backend = DeviceBackend::load(place.name, place.device, pair, room, &mut progress);
+    device::check_memory(&handle, pair, capacity, job.quiet)?;
+    let (bar, mut progress) = terminal::weights(job.quiet);
+    let backend = DeviceBackend::load(handle.name, handle.device, pair, capacity, &mut progress);
     bar.finish_and_clear();
     Ok(Box::new(backend?))
 }

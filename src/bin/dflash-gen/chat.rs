@@ -1,20 +1,22 @@
-//! `--chat`: a conversation, line by line. One sequence runs it all and keeps its keys and values from one answer to the
-//! next; each message renders and tokenises the whole conversation anew, so an answer is that of a fresh run of it.
+//! `--chat`: a conversation, line by line. One sequence keeps its keys and values from one answer to the
+//! next. Each message renders and tokenises the whole conversation anew, so an answer equals that of a fresh
+//! run of it.
 
-use crate::args::{Args, Color};
-use crate::inputs::template_args;
+use crate::args::Args;
+use crate::job::Job;
 use crate::output::Writer;
 use crate::{INTERRUPTED, Session, note};
 use clap::Parser;
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::terminal;
-use dflash::engine::generate::{Decoder, Finish, Outcome, Request, resume};
+use dflash::engine::decoder::Decoder;
+use dflash::engine::generate::resume;
+use dflash::engine::request::{Finish, Outcome, Request};
 use dflash::engine::stats;
 use dflash::spec::sampling::SamplingParams;
 use dflash::text::prompts::{utf8, without_template};
 use dflash::text::tokenizer::{Message, Text};
 use dflash::{Error, Result};
-use serde_json::Value;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -26,19 +28,18 @@ const HELP: &str = "\
 /system TEXT          put a system message before the conversation; without TEXT: none
 /set NAME VALUE       temperature, top-p, top-k, min-p, seed, max-tokens or block; alone: show them
 /stats                tokens, rates and acceptance length of the last answer and of all
-/draft on|off         draft, or decode plainly: the text is the same
+/draft on|off         draft, or decode autoregressively: the text is the same
 //TEXT                a message that begins with a slash
 A line that ends with \\ goes on in the next. Ctrl-C ends the answer, between answers the program.";
 
-/// The demo pair has no template, having seen no conversation; here it goes on with the text.
+/// The template of the demo pair, which was not trained on conversations: it continues the text.
 pub fn demo_template() -> (String, String) {
     ("demo/chat.jinja".into(), include_str!("../../../demo/chat.jinja").into())
 }
 
-/// What can be told wrong before the weights are loaded.
-pub fn check(args: &Args, pair: &Pair, text: &Text) -> Result<()> {
-    text.stream(&args.stop)?;
-    template_args(args)?;
+/// What can be found wrong before the weights are loaded.
+pub fn check(job: &Job, pair: &Pair, text: &Text) -> Result<()> {
+    text.stream(&job.stop)?;
     match text.has_template() {
         true => Ok(()),
         false => Err(without_template("--chat needs", &pair.target.folder.name())),
@@ -48,7 +49,6 @@ pub fn check(args: &Args, pair: &Pair, text: &Text) -> Result<()> {
 pub struct Chat<'a> {
     session: &'a Session<'a>,
     decoder: Box<dyn Decoder + 'a>,
-    variables: Vec<(String, Value)>,
     system: Option<String>,
     /// User and assistant in turn.
     messages: Vec<Message>,
@@ -56,12 +56,12 @@ pub struct Chat<'a> {
     max_tokens: usize,
     block: usize,
     drafting: bool,
-    /// The last answer's statistics.
+    /// Statistics of the last answer.
     last: Option<String>,
     all: Totals,
 }
 
-/// Of all answers.
+/// Statistics of all answers.
 #[derive(Default)]
 struct Totals {
     tokens: usize,
@@ -72,7 +72,7 @@ struct Totals {
     positions: usize,
 }
 
-/// What a line leads to.
+/// What follows a line of input.
 #[derive(PartialEq)]
 enum Then {
     GoOn,
@@ -80,15 +80,15 @@ enum Then {
 }
 
 impl<'a> Chat<'a> {
-    pub fn new(session: &'a Session<'a>, sampling: SamplingParams, block: usize) -> Result<Chat<'a>> {
+    pub fn new(session: &'a Session<'a>, block: usize) -> Result<Chat<'a>> {
+        let job = session.job;
         Ok(Chat {
             session,
             decoder: session.backend.decoder()?,
-            variables: template_args(session.args)?,
-            system: session.args.system.clone(),
+            system: job.system.clone(),
             messages: Vec::new(),
-            sampling,
-            max_tokens: session.args.max_tokens,
+            sampling: job.sampling.clone(),
+            max_tokens: job.max_tokens,
             block,
             drafting: session.pair.drafter.is_some(),
             last: None,
@@ -96,13 +96,13 @@ impl<'a> Chat<'a> {
         })
     }
 
-    /// Until the end of input, `/exit`, or the reader of stdout goes away. Wrong input is a sentence, and the
-    /// conversation goes on.
+    /// Runs until the end of input, `/exit`, or the reader closes stdout. Wrong input is answered by a
+    /// sentence, and the conversation goes on.
     pub fn run(mut self) -> Result<u8> {
-        let args = self.session.args;
-        if io::stdin().is_terminal() && !args.quiet {
-            let demo = match args.target.is_none() && args.chat_template.is_none() {
-                true => " The demo pair is no assistant: it goes on with the Python that you begin.",
+        let job = self.session.job;
+        if io::stdin().is_terminal() && !job.quiet {
+            let demo = match job.is_demo && job.template.is_none() {
+                true => " The demo pair is no assistant: it continues the Python that you begin.",
                 false => "",
             };
             note(&format!("{}: /help lists the commands.{demo}", self.session.pair.target.folder.name()));
@@ -128,7 +128,7 @@ impl<'a> Chat<'a> {
                 let before = self.messages.len();
                 let then = self.answer();
                 if self.messages.len() == before {
-                    // There is no answer, and no template expects two messages of the user in a row.
+                    // There is no answer, and templates do not expect two messages of the user in a row.
                     self.messages.pop();
                 }
                 then
@@ -142,7 +142,7 @@ impl<'a> Chat<'a> {
             self.system.iter().map(|content| Message { role: "system".into(), content: content.clone() });
         let messages: Vec<Message> = system.chain(self.messages.iter().cloned()).collect();
         let (session, pair) = (self.session, self.session.pair);
-        let prompt = session.text.encode_chat(&messages, &self.variables)?;
+        let prompt = session.text.encode_chat(&messages, &session.job.variables)?;
         let context = self.decoder.context();
         if prompt.is_empty() {
             return Err(Error::Usage("the conversation gives no tokens, expected at least one".into()));
@@ -154,14 +154,9 @@ impl<'a> Chat<'a> {
                 prompt.len()
             )));
         }
-        let request = Request {
-            prompt,
-            max_tokens: self.max_tokens,
-            sampling: self.sampling.clone(),
-            stop_ids: if session.args.ignore_eos { vec![] } else { pair.target.config.eos.clone() },
-            block: if self.drafting { self.block } else { 1 },
-            drafting: session.args.drafts.drafting(&self.sampling)?,
-        };
+        let block = if self.drafting { self.block } else { 1 };
+        let request = session.job.request(pair, prompt, self.sampling.clone(), block);
+        let request = Request { max_tokens: self.max_tokens, ..request };
         let mut writer = Writer::new(session, 0, &request, true)?;
         let outcome = resume(&mut *self.decoder, &request, &mut writer);
         let outcome = outcome.inspect_err(|_| writer.fail())?;
@@ -181,10 +176,10 @@ impl<'a> Chat<'a> {
         }
         self.count(&request, &outcome);
         if io::stderr().is_terminal()
-            && !session.args.quiet
+            && !session.job.quiet
             && let Some(line) = &self.last
         {
-            let dim = if session.args.color == Color::Never { ("", "") } else { ("\x1b[2m", "\x1b[0m") };
+            let dim = if session.job.dim { ("\x1b[2m", "\x1b[0m") } else { ("", "") };
             note(&format!("{}{line}{}", dim.0, dim.1));
         }
         Ok(Then::GoOn)
@@ -235,7 +230,7 @@ impl<'a> Chat<'a> {
         Ok(Then::GoOn)
     }
 
-    /// `NAME VALUE`, judged as the flag of that name.
+    /// `NAME VALUE`, checked as the flag of that name.
     fn set(&mut self, setting: &str) -> Result<()> {
         if setting.is_empty() {
             let SamplingParams { temperature, top_p, top_k, min_p, seed, .. } = self.sampling;
@@ -253,19 +248,17 @@ impl<'a> Chat<'a> {
         }
         let flags = ["dflash-gen".into(), "--chat".into(), format!("--{name}={}", value.trim())];
         let args = Args::try_parse_from(flags).map_err(|error| terminal::sentence(&error))?;
-        args.check()?;
-        let mut sampling = self.sampling.clone();
+        let job = args.resolve()?;
+        let (sampling, new) = (&mut self.sampling, job.sampling.clone());
         match name {
-            "temperature" => sampling.temperature = args.temperature,
-            "top-p" => sampling.top_p = args.top_p,
-            "top-k" => sampling.top_k = args.top_k,
-            "min-p" => sampling.min_p = args.min_p,
-            "seed" => sampling.seed = args.seed.unwrap_or(sampling.seed),
-            "max-tokens" => self.max_tokens = args.max_tokens,
-            _ => self.block = args.block(self.session.pair)?,
+            "temperature" => sampling.temperature = new.temperature,
+            "top-p" => sampling.top_p = new.top_p,
+            "top-k" => sampling.top_k = new.top_k,
+            "min-p" => sampling.min_p = new.min_p,
+            "seed" => sampling.seed = new.seed,
+            "max-tokens" => self.max_tokens = job.max_tokens,
+            _ => self.block = job.block(self.session.pair)?,
         }
-        sampling.check()?;
-        self.sampling = sampling;
         Ok(())
     }
 
@@ -285,7 +278,8 @@ impl<'a> Chat<'a> {
     }
 }
 
-/// The next message or command, its lines joined; none at the end of input. While it waits, Ctrl-C ends the program.
+/// The next message or command, with its lines joined; `None` at the end of input. While it waits, Ctrl-C
+/// ends the program.
 fn message() -> Result<Option<Vec<u8>>> {
     INTERRUPTED.store(true, Ordering::Relaxed);
     let terminal = io::stdin().is_terminal();

@@ -1,15 +1,17 @@
-//! `--check-lossless`: every prompt plainly and by DFlash, token for token and logit for logit.
+//! `--check-lossless`: every prompt by autoregressive decoding and by DFlash, compared token for token and
+//! logit for logit.
 
 use crate::output::{Output, StopOnly};
 use crate::{INTERRUPTED_EXIT, Session, note};
-use dflash::engine::generate::{Flow, Request, TokenSink};
+use dflash::engine::generate::{Flow, TokenSink};
 use dflash::engine::lossless::{Report, check};
+use dflash::engine::request::Request;
 use dflash::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
 
-/// Counts tokens for who waits.
+/// Counts tokens on a progress bar.
 struct Counting<'a>(StopOnly<'a>, &'a ProgressBar);
 
 impl TokenSink for Counting<'_> {
@@ -23,14 +25,15 @@ impl TokenSink for Counting<'_> {
 }
 
 impl Session<'_> {
-    /// A line or an object of what was compared; the first difference is the error, once all prompts have run.
+    /// Prints a line or an object for each prompt. The first difference is the error, after all prompts have
+    /// run.
     pub fn check_lossless(&self, requests: &[Request]) -> Result<u8> {
         let mut decoder = self.backend.decoder()?;
         let mut out = Output::default();
-        if !self.args.json {
+        if !self.job.json() {
             out.line("prompt  tokens  rounds  rows compared  identical")?;
         }
-        let shown = !self.args.quiet && std::io::stderr().is_terminal();
+        let shown = !self.job.quiet && std::io::stderr().is_terminal();
         let bar = if shown { ProgressBar::no_length() } else { ProgressBar::hidden() };
         if let Ok(style) = ProgressStyle::with_template("{msg}: {pos} tokens, {per_sec}") {
             bar.set_style(style);
@@ -40,13 +43,13 @@ impl Session<'_> {
         for (number, request) in (1..).zip(requests) {
             bar.reset();
             bar.set_message(format!("prompt {number} of {}", requests.len()));
-            let listener = || Ok(Counting(StopOnly(self.text.stream(&self.args.stop)?), &bar));
-            let Some(mut report) = check(&mut *decoder, request, listener)? else {
+            let sink = || Ok(Counting(StopOnly(self.text.stream(&self.job.stop)?), &bar));
+            let Some(mut report) = check(&mut *decoder, request, sink)? else {
                 bar.finish_and_clear();
                 return Ok(INTERRUPTED_EXIT);
             };
             report.identical = report.identical.map_err(|e| Error::Lossless(format!("prompt {number}: {e}")));
-            if self.args.json {
+            if self.job.json() {
                 rows.push(object(&report));
             } else {
                 bar.suspend(|| out.line(&line(&number.to_string(), &report)))?;
@@ -63,11 +66,11 @@ impl Session<'_> {
             }
         }
         bar.finish_and_clear();
-        if self.args.json {
+        if self.job.json() {
             out.line(&self.of_all(object(&all), rows, &requests[0]).to_string())?;
         } else {
             out.line(&line("all", &all))?;
-            if self.args.temperature > 0.0 && !self.args.quiet {
+            if self.job.sampling.temperature > 0.0 && !self.job.quiet {
                 note(&format!("seed {}", requests[0].sampling.seed));
             }
         }
@@ -94,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_difference_is_told_in_the_line_and_in_the_object() {
+    fn line_and_object_name_a_difference() {
         let identical = Err(Error::Lossless("prompt 3: token 5".into()));
         let report = Report { tokens: 12, rounds: 4, compared: 5, rejected: 40, identical };
         assert_eq!(line("3", &report), "     3      12       4              5  NO");

@@ -1,25 +1,27 @@
-//! Stdout: an answer on its way there, as text, as events or as a record, for readers who may leave at any time.
+//! Answers on their way to stdout, as text, as events or as a record. The reader may close stdout at any
+//! time.
 
-use crate::args::Color;
+use crate::job::Format;
 use crate::{Session, interrupt};
 use dflash::Result;
 use dflash::cli::terminal;
-use dflash::engine::generate::{Flow, Outcome, Request, TokenSink};
+use dflash::engine::generate::{Flow, TokenSink};
+use dflash::engine::request::{Outcome, Request};
 use dflash::text::tokenizer::Stream;
 use serde_json::json;
 use std::io::{self, IsTerminal};
 
-/// Stdout. Every write is flushed: somebody may be watching.
+/// Stdout. Every write is flushed, so that text appears as it is generated.
 #[derive(Default)]
 pub struct Output {
-    /// Nobody reads any more; what is written is dropped.
+    /// The reader has closed stdout; what is written is dropped.
     pub gone: bool,
-    /// What waits until it is this output's turn.
+    /// Text that waits until earlier answers are written.
     held: Option<String>,
 }
 
 impl Output {
-    /// From now on there is no waiting.
+    /// Writes what waits; later text is written at once.
     pub fn release(&mut self) -> Result<()> {
         match self.held.take() {
             Some(text) => self.text(&text),
@@ -51,10 +53,10 @@ pub struct Writer<'a> {
     /// The whole answer, for records.
     answer: String,
     out: Output,
-    plain: bool,
+    format: Format,
+    /// Accepted drafts are coloured.
     colored: bool,
-    events: bool,
-    /// Since the last event of --stream-json.
+    /// Tokens and text since the last event.
     fresh: (Vec<u32>, String),
     rounds: usize,
     bar: Option<indicatif::ProgressBar>,
@@ -64,15 +66,10 @@ pub struct Writer<'a> {
 const LONG_PROMPT: usize = 1024;
 
 impl<'a> Writer<'a> {
-    /// `first`: what it writes need not wait for other answers.
+    /// `first`: its text need not wait for earlier answers.
     pub fn new(session: &Session<'a>, index: usize, request: &Request, first: bool) -> Result<Writer<'a>> {
-        let args = session.args;
-        let color = match args.color {
-            Color::Auto => io::stdout().is_terminal(),
-            Color::Always => true,
-            Color::Never => false,
-        };
-        let long = request.prompt.len() >= LONG_PROMPT && first && !args.quiet && io::stderr().is_terminal();
+        let job = session.job;
+        let long = request.prompt.len() >= LONG_PROMPT && first && !job.quiet && io::stderr().is_terminal();
         let bar = long.then(|| {
             let style =
                 indicatif::ProgressStyle::with_template("prompt {bar:40} {pos}/{len} tokens, {eta} left");
@@ -81,13 +78,12 @@ impl<'a> Writer<'a> {
         });
         Ok(Writer {
             index,
-            stream: session.text.stream(&args.stop)?,
+            stream: session.text.stream(&job.stop)?,
             answer: String::new(),
-            // Events say whose they are.
-            out: Output { gone: false, held: (!first && !args.stream_json).then(String::new) },
-            plain: !args.json && !args.stream_json,
-            colored: args.show_accept && color,
-            events: args.stream_json,
+            // Events carry the index of their request, so they need not wait.
+            out: Output { gone: false, held: (!first && job.format != Format::Events).then(String::new) },
+            format: job.format,
+            colored: job.show_accepted,
             fresh: (Vec::new(), String::new()),
             rounds: 0,
             bar,
@@ -100,16 +96,16 @@ impl<'a> Writer<'a> {
         }
         self.answer += text;
         self.fresh.1 += text;
-        match (self.plain, self.colored && drafted) {
-            (false, _) => Ok(()),
-            (true, false) => self.out.text(text),
-            (true, true) => self.out.text(&format!("\x1b[32m{text}\x1b[0m")),
+        match (self.format, self.colored && drafted) {
+            (Format::Json | Format::Events, _) => Ok(()),
+            (Format::Text, false) => self.out.text(text),
+            (Format::Text, true) => self.out.text(&format!("\x1b[32m{text}\x1b[0m")),
         }
     }
 
-    /// What came since the last event. `accepted`: of a round.
+    /// An event with what came since the last one; `accepted`: tokens of a round.
     fn event(&mut self, event: &str, accepted: Option<usize>) -> Result<()> {
-        if !self.events {
+        if self.format != Format::Events {
             return Ok(());
         }
         let (tokens, text) = std::mem::take(&mut self.fresh);
@@ -120,7 +116,7 @@ impl<'a> Writer<'a> {
         self.out.line(&event.to_string())
     }
 
-    /// Text held back for a stop string that did not come.
+    /// Writes the text that was held back for a stop string that did not come.
     fn rest(&mut self, session: &Session<'a>) -> Result<String> {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -130,19 +126,20 @@ impl<'a> Writer<'a> {
         Ok(rest)
     }
 
-    /// It is this answer's turn to be written.
+    /// All earlier answers are written.
     pub fn release(&mut self) -> Result<()> {
         self.out.release()
     }
 
-    /// The error that follows starts a line of its own.
+    /// Ends the line, so that the error message starts a new one.
     pub fn fail(&mut self) {
-        if self.plain && !self.answer.is_empty() && !self.answer.ends_with('\n') {
+        if self.format == Format::Text && !self.answer.is_empty() && !self.answer.ends_with('\n') {
             let _ = self.out.text("\n");
         }
     }
 
-    /// The rest of the text and the end of its last line. The answer, and whether nobody reads any more.
+    /// Writes the rest of the text and ends its last line. Returns the answer, and whether the reader has
+    /// closed stdout.
     pub fn close(mut self, session: &Session<'a>) -> Result<(String, bool)> {
         self.rest(session)?;
         if !self.answer.ends_with('\n') {
@@ -151,16 +148,16 @@ impl<'a> Writer<'a> {
         Ok((self.answer, self.out.gone))
     }
 
-    /// The rest of the text, and the record. True if nobody reads any more.
+    /// Writes the rest of the text, or the record. True if the reader has closed stdout.
     pub fn end(mut self, session: &Session<'a>, request: &Request, outcome: &Outcome) -> Result<bool> {
-        if self.plain {
+        if self.format == Format::Text {
             return Ok(self.close(session)?.1);
         }
         if !self.rest(session)?.is_empty() {
             self.event("rest", None)?;
         }
         let mut record = json!(session.record(request, outcome, std::mem::take(&mut self.answer)));
-        if self.events {
+        if self.format == Format::Events {
             record["event"] = "done".into();
             record["index"] = self.index.into();
         }
@@ -203,7 +200,7 @@ impl TokenSink for Writer<'_> {
     }
 }
 
-/// Stops where the text would, and writes nothing.
+/// Stops where the text stops, and writes nothing.
 pub struct StopOnly<'a>(pub Stream<'a>);
 
 impl TokenSink for StopOnly<'_> {

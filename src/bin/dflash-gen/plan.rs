@@ -1,6 +1,7 @@
-//! `--plan`: what would be loaded, what it would take and what a round would launch, from configs and headers alone.
+//! `--plan`: what would be loaded, what it would take and what a round would launch, from configs and headers
+//! alone.
 
-use crate::args::Args;
+use crate::job::Job;
 use crate::output::Output;
 use dflash::Result;
 use dflash::checkpoint::config::Stack;
@@ -24,12 +25,9 @@ struct Part<'a> {
 /// Bytes of an element of the CPU's caches, f32.
 const KV_ELEMENT: usize = 4;
 
-/// `room`: what a device is to have room for; none on the CPU, which has no launches either.
-pub fn print(args: &Args, pair: &Pair, room: Option<BatchConfig>) -> Result<u8> {
-    if let (true, Some(room)) = (args.launches, room) {
-        return print_launches(args, pair, room);
-    }
-    let memory = room.map(|room| MemoryPlan::new(pair, room)).transpose()?;
+/// Prints the models, and what they take on a device with this capacity; `None` on the CPU.
+pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Result<u8> {
+    let memory = capacity.map(|capacity| MemoryPlan::new(pair, capacity)).transpose()?;
     let target = &pair.target;
     let mut parts = vec![Part {
         role: "target",
@@ -53,12 +51,12 @@ pub fn print(args: &Args, pair: &Pair, room: Option<BatchConfig>) -> Result<u8> 
         let bytes: usize = groups.iter().map(|g| g.bytes).sum();
         total += bytes;
         kv += part.stack.kv_bytes_per_token(KV_ELEMENT);
-        match args.json {
+        match job.json() {
             true => all[part.role] = part.json(&groups, bytes),
             false => part.lines(&mut out, &groups, bytes)?,
         }
     }
-    if args.json {
+    if job.json() {
         all["weight_bytes"] = total.into();
         all["kv_bytes_per_token"] = kv.into();
         if let Some(plan) = &memory {
@@ -79,7 +77,7 @@ pub fn print(args: &Args, pair: &Pair, room: Option<BatchConfig>) -> Result<u8> 
 
 fn memory_json(plan: &MemoryPlan) -> Value {
     json!({
-        "room": room_json(plan.config),
+        "room": capacity_json(plan.config),
         "lines": plan.lines.iter().map(|l| json!({"what": l.what, "bytes": l.bytes})).collect::<Vec<_>>(),
         "bytes": plan.total(),
         "loading_bytes": plan.loading(),
@@ -89,8 +87,8 @@ fn memory_json(plan: &MemoryPlan) -> Value {
     })
 }
 
-fn room_json(room: BatchConfig) -> Value {
-    let BatchConfig { sequences, block, pages, positions, tree, .. } = room;
+fn capacity_json(capacity: BatchConfig) -> Value {
+    let BatchConfig { sequences, block, pages, positions, tree, .. } = capacity;
     let mut value = json!({ "sequences": sequences, "block": block, "positions": positions, "pages": pages });
     if tree > 0 {
         value["tree"] = tree.into();
@@ -98,16 +96,17 @@ fn room_json(room: BatchConfig) -> Value {
     value
 }
 
-fn print_launches(args: &Args, pair: &Pair, room: BatchConfig) -> Result<u8> {
-    // Rules other than `match` draw drafts and judge them by logits at any temperature.
-    let sampled = args.temperature != 0.0 || room.draft_probs;
-    let nodes = graph_listing::of_round(pair, room, sampled)?;
+/// Prints the launches of a round of all slots.
+pub fn print_launches(job: &Job, pair: &Pair, capacity: BatchConfig) -> Result<u8> {
+    // Rejection and block verification sample drafts at any temperature.
+    let sampled = job.sampling.temperature != 0.0 || capacity.draft_probs;
+    let nodes = graph_listing::of_round(pair, capacity, sampled)?;
     let sections = graph_listing::outline(&nodes);
     let layers = graph_listing::layers(&sections);
     let mut out = Output::default();
-    if args.json {
+    if job.json() {
         let record = json!({
-            "room": room_json(room),
+            "room": capacity_json(capacity),
             "sampled": sampled,
             "launches": nodes.len(),
             "layers": layers.map(|(layers, _)| layers),
@@ -118,7 +117,7 @@ fn print_launches(args: &Args, pair: &Pair, room: BatchConfig) -> Result<u8> {
         return Ok(0);
     }
     let how = if sampled { "sampled" } else { "greedy" };
-    out.line(&format!("a round of {room}, {how}"))?;
+    out.line(&format!("a round of {capacity}, {how}"))?;
     out.line(&format!("{:30} {:>16} {:>8} {:>13}", "", "grid", "threads", "shared memory"))?;
     for section in &sections {
         out.line(section.name)?;
@@ -224,7 +223,7 @@ impl Part<'_> {
     }
 }
 
-/// Tensors that differ only in their layer.
+/// Tensors whose names differ only in the layer.
 struct Group {
     name: String,
     count: usize,

@@ -6,7 +6,7 @@
 //! reads them later.
 
 use crate::engine::generate::{Decoder, Emitted, Prefill, Request};
-use crate::gpu::batch_config::{AdaptiveLength, BatchConfig};
+use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::device::{Device, Graph};
 use crate::gpu::kernels::PAGE;
 use crate::gpu::kernels::round::{Finish, Form, Record, STOP_IDS, Sequence};
@@ -14,9 +14,8 @@ use crate::gpu::kernels::sample::Sample;
 use crate::gpu::model::Row;
 use crate::gpu::nvtx;
 use crate::perf::roofline::{CARDS, Card};
+use crate::spec::config::{SpecConfig, VerifyMethod};
 use crate::spec::draft_length::{Controller, Costs, DraftLengthPolicy, Fixed};
-use crate::spec::sampling::SamplingParams;
-use crate::spec::verify::VerifyMethod;
 use crate::{Error, Result};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -61,8 +60,10 @@ pub struct Batch<'a> {
     rows: usize,
     /// Every round keeps its logits, and the next one waits until the host has read them.
     watched: bool,
-    /// For sequences that are admitted from now on.
-    controllers: Controllers<'a>,
+    /// What rounds cost on this device; none without a drafter or where rounds have one size.
+    costs: Option<Costs>,
+    /// Makes the controllers of sequences that are admitted, in place of their draft-length policy.
+    controllers: Option<Controllers<'a>>,
 }
 
 /// Makes the controller of a sequence.
@@ -160,37 +161,37 @@ impl<'a> Batch<'a> {
             read: 0,
             rows: 1,
             watched: false,
-            controllers: Box::new(|| Box::new(Fixed)),
+            costs: None,
+            controllers: None,
         };
-        if let Some(policy) = batch.draft_length_policy() {
-            batch.control(move || policy.controller(true));
+        if let (true, Some(drafter)) = (config.adaptive, &models.drafter) {
+            let card = Card::of_driver(&device.properties().name).unwrap_or(CARDS[0]);
+            let BatchConfig { sequences, block, .. } = config;
+            let costs = Costs::modelled(&card, &models.config, &drafter.config, 0, sequences, block);
+            let mut sizes: Vec<usize> = batch.graphs.iter().map(|(shape, _)| shape.rows).collect();
+            sizes.sort_unstable();
+            batch.costs = Some(costs.of_sizes(&sizes));
         }
         Ok(batch)
     }
 
-    /// The policy of an adaptive batch with a drafter. Its costs are those of the device's card, or of an
-    /// H200 where the card is unknown, and count the rows of the captured rounds.
-    fn draft_length_policy(&self) -> Option<DraftLengthPolicy> {
-        let (RoundContext { device, models, config, .. }, drafter) = (&self.ctx, &self.ctx.models.drafter);
-        match (config.adaptive?, drafter.as_ref()?) {
-            (AdaptiveLength::Threshold(probability), _) => Some(DraftLengthPolicy::Threshold(probability)),
-            (AdaptiveLength::CostModel, drafter) => {
-                let card = Card::of_driver(&device.properties().name).unwrap_or(CARDS[0]);
-                let BatchConfig { sequences, block, .. } = *config;
-                let costs = Costs::modelled(&card, &models.config, &drafter.config, 0, sequences, block);
-                let mut sizes: Vec<usize> = self.graphs.iter().map(|(shape, _)| shape.rows).collect();
-                sizes.sort_unstable();
-                Some(DraftLengthPolicy::CostModel(costs.of_sizes(&sizes)))
-            }
-        }
+    /// Gives every sequence that is admitted from now on a controller made by `make` in place of its
+    /// draft-length policy, except sequences with sampled trees: their rounds always have the full size,
+    /// because the number of siblings depends on a tree's size, so what the rows of one size accept says
+    /// nothing about another size.
+    pub fn control(&mut self, make: impl Fn() -> Box<dyn Controller> + 'a) {
+        self.controllers = Some(Box::new(make));
     }
 
-    /// Gives every sequence that is admitted from now on a controller made by `make`, except sequences with
-    /// sampled trees: their rounds always have the full size, because the number of siblings depends on a
-    /// tree's size, so what the rows of one size accept says nothing about another size. An adaptive batch
-    /// starts with the controllers of [`BatchConfig::adaptive`], any other with [`Fixed`].
-    pub fn control(&mut self, make: impl Fn() -> Box<dyn Controller> + 'a) {
-        self.controllers = Box::new(make);
+    /// The controller of a request. The cost model uses the roofline of the device's card, or of an H200 where the card is
+    /// unknown.
+    fn controller(&self, spec: &SpecConfig, form: Form) -> Box<dyn Controller> {
+        match (&self.controllers, &self.costs) {
+            _ if form == Form::SampledTree => Box::new(Fixed),
+            (Some(make), _) => make(),
+            (None, Some(costs)) => spec.draft_length().controller(costs, true),
+            (None, None) => Box::new(Fixed),
+        }
     }
 
     /// Captures the round of that shape again. The graph is the same at any time: replaying one would
@@ -248,7 +249,7 @@ impl<'a> Batch<'a> {
             ctx.device.upload(&cache.table.slice(slot * bytes.len(), bytes.len())?, &bytes)?;
         }
         // The rows of a tree take slots behind the positions.
-        let tree = request.drafting.tree.unwrap_or(0);
+        let tree = request.spec.tree_rows().unwrap_or(0);
         let end = self.context().min((pages.len() * PAGE).saturating_sub(tree));
         let draft_end = match (ctx.drafter(), request.block) {
             (Some((drafter, ..)), 2..) => drafter.layers.config.max_positions.min(end),
@@ -265,11 +266,11 @@ impl<'a> Batch<'a> {
             end: end as u32,
             draft_end: draft_end as u32,
             block: request.block as u32,
-            rows: request.drafting.tree.unwrap_or(request.block) as u32,
-            form: match (tree, request.drafting.rule) {
-                (0, _) => Form::Chain,
-                (_, VerifyMethod::Match) => Form::BestFirst,
-                _ => Form::SampledTree,
+            rows: request.spec.tree_rows().unwrap_or(request.block) as u32,
+            form: match (request.spec.tree_rows(), request.spec.method()) {
+                (None, _) => Form::Chain,
+                (Some(_), VerifyMethod::Match) => Form::BestFirst,
+                (Some(_), VerifyMethod::Rejection | VerifyMethod::Block) => Form::SampledTree,
             },
             sampling: request.sampling.clone(),
             stop_ids,
@@ -277,7 +278,7 @@ impl<'a> Batch<'a> {
             rounds: 0,
             drafted: 0,
             accepted: 0,
-            verify_method: request.drafting.rule,
+            verify_method: request.spec.method(),
         })
     }
 
@@ -308,7 +309,7 @@ impl<'a> Batch<'a> {
         let highest = self.slots.iter().rposition(Slot::is_running).map_or(0, |slot| slot + 1);
         let drafter = match running().any(Slot::drafts) {
             false => DrafterMode::Idle,
-            true if rows == 1 && self.ctx.config.adaptive.is_some() => DrafterMode::CatchUp,
+            true if rows == 1 && self.ctx.config.adaptive => DrafterMode::CatchUp,
             true => DrafterMode::Draft,
         };
         let sampled_drafts = drafter == DrafterMode::Draft && running().any(|slot| slot.sampled_drafts);
@@ -396,17 +397,22 @@ impl Decoder for Batch<'_> {
         self.slots.len()
     }
 
-    fn join(&mut self, slot: usize, request: &Request, keep: bool) -> Result<Option<usize>> {
+    fn admit(&mut self, slot: usize, request: &Request, keep: bool) -> Result<Option<usize>> {
         let Some(Slot { phase: Phase::Idle, .. }) = self.slots.get(slot) else {
             return Err(Error::Internal(format!("slot {slot} of {} is not free", self.slots.len())));
         };
-        let (prompt, block, spec) = (&request.prompt, request.block, &request.drafting);
-        let (config, tree) = (self.ctx.config, spec.tree.unwrap_or(0));
-        let needs_probs = spec.rule != VerifyMethod::Match;
-        if block > config.block || tree > config.tree || (needs_probs && !config.draft_probs) {
+        let (prompt, block, spec) = (&request.prompt, request.block, &request.spec);
+        let (config, tree) = (self.ctx.config, spec.tree_rows().unwrap_or(0));
+        let (method, adaptive) = (spec.method(), spec.draft_length() != DraftLengthPolicy::Full);
+        if block > config.block
+            || tree > config.tree
+            || (method != VerifyMethod::Match && !config.draft_probs)
+            || (adaptive && !config.adaptive)
+        {
+            let (method, length) = (method.name(), if adaptive { "adaptive" } else { "full" });
             return Err(Error::Internal(format!(
-                "the batch was not made for a request with blocks of {block} rows, trees of {tree} and verification by {}",
-                spec.rule.name()
+                "the batch was not made for a request with blocks of {block} rows, trees of {tree}, verification by \
+                 {method} and {length} draft lengths"
             )));
         }
         let positions = request.positions().min(self.context());
@@ -427,11 +433,11 @@ impl Decoder for Batch<'_> {
         let inactive = Sequence { active: false, ..state.clone() };
         let to = w.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         device.upload(&to, &inactive.to_bytes()?)?;
-        let SamplingParams { seed, stream, .. } = request.sampling;
-        let sampling = SamplingParams { seed, stream, ..spec.sampling.clone() };
-        let sampled_drafts = state.draft_end > 0 && (sampling.temperature != 0.0 || needs_probs);
+        let sampling = spec.draft_params(&request.sampling);
+        let sampled_drafts = state.draft_end > 0 && spec.samples_drafts();
         let to = w.drafting.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         device.upload(&to, &Sequence { sampling, ..inactive }.to_bytes()?)?;
+        let controller = self.controller(spec, state.form);
 
         let own = &mut self.slots[slot];
         let common = own.tokens[..own.held].iter().zip(prompt).take_while(|(a, b)| a == b).count();
@@ -444,7 +450,6 @@ impl Decoder for Batch<'_> {
             end if own.drafted < end => own.drafted,
             _ => own.held,
         };
-        let controller = if state.form == Form::SampledTree { Box::new(Fixed) } else { (self.controllers)() };
         own.draft_length = DraftLength { controller, allowed: VecDeque::new(), rows: state.rows as usize };
         (own.tokens, own.prompt, own.sampled_drafts) = (prompt.clone(), prompt.len(), sampled_drafts);
         (own.state, own.phase) = (Some(state), Phase::Prefill { at });
@@ -520,17 +525,17 @@ impl Decoder for Batch<'_> {
                     own.drafted = own.drafted.max(own.held.min(state.draft_end as usize));
                 }
                 if own.draft_length.allowed.pop_front().is_some_and(|drafts| drafts > 0) {
-                    own.draft_length.controller.judged(drafted as usize, stood);
+                    own.draft_length.controller.observe(drafted as usize, stood);
                 }
                 own.held += tokens.len();
                 own.tokens.extend(&tokens);
-                *emitted = Emitted { tokens, judged: judged as usize, drafted: drafted as usize };
+                *emitted = Emitted { tokens, produced: judged as usize, drafted: drafted as usize };
             }
         }
         Ok(())
     }
 
-    fn leave(&mut self, slot: usize, tokens: usize) -> Result<()> {
+    fn release(&mut self, slot: usize, tokens: usize) -> Result<()> {
         let Some(own) = self.slots.get_mut(slot).filter(|own| own.phase != Phase::Idle) else {
             return Err(Error::Internal(format!("no sequence is in slot {slot}")));
         };

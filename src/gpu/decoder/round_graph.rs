@@ -120,7 +120,7 @@ impl<'a> RoundContext<'a> {
     /// Every round that is captured: for 1, 2, 4... sequences and for all, in order of size.
     pub fn shapes(&self) -> Vec<RoundShape> {
         let sequences = self.config.sequences;
-        let adaptive = self.config.adaptive.is_some();
+        let adaptive = self.config.adaptive;
         let counts = (0..).map(|i| 1 << i).take_while(|&count| count < sequences).chain([sequences]);
         let max_verify_rows = self.config.max_verify_rows();
         let smaller = TILES.into_iter().filter(|&rows| adaptive && rows < max_verify_rows);

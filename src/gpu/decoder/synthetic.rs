@@ -27,7 +27,7 @@ impl<'a> Batch<'a> {
     pub fn fill_synthetic_context(&mut self, slot: usize, context: usize, request: &Request) -> Result<()> {
         // No real prompt contains this token, so none shares a prefix with it.
         let request = Request { prompt: vec![u32::MAX; context], ..request.clone() };
-        if self.join(slot, &request, false)?.is_none() {
+        if self.admit(slot, &request, false)?.is_none() {
             let free = self.free_pages();
             return Err(Error::Memory(format!("too few pages for {context} positions: {free} are free")));
         }
@@ -174,7 +174,7 @@ mod tests {
 
     fn request(prompt: Vec<u32>, block: usize, temperature: f32) -> Request {
         let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
-        Request { prompt, max_tokens: 40, sampling, stop_ids: vec![], block, drafting: Default::default() }
+        Request { prompt, max_tokens: 40, sampling, stop_ids: vec![], block, spec: Default::default() }
     }
 
     fn pair() -> Pair {
@@ -272,7 +272,7 @@ mod tests {
         batch.fill_synthetic_context(0, 90, &request(vec![], BLOCK, 0.0)).unwrap();
         let mut emitted = vec![Emitted::default()];
         batch.round(&mut emitted).unwrap();
-        batch.leave(0, 1).unwrap();
+        batch.release(0, 1).unwrap();
         let again = resume(&mut batch, &wanted, &mut Silent).unwrap();
         assert_eq!((again.kept, &again.tokens, &again.accepted), (0, &answer.tokens, &answer.accepted));
     }

@@ -3,6 +3,8 @@ use crate::checkpoint::pair::Pair;
 use crate::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use crate::engine::generate::{Flow, TokenSink, resume};
 use crate::gpu::emulator::Emulator;
+use crate::spec::config::ExactDrafts;
+use crate::spec::sampling::SamplingParams;
 
 struct Silent;
 
@@ -27,7 +29,7 @@ fn a_prefill_for_the_drafter_leaves_the_targets_held_pages_alone() {
             sampling,
             stop_ids: vec![],
             block,
-            drafting: Default::default(),
+            spec: Default::default(),
         }
     };
     let mut tokens: Vec<u32> = (0..66).map(|i| 300 + i).collect();
@@ -48,7 +50,7 @@ fn a_prefill_for_the_drafter_leaves_the_targets_held_pages_alone() {
         (0..layers).map(|i| pages(&batch, i).iter().map(|byte| byte ^ 1).collect()).collect();
     (0..layers).for_each(|i| device.upload(&buffer(&batch, i), &marked[i]).unwrap());
     tokens.push(7);
-    assert_eq!(batch.join(0, &request(&tokens, 16), true), Ok(Some(0)));
+    assert_eq!(batch.admit(0, &request(&tokens, 16), true), Ok(Some(0)));
     assert!(batch.prefill(0).unwrap().next.is_some());
     for (layer, marked) in marked.iter().enumerate() {
         let now = pages(&batch, layer);
@@ -68,7 +70,7 @@ impl Controller for Script {
         self.0.next().unwrap_or(max)
     }
 
-    fn judged(&mut self, _: usize, _: u64) {}
+    fn observe(&mut self, _: usize, _: u64) {}
 }
 
 /// A round replays the smallest graph with enough rows for every sequence, and one without drafts if no
@@ -77,10 +79,7 @@ impl Controller for Script {
 fn a_round_is_as_large_as_its_largest_sequence_needs() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
-    let config = BatchConfig {
-        adaptive: Some(AdaptiveLength::CostModel),
-        ..BatchConfig::new(2, 16, 128).with_trees(64)
-    };
+    let config = BatchConfig { adaptive: true, ..BatchConfig::new(2, 16, 128).with_trees(64) };
     let mut batch = Batch::new(&device, &models, config).unwrap();
     let scripts = [vec![63, 0, 15, 16, 0, 32, 3], vec![0, 0, 3, 31, 15, 0, 4]];
     let next = std::cell::Cell::new(0);
@@ -89,11 +88,12 @@ fn a_round_is_as_large_as_its_largest_sequence_needs() {
         Box::new(Script(scripts[next.get() - 1].clone().into_iter()))
     });
     let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
-    let drafting = crate::spec::verify::SpecConfig { tree: Some(64), ..Default::default() };
+    let drafts = ExactDrafts::BestFirstTree { rows: 64 };
+    let spec = SpecConfig::Exact { drafts, length: DraftLengthPolicy::Full };
     let request =
-        Request { prompt: vec![300, 301], max_tokens: 100, sampling, stop_ids: vec![], block: 16, drafting };
+        Request { prompt: vec![300, 301], max_tokens: 100, sampling, stop_ids: vec![], block: 16, spec };
     for slot in 0..2 {
-        assert_eq!(batch.join(slot, &request, false), Ok(Some(0)));
+        assert_eq!(batch.admit(slot, &request, false), Ok(Some(0)));
         assert!(batch.prefill(slot).unwrap().next.is_some());
     }
     let mut rows = vec![];
@@ -114,16 +114,14 @@ fn a_round_is_as_large_as_its_largest_sequence_needs() {
 fn adaptive_controllers_fill_the_captured_passes() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
-    let config = BatchConfig {
-        adaptive: Some(AdaptiveLength::CostModel),
-        ..BatchConfig::new(1, 16, 128).with_trees(64)
-    };
-    let batch = Batch::new(&device, &models, config).unwrap();
-    let mut controller = (batch.controllers)();
+    let room = BatchConfig { adaptive: true, ..BatchConfig::new(1, 16, 128).with_trees(64) };
+    let batch = Batch::new(&device, &models, room).unwrap();
+    let spec = SpecConfig::Exact { drafts: ExactDrafts::Chain, length: DraftLengthPolicy::CostModel };
+    let mut controller = batch.controller(&spec, Form::Chain);
     let mut rows = vec![];
     for _ in 0..12 {
         let drafts = controller.drafts(63);
-        controller.judged(drafts, 0b11);
+        controller.observe(drafts, 0b11);
         rows.push(drafts + 1);
     }
     // The size falls from the maximum, at most 16 rows a round, to the smallest pass; there it verifies more

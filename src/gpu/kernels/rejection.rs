@@ -7,7 +7,7 @@ use super::verify::VerifyOutput;
 use super::{ROW_BYTES, SPAN_BYTES};
 use crate::Result;
 use crate::gpu::device::{Buffer, Device, Kernel};
-use crate::spec::verify::VerifyMethod;
+use crate::spec::config::VerifyMethod;
 
 static DISTRIBUTION: Kernel = Kernel { file: "rules", name: "distribution", threads: 512, max_shared: 0 };
 static SAMPLE: Kernel = Kernel { file: "rules", name: "draw", threads: 512, max_shared: 0 };

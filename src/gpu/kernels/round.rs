@@ -8,8 +8,8 @@ use super::check::{Check, args, u32s};
 use super::verify::VerifyOutput;
 use super::{ROW_BYTES, SPAN_BYTES};
 use crate::gpu::device::{Arg, Buffer, Device, Kernel, Pinned};
+use crate::spec::config::VerifyMethod;
 use crate::spec::sampling::SamplingParams;
-use crate::spec::verify::VerifyMethod;
 use crate::{Error, Result};
 
 static BEGIN: Kernel = Kernel { file: "round", name: "round_begin", threads: 64, max_shared: 0 };
@@ -132,7 +132,7 @@ impl Sequence {
                 self.stop_ids.len()
             )));
         }
-        let (distribution, seed) = (self.sampling.distribution(), self.sampling.seed);
+        let (distribution, seed) = (self.sampling.settings(), self.sampling.seed);
         let mut words = vec![
             u32::from(self.active),
             self.length,

@@ -6,7 +6,7 @@ use super::check::{Check, args, u32s};
 use super::round::Sequence;
 use crate::Result;
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
-use crate::spec::sampling::{TABLES, Tables};
+use crate::spec::rng::{TABLES, Tables};
 
 static SAMPLE: Kernel = Kernel { file: "sample", name: "sample", threads: 512, max_shared: 0 };
 

@@ -10,9 +10,12 @@ use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
 use dflash::gpu::kernels::round::{Form, Sequence};
 use dflash::gpu::kernels::sample;
-use dflash::spec::sampling::{SamplingParams, TABLES};
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::distribution::Distribution;
+use dflash::spec::rng::{PhiloxStream, TABLES};
+use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree;
-use dflash::spec::verify::{self, Distribution, PhiloxStream, VerifyMethod};
+use dflash::spec::verify;
 use dflash::{Error, Result};
 use serde_json::{Value, json};
 
@@ -170,7 +173,8 @@ fn sample_drafts(kernels: RejectionSampler) -> Case {
             for own in ends(sequences) {
                 let distribution = |row: usize| distribution_of(&sampling, &logits.row(own * block + row));
                 let distributions = (1..block).map(distribution).collect::<Result<Vec<_>>>()?;
-                let expected = verify::draw(&distributions, &mut random_stream(own)).unwrap_or_default();
+                let expected =
+                    verify::sample_chain(&distributions, &mut random_stream(own)).unwrap_or_default();
                 equal("draft", &found[own * block + 1..][..block - 1], &expected)?;
             }
             Ok(())
@@ -241,7 +245,9 @@ fn verify_drafts(name: &str, kernels: RejectionSampler, method: VerifyMethod) ->
                 let target_at = |row: usize| target.probabilities(&logits.row((at + row + 1) % rows));
                 let (drafts, mut random) = (&tokens[at + 1..at + block], random_stream(own));
                 let result = match method {
-                    VerifyMethod::Block => verify::block(drafts, &distributions, target_at, &mut random),
+                    VerifyMethod::Block => {
+                        verify::block_verify(drafts, &distributions, target_at, &mut random)
+                    }
                     _ => verify::rejection(drafts, &distributions, target_at, &mut random),
                 };
                 Ok(result.map(|(accepted, next)| ((0..=accepted).collect(), next)))

@@ -12,8 +12,9 @@ use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, T
 use dflash::gpu::kernels::sample::{self, Sample, SamplerInputs};
 use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
 use dflash::gpu::model::Row;
-use dflash::spec::sampling::{self, SamplingParams};
-use dflash::spec::verify::VerifyMethod;
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::sampling::SamplingParams;
+use dflash::spec::verify;
 use dflash::{Error, Result};
 use serde_json::json;
 use std::rc::Rc;
@@ -313,7 +314,7 @@ fn verify(round: Round, vocab: usize) -> Case {
         let check = move || {
             let expected = |own: usize| {
                 let at = own * block;
-                let result = sampling::judge(&drafts[at + 1..at + block], |row| Some(choices[at + row]));
+                let result = verify::match_chain(&drafts[at + 1..at + block], |row| Some(choices[at + row]));
                 Ok(result.map(|(accepted, next)| ((0..=accepted).collect(), next)))
             };
             written.check(device, 0..sequences, expected)

@@ -13,9 +13,11 @@ use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows};
 use dflash::gpu::kernels::round::Form;
 use dflash::gpu::kernels::siblings::{SampledTrees, Siblings};
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::distribution::Distribution;
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree;
-use dflash::spec::verify::{self, Distribution, VerifyMethod};
+use dflash::spec::verify;
 use std::rc::Rc;
 
 /// For trees of each of `rows`: sampling and verification of siblings and of chains. None without a drafter.
@@ -237,9 +239,14 @@ fn verify(trees: Trees) -> Case {
                     VerifyMethod::Block => {
                         verify::multi_draft_block_verify(drafts, &distributions, target_at, &mut random)
                     }
-                    _ => {
-                        verify::recursive(drafts, &parents, &distributions, distinct, target_at, &mut random)
-                    }
+                    _ => verify::recursive_rejection(
+                        drafts,
+                        &parents,
+                        &distributions,
+                        distinct,
+                        target_at,
+                        &mut random,
+                    ),
                 })
             };
             written.check(device, ends(sequences), expected)

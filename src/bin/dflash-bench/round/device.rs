@@ -54,7 +54,7 @@ impl Run<'_> {
             sampling: self.point.sampling.clone(),
             stop_ids: vec![],
             block: self.point.block,
-            drafting: Default::default(),
+            spec: Default::default(),
         }
     }
 
@@ -266,7 +266,7 @@ impl Run<'_> {
                 // The card still works on the next round.
                 times.end_round(round, LOOP, effort.instruments.is_throttled());
             }
-            (0..self.point.batch).try_for_each(|slot| batch.leave(slot, 1))?;
+            (0..self.point.batch).try_for_each(|slot| batch.release(slot, 1))?;
         }
         Ok(times)
     }

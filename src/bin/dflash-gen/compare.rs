@@ -1,0 +1,107 @@
+//! `--compare`: every prompt by autoregressive decoding and by DFlash: both rates, and whether the tokens are
+//! identical.
+
+use crate::output::{Output, StopOnly};
+use crate::{INTERRUPTED_EXIT, Session, note};
+use dflash::engine::generate::generate;
+use dflash::engine::lossless::check_lossless;
+use dflash::engine::request::{Finish, Request};
+use dflash::engine::stats;
+use dflash::{Error, Result};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+impl Session<'_> {
+    /// Runs both in turn, prompt by prompt, after a short warm-up of both. The first difference is the error,
+    /// after all prompts have run.
+    pub fn compare(&self, requests: &[Request]) -> Result<u8> {
+        let mut decoder = self.backend.decoder()?;
+        let mut one = |request: &Request, block: usize, max_tokens: usize| {
+            let request = Request { block, max_tokens, ..request.clone() };
+            let mut stop = StopOnly(self.text.stream(&self.job.stop)?);
+            generate(&mut *decoder, &request, &mut stop)
+        };
+        let mut out = Output::default();
+        for block in [1, requests[0].block] {
+            one(&requests[0], block, self.job.max_tokens.min(16))?;
+        }
+        if !self.job.json() {
+            out.line("prompt  tokens     AR tok/s  dflash tok/s  ratio   tau  identical")?;
+        }
+        let (mut rows, mut accepted) = (Vec::new(), Vec::new());
+        let (mut tokens, mut ar_time, mut dflash_time, mut all_identical) =
+            (0, Duration::ZERO, Duration::ZERO, Ok(()));
+        for (i, request) in requests.iter().enumerate() {
+            let ar = one(request, 1, request.max_tokens)?;
+            let dflash = one(request, request.block, request.max_tokens)?;
+            if ar.finish == Finish::Interrupted || dflash.finish == Finish::Interrupted {
+                return Ok(INTERRUPTED_EXIT);
+            }
+            if out.gone {
+                return all_identical.map(|()| 0);
+            }
+            let identical =
+                check_lossless(&ar, &dflash).map_err(|e| Error::Lossless(format!("prompt {}: {e}", i + 1)));
+            let row = Row {
+                tokens: ar.tokens.len(),
+                ar: stats::rate(&ar),
+                dflash: stats::rate(&dflash),
+                tau: stats::tau(&dflash.accepted),
+                identical: identical.is_ok(),
+            };
+            if self.job.json() {
+                rows.push(row.json());
+            } else {
+                out.line(&row.line(&(i + 1).to_string()))?;
+            }
+            all_identical = all_identical.and(identical);
+            tokens += ar.tokens.len();
+            ar_time += ar.prefill + ar.decode;
+            dflash_time += dflash.prefill + dflash.decode;
+            accepted.extend(dflash.accepted);
+        }
+        let rate = |time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+        let all = Row {
+            tokens,
+            ar: rate(ar_time),
+            dflash: rate(dflash_time),
+            tau: stats::tau(&accepted),
+            identical: all_identical.is_ok(),
+        };
+        if self.job.json() {
+            out.line(&self.of_all(all.json(), rows, &requests[0]).to_string())?;
+        } else {
+            out.line(&all.line("all"))?;
+        }
+        if self.job.sampling.temperature > 0.0 && !self.job.json() && !self.job.quiet {
+            note(&format!("seed {}", requests[0].sampling.seed));
+        }
+        all_identical.map(|()| 0)
+    }
+}
+
+/// A line of `--compare`.
+struct Row {
+    tokens: usize,
+    /// Tokens per second of autoregressive decoding, and of DFlash.
+    ar: f64,
+    dflash: f64,
+    tau: Option<f64>,
+    identical: bool,
+}
+
+impl Row {
+    fn line(&self, name: &str) -> String {
+        let Row { tokens, ar, dflash, .. } = self;
+        let tau = self.tau.map_or("-".into(), |tau| format!("{tau:.2}"));
+        let (ratio, word) = (dflash / ar, if self.identical { "yes" } else { "NO" });
+        format!("{name:>6}  {tokens:6}  {ar:11.0}  {dflash:12.0}  {ratio:5.2}  {tau:>4}  {word}")
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "tokens": self.tokens, "plain_tokens_per_s": self.ar, "dflash_tokens_per_s": self.dflash,
+            "ratio": self.dflash / self.ar, "tau": self.tau, "identical": self.identical,
+        })
+    }
+}

@@ -1,0 +1,130 @@
+//! What the flags come to: every default filled in, every conflict refused. Nothing after it reads flags.
+
+use dflash::Result;
+use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::safetensors::Folder;
+use dflash::cli::device::Choice;
+use dflash::engine::request::Request;
+use dflash::spec::config::SpecConfig;
+use dflash::spec::sampling::SamplingParams;
+use serde_json::Value;
+use std::path::PathBuf;
+
+/// A run of the program.
+pub struct Job {
+    pub action: Action,
+
+    // ---- models and device ----
+    pub target: Folder,
+    /// None: autoregressive decoding.
+    pub drafter: Option<Folder>,
+    /// The target is the demo pair's.
+    pub is_demo: bool,
+    pub device: Choice,
+    /// Which GPU, as the driver counts them.
+    pub gpu: u32,
+
+    // ---- capacities ----
+    /// Positions of a sequence, where it was given.
+    pub ctx: Option<usize>,
+    /// Sequences that run together.
+    pub batch: usize,
+    /// Rows of a block, where it was given.
+    pub block: Option<usize>,
+
+    // ---- prompts ----
+    pub source: Source,
+    /// Prompts are not put through the chat template.
+    pub raw: bool,
+    pub system: Option<String>,
+    /// A chat template in place of the model's.
+    pub template: Option<PathBuf>,
+    /// Variables of the chat template.
+    pub variables: Vec<(String, Value)>,
+
+    // ---- answers ----
+    pub max_tokens: usize,
+    pub stop: Vec<String>,
+    pub ignore_eos: bool,
+    pub sampling: SamplingParams,
+    pub spec: SpecConfig,
+    /// Temperature of sampled drafts, where it was given; else they follow `sampling`.
+    pub draft_temperature: Option<f32>,
+
+    // ---- output ----
+    pub format: Format,
+    /// Accepted drafts are coloured.
+    pub show_accepted: bool,
+    /// Statistics of a conversation are dimmed.
+    pub dim: bool,
+    pub quiet: bool,
+}
+
+/// What to do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Answers to prompts.
+    Generate,
+    /// Rates and tokens of both ways to decode.
+    Compare,
+    /// Tokens and logits of both ways to decode.
+    CheckLossless,
+    Chat,
+    /// What would be loaded, or the launches of a round.
+    Plan {
+        launches: bool,
+    },
+}
+
+/// Where prompts come from.
+pub enum Source {
+    Text(String),
+    File(PathBuf),
+    /// One JSON object per line.
+    Lines(PathBuf),
+    Stdin,
+}
+
+/// What stdout gets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    Text,
+    /// One object per prompt.
+    Json,
+    /// One object per round.
+    Events,
+}
+
+impl Job {
+    pub fn json(&self) -> bool {
+        self.format == Format::Json
+    }
+
+    /// Maximum positions of a sequence.
+    pub fn context(&self, pair: &Pair) -> Result<usize> {
+        pair.context(self.ctx)
+    }
+
+    /// Rows of a block, 1 without a drafter.
+    pub fn block(&self, pair: &Pair) -> Result<usize> {
+        pair.block(self.block)
+    }
+
+    /// The spec config of a request that samples with `sampling`.
+    pub fn spec(&self, sampling: &SamplingParams) -> SpecConfig {
+        let temperature = self.draft_temperature.unwrap_or(sampling.temperature);
+        self.spec.clone().with_draft_sampling(SamplingParams { temperature, ..sampling.clone() })
+    }
+
+    /// A request with this prompt, sampling and block.
+    pub fn request(&self, pair: &Pair, prompt: Vec<u32>, sampling: SamplingParams, block: usize) -> Request {
+        Request {
+            prompt,
+            max_tokens: self.max_tokens,
+            stop_ids: if self.ignore_eos { vec![] } else { pair.target.config.eos.clone() },
+            block,
+            spec: self.spec(&sampling),
+            sampling,
+        }
+    }
+}
