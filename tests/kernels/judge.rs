@@ -616,7 +616,7 @@ fn launches_refuse_what_does_not_fit() {
     };
     let small = get(8 * DISTRIBUTION_BYTES - 16);
     let message = distribution(kernels, Rows { distributions: &small, ..rows }, &best);
-    assert!(message.contains("kernel distribution: distributions has 368 bytes, needs 384"), "{message}");
+    assert!(message.contains("kernel row_distribution: distributions has 368 bytes, needs 384"), "{message}");
     let message = distribution(Rules { block: 65, ..kernels }, rows, &best);
     assert!(message.contains("2 sequences in blocks of 65 rows"), "{message}");
     let message = distribution(Rules { vocab: (1 << 26) + 1, ..kernels }, rows, &best);
@@ -625,5 +625,5 @@ fn launches_refuse_what_does_not_fit() {
     assert!(message.contains("best"), "{message}");
     let drafts = get(28);
     let message = kernels.draw(&device, &drafts, rows, &table, &states, &tables).unwrap_err().to_string();
-    assert!(message.contains("kernel draw: drafts has 28 bytes, needs 32"), "{message}");
+    assert!(message.contains("kernel sample_drafts: drafts has 28 bytes, needs 32"), "{message}");
 }

@@ -7,9 +7,9 @@ use crate::gpu::device::{Buffer, Device, Kernel};
 use crate::spec::verify::VerifyMethod;
 use crate::{Error, Result};
 
-static DISTRIBUTION: Kernel = Kernel { file: "rules", name: "distribution", threads: 512, max_shared: 0 };
-static DRAW: Kernel = Kernel { file: "rules", name: "draw", threads: 512, max_shared: 0 };
-static JUDGE: Kernel = Kernel { file: "rules", name: "judge", threads: 512, max_shared: 0 };
+static DISTRIBUTION: Kernel = Kernel { file: "rules", name: "row_distribution", threads: 512, max_shared: 0 };
+static DRAW: Kernel = Kernel { file: "rules", name: "sample_drafts", threads: 512, max_shared: 0 };
+static JUDGE: Kernel = Kernel { file: "rules", name: "verify_drafts", threads: 512, max_shared: 0 };
 
 /// Bytes of a row's distribution: what turns its logits into [`crate::spec::verify::Distribution`].
 pub const DISTRIBUTION_BYTES: usize = 48;
@@ -119,11 +119,11 @@ impl Rules {
         tables: &Buffer,
     ) -> Result<()> {
         let Rules { sequences, block, vocab, blocks } = *self;
-        self.check("distribution")?;
-        self.rows("distribution", "logits", rows, block)?;
-        self.common("distribution", settings, tables)?;
-        aligned("distribution", "best", best, sequences * block * blocks * 8)?;
-        aligned("distribution", "rows", table, sequences * block * 16)?;
+        self.check("row_distribution")?;
+        self.rows("row_distribution", "logits", rows, block)?;
+        self.common("row_distribution", settings, tables)?;
+        aligned("row_distribution", "best", best, sequences * block * blocks * 8)?;
+        aligned("row_distribution", "rows", table, sequences * block * 16)?;
         let mut args = vec![
             rows.distributions.into(),
             best.into(),
@@ -153,11 +153,11 @@ impl Rules {
         tables: &Buffer,
     ) -> Result<()> {
         let Rules { sequences, block, vocab, .. } = *self;
-        self.check("draw")?;
-        self.rows("draw", "logits", rows, block)?;
-        self.common("draw", states, tables)?;
-        at_least("draw", "drafts", drafts, sequences * block * 4)?;
-        aligned("draw", "rows", table, sequences * block * 16)?;
+        self.check("sample_drafts")?;
+        self.rows("sample_drafts", "logits", rows, block)?;
+        self.common("sample_drafts", states, tables)?;
+        at_least("sample_drafts", "drafts", drafts, sequences * block * 4)?;
+        aligned("sample_drafts", "rows", table, sequences * block * 16)?;
         let mut args = vec![
             drafts.into(),
             rows.distributions.into(),
@@ -188,16 +188,16 @@ impl Rules {
         tables: &Buffer,
     ) -> Result<()> {
         let Rules { sequences, block, vocab, .. } = *self;
-        self.check("judge")?;
-        check_shape("judge", sequences, judged.wide)?;
-        verdict.check("judge", sequences, judged.wide)?;
-        self.rows("judge", "the target's logits", target, judged.wide)?;
-        self.rows("judge", "the drafter's logits", drafter, block)?;
-        self.common("judge", states, tables)?;
-        at_least("judge", "tokens", judged.tokens, sequences * judged.wide * 4)?;
-        aligned("judge", "spans", judged.spans, sequences * 8)?;
-        aligned("judge", "partial", judged.partial, sequences * block * 8)?;
-        at_least("judge", "counters", judged.counters, sequences * 4)?;
+        self.check("verify_drafts")?;
+        check_shape("verify_drafts", sequences, judged.wide)?;
+        verdict.check("verify_drafts", sequences, judged.wide)?;
+        self.rows("verify_drafts", "the target's logits", target, judged.wide)?;
+        self.rows("verify_drafts", "the drafter's logits", drafter, block)?;
+        self.common("verify_drafts", states, tables)?;
+        at_least("verify_drafts", "tokens", judged.tokens, sequences * judged.wide * 4)?;
+        aligned("verify_drafts", "spans", judged.spans, sequences * 8)?;
+        aligned("verify_drafts", "partial", judged.partial, sequences * block * 8)?;
+        at_least("verify_drafts", "counters", judged.counters, sequences * 4)?;
         let args = [
             verdict.accepted.into(),
             verdict.next.into(),
