@@ -1,8 +1,9 @@
-//! Compiles `cuda/*.cu` twice: with nvcc to PTX that is embedded in the binary, and, under the feature `emulator`, with the
-//! host's C++ compiler to a library that runs the same kernels on the CPU.
+//! Compiles the kernels in `cuda/`: with nvcc to PTX that is embedded in the binary, and, with the feature
+//! `emulator`, also with the host's C++ compiler to a library that runs the same kernels on the CPU.
 //!
-//! nvcc is looked for at `NVCC`, in `CUDA_HOME`, on `PATH`, then in `.cuda/` (`tools/get-nvcc.sh`). Without it the crate
-//! still builds; the table of PTX modules is then empty. Outputs are reused while their inputs and the command are the same.
+//! The build script looks for nvcc at `NVCC`, in `CUDA_HOME`, on `PATH`, then in `.cuda/` (filled by
+//! `tools/get-nvcc.sh`). Without nvcc the crate still builds, with an empty table of PTX modules. An output
+//! is reused while its inputs, the compiler version and the command are unchanged.
 
 use std::env;
 use std::fs;
@@ -10,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio, exit};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The two images of every source file: what runs anywhere from Ampere on, and what only an H100 or H200 takes.
+/// The PTX targets of every source file: Ampere and later, and Hopper's own instructions (H100, H200).
 const TARGETS: [&str; 2] = ["compute_80", "compute_90a"];
 
-/// The folders below `cuda/`.
+/// The folders in `cuda/`.
 const FOLDERS: [&str; 5] = ["common", "emulator", "model", "perf", "spec"];
 
 /// One compiler run: `command` turns `source` into `output`.
@@ -34,13 +35,15 @@ fn main() {
     for variable in ["NVCC", "CUDA_HOME"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
-    let out = PathBuf::from(env::var("OUT_DIR").unwrap_or_else(|_| fail("build.rs is to be run by cargo")));
+    let out = PathBuf::from(
+        env::var("OUT_DIR").unwrap_or_else(|_| fail("OUT_DIR is not set: cargo must run this build script")),
+    );
     build_ptx(&sources, &headers, &out);
     #[cfg(feature = "emulator")]
     build_emulator(sources, &headers, &out);
 }
 
-/// Writes `ptx.rs`, the table of modules: file, PTX for each of [`TARGETS`].
+/// Writes `ptx.rs`, the table of modules: per source file its stem and its PTX for each of [`TARGETS`].
 fn build_ptx(sources: &[PathBuf], headers: &[PathBuf], out: &Path) {
     let mut table = String::from("&[\n");
     match find_nvcc() {
@@ -82,22 +85,22 @@ fn build_ptx(sources: &[PathBuf], headers: &[PathBuf], out: &Path) {
     write(&out.join("ptx.rs"), &table);
 }
 
-/// The host build of the kernels, and of the deliberately broken ones its tests use, as one static library.
+/// Compiles the kernels, and the test kernels in `tests/cuda`, for the emulator into one static library.
 #[cfg(feature = "emulator")]
 fn build_emulator(mut sources: Vec<PathBuf>, headers: &[PathBuf], out: &Path) {
     println!("cargo:rerun-if-changed=tests/cuda");
-    let broken = files("tests/cuda", "cu");
-    for file in &broken {
+    let test_kernels = files("tests/cuda", "cu");
+    for file in &test_kernels {
         println!("cargo:rerun-if-changed={}", file.display());
     }
-    sources.extend(broken);
+    sources.extend(test_kernels);
     sources.push(PathBuf::from("cuda/emulator/emu.cpp"));
     println!("cargo:rerun-if-changed=cuda/emulator/emu.cpp");
 
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").opt_level(2).include("cuda").define("DFLASH_EMULATOR", None);
-    // `#pragma unroll` is nvcc's; contraction would make the host's sums depend on its instruction set; kernels look at
-    // the same bytes as u16 and as uint4.
+    // Only nvcc knows `#pragma unroll`. Contraction would make sums depend on the host's instruction set.
+    // Kernels access the same bytes as u16 and as uint4, which strict aliasing forbids.
     for flag in ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing"] {
         build.flag(flag);
     }
@@ -108,7 +111,7 @@ fn build_emulator(mut sources: Vec<PathBuf>, headers: &[PathBuf], out: &Path) {
         {
             build.flag(flag);
         }
-        // Linked statically, so that the address sanitizer comes before the C library.
+        // Linked statically, so that AddressSanitizer is initialised before the C library.
         let asan = ["-Wl,--whole-archive", "-l:libasan.a", "-Wl,--no-whole-archive"];
         for arg in asan.into_iter().chain(["-l:libubsan.a", "-lstdc++", "-lm"]) {
             println!("cargo:rustc-link-arg={arg}");
@@ -141,7 +144,7 @@ fn build_emulator(mut sources: Vec<PathBuf>, headers: &[PathBuf], out: &Path) {
 fn find_nvcc() -> Option<String> {
     if let Ok(nvcc) = env::var("NVCC") {
         if !works(&nvcc) {
-            fail(&format!("NVCC is {nvcc:?}, which does not run"));
+            fail(&format!("NVCC is {nvcc:?}, which does not run: expected the path of nvcc"));
         }
         return Some(nvcc);
     }
@@ -159,8 +162,8 @@ fn works(nvcc: &str) -> bool {
     status.is_ok_and(|s| s.success())
 }
 
-/// Runs the jobs whose inputs changed, as many at once as cargo allows. A compiler's errors end the build, with its own
-/// text; its warnings are passed on.
+/// Runs the jobs whose inputs changed, at most `NUM_JOBS` at once. A compiler error ends the build with the
+/// compiler's message; warnings are passed on to cargo.
 fn run(jobs: &[Job], headers: &[PathBuf], version: &str) {
     let next = AtomicUsize::new(0);
     let failed = AtomicUsize::new(0);
@@ -182,8 +185,9 @@ fn run(jobs: &[Job], headers: &[PathBuf], version: &str) {
     }
 }
 
+/// Runs a job unless its output is up to date. False if the compiler failed.
 fn compile(job: &Job, headers: &[PathBuf], version: &str) -> bool {
-    // What the output depends on, kept beside it.
+    // Everything the output depends on, stored beside it.
     let mut key = format!("{version}\n{}\n", job.command.join(" "));
     for file in headers.iter().chain([&job.source]) {
         key += &fs::read_to_string(file).unwrap_or_else(|e| fail(&format!("{}: {e}", file.display())));
@@ -201,7 +205,7 @@ fn compile(job: &Job, headers: &[PathBuf], version: &str) -> bool {
         .output();
     match run {
         Err(e) => {
-            eprintln!("{}: {} does not run: {e}", job.source.display(), job.command[0]);
+            eprintln!("{}: cannot run {}: {e}", job.source.display(), job.command[0]);
             false
         }
         Ok(output) => {
@@ -213,7 +217,7 @@ fn compile(job: &Job, headers: &[PathBuf], version: &str) -> bool {
             for line in text.lines().filter(|l| !l.trim().is_empty()) {
                 println!("cargo:warning={line}");
             }
-            // With warnings the next build shall show them again.
+            // An output with warnings is not recorded as up to date, so that the next build shows them again.
             if text.trim().is_empty() {
                 write(&key_file, &key);
             }
@@ -222,12 +226,12 @@ fn compile(job: &Job, headers: &[PathBuf], version: &str) -> bool {
     }
 }
 
-/// The files below `cuda/` with an extension, sorted by folder and name.
+/// The files in the folders of `cuda/` with this extension, sorted by folder and name.
 fn kernel_files(extension: &str) -> Vec<PathBuf> {
     FOLDERS.iter().flat_map(|folder| files(&format!("cuda/{folder}"), extension)).collect()
 }
 
-/// The files of a folder with an extension, sorted.
+/// The files of a folder with this extension, sorted by name.
 fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap_or_else(|e| fail(&format!("{folder}: {e}")));
     let mut found: Vec<PathBuf> = entries
@@ -239,7 +243,9 @@ fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
 }
 
 fn stem(path: &Path) -> &str {
-    path.file_stem().and_then(|s| s.to_str()).unwrap_or_else(|| fail("a file name in cuda/ is not UTF-8"))
+    path.file_stem()
+        .and_then(|s| s.to_str())
+        .unwrap_or_else(|| fail("a file name in cuda/ or tests/cuda/ is not UTF-8"))
 }
 
 fn write(path: &Path, text: &str) {

@@ -133,7 +133,7 @@ inline void mma_warp(const void** in, void** out) {
 WRAPPER void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1 SITE) {
 #ifdef DFLASH_EMULATOR
   emu::MmaOperands operands{{a0, a1, a2, a3}, {b0, b1}};
-  emu::together("mma", EMU_HERE, &operands, d, emu::mma_warp);
+  emu::warp_collective("mma", EMU_HERE, &operands, d, emu::mma_warp);
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -249,7 +249,7 @@ namespace emu {
 template <bool TRANSPOSED>
 inline void ldmatrix(u32 (&r)[4], const void* row, Site site) {
   if (reinterpret_cast<uintptr_t>(row) % 16) fail(site, "ldmatrix of a row at %p, not 16-byte aligned", row);
-  together(TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", site, row, r, [](const void** in, void** out) {
+  warp_collective(TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", site, row, r, [](const void** in, void** out) {
     for (int m = 0; m < 4; m++) {
       uintptr_t addresses[8];
       for (int i = 0; i < 8; i++) addresses[i] = reinterpret_cast<uintptr_t>(in[m * 8 + i]);

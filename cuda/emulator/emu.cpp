@@ -1,8 +1,9 @@
-// The emulator's other half: fibers and how they switch, the five schedules, blocks and launches, what is reported when a
-// kernel goes wrong. emulator.rs calls the three functions at the end; kernels see emu.h only.
+// The emulator's runtime: fibers and their switches, the five schedules, blocks, launches and error reports.
+// src/gpu/emulator.rs calls the two functions at the end of this file; kernels include only emu.h.
 //
-// One OS thread runs one block at a time. A lane that waits hands the processor straight to the next lane of the schedule;
-// control returns to the launching thread when nobody can run: every lane is done, or the kernel is stuck.
+// An OS thread runs one block at a time. A lane that waits switches directly to the next lane of the
+// schedule. Control returns to the launching thread when no lane can run: every lane is done, or the kernel
+// is stuck.
 #include "emulator/emu.h"
 
 #include <sys/mman.h>
@@ -18,7 +19,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Saves the callee-saved registers on the running stack, stores the stack pointer, and continues where `to` left off.
+// Saves the callee-saved registers on the current stack, stores its pointer in `from`, continues at `to`.
 extern "C" void dflash_emu_switch(void** from, void* to);
 
 #if defined(__x86_64__)
@@ -93,14 +94,15 @@ constexpr size_t STACK = 256 << 10;
 #else
 constexpr size_t STACK = 64 << 10;
 #endif
-// Consecutive lanes' stacks start 1152 bytes further into a page, or the hot top of all 32 would share the same cache sets.
-// Below each lies room that a stack may overrun into without harm, until the launch ends and says so.
+// Each lane's stack starts 1152 bytes further into a page than the one before, so that the hot tops of the 32
+// stacks fall into different cache sets. Each stack may overrun into SLACK bytes below it; the end of the
+// launch reports that.
 constexpr size_t SLACK = 64 << 10;
 constexpr size_t STRIDE = SLACK + STACK + 1152;
-constexpr uint64_t UNTOUCHED = 0x5afe57acc5afe57a;  // at the far end of every stack
-constexpr size_t GUARD = 128;  // bytes kept on both sides of shared memory
+constexpr uint64_t UNTOUCHED = 0x5afe57acc5afe57a;  // written at the far end of every stack
+constexpr size_t GUARD = 128;  // guard bytes on both sides of shared memory
 
-// What one OS thread needs to run blocks; allocated by its first launch, kept until it ends.
+// The memory with which an OS thread runs blocks: allocated by its first launch, freed when the thread ends.
 struct Arena {
   char* stacks;
   Lane lanes[MAX_THREADS];
@@ -112,7 +114,7 @@ struct Arena {
   bool from_main = false;
   uint64_t serial = 0;
   char message[1500];
-  // Static shared arrays of the kernels this thread has run, to check what lies around them.
+  // Static shared arrays of the kernels this thread has run. Their guard bytes are checked after each block.
   struct Array {
     unsigned char* memory;
     size_t bytes;
@@ -122,8 +124,8 @@ struct Arena {
   std::vector<Access> accesses[MAX_THREADS];
 
   Arena() {
-    void* memory = mmap(nullptr, STRIDE * MAX_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                        -1, 0);
+    void* memory = mmap(nullptr, STRIDE * MAX_THREADS, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     stacks = memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
     for (unsigned i = 0; i < MAX_THREADS; i++) {
       lanes[i].stack = stacks + i * STRIDE + SLACK;
@@ -138,8 +140,8 @@ struct Arena {
 };
 thread_local std::unique_ptr<Arena> arena;
 
-// Switches to a lane, or to the launching thread when `to` is null. A lane that will not run again is `last`.
-void go(Lane* from, Lane* to, bool last = false) {
+// Switches to a lane, or to the launching thread when `to` is null. `last`: `from` will not run again.
+void switch_to(Lane* from, Lane* to, bool last = false) {
   Arena& a = *arena;
   (void)last;
   lane = to;
@@ -170,12 +172,13 @@ uint64_t next_random(uint64_t& state) {  // splitmix64
 
 unsigned lowest(uint32_t bits) { return unsigned(__builtin_ctz(bits)); }
 unsigned highest(uint32_t bits) { return 31u - unsigned(__builtin_clz(bits)); }
-unsigned some(uint32_t bits, unsigned turn) {
-  const uint32_t turned = turn ? (bits >> turn) | (bits << (32 - turn)) : bits;
-  return (lowest(turned) + turn) & 31;
+// The first set bit from bit `turn` on, cyclically.
+unsigned lowest_from(uint32_t bits, unsigned turn) {
+  const uint32_t rotated = turn ? (bits >> turn) | (bits << (32 - turn)) : bits;
+  return (lowest(rotated) + turn) & 31;
 }
 
-// The next lane the schedule runs, taken off the ready list; null when none can run.
+// Takes the next lane of the schedule off the ready list; null if no lane can run.
 Lane* next_lane(Block& b) {
   if (!b.any) return nullptr;
   unsigned w = b.current / 32, l = b.current % 32;
@@ -200,18 +203,18 @@ Lane* next_lane(Block& b) {
       l = highest(bits);
       break;
     }
-    case 2: {  // shuffled: any
+    case 2: {  // shuffled: any ready lane
       const uint64_t r = next_random(b.random);
-      w = some(b.any, r & 31);
-      l = some(b.ready[w], (r >> 5) & 31);
+      w = lowest_from(b.any, r & 31);
+      l = lowest_from(b.ready[w], (r >> 5) & 31);
       break;
     }
-    case 3: {  // one warp as far as it goes, then the lowest that can
+    case 3: {  // greedy: one warp until it waits, then the lowest ready warp
       if (!b.ready[w]) w = lowest(b.any);
       l = lowest(b.ready[w]);
       break;
     }
-    default: {  // one warp as far as it goes, then the highest that can
+    default: {  // greedy: one warp until it waits, then the highest ready warp
       if (!b.ready[w]) w = highest(b.any);
       l = highest(b.ready[w]);
       break;
@@ -223,13 +226,13 @@ Lane* next_lane(Block& b) {
   return &b.lanes[b.current];
 }
 
-// Where the schedule starts anew: at the block's start and after a barrier.
-void rewind(Block& b) {
-  // In order goes on after the last lane, with the first; reversed after the first, with the last.
+// Restarts the schedule, at the start of a block and after a barrier.
+void restart_schedule(Block& b) {
+  // The in-order schedule continues after the last lane with the first, the reversed one the other way round.
   b.current = b.launch->schedule == 0 || b.launch->schedule == 4 ? b.threads - 1 : 0;
 }
 
-// Matches the lanes' accesses since the last barrier, per source line and occurrence, and counts the extra passes.
+// Matches the lanes' accesses since the last barrier by source line and occurrence; counts extra passes.
 void count_accesses(Block& b) {
   struct Entry {
     int line;
@@ -251,11 +254,12 @@ void count_accesses(Block& b) {
       b.lanes[w * 32 + l].accesses.clear();
     }
     std::sort(entries.begin(), entries.end(), [](const Entry& x, const Entry& y) {
-      return std::make_tuple(x.line, x.bytes, x.occurrence, x.lane) < std::make_tuple(y.line, y.bytes, y.occurrence, y.lane);
+      return std::make_tuple(x.line, x.bytes, x.occurrence, x.lane) <
+             std::make_tuple(y.line, y.bytes, y.occurrence, y.lane);
     });
     for (size_t i = 0; i < entries.size();) {
       const Entry& first = entries[i];
-      // 128 bytes a pass: all lanes, half warps or quarter warps, by the width of the access.
+      // A pass moves 128 bytes: those of a warp, a half warp or a quarter warp, by the width of the access.
       const unsigned lanes_per_pass = first.bytes <= 4 ? 32 : 128 / first.bytes;
       uintptr_t addresses[32];
       unsigned n = 0;
@@ -278,16 +282,16 @@ void release_barrier(Block& b) {
   if (b.launch->conflicts) count_accesses(b);
   b.waiting = 0;
   for (unsigned i = 0; i < b.threads; i++) {
-    if (b.lanes[i].at != At::Barrier) continue;
-    b.lanes[i].at = At::Running;
+    if (b.lanes[i].state != LaneState::AtBarrier) continue;
+    b.lanes[i].state = LaneState::Running;
     b.ready[i / 32] |= 1u << i % 32;
     b.any |= 1u << i / 32;
   }
-  rewind(b);
+  restart_schedule(b);
 }
 
-// The first instruction of every fiber.
-void enter() {
+// The entry point of every fiber.
+void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   const void* bottom;
   size_t size;
@@ -298,22 +302,23 @@ void enter() {
   Lane& me = *lane;
   b.launch->kernel->call(b.launch->arguments);
   if (b.launch->overlap && !me.waited) {
-    fail({b.launch->kernel->file, 0}, "the thread ended without grid_wait(), so the next kernel could overtake the last one");
+    fail({b.launch->kernel->file, 0},
+         "the thread ended without grid_wait(): the next kernel could start before the previous one is done");
   }
-  me.at = At::Done;
+  me.state = LaneState::Done;
   b.num_active--;
   if (b.num_active && b.waiting == b.num_active) release_barrier(b);
-  go(&me, next_lane(b), true);
+  switch_to(&me, next_lane(b), true);
   abort();
 }
 
-void prepare(Lane& lane, const Block& b) {
+void init_lane(Lane& lane, const Block& b) {
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(lane.stack, STACK);
 #endif
   const unsigned i = lane.index;
   lane.thread = {i % b.size.x, i / b.size.x % b.size.y, i / (b.size.x * b.size.y)};
-  lane.at = At::Running;
+  lane.state = LaneState::Running;
   lane.waited = false;
   lane.fake = nullptr;
   lane.operation = nullptr;
@@ -325,12 +330,12 @@ void prepare(Lane& lane, const Block& b) {
   void** sp = reinterpret_cast<void**>(top);
 #if defined(__x86_64__)
   *--sp = nullptr;  // no caller; leaves rsp 8 below a multiple of 16 at entry, as after a call
-  *--sp = reinterpret_cast<void*>(&enter);
+  *--sp = reinterpret_cast<void*>(&fiber_main);
   for (int r = 0; r < 6; r++) *--sp = nullptr;
 #else
   sp -= 20;
   memset(sp, 0, 160);
-  sp[11] = reinterpret_cast<void*>(&enter);  // x30
+  sp[11] = reinterpret_cast<void*>(&fiber_main);  // x30
 #endif
   lane.sp = sp;
 }
@@ -354,7 +359,7 @@ struct Text {
   }
 };
 
-// "0-3, 7" for the lanes of a warp.
+// Lists the lanes of a warp as "0-3, 7".
 void add_lanes(Text& text, uint32_t bits) {
   for (bool first = true; bits; first = false) {
     const unsigned from = lowest(bits);
@@ -365,7 +370,7 @@ void add_lanes(Text& text, uint32_t bits) {
   }
 }
 
-// Nobody can run and somebody is not done: says who waits where.
+// No lane can run, but not all are done: reports where each group of lanes waits.
 void report_stuck(Block& b, Text text) {
   text.add("stuck:");
   unsigned shown = 0;
@@ -376,8 +381,9 @@ void report_stuck(Block& b, Text text) {
       uint32_t same = 0;
       for (unsigned l = 0; l < 32; l++) {
         const Lane& other = b.lanes[w * 32 + l];
-        if (left >> l & 1 && other.at == first.at &&
-            (first.at == At::Done || (other.operation == first.operation && other.site.line == first.site.line))) {
+        if (left >> l & 1 && other.state == first.state &&
+            (first.state == LaneState::Done ||
+             (other.operation == first.operation && other.site.line == first.site.line))) {
           same |= 1u << l;
         }
       }
@@ -390,21 +396,21 @@ void report_stuck(Block& b, Text text) {
         text.add("lanes ");
         add_lanes(text, same);
       }
-      if (first.at == At::Done) {
+      if (first.state == LaneState::Done) {
         text.add(" ended");
       } else {
         text.add(" at %s (%s:%d)", first.operation, base_name(first.site.file), first.site.line);
       }
     }
   }
-  if (shown > 12) text.add("; and %u groups more", shown - 12);
+  if (shown > 12) text.add("; and %u more groups", shown - 12);
 }
 
-Text begin_message(Block& b, const Lane* who, Site site) {
+Text begin_message(Block& b, const Lane* lane, Site site) {
   Arena& a = *arena;
   Text text{a.message, sizeof a.message};
   text.add("kernel %s, block (%u,%u,%u)", b.launch->kernel->name, b.index.x, b.index.y, b.index.z);
-  if (who) text.add(", thread (%u,%u,%u)", who->thread.x, who->thread.y, who->thread.z);
+  if (lane) text.add(", thread (%u,%u,%u)", lane->thread.x, lane->thread.y, lane->thread.z);
   if (site.file) {
     text.add(site.line ? ", %s:%d" : ", %s", base_name(site.file), site.line);
   }
@@ -412,9 +418,9 @@ Text begin_message(Block& b, const Lane* who, Site site) {
   return text;
 }
 
-// Shared memory of exactly `bytes`, 128-byte aligned. The sanitizer sees one byte too far by itself; otherwise both sides
-// carry a pattern that is looked at when the block is done.
-unsigned char* guarded(size_t bytes) {
+// Allocates exactly `bytes` of shared memory, 128-byte aligned. AddressSanitizer detects any access outside
+// it. Without the sanitizer both sides hold a pattern that is checked when the block is done.
+unsigned char* allocate_guarded(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 128, GUARD + bytes + GUARD)) abort();
   unsigned char* at = static_cast<unsigned char*>(memory);
@@ -464,12 +470,12 @@ void run_block(Arena& a, const Launch& launch, uint64_t linear) {
     b.warp[w].wgmma = {};
     b.issued[w / 4].clear();
   }
-  b.writers.assign((launch.shared + 15) / 16, {NOBODY, 0});
-  for (unsigned i = 0; i < b.threads; i++) prepare(a.lanes[i], b);
+  b.writers.assign((launch.shared + 15) / 16, {NO_WRITER, 0});
+  for (unsigned i = 0; i < b.threads; i++) init_lane(a.lanes[i], b);
   poison(b.shared, launch.shared);
-  rewind(b);
+  restart_schedule(b);
   b.counts.blocks++;
-  go(nullptr, next_lane(b));
+  switch_to(nullptr, next_lane(b));
   if (b.failed) return;
   if (b.num_active) {
     b.failed = true;
@@ -481,7 +487,7 @@ void run_block(Arena& a, const Launch& launch, uint64_t linear) {
     if (mine == all) continue;
     b.failed = true;
     begin_message(b, nullptr, {launch.kernel->file, 0})
-        .add("warp %u came to %zu wgmma.mma_async of the %zu of its warpgroup", w, mine, all);
+        .add("warp %u executed %zu of its warpgroup's %zu wgmma.mma_async", w, mine, all);
   }
   if (launch.conflicts) count_accesses(b);
   if (overrun(b.shared, launch.shared)) {
@@ -508,23 +514,21 @@ void fail(Site site, const char* format, ...) {
   vsnprintf(text.at, text.left, format, list);
   va_end(list);
   b.failed = true;
-  go(lane, nullptr, true);
+  switch_to(lane, nullptr, true);
   abort();
 }
 
-void diverged(const char* operation, Site site) {
+void fail_diverged(const char* operation, Site site) {
   const Warp& warp = block->warp[lane->index / 32];
-  fail(site, "the lanes of warp %u came to different operations: this one to %s, others to %s at line %d", lane->index / 32,
+  fail(site, "the lanes of warp %u execute different operations: this one %s, others %s at line %d", lane->index / 32,
        operation, warp.operation, warp.line);
 }
 
 void suspend() {
   Lane* me = lane;
   Lane* next = next_lane(*block);
-  if (next != me) go(me, next);
+  if (next != me) switch_to(me, next);
 }
-
-void pass_turn() { suspend(); }
 
 void barrier(Site site) {
   Block& b = *block;
@@ -533,16 +537,17 @@ void barrier(Site site) {
     b.barrier_file = site.file;
     b.barrier_line = site.line;
   } else if (b.barrier_line != site.line) {
-    fail(site, "__syncthreads() while other threads wait at the one of %s:%d", base_name(b.barrier_file), b.barrier_line);
+    fail(site, "__syncthreads() while other threads wait at the one of %s:%d", base_name(b.barrier_file),
+         b.barrier_line);
   }
-  me.at = At::Barrier;
+  me.state = LaneState::AtBarrier;
   me.operation = "__syncthreads";
   me.site = site;
   if (++b.waiting == b.num_active) release_barrier(b);
   suspend();
 }
 
-// Carries out the copies of all but the newest `keep` committed groups; uncommitted ones stay.
+// Completes the copies of all but the newest `keep` committed groups. Uncommitted copies stay pending.
 void finish_copies(Lane& lane, uint32_t keep) {
   const uint32_t done = lane.groups > keep ? lane.groups - keep : 0;
   size_t left = 0;
@@ -566,7 +571,7 @@ void* shared_array(size_t bytes, void** memory, uint64_t* serial) {
   if (*serial == a.serial) return *memory;
   auto at = std::find_if(a.arrays.begin(), a.arrays.end(), [=](auto& array) { return array.memory == *memory; });
   if (at == a.arrays.end()) {
-    *memory = guarded(bytes);
+    *memory = allocate_guarded(bytes);
     at = a.arrays.insert(a.arrays.end(), {static_cast<unsigned char*>(*memory), bytes, 0});
   }
   *serial = at->serial = a.serial;
@@ -574,49 +579,51 @@ void* shared_array(size_t bytes, void** memory, uint64_t* serial) {
   return *memory;
 }
 
-void early_access(Site site, const char* what, const void* address, size_t bytes, bool constant) {
+void check_early_access(Site site, const char* what, const void* address, size_t bytes, bool constant) {
   const Launch& launch = *block->launch;
   const uintptr_t from = reinterpret_cast<uintptr_t>(address);
   const Range* end = launch.sealed + launch.sealed_count;
-  const Range* after = std::upper_bound(launch.sealed, end, from, [](uintptr_t a, const Range& r) { return a < r.begin; });
+  const auto before = [](uintptr_t a, const Range& r) { return a < r.begin; };
+  const Range* after = std::upper_bound(launch.sealed, end, from, before);
   if (constant && after != launch.sealed && from + bytes <= after[-1].end) return;
   fail(site, "%s before grid_wait() from memory that an earlier kernel may still write (seal() marks constants)", what);
 }
 
-// Shared memory has 32 banks of 4 bytes; one pass reads one word of each. The extra passes these addresses need.
+// Shared memory has 32 banks of 4 bytes, and a pass reads one word from each. Returns the extra passes that
+// these addresses need.
 unsigned conflicts(const uintptr_t* addresses, unsigned count, unsigned bytes) {
   uintptr_t words[32][32];
   unsigned used[32] = {};
-  unsigned most = 1;
+  unsigned passes = 1;
   for (unsigned i = 0; i < count; i++) {
     for (unsigned k = 0; k < (bytes + 3) / 4; k++) {
       const uintptr_t word = addresses[i] / 4 + k;
       const unsigned bank = word % 32;
       if (std::find(words[bank], words[bank] + used[bank], word) != words[bank] + used[bank]) continue;
       if (used[bank] < 32) words[bank][used[bank]++] = word;
-      most = std::max(most, used[bank]);
+      passes = std::max(passes, used[bank]);
     }
   }
-  return most - 1;
+  return passes - 1;
 }
 
 }  // namespace emu
 
-// One list per source file; DFLASH_FILES is EMU_FILE(a) EMU_FILE(b) ..., written by the build script.
+// One list of kernels per source file. build.rs defines DFLASH_FILES as EMU_FILE(a) EMU_FILE(b) ...
 #define EMU_FILE(name) extern "C" emu::Kernel* EMU_JOIN(dflash_kernels_, name)();
 DFLASH_FILES
 #undef EMU_FILE
 
-// Calls `see` for every kernel of every file. The pointers stay valid for ever.
-extern "C" void dflash_emu_kernels(void (*see)(void*, const emu::Kernel*), void* context) {
+// Calls `visit` for every kernel of every file. The pointers stay valid until the process ends.
+extern "C" void dflash_emu_kernels(void (*visit)(void*, const emu::Kernel*), void* context) {
 #define EMU_FILE(name) \
-  for (const emu::Kernel* k = EMU_JOIN(dflash_kernels_, name)(); k; k = k->next) see(context, k);
+  for (const emu::Kernel* k = EMU_JOIN(dflash_kernels_, name)(); k; k = k->next) visit(context, k);
   DFLASH_FILES
 #undef EMU_FILE
 }
 
-// Runs `count` blocks of a launch, given by linear index, one after another on this thread. Adds to `counts`. Returns 0, or
-// 1 with the reason in `message`.
+// Runs the `count` blocks of a launch with these linear indices, one after another on this thread. Adds to
+// `counts`. Returns 0, or 1 with the error in `message`.
 extern "C" int dflash_emu_run(const emu::Launch* launch, const uint64_t* blocks, size_t count, emu::Counts* counts,
                               char* message, size_t message_size) {
   using namespace emu;
@@ -633,7 +640,7 @@ extern "C" int dflash_emu_run(const emu::Launch* launch, const uint64_t* blocks,
   b.size = {b.threads, 1, 1};
   b.grid = {launch->grid[0], launch->grid[1], launch->grid[2]};
   b.counts = {};
-  b.shared = guarded(launch->shared);
+  b.shared = allocate_guarded(launch->shared);
   block = &b;
   b.failed = false;
   for (unsigned i = 0; i < b.threads; i++) memcpy(a.lanes[i].stack, &UNTOUCHED, sizeof UNTOUCHED);

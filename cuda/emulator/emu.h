@@ -1,9 +1,10 @@
-// What a kernel sees when it is compiled as host C++: CUDA's keywords, indices, barriers, warp operations, atomics and
-// arithmetic, and the registration of kernels. A CUDA thread is a fiber; emu.cpp owns fibers, schedules and launches,
-// ptx.cuh the instructions. Nothing here is seen by nvcc.
+// The CUDA environment of a kernel that is compiled as host C++: keywords, indices, barriers, warp
+// operations, atomics, arithmetic, and the registration of kernels. Each CUDA thread (lane) runs as a fiber.
+// emu.cpp implements fibers, schedules and launches; cuda/common/ptx.cuh implements the instructions. nvcc
+// never reads this file.
 //
-// A block's fibers never leave the OS thread that runs the block, so `block` and `lane` are thread-local, and blocks may
-// run on several OS threads at once.
+// All fibers of a block stay on the OS thread that runs the block. `block` and `lane` are therefore
+// thread-local, and several OS threads may run blocks at the same time.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -49,8 +50,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 namespace emu {
 
-// Where in the kernel's source a lane stands. Wrappers take it as default arguments, which the compiler fills in at the
-// caller's line.
+// A source location in a kernel. Wrappers take it as default arguments, evaluated at the call.
 struct Site {
   const char* file;
   int line;
@@ -58,7 +58,7 @@ struct Site {
 #define EMU_SITE const char *emu_file = __builtin_FILE(), int emu_line = __builtin_LINE()
 #define EMU_HERE (emu::Site{emu_file, emu_line})
 
-// Every byte of memory nobody has written: as bf16 and as f32 a NaN, as an integer far below any index.
+// Fills unwritten memory: a NaN as bf16 and as f32, and as an integer far outside any index range.
 constexpr uint32_t POISON = 0xffa5ffa5;
 static_assert(sizeof(wchar_t) == 4, "wmemset writes words");
 inline void poison(void* to, size_t bytes) {
@@ -66,58 +66,59 @@ inline void poison(void* to, size_t bytes) {
   memcpy(static_cast<char*>(to) + bytes / 4 * 4, &POISON, bytes % 4);
 }
 
-// What a launch did, as far as it went through the wrappers. Mirrored by `emulator.rs`.
+// What a launch did, as far as the wrappers see it. Mirrored by src/gpu/emulator.rs.
 struct Counts {
-  uint64_t blocks;     // blocks run
-  uint64_t streamed;   // bytes of ld_stream: weights and other constants
-  uint64_t read;       // bytes of every other global load, cp.async included
-  uint64_t written;    // bytes of global stores and atomics
-  uint64_t mma;        // warp-wide mma.m16n8k16; those that a wgmma amounts to
-  uint64_t shared;     // warp-wide shared-memory accesses looked at for bank conflicts
-  uint64_t conflicts;  // extra shared-memory passes those needed
+  uint64_t blocks;     // blocks executed
+  uint64_t streamed;   // bytes read by ld_stream: weights and other constants
+  uint64_t read;       // bytes read by all other global loads, including cp.async
+  uint64_t written;    // bytes written by global stores and atomics
+  uint64_t mma;        // warp-wide mma.m16n8k16; a wgmma counts as the mma it amounts to
+  uint64_t shared;     // warp-wide shared-memory accesses checked for bank conflicts
+  uint64_t conflicts;  // extra passes that their bank conflicts cost
 };
 
-// A cp.async on its way: the destination is poison until a wait covers its group.
+// A cp.async in flight. The destination is poison until a wait covers the copy's group.
 struct Copy {
   void* to;
   const void* from;  // null: zeros
   uint32_t group;
 };
 
-// The last thread that wrote 16 bytes of dynamic shared memory, and how many proxy fences it had passed by then.
+// The last thread that wrote 16 bytes of dynamic shared memory, and the proxy fences it had executed before.
 struct Writer {
-  uint32_t lane : 11;  // NOBODY: none yet
+  uint32_t lane : 11;  // NO_WRITER: not written yet
   uint32_t fences : 21;
 };
-constexpr uint32_t NOBODY = 2047;
+constexpr uint32_t NO_WRITER = 2047;
 
-// One access to shared memory through a wrapper, kept until the next barrier to be matched with the other lanes'.
+// One shared-memory access through a wrapper, kept until the next barrier matches it with
+// the other lanes' accesses.
 struct Access {
   int line;
   uint32_t bytes;
   uintptr_t address;
 };
 
-enum class At : uint8_t { Running, Warp, Barrier, Done };
+enum class LaneState : uint8_t { Running, AtWarpOperation, AtBarrier, Done };
 
 struct Lane {
-  void* sp;         // saved stack pointer while not running
+  void* sp;         // stack pointer, saved while another lane runs
   char* stack;      // lowest address
-  void* fake;       // AddressSanitizer's stack while not running
+  void* fake;       // AddressSanitizer's fake stack, saved while another lane runs
   dim3 thread;      // threadIdx
   unsigned index;   // linear; warp = index / 32
-  At at;
-  bool waited;      // grid_wait was called
+  LaneState state;
+  bool waited;      // has called grid_wait
   const char* operation;
   Site site;
-  uint32_t groups;  // cp.async groups committed
-  uint32_t fences;  // fence.proxy.async passed
+  uint32_t groups;  // committed cp.async groups
+  uint32_t fences;  // fence.proxy.async executed
   std::vector<Copy> copies;
   std::vector<Access> accesses;
 };
 
-// A wgmma on its way, as far as a warp is concerned: what it read, which may not change until it is waited for.
-struct Product {
+// A warp's part of a wgmma in flight, with its operands, which must not change before the wait for it.
+struct PendingWgmma {
   uint32_t group;
   uint64_t a, b;  // matrix descriptors
   unsigned n;
@@ -125,21 +126,21 @@ struct Product {
   std::vector<uint4> operands;
 };
 
-// Accumulators of wgmmas on their way: the lanes' own are poison meanwhile.
-struct Sums {
+// The accumulators of wgmmas in flight. The lanes' own registers are poison until the wait.
+struct PendingSums {
   float* to[32];
   unsigned n;
-  uint32_t group;             // of the last product that adds to them
+  uint32_t group;             // of the last wgmma that adds to them
   std::vector<float> values;  // [16][n]
 };
 
-// A warp's wgmmas (wgmma.h).
+// A warp's wgmma state (wgmma.h).
 struct Wgmma {
-  bool fenced;      // wgmma.fence came after the last time that sums were handed back
-  uint32_t groups;  // committed
-  size_t issued;    // products since the block began
-  std::vector<Product> products;
-  std::vector<Sums> sums;
+  bool fenced;      // a wgmma.fence has followed the last wait that returned sums to the lanes
+  uint32_t groups;  // committed groups
+  size_t issued;    // wgmmas since the block began
+  std::vector<PendingWgmma> pending;
+  std::vector<PendingSums> sums;
 };
 
 struct Warp {
@@ -160,20 +161,20 @@ struct Kernel {
   Kernel* next;
 };
 
-// Memory that no kernel writes, so that it may be read before grid_wait.
+// Memory that no kernel writes. It may be read before grid_wait.
 struct Range {
   uintptr_t begin, end;
 };
 
-// One launch, as `emulator.rs` asks for it.
+// One launch, filled in by src/gpu/emulator.rs.
 struct Launch {
   const Kernel* kernel;
   void** arguments;
   unsigned grid[3];
   unsigned shared;     // dynamic shared memory, bytes
   unsigned schedule;   // 0 in order, 1 reversed, 2 shuffled, 3 and 4 warp-greedy ascending and descending
-  unsigned conflicts;  // nonzero: count bank conflicts of per-lane accesses too
-  unsigned overlap;    // nonzero: hold the kernel to the rules of programmatic dependent launch
+  unsigned conflicts;  // nonzero: also count bank conflicts of per-lane accesses
+  unsigned overlap;    // nonzero: enforce the rules of programmatic dependent launch
   uint64_t seed;
   const Range* sealed;  // ascending
   size_t sealed_count;
@@ -187,33 +188,36 @@ struct Block {
   int barrier_line;
   uint64_t random, serial;
   unsigned char* shared;
-  uint32_t ready[32], any;  // runnable lanes per warp, warps with any
+  uint32_t ready[32], any;  // bit masks: runnable lanes of each warp, warps with a runnable lane
   bool failed;
   Counts counts;
   Lane* lanes;
   Warp warp[32];
-  std::vector<std::pair<uint64_t, uint64_t>> issued[8];  // descriptors of every wgmma of a warpgroup
+  std::vector<std::pair<uint64_t, uint64_t>> issued[8];  // per warpgroup: descriptors of its wgmmas
   std::vector<Writer> writers;                           // per 16 bytes of dynamic shared memory
 };
 
 inline thread_local Block* block = nullptr;
 inline thread_local Lane* lane = nullptr;
 
-// Ends the block with a message about the running lane.
+// Ends the block with an error at the running lane.
 [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(Site site, const char* format, ...);
-[[noreturn]] void diverged(const char* operation, Site site);
-void suspend();    // the lane waits: another runs; returns when it has been made ready and chosen
-void pass_turn();  // the lane could go on, but the schedule chooses who does
+[[noreturn]] void fail_diverged(const char* operation, Site site);
+// Runs the next lane of the schedule. Returns when this lane is ready and the schedule chooses it.
+void suspend();
 void barrier(Site site);
 void finish_copies(Lane& lane, uint32_t keep);
-// Memory of a static shared array, exactly sized, poisoned once per block.
+// Memory of a static shared array, of exactly this size, poisoned once per block.
 void* shared_array(size_t bytes, void** memory, uint64_t* serial);
-void early_access(Site site, const char* what, const void* address, size_t bytes, bool constant);
+// Fails unless a kernel may access this memory before grid_wait.
+void check_early_access(Site site, const char* what, const void* address, size_t bytes, bool constant);
+// Extra passes that an access of `count` lanes to shared memory costs.
 unsigned conflicts(const uintptr_t* addresses, unsigned count, unsigned bytes);
 
-// The 32 lanes of a warp meet: each brings operands and a place for its result, the last to come computes for all.
+// A warp-wide operation. Each of the 32 lanes passes its operands and where to store its result. The last
+// lane to arrive computes all results.
 template <class Compute>
-inline void together(const char* operation, Site site, const void* in, void* out, Compute compute) {
+inline void warp_collective(const char* operation, Site site, const void* in, void* out, Compute compute) {
   Lane& me = *lane;
   Block& b = *block;
   Warp& warp = b.warp[me.index / 32];
@@ -222,12 +226,12 @@ inline void together(const char* operation, Site site, const void* in, void* out
     warp.operation = operation;
     warp.line = site.line;
   } else if (warp.operation != operation || warp.line != site.line) {
-    diverged(operation, site);
+    fail_diverged(operation, site);
   }
   warp.in[l] = in;
   warp.out[l] = out;
   if (++warp.arrived < 32) {
-    me.at = At::Warp;
+    me.state = LaneState::AtWarpOperation;
     me.operation = operation;
     me.site = site;
     suspend();
@@ -236,18 +240,19 @@ inline void together(const char* operation, Site site, const void* in, void* out
   compute(warp.in, warp.out);
   warp.arrived = 0;
   const unsigned w = me.index / 32;
-  for (unsigned i = 0; i < 32; i++) b.lanes[w * 32 + i].at = At::Running;
+  for (unsigned i = 0; i < 32; i++) b.lanes[w * 32 + i].state = LaneState::Running;
   b.ready[w] = ~0u;
   b.any |= 1u << w;
-  pass_turn();
+  suspend();  // the schedule chooses which lane continues
 }
 
-// Global memory through a wrapper: alignment always, and the rules of dependent launch where the launch asks for it.
+// Checks a global-memory access through a wrapper: its alignment, and the rules of dependent launch if the
+// launch asks for them.
 inline void touch(Site site, const char* what, const void* address, size_t bytes, bool constant = false) {
   if (reinterpret_cast<uintptr_t>(address) % bytes) {
     fail(site, "%s at address %p, which is not a multiple of %zu", what, address, bytes);
   }
-  if (!lane->waited && block->launch->overlap) early_access(site, what, address, bytes, constant);
+  if (!lane->waited && block->launch->overlap) check_early_access(site, what, address, bytes, constant);
 }
 
 inline void touch_shared(Site site, const char* what, const void* address, uint32_t bytes) {
@@ -256,61 +261,63 @@ inline void touch_shared(Site site, const char* what, const void* address, uint3
   if (block->launch->conflicts) lane->accesses.push_back({site.line, bytes, at});
 }
 
-// Remembers who wrote to dynamic shared memory by an ordinary store or copy.
+// Records the running lane as the last writer of 16 bytes of dynamic shared memory, by an ordinary store
+// or copy.
 inline void wrote_shared(const void* to) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(block->shared);
   if (at < block->launch->shared) block->writers[at / 16] = {lane->index, lane->fences};
 }
 
 template <class T>
-struct Letter;
+struct TypeLetter;
 template <class T>
-struct Letter<T*> {
+struct TypeLetter<T*> {
   static constexpr char value = 'p';
 };
 template <>
-struct Letter<unsigned> {
+struct TypeLetter<unsigned> {
   static constexpr char value = 'u';
 };
 template <>
-struct Letter<int> {
+struct TypeLetter<int> {
   static constexpr char value = 'i';
 };
 template <>
-struct Letter<unsigned long> {
+struct TypeLetter<unsigned long> {
   static constexpr char value = 'U';
 };
 template <>
-struct Letter<unsigned long long> {
+struct TypeLetter<unsigned long long> {
   static constexpr char value = 'U';
 };
 template <>
-struct Letter<long> {
+struct TypeLetter<long> {
   static constexpr char value = 'I';
 };
 template <>
-struct Letter<long long> {
+struct TypeLetter<long long> {
   static constexpr char value = 'I';
 };
 template <>
-struct Letter<float> {
+struct TypeLetter<float> {
   static constexpr char value = 'f';
 };
 
 template <class... A, size_t... I>
-inline void spread(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+inline void call_with(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
   kernel(*static_cast<A*>(arguments[I])...);
 }
 
-// The kernels of one source file, linked into a list by static initialisers; emu.cpp asks each file for its list.
+// The kernels of one source file, linked into a list by static initialisers. emu.cpp reads the
+// lists.
 static Kernel* kernels_of_this_file = nullptr;
 
 template <auto kernel>
 struct Call;
 template <class... A, void (*kernel)(A...)>
 struct Call<kernel> {
-  static constexpr char letters[] = {Letter<A>::value..., 0};
-  static void run(void** arguments) { spread(kernel, arguments, std::index_sequence_for<A...>{}); }
+  static constexpr char letters[] = {TypeLetter<A>::value..., 0};
+  static void run(void** arguments) { call_with(kernel, arguments, std::index_sequence_for<A...>{}); }
 };
 
 template <auto kernel>
@@ -347,7 +354,7 @@ struct SharedArray {
 // DYNAMIC_SHARED(type, name): the launch's dynamic shared memory, 128-byte aligned.
 #define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emu::block->shared)
 
-// The list of this file's kernels, under a name that emu.cpp can ask for.
+// Exports the list of this file's kernels under a name that emu.cpp knows.
 #define EMU_JOIN_(a, b) a##b
 #define EMU_JOIN(a, b) EMU_JOIN_(a, b)
 #ifdef DFLASH_FILE
@@ -369,8 +376,8 @@ inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 namespace emu {
 
-inline void whole(unsigned mask, Site site) {
-  if (mask != 0xffffffffu) fail(site, "a warp operation with mask %08x: only whole warps are used here", mask);
+inline void require_full_mask(unsigned mask, Site site) {
+  if (mask != 0xffffffffu) fail(site, "warp operation with mask %08x, expected the full mask ffffffff", mask);
 }
 
 template <class T>
@@ -384,7 +391,7 @@ inline T shuffle(const char* name, Site site, T value, unsigned source) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 32 or 64 bits");
   Shuffle<T> mine{value, source};
   T result;
-  together(name, site, &mine, &result, [](const void** in, void** out) {
+  warp_collective(name, site, &mine, &result, [](const void** in, void** out) {
     for (unsigned l = 0; l < 32; l++) {
       const unsigned from = static_cast<const Shuffle<T>*>(in[l])->source;
       *static_cast<T*>(out[l]) = static_cast<const Shuffle<T>*>(in[from])->value;
@@ -395,11 +402,11 @@ inline T shuffle(const char* name, Site site, T value, unsigned source) {
 
 inline unsigned lane_id() { return lane->index % 32; }
 
-// Applies `combine` to the 32 operands in lane order and gives everyone the result.
+// Combines the 32 operands in lane order and returns the result to all lanes.
 template <class T, class Combine>
 inline T reduce(const char* name, Site site, T value, Combine combine) {
   T result;
-  together(name, site, &value, &result, [&](const void** in, void** out) {
+  warp_collective(name, site, &value, &result, [&](const void** in, void** out) {
     T sum = *static_cast<const T*>(in[0]);
     for (unsigned l = 1; l < 32; l++) sum = combine(sum, *static_cast<const T*>(in[l]));
     for (unsigned l = 0; l < 32; l++) *static_cast<T*>(out[l]) = sum;
@@ -410,69 +417,69 @@ inline T reduce(const char* name, Site site, T value, Combine combine) {
 }  // namespace emu
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMU_SITE) {
-  emu::whole(mask, EMU_HERE);
-  emu::together("__syncwarp", EMU_HERE, nullptr, nullptr, [](const void**, void**) {});
+  emu::require_full_mask(mask, EMU_HERE);
+  emu::warp_collective("__syncwarp", EMU_HERE, nullptr, nullptr, [](const void**, void**) {});
 }
 template <class T>
 inline T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMU_SITE) {
-  emu::whole(mask, EMU_HERE);
+  emu::require_full_mask(mask, EMU_HERE);
   const unsigned l = emu::lane_id(), w = unsigned(width);
   return emu::shuffle("__shfl_sync", EMU_HERE, value, (l & ~(w - 1)) | (unsigned(source) & (w - 1)));
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int flip, int width = 32, EMU_SITE) {
-  emu::whole(mask, EMU_HERE);
+  emu::require_full_mask(mask, EMU_HERE);
   const unsigned l = emu::lane_id(), from = l ^ unsigned(flip);
-  // A lane beyond the end of its segment is not read; one in an earlier segment is, as in CUDA.
+  // As in CUDA, a lane beyond the end of its segment is not read, but one in an earlier segment is.
   return emu::shuffle("__shfl_xor_sync", EMU_HERE, value, from > (l | unsigned(width - 1)) ? l : from & 31);
 }
 template <class T>
 inline T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, EMU_SITE) {
-  emu::whole(mask, EMU_HERE);
+  emu::require_full_mask(mask, EMU_HERE);
   const unsigned l = emu::lane_id(), place = l & unsigned(width - 1);
   return emu::shuffle("__shfl_up_sync", EMU_HERE, value, place < by ? l : l - by);
 }
 template <class T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, EMU_SITE) {
-  emu::whole(mask, EMU_HERE);
+  emu::require_full_mask(mask, EMU_HERE);
   const unsigned l = emu::lane_id(), place = l & unsigned(width - 1);
   return emu::shuffle("__shfl_down_sync", EMU_HERE, value, by >= unsigned(width) - place ? l : l + by);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMU_SITE) {
-  emu::whole(mask, EMU_HERE);
+  emu::require_full_mask(mask, EMU_HERE);
   return emu::reduce("__ballot_sync", EMU_HERE, predicate ? 1u << emu::lane_id() : 0u,
                      [](unsigned a, unsigned b) { return a | b; });
 }
 inline int __any_sync(unsigned mask, int predicate, EMU_SITE) {
-  emu::whole(mask, EMU_HERE);
+  emu::require_full_mask(mask, EMU_HERE);
   return emu::reduce("__any_sync", EMU_HERE, int(predicate != 0), [](int a, int b) { return a | b; });
 }
 inline int __all_sync(unsigned mask, int predicate, EMU_SITE) {
-  emu::whole(mask, EMU_HERE);
+  emu::require_full_mask(mask, EMU_HERE);
   return emu::reduce("__all_sync", EMU_HERE, int(predicate != 0), [](int a, int b) { return a & b; });
 }
 template <class T>
 inline T __reduce_add_sync(unsigned mask, T value, EMU_SITE) {
   static_assert(sizeof(T) == 4, "32-bit integers");
-  emu::whole(mask, EMU_HERE);
+  emu::require_full_mask(mask, EMU_HERE);
   return T(emu::reduce("__reduce_add_sync", EMU_HERE, unsigned(value), [](unsigned a, unsigned b) { return a + b; }));
 }
 template <class T>
 inline T __reduce_max_sync(unsigned mask, T value, EMU_SITE) {
-  emu::whole(mask, EMU_HERE);
+  emu::require_full_mask(mask, EMU_HERE);
   return emu::reduce("__reduce_max_sync", EMU_HERE, value, [](T a, T b) { return a > b ? a : b; });
 }
 template <class T>
 inline T __reduce_min_sync(unsigned mask, T value, EMU_SITE) {
-  emu::whole(mask, EMU_HERE);
+  emu::require_full_mask(mask, EMU_HERE);
   return emu::reduce("__reduce_min_sync", EMU_HERE, value, [](T a, T b) { return a < b ? a : b; });
 }
 inline unsigned __reduce_or_sync(unsigned mask, unsigned value, EMU_SITE) {
-  emu::whole(mask, EMU_HERE);
+  emu::require_full_mask(mask, EMU_HERE);
   return emu::reduce("__reduce_or_sync", EMU_HERE, value, [](unsigned a, unsigned b) { return a | b; });
 }
 
-// --- atomics: integers only, since the sum of floats would depend on who came first ---
+// --- atomics: integers only, because a float sum would depend on the order of arrival ---
 
 namespace emu {
 template <class T>
@@ -523,7 +530,7 @@ EMU_ATOMICS(unsigned)
 EMU_ATOMICS(unsigned long long)
 #undef EMU_ATOMICS
 
-// --- arithmetic CUDA has built in; this file is compiled without contraction, so * and + round separately ---
+// --- CUDA's built-in arithmetic; compiled without contraction, so that * and + round separately ---
 
 inline unsigned __float_as_uint(float x) {
   unsigned u;
@@ -546,7 +553,7 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline int __float2int_rn(float x) { return int(lrintf(x)); }
-// As the hardware does: out of range saturates, NaN is 0.
+// As on hardware: out-of-range values saturate, NaN becomes 0.
 inline int __float2int_rz(float x) {
   return x != x ? 0 : x >= 2147483648.0f ? 2147483647 : x <= -2147483648.0f ? -2147483647 - 1 : int(x);
 }

@@ -1,62 +1,81 @@
-// The best of several chains, judged as a block: `sample_chains` and `multi_draft_block_verify` of src/spec/verify.rs, decision for decision.
+// Several chains per sequence: the best one is selected and verified as a block, multi-draft block
+// verification after Thomas and Pal (arXiv 2602.16961). `multi_draft_block_verify` of src/spec/verify.rs
+// makes the same decisions.
 //
-// Computes: sample_chains: the tokens of each sequence's chains, row by row from the distribution of the row's depth. chain_classes: for
-//           each row that has a draft behind it, the drafter's mass in each class of tokens and all before it. verify_chains:
-//           which chain's drafts are chosen, how many of them stand, and the token after those, of the distribution that is left.
-//           Only sequences of the rule `block` that draw a tree, of two rows or more, take part.
-// Work:     512 threads. sample_chains and chain_classes: grid (wide, sequences), a row each. verify_chains: grid (block,
-//           sequences): each block finds the choice again, from a few words of each draft, and sums what its row's test
-//           needs; the last of a sequence judges.
-// Order:    ids ascend where a token is picked; all sums are of integers.
-// Bytes:    sample_chains: a row of logits per draft. chain_classes: two rows of logits per row with a draft behind it.
-//           verify_chains: two rows of logits per sequence, and two more per draft of a chain.
-// Needs:    vocab up to 2^26; block and wide 1 to 64; distributions, logits, tables 16-byte aligned; counters zero, and left so. Rows
-//           that come after the same drafts have the same logits.
+// The selection compares tokens by class: the ratio of p to q in half octaves. At each depth it keeps the
+// chains that contain the tokens selected so far and selects the one whose token has the highest class, the
+// first among equals.
+//
+// Computes:      sample_chains: the tokens of each sequence's chains, each row from the drafter's
+//                distribution of its depth. chain_classes: for each row that a draft follows, the drafter's
+//                probability mass up to each class. verify_chains: the selected chain, the number of its
+//                accepted drafts, and the next token, sampled from the residual distribution. All skip
+//                sequences unless they have verification method BLOCK, a sampled tree, and at least two rows.
+// Work:          512 threads. sample_chains and chain_classes: grid (max_verify_rows, sequences), one row
+//                each. verify_chains: grid (block_size, sequences). Each CUDA block repeats the selection,
+//                which reads a few words per draft, and computes the sum that its row's test needs; the last
+//                one of a sequence to arrive decides.
+// Order:         sampling cumulates weights in ascending id order; all other sums are order-independent.
+// Bytes:         sample_chains: one row of logits per draft. chain_classes: two rows of logits per row that a
+//                draft follows. verify_chains: two rows of logits per sequence, two more per chain draft.
+// Preconditions: vocab <= 2^26; block_size and max_verify_rows 1 to 64; distributions, logits and tables
+//                16-byte aligned; counters are zero, and zero again afterwards. Rows that follow the same
+//                drafts have equal logits.
 #include "spec/distribution.cuh"
 
 namespace {
 
 constexpr u32 CLASSES = 64;
 
-// How much likelier a token is to the target than to the drafter, in halves of an octave.
-WRAPPER u32 halves(u64 x) {
+// log2(x) in half octaves, rounded down, plus 2. The upper half of an octave begins at 1.5 times its start.
+WRAPPER u32 half_octaves(u64 x) {
   const u32 zeros = u32(__clzll((long long)(x)));
   return 2 * (64 - zeros) + (u32(x << (zeros & 63) >> 62) & 1);
 }
+// The class of a token: p / q in half octaves around CLASSES / 2; 0 for p = 0.
 WRAPPER u32 class_of(u64 p, u64 q) {
-  const int apart = int(halves(p)) - int(halves(q)) + int(CLASSES / 2);
-  return p == 0 ? 0 : u32(max(0, min(apart, int(CLASSES - 1))));
+  const int difference = int(half_octaves(p)) - int(half_octaves(q)) + int(CLASSES / 2);
+  return p == 0 ? 0 : u32(max(0, min(difference, int(CLASSES - 1))));
 }
 
-// A sequence's chains: `count` of g drafts each, one behind the other after the anchor. None where it takes no part.
+// A sequence's chains: `count` chains of `length` drafts each, one after another behind the anchor's row.
+// count = 0: the sequence is skipped.
 struct Chains {
-  u32 rows, count, g;
+  u32 rows, count, length;
 };
-WRAPPER Chains chains_of(const Sequence* s, const u32* parents, const Span* span, u32 block, u32 wide) {
-  const u32 rows = min(ld(&span->rows), wide);
-  if (ld(&s->rule) != BLOCK || form_of(ld(&s->now.shape)) != DRAWN || rows < 2 || block < 2) return {0, 0, 0};
-  u32 g = 1;
+WRAPPER Chains chains_of(const Sequence* state,  // [1]
+                         const u32* parents,     // [max_verify_rows]
+                         const Span* span,       // [1]
+                         u32 block_size, u32 max_verify_rows) {
+  const u32 rows = min(ld(&span->rows), max_verify_rows);
+  if (ld(&state->rule) != BLOCK || form_of(ld(&state->now.shape)) != DRAWN || rows < 2 || block_size < 2) {
+    return {0, 0, 0};
+  }
+  u32 length = 1;
 #pragma unroll 1
-  for (; g + 1 < min(rows, block) && ld(parents + g + 1) != 0; g++) {}
-  return {rows, (rows - 1) / g, g};
+  for (; length + 1 < min(rows, block_size) && ld(parents + length + 1) != 0; length++) {}
+  return {rows, (rows - 1) / length, length};
 }
 
-// Of a row: how many drafts come before it.
-WRAPPER u32 depth_of(u32 row, u32 g) { return row ? (row - 1) % g + 1 : 0; }
+// The depth of a row: the number of drafts up to and including it.
+WRAPPER u32 depth_of(u32 row, u32 length) { return row ? (row - 1) % length + 1 : 0; }
 
-// That a chain is out of the running, or else has what has this probability.
-WRAPPER u64 out_or(u64 out, u64 likely) { return out + times(ONE - out, likely); }
+// The probability that a chain is eliminated, or that it is not and an event of this probability occurs.
+WRAPPER u64 eliminated_or(u64 eliminated, u64 event) { return eliminated + mul_probability(ONE - eliminated, event); }
 
-// What the probability of a token is multiplied with by a choice among chains that are out with these probabilities: `below`
-// and `up_to` are the drafter's mass below the token's class and up to it.
-WRAPPER u64 share_of(const u64* out, u32 count, u64 below, u64 up_to) {
+// The factor by which the selection changes a token's draft probability. `eliminated` holds, per chain, the
+// probability that the chain no longer contains the selected tokens. mass_below and mass_up_to are the
+// drafter's mass in the classes below the token's class, and including it.
+WRAPPER u64 selection_factor(const u64* eliminated,  // [count] shared
+                             u32 count, u64 mass_below, u64 mass_up_to) {
   u64 sum = 0, power = ONE;
 #pragma unroll 1
   for (u32 c = 0; c < count; c++) {
-    const u64 here = lds(out + c);
-    // Horner's scheme: what earlier chains have, where this one is no better; and this one's, where they are worse.
-    sum = times(sum, out_or(here, up_to)) + times(power, ONE - here);
-    power = times(power, out_or(here, below));
+    const u64 own = lds(eliminated + c);
+    // Horner's scheme. An earlier chain stays selected if this one is eliminated or its token is in no higher
+    // class. This chain is selected if each earlier one is eliminated or its token is in a lower class.
+    sum = mul_probability(sum, eliminated_or(own, mass_up_to)) + mul_probability(power, ONE - own);
+    power = mul_probability(power, eliminated_or(own, mass_below));
   }
   return sum;
 }
@@ -64,216 +83,235 @@ WRAPPER u64 share_of(const u64* out, u32 count, u64 below, u64 up_to) {
 }  // namespace
 
 KERNEL(512, 1, sample_chains,
-       (u32* tokens,                // [sequences][wide]: anchor, drafts; NONE: padding, or a damaged draft
-        const RowDistribution* distributions,            // [sequences][block]: row d's is that of depth d
-        const float* logits,        // [sequences][block][vocab]
-        const u32* parents,         // [sequences][wide]: the row a row follows: 0 where a chain begins
-        const Span* spans,          // [sequences]: how many rows there are
-        const Sequence* sequences,  // [sequences]
-        const u32* tables, u32 vocab, u32 block, u32 wide)) {
+       (u32* tokens,                           // [sequences][max_verify_rows]: anchor, drafts;
+                                               // NONE: padding, or a damaged draft
+        const RowDistribution* distributions,  // [sequences][block_size]: row d is for depth d
+        const float* logits,                   // [sequences][block_size][vocab]
+        const u32* parents,                    // [sequences][max_verify_rows]: parent row; 0: a chain begins
+        const Span* spans,                     // [sequences]: rows
+        const Sequence* sequences,             // [sequences]
+        const u32* tables,                     // [TABLE_WORDS], of which thi and tlo are read
+        u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
-  SHARED(u64, words, WARPS);
+  SHARED(u64, warp_sums, WARPS);
   grid_launch();
-  load_tables(table, tables);
+  load_weight_tables(table, tables);
   grid_wait();
   __syncthreads();
-  const u32 row = blockIdx.x, own = blockIdx.y;
-  const size_t first = size_t(own) * wide;
-  const Sequence* s = sequences + own;
-  const Chains chains = chains_of(s, parents + first, spans + own, block, wide);
+  const u32 row = blockIdx.x, sequence = blockIdx.y;
+  const size_t first = size_t(sequence) * max_verify_rows;
+  const Sequence* state = sequences + sequence;
+  const Chains chains = chains_of(state, parents + first, spans + sequence, block_size, max_verify_rows);
   if (chains.count == 0) return;
-  u32 token = row ? NONE : ld(&s->now.anchor);
+  u32 token = row ? NONE : ld(&state->now.anchor);
   if (row && row < chains.rows) {
-    const u32 depth = depth_of(row, chains.g);
-    const size_t at = size_t(own) * block + depth;
-    const RowDistribution distribution = ld_law(distributions + at);
-    if (distribution.rounding_token != NONE) {
-      token = pick_of(distribution, table, logits + at * vocab, vocab, bits(dice_of(s), DRAFT, depth, row), words);
+    const u32 depth = depth_of(row, chains.length);
+    const size_t at = size_t(sequence) * block_size + depth;
+    const RowDistribution d = ld_distribution(distributions + at);
+    if (d.rounding_token != NONE) {
+      token = sample_row(d, table, logits + at * vocab, vocab,
+                         random_bits(philox_stream(state), DRAFT, depth, row), warp_sums);
     }
   }
   if (threadIdx.x == 0) st(tokens + first + row, token);
 }
 
 KERNEL(512, 1, chain_classes,
-       (u64* masses,                // [sequences][wide][CLASSES]: the drafter's mass up to a class, of rows with a draft
-                                    // behind them; others, and damaged rows, are left as they are
-        const RowDistribution* targets,         // [sequences][wide]: after the drafts on the way to a row
-        const float* target_logits, // [sequences][wide][vocab]
-        const RowDistribution* drafters,        // [sequences][block]: row d's is what the rows of depth d were drawn from
-        const float* draft_logits,  // [sequences][block][vocab]
-        const u32* parents,         // [sequences][wide]: the row a row follows: 0 where a chain begins
-        const Span* spans,          // [sequences]: how many rows there are
-        const Sequence* sequences,  // [sequences]
-        const u32* tables, u32 vocab, u32 block, u32 wide)) {
+       (u64* masses,                      // [sequences][max_verify_rows][CLASSES]: the drafter's mass up to a
+                                          // class, for rows that a draft follows; not written for other and
+                                          // for damaged rows
+        const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
+        const float* target_logits,       // [sequences][max_verify_rows][vocab]
+        const RowDistribution* drafters,  // [sequences][block_size]: row d is for depth d
+        const float* draft_logits,        // [sequences][block_size][vocab]
+        const u32* parents,               // [sequences][max_verify_rows]: parent row; 0 where a chain begins
+        const Span* spans,                // [sequences]: rows
+        const Sequence* sequences,        // [sequences]
+        const u32* tables,                // [TABLE_WORDS], of which thi and tlo are read
+        u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
-  SHARED(u64, bins, CLASSES * 32);  // of each class a place for each lane: lanes of a warp never wait for each other
+  SHARED(u64, bins, CLASSES * 32);  // [CLASSES][lane]: the lanes of a warp never contend for an entry
   SHARED(u64, sums, CLASSES);
   grid_launch();
-  load_tables(table, tables);
+  load_weight_tables(table, tables);
   grid_wait();
-  const u32 row = blockIdx.x, own = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const size_t first = size_t(own) * wide;
-  const Chains chains = chains_of(sequences + own, parents + first, spans + own, block, wide);
-  if (chains.count == 0 || row > chains.count * chains.g || depth_of(row, chains.g) == chains.g) return;
-  const size_t draft = size_t(own) * block + depth_of(row, chains.g) + 1;
-  const Pair rows = {ld_law(targets + first + row), ld_law(drafters + draft), target_logits + (first + row) * vocab,
-                     draft_logits + draft * vocab};
-  if (rows.p.rounding_token == NONE || rows.q.rounding_token == NONE) return;
+  const u32 row = blockIdx.x, sequence = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const size_t first = size_t(sequence) * max_verify_rows;
+  const Chains chains =
+      chains_of(sequences + sequence, parents + first, spans + sequence, block_size, max_verify_rows);
+  if (chains.count == 0 || row > chains.count * chains.length || depth_of(row, chains.length) == chains.length) return;
+  const size_t draft = size_t(sequence) * block_size + depth_of(row, chains.length) + 1;
+  const RowPair pair = {ld_distribution(targets + first + row), ld_distribution(drafters + draft),
+                        target_logits + (first + row) * vocab, draft_logits + draft * vocab};
+  if (pair.p.rounding_token == NONE || pair.q.rounding_token == NONE) return;
   for (u32 i = threadIdx.x; i < CLASSES * 32; i += THREADS) sts(bins + i, u64(0));
   __syncthreads();
   for (u32 group = threadIdx.x; group < (vocab + 3) / 4; group += THREADS) {
-    of_both(rows, table, vocab, group, [&](u64 p, u64 q) {
+    map_pair(pair, table, vocab, group, [&](u64 p, u64 q) {
       if (q) atomicAdd(bins + class_of(p, q) * 32 + lane, q);
       return u64(0);
     });
   }
   __syncthreads();
-  for (u32 of = warp; of < CLASSES; of += WARPS) {
-    u64 sum = lds(bins + of * 32 + lane);
+  for (u32 c = warp; c < CLASSES; c += WARPS) {
+    u64 sum = lds(bins + c * 32 + lane);
     for (int flip = 16; flip; flip /= 2) sum += __shfl_xor_sync(~0u, sum, flip);
-    if (lane == 0) sts(sums + of, sum);
+    if (lane == 0) sts(sums + c, sum);
   }
   __syncthreads();
   if (threadIdx.x >= CLASSES) return;
   u64 up_to = 0;
-  for (u32 of = 0; of <= threadIdx.x; of++) up_to += lds(sums + of);
+  for (u32 c = 0; c <= threadIdx.x; c++) up_to += lds(sums + c);
   st(masses + (first + row) * CLASSES + threadIdx.x, up_to);
 }
 
 KERNEL(512, 1, verify_chains,
-       (u32* accepted,              // [sequences]; this and the next two are left as they are where a sequence takes no part
-        u32* next,                  // [sequences]; NONE: damaged
-        u32* path,                  // [sequences][wide]: 0, then the rows that stand, then NONE
-        const RowDistribution* targets,         // [sequences][wide]: after the drafts on the way to a row
-        const float* target_logits, // [sequences][wide][vocab]
-        const RowDistribution* drafters,        // [sequences][block]: row d's is what the rows of depth d were drawn from
-        const float* draft_logits,  // [sequences][block][vocab]
-        const u32* tokens,          // [sequences][wide]: anchor, drafts
-        const u32* parents,         // [sequences][wide]: the row a row follows: 0 where a chain begins
-        const Span* spans,          // [sequences]: how many rows there are
-        const Sequence* sequences,  // [sequences]
-        const u32* tables,
-        const u64* masses,          // [sequences][wide][CLASSES], as chain_classes has them
-        u64* shared,                // [sequences][block]: what a row's distribution and the choice's share
-        u32* counters,              // [sequences]
-        u32 vocab, u32 block, u32 wide)) {
+       (u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
+        u32* next,                        // [sequences]; NONE: damaged
+        u32* path,                        // [sequences][max_verify_rows]: accepted rows from 0 on, then NONE
+        const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
+        const float* target_logits,       // [sequences][max_verify_rows][vocab]
+        const RowDistribution* drafters,  // [sequences][block_size]: row d is for depth d
+        const float* draft_logits,        // [sequences][block_size][vocab]
+        const u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts
+        const u32* parents,               // [sequences][max_verify_rows]: parent row; 0 where a chain begins
+        const Span* spans,                // [sequences]: rows
+        const Sequence* sequences,        // [sequences]
+        const u32* tables,                // [TABLE_WORDS], of which thi and tlo are read
+        const u64* masses,                // [sequences][max_verify_rows][CLASSES], from chain_classes
+        u64* overlaps,                    // [sequences][block_size]: sum of min(w p, selected q) per row
+        u32* counters,                    // [sequences]
+        u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
-  SHARED(u64, words, WARPS);
-  // Of draft i of chain c, at c g + i: its token, its class, and the drafter's mass below that and up to it.
-  SHARED(u32, drafts, MOST_ROWS);
-  SHARED(u32, classes, MOST_ROWS);
-  SHARED(u64, ps, MOST_ROWS);
-  SHARED(u64, qs, MOST_ROWS);
-  SHARED(u64, below, MOST_ROWS);
-  SHARED(u64, up_to, MOST_ROWS);
-  SHARED(u64, outs, MOST_ROWS);    // that chain c is out of the running at draft i, at i count + c
-  SHARED(u64, shares, MOST_ROWS);  // of the choice's drafts, as `judge` has it
-  SHARED(u64, factors, CLASSES);   // of the classes of the tokens after a row
-  SHARED(u32, verdict, 5);
+  SHARED(u64, warp_sums, WARPS);
+  // At c length + i, for draft i of chain c: token, class, p, q, drafter's mass below the class and up to it.
+  SHARED(u32, drafts, MAX_ROWS);
+  SHARED(u32, classes, MAX_ROWS);
+  SHARED(u64, ps, MAX_ROWS);
+  SHARED(u64, qs, MAX_ROWS);
+  SHARED(u64, mass_below, MAX_ROWS);
+  SHARED(u64, mass_up_to, MAX_ROWS);
+  SHARED(u64, eliminated, MAX_ROWS);      // at i count + c: probability that chain c is eliminated before
+                                          // draft i
+  SHARED(u64, prefix_weights, MAX_ROWS);  // w of the selected chain's prefixes, as in verify_drafts
+  SHARED(u64, factors, CLASSES);          // selection_factor of each class after a row
+  SHARED(u32, result, 5);                 // selected chain, longest prefix with w > 0, valid;
+                                          // 2 words for accepted_prefix
   grid_launch();
-  load_tables(table, tables);
+  load_weight_tables(table, tables);
   grid_wait();
   __syncthreads();
-  const u32 row = blockIdx.x, own = blockIdx.y, lane = threadIdx.x % 32;
-  const size_t first = size_t(own) * wide, draft_first = size_t(own) * block;
-  const Sequence* s = sequences + own;
-  const Chains chains = chains_of(s, parents + first, spans + own, block, wide);
-  const u32 count = chains.count, g = chains.g;
-  if (count == 0 || row > g) return;
-  const PhiloxStream dice = dice_of(s);
+  const u32 row = blockIdx.x, sequence = blockIdx.y, lane = threadIdx.x % 32;
+  const size_t first = size_t(sequence) * max_verify_rows, draft_first = size_t(sequence) * block_size;
+  const Sequence* state = sequences + sequence;
+  const Chains chains = chains_of(state, parents + first, spans + sequence, block_size, max_verify_rows);
+  const u32 count = chains.count, length = chains.length;
+  if (count == 0 || row > length) return;
+  const PhiloxStream stream = philox_stream(state);
 
-  if (threadIdx.x < count * g) {
-    const u32 i = threadIdx.x, depth = i % g, before = depth ? i : 0, token = ld(tokens + first + i + 1);
-    const RowDistribution p = ld_law(targets + first + before), q = ld_law(drafters + draft_first + depth + 1);
-    const bool sound = p.rounding_token != NONE && q.rounding_token != NONE;
-    const u64 mine = sound ? probability_at(p, table, target_logits + (first + before) * vocab, vocab, token) : 0;
-    const u64 drawn =
-        sound ? probability_at(q, table, draft_logits + (draft_first + depth + 1) * vocab, vocab, token) : 0;
-    const u32 of = class_of(mine, drawn);
-    const u64* up = masses + (first + before) * CLASSES;
-    sts(drafts + i, token), sts(classes + i, of), sts(ps + i, mine), sts(qs + i, drawn);
-    sts(below + i, sound && of ? ld(up + of - 1) : 0), sts(up_to + i, sound ? ld(up + of) : 0);
+  if (threadIdx.x < count * length) {
+    const u32 i = threadIdx.x, depth = i % length, parent = depth ? i : 0, token = ld(tokens + first + i + 1);
+    const RowDistribution p = ld_distribution(targets + first + parent);
+    const RowDistribution q = ld_distribution(drafters + draft_first + depth + 1);
+    const bool valid = p.rounding_token != NONE && q.rounding_token != NONE;
+    const u64 token_p = valid ? probability_at(p, table, target_logits + (first + parent) * vocab, vocab, token) : 0;
+    const u64 token_q =
+        valid ? probability_at(q, table, draft_logits + (draft_first + depth + 1) * vocab, vocab, token) : 0;
+    const u32 c = class_of(token_p, token_q);
+    const u64* up_to = masses + (first + parent) * CLASSES;
+    sts(drafts + i, token), sts(classes + i, c), sts(ps + i, token_p), sts(qs + i, token_q);
+    sts(mass_below + i, valid && c ? ld(up_to + c - 1) : 0), sts(mass_up_to + i, valid ? ld(up_to + c) : 0);
   }
   __syncthreads();
 
-  // The choice: of the chains that have had its drafts so far the one of the highest class, of several the first.
+  // The selection, by one warp: lane l holds chains l and l + 32.
   if (threadIdx.x < 32) {
-    bool runs[2] = {lane < count, lane + 32 < count};
+    bool remaining[2] = {lane < count, lane + 32 < count};
     u64 out[2] = {0, 0}, w = ONE;
-    u32 winner = 0, stands = 0;
-    bool sound = ld(&targets[first].rounding_token) != NONE;
+    u32 selected = 0, longest = 0;
+    bool valid = ld(&targets[first].rounding_token) != NONE;
 #pragma unroll 1
-    for (u32 i = 0; i < g; i++) {
+    for (u32 i = 0; i < length; i++) {
       u32 best = NONE;
 #pragma unroll
       for (u32 j = 0; j < 2; j++) {
         const u32 c = lane + 32 * j;
-        if (c < count) sts(outs + i * count + c, out[j]);
-        if (runs[j]) best = min(best, (CLASSES - 1 - lds(classes + c * g + i)) * MOST_ROWS + c);
+        if (c < count) sts(eliminated + i * count + c, out[j]);
+        if (remaining[j]) best = min(best, (CLASSES - 1 - lds(classes + c * length + i)) * MAX_ROWS + c);
       }
-      winner = __reduce_min_sync(~0u, best) % MOST_ROWS;
+      selected = __reduce_min_sync(~0u, best) % MAX_ROWS;
       __syncwarp();
-      const u32 at = winner * g + i, token = lds(drafts + at);
-      const u64 q = lds(qs + at), up = lds(up_to + at);
-      w = ratio(w, lds(ps + at), times(q, share_of(outs + i * count, count, lds(below + at), up)));
-      if (lane == 0) sts(shares + i, w);
-      if (w && stands == i) stands++;
-      sound &= ld(&targets[first + at + 1].rounding_token) != NONE && ld(&drafters[draft_first + i + 1].rounding_token) != NONE;
+      const u32 at = selected * length + i, token = lds(drafts + at);
+      const u64 q = lds(qs + at), up_to = lds(mass_up_to + at);
+      const u64 factor = selection_factor(eliminated + i * count, count, lds(mass_below + at), up_to);
+      w = mul_div(w, lds(ps + at), mul_probability(q, factor));
+      if (lane == 0) sts(prefix_weights + i, w);
+      if (w && longest == i) longest++;
+      valid &= ld(&targets[first + at + 1].rounding_token) != NONE &&
+               ld(&drafters[draft_first + i + 1].rounding_token) != NONE;
 #pragma unroll
       for (u32 j = 0; j < 2; j++) {
         const u32 c = lane + 32 * j;
-        runs[j] = runs[j] && lds(drafts + c * g + i) == token;
-        out[j] = c < winner ? ONE : c == winner ? 0 : ONE - ratio(ONE - out[j], q, out_or(out[j], up));
+        remaining[j] = remaining[j] && lds(drafts + c * length + i) == token;
+        out[j] = c < selected    ? ONE
+                 : c == selected ? 0
+                                 : ONE - mul_div(ONE - out[j], q, eliminated_or(out[j], up_to));
       }
     }
-    if (lane == 0) sts(verdict, winner), sts(verdict + 1, stands), sts(verdict + 2, u32(sound));
+    if (lane == 0) sts(result, selected), sts(result + 1, longest), sts(result + 2, u32(valid));
   }
   __syncthreads();
-  const u32 winner = lds(verdict), most = lds(verdict + 1);
-  const bool sound = lds(verdict + 2) != 0;
-  const auto share = [&](u32 at) { return at ? lds(shares + at - 1) : ONE; };
-  // The row of the chosen chain after `at` drafts.
-  const auto row_at = [&](u32 at) { return first + (at ? winner * g + at : 0); };
-  const auto both = [&](u32 at) {
+  const u32 selected = lds(result), longest = lds(result + 1);
+  const bool valid = lds(result + 2) != 0;
+  const auto prefix_weight = [&](u32 at) { return at ? lds(prefix_weights + at - 1) : ONE; };
+  // The row of the selected chain after `at` drafts.
+  const auto row_at = [&](u32 at) { return first + (at ? selected * length + at : 0); };
+  const auto pair_at = [&](u32 at) {
     const size_t draft = draft_first + at + 1;
-    return Pair{ld_law(targets + row_at(at)), ld_law(drafters + draft), target_logits + row_at(at) * vocab,
-                draft_logits + draft * vocab};
+    return RowPair{ld_distribution(targets + row_at(at)), ld_distribution(drafters + draft),
+                   target_logits + row_at(at) * vocab, draft_logits + draft * vocab};
   };
-  // Fills `factors` for that row.
-  const auto weigh = [&](u32 at) {
+  // Fills `factors` for the row after `at` drafts.
+  const auto load_factors = [&](u32 at) {
     if (threadIdx.x < CLASSES) {
-      const u64* up = masses + row_at(at) * CLASSES + threadIdx.x;
-      sts(factors + threadIdx.x, share_of(outs + at * count, count, threadIdx.x ? ld(up - 1) : 0, ld(up)));
+      const u64* up_to = masses + row_at(at) * CLASSES + threadIdx.x;
+      sts(factors + threadIdx.x,
+          selection_factor(eliminated + at * count, count, threadIdx.x ? ld(up_to - 1) : 0, ld(up_to)));
     }
     __syncthreads();
   };
-  const auto chosen = [&](u64 p, u64 q) { return times(q, lds(factors + class_of(p, q))); };
+  // The probability that the selected chain drafts the token.
+  const auto selected_q = [&](u64 p, u64 q) { return mul_probability(q, lds(factors + class_of(p, q))); };
 
-  if (sound && row > 0 && row <= most && row < g && share(row) < ONE) {
-    weigh(row);
-    const u64 here = share(row);
-    const u64 sum = sum_of_both(both(row), table, vocab, words,
-                                [&](u64 p, u64 q) { return min(times(here, p), chosen(p, q)); });
-    if (threadIdx.x == 0) st_cg(shared + draft_first + row, sum);
+  if (valid && row > 0 && row <= longest && row < length && prefix_weight(row) < ONE) {
+    load_factors(row);
+    const u64 here = prefix_weight(row);
+    const u64 sum = sum_pair(pair_at(row), table, vocab, warp_sums,
+                             [&](u64 p, u64 q) { return min(mul_probability(here, p), selected_q(p, q)); });
+    if (threadIdx.x == 0) st_cg(overlaps + draft_first + row, sum);
   }
-  const u32 stands = stands_of(dice, shared + draft_first, counters + own, g, sound ? most : 0, verdict + 3, share);
-  if (stands == NONE) return;
+  const u32 num_accepted = accepted_prefix(stream, overlaps + draft_first, counters + sequence, length,
+                                           valid ? longest : 0, result + 3, prefix_weight);
+  if (num_accepted == NONE) return;
   u32 token = NONE;
-  if (sound) {
-    const u64 chance = bits(dice, RESIDUAL, stands + 1, stands), w = share(stands);
-    if (stands < g) {
-      weigh(stands);
-      const Pair here = both(stands);
-      token = pick(vocab, chance, words, [&](u32 group) {
-        return of_both(here, table, vocab, group, [&](u64 p, u64 q) { return beyond(times(w, p), chosen(p, q)); });
+  if (valid) {
+    const u64 bits = random_bits(stream, RESIDUAL, num_accepted + 1, num_accepted), w = prefix_weight(num_accepted);
+    if (num_accepted < length) {
+      load_factors(num_accepted);
+      const RowPair here = pair_at(num_accepted);
+      token = sample_weights(vocab, bits, warp_sums, [&](u32 group) {
+        return map_pair(here, table, vocab, group,
+                        [&](u64 p, u64 q) { return saturating_sub(mul_probability(w, p), selected_q(p, q)); });
       });
     }
-    // Where nothing is left both distributions are the same.
-    const RowDistribution p = ld_law(targets + row_at(stands));
-    if (token == NONE) token = pick_of(p, table, target_logits + row_at(stands) * vocab, vocab, chance, words);
+    // An empty residual means that p and the selected chain's q are equal.
+    const RowDistribution p = ld_distribution(targets + row_at(num_accepted));
+    if (token == NONE) {
+      token = sample_row(p, table, target_logits + row_at(num_accepted) * vocab, vocab, bits, warp_sums);
+    }
   }
-  if (threadIdx.x < wide) {
-    st(path + first + threadIdx.x, threadIdx.x <= stands ? u32(row_at(threadIdx.x) - first) : NONE);
+  if (threadIdx.x < max_verify_rows) {
+    st(path + first + threadIdx.x, threadIdx.x <= num_accepted ? u32(row_at(threadIdx.x) - first) : NONE);
   }
-  if (threadIdx.x == 0) st(accepted + own, stands), st(next + own, token);
+  if (threadIdx.x == 0) st(accepted + sequence, num_accepted), st(next + sequence, token);
 }

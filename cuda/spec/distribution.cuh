@@ -1,81 +1,95 @@
-// Distributions of rows and the chances of a round: what kernels that draw and judge share. Probabilities are integers that add up
-// to 2^48 in each row. `Probabilities` and `PhiloxStream` of src/spec/verify.rs.
+// Probability distributions of rows and the random numbers of a round: shared by the kernels that sample and
+// verify drafts. Probabilities are integers that sum to exactly 2^48 in each row. src/spec/verify.rs computes
+// the same values on the CPU, bit for bit.
 #pragma once
 #include "spec/sampling_weights.cuh"
 #include "common/state.cuh"
 
 namespace {
 
-constexpr u64 ONE = 1ull << 48;
-constexpr u32 MOST_ROWS = 64;
-// Purposes of Philox counters.
+constexpr u64 ONE = 1ull << 48;  // probability 1
+constexpr u32 MAX_ROWS = 64;
+// Purposes of random numbers: the top byte of the second word of the Philox counter.
 constexpr u32 DRAFT = 2, ACCEPT = 3, RESIDUAL = 4;
 
-// A row's distribution: the weight W of a token that the filters leave is the probability W 2^up inverse / 2^64, rounded down;
-// what is left over is the rounding_token's. Mirrored by src/gpu/kernels/rules.rs.
+// What turns a row's logits into probabilities. A token of weight W that passes the filters has probability
+// floor(W 2^shift inverse / 2^64). The remainder, which these floors leave of 2^48, is added to the rounding
+// token. Mirrored by src/gpu/kernels/rules.rs.
 struct __align__(16) RowDistribution {
-  float max, c;
-  u32 min_p, up;
-  Rank limit;   // the last token that the cuts keep
-  u32 rounding_token;     // the best token; NONE: there is no distribution
-  u64 inverse, left;
+  float max_logit, c;     // c: 65536 log2(e) / temperature; 0: greedy
+  u32 min_weight, shift;  // min_weight: the min-p threshold
+  Rank limit;             // the last token that top-k and top-p keep
+  u32 rounding_token;     // the best token; NONE: the row is damaged and has no distribution
+  u64 inverse, remainder;
 };
-static_assert(sizeof(RowDistribution) == 48, "src/gpu/kernels/rules.rs counts on it");
+static_assert(sizeof(RowDistribution) == 48, "src/gpu/kernels/rules.rs allocates 48 bytes per row");
 
-// Where a round's chances come from.
+// The Philox key and counter fields that are constant in one round of a sequence.
 struct PhiloxStream {
   u32 key[2], stream, round, anchor;
 };
-WRAPPER PhiloxStream dice_of(const Sequence* s) {
-  return {{ld(s->seed), ld(s->seed + 1)}, ld(&s->stream), ld(&s->rounds) + 1, ld(&s->now.length)};
+WRAPPER PhiloxStream philox_stream(const Sequence* state) {
+  return {{ld(state->seed), ld(state->seed + 1)}, ld(&state->stream), ld(&state->rounds) + 1, ld(&state->now.length)};
 }
-WRAPPER u64 bits(const PhiloxStream& d, u32 purpose, u32 depth, u32 row) {
-  const uint4 drawn = philox(make_uint4(d.anchor + depth, purpose << 24 | row, d.stream, d.round), d.key[0], d.key[1]);
-  return u64(drawn.x) << 32 | drawn.y;
+// 64 random bits. No two draws of a round share (purpose, depth, row).
+WRAPPER u64 random_bits(const PhiloxStream& stream, u32 purpose, u32 depth, u32 row) {
+  const uint4 words = philox(make_uint4(stream.anchor + depth, purpose << 24 | row, stream.stream, stream.round),
+                             stream.key[0], stream.key[1]);
+  return u64(words.x) << 32 | words.y;
 }
-WRAPPER bool accept(const PhiloxStream& d, u32 depth, u32 row, u64 s, u64 n) {
-  return s >= n || __umul64hi(bits(d, ACCEPT, depth, row), n) < s;
+// True with probability min(1, numerator / denominator).
+WRAPPER bool accept(const PhiloxStream& stream, u32 depth, u32 row, u64 numerator, u64 denominator) {
+  return numerator >= denominator || __umul64hi(random_bits(stream, ACCEPT, depth, row), denominator) < numerator;
 }
 
-WRAPPER RowDistribution ld_law(const RowDistribution* from) {
+WRAPPER RowDistribution ld_distribution(const RowDistribution* from) {
   const uint4 a = ld128(from), b = ld128(reinterpret_cast<const uint4*>(from) + 1);
   const uint4 c = ld128(reinterpret_cast<const uint4*>(from) + 2);
   return {__uint_as_float(a.x), __uint_as_float(a.y), a.z, a.w, {b.x, b.y, b.z}, b.w, u64(c.y) << 32 | c.x,
           u64(c.w) << 32 | c.z};
 }
-WRAPPER void st_law(RowDistribution* to, const RowDistribution& distribution) {
+WRAPPER void st_distribution(RowDistribution* to, const RowDistribution& d) {
   uint4* words = reinterpret_cast<uint4*>(to);
-  st128(words, make_uint4(__float_as_uint(distribution.max), __float_as_uint(distribution.c), distribution.min_p, distribution.up));
-  st128(words + 1, make_uint4(distribution.limit.t, distribution.limit.inverse, distribution.limit.id, distribution.rounding_token));
-  st128(words + 2, make_uint4(u32(distribution.inverse), u32(distribution.inverse >> 32), u32(distribution.left), u32(distribution.left >> 32)));
+  st128(words, make_uint4(__float_as_uint(d.max_logit), __float_as_uint(d.c), d.min_weight, d.shift));
+  st128(words + 1, make_uint4(d.limit.exponent, d.limit.inverted_logit, d.limit.id, d.rounding_token));
+  st128(words + 2, make_uint4(u32(d.inverse), u32(d.inverse >> 32), u32(d.remainder), u32(d.remainder >> 32)));
 }
 
-// The weight of a token, 0 where a filter takes it.
-WRAPPER u64 kept_weight(const RowDistribution& distribution, const u32* tables, float logit, u32 id) {
-  const Rank rank = {exponent(distribution.max, logit, distribution.c), ~ascending(logit), id};
-  const u64 w = weight(tables, rank.t);
-  return w >= distribution.min_p && within(rank, distribution.limit) ? w : 0;
+// A token's weight after filtering; 0 if a filter removes the token.
+WRAPPER u64 filtered_weight(const RowDistribution& d,
+                            const u32* tables,  // [512] thi and tlo, shared
+                            float logit, u32 id) {
+  const Rank rank = {weight_exponent(d.max_logit, logit, d.c), ~ascending(logit), id};
+  const u64 w = weight(tables, rank.exponent);
+  return w >= d.min_weight && within(rank, d.limit) ? w : 0;
 }
 
-// The probability of a token below the vocabulary's size. The shift keeps 64 bits where the distribution is garbage.
-WRAPPER u64 probability(const RowDistribution& distribution, const u32* tables, float logit, u32 id) {
-  const u64 p = __umul64hi(kept_weight(distribution, tables, logit, id) << (distribution.up & 63), distribution.inverse);
-  return p + (id == distribution.rounding_token ? distribution.left : 0);
+// The probability of a token of the vocabulary. The mask keeps the shift below 64 for damaged distributions.
+WRAPPER u64 probability(const RowDistribution& d,
+                        const u32* tables,  // [512] shared
+                        float logit, u32 id) {
+  const u64 p = __umul64hi(filtered_weight(d, tables, logit, id) << (d.shift & 63), d.inverse);
+  return p + (id == d.rounding_token ? d.remainder : 0);
 }
-WRAPPER u64 probability_at(const RowDistribution& distribution, const u32* tables, const float* logits, u32 vocab, u32 id) {
-  return id < vocab ? probability(distribution, tables, ld(logits + id), id) : 0;
+// The same for any id; 0 outside the vocabulary.
+WRAPPER u64 probability_at(const RowDistribution& d,
+                           const u32* tables,    // [512] shared
+                           const float* logits,  // [vocab]
+                           u32 vocab, u32 id) {
+  return id < vocab ? probability(d, tables, ld(logits + id), id) : 0;
 }
 
-// floor(a b / 2^48), below 2^64.
-WRAPPER u64 times(u64 a, u64 b) { return __umul64hi(a, b) << 16 | a * b >> 48; }
+// The product of two probabilities: floor(a b / 2^48), below 2^64.
+WRAPPER u64 mul_probability(u64 a, u64 b) { return __umul64hi(a, b) << 16 | a * b >> 48; }
 
-// What of a is beyond b.
-WRAPPER u64 beyond(u64 a, u64 b) { return a > b ? a - b : 0; }
+// max(a - b, 0)
+WRAPPER u64 saturating_sub(u64 a, u64 b) { return a > b ? a - b : 0; }
 
-// min(2^48, floor(a b / n)) of three up to 2^48; 0 for n = 0. 16 bits of the quotient at a time: no step exceeds 64.
-WRAPPER u64 ratio(u64 a, u64 b, u64 n) {
+// min(2^48, floor(a b / n)) for a, b and n up to 2^48; 0 for n = 0. Long division, 16 bits of the quotient
+// per step, so that no intermediate exceeds 64 bits.
+WRAPPER u64 mul_div(u64 a, u64 b, u64 n) {
   if (n == 0) return 0;
-  u64 rest = times(a, b), quotient = 0;
+  u64 rest = mul_probability(a, b), quotient = 0;
   const u64 low = a * b & (ONE - 1);
   if (rest >= n) return ONE;
 #pragma unroll 1
@@ -87,8 +101,8 @@ WRAPPER u64 ratio(u64 a, u64 b, u64 n) {
   return quotient;
 }
 
-// floor(2^112 / n) for an n from 2^63 on.
-WRAPPER u64 inverse_of(u64 n) {
+// floor(2^112 / n) for n >= 2^63.
+WRAPPER u64 reciprocal(u64 n) {
   u64 rest = 1ull << 63, quotient = 0;
   for (u32 bit = 0; bit < 50; bit++) {
     if (bit) {
@@ -103,57 +117,61 @@ WRAPPER u64 inverse_of(u64 n) {
   return quotient;
 }
 
-// The sum over the block; every thread has it. `words` may be written again once all threads have passed another
-// barrier.
-WRAPPER u64 block_sum(u64 own, u64* words) {
+// The sum over the block, returned to every thread. `warp_sums` may be overwritten after one more barrier.
+WRAPPER u64 block_sum(u64 own, u64* warp_sums) {  // [WARPS] shared
   for (int flip = 16; flip; flip /= 2) own += __shfl_xor_sync(~0u, own, flip);
-  if (threadIdx.x % 32 == 0) sts(words + threadIdx.x / 32, own);
+  if (threadIdx.x % 32 == 0) sts(warp_sums + threadIdx.x / 32, own);
   __syncthreads();
   u64 sum = 0;
-  for (u32 w = 0; w < WARPS; w++) sum += lds(words + w);
+  for (u32 w = 0; w < WARPS; w++) sum += lds(warp_sums + w);
   return sum;
 }
 
-struct Four {
+// Weights of four consecutive ids.
+struct Weights4 {
   u64 w[4];
 };
 
-// An id, with the probability of its share of the weights f(group) of ids 4 group .. 4 group + 3; NONE where they add
-// up to 0. The goal is looked for in the sums of the warps' shares, then within one share, until a warp holds it.
+// Samples an id with probability proportional to its weight, given 64 random bits: the first id in ascending
+// order whose cumulative weight exceeds bits x total / 2^64. f(group) returns the weights of ids 4 group .. 4
+// group + 3. Returns NONE if all weights are 0. Each pass splits the range over the warps and descends into
+// the warp's part that holds the result, until one warp covers the range.
 template <class F>
-WRAPPER u32 pick(u32 vocab, u64 bits, u64* words, F f) {
+WRAPPER u32 sample_weights(u32 vocab, u64 bits,
+                           u64* warp_sums,  // [WARPS] shared
+                           F f) {
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 first = 0, end = (vocab + 3) / 4;
-  u64 at = 0;
+  u64 at = 0;  // cumulative weight to find, relative to `first`
   for (bool begun = false; !begun || end - first > 32; begun = true) {
-    const u32 share = ((end - first + WARPS - 1) / WARPS + 31) / 32 * 32;
-    const u32 from = min(first + warp * share, end), to = min(from + share, end);
+    const u32 part = ((end - first + WARPS - 1) / WARPS + 31) / 32 * 32;
+    const u32 from = min(first + warp * part, end), to = min(from + part, end);
     u64 sum = 0;
 #pragma unroll 2
     for (u32 group = from + lane; group < to; group += 32) {
-      const Four four = f(group);
+      const Weights4 four = f(group);
       sum += four.w[0] + four.w[1] + four.w[2] + four.w[3];
     }
     __syncthreads();
-    const u64 total = block_sum(sum, words);
+    const u64 total = block_sum(sum, warp_sums);
     if (!begun) {
       if (total == 0) return NONE;
       at = __umul64hi(bits, total);
     }
     u32 w = 0;
-    for (; w < WARPS - 1 && at >= lds(words + w); w++) at -= lds(words + w);
-    first = min(first + w * share, end);
-    end = min(first + share, end);
+    for (; w < WARPS - 1 && at >= lds(warp_sums + w); w++) at -= lds(warp_sums + w);
+    first = min(first + w * part, end);
+    end = min(first + part, end);
   }
-  const Four four = first + lane < end ? f(first + lane) : Four{{0, 0, 0, 0}};
+  const Weights4 four = first + lane < end ? f(first + lane) : Weights4{{0, 0, 0, 0}};
   const u64 own = four.w[0] + four.w[1] + four.w[2] + four.w[3];
-  u64 through = own;
+  u64 inclusive = own;
   for (u32 by = 1; by < 32; by *= 2) {
-    const u64 before = __shfl_up_sync(~0u, through, by);
-    if (lane >= by) through += before;
+    const u64 lower = __shfl_up_sync(~0u, inclusive, by);
+    if (lane >= by) inclusive += lower;
   }
-  const u32 beyond = __ballot_sync(~0u, at < through);
-  u64 rest = at - (through - own);
+  const u32 beyond = __ballot_sync(~0u, at < inclusive);
+  u64 rest = at - (inclusive - own);
   u32 i = 0;
 #pragma unroll
   for (u32 next = 0; next < 3; next++) {
@@ -163,77 +181,95 @@ WRAPPER u32 pick(u32 vocab, u64 bits, u64* words, F f) {
   return beyond ? __shfl_sync(~0u, id, __ffs(int(beyond)) - 1) : NONE;
 }
 
-// The target's distribution of a row, and the one that its next draft was drawn from; with both rows of logits.
-struct Pair {
+// The target's distribution p after a row, and the drafter's distribution q for the draft after that row.
+struct RowPair {
   RowDistribution p, q;
-  const float *target, *draft;  // [vocab]
+  const float *target_logits, *draft_logits;  // [vocab]
 };
 
-// Of tokens 4 group .. 4 group + 3, what f makes of p and q; 0 beyond the vocabulary.
+// f(p(x), q(x)) for x = 4 group .. 4 group + 3; 0 outside the vocabulary.
 template <class F>
-WRAPPER Four of_both(const Pair& rows, const u32* table, u32 vocab, u32 group, F f) {
-  const float4 a = load4(rows.target, vocab, group), b = load4(rows.draft, vocab, group);
+WRAPPER Weights4 map_pair(const RowPair& rows,
+                          const u32* table,  // [512] shared
+                          u32 vocab, u32 group, F f) {
+  const float4 a = load4(rows.target_logits, vocab, group), b = load4(rows.draft_logits, vocab, group);
   const float as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
-  Four made;
+  Weights4 mapped;
 #pragma unroll
   for (u32 i = 0; i < 4; i++) {
     const u32 id = group * 4 + i;
-    made.w[i] = 0;
-    if (id < vocab) made.w[i] = f(probability(rows.p, table, as[i], id), probability(rows.q, table, bs[i], id));
+    mapped.w[i] = 0;
+    if (id < vocab) mapped.w[i] = f(probability(rows.p, table, as[i], id), probability(rows.q, table, bs[i], id));
   }
-  return made;
+  return mapped;
 }
 
-// The sum of f(p, q) over all tokens; every thread has it.
+// The sum over the vocabulary of f(p(x), q(x)), returned to every thread.
 template <class F>
-WRAPPER u64 sum_of_both(const Pair& rows, const u32* table, u32 vocab, u64* words, F f) {
+WRAPPER u64 sum_pair(const RowPair& rows,
+                     const u32* table,  // [512] shared
+                     u32 vocab,
+                     u64* warp_sums,  // [WARPS] shared
+                     F f) {
   u64 sum = 0;
   for (u32 group = threadIdx.x; group < (vocab + 3) / 4; group += THREADS) {
-    const Four four = of_both(rows, table, vocab, group, f);
+    const Weights4 four = map_pair(rows, table, vocab, group, f);
     sum += four.w[0] + four.w[1] + four.w[2] + four.w[3];
   }
-  return block_sum(sum, words);
+  return block_sum(sum, warp_sums);
 }
 
-// A token of a distribution.
-WRAPPER u32 pick_of(const RowDistribution& distribution, const u32* table, const float* logits, u32 vocab, u64 bits, u64* words) {
-  return pick(vocab, bits, words, [&](u32 group) {
+// Samples a token from a row's distribution.
+WRAPPER u32 sample_row(const RowDistribution& d,
+                       const u32* table,     // [512] shared
+                       const float* logits,  // [vocab]
+                       u32 vocab, u64 bits,
+                       u64* warp_sums) {  // [WARPS] shared
+  return sample_weights(vocab, bits, warp_sums, [&](u32 group) {
     const float4 v = load4(logits, vocab, group);
     const float four[4] = {v.x, v.y, v.z, v.w};
-    Four p;
+    Weights4 p;
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) p.w[i] = group * 4 + i < vocab ? probability(distribution, table, four[i], group * 4 + i) : 0;
+    for (u32 i = 0; i < 4; i++) p.w[i] = group * 4 + i < vocab ? probability(d, table, four[i], group * 4 + i) : 0;
     return p;
   });
 }
 
-// How many of a sequence's g drafts stand as a block, told to the last of its blocks 0 .. g to come here, and NONE to the
-// others. What row `at` has in common with its draft's distribution is in sums[at], of thread 0; share(at) is what of the first
-// `at` drafts is to be emitted, and of more than `most` nothing. `found` has two words.
+// The acceptance tests of block verification (Sun et al., arXiv 2403.10444), run by the last of a sequence's
+// CUDA blocks 0 .. num_drafts to arrive. That block returns the number of accepted drafts, all others return
+// NONE. prefix_weight(i) is w_i = min(1, w_{i-1} p / q). overlaps[i], written by thread 0 of CUDA block i, is
+// sum_x min(w_i p_i(x), q_{i+1}(x)). Prefixes longer than `longest` are not tested.
 template <class F>
-WRAPPER u32 stands_of(const PhiloxStream& dice, const u64* sums, u32* counter, u32 g, u32 most, u32* found, F share) {
+WRAPPER u32 accepted_prefix(const PhiloxStream& stream,
+                            const u64* overlaps,  // [num_drafts]
+                            u32* counter,         // [1]: zero; zero again afterwards
+                            u32 num_drafts, u32 longest,
+                            u32* scratch,  // [2] shared
+                            F prefix_weight) {
   if (threadIdx.x == 0) {
     __threadfence();
-    sts(found, atomicAdd(counter, 1u));
+    sts(scratch, atomicAdd(counter, 1u));
   }
   __syncthreads();
-  if (lds(found) != g) return NONE;
+  if (lds(scratch) != num_drafts) return NONE;
   __threadfence();
   if (threadIdx.x == 0) {
     st(counter, 0u);
-    u32 at = most;
-    for (; at > 0; at--) {
-      const u64 here = share(at), both = at < g && here < ONE ? ld_cg(sums + at) : 0;
-      if (here == ONE && at < g) break;
-      if (accept(dice, at, at, here - both, ONE - both)) break;
+    u32 length = longest;
+    for (; length > 0; length--) {
+      const u64 w = prefix_weight(length), overlap = length < num_drafts && w < ONE ? ld_cg(overlaps + length) : 0;
+      if (w == ONE && length < num_drafts) break;
+      if (accept(stream, length, length, w - overlap, ONE - overlap)) break;
     }
-    sts(found + 1, at);
+    sts(scratch + 1, length);
   }
   __syncthreads();
-  return lds(found + 1);
+  return lds(scratch + 1);
 }
 
-WRAPPER void load_tables(u32* to, const u32* tables) {
+// Copies the tables thi and tlo to shared memory.
+WRAPPER void load_weight_tables(u32* to,              // [512] shared
+                                const u32* tables) {  // [512]
   for (u32 i = threadIdx.x; i < 512 / 4; i += THREADS) sts128(to + i * 4, ld_stream(tables + i * 4));
 }
 

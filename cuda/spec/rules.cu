@@ -1,213 +1,225 @@
-// Drafts drawn at random and judged by `rejection` and `block` of src/spec/verify.rs, decision for decision. Probabilities are
-// integers that add up to 2^48 in each row; all sums are of integers, so nothing depends on how the work is split.
+// Rejection sampling and block verification on a chain: the distributions of rows, the sampling of drafts,
+// and their verification. `rejection` and `block` of src/spec/verify.rs make the same decisions.
+// Probabilities are integers that sum to 2^48 in each row and all sums are integer sums, so results do not
+// depend on how the work is split.
 //
-// Computes: distribution: per row what turns a logit into a probability; rounding_token NONE for a damaged row and for one without a
-//           sequence. draw: per drafted row a token of its distribution. judge: per sequence which drafts stand and the token
-//           after them, of the distribution that is left. Sequences of the rule `match` are none of draw's and judge's; nor, for
-//           judge, are blocks without drafts, which all rules decode plainly.
-// Work:     512 threads. distribution and draw: grid (rows). judge: grid (block, sequences): by blocks, each row's block sums
-//           what the row's test needs, and the last of a sequence judges; else row 0's judges alone.
-// Order:    ids ascend where a token is picked.
-// Bytes:    distribution: best, and the row's logits twice; with cuts as `sample` besides. draw: the row's logits once. judge:
-//           two rows of logits per sequence, by blocks two more per draft.
-// Needs:    vocab up to 2^26, block 1 to 64; logits, best, distributions, tables 16-byte aligned; counters zero, and left so.
+// Computes:      row_distribution: per row, what turns a logit into a probability; rounding_token = NONE for
+//                a damaged row and for a row without a sequence. sample_drafts: per drafted row, a token of
+//                its distribution. verify_drafts: per sequence, the number of accepted drafts and the next
+//                token, sampled from the residual distribution. sample_drafts and verify_drafts skip
+//                sequences with verification method MATCH. verify_drafts also skips sequences without drafts:
+//                `verify` decodes those autoregressively.
+// Work:          512 threads. row_distribution and sample_drafts: grid (rows). verify_drafts: grid
+//                (block_size, sequences). Method BLOCK: CUDA block i computes the sum that the test of row i
+//                needs, and the last one of a sequence to arrive decides. Method REJECTION: CUDA block 0
+//                decides alone.
+// Order:         sampling cumulates weights in ascending id order; all other sums are order-independent.
+// Bytes:         row_distribution: best, and the row's logits twice; with top-k or top-p also what `sample`
+//                reads. sample_drafts: the row's logits once. verify_drafts: two rows of logits per sequence;
+//                method BLOCK: two more per draft.
+// Preconditions: vocab <= 2^26; block_size and max_verify_rows 1 to 64; logits, best, distributions and
+//                tables 16-byte aligned; counters are zero, and zero again afterwards.
 #include "spec/distribution.cuh"
 
-KERNEL(512, 1, distribution,
-       (RowDistribution* distributions,                  // [rows]
-        const u64* best,            // [rows][blocks], as `sample` has it
-        const float* logits,        // [rows][vocab]
-        const Row* rows,            // [rows]
-        const Sequence* sequences,  // [count]: settings
-        const u32* tables,          // the first 512 words are thi and tlo
+KERNEL(512, 1, row_distribution,
+       (RowDistribution* distributions,  // [rows]
+        const u64* best,                 // [rows][blocks], as in `sample`
+        const float* logits,             // [rows][vocab]
+        const Row* rows,                 // [rows]
+        const Sequence* sequences,       // [count]: sampling parameters
+        const u32* tables,               // [TABLE_WORDS], of which thi and tlo are read
         u32 count, u32 blocks, u32 vocab)) {
   SHARED(u32, table, 512);
   SHARED(u64, bins, BINS);
-  SHARED(u64, words, WARPS);
-  SHARED(u64, found, 3);
+  SHARED(u64, warp_sums, WARPS);
+  SHARED(u64, selected, 3);
   grid_launch();
-  load_tables(table, tables);
+  load_weight_tables(table, tables);
   grid_wait();
   const u32 r = blockIdx.x;
   const Row row = ld(rows + r);
-  const bool known = row.sequence < count;
-  const Sequence* s = sequences + (known ? row.sequence : 0);
-  const u64 key = best_key(best + size_t(r) * blocks, blocks, words);
+  const bool has_sequence = row.sequence < count;
+  const Sequence* state = sequences + (has_sequence ? row.sequence : 0);
+  const u64 key = best_key(best + size_t(r) * blocks, blocks, warp_sums);
   const u32 top = u32(key >> 32), id = ~u32(key);
-  const bool sound = known && id < vocab && top > ascending(__uint_as_float(0xff800000u)) &&
+  const bool valid = has_sequence && id < vocab && top > ascending(__uint_as_float(0xff800000u)) &&
                      top < ascending(__uint_as_float(0x7f800000u));
-  RowDistribution own = {logit_of(top), known ? ld(&s->c) : 0, 0, 0, {~0u, ~0u, ~0u}, NONE, 0, 0};
-  if (!sound) {
-    if (threadIdx.x == 0) st_law(distributions + r, own);
+  RowDistribution d = {logit_from_ascending(top), has_sequence ? ld(&state->c) : 0, 0, 0, {~0u, ~0u, ~0u}, NONE, 0, 0};
+  if (!valid) {
+    if (threadIdx.x == 0) st_distribution(distributions + r, d);
     return;
   }
-  const float* from = logits + size_t(r) * vocab;
-  if (own.c == 0) {
-    // All of it is the best token's.
-    own.limit = {0, ~top, id};
+  const float* row_logits = logits + size_t(r) * vocab;
+  if (d.c == 0) {
+    // Greedy: the best token has probability 1.
+    d.limit = {0, ~top, id};
   } else {
-    own.min_p = ld(&s->min_p);
+    d.min_weight = ld(&state->min_p);
 #pragma unroll 1
-    for (u32 mass = 0; mass < 2; mass++) {
-      const u32 amount = ld(mass ? &s->top_p : &s->top_k);
-      const Memory memory = {table, bins, words, found};
-      if (amount) own.limit = cut(mass, amount, from, vocab, own.max, own.c, own.limit, memory);
+    for (u32 by_mass = 0; by_mass < 2; by_mass++) {
+      const u32 amount = ld(by_mass ? &state->top_p : &state->top_k);
+      const SelectScratch scratch = {table, bins, warp_sums, selected};
+      if (amount) d.limit = radix_select(by_mass, amount, row_logits, vocab, d.max_logit, d.c, d.limit, scratch);
     }
   }
+  // The first pass sums the weights, the second the probabilities without the remainder.
   const u32 groups = (vocab + 3) / 4;
 #pragma unroll 1
   for (u32 scaled = 0; scaled < 2; scaled++) {
     u64 sum = 0;
-    each_group(from, vocab, 0, groups, [&](u32 group, float4 v) {
+    for_each_group(row_logits, vocab, 0, groups, [&](u32 group, float4 v) {
       const float four[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (u32 i = 0; i < 4; i++) {
         if (group * 4 + i >= vocab) continue;
-        const u64 w = kept_weight(own, table, four[i], group * 4 + i);
-        sum += scaled ? __umul64hi(w << own.up, own.inverse) : w;
+        const u64 w = filtered_weight(d, table, four[i], group * 4 + i);
+        sum += scaled ? __umul64hi(w << d.shift, d.inverse) : w;
       }
     });
     __syncthreads();
-    sum = block_sum(sum, words);
+    sum = block_sum(sum, warp_sums);
     if (scaled) {
-      own.left = ONE - sum;
+      d.remainder = ONE - sum;
     } else {
-      // Garbage may weigh nothing.
-      sum = max(sum, u64(1));
-      own.up = u32(__clzll((long long)(sum)));
-      own.inverse = inverse_of(sum << own.up);
+      sum = max(sum, u64(1));  // inconsistent input may have no weight at all
+      d.shift = u32(__clzll((long long)(sum)));
+      d.inverse = reciprocal(sum << d.shift);
     }
   }
-  own.rounding_token = id;
-  if (threadIdx.x == 0) st_law(distributions + r, own);
+  d.rounding_token = id;
+  if (threadIdx.x == 0) st_distribution(distributions + r, d);
 }
 
-KERNEL(512, 1, draw,
-       (u32* drafts,                // [sequences][block]: row j's token is the draft for place j; row 0 and rows of the
-                                    // rule `match` are left as they are; NONE: damaged
-        const RowDistribution* distributions,            // [sequences][block]
-        const float* logits,        // [sequences][block][vocab]
-        const Row* rows,            // [sequences][block]
-        const Sequence* sequences,  // [sequences]
-        const u32* tables, u32 count, u32 vocab, u32 block)) {
+KERNEL(512, 1, sample_drafts,
+       (u32* drafts,                           // [sequences][block_size]: draft i at i, from 1; NONE:
+                                               // damaged. Skips entry 0 and method MATCH
+        const RowDistribution* distributions,  // [sequences][block_size]
+        const float* logits,                   // [sequences][block_size][vocab]
+        const Row* rows,                       // [sequences][block_size]
+        const Sequence* sequences,             // [sequences]
+        const u32* tables,                     // [TABLE_WORDS], of which thi and tlo are read
+        u32 count, u32 vocab, u32 block_size)) {
   SHARED(u32, table, 512);
-  SHARED(u64, words, WARPS);
+  SHARED(u64, warp_sums, WARPS);
   grid_launch();
-  load_tables(table, tables);
+  load_weight_tables(table, tables);
   grid_wait();
   __syncthreads();
-  const u32 r = blockIdx.x, depth = r % block, sequence = ld(&rows[r].sequence);
+  const u32 r = blockIdx.x, depth = r % block_size, sequence = ld(&rows[r].sequence);
   if (depth == 0 || sequence >= count || ld(&sequences[sequence].rule) == MATCH) return;
-  const RowDistribution own = ld_law(distributions + r);
-  const float* from = logits + size_t(r) * vocab;
+  const RowDistribution d = ld_distribution(distributions + r);
+  const float* row_logits = logits + size_t(r) * vocab;
   u32 token = NONE;
-  if (own.rounding_token != NONE) {
-    token = pick_of(own, table, from, vocab, bits(dice_of(sequences + sequence), DRAFT, depth, depth), words);
+  if (d.rounding_token != NONE) {
+    const u64 bits = random_bits(philox_stream(sequences + sequence), DRAFT, depth, depth);
+    token = sample_row(d, table, row_logits, vocab, bits, warp_sums);
   }
   if (threadIdx.x == 0) st(drafts + r, token);
 }
 
-KERNEL(512, 1, judge,
-       (u32* accepted,              // [sequences]; this and the next two are left as they are under the rule `match`, and
-                                    // where nothing was drafted
-        u32* next,                  // [sequences]; NONE: damaged
-        u32* path,                  // [sequences][wide]: 0, 1, .. accepted, then NONE
-        const RowDistribution* targets,         // [sequences][wide]: after the anchor and the drafts up to a row
-        const float* target_logits, // [sequences][wide][vocab]
-        const RowDistribution* drafters,        // [sequences][block]: what a row's draft was drawn from; row 0 unused
-        const float* draft_logits,  // [sequences][block][vocab]
-        const u32* tokens,          // [sequences][wide]: anchor, drafts
-        const Span* spans,          // [sequences]
-        const Sequence* sequences,  // [sequences]
-        const u32* tables,
-        u64* shared,                // [sequences][block]: what a row's distribution and its draft's share
-        u32* counters,              // [sequences]
-        u32 vocab, u32 block, u32 wide)) {
+KERNEL(512, 1, verify_drafts,
+       (u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
+        u32* next,                        // [sequences]; NONE: damaged
+        u32* path,                        // [sequences][max_verify_rows]: 0, 1, .. accepted, then NONE
+        const RowDistribution* targets,   // [sequences][max_verify_rows]: row i: after i drafts
+        const float* target_logits,       // [sequences][max_verify_rows][vocab]
+        const RowDistribution* drafters,  // [sequences][block_size]: row i: for draft i; 0 unused
+        const float* draft_logits,        // [sequences][block_size][vocab]
+        const u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts
+        const Span* spans,                // [sequences]
+        const Sequence* sequences,        // [sequences]
+        const u32* tables,                // [TABLE_WORDS], of which thi and tlo are read
+        u64* overlaps,                    // [sequences][block_size]: sum of min(w p, q) per row
+        u32* counters,                    // [sequences]
+        u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
-  SHARED(u64, words, WARPS);
-  SHARED(u64, chances, MOST_ROWS * 2);  // p and q of each draft; by blocks then the shares w
-  SHARED(u32, verdict, 5);
+  SHARED(u64, warp_sums, WARPS);
+  SHARED(u64, draft_probs, MAX_ROWS * 2);  // p of each draft, which w replaces with method BLOCK;
+                                           // then q of each draft
+  SHARED(u32, result, 5);                  // accepted drafts, whether one was rejected, valid;
+                                           // 2 words for accepted_prefix
   grid_launch();
-  load_tables(table, tables);
+  load_weight_tables(table, tables);
   grid_wait();
-  const u32 own = blockIdx.y, row = blockIdx.x;
-  const size_t first = size_t(own) * wide, draft_first = size_t(own) * block;
-  const Sequence* s = sequences + own;
-  const u32 rule = ld(&s->rule), rows = min(ld(&spans[own].rows), min(block, wide));
-  if ((rule != REJECTION && rule != BLOCK) || form_of(ld(&s->now.shape)) != CHAIN_OF_DRAFTS) return;
-  if (rows < 2 || row >= rows || (row > 0 && rule != BLOCK)) return;
+  const u32 sequence = blockIdx.y, row = blockIdx.x;
+  const size_t first = size_t(sequence) * max_verify_rows, draft_first = size_t(sequence) * block_size;
+  const Sequence* state = sequences + sequence;
+  const u32 method = ld(&state->rule), rows = min(ld(&spans[sequence].rows), min(block_size, max_verify_rows));
+  if ((method != REJECTION && method != BLOCK) || form_of(ld(&state->now.shape)) != CHAIN_OF_DRAFTS) return;
+  if (rows < 2 || row >= rows || (row > 0 && method != BLOCK)) return;
   __syncthreads();
-  const u32 g = rows - 1;
-  const PhiloxStream dice = dice_of(s);
-  const auto target = [&](u32 at) { return ld_law(targets + first + at); };
-  const auto drafter = [&](u32 at) { return ld_law(drafters + draft_first + at + 1); };
+  const u32 num_drafts = rows - 1;
+  const PhiloxStream stream = philox_stream(state);
+  const auto target = [&](u32 at) { return ld_distribution(targets + first + at); };
+  const auto drafter = [&](u32 at) { return ld_distribution(drafters + draft_first + at + 1); };
   const auto target_row = [&](u32 at) { return target_logits + (first + at) * vocab; };
   const auto draft_row = [&](u32 at) { return draft_logits + (draft_first + at + 1) * vocab; };
 
-  // Draft i + 1 against the distributions after i drafts.
-  if (threadIdx.x < g) {
+  // p and q of draft i + 1, given the i drafts before it.
+  if (threadIdx.x < num_drafts) {
     const u32 i = threadIdx.x, token = ld(tokens + first + i + 1);
     const RowDistribution p = target(i), q = drafter(i);
-    const bool sound = p.rounding_token != NONE && q.rounding_token != NONE;
-    sts(chances + i, sound ? probability_at(p, table, target_row(i), vocab, token) : 0);
-    sts(chances + MOST_ROWS + i, sound ? probability_at(q, table, draft_row(i), vocab, token) : 0);
+    const bool valid = p.rounding_token != NONE && q.rounding_token != NONE;
+    sts(draft_probs + i, valid ? probability_at(p, table, target_row(i), vocab, token) : 0);
+    sts(draft_probs + MAX_ROWS + i, valid ? probability_at(q, table, draft_row(i), vocab, token) : 0);
   }
   __syncthreads();
 
-  // Stands, the share w of the row after that, whether the draft's distribution is taken off, and whether there is a token.
+  // REJECTION: accept draft by draft. BLOCK: w per prefix, up to the longest prefix with w > 0.
   if (threadIdx.x == 0) {
-    u32 stands = 0, taken = 0;
-    bool sound = ld(&targets[first].rounding_token) != NONE;
-    for (; sound && stands < g; stands++) {
-      const u64 p = lds(chances + stands), q = lds(chances + MOST_ROWS + stands);
-      if (rule == BLOCK) {
-        const u64 w = ratio(stands ? lds(chances + stands - 1) : ONE, p, q);
-        sts(chances + stands, w);
+    u32 length = 0, rejected = 0;
+    bool valid = ld(&targets[first].rounding_token) != NONE;
+    for (; valid && length < num_drafts; length++) {
+      const u64 p = lds(draft_probs + length), q = lds(draft_probs + MAX_ROWS + length);
+      if (method == BLOCK) {
+        const u64 w = mul_div(length ? lds(draft_probs + length - 1) : ONE, p, q);
+        sts(draft_probs + length, w);
         if (w == 0) break;
       } else {
-        taken = q != 0;
-        if (q == 0 || !accept(dice, stands + 1, stands + 1, p, q)) break;
-        taken = 0;
+        rejected = q != 0;
+        if (q == 0 || !accept(stream, length + 1, length + 1, p, q)) break;
+        rejected = 0;
       }
-      sound = ld(&targets[first + stands + 1].rounding_token) != NONE;
+      valid = ld(&targets[first + length + 1].rounding_token) != NONE;
     }
-    sts(verdict, stands), sts(verdict + 1, taken), sts(verdict + 2, u32(sound));
+    sts(result, length), sts(result + 1, rejected), sts(result + 2, u32(valid));
   }
   __syncthreads();
-  u32 stands = lds(verdict), taken = lds(verdict + 1);
-  const bool sound = lds(verdict + 2) != 0;
+  u32 num_accepted = lds(result), rejected = lds(result + 1);
+  const bool valid = lds(result + 2) != 0;
 
   u64 w = ONE;
-  if (rule == BLOCK) {
-    // Share of the drafts up to a row that is to be emitted.
-    const auto share = [&](u32 at) { return at ? lds(chances + at - 1) : ONE; };
-    if (sound && row > 0 && row <= stands && row < g && share(row) < ONE) {
-      const Pair rows = {target(row), drafter(row), target_row(row), draft_row(row)};
-      const u64 here = share(row);
-      const u64 sum =
-          sum_of_both(rows, table, vocab, words, [&](u64 p, u64 q) { return min(times(here, p), q); });
-      if (threadIdx.x == 0) st_cg(shared + draft_first + row, sum);
+  if (method == BLOCK) {
+    const auto prefix_weight = [&](u32 length) { return length ? lds(draft_probs + length - 1) : ONE; };
+    if (valid && row > 0 && row <= num_accepted && row < num_drafts && prefix_weight(row) < ONE) {
+      const RowPair pair = {target(row), drafter(row), target_row(row), draft_row(row)};
+      const u64 here = prefix_weight(row);
+      const u64 sum = sum_pair(pair, table, vocab, warp_sums,
+                               [&](u64 p, u64 q) { return min(mul_probability(here, p), q); });
+      if (threadIdx.x == 0) st_cg(overlaps + draft_first + row, sum);
     }
-    stands = stands_of(dice, shared + draft_first, counters + own, g, sound ? stands : 0, verdict + 3, share);
-    if (stands == NONE) return;
-    taken = stands < g;
-    w = share(stands);
+    num_accepted = accepted_prefix(stream, overlaps + draft_first, counters + sequence, num_drafts,
+                                   valid ? num_accepted : 0, result + 3, prefix_weight);
+    if (num_accepted == NONE) return;
+    rejected = num_accepted < num_drafts;
+    w = prefix_weight(num_accepted);
   }
 
   u32 token = NONE;
-  if (sound) {
-    const u64 chance = bits(dice, RESIDUAL, stands + 1, stands);
-    const RowDistribution p = target(stands);
-    if (taken) {
-      const Pair rows = {p, drafter(stands), target_row(stands), draft_row(stands)};
-      token = pick(vocab, chance, words, [&](u32 group) {
-        return of_both(rows, table, vocab, group, [&](u64 p, u64 q) { return beyond(times(w, p), q); });
+  if (valid) {
+    const u64 bits = random_bits(stream, RESIDUAL, num_accepted + 1, num_accepted);
+    const RowDistribution p = target(num_accepted);
+    if (rejected) {
+      const RowPair pair = {p, drafter(num_accepted), target_row(num_accepted), draft_row(num_accepted)};
+      token = sample_weights(vocab, bits, warp_sums, [&](u32 group) {
+        return map_pair(pair, table, vocab, group,
+                        [&](u64 p, u64 q) { return saturating_sub(mul_probability(w, p), q); });
       });
     }
-    // Where nothing is left both distributions are the same.
-    if (token == NONE) token = pick_of(p, table, target_row(stands), vocab, chance, words);
+    // An empty residual means that p and q are equal.
+    if (token == NONE) token = sample_row(p, table, target_row(num_accepted), vocab, bits, warp_sums);
   }
-  const u32 stood = sound ? stands : 0;
-  if (threadIdx.x < wide) st(path + first + threadIdx.x, threadIdx.x <= stood ? threadIdx.x : NONE);
-  if (threadIdx.x == 0) st(accepted + own, stood), st(next + own, token);
+  const u32 length = valid ? num_accepted : 0;
+  if (threadIdx.x < max_verify_rows) st(path + first + threadIdx.x, threadIdx.x <= length ? threadIdx.x : NONE);
+  if (threadIdx.x == 0) st(accepted + sequence, length), st(next + sequence, token);
 }

@@ -1,38 +1,49 @@
-// Integer weights of a row's tokens, their order, the radix selection of its best and the noise, for blocks of 512
-// threads: `Tables`, `survivors` and `philox` of src/spec/sampling.rs. Sums are of integers and orders total, so nothing depends on how the work is split.
+// Integer token weights, the total order of tokens, radix selection for top-k and top-p, and Philox random
+// numbers, for blocks of 512 threads. src/spec/sampling.rs computes the same values on the CPU, bit for bit.
+// All sums are integer sums and all orders are total, so results do not depend on how the work is split.
 #pragma once
 #include "common/numbers.cuh"
 
 namespace {
 
-constexpr u32 THREADS = 512, WARPS = THREADS / 32, AHEAD = 2;
-constexpr u32 TLO = 256, RLOG = 512, TABLE_WORDS = 4612;  // the last 3 are padding
+constexpr u32 THREADS = 512, WARPS = THREADS / 32;
+constexpr u32 LOADS_IN_FLIGHT = 2;  // 16-byte loads per thread
+// Offsets into the sampler's tables: thi at 0, tlo, rlog. The last 3 words are padding.
+constexpr u32 TLO = 256, RLOG = 512, TABLE_WORDS = 4612;
 constexpr u32 BINS = 2048;
 
-// A token's place in the order (logit descending, id ascending): smaller is better. `t`, of which the weight is a
-// function, ascends as logits descend; it comes first because its digits spread over the bins where those of a float
-// do not.
+// Sort key of a token in the order (logit descending, id ascending); smaller is better. `exponent` grows as
+// the logit falls and determines the weight. It comes first because its digits spread over the histogram
+// bins, which the digits of a float do not.
 struct Rank {
-  u32 t, inverse, id;
+  u32 exponent, inverted_logit, id;  // inverted_logit: ~ascending(logit)
 };
 
-struct Memory {
+// Shared memory of radix_select.
+struct SelectScratch {
   const u32* tables;  // [TABLE_WORDS] thi, tlo, rlog
   u64* bins;          // [BINS]
-  u64* words;         // [WARPS]
-  u64* found;         // [3]: digit, what of the goal is left for it, what it has
+  u64* warp_sums;     // [WARPS]
+  u64* selected;      // [3]: the selected digit, the amount still needed within it, the bin's total
 };
 
-// `ascending` backwards.
-WRAPPER float logit_of(u32 ascending) { return __uint_as_float(ascending >> 31 ? ascending ^ 1u << 31 : ~ascending); }
+// The inverse of `ascending`.
+WRAPPER float logit_from_ascending(u32 ascending) {
+  return __uint_as_float(ascending >> 31 ? ascending ^ 1u << 31 : ~ascending);
+}
 
-// The exponent of a weight, in units of 2^-16; the bound also catches infinity and NaN.
-WRAPPER u32 exponent(float max, float logit, float c) {
-  return __float2uint_rz(fminf(rintf(__fmul_rn(__fsub_rn(max, logit), c)), float(40 << 16)));
+// -log2 of a token's weight relative to the best token's, in units of 2^-16. `c` is 65536 log2(e) /
+// temperature. The bound also catches infinity and NaN.
+WRAPPER u32 weight_exponent(float max_logit, float logit, float c) {
+  return __float2uint_rz(fminf(rintf(__fmul_rn(__fsub_rn(max_logit, logit), c)), float(40 << 16)));
 }
-WRAPPER u64 weight(const u32* tables, u32 t) {
-  return u64(lds(tables + (t >> 8 & 255))) * lds(tables + TLO + (t & 255)) >> 30 >> (t >> 16);
+
+// 2^(32 - exponent / 2^16) as an integer; 2^32 for the best token.
+WRAPPER u64 weight(const u32* tables, u32 exponent) {
+  return u64(lds(tables + (exponent >> 8 & 255))) * lds(tables + TLO + (exponent & 255)) >> 30 >> (exponent >> 16);
 }
+
+// The exponential variate -log2(u / 2^32) in units of 2^-27, by linear interpolation in rlog.
 WRAPPER u32 race_time(const u32* tables, u32 u) {
   u = max(u, 2u);
   const u32 zeros = u32(__clz(int(u))), mantissa = u << zeros & 0x7fffffff;
@@ -40,37 +51,43 @@ WRAPPER u32 race_time(const u32* tables, u32 u) {
   return (zeros << 27) + from - u32(u64(from - to) * (mantissa & 0x7ffff) >> 19);
 }
 
-WRAPPER uint4 philox(uint4 c, u32 k0, u32 k1) {
+// Philox4x32-10.
+WRAPPER uint4 philox(uint4 counter, u32 key0, u32 key1) {
 #pragma unroll
   for (int round = 0; round < 10; round++) {
-    c = make_uint4(__umulhi(0xCD9E8D57u, c.z) ^ c.y ^ k0, 0xCD9E8D57u * c.z, __umulhi(0xD2511F53u, c.x) ^ c.w ^ k1,
-                   0xD2511F53u * c.x);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    counter = make_uint4(__umulhi(0xCD9E8D57u, counter.z) ^ counter.y ^ key0, 0xCD9E8D57u * counter.z,
+                         __umulhi(0xD2511F53u, counter.x) ^ counter.w ^ key1, 0xD2511F53u * counter.x);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
   }
-  return c;
+  return counter;
 }
 
-// The largest key of a row; every thread has it.
-WRAPPER u64 best_key(const u64* best, u32 blocks, u64* words) {
-  u64 most = 0;
-  for (u32 i = threadIdx.x; i < blocks; i += THREADS) most = max(most, ld(best + i));
-  for (int flip = 16; flip; flip /= 2) most = max(most, __shfl_xor_sync(~0u, most, flip));
-  if (threadIdx.x % 32 == 0) sts(words + threadIdx.x / 32, most);
+// The largest of a row's keys, returned to every thread. The LM head writes one key per block of ids:
+// ascending(logit) << 32 | ~id of the best token, or all ones if a logit is NaN or +inf.
+WRAPPER u64 best_key(const u64* best,  // [blocks]
+                     u32 blocks,
+                     u64* warp_maxima) {  // [WARPS] shared
+  u64 largest = 0;
+  for (u32 i = threadIdx.x; i < blocks; i += THREADS) largest = max(largest, ld(best + i));
+  for (int flip = 16; flip; flip /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, flip));
+  if (threadIdx.x % 32 == 0) sts(warp_maxima + threadIdx.x / 32, largest);
   __syncthreads();
-  for (u32 w = 0; w < WARPS; w++) most = max(most, lds(words + w));
-  return most;
+  for (u32 w = 0; w < WARPS; w++) largest = max(largest, lds(warp_maxima + w));
+  return largest;
 }
 
-// Whether a row's best key is of a token of the vocabulary and of a finite logit; a NaN is not, nor are all ones.
-WRAPPER bool is_sound(u64 key, u32 vocab) {
+// Whether a row's best key names a token of the vocabulary and a finite logit. False for NaN and
+// for all ones.
+WRAPPER bool is_valid_key(u64 key, u32 vocab) {
   const u32 top = u32(key >> 32);
   return ~u32(key) < vocab && top > ascending(__uint_as_float(0xff800000u)) &&
          top < ascending(__uint_as_float(0x7f800000u));
 }
 
-// The logits of ids 4 group .. 4 group + 3; beyond the vocabulary they are -inf.
-WRAPPER float4 load4(const float* logits, u32 vocab, u32 group) {
+// The logits of ids 4 group .. 4 group + 3; -inf for ids outside the vocabulary.
+WRAPPER float4 load4(const float* logits,  // [vocab]
+                     u32 vocab, u32 group) {
   const float none = __uint_as_float(0xff800000u);
   const u32 id = group * 4;
   if (vocab % 4 == 0) return ld(reinterpret_cast<const float4*>(logits + id));
@@ -82,117 +99,126 @@ WRAPPER float4 load4(const float* logits, u32 vocab, u32 group) {
   return v;
 }
 
-// Calls f(group, its logits) for this thread's share of groups first..end.
+// Calls f(group, the group's logits) for the groups of first..end that this thread processes.
 template <class F>
-WRAPPER void each_group(const float* logits, u32 vocab, u32 first, u32 end, F f) {
-  for (u32 group = first + threadIdx.x; group < end; group += THREADS * AHEAD) {
-    float4 v[AHEAD];
+WRAPPER void for_each_group(const float* logits,  // [vocab]
+                            u32 vocab, u32 first, u32 end, F f) {
+  for (u32 group = first + threadIdx.x; group < end; group += THREADS * LOADS_IN_FLIGHT) {
+    float4 v[LOADS_IN_FLIGHT];
 #pragma unroll
-    for (u32 a = 0; a < AHEAD; a++) {
+    for (u32 a = 0; a < LOADS_IN_FLIGHT; a++) {
       if (group + a * THREADS < end) v[a] = load4(logits, vocab, group + a * THREADS);
     }
 #pragma unroll
-    for (u32 a = 0; a < AHEAD; a++) {
+    for (u32 a = 0; a < LOADS_IN_FLIGHT; a++) {
       if (group + a * THREADS < end) f(group + a * THREADS, v[a]);
     }
   }
 }
 
+// Whether `rank` is at or before `limit` in the order.
 WRAPPER bool within(const Rank& rank, const Rank& limit) {
-  if (rank.t != limit.t) return rank.t < limit.t;
-  if (rank.inverse != limit.inverse) return rank.inverse < limit.inverse;
+  if (rank.exponent != limit.exponent) return rank.exponent < limit.exponent;
+  if (rank.inverted_logit != limit.inverted_logit) return rank.inverted_logit < limit.inverted_logit;
   return rank.id <= limit.id;
 }
 
-// The rank of the last token that a cut keeps among those within `limit`: the first whose prefix has `amount` tokens,
-// or that share of the mass. Digit by digit: the mass (or number) of tokens per digit, then the digit in which the goal
-// is reached. From the third on all tokens still in question weigh the same and are counted.
-WRAPPER Rank cut(bool mass, u32 amount, const float* logits, u32 vocab, float max_logit, float c, Rank limit,
-                 const Memory& m) {
+// The rank of the last token that top-k or top-p keeps, among the tokens within `limit`. Top-k keeps the
+// first `amount` tokens. Top-p (`by_mass`) keeps the shortest prefix of the order whose weights reach amount
+// / 2^32 of the total. Radix selection: each level builds a histogram of one digit of the ranks that share
+// the prefix selected so far, of weights or of token counts, and selects the bin in which the running sum
+// reaches the needed amount. From the third level on all remaining tokens have the same weight, so that they
+// are counted in both cases.
+WRAPPER Rank radix_select(bool by_mass, u32 amount,
+                          const float* logits,  // [vocab]
+                          u32 vocab, float max_logit, float c, Rank limit, const SelectScratch& scratch) {
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Rank prefix = {0, 0, 0}, mask = {0, 0, 0};
-  u64 goal = 0;
+  u64 needed = 0;
   for (u32 level = 0; level < 8; level++) {
     const u32 shift = level == 0 ? 11 : level == 2 ? 21 : level == 3 ? 10 : level == 5 ? 15 : level == 6 ? 4 : 0;
     const u32 digits = level == 4 ? 1023 : level == 7 ? 15 : 2047;
-    const bool weigh = mass && level < 2;
-    for (u32 i = 0; i < 4; i++) sts(m.bins + threadIdx.x * 4 + i, u64(0));
+    const bool sum_weights = by_mass && level < 2;
+    for (u32 i = 0; i < 4; i++) sts(scratch.bins + threadIdx.x * 4 + i, u64(0));
     __syncthreads();
-    // Neighbours often share a bin: what goes to the same one in turn is added up before.
-    u32 held = 0;
-    u64 sum = 0;
-    each_group(logits, vocab, 0, (vocab + 3) / 4, [&](u32 group, float4 v) {
+    // Neighbouring tokens often fall into the same bin: consecutive ones are summed before atomicAdd.
+    u32 pending_digit = 0;
+    u64 pending_sum = 0;
+    for_each_group(logits, vocab, 0, (vocab + 3) / 4, [&](u32 group, float4 v) {
       const float four[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (u32 i = 0; i < 4; i++) {
-        const Rank rank = {exponent(max_logit, four[i], c), ~ascending(four[i]), group * 4 + i};
-        const u64 w = weight(m.tables, rank.t);
-        const bool counts = w && rank.id < vocab && (rank.t & mask.t) == prefix.t &&
-                            (rank.inverse & mask.inverse) == prefix.inverse && (rank.id & mask.id) == prefix.id &&
-                            within(rank, limit);
-        if (!counts) continue;
-        const u32 digit = (level < 2 ? rank.t : level < 5 ? rank.inverse : rank.id) >> shift & digits;
-        if (digit != held) {
-          if (sum) atomicAdd(m.bins + held, sum);
-          held = digit, sum = 0;
+        const Rank rank = {weight_exponent(max_logit, four[i], c), ~ascending(four[i]), group * 4 + i};
+        const u64 w = weight(scratch.tables, rank.exponent);
+        const bool candidate = w && rank.id < vocab && (rank.exponent & mask.exponent) == prefix.exponent &&
+                               (rank.inverted_logit & mask.inverted_logit) == prefix.inverted_logit &&
+                               (rank.id & mask.id) == prefix.id && within(rank, limit);
+        if (!candidate) continue;
+        const u32 digit = (level < 2 ? rank.exponent : level < 5 ? rank.inverted_logit : rank.id) >> shift & digits;
+        if (digit != pending_digit) {
+          if (pending_sum) atomicAdd(scratch.bins + pending_digit, pending_sum);
+          pending_digit = digit, pending_sum = 0;
         }
-        sum += weigh ? w : 1;
+        pending_sum += sum_weights ? w : 1;
       }
     });
-    if (sum) atomicAdd(m.bins + held, sum);
+    if (pending_sum) atomicAdd(scratch.bins + pending_digit, pending_sum);
     __syncthreads();
 
+    // Prefix sum over the bins, four per thread.
     u64 four[4], own = 0;
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) own += four[i] = lds(m.bins + threadIdx.x * 4 + i);
-    u64 through = own;  // of this warp's bins up to this thread's
+    for (u32 i = 0; i < 4; i++) own += four[i] = lds(scratch.bins + threadIdx.x * 4 + i);
+    u64 inclusive = own;  // of this warp's bins up to and including this thread's
     for (u32 by = 1; by < 32; by *= 2) {
-      const u64 before = __shfl_up_sync(~0u, through, by);
-      if (lane >= by) through += before;
+      const u64 lower = __shfl_up_sync(~0u, inclusive, by);
+      if (lane >= by) inclusive += lower;
     }
-    if (lane == 31) sts(m.words + warp, through);
+    if (lane == 31) sts(scratch.warp_sums + warp, inclusive);
     __syncthreads();
-    u64 before = through - own, total = 0;
+    u64 before = inclusive - own, total = 0;
     for (u32 w = 0; w < WARPS; w++) {
       if (w == warp) before += total;
-      total += lds(m.words + w);
+      total += lds(scratch.warp_sums + w);
     }
     if (level == 0) {
-      // Rounded up; the product has up to 90 bits.
+      // ceil(total amount / 2^32); the product has up to 90 bits.
       const u64 low = total * amount;
-      const u64 need = (__umul64hi(total, amount) << 32) + (low >> 32) + (u32(low) != 0);
-      goal = mass ? max(need, u64(1)) : amount;
-      if (mass ? total == 0 : total <= goal) return limit;
+      const u64 mass = (__umul64hi(total, amount) << 32) + (low >> 32) + (u32(low) != 0);
+      needed = by_mass ? max(mass, u64(1)) : amount;
+      if (by_mass ? total == 0 : total <= needed) return limit;
     }
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
-      if (before < goal && goal <= before + four[i]) {
-        sts(m.found, u64(threadIdx.x * 4 + i));
-        sts(m.found + 1, goal - before);
-        sts(m.found + 2, four[i]);
+      if (before < needed && needed <= before + four[i]) {
+        sts(scratch.selected, u64(threadIdx.x * 4 + i));
+        sts(scratch.selected + 1, needed - before);
+        sts(scratch.selected + 2, four[i]);
       }
       before += four[i];
     }
     __syncthreads();
-    const u32 digit = u32(lds(m.found)) & digits;
-    goal = lds(m.found + 1);
-    u64 size = lds(m.found + 2);
-    // Fields have no bits above their first digit's.
+    const u32 digit = u32(lds(scratch.selected)) & digits;
+    needed = lds(scratch.selected + 1);
+    u64 in_bin = lds(scratch.selected + 2);
+    // No field has bits above its first digit.
     if (level < 2) {
-      prefix.t |= digit << shift, mask.t = ~0u << shift;
+      prefix.exponent |= digit << shift, mask.exponent = ~0u << shift;
     } else if (level < 5) {
-      prefix.inverse |= digit << shift, mask.inverse = ~0u << shift;
+      prefix.inverted_logit |= digit << shift, mask.inverted_logit = ~0u << shift;
     } else {
       prefix.id |= digit << shift, mask.id = ~0u << shift;
     }
     if (level == 1) {
-      const u64 w = max(weight(m.tables, prefix.t), u64(1));
-      if (mass) goal = (goal + w - 1) / w, size /= w;
+      // The exponent is known and with it the weight: count tokens from here on.
+      const u64 w = max(weight(scratch.tables, prefix.exponent), u64(1));
+      if (by_mass) needed = (needed + w - 1) / w, in_bin /= w;
     }
-    if ((level > 0 || !mass) && goal == size) break;
+    if ((level > 0 || !by_mass) && needed == in_bin) break;
   }
-  // All of a prefix, but no more than there was before.
-  const Rank last = {prefix.t | ~mask.t, prefix.inverse | ~mask.inverse, prefix.id | ~mask.id};
+  // The last rank with the selected prefix, but not beyond `limit`.
+  const Rank last = {prefix.exponent | ~mask.exponent, prefix.inverted_logit | ~mask.inverted_logit,
+                     prefix.id | ~mask.id};
   return within(last, limit) ? last : limit;
 }
 

@@ -1,140 +1,157 @@
-// Trees of a fixed shape whose siblings are drawn without replacement, and the verdict on them: `sample_tree` and `recursive`
-// of src/spec/verify.rs with distinct siblings, decision for decision.
+// Trees of fixed shape whose siblings are sampled without replacement, verified by recursive rejection
+// sampling (Sequoia, arXiv 2402.12374): src/spec/verify.rs makes the same decisions.
 //
-// Computes: sample_siblings: the tokens of each sequence's tree, a row's children from the distribution of their depth, each without
-//           those before it; a child for which no token is left repeats the one before. verify_tree: from the anchor down,
-//           which child of a row stands, and the token after the last one, of the distribution that is left. Only sequences of the
-//           rule `rejection` that draw a tree, of two rows or more, take part.
-// Work:     512 threads. sample_siblings: grid (wide, sequences), the children of one row each. verify_tree: grid (sequences).
-//           Distributions between siblings are not stored: a few words per sibling say how each follows from the one before, and an
-//           element goes through all of them where it is asked for.
-// Order:    ids ascend where a token is picked; all sums are of integers.
-// Bytes:    sample_siblings: per row with n children, one row of logits 2 n times. verify_tree: per row of the walk with n
-//           children looked at, two rows of logits up to 2 n times.
-// Needs:    vocab up to 2^26; block and wide 1 to 64; distributions, logits, tables 16-byte aligned.
+// Computes:      sample_siblings: the tokens of each sequence's tree. A row's children are sampled from the
+//                drafter's distribution of their depth, each without the tokens before it. When no token is
+//                left, a child repeats the token before it. verify_tree: from the anchor down, which child of
+//                a row is accepted, and the next token after the last accepted row, sampled from the residual
+//                distribution. Both skip sequences unless they have verification method REJECTION, a sampled
+//                tree, and at least two rows.
+// Work:          512 threads. sample_siblings: grid (max_verify_rows, sequences), one row's children per CUDA
+//                block. verify_tree: grid (sequences). The distributions between siblings are not stored: a
+//                few words per sibling describe each update, and all updates are applied to an element when
+//                it is read.
+// Order:         sampling cumulates weights in ascending id order; all other sums are order-independent.
+// Bytes:         sample_siblings: one row of logits 2 n times per row with n children. verify_tree: two rows
+//                of logits up to 2 n times per row of the accepted path with n children tested.
+// Preconditions: vocab <= 2^26; block_size and max_verify_rows 1 to 64; distributions, logits and tables
+//                16-byte aligned.
 #include "spec/distribution.cuh"
 
 namespace {
 
-constexpr u32 SCALES = 4, MARKS = 5;
+// Fields of an update, below: scales are 64-bit, marks 32-bit.
+enum Scale : u32 { Q_INVERSE, Q_REMAINDER, P_INVERSE, P_REMAINDER, SCALES };
+enum Mark : u32 { TOKEN, Q_SHIFT, Q_ROUNDING_TOKEN, P_SHIFT, P_ROUNDING_TOKEN, MARKS };
 
-// How the distributions after a sibling follow from those before it. The drafter's q loses the token that was drawn, and what is left
-// is scaled up to 2^48; the target's p becomes max(p - q, 0), scaled likewise. Words of step s are at s, MOST_ROWS + s, ...
-struct Steps {
-  u64* scales;  // [SCALES][MOST_ROWS]: q's inverse and what its rounding_token gets, p's
-  u32* marks;   // [MARKS][MOST_ROWS]: the token, q's shift and rounding_token, p's
+// How p and q change from one sibling to the next when the first is rejected. The drafter's q loses the
+// sampled token and is rescaled to 2^48. The target's p becomes max(p - q, 0), rescaled likewise. Field f of
+// update s is at f MAX_ROWS + s.
+struct Updates {
+  u64* scales;  // [SCALES][MAX_ROWS] shared
+  u32* marks;   // [MARKS][MAX_ROWS] shared
 };
-WRAPPER u64 scaled(u64 w, u32 up, u64 inverse) { return __umul64hi(w << (up & 63), inverse); }
+WRAPPER u64 scaled(u64 w, u32 shift, u64 inverse) { return __umul64hi(w << (shift & 63), inverse); }
 
-struct Both {
+struct Probabilities {
   u64 p, q;
 };
-WRAPPER u64 beyond(Both w) { return beyond(w.p, w.q); }
+WRAPPER u64 residual(Probabilities x) { return saturating_sub(x.p, x.q); }
 
-// A token's q after `count` steps.
-WRAPPER u64 after(const Steps& steps, u32 count, u64 q, u32 id) {
+// A token's q after `count` updates.
+WRAPPER u64 updated(const Updates& updates, u32 count, u64 q, u32 id) {
 #pragma unroll 1
   for (u32 s = 0; s < count; s++) {
-    const u32* marks = steps.marks + s;
+    const u32* marks = updates.marks + s;
     if (id == lds(marks)) return 0;
-    q = scaled(q, lds(marks + MOST_ROWS), lds(steps.scales + s)) +
-        (id == lds(marks + 2 * MOST_ROWS) ? lds(steps.scales + MOST_ROWS + s) : 0);
+    q = scaled(q, lds(marks + Q_SHIFT * MAX_ROWS), lds(updates.scales + s)) +
+        (id == lds(marks + Q_ROUNDING_TOKEN * MAX_ROWS) ? lds(updates.scales + Q_REMAINDER * MAX_ROWS + s) : 0);
   }
   return q;
 }
 
-// A token's p and q after `count` steps.
-WRAPPER Both after(const Steps& steps, u32 count, Both w, u32 id) {
+// A token's p and q after `count` updates.
+WRAPPER Probabilities updated(const Updates& updates, u32 count, Probabilities x, u32 id) {
 #pragma unroll 1
   for (u32 s = 0; s < count; s++) {
-    const u32* marks = steps.marks + s;
-    const u64* scales = steps.scales + s;
-    w.p = scaled(beyond(w), lds(marks + 3 * MOST_ROWS), lds(scales + 2 * MOST_ROWS)) +
-          (id == lds(marks + 4 * MOST_ROWS) ? lds(scales + 3 * MOST_ROWS) : 0);
-    w.q = id == lds(marks) ? 0
-                           : scaled(w.q, lds(marks + MOST_ROWS), lds(scales)) +
-                                 (id == lds(marks + 2 * MOST_ROWS) ? lds(scales + MOST_ROWS) : 0);
+    const u32* marks = updates.marks + s;
+    const u64* scales = updates.scales + s;
+    x.p = scaled(residual(x), lds(marks + P_SHIFT * MAX_ROWS), lds(scales + P_INVERSE * MAX_ROWS)) +
+          (id == lds(marks + P_ROUNDING_TOKEN * MAX_ROWS) ? lds(scales + P_REMAINDER * MAX_ROWS) : 0);
+    x.q = id == lds(marks)
+              ? 0
+              : scaled(x.q, lds(marks + Q_SHIFT * MAX_ROWS), lds(scales)) +
+                    (id == lds(marks + Q_ROUNDING_TOKEN * MAX_ROWS) ? lds(scales + Q_REMAINDER * MAX_ROWS) : 0);
   }
-  return w;
+  return x;
 }
 
-// The heaviest token that a thread or a block has seen, of several the lowest.
+// The token with the largest weight; the lowest id among equals.
 struct Heaviest {
-  u64 w;
+  u64 weight;
   u32 id;
 };
-WRAPPER Heaviest heavier(Heaviest a, Heaviest b) { return b.w > a.w || (b.w == a.w && b.id < a.id) ? b : a; }
+WRAPPER Heaviest heavier(Heaviest a, Heaviest b) {
+  return b.weight > a.weight || (b.weight == a.weight && b.id < a.id) ? b : a;
+}
 
-// Of the block; every thread has it. `words` and `ids` may be written again as `block_sum`'s.
-WRAPPER u32 block_rounding_token(Heaviest own, u64* words, u32* ids) {
+// The block's heaviest token, returned to every thread. The buffers may be overwritten after one
+// more barrier.
+WRAPPER u32 block_heaviest(Heaviest own,
+                           u64* weights,  // [WARPS] shared
+                           u32* ids) {    // [WARPS] shared
   for (int flip = 16; flip; flip /= 2) {
-    own = heavier(own, {__shfl_xor_sync(~0u, own.w, flip), __shfl_xor_sync(~0u, own.id, flip)});
+    own = heavier(own, {__shfl_xor_sync(~0u, own.weight, flip), __shfl_xor_sync(~0u, own.id, flip)});
   }
-  if (threadIdx.x % 32 == 0) sts(words + threadIdx.x / 32, own.w), sts(ids + threadIdx.x / 32, own.id);
+  if (threadIdx.x % 32 == 0) sts(weights + threadIdx.x / 32, own.weight), sts(ids + threadIdx.x / 32, own.id);
   __syncthreads();
-  for (u32 w = 0; w < WARPS; w++) own = heavier(own, {lds(words + w), lds(ids + w)});
+  for (u32 w = 0; w < WARPS; w++) own = heavier(own, {lds(weights + w), lds(ids + w)});
   return own.id;
 }
 
-// What turns weights of that sum, at least 1, into probabilities.
-WRAPPER void scale_of(u64 sum, u32& up, u64& inverse) {
-  up = u32(__clzll((long long)(sum)));
-  inverse = inverse_of(sum << up);
+// The shift and inverse that turn weights of this sum, at least 1, into probabilities.
+WRAPPER void scale_of(u64 sum, u32& shift, u64& inverse) {
+  shift = u32(__clzll((long long)(sum)));
+  inverse = reciprocal(sum << shift);
 }
 
-// What two kernels need of the drafter's distribution of a depth.
-struct Depth {
+// The drafter's row of a depth.
+struct DraftRow {
   RowDistribution distribution;
-  const float* logits;
-  const u32* table;
+  const float* logits;  // [vocab]
+  const u32* table;     // [512] shared
   u32 vocab;
 };
-// 0 for what is no token.
-WRAPPER u64 drawn_at(const Depth& d, const Steps& steps, u32 count, u32 id) {
-  return id < d.vocab ? after(steps, count, probability(d.distribution, d.table, ld(d.logits + id), id), id) : 0;
+// The q of any id after `count` updates; 0 outside the vocabulary.
+WRAPPER u64 draft_probability(const DraftRow& row, const Updates& updates, u32 count, u32 id) {
+  if (id >= row.vocab) return 0;
+  return updated(updates, count, probability(row.distribution, row.table, ld(row.logits + id), id), id);
 }
 
-// Where reductions over the block meet.
-struct Meeting {
-  u64 *words, *rounding_weights;  // [WARPS] each
-  u32* ids;            // [WARPS]
+// Shared memory of block-wide reductions.
+struct ReduceScratch {
+  u64 *warp_sums, *weights;  // [WARPS] each
+  u32* ids;                  // [WARPS]
 };
 
-// q's part of step `count`: the distribution without a token. False where no other is left. All threads have passed a barrier before
-// and after.
-WRAPPER bool lose(const Depth& d, const Steps& steps, u32 count, u32 token, const Meeting& meeting) {
-  const u64 rest = ONE - drawn_at(d, steps, count, token);
+// Writes q's part of update `count`, which removes `token`. False if no other token is left. The caller has
+// passed a barrier since the last reduction; the function ends with one.
+WRAPPER bool remove_token(const DraftRow& row, const Updates& updates, u32 count, u32 token,
+                          const ReduceScratch& scratch) {
+  const u64 rest = ONE - draft_probability(row, updates, count, token);
   if (rest == 0) return false;
-  u32 up;
+  u32 shift;
   u64 inverse, sum = 0;
-  scale_of(rest, up, inverse);
+  scale_of(rest, shift, inverse);
   Heaviest heaviest = {0, NONE};
 #pragma unroll 1
-  for (u32 group = threadIdx.x; group < (d.vocab + 3) / 4; group += THREADS) {
-    const float4 v = load4(d.logits, d.vocab, group);
+  for (u32 group = threadIdx.x; group < (row.vocab + 3) / 4; group += THREADS) {
+    const float4 v = load4(row.logits, row.vocab, group);
     const float four[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
       const u32 id = group * 4 + i;
-      if (id >= d.vocab || id == token) continue;
-      const u64 w = after(steps, count, probability(d.distribution, d.table, four[i], id), id);
-      sum += scaled(w, up, inverse);
+      if (id >= row.vocab || id == token) continue;
+      const u64 w = updated(updates, count, probability(row.distribution, row.table, four[i], id), id);
+      sum += scaled(w, shift, inverse);
       heaviest = heavier(heaviest, {w, id});
     }
   }
-  sum = block_sum(sum, meeting.words);
-  const u32 rounding_token = block_rounding_token(heaviest, meeting.rounding_weights, meeting.ids);
+  sum = block_sum(sum, scratch.warp_sums);
+  const u32 rounding_token = block_heaviest(heaviest, scratch.weights, scratch.ids);
   if (threadIdx.x == 0) {
-    sts(steps.marks + count, token), sts(steps.marks + MOST_ROWS + count, up);
-    sts(steps.marks + 2 * MOST_ROWS + count, rounding_token);
-    sts(steps.scales + count, inverse), sts(steps.scales + MOST_ROWS + count, ONE - sum);
+    sts(updates.marks + count, token), sts(updates.marks + Q_SHIFT * MAX_ROWS + count, shift);
+    sts(updates.marks + Q_ROUNDING_TOKEN * MAX_ROWS + count, rounding_token);
+    sts(updates.scales + count, inverse), sts(updates.scales + Q_REMAINDER * MAX_ROWS + count, ONE - sum);
   }
   __syncthreads();
   return true;
 }
 
-// How many rows are before a row on its path; NONE where a row follows no earlier one.
-WRAPPER u32 depth_of(const u32* parents, u32 row) {
+// The depth of a row, 0 for the anchor's. NONE if the row or one of its ancestors has a parent that is not an
+// earlier row.
+WRAPPER u32 depth_of(const u32* parents,  // [max_verify_rows]
+                     u32 row) {
   u32 depth = 0;
 #pragma unroll 1
   for (; row; depth++) {
@@ -145,8 +162,9 @@ WRAPPER u32 depth_of(const u32* parents, u32 row) {
   return depth;
 }
 
-// The next row after `child`, below `rows`, that follows `row`; `rows` if none does.
-WRAPPER u32 next_child(const u32* parents, u32 row, u32 child, u32 rows) {
+// The first row after `child` and below `rows` whose parent is `row`; `rows` if there is none.
+WRAPPER u32 next_child(const u32* parents,  // [max_verify_rows]
+                       u32 row, u32 child, u32 rows) {
 #pragma unroll 1
   for (child++; child < rows && ld(parents + child) != row; child++) {}
   return child;
@@ -155,30 +173,33 @@ WRAPPER u32 next_child(const u32* parents, u32 row, u32 child, u32 rows) {
 }  // namespace
 
 KERNEL(512, 1, sample_siblings,
-       (u32* tokens,                // [sequences][wide]: anchor, drafts; NONE: padding, or a damaged draft
-        const RowDistribution* distributions,            // [sequences][block]: row d's is that of depth d
-        const float* logits,        // [sequences][block][vocab]
-        const u32* parents,         // [sequences][wide]: the row a row follows, an earlier one; the anchor's is not looked at
-        const Span* spans,          // [sequences]: how many rows the tree has
-        const Sequence* sequences,  // [sequences]
-        const u32* tables, u32 vocab, u32 block, u32 wide)) {
+       (u32* tokens,                           // [sequences][max_verify_rows]: anchor, drafts;
+                                               // NONE: padding, or a damaged draft
+        const RowDistribution* distributions,  // [sequences][block_size]: row d is for depth d
+        const float* logits,                   // [sequences][block_size][vocab]
+        const u32* parents,                    // [sequences][max_verify_rows]: parent row, an earlier row;
+                                               // 0 unused
+        const Span* spans,                     // [sequences]: rows of the tree
+        const Sequence* sequences,             // [sequences]
+        const u32* tables,                     // [TABLE_WORDS], of which thi and tlo are read
+        u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
-  SHARED(u64, words, WARPS);
-  SHARED(u64, rounding_weights, WARPS);
+  SHARED(u64, warp_sums, WARPS);
+  SHARED(u64, weights, WARPS);
   SHARED(u32, ids, WARPS);
-  SHARED(u64, scales, 2 * MOST_ROWS);
-  SHARED(u32, marks, 3 * MOST_ROWS);
+  SHARED(u64, scales, 2 * MAX_ROWS);  // q's fields only
+  SHARED(u32, marks, 3 * MAX_ROWS);
   grid_launch();
-  load_tables(table, tables);
+  load_weight_tables(table, tables);
   grid_wait();
   __syncthreads();
-  const u32 row = blockIdx.x, own = blockIdx.y;
-  const size_t first = size_t(own) * wide;
-  const Sequence* s = sequences + own;
-  const u32 rows = min(ld(&spans[own].rows), wide);
-  if (ld(&s->rule) != REJECTION || form_of(ld(&s->now.shape)) != DRAWN || rows < 2) return;
+  const u32 row = blockIdx.x, sequence = blockIdx.y;
+  const size_t first = size_t(sequence) * max_verify_rows;
+  const Sequence* state = sequences + sequence;
+  const u32 rows = min(ld(&spans[sequence].rows), max_verify_rows);
+  if (ld(&state->rule) != REJECTION || form_of(ld(&state->now.shape)) != DRAWN || rows < 2) return;
   if (threadIdx.x == 0) {
-    if (row == 0) st(tokens + first, ld(&s->now.anchor));
+    if (row == 0) st(tokens + first, ld(&state->now.anchor));
     if (row >= rows) st(tokens + first + row, NONE);
   }
   if (row >= rows) return;
@@ -186,32 +207,32 @@ KERNEL(512, 1, sample_siblings,
   u32 child = next_child(parents + first, row, row, rows);
   if (child == rows) return;
 
-  const bool deep = depth >= block - 1;
-  const size_t at = size_t(own) * block + (deep ? 0 : depth + 1);
-  const Depth from = {ld_law(distributions + at), logits + at * vocab, table, vocab};
-  const PhiloxStream dice = dice_of(s);
-  const Steps steps = {scales, marks};
-  const Meeting meeting = {words, rounding_weights, ids};
+  const bool too_deep = depth >= block_size - 1;
+  const size_t at = size_t(sequence) * block_size + (too_deep ? 0 : depth + 1);
+  const DraftRow from = {ld_distribution(distributions + at), logits + at * vocab, table, vocab};
+  const PhiloxStream stream = philox_stream(state);
+  const Updates updates = {scales, marks};
+  const ReduceScratch scratch = {warp_sums, weights, ids};
   u32 count = 0, token = NONE;
-  bool left = !deep && from.distribution.rounding_token != NONE;
+  bool left = !too_deep && from.distribution.rounding_token != NONE;  // q still has tokens
 #pragma unroll 1
   for (bool begun = false; child < rows; child = next_child(parents + first, row, child, rows), begun = true) {
     if (begun && left) {
       __syncthreads();
-      left = lose(from, steps, count, token, meeting);
+      left = remove_token(from, updates, count, token, scratch);
       count += left;
     }
     if (left) {
-      token = pick(vocab, bits(dice, DRAFT, depth + 1, child), words, [&](u32 group) {
+      token = sample_weights(vocab, random_bits(stream, DRAFT, depth + 1, child), warp_sums, [&](u32 group) {
         const float4 v = load4(from.logits, vocab, group);
         const float four[4] = {v.x, v.y, v.z, v.w};
-        Four p;
+        Weights4 q;
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
           const u32 id = group * 4 + i;
-          p.w[i] = id < vocab ? after(steps, count, probability(from.distribution, table, four[i], id), id) : 0;
+          q.w[i] = id < vocab ? updated(updates, count, probability(from.distribution, table, four[i], id), id) : 0;
         }
-        return p;
+        return q;
       });
     }
     if (threadIdx.x == 0) st(tokens + first + child, token);
@@ -219,71 +240,74 @@ KERNEL(512, 1, sample_siblings,
 }
 
 KERNEL(512, 1, verify_tree,
-       (u32* accepted,              // [sequences]; this and the next two are left as they are where a sequence takes no part
-        u32* next,                  // [sequences]; NONE: damaged
-        u32* path,                  // [sequences][wide]: 0, then the rows of the walk, then NONE
-        const RowDistribution* targets,         // [sequences][wide]: after the drafts on the way to a row
-        const float* target_logits, // [sequences][wide][vocab]
-        const RowDistribution* drafters,        // [sequences][block]: row d's is what the rows of depth d were drawn from
-        const float* draft_logits,  // [sequences][block][vocab]
-        const u32* tokens,          // [sequences][wide]: anchor, drafts
-        const u32* parents,         // [sequences][wide]: the row a row follows
-        const Span* spans,          // [sequences]: how many rows the tree has
-        const Sequence* sequences,  // [sequences]
-        const u32* tables, u32 vocab, u32 block, u32 wide)) {
+       (u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
+        u32* next,                        // [sequences]; NONE: damaged
+        u32* path,                        // [sequences][max_verify_rows]: accepted rows from 0 on, then NONE
+        const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
+        const float* target_logits,       // [sequences][max_verify_rows][vocab]
+        const RowDistribution* drafters,  // [sequences][block_size]: row d is for depth d
+        const float* draft_logits,        // [sequences][block_size][vocab]
+        const u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts
+        const u32* parents,               // [sequences][max_verify_rows]: parent row
+        const Span* spans,                // [sequences]: rows of the tree
+        const Sequence* sequences,        // [sequences]
+        const u32* tables,                // [TABLE_WORDS], of which thi and tlo are read
+        u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
-  SHARED(u64, words, WARPS);
-  SHARED(u64, rounding_weights, WARPS);
+  SHARED(u64, warp_sums, WARPS);
+  SHARED(u64, weights, WARPS);
   SHARED(u32, ids, WARPS);
-  SHARED(u64, scales, SCALES * MOST_ROWS);
-  SHARED(u32, marks, MARKS * MOST_ROWS);
+  SHARED(u64, scales, SCALES * MAX_ROWS);
+  SHARED(u32, marks, MARKS * MAX_ROWS);
   grid_launch();
-  load_tables(table, tables);
+  load_weight_tables(table, tables);
   grid_wait();
   __syncthreads();
-  const u32 own = blockIdx.x;
-  const size_t first = size_t(own) * wide;
-  const Sequence* s = sequences + own;
-  const u32 rows = min(ld(&spans[own].rows), wide);
-  if (ld(&s->rule) != REJECTION || form_of(ld(&s->now.shape)) != DRAWN || rows < 2) return;
-  const PhiloxStream dice = dice_of(s);
-  const Steps steps = {scales, marks};
-  const Meeting meeting = {words, rounding_weights, ids};
+  const u32 sequence = blockIdx.x;
+  const size_t first = size_t(sequence) * max_verify_rows;
+  const Sequence* state = sequences + sequence;
+  const u32 rows = min(ld(&spans[sequence].rows), max_verify_rows);
+  if (ld(&state->rule) != REJECTION || form_of(ld(&state->now.shape)) != DRAWN || rows < 2) return;
+  const PhiloxStream stream = philox_stream(state);
+  const Updates updates = {scales, marks};
+  const ReduceScratch scratch = {warp_sums, weights, ids};
 
   u32 row = 0, depth = 0, token = NONE;
-  if (threadIdx.x < wide) st(path + first + threadIdx.x, threadIdx.x ? NONE : 0);
+  if (threadIdx.x < max_verify_rows) st(path + first + threadIdx.x, threadIdx.x ? NONE : 0);
   __syncthreads();
 #pragma unroll 1
-  for (bool stands = true; stands;) {
-    stands = false;
-    const RowDistribution p = ld_law(targets + first + row);
+  for (bool accepted_child = true; accepted_child;) {
+    accepted_child = false;
+    const RowDistribution p = ld_distribution(targets + first + row);
     u32 child = next_child(parents + first, row, row, rows);
-    const bool drafted = child < rows, deep = depth >= block - 1;
-    const size_t at = size_t(own) * block + (deep ? 0 : depth + 1);
-    const Depth q = {ld_law(drafters + at), draft_logits + at * vocab, table, vocab};
-    const float* target_from = target_logits + (first + row) * vocab;
-    if (p.rounding_token == NONE || (drafted && (deep || q.distribution.rounding_token == NONE))) break;
+    const bool has_child = child < rows, too_deep = depth >= block_size - 1;
+    const size_t at = size_t(sequence) * block_size + (too_deep ? 0 : depth + 1);
+    const DraftRow q = {ld_distribution(drafters + at), draft_logits + at * vocab, table, vocab};
+    const float* target_row = target_logits + (first + row) * vocab;
+    if (p.rounding_token == NONE || (has_child && (too_deep || q.distribution.rounding_token == NONE))) break;
     const auto both = [&](u32 count, float target, float draft, u32 id) {
-      return after(steps, count, Both{probability(p, table, target, id), probability(q.distribution, table, draft, id)}, id);
+      const Probabilities initial = {probability(p, table, target, id), probability(q.distribution, table, draft, id)};
+      return updated(updates, count, initial, id);
     };
-    // `fallen` has been judged after `count` steps; once `ahead`, q's part of the next step is there.
-    u32 count = 0, fallen = NONE;
-    bool ahead = false;
+    // `rejected` is the last rejected token, tested after `count` updates. `q_ready`: q's part of the next
+    // update has been written, p's part has not.
+    u32 count = 0, rejected = NONE;
+    bool q_ready = false;
 #pragma unroll 1
     for (; child < rows; child = next_child(parents + first, row, child, rows)) {
-      if (fallen != NONE && !ahead) {
+      if (rejected != NONE && !q_ready) {
         __syncthreads();
-        ahead = lose(q, steps, count, fallen, meeting);
-        // No token is left to draw.
-        if (!ahead) break;
+        q_ready = remove_token(q, updates, count, rejected, scratch);
+        // q has no token left: the remaining children are repeats.
+        if (!q_ready) break;
       }
       const u32 draft = ld(tokens + first + child);
-      // A token that this distribution cannot draw is no draft of it: a repeat, passed over.
-      const u64 chance = drawn_at(q, steps, count + ahead, draft);
-      if (chance == 0) continue;
-      if (ahead) {
-        // p's part: what is beyond q, then what it is scaled to.
-        u32 up = 0;
+      // A token with q = 0 was not sampled from q: it repeats an earlier sibling and is skipped.
+      const u64 draft_q = draft_probability(q, updates, count + q_ready, draft);
+      if (draft_q == 0) continue;
+      if (q_ready) {
+        // p's part of the update: the sum of max(p - q, 0), then the sum after scaling, for the remainder.
+        u32 shift = 0;
         u64 inverse = 0, sum = 0;
 #pragma unroll 1
         for (u32 again = 0; again < 2; again++) {
@@ -291,63 +315,64 @@ KERNEL(512, 1, verify_tree,
           Heaviest heaviest = {0, NONE};
 #pragma unroll 1
           for (u32 group = threadIdx.x; group < (vocab + 3) / 4; group += THREADS) {
-            const float4 a = load4(target_from, vocab, group), b = load4(q.logits, vocab, group);
+            const float4 a = load4(target_row, vocab, group), b = load4(q.logits, vocab, group);
             const float as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
               const u32 id = group * 4 + i;
               if (id >= vocab) continue;
-              const u64 w = beyond(both(count, as[i], bs[i], id));
-              sum += again ? scaled(w, up, inverse) : w;
+              const u64 w = residual(both(count, as[i], bs[i], id));
+              sum += again ? scaled(w, shift, inverse) : w;
               heaviest = heavier(heaviest, {w, id});
             }
           }
           __syncthreads();
-          sum = block_sum(sum, words);
-          const u32 rounding_token = block_rounding_token(heaviest, rounding_weights, ids);
-          // Garbage may weigh nothing.
-          if (!again) scale_of(max(sum, u64(1)), up, inverse);
-          if (again && threadIdx.x == 0) sts(marks + 4 * MOST_ROWS + count, rounding_token);
+          sum = block_sum(sum, warp_sums);
+          const u32 rounding_token = block_heaviest(heaviest, weights, ids);
+          // Inconsistent input may have no weight at all.
+          if (!again) scale_of(max(sum, u64(1)), shift, inverse);
+          if (again && threadIdx.x == 0) sts(marks + P_ROUNDING_TOKEN * MAX_ROWS + count, rounding_token);
         }
         if (threadIdx.x == 0) {
-          sts(marks + 3 * MOST_ROWS + count, up);
-          sts(scales + 2 * MOST_ROWS + count, inverse), sts(scales + 3 * MOST_ROWS + count, ONE - sum);
+          sts(marks + P_SHIFT * MAX_ROWS + count, shift);
+          sts(scales + P_INVERSE * MAX_ROWS + count, inverse), sts(scales + P_REMAINDER * MAX_ROWS + count, ONE - sum);
         }
         __syncthreads();
         count++;
-        ahead = false;
+        q_ready = false;
       }
-      const Both w = both(count, ld(target_from + draft), ld(q.logits + draft), draft);
-      stands = accept(dice, depth + 1, child, w.p, chance);
-      if (stands) break;
-      fallen = draft;
+      const Probabilities x = both(count, ld(target_row + draft), ld(q.logits + draft), draft);
+      accepted_child = accept(stream, depth + 1, child, x.p, draft_q);
+      if (accepted_child) break;
+      rejected = draft;
     }
-    if (stands) {
+    if (accepted_child) {
       row = child;
       depth++;
-      if (threadIdx.x == 0 && depth < wide) st(path + first + depth, row);
-      // The next row's steps are written only once all have gone through these.
+      if (threadIdx.x == 0 && depth < max_verify_rows) st(path + first + depth, row);
+      // All threads have applied this row's updates before the next row's are written.
       __syncthreads();
       continue;
     }
-    const u64 chance = bits(dice, RESIDUAL, depth + 1, row);
-    // Where nothing is beyond, both distributions are the same.
+    const u64 bits = random_bits(stream, RESIDUAL, depth + 1, row);
+    // Samples from max(p - q, 0) after a rejection, else from p. An empty residual means that p and q are
+    // equal: p.
 #pragma unroll 1
-    for (u32 whole = fallen == NONE; whole < 2 && token == NONE; whole++) {
-      token = pick(vocab, chance, words, [&](u32 group) {
-        const float4 a = load4(target_from, vocab, group);
+    for (u32 whole = rejected == NONE; whole < 2 && token == NONE; whole++) {
+      token = sample_weights(vocab, bits, warp_sums, [&](u32 group) {
+        const float4 a = load4(target_row, vocab, group);
         const float4 b = whole && count == 0 ? a : load4(q.logits, vocab, group);
         const float as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
-        Four left;
+        Weights4 weights;
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
           const u32 id = group * 4 + i;
-          const Both w = id < vocab ? both(count, as[i], bs[i], id) : Both{0, 0};
-          left.w[i] = whole ? w.p : beyond(w);
+          const Probabilities x = id < vocab ? both(count, as[i], bs[i], id) : Probabilities{0, 0};
+          weights.w[i] = whole ? x.p : residual(x);
         }
-        return left;
+        return weights;
       });
     }
   }
-  if (threadIdx.x == 0) st(accepted + own, depth), st(next + own, token);
+  if (threadIdx.x == 0) st(accepted + sequence, depth), st(next + sequence, token);
 }

@@ -1,165 +1,183 @@
-// A draft tree per sequence from the drafter's choices: `Tree::best_first` of src/spec/tree.rs, and the tables of the pass that
-// verifies it.
+// One draft tree per sequence, from the drafter's choices, and the tables of the pass that verifies it:
+// `Tree::best_first` of src/spec/tree.rs builds the same trees.
 //
-// Computes: the most probable prefixes, best first, until the tree has as many rows as the sequence may verify, or `wide`,
-//           or there are no more. Between equal costs the less deep, then the better ranks from the anchor on. A sequence
-//           that drafts a chain has its drafts one behind another. A tree of drawn tokens has the shape that costs of
-//           `typical` give, or under the rule `block` that of several chains; its tokens are not known yet.
-// Work:     grid (sequences), one warp each; lane l holds rows l and l + 32, and two places for prefixes that may be next.
-//           A turn takes the best of the 64: four reductions of 32 bits. Then its place holds its next sibling, and the
-//           new row's place its first child; so 64 places are enough, and no sort of a level is needed.
-// Order:    none that matters: no two prefixes have the same key.
-// Bytes:    sequences x (block x most x 8 + wide x 48).
-// Needs:    block 1 to 64, wide 1 to 64, most 1 to 63. Choices and state may hold anything; costs descend nowhere along
-//           most, or the tree is another, of the same form.
+// Computes:      the most probable prefixes, best first, until the tree has as many rows as the sequence may
+//                verify or max_verify_rows, or no prefix is left. Equal costs: the shallower prefix first,
+//                then the better ranks from the anchor down. A sequence that drafts a chain gets its drafts
+//                one after another. A sampled tree gets the shape that `typical_costs` give, or with
+//                verification method BLOCK the shape of several chains; its tokens are sampled later.
+// Work:          grid (sequences), one warp each; lane l holds rows l and l + 32, and two candidate prefixes.
+//                Each turn takes the best of the 64 candidates by four 32-bit reductions. The candidate's
+//                next sibling replaces it, and the new row's entry gets its first child, so that 64 entries
+//                suffice and no level is sorted.
+// Order:         independent of order: no two prefixes have the same key.
+// Bytes:         sequences x (block_size x max_choices x 8 + max_verify_rows x 48).
+// Preconditions: block_size 1 to 64, max_verify_rows 1 to 64, max_choices 1 to 63. Choices and state may hold
+//                any value. Costs ascend along each list of choices, else the tree is a different,
+//                well-formed one.
 #include "common/state.cuh"
 
 namespace {
 
 typedef unsigned __int128 u128;
 
-constexpr u32 MOST = 63;
-// Bits of a key: cost, depth, and the code of the ranks.
+constexpr u32 MAX_CHOICES = 63;
+// Bits of a key's fields: cost (32), depth, code of the ranks.
 constexpr u32 DEPTH_BITS = 6, CODE_BITS = 90;
 
-// Rank r as a code of which none begins another and whose order is that of ranks: as many ones as r + 1 has digits behind
-// its first, a zero, those digits. Prefixes that can come into a tree have better ones in number of the product of all
-// their r + 1, which therefore is below 64: at most 10 bits more than the depth, 73 in all.
+// A prefix-free code of ranks that sorts like the ranks: for a rank r, with d the number of binary digits of
+// r + 1 after the leading one: d ones, a zero, those d digits. A prefix that can enter the tree is preceded
+// by as many better ones as the product of all its r + 1, less one, so that the product is below 64: the code
+// of all its ranks has at most 10 bits more than its depth, 73 in all.
 WRAPPER u32 code_length(u32 rank) { return 2 * (31 - u32(__clz(int(rank + 1)))) + 1; }
 WRAPPER u32 code_of(u32 rank) {
   const u32 digits = 31 - u32(__clz(int(rank + 1)));
   return ((1u << digits) - 1) << (digits + 1) | ((rank + 1) ^ 1u << digits);
 }
 
-// A prefix that may be next: where it hangs, and its place in the order, smaller is better.
+// A candidate for the next row.
 struct Prefix {
-  u128 key;
-  u32 parent, rank;
-  u32 used;  // bits of the code before its last rank's
+  u128 key;    // place in the order, smaller is better
+  u32 parent;  // row of its parent
+  u32 rank;    // of its token among the choices of its depth
+  u32 used;    // code bits before those of `rank`
 };
-WRAPPER u128 nothing() { return ~u128(0); }
+WRAPPER u128 no_key() { return ~u128(0); }
 
-// Drafts of each of several chains in a tree of up to `rows` rows: `chains` of src/spec/tree.rs.
-WRAPPER u32 chain_drafts(u32 rows, u32 depth) {
+// Drafts per chain, with several chains in at most `rows` rows and `depth` depths: `chains` of
+// src/spec/tree.rs.
+WRAPPER u32 drafts_per_chain(u32 rows, u32 depth) {
   const u32 drafts = rows - 1;
   u32 count = 2;
   for (; (count + 1) * (count + 1) <= drafts; count++) {}
   return min(depth, max(1u, drafts / count));
 }
 
-// The prefix of `rank` behind one whose code begins with the `used` first bits of `code`.
+// The prefix whose last token has this rank, behind ranks that are coded in the first `used` bits of `code`.
 WRAPPER Prefix prefix(u32 cost, u32 depth, u128 code, u32 used, u32 parent, u32 rank) {
-  // A sound tree never has more; a last rank of 63, one too many, takes 13.
+  // A valid tree never uses more bits. The last rank may be 63, one too many, whose code has 13 bits.
   used = min(used, CODE_BITS - 13);
   const u128 before = code >> (CODE_BITS - used) << (CODE_BITS - used);
   const u128 last = u128(code_of(rank)) << (CODE_BITS - used - code_length(rank));
   const u128 key = u128(cost) << (DEPTH_BITS + CODE_BITS) | u128(depth & 63) << CODE_BITS | before | last;
-  return {cost == NONE ? nothing() : key, parent, rank, used};
+  return {cost == NONE ? no_key() : key, parent, rank, used};
 }
 
 }  // namespace
 
 KERNEL(32, 8, tree_build,
-       (u32* tokens,           // [sequences][wide]: anchor, drafts; NONE: padding, or a damaged draft
-        u32* parents,          // [sequences][wide]: the row a row follows; 0 for the anchor and for padding
-        u64* masks,            // [sequences][wide]: bit j: row j is on the way to this one, or is this one; 0 for padding
-        Row* table,            // [sequences][wide], of the pass that verifies
-        Span* spans,           // [sequences]: its context, and how many rows there are
-        const uint2* choices,  // [sequences][block][most]: (token, cost); those for place j are row j's, row 0 unused
-        const u32* counts,     // [sequences][block]; NONE: damaged
-        const u32* drafts,          // [sequences][block], of chains: row j's token is the draft for place j; row 0 unused
-        const u32* typical,         // [most], of trees that are drawn: what a draft costs by its place among its siblings
+       (u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts; NONE: padding, or a
+                                    // damaged draft
+        u32* parents,               // [sequences][max_verify_rows]: parent row; 0: anchor, padding
+        u64* masks,                 // [sequences][max_verify_rows]: bit j: row j is this row or an ancestor;
+                                    // 0: padding
+        Row* table,                 // [sequences][max_verify_rows]: rows of the verification pass
+        Span* spans,                // [sequences]: context and rows of the verification pass
+        const uint2* choices,       // [sequences][block_size][max_choices]: (token, cost) at row =
+                                    // depth; row 0 unused
+        const u32* counts,          // [sequences][block_size]; NONE: damaged
+        const u32* drafts,          // [sequences][block_size], of chains: draft i at i; 0 unused
+        const u32* typical_costs,   // [max_choices], of sampled trees: cost of a draft by its place
+                                    // among its siblings
         const Sequence* sequences,  // [sequences]
-        u32 block, u32 wide, u32 most)) {
-  SHARED(u32, costs, 63 * MOST);
+        u32 block_size, u32 max_verify_rows, u32 max_choices)) {
+  SHARED(u32, costs, 63 * MAX_CHOICES);
   grid_launch();
   grid_wait();
-  const u32 own = blockIdx.x, lane = threadIdx.x;
-  const Progress s = ld_progress(sequences + own);
-  const u32 places = block_rows(s, block), rows = min(verified_rows(s), wide);
-  const bool chain = form_of(s.shape) == CHAIN_OF_DRAFTS, drawn = form_of(s.shape) == DRAWN;
-  const bool several = drawn && ld(&sequences[own].rule) == BLOCK;
-  const u32 levels = places && !chain ? places - 1 : 0;
-  choices += size_t(own) * block * most, counts += size_t(own) * block, drafts += size_t(own) * block;
+  const u32 sequence = blockIdx.x, lane = threadIdx.x;
+  const Progress s = ld_progress(sequences + sequence);
+  const u32 draft_rows = block_rows(s, block_size), rows = min(verified_rows(s), max_verify_rows);
+  const bool chain = form_of(s.shape) == CHAIN_OF_DRAFTS, sampled = form_of(s.shape) == DRAWN;
+  const bool several_chains = sampled && ld(&sequences[sequence].rule) == BLOCK;
+  const u32 levels = draft_rows && !chain ? draft_rows - 1 : 0;
+  choices += size_t(sequence) * block_size * max_choices, counts += size_t(sequence) * block_size;
+  drafts += size_t(sequence) * block_size;
 
-  // NONE: no such choice, in a list or behind the last level.
+  // The cost of each choice; NONE where a list is shorter.
   bool bad = false;
   for (u32 i = lane; i < levels; i += 32) bad |= ld(counts + i + 1) == NONE;
-  const bool damaged = __any_sync(~0u, bad) && rows > 1 && !drawn;
-  for (u32 i = lane; i < levels * most; i += 32) {
-    const bool there = i % most < ld(counts + i / most + 1);
-    sts(costs + i, drawn ? ld(typical + i % most) : there ? ld(&choices[most + i].y) : NONE);
+  const bool damaged = __any_sync(~0u, bad) && rows > 1 && !sampled;
+  for (u32 i = lane; i < levels * max_choices; i += 32) {
+    const bool exists = i % max_choices < ld(counts + i / max_choices + 1);
+    sts(costs + i, sampled ? ld(typical_costs + i % max_choices) : exists ? ld(&choices[max_choices + i].y) : NONE);
   }
   __syncwarp();
   const auto cost_of = [&](u32 level, u32 rank) {
-    return level < levels && rank < most ? lds(costs + level * most + rank) : NONE;
+    return level < levels && rank < max_choices ? lds(costs + level * max_choices + rank) : NONE;
   };
-  const auto sum = [](u32 before, u32 cost) { return cost == NONE ? NONE : before + cost; };
+  const auto add_cost = [](u32 before, u32 cost) { return cost == NONE ? NONE : before + cost; };
 
-  // The anchor is row 0; its place holds the best first token.
-  u32 parent[2] = {0, 0}, rank[2] = {0, 0}, depth[2] = {0, 0}, count = places ? 1 : 0;
-  u64 mask[2] = {lane == 0 && places ? 1ull : 0, 0};
-  Prefix next[2] = {prefix(NONE, 0, 0, 0, 0, 0), prefix(NONE, 0, 0, 0, 0, 0)};
-  if (lane == 0) next[0] = prefix(cost_of(0, 0), 1, 0, 0, 0, 0);
+  // The anchor is row 0; its entry holds the best first token.
+  u32 parent[2] = {0, 0}, rank[2] = {0, 0}, depth[2] = {0, 0}, count = draft_rows ? 1 : 0;
+  u64 mask[2] = {lane == 0 && draft_rows ? 1ull : 0, 0};
+  Prefix candidate[2] = {prefix(NONE, 0, 0, 0, 0, 0), prefix(NONE, 0, 0, 0, 0, 0)};
+  if (lane == 0) candidate[0] = prefix(cost_of(0, 0), 1, 0, 0, 0, 0);
 #pragma unroll 1
-  while (count && count < rows && levels && !damaged && !several) {
-    const u32 better = next[1].key < next[0].key;
-    const u128 mine = better ? next[1].key : next[0].key;
+  while (count && count < rows && levels && !damaged && !several_chains) {
+    // The minimum of all keys, 32 bits at a time from the top.
+    const u32 second = candidate[1].key < candidate[0].key;
+    const u128 mine = second ? candidate[1].key : candidate[0].key;
     u128 key = 0;
-    bool still = true;
+    bool tied = true;
 #pragma unroll
     for (int shift = 96; shift >= 0; shift -= 32) {
-      const u32 word = u32(mine >> shift), least = __reduce_min_sync(~0u, still ? word : NONE);
-      still &= word == least;
+      const u32 word = u32(mine >> shift), least = __reduce_min_sync(~0u, tied ? word : NONE);
+      tied &= word == least;
       key |= u128(least) << shift;
     }
-    if (key == nothing()) break;
-    const u32 from = u32(__ffs(int(__ballot_sync(~0u, still)))) - 1;
-    const u32 half = __shfl_sync(~0u, better, int(from));
-    const Prefix winner = better ? next[1] : next[0];
-    const u32 of = __shfl_sync(~0u, winner.parent, int(from)), at = __shfl_sync(~0u, winner.rank, int(from));
-    const u32 used = __shfl_sync(~0u, winner.used, int(from));
-    const u64 low = __shfl_sync(~0u, mask[0], int(of % 32)), high = __shfl_sync(~0u, mask[1], int(of % 32));
-    const u32 cost = u32(key >> (DEPTH_BITS + CODE_BITS)), deep = u32(key >> CODE_BITS) & 63;
-    const u32 level = deep - 1;
+    if (key == no_key()) break;
+    const u32 from = u32(__ffs(int(__ballot_sync(~0u, tied)))) - 1;
+    const u32 half = __shfl_sync(~0u, second, int(from));
+    const Prefix best = second ? candidate[1] : candidate[0];
+    const u32 best_parent = __shfl_sync(~0u, best.parent, int(from));
+    const u32 best_rank = __shfl_sync(~0u, best.rank, int(from));
+    const u32 used = __shfl_sync(~0u, best.used, int(from));
+    const u64 low = __shfl_sync(~0u, mask[0], int(best_parent % 32));
+    const u64 high = __shfl_sync(~0u, mask[1], int(best_parent % 32));
+    const u32 cost = u32(key >> (DEPTH_BITS + CODE_BITS)), best_depth = u32(key >> CODE_BITS) & 63;
+    const u32 level = best_depth - 1;
     const u128 code = key & ((u128(1) << CODE_BITS) - 1);
-    const Prefix sibling = prefix(sum(cost - cost_of(level, at), cost_of(level, at + 1)), deep, code, used, of, at + 1);
-    const Prefix child = prefix(sum(cost, cost_of(deep, 0)), deep + 1, code, used + code_length(at), count, 0);
+    const Prefix sibling = prefix(add_cost(cost - cost_of(level, best_rank), cost_of(level, best_rank + 1)), best_depth,
+                                  code, used, best_parent, best_rank + 1);
+    const Prefix child = prefix(add_cost(cost, cost_of(best_depth, 0)), best_depth + 1, code,
+                                used + code_length(best_rank), count, 0);
 #pragma unroll
     for (u32 i = 0; i < 2; i++) {
-      if (lane == from && half == i) next[i] = sibling;
+      if (lane == from && half == i) candidate[i] = sibling;
       if (lane + i * 32 != count) continue;
-      next[i] = child;
-      parent[i] = of, rank[i] = at, depth[i] = deep;
-      mask[i] = (of < 32 ? low : high) | 1ull << count;
+      candidate[i] = child;
+      parent[i] = best_parent, rank[i] = best_rank, depth[i] = best_depth;
+      mask[i] = (best_parent < 32 ? low : high) | 1ull << count;
     }
     count++;
   }
 
-  // A draft that is NONE tells round_finish.
+  // A draft NONE reports the damage to round_finish.
   if (damaged && count) count = 2;
-  if (chain) count = min(places, rows);
-  const u32 each = several && levels && rows > 1 ? chain_drafts(rows, levels) : 0;
-  if (each) count = 1 + (rows - 1) / each * each;
+  if (chain) count = min(draft_rows, rows);
+  const u32 per_chain = several_chains && levels && rows > 1 ? drafts_per_chain(rows, levels) : 0;
+  if (per_chain) count = 1 + (rows - 1) / per_chain * per_chain;
 #pragma unroll
   for (u32 i = 0; i < 2; i++) {
     const u32 row = lane + i * 32;
-    if (row >= wide) continue;
-    const size_t to = size_t(own) * wide + row;
-    const bool there = row < count, draft = there && row && !damaged;
-    if (there && damaged && row) depth[i] = 1, mask[i] = 3;
-    if (there && chain) parent[i] = row ? row - 1 : 0, depth[i] = row, mask[i] = ~0ull >> (63 - row);
-    if (there && each && row) {
-      const u32 before = (row - 1) % each;
+    if (row >= max_verify_rows) continue;
+    const size_t to = size_t(sequence) * max_verify_rows + row;
+    const bool exists = row < count, draft = exists && row && !damaged;
+    if (exists && damaged && row) depth[i] = 1, mask[i] = 3;
+    if (exists && chain) parent[i] = row ? row - 1 : 0, depth[i] = row, mask[i] = ~0ull >> (63 - row);
+    if (exists && per_chain && row) {
+      const u32 before = (row - 1) % per_chain;
       parent[i] = before ? row - 1 : 0, depth[i] = before + 1, mask[i] = ((2ull << before) - 1) << (row - before) | 1;
     }
-    u32 token = there && !row ? s.anchor : NONE;
-    if (draft && !drawn) token = chain ? ld(drafts + row) : ld(&choices[size_t(depth[i]) * most + rank[i]].x);
+    u32 token = exists && !row ? s.anchor : NONE;
+    if (draft && !sampled) {
+      token = chain ? ld(drafts + row) : ld(&choices[size_t(depth[i]) * max_choices + rank[i]].x);
+    }
     st(tokens + to, token);
     st(parents + to, parent[i]);
     st(masks + to, mask[i]);
-    st(table + to, Row{there ? own : NONE, there ? s.length + depth[i] : 0, there ? s.length + row : NONE,
-                       there ? u32(to) : NONE});
+    st(table + to, Row{exists ? sequence : NONE, exists ? s.length + depth[i] : 0, exists ? s.length + row : NONE,
+                       exists ? u32(to) : NONE});
   }
-  if (lane == 0) st(spans + own, Span{count ? s.length : 0, count});
+  if (lane == 0) st(spans + sequence, Span{count ? s.length : 0, count});
 }

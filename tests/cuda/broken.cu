@@ -1,8 +1,12 @@
-// Kernels with one bug each, which the tests of the emulator must see reported. `bug` = 0 runs the right version.
+// Kernels with deliberate bugs, which the emulator's tests (tests/kernels/emulator.rs, wgmma.rs) must detect.
+// `bug` = 0 runs the correct version.
 #include "common/ptx.cuh"
 
-// out[i] = in[i ^ 32]: staged in shared memory. Bug 1: no barrier after staging.
-KERNEL(128, 1, broken_staging, (u32* out, const u32* in, u32 bug)) {
+// out[i] = in[i ^ 32], staged in shared memory. Bug 1: no barrier after staging.
+KERNEL(128, 1, broken_staging,
+       (u32* out,       // [128]
+        const u32* in,  // [128]
+        u32 bug)) {
   SHARED(u32, staged, 128);
   grid_wait();
   staged[threadIdx.x] = in[threadIdx.x];
@@ -10,8 +14,11 @@ KERNEL(128, 1, broken_staging, (u32* out, const u32* in, u32 bug)) {
   out[threadIdx.x] = staged[threadIdx.x ^ 32];
 }
 
-// out[r][i] = in[r][i ^ 32] for four rows through one buffer. Bug 1: no barrier before the buffer is used again.
-KERNEL(128, 1, broken_reuse, (u32* out, const u32* in, u32 bug)) {
+// out[r][i] = in[r][i ^ 32] for four rows through one buffer. Bug 1: no barrier before the buffer is reused.
+KERNEL(128, 1, broken_reuse,
+       (u32* out,       // [4][128]
+        const u32* in,  // [4][128]
+        u32 bug)) {
   SHARED(u32, staged, 128);
   grid_wait();
   for (u32 r = 0; r < 4; r++) {
@@ -22,8 +29,11 @@ KERNEL(128, 1, broken_reuse, (u32* out, const u32* in, u32 bug)) {
   }
 }
 
-// out[i] = in[i ^ 1] within the warp, through shared memory. Bug 1: no __syncwarp between.
-KERNEL(32, 1, broken_warp, (u32* out, const u32* in, u32 bug)) {
+// out[i] = in[i ^ 1] within a warp, through shared memory. Bug 1: no __syncwarp between store and load.
+KERNEL(32, 1, broken_warp,
+       (u32* out,       // [32]
+        const u32* in,  // [32]
+        u32 bug)) {
   SHARED(u32, staged, 32);
   grid_wait();
   staged[threadIdx.x] = in[threadIdx.x];
@@ -31,8 +41,11 @@ KERNEL(32, 1, broken_warp, (u32* out, const u32* in, u32 bug)) {
   out[threadIdx.x] = staged[threadIdx.x ^ 1];
 }
 
-// Fills `words` words of dynamic shared memory. Bug 1: one more; bug 2: one before; bug 3: one past a static array.
-KERNEL(32, 1, broken_bounds, (u32* out, u32 words, u32 bug)) {
+// Fills `words` words of dynamic shared memory. Bug 1: writes one word past it; bug 2: one word before it;
+// bug 3: one word past a static array.
+KERNEL(32, 1, broken_bounds,
+       (u32* out,  // [32]
+        u32 words, u32 bug)) {
   DYNAMIC_SHARED(u32, memory);
   SHARED(u32, fixed, 32);
   grid_wait();
@@ -44,8 +57,10 @@ KERNEL(32, 1, broken_bounds, (u32* out, u32 words, u32 bug)) {
   out[threadIdx.x] = memory[threadIdx.x] + fixed[threadIdx.x];
 }
 
-// Two products in a row. Bug 1: lane 5 leaves out the second; bug 2: it ends before both.
-KERNEL(32, 1, broken_mma, (float* out, u32 bug)) {
+// Two mma operations in a row. Bug 1: lane 5 skips the second; bug 2: lane 5 returns before both.
+KERNEL(32, 1, broken_mma,
+       (float* out,  // [32]
+        u32 bug)) {
   grid_wait();
   float d[4] = {0, 0, 0, 0};
   if (bug == 2 && threadIdx.x == 5) return;
@@ -54,8 +69,10 @@ KERNEL(32, 1, broken_mma, (float* out, u32 bug)) {
   out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, d[0], 1);
 }
 
-// A barrier per thread, but bug 1: not for thread 40; bug 2: thread 40 waits at another one.
-KERNEL(64, 1, broken_barrier, (u32* out, u32 bug)) {
+// Every thread passes a barrier. Bug 1: thread 40 does not; bug 2: thread 40 waits at a different barrier.
+KERNEL(64, 1, broken_barrier,
+       (u32* out,  // [64]
+        u32 bug)) {
   grid_wait();
   if (bug == 2 && threadIdx.x == 40) {
     __syncthreads();
@@ -67,14 +84,20 @@ KERNEL(64, 1, broken_barrier, (u32* out, u32 bug)) {
   out[threadIdx.x] = threadIdx.x;
 }
 
-// out[i] = i for i < count. Bug 1: the last one is forgotten; bug 2: one too many.
-KERNEL(64, 1, broken_output, (u32* out, u32 count, u32 bug)) {
+// out[i] = i for i < count. Bug 1: does not write the last element; bug 2: writes one element too many.
+KERNEL(64, 1, broken_output,
+       (u32* out,  // [count]
+        u32 count, u32 bug)) {
   grid_wait();
   for (u32 i = threadIdx.x; i < count - (bug == 1) + (bug == 2); i += 64) out[i] = i;
 }
 
-// out[i] = in[i], 16 bytes a thread by cp.async. Bug 1: no wait; bug 2: waits for the first of two groups only.
-KERNEL(32, 1, broken_copy, (uint4* out, const uint4* in, u32 bug)) {
+// out[i] = in[i], 16 bytes per thread by cp.async; the last 16 are zero. Bug 1: no wait; bug 2: waits only
+// for the first of two groups.
+KERNEL(32, 1, broken_copy,
+       (uint4* out,       // [64]
+        const uint4* in,  // [64]
+        u32 bug)) {
   SHARED(uint4, staged, 64);
   grid_wait();
   cp_async16(staged + threadIdx.x, in + threadIdx.x);
@@ -88,9 +111,12 @@ KERNEL(32, 1, broken_copy, (uint4* out, const uint4* in, u32 bug)) {
   out[32 + threadIdx.x] = staged[32 + threadIdx.x];
 }
 
-// out[m] = sum of in[m][0..256], each row by one warp's lanes. Bug 1: with more than one row, lanes take neighbouring
-// elements instead of strided ones, so that the order of addition depends on the number of rows.
-KERNEL(32, 1, broken_order, (float* out, const float* in, u32 rows, u32 bug)) {
+// out[m] = sum of in[m], one warp per row. Bug 1: with more than one row, lanes sum neighbouring elements
+// instead of strided ones, so that the order of additions depends on the number of rows.
+KERNEL(32, 1, broken_order,
+       (float* out,       // [rows]
+        const float* in,  // [rows][256]
+        u32 rows, u32 bug)) {
   grid_wait();
   const u32 m = blockIdx.x, lane = threadIdx.x;
   float sum = 0;
@@ -99,9 +125,13 @@ KERNEL(32, 1, broken_order, (float* out, const float* in, u32 rows, u32 bug)) {
   if (lane == 0) out[m] = sum;
 }
 
-// Reads through wrappers. Bug 1: a misaligned 16-byte load; bug 2: an ordinary load before grid_wait; bug 3: a streaming
-// load before it from memory that is not sealed; bug 4: no grid_wait at all; bug 5: a shuffle of half the warp.
-KERNEL(32, 1, broken_rules, (uint4* out, const u8* in, u32 bug)) {
+// Loads through wrappers. Bug 1: a misaligned 16-byte load; bug 2: an ordinary load before grid_wait; bug 3:
+// a streaming load before grid_wait from memory that is not sealed; bug 4: no grid_wait; bug 5: a shuffle
+// with half the mask.
+KERNEL(32, 1, broken_rules,
+       (uint4* out,    // [32]
+        const u8* in,  // [24]
+        u32 bug)) {
   uint4 v = make_uint4(0, 0, 0, 0);
   if (bug == 2) v = ld128(in);
   if (bug == 3) v = ld_stream(in);
@@ -111,8 +141,13 @@ KERNEL(32, 1, broken_rules, (uint4* out, const u8* in, u32 bug)) {
   out[threadIdx.x] = v;
 }
 
-// The last block to come sums what all blocks left, in block order. Bug 1: it sums in order of arrival.
-KERNEL(32, 1, broken_last, (float* out, float* partial, u32* counter, const float* in, u32 bug)) {
+// The last block to arrive adds up the partial sums of all blocks in block order. Bug 1: in order of arrival.
+KERNEL(32, 1, broken_last,
+       (float* out,       // [1]
+        float* partial,   // [blocks]
+        u32* counter,     // [2]: blocks arrived; with bug 1 also partial sums written
+        const float* in,  // [blocks][32]
+        u32 bug)) {
   SHARED(u32, ticket, 1);
   grid_wait();
   float mine = in[blockIdx.x * 32 + threadIdx.x];
@@ -134,30 +169,38 @@ KERNEL(32, 1, broken_last, (float* out, float* partial, u32* counter, const floa
   if (threadIdx.x == 0) out[0] = sum;
 }
 
-// Two threads' waits that never end look like this: bug 1 gives up.
-KERNEL(32, 1, broken_trap, (u32* out, u32 bug)) {
+// Bug 1: thread 3 traps.
+KERNEL(32, 1, broken_trap,
+       (u32* out,  // [32]
+        u32 bug)) {
   grid_wait();
   if (bug == 1 && threadIdx.x == 3) __trap();
   out[threadIdx.x] = 1;
 }
 
-// Bug 1: thread 40 writes 80 KB of its stack.
-__device__ u32 deep(u32 i) {
+// Bug 1: thread 40 uses 80,000 bytes of stack.
+__device__ u32 use_stack(u32 i) {
   volatile u8 bytes[80000];
   for (u32 k = 0; k < 80000; k += 8) bytes[k] = u8(i);
   return bytes[i];
 }
-KERNEL(64, 1, broken_stack, (u32* out, u32 bug)) {
+KERNEL(64, 1, broken_stack,
+       (u32* out,  // [64]
+        u32 bug)) {
   grid_wait();
-  out[threadIdx.x] = bug == 1 && threadIdx.x == 40 ? deep(0) : 0;
+  out[threadIdx.x] = bug == 1 && threadIdx.x == 40 ? use_stack(0) : 0;
 }
 
-// out[64][256] = a[64][32] b[256][32] in two groups of products. Bugs, by number: see the lines.
-KERNEL(128, 1, broken_wgmma, (float* out, const u16* a, const u16* b, u32 bug)) {
+// out = a b^T in two groups of one wgmma. The comments below describe the bugs by number.
+KERNEL(128, 1, broken_wgmma,
+       (float* out,    // [64][256]
+        const u16* a,  // [64][32] bf16
+        const u16* b,  // [256][32] bf16
+        u32 bug)) {
   DYNAMIC_SHARED(u8, memory);
   grid_wait();
   const u32 thread = threadIdx.x, warp = thread / 32, row = warp * 16 + thread % 32 / 4, t = thread % 4;
-  // Per 16 k: 64 rows of a, 256 of b; 8 rows x 8 k in 128 bytes.
+  // A stage holds 16 k of 64 rows of a and 256 rows of b; 8 rows x 8 k take 128 bytes.
   constexpr u32 STAGE = 320 * 32, LEADING = 128, STRIDE = 256;
   for (u32 s = 0; s < 2; s++) {
     for (u32 i = thread; i < 320 * 2; i += 128) {
@@ -167,34 +210,36 @@ KERNEL(128, 1, broken_wgmma, (float* out, const u16* a, const u16* b, u32 bug)) 
     }
     cp_async_commit();
   }
-  if (bug == 1) fence_proxy_async();  // before the copies are there
+  if (bug == 1) fence_proxy_async();  // 1: fence before the copies are complete
   cp_async_wait<0>();
-  if (bug != 1 && bug != 2) fence_proxy_async();  // 2: none
-  if (bug != 3) __syncthreads();
-  if (bug == 4 && warp == 3) return;  // before the others' products
+  if (bug != 1 && bug != 2) fence_proxy_async();  // 2: no fence
+  if (bug != 3) __syncthreads();  // 3: no barrier
+  if (bug == 4 && warp == 3) return;  // 4: warp 3 executes no wgmma
   float sum[128];
-  if (bug != 5) wgmma_fence();
+  if (bug != 5) wgmma_fence();  // 5: no fence
   for (u32 s = 0; s < 2; s++) {
+    // 6: the warps' descriptors differ.
     const u32 at = shared_address(memory + s * STAGE), stride = bug == 6 && warp == 2 ? 512 : STRIDE;
     u64 left = descriptor(at, LEADING, stride, NO_SWIZZLE), right = descriptor(at + 2048, LEADING, STRIDE, NO_SWIZZLE);
-    if (bug == 7) left = descriptor(at, 0, 1024, SWIZZLE_128);  // not at a multiple of 1024
-    if (bug == 8) right = advance(right, 2 * STAGE);        // beyond shared memory
+    if (bug == 7) left = descriptor(at, 0, 1024, SWIZZLE_128);  // 7: not at a multiple of 1024
+    if (bug == 8) right = advance(right, 2 * STAGE);        // 8: beyond shared memory
     wgmma_bf16(sum, left, right, s > 0);
-    if (bug != 9) wgmma_commit();
+    if (bug != 9) wgmma_commit();  // 9: no commit
   }
-  if (bug == 10) sts128(memory + thread * 16, make_uint4(1, 2, 3, 4));  // what the products may not have read yet
+  if (bug == 10) sts128(memory + thread * 16, make_uint4(1, 2, 3, 4));  // 10: operands not waited for
   if (bug == 15 || bug == 16) {
     wgmma_wait<1>();
     __syncthreads();
-    // 15: what the second group may not have read yet. 16: what the first has read, which is no bug.
+    // 15: operands of the second group, which is still in flight. 16: operands of the first group, which is
+    // no bug.
     sts128(memory + (bug == 15 ? STAGE : 0) + thread * 16, make_uint4(1, 2, 3, 4));
   }
-  if (bug == 11) sum[5] = 1;                                            // before the wait
-  if (bug == 12) wgmma_wait<1>();                                       // one too few
-  else if (bug != 13) wgmma_wait<0>();
+  if (bug == 11) sum[5] = 1;       // 11: writes a sum before the wait
+  if (bug == 12) wgmma_wait<1>();  // 12: waits for one group too few
+  else if (bug != 13) wgmma_wait<0>();  // 13: no wait
   if (bug == 14) {
     sum[7] += 1;
-    wgmma_bf16(sum, 0, 0, true);  // without another fence
+    wgmma_bf16(sum, 0, 0, true);  // 14: no fence since the write above
   }
   for (u32 i = 0; i < 128; i++) st(out + (row + i / 2 % 2 * 8) * 256 + i / 4 * 8 + t * 2 + i % 2, sum[i]);
 }

@@ -1,8 +1,12 @@
-// Small kernels that show the emulator's operations, one by one, and what a missing barrier looks like; for tests only.
+// Small kernels that each exercise one operation of the emulator; for tests only.
 #include "common/ptx.cuh"
 
-// out[warp][16][8] = in_a[16][16] in_b[16][8], `repeats` times over, by every warp. Row-major bf16 in, f32 out.
-KERNEL(64, 1, toy_mma, (float* out, const u16* a, const u16* b, u32 repeats)) {
+// out[warp] = a b, added up `repeats` times, by every warp. Row-major.
+KERNEL(64, 1, toy_mma,
+       (float* out,    // [2][16][8]
+        const u16* a,  // [16][16] bf16
+        const u16* b,  // [16][8] bf16
+        u32 repeats)) {
   grid_wait();
   const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const auto pair = [](const u16* p, u32 step) { return u32(p[0]) | u32(p[step]) << 16; };
@@ -16,8 +20,11 @@ KERNEL(64, 1, toy_mma, (float* out, const u16* a, const u16* b, u32 repeats)) {
   to[(g + 8) * 8 + 2 * t] = d[2], to[(g + 8) * 8 + 2 * t + 1] = d[3];
 }
 
-// ldmatrix of in[32][8] bf16, rows `pitch` bytes apart in shared memory: out[lane][4] as each lane got it.
-KERNEL(32, 1, toy_ldmatrix, (u32* out, const u16* in, u32 pitch, u32 transposed)) {
+// ldmatrix of `in`, with rows `pitch` bytes apart in shared memory. out: the four registers of each lane.
+KERNEL(32, 1, toy_ldmatrix,
+       (u32* out,       // [32][4]
+        const u16* in,  // [32][8] bf16
+        u32 pitch, u32 transposed)) {
   DYNAMIC_SHARED(u8, memory);
   grid_wait();
   u8* row = memory + threadIdx.x * pitch;
@@ -29,8 +36,10 @@ KERNEL(32, 1, toy_ldmatrix, (u32* out, const u16* in, u32 pitch, u32 transposed)
   for (int i = 0; i < 4; i++) out[threadIdx.x * 4 + i] = r[i];
 }
 
-// The warp operations on in[32], one result row of 32 each.
-KERNEL(32, 1, toy_warp, (u32* out, const u32* in)) {
+// One row of results per warp operation.
+KERNEL(32, 1, toy_warp,
+       (u32* out,         // [12][32]
+        const u32* in)) {  // [32]
   grid_wait();
   const u32 lane = threadIdx.x, v = in[lane], all = 0xffffffffu;
   const auto put = [&](u32 row, u32 x) { out[row * 32 + lane] = x; };
@@ -48,8 +57,10 @@ KERNEL(32, 1, toy_warp, (u32* out, const u32* in)) {
   put(11, __reduce_min_sync(all, v));
 }
 
-// Each thread reads `width` bytes at thread * stride of shared memory, through the counting wrappers.
-KERNEL(32, 1, toy_banks, (u32* out, u32 width, u32 stride)) {
+// Each thread reads `width` bytes of shared memory at offset thread x stride, through the counting wrappers.
+KERNEL(32, 1, toy_banks,
+       (u32* out,  // [32]
+        u32 width, u32 stride)) {
   DYNAMIC_SHARED(u8, memory);
   grid_wait();
   for (u32 i = threadIdx.x * 16; i < 8192; i += 512) sts128(memory + i, make_uint4(i, i, i, i));
@@ -62,19 +73,23 @@ KERNEL(32, 1, toy_banks, (u32* out, u32 width, u32 stride)) {
   out[threadIdx.x] = v;
 }
 
-// Shared-memory and global atomics, and integers the hardware has built in.
-KERNEL(64, 1, toy_atomics, (u32* out, u64* wide, const u32* in)) {
+// Global atomics of 32 and 64 bits.
+KERNEL(64, 1, toy_atomics,
+       (u32* out,         // [3]: sum, maximum, or
+        u64* out64,       // [2]: sum, maximum
+        const u32* in)) {  // [blocks][64]
   grid_wait();
   const u32 v = in[blockIdx.x * 64 + threadIdx.x];
   atomicAdd(out, v);
   atomicMax(out + 1, v);
   atomicOr(out + 2, v);
-  atomicAdd(wide, u64(v) << 20);
-  atomicMax(wide + 1, u64(v) << 32 | blockIdx.x);
+  atomicAdd(out64, u64(v) << 20);
+  atomicMax(out64 + 1, u64(v) << 32 | blockIdx.x);
 }
 
-// out[z][y][x] = 1 + sum of the lanes of warp 0 through shared memory, after the other warp has ended.
-KERNEL(64, 1, toy_grid, (u32* out)) {
+// out[z][y][x] = 1 + a sum over warp 0's lanes through shared memory, behind a barrier that the other warp
+// skips by returning.
+KERNEL(64, 1, toy_grid, (u32* out)) {  // [grid z][grid y][grid x]
   SHARED(u32, staged, 32);
   grid_wait();
   if (threadIdx.x >= 32) return;
@@ -86,10 +101,14 @@ KERNEL(64, 1, toy_grid, (u32* out)) {
   out[(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = sum + blockIdx.y * 10000;
 }
 
-// out[64][256] = c[64][256] + a[64][k] b[256][k], c left out where null, by one warpgroup: all of a and b staged in shared
-// memory as matrices without a swizzle, with these strides, or with that of 128 bytes (k up to 64), from aligned places on.
+// out = c + a b^T by one warpgroup. All of a and b is staged in shared memory, either without a swizzle, with
+// the given strides, or with the 128-byte swizzle (k up to 64), from multiples of 1024 bytes on.
 KERNEL(128, 1, toy_wgmma,
-       (float* out, const u16* a, const u16* b, const float* c, u32 k, u32 swizzle, u32 leading, u32 stride)) {
+       (float* out,      // [64][256]
+        const u16* a,    // [64][k] bf16
+        const u16* b,    // [256][k] bf16
+        const float* c,  // [64][256]; null: zeros
+        u32 k, u32 swizzle, u32 leading, u32 stride)) {
   DYNAMIC_SHARED(u8, memory);
   grid_wait();
   const u32 thread = threadIdx.x, row = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
@@ -97,9 +116,9 @@ KERNEL(128, 1, toy_wgmma,
   u8* const second = first + (8 * stride + k / 8 * leading + 1023) / 1024 * 1024;
   const auto stage = [&](u8* to, const u16* from, u32 rows) {
     for (u32 i = thread; i < rows * (k / 8); i += 128) {
-      const u32 r = i / (k / 8), piece = i % (k / 8);
-      const u32 at = swizzle ? r * 128 + (piece ^ r % 8) * 16 : r / 8 * stride + piece * leading + r % 8 * 16;
-      sts128(to + at, ld128(from + r * k + piece * 8));
+      const u32 r = i / (k / 8), chunk = i % (k / 8);
+      const u32 at = swizzle ? r * 128 + (chunk ^ r % 8) * 16 : r / 8 * stride + chunk * leading + r % 8 * 16;
+      sts128(to + at, ld128(from + r * k + chunk * 8));
     }
   };
   stage(first, a, 64);
@@ -108,7 +127,7 @@ KERNEL(128, 1, toy_wgmma,
   __syncthreads();
   float sum[128];
   for (u32 i = 0; i < 128; i++) {
-    // Where nothing is added to them they may hold anything.
+    // Without c the first wgmma overwrites the registers, whatever they hold.
     const u32 at = (row + i / 2 % 2 * 8) * 256 + i / 4 * 8 + t * 2 + i % 2;
     sum[i] = c ? ld(c + at) : __uint_as_float(0x7fc00000u);
   }
@@ -118,7 +137,7 @@ KERNEL(128, 1, toy_wgmma,
     const u64 left = advance(descriptor(shared_address(first), leading, stride, mode), i * (swizzle ? 32 : 2 * leading));
     const u64 right = advance(descriptor(shared_address(second), leading, stride, mode), i * (swizzle ? 32 : 2 * leading));
     wgmma_bf16(sum, left, right, c || i);
-    // In groups of one, of which some are waited for early.
+    // Groups of one wgmma, at most two of them in flight.
     wgmma_commit();
     wgmma_wait<2>();
   }

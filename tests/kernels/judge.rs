@@ -627,7 +627,7 @@ fn launches_refuse_what_does_not_fit() {
     let small = get(8 * DISTRIBUTION_BYTES - 16);
     let message = distribution(kernels, Rows { distributions: &small, ..rows }, &best);
     assert!(
-        message.contains("kernel distribution: the rows' distributions has 368 bytes, needs 384"),
+        message.contains("kernel row_distribution: the rows' distributions has 368 bytes, needs 384"),
         "{message}"
     );
     let message = distribution(RejectionSampler { block: 65, ..kernels }, rows, &best);
@@ -638,5 +638,5 @@ fn launches_refuse_what_does_not_fit() {
     assert!(message.contains("best"), "{message}");
     let drafts = get(28);
     let message = kernels.sample(&device, &drafts, rows, &table, &states, &tables).unwrap_err().to_string();
-    assert!(message.contains("kernel draw: drafts has 28 bytes, needs 32"), "{message}");
+    assert!(message.contains("kernel sample_drafts: drafts has 28 bytes, needs 32"), "{message}");
 }

@@ -78,11 +78,11 @@ fn right(outcome: &Result<Vec<f32>>) -> bool {
 fn rules_of_wgmma_that_are_broken_are_reported() {
     assert!(broken(0).iter().all(right));
     let all = [
-        (1, "no fence.proxy.async of that thread made known"),
-        (2, "no fence.proxy.async of that thread made known"),
-        (4, "came to 0 wgmma.mma_async of the 2 of its warpgroup"),
+        (1, "without a later fence.proxy.async"),
+        (2, "without a later fence.proxy.async"),
+        (4, "executed 0 of its warpgroup's 2 wgmma.mma_async"),
         (5, "without a wgmma.fence since"),
-        (6, "other matrix descriptors than the rest of the warpgroup"),
+        (6, "matrix descriptors differ from those of the rest of the warpgroup"),
         (7, "eight rows start at a multiple of 1024"),
         (8, "of 20480 bytes of dynamic shared memory"),
         (11, "sums of a wgmma were written to before this wait"),

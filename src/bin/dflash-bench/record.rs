@@ -15,8 +15,12 @@ use std::path::Path;
 pub const SCHEMA: &str = "dflash-bench/1";
 
 /// Names of rows in records of earlier versions, and today's names.
-const RENAMED: [(&str, &str); 3] =
-    [("plain step", "AR step"), ("plain decoding", "autoregressive decoding"), ("law", "distribution")];
+const RENAMED: [(&str, &str); 4] = [
+    ("plain step", "AR step"),
+    ("plain decoding", "autoregressive decoding"),
+    ("law", "row_distribution"),
+    ("draw", "sample_drafts"),
+];
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {

@@ -9,9 +9,9 @@ use crate::Result;
 use crate::gpu::device::{Buffer, Device, Kernel};
 use crate::spec::config::VerifyMethod;
 
-static DISTRIBUTION: Kernel = Kernel { file: "rules", name: "distribution", threads: 512, max_shared: 0 };
-static SAMPLE: Kernel = Kernel { file: "rules", name: "draw", threads: 512, max_shared: 0 };
-static VERIFY: Kernel = Kernel { file: "rules", name: "judge", threads: 512, max_shared: 0 };
+static DISTRIBUTION: Kernel = Kernel { file: "rules", name: "row_distribution", threads: 512, max_shared: 0 };
+static SAMPLE: Kernel = Kernel { file: "rules", name: "sample_drafts", threads: 512, max_shared: 0 };
+static VERIFY: Kernel = Kernel { file: "rules", name: "verify_drafts", threads: 512, max_shared: 0 };
 
 /// Bytes of a row's distribution: the parameters that turn its logits into a
 /// [`crate::spec::verify::Distribution`]. Probabilities are not stored; kernels compute them from the logits.
