@@ -332,6 +332,6 @@ fn launches_that_do_not_fit_are_refused_with_a_sentence() {
     let bad = |qkv: Qkv, part: &str| refused(qkv.launch(&device, &good, &places), part);
     bad(Qkv { head_dim: 96, ..cache.qkv }, "head dimension of 96");
     bad(Qkv { heads: 3, kv_heads: 2, ..cache.qkv }, "3 query heads and 2 key heads");
-    bad(Qkv { positions: 0, ..cache.qkv }, "a position");
+    bad(Qkv { positions: 0, ..cache.qkv }, "at least one position");
     bad(cache.qkv, "queries has 64 bytes, needs 384");
 }

@@ -132,7 +132,7 @@ impl Sequence {
                 self.stop_ids.len()
             )));
         }
-        let (distribution, seed) = (self.sampling.settings(), self.sampling.seed);
+        let (settings, seed) = (self.sampling.settings(), self.sampling.seed);
         let mut words = vec![
             u32::from(self.active),
             self.length,
@@ -142,10 +142,10 @@ impl Sequence {
             self.end,
             self.draft_end,
             self.shape(),
-            distribution.c.to_bits(),
-            distribution.top_k,
-            distribution.top_p,
-            distribution.min_p,
+            settings.c.to_bits(),
+            settings.top_k,
+            settings.top_p,
+            settings.min_p,
             seed as u32,
             (seed >> 32) as u32,
             self.sampling.stream,
