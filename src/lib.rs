@@ -1,6 +1,7 @@
 //! dflash is a latency engine for speculative decoding with DFlash drafters (arXiv 2602.06036): one user, one
 //! model, as many tokens per second as the memory bus allows. A DFlash drafter proposes a block of tokens in
-//! one parallel pass; the target verifies them in one pass; the text is exactly that of the target alone.
+//! one parallel pass; the target verifies them in one pass; with the default settings the text is exactly
+//! that of the target alone.
 //!
 //! The models run as hand-written CUDA kernels on an NVIDIA GPU, or on the CPU in f32. Both give the same
 //! answers, up to the rounding of their arithmetic.

@@ -23,8 +23,8 @@ pub struct Models {
 }
 
 impl Models {
-    /// The demo pair, embedded in the binary: a small model of Python source and its drafter. It knows no
-    /// conversations.
+    /// The demo pair, embedded in the binary: a small model of Python source and its drafter. It was not
+    /// trained on conversations.
     pub fn demo() -> Models {
         Models { target: DEMO_TARGET, drafter: Some(DEMO_DRAFTER) }
     }
@@ -145,17 +145,17 @@ impl Engine {
                 let context = pair.context(context)?;
                 (Loaded::Cpu(Cpu::load(&pair, 1, context)?), context, fallback)
             }
-            Placement::Device(DeviceHandle { name, device, overhead }) => {
-                let handle = DeviceHandle { name, device, overhead };
+            Placement::Device(handle) => {
                 handle.memory_plan(&pair, capacity)?.1?;
-                let loaded = DeviceBackend::load(name, handle.device, &pair, capacity, &mut |_, _| ())?;
+                let DeviceHandle { name, device, .. } = handle;
+                let loaded = DeviceBackend::load(name, device, &pair, capacity, &mut |_, _| ())?;
                 (Loaded::Device(loaded, capacity), capacity.positions, None)
             }
         };
         Ok(Engine { pair, text, backend, context, fallback })
     }
 
-    /// Starts generating an answer to a text, a conversation or token ids. Nothing runs until the first token
+    /// Starts generating an answer to a text, a conversation or token ids. No model runs until the first token
     /// is asked for.
     ///
     /// A text is a user's message if the model has a chat template, else (or with [`Params::raw`]) the

@@ -3,7 +3,7 @@
 //!
 //! The layers below are public too: [`crate::engine`] runs requests on any device, [`crate::cpu`] and
 //! [`crate::gpu`] are the devices. This folder only connects them: it picks the device, turns prompts into
-//! token ids and tokens into text. It prints nothing and knows no command line.
+//! token ids and tokens into text. It prints nothing and reads no command line.
 
 pub mod device;
 mod engine;

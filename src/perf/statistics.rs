@@ -1,5 +1,5 @@
 //! Statistics of measurements: quantiles, and confidence intervals for how much better one set of samples is
-//! than another. Knows no clock and no device.
+//! than another. Uses no clock and no device.
 
 /// Resamples of a bootstrap. With 4000, the ends of an interval vary by 2 % of its width from seed to seed
 /// (numpy, 100 seeds).

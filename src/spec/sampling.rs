@@ -33,6 +33,15 @@ pub struct SamplingParams {
 
 impl Default for SamplingParams {
     /// Greedy, seed 0.
+    ///
+    /// ```
+    /// use dflash::SamplingParams;
+    ///
+    /// let sampling = SamplingParams { temperature: 0.7, top_k: 40, ..SamplingParams::default() };
+    /// assert_eq!(sampling.check(), Ok(()));
+    /// let wrong = SamplingParams { top_p: 1.5, ..sampling };
+    /// assert!(wrong.check().unwrap_err().to_string().contains("is 1.5, expected more than 0 and at most 1"));
+    /// ```
     fn default() -> SamplingParams {
         SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 }
     }

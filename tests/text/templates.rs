@@ -277,8 +277,9 @@ fn thinking_is_off_unless_asked_for() {
     let args = [("enable_thinking", json!(true)), ("effort", json!("low"))];
     assert_eq!(render(&text, &[], &args).unwrap(), "True True low");
     assert_eq!(render(&text, &[], &[("add_generation_prompt", json!(false))]).unwrap(), "False False ");
-    let Err(Error::Usage(message)) = render(&text, &[], &[("messages", json!([]))]) else { panic!() };
-    assert!(message.contains("--template-arg") && message.contains("messages"), "{message}");
+    let reserved = render(&text, &[], &[("messages", json!([]))]);
+    let expected = Error::option("template_arg", "is given messages, which is reserved for the conversation");
+    assert_eq!(reserved, Err(expected));
 }
 
 #[test]
@@ -306,8 +307,8 @@ fn a_chat_without_a_template_is_refused() {
     for config in ["{}", r#"{"chat_template": []}"#, r#"{"chat_template": null}"#] {
         let text = open(&[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", config)]).unwrap();
         assert!(!text.has_template());
-        let Err(Error::Usage(message)) = text.encode_chat(&[], &[]) else { panic!() };
-        assert!(message.contains("--chat-template") && message.contains("--raw"), "{message}");
+        let Err(Error::Option { name, problem }) = text.encode_chat(&[], &[]) else { panic!() };
+        assert!(name == "chat_template" && problem.starts_with("is absent, and neither "), "{problem}");
     }
     assert!(!DEMO.has_template());
 }

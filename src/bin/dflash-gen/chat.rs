@@ -112,7 +112,9 @@ impl<'a> Chat<'a> {
             match utf8(bytes, "the message").and_then(|text| self.take(text)) {
                 Ok(Then::GoOn) => {}
                 Ok(Then::End) => return Ok(0),
-                Err(error @ (Error::Usage(_) | Error::Memory(_))) => terminal::complain("dflash-gen", &error),
+                Err(error @ (Error::Usage(_) | Error::Option { .. } | Error::Memory(_))) => {
+                    terminal::complain("dflash-gen", &error)
+                }
                 Err(error) => return Err(error),
             }
         }
