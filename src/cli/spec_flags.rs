@@ -5,7 +5,7 @@ use crate::checkpoint::pair::Pair;
 use crate::cli::terminal::{number, whole};
 use crate::cpu::decoder::Cpu;
 use crate::engine::stats::SpecRecord;
-use crate::gpu::batch_config::{AdaptiveLength, BatchConfig};
+use crate::gpu::batch_config::BatchConfig;
 use crate::perf::roofline::Card;
 use crate::spec::draft_length::{Costs, DraftLengthPolicy};
 use crate::spec::sampling::SamplingParams;
@@ -102,9 +102,7 @@ impl SpecFlags {
 
     /// `room` for such rounds on a device.
     pub fn room(&self, room: BatchConfig) -> BatchConfig {
-        let length =
-            |threshold: Option<f64>| threshold.map_or(AdaptiveLength::CostModel, AdaptiveLength::Threshold);
-        let room = BatchConfig { adaptive: self.adaptive.map(length), ..room };
+        let room = BatchConfig { adaptive: self.adaptive.is_some(), threshold: self.threshold(), ..room };
         BatchConfig {
             draft_probs: self.verify != VerifyMethod::Match,
             ..room.with_trees(self.tree.unwrap_or(0))

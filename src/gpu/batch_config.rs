@@ -8,7 +8,7 @@ use crate::spec::tree::MOST_ROWS;
 use crate::{Error, Result};
 use std::fmt;
 
-/// The most rows of a verification pass over all sequences: the y dimension of a grid.
+/// The most rows of a pass over all sequences that the launchers accept.
 const MAX_PASS_ROWS: usize = 65535;
 
 /// The capacity of a [`Batch`](crate::gpu::decoder::Batch).
@@ -29,28 +29,20 @@ pub struct BatchConfig {
     /// Reserves the drafter's logits and the distributions of both models, which the verification methods
     /// `rejection` and `block` read. Without them every request must use `match`.
     pub draft_probs: bool,
-    /// Captures rounds of several sizes, down to AR steps that keep the drafter's cache up to date, and
-    /// chooses among them by this policy. None: every round has the full size.
-    pub adaptive: Option<AdaptiveLength>,
-}
-
-/// How many drafts an adaptive batch verifies in a round.
-///
-/// This is [`DraftLengthPolicy`](crate::spec::draft_length::DraftLengthPolicy) without costs: the batch takes
-/// them from its device.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum AdaptiveLength {
-    /// As many as minimize the modelled time per token; AR steps where drafting does not pay.
-    CostModel,
-    /// The leading drafts whose acceptance probability is at least this: above 0, at most 1.
-    Threshold(f64),
+    /// Captures rounds of several sizes, down to AR steps that keep the drafter's cache up to date. Without
+    /// it every round has the full size.
+    pub adaptive: bool,
+    /// Adaptive rounds verify the leading drafts whose acceptance probability is at least this: above 0, at
+    /// most 1. None: as many drafts as minimize the modelled time per token.
+    pub threshold: Option<f64>,
 }
 
 impl BatchConfig {
     /// Chains only, verified by `match`, with enough pages for every sequence to have `positions` positions.
     pub fn new(sequences: usize, block: usize, positions: usize) -> BatchConfig {
         let pages = sequences.saturating_mul(positions.div_ceil(PAGE));
-        BatchConfig { sequences, block, pages, positions, tree: 0, draft_probs: false, adaptive: None }
+        let (tree, draft_probs, adaptive, threshold) = (0, false, false, None);
+        BatchConfig { sequences, block, pages, positions, tree, draft_probs, adaptive, threshold }
     }
 
     /// The same with trees of up to `rows` rows. A tree's rows take cache slots behind the sequence's

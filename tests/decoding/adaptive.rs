@@ -15,8 +15,8 @@ use dflash::cpu::model::{Drafter, Target};
 use dflash::cpu::ops;
 use dflash::engine::generate::{Decoder, Outcome, Request, generate};
 use dflash::engine::lossless;
-use dflash::gpu::batch_config::{AdaptiveLength, BatchConfig};
-use dflash::gpu::decoder::{Batch, Models as DeviceModels};
+use dflash::gpu::batch_config::BatchConfig;
+use dflash::gpu::decoder::{Batch, Models as OnDevice};
 use dflash::gpu::emulator::Emulator;
 use dflash::spec::draft_length::{Controller, Costs, DraftLengthPolicy, Fixed};
 use dflash::spec::sampling::SamplingParams;
@@ -271,15 +271,12 @@ fn on_device(vocab: usize, room: BatchConfig, then: impl FnOnce(&mut Batch)) {
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&support::Target { vocab, ..target }, &drafter));
     let device = Emulator::new();
-    let models = DeviceModels::load(&device, &pair, room.positions).unwrap();
+    let models = OnDevice::load(&device, &pair, room.positions).unwrap();
     then(&mut Batch::new(&device, &models, room).unwrap());
 }
 
 fn room(sequences: usize, tree: usize) -> BatchConfig {
-    BatchConfig {
-        adaptive: Some(AdaptiveLength::CostModel),
-        ..BatchConfig::new(sequences, 16, 256).with_trees(tree)
-    }
+    BatchConfig { adaptive: true, ..BatchConfig::new(sequences, 16, 256).with_trees(tree) }
 }
 
 fn with_tree(request: &Request, rows: usize) -> Request {
@@ -511,13 +508,9 @@ fn drawn_drafts_of_a_batch_whose_sizes_adapt_have_the_targets_law() {
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&target, &drafter));
     let target = Target::load(&pair.target).unwrap();
-    let room = BatchConfig {
-        draft_probs: true,
-        adaptive: Some(AdaptiveLength::CostModel),
-        ..BatchConfig::new(32, 5, 64)
-    };
+    let room = BatchConfig { draft_probs: true, adaptive: true, ..BatchConfig::new(32, 5, 64) };
     let device = Emulator::new();
-    let models = DeviceModels::load(&device, &pair, 64).unwrap();
+    let models = OnDevice::load(&device, &pair, 64).unwrap();
     let mut batch = Batch::new(&device, &models, room).unwrap();
     let sizes = Rc::new(Cell::new([0; 5]));
     let (told, next) = (sizes.clone(), Cell::new(0));
@@ -547,8 +540,7 @@ fn drawn_drafts_of_a_batch_whose_sizes_adapt_have_the_targets_law() {
 #[test]
 fn rules_that_adapt_answer_in_a_batch_as_alone() {
     for (vocab, threshold) in [(90, None), (4, Some(0.3))] {
-        let adaptive = threshold.map_or(AdaptiveLength::CostModel, AdaptiveLength::Threshold);
-        let room = BatchConfig { draft_probs: true, adaptive: Some(adaptive), ..room(3, 20) };
+        let room = BatchConfig { draft_probs: true, threshold, ..room(3, 20) };
         on_device(vocab, room, |batch| {
             let kinds = [
                 draws(VerifyMethod::Rejection),
@@ -586,28 +578,23 @@ fn rules_that_adapt_answer_in_a_batch_as_alone() {
 #[test]
 fn on_a_device_a_threshold_is_what_has_stood_so_often() {
     for (tree, threshold) in [(0, 0.2), (0, 1.0), (64, 0.2)] {
-        on_device(
-            4,
-            BatchConfig { adaptive: Some(AdaptiveLength::Threshold(threshold)), ..room(1, tree) },
-            |batch| {
-                let asked = with_tree(&request(&[1, 2], 150, 16, 0.8), tree);
-                let got = alone(batch, &asked);
-                assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
-                assert!(got.drafted[9..].iter().all(|drafts| (1..12).contains(drafts)), "{:?}", got.drafted);
-                if tree == 0 {
-                    let (mut again, mut heard) =
-                        (DraftLengthPolicy::Threshold(threshold).controller(true), 0);
-                    for (round, drafts) in got.drafted.iter().enumerate() {
-                        for heard in heard..round.saturating_sub(1) {
-                            again.judged(got.drafted[heard], chain_of(got.accepted[heard] - 1));
-                        }
-                        heard = heard.max(round.saturating_sub(1));
-                        assert_eq!(again.drafts(15), *drafts, "round {round}");
+        on_device(4, BatchConfig { threshold: Some(threshold), ..room(1, tree) }, |batch| {
+            let asked = with_tree(&request(&[1, 2], 150, 16, 0.8), tree);
+            let got = alone(batch, &asked);
+            assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
+            assert!(got.drafted[9..].iter().all(|drafts| (1..12).contains(drafts)), "{:?}", got.drafted);
+            if tree == 0 {
+                let (mut again, mut heard) = (DraftLengthPolicy::Threshold(threshold).controller(true), 0);
+                for (round, drafts) in got.drafted.iter().enumerate() {
+                    for heard in heard..round.saturating_sub(1) {
+                        again.judged(got.drafted[heard], chain_of(got.accepted[heard] - 1));
                     }
-                    assert!(got.drafted.iter().any(|drafts| *drafts > 1), "{:?}", got.drafted);
+                    heard = heard.max(round.saturating_sub(1));
+                    assert_eq!(again.drafts(15), *drafts, "round {round}");
                 }
-            },
-        );
+                assert!(got.drafted.iter().any(|drafts| *drafts > 1), "{:?}", got.drafted);
+            }
+        });
     }
 }
 

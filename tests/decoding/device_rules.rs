@@ -551,7 +551,7 @@ fn rooms_refuse_what_they_were_not_made_for() {
     };
     let sentence = |block, tree, rule| {
         format!(
-            "the batch was not made for a request with blocks of {block} rows, trees of {tree} and verification by {rule}"
+            "a request of blocks of {block}, trees of {tree} and the rule {rule} in rounds that were not made for it"
         )
     };
     assert_eq!(refused(chains, of(9, &SpecConfig::default())), (1, sentence(9, 0, "match")));

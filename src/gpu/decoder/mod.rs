@@ -6,7 +6,7 @@
 //! reads them later.
 
 use crate::engine::generate::{Decoder, Emitted, Prefill, Request};
-use crate::gpu::batch_config::{AdaptiveLength, BatchConfig};
+use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::device::{Device, Graph};
 use crate::gpu::kernels::PAGE;
 use crate::gpu::kernels::round::{Finish, Form, Record, STOP_IDS, Sequence};
@@ -61,8 +61,10 @@ pub struct Batch<'a> {
     rows: usize,
     /// Every round keeps its logits, and the next one waits until the host has read them.
     watched: bool,
-    /// For sequences that are admitted from now on.
-    controllers: Controllers<'a>,
+    /// Costs of the captured rounds, for draft lengths; none if the batch is not adaptive or has no drafter.
+    costs: Option<Costs>,
+    /// Makes the controllers of admitted sequences, instead of the batch's own policy.
+    controllers: Option<Controllers<'a>>,
 }
 
 /// Makes the controller of a sequence.
@@ -160,37 +162,45 @@ impl<'a> Batch<'a> {
             read: 0,
             rows: 1,
             watched: false,
-            controllers: Box::new(|| Box::new(Fixed)),
+            costs: None,
+            controllers: None,
         };
-        if let Some(policy) = batch.draft_length_policy() {
-            batch.control(move || policy.controller(true));
-        }
+        batch.costs = batch.round_costs();
         Ok(batch)
     }
 
-    /// The policy of an adaptive batch with a drafter. Its costs are those of the device's card, or of an
-    /// H200 where the card is unknown, and count the rows of the captured rounds.
-    fn draft_length_policy(&self) -> Option<DraftLengthPolicy> {
-        let (RoundContext { device, models, config, .. }, drafter) = (&self.ctx, &self.ctx.models.drafter);
-        match (config.adaptive?, drafter.as_ref()?) {
-            (AdaptiveLength::Threshold(probability), _) => Some(DraftLengthPolicy::Threshold(probability)),
-            (AdaptiveLength::CostModel, drafter) => {
-                let card = Card::of_driver(&device.properties().name).unwrap_or(CARDS[0]);
-                let BatchConfig { sequences, block, .. } = *config;
-                let costs = Costs::modelled(&card, &models.config, &drafter.config, 0, sequences, block);
-                let mut sizes: Vec<usize> = self.graphs.iter().map(|(shape, _)| shape.rows).collect();
-                sizes.sort_unstable();
-                Some(DraftLengthPolicy::CostModel(costs.of_sizes(&sizes)))
-            }
-        }
+    /// What the captured rounds cost, in an adaptive batch with a drafter: the roofline of the device's card,
+    /// or of an H200 where the card is unknown.
+    fn round_costs(&self) -> Option<Costs> {
+        let RoundContext { device, models, config, .. } = &self.ctx;
+        let drafter = models.drafter.as_ref().filter(|_| config.adaptive)?;
+        let card = Card::of_driver(&device.properties().name).unwrap_or(CARDS[0]);
+        let BatchConfig { sequences, block, .. } = *config;
+        let costs = Costs::modelled(&card, &models.config, &drafter.config, 0, sequences, block);
+        let mut sizes: Vec<usize> = self.graphs.iter().map(|(shape, _)| shape.rows).collect();
+        sizes.sort_unstable();
+        Some(costs.of_sizes(&sizes))
     }
 
-    /// Gives every sequence that is admitted from now on a controller made by `make`, except sequences with
-    /// sampled trees: their rounds always have the full size, because the number of siblings depends on a
-    /// tree's size, so what the rows of one size accept says nothing about another size. An adaptive batch
-    /// starts with the controllers of [`BatchConfig::adaptive`], any other with [`Fixed`].
+    /// Gives every sequence that is admitted from now on a controller made by `make` instead of the batch's
+    /// own policy, except sequences with sampled trees: their rounds always have the full size. The number of
+    /// siblings in a sampled tree depends on the tree's size, so what the rows of one size accept says
+    /// nothing about another size.
     pub fn control(&mut self, make: impl Fn() -> Box<dyn Controller> + 'a) {
-        self.controllers = Box::new(make);
+        self.controllers = Some(Box::new(make));
+    }
+
+    /// The controller of a sequence that is admitted.
+    fn controller(&self, form: Form) -> Box<dyn Controller> {
+        match (&self.controllers, &self.costs) {
+            _ if form == Form::Drawn => Box::new(Fixed),
+            (Some(make), _) => make(),
+            (None, Some(costs)) => match self.ctx.config.threshold {
+                Some(probability) => DraftLengthPolicy::Threshold(probability).controller(true),
+                None => DraftLengthPolicy::CostModel(costs.clone()).controller(true),
+            },
+            (None, None) => Box::new(Fixed),
+        }
     }
 
     /// Captures the round of that shape again. The graph is the same at any time: replaying one would
@@ -308,7 +318,7 @@ impl<'a> Batch<'a> {
         let highest = self.slots.iter().rposition(Slot::is_running).map_or(0, |slot| slot + 1);
         let drafter = match running().any(Slot::drafts) {
             false => DrafterMode::Idle,
-            true if rows == 1 && self.ctx.config.adaptive.is_some() => DrafterMode::CatchUp,
+            true if rows == 1 && self.ctx.config.adaptive => DrafterMode::CatchUp,
             true => DrafterMode::Draft,
         };
         let sampled_drafts = drafter == DrafterMode::Draft && running().any(|slot| slot.sampled_drafts);
@@ -405,7 +415,7 @@ impl Decoder for Batch<'_> {
         let needs_probs = spec.rule != VerifyMethod::Match;
         if block > config.block || tree > config.tree || (needs_probs && !config.draft_probs) {
             return Err(Error::Internal(format!(
-                "the batch was not made for a request with blocks of {block} rows, trees of {tree} and verification by {}",
+                "a request of blocks of {block}, trees of {tree} and the rule {} in rounds that were not made for it",
                 spec.rule.name()
             )));
         }
@@ -433,6 +443,7 @@ impl Decoder for Batch<'_> {
         let to = w.drafting.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         device.upload(&to, &Sequence { sampling, ..inactive }.to_bytes()?)?;
 
+        let controller = self.controller(state.form);
         let own = &mut self.slots[slot];
         let common = own.tokens[..own.held].iter().zip(prompt).take_while(|(a, b)| a == b).count();
         // The last token runs again even if it is held, for its logits.
@@ -444,7 +455,6 @@ impl Decoder for Batch<'_> {
             end if own.drafted < end => own.drafted,
             _ => own.held,
         };
-        let controller = if state.form == Form::Drawn { Box::new(Fixed) } else { (self.controllers)() };
         own.draft_length = DraftLength { controller, allowed: VecDeque::new(), rows: state.rows as usize };
         (own.tokens, own.prompt, own.sampled_drafts) = (prompt.clone(), prompt.len(), sampled_drafts);
         (own.state, own.phase) = (Some(state), Phase::Prefill { at });

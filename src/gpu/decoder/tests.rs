@@ -77,10 +77,7 @@ impl Controller for Script {
 fn a_round_is_as_large_as_its_largest_sequence_needs() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
-    let config = BatchConfig {
-        adaptive: Some(AdaptiveLength::CostModel),
-        ..BatchConfig::new(2, 16, 128).with_trees(64)
-    };
+    let config = BatchConfig { adaptive: true, ..BatchConfig::new(2, 16, 128).with_trees(64) };
     let mut batch = Batch::new(&device, &models, config).unwrap();
     let scripts = [vec![63, 0, 15, 16, 0, 32, 3], vec![0, 0, 3, 31, 15, 0, 4]];
     let next = std::cell::Cell::new(0);
@@ -114,12 +111,9 @@ fn a_round_is_as_large_as_its_largest_sequence_needs() {
 fn adaptive_controllers_fill_the_captured_passes() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
-    let config = BatchConfig {
-        adaptive: Some(AdaptiveLength::CostModel),
-        ..BatchConfig::new(1, 16, 128).with_trees(64)
-    };
+    let config = BatchConfig { adaptive: true, ..BatchConfig::new(1, 16, 128).with_trees(64) };
     let batch = Batch::new(&device, &models, config).unwrap();
-    let mut controller = (batch.controllers)();
+    let mut controller = batch.controller(Form::Chain);
     let mut rows = vec![];
     for _ in 0..12 {
         let drafts = controller.drafts(63);
