@@ -22,7 +22,7 @@ enum VerifyMethod : u32 { MATCH = 0, REJECTION = 1, BLOCK = 2 };
 enum Form : u32 {
   CHAIN_OF_DRAFTS = 0,
   BEST_FIRST = 1,  // a tree of the most probable prefixes
-  DRAWN = 2,       // a tree of fixed shape with sampled tokens; several chains with VerifyMethod BLOCK
+  SAMPLED_TREE = 2,       // a tree of fixed shape with sampled tokens; several chains with VerifyMethod BLOCK
 };
 
 constexpr u32 STOP_IDS = 12;
@@ -55,7 +55,7 @@ struct __align__(16) Sequence {
   u32 rounds;          // rounds this sequence took part in
   u32 drafted;         // drafts verified
   u32 accepted;        // drafts accepted
-  u32 rule;            // a VerifyMethod
+  u32 verify_method;           // a VerifyMethod
 };
 static_assert(sizeof(Sequence) == 128, "src/gpu/kernels/round.rs writes it word by word");
 

@@ -48,7 +48,7 @@ WRAPPER Chains chains_of(const Sequence* state,  // [1]
                          const Span* span,       // [1]
                          u32 block_size, u32 max_verify_rows) {
   const u32 rows = min(ld(&span->rows), max_verify_rows);
-  if (ld(&state->rule) != BLOCK || form_of(ld(&state->now.shape)) != DRAWN || rows < 2 || block_size < 2) {
+  if (ld(&state->verify_method) != BLOCK || form_of(ld(&state->now.shape)) != SAMPLED_TREE || rows < 2 || block_size < 2) {
     return {0, 0, 0};
   }
   u32 length = 1;

@@ -14,7 +14,7 @@ constexpr u32 DRAFT = 2, ACCEPT = 3, RESIDUAL = 4;
 
 // What turns a row's logits into probabilities. A token of weight W that passes the filters has probability
 // floor(W 2^shift inverse / 2^64). The remainder, which these floors leave of 2^48, is added to the rounding
-// token. Mirrored by src/gpu/kernels/rules.rs.
+// token. Mirrored by src/gpu/kernels/rejection.rs.
 struct __align__(16) RowDistribution {
   float max_logit, c;     // c: 65536 log2(e) / temperature; 0: greedy
   u32 min_weight, shift;  // min_weight: the min-p threshold
@@ -22,7 +22,7 @@ struct __align__(16) RowDistribution {
   u32 rounding_token;     // the best token; NONE: the row is damaged and has no distribution
   u64 inverse, remainder;
 };
-static_assert(sizeof(RowDistribution) == 48, "src/gpu/kernels/rules.rs allocates 48 bytes per row");
+static_assert(sizeof(RowDistribution) == 48, "src/gpu/kernels/rejection.rs allocates 48 bytes per row");
 
 // The Philox key and counter fields that are constant in one round of a sequence.
 struct PhiloxStream {

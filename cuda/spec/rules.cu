@@ -106,7 +106,7 @@ KERNEL(512, 1, sample_drafts,
   grid_wait();
   __syncthreads();
   const u32 r = blockIdx.x, depth = r % block_size, sequence = ld(&rows[r].sequence);
-  if (depth == 0 || sequence >= count || ld(&sequences[sequence].rule) == MATCH) return;
+  if (depth == 0 || sequence >= count || ld(&sequences[sequence].verify_method) == MATCH) return;
   const RowDistribution d = ld_distribution(distributions + r);
   const float* row_logits = logits + size_t(r) * vocab;
   u32 token = NONE;
@@ -144,7 +144,7 @@ KERNEL(512, 1, verify_drafts,
   const u32 sequence = blockIdx.y, row = blockIdx.x;
   const size_t first = size_t(sequence) * max_verify_rows, draft_first = size_t(sequence) * block_size;
   const Sequence* state = sequences + sequence;
-  const u32 method = ld(&state->rule), rows = min(ld(&spans[sequence].rows), min(block_size, max_verify_rows));
+  const u32 method = ld(&state->verify_method), rows = min(ld(&spans[sequence].rows), min(block_size, max_verify_rows));
   if ((method != REJECTION && method != BLOCK) || form_of(ld(&state->now.shape)) != CHAIN_OF_DRAFTS) return;
   if (rows < 2 || row >= rows || (row > 0 && method != BLOCK)) return;
   __syncthreads();

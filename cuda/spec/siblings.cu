@@ -197,7 +197,7 @@ KERNEL(512, 1, sample_siblings,
   const size_t first = size_t(sequence) * max_verify_rows;
   const Sequence* state = sequences + sequence;
   const u32 rows = min(ld(&spans[sequence].rows), max_verify_rows);
-  if (ld(&state->rule) != REJECTION || form_of(ld(&state->now.shape)) != DRAWN || rows < 2) return;
+  if (ld(&state->verify_method) != REJECTION || form_of(ld(&state->now.shape)) != SAMPLED_TREE || rows < 2) return;
   if (threadIdx.x == 0) {
     if (row == 0) st(tokens + first, ld(&state->now.anchor));
     if (row >= rows) st(tokens + first + row, NONE);
@@ -267,7 +267,7 @@ KERNEL(512, 1, verify_tree,
   const size_t first = size_t(sequence) * max_verify_rows;
   const Sequence* state = sequences + sequence;
   const u32 rows = min(ld(&spans[sequence].rows), max_verify_rows);
-  if (ld(&state->rule) != REJECTION || form_of(ld(&state->now.shape)) != DRAWN || rows < 2) return;
+  if (ld(&state->verify_method) != REJECTION || form_of(ld(&state->now.shape)) != SAMPLED_TREE || rows < 2) return;
   const PhiloxStream stream = philox_stream(state);
   const Updates updates = {scales, marks};
   const ReduceScratch scratch = {warp_sums, weights, ids};

@@ -87,8 +87,8 @@ KERNEL(32, 8, tree_build,
   const u32 sequence = blockIdx.x, lane = threadIdx.x;
   const Progress s = ld_progress(sequences + sequence);
   const u32 draft_rows = block_rows(s, block_size), rows = min(verified_rows(s), max_verify_rows);
-  const bool chain = form_of(s.shape) == CHAIN_OF_DRAFTS, sampled = form_of(s.shape) == DRAWN;
-  const bool several_chains = sampled && ld(&sequences[sequence].rule) == BLOCK;
+  const bool chain = form_of(s.shape) == CHAIN_OF_DRAFTS, sampled = form_of(s.shape) == SAMPLED_TREE;
+  const bool several_chains = sampled && ld(&sequences[sequence].verify_method) == BLOCK;
   const u32 levels = draft_rows && !chain ? draft_rows - 1 : 0;
   choices += size_t(sequence) * block_size * max_choices, counts += size_t(sequence) * block_size;
   drafts += size_t(sequence) * block_size;

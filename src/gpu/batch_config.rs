@@ -10,7 +10,7 @@ use crate::spec::tree::MOST_ROWS;
 use crate::{Error, Result};
 use std::fmt;
 
-/// The most rows of a verification pass over all sequences: the y dimension of a grid.
+/// The most rows of a pass over all sequences that the launchers accept.
 const MAX_PASS_ROWS: usize = 65535;
 
 /// The capacity of a [`Batch`](crate::gpu::decoder::Batch).

@@ -94,7 +94,17 @@ mod ffi {
     }
 
     unsafe extern "C" {
-        pub fn dflash_emu_kernels(see: extern "C" fn(*mut c_void, *const Kernel), context: *mut c_void);
+        /// Calls `add` with `context` and each kernel of the host build.
+        ///
+        /// # Safety
+        /// `add` must accept `context`.
+        pub fn dflash_emu_kernels(add: extern "C" fn(*mut c_void, *const Kernel), context: *mut c_void);
+        /// Runs blocks `blocks[..count]` of a launch and adds up their work in `counts`. Returns 0, or another
+        /// number and a sentence in `message`.
+        ///
+        /// # Safety
+        /// Every pointer in `launch` and every argument is valid for its use by the kernel, `blocks` has `count`
+        /// elements, and `message` has `message_size` bytes.
         pub fn dflash_emu_run(
             launch: *const Launch,
             blocks: *const u64,

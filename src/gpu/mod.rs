@@ -1,9 +1,16 @@
 //! Devices that run the CUDA kernels, and both models on them.
 //!
-//! [`device`] is the interface, which [`cuda`], `emulator` and [`dry_run`] implement. [`kernels`] launches
-//! single kernels, [`model`] the layers of a model, [`decoder`] the rounds of a batch whose capacity is a
-//! [`batch_config`]. [`loader`] fills weights. [`memory`] and [`graph_listing`] tell what all of this
-//! allocates and launches, without a device; [`nvtx`] tells profilers.
+//! | module | owns |
+//! | --- | --- |
+//! | [`device`] | the interface to a device; [`cuda`], `emulator` and [`dry_run`] implement it |
+//! | [`kernels`] | launchers of single kernels |
+//! | [`model`] | the launches of a model's layers |
+//! | [`loader`] | weights from files to device memory |
+//! | [`batch_config`] | the capacity of a batch |
+//! | [`decoder`] | the sequences of a batch, and the captured round |
+//! | [`memory`] | what all of this allocates, computed without a device |
+//! | [`graph_listing`] | the launches of a round as a list, without a device |
+//! | [`nvtx`] | named ranges for profilers |
 
 pub mod batch_config;
 pub mod cuda;

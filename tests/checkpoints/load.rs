@@ -598,5 +598,5 @@ fn too_little_device_memory_is_one_sentence_and_for_weights_before_any_is_read()
     // All but what is on its way.
     let (error, read) = load(weights + plan.staging - 1);
     let Some(Error::Memory(sentence)) = &error else { panic!("{error:?}") };
-    assert!(sentence.contains("weights on their way") && read == 0, "{sentence}");
+    assert!(sentence.contains("weights to pack") && read == 0, "{sentence}");
 }

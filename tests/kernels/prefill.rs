@@ -240,6 +240,6 @@ fn a_device_without_wgmma_takes_the_kernels_by_warps() {
     let kernel = Swiglu { rows: 3, inner: 96, k: 64 };
     let layer = by(PrefillKernel::Wgmma, &Data::new(1, 3, kernel.shape())).upload(&ledger, |r| r);
     let refusal = kernel.launch(&ledger, &layer.input(true), &poisoned::<u16>(&ledger, 3 * 96)).unwrap_err();
-    assert_eq!(refusal.to_string(), "kernel prefill_swiglu_wgmma: ledger has no wgmma");
+    assert_eq!(refusal.to_string(), "kernel prefill_swiglu_wgmma: dry run has no wgmma");
     assert_eq!(prompts(&Emulator::new()).count(), 2);
 }

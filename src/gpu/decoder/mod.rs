@@ -60,9 +60,9 @@ pub struct Batch<'a> {
     rows: usize,
     /// Every round keeps its logits, and the next one waits until the host has read them.
     watched: bool,
-    /// What rounds cost on this device; none without a drafter or where rounds have one size.
+    /// Costs of the captured rounds, for draft lengths; none if the batch is not adaptive or has no drafter.
     costs: Option<Costs>,
-    /// Makes the controllers of sequences that are admitted, in place of their draft-length policy.
+    /// Makes the controllers of admitted sequences, in place of their draft-length policy.
     controllers: Option<Controllers<'a>>,
 }
 
@@ -164,15 +164,21 @@ impl<'a> Batch<'a> {
             costs: None,
             controllers: None,
         };
-        if let (true, Some(drafter)) = (config.adaptive, &models.drafter) {
-            let card = Card::of_driver(&device.properties().name).unwrap_or(CARDS[0]);
-            let BatchConfig { sequences, block, .. } = config;
-            let costs = Costs::modelled(&card, &models.config, &drafter.config, 0, sequences, block);
-            let mut sizes: Vec<usize> = batch.graphs.iter().map(|(shape, _)| shape.rows).collect();
-            sizes.sort_unstable();
-            batch.costs = Some(costs.of_sizes(&sizes));
-        }
+        batch.costs = batch.round_costs();
         Ok(batch)
+    }
+
+    /// What the captured rounds cost, in an adaptive batch with a drafter: the roofline of the device's card,
+    /// or of an H200 where the card is unknown.
+    fn round_costs(&self) -> Option<Costs> {
+        let RoundContext { device, models, config, .. } = &self.ctx;
+        let drafter = models.drafter.as_ref().filter(|_| config.adaptive)?;
+        let card = Card::of_driver(&device.properties().name).unwrap_or(CARDS[0]);
+        let BatchConfig { sequences, block, .. } = *config;
+        let costs = Costs::modelled(&card, &models.config, &drafter.config, 0, sequences, block);
+        let mut sizes: Vec<usize> = self.graphs.iter().map(|(shape, _)| shape.rows).collect();
+        sizes.sort_unstable();
+        Some(costs.of_sizes(&sizes))
     }
 
     /// Gives every sequence that is admitted from now on a controller made by `make` in place of its
@@ -183,8 +189,7 @@ impl<'a> Batch<'a> {
         self.controllers = Some(Box::new(make));
     }
 
-    /// The controller of a request. The cost model uses the roofline of the device's card, or of an H200 where the card is
-    /// unknown.
+    /// The controller of a sequence that is admitted.
     fn controller(&self, spec: &SpecConfig, form: Form) -> Box<dyn Controller> {
         match (&self.controllers, &self.costs) {
             _ if form == Form::SampledTree => Box::new(Fixed),

@@ -102,7 +102,7 @@ impl<'a> RoundContext<'a> {
         });
         let draft = draft.transpose()?;
         let buffers = RoundBuffers::new(device, models, config, &cache)?;
-        let ring = Ring::new(device, Round { sequences, block, max_verify_rows }, records)?;
+        let ring = Ring::new(device, Round { sequences, block, max_verify_rows: max_verify_rows }, records)?;
         Ok(RoundContext { device, models, config, cache, scratch, draft, buffers, ring })
     }
 
@@ -122,12 +122,12 @@ impl<'a> RoundContext<'a> {
         let sequences = self.config.sequences;
         let adaptive = self.config.adaptive;
         let counts = (0..).map(|i| 1 << i).take_while(|&count| count < sequences).chain([sequences]);
-        let max_verify_rows = self.config.max_verify_rows();
-        let smaller = TILES.into_iter().filter(|&rows| adaptive && rows < max_verify_rows);
+        let full = self.config.max_verify_rows();
+        let smaller = TILES.into_iter().filter(|&rows| adaptive && rows < full);
         let mut kinds = vec![(1, DrafterMode::Idle)];
         if self.draft.is_some() {
             kinds.extend(adaptive.then_some((1, DrafterMode::CatchUp)));
-            kinds.extend(smaller.chain([max_verify_rows]).map(|rows| (rows, DrafterMode::Draft)));
+            kinds.extend(smaller.chain([full]).map(|rows| (rows, DrafterMode::Draft)));
         }
         let of_count = |sequences| {
             let sampling = [(false, false), (true, false), (true, true)];
@@ -155,8 +155,8 @@ impl<'a> RoundContext<'a> {
     /// device.
     fn launch(&self, shape: RoundShape) -> Result<()> {
         let (device, models, w) = (self.device, self.models, &self.buffers);
-        let RoundShape { sequences, rows: max_verify_rows, sampled, .. } = shape;
-        let (block, rows) = (self.config.block, sequences * max_verify_rows);
+        let RoundShape { sequences, rows, sampled, .. } = shape;
+        let (block, total_rows) = (self.config.block, sequences * rows);
         let vocabulary = &models.vocabulary;
         let (vocab, blocks) = (vocabulary.vocab, vocabulary.shape().blocks());
         let num_active = Some(&w.num_active);
@@ -165,7 +165,7 @@ impl<'a> RoundContext<'a> {
 
         // 1. Begin: from the sequences' states, the tables that the passes below read (rows, spans, draft
         // tokens).
-        let round = Round { sequences, block, max_verify_rows };
+        let round = Round { sequences, block, max_verify_rows: rows };
         let tables = Tables {
             draft_tokens: &w.draft_tokens,
             draft_rows: &w.draft_rows,
@@ -194,10 +194,10 @@ impl<'a> RoundContext<'a> {
         }
 
         // 4. The target's pass over them. It keeps the tapped features for the drafter's next round.
-        vocabulary.embed(device, &self.scratch, &w.tokens, rows, 1.0)?;
+        vocabulary.embed(device, &self.scratch, &w.tokens, total_rows, 1.0)?;
         let pass = Pass {
             sequences,
-            block: max_verify_rows,
+            block: rows,
             injected: 0,
             table: &w.verify_rows,
             spans: &w.verify_spans,
@@ -209,24 +209,24 @@ impl<'a> RoundContext<'a> {
         models.target.run(device, &self.scratch, &self.cache, &pass)?;
 
         // 5. The target's token after each row: greedy, or sampled with the noise of its position.
-        self.target_head(0, rows, num_active, sampled)?;
-        let sample = Sample { rows, vocab, blocks, sequences };
+        self.target_head(0, total_rows, num_active, sampled)?;
+        let sample = Sample { rows: total_rows, vocab, blocks, sequences };
         sample.launch(device, &w.choices, &w.best, &w.verify_rows, sampled.then(|| w.races()))?;
 
         // 6. Verify by `match`: accept the drafts that equal these tokens. The methods in 7 overwrite the
         // result for the sequences that use them.
         let result = VerifyOutput { accepted: &w.accepted, next: &w.next, path: &w.path };
-        let verify = Verify { sequences, block: max_verify_rows };
+        let verify = Verify { sequences, block: rows };
         let parents = trees.map(|trees| &trees.parents);
         verify.launch(device, result, &w.choices, &w.tokens, parents, &w.verify_spans)?;
 
         // 7. Verify by `rejection` and `block`, from the distributions of both models.
         if let Some(p) = probs {
             let target = Rows { logits: &w.logits, distributions: &p.target };
-            let of_target = RejectionSampler { sequences, block: max_verify_rows, vocab, blocks };
+            let of_target = RejectionSampler { sequences, block: rows, vocab, blocks };
             of_target.distributions(device, target, &w.best, &w.verify_rows, &w.states, &w.tables)?;
             let inputs = VerifyInputs {
-                max_verify_rows,
+                max_verify_rows: rows,
                 tokens: &w.tokens,
                 spans: &w.verify_spans,
                 partial: &p.partial,
@@ -235,28 +235,18 @@ impl<'a> RoundContext<'a> {
             let chains = RejectionSampler { sequences, block, vocab, blocks };
             chains.verify(device, result, target, p.drafter(), inputs, &w.states, &w.tables)?;
             if let Some(trees) = trees {
-                let (siblings, sampled) =
-                    (Siblings { sequences, block, max_verify_rows, vocab }, trees.sampled(w));
-                siblings.verify(device, result, sampled, target, p.drafter(), &w.states, &w.tables)?;
+                let (tokens, drafter) = (trees.sampled(w), p.drafter());
+                let siblings = Siblings { sequences, block, max_verify_rows: rows, vocab };
+                siblings.verify(device, result, tokens, target, drafter, &w.states, &w.tables)?;
                 let work = Workspace { classes: &p.classes, partial: &p.partial, counters: &p.counters };
-                let multi_draft = Chains(siblings);
-                multi_draft.verify(
-                    device,
-                    result,
-                    sampled,
-                    target,
-                    p.drafter(),
-                    &w.states,
-                    &w.tables,
-                    work,
-                )?;
+                let chains = Chains(siblings);
+                chains.verify(device, result, tokens, target, drafter, &w.states, &w.tables, work)?;
             }
         }
 
-        // 8. The accepted path of a tree moves to its positions in the target's cache. A chain is already
-        // there.
+        // 8. Move the accepted path of a tree to its positions in the target's cache; a chain is already there.
         if let Some(trees) = trees {
-            let compact = compact(models, &self.cache, sequences, max_verify_rows);
+            let compact = compact(models, &self.cache, sequences, rows);
             compact.launch(device, &trees.caches, &self.cache.table, result, &w.verify_spans)?;
         }
 
@@ -339,7 +329,7 @@ impl<'a> RoundContext<'a> {
             chains.sample(device, &w.drafts, p.drafter(), &own, &w.states, &w.tables)?;
         }
 
-        // For best-first trees: the most probable tokens of each row.
+        // For trees: the most probable tokens of each row, which best-first trees are built from.
         if let Some(trees) = trees {
             let choices = Choices { rows, vocab, blocks, per_row: tree_choices(self.config) };
             choices.launch(device, &trees.choices, &trees.counts, &w.best, logits, &own, &w.tables)?;
@@ -355,7 +345,7 @@ impl<'a> RoundContext<'a> {
         trees: &TreeBuffers,
         probs: Option<&VerifyBuffers>,
     ) -> Result<()> {
-        let (w, RoundShape { sequences, rows: max_verify_rows, .. }) = (&self.buffers, shape);
+        let (w, RoundShape { sequences, rows, .. }) = (&self.buffers, shape);
         let (device, block) = (self.device, self.config.block);
         let out = Trees {
             tokens: &w.tokens,
@@ -364,11 +354,11 @@ impl<'a> RoundContext<'a> {
             table: &w.verify_rows,
             spans: &w.verify_spans,
         };
-        let build = TreeBuild { sequences, block, max_verify_rows, per_row: tree_choices(self.config) };
+        let build = TreeBuild { sequences, block, max_verify_rows: rows, per_row: tree_choices(self.config) };
         build.launch(device, out, &trees.choices, &trees.counts, &w.drafts, &trees.typical, &w.states)?;
         if let Some(p) = probs {
             let siblings =
-                Siblings { sequences, block, max_verify_rows, vocab: self.models.vocabulary.vocab };
+                Siblings { sequences, block, max_verify_rows: rows, vocab: self.models.vocabulary.vocab };
             siblings.sample(device, trees.sampled(w), p.drafter(), &w.states, &w.tables)?;
             Chains(siblings).sample(device, trees.sampled(w), p.drafter(), &w.states, &w.tables)?;
         }

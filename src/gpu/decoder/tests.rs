@@ -114,8 +114,8 @@ fn a_round_is_as_large_as_its_largest_sequence_needs() {
 fn adaptive_controllers_fill_the_captured_passes() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
-    let room = BatchConfig { adaptive: true, ..BatchConfig::new(1, 16, 128).with_trees(64) };
-    let batch = Batch::new(&device, &models, room).unwrap();
+    let config = BatchConfig { adaptive: true, ..BatchConfig::new(1, 16, 128).with_trees(64) };
+    let batch = Batch::new(&device, &models, config).unwrap();
     let spec = SpecConfig::Exact { drafts: ExactDrafts::Chain, length: DraftLengthPolicy::CostModel };
     let mut controller = batch.controller(&spec, Form::Chain);
     let mut rows = vec![];
