@@ -35,7 +35,9 @@ fn main() {
     for variable in ["NVCC", "CUDA_HOME"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
-    let out = PathBuf::from(env::var("OUT_DIR").unwrap_or_else(|_| fail("OUT_DIR is not set: cargo must run this build script")));
+    let out = PathBuf::from(
+        env::var("OUT_DIR").unwrap_or_else(|_| fail("OUT_DIR is not set: cargo runs this script")),
+    );
     build_ptx(&sources, &headers, &out);
     #[cfg(feature = "emulator")]
     build_emulator(sources, &headers, &out);
@@ -241,7 +243,7 @@ fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
 }
 
 fn stem(path: &Path) -> &str {
-    path.file_stem().and_then(|s| s.to_str()).unwrap_or_else(|| fail("a file name in cuda/ or tests/cuda/ is not UTF-8"))
+    path.file_stem().and_then(|s| s.to_str()).unwrap_or_else(|| fail("a kernel file's name is not UTF-8"))
 }
 
 fn write(path: &Path, text: &str) {
