@@ -373,7 +373,7 @@ fn the_host_holds_a_few_pieces_whatever_the_model() {
         return load_a_gigabyte();
     }
     let out = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "the_host_holds_a_few_pieces_whatever_the_model", "--nocapture"])
+        .args(["--exact", "load::the_host_holds_a_few_pieces_whatever_the_model", "--nocapture"])
         .env(ALONE, "1")
         .output()
         .unwrap();
