@@ -9,12 +9,11 @@ const PROMPTS: [&str; 3] = ["def f(x):", "import os\nimport sys\n", "class Stack
 
 fn main() -> dflash::Result<()> {
     let engine = Engine::open(Models::demo())?;
-    let mut session = engine.session()?;
     println!("prompt  tokens  AR tok/s  DFlash tok/s  rounds   tau  identical");
     for (i, prompt) in PROMPTS.into_iter().enumerate() {
         let params = Params::default().max_tokens(128);
-        let ar = session.generate(prompt, params.clone().autoregressive())?.finish()?;
-        let fast = session.generate(prompt, params)?.finish()?;
+        let ar = engine.generate(prompt, params.clone().autoregressive())?.finish()?;
+        let fast = engine.generate(prompt, params)?.finish()?;
         check_lossless(&ar.outcome, &fast.outcome)?;
         println!(
             "{:6}  {:6}  {:8.0}  {:12.0}  {:6}  {:4.2}  yes",

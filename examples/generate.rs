@@ -1,11 +1,11 @@
 //! One answer of the demo pair, and how much speculative decoding saved.
 //!
-//! cargo run --release --example generate -- "def area(radius):"
+//! cargo run --release --example generate -- "def f(x):"
 
 use dflash::{Engine, Models, Params};
 
 fn main() -> dflash::Result<()> {
-    let prompt = std::env::args().nth(1).unwrap_or("def area(radius):".into());
+    let prompt = std::env::args().nth(1).unwrap_or("def f(x):".into());
     let engine = Engine::open(Models::demo())?;
     if let Some(reason) = engine.fallback() {
         eprintln!("running on the CPU: {reason}");
