@@ -270,7 +270,7 @@ fn commands_that_are_not_run_name_programs_that_exist() {
                 let known = |name: &&str| word == *name || (name.ends_with('/') && word.starts_with(*name));
                 let at = format!("{}:{}", page.display(), example.line);
                 assert!(
-                    SHOWN.iter().any(|name| known(&name)) || runnable(part).is_some(),
+                    SHOWN.iter().any(known) || runnable(part).is_some(),
                     "{at}: the program {word:?} is unknown"
                 );
                 let file = |word: &&str| word.starts_with("tools/");
