@@ -221,7 +221,7 @@ impl Engine {
         }
         if !self.text.has_template() && (system.is_some() || !template_args.is_empty()) {
             let option = if system.is_some() { "system needs" } else { "template_args need" };
-            return Err(without_template(option, &self.pair.target.folder.name()));
+            return Err(without_template(option, &self.pair.target.folder.described()));
         }
         let encoder = PromptEncoder {
             pair: &self.pair,

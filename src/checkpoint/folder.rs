@@ -148,11 +148,19 @@ impl Folder {
     pub fn path(&self, file: &str) -> String {
         match self {
             Folder::Disk(dir) => dir.join(file).display().to_string(),
-            Folder::Embedded { name, .. } => format!("{name}/{file}"),
+            Folder::Embedded { .. } => format!("{file} of {}", self.described()),
         }
     }
 
-    /// The folder's name, for errors and records.
+    /// The folder for sentences: its path, or "the built-in demo target".
+    pub fn described(&self) -> String {
+        match self {
+            Folder::Disk(dir) => dir.display().to_string(),
+            Folder::Embedded { name, .. } => format!("the built-in {}", name.replace('/', " ")),
+        }
+    }
+
+    /// The folder's name in records and titles: its path, or "demo/target".
     pub fn name(&self) -> String {
         match self {
             Folder::Disk(dir) => dir.display().to_string(),

@@ -188,7 +188,7 @@ impl PromptEncoder<'_> {
                 return Err(Error::option("raw", problem));
             }
             Content::Chat(_) if !self.text.has_template() => {
-                let folder = self.pair.target.folder.name();
+                let folder = self.pair.target.folder.described();
                 return Err(without_template(&format!("{name} has messages, which need"), &folder));
             }
             Content::Chat(messages) => messages,

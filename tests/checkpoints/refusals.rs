@@ -59,12 +59,12 @@ const FLAGS: &str = r#"
 2 | --top-p 1.5 x | --top-p is 1.5, expected more than 0 and at most 1
 2 | --top-k -2 x | invalid value '-2' for '--top-k <K>': expected a whole number from 0 to 18446744073709551615
 2 | --min-p 1 x | --min-p is 1, expected at least 0 and less than 1
-2 | --block 0 x | --block is 0, expected 1 to 16, the block that demo/drafter/config.json was trained with
-2 | --block 17 x | --block is 17, expected 1 to 16, the block that demo/drafter/config.json was trained with
+2 | --block 0 x | --block is 0, expected 1 to 16, the block that config.json of the built-in demo drafter was trained with
+2 | --block 17 x | --block is 17, expected 1 to 16, the block that config.json of the built-in demo drafter was trained with
 2 | --draft none --block 4 x | --block is 4 without a drafter, expected 1 (autoregressive decoding)
 2 | --target ROOT x | --target needs --draft: its drafter's folder, or none for autoregressive decoding
-2 | --ctx 1 x | --ctx is 1, expected 2 to 4096, the positions that demo/target/config.json has
-2 | --ctx 4097 x | --ctx is 4097, expected 2 to 4096, the positions that demo/target/config.json has
+2 | --ctx 1 x | --ctx is 1, expected 2 to 4096, the positions that config.json of the built-in demo target has
+2 | --ctx 4097 x | --ctx is 4097, expected 2 to 4096, the positions that config.json of the built-in demo target has
 2 | --batch 2 x | --batch needs --prompts
 2 | --batch 0 --prompts nothing.jsonl | --batch is 0, expected 1 to 16
 2 | --batch 17 --prompts nothing.jsonl | --batch is 17, expected 1 to 16
@@ -72,8 +72,8 @@ const FLAGS: &str = r#"
 2 | --gpu one x | invalid value 'one' for '--gpu <N>': expected a whole number from 0 to 4294967295
 2 | --device tpu x | invalid value 'tpu' for '--device <DEVICE>' [possible values: auto, cpu, cuda, emulator]; a similar value exists: 'cpu'
 2 | --stop '' x | --stop is empty, expected at least one character
-2 | --system Kind! x | --chat-template is absent and demo/target has none, but --system needs one
-2 | --template-arg a=1 x | --chat-template is absent and demo/target has none, but --template-arg needs one
+2 | --system Kind! x | --chat-template is absent and the built-in demo target has none, but --system needs one
+2 | --template-arg a=1 x | --chat-template is absent and the built-in demo target has none, but --template-arg needs one
 2 | --template-arg thinking x | --template-arg is "thinking", expected NAME=VALUE
 2 | --template-arg =1 x | --template-arg is "=1", expected NAME=VALUE
 2 | --raw --system Kind! x | the argument '--raw' cannot be used with '--system <TEXT>'
@@ -125,7 +125,7 @@ const PROMPTS: &str = r#"
 2 | --prompts ROOT/blank.jsonl | ROOT/blank.jsonl holds no prompt
 2 | --prompts ROOT/empty.jsonl | ROOT/empty.jsonl line 2 is empty, expected at least one token
 2 | --prompts ROOT/latin1.jsonl | ROOT/latin1.jsonl is not UTF-8: byte 15 is not part of a character
-2 | --prompts ROOT/chat.jsonl | --chat-template is absent and demo/target has none, but ROOT/chat.jsonl line 1 has messages, which need one
+2 | --prompts ROOT/chat.jsonl | --chat-template is absent and the built-in demo target has none, but ROOT/chat.jsonl line 1 has messages, which need one
 2 | --prompts ROOT/chat.jsonl --raw | --raw is set, but ROOT/chat.jsonl line 1 has messages, which need a chat template
 2 | --prompts ROOT/tool.jsonl | ROOT/tool.jsonl line 1: unknown field `tool_calls`, expected `role` or `content` at column 59: expected {"prompt": TEXT} or {"messages": [...]}
 2 | --prompts ROOT/system.jsonl --system b --chat-template ROOT/ok.jinja | --system is set, but ROOT/system.jsonl line 1 has a system message of its own
@@ -352,7 +352,7 @@ const OTHER_FOLDERS: &str = r#"
 3 | --target ROOT/target/config.json --draft none x | ROOT/target/config.json is a file: expected a Hugging Face model folder
 3 | --target ROOT/target --draft ROOT/target/config.json x | ROOT/target/config.json is a file: expected a Hugging Face model folder
 2 | --target ROOT/drafter --draft none x | --target is given ROOT/drafter/config.json, which describes a drafter (DFlashDraftModel): expected a target
-3 | --draft ROOT/drafter x | ROOT/drafter/config.json was not made for demo/target/config.json: its hidden size is 64, the target's is 128
+3 | --draft ROOT/drafter x | ROOT/drafter/config.json was not made for config.json of the built-in demo target: its hidden size is 64, the target's is 128
 "#;
 
 #[test]

@@ -296,7 +296,7 @@ const WRONG: &str = r#"
 /set min-p 1 | --min-p is 1, expected at least 0 and less than 1
 /set seed -5 | invalid value '-5' for '--seed <N>': expected a whole number from 0 to 18446744073709551615
 /set max-tokens 0 | --max-tokens is 0, which leaves --chat nothing to say
-/set block 17 | --block is 17, expected 1 to 16, the block that demo/drafter/config.json was trained with
+/set block 17 | --block is 17, expected 1 to 16, the block that config.json of the built-in demo drafter was trained with
 "#;
 
 #[test]

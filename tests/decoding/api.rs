@@ -142,15 +142,18 @@ fn options_are_refused_by_their_names() {
     let with = |params: Params| DEMO.generate("x", params).err().unwrap().to_string();
     let options = EngineOptions::default().device(DeviceChoice::Cpu).context(1);
     let found = Engine::open_with(Models::demo(), options).err().unwrap().to_string();
-    assert_eq!(found, "context is 1, expected 2 to 4096, the positions that demo/target/config.json has");
+    assert_eq!(
+        found,
+        "context is 1, expected 2 to 4096, the positions that config.json of the built-in demo target has"
+    );
     assert_eq!(
         with(Params::default().block(99)),
-        "block is 99, expected 1 to 16, the block that demo/drafter/config.json was trained with"
+        "block is 99, expected 1 to 16, the block that config.json of the built-in demo drafter was trained with"
     );
     assert_eq!(with(Params::default().stop("")), "stop is empty, expected at least one character");
     assert_eq!(
         with(Params::default().system("Be kind.")),
-        "chat_template is absent and demo/target has none, but system needs one"
+        "chat_template is absent and the built-in demo target has none, but system needs one"
     );
     let empty = DEMO.generate(Content::Tokens(vec![]), Params::default()).err().unwrap();
     assert_eq!(empty, Error::Usage("the prompt gives no tokens, expected at least one".into()));

@@ -42,7 +42,7 @@ pub fn check(job: &Job, pair: &Pair, text: &Text) -> Result<()> {
     text.stream(&job.stop)?;
     match text.has_template() {
         true => Ok(()),
-        false => Err(without_template("--chat needs", &pair.target.folder.name())),
+        false => Err(without_template("--chat needs", &pair.target.folder.described())),
     }
 }
 

@@ -37,7 +37,7 @@ pub fn requests(job: &Job, pair: &Pair, text: &Text, block: usize) -> Result<Vec
     text.stream(&job.stop)?;
     if !text.has_template() && (job.system.is_some() || !job.variables.is_empty()) {
         let flag = if job.system.is_some() { "--system" } else { "--template-arg" };
-        return Err(without_template(&format!("{flag} needs"), &pair.target.folder.name()));
+        return Err(without_template(&format!("{flag} needs"), &pair.target.folder.described()));
     }
     let (raw, system, context) = (job.raw, job.system.as_deref(), job.context(pair)?);
     let tokens = PromptEncoder { pair, text, raw, system, variables: &job.variables, context };
