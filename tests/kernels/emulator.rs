@@ -463,7 +463,7 @@ fn launches_that_do_not_fit_the_kernel_are_refused() {
     static WRONG_FILE: Kernel = broken("toy_warp", 32);
     static TOO_MUCH: Kernel = Kernel { max_shared: (227 << 10) + 1, ..toy("toy_warp", 32) };
     refused(&WRONG_FILE, [1, 1, 1], 0, &good, "in toys.cu, but declared in broken.cu");
-    refused(&TOO_MUCH, [1, 1, 1], 0, &good, "a block has 232448");
+    refused(&TOO_MUCH, [1, 1, 1], 0, &good, "a block has at most 232448");
     refused(&UNKNOWN, [1, 1, 1], 0, &good, "toy_nothing: not in the host build");
     refused(&WRONG_SIZE, [1, 1, 1], 0, &good, "32 threads per block");
     refused(&WARP, [1, 0, 1], 0, &good, "grid");
