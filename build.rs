@@ -38,9 +38,28 @@ fn main() {
     let out = PathBuf::from(
         env::var("OUT_DIR").unwrap_or_else(|_| fail("OUT_DIR is not set: cargo must run this build script")),
     );
+    name_commit();
     build_ptx(&sources, &headers, &out);
     #[cfg(feature = "emulator")]
     build_emulator(sources, &headers, &out);
+}
+
+/// Sets `DFLASH_COMMIT` for the crate, unless the environment has it: the commit of the checkout, for bug reports and
+/// records. Outside a checkout there is none.
+fn name_commit() {
+    println!("cargo:rerun-if-env-changed=DFLASH_COMMIT");
+    // Changes with every commit, checkout and merge.
+    let log = Path::new(".git/logs/HEAD");
+    if env::var_os("DFLASH_COMMIT").is_some() || !log.exists() {
+        return;
+    }
+    println!("cargo:rerun-if-changed={}", log.display());
+    let git = Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).stderr(Stdio::null()).output();
+    if let Ok(output) = git.as_ref().map(|output| String::from_utf8_lossy(&output.stdout)) {
+        if !output.trim().is_empty() {
+            println!("cargo:rustc-env=DFLASH_COMMIT={}", output.trim());
+        }
+    }
 }
 
 /// Writes `ptx.rs`, the table of modules: per source file its stem and its PTX for each of [`TARGETS`].

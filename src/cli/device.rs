@@ -7,6 +7,7 @@ use crate::api::device::Placement;
 use crate::checkpoint::pair::Pair;
 use crate::cli::terminal::{message, note};
 use crate::gpu::batch_config::BatchConfig;
+use crate::gpu::cuda;
 use clap::builder::PossibleValue;
 
 impl clap::ValueEnum for Choice {
@@ -27,6 +28,9 @@ impl clap::ValueEnum for Choice {
         Some(PossibleValue::new(name).help(help))
     }
 }
+
+/// How to get a binary with kernels.
+const KERNELS_HINT: &str = "; for an NVIDIA GPU: tools/get-nvcc.sh && cargo build --release";
 
 /// The device that runs a pair with these capacities; `None` for the CPU. For `auto`, prints a line on stderr
 /// that says which device it is and why, unless `quiet`.
@@ -54,7 +58,9 @@ pub fn for_pair(
         }
         Placement::Cpu { fallback } => {
             if let Some(reason) = fallback {
-                say(&format!("device: cpu: {}", message(&reason).trim_start_matches("device cuda: ")));
+                let hint = if cuda::targets().is_empty() { KERNELS_HINT } else { "" };
+                let reason = message(&reason);
+                say(&format!("device: cpu: {}{hint}", reason.trim_start_matches("device cuda: ")));
             }
             None
         }

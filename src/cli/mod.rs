@@ -2,6 +2,8 @@
 //! codes, signals. Behind the feature `cli`, which is on by default. Modules outside `cli` never name it.
 
 pub mod device;
+pub mod published;
 pub mod sigbus;
 pub mod spec_flags;
 pub mod terminal;
+pub mod version;

@@ -212,6 +212,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The newest CUDA version that the driver supports, as 13000 for 13.0; none without a driver.
+///
+/// # Errors
+/// [`Error::Internal`] where the driver does not say.
+pub fn driver_version() -> Result<Option<u32>> {
+    // SAFETY: only tries to load the driver library. Without this check the first driver call would panic.
+    if !unsafe { sys::is_culib_present() } {
+        return Ok(None);
+    }
+    let mut version = 0;
+    // SAFETY: writes one int, and works before the driver is initialized.
+    check("asking for the driver's version", unsafe { sys::cuDriverGetVersion(&mut version) }.result())?;
+    Ok(Some(u32::try_from(version).unwrap_or(0)))
+}
+
 impl Cuda {
     /// Opens GPU number `ordinal` and loads the kernels for it. The driver compiles their PTX the first time
     /// and caches the result for later runs.
@@ -224,24 +239,21 @@ impl Cuda {
         Cuda::with(MODULES, ordinal)
     }
 
-    fn with(from: &'static [Module], ordinal: u32) -> Result<Cuda> {
+    /// What GPU number `ordinal` is, without loading kernels for it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] as [`Cuda::open`] for the machine, the driver and the GPU.
+    pub fn probe(ordinal: u32) -> Result<Properties> {
+        Ok(Cuda::find(ordinal)?.1)
+    }
+
+    fn find(ordinal: u32) -> Result<(sys::CUdevice, Properties)> {
         let unsupported = |what: String| Err(Error::Unsupported(what));
-        if from.is_empty() {
-            return unsupported(
-                "device cuda: this binary was built without nvcc and has no CUDA kernels".to_string(),
-            );
-        }
-        // SAFETY: only tries to load the driver library. Without this check the first driver call would
-        // panic.
-        if !unsafe { sys::is_culib_present() } {
+        let Some(driver) = driver_version()? else {
             return unsupported(
                 "device cuda: no NVIDIA driver on this machine (libcuda.so.1 was not found)".to_string(),
             );
-        }
-        let mut version = 0;
-        // SAFETY: writes one int, and works before the driver is initialized.
-        check("asking for the driver's version", unsafe { sys::cuDriverGetVersion(&mut version) }.result())?;
-        let driver = u32::try_from(version).unwrap_or(0);
+        };
         if driver < MIN_DRIVER {
             return unsupported(format!(
                 "device cuda: the NVIDIA driver supports CUDA {}.{}, expected {}.{} or newer (driver 580 or newer)",
@@ -273,6 +285,16 @@ impl Cuda {
                 properties.name
             ));
         }
+        Ok((device, properties))
+    }
+
+    fn with(from: &'static [Module], ordinal: u32) -> Result<Cuda> {
+        if from.is_empty() {
+            return Err(Error::Unsupported(
+                "device cuda: this binary was built without nvcc and has no CUDA kernels".to_string(),
+            ));
+        }
+        let (device, properties) = Cuda::find(ordinal)?;
         // SAFETY: `device` came from the driver; `Context` releases the context when it drops.
         let context = check("creating a context", unsafe { result::primary_ctx::retain(device) })?;
         // SAFETY: the context was just retained.
@@ -289,7 +311,7 @@ impl Cuda {
         let context = Arc::new(Context { device, context, stream, capturing: Mutex::new(()) });
         let mut modules = BTreeMap::new();
         for module in from {
-            modules.insert(module.file, load(module, usize::from(properties.overlap), driver)?);
+            modules.insert(module.file, load(module, usize::from(properties.overlap), properties.driver)?);
         }
         let state = Mutex::new(State { functions: BTreeMap::new(), recording: HashMap::new() });
         Ok(Cuda { properties, state, modules, context })

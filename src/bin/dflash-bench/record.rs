@@ -41,7 +41,7 @@ pub struct Record {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Build {
     pub version: String,
-    /// `DFLASH_COMMIT` in the environment of the build.
+    /// The commit of the build, where it is known.
     pub commit: Option<String>,
     pub features: Vec<String>,
     /// PTX targets of the kernels.
@@ -164,7 +164,7 @@ impl Record {
             arguments: std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect(),
             build: Build {
                 version: env!("CARGO_PKG_VERSION").into(),
-                commit: option_env!("DFLASH_COMMIT").map(String::from),
+                commit: dflash::cli::version::COMMIT.map(String::from),
                 features: features.iter().filter(|f| f.1).map(|f| f.0.to_string()).collect(),
                 ptx: cuda::targets().iter().map(|target| target.to_string()).collect(),
             },

@@ -27,7 +27,7 @@ program if it is pressed again or between answers).";
 /// Without --target and --draft, the demo pair runs, which is part of this program: a small model
 /// of Python source. Answers go to stdout, everything else to stderr.
 #[derive(Parser)]
-#[command(name = "dflash-gen", version, after_help = EXIT_CODES, verbatim_doc_comment)]
+#[command(name = "dflash-gen", disable_version_flag = true, after_help = EXIT_CODES, verbatim_doc_comment)]
 pub struct Args {
     /// The prompt; without it, -f or --prompts, stdin is read
     #[arg(value_name = "PROMPT")]
@@ -49,7 +49,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", help_heading = "Models")]
     pub target: Option<PathBuf>,
     /// Hugging Face folder of its DFlash drafter, or "none" for autoregressive decoding [default: the demo
-    /// pair's]
+    /// pair's; with --target: none]
     #[arg(long, value_name = "DIR|none", help_heading = "Models")]
     pub draft: Option<PathBuf>,
     /// Where to run
@@ -156,6 +156,10 @@ pub struct Args {
     /// No statistics on stderr
     #[arg(short, long, help_heading = "Output")]
     pub quiet: bool,
+    /// Print the version; with --json what a bug report needs: commit, kernels, device, driver
+    #[arg(short = 'V', long, help_heading = "Output")]
+    #[arg(conflicts_with_all = ["prompt", "file", "prompts", "chat", "plan", "stream_json", "compare", "check_lossless"])]
+    pub version: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -187,10 +191,12 @@ impl Args {
         Ok(Job {
             action: self.action(),
             is_demo: self.target.is_none(),
-            drafter: match self.draft {
-                None => Some(DEMO_DRAFTER),
-                Some(dir) if is_none(&dir) => None,
-                Some(dir) => Some(Folder::Disk(dir)),
+            draft_was_given: self.draft.is_some(),
+            drafter: match (self.draft, &self.target) {
+                (None, None) => Some(DEMO_DRAFTER),
+                (None, Some(_)) => None,
+                (Some(dir), _) if is_none(&dir) => None,
+                (Some(dir), _) => Some(Folder::Disk(dir)),
             },
             target: self.target.map_or(DEMO_TARGET, Folder::Disk),
             device: self.device,
@@ -238,7 +244,10 @@ impl Args {
     /// Flags that cannot go together, and capacities out of range.
     fn check(&self) -> Result<()> {
         let wrong = |what: &str| Err(Error::Usage(what.into()));
-        let no_drafter = self.draft.as_deref().is_some_and(is_none);
+        let no_drafter = match &self.draft {
+            Some(dir) => is_none(dir),
+            None => self.target.is_some(),
+        };
         self.drafts.need_drafter(no_drafter, self.block)?;
         // These compare with autoregressive decoding.
         let compares = match (self.compare, self.check_lossless) {
@@ -255,10 +264,7 @@ impl Args {
         if let Some(flag) = compares {
             needs_drafter(flag, no_drafter, self.block)?;
         }
-        match (&self.target, &self.draft) {
-            (Some(_), None) => {
-                wrong("--target needs --draft: its drafter's folder, or none for autoregressive decoding")
-            }
+        match () {
             _ if !(1..=MAX_SEQUENCES).contains(&self.batch) => {
                 Err(Error::Usage(format!("--batch is {}, expected 1 to {MAX_SEQUENCES}", self.batch)))
             }

@@ -18,6 +18,8 @@ pub struct Job {
     pub target: Folder,
     /// None: autoregressive decoding.
     pub drafter: Option<Folder>,
+    /// `--draft` was given, be it as `none`.
+    pub draft_was_given: bool,
     /// The target is the demo pair's.
     pub is_demo: bool,
     pub device: Choice,

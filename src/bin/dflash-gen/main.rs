@@ -17,8 +17,8 @@ use args::Args;
 use chat::Chat;
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::device::Choice;
-use dflash::cli::sigbus;
 use dflash::cli::terminal::{self, note};
+use dflash::cli::{published, sigbus, version};
 use dflash::cpu::ops;
 use dflash::engine::decoder::Backend;
 use dflash::engine::generate::{Flow, TokenSink, TokenSinks, generate_all};
@@ -43,14 +43,35 @@ const INTERRUPTED_EXIT: u8 = 130;
 
 fn main() -> ExitCode {
     match terminal::parse::<Args>("dflash-gen") {
+        Ok(args) if args.version => terminal::run("dflash-gen", || print_version(&args)),
         Ok(args) => terminal::run("dflash-gen", || ops::install(|| run(&args.resolve()?))),
         Err(code) => code,
     }
 }
 
+fn print_version(args: &Args) -> Result<u8> {
+    match args.json {
+        true => terminal::print(&format!("{}\n", version::facts("dflash-gen", args.gpu.unwrap_or(0))))?,
+        false => terminal::print(concat!("dflash-gen ", env!("CARGO_PKG_VERSION"), "\n"))?,
+    };
+    Ok(0)
+}
+
+/// Says on stderr that nothing is drafted, and which published drafter fits the target's shape.
+fn note_missing_drafter(pair: &Pair) {
+    let fits = match published::drafter_for(&pair.target.config) {
+        Some(name) => format!("{name} is published for targets of this shape, others are in docs/cli.md"),
+        None => "docs/cli.md lists published drafters".into(),
+    };
+    note(&format!("no --draft, so autoregressive decoding: {fits}"));
+}
+
 fn run(job: &Job) -> Result<u8> {
     let clock = Instant::now();
     let pair = Pair::open(job.target.clone(), job.drafter.clone())?;
+    if pair.drafter.is_none() && !job.draft_was_given && !job.quiet {
+        note_missing_drafter(&pair);
+    }
     sigbus::guard("dflash-gen", &pair)?;
     let block = job.block(&pair)?;
     job.context(&pair)?;
