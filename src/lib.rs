@@ -69,6 +69,8 @@
 //! | `emulator` | no | the CUDA kernels, compiled for the CPU, as a device for tests |
 //! | `sanitize` | no | the emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer |
 
+#![deny(missing_docs)]
+
 pub mod api;
 pub mod checkpoint;
 #[cfg(feature = "cli")]

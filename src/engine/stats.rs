@@ -70,6 +70,7 @@ pub struct Record {
     /// How drafts were made and verified.
     #[serde(flatten)]
     pub drafts: SpecRecord,
+    /// How long loading, the prompt and decoding took.
     pub seconds: Seconds,
 }
 

@@ -23,7 +23,7 @@ impl<'a> Batch<'a> {
     /// `request` is ignored, and the slot's next sequence reuses nothing.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there are too few pages; otherwise as [`Decoder::join`].
+    /// [`Error::Memory`] where there are too few pages; otherwise as [`Decoder::admit`].
     pub fn fill_synthetic_context(&mut self, slot: usize, context: usize, request: &Request) -> Result<()> {
         // No real prompt contains this token, so none shares a prefix with it.
         let request = Request { prompt: vec![u32::MAX; context], ..request.clone() };
