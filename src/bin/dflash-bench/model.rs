@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// pair's own.
 ///
 /// # Errors
-/// [`Error::Usage`] for an unknown name; otherwise those of [`Pair::drawn`].
+/// [`Error::Usage`] for an unknown name; otherwise those of [`Pair::with_random_weights`].
 pub fn pair(model: &str, draft: Option<PathBuf>) -> Result<Pair> {
     let draft = draft.map(Folder::Disk);
     if model == "demo" {
