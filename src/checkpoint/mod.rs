@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | [`folder`] | where files come from: a folder on disk, or files embedded in the binary (the demo pair) |
 //! | [`config`] | `config.json` of target and drafter |
+//! | [`rope`] | rotary position embedding |
 //! | [`safetensors`] | tensors by name, with shape and type, memory-mapped |
 //! | [`random_weights`] | weights that no file holds, for measuring published shapes |
 //! | [`pair`] | target and drafter opened together and checked against each other |
@@ -16,4 +17,5 @@ pub mod folder;
 pub(crate) mod json;
 pub mod pair;
 pub mod random_weights;
+pub mod rope;
 pub mod safetensors;
