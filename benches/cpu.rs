@@ -27,8 +27,8 @@ fn begin(sequence: &mut Sequence, request: &Request) -> Result<()> {
     Ok(())
 }
 
-/// The time of `times` rounds after the same prompt. Each is the second round: only then does the drafter have
-/// features to absorb, as in any later round.
+/// The time of `times` rounds after the same prompt. Each is the second round: only then does the drafter
+/// have features to absorb, as in any later round.
 fn rounds(sequence: &mut Sequence, request: &Request, times: u64) -> Result<Duration> {
     let mut all = Duration::ZERO;
     for _ in 0..times {

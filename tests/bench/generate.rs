@@ -358,7 +358,7 @@ fn generate_refuses_in_a_sentence() {
     ] {
         refused(bench(args(&two, &[flags, &["--device", "cpu"]].concat())), 2, part);
     }
-    refused(bench(["generate", "--count", "99"]), 2, "--count is 99, but there are 8 built-in prompts");
+    refused(bench(["generate", "--count", "99"]), 2, "--count is 99, but the built-in list holds 8 prompts");
     refused(bench(["generate", "--batch", "9"]), 2, "--batch is 9, expected 1 to 8, the number of prompts");
     refused(bench(args(&two, &["--target", "nowhere", "--draft", "nowhere"])), 3, "nowhere does not exist");
     for (name, text, part) in [
@@ -429,14 +429,14 @@ fn without_a_subcommand_it_prints_a_short_table() {
     assert_eq!(csv.lines().count(), 1 + found["rows"].as_array().unwrap().len());
 }
 
-/// One line per number of tokens, with its count, its share and a bar in proportion.
+/// One line per number of tokens, with its count, its fraction and a bar in proportion.
 #[test]
 fn the_histogram_has_a_bar_for_each_number_of_tokens() {
     let dir = tempfile::tempdir().unwrap();
     let flags = ["generate", "--device", "cpu", "-n", "32", "--repeat", "1", "--count", "4", "--block", "6"];
     let found = record(0, &flags);
     let counts = [1, 2, 3, 4, 5, 6].map(|k| value(&found, "rounds", json!({ "accepted": k })));
-    let (sum, most) = (counts.iter().sum::<f64>(), counts.iter().copied().fold(0.0, f64::max));
+    let (sum, tallest) = (counts.iter().sum::<f64>(), counts.iter().copied().fold(0.0, f64::max));
     let table = bench(["show", &write(dir.path(), "a.json", found.to_string())]).done();
     let lines: Vec<&str> =
         table.lines().skip_while(|line| !line.starts_with("tokens  rounds")).skip(1).collect();
@@ -446,7 +446,7 @@ fn the_histogram_has_a_bar_for_each_number_of_tokens() {
         assert_eq!(words[..2], [(i + 1).to_string(), count.to_string()], "{line}");
         assert_eq!(words[2], format!("{:.1}", count / sum * 100.0), "{line}");
         let bar = line.chars().filter(|c| ('█'..='▏').contains(c)).count();
-        assert_eq!(bar, (count / most * 30.0).ceil() as usize, "{line}");
+        assert_eq!(bar, (count / tallest * 30.0).ceil() as usize, "{line}");
         if i < 5 {
             let share = value(&found, "accepted at position", json!({ "position": i + 1 }));
             assert!(line.contains(&format!("{:.1} %", share * 100.0)), "{line}");

@@ -272,7 +272,7 @@ fn what_cannot_be_measured_is_refused() {
     let much = ["--model", "llama-3.1-8b", "--only", "attention", "--rows", "1024", "--context", "130000"];
     // They are left out, and what was measured is not lost.
     let part = run(&much);
-    assert_eq!((part.code, part.out.lines().count()), (5, 3), "{part:?}");
+    assert_eq!((part.code, part.out.lines().count()), (5, 4), "{part:?}");
     assert!(part.out.lines().last().unwrap().starts_with("read ceiling"), "{part:?}");
     let last = part.err.lines().last().unwrap();
     assert!(last.starts_with("dflash-bench: attention {\"rows\":1024"), "{part:?}");

@@ -12,7 +12,7 @@ fn configs(name: &str) -> (TargetConfig, DrafterConfig) {
     (TargetConfig::open(&target).unwrap(), DrafterConfig::open(&drafter).unwrap())
 }
 
-/// Within half a percent: the expected figures are rounded.
+/// Within half a percent, because expected values are rounded.
 #[track_caller]
 fn near(found: f64, expected: f64) {
     assert!((found / expected - 1.0).abs() < 0.005, "{found}, expected {expected}");
@@ -50,8 +50,8 @@ fn bytes_of_the_qwen3_pairs() {
 
 #[test]
 fn least_times_of_the_qwen3_pairs_on_an_h200() {
-    // ms of a AR step and of a round at 4.8, 4.3 and 4.1 TB/s; tok/s at the last for acceptance lengths 4, 6,
-    // 8.
+    // ms of an AR step and of a round at 4.8, 4.3 and 4.1 TB/s; tok/s at 4.1 TB/s for acceptance lengths 4,
+    // 6, 8.
     for (name, steps, rounds, rates) in [
         ("qwen3-8b", [3.15, 3.52, 3.69], [3.85, 4.30, 4.51], [888.0, 1331.0, 1775.0]),
         ("qwen3-4b", [1.68, 1.87, 1.96], [2.06, 2.30, 2.41], [1657.0, 2486.0, 3314.0]),
@@ -75,11 +75,11 @@ fn least_times_of_the_qwen3_pairs_on_an_h200() {
 }
 
 #[test]
-fn keys_and_values_count_for_every_sequence_and_only_within_their_window() {
+fn keys_and_values_count_per_sequence_within_the_window() {
     let (mut target, _) = configs("qwen3-8b");
     let bytes = |target: &TargetConfig, context, batch| target_pass(target, context, batch, 1).bytes;
     let weights = target_bytes(&target);
-    // Context read, and one position written.
+    // The context is read and one position is written.
     assert_eq!(bytes(&target, 1000, 3) - weights, 3.0 * 1001.0 * 147_456.0);
     target.stack.attention[0] = Attention { causal: true, window: Some(100) };
     assert_eq!(bytes(&target, 1000, 3) - weights, 3.0 * (1001.0 * 147_456.0 - 900.0 * 4096.0));
@@ -87,14 +87,14 @@ fn keys_and_values_count_for_every_sequence_and_only_within_their_window() {
 }
 
 #[test]
-fn operations_decide_where_rows_are_many() {
+fn operations_are_the_bound_for_many_rows() {
     let (target, drafter) = configs("qwen3-8b");
     let card = Card::named("h200").unwrap();
-    // Two operations for each parameter that a pass multiplies by, and attention's.
+    // Two operations for each weight of a product, plus attention.
     let parameters = 36.0 * 192_937_984.0 + 151_936.0 * 4096.0;
     let attention = 36.0 * 4.0 * 4096.0 * 16.0 * (1000.0 + 16.0);
     assert_eq!(target_pass(&target, 1000, 1, 16).flops, 2.0 * 16.0 * parameters + attention);
-    // The drafter's, its features' keys and values, and the join of five of them.
+    // The drafter's layers, the keys and values of injected features, and fc over five taps.
     let parameters =
         5.0 * (192_937_984.0 + 2.0 * 1024.0 * 4096.0) + 5.0 * 4096.0 * 4096.0 + 151_936.0 * 4096.0;
     let attention = 5.0 * 4.0 * 4096.0 * 16.0 * (1000.0 + 16.0);
@@ -107,11 +107,11 @@ fn operations_decide_where_rows_are_many() {
 }
 
 #[test]
-fn cards_are_found_as_people_write_them() {
+fn cards_have_several_spellings() {
     assert_eq!(Card::named("rtx 4090").unwrap().bandwidth, 1008.0);
     assert_eq!(Card::named("H100SXM").unwrap().name, "H100-SXM");
     assert_eq!(Card::named("H100"), None);
-    // Operations for each byte of memory, and GB: no figure in another unit than the rest.
+    // Operations per byte, and GB: all cards use the same units.
     for card in CARDS {
         let intensity = card.tflops * 1e3 / card.bandwidth;
         assert!((70.0..450.0).contains(&intensity), "{card:?}");
@@ -122,8 +122,8 @@ fn cards_are_found_as_people_write_them() {
 
 // ---- statistics ----
 //
-// Expected figures: numpy 2.4.6, scipy 1.17.1 (`pip install numpy scipy`). Quantiles are `numpy.quantile(x,
-// q)`, the bootstrap is a loop over the same draws with `numpy.median`; scipy's own is
+// Expected values: numpy 2.4.6, scipy 1.17.1 (`pip install numpy scipy`). Quantiles are `numpy.quantile(x,
+// q)`, the bootstrap is a loop over the same random indices with `numpy.median`; scipy's own is
 //   scipy.stats.bootstrap((a, b), lambda u, v, axis: np.median(v, axis) / np.median(u, axis), paired=P,
 //       n_resamples=200000, confidence_level=.99, method='percentile', rng=1, vectorized=True)
 
@@ -182,24 +182,24 @@ fn bootstraps_equal_numpy_and_are_near_scipy() {
     equals(apart, (1.0071942446043165, 0.8416492047026279, 1.232354509562632), 1e-12);
     let together = ratio(&before, &after, Pairing::Paired).unwrap();
     equals(together, (1.0071942446043165, 0.971153846153846, 1.041860465116279), 1e-12);
-    // Samples of a round are no news to each other: taken one by one they would look far surer.
+    // Samples of a round are correlated: taken one by one they give too narrow an interval.
     let (flat_before, flat_after) = (before.concat(), after.concat());
     let flat = ratio(&alone(&flat_before), &alone(&flat_after), Pairing::Unpaired).unwrap();
     assert!(flat.high - flat.low < 0.8 * (apart.high - apart.low), "{flat:?} {apart:?}");
 }
 
-// A ratio of sums: the same loop, and scipy's bootstrap((tokens, plain, others, fast), S, paired=True, ..)
+// A ratio of sums: the same loop, and scipy's bootstrap((tokens, ar, others, fast), S, paired=True, ..)
 // with
 //   S = lambda a, p, b, f, axis=-1: (b.sum(axis) / f.sum(axis)) / (a.sum(axis) / p.sum(axis))
 #[test]
 fn rates_of_tasks_equal_numpy_and_are_near_scipy() {
     let tokens = [128.0, 128.0, 57.0, 128.0, 96.0, 128.0, 31.0, 128.0];
-    let plain = [1.31, 1.29, 0.62, 1.35, 1.02, 1.28, 0.37, 1.33];
+    let ar = [1.31, 1.29, 0.62, 1.35, 1.02, 1.28, 0.37, 1.33];
     let fast = [0.41, 0.52, 0.21, 0.36, 0.47, 0.33, 0.19, 0.44];
     let tasks = |amounts: [f64; 8], times: [f64; 8]| -> Vec<Work> {
         amounts.iter().zip(times).map(|(&amount, time)| Work { amount, time }).collect()
     };
-    let before = tasks(tokens, plain);
+    let before = tasks(tokens, ar);
     let same = rates(&before, &tasks(tokens, fast)).unwrap();
     equals(same, (2.924914675767918, 2.3783783783783785, 3.519856317689531), 1e-12);
     equals(same, (2.924914675767918, 2.387596899224806, 3.503676470588236), 0.02);
@@ -218,8 +218,8 @@ fn rates_of_tasks_equal_numpy_and_are_near_scipy() {
 }
 
 #[test]
-fn an_interval_holds_the_truth_as_often_as_it_says() {
-    // 300 pairs of 15 and 25 samples with medians of 1 and 1.1, skewed as times are.
+fn intervals_cover_the_truth_at_their_level() {
+    // 300 pairs of 15 and 25 samples with medians of 1 and 1.1, from a skewed distribution.
     let mut state = 7u64;
     let mut uniform = || {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -239,7 +239,7 @@ fn an_interval_holds_the_truth_as_often_as_it_says() {
 }
 
 #[test]
-fn what_cannot_be_compared_has_no_ratio() {
+fn incomparable_samples_have_no_ratio() {
     let one: [&[f64]; 1] = [&[1.0]];
     for (before, after) in [
         (&one[..], &[][..]),
@@ -262,7 +262,7 @@ fn verdicts_need_size_and_certainty() {
     assert_eq!(verdict(1.05, 1.03, 1.08), Verdict::Faster);
     assert_eq!(verdict(0.95, 0.9, 0.99), Verdict::Slower);
     assert_eq!(verdict(1.0, 0.995, 1.004), Verdict::Same);
-    // Sure, and small; large, and unsure; neither.
+    // Certain but small; large but uncertain; neither.
     assert_eq!(verdict(1.005, 1.001, 1.009), Verdict::Same);
     assert_eq!(verdict(1.009, 1.001, 1.02), Verdict::Unclear);
     assert_eq!(verdict(1.05, 0.99, 1.1), Verdict::Unclear);

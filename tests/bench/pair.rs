@@ -24,7 +24,7 @@ fn published(name: &str) -> Pair {
     Pair::with_random_weights(target, Some(drafter)).unwrap()
 }
 
-/// A small pair that the kernels support, of which only the configs are on the disk.
+/// A small pair that the kernels support. Only the configs are on the disk.
 fn tiny() -> (tempfile::TempDir, Pair) {
     let target = support::Target {
         hidden: 192,
@@ -154,13 +154,13 @@ fn a_random_pair_is_lossless_on_the_emulator() {
         generate(&mut *backend.decoder().unwrap(), &request, &mut Silent).unwrap()
     };
     let backend = load();
-    let (plain, fast) = (run(&backend, 1), run(&backend, 8));
-    assert_eq!(plain.tokens.len(), 12);
+    let (ar, fast) = (run(&backend, 1), run(&backend, 8));
+    assert_eq!(ar.tokens.len(), 12);
     assert!(!fast.accepted.is_empty());
-    check_lossless(&plain, &fast).unwrap();
+    check_lossless(&ar, &fast).unwrap();
     assert_eq!(run(&load(), 8).tokens, fast.tokens);
     // Greedy: the weights decide the tokens, which are not all the same.
-    assert!(plain.tokens.iter().any(|token| *token != plain.tokens[0]), "{:?}", plain.tokens);
+    assert!(ar.tokens.iter().any(|token| *token != ar.tokens[0]), "{:?}", ar.tokens);
 }
 
 #[test]

@@ -387,7 +387,7 @@ fn names_in_a_record_stay_text() {
     odd["verdict"] = json!("\"><script>");
     records[0]["rows"].as_array_mut().unwrap().push(odd);
     let page = page(&records);
-    // `parsed` refuses a script, an attribute that acts, and every address.
+    // `parsed` refuses scripts, event handlers and addresses.
     let document = parsed(&page);
     assert!(!page.contains(|c: char| c.is_control() && c != '\n'));
     let times = text_of(document.root()).matches(seen).count();
@@ -417,7 +417,7 @@ fn any_number_makes_a_page() {
                 for (_, value) in row["numbers"].as_object_mut().unwrap().iter_mut() {
                     *value = json!(number);
                 }
-                // Rounds keep theirs, by which their parts are found.
+                // Rounds keep their parameters, which identify their parts.
                 if i != 1 {
                     let (name, place) = (row["name"].to_string(), row["parameters"].to_string());
                     row["parameters"] = json!({ "rows": number, "position": number, "of": name + &place });
@@ -520,7 +520,7 @@ fn every_subcommand_can_report_and_prints_the_same() {
 }
 
 #[test]
-fn a_page_that_cannot_be_written_is_refused_before_anything_runs() {
+fn an_unwritable_page_is_refused_before_anything_runs() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name).display().to_string();
     fs::create_dir(at("folder.html")).unwrap();

@@ -67,9 +67,9 @@ fn the_parts_of_every_round_add_up() {
             let at = json!({ "context": context, "batch": batch, "block": 16 });
             let all = whole(&found, &at);
             assert_eq!(all[1], planned(batch, "0"));
-            let plain = counts(&found, "AR step", json!({ "context": context, "batch": batch }));
-            assert!(plain[1] < all[1] && plain[0] < all[0]);
-            grid.push((all, plain));
+            let step = counts(&found, "AR step", json!({ "context": context, "batch": batch }));
+            assert!(step[1] < all[1] && step[0] < all[0]);
+            grid.push((all, step));
         }
     }
     assert_eq!(grid[0].0[1], 58);
@@ -80,9 +80,9 @@ fn the_parts_of_every_round_add_up() {
     for (short, sequences) in [(0, 1), (2, 3)] {
         let more = |counts: [&Vec<u64>; 2]| counts[1][4] - counts[0][4];
         let least = sequences * 136 * position as u64;
-        let plain = more([&grid[short].1, &grid[short + 1].1]);
-        assert!((least..least * 5 / 4).contains(&plain), "{plain}, expected about {least}");
-        assert!(more([&grid[short].0, &grid[short + 1].0]) > plain);
+        let step = more([&grid[short].1, &grid[short + 1].1]);
+        assert!((least..least * 5 / 4).contains(&step), "{step}, expected about {least}");
+        assert!(more([&grid[short].0, &grid[short + 1].0]) > step);
     }
     // Three sequences read the packed weights once.
     assert!(grid[2].0[3] < grid[0].0[3] * 101 / 100);
@@ -95,8 +95,8 @@ fn sampled_rounds_and_short_blocks_match_the_plan() {
         let all = whole(&found, &json!({ "context": context, "batch": 1, "block": 5 }));
         assert_eq!(all[1], planned(1, "0.8"));
         // Only kernels that sample have bank conflicts.
-        let plain = counts(&found, "AR step", json!({ "context": context, "batch": 1 }));
-        assert!(plain[7] > 0 && all[7] > plain[7], "{plain:?}, {all:?}");
+        let step = counts(&found, "AR step", json!({ "context": context, "batch": 1 }));
+        assert!(step[7] > 0 && all[7] > step[7], "{step:?}, {all:?}");
     }
 }
 
@@ -189,17 +189,17 @@ fn a_target_alone_has_ar_steps() {
 fn round_refuses_in_a_sentence() {
     // The emulator has 16 GiB, and rounds need positions beyond --context.
     let pair = Pair::with_random_weights(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
-    let most =
+    let largest =
         MemoryPlan::largest_context(&pair, BatchConfig::new(1000, 16, 1), 16 << 30, Overhead::NONE).unwrap();
-    let fits = most - 272;
-    assert!(most < 4096 && fits > 1000);
+    let fits = largest - 272;
+    assert!(largest < 4096 && fits > 1000);
     for (args, code, part) in [
         (&["--batch", "0"][..], 2, "--batch has 0, expected 1 to 1024"),
         (&["--batch", "2,1-2"], 2, "--batch has 2 twice"),
         (
             &["--context", "3825"],
             2,
-            "--context has 3825, expected 0 to 3824: 4096 positions, less 272 for rounds",
+            "--context has 3825, expected 0 to 3824: 4096 positions less 272 for rounds",
         ),
         (&["--context", "64,64"], 2, "--context has 64 twice"),
         (&["--context", "4-1"], 2, "has no end"),

@@ -338,10 +338,10 @@ pub struct Generate {
 
 #[derive(Flags)]
 pub struct Compare {
-    /// Record to compare with
+    /// The earlier record
     #[arg(value_name = "A.json")]
     pub before: PathBuf,
-    /// Record to judge
+    /// The later record
     #[arg(value_name = "B.json")]
     pub after: PathBuf,
     /// Ratios closer to 1 than this are SAME

@@ -220,9 +220,9 @@ fn lanes(
     let mut pairs = distinct(rows.iter().flat_map(|(row, _)| &row.parameters));
     let names: Vec<&String> = pairs.iter().map(|pair| pair.0).collect();
     pairs.retain(|pair| names.iter().filter(|name| **name == pair.0).count() == 1);
-    let told: Vec<&str> = pairs.iter().map(|pair| pair.0.as_str()).collect();
+    let shared: Vec<&str> = pairs.iter().map(|pair| pair.0.as_str()).collect();
     let label = |(row, bar): &(&Row, Bar)| {
-        let label = format!("{} {}", bar.label, parameters(row, &told)).trim_end().to_string();
+        let label = format!("{} {}", bar.label, parameters(row, &shared)).trim_end().to_string();
         Bar { label, ..bar.clone() }
     };
     let bars: Vec<Bar> = rows.iter().map(label).collect();

@@ -1,7 +1,7 @@
-//! How values look to people: numbers, labels and plain text. Everything that prints uses it, and it uses
+//! How values look to people: numbers, labels and printable text. Everything that prints uses it, and it uses
 //! nothing else.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// What `dflash-bench` writes to stdout.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -13,7 +13,7 @@ pub enum Format {
 }
 
 /// `text` without control characters: names in a record may hold sequences that move a terminal's cursor.
-pub fn plain(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.replace(char::is_control, " ")
 }
 
@@ -75,6 +75,17 @@ pub fn parameter(parameters: &Map<String, Value>, key: &str) -> String {
     }
 }
 
+/// Every key of these maps, in the order of first appearance.
+pub fn keys<'a>(maps: impl Iterator<Item = &'a Map<String, Value>>) -> Vec<String> {
+    let mut keys: Vec<String> = vec![];
+    for key in maps.flat_map(|map| map.keys()) {
+        if !keys.contains(key) {
+            keys.push(key.clone());
+        }
+    }
+    keys
+}
+
 /// The label of a key in a record. Keys never change; these have older words in them.
 pub fn label(key: &str) -> &str {
     match key {
@@ -85,6 +96,11 @@ pub fn label(key: &str) -> &str {
         "share of card" => "of card",
         other => other,
     }
+}
+
+/// A JSON number, without a decimal point where there is no fraction.
+pub fn whole_or_not(x: f64) -> Value {
+    if x.fract() == 0.0 { json!(x as u64) } else { json!(x) }
 }
 
 /// `text` in lines of at most `width` characters, broken between words. A longer word has its own line.

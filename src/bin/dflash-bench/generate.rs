@@ -156,7 +156,7 @@ fn built_in() -> Result<Vec<Prompt>> {
 fn prompts(flags: &args::Generate) -> Result<(Vec<Prompt>, Vec<Option<String>>)> {
     let (mut prompts, source) = match &flags.prompts {
         Some(path) => (prompts::lines(path)?, format!("{} holds", path.display())),
-        None => (built_in()?, "there are".into()),
+        None => (built_in()?, "the built-in list holds".into()),
     };
     let held = prompts.len();
     let count = flags.count.unwrap_or(held);
@@ -370,7 +370,7 @@ mod tests {
     /// the prompt and the block of each request.
     struct Counter {
         slots: Vec<(u32, Request)>,
-        asked: Vec<(u32, usize)>,
+        log: Vec<(u32, usize)>,
         strays: bool,
     }
 
@@ -385,7 +385,7 @@ mod tests {
             self.slots.len()
         }
         fn admit(&mut self, slot: usize, request: &Request, _keep: bool) -> Result<Option<usize>> {
-            self.asked.push((request.prompt[0], request.block));
+            self.log.push((request.prompt[0], request.block));
             self.slots[slot] = (request.prompt[0], request.clone());
             Ok(Some(0))
         }
@@ -443,11 +443,11 @@ mod tests {
             block: 1,
             spec: Default::default(),
         };
-        Counter { slots: vec![(0, idle); slots], asked: vec![], strays }
+        Counter { slots: vec![(0, idle); slots], log: vec![], strays }
     }
 
     #[test]
-    fn built_in_prompts_are_distinct_texts_and_quick_flags_are_valid() {
+    fn built_in_prompts_are_distinct_and_quick_flags_are_valid() {
         let prompts = built_in().unwrap();
         assert!(prompts.len() >= dflash::perf::statistics::MIN_SAMPLES, "too few for an interval");
         for (i, one) in prompts.iter().enumerate() {
@@ -473,14 +473,14 @@ mod tests {
             [(2, 1), (2, 4)],
             [(3, 4), (3, 1)],
         ];
-        assert_eq!(decoder.asked, expected.concat());
+        assert_eq!(decoder.log, expected.concat());
         assert_eq!(repeats.len(), 2);
-        for Repeat { outcomes: [plain, fast], wall, .. } in &repeats {
+        for Repeat { outcomes: [ar, fast], wall, .. } in &repeats {
             assert!(wall.iter().all(|time| !time.is_zero()));
             for i in 0..3 {
                 let tokens: Vec<u32> = (0..7).map(|n| i as u32 + 1 + n).collect();
-                assert_eq!([&plain[i].tokens, &fast[i].tokens], [&tokens; 2]);
-                assert_eq!((plain[i].accepted.clone(), fast[i].accepted.clone()), (vec![1; 6], vec![4, 4]));
+                assert_eq!([&ar[i].tokens, &fast[i].tokens], [&tokens; 2]);
+                assert_eq!((ar[i].accepted.clone(), fast[i].accepted.clone()), (vec![1; 6], vec![4, 4]));
             }
         }
     }
@@ -489,7 +489,7 @@ mod tests {
     fn batches_take_turns_by_the_repeat() {
         let mut decoder = counter(2, false);
         let repeats = all(&mut decoder, &["--repeat", "2", "--batch", "2"]);
-        let order: Vec<usize> = decoder.asked.iter().map(|asked| asked.1).collect();
+        let order: Vec<usize> = decoder.log.iter().map(|log| log.1).collect();
         assert_eq!(order, [1, 1, 4, 4, 1, 1, 1, 4, 4, 4, 4, 4, 4, 1, 1, 1]);
         assert!(repeats.iter().flat_map(|repeat| &repeat.outcomes).all(|outcomes| outcomes.len() == 3));
     }

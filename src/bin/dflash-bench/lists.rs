@@ -35,8 +35,8 @@ pub fn wholes(text: &str) -> Parsed<Whole> {
 /// Appends `N`, `FIRST-LAST`, `FIRST-LAST+STEP` or `FIRST-LAST*FACTOR`, the forms of llama-bench.
 fn range(part: &str, all: &mut Vec<f64>) -> Parsed<()> {
     let number = |text: &str| {
-        let plain = !text.is_empty() && text.chars().all(|c| c.is_ascii_digit() || c == '.');
-        let number: Option<f64> = text.parse().ok().filter(|_| plain);
+        let digits = !text.is_empty() && text.chars().all(|c| c.is_ascii_digit() || c == '.');
+        let number: Option<f64> = text.parse().ok().filter(|_| digits);
         number
             .ok_or_else(|| format!("{text:?} is not a number: expected for example 4,8 or 1-8 or 512-4096*2"))
     };
@@ -82,8 +82,8 @@ pub fn above_zero(text: &str) -> Parsed<f64> {
 /// Reads `1%` as 0.01.
 pub fn percent(text: &str) -> Parsed<f64> {
     let number: Option<f64> = text.strip_suffix('%').and_then(|text| text.parse().ok());
-    let share = number.filter(|x| (0.0..100.0).contains(x)).map(|x| x / 100.0);
-    share.ok_or_else(|| "expected a percentage from 0% to below 100%".into())
+    let fraction = number.filter(|x| (0.0..100.0).contains(x)).map(|x| x / 100.0);
+    fraction.ok_or_else(|| "expected a percentage from 0% to below 100%".into())
 }
 
 #[cfg(test)]

@@ -113,14 +113,14 @@ pub mod tests {
     use super::*;
     use crate::format::Format;
     use crate::record::{Model, Record};
-    use crate::show::{self, describe};
+    use crate::show;
     use dflash::gpu::emulator::Emulator;
     use dflash::gpu::memory::Overhead;
     use std::ffi::OsStr;
 
     const NVML: &str = include_str!("../../../tests/data/profile/nvml.c");
 
-    /// The instruments of the card at that address, through a library that stands in for NVML.
+    /// The instruments of the card at that address, through a substitute for NVML.
     pub fn instruments(pci: &str) -> Instruments {
         let folder = tempfile::tempdir().unwrap();
         let own = format!("-DOWN={}", std::process::id());
@@ -187,8 +187,8 @@ pub mod tests {
         assert_eq!((machine.memory_gigabytes, machine.l2_bytes), (Some(17.179869184), Some(52428800)));
         assert_eq!((machine.capability.as_deref(), machine.multiprocessors), (Some("8.0"), Some(1)));
         assert_eq!(machine.ptx.as_deref(), Some("compute_90a"), "launches overlap there");
-        let said = "SM 1755 MHz, memory 3201 MHz, 61 °C, 523 of 700 W, not throttled, 2 other processes";
-        assert_eq!(describe(&machine), Some(format!("before: {said}; after: {said}")));
+        let line = "SM 1755 MHz, memory 3201 MHz, 61 °C, 523 of 700 W, not throttled, 2 other processes";
+        assert_eq!(machine.describe(), Some(format!("before: {line}; after: {line}")));
         // In the record and its table, too.
         let record = Record::new("kernels", machine.clone(), Model::default());
         let schema = serde_json::from_str(include_str!("../../../benches/schema.json")).unwrap();
@@ -197,12 +197,12 @@ pub mod tests {
         let table = show::text(&record, "Title", Format::Table);
         assert!(table.starts_with("Title\nbefore: SM 1755 MHz"), "{table}");
         // Unknown readings are left out.
-        let with = |state| describe(&Machine { after: Some(state), ..Machine::default() });
+        let with = |state| Machine { after: Some(state), ..Machine::default() }.describe();
         assert_eq!(with(State::default()), None);
         let throttle = Some(vec!["power cap".into(), "thermal slowdown".into()]);
         let hot = State { watts: Some(699.6), throttle, processes: Some(vec![]), ..State::default() };
-        let said = "after: 700 W, throttled by power cap and thermal slowdown, no other process";
-        assert_eq!(with(hot).as_deref(), Some(said));
+        let line = "after: 700 W, throttled by power cap and thermal slowdown, no other process";
+        assert_eq!(with(hot).as_deref(), Some(line));
     }
 
     #[test]
@@ -213,6 +213,6 @@ pub mod tests {
         let none = Instruments::open(&place);
         assert_eq!((none.state(), none.is_throttled()), (None, None));
         let machine = none.machine(&place);
-        assert_eq!((describe(&machine), machine.driver, machine.before), (None, None, None));
+        assert_eq!((machine.describe(), machine.driver, machine.before), (None, None, None));
     }
 }

@@ -65,10 +65,12 @@ fn run(args: &Args) -> Result<u8> {
     end.map(|()| compare::exit_code(&records[0].1))
 }
 
+const ON_CPU: &str = "On a CPU every verified row costs time: the demo pair shows acceptance and equal answers \
+                      there, and no speed-up. DFlash is faster where a step mostly reads weights, as on a GPU.";
 const NEXT: &str = "\
-Next: dflash-bench generate --prompts FILE.jsonl   your prompts, all figures
-      dflash-bench round                           where a round's time goes
-      dflash-bench roofline --card H200            the least times of Qwen3-8B on a card
+Next: dflash-bench generate --prompts FILE.jsonl  your prompts, all values
+      dflash-bench round                          the parts of a round
+      dflash-bench roofline --card H200           predictions for Qwen3-8B
       dflash-bench --help
 ";
 
@@ -78,8 +80,12 @@ fn quick(args: &Args) -> Result<u8> {
     let records = [(title, record)];
     if args.format() == Format::Table {
         let [(title, record)] = &records;
-        let table = table::summary(record, title, width::columns());
-        terminal::print(&format!("{table}\n{NEXT}"))?;
+        let width = width::columns();
+        let mut text = table::summary(record, title, width) + "\n";
+        if record.machine.device.as_deref() == Some("cpu") {
+            text += &(format::wrapped(ON_CPU, width).join("\n") + "\n\n");
+        }
+        terminal::print(&(text + NEXT))?;
         args.report.as_ref().map_or(Ok(()), |path| report::write(path, &records))?;
     } else {
         put(args, &records)?;

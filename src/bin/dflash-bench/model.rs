@@ -89,7 +89,7 @@ fn file(weights: &Checkpoint, tensors: &[(String, Vec<usize>)], name: &str) -> R
     Ok(bytes)
 }
 
-/// Bytes of memory that this process can still use, as Linux says. None where it does not.
+/// Bytes of memory that this process can still use, as Linux reports it. None: unknown.
 pub fn available() -> Option<usize> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let meminfo = read("/proc/meminfo")?;

@@ -216,6 +216,39 @@ impl Record {
     }
 }
 
+impl Machine {
+    /// The state of the card before and after the run, in a line. None without instruments.
+    pub fn describe(&self) -> Option<String> {
+        let states = [("before", &self.before), ("after", &self.after)];
+        let lines = states.into_iter().filter_map(|(when, state)| {
+            let State { sm_mhz, memory_mhz, celsius, watts, limit_watts, throttle, processes } =
+                state.as_ref()?;
+            let parts = [
+                sm_mhz.map(|mhz| format!("SM {mhz} MHz")),
+                memory_mhz.map(|mhz| format!("memory {mhz} MHz")),
+                celsius.map(|degrees| format!("{degrees} °C")),
+                watts.map(|watts| match limit_watts {
+                    Some(limit) => format!("{watts:.0} of {limit:.0} W"),
+                    None => format!("{watts:.0} W"),
+                }),
+                throttle.as_ref().map(|reasons| match reasons.is_empty() {
+                    true => "not throttled".into(),
+                    false => format!("throttled by {}", reasons.join(" and ")),
+                }),
+                processes.as_ref().map(|others| match others.len() {
+                    0 => "no other process".into(),
+                    1 => "1 other process".into(),
+                    many => format!("{many} other processes"),
+                }),
+            ];
+            let parts: Vec<String> = parts.into_iter().flatten().collect();
+            (!parts.is_empty()).then(|| format!("{when}: {}", parts.join(", ")))
+        });
+        let lines: Vec<String> = lines.collect();
+        (!lines.is_empty()).then(|| lines.join("; "))
+    }
+}
+
 impl Row {
     /// A value without samples.
     pub fn value(
@@ -308,6 +341,17 @@ impl Row {
             round
         };
         Some(rounds.iter().map(&mut next).collect())
+    }
+
+    /// `2 of 5 rounds`: how many were throttled, if any.
+    pub fn throttling(&self) -> String {
+        let slow = self.throttled.as_ref().map_or(0, Vec::len);
+        let samples = self.samples.as_ref().map_or(0, Vec::len);
+        match &self.rounds {
+            _ if slow == 0 => String::new(),
+            Some(rounds) => format!("{slow} of {} rounds", rounds.len()),
+            None => format!("{slow} of {samples} samples"),
+        }
     }
 
     fn check(&self) -> std::result::Result<(), String> {

@@ -1,6 +1,7 @@
 //! `roofline`: the least times of a pair on a card by `dflash::perf::roofline`, and the plan of its memory.
 //! Nothing runs.
 
+use crate::format::whole_or_not;
 use crate::record::{Better, Kind, Machine, Record, Row};
 use crate::{args, model, record};
 use dflash::checkpoint::config::Stack;
@@ -67,7 +68,7 @@ fn card(flags: &args::Roofline) -> Result<Card> {
 }
 
 /// The maximum number of tokens of a round that verifies `rows` rows: a path has at most a block.
-fn most_tokens(pair: &Pair, rows: usize) -> f64 {
+fn max_tokens(pair: &Pair, rows: usize) -> f64 {
     pair.drafter.as_ref().map_or(1, |drafter| rows.min(drafter.config.block)) as f64
 }
 
@@ -75,9 +76,9 @@ fn check(flags: &args::Roofline, pair: &Pair, tree: &[usize]) -> Result<()> {
     let wrong = |flag: &str, found: f64, expected: String| {
         Err(Error::Usage(format!("--{flag} has {found}, expected {expected}")))
     };
-    let most = pair.target.config.stack.max_positions;
-    if let Some(&found) = flags.context.0.iter().find(|n| **n >= most) {
-        return wrong("context", found as f64, format!("less than {most}, the positions of the target"));
+    let limit = pair.target.config.stack.max_positions;
+    if let Some(&found) = flags.context.0.iter().find(|n| **n >= limit) {
+        return wrong("context", found as f64, format!("less than {limit}, the positions of the target"));
     }
     if let Some(&found) = flags.batch.0.iter().find(|n| !(1..=1024).contains(*n)) {
         return wrong("batch", found as f64, "1 to 1024".into());
@@ -90,7 +91,7 @@ fn check(flags: &args::Roofline, pair: &Pair, tree: &[usize]) -> Result<()> {
         return wrong("tree", found as f64, "2 to 1024".into());
     }
     if let Some(args::Numbers(curve)) = &flags.curve {
-        let drafts = most_tokens(pair, MOST_ROWS) - 1.0;
+        let drafts = max_tokens(pair, MOST_ROWS) - 1.0;
         if curve.len() as f64 > drafts {
             return wrong(
                 "curve",
@@ -105,7 +106,7 @@ fn check(flags: &args::Roofline, pair: &Pair, tree: &[usize]) -> Result<()> {
             return wrong("batch", found as f64, "1 with --curve, which is of one sequence".into());
         }
     }
-    let tokens = most_tokens(pair, tree.iter().copied().max().unwrap_or(1));
+    let tokens = max_tokens(pair, tree.iter().copied().max().unwrap_or(1));
     let lengths = flags.acceptance.iter().flat_map(|list| &list.0);
     match lengths.into_iter().find(|n| !(1.0..=tokens).contains(*n)) {
         Some(&found) => wrong("acceptance", found, format!("1 to {tokens}, the tokens of a round")),
@@ -187,7 +188,7 @@ fn passes(
         let name = "acceptance length to break even";
         rows.push(Row::value(name, with(json!({})), Kind::Predicted, even, "tok", Better::Lower, json!({})));
         let lengths = flags.acceptance.as_ref().map_or(&[2.0, 4.0, 6.0, 8.0][..], |list| &list.0);
-        for &length in lengths.iter().filter(|length| **length <= most_tokens(pair, nodes)) {
+        for &length in lengths.iter().filter(|length| **length <= max_tokens(pair, nodes)) {
             let parameters = with(json!({ "acceptance": whole_or_not(length) }));
             let mut row = rate("DFlash, synthetic acceptance", parameters, length, ms);
             row.numbers = Map::from_iter([("speed-up".to_string(), json!(length / even))]);
@@ -216,11 +217,6 @@ fn cheapest(flags: &args::Roofline, pair: &Pair, card: &Card, context: usize) ->
     let (name, parameters) =
         ("DFlash, cheapest chain of the curve", json!({ "context": context, "batch": 1 }));
     Some(Row::value(name, parameters, Kind::Predicted, 1e3 / each, "tok/s", Better::Higher, numbers))
-}
-
-/// A JSON number, without a decimal point where there is no fraction.
-pub fn whole_or_not(x: f64) -> Value {
-    if x.fract() == 0.0 { json!(x as u64) } else { json!(x) }
 }
 
 /// Memory of the pair and its sequences on a GPU, if the kernels support the pair.

@@ -192,14 +192,19 @@ fn check(flags: &args::Round, pair: &Pair, block: usize, kernels: bool) -> Resul
     let target = pair.target.config.stack.max_positions.min(MAX_SLOTS);
     let positions = pair.drafter.as_ref().map_or(target, |d| target.min(d.config.stack.max_positions));
     let taken = spare(block);
-    let Some(most) = positions.checked_sub(taken) else {
+    let Some(largest) = positions.checked_sub(taken) else {
         return Err(Error::Unsupported(format!(
             "the models have {positions} positions, but rounds in blocks of {block} need {taken}"
         )));
     };
     for (flag, list, range, why) in [
         ("batch", &flags.batch.0, 1..=1024, String::new()),
-        ("context", &flags.context.0, 0..=most, format!(": {positions} positions, less {taken} for rounds")),
+        (
+            "context",
+            &flags.context.0,
+            0..=largest,
+            format!(": {positions} positions less {taken} for rounds"),
+        ),
     ] {
         if let Some(found) = list.iter().find(|n| !range.contains(n)) {
             let (low, high) = range.into_inner();
@@ -261,19 +266,19 @@ fn tokens(curve: &[f64]) -> f64 {
 }
 
 /// Checks that the largest point of the grid fits the device, before anything is loaded.
-fn fits(pair: &Pair, place: &DeviceHandle, room: BatchConfig) -> Result<()> {
-    let needed = MemoryPlan::new(pair, room)?.needed(place.overhead);
+fn fits(pair: &Pair, place: &DeviceHandle, config: BatchConfig) -> Result<()> {
+    let needed = MemoryPlan::new(pair, config)?.needed(place.overhead);
     let free = usize::try_from(place.device.memory()?.0).unwrap_or(usize::MAX);
     if needed <= free {
         return Ok(());
     }
-    let most = MemoryPlan::largest_context(pair, room, free, place.overhead)?;
-    let advice = match most.checked_sub(spare(room.block)) {
-        Some(most) => format!("the largest --context that fits is {most}"),
+    let largest = MemoryPlan::largest_context(pair, config, free, place.overhead)?;
+    let advice = match largest.checked_sub(spare(config.block)) {
+        Some(largest) => format!("the largest --context that fits is {largest}"),
         None => "no --context fits".into(),
     };
     Err(Error::Memory(format!(
-        "not enough memory on the device for {room}: {} are needed, {} are free; {advice}",
+        "not enough memory on the device for {config}: {} are needed, {} are free; {advice}",
         size(needed),
         size(free)
     )))

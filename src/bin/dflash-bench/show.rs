@@ -1,8 +1,8 @@
 //! Records as text: a table for a terminal, Markdown, CSV, JSON; and `show`, which prints records again.
 
 use crate::args;
-use crate::format::{Format, four_digits, label, parameter, plain, shown};
-use crate::record::{Kind, Machine, Record, Row, State};
+use crate::format::{Format, four_digits, keys, label, parameter, printable, shown};
+use crate::record::{Kind, Record, Row};
 use crate::{table, width};
 use dflash::{Error, Result};
 use serde::Serialize;
@@ -19,7 +19,7 @@ pub fn run(flags: &args::Show, format: Format) -> Result<Vec<(String, Record)>> 
     }
     let read = |path: &std::path::PathBuf| {
         let record = Record::read(path)?;
-        Ok((plain(&title(&record)), record))
+        Ok((printable(&title(&record)), record))
     };
     flags.records.iter().map(read).collect()
 }
@@ -49,48 +49,6 @@ pub fn text(record: &Record, title: &str, format: Format) -> String {
     }
 }
 
-/// The state of the card before and after the run, in a line. None without instruments.
-pub fn describe(machine: &Machine) -> Option<String> {
-    let states = [("before", &machine.before), ("after", &machine.after)];
-    let told = states.into_iter().filter_map(|(when, state)| {
-        let State { sm_mhz, memory_mhz, celsius, watts, limit_watts, throttle, processes } =
-            state.as_ref()?;
-        let parts = [
-            sm_mhz.map(|mhz| format!("SM {mhz} MHz")),
-            memory_mhz.map(|mhz| format!("memory {mhz} MHz")),
-            celsius.map(|degrees| format!("{degrees} °C")),
-            watts.map(|watts| match limit_watts {
-                Some(limit) => format!("{watts:.0} of {limit:.0} W"),
-                None => format!("{watts:.0} W"),
-            }),
-            throttle.as_ref().map(|reasons| match reasons.is_empty() {
-                true => "not throttled".into(),
-                false => format!("throttled by {}", reasons.join(" and ")),
-            }),
-            processes.as_ref().map(|others| match others.len() {
-                0 => "no other process".into(),
-                1 => "1 other process".into(),
-                many => format!("{many} other processes"),
-            }),
-        ];
-        let parts: Vec<String> = parts.into_iter().flatten().collect();
-        (!parts.is_empty()).then(|| format!("{when}: {}", parts.join(", ")))
-    });
-    let told: Vec<String> = told.collect();
-    (!told.is_empty()).then(|| told.join("; "))
-}
-
-/// Every key of these maps, in the order of first appearance.
-pub fn keys<'a>(maps: impl Iterator<Item = &'a Map<String, Value>>) -> Vec<String> {
-    let mut keys: Vec<String> = vec![];
-    for key in maps.flat_map(|map| map.keys()) {
-        if !keys.contains(key) {
-            keys.push(key.clone());
-        }
-    }
-    keys
-}
-
 /// A column of a table that has all rows.
 #[derive(Serialize)]
 pub struct Column {
@@ -111,7 +69,8 @@ pub fn columns(rows: &[Row]) -> Vec<Column> {
         _ => "value",
     };
     let mut push = |name: &str, number: bool, cell: &dyn Fn(&Row) -> String| {
-        let (name, cells) = (plain(name), rows.iter().map(|row| plain(&cell(row))).collect::<Vec<_>>());
+        let (name, cells) =
+            (printable(name), rows.iter().map(|row| printable(&cell(row))).collect::<Vec<_>>());
         if cells.iter().any(|cell| !cell.is_empty()) {
             columns.push(Column { name, cells, number });
         }
@@ -132,13 +91,13 @@ pub fn columns(rows: &[Row]) -> Vec<Column> {
         Kind::Counted => "counted".into(),
         Kind::Predicted => "predicted".into(),
     });
-    push("throttled", false, &throttled);
+    push("throttled", false, &Row::throttling);
     push("verdict", false, &|row| row.verdict.clone().unwrap_or_default());
     columns
 }
 
 fn markdown(record: &Record, title: &str) -> String {
-    let state = describe(&record.machine).map_or(String::new(), |state| format!("\n{}", plain(&state)));
+    let state = record.machine.describe().map_or(String::new(), |state| format!("\n{}", printable(&state)));
     let columns = columns(&record.rows);
     let line = |cells: Vec<&str>| {
         let cells: Vec<String> = cells.iter().map(|cell| cell.replace('|', "\\|")).collect();
@@ -151,17 +110,6 @@ fn markdown(record: &Record, title: &str) -> String {
         text += &line(columns.iter().map(|column| column.cells[i].as_str()).collect());
     }
     text
-}
-
-/// `2 of 5 rounds`: how many were throttled, if any.
-pub fn throttled(row: &Row) -> String {
-    let slow = row.throttled.as_ref().map_or(0, Vec::len);
-    let samples = row.samples.as_ref().map_or(0, Vec::len);
-    match &row.rounds {
-        _ if slow == 0 => String::new(),
-        Some(rounds) => format!("{slow} of {} rounds", rounds.len()),
-        None => format!("{slow} of {samples} samples"),
-    }
 }
 
 fn csv(rows: &[Row]) -> String {
@@ -215,7 +163,7 @@ mod tests {
             let times = crate::times::Times { samples: vec![1.0; 6], rounds: vec![3, 3], throttled };
             Row::times("a", serde_json::json!({}), &times, ("ms", 1.0), serde_json::json!({}))
         };
-        let shown = |row: Row| [throttled(&row), csv(&[row]).trim_end().rsplit(',').next().unwrap().into()];
+        let shown = |row: Row| [row.throttling(), csv(&[row]).trim_end().rsplit(',').next().unwrap().into()];
         assert_eq!(shown(times(Some(vec![0]))), ["1 of 2 rounds", "1"]);
         assert_eq!(shown(times(Some(vec![]))), ["", "0"]);
         assert_eq!(shown(times(None)), ["", ""]);
@@ -227,7 +175,7 @@ mod tests {
 
     #[test]
     fn csv_and_markdown_escape_their_separators() {
-        use crate::record::{Better, Model};
+        use crate::record::{Better, Machine, Model};
         let none = || serde_json::json!({});
         let row = Row::value("a \"b\", |c|", none(), Kind::Counted, 1.5, "s", Better::Lower, none());
         assert!(

@@ -33,23 +33,24 @@ struct Sequence {
 /// The parts of a round.
 const PARTS: [&str; 3] = ["inject", "draft", "verify"];
 
-/// Loads `pair` with random weights, for sequences of the size of `room`.
+/// Loads `pair` with random weights, for sequences of the size of `config`.
 ///
 /// # Errors
 /// [`Error::Memory`] where weights, keys and values do not fit the memory.
-pub fn load(pair: &Pair, room: &BatchConfig) -> Result<Models> {
+pub fn load(pair: &Pair, config: &BatchConfig) -> Result<Models> {
     let stacks =
         [Some(&pair.target.config.stack), pair.drafter.as_ref().map(|drafter| &drafter.config.stack)];
     let position: usize =
         stacks.into_iter().flatten().map(|stack| stack.kv_bytes_per_token(size_of::<f32>())).sum();
-    let needed = model::bytes(pair).saturating_add(position.saturating_mul(room.sequences * room.positions));
+    let needed =
+        model::bytes(pair).saturating_add(position.saturating_mul(config.sequences * config.positions));
     if let Some(free) = model::available().filter(|free| needed > *free) {
         return Err(Error::Memory(format!(
             "not enough memory for random weights of {} on the CPU ({} sequences of {} positions): {} are needed, {} \
              are available; expected a smaller --model, --batch or --context",
             pair.target.folder.name(),
-            room.sequences,
-            room.positions,
+            config.sequences,
+            config.positions,
             size(needed),
             size(free)
         )));

@@ -1,7 +1,7 @@
 //! One point of the grid, and the rows of its measurements.
 
+use crate::format::whole_or_not;
 use crate::record::{Better, Kind, Row};
-use crate::roofline::whole_or_not;
 use crate::times::Times;
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::terminal;
