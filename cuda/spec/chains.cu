@@ -243,8 +243,8 @@ KERNEL(512, 1, verify_chains,
       __syncwarp();
       const u32 at = selected * length + i, token = lds(drafts + at);
       const u64 q = lds(qs + at), up_to = lds(mass_up_to + at);
-      const u64 factor = selection_factor(eliminated + i * count, count, lds(mass_below + at), up_to);
-      w = mul_div(w, lds(ps + at), mul_probability(q, factor));
+      w = mul_div(w, lds(ps + at),
+                  mul_probability(q, selection_factor(eliminated + i * count, count, lds(mass_below + at), up_to)));
       if (lane == 0) sts(prefix_weights + i, w);
       if (w && longest == i) longest++;
       valid &= ld(&targets[first + at + 1].rounding_token) != NONE &&
