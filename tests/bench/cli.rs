@@ -123,7 +123,7 @@ fn roofline_takes_lists_models_and_cards() {
         2,
         "need a drafter",
     );
-    refused(bench(["roofline", "--model", &drafter_dir]), 2, "is a drafter's");
+    refused(bench(["roofline", "--model", &drafter_dir]), 2, "describes a drafter");
 }
 
 #[test]

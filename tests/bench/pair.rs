@@ -169,7 +169,7 @@ fn the_cpu_refuses_random_weights_that_are_not_in_memory() {
     let path = |folder: &dflash::checkpoint::safetensors::Folder| folder.path("random weights");
     let sentence = |path: String| {
         Error::Unsupported(format!(
-            "{path} are made for devices and are nowhere in memory: expected a pair with files on the CPU"
+            "{path} are not in memory, so only a device can load them: expected a pair with weight files on the CPU"
         ))
     };
     let drafter = pair.drafter.as_ref().unwrap();
