@@ -10,11 +10,11 @@ Columns of the first table:
     drafts/token   drafts that the target ran per emitted token
     identical      answers that equal autoregressive decoding with the same seed, for methods that promise it; if any
                    answer differs, the exit code is 1
-    tok/s          predicted for --model on --card by dflash-bench floor, from bytes and operations alone, with the
+    tok/s          predicted for --model on --card by dflash-bench roofline, from bytes and operations alone, with the
                    acceptance of the drafter that ran: an upper bound, not a measurement
 
 The second table has the acceptance of a chain's drafts by position, and what the cost model concludes from it: how
-many drafts pay (dflash-bench floor --curve), and which tree. The third table, for qwen3-8b only, applies the model to
+many drafts pay (dflash-bench roofline --curve), and which tree. The third table, for qwen3-8b only, applies the model to
 published acceptance lengths, assuming equal acceptance at every position. At temperature 0 there is one seed and one
 method, match, because all methods accept the same drafts there. Combinations that dflash-gen refuses are left out and
 named on stderr. Needs Python 3.10 or newer and nothing else:
@@ -85,7 +85,7 @@ def flags():
     parser.add_argument("--temperature", type=temperatures, default=["0", "0.7", "1"], metavar="LIST")
     parser.add_argument("-n", default="128", help="tokens per answer")
     parser.add_argument("--seed", type=wholes, default=[1, 2, 3, 4, 5], metavar="LIST")
-    parser.add_argument("--model", default="qwen3-8b", help="model of the prediction, as for dflash-bench floor")
+    parser.add_argument("--model", default="qwen3-8b", help="model of the prediction, as for dflash-bench roofline")
     parser.add_argument("--card", default="H200")
     parser.add_argument("--context", default="1024", help="positions in its context")
     return parser.parse_args()
@@ -148,22 +148,22 @@ def all_answers(args):
     return {key: records for key, records in found.items() if key[0] not in left_out}
 
 
-def floor(args, more):
-    """Rows that dflash-bench floor predicts."""
-    command = [args.bin / "dflash-bench", "floor", "--model", args.model, "--card", args.card]
+def roofline(args, more):
+    """Rows that dflash-bench roofline predicts."""
+    command = [args.bin / "dflash-bench", "roofline", "--model", args.model, "--card", args.card]
     return json.loads(run(command + ["--context", args.context, "--json"] + more))["rows"]
 
 
 def predictions(args, rows):
     """Milliseconds of an AR step, and of a round by its number of rows."""
-    found = floor(args, ["--tree", ",".join(map(str, sorted(rows)))])
+    found = roofline(args, ["--tree", ",".join(map(str, sorted(rows)))])
     ar = next(row["median"] for row in found if row["name"] == "AR step")
     return ar, {row["parameters"]["tree"]: row["median"] for row in found if row["name"] == "round"}
 
 
 def cheapest(args, curve):
     """The cheapest round by the cost model. curve: acceptance of each draft given that those before it are accepted."""
-    found = floor(args, ["--curve", ",".join(f"{p:.6f}" for p in curve)])
+    found = roofline(args, ["--curve", ",".join(f"{p:.6f}" for p in curve)])
     row = next(row for row in found if row["name"] == "DFlash, cheapest chain of the curve")
     return {"tok/s": row["median"], **row["numbers"]}
 
@@ -203,7 +203,7 @@ def head(*columns):
 
 def main():
     args = flags()
-    floor(args, [])  # Wrong flags are reported before anything runs.
+    roofline(args, [])  # Wrong flags are reported before anything runs.
     found = all_answers(args)
     chain = 1 + max(n for (cell, *_), records in found.items() if (cell.method, cell.tree) == ("match", None)
                     for n in every(records, "drafted"))

@@ -4,7 +4,7 @@ GB/s and the percentage of a ceiling.
 
 Reads the reports cuda_gpu_kern_sum and cuda_gpu_trace of `nsys stats`, and the pages raw and details of `ncu --csv`,
 from a file or stdin (-). ncu counts bytes. For nsys, --launches (`dflash-gen --plan --launches --json` of the pair) and
---record (`dflash-bench floor --json` of it) give the weights that each launch reads, a lower bound of its bytes.
+--record (`dflash-bench roofline --json` of it) give the weights that each launch reads, a lower bound of its bytes.
 
 Exit codes: 0 done, 2 a flag or a file is wrong.
 """
@@ -250,7 +250,7 @@ def main():
     add = parser.add_argument
     add("--ceiling", type=above_zero, metavar="GB/s", help="what 100 %% is [default: the records' read ceiling]")
     add("--record", action="append", default=[], metavar="JSON", help="of dflash-bench; may be given several times")
-    add("--launches", metavar="JSON", help="a round's launches, for nsys: needs a record of dflash-bench floor")
+    add("--launches", metavar="JSON", help="a round's launches, for nsys: needs a record of dflash-bench roofline")
     add("--markdown", action="store_true", help="a table in Markdown")
     flags = parser.parse_args()
     ceiling, matrices = flags.ceiling, {}
@@ -265,7 +265,7 @@ def main():
             if m and row.get("unit") == "MB" and isinstance(value, (int, float)):
                 matrices[m[1], m[2]] = value * 1e6
     if flags.launches and not matrices:
-        raise Wrong("--launches needs the sizes of the weights: --record with what dflash-bench floor --json prints")
+        raise Wrong("--launches needs the sizes of the weights: --record with what dflash-bench roofline --json prints")
     try:
         file = sys.stdin if flags.profile == "-" else open(flags.profile, encoding="utf-8")
         with file:
