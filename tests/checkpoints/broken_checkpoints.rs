@@ -1,4 +1,4 @@
-//! Checkpoint folders that are wrong: the sentence and exit code for each way.
+//! Invalid checkpoint folders: the error sentence and exit code of each kind.
 
 use crate::support;
 
@@ -9,10 +9,11 @@ use std::fs;
 use std::path::Path;
 use support::{Raw, Target, disk, edit_json, open_pair, small, small_pair, write_pair};
 
-/// Spoils a small pair and returns the exit code and sentence of opening it, with the two folders written `T` and `D`.
-fn refusal(spoil: impl FnOnce(&Path, &Path)) -> (u8, String) {
+/// Writes a small pair, applies `corrupt` to its folders, and opens it. Returns the exit code and the error
+/// sentence, with `T` and `D` in place of the two folders.
+fn refusal(corrupt: impl FnOnce(&Path, &Path)) -> (u8, String) {
     let pair = small_pair();
-    spoil(&pair.target, &pair.drafter);
+    corrupt(&pair.target, &pair.drafter);
     let error = match open_pair(&pair) {
         Ok(_) => return (0, "opened".into()),
         Err(error) => error,
@@ -21,7 +22,8 @@ fn refusal(spoil: impl FnOnce(&Path, &Path)) -> (u8, String) {
     (error.exit_code(), sentence.replace(pair.drafter.to_str().unwrap(), "D"))
 }
 
-/// One case per line: exit code | changes to a config, `field = JSON` or `field absent` | sentence.
+/// Checks a table with one case per line: exit code | changes to a config, `field = JSON` or `field absent` |
+/// sentence.
 fn check_config_rows(table: &str, of_target: bool) {
     for row in table.lines().filter(|row| !row.is_empty()) {
         let [code, edits, sentence] = row.splitn(3, " | ").collect::<Vec<_>>().try_into().expect(row);
@@ -34,6 +36,7 @@ fn check_config_rows(table: &str, of_target: bool) {
     }
 }
 
+/// Applies one change of a table to a config.
 fn change(config: &mut Value, edit: &str) {
     let (path, value) = match edit.split_once(" = ") {
         Some((path, value)) => (path, Some(serde_json::from_str(value).expect(edit))),
@@ -51,7 +54,7 @@ fn change(config: &mut Value, edit: &str) {
 }
 
 #[test]
-fn target_configs_are_refused_by_field() {
+fn invalid_target_configs_are_refused_by_field() {
     check_config_rows(TARGET_CONFIGS, true);
 }
 
@@ -109,7 +112,7 @@ const TARGET_CONFIGS: &str = r#"
 "#;
 
 #[test]
-fn drafter_configs_are_refused_by_field() {
+fn invalid_drafter_configs_are_refused_by_field() {
     check_config_rows(DRAFTER_CONFIGS, false);
 }
 
@@ -155,7 +158,7 @@ const DRAFTER_CONFIGS: &str = r#"
 3 | num_hidden_layers = 1 | D/model.safetensors: tensor layers.1.input_layernorm.weight belongs to a layer beyond the 1 of config.json
 "#;
 
-/// Rewrites the header of a model's only file; `edit` sees it as JSON.
+/// Applies `edit` to the header, parsed as JSON, of a model with one weights file.
 fn edit_header(dir: &Path, edit: impl FnOnce(&mut Value)) {
     let path = dir.join("model.safetensors");
     let file = fs::read(&path).unwrap();
@@ -165,7 +168,8 @@ fn edit_header(dir: &Path, edit: impl FnOnce(&mut Value)) {
     fs::write(&path, support::safetensors_raw(&header.to_string(), &file[end..])).unwrap();
 }
 
-/// Eight tensors of nearly an eighth of the address space each: only with the header's length prefix do they overflow it.
+/// A file of eight tensors, each of nearly an eighth of 2^64 bytes: the sum overflows only when the header's
+/// length is added.
 fn overflowing() -> Vec<u8> {
     let size = (1u64 << 61) - 1;
     let mut header = json!({});
@@ -176,36 +180,37 @@ fn overflowing() -> Vec<u8> {
     support::safetensors_raw(&header.to_string(), &[])
 }
 
-/// Writes a model's tensors anew, as f32 and in one file.
+/// Applies `edit` to a model's tensors and writes them as f32 to one file.
 fn edit_tensors(dir: &Path, tensors: Vec<Raw>, edit: impl FnOnce(&mut Vec<Raw>)) {
     let mut tensors = tensors;
     edit(&mut tensors);
     support::write_tensors(dir, &tensors, Dtype::F32, 1);
 }
 
+/// A tensor with this name and one element.
 fn named(name: &str) -> Raw {
     Raw { name: name.into(), shape: vec![1], values: vec![0.0] }
 }
 
 #[test]
-#[rustfmt::skip] // a table: a case, then what it must give
-fn broken_safetensors_files_are_refused_by_what_is_wrong() {
+#[rustfmt::skip] // a table: each case, then the expected exit code and sentence
+fn invalid_safetensors_files_are_refused_with_the_reason() {
     let target = || support::target_tensors(&small().0);
     let drafter = || support::drafter_tensors(&small().0, &small().1);
-    type Spoil = Box<dyn Fn(&Path, &Path)>;
-    let write = |bytes: Vec<u8>| -> Spoil {
+    type Corrupt = Box<dyn Fn(&Path, &Path)>;
+    let write = |bytes: Vec<u8>| -> Corrupt {
         Box::new(move |t, _| fs::write(t.join("model.safetensors"), &bytes).unwrap())
     };
-    let cut = |keep: fn(usize) -> usize| -> Spoil {
+    let cut = |keep: fn(usize) -> usize| -> Corrupt {
         Box::new(move |t, _| {
             let path = t.join("model.safetensors");
             let file = fs::read(&path).unwrap();
             fs::write(&path, &file[..keep(file.len())]).unwrap();
         })
     };
-    let header = |edit: fn(&mut Value)| -> Spoil { Box::new(move |t, _| edit_header(t, edit)) };
+    let header = |edit: fn(&mut Value)| -> Corrupt { Box::new(move |t, _| edit_header(t, edit)) };
     let offsets = "model.norm.weight";
-    let rows: Vec<(Spoil, u8, &str)> = vec![
+    let rows: Vec<(Corrupt, u8, &str)> = vec![
         (write(vec![]),
             3, "T/model.safetensors is not a whole safetensors file: it has 0 bytes, expected at least 8 for the header's length"),
         (write(vec![1, 2, 3]),
@@ -269,16 +274,16 @@ fn broken_safetensors_files_are_refused_by_what_is_wrong() {
         (Box::new(|t, d| { fs::rename(d.join("model.safetensors"), t.join("model.safetensors")).unwrap(); }),
             4, "T/model.safetensors: tensor fc.weight is not one that this kind of target has"),
     ];
-    for (spoil, code, sentence) in rows {
-        let found = refusal(|t, d| spoil(t, d));
+    for (corrupt, code, sentence) in rows {
+        let found = refusal(|t, d| corrupt(t, d));
         assert_eq!((found.0, found.1.as_str()), (code, sentence));
     }
 }
 
 #[test]
-#[rustfmt::skip] // a table: a case, then what it must give
-fn folders_and_indexes_are_refused_by_what_they_hold() {
-    type Spoil = fn(&Path, &Path);
+#[rustfmt::skip] // a table: each case, then the expected exit code and sentence
+fn invalid_folders_and_shard_indexes_are_refused() {
+    type Corrupt = fn(&Path, &Path);
     fn only(dir: &Path, file: &str) {
         fs::rename(dir.join("model.safetensors"), dir.join(file)).unwrap();
     }
@@ -290,7 +295,7 @@ fn folders_and_indexes_are_refused_by_what_they_hold() {
     fn first(index: &mut Value, file: &str) {
         index["weight_map"]["model.embed_tokens.weight"] = file.into();
     }
-    let rows: &[(Spoil, u8, &str)] = &[
+    let rows: &[(Corrupt, u8, &str)] = &[
         (|t, _| fs::remove_dir_all(t).unwrap(),
             3, "T does not exist: expected a Hugging Face model folder"),
         (|t, _| { fs::remove_dir_all(t).unwrap(); fs::write(t, "GGUF").unwrap(); },
@@ -350,8 +355,8 @@ fn folders_and_indexes_are_refused_by_what_they_hold() {
         (|t, _| { shards(t, |_| ()); fs::remove_file(t.join("model-00002-of-00002.safetensors")).unwrap(); },
             3, "T/model.safetensors.index.json lists the shard model-00002-of-00002.safetensors, which is not in the folder"),
     ];
-    for (spoil, code, sentence) in rows {
-        let found = refusal(spoil);
+    for (corrupt, code, sentence) in rows {
+        let found = refusal(corrupt);
         assert_eq!((found.0, found.1.as_str()), (*code, *sentence));
     }
 }
@@ -367,9 +372,9 @@ fn an_unreadable_file_is_named() {
     assert!(sentence.starts_with("T/config.json cannot be read: "), "{sentence}");
 }
 
-/// Text files are read and not mapped: what happens to them later does not matter.
+/// Text files are read, not mapped, so later changes to them have no effect.
 #[test]
-fn a_text_file_that_shrinks_after_it_was_read_is_still_whole() {
+fn a_text_file_that_shrinks_after_reading_is_still_complete() {
     let pair = small_pair();
     let folder = disk(&pair.target);
     let read = folder.file("config.json").unwrap().unwrap();
@@ -381,7 +386,7 @@ fn a_text_file_that_shrinks_after_it_was_read_is_still_whole() {
 }
 
 #[test]
-fn a_text_file_beyond_all_use_is_refused_unread() {
+fn an_oversized_text_file_is_refused_before_reading() {
     let file = "tokenizer.json";
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(file);
@@ -395,7 +400,7 @@ fn a_text_file_beyond_all_use_is_refused_unread() {
 }
 
 #[test]
-fn the_other_targets_drafter_is_refused() {
+fn a_drafter_of_another_target_is_refused() {
     let (target, drafter) = small();
     let pair = write_pair(&target, &drafter);
     let other = Target { hidden: 32, ..target };

@@ -1,4 +1,4 @@
-//! Checkpoint folders: what is read from them.
+//! Reading checkpoint folders: configs, tensors and RoPE frequencies.
 
 use crate::support;
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::fs;
 use support::{Drafter, Raw, Target, disk, edit_json, open_all, open_pair, small, small_pair, write_pair};
 
-/// Values of a tensor as f32, whatever it is stored in.
+/// The values of a tensor, converted to f32 from the stored dtype.
 fn values(weights: &Checkpoint, name: &str, shape: &[usize]) -> Vec<f32> {
     let tensor = weights.tensor(name, shape).unwrap();
     let half = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
@@ -20,10 +20,10 @@ fn values(weights: &Checkpoint, name: &str, shape: &[usize]) -> Vec<f32> {
     }
 }
 
-// ---- what is read ----
+// ---- configs and tensors ----
 
 #[test]
-fn the_demo_pair_opens_and_its_configs_are_read() {
+fn the_demo_pair_opens_with_its_configs() {
     let (target, drafter, weights, _) = open_all(&DEMO_TARGET, &DEMO_DRAFTER).unwrap();
     assert_eq!(target.family, Family::Qwen3);
     assert!(target.tied && target.stack.qk_norm);
@@ -39,7 +39,7 @@ fn the_demo_pair_opens_and_its_configs_are_read() {
 }
 
 #[test]
-fn tensors_come_back_as_they_were_written_in_every_dtype_and_sharding() {
+fn tensors_are_read_back_in_every_dtype_and_sharding() {
     for (dtype, shards) in [(Dtype::Bf16, 1), (Dtype::F16, 3), (Dtype::F32, 5)] {
         let (target, drafter) = small();
         let target = Target { dtype, shards, tied: false, ..target };
@@ -48,13 +48,13 @@ fn tensors_come_back_as_they_were_written_in_every_dtype_and_sharding() {
         assert_eq!(weights.list().len(), config.tensors().len());
         for Raw { name, shape, values: written } in support::target_tensors(&target) {
             let read = values(&weights, &name, &shape);
-            let step = match dtype {
+            let rounding = match dtype {
                 Dtype::Bf16 => 1.0 / 256.0,
                 Dtype::F16 => 1.0 / 2048.0,
                 Dtype::F32 => 0.0,
             };
             assert!(
-                read.iter().zip(&written).all(|(r, w)| (r - w).abs() <= step * w.abs().max(1e-3)),
+                read.iter().zip(&written).all(|(r, w)| (r - w).abs() <= rounding * w.abs().max(1e-3)),
                 "{name}"
             );
         }
@@ -75,32 +75,32 @@ fn a_header_of_any_length_leaves_unaligned_tensors_readable() {
 }
 
 #[test]
-fn drafter_tensors_are_found_under_every_known_spelling() {
+fn drafter_tensors_are_found_under_every_known_naming_scheme() {
     let (target, drafter) = small();
     let pair = write_pair(&target, &drafter);
-    let plain = support::drafter_tensors(&target, &drafter);
+    let tensors = support::drafter_tensors(&target, &drafter);
     let rename = |to: &dyn Fn(&str) -> String| -> Vec<Raw> {
-        plain.iter().map(|t| Raw { name: to(&t.name), ..t.clone() }).collect()
+        tensors.iter().map(|t| Raw { name: to(&t.name), ..t.clone() }).collect()
     };
     let encoder = |name: &str| match name {
         "fc.weight" => "encoder.fc.weight".to_string(),
         "hidden_norm.weight" => "encoder.output_norm_enc.weight".to_string(),
         name => name.to_string(),
     };
-    for spelling in
+    for renamed in
         [rename(&|n| format!("model.{n}")), rename(&encoder), rename(&|n| format!("model.{}", encoder(n)))]
     {
-        support::write_tensors(&pair.drafter, &spelling, Dtype::F32, 1);
+        support::write_tensors(&pair.drafter, &renamed, Dtype::F32, 1);
         let (config, _, _, weights) = open_pair(&pair).map(|(_, d, t, w)| (d, 0, t, w)).unwrap();
         for (name, shape) in config.tensors() {
-            let written = plain.iter().find(|t| t.name == name).unwrap();
+            let written = tensors.iter().find(|t| t.name == name).unwrap();
             assert_eq!(values(&weights, &name, &shape), written.values, "{name}");
         }
     }
 }
 
 #[test]
-fn targets_may_carry_buffers_and_a_stored_copy_of_a_tied_head() {
+fn targets_may_store_buffers_and_a_copy_of_a_tied_head() {
     let (target, drafter) = small();
     let pair = write_pair(&target, &drafter);
     let mut tensors = support::target_tensors(&target);
@@ -110,7 +110,7 @@ fn targets_may_carry_buffers_and_a_stored_copy_of_a_tied_head() {
     support::write_tensors(&pair.target, &tensors, Dtype::F32, 1);
     open_pair(&pair).unwrap();
 
-    // An I64 buffer: four f32 zeros relabelled as two I64.
+    // An I64 buffer, written as four f32 zeros whose header says two I64.
     tensors.push(Raw { name: "model.position_ids".into(), shape: vec![4], values: vec![0.0; 4] });
     let file = support::safetensors_file(&tensors, Dtype::F32);
     let header_end = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
@@ -126,7 +126,7 @@ fn targets_may_carry_buffers_and_a_stored_copy_of_a_tied_head() {
 }
 
 #[test]
-fn stop_ids_come_from_the_generation_config_first() {
+fn eos_ids_come_from_the_generation_config_first() {
     let pair = small_pair();
     let target = disk(&pair.target);
     let eos = || TargetConfig::open(&target).unwrap().eos;
@@ -145,7 +145,7 @@ fn stop_ids_come_from_the_generation_config_first() {
     assert_eq!(eos(), [0u32; 0]);
 }
 
-/// A drafter config with the sizes of a published checkpoint (dflash.md section 1).
+/// A drafter config with the sizes of a published checkpoint (docs/dflash.md, section 1).
 fn published(h: usize, ff: usize, layers: usize, heads: usize, kv: usize, taps: usize) -> Value {
     json!({
         "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_size": h, "intermediate_size": ff,
@@ -169,13 +169,13 @@ fn target_from(config: &Value) -> Result<TargetConfig> {
 }
 
 #[test]
-fn parameter_counts_are_those_of_the_published_drafters() {
+fn parameter_counts_match_the_published_drafters() {
     let count = |c: Value| support::parameters(&drafter_from(&c).unwrap().tensors());
     assert_eq!(count(published(2560, 9728, 5, 32, 8, 5)), 537_427_200);
     assert_eq!(count(published(4096, 12288, 5, 32, 8, 5)), 1_048_626_432);
     assert_eq!(count(published(2560, 9216, 6, 32, 8, 8)), 634_425_856);
     assert_eq!(count(published(2048, 6144, 6, 32, 8, 8)), 385_906_176);
-    // The formula of section 2 for the two drafters without a published count.
+    // The formula of docs/dflash.md, section 2, for the two drafters without a published count.
     let formula = |l: u64, h: u64, ff: u64, nh: u64, nkv: u64, n: u64| {
         let hd = 128;
         l * (2 * h * nh * hd + 2 * h * nkv * hd + 2 * hd + 3 * h * ff + 2 * h) + n * h * h + 2 * h
@@ -194,7 +194,7 @@ fn parameter_counts_are_those_of_the_published_drafters() {
 }
 
 #[test]
-fn a_target_counts_its_head_once() {
+fn parameter_count_of_a_target_counts_a_tied_head_once() {
     // Qwen3-0.6B as published: 596,049,920 weights, tied.
     let mut config = support::target_config(&Target {
         hidden: 1024,
@@ -215,8 +215,8 @@ fn a_target_counts_its_head_once() {
 }
 
 #[test]
-fn absent_layer_ids_follow_the_rule() {
-    // The checked values of dflash.md section 1.
+fn default_target_layer_ids_are_evenly_spaced() {
+    // The values in docs/dflash.md, section 1.
     let cases: [(usize, &[usize]); 10] = [
         (36, &[1, 9, 17, 25, 33]),
         (32, &[1, 8, 15, 22, 29]),
@@ -239,12 +239,12 @@ fn absent_layer_ids_follow_the_rule() {
         assert_eq!(taps(target_layers, expected.len()), expected, "{target_layers} layers");
     }
     assert_eq!(taps(36, 1), [18]);
-    // 10.5 and 29.5 go to the even neighbour, as Python rounds.
+    // 10.5 and 29.5 round to the even neighbour, as in Python.
     assert_eq!(taps(42, 5), [1, 10, 20, 30, 39]);
 }
 
 #[test]
-fn drafter_fields_are_read_from_both_places_and_the_inner_one_wins() {
+fn dflash_config_fields_override_top_level_fields() {
     let mut config = published(64, 64, 2, 4, 2, 3);
     let block = |config: &Value| drafter_from(config).unwrap().block;
     assert_eq!(block(&config), 16);
@@ -262,7 +262,7 @@ fn drafter_fields_are_read_from_both_places_and_the_inner_one_wins() {
     config["dflash_config"]["final_logit_softcapping"] = json!(0.0);
     assert_eq!(drafter_from(&config).unwrap().softcap, None);
 
-    // All of it at top level, and `dflash_config` absent.
+    // All fields at top level, without `dflash_config`.
     let flat = config["dflash_config"].take();
     config.as_object_mut().unwrap().extend(flat.as_object().unwrap().clone());
     let drafter = drafter_from(&config).unwrap();
@@ -273,28 +273,31 @@ fn drafter_fields_are_read_from_both_places_and_the_inner_one_wins() {
 }
 
 #[test]
-fn causality_and_windows_resolve_as_the_reference_does() {
+fn causality_and_windows_match_the_reference() {
     let mut config = published(64, 64, 3, 4, 2, 2);
-    let seen = |config: &Value| drafter_from(config).unwrap().stack.attention;
-    let of = |causal, window| Attention { causal, window };
-    assert_eq!(seen(&config), [of(false, None); 3]);
+    let attention_of = |config: &Value| drafter_from(config).unwrap().stack.attention;
+    let layer = |causal, window| Attention { causal, window };
+    assert_eq!(attention_of(&config), [layer(false, None); 3]);
     config["layer_types"] = json!(["sliding_attention", "sliding_attention", "full_attention"]);
     config["sliding_window"] = 2048.into();
-    let mixed = [of(true, Some(2048)), of(true, Some(2048)), of(false, None)];
-    assert_eq!(seen(&config), mixed);
+    let mixed = [layer(true, Some(2048)), layer(true, Some(2048)), layer(false, None)];
+    assert_eq!(attention_of(&config), mixed);
     config["use_sliding_window"] = true.into();
-    assert_eq!(seen(&config), mixed);
+    assert_eq!(attention_of(&config), mixed);
     config["dflash_config"]["causal"] = true.into();
-    assert_eq!(seen(&config), [of(true, Some(2048)), of(true, Some(2048)), of(true, None)]);
+    assert_eq!(attention_of(&config), [layer(true, Some(2048)), layer(true, Some(2048)), layer(true, None)]);
     config["is_causal"] = false.into();
-    assert_eq!(seen(&config), [of(false, Some(2048)), of(false, Some(2048)), of(false, None)]);
-    // The window counts only where `layer_types` says sliding.
+    assert_eq!(
+        attention_of(&config),
+        [layer(false, Some(2048)), layer(false, Some(2048)), layer(false, None)]
+    );
+    // The window applies only to layers that `layer_types` calls sliding.
     config["layer_types"] = json!(["full_attention", "full_attention", "full_attention"]);
-    assert_eq!(seen(&config), [of(false, None); 3]);
+    assert_eq!(attention_of(&config), [layer(false, None); 3]);
 }
 
 #[test]
-fn sliding_layers_of_a_target_are_those_that_hugging_face_makes() {
+fn sliding_layers_of_a_target_match_hugging_face() {
     let mut config = support::target_config(&Target::default());
     config["sliding_window"] = 32.into();
     config["max_window_layers"] = 3.into();
@@ -312,7 +315,7 @@ fn sliding_layers_of_a_target_are_those_that_hugging_face_makes() {
 }
 
 #[test]
-fn head_sizes_default_as_in_hugging_face() {
+fn default_head_sizes_match_hugging_face() {
     let mut config = support::target_config(&Target { llama: true, ..Target::default() });
     config.as_object_mut().unwrap().remove("head_dim");
     config.as_object_mut().unwrap().remove("num_key_value_heads");
@@ -325,10 +328,11 @@ fn head_sizes_default_as_in_hugging_face() {
 
 // ---- RoPE ----
 
-/// Values of `modeling_rope_utils` of transformers 4.57.6 (its functions run in f64 on numpy): the settings, head_dim,
-/// factor on cos and sin, and some inverse frequencies.
+/// Expected values come from `modeling_rope_utils` of transformers 4.57.6, with its functions run in f64 on
+/// numpy. A case is the settings, theta, head_dim, the factor on cos and sin, and some inverse frequencies by
+/// index.
 #[test]
-fn rope_frequencies_are_those_of_hugging_face() {
+fn rope_frequencies_match_hugging_face() {
     type Case = (Value, f64, usize, f64, &'static [(usize, f64)]);
     let cases: [Case; 8] = [
         (
@@ -372,7 +376,7 @@ fn rope_frequencies_are_those_of_hugging_face() {
             &[(9, 0.031620752275346484), (12, 0.007015713910504388), (17, 0.0002279477957951252)],
         ),
         (
-            // Qwen3's recipe for long context; the old spelling of the type
+            // Qwen3's settings for long context, with the old name of the type's field
             json!({ "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768 }),
             1e6,
             128,
@@ -394,7 +398,7 @@ fn rope_frequencies_are_those_of_hugging_face() {
             &[(12, 0.026879360111431223), (31, 3.33380358040831e-06)],
         ),
         (
-            // without an original length it is max_position_embeddings, 163840 here
+            // the original length defaults to max_position_embeddings, which is 163840 here
             json!({ "rope_type": "yarn", "factor": 40.0, "attention_factor": 1.25 }),
             1e4,
             64,
@@ -418,7 +422,7 @@ fn rope_frequencies_are_those_of_hugging_face() {
             max_positions: 163_840,
             ..Target::default()
         });
-        // The newer spelling of the same.
+        // The same settings in the newer format.
         let mut newer = older.clone();
         let fields = newer.as_object_mut().unwrap();
         fields.remove("rope_theta");
@@ -446,6 +450,6 @@ fn partial_rotary_factor_rotates_the_leading_dims() {
     let rope = drafter_from(&config).unwrap().stack.rope;
     assert_eq!(rope.rotary_dims, 64);
     let (frequencies, _) = rope.frequencies();
-    // As in the table above: half of a head of 128 is a head of 64.
+    // Half of a head of 128 has the frequencies of a head of 64, as in the table above.
     assert!((frequencies[12] / 0.03162277660168379 - 1.0).abs() < 1e-11);
 }

@@ -1,4 +1,4 @@
-//! Loading weights onto a device: contents, sizes known beforehand, bounded host memory, and every way it can go wrong.
+//! Loading weights onto a device: contents, planned sizes, bounded host memory, and errors.
 
 use crate::support;
 use crate::support::kernel;
@@ -23,7 +23,7 @@ use std::fs::{self, File, OpenOptions};
 use std::path::Path;
 use support::{Raw, disk};
 
-/// Sizes that the kernels run and that divide nothing else.
+/// Sizes that the kernels support, and that no larger tile size divides.
 fn target(dtype: Dtype, shards: usize, tied: bool) -> support::Target {
     support::Target {
         hidden: 192,
@@ -52,7 +52,7 @@ fn drafter(dtype: Dtype) -> support::Drafter {
     }
 }
 
-fn written(target: &support::Target, drafter: &support::Drafter) -> (support::Pair, Pair) {
+fn write_and_open(target: &support::Target, drafter: &support::Drafter) -> (support::Pair, Pair) {
     let files = support::write_pair(target, drafter);
     let pair = Pair::open(disk(&files.target), Some(disk(&files.drafter))).unwrap();
     (files, pair)
@@ -62,9 +62,10 @@ fn demo() -> Pair {
     Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()
 }
 
-fn nobody(_: usize, _: usize) {}
+/// A progress callback that does nothing.
+fn no_progress(_: usize, _: usize) {}
 
-/// A tensor's values as a file of that type holds them.
+/// The values of a tensor, rounded to the dtype of the file.
 fn stored(tensor: &Raw, dtype: Dtype) -> Vec<f32> {
     let round = |&x: &f32| match dtype {
         Dtype::Bf16 => half::bf16::from_f32(x).to_f32(),
@@ -77,12 +78,12 @@ fn stored(tensor: &Raw, dtype: Dtype) -> Vec<f32> {
 // ---- contents ----
 
 #[test]
-fn device_contents_equal_the_checkpoint_in_every_dtype_sharding_and_tying() {
+fn device_weights_equal_the_checkpoint_in_every_format() {
     let cases =
         [(Dtype::Bf16, 1, true), (Dtype::Bf16, 5, false), (Dtype::F16, 3, true), (Dtype::F32, 2, false)];
     for (dtype, shards, tied) in cases {
         let spec = target(dtype, shards, tied);
-        let (_files, pair) = written(&spec, &drafter(dtype));
+        let (_files, pair) = write_and_open(&spec, &drafter(dtype));
         let tensors = support::target_tensors(&spec);
         let values = |name: &str| stored(tensors.iter().find(|t| t.name == name).unwrap(), dtype);
         let rows = |names: &[&str]| to_bf16(&names.iter().flat_map(|name| values(name)).collect::<Vec<_>>());
@@ -99,7 +100,7 @@ fn device_contents_equal_the_checkpoint_in_every_dtype_sharding_and_tying() {
             "input_layernorm",
         ]
         .map(own);
-        // Others than in the files' order.
+        // The parts of a matrix are given in another order than in the file.
         let gates_shape = Shape { n: 320, k: 192 };
         let gates = [(up.clone(), 160, PackedRows::Ups), (gate.clone(), 160, PackedRows::Gates)];
         let gate_up = loader.packed(gates_shape, &gates).unwrap();
@@ -112,28 +113,29 @@ fn device_contents_equal_the_checkpoint_in_every_dtype_sharding_and_tying() {
         let qkv = loader.packed(qkv_shape, &heads).unwrap();
         let gain_buffer = loader.vector(&gain, 192).unwrap();
         let table = "model.embed_tokens.weight";
-        let plain = loader.table(table, 301, 192).unwrap();
+        let embedding = loader.table(table, 301, 192).unwrap();
         let head = if tied { table } else { "lm_head.weight" };
         let head_shape = Shape { n: 301, k: 192 };
         let packed = loader.packed(head_shape, &[(head.to_string(), 301, PackedRows::From(0))]).unwrap();
-        loader.run(&mut nobody).unwrap();
+        loader.run(&mut no_progress).unwrap();
 
         let case = format!("{dtype:?}, {shards} shards, tied {tied}");
         let same = |what: &str, buffer: &Buffer, expected: Vec<u16>| {
             assert!(download::<u16>(&device, buffer) == expected, "{what}, {case}");
         };
-        let place = |r: usize| if r < 160 { r / 8 * 16 + r % 8 } else { (r - 160) / 8 * 16 + 8 + r % 8 };
-        same("gate and up", &gate_up, pack_rows(&rows(&[&gate, &up]), gates_shape, place));
+        let packed_row = |r: usize| if r < 160 { r / 8 * 16 + r % 8 } else { (r - 160) / 8 * 16 + 8 + r % 8 };
+        same("gate and up", &gate_up, pack_rows(&rows(&[&gate, &up]), gates_shape, packed_row));
         same("qkv", &qkv, pack_rows(&rows(&[&q, &k, &v]), qkv_shape, |r| r));
-        same("embedding", &plain, rows(&[table]));
+        same("embedding", &embedding, rows(&[table]));
         same("head", &packed, pack_rows(&rows(&[head]), head_shape, |r| r));
         assert_eq!(download::<f32>(&device, &gain_buffer), values(&gain), "{case}");
     }
 }
 
-/// More than one piece and one batch, in every position a border can have; then a row longer than both.
+/// Matrices that take several read buffers, with buffer borders at many places of a row, and a row that is
+/// longer than a buffer.
 #[test]
-fn matrices_longer_than_a_piece_arrive_whole() {
+fn matrices_larger_than_a_read_buffer_load_correctly() {
     let (n, k, long) = match cfg!(feature = "sanitize") {
         true => (700, 12832, 64),
         false => (5011, 2080, READ_BYTES / 2 + 96),
@@ -155,14 +157,14 @@ fn matrices_longer_than_a_piece_arrive_whole() {
             [Shape { n: 2 * n.next_multiple_of(8), k }, Shape { n: n + 5, k }, Shape { n: 2, k: long }];
         let gates = loader.packed(shapes[0], &[("a".into(), n, PackedRows::Gates)]).unwrap();
         let shifted = loader.packed(shapes[1], &[("a".into(), n, PackedRows::From(5))]).unwrap();
-        let wide = loader.packed(shapes[2], &[("b".into(), 2, PackedRows::From(0))]).unwrap();
-        let plain = loader.table("a", n, k).unwrap();
+        let long_row = loader.packed(shapes[2], &[("b".into(), 2, PackedRows::From(0))]).unwrap();
+        let table = loader.table("a", n, k).unwrap();
         let mut calls = 0;
         let before = device.allocated().bytes;
-        let passing = loader.staging_bytes();
+        let staging = loader.staging_bytes();
         loader.run(&mut |_, _| calls += 1).unwrap();
         assert!(calls > 6, "{calls} pieces");
-        assert_eq!((device.allocated().bytes, device.allocated().peak), (before, before + passing));
+        assert_eq!((device.allocated().bytes, device.allocated().peak), (before, before + staging));
 
         let a = to_bf16(&stored(&tensors[0], dtype));
         let same = |what: &str, buffer: &Buffer, expected: Vec<u16>, first: usize| {
@@ -173,19 +175,19 @@ fn matrices_longer_than_a_piece_arrive_whole() {
         same("gates", &gates, pack_rows(&a, shapes[0], |r| r / 8 * 16 + r % 8), 0);
         same("shifted", &shifted, pack_rows(&a, shapes[1], |r| r + 5), 0);
         let b = to_bf16(&stored(&tensors[1], dtype));
-        same("a long row", &wide, pack_rows(&b, shapes[2], |r| r), 0);
-        assert!(download::<u16>(&device, &plain) == a, "table, {dtype:?}");
+        same("a long row", &long_row, pack_rows(&b, shapes[2], |r| r), 0);
+        assert!(download::<u16>(&device, &table) == a, "table, {dtype:?}");
     }
 }
 
 #[test]
-fn rotations_are_those_of_the_reference() {
+fn rotary_tables_match_the_reference() {
     let pair = demo();
     let device = Emulator::new();
     let stack = &pair.target.config.stack;
     let mut loader = Loader::new(&device, &pair.target.weights);
     let buffer = loader.rotations(&stack.rope, stack.head_dim, 100).unwrap();
-    loader.run(&mut nobody).unwrap();
+    loader.run(&mut no_progress).unwrap();
     let (frequencies, magnitude) = stack.rope.frequencies();
     let half = stack.head_dim / 2;
     for (i, value) in download::<f32>(&device, &buffer).into_iter().enumerate() {
@@ -197,16 +199,16 @@ fn rotations_are_those_of_the_reference() {
 }
 
 #[test]
-fn progress_ends_with_all_bytes_and_never_goes_back() {
-    let (_files, pair) = written(&target(Dtype::F16, 3, false), &drafter(Dtype::F32));
+fn progress_is_monotonic_and_ends_at_all_bytes() {
+    let (_files, pair) = write_and_open(&target(Dtype::F16, 3, false), &drafter(Dtype::F32));
     let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 8, 100)).unwrap();
-    let mut heard = vec![];
-    Models::load_with(&Emulator::new(), &pair, 100, &mut |done, total| heard.push((done, total))).unwrap();
+    let mut progress = vec![];
+    Models::load_with(&Emulator::new(), &pair, 100, &mut |done, total| progress.push((done, total))).unwrap();
     assert_eq!(
-        (heard[0], heard[heard.len() - 1]),
+        (progress[0], progress[progress.len() - 1]),
         ((0, plan.file_bytes), (plan.file_bytes, plan.file_bytes))
     );
-    assert!(heard.is_sorted() && heard.iter().all(|h| h.1 == plan.file_bytes));
+    assert!(progress.is_sorted() && progress.iter().all(|h| h.1 == plan.file_bytes));
     let expected = support::parameters(&pair.target.config.tensors()) * 2
         + support::parameters(&pair.drafter.as_ref().unwrap().config.tensors()) * 4;
     assert_eq!(plan.file_bytes as u64, expected);
@@ -215,28 +217,28 @@ fn progress_ends_with_all_bytes_and_never_goes_back() {
 // ---- sizes ----
 
 fn pairs() -> Vec<(&'static str, Option<support::Pair>, Pair)> {
-    let (files, untied) = written(&target(Dtype::Bf16, 1, false), &drafter(Dtype::Bf16));
-    let alone = Pair::open(disk(&files.target), None).unwrap();
-    let (tied_files, tied) = written(&target(Dtype::F32, 2, true), &drafter(Dtype::F16));
+    let (files, untied) = write_and_open(&target(Dtype::Bf16, 1, false), &drafter(Dtype::Bf16));
+    let target_only = Pair::open(disk(&files.target), None).unwrap();
+    let (tied_files, tied) = write_and_open(&target(Dtype::F32, 2, true), &drafter(Dtype::F16));
     vec![
         ("demo", None, demo()),
-        ("without drafter", None, alone),
+        ("without drafter", None, target_only),
         ("untied", Some(files), untied),
         ("tied", Some(tied_files), tied),
     ]
 }
 
 #[test]
-fn the_plan_is_what_is_allocated() {
+fn the_memory_plan_equals_the_allocations() {
     for (what, _files, pair) in &pairs() {
-        let rooms = [
+        let configs = [
             BatchConfig::new(1, 1, 64),
             BatchConfig::new(3, 7, 200),
             BatchConfig { pages: 5, ..BatchConfig::new(2, 16, 250) },
         ];
-        for room in rooms {
-            let BatchConfig { block, pages, positions, .. } = room;
-            let plan = MemoryPlan::new(pair, room).unwrap();
+        for config in configs {
+            let BatchConfig { block, pages, positions, .. } = config;
+            let plan = MemoryPlan::new(pair, config).unwrap();
             let device = Emulator::new();
             let models = Models::load(&device, pair, positions).unwrap();
             let weights: usize = plan
@@ -248,8 +250,8 @@ fn the_plan_is_what_is_allocated() {
             assert_eq!(device.allocated().bytes, weights, "{what}, {plan:?}");
             assert_eq!(device.allocated().peak, weights + plan.staging, "{what}, {plan:?}");
             assert_eq!(device.allocated().peak, plan.loading(), "{what}, {plan:?}");
-            let batch = Batch::new(&device, &models, room).unwrap();
-            // The emulator's page-locked memory is memory like all other: one buffer, the ring.
+            let batch = Batch::new(&device, &models, config).unwrap();
+            // The emulator counts page-locked memory as device memory: one buffer, the result ring.
             let used = device.allocated();
             assert_eq!(used.bytes, plan.total() + plan.pinned, "{what}, {plan:?}");
             assert_eq!(
@@ -273,13 +275,13 @@ fn the_plan_is_what_is_allocated() {
     }
 }
 
-/// Weights are in device memory once: their lines are what the tensors take as bf16 (vectors f32, rows padded to 16)
-/// and the rotations.
+/// The plan's lines for weights equal the size of all tensors, as bf16 with rows padded to 16 and vectors as
+/// f32, plus the rotary tables.
 #[test]
-fn no_weight_is_held_twice() {
+fn each_weight_is_stored_once() {
     for (what, _files, pair) in &pairs() {
-        let room = BatchConfig::new(1, 4, 128);
-        let plan = MemoryPlan::new(pair, room).unwrap();
+        let config = BatchConfig::new(1, 4, 128);
+        let plan = MemoryPlan::new(pair, config).unwrap();
         let line = |name: &str| plan.lines.iter().find(|l| l.what == name).map_or(0, |l| l.bytes);
         let bytes = |tensors: &[(String, Vec<usize>)]| -> usize {
             let size = |(name, shape): &(String, Vec<usize>)| match shape[..] {
@@ -292,7 +294,7 @@ fn no_weight_is_held_twice() {
             };
             tensors.iter().map(size).sum()
         };
-        let rotations = |head_dim: usize| room.positions * head_dim * 4;
+        let rotations = |head_dim: usize| config.positions * head_dim * 4;
         let t = &pair.target.config;
         assert_eq!(
             line("target weights") + line("vocabulary"),
@@ -306,9 +308,9 @@ fn no_weight_is_held_twice() {
     }
 }
 
-// ---- memory of the host ----
+// ---- host memory ----
 
-/// A sparse checkpoint: matrices of zeros that take no place on the disk.
+/// Writes a checkpoint of zeros as a sparse file, which takes no disk space.
 fn sparse(dir: &Path, matrices: &[(&str, usize, usize)], dtype: &str, size: usize) {
     let (mut header, mut end) = (Map::new(), 0);
     for (name, rows, columns) in matrices {
@@ -324,17 +326,18 @@ fn sparse(dir: &Path, matrices: &[(&str, usize, usize)], dtype: &str, size: usiz
     file.set_len((bytes.len() + end) as u64).unwrap();
 }
 
-/// The most memory this process has had since 5 was written to `clear_refs`, bytes.
+/// The peak resident memory of this process, in bytes, since 5 was last written to `/proc/self/clear_refs`.
 #[cfg(target_os = "linux")]
-fn high_water() -> usize {
+fn peak_memory() -> usize {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() << 10
 }
 
-/// What the test below runs in a process of its own, whose memory is measured.
+/// The part of the test below that runs in its own process, so that no other test affects the measured
+/// memory.
 #[cfg(target_os = "linux")]
-fn load_a_gigabyte() {
+fn load_and_measure_memory() {
     let dir = tempfile::tempdir().unwrap();
     for (dtype, size) in [("BF16", 2), ("F16", 2), ("F32", 4)] {
         sparse(
@@ -344,7 +347,7 @@ fn load_a_gigabyte() {
             size,
         );
         let file = Checkpoint::open(&disk(dir.path())).unwrap();
-        // The second time from the page cache.
+        // The second time the file is in the page cache.
         for time in ["first", "second"] {
             let device = DryRunDevice::new();
             let mut loader = Loader::new(&device, &file);
@@ -353,42 +356,42 @@ fn load_a_gigabyte() {
             loader.packed(Shape { n: 2, k: 50 << 20 }, &[("b".into(), 2, PackedRows::From(0))]).unwrap();
             loader.table("c", 1 << 12, 1 << 13).unwrap();
             fs::write("/proc/self/clear_refs", "5").unwrap();
-            let (before, bytes, start) = (high_water(), loader.file_bytes(), std::time::Instant::now());
-            loader.run(&mut nobody).unwrap();
-            let (grown, seconds) = (high_water() - before, start.elapsed().as_secs_f64());
+            let (before, bytes, start) = (peak_memory(), loader.file_bytes(), std::time::Instant::now());
+            loader.run(&mut no_progress).unwrap();
+            let (growth, seconds) = (peak_memory() - before, start.elapsed().as_secs_f64());
             let rate = bytes as f64 / seconds / 1e9;
-            println!("{dtype} {time}: {} MiB at {rate:.1} GB/s, {} MiB more", bytes >> 20, grown >> 20);
-            // The pieces, one converted piece, and what threads and channels take.
-            // AddressSanitizer keeps a shadow, and what was freed for a while.
+            println!("{dtype} {time}: {} MiB at {rate:.1} GB/s, {} MiB more", bytes >> 20, growth >> 20);
+            // The read buffers, one converted buffer, and the memory of threads and channels.
+            // AddressSanitizer also has shadow memory and keeps freed memory for a while.
             let other = if cfg!(feature = "sanitize") { 64 << 20 } else { 8 << 20 };
-            assert!(grown <= (READ_BUFFERS + 1) * READ_BYTES + other, "{dtype}: {grown} bytes");
-            assert!(high_water() < 512 << 20);
+            assert!(growth <= (READ_BUFFERS + 1) * READ_BYTES + other, "{dtype}: {growth} bytes");
+            assert!(peak_memory() < 512 << 20);
         }
     }
 }
 
 #[test]
 #[cfg(target_os = "linux")]
-fn the_host_holds_a_few_pieces_whatever_the_model() {
-    const ALONE: &str = "DFLASH_TEST_ALONE";
-    if std::env::var_os(ALONE).is_some() {
-        return load_a_gigabyte();
+fn host_memory_is_bounded_by_the_read_buffers() {
+    const IN_OWN_PROCESS: &str = "DFLASH_TEST_IN_OWN_PROCESS";
+    if std::env::var_os(IN_OWN_PROCESS).is_some() {
+        return load_and_measure_memory();
     }
     let out = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "load::the_host_holds_a_few_pieces_whatever_the_model", "--nocapture"])
-        .env(ALONE, "1")
+        .args(["--exact", "load::host_memory_is_bounded_by_the_read_buffers", "--nocapture"])
+        .env(IN_OWN_PROCESS, "1")
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
     assert!(out.status.success() && text.contains("1 passed"), "{text}");
 }
 
-// ---- what can go wrong ----
+// ---- errors ----
 
 #[test]
-fn a_file_that_was_cut_after_opening_is_named_with_the_tensor() {
+fn a_file_truncated_after_opening_is_named_with_the_tensor() {
     for shards in [1, 3] {
-        let (files, pair) = written(&target(Dtype::Bf16, shards, false), &drafter(Dtype::Bf16));
+        let (files, pair) = write_and_open(&target(Dtype::Bf16, shards, false), &drafter(Dtype::Bf16));
         let name = if shards == 1 { "model.safetensors" } else { "model-00002-of-00003.safetensors" };
         let path = files.target.join(name);
         let length = fs::metadata(&path).unwrap().len();
@@ -407,7 +410,7 @@ fn a_file_that_was_cut_after_opening_is_named_with_the_tensor() {
 }
 
 #[test]
-fn a_file_that_shrinks_while_it_is_read_is_named_with_the_tensor() {
+fn a_file_truncated_while_reading_is_named_with_the_tensor() {
     let dir = tempfile::tempdir().unwrap();
     let rows = 1 << 12;
     sparse(dir.path(), &[("first", rows, 1 << 13), ("second", rows, 1 << 13)], "F32", 4);
@@ -418,18 +421,18 @@ fn a_file_that_shrinks_while_it_is_read_is_named_with_the_tensor() {
         loader.packed(Shape { n: rows, k: 1 << 13 }, &[(name.into(), rows, PackedRows::From(0))]).unwrap();
     }
     let path = dir.path().join("model.safetensors");
-    let mut cut = |done: usize, total: usize| {
+    let mut truncate = |done: usize, total: usize| {
         if done > 0 {
             File::options().write(true).open(&path).unwrap().set_len(total as u64 / 2 + 1000).unwrap();
         }
     };
-    let error = loader.run(&mut cut).unwrap_err();
+    let error = loader.run(&mut truncate).unwrap_err();
     let Error::Model(sentence) = &error else { panic!("{error:?}") };
     assert!(sentence.contains("model.safetensors: tensor second"), "{sentence}");
 }
 
 #[test]
-fn a_file_whose_name_is_taken_by_another_is_still_the_one_that_was_opened() {
+fn a_replaced_file_is_still_read_from_the_opened_one() {
     let dir = tempfile::tempdir().unwrap();
     let write = |value: f32| {
         let tensor = Raw { name: "x".into(), shape: vec![40], values: vec![value; 40] };
@@ -444,11 +447,11 @@ fn a_file_whose_name_is_taken_by_another_is_still_the_one_that_was_opened() {
     let mut loader = Loader::new(&device, &file);
     let x = loader.vector("x", 40).unwrap();
     fs::remove_file(dir.path().join("model.safetensors")).unwrap();
-    loader.run(&mut nobody).unwrap();
+    loader.run(&mut no_progress).unwrap();
     assert_eq!(download::<f32>(&device, &x), vec![1.0; 40]);
 }
 
-/// Loads `[rows][columns]` `values` as a packed matrix and as a table, and one row of them as a vector.
+/// Loads `values` as a packed matrix and as a table, both `[rows][columns]`, and as a vector.
 fn load(values: &[f32], columns: usize, dtype: Dtype) -> [Result<Vec<f32>, Error>; 3] {
     let dir = tempfile::tempdir().unwrap();
     let rows = values.len() / columns;
@@ -466,7 +469,7 @@ fn load(values: &[f32], columns: usize, dtype: Dtype) -> [Result<Vec<f32>, Error
                 1 => loader.table("model.m.weight", rows, columns).unwrap(),
                 _ => loader.vector("model.v.weight", values.len()).unwrap(),
             };
-            loader.run(&mut nobody).map(|()| match kind {
+            loader.run(&mut no_progress).map(|()| match kind {
                 2 => download(&device, &buffer),
                 _ => from_bf16(&download::<u16>(&device, &buffer)),
             })
@@ -477,27 +480,27 @@ fn load(values: &[f32], columns: usize, dtype: Dtype) -> [Result<Vec<f32>, Error
 }
 
 #[test]
-fn weights_that_are_not_finite_are_named() {
+fn non_finite_weights_are_named() {
     let (rows, columns) = (100, 96);
     for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
-        for (value, word) in [
+        for (value, kind) in [
             (f32::NAN, "NaN"),
             (-f32::NAN, "NaN"),
             (f32::INFINITY, "infinite"),
             (f32::NEG_INFINITY, "infinite"),
         ] {
-            // The first, the last, and both sides of a border between blocks of conversion.
+            // The first element, the last, and both sides of a border between blocks of the conversion.
             for at in [0, 1, 2047, 2048, 5000, rows * columns - 1] {
                 let mut values = vec![0.25; rows * columns];
                 values[at] = value;
-                let place = format!("[{}, {}]", at / columns, at % columns);
-                let names = [("m", &place), ("m", &place), ("v", &format!("[{at}]"))];
-                for (result, (name, place)) in load(&values, columns, dtype).into_iter().zip(names) {
+                let index = format!("[{}, {}]", at / columns, at % columns);
+                let names = [("m", &index), ("m", &index), ("v", &format!("[{at}]"))];
+                for (result, (name, index)) in load(&values, columns, dtype).into_iter().zip(names) {
                     let Err(Error::Model(sentence)) = &result else {
                         panic!("{dtype:?} {value}: {result:?}")
                     };
                     let start =
-                        format!("model.safetensors: tensor model.{name}.weight: element {place} is {word}");
+                        format!("model.safetensors: tensor model.{name}.weight: element {index} is {kind}");
                     assert!(sentence.contains(&start), "{sentence}: {start}");
                 }
             }
@@ -506,10 +509,10 @@ fn weights_that_are_not_finite_are_named() {
 }
 
 #[test]
-fn numbers_beyond_bf16_are_named_and_those_just_within_are_rounded() {
+fn values_beyond_bf16_are_named_and_the_largest_are_rounded() {
     let bits = |b: u32| f32::from_bits(b);
     for sign in [1.0, -1.0] {
-        // A tie goes to infinity, which is even.
+        // 0x7f7f8000 is halfway between the largest bf16 and infinity; round-to-nearest-even gives infinity.
         for beyond in [f32::MAX, bits(0x7f7f_8000)] {
             let mut values = vec![1.0; 64];
             values[33] = sign * beyond;
@@ -533,9 +536,9 @@ fn numbers_beyond_bf16_are_named_and_those_just_within_are_rounded() {
     }
 }
 
-/// Every number f16 has: none is beyond bf16, and all are rounded as by `half`.
+/// No finite f16 value is beyond the range of bf16, and all are rounded as `half` rounds them.
 #[test]
-fn all_numbers_of_f16_arrive_rounded() {
+fn all_f16_values_are_rounded_to_bf16() {
     let finite = |i: &u16| i & 0x7c00 != 0x7c00;
     let mut values: Vec<f32> =
         (0..=u16::MAX).filter(finite).map(|i| half::f16::from_bits(i).to_f32()).collect();
@@ -546,43 +549,43 @@ fn all_numbers_of_f16_arrive_rounded() {
 }
 
 #[test]
-fn a_bad_weight_in_any_tensor_of_a_pair_is_named_and_all_memory_comes_back() {
+fn a_nan_in_any_tensor_is_named_and_all_memory_is_freed() {
     let (spec, draft) = (target(Dtype::F32, 2, false), drafter(Dtype::F32));
     let files = support::write_pair(&spec, &draft);
     for of_target in [true, false] {
         let dir = if of_target { &files.target } else { &files.drafter };
-        let good =
+        let valid =
             if of_target { support::target_tensors(&spec) } else { support::drafter_tensors(&spec, &draft) };
         let shards = if of_target { 2 } else { 1 };
-        for spoiled in (0..good.len()).step_by(if cfg!(feature = "sanitize") { 7 } else { 1 }) {
-            let mut tensors = good.clone();
-            let last = tensors[spoiled].values.len() - 1;
-            tensors[spoiled].values[last] = f32::NAN;
+        for corrupted in (0..valid.len()).step_by(if cfg!(feature = "sanitize") { 7 } else { 1 }) {
+            let mut tensors = valid.clone();
+            let last = tensors[corrupted].values.len() - 1;
+            tensors[corrupted].values[last] = f32::NAN;
             support::write_tensors(dir, &tensors, Dtype::F32, shards);
             let pair = Pair::open(disk(&files.target), Some(disk(&files.drafter))).unwrap();
             let device = Emulator::new();
             let error = Models::load(&device, &pair, 64).err().unwrap();
             let Error::Model(sentence) = &error else { panic!("{error:?}") };
-            let name = format!(": tensor {}: element", tensors[spoiled].name);
+            let name = format!(": tensor {}: element", tensors[corrupted].name);
             assert!(sentence.contains(&name) && sentence.contains("is NaN"), "{sentence}: {name}");
             assert_eq!(device.allocated().buffers, 0, "{sentence}");
         }
-        support::write_tensors(dir, &good, Dtype::F32, shards);
+        support::write_tensors(dir, &valid, Dtype::F32, shards);
     }
 }
 
 #[test]
-fn too_little_device_memory_is_one_sentence_and_for_weights_before_any_is_read() {
-    let (_files, pair) = written(&target(Dtype::Bf16, 1, false), &drafter(Dtype::Bf16));
-    let room = BatchConfig::new(2, 4, 128);
-    let plan = MemoryPlan::new(&pair, room).unwrap();
+fn too_little_device_memory_is_refused_before_reading() {
+    let (_files, pair) = write_and_open(&target(Dtype::Bf16, 1, false), &drafter(Dtype::Bf16));
+    let config = BatchConfig::new(2, 4, 128);
+    let plan = MemoryPlan::new(&pair, config).unwrap();
     let (whole, weights) =
         (plan.total() + plan.pinned, plan.lines[..3].iter().map(|l| l.bytes).sum::<usize>());
     let load = |bytes: usize| {
         let device = Emulator::with_memory(bytes as u64);
         let mut read = 0;
         let error = Models::load_with(&device, &pair, 128, &mut |done, _| read = done)
-            .and_then(|models| Batch::new(&device, &models, room).map(drop))
+            .and_then(|models| Batch::new(&device, &models, config).map(drop))
             .err();
         assert_eq!(device.allocated().buffers, 0);
         (error, read)
@@ -595,7 +598,7 @@ fn too_little_device_memory_is_one_sentence_and_for_weights_before_any_is_read()
         assert!(sentence.contains(&format!("free of {bytes}")) && sentence.contains("needed"), "{sentence}");
         assert_eq!(read, if bytes < weights + plan.staging { 0 } else { plan.file_bytes }, "{sentence}");
     }
-    // All but what is on its way.
+    // One byte too little for the weights and the staging memory.
     let (error, read) = load(weights + plan.staging - 1);
     let Some(Error::Memory(sentence)) = &error else { panic!("{error:?}") };
     assert!(sentence.contains("weights to pack") && read == 0, "{sentence}");

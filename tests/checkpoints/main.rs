@@ -1,4 +1,4 @@
-//! Model folders: reading, loading, and refusing broken ones.
+//! Model folders: reading them, loading them, and refusing invalid ones.
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,4 +1,4 @@
-//! What `dflash-gen` refuses, and the sentence it says: flags, prompts, model files.
+//! Invalid flags, prompts and model files that `dflash-gen` refuses: the exit code and the sentence of each.
 
 use crate::support;
 use crate::support::program;
@@ -18,8 +18,10 @@ fn table(text: &str) -> impl Iterator<Item = (i32, &str, &str)> {
     })
 }
 
-/// Nothing on stdout, one line on stderr, in which `ROOT` is that folder; else what was expected and what came.
-fn held(run: &Run, root: &str, code: i32, case: &str, sentence: &str) -> String {
+/// Compares a run with the expected exit code, an empty stdout and one sentence on stderr, where `ROOT`
+/// stands for the folder `root`. Returns an empty string if they are equal, otherwise what was expected and
+/// what was found.
+fn mismatch(run: &Run, root: &str, code: i32, case: &str, sentence: &str) -> String {
     let err = run.err.replace(root, "ROOT");
     match (run.code, run.out.as_str()) == (code, "") && err == format!("dflash-gen: {sentence}\n") {
         true => String::new(),
@@ -30,18 +32,18 @@ fn held(run: &Run, root: &str, code: i32, case: &str, sentence: &str) -> String 
     }
 }
 
-/// Every case is a command line, in which '' is an empty argument.
-fn refused(root: &Path, text: &str) {
+/// Runs each case of a table, which is a command line, where '' is an empty argument and `ROOT` is `root`.
+fn check_refusals(root: &Path, text: &str) {
     let root = root.to_str().unwrap();
-    let wrong: String = table(text)
+    let mismatches: String = table(text)
         .map(|(code, case, sentence)| {
             let args = case
                 .split_whitespace()
                 .map(|a| if a == "''" { String::new() } else { a.replace("ROOT", root) });
-            held(&run(args), root, code, case, sentence)
+            mismatch(&run(args), root, code, case, sentence)
         })
         .collect();
-    assert!(wrong.is_empty(), "{wrong}");
+    assert!(mismatches.is_empty(), "{mismatches}");
 }
 
 const FLAGS: &str = r#"
@@ -62,7 +64,7 @@ const FLAGS: &str = r#"
 2 | --block 0 x | --block is 0, expected 1 to 16, the block that config.json of the built-in demo drafter was trained with
 2 | --block 17 x | --block is 17, expected 1 to 16, the block that config.json of the built-in demo drafter was trained with
 2 | --draft none --block 4 x | --block is 4 without a drafter, expected 1 (autoregressive decoding)
-2 | --target ROOT x | --target needs --draft: its drafter's folder, or none for autoregressive decoding
+2 | --target ROOT --tree 9 x | --tree needs a drafter, but --draft is none
 2 | --ctx 1 x | --ctx is 1, expected 2 to 4096, the positions that config.json of the built-in demo target has
 2 | --ctx 4097 x | --ctx is 4097, expected 2 to 4096, the positions that config.json of the built-in demo target has
 2 | --batch 2 x | --batch needs --prompts
@@ -101,8 +103,8 @@ const FLAGS: &str = r#"
 "#;
 
 #[test]
-fn wrong_flags_are_one_sentence() {
-    refused(tempfile::tempdir().unwrap().path(), FLAGS);
+fn invalid_flags_give_one_sentence() {
+    check_refusals(tempfile::tempdir().unwrap().path(), FLAGS);
     let run = run(["two\nlines", "and\n\nthree"]);
     assert_eq!((run.code, run.out.as_str(), run.err.lines().count()), (2, "", 1), "{run:?}");
     let run = program::run(["-f", "no\nfile"]);
@@ -138,7 +140,7 @@ const PROMPTS: &str = r#"
 "#;
 
 #[test]
-fn wrong_prompts_are_one_sentence() {
+fn invalid_prompts_give_one_sentence() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, bytes: &[u8]| write(dir.path(), name, bytes);
     file("latin1.txt", b"caf\xe9");
@@ -163,7 +165,7 @@ fn wrong_prompts_are_one_sentence() {
         "endless.jinja",
         b"{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     );
-    refused(dir.path(), PROMPTS);
+    check_refusals(dir.path(), PROMPTS);
     #[cfg(unix)]
     {
         use std::os::unix::ffi::OsStrExt;
@@ -216,8 +218,8 @@ const MODELS: &str = r#"
 3 | missing shard | ROOT/target/model.safetensors.index.json lists the shard model-00002-of-00003.safetensors, which is not in the folder
 "#;
 
-/// Makes a good pair a bad one.
-fn spoil(pair: &support::Pair, case: &str) {
+/// Makes a valid pair invalid in the way that the case names.
+fn corrupt(pair: &support::Pair, case: &str) {
     const NORM: &str = "model.norm.weight";
     let (target, drafter) = (pair.target.as_path(), pair.drafter.as_path());
     match case {
@@ -227,45 +229,50 @@ fn spoil(pair: &support::Pair, case: &str) {
         "no weights" => fs::remove_file(target.join("model.safetensors")).unwrap(),
         "no tokenizer" => fs::remove_file(target.join("tokenizer.json")).unwrap(),
         "empty tokenizer" => fs::write(target.join("tokenizer.json"), "{}").unwrap(),
-        "cut in the header" => cut(target, 100),
-        "cut in the length" => cut(target, 5),
-        "empty weights" => cut(target, 0),
-        "cut in the data" => cut(target, 100_000),
-        "overlapping offsets" => header(target, |h| h[NORM]["data_offsets"] = json!([0, 128])),
-        "shape overflow" => header(target, |h| h[NORM]["shape"] = json!([1u64 << 63, 4])),
-        "wrong shape" => header(target, |h| h[NORM]["shape"] = json!([32, 2])),
-        "wrong dtype" => header(target, |h| h[NORM]["dtype"] = json!("I16")),
-        "data of no tensor" => header(target, |h| drop(h.as_object_mut().unwrap().shift_remove(NORM))),
-        "another architecture" => edit(target, |c| c["architectures"] = json!(["MambaForCausalLM"])),
-        "uneven heads" => edit(target, |c| c["num_attention_heads"] = json!(3)),
-        "text for a number" => edit(target, |c| c["hidden_size"] = json!("64")),
-        "too many positions" => edit(target, |c| c["max_position_embeddings"] = json!(1u64 << 40)),
-        "deeper target" => edit(target, |c| c["num_hidden_layers"] = json!(5)),
-        "tap out of range" => edit(drafter, |c| c["dflash_config"]["target_layer_ids"] = json!([0, 4])),
-        "mask beyond the vocabulary" => edit(drafter, |c| c["dflash_config"]["mask_token_id"] = json!(97)),
-        "drafter of a wider target" => edit(drafter, |c| c["hidden_size"] = json!(128)),
-        "drafter of another vocabulary" => edit(drafter, |c| c["vocab_size"] = json!(98)),
-        "drafter of a deeper target" => edit(drafter, |c| c["num_target_layers"] = json!(36)),
-        "block of one" => edit(drafter, |c| c["block_size"] = json!(1)),
-        "another kind of drafter" => edit(drafter, |c| c["selector_rank"] = json!(64)),
+        "cut in the header" => truncate(target, 100),
+        "cut in the length" => truncate(target, 5),
+        "empty weights" => truncate(target, 0),
+        "cut in the data" => truncate(target, 100_000),
+        "overlapping offsets" => edit_header(target, |h| h[NORM]["data_offsets"] = json!([0, 128])),
+        "shape overflow" => edit_header(target, |h| h[NORM]["shape"] = json!([1u64 << 63, 4])),
+        "wrong shape" => edit_header(target, |h| h[NORM]["shape"] = json!([32, 2])),
+        "wrong dtype" => edit_header(target, |h| h[NORM]["dtype"] = json!("I16")),
+        "data of no tensor" => edit_header(target, |h| drop(h.as_object_mut().unwrap().shift_remove(NORM))),
+        "another architecture" => edit_config(target, |c| c["architectures"] = json!(["MambaForCausalLM"])),
+        "uneven heads" => edit_config(target, |c| c["num_attention_heads"] = json!(3)),
+        "text for a number" => edit_config(target, |c| c["hidden_size"] = json!("64")),
+        "too many positions" => edit_config(target, |c| c["max_position_embeddings"] = json!(1u64 << 40)),
+        "deeper target" => edit_config(target, |c| c["num_hidden_layers"] = json!(5)),
+        "tap out of range" => {
+            edit_config(drafter, |c| c["dflash_config"]["target_layer_ids"] = json!([0, 4]))
+        }
+        "mask beyond the vocabulary" => {
+            edit_config(drafter, |c| c["dflash_config"]["mask_token_id"] = json!(97))
+        }
+        "drafter of a wider target" => edit_config(drafter, |c| c["hidden_size"] = json!(128)),
+        "drafter of another vocabulary" => edit_config(drafter, |c| c["vocab_size"] = json!(98)),
+        "drafter of a deeper target" => edit_config(drafter, |c| c["num_target_layers"] = json!(36)),
+        "block of one" => edit_config(drafter, |c| c["block_size"] = json!(1)),
+        "another kind of drafter" => edit_config(drafter, |c| c["selector_rank"] = json!(64)),
         "no drafter folder" => fs::remove_dir_all(drafter).unwrap(),
         "target as drafter" => {
             fs::copy(target.join("config.json"), drafter.join("config.json")).map(drop).unwrap()
         }
-        "cut drafter" => cut(drafter, 30),
-        "a NaN" => nan(target, support::target_tensors(&Default::default())),
+        "cut drafter" => truncate(drafter, 30),
+        "a NaN" => write_nan(target, support::target_tensors(&Default::default())),
         "tokenizer of another model" => support::write_tokenizer(target, 258),
         "missing shard" => fs::remove_file(target.join("model-00002-of-00003.safetensors")).unwrap(),
-        _ => panic!("no way to make {case}"),
+        _ => panic!("unknown case {case}"),
     }
 }
 
-fn edit(dir: &Path, change: impl FnOnce(&mut Value)) {
+/// Changes the config.
+fn edit_config(dir: &Path, change: impl FnOnce(&mut Value)) {
     support::edit_json(dir, "config.json", change);
 }
 
-/// Changes the header of the weights, and not their data.
-fn header(dir: &Path, change: impl FnOnce(&mut Value)) {
+/// Changes the header of the weights file but not its data.
+fn edit_header(dir: &Path, change: impl FnOnce(&mut Value)) {
     let path = dir.join("model.safetensors");
     let bytes = fs::read(&path).unwrap();
     let (size, rest) = bytes.split_first_chunk::<8>().unwrap();
@@ -275,33 +282,34 @@ fn header(dir: &Path, change: impl FnOnce(&mut Value)) {
     fs::write(&path, support::safetensors_raw(&head.to_string(), data)).unwrap();
 }
 
-fn cut(dir: &Path, bytes: u64) {
+/// Shortens the weights file to this many bytes.
+fn truncate(dir: &Path, bytes: u64) {
     fs::File::options().write(true).open(dir.join("model.safetensors")).unwrap().set_len(bytes).unwrap();
 }
 
-/// One in the final norm.
-fn nan(dir: &Path, mut tensors: Vec<support::Raw>) {
+/// Writes the tensors with a NaN in the final norm.
+fn write_nan(dir: &Path, mut tensors: Vec<support::Raw>) {
     tensors.last_mut().unwrap().values[3] = f32::NAN;
     support::write_tensors(dir, &tensors, Dtype::Bf16, 1);
 }
 
 #[test]
-fn wrong_model_files_are_one_sentence() {
-    let wrong: String = table(MODELS)
+fn invalid_model_files_give_one_sentence() {
+    let mismatches: String = table(MODELS)
         .map(|(code, case, sentence)| {
             let shards = if case == "missing shard" { 3 } else { 1 };
             let pair =
                 support::write_pair(&support::Target { shards, ..Default::default() }, &Default::default());
-            spoil(&pair, case);
+            corrupt(&pair, case);
             let run = program::run_pair(&pair, &["--raw", "hello\tyou"]);
-            held(&run, pair.root.path().to_str().unwrap(), code, case, sentence)
+            mismatch(&run, pair.root.path().to_str().unwrap(), code, case, sentence)
         })
         .collect();
-    assert!(wrong.is_empty(), "{wrong}");
+    assert!(mismatches.is_empty(), "{mismatches}");
 }
 
 #[test]
-fn a_token_beyond_the_vocabulary_is_found_before_the_first_prompt_runs() {
+fn token_ids_are_checked_before_the_first_prompt_runs() {
     let pair = support::write_pair(&Default::default(), &Default::default());
     support::write_tokenizer(&pair.target, 258);
     let file = write(pair.root.path(), "p.jsonl", "{\"prompt\": \"HELLO\"}\n{\"prompt\": \"hello\\tyou\"}\n");
@@ -315,13 +323,13 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn json_lines_with_anything_in_them_are_prompts_or_one_sentence(
+    fn any_json_line_is_a_prompt_or_one_sentence(
         line in prop::sample::select(vec![
             r#"{"prompt": "import os", "id": [1, {"a": null}]}"#,
             r#"{"messages": [{"role": "system", "content": "é"}, {"role": "user", "content": "\ud83d\ude00"}]}"#,
         ]),
-        place in any::<prop::sample::Index>(),
-        put in prop_oneof![
+        position in any::<prop::sample::Index>(),
+        inserted in prop_oneof![
             prop::collection::vec(any::<u8>(), 0..3),
             prop::sample::select(vec!["\"", "{", "[[", "\n", "\u{feff}", "\u{1b}", "1e999", "\\ud800"])
                 .prop_map(|text| text.as_bytes().to_vec()),
@@ -331,9 +339,9 @@ proptest! {
         replaced in 0usize..12,
     ) {
         let mut bytes = line.as_bytes().to_vec();
-        let at = place.index(bytes.len());
+        let at = position.index(bytes.len());
         let end = bytes.len().min(at + replaced);
-        bytes.splice(at..end, put);
+        bytes.splice(at..end, inserted);
         bytes.splice(0..0, *b"{\"prompt\": \"a\"}\n");
         let dir = tempfile::tempdir().unwrap();
         let file = write(dir.path(), "p.jsonl", bytes);
@@ -356,16 +364,16 @@ const OTHER_FOLDERS: &str = r#"
 "#;
 
 #[test]
-fn wrong_folders_are_one_sentence() {
+fn invalid_folders_give_one_sentence() {
     let pair = support::write_pair(&Default::default(), &Default::default());
-    refused(pair.root.path(), OTHER_FOLDERS);
+    check_refusals(pair.root.path(), OTHER_FOLDERS);
 }
 
 #[test]
-fn an_error_after_text_starts_a_line_of_its_own() {
+fn an_error_after_text_starts_on_its_own_line() {
     let pair = support::write_pair(&Default::default(), &Default::default());
-    // Met in the first round, when the prefill's token is printed already.
-    nan(&pair.drafter, support::drafter_tensors(&Default::default(), &Default::default()));
+    // The first round finds the NaN. The token of the prefill is already printed then.
+    write_nan(&pair.drafter, support::drafter_tensors(&Default::default(), &Default::default()));
     let run = program::run_pair(&pair, &["--raw", "hello\tyou"]);
     assert_eq!((run.code, run.out.len(), run.out.ends_with('\n')), (3, 2, true), "{run:?}");
     let damaged = "the drafter's logits for position 9 hold a NaN or infinity, or nothing but -inf: its weights or its config are damaged";

@@ -1,4 +1,4 @@
-//! Checkpoints with anything at all in their files: opening them gives a result or one sentence.
+//! Randomly corrupted checkpoint files: opening them gives a result or one sentence.
 
 use crate::support;
 
@@ -13,15 +13,15 @@ use std::fs;
 use std::sync::LazyLock;
 use support::{Target, disk, open_all, small, write_pair};
 
-/// Notes the largest single allocation of each thread.
-struct Counting;
+/// An allocator that records the largest single allocation of each thread.
+struct LargestAllocation;
 
 thread_local! {
     static LARGEST: Cell<usize> = const { Cell::new(0) };
 }
 
-// SAFETY: every call is passed on unchanged to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
+// SAFETY: every call is forwarded unchanged to the system's allocator.
+unsafe impl GlobalAlloc for LargestAllocation {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(layout.size())));
         unsafe { System.alloc(layout) }
@@ -38,8 +38,9 @@ unsafe impl GlobalAlloc for Counting {
 }
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: LargestAllocation = LargestAllocation;
 
+/// The files of a pair, and whether each belongs to the target.
 const FILES: [(bool, &str); 7] = [
     (true, "config.json"),
     (true, "generation_config.json"),
@@ -50,25 +51,25 @@ const FILES: [(bool, &str); 7] = [
     (false, "model.safetensors"),
 ];
 
-/// The files of a good pair.
-static WHOLE: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
+/// The contents of [`FILES`] for a valid pair.
+static VALID: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
     let (target, drafter) = small();
     let pair = write_pair(&Target { shards: 2, ..target }, &drafter);
     let folder = |of_target| if of_target { &pair.target } else { &pair.drafter };
     FILES.iter().map(|(of_target, name)| fs::read(folder(*of_target).join(name)).unwrap()).collect()
 });
 
-/// One way to spoil a file. Numbers are taken modulo what the file has.
+/// One change to a file. Positions are taken modulo the size of the file or of its JSON.
 #[derive(Debug, Clone)]
-enum Spoil {
+enum Corruption {
     Flip { at: usize, bit: u8 },
     Truncate { at: usize },
     Splice { from: usize, length: usize, to: usize },
     Field { at: usize, value: Value },
 }
 
-fn spoil() -> impl Strategy<Value = Spoil> {
-    let odd = [
+fn corruption() -> impl Strategy<Value = Corruption> {
+    let values = [
         Value::Null,
         json!(true),
         json!(0),
@@ -95,31 +96,32 @@ fn spoil() -> impl Strategy<Value = Spoil> {
         json!({ "dtype": "F32", "shape": [1], "data_offsets": [0, 4] }),
     ];
     prop_oneof![
-        (any::<usize>(), 0..8u8).prop_map(|(at, bit)| Spoil::Flip { at, bit }),
-        any::<usize>().prop_map(|at| Spoil::Truncate { at }),
-        (any::<usize>(), 1..64usize, any::<usize>()).prop_map(|(from, length, to)| Spoil::Splice {
+        (any::<usize>(), 0..8u8).prop_map(|(at, bit)| Corruption::Flip { at, bit }),
+        any::<usize>().prop_map(|at| Corruption::Truncate { at }),
+        (any::<usize>(), 1..64usize, any::<usize>()).prop_map(|(from, length, to)| Corruption::Splice {
             from,
             length,
             to
         }),
-        (any::<usize>(), proptest::sample::select(odd.to_vec()))
-            .prop_map(|(at, value)| Spoil::Field { at, value }),
+        (any::<usize>(), proptest::sample::select(values.to_vec()))
+            .prop_map(|(at, value)| Corruption::Field { at, value }),
     ]
 }
 
-/// Every value in a JSON tree, the tree itself first.
-fn places<'a>(value: &'a mut Value, at: &mut usize) -> Option<&'a mut Value> {
+/// The value number `at` of a JSON tree in preorder, where the tree itself is number 0.
+fn nth_value<'a>(value: &'a mut Value, at: &mut usize) -> Option<&'a mut Value> {
     if *at == 0 {
         return Some(value);
     }
     *at -= 1;
     match value {
-        Value::Array(list) => list.iter_mut().find_map(|v| places(v, at)),
-        Value::Object(map) => map.values_mut().find_map(|v| places(v, at)),
+        Value::Array(list) => list.iter_mut().find_map(|v| nth_value(v, at)),
+        Value::Object(map) => map.values_mut().find_map(|v| nth_value(v, at)),
         _ => None,
     }
 }
 
+/// The number of values in a JSON tree, the tree itself included.
 fn count(value: &Value) -> usize {
     1 + match value {
         Value::Array(list) => list.iter().map(count).sum(),
@@ -128,37 +130,37 @@ fn count(value: &Value) -> usize {
     }
 }
 
-/// The JSON part of a file: all of it, or a safetensors header.
-fn json_part(file: &[u8]) -> (usize, usize) {
+/// The byte range of a file's JSON: a safetensors header, or the whole file.
+fn json_range(file: &[u8]) -> (usize, usize) {
     match file.first_chunk::<8>().map(|n| u64::from_le_bytes(*n)) {
         Some(n) if n < file.len() as u64 - 8 => (8, 8 + n as usize),
         _ => (0, file.len()),
     }
 }
 
-fn apply(spoil: &Spoil, file: &mut Vec<u8>) {
+fn apply(corruption: &Corruption, file: &mut Vec<u8>) {
     if file.is_empty() {
         return;
     }
-    let (begin, end) = json_part(file);
-    match spoil {
-        // Half of the flips go to the JSON, where they matter.
-        Spoil::Flip { at, bit } if at % 2 == 0 => file[at / 2 % end] ^= 1 << bit,
-        Spoil::Flip { at, bit } => {
+    let (begin, end) = json_range(file);
+    match corruption {
+        // Half of the bit flips hit the JSON, where they have more effect.
+        Corruption::Flip { at, bit } if at % 2 == 0 => file[at / 2 % end] ^= 1 << bit,
+        Corruption::Flip { at, bit } => {
             let at = at % file.len();
             file[at] ^= 1 << bit;
         }
-        Spoil::Truncate { at } => file.truncate(at % file.len()),
-        Spoil::Splice { from, length, to } => {
+        Corruption::Truncate { at } => file.truncate(at % file.len()),
+        Corruption::Splice { from, length, to } => {
             let from = from % end;
             let piece = file[from..(from + length).min(end)].to_vec();
             let to = to % end;
             file.splice(to..to, piece);
         }
-        Spoil::Field { at, value } => {
+        Corruption::Field { at, value } => {
             let Ok(mut tree) = serde_json::from_slice::<Value>(&file[begin..end]) else { return };
             let mut at = at % count(&tree);
-            *places(&mut tree, &mut at).unwrap() = value.clone();
+            *nth_value(&mut tree, &mut at).unwrap() = value.clone();
             let text = tree.to_string();
             *file = match begin {
                 0 => text.into_bytes(),
@@ -171,18 +173,19 @@ fn apply(spoil: &Spoil, file: &mut Vec<u8>) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever is in the files: a result or one sentence, never a panic, and no allocation that they do not justify.
+    /// Opening gives a result or one sentence, never a panic, and no allocation is large compared to the
+    /// files.
     #[test]
-    fn spoiled_checkpoints_never_panic_nor_claim_memory(
-        edits in prop::collection::vec((0..FILES.len(), spoil()), 1..4)
+    fn corrupted_checkpoints_never_panic_or_overallocate(
+        edits in prop::collection::vec((0..FILES.len(), corruption()), 1..4)
     ) {
         let root = tempfile::tempdir().unwrap();
         let (target, drafter) = (root.path().join("target"), root.path().join("drafter"));
         fs::create_dir(&target).unwrap();
         fs::create_dir(&drafter).unwrap();
-        let mut files = WHOLE.clone();
-        for (which, spoil) in &edits {
-            apply(spoil, &mut files[*which]);
+        let mut files = VALID.clone();
+        for (which, corruption) in &edits {
+            apply(corruption, &mut files[*which]);
         }
         for ((of_target, name), file) in FILES.iter().zip(&files) {
             fs::write(if *of_target { &target } else { &drafter }.join(name), file).unwrap();
@@ -192,14 +195,15 @@ proptest! {
 
         LARGEST.set(0);
         let opened = open_all(&target, &drafter);
-        // Also what the pair's check would have stopped.
+        // Open each file separately too, because the check of the pair stops at the first error.
         let parts = [TargetConfig::open(&target).map(|c| c.stack.rope.frequencies()),
             DrafterConfig::open(&drafter).map(|c| c.stack.rope.frequencies())];
         let files = [Checkpoint::open(&target), Checkpoint::open(&drafter)];
         let largest = LARGEST.get();
 
-        // 64 bytes per byte of JSON for its tree, and the tensor names of the most layers a config may have.
-        prop_assert!(largest <= 64 * bytes + (1 << 20), "{largest} bytes at once for files of {bytes}");
+        // 64 bytes per byte of JSON for its tree, and 1 MiB for the tensor names of the maximum number of
+        // layers.
+        prop_assert!(largest <= 64 * bytes + (1 << 20), "an allocation of {largest} bytes for files of {bytes}");
         let mut errors: Vec<Error> = files.iter().filter_map(|f| f.as_ref().err().cloned()).collect();
         errors.extend(parts.iter().filter_map(|p| p.as_ref().err().cloned()));
         errors.extend(opened.as_ref().err().cloned());

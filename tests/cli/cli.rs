@@ -1,23 +1,20 @@
-//! `dflash-gen` as a user runs it: every flag, every stream, every exit code, each against the real binary.
+//! Runs the `dflash-gen` binary: flags, output streams, records and exit codes.
 
 use crate::support;
 use crate::support::program;
 
-use dflash::checkpoint::config::TargetConfig;
 use dflash::checkpoint::safetensors::{DEMO_TARGET, Dtype};
 use dflash::text::tokenizer::Text;
-#[cfg(target_os = "linux")]
-use program::status;
 use program::{BINARY, command, finish, flags, run, run_pair, with_stdin, write};
 use serde_json::{Value, json};
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 const PROMPT: &str = "import os\nimport sys\n\ndef main(";
 
-/// One prompt, one record.
+/// The record of a run with one prompt.
 fn record(args: &[&str]) -> Value {
     run(["--json"].iter().chain(args)).json().remove(0)
 }
@@ -34,8 +31,8 @@ fn demo_text() -> Text {
     Text::open(&DEMO_TARGET, None).unwrap()
 }
 
-/// A random pair whose tokenizer has every byte.
-fn bytes_pair() -> support::Pair {
+/// A random pair whose tokenizer has a token for every byte.
+fn byte_pair() -> support::Pair {
     let target = support::Target { vocab: 258, eos: vec![], ..Default::default() };
     support::write_pair(&target, &Default::default())
 }
@@ -66,28 +63,28 @@ fn a_byte_order_mark_is_not_part_of_a_prompt() {
 }
 
 #[test]
-fn prompts_keep_the_order_of_their_file() {
+fn answers_keep_the_order_of_the_prompts_file() {
     let dir = tempfile::tempdir().unwrap();
     let prompts = ["import os", "class A:\n", "import os", "def f(x):\n    return"];
     let lines: Vec<String> = prompts.iter().map(|p| json!({"prompt": p, "id": 3}).to_string()).collect();
-    // Blank lines are not prompts.
+    // Blank lines are skipped.
     let file = write(dir.path(), "p.jsonl", lines.join("\r\n\n"));
     let records = run(["--prompts", &file, "-n", "24", "--json"]).json();
     let alone: Vec<Value> = prompts.iter().map(|p| record(&[p, "-n", "24"])).collect();
     let tokens = |records: &[Value]| records.iter().map(|r| ids(&r["tokens"])).collect::<Vec<_>>();
     assert_eq!(tokens(&records), tokens(&alone));
-    let plain = run(["--prompts", &file, "-n", "24"]);
-    // A line each, and one for all.
-    let said: Vec<&str> = plain.err.lines().collect();
-    assert_eq!(said.len(), prompts.len() + 1, "{}", plain.err);
+    let as_text = run(["--prompts", &file, "-n", "24"]);
+    // One line of statistics for each prompt, and one for all together.
+    let stats: Vec<&str> = as_text.err.lines().collect();
+    assert_eq!(stats.len(), prompts.len() + 1, "{}", as_text.err);
     assert!(
-        said[0].starts_with("1: 24 tokens in ") && said[4].starts_with("all: 96 tokens in "),
+        stats[0].starts_with("1: 24 tokens in ") && stats[4].starts_with("all: 96 tokens in "),
         "{}",
-        plain.err
+        as_text.err
     );
     let texts: String = records.iter().map(|r| format!("{}\n", text(r).trim_end_matches('\n'))).collect();
     let squeeze = |text: &str| text.split('\n').filter(|l| !l.is_empty()).collect::<Vec<_>>().join("\n");
-    assert_eq!(squeeze(&plain.out), squeeze(&texts));
+    assert_eq!(squeeze(&as_text.out), squeeze(&texts));
 }
 
 // ---- records ----
@@ -117,8 +114,8 @@ fn a_record_has_exactly_these_fields() {
         "seconds",
     ];
     let dflash = record(&[PROMPT, "-n", "60", "--seed", "5"]);
-    let plain = record(&[PROMPT, "-n", "60", "--draft", "none", "--seed", "5"]);
-    for record in [&dflash, &plain] {
+    let ar = record(&[PROMPT, "-n", "60", "--draft", "none", "--seed", "5"]);
+    for record in [&dflash, &ar] {
         assert_eq!(record.as_object().unwrap().keys().collect::<Vec<_>>(), fields);
         let tokens = ids(&record["tokens"]);
         assert_eq!(tokens.len(), 60);
@@ -129,7 +126,7 @@ fn a_record_has_exactly_these_fields() {
         assert_eq!(record["seed"], 5);
         let accepted = ids(&record["accepted"]);
         assert_eq!(record["rounds"], accepted.len());
-        // The prefill gives the first token; the last round may be cut.
+        // The prefill gives the first token. The last round may produce more tokens than were asked for.
         let produced = 1 + accepted.iter().sum::<u32>();
         assert!(produced >= 60 && produced - accepted.last().unwrap() < 60, "{accepted:?}");
         let tau = f64::from(accepted.iter().sum::<u32>()) / accepted.len() as f64;
@@ -139,16 +136,16 @@ fn a_record_has_exactly_these_fields() {
         assert!(seconds.values().all(|s| s.as_f64().unwrap() > 0.0));
     }
     assert_eq!((&dflash["draft"], &dflash["verify"]), (&json!("demo/drafter"), &json!("match")));
-    assert_eq!((&plain["draft"], &plain["verify"]), (&Value::Null, &Value::Null));
-    assert!(ids(&dflash["accepted"]).iter().any(|a| *a > 1), "nothing drafted was accepted: {dflash}");
-    assert_eq!(ids(&plain["accepted"]), vec![1; 59]);
-    assert_eq!(ids(&plain["drafted"]), vec![0; 59]);
+    assert_eq!((&ar["draft"], &ar["verify"]), (&Value::Null, &Value::Null));
+    assert!(ids(&dflash["accepted"]).iter().any(|a| *a > 1), "no draft was accepted: {dflash}");
+    assert_eq!(ids(&ar["accepted"]), vec![1; 59]);
+    assert_eq!(ids(&ar["drafted"]), vec![0; 59]);
     assert_eq!(ids(&dflash["drafted"]), vec![15; ids(&dflash["accepted"]).len()]);
-    assert_eq!(dflash["tokens"], plain["tokens"]);
+    assert_eq!(dflash["tokens"], ar["tokens"]);
 }
 
 #[test]
-fn records_name_how_drafts_were_made_and_judged() {
+fn records_name_the_speculative_settings() {
     let hot = ["--temperature", "0.7", "--seed", "5", "-n", "12"];
     let none = || [(); 6].map(|()| Value::Null);
     let drafts = |verify: &str, tree: Value, adaptive: bool, coupled: bool, temperature: Value| {
@@ -158,7 +155,7 @@ fn records_name_how_drafts_were_made_and_judged() {
         drafts[3] = json!(threshold);
         drafts
     };
-    // A temperature is told as it was typed, not as the nearest number in 32 bits.
+    // Temperatures are recorded as typed, not as the nearest f32.
     let cases: [(&[&str], [Value; 6]); 11] = [
         (&[], drafts("match", Value::Null, false, false, Value::Null)),
         (&["--draft", "none"], none()),
@@ -183,24 +180,24 @@ fn records_name_how_drafts_were_made_and_judged() {
     ];
     for (flags, expected) in cases {
         let args = [&[PROMPT][..], &hot, flags].concat();
-        let told = |record: &Value| {
+        let settings = |record: &Value| {
             ["verify", "tree", "adaptive", "threshold", "coupled", "draft_temperature"]
                 .map(|field| record[field].clone())
         };
-        assert_eq!(told(&record(&args)), expected, "{flags:?}");
+        assert_eq!(settings(&record(&args)), expected, "{flags:?}");
         let events = run([&args[..], &["--stream-json"]].concat()).json();
-        assert_eq!(told(events.last().unwrap()), expected, "{flags:?}");
+        assert_eq!(settings(events.last().unwrap()), expected, "{flags:?}");
         if expected[0] == "match" {
             for both in ["--compare", "--check-lossless"] {
                 let report = run([&args[..], &[both, "--json"]].concat()).json().remove(0);
-                assert_eq!(told(&report), expected, "{both} {flags:?}");
+                assert_eq!(settings(&report), expected, "{both} {flags:?}");
             }
         }
     }
 }
 
 #[test]
-fn a_record_of_no_tokens_is_whole() {
+fn a_record_of_zero_tokens_is_complete() {
     let record = record(&[PROMPT, "-n", "0"]);
     assert_eq!((&record["tokens"], &record["text"], &record["tau"]), (&json!([]), &json!(""), &Value::Null));
     assert_eq!(record["finish_reason"], "length");
@@ -208,7 +205,7 @@ fn a_record_of_no_tokens_is_whole() {
 }
 
 #[test]
-fn the_text_is_the_tokens_decoded() {
+fn record_text_is_the_decoded_tokens() {
     for n in ["1", "50"] {
         let record = record(&[PROMPT, "-n", n, "--temperature", "1", "--seed", "3"]);
         assert_eq!(text(&record), demo_text().decode(&ids(&record["tokens"])).unwrap());
@@ -226,9 +223,9 @@ fn a_full_context_ends_the_answer() {
 }
 
 #[test]
-fn events_add_up_to_the_record() {
+fn stream_events_add_up_to_the_record() {
     let held = {
-        // A stop string that the answer's last characters begin: held back to the end, then released.
+        // A stop string that starts with the last characters of the answer: they are held back until the end.
         let answer = record(&[PROMPT, "-n", "50"]);
         let end: Vec<char> = text(&answer).chars().rev().take(3).collect();
         format!("{}\u{a7}", end.into_iter().rev().collect::<String>())
@@ -268,7 +265,7 @@ fn events_add_up_to_the_record() {
 // ---- sampling ----
 
 #[test]
-fn same_seed_same_text_for_every_block() {
+fn same_seed_gives_the_same_text_at_every_block_size() {
     let sampled = ["-n", "60", "--temperature", "0.9", "--top-k", "50", "--top-p", "0.95", "--min-p", "0.02"];
     let answer = |extra: &[&str]| {
         let args: Vec<&str> = [PROMPT].iter().chain(&sampled).chain(extra).copied().collect();
@@ -282,7 +279,7 @@ fn same_seed_same_text_for_every_block() {
 }
 
 #[test]
-fn each_filter_can_leave_the_best_token_alone() {
+fn each_sampling_filter_can_reduce_to_greedy() {
     let greedy = run([PROMPT, "-n", "40"]).done();
     let hot = |filter: &[&str]| {
         let args = [PROMPT, "-n", "40", "--temperature", "1.5", "--seed", "1"];
@@ -295,10 +292,10 @@ fn each_filter_can_leave_the_best_token_alone() {
 }
 
 #[test]
-fn a_drawn_seed_is_printed_and_gives_the_text_again() {
+fn a_random_seed_is_printed_and_reproduces_the_text() {
     let args = [PROMPT, "-n", "30", "--temperature", "1"];
     let (a, b) = (run(args), run(args));
-    assert_ne!(a.out, b.out, "two drawn seeds gave the same text");
+    assert_ne!(a.out, b.out, "two random seeds gave the same text");
     for run_ in [a, b] {
         let (_, seed) = run_.err.trim_end().rsplit_once(", seed ").expect("a seed on stderr");
         assert_eq!(run(args.iter().chain(&["--seed", seed])).done(), run_.out);
@@ -309,7 +306,7 @@ fn a_drawn_seed_is_printed_and_gives_the_text_again() {
 }
 
 #[test]
-fn prompts_of_a_file_sample_from_streams_of_their_own() {
+fn each_prompt_of_a_file_has_its_own_random_stream() {
     let dir = tempfile::tempdir().unwrap();
     let line = json!({"prompt": PROMPT}).to_string();
     let file = write(dir.path(), "p.jsonl", format!("{line}\n{line}\n"));
@@ -328,7 +325,7 @@ fn a_stop_string_ends_the_answer_even_across_tokens() {
     let whole = record(&[PROMPT, "-n", "60"]);
     let pieces: Vec<String> =
         ids(&whole["tokens"]).iter().map(|id| demo_text().decode(&[*id]).unwrap()).collect();
-    // The last character of a token and the first of the next, in a pair of tokens far enough inside.
+    // The last character of one token and the first of the next, at a pair of tokens well inside the answer.
     let at = (20..50).find(|i| pieces[*i].len() > 1 && pieces[i + 1].len() > 1).expect("two long tokens");
     let stop: String =
         [pieces[at].chars().last().unwrap(), pieces[at + 1].chars().next().unwrap()].iter().collect();
@@ -340,13 +337,13 @@ fn a_stop_string_ends_the_answer_even_across_tokens() {
         assert_eq!(cut["finish_reason"], "stop");
         let tokens = ids(&cut["tokens"]);
         assert_eq!(tokens, ids(&whole["tokens"])[..tokens.len()]);
-        let plain = run(args).done();
-        assert_eq!(plain.strip_suffix('\n').unwrap(), text(&cut).trim_end_matches('\n'));
+        let printed = run(args).done();
+        assert_eq!(printed.strip_suffix('\n').unwrap(), text(&cut).trim_end_matches('\n'));
     }
 }
 
 #[test]
-fn ignore_eos_goes_on_after_stop_tokens() {
+fn ignore_eos_continues_past_eos_tokens() {
     // Every second id is a stop token.
     let target = support::Target { eos: (0..97).step_by(2).collect(), ..Default::default() };
     let pair = support::write_pair(&target, &Default::default());
@@ -363,7 +360,7 @@ fn ignore_eos_goes_on_after_stop_tokens() {
 // ---- streams ----
 
 #[test]
-fn stdout_is_the_text_alone() {
+fn stdout_is_only_the_text() {
     let expected = record(&[PROMPT, "-n", "50"]);
     let expected = text(&expected);
     let newline = if expected.ends_with('\n') { "" } else { "\n" };
@@ -371,8 +368,8 @@ fn stdout_is_the_text_alone() {
 }
 
 #[test]
-fn stats_are_one_line_of_this_shape() {
-    /// Numbers as `#`.
+fn stats_are_one_line_in_this_format() {
+    /// Replaces each run of digits by `#`.
     fn shape(line: &str) -> String {
         let mut shape = String::new();
         for c in line.chars() {
@@ -385,8 +382,8 @@ fn stats_are_one_line_of_this_shape() {
         shape
     }
     let start = "# tokens in #.# s, # tok/s (prompt: # tokens, # ms), # rounds";
-    let plain = run([PROMPT, "-n", "30", "--draft", "none"]).err;
-    assert_eq!(shape(&plain), format!("{start}\n"));
+    let ar = run([PROMPT, "-n", "30", "--draft", "none"]).err;
+    assert_eq!(shape(&ar), format!("{start}\n"));
     let dflash = run([PROMPT, "-n", "30", "--temperature", "0.5", "--seed", "6"]).err;
     let bars = dflash.split_once("[1").and_then(|(_, rest)| rest.split_once("16]")).expect(&dflash).0;
     assert_eq!(bars.chars().count(), 16);
@@ -414,27 +411,27 @@ fn color_marks_exactly_the_drafted_tokens() {
         let tokens = ids(&event["tokens"]);
         for (i, id) in tokens.iter().enumerate() {
             let piece = stream.push(*id).unwrap().0;
-            // A round ends with the target's own token, unless it was cut before.
+            // The last token of a round is the target's own, unless the answer was cut before it.
             let own = event["accepted"].as_u64().is_none_or(|a| i as u64 + 1 == a);
             drafted += u32::from(!own);
             expected += &if own || piece.is_empty() { piece } else { format!("\x1b[32m{piece}\x1b[0m") };
         }
     }
-    assert!(drafted > 5, "{drafted} drafted tokens show nothing");
+    assert!(drafted > 5, "only {drafted} drafted tokens: too few for this test");
     let shown = run(args.iter().chain(&["--show-accept", "--color", "always"])).done();
     assert_eq!(shown.trim_end_matches('\n'), expected.trim_end_matches('\n'));
-    let plain = run(args).done();
-    assert_eq!(shown.replace("\x1b[32m", "").replace("\x1b[0m", ""), plain);
-    // A pipe is no terminal, and colour alone marks nothing.
+    let unmarked = run(args).done();
+    assert_eq!(shown.replace("\x1b[32m", "").replace("\x1b[0m", ""), unmarked);
+    // A pipe is not a terminal, and --color alone does not mark tokens.
     for extra in [&["--show-accept"][..], &["--show-accept", "--color", "never"], &["--color", "always"]] {
-        assert_eq!(run(args.iter().chain(extra)).done(), plain, "{extra:?}");
+        assert_eq!(run(args.iter().chain(extra)).done(), unmarked, "{extra:?}");
     }
 }
 
 #[test]
 fn stdout_is_utf8_after_every_write() {
-    // Random bytes: characters in parts, and bytes that are part of none.
-    let pair = bytes_pair();
+    // The answer is random bytes: incomplete characters, and bytes that are never part of a character.
+    let pair = byte_pair();
     let args = ["hello", "--raw", "-n", "200", "--temperature", "1", "--seed", "4"];
     let expected = run_pair(&pair, &[&args[..], &["--json"]].concat()).json().remove(0);
     assert!(text(&expected).contains('\u{fffd}') && !text(&expected).is_ascii());
@@ -442,10 +439,10 @@ fn stdout_is_utf8_after_every_write() {
     let mut out = child.stdout.take().unwrap();
     let (mut all, mut buffer) = (String::new(), [0; 1 << 16]);
     loop {
-        // One read takes whole writes: the buffer is as large as the pipe.
+        // The buffer is as large as the pipe, so one read returns whole writes.
         match out.read(&mut buffer).unwrap() {
             0 => break,
-            n => all += std::str::from_utf8(&buffer[..n]).expect("half a character was written"),
+            n => all += std::str::from_utf8(&buffer[..n]).expect("a write ended inside a character"),
         }
     }
     assert!(child.wait().unwrap().success());
@@ -455,7 +452,7 @@ fn stdout_is_utf8_after_every_write() {
 // ---- the program itself ----
 
 #[test]
-fn the_binary_alone_is_enough() {
+fn the_binary_runs_without_other_files() {
     let dir = tempfile::tempdir().unwrap();
     let copy = dir.path().join("dflash-gen");
     fs::copy(BINARY, &copy).unwrap();
@@ -470,17 +467,64 @@ fn the_binary_alone_is_enough() {
 #[test]
 fn help_says_what_a_new_user_needs() {
     let help = run(["--help"]).done();
-    for words in
+    for phrase in
         ["demo pair", "enable_thinking=true", "lose more than half of their acceptance", "130 interrupted"]
     {
-        assert!(help.contains(words), "--help lacks {words:?}");
+        assert!(help.contains(phrase), "--help lacks {phrase:?}");
     }
     assert!(run(["-h"]).done().lines().count() < help.lines().count());
-    assert_eq!(run(["--version"]).done(), format!("dflash-gen {}\n", env!("CARGO_PKG_VERSION")));
 }
 
 #[test]
-fn compare_tells_rates_and_identity() {
+fn version_is_one_line_and_with_json_one_object_of_facts() {
+    let version = env!("CARGO_PKG_VERSION");
+    assert_eq!(run(["--version"]).done(), format!("dflash-gen {version}\n"));
+    let objects = run(["--version", "--json"]).json();
+    assert_eq!(objects.len(), 1);
+    let facts = objects[0].as_object().unwrap();
+    let keys = [
+        "program",
+        "version",
+        "commit",
+        "cuda_targets",
+        "emulator",
+        "device",
+        "no_device",
+        "cuda_driver",
+        "os",
+        "arch",
+        "cores",
+    ];
+    assert_eq!(facts.keys().collect::<Vec<_>>(), keys);
+    assert_eq!((&facts["program"], &facts["version"]), (&json!("dflash-gen"), &json!(version)));
+    assert!(facts["cuda_targets"].is_array() && facts["emulator"].is_boolean(), "{facts:?}");
+    // Either the name of the GPU or the reason why there is none.
+    assert!(facts["device"].is_string() != facts["no_device"].is_string(), "{facts:?}");
+    let built_for = (json!(std::env::consts::OS), json!(std::env::consts::ARCH));
+    assert_eq!((&facts["os"], &facts["arch"]), (&built_for.0, &built_for.1));
+    assert!(facts["cores"].as_u64().unwrap() >= 1, "{facts:?}");
+}
+
+#[test]
+fn a_target_without_draft_decodes_autoregressively_with_a_note() {
+    let pair = byte_pair();
+    let target = pair.target.display().to_string();
+    let with = |more: &[&str]| run([&["--target", &*target, "--raw", "-n", "8", "hello"], more].concat());
+    let note = "no --draft, so autoregressive decoding: ";
+    let noted = with(&[]);
+    assert!(noted.code == 0 && noted.err.contains(note), "{noted:?}");
+    let quiet = with(&["-q"]);
+    assert_eq!((quiet.code, quiet.err.as_str()), (0, ""));
+    let draft_none = with(&["--draft", "none"]);
+    assert!(draft_none.code == 0 && !draft_none.err.contains("no --draft"), "{draft_none:?}");
+    assert!(noted.out == quiet.out && noted.out == draft_none.out, "{noted:?} {quiet:?} {draft_none:?}");
+    let record = with(&["--json"]).json().remove(0);
+    assert_eq!(record["draft"], Value::Null);
+    assert_eq!((ids(&record["accepted"]), ids(&record["drafted"])), (vec![1; 7], vec![0; 7]));
+}
+
+#[test]
+fn compare_reports_rates_and_identity() {
     let dir = tempfile::tempdir().unwrap();
     let lines = ["import os", "class A:\n"].map(|p| json!({"prompt": p}).to_string()).join("\n");
     let file = write(dir.path(), "p.jsonl", lines);
@@ -496,9 +540,9 @@ fn compare_tells_rates_and_identity() {
 
         let report = run(args.iter().chain(&["--json"])).json().remove(0);
         assert_eq!((&report["identical"], &report["tokens"]), (&json!(true), &json!(60)));
-        let (plain, dflash) =
+        let (ar, dflash) =
             (report["plain_tokens_per_s"].as_f64().unwrap(), report["dflash_tokens_per_s"].as_f64().unwrap());
-        assert!((report["ratio"].as_f64().unwrap() - dflash / plain).abs() < 1e-6 * dflash / plain);
+        assert!((report["ratio"].as_f64().unwrap() - dflash / ar).abs() < 1e-6 * dflash / ar);
         let records = run(["--json", "--prompts", &file, "-n", "30"].iter().chain(sampling)).json();
         for (row, record) in report["prompts"].as_array().unwrap().iter().zip(&records) {
             assert_eq!((&row["identical"], &row["tau"]), (&json!(true), &record["tau"]));
@@ -595,55 +639,11 @@ fn plan_of_a_sharded_pair_adds_up_and_needs_no_tokenizer() {
     }
 }
 
-/// `sh` with its limit on address space, in KiB.
-#[cfg(target_os = "linux")]
-fn limited<A: AsRef<std::ffi::OsStr>>(kib: u64, args: impl IntoIterator<Item = A>) -> program::Run {
-    let mut command = Command::new("sh");
-    command
-        .arg("-c")
-        .arg(format!("ulimit -v {kib} && exec \"$0\" \"$@\""))
-        .arg(BINARY)
-        .args(["--device", "cpu"])
-        .args(args);
-    finish(command)
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn plan_reads_headers_only() {
-    // 8 GB of weights that take no room on disk, in an address space that can map them once and not copy them.
-    let target = support::Target { vocab: 16_000_000, hidden: 256, layers: 40, ..Default::default() };
-    let dir = tempfile::tempdir().unwrap();
-    support::write_json(dir.path(), "config.json", &support::target_config(&target));
-    let tensors = TargetConfig::open(&support::disk(dir.path())).unwrap().tensors();
-    let (mut all, mut map) = (0, serde_json::Map::new());
-    for (i, (name, shape)) in tensors.into_iter().enumerate() {
-        let bytes = shape.iter().product::<usize>() * 2;
-        let header = json!({&name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, bytes]}});
-        let head = support::safetensors_raw(&header.to_string(), &[]);
-        // Long names, so that the plan does not fit a pipe and the program is there to be looked at.
-        let shard = format!("{}-{i}.safetensors", "shard".repeat(40));
-        let file = fs::File::create(dir.path().join(&shard)).unwrap();
-        (&file).write_all(&head).unwrap();
-        file.set_len((head.len() + bytes) as u64).unwrap();
-        map.insert(name, shard.into());
-        all += bytes;
-    }
-    support::write_json(dir.path(), "model.safetensors.index.json", &json!({"weight_map": map}));
-    let args = ["--plan", "--json", "--draft", "none", "--target", dir.path().to_str().unwrap()];
-    let plan = limited(12 << 20, args).json().remove(0);
-    assert_eq!(plan["weight_bytes"], all);
-    assert!(all > 8_000_000_000);
-    assert_eq!(plan["drafter"], Value::Null);
-    let kib = peak(command(args), usize::MAX);
-    assert!(kib <= 64 << 10, "{kib} KiB");
-}
-
 // ---- conversations ----
 
-/// A random pair without a template of its own, and a file with one: every message, the rest of what templates see.
+/// A random pair without a chat template, and a template file that prints every message and all variables.
 fn chat() -> (support::Pair, String) {
-    let pair = bytes_pair();
+    let pair = byte_pair();
     support::edit_json(&pair.target, "tokenizer_config.json", |config| {
         config.as_object_mut().unwrap().shift_remove("chat_template");
     });
@@ -655,7 +655,7 @@ fn chat() -> (support::Pair, String) {
 }
 
 #[test]
-fn conversations_go_through_the_template() {
+fn conversations_are_rendered_by_the_chat_template() {
     let (pair, template) = chat();
     let line = json!({"messages": [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"},
@@ -667,7 +667,8 @@ fn conversations_go_through_the_template() {
         run_pair(&pair, &args).json()
     };
     let raw = |text: &str| run_pair(&pair, &["--json", "-n", "12", "--raw", text]).json().remove(0);
-    // A token is a byte here, so the same answer to the rendered text says that the rendering is the same.
+    // Each byte is a token, so the rendered text and the conversation must have equal prompt lengths and
+    // answers.
     let same = |record: &Value, rendered: &str| {
         assert_eq!(record["prompt_tokens"], rendered.len(), "{rendered}");
         assert_eq!(record["tokens"], raw(rendered)["tokens"], "{rendered}");
@@ -681,90 +682,9 @@ fn conversations_go_through_the_template() {
     same(&with(&thinking)[0], "<user>Hello<assistant><think>well = good");
     same(&with(&["Hello", "--template-arg", "enable_thinking=false"])[0], "<user>Hello<assistant>");
 
-    // The model's own template does the same, and --raw goes around it.
+    // The template in the model's folder has the same effect, and --raw ignores it.
     fs::copy(&template, pair.target.join("chat_template.jinja")).unwrap();
     let own = run_pair(&pair, &["--json", "-n", "12", "Hello"]).json().remove(0);
     assert_eq!(own["tokens"], with(&["Hello"])[0]["tokens"]);
     assert_eq!(raw("Hello")["prompt_tokens"], 5);
-}
-
-// ---- memory ----
-
-/// Runs to the end, and the most memory that was resident while the answer grew, in KiB.
-#[cfg(target_os = "linux")]
-fn peak(mut command: Command, enough: usize) -> u64 {
-    let mut child =
-        command.stdout(Stdio::piped()).stderr(Stdio::null()).stdin(Stdio::null()).spawn().unwrap();
-    let mut out = child.stdout.take().unwrap();
-    let (mut peak, mut bytes, mut looks) = (0, 0, 0);
-    let mut buffer = [0; 256];
-    while bytes < enough {
-        match out.read(&mut buffer).unwrap() {
-            0 => break,
-            n => bytes += n,
-        }
-        if let Some(kib) = status(&child, "VmHWM") {
-            peak = kib.trim_end_matches(" kB").parse().unwrap();
-            looks += 1;
-        }
-    }
-    drop(out);
-    assert!(child.wait().unwrap().success());
-    assert!(looks > 3, "the process was seen {looks} times");
-    peak
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn the_demo_pair_runs_in_64_mib() {
-    let kib = peak(command([PROMPT, "-n", "1000", "--ignore-eos"]), usize::MAX);
-    assert!(kib <= 64 << 10, "{kib} KiB");
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn the_demo_pair_runs_in_less_address_space_than_the_deepest_stack() {
-    let expected = run([PROMPT, "-n", "20"]).done();
-    assert_eq!(limited(440_000, [PROMPT, "-n", "20"]).done(), expected);
-}
-
-/// Whatever the limit: an answer or a sentence, and never that the tokenizer is at fault.
-#[cfg(target_os = "linux")]
-#[test]
-fn too_little_address_space_for_the_tokenizer_is_a_sentence() {
-    for mib in (60..800).step_by(20) {
-        let run = limited(mib << 10, [PROMPT, "-n", "2", "-q"]);
-        let refused = run.code == 5 && run.err.starts_with("dflash-gen: not enough memory: ");
-        assert!(run.code == 0 || refused && run.err.lines().count() == 1, "{mib} MiB: {run:?}");
-    }
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn room_for_a_long_answer_costs_nothing_until_it_is_used() {
-    let target = support::Target { vocab: 258, eos: vec![], max_positions: 1 << 20, ..Default::default() };
-    let drafter = support::Drafter { max_positions: 1 << 20, ..Default::default() };
-    let pair = support::write_pair(&target, &drafter);
-    // Over 2 GiB of keys and values, were they all written.
-    let mut command = command(flags(&pair));
-    command.args(["hello", "--raw", "-n", "1000000"]);
-    let kib = peak(command, 3000);
-    assert!(kib <= 64 << 10, "{kib} KiB");
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn too_little_memory_is_a_sentence() {
-    let target = support::Target { max_positions: 16_000_000, ..Default::default() };
-    let pair = support::write_pair(&target, &Default::default());
-    let args = flags(&pair).into_iter().chain(["hello", "--raw", "-n", "15000000"].map(String::from));
-    let run = limited(3 << 20, args);
-    // 5 prompt tokens, 15000000 to come, a block of 8: in tiles of 16 positions, 2 heads of 24 keys and 32 values.
-    let (positions, tiles) = (15_000_013, 15_000_016usize);
-    let bytes = 2 * tiles * (24 + 32) * 4;
-    let sentence = format!(
-        "dflash-gen: not enough memory: the KV cache of each layer needs {bytes} bytes for {positions} positions \
-         (prompt and max_tokens)\n"
-    );
-    assert_eq!((run.code, run.out.as_str(), run.err), (5, "", sentence));
 }

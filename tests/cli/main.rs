@@ -1,4 +1,4 @@
-//! dflash-gen and the scripts in tools/ as a user runs them.
+//! `dflash-gen`, the scripts in tools/, and the commands in the documents, run as child processes.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -6,6 +6,7 @@ mod support;
 mod chat;
 mod cli;
 mod docs;
+mod memory;
 mod outside;
 mod plan;
 mod profile;

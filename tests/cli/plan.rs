@@ -1,5 +1,5 @@
-//! What is known of a pair without a device: memory, whether it fits, and the launches of a round; held against what the
-//! emulator allocates and captures.
+//! The memory plan and the launches of a round, which need no device, compared with what the emulator
+//! allocates and captures.
 
 use crate::support;
 use crate::support::program;
@@ -27,7 +27,7 @@ fn demo() -> Pair {
     Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()
 }
 
-/// A folder with this config and all its weights, which are zeros and take no place on the disk.
+/// Writes a model folder whose weights are zeros in a sparse file, which takes no disk space.
 fn sparse(dir: &Path, config: &Value, tensors: impl FnOnce() -> Vec<(String, Vec<usize>)>) {
     fs::create_dir_all(dir).unwrap();
     support::write_json(dir, "config.json", config);
@@ -43,6 +43,7 @@ fn sparse(dir: &Path, config: &Value, tensors: impl FnOnce() -> Vec<(String, Vec
     fs::OpenOptions::new().write(true).open(&path).unwrap().set_len((head.len() + end) as u64).unwrap();
 }
 
+/// A pair of these sizes with weights of zeros.
 fn sparse_pair(target: &support::Target, drafter: &support::Drafter) -> (support::Pair, Pair) {
     let root = tempfile::tempdir().unwrap();
     let files =
@@ -86,8 +87,8 @@ fn qwen3_8b() -> (support::Target, support::Drafter) {
     (target, drafter)
 }
 
-/// A pair whose kernels differ from those of the demo pair, with `layers` layers in the target.
-fn small(layers: usize, sliding: Vec<bool>) -> (support::Pair, Pair) {
+/// A pair that runs other kernels than the demo pair, with `layers` layers in the target.
+fn small_pair(layers: usize, sliding: Vec<bool>) -> (support::Pair, Pair) {
     let target = support::Target {
         hidden: 192,
         intermediate: 160,
@@ -117,32 +118,33 @@ fn small(layers: usize, sliding: Vec<bool>) -> (support::Pair, Pair) {
 
 /// The demo pair, two small ones, and a target alone.
 fn pairs() -> Vec<(Option<support::Pair>, Pair)> {
-    let (files, alternating) = small(3, vec![true, false, true, false]);
-    let (single_files, single) = small(2, vec![false]);
-    let alone = Pair::open(disk(&single_files.target), None).unwrap();
-    vec![(None, demo()), (Some(files), alternating), (Some(single_files), single), (None, alone)]
+    let (files, alternating) = small_pair(3, vec![true, false, true, false]);
+    let (single_files, single) = small_pair(2, vec![false]);
+    let target_only = Pair::open(disk(&single_files.target), None).unwrap();
+    vec![(None, demo()), (Some(files), alternating), (Some(single_files), single), (None, target_only)]
 }
 
-fn rooms(pair: &Pair) -> Vec<BatchConfig> {
-    let most = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
-    let of = |(sequences, block, positions)| BatchConfig::new(sequences, block, positions);
-    let mut rooms = [(1, 1, 64), (1, most, 256), (3, most.min(7), 200), (16, most, 65)].map(of).to_vec();
-    if most > 1 {
-        let (small, large) = (of((2, most, 100)), of((3, most, 200)));
-        rooms.extend([small.with_trees(5), BatchConfig { draft_probs: true, ..small }]);
-        rooms.push(BatchConfig { draft_probs: true, ..large.with_trees(64) });
+/// Batch configurations that the pair supports.
+fn configs(pair: &Pair) -> Vec<BatchConfig> {
+    let max = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
+    let new = |(sequences, block, positions)| BatchConfig::new(sequences, block, positions);
+    let mut configs = [(1, 1, 64), (1, max, 256), (3, max.min(7), 200), (16, max, 65)].map(new).to_vec();
+    if max > 1 {
+        let (small, large) = (new((2, max, 100)), new((3, max, 200)));
+        configs.extend([small.with_trees(5), BatchConfig { draft_probs: true, ..small }]);
+        configs.push(BatchConfig { draft_probs: true, ..large.with_trees(64) });
     }
-    rooms
+    configs
 }
 
-fn batch<'a>(device: &'a dyn Device, models: &'a Models, room: BatchConfig) -> Batch<'a> {
-    Batch::new(device, models, room).unwrap()
+fn batch<'a>(device: &'a dyn Device, models: &'a Models, config: BatchConfig) -> Batch<'a> {
+    Batch::new(device, models, config).unwrap()
 }
 
 // ---- memory ----
 
 #[test]
-fn the_table_of_the_demo_pair() {
+fn memory_table_of_the_demo_pair() {
     let plan = MemoryPlan::new(&demo(), BatchConfig::new(1, 16, 4096)).unwrap();
     let expected = "\
 memory for 1 sequence of 4096 positions in blocks of 16:
@@ -162,33 +164,33 @@ pages of keys and values: 64 of 294912 bytes, 4608 a position";
 }
 
 #[test]
-fn a_gpu_needs_every_allocation_rounded_up_and_a_reserve() {
+fn gpu_memory_is_rounded_allocations_plus_a_reserve() {
     for (_files, pair) in pairs() {
-        for room in rooms(&pair) {
-            let plan = MemoryPlan::new(&pair, room).unwrap();
-            let ledger = DryRunDevice::new();
+        for config in configs(&pair) {
+            let plan = MemoryPlan::new(&pair, config).unwrap();
+            let dry_run = DryRunDevice::new();
             let round = |taken: &[(String, usize)]| -> usize {
                 taken.iter().map(|(_, bytes)| bytes.next_multiple_of(2 << 20)).sum()
             };
-            let models = Models::load(&ledger, &pair, room.positions).unwrap();
-            let loaded = ledger.take();
-            let (weights, passing) = loaded.split_at(loaded.len() - 2);
-            batch(&ledger, &models, room);
-            let rest = ledger.take();
-            let stays = round(weights) + round(&rest) + ledger.pinned_bytes();
+            let models = Models::load(&dry_run, &pair, config.positions).unwrap();
+            let loaded = dry_run.take();
+            let (weights, staging) = loaded.split_at(loaded.len() - 2);
+            batch(&dry_run, &models, config);
+            let rest = dry_run.take();
+            let running = round(weights) + round(&rest) + dry_run.pinned_bytes();
             let needed = plan.needed(Overhead::GPU) - (256 << 20);
-            let loading = round(weights) + round(passing);
-            assert!(loading < stays, "{room:?}");
-            assert_eq!(needed, stays, "{room:?}");
+            let loading = round(weights) + round(staging);
+            assert!(loading < running, "{config:?}");
+            assert_eq!(needed, running, "{config:?}");
             assert_eq!(plan.allocations(), weights.len() + rest.len());
         }
     }
 }
 
-/// Where a matrix on its way to the device takes more than a small batch.
+/// The staging memory of a large matrix can exceed the memory of a small batch.
 #[test]
-fn loading_may_need_more_than_what_stays() {
-    let wide = support::Target {
+fn loading_can_need_more_memory_than_running() {
+    let large = support::Target {
         hidden: 2048,
         intermediate: 4096,
         layers: 2,
@@ -201,7 +203,7 @@ fn loading_may_need_more_than_what_stays() {
     let dir = tempfile::tempdir().unwrap();
     let folder = disk(dir.path());
     let tensors = || TargetConfig::open(&folder).unwrap().tensors();
-    sparse(dir.path(), &support::target_config(&wide), tensors);
+    sparse(dir.path(), &support::target_config(&large), tensors);
     let pair = Pair::open(disk(dir.path()), None).unwrap();
     let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 1, 64)).unwrap();
     assert!(plan.loading() > plan.total());
@@ -210,17 +212,17 @@ fn loading_may_need_more_than_what_stays() {
     assert!(load(needed) && !load(needed - 1));
     assert!(plan.check(&pair, needed - 1, Overhead::NONE).is_err());
     let granule = Overhead { granule: 1 << 20, reserve: 5 };
-    let ledger = DryRunDevice::new();
-    drop(Models::load(&ledger, &pair, 64).unwrap());
-    let rounded = ledger.take().iter().map(|(_, bytes)| bytes.next_multiple_of(1 << 20)).sum::<usize>();
+    let dry_run = DryRunDevice::new();
+    drop(Models::load(&dry_run, &pair, 64).unwrap());
+    let rounded = dry_run.take().iter().map(|(_, bytes)| bytes.next_multiple_of(1 << 20)).sum::<usize>();
     assert!(plan.needed(granule) >= rounded + 5);
 }
 
 #[test]
-fn the_largest_context_fits_and_a_page_more_does_not() {
+fn the_largest_context_fits_and_one_more_page_does_not() {
     for (_files, pair) in &pairs() {
         let block = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
-        let most = pair.target.config.stack.max_positions;
+        let max = pair.target.config.stack.max_positions;
         let plan = |pages: usize| MemoryPlan::new(pair, BatchConfig::new(2, block, pages * PAGE)).unwrap();
         for overhead in [Overhead::NONE, Overhead::GPU] {
             let needed = |pages| plan(pages).needed(overhead);
@@ -228,24 +230,24 @@ fn the_largest_context_fits_and_a_page_more_does_not() {
                 MemoryPlan::largest_context(pair, BatchConfig::new(2, block, 1), free, overhead).unwrap()
             };
             assert_eq!(largest(needed(1) - 1), 0);
-            assert_eq!(largest(usize::MAX), most);
-            // On a GPU several numbers of pages need as much.
-            let most_like_three = (3..).take_while(|&pages| needed(pages) == needed(3)).last().unwrap();
-            assert_eq!(largest(needed(3)), most.min(most_like_three * PAGE));
+            assert_eq!(largest(usize::MAX), max);
+            // On a GPU, allocations are rounded up, so several numbers of pages need the same memory.
+            let last_like_three = (3..).take_while(|&pages| needed(pages) == needed(3)).last().unwrap();
+            assert_eq!(largest(needed(3)), max.min(last_like_three * PAGE));
             if needed(2) < needed(3) {
                 assert_eq!(largest(needed(3) - 1), 2 * PAGE);
             }
         }
-        // As the emulator has it.
+        // The emulator agrees.
         for free in [plan(1).needed(Overhead::NONE), plan(3).needed(Overhead::NONE) - 1] {
             let largest =
                 MemoryPlan::largest_context(pair, BatchConfig::new(2, block, 1), free, Overhead::NONE)
                     .unwrap();
             let runs = |positions: usize| {
-                let (device, room) =
+                let (device, config) =
                     (Emulator::with_memory(free as u64), BatchConfig::new(2, block, positions));
                 let models = Models::load(&device, pair, positions);
-                models.is_ok_and(|models| Batch::new(&device, &models, room).is_ok())
+                models.is_ok_and(|models| Batch::new(&device, &models, config).is_ok())
             };
             assert!(runs(largest) && !runs(largest + PAGE), "{largest}");
         }
@@ -253,7 +255,7 @@ fn the_largest_context_fits_and_a_page_more_does_not() {
 }
 
 #[test]
-fn what_does_not_fit_is_one_sentence_with_the_context_that_would() {
+fn too_little_memory_is_one_sentence_with_the_largest_context() {
     let pair = demo();
     let plan = MemoryPlan::new(&pair, BatchConfig::new(2, 8, 4096)).unwrap();
     let check =
@@ -279,8 +281,9 @@ fn what_does_not_fit_is_one_sentence_with_the_context_that_would() {
 
 // ---- launches ----
 
-/// A launch's numbers, and which of the buffers seen so far its pointers are.
-fn without_addresses(nodes: &[Node]) -> Vec<(&'static str, [u32; 3], u32, Vec<String>)> {
+/// The kernel, grid, shared memory and arguments of each launch. Buffers are numbered in the order of their
+/// first use, because two captures have different addresses.
+fn normalized(nodes: &[Node]) -> Vec<(&'static str, [u32; 3], u32, Vec<String>)> {
     let mut seen: HashMap<(u64, usize), usize> = HashMap::new();
     let mut name = |buffer: &Buffer| {
         let next = seen.len();
@@ -289,7 +292,7 @@ fn without_addresses(nodes: &[Node]) -> Vec<(&'static str, [u32; 3], u32, Vec<St
     };
     let mut out = vec![];
     for node in nodes {
-        let Node::Launch(launch) = node else { panic!("a round copies nothing: {node:?}") };
+        let Node::Launch(launch) = node else { panic!("a round has only launches: {node:?}") };
         let mut args = vec![];
         for arg in &launch.args {
             args.push(match arg {
@@ -303,39 +306,39 @@ fn without_addresses(nodes: &[Node]) -> Vec<(&'static str, [u32; 3], u32, Vec<St
 }
 
 #[test]
-fn the_launches_known_without_a_device_are_those_that_the_emulator_captures() {
+fn planned_launches_equal_the_captured_graph() {
     for (_files, pair) in &pairs() {
-        for room in rooms(pair) {
+        for config in configs(pair) {
             let device = Emulator::new();
-            let models = Models::load(&device, pair, room.positions).unwrap();
-            let batch = batch(&device, &models, room);
+            let models = Models::load(&device, pair, config.positions).unwrap();
+            let batch = batch(&device, &models, config);
             for sampled in [false, true] {
-                let counted = without_addresses(&of_round(pair, room, sampled).unwrap());
-                let captured = without_addresses(&batch.largest(sampled).unwrap().nodes);
+                let counted = normalized(&of_round(pair, config, sampled).unwrap());
+                let captured = normalized(&batch.largest(sampled).unwrap().nodes);
                 assert_eq!(counted.len(), captured.len());
                 for (counted, captured) in counted.iter().zip(&captured) {
-                    assert_eq!(counted, captured, "{room:?}, sampled {sampled}");
+                    assert_eq!(counted, captured, "{config:?}, sampled {sampled}");
                 }
             }
         }
     }
 }
 
-/// Launches of a round of that pair, and its layers with the launches of each.
-fn count(pair: &Pair, room: BatchConfig) -> (usize, Option<(usize, usize)>) {
-    let nodes = of_round(pair, room, false).unwrap();
+/// The number of launches of a round, and the number of layers with the launches of each.
+fn count(pair: &Pair, config: BatchConfig) -> (usize, Option<(usize, usize)>) {
+    let nodes = of_round(pair, config, false).unwrap();
     (nodes.len(), layers(&outline(&nodes)))
 }
 
 #[test]
-fn a_round_is_five_launches_a_layer_and_a_few() {
+fn a_round_has_five_launches_per_layer_and_a_few_more() {
     for (_files, pair) in &pairs() {
         let own = pair.target.config.stack.attention.len();
         let drafters = pair.drafter.as_ref().map_or(0, |drafter| drafter.config.stack.attention.len());
-        for room in rooms(pair) {
-            let (layers, more) = if room.block > 1 { (own + drafters, 13) } else { (own, 8) };
-            let more = more + if room.tree > 0 { 2 } else { 0 };
-            assert_eq!(count(pair, room), (5 * layers + more, Some((layers, 5))), "{room:?}");
+        for config in configs(pair) {
+            let (layers, more) = if config.block > 1 { (own + drafters, 13) } else { (own, 8) };
+            let more = more + if config.tree > 0 { 2 } else { 0 };
+            assert_eq!(count(pair, config), (5 * layers + more, Some((layers, 5))), "{config:?}");
         }
     }
     let (_files, pair) = sparse_pair(&qwen3_8b().0, &qwen3_8b().1);
@@ -343,19 +346,19 @@ fn a_round_is_five_launches_a_layer_and_a_few() {
     assert_eq!(count(&pair, BatchConfig::new(1, 1, 40960)), (188, Some((36, 5))));
 }
 
-/// An outline says each node once, in order, but for arguments.
+/// An outline contains each node once, in order, except that repeated layers differ in their arguments.
 #[test]
-fn an_outline_unfolds_to_the_graph() {
+fn an_outline_expands_to_the_graph() {
     for (_files, pair) in &pairs() {
-        for room in rooms(pair) {
-            let nodes = of_round(pair, room, false).unwrap();
+        for config in configs(pair) {
+            let nodes = of_round(pair, config, false).unwrap();
             let sections = outline(&nodes);
             let names: Vec<&str> = sections.iter().map(|section| section.name).collect();
-            match room.block {
+            match config.block {
                 1 => assert_eq!(names, ["begin", "verify", "accept"]),
                 _ => assert_eq!(names, ["begin", "inject", "draft", "verify", "accept"]),
             }
-            let mut unfolded = vec![];
+            let mut expanded = vec![];
             for section in &sections {
                 let mut next = 0;
                 for group in section.groups.iter().filter(|group| !group.layers.is_empty()) {
@@ -369,20 +372,20 @@ fn an_outline_unfolds_to_the_graph() {
                 };
                 assert_eq!(next, stack.map_or(0, |stack| stack.attention.len()), "{}", section.name);
                 for group in &section.groups {
-                    (0..group.times).for_each(|_| unfolded.extend(group.nodes));
+                    (0..group.times).for_each(|_| expanded.extend(group.nodes));
                 }
             }
-            let place = |node: &Node| match node {
+            let shape = |node: &Node| match node {
                 Node::Launch(launch) => (launch.kernel.name, launch.grid, launch.shared),
                 other => panic!("{other:?}"),
             };
-            let unfolded: Vec<_> = unfolded.into_iter().map(place).collect();
-            assert_eq!(unfolded, nodes.iter().map(place).collect::<Vec<_>>());
+            let expanded: Vec<_> = expanded.into_iter().map(shape).collect();
+            assert_eq!(expanded, nodes.iter().map(shape).collect::<Vec<_>>());
         }
     }
 }
 
-/// Number of repetitions and layers of a part's groups.
+/// For each group of a section: the number of repetitions, the layers, and the number of nodes.
 fn shape(pair: &Pair, name: &str, block: usize) -> Vec<(usize, std::ops::Range<usize>, usize)> {
     let nodes = of_round(pair, BatchConfig::new(1, block, 64), false).unwrap();
     let sections = outline(&nodes);
@@ -392,15 +395,15 @@ fn shape(pair: &Pair, name: &str, block: usize) -> Vec<(usize, std::ops::Range<u
 }
 
 #[test]
-fn equal_layers_are_told_once_and_others_apart() {
+fn equal_layers_are_listed_once() {
     let of = |sliding: Vec<bool>| {
-        let (_files, pair) = small(2, sliding);
+        let (_files, pair) = small_pair(2, sliding);
         shape(&pair, "draft", 8)
     };
     let around = |layers: Vec<_>| [vec![(1, 0..0, 2)], layers, vec![(1, 0..0, 2)]].concat();
     assert_eq!(of(vec![false]), around(vec![(1, 0..1, 5)]));
     assert_eq!(of(vec![false; 4]), around(vec![(4, 0..4, 5)]));
-    // Sliding layers are causal and take another kernel.
+    // Sliding layers are causal and use another kernel.
     assert_eq!(of(vec![true, true, true, false]), around(vec![(3, 0..3, 5), (1, 3..4, 5)]));
     assert_eq!(of(vec![true, false, true, false]), around(vec![(2, 0..4, 10)]));
     assert_eq!(of([true, true, true, false].repeat(2)), around(vec![(2, 0..8, 20)]));
@@ -410,13 +413,13 @@ fn equal_layers_are_told_once_and_others_apart() {
 // ---- the command ----
 
 #[test]
-fn launches_of_other_rounds() {
-    let plain = program::run(["--plan", "--launches", "--block", "1"]).done();
-    assert!(plain.starts_with("a round of 1 sequence of 4096 positions in blocks of 1, greedy\n"), "{plain}");
-    assert!(plain.ends_with("\na round is 38 launches: 5 for each of 6 layers, and 8\n"), "{plain}");
+fn launch_listing_names_the_round_and_its_layers() {
+    let ar = program::run(["--plan", "--launches", "--block", "1"]).done();
+    assert!(ar.starts_with("a round of 1 sequence of 4096 positions in blocks of 1, greedy\n"), "{ar}");
+    assert!(ar.ends_with("\na round is 38 launches: 5 for each of 6 layers, and 8\n"), "{ar}");
     let sampled = program::run(["--plan", "--launches", "--temperature", "0.5"]).done();
     assert!(sampled.contains("in blocks of 16, sampled\n"), "{sampled}");
-    let (files, _) = small(2, vec![true, false, true, false, true]);
+    let (files, _) = small_pair(2, vec![true, false, true, false, true]);
     let text = program::run_pair(&files, &["--plan", "--launches"]).done();
     for line in [
         "  layers 0..3 of the drafter, 2 x:",
@@ -429,7 +432,7 @@ fn launches_of_other_rounds() {
 }
 
 #[test]
-fn launches_as_json_are_those_of_the_text() {
+fn launches_as_json_equal_the_text() {
     let list = program::run(["--plan", "--launches", "--json"]).json().remove(0);
     let text = program::run(["--plan", "--launches"]).done();
     assert_eq!(
@@ -449,7 +452,7 @@ fn launches_as_json_are_those_of_the_text() {
                 launches += group["times"].as_u64().unwrap();
                 let grid: Vec<String> =
                     launch["grid"].as_array().unwrap().iter().map(Value::to_string).collect();
-                let words = format!(
+                let expected = format!(
                     "{} {} {} {}",
                     launch["kernel"].as_str().unwrap(),
                     grid.join(" x "),
@@ -457,7 +460,7 @@ fn launches_as_json_are_those_of_the_text() {
                     launch["shared_bytes"]
                 );
                 let line: Vec<&str> = lines.next().unwrap().split_whitespace().collect();
-                assert_eq!(line.join(" "), words);
+                assert_eq!(line.join(" "), expected);
             }
         }
     }
@@ -465,10 +468,10 @@ fn launches_as_json_are_those_of_the_text() {
 }
 
 #[test]
-fn launches_need_a_plan_and_a_model_that_the_kernels_run() {
+fn launches_need_plan_and_a_supported_model() {
     let run = program::run(["--launches"]);
     assert!(run.code == 2 && run.err.contains("--plan"), "{run:?}");
-    // Heads of 24.
+    // A head dimension of 24.
     let files = support::write_pair(&support::Target::default(), &support::Drafter::default());
     assert_eq!(program::run_pair(&files, &["--plan"]).code, 0);
     let run = program::run_pair(&files, &["--plan", "--launches"]);
@@ -478,7 +481,7 @@ fn launches_need_a_plan_and_a_model_that_the_kernels_run() {
 }
 
 #[test]
-fn a_plan_for_a_device_has_its_memory_too() {
+fn a_plan_for_a_device_includes_its_memory() {
     let args = ["--plan", "--device", "cuda", "--ctx", "1000", "--block", "8"];
     let plan = MemoryPlan::new(&demo(), BatchConfig::new(1, 8, 1000)).unwrap();
     let text = program::run(args).done();
@@ -496,7 +499,7 @@ fn a_plan_for_a_device_has_its_memory_too() {
 }
 
 #[test]
-fn a_context_that_does_not_fit_is_refused_with_the_table_and_the_one_that_would() {
+fn a_context_that_does_not_fit_is_refused_with_the_table() {
     let target = support::Target {
         hidden: 64,
         intermediate: 32,
@@ -519,17 +522,17 @@ fn a_context_that_does_not_fit_is_refused_with_the_table_and_the_one_that_would(
         assert_eq!((run.code, run.out.as_str()), (5, ""), "{}", run.err);
         let (table, sentence) = run.err.trim_end().rsplit_once('\n').unwrap();
         assert_eq!(table, plan.to_string());
-        let (before, most) = sentence.rsplit_once("; the largest context that fits is ").expect(sentence);
+        let (before, largest) = sentence.rsplit_once("; the largest context that fits is ").expect(sentence);
         assert!(before.starts_with("dflash-gen: not enough memory on the device for 1 sequence of 900000 "));
-        let most: usize = most.parse().unwrap();
+        let largest: usize = largest.parse().unwrap();
         let needed = |positions| {
             MemoryPlan::new(&pair, BatchConfig::new(1, 8, positions)).unwrap().needed(Overhead::NONE)
         };
-        assert!(needed(most) <= 16 << 30 && needed(most + PAGE) > 16 << 30, "{most}");
+        assert!(needed(largest) <= 16 << 30 && needed(largest + PAGE) > 16 << 30, "{largest}");
     }
 }
 
-// ---- whatever the config ----
+// ---- limits ----
 
 #[test]
 fn capacities_beyond_the_kernels_limits_are_refused_by_name() {
@@ -544,23 +547,23 @@ fn capacities_beyond_the_kernels_limits_are_refused_by_name() {
         (BatchConfig::new(1, 16, 0), "a context of 0: expected 1 to 901120 positions"),
         (BatchConfig::new(1, 16, MAX_SLOTS + 1), "a context of 901121: expected 1 to 901120 positions"),
     ];
-    for (room, end) in refused {
+    for (config, end) in refused {
         let expected = Error::Unsupported(format!("the kernels cannot run {end}"));
-        assert_eq!(MemoryPlan::new(&pair, room), Err(expected.clone()));
-        assert_eq!(of_round(&pair, room, true), Err(expected));
+        assert_eq!(MemoryPlan::new(&pair, config), Err(expected.clone()));
+        assert_eq!(of_round(&pair, config, true), Err(expected));
     }
-    for room in
+    for config in
         [BatchConfig::new(1023, 64, 64), BatchConfig::new(1024, 63, 1), BatchConfig::new(1, 64, MAX_SLOTS)]
     {
-        let plan = MemoryPlan::new(&pair, room).unwrap();
+        let plan = MemoryPlan::new(&pair, config).unwrap();
         assert!(plan.needed(Overhead::GPU) > plan.peak());
-        assert_eq!(count(&pair, room), (58, Some((9, 5))));
+        assert_eq!(count(&pair, config), (58, Some((9, 5))));
     }
 }
 
-/// Sizes up to the limits that configs have: planned, or refused by name.
+/// Random sizes up to the limits of a config: each is planned, or refused with the reason.
 #[test]
-fn no_config_is_too_odd_for_a_plan() {
+fn any_config_is_planned_or_refused_by_name() {
     let mut random = support::Random::new(5);
     let (mut planned, mut refused) = (0, 0);
     for _ in 0..60 {
@@ -570,7 +573,7 @@ fn no_config_is_too_odd_for_a_plan() {
         let target = support::Target {
             hidden,
             intermediate: one_of(&[32, 96, 53248, 1 << 20]),
-            // A file has at most 16 TiB.
+            // The file system limits a file to 16 TiB.
             layers: if hidden > 4096 { 2 } else { one_of(&[2, 3, 126]) },
             heads: kv_heads * one_of(&[1, 7, 8]),
             kv_heads,
@@ -593,24 +596,24 @@ fn no_config_is_too_odd_for_a_plan() {
             ..Default::default()
         };
         let (_files, pair) = sparse_pair(&target, &drafter);
-        let most = target.max_positions.min(MAX_SLOTS);
-        for room in
-            [BatchConfig::new(1, drafter.block, most), BatchConfig::new(1000, drafter.block.min(16), 1)]
+        let max = target.max_positions.min(MAX_SLOTS);
+        for config in
+            [BatchConfig::new(1, drafter.block, max), BatchConfig::new(1000, drafter.block.min(16), 1)]
         {
-            match MemoryPlan::new(&pair, room) {
+            match MemoryPlan::new(&pair, config) {
                 Ok(plan) => {
                     planned += 1;
                     assert!(plan.peak() < plan.needed(Overhead::GPU) && !plan.to_string().is_empty());
                     assert!(plan.check(&pair, usize::MAX, Overhead::GPU).is_ok());
                     let error = plan.check(&pair, 256 << 20, Overhead::GPU).unwrap_err();
                     assert!(matches!(error, Error::Memory(_)), "{error:?}");
-                    assert_eq!(count(&pair, room).1.unwrap().1, 5);
+                    assert_eq!(count(&pair, config).1.unwrap().1, 5);
                 }
                 Err(Error::Unsupported(sentence)) => {
                     refused += 1;
                     assert!(sentence.starts_with("the kernels cannot run "), "{sentence}");
                 }
-                Err(error) => panic!("{error:?}: {target:?} {drafter:?} {room:?}"),
+                Err(error) => panic!("{error:?}: {target:?} {drafter:?} {config:?}"),
             }
         }
     }

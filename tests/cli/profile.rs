@@ -1,4 +1,5 @@
-//! What a profiler hears: by a library that stands in for one, in a program of its own, since a program asks only once.
+//! NVTX ranges and profiling windows, recorded by a library that replaces the profiler. What they test runs
+//! in its own process, because a process loads the profiler's library only once.
 
 use crate::support::library;
 use crate::support::program;
@@ -12,30 +13,32 @@ use program::{Run, finish};
 use std::path::Path;
 use std::process::Command;
 
-/// Stand for a profiler's library and for a driver, and for neither's behaviour.
+/// Replacements for the driver and for the profiler's library. They record calls and do nothing else.
 const CUDA: &str = include_str!("../data/profile/cuda.c");
 const NVTX: &str = include_str!("../data/profile/nvtx.c");
 
-/// Runs a program under the library there, and what it heard: None if it was not asked.
-fn under(mut command: Command, folder: &Path, library: &Path) -> (Run, Option<String>) {
-    let heard = folder.join("heard");
-    command.env("NVTX_INJECTION64_PATH", library).env("RANGES", &heard);
-    (finish(command), std::fs::read_to_string(heard).ok())
+/// Runs a program with `library` as the profiler. Returns the run and the recorded calls, or None if the
+/// library was not called.
+fn run_under(mut command: Command, folder: &Path, library: &Path) -> (Run, Option<String>) {
+    let recorded = folder.join("recorded");
+    command.env("NVTX_INJECTION64_PATH", library).env("RANGES", &recorded);
+    (finish(command), std::fs::read_to_string(recorded).ok())
 }
 
+/// A short run of `dflash-gen` on the emulator.
 fn generation() -> Command {
     program::command(["--device", "emulator", "--raw", "-n", "6", "--seed", "1", "def f(x):"])
 }
 
-/// This test again, in a program of its own.
-fn again(name: &str) -> Command {
+/// The test `name` of this module in a process of its own.
+fn rerun(name: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", &format!("profile::{name}")]);
     command
 }
 
 #[test]
-fn ranges_nest_and_end_with_their_scope() {
+fn nvtx_ranges_nest_and_end_with_their_scope() {
     if std::env::var_os("RANGES").is_some() {
         let outer = range("verify");
         for layer in 0..2 {
@@ -53,74 +56,74 @@ fn ranges_nest_and_end_with_their_scope() {
     }
     let folder = tempfile::tempdir().unwrap();
     let nvtx = library(folder.path(), "nvtx.so", NVTX, &[]);
-    let (run, heard) = under(again("ranges_nest_and_end_with_their_scope"), folder.path(), &nvtx);
+    let (run, recorded) = run_under(rerun("nvtx_ranges_nest_and_end_with_their_scope"), folder.path(), &nvtx);
     let layer = |i| format!("  layer {i}\n    attention\n    end\n  end\n");
     let expected = format!("verify\n{}{}  \n  end\nend\naccept\nend\n", layer(0), layer(1));
-    assert_eq!(heard.as_deref(), Some(&*expected), "{run:?}");
+    assert_eq!(recorded.as_deref(), Some(&*expected), "{run:?}");
     assert_eq!(run.code, 0, "{run:?}");
 }
 
 #[test]
-fn a_generation_is_a_prefill_and_rounds() {
+fn a_generation_has_a_prefill_range_and_round_ranges() {
     let folder = tempfile::tempdir().unwrap();
     let nvtx = library(folder.path(), "nvtx.so", NVTX, &[]);
-    let alone = finish(generation()).done();
-    let (run, heard) = under(generation(), folder.path(), &nvtx);
+    let expected_output = finish(generation()).done();
+    let (run, recorded) = run_under(generation(), folder.path(), &nvtx);
     let mut command = generation();
     command.arg("--json");
     let rounds = finish(command).json()[0]["rounds"].as_u64().unwrap();
-    assert_eq!(run.done(), alone);
+    assert_eq!(run.done(), expected_output);
     assert!(rounds > 1);
-    assert_eq!(heard.unwrap(), format!("prefill\nend\n{}", "round\nend\n".repeat(rounds as usize)));
+    assert_eq!(recorded.unwrap(), format!("prefill\nend\n{}", "round\nend\n".repeat(rounds as usize)));
 }
 
 #[test]
-fn without_a_profiler_that_listens_nothing_is_told() {
+fn output_is_the_same_without_a_working_profiler() {
     let folder = tempfile::tempdir().unwrap();
-    let alone = finish(generation()).done();
+    let expected_output = finish(generation()).done();
     let refusing = library(folder.path(), "refusing.so", NVTX, &["-DREFUSE"]);
     let empty = library(folder.path(), "empty.so", "int nothing;", &[]);
-    for (profiler, asked) in [(refusing, true), (empty, false), (folder.path().join("none.so"), false)] {
-        let (run, heard) = under(generation(), folder.path(), &profiler);
-        assert_eq!(run.done(), alone);
-        assert_eq!(heard.as_deref(), asked.then_some(""), "{profiler:?}");
-        let _ = std::fs::remove_file(folder.path().join("heard"));
+    for (profiler, called) in [(refusing, true), (empty, false), (folder.path().join("none.so"), false)] {
+        let (run, recorded) = run_under(generation(), folder.path(), &profiler);
+        assert_eq!(run.done(), expected_output);
+        assert_eq!(recorded.as_deref(), called.then_some(""), "{profiler:?}");
+        let _ = std::fs::remove_file(folder.path().join("recorded"));
     }
 }
 
 #[test]
-fn a_window_is_what_runs_between_two_waits() {
+fn a_profiling_window_starts_and_stops_on_an_idle_device() {
     if std::env::var_os("RANGES").is_some() {
         let device = Cuda::open(0).unwrap();
         assert_eq!(device.properties().pci.as_deref(), Some("0000:65:00.0"));
         assert_eq!(Cuda::open(1).unwrap().properties().pci, None);
         let file = std::path::PathBuf::from(std::env::var_os("RANGES").unwrap());
-        // Only the window, and in a thread that has no context yet.
+        // Record only the window, in a thread without a CUDA context.
         let _ = std::fs::remove_file(&file);
-        let told =
+        let result =
             || device.profile(false).and_then(|()| window(&device).map(drop)).map_err(|e| e.to_string());
-        let told = std::thread::scope(|scope| scope.spawn(told).join().unwrap());
+        let result = std::thread::scope(|scope| scope.spawn(result).join().unwrap());
         std::fs::rename(&file, file.with_extension("window")).unwrap();
         let refused = "CUDA: telling the profiler failed: it does not want to (CUDA_ERROR_PROFILER_DISABLED)";
-        assert_eq!(told.err().as_deref(), std::env::var_os("REFUSES").map(|_| refused));
+        assert_eq!(result.err().as_deref(), std::env::var_os("REFUSES").map(|_| refused));
         return;
     }
     assert_eq!(window(&Emulator::new()).map(drop), Ok(()));
-    // Without kernels no card opens.
+    // A build without kernels cannot open a GPU.
     if cuda::targets().is_empty() {
         return;
     }
     for (refuses, expected) in [(false, "stop\nwait\nstart\nwait\nstop\n"), (true, "stop\nwait\nstart\n")] {
         let folder = tempfile::tempdir().unwrap();
         library(folder.path(), "libcuda.so", CUDA, &[]);
-        let mut command = again("a_window_is_what_runs_between_two_waits");
+        let mut command = rerun("a_profiling_window_starts_and_stops_on_an_idle_device");
         command.env("LD_LIBRARY_PATH", folder.path());
         if refuses {
             command.env("REFUSES", "1");
         }
-        let (run, _) = under(command, folder.path(), Path::new(""));
+        let (run, _) = run_under(command, folder.path(), Path::new(""));
         assert_eq!(run.code, 0, "{run:?}");
-        let heard = std::fs::read_to_string(folder.path().join("heard.window")).unwrap();
-        assert_eq!(heard, expected);
+        let recorded = std::fs::read_to_string(folder.path().join("recorded.window")).unwrap();
+        assert_eq!(recorded, expected);
     }
 }

@@ -1,5 +1,5 @@
-//! The profiling tools, on tables in the formats of nsys and ncu 2025 and with stand-ins for both: what they print, what
-//! they ask for, and what they refuse. No figure here is a measurement.
+//! tools/kernel-table.py on tables in the formats of nsys and ncu 2025, and tools/profile.sh with scripts in
+//! place of both profilers: output, calls and refusals. No number here is a measurement.
 
 use crate::support::bench;
 use crate::support::program;
@@ -23,13 +23,13 @@ fn kernel_table(args: &[&str]) -> Run {
     finish(command)
 }
 
-/// Cells by kernel and then by column, as the Markdown tells them.
+/// The cells of the Markdown table by row and column.
 fn cells(args: &[&str]) -> Vec<Vec<String>> {
     let text = kernel_table(&[args, &["--markdown"]].concat()).done();
     let line = |line: &str| line.trim_matches('|').split('|').map(|cell| cell.trim().to_string()).collect();
     let mut lines: Vec<Vec<String>> = text.lines().map(line).collect();
-    let rules = lines.remove(1);
-    assert!(rules[1..].iter().all(|rule| rule == "---:"), "{text}");
+    let separators = lines.remove(1);
+    assert!(separators[1..].iter().all(|separator| separator == "---:"), "{text}");
     assert!(lines.iter().all(|cells| cells.len() == lines[0].len()), "{text}");
     lines
 }
@@ -37,11 +37,11 @@ fn cells(args: &[&str]) -> Vec<Vec<String>> {
 // ---- kernel-table.py ----
 
 #[test]
-fn nsys_tells_launches_medians_and_shares() {
+fn nsys_tables_give_launches_medians_and_shares() {
     let table = cells(&["kern_sum.csv"]);
     assert_eq!(table[0], ["kernel", "launches", "median us", "% of time"]);
     assert_eq!(table[1], ["project_16", "90", "40.90", "33.4"]);
-    // Its name came with parameters, in which there are commas.
+    // Its name in the table has parameters with commas.
     assert_eq!(table[2], ["swiglu_16", "45", "49.12", "20.0"]);
     assert_eq!(table[9..], [["sample", "10", "7.50", "0.7"], ["all", "250", "", "100.0"]]);
     let trace = kernel_table(&["trace.csv"]);
@@ -56,28 +56,28 @@ fn nsys_tells_launches_medians_and_shares() {
 }
 
 #[test]
-fn ncu_counts_bytes() {
+fn ncu_tables_give_bandwidth() {
     let raw = cells(&["ncu_raw.csv", "--ceiling", "4400"]);
     assert_eq!(raw[0][4..], ["GB/s", "% of ceiling"]);
     // 100.863296 MB in 25 us.
     assert_eq!(raw[1], ["qkv_16", "2", "12.50", "84.7", "4035", "91.7"]);
     assert_eq!(raw[2], ["attention_64x32", "1", "4.50", "15.3", "1000", "22.7"]);
-    // In other units; a thousand microseconds with their comma; bytes that the card does not count.
+    // Other units, a number with a thousands separator, and bytes that the GPU does not count.
     let details = cells(&["ncu_details.csv"]);
     assert_eq!(details[0].len(), 5);
     assert_eq!(details[1], ["sample", "1", "1205.00", "99.0", ""]);
     assert_eq!(details[2], ["qkv_16", "1", "12.50", "1.0", "4034"]);
 }
 
-/// Those of the demo pair, whose round the summary tells five times.
+/// The table holds five rounds of the demo pair.
 #[test]
-fn for_nsys_the_launches_and_the_floor_tell_the_bytes_of_weights() {
+fn nsys_tables_get_weight_bytes_from_the_roofline() {
     let folder = tempfile::tempdir().unwrap();
     let launches = program::run(["--plan", "--launches", "--json"]).done();
     let launches = write(folder.path(), "launches.json", launches);
-    let floor = bench(["floor", "--model", "demo", "--json"]).done();
-    let floor = write(folder.path(), "floor.json", floor);
-    let flags = ["kern_sum.csv", "--launches", &launches, "--record", &floor];
+    let roofline = bench(["floor", "--model", "demo", "--json"]).done();
+    let roofline = write(folder.path(), "roofline.json", roofline);
+    let flags = ["kern_sum.csv", "--launches", &launches, "--record", &roofline];
     let table = cells(&[&flags[..], &["--ceiling", "8"]].concat());
     let shown: Vec<[&str; 3]> = table[1..].iter().map(|row| [&*row[0], &row[4], &row[5]]).collect();
     let expected = [
@@ -93,7 +93,7 @@ fn for_nsys_the_launches_and_the_floor_tell_the_bytes_of_weights() {
         ["all", "", ""],
     ];
     assert_eq!(shown, expected);
-    // The ceiling of a record goes as well, and a given one before it.
+    // The ceiling can also come from a record. --ceiling overrides it.
     let ceiling = |value| format!(r#"{{"rows": [{{"name": "read ceiling", "median": {value}}}]}}"#);
     let sixteen = write(folder.path(), "ceiling.json", ceiling("16.0"));
     let with = |more: &[&str]| cells(&[&flags[..], &["--record", &sixteen], more].concat())[1][5].clone();
@@ -104,23 +104,29 @@ fn for_nsys_the_launches_and_the_floor_tell_the_bytes_of_weights() {
         let path = write(folder.path(), "other.csv", summary.replace(change[0], change[1]));
         kernel_table(&[&[&*path], &flags[1..]].concat())
     };
-    let stranger = profile([",sample", ",read"]);
-    assert!(stranger.err.contains("read ran 10 times, and 0 times in a round of"), "{stranger:?}");
-    let halves = profile([",90,40960.0", ",89,40960.0"]);
-    assert!(halves.err.contains("project_16 ran 89 times, and 18 times in a round of"), "{halves:?}");
+    let unknown_kernel = profile([",sample", ",read"]);
     assert!(
-        halves.out.lines().any(|line| line.starts_with("project_16") && line.ends_with("33.4")),
-        "{halves:?}"
+        unknown_kernel.err.contains("read ran 10 times, and 0 times in a round of"),
+        "{unknown_kernel:?}"
     );
-    let other = profile([",5,98304.0", ",6,98304.0"]);
+    let incomplete_round = profile([",90,40960.0", ",89,40960.0"]);
     assert!(
-        other.code == 2 && other.err.contains("by its kernels the profile has 5 or 6 of them"),
-        "{other:?}"
+        incomplete_round.err.contains("project_16 ran 89 times, and 18 times in a round of"),
+        "{incomplete_round:?}"
+    );
+    assert!(
+        incomplete_round.out.lines().any(|line| line.starts_with("project_16") && line.ends_with("33.4")),
+        "{incomplete_round:?}"
+    );
+    let two_counts = profile([",5,98304.0", ",6,98304.0"]);
+    assert!(
+        two_counts.code == 2 && two_counts.err.contains("by its kernels the profile has 5 or 6 of them"),
+        "{two_counts:?}"
     );
 }
 
 #[test]
-fn what_is_no_profile_is_refused_in_a_sentence() {
+fn invalid_profiles_are_refused_in_one_sentence() {
     let folder = tempfile::tempdir().unwrap();
     let read = |name: &str| fs::read_to_string(format!("{TABLES}/{name}.csv")).unwrap();
     let refused = |csv: &str, more: &[&str], part: &str| {
@@ -153,10 +159,10 @@ fn what_is_no_profile_is_refused_in_a_sentence() {
         refused(&read("kern_sum").replace(from, to), &[], part);
     }
     refused(&read("trace").replace(",4,1,1,", ",,,,").replace(",32,2,1,", ",,,,"), &[], "has no kernels");
-    let still =
+    let no_time =
         read("trace").replace(",3000,11", ",0,11").replace(",900,", ",0,").replace(",5000,14", ",0,14");
-    let still = still.replace(",3500,16", ",0,16").replace(",1100,", ",0,");
-    refused(&still, &[], "took no time at all");
+    let no_time = no_time.replace(",3500,16", ",0,16").replace(",1100,", ",0,");
+    refused(&no_time, &[], "took no time at all");
     refused(
         &read("ncu_raw").replace("gpu__time_duration.sum", "gpu__time"),
         &[],
@@ -172,7 +178,8 @@ fn what_is_no_profile_is_refused_in_a_sentence() {
     }
     let json = |name, text: &str| write(folder.path(), name, text);
     let low = json("low.json", r#"{"rows": [{"name": "read ceiling", "median": -4}]}"#);
-    let floor = json("floor.json", r#"{"rows": [{"name": "drafter: fc", "unit": "MB", "median": 1.5}]}"#);
+    let roofline =
+        json("roofline.json", r#"{"rows": [{"name": "drafter: fc", "unit": "MB", "median": 1.5}]}"#);
     let empty = json("empty.json", r#"{"rows": [7]}"#);
     let list =
         json("list.json", r#"{"sections": [{"groups": [{"layers": null, "times": 1, "launches": [1]}]}]}"#);
@@ -180,8 +187,12 @@ fn what_is_no_profile_is_refused_in_a_sentence() {
     refused(&good, &["--record", &empty], "is no JSON object with a list of rows");
     refused(&good, &["--record", "/none.json"], "cannot be read");
     refused(&good, &["--launches", &list], "--launches needs the sizes of the weights");
-    refused(&good, &["--launches", &list, "--record", &floor], "is no list of launches");
-    refused(&good, &["--launches", &floor, "--record", &floor], "is no JSON object with a list of sections");
+    refused(&good, &["--launches", &list, "--record", &roofline], "is no list of launches");
+    refused(
+        &good,
+        &["--launches", &roofline, "--record", &roofline],
+        "is no JSON object with a list of sections",
+    );
     let none = kernel_table(&["/none.csv"]);
     assert_eq!(
         (none.code, &*none.err),
@@ -191,7 +202,8 @@ fn what_is_no_profile_is_refused_in_a_sentence() {
 
 // ---- profile.sh ----
 
-/// Tells its arguments to `calls`, and leaves what the real ones would: reports, tables.
+/// Replacements for the profilers: they append their arguments to `calls` and write the reports and tables
+/// that the real ones would.
 const NSYS: &str = r#"#!/bin/bash
 echo "nsys $*" >>"$HERE/calls"
 [[ $FAILS != "nsys $1" ]] || { echo "no GPU"; exit 3; }
@@ -216,16 +228,17 @@ while [ $# -gt 0 ]; do
 done
 "#;
 
-/// A folder that is all of PATH: what the script needs, and stand-ins for the profilers and dflash-bench.
+/// A folder to use as the whole of PATH: the programs that the script needs, these profilers and a
+/// dflash-bench that does nothing.
 fn machine(profilers: &[(&str, &str)]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    // Itself: a python3 on PATH may be a script that looks for others there.
+    // Link the interpreter itself, because a python3 on PATH may be a script that searches PATH for others.
     let mut python = Command::new("python3");
     python.args(["-c", "import sys; print(sys.executable)"]);
     symlink(finish(python).done().trim(), folder.path().join("python3")).unwrap();
     for name in ["bash", "cat", "dirname", "mkdir"] {
-        let places = std::env::var_os("PATH").unwrap();
-        let mut paths = std::env::split_paths(&places).map(|place| place.join(name));
+        let path = std::env::var_os("PATH").unwrap();
+        let mut paths = std::env::split_paths(&path).map(|folder| folder.join(name));
         symlink(paths.find(|path| path.exists()).unwrap(), folder.path().join(name)).unwrap();
     }
     for (name, text) in profilers.iter().chain(&[("dflash-bench", "#!/bin/bash\n")]) {
@@ -235,7 +248,7 @@ fn machine(profilers: &[(&str, &str)]) -> tempfile::TempDir {
     folder
 }
 
-/// Runs the script there: what it said, and what the profilers were told.
+/// Runs profile.sh in the folder. Returns the run and the calls of the profilers.
 fn profile(machine: &Path, args: &[&str], settings: &[(&str, &str)]) -> (Run, Vec<String>) {
     let mut command = Command::new("bash");
     command.arg(tool("profile.sh")).args(args).current_dir(machine);
@@ -251,7 +264,7 @@ fn profile(machine: &Path, args: &[&str], settings: &[(&str, &str)]) -> (Run, Ve
 }
 
 #[test]
-fn a_profile_asks_for_windows_nodes_graphs_and_bytes() {
+fn profile_sh_runs_nsys_and_ncu_with_the_right_flags() {
     let machine = machine(&[("nsys", NSYS), ("ncu", NCU)]);
     let record = r#"{"rows": [{"name": "read ceiling", "median": 4400.0}]}"#;
     let record = write(machine.path(), "record.json", record);
@@ -284,7 +297,7 @@ fn a_profile_asks_for_windows_nodes_graphs_and_bytes() {
     );
     has(2, &[nsys, "--cuda-graph-trace=graph", "round --device cuda --rounds 1 --samples 5 --model a b"]);
     has(4, &[nsys, "--cuda-graph-trace=node"]);
-    // Without a window: nothing would tell nsys to begin.
+    // These runs have no window, so with --capture-range nsys would never start recording.
     assert!(!calls[2].contains("--capture-range") && !calls[4].contains("--capture-range"));
     has(
         6,
@@ -304,7 +317,7 @@ fn a_profile_asks_for_windows_nodes_graphs_and_bytes() {
 }
 
 #[test]
-fn a_profile_says_what_is_missing_and_what_failed() {
+fn profile_sh_reports_what_is_missing_and_what_failed() {
     let refused = |machine: &Path, args: &[&str], settings: &[(&str, &str)], part: &str| {
         let (run, calls) = profile(machine, args, settings);
         assert!(run.code == 2 && run.out.is_empty() && run.err.lines().count() == 1, "{run:?}");
@@ -322,7 +335,7 @@ fn a_profile_says_what_is_missing_and_what_failed() {
     assert_eq!((run.code, calls.len()), (1, 5), "{run:?} {calls:?}");
     assert!(run.err.contains("failed (exit code 3); its words are at the end of out/log"), "{run:?}");
     assert!(fs::read_to_string(both.path().join("out/log")).unwrap().contains("no GPU"));
-    // What ncu found is there all the same.
+    // The results of ncu are printed although nsys failed.
     assert!(run.out.contains("4035") && !run.out.contains("project_16"), "{run:?}");
     let (run, _) = profile(both.path(), &["out"], &[("FAILS", "ncu --import")]);
     assert!(

@@ -1,6 +1,6 @@
-//! `tools/gpu-report.sh` with programs that fail, hang and print nothing: what its summary says, and that it ends. No
-//! GPU is needed: the programs are scripts of these tests. That `tools/gpu-check.sh` names tests that exist. And the
-//! records of tools in Python, and what `tools/acceptance.py` prints.
+//! The scripts in tools/: `gpu-report.sh` and `gpu-check.sh` with programs that succeed, fail and hang, the
+//! records of `records.py`, and the tables of `acceptance.py`. The programs are scripts written here, so no
+//! GPU is needed.
 #![cfg(target_os = "linux")]
 
 use crate::support::bench;
@@ -16,29 +16,31 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
 
-/// `dflash-bench` where nothing goes wrong.
+/// A `dflash-bench` whose commands all succeed.
 const BENCH: &str = r#"case $1 in
 show) shift; printf '| shown |\n'
     for arg; do [ "$before" != --report ] || echo '<html>' >"$arg"; before=$arg; printf '| %s |\n' "${arg##*/}"; done ;;
 *) echo '{"schema":"dflash-bench/1"}' ;;
 esac"#;
+/// A `dflash-gen` that succeeds.
 const GEN: &str = r#"echo '{"tokens":32,"rounds":10,"compared":30,"prompts":[{"tokens":7}]}'"#;
 
 fn tool(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tools").join(name)
 }
 
+/// Writes an executable shell script.
 fn script(dir: &Path, name: &str, text: &str) {
     let path = dir.join(name);
     fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// A test program whose tests pass.
+/// A test program that passes on a GPU.
 const PASSES: &str =
     "echo 'opened in 0.10 s: Properties'; echo 'test result: ok. 3 passed; 0 failed; 0 ignored'";
 
-/// A folder as tools/gpu-pack.sh packs it, with `bench` as dflash-bench, and tests that pass.
+/// A folder like that of tools/gpu-pack.sh, with the script `bench` as dflash-bench and tests that pass.
 fn pack(bench: &str) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     for name in ["gpu-report.sh", "gpu-check.sh"] {
@@ -56,7 +58,7 @@ fn pack(bench: &str) -> TempDir {
     dir
 }
 
-/// The script of `pack`, with a folder `path` first on PATH.
+/// The gpu-report.sh of `pack`, with the folder `path` first on PATH.
 fn command(pack: &Path, args: &[&str], path: Option<&Path>) -> Command {
     let mut command = Command::new(pack.join("gpu-report.sh"));
     command.args(args).stdin(Stdio::null()).env_remove("CUDA_VISIBLE_DEVICES").env_remove("CUDA_CACHE_PATH");
@@ -71,7 +73,7 @@ fn report(pack: &Path, args: &[&str], path: Option<&Path>) -> Output {
     command(pack, args, path).output().unwrap()
 }
 
-/// The cells of the summary's row of a step: result, reason.
+/// The result and the reason in the summary's row for a step.
 #[track_caller]
 fn step<'a>(summary: &'a str, name: &str) -> (&'a str, &'a str) {
     let start = format!("| {name} | ");
@@ -82,13 +84,13 @@ fn step<'a>(summary: &'a str, name: &str) -> (&'a str, &'a str) {
     (cells[2], cells[4])
 }
 
-/// The process whose number is in `file` has ended, or is about to.
+/// Waits up to 10 s for the process whose id is in `file` to end, and fails if it does not.
 #[track_caller]
-fn gone(file: &Path) {
+fn assert_ended(file: &Path) {
     let stat = format!("/proc/{}/stat", fs::read_to_string(file).unwrap().trim());
     let ended = || fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z "));
     let tries = (0..500).take_while(|_| !ended()).map(|_| std::thread::sleep(Duration::from_millis(20)));
-    assert!(tries.count() < 500, "{stat} is there");
+    assert!(tries.count() < 500, "{stat} still exists");
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -96,7 +98,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn a_report_of_steps_that_go_well() {
+fn a_report_of_successful_steps_is_complete() {
     let dir = pack(BENCH);
     script(
         dir.path(),
@@ -106,7 +108,7 @@ fn a_report_of_steps_that_go_well() {
     let done = report(dir.path(), &["--limit", "60"], Some(dir.path()));
     let summary = text(&done.stdout);
     assert_eq!(done.status.code(), Some(0), "{summary}{}", text(&done.stderr));
-    // Where it is: the card, the day, the commit.
+    // The folder's name has the card, the day and the commit.
     let out = PathBuf::from(text(&done.stderr).trim());
     let name = out.file_name().unwrap().to_str().unwrap();
     assert!(name.starts_with("H200-20") && name.ends_with("-0123456789ab"), "{name}");
@@ -158,19 +160,19 @@ fn a_report_of_steps_that_go_well() {
             .all(|c| c.starts_with("--device cuda --prompts ")
                 && c.contains(" -n 128 --check-lossless --json"))
     );
-    // Another one of the same day and commit takes no place of the first.
+    // A second report on the same day and commit does not overwrite the first.
     let done = report(dir.path(), &["--limit", "60"], Some(dir.path()));
     assert!(text(&done.stderr).trim().ends_with("-0123456789ab-2"), "{}", text(&done.stderr));
 }
 
 #[test]
-fn what_fails_is_told_with_its_reason_and_the_rest_goes_on() {
+fn a_failed_step_is_reported_and_the_others_run() {
     let bench = format!(
         "case $1 in\nkernels) echo 'dflash-bench: too little | memory' >&2; exit 5 ;;\n\
          round) printf '{{'; exit 6 ;;\ngenerate) exit 0 ;;\nesac\n{BENCH}"
     );
     let dir = pack(&bench);
-    // A driver's tool that hangs, too, and no home to write to.
+    // nvidia-smi hangs too, and HOME is not writable.
     script(dir.path(), "nvidia-smi", "sleep 100");
     script(dir.path(), "dflash-gen", &format!("echo \"cache $CUDA_CACHE_PATH\" >&2\n{GEN}"));
     let fails = "echo 'test norm::a_norm_is_right ... FAILED'; echo 'on cuda'; exit 101";
@@ -191,7 +193,7 @@ fn what_fails_is_told_with_its_reason_and_the_rest_goes_on() {
     assert_eq!(step(&summary, "round-qwen3-8b").0, "FAILED 6");
     assert_eq!(step(&summary, "generate-demo"), ("FAILED 0", "printed nothing"));
     assert!(summary.contains("\nNOT all steps went well, ") && !summary.contains("shown"), "{summary}");
-    // What a failed step printed is no record.
+    // The output of a failed step is not a record.
     assert!(!out.join("round-qwen3-4b.json").exists() && out.join("logs/round-qwen3-4b.out").is_file());
     let log = fs::read_to_string(out.join("logs/lossless-greedy.log")).unwrap();
     let cache = fs::canonicalize(&out).unwrap().join(".scratch/cache");
@@ -199,8 +201,8 @@ fn what_fails_is_told_with_its_reason_and_the_rest_goes_on() {
 }
 
 #[test]
-fn what_hangs_is_ended_with_its_children_and_leaves_time_for_the_rest() {
-    // Deaf to the first signal, as its child.
+fn a_hanging_step_is_killed_with_its_children() {
+    // The step and its child ignore SIGTERM.
     let hangs = "trap '' TERM; printf '{'; (while :; do sleep 0.2; done) & echo $! >\"$0.child\"; wait";
     let dir = pack(&format!("[ $1 != kernels ] || {{ {hangs}; }}\n{BENCH}"));
     let out = dir.path().join("out").display().to_string();
@@ -209,13 +211,13 @@ fn what_hangs_is_ended_with_its_children_and_leaves_time_for_the_rest() {
     assert_eq!(done.status.code(), Some(1), "{summary}");
     let (word, why) = step(&summary, "kernels-demo");
     assert!(word == "TOO LONG" && why.starts_with("ended after "), "{summary}");
-    assert!(!Path::new(&out).join("kernels-demo.json").exists(), "half a record is none");
+    assert!(!Path::new(&out).join("kernels-demo.json").exists(), "an incomplete record was kept");
     assert!(step(&summary, "generate-demo").0 == "ok" && summary.contains("| shown |"), "{summary}");
-    gone(&dir.path().join("dflash-bench.child"));
+    assert_ended(&dir.path().join("dflash-bench.child"));
 }
 
 #[test]
-fn where_everything_hangs_steps_are_left_out() {
+fn steps_without_time_are_left_out() {
     let hangs = "trap '' TERM; while :; do sleep 0.2; done";
     let dir = pack(hangs);
     script(dir.path(), "dflash-gen", hangs);
@@ -229,7 +231,7 @@ fn where_everything_hangs_steps_are_left_out() {
 }
 
 #[test]
-fn records_that_cannot_be_shown_and_tests_that_are_not_there() {
+fn a_report_names_unshown_records_and_missing_tests() {
     let dir = pack("[ $1 != show ] || { echo 'dflash-bench: a.json is damaged' >&2; exit 2; }; echo '{}'");
     fs::remove_file(dir.path().join("kernels")).unwrap();
     let done = report(dir.path(), &["--limit", "60", &dir.path().join("out").display().to_string()], None);
@@ -244,7 +246,7 @@ fn records_that_cannot_be_shown_and_tests_that_are_not_there() {
 }
 
 #[test]
-fn flags_are_refused_in_a_sentence() {
+fn invalid_flags_are_refused_in_one_sentence() {
     let dir = pack(BENCH);
     let full = dir.path().join("full");
     fs::create_dir(&full).unwrap();
@@ -270,7 +272,7 @@ fn flags_are_refused_in_a_sentence() {
             "{err}"
         );
     }
-    assert!(fs::read_dir(&full).unwrap().count() == 1, "what is refused is not touched");
+    assert!(fs::read_dir(&full).unwrap().count() == 1, "a refused folder was changed");
     let help = report(dir.path(), &["--help"], None);
     assert!(
         help.status.success()
@@ -280,7 +282,7 @@ fn flags_are_refused_in_a_sentence() {
 }
 
 #[test]
-fn a_check_of_the_tests_alone_ends_with_them() {
+fn gpu_check_with_a_time_limit_runs_only_the_tests() {
     let dir = pack(BENCH);
     let check = |args: &[&str]| {
         let mut command = Command::new(dir.path().join("gpu-check.sh"));
@@ -301,9 +303,9 @@ fn a_check_of_the_tests_alone_ends_with_them() {
     }
 }
 
-/// A filter that no test has any more would leave its sanitizer without work.
+/// A filter that matches no test would leave its sanitizer without work.
 #[test]
-fn what_a_check_names_is_there() {
+fn tests_named_by_gpu_check_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let check = fs::read_to_string(root.join("tools/gpu-check.sh")).unwrap();
     let source = |test: &str| fs::read_to_string(root.join(format!("tests/{test}.rs"))).unwrap();
@@ -322,28 +324,29 @@ fn what_a_check_names_is_there() {
 }
 
 #[test]
-fn an_interrupted_report_says_so_and_leaves_nothing_running() {
+fn an_interrupted_report_says_so_and_ends_its_processes() {
     let dir = pack(BENCH);
     script(dir.path(), "dflash-gen", "echo $$ >\"$0.child\"; exec sleep 1000");
     let (out, child) = (dir.path().join("out"), dir.path().join("dflash-gen.child"));
     let mut command = command(dir.path(), &["--device", "emulator", &out.display().to_string()], None);
     let mut report = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    // Some moments later it is there, and so is its line.
+    // Wait until the child has started and written its id.
     while fs::read_to_string(&child).unwrap_or_default().is_empty() {
-        assert!(report.try_wait().unwrap().is_none(), "it ended by itself");
+        assert!(report.try_wait().unwrap().is_none(), "the report ended before the signal");
         std::thread::yield_now();
     }
     assert!(Command::new("kill").args(["-TERM", &report.id().to_string()]).status().unwrap().success());
     assert_eq!(report.wait().unwrap().code(), Some(130));
-    gone(&child);
+    assert_ended(&child);
     assert!(fs::read_to_string(out.join("summary.md")).unwrap().ends_with("\ninterrupted\n"));
     assert!(!out.join(".scratch").exists());
 }
 
 // ---- records of tools in Python ----
 
-/// The value of `code`, with tools/records.py at hand and `input` as `given`; or the last that Python said.
-fn tried(code: &str, input: &Value) -> Result<Value, String> {
+/// Evaluates a Python expression with tools/records.py imported and `input` as `given`. Returns its value, or
+/// the last line of the error.
+fn try_python(code: &str, input: &Value) -> Result<Value, String> {
     let all =
         "import json, sys; from records import *; given = json.loads(sys.argv[1]); print(json.dumps(CODE))";
     let mut command = Command::new("python3");
@@ -355,12 +358,13 @@ fn tried(code: &str, input: &Value) -> Result<Value, String> {
     }
 }
 
+/// [`try_python`] for an expression that must succeed.
 fn python(code: &str, input: &Value) -> Value {
-    tried(code, input).unwrap()
+    try_python(code, input).unwrap()
 }
 
 #[test]
-fn rows_of_python_are_rows_of_the_schema() {
+fn python_rows_fit_the_schema() {
     let samples = [3.0, 1.0, 2.0, 10.0, 4.0, 2.5];
     let code = "[row('AR step', {'context': 64, 'batch': 2}, given, [3, 3], numbers={'GB': 1.5}), \
                 row('round', {'context': 64, 'batch': 2, 'block': 16}, given, [3, 3])]";
@@ -372,16 +376,16 @@ fn rows_of_python_are_rows_of_the_schema() {
     for (name, q) in [("median", 0.5), ("p10", 0.1), ("p90", 0.9)] {
         assert_eq!(row[name].as_f64(), dflash::perf::statistics::quantile(&samples, q), "{name}");
     }
-    let plain = bench::row(&record, "autoregressive decoding", json!({ "context": 64, "batch": 2 }));
-    assert_eq!(plain["samples"][3], 200.0);
-    assert_eq!((&plain["unit"], &plain["better"]), (&json!("tok/s"), &json!("higher")));
+    let ar = bench::row(&record, "autoregressive decoding", json!({ "context": 64, "batch": 2 }));
+    assert_eq!(ar["samples"][3], 200.0);
+    assert_eq!((&ar["unit"], &ar["better"]), (&json!("tok/s"), &json!("higher")));
     let at = json!({ "context": 64, "batch": 2, "block": 16, "acceptance": 6.5 });
     assert_eq!(bench::row(&record, "DFlash, synthetic acceptance", at)["samples"][3], 1300.0);
     assert_eq!(record["rows"].as_array().unwrap().len(), 5);
 }
 
 #[test]
-fn runs_of_one_command_are_merged_in_their_order() {
+fn records_of_one_command_are_merged_in_order() {
     let run = |samples: [f64; 2], throttled: Value, speed: Value| {
         json!({
             "machine": { "after": samples[0] },
@@ -409,13 +413,13 @@ fn runs_of_one_command_are_merged_in_their_order() {
     assert_eq!(rows[1]["numbers"], json!({ "GB/s": 6.0, "GB": 3.0 }));
     assert_eq!((&rows[2]["rounds"], &rows[2]["throttled"]), (&json!(null), &json!(null)));
     assert_eq!(whole["machine"]["after"], 3.0);
-    // What one run does not know, all of them do not.
+    // A number that is unknown in one run is unknown in the merged record.
     let unknown = python("merged(given)", &json!([run([1.0, 2.0], json!(null), json!(null)), runs[1]]));
     assert_eq!(unknown["rows"][1]["numbers"], json!({ "GB/s": null, "GB": 3.0 }));
 }
 
 #[test]
-fn python_reads_lists_as_dflash_bench_does() {
+fn python_parses_number_lists_like_dflash_bench() {
     let lists = ["4", "1-4,16", "1-16+5", "1-15+5", "512-32768*2", "5-100*3,7-7", "1.5,2-3+0.25"];
     let read = python("[numbers(text) for text in given]", &json!(lists));
     assert_eq!(read[1], json!([1, 2, 3, 4, 16]));
@@ -426,15 +430,15 @@ fn python_reads_lists_as_dflash_bench_does() {
         "", "1,", "x", "-4", "1-", "4-1", "1-4+0", "1-8*1", "0-8*2", "0", "1e3", "1-9-2", "1-2+3*4", "inf",
         "1-2000", "1_0",
     ] {
-        let said = tried("numbers(given)", &json!(wrong)).unwrap_err();
-        assert!(said.contains("ArgumentTypeError: "), "{wrong:?}: {said}");
+        let error = try_python("numbers(given)", &json!(wrong)).unwrap_err();
+        assert!(error.contains("ArgumentTypeError: "), "{wrong:?}: {error}");
     }
     assert_eq!(python("wholes(given)", &json!("2,3")), json!([2, 3]));
-    assert!(tried("wholes(given)", &json!("2.5")).unwrap_err().contains("expected whole numbers"));
+    assert!(try_python("wholes(given)", &json!("2.5")).unwrap_err().contains("expected whole numbers"));
 }
 
 #[test]
-fn the_programs_themselves_make_a_report_on_the_emulator() {
+fn a_report_on_the_emulator_runs_the_real_programs() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     let bin = Path::new(env!("CARGO_BIN_EXE_dflash-bench")).parent().unwrap();
@@ -450,16 +454,16 @@ fn the_programs_themselves_make_a_report_on_the_emulator() {
     assert!(out.join("report.html").is_file());
 }
 
-// ---- what drafts are worth ----
+// ---- tools/acceptance.py ----
 
-/// tools/acceptance.py with the programs of `bin`.
+/// Runs tools/acceptance.py with the programs in `bin`.
 fn acceptance(bin: &Path, args: &[&str]) -> Output {
     let mut command = Command::new("python3");
     command.arg("-B").arg(tool("acceptance.py")).arg("--bin").arg(bin).args(args).stdin(Stdio::null());
     command.output().unwrap()
 }
 
-/// Cells of the rows of its tables, heads left out.
+/// The cells of all tables by row and column, without the headings.
 fn tables(out: &str) -> Vec<Vec<Vec<&str>>> {
     out.split("\n\n")
         .map(|table| {
@@ -469,14 +473,14 @@ fn tables(out: &str) -> Vec<Vec<Vec<&str>>> {
         .collect()
 }
 
-/// The sum of a field over all rounds of all records, and how many rounds there are.
+/// The sum of a field over all rounds of all records, and the number of rounds.
 fn sum(records: &[Value], field: &str) -> (f64, f64) {
     let all = records.iter().flat_map(|record| record[field].as_array().unwrap());
     all.fold((0.0, 0.0), |(sum, count), n| (sum + n.as_f64().unwrap(), count + 1.0))
 }
 
 #[test]
-fn acceptance_tells_what_the_programs_say() {
+fn acceptance_tables_match_the_programs() {
     let dir = tempfile::tempdir().unwrap();
     let prompts = program::write(
         dir.path(),
@@ -490,28 +494,27 @@ fn acceptance_tells_what_the_programs_say() {
     let (out, err) = (text(&done.stdout), text(&done.stderr));
     assert_eq!(done.status.code(), Some(0), "{err}");
     let all = tables(&out);
-    let floor = bench::record(0, &["floor", "--context", "64", "--tree", "4,8,16,64,128,256"]);
+    let roofline = bench::record(0, &["floor", "--context", "64", "--tree", "4,8,16,64,128,256"]);
     let ms = |rows: u32| {
         let at = json!({ "context": 64, "batch": 1, "tree": rows });
-        bench::row(&floor, "round", at)["median"].as_f64().unwrap()
+        bench::row(&roofline, "round", at)["median"].as_f64().unwrap()
     };
-    let plain_ms =
-        bench::row(&floor, "AR step", json!({ "context": 64, "batch": 1 }))["median"].as_f64().unwrap();
+    let ar_ms =
+        bench::row(&roofline, "AR step", json!({ "context": 64, "batch": 1 }))["median"].as_f64().unwrap();
     let rate = |tau: f64, rows: u32| {
-        [format!("{:.0}", 1e3 * tau / ms(rows)), format!("{:.2}", tau * plain_ms / ms(rows))]
+        [format!("{:.0}", 1e3 * tau / ms(rows)), format!("{:.2}", tau * ar_ms / ms(rows))]
     };
 
-    // A row of the first table after the other, as dflash-gen has it.
+    // Compare each row of the first table with runs of dflash-gen.
     let mut rows = all[0].iter();
-    let mut trees_that_pay: Vec<(f64, u32)> = vec![];
+    let mut tree_rates: Vec<(f64, u32)> = vec![];
     for (temperature, seeds) in [("0", &["1"][..]), ("1", &["1", "2"])] {
         let answers = |seed: &str, flags: &[&str]| {
             let at = ["--json", "-q", "--temperature", temperature, "--seed", seed];
             program::run([&common[..], &at, flags].concat())
         };
-        let plain: Vec<_> =
-            seeds.iter().flat_map(|seed| answers(seed, &["--draft", "none"]).json()).collect();
-        for (rule, trees, flags) in [
+        let ar: Vec<_> = seeds.iter().flat_map(|seed| answers(seed, &["--draft", "none"]).json()).collect();
+        for (method, trees, flags) in [
             ("match", true, &[][..]),
             ("match, coupled", false, &["--coupled"]),
             ("match, coupled, drafts at T/2", false, &["--coupled", "--draft-temperature", "0.5"]),
@@ -519,7 +522,7 @@ fn acceptance_tells_what_the_programs_say() {
             ("rejection, drafts at T/2", false, &["--verify", "rejection", "--draft-temperature", "0.5"]),
             ("block", true, &["--verify", "block"]),
         ] {
-            if temperature == "0" && rule != "match" {
+            if temperature == "0" && method != "match" {
                 continue;
             }
             for tree in if trees { &[None, Some("4"), Some("8")][..] } else { &[None] } {
@@ -528,16 +531,16 @@ fn acceptance_tells_what_the_programs_say() {
                     seeds.iter().map(|seed| answers(seed, &[flags, &tree_flags].concat())).collect();
                 let shape = tree.map_or("chain of 16".to_string(), |tree| format!("tree of {tree}"));
                 if let 2 | 4 = runs[0].code {
-                    assert!(err.contains(&format!("left out: {rule}, {shape}: dflash-gen: ")), "{err}");
+                    assert!(err.contains(&format!("left out: {method}, {shape}: dflash-gen: ")), "{err}");
                     continue;
                 }
                 let runs: Vec<_> = runs.into_iter().map(program::Run::json).collect();
                 let row = rows.next().unwrap();
-                assert_eq!(row[..3], [temperature, &shape, rule]);
+                assert_eq!(row[..3], [temperature, &shape, method]);
                 let taus: Vec<f64> =
                     runs.iter().map(|records| sum(records, "accepted")).map(|(n, of)| n / of).collect();
                 let tau = taus.iter().sum::<f64>() / taus.len() as f64;
-                // Of two numbers the standard error is half their distance.
+                // The standard error of two numbers is half their difference.
                 let expected = match taus[..] {
                     [_] => format!("{tau:.3}"),
                     _ => format!("{tau:.3} ± {:.3}", (taus[0] - taus[1]).abs() / 2.0),
@@ -546,30 +549,29 @@ fn acceptance_tells_what_the_programs_say() {
                 let records = runs.concat();
                 let drafts = sum(&records, "drafted").0 / sum(&records, "accepted").0;
                 assert_eq!(row[4], format!("{drafts:.1}"), "{row:?}");
-                let same = records
-                    .iter()
-                    .zip(&plain)
-                    .filter(|(own, plain)| own["tokens"] == plain["tokens"])
-                    .count();
-                let identical = format!("{same} of {}", plain.len());
-                assert_eq!(row[5], if rule.starts_with("match") { &identical } else { "" }, "{row:?}");
+                let num_identical =
+                    records.iter().zip(&ar).filter(|(own, ar)| own["tokens"] == ar["tokens"]).count();
+                let identical = format!("{num_identical} of {}", ar.len());
+                assert_eq!(row[5], if method.starts_with("match") { &identical } else { "" }, "{row:?}");
                 let rows = tree.map_or(16, |tree| tree.parse().unwrap());
                 assert_eq!(row[6..], rate(tau, rows), "{row:?}");
-                if (rule, tree.is_some()) == ("match", true) {
-                    trees_that_pay.push((tau / ms(rows), rows));
+                if (method, tree.is_some()) == ("match", true) {
+                    tree_rates.push((tau / ms(rows), rows));
                 }
-                if (rule, *tree) == ("match", None) {
+                if (method, *tree) == ("match", None) {
                     let row = all[1].iter().find(|row| row[0] == temperature).unwrap();
                     let accepted: Vec<u64> = records
                         .iter()
                         .flat_map(|record| record["accepted"].as_array().unwrap())
                         .map(|n| n.as_u64().unwrap())
                         .collect();
-                    let stood = |n: u64| accepted.iter().filter(|a| **a > n).count() as f64;
-                    let reached: Vec<f64> =
-                        (0..15).take_while(|n| stood(*n) > 0.0).map(|n| stood(n + 1) / stood(n)).collect();
-                    let told: Vec<_> = reached.iter().map(|p| format!("{p:.2}")).collect();
-                    assert_eq!(row[1], told.join(" "));
+                    let rounds_beyond = |n: u64| accepted.iter().filter(|a| **a > n).count() as f64;
+                    let reached: Vec<f64> = (0..15)
+                        .take_while(|n| rounds_beyond(*n) > 0.0)
+                        .map(|n| rounds_beyond(n + 1) / rounds_beyond(n))
+                        .collect();
+                    let expected_rates: Vec<_> = reached.iter().map(|p| format!("{p:.2}")).collect();
+                    assert_eq!(row[1], expected_rates.join(" "));
                     let curve: Vec<_> = reached.iter().map(|p| format!("{p:.6}")).collect();
                     let model = bench::record(0, &["floor", "--context", "64", "--curve", &curve.join(",")]);
                     let at = json!({ "context": 64, "batch": 1 });
@@ -591,9 +593,9 @@ fn acceptance_tells_what_the_programs_say() {
         }
     }
     assert!(rows.next().is_none(), "{out}");
-    for (row, trees) in all[1].iter().zip(trees_that_pay.chunks(2)) {
-        let (each, rows) = if trees[0].0 > trees[1].0 { trees[0] } else { trees[1] };
-        assert_eq!(row[6..], [rows.to_string(), format!("{:.0}", 1e3 * each)]);
+    for (row, trees) in all[1].iter().zip(tree_rates.chunks(2)) {
+        let (best, rows) = if trees[0].0 > trees[1].0 { trees[0] } else { trees[1] };
+        assert_eq!(row[6..], [rows.to_string(), format!("{:.0}", 1e3 * best)]);
     }
 
     for (set, temperature, tau, published, tree_tau, tree_published) in [
@@ -602,9 +604,9 @@ fn acceptance_tells_what_the_programs_say() {
     ] {
         let row = all[2].iter().find(|row| row[..2] == [set, temperature]).unwrap();
         assert_eq!((row[2], row[4], row[6]), (published, "15", tree_published));
-        let stands: f64 = row[3].parse().unwrap();
+        let probability: f64 = row[3].parse().unwrap();
         let tokens = |p: f64| (0..16).map(|i| p.powi(i)).sum::<f64>();
-        assert!(tokens(stands - 0.005) < tau && tau < tokens(stands + 0.005), "{row:?}");
+        assert!(tokens(probability - 0.005) < tau && tau < tokens(probability + 0.005), "{row:?}");
         assert_eq!(row[5], rate(tau, 16).join(", "));
         for (cell, rows) in row[7..].iter().zip([64, 128, 256]) {
             assert_eq!(*cell, rate(tree_tau, rows).join(", "));
@@ -613,10 +615,10 @@ fn acceptance_tells_what_the_programs_say() {
 }
 
 #[test]
-fn acceptance_fails_where_a_text_is_another_one() {
+fn acceptance_fails_if_a_text_differs() {
     let dir = tempfile::tempdir().unwrap();
     symlink(env!("CARGO_BIN_EXE_dflash-bench"), dir.path().join("dflash-bench")).unwrap();
-    let says = |tree: &str| {
+    let acceptance_with_tree = |tree: &str| {
         let text = format!(
             "case \"$*\" in\n\
              *'--draft none'*) echo '{{\"tokens\":[1,2,3],\"accepted\":[1,1],\"drafted\":[0,0]}}' ;;\n\
@@ -632,26 +634,26 @@ fn acceptance_fails_where_a_text_is_another_one() {
             &[&["--tree", "8", "--temperature", "1", "--seed", "1,2"], &small[..]].concat(),
         )
     };
-    let done = says("echo '{\"tokens\":[1,2,4],\"accepted\":[2],\"drafted\":[7]}'");
+    let done = acceptance_with_tree("echo '{\"tokens\":[1,2,4],\"accepted\":[2],\"drafted\":[7]}'");
     let (out, err) = (text(&done.stdout), text(&done.stderr));
     assert_eq!(done.status.code(), Some(1), "{out}{err}");
     let rows = &tables(&out)[0];
     assert_eq!(rows[0][..6], ["1", "chain of 16", "match", "1.750 ± 0.250", "7.7", "2 of 2"]);
     assert_eq!(rows[1][..6], ["1", "tree of 8", "match", "2.000 ± 0.000", "3.5", "0 of 2"]);
-    // A text of `rejection` is nothing to hold against autoregressive decoding's.
+    // `rejection` does not give the text of AR decoding, so the two are not compared.
     assert_eq!((rows[5][..3].join(" "), rows[5][5]), ("1 tree of 8 rejection".into(), ""));
     assert!(rows.iter().all(|row| row[1..3] != ["chain of 16", "block"]), "{out}");
     assert!(err.contains("left out: block: dflash-gen: not here\n"), "{err}");
     assert_eq!(tables(&out)[1][0][1], "0.50 0.50 0.00");
-    // Of so small a model every row counts.
-    let floor = bench::record(0, &["floor", "--model", "demo", "--context", "64", "--tree", "8"]);
-    let round = bench::row(&floor, "round", json!({ "context": 64, "batch": 1, "tree": 8 }));
+    // The demo model is so small that each row of the tree changes the roofline.
+    let roofline = bench::record(0, &["floor", "--model", "demo", "--context", "64", "--tree", "8"]);
+    let round = bench::row(&roofline, "round", json!({ "context": 64, "batch": 1, "tree": 8 }));
     let rate = format!("{:.0}", 2e3 / round["median"].as_f64().unwrap());
     assert_eq!((rows[1][6], tables(&out)[1][0][7]), (rate.as_str(), rate.as_str()));
-    assert_eq!(tables(&out).len(), 2, "what is published is of another model");
+    assert_eq!(tables(&out).len(), 2, "published numbers are shown for a model that they do not belong to");
 
-    // What is no refusal ends it, with the same code and sentence.
-    let done = says("echo 'dflash-gen: too little memory' >&2; exit 5");
+    // Any error other than a refusal ends the script with its exit code and sentence.
+    let done = acceptance_with_tree("echo 'dflash-gen: too little memory' >&2; exit 5");
     assert_eq!((done.status.code(), text(&done.stderr)), (Some(5), "dflash-gen: too little memory\n".into()));
     assert!(done.stdout.is_empty());
     let done = acceptance(&dir.path().join("none"), &[]);

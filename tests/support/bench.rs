@@ -1,16 +1,17 @@
-//! `dflash-bench` as a child process, and its records, each held against `benches/schema.json`.
+//! Runs `dflash-bench` as a child process and checks its records against `benches/schema.json`.
 
 use crate::support::program::{Run, finish};
 use serde_json::Value;
 use std::process::Command;
 
+/// Runs `dflash-bench` with these arguments.
 pub fn bench<A: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = A>) -> Run {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
     command.args(args);
     finish(command)
 }
 
-/// One sentence on stderr, nothing on stdout.
+/// Checks a refusal: this exit code, nothing on stdout, and on stderr one line that contains `part`.
 #[track_caller]
 pub fn refused(run: Run, code: i32, part: &str) {
     let lines = run.err.lines().count();
@@ -20,14 +21,15 @@ pub fn refused(run: Run, code: i32, part: &str) {
     );
 }
 
-/// What is wrong with a record.
+/// The first violation of the schema, if there is one.
 pub fn misfit(record: &Value) -> Option<String> {
     let schema: Value = serde_json::from_str(include_str!("../../benches/schema.json")).unwrap();
     let schema = jsonschema::validator_for(&schema).unwrap();
     schema.validate(record).err().map(|e| format!("{}: {e}", e.instance_path()))
 }
 
-/// The record that the arguments print, checked.
+/// Runs the arguments with `--json` and returns the record. Checks the exit code, the schema, and that no two
+/// rows have the same name and parameters.
 #[track_caller]
 pub fn record(code: i32, args: &[&str]) -> Value {
     let run = bench(args.iter().copied().chain(["--json"]));
@@ -37,11 +39,11 @@ pub fn record(code: i32, args: &[&str]) -> Value {
     let rows = record["rows"].as_array().unwrap();
     let names: std::collections::HashSet<_> =
         rows.iter().map(|row| format!("{} {}", row["name"], row["parameters"])).collect();
-    assert_eq!(names.len(), rows.len(), "rows of one name and parameters");
+    assert_eq!(names.len(), rows.len(), "two rows have the same name and parameters");
     record
 }
 
-/// The row with that name and these parameters.
+/// The row with this name and these parameters.
 #[track_caller]
 pub fn row<'a>(record: &'a Value, name: &str, parameters: Value) -> &'a Value {
     let rows = record["rows"].as_array().unwrap();

@@ -1,7 +1,7 @@
 //! Small random checkpoints, written as Hugging Face folders, for every integration test.
 //!
-//! Weights are a fixed function of the seed and the tensor's name. A test that wants an odd file writes a good one and
-//! spoils it: [`edit_json`] for configs, [`target_tensors`] + [`write_tensors`] for weights.
+//! Weights are a fixed function of the seed and the tensor's name. A test that needs an invalid file writes a
+//! valid one and changes it: [`edit_json`] for configs, [`target_tensors`] and [`write_tensors`] for weights.
 
 use crate::support::random;
 
@@ -13,10 +13,10 @@ use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A target to write. `..Default::default()` gives a tied Qwen3 whose sizes divide nothing evenly.
+/// A target to write. The default is a Qwen3 with tied embeddings and sizes that no tile size divides.
 #[derive(Debug, Clone)]
 pub struct Target {
-    /// Llama instead of Qwen3: no q/k norm.
+    /// Llama instead of Qwen3, which means no q/k norm.
     pub llama: bool,
     pub hidden: usize,
     pub intermediate: usize,
@@ -28,11 +28,11 @@ pub struct Target {
     pub tied: bool,
     pub eos: Vec<u32>,
     pub rope_theta: f64,
-    /// `rope_scaling`, or null.
+    /// The value of `rope_scaling` in the config; null for none.
     pub rope_scaling: Value,
     pub max_positions: usize,
     pub dtype: Dtype,
-    /// 1: `model.safetensors`; more: shards with an index file.
+    /// 1 writes `model.safetensors`; more write that many shards and an index file.
     pub shards: usize,
     pub seed: u64,
 }
@@ -60,7 +60,8 @@ impl Default for Target {
     }
 }
 
-/// A drafter to write; hidden size, vocabulary and layer count of the target come from the [`Target`] it is written for.
+/// A drafter to write. The [`Target`] it is written for gives its hidden size, vocabulary and number of
+/// target layers.
 #[derive(Debug, Clone)]
 pub struct Drafter {
     pub intermediate: usize,
@@ -71,11 +72,11 @@ pub struct Drafter {
     pub taps: Vec<usize>,
     pub mask_token: u32,
     pub block: usize,
-    /// One bool per layer: `sliding_attention`. Empty: no `layer_types` at all.
+    /// For each layer, whether it has sliding-window attention. Empty: the config has no `layer_types`.
     pub sliding: Vec<bool>,
     pub window: Option<usize>,
     pub is_causal: Option<bool>,
-    /// More fields of `dflash_config` (`input_embedding_scale`, ...), as an object.
+    /// An object of further `dflash_config` fields, such as `input_embedding_scale`.
     pub dflash: Value,
     pub rope_theta: f64,
     pub rope_scaling: Value,
@@ -110,14 +111,14 @@ impl Default for Drafter {
     }
 }
 
-/// A target and its drafter in a temporary folder that lives as long as this value.
+/// A target and its drafter in a temporary folder, which is deleted when this value is dropped.
 pub struct Pair {
     pub root: tempfile::TempDir,
     pub target: PathBuf,
     pub drafter: PathBuf,
 }
 
-/// Writes both models and the tokenizer to a fresh temporary folder.
+/// Writes both models and the tokenizer to a new temporary folder.
 pub fn write_pair(target: &Target, drafter: &Drafter) -> Pair {
     let root = tempfile::tempdir().unwrap();
     let (target_dir, drafter_dir) = (root.path().join("target"), root.path().join("drafter"));
@@ -127,7 +128,7 @@ pub fn write_pair(target: &Target, drafter: &Drafter) -> Pair {
     Pair { root, target: target_dir, drafter: drafter_dir }
 }
 
-/// Sizes small enough for hundreds of pairs; the tokenizer of such a target lacks most letters.
+/// Sizes small enough to write hundreds of pairs. The vocabulary has 40 tokens, so most letters have none.
 pub fn small() -> (Target, Drafter) {
     let target = Target { hidden: 16, intermediate: 20, head_dim: 8, vocab: 40, ..Target::default() };
     let drafter = Drafter {
@@ -141,16 +142,18 @@ pub fn small() -> (Target, Drafter) {
     (target, drafter)
 }
 
+/// Writes a pair of the sizes of [`small`].
 pub fn small_pair() -> Pair {
     let (target, drafter) = small();
     write_pair(&target, &drafter)
 }
 
+/// The model folder at this path.
 pub fn disk(path: &Path) -> Folder {
     Folder::Disk(path.to_path_buf())
 }
 
-/// Everything that happens to a pair before a model runs on it.
+/// Opens and checks a pair as the engine does before it runs: configs, their compatibility, and all tensors.
 pub fn open_all(
     target: &Folder,
     drafter: &Folder,
@@ -164,11 +167,12 @@ pub fn open_all(
     Ok((target_config, drafter_config, target_weights, drafter_weights))
 }
 
+/// [`open_all`] for the folders of a written pair.
 pub fn open_pair(pair: &Pair) -> Result<(TargetConfig, DrafterConfig, Checkpoint, Checkpoint)> {
     open_all(&disk(&pair.target), &disk(&pair.drafter))
 }
 
-/// `config.json`, `generation_config.json` and weights; no tokenizer.
+/// Writes `config.json`, `generation_config.json` and the weights, but no tokenizer.
 pub fn write_target(dir: &Path, spec: &Target) {
     fs::create_dir_all(dir).unwrap();
     write_json(dir, "config.json", &target_config(spec));
@@ -176,13 +180,14 @@ pub fn write_target(dir: &Path, spec: &Target) {
     write_tensors(dir, &target_tensors(spec), spec.dtype, spec.shards);
 }
 
-/// `config.json` and weights of a drafter for that target.
+/// Writes `config.json` and the weights of a drafter for that target.
 pub fn write_drafter(dir: &Path, target: &Target, spec: &Drafter) {
     fs::create_dir_all(dir).unwrap();
     write_json(dir, "config.json", &drafter_config(target, spec));
     write_tensors(dir, &drafter_tensors(target, spec), spec.dtype, spec.shards);
 }
 
+/// The `config.json` of a target.
 pub fn target_config(spec: &Target) -> Value {
     let (architecture, model_type) =
         if spec.llama { ("LlamaForCausalLM", "llama") } else { ("Qwen3ForCausalLM", "qwen3") };
@@ -208,6 +213,7 @@ pub fn target_config(spec: &Target) -> Value {
     })
 }
 
+/// The `config.json` of a drafter for that target.
 pub fn drafter_config(target: &Target, spec: &Drafter) -> Value {
     let mut config = json!({
         "architectures": ["DFlashDraftModel"],
@@ -246,7 +252,7 @@ pub fn drafter_config(target: &Target, spec: &Drafter) -> Value {
     config
 }
 
-/// One tensor to write: values in row-major order, `shape.iter().product()` of them.
+/// One tensor to write. The values are in row-major order.
 #[derive(Debug, Clone)]
 pub struct Raw {
     pub name: String,
@@ -254,9 +260,10 @@ pub struct Raw {
     pub values: Vec<f32>,
 }
 
+/// All tensors of a target, with random weights.
 pub fn target_tensors(spec: &Target) -> Vec<Raw> {
-    let mut random = Weights { seed: spec.seed, tensors: vec![] };
-    random.table("model.embed_tokens.weight", spec.vocab, spec.hidden);
+    let mut weights = Weights { seed: spec.seed, tensors: vec![] };
+    weights.table("model.embed_tokens.weight", spec.vocab, spec.hidden);
     for i in 0..spec.layers {
         let layer = Layer {
             prefix: format!("model.layers.{i}."),
@@ -267,19 +274,20 @@ pub fn target_tensors(spec: &Target) -> Vec<Raw> {
             head_dim: spec.head_dim,
             qk_norm: !spec.llama,
         };
-        random.layer(&layer);
+        weights.layer(&layer);
     }
-    random.norm("model.norm.weight", spec.hidden);
+    weights.norm("model.norm.weight", spec.hidden);
     if !spec.tied {
-        random.table("lm_head.weight", spec.vocab, spec.hidden);
+        weights.table("lm_head.weight", spec.vocab, spec.hidden);
     }
-    random.tensors
+    weights.tensors
 }
 
+/// All tensors of a drafter for that target, with random weights.
 pub fn drafter_tensors(target: &Target, spec: &Drafter) -> Vec<Raw> {
-    let mut random = Weights { seed: spec.seed, tensors: vec![] };
-    random.linear("fc.weight", target.hidden, spec.taps.len() * target.hidden);
-    random.norm("hidden_norm.weight", target.hidden);
+    let mut weights = Weights { seed: spec.seed, tensors: vec![] };
+    weights.linear("fc.weight", target.hidden, spec.taps.len() * target.hidden);
+    weights.norm("hidden_norm.weight", target.hidden);
     for i in 0..spec.layers {
         let layer = Layer {
             prefix: format!("layers.{i}."),
@@ -290,13 +298,13 @@ pub fn drafter_tensors(target: &Target, spec: &Drafter) -> Vec<Raw> {
             head_dim: spec.head_dim,
             qk_norm: true,
         };
-        random.layer(&layer);
+        weights.layer(&layer);
     }
-    random.norm("norm.weight", target.hidden);
-    random.tensors
+    weights.norm("norm.weight", target.hidden);
+    weights.tensors
 }
 
-/// Writes `model.safetensors`, or that many shards and their index.
+/// Writes `model.safetensors` if `shards` is at most 1, otherwise that many shards and their index.
 pub fn write_tensors(dir: &Path, tensors: &[Raw], dtype: Dtype, shards: usize) {
     if shards <= 1 {
         fs::write(dir.join("model.safetensors"), safetensors_file(tensors, dtype)).unwrap();
@@ -336,7 +344,7 @@ pub fn safetensors_file(tensors: &[Raw], dtype: Dtype) -> Vec<u8> {
     safetensors_raw(&Value::Object(header).to_string(), &data)
 }
 
-/// A safetensors file with this header text, right or wrong.
+/// A safetensors file with this header text, which need not be valid.
 pub fn safetensors_raw(header: &str, data: &[u8]) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend_from_slice(header.as_bytes());
@@ -344,9 +352,11 @@ pub fn safetensors_raw(header: &str, data: &[u8]) -> Vec<u8> {
     file
 }
 
-/// A byte-level BPE `tokenizer.json` without merges, one token per byte, and a `tokenizer_config.json` with a chat
-/// template. Ids: 0 `<|endoftext|>`, 1 `<|mask|>`, then printable ASCII from the space on (so 97 ids suffice for it), then the
-/// other bytes as far as `vocab` reaches (258 cover all). Bytes without an id are dropped when encoding.
+/// Writes a byte-level BPE `tokenizer.json` without merges, so that each byte is one token, and a
+/// `tokenizer_config.json` with a chat template.
+///
+/// Ids: 0 is `<|endoftext|>`, 1 is `<|mask|>`, then printable ASCII from the space on (97 ids in all), then
+/// the other bytes as far as `vocab` allows (258 ids cover all bytes). Encoding drops bytes without an id.
 pub fn write_tokenizer(dir: &Path, vocab: usize) {
     fs::create_dir_all(dir).unwrap();
     let bytes = (0x20..=0x7e).chain(0x00..=0x1f).chain(0x7f..=0xff);
@@ -385,26 +395,27 @@ pub fn write_tokenizer(dir: &Path, vocab: usize) {
     write_json(dir, "tokenizer_config.json", &config);
 }
 
-/// The printable stand-in of a byte in byte-level vocabularies (GPT-2's table): itself where Latin-1 prints it, else
-/// the next unused letter from U+0100 on.
+/// The character that represents a byte in byte-level vocabularies (GPT-2's table): the Latin-1 character if
+/// it is printable, otherwise the next unused character from U+0100 on.
 fn byte_letter(byte: u8) -> char {
-    let prints = |b: u8| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
-    match prints(byte) {
+    let printable = |b: u8| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    match printable(byte) {
         true => char::from(byte),
-        false => char::from_u32(0x100 + (0..byte).filter(|&b| !prints(b)).count() as u32).unwrap(),
+        false => char::from_u32(0x100 + (0..byte).filter(|&b| !printable(b)).count() as u32).unwrap(),
     }
 }
 
-/// Number of weights in tensors of these shapes.
+/// The number of weights in tensors of these shapes.
 pub fn parameters(tensors: &[(String, Vec<usize>)]) -> u64 {
     tensors.iter().map(|(_, shape)| shape.iter().map(|&n| n as u64).product::<u64>()).sum()
 }
 
+/// Writes a JSON file into the folder.
 pub fn write_json(dir: &Path, file: &str, value: &Value) {
     fs::write(dir.join(file), serde_json::to_vec_pretty(value).unwrap()).unwrap();
 }
 
-/// Reads a JSON file, lets the test change it, writes it back.
+/// Reads a JSON file, applies `edit`, and writes it back.
 pub fn edit_json(dir: &Path, file: &str, edit: impl FnOnce(&mut Value)) {
     let mut value = serde_json::from_slice(&fs::read(dir.join(file)).unwrap()).unwrap();
     edit(&mut value);
@@ -435,21 +446,23 @@ struct Weights {
 }
 
 impl Weights {
+    /// Adds a tensor whose elements are `value` of uniform random numbers in [-1, 1).
     fn push(&mut self, name: &str, shape: Vec<usize>, value: impl Fn(f32) -> f32) {
-        // Seeded by name too, so that a tensor's values do not depend on what was written before it.
+        // The name is part of the seed, so a tensor's values do not depend on which tensors come before it.
         let hash = name.bytes().fold(self.seed, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         let mut random = Random::new(hash);
         let values = (0..shape.iter().product()).map(|_| value(random.signed())).collect();
         self.tensors.push(Raw { name: name.into(), shape, values });
     }
 
-    /// Variance 1 / inputs, so activations keep their size.
+    /// Variance 1 / inputs, so that activations keep their scale.
     fn linear(&mut self, name: &str, outputs: usize, inputs: usize) {
         let scale = (3.0 / inputs as f32).sqrt();
         self.push(name, vec![outputs, inputs], |u| u * scale);
     }
 
-    /// Embedding or head: twice a linear layer's spread, so that logits have a clear order.
+    /// An embedding or head, with twice the standard deviation of a linear layer, so that logits are well
+    /// separated.
     fn table(&mut self, name: &str, rows: usize, hidden: usize) {
         let scale = 2.0 * (3.0 / hidden as f32).sqrt();
         self.push(name, vec![rows, hidden], |u| u * scale);

@@ -1,15 +1,17 @@
-//! Shared libraries that stand in for a vendor's: C from a test, compiled where it runs.
+//! Shared libraries that replace a vendor's library in a test, compiled from C when the test runs.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// `folder/name` from C source, with a compiler's further flags. Its folder is the test's own.
+/// Compiles C source to the shared library `folder/name`, with further compiler flags. The folder must belong
+/// to the calling test alone.
 pub fn library(folder: &Path, name: &str, source: &str, flags: &[&str]) -> PathBuf {
-    let (from, to) = (folder.join(format!("{name}.c")), folder.join(name));
-    std::fs::write(&from, source).unwrap();
+    let (source_file, library) = (folder.join(format!("{name}.c")), folder.join(name));
+    std::fs::write(&source_file, source).unwrap();
     let mut command = Command::new("cc");
-    command.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror"]).args(flags).arg(&from).arg("-o").arg(&to);
+    command.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror"]).args(flags);
+    command.arg(&source_file).arg("-o").arg(&library);
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    to
+    library
 }

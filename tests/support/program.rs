@@ -1,4 +1,4 @@
-//! `dflash-gen` as a child process.
+//! Runs `dflash-gen` as a child process.
 
 use crate::support::Pair;
 use serde_json::Value;
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_dflash-gen");
 
-/// What a finished run left behind.
+/// The exit code, stdout and stderr of a finished run; the code is -1 if a signal ended it.
 #[derive(Debug)]
 pub struct Run {
     pub code: i32,
@@ -21,18 +21,19 @@ pub struct Run {
 }
 
 impl Run {
-    /// Of a run that went well: stdout.
+    /// Checks that the exit code is 0 and returns stdout.
     pub fn done(self) -> String {
         assert_eq!(self.code, 0, "{self:?}");
         self.out
     }
 
-    /// Stdout's lines as JSON.
+    /// Checks that the exit code is 0 and parses each line of stdout as JSON.
     pub fn json(self) -> Vec<Value> {
         self.done().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 }
 
+/// Runs the command without stdin until it ends.
 pub fn finish(mut command: Command) -> Run {
     let output = command.stdin(Stdio::null()).output().unwrap();
     Run {
@@ -42,7 +43,8 @@ pub fn finish(mut command: Command) -> Run {
     }
 }
 
-/// With `--device cpu` where the arguments name no device, so that a test means the same with and without a GPU.
+/// `dflash-gen` with these arguments, and `--device cpu` unless they name a device, so that a test does the
+/// same on a machine with a GPU.
 pub fn command<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Command {
     let mut command = Command::new(BINARY);
     let args: Vec<OsString> = args.into_iter().map(|arg| arg.as_ref().into()).collect();
@@ -53,10 +55,12 @@ pub fn command<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Command {
     command
 }
 
+/// Runs `dflash-gen` with the arguments of [`command`].
 pub fn run<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Run {
     finish(command(args))
 }
 
+/// Runs `dflash-gen` with `input` on stdin.
 pub fn with_stdin(args: &[&str], input: &[u8]) -> Run {
     let mut child =
         command(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -69,23 +73,25 @@ pub fn with_stdin(args: &[&str], input: &[u8]) -> Run {
     }
 }
 
+/// Writes a file and returns its path.
 pub fn write(dir: &Path, name: &str, bytes: impl AsRef<[u8]>) -> String {
     let path = dir.join(name);
     fs::write(&path, bytes).unwrap();
     path.display().to_string()
 }
 
-/// `--target DIR --draft DIR`
+/// `--target DIR --draft DIR` for the pair.
 pub fn flags(pair: &Pair) -> [String; 4] {
     let (target, drafter) = (pair.target.display().to_string(), pair.drafter.display().to_string());
     ["--target".into(), target, "--draft".into(), drafter]
 }
 
+/// Runs `dflash-gen` with the models of the pair.
 pub fn run_pair(pair: &Pair, args: &[&str]) -> Run {
     run(flags(pair).iter().map(String::as_str).chain(args.iter().copied()))
 }
 
-/// The field's value in `/proc/PID/status`; none once the process is gone.
+/// The value of a field in `/proc/PID/status`, or none after the process has ended.
 #[cfg(target_os = "linux")]
 pub fn status(child: &Child, field: &str) -> Option<String> {
     let status = fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
@@ -93,7 +99,7 @@ pub fn status(child: &Child, field: &str) -> Option<String> {
     Some(value.trim().to_string())
 }
 
-/// Ctrl-C, once the program listens for it.
+/// Sends SIGINT (Ctrl-C) as soon as the program has installed its handler.
 #[cfg(target_os = "linux")]
 pub fn interrupt(child: &Child) {
     const SIGINT: u64 = 1 << (2 - 1);
@@ -103,51 +109,54 @@ pub fn interrupt(child: &Child) {
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
 }
 
-/// A run whose other ends are the test's.
-pub struct Live {
+/// A running `dflash-gen` whose stdin, stdout and stderr the test holds.
+pub struct Interactive {
     pub child: Child,
     pub input: Option<ChildStdin>,
     pub out: BufReader<ChildStdout>,
     pub err: BufReader<ChildStderr>,
-    /// Ends with the test.
-    pub _over: mpsc::Sender<()>,
+    /// Dropped with this value, which stops the watchdog thread.
+    pub _watchdog: mpsc::Sender<()>,
 }
 
-impl Live {
-    pub fn new<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Live {
+impl Interactive {
+    pub fn new<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Interactive {
         let mut command = command(args);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let (out, err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
         let input = child.stdin.take();
-        // A run that does not end is a failure, not a wait without end.
-        let (_over, over) = mpsc::channel();
+        // The watchdog kills a run that takes more than a minute, so that the test fails instead of hanging.
+        let (_watchdog, dropped) = mpsc::channel();
         let id = child.id().to_string();
         std::thread::spawn(move || {
-            if over.recv_timeout(Duration::from_secs(60)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if dropped.recv_timeout(Duration::from_secs(60)) == Err(mpsc::RecvTimeoutError::Timeout) {
                 Command::new("kill").args(["-KILL", &id]).status().unwrap();
             }
         });
-        Live { child, input, out: BufReader::new(out), err: BufReader::new(err), _over }
+        Interactive { child, input, out: BufReader::new(out), err: BufReader::new(err), _watchdog }
     }
 
-    pub fn say(&mut self, line: &str) {
+    /// Writes a line to stdin.
+    pub fn send(&mut self, line: &str) {
         writeln!(self.input.as_mut().unwrap(), "{line}").unwrap();
     }
 
-    pub fn error_line(&mut self) -> String {
+    /// Reads a line of stderr.
+    pub fn stderr_line(&mut self) -> String {
         let mut line = String::new();
         assert_ne!(self.err.read_line(&mut line).unwrap(), 0, "stderr has ended");
         line
     }
 
-    pub fn code(&mut self) -> Option<i32> {
+    /// Waits for the end and returns the exit code.
+    pub fn exit_code(&mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
 
-    /// The exit code, once input ends.
-    pub fn end(&mut self) -> Option<i32> {
+    /// Closes stdin, waits for the end and returns the exit code.
+    pub fn close_stdin(&mut self) -> Option<i32> {
         self.input = None;
-        self.code()
+        self.exit_code()
     }
 }

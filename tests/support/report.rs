@@ -1,4 +1,5 @@
-//! Records that no card made, whose card is named "constructed", and what the pages of `--report` show of them.
+//! Constructed records, with the card name "constructed", and helpers that read the pages `--report` makes of
+//! them. No number here is a measurement.
 
 use crate::support::bench::{bench, misfit};
 use crate::support::program::write;
@@ -8,6 +9,7 @@ use std::fs;
 
 // ---- records ----
 
+/// A row of a record.
 pub fn row(name: &str, parameters: Value, unit: &str, value: f64, numbers: Value) -> Value {
     let higher = ["tok/s", "GB/s", "x", "share", "tok", "rounds"].contains(&unit);
     json!({
@@ -17,6 +19,7 @@ pub fn row(name: &str, parameters: Value, unit: &str, value: f64, numbers: Value
     })
 }
 
+/// A record of this command with these rows, which fits the schema.
 pub fn record(command: &str, rows: Vec<Value>) -> Value {
     let state = |mhz: u32, watts: f64, throttle: Value| {
         json!({
@@ -24,7 +27,7 @@ pub fn record(command: &str, rows: Vec<Value>) -> Value {
             "throttle": throttle, "processes": [{ "pid": 4711, "bytes": 1.5e9 as u64 }, { "pid": 12, "bytes": null }],
         })
     };
-    let found = json!({
+    let record = json!({
         "schema": "dflash-bench/1", "command": command, "arguments": [command, "--model", "qwen3-8b"],
         "build": { "version": "0.1.0", "commit": "c0ffee", "features": [], "ptx": ["compute_80", "compute_90a"] },
         "machine": {
@@ -35,13 +38,14 @@ pub fn record(command: &str, rows: Vec<Value>) -> Value {
         },
         "model": { "target": "qwen3-8b", "drafter": "qwen3-8b-dflash" }, "rows": rows,
     });
-    assert_eq!(misfit(&found), None);
-    found
+    assert_eq!(misfit(&record), None);
+    record
 }
 
+/// The measured read bandwidth of the constructed card, in GB/s.
 pub const CEILING: f64 = 4300.0;
 
-/// Name, weights in MB, and the share of the ceiling it is said to reach.
+/// Name, weights in MB, and the fraction of [`CEILING`] that the record gives.
 pub const KERNELS: [(&str, f64, f64); 9] = [
     ("target: qkv", 50.3, 0.81),
     ("target: o", 33.6, 0.74),
@@ -54,6 +58,7 @@ pub const KERNELS: [(&str, f64, f64); 9] = [
     ("drafter attention", 4.2, 0.31),
 ];
 
+/// A record of `dflash-bench kernels`.
 pub fn kernels() -> Value {
     let mut rows = vec![row("read ceiling", json!({}), "GB/s", CEILING, json!({}))];
     for n in [1, 8, 16, 32, 64, 128] {
@@ -71,10 +76,11 @@ pub fn kernels() -> Value {
     record("kernels", rows)
 }
 
-/// In the order of a round, at batch 1, in ms.
+/// The parts of a round in their order, with their time at batch 1 in ms.
 pub const PARTS: [(&str, f64); 6] =
     [("begin", 0.05), ("inject", 0.2), ("draft", 0.8), ("verify", 3.2), ("accept", 0.15), ("gaps", 0.1)];
 
+/// A record of `dflash-bench round`.
 pub fn round() -> Value {
     let mut rows = vec![];
     for context in [1024, 8192] {
@@ -104,9 +110,10 @@ pub fn round() -> Value {
     record("round", rows)
 }
 
-/// Rounds that accepted 0, 1, .. drafts.
+/// The number of rounds that accepted 0, 1, .. drafts.
 pub const ACCEPTED: [f64; 8] = [40.0, 60.0, 90.0, 70.0, 50.0, 40.0, 30.0, 20.0];
 
+/// A record of `dflash-bench generate`.
 pub fn generate() -> Value {
     let mut rows = vec![];
     for (decoding, rate) in [("plain", 290.0), ("dflash", 1010.0)] {
@@ -136,7 +143,7 @@ pub fn generate() -> Value {
     record("generate", rows)
 }
 
-/// Of what the emulator counts.
+/// A record of emulator counters, one row for each name and parameters.
 pub fn counted(command: &str, rows: &[(&str, Value)]) -> Value {
     let counts = |(name, parameters): &(&str, Value)| {
         let numbers = json!({
@@ -147,15 +154,15 @@ pub fn counted(command: &str, rows: &[(&str, Value)]) -> Value {
         row["kind"] = json!("counted");
         row
     };
-    let mut found = record(command, rows.iter().map(counts).collect());
-    found["machine"]["device"] = json!("emulator");
-    found["machine"]["card"] = Value::Null;
-    found
+    let mut record = record(command, rows.iter().map(counts).collect());
+    record["machine"]["device"] = json!("emulator");
+    record["machine"]["card"] = Value::Null;
+    record
 }
 
 // ---- pages ----
 
-/// What `show` writes of these records.
+/// The page that `dflash-bench show --report` writes for these records.
 #[track_caller]
 pub fn page(records: &[Value]) -> String {
     let dir = tempfile::tempdir().unwrap();
@@ -168,7 +175,8 @@ pub fn page(records: &[Value]) -> String {
     fs::read_to_string(report).unwrap()
 }
 
-/// A page is XML, too, but for its doctype. It asks for nothing: no network, no script.
+/// Parses a page, which is XML after its doctype. Checks that it has only known elements, no scripts and no
+/// links to other files.
 #[track_caller]
 pub fn parsed(page: &str) -> Document<'_> {
     let body = page.strip_prefix("<!DOCTYPE html>\n").expect("a doctype");
@@ -213,12 +221,12 @@ pub fn parsed(page: &str) -> Document<'_> {
         assert!(known.contains(&node.tag_name().name()), "{node:?}");
         for attribute in node.attributes() {
             let (name, value) = (attribute.name(), attribute.value());
-            let inside = match name {
+            let self_contained = match name {
                 "href" => value.starts_with("#record"),
                 "src" => false,
                 _ => !name.starts_with("on") && !value.contains("url("),
             };
-            assert!(inside, "{name}={value}");
+            assert!(self_contained, "{name}={value}");
         }
     }
     assert_eq!(page.replace("xmlns=\"http://www.w3.org/2000/svg\"", "").matches("://").count(), 0);
@@ -226,20 +234,23 @@ pub fn parsed(page: &str) -> Document<'_> {
     document
 }
 
+/// All text inside a node.
 pub fn text_of(node: Node) -> String {
     node.descendants().filter(Node::is_text).filter_map(|text| text.text()).collect()
 }
 
+/// All elements of this name below a node.
 pub fn all<'a>(node: Node<'a, 'a>, tag: &'a str) -> impl Iterator<Item = Node<'a, 'a>> {
     node.descendants().filter(move |node| node.tag_name().name() == tag)
 }
 
-/// The titles of the figures.
+/// The titles of all figures.
 pub fn titles(document: &Document) -> Vec<String> {
     let figures = all(document.root(), "figure");
     figures.filter_map(|figure| figure.attribute("aria-label").map(String::from)).collect()
 }
 
+/// The figure with this title.
 #[track_caller]
 pub fn figure<'a>(document: &'a Document<'a>, title: &str) -> Node<'a, 'a> {
     let mut figures = all(document.root(), "figure");
@@ -247,7 +258,7 @@ pub fn figure<'a>(document: &'a Document<'a>, title: &str) -> Node<'a, 'a> {
     found.unwrap_or_else(|| panic!("no figure {title:?} among {:?}", titles(document)))
 }
 
-/// Attributes of drawn elements, as numbers, in their order.
+/// One attribute, as a number, of each element of a figure with this tag and colour, in document order.
 pub fn drawn(figure: Node, tag: &str, fill: &str, attribute: &str) -> Vec<f64> {
     let alike = figure.descendants().filter(|node| {
         node.tag_name().name() == tag
@@ -256,7 +267,8 @@ pub fn drawn(figure: Node, tag: &str, fill: &str, attribute: &str) -> Vec<f64> {
     alike.map(|node| node.attribute(attribute).unwrap().parse().unwrap()).collect()
 }
 
-/// Where an axis has the tick of this text; the first such text, which for `y` is the lowest.
+/// The coordinate of the axis tick with this label: the first one if there are several, which on the y axis
+/// is the lowest.
 #[track_caller]
 pub fn tick(figure: Node, label: &str, attribute: &str) -> f64 {
     let at = |text: Node| text.attribute(attribute).unwrap().parse::<f64>().unwrap();
@@ -266,7 +278,7 @@ pub fn tick(figure: Node, label: &str, attribute: &str) -> f64 {
     anchored.map(at).next().unwrap_or_else(|| panic!("no tick {label}"))
 }
 
-/// Names and values under the headings of a page.
+/// The names and values in the definition lists of a page.
 pub fn facts(document: &Document) -> Vec<(String, String)> {
     let pairs = all(document.root(), "div").filter(|div| div.children().any(|c| c.has_tag_name("dt")));
     let of = |div: Node, tag: &str| text_of(div.children().find(|c| c.has_tag_name(tag)).unwrap());

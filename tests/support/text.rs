@@ -1,4 +1,4 @@
-//! Folders of text files, written and opened, and everything that can be asked of them.
+//! Tokenizer folders written from strings, and helpers that use everything they offer.
 
 use dflash::Result;
 use dflash::checkpoint::safetensors::{DEMO_TARGET, Folder};
@@ -9,11 +9,12 @@ use std::sync::LazyLock;
 pub const TOKENIZER: &str = include_str!("../../demo/target/tokenizer.json");
 pub static DEMO: LazyLock<Text> = LazyLock::new(|| Text::open(&DEMO_TARGET, None).unwrap());
 
-/// Opens a folder of these files.
+/// Writes these files to a temporary folder and opens it.
 pub fn open(files: &[(&str, &str)]) -> Result<Text> {
     open_with(files, None)
 }
 
+/// [`open`] with a chat template given by name and source.
 pub fn open_with(files: &[(&str, &str)], template: Option<(&str, &str)>) -> Result<Text> {
     let dir = tempfile::tempdir().unwrap();
     for (name, contents) in files {
@@ -22,11 +23,12 @@ pub fn open_with(files: &[(&str, &str)], template: Option<(&str, &str)>) -> Resu
     Text::open(&Folder::Disk(dir.path().into()), template.map(|(name, source)| (name, source.to_string())))
 }
 
+/// The demo pair's tokenizer.
 pub fn tokenizer_json() -> Value {
     serde_json::from_str(TOKENIZER).unwrap()
 }
 
-/// A small tokenizer in Llama 2's layout: `▁` for spaces, byte tokens for what has no token.
+/// A small tokenizer in Llama 2's layout: `▁` for spaces, and byte tokens for characters without a token.
 pub fn sentencepiece() -> Value {
     let mut pieces: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).into();
     pieces.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
@@ -60,13 +62,14 @@ pub fn sentencepiece() -> Value {
     })
 }
 
-/// All pushes, and what `finish` adds.
+/// Pushes all ids. Returns the result of each push, and the text that `finish` returns.
 pub fn streamed(mut stream: Stream, ids: &[u32]) -> (Vec<(String, bool)>, String) {
     let pushes = ids.iter().map(|id| stream.push(*id).unwrap()).collect();
     (pushes, stream.finish())
 }
 
-/// Everything a folder's text files can be asked for; whatever fails is one short sentence.
+/// Opens the files and encodes, renders, decodes and streams with them. Checks that each error is one short
+/// sentence.
 pub fn exercise(files: &[(&str, &[u8])], template: Option<&str>) {
     let dir = tempfile::tempdir().unwrap();
     for (name, contents) in files {
@@ -84,6 +87,7 @@ pub fn exercise(files: &[(&str, &[u8])], template: Option<&str>) {
         streamed(text.stream(&["\n".into()]).unwrap(), &(0..300).chain([u32::MAX]).collect::<Vec<_>>());
 }
 
+/// The value, or none after a check that the error is one short sentence without control characters.
 pub fn or_sentence<T>(result: Result<T>) -> Option<T> {
     result
         .map_err(|error| {

@@ -1,4 +1,4 @@
-//! Tokenizer, chat templates, streaming.
+//! Tokenizer, chat templates and streamed text.
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,4 +1,4 @@
-//! Chat templates: held against outputs of Python's jinja2; what they are given, and what they may not do.
+//! Chat templates, compared with outputs of Python's jinja2: variables, precedence, errors and limits.
 
 use crate::support::text;
 
@@ -8,12 +8,12 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use text::*;
 
-/// The demo tokenizer with a chat template of its own.
+/// The demo tokenizer with this chat template.
 fn with_template(source: &str) -> Text {
     open(&[("tokenizer.json", TOKENIZER), ("chat_template.jinja", source)]).unwrap()
 }
 
-/// What a template makes of a conversation, by way of the tokenizer.
+/// The text that a template renders for a conversation, after encoding and decoding it.
 fn render(text: &Text, messages: &[(&str, &str)], args: &[(&str, Value)]) -> Result<String> {
     let messages: Vec<Message> = messages
         .iter()
@@ -24,12 +24,12 @@ fn render(text: &Text, messages: &[(&str, &str)], args: &[(&str, Value)]) -> Res
     text.decode(&text.encode_chat(&messages, &args)?)
 }
 
-/// What an expression or template body prints.
+/// The text that a template renders for one user message.
 fn rendered(source: &str) -> Result<String> {
     render(&with_template(source), &[("user", "hi")], &[])
 }
 
-/// In the manner of Qwen3's: ChatML, thinking blocks of earlier turns dropped.
+/// A template like Qwen3's: ChatML, without the thinking blocks of earlier turns.
 const CHATML: &str = r#"
 {%- if messages[0].role == 'system' %}
     {{- '[system]\n' + messages[0].content + '[end]\n' }}
@@ -70,7 +70,7 @@ const CHATML: &str = r#"
 {%- endif %}
 "#;
 
-/// In the manner of Llama 3.1's: variables set once, a dated system turn, plain tags with their own lines.
+/// A template like Llama 3.1's: default variables, a system turn with the date, and tags on their own lines.
 const HEADERS: &str = r#"{{- eos_token }}
 {%- if custom_tools is defined %}
     {%- set tools = custom_tools %}
@@ -117,8 +117,8 @@ const CONVERSATION: [(&str, &str); 6] = [
     ("user", "<result>7</result>"),
 ];
 
-/// What the constructs of published templates print, from Python's jinja2 with Hugging Face's settings and filters, for
-/// `CONVERSATION`.
+/// Constructs of published templates and the output of Python's jinja2 for `CONVERSATION`, with Hugging
+/// Face's settings and filters.
 const CONSTRUCTS: [(&str, &str); 46] = [
     (
         "{{ none }}|{{ true }}|{{ 1.0 }}|{{ nothing }}|{{ [1, 'a'] }}|{{ {'a': none} }}",
@@ -226,14 +226,14 @@ const CONSTRUCTS: [(&str, &str); 46] = [
 ];
 
 #[test]
-fn templates_print_what_jinja2_prints() {
+fn templates_print_the_same_as_jinja2() {
     for (source, expected) in CONSTRUCTS {
         let got = render(&with_template(source), &CONVERSATION, &[]);
         assert_eq!(got.as_deref(), Ok(expected), "{source}");
     }
 }
 
-/// The conversations of these two are from jinja2 as well.
+/// The expected texts here and in `header_templates_render` also come from jinja2.
 #[test]
 fn chatml_templates_render() {
     let text = with_template(CHATML);
@@ -271,7 +271,7 @@ fn header_templates_render() {
 }
 
 #[test]
-fn thinking_is_off_unless_asked_for() {
+fn thinking_is_off_by_default() {
     let text = with_template("{{ enable_thinking }} {{ add_generation_prompt }} {{ effort }}");
     assert_eq!(render(&text, &[], &[]).unwrap(), "False True ");
     let args = [("enable_thinking", json!(true)), ("effort", json!("low"))];
@@ -283,21 +283,21 @@ fn thinking_is_off_unless_asked_for() {
 }
 
 #[test]
-fn the_template_given_wins_over_the_file_and_the_file_over_the_field() {
+fn a_given_template_overrides_the_file_and_the_config_field() {
     let field = json!({"chat_template": "field"}).to_string();
     let named = json!({"chat_template": [
         {"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]})
     .to_string();
     let tokenizer = ("tokenizer.json", TOKENIZER);
     let file = ("chat_template.jinja", "file");
-    let says = |text: Result<Text>| render(&text.unwrap(), &[], &[]).unwrap();
-    assert_eq!(says(open(&[tokenizer, ("tokenizer_config.json", &field)])), "field");
-    assert_eq!(says(open(&[tokenizer, ("tokenizer_config.json", &named)])), "named");
-    assert_eq!(says(open(&[tokenizer, file, ("tokenizer_config.json", &field)])), "file");
-    assert_eq!(says(open_with(&[tokenizer, file], Some(("mine", "given")))), "given");
-    // A broken template that is not used does no harm.
+    let renders = |text: Result<Text>| render(&text.unwrap(), &[], &[]).unwrap();
+    assert_eq!(renders(open(&[tokenizer, ("tokenizer_config.json", &field)])), "field");
+    assert_eq!(renders(open(&[tokenizer, ("tokenizer_config.json", &named)])), "named");
+    assert_eq!(renders(open(&[tokenizer, file, ("tokenizer_config.json", &field)])), "file");
+    assert_eq!(renders(open_with(&[tokenizer, file], Some(("mine", "given")))), "given");
+    // An invalid template that is not used causes no error.
     assert_eq!(
-        says(open_with(&[tokenizer, ("chat_template.jinja", "{% if %}")], Some(("mine", "given")))),
+        renders(open_with(&[tokenizer, ("chat_template.jinja", "{% if %}")], Some(("mine", "given")))),
         "given"
     );
 }
@@ -314,7 +314,7 @@ fn a_chat_without_a_template_is_refused() {
 }
 
 #[test]
-fn templates_write_their_own_special_tokens() {
+fn chat_prompts_get_no_special_tokens_beyond_the_template() {
     let config = r#"{"bos_token": "<|mask|>", "add_bos_token": true}"#;
     let template = ("chat_template.jinja", "{{ bos_token }}a");
     let text = open(&[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", config), template]).unwrap();
@@ -327,7 +327,7 @@ fn templates_write_their_own_special_tokens() {
 }
 
 #[test]
-fn what_a_template_raises_is_told_in_its_words() {
+fn raise_exception_messages_are_reported_verbatim() {
     for source in [
         "{{ raise_exception('roles must alternate') }}",
         "{% macro m() %}{{ raise_exception('roles must\n alternate') }}{% endmacro %}{% for m2 in messages %}{{ m() }}{% endfor %}",
@@ -341,7 +341,7 @@ fn what_a_template_raises_is_told_in_its_words() {
 }
 
 #[test]
-fn faults_of_a_template_name_it_and_the_line() {
+fn template_errors_name_the_template_and_the_line() {
     for (source, line, what) in [
         ("a\n{% if %}", 2, "syntax error"),
         ("a\nb\n{{ messages[0].nothing.more }}", 3, "messages[0].nothing"),
@@ -355,19 +355,19 @@ fn faults_of_a_template_name_it_and_the_line() {
         else {
             panic!("{source}")
         };
-        let place = format!("in line {line}");
-        assert!(message.contains("chat_template.jinja") && message.contains(&place), "{message}");
+        let position = format!("in line {line}");
+        assert!(message.contains("chat_template.jinja") && message.contains(&position), "{message}");
         assert!(message.contains(what) && !message.contains('\n'), "{message}");
-        // The user's own template is the user's fault.
+        // An error in a template given by the user is a usage error.
         let given = open_with(&[("tokenizer.json", TOKENIZER)], Some(("my.jinja", source)))
             .and_then(|text| render(&text, &[("user", "hi")], &[]));
         let Err(Error::Usage(message)) = given else { panic!("{source}") };
-        assert!(message.starts_with("my.jinja") && message.contains(&place), "{message}");
+        assert!(message.starts_with("my.jinja") && message.contains(&position), "{message}");
     }
 }
 
 #[test]
-fn templates_end_within_their_budget() {
+fn templates_have_an_instruction_and_recursion_limit() {
     let nested = "{% set ns = namespace(a=1) %}{% for i in range(12000) %}\
                   {% set ns.a = [[[[[[[[[[[[[[[[[[[[ns.a]]]]]]]]]]]]]]]]]]]] %}{% endfor %}";
     for (source, what) in [
@@ -386,21 +386,21 @@ fn templates_end_within_their_budget() {
         };
         assert!(message.contains(what), "{message}");
     }
-    // Depth alone is no fault: printed, serialised and dropped without running out of stack.
+    // Deep values are valid: they are printed, serialised and dropped without a stack overflow.
     assert!(rendered(&format!("{nested}{{{{ ns.a }}}}")).unwrap().starts_with("[[[[[["));
     assert!(rendered(&format!("{nested}{{{{ ns.a | tojson }}}}")).unwrap().starts_with("[[[[[["));
     assert_eq!(rendered(&format!("{{{{ 1{} }}}}", "+1".repeat(30_000))).unwrap(), "30001");
 }
 
 #[test]
-fn the_current_date_is_todays() {
+fn strftime_now_is_the_current_date() {
     let date = || {
         let output =
             std::process::Command::new("date").args(["-u", "+%d %b %Y, %j %A"]).env("LC_ALL", "C").output();
         String::from_utf8(output.unwrap().stdout).unwrap().trim().to_string()
     };
     let text = with_template("{{ strftime_now('%d %b %Y, %j %A') }}");
-    // Midnight may fall between two of the three.
+    // Midnight may fall between two of the three calls.
     let (before, got, after) = (date(), render(&text, &[], &[]).unwrap(), date());
     assert!(got == before || got == after, "{got}");
 }
@@ -409,11 +409,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
 
     #[test]
-    fn a_chat_template_with_any_part_replaced_does_not_panic(
+    fn a_changed_chat_template_does_not_panic(
         source in prop::sample::select(vec![CHATML, HEADERS]),
-        place in any::<prop::sample::Index>(),
+        position in any::<prop::sample::Index>(),
         replaced in 0usize..20,
-        put in prop_oneof![
+        inserted in prop_oneof![
             prop::collection::vec(any::<u8>(), 0..3),
             prop::sample::select(vec!["{{", "%}", "{%- endif %}", "{{ raise_exception(messages) }}", "messages", " * 9999999 "])
                 .prop_map(|text| text.as_bytes().to_vec()),
@@ -422,9 +422,9 @@ proptest! {
         ],
     ) {
         let mut bytes = source.as_bytes().to_vec();
-        let at = place.index(bytes.len());
+        let at = position.index(bytes.len());
         let end = bytes.len().min(at + replaced);
-        bytes.splice(at..end, put);
+        bytes.splice(at..end, inserted);
         exercise(&[("tokenizer.json", TOKENIZER.as_bytes()), ("chat_template.jinja", &bytes)], None);
     }
 }

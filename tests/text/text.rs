@@ -1,5 +1,5 @@
-//! Prompts to tokens and tokens to text: held against the `tokenizers` crate's own decoder, recorded reference ids and a
-//! naive search for stop strings; tokenizers that are broken.
+//! Tokenization, streamed detokenization and stop strings, compared with the `tokenizers` crate, recorded
+//! reference ids and a naive search. Then invalid tokenizer files.
 
 use crate::support::text;
 
@@ -20,10 +20,10 @@ static SENTENCEPIECE: LazyLock<Text> =
 static SENTENCEPIECE_CRATE: LazyLock<Tokenizer> =
     LazyLock::new(|| Tokenizer::from_bytes(sentencepiece().to_string()).unwrap());
 
-/// The demo token that is this one byte.
+/// The token of the demo tokenizer for this one byte.
 fn byte_token(byte: u8) -> u32 {
     static BYTES: LazyLock<Vec<u32>> = LazyLock::new(|| {
-        // GPT-2's table, written the other way round: printable bytes are themselves, the rest follow from U+0100.
+        // GPT-2's table: printable bytes are their Latin-1 characters, the others count up from U+0100.
         let printable = |b: u8| (33..=126).contains(&b) || (161..=172).contains(&b) || b >= 174;
         let mut others = 0x100..;
         (0..=255u8)
@@ -34,11 +34,12 @@ fn byte_token(byte: u8) -> u32 {
     BYTES[byte as usize]
 }
 
+/// The text of all pushes.
 fn joined(pushes: &[(String, bool)]) -> String {
     pushes.iter().map(|(text, _)| text.as_str()).collect()
 }
 
-/// Text with what makes detokenising hard: characters of every length, joiners, U+FFFD itself.
+/// Text that is hard to detokenize: characters of every length, joiners, and U+FFFD itself.
 fn unicode() -> impl Strategy<Value = String> {
     let pieces = prop_oneof![
         any::<char>().prop_map(String::from),
@@ -52,37 +53,38 @@ fn unicode() -> impl Strategy<Value = String> {
     prop::collection::vec(pieces, 0..12).prop_map(|pieces| pieces.concat())
 }
 
-// Detokenising
+// ---- detokenization ----
 
 proptest! {
-    /// Any ids, ids without a token among them.
+    /// Any ids, also ids without a token.
     #[test]
-    fn pushes_add_up_to_the_decoding_of_all_ids(ids in prop::collection::vec(0u32..2060, 0..60)) {
+    fn streamed_text_equals_the_decoding_of_all_ids(ids in prop::collection::vec(0u32..2060, 0..60)) {
         let expected = CRATE.decode(&ids, true).unwrap();
         let (pushes, rest) = streamed(DEMO.stream(&[]).unwrap(), &ids);
         prop_assert_eq!(joined(&pushes) + &rest, expected.clone());
         prop_assert_eq!(DEMO.decode(&ids).unwrap(), expected);
     }
 
-    /// Any bytes, one token each: nearly everything is invalid.
+    /// Random bytes, one token each, most of which are invalid UTF-8.
     #[test]
-    fn invalid_bytes_are_replaced_as_the_whole_would_be(
+    fn streamed_invalid_bytes_are_replaced_like_lossy_utf8(
         bytes in prop::collection::vec(prop_oneof![any::<u8>(), 0xe0u8..0xf5, 0x80u8..0xc0], 0..40),
     ) {
         let ids: Vec<u32> = bytes.iter().map(|b| byte_token(*b)).collect();
         let (pushes, rest) = streamed(DEMO.stream(&[]).unwrap(), &ids);
         prop_assert_eq!(joined(&pushes) + &rest, String::from_utf8_lossy(&bytes));
         for end in 0..=ids.len() {
-            // Only the start of a character is ever held back.
+            // Streaming holds back at most the start of one character.
             let held = String::from_utf8_lossy(&bytes[..end]).into_owned();
             let held = held.strip_prefix(&joined(&pushes[..end])).unwrap();
             prop_assert!(held.is_empty() || held == "\u{fffd}", "{:?}", held);
         }
     }
 
-    /// Characters split across tokens, cut after every byte: each comes out whole, with the token that completes it.
+    /// Each byte is a token, so characters are split across tokens. Each comes out whole, with the token that
+    /// completes it.
     #[test]
-    fn characters_appear_whole_with_their_last_byte(text in unicode()) {
+    fn a_character_is_streamed_with_its_last_byte(text in unicode()) {
         let ids: Vec<u32> = text.bytes().map(byte_token).collect();
         let (pushes, rest) = streamed(DEMO.stream(&[]).unwrap(), &ids);
         prop_assert_eq!(rest, "");
@@ -93,15 +95,15 @@ proptest! {
     }
 
     #[test]
-    fn text_survives_the_way_through_tokens(text in unicode()) {
+    fn text_survives_an_encode_decode_round_trip(text in unicode()) {
         prop_assume!(!text.contains("<|"));
         prop_assert_eq!(DEMO.decode(&DEMO.encode(&text).unwrap()).unwrap(), text);
     }
 
-    /// SentencePiece layout. A run of byte tokens that is not UTF-8 is replaced as a whole there, so only valid ones
-    /// are compared.
+    /// The SentencePiece layout. The crate replaces a whole run of byte tokens if it is not UTF-8, so only
+    /// valid runs are compared.
     #[test]
-    fn sentencepiece_pushes_add_up_to_the_decoding_of_all_ids(ids in prop::collection::vec(
+    fn sentencepiece_streamed_text_equals_the_decoding_of_all_ids(ids in prop::collection::vec(
         prop_oneof![Just(3 + 0x20u32), Just(3 + 0x41u32), 0u32..3, 259u32..276], 0..30,
     )) {
         let expected = SENTENCEPIECE_CRATE.decode(&ids, true).unwrap();
@@ -110,7 +112,7 @@ proptest! {
     }
 
     #[test]
-    fn sentencepiece_text_survives_the_way_through_tokens(text in unicode()) {
+    fn sentencepiece_text_survives_an_encode_decode_round_trip(text in unicode()) {
         prop_assume!(!["<s>", "</s>", "<unk>", "▁"].iter().any(|token| text.contains(token)));
         let ids = SENTENCEPIECE.encode(&text).unwrap();
         let (pushes, rest) = streamed(SENTENCEPIECE.stream(&[]).unwrap(), &ids);
@@ -120,20 +122,20 @@ proptest! {
 }
 
 #[test]
-fn a_lost_byte_shows_as_soon_as_it_is_certain() {
+fn an_invalid_byte_is_streamed_as_soon_as_it_is_certain() {
     let push = |stream: &mut Stream, byte| stream.push(byte_token(byte)).unwrap().0;
     let mut stream = DEMO.stream(&[]).unwrap();
     assert_eq!(push(&mut stream, 0x80), "\u{fffd}"); // never the first byte of a character
-    assert_eq!(push(&mut stream, 0xf0), ""); // may become one
+    assert_eq!(push(&mut stream, 0xf0), ""); // may start a character
     assert_eq!(push(&mut stream, 0x9f), "");
-    assert_eq!(push(&mut stream, b'a'), "\u{fffd}a"); // it did not
+    assert_eq!(push(&mut stream, b'a'), "\u{fffd}a"); // it does not
     assert_eq!(push(&mut stream, 0xe6), "");
     assert_eq!(stream.finish(), "\u{fffd}");
 }
 
-/// Decoding a growing window again for every token would not end here.
+/// Decoding a growing window again for every token would take quadratic time, and this test would not end.
 #[test]
-fn an_endless_run_of_invalid_bytes_streams() {
+fn a_long_run_of_invalid_bytes_streams_in_linear_time() {
     for byte in [0x80, 0xe2, 0xff] {
         let mut stream = DEMO.stream(&["\u{fffd}x".to_string()]).unwrap();
         let mut bytes = 0;
@@ -145,13 +147,13 @@ fn an_endless_run_of_invalid_bytes_streams() {
 }
 
 #[test]
-fn the_first_space_of_a_sentencepiece_answer_is_not_text() {
+fn the_first_space_of_a_sentencepiece_answer_is_dropped() {
     let id = |token: &str| SENTENCEPIECE_CRATE.token_to_id(token).unwrap();
     let ids = [id("▁the"), id("▁the"), id("▁▁"), id("▁a")];
     let (pushes, rest) = streamed(SENTENCEPIECE.stream(&[]).unwrap(), &ids);
     let pushes: Vec<&str> = pushes.iter().map(|(text, _)| text.as_str()).collect();
     assert_eq!((pushes, rest.as_str()), (vec!["the", " the", "  ", " a"], ""));
-    // A byte token may be that space as well.
+    // A byte token for a space is dropped in the same way.
     assert_eq!(SENTENCEPIECE.decode(&[3 + 0x20, 3 + 0x20, id("a")]).unwrap(), " a");
 }
 
@@ -175,7 +177,7 @@ fn metaspace_decoders_match_the_crate() {
 }
 
 #[test]
-fn special_tokens_have_no_text_and_lookalikes_do() {
+fn special_tokens_have_no_text_but_their_spelling_does() {
     let mut tokenizer = tokenizer_json();
     let added = json!({"id": 2048, "content": "<think>", "single_word": false, "lstrip": false, "rstrip": false,
                        "normalized": false, "special": false});
@@ -216,9 +218,10 @@ fn decoders_that_cannot_be_streamed_are_refused_by_name() {
     assert!(message.contains("WordPiece"), "{message}");
 }
 
-// Stop strings
+// ---- stop strings ----
 
-/// (text before the stop, bytes up to and with the stop), by looking at every prefix of the text, char by char.
+/// The text before the first stop string and the number of bytes up to its end, found by testing every prefix
+/// of the text.
 fn naive_stop(text: &str, stops: &[String]) -> Option<(String, usize)> {
     let ends = text.char_indices().map(|(at, c)| at + c.len_utf8());
     ends.filter_map(|end| {
@@ -228,7 +231,7 @@ fn naive_stop(text: &str, stops: &[String]) -> Option<(String, usize)> {
     .next()
 }
 
-/// How much of the end of `text` could be the start of a stop string.
+/// The number of bytes at the end of `text` that may be the start of a stop string.
 fn naive_held(text: &str, stops: &[String]) -> usize {
     let starts = text.char_indices().map(|(at, _)| at);
     starts
@@ -241,7 +244,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn stops_cut_where_a_naive_search_finds_them(
+    fn stop_strings_match_a_naive_search(
         pieces in prop::collection::vec(
             prop::sample::select(vec!["a", "b", "€", "👩", "self", "se", " return", "l", "ab"]), 0..12),
         stops in prop::collection::vec(prop_oneof!["[ab]{1,4}", "[ab€👩]{1,3}", "[self]{1,5}"], 0..3),
@@ -261,14 +264,14 @@ proptest! {
         } else {
             text.bytes().map(byte_token).collect()
         };
-        // One character of a token's spelling is one byte.
+        // Each character of a token in the vocabulary stands for one byte.
         let lengths = ids.iter().map(|id| CRATE.id_to_token(*id).unwrap().chars().count());
         let (pushes, rest) = streamed(DEMO.stream(&stops).unwrap(), &ids);
         let stop = naive_stop(&text, &stops);
         let expected = stop.as_ref().map_or(&text, |(before, _)| before);
         prop_assert_eq!(&(joined(&pushes) + &rest), expected);
         prop_assert_eq!(pushes.iter().any(|(_, stopped)| *stopped), stop.is_some());
-        // Nothing is told late: neither a stop nor text that cannot belong to one.
+        // Nothing comes late: neither a stop nor text that cannot belong to a stop string.
         let mut end = 0;
         for (i, length) in lengths.enumerate() {
             end += length;
@@ -284,7 +287,7 @@ proptest! {
 }
 
 #[test]
-fn the_stop_that_is_complete_first_wins() {
+fn the_stop_string_that_is_complete_first_wins() {
     let stop = |text: &str, stops: &[&str]| {
         let stops: Vec<String> = stops.iter().map(|s| s.to_string()).collect();
         let (pushes, rest) = streamed(DEMO.stream(&stops).unwrap(), &DEMO.encode(text).unwrap());
@@ -292,16 +295,16 @@ fn the_stop_that_is_complete_first_wins() {
     };
     assert_eq!(stop("one two three", &["two three", "wo"]), "one t");
     assert_eq!(stop("one two three", &["o", "two"]), "");
-    assert_eq!(stop("say two", &["wo", "two"]), "say "); // both complete at once: the earlier start
+    assert_eq!(stop("say two", &["wo", "two"]), "say "); // both are complete at once, so the earlier start wins
     assert_eq!(DEMO.encode(" return").unwrap().len(), 1);
-    assert_eq!(stop("x return", &["return", "etu"]), "x r"); // in one token as well
-    assert_eq!(stop("aaab", &["aab"]), "a"); // a failed attempt is the start of the next
+    assert_eq!(stop("x return", &["return", "etu"]), "x r"); // also inside one token
+    assert_eq!(stop("aaab", &["aab"]), "a"); // a failed match overlaps the next one
     assert_eq!(stop("an unfinished sto", &["stop"]), "an unfinished sto");
     assert_eq!(stop("price: 3€!", &["€"]), "price: 3");
 }
 
 #[test]
-fn nothing_follows_a_stop() {
+fn no_text_follows_a_stop_string() {
     let ids = DEMO.encode("one two three four").unwrap();
     let (pushes, rest) = streamed(DEMO.stream(&[" two".into()]).unwrap(), &ids);
     assert_eq!((joined(&pushes).as_str(), rest.as_str()), ("one", ""));
@@ -310,7 +313,7 @@ fn nothing_follows_a_stop() {
 }
 
 #[test]
-fn special_tokens_do_not_break_a_stop_string() {
+fn special_tokens_do_not_interrupt_a_stop_string() {
     let ids = [byte_token(b'a'), byte_token(b'b'), 0, byte_token(b'c'), byte_token(b'd')];
     let (pushes, rest) = streamed(DEMO.stream(&["bc".into()]).unwrap(), &ids);
     assert_eq!(joined(&pushes) + &rest, "a");
@@ -322,10 +325,10 @@ fn an_empty_stop_string_is_refused() {
     assert_eq!(error, Some(Error::option("stop", "is empty, expected at least one character")));
 }
 
-// Raw prompts
+// ---- raw prompts ----
 
 #[test]
-fn raw_prompts_have_the_ids_of_the_reference() {
+fn raw_prompts_have_the_reference_ids() {
     let oracle: Value = serde_json::from_str(ORACLE).unwrap();
     let prompts = oracle["prompts"].as_array().unwrap();
     assert_eq!(prompts.len(), 40);
@@ -345,12 +348,12 @@ fn raw_text_recognises_special_tokens() {
 
 #[test]
 fn bos_is_added_once() {
-    let plain = DEMO.encode("import os").unwrap();
-    let bos = [&[1], &plain[..]].concat();
+    let without_bos = DEMO.encode("import os").unwrap();
+    let bos = [&[1], &without_bos[..]].concat();
     let config = r#"{"add_bos_token": true, "bos_token": {"content": "<|mask|>", "special": true}}"#;
     let text = open(&[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", config)]).unwrap();
     assert_eq!(text.encode("import os").unwrap(), bos);
-    // What is in the text is the text's.
+    // A BOS token in the text is encoded too.
     assert_eq!(text.encode("<|mask|>import os").unwrap(), [&[1], &bos[..]].concat());
 
     let sentencepiece = sentencepiece().to_string();
@@ -368,7 +371,7 @@ fn bos_is_added_once() {
     }
 }
 
-// Files that are wrong
+// ---- invalid files ----
 
 #[test]
 fn missing_and_malformed_files_are_named() {
@@ -404,7 +407,7 @@ fn missing_and_malformed_files_are_named() {
 }
 
 #[test]
-fn added_tokens_that_would_get_another_id_are_refused() {
+fn added_tokens_whose_id_would_change_are_refused() {
     let mut tokenizer = tokenizer_json();
     let added = json!({"id": 5000, "content": "<late>", "single_word": false, "lstrip": false, "rstrip": false,
                        "normalized": false, "special": true});
@@ -414,7 +417,7 @@ fn added_tokens_that_would_get_another_id_are_refused() {
 }
 
 #[test]
-fn the_file_cannot_cut_or_pad_prompts() {
+fn truncation_and_padding_of_the_file_are_ignored() {
     let mut tokenizer = tokenizer_json();
     tokenizer["truncation"] =
         json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
@@ -425,10 +428,10 @@ fn the_file_cannot_cut_or_pad_prompts() {
 }
 
 #[test]
-fn panics_of_the_crate_are_errors() {
+fn panics_of_the_tokenizers_crate_become_errors() {
     let deep = format!("{}a{}", "(?:".repeat(100_000), ")".repeat(100_000));
     for (part, value) in [
-        // The crate unwraps its parse of this map.
+        // The crate unwraps the result of parsing this map.
         ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})),
         (
             "pre_tokenizer",
@@ -449,7 +452,7 @@ fn panics_of_the_crate_are_errors() {
 }
 
 #[test]
-fn long_texts_of_a_file_do_not_make_long_errors() {
+fn long_values_in_a_file_give_short_errors() {
     let long = "\u{1b}[31m 日本\n".repeat(20_000);
     for config in [
         json!({"add_bos_token": long}),
@@ -463,21 +466,21 @@ fn long_texts_of_a_file_do_not_make_long_errors() {
     let added = json!({"id": 5000, "content": &long, "single_word": false, "lstrip": false, "rstrip": false,
                        "normalized": false, "special": true});
     let regex = json!({"type": "Replace", "pattern": {"Regex": "a|b|".repeat(25_000)}, "content": long});
-    for (place, value) in [("/decoder", regex), ("/added_tokens/0", added), ("/model/type", json!(long))] {
+    for (pointer, value) in [("/decoder", regex), ("/added_tokens/0", added), ("/model/type", json!(long))] {
         let mut tokenizer = sentencepiece();
-        *tokenizer.pointer_mut(place).unwrap() = value;
-        assert!(or_sentence(open(&[("tokenizer.json", &tokenizer.to_string())])).is_none(), "{place}");
+        *tokenizer.pointer_mut(pointer).unwrap() = value;
+        assert!(or_sentence(open(&[("tokenizer.json", &tokenizer.to_string())])).is_none(), "{pointer}");
     }
 }
 
-/// All places in a JSON value, as pointers.
-fn places(value: &Value, at: String, out: &mut Vec<String>) {
+/// The JSON pointers of all values inside a JSON value.
+fn pointers(value: &Value, at: String, out: &mut Vec<String>) {
     match value {
         Value::Array(items) => {
-            items.iter().enumerate().for_each(|(i, item)| places(item, format!("{at}/{i}"), out));
+            items.iter().enumerate().for_each(|(i, item)| pointers(item, format!("{at}/{i}"), out));
         }
         Value::Object(map) => map.iter().for_each(|(key, item)| {
-            places(item, format!("{at}/{}", key.replace('~', "~0").replace('/', "~1")), out)
+            pointers(item, format!("{at}/{}", key.replace('~', "~0").replace('/', "~1")), out)
         }),
         _ => {}
     }
@@ -487,10 +490,10 @@ fn places(value: &Value, at: String, out: &mut Vec<String>) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// The crate panics on some of these; none may reach the caller.
+    /// The crate panics on some of these files. No panic may reach the caller.
     #[test]
-    fn a_tokenizer_with_any_value_replaced_does_not_panic(
-        place in any::<prop::sample::Index>(),
+    fn a_tokenizer_with_a_replaced_value_does_not_panic(
+        position in any::<prop::sample::Index>(),
         outside_vocabulary in any::<bool>(),
         value in prop::sample::select(vec![
             json!(null), json!(true), json!(0), json!(-1), json!(4294967295u32), json!(1u64 << 60), json!(0.5),
@@ -508,21 +511,21 @@ proptest! {
     ) {
         let mut tokenizer = sentencepiece();
         let mut all = Vec::new();
-        places(&tokenizer, String::new(), &mut all);
-        // Half of the cases leave the vocabulary alone, or it would get most of them.
-        all.retain(|place| outside_vocabulary != place.starts_with("/model/vocab/"));
-        *tokenizer.pointer_mut(&all[place.index(all.len())]).unwrap() = value;
+        pointers(&tokenizer, String::new(), &mut all);
+        // Half of the cases do not touch the vocabulary, which has most of the values.
+        all.retain(|pointer| outside_vocabulary != pointer.starts_with("/model/vocab/"));
+        *tokenizer.pointer_mut(&all[position.index(all.len())]).unwrap() = value;
         exercise(&[("tokenizer.json", tokenizer.to_string().as_bytes())], Some("{{ messages[0].content }}"));
     }
 
     #[test]
-    fn a_tokenizer_with_any_byte_changed_does_not_panic(
-        place in any::<prop::sample::Index>(), byte in any::<u8>(), cut in any::<bool>(),
+    fn a_tokenizer_with_a_changed_byte_does_not_panic(
+        position in any::<prop::sample::Index>(), byte in any::<u8>(), truncate in any::<bool>(),
     ) {
         let mut bytes = sentencepiece().to_string().into_bytes();
-        let at = place.index(bytes.len());
+        let at = position.index(bytes.len());
         bytes[at] = byte;
-        if cut {
+        if truncate {
             bytes.truncate(at);
         }
         exercise(&[("tokenizer.json", &bytes)], Some("{{ messages[0].content }}"));
@@ -534,8 +537,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
 
     #[test]
-    fn a_tokenizer_config_with_any_value_replaced_or_byte_changed_does_not_panic(
-        place in any::<prop::sample::Index>(),
+    fn a_changed_tokenizer_config_does_not_panic(
+        position in any::<prop::sample::Index>(),
         value in prop::sample::select(vec![
             json!(null), json!(true), json!(-1), json!(1e300), json!(""), json!("<s>"), json!("{% if"), json!([]), json!({}),
             json!("x\n".repeat(50_000)), json!({"content": "\u{1b}".repeat(500)}), json!([{"name": "default"}]),
@@ -548,12 +551,12 @@ proptest! {
             "chat_template": [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "{{ messages }}"}],
         });
         let mut all = Vec::new();
-        places(&config, String::new(), &mut all);
+        pointers(&config, String::new(), &mut all);
         if byte.is_none() {
-            *config.pointer_mut(&all[place.index(all.len())]).unwrap() = value;
+            *config.pointer_mut(&all[position.index(all.len())]).unwrap() = value;
         }
         let mut bytes = config.to_string().into_bytes();
-        let at = place.index(bytes.len());
+        let at = position.index(bytes.len());
         bytes[at] = byte.unwrap_or(bytes[at]);
         let tokenizer = sentencepiece().to_string();
         exercise(&[("tokenizer.json", tokenizer.as_bytes()), ("tokenizer_config.json", &bytes)], None);
