@@ -104,7 +104,8 @@ fn a_profiling_window_starts_and_stops_on_an_idle_device() {
             || device.profile(false).and_then(|()| window(&device).map(drop)).map_err(|e| e.to_string());
         let result = std::thread::scope(|scope| scope.spawn(result).join().unwrap());
         std::fs::rename(&file, file.with_extension("window")).unwrap();
-        let refused = "CUDA: telling the profiler failed: it does not want to (CUDA_ERROR_PROFILER_DISABLED)";
+        let refused =
+            "CUDA: controlling the profiler failed: it does not want to (CUDA_ERROR_PROFILER_DISABLED)";
         assert_eq!(result.err().as_deref(), std::env::var_os("REFUSES").map(|_| refused));
         return;
     }

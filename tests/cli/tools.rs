@@ -126,7 +126,7 @@ fn a_report_of_successful_steps_is_complete() {
         assert_eq!(step(&summary, name), ("ok", ""));
     }
     assert!(
-        summary.contains("    ok  cuda  0 s  3 passed; 0 failed\n    ok  kernels/norm  0 s"),
+        summary.contains("    ok  kernels/cuda  0 s  3 passed; 0 failed\n    ok  kernels/pack  0 s"),
         "{summary}"
     );
     assert!(
