@@ -49,7 +49,7 @@ for turn in first second; do
 done
 
 # Program and module: a module's tests are those of tests/PROGRAM/MODULE.rs.
-for test in kernels/cuda kernels/pack kernels/read kernels/norm kernels/linear kernels/linear_bits kernels/prefill kernels/attention kernels/attention_tree kernels/decide kernels/rounds kernels/passes kernels/graphs decoding/device decoding/lossless kernels/device_trees kernels/judge kernels/siblings kernels/chains decoding/device_rules; do
+for test in kernels/cuda kernels/pack kernels/read kernels/norm kernels/linear kernels/linear_bits kernels/prefill kernels/attention kernels/attention_tree kernels/sampler kernels/verify kernels/rounds kernels/passes kernels/graphs decoding/device decoding/lossless kernels/trees kernels/rejection kernels/siblings kernels/chains decoding/device_rules; do
     program=${test%/*} module=${test#*/}
     [ -x "$program" ] || continue
     step 120 tests.log "$test" "./$program" --show-output "$module::" && continue
@@ -97,14 +97,15 @@ elif ! step 60 memcheck.log "compute-sanitizer" compute-sanitizer --error-exitco
     say "no memcheck, racecheck, initcheck, synccheck: $(grep -m 1 '^=====' "$out/last" | cut -c 1-200)"
 else
     # Invalid values in every index that a kernel reads from memory.
-    checker memcheck linear rows_and_pages_that_are_nonsense injection_gathers
-    checker memcheck attention any_length_page_and_mask
-    checker memcheck decide garbage_in_settings verdict_is_the_same
+    checker memcheck linear invalid_rows_and_pages injection_gathers
+    checker memcheck attention garbage_lengths
+    checker memcheck sampler garbage_in_settings
+    checker memcheck verify every_schedule
     checker memcheck rounds garbage_in_states
-    checker memcheck pack places_that_do_not_exist embedding_reads
+    checker memcheck pack rows_mapped_out_of_range embedding_reads
     checker memcheck norm whole_norm
-    checker memcheck device_trees garbage
-    checker memcheck judge garbage
+    checker memcheck trees garbage
+    checker memcheck rejection garbage
     checker memcheck siblings garbage
     checker memcheck chains garbage
     # Every kernel whose threads share memory.
@@ -112,19 +113,20 @@ else
     checker racecheck prefill schedules_and_threads
     checker racecheck attention five_schedules
     checker racecheck attention_tree five_schedules
-    checker racecheck decide sampler_is_the_same verdict_is_the_same
+    checker racecheck sampler sampler_is_the_same
+    checker racecheck verify every_schedule
     checker racecheck rounds rounds_are_the_same
     checker racecheck norm split_norm
-    checker racecheck device_trees every_schedule
-    checker racecheck judge every_schedule
+    checker racecheck trees every_schedule
+    checker racecheck rejection every_schedule
     checker racecheck siblings every_schedule
     checker racecheck chains every_schedule
     # Reads of memory that nothing has written; barriers that not all threads of a block reach.
     checker initcheck rounds rounds_are_the_same
-    checker initcheck device_trees rounds_of_trees
+    checker initcheck trees rounds_of_trees
     checker synccheck linear_bits schedules_and_threads
     checker synccheck attention five_schedules
-    checker synccheck judge every_schedule
+    checker synccheck rejection every_schedule
     checker synccheck siblings every_schedule
     checker synccheck chains every_schedule
 fi

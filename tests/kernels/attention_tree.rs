@@ -1,4 +1,4 @@
-//! Attention under the masks of trees: every row has the bits of its path as a chain.
+//! Attention under tree masks: every row has the bits of its path as a chain.
 
 use crate::support::attention;
 use crate::support::kernel;
@@ -9,13 +9,13 @@ use dflash::gpu::emulator::Emulator;
 use kernel::*;
 
 #[test]
-fn single_token_steps_equal_a_chain_of_64_in_a_tree_bit_for_bit() {
+fn ar_steps_equal_a_tree_that_is_a_chain_of_64_rows() {
     every_device(|device| {
         let mut random = Random::new(6);
         for (context, heads, window) in [(100, 4, 0), (40, 3, 50)] {
-            let chain = shape(Rule::Chain, 64, heads, 1, window);
+            let chain = shape(MaskMode::Chain, 64, heads, 1, window);
             let s = Sequence::new(&chain, context, 64, &mut random);
-            let tree = Shape { rule: Rule::Tree, ..chain };
+            let tree = Shape { mask: MaskMode::Tree, ..chain };
             let block = check(device, &tree, 64, std::slice::from_ref(&s));
             assert!(steps(device, &chain, &s) == block[0]);
             assert!(run(device, &chain, 64, &[s]) == block);
@@ -23,8 +23,9 @@ fn single_token_steps_equal_a_chain_of_64_in_a_tree_bit_for_bit() {
     });
 }
 
-/// The trees of a kind that have `rows` rows: chains with few branches; bushes; many short paths; many short ones and a
-/// long one, whose keys lie the farther apart the deeper; and two that start at the context.
+/// Parents of a random tree of `rows` rows, of five kinds: a chain with few branches; any tree; many short
+/// paths; many short paths and a long one whose keys lie farther apart with depth; two chains that start at
+/// the context.
 fn parents(kind: usize, rows: usize, random: &mut Random) -> Vec<usize> {
     let parent = |row: usize, random: &mut Random| match kind % 5 {
         0 if random.below(8) > 0 => row - 1,
@@ -38,25 +39,26 @@ fn parents(kind: usize, rows: usize, random: &mut Random) -> Vec<usize> {
     (1..rows).map(|row| parent(row, random)).collect()
 }
 
-/// The outputs of trees, which must be those of their paths as chains: one chain for each leaf, all in one launch.
+/// The outputs of a tree's paths as chains: one chain per leaf, all in one launch. Every row of the tree must
+/// equal its row in them.
 fn as_chains(device: &dyn Device, shape: &Shape, s: &Sequence) -> Vec<u16> {
     let width = shape.heads * shape.head_dim;
     let is_leaf = |row: &usize| s.masks[row + 1..].iter().all(|mask| mask >> row & 1 == 0);
     let leaves: Vec<Vec<usize>> = (0..s.rows).filter(is_leaf).map(|leaf| s.path(leaf)).collect();
     let chains: Vec<Sequence> = leaves.iter().map(|path| s.chain(shape, path)).collect();
     let block = leaves.iter().map(Vec::len).max().unwrap_or(1);
-    let found = run(device, &Shape { rule: Rule::Chain, ..*shape }, block, &chains);
+    let found = run(device, &Shape { mask: MaskMode::Chain, ..*shape }, block, &chains);
     let mut out = vec![POISON; s.rows * width];
     for (path, found) in leaves.iter().zip(&found) {
         for (row, found) in path.iter().zip(found.chunks(width)) {
             out[row * width..][..width].copy_from_slice(found);
         }
     }
-    assert_written(&to_bytes(&out), "a row of no path");
+    assert_written(&to_bytes(&out), "a row on no path");
     out
 }
 
-/// Runs a batch of trees; each row must have the bits of its path as a chain.
+/// Runs a batch of trees and asserts that each row has the bits of its path as a chain.
 fn trees_equal_chains(device: &dyn Device, shape: &Shape, block: usize, trees: &[Sequence]) {
     let found = check(device, shape, block, trees);
     for (s, found) in trees.iter().zip(&found).filter(|(s, _)| s.rows > 0) {
@@ -68,9 +70,9 @@ fn trees_equal_chains(device: &dyn Device, shape: &Shape, block: usize, trees: &
     }
 }
 
-/// Borders of tiles and splits before, among and behind the rows of trees, and trees with all their rows on one page.
+/// Borders of tiles and splits before, between and after the rows of trees, and trees on a single page.
 #[test]
-fn every_row_of_a_tree_has_the_bits_of_its_path_as_a_chain() {
+fn every_tree_row_equals_its_path_as_a_chain_bit_for_bit() {
     every_device(|device| {
         let mut random = Random::new(20);
         let contexts: Vec<usize> =
@@ -80,7 +82,7 @@ fn every_row_of_a_tree_has_the_bits_of_its_path_as_a_chain() {
             let group = [1, 2, 4, 8, 3, 5][turn % 6];
             let kv_heads = 1 + random.below(2);
             let window = [0, 0, 1 + random.below(8), 1 + random.below(150)][random.below(4)];
-            let shape = shape(Rule::Tree, [64, 128][turn / 6 % 2], group * kv_heads, kv_heads, window);
+            let shape = shape(MaskMode::Tree, [64, 128][turn / 6 % 2], group * kv_heads, kv_heads, window);
             let rows = if turn % 4 == 0 { 64 } else { 2 + random.below(24) };
             let context = contexts[turn * 5 % contexts.len()];
             let parents = parents(turn, rows, &mut random);
@@ -95,11 +97,11 @@ fn every_row_of_a_tree_has_the_bits_of_its_path_as_a_chain() {
 }
 
 #[test]
-fn trees_of_a_ragged_batch_have_the_bits_of_chains() {
+fn trees_in_a_ragged_batch_equal_chains_bit_for_bit() {
     every_device(|device| {
         let mut random = Random::new(21);
         for (head_dim, heads, window) in [(64, 4, 0), (128, 3, 0), (64, 1, 70), (128, 8, 5)] {
-            let shape = shape(Rule::Tree, head_dim, heads, 1, window);
+            let shape = shape(MaskMode::Tree, head_dim, heads, 1, window);
             let mut trees: Vec<Sequence> = [(63, 20), (0, 1), (120, 24), (64, 7), (190, 23)]
                 .iter()
                 .enumerate()
@@ -113,49 +115,58 @@ fn trees_of_a_ragged_batch_have_the_bits_of_chains() {
     });
 }
 
-/// A tree across the border of splits of 128 and of 512 slots, of which the deepest row is compared with a step of plain
-/// decoding.
+/// A tree across the border between splits of 128 and of 512 slots. The path to its deepest row is compared
+/// with AR steps: the first two rows, every fourth and the last, or every row with `DFLASH_EXHAUSTIVE=1`.
 #[test]
-fn a_tree_across_wider_splits_has_the_bits_of_plain_steps() {
+fn a_tree_across_wider_splits_equals_ar_steps() {
     every_device(|device| {
         let mut random = Random::new(22);
         let contexts: &[usize] = if cfg!(feature = "sanitize") { &[1010] } else { &[1010, 4060, 4095, 4600] };
         for (turn, &context) in contexts.iter().enumerate() {
-            let shape = shape(Rule::Tree, [64, 128][turn % 2], 4, 1, [0, 0, 300][turn % 3]);
+            let shape = shape(MaskMode::Tree, [64, 128][turn % 2], 4, 1, [0, 0, 300][turn % 3]);
             let s = Sequence::tree(&shape, context, &parents(4, 64, &mut random), &mut random);
             let found = run(device, &shape, 64, std::slice::from_ref(&s)).concat();
             let row = (0..64).max_by_key(|&row| s.masks[row].count_ones()).unwrap();
             let path = s.path(row);
             let width = shape.heads * shape.head_dim;
-            let steps = steps(device, &shape, &s.chain(&shape, &path));
-            for (row, step) in path.iter().zip(steps.chunks(width)) {
-                assert!(&found[row * width..][..width] == step, "row {row} after {context}");
+            let (chain, step_shape) = (s.chain(&shape, &path), Shape { mask: MaskMode::Chain, ..shape });
+            // A step over so long a context is slow.
+            let last = path.len() - 1;
+            let compared = |i: &usize| exhaustive() || *i < 2 || i % 4 == 0 || *i == last;
+            for i in (0..=last).filter(compared) {
+                let step = run(device, &step_shape, 1, &[chain.step(&step_shape, i)]).concat();
+                let row = path[i];
+                assert!(found[row * width..][..width] == step, "row {row} after {context}");
             }
         }
     });
 }
 
-/// Keys and values that are no numbers, one slot of a tree or of its last page at a time: rows that do not see it keep
-/// their bits, and those that do give what a chain gives.
+/// A NaN in a key or value, in one slot of the tree or of the page before it at a time. Rows that do not
+/// attend to the slot keep their bits; the others equal a chain with the same NaN.
 #[test]
-fn rows_of_trees_see_nothing_of_other_paths() {
+fn nan_on_another_path_reaches_no_row() {
     every_device(|device| {
         let mut random = Random::new(23);
         for (turn, (context, window)) in [(60, 0), (100, 0), (127, 30), (64, 0)].into_iter().enumerate() {
-            let shape = shape(Rule::Tree, [64, 128][turn % 2], 2, 1, window);
+            let shape = shape(MaskMode::Tree, [64, 128][turn % 2], 2, 1, window);
             let s = Sequence::tree(&shape, context, &parents(turn, 12, &mut random), &mut random);
             let clean = run(device, &shape, 12, std::slice::from_ref(&s)).concat();
             let slots = context.saturating_sub(3)..context + 12;
-            for (slot, of_key) in slots.flat_map(|slot| [(slot, true), (slot, false)]) {
+            for (slot, in_key) in slots.flat_map(|slot| [(slot, true), (slot, false)]) {
                 let mut bad = s.clone();
-                let x = if of_key { &mut bad.k } else { &mut bad.v };
+                let x = if in_key { &mut bad.k } else { &mut bad.v };
                 x[slot * shape.head_dim + 5] = 0x7fc0;
                 let found = run(device, &shape, 12, std::slice::from_ref(&bad)).concat();
-                assert!(found == as_chains(device, &shape, &bad), "slot {slot} after {context}, {of_key}");
+                assert!(found == as_chains(device, &shape, &bad), "slot {slot} after {context}, {in_key}");
                 let width = 2 * shape.head_dim;
                 for (row, (found, clean)) in found.chunks(width).zip(clean.chunks(width)).enumerate() {
                     let reached = from_bf16(found).iter().any(|x| x.is_nan());
-                    assert_eq!(reached, s.sees(&shape, row, slot), "slot {slot} after {context}, row {row}");
+                    assert_eq!(
+                        reached,
+                        s.attends(&shape, row, slot),
+                        "slot {slot} after {context}, row {row}"
+                    );
                     assert!(reached || found == clean, "slot {slot} after {context}, row {row}");
                 }
             }
@@ -163,23 +174,29 @@ fn rows_of_trees_see_nothing_of_other_paths() {
     });
 }
 
-/// Bits of rows that are not there, or have no slot because the capacity ends before them, name no keys.
+/// Mask bits of rows that do not exist, or whose slot is after the capacity, select no key.
 #[test]
-fn rows_of_trees_see_no_rows_that_are_not_there() {
+fn mask_bits_of_missing_rows_are_ignored() {
     every_device(|device| {
         let mut random = Random::new(26);
         for (head_dim, context) in [(64, 70), (128, 50)] {
-            let shape = shape(Rule::Tree, head_dim, 3, 1, 0);
+            let shape = shape(MaskMode::Tree, head_dim, 3, 1, 0);
             let s = Sequence::tree(&shape, context, &parents(1, 12, &mut random), &mut random);
             let clean = run(device, &shape, 12, std::slice::from_ref(&s)).concat();
             let mut more = s.clone();
             more.masks.iter_mut().for_each(|mask| *mask |= !low(12));
-            assert!(run(device, &shape, 12, &[more]).concat() == clean, "{head_dim}");
+            assert!(run(device, &shape, 12, &[more]).concat() == clean, "head dimension {head_dim}");
             let mut fewer = s.clone();
             fewer.masks.iter_mut().for_each(|mask| *mask &= low(7));
             let found = run_with(device, &shape, 12, context + 7, &[s]).concat();
-            assert!(found[..7 * 3 * head_dim] == clean[..7 * 3 * head_dim], "{head_dim}, room for 7 rows");
-            assert!(found == run(device, &shape, 12, &[fewer]).concat(), "{head_dim}, rows behind these");
+            assert!(
+                found[..7 * 3 * head_dim] == clean[..7 * 3 * head_dim],
+                "head dimension {head_dim}, capacity for 7 rows"
+            );
+            assert!(
+                found == run(device, &shape, 12, &[fewer]).concat(),
+                "head dimension {head_dim}, rows after these"
+            );
         }
     });
 }
@@ -188,7 +205,7 @@ fn rows_of_trees_see_no_rows_that_are_not_there() {
 fn trees_give_equal_bits_under_five_schedules_and_two_threads() {
     let mut random = Random::new(24);
     for (head_dim, heads, window) in [(128, 2, 0), (64, 8, 40)] {
-        let shape = shape(Rule::Tree, head_dim, heads, 1, window);
+        let shape = shape(MaskMode::Tree, head_dim, heads, 1, window);
         let mut trees = vec![Sequence::new(&shape, 10, 0, &mut random)];
         for (i, (context, rows)) in [(121, 30), (63, 16), (250, 9)].into_iter().enumerate() {
             trees.push(Sequence::tree(&shape, context, &parents(i + 1, rows, &mut random), &mut random));
@@ -206,13 +223,13 @@ fn trees_give_equal_bits_under_five_schedules_and_two_threads() {
     }
 }
 
-/// What is gathered for one row is not multiplied for others, rows that do not reach a position do not gather it, and
-/// both of a tree's pages are read once.
+/// Keys that are gathered for one row are not multiplied for others, rows gather only positions on their
+/// path, and both pages of a tree are read once.
 #[test]
-fn trees_gather_only_what_their_rows_reach() {
-    let shape = shape(Rule::Tree, 64, 4, 1, 0);
-    // Four children of the context's last key, behind whole pages and in one; a chain of 20 rows, four of which reach
-    // the 17th position.
+fn trees_load_only_keys_that_their_rows_attend_to() {
+    let shape = shape(MaskMode::Tree, 64, 4, 1, 0);
+    // Four rows that follow the context, at the start of a page and within one; a chain of 20 rows, of which
+    // four attend to the 17th position.
     let cases = [(256, vec![NONE; 3], 1, 4), (300, vec![NONE; 3], 1, 4), (256, (0..19).collect(), 8, 24)];
     for (context, parents, sixteens, gathered) in cases {
         let rows = parents.len() + 1;
@@ -222,11 +239,12 @@ fn trees_gather_only_what_their_rows_reach() {
             run(&device, shape, rows, std::slice::from_ref(&s));
             device.counts().into_values().next().unwrap()
         };
-        let (tree, chain) = (count(&shape), count(&Shape { rule: Rule::Chain, ..shape }));
+        let (tree, chain) = (count(&shape), count(&Shape { mask: MaskMode::Chain, ..shape }));
         // Per 16 packed rows and 16 keys: 8 products of queries and keys, 4 warps' 2 of weights and values.
         let products = 16 * (context / 16 * sixteens + gathered);
         assert_eq!(tree.mma as usize, products, "{rows} rows after {context}");
-        // On top come masks: two by every thread, one by 32 for each row, one for each packed row.
+        // Masks come on top: every thread reads two, 32 threads read one per row, and one is read per packed
+        // row.
         let masks = tree.blocks as usize * (128 * 16 + rows * 32 * 8 + 64 * 8);
         assert!((tree.read as usize) < chain.read as usize + masks, "{} against {}", tree.read, chain.read);
     }

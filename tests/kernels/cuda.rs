@@ -1,4 +1,5 @@
-//! What every device owes its user, first of all the GPU: copies, graphs, events, host memory, use by several threads.
+//! The contract of every device, above all the GPU: copies, graphs, events, pinned memory, use by several
+//! threads.
 
 use crate::support::kernel;
 
@@ -9,7 +10,7 @@ use kernel::*;
 use std::sync::Barrier;
 use std::time::Instant;
 
-/// Fails where all other tests pass without a GPU: a run that means to use one begins with this.
+/// Fails without a GPU, where all other tests pass. A run that needs a GPU starts with this test.
 #[test]
 #[ignore = "needs a GPU"]
 fn a_gpu_opens() {
@@ -19,7 +20,7 @@ fn a_gpu_opens() {
 }
 
 #[test]
-fn bytes_come_back_as_they_were_copied_filled_and_sliced() {
+fn copies_fills_and_slices_move_the_right_bytes() {
     every_device(|device| {
         let from: Vec<u8> = (0..1000).map(|i| i as u8).collect();
         let (a, b) = (upload(device, &from), poisoned::<u8>(device, 1000));
@@ -36,7 +37,7 @@ fn bytes_come_back_as_they_were_copied_filled_and_sliced() {
         }
         let (free, total) = device.memory().unwrap();
         assert!(0 < free && free <= total);
-        // AddressSanitizer ends the program there.
+        // AddressSanitizer ends the program on such an allocation.
         if !cfg!(feature = "sanitize") {
             let vast = device.allocate(1 << 50, "a test").unwrap_err().to_string();
             assert!(vast.contains("a test"), "{vast}");
@@ -45,7 +46,7 @@ fn bytes_come_back_as_they_were_copied_filled_and_sliced() {
 }
 
 #[test]
-fn the_host_reads_what_a_device_left_in_its_memory() {
+fn the_host_reads_pinned_memory_written_by_the_device() {
     every_device(|device| {
         let pinned = device.pinned(64, "a test").unwrap();
         assert_eq!(pinned.read_u32(60).unwrap(), 0);
@@ -70,7 +71,7 @@ fn events_are_in_order() {
 }
 
 #[test]
-fn a_capture_refuses_what_cannot_be_replayed_and_leaves_the_device_usable() {
+fn capture_refuses_host_operations_and_stays_usable() {
     every_device(|device| {
         let buffer = upload(device, &[1u8; 8]);
         let refused = |what: &mut dyn FnMut() -> dflash::Result<()>| {
@@ -84,55 +85,57 @@ fn a_capture_refuses_what_cannot_be_replayed_and_leaves_the_device_usable() {
         refused(&mut || device.capture(&mut || Ok(())).map(drop));
         device.replay(&device.capture(&mut || Ok(())).unwrap()).unwrap();
         let graph = device.capture(&mut || device.fill(&buffer, 3)).unwrap();
-        assert_eq!(bytes_of(device, &buffer), [1; 8], "nothing ran yet");
+        assert_eq!(bytes_of(device, &buffer), [1; 8], "a capture runs nothing");
         device.replay(&graph).unwrap();
         assert_eq!(bytes_of(device, &buffer), [3; 8]);
     });
 }
 
-/// Half of the threads are in the middle of a capture while the other half works, in turns.
+/// Half of the threads capture while the other half copies and launches; they change roles every turn.
 #[test]
 fn threads_share_a_device_and_capture_only_their_own_work() {
     const THREADS: usize = 8;
     let (hidden, vocab) = (64, 50);
     let table = Random::new(1).bf16(vocab * hidden, 1.0);
-    let meet = Barrier::new(THREADS);
-    let work = |device: &dyn Device, own: usize| {
+    let barrier = Barrier::new(THREADS);
+    let work = |device: &dyn Device, thread: usize| {
         let table_on = constant(device, &table);
         for turn in 0..20 {
-            let rows = 1 + (own + turn) % 7;
-            let ids: Vec<u32> = (0..rows).map(|row| ((own * 7 + turn + row) % vocab) as u32).collect();
+            let rows = 1 + (thread + turn) % 7;
+            let ids: Vec<u32> = (0..rows).map(|row| ((thread * 7 + turn + row) % vocab) as u32).collect();
             let tokens = poisoned::<u32>(device, rows);
             let [out, copied] = [(); 2].map(|()| poisoned::<f32>(device, rows * hidden));
             let kernel = Embedding { rows, hidden, vocab, packed: false, scale: 1.0 };
             let launch = || kernel.launch(device, &out, &table_on, &tokens);
             let set = || device.upload(&tokens, &to_bytes(&ids));
-            // Nobody fails between the two meetings: the others would wait forever.
-            if (own + turn).is_multiple_of(2) {
+            // No panic between the two waits: the other threads would wait forever.
+            if (thread + turn).is_multiple_of(2) {
                 let graph = device.capture(&mut || {
                     let launched = launch();
-                    meet.wait();
-                    meet.wait();
+                    barrier.wait();
+                    barrier.wait();
                     launched.and_then(|()| device.copy(&copied, &out))
                 });
                 let graph = graph.unwrap();
                 assert_eq!(graph.nodes.len(), 2);
                 set().and_then(|()| device.replay(&graph)).unwrap();
             } else {
-                meet.wait();
+                barrier.wait();
                 let done = set().and_then(|()| launch()).and_then(|()| device.copy(&copied, &out));
                 let waited = device.synchronize();
-                meet.wait();
+                barrier.wait();
                 done.and(waited).unwrap();
             }
             let expected: Vec<u16> =
                 ids.iter().flat_map(|&id| table[id as usize * hidden..][..hidden].to_vec()).collect();
             let right = download::<f32>(device, &copied) == from_bf16(&expected);
-            assert!(right, "thread {own}, turn {turn}");
+            assert!(right, "thread {thread}, turn {turn}");
         }
     };
     every_device(|device| {
         let work = &work;
-        std::thread::scope(|scope| (0..THREADS).for_each(|own| drop(scope.spawn(move || work(device, own)))));
+        std::thread::scope(|scope| {
+            (0..THREADS).for_each(|thread| drop(scope.spawn(move || work(device, thread))))
+        });
     });
 }

@@ -1,4 +1,4 @@
-//! The emulator itself: its operations against plain arithmetic, and that it reports what broken kernels do.
+//! The emulator: its operations against scalar arithmetic, and its reports on kernels with deliberate bugs.
 
 use crate::support::kernel;
 
@@ -37,7 +37,7 @@ static LAST: Kernel = broken("broken_last", 32);
 static STACK: Kernel = broken("broken_stack", 64);
 static TRAP: Kernel = broken("broken_trap", 32);
 
-/// What `test` returns under each schedule.
+/// The results of `test` under each schedule.
 fn outcomes<T>(test: impl Fn(&Emulator) -> Result<T>) -> Vec<Result<T>> {
     let on = |schedule| {
         let device = Emulator::new();
@@ -47,7 +47,7 @@ fn outcomes<T>(test: impl Fn(&Emulator) -> Result<T>) -> Vec<Result<T>> {
     Schedule::ALL.into_iter().map(on).collect()
 }
 
-/// Runs one block of a kernel that takes (out, in, bug) on u32s; 0, 1, 2... as input.
+/// Runs one block of a kernel with arguments (out, in, bug) on the input 0, 1, 2, ...
 fn run(device: &Emulator, kernel: &'static Kernel, count: usize, bug: u32) -> Result<Vec<u32>> {
     let input: Vec<u32> = (0..count as u32).collect();
     let out = poisoned::<u32>(device, count);
@@ -55,12 +55,12 @@ fn run(device: &Emulator, kernel: &'static Kernel, count: usize, bug: u32) -> Re
     Ok(download(device, &out))
 }
 
-/// The error every schedule gives, which must name the kernel and contain `parts`.
+/// Asserts that `test` fails under every schedule with an error that contains `parts`.
 fn reported<T>(test: impl Fn(&Emulator) -> Result<T>, parts: &[&str]) {
     for (schedule, outcome) in Schedule::ALL.iter().zip(outcomes(test)) {
         let message = outcome.err().map(|e| e.to_string()).unwrap_or_default();
         for part in parts {
-            assert!(message.contains(part), "{schedule:?}: {message:?} does not say {part:?}");
+            assert!(message.contains(part), "{schedule:?}: {message:?} does not contain {part:?}");
         }
     }
 }
@@ -109,10 +109,11 @@ fn mma_multiplies_matrices() {
 }
 
 #[test]
-fn ldmatrix_spreads_rows_over_the_lanes_and_counts_conflicts() {
+fn ldmatrix_distributes_rows_and_counts_conflicts() {
     let rows: Vec<u16> = (0..256).collect();
     for transposed in [false, true] {
-        // 80 bytes between rows touch all banks once; 128 bytes put all eight rows of a matrix on the same four.
+        // A pitch of 80 bytes uses every bank once; 128 bytes put all eight rows of a matrix on the same four
+        // banks.
         for (pitch, conflicts) in [(80, 0), (16, 0), (128, 7), (64, 3)] {
             let bytes = five_schedules(|device| {
                 let out = poisoned::<u32>(device, 32 * 4);
@@ -166,9 +167,8 @@ fn warp_operations_exchange_values() {
 }
 
 #[test]
-fn atomics_give_the_same_whatever_the_order_and_the_number_of_threads() {
-    let input = Random::new(3);
-    let mut input = input;
+fn atomics_do_not_depend_on_order_or_threads() {
+    let mut input = Random::new(3);
     let values: Vec<u32> = (0..8 * 64).map(|_| input.next() as u32 >> 8).collect();
     let test = |device: &Emulator| {
         let (out, wide) = (upload(device, &[0u32; 3]), upload(device, &[0u64; 2]));
@@ -181,14 +181,14 @@ fn atomics_give_the_same_whatever_the_order_and_the_number_of_threads() {
     parallel.set_threads(2);
     assert_eq!(test(&parallel), bytes);
     let sum: u64 = values.iter().map(|&v| u64::from(v)).sum();
-    let (place, max) = values.iter().enumerate().max_by_key(|&(i, v)| (v, i)).unwrap();
+    let (index, max) = values.iter().enumerate().max_by_key(|&(i, v)| (v, i)).unwrap();
     let or = values.iter().fold(0, |a, b| a | b);
     assert_eq!(from_bytes::<u32>(&bytes[..12]), [sum as u32, *max, or]);
-    assert_eq!(from_bytes::<u64>(&bytes[12..]), [sum << 20, (u64::from(*max) << 32) | (place as u64 / 64)]);
+    assert_eq!(from_bytes::<u64>(&bytes[12..]), [sum << 20, (u64::from(*max) << 32) | (index as u64 / 64)]);
 }
 
 #[test]
-fn threads_that_ended_leave_the_barrier_and_blocks_have_three_indices() {
+fn ended_threads_leave_barriers_and_blocks_have_3_indices() {
     for threads in [1, 2] {
         let bytes = five_schedules(|device| {
             device.set_threads(threads);
@@ -204,7 +204,7 @@ fn threads_that_ended_leave_the_barrier_and_blocks_have_three_indices() {
 
 #[test]
 fn bank_conflicts_of_lane_accesses_are_counted_on_request() {
-    // width, stride, extra passes of the one load: 32 banks of 4 bytes, 128 bytes a pass.
+    // Width, stride, extra passes of the load: 32 banks of 4 bytes, 128 bytes per pass.
     let cases = [
         (4, 4, 0),
         (4, 8, 1),
@@ -274,10 +274,11 @@ fn writes_outside_shared_and_global_memory_are_reported() {
     reported(|d| output(d, 2), &["kernel broken_output", "outside a buffer of 400 bytes"]);
 }
 
-/// The sanitizer ends the process it finds something in: this test runs itself once per bug, told by the environment.
+/// The sanitizer ends the process in which it finds an error, so this test runs itself once per bug and
+/// passes the bug in the environment.
 #[cfg(feature = "sanitize")]
 #[test]
-fn the_sanitizer_reports_accesses_outside_memory_with_their_line() {
+fn the_sanitizer_reports_bad_accesses_with_their_line() {
     const BUG: &str = "DFLASH_TEST_BUG";
     let device = Emulator::new();
     match std::env::var(BUG).as_deref() {
@@ -289,22 +290,18 @@ fn the_sanitizer_reports_accesses_outside_memory_with_their_line() {
     output(&device, 0).unwrap();
     for bug in ["1", "2", "3", "output"] {
         let child = std::process::Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "emulator::the_sanitizer_reports_accesses_outside_memory_with_their_line",
-                "--nocapture",
-            ])
+            .args(["--exact", "emulator::the_sanitizer_reports_bad_accesses_with_their_line", "--nocapture"])
             .env(BUG, bug)
             .output()
             .unwrap();
         let text = String::from_utf8_lossy(&child.stderr);
-        assert!(!child.status.success(), "bug {bug} went unnoticed");
+        assert!(!child.status.success(), "bug {bug} was not reported");
         assert!(text.contains("broken.cu:"), "bug {bug}: {text}");
     }
 }
 
 #[test]
-fn an_element_never_written_stays_visible() {
+fn an_unwritten_element_stays_poison() {
     assert_written(&five_schedules(|d| output(d, 0).unwrap()), "out");
     let missing = five_schedules(|d| output(d, 1).unwrap());
     assert!(std::panic::catch_unwind(|| assert_written(&missing, "out")).is_err());
@@ -320,7 +317,7 @@ fn a_lane_that_skips_a_warp_operation_is_named() {
         }
     };
     assert!(outcomes(skip(0)).iter().all(Result::is_ok));
-    // Lane 5 comes to the shuffle while the others are at the product, or the other way round.
+    // Lane 5 reaches the shuffle while the others are at the product, or the other way round.
     reported(
         skip(1),
         &["kernel broken_mma, block (0,0,0)", "broken.cu:", "different operations", "mma", "__shfl_xor_sync"],
@@ -379,11 +376,11 @@ fn a_sum_whose_order_depends_on_the_rows_is_caught() {
     };
     let row = |bug, rows| five_schedules(|d| sums(d, rows, bug))[..4].to_vec();
     assert_eq!(row(0, 1), row(0, 4));
-    assert_ne!(row(1, 1), row(1, 4), "the schedules agree, only the number of rows tells");
+    assert_ne!(row(1, 1), row(1, 4), "schedules agree; only the number of rows changes the bits");
 }
 
 #[test]
-fn broken_rules_are_reported() {
+fn broken_memory_rules_are_reported() {
     let input = vec![0u8; 64];
     let rules = |bug: u32, sealed: bool| {
         let input = input.clone();
@@ -398,7 +395,7 @@ fn broken_rules_are_reported() {
     assert!(outcomes(rules(0, false)).iter().all(Result::is_ok));
     assert!(
         outcomes(rules(3, true)).iter().all(Result::is_ok),
-        "a streaming load from sealed memory may come early"
+        "a streaming load from sealed memory may precede grid_wait"
     );
     reported(rules(1, false), &["broken.cu:", "16-byte load at address", "not a multiple of 16"]);
     reported(rules(2, true), &["16-byte load before grid_wait()"]);
@@ -412,7 +409,7 @@ fn broken_rules_are_reported() {
     reported(trap, &["kernel broken_trap, block (0,0,0), thread (3,0,0)", "gave up"]);
 }
 
-#[cfg(not(feature = "sanitize"))] // which gives every thread more
+#[cfg(not(feature = "sanitize"))] // the sanitizer gives every thread a larger stack
 #[test]
 fn a_stack_that_is_too_small_is_reported() {
     let deep = |bug: u32| {
@@ -487,7 +484,7 @@ fn a_graph_repeats_its_launches_and_can_be_read() {
             device.copy(&input, &out)
         })
         .unwrap();
-    assert_written_never(&device, &out);
+    assert_unwritten(&device, &out);
     let Node::Launch(launch) = &graph.nodes[1] else { panic!("{:?}", graph.nodes[1]) };
     assert_eq!((launch.kernel.name, launch.grid, &launch.args[..]), ("broken_warp", [1, 1, 1], &args[..]));
     device.replay(&graph).unwrap();
@@ -500,7 +497,7 @@ fn a_graph_repeats_its_launches_and_can_be_read() {
     device.allocate(16, "a buffer").unwrap();
 }
 
-fn assert_written_never(device: &Emulator, buffer: &Buffer) {
+fn assert_unwritten(device: &Emulator, buffer: &Buffer) {
     assert!(download::<u16>(device, buffer).iter().all(|&word| word == POISON));
 }
 

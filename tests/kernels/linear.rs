@@ -1,7 +1,8 @@
-//! The linear kernels' epilogues against f64. What their bits, bytes and schedules must hold is in `linear_bits.rs`.
+//! The epilogues of the linear kernels against f64. `linear_bits.rs` tests properties of all linear kernels:
+//! bits, traffic and schedules.
 //!
-//! Bounds on `‖out − reference‖ / ‖reference‖`: 2e-6 where the result is f32, 1e-5 of those on a GPU, whose tensor cores
-//! cut off instead of rounding; 3e-3 where it is rounded to bf16, which alone makes about 1.7e-3.
+//! Bounds on `‖out − reference‖ / ‖reference‖`: 2e-6 if the result is f32, 1e-5 on a GPU, whose tensor cores
+//! truncate instead of rounding; 3e-3 if the result is rounded to bf16, which alone gives about 1.7e-3.
 
 use crate::support::kernel;
 use crate::support::layer;
@@ -14,11 +15,11 @@ use dflash::gpu::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
 
-/// On the emulator, on a GPU.
+/// Bounds on the emulator and on a GPU.
 const F32_BOUNDS: [f64; 2] = [2e-6, 1e-5];
 const BF16_BOUND: f64 = 3e-3;
 
-/// Rows of a pass, and around them shapes that leave tiles, chunks and slices unfilled.
+/// Rows of a launch. Together with the tests' N and K they leave tiles, chunks and slices partly filled.
 const ROWS: [usize; 13] = [1, 2, 3, 8, 9, 16, 17, 31, 64, 100, 128, 130, 256];
 
 fn narrow(x: &[f64]) -> Vec<f32> {
@@ -32,7 +33,7 @@ fn close(what: &str, out: &[f32], reference: &[f64], bound: f64) {
 }
 
 #[test]
-fn slices_of_k_are_a_function_of_the_shape_and_cover_it() {
+fn slices_of_k_cover_it_and_depend_only_on_the_shape() {
     for n in [1, 64, 128, 1000, 4096, 12288, 24576, 151936] {
         for k in (32..=2048).step_by(32).chain([2560, 4096, 9728, 12288, 25600]) {
             let shape = Shape { n, k };
@@ -52,7 +53,7 @@ fn slices_of_k_are_a_function_of_the_shape_and_cover_it() {
     assert_eq!(slices, [(26, 5), (16, 8), (128, 1), (48, 8), (128, 1)]);
 }
 
-/// Cuts `bytes` into parts of these lengths.
+/// Splits `bytes` into parts of these lengths.
 fn parts<const N: usize>(bytes: &[u8], lengths: [usize; N]) -> [&[u8]; N] {
     let mut at = 0;
     let parts = lengths.map(|length| {
@@ -64,10 +65,13 @@ fn parts<const N: usize>(bytes: &[u8], lengths: [usize; N]) -> [&[u8]; N] {
 }
 
 #[test]
-fn projections_add_to_the_residual_stream_and_prepare_the_next_norm() {
-    let ks = [32, 64, 96, 256, 544, 1024, 1056, 2048];
+fn project_adds_the_residual_and_prepares_the_next_norm() {
+    // 4384 = 137 groups of 32: eight slices of 18 groups, so a whole chunk of 512 and a partial one; the last
+    // slice has 11 groups.
+    let ks = [32, 64, 96, 256, 544, 1024, 1056, 2048, 4384];
+    assert_eq!(Shape { n: 64, k: 4384 }.slices(), (18, 8));
     for (i, rows) in ROWS.into_iter().enumerate() {
-        let shape = Shape { n: [64, 128, 192, 320][i % 4], k: ks[i % 8] };
+        let shape = Shape { n: [64, 128, 192, 320][i % 4], k: ks[i % 9] };
         let Shape { n, .. } = shape;
         let data = Data::new(i as u64, rows, shape);
         let mut random = Random::new(100 + i as u64);
@@ -90,27 +94,24 @@ fn projections_add_to_the_residual_stream_and_prepare_the_next_norm() {
             close(&what, &from_bytes(sums), &squares, f32_bound);
             for (row, features) in from_bytes::<u16>(features).chunks(pitch.max(1)).enumerate() {
                 let x: Vec<f32> = from_bytes(&out[row * n * 4..(row + 1) * n * 4]);
-                assert_eq!(features[..n], to_bf16(&x), "{what}: features are the rounded rows");
-                assert!(
-                    features[n..].iter().all(|&f| f == POISON),
-                    "{what}: what lies between the rows is not touched"
-                );
+                assert_eq!(features[..n], to_bf16(&x), "{what}: features must be the rounded rows");
+                assert!(features[n..].iter().all(|&f| f == POISON), "{what}: written between the rows");
             }
         }
     }
 }
 
 #[test]
-fn swiglu_multiplies_the_activated_gate_with_up() {
+fn swiglu_multiplies_silu_of_the_gate_with_up() {
     for (i, rows) in ROWS.into_iter().enumerate() {
         let inner = [32, 64, 96, 160][i % 4];
         let shape = Shape { n: inner * 2, k: [64, 288, 512, 1120, 4224][i % 5] };
-        // Rows of `data` are all gates, then all ups.
+        // The rows of W are all gates, then all ups.
         let data = Data::new(20 + i as u64, rows, shape);
-        let place =
+        let packed_row =
             |r: usize| if r < inner { Swiglu::gate_up_rows(r).0 } else { Swiglu::gate_up_rows(r - inner).1 };
         let outcomes = bits_of_every_device(|device| {
-            let layer = data.upload(device, place);
+            let layer = data.upload(device, packed_row);
             let out = poisoned::<u16>(device, rows * inner);
             Swiglu { rows, inner, k: shape.k }.launch(device, &layer.input(true), &out).unwrap();
             bytes_of(device, &out)
@@ -134,7 +135,7 @@ fn swiglu_multiplies_the_activated_gate_with_up() {
 #[test]
 fn swiglu_of_large_gates_is_zero_or_the_gate() {
     every_device(|device| {
-        // One input of 1 and weights that are the gates and ups themselves.
+        // One input is 1 and the others 0, so that the weights are the gates and ups.
         let inner = 32;
         let mut values = vec![0f32; 64 * 32];
         let gates = [0.0, -0.0, 1e4, -1e4, 88.0, -88.0, -104.0, 3e38, -3e38, 1e-30];
@@ -151,9 +152,9 @@ fn swiglu_of_large_gates_is_zero_or_the_gate() {
             num_active: 1,
             prompt: None,
         };
-        let place =
+        let packed_row =
             |r: usize| if r < inner { Swiglu::gate_up_rows(r).0 } else { Swiglu::gate_up_rows(r - inner).1 };
-        let layer = data.upload(device, place);
+        let layer = data.upload(device, packed_row);
         let out = poisoned::<u16>(device, inner);
         Swiglu { rows: 1, inner, k: 32 }.launch(device, &layer.input(false), &out).unwrap();
         let out = from_bf16(&download(device, &out));
@@ -165,7 +166,7 @@ fn swiglu_of_large_gates_is_zero_or_the_gate() {
     });
 }
 
-/// The head kernel's number for a logit, from its description.
+/// The best key of a block of logits whose first id is `first`.
 fn rank(logits: &[f32], first: usize) -> u64 {
     let key = |(i, &l): (usize, &f32)| {
         let bits = (l + 0.0).to_bits();
@@ -185,7 +186,7 @@ fn ranks(logits: &[f32], vocab: usize) -> Vec<u64> {
 }
 
 #[test]
-fn the_head_gives_logits_and_the_best_of_every_block() {
+fn head_gives_logits_and_the_best_key_of_every_block() {
     let cases =
         [(1, 96, None, 1.0), (9, 640, Some(3.0), 0.5), (16, 64, None, 2.0), (33, 256, Some(30.0), 1.0)];
     for (i, vocab) in [1, 17, 2048, 2049].into_iter().enumerate() {
@@ -213,7 +214,7 @@ fn the_head_gives_logits_and_the_best_of_every_block() {
             every_device(|device| {
                 let (alone, untouched) = head(device, kernel, &data, false);
                 let same = kept.next().is_some_and(|kept| kept.starts_with(&alone));
-                assert!(same, "{kernel:?}: the same best where logits are not kept");
+                assert!(same, "{kernel:?}: best keys differ if logits are not stored");
                 assert!(from_bytes::<u16>(&untouched).iter().all(|&w| w == POISON));
             });
         }
@@ -221,16 +222,16 @@ fn the_head_gives_logits_and_the_best_of_every_block() {
 }
 
 #[test]
-fn the_best_logit_is_the_lowest_id_among_equals_and_says_where_none_is_finite() {
+fn best_key_is_the_lowest_of_equal_ids_and_marks_nan() {
     every_device(|device| {
-        // Row r of x picks column r of W, so the logits are W's columns as they are.
+        // The only input that is not 0 is the first, so the logits are a column of W.
         let (rows, vocab, k) = (8, 260, 32);
         let mut random = Random::new(60);
         let mut columns: Vec<Vec<f32>> = (0..rows).map(|_| random.normals(vocab, 1.0)).collect();
         columns[0].fill(1.0);
         columns[1].fill(f32::NEG_INFINITY);
         (columns[2][129], columns[2][259]) = (f32::NAN, f32::INFINITY);
-        // Zeros of both signs, once its norm has made them so small.
+        // The norm scales these to zeros of both signs.
         columns[3].fill(-1e-30);
         columns[3][140] = 1e-30;
         columns[4].fill(-7.0);
@@ -239,7 +240,7 @@ fn the_best_logit_is_the_lowest_id_among_equals_and_says_where_none_is_finite() 
         let mut w = vec![0f32; vocab * k];
         let mut x = vec![0f32; rows * k];
         for row in 0..rows {
-            // One row at a time: infinities times the zeros of other rows would be NaN.
+            // One row at a time: the infinities of one times the zeros of another would be NaN.
             for (v, &value) in columns[row].iter().enumerate() {
                 w[v * k] = value;
             }
@@ -268,7 +269,7 @@ fn the_best_logit_is_the_lowest_id_among_equals_and_says_where_none_is_finite() 
     });
 }
 
-/// Queries, keys and values `[rows][all heads][head_dim]` as they should be.
+/// The expected queries, keys and values, `[rows][all heads][head_dim]`.
 fn heads_of(data: &Data, cache: &Cache) -> Vec<f64> {
     let Qkv { heads, kv_heads, head_dim, positions, .. } = cache.qkv;
     let mut all = data.product(true);
@@ -292,8 +293,8 @@ fn heads_of(data: &Data, cache: &Cache) -> Vec<f64> {
     all
 }
 
-/// Checks what [`qkv`] left against [`heads_of`]: every row in its place, everything else untouched.
-fn check_places(what: &str, bytes: &[u8], data: &Data, cache: &Cache) {
+/// Compares the result of [`qkv`] with [`heads_of`]: every row in its slot, nothing else written.
+fn check_slots(what: &str, bytes: &[u8], data: &Data, cache: &Cache) {
     let Qkv { heads, kv_heads, head_dim, query_rows, pages, sequences, sequence_pages, keys_only, .. } =
         cache.qkv;
     let page_bytes = pages * kv_heads * 64 * head_dim * 2;
@@ -301,8 +302,8 @@ fn check_places(what: &str, bytes: &[u8], data: &Data, cache: &Cache) {
     let mut out: [Vec<u16>; 3] = [queries, keys, values].map(from_bytes);
     let reference = heads_of(data, cache);
     let (mut got, mut expected) = (Vec::new(), Vec::new());
-    for (row, place) in cache.rows.chunks(4).enumerate() {
-        let [sequence, slot, query] = [place[0], place[2], place[3]].map(|v| v as usize);
+    for (row, entry) in cache.rows.chunks(4).enumerate() {
+        let [sequence, slot, query] = [entry[0], entry[2], entry[3]].map(|v| v as usize);
         if sequence >= sequences {
             continue;
         }
@@ -333,33 +334,33 @@ fn check_places(what: &str, bytes: &[u8], data: &Data, cache: &Cache) {
     }
     close(what, &from_bf16(&got), &expected, BF16_BOUND);
     for (buffer, name) in out.iter().zip(["queries", "keys", "values"]) {
-        assert!(buffer.iter().all(|&v| v == POISON), "{what}: {name} written where no row is");
+        assert!(buffer.iter().all(|&v| v == POISON), "{what}: {name} written outside the rows");
     }
 }
 
 #[test]
-fn queries_keys_and_values_are_normed_turned_and_put_in_their_places() {
+fn qkv_norms_rotates_and_stores_in_the_right_slots() {
     for (i, rows) in ROWS.into_iter().enumerate() {
         let (heads, kv_heads, head_dim) = HEADS[i % HEADS.len()];
         let mut cache = cache(70 + i as u64, rows, heads, kv_heads, head_dim, i % 4 != 3);
         cache.qkv.k = [64, 160, 512, 1024, 544][i % 5];
         let mut data = Data::new(80 + i as u64, rows, cache.qkv.shape());
         if i % 3 == 1 {
-            // Heads whose mean square is about eps.
+            // Heads with a mean square of about eps.
             data.sumsq.iter_mut().for_each(|s| *s *= 1e5);
         }
         let what = format!("{:?}", cache.qkv);
         for bytes in bits_of_every_device(|device| qkv(device, &data, &cache)) {
-            check_places(&what, &bytes, &data, &cache);
+            check_slots(&what, &bytes, &data, &cache);
         }
         cache.qkv.keys_only = true;
         cache.rows.chunks_mut(4).for_each(|row| row[3] = NONE);
-        every_device(|device| check_places(&what, &qkv(device, &data, &cache), &data, &cache));
+        every_device(|device| check_slots(&what, &qkv(device, &data, &cache), &data, &cache));
     }
 }
 
 #[test]
-fn rows_and_pages_that_are_nonsense_are_not_written() {
+fn invalid_rows_and_pages_are_not_written() {
     let mut random = Random::new(90);
     for (i, &(heads, kv_heads, head_dim)) in HEADS.iter().enumerate() {
         let rows = 16;
@@ -375,7 +376,7 @@ fn rows_and_pages_that_are_nonsense_are_not_written() {
             row[random.below(4)] = garbage(&mut random);
             row[1] = garbage(&mut random);
         }
-        // A garbage query row may be another row's: keep those apart, as the caller does.
+        // Two rows must not share a query row: a caller never does that.
         cache.rows.chunks_mut(4).enumerate().for_each(|(r, row)| {
             if row[3] < 16 {
                 row[3] = r as u32
@@ -384,30 +385,30 @@ fn rows_and_pages_that_are_nonsense_are_not_written() {
         for number in cache.table.iter_mut().skip(1).step_by(2) {
             *number = cache.qkv.pages as u32 + garbage(&mut random) % 1000;
         }
-        // The first sequence, slot, query and page that are not there.
+        // The first sequence, slot, query row and page out of range.
         let Qkv { pages, sequences, sequence_pages, query_rows, .. } = cache.qkv;
         let [slots, queries] = [sequence_pages * 64, query_rows].map(|n| n as u32);
         let firsts = [[sequences as u32, 1, 0, 0], [1, 1, slots, 1], [2, 1, 3, queries], [0, 1, 64, 3]];
         cache.rows[..16].copy_from_slice(&firsts.concat());
         cache.table[1] = pages as u32;
-        let mut seen = std::collections::BTreeSet::new();
+        let mut slots_used = std::collections::BTreeSet::new();
         for row in cache.rows.chunks_mut(4) {
-            if !seen.insert((row[0], row[2])) {
+            if !slots_used.insert((row[0], row[2])) {
                 row[2] = NONE;
             }
         }
         let data = Data::new(92, rows, cache.qkv.shape());
         for bytes in bits_of_every_device(|device| qkv(device, &data, &cache)) {
-            check_places(&format!("{:?}", cache.qkv), &bytes, &data, &cache);
+            check_slots(&format!("{:?}", cache.qkv), &bytes, &data, &cache);
         }
     }
 }
 
 #[test]
-fn injection_gathers_features_and_takes_zeros_for_those_that_are_not_there() {
+fn injection_gathers_features_and_zeros_missing_ones() {
     let feature_rows = 21;
     for (i, rows) in ROWS.into_iter().enumerate() {
-        let shape = Shape { n: [64, 192, 256][i % 3], k: [320, 1056, 96, 1536][i % 4] };
+        let shape = Shape { n: [64, 192, 256][i % 3], k: [320, 1056, 96, 1536, 4384][i % 5] };
         let Shape { n, k } = shape;
         let data = Data::new(110 + i as u64, feature_rows, shape);
         let mut random = Random::new(120 + i as u64);

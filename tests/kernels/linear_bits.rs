@@ -1,5 +1,6 @@
-//! What holds for every linear kernel: a row's bits do not depend on the other rows, launches repeat, weights are read once
-//! per pass, nothing else costs much, shared memory is free of bank conflicts, launchers refuse what does not fit.
+//! Properties of every linear kernel: the bits of a row do not depend on the other rows, launches are
+//! repeatable, weights are read once per pass, other traffic is small, shared memory has no bank conflicts,
+//! launches refuse wrong sizes.
 
 use crate::support::kernel;
 use crate::support::layer;
@@ -17,30 +18,31 @@ use kernel::*;
 use layer::*;
 
 #[test]
-fn a_rows_bits_do_not_depend_on_the_other_rows() {
+fn row_bits_do_not_depend_on_other_rows() {
     every_device(|device| {
         for kind in KINDS {
-            // One slice of K; four, the last of them shorter; eight.
+            // One slice of K; four slices, the last one shorter; eight slices.
             for (k, splits) in [(96, 1), (1056, 4), (2048, 8)] {
                 let shape = Shape { n: kind.outputs(), k };
                 assert_eq!(shape.slices().1, splits);
                 let parts = k.div_ceil(128);
-                let own = Data::new(1, 1, shape);
-                let alone = kind.run(device, &own).remove(0);
+                let single = Data::new(1, 1, shape);
+                let alone = kind.run(device, &single).remove(0);
                 let mut random = Random::new(2);
                 for rows in [1, 2, 8, 16, 32, 64, 128, 131] {
-                    for (place, poisoned) in [(0, true), (rows - 1, false), (random.below(rows), true)] {
-                        let mut data = Data { w: own.w.clone(), ..Data::new(3 + rows as u64, rows, shape) };
+                    for (index, poisoned) in [(0, true), (rows - 1, false), (random.below(rows), true)] {
+                        let mut data =
+                            Data { w: single.w.clone(), ..Data::new(3 + rows as u64, rows, shape) };
                         if poisoned {
                             data.x.fill(0x7fc1);
                             data.sumsq.fill(f32::NAN);
                         }
-                        data.x[place * k..(place + 1) * k].copy_from_slice(&own.x);
-                        data.sumsq[place * parts..(place + 1) * parts].copy_from_slice(&own.sumsq);
-                        let bits = kind.run(device, &data).remove(place);
+                        data.x[index * k..(index + 1) * k].copy_from_slice(&single.x);
+                        data.sumsq[index * parts..(index + 1) * parts].copy_from_slice(&single.sumsq);
+                        let bits = kind.run(device, &data).remove(index);
                         assert!(
                             bits == alone,
-                            "{kind:?}, K {k}: row {place} of {rows}, NaN neighbours: {poisoned}"
+                            "{kind:?}, K {k}: row {index} of {rows}, NaN neighbours: {poisoned}"
                         );
                     }
                 }
@@ -64,7 +66,7 @@ fn schedules_and_threads_give_the_same_bits() {
     }
 }
 
-/// A head launch whose inputs stay, for tests that launch it in other ways.
+/// The inputs and outputs of an LM head that tests launch several times.
 struct Logits {
     kernel: Head,
     layer: Layer,
@@ -87,6 +89,7 @@ impl Logits {
         self.kernel.launch(device, &input, &self.best, Some(&self.logits))
     }
 
+    /// The logits; overwrites them with ones.
     fn take(&self, device: &dyn Device) -> Vec<u8> {
         let bytes = bytes_of(device, &self.logits);
         device.fill(&self.logits, 0xff).unwrap();
@@ -95,7 +98,7 @@ impl Logits {
 }
 
 #[test]
-fn a_graph_of_launches_that_share_a_workspace_repeats_its_bits() {
+fn a_graph_that_shares_a_workspace_repeats_its_bits() {
     every_device(|device| {
         let shapes = [(3, 200, 640), (150, 64, 512), (17, 700, 1056)];
         let layers = shapes.map(|(rows, vocab, k)| Logits::new(device, rows, vocab, k));
@@ -117,10 +120,10 @@ fn a_graph_of_launches_that_share_a_workspace_repeats_its_bits() {
     });
 }
 
-/// Two blocks at a time of the eight that share a tile: the one that adds the slices must find all that the others'
-/// warps have left.
+/// Eight blocks share a tile, and two run at the same time. The block that adds the slices must find the sums
+/// of all warps of the other blocks.
 #[test]
-fn slices_are_added_when_all_warps_have_left_theirs() {
+fn slices_are_added_after_all_warps_stored_theirs() {
     let device = Emulator::new();
     let logits = Logits::new(&device, 3, 128, 2048);
     let run = || {
@@ -139,31 +142,31 @@ fn slices_are_added_when_all_warps_have_left_theirs() {
 }
 
 #[test]
-fn a_launch_with_nothing_to_do_writes_nothing() {
+fn an_inactive_launch_writes_nothing() {
     for kind in KINDS {
         let device = Emulator::new();
         let shape = Shape { n: kind.outputs(), k: 1056 };
         kind.run(&device, &Data { num_active: 0, ..Data::new(7, 4, shape) });
         let counts = counted(&device);
         assert_eq!((counts.written, counts.mma), (0, 0), "{kind:?}");
-        // Four groups per tile in each of the four slices are on their way before it is known.
+        // Four groups per tile are loaded in each of the four slices before the kernel reads the flag.
         assert_eq!(counts.streamed, (shape.packed_rows() / 16 * 4 * 4 * 1024) as u64, "{kind:?}");
     }
     every_device(|device| {
-        let dead = Logits::new(device, 5, 300, 1056);
-        device.upload(&dead.layer.num_active, &[0; 4]).unwrap();
-        dead.launch(device, &dead.layer.workspace).unwrap();
-        for buffer in [&dead.best, &dead.logits] {
+        let inactive = Logits::new(device, 5, 300, 1056);
+        device.upload(&inactive.layer.num_active, &[0; 4]).unwrap();
+        inactive.launch(device, &inactive.layer.workspace).unwrap();
+        for buffer in [&inactive.best, &inactive.logits] {
             assert!(download::<u16>(device, buffer).iter().all(|&w| w == POISON));
         }
-        // What says there is something may be any other number, and the counters were left as they have to be.
-        device.upload(&dead.layer.num_active, &[0, 0, 0, 0x80]).unwrap();
-        dead.launch(device, &dead.layer.workspace).unwrap();
-        assert_written(&bytes_of(device, &dead.logits), "logits");
+        // Any other number means active. The counters must still be zero.
+        device.upload(&inactive.layer.num_active, &[0, 0, 0, 0x80]).unwrap();
+        inactive.launch(device, &inactive.layer.workspace).unwrap();
+        assert_written(&bytes_of(device, &inactive.logits), "logits");
     });
 }
 
-/// All that a device counted in linear kernels.
+/// The sum of the counters of all kernels.
 fn counted(device: &Emulator) -> Counts {
     let mut sum = Counts::default();
     device.counts().into_values().for_each(|c| sum += c);
@@ -171,7 +174,7 @@ fn counted(device: &Emulator) -> Counts {
 }
 
 #[test]
-fn weights_are_read_once_per_pass_and_shared_memory_is_free_of_conflicts() {
+fn weights_are_read_once_per_pass_without_bank_conflicts() {
     for kind in KINDS {
         for rows in [1, 16, 32, 64, 128, 256] {
             for k in [96, 1056] {
@@ -192,9 +195,29 @@ fn weights_are_read_once_per_pass_and_shared_memory_is_free_of_conflicts() {
     }
 }
 
+/// Activations are staged in chunks of K. A partial last chunk must read only its own groups: each block of
+/// outputs reads every activation once.
 #[test]
-fn keys_alone_read_the_weights_of_keys_and_values_alone() {
-    // 2 query heads, 1 key head of 64: the first block is all queries.
+fn a_partial_last_chunk_reads_each_activation_once() {
+    let n = Kind::Project.outputs();
+    let [whole, partial] = [4096, 4384].map(|k| Shape { n, k });
+    // Eight slices of 16 groups: one chunk of 16 or two of 8. Seven slices of 18 groups and one of 11: a
+    // partial chunk.
+    assert_eq!([whole.slices(), partial.slices()], [(16, 8), (18, 8)]);
+    for rows in [3, 16, 40, 100] {
+        let read = |shape: Shape| {
+            let device = Emulator::new();
+            Kind::Project.run(&device, &Data::new(13, rows, shape));
+            counted(&device).read as usize
+        };
+        let more = rows * (partial.k - whole.k) * 2 * whole.blocks();
+        assert_eq!(read(partial), read(whole) + more, "{rows} rows");
+    }
+}
+
+#[test]
+fn keys_only_reads_only_key_and_value_weights() {
+    // 2 query heads, 1 KV head of 64: the first block holds only queries.
     let (rows, k) = (3, 544);
     let mut cache = cache(12, rows, 2, 1, 64, true);
     (cache.qkv.k, cache.qkv.keys_only) = (k, true);
@@ -203,7 +226,7 @@ fn keys_alone_read_the_weights_of_keys_and_values_alone() {
     assert_eq!(counted(&device).streamed, 2 * 64 * k as u64 * 2);
 }
 
-/// One layer of Qwen3-8B on 16 rows: hidden size 4096, 32 query and 8 key heads of 128, 12288 neurons.
+/// One layer of Qwen3-8B on 16 rows: hidden size 4096, 32 query heads and 8 KV heads of 128, 12288 neurons.
 #[cfg(not(feature = "sanitize"))]
 #[test]
 fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
@@ -235,7 +258,7 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
                 cache.qkv.k = hidden;
                 let pages = poisoned::<u16>(&device, cache.qkv.pages * 8 * 64 * 128);
                 let gains = cache.gains.unwrap().map(|g| upload(&device, &g));
-                let places = QkvBuffers {
+                let buffers = QkvBuffers {
                     rows: &upload(&device, &cache.rows),
                     queries: &y,
                     keys: &pages,
@@ -245,7 +268,7 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
                     k_gain: Some(&gains[1]),
                     rope: &upload(&device, &cache.rope),
                 };
-                cache.qkv.launch(&device, &input, &places).unwrap();
+                cache.qkv.launch(&device, &input, &buffers).unwrap();
             }
             _ => {
                 let residual = upload(&device, &vec![0f32; rows * hidden]);
@@ -265,22 +288,22 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
         (Kind::Swiglu, Shape { n: inner * 2, k: hidden }),
         (Kind::Project, Shape { n: hidden, k: inner }),
     ];
-    let (mut weights, mut others, mut percent) = (0, 0, Vec::new());
+    let (mut weights, mut others, mut per_mille) = (0, 0, Vec::new());
     for (kind, shape) in layer {
         let counts = counts_of(kind, shape);
         let other = counts.read + counts.written;
         weights += counts.streamed;
         others += other;
-        percent.push((other * 1000).div_ceil(counts.streamed));
+        per_mille.push((other * 1000).div_ceil(counts.streamed));
     }
     assert_eq!(weights, 385_875_968);
-    // Per mille of the weights, rounded up: qkv, o, gate and up, down.
-    assert_eq!((others, &percent[..]), (64_506_240, &[235, 274, 129, 175][..]));
+    // In thousandths of the weights, rounded up: qkv, o, gate and up, down.
+    assert_eq!((others, &per_mille[..]), (64_506_240, &[235, 274, 129, 175][..]));
     assert!(others * 4 <= weights);
 }
 
 #[test]
-fn launches_that_do_not_fit_are_refused_with_a_sentence() {
+fn launches_refuse_wrong_sizes() {
     let device = Emulator::new();
     let small = device.allocate(64, "too little").unwrap();
     let at = Logits::new(&device, 9, 300, 96);
@@ -299,13 +322,13 @@ fn launches_that_do_not_fit_are_refused_with_a_sentence() {
     refused(launch(good, Head { vocab: 0, ..at.kernel }), "0 outputs");
     let odd = at.layer.x.slice(8, 1720).unwrap();
     refused(launch(Input { x: &odd, ..good }, Head { rows: 1, ..at.kernel }), "not a multiple of 16");
-    // 640 inputs need partial sums, which this workspace has no room for.
+    // 640 inputs need partial sums, for which this workspace is too small.
     let more = Logits::new(&device, 9, 300, 640);
     refused(more.launch(&device, &at.layer.workspace), "partial sums has 16 bytes, needs");
 
     let out = ProjectBuffers { x: &small, y: &small, sumsq: &small, gain: &small, features: None };
-    let plain = at.layer.input(false);
-    refused(Project { rows: 1, n: 96, k: 96 }.launch(&device, &plain, &out), "96 outputs");
+    let unnormed = at.layer.input(false);
+    refused(Project { rows: 1, n: 96, k: 96 }.launch(&device, &unnormed, &out), "96 outputs");
     refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &good, &out), "sums of squares");
     let out = ProjectBuffers {
         features: Some((&small, 66)),
@@ -314,12 +337,12 @@ fn launches_that_do_not_fit_are_refused_with_a_sentence() {
         gain: &at.logits,
         ..out
     };
-    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &plain, &out), "features 66 apart");
+    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &unnormed, &out), "features 66 apart");
     refused(Swiglu { rows: 1, inner: 48, k: 96 }.launch(&device, &good, &small), "48 neurons");
     let inject = Inject { rows: 1, n: 64, k: 96, feature_rows: 0 };
-    refused(inject.launch(&device, &plain, &small, &small, &small, &small), "0 rows of features");
+    refused(inject.launch(&device, &unnormed, &small, &small, &small, &small), "0 rows of features");
     let cache = cache(10, 1, 3, 1, 64, false);
-    let places = QkvBuffers {
+    let buffers = QkvBuffers {
         rows: &small,
         queries: &small,
         keys: &small,
@@ -329,7 +352,7 @@ fn launches_that_do_not_fit_are_refused_with_a_sentence() {
         k_gain: None,
         rope: &small,
     };
-    let bad = |qkv: Qkv, part: &str| refused(qkv.launch(&device, &good, &places), part);
+    let bad = |qkv: Qkv, part: &str| refused(qkv.launch(&device, &good, &buffers), part);
     bad(Qkv { head_dim: 96, ..cache.qkv }, "head dimension of 96");
     bad(Qkv { heads: 3, kv_heads: 2, ..cache.qkv }, "3 query heads and 2 key heads");
     bad(Qkv { positions: 0, ..cache.qkv }, "at least one position");

@@ -1,4 +1,5 @@
-//! Kernels on every device: against f64 or the host definition, five schedules, poisoned memory.
+//! Tests of the kernels on every device: results against f64 or the host's definition, equal bits under five
+//! schedules, poisoned memory, garbage inputs.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -7,12 +8,9 @@ mod attention;
 mod attention_tree;
 mod chains;
 mod cuda;
-mod decide;
-mod device_trees;
 mod emulator;
 mod graphs;
-mod judge;
-mod layer;
+mod layer_traffic;
 mod linear;
 mod linear_bits;
 mod norm;
@@ -20,6 +18,10 @@ mod pack;
 mod passes;
 mod prefill;
 mod read;
+mod rejection;
 mod rounds;
+mod sampler;
 mod siblings;
+mod trees;
+mod verify;
 mod wgmma;

@@ -1,4 +1,5 @@
-//! The norm kernels against f64. Bounds: y 2^-8 relative (its rounding to bf16), sums of squares 1e-6.
+//! The norm kernels against f64. Relative bounds: 2^-8 for y, which is rounded to bf16, 1e-6 for sums of
+//! squares.
 
 use crate::support::kernel;
 
@@ -9,7 +10,7 @@ use kernel::*;
 
 const EPS: f32 = 1e-6;
 
-/// The largest `‖out − ref‖ / ‖ref‖` of a vector of bf16 that is exact but for its rounding.
+/// Bound of `‖out − ref‖ / ‖ref‖` for an exact vector rounded to bf16.
 const BF16: f64 = 1.0 / 256.0;
 
 struct Data {
@@ -30,7 +31,7 @@ fn data(rows: usize, hidden: usize) -> Data {
     }
 }
 
-/// y, from `full_norm`.
+/// y of `full_norm`.
 fn whole(device: &dyn Device, data: &Data) -> Vec<u16> {
     let Norm { rows, hidden } = data.norm;
     let y = poisoned::<u16>(device, rows * hidden);
@@ -38,7 +39,7 @@ fn whole(device: &dyn Device, data: &Data) -> Vec<u16> {
     download(device, &y)
 }
 
-/// x after the addition, y and the sums, from `residual_norm`.
+/// x after the addition, y and the sums of squares of `residual_norm`.
 fn residual(device: &dyn Device, data: &Data, add: bool) -> (Vec<f32>, Vec<u16>, Vec<f32>) {
     let Norm { rows, hidden } = data.norm;
     let (x, gain) = (upload(device, &data.x), upload(device, &data.gain));
@@ -58,7 +59,7 @@ fn split_norm_adds_scales_and_sums_parts() {
             let device = Emulator::new();
             residual(&device, &data, add);
             let counts = device.counts()["residual_norm"];
-            // The gain is read once per row, from the cache.
+            // The gain is read once per row, from the second-level cache.
             let moved = data.norm.bytes(add) as usize + (rows - 1) * hidden * 4;
             assert_eq!(counts.read + counts.written, moved as u64);
             let moved = |i: usize| if add { data.x[i] + data.add[i] } else { data.x[i] };
@@ -92,11 +93,11 @@ fn split_norm_adds_scales_and_sums_parts() {
 }
 
 #[test]
-fn whole_norm_is_the_mean_square_norm() {
+fn whole_norm_equals_rms_norm() {
     for (rows, hidden) in [(1, 64), (3, 192), (2, 2560), (1, 8256)] {
         let mut data = data(rows, hidden);
         if rows == 3 {
-            // So small that eps counts.
+            // So small that eps matters.
             data.x.iter_mut().for_each(|x| *x *= 1e-3);
         }
         let outcomes = bits_of_every_device(|device| to_bytes(&whole(device, &data)));
@@ -116,7 +117,7 @@ fn whole_norm_is_the_mean_square_norm() {
 }
 
 #[test]
-fn both_halves_of_the_norm_make_the_whole() {
+fn both_halves_of_the_norm_equal_the_whole() {
     every_device(|device| {
         let data = data(4, 1088);
         let hidden = 1088;
@@ -133,7 +134,7 @@ fn both_halves_of_the_norm_make_the_whole() {
 }
 
 #[test]
-fn a_rows_bits_depend_on_no_other_row() {
+fn row_bits_do_not_depend_on_other_rows() {
     every_device(|device| {
         let hidden = 320;
         let mut data = data(1, hidden);
@@ -141,25 +142,25 @@ fn a_rows_bits_depend_on_no_other_row() {
         let alone = residual(device, &data, true);
         let alone_whole = whole(device, &data);
         for rows in [2, 8, 17, 128] {
-            // Neighbours are full of NaN and infinity.
-            let place = rows * 2 / 3;
+            // The other rows are NaN and infinity.
+            let index = rows * 2 / 3;
             data.norm.rows = rows;
             data.x = (0..rows * hidden).map(|i| if i % 3 == 0 { f32::NAN } else { f32::INFINITY }).collect();
             data.add = data.x.clone();
-            data.x[place * hidden..][..hidden].copy_from_slice(&row);
-            data.add[place * hidden..][..hidden].copy_from_slice(&add);
+            data.x[index * hidden..][..hidden].copy_from_slice(&row);
+            data.add[index * hidden..][..hidden].copy_from_slice(&add);
             let (x, y, sums) = residual(device, &data, true);
             let parts = data.norm.parts();
-            assert_eq!(x[place * hidden..][..hidden], alone.0);
-            assert_eq!(y[place * hidden..][..hidden], alone.1);
-            assert_eq!(sums[place * parts..][..parts], alone.2);
-            assert_eq!(whole(device, &data)[place * hidden..][..hidden], alone_whole);
+            assert_eq!(x[index * hidden..][..hidden], alone.0);
+            assert_eq!(y[index * hidden..][..hidden], alone.1);
+            assert_eq!(sums[index * parts..][..parts], alone.2);
+            assert_eq!(whole(device, &data)[index * hidden..][..hidden], alone_whole);
         }
     });
 }
 
 #[test]
-fn sizes_that_no_kernel_takes_are_refused() {
+fn launches_refuse_wrong_sizes() {
     let device = Emulator::new();
     let buffer = upload(&device, &[0f32; 128]);
     for (rows, hidden, part) in

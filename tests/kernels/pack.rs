@@ -1,4 +1,4 @@
-//! Packing of weights against the order written down in `support/layer.rs`, and embedding from packed weights.
+//! Packing of weights against the order defined in `support/layer.rs`, and embedding from packed weights.
 
 use crate::support::kernel;
 use crate::support::layer;
@@ -12,18 +12,18 @@ use dflash::gpu::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
 
-/// Packs the matrices one after the other into one layer.
+/// Packs the matrices one after another into one layer.
 fn packed(device: &dyn Device, shape: Shape, matrices: &[(&[u16], RowMap)]) -> Vec<u8> {
     let out = poisoned::<u16>(device, shape.weight_bytes() / 2);
-    for (matrix, place) in matrices {
+    for (matrix, packed_row) in matrices {
         let pack = Pack { rows: matrix.len() / shape.k, layer: shape };
-        pack.launch(device, &out, &upload(device, matrix), place).unwrap();
+        pack.launch(device, &out, &upload(device, matrix), packed_row).unwrap();
     }
     bytes_of(device, &out)
 }
 
 #[test]
-fn rows_go_to_their_places_and_the_last_tile_is_filled_with_zeros() {
+fn rows_are_packed_and_the_last_tile_is_zero_filled() {
     for (n, k) in [(1, 32), (16, 96), (17, 64), (100, 2080)] {
         let shape = Shape { n, k };
         let w = Random::new(n as u64).bf16(n * k, 1.0);
@@ -45,40 +45,40 @@ fn a_layer_of_several_matrices_is_packed_in_any_order() {
     let shape = Shape { n: inner * 2, k: 96 };
     let w = Random::new(2).bf16(shape.n * shape.k, 1.0);
     let (gates, ups) = w.split_at(inner * shape.k);
-    let places: (Vec<u32>, Vec<u32>) =
+    let packed_rows: (Vec<u32>, Vec<u32>) =
         (0..inner).map(Swiglu::gate_up_rows).map(|(gate, up)| (gate as u32, up as u32)).unzip();
     let bytes = same_bits(|device| {
-        let [gate, up] = [upload(device, &places.0), upload(device, &places.1)];
+        let [gate, up] = [upload(device, &packed_rows.0), upload(device, &packed_rows.1)];
         packed(device, shape, &[(gates, RowMap::At(&gate)), (ups, RowMap::At(&up))])
     });
-    let place = |r: usize| if r < inner { r / 8 * 16 + r % 8 } else { (r - inner) / 8 * 16 + 8 + r % 8 };
-    assert_eq!(from_bytes::<u16>(&bytes), pack_rows(&w, shape, place));
+    let packed_row = |r: usize| if r < inner { r / 8 * 16 + r % 8 } else { (r - inner) / 8 * 16 + 8 + r % 8 };
+    assert_eq!(from_bytes::<u16>(&bytes), pack_rows(&w, shape, packed_row));
 }
 
 #[test]
-fn places_that_do_not_exist_are_left_out() {
+fn rows_mapped_out_of_range_are_skipped() {
     let shape = Shape { n: 20, k: 32 };
     let w = Random::new(3).bf16(8 * 32, 1.0);
-    let places = [3u32, 20, 31, 32, u32::MAX, 19, 1 << 31, 0];
+    let packed_rows = [3u32, 20, 31, 32, u32::MAX, 19, 1 << 31, 0];
     let bytes = same_bits(|device| {
-        let place = upload(device, &places);
-        packed(device, shape, &[(&w, RowMap::At(&place))])
+        let packed_row = upload(device, &packed_rows);
+        packed(device, shape, &[(&w, RowMap::At(&packed_row))])
     });
-    let kept: Vec<usize> = (0..8).filter(|&r| places[r] < 20).collect();
+    let kept: Vec<usize> = (0..8).filter(|&r| packed_rows[r] < 20).collect();
     let rows: Vec<u16> = kept.iter().flat_map(|&r| w[r * 32..(r + 1) * 32].to_vec()).collect();
     let mut expected = pack_rows(&vec![POISON; 20 * 32], shape, |r| r);
-    let mask = pack_rows(&vec![1; kept.len() * 32], shape, |i| places[kept[i]] as usize);
-    let values = pack_rows(&rows, shape, |i| places[kept[i]] as usize);
+    let mask = pack_rows(&vec![1; kept.len() * 32], shape, |i| packed_rows[kept[i]] as usize);
+    let values = pack_rows(&rows, shape, |i| packed_rows[kept[i]] as usize);
     expected.iter_mut().zip(&mask).zip(&values).for_each(|((e, &m), &v)| *e = if m == 1 { v } else { *e });
     assert_eq!(from_bytes::<u16>(&bytes), expected);
 }
 
 #[test]
-fn launches_that_do_not_fit_are_refused() {
+fn launches_refuse_wrong_sizes() {
     let device = Emulator::new();
     let (small, matrix) = (device.allocate(64, "too little").unwrap(), upload(&device, &[0u16; 64 * 32]));
-    let refused = |pack: Pack, out: &Buffer, place: &RowMap, part: &str| {
-        let error = pack.launch(&device, out, &matrix, place).unwrap_err().to_string();
+    let refused = |pack: Pack, out: &Buffer, packed_row: &RowMap, part: &str| {
+        let error = pack.launch(&device, out, &matrix, packed_row).unwrap_err().to_string();
         assert!(error.contains(part), "{error}: {part}");
     };
     let layer = Shape { n: 64, k: 32 };
@@ -98,7 +98,7 @@ fn embedding_reads_packed_weights_and_scales_rows() {
     let tokens = [18u32, 0, 7, 19, 31, u32::MAX, 8];
     let rows = tokens.len();
     for scale in [1.0, 12.5] {
-        let [plain, packed] = [false, true].map(|packed| {
+        let [unpacked, packed] = [false, true].map(|packed| {
             let run = |device: &dyn Device| {
                 let shape = Shape { n: vocab, k: hidden };
                 let table = if packed { pack_rows(&table, shape, |r| r) } else { table.clone() };
@@ -113,12 +113,12 @@ fn embedding_reads_packed_weights_and_scales_rows() {
             assert_eq!(device.counts()["embedding"].streamed, 4 * hidden as u64 * 2);
             same_bits(run)
         });
-        assert!(plain == packed, "scale {scale}");
+        assert!(unpacked == packed, "scale {scale}");
         let table = from_bf16(&table);
         let expected = |&token: &u32| match token as usize {
             t if t < vocab => table[t * hidden..(t + 1) * hidden].iter().map(|x| x * scale).collect(),
             _ => vec![0.0; hidden],
         };
-        assert_eq!(from_bytes::<f32>(&plain), tokens.iter().flat_map(expected).collect::<Vec<f32>>());
+        assert_eq!(from_bytes::<f32>(&unpacked), tokens.iter().flat_map(expected).collect::<Vec<f32>>());
     }
 }

@@ -1,5 +1,5 @@
-//! Whole passes through the kernels, held against the reference models: a prompt's chunks, AR steps,
-//! verification and draft passes, on the demo pair and on random pairs with other heads.
+//! Whole passes through the kernels against the CPU models: prefill chunks, AR steps, verification and draft
+//! passes, on the demo pair and on a random pair with other heads.
 
 use crate::support;
 use crate::support::kernel;
@@ -16,12 +16,13 @@ use dflash::gpu::model::{
 };
 use kernel::*;
 
-/// Activations are rounded to bf16 some ten times a layer, 2^-9 each; the worst seen is 7.3e-3.
+/// Bound of the relative error. Activations are rounded to bf16 about ten times per layer, 2^-9 each. The
+/// largest error seen is 7.3e-3.
 const BOUND: f64 = 1.5e-2;
 const POSITIONS: usize = 256;
 const CHUNK: usize = 48;
 
-/// Both models, on the CPU and on a device.
+/// Both models of a pair, on the CPU and on a device.
 struct Rig<'a> {
     device: &'a dyn Device,
     target: Target,
@@ -36,7 +37,7 @@ struct Rig<'a> {
     draft_scratch: Scratch,
 }
 
-/// Pages in no particular order.
+/// Fills the page table in descending order, so that a page's number is not its index.
 fn fill_table(device: &dyn Device, cache: &KvCache) {
     let pages: Vec<u32> = (0..cache.pages as u32).rev().collect();
     device.upload(&cache.table, &to_bytes(&pages)).unwrap();
@@ -89,7 +90,7 @@ impl Rig<'_> {
         poisoned::<u16>(self.device, rows * taps * self.target.config.stack.hidden)
     }
 
-    /// Logits of the first `rows` rows of the pass that ran last.
+    /// Logits of `rows` rows of the last pass, from row `first` on.
     fn logits(&self, stack: &Transformer, scratch: &Scratch, first: usize, rows: usize) -> Vec<f32> {
         let vocab = self.vocabulary.vocab;
         let best = poisoned::<u64>(self.device, rows * vocab.div_ceil(128));
@@ -99,14 +100,14 @@ impl Rig<'_> {
         download(self.device, &logits)
     }
 
-    /// Target rows of sequence `sequence`: `tokens` at positions `at..`, as a prompt or as a block. Features and logits of
-    /// all rows.
+    /// A target pass of `sequence`: `tokens` at positions `at..`, as a prompt chunk or as a block. Returns
+    /// the features and, for a block, the logits of all rows.
     fn target_pass(&self, sequence: usize, at: usize, tokens: &[u32], prompt: bool) -> (Vec<u16>, Vec<f32>) {
         let table = rows_at(sequence, at, tokens.len());
         self.pass_of(&table, at, tokens, None, prompt.then_some(sequence))
     }
 
-    /// As [`Rig::target_pass`], of the first sequence's tree with these masks.
+    /// Like [`Rig::target_pass`], for a tree of sequence 0 with these masks.
     fn tree_pass(&self, at: usize, tokens: &[u32], masks: &[u64]) -> (Vec<u16>, Vec<f32>) {
         let mut table = rows_at(0, at, tokens.len());
         for (row, mask) in table.chunks_mut(Row::BYTES).zip(masks) {
@@ -148,7 +149,7 @@ impl Rig<'_> {
         (download(device, &features), logits)
     }
 
-    /// The reference's features and logits of `tokens` from position `at` on.
+    /// Features and logits of the CPU model for `tokens` from position `at` on.
     fn expected(&self, tokens: &[u32], at: usize) -> (Vec<f32>, Vec<f32>) {
         let mut cache = model::Cache::new(&self.target.config.stack, tokens.len()).unwrap();
         let (mut features, mut logits) = (vec![], vec![]);
@@ -159,7 +160,7 @@ impl Rig<'_> {
     }
 }
 
-/// Rows of one sequence at positions `at..`, queries in order.
+/// The row table of one sequence at positions `at..`, with query rows in order.
 fn rows_at(sequence: usize, at: usize, rows: usize) -> Vec<u8> {
     let row = |i: usize| Row {
         sequence: sequence as u32,
@@ -179,8 +180,9 @@ fn tokens(pair: &Pair, count: usize, seed: u64) -> Vec<u32> {
     (0..count).map(|_| random.below(pair.target.config.vocab) as u32).collect()
 }
 
-/// A random pair whose models have heads of 128, groups of 3 and 1, no q/k norm, an own head, odd sizes.
-fn wide() -> (support::Pair, Pair) {
+/// A random pair with heads of 128, groups of 3 and 1, a target without q/k norm, an untied head and odd
+/// sizes.
+fn random_pair() -> (support::Pair, Pair) {
     let target = support::Target {
         llama: true,
         hidden: 192,
@@ -235,39 +237,44 @@ fn chunks_and_blocks_of_the_demo_target_equal_the_reference() {
 }
 
 #[test]
-fn chunks_and_blocks_of_a_wide_target_equal_the_reference() {
-    let pair = &wide().1;
+fn chunks_and_blocks_of_a_random_target_equal_the_reference() {
+    let pair = &random_pair().1;
     every_device(|device| chunks_and_blocks_equal_the_reference(device, pair));
 }
 
 fn steps_equal_blocks_bit_for_bit(device: &dyn Device, pair: &Pair) {
     let tokens = tokens(pair, 80, 2);
-    // Contexts before a page's end, before a split's end.
+    // Contexts that end just before the end of a page.
     for (context, block) in [(57, 16), (62, 7), (60, 2)] {
         let rig = Rig::new(device, pair, 1, 16);
         rig.target_pass(0, 0, &tokens[..CHUNK], true);
         rig.target_pass(0, CHUNK, &tokens[CHUNK..context], true);
         let (features, logits) = rig.target_pass(0, context, &tokens[context..context + block], false);
         for i in 0..block {
-            let (own, row) = rig.target_pass(0, context + i, &tokens[context + i..][..1], false);
+            let (features_of_path, row) = rig.target_pass(0, context + i, &tokens[context + i..][..1], false);
             assert_eq!(to_bytes(&row), to_bytes(&logits[i * row.len()..][..row.len()]), "row {i} of {block}");
-            assert_eq!(own, features[i * own.len()..][..own.len()], "features of row {i} of {block}");
+            assert_eq!(
+                features_of_path,
+                features[i * features_of_path.len()..][..features_of_path.len()],
+                "features of row {i} of {block}"
+            );
         }
     }
 }
 
 #[test]
-fn plain_steps_equal_a_verification_block_bit_for_bit() {
+fn ar_steps_equal_a_verification_block_bit_for_bit() {
     let pair = &demo();
     every_device(|device| steps_equal_blocks_bit_for_bit(device, pair));
-    let pair = &wide().1;
+    let pair = &random_pair().1;
     every_device(|device| steps_equal_blocks_bit_for_bit(device, pair));
 }
 
-/// Every row of a tree against its path as a chain. A third of the trees' rows follow the row before them, the others any.
+/// Compares every row of a tree with its path as a chain. A third of the rows follow the row before them, the
+/// others a random one.
 fn trees_equal_chains_bit_for_bit(device: &dyn Device, pair: &Pair) {
     let mut random = Random::new(4);
-    // Paths that cross a page's end and a split's.
+    // Paths that cross the end of a page and of a split.
     for (context, rows) in [(57, 16), (62, 9), (121, 16)] {
         let rig = Rig::new(device, pair, 1, 16);
         let tokens = tokens(pair, context + rows, context as u64);
@@ -283,12 +290,16 @@ fn trees_equal_chains_bit_for_bit(device: &dyn Device, pair: &Pair) {
         let (features, logits) = rig.tree_pass(context, tokens, &masks);
         for (row, mask) in masks.iter().enumerate() {
             let path: Vec<u32> = (0..rows).filter(|i| mask >> i & 1 == 1).map(|i| tokens[i]).collect();
-            let (own, last) = rig.target_pass(0, context, &path, false);
-            let (width, vocab) = (own.len() / path.len(), last.len() / path.len());
+            let (features_of_path, last) = rig.target_pass(0, context, &path, false);
+            let (width, vocab) = (features_of_path.len() / path.len(), last.len() / path.len());
             let what = format!("row {row} of {rows} after {context}");
             let last = &last[(path.len() - 1) * vocab..];
             assert_eq!(to_bytes(last), to_bytes(&logits[row * vocab..][..vocab]), "{what}");
-            assert_eq!(own[(path.len() - 1) * width..], features[row * width..][..width], "features, {what}");
+            assert_eq!(
+                features_of_path[(path.len() - 1) * width..],
+                features[row * width..][..width],
+                "features, {what}"
+            );
         }
     }
 }
@@ -297,7 +308,7 @@ fn trees_equal_chains_bit_for_bit(device: &dyn Device, pair: &Pair) {
 fn every_row_of_a_tree_equals_its_path_as_a_chain_bit_for_bit() {
     let pair = &demo();
     every_device(|device| trees_equal_chains_bit_for_bit(device, pair));
-    let pair = &wide().1;
+    let pair = &random_pair().1;
     every_device(|device| trees_equal_chains_bit_for_bit(device, pair));
 }
 
@@ -311,7 +322,7 @@ fn draft_equals_the_reference(device: &dyn Device, pair: &Pair) {
     let features = to_bf16(&features);
     let width = features.len() / length;
 
-    // The prompt's features, then those of the last round before the block's own rows.
+    // The features of the prompt; then those of the last round, followed by the rows of the block.
     let numbers: Vec<u32> = (0..known as u32).collect();
     let prompt = upload(device, &features[..known * width]);
     let (s, cache) = (&rig.draft_scratch, &rig.draft_cache);
@@ -361,13 +372,13 @@ fn drafts_of_the_demo_drafter_equal_the_reference() {
 }
 
 #[test]
-fn drafts_of_a_wide_drafter_equal_the_reference() {
-    let pair = &wide().1;
+fn drafts_of_a_random_drafter_equal_the_reference() {
+    let pair = &random_pair().1;
     every_device(|device| draft_equals_the_reference(device, pair));
 }
 
 #[test]
-fn a_pass_is_five_launches_a_layer_and_one() {
+fn a_pass_is_five_launches_per_layer_and_one() {
     let pair = demo();
     let device = &Emulator::new();
     let rig = Rig::new(device, &pair, 1, 16);

@@ -1,5 +1,6 @@
-//! The linear kernels for prompts against the skinny ones and against f64. Those by warps have the skinny ones' bits wherever
-//! these do not split K; those by warpgroups add in another order, and have their bits where every sum is exact.
+//! The linear kernels for prefill against the skinny ones and against f64. The mma kernels give the bits of
+//! the skinny ones if those do not split K. The wgmma kernels add in another order and give the same bits if
+//! every sum is exact.
 
 use crate::support::kernel;
 use crate::support::layer;
@@ -15,32 +16,32 @@ use layer::*;
 
 const PROMPT_KINDS: [Kind; 4] = [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Inject];
 
-fn by(prompt: PrefillKernel, data: &Data) -> Data {
+fn with_kernel(prompt: PrefillKernel, data: &Data) -> Data {
     Data { prompt: Some(prompt), ..data.clone() }
 }
 
-/// What a device has of the two.
-fn prompts(device: &dyn Device) -> impl Iterator<Item = PrefillKernel> {
+/// The kinds of prefill kernels that the device has.
+fn prefill_kernels(device: &dyn Device) -> impl Iterator<Item = PrefillKernel> {
     PrefillKernel::ALL.into_iter().filter(|prompt| prompt.runs_on(device))
 }
 
-fn kinds_of_prompts() -> impl Iterator<Item = (PrefillKernel, Kind)> {
+fn prefill_kernels_and_kinds() -> impl Iterator<Item = (PrefillKernel, Kind)> {
     PrefillKernel::ALL.into_iter().flat_map(|prompt| PROMPT_KINDS.map(|kind| (prompt, kind)))
 }
 
 #[test]
-fn prompts_have_the_bits_of_blocks_where_k_is_not_split() {
+fn mma_prefill_equals_blocks_where_k_is_not_split() {
     every_device(|device| {
         let rows = if cfg!(feature = "sanitize") { &[5, 130][..] } else { &[1, 5, 127, 128, 129, 300][..] };
         for kind in PROMPT_KINDS {
-            // Less than a stage, one, one and a half, several.
+            // Less than a stage, one, one and a half, several stages.
             for k in [32, 64, 96, 160, 480] {
                 let shape = Shape { n: kind.outputs(), k };
                 assert_eq!(shape.slices().1, 1);
                 for &rows in rows {
                     let data = Data::new(rows as u64, rows, shape);
                     let block = kind.run(device, &data);
-                    let chunk = kind.run(device, &by(PrefillKernel::Mma, &data));
+                    let chunk = kind.run(device, &with_kernel(PrefillKernel::Mma, &data));
                     assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
                     assert_written(&chunk.concat(), "the result");
                 }
@@ -50,12 +51,13 @@ fn prompts_have_the_bits_of_blocks_where_k_is_not_split() {
 }
 
 #[test]
-fn exact_sums_have_the_bits_of_blocks_by_warpgroups_too() {
+fn wgmma_prefill_equals_blocks_where_sums_are_exact() {
     every_device(|device| {
         if !PrefillKernel::Wgmma.runs_on(device) {
             return;
         }
-        // Less than a stage, one, one and a half, as many as the ring has, more; blocks of tokens that are full, or nearly.
+        // Less than a stage, one, one and a half, as many as the ring holds, more; blocks of tokens that are
+        // full or nearly full.
         let all = [(32, 1), (64, 257), (96, 255), (160, 5), (224, 127), (256, 256), (320, 300), (1056, 513)];
         for kind in PROMPT_KINDS {
             for (k, rows) in all {
@@ -64,7 +66,7 @@ fn exact_sums_have_the_bits_of_blocks_by_warpgroups_too() {
                 }
                 let data = Data::whole(rows as u64, rows, Shape { n: kind.outputs(), k });
                 let block = kind.run(device, &data);
-                let chunk = kind.run(device, &by(PrefillKernel::Wgmma, &data));
+                let chunk = kind.run(device, &with_kernel(PrefillKernel::Wgmma, &data));
                 assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
                 assert_written(&chunk.concat(), "the result");
             }
@@ -73,7 +75,7 @@ fn exact_sums_have_the_bits_of_blocks_by_warpgroups_too() {
 }
 
 #[test]
-fn heads_of_all_kinds_have_the_bits_of_blocks() {
+fn every_head_layout_equals_blocks_bit_for_bit() {
     every_device(|device| {
         for (heads, kv_heads, head_dim) in HEADS {
             for keys_only in [false, true] {
@@ -82,11 +84,11 @@ fn heads_of_all_kinds_have_the_bits_of_blocks() {
                 to.qkv = Qkv { k, keys_only, ..to.qkv };
                 let data = Data::whole(4, rows, to.qkv.shape());
                 let block = qkv(device, &data, &to);
-                for prompt in prompts(device) {
-                    let chunk = qkv(device, &by(prompt, &data), &to);
+                for prompt in prefill_kernels(device) {
+                    let chunk = qkv(device, &with_kernel(prompt, &data), &to);
                     assert!(
                         block == chunk,
-                        "{prompt:?}, {heads} heads, {kv_heads} of keys, {head_dim}, {keys_only}"
+                        "{prompt:?}, {heads} heads of {head_dim}, {kv_heads} KV heads, keys only {keys_only}"
                     );
                 }
             }
@@ -95,11 +97,11 @@ fn heads_of_all_kinds_have_the_bits_of_blocks() {
 }
 
 #[test]
-fn long_sums_of_prompts_equal_f64() {
+fn long_sums_equal_f64() {
     // The skinny kernel would split these sums in four and in eight.
     for (k, prompt) in [1056, 2048].into_iter().flat_map(|k| PrefillKernel::ALL.map(|prompt| (k, prompt))) {
         let (rows, n) = (150, 128);
-        let data = by(prompt, &Data::new(1, rows, Shape { n, k }));
+        let data = with_kernel(prompt, &Data::new(1, rows, Shape { n, k }));
         let (x, gain) = (vec![0.0; rows * n], vec![1.0; n]);
         let expected: Vec<f32> = data.product(false).into_iter().map(|v| v as f32).collect();
         let outcomes = bits_of_every_device(|device| match prompt.runs_on(device) {
@@ -114,32 +116,35 @@ fn long_sums_of_prompts_equal_f64() {
 }
 
 #[test]
-fn a_prompt_rows_bits_do_not_depend_on_the_other_rows() {
+fn row_bits_do_not_depend_on_other_rows() {
     every_device(|device| {
-        for (prompt, kind) in prompts(device).flat_map(|prompt| PROMPT_KINDS.map(|kind| (prompt, kind))) {
+        for (prompt, kind) in
+            prefill_kernels(device).flat_map(|prompt| PROMPT_KINDS.map(|kind| (prompt, kind)))
+        {
             let (k, rows) = (1056, 140);
             let shape = Shape { n: kind.outputs(), k };
             let parts = k.div_ceil(128);
-            let own = by(prompt, &Data::new(1, 1, shape));
-            let alone = kind.run(device, &own).remove(0);
-            for place in [0, 77, 127, 128, rows - 1] {
-                let mut data = by(prompt, &Data { w: own.w.clone(), ..Data::new(2, rows, shape) });
+            let single = with_kernel(prompt, &Data::new(1, 1, shape));
+            let alone = kind.run(device, &single).remove(0);
+            for index in [0, 77, 127, 128, rows - 1] {
+                let mut data =
+                    with_kernel(prompt, &Data { w: single.w.clone(), ..Data::new(2, rows, shape) });
                 data.x.fill(0x7fc1);
                 data.sumsq.fill(f32::NAN);
-                data.x[place * k..(place + 1) * k].copy_from_slice(&own.x);
-                data.sumsq[place * parts..(place + 1) * parts].copy_from_slice(&own.sumsq);
-                let bits = kind.run(device, &data).remove(place);
-                assert!(bits == alone, "{prompt:?}, {kind:?}: row {place} of {rows}");
+                data.x[index * k..(index + 1) * k].copy_from_slice(&single.x);
+                data.sumsq[index * parts..(index + 1) * parts].copy_from_slice(&single.sumsq);
+                let bits = kind.run(device, &data).remove(index);
+                assert!(bits == alone, "{prompt:?}, {kind:?}: row {index} of {rows}");
             }
         }
     });
 }
 
 #[test]
-fn a_prompt_with_nothing_to_do_writes_nothing() {
-    for (prompt, kind) in kinds_of_prompts() {
+fn an_inactive_launch_writes_nothing() {
+    for (prompt, kind) in prefill_kernels_and_kinds() {
         let device = Emulator::new();
-        let data = by(prompt, &Data::new(7, 4, Shape { n: kind.outputs(), k: 96 }));
+        let data = with_kernel(prompt, &Data::new(7, 4, Shape { n: kind.outputs(), k: 96 }));
         kind.run(&device, &Data { num_active: 0, ..data });
         let counts = device.counts();
         let (name, counts) = counts.iter().find(|(name, _)| name.starts_with("prefill_")).unwrap();
@@ -148,7 +153,7 @@ fn a_prompt_with_nothing_to_do_writes_nothing() {
 }
 
 #[test]
-fn a_prompts_features_that_are_not_there_are_zeros() {
+fn missing_features_are_zeros() {
     every_device(|device| {
         let (rows, feature_rows, n, k) = (140, 21, 128, 96);
         let data = Data::whole(9, feature_rows, Shape { n, k });
@@ -168,17 +173,17 @@ fn a_prompts_features_that_are_not_there_are_zeros() {
             [bytes_of(device, &y), bytes_of(device, &sumsq)].concat()
         };
         let block = run(&data);
-        for prompt in prompts(device) {
-            assert!(block == run(&by(prompt, &data)), "{prompt:?}");
+        for prompt in prefill_kernels(device) {
+            assert!(block == run(&with_kernel(prompt, &data)), "{prompt:?}");
         }
-        assert!(block[n * 2..n * 4].iter().all(|&b| b == 0), "row 1 is the first that is not there");
+        assert!(block[n * 2..n * 4].iter().all(|&b| b == 0), "row 1 is the first missing row");
     });
 }
 
 #[test]
 fn schedules_and_threads_give_the_same_bits() {
-    for (prompt, kind) in kinds_of_prompts() {
-        let data = by(prompt, &Data::new(5, 20, Shape { n: kind.outputs(), k: 288 }));
+    for (prompt, kind) in prefill_kernels_and_kinds() {
+        let data = with_kernel(prompt, &Data::new(5, 20, Shape { n: kind.outputs(), k: 288 }));
         let run = |device: &dyn Device| match prompt.runs_on(device) {
             true => kind.run(device, &data).concat(),
             false => vec![],
@@ -192,38 +197,39 @@ fn schedules_and_threads_give_the_same_bits() {
 }
 
 #[test]
-fn shared_memory_is_free_of_conflicts_and_every_block_reads_its_weights_once() {
-    for (prompt, kind) in kinds_of_prompts() {
+fn weights_are_read_once_per_block_without_bank_conflicts() {
+    for (prompt, kind) in prefill_kernels_and_kinds() {
         let (rows, k) = (260, 160);
         let device = Emulator::new();
         device.count_conflicts(true);
-        let data = by(prompt, &Data::new(8, rows, Shape { n: kind.outputs(), k }));
+        let data = with_kernel(prompt, &Data::new(8, rows, Shape { n: kind.outputs(), k }));
         kind.run(&device, &data);
         let counts = device.counts();
         let (name, counts) = counts.iter().find(|(name, _)| name.starts_with("prefill_")).unwrap();
         assert_eq!(counts.conflicts, 0, "{name}");
-        // Blocks of tokens. Products are rounded up to whole stages and blocks: 3 stages of 4 times 16 k, and 8 tiles of
-        // weights for each tile of 8 tokens.
-        let (wide, tokens) = match prompt {
+        // Blocks of tokens, and tokens per block. Products are rounded up to whole stages and blocks: 3
+        // stages of 4 times 16 k, and 8 tiles of weights per tile of 8 tokens.
+        let (token_blocks, tokens) = match prompt {
             PrefillKernel::Mma => (3, 128),
             PrefillKernel::Wgmma => (2, 256),
         };
-        let blocks = data.shape.n.div_ceil(128) * wide;
+        let blocks = data.shape.n.div_ceil(128) * token_blocks;
         assert_eq!(counts.blocks, blocks as u64, "{name}");
         assert_eq!(counts.mma, (blocks * 3 * 4 * 8 * tokens / 8) as u64, "{name}");
-        let least = data.shape.weight_bytes() * wide + rows * k * 2 * data.shape.n.div_ceil(128);
+        let least = data.shape.weight_bytes() * token_blocks + rows * k * 2 * data.shape.n.div_ceil(128);
         let read = counts.read as usize;
         assert!(read >= least, "{name}: {read} bytes read, at least {least}");
-        // Of the epilogues this one reads least: its gains.
+        // The epilogue of the injection reads least: only its gains.
         assert!(kind != Kind::Inject || read < least * 11 / 10, "{name}: {read} bytes read, least {least}");
     }
 }
 
 #[test]
-fn the_head_has_no_kernel_for_prompts() {
+fn the_head_has_no_prefill_kernel() {
     let device = Emulator::new();
     let (vocab, k) = (261, 96);
-    let layer = by(PrefillKernel::Mma, &Data::new(1, 3, Shape { n: vocab, k })).upload(&device, |r| r);
+    let layer =
+        with_kernel(PrefillKernel::Mma, &Data::new(1, 3, Shape { n: vocab, k })).upload(&device, |r| r);
     let best = poisoned::<u64>(&device, 9);
     let head = dflash::gpu::kernels::head::Head { rows: 3, vocab, k, multiplier: 1.0, softcap: None };
     let refusal = head.launch(&device, &layer.input(true), &best, None).unwrap_err();
@@ -231,15 +237,16 @@ fn the_head_has_no_kernel_for_prompts() {
 }
 
 #[test]
-fn a_device_without_wgmma_takes_the_kernels_by_warps() {
-    // As a card before Hopper, and any with the other image.
-    let ledger = dflash::gpu::dry_run::DryRunDevice::new();
-    assert!(!ledger.properties().overlap);
-    assert_eq!(prompts(&ledger).collect::<Vec<_>>(), [PrefillKernel::Mma]);
-    assert_eq!(PrefillKernel::of(&ledger), PrefillKernel::Mma);
+fn a_device_without_wgmma_uses_the_mma_kernels() {
+    // Like a GPU older than Hopper.
+    let dry_run = dflash::gpu::dry_run::DryRunDevice::new();
+    assert!(!dry_run.properties().overlap);
+    assert_eq!(prefill_kernels(&dry_run).collect::<Vec<_>>(), [PrefillKernel::Mma]);
+    assert_eq!(PrefillKernel::of(&dry_run), PrefillKernel::Mma);
     let kernel = Swiglu { rows: 3, inner: 96, k: 64 };
-    let layer = by(PrefillKernel::Wgmma, &Data::new(1, 3, kernel.shape())).upload(&ledger, |r| r);
-    let refusal = kernel.launch(&ledger, &layer.input(true), &poisoned::<u16>(&ledger, 3 * 96)).unwrap_err();
+    let layer = with_kernel(PrefillKernel::Wgmma, &Data::new(1, 3, kernel.shape())).upload(&dry_run, |r| r);
+    let refusal =
+        kernel.launch(&dry_run, &layer.input(true), &poisoned::<u16>(&dry_run, 3 * 96)).unwrap_err();
     assert_eq!(refusal.to_string(), "kernel prefill_swiglu_wgmma: dry run has no wgmma");
-    assert_eq!(prompts(&Emulator::new()).count(), 2);
+    assert_eq!(prefill_kernels(&Emulator::new()).count(), 2);
 }

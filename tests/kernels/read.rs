@@ -1,4 +1,4 @@
-//! The kernel that measures what reading takes: every byte once, each of them in the sum.
+//! The kernel that measures the read bandwidth: it reads every byte once and adds it to a sum.
 
 use crate::support::kernel;
 
@@ -22,14 +22,14 @@ fn total(words: &[u32]) -> u32 {
 }
 
 #[test]
-fn the_sums_of_all_blocks_are_the_sum_of_all_words() {
+fn block_sums_add_up_to_the_sum_of_all_words() {
     let mut random = Random::new(1);
     for pieces in PIECES {
         let data: Vec<u32> = (0..pieces * 4).map(|_| random.next() as u32).collect();
         for blocks in [1, 2, 3, 7] {
             let bytes = same_bits(|device| sums(device, &data, blocks));
             let found: Vec<u32> = from_bytes(&bytes);
-            // Each block its own runs.
+            // Block b adds runs b, b + blocks, ...
             let runs = |block: usize| data.chunks(2048 * 4).skip(block).step_by(blocks);
             let expected: Vec<u32> =
                 (0..blocks).map(|block| total(&runs(block).map(total).collect::<Vec<_>>())).collect();
@@ -45,12 +45,12 @@ fn a_change_of_any_byte_changes_the_sum() {
     let mut data: Vec<u8> = (0..(2048 + 40) * 16).map(|_| random.next() as u8).collect();
     let sum = |data: &[u8]| total(&from_bytes::<u32>(&sums(&device, &from_bytes(data), 2)));
     let before = sum(&data);
-    let places = [0, 1, 2, 3, 15, 16, 4095, 4096, 2048 * 16 - 1, 2048 * 16, data.len() - 1];
-    for place in places.into_iter().chain((0..30).map(|_| random.below(2088 * 16)).collect::<Vec<_>>()) {
+    let positions = [0, 1, 2, 3, 15, 16, 4095, 4096, 2048 * 16 - 1, 2048 * 16, data.len() - 1];
+    for index in positions.into_iter().chain((0..30).map(|_| random.below(2088 * 16)).collect::<Vec<_>>()) {
         let bit = 1 << random.below(8);
-        data[place] ^= bit;
-        assert_ne!(sum(&data), before, "byte {place}");
-        data[place] ^= bit;
+        data[index] ^= bit;
+        assert_ne!(sum(&data), before, "byte {index}");
+        data[index] ^= bit;
     }
     assert_eq!(sum(&data), before);
 }
@@ -72,7 +72,7 @@ fn every_byte_is_read_once_and_little_is_written() {
 }
 
 #[test]
-fn launches_that_do_not_fit_are_refused() {
+fn launches_refuse_wrong_sizes() {
     let device = Emulator::new();
     let (from, out) = (upload(&device, &[0u32; 64]), poisoned::<u32>(&device, 4));
     let refused = |bytes: usize, blocks: usize, part: &str| {

@@ -1,7 +1,8 @@
-//! Trees drawn and judged on a device, decision for decision against `sample_tree` and `recursive` of `src/spec/verify.rs`.
+//! Trees sampled and verified on a device. Every decision must equal those of `sample_tree` and
+//! `recursive_rejection` of `src/spec/verify.rs`.
 
-use crate::support::drawn;
 use crate::support::kernel;
+use crate::support::sampled_trees;
 
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
@@ -15,36 +16,39 @@ use dflash::spec::distribution::Distribution;
 use dflash::spec::rng::{DrawKey, PhiloxStream, Purpose};
 use dflash::spec::sampling::SamplingParams;
 use dflash::spec::tree::shape;
-use drawn::*;
 use kernel::*;
+use sampled_trees::*;
 
+/// More than half of its random batches run only with `DFLASH_EXHAUSTIVE=1`.
 #[test]
-fn trees_are_drawn_and_judged_as_the_rules_say() {
+fn sampled_and_verified_trees_equal_the_reference() {
     let mut random = Random::new(1);
-    let shrink = if cfg!(feature = "sanitize") { 20 } else { 1 };
-    let mut seen = Seen::default();
-    for (vocab, block, wide, batches) in [
-        (1, 4, 5, 5),
-        (2, 4, 8, 30),
-        (3, 5, 16, 40),
-        (17, 6, 16, 40),
-        (130, 16, 64, 10),
-        (257, 8, 12, 20),
-        (2048, 4, 9, 10),
-        (9001, 3, 6, 4),
-        (32000, 3, 6, 2),
+    let (mut turn, mut coverage) = (0, Coverage::default());
+    for (vocab, block, max_verify_rows, few, all) in [
+        (1, 4, 5, 2, 5),
+        (2, 4, 8, 12, 30),
+        (3, 5, 16, 16, 40),
+        (17, 6, 16, 16, 40),
+        (130, 16, 64, 5, 10),
+        (257, 8, 12, 8, 20),
+        (2048, 4, 9, 5, 10),
+        (9001, 3, 6, 3, 4),
+        (32000, 3, 6, 2, 2),
     ] {
-        for i in 0..(batches / shrink).max(1) {
-            let batch = batch(&mut random, VerifyMethod::Rejection, (vocab, block, wide), 8);
-            every_device_in_turn(i, |device| seen.add(batch.check(device, &format!("batch {i}"))));
+        for i in 0..cases(few, all) {
+            let batch = batch(&mut random, VerifyMethod::Rejection, (vocab, block, max_verify_rows), 8);
+            every_device_in_turn(turn, |device| coverage.add(batch.check(device, &format!("batch {i}"))));
+            turn += 1;
         }
     }
-    println!("{seen:?}");
-    if shrink == 1 {
-        let Seen { stood: [none, one, two, more], places, none_of, repeats, damaged, .. } = seen;
-        assert!(none > 100 && one > 50 && two > 20 && more > 50, "{none} {one} {two} {more}");
-        assert!(places.iter().all(|&n| n > 20), "{places:?}");
-        assert!(none_of > 50 && repeats > 100 && damaged > 20, "{none_of} {repeats} {damaged}");
+    println!("{coverage:?}");
+    if !cfg!(feature = "sanitize") {
+        let part = if exhaustive() { 1 } else { 3 };
+        let Coverage { accepted: [none, one, two, more], siblings_before, .. } = coverage;
+        let Coverage { all_rejected, repeats, damaged, .. } = coverage;
+        assert!(none > 100 / part && one > 50 / part && two > 20 / part && more > 50 / part);
+        assert!(siblings_before.iter().all(|&n| n > 20 / part));
+        assert!(all_rejected > 50 / part && repeats > 100 / part && damaged > 20 / part);
     }
 }
 
@@ -54,10 +58,10 @@ fn trees_are_the_same_under_every_schedule() {
 }
 
 #[test]
-fn laws_that_are_alike_let_the_first_of_siblings_stand() {
+fn equal_distributions_accept_the_first_sibling() {
     every_device(|device| {
         let mut random = Random::new(4);
-        let (vocab, block, wide) = (257, 8, 16);
+        let (vocab, block, max_verify_rows) = (257, 8, 16);
         for temperature in [0.0, 1.0] {
             let row = random.normals(vocab, 2.0);
             let how = SamplingParams {
@@ -69,43 +73,44 @@ fn laws_that_are_alike_let_the_first_of_siblings_stand() {
                 stream: 9,
             };
             let request = Request {
-                rule: VerifyMethod::Rejection,
+                method: VerifyMethod::Rejection,
                 length: 70,
                 rounds: 3,
                 sampling: how.clone(),
-                drafting: how,
-                parents: shape(wide, block - 1).parents,
+                draft_sampling: how,
+                parents: shape(max_verify_rows, block - 1).parents,
             };
             let batch = Batch {
-                kind: VerifyMethod::Rejection,
+                method: VerifyMethod::Rejection,
                 vocab,
                 block,
-                wide,
+                max_verify_rows,
                 requests: vec![request],
-                target: row.repeat(wide),
+                target: row.repeat(max_verify_rows),
                 drafter: row.repeat(block),
-                tokens: vec![None; wide],
+                tokens: vec![None; max_verify_rows],
             };
-            let seen = batch.check(device, "alike");
-            assert_eq!((seen.places[0] > 3, seen.places[1..].iter().sum::<usize>()), (true, 0));
+            let before = batch.check(device, "equal").siblings_before;
+            assert_eq!((before[0] > 3, before[1..].iter().sum::<usize>()), (true, 0));
         }
     });
 }
 
-/// What is beyond `q` of `p`, and the distribution it makes.
-fn beyond(p: &Distribution, q: &Distribution) -> (Vec<(u32, u64)>, Distribution) {
+/// The residual max(p - q, 0) in units, and the distribution proportional to it.
+fn residual(p: &Distribution, q: &Distribution) -> (Vec<(u32, u64)>, Distribution) {
     let over = p.tokens().iter().map(|&(id, w)| (id, w.saturating_sub(q.probability(id))));
     let over: Vec<(u32, u64)> = over.filter(|&(_, w)| w > 0).collect();
-    let most = over.iter().map(|&(_, w)| w).max().unwrap();
-    let rounding_token = over.iter().find(|&&(_, w)| w == most).unwrap().0;
+    let max = over.iter().map(|&(_, w)| w).max().unwrap();
+    let rounding_token = over.iter().find(|&&(_, w)| w == max).unwrap().0;
     (over.clone(), Distribution::new(over, rounding_token).unwrap())
 }
 
 #[test]
-fn the_last_units_between_siblings_count() {
-    // The first sibling always falls, and what is left of both distributions is nearly all on the same tokens: on one, or on two
-    // that weigh the same, of which the lower takes what rounding leaves. After the second sibling, which the target never
-    // emits, what is left is a handful of units, those tokens' among them.
+fn the_last_unit_between_siblings_counts() {
+    // The first sibling is always rejected. Then nearly all of both residual distributions is on the same
+    // tokens: on one, or on two of equal weight, of which the lower takes the rounding remainder. The second
+    // sibling has probability 0 in the target. After it the residual is a few units, some of them on those
+    // tokens.
     let none = f32::NEG_INFINITY;
     let half = |n: f32| -n * 2f32.ln();
     let how = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 11, stream: 5 };
@@ -120,16 +125,16 @@ fn the_last_units_between_siblings_count() {
         (target[6], drafter[6]) = (half(30.0), half(32.0));
         drafter[1] = half(30.0); // the second
         let [p, q] = [&target, &drafter].map(|row| how.probabilities(row).unwrap());
-        let (p, q) = (beyond(&p, &q).1, q.without(7).unwrap());
-        let (rest, _) = beyond(&p, &q);
+        let (p, q) = (residual(&p, &q).1, q.without(7).unwrap());
+        let (rest, _) = residual(&p, &q);
         let total: u64 = rest.iter().map(|&(_, w)| w).sum();
         assert!(total < 1 << 20 && heavy.iter().any(|&id| rest.iter().any(|r| r.0 == id as u32)), "{rest:?}");
         let bits = |rounds: u32| {
-            let dice = PhiloxStream { seed: how.seed, stream: how.stream, round: rounds + 1, anchor: 9 };
-            dice.bits(DrawKey { purpose: Purpose::Residual, depth: 1, row: 0 })
+            let stream = PhiloxStream { seed: how.seed, stream: how.stream, round: rounds + 1, anchor: 9 };
+            stream.bits(DrawKey { purpose: Purpose::Residual, depth: 1, row: 0 })
         };
         let unit = |rounds: u32| ((u128::from(bits(rounds)) * u128::from(total)) >> 64) as u64;
-        // The last unit of each token and the first of the next.
+        // The last unit of each token and the first of the next one.
         let mut ends = Vec::new();
         let mut end = 0;
         for &(_, w) in &rest {
@@ -137,13 +142,13 @@ fn the_last_units_between_siblings_count() {
             ends.extend([end - 1, end % total]);
         }
         let found: Vec<u32> =
-            ends.iter().map(|&goal| (0..1 << 25).find(|&rounds| unit(rounds) == goal).unwrap()).collect();
+            ends.iter().map(|&end| (0..1 << 25).find(|&rounds| unit(rounds) == end).unwrap()).collect();
         let request = |&rounds: &u32| Request {
-            rule: VerifyMethod::Rejection,
+            method: VerifyMethod::Rejection,
             length: 9,
             rounds,
             sampling: how.clone(),
-            drafting: how.clone(),
+            draft_sampling: how.clone(),
             parents: vec![0, 0, 0],
         };
         for stride in [1, 4, 700] {
@@ -154,18 +159,18 @@ fn the_last_units_between_siblings_count() {
             };
             let (drafts, sequences) = ([Some(7), Some(7 * stride as u32), Some(stride as u32)], found.len());
             let batch = Batch {
-                kind: VerifyMethod::Rejection,
+                method: VerifyMethod::Rejection,
                 vocab: 7 * stride + 1,
                 block: 2,
-                wide: 3,
+                max_verify_rows: 3,
                 requests: found.iter().map(request).collect(),
                 target: apart(&target).repeat(3 * sequences),
                 drafter: apart(&drafter).repeat(2 * sequences),
                 tokens: drafts.repeat(sequences),
             };
             every_device(|device| {
-                let seen = batch.check(device, "units");
-                assert_eq!(seen.stood, [sequences, 0, 0, 0]);
+                let coverage = batch.check(device, "units");
+                assert_eq!(coverage.accepted, [sequences, 0, 0, 0]);
                 tried += sequences;
             });
         }
@@ -174,48 +179,53 @@ fn the_last_units_between_siblings_count() {
 }
 
 #[test]
-fn garbage_stays_inside_the_buffers() {
+fn garbage_stays_in_bounds() {
     every_device(|device| {
         let mut random = Random::new(12);
         for i in 0..40 {
             let (vocab, sequences) = ([1, 7, 300, 3001][i % 4], 3);
-            let (block, wide) = ([1, 4, 16][i % 3], [1, 5, 12, 64][i / 3 % 4]);
-            let kernels = Siblings { sequences, block, max_verify_rows: wide, vocab };
+            let (block, max_verify_rows) = ([1, 4, 16][i % 3], [1, 5, 12, 64][i / 3 % 4]);
+            let kernels = Siblings { sequences, block, max_verify_rows, vocab };
             let mut noise = |bytes: usize| {
-                // Small words too, which pass for ids, rows, rules and counts.
+                // Half of the words are small, so that they pass for ids, rows, methods and counts.
                 let word =
                     |_| random.next() as u32 >> if random.below(2) == 0 { 0 } else { 20 + random.below(12) };
                 let words: Vec<u32> = (0..bytes / 4).map(word).collect();
                 words
             };
-            let [tokens, parents, path] = [(); 3].map(|()| upload(device, &noise(sequences * wide * 4)));
+            let [tokens, parents, path] =
+                [(); 3].map(|()| upload(device, &noise(sequences * max_verify_rows * 4)));
             let [accepted, next] = [(); 2].map(|()| upload(device, &noise(sequences * 4)));
             let spans = upload(device, &noise(sequences * 8));
             let mut states = noise(sequences * 128);
-            // Its rule is the last word, its form the upper half of the eighth; let some be those that take part.
+            // The method is the last word of a state and the form the upper half of the eighth. Some
+            // sequences take part.
             for words in states.chunks_mut(32).skip(i % 2) {
                 (words[31], words[7]) =
                     (VerifyMethod::Rejection as u32, words[7] & 0xffff | (Form::SampledTree as u32) << 16);
             }
             let states = upload(device, &states);
             let (target, drafter) = (
-                [noise(sequences * wide * vocab * 4), noise(sequences * wide * DISTRIBUTION_BYTES)],
+                [
+                    noise(sequences * max_verify_rows * vocab * 4),
+                    noise(sequences * max_verify_rows * DISTRIBUTION_BYTES),
+                ],
                 [noise(sequences * block * vocab * 4), noise(sequences * block * DISTRIBUTION_BYTES)],
             );
             let [target, drafter] = [target, drafter].map(|rows| rows.map(|words| upload(device, &words)));
             let tables = constant(device, &tables());
             let trees = SampledTrees { tokens: &tokens, parents: &parents, spans: &spans };
-            let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
+            let output = VerifyOutput { accepted: &accepted, next: &next, path: &path };
             let [target, drafter] =
                 [&target, &drafter].map(|[logits, distributions]| Rows { logits, distributions });
-            kernels.verify(device, verdict, trees, target, drafter, &states, &tables).unwrap();
+            kernels.verify(device, output, trees, target, drafter, &states, &tables).unwrap();
             kernels.sample(device, trees, drafter, &states, &tables).unwrap();
         }
     });
 }
 
 #[test]
-fn launches_refuse_what_does_not_fit() {
+fn launches_refuse_wrong_sizes() {
     let device = Emulator::new();
     let kernels = Siblings { sequences: 2, block: 4, max_verify_rows: 8, vocab: 40 };
     let get = |bytes: usize| device.allocate(bytes, "test").unwrap();
@@ -224,24 +234,24 @@ fn launches_refuse_what_does_not_fit() {
     let (tokens, parents, spans) = (get(64), get(64), get(16));
     let trees = SampledTrees { tokens: &tokens, parents: &parents, spans: &spans };
     let (states, tables, small) = (get(256), get(2048), get(48));
-    let draw = |kernels: Siblings, trees, rows| {
+    let sample = |kernels: Siblings, trees, rows| {
         kernels.sample(&device, trees, rows, &states, &tables).unwrap_err().to_string()
     };
-    let message = draw(kernels, SampledTrees { parents: &small, ..trees }, rows);
+    let message = sample(kernels, SampledTrees { parents: &small, ..trees }, rows);
     assert_eq!(message, "kernel sample_siblings: parents has 48 bytes, needs 64");
-    let message = draw(Siblings { max_verify_rows: 65, ..kernels }, trees, rows);
+    let message = sample(Siblings { max_verify_rows: 65, ..kernels }, trees, rows);
     assert!(message.contains("2 sequences in blocks of 65 rows"), "{message}");
-    let message = draw(Siblings { vocab: 0, ..kernels }, trees, rows);
+    let message = sample(Siblings { vocab: 0, ..kernels }, trees, rows);
     assert_eq!(message, "kernel sample_siblings: 0 tokens; expected 1 to 2^26");
-    let message = draw(kernels, trees, Rows { distributions: &small, ..rows });
+    let message = sample(kernels, trees, Rows { distributions: &small, ..rows });
     assert_eq!(message, "kernel sample_siblings: the drafter's distributions has 48 bytes, needs 384");
     let [accepted, next, path] = [8, 8, 60].map(get);
-    let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
-    let judge = |verdict, target| {
-        kernels.verify(&device, verdict, trees, target, rows, &states, &tables).unwrap_err().to_string()
+    let output = VerifyOutput { accepted: &accepted, next: &next, path: &path };
+    let verify = |output, target| {
+        kernels.verify(&device, output, trees, target, rows, &states, &tables).unwrap_err().to_string()
     };
-    assert_eq!(judge(verdict, rows), "kernel verify_tree: path has 60 bytes, needs 64");
+    assert_eq!(verify(output, rows), "kernel verify_tree: path has 60 bytes, needs 64");
     let path = get(64);
-    let message = judge(VerifyOutput { path: &path, ..verdict }, Rows { logits: &small, ..rows });
+    let message = verify(VerifyOutput { path: &path, ..output }, Rows { logits: &small, ..rows });
     assert_eq!(message, "kernel verify_tree: the target's logits has 48 bytes, needs 2560");
 }

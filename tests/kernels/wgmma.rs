@@ -1,4 +1,5 @@
-//! The emulator's wgmma: products against plain arithmetic, matrices in every layout the kernels use, and what it reports.
+//! The emulator's wgmma: products against f64 in every matrix layout that the kernels use, and reports of
+//! broken rules.
 
 use crate::support::kernel;
 
@@ -11,7 +12,7 @@ const M: usize = 64;
 const N: usize = 256;
 static WGMMA: Kernel = Kernel { file: "toys", name: "toy_wgmma", threads: 128, max_shared: 200 << 10 };
 static BROKEN: Kernel = Kernel { file: "broken", name: "broken_wgmma", threads: 128, max_shared: STAGED };
-/// Two times 16 k of 64 and 256 rows.
+/// Shared memory for twice 16 k of 64 and 256 rows, in bytes.
 const STAGED: u32 = 2 * 320 * 32;
 
 /// `c + a b^T` for `a [M][k]`, `b [N][k]`.
@@ -27,7 +28,7 @@ fn product(a: &[u16], b: &[u16], c: Option<&[f32]>, k: usize) -> Vec<f32> {
 #[test]
 fn wgmma_multiplies_matrices_in_every_layout() {
     let mut random = Random::new(1);
-    // Core matrices one after the other along k; along the rows; with gaps; swizzled.
+    // Core matrices contiguous along k; along the rows; with gaps; swizzled.
     let layouts = [(16, 0, 128, 256), (48, 0, 128, 768), (48, 0, 4096, 128), (32, 0, 4112, 128)];
     for (k, swizzle, leading, stride) in layouts.into_iter().chain([16, 32, 64].map(|k| (k, 1, 0, 1024))) {
         let (a, b, c) = (random.bf16(M * k, 1.0), random.bf16(N * k, 1.0), random.normals(M * N, 3.0));
@@ -52,7 +53,7 @@ fn wgmma_multiplies_matrices_in_every_layout() {
     }
 }
 
-/// What the kernel with a bug leaves or the error it ends with, under each schedule.
+/// The result or error of the kernel with a bug, under each schedule: absolute differences from the product.
 fn broken(bug: u32) -> Vec<Result<Vec<f32>>> {
     let mut random = Random::new(2);
     let (a, b) = (random.bf16(M * 32, 1.0), random.bf16(N * 32, 1.0));
@@ -64,7 +65,6 @@ fn broken(bug: u32) -> Vec<Result<Vec<f32>>> {
         let args = [(&out).into(), (&upload(&device, &a)).into(), (&upload(&device, &b)).into(), bug.into()];
         device.launch(&BROKEN, [1, 1, 1], STAGED, &args)?;
         let found: Vec<f32> = download(&device, &out);
-        // As differences, which are 0 where all is well.
         Ok(found.iter().zip(&expected).map(|(f, e)| (f - e).abs()).collect())
     };
     Schedule::ALL.into_iter().map(on).collect()
@@ -75,7 +75,7 @@ fn right(outcome: &Result<Vec<f32>>) -> bool {
 }
 
 #[test]
-fn rules_of_wgmma_that_are_broken_are_reported() {
+fn broken_wgmma_rules_are_reported() {
     assert!(broken(0).iter().all(right));
     let all = [
         (1, "without a later fence.proxy.async"),
@@ -100,8 +100,8 @@ fn rules_of_wgmma_that_are_broken_are_reported() {
 }
 
 #[test]
-fn operands_and_sums_of_products_under_way_are_nobodys() {
-    // Operands overwritten before the wait: whoever comes to it, or to a product after that, says so.
+fn operands_and_sums_in_flight_are_undefined() {
+    // Operands overwritten before the wait: the wait, or a later product, reports it.
     let overwritten = broken(10);
     assert!(overwritten.iter().all(Result::is_err));
     let text = "changed before this wait for it";
@@ -109,8 +109,8 @@ fn operands_and_sums_of_products_under_way_are_nobodys() {
     for outcome in broken(15) {
         assert!(outcome.is_err_and(|e| e.to_string().contains(text)));
     }
-    assert!(broken(16).iter().all(right), "what a group has read is free once it has been waited for");
-    // No commit, a wait for one group too few, no wait: the sums are still poison.
+    assert!(broken(16).iter().all(right), "operands may be overwritten after the wait for their group");
+    // No commit, a wait that leaves one group too many pending, no wait: the sums are still poison.
     for bug in [9, 12, 13] {
         for outcome in broken(bug) {
             assert!(outcome.unwrap().iter().all(|d| d.is_nan()), "bug {bug}");

@@ -1,4 +1,4 @@
-//! What tests of attention share: sequences and batches of them, their launch, and the reference in f64.
+//! Helpers of attention tests: sequences, batches, launches and the reference in f64.
 
 use crate::support::kernel::*;
 use dflash::Result;
@@ -6,12 +6,13 @@ use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::kernels::attention::{Attention, Layer, Mask, Paged, Workspace};
 
 pub const PAGE: usize = 64;
-/// Weights are rounded to bf16 before they meet the values, and the output once more: 2^-9 = 1.95e-3 at most, each.
-/// Seen: 2.4e-3.
+/// Bound of the relative error. Weights are rounded to bf16 before the product with V, and so is the output:
+/// at most 2^-9 = 1.95e-3 each. The largest error seen is 2.4e-3.
 pub const BOUND: f64 = 3e-3;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Rule {
+/// Which keys a row attends to.
+pub enum MaskMode {
     Chain,
     Tree,
     Block,
@@ -23,10 +24,11 @@ pub struct Shape {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub window: usize,
-    pub rule: Rule,
+    pub mask: MaskMode,
 }
 
-/// One sequence: its keys and values [context + rows][kv_heads][head_dim], queries [rows][heads][head_dim], bf16.
+/// One sequence: keys and values `[context + rows][kv_heads][head_dim]`, queries `[rows][heads][head_dim]`,
+/// bf16; masks `[rows]`, bit i: the row attends to row i.
 #[derive(Debug, Clone, Default)]
 pub struct Sequence {
     pub context: usize,
@@ -40,21 +42,21 @@ pub struct Sequence {
 impl Sequence {
     pub fn new(shape: &Shape, context: usize, rows: usize, random: &mut Random) -> Sequence {
         let keys = (context + rows) * shape.kv_heads * shape.head_dim;
-        let masks = match shape.rule {
-            // Every row hangs on one before it, or on the context.
-            Rule::Tree => (0..rows).fold(Vec::new(), |mut masks: Vec<u64>, row| {
+        let masks = match shape.mask {
+            // Each row follows an earlier row, or the context.
+            MaskMode::Tree => (0..rows).fold(Vec::new(), |mut masks: Vec<u64>, row| {
                 let parent = random.below(row + 1);
                 masks.push(1 << row | if parent == row { 0 } else { masks[parent] });
                 masks
             }),
-            Rule::Chain => (0..rows).map(|row| u64::MAX >> (63 - row % 64)).collect(),
-            Rule::Block => vec![low(rows); rows],
+            MaskMode::Chain => (0..rows).map(|row| u64::MAX >> (63 - row % 64)).collect(),
+            MaskMode::Block => vec![low(rows); rows],
         };
         let q = random.bf16(rows * shape.heads * shape.head_dim, 1.0);
         Sequence { context, rows, masks, q, k: random.bf16(keys, 1.0), v: random.bf16(keys, 1.0) }
     }
 
-    /// A tree in which row i + 1 follows row `parents[i]`; NONE: the context, as row 0 does.
+    /// A tree in which row i + 1 follows row `parents[i]`. NONE: it follows the context, as row 0 does.
     pub fn tree(shape: &Shape, context: usize, parents: &[usize], random: &mut Random) -> Sequence {
         let mut s = Sequence::new(shape, context, parents.len() + 1, random);
         s.masks = vec![1];
@@ -64,83 +66,84 @@ impl Sequence {
         s
     }
 
-    /// The rows on the way to `row`, and it.
+    /// The path to `row`, including it.
     pub fn path(&self, row: usize) -> Vec<usize> {
         (0..self.rows).filter(|i| self.masks[row] >> i & 1 == 1).collect()
     }
 
-    /// The chain of these rows, at consecutive slots behind the context.
+    /// These rows as a chain, at consecutive slots after the context.
     pub fn chain(&self, shape: &Shape, path: &[usize]) -> Sequence {
-        let (wide, narrow) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let (q_width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
         let keys = |x: &[u16]| {
-            let rows = path.iter().flat_map(|row| &x[(self.context + row) * narrow..][..narrow]);
-            x[..self.context * narrow].iter().chain(rows).copied().collect::<Vec<u16>>()
+            let rows = path.iter().flat_map(|row| &x[(self.context + row) * kv_width..][..kv_width]);
+            x[..self.context * kv_width].iter().chain(rows).copied().collect::<Vec<u16>>()
         };
         Sequence {
             context: self.context,
             rows: path.len(),
             masks: (0..path.len()).map(|row| low(row + 1)).collect(),
-            q: path.iter().flat_map(|row| &self.q[row * wide..][..wide]).copied().collect(),
+            q: path.iter().flat_map(|row| &self.q[row * q_width..][..q_width]).copied().collect(),
             k: keys(&self.k),
             v: keys(&self.v),
         }
     }
 
-    /// Row `row` alone, behind the rows before it as context.
+    /// Row `row` alone; the rows before it are its context.
     pub fn step(&self, shape: &Shape, row: usize) -> Sequence {
         let (at, width) = (self.context + row, shape.kv_heads * shape.head_dim);
-        let cut = |x: &[u16]| x[..(at + 1) * width].to_vec();
+        let prefix = |x: &[u16]| x[..(at + 1) * width].to_vec();
         Sequence {
             context: at,
             rows: 1,
             masks: vec![1],
             q: self.q[row * shape.heads * shape.head_dim..][..shape.heads * shape.head_dim].to_vec(),
-            k: cut(&self.k),
-            v: cut(&self.v),
+            k: prefix(&self.k),
+            v: prefix(&self.v),
         }
     }
 
-    pub fn position(&self, rule: Rule, slot: usize) -> usize {
-        match rule {
-            Rule::Tree if slot >= self.context => {
+    /// The position of the token in a slot.
+    pub fn position(&self, mask: MaskMode, slot: usize) -> usize {
+        match mask {
+            MaskMode::Tree if slot >= self.context => {
                 self.context + self.masks[slot - self.context].count_ones() as usize - 1
             }
             _ => slot,
         }
     }
 
-    /// dflash.md 3.6, and the mask of a tree.
-    pub fn sees(&self, shape: &Shape, row: usize, slot: usize) -> bool {
-        let (query, key) = (self.position(shape.rule, self.context + row), self.position(shape.rule, slot));
-        let within = match shape.rule {
-            Rule::Chain => slot <= self.context + row,
-            Rule::Tree => slot < self.context || self.masks[row] >> (slot - self.context) & 1 == 1,
-            Rule::Block => shape.window == 0 || key < query + shape.window,
+    /// Whether `row` attends to `slot`: `docs/dflash.md`, section 3.6, or the mask of a tree.
+    pub fn attends(&self, shape: &Shape, row: usize, slot: usize) -> bool {
+        let (query, key) = (self.position(shape.mask, self.context + row), self.position(shape.mask, slot));
+        let within = match shape.mask {
+            MaskMode::Chain => slot <= self.context + row,
+            MaskMode::Tree => slot < self.context || self.masks[row] >> (slot - self.context) & 1 == 1,
+            MaskMode::Block => shape.window == 0 || key < query + shape.window,
         };
         within && (shape.window == 0 || key + shape.window > query)
     }
 
-    /// softmax(q K^T / sqrt(head_dim)) V in f64, [rows][heads][head_dim].
+    /// softmax(q K^T / sqrt(head_dim)) V in f64, `[rows][heads][head_dim]`.
     pub fn reference(&self, shape: &Shape) -> Vec<f32> {
         let (dim, group) = (shape.head_dim, shape.heads / shape.kv_heads);
         let (q, k, v) = (from_bf16(&self.q), from_bf16(&self.k), from_bf16(&self.v));
         let mut out = Vec::new();
         for row in 0..self.rows {
-            let seen: Vec<usize> =
-                (0..self.context + self.rows).filter(|&slot| self.sees(shape, row, slot)).collect();
+            let visible: Vec<usize> =
+                (0..self.context + self.rows).filter(|&slot| self.attends(shape, row, slot)).collect();
             for head in 0..shape.heads {
                 let query = &q[(row * shape.heads + head) * dim..][..dim];
                 let at = |slot: usize| (slot * shape.kv_heads + head / group) * dim;
                 let dot = |slot: usize| -> f64 {
                     query.iter().zip(&k[at(slot)..][..dim]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
                 };
-                let scores: Vec<f64> = seen.iter().map(|&slot| dot(slot) / (dim as f64).sqrt()).collect();
-                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let weights: Vec<f64> = scores.iter().map(|s| (s - most).exp()).collect();
+                let scores: Vec<f64> = visible.iter().map(|&slot| dot(slot) / (dim as f64).sqrt()).collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
                 let sum: f64 = weights.iter().sum();
                 out.extend((0..dim).map(|d| {
                     let mixed: f64 =
-                        seen.iter().zip(&weights).map(|(&slot, w)| w * f64::from(v[at(slot) + d])).sum();
+                        visible.iter().zip(&weights).map(|(&slot, w)| w * f64::from(v[at(slot) + d])).sum();
                     (mixed / sum) as f32
                 }));
             }
@@ -149,12 +152,13 @@ impl Sequence {
     }
 }
 
+/// The lowest `bits` bits set.
 pub fn low(bits: usize) -> u64 {
     if bits >= 64 { u64::MAX } else { (1 << bits) - 1 }
 }
 
-/// A batch in device memory: pages in random order, NaN wherever no sequence has a key, garbage in unused table
-/// entries.
+/// A batch in device memory: pages in random order, NaN wherever no sequence has a key, garbage in unused
+/// entries of the page table.
 pub struct Batch {
     pub layer: Layer,
     pub pages: [Buffer; 2],
@@ -237,23 +241,25 @@ pub fn launch(
     device: &dyn Device,
     batch: &Batch,
     attention: &Attention,
-    rule: Rule,
+    mask: MaskMode,
     space: &Workspace,
 ) -> Result<()> {
-    let mask = match rule {
-        Rule::Chain => Mask::Chain,
-        Rule::Tree => Mask::Tree(&batch.masks),
-        Rule::Block => Mask::Block,
+    let mask = match mask {
+        MaskMode::Chain => Mask::Chain,
+        MaskMode::Tree => Mask::Tree(&batch.masks),
+        MaskMode::Block => Mask::Block,
     };
     attention.launch(device, &batch.out, &batch.q, batch.paged(), mask, space)
 }
 
-/// The outputs of the sequences' rows, [rows][heads][head_dim] each; asserts that the rest was left alone.
+/// Runs attention. Returns the output of each sequence, `[rows][heads][head_dim]`. Asserts that no other row
+/// was written and that the counters are zero again.
 pub fn run(device: &dyn Device, shape: &Shape, block: usize, sequences: &[Sequence]) -> Vec<Vec<u16>> {
     let slots = sequences.iter().map(|s| s.context + s.rows).max().unwrap();
     run_with(device, shape, block, slots, sequences)
 }
 
+/// Like [`run`], with a capacity in slots.
 pub fn run_with(
     device: &dyn Device,
     shape: &Shape,
@@ -264,18 +270,18 @@ pub fn run_with(
     let batch = batch(device, shape, block, capacity.div_ceil(PAGE), sequences);
     let attention = Attention { layer: batch.layer, sequences: sequences.len(), block, capacity };
     let space = workspace(device, &attention).unwrap();
-    launch(device, &batch, &attention, shape.rule, &space).unwrap();
-    assert!(bytes_of(device, &space.counters).iter().all(|&b| b == 0), "counters are to be zero again");
+    launch(device, &batch, &attention, shape.mask, &space).unwrap();
+    assert!(bytes_of(device, &space.counters).iter().all(|&b| b == 0), "counters are zero after a launch");
     let (out, width) = (download::<u16>(device, &batch.out), shape.heads * shape.head_dim);
     let of = |(s, out): (&Sequence, &[u16])| {
         let (rows, rest) = out.split_at(s.rows * width);
-        assert!(rest.iter().all(|&x| x == POISON), "a row beyond the span was written");
+        assert!(rest.iter().all(|&x| x == POISON), "a row after the span was written");
         rows.to_vec()
     };
     sequences.iter().zip(out.chunks(block * width)).map(of).collect()
 }
 
-/// As [`run`], held against the reference.
+/// Like [`run`]; compares the outputs with the reference.
 pub fn check(device: &dyn Device, shape: &Shape, block: usize, sequences: &[Sequence]) -> Vec<Vec<u16>> {
     let out = run(device, shape, block, sequences);
     for (s, out) in sequences.iter().zip(&out).filter(|(s, _)| s.rows > 0) {
@@ -285,16 +291,17 @@ pub fn check(device: &dyn Device, shape: &Shape, block: usize, sequences: &[Sequ
     out
 }
 
+/// Context lengths around the borders of pages and splits.
 pub const CONTEXTS: [usize; 9] = [0, 1, 63, 64, 65, 127, 128, 129, 300];
 
-pub fn shape(rule: Rule, head_dim: usize, heads: usize, kv_heads: usize, window: usize) -> Shape {
-    Shape { heads, kv_heads, head_dim, window, rule }
+pub fn shape(mask: MaskMode, head_dim: usize, heads: usize, kv_heads: usize, window: usize) -> Shape {
+    Shape { heads, kv_heads, head_dim, window, mask }
 }
 
 pub const NONE: usize = usize::MAX;
 
-/// One step per row, each in a batch of its own.
+/// The outputs of AR steps: one launch per row, with the rows before it as context.
 pub fn steps(device: &dyn Device, shape: &Shape, s: &Sequence) -> Vec<u16> {
-    let shape = Shape { rule: Rule::Chain, ..*shape };
+    let shape = Shape { mask: MaskMode::Chain, ..*shape };
     (0..s.rows).flat_map(|row| run(device, &shape, 1, &[s.step(&shape, row)]).concat()).collect()
 }

@@ -1,5 +1,5 @@
-//! What every kernel does for the demo pair on the emulator: a table of exact numbers, the same with any number of
-//! threads.
+//! Counters of every kernel for the demo pair on the emulator: a table of exact numbers that do not depend on
+//! the number of threads.
 
 use dflash::Result;
 use dflash::checkpoint::pair::Pair;
@@ -12,11 +12,11 @@ use dflash::gpu::emulator::Emulator;
 use dflash::spec::sampling::SamplingParams;
 use std::fmt::Write;
 
-/// Tokens of each prompt, and positions that a sequence has room for.
+/// Tokens of each prompt, and capacity of a sequence in positions.
 const PROMPT: u32 = 40;
 const POSITIONS: usize = 128;
 
-/// A header, then for each case a line per kernel, and one of their sum.
+/// The table: a header, then for each case one line per kernel and one for their sum.
 pub fn table() -> Result<String> {
     let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER))?;
     let device = Emulator::new();

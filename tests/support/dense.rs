@@ -1,6 +1,7 @@
-//! Target and drafter a second time: dense f64 attention with an explicit mask, no cache, plain loops, written from
-//! dflash.md sections 3 and 7.2 and Hugging Face's RoPE formulas. An oracle for `src/cpu/model.rs`; shares nothing with
-//! it but the specs of the random checkpoints, whose values it takes before they are written to a file.
+//! An independent implementation of target and drafter, the oracle for `src/cpu/model.rs`: dense f64
+//! attention with an explicit mask, no cache, simple loops. It follows sections 3 and 7.2 of `docs/dflash.md`
+//! and Hugging Face's RoPE formulas. It shares only the specs of the random checkpoints with the code under
+//! test, and takes their values before they are written to a file.
 
 use crate::support;
 use dflash::checkpoint::safetensors::Dtype;
@@ -11,7 +12,7 @@ use std::f64::consts::PI;
 /// Rows of one width.
 pub type Rows = Vec<Vec<f64>>;
 
-/// Tensors by name, `[out][in]` for linear layers, one row for vectors; rounded as the file's type rounds them.
+/// Tensors by name: `[out][in]` for linear layers, one row for vectors, rounded to the type of the file.
 pub struct Weights(HashMap<String, Rows>);
 
 impl Weights {
@@ -55,13 +56,13 @@ fn rms(x: &[f64], weight: &[f64]) -> Vec<f64> {
     x.iter().zip(weight).map(|(x, w)| x / scale * w).collect()
 }
 
-/// How heads are laid out and turned.
+/// The layout of attention heads and their rotary embedding.
 pub struct Heads {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
     pub qk_norm: bool,
-    /// Leading dims that are rotated.
+    /// Number of leading dimensions that are rotated.
     pub rotary: usize,
     pub theta: f64,
     /// The config's `rope_scaling`.
@@ -69,11 +70,11 @@ pub struct Heads {
 }
 
 impl Heads {
-    /// Cosine and sine factors of one dim pair at a position.
-    fn turn(&self, pair: usize, position: usize) -> (f64, f64) {
-        let plain = |i: usize| 1.0 / self.theta.powf((2 * i) as f64 / self.rotary as f64);
+    /// Cosine and sine of the rotation of one pair of dimensions at a position.
+    fn rotation(&self, pair: usize, position: usize) -> (f64, f64) {
+        let frequency = |i: usize| 1.0 / self.theta.powf((2 * i) as f64 / self.rotary as f64);
         let number = |name: &str| self.scaling[name].as_f64().unwrap();
-        let f = plain(pair);
+        let f = frequency(pair);
         let (f, magnitude) = match self.scaling["rope_type"].as_str() {
             None => (f, 1.0),
             Some("linear") => (f / number("factor"), 1.0),
@@ -110,14 +111,15 @@ impl Heads {
     fn rotate(&self, head: &mut [f64], position: usize) {
         let half = self.rotary / 2;
         for i in 0..half {
-            let (cos, sin) = self.turn(i, position);
+            let (cos, sin) = self.rotation(i, position);
             let (a, b) = (head[i], head[i + half]);
             head[i] = a * cos - b * sin;
             head[i + half] = b * cos + a * sin;
         }
     }
 
-    /// Splits rows into heads, norms each if there is a weight, rotates each to its row's position.
+    /// Splits rows into heads `[row][head][head_dim]`. Normalizes each head if there is a weight, and rotates
+    /// it to its row's position if there are positions.
     fn split(&self, rows: &Rows, norm: Option<&[f64]>, positions: Option<&[usize]>) -> Vec<Rows> {
         let head = |row: &[f64], r: usize| {
             let mut head = norm.map_or(row.to_vec(), |w| rms(row, w));
@@ -133,8 +135,8 @@ impl Heads {
     }
 }
 
-/// One layer: queries from `x` at `positions`, keys and values from the context rows followed by `x`'s own. `sees(query
-/// row, key)` is the mask over both.
+/// One layer, in place on `x`. Queries come from `x` at `positions`; keys and values from the rows of
+/// `context` and then those of `x`. `attends(query row, key)` is the mask over all keys.
 fn layer(
     w: &Weights,
     prefix: &str,
@@ -142,7 +144,7 @@ fn layer(
     x: &mut Rows,
     positions: &[usize],
     context: &Rows,
-    sees: &dyn Fn(usize, usize) -> bool,
+    attends: &dyn Fn(usize, usize) -> bool,
 ) {
     let name = |part: &str| format!("{prefix}.{part}");
     let y = w.norm(&name("input_layernorm"), x);
@@ -155,20 +157,20 @@ fn layer(
     let k = heads.split(&k, weight("self_attn.k_norm"), Some(&key_positions));
     let v = heads.split(&w.linear(&name("self_attn.v_proj"), &sources), None, None);
 
-    let share = heads.heads / heads.kv_heads;
+    let group = heads.heads / heads.kv_heads;
     let mixed: Rows = (0..x.len())
         .map(|row| {
             let one = |head: usize| {
-                let seen: Vec<usize> = (0..k.len()).filter(|key| sees(row, *key)).collect();
+                let visible: Vec<usize> = (0..k.len()).filter(|key| attends(row, *key)).collect();
                 let score =
-                    |key: &usize| dot(&q[row][head], &k[*key][head / share]) / (heads.head_dim as f64).sqrt();
-                let scores: Vec<f64> = seen.iter().map(score).collect();
+                    |key: &usize| dot(&q[row][head], &k[*key][head / group]) / (heads.head_dim as f64).sqrt();
+                let scores: Vec<f64> = visible.iter().map(score).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 let dim = |d: usize| {
                     let terms =
-                        seen.iter().zip(&weights).map(|(key, weight)| weight * v[*key][head / share][d]);
+                        visible.iter().zip(&weights).map(|(key, weight)| weight * v[*key][head / group][d]);
                     terms.sum::<f64>() / total
                 };
                 (0..heads.head_dim).map(dim).collect::<Vec<f64>>()
@@ -192,13 +194,13 @@ fn add(x: &mut Rows, y: &Rows) {
     }
 }
 
-/// A target.
+/// The target model.
 pub struct Target {
     pub weights: Weights,
     pub heads: Heads,
     pub layers: usize,
     tied: bool,
-    /// Window of every layer, if any.
+    /// Sliding window of each layer, if it has one.
     pub windows: Vec<Option<usize>>,
 }
 
@@ -221,15 +223,15 @@ impl Target {
         }
     }
 
-    /// The residual stream after every layer, `[layer][position][hidden]`.
+    /// The residual stream after each layer, `[layer][position][hidden]`.
     pub fn states(&self, tokens: &[u32]) -> Vec<Rows> {
         let table = self.weights.get("model.embed_tokens");
         let mut x: Rows = tokens.iter().map(|t| table[*t as usize].clone()).collect();
         let positions: Vec<usize> = (0..tokens.len()).collect();
         let one = |i: usize| {
-            let sees = |q: usize, k: usize| k <= q && self.windows[i].is_none_or(|w| q - k < w);
+            let attends = |q: usize, k: usize| k <= q && self.windows[i].is_none_or(|w| q - k < w);
             let prefix = format!("model.layers.{i}");
-            layer(&self.weights, &prefix, &self.heads, &mut x, &positions, &vec![], &sees);
+            layer(&self.weights, &prefix, &self.heads, &mut x, &positions, &vec![], &attends);
             x.clone()
         };
         (0..self.layers).map(one).collect()
@@ -250,25 +252,25 @@ pub fn features(states: &[Rows], taps: &[usize]) -> Rows {
     (0..states[0].len()).map(row).collect()
 }
 
-/// What the drafter sees of a layer (dflash.md 3.6).
+/// The attention mask of a drafter layer (`docs/dflash.md`, section 3.6).
 #[derive(Debug, Clone, Copy)]
-pub struct Rule {
+pub struct LayerMask {
     pub causal: bool,
     pub window: Option<usize>,
 }
 
-/// A drafter.
+/// The drafter model.
 pub struct Drafter {
     pub weights: Weights,
     pub heads: Heads,
-    pub rules: Vec<Rule>,
+    pub masks: Vec<LayerMask>,
     pub mask_token: u32,
     pub scale: f64,
     pub multiplier: f64,
     pub softcap: Option<f64>,
 }
 
-/// What comes out of a pass over some blocks.
+/// The result of a pass over some blocks.
 pub struct Pass {
     /// `[layer][block * rows][hidden]`
     pub layers: Vec<Rows>,
@@ -279,9 +281,9 @@ pub struct Pass {
 impl Drafter {
     pub fn new(target: &support::Target, spec: &support::Drafter) -> Drafter {
         let option = |name: &str| spec.dflash[name].as_f64();
-        let rule = |i: usize| {
+        let mask = |i: usize| {
             let sliding = spec.sliding.get(i).copied().unwrap_or(false);
-            Rule { causal: spec.is_causal.unwrap_or(sliding), window: spec.window.filter(|_| sliding) }
+            LayerMask { causal: spec.is_causal.unwrap_or(sliding), window: spec.window.filter(|_| sliding) }
         };
         Drafter {
             weights: Weights::new(&support::drafter_tensors(target, spec), spec.dtype),
@@ -294,7 +296,7 @@ impl Drafter {
                 theta: spec.rope_theta,
                 scaling: spec.rope_scaling.clone(),
             },
-            rules: (0..spec.layers).map(rule).collect(),
+            masks: (0..spec.layers).map(mask).collect(),
             mask_token: spec.mask_token,
             scale: option("input_embedding_scale").unwrap_or(1.0),
             multiplier: option("output_multiplier").unwrap_or(1.0),
@@ -302,8 +304,9 @@ impl Drafter {
         }
     }
 
-    /// The training pass (dflash.md 7.2): all blocks at once against one context of every position, the mask keeping
-    /// from each block its anchor's feature and what follows. `blocks`: (anchor position, anchor token).
+    /// The training pass (`docs/dflash.md`, section 7.2): all blocks at once over the features of every
+    /// position. The mask hides from each block the features at and after its anchor, and the other blocks.
+    /// `blocks`: (anchor position, anchor token).
     pub fn blocks(&self, target: &Target, features: &Rows, blocks: &[(usize, u32)], rows: usize) -> Pass {
         let context = self.weights.norm("hidden_norm", &self.weights.linear("fc", features));
         let table = target.weights.get("model.embed_tokens");
@@ -316,17 +319,17 @@ impl Drafter {
             }
         }
         let mut layers = vec![];
-        for (i, rule) in self.rules.iter().enumerate() {
-            let sees = |q: usize, k: usize| {
+        for (i, mask) in self.masks.iter().enumerate() {
+            let attends = |q: usize, k: usize| {
                 let (block, p) = (q / rows, positions[q]);
-                let (mine, kp) = match k.checked_sub(context.len()) {
+                let (visible, kp) = match k.checked_sub(context.len()) {
                     None => (k < blocks[block].0, k),
                     Some(other) => (other / rows == block, positions[other]),
                 };
-                mine && !(rule.causal && kp > p) && rule.window.is_none_or(|w| p < kp + w && kp < p + w)
+                visible && !(mask.causal && kp > p) && mask.window.is_none_or(|w| p < kp + w && kp < p + w)
             };
             let prefix = format!("layers.{i}");
-            layer(&self.weights, &prefix, &self.heads, &mut x, &positions, &context, &sees);
+            layer(&self.weights, &prefix, &self.heads, &mut x, &positions, &context, &attends);
             layers.push(x.clone());
         }
         let mut logits = target.head(&self.weights.norm("norm", &x));
@@ -340,13 +343,13 @@ impl Drafter {
     }
 }
 
-/// Lowest index of the largest value.
+/// The lowest index of the largest value.
 pub fn argmax(row: &[f64]) -> u32 {
     let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     row.iter().position(|v| *v == max).unwrap() as u32
 }
 
-/// Norm-wise distance `|a - b| / |b|` of equally long sequences.
+/// `‖got − expected‖ / ‖expected‖` of two sequences of equal length.
 pub fn distance(got: impl IntoIterator<Item = f32>, expected: impl IntoIterator<Item = f64>) -> f64 {
     let (got, expected): (Vec<f32>, Vec<f64>) = (got.into_iter().collect(), expected.into_iter().collect());
     assert_eq!(got.len(), expected.len());

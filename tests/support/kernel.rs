@@ -1,7 +1,8 @@
-//! What kernel tests share: the devices at hand, the five schedules, poisoned outputs, relative errors, bf16, seeded data.
+//! Helpers of kernel tests: available devices, the five schedules, poisoned outputs, relative errors, bf16
+//! and seeded data.
 //!
-//! Tests run on the emulator, and on the GPU too where one opens. Bits are compared within one device; across devices only
-//! those of kernels that compute with integers or round once.
+//! Tests run on the emulator, and also on a GPU if one opens. Bits are compared within one device. Across
+//! devices only kernels that compute with integers or round once must give equal bits.
 
 use crate::support::random;
 
@@ -11,15 +12,33 @@ use dflash::gpu::emulator::{Emulator, Schedule};
 pub use random::Random;
 use std::sync::OnceLock;
 
-/// The first GPU, where one opens; one device for all tests of a binary.
+/// The first GPU, if one opens. All tests of a program share the device.
 pub fn gpu() -> Option<&'static dyn Device> {
     static GPU: OnceLock<Option<Cuda>> = OnceLock::new();
-    // The driver does not start inside AddressSanitizer's map of the memory.
+    // The driver does not start in the address space that AddressSanitizer leaves.
     let open = || if cfg!(feature = "sanitize") { None } else { Cuda::open(0).ok() };
     let gpu = GPU.get_or_init(open).as_ref()?;
-    // Shown where a test fails; tools/gpu-check.sh counts it.
+    // tools/gpu-check.sh looks for this line.
     println!("on {}", gpu.properties().name);
     Some(gpu)
+}
+
+/// Whether tests run every case they have: `DFLASH_EXHAUSTIVE=1` in the environment. Otherwise the slowest
+/// tests run a part of their random cases.
+pub fn exhaustive() -> bool {
+    std::env::var_os("DFLASH_EXHAUSTIVE").is_some_and(|value| value == "1")
+}
+
+/// Number of random cases to run: `all` if [`exhaustive`], else `few`; 1 in 20 of `all` under the
+/// sanitizers.
+pub fn cases(few: usize, all: usize) -> usize {
+    if cfg!(feature = "sanitize") {
+        (all / 20).max(1)
+    } else if exhaustive() {
+        all
+    } else {
+        few
+    }
 }
 
 /// Runs `test` on an emulator, then on the GPU.
@@ -27,7 +46,7 @@ pub fn every_device(test: impl FnMut(&dyn Device)) {
     every_device_in_turn(0, test);
 }
 
-/// As [`every_device`], with another schedule of the emulator every turn.
+/// Like [`every_device`]; the emulator takes schedule `turn % 5`.
 pub fn every_device_in_turn(turn: usize, mut test: impl FnMut(&dyn Device)) {
     let device = Emulator::new();
     device.set_schedule(Schedule::ALL[turn % 5]);
@@ -37,8 +56,8 @@ pub fn every_device_in_turn(turn: usize, mut test: impl FnMut(&dyn Device)) {
     }
 }
 
-/// The bytes of `test` on every device: the emulator's first, which are the same under all schedules, then the GPU's, which
-/// are the same in two runs.
+/// The bytes that `test` returns on each device, the emulator's first. Asserts that all schedules of the
+/// emulator give the same bytes, and that two runs on the GPU do.
 pub fn bits_of_every_device(test: impl Fn(&dyn Device) -> Vec<u8>) -> Vec<Vec<u8>> {
     let mut all = vec![five_schedules(|device| test(device))];
     if let Some(gpu) = gpu() {
@@ -49,7 +68,7 @@ pub fn bits_of_every_device(test: impl Fn(&dyn Device) -> Vec<u8>) -> Vec<Vec<u8
     all
 }
 
-/// As [`bits_of_every_device`], of a kernel whose bits are the same on all.
+/// Like [`bits_of_every_device`], for a kernel whose bits must be equal on all devices.
 pub fn same_bits(test: impl Fn(&dyn Device) -> Vec<u8>) -> Vec<u8> {
     let mut all = bits_of_every_device(test);
     let first = all.remove(0);
@@ -61,10 +80,14 @@ pub fn same_bits(test: impl Fn(&dyn Device) -> Vec<u8>) -> Vec<u8> {
 fn assert_same(what: &str, bytes: &[u8], expected: &[u8]) {
     let at = bytes.iter().zip(expected).position(|(a, b)| a != b);
     let (length, whole) = (bytes.len(), expected.len());
-    assert!(at.is_none() && length == whole, "{what}: other bits, first at byte {at:?} of {length}, {whole}");
+    assert!(
+        at.is_none() && length == whole,
+        "{what}: bits differ from byte {at:?} on; {length} bytes, expected {whole}"
+    );
 }
 
-/// Runs `test` once per schedule on a fresh emulator and asserts that its bytes are the same; returns them.
+/// Runs `test` on a fresh emulator under each of the five schedules. Asserts that the bytes are equal and
+/// returns them.
 pub fn five_schedules(test: impl Fn(&Emulator) -> Vec<u8>) -> Vec<u8> {
     let mut first: Option<Vec<u8>> = None;
     for schedule in Schedule::ALL {
@@ -87,14 +110,14 @@ pub fn upload<T: Bits>(device: &dyn Device, data: &[T]) -> Buffer {
     buffer
 }
 
-/// As [`upload`], sealed: kernels may read it before their `grid_wait`.
+/// Like [`upload`], and sealed: kernels may read it before their `grid_wait`.
 pub fn constant<T: Bits>(device: &dyn Device, data: &[T]) -> Buffer {
     let buffer = upload(device, data);
     device.seal(&buffer);
     buffer
 }
 
-/// A buffer for `count` elements, full of poison.
+/// A buffer for `count` elements, filled with [`POISON`].
 pub fn poisoned<T: Bits>(device: &dyn Device, count: usize) -> Buffer {
     let buffer = device.allocate(count * size_of::<T>(), "test output").unwrap();
     let poison: Vec<u8> = (0..buffer.bytes()).map(|i| POISON.to_le_bytes()[i % 2]).collect();
@@ -114,16 +137,16 @@ pub fn download<T: Bits>(device: &dyn Device, buffer: &Buffer) -> Vec<T> {
     from_bytes(&bytes_of(device, buffer))
 }
 
-/// What fills memory nobody wrote, every two bytes: NaN as bf16 and as f32.
+/// Marks memory that was not written, every two bytes: NaN as bf16 and as f32.
 pub const POISON: u16 = 0xffa5;
 
-/// Panics where an element is still all poison.
+/// Panics if a 32-bit word is still [`POISON`].
 pub fn assert_written(bytes: &[u8], what: &str) {
     let untouched = bytes.chunks_exact(4).position(|c| c == [0xa5, 0xff, 0xa5, 0xff]);
-    assert_eq!(untouched, None, "{what}: a word that was never written (index in words)");
+    assert_eq!(untouched, None, "{what}: a word was never written (index in words)");
 }
 
-/// `‖out − reference‖ / ‖reference‖`, in f64. Infinite where `out` holds a NaN, so that every bound catches one.
+/// `‖out − reference‖ / ‖reference‖`, in f64. Infinite if `out` holds a NaN, so that it exceeds every bound.
 pub fn relative_error(out: &[f32], reference: &[f32]) -> f64 {
     assert_eq!(out.len(), reference.len());
     let (mut difference, mut norm) = (0.0f64, 0.0f64);
@@ -144,7 +167,7 @@ pub fn from_bf16(data: &[u16]) -> Vec<f32> {
     data.iter().map(|&x| half::bf16::from_bits(x).to_f32()).collect()
 }
 
-/// Numbers of plain old data, as bytes and back.
+/// Numbers that convert to little-endian bytes and back.
 pub trait Bits: Copy {
     fn put(self, to: &mut Vec<u8>);
     fn take(from: &[u8]) -> Self;
@@ -174,13 +197,14 @@ pub fn from_bytes<T: Bits>(bytes: &[u8]) -> Vec<T> {
 }
 
 impl Random {
-    /// As [`Random::normals`], as bf16.
+    /// Like [`Random::normals`], as bf16.
     pub fn bf16(&mut self, count: usize, scale: f32) -> Vec<u16> {
         to_bf16(&self.normals(count, scale))
     }
 }
 
-/// A row of logits of one of many kinds that has a distribution.
+/// A random row of logits without damage. The kinds cover ties, masked tokens, one dominant token, signed
+/// zeros, neighbours in the last bit and bf16 rounding.
 pub fn sound_logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     let mut row = match random.below(10) {
         0 => vec![random.normal(5.0); vocab],
@@ -190,18 +214,18 @@ pub fn sound_logits(random: &mut Random, vocab: usize) -> Vec<f32> {
             .collect(),
         3 => (0..vocab).map(|_| if random.below(2) == 0 { 0.0 } else { -0.0 }).collect(),
         4 => {
-            // One token far ahead.
+            // One dominant token.
             let mut row = random.normals(vocab, 1.0);
             row[random.below(vocab)] = 60.0;
             row
         }
         5 => (0..vocab).map(|_| f32::from_bits(random.next() as u32 & 0xbfff_ffff)).collect(),
-        // Neighbours in the last bit around 20, so that many share a weight and few a logit.
+        // Values that differ in their last bits, just below 20: many weights are equal, few logits are.
         6 => (0..vocab).map(|_| f32::from_bits(20f32.to_bits() - random.below(40) as u32)).collect(),
         7 => (0..vocab).map(|id| -(id as f32) / 16.0).collect(),
         _ => random.normals(vocab, 6.0),
     };
-    // bf16 heads tie at the top.
+    // Logits of a bf16 head often tie at the top.
     if random.below(4) == 0 {
         row = from_bf16(&to_bf16(&row));
     }
@@ -211,7 +235,7 @@ pub fn sound_logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     row
 }
 
-/// As [`sound_logits`], some of them spoiled: NaN, infinite, all masked, one as large as f32 has.
+/// Like [`sound_logits`]; some rows are damaged (NaN, infinity, all masked) or hold the largest f32.
 pub fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     let mut row = sound_logits(random, vocab);
     match random.below(24) {
@@ -224,14 +248,16 @@ pub fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     row
 }
 
-/// What the LM head leaves of a row of logits, per 128 ids.
+/// The keys that the LM head writes for a row of logits, one per 128 ids: the best logit as an ascending
+/// number, then the complement of its id, so that the maximum is the lowest id of the best logit. All ones if
+/// a logit is NaN or infinite.
 pub fn best_keys(logits: &[f32]) -> Vec<u64> {
     let key = |(id, logit): (usize, &f32)| {
         if logit.is_nan() || *logit == f32::INFINITY {
             return u64::MAX;
         }
         let bits = i64::from((logit + 0.0).to_bits().cast_signed());
-        // Sign and magnitude to a number that ascends with the float.
+        // Sign and magnitude as a number that ascends with the float.
         let ascending = if bits < 0 { -1 - (bits & 0x7fff_ffff) } else { bits } + (1 << 31);
         ((ascending as u64) << 32) | u64::from(!(id as u32))
     };

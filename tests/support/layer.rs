@@ -1,4 +1,5 @@
-//! Linear layers for tests: weights in their packed order (written down once more), inputs, references, launches.
+//! Linear layers for tests: weights in packed order (by an implementation of its own), inputs, f64 references
+//! and launches.
 
 use crate::support::kernel::*;
 use dflash::gpu::device::{Buffer, Device};
@@ -12,12 +13,12 @@ use dflash::gpu::kernels::swiglu::Swiglu;
 pub const EPS: f32 = 1e-5;
 pub const NONE: u32 = u32::MAX;
 
-/// `w [n][k]` with row `r` at packed row `place(r)`, rows nobody owns zero.
-pub fn pack_rows(w: &[u16], shape: Shape, place: impl Fn(usize) -> usize) -> Vec<u16> {
+/// Packs `w` `[n][k]`: row `r` becomes packed row `packed_row(r)`; all other packed rows are zero.
+pub fn pack_rows(w: &[u16], shape: Shape, packed_row: impl Fn(usize) -> usize) -> Vec<u16> {
     let Shape { k, .. } = shape;
     let mut packed = vec![0; shape.weight_bytes() / 2];
     for (r, row) in w.chunks(k).enumerate() {
-        let p = place(r);
+        let p = packed_row(r);
         for (c, &value) in row.iter().enumerate() {
             // W[tile][group of 32][half][block of 8][row in half][column in block]
             let index = [p / 16, c / 32, p / 8 % 2, c / 8 % 4, p % 8, c % 8];
@@ -29,7 +30,7 @@ pub fn pack_rows(w: &[u16], shape: Shape, place: impl Fn(usize) -> usize) -> Vec
     packed
 }
 
-/// A linear layer on its device, with the workspace of a launch.
+/// A linear layer in device memory, with the workspace of a launch.
 pub struct Layer {
     pub weights: Buffer,
     pub x: Buffer,
@@ -39,16 +40,16 @@ pub struct Layer {
     pub workspace: Workspace,
 }
 
-/// The same on the host.
+/// A linear layer on the host.
 #[derive(Clone)]
 pub struct Data {
     pub shape: Shape,
     pub w: Vec<u16>,
     pub x: Vec<u16>,
     pub sumsq: Vec<f32>,
-    /// What the flag says whether there is something to do.
+    /// Number of active sequences; 0: the launch does nothing.
     pub num_active: u32,
-    /// By these kernels for prompts.
+    /// The prefill kernels to use, if any.
     pub prompt: Option<PrefillKernel>,
 }
 
@@ -66,7 +67,7 @@ impl Data {
         }
     }
 
-    /// As [`Data::new`] of whole numbers so small that every sum is exact, in whatever order it is added.
+    /// Like [`Data::new`], with whole numbers so small that every sum is exact in any order of addition.
     pub fn whole(seed: u64, rows: usize, shape: Shape) -> Data {
         let mut random = Random::new(seed);
         let mut small = |count: usize| -> Vec<u16> {
@@ -80,9 +81,9 @@ impl Data {
         self.x.len() / self.shape.k
     }
 
-    pub fn upload(&self, device: &dyn Device, place: impl Fn(usize) -> usize) -> Layer {
+    pub fn upload(&self, device: &dyn Device, packed_row: impl Fn(usize) -> usize) -> Layer {
         Layer {
-            weights: constant(device, &pack_rows(&self.w, self.shape, place)),
+            weights: constant(device, &pack_rows(&self.w, self.shape, packed_row)),
             x: upload(device, &self.x),
             sumsq: upload(device, &self.sumsq),
             num_active: upload(device, &[self.num_active]),
@@ -91,11 +92,11 @@ impl Data {
         }
     }
 
-    /// `[rows][n]` of x W^T, times 1 / rms where `normed`.
+    /// x W^T `[rows][n]`, times 1 / rms if `normed`.
     pub fn product(&self, normed: bool) -> Vec<f64> {
         let Shape { n, k } = self.shape;
-        let wide = |v: &[u16]| -> Vec<f64> { from_bf16(v).into_iter().map(f64::from).collect() };
-        let (w, x) = (wide(&self.w), wide(&self.x));
+        let to_f64 = |v: &[u16]| -> Vec<f64> { from_bf16(v).into_iter().map(f64::from).collect() };
+        let (w, x) = (to_f64(&self.w), to_f64(&self.x));
         let mut out = Vec::with_capacity(self.rows() * n);
         for (row, sums) in x.chunks(k).zip(self.sumsq.chunks(k.div_ceil(128))) {
             let mean = sums.iter().map(|&s| f64::from(s)).sum::<f64>() / k as f64;
@@ -122,7 +123,7 @@ impl Layer {
     }
 }
 
-/// Where the tests put queries, keys and values.
+/// A paged KV cache for tests of the qkv kernel, and the rows to store in it.
 pub struct Cache {
     pub qkv: Qkv,
     pub rows: Vec<u32>,
@@ -131,13 +132,14 @@ pub struct Cache {
     pub gains: Option<[Vec<f32>; 2]>,
 }
 
+/// Runs the qkv kernel; returns the bytes of queries, keys and values.
 pub fn qkv(device: &dyn Device, data: &Data, cache: &Cache) -> Vec<u8> {
     let Qkv { heads, kv_heads, head_dim, query_rows, pages, .. } = cache.qkv;
     let layer = data.upload(device, |r| r);
     let queries = poisoned::<u16>(device, query_rows * heads * head_dim);
     let [keys, values] = [(); 2].map(|()| poisoned::<u16>(device, pages * kv_heads * 64 * head_dim));
     let gains = cache.gains.as_ref().map(|g| g.each_ref().map(|g| upload(device, g)));
-    let places = QkvBuffers {
+    let buffers = QkvBuffers {
         rows: &upload(device, &cache.rows),
         queries: &queries,
         keys: &keys,
@@ -147,11 +149,11 @@ pub fn qkv(device: &dyn Device, data: &Data, cache: &Cache) -> Vec<u8> {
         k_gain: gains.as_ref().map(|g| &g[1]),
         rope: &upload(device, &cache.rope),
     };
-    cache.qkv.launch(device, &layer.input(true), &places).unwrap();
+    cache.qkv.launch(device, &layer.input(true), &buffers).unwrap();
     [queries, keys, values].iter().flat_map(|b| bytes_of(device, b)).collect()
 }
 
-/// Rows of some sequences at increasing slots, with pages in random order.
+/// Rows of three sequences at increasing slots, with pages in random order.
 pub fn cache(seed: u64, rows: usize, heads: usize, kv_heads: usize, head_dim: usize, normed: bool) -> Cache {
     let mut random = Random::new(seed);
     let (sequences, sequence_pages) = (3, 1 + (rows.div_ceil(3) + 70) / 64);
@@ -171,10 +173,10 @@ pub fn cache(seed: u64, rows: usize, heads: usize, kv_heads: usize, head_dim: us
         rope.extend(angles.iter().map(|a| a.sin() as f32));
     }
     let start = [random.below(70), random.below(70), random.below(70)];
-    let mut places = Vec::new();
+    let mut kv_rows = Vec::new();
     for row in 0..rows {
         let slot = (start[row % 3] + row / 3) as u32;
-        places.extend([row as u32 % 3, slot + 7, slot, row as u32]);
+        kv_rows.extend([row as u32 % 3, slot + 7, slot, row as u32]);
     }
     let gains = normed.then(|| [random.normals(head_dim, 1.0), random.normals(head_dim, 1.0)]);
     let qkv = Qkv {
@@ -190,13 +192,14 @@ pub fn cache(seed: u64, rows: usize, heads: usize, kv_heads: usize, head_dim: us
         positions,
         keys_only: false,
     };
-    Cache { qkv, rows: places, table, rope, gains }
+    Cache { qkv, rows: kv_rows, table, rope, gains }
 }
 
-/// Query heads, key heads, head dimension: groups of 1 to 8, blocks of two heads of different kinds.
+/// Query heads, KV heads, head dimension: groups of 1 to 8, and blocks that hold heads of two kinds.
 pub const HEADS: [(usize, usize, usize); 6] =
     [(1, 1, 64), (2, 1, 128), (3, 3, 64), (5, 1, 64), (8, 1, 128), (6, 2, 128)];
 
+/// Runs the projection; returns the bytes of x, y, sums of squares and features.
 pub fn project(device: &dyn Device, data: &Data, x: &[f32], gain: &[f32], pitch: usize) -> Vec<u8> {
     let (rows, Shape { n, k }) = (data.rows(), data.shape);
     let layer = data.upload(device, |r| r);
@@ -214,6 +217,7 @@ pub fn project(device: &dyn Device, data: &Data, x: &[f32], gain: &[f32], pitch:
     [x, y, sumsq, features].iter().flat_map(|b| bytes_of(device, b)).collect()
 }
 
+/// Runs the LM head; returns the bytes of the best keys and of the logits, which are written only if `keep`.
 pub fn head(device: &dyn Device, head: Head, data: &Data, keep: bool) -> (Vec<u8>, Vec<u8>) {
     let layer = data.upload(device, |r| r);
     let best = poisoned::<u64>(device, head.rows * head.vocab.div_ceil(128));
@@ -235,6 +239,7 @@ pub enum Kind {
 pub const KINDS: [Kind; 5] = [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Head, Kind::Inject];
 
 impl Kind {
+    /// N in the tests.
     pub fn outputs(self) -> usize {
         match self {
             Kind::Project => 192,
@@ -245,18 +250,18 @@ impl Kind {
         }
     }
 
-    /// Runs the kernel on the data's rows; everything a row has of its own (residual, position) is made from its first sum
-    /// of squares. Returns the bytes each row leaves.
+    /// Runs the kernel on the rows of `data`. The residual and the position of a row are made from its first
+    /// sum of squares. Returns the bytes that the kernel writes for each row.
     pub fn run(self, device: &dyn Device, data: &Data) -> Vec<Vec<u8>> {
         let (rows, Shape { n, k }) = (data.rows(), data.shape);
         let layer = data.upload(device, |r| r);
-        let own: Vec<f32> = data.sumsq.chunks(k.div_ceil(128)).map(|sums| sums[0]).collect();
+        let first_sums: Vec<f32> = data.sumsq.chunks(k.div_ceil(128)).map(|sums| sums[0]).collect();
         let y = poisoned::<u16>(device, rows * n);
         let sumsq = poisoned::<f32>(device, rows * n.div_ceil(128));
         let gain = upload(device, &vec![0.75f32; n.max(128)]);
         match self {
             Kind::Project => {
-                let x: Vec<f32> = (0..rows * n).map(|i| own[i / n] + (i % n) as f32).collect();
+                let x: Vec<f32> = (0..rows * n).map(|i| first_sums[i / n] + (i % n) as f32).collect();
                 let x = upload(device, &x);
                 let out = ProjectBuffers { x: &x, y: &y, sumsq: &sumsq, gain: &gain, features: None };
                 Project { rows, n, k }.launch(device, &layer.input(false), &out).unwrap();
@@ -285,11 +290,11 @@ impl Kind {
                 by_row
             }
             Kind::Qkv => {
-                let places: Vec<u32> =
-                    (0..rows).flat_map(|r| [0, own[r].to_bits() % 200, r as u32, r as u32]).collect();
+                let kv_rows: Vec<u32> =
+                    (0..rows).flat_map(|r| [0, first_sums[r].to_bits() % 200, r as u32, r as u32]).collect();
                 let pages = rows.div_ceil(64);
                 let mut cache = cache(1, rows, 2, 1, 64, true);
-                cache.rows = places;
+                cache.rows = kv_rows;
                 cache.table = (0..pages as u32).collect();
                 cache.qkv = Qkv { k, pages, sequences: 1, sequence_pages: pages, ..cache.qkv };
                 let bytes = qkv(device, data, &cache);
@@ -310,7 +315,7 @@ impl Kind {
     }
 }
 
-/// The bytes of each row in buffers `[rows][...]`.
+/// The bytes of each row in buffers of shape `[rows][...]`.
 fn by_row(device: &dyn Device, rows: usize, buffers: &[&Buffer]) -> Vec<Vec<u8>> {
     let bytes: Vec<Vec<u8>> = buffers.iter().map(|b| bytes_of(device, b)).collect();
     let row = |r: usize| {

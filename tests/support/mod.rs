@@ -1,4 +1,4 @@
-//! What test programs share. Each program uses its own part.
+//! Helpers of the test programs. Each program uses some of them.
 
 #![allow(dead_code, unused_imports)]
 
@@ -9,7 +9,6 @@ pub mod counters;
 pub mod crowd;
 pub mod dense;
 pub mod distribution;
-pub mod drawn;
 pub mod enumeration;
 pub mod kernel;
 pub mod layer;
@@ -17,6 +16,7 @@ pub mod library;
 pub mod program;
 pub mod random;
 pub mod report;
+pub mod sampled_trees;
 pub mod text;
 
 pub use checkpoint::*;

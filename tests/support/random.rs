@@ -1,4 +1,4 @@
-//! Seeded random numbers for test data, from a generator that the code under test does not use.
+//! Seeded random numbers for test data. The generator is not the one of the code under test.
 
 /// SplitMix64.
 pub struct Random(u64);
@@ -8,6 +8,7 @@ impl Random {
         Random(seed)
     }
 
+    /// 64 uniform bits.
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -15,7 +16,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Uniform in `0..n`; 0 of none.
+    /// Uniform in `0..n`; 0 if `n` is 0.
     pub fn below(&mut self, n: usize) -> usize {
         (self.next() % n.max(1) as u64) as usize
     }
@@ -30,12 +31,13 @@ impl Random {
         2.0 * self.unit() - 1.0
     }
 
-    /// About normal, mean 0, variance `scale` squared: the sum of four uniforms.
+    /// About normal, mean 0, standard deviation `scale`: the sum of four uniforms.
     pub fn normal(&mut self, scale: f32) -> f32 {
         let sum: f32 = (0..4).map(|_| self.unit() - 0.5).sum();
         sum * scale * 3f32.sqrt()
     }
 
+    /// `count` numbers of [`Random::normal`].
     pub fn normals(&mut self, count: usize, scale: f32) -> Vec<f32> {
         (0..count).map(|_| self.normal(scale)).collect()
     }

@@ -1,4 +1,5 @@
-//! Drafts drawn and judged on a device, decision for decision against their one definition, `src/spec/verify.rs`.
+//! Chains of drafts sampled on a device and verified by `rejection` and `block`. Every decision must equal
+//! that of the definition, `src/spec/verify.rs`.
 
 use crate::support::kernel;
 
@@ -17,18 +18,18 @@ use kernel::*;
 
 const NONE: u32 = u32::MAX;
 
-/// What was there before, where a kernel is to leave it.
+/// Fills outputs before a launch: a kernel must leave it where a row or sequence takes no part.
 const OLD: u32 = 0x0bad_cafe;
 
-/// A sequence of a batch: how many rows take part, how it samples, how its drafts were drawn.
+/// A sequence of a batch: its method, the number of its rows, how it samples and how its drafts are sampled.
 #[derive(Clone)]
 struct Request {
-    rule: VerifyMethod,
+    method: VerifyMethod,
     rows: usize,
     length: u32,
     rounds: u32,
     sampling: SamplingParams,
-    drafting: SamplingParams,
+    draft_sampling: SamplingParams,
 }
 
 impl Request {
@@ -50,18 +51,18 @@ impl Request {
             rounds: self.rounds,
             drafted: 0,
             accepted: 0,
-            verify_method: self.rule,
+            verify_method: self.method,
         };
         state.to_bytes().unwrap()
     }
 
-    fn dice(&self) -> PhiloxStream {
+    fn random_stream(&self) -> PhiloxStream {
         let SamplingParams { seed, stream, .. } = self.sampling;
         PhiloxStream { seed, stream, round: self.rounds + 1, anchor: self.length }
     }
 }
 
-/// Blocks of rows: `[sequences][block]` of everything.
+/// Blocks of rows: all vectors are `[sequences][block]`, of logits `[sequences][block][vocab]`.
 #[derive(Clone)]
 struct Batch {
     vocab: usize,
@@ -69,14 +70,14 @@ struct Batch {
     requests: Vec<Request>,
     target: Vec<f32>,
     drafter: Vec<f32>,
-    /// In place of what was drawn; `None` there: what was.
+    /// Tokens to verify instead of the sampled ones; `None`: the sampled one.
     tokens: Vec<Option<u32>>,
 }
 
-/// What the kernels make of a batch.
+/// The results of the kernels for a batch.
 #[derive(Debug, PartialEq)]
 struct Outcome {
-    /// Of the target's rows, then of the drafter's.
+    /// Those of the target's rows, then of the drafter's.
     distributions: [Vec<u8>; 2],
     drafts: Vec<u32>,
     tokens: Vec<u32>,
@@ -95,42 +96,29 @@ impl Batch {
         &logits[row * self.vocab..][..self.vocab]
     }
 
-    /// What the LM head leaves of each row, per 128 ids.
+    /// The LM head's keys of each row, per 128 ids.
     fn best(&self, logits: &[f32]) -> Vec<u64> {
-        let key = |(id, &logit): (usize, &f32)| {
-            if logit.is_nan() || logit == f32::INFINITY {
-                return u64::MAX;
-            }
-            let bits = i64::from((logit + 0.0).to_bits().cast_signed());
-            let ascending = if bits < 0 { -1 - (bits & 0x7fff_ffff) } else { bits } + (1 << 31);
-            ((ascending as u64) << 32) | u64::from(!(id as u32))
-        };
-        let mut best = Vec::new();
-        for row in logits.chunks(self.vocab) {
-            let keys: Vec<u64> = row.iter().enumerate().map(key).collect();
-            best.extend(keys.chunks(128).map(|keys| keys.iter().copied().max().unwrap()));
-        }
-        best
+        logits.chunks(self.vocab).flat_map(best_keys).collect()
     }
 
-    /// `[sequences][block][each]` as `[sequences][wide][each]`.
-    fn widened<T: Copy>(&self, all: &[T], each: usize, wide: usize, filling: T) -> Vec<T> {
-        let widen = |one: &[T]| {
+    /// Pads `[sequences][block][each]` to `[sequences][rows][each]`.
+    fn padded<T: Copy>(&self, all: &[T], each: usize, rows: usize, padding: T) -> Vec<T> {
+        let pad = |one: &[T]| {
             let mut one = one.to_vec();
-            one.resize(wide * each, filling);
+            one.resize(rows * each, padding);
             one
         };
-        all.chunks(self.block * each).flat_map(widen).collect()
+        all.chunks(self.block * each).flat_map(pad).collect()
     }
 
-    /// Rows that take part have a sequence.
+    /// The row table; rows that take no part have no sequence.
     fn table(&self) -> Vec<u32> {
-        let row = |(own, request): (usize, &Request)| {
+        let row = |(seq, request): (usize, &Request)| {
             let block = self.block;
             let request = request.clone();
             (0..block).flat_map(move |row| {
-                let there = row < request.rows;
-                [if there { own as u32 } else { NONE }, request.length + row as u32, NONE, NONE]
+                let valid = row < request.rows;
+                [if valid { seq as u32 } else { NONE }, request.length + row as u32, NONE, NONE]
             })
         };
         self.requests.iter().enumerate().flat_map(row).collect()
@@ -142,177 +130,185 @@ impl Batch {
         let states = |of: fn(&Request) -> &SamplingParams| {
             upload(device, &self.requests.iter().flat_map(|r| r.state(of(r))).collect::<Vec<u8>>())
         };
-        let (own, draft) = (states(|r| &r.sampling), states(|r| &r.drafting));
-        // A verification may have room for more rows than a block has.
-        let wide = (self.block + self.vocab % 3).min(64);
-        let widen = RejectionSampler { block: wide, ..kernels };
+        let (target_states, draft_states) = (states(|r| &r.sampling), states(|r| &r.draft_sampling));
+        // A verification may have more rows than a block.
+        let max_verify_rows = (self.block + self.vocab % 3).min(64);
+        let verify_kernels = RejectionSampler { block: max_verify_rows, ..kernels };
         let tables = constant(device, &tables());
-        let target_logits = upload(device, &self.widened(&self.target, self.vocab, wide, 7.0));
+        let target_logits = upload(device, &self.padded(&self.target, self.vocab, max_verify_rows, 7.0));
         let draft_logits = upload(device, &self.drafter);
-        let target_laws = poisoned::<u8>(device, sequences * wide * DISTRIBUTION_BYTES);
-        let draft_laws = poisoned::<u8>(device, rows * DISTRIBUTION_BYTES);
-        let target = Rows { logits: &target_logits, distributions: &target_laws };
-        let drafter = Rows { logits: &draft_logits, distributions: &draft_laws };
+        let target_distributions = poisoned::<u8>(device, sequences * max_verify_rows * DISTRIBUTION_BYTES);
+        let draft_distributions = poisoned::<u8>(device, rows * DISTRIBUTION_BYTES);
+        let target = Rows { logits: &target_logits, distributions: &target_distributions };
+        let drafter = Rows { logits: &draft_logits, distributions: &draft_distributions };
         let best = self.best(&self.target);
-        let best = upload(device, &self.widened(&best, best.len() / rows, wide, 5));
-        let wide_table = upload(device, &self.widened(&self.table(), 4, wide, NONE));
-        widen.distributions(device, target, &best, &wide_table, &own, &tables).unwrap();
+        let best = upload(device, &self.padded(&best, best.len() / rows, max_verify_rows, 5));
+        let verify_table = upload(device, &self.padded(&self.table(), 4, max_verify_rows, NONE));
+        verify_kernels.distributions(device, target, &best, &verify_table, &target_states, &tables).unwrap();
         let (best, table) = (upload(device, &self.best(&self.drafter)), upload(device, &self.table()));
-        kernels.distributions(device, drafter, &best, &table, &draft, &tables).unwrap();
+        kernels.distributions(device, drafter, &best, &table, &draft_states, &tables).unwrap();
         let drafts = upload(device, &vec![OLD; rows]);
-        kernels.sample(device, &drafts, drafter, &table, &own, &tables).unwrap();
+        kernels.sample(device, &drafts, drafter, &table, &target_states, &tables).unwrap();
         let drafts: Vec<u32> = download(device, &drafts);
 
         let token = |(row, given): (usize, &Option<u32>)| given.unwrap_or(drafts[row]);
         let tokens: Vec<u32> = self.tokens.iter().enumerate().map(token).collect();
         let spans: Vec<u32> = self.requests.iter().flat_map(|r| [r.length, r.rows as u32]).collect();
         let [accepted, next] = [(); 2].map(|()| upload(device, &vec![OLD; sequences]));
-        let path = upload(device, &vec![OLD; sequences * wide]);
-        let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
-        let (spans, on_device) = (upload(device, &spans), upload(device, &self.widened(&tokens, 1, wide, 3)));
+        let path = upload(device, &vec![OLD; sequences * max_verify_rows]);
+        let output = VerifyOutput { accepted: &accepted, next: &next, path: &path };
+        let (spans, on_device) =
+            (upload(device, &spans), upload(device, &self.padded(&tokens, 1, max_verify_rows, 3)));
         let (partial, counters) = (poisoned::<u64>(device, rows), upload(device, &vec![0u32; sequences]));
-        let judged = VerifyInputs {
-            max_verify_rows: wide,
+        let inputs = VerifyInputs {
+            max_verify_rows,
             tokens: &on_device,
             spans: &spans,
             partial: &partial,
             counters: &counters,
         };
-        // Twice: a graph is replayed without anybody clearing the counters.
+        // Twice, because a replayed graph does not clear the counters.
         for _ in 0..2 {
-            kernels.verify(device, verdict, target, drafter, judged, &own, &tables).unwrap();
-            assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are left at zero");
+            kernels.verify(device, output, target, drafter, inputs, &target_states, &tables).unwrap();
+            assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are zero after a launch");
         }
         let [accepted, next, path] = [&accepted, &next, &path].map(|b| download::<u32>(device, b));
-        // What lies behind the blocks is left out again: no distribution, and no way.
+        // Drop the rows after the blocks. They have no distribution and are on no path.
         let narrow = |all: &[u8], each: usize| {
             let of = |one: &[u8]| one[..self.block * each].to_vec();
-            all.chunks(wide * each).flat_map(of).collect::<Vec<u8>>()
+            all.chunks(max_verify_rows * each).flat_map(of).collect::<Vec<u8>>()
         };
-        let kept =
-            path.chunks(wide).all(|way| way[self.block..].iter().all(|&row| [OLD, NONE].contains(&row)));
-        assert!(kept, "{path:?}");
+        let unused = path
+            .chunks(max_verify_rows)
+            .all(|path| path[self.block..].iter().all(|&row| [OLD, NONE].contains(&row)));
+        assert!(unused, "{path:?}");
         let path = from_bytes(&narrow(&to_bytes(&path), 4));
-        let distributions =
-            [narrow(&bytes_of(device, &target_laws), DISTRIBUTION_BYTES), bytes_of(device, &draft_laws)];
+        let distributions = [
+            narrow(&bytes_of(device, &target_distributions), DISTRIBUTION_BYTES),
+            bytes_of(device, &draft_distributions),
+        ];
         Outcome { distributions, drafts, tokens, accepted, next, path }
     }
 
-    /// The distribution of a target's or a drafter's row, as the definition has it.
-    fn distribution(&self, drafter: bool, own: usize, row: usize) -> Option<Distribution> {
-        let request = &self.requests[own];
-        let (logits, how) = match drafter {
-            true => (&self.drafter, &request.drafting),
+    /// The distribution of a row of the drafter or the target, by the definition.
+    fn distribution(&self, drafter: bool, seq: usize, row: usize) -> Option<Distribution> {
+        let request = &self.requests[seq];
+        let (logits, sampling) = match drafter {
+            true => (&self.drafter, &request.draft_sampling),
             false => (&self.target, &request.sampling),
         };
-        how.probabilities(self.row(logits, own * self.block + row))
+        sampling.probabilities(self.row(logits, seq * self.block + row))
     }
 
-    fn check(&self, device: &dyn Device, what: &str) -> Seen {
+    /// Runs the batch and compares distributions, drafts and verification with the definition.
+    fn check(&self, device: &dyn Device, what: &str) -> Coverage {
         let got = self.run(device);
-        let mut seen = Seen::default();
-        for (own, request) in self.requests.iter().enumerate() {
-            let at = own * self.block;
-            let context = format!("{what}, vocabulary {}, sequence {own}, {:?}", self.vocab, request.rule);
+        let mut coverage = Coverage::default();
+        for (seq, request) in self.requests.iter().enumerate() {
+            let at = seq * self.block;
+            let context = format!("{what}, vocabulary {}, sequence {seq}, {:?}", self.vocab, request.method);
             let distributions: Vec<Option<Distribution>> =
-                (1..request.rows).map(|row| self.distribution(true, own, row)).collect();
+                (1..request.rows).map(|row| self.distribution(true, seq, row)).collect();
             for row in 0..self.block {
                 for drafter in [false, true] {
-                    let expected = self.distribution(drafter, own, row).filter(|_| row < request.rows);
+                    let expected = self.distribution(drafter, seq, row).filter(|_| row < request.rows);
                     let (distributions, logits) = match drafter {
                         false => (&got.distributions[0], &self.target),
                         true => (&got.distributions[1], &self.drafter),
                     };
                     let distribution =
                         &distributions[(at + row) * DISTRIBUTION_BYTES..][..DISTRIBUTION_BYTES];
-                    let read = probabilities(distribution, self.row(logits, at + row));
+                    let found = probabilities(distribution, self.row(logits, at + row));
                     let expected = expected.map(|distribution| distribution.tokens().to_vec());
-                    assert_eq!(read, expected, "{context}, row {row}, drafter {drafter}");
+                    assert_eq!(found, expected, "{context}, row {row}, drafter {drafter}");
                 }
             }
-            let drawn = &got.drafts[at..][..self.block];
-            for (row, &token) in drawn.iter().enumerate() {
+            let sampled = &got.drafts[at..][..self.block];
+            for (row, &token) in sampled.iter().enumerate() {
                 let expected = match row {
                     0 => OLD,
-                    row if row >= request.rows || request.rule == VerifyMethod::Match => OLD,
-                    // One distribution at a time, so that damaged ones leave the others alone: rows count from the chain's begin.
+                    row if row >= request.rows || request.method == VerifyMethod::Match => OLD,
+                    // One row at a time, so that a damaged distribution does not change the other drafts.
                     row => distributions[row - 1]
                         .as_ref()
-                        .map_or(NONE, |distribution| draw_one(distribution, row, request.dice())),
+                        .map_or(NONE, |distribution| sample_row(distribution, row, request.random_stream())),
                 };
                 assert_eq!(token, expected, "{context}, draft {row}");
             }
             if distributions.iter().all(Option::is_some)
-                && request.rule != VerifyMethod::Match
+                && request.method != VerifyMethod::Match
                 && request.rows > 0
             {
                 let distributions: Vec<Distribution> = distributions.iter().flatten().cloned().collect();
-                let chain = verify::sample_chain(&distributions, &mut request.dice()).unwrap();
-                assert_eq!(drawn[1..request.rows], chain, "{context}");
+                let chain = verify::sample_chain(&distributions, &mut request.random_stream()).unwrap();
+                assert_eq!(sampled[1..request.rows], chain, "{context}");
             }
 
-            let (accepted, next) = (got.accepted[own], got.next[own]);
+            let (accepted, next) = (got.accepted[seq], got.next[seq]);
             let path = &got.path[at..][..self.block];
-            if request.rule == VerifyMethod::Match || request.rows < 2 {
+            if request.method == VerifyMethod::Match || request.rows < 2 {
                 assert_eq!((accepted, next), (OLD, OLD), "{context}");
                 assert!(path.iter().all(|&row| row == OLD), "{context}");
                 continue;
             }
-            // A draft that has no distribution ends its round; what is said of it does not matter.
+            // A draft without a distribution ends the round, and its verification is not used.
             let Some(distributions) = distributions.into_iter().collect::<Option<Vec<Distribution>>>() else {
                 continue;
             };
             let drafts = &got.tokens[at + 1..at + request.rows];
-            let target = |row| self.distribution(false, own, row);
-            let expected = match request.rule {
+            let target = |row| self.distribution(false, seq, row);
+            let expected = match request.method {
                 VerifyMethod::Block => {
-                    verify::block_verify(drafts, &distributions, target, &mut request.dice())
+                    verify::block_verify(drafts, &distributions, target, &mut request.random_stream())
                 }
-                _ => verify::rejection(drafts, &distributions, target, &mut request.dice()),
+                _ => verify::rejection(drafts, &distributions, target, &mut request.random_stream()),
             };
-            let Some((stood, token)) = expected else {
+            let Some((num_accepted, token)) = expected else {
                 assert_eq!(next, NONE, "{context}: damaged");
-                seen.damaged += 1;
+                coverage.damaged += 1;
                 continue;
             };
-            assert_eq!((accepted as usize, next), (stood, token), "{context}, drafts {drafts:?}");
-            let rows = (0..self.block).map(|row| if row <= stood { row as u32 } else { NONE });
+            assert_eq!((accepted as usize, next), (num_accepted, token), "{context}, drafts {drafts:?}");
+            let rows = (0..self.block).map(|row| if row <= num_accepted { row as u32 } else { NONE });
             assert_eq!(path, rows.collect::<Vec<u32>>(), "{context}");
-            seen.stood[stood.min(3)] += 1;
-            seen.whole += usize::from(stood == drafts.len());
+            coverage.accepted[num_accepted.min(3)] += 1;
+            coverage.whole += usize::from(num_accepted == drafts.len());
         }
-        seen
+        coverage
     }
 }
 
-/// How verdicts were spread.
+/// Counts the kinds of verifications, so that tests can require that each kind occurred.
 #[derive(Default, Debug, PartialEq)]
-struct Seen {
-    stood: [usize; 4],
+struct Coverage {
+    /// Verifications with 0, 1, 2, and 3 or more accepted drafts.
+    accepted: [usize; 4],
+    /// Verifications that accepted every draft.
     whole: usize,
     damaged: usize,
 }
 
-impl Seen {
-    fn add(&mut self, other: Seen) {
-        (0..4).for_each(|i| self.stood[i] += other.stood[i]);
+impl Coverage {
+    fn add(&mut self, other: Coverage) {
+        (0..4).for_each(|i| self.accepted[i] += other.accepted[i]);
         self.whole += other.whole;
         self.damaged += other.damaged;
     }
 }
 
-/// The token of row `row` from its own distribution.
-fn draw_one(distribution: &Distribution, row: usize, dice: PhiloxStream) -> u32 {
-    let word = rng::DrawKey { purpose: rng::Purpose::Draft, depth: row, row };
-    rng::RandomSource::pick(&mut dice.clone(), word, distribution.tokens()).unwrap()
+/// The token that row `row` samples from its distribution.
+fn sample_row(distribution: &Distribution, row: usize, stream: PhiloxStream) -> u32 {
+    let key = rng::DrawKey { purpose: rng::Purpose::Draft, depth: row, row };
+    rng::RandomSource::pick(&mut stream.clone(), key, distribution.tokens()).unwrap()
 }
 
-/// The probabilities that 48 bytes of a distribution make of a row's logits; `None` where it is none.
+/// The probabilities of a row's logits under the 48 bytes of its distribution on the device; `None` if the
+/// row has no distribution.
 fn probabilities(distribution: &[u8], logits: &[f32]) -> Option<Vec<(u32, u64)>> {
     let words: Vec<u32> = from_bytes(distribution);
     let (max, c) = (f32::from_bits(words[0]), f32::from_bits(words[1]));
     let limit = (words[4], words[5], words[6]);
-    let (inverse, left) =
+    let (inverse, remainder) =
         (u64::from(words[9]) << 32 | u64::from(words[8]), u64::from(words[11]) << 32 | u64::from(words[10]));
     if words[7] == NONE {
         return None;
@@ -328,7 +324,7 @@ fn probabilities(distribution: &[u8], logits: &[f32]) -> Option<Vec<(u32, u64)>>
         };
         if id == words[7] {
             assert_eq!(argmax(logits), Some(id));
-            p += left;
+            p += remainder;
         }
         if p > 0 {
             found.push((id, p));
@@ -361,12 +357,12 @@ fn settings(random: &mut Random, vocab: usize) -> SamplingParams {
     SamplingParams { temperature, top_k, top_p, min_p, seed: random.next(), stream: random.next() as u32 }
 }
 
-/// Sequences of all rules and lengths. The drafter's row `j` is often like the target's row `j - 1`, which it stands
-/// for; sometimes nothing like it.
+/// Sequences of all methods and lengths. The drafter's row `j` is often like the target's row `j - 1`, which
+/// it predicts, and sometimes disjoint.
 fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> Batch {
     let (mut requests, mut target, mut drafter, mut tokens) = (vec![], vec![], vec![], vec![]);
     for _ in 0..sequences {
-        let rule = [
+        let method = [
             VerifyMethod::Match,
             VerifyMethod::Rejection,
             VerifyMethod::Rejection,
@@ -380,47 +376,54 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
             _ => block,
         };
         let sampling = settings(random, vocab);
-        let drafting = match random.below(2) {
+        let draft_sampling = match random.below(2) {
             0 => sampling.clone(),
             _ => SamplingParams { seed: sampling.seed, stream: sampling.stream, ..settings(random, vocab) },
         };
         let length = random.next() as u32 >> (1 + random.below(31));
-        requests.push(Request { rule, rows, length, rounds: random.below(1000) as u32, sampling, drafting });
-        let mut own: Vec<Vec<f32>> = (0..block).map(|_| sound_logits(random, vocab)).collect();
+        requests.push(Request {
+            method,
+            rows,
+            length,
+            rounds: random.below(1000) as u32,
+            sampling,
+            draft_sampling,
+        });
+        let mut target_rows: Vec<Vec<f32>> = (0..block).map(|_| sound_logits(random, vocab)).collect();
         let mut drafts = vec![random.normals(vocab, 1.0)];
-        for row in own.iter_mut().take(block - 1) {
+        for row in target_rows.iter_mut().take(block - 1) {
             drafts.push(match random.below(6) {
                 0 => row.clone(),
                 1 => sound_logits(random, vocab),
-                // Nothing in common: each token is one's or the other's.
+                // Disjoint: each token has a probability in only one of the two.
                 2 => {
                     let of_drafter = |id: usize| id % 2 == 1;
-                    let some = random.normals(vocab, 1.0);
+                    let row_of_both = random.normals(vocab, 1.0);
                     let mask = |keep: bool, (id, &x): (usize, &f32)| {
                         if of_drafter(id) == keep { x } else { f32::NEG_INFINITY }
                     };
-                    let half: Vec<f32> = some.iter().enumerate().map(|x| mask(false, x)).collect();
-                    let other = some.iter().enumerate().map(|x| mask(true, x)).collect();
+                    let half: Vec<f32> = row_of_both.iter().enumerate().map(|x| mask(false, x)).collect();
+                    let other = row_of_both.iter().enumerate().map(|x| mask(true, x)).collect();
                     if vocab > 1 {
                         *row = half;
                         other
                     } else {
-                        some
+                        row_of_both
                     }
                 }
                 _ => row.iter().map(|x| x + random.normal(0.3)).collect(),
             });
         }
-        // Damage, seldom.
+        // Rare damage.
         match random.below(20) {
-            0 => own[random.below(block)][random.below(vocab)] = f32::NAN,
+            0 => target_rows[random.below(block)][random.below(vocab)] = f32::NAN,
             1 => drafts[random.below(block)][random.below(vocab)] = f32::INFINITY,
-            2 => own[random.below(block)].fill(f32::NEG_INFINITY),
+            2 => target_rows[random.below(block)].fill(f32::NEG_INFINITY),
             _ => {}
         }
-        target.extend(own.concat());
+        target.extend(target_rows.concat());
         drafter.extend(drafts.concat());
-        // Mostly what was drawn; else anything, also what the distribution cannot draw and what no vocabulary has.
+        // Mostly the sampled token; else any token, also one of probability 0 or outside the vocabulary.
         tokens.extend((0..block).map(|_| match random.below(25) {
             0 => Some(random.below(vocab) as u32),
             1 if random.below(8) == 0 => Some(vocab as u32 + random.below(3) as u32),
@@ -430,36 +433,39 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
     Batch { vocab, block, requests, target, drafter, tokens }
 }
 
+/// Two thirds of its random batches run only with `DFLASH_EXHAUSTIVE=1`.
 #[test]
-fn drafts_are_drawn_and_judged_as_the_rules_say() {
+fn sampled_and_verified_drafts_equal_the_reference() {
     let mut random = Random::new(1);
-    let shrink = if cfg!(feature = "sanitize") { 20 } else { 1 };
-    let mut seen = Seen::default();
-    for (vocab, block, batches) in [
-        (1, 4, 10),
-        (2, 5, 40),
-        (3, 16, 60),
-        (17, 6, 60),
-        (130, 8, 40),
-        (257, 16, 20),
-        (2048, 16, 10),
-        (9001, 5, 4),
-        (32000, 4, 3),
+    let (mut turn, mut coverage) = (0, Coverage::default());
+    for (vocab, block, few, all) in [
+        (1, 4, 3, 10),
+        (2, 5, 14, 40),
+        (3, 16, 20, 60),
+        (17, 6, 20, 60),
+        (130, 8, 14, 40),
+        (257, 16, 8, 20),
+        (2048, 16, 4, 10),
+        (9001, 5, 3, 4),
+        (32000, 4, 3, 3),
     ] {
-        for i in 0..(batches / shrink).max(1) {
+        for i in 0..cases(few, all) {
             let batch = batch(&mut random, vocab, block, 8);
-            every_device_in_turn(i, |device| seen.add(batch.check(device, &format!("batch {i}"))));
+            every_device_in_turn(turn, |device| coverage.add(batch.check(device, &format!("batch {i}"))));
+            turn += 1;
         }
     }
-    if shrink == 1 {
-        let Seen { stood: [none, one, two, more], whole, damaged } = seen;
-        assert!(none > 100 && one > 50 && two > 20 && more > 100, "{seen:?}");
-        assert!(whole > 50 && damaged > 5, "{seen:?}");
+    println!("{coverage:?}");
+    if !cfg!(feature = "sanitize") {
+        let part = if exhaustive() { 1 } else { 3 };
+        let Coverage { accepted: [none, one, two, more], whole, damaged } = coverage;
+        assert!(none > 100 / part && one > 50 / part && two > 20 / part && more > 100 / part);
+        assert!(whole > 50 / part && damaged > 5 / part);
     }
 }
 
 #[test]
-fn verdicts_are_the_same_under_every_schedule() {
+fn drafts_are_the_same_under_every_schedule() {
     for (vocab, block) in [(3, 64), (17, 5), (257, 16), (2047, 4)] {
         let batch = batch(&mut Random::new(vocab as u64), vocab, block, 6);
         same_bits(|device| {
@@ -477,14 +483,21 @@ fn of(temperature: f32, top_k: usize, top_p: f64) -> SamplingParams {
     SamplingParams { temperature, top_k, top_p, min_p: 0.0, seed: 11, stream: 5 }
 }
 
-/// One sequence of two rows, whose only draft is `draft`.
-fn pair(rule: VerifyMethod, target: Vec<f32>, drafter: Vec<f32>, draft: u32, rounds: u32) -> Batch {
-    let how = of(1.0, 0, 1.0);
+/// One sequence of two rows with the single draft `draft`.
+fn pair(method: VerifyMethod, target: Vec<f32>, drafter: Vec<f32>, draft: u32, rounds: u32) -> Batch {
+    let sampling = of(1.0, 0, 1.0);
     let vocab = target.len();
     Batch {
         vocab,
         block: 2,
-        requests: vec![Request { rule, rows: 2, length: 9, rounds, sampling: how.clone(), drafting: how }],
+        requests: vec![Request {
+            method,
+            rows: 2,
+            length: 9,
+            rounds,
+            sampling: sampling.clone(),
+            draft_sampling: sampling,
+        }],
         target: target.repeat(2),
         drafter: [vec![0.0; vocab], drafter].concat(),
         tokens: vec![None, Some(draft)],
@@ -492,28 +505,29 @@ fn pair(rule: VerifyMethod, target: Vec<f32>, drafter: Vec<f32>, draft: u32, rou
 }
 
 #[test]
-fn the_last_units_of_a_chance_count() {
-    // Weights 1, 2^32, 1, 0 against 0, 2^32, 0, 2: of what draft 3 leaves behind, token 1 has a single unit, between
-    // the shares of 0 and 2.
+fn the_last_unit_of_a_probability_counts() {
+    // Weights 1, 2^32, 1, 0 of the target and 0, 2^32, 0, 2 of the drafter. In the residual after the
+    // rejection of draft 3, token 1 has a single unit, between those of tokens 0 and 2.
     let (one, two) = (-32.0 * 2f32.ln(), -31.0 * 2f32.ln());
     let none = f32::NEG_INFINITY;
     let (target, drafter) = (vec![one, 0.0, one, none], vec![none, 0.0, none, two]);
     let how = of(1.0, 0, 1.0);
     let (p, q) = (how.probabilities(&target).unwrap(), how.probabilities(&drafter).unwrap());
-    let (share, over) = (p.probability(0), p.probability(1) - q.probability(1));
-    assert_eq!((p.probability(2), p.probability(3), over), (share, 0, 1));
-    assert!(share < 1 << 17 && q.probability(3) < 1 << 18, "{p:?} {q:?}");
+    let (low, over) = (p.probability(0), p.probability(1) - q.probability(1));
+    assert_eq!((p.probability(2), p.probability(3), over), (low, 0, 1));
+    assert!(low < 1 << 17 && q.probability(3) < 1 << 18, "{p:?} {q:?}");
     let high = |bits: u64, n: u64| ((u128::from(bits) * u128::from(n)) >> 64) as u64;
     let bits = |rounds: u32, purpose| {
-        let dice = PhiloxStream { seed: how.seed, stream: how.stream, round: rounds + 1, anchor: 9 };
-        dice.bits(rng::DrawKey { purpose, depth: 1, row: (purpose == rng::Purpose::Accept) as usize })
+        let stream = PhiloxStream { seed: how.seed, stream: how.stream, round: rounds + 1, anchor: 9 };
+        stream.bits(rng::DrawKey { purpose, depth: 1, row: (purpose == rng::Purpose::Accept) as usize })
     };
-    let rest = 2 * share + over;
+    let rest = 2 * low + over;
     let find = |wanted: &dyn Fn(u32) -> bool| (0..1 << 22).find(|&rounds| wanted(rounds)).unwrap();
-    // Units on both sides of token 1's, and its own; and a draft that the target never emits, at chance 0.
+    // The unit of token 1 and those next to it; and random bits of 0 for a draft of probability 0 in the
+    // target.
     let at = |unit: u64| find(&|rounds| high(bits(rounds, rng::Purpose::Residual), rest) == unit);
     let zero = find(&|rounds| high(bits(rounds, rng::Purpose::Accept), q.probability(3)) == 0);
-    let units = [(at(share - 1), Some(0)), (at(share), Some(1)), (at(share + 1), Some(2)), (zero, None)];
+    let units = [(at(low - 1), Some(0)), (at(low), Some(1)), (at(low + 1), Some(2)), (zero, None)];
     every_device(|device| {
         // The tokens in one lane, in lanes of one warp, and in warps of their own.
         for stride in [1, 4, 700] {
@@ -522,10 +536,10 @@ fn the_last_units_of_a_chance_count() {
                 row.iter().enumerate().for_each(|(i, &logit)| all[i * stride] = logit);
                 all
             };
-            for (rule, (rounds, next)) in
+            for (method, (rounds, next)) in
                 [VerifyMethod::Rejection, VerifyMethod::Block].into_iter().flat_map(|r| units.map(|u| (r, u)))
             {
-                let batch = pair(rule, apart(&target), apart(&drafter), 3 * stride as u32, rounds);
+                let batch = pair(method, apart(&target), apart(&drafter), 3 * stride as u32, rounds);
                 batch.check(device, "units");
                 let got = batch.run(device);
                 assert_eq!(got.accepted, [0]);
@@ -536,7 +550,7 @@ fn the_last_units_of_a_chance_count() {
 }
 
 #[test]
-fn laws_that_are_alike_let_every_draft_stand() {
+fn equal_distributions_accept_every_draft() {
     every_device(|device| {
         let mut random = Random::new(4);
         for (how, kind) in
@@ -544,13 +558,13 @@ fn laws_that_are_alike_let_every_draft_stand() {
         {
             let (vocab, block) = (257, 16);
             let row = if kind == 0 { vec![2.0; vocab] } else { random.normals(vocab, 2.0) };
-            let request = |rule| Request {
-                rule,
+            let request = |method| Request {
+                method,
                 rows: block,
                 length: 70,
                 rounds: 3,
                 sampling: how.clone(),
-                drafting: how.clone(),
+                draft_sampling: how.clone(),
             };
             let batch = Batch {
                 vocab,
@@ -560,13 +574,13 @@ fn laws_that_are_alike_let_every_draft_stand() {
                 drafter: row.repeat(2 * block),
                 tokens: vec![None; 2 * block],
             };
-            assert_eq!(batch.check(device, "alike").whole, 2);
+            assert_eq!(batch.check(device, "equal").whole, 2);
         }
     });
 }
 
 #[test]
-fn garbage_stays_inside_the_buffers() {
+fn garbage_stays_in_bounds() {
     every_device(|device| {
         let mut random = Random::new(12);
         for i in 0..30 {
@@ -574,13 +588,14 @@ fn garbage_stays_inside_the_buffers() {
             let kernels = RejectionSampler { sequences, block, vocab, blocks: vocab.div_ceil(128) };
             let rows = sequences * block;
             let mut noise = |bytes: usize| {
-                // Small words too, which pass for ids, rules and counts.
+                // Half of the words are small, so that they pass for ids, methods and counts.
                 let word =
                     |_| random.next() as u32 >> if random.below(2) == 0 { 0 } else { 20 + random.below(12) };
                 (0..bytes / 4).map(word).collect::<Vec<u32>>()
             };
             let mut states = noise(sequences * 128);
-            // Its rule is the last word, its form the upper half of the eighth; let some be those that take part.
+            // The method is the last word of a state and the form the upper half of the eighth. Some
+            // sequences take part.
             for words in states.chunks_mut(32).skip(i % 2) {
                 (words[31], words[7]) =
                     ([VerifyMethod::Rejection, VerifyMethod::Block][i / 2 % 2] as u32, words[7] & 0xffff);
@@ -596,24 +611,24 @@ fn garbage_stays_inside_the_buffers() {
             let (partial, best) = (noise(rows * 8), noise(rows * kernels.blocks * 8));
             let counters = upload(device, &vec![0u32; sequences]);
             let tables = constant(device, &tables());
-            let judged = VerifyInputs {
+            let inputs = VerifyInputs {
                 max_verify_rows: block,
                 tokens: &tokens,
                 spans: &spans,
                 partial: &partial,
                 counters: &counters,
             };
-            let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
+            let output = VerifyOutput { accepted: &accepted, next: &next, path: &path };
             kernels.sample(device, &drafts, drafter, &table, &states, &tables).unwrap();
-            kernels.verify(device, verdict, target, drafter, judged, &states, &tables).unwrap();
-            assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are left at zero");
+            kernels.verify(device, output, target, drafter, inputs, &states, &tables).unwrap();
+            assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are zero after a launch");
             kernels.distributions(device, target, &best, &table, &states, &tables).unwrap();
         }
     });
 }
 
 #[test]
-fn launches_refuse_what_does_not_fit() {
+fn launches_refuse_wrong_sizes() {
     let device = Emulator::new();
     let batch = batch(&mut Random::new(3), 40, 4, 2);
     let kernels = batch.kernels();

@@ -1,16 +1,15 @@
-//! The sampler and the verdict on drafts, decision for decision against their one definition, `src/spec/sampling.rs`.
+//! The sampler on a device. Every token must equal that of the definition, `SamplingParams::choose` of
+//! `src/spec/sampling.rs`.
 
 use crate::support::kernel;
 
-use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::round::{Finish, Form, Sequence};
 use dflash::gpu::kernels::sample::{Sample, SamplerInputs, tables};
-use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::rng::{TABLES, philox};
 use dflash::spec::sampling::SamplingParams;
-use dflash::spec::verify::{match_chain, match_tree};
 use kernel::*;
 
 const NONE: u32 = u32::MAX;
@@ -41,7 +40,8 @@ fn sequence(sampling: SamplingParams) -> Sequence {
     }
 }
 
-/// A batch of rows: logits, each row's sequence (`NONE`: padding) and position, each sequence's settings.
+/// A batch of rows: logits `[rows][vocab]`, sequence (`NONE`: padding) and position of each row, settings of
+/// each sequence.
 struct Batch {
     vocab: usize,
     logits: Vec<f32>,
@@ -54,7 +54,7 @@ impl Batch {
         &self.logits[row * self.vocab..][..self.vocab]
     }
 
-    /// What the definition chooses.
+    /// The tokens by the definition.
     fn expected(&self) -> Vec<u32> {
         let choose = |(row, &(sequence, position)): (usize, &(u32, u32))| {
             let settings = self.settings.get(sequence as usize)?;
@@ -63,7 +63,7 @@ impl Batch {
         self.rows.iter().enumerate().map(|row| choose(row).unwrap_or(NONE)).collect()
     }
 
-    /// What the LM head leaves of each row, per 128 ids.
+    /// The LM head's keys of each row, per 128 ids.
     fn best(&self) -> Vec<u64> {
         (0..self.rows.len()).flat_map(|row| best_keys(self.row(row))).collect()
     }
@@ -81,7 +81,7 @@ impl Batch {
         self.settings.iter().flat_map(|s| sequence(s.clone()).to_bytes().unwrap()).collect()
     }
 
-    /// What the kernel chooses; its counters must be zero again.
+    /// The tokens that the kernel selects. Asserts that its counters are zero again.
     fn run(&self, device: &dyn Device) -> Vec<u32> {
         let sample = self.sample();
         let choice = poisoned::<u32>(device, sample.rows);
@@ -89,17 +89,17 @@ impl Batch {
         let (best, table) = (upload(device, &self.best()), upload(device, &self.table()));
         let (tables, counters) = (constant(device, &tables()), upload(device, &vec![0u32; sample.rows]));
         let partial = poisoned::<u8>(device, sample.workspace());
-        let races = SamplerInputs {
+        let inputs = SamplerInputs {
             logits: &logits,
             sequences: &sequences,
             tables: &tables,
             partial: &partial,
             counters: &counters,
         };
-        // Twice: a graph is replayed without anybody clearing the counters.
+        // Twice, because a replayed graph does not clear the counters.
         for _ in 0..2 {
-            sample.launch(device, &choice, &best, &table, Some(races)).unwrap();
-            assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are left at zero");
+            sample.launch(device, &choice, &best, &table, Some(inputs)).unwrap();
+            assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are zero after a launch");
         }
         download(device, &choice)
     }
@@ -117,7 +117,7 @@ impl Batch {
     }
 }
 
-/// Settings of every mix.
+/// Random sampling parameters of every combination.
 fn settings(random: &mut Random, vocab: usize) -> SamplingParams {
     let temperature = match random.below(10) {
         0 => 0.0,
@@ -159,32 +159,41 @@ fn settings(random: &mut Random, vocab: usize) -> SamplingParams {
     settings
 }
 
-/// Rows of all kinds under all mixes, padding between them.
+/// Random rows of logits under random settings, with padding between them.
 fn batch(random: &mut Random, rows: usize, vocab: usize) -> Batch {
     let sequences = 1 + rows / 2;
     let settings = (0..sequences).map(|_| settings(random, vocab)).collect();
-    let mut places = Vec::new();
+    let mut table = Vec::new();
     for _ in 0..rows {
         let sequence = match random.below(12) {
             0 => NONE,
             1 => sequences as u32,
             _ => random.below(sequences) as u32,
         };
-        places.push((sequence, random.next() as u32 >> random.below(32)));
+        table.push((sequence, random.next() as u32 >> random.below(32)));
     }
-    Batch { vocab, logits: (0..rows).flat_map(|_| logits(random, vocab)).collect(), rows: places, settings }
+    Batch { vocab, logits: (0..rows).flat_map(|_| logits(random, vocab)).collect(), rows: table, settings }
 }
 
+/// Two thirds of its random batches run only with `DFLASH_EXHAUSTIVE=1`.
 #[test]
-fn sampler_is_choose_on_thousands_of_rows() {
+fn sampler_equals_choose_on_random_rows() {
     let mut random = Random::new(1);
-    let shrink = if cfg!(feature = "sanitize") { 20 } else { 1 };
-    for (vocab, batches) in
-        [(1, 10), (2, 30), (3, 20), (17, 60), (130, 60), (2048, 40), (9001, 10), (32768, 5)]
-    {
-        for i in 0..(batches / shrink).max(1) {
+    let mut turn = 0;
+    for (vocab, few, all) in [
+        (1, 3, 10),
+        (2, 10, 30),
+        (3, 7, 20),
+        (17, 20, 60),
+        (130, 20, 60),
+        (2048, 13, 40),
+        (9001, 5, 10),
+        (32768, 3, 5),
+    ] {
+        for i in 0..cases(few, all) {
             let batch = batch(&mut random, 24, vocab);
-            every_device_in_turn(i, |device| batch.check(device, &format!("batch {i}")));
+            every_device_in_turn(turn, |device| batch.check(device, &format!("batch {i}")));
+            turn += 1;
         }
     }
 }
@@ -202,7 +211,7 @@ fn sampler_is_the_same_under_every_schedule() {
 }
 
 #[test]
-fn sampler_is_choose_on_a_real_vocabulary() {
+fn sampler_equals_choose_on_a_vocabulary_of_151936() {
     let mut random = Random::new(5);
     let vocab = if cfg!(feature = "sanitize") { 20011 } else { 151936 };
     let of = |temperature, top_k, top_p, min_p| SamplingParams {
@@ -227,10 +236,10 @@ fn sampler_is_choose_on_a_real_vocabulary() {
 }
 
 #[test]
-fn cuts_fall_among_ties_as_the_definition_says() {
+fn top_k_and_top_p_cut_ties_as_choose_does() {
     every_device(|device| {
         let mut random = Random::new(8);
-        // Equal logits beyond one bin of ids, equal weights of unequal logits, cuts at every place around them.
+        // Equal logits across bins of ids, equal weights of unequal logits, and cuts everywhere around them.
         let vocab = 300;
         let flat = vec![1.5; vocab];
         let near: Vec<f32> =
@@ -254,7 +263,7 @@ fn cuts_fall_among_ties_as_the_definition_says() {
             let logits = row.repeat(80);
             Batch { vocab, logits, rows, settings }.check(device, kind);
         }
-        // Ids that differ in their upper digits only.
+        // Ids that differ only in their upper digits.
         let vocab = 70000;
         let mut row = vec![-50.0; vocab];
         (0..vocab).step_by(3001).for_each(|id| row[id] = 2.0);
@@ -274,10 +283,10 @@ fn cuts_fall_among_ties_as_the_definition_says() {
 }
 
 #[test]
-fn races_that_end_in_a_tie_go_to_the_lower_id() {
+fn equal_race_times_select_the_lower_id() {
     every_device(|device| {
-        // In a flat row all weights are equal; at these positions two of the least times are too, within one slice of
-        // 8192 ids and across slices.
+        // In a flat row all weights are equal. At these positions the two smallest race times are equal too,
+        // within one slice of 8192 ids and across slices.
         for (vocab, ties) in [
             (12288, [(128478, 956, 9504), (141346, 4356, 7704), (171054, 2195, 10573)]),
             (24576, [(8127, 17039, 18779), (59963, 7973, 14235), (63891, 12305, 14975)]),
@@ -301,10 +310,18 @@ fn races_that_end_in_a_tie_go_to_the_lower_id() {
     });
 }
 
+/// Rows of sequence 0: up to 12 of the first 1000 positions at which `settings` select `token`, and 4 others.
+fn rows_that_select(settings: &SamplingParams, row: &[f32], token: u32) -> Vec<(u32, u32)> {
+    let (with, without): (Vec<u32>, Vec<u32>) =
+        (0..1000).partition(|position| settings.choose(row, position + 1) == Some(token));
+    assert!(!with.is_empty() && !without.is_empty());
+    with.iter().take(12).chain(without.iter().take(4)).map(|&position| (0, position)).collect()
+}
+
 #[test]
-fn top_p_rounds_its_goal_up() {
+fn top_p_rounds_its_mass_up() {
     every_device(|device| {
-        // The share of the mass asked for is a little more than the best token has, by less than one unit of weight.
+        // top_p asks for more mass than the best token has, by less than one unit of weight.
         let mut found = 0;
         for logit in (1..20).map(|i| -0.25 * i as f32) {
             let all =
@@ -312,15 +329,15 @@ fn top_p_rounds_its_goal_up() {
             let row = vec![0.0, logit];
             let weights = all.survivors(&row).unwrap();
             let (best, total) = (1u128 << 32, (1u128 << 32) + u128::from(weights[1].1));
-            let share = (best << 32).div_ceil(total);
-            if (total * share) >> 32 != best || total * share == best << 32 {
+            let top_p = (best << 32).div_ceil(total);
+            if (total * top_p) >> 32 != best || total * top_p == best << 32 {
                 continue;
             }
             found += 1;
-            let settings = SamplingParams { top_p: share as f64 / best as f64, ..all };
+            let settings = SamplingParams { top_p: top_p as f64 / best as f64, ..all.clone() };
             assert_eq!(settings.survivors(&row).unwrap().len(), 2);
-            let rows = (0..200).map(|position| (0, position)).collect();
-            let batch = Batch { vocab: 2, logits: row.repeat(200), rows, settings: vec![settings] };
+            let rows = rows_that_select(&all, &row, 1);
+            let batch = Batch { vocab: 2, logits: row.repeat(rows.len()), rows, settings: vec![settings] };
             assert!(batch.expected().contains(&1));
             batch.check(device, "two tokens");
         }
@@ -329,7 +346,7 @@ fn top_p_rounds_its_goal_up() {
 }
 
 #[test]
-fn min_p_keeps_what_weighs_just_enough() {
+fn min_p_keeps_a_weight_equal_to_its_threshold() {
     every_device(|device| {
         let all = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
         let row = vec![0.0, -1.0];
@@ -338,8 +355,8 @@ fn min_p_keeps_what_weighs_just_enough() {
             let settings =
                 SamplingParams { min_p: (weight + more) as f64 / (1u64 << 32) as f64, ..all.clone() };
             assert_eq!(settings.survivors(&row).unwrap().len(), kept);
-            let rows = (0..200).map(|position| (0, position)).collect();
-            let batch = Batch { vocab: 2, logits: row.repeat(200), rows, settings: vec![settings] };
+            let rows = rows_that_select(&all, &row, 1);
+            let batch = Batch { vocab: 2, logits: row.repeat(rows.len()), rows, settings: vec![settings] };
             assert_eq!(batch.expected().contains(&1), kept == 2);
             batch.check(device, "two tokens");
         }
@@ -347,7 +364,7 @@ fn min_p_keeps_what_weighs_just_enough() {
 }
 
 #[test]
-fn damaged_rows_choose_nothing_and_spoil_no_other_row() {
+fn damaged_rows_select_nothing_and_change_no_other_row() {
     every_device(|device| {
         let vocab = 1000;
         let mut random = Random::new(11);
@@ -379,7 +396,7 @@ fn damaged_rows_choose_nothing_and_spoil_no_other_row() {
 }
 
 #[test]
-fn garbage_in_settings_and_keys_stays_inside_the_buffers() {
+fn garbage_in_settings_and_keys_stays_in_bounds() {
     every_device(|device| {
         let mut random = Random::new(12);
         for i in 0..40 {
@@ -388,7 +405,7 @@ fn garbage_in_settings_and_keys_stays_inside_the_buffers() {
             let mut states = batch.states();
             states.iter_mut().for_each(|b| *b = random.next() as u8);
             if i % 2 == 0 {
-                // Signs and exponents that a scale has.
+                // Signs and exponents of a valid temperature scale.
                 states.chunks_mut(128).for_each(|s| s[35] = [0x40, 0xc0, 0x7f, 0xff][random.below(4)]);
             }
             if i % 3 == 0 {
@@ -403,7 +420,7 @@ fn garbage_in_settings_and_keys_stays_inside_the_buffers() {
             let (logits, sequences) = (upload(device, &batch.logits), upload(device, &states));
             let (tables, counters) = (constant(device, &tables()), upload(device, &vec![0u32; sample.rows]));
             let partial = poisoned::<u8>(device, sample.workspace());
-            let races = SamplerInputs {
+            let inputs = SamplerInputs {
                 logits: &logits,
                 sequences: &sequences,
                 tables: &tables,
@@ -411,7 +428,7 @@ fn garbage_in_settings_and_keys_stays_inside_the_buffers() {
                 counters: &counters,
             };
             let (best, table) = (upload(device, &best), upload(device, &batch.table()));
-            sample.launch(device, &choice, &best, &table, Some(races)).unwrap();
+            sample.launch(device, &choice, &best, &table, Some(inputs)).unwrap();
             let choices: Vec<u32> = download(device, &choice);
             assert!(choices.iter().all(|&c| c == NONE || (c as usize) < batch.vocab), "{choices:?}");
         }
@@ -419,7 +436,7 @@ fn garbage_in_settings_and_keys_stays_inside_the_buffers() {
 }
 
 #[test]
-fn greedy_launch_reads_the_best_keys_alone() {
+fn greedy_launch_reads_only_the_best_keys() {
     let mut random = Random::new(13);
     let mut batch = batch(&mut random, 40, 5000);
     batch.settings.fill(greedy());
@@ -433,171 +450,9 @@ fn greedy_launch_reads_the_best_keys_alone() {
     let device = Emulator::new();
     run(&device);
     let counts = device.counts()["sample"];
-    // Every thread reads its row's entry.
+    // Every thread reads the table's entry of its row.
     assert_eq!(counts.read, (sample.rows * (sample.blocks * 8 + 512 * 16)) as u64);
     assert_eq!((counts.written, counts.streamed, counts.blocks), (sample.rows as u64 * 4, 0, 40));
     let bytes = same_bits(run);
     assert_eq!(from_bytes::<u32>(&bytes), batch.expected());
-}
-
-/// A batch of blocks to be judged.
-struct Blocks {
-    block: usize,
-    rows: Vec<u32>,
-    choices: Vec<u32>,
-    tokens: Vec<u32>,
-    parents: Option<Vec<u32>>,
-}
-
-impl Blocks {
-    /// Per sequence: accepted, next, path padded with NONE.
-    fn run(&self, device: &dyn Device) -> Vec<(u32, u32, Vec<u32>)> {
-        let (sequences, block) = (self.rows.len(), self.block);
-        let spans: Vec<u32> = self.rows.iter().flat_map(|&rows| [7, rows]).collect();
-        let [accepted, next, path] =
-            [sequences, sequences, sequences * block].map(|count| poisoned::<u32>(device, count));
-        let verdict = VerifyOutput { accepted: &accepted, next: &next, path: &path };
-        let parents = self.parents.as_ref().map(|p| upload(device, p));
-        let [choices, tokens, spans] = [&self.choices, &self.tokens, &spans].map(|data| upload(device, data));
-        Verify { sequences, block }
-            .launch(device, verdict, &choices, &tokens, parents.as_ref(), &spans)
-            .unwrap();
-        let words = |buffer: &Buffer| download::<u32>(device, buffer);
-        let paths = words(&path).chunks(block).map(<[u32]>::to_vec).collect::<Vec<_>>();
-        words(&accepted).into_iter().zip(words(&next)).zip(paths).map(|((a, n), p)| (a, n, p)).collect()
-    }
-
-    fn expected(&self, sequence: usize) -> (u32, u32, Vec<u32>) {
-        let block = self.block;
-        let rows = (self.rows[sequence] as usize).min(block);
-        let of = |all: &[u32]| all[sequence * block..][..rows].to_vec();
-        let (choices, tokens) = (of(&self.choices), of(&self.tokens));
-        let parents = match &self.parents {
-            Some(parents) => of(parents),
-            None => (0..rows as u32).map(|row| row.wrapping_sub(1)).collect(),
-        };
-        let mut path = vec![NONE; block];
-        let mut seen = Vec::new();
-        let target = |row: usize| {
-            seen.push(row as u32);
-            Some(choices[row]).filter(|&c| c != NONE)
-        };
-        let (accepted, next) = match rows {
-            0 => (0, NONE),
-            _ => match match_tree(&tokens, &parents, target) {
-                Some((rows, next)) => (rows.len() as u32 - 1, next),
-                None => (seen.len() as u32 - 1, NONE),
-            },
-        };
-        path[..seen.len()].copy_from_slice(&seen);
-        (accepted, next, path)
-    }
-
-    fn check(&self, device: &dyn Device) {
-        for (sequence, got) in self.run(device).into_iter().enumerate() {
-            assert_eq!(got, self.expected(sequence), "sequence {sequence} of blocks of {}", self.block);
-            if self.parents.is_none() && self.rows[sequence] > 0 {
-                // The chain's own definition.
-                let rows = (self.rows[sequence] as usize).min(self.block);
-                let drafts = &self.tokens[sequence * self.block..][1..rows];
-                let target = |row| Some(self.choices[sequence * self.block + row]).filter(|&c| c != NONE);
-                let verdict = match_chain(drafts, target).map(|(accepted, next)| (accepted as u32, next));
-                assert_eq!(verdict, Some((got.0, got.1)).filter(|&(_, next)| next != NONE));
-            }
-        }
-    }
-}
-
-fn blocks(random: &mut Random, block: usize, trees: bool) -> Blocks {
-    let sequences = 1 + random.below(16);
-    // Few different tokens, so that drafts stand and siblings repeat; sometimes damaged rows.
-    let tokens = 1 + random.below(3);
-    let word = |random: &mut Random| if random.below(40) == 0 { NONE } else { random.below(tokens) as u32 };
-    let all = |random: &mut Random| (0..sequences * block).map(|_| word(random)).collect::<Vec<u32>>();
-    let (choices, drafts) = (all(random), all(random));
-    let parent = |random: &mut Random, row: usize| match random.below(20) {
-        0 => random.next() as u32,
-        1 => row as u32,
-        2 => 64 + random.below(8) as u32,
-        // Later rows too, which nothing can follow.
-        3 => random.below(block) as u32,
-        _ => random.below(row.max(1)) as u32,
-    };
-    let parents = trees.then(|| (0..sequences * block).map(|i| parent(random, i % block)).collect());
-    let rows = (0..sequences)
-        .map(|_| match random.below(6) {
-            0 => 0,
-            1 => random.below(block + 1) as u32,
-            2 => random.next() as u32,
-            _ => block as u32,
-        })
-        .collect();
-    Blocks { block, rows, choices, tokens: drafts, parents }
-}
-
-#[test]
-fn verdict_is_judge_and_walk() {
-    let mut random = Random::new(21);
-    let rounds = if cfg!(feature = "sanitize") { 3 } else { 30 };
-    for i in 0..rounds {
-        for block in [1, 2, 7, 16, 31, 32, 33, 63, 64] {
-            for trees in [false, true] {
-                let blocks = blocks(&mut random, block, trees);
-                every_device_in_turn(i, |device| blocks.check(device));
-            }
-        }
-    }
-}
-
-#[test]
-fn verdict_on_whole_blocks_and_deep_trees() {
-    every_device(|device| {
-        for block in [1usize, 16, 33, 64] {
-            // Every draft stands; none does; one in the middle does not.
-            for wrong in [None, Some(1), Some(block / 2)] {
-                let drafts: Vec<u32> = (0..block as u32).collect();
-                let mut choices: Vec<u32> = (1..=block as u32).collect();
-                if let Some(row) = wrong.filter(|&row| row > 0) {
-                    choices[row - 1] = 1000;
-                }
-                let chain = (0..block as u32).map(|row| row.wrapping_sub(1)).collect();
-                for parents in [None, Some(chain)] {
-                    let blocks = Blocks {
-                        block,
-                        rows: vec![block as u32],
-                        choices: choices.clone(),
-                        tokens: drafts.clone(),
-                        parents,
-                    };
-                    blocks.check(device);
-                    let stood = wrong.filter(|&row| row > 0 && row < block).map_or(block - 1, |row| row - 1);
-                    assert_eq!(blocks.run(device)[0].0, stood as u32);
-                }
-            }
-        }
-    });
-}
-
-#[test]
-fn verdict_is_the_same_under_every_schedule() {
-    let blocks = blocks(&mut Random::new(23), 64, true);
-    let bytes = same_bits(|device| {
-        let all = blocks.run(device);
-        all.into_iter().flat_map(|(a, n, p)| to_bytes(&[&[a, n][..], &p].concat())).collect()
-    });
-    assert!(!bytes.is_empty());
-    assert_written(&bytes, "the verdict");
-}
-
-#[test]
-fn walk_takes_the_lowest_of_equal_siblings_and_needs_earlier_parents() {
-    //  0 -> 1 (5), 2 (5), 3 (6); 4 (7) follows 2, 5 (8) follows 1; 6 (5) names a later row and is unreachable.
-    let (tokens, parents) = ([9, 5, 5, 6, 7, 8, 5], [0, 0, 0, 0, 2, 1, 6]);
-    let distribution = |choices: [u32; 7]| match_tree(&tokens, &parents, move |row| Some(choices[row]));
-    assert_eq!(distribution([5, 8, 7, 0, 0, 3, 0]), Some((vec![0, 1, 5], 3)));
-    assert_eq!(distribution([5, 7, 7, 0, 0, 3, 0]), Some((vec![0, 1], 7)));
-    assert_eq!(distribution([6, 0, 0, 5, 0, 0, 0]), Some((vec![0, 3], 5)));
-    assert_eq!(distribution([4, 0, 0, 0, 0, 0, 0]), Some((vec![0], 4)));
-    assert_eq!(match_tree(&tokens, &parents, |row| (row == 0).then_some(5)), None);
-    assert_eq!(match_tree(&[9], &[0], |_| Some(2)), Some((vec![0], 2)));
 }

@@ -1,4 +1,4 @@
-//! What attention adds to the traffic of a Qwen3-8B layer, whose linear kernels `linear_bits.rs` counts.
+//! Traffic of attention in a layer of Qwen3-8B. `linear_bits.rs` counts that of the linear kernels.
 
 use crate::support::kernel;
 
@@ -7,12 +7,12 @@ use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::attention::{Attention, Layer, Mask, Paged, Workspace};
 use kernel::*;
 
-/// Weights of the layer, bytes.
+/// Bytes of the layer's weights.
 const WEIGHTS: u64 = 385_875_968;
 
-/// 16 rows behind 1008 others: 32 query heads of 128 on 8 key heads.
+/// 16 rows after a context of 1008: 32 query heads of 128 on 8 KV heads.
 #[test]
-fn attention_of_a_qwen3_8b_layer_leaves_its_traffic_below_a_quarter_of_its_weights() {
+fn qwen3_8b_attention_keeps_traffic_below_a_quarter_of_weights() {
     let (context, rows) = (1008, 16);
     let layer = Layer {
         heads: 32,
@@ -48,8 +48,9 @@ fn attention_of_a_qwen3_8b_layer_leaves_its_traffic_below_a_quarter_of_its_weigh
     let least = attention.bytes(&[(context, rows)]);
     assert_eq!(least, 2 * 2 * 128 * (16 * 32 + 1024 * 8) as u64);
     assert!(counts.read >= least - 2 * 16 * 32 * 128, "keys, values and queries are read");
-    // Of both, 2,129,920 are the results of the splits: 8 splits x 8 heads x 64 rows x 130 numbers.
+    // Both include 2,129,920 for the results of the splits: 8 splits x 8 heads x 64 rows x 130 numbers of 4
+    // bytes.
     assert_eq!((counts.read, counts.written), (7_503_872, 2_261_280));
-    // With the 64,506,240 bytes of the linear kernels that is 19.3 % of the weights.
+    // Together with the 64,506,240 bytes of the linear kernels this is 19.3 % of the weights.
     assert!((64_506_240 + counts.read + counts.written) * 4 <= WEIGHTS);
 }
