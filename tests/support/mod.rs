@@ -6,7 +6,6 @@ pub mod attention;
 pub mod bench;
 pub mod checkpoint;
 pub mod counters;
-pub mod crowd;
 pub mod dense;
 pub mod distribution;
 pub mod drawn;
@@ -17,6 +16,7 @@ pub mod library;
 pub mod program;
 pub mod random;
 pub mod report;
+pub mod requests;
 pub mod text;
 
 pub use checkpoint::*;
