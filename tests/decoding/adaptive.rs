@@ -522,11 +522,10 @@ impl Controller for ByPast {
     }
 }
 
-/// Chains of both sampling methods in the same rounds, together with greedy chains and AR steps. With two
-/// tokens left by top-k, 400 answers fill every cell of the distribution; the exhaustive form keeps three.
+/// Chains of both sampling methods in the same rounds, together with greedy chains and AR steps.
 #[test]
 fn a_batch_of_adaptive_sampled_chains_has_the_targets_distribution() {
-    let (runs, top_k) = if requests::exhaustive() { (700, 3) } else { (400, 2) };
+    const RUNS: u64 = 700;
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&target, &drafter));
     let target = Target::load(&pair.target).unwrap();
@@ -546,13 +545,13 @@ fn a_batch_of_adaptive_sampled_chains_has_the_targets_distribution() {
     let one = |i: u64| {
         let kind = kinds[if i.is_multiple_of(20) { 2 } else { i as usize % 2 }].clone();
         let mut one = Request { spec: kind, ..seeded(&prompt, 4, 5, 1.0, i) };
-        one.sampling.top_k = top_k;
+        one.sampling.top_k = 3;
         one
     };
-    let requests: Vec<Request> = (0..runs).map(one).collect();
+    let requests: Vec<Request> = (0..RUNS).map(one).collect();
     let outcomes = run_together(&mut batch, &requests, keep_going);
     println!("rounds by number of drafts: {:?}", sizes.get());
-    assert!(sizes.get().iter().all(|rounds| u64::try_from(*rounds).unwrap() > runs / 7), "{:?}", sizes.get());
+    assert!(sizes.get().iter().all(|rounds| *rounds > 100), "{:?}", sizes.get());
     let distribution = distribution::distribution(&target, &prompt, &requests[0].sampling, 4);
     let sampled =
         requests.iter().zip(&outcomes).filter(|(request, _)| request.spec.method() != VerifyMethod::Match);

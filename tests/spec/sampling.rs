@@ -260,19 +260,19 @@ fn rows_without_a_finite_maximum_give_none() {
 }
 
 #[test]
-fn settings_out_of_range_name_their_flag() {
-    let refused = |s: SamplingParams, flag: &str| {
+fn settings_out_of_range_are_refused_by_name() {
+    let refused = |s: SamplingParams, name: &str| {
         let Err(Error::Usage(text)) = s.check() else { panic!("{s:?} was not refused as usage") };
-        assert!(text.starts_with(flag), "{text}");
+        assert!(text.starts_with(name), "{text}");
     };
     for temperature in [f32::NAN, -1.0, -f32::MIN_POSITIVE, f32::INFINITY, 0.9e-4, 1.1e4] {
-        refused(SamplingParams { temperature, ..UNFILTERED }, "--temperature");
+        refused(SamplingParams { temperature, ..UNFILTERED }, "temperature");
     }
     for top_p in [f64::NAN, 0.0, -0.5, 1.0 + 1e-9, f64::INFINITY] {
-        refused(SamplingParams { top_p, ..UNFILTERED }, "--top-p");
+        refused(SamplingParams { top_p, ..UNFILTERED }, "top_p");
     }
     for min_p in [f64::NAN, -1e-9, 1.0, 2.0] {
-        refused(SamplingParams { min_p, ..UNFILTERED }, "--min-p");
+        refused(SamplingParams { min_p, ..UNFILTERED }, "min_p");
     }
     for temperature in [0.0, -0.0, 1e-4, 1.0, 1e4] {
         SamplingParams { temperature, top_k: usize::MAX, top_p: 1e-300, ..UNFILTERED }.check().unwrap();
