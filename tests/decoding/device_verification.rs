@@ -573,7 +573,7 @@ fn a_batch_refuses_requests_outside_its_config() {
     };
     let sentence = |block, tree, method| {
         format!(
-            "the batch was not made for a request with blocks of {block}, trees of {tree}, the verification method \
+            "the batch was not made for a request with blocks of {block} rows, trees of {tree}, verification by \
              {method} and full draft lengths"
         )
     };
