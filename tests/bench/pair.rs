@@ -1,9 +1,8 @@
 //! Pairs with random weights, which are measured where the files are not.
 
 use crate::support;
-use crate::support::crowd;
+use crate::support::requests;
 
-use crowd::{Silent, request};
 use dflash::Error;
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{Dtype, PUBLISHED, Tensor};
@@ -16,6 +15,7 @@ use dflash::gpu::decoder::DeviceBackend;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::memory::MemoryPlan;
 use half::bf16;
+use requests::{AcceptAll, request};
 use std::fs;
 use support::disk;
 
@@ -151,7 +151,7 @@ fn a_random_pair_is_lossless_on_the_emulator() {
     };
     let run = |backend: &DeviceBackend, block: usize| -> Outcome {
         let request = request(&[5, 6, 7], 12, block, 0.0);
-        generate(&mut *backend.decoder().unwrap(), &request, &mut Silent).unwrap()
+        generate(&mut *backend.decoder().unwrap(), &request, &mut AcceptAll).unwrap()
     };
     let backend = load();
     let (ar, fast) = (run(&backend, 1), run(&backend, 8));

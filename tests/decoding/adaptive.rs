@@ -1,13 +1,13 @@
-//! `--adaptive`: what controllers say is what rounds draft, on the CPU and on devices, and none of it changes what is
-//! emitted under the rule `match`, nor the distribution of what other rules emit.
+//! `--adaptive`: rounds draft as many tokens as their controllers say, on the CPU and on devices. The draft
+//! length never changes the tokens emitted under `match`, nor the distribution of the tokens that the other
+//! methods emit.
 
 use crate::support;
-use crate::support::crowd;
 use crate::support::distribution;
 use crate::support::program;
 use crate::support::random;
+use crate::support::requests;
 
-use crowd::{Silent, go_on, held, open, request, seeded, tiny, together};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::cpu::decoder::{Sequence, Sequences};
@@ -22,6 +22,7 @@ use dflash::spec::config::{SpecConfig, VerifyMethod};
 use dflash::spec::draft_length::{Controller, Costs, DraftLengthPolicy, Fixed};
 use dflash::spec::sampling::SamplingParams;
 use random::Random;
+use requests::{AcceptAll, keep_going, open, reference_prompts, request, run_together, seeded, tiny};
 use serde_json::Value;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -31,7 +32,7 @@ fn costs(draft: f64, verify: impl Fn(usize) -> f64) -> Costs {
     Costs { draft, verify: (1..=64).map(verify).collect() }
 }
 
-/// The path of a chain whose first `accepted` drafts stood.
+/// The path bits of a chain whose first `accepted` drafts were accepted.
 fn chain_of(accepted: usize) -> u64 {
     u64::MAX >> (63 - accepted)
 }
@@ -44,122 +45,130 @@ fn load(pair: Pair) -> Models {
     Models(Target::load(&pair.target).unwrap(), Drafter::load(&pair.drafter.unwrap()).unwrap())
 }
 
-/// `vocab` of few tokens: random drafts are often right; of many: never.
-fn drawn(vocab: usize) -> Models {
+/// A pair with random weights. With a small `vocab` its drafts are often right, with a large one never.
+fn random_models(vocab: usize) -> Models {
     let (target, drafter) = support::small();
     let written = support::write_pair(&support::Target { vocab, ..target }, &drafter);
     load(Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap())
 }
 
 fn alone(decoder: &mut dyn Decoder, request: &Request) -> Outcome {
-    generate(decoder, request, &mut Silent).unwrap()
+    generate(decoder, request, &mut AcceptAll).unwrap()
 }
 
-/// A policy, and what rounds cost.
-type Goal = (DraftLengthPolicy, Costs);
+/// A draft-length policy, and the cost model of its rounds.
+type Policy = (DraftLengthPolicy, Costs);
 
-fn pays(costs: Costs) -> Goal {
+fn cost_model(costs: Costs) -> Policy {
     (DraftLengthPolicy::CostModel, costs)
 }
 
-fn threshold(least: f64) -> Goal {
-    (DraftLengthPolicy::Threshold(least), costs(0.0, |_| 1.0))
+fn threshold(min_probability: f64) -> Policy {
+    (DraftLengthPolicy::Threshold(min_probability), costs(0.0, |_| 1.0))
 }
 
-fn full() -> Goal {
+fn full() -> Policy {
     (DraftLengthPolicy::Full, costs(0.0, |_| 1.0))
 }
 
-fn sequences<'a>(models: &'a Models, goal: &Goal) -> Sequences<'a> {
-    Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).with_costs(&goal.1)
+fn sequences<'a>(models: &'a Models, policy: &Policy) -> Sequences<'a> {
+    Sequences::new(&models.0, Some(&models.1), 1, usize::MAX).with_costs(&policy.1)
 }
 
-/// With rounds as large as the goal says, where they may be.
-fn adapting(goal: &Goal, request: &Request) -> Request {
-    Request { spec: crowd::with_length(&request.spec, goal.0), ..request.clone() }
+/// The request with the policy's draft length, where its drafts have one.
+fn adapting(policy: &Policy, request: &Request) -> Request {
+    Request { spec: requests::with_length(&request.spec, policy.0), ..request.clone() }
 }
 
-fn run(models: &Models, tree: Option<usize>, goal: &Goal, request: &Request) -> Outcome {
-    let request = Request { spec: crowd::spec(VerifyMethod::Match, 0.0, tree), ..request.clone() };
-    ops::install(|| generate(&mut sequences(models, goal), &adapting(goal, &request), &mut Silent)).unwrap()
+fn run(models: &Models, tree: Option<usize>, policy: &Policy, request: &Request) -> Outcome {
+    let request = Request { spec: requests::spec(VerifyMethod::Match, 0.0, tree), ..request.clone() };
+    ops::install(|| generate(&mut sequences(models, policy), &adapting(policy, &request), &mut AcceptAll))
+        .unwrap()
 }
 
 #[test]
-fn no_goal_changes_what_is_emitted() {
-    let (demo, few, many) = (load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()), drawn(4), drawn(90));
-    let cheap = pays(costs(0.1, |_| 1.0));
-    let dear = pays(costs(0.1, |rows| 0.5 + 0.5 * rows as f64));
-    let stairs = pays(costs(0.3, |rows| rows.div_ceil(5) as f64));
+fn no_policy_changes_the_tokens() {
+    let (demo, few, many) =
+        (load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()), random_models(4), random_models(90));
+    let cheap = cost_model(costs(0.1, |_| 1.0));
+    let dear = cost_model(costs(0.1, |rows| 0.5 + 0.5 * rows as f64));
+    let stairs = cost_model(costs(0.3, |rows| rows.div_ceil(5) as f64));
     let often = threshold(0.4);
-    let prompts = held();
-    let (mut cut, mut plain_steps) = (0, 0);
+    let prompts = reference_prompts();
+    let (mut cut, mut ar_steps) = (0, 0);
     for (models, prompt, tokens) in
         [(&demo, &prompts[3][..], 90), (&few, &[1, 3, 2], 200), (&many, &[5, 6], 200)]
     {
         for temperature in [0.0, 0.8] {
             let request = seeded(prompt, tokens, models.1.config.block, temperature, 3);
-            let plain = run(models, None, &full(), &Request { block: 1, ..request.clone() });
+            let ar = run(models, None, &full(), &Request { block: 1, ..request.clone() });
             for tree in [None, Some(30)] {
                 let whole = run(models, tree, &full(), &request);
-                for goal in [&cheap, &dear, &stairs, &often] {
-                    let got = run(models, tree, goal, &request);
-                    assert_eq!((&got.tokens, got.finish), (&plain.tokens, plain.finish));
-                    // And the same rounds again: no clock has a say.
-                    assert_eq!(got.drafted, run(models, tree, goal, &request).drafted);
+                for policy in [&cheap, &dear, &stairs, &often] {
+                    let got = run(models, tree, policy, &request);
+                    assert_eq!((&got.tokens, got.finish), (&ar.tokens, ar.finish));
+                    // The same rounds again: sizes do not depend on measured time.
+                    assert_eq!(got.drafted, run(models, tree, policy, &request).drafted);
                     let all: usize = got.drafted.iter().sum();
                     cut += usize::from(all < whole.drafted.iter().sum());
-                    plain_steps += got.drafted.iter().filter(|drafts| **drafts == 0).count();
+                    ar_steps += got.drafted.iter().filter(|drafts| **drafts == 0).count();
                 }
             }
         }
     }
-    println!("{cut} {plain_steps}");
-    assert!(cut > 30 && plain_steps > 500, "{cut} of 48 runs drafted less, {plain_steps} AR steps");
+    println!("{cut} {ar_steps}");
+    assert!(cut > 30 && ar_steps > 500, "{cut} of 48 runs drafted less, {ar_steps} AR steps");
 }
 
-/// Of a chain and of a tree exactly the paths that the drafter gives that probability, whatever came of earlier ones.
+/// A round verifies exactly the paths of a chain or tree to which the drafter gives at least the threshold,
+/// whatever earlier rounds accepted.
 #[test]
 fn a_threshold_cuts_chains_and_trees_at_paths_below_it() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
-    for least in [0.02, 0.3, 0.99, 1.0] {
-        let (goal, mut sizes) = (threshold(least), vec![]);
+    for min_probability in [0.02, 0.3, 0.99, 1.0] {
+        let (policy, mut sizes) = (threshold(min_probability), vec![]);
         for tree in [None, Some(64), Some(6)] {
             let mut sequence = Sequence::new(&models.0, Some(&models.1));
-            let spec = crowd::spec(VerifyMethod::Match, 0.0, tree);
-            let asked = Request { spec, ..request(&held()[4], 120, 16, 0.0) };
-            sequence.start(&adapting(&goal, &asked)).unwrap();
+            let spec = requests::spec(VerifyMethod::Match, 0.0, tree);
+            let asked = Request { spec, ..request(&reference_prompts()[4], 120, 16, 0.0) };
+            sequence.start(&adapting(&policy, &asked)).unwrap();
             while sequence.prefill().unwrap().next.is_none() {}
             let mut out = vec![];
             while out.len() < 60 {
                 let grown = sequence.draft_tree(16, tree.unwrap_or(64)).unwrap();
-                let likely = |row: &usize| (f64::from(grown.costs[*row]) / -65536.0).exp2() >= least;
+                let probable =
+                    |row: &usize| (f64::from(grown.costs[*row]) / -65536.0).exp2() >= min_probability;
                 let expected = match tree {
-                    Some(_) => (1..grown.rows()).filter(likely).count(),
-                    // The first child of a row is its best one.
+                    Some(_) => (1..grown.rows()).filter(probable).count(),
+                    // The first child of a row is its most probable one.
                     None => {
                         let child = |row: usize| {
                             (row + 1..grown.rows()).find(|child| grown.parents[*child] as usize == row)
                         };
-                        std::iter::successors(child(0), |row| child(*row)).filter(likely).count()
+                        std::iter::successors(child(0), |row| child(*row)).filter(probable).count()
                     }
                 };
-                assert_eq!(sequence.round(&mut out).unwrap(), expected, "{tree:?} at least {least}");
+                assert_eq!(
+                    sequence.round(&mut out).unwrap(),
+                    expected,
+                    "{tree:?} at least {min_probability}"
+                );
                 sizes.push(expected);
             }
         }
-        // Rounds that verified nothing are followed by others that do.
-        println!("at least {least}: {sizes:?}");
+        // A round without drafts does not end drafting.
+        println!("at least {min_probability}: {sizes:?}");
         let again = sizes.windows(2).any(|pair| pair[0] == 0 && pair[1] > 0);
-        assert!(least != 0.99 || again, "{sizes:?}");
+        assert!(min_probability != 0.99 || again, "{sizes:?}");
     }
 }
 
 #[test]
-fn a_drafter_that_is_never_right_is_left_alone_for_the_most_part() {
-    let models = drawn(1000);
+fn a_drafter_that_is_never_right_rarely_drafts() {
+    let models = random_models(1000);
     let cheap = costs(0.3, |rows| 1.0 + 0.02 * rows as f64);
     for tree in [None, Some(16)] {
-        let got = run(&models, tree, &pays(cheap.clone()), &seeded(&[7, 8, 9], 240, 8, 1.0, 2));
+        let got = run(&models, tree, &cost_model(cheap.clone()), &seeded(&[7, 8, 9], 240, 8, 1.0, 2));
         let steps: Vec<f64> =
             got.drafted.iter().map(|d| if *d > 0 { cheap.round(*d) } else { 1.02 }).collect();
         let (drafted, each) =
@@ -168,11 +177,11 @@ fn a_drafter_that_is_never_right_is_left_alone_for_the_most_part() {
     }
 }
 
-/// After AR steps the drafter's context has no holes: it drafts what it would have, had it drafted all along.
+/// After AR steps the drafter's context has no holes: it drafts what it drafts after rounds with drafts.
 #[test]
-fn a_drafter_that_was_left_alone_catches_up() {
+fn a_drafter_catches_up_after_ar_steps() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
-    let prompt = &held()[4];
+    let prompt = &reference_prompts()[4];
     let begin = || {
         let mut sequence = Sequence::new(&models.0, Some(&models.1));
         sequence.start(&seeded(prompt, 120, 16, 0.0, 0)).unwrap();
@@ -180,41 +189,42 @@ fn a_drafter_that_was_left_alone_catches_up() {
         sequence
     };
     let (mut idle, mut busy) = (begin(), begin());
-    let (mut plainly, mut drafted) = (vec![], vec![]);
+    let (mut autoregressive, mut drafted) = (vec![], vec![]);
     while drafted.len() < 80 {
         busy.round(&mut drafted).unwrap();
     }
-    while plainly.len() < drafted.len() {
+    while autoregressive.len() < drafted.len() {
         idle.draft(1).unwrap();
-        idle.verify(&[], &mut plainly).unwrap();
+        idle.verify(&[], &mut autoregressive).unwrap();
     }
-    assert_eq!(plainly, drafted);
+    assert_eq!(autoregressive, drafted);
     assert_eq!(idle.lengths(), busy.lengths());
     assert_eq!(idle.draft(16).unwrap(), busy.draft(16).unwrap());
 }
 
-// ---- drafts that are drawn, on the CPU ----
+// ---- sampled drafts, on the CPU ----
 
-fn draws(rule: VerifyMethod) -> SpecConfig {
-    crowd::spec(rule, 1.0, None)
+fn sampled_chain(method: VerifyMethod) -> SpecConfig {
+    requests::spec(method, 1.0, None)
 }
 
-/// Sizes that earlier rounds chose, of whole generations long enough to have them; AR steps among them.
+/// Generations long enough that earlier rounds choose the draft lengths of later ones; some of these are AR
+/// steps.
 #[test]
-fn rounds_of_drawn_drafts_that_adapt_have_the_targets_law() {
+fn sampled_chains_that_adapt_have_the_targets_distribution() {
     const TOKENS: usize = 12;
-    let models = drawn(4);
-    let dear = pays(costs(0.2, |rows| 1.0 + 0.12 * rows as f64));
+    let models = random_models(4);
+    let dear = cost_model(costs(0.2, |rows| 1.0 + 0.12 * rows as f64));
     let often = threshold(0.25);
     ops::install(|| {
-        for (rule, goal) in
+        for (method, policy) in
             [VerifyMethod::Rejection, VerifyMethod::Block].into_iter().flat_map(|r| [(r, &dear), (r, &often)])
         {
-            let spec = crowd::with_top_k(&draws(rule), 3);
-            let mut asked = adapting(goal, &Request { spec, ..request(&[1, 2, 3], TOKENS, 6, 1.0) });
+            let spec = requests::with_top_k(&sampled_chain(method), 3);
+            let mut asked = adapting(policy, &Request { spec, ..request(&[1, 2, 3], TOKENS, 6, 1.0) });
             asked.sampling.top_k = 2;
             let distribution = distribution::distribution(&models.0, &asked.prompt, &asked.sampling, TOKENS);
-            let mut sequences = sequences(&models, goal);
+            let mut sequences = sequences(&models, policy);
             let mut sizes = [0; 6];
             let answer = |seed| {
                 let sampling = SamplingParams { seed, ..asked.sampling.clone() };
@@ -222,8 +232,8 @@ fn rounds_of_drawn_drafts_that_adapt_have_the_targets_law() {
                 got.drafted.iter().skip(4).for_each(|drafts| sizes[*drafts] += 1);
                 got.tokens
             };
-            distribution::check(&rule, &distribution, (0..3000).map(answer));
-            println!("rounds from the fifth on, by their drafts: {sizes:?}");
+            distribution::check(&method, &distribution, (0..3000).map(answer));
+            println!("rounds from the fifth on, by number of drafts: {sizes:?}");
             assert!(sizes[1..].iter().filter(|rounds| **rounds > 200).count() > 1, "{sizes:?}");
         }
     });
@@ -231,27 +241,28 @@ fn rounds_of_drawn_drafts_that_adapt_have_the_targets_law() {
 
 #[test]
 fn coupled_drafts_that_adapt_change_no_token() {
-    let models = drawn(4);
-    let asked = Request { spec: draws(VerifyMethod::Match), ..request(&[1, 2, 3], 200, 16, 1.0) };
-    let answer = |goal: &Goal, asked: &Request| alone(&mut sequences(&models, goal), &adapting(goal, asked));
-    let (plain, whole) = (Request { block: 1, ..asked.clone() }, answer(&full(), &asked));
-    for goal in [pays(costs(0.2, |rows| 1.0 + 0.12 * rows as f64)), threshold(0.3)] {
-        let got = answer(&goal, &asked);
-        assert_eq!(got.tokens, answer(&full(), &plain).tokens);
+    let models = random_models(4);
+    let asked = Request { spec: sampled_chain(VerifyMethod::Match), ..request(&[1, 2, 3], 200, 16, 1.0) };
+    let answer =
+        |policy: &Policy, asked: &Request| alone(&mut sequences(&models, policy), &adapting(policy, asked));
+    let (ar, whole) = (Request { block: 1, ..asked.clone() }, answer(&full(), &asked));
+    for policy in [cost_model(costs(0.2, |rows| 1.0 + 0.12 * rows as f64)), threshold(0.3)] {
+        let got = answer(&policy, &asked);
+        assert_eq!(got.tokens, answer(&full(), &ar).tokens);
         let first = |outcome: &Outcome| outcome.accepted[..4].to_vec();
         assert_eq!(first(&got), first(&whole), "the drafts are the coupled ones");
-        assert!(got.drafted[4..].iter().all(|drafts| *drafts < 12), "{goal:?}: {:?}", got.drafted);
+        assert!(got.drafted[4..].iter().all(|drafts| *drafts < 12), "{policy:?}: {:?}", got.drafted);
     }
 }
 
-/// The least that a threshold leaves is one draft a round: what is drawn is never left alone for ever.
+/// A threshold leaves at least one draft per round: sampled drafts never stop.
 #[test]
-fn drawn_drafts_under_any_threshold_go_on() {
-    let models = drawn(90);
-    let (goal, mut asked) = (threshold(1.0), request(&[5, 6], 60, 8, 1.0));
-    for rule in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
-        asked.spec = draws(rule);
-        let got = alone(&mut sequences(&models, &goal), &adapting(&goal, &asked));
+fn sampled_drafts_continue_under_any_threshold() {
+    let models = random_models(90);
+    let (policy, mut asked) = (threshold(1.0), request(&[5, 6], 60, 8, 1.0));
+    for method in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
+        asked.spec = sampled_chain(method);
+        let got = alone(&mut sequences(&models, &policy), &adapting(&policy, &asked));
         assert_eq!(
             (&got.drafted[..4], got.drafted[4..].iter().all(|drafts| *drafts == 1)),
             (&[7; 4][..], true)
@@ -259,64 +270,66 @@ fn drawn_drafts_under_any_threshold_go_on() {
     }
 }
 
-/// Trees that are drawn are whole.
+/// Sampled trees always have their full size.
 #[test]
-fn drawn_trees_do_not_adapt() {
-    let models = drawn(4);
-    let goal = threshold(1.0);
-    for (rule, drafts) in [(VerifyMethod::Rejection, 11), (VerifyMethod::Block, 9)] {
-        let asked = Request { spec: crowd::spec(rule, 1.0, Some(12)), ..request(&[1], 40, 4, 1.0) };
-        let got = alone(&mut sequences(&models, &goal), &adapting(&goal, &asked));
-        assert!(got.drafted.iter().all(|drafted| *drafted == drafts), "{rule:?}: {:?}", got.drafted);
+fn sampled_trees_do_not_adapt() {
+    let models = random_models(4);
+    let policy = threshold(1.0);
+    for (method, drafts) in [(VerifyMethod::Rejection, 11), (VerifyMethod::Block, 9)] {
+        let asked = Request { spec: requests::spec(method, 1.0, Some(12)), ..request(&[1], 40, 4, 1.0) };
+        let got = alone(&mut sequences(&models, &policy), &adapting(&policy, &asked));
+        assert!(got.drafted.iter().all(|drafted| *drafted == drafts), "{method:?}: {:?}", got.drafted);
     }
 }
 
 // ---- on devices ----
 
-/// On the emulator, for a pair of so many tokens: of few, drafts are often right; of many, never.
-fn on_device(vocab: usize, room: BatchConfig, then: impl FnOnce(&mut Batch)) {
+/// Runs `then` with a batch on the emulator, of a random pair with this vocabulary: drafts are often right
+/// with 4 tokens, never with many.
+fn on_device(vocab: usize, config: BatchConfig, then: impl FnOnce(&mut Batch)) {
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&support::Target { vocab, ..target }, &drafter));
     let device = Emulator::new();
-    let models = DeviceBackend::load(&device, &pair, room.positions).unwrap();
-    then(&mut Batch::new(&device, &models, room).unwrap());
+    let models = DeviceBackend::load(&device, &pair, config.positions).unwrap();
+    then(&mut Batch::new(&device, &models, config).unwrap());
 }
 
-fn room(sequences: usize, tree: usize) -> BatchConfig {
+fn config(sequences: usize, tree: usize) -> BatchConfig {
     BatchConfig { adaptive: true, ..BatchConfig::new(sequences, 16, 256).with_trees(tree) }
 }
 
 fn with_tree(request: &Request, rows: usize) -> Request {
     let tree = (rows > 0).then_some(rows);
-    Request { spec: crowd::spec(VerifyMethod::Match, 0.0, tree), ..request.clone() }
+    Request { spec: requests::spec(VerifyMethod::Match, 0.0, tree), ..request.clone() }
 }
 
-/// Says so, and then that all may be drafted.
+/// A controller that follows a script, then allows all drafts.
 struct Script {
     sizes: VecDeque<usize>,
-    /// (verified, stood) of its rounds
-    heard: Rc<RefCell<Vec<(usize, u64)>>>,
+    /// (verified drafts, accepted path bits) of its rounds
+    observed: Rc<RefCell<Vec<(usize, u64)>>>,
 }
 
 impl Controller for Script {
-    fn drafts(&mut self, most: usize) -> usize {
-        self.sizes.pop_front().unwrap_or(most)
+    fn drafts(&mut self, max: usize) -> usize {
+        self.sizes.pop_front().unwrap_or(max)
     }
 
-    fn observe(&mut self, verified: usize, stood: u64) {
-        self.heard.borrow_mut().push((verified, stood));
+    fn observe(&mut self, verified: usize, accepted: u64) {
+        self.observed.borrow_mut().push((verified, accepted));
     }
 }
 
-/// Anything, and often nothing. What it is told of must be what it asked for, in order.
-struct Wild {
+/// A controller that chooses randomly, and often no drafts. It checks that the results it observes are those
+/// of the rounds it asked for, in order.
+struct RandomController {
     random: Random,
     asked: VecDeque<usize>,
 }
 
-impl Controller for Wild {
-    fn drafts(&mut self, most: usize) -> usize {
-        let drafts = [0, self.random.below(most + 1), most][self.random.below(3)];
+impl Controller for RandomController {
+    fn drafts(&mut self, max: usize) -> usize {
+        let drafts = [0, self.random.below(max + 1), max][self.random.below(3)];
         if drafts > 0 {
             self.asked.push_back(drafts);
         }
@@ -325,58 +338,58 @@ impl Controller for Wild {
     }
 
     fn observe(&mut self, verified: usize, _: u64) {
-        // Where positions end there may be fewer than the host knew of.
+        // At the last positions a round may verify fewer than the host allowed.
         let asked = self.asked.pop_front().unwrap();
         assert!(verified <= asked, "{verified} of {asked}");
     }
 }
 
-fn wild(seed: u64) -> Box<dyn Controller> {
-    Box::new(Wild { random: Random::new(seed), asked: VecDeque::new() })
+fn random_controller(seed: u64) -> Box<dyn Controller> {
+    Box::new(RandomController { random: Random::new(seed), asked: VecDeque::new() })
 }
 
 #[test]
-fn rounds_on_a_device_verify_what_controllers_say_each_in_its_round() {
-    on_device(4, room(2, 64), |batch| {
+fn device_rounds_verify_what_their_controllers_say() {
+    on_device(4, config(2, 64), |batch| {
         let mut random = Random::new(21);
-        let (mut scripts, mut requests, mut plain) = (vec![], vec![], vec![]);
+        let (mut scripts, mut requests, mut ar) = (vec![], vec![], vec![]);
         for (i, tree) in [64, 0, 40, 64, 0].into_iter().enumerate() {
-            let most = if tree > 0 { tree - 1 } else { 15 };
-            let sizes = [0, 1, 15, 16, 31, 32, most];
+            let max = if tree > 0 { tree - 1 } else { 15 };
+            let sizes = [0, 1, 15, 16, 31, 32, max];
             let script: VecDeque<usize> = (0..60)
-                .map(|_| [sizes[random.below(7)].min(most), random.below(most + 1)][random.below(2)])
+                .map(|_| [sizes[random.below(7)].min(max), random.below(max + 1)][random.below(2)])
                 .collect();
             scripts.push(script);
             let asked = request(&[1 + i as u32 % 3, 2, 3], 40 + 11 * i, 16, [0.0, 0.9][i % 2]);
-            plain.push(alone(batch, &Request { block: 1, ..asked.clone() }));
+            ar.push(alone(batch, &Request { block: 1, ..asked.clone() }));
             requests.push(with_tree(&asked, tree));
         }
-        // Sequences join in the order of the list.
+        // Requests are admitted in the order of the list.
         let left = RefCell::new(VecDeque::from(scripts.clone()));
-        let heard: Vec<Rc<RefCell<Vec<_>>>> = scripts.iter().map(|_| Rc::default()).collect();
-        let ears = RefCell::new(VecDeque::from(heard.clone()));
+        let observed: Vec<Rc<RefCell<Vec<_>>>> = scripts.iter().map(|_| Rc::default()).collect();
+        let observers = RefCell::new(VecDeque::from(observed.clone()));
         batch.control(move || {
             let sizes = left.borrow_mut().pop_front().unwrap();
-            Box::new(Script { sizes, heard: ears.borrow_mut().pop_front().unwrap() })
+            Box::new(Script { sizes, observed: observers.borrow_mut().pop_front().unwrap() })
         });
-        let got = together(batch, &requests, go_on);
-        for (i, (got, plain)) in got.iter().zip(&plain).enumerate() {
-            assert_eq!((&got.tokens, got.finish), (&plain.tokens, plain.finish), "request {i}");
+        let got = run_together(batch, &requests, keep_going);
+        for (i, (got, ar)) in got.iter().zip(&ar).enumerate() {
+            assert_eq!((&got.tokens, got.finish), (&ar.tokens, ar.finish), "request {i}");
             let script: Vec<usize> = scripts[i].iter().copied().take(got.drafted.len()).collect();
             assert_eq!(got.drafted, script, "request {i}");
-            // What came of each round with drafts, and nothing else, is what its controller hears.
+            // A controller observes the results of its rounds with drafts, and nothing else.
             let rounds = got.drafted.iter().zip(&got.accepted).filter(|(drafts, _)| **drafts > 0);
-            let heard = heard[i].borrow();
-            assert_eq!(heard.len(), rounds.clone().count(), "request {i}");
-            for ((drafts, tokens), (verified, stood)) in rounds.zip(heard.iter()) {
+            let observed = observed[i].borrow();
+            assert_eq!(observed.len(), rounds.clone().count(), "request {i}");
+            for ((drafts, tokens), (verified, accepted)) in rounds.zip(observed.iter()) {
                 assert_eq!(
-                    (verified, stood.count_ones() as usize, stood & 1),
+                    (verified, accepted.count_ones() as usize, accepted & 1),
                     (drafts, *tokens, 1),
                     "request {i}"
                 );
                 let is_tree = requests[i].spec.tree_rows().is_some();
-                let (within, chain) = (*stood <= chain_of(*drafts), *stood == chain_of(tokens - 1));
-                assert!(within && (is_tree || chain), "request {i}: {stood:b} of {drafts}");
+                let (within, chain) = (*accepted <= chain_of(*drafts), *accepted == chain_of(tokens - 1));
+                assert!(within && (is_tree || chain), "request {i}: {accepted:b} of {drafts}");
             }
             assert!(got.accepted.iter().any(|tokens| *tokens > 2), "request {i}: {:?}", got.accepted);
         }
@@ -384,39 +397,37 @@ fn rounds_on_a_device_verify_what_controllers_say_each_in_its_round() {
 }
 
 #[test]
-fn controllers_of_any_kind_leave_a_batchs_answers_alone() {
+fn no_controller_changes_the_answers_of_a_batch() {
     for vocab in [4, 90] {
-        on_device(vocab, room(3, 64), |batch| {
+        on_device(vocab, config(3, 64), |batch| {
             let mut requests = vec![];
             for (i, tree) in [0, 64, 17, 0, 33, 0].into_iter().enumerate() {
-                let asked = seeded(&[1, 2, 3, i as u32 % 4], 16 + 5 * i, 16, [0.0, 0.8][i % 2], i as u64);
+                let tokens = if requests::exhaustive() { 16 + 5 * i } else { 12 + 3 * i };
+                let asked = seeded(&[1, 2, 3, i as u32 % 4], tokens, 16, [0.0, 0.8][i % 2], i as u64);
                 requests.push(with_tree(&asked, tree));
             }
-            // One of no drafts, and one of drawn ones.
+            // One without drafts, and one with coupled drafts.
             requests[3].block = 1;
-            requests[5].spec = draws(VerifyMethod::Match);
-            let plainly =
+            requests[5].spec = sampled_chain(VerifyMethod::Match);
+            let autoregressive =
                 |request: &Request| Request { block: 1, spec: SpecConfig::default(), ..request.clone() };
-            let plain: Vec<Outcome> = requests.iter().map(|asked| alone(batch, &plainly(asked))).collect();
+            let ar: Vec<Outcome> =
+                requests.iter().map(|asked| alone(batch, &autoregressive(asked))).collect();
             let next = Cell::new(0);
             let kinds = move || -> Box<dyn Controller> {
                 next.set(next.get() + 1);
                 match next.get() % 3 {
                     0 => Box::new(Fixed),
-                    _ => wild(next.get()),
+                    _ => random_controller(next.get()),
                 }
             };
-            let goal = pays(costs(0.0, |_| 1.0));
-            let adaptive: Vec<Request> = requests.iter().map(|asked| adapting(&goal, asked)).collect();
-            let modelled = together(batch, &adaptive, go_on);
+            let policy = cost_model(costs(0.0, |_| 1.0));
+            let adaptive: Vec<Request> = requests.iter().map(|asked| adapting(&policy, asked)).collect();
+            let modelled = run_together(batch, &adaptive, keep_going);
             batch.control(kinds);
-            for got in [modelled, together(batch, &requests, go_on)] {
-                for (i, (got, plain)) in got.iter().zip(&plain).enumerate() {
-                    assert_eq!(
-                        (&got.tokens, got.finish),
-                        (&plain.tokens, plain.finish),
-                        "{vocab}: request {i}"
-                    );
+            for got in [modelled, run_together(batch, &requests, keep_going)] {
+                for (i, (got, ar)) in got.iter().zip(&ar).enumerate() {
+                    assert_eq!((&got.tokens, got.finish), (&ar.tokens, ar.finish), "{vocab}: request {i}");
                 }
             }
         });
@@ -424,13 +435,13 @@ fn controllers_of_any_kind_leave_a_batchs_answers_alone() {
 }
 
 #[test]
-fn every_token_comes_of_plain_decodings_logits_whatever_rounds_draft() {
+fn tokens_come_from_the_logits_of_ar_decoding_under_any_draft_length() {
     for (vocab, tree) in [(4, 0), (4, 64), (90, 0)] {
-        on_device(vocab, room(1, tree), |batch| {
-            batch.control(|| wild(5));
+        on_device(vocab, config(1, tree), |batch| {
+            batch.control(|| random_controller(5));
             for temperature in [0.0, 0.7] {
                 let asked = with_tree(&request(&[3, 1, 2], 60, 16, temperature), tree);
-                let report = lossless::check(batch, &asked, || Ok(Silent)).unwrap().unwrap();
+                let report = lossless::check(batch, &asked, || Ok(AcceptAll)).unwrap().unwrap();
                 assert_eq!(
                     (report.identical, report.compared),
                     (Ok(()), 59),
@@ -441,23 +452,23 @@ fn every_token_comes_of_plain_decodings_logits_whatever_rounds_draft() {
     }
 }
 
-/// AR steps leave no holes: the drafter drafts what it would have, had it drafted all along.
+/// AR steps leave no holes in the drafter's context: it drafts what it drafts after rounds with drafts.
 #[test]
-fn a_drafter_that_follows_on_a_device_drafts_what_it_would_have() {
-    on_device(4, room(1, 0), |batch| {
+fn a_drafter_that_follows_ar_steps_on_a_device_drafts_the_same() {
+    on_device(4, config(1, 0), |batch| {
         let asked = request(&[2, 1, 3, 3], 150, 16, 0.9);
         batch.control(|| Box::new(Fixed));
         let busy = alone(batch, &asked);
-        let brought = |rounds: std::ops::Range<usize>| busy.accepted[rounds].iter().sum::<usize>();
+        let produced = |rounds: std::ops::Range<usize>| busy.accepted[rounds].iter().sum::<usize>();
         assert!(busy.accepted.iter().filter(|tokens| **tokens > 1).count() > 10, "{:?}", busy.accepted);
         let rounds = busy.accepted.len();
         for (first, last) in [(0, 1), (0, 7), (3, 4), (5, 20), (1, rounds / 2)] {
-            // Drafts as before, but for these rounds; as many AR steps as they brought tokens.
-            let script = [vec![15; first], vec![0; brought(first..last)]].concat();
-            batch.control(move || Box::new(Script { sizes: script.clone().into(), heard: Rc::default() }));
+            // The same drafts, except that AR steps replace these rounds, one for each token they produced.
+            let script = [vec![15; first], vec![0; produced(first..last)]].concat();
+            batch.control(move || Box::new(Script { sizes: script.clone().into(), observed: Rc::default() }));
             let paused = alone(batch, &asked);
             assert_eq!(paused.tokens, busy.tokens);
-            let ones = vec![1; brought(first..last)];
+            let ones = vec![1; produced(first..last)];
             let expected = [&busy.accepted[..first], &ones, &busy.accepted[last..]].concat();
             assert_eq!(paused.accepted, expected, "rounds {first} to {last}");
         }
@@ -465,22 +476,22 @@ fn a_drafter_that_follows_on_a_device_drafts_what_it_would_have() {
 }
 
 #[test]
-fn on_a_device_a_drafter_that_is_never_right_is_left_alone_and_tried_again() {
-    let goal = pays(costs(0.0, |_| 1.0));
+fn device_drafting_that_does_not_pay_stops_and_is_tried_again() {
+    let policy = cost_model(costs(0.0, |_| 1.0));
     for tree in [0, 64] {
-        on_device(1000, room(1, tree), |batch| {
+        on_device(1000, config(1, tree), |batch| {
             let asked = with_tree(&request(&[7, 8, 9], 120, 16, 0.0), tree);
-            let got = alone(batch, &adapting(&goal, &asked));
+            let got = alone(batch, &adapting(&policy, &asked));
             assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
             assert_eq!(got.accepted, [1; 119]);
             let drafted: Vec<usize> = (0..119).filter(|round| got.drafted[*round] > 0).collect();
-            // Twelve rounds and one on its way; trials after 16 and 32 AR steps, each with one on its way.
+            // Twelve rounds and one in flight; trials after 16 and 32 AR steps, each observed one round late.
             assert_eq!(drafted, [&(0..13).collect::<Vec<_>>()[..], &[29, 63]].concat());
         });
     }
-    // One that is right later on: it is left alone, tried, waited for, and kept.
-    on_device(4, room(1, 0), |batch| {
-        let got = alone(batch, &adapting(&goal, &request(&[1, 2], 80, 16, 0.0)));
+    // A drafter that is right later on: drafting stops, is tried, waits for the result, and continues.
+    on_device(4, config(1, 0), |batch| {
+        let got = alone(batch, &adapting(&policy, &request(&[1, 2], 80, 16, 0.0)));
         let drafted: Vec<bool> = got.drafted.iter().map(|drafts| *drafts > 0).collect();
         let expected =
             [vec![true; 13], vec![false; 16], vec![true, false], vec![true; drafted.len() - 31]].concat();
@@ -489,7 +500,7 @@ fn on_a_device_a_drafter_that_is_never_right_is_left_alone_and_tried_again() {
     });
 }
 
-/// Any size, by what came of the rounds that it has heard of.
+/// A controller whose draft lengths are a random function of the results it has observed.
 struct ByPast {
     past: u64,
     rounds: u64,
@@ -497,39 +508,40 @@ struct ByPast {
 }
 
 impl Controller for ByPast {
-    fn drafts(&mut self, most: usize) -> usize {
+    fn drafts(&mut self, max: usize) -> usize {
         self.rounds += 1;
-        let drafts = Random::new(self.past.wrapping_mul(64) + self.rounds).below(most + 1);
+        let drafts = Random::new(self.past.wrapping_mul(64) + self.rounds).below(max + 1);
         let mut sizes = self.sizes.get();
         sizes[drafts] += 1;
         self.sizes.set(sizes);
         drafts
     }
 
-    fn observe(&mut self, verified: usize, stood: u64) {
-        self.past = self.past.wrapping_mul(1031) + stood * 8 + verified as u64;
+    fn observe(&mut self, verified: usize, accepted: u64) {
+        self.past = self.past.wrapping_mul(1031) + accepted * 8 + verified as u64;
     }
 }
 
-/// Chains of both rules in the same rounds, which other chains and AR steps share.
+/// Chains of both sampling methods in the same rounds, together with greedy chains and AR steps.
 #[test]
-fn drawn_drafts_of_a_batch_whose_sizes_adapt_have_the_targets_law() {
+fn a_batch_of_adaptive_sampled_chains_has_the_targets_distribution() {
     const RUNS: u64 = 700;
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&target, &drafter));
     let target = Target::load(&pair.target).unwrap();
-    let room = BatchConfig { draft_probs: true, adaptive: true, ..BatchConfig::new(32, 5, 64) };
+    let config = BatchConfig { draft_probs: true, adaptive: true, ..BatchConfig::new(32, 5, 64) };
     let device = Emulator::new();
     let models = DeviceBackend::load(&device, &pair, 64).unwrap();
-    let mut batch = Batch::new(&device, &models, room).unwrap();
+    let mut batch = Batch::new(&device, &models, config).unwrap();
     let sizes = Rc::new(Cell::new([0; 5]));
-    let (told, next) = (sizes.clone(), Cell::new(0));
+    let (recorded, next) = (sizes.clone(), Cell::new(0));
     batch.control(move || {
         next.set(next.get() + 1);
-        Box::new(ByPast { past: next.get(), rounds: 0, sizes: told.clone() })
+        Box::new(ByPast { past: next.get(), rounds: 0, sizes: recorded.clone() })
     });
     let prompt = [1, 2, 3];
-    let kinds = [draws(VerifyMethod::Rejection), draws(VerifyMethod::Block), SpecConfig::default()];
+    let kinds =
+        [sampled_chain(VerifyMethod::Rejection), sampled_chain(VerifyMethod::Block), SpecConfig::default()];
     let one = |i: u64| {
         let kind = kinds[if i.is_multiple_of(20) { 2 } else { i as usize % 2 }].clone();
         let mut one = Request { spec: kind, ..seeded(&prompt, 4, 5, 1.0, i) };
@@ -537,38 +549,40 @@ fn drawn_drafts_of_a_batch_whose_sizes_adapt_have_the_targets_law() {
         one
     };
     let requests: Vec<Request> = (0..RUNS).map(one).collect();
-    let outcomes = together(&mut batch, &requests, go_on);
-    println!("rounds by their drafts: {:?}", sizes.get());
+    let outcomes = run_together(&mut batch, &requests, keep_going);
+    println!("rounds by number of drafts: {:?}", sizes.get());
     assert!(sizes.get().iter().all(|rounds| *rounds > 100), "{:?}", sizes.get());
     let distribution = distribution::distribution(&target, &prompt, &requests[0].sampling, 4);
-    let drawn =
+    let sampled =
         requests.iter().zip(&outcomes).filter(|(request, _)| request.spec.method() != VerifyMethod::Match);
-    distribution::check(&"both rules", &distribution, drawn.map(|(_, outcome)| outcome.tokens.clone()));
+    distribution::check(&"both methods", &distribution, sampled.map(|(_, outcome)| outcome.tokens.clone()));
 }
 
-/// The room's own controllers, of what pays and of what stands often enough: an answer's rounds are its own.
+/// With the engine's controllers, by cost and by threshold, a request's rounds do not depend on the batch.
 #[test]
-fn rules_that_adapt_answer_in_a_batch_as_alone() {
-    for (vocab, goal) in [(90, pays(costs(0.0, |_| 1.0))), (4, threshold(0.3))] {
-        let room = BatchConfig { draft_probs: true, ..room(3, 20) };
-        on_device(vocab, room, |batch| {
+fn adaptive_requests_answer_in_a_batch_as_alone() {
+    for (vocab, policy) in [(90, cost_model(costs(0.0, |_| 1.0))), (4, threshold(0.3))] {
+        let config = BatchConfig { draft_probs: true, ..config(3, 20) };
+        on_device(vocab, config, |batch| {
             let kinds = [
-                draws(VerifyMethod::Rejection),
-                draws(VerifyMethod::Block),
-                draws(VerifyMethod::Match),
+                sampled_chain(VerifyMethod::Rejection),
+                sampled_chain(VerifyMethod::Block),
+                sampled_chain(VerifyMethod::Match),
                 SpecConfig::default(),
             ];
             let mut requests: Vec<Request> = (0..8)
                 .map(|i| {
-                    let asked = seeded(&[1, 2, 3, i as u32 % 4], 24 + 2 * i, 8, 1.0, i as u64);
-                    adapting(&goal, &Request { spec: kinds[i % 4].clone(), ..asked })
+                    // Drafting that never pays stops after 13 rounds.
+                    let tokens = if requests::exhaustive() { 24 + 2 * i } else { 18 + i };
+                    let asked = seeded(&[1, 2, 3, i as u32 % 4], tokens, 8, 1.0, i as u64);
+                    adapting(&policy, &Request { spec: kinds[i % 4].clone(), ..asked })
                 })
                 .collect();
-            // A tree of the best tokens, one that is drawn and does not adapt, and autoregressive decoding.
-            requests[3] = adapting(&goal, &with_tree(&requests[3], 20));
-            requests[4].spec = crowd::spec(VerifyMethod::Rejection, 1.0, Some(20));
+            // A best-first tree, a sampled tree, which does not adapt, and autoregressive decoding.
+            requests[3] = adapting(&policy, &with_tree(&requests[3], 20));
+            requests[4].spec = requests::spec(VerifyMethod::Rejection, 1.0, Some(20));
             requests[7].block = 1;
-            let all = together(batch, &requests, go_on);
+            let all = run_together(batch, &requests, keep_going);
             let mut sizes = std::collections::BTreeSet::new();
             for (i, (request, got)) in requests.iter().zip(&all).enumerate() {
                 let own = alone(batch, request);
@@ -577,31 +591,32 @@ fn rules_that_adapt_answer_in_a_batch_as_alone() {
                     sizes.extend(got.drafted.iter().copied());
                 }
             }
-            println!("{:?}: {sizes:?}", goal.0);
+            println!("{:?}: {sizes:?}", policy.0);
             assert!(all[4].drafted.iter().all(|drafts| *drafts == 19), "{:?}", all[4].drafted);
-            let steps = goal.0 == DraftLengthPolicy::CostModel;
-            assert!(sizes.len() > 1 && sizes.contains(&0) == steps, "{:?}: {sizes:?}", goal.0);
+            let steps = policy.0 == DraftLengthPolicy::CostModel;
+            assert!(sizes.len() > 1 && sizes.contains(&0) == steps, "{:?}: {sizes:?}", policy.0);
         });
     }
 }
 
-/// As the controller that a room's threshold stands for says, two rounds ahead; and never a AR step.
+/// Draft lengths are those of the threshold's controller, which observes results two rounds late; no round is
+/// an AR step.
 #[test]
-fn on_a_device_a_threshold_is_what_has_stood_so_often() {
-    for (tree, least) in [(0, 0.2), (0, 1.0), (64, 0.2)] {
-        on_device(4, room(1, tree), |batch| {
+fn a_device_threshold_drafts_positions_accepted_often_enough() {
+    for (tree, min_probability) in [(0, 0.2), (0, 1.0), (64, 0.2)] {
+        on_device(4, config(1, tree), |batch| {
             let asked = with_tree(&request(&[1, 2], 150, 16, 0.8), tree);
-            let (policy, costs) = threshold(least);
-            let got = alone(batch, &adapting(&threshold(least), &asked));
+            let (policy, costs) = threshold(min_probability);
+            let got = alone(batch, &adapting(&threshold(min_probability), &asked));
             assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
             assert!(got.drafted[9..].iter().all(|drafts| (1..12).contains(drafts)), "{:?}", got.drafted);
             if tree == 0 {
-                let (mut again, mut heard) = (policy.controller(&costs, true), 0);
+                let (mut again, mut observed) = (policy.controller(&costs, true), 0);
                 for (round, drafts) in got.drafted.iter().enumerate() {
-                    for heard in heard..round.saturating_sub(1) {
-                        again.observe(got.drafted[heard], chain_of(got.accepted[heard] - 1));
+                    for observed in observed..round.saturating_sub(1) {
+                        again.observe(got.drafted[observed], chain_of(got.accepted[observed] - 1));
                     }
-                    heard = heard.max(round.saturating_sub(1));
+                    observed = observed.max(round.saturating_sub(1));
                     assert_eq!(again.drafts(15), *drafts, "round {round}");
                 }
                 assert!(got.drafted.iter().any(|drafts| *drafts > 1), "{:?}", got.drafted);
@@ -623,12 +638,12 @@ fn adaptive_rounds_give_the_same_text_and_are_recorded() {
             let args = [&[PROMPT, "-n", "120", "--json"], sampling, args].concat();
             program::run(args).json().remove(0)
         };
-        let plain = record(&["--draft", "none"]);
+        let ar = record(&["--draft", "none"]);
         let whole = record(tree);
         let adaptive = record(&[tree, &["--adaptive"]].concat());
-        assert_eq!((&adaptive["tokens"], &whole["tokens"]), (&plain["tokens"], &plain["tokens"]));
-        let told = |record: &Value| record["adaptive"].as_bool();
-        assert_eq!((told(&adaptive), told(&whole), told(&plain)), (Some(true), Some(false), None));
+        assert_eq!((&adaptive["tokens"], &whole["tokens"]), (&ar["tokens"], &ar["tokens"]));
+        let recorded = |record: &Value| record["adaptive"].as_bool();
+        assert_eq!((recorded(&adaptive), recorded(&whole), recorded(&ar)), (Some(true), Some(false), None));
         let sum = |record: &Value| -> u64 {
             record["drafted"].as_array().unwrap().iter().map(|drafts| drafts.as_u64().unwrap()).sum()
         };
@@ -642,17 +657,17 @@ fn adaptive_rounds_give_the_same_text_and_are_recorded() {
 fn adaptive_rounds_on_the_emulator_give_the_same_text() {
     let args = [PROMPT, "-n", "14", "--json", "--device", "emulator", "-q", "--ctx", "128"];
     let tokens = |more: &[&str]| program::run([&args, more].concat()).json().remove(0);
-    let (plain, adaptive) = (tokens(&["--draft", "none"]), tokens(&["--tree", "40", "--adaptive"]));
-    assert_eq!(adaptive["tokens"], plain["tokens"]);
+    let (ar, adaptive) = (tokens(&["--draft", "none"]), tokens(&["--tree", "40", "--adaptive"]));
+    assert_eq!(adaptive["tokens"], ar["tokens"]);
     assert_eq!((&adaptive["adaptive"], &adaptive["device"]), (&Value::Bool(true), &Value::from("emulator")));
     let checked = [&args[..], &["--adaptive", "--check-lossless"]].concat();
     assert_eq!(program::run(checked).json()[0]["identical"], true);
 }
 
-/// The probability in the flag is what rounds go by: certainty leaves hardly any of the drafts that the CPU looks at, and
-/// one of those that are drawn.
+/// The flag's probability is the threshold of the rounds: 1 leaves hardly any greedy drafts on the CPU, which
+/// knows their probabilities, and one sampled draft per round on a device.
 #[test]
-fn the_probability_of_the_flag_decides_sizes() {
+fn the_flags_probability_decides_draft_lengths() {
     let drafted = |args: &[&str]| -> Vec<u64> {
         let args = [&[PROMPT, "--json", "-q", "--temperature", "1", "--seed", "4"], args].concat();
         let record = program::run(args).json().remove(0);
@@ -667,7 +682,7 @@ fn the_probability_of_the_flag_decides_sizes() {
 }
 
 #[test]
-fn what_cannot_adapt_is_refused_in_a_sentence() {
+fn options_that_cannot_adapt_are_refused_in_one_line() {
     for (args, code, part) in [
         (
             &["--block", "1"][..],

@@ -1,7 +1,8 @@
-//! The library's iterator of tokens: the same answer as `engine::generate`, round by round, on the CPU and on a device.
+//! The library's iterator of tokens gives the same answer as `engine::generate`, round by round, on the CPU
+//! and on a device.
 
 use crate::support;
-use crate::support::crowd;
+use crate::support::requests;
 
 use dflash::engine::generate::{Flow, Outcome, Request, TokenSink, generate};
 use dflash::text::tokenizer::Stream;
@@ -15,14 +16,14 @@ static DEMO: LazyLock<Engine> = LazyLock::new(|| {
 
 /// A tiny pair with random weights on the emulator.
 fn on_the_emulator() -> (support::Pair, Engine) {
-    let (target, drafter) = crowd::tiny();
+    let (target, drafter) = requests::tiny();
     let pair = support::write_pair(&target, &drafter);
     let options = EngineOptions::default().device(DeviceChoice::Emulator).context(128);
     let engine = Engine::open_with(Models::folders(&pair.target, &pair.drafter), options).unwrap();
     (pair, engine)
 }
 
-/// Stops where the text stops.
+/// A sink that ends the answer at a stop string.
 struct Stops<'a>(Stream<'a>);
 
 impl TokenSink for Stops<'_> {
@@ -32,7 +33,7 @@ impl TokenSink for Stops<'_> {
 }
 
 /// The outcome of the engine's own loop for the same request.
-fn by_the_engine(engine: &Engine, prompt: &[u32], params: &Params) -> Outcome {
+fn by_generate(engine: &Engine, prompt: &[u32], params: &Params) -> Outcome {
     let request = Request {
         prompt: prompt.to_vec(),
         max_tokens: params.max_tokens,
@@ -48,7 +49,7 @@ fn by_the_engine(engine: &Engine, prompt: &[u32], params: &Params) -> Outcome {
 }
 
 #[test]
-fn an_iterated_answer_is_that_of_the_engine() {
+fn the_iterator_gives_the_answer_of_generate() {
     let prompt = DEMO.text().encode("def f(x):").unwrap();
     let all = Params::default().max_tokens(40);
     let free = DEMO.generate(prompt.clone(), all.clone()).unwrap().finish().unwrap();
@@ -63,7 +64,7 @@ fn an_iterated_answer_is_that_of_the_engine() {
         (all.clone().max_tokens(1), Finish::Length),
         (all.clone().max_tokens(0), Finish::Length),
     ] {
-        let expected = by_the_engine(&DEMO, &prompt, &params);
+        let expected = by_generate(&DEMO, &prompt, &params);
         let mut answer = DEMO.generate(prompt.clone(), params.clone()).unwrap();
         let tokens: Vec<_> = answer.by_ref().map(Result::unwrap).collect();
         let found = answer.finish().unwrap();
@@ -73,7 +74,7 @@ fn an_iterated_answer_is_that_of_the_engine() {
         assert_eq!((&outcome.accepted, &outcome.drafted), (&expected.accepted, &expected.drafted));
         assert_eq!(tokens.iter().map(|t| t.id).collect::<Vec<_>>(), expected.tokens);
         assert_eq!(tokens.iter().map(|t| t.text.as_str()).collect::<String>(), found.text);
-        // All tokens of a round but its last are accepted drafts.
+        // All tokens of a round except its last are accepted drafts.
         for (round, emitted) in (1..).zip(&outcome.accepted) {
             let of_round: Vec<_> = tokens.iter().filter(|t| t.round == round).collect();
             assert!(of_round.iter().enumerate().all(|(i, t)| t.accepted == (i + 1 < *emitted)), "{tokens:?}");
@@ -98,7 +99,7 @@ fn a_round_runs_only_when_a_token_is_asked_for() {
     while taken < 60 {
         let Some(token) = answer.next() else { break };
         taken += 1;
-        // Rounds so far are those of the tokens taken so far.
+        // The iterator has run no round beyond that of the last token taken.
         assert_eq!(answer.so_far().rounds(), token.unwrap().round);
     }
     assert!(answer.so_far().rounds() > 3);
@@ -113,7 +114,7 @@ fn a_session_reuses_its_decoder_after_a_dropped_answer() {
         let expected = engine.generate(prompt.clone(), params.clone()).unwrap().finish().unwrap();
         let mut session = engine.session().unwrap();
         for _ in 0..3 {
-            // Dropped after the first round.
+            // Drop the answer after its first round.
             let mut answer = session.generate(prompt.clone(), params.clone()).unwrap();
             while answer.so_far().rounds() == 0 {
                 answer.next().unwrap().unwrap();
@@ -138,7 +139,7 @@ fn an_error_is_the_last_item() {
 }
 
 #[test]
-fn options_are_refused_by_their_names() {
+fn errors_name_the_option_found_and_expected() {
     let with = |params: Params| DEMO.generate("x", params).err().unwrap().to_string();
     let options = EngineOptions::default().device(DeviceChoice::Cpu).context(1);
     let found = Engine::open_with(Models::demo(), options).err().unwrap().to_string();

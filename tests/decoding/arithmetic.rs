@@ -1,5 +1,5 @@
-//! The CPU arithmetic: values against f64, and the promise that carries losslessness: a row's bits depend neither on the
-//! rows beside it nor on the number of threads.
+//! CPU arithmetic: values against f64, and the property that makes decoding lossless: a row's bits depend
+//! neither on the rows computed with it nor on the number of threads.
 
 use crate::support;
 
@@ -17,7 +17,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
 
-/// Matrices `[rows][cols]` of one file, each the first rows of the widest with its columns.
+/// Matrices `[rows][cols]` from one file. Those with the same number of columns have the same first rows.
 fn matrices(shapes: &[[usize; 2]], dtype: Dtype) -> Vec<Matrix> {
     let raw = |[rows, cols]: &[usize; 2]| Raw {
         name: format!("w{rows}x{cols}"),
@@ -47,7 +47,8 @@ fn linear_is_the_f64_product() {
                 w.row(at % 40, 1.0, &mut row);
                 let terms = || row.iter().zip(&x[at / 40 * cols..]).map(|(w, x)| *w as f64 * *x as f64);
                 let size: f64 = terms().map(f64::abs).sum();
-                // A lane adds cols / 16 terms, then the fold four times; each rounds by half a unit at most.
+                // A lane adds cols / 16 terms, then four folds add the lanes; each addition rounds by at most
+                // half a unit.
                 let bound = (cols / 16 + 5) as f64 * size * f32::EPSILON as f64 / 2.0;
                 assert!((*got as f64 - terms().sum::<f64>()).abs() <= bound, "{dtype:?}, {cols} inputs");
             }
@@ -56,7 +57,7 @@ fn linear_is_the_f64_product() {
 }
 
 #[test]
-fn rows_of_weights_are_read_in_their_type() {
+fn weight_rows_are_read_in_their_dtype() {
     for (dtype, digits) in [(Dtype::Bf16, 8), (Dtype::F16, 11), (Dtype::F32, 24)] {
         let w = &matrices(&[[40, 33]], dtype)[0];
         let stored = random(33, 40 * 33);
@@ -74,7 +75,7 @@ fn rows_of_weights_are_read_in_their_type() {
 }
 
 #[test]
-fn a_row_of_a_product_has_the_same_bits_in_every_company() {
+fn a_product_row_has_the_same_bits_beside_any_other_rows() {
     for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
         for cols in [1, 15, 16, 33, 64, 100] {
             let shapes: Vec<[usize; 2]> = (1..=40).map(|features| [features, cols]).collect();
@@ -83,7 +84,7 @@ fn a_row_of_a_product_has_the_same_bits_in_every_company() {
             let alone: Vec<Vec<f32>> = x.chunks(cols).map(|x| linear(&matrices[39], x)).collect();
             for w in &matrices {
                 for rows in 1..=19 {
-                    // The first rows and the last rows: the same row in another place.
+                    // The first rows and the last rows: the same row at another index.
                     for first in [0, 19 - rows] {
                         let y = linear(w, &x[first * cols..(first + rows) * cols]);
                         for (r, y) in y.chunks(w.rows).enumerate() {
@@ -117,7 +118,7 @@ fn matrices_multiplied_together_have_the_bits_of_each_alone() {
 }
 
 #[test]
-fn threads_change_no_bits() {
+fn the_thread_count_changes_no_bits() {
     let w = &matrices(&[[517, 160]], Dtype::Bf16)[0];
     let (heads, kv_heads, dims, positions) = (8, 2, 64, 200);
     let mut kv = Kv::new(kv_heads, dims, positions).unwrap();
@@ -140,7 +141,7 @@ fn threads_change_no_bits() {
 
 // ---- attention ----
 
-/// Keys and values of a cache, and queries.
+/// Queries, and the keys and values of a cache.
 struct Case {
     heads: usize,
     kv_heads: usize,
@@ -167,7 +168,7 @@ impl Case {
 
     fn cache(&self) -> Kv {
         let mut kv = Kv::new(self.kv_heads, self.dims, self.positions).unwrap();
-        // In pieces, as a sequence writes it.
+        // Written in pieces, as a sequence writes it.
         let width = self.kv_heads * self.dims;
         for at in (0..self.positions).step_by(7) {
             let end = (at + 7).min(self.positions) * width;
@@ -176,7 +177,7 @@ impl Case {
         kv
     }
 
-    /// Rows `rows` of q.
+    /// The output of rows `rows` of q.
     fn attend(&self, kv: &Kv, rows: Range<usize>, visible: &[Range<usize>]) -> Vec<f32> {
         let width = self.heads * self.dims;
         let mut out = vec![];
@@ -205,7 +206,7 @@ impl Case {
     }
 }
 
-/// Causal rows, windows, and ranges that begin, end or lie at the borders of tiles of 16.
+/// Causal rows, windows, and ranges that begin or end at the borders of tiles of 16 keys.
 fn ranges() -> Vec<Range<usize>> {
     let causal = (0..5).map(|row| 0..58 + row);
     let window = (0..5).map(|row| 40 + row..45 + row);
@@ -235,7 +236,7 @@ fn attention_is_the_f64_softmax() {
 }
 
 #[test]
-fn a_query_has_the_same_bits_in_every_company() {
+fn a_query_has_the_same_bits_beside_any_other_queries() {
     let visible = ranges();
     for (heads, kv_heads) in SHAPES {
         for dims in [2, 16, 24, 80, 128] {
@@ -255,7 +256,7 @@ fn a_query_has_the_same_bits_in_every_company() {
 }
 
 #[test]
-fn what_a_query_does_not_see_does_not_reach_it() {
+fn masked_keys_and_values_do_not_affect_a_query() {
     let visible = ranges();
     for (heads, kv_heads) in SHAPES {
         for dims in [16, 24, 80] {
@@ -269,8 +270,8 @@ fn what_a_query_does_not_see_does_not_reach_it() {
                         kv.write(position, &vec![poison; per_key], &vec![poison; per_key]);
                     }
                     let out = case.attend(&kv, 0..visible.len(), &visible);
-                    let place = row * width..(row + 1) * width;
-                    assert_eq!(bits(&out[place.clone()]), bits(&whole[place]), "{poison} beyond {seen:?}");
+                    let part = row * width..(row + 1) * width;
+                    assert_eq!(bits(&out[part.clone()]), bits(&whole[part]), "{poison} beyond {seen:?}");
                 }
             }
         }
@@ -278,7 +279,7 @@ fn what_a_query_does_not_see_does_not_reach_it() {
 }
 
 #[test]
-fn softmax_survives_extreme_scores_and_hides_no_nan() {
+fn softmax_handles_extreme_scores_and_propagates_nan() {
     let run = |keys: &[f32]| {
         let dims = 16;
         let mut kv = Kv::new(1, dims, keys.len()).unwrap();
@@ -309,12 +310,12 @@ fn softmax_survives_extreme_scores_and_hides_no_nan() {
 }
 
 #[test]
-fn a_cache_too_large_is_an_error() {
+fn a_cache_that_does_not_fit_in_memory_is_an_error() {
     let error = Kv::new(1 << 10, 1 << 10, 1 << 40).err().unwrap();
     assert_eq!(error.exit_code(), 5);
 }
 
-// ---- the rest ----
+// ---- norm, RoPE, SwiGLU ----
 
 #[test]
 fn rms_norm_is_the_f64_formula() {
@@ -340,7 +341,7 @@ fn rms_norm_is_the_f64_formula() {
 }
 
 #[test]
-fn rope_turns_pairs_half_a_rotary_width_apart() {
+fn rope_rotates_pairs_half_the_rotary_width_apart() {
     for (heads, dims, rotary) in [(1, 2, 2), (3, 24, 24), (2, 80, 40), (2, 16, 2)] {
         let rows = 4;
         let x = random(1, rows * heads * dims);
@@ -384,7 +385,7 @@ fn swiglu_is_the_f64_formula_over_the_whole_range() {
     for ((g, u), got) in gate.iter().zip(&up).zip(got) {
         let (g, u) = (*g as f64, *u as f64);
         let exact = g / (1.0 + (-g).exp()) * u;
-        // Below -88 the true value is lost in the clamped exponential, some 1e-36 next to values of size 1.
+        // Below -88 the exponential is clamped, which loses about 1e-36.
         assert!((got as f64 - exact).abs() <= 4e-7 * exact.abs() + 1e-34, "{g}, {u}: {got}, not {exact}");
     }
     let mut odd = [f32::NAN, 1.0];

@@ -1,11 +1,10 @@
-//! What can go wrong or end early on a device, at every point: afterwards the decoder takes the next request as if
-//! nothing had been, and in the end all memory is given back.
+//! Errors and early ends on a device, at every point of an answer. Afterwards the decoder answers the next
+//! request as a fresh one does, and at the end all device memory is free.
 
 use crate::support;
-use crate::support::crowd;
 use crate::support::program;
+use crate::support::requests;
 
-use crowd::*;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::engine::generate::{
     Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, generate_all, resume,
@@ -17,21 +16,22 @@ use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
 use dflash::{Error, Result};
 use program::{command, flags, run_pair, write};
+use requests::*;
 use serde_json::{Value, json};
 use std::io::Read;
 use std::process::Stdio;
 
-/// A tiny pair on an emulator, which has to have all its memory back after the test.
+/// Runs `test` with a tiny pair on an emulator. Its memory must be free afterwards.
 fn on_the_emulator(
     (target, drafter): (support::Target, support::Drafter),
     positions: usize,
     test: impl FnOnce(&Emulator, &Models),
 ) {
     let pair = support::write_pair(&target, &drafter);
-    loaded(&pair, positions, test);
+    with_pair(&pair, positions, test);
 }
 
-fn loaded(pair: &support::Pair, positions: usize, test: impl FnOnce(&Emulator, &Models)) {
+fn with_pair(pair: &support::Pair, positions: usize, test: impl FnOnce(&Emulator, &Models)) {
     let device = Emulator::new();
     let models = Models::load(&device, &open(pair), positions).unwrap();
     test(&device, &models);
@@ -49,49 +49,50 @@ fn prompt(seed: u64, length: usize) -> Vec<u32> {
     (0..length).map(|_| random.below(4) as u32).collect()
 }
 
-/// The request's outcome, or the error that ended it, with a listener that replies so.
+/// The request's outcome, or the error that ended it, with a sink that replies as `reply` does.
 fn attempt(
     decoder: &mut dyn Decoder,
     request: &Request,
     reply: impl FnMut(usize, Event) -> Result<Flow>,
 ) -> Result<Outcome> {
-    let mut crowd = BatchRecorder::new(1, reply);
-    generate_all(decoder, std::slice::from_ref(request), &mut crowd)?;
-    Ok(crowd.outcomes.remove(0).unwrap())
+    let mut recorder = BatchRecorder::new(1, reply);
+    generate_all(decoder, std::slice::from_ref(request), &mut recorder)?;
+    Ok(recorder.outcomes.remove(0).unwrap())
 }
 
-/// Prompt and greedy answer with a round of at least `least` tokens.
-fn long_round(decoder: &mut dyn Decoder, tokens: usize, least: usize) -> (Vec<u32>, Outcome) {
+/// A prompt whose greedy answer has a round of at least `min_tokens` tokens, not the last one; and that
+/// answer.
+fn long_round(decoder: &mut dyn Decoder, tokens: usize, min_tokens: usize) -> (Vec<u32>, Outcome) {
     let runs = (0..40).map(|seed| {
         let prompt = prompt(seed, 7);
         let outcome = run(decoder, &request(&prompt, tokens, 16, 0.0));
         (prompt, outcome)
     });
-    let long = |outcome: &Outcome| outcome.accepted.iter().rev().skip(1).any(|&n| n >= least);
+    let long = |outcome: &Outcome| outcome.accepted.iter().rev().skip(1).any(|&n| n >= min_tokens);
     let found = runs.into_iter().find(|(_, outcome)| long(outcome));
-    found.expect("a prompt whose drafts are often right")
+    found.expect("a prompt whose answer has a long round")
 }
 
 // ---- limits ----
 
 #[test]
-fn budgets_end_an_answer_at_every_place_of_a_round() {
+fn budgets_end_an_answer_anywhere_in_a_round() {
     on_the_emulator(tiny(), 128, |device, models| {
         let mut single = batch(device, models, 1, 128);
         let (prompt, whole) = long_round(&mut single, 30, 6);
-        let plain = run(&mut single, &request(&prompt, 30, 1, 0.0));
-        assert_eq!(whole.tokens, plain.tokens);
+        let ar = run(&mut single, &request(&prompt, 30, 1, 0.0));
+        assert_eq!(whole.tokens, ar.tokens);
         let mut within = 0;
         for budget in 0..=30 {
             for block in [if budget % 3 == 0 { 5 } else { 16 }, 16] {
                 let got = run(&mut single, &request(&prompt, budget, block, 0.0));
-                assert_eq!((&got.tokens[..], got.finish), (&plain.tokens[..budget], Finish::Length));
-                // The last round counts whole.
-                let judged: usize = got.accepted.iter().sum();
-                assert!(judged + 1 >= budget, "{judged} tokens judged for a budget of {budget}");
+                assert_eq!((&got.tokens[..], got.finish), (&ar.tokens[..budget], Finish::Length));
+                // The last round is recorded in full.
+                let produced: usize = got.accepted.iter().sum();
+                assert!(produced + 1 >= budget, "{produced} tokens produced for a budget of {budget}");
                 if block == 16 {
                     assert!(whole.accepted.starts_with(&got.accepted), "budget {budget}");
-                    within += usize::from(judged + 1 > budget);
+                    within += usize::from(produced + 1 > budget);
                 }
                 assert_eq!(single.free_pages(), 2);
             }
@@ -100,26 +101,27 @@ fn budgets_end_an_answer_at_every_place_of_a_round() {
     });
 }
 
-/// A token depends on what is before it, the seed and its position, whether a prompt's row gave it or a round's.
+/// A token depends on the tokens before it, the seed and its position; not on whether a prompt pass or a
+/// round gave it.
 #[test]
-fn a_prompt_and_a_part_of_its_answer_give_the_rest_of_it() {
+fn a_prompt_with_part_of_its_answer_gives_the_rest() {
     on_the_emulator(tiny(), 128, |device, models| {
         let mut single = batch(device, models, 1, 128);
         for (seed, temperature) in [(1, 0.0), (2, 0.8), (3, 2.0)] {
             let prompt = prompt(seed, 9);
             let whole = run(&mut single, &request(&prompt, 16, 16, temperature)).tokens;
             for n in 1..16 {
-                let said = [&prompt[..], &whole[..n]].concat();
-                let rest = run(&mut single, &request(&said, 16 - n, 16, temperature)).tokens;
+                let longer = [&prompt[..], &whole[..n]].concat();
+                let rest = run(&mut single, &request(&longer, 16 - n, 16, temperature)).tokens;
                 assert_eq!(rest, whole[n..], "after {n} tokens at temperature {temperature}");
             }
         }
     });
 }
 
-/// A round of the demo pair that brings 16 tokens, almost all of them new to the answer.
+/// In a round of the demo pair with 16 tokens, almost all of which occur only once in the answer.
 #[test]
-fn stop_ids_end_an_answer_at_every_place_of_a_round_and_of_their_list() {
+fn stop_ids_end_an_answer_anywhere_in_a_round_and_in_the_list() {
     let oracle: serde_json::Value = serde_json::from_str(include_str!("../data/oracle.json")).unwrap();
     let prompt = oracle["prompts"][19]["prompt_ids"].as_array().unwrap();
     let prompt: Vec<u32> = prompt.iter().map(|id| id.as_u64().unwrap() as u32).collect();
@@ -127,33 +129,34 @@ fn stop_ids_end_an_answer_at_every_place_of_a_round_and_of_their_list() {
     let pair = dflash::checkpoint::pair::Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let models = Models::load(&device, &pair, 192).unwrap();
     let mut single = batch(&device, &models, 1, 192);
-    let plain = request(&prompt, 25, 16, 0.0);
-    let whole = run(&mut single, &plain);
+    let ar = request(&prompt, 25, 16, 0.0);
+    let whole = run(&mut single, &ar);
     assert_eq!(whole.accepted[0], 16);
     let mut places = 0;
     for (at, stop) in whole.tokens[..17].iter().enumerate() {
         if whole.tokens[..at].contains(stop) {
             continue;
         }
-        // The device looks for the first 12; what it emits beyond one of the others is dropped.
+        // The device checks the first 12 stop ids. For the others the host drops the tokens after the stop
+        // id.
         let place = [0, 12, 11, 19, 5, 13][at % 6];
         let mut stop_ids: Vec<u32> = (5000..5020).collect();
         stop_ids[place] = *stop;
-        let got = run(&mut single, &Request { stop_ids, ..plain.clone() });
+        let got = run(&mut single, &Request { stop_ids, ..ar.clone() });
         assert_eq!((&got.tokens[..], got.finish), (&whole.tokens[..=at], Finish::Stop), "place {place}");
         assert_eq!(got.accepted, &[16][..usize::from(at > 0)]);
         assert_eq!(single.free_pages(), 3);
         places += 1;
     }
-    assert!(places >= 15, "only {places} of 17 tokens are new where they stand");
+    assert!(places >= 15, "only {places} of 17 tokens are new at their position");
 
-    // Not for the host to cut: the device itself ends its round there.
+    // For the first 12, the device itself ends its round at the stop id.
     let new = |at: &usize| !whole.tokens[..*at].contains(&whole.tokens[*at]);
     let at = (5..16).find(new).unwrap();
     for (place, max_tokens, emitted) in [(0, 25, at), (11, 25, at), (12, 25, 16), (12, at + 1, at)] {
         let mut stop_ids: Vec<u32> = (5000..5020).collect();
         stop_ids[place] = whole.tokens[at];
-        let request = Request { stop_ids, max_tokens, ..plain.clone() };
+        let request = Request { stop_ids, max_tokens, ..ar.clone() };
         assert_eq!(single.admit(0, &request, false), Ok(Some(0)));
         while single.prefill(0).unwrap().next.is_none() {}
         let mut out = [Emitted::default()];
@@ -165,8 +168,8 @@ fn stop_ids_end_an_answer_at_every_place_of_a_round_and_of_their_list() {
 }
 
 #[test]
-fn answers_end_with_the_context_at_every_place_of_a_round() {
-    // The context is the room's, the target's, or ends within a page; the drafter's is as long, or shorter.
+fn the_context_ends_an_answer_anywhere_in_a_round() {
+    // The context is the batch's, the target's, or ends within a page; the drafter's is as long, or shorter.
     for (positions, limit, draft_limit) in [(64, 256, 256), (256, 70, 256), (70, 256, 60), (256, 70, 40)] {
         let (target, drafter) = tiny();
         let target = support::Target { max_positions: limit, ..target };
@@ -178,26 +181,27 @@ fn answers_end_with_the_context_at_every_place_of_a_round() {
             let all = prompt(3, context + 1);
             for left in [1, 2, 3, 8, 16, 17, 33] {
                 let prompt = &all[..context - left];
-                let plain = run(&mut single, &request(prompt, 60, 1, 0.0));
-                assert_eq!((plain.tokens.len(), plain.finish), (left, Finish::Context));
+                let ar = run(&mut single, &request(prompt, 60, 1, 0.0));
+                assert_eq!((ar.tokens.len(), ar.finish), (left, Finish::Context));
                 for block in [2, 16] {
                     let got = run(&mut single, &request(prompt, 60, block, 0.0));
-                    assert_eq!((&got.tokens, got.finish), (&plain.tokens, Finish::Context), "{left} left");
-                    // The budget that is met there is a budget.
+                    assert_eq!((&got.tokens, got.finish), (&ar.tokens, Finish::Context), "{left} left");
+                    // A token budget that ends at the same place is reported as the budget.
                     let got = run(&mut single, &request(prompt, left, block, 0.0));
-                    assert_eq!((&got.tokens, got.finish), (&plain.tokens, Finish::Length), "{left} left");
+                    assert_eq!((&got.tokens, got.finish), (&ar.tokens, Finish::Length), "{left} left");
                 }
             }
             for length in [context, context + 1] {
-                let error = attempt(&mut single, &request(&all[..length], 3, 16, 0.0), go_on).unwrap_err();
+                let error =
+                    attempt(&mut single, &request(&all[..length], 3, 16, 0.0), keep_going).unwrap_err();
                 let sentence = format!(
                     "the prompt has {length} tokens, but the context holds {context}, the answer included"
                 );
                 assert_eq!((error.to_string(), error.exit_code()), (sentence, 2));
             }
             let one = run(&mut single, &request(&all[..1], 20, 16, 0.0));
-            let plain = run(&mut single, &request(&all[..1], 20, 1, 0.0));
-            assert_eq!((&one.tokens, one.tokens.len(), one.finish), (&plain.tokens, 20, Finish::Length));
+            let ar = run(&mut single, &request(&all[..1], 20, 1, 0.0));
+            assert_eq!((&one.tokens, one.tokens.len(), one.finish), (&ar.tokens, 20, Finish::Length));
             assert_eq!(single.free_pages(), positions.div_ceil(64));
         });
     }
@@ -206,40 +210,40 @@ fn answers_end_with_the_context_at_every_place_of_a_round() {
 // ---- pages ----
 
 #[test]
-fn who_finds_too_few_pages_waits_and_who_never_fits_is_refused() {
+fn requests_wait_for_pages_and_those_that_never_fit_are_refused() {
     on_the_emulator(tiny(), 256, |device, models| {
-        let room = BatchConfig { pages: 3, ..BatchConfig::new(3, 16, 256) };
-        let mut three = Batch::new(device, models, room).unwrap();
-        // Two pages each: one runs at a time.
+        let config = BatchConfig { pages: 3, ..BatchConfig::new(3, 16, 256) };
+        let mut three = Batch::new(device, models, config).unwrap();
+        // Two pages each: only one runs at a time.
         let requests: Vec<Request> = (0..4).map(|i| request(&prompt(i, 60), 12, 16, 0.0)).collect();
-        let mut most = 0;
+        let mut running = 0;
         let (mut first, mut over) = (vec![false; 4], vec![false; 4]);
-        let outcomes = together(&mut three, &requests, |i, event| {
+        let outcomes = run_together(&mut three, &requests, |i, event| {
             first[i] = true;
             over[i] |= event == Event::Token(12);
-            most = most.max((0..4).filter(|&i| first[i] && !over[i]).count());
-            go_on(i, event)
+            running = running.max((0..4).filter(|&i| first[i] && !over[i]).count());
+            keep_going(i, event)
         });
-        assert_eq!(most, 1, "sequences ran together in too few pages");
+        assert_eq!(running, 1, "sequences ran together in too few pages");
         let mut single = batch(device, models, 1, 256);
         for (outcome, request) in outcomes.iter().zip(&requests) {
             assert_eq!(answer(outcome), answer(&run(&mut single, request)));
         }
         let huge = request(&prompt(9, 150), 60, 16, 0.0);
         let sentence = "a sequence of 226 positions needs 4 pages of keys and values, but there are 3";
-        // Alone, and while others run.
+        // Alone, and while other requests run.
         for before in [0, 1, 2] {
             let list = [&requests[..before], std::slice::from_ref(&huge)].concat();
-            let mut crowd = BatchRecorder::new(list.len(), go_on);
-            let error = generate_all(&mut three, &list, &mut crowd).unwrap_err();
+            let mut recorder = BatchRecorder::new(list.len(), keep_going);
+            let error = generate_all(&mut three, &list, &mut recorder).unwrap_err();
             assert_eq!((error.to_string().as_str(), error.exit_code()), (sentence, 5));
-            assert_eq!(three.free_pages(), 3, "pages are back after a refusal");
+            assert_eq!(three.free_pages(), 3, "pages are free after a refusal");
             assert_eq!(answer(&run(&mut three, &requests[3])), answer(&outcomes[3]));
         }
     });
 }
 
-/// A sequence that joined, to its end: its tokens, and the logits of all but the first.
+/// Runs an admitted sequence to its end: its tokens, and the logits of all but the first.
 fn logits(batch: &mut Batch, slot: usize, request: &Request) -> (Vec<u32>, Vec<Vec<f32>>) {
     let mut out = vec![Emitted::default(); batch.slots()];
     let (mut tokens, mut logits) = (vec![batch.prefill(slot).unwrap().next.unwrap()], vec![]);
@@ -253,17 +257,17 @@ fn logits(batch: &mut Batch, slot: usize, request: &Request) -> (Vec<u32>, Vec<V
     (tokens, logits)
 }
 
-/// Who left in the middle had, as far as the device was told, more to say.
+/// The device was not told that the released sequence has ended: its rounds in flight may still write.
 #[test]
-fn pages_of_who_left_belong_to_the_next() {
+fn pages_of_a_released_sequence_belong_to_the_next() {
     on_the_emulator(tiny(), 128, |device, models| {
-        let room = BatchConfig { pages: 2, ..BatchConfig::new(2, 16, 128) };
-        let mut two = Batch::new(device, models, room).unwrap();
+        let config = BatchConfig { pages: 2, ..BatchConfig::new(2, 16, 128) };
+        let mut two = Batch::new(device, models, config).unwrap();
         let mut single = batch(device, models, 1, 128);
         two.watch();
         single.watch();
         for block in [1, 16] {
-            // What the first one would still write lies where the second has its prompt.
+            // The first one would still write where the second has its prompt.
             let first = request(&prompt(1, 9), 110, block, 0.0);
             let second = request(&prompt(2, 100), 26, block, 0.0);
             assert_eq!(two.admit(0, &first, false), Ok(Some(0)));
@@ -274,10 +278,13 @@ fn pages_of_who_left_belong_to_the_next() {
             assert_eq!(two.admit(1, &second, false), Ok(Some(0)));
             assert_eq!(single.admit(0, &second, false), Ok(Some(0)));
             let alone = logits(&mut single, 0, &second);
-            assert!(logits(&mut two, 1, &second) == alone, "somebody writes there, block {block}");
+            assert!(
+                logits(&mut two, 1, &second) == alone,
+                "other logits: the released sequence wrote to the pages, block {block}"
+            );
             single.release(0, 26).unwrap();
             two.release(1, 26).unwrap();
-            // Nothing is left of the first one.
+            // Nothing of the first one is kept.
             assert_eq!(two.admit(0, &first, true), Ok(Some(0)));
             two.release(0, 0).unwrap();
         }
@@ -285,7 +292,7 @@ fn pages_of_who_left_belong_to_the_next() {
 }
 
 #[test]
-fn a_decoder_dropped_with_a_round_under_way_gives_all_back() {
+fn a_decoder_dropped_with_a_round_in_flight_frees_its_memory() {
     on_the_emulator(tiny(), 128, |device, models| {
         let before = device.allocated();
         for rounds in 0..3 {
@@ -306,10 +313,10 @@ fn a_decoder_dropped_with_a_round_under_way_gives_all_back() {
     });
 }
 
-// ---- ends from outside ----
+// ---- ends by the sink ----
 
 #[test]
-fn an_answer_can_be_ended_at_every_token_and_fail_there() {
+fn a_sink_can_end_an_answer_or_fail_at_every_token() {
     on_the_emulator(tiny(), 128, |device, models| {
         let mut single = batch(device, models, 1, 128);
         let (prompt, whole) = long_round(&mut single, 20, 6);
@@ -334,17 +341,17 @@ fn an_answer_can_be_ended_at_every_token_and_fail_there() {
                 let broken = Error::Internal("a full disk".into());
                 let reply = |_, event| if event == at { Err(broken.clone()) } else { Ok(Flow::Continue) };
                 assert_eq!(attempt(&mut single, &whole_request, reply).unwrap_err(), broken);
-                assert_eq!(single.free_pages(), 2, "pages are back after an error");
+                assert_eq!(single.free_pages(), 2, "pages are free after an error");
                 assert_eq!(answer(&run(&mut single, &next)), answer(&expected), "after an error at {at:?}");
             }
         }
     });
 }
 
-/// What is kept of an answer that was cut within a round is what autoregressive decoding would have kept, and good: neither tokens
-/// nor rounds after it differ from a fresh start's.
+/// After an answer that ended within a round, the slot keeps as many positions as after AR decoding, and they
+/// are right: the next answer has the tokens and rounds of a fresh start.
 #[test]
-fn a_conversation_goes_on_from_an_answer_that_was_ended_at_any_token() {
+fn a_conversation_continues_after_an_answer_ended_at_any_token() {
     on_the_emulator(tiny(), 128, |device, models| {
         let (mut single, mut fresh) = (batch(device, models, 1, 128), batch(device, models, 1, 128));
         let (prompt, whole) = long_round(&mut single, 16, 6);
@@ -356,9 +363,10 @@ fn a_conversation_goes_on_from_an_answer_that_was_ended_at_any_token() {
                 let cut = attempt(&mut single, &first, reply).unwrap();
                 assert_eq!(cut.tokens, whole.tokens[..n]);
                 let next = request(&next, 8, block, 0.0);
-                let got = resume(&mut single, &next, &mut Silent).unwrap();
+                let got = resume(&mut single, &next, &mut AcceptAll).unwrap();
                 assert_eq!(answer(&got), answer(&run(&mut fresh, &next)), "after {n} tokens, block {block}");
-                // All but the last token; the drafter has seen what was there before the last round.
+                // All but the last token; with drafts, only what the drafter's cache held before the last
+                // round.
                 let seen = cut.accepted.iter().rev().skip(1).sum::<usize>();
                 let kept = if block > 1 { seen } else { n - 1 };
                 assert_eq!(got.kept, prompt.len() + kept, "after {n} tokens, block {block}");
@@ -368,7 +376,7 @@ fn a_conversation_goes_on_from_an_answer_that_was_ended_at_any_token() {
 }
 
 #[test]
-fn a_prompt_can_be_ended_after_every_chunk() {
+fn a_sink_can_end_a_prompt_after_every_chunk() {
     let (target, drafter) = tiny();
     let target = support::Target { max_positions: 640, ..target };
     let drafter = support::Drafter { max_positions: 640, ..drafter };
@@ -389,49 +397,51 @@ fn a_prompt_can_be_ended_after_every_chunk() {
             let got = attempt(&mut single, &long, reply).unwrap();
             assert_eq!((got.tokens, got.finish, got.accepted), (vec![], Finish::Interrupted, vec![]));
             assert_eq!(answer(&run(&mut single, &next)), answer(&expected), "after an end at {at:?}");
-            // Or with the same prompt, of which something was run.
+            // Or the same prompt again, partly run before.
             attempt(&mut single, &long, reply).unwrap();
-            let again = resume(&mut single, &long, &mut Silent).unwrap();
+            let again = resume(&mut single, &long, &mut AcceptAll).unwrap();
             assert_eq!((answer(&again), again.kept), (answer(&whole), kept));
         }
     });
 }
 
 #[test]
-fn an_interrupted_batch_gives_all_back_and_goes_on_with_others() {
+fn an_interrupted_batch_frees_its_pages_and_runs_others() {
     on_the_emulator(tiny(), 128, |device, models| {
         let settings = [(9, 16, 0.0), (21, 16, 0.7), (13, 5, 0.0), (2, 1, 1.0), (17, 16, 0.0)];
         let request = |(i, (tokens, block, temperature))| request(&prompt(i, 11), tokens, block, temperature);
         let requests: Vec<Request> = (0..).zip(settings).map(request).collect();
         let mut three = batch(device, models, 3, 128);
-        let expected = together(&mut three, &requests, go_on);
+        let expected = run_together(&mut three, &requests, keep_going);
         let all: usize = expected.iter().map(|outcome| outcome.tokens.len()).sum();
         assert_eq!(all, 9 + 21 + 13 + 2 + 17);
-        for patience in (1..12).chain([20, 31, 45, all]) {
-            let mut heard = 0;
-            let mut crowd = BatchRecorder::new(5, |_, event| {
-                heard += usize::from(matches!(event, Event::Token(_)));
-                Ok(if heard == patience { Flow::Interrupt } else { Flow::Continue })
+        for limit in (1..12).chain([20, 31, 45, all]) {
+            let mut received = 0;
+            let mut recorder = BatchRecorder::new(5, |_, event| {
+                received += usize::from(matches!(event, Event::Token(_)));
+                Ok(if received == limit { Flow::Interrupt } else { Flow::Continue })
             });
-            generate_all(&mut three, &requests, &mut crowd).unwrap();
-            assert_eq!(crowd.heard(), patience, "something is said after an interruption");
-            let begun = || crowd.outcomes.iter().zip(&expected).filter_map(|(o, e)| Some((o.as_ref()?, e)));
+            generate_all(&mut three, &requests, &mut recorder).unwrap();
+            assert_eq!(recorder.tokens_received(), limit, "tokens are delivered after an interruption");
+            let begun =
+                || recorder.outcomes.iter().zip(&expected).filter_map(|(o, e)| Some((o.as_ref()?, e)));
             assert!(begun().any(|(outcome, _)| outcome.finish == Finish::Interrupted));
             for (outcome, whole) in begun() {
                 assert_eq!(outcome.tokens, whole.tokens[..outcome.tokens.len()]);
             }
             assert_eq!(three.free_pages(), 3 * 2);
-            let again = together(&mut three, &requests, go_on);
-            assert!(again.iter().map(answer).eq(expected.iter().map(answer)), "after {patience} tokens");
+            let again = run_together(&mut three, &requests, keep_going);
+            assert!(again.iter().map(answer).eq(expected.iter().map(answer)), "after {limit} tokens");
         }
     });
 }
 
 // ---- damage ----
 
-/// The head's row for token 3 is infinite where one feature is large, and else decides or does nothing.
+/// The LM head's row for token 3 overflows if one feature is large; otherwise it decides the token or has no
+/// effect.
 #[test]
-fn logits_that_overflow_in_a_pass_are_an_error_and_the_decoder_goes_on() {
+fn overflowing_logits_are_an_error_and_the_decoder_stays_usable() {
     let (target, drafter) = tiny();
     let (mut damaged, mut sound) = ([0; 2], 0);
     for feature in 0..8 {
@@ -441,13 +451,13 @@ fn logits_that_overflow_in_a_pass_are_an_error_and_the_decoder_goes_on() {
         head.values[3 * 64..].fill(0.0);
         head.values[3 * 64 + feature] = 3e38;
         support::write_tensors(&pair.target, &tensors, target.dtype, 1);
-        loaded(&pair, 128, |device, models| {
+        with_pair(&pair, 128, |device, models| {
             let mut two = batch(device, models, 2, 128);
             let requests = (0..6).map(|seed| request(&prompt(seed, 6), 12, [1, 16][seed as usize % 2], 0.0));
             for request in requests.chain([request(&[0], 1, 16, 0.0)]) {
-                let mut heard = 0;
+                let mut received = 0;
                 let result = attempt(&mut two, &request, |_, event| {
-                    heard += usize::from(matches!(event, Event::Token(_)));
+                    received += usize::from(matches!(event, Event::Token(_)));
                     Ok(Flow::Continue)
                 });
                 assert_eq!(two.free_pages(), 4);
@@ -457,10 +467,10 @@ fn logits_that_overflow_in_a_pass_are_an_error_and_the_decoder_goes_on() {
                     sound += 1;
                     continue;
                 };
-                // The drafter's logits come from the same head.
-                let whose =
-                    if request.block > 1 && heard > 0 { ["target", "drafter"] } else { ["target"; 2] };
-                let place = match heard {
+                // The drafter's logits come from the same LM head.
+                let models =
+                    if request.block > 1 && received > 0 { ["target", "drafter"] } else { ["target"; 2] };
+                let place = match received {
                     0 => format!(" for position {}", request.prompt.len()),
                     _ => String::new(),
                 };
@@ -470,9 +480,9 @@ fn logits_that_overflow_in_a_pass_are_an_error_and_the_decoder_goes_on() {
                          config are damaged"
                     )
                 };
-                assert!(whose.map(sentence).contains(&error.to_string()), "{error}");
+                assert!(models.map(sentence).contains(&error.to_string()), "{error}");
                 assert_eq!(error.exit_code(), 3);
-                damaged[usize::from(heard > 0)] += 1;
+                damaged[usize::from(received > 0)] += 1;
             }
         });
     }
@@ -481,17 +491,17 @@ fn logits_that_overflow_in_a_pass_are_an_error_and_the_decoder_goes_on() {
 }
 
 #[test]
-fn drafts_that_overflow_are_an_error() {
+fn overflowing_draft_logits_are_an_error() {
     let (target, drafter) = tiny();
     let pair = support::write_pair(&target, &drafter);
     let mut tensors = support::drafter_tensors(&target, &drafter);
     tensors.iter_mut().find(|t| t.name == "norm.weight").unwrap().values.fill(3e38);
     support::write_tensors(&pair.drafter, &tensors, drafter.dtype, 1);
-    loaded(&pair, 128, |device, models| {
+    with_pair(&pair, 128, |device, models| {
         let mut single = batch(device, models, 1, 128);
-        let plain = request(&prompt(1, 6), 12, 1, 0.0);
-        let expected = run(&mut single, &plain);
-        let error = attempt(&mut single, &request(&prompt(1, 6), 12, 16, 0.0), go_on).unwrap_err();
+        let ar = request(&prompt(1, 6), 12, 1, 0.0);
+        let expected = run(&mut single, &ar);
+        let error = attempt(&mut single, &request(&prompt(1, 6), 12, 16, 0.0), keep_going).unwrap_err();
         assert_eq!(
             (error.to_string().as_str(), error.exit_code()),
             (
@@ -499,21 +509,21 @@ fn drafts_that_overflow_are_an_error() {
                 3
             )
         );
-        assert_eq!(answer(&run(&mut single, &plain)), answer(&expected));
+        assert_eq!(answer(&run(&mut single, &ar)), answer(&expected));
     });
 }
 
 // ---- through the program ----
 
-/// Tokens 2 and 3 are letters that the model writes, others it has none.
-fn spaces_and_marks(dir: &std::path::Path) -> String {
+/// A file of prompts of tokens 2 and 3, the only ones of the tiny vocabulary with a text.
+fn write_prompts(dir: &std::path::Path) -> String {
     let prompts = ["! !!  !", " ", "!!!!", "  ! !  !! !", "! "];
     let lines = prompts.map(|prompt| json!({ "prompt": prompt }).to_string() + "\n");
     write(dir, "prompts.jsonl", lines.concat())
 }
 
 #[test]
-fn a_weight_that_is_no_number_is_named_on_the_device() {
+fn a_nan_weight_is_named_on_the_device() {
     let (target, drafter) = tiny();
     for of_target in [true, false] {
         let pair = support::write_pair(&target, &drafter);
@@ -533,14 +543,14 @@ fn a_weight_that_is_no_number_is_named_on_the_device() {
     }
 }
 
-/// The stop string ends the answers soon.
+/// The stop strings end the answers early.
 #[test]
-fn a_sequence_has_8192_positions_or_what_it_needs_or_those_of_its_flag() {
+fn positions_default_to_8192_or_the_request_or_the_flag() {
     let (target, drafter) = tiny();
     let pair = support::write_pair(&support::Target { max_positions: 20_000, ..target }, &drafter);
-    let most = usize::MAX.to_string();
+    let max = usize::MAX.to_string();
     let args = ["--raw", "!", "--temperature", "1", "--seed", "1", "--stop", "!", "--stop", " "];
-    let room = |more: &[&str]| {
+    let first_line = |more: &[&str]| {
         let run = run_pair(&pair, &[&args[..], &["--device", "emulator"], more].concat());
         assert_eq!(run.code, 0, "{more:?}: {run:?}");
         run.err.lines().next().unwrap().to_string()
@@ -549,13 +559,13 @@ fn a_sequence_has_8192_positions_or_what_it_needs_or_those_of_its_flag() {
     for (more, positions) in [
         (&["-n", "100"][..], 8192),
         (&["-n", "9000"], 9017),
-        (&["-n", &most], 20_000),
+        (&["-n", &max], 20_000),
         (&["-n", "9000", "--ctx", "100"], 100),
     ] {
         let expected = format!("memory for 1 sequence of {positions} positions in blocks of 16:");
-        assert_eq!(room(more), expected, "{more:?}");
+        assert_eq!(first_line(more), expected, "{more:?}");
     }
-    // The CPU has what the model has, or less if it is told so.
+    // The CPU has the model's positions, or fewer with the flag.
     for (more, ctx) in [(&[][..], 20_000), (&["--ctx", "9"][..], 9)] {
         let prompt = "!".repeat(ctx);
         let run = run_pair(&pair, &[&["--raw", &prompt, "-n", "1"], more].concat());
@@ -563,14 +573,14 @@ fn a_sequence_has_8192_positions_or_what_it_needs_or_those_of_its_flag() {
             "dflash-gen: the prompt has {ctx} tokens, but the context holds {ctx}, the answer included\n"
         );
         assert_eq!((run.code, run.err), (2, sentence));
-        assert_eq!(run_pair(&pair, &[&args[..], &["-n", &most], more].concat()).code, 0);
+        assert_eq!(run_pair(&pair, &[&args[..], &["-n", &max], more].concat()).code, 0);
     }
 }
 
 #[test]
 fn batches_print_what_single_sequences_print() {
     let pair = support::write_pair(&tiny().0, &tiny().1);
-    let file = spaces_and_marks(pair.root.path());
+    let file = write_prompts(pair.root.path());
     let args = ["--raw", "-n", "16", "--temperature", "0.7", "--seed", "5", "-q"];
     for device in ["cpu", "emulator"] {
         let with = |more: &[&str]| {
@@ -601,33 +611,33 @@ fn batches_print_what_single_sequences_print() {
             assert_eq!(by_index(&unsorted), events);
             assert_ne!(timeless(&unsorted), events, "the answers of a batch did not run together");
         }
-        // A context that the answers reach.
+        // A context that ends the answers.
         let short = timeless(&with(&["--batch", "3", "--json", "--ctx", "15", "--ignore-eos"]));
         let ends = |record: &Value| {
-            let room = 15 - record["prompt_tokens"].as_u64().unwrap() as usize;
+            let left = 15 - record["prompt_tokens"].as_u64().unwrap() as usize;
             (
                 record["tokens"].as_array().unwrap().len(),
-                room,
+                left,
                 record["finish_reason"].as_str() == Some("context"),
             )
         };
-        assert!(short.iter().map(ends).all(|(tokens, room, context)| tokens == room && context), "{short:?}");
+        assert!(short.iter().map(ends).all(|(tokens, left, context)| tokens == left && context), "{short:?}");
     }
 }
 
 #[test]
-fn the_device_that_is_not_there_is_refused_and_auto_says_which_it_took() {
+fn an_absent_device_is_refused_and_auto_names_its_choice() {
     let pair = support::write_pair(&tiny().0, &tiny().1);
     let args = ["--raw", "!", "-n", "3", "--json"];
     let with = |device: &str| run_pair(&pair, &[&args[..], &["--device", device]].concat());
     let auto = with("auto");
-    let said = auto.err.lines().find(|line| line.starts_with("device: ")).unwrap_or_default().to_string();
+    let line = auto.err.lines().find(|line| line.starts_with("device: ")).unwrap_or_default().to_string();
     let record = &auto.json()[0];
     let asked = with("cuda");
     match Cuda::open(0) {
         Ok(gpu) => {
             assert_eq!(
-                (&record["device"], said),
+                (&record["device"], line),
                 (&json!("cuda"), format!("device: cuda, {}", gpu.properties().name))
             );
             assert_eq!(asked.json()[0]["tokens"], record["tokens"]);
@@ -639,17 +649,17 @@ fn the_device_that_is_not_there_is_refused_and_auto_says_which_it_took() {
                 (4, "", format!("dflash-gen: {reason}\n"))
             );
             let why = reason.trim_start_matches("device cuda: ");
-            assert_eq!((&record["device"], said), (&json!("cpu"), format!("device: cpu: {why}")));
+            assert_eq!((&record["device"], line), (&json!("cpu"), format!("device: cpu: {why}")));
         }
     }
 }
 
-/// Five answers of so many tokens, three at a time.
+/// Five answers of `tokens` tokens, three at a time: the pair and the arguments.
 fn long(tokens: &str) -> (support::Pair, Vec<String>) {
     let (target, drafter) = tiny();
     let target = support::Target { max_positions: 100_000, ..target };
     let pair = support::write_pair(&target, &drafter);
-    let file = spaces_and_marks(pair.root.path());
+    let file = write_prompts(pair.root.path());
     let more = ["--raw", "-q", "--ignore-eos", "-n", tokens, "--batch", "3", "--prompts", &file];
     let args = flags(&pair).into_iter().chain(more.map(String::from)).collect();
     (pair, args)
@@ -657,8 +667,8 @@ fn long(tokens: &str) -> (support::Pair, Vec<String>) {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_reader_who_leaves_ends_a_batch_on_the_device_quietly() {
-    // Records come at the end of answers.
+fn a_closed_pipe_ends_a_batch_on_the_device_quietly() {
+    // Records are written at the end of answers.
     for (form, tokens) in [(&[][..], "3000"), (&["--json"], "5"), (&["--stream-json"], "3000")] {
         let (_pair, args) = long(tokens);
         let mut command = command(
@@ -677,7 +687,7 @@ fn a_reader_who_leaves_ends_a_batch_on_the_device_quietly() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn ctrl_c_in_a_batch_prints_what_was_said() {
+fn ctrl_c_in_a_batch_prints_the_tokens_so_far() {
     let (_pair, args) = long("3000");
     for device in ["cpu", "emulator"] {
         for form in [&[][..], &["--stream-json"]] {
@@ -697,14 +707,14 @@ fn ctrl_c_in_a_batch_prints_what_was_said() {
             out.read_exact(&mut bytes).unwrap();
             program::interrupt(&child);
             out.read_to_end(&mut bytes).unwrap();
-            let (code, said) = (child.wait().unwrap().code(), String::from_utf8(bytes).unwrap());
-            assert_eq!(code, Some(130), "{said:?}");
+            let (code, output) = (child.wait().unwrap().code(), String::from_utf8(bytes).unwrap());
+            assert_eq!(code, Some(130), "{output:?}");
             if form.is_empty() {
-                // The three that run together, each as far as it came.
-                assert_eq!(said.lines().count(), 3, "{said:?}");
+                // The three running answers, each up to its last token.
+                assert_eq!(output.lines().count(), 3, "{output:?}");
                 continue;
             }
-            let events: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            let events: Vec<Value> = output.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
             let (done, parts): (Vec<_>, Vec<_>) = events.iter().partition(|event| event["event"] == "done");
             assert!(!done.is_empty() && done.iter().all(|record| record["finish_reason"] == "interrupted"));
             for record in done {

@@ -1,6 +1,6 @@
-//! Whole generations and first-round values of the embedded pair against the recorded outputs of the reference
-//! implementation, and speculative against autoregressive decoding: equal tokens, equal bits, whatever the block, the sampling
-//! and the reason to stop.
+//! Generations on the CPU. Tokens and first-round values of the embedded pair against the recorded outputs of
+//! the reference implementation; speculative against autoregressive decoding, with equal tokens and equal
+//! bits for every block size, sampling setting and end of the answer; and what a slot keeps between requests.
 
 use crate::support;
 
@@ -24,55 +24,55 @@ fn open(target: Folder, drafter: Folder) -> Models {
 
 static DEMO: LazyLock<Models> = LazyLock::new(|| open(DEMO_TARGET, DEMO_DRAFTER));
 
-/// One held prompt and what the reference implementation made of it.
-struct Held {
+/// A held-out prompt and the reference implementation's answer.
+struct Reference {
     prompt: Vec<u32>,
-    /// 128 greedy tokens
+    /// 128 greedy tokens.
     answer: Vec<u32>,
-    /// Tokens per round
+    /// Tokens per round.
     lengths: Vec<usize>,
-    /// Distance of the two best logits at every token
+    /// The distance of the two best logits at every token.
     margins: Vec<f64>,
 }
 
-static HELD: LazyLock<Vec<Held>> = LazyLock::new(|| {
+static REFERENCES: LazyLock<Vec<Reference>> = LazyLock::new(|| {
     let oracle: Value = serde_json::from_str(include_str!("../data/oracle.json")).unwrap();
-    let held = |p: &Value| {
+    let reference = |p: &Value| {
         let list = |name: &str| p[name].as_array().unwrap().iter();
         let ids = |name: &str| -> Vec<u32> { list(name).map(|v| v.as_u64().unwrap() as u32).collect() };
         let prompt = ids("prompt_ids");
-        Held {
+        Reference {
             answer: ids("output_ids")[prompt.len()..].to_vec(),
             lengths: ids("acceptance_lengths").into_iter().map(|n| n as usize).collect(),
             margins: list("margins").map(|m| m.as_f64().unwrap()).collect(),
             prompt,
         }
     };
-    let held: Vec<Held> = oracle["prompts"].as_array().unwrap().iter().map(held).collect();
-    assert_eq!(held.len(), 40);
-    held
+    let reference: Vec<Reference> = oracle["prompts"].as_array().unwrap().iter().map(reference).collect();
+    assert_eq!(reference.len(), 40);
+    reference
 });
 
-/// Listens, and after `after` tokens says `then`.
+/// Records what it receives, and replies `then` to token number `after`; 0: never.
 struct Until {
     after: usize,
     then: Flow,
-    heard: Vec<u32>,
+    received: Vec<u32>,
     drafted: Vec<bool>,
     rounds: Vec<(usize, usize)>,
 }
 
 impl Until {
     fn new(after: usize, then: Flow) -> Until {
-        Until { after, then, heard: vec![], drafted: vec![], rounds: vec![] }
+        Until { after, then, received: vec![], drafted: vec![], rounds: vec![] }
     }
 }
 
 impl TokenSink for Until {
     fn token(&mut self, id: u32, drafted: bool) -> dflash::Result<Flow> {
-        self.heard.push(id);
+        self.received.push(id);
         self.drafted.push(drafted);
-        Ok(if self.heard.len() == self.after { self.then } else { Flow::Continue })
+        Ok(if self.received.len() == self.after { self.then } else { Flow::Continue })
     }
 
     fn round(&mut self, accepted: usize, kept: usize) -> dflash::Result<()> {
@@ -85,9 +85,9 @@ fn alone<'a>(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequences<'a> 
     Sequences::new(target, drafter, 1, usize::MAX)
 }
 
-fn run_for(models: &Models, request: &Request, listener: &mut Until) -> Outcome {
+fn run_for(models: &Models, request: &Request, sink: &mut Until) -> Outcome {
     let drafter = Some(&models.1).filter(|_| request.block > 1);
-    ops::install(|| generate(&mut alone(&models.0, drafter), request, listener)).unwrap()
+    ops::install(|| generate(&mut alone(&models.0, drafter), request, sink)).unwrap()
 }
 
 fn run(models: &Models, request: &Request) -> Outcome {
@@ -115,19 +115,20 @@ fn sampled(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, se
 #[test]
 fn greedy_tokens_and_accepted_lengths_equal_the_reference_implementation() {
     let mut cut_by_a_near_tie = 0;
-    for (i, held) in HELD.iter().enumerate() {
-        let got = run(&DEMO, &greedy(&held.prompt, 128, 16));
-        if let Some(first) = (0..128).find(|i| got.tokens.get(*i) != held.answer.get(*i)) {
-            let margin = held.margins[first];
+    for (i, reference) in REFERENCES.iter().enumerate() {
+        let got = run(&DEMO, &greedy(&reference.prompt, 128, 16));
+        if let Some(first) = (0..128).find(|i| got.tokens.get(*i) != reference.answer.get(*i)) {
+            let margin = reference.margins[first];
             assert!(margin < 2e-3, "prompt {i}: token {first} differs, margin {margin}");
             cut_by_a_near_tie += 1;
             continue;
         }
         assert_eq!(got.finish, Finish::Length);
-        // The reference runs one more round where the budget is met exactly.
-        assert_eq!(got.accepted[..], held.lengths[..got.accepted.len()], "prompt {i}");
+        // The reference runs one more round if a round meets the budget exactly.
+        assert_eq!(got.accepted[..], reference.lengths[..got.accepted.len()], "prompt {i}");
         assert!(
-            1 + got.accepted.iter().sum::<usize>() >= 128 && got.accepted.len() + 1 >= held.lengths.len()
+            1 + got.accepted.iter().sum::<usize>() >= 128
+                && got.accepted.len() + 1 >= reference.lengths.len()
         );
     }
     println!("{cut_by_a_near_tie} of 40 comparisons ended at a near tie");
@@ -150,14 +151,13 @@ fn integers(file: &SafeTensors, name: &str) -> Vec<u32> {
     recorded.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect()
 }
 
-/// Every value of the first round is within 3e-6 of the reference implementation's, norm-wise: 9e-7 at worst, when
-/// written.
+/// The norm-wise distance is below 3e-6. The largest seen was 9e-7.
 #[test]
 fn first_round_values_equal_the_reference_implementation() {
     let bytes = include_bytes!("../data/oracle.safetensors");
     let file = SafeTensors::deserialize(bytes).unwrap();
     let Models(target, drafter) = &*DEMO;
-    let prompt = &HELD[0].prompt;
+    let prompt = &REFERENCES[0].prompt;
     let taps = &drafter.config.taps;
     let mut checks = vec![];
 
@@ -172,7 +172,7 @@ fn first_round_values_equal_the_reference_implementation() {
     checks.push(("drafter_context", apart(&file, "drafter_context", &drafter.context(&features))));
     let mut context = Cache::new(&drafter.config.stack, 200).unwrap();
     drafter.inject(&features, &mut context);
-    // Context rows, then the block's: what the reference rotates its keys to.
+    // The positions of the keys in the reference: context rows, then the block's.
     let positions: Vec<u32> = (0..context.len() as u32 + 16).collect();
     assert_eq!(integers(&file, "draft_position_ids"), positions);
     let mut block = vec![drafter.config.mask_token; 16];
@@ -203,53 +203,53 @@ fn first_round_values_equal_the_reference_implementation() {
     }
 }
 
-// ---- speculative against plain ----
+// ---- speculative against autoregressive decoding ----
 
 #[test]
-fn greedy_output_equals_plain_output_for_every_prompt() {
-    for (i, held) in HELD.iter().enumerate() {
-        let plain = run(&DEMO, &greedy(&held.prompt, 24, 1));
-        assert_eq!(plain.accepted, [1; 23]);
+fn greedy_output_equals_ar_output_for_every_prompt() {
+    for (i, reference) in REFERENCES.iter().enumerate() {
+        let ar = run(&DEMO, &greedy(&reference.prompt, 24, 1));
+        assert_eq!(ar.accepted, [1; 23]);
         let blocks: &[usize] = if i % 4 == 0 { &[16, 2, 5, 11] } else { &[16] };
         for block in blocks {
-            let got = run(&DEMO, &greedy(&held.prompt, 24, *block));
-            assert_eq!(got.tokens, plain.tokens, "prompt {i}, block {block}");
-            assert_eq!(got.finish, plain.finish);
+            let got = run(&DEMO, &greedy(&reference.prompt, 24, *block));
+            assert_eq!(got.tokens, ar.tokens, "prompt {i}, block {block}");
+            assert_eq!(got.finish, ar.finish);
             assert!(got.accepted.iter().all(|a| (1..=*block).contains(a)));
         }
     }
 }
 
 #[test]
-fn sampled_output_equals_plain_output_for_every_prompt() {
-    for (i, held) in HELD.iter().enumerate() {
+fn sampled_output_equals_ar_output_for_every_prompt() {
+    for (i, reference) in REFERENCES.iter().enumerate() {
         for (temperature, seed) in [(0.7, i as u64), (1.0, 0xdead_beef_0000_0000 + i as u64)] {
-            let request = |block| sampled(&held.prompt, 32, block, temperature, seed);
-            let plain = run(&DEMO, &request(1));
+            let request = |block| sampled(&reference.prompt, 32, block, temperature, seed);
+            let ar = run(&DEMO, &request(1));
             let blocks: &[usize] = if i % 4 == 0 { &[16, 2, 5, 11] } else { &[16] };
             for block in blocks {
                 let got = run(&DEMO, &request(*block));
                 let what = format!("prompt {i}, block {block}, temperature {temperature}, seed {seed}");
-                assert_eq!((got.tokens, got.finish), (plain.tokens.clone(), plain.finish), "{what}");
+                assert_eq!((got.tokens, got.finish), (ar.tokens.clone(), ar.finish), "{what}");
             }
         }
     }
 }
 
 #[test]
-fn filtered_output_equals_plain_output() {
-    for (i, held) in HELD.iter().enumerate().step_by(7) {
+fn filtered_output_equals_ar_output() {
+    for (i, reference) in REFERENCES.iter().enumerate().step_by(7) {
         for (top_k, top_p, min_p) in [(20, 0.9, 0.05), (3, 1.0, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.2)] {
             let request = |block| {
-                let mut request = sampled(&held.prompt[90..], 20, block, 1.2, 5);
+                let mut request = sampled(&reference.prompt[90..], 20, block, 1.2, 5);
                 request.sampling =
                     SamplingParams { top_k, top_p, min_p, stream: i as u32, ..request.sampling };
                 request
             };
-            let plain = run(&DEMO, &request(1));
+            let ar = run(&DEMO, &request(1));
             for block in [5, 16] {
                 let got = run(&DEMO, &request(block));
-                assert_eq!(got.tokens, plain.tokens, "prompt {i}, block {block}, {top_k} {top_p} {min_p}");
+                assert_eq!(got.tokens, ar.tokens, "prompt {i}, block {block}, {top_k} {top_p} {min_p}");
             }
         }
     }
@@ -259,20 +259,21 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
 
-/// Logits, features, and what later rows make of the keys and values: no bit tells how many rows a pass had.
+/// The bits of logits, features, and all later rows that read the keys and values do not depend on how many
+/// rows a pass has.
 #[test]
-fn verify_rows_equal_plain_steps_bit_for_bit() {
+fn verified_rows_equal_ar_steps_bit_for_bit() {
     let Models(target, drafter) = &*DEMO;
     let taps = &drafter.config.taps;
-    for held in HELD.iter().step_by(13) {
-        let tokens = [&held.prompt[..], &held.answer].concat();
+    for reference in REFERENCES.iter().step_by(13) {
+        let tokens = [&reference.prompt[..], &reference.answer].concat();
         // Logits and features of tokens 100 to 180, in passes of these lengths.
         let run = |prefill: usize, lengths: &[usize]| {
             let mut cache = Cache::new(&target.config.stack, 200).unwrap();
             let (mut logits, mut features, mut at) = (vec![], vec![], 0);
             for length in std::iter::repeat_n(&prefill, 100 / prefill).chain(lengths) {
                 let (mut l, mut f) = (vec![], vec![]);
-                // Rows that are thrown away again must leave no trace.
+                // Rows that are cropped again must leave no trace.
                 target.forward(&[7; 9], &mut cache, &[], &mut f, 1);
                 cache.crop(at);
                 let normed = target.forward(&tokens[at..at + length], &mut cache, taps, &mut f, *length);
@@ -286,7 +287,7 @@ fn verify_rows_equal_plain_steps_bit_for_bit() {
             assert_eq!(at, 180);
             (logits, features)
         };
-        let plain = ops::install(|| run(50, &[1; 80]));
+        let ar = ops::install(|| run(50, &[1; 80]));
         for (prefill, lengths) in [
             (50, &[16; 5][..]),
             (100, &[16; 5]),
@@ -295,14 +296,15 @@ fn verify_rows_equal_plain_steps_bit_for_bit() {
             (25, &[3, 13, 1, 16, 16, 15, 7, 9]),
         ] {
             let got = ops::install(|| run(prefill, lengths));
-            assert!(got == plain, "passes of {prefill} and {lengths:?} differ from single steps");
+            assert!(got == ar, "passes of {prefill} and {lengths:?} differ from single steps");
         }
     }
 }
 
 // ---- one request after another on one sequence ----
 
-/// Runs the request on a sequence with a past and on a fresh one: same answer. What was kept of the past.
+/// Runs the request on a used sequence and on a fresh one, which must give the same answer. Returns the
+/// number of kept positions.
 fn kept_with_the_answer_of_a_fresh_start(
     sequence: &mut Sequences,
     models: &Models,
@@ -320,36 +322,37 @@ fn kept_with_the_answer_of_a_fresh_start(
 
 #[test]
 fn a_sequence_keeps_the_prefix_it_shares_with_the_next_prompt() {
-    for (held, blocks) in HELD.iter().step_by(9).zip([[16, 16], [1, 1], [16, 1], [1, 16], [5, 16]]) {
+    for (reference, blocks) in REFERENCES.iter().step_by(9).zip([[16, 16], [1, 1], [16, 1], [1, 16], [5, 16]])
+    {
         for temperature in [0.0, 0.8] {
             let request = |prompt: &[u32], block| sampled(prompt, 24, block, temperature, 3);
-            let first = request(&held.prompt, blocks[0]);
+            let first = request(&reference.prompt, blocks[0]);
             let answer = run(&DEMO, &first).tokens;
-            let said = [&held.prompt[..], &answer].concat();
-            let (prompt, n) = (held.prompt.len(), said.len());
+            let history = [&reference.prompt[..], &answer].concat();
+            let (prompt, n) = (reference.prompt.len(), history.len());
             let other = |at: usize| {
-                let mut tokens = said.clone();
+                let mut tokens = history.clone();
                 tokens[at] = (tokens[at] + 1) % 2048;
                 tokens
             };
             for (next, same) in [
-                ([&said[..], &[17, 200, 45]].concat(), n - 1), // the answer's last token was never run
-                (said.clone(), n - 1),
-                (held.prompt.clone(), prompt - 1),
-                (said[..prompt / 2].to_vec(), prompt / 2 - 1),
+                ([&history[..], &[17, 200, 45]].concat(), n - 1), // the answer's last token has not been run
+                (history.clone(), n - 1),
+                (reference.prompt.clone(), prompt - 1),
+                (history[..prompt / 2].to_vec(), prompt / 2 - 1),
                 (other(prompt + 3), prompt + 3),
                 (other(70), 70),
                 (other(0), 0),
-                (said[..1].to_vec(), 0),
+                (history[..1].to_vec(), 0),
             ] {
                 let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
                 let mut run =
                     |request: &Request| kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, request);
                 assert_eq!(run(&first), 0);
-                // A drafter that has seen nothing of a plain answer has to see it all.
+                // After AR decoding the drafter has no context, so the whole prompt runs again.
                 let expected = if blocks == [1, 16] { 0 } else { same };
                 let kept = run(&request(&next, blocks[1]));
-                // Unless the budget cut a round, which ran beyond the answer.
+                // One more if the budget cut a round, which ran beyond the answer.
                 let beyond = usize::from(kept == n && blocks[0] > 1 && next.len() > n);
                 assert_eq!(kept, expected + beyond, "blocks {blocks:?}");
                 // And back, on the same sequence.
@@ -361,31 +364,32 @@ fn a_sequence_keeps_the_prefix_it_shares_with_the_next_prompt() {
 }
 
 #[test]
-fn a_drafter_catches_up_from_where_it_was_left() {
-    let held = &HELD[5];
+fn a_drafter_catches_up_from_the_end_of_its_context() {
+    let reference = &REFERENCES[5];
     let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
-    let mut said = held.prompt.clone();
+    let mut history = reference.prompt.clone();
     let mut drafted = 0;
     for (turn, block) in [16, 1, 1, 16, 7, 1, 16].into_iter().enumerate() {
-        let request = sampled(&said, 20, block, 0.5, 9);
+        let request = sampled(&history, 20, block, 0.5, 9);
         let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &request);
-        // All but three new tokens and the answer's last; of them the drafter what the last turn with it left it.
-        let last = if turn == 0 { 0 } else { said.len() - 4 };
+        // All but the three new tokens and the answer's last; with drafts, at most the drafter's context of
+        // its last turn.
+        let last = if turn == 0 { 0 } else { history.len() - 4 };
         let expected = if block > 1 { last.min(drafted) } else { last };
-        // A round that the budget cut ran one token more at least; what waits for the drafter is at most a block, and
-        // autoregressive decoding forgets it.
+        // A round that the budget cut has run at least one token more. Up to a block of features waits for
+        // the drafter, and autoregressive decoding drops them.
         let waiting = if expected == drafted { 16 } else { 0 };
         let range = expected.saturating_sub(waiting)..=expected + 1;
         assert!(range.contains(&kept), "turn {turn}: {kept} kept, expected {expected}");
-        said.extend(run(&DEMO, &request).tokens);
-        drafted = if block > 1 { said.len() - 1 } else { drafted };
-        said.extend([300, 40 + turn as u32, 5]);
+        history.extend(run(&DEMO, &request).tokens);
+        drafted = if block > 1 { history.len() - 1 } else { drafted };
+        history.extend([300, 40 + turn as u32, 5]);
     }
 }
 
 #[test]
-fn a_prompt_cut_short_and_an_answer_cut_short_are_kept() {
-    let prompt = HELD[0].prompt.repeat(3);
+fn interrupted_prompts_and_answers_are_kept() {
+    let prompt = REFERENCES[0].prompt.repeat(3);
     for block in [1, 16] {
         let request = greedy(&prompt, 30, block);
         let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
@@ -394,10 +398,10 @@ fn a_prompt_cut_short_and_an_answer_cut_short_are_kept() {
         assert_eq!((outcome.finish, outcome.tokens.len()), (Finish::Interrupted, 0));
         let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &request);
         assert_eq!(kept, cut.1[1]);
-        // Within a round, so that what the sequence holds is longer than the answer.
+        // Within a round, so that the sequence holds more than the answer.
         for after in [1, 4, 5, 9] {
-            let mut listener = Until::new(after, Flow::Interrupt);
-            let outcome = ops::install(|| resume(&mut sequence, &request, &mut listener)).unwrap();
+            let mut sink = Until::new(after, Flow::Interrupt);
+            let outcome = ops::install(|| resume(&mut sequence, &request, &mut sink)).unwrap();
             let next = [&prompt[..], &outcome.tokens, &[9, 9, 9]].concat();
             let next = greedy(&next, 12, block);
             let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &next);
@@ -406,7 +410,7 @@ fn a_prompt_cut_short_and_an_answer_cut_short_are_kept() {
     }
 }
 
-/// Conversations of any shape, past the drafter's context and to the end of the target's, each answer a fresh one's.
+/// Random conversations, beyond the drafter's context and to the end of the target's.
 #[test]
 fn any_requests_in_a_row_are_answered_as_fresh_ones() {
     let (target, drafter) = support::small();
@@ -419,71 +423,89 @@ fn any_requests_in_a_row_are_answered_as_fresh_ones() {
         for seed in 0..12 {
             let mut random = support::Random::new(seed);
             let mut sequence = alone(&models.0, Some(&models.1));
-            let mut said: Vec<u32> = vec![3];
+            let mut history: Vec<u32> = vec![3];
             for _ in 0..12 {
                 match random.below(4) {
-                    0 => said.truncate(1 + random.below(said.len())),
+                    0 => history.truncate(1 + random.below(history.len())),
                     1 => {
-                        let at = random.below(said.len());
-                        said[at] = random.below(40) as u32;
+                        let at = random.below(history.len());
+                        history[at] = random.below(40) as u32;
                     }
                     _ => {}
                 }
-                said.extend((0..random.below(12)).map(|_| random.below(40) as u32));
-                said.truncate(119);
+                history.extend((0..random.below(12)).map(|_| random.below(40) as u32));
+                history.truncate(119);
                 let (block, max_tokens) = ([1, 2, 5, 8][random.below(4)], 1 + random.below(40));
                 let temperature = [0.0, 1.0][random.below(2)];
-                let request = sampled(&said, max_tokens, block, temperature, seed);
+                let request = sampled(&history, max_tokens, block, temperature, seed);
                 let request = Request { stop_ids: vec![random.below(40) as u32], ..request };
                 kept += kept_with_the_answer_of_a_fresh_start(&mut sequence, &models, &request);
                 turns += 1;
-                said.extend(run(&models, &request).tokens);
+                history.extend(run(&models, &request).tokens);
             }
         }
     }
-    assert!(kept > 10 * turns, "{kept} tokens kept in {turns} turns show little");
+    assert!(kept > 10 * turns, "only {kept} tokens kept in {turns} turns");
+}
+
+/// [`generate`] starts from nothing, even if the slot holds the same prompt; only [`resume`] keeps a prefix.
+#[test]
+fn generate_keeps_nothing_of_the_request_before() {
+    let prompt = &REFERENCES[2].prompt;
+    for block in [1, 16] {
+        let request = sampled(prompt, 12, block, 0.8, 4);
+        let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
+        let quiet = || Until::new(0, Flow::Continue);
+        let first = ops::install(|| generate(&mut sequence, &request, &mut quiet())).unwrap();
+        let second = ops::install(|| generate(&mut sequence, &request, &mut quiet())).unwrap();
+        let third = ops::install(|| resume(&mut sequence, &request, &mut quiet())).unwrap();
+        assert_eq!([first.kept, second.kept, third.kept], [0, 0, prompt.len() - 1], "block {block}");
+        for again in [&second, &third] {
+            assert_eq!((&again.tokens, &again.accepted), (&first.tokens, &first.accepted), "block {block}");
+        }
+    }
 }
 
 // ---- how an answer ends ----
 
 #[test]
-fn a_stop_id_ends_the_answer_wherever_in_a_block_it_stands() {
+fn a_stop_id_ends_the_answer_anywhere_in_a_block() {
     let mut within = 0;
-    for held in HELD.iter().step_by(11) {
+    for reference in REFERENCES.iter().step_by(11) {
         for at in [0, 1, 5, 9, 14, 33] {
-            let stop = held.answer[at];
-            let end = held.answer.iter().position(|t| *t == stop).unwrap() + 1;
+            let stop = reference.answer[at];
+            let end = reference.answer.iter().position(|t| *t == stop).unwrap() + 1;
             for block in [1, 5, 16] {
-                let request = Request { stop_ids: vec![2047, stop], ..greedy(&held.prompt, 40, block) };
-                let mut listener = Until::new(0, Flow::Continue);
-                let got = run_for(&DEMO, &request, &mut listener);
-                assert_eq!((&got.tokens[..], got.finish), (&held.answer[..end], Finish::Stop));
-                assert_eq!(listener.heard, got.tokens);
-                within += listener.rounds.last().is_some_and(|(accepted, kept)| kept < accepted) as usize;
+                let request = Request { stop_ids: vec![2047, stop], ..greedy(&reference.prompt, 40, block) };
+                let mut sink = Until::new(0, Flow::Continue);
+                let got = run_for(&DEMO, &request, &mut sink);
+                assert_eq!((&got.tokens[..], got.finish), (&reference.answer[..end], Finish::Stop));
+                assert_eq!(sink.received, got.tokens);
+                within += sink.rounds.last().is_some_and(|(accepted, kept)| kept < accepted) as usize;
             }
         }
     }
-    assert!(within > 3, "only {within} stop ids stood within a round");
+    assert!(within > 3, "only {within} stop ids were within a round");
 }
 
 #[test]
 fn budgets_cut_the_answer_to_the_token() {
     let mut cut = 0;
-    for held in HELD.iter().step_by(13) {
+    for reference in REFERENCES.iter().step_by(13) {
         for block in [1, 2, 5, 16] {
             for budget in [0, 1, 2, block.max(2) - 1, block, block + 1, 2 * block + 3] {
-                let mut listener = Until::new(0, Flow::Continue);
-                let got = run_for(&DEMO, &greedy(&held.prompt, budget, block), &mut listener);
-                assert_eq!((&got.tokens[..], got.finish), (&held.answer[..budget], Finish::Length));
-                assert_eq!(listener.heard, got.tokens);
-                // The first token comes from the prefill; drafted ones are all but the last of a round.
-                let (accepted, kept): (Vec<usize>, Vec<usize>) = listener.rounds.into_iter().unzip();
+                let mut sink = Until::new(0, Flow::Continue);
+                let got = run_for(&DEMO, &greedy(&reference.prompt, budget, block), &mut sink);
+                assert_eq!((&got.tokens[..], got.finish), (&reference.answer[..budget], Finish::Length));
+                assert_eq!(sink.received, got.tokens);
+                // The first token comes from the prefill. All tokens of a round but its last are drafts.
+                let (accepted, kept): (Vec<usize>, Vec<usize>) = sink.rounds.into_iter().unzip();
                 assert_eq!(accepted, got.accepted);
                 assert_eq!(kept.iter().sum::<usize>(), budget.saturating_sub(1));
                 let drafted: Vec<bool> = std::iter::once(false)
                     .chain(accepted.iter().zip(&kept).flat_map(|(a, k)| (0..*k).map(move |i| i + 1 < *a)))
                     .collect();
-                assert_eq!(listener.drafted, drafted[..budget]);
+                assert_eq!(sink.drafted, drafted[..budget]);
                 cut += accepted.last().is_some_and(|a| a > kept.last().unwrap()) as usize;
             }
         }
@@ -493,16 +515,20 @@ fn budgets_cut_the_answer_to_the_token() {
 
 #[test]
 fn interruption_and_stopping_leave_a_prefix() {
-    let held = &HELD[3];
+    let reference = &REFERENCES[3];
     for block in [1, 16] {
         for after in 1..=24 {
             for (then, finish) in [(Flow::Interrupt, Finish::Interrupted), (Flow::Stop, Finish::Stop)] {
-                let mut listener = Until::new(after, then);
-                let got = run_for(&DEMO, &greedy(&held.prompt, 24, block), &mut listener);
-                assert_eq!((&got.tokens[..], got.finish), (&held.answer[..after], finish), "block {block}");
-                assert_eq!(listener.heard, got.tokens);
-                let kept: usize = listener.rounds.iter().map(|(_, kept)| kept).sum();
-                assert_eq!((listener.rounds.len(), kept), (got.accepted.len(), after - 1));
+                let mut sink = Until::new(after, then);
+                let got = run_for(&DEMO, &greedy(&reference.prompt, 24, block), &mut sink);
+                assert_eq!(
+                    (&got.tokens[..], got.finish),
+                    (&reference.answer[..after], finish),
+                    "block {block}"
+                );
+                assert_eq!(sink.received, got.tokens);
+                let kept: usize = sink.rounds.iter().map(|(_, kept)| kept).sum();
+                assert_eq!((sink.rounds.len(), kept), (got.accepted.len(), after - 1));
             }
         }
     }
@@ -523,20 +549,20 @@ impl TokenSink for AtPrefill {
 
 #[test]
 fn a_prompt_can_be_interrupted() {
-    let request = greedy(&HELD[0].prompt.repeat(3), 4, 16);
+    let request = greedy(&REFERENCES[0].prompt.repeat(3), 4, 16);
     let run = |after| {
-        let mut listener = AtPrefill(after, vec![]);
+        let mut sink = AtPrefill(after, vec![]);
         let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
-        let outcome = generate(&mut sequence, &request, &mut listener).unwrap();
-        (outcome, listener.1)
+        let outcome = generate(&mut sequence, &request, &mut sink).unwrap();
+        (outcome, sink.1)
     };
     let (whole, steps) = run(0);
     assert_eq!((whole.tokens.len(), steps.last()), (4, Some(&request.prompt.len())));
     assert!(steps.len() > 2 && steps.is_sorted());
     for after in 1..=steps.len() {
-        let (cut, heard) = run(after);
+        let (cut, received) = run(after);
         assert_eq!((cut.tokens, cut.finish, cut.accepted), (vec![], Finish::Interrupted, vec![]));
-        assert_eq!(heard, steps[..after]);
+        assert_eq!(received, steps[..after]);
     }
 }
 
@@ -556,15 +582,15 @@ fn answers_end_with_the_context() {
                     stop_ids: vec![],
                     ..sampled(&prompt, max_tokens, block, temperature, length as u64)
                 };
-                let plain = run(&models, &request(1000, 1));
-                assert_eq!((plain.tokens.len(), plain.finish), (limit - length, Finish::Context));
+                let ar = run(&models, &request(1000, 1));
+                assert_eq!((ar.tokens.len(), ar.finish), (limit - length, Finish::Context));
                 for block in [2, 5, 8, 16] {
                     let got = run(&models, &request(1000, block));
-                    assert_eq!((&got.tokens, got.finish), (&plain.tokens, Finish::Context), "block {block}");
+                    assert_eq!((&got.tokens, got.finish), (&ar.tokens, Finish::Context), "block {block}");
                     let exact = run(&models, &request(limit - length, block));
-                    assert_eq!((&exact.tokens, exact.finish), (&plain.tokens, Finish::Length));
+                    assert_eq!((&exact.tokens, exact.finish), (&ar.tokens, Finish::Length));
                     let less = run(&models, &request(limit - length - 1, block));
-                    assert_eq!(less.tokens, plain.tokens[..limit - length - 1]);
+                    assert_eq!(less.tokens, ar.tokens[..limit - length - 1]);
                 }
             }
         }

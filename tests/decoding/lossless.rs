@@ -1,5 +1,6 @@
-//! DFlash equals autoregressive decoding bit for bit: tokens, and the logits that chose them, for all blocks, batches, slots and ways
-//! to sample, on the emulator and on a GPU where one opens; and the check that users have of it.
+//! DFlash equals autoregressive decoding bit for bit, in tokens and in the logits that chose them, for all
+//! block sizes, batches, slots and sampling settings, on the emulator and, if there is one, on a GPU. And
+//! `--check-lossless`, with which users check it.
 
 use crate::support;
 use crate::support::kernel;
@@ -19,7 +20,7 @@ use dflash::spec::sampling::SamplingParams;
 use kernel::{Random, gpu};
 use serde_json::{Value, json};
 
-/// Positions of a sequence: two pages, the first split of the attention, and a little of the next one.
+/// Positions of a sequence: two pages, which are the first split of attention, and part of the next split.
 const POSITIONS: usize = 160;
 
 fn every_device(test: impl Fn(&dyn Device)) {
@@ -39,8 +40,8 @@ fn open(written: &support::Pair) -> Pair {
     Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap()
 }
 
-/// Heads of 64 in groups of 2, sums over K in three slices, a drafter that looks through a window. Of so few tokens, and of
-/// such a seed, that it is often right.
+/// Heads of 64 in groups of 2, sums over K in three slices, a drafter with a window. The vocabulary and the
+/// seed make the drafter often right.
 fn narrow() -> support::Pair {
     let target = support::Target {
         intermediate: 768,
@@ -67,7 +68,7 @@ fn narrow() -> support::Pair {
     support::write_pair(&target, &drafter)
 }
 
-/// Heads of 128, three of them on one of keys, no q/k norm, a head of its own.
+/// Heads of 128, three per KV head, no q/k norm, an LM head that is not tied.
 fn wide(vocab: usize) -> support::Pair {
     let target = support::Target {
         llama: true,
@@ -96,7 +97,7 @@ fn wide(vocab: usize) -> support::Pair {
     support::write_pair(&target, &drafter)
 }
 
-/// Greedy, and every filter, alone and together.
+/// Greedy, and every sampling filter, alone and together.
 fn samplings() -> Vec<SamplingParams> {
     let greedy = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, stream: 0 };
     let all = SamplingParams { temperature: 0.9, ..greedy.clone() };
@@ -110,7 +111,7 @@ fn samplings() -> Vec<SamplingParams> {
     ]
 }
 
-/// What autoregressive decoding says to a prompt, and the bits of the logits behind each token but the first.
+/// The answer of autoregressive decoding, and the bits of the logits that chose each token but the first.
 struct Answer {
     request: Request,
     tokens: Vec<u32>,
@@ -121,17 +122,18 @@ fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|logit| logit.to_bits()).collect()
 }
 
-/// Autoregressive decoding alone, in rounds of one row, as long as the context goes or `most` tokens.
-fn plain(
+/// Autoregressive decoding of one sequence, in rounds of one row, up to `max` tokens or the end of the
+/// context.
+fn autoregressive(
     device: &dyn Device,
     models: &Models,
     prompt: &[u32],
     sampling: &SamplingParams,
-    most: usize,
+    max: usize,
 ) -> Answer {
     let mut batch = Batch::new(device, models, BatchConfig::new(1, 1, POSITIONS)).unwrap();
     batch.watch();
-    let max_tokens = most.min(POSITIONS - prompt.len());
+    let max_tokens = max.min(POSITIONS - prompt.len());
     let sampling = sampling.clone();
     let request = Request {
         prompt: prompt.to_vec(),
@@ -142,7 +144,7 @@ fn plain(
         spec: Default::default(),
     };
     batch.admit(0, &request, false).unwrap().unwrap();
-    let first = batch.prefill(0).unwrap().next.expect("a prompt of one part");
+    let first = batch.prefill(0).unwrap().next.expect("the prompt fits one chunk");
     let (mut tokens, mut logits, mut out) = (vec![first], vec![vec![]], [Emitted::default()]);
     while tokens.len() < max_tokens {
         batch.round(&mut out).unwrap();
@@ -153,42 +155,43 @@ fn plain(
     Answer { request, tokens, logits }
 }
 
-/// Prompts whose answers cross the border of pages, of splits, of the context, or none.
-fn answers(device: &dyn Device, models: &Models, vocab: usize, most: usize) -> Vec<Answer> {
+/// Prompts whose answers cross the border of a page, of a split, of the context, or none.
+fn answers(device: &dyn Device, models: &Models, vocab: usize, max: usize) -> Vec<Answer> {
     let mut random = Random::new(1);
-    let lengths = [3, 64 - most / 2, 128 - most / 2, POSITIONS - most / 2, 64, 127];
+    let lengths = [3, 64 - max / 2, 128 - max / 2, POSITIONS - max / 2, 64, 127];
     let answer = |(length, sampling): (usize, &SamplingParams)| {
         let prompt: Vec<u32> = (0..length).map(|_| random.below(vocab) as u32).collect();
-        plain(device, models, &prompt, sampling, most)
+        autoregressive(device, models, &prompt, sampling, max)
     };
     lengths.into_iter().zip(&samplings()).map(answer).collect()
 }
 
-/// Somebody who asks for an answer that is known, `answers[answer]`.
-struct Guest {
+/// A running request whose answer is known: `answers[answer]`.
+struct Client {
     answer: usize,
     block: usize,
-    /// Tokens up to a stop or a limit, of which it stays for some.
+    /// Tokens up to the stop id or the budget; and after how many tokens the test releases the slot.
     end: usize,
-    stays: usize,
-    said: usize,
-    filling: bool,
+    leaves_after: usize,
+    received: usize,
+    prefilling: bool,
 }
 
-/// What a crowd has heard.
+/// What the requests of a run have covered.
 #[derive(Debug, Default)]
-struct Heard {
+struct Coverage {
     rounds: usize,
     rows: usize,
-    /// Of drafts.
+    /// Rows that were accepted drafts.
     accepted: usize,
     left_early: usize,
-    /// Of answers to the end: slot, block, which.
+    /// Of every complete answer: slot, block, index of the answer.
     ended: Vec<(usize, usize, usize)>,
 }
 
-impl Heard {
-    /// Every slot, every block and every answer to its end, somebody who left before, and drafts that were right.
+impl Coverage {
+    /// Whether every slot, block and answer has had a complete answer, a slot was released early, and, with
+    /// `guessing`, drafts were accepted.
     fn enough(&self, slots: usize, blocks: &[usize], answers: usize, guessing: bool) -> bool {
         (0..slots).all(|slot| self.ended.iter().any(|ended| ended.0 == slot))
             && blocks.iter().all(|block| self.ended.iter().any(|ended| ended.1 == *block))
@@ -198,144 +201,151 @@ impl Heard {
     }
 }
 
-/// Guests join and leave in any order, in any slot, until enough is heard; not a bit of it may be another than when plain
-/// decoding runs for them alone.
-fn crowd(
+/// Requests are admitted and released in random order, in any slot, until enough is covered. Every token and
+/// every bit of its logits must equal those of autoregressive decoding alone.
+fn run_clients(
     device: &dyn Device,
     models: &Models,
-    room: BatchConfig,
+    config: BatchConfig,
     answers: &[Answer],
     guessing: bool,
-) -> Heard {
-    let blocks: Vec<usize> = [1, 2, 7, 16].into_iter().filter(|block| *block <= room.block).collect();
-    let mut random = Random::new((room.sequences * 100 + room.block) as u64);
-    let mut batch = Batch::new(device, models, room).unwrap();
+) -> Coverage {
+    let blocks: Vec<usize> = [1, 2, 7, 16].into_iter().filter(|block| *block <= config.block).collect();
+    let mut random = Random::new((config.sequences * 100 + config.block) as u64);
+    let mut batch = Batch::new(device, models, config).unwrap();
     batch.watch();
-    let mut guests: Vec<Option<Guest>> = (0..room.sequences).map(|_| None).collect();
-    let mut out = vec![Emitted::default(); room.sequences];
-    let (mut heard, mut joined) = (Heard::default(), 0);
-    while !heard.enough(room.sequences, &blocks, answers.len(), guessing) {
-        assert!(heard.rounds < 1000, "some of it never happens: {heard:?}");
-        for (slot, place) in guests.iter_mut().enumerate().filter(|(_, place)| place.is_none()) {
+    let mut clients: Vec<Option<Client>> = (0..config.sequences).map(|_| None).collect();
+    let mut out = vec![Emitted::default(); config.sequences];
+    let (mut covered, mut admitted) = (Coverage::default(), 0);
+    while !covered.enough(config.sequences, &blocks, answers.len(), guessing) {
+        assert!(covered.rounds < 1000, "not everything is covered: {covered:?}");
+        for (slot, place) in clients.iter_mut().enumerate().filter(|(_, place)| place.is_none()) {
             if random.below(4) == 0 {
                 continue;
             }
-            let (answer, block) = (joined % answers.len(), blocks[random.below(blocks.len())]);
+            let (answer, block) = (admitted % answers.len(), blocks[random.below(blocks.len())]);
             let tokens = &answers[answer].tokens;
             let (mut request, mut end) = (Request { block, ..answers[answer].request.clone() }, tokens.len());
-            let mut stays = end;
+            let mut leaves_after = end;
             match random.below(8) {
-                0 => (end, request.max_tokens) = (1 + stays / 2, 1 + stays / 2),
+                0 => (end, request.max_tokens) = (1 + leaves_after / 2, 1 + leaves_after / 2),
                 1 => {
                     let stop = tokens[random.below(end)];
                     end = tokens.iter().position(|token| *token == stop).unwrap() + 1;
                     request.stop_ids = vec![stop];
                 }
-                2 | 3 => stays = random.below(end),
+                2 | 3 => leaves_after = random.below(end),
                 _ => {}
             }
             if batch.admit(slot, &request, false).unwrap().is_some() {
-                *place = Some(Guest { answer, block, end, stays: stays.min(end), said: 0, filling: true });
-                joined += 1;
+                *place = Some(Client {
+                    answer,
+                    block,
+                    end,
+                    leaves_after: leaves_after.min(end),
+                    received: 0,
+                    prefilling: true,
+                });
+                admitted += 1;
             }
         }
-        for (slot, place) in guests.iter_mut().enumerate() {
-            if let Some(guest) = place.as_mut().filter(|guest| guest.filling)
+        for (slot, place) in clients.iter_mut().enumerate() {
+            if let Some(client) = place.as_mut().filter(|client| client.prefilling)
                 && let Some(first) = batch.prefill(slot).unwrap().next
             {
-                assert_eq!(first, answers[guest.answer].tokens[0], "the first token in slot {slot}");
-                (guest.filling, guest.said) = (false, 1);
-                farewell(&mut batch, slot, place, &mut heard);
+                assert_eq!(first, answers[client.answer].tokens[0], "the first token in slot {slot}");
+                (client.prefilling, client.received) = (false, 1);
+                release_if_done(&mut batch, slot, place, &mut covered);
             }
         }
-        if guests.iter().flatten().all(|guest| guest.filling) {
+        if clients.iter().flatten().all(|client| client.prefilling) {
             continue;
         }
         batch.round(&mut out).unwrap();
-        heard.rounds += 1;
-        for (slot, place) in guests.iter_mut().enumerate() {
-            let Some(guest) = place else { continue };
-            let Answer { request, tokens, logits } = &answers[guest.answer];
-            for (row, token) in out[slot].tokens.iter().enumerate().take(guest.end - guest.said) {
+        covered.rounds += 1;
+        for (slot, place) in clients.iter_mut().enumerate() {
+            let Some(client) = place else { continue };
+            let Answer { request, tokens, logits } = &answers[client.answer];
+            for (row, token) in out[slot].tokens.iter().enumerate().take(client.end - client.received) {
                 let what = format!(
-                    "round {} of {room:?}: slot {slot}, row {row} of a block of {}, token {} after a prompt of {}, {:?}",
-                    heard.rounds,
-                    guest.block,
-                    guest.said + 1,
+                    "round {} of {config:?}: slot {slot}, row {row} of a block of {}, token {} after a prompt of {}, {:?}",
+                    covered.rounds,
+                    client.block,
+                    client.received + 1,
                     request.prompt.len(),
                     request.sampling
                 );
                 let own = bits(&batch.logits(slot, row).unwrap());
-                let other = own.iter().zip(&logits[guest.said]).filter(|(a, b)| a != b).count();
+                let other = own.iter().zip(&logits[client.received]).filter(|(a, b)| a != b).count();
                 assert_eq!(other, 0, "logits that differ: {what}");
-                assert_eq!(*token, tokens[guest.said], "{what}");
-                guest.said += 1;
-                heard.rows += 1;
-                heard.accepted += usize::from(row > 0);
+                assert_eq!(*token, tokens[client.received], "{what}");
+                client.received += 1;
+                covered.rows += 1;
+                covered.accepted += usize::from(row > 0);
             }
-            farewell(&mut batch, slot, place, &mut heard);
+            release_if_done(&mut batch, slot, place, &mut covered);
         }
     }
-    heard
+    covered
 }
 
-/// Who stayed long enough leaves.
-fn farewell(batch: &mut Batch, slot: usize, place: &mut Option<Guest>, heard: &mut Heard) {
-    let Some(guest) = place.take_if(|guest| guest.said >= guest.stays) else { return };
-    match guest.said == guest.end {
-        true => heard.ended.push((slot, guest.block, guest.answer)),
-        false => heard.left_early += 1,
+/// Releases the slot once its client has received enough.
+fn release_if_done(batch: &mut Batch, slot: usize, place: &mut Option<Client>, covered: &mut Coverage) {
+    let Some(client) = place.take_if(|client| client.received >= client.leaves_after) else { return };
+    match client.received == client.end {
+        true => covered.ended.push((slot, client.block, client.answer)),
+        false => covered.left_early += 1,
     }
-    batch.release(slot, guest.said).unwrap();
+    batch.release(slot, client.received).unwrap();
 }
 
-/// Crowds in rooms of (sequences, block), who ask for answers of up to `most` tokens.
-fn crowds(device: &dyn Device, pair: &Pair, most: usize, rooms: &[(usize, usize)], guessing: bool) {
+/// Runs clients in batches of (sequences, block), with answers of up to `max` tokens.
+fn run_batches(device: &dyn Device, pair: &Pair, max: usize, configs: &[(usize, usize)], guessing: bool) {
     let models = Models::load(device, pair, POSITIONS).unwrap();
-    let answers = answers(device, &models, pair.target.config.vocab, most);
-    for &(sequences, block) in rooms {
-        // Not all that want to be there at once always can.
+    let answers = answers(device, &models, pair.target.config.vocab, max);
+    for &(sequences, block) in configs {
+        // One page short, so that sometimes a request waits.
         let all = BatchConfig::new(sequences, block, POSITIONS);
-        let room = BatchConfig { pages: all.pages - usize::from(sequences > 1), ..all };
-        let heard = crowd(device, &models, room, &answers, guessing);
+        let config = BatchConfig { pages: all.pages - usize::from(sequences > 1), ..all };
+        let covered = run_clients(device, &models, config, &answers, guessing);
         println!(
-            "{sequences} x {block}: {} rounds, {} rows, {} of drafts; {} answers to the end, {} left before",
-            heard.rounds,
-            heard.rows,
-            heard.accepted,
-            heard.ended.len(),
-            heard.left_early
+            "{sequences} x {block}: {} rounds, {} rows, {} accepted drafts; {} complete answers, {} released early",
+            covered.rounds,
+            covered.rows,
+            covered.accepted,
+            covered.ended.len(),
+            covered.left_early
         );
     }
 }
 
 #[test]
-fn crowds_of_a_narrow_pair_hear_what_plain_decoding_says() {
+fn batches_of_a_narrow_pair_equal_ar_decoding_bit_for_bit() {
     let pair = open(&narrow());
-    let rooms = [(1, 2), (1, 7), (1, 16), (3, 2), (3, 7), (3, 16), (8, 2), (8, 7), (8, 16)];
-    every_device(|device| crowds(device, &pair, 12, &rooms, true));
+    let configs = [(1, 2), (1, 7), (1, 16), (3, 2), (3, 7), (3, 16), (8, 2), (8, 7), (8, 16)];
+    every_device(|device| run_batches(device, &pair, 12, &configs, true));
 }
 
 #[test]
-fn crowds_of_a_wide_pair_hear_what_plain_decoding_says() {
+fn batches_of_a_wide_pair_equal_ar_decoding_bit_for_bit() {
     let pair = open(&wide(4));
-    every_device(|device| crowds(device, &pair, 12, &[(1, 16), (3, 7), (8, 2)], true));
-    // Of more tokens than one block of the head: nothing is guessed.
+    every_device(|device| run_batches(device, &pair, 12, &[(1, 16), (3, 7), (8, 2)], true));
+    // More tokens than one block of the LM head: no draft is right.
     let pair = open(&wide(301));
-    every_device(|device| crowds(device, &pair, 6, &[(3, 16)], false));
+    every_device(|device| run_batches(device, &pair, 6, &[(3, 16)], false));
 }
 
 #[test]
-fn a_crowd_of_the_demo_pair_hears_what_plain_decoding_says() {
-    every_device(|device| crowds(device, &demo(), 8, &[(3, 16)], false));
+fn a_batch_of_the_demo_pair_equals_ar_decoding_bit_for_bit() {
+    every_device(|device| run_batches(device, &demo(), 8, &[(3, 16)], false));
 }
 
 // ---- the check ----
 
-/// Hears all, up to so many tokens.
-struct Patient(usize);
+/// Interrupts after so many tokens.
+struct LimitedSink(usize);
 
-impl TokenSink for Patient {
+impl TokenSink for LimitedSink {
     fn token(&mut self, _id: u32, _drafted: bool) -> dflash::Result<Flow> {
         self.0 -= 1;
         Ok(if self.0 == 0 { Flow::Interrupt } else { Flow::Continue })
@@ -343,7 +353,7 @@ impl TokenSink for Patient {
 }
 
 fn checked(decoder: &mut dyn Decoder, request: &Request) -> Report {
-    check(decoder, request, || Ok(Patient(1000))).unwrap().expect("nobody interrupts")
+    check(decoder, request, || Ok(LimitedSink(1000))).unwrap().expect("not interrupted")
 }
 
 fn request(prompt: &[u32], max_tokens: usize, sampling: SamplingParams) -> Request {
@@ -357,13 +367,13 @@ fn request(prompt: &[u32], max_tokens: usize, sampling: SamplingParams) -> Reque
     }
 }
 
-/// What is counted is what [`generate`] does, wherever an answer ends.
+/// The report's counts are those of [`generate`], wherever an answer ends.
 fn counts_are_those_of_the_rounds(decoder: &mut dyn Decoder, vocab: usize) {
     let mut random = Random::new(3);
     let prompt: Vec<u32> = (0..POSITIONS - 8).map(|_| random.below(vocab) as u32).collect();
     for sampling in &samplings()[..2] {
         let short = request(&prompt[..5], 14, sampling.clone());
-        let answer = generate(decoder, &short, &mut Patient(1000)).unwrap();
+        let answer = generate(decoder, &short, &mut LimitedSink(1000)).unwrap();
         for request in [
             Request { stop_ids: vec![answer.tokens[9]], ..short.clone() },
             Request { max_tokens: 1, ..short.clone() },
@@ -372,7 +382,7 @@ fn counts_are_those_of_the_rounds(decoder: &mut dyn Decoder, vocab: usize) {
             Request { block: 7, ..short.clone() },
             short,
         ] {
-            let outcome = generate(decoder, &request, &mut Patient(1000)).unwrap();
+            let outcome = generate(decoder, &request, &mut LimitedSink(1000)).unwrap();
             let rounds = outcome.accepted.len();
             let expected = Report {
                 tokens: outcome.tokens.len(),
@@ -388,7 +398,7 @@ fn counts_are_those_of_the_rounds(decoder: &mut dyn Decoder, vocab: usize) {
 }
 
 #[test]
-fn a_decoder_that_is_lossless_passes_wherever_its_answers_end() {
+fn a_lossless_decoder_passes_wherever_its_answers_end() {
     let pair = open(&narrow());
     let target = Target::load(&pair.target).unwrap();
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
@@ -400,18 +410,19 @@ fn a_decoder_that_is_lossless_passes_wherever_its_answers_end() {
     });
 }
 
-/// Tells what is not so: `token` and `logits` are given the number of the run, from 1, and the token's place, from 0.
-struct Liar<'a> {
+/// A decoder that changes tokens and logits. `token` and `logits` get the number of the run, from 1, and the
+/// index of the token, from 0.
+struct AlteringDecoder<'a> {
     decoder: &'a mut dyn Decoder,
     /// Requests so far.
     runs: usize,
     /// Tokens of the answer before the last round, and after it.
-    said: [usize; 2],
+    received: [usize; 2],
     token: &'a dyn Fn(usize, usize, u32) -> u32,
     logits: &'a dyn Fn(usize, usize, &mut [f32]),
 }
 
-impl Decoder for Liar<'_> {
+impl Decoder for AlteringDecoder<'_> {
     fn vocab(&self) -> usize {
         self.decoder.vocab()
     }
@@ -428,14 +439,14 @@ impl Decoder for Liar<'_> {
     fn prefill(&mut self, slot: usize) -> dflash::Result<Prefill> {
         let mut prefill = self.decoder.prefill(slot)?;
         prefill.next = prefill.next.map(|first| (self.token)(self.runs, 0, first));
-        self.said = [0, 1];
+        self.received = [0, 1];
         Ok(prefill)
     }
     fn round(&mut self, out: &mut [Emitted]) -> dflash::Result<()> {
         self.decoder.round(out)?;
-        self.said = [self.said[1], self.said[1] + out[0].tokens.len()];
+        self.received = [self.received[1], self.received[1] + out[0].tokens.len()];
         for (row, token) in out[0].tokens.iter_mut().enumerate() {
-            *token = (self.token)(self.runs, self.said[0] + row, *token);
+            *token = (self.token)(self.runs, self.received[0] + row, *token);
         }
         Ok(())
     }
@@ -447,69 +458,72 @@ impl Decoder for Liar<'_> {
     }
     fn logits(&mut self, slot: usize, row: usize) -> dflash::Result<Vec<f32>> {
         let mut logits = self.decoder.logits(slot, row)?;
-        (self.logits)(self.runs, self.said[0] + row, &mut logits);
+        (self.logits)(self.runs, self.received[0] + row, &mut logits);
         Ok(logits)
     }
 }
 
 #[test]
-fn every_lie_is_found_and_told() {
+fn every_difference_is_found_and_described() {
     let pair = open(&narrow());
     let target = Target::load(&pair.target).unwrap();
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
-    let mut honest = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
+    let mut unaltered = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
     let request = request(&[2, 0, 1], 12, samplings().swap_remove(1));
-    let answer = generate(&mut honest, &request, &mut Patient(1000)).unwrap().tokens;
+    let answer = generate(&mut unaltered, &request, &mut LimitedSink(1000)).unwrap().tokens;
     type Token<'a> = &'a dyn Fn(usize, usize, u32) -> u32;
     type Logits<'a> = &'a dyn Fn(usize, usize, &mut [f32]);
-    let mut tell = |token: Token, logits: Logits| {
-        let liar = &mut Liar { decoder: &mut honest, runs: 0, said: [0; 2], token, logits };
-        let report = checked(liar, &request);
-        let error = report.identical.expect_err("a lie");
+    let mut find = |token: Token, logits: Logits| {
+        let altering =
+            &mut AlteringDecoder { decoder: &mut unaltered, runs: 0, received: [0; 2], token, logits };
+        let report = checked(altering, &request);
+        let error = report.identical.expect_err("a difference");
         assert_eq!(error.exit_code(), 6);
-        (error.to_string(), report.compared, liar.runs)
+        (error.to_string(), report.compared, altering.runs)
     };
-    let (truth, nothing): (Token, Logits) = (&|_, _, token| token, &|_, _, _| ());
+    let (same_tokens, same_logits): (Token, Logits) = (&|_, _, token| token, &|_, _, _| ());
 
-    // One bit of one logit, behind each token but the first, with drafts alone.
+    // One bit of one logit, for each token but the first, in the run with drafts only.
     for place in 1..12 {
         let seen = std::cell::Cell::new([0.0; 2]);
         let flip = |run: usize, at: usize, logits: &mut [f32]| {
             if (run, at) == (2, place) {
-                let bent = f32::from_bits(logits[1].to_bits() ^ 1);
-                seen.set([logits[1], bent]);
-                logits[1] = bent;
+                let flipped = f32::from_bits(logits[1].to_bits() ^ 1);
+                seen.set([logits[1], flipped]);
+                logits[1] = flipped;
             }
         };
-        let told = tell(truth, &flip);
-        let [own, bent] = seen.get();
+        let found = find(same_tokens, &flip);
+        let [own, flipped] = seen.get();
         let expected = format!(
-            "token {} (position {}) came of other logits: 1 of 3 differ, the first that of id 1: {own} in plain \
-             decoding, {bent} in DFlash",
+            "token {} (position {}) came of other logits: 1 of 3 differ, the first that of id 1: {own} in \
+             autoregressive decoding, {flipped} in DFlash",
             place + 1,
             place + 3
         );
-        assert_eq!(told, (expected, place, 3));
+        assert_eq!(found, (expected, place, 3));
     }
-    // Signs of zeros are bits, too; and of many differences the first is told.
+    // The sign of a zero is a bit, too. Of many differences, the first is reported.
     let zeros = |run: usize, at: usize, logits: &mut [f32]| {
         if at == 4 || run == 2 && at > 6 {
             logits.fill(if run == 2 { -0.0 } else { 0.0 });
         }
     };
-    let expected = "token 5 (position 7) came of other logits: 3 of 3 differ, the first that of id 0: 0 in plain \
-                    decoding, -0 in DFlash";
-    assert_eq!(tell(truth, &zeros), (expected.into(), 4, 3));
+    let expected = "token 5 (position 7) came of other logits: 3 of 3 differ, the first that of id 0: 0 in \
+                    autoregressive decoding, -0 in DFlash";
+    assert_eq!(find(same_tokens, &zeros), (expected.into(), 4, 3));
 
-    // A row that another one's logits are told for.
+    // The logits of a row with another order.
     let shift = |run: usize, at: usize, logits: &mut [f32]| {
         if run == 2 && at == 2 {
             logits.rotate_left(1);
         }
     };
-    assert!(tell(truth, &shift).0.starts_with("token 3 (position 5) came of other logits: 3 of 3 differ"));
+    assert!(
+        find(same_tokens, &shift).0.starts_with("token 3 (position 5) came of other logits: 3 of 3 differ")
+    );
 
-    // A token that its logits did not choose; the first one, which has none.
+    // A token that its logits did not choose; the first token, which has no logits.
     for place in [0, 1, 7] {
         let other =
             |run: usize, at: usize, token: u32| if (run, at) == (2, place) { (token + 1) % 3 } else { token };
@@ -518,51 +532,56 @@ fn every_lie_is_found_and_told() {
             answer[place],
             (answer[place] + 1) % 3
         );
-        assert_eq!(tell(&other, nothing), (expected, place, 2));
+        assert_eq!(find(&other, same_logits), (expected, place, 2));
     }
 
-    // Autoregressive decoding that says something else every time.
-    let moody = |run: usize, at: usize, logits: &mut [f32]| {
+    // Autoregressive decoding whose logits differ in every run.
+    let unrepeatable = |run: usize, at: usize, logits: &mut [f32]| {
         if at == 5 {
             logits[0] = run as f32;
         }
     };
     let expected = "autoregressive decoding does not repeat itself: token 6 (position 8) came of other logits when it ran again";
-    assert_eq!(tell(truth, &moody), (expected.into(), 5, 3));
+    assert_eq!(find(same_tokens, &unrepeatable), (expected.into(), 5, 3));
 }
 
 #[test]
-fn what_lies_behind_the_end_of_an_answer_is_not_compared() {
+fn logits_beyond_the_end_of_an_answer_are_not_compared() {
     let pair = open(&narrow());
     let target = Target::load(&pair.target).unwrap();
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
-    let mut honest = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
+    let mut unaltered = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
     let request = request(&[2, 0, 1], 12, samplings().swap_remove(0));
-    let behind = std::cell::Cell::new(0);
+    let beyond = std::cell::Cell::new(0);
     let logits = |run: usize, at: usize, logits: &mut [f32]| {
         if run == 2 && at >= 12 {
-            behind.set(behind.get() + 1);
+            beyond.set(beyond.get() + 1);
             logits[0] = -7.0;
         }
     };
-    let mut liar =
-        Liar { decoder: &mut honest, runs: 0, said: [0; 2], token: &|_, _, token| token, logits: &logits };
-    let report = checked(&mut liar, &request);
+    let mut altering = AlteringDecoder {
+        decoder: &mut unaltered,
+        runs: 0,
+        received: [0; 2],
+        token: &|_, _, token| token,
+        logits: &logits,
+    };
+    let report = checked(&mut altering, &request);
     assert_eq!((report.identical, report.compared), (Ok(()), 11));
-    assert!(behind.get() > 0, "no round went on behind the answer");
+    assert!(beyond.get() > 0, "no round went beyond the answer");
 }
 
 #[test]
-fn an_interrupted_check_says_nothing() {
+fn an_interrupted_check_gives_no_report() {
     let pair = open(&narrow());
     let target = Target::load(&pair.target).unwrap();
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
     let mut decoder = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
     let request = request(&[2, 0, 1], 12, samplings().swap_remove(0));
-    for patience in [[3, 1000], [1000, 1], [1000, 4]] {
-        let mut runs = patience.into_iter();
-        let report = check(&mut decoder, &request, || Ok(Patient(runs.next().unwrap()))).unwrap();
-        assert_eq!(report, None, "{patience:?}");
+    for limits in [[3, 1000], [1000, 1], [1000, 4]] {
+        let mut runs = limits.into_iter();
+        let report = check(&mut decoder, &request, || Ok(LimitedSink(runs.next().unwrap()))).unwrap();
+        assert_eq!(report, None, "{limits:?}");
     }
     assert_eq!(checked(&mut decoder, &request).identical, Ok(()));
 }
@@ -588,10 +607,10 @@ fn check_lossless_counts_what_it_compared() {
         };
         let expected = program::run(with(&["--json"])).json();
         let table = program::run(with(&["--check-lossless"]));
-        // A device says first what it takes.
-        let said =
+        // A device first prints its memory plan.
+        let received =
             table.err.lines().skip(if device == "cpu" { 0 } else { 13 }).collect::<Vec<_>>().join("\n");
-        assert_eq!((table.code, said.as_str()), (0, if more.is_empty() { "" } else { "seed 3" }));
+        assert_eq!((table.code, received.as_str()), (0, if more.is_empty() { "" } else { "seed 3" }));
         let rows: Vec<Vec<&str>> = table.out.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(rows[0].join(" "), "prompt tokens rounds rows compared identical");
         assert_eq!(rows.iter().skip(1).map(|row| row[0]).collect::<Vec<_>>(), ["1", "2", "all"]);
@@ -636,7 +655,7 @@ fn check_lossless_counts_what_it_compared() {
 }
 
 #[test]
-fn check_lossless_takes_a_prompt_from_anywhere_and_stops_where_the_text_does() {
+fn check_lossless_reads_prompts_as_usual_and_ends_at_stop_strings() {
     let dir = tempfile::tempdir().unwrap();
     let file = program::write(dir.path(), "prompt.txt", PROMPT);
     let args = ["--check-lossless", "-n", "40", "--stop", "if "];
@@ -650,7 +669,7 @@ fn check_lossless_takes_a_prompt_from_anywhere_and_stops_where_the_text_does() {
 }
 
 #[test]
-fn check_lossless_is_refused_where_it_would_mean_nothing() {
+fn check_lossless_is_refused_where_it_compares_nothing() {
     for (args, sentence) in [
         ("--draft none x", "--check-lossless needs a drafter, but --draft is none"),
         (

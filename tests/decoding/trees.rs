@@ -1,12 +1,11 @@
-//! Draft trees: how they are built, against brute force and a second form; and that rounds of trees emit what plain
-//! decoding does, with the same logits, bit for bit.
+//! Draft trees: the best-first search against brute force and a second algorithm; and rounds with trees,
+//! which emit the tokens of autoregressive decoding, from the same logits bit for bit.
 
 use crate::support;
-use crate::support::crowd;
 use crate::support::kernel;
 use crate::support::program;
+use crate::support::requests;
 
-use crowd::{Silent, held, seeded};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
 use dflash::cpu::decoder::{Sequence, Sequences};
@@ -17,16 +16,17 @@ use dflash::engine::lossless::check;
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::tree::{Choice, MOST_ROWS, Tree, choices, moves};
 use kernel::Random;
+use requests::{AcceptAll, reference_prompts, seeded};
 use serde_json::Value;
 use std::collections::HashSet;
 
 // ---- building ----
 
-/// What every tree is, whoever built it.
+/// The invariants of every tree.
 #[track_caller]
-fn sound(tree: &Tree, most: usize) {
+fn check_invariants(tree: &Tree, max: usize) {
     let rows = tree.rows();
-    assert!((1..=most).contains(&rows), "{rows} rows of {most}");
+    assert!((1..=max).contains(&rows), "{rows} rows of {max}");
     assert_eq!((tree.parents.len(), tree.depths.len(), tree.masks.len()), (rows, rows, rows));
     assert_eq!((tree.parents[0], tree.depths[0], tree.masks[0], tree.costs[0]), (0, 0, 1, 0));
     assert_eq!(tree.costs.len(), rows);
@@ -45,25 +45,25 @@ fn sound(tree: &Tree, most: usize) {
     }
 }
 
-/// Tokens from the anchor to each row, the anchor left out.
+/// The tokens from the anchor, exclusive, to each row.
 fn prefixes(tree: &Tree) -> Vec<Vec<u32>> {
     let prefix = |row| tree.path(row).skip(1).map(|row| tree.tokens[row]).collect();
     (1..tree.rows()).map(prefix).collect()
 }
 
-/// Lists of up to `width` choices, costs of `0..spread` and ascending, so that few of them make many ties.
+/// Per depth up to `width` choices with ascending costs in `0..spread`. A small `spread` gives many ties.
 fn random_choices(random: &mut Random, depth: usize, width: usize, spread: usize) -> Vec<Vec<Choice>> {
     let level = |random: &mut Random| {
         let mut costs: Vec<u32> = (0..random.below(width + 1)).map(|_| random.below(spread) as u32).collect();
         costs.sort_unstable();
-        // Tokens say nothing of ranks.
+        // Token ids do not follow the ranks.
         let first = random.below(1000) as u32;
         (0u32..).zip(costs).map(|(i, cost)| Choice { token: first + i * 7 % 64, cost }).collect()
     };
     (0..depth).map(|_| level(random)).collect()
 }
 
-/// (cost, depth, ranks) of every prefix, best first.
+/// (cost, depth, ranks) of every prefix, cheapest first.
 fn all_prefixes(choices: &[Vec<Choice>]) -> Vec<(u32, usize, Vec<usize>)> {
     let (mut all, mut level) = (vec![], vec![(0, vec![])]);
     for (depth, choices) in choices.iter().enumerate() {
@@ -79,26 +79,26 @@ fn all_prefixes(choices: &[Vec<Choice>]) -> Vec<(u32, usize, Vec<usize>)> {
     all
 }
 
-/// [`Tree::best_first`] as many threads can do it: depth by depth, at each the best `rows - 1` children of the
-/// best `rows - 1` prefixes of the depth before, and at last the best of them all. That loses nothing: whatever
-/// is before a prefix is not worse. A prefix is known by its place among its depth's in the order of ranks, so
-/// that a key of any depth fits one word.
+/// [`Tree::best_first`] in the form of the kernel, which many threads can run: depth by depth, it keeps the
+/// best `rows - 1` children of the best `rows - 1` prefixes of the depth before, and at last takes the best
+/// of all. This is exact, because a prefix never costs more than its extensions. A prefix is identified by
+/// its index among those of its depth in the order of ranks, so that a key of any depth fits one word.
 fn by_levels(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
-    let most = rows.clamp(1, MOST_ROWS) - 1;
+    let max = rows.clamp(1, MOST_ROWS) - 1;
     let mut all: Vec<Prefix> = Vec::new();
     let mut beam = vec![Prefix { cost: 0, depth: 0, order: 0, parent: 0, token: anchor }];
-    let mut first = 0; // of the beam, in `all`, counted from 1; 0: the anchor
+    let mut first = 0; // index in `all` of the beam's first prefix, from 1; 0: the anchor
     for choices in choices {
-        // (cost, parent's order, rank) is the order of costs and then of ranks from the anchor on.
+        // (cost, parent's order, rank) orders by cost, then by ranks from the anchor on.
         let children = beam.iter().enumerate().flat_map(|(parent, prefix)| {
             let child = move |(rank, choice): (usize, &Choice)| {
                 (prefix.cost + choice.cost, prefix.order, rank, parent, choice.token)
             };
-            choices.iter().take(most).enumerate().map(child)
+            choices.iter().take(max).enumerate().map(child)
         });
         let mut children: Vec<_> = children.collect();
         children.sort_unstable();
-        children.truncate(most);
+        children.truncate(max);
         let order = |own: &(u32, usize, usize, usize, u32)| {
             children.iter().filter(|other| (other.1, other.2) < (own.1, own.2)).count()
         };
@@ -113,9 +113,9 @@ fn by_levels(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
     }
     let mut order: Vec<usize> = (0..all.len()).collect();
     order.sort_unstable_by_key(|&i| (all[i].cost, all[i].depth, all[i].order));
-    order.truncate(most);
+    order.truncate(max);
     let (mut tokens, mut parents, mut costs) = (vec![anchor], vec![0], vec![0]);
-    // A parent's key is less than its children's: its row is known when they come.
+    // A parent's key is less than its children's, so its row is known before them.
     let mut row_of = vec![0; all.len() + 1];
     for i in order {
         row_of[i + 1] = tokens.len() as u32;
@@ -131,15 +131,15 @@ fn by_levels(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
 struct Prefix {
     cost: u32,
     depth: u32,
-    /// Its place among its depth's, by the ranks from the anchor on.
+    /// Its index among the prefixes of its depth, in the order of ranks from the anchor on.
     order: usize,
-    /// Where its parent stands in the list of all, counted from 1; 0: it follows the anchor.
+    /// Index of its parent in the list of all, from 1; 0: the anchor.
     parent: usize,
     token: u32,
 }
 
 #[test]
-fn the_worked_tree_of_two_positions_is_built_as_written_and_committed_as_written() {
+fn the_worked_example_of_two_positions_is_built_and_compacted() {
     let distributions: [[f32; 3]; 2] = [[0.6, 0.25, 0.15], [0.5, 0.3, 0.2]];
     let choices: Vec<_> =
         distributions.iter().map(|distribution| choices(&distribution.map(f32::ln), 6).unwrap()).collect();
@@ -151,13 +151,13 @@ fn the_worked_tree_of_two_positions_is_built_as_written_and_committed_as_written
     assert_eq!(tree.depths, [0, 1, 2, 1, 2, 1, 2]);
     assert_eq!(tree.masks, [0b1, 0b11, 0b111, 0b1001, 0b10011, 0b100001, 0b1001001]);
     assert_eq!(by_levels(9, &choices, 7), tree);
-    // What the path 0, 3, 6 copies.
+    // The copies that compact the path 0, 3, 6.
     assert_eq!(moves(&[0, 3, 6]).collect::<Vec<_>>(), [(3, 1), (6, 2)]);
     assert_eq!(moves(&[0, 1, 2]).count(), 0);
 }
 
 #[test]
-fn a_search_level_by_level_finds_the_same_trees_ties_included() {
+fn a_level_by_level_search_finds_the_same_trees_and_ties() {
     let mut random = Random::new(1);
     let (mut cut, mut ties) = (0, 0);
     for _ in 0..600 {
@@ -165,13 +165,13 @@ fn a_search_level_by_level_finds_the_same_trees_ties_included() {
         let choices = random_choices(&mut random, depth, width, spread);
         let rows = 1 + random.below(MOST_ROWS);
         let tree = Tree::best_first(3, &choices, rows);
-        sound(&tree, rows);
+        check_invariants(&tree, rows);
         assert_eq!(by_levels(3, &choices, rows), tree, "{rows} rows of {choices:?}");
         cut += usize::from(tree.rows() < rows);
         ties += usize::from(spread < 4 && tree.rows() > 30);
     }
     assert!(cut > 50 && ties > 10, "{cut} ran out of choices, {ties} had many ties");
-    // No more rows than a mask has bits, whatever is asked for; and never less than the anchor.
+    // At most as many rows as a mask has bits, and at least the anchor.
     let many = vec![vec![Choice { token: 1, cost: 0 }, Choice { token: 2, cost: 9 }]; 100];
     assert_eq!(Tree::best_first(3, &many, 1000).rows(), MOST_ROWS);
     assert_eq!(by_levels(3, &many, 1000), Tree::best_first(3, &many, 1000));
@@ -179,7 +179,7 @@ fn a_search_level_by_level_finds_the_same_trees_ties_included() {
 }
 
 #[test]
-fn a_tree_holds_the_best_prefixes_there_are_in_the_order_of_their_keys() {
+fn a_tree_holds_the_cheapest_prefixes_in_the_order_of_their_keys() {
     let mut random = Random::new(2);
     for _ in 0..400 {
         let (depth, spread) = (1 + random.below(4), 1 + random.below(12));
@@ -196,7 +196,8 @@ fn a_tree_holds_the_best_prefixes_there_are_in_the_order_of_their_keys() {
     }
 }
 
-/// The least sum of what is lost: no other tree of that size has a greater sum of probabilities.
+/// The expected number of accepted drafts is the sum of the path probabilities; no tree of that size has a
+/// greater one.
 #[test]
 fn no_tree_of_its_size_is_expected_to_accept_more() {
     let mut random = Random::new(3);
@@ -206,8 +207,8 @@ fn no_tree_of_its_size_is_expected_to_accept_more() {
         let nodes = 1 + random.below(4);
         let probability = |cost: u32| (-f64::from(cost) / 65536.0).exp2();
         let closed = |set: &[usize]| {
-            let held = |ranks: &[usize]| ranks.is_empty() || set.iter().any(|i| all[*i].2 == ranks);
-            set.iter().all(|i| held(&all[*i].2[..all[*i].2.len() - 1]))
+            let contains = |ranks: &[usize]| ranks.is_empty() || set.iter().any(|i| all[*i].2 == ranks);
+            set.iter().all(|i| contains(&all[*i].2[..all[*i].2.len() - 1]))
         };
         let mut best: f64 = 0.0;
         for set in 0u32..1 << all.len() {
@@ -224,7 +225,7 @@ fn no_tree_of_its_size_is_expected_to_accept_more() {
 }
 
 #[test]
-fn a_tree_that_is_cut_is_the_tree_that_was_meant_to_be_small() {
+fn a_truncated_tree_equals_the_smaller_best_first_tree() {
     let mut random = Random::new(4);
     for _ in 0..100 {
         let choices = random_choices(&mut random, 6, 8, 9);
@@ -238,7 +239,7 @@ fn a_tree_that_is_cut_is_the_tree_that_was_meant_to_be_small() {
 }
 
 #[test]
-fn costs_are_the_logarithms_of_the_drafters_law() {
+fn costs_are_the_negative_log2_of_the_drafters_probabilities() {
     let mut random = Random::new(5);
     for vocab in [1, 2, 3, 97, 2048, 40_000] {
         for scale in [0.01, 1.0, 4.0, 30.0] {
@@ -254,11 +255,11 @@ fn costs_are_the_logarithms_of_the_drafters_law() {
                 let exact = (total.log2()
                     - f64::from(logits[choice.token as usize] - max) * std::f64::consts::LOG2_E)
                     * 65536.0;
-                // Two roundings, the weights' own 1e-5, and f32's for what is far.
+                // Two roundings, the relative error 1e-5 of the weights, and f32's error for large costs.
                 let bound = 3.0 + exact * 4e-7;
                 assert!((f64::from(choice.cost) - exact).abs() < bound, "{} for {exact}", choice.cost);
             }
-            // By (logit descending, id ascending), whoever weighs anything.
+            // All tokens with a weight above 0, by (logit descending, id ascending).
             let mut order: Vec<u32> =
                 (0..vocab as u32).filter(|i| max - logits[*i as usize] < 22.0).collect();
             order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
@@ -270,7 +271,7 @@ fn costs_are_the_logarithms_of_the_drafters_law() {
             }
         }
     }
-    // Exact values: two bits for one of four, and nothing for a certain one.
+    // Exact costs: two bits for one of four equal tokens, none for a certain token.
     let cost = |logits: &[f32]| choices(logits, 9).unwrap().iter().map(|c| c.cost).collect::<Vec<_>>();
     assert_eq!(cost(&[5.0; 4]), [131_072; 4]);
     assert_eq!(cost(&[5.0; 1024])[..2], [655_360; 2]);
@@ -284,7 +285,7 @@ fn costs_are_the_logarithms_of_the_drafters_law() {
 }
 
 #[test]
-fn moves_bring_a_path_together_and_read_nothing_that_they_wrote() {
+fn moves_compact_a_path_and_never_read_what_they_wrote() {
     let mut random = Random::new(6);
     for _ in 0..500 {
         let rows = 1 + random.below(MOST_ROWS);
@@ -313,8 +314,8 @@ fn open(target: &support::Target, drafter: &support::Drafter) -> Models {
     load(Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap())
 }
 
-/// So few tokens that a random drafter is often right, so that paths turn off the best branch. `wide`: Llama, heads
-/// of 80.
+/// A pair with so few tokens that a random drafter is often right and accepted paths leave the most probable
+/// branch. `wide`: Llama, heads of 80.
 fn guessable(wide: bool) -> Models {
     let (target, drafter) = support::small();
     let head_dim = if wide { 80 } else { 8 };
@@ -338,7 +339,7 @@ fn random_tree(random: &mut Random, vocab: usize, rows: usize, depth: usize) -> 
 
 /// Keys, values, features and logits of every path are those of AR steps along it.
 #[test]
-fn every_row_of_a_tree_has_the_bits_of_plain_decoding_along_its_path() {
+fn tree_rows_have_the_bits_of_ar_decoding_along_their_paths() {
     let mut random = Random::new(7);
     for (Models(target, _), contexts) in [
         (guessable(false), vec![1, 2, 15, 16, 17, 47]),
@@ -376,9 +377,9 @@ fn every_row_of_a_tree_has_the_bits_of_plain_decoding_along_its_path() {
     }
 }
 
-/// With rounds of trees of up to `rows` rows; none: of chains.
-fn grown(rows: Option<usize>, request: Request) -> Request {
-    Request { spec: crowd::spec(VerifyMethod::Match, 0.0, rows), ..request }
+/// The request with trees of up to `rows` rows; `None`: with chains.
+fn with_tree(rows: Option<usize>, request: Request) -> Request {
+    Request { spec: requests::spec(VerifyMethod::Match, 0.0, rows), ..request }
 }
 
 fn decoder(models: &Models) -> Sequences<'_> {
@@ -386,13 +387,14 @@ fn decoder(models: &Models) -> Sequences<'_> {
 }
 
 fn run(models: &Models, rows: Option<usize>, request: &Request) -> Outcome {
-    ops::install(|| generate(&mut decoder(models), &grown(rows, request.clone()), &mut Silent)).unwrap()
+    ops::install(|| generate(&mut decoder(models), &with_tree(rows, request.clone()), &mut AcceptAll))
+        .unwrap()
 }
 
-/// What a round keeps of a tree, whoever drew it, is what autoregressive decoding would have there: later rounds, of trees,
-/// chains and single steps in turn, say so.
+/// A round with any tree leaves the caches as autoregressive decoding does: later rounds, of trees, chains
+/// and AR steps in turn, show it.
 #[test]
-fn whatever_tree_is_verified_the_answer_is_that_of_plain_decoding() {
+fn the_answer_is_that_of_ar_decoding_for_any_verified_tree() {
     let mut random = Random::new(8);
     let (mut turned, mut rounds) = (0, 0);
     for wide in [false, true] {
@@ -400,40 +402,39 @@ fn whatever_tree_is_verified_the_answer_is_that_of_plain_decoding() {
         for seed in 0..12 {
             let prompt: Vec<u32> = (0..1 + random.below(40)).map(|_| random.below(5) as u32).collect();
             let request = seeded(&prompt, 60, 16, [0.0, 1.0, 3.0][seed % 3], seed as u64);
-            let plain = run(&models, None, &Request { block: 1, ..request.clone() });
+            let ar = run(&models, None, &Request { block: 1, ..request.clone() });
             let mut sequence = Sequence::new(&models.0, Some(&models.1));
-            sequence.start(&grown(Some(MOST_ROWS), request)).unwrap();
-            let mut said = vec![loop {
+            sequence.start(&with_tree(Some(MOST_ROWS), request)).unwrap();
+            let mut output = vec![loop {
                 if let Some(first) = sequence.prefill().unwrap().next {
                     break first;
                 }
             }];
-            while said.len() < 60 {
-                let before = said.len();
+            while output.len() < 60 {
+                let before = output.len();
                 let rows = 1 + random.below(MOST_ROWS);
                 match random.below(4) {
-                    0 => sequence.round(&mut said).map(|_| ()).unwrap(),
-                    1 => sequence.verify(&[1, 2, 0][..random.below(4)], &mut said).unwrap(),
+                    0 => sequence.round(&mut output).map(|_| ()).unwrap(),
+                    1 => sequence.verify(&[1, 2, 0][..random.below(4)], &mut output).unwrap(),
                     _ => {
-                        // Often the right tokens, and never at the front.
+                        // Often the right tokens, never as the first child.
                         let mut tree = random_tree(&mut random, 5, rows, 9);
-                        tree.tokens[0] = said[before - 1];
+                        tree.tokens[0] = output[before - 1];
                         for row in 1..tree.rows() {
-                            if let (true, Some(token)) = (
-                                random.below(3) > 0,
-                                plain.tokens.get(before + tree.depths[row] as usize - 1),
-                            ) {
+                            if let (true, Some(token)) =
+                                (random.below(3) > 0, ar.tokens.get(before + tree.depths[row] as usize - 1))
+                            {
                                 tree.tokens[row] = *token;
                             }
                         }
-                        sequence.verify_tree(&tree, &mut said).unwrap();
-                        turned += usize::from(said.len() - before > 2);
+                        sequence.verify_tree(&tree, &mut output).unwrap();
+                        turned += usize::from(output.len() - before > 2);
                     }
                 }
                 rounds += 1;
-                let upto = said.len().min(60);
-                assert_eq!(said[..upto], plain.tokens[..upto]);
-                let length = prompt.len() + said.len() - 1;
+                let upto = output.len().min(60);
+                assert_eq!(output[..upto], ar.tokens[..upto]);
+                let length = prompt.len() + output.len() - 1;
                 assert_eq!(sequence.lengths(), Some((length, Some(length))));
             }
         }
@@ -441,55 +442,61 @@ fn whatever_tree_is_verified_the_answer_is_that_of_plain_decoding() {
     assert!(turned > 100, "{turned} of {rounds} rounds went two rows deep or more");
 }
 
-/// A round leaves the drafter the features of the path, in its order: it drafts what it would have after AR steps.
+/// A round gives the drafter the features of the accepted path in order: it drafts the same as after AR
+/// steps.
 #[test]
-fn after_every_tree_the_drafter_knows_what_it_would_after_plain_steps() {
+fn after_every_tree_the_drafter_drafts_as_after_ar_steps() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
-    let prompt = &held()[4];
+    let prompt = &reference_prompts()[4];
     let begin = || {
         let mut sequence = Sequence::new(&models.0, Some(&models.1));
-        sequence.start(&grown(Some(64), seeded(prompt, 120, 16, 0.0, 0))).unwrap();
+        sequence.start(&with_tree(Some(64), seeded(prompt, 120, 16, 0.0, 0))).unwrap();
         while sequence.prefill().unwrap().next.is_none() {}
         sequence
     };
-    let (mut plainly, mut drafted) = (begin(), begin());
+    let (mut autoregressive, mut drafted) = (begin(), begin());
     let (mut steps, mut rounds) = (vec![], vec![]);
     while rounds.len() < 80 {
         drafted.round(&mut rounds).unwrap();
         while steps.len() < rounds.len() {
-            plainly.verify(&[], &mut steps).unwrap();
+            autoregressive.verify(&[], &mut steps).unwrap();
         }
         assert_eq!(steps, rounds);
-        assert_eq!(plainly.draft(16).unwrap(), drafted.draft(16).unwrap(), "after {} tokens", rounds.len());
+        assert_eq!(
+            autoregressive.draft(16).unwrap(),
+            drafted.draft(16).unwrap(),
+            "after {} tokens",
+            rounds.len()
+        );
     }
 }
 
 #[test]
-fn trees_of_all_sizes_emit_what_plain_decoding_does_and_accept_more_than_chains() {
+fn trees_emit_the_tokens_of_ar_decoding_and_accept_more_than_chains() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
-    let prompts = held();
+    let prompts = reference_prompts();
     for temperature in [0.0, 0.7, 1.0] {
         let mut rounds = vec![0; 4];
         for (i, prompt) in prompts.iter().enumerate().step_by(9) {
             let request = seeded(prompt, 48, 16, temperature, i as u64);
-            let plain = run(&models, None, &Request { block: 1, ..request.clone() });
+            let ar = run(&models, None, &Request { block: 1, ..request.clone() });
             for (rounds, rows) in rounds.iter_mut().zip([None, Some(9), Some(32), Some(64)]) {
                 let got = run(&models, rows, &request);
-                assert_eq!((&got.tokens, got.finish), (&plain.tokens, plain.finish), "{rows:?}, prompt {i}");
-                let most = rows.unwrap_or(16) - 1;
-                assert!(got.drafted.iter().all(|drafted| *drafted == most), "{:?}", got.drafted);
+                assert_eq!((&got.tokens, got.finish), (&ar.tokens, ar.finish), "{rows:?}, prompt {i}");
+                let max = rows.unwrap_or(16) - 1;
+                assert!(got.drafted.iter().all(|drafted| *drafted == max), "{:?}", got.drafted);
                 *rounds += got.accepted.len();
             }
-            assert_eq!(plain.drafted, vec![0; plain.accepted.len()]);
+            assert_eq!(ar.drafted, vec![0; ar.accepted.len()]);
         }
         assert!(rounds[2] < rounds[0] && rounds[3] < rounds[2], "{rounds:?} rounds at {temperature}");
     }
 }
 
 #[test]
-fn logits_of_a_trees_path_are_those_of_plain_decoding_bit_for_bit() {
+fn logits_of_a_trees_path_equal_ar_decodings_bit_for_bit() {
     let demo = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
-    let prompts = held();
+    let prompts = reference_prompts();
     for (models, prompt, tokens) in
         [(&demo, &prompts[5][..], 60), (&demo, &prompts[20][..40], 60), (&guessable(false), &[1, 4, 2], 150)]
     {
@@ -497,18 +504,18 @@ fn logits_of_a_trees_path_are_those_of_plain_decoding_bit_for_bit() {
             [(8, 0.0, 16), (64, 0.0, 16), (33, 0.9, 16), (64, 1.0, 5), (20, 2.0, 2)]
         {
             let block = block.min(models.1.config.block);
-            let request = grown(Some(rows), seeded(prompt, tokens, block, temperature, 5));
+            let request = with_tree(Some(rows), seeded(prompt, tokens, block, temperature, 5));
             let mut decoder = decoder(models);
-            let report = ops::install(|| check(&mut decoder, &request, || Ok(Silent))).unwrap().unwrap();
+            let report = ops::install(|| check(&mut decoder, &request, || Ok(AcceptAll))).unwrap().unwrap();
             assert_eq!((&report.identical, report.compared), (&Ok(()), tokens - 1));
             assert!(report.rejected > 0 && report.rounds < tokens - 1, "{report:?}");
         }
     }
 }
 
-/// Of any prompt, up to the last position of the target's and of the drafter's, below, at and above it.
+/// Prompts of all lengths; the drafter's last position is below, at and above the target's.
 #[test]
-fn answers_of_trees_end_with_the_context() {
+fn answers_with_trees_end_with_the_context() {
     let (target, drafter) = support::small();
     for (limit, draft_limit) in [(40, 256), (40, 40), (40, 12), (9, 9)] {
         let target = support::Target { max_positions: limit, vocab: 5, ..target.clone() };
@@ -517,10 +524,10 @@ fn answers_of_trees_end_with_the_context() {
             let prompt: Vec<u32> = (0..length as u32).map(|i| (i * i + i / 3) % 5).collect();
             for temperature in [0.0, 1.0] {
                 let request = |block| seeded(&prompt, 1000, block, temperature, length as u64);
-                let plain = run(&models, None, &request(1));
+                let ar = run(&models, None, &request(1));
                 for (block, rows) in [(2, 2), (8, 64), (16, 17)] {
                     let got = run(&models, Some(rows), &request(block.min(models.1.config.block)));
-                    assert_eq!((&got.tokens, got.finish), (&plain.tokens, Finish::Context));
+                    assert_eq!((&got.tokens, got.finish), (&ar.tokens, Finish::Context));
                 }
             }
         }
@@ -528,21 +535,21 @@ fn answers_of_trees_end_with_the_context() {
 }
 
 #[test]
-fn the_best_of_a_tree_is_the_chain_that_is_drafted_without_one() {
+fn the_best_branch_of_a_tree_is_the_greedy_chain() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let mut deepest = 0;
-    for prompt in &held()[..8] {
+    for prompt in &reference_prompts()[..8] {
         let begin = || {
             let mut sequence = Sequence::new(&models.0, Some(&models.1));
-            sequence.start(&grown(Some(64), seeded(prompt, 20, 16, 0.0, 0))).unwrap();
+            sequence.start(&with_tree(Some(64), seeded(prompt, 20, 16, 0.0, 0))).unwrap();
             while sequence.prefill().unwrap().next.is_none() {}
             sequence
         };
         let chain = begin().draft(16).unwrap();
         let tree = begin().draft_tree(16, 64).unwrap();
-        sound(&tree, 64);
+        check_invariants(&tree, 64);
         assert_eq!((chain.len(), tree.rows()), (15, 64));
-        // Whatever is as deep is not better than the best of each row.
+        // No prefix of that depth is cheaper than the best token of each row.
         let along = |prefix: &Vec<u32>| *prefix == chain[..prefix.len()];
         let depth = prefixes(&tree).into_iter().filter(along).map(|prefix| prefix.len()).max();
         assert_eq!(depth, tree.depths.iter().max().map(|depth| *depth as usize));
@@ -556,22 +563,22 @@ fn the_best_of_a_tree_is_the_chain_that_is_drafted_without_one() {
 const PROMPT: &str = "def read_lines(path):\n    with open(path) as file:\n        ";
 
 #[test]
-fn the_text_is_the_same_with_trees_and_the_record_says_how_they_were() {
+fn trees_give_the_same_text_and_are_recorded() {
     for sampling in [&["--temperature", "0"][..], &["--temperature", "0.8", "--top-k", "30", "--seed", "4"]] {
         let record = |args: &[&str]| {
             let args = [&[PROMPT, "-n", "80", "--json"], sampling, args].concat();
             program::run(args).json().remove(0)
         };
-        let (plain, chain, tree) = (record(&["--draft", "none"]), record(&[]), record(&["--tree", "40"]));
-        assert_eq!((&tree["tokens"], &tree["text"]), (&plain["tokens"], &plain["text"]));
-        assert_eq!((&tree["tree"], &chain["tree"], &plain["tree"]), (&40.into(), &Value::Null, &Value::Null));
+        let (ar, chain, tree) = (record(&["--draft", "none"]), record(&[]), record(&["--tree", "40"]));
+        assert_eq!((&tree["tokens"], &tree["text"]), (&ar["tokens"], &ar["text"]));
+        assert_eq!((&tree["tree"], &chain["tree"], &ar["tree"]), (&40.into(), &Value::Null, &Value::Null));
         assert!(tree["tau"].as_f64() > chain["tau"].as_f64(), "{} and {}", tree["tau"], chain["tau"]);
         let drafted = tree["drafted"].as_array().unwrap();
         assert_eq!(drafted.len(), tree["accepted"].as_array().unwrap().len());
         assert!(drafted.iter().all(|drafted| *drafted == 39));
-        // As deep as a block is.
+        // Trees are at most as deep as the block.
         let shallow = record(&["--tree", "40", "--block", "3"]);
-        assert_eq!(shallow["tokens"], plain["tokens"]);
+        assert_eq!(shallow["tokens"], ar["tokens"]);
         assert!(shallow["accepted"].as_array().unwrap().iter().all(|accepted| accepted.as_u64() <= Some(3)));
     }
 }
@@ -581,33 +588,33 @@ fn checks_and_conversations_run_with_trees() {
     let args = [PROMPT, "-n", "60", "--tree", "24", "--check-lossless", "--json"];
     let report = program::run(args).json().remove(0);
     assert_eq!((&report["identical"], &report["compared"]), (&true.into(), &59.into()));
-    // 59 tokens came of the rows that stood, and the last round brought up to 23 more.
+    // 59 tokens come from accepted rows and bonus tokens; the last round may give up to 23 more.
     let [rounds, rejected] = ["rounds", "rejected"].map(|field| report[field].as_u64().unwrap());
     assert!((rounds * 24 - 59 - 23..=rounds * 24 - 59).contains(&rejected), "{report}");
     let table = program::run([PROMPT, "-n", "60", "--tree", "24", "--compare"]).done();
     assert!(table.lines().last().unwrap().ends_with("yes"), "{table}");
-    let said = |args: &[&str]| {
+    let output = |args: &[&str]| {
         let args = [&["--chat", "--device", "cpu", "-n", "30", "-q"], args].concat();
         program::with_stdin(&args, b"import os\n/set block 5\ndef f(\n/draft off\nclass A\n").done()
     };
-    assert_eq!(said(&["--tree", "17"]), said(&[]));
+    assert_eq!(output(&["--tree", "17"]), output(&[]));
 }
 
 #[test]
-fn a_device_runs_trees_and_says_what_it_ran() {
+fn a_device_runs_trees_and_records_them() {
     let record = |args: &[&str]| {
         let args = [&[PROMPT, "-n", "12", "--json", "--device", "emulator"], args].concat();
         program::run(args).json().remove(0)
     };
-    let (plain, tree) = (record(&["--draft", "none"]), record(&["--tree", "40"]));
-    assert_eq!((&tree["tokens"], &tree["tree"]), (&plain["tokens"], &40.into()));
+    let (ar, tree) = (record(&["--draft", "none"]), record(&["--tree", "40"]));
+    assert_eq!((&tree["tokens"], &tree["tree"]), (&ar["tokens"], &40.into()));
     assert!(tree["drafted"].as_array().unwrap().iter().all(|drafted| *drafted == 39), "{tree}");
     let checked = record(&["--tree", "24", "--check-lossless"]);
     assert_eq!((&checked["identical"], &checked["compared"]), (&true.into(), &11.into()));
 }
 
 #[test]
-fn what_cannot_be_is_refused_in_a_sentence() {
+fn invalid_tree_options_are_refused_in_one_line() {
     for (args, code, part) in [
         (&["--tree", "1"][..], 2, "--tree is 1, expected 2 to 64"),
         (&["--tree", "65"], 2, "--tree is 65, expected 2 to 64"),
@@ -629,11 +636,11 @@ fn what_cannot_be_is_refused_in_a_sentence() {
     }
     let plan = program::run(["--plan", "--tree", "9", "--device", "emulator"]);
     assert!(plan.code == 0 && plan.out.contains("in blocks of 16 and trees of 9:"), "{plan:?}");
-    // Drawn trees are judged by their rule at any temperature.
-    for rule in ["rejection", "block"] {
-        let judged = program::run(["--plan", "--launches", "--tree", "9", "--verify", rule]);
+    // Sampled trees use their method's kernels at any temperature.
+    for method in ["rejection", "block"] {
+        let plan = program::run(["--plan", "--launches", "--tree", "9", "--verify", method]);
         let kernels = ["sample_siblings", "verify_tree", "sample_chains", "chain_classes", "verify_chains"];
-        let room = "of 4096 positions in blocks of 16 and trees of 9, sampled";
-        assert!(kernels.iter().chain([&room]).all(|part| judged.out.contains(part)), "{judged:?}");
+        let config = "of 4096 positions in blocks of 16 and trees of 9, sampled";
+        assert!(kernels.iter().chain([&config]).all(|part| plan.out.contains(part)), "{plan:?}");
     }
 }

@@ -1,7 +1,7 @@
 //! Captured rounds: no argument of a launch changes between rounds, and a replay gives the bits of the same
 //! launches one by one.
 
-use crate::support::{crowd, kernel};
+use crate::support::{kernel, requests};
 
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
@@ -33,10 +33,10 @@ fn requests(full: bool) -> [[Request; 2]; SLOTS] {
         [request(9, 128, 2, 1, 0.0), request(12, 33, 16, 1, 0.0)],
     ];
     if full {
-        requests[0][0].spec = crowd::spec(VerifyMethod::Match, 0.0, Some(20));
-        requests[0][1].spec = crowd::spec(VerifyMethod::Block, 0.8, None);
-        requests[1][0].spec = crowd::spec(VerifyMethod::Match, 0.0, Some(32));
-        requests[1][1].spec = crowd::spec(VerifyMethod::Rejection, 0.8, None);
+        requests[0][0].spec = requests::spec(VerifyMethod::Match, 0.0, Some(20));
+        requests[0][1].spec = requests::spec(VerifyMethod::Block, 0.8, None);
+        requests[1][0].spec = requests::spec(VerifyMethod::Match, 0.0, Some(32));
+        requests[1][1].spec = requests::spec(VerifyMethod::Rejection, 0.8, None);
     }
     requests
 }

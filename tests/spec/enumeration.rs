@@ -1,5 +1,5 @@
-//! The rules that judge drafts emit the target's distribution, by enumeration: no sampling. Each known mistake has a test that the
-//! enumeration catches it.
+//! The verification methods emit the target's distribution. The tests enumerate all random draws; nothing is
+//! sampled. For each known mistake a test shows that the enumeration detects it.
 
 use crate::support::enumeration;
 
@@ -10,14 +10,14 @@ use enumeration::*;
 use num_rational::BigRational;
 use std::collections::HashSet;
 
-// ---- every rule emits the target's distribution ----
+// ---- every method emits the target's distribution ----
 
 #[test]
-fn token_by_token_emits_the_targets_law_exactly() {
+fn rejection_emits_the_targets_distribution_exactly() {
     for (i, models) in models(90, 1).enumerate() {
-        let distribution = models.chain(Rule::Rejection);
+        let distribution = models.chain(Method::Rejection);
         assert_eq!(models.distance(&distribution), ratio(0, 1), "model {i}");
-        // A prefix is accepted with the product of what both distributions share.
+        // A prefix is accepted with probability prod min(p, q).
         let mut expected = ratio(0, 1);
         for length in 1..=models.depth() {
             for tokens in sequences(models.vocab, length) {
@@ -34,19 +34,20 @@ fn token_by_token_emits_the_targets_law_exactly() {
     }
 }
 
-/// What block verification accepts on average: the sum of q w over all prefixes, w in exact fractions.
-fn shares(models: &Models) -> BigRational {
+/// The mean number of drafts that block verification accepts: the sum of q w over all prefixes, w in exact
+/// fractions.
+fn expected_accepted(models: &Models) -> BigRational {
     let mut sum = ratio(0, 1);
     for length in 1..=models.depth() {
         for tokens in sequences(models.vocab, length) {
             let (mut w, mut q) = (ratio(1, 1), ratio(1, 1));
             for (i, &token) in tokens.iter().enumerate() {
-                let drawn = ratio(models.distributions[i].probability(token), ONE);
-                q *= &drawn;
+                let sampled = ratio(models.distributions[i].probability(token), ONE);
+                q *= &sampled;
                 if q == ratio(0, 1) {
                     break;
                 }
-                w = (w * ratio(models.p(&tokens[..i]).probability(token), ONE) / drawn).min(ratio(1, 1));
+                w = (w * ratio(models.p(&tokens[..i]).probability(token), ONE) / sampled).min(ratio(1, 1));
             }
             sum += q * w;
         }
@@ -55,16 +56,16 @@ fn shares(models: &Models) -> BigRational {
 }
 
 #[test]
-fn block_verification_emits_the_targets_law_up_to_rounding_and_accepts_no_fewer() {
+fn block_verification_emits_the_targets_distribution_up_to_rounding() {
     let mut worst = ratio(0, 1);
     for (i, models) in models(90, 2).enumerate() {
-        let distribution = models.chain(Rule::Block);
+        let distribution = models.chain(Method::Block);
         let distance = models.distance(&distribution);
         assert!(distance <= rounding(&models), "model {i}: {}", float(&distance));
         worst = worst.max(distance);
-        near(&(accepted(&distribution) - shares(&models)), 0.0, 1e-13);
+        near(&(accepted(&distribution) - expected_accepted(&models)), 0.0, 1e-13);
         assert!(
-            accepted(&distribution) + rounding(&models) >= accepted(&models.chain(Rule::Rejection)),
+            accepted(&distribution) + rounding(&models) >= accepted(&models.chain(Method::Rejection)),
             "model {i}"
         );
     }
@@ -72,53 +73,53 @@ fn block_verification_emits_the_targets_law_up_to_rounding_and_accepts_no_fewer(
 }
 
 #[test]
-fn block_verification_emits_the_targets_law_exactly_where_nothing_is_rounded() {
+fn block_verification_is_exact_where_nothing_is_rounded() {
     let mut gains = 0;
     for i in 0..60 {
         let (vocab, depth) = SHAPES[i as usize % SHAPES.len()];
         let (mut p, mut q) = (Random::new(3000 + i), Random::new(4000 + i));
         let models = Models::new(vocab, depth, || p.dyadic(vocab), || q.powers(vocab));
-        let distribution = models.chain(Rule::Block);
+        let distribution = models.chain(Method::Block);
         assert_eq!(models.distance(&distribution), ratio(0, 1), "model {i}");
-        assert_eq!(accepted(&distribution), shares(&models), "model {i}");
-        let by_token = accepted(&models.chain(Rule::Rejection));
+        assert_eq!(accepted(&distribution), expected_accepted(&models), "model {i}");
+        let by_token = accepted(&models.chain(Method::Rejection));
         assert!(accepted(&distribution) >= by_token, "model {i}");
         gains += u32::from(accepted(&distribution) > by_token);
     }
-    assert!(gains > 10, "block verification is a rule of its own: {gains}");
+    assert!(gains > 10, "block verification accepts more in {gains} models only");
 }
 
 #[test]
-fn drafts_that_were_not_drawn_are_judged_as_by_match_whatever_the_rule() {
+fn deterministic_drafts_are_verified_as_by_match_by_every_method() {
     for (i, mut models) in models(40, 5).enumerate() {
         let drafts: Vec<u32> = (0..models.depth()).map(|d| (i + d) as u32 % models.vocab as u32).collect();
         models.distributions = drafts.iter().map(|&id| one_hot(id)).collect();
-        let matched = enumerate(|coin| {
-            let word = |row| DrawKey { purpose: Purpose::Residual, depth: row + 1, row };
-            let sample = |row: usize| coin.pick(word(row), models.p(&drafts[..row]).tokens());
+        let matched = enumerate(|source| {
+            let key = |row| DrawKey { purpose: Purpose::Residual, depth: row + 1, row };
+            let sample = |row: usize| source.pick(key(row), models.p(&drafts[..row]).tokens());
             let (accepted, next) = match_chain(&drafts, sample).unwrap();
             [&drafts[..accepted], &[next]].concat()
         });
         assert_eq!(models.distance(&matched), ratio(0, 1));
-        assert_eq!(models.chain(Rule::Rejection), matched, "model {i}");
-        let by_block = models.chain(Rule::Block);
+        assert_eq!(models.chain(Method::Rejection), matched, "model {i}");
+        let by_block = models.chain(Method::Block);
         assert!(models.distance(&by_block) <= rounding(&models));
         near(&(accepted(&by_block) - accepted(&matched)), 0.0, 1e-13);
     }
 }
 
 #[test]
-fn a_chain_may_end_after_a_draft_for_what_that_is() {
+fn a_chain_may_end_after_a_draft_chosen_by_its_value() {
     for (i, models) in models(40, 6).enumerate() {
-        for rule in [Rule::Rejection, Rule::Block] {
-            let distribution = enumerate(|coin| {
-                let mut drafts = sample_chain(&models.distributions, coin).unwrap();
+        for method in [Method::Rejection, Method::Block] {
+            let distribution = enumerate(|source| {
+                let mut drafts = sample_chain(&models.distributions, source).unwrap();
                 let last =
                     drafts.iter().zip(&models.distributions).position(|(&id, q)| q.probability(id) < ONE / 3);
                 drafts.truncate(last.map_or(drafts.len(), |at| at + 1));
-                models.judged(rule, &drafts, &models.distributions, coin)
+                models.verify_chain(method, &drafts, &models.distributions, source)
             });
-            assert!(models.distance(&distribution) <= rounding(&models), "model {i}, {rule:?}");
+            assert!(models.distance(&distribution) <= rounding(&models), "model {i}, {method:?}");
         }
     }
 }
@@ -127,7 +128,7 @@ const TREES: [(usize, &[usize]); 6] =
     [(3, &[2]), (4, &[3]), (2, &[2, 2]), (3, &[2, 1]), (2, &[3, 1, 1]), (3, &[1, 2])];
 
 #[test]
-fn trees_of_drawn_drafts_emit_the_targets_law() {
+fn sampled_trees_emit_the_targets_distribution() {
     let mut worst = ratio(0, 1);
     for i in 0..48 {
         let (vocab, widths) = TREES[i as usize % TREES.len()];
@@ -135,7 +136,7 @@ fn trees_of_drawn_drafts_emit_the_targets_law() {
         for siblings in [Siblings::Independent, Siblings::Distinct] {
             let distribution = models.tree(widths, siblings);
             let distance = models.distance(&distribution);
-            // Of up to three siblings, two leave a rounded distribution.
+            // Of up to three siblings, two leave a rounded residual.
             assert!(
                 distance <= rounding(&models) * ratio(2, 1),
                 "model {i}, {siblings:?}: {}",
@@ -143,69 +144,75 @@ fn trees_of_drawn_drafts_emit_the_targets_law() {
             );
             worst = worst.max(distance);
         }
-        // A tree that is a chain is judged as one.
+        // A tree that is a chain is verified as one.
         let chain: Vec<usize> = vec![1; widths.len()];
         for siblings in [Siblings::Independent, Siblings::Distinct] {
-            assert_eq!(models.tree(&chain, siblings), models.chain(Rule::Rejection), "model {i}");
+            assert_eq!(models.tree(&chain, siblings), models.chain(Method::Rejection), "model {i}");
         }
     }
     println!("largest distance {:e}", float(&worst));
 }
 
 #[test]
-fn independent_draws_may_be_judged_as_distinct_ones() {
-    // A token seen before is passed over.
+fn independent_siblings_may_be_verified_as_distinct_ones() {
+    // A repeated token is skipped.
     for i in 0..30 {
         let (vocab, widths) = TREES[i as usize % TREES.len()];
         let models = Models::random(&mut Random::new(8000 + i), vocab, widths.len());
-        let distribution = enumerate(|coin| {
+        let distribution = enumerate(|source| {
             let (tokens, parents) =
-                draw_tree(9, widths, &models.distributions, Siblings::Independent, coin).unwrap();
-            models.judged_tree(&tokens, &parents, Siblings::Distinct, coin)
+                sample_levels(9, widths, &models.distributions, Siblings::Independent, source).unwrap();
+            models.verify_tree(&tokens, &parents, Siblings::Distinct, source)
         });
         assert!(models.distance(&distribution) <= rounding(&models) * ratio(2, 1), "model {i}");
     }
 }
 
 #[test]
-fn match_emits_the_targets_law_on_any_fixed_tree() {
+fn match_emits_the_targets_distribution_for_any_fixed_tree() {
     let mut rng = Random::new(9);
     for i in 0..40 {
         let (vocab, depth) = SHAPES[i % SHAPES.len()];
         let models = Models::random(&mut rng, vocab, depth);
-        // Rows hang from any earlier one that leaves room below; some stand twice.
+        // Each row's parent is any earlier row above the last depth; some paths occur twice.
         let (mut tokens, mut parents) = (vec![0u32], vec![0u32]);
         for _ in 0..rng.below(7) {
             let parent = rng.below(tokens.len());
-            if way(&tokens, &parents, parent).len() < depth {
+            if path_to(&tokens, &parents, parent).len() < depth {
                 tokens.push(rng.below(vocab) as u32);
                 parents.push(parent as u32);
             }
         }
-        let distribution = enumerate(|coin| {
-            let word = |row| DrawKey { purpose: Purpose::Residual, depth: 0, row };
-            let sample = |row: usize| coin.pick(word(row), models.p(&way(&tokens, &parents, row)).tokens());
+        let distribution = enumerate(|source| {
+            let key = |row| DrawKey { purpose: Purpose::Residual, depth: 0, row };
+            let sample =
+                |row: usize| source.pick(key(row), models.p(&path_to(&tokens, &parents, row)).tokens());
             let (path, next) = match_tree(&tokens, &parents, sample).unwrap();
             path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
         });
         assert_eq!(models.distance(&distribution), ratio(0, 1), "tree {i}");
-        // It accepts what the target's distribution has of the tree.
-        let nodes: HashSet<Vec<u32>> = (1..tokens.len()).map(|row| way(&tokens, &parents, row)).collect();
-        // Of rows that stand twice the first has the way on, so only trees without such accept it all.
+        // It accepts the target's probability of the tree's paths.
+        let nodes: HashSet<Vec<u32>> = (1..tokens.len()).map(|row| path_to(&tokens, &parents, row)).collect();
+        // Of rows with the same path, only the first is followed, so the equality holds for trees without
+        // repeats.
         if nodes.len() == tokens.len() - 1 {
-            assert_eq!(accepted(&distribution), nodes.iter().map(|way| models.plain(way)).sum(), "tree {i}");
+            assert_eq!(
+                accepted(&distribution),
+                nodes.iter().map(|path| models.sequence_probability(path)).sum(),
+                "tree {i}"
+            );
         }
     }
 }
 
 #[test]
-fn the_best_of_several_chains_emits_the_targets_law() {
+fn multi_draft_block_verification_emits_the_targets_distribution() {
     let (mut worst, mut gains, mut losses) = (ratio(0, 1), 0, 0);
     for i in 0..48u64 {
         let (vocab, depth, count) =
             [(2, 2, 2), (3, 2, 2), (2, 2, 3), (2, 3, 2), (4, 1, 3), (3, 1, 3)][i as usize % 6];
         let models = Models::random(&mut Random::new(15_000 + i), vocab, depth);
-        let distribution = models.best(count);
+        let distribution = models.chains(count);
         let distance = models.distance(&distribution);
         assert!(
             distance <= rounding(&models) * ratio(2 * count as u64, 1),
@@ -213,8 +220,8 @@ fn the_best_of_several_chains_emits_the_targets_law() {
             float(&distance)
         );
         worst = worst.max(distance);
-        let one = models.chain(Rule::Block);
-        assert_eq!(models.best(1), one, "model {i}: the best of one is that one");
+        let one = models.chain(Method::Block);
+        assert_eq!(models.chains(1), one, "model {i}: one chain is block verification");
         let gain = float(&(accepted(&distribution) - accepted(&one)));
         gains += u32::from(gain > 1e-9);
         losses += u32::from(gain < -1e-9);
@@ -224,20 +231,21 @@ fn the_best_of_several_chains_emits_the_targets_law() {
 }
 
 #[test]
-fn where_the_drafter_is_the_target_several_chains_stand_as_one_does() {
+fn several_chains_are_accepted_whole_where_the_drafter_is_the_target() {
     for i in 0..12 {
         let mut random = Random::new(16_000 + i);
         let (vocab, depth, count) = [(2, 2, 2), (3, 2, 2), (2, 2, 3), (4, 1, 3)][i as usize % 4];
         let row = random.row(vocab);
         let models = Models::new(vocab, depth, || row.clone(), || row.clone());
-        let missing = ratio(depth as u64, 1) - accepted(&models.best(count));
+        let missing = ratio(depth as u64, 1) - accepted(&models.chains(count));
         assert!(missing <= rounding(&models) * ratio(2 * count as u64, 1), "model {i}: {}", float(&missing));
     }
 }
 
-// ---- known mistakes are caught ----
+// ---- known mistakes are detected ----
 
-/// The largest distance from the target's distribution among 30 models of three tokens and two drafts, without zeros.
+/// The largest distance from the target's distribution among 30 models of three tokens and two drafts,
+/// without zeros.
 fn worst(mut distribution: impl FnMut(&Models) -> JointDistribution) -> f64 {
     let one = |i: u64| {
         let mut rng = Random::new(11_000 + i);
@@ -251,131 +259,132 @@ fn worst(mut distribution: impl FnMut(&Models) -> JointDistribution) -> f64 {
 }
 
 #[test]
-fn a_law_that_the_drafts_were_not_drawn_from_is_caught() {
-    // Drawn from the best two tokens, judged as if from all three.
+fn a_distribution_the_drafts_were_not_sampled_from_is_detected() {
+    // Sampled from the best two tokens, verified as if from all three.
     let filtered = |distribution: &Distribution| {
-        let least = distribution.tokens().iter().rev().min_by_key(|t| t.1).unwrap().0;
-        distribution.without(least).unwrap()
+        let rarest = distribution.tokens().iter().rev().min_by_key(|t| t.1).unwrap().0;
+        distribution.without(rarest).unwrap()
     };
-    for rule in [Rule::Rejection, Rule::Block] {
+    for method in [Method::Rejection, Method::Block] {
         let distance = worst(|models| {
-            let drawn = Models {
+            let sampled = Models {
                 distributions: models.distributions.iter().map(filtered).collect(),
                 ..models.clone()
             };
-            drawn.chain_with(rule, &models.distributions)
+            sampled.chain_with(method, &models.distributions)
         });
-        println!("{rule:?}: {distance:.3}");
-        assert!((0.15..0.45).contains(&distance), "{rule:?}: {distance}");
+        println!("{method:?}: {distance:.3}");
+        assert!((0.15..0.45).contains(&distance), "{method:?}: {distance}");
     }
-    // The other way round nothing is lost under rejection: what the filter leaves is drawn by its distribution, and what it does
-    // not leave is passed over.
+    // The other way round, rejection stays exact: drafts outside the claimed distribution are rejected, and
+    // the others have its distribution.
     let other = worst(|models| {
         let claimed: Vec<_> = models.distributions.iter().map(filtered).collect();
-        models.chain_with(Rule::Rejection, &claimed)
+        models.chain_with(Method::Rejection, &claimed)
     });
     assert!(other < 1e-13, "{other}");
 }
 
 #[test]
-fn a_draft_dropped_for_what_it_is_is_caught() {
-    for rule in [Rule::Rejection, Rule::Block] {
+fn a_draft_dropped_for_its_value_is_detected() {
+    for method in [Method::Rejection, Method::Block] {
         let distance = worst(|models| {
-            enumerate(|coin| {
-                let mut drafts = sample_chain(&models.distributions, coin).unwrap();
+            enumerate(|source| {
+                let mut drafts = sample_chain(&models.distributions, source).unwrap();
                 let kept = drafts
                     .iter()
                     .zip(&models.distributions)
                     .take_while(|(id, q)| q.probability(**id) >= ONE / 3);
                 drafts.truncate(kept.count());
-                models.judged(rule, &drafts, &models.distributions, coin)
+                models.verify_chain(method, &drafts, &models.distributions, source)
             })
         });
-        println!("{rule:?}: {distance:.3}");
-        assert!((0.1..0.4).contains(&distance), "{rule:?}: {distance}");
+        println!("{method:?}: {distance:.3}");
+        assert!((0.1..0.4).contains(&distance), "{method:?}: {distance}");
     }
 }
 
 #[test]
-fn the_drafters_best_token_judged_by_its_probability_is_caught() {
+fn a_greedy_draft_verified_as_a_sampled_one_is_detected() {
     let best =
         |distribution: &Distribution| distribution.tokens().iter().rev().max_by_key(|t| t.1).unwrap().0;
-    let mut most = 0f64;
+    let mut max = 0f64;
     for i in 0..60 {
         let models = Models::random(&mut Random::new(12_000 + i), 3, 2);
         let drafts: Vec<u32> = models.distributions.iter().map(best).collect();
-        let distribution =
-            enumerate(|coin| models.judged(Rule::Rejection, &drafts, &models.distributions, coin));
-        most = most.max(float(&models.distance(&distribution)));
+        let distribution = enumerate(|source| {
+            models.verify_chain(Method::Rejection, &drafts, &models.distributions, source)
+        });
+        max = max.max(float(&models.distance(&distribution)));
     }
-    println!("{most:.3}");
-    assert!(most > 0.5, "{most}");
+    println!("{max:.3}");
+    assert!(max > 0.5, "{max}");
 }
 
 #[test]
-fn a_residual_without_its_share_is_caught() {
-    // Block verification's own decision, and then the residual of rejection.
+fn the_residual_of_rejection_after_block_verification_is_detected() {
+    // Block verification decides, then the next token comes from the residual of rejection.
     let distance = worst(|models| {
-        enumerate(|coin| {
-            let drafts = sample_chain(&models.distributions, coin).unwrap();
-            let mut coin = Spoiled { coin, models, drafts: &drafts };
-            models.judged(Rule::Block, &drafts, &models.distributions, &mut coin)
+        enumerate(|source| {
+            let drafts = sample_chain(&models.distributions, source).unwrap();
+            let mut source = RejectionResidual { source, models, drafts: &drafts };
+            models.verify_chain(Method::Block, &drafts, &models.distributions, &mut source)
         })
     });
     println!("{distance:.4}");
     assert!((0.003..0.03).contains(&distance), "{distance}");
 }
 
-/// Picks what follows a rejected draft from `max(p - q, 0)`.
-struct Spoiled<'a> {
-    coin: &'a mut Enumerator,
+/// Picks the token after a rejected draft from `max(p - q, 0)`.
+struct RejectionResidual<'a> {
+    source: &'a mut Enumerator,
     models: &'a Models,
     drafts: &'a [u32],
 }
 
-impl RandomSource for Spoiled<'_> {
-    fn accept(&mut self, word: DrawKey, s: u64, n: u64) -> bool {
-        self.coin.accept(word, s, n)
+impl RandomSource for RejectionResidual<'_> {
+    fn accept(&mut self, key: DrawKey, s: u64, n: u64) -> bool {
+        self.source.accept(key, s, n)
     }
 
-    fn pick(&mut self, word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
-        let Some(q) = self.models.distributions.get(word.row) else { return self.coin.pick(word, weights) };
-        let p = self.models.p(&self.drafts[..word.row]);
+    fn pick(&mut self, key: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
+        let Some(q) = self.models.distributions.get(key.row) else { return self.source.pick(key, weights) };
+        let p = self.models.p(&self.drafts[..key.row]);
         let over =
             p.tokens().iter().map(|&(id, p)| (id, p.saturating_sub(q.probability(id)))).filter(|t| t.1 > 0);
         let over: Vec<(u32, u64)> = over.collect();
-        self.coin.pick(word, if over.is_empty() { p.tokens() } else { &over })
+        self.source.pick(key, if over.is_empty() { p.tokens() } else { &over })
     }
 }
 
 #[test]
-fn siblings_out_of_the_order_they_were_drawn_in_are_caught() {
-    let mut most = 0f64;
+fn siblings_not_verified_in_sampling_order_are_detected() {
+    let mut max = 0f64;
     for i in 0..25 {
         let mut rng = Random::new(13_000 + i);
         let (p, q) = (probabilities(&rng.weights(4, true)), probabilities(&rng.weights(4, false)));
         let models = Models::new(4, 1, || p.clone(), || q.clone());
-        let distribution = enumerate(|coin| {
+        let distribution = enumerate(|source| {
             let (mut tokens, parents) =
-                draw_tree(9, &[2], &models.distributions, Siblings::Distinct, coin).unwrap();
+                sample_levels(9, &[2], &models.distributions, Siblings::Distinct, source).unwrap();
             tokens[1..].sort_by_key(|&id| std::cmp::Reverse(q.probability(id)));
-            models.judged_tree(&tokens, &parents, Siblings::Distinct, coin)
+            models.verify_tree(&tokens, &parents, Siblings::Distinct, source)
         });
-        most = most.max(float(&models.distance(&distribution)));
+        max = max.max(float(&models.distance(&distribution)));
     }
-    println!("{most:.3}");
-    assert!((0.15..0.45).contains(&most), "{most}");
+    println!("{max:.3}");
+    assert!((0.15..0.45).contains(&max), "{max}");
 }
 
 #[test]
-fn a_chain_dropped_for_what_it_is_is_caught() {
+fn a_chain_dropped_for_its_value_is_detected() {
     let distance = worst(|models| {
-        enumerate(|coin| {
-            let (tokens, parents) = sample_chains(9, 2, &models.distributions, coin).unwrap();
-            // Both are judged only where the first is the less likely.
+        enumerate(|source| {
+            let (tokens, parents) = sample_chains(9, 2, &models.distributions, source).unwrap();
+            // Both are verified only if the first is the less probable one.
             let q = |token: u32| models.distributions[0].probability(token);
             let kept = if q(tokens[1]) < q(tokens[3]) { 5 } else { 3 };
-            models.judged_best(&tokens[..kept], &parents[..kept], coin)
+            models.verify_chains(&tokens[..kept], &parents[..kept], source)
         })
     });
     println!("{distance:.3}");
@@ -383,15 +392,16 @@ fn a_chain_dropped_for_what_it_is_is_caught() {
 }
 
 #[test]
-fn a_choice_by_other_classes_than_its_laws_is_caught() {
-    // Chains of one class are put in an order of their tokens, so that not the first has the next draft.
+fn chains_chosen_in_another_order_than_sampled_are_detected() {
+    // Chains are sorted by their tokens, so that among those of one class not the first sampled one is
+    // chosen.
     let distance = worst(|models| {
-        enumerate(|coin| {
-            let (tokens, parents) = sample_chains(9, 2, &models.distributions, coin).unwrap();
+        enumerate(|source| {
+            let (tokens, parents) = sample_chains(9, 2, &models.distributions, source).unwrap();
             let mut chains: Vec<&[u32]> = tokens[1..].chunks(models.depth()).collect();
             chains.sort();
             let tokens = [&tokens[..1], &chains.concat()].concat();
-            models.judged_best(&tokens, &parents, coin)
+            models.verify_chains(&tokens, &parents, source)
         })
     });
     println!("{distance:.3}");

@@ -1,5 +1,5 @@
-//! Trees of any fixed shape, drawn without replacement and judged by recursive rejection, by enumeration: the target's distribution
-//! is emitted whatever the shape, and a shape depends on nothing that is drawn.
+//! Trees of any fixed shape, sampled without replacement and verified by recursive rejection: by enumeration,
+//! they emit the target's distribution, and the shape does not depend on the sampled tokens.
 
 use crate::support::enumeration;
 
@@ -10,7 +10,7 @@ use dflash::spec::verify::{Siblings, recursive_rejection, sample_tree};
 use enumeration::*;
 use num_rational::BigRational;
 
-/// Parents of a random tree: of its rows some stand level by level, as [`shape`] has them, some as they come.
+/// Parents of a random tree. Its rows are ordered level by level, as by [`shape`], or in order of creation.
 fn parents(random: &mut Random, rows: usize, depth: usize) -> Vec<u32> {
     let (mut parents, mut depths) = (vec![0u32], vec![0usize]);
     while parents.len() < rows {
@@ -30,29 +30,29 @@ fn parents(random: &mut Random, rows: usize, depth: usize) -> Vec<u32> {
 }
 
 impl Models {
-    /// The distribution of a round of a tree of that shape.
+    /// The distribution that a round with a tree of this shape emits.
     fn shaped(&self, parents: &[u32], siblings: Siblings) -> JointDistribution {
-        enumerate(|coin| {
-            let tokens = sample_tree(9, parents, &self.distributions, siblings, coin).unwrap();
-            assert_eq!(tokens.len(), parents.len(), "rows depend on nothing drawn");
-            self.judged_tree(&tokens, parents, siblings, coin)
+        enumerate(|source| {
+            let tokens = sample_tree(9, parents, &self.distributions, siblings, source).unwrap();
+            assert_eq!(tokens.len(), parents.len(), "the number of rows is fixed");
+            self.verify_tree(&tokens, parents, siblings, source)
         })
     }
 }
 
-/// How many rows follow the same one at most.
+/// The largest number of siblings.
 fn widest(parents: &[u32]) -> usize {
     let count = |row: usize| parents[1..].iter().filter(|&&parent| parent as usize == row).count();
     (0..parents.len()).map(count).max().unwrap()
 }
 
 #[test]
-fn trees_of_any_shape_emit_the_targets_law() {
+fn trees_of_any_shape_emit_the_targets_distribution() {
     let mut worst = ratio(0, 1);
     let (mut uneven, mut wide) = (0, 0);
     for i in 0..60 {
         let mut random = Random::new(20_000 + i);
-        // As many branches as can be counted.
+        // Sizes whose branches can be enumerated.
         let (vocab, rows, depth) = [(2, 7, 3), (3, 5, 2), (4, 4, 2), (3, 5, 3), (2, 6, 2)][i as usize % 5];
         let models = Models::random(&mut random, vocab, depth);
         let parents = parents(&mut random, rows, depth);
@@ -77,76 +77,77 @@ fn a_shape_of_widths_is_the_tree_of_those_widths() {
             models.shaped(&[0, 0, 0, 1, 2], Siblings::Distinct),
             models.tree(&[2, 1], Siblings::Distinct)
         );
-        assert_eq!(models.shaped(&[0, 0, 1], Siblings::Distinct), models.chain(Rule::Rejection));
+        assert_eq!(models.shaped(&[0, 0, 1], Siblings::Distinct), models.chain(Method::Rejection));
     }
 }
 
-/// Draws as if by chance, and keeps the names of the chances.
-struct Named(PhiloxStream, Vec<DrawKey>);
+/// Random draws by Philox, with a record of their keys.
+struct RecordKeys(PhiloxStream, Vec<DrawKey>);
 
-impl RandomSource for Named {
-    fn accept(&mut self, word: DrawKey, s: u64, n: u64) -> bool {
-        self.1.push(word);
-        self.0.accept(word, s, n)
+impl RandomSource for RecordKeys {
+    fn accept(&mut self, key: DrawKey, s: u64, n: u64) -> bool {
+        self.1.push(key);
+        self.0.accept(key, s, n)
     }
 
-    fn pick(&mut self, word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
-        self.1.push(word);
-        self.0.pick(word, weights)
+    fn pick(&mut self, key: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
+        self.1.push(key);
+        self.0.pick(key, weights)
     }
 }
 
 #[test]
-fn siblings_beyond_a_laws_tokens_are_repeats_that_never_stand() {
+fn siblings_beyond_the_support_are_repeats_never_accepted() {
     let mut random = Random::new(22);
-    let (mut repeats, mut stood) = (0, 0);
+    let (mut repeats, mut accepted_drafts) = (0, 0);
     for round in 0..400 {
         let (vocab, depth) = (1 + random.below(4), 1 + random.below(3));
         let rows = 2 + random.below(12);
         let parents = parents(&mut random, rows, depth);
         let models = Models::random(&mut random, vocab, depth);
-        let mut coin = Named(PhiloxStream { seed: 3, stream: 1, round, anchor: 8 }, vec![]);
-        let tokens = sample_tree(9, &parents, &models.distributions, Siblings::Distinct, &mut coin).unwrap();
-        let target = |row: usize| Some(models.p(&way(&tokens, &parents, row)));
+        let mut source = RecordKeys(PhiloxStream { seed: 3, stream: 1, round, anchor: 8 }, vec![]);
+        let tokens =
+            sample_tree(9, &parents, &models.distributions, Siblings::Distinct, &mut source).unwrap();
+        let target = |row: usize| Some(models.p(&path_to(&tokens, &parents, row)));
         let (path, _) = recursive_rejection(
             &tokens,
             &parents,
             &models.distributions,
             Siblings::Distinct,
             target,
-            &mut coin,
+            &mut source,
         )
         .unwrap();
         for row in 1..tokens.len() {
-            let depth = way(&tokens, &parents, row).len();
+            let depth = path_to(&tokens, &parents, row).len();
             let before: Vec<usize> = (1..row).filter(|&other| parents[other] == parents[row]).collect();
             let repeat = before.iter().any(|&other| tokens[other] == tokens[row]);
             assert!(
                 models.distributions[depth - 1].probability(tokens[row]) > 0,
-                "row {row} cannot be drawn"
+                "row {row} has probability 0"
             );
             assert_eq!(repeat, before.len() >= models.distributions[depth - 1].tokens().len(), "row {row}");
             assert!(!repeat || tokens[row] == tokens[*before.last().unwrap()]);
-            assert!(!(repeat && path.contains(&row)), "row {row} stands");
-            let drawn = coin.1.iter().any(|word| (word.purpose as u32, word.row) == (2, row));
-            assert_eq!(drawn, !repeat, "row {row}");
+            assert!(!(repeat && path.contains(&row)), "row {row} is accepted");
+            let sampled = source.1.iter().any(|key| (key.purpose as u32, key.row) == (2, row));
+            assert_eq!(sampled, !repeat, "row {row}");
             repeats += u32::from(repeat);
         }
-        stood += path.len() - 1;
-        // Nothing has been asked twice.
-        for (i, word) in coin.1.iter().enumerate() {
-            assert!(!coin.1[..i].contains(word), "{word:?}");
+        accepted_drafts += path.len() - 1;
+        // No key is used twice.
+        for (i, key) in source.1.iter().enumerate() {
+            assert!(!source.1[..i].contains(key), "{key:?}");
         }
     }
-    assert!(repeats > 100 && stood > 100, "{repeats} {stood}");
+    assert!(repeats > 100 && accepted_drafts > 100, "{repeats} {accepted_drafts}");
 }
 
 #[test]
-fn shapes_that_are_none_are_refused() {
+fn invalid_shapes_are_refused() {
     let models = Models::random(&mut Random::new(1), 3, 1);
     let draw = |parents: &[u32]| {
-        let mut coin = PhiloxStream { seed: 1, stream: 1, round: 1, anchor: 1 };
-        sample_tree(9, parents, &models.distributions, Siblings::Distinct, &mut coin)
+        let mut source = PhiloxStream { seed: 1, stream: 1, round: 1, anchor: 1 };
+        sample_tree(9, parents, &models.distributions, Siblings::Distinct, &mut source)
     };
     assert!(draw(&[0, 0, 0]).is_some());
     assert_eq!(draw(&[0, 1]), None, "a row that follows itself");
@@ -156,21 +157,22 @@ fn shapes_that_are_none_are_refused() {
 }
 
 #[test]
-fn a_shape_has_the_rows_asked_for_and_more_rows_are_more_of_the_same() {
+fn a_shape_has_the_rows_asked_for_and_extends_smaller_shapes() {
     for depth in 1..=16 {
-        let most = shape(MOST_ROWS, depth);
+        let max = shape(MOST_ROWS, depth);
         for rows in 1..=MOST_ROWS {
             let tree = shape(rows, depth);
             assert_eq!((tree.rows(), &tree.tokens), (rows, &vec![0; rows]));
             assert!(tree.deepest() <= depth);
-            assert_eq!((&tree.parents[..], &tree.masks[..]), (&most.parents[..rows], &most.masks[..rows]));
+            assert_eq!((&tree.parents[..], &tree.masks[..]), (&max.parents[..rows], &max.masks[..rows]));
         }
     }
 }
 
 #[test]
-fn a_shape_is_the_best_where_siblings_stand_as_often_as_it_takes_them_to() {
-    // By brute force: rows of up to three siblings, three deep. The first stands in 1 of 2 cases, others in 1 of 10 j.
+fn a_shape_is_optimal_under_its_assumed_acceptance_rates() {
+    // By brute force, up to depth three. The first sibling is accepted with probability 1/2, sibling j with
+    // 1/(10 j).
     let rate = |place: usize| if place == 0 { 0.5 } else { 0.1 / place as f64 };
     let value = |parents: &[u32]| {
         let mut values = vec![1.0];
@@ -184,7 +186,7 @@ fn a_shape_is_the_best_where_siblings_stand_as_often_as_it_takes_them_to() {
     for rows in 2..=8 {
         let longer = |parents: &Vec<u32>| -> Vec<Vec<u32>> {
             (0..parents.len() as u32)
-                .filter(|&parent| way(parents, parents, parent as usize).len() < 3)
+                .filter(|&parent| path_to(parents, parents, parent as usize).len() < 3)
                 .map(|parent| [&parents[..], &[parent]].concat())
                 .collect()
         };
@@ -196,7 +198,7 @@ fn a_shape_is_the_best_where_siblings_stand_as_often_as_it_takes_them_to() {
 }
 
 #[test]
-fn several_chains_fill_the_rows_that_there_are() {
+fn several_chains_fill_the_available_rows() {
     for rows in 2..=MOST_ROWS {
         for deepest in 1..=15 {
             let (count, depth) = chains(rows, deepest);
@@ -226,21 +228,21 @@ fn wide_trees_accept_more_than_narrow_ones() {
 }
 
 #[test]
-fn laws_of_other_siblings_are_caught() {
-    // Distinct siblings, judged as independent ones.
-    let mut most = 0f64;
+fn distinct_siblings_verified_as_independent_are_detected() {
+    // Distinct siblings, verified as independent ones.
+    let mut max = 0f64;
     for i in 0..25 {
         let mut random = Random::new(24_000 + i);
         let (p, q): (Distribution, Distribution) =
             (probabilities(&random.weights(4, true)), probabilities(&random.weights(4, false)));
         let models = Models::new(4, 1, || p.clone(), || q.clone());
-        let distribution = enumerate(|coin| {
+        let distribution = enumerate(|source| {
             let tokens =
-                sample_tree(9, &[0, 0, 0, 0], &models.distributions, Siblings::Distinct, coin).unwrap();
-            models.judged_tree(&tokens, &[0, 0, 0, 0], Siblings::Independent, coin)
+                sample_tree(9, &[0, 0, 0, 0], &models.distributions, Siblings::Distinct, source).unwrap();
+            models.verify_tree(&tokens, &[0, 0, 0, 0], Siblings::Independent, source)
         });
-        most = most.max(float(&models.distance(&distribution)));
+        max = max.max(float(&models.distance(&distribution)));
     }
-    println!("{most:.3}");
-    assert!(most > 0.02, "{most}");
+    println!("{max:.3}");
+    assert!(max > 0.02, "{max}");
 }

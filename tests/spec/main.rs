@@ -3,10 +3,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
-mod control;
+mod draft_length;
 mod enumeration;
+mod enumeration_draws;
+mod enumeration_examples;
+mod enumeration_lengths;
 mod enumeration_shapes;
-mod enumeration_sizes;
-mod enumeration_words;
-mod enumeration_worked;
 mod sampling;

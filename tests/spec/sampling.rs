@@ -1,5 +1,5 @@
-//! The sampling distribution and the rule that judges drafts, held against exact arithmetic, naive definitions and
-//! enumeration. Every seed is fixed: a test passes always or never.
+//! The sampling distribution and exact verification, against exact arithmetic, naive definitions and
+//! enumeration. Every seed is fixed, so a test passes always or never.
 
 use crate::support::random;
 
@@ -9,7 +9,7 @@ use dflash::spec::sampling::{SamplingParams, argmax};
 use dflash::spec::verify::match_chain;
 use random::Random;
 
-const PLAIN: SamplingParams =
+const UNFILTERED: SamplingParams =
     SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
 
 impl Random {
@@ -17,7 +17,7 @@ impl Random {
         from[self.below(from.len())]
     }
 
-    /// Rows with ties, signed zeros, masked tokens and far outliers.
+    /// Rows with ties, signed zeros, masked tokens and outliers.
     fn logits(&mut self, vocab: usize) -> Vec<f32> {
         let kind = self.below(4);
         (0..vocab)
@@ -39,13 +39,13 @@ fn crc32(words: &[u32]) -> u32 {
     !words.iter().flat_map(|w| w.to_le_bytes()).fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(byte), step))
 }
 
-/// Fails where observed counts are worse than one honest row in ten thousand. Cells that expect fewer than 10 are
-/// merged; the bound is Wilson and Hilferty's for 3.72 standard deviations.
-fn assert_drawn_from(distribution: &[f64], counts: &[u64], what: &str) {
+/// A chi-square test that fails one correct row of counts in ten thousand. Cells with an expected count below
+/// 10 are merged; the bound is Wilson and Hilferty's for 3.72 standard deviations.
+fn assert_sampled_from(distribution: &[f64], counts: &[u64], what: &str) {
     let draws = counts.iter().sum::<u64>() as f64;
     let (mut rare, mut cells) = ((0.0, 0.0), Vec::new());
     for (&p, &n) in distribution.iter().zip(counts) {
-        assert!(p > 0.0 || n == 0, "{what}: drew a token of probability 0");
+        assert!(p > 0.0 || n == 0, "{what}: sampled a token of probability 0");
         match p * draws {
             e if e < 10.0 => rare = (rare.0 + e, rare.1 + n as f64),
             e => cells.push((e, n as f64)),
@@ -54,7 +54,7 @@ fn assert_drawn_from(distribution: &[f64], counts: &[u64], what: &str) {
     if rare.0 >= 10.0 {
         cells.push(rare);
     } else {
-        assert!(rare.1 < 40.0, "{what}: {} draws of tokens that expect {}", rare.1, rare.0);
+        assert!(rare.1 < 40.0, "{what}: {} samples of tokens with an expected count of {}", rare.1, rare.0);
     }
     let chi2: f64 = cells.iter().map(|(e, n)| (n - e) * (n - e) / e).sum();
     let dof = (cells.len() - 1).max(1) as f64;
@@ -65,7 +65,7 @@ fn assert_drawn_from(distribution: &[f64], counts: &[u64], what: &str) {
     );
 }
 
-/// Weights of all tokens, from the filter-free distribution, zeros included.
+/// The weights of all tokens without filters, zeros included.
 fn weights(sampling: &SamplingParams, logits: &[f32]) -> Vec<u64> {
     let mut all = vec![0; logits.len()];
     let open = SamplingParams { top_k: 0, top_p: 1.0, min_p: 0.0, ..sampling.clone() };
@@ -73,7 +73,7 @@ fn weights(sampling: &SamplingParams, logits: &[f32]) -> Vec<u64> {
     all
 }
 
-/// The filters by their definition: sort all tokens, cut, compare sums as exact fractions.
+/// The filters by their definition: sort all tokens, truncate, compare sums as exact fractions.
 fn naive_survivors(sampling: &SamplingParams, logits: &[f32]) -> Vec<(u32, u64)> {
     let weight = weights(sampling, logits);
     let mut order: Vec<usize> = (0..logits.len()).collect();
@@ -88,8 +88,8 @@ fn naive_survivors(sampling: &SamplingParams, logits: &[f32]) -> Vec<(u32, u64)>
     let prefix = (0..=order.len()).find(|n| !short(n)).unwrap();
     order.truncate(prefix.max(1));
     let share = (sampling.min_p * 2f64.powi(32)).round() as u128;
-    let most = u128::from(weight[order[0]]);
-    order.retain(|&x| weight[x] > 0 && u128::from(weight[x]) << 32 >= most * share);
+    let max = u128::from(weight[order[0]]);
+    order.retain(|&x| weight[x] > 0 && u128::from(weight[x]) << 32 >= max * share);
     order.sort();
     order.into_iter().map(|x| (x as u32, weight[x])).collect()
 }
@@ -148,7 +148,7 @@ fn race_times_are_logarithms() {
 
 #[test]
 fn weights_are_the_worked_examples() {
-    let of = |temperature, row: &[f32]| weights(&SamplingParams { temperature, ..PLAIN }, row);
+    let of = |temperature, row: &[f32]| weights(&SamplingParams { temperature, ..UNFILTERED }, row);
     let p = [1.0, 0.25, -0.5, -3.0];
     assert_eq!(of(1.0, &p), [4294967296, 2028806333, 958333631, 78664944]);
     assert_eq!(of(1.0, &[0.0, 1.0, -0.5, -1.0]), [1580037892, 4294967296, 958333631, 581260151]);
@@ -181,7 +181,7 @@ fn weights_are_softmax() {
                 .iter()
                 .map(|&l| ((f64::from(l) - f64::from(max)) / f64::from(temperature)).exp())
                 .collect();
-            let weight = weights(&SamplingParams { temperature, ..PLAIN }, &row);
+            let weight = weights(&SamplingParams { temperature, ..UNFILTERED }, &row);
             let (z, zw) = (exact.iter().sum::<f64>(), weight.iter().sum::<u64>() as f64);
             let tv: f64 =
                 exact.iter().zip(&weight).map(|(e, &w)| (e / z - w as f64 / zw).abs()).sum::<f64>() / 2.0;
@@ -191,7 +191,7 @@ fn weights_are_softmax() {
 }
 
 #[test]
-fn filters_keep_what_their_definition_keeps() {
+fn filters_keep_the_tokens_of_their_definition() {
     let mut rng = Random::new(3);
     for case in 0..6000 {
         let vocab = [1, 2, 3, 7, 40, 300][rng.below(6)];
@@ -201,7 +201,7 @@ fn filters_keep_what_their_definition_keeps() {
             top_k: rng.pick(&[0, 0, 1, 2, 5, vocab, 1000]),
             top_p: rng.pick(&[1.0, 1.0, 1e-12, 0.25, 0.5, 0.75, 0.9, 1.0 - 1e-9, 1.0 - 1e-12]),
             min_p: rng.pick(&[0.0, 0.0, 1e-12, 0.05, 0.5, 1.0 - 1e-12]),
-            ..PLAIN
+            ..UNFILTERED
         };
         sampling.check().unwrap();
         match sampling.survivors(&row) {
@@ -214,7 +214,10 @@ fn filters_keep_what_their_definition_keeps() {
                 );
                 assert_eq!(kept.iter().map(|&(_, w)| w).max(), Some(1 << 32), "case {case}: the best is in");
                 let token = sampling.choose(&row, case).unwrap();
-                assert!(kept.iter().any(|&(id, _)| id == token), "case {case}: drew a token that was cut");
+                assert!(
+                    kept.iter().any(|&(id, _)| id == token),
+                    "case {case}: sampled a token that was filtered out"
+                );
             }
         }
     }
@@ -226,60 +229,60 @@ fn ties_at_a_boundary_go_to_the_lower_id() {
         s.survivors(row).unwrap().iter().map(|&(id, _)| id).collect::<Vec<_>>()
     };
     let row = [1.0, 2.0, 1.0, 2.0, 1.0];
-    assert_eq!(ids(SamplingParams { top_k: 1, ..PLAIN }, &row), [1]);
-    assert_eq!(ids(SamplingParams { top_k: 3, ..PLAIN }, &row), [0, 1, 3]);
-    assert_eq!(ids(SamplingParams { top_k: 4, ..PLAIN }, &row), [0, 1, 2, 3]);
+    assert_eq!(ids(SamplingParams { top_k: 1, ..UNFILTERED }, &row), [1]);
+    assert_eq!(ids(SamplingParams { top_k: 3, ..UNFILTERED }, &row), [0, 1, 3]);
+    assert_eq!(ids(SamplingParams { top_k: 4, ..UNFILTERED }, &row), [0, 1, 2, 3]);
     let zeros = [-0.0, 0.0, -0.0, 0.0];
-    assert_eq!(ids(SamplingParams { top_k: 2, ..PLAIN }, &zeros), [0, 1]);
-    assert_eq!(ids(SamplingParams { top_p: 0.5, ..PLAIN }, &zeros), [0, 1]);
-    assert_eq!(ids(SamplingParams { top_p: 0.5 + 1e-9, ..PLAIN }, &zeros), [0, 1, 2]);
-    assert_eq!(ids(SamplingParams { top_p: 1e-12, ..PLAIN }, &zeros), [0]);
-    assert_eq!(ids(SamplingParams { min_p: 1.0 - 1e-12, ..PLAIN }, &row), [1, 3]);
-    // top-p counts what top-k left: 1 of 2, not 1 of 4
-    assert_eq!(ids(SamplingParams { top_k: 2, top_p: 0.5, ..PLAIN }, &zeros), [0]);
+    assert_eq!(ids(SamplingParams { top_k: 2, ..UNFILTERED }, &zeros), [0, 1]);
+    assert_eq!(ids(SamplingParams { top_p: 0.5, ..UNFILTERED }, &zeros), [0, 1]);
+    assert_eq!(ids(SamplingParams { top_p: 0.5 + 1e-9, ..UNFILTERED }, &zeros), [0, 1, 2]);
+    assert_eq!(ids(SamplingParams { top_p: 1e-12, ..UNFILTERED }, &zeros), [0]);
+    assert_eq!(ids(SamplingParams { min_p: 1.0 - 1e-12, ..UNFILTERED }, &row), [1, 3]);
+    // top-p applies to the tokens that top-k left: 1 of 2, not 1 of 4
+    assert_eq!(ids(SamplingParams { top_k: 2, top_p: 0.5, ..UNFILTERED }, &zeros), [0]);
     assert_eq!([argmax(&row), argmax(&zeros), argmax(&[-1.0, -0.0, 0.0])], [Some(1), Some(0), Some(1)]);
 }
 
 #[test]
-fn rows_without_a_finite_best_are_none() {
+fn rows_without_a_finite_maximum_give_none() {
     let (nan, inf) = (f32::NAN, f32::INFINITY);
     for row in [&[0.0, nan, 1.0][..], &[nan, -inf], &[-inf, nan], &[1.0, inf], &[-inf; 5], &[], &[1.0, -nan]]
     {
         assert_eq!(argmax(row), None, "{row:?}");
         for temperature in [0.0, 1e-3, 1.0, 100.0] {
-            let s = SamplingParams { temperature, top_k: 2, top_p: 0.5, ..PLAIN };
+            let s = SamplingParams { temperature, top_k: 2, top_p: 0.5, ..UNFILTERED };
             assert_eq!((s.choose(row, 0), s.survivors(row)), (None, None), "{row:?}");
         }
     }
     for temperature in [0.0, 1e-3, 100.0] {
-        assert_eq!(SamplingParams { temperature, ..PLAIN }.choose(&[-inf, f32::MIN, -inf], 9), Some(1));
+        assert_eq!(SamplingParams { temperature, ..UNFILTERED }.choose(&[-inf, f32::MIN, -inf], 9), Some(1));
     }
 }
 
 #[test]
-fn params_out_of_range_name_their_field() {
-    let refused = |s: SamplingParams, field: &str| {
+fn settings_out_of_range_are_refused_by_name() {
+    let refused = |s: SamplingParams, name: &str| {
         let Err(Error::Usage(text)) = s.check() else { panic!("{s:?} was not refused as usage") };
-        assert!(text.starts_with(field), "{text}");
+        assert!(text.starts_with(name), "{text}");
     };
     for temperature in [f32::NAN, -1.0, -f32::MIN_POSITIVE, f32::INFINITY, 0.9e-4, 1.1e4] {
-        refused(SamplingParams { temperature, ..PLAIN }, "temperature is ");
+        refused(SamplingParams { temperature, ..UNFILTERED }, "temperature");
     }
     for top_p in [f64::NAN, 0.0, -0.5, 1.0 + 1e-9, f64::INFINITY] {
-        refused(SamplingParams { top_p, ..PLAIN }, "top_p is ");
+        refused(SamplingParams { top_p, ..UNFILTERED }, "top_p");
     }
     for min_p in [f64::NAN, -1e-9, 1.0, 2.0] {
-        refused(SamplingParams { min_p, ..PLAIN }, "min_p is ");
+        refused(SamplingParams { min_p, ..UNFILTERED }, "min_p");
     }
     for temperature in [0.0, -0.0, 1e-4, 1.0, 1e4] {
-        SamplingParams { temperature, top_k: usize::MAX, top_p: 1e-300, ..PLAIN }.check().unwrap();
+        SamplingParams { temperature, top_k: usize::MAX, top_p: 1e-300, ..UNFILTERED }.check().unwrap();
     }
 }
 
 #[test]
-fn settings_that_check_would_refuse_do_not_panic() {
+fn unchecked_settings_out_of_range_do_not_panic() {
     for x in [f32::NAN, f32::INFINITY, -1.0, 1e-45] {
-        let s = SamplingParams { temperature: x, top_p: x.into(), min_p: x.into(), ..PLAIN };
+        let s = SamplingParams { temperature: x, top_p: x.into(), min_p: x.into(), ..UNFILTERED };
         s.choose(&[0.0, 1.0, -3e38, 3e38], 0);
     }
 }
@@ -304,7 +307,8 @@ fn temperature_zero_is_argmax() {
     }
 }
 
-/// The race by its definition: every survivor's own Philox word, ratios as exact fractions, from the highest id down.
+/// The race by its definition: one Philox word per survivor, ratios as exact fractions, from the highest id
+/// down.
 fn naive_race(s: &SamplingParams, kept: &[(u32, u64)], position: u32) -> u32 {
     let key = [(s.seed & 0xffff_ffff) as u32, (s.seed >> 32) as u32];
     let mut best = (u128::MAX >> 64, 1, 0);
@@ -330,7 +334,7 @@ fn choose_is_the_integer_race_over_survivors() {
             top_p: rng.pick(&[1.0, 0.8]),
             seed: rng.next(),
             stream: rng.next() as u32,
-            ..PLAIN
+            ..UNFILTERED
         };
         let Some(kept) = s.survivors(&row) else { continue };
         let position = rng.next() as u32;
@@ -342,18 +346,18 @@ fn choose_is_the_integer_race_over_survivors() {
 fn equal_ratios_go_to_the_lower_id() {
     let (mut seen, mut ties) = (std::collections::HashMap::new(), 0);
     for id in 0..40_000 {
-        let word = philox([0, 0x0500_0000 + id / 4, PLAIN.stream, 0], [1, 0])[id as usize % 4];
+        let word = philox([0, 0x0500_0000 + id / 4, UNFILTERED.stream, 0], [1, 0])[id as usize % 4];
         if let Some(lower) = seen.insert(TABLES.time(word), id) {
             let mut row = vec![f32::NEG_INFINITY; 40_000];
             (row[lower as usize], row[id as usize]) = (0.5, 0.5);
-            assert_eq!(PLAIN.choose(&row, 0), Some(lower), "{lower} and {id} take equally long");
+            assert_eq!(UNFILTERED.choose(&row, 0), Some(lower), "{lower} and {id} take equally long");
             ties += 1;
         }
     }
     assert!(ties > 0, "the case arose");
 }
 
-/// How many of the 2^32 words have a time of at least `bound`: times fall as words rise.
+/// How many of the 2^32 words have a time of at least `bound`. Times decrease as words increase.
 fn slower(bound: u64) -> u64 {
     let (mut few, mut many) = (0, 1u64 << 32);
     while few < many {
@@ -363,8 +367,8 @@ fn slower(bound: u64) -> u64 {
     few
 }
 
-/// Probability that id 1 of weight `w` beats id 0 of weight 2^32: exact over id 0's words, a fine quadrature over id
-/// 1's, of which only the highest can win.
+/// The probability that id 1 of weight `w` beats id 0 of weight 2^32: exact over the words of id 0, a fine
+/// quadrature over those of id 1, of which only the highest can win.
 fn upset(w: u64) -> f64 {
     let step = (w / 16384).max(1);
     let reach = (w * 32).min(1 << 32);
@@ -387,21 +391,21 @@ fn the_race_of_two_is_won_in_proportion_to_weight() {
         let w = (share * 2f64.powi(32)) as u64;
         let exact = w as f64 / (w as f64 + 2f64.powi(32));
         let got = upset(w);
-        assert!((got / exact - 1.0).abs() < tolerance, "share {share}: {got:e} for {exact:e}");
+        assert!((got / exact - 1.0).abs() < tolerance, "probability ratio {share}: {got:e} for {exact:e}");
     }
 }
 
 #[test]
-fn flat_rows_of_large_vocabularies_are_drawn_evenly() {
+fn flat_rows_of_large_vocabularies_are_sampled_evenly() {
     const V: usize = 150_000;
     let row = vec![0.0; V];
     let mut halves = [0; 2];
-    (0..600).for_each(|p| halves[PLAIN.choose(&row, p).unwrap() as usize / (V / 2)] += 1);
-    assert_drawn_from(&[0.5, 0.5], &halves, "halves of a flat row");
+    (0..600).for_each(|p| halves[UNFILTERED.choose(&row, p).unwrap() as usize / (V / 2)] += 1);
+    assert_sampled_from(&[0.5, 0.5], &halves, "halves of a flat row");
 }
 
 #[test]
-fn draws_follow_the_exact_law() {
+fn samples_follow_the_exact_distribution() {
     let inf = f32::NEG_INFINITY;
     let rows: [&[f32]; 6] = [
         &[1.0, 0.25, -0.5, -3.0],
@@ -424,29 +428,29 @@ fn draws_follow_the_exact_law() {
                 distribution.iter_mut().for_each(|p| *p /= z);
                 let mut counts = vec![0; row.len()];
                 (0..60_000).for_each(|position| counts[s.choose(row, position).unwrap() as usize] += 1);
-                assert_drawn_from(&distribution, &counts, &format!("{s:?} on {row:?}"));
+                assert_sampled_from(&distribution, &counts, &format!("{s:?} on {row:?}"));
             }
         }
     }
 }
 
 #[test]
-fn a_million_draws_follow_the_exact_law() {
+fn a_million_samples_follow_the_exact_distribution() {
     let row = [1.0f32, 0.25, -0.5, -3.0, -6.0];
     let z: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
     let distribution: Vec<f64> = row.iter().map(|&l| f64::from(l).exp() / z).collect();
     let mut counts = [0; 5];
-    (0..1_000_000).for_each(|position| counts[PLAIN.choose(&row, position).unwrap() as usize] += 1);
-    assert_drawn_from(&distribution, &counts, "a million draws");
+    (0..1_000_000).for_each(|position| counts[UNFILTERED.choose(&row, position).unwrap() as usize] += 1);
+    assert_sampled_from(&distribution, &counts, "a million draws");
 }
 
-/// Seeds, streams and neighbouring positions that share noise would show as dependent pairs.
+/// If seeds, streams or neighbouring positions shared noise, pairs of samples would be dependent.
 #[test]
-fn draws_at_different_positions_streams_and_seeds_are_independent() {
+fn samples_at_other_positions_streams_and_seeds_are_independent() {
     let row = [0.5f32, 0.0, -0.5];
     let z: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
     let distribution: Vec<f64> = (0..9).map(|i| f64::from(row[i / 3] + row[i % 3]).exp() / (z * z)).collect();
-    let base = SamplingParams { seed: 5, stream: 9, ..PLAIN };
+    let base = SamplingParams { seed: 5, stream: 9, ..UNFILTERED };
     let other = |f: &dyn Fn(&mut SamplingParams)| {
         let mut s = base.clone();
         f(&mut s);
@@ -466,22 +470,23 @@ fn draws_at_different_positions_streams_and_seeds_are_independent() {
             let (a, b) = (base.choose(&row, p).unwrap(), partner.choose(&row, q).unwrap());
             counts[(a * 3 + b) as usize] += 1;
         }
-        assert_drawn_from(&distribution, &counts, what);
+        assert_sampled_from(&distribution, &counts, what);
     }
-    // ids 4 apart have the same word of neighbouring groups
+    // ids 4 apart use the same word of neighbouring groups
     let mut wide = [f32::NEG_INFINITY; 9];
     (wide[0], wide[4], wide[8]) = (row[0], row[1], row[2]);
     let mut counts = [0; 9];
     (0..60_000).for_each(|p| counts[base.choose(&wide, p).unwrap() as usize] += 1);
     let distribution: Vec<f64> = wide.iter().map(|&l| f64::from(l).exp() / z).collect();
-    assert_drawn_from(&distribution, &counts, "groups");
+    assert_sampled_from(&distribution, &counts, "groups");
 }
 
 #[test]
-fn a_draw_depends_on_nothing_but_its_arguments() {
+fn a_sample_depends_only_on_its_arguments() {
     let mut rng = Random::new(6);
     let rows: Vec<Vec<f32>> = (0..300).map(|_| (0..500).map(|_| rng.normal(2.0)).collect()).collect();
-    let s = SamplingParams { top_k: 100, top_p: 0.95, min_p: 0.001, seed: rng.next(), stream: 7, ..PLAIN };
+    let s =
+        SamplingParams { top_k: 100, top_p: 0.95, min_p: 0.001, seed: rng.next(), stream: 7, ..UNFILTERED };
     let draw = |i: usize| s.choose(&rows[i], i as u32);
     let forward: Vec<_> = (0..300).map(draw).collect();
     let mut backward: Vec<_> = (0..300).rev().map(draw).collect();
@@ -492,27 +497,27 @@ fn a_draw_depends_on_nothing_but_its_arguments() {
             (0..4).map(|_| scope.spawn(|| (0..300).map(draw).collect::<Vec<_>>())).collect();
         threads.into_iter().for_each(|t| assert_eq!(t.join().unwrap(), forward));
     });
-    // A masked tail and a constant added to every logit change neither weights nor noise.
+    // A masked tail, or a constant added to every logit, changes neither weights nor noise.
     let longer: Vec<f32> = rows[0].iter().copied().chain([f32::NEG_INFINITY; 13]).collect();
     assert_eq!(s.choose(&longer, 0), forward[0]);
     let short = [0.5, 1.0, -2.0, 0.25];
     for position in 0..1000 {
-        assert_eq!(PLAIN.choose(&short, position), PLAIN.choose(&short.map(|l| l + 8.0), position));
+        assert_eq!(UNFILTERED.choose(&short, position), UNFILTERED.choose(&short.map(|l| l + 8.0), position));
     }
 }
 
 #[test]
-fn greedy_chains_equal_the_plain_loop() {
+fn greedy_chains_equal_the_ar_loop() {
     let mut rng = Random::new(7);
     for _ in 0..300 {
         let vocab = 2 + rng.below(5);
         // the target's next token after (last, last but one), a random table
         let table: Vec<u32> = (0..vocab * vocab).map(|_| rng.below(vocab) as u32).collect();
         let next = |out: &[u32]| table[out[out.len() - 1] as usize * vocab + out[out.len() - 2] as usize];
-        let mut plain = vec![0, 0];
-        (0..40).for_each(|_| plain.push(next(&plain)));
+        let mut ar = vec![0, 0];
+        (0..40).for_each(|_| ar.push(next(&ar)));
         let mut out = vec![0, 0];
-        while out.len() < plain.len() {
+        while out.len() < ar.len() {
             let block = rng.below(8);
             let draft: Vec<u32> = (0..block).map(|_| rng.below(vocab) as u32).collect();
             let rows: Vec<u32> = (0..=block).map(|j| next(&[&out, &draft[..j]].concat())).collect();
@@ -522,12 +527,12 @@ fn greedy_chains_equal_the_plain_loop() {
             out.extend(&draft[..a]);
             out.push(y);
         }
-        assert_eq!(out[..plain.len()], plain);
+        assert_eq!(out[..ar.len()], ar);
     }
 }
 
 #[test]
-fn matching_equals_plain_sampling_with_the_same_seed() {
+fn match_equals_ar_sampling_with_the_same_seed() {
     const V: usize = 5;
     let mut rng = Random::new(8);
     let (mut accepted, mut rounds) = (0, 0);
@@ -543,19 +548,19 @@ fn matching_equals_plain_sampling_with_the_same_seed() {
             stream: rng.next() as u32,
         };
         let sample = |out: &[u32]| s.choose(row(out), out.len() as u32);
-        let mut plain = vec![0, 0];
-        (0..60).for_each(|_| plain.push(sample(&plain).unwrap()));
+        let mut ar = vec![0, 0];
+        (0..60).for_each(|_| ar.push(sample(&ar).unwrap()));
         let (drafter, fixed) = (rng.below(4), rng.below(9));
         let mut out = vec![0, 0];
-        while out.len() < plain.len() {
+        while out.len() < ar.len() {
             let block = if drafter == 0 { fixed } else { rng.below(9) };
             let draft: Vec<u32> = (0..block)
                 .map(|j| match drafter {
                     0 => argmax(row(&out)).unwrap(),
                     1 => rng.below(V) as u32,
-                    // right for a while, then sure to be wrong; or, with 3, a spy that is always right
-                    2 if j == 3 => (plain.get(out.len() + j).unwrap_or(&0) + 1) % V as u32,
-                    _ => *plain.get(out.len() + j).unwrap_or(&0),
+                    // right up to a point, then wrong; or, with 3, always right
+                    2 if j == 3 => (ar.get(out.len() + j).unwrap_or(&0) + 1) % V as u32,
+                    _ => *ar.get(out.len() + j).unwrap_or(&0),
                 })
                 .collect();
             let mut asked = 0;
@@ -570,13 +575,13 @@ fn matching_equals_plain_sampling_with_the_same_seed() {
             out.push(y);
             (accepted, rounds) = (accepted + a, rounds + 1);
         }
-        assert_eq!(out[..plain.len()], plain, "{s:?}, drafter {drafter}");
+        assert_eq!(out[..ar.len()], ar, "{s:?}, drafter {drafter}");
     }
     assert!(accepted > rounds, "drafts were accepted: {accepted} in {rounds} rounds");
 }
 
 #[test]
-fn a_row_that_cannot_be_sampled_ends_the_judgement() {
+fn a_row_that_cannot_be_sampled_gives_none() {
     assert_eq!(match_chain(&[1, 2], |j| [Some(1), None][j.min(1)]), None);
     assert_eq!(match_chain(&[1, 2], |j| [Some(3), None][j]), Some((0, 3)));
     assert_eq!(match_chain(&[], |_| Some(4)), Some((0, 4)));

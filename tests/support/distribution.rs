@@ -1,11 +1,12 @@
-//! The distribution of an answer's first tokens, which the target's own logits give exactly, and answers held against it.
+//! The exact distribution of an answer's first tokens, from the target's logits, and a chi-square test of
+//! answers against it.
 
 use dflash::cpu::model::{Cache, Target};
 use dflash::spec::sampling::SamplingParams;
 use std::collections::HashMap;
 use std::fmt::Debug;
 
-/// Token sequences of any probability, and theirs.
+/// Token sequences with a probability above 0, and their probabilities.
 pub type Distribution = HashMap<Vec<u32>, f64>;
 
 /// The distribution of the first `length` tokens after `prompt`.
@@ -18,7 +19,7 @@ pub fn distribution(
     let mut distribution = HashMap::from([(vec![], 1.0)]);
     for _ in 0..length {
         let mut longer = HashMap::new();
-        for (tokens, likely) in distribution {
+        for (tokens, probability) in distribution {
             let mut cache = Cache::new(&target.config.stack, prompt.len() + length).unwrap();
             let all = [prompt, &tokens].concat();
             let normed = target.forward(&all, &mut cache, &[], &mut Vec::new(), 1);
@@ -29,7 +30,7 @@ pub fn distribution(
             longer.extend(
                 weights
                     .iter()
-                    .map(|&(id, w)| ([&tokens[..], &[id]].concat(), likely * w as f64 / total as f64)),
+                    .map(|&(id, w)| ([&tokens[..], &[id]].concat(), probability * w as f64 / total as f64)),
             );
         }
         distribution = longer;
@@ -37,7 +38,8 @@ pub fn distribution(
     distribution
 }
 
-/// Holds answers against a distribution: chi-square, refused where one honest run in ten thousand is worse (Wilson and Hilferty).
+/// Compares answers with a distribution by chi-square. The bound fails one correct run in ten thousand
+/// (Wilson and Hilferty).
 #[track_caller]
 pub fn check(what: &dyn Debug, distribution: &Distribution, answers: impl IntoIterator<Item = Vec<u32>>) {
     let mut counts: HashMap<Vec<u32>, u64> = HashMap::new();
@@ -46,14 +48,14 @@ pub fn check(what: &dyn Debug, distribution: &Distribution, answers: impl IntoIt
     }
     let runs = counts.values().sum::<u64>() as f64;
     let (mut chi, mut cells, mut rare) = (0.0, 0, (0.0, 0.0));
-    for (tokens, likely) in distribution {
+    for (tokens, probability) in distribution {
         let found = counts.remove(tokens).unwrap_or(0) as f64;
-        match likely * runs {
+        match probability * runs {
             e if e < 10.0 => rare = (rare.0 + e, rare.1 + found),
             e => (chi, cells) = (chi + (found - e).powi(2) / e, cells + 1),
         }
     }
-    assert!(counts.is_empty(), "{what:?}: {counts:?} are no answers of the target");
+    assert!(counts.is_empty(), "{what:?}: {counts:?} have probability 0 under the target");
     if rare.0 > 5.0 {
         (chi, cells) = (chi + (rare.1 - rare.0).powi(2) / rare.0, cells + 1);
     }

@@ -1,6 +1,6 @@
-//! Models of a few tokens, and the distribution of what a rule emits of them, by enumeration: a coin that takes every branch in turn
-//! runs the code under test, and the distribution, completed to a fixed length by the target, is compared with the target's in exact
-//! fractions.
+//! Models of a few tokens, and the exact distribution that a verification method emits for them. A random
+//! source that takes every branch in turn runs the code under test. The emitted distribution, completed to a
+//! fixed length by the target, is compared with the target's in exact fractions.
 
 use crate::support::random;
 
@@ -15,14 +15,14 @@ use num_rational::BigRational;
 pub use random::Random;
 use std::collections::HashMap;
 
-// ---- the coin ----
+// ---- the enumerating random source ----
 
-/// Takes the branches that `script` says, then first ones, and knows how likely that is.
+/// Takes the branches of `script`, then first branches, and multiplies their probabilities.
 pub struct Enumerator {
-    /// (branch taken, branches there)
+    /// (branch taken, number of branches)
     script: Vec<(usize, usize)>,
     at: usize,
-    likely: BigRational,
+    probability: BigRational,
 }
 
 pub fn ratio(a: u64, b: u64) -> BigRational {
@@ -30,7 +30,8 @@ pub fn ratio(a: u64, b: u64) -> BigRational {
 }
 
 impl Enumerator {
-    /// Branch of so many, of which the likelihoods are `weights / total`; those of weight 0 are not taken.
+    /// Takes one branch. Branch `i` has probability `weights[i] / total`; branches of weight 0 are never
+    /// taken.
     pub fn branch(&mut self, weights: &[u64], total: u64) -> usize {
         let open: Vec<usize> = (0..weights.len()).filter(|&i| weights[i] > 0).collect();
         if self.at == self.script.len() {
@@ -39,19 +40,19 @@ impl Enumerator {
         let taken = open[self.script[self.at].0];
         self.at += 1;
         if weights[taken] < total {
-            self.likely *= ratio(weights[taken], total);
+            self.probability *= ratio(weights[taken], total);
         }
         taken
     }
 }
 
 impl RandomSource for Enumerator {
-    fn accept(&mut self, _word: DrawKey, s: u64, n: u64) -> bool {
+    fn accept(&mut self, _key: DrawKey, s: u64, n: u64) -> bool {
         let s = s.min(n);
         n == 0 || self.branch(&[s, n - s], n) == 0
     }
 
-    fn pick(&mut self, _word: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
+    fn pick(&mut self, _key: DrawKey, weights: &[(u32, u64)]) -> Option<u32> {
         assert!(weights.is_sorted_by(|a, b| a.0 < b.0), "ids ascend");
         let only: Vec<u64> = weights.iter().map(|&(_, w)| w).collect();
         Some(weights[self.branch(&only, only.iter().sum())].0)
@@ -60,16 +61,16 @@ impl RandomSource for Enumerator {
 
 pub type JointDistribution = HashMap<Vec<u32>, BigRational>;
 
-/// The distribution of what `run` returns.
+/// The distribution of the values that `run` returns.
 pub fn enumerate(mut run: impl FnMut(&mut Enumerator) -> Vec<u32>) -> JointDistribution {
     let mut distribution = JointDistribution::new();
     let mut script = Vec::new();
     loop {
-        let mut coin = Enumerator { script, at: 0, likely: ratio(1, 1) };
-        let emitted = run(&mut coin);
-        *distribution.entry(emitted).or_insert_with(|| ratio(0, 1)) += coin.likely;
-        script = coin.script;
-        // The next leaf: the last branch that has another beside it.
+        let mut source = Enumerator { script, at: 0, probability: ratio(1, 1) };
+        let emitted = run(&mut source);
+        *distribution.entry(emitted).or_insert_with(|| ratio(0, 1)) += source.probability;
+        script = source.script;
+        // The next leaf: advance the last choice that has a branch left.
         while script.pop_if(|(taken, of)| *taken + 1 == *of).is_some() {}
         match script.last_mut() {
             Some((taken, _)) => *taken += 1,
@@ -82,7 +83,7 @@ pub fn enumerate(mut run: impl FnMut(&mut Enumerator) -> Vec<u32>) -> JointDistr
 
 /// Rows of a target or a drafter.
 impl Random {
-    /// Small whole weights, some of them 0.
+    /// Small integer weights; with `zeros`, some of them are 0.
     pub fn weights(&mut self, vocab: usize, zeros: bool) -> Vec<u64> {
         loop {
             let one = |rng: &mut Random| if zeros && rng.below(4) == 0 { 0 } else { 1 + rng.below(9) as u64 };
@@ -93,7 +94,7 @@ impl Random {
         }
     }
 
-    /// A row as the engine has them: logits with ties and masked tokens, a temperature, filters.
+    /// A row as the engine computes it: logits with ties and masked tokens, a temperature, filters.
     pub fn sampled(&mut self, vocab: usize) -> Distribution {
         let mut logits: Vec<f32> = (0..vocab).map(|_| self.below(9) as f32 * 0.5).collect();
         let at = self.below(2 * vocab);
@@ -111,7 +112,7 @@ impl Random {
         sampling.probabilities(&logits).unwrap()
     }
 
-    /// Any row: fractions, sampled logits, one token, multiples of 1/256.
+    /// Any kind of row: fractions, sampled logits, one token, multiples of 1/256.
     pub fn row(&mut self, vocab: usize) -> Distribution {
         match self.below(8) {
             0..3 => probabilities(&self.weights(vocab, true)),
@@ -121,7 +122,7 @@ impl Random {
         }
     }
 
-    /// Multiples of 1/256.
+    /// Probabilities that are multiples of 1/256.
     pub fn dyadic(&mut self, vocab: usize) -> Distribution {
         let mut cuts: Vec<u64> = (1..vocab).map(|_| self.below(257) as u64).collect();
         cuts.sort();
@@ -130,7 +131,7 @@ impl Random {
         probabilities(&ends.zip(starts).map(|(end, start)| end - start).collect::<Vec<_>>())
     }
 
-    /// Powers of 1/2, so that nothing is rounded where they divide.
+    /// Probabilities that are powers of 1/2, so that division by them does not round.
     pub fn powers(&mut self, vocab: usize) -> Distribution {
         let mut weights = vec![256u64];
         while weights.len() < vocab {
@@ -145,7 +146,7 @@ impl Random {
             weights.swap(i, self.below(i + 1));
         }
         if self.below(3) == 0 {
-            // A token that is not drafted.
+            // One token is never drafted.
             let (a, b) = (self.below(vocab), self.below(vocab));
             if weights[a] == weights[b] && a != b {
                 (weights[a], weights[b]) = (weights[a] * 2, 0);
@@ -155,7 +156,7 @@ impl Random {
     }
 }
 
-/// Weights of ids 0, 1, ...; the heaviest takes what rounding leaves over.
+/// The distribution with these weights for ids 0, 1, ...; the heaviest token absorbs the rounding error.
 pub fn probabilities(weights: &[u64]) -> Distribution {
     let rounding_token = (0..weights.len()).rev().max_by_key(|&i| weights[i]).unwrap();
     Distribution::new((0u32..).zip(weights.iter().copied()).collect(), rounding_token as u32).unwrap()
@@ -165,7 +166,7 @@ pub fn one_hot(id: u32) -> Distribution {
     Distribution::new(vec![(id, 1)], id).unwrap()
 }
 
-/// A target whose distribution depends on all tokens before, and a drafter's distributions per depth.
+/// A target whose distribution depends on all tokens before, and a drafter with one distribution per depth.
 #[derive(Clone)]
 pub struct Models {
     pub vocab: usize,
@@ -173,7 +174,7 @@ pub struct Models {
     pub distributions: Vec<Distribution>,
 }
 
-/// All sequences of so many tokens.
+/// All sequences of `length` tokens.
 pub fn sequences(vocab: usize, length: usize) -> Vec<Vec<u32>> {
     let longer = |all: Vec<Vec<u32>>| {
         let with = |s: &Vec<u32>, id: u32| [&s[..], &[id]].concat();
@@ -199,7 +200,8 @@ impl Models {
         let kind = rng.below(8);
         for d in 0..depth {
             models.distributions[d] = match kind {
-                // As the target on one path; and on none of its tokens, where it leaves some.
+                // 0: equal to the target along one path. 1: only tokens that the target never emits there, if
+                // there are any.
                 0 => models.target[&vec![0; d]].clone(),
                 1 => {
                     let taken = models.target[&vec![0; d]].clone();
@@ -221,126 +223,127 @@ impl Models {
         self.target[before].clone()
     }
 
-    /// The target's distribution of a sequence.
-    pub fn plain(&self, tokens: &[u32]) -> BigRational {
+    /// The target's probability of a sequence.
+    pub fn sequence_probability(&self, tokens: &[u32]) -> BigRational {
         let p = |i: usize| ratio(self.target[&tokens[..i]].probability(tokens[i]), ONE);
         (0..tokens.len()).map(p).product()
     }
 
-    /// Half the sum of the differences between the target's distribution of `depth + 1` tokens and `distribution`, completed to as many.
+    /// Total variation distance between the target's distribution of `depth + 1` tokens and `distribution`,
+    /// completed to that length by the target.
     pub fn distance(&self, distribution: &JointDistribution) -> BigRational {
         let length = self.depth() + 1;
         let total: BigRational = distribution.values().sum();
-        assert_eq!(total, ratio(1, 1), "the coin took every branch");
+        assert_eq!(total, ratio(1, 1), "the enumeration took every branch");
         let mut differences = ratio(0, 1);
         for tokens in sequences(self.vocab, length) {
             let mut emitted = ratio(0, 1);
             for n in 1..=length {
-                if let Some(likely) = distribution.get(&tokens[..n]) {
-                    // The target goes on.
+                if let Some(probability) = distribution.get(&tokens[..n]) {
+                    // The target samples the rest.
                     let rest =
                         (n..length).map(|i| ratio(self.target[&tokens[..i]].probability(tokens[i]), ONE));
-                    emitted += rest.fold(likely.clone(), |a, b| a * b);
+                    emitted += rest.fold(probability.clone(), |a, b| a * b);
                 }
             }
-            let difference = emitted - self.plain(&tokens);
+            let difference = emitted - self.sequence_probability(&tokens);
             let zero = ratio(0, 1);
             differences += if difference < zero { -difference } else { difference };
         }
         differences / ratio(2, 1)
     }
 
-    /// The distribution of a round of a chain, by `rule`.
-    pub fn chain(&self, rule: Rule) -> JointDistribution {
-        self.chain_with(rule, &self.distributions)
+    /// The distribution that a round with a chain emits under `method`.
+    pub fn chain(&self, method: Method) -> JointDistribution {
+        self.chain_with(method, &self.distributions)
     }
 
-    /// The same, judged as if the drafts came from `claimed`.
-    pub fn chain_with(&self, rule: Rule, claimed: &[Distribution]) -> JointDistribution {
-        enumerate(|coin| {
-            let drafts = sample_chain(&self.distributions, coin).unwrap();
-            self.judged(rule, &drafts, claimed, coin)
+    /// The same, verified as if the drafts were sampled from `claimed`.
+    pub fn chain_with(&self, method: Method, claimed: &[Distribution]) -> JointDistribution {
+        enumerate(|source| {
+            let drafts = sample_chain(&self.distributions, source).unwrap();
+            self.verify_chain(method, &drafts, claimed, source)
         })
     }
 
-    pub fn judged(
+    pub fn verify_chain(
         &self,
-        rule: Rule,
+        method: Method,
         drafts: &[u32],
         distributions: &[Distribution],
-        coin: &mut impl RandomSource,
+        source: &mut impl RandomSource,
     ) -> Vec<u32> {
         let target = |row: usize| Some(self.p(&drafts[..row]));
-        let (accepted, next) = match rule {
-            Rule::Rejection => rejection(drafts, distributions, target, coin),
-            Rule::Block => block_verify(drafts, distributions, target, coin),
+        let (accepted, next) = match method {
+            Method::Rejection => rejection(drafts, distributions, target, source),
+            Method::Block => block_verify(drafts, distributions, target, source),
         }
         .unwrap();
         [&drafts[..accepted], &[next]].concat()
     }
 
-    /// The distribution of a round of a tree.
+    /// The distribution that a round with a tree emits.
     pub fn tree(&self, widths: &[usize], siblings: Siblings) -> JointDistribution {
-        enumerate(|coin| {
-            let (tokens, parents) = draw_tree(9, widths, &self.distributions, siblings, coin).unwrap();
-            self.judged_tree(&tokens, &parents, siblings, coin)
+        enumerate(|source| {
+            let (tokens, parents) = sample_levels(9, widths, &self.distributions, siblings, source).unwrap();
+            self.verify_tree(&tokens, &parents, siblings, source)
         })
     }
 
-    pub fn judged_tree(
+    pub fn verify_tree(
         &self,
         tokens: &[u32],
         parents: &[u32],
         siblings: Siblings,
-        coin: &mut impl RandomSource,
+        source: &mut impl RandomSource,
     ) -> Vec<u32> {
-        let target = |row: usize| Some(self.p(&way(tokens, parents, row)));
+        let target = |row: usize| Some(self.p(&path_to(tokens, parents, row)));
         let (path, next) =
-            recursive_rejection(tokens, parents, &self.distributions, siblings, target, coin).unwrap();
+            recursive_rejection(tokens, parents, &self.distributions, siblings, target, source).unwrap();
         path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
     }
 
-    /// The distribution of a round of the best of `count` chains.
-    pub fn best(&self, count: usize) -> JointDistribution {
-        enumerate(|coin| {
-            let (tokens, parents) = sample_chains(9, count, &self.distributions, coin).unwrap();
-            self.judged_best(&tokens, &parents, coin)
+    /// The distribution that a round with `count` chains emits under multi-draft block verification.
+    pub fn chains(&self, count: usize) -> JointDistribution {
+        enumerate(|source| {
+            let (tokens, parents) = sample_chains(9, count, &self.distributions, source).unwrap();
+            self.verify_chains(&tokens, &parents, source)
         })
     }
 
-    pub fn judged_best(&self, tokens: &[u32], parents: &[u32], coin: &mut impl RandomSource) -> Vec<u32> {
-        let target = |row: usize| Some(self.p(&way(tokens, parents, row)));
-        let (path, next) = multi_draft_block_verify(tokens, &self.distributions, target, coin).unwrap();
+    pub fn verify_chains(&self, tokens: &[u32], parents: &[u32], source: &mut impl RandomSource) -> Vec<u32> {
+        let target = |row: usize| Some(self.p(&path_to(tokens, parents, row)));
+        let (path, next) = multi_draft_block_verify(tokens, &self.distributions, target, source).unwrap();
         assert!(path[1..].iter().zip(&path).all(|(&row, &before)| parents[row] as usize == before));
         path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
     }
 }
 
-/// The drafts on the way to a row.
-pub fn way(tokens: &[u32], parents: &[u32], row: usize) -> Vec<u32> {
-    let mut way = Vec::new();
+/// The drafts on the path to a row.
+pub fn path_to(tokens: &[u32], parents: &[u32], row: usize) -> Vec<u32> {
+    let mut path_to = Vec::new();
     let mut at = row;
     while at > 0 {
-        way.push(tokens[at]);
+        path_to.push(tokens[at]);
         at = parents[at] as usize;
     }
-    way.reverse();
-    way
+    path_to.reverse();
+    path_to
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Rule {
+pub enum Method {
     Rejection,
     Block,
 }
 
-/// Mean of accepted drafts.
+/// Mean number of accepted drafts.
 pub fn accepted(distribution: &JointDistribution) -> BigRational {
-    distribution.iter().map(|(tokens, likely)| likely * ratio(tokens.len() as u64 - 1, 1)).sum()
+    distribution.iter().map(|(tokens, probability)| probability * ratio(tokens.len() as u64 - 1, 1)).sum()
 }
 
 pub fn float(x: &BigRational) -> f64 {
-    // Both parts have hundreds of digits.
+    // Numerator and denominator have hundreds of digits.
     let shifted: BigRational = x * BigRational::from_integer((1u128 << 100).into());
     let whole: i128 = shifted.to_integer().try_into().unwrap();
     whole as f64 / 2f64.powi(100)
@@ -350,7 +353,7 @@ pub fn near(x: &BigRational, expected: f64, within: f64) {
     assert!((float(x) - expected).abs() <= within, "{} instead of {expected}", float(x));
 }
 
-/// What rounding may cost: 2 V 2^-48 a row.
+/// Bound of the rounding error: 2 V 2^-48 per row.
 pub fn rounding(models: &Models) -> BigRational {
     ratio((2 * models.vocab * (models.depth() + 1)) as u64, ONE)
 }
@@ -364,14 +367,14 @@ pub fn models(count: u64, seed: u64) -> impl Iterator<Item = Models> {
     })
 }
 
-/// Draws a tree, level by level: `widths[d]` children of every row of depth `d` from `distributions[d]`. Returns tokens, as
-/// [`sample_tree`], and the parents that it takes.
-pub fn draw_tree(
+/// Samples a tree, level by level: `widths[d]` children of every row of depth `d`, from `distributions[d]`.
+/// Returns its tokens, as [`sample_tree`] does, and the parents that define its shape.
+pub fn sample_levels(
     anchor: u32,
     widths: &[usize],
     distributions: &[Distribution],
     siblings: Siblings,
-    coin: &mut impl RandomSource,
+    source: &mut impl RandomSource,
 ) -> Option<(Vec<u32>, Vec<u32>)> {
     let (mut parents, mut level) = (vec![0], 0..1);
     for &width in widths {
@@ -379,5 +382,5 @@ pub fn draw_tree(
         parents.extend(level.flat_map(|parent| std::iter::repeat_n(parent, width)));
         level = end as u32..parents.len() as u32;
     }
-    Some((sample_tree(anchor, &parents, distributions, siblings, coin)?, parents))
+    Some((sample_tree(anchor, &parents, distributions, siblings, source)?, parents))
 }

@@ -6,7 +6,6 @@ pub mod attention;
 pub mod bench;
 pub mod checkpoint;
 pub mod counters;
-pub mod crowd;
 pub mod dense;
 pub mod distribution;
 pub mod enumeration;
@@ -16,6 +15,7 @@ pub mod library;
 pub mod program;
 pub mod random;
 pub mod report;
+pub mod requests;
 pub mod sampled_trees;
 pub mod text;
 

@@ -1,5 +1,5 @@
-//! Many requests on one decoder: a listener that says what a test wants, random requests, a pair that the kernels run in
-//! no time.
+//! Requests for decoding tests: one or many on a decoder, sinks that reply as a test wants, speculation
+//! configs, and a pair small enough that kernels on the emulator run it in milliseconds.
 
 use crate::support;
 use dflash::Result;
@@ -10,29 +10,30 @@ use dflash::spec::config::{BlockDrafts, ExactDrafts, RejectionDrafts, SpecConfig
 use dflash::spec::draft_length::DraftLengthPolicy;
 use dflash::spec::sampling::SamplingParams;
 
-/// What a listener hears of: `Prompt(done)`, `Token(number)` with numbers from 1.
+/// What a sink receives: `Prompt(done)` tokens of the prompt, `Token(number)` of the answer, from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
     Prompt(usize),
     Token(usize),
 }
 
-/// Hears of all requests, answers as `reply` does, and holds outcomes against what was said.
+/// Receives the events of all requests, replies as `reply` does, and compares outcomes with the received
+/// tokens.
 pub struct BatchRecorder<F> {
     pub outcomes: Vec<Option<Outcome>>,
-    heard: Vec<Vec<u32>>,
+    received: Vec<Vec<u32>>,
     index: usize,
     reply: F,
 }
 
 impl<F: FnMut(usize, Event) -> Result<Flow>> BatchRecorder<F> {
     pub fn new(requests: usize, reply: F) -> BatchRecorder<F> {
-        BatchRecorder { outcomes: vec![None; requests], heard: vec![vec![]; requests], index: 0, reply }
+        BatchRecorder { outcomes: vec![None; requests], received: vec![vec![]; requests], index: 0, reply }
     }
 
-    /// Tokens said so far, of all requests.
-    pub fn heard(&self) -> usize {
-        self.heard.iter().map(Vec::len).sum()
+    /// Tokens received so far, of all requests.
+    pub fn tokens_received(&self) -> usize {
+        self.received.iter().map(Vec::len).sum()
     }
 }
 
@@ -42,9 +43,9 @@ impl<F: FnMut(usize, Event) -> Result<Flow>> TokenSink for BatchRecorder<F> {
     }
 
     fn token(&mut self, id: u32, _drafted: bool) -> Result<Flow> {
-        let heard = &mut self.heard[self.index];
-        heard.push(id);
-        (self.reply)(self.index, Event::Token(heard.len()))
+        let received = &mut self.received[self.index];
+        received.push(id);
+        (self.reply)(self.index, Event::Token(received.len()))
     }
 }
 
@@ -55,48 +56,48 @@ impl<F: FnMut(usize, Event) -> Result<Flow>> TokenSinks for BatchRecorder<F> {
     }
 
     fn done(&mut self, index: usize, outcome: Outcome) -> Result<Flow> {
-        assert_eq!(outcome.tokens, self.heard[index], "request {index} heard something else");
+        assert_eq!(outcome.tokens, self.received[index], "request {index} received other tokens");
         let flow = if outcome.finish == Finish::Interrupted { Flow::Interrupt } else { Flow::Continue };
         assert!(self.outcomes[index].replace(outcome).is_none(), "request {index} ended twice");
         Ok(flow)
     }
 }
 
-pub fn go_on(_: usize, _: Event) -> Result<Flow> {
+pub fn keep_going(_: usize, _: Event) -> Result<Flow> {
     Ok(Flow::Continue)
 }
 
-/// Takes all that is said.
-pub struct Silent;
+/// Accepts every token.
+pub struct AcceptAll;
 
-impl TokenSink for Silent {
+impl TokenSink for AcceptAll {
     fn token(&mut self, _id: u32, _drafted: bool) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 }
 
-/// The request alone, to its end.
+/// Runs the request alone, to its end.
 pub fn run(decoder: &mut dyn Decoder, request: &Request) -> Outcome {
-    generate(decoder, request, &mut Silent).unwrap()
+    generate(decoder, request, &mut AcceptAll).unwrap()
 }
 
-/// All requests to their ends, or to where `reply` ends them.
-pub fn together(
+/// Runs all requests together, to their ends or to where `reply` ends them.
+pub fn run_together(
     decoder: &mut dyn Decoder,
     requests: &[Request],
     reply: impl FnMut(usize, Event) -> Result<Flow>,
 ) -> Vec<Outcome> {
-    let mut crowd = BatchRecorder::new(requests.len(), reply);
-    generate_all(decoder, requests, &mut crowd).unwrap();
-    crowd.outcomes.into_iter().map(Option::unwrap).collect()
+    let mut recorder = BatchRecorder::new(requests.len(), reply);
+    generate_all(decoder, requests, &mut recorder).unwrap();
+    recorder.outcomes.into_iter().map(Option::unwrap).collect()
 }
 
-/// What an answer is, whatever time it took.
+/// The parts of an outcome that do not depend on time.
 pub fn answer(outcome: &Outcome) -> (&[u32], Finish, &[usize]) {
     (&outcome.tokens, outcome.finish, &outcome.accepted)
 }
 
-/// Without stop ids.
+/// A request without stop ids, with seed 7.
 pub fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32) -> Request {
     seeded(prompt, max_tokens, block, temperature, 7)
 }
@@ -113,8 +114,8 @@ pub fn seeded(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32,
     }
 }
 
-/// Chains, or trees of up to `tree` rows, verified by this method, with drafts sampled at this temperature. Exact trees
-/// are best-first, and exact chains at temperature 0 hold the best tokens.
+/// Chains, or trees of up to `tree` rows, verified by this method, with drafts sampled at this temperature.
+/// Exact trees are best-first, and exact chains at temperature 0 hold the best tokens.
 pub fn spec(method: VerifyMethod, temperature: f32, tree: Option<usize>) -> SpecConfig {
     let sampling = SamplingParams { temperature, ..SamplingParams::default() };
     let length = DraftLengthPolicy::Full;
@@ -139,13 +140,13 @@ pub fn spec(method: VerifyMethod, temperature: f32, tree: Option<usize>) -> Spec
     }
 }
 
-/// The same with drafts sampled among the `k` best tokens, where they are sampled.
+/// The same config with drafts sampled from the `k` best tokens, if it samples drafts.
 pub fn with_top_k(spec: &SpecConfig, k: usize) -> SpecConfig {
     let sampling = spec.draft_sampling().cloned().unwrap_or_default();
     spec.clone().with_draft_sampling(SamplingParams { top_k: k, ..sampling })
 }
 
-/// The same with this draft length, where there may be one.
+/// The same config with this draft-length policy, if its drafts have one.
 pub fn with_length(spec: &SpecConfig, policy: DraftLengthPolicy) -> SpecConfig {
     let mut spec = spec.clone();
     match &mut spec {
@@ -157,15 +158,18 @@ pub fn with_length(spec: &SpecConfig, policy: DraftLengthPolicy) -> SpecConfig {
     spec
 }
 
-/// The prompts that the reference answered.
-pub fn held() -> Vec<Vec<u32>> {
+/// The prompts with recorded answers of the reference implementation.
+pub fn reference_prompts() -> Vec<Vec<u32>> {
     let oracle: serde_json::Value = serde_json::from_str(include_str!("../data/oracle.json")).unwrap();
     let ids = |id: &serde_json::Value| id.as_u64().unwrap() as u32;
-    let prompt = |held: &serde_json::Value| held["prompt_ids"].as_array().unwrap().iter().map(ids).collect();
+    let prompt = |reference_prompts: &serde_json::Value| {
+        reference_prompts["prompt_ids"].as_array().unwrap().iter().map(ids).collect()
+    };
     oracle["prompts"].as_array().unwrap().iter().map(prompt).collect()
 }
 
-/// As small as the kernels take, with so few tokens that a random drafter is often right.
+/// The smallest pair that the kernels accept. Its vocabulary is so small that a random drafter is often
+/// right.
 pub fn tiny() -> (support::Target, support::Drafter) {
     let target = support::Target {
         hidden: 64,
@@ -192,6 +196,12 @@ pub fn tiny() -> (support::Target, support::Drafter) {
     (target, drafter)
 }
 
+/// Whether tests that run a sample of their cases by default run all of them: `DFLASH_EXHAUSTIVE=1`.
+pub fn exhaustive() -> bool {
+    std::env::var("DFLASH_EXHAUSTIVE").is_ok_and(|value| value == "1")
+}
+
+/// Opens a written pair.
 pub fn open(pair: &support::Pair) -> dflash::checkpoint::pair::Pair {
     dflash::checkpoint::pair::Pair::open(support::disk(&pair.target), Some(support::disk(&pair.drafter)))
         .unwrap()

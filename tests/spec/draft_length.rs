@@ -1,5 +1,5 @@
-//! How much a round drafts: the arithmetic of costs and acceptance against brute force, and controllers over scripted and
-//! random acceptance.
+//! Draft lengths: the arithmetic of costs and acceptance against brute force, and controllers under scripted
+//! and random acceptance.
 
 use crate::support::random;
 
@@ -16,12 +16,12 @@ fn costs(draft: f64, verify: impl Fn(usize) -> f64) -> Costs {
     Costs { draft, verify: (1..=64).map(verify).collect() }
 }
 
-/// Costs for policies that do not look at them.
+/// Costs for policies that do not read them.
 fn flat() -> Costs {
     costs(0.0, |_| 1.0)
 }
 
-/// The path of a chain whose first `accepted` drafts stood.
+/// The path bits of a chain whose first `accepted` drafts were accepted.
 fn chain_of(accepted: usize) -> u64 {
     u64::MAX >> (63 - accepted)
 }
@@ -40,15 +40,15 @@ fn near(found: f64, expected: f64) {
 #[test]
 fn the_worked_example_drafts_seven() {
     let costs = costs(1.2, |m| 10.0 + 0.05 * m as f64 + 0.03 * (m.max(4) - 4).pow(2) as f64);
-    let mut stands = 1.0;
+    let mut all_accepted = 1.0;
     let survival: Vec<f64> = [0.86, 0.80, 0.76, 0.73, 0.70, 0.68, 0.66, 0.64]
         .iter()
         .map(|accepted| {
-            stands *= accepted;
-            stands
+            all_accepted *= accepted;
+            all_accepted
         })
         .collect();
-    // Rows m count the anchor, too; without drafts there is no drafter.
+    // Rows m include the anchor; a round without drafts does not run the drafter.
     let expected = [10.05, 6.0753, 4.4545, 3.7123, 3.325, 3.1238, 3.0296, 3.0039, 3.0258];
     assert_eq!((costs.ar_step() * 1e4).round() / 1e4, expected[0]);
     for n in 1..=8 {
@@ -59,7 +59,7 @@ fn the_worked_example_drafts_seven() {
     assert_eq!((drafts, (each * 1e4).round() / 1e4), (7, 3.0039));
 }
 
-/// Every size by itself, in plain sums.
+/// The cheapest length and its cost per token, by computing each length on its own.
 fn by_brute_force(costs: &Costs, survival: &[f64]) -> (usize, f64) {
     let each = |n: usize| (costs.draft + costs.verify[n]) / (1.0 + survival[..n].iter().sum::<f64>());
     let all = (0..=survival.len()).map(|n| (n, each(n)));
@@ -67,7 +67,7 @@ fn by_brute_force(costs: &Costs, survival: &[f64]) -> (usize, f64) {
 }
 
 #[test]
-fn the_cheapest_size_is_the_cheapest_of_all_and_where_costs_are_convex_the_first_that_does_not_pay_ends_it() {
+fn the_cheapest_length_is_the_global_minimum() {
     let mut random = Random::new(1);
     for _ in 0..3000 {
         let n = 1 + random.below(40);
@@ -80,33 +80,33 @@ fn the_cheapest_size_is_the_cheapest_of_all_and_where_costs_are_convex_the_first
         let best = convex.cheapest(&survival);
         let expected = by_brute_force(&convex, &survival);
         near(best.1, expected.1);
-        // Adding drafts until the next one does not pay.
+        // With convex costs, this is also where adding one more draft first does not pay.
         let (mut tokens, mut stop) = (1.0, 0);
         while stop < n && convex.round(stop + 1) / (tokens + survival[stop]) < convex.round(stop) / tokens {
             tokens += survival[stop];
             stop += 1;
         }
         assert_eq!(best.0, stop);
-        // Any costs at all.
+        // Arbitrary costs.
         let verify = (0..64).map(|_| 0.1 + unit(&mut random)).collect();
-        let wild = Costs { draft: unit(&mut random), verify };
-        near(wild.cheapest(&survival).1, by_brute_force(&wild, &survival).1);
+        let arbitrary = Costs { draft: unit(&mut random), verify };
+        near(arbitrary.cheapest(&survival).1, by_brute_force(&arbitrary, &survival).1);
     }
 }
 
 #[test]
-fn on_a_staircase_the_best_size_fills_a_tile() {
+fn with_staircase_costs_the_best_length_fills_a_tile() {
     let mut random = Random::new(2);
     let mut edges = [0; 3];
     for _ in 0..500 {
         let second = 1.0 + unit(&mut random);
         let heights = [1.0, second, second + unit(&mut random)];
         let stairs = costs(0.2, |rows| heights[[16, 32, 64].iter().position(|edge| rows <= *edge).unwrap()]);
-        let (mut stands, keep) = (1.0, 0.8 + 0.2 * unit(&mut random));
+        let (mut all_accepted, keep) = (1.0, 0.8 + 0.2 * unit(&mut random));
         let survival: Vec<f64> = (0..63)
             .map(|_| {
-                stands *= keep;
-                stands
+                all_accepted *= keep;
+                all_accepted
             })
             .collect();
         let (drafts, each) = stairs.cheapest(&survival);
@@ -115,7 +115,7 @@ fn on_a_staircase_the_best_size_fills_a_tile() {
         edges[edge] += 1;
     }
     assert!(edges.iter().all(|times| *times > 10), "{edges:?}");
-    // Of equals the fewest, and none where nothing stands.
+    // Among equal costs the fewest drafts, and none if no draft is ever accepted.
     let flat = costs(1.0, |_| 1.0);
     assert_eq!(flat.cheapest(&[0.0; 20]).0, 0);
     assert_eq!(flat.cheapest(&[0.5, 0.0, 0.0]).0, 1);
@@ -123,7 +123,7 @@ fn on_a_staircase_the_best_size_fills_a_tile() {
 }
 
 #[test]
-fn modelled_costs_are_the_floor_of_the_passes() {
+fn modelled_costs_are_the_roofline_times_of_the_passes() {
     let (_, target, drafter) = PUBLISHED.into_iter().find(|pair| pair.0 == "qwen3-8b").unwrap();
     let (target, drafter) = (TargetConfig::open(&target).unwrap(), DrafterConfig::open(&drafter).unwrap());
     let card = Card::named("H200").unwrap();
@@ -133,9 +133,9 @@ fn modelled_costs_are_the_floor_of_the_passes() {
         assert_eq!(costs.verify[rows - 1], target_pass(&target, 1000, 1, rows).ms(&card));
     }
     assert_eq!(costs.ar_step(), costs.verify[0]);
-    // Bound by memory: a round of 64 rows costs little more than one of 16.
+    // One sequence is bound by memory bandwidth: a round of 64 rows costs little more than one of 16.
     assert!(costs.round(63) < 1.01 * costs.round(15));
-    // Of so many sequences that products decide, it is what is verified that costs.
+    // With 64 sequences arithmetic dominates: the cost follows the number of verified rows.
     let many = Costs::modelled(&card, &target, &drafter, 1000, 64, 16);
     assert_eq!(many.verify[31], target_pass(&target, 1000, 64, 32).ms(&card));
     assert_eq!(many.draft, draft_pass(&target, &drafter, 1000, 64, 16).ms(&card));
@@ -143,12 +143,12 @@ fn modelled_costs_are_the_floor_of_the_passes() {
 }
 
 #[test]
-fn where_passes_are_of_few_sizes_a_row_costs_what_the_next_one_does() {
+fn with_few_pass_sizes_a_row_costs_the_next_larger_pass() {
     let sized = |sizes: &[usize]| costs(0.5, |rows| rows as f64).of_sizes(sizes).verify;
     let all = sized(&[1, 1, 16, 32, 64]);
     let expected = |rows: usize| [1, 16, 32, 64].into_iter().find(|size| *size >= rows).unwrap() as f64;
     assert_eq!(all, (1..=64).map(expected).collect::<Vec<_>>());
-    // What is never verified has a cost all the same.
+    // Sizes beyond the largest pass have its cost.
     assert_eq!(sized(&[1, 5])[1..], [5.0; 63]);
     assert_eq!(sized(&[])[..3], [1.0, 2.0, 3.0]);
 }
@@ -156,20 +156,20 @@ fn where_passes_are_of_few_sizes_a_row_costs_what_the_next_one_does() {
 // ---- acceptance ----
 
 #[test]
-fn positions_begin_at_one_half_and_follow_what_is_counted() {
+fn positions_start_at_one_half_and_follow_the_counts() {
     let mut positions = Positions::default();
     let survival = |positions: &Positions, expected: &[f64]| {
         let found = positions.survival(expected.len());
         found.iter().zip(expected).for_each(|(found, expected)| near(*found, *expected));
     };
     survival(&positions, &[0.5, 0.25, 0.125]);
-    // Of three drafts the first stood; a fourth there was not.
+    // The first of three drafts was accepted; there was no fourth.
     positions.observe(3, 0b11);
     let a: f64 = 2.0 / 3.0;
     let b = 2.0 * a.powi(2) / 3.0;
     let c = 2.0 * b.powf(1.5) / 3.0;
     survival(&positions, &[a, b, c, c.powf(4.0 / 3.0)]);
-    // A tree's second row, where the first and the third did not: what came before fades, for every row.
+    // A tree whose path bits are 0b101: older counts decay, for every row.
     positions.observe(2, 0b101);
     let a: f64 = (0.98 + 1.0) / (1.98 + 2.0);
     let b: f64 = (1.0 + 2.0 * a.powi(2)) / (1.98 + 2.0);
@@ -178,7 +178,7 @@ fn positions_begin_at_one_half_and_follow_what_is_counted() {
     positions.observe(0, 1);
     survival(&positions, &[(0.98 * 0.98 + 1.0) / (1.98 * 0.98 + 2.0)]);
     assert!(positions.survival(0).is_empty());
-    // Bits of rows that were not verified, and rows beyond the bits.
+    // Path bits of rows that were not verified, and rows beyond the bits.
     let mut garbage = Positions::default();
     garbage.observe(1, u64::MAX);
     survival(&garbage, &[2.0 / 3.0, 4.0 / 9.0]);
@@ -187,37 +187,37 @@ fn positions_begin_at_one_half_and_follow_what_is_counted() {
     assert!(survival[62] > 0.9 && survival[63] < 0.7, "{survival:?}");
 }
 
-/// What is asked for fewer rows is what those alone would bring.
+/// The survival of a tree's rows predicts the tokens of every smaller tree.
 #[test]
-fn positions_of_a_tree_foretell_every_smaller_one() {
+fn positions_of_a_tree_predict_every_smaller_tree() {
     let mut random = Random::new(8);
     let parents: Vec<usize> =
         (0..40).map(|row: usize| if row == 0 { 0 } else { random.below(row) }).collect();
-    let (mut positions, mut brought) = (Positions::default(), vec![0.0; 40]);
+    let (mut positions, mut produced) = (Positions::default(), vec![0.0; 40]);
     let rounds = 4000;
     for _ in 0..rounds {
-        // Walks down from the anchor, to each child with the same chance, or ends.
-        let (mut stood, mut at) = (1u64, 0);
+        // A random path from the anchor: each child, or the end, with equal probability.
+        let (mut path, mut at) = (1u64, 0);
         loop {
             let children: Vec<usize> = (at + 1..40).filter(|row| parents[*row] == at).collect();
             let Some(next) = children.get(random.below(children.len() + 1)) else { break };
-            (stood, at) = (stood | 1 << next, *next);
+            (path, at) = (path | 1 << next, *next);
         }
-        positions.observe(39, stood);
+        positions.observe(39, path);
         (1..40).for_each(|row| {
-            brought[row] += f64::from((stood & ((2 << row) - 2)).count_ones()) / rounds as f64
+            produced[row] += f64::from((path & ((2 << row) - 2)).count_ones()) / rounds as f64
         });
     }
     let survival = positions.survival(39);
     for rows in 1..40 {
         let expected: f64 = survival[..rows].iter().sum();
-        assert!((expected - brought[rows]).abs() < 0.35, "{rows} rows: {expected}, {}", brought[rows]);
+        assert!((expected - produced[rows]).abs() < 0.35, "{rows} rows: {expected}, {}", produced[rows]);
     }
-    assert!(brought[39] > 1.0 && brought[5] < brought[39] - 0.3, "{brought:?}");
+    assert!(produced[39] > 1.0 && produced[5] < produced[39] - 0.3, "{produced:?}");
 }
 
 #[test]
-fn positions_find_the_acceptance_they_are_shown() {
+fn positions_estimate_the_acceptance_they_observe() {
     let mut random = Random::new(3);
     let truth = [0.9, 0.8, 0.5, 0.7, 0.2];
     let mut positions = Positions::default();
@@ -229,17 +229,17 @@ fn positions_find_the_acceptance_they_are_shown() {
             positions.survival(5).iter().zip(&mut mean).for_each(|(s, mean)| *mean += s / 5000.0);
         }
     }
-    let mut stands = 1.0;
+    let mut all_accepted = 1.0;
     for (mean, accepted) in mean.iter().zip(truth) {
-        stands *= accepted;
-        // The guess counts as much as two of about fifty rounds.
-        assert!((mean - stands).abs() < 0.04, "{mean}, expected about {stands}");
+        all_accepted *= accepted;
+        // The prior counts as much as two of about fifty rounds.
+        assert!((mean - all_accepted).abs() < 0.04, "{mean}, expected about {all_accepted}");
     }
 }
 
 // ---- controllers ----
 
-/// Costs of the paths of a chain whose drafts have these probabilities.
+/// The path costs of a chain whose drafts have these probabilities.
 fn chain(probabilities: &[f64]) -> Vec<u32> {
     let mut bits = 0.0;
     let cost = |p: &f64| {
@@ -250,8 +250,8 @@ fn chain(probabilities: &[f64]) -> Vec<u32> {
 }
 
 #[test]
-fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
-    // Every row costs a tenth of a step.
+fn by_position_first_drafts_all_then_the_cheapest_length() {
+    // Every row costs a tenth of an AR step.
     let table = costs(0.5, |rows| 1.0 + 0.1 * rows as f64);
     let mut controller = ByPosition::new(DraftLengthPolicy::CostModel, table.clone());
     let mut positions = Positions::default();
@@ -265,7 +265,7 @@ fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
     }
     assert!((2..8).contains(&controller.drafts(15)));
     assert_eq!(controller.drafts(1), 1);
-    // From all to few and back, never more than 16 rows at once.
+    // From all to few and back, never by more than 16 rows at once.
     let mut controller = ByPosition::new(DraftLengthPolicy::CostModel, table);
     let mut sizes = vec![];
     for round in 0..400 {
@@ -277,16 +277,17 @@ fn by_position_waits_and_then_drafts_what_pays_a_tile_at_a_time() {
     assert_eq!((sizes[..4].to_vec(), sizes[99], sizes[399]), (vec![63; 4], 1, 63), "{sizes:?}");
 }
 
-/// A drafter whose sureness is `bias` times too much in bits, and its rounds.
-fn sure(random: &mut Random, bias: f64, depth: usize) -> (Vec<u32>, usize) {
+/// A round of a drafter whose path costs, in bits, are too small by the factor `bias`: the costs it reports,
+/// and the number of accepted drafts.
+fn overconfident_round(random: &mut Random, bias: f64, depth: usize) -> (Vec<u32>, usize) {
     let real: Vec<f64> = (0..depth).map(|_| 0.3 + 0.7 * unit(random)).collect();
     let accepted = real.iter().take_while(|p| unit(random) < **p).count();
-    let said: Vec<f64> = real.iter().map(|p| p.powf(1.0 / bias)).collect();
-    (chain(&said), accepted)
+    let reported: Vec<f64> = real.iter().map(|p| p.powf(1.0 / bias)).collect();
+    (chain(&reported), accepted)
 }
 
 #[test]
-fn confidence_is_weighed_by_what_came_of_it() {
+fn confidence_is_weighted_by_the_observed_acceptance() {
     let mut random = Random::new(4);
     let table = costs(0.3, |rows| 1.0 + 0.05 * rows as f64);
     for bias in [0.5, 1.0, 2.0, 3.0] {
@@ -294,7 +295,7 @@ fn confidence_is_weighed_by_what_came_of_it() {
         let mut mean = 0.0;
         for round in 0..4000 {
             assert_eq!(controller.drafts(15), 15);
-            let (paths, accepted) = sure(&mut random, bias, 15);
+            let (paths, accepted) = overconfident_round(&mut random, bias, 15);
             let drafts = controller.truncate(&paths);
             let weight = controller.weight();
             let survival: Vec<f64> =
@@ -305,19 +306,19 @@ fn confidence_is_weighed_by_what_came_of_it() {
         }
         assert!((mean / bias - 1.0).abs() < 0.15, "{mean} for {bias}");
     }
-    let mut hopeless = ByConfidence::new(DraftLengthPolicy::CostModel, table);
+    let mut never_right = ByConfidence::new(DraftLengthPolicy::CostModel, table);
     for _ in 0..2000 {
-        let drafts = hopeless.truncate(&chain(&[0.99; 15]));
-        hopeless.observe(drafts, 1);
+        let drafts = never_right.truncate(&chain(&[0.99; 15]));
+        never_right.observe(drafts, 1);
     }
-    assert_eq!(hopeless.weight(), 4.0);
+    assert_eq!(never_right.weight(), 4.0);
 }
 
-/// Of each goal, what there is known before the drafts are, and what looks at them.
+/// For each policy: a controller that decides ahead of the drafts, and one that may read their probabilities.
 #[test]
-fn goals_make_controllers_that_look_only_where_they_may() {
+fn controllers_that_decide_ahead_need_no_draft_probabilities() {
     let costs = costs(0.1, |_| 1.0);
-    for (goal, ahead, looks, most) in [
+    for (policy, ahead, needs_probs, max) in [
         (DraftLengthPolicy::Full, true, false, 100),
         (DraftLengthPolicy::Full, false, false, 100),
         (DraftLengthPolicy::CostModel, true, false, 63),
@@ -325,64 +326,71 @@ fn goals_make_controllers_that_look_only_where_they_may() {
         (DraftLengthPolicy::Threshold(0.5), true, false, 63),
         (DraftLengthPolicy::Threshold(0.5), false, true, 63),
     ] {
-        let mut controller = goal.controller(&costs, ahead);
+        let mut controller = policy.controller(&costs, ahead);
         assert_eq!(
             (controller.needs_draft_probs(), controller.drafts(100)),
-            (looks, most),
-            "{goal:?}, ahead: {ahead}"
+            (needs_probs, max),
+            "{policy:?}, ahead: {ahead}"
         );
-        assert_eq!((controller.drafts(7), controller.drafts(0)), (7, 0), "{goal:?}, ahead: {ahead}");
+        assert_eq!((controller.drafts(7), controller.drafts(0)), (7, 0), "{policy:?}, ahead: {ahead}");
         let kept = controller.truncate(&[0, 100, 66 << 16]);
-        assert_eq!(kept, if looks { 2 } else { 3 }, "{goal:?}, ahead: {ahead}");
+        assert_eq!(kept, if needs_probs { 2 } else { 3 }, "{policy:?}, ahead: {ahead}");
     }
 }
 
 #[test]
-fn by_position_verifies_rows_that_stand_often_enough_and_one_at_least() {
-    for least in [1e-90, 0.2, 0.5, 0.8, 1.0] {
+fn by_position_keeps_rows_accepted_often_enough_and_at_least_one() {
+    for min_probability in [1e-90, 0.2, 0.5, 0.8, 1.0] {
         let mut random = Random::new(31);
-        let mut controller = DraftLengthPolicy::Threshold(least).controller(&flat(), true);
+        let mut controller = DraftLengthPolicy::Threshold(min_probability).controller(&flat(), true);
         let mut positions = Positions::default();
         let mut sizes = vec![];
-        // Nothing stands for long, then all, then what happens to.
+        // No draft is accepted for 300 rounds, then all, then a random number.
         for round in 0..900 {
             let drafts = controller.drafts(15);
             let survival = positions.survival(15);
-            let often = (0..15).find(|row| survival[*row] < least).unwrap_or(15);
-            assert_eq!(drafts, if round < 4 { 15 } else { often.max(1) }, "at least {least}, round {round}");
+            let enough = (0..15).find(|row| survival[*row] < min_probability).unwrap_or(15);
+            assert_eq!(
+                drafts,
+                if round < 4 { 15 } else { enough.max(1) },
+                "at least {min_probability}, round {round}"
+            );
             let accepted = [0, 15, random.below(16)][round / 300].min(drafts);
             controller.observe(drafts, chain_of(accepted));
             positions.observe(drafts, chain_of(accepted));
             sizes.push(drafts);
         }
-        // No AR step is for ever, because there is none; what stands again is verified again.
-        let expected = if least < 1e-6 { (15, 15) } else { (1, if least < 1.0 { 15 } else { 1 }) };
-        assert_eq!((sizes[299], sizes[599]), expected, "at least {least}: {sizes:?}");
+        // There is always one draft, so rows that are accepted again are verified again.
+        let expected =
+            if min_probability < 1e-6 { (15, 15) } else { (1, if min_probability < 1.0 { 15 } else { 1 }) };
+        assert_eq!((sizes[299], sizes[599]), expected, "at least {min_probability}: {sizes:?}");
     }
-    // A tree ends before the first row that does not stand often enough, whatever comes behind.
+    // A tree ends before the first row that is not accepted often enough, whatever follows.
     let mut controller = DraftLengthPolicy::Threshold(0.5).controller(&flat(), true);
     for _ in 0..4 {
         assert_eq!(controller.drafts(20), 20);
         controller.observe(20, 0b110111);
     }
-    // Not all at once.
+    // The length does not change all at once.
     assert_eq!([(); 2].map(|()| controller.drafts(20)), [4, 2]);
 }
 
 #[test]
-fn by_confidence_verifies_paths_that_the_drafter_holds_likely_enough() {
-    let cuts = |least: f64, paths: &[u32]| {
-        DraftLengthPolicy::Threshold(least).controller(&flat(), false).truncate(paths)
+fn by_confidence_verifies_paths_of_sufficient_probability() {
+    let cuts = |min_probability: f64, paths: &[u32]| {
+        DraftLengthPolicy::Threshold(min_probability).controller(&flat(), false).truncate(paths)
     };
-    // A half, a quarter, an eighth: of equals, they stand.
+    // Path probabilities 1/2, 1/4, 1/8, ...: a path with exactly the threshold is kept.
     let halves = chain(&[0.5; 10]);
-    for (least, kept) in [(0.51, 0), (0.5, 1), (0.26, 1), (0.25, 2), (0.125, 3), (1e-9, 10), (1.0, 0)] {
-        assert_eq!(cuts(least, &halves), kept, "at least {least}");
+    for (min_probability, kept) in
+        [(0.51, 0), (0.5, 1), (0.26, 1), (0.25, 2), (0.125, 3), (1e-9, 10), (1.0, 0)]
+    {
+        assert_eq!(cuts(min_probability, &halves), kept, "at least {min_probability}");
     }
     assert_eq!((cuts(1.0, &[0, 0, 1, 0]), cuts(0.5, &[])), (2, 0));
-    // Of a tree, those before the first that is not.
+    // Of a tree, the rows before the first that is below.
     assert_eq!(cuts(0.25, &[1 << 16, 3 << 15, 2 << 16, (2 << 16) + 1, 2 << 16]), 3);
-    // However often nothing was verified or nothing stood, a drafter that is sure is verified.
+    // Past rounds without drafts or accepted drafts do not matter.
     let mut controller = DraftLengthPolicy::Threshold(0.9).controller(&flat(), false);
     for round in 0..2000 {
         assert_eq!(controller.drafts(15), 15);
@@ -392,8 +400,8 @@ fn by_confidence_verifies_paths_that_the_drafter_holds_likely_enough() {
     }
 }
 
-/// Runs `rounds` rounds, of which round `i` would accept `accepts(i)` of up to 15 drafts, and is judged when `late` more
-/// have been asked for: which rounds drafted, and what all cost in AR steps per token.
+/// Runs `rounds` rounds. Round `i` accepts up to `accepts(i)` of 15 drafts, and its result is observed `late`
+/// rounds later. Returns which rounds drafted, and the cost per token in AR steps.
 fn play(
     controller: &mut CostGated<Fixed>,
     costs: &Costs,
@@ -429,13 +437,13 @@ fn play(
 }
 
 #[test]
-fn drafting_ends_where_it_does_not_pay_and_is_tried_ever_more_rarely() {
+fn drafting_that_does_not_pay_stops_and_is_tried_more_rarely() {
     let table = costs(0.2, |_| 1.0);
     for late in 0..4 {
         let mut controller = CostGated::new(Fixed, table.clone());
         let (drafted, each) = play(&mut controller, &table, 4000, late, |_| 0);
-        // Four rounds before anything is made of them, then eight poor ones, and those that were on their way; then trials
-        // after 16, 32, ... 256 AR steps, whose verdict is waited for.
+        // Four rounds of warm-up, then eight poor ones, and those in flight. Then trials after 16, 32, ...
+        // 256 AR steps, each waiting for its result.
         let mut expected: Vec<usize> = (0..12 + late).collect();
         let (mut at, mut interval, mut waited) = (11 + late, 16, 0);
         loop {
@@ -448,24 +456,24 @@ fn drafting_ends_where_it_does_not_pay_and_is_tried_ever_more_rarely() {
         }
         assert_eq!(drafted, expected, "{late} late");
         assert!(!controller.is_on() && each < 1.01, "{each}");
-        // What then pays is found within the longest interval, and kept.
+        // Drafting that pays again is found within the longest interval, and continues.
         let (drafted, each) = play(&mut controller, &table, 1000, late, |_| 9);
         assert!(controller.is_on() && drafted[0] <= 256, "{}", drafted[0]);
         assert_eq!(drafted.len(), 1000 - drafted[0] - late);
         assert!(each < 0.5, "{each}");
-        // A AR step where nothing could be drafted is no trial, and no poor round.
+        // An AR step where nothing can be drafted is neither a trial nor a poor round.
         assert_eq!((controller.drafts(0), controller.is_on()), (0, true));
     }
 }
 
 #[test]
-fn drafting_that_pays_is_never_left_out_and_a_bad_stretch_costs_little() {
+fn drafting_that_pays_never_stops_and_bad_stretches_cost_little() {
     let table = costs(0.2, |_| 1.0);
     let mut controller = CostGated::new(Fixed, table.clone());
     let (drafted, _) = play(&mut controller, &table, 2000, 1, |round| [0, 0, 3, 0][round % 4]);
     assert_eq!(drafted.len(), 2000);
     assert!(controller.gain() > 1.2);
-    // Eight times in turn: good stretches are drafted for the most part, bad ones are not.
+    // Alternating eight times: good stretches are mostly drafted, bad ones mostly not.
     let mut controller = CostGated::new(Fixed, table.clone());
     for turn in 0..8 {
         let (bad, each) = play(&mut controller, &table, 600, 1, |_| 0);
@@ -476,19 +484,19 @@ fn drafting_that_pays_is_never_left_out_and_a_bad_stretch_costs_little() {
 }
 
 #[test]
-fn what_pays_a_little_more_and_a_little_less_does_not_go_to_and_fro() {
-    // A round costs 1.2 steps: one draft of two rounds pays, one of six does not.
+fn drafting_near_break_even_does_not_oscillate() {
+    // A round costs 1.2 AR steps: one accepted draft in two rounds pays, one in six does not.
     let table = costs(0.2, |_| 1.0);
     for (seed, pays) in [(1, false), (2, true), (3, false), (4, true)] {
         let mut random = Random::new(seed);
-        let stands: Vec<usize> =
+        let accepted: Vec<usize> =
             (0..5000).map(|_| usize::from(unit(&mut random) < if pays { 0.5 } else { 0.16 })).collect();
         let mut controller = CostGated::new(Fixed, table.clone());
         let (mut turns, mut on) = (0, true);
-        for stands in &stands {
+        for accepted in &accepted {
             let drafts = controller.drafts(15);
             if drafts > 0 {
-                controller.observe(drafts, chain_of(*stands));
+                controller.observe(drafts, chain_of(*accepted));
             }
             turns += usize::from(controller.is_on() != on);
             on = controller.is_on();

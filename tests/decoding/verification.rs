@@ -1,12 +1,11 @@
-//! `--verify` and drafts that are drawn, on the CPU engine: the distribution of whole generations against the target's, which the
-//! target's own logits give exactly; what must not show in an answer; and the flags.
+//! The verification methods and sampled drafts on the CPU: the distribution of whole generations against the
+//! target's exact distribution, what an answer must not depend on, and the flags.
 
 use crate::support;
-use crate::support::crowd;
 use crate::support::distribution;
 use crate::support::program;
+use crate::support::requests;
 
-use crowd::{Silent, go_on, run, together};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::cpu::decoder::{Sequence, Sequences};
@@ -23,6 +22,7 @@ use dflash::spec::verify::{
     sample_tree,
 };
 use dflash::text::tokenizer::Text;
+use requests::{AcceptAll, keep_going, run, run_together};
 use serde_json::Value;
 
 struct Models(Target, Drafter);
@@ -35,10 +35,10 @@ fn demo() -> Models {
     load(&Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap())
 }
 
-/// Four tokens, so that whatever is drafted is often accepted and often not.
+/// A pair with four tokens, so that drafts are often accepted and often rejected.
 fn tiny() -> Models {
-    let (target, drafter) = crowd::tiny();
-    load(&crowd::open(&support::write_pair(&target, &drafter)))
+    let (target, drafter) = requests::tiny();
+    load(&requests::open(&support::write_pair(&target, &drafter)))
 }
 
 impl Models {
@@ -46,7 +46,8 @@ impl Models {
         Sequences::new(&self.0, Some(&self.1), slots, usize::MAX)
     }
 
-    /// Holds `runs` answers to `request`, of as many seeds, against the target's distribution. Returns the drafts accepted per round.
+    /// Compares `runs` answers to `request`, with different seeds, with the target's distribution. Returns
+    /// the mean number of drafts accepted per round.
     fn check(&self, request: &Request, runs: u64) -> f64 {
         let distribution =
             distribution::distribution(&self.0, &request.prompt, &request.sampling, request.max_tokens);
@@ -55,27 +56,27 @@ impl Models {
         let answer = |seed| {
             let sampling = SamplingParams { seed, ..request.sampling.clone() };
             let request = Request { sampling, ..request.clone() };
-            let outcome = resume(&mut decoder, &request, &mut Silent).unwrap();
+            let outcome = resume(&mut decoder, &request, &mut AcceptAll).unwrap();
             accepted.extend(outcome.accepted);
             outcome.tokens
         };
         distribution::check(what, &distribution, (0..runs).map(answer));
         let mean = (accepted.iter().sum::<usize>() - accepted.len()) as f64 / accepted.len() as f64;
-        println!("{what:?}: {mean:.3} drafts a round");
+        println!("{what:?}: {mean:.3} accepted drafts per round");
         mean
     }
 }
 
-fn drafting(rule: VerifyMethod, temperature: f32) -> SpecConfig {
-    crowd::spec(rule, temperature, None)
+fn chain_spec(method: VerifyMethod, temperature: f32) -> SpecConfig {
+    requests::spec(method, temperature, None)
 }
 
-fn tree(rule: VerifyMethod, temperature: f32, rows: usize) -> SpecConfig {
-    crowd::spec(rule, temperature, Some(rows))
+fn tree(method: VerifyMethod, temperature: f32, rows: usize) -> SpecConfig {
+    requests::spec(method, temperature, Some(rows))
 }
 
 fn request(prompt: &[u32], max_tokens: usize, block: usize, spec: SpecConfig) -> Request {
-    Request { spec, ..crowd::request(prompt, max_tokens, block, 1.0) }
+    Request { spec, ..requests::request(prompt, max_tokens, block, 1.0) }
 }
 
 const PROMPTS: [&str; 3] =
@@ -86,40 +87,40 @@ fn tokens(text: &str) -> Vec<u32> {
 }
 
 #[test]
-fn the_first_tokens_of_the_demo_pair_have_the_targets_law_under_every_rule() {
+fn demo_answers_have_the_targets_distribution_under_every_method() {
     let models = demo();
-    // Where the target hesitates and the drafter is right at times: in the answer to a prompt of the reference's.
+    // A point in a reference answer where the target is uncertain and the drafter is sometimes right.
     let oracle: Value = serde_json::from_str(include_str!("../data/oracle.json")).unwrap();
-    let said = oracle["prompts"][18]["output_ids"].as_array().unwrap().iter();
-    let prompt: Vec<u32> = said.take(135).map(|id| id.as_u64().unwrap() as u32).collect();
+    let answer = oracle["prompts"][18]["output_ids"].as_array().unwrap().iter();
+    let prompt: Vec<u32> = answer.take(135).map(|id| id.as_u64().unwrap() as u32).collect();
     ops::install(|| {
-        for how in [
-            drafting(VerifyMethod::Match, 0.0),
-            drafting(VerifyMethod::Match, 1.0),
-            drafting(VerifyMethod::Rejection, 1.0),
-            drafting(VerifyMethod::Block, 1.0),
+        for spec in [
+            chain_spec(VerifyMethod::Match, 0.0),
+            chain_spec(VerifyMethod::Match, 1.0),
+            chain_spec(VerifyMethod::Rejection, 1.0),
+            chain_spec(VerifyMethod::Block, 1.0),
             tree(VerifyMethod::Rejection, 1.0, 9),
             tree(VerifyMethod::Block, 1.0, 10),
         ] {
-            // So few survivors that their joint distribution can be counted.
-            let drawn = how.samples_drafts();
-            let mut request = request(&prompt, 3, 4, crowd::with_top_k(&how, 4));
+            // Top-k 4, so that the joint distribution has few cells.
+            let samples = spec.samples_drafts();
+            let mut request = request(&prompt, 3, 4, requests::with_top_k(&spec, 4));
             request.sampling.top_k = 4;
-            let stand = models.check(&request, 1000);
-            assert!(stand > 0.2 || !drawn, "hardly a draft stands: {stand}");
+            let accepted = models.check(&request, 1000);
+            assert!(accepted > 0.2 || !samples, "hardly any draft is accepted: {accepted}");
         }
     });
 }
 
 #[test]
-fn four_tokens_of_a_tiny_pair_have_the_targets_law_under_every_rule() {
+fn tiny_answers_have_the_targets_distribution_under_every_method() {
     let models = tiny();
     ops::install(|| {
-        for rule in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
+        for method in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
             for temperature in [0.0, 0.5, 2.0] {
-                // Trees have more siblings than there are tokens to draw.
+                // Larger trees have more siblings than there are tokens to sample.
                 for tree in [None, Some(4), Some(9), Some(16)] {
-                    let spec = crowd::with_top_k(&crowd::spec(rule, temperature, tree), 3);
+                    let spec = requests::with_top_k(&requests::spec(method, temperature, tree), 3);
                     models.check(&request(&[1, 2, 3], 4, 4, spec), 6000);
                 }
             }
@@ -128,10 +129,10 @@ fn four_tokens_of_a_tiny_pair_have_the_targets_law_under_every_rule() {
 }
 
 #[test]
-fn drafts_that_are_the_best_tokens_stand_as_often_as_under_match() {
+fn greedy_drafts_are_accepted_as_often_as_under_match() {
     let models = tiny();
     ops::install(|| {
-        let mean = |rule| models.check(&request(&[3, 1], 5, 5, drafting(rule, 0.0)), 4000);
+        let mean = |method| models.check(&request(&[3, 1], 5, 5, chain_spec(method, 0.0)), 4000);
         let [by_match, by_token, by_block] =
             [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block].map(mean);
         assert!((by_match - by_token).abs() < 0.05, "{by_match} {by_token}");
@@ -140,17 +141,17 @@ fn drafts_that_are_the_best_tokens_stand_as_often_as_under_match() {
 }
 
 #[test]
-fn greedy_answers_are_the_targets_best_tokens_under_every_rule() {
+fn greedy_answers_are_the_targets_best_tokens_under_every_method() {
     let models = demo();
-    let greedy = |block, spec| Request { spec, ..crowd::request(&tokens(PROMPTS[0]), 60, block, 0.0) };
+    let greedy = |block, spec| Request { spec, ..requests::request(&tokens(PROMPTS[0]), 60, block, 0.0) };
     ops::install(|| {
-        let plain = run(&mut models.slots(1), &greedy(1, SpecConfig::default()));
-        for rule in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
+        let ar = run(&mut models.slots(1), &greedy(1, SpecConfig::default()));
+        for method in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
             for temperature in [0.0, 1.0] {
                 for tree in [None, Some(12)] {
-                    let how = crowd::spec(rule, temperature, tree);
-                    let got = run(&mut models.slots(1), &greedy(8, how));
-                    assert_eq!(got.tokens, plain.tokens, "{rule:?}, drafts at {temperature}, {tree:?}");
+                    let spec = requests::spec(method, temperature, tree);
+                    let got = run(&mut models.slots(1), &greedy(8, spec));
+                    assert_eq!(got.tokens, ar.tokens, "{method:?}, drafts at {temperature}, {tree:?}");
                 }
             }
         }
@@ -163,13 +164,13 @@ fn coupled_drafts_change_no_token() {
     ops::install(|| {
         for text in PROMPTS {
             let prompt = tokens(text);
-            let plain = run(&mut models.slots(1), &request(&prompt, 80, 1, SpecConfig::default()));
+            let ar = run(&mut models.slots(1), &request(&prompt, 80, 1, SpecConfig::default()));
             let best = run(&mut models.slots(1), &request(&prompt, 80, 16, SpecConfig::default()));
             for temperature in [0.3, 1.0, 3.0] {
-                let how = drafting(VerifyMethod::Match, temperature);
-                let coupled = run(&mut models.slots(1), &request(&prompt, 80, 16, how));
-                assert_eq!(coupled.tokens, plain.tokens, "{text:?}");
-                assert_ne!(coupled.accepted, best.accepted, "{text:?}: other drafts");
+                let spec = chain_spec(VerifyMethod::Match, temperature);
+                let coupled = run(&mut models.slots(1), &request(&prompt, 80, 16, spec));
+                assert_eq!(coupled.tokens, ar.tokens, "{text:?}");
+                assert_ne!(coupled.accepted, best.accepted, "{text:?}: the drafts are not coupled");
             }
         }
     });
@@ -181,40 +182,41 @@ fn devices_couple_drafts_as_the_cpu_does() {
     let models = demo();
     let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let device = Box::new(dflash::gpu::emulator::Emulator::new());
-    let room = dflash::gpu::batch_config::BatchConfig::new(2, 8, 128);
-    let backend = DeviceBackend::load("emulator", device, &pair, room, &mut |_, _| ()).unwrap();
+    let config = dflash::gpu::batch_config::BatchConfig::new(2, 8, 128);
+    let backend = DeviceBackend::load("emulator", device, &pair, config, &mut |_, _| ()).unwrap();
     let mut decoder = backend.decoder().unwrap();
-    let stood = |outcome: &Outcome| outcome.accepted.iter().sum::<usize>();
+    let total = |outcome: &Outcome| outcome.accepted.iter().sum::<usize>();
     let (mut by_device, mut by_cpu, mut best) = (0usize, 0usize, 0usize);
     for text in &PROMPTS[..2] {
         let prompt = tokens(text);
-        let with = |block, how| request(&prompt, 20, block, how);
-        let plain = run(&mut *decoder, &with(1, SpecConfig::default()));
+        let with = |block, spec| request(&prompt, 20, block, spec);
+        let ar = run(&mut *decoder, &with(1, SpecConfig::default()));
         for temperature in [0.5, 1.5] {
-            let coupled = with(8, drafting(VerifyMethod::Match, temperature));
+            let coupled = with(8, chain_spec(VerifyMethod::Match, temperature));
             let got = run(&mut *decoder, &coupled);
-            assert_eq!(got.tokens, plain.tokens, "{text:?}");
-            by_device += stood(&got);
-            by_cpu += stood(&ops::install(|| run(&mut models.slots(1), &coupled)));
+            assert_eq!(got.tokens, ar.tokens, "{text:?}");
+            by_device += total(&got);
+            by_cpu += total(&ops::install(|| run(&mut models.slots(1), &coupled)));
         }
-        best += 2 * stood(&run(&mut *decoder, &with(8, SpecConfig::default())));
-        // Drafts of a greedy answer too, and those of others in the same rounds.
-        let mut greedy = with(8, drafting(VerifyMethod::Match, 1.0));
+        best += 2 * total(&run(&mut *decoder, &with(8, SpecConfig::default())));
+        // Also coupled drafts of a greedy answer, alone and with another request in the same rounds.
+        let mut greedy = with(8, chain_spec(VerifyMethod::Match, 1.0));
         greedy.sampling.temperature = 0.0;
         let alone = run(&mut *decoder, &greedy);
         let cold = Request { block: 1, ..greedy.clone() };
         assert_eq!(alone.tokens, run(&mut *decoder, &cold).tokens, "{text:?}");
         let others = with(8, SpecConfig::default());
-        let both = together(&mut *decoder, &[greedy, others], go_on);
-        assert_eq!([&both[0].tokens, &both[1].tokens], [&alone.tokens, &plain.tokens], "{text:?}");
+        let both = run_together(&mut *decoder, &[greedy, others], keep_going);
+        assert_eq!([&both[0].tokens, &both[1].tokens], [&alone.tokens, &ar.tokens], "{text:?}");
     }
     assert!(by_device.abs_diff(by_cpu) <= 2, "{by_device} {by_cpu} {best}");
     assert!(by_device > best, "{by_device} {by_cpu} {best}");
 }
 
 #[test]
-fn the_same_noise_chooses_alike_as_often_as_published() {
-    // Daliri et al.: the sum of 1 / sum_j max(p_j / p_i, q_j / q_i) over i, at least (1 - d) / (1 + d) at distance d.
+fn coupled_choices_agree_as_often_as_published() {
+    // Daliri et al.: the sum over i of 1 / sum_j max(p_j / p_i, q_j / q_i), at least (1 - d) / (1 + d) for
+    // total variation distance d.
     let rows: [([f32; 4], [f32; 4]); 3] = [
         ([1.0, 0.25, -0.5, -3.0], [0.0, 1.0, -0.5, -1.0]),
         ([2.0, 2.0, 2.0, 2.0], [2.0, 1.5, 1.0, 0.5]),
@@ -223,50 +225,50 @@ fn the_same_noise_chooses_alike_as_often_as_published() {
     for (p, q) in rows {
         let sampling =
             SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
-        let share = |row: &[f32]| {
+        let shares = |row: &[f32]| {
             let weights = sampling.survivors(row).unwrap();
             let total: u64 = weights.iter().map(|&(_, w)| w).sum();
             weights.iter().map(|&(_, w)| w as f64 / total as f64).collect::<Vec<f64>>()
         };
-        let (a, b) = (share(&p), share(&q));
+        let (a, b) = (shares(&p), shares(&q));
         let one = |i: usize| 1.0 / (0..4).map(|j| (a[j] / a[i]).max(b[j] / b[i])).sum::<f64>();
         let expected: f64 = (0..4).map(one).sum();
-        let apart = (0..4).map(|i| (a[i] - b[i]).abs()).sum::<f64>() / 2.0;
-        assert!(expected >= (1.0 - apart) / (1.0 + apart) && expected <= 1.0 - apart);
+        let distance = (0..4).map(|i| (a[i] - b[i]).abs()).sum::<f64>() / 2.0;
+        assert!(expected >= (1.0 - distance) / (1.0 + distance) && expected <= 1.0 - distance);
         let positions = 1 << 17;
         let same = (0..positions).filter(|&at| sampling.choose(&p, at) == sampling.choose(&q, at)).count();
         let found = same as f64 / f64::from(positions);
         // Four standard deviations are 0.0055.
         assert!((found - expected).abs() < 0.0055, "{found} instead of {expected}");
-        // Two draws of noise of their own are alike less often.
-        let strange = SamplingParams { stream: 2, ..sampling.clone() };
-        let same = (0..positions).filter(|&at| sampling.choose(&p, at) == strange.choose(&q, at)).count();
+        // With independent noise they agree less often.
+        let independent = SamplingParams { stream: 2, ..sampling.clone() };
+        let same = (0..positions).filter(|&at| sampling.choose(&p, at) == independent.choose(&q, at)).count();
         assert!((same as f64 / f64::from(positions)) < found - 0.05);
     }
 }
 
 #[test]
-fn answers_of_drawn_drafts_are_the_seeds_and_not_the_slots_or_the_others() {
+fn answers_with_sampled_drafts_depend_on_the_seed_only() {
     let models = demo();
     ops::install(|| {
-        for (rule, tree) in [VerifyMethod::Rejection, VerifyMethod::Block]
+        for (method, tree) in [VerifyMethod::Rejection, VerifyMethod::Block]
             .into_iter()
             .flat_map(|r| [(r, None), (r, Some(12))])
         {
             let of = |i: u32| {
                 let prompt: Vec<u32> = tokens(PROMPTS[i as usize % 2]);
-                let how = crowd::spec(rule, 1.0, tree);
-                let mut one = request(&prompt, 20 + i as usize, 8, how);
+                let spec = requests::spec(method, 1.0, tree);
+                let mut one = request(&prompt, 20 + i as usize, 8, spec);
                 one.sampling.stream = i;
                 one
             };
             let requests: Vec<Request> = (0..4).map(of).collect();
             let alone: Vec<_> = requests.iter().map(|one| run(&mut models.slots(1), one)).collect();
-            let crowd = together(&mut models.slots(3), &requests, go_on);
-            for (i, (a, b)) in alone.iter().zip(&crowd).enumerate() {
+            let batch = run_together(&mut models.slots(3), &requests, keep_going);
+            for (i, (a, b)) in alone.iter().zip(&batch).enumerate() {
                 assert_eq!((&a.tokens, &a.accepted), (&b.tokens, &b.accepted), "request {i}");
             }
-            // Prompts of the same words sample from streams of their own, and other seeds are other answers.
+            // Equal prompts have different streams; another seed gives another answer.
             assert_ne!(alone[0].tokens, alone[2].tokens[..20]);
             let mut seed = requests[0].clone();
             seed.sampling.seed += 1;
@@ -276,18 +278,18 @@ fn answers_of_drawn_drafts_are_the_seeds_and_not_the_slots_or_the_others() {
 }
 
 #[test]
-fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
+fn every_round_draws_by_its_number_and_its_anchors_position() {
     let Models(target, drafter) = &tiny();
     let vocab = target.config.vocab;
-    for (rule, most) in
+    for (method, max) in
         [VerifyMethod::Rejection, VerifyMethod::Block].into_iter().flat_map(|r| [(r, None), (r, Some(11))])
     {
-        let request = request(&[1, 2, 3], 40, 5, crowd::spec(rule, 1.5, most));
+        let request = request(&[1, 2, 3], 40, 5, requests::spec(method, 1.5, max));
         let own = &request.sampling;
         let (seed, stream) = (own.seed, own.stream);
-        // The engine's loop again, as short as it can be.
-        let room = |stack| Cache::new(stack, 64).unwrap();
-        let (mut cache, mut context) = (room(&target.config.stack), room(&drafter.config.stack));
+        // The engine's loop again, in its shortest form.
+        let new_cache = |stack| Cache::new(stack, 64).unwrap();
+        let (mut cache, mut context) = (new_cache(&target.config.stack), new_cache(&drafter.config.stack));
         let (mut features, mut logits) = (Vec::new(), Vec::new());
         let normed = target.forward(&request.prompt, &mut cache, &drafter.config.taps, &mut features, 1);
         target.logits(&normed, &mut logits);
@@ -303,35 +305,36 @@ fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
             let distribution =
                 |row: &[f32]| request.spec.draft_sampling().unwrap().probabilities(row).unwrap();
             let mut distributions: Vec<_> = logits.chunks(vocab).map(distribution).collect();
-            let mut dice = PhiloxStream { seed, stream, round, anchor: at as u32 };
-            let drawn = match (rule, most) {
-                (_, None) => sample_chains(anchor, 1, &distributions, &mut dice).unwrap(),
-                (VerifyMethod::Block, Some(most)) => {
-                    let (count, depth) = chains(most, 4);
+            let mut draws = PhiloxStream { seed, stream, round, anchor: at as u32 };
+            let (tokens, parents) = match (method, max) {
+                (_, None) => sample_chains(anchor, 1, &distributions, &mut draws).unwrap(),
+                (VerifyMethod::Block, Some(max)) => {
+                    let (count, depth) = chains(max, 4);
                     distributions.truncate(depth);
-                    sample_chains(anchor, count, &distributions, &mut dice).unwrap()
+                    sample_chains(anchor, count, &distributions, &mut draws).unwrap()
                 }
-                (_, Some(most)) => {
-                    let parents = shape(most, 4).parents;
+                (_, Some(max)) => {
+                    let parents = shape(max, 4).parents;
                     (
-                        sample_tree(anchor, &parents, &distributions, Siblings::Distinct, &mut dice).unwrap(),
+                        sample_tree(anchor, &parents, &distributions, Siblings::Distinct, &mut draws)
+                            .unwrap(),
                         parents,
                     )
                 }
             };
-            let tree = Tree::sampled(&drawn.0, &drawn.1);
+            let tree = Tree::sampled(&tokens, &parents);
             let normed = target.forward_tree(&tree, &mut cache, &drafter.config.taps, &mut features);
             target.logits(&normed, &mut logits);
             let distribution = |row: usize| own.probabilities(&logits[row * vocab..][..vocab]);
             let (tokens, parents) = (&tree.tokens[..], &tree.parents[..]);
             let chain = |(accepted, next): (usize, u32)| ((0..=accepted).collect::<Vec<usize>>(), next);
-            let judged = match (rule, most) {
+            let verified = match (method, max) {
                 (VerifyMethod::Rejection, None) => {
-                    rejection(&tokens[1..], &distributions, distribution, &mut dice).map(chain)
+                    rejection(&tokens[1..], &distributions, distribution, &mut draws).map(chain)
                 }
-                (_, None) => block_verify(&tokens[1..], &distributions, distribution, &mut dice).map(chain),
+                (_, None) => block_verify(&tokens[1..], &distributions, distribution, &mut draws).map(chain),
                 (VerifyMethod::Block, _) => {
-                    multi_draft_block_verify(tokens, &distributions, distribution, &mut dice)
+                    multi_draft_block_verify(tokens, &distributions, distribution, &mut draws)
                 }
                 _ => recursive_rejection(
                     tokens,
@@ -339,88 +342,88 @@ fn every_round_has_words_of_its_own_number_and_its_anchors_position() {
                     &distributions,
                     Siblings::Distinct,
                     distribution,
-                    &mut dice,
+                    &mut draws,
                 ),
             };
-            let (path, next) = judged.unwrap();
-            // The cache as a chain leaves it, by another pass over what stood.
-            let stood: Vec<u32> = path.iter().map(|&row| tokens[row]).collect();
+            let (path, next) = verified.unwrap();
+            // Another pass over the accepted rows leaves the cache as a chain does.
+            let accepted: Vec<u32> = path.iter().map(|&row| tokens[row]).collect();
             cache.crop(at);
             features.clear();
-            target.forward(&stood, &mut cache, &drafter.config.taps, &mut features, 1);
-            out.extend(&stood[1..]);
+            target.forward(&accepted, &mut cache, &drafter.config.taps, &mut features, 1);
+            out.extend(&accepted[1..]);
             out.push(next);
         }
         let got = ops::install(|| run(&mut Sequences::new(target, Some(drafter), 1, usize::MAX), &request));
-        assert_eq!(got.tokens, out[..40], "{rule:?}, {most:?}");
+        assert_eq!(got.tokens, out[..40], "{method:?}, {max:?}");
     }
 }
 
 #[test]
-fn a_block_of_one_row_is_plain_decoding_whatever_the_rule() {
+fn a_block_of_one_row_is_ar_decoding_under_every_method() {
     let models = tiny();
     ops::install(|| {
-        let plain = run(&mut models.slots(1), &request(&[1, 2], 40, 1, SpecConfig::default()));
-        for rule in [VerifyMethod::Rejection, VerifyMethod::Block] {
-            let got = run(&mut models.slots(1), &request(&[1, 2], 40, 1, drafting(rule, 1.0)));
-            assert_eq!(got.tokens, plain.tokens);
+        let ar = run(&mut models.slots(1), &request(&[1, 2], 40, 1, SpecConfig::default()));
+        for method in [VerifyMethod::Rejection, VerifyMethod::Block] {
+            let got = run(&mut models.slots(1), &request(&[1, 2], 40, 1, chain_spec(method, 1.0)));
+            assert_eq!(got.tokens, ar.tokens);
         }
     });
 }
 
-/// More of them than a controller's bits are.
+/// More drafts than a controller's path bits.
 #[test]
-fn a_block_of_a_hundred_drafts_stands_whole() {
-    let (target, drafter) = crowd::tiny();
+fn a_block_of_a_hundred_drafts_can_be_accepted_whole() {
+    let (target, drafter) = requests::tiny();
     let target = support::Target { vocab: 1, ..target };
     let drafter = support::Drafter { block: 101, mask_token: 0, ..drafter };
-    let models = load(&crowd::open(&support::write_pair(&target, &drafter)));
+    let models = load(&requests::open(&support::write_pair(&target, &drafter)));
     ops::install(|| {
-        for rule in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
-            let got = run(&mut models.slots(1), &request(&[0], 103, 101, drafting(rule, 1.0)));
-            assert_eq!((got.accepted, got.tokens.len()), (vec![101, 101], 103), "{rule:?}");
+        for method in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
+            let got = run(&mut models.slots(1), &request(&[0], 103, 101, chain_spec(method, 1.0)));
+            assert_eq!((got.accepted, got.tokens.len()), (vec![101, 101], 103), "{method:?}");
         }
     });
 }
 
 #[test]
-fn drawn_trees_get_less_deep_where_positions_end() {
-    let (target, mut drafter) = crowd::tiny();
+fn sampled_trees_are_less_deep_at_the_last_positions() {
+    let (target, mut drafter) = requests::tiny();
     drafter.max_positions = 24;
-    let Models(target, drafter) = load(&crowd::open(&support::write_pair(&target, &drafter)));
+    let Models(target, drafter) = load(&requests::open(&support::write_pair(&target, &drafter)));
     ops::install(|| {
-        for rule in [VerifyMethod::Rejection, VerifyMethod::Block] {
+        for method in [VerifyMethod::Rejection, VerifyMethod::Block] {
             let (mut cut, mut none) = (0, 0);
-            for most in [2, 3, 7, 16, 64] {
+            for max in [2, 3, 7, 16, 64] {
                 let mut sequence = Sequence::new(&target, Some(&drafter));
-                sequence.start(&request(&[1, 2, 3], 40, 6, tree(rule, 1.0, most))).unwrap();
+                sequence.start(&request(&[1, 2, 3], 40, 6, tree(method, 1.0, max))).unwrap();
                 sequence.prefill().unwrap();
                 let mut out = Vec::new();
                 while out.len() < 36 {
                     let rows = sequence.rows();
                     let drafts = sequence.round(&mut out).unwrap();
-                    let whole = match rule {
+                    let whole = match method {
                         VerifyMethod::Block => {
-                            let (count, depth) = chains(most, rows.max(2) - 1);
+                            let (count, depth) = chains(max, rows.max(2) - 1);
                             count * depth
                         }
-                        _ => most - 1,
+                        _ => max - 1,
                     };
-                    assert_eq!(drafts, if rows > 1 { whole } else { 0 }, "{rule:?} {most}, {rows} rows");
+                    assert_eq!(drafts, if rows > 1 { whole } else { 0 }, "{method:?} {max}, {rows} rows");
                     cut += usize::from((2..6).contains(&rows));
                     none += usize::from(rows == 1);
                 }
             }
-            assert!(cut > 0 && none > 5, "{rule:?}: {cut} {none}");
+            assert!(cut > 0 && none > 5, "{method:?}: {cut} {none}");
         }
     });
 }
 
 #[test]
-fn drafts_that_somebody_else_made_have_no_law() {
+fn sampling_methods_refuse_drafts_without_distributions() {
     let models = tiny();
     let mut sequence = Sequence::new(&models.0, Some(&models.1));
-    sequence.start(&request(&[1, 2], 10, 4, drafting(VerifyMethod::Block, 1.0))).unwrap();
+    sequence.start(&request(&[1, 2], 10, 4, chain_spec(VerifyMethod::Block, 1.0))).unwrap();
     sequence.prefill().unwrap();
     let error = sequence.verify(&[1, 1, 1], &mut Vec::new()).unwrap_err();
     assert_eq!(error.to_string(), "drafts without the distributions that they were sampled from");
@@ -435,38 +438,38 @@ fn record(args: &[&str]) -> Value {
 }
 
 #[test]
-fn verify_chooses_the_rule_and_the_record_names_it() {
+fn verify_selects_the_method_and_the_record_names_it() {
     let hot = ["--temperature", "1"];
     let matched = record(&hot);
-    for (rule, other) in [("match", false), ("rejection", true), ("block", true)] {
-        let args = [&hot[..], &["--verify", rule]].concat();
+    for (method, other) in [("match", false), ("rejection", true), ("block", true)] {
+        let args = [&hot[..], &["--verify", method]].concat();
         let got = record(&args);
-        assert_eq!((&got["verify"], &got["device"]), (&Value::from(rule), &Value::from("cpu")));
-        assert_eq!(got["tokens"] != matched["tokens"], other, "{rule}");
-        assert_eq!(record(&args)["tokens"], got["tokens"], "the seed gives {rule}'s text again");
-        // Greedy, all are the same.
-        assert_eq!(record(&["--verify", rule])["tokens"], record(&[])["tokens"]);
+        assert_eq!((&got["verify"], &got["device"]), (&Value::from(method), &Value::from("cpu")));
+        assert_eq!(got["tokens"] != matched["tokens"], other, "{method}");
+        assert_eq!(record(&args)["tokens"], got["tokens"], "the seed gives {method}'s text again");
+        // Greedy answers do not depend on the method.
+        assert_eq!(record(&["--verify", method])["tokens"], record(&[])["tokens"]);
         if other {
             let cold = record(&[&args[..], &["--draft-temperature", "0.3"]].concat());
-            assert_ne!(cold["tokens"], got["tokens"], "--draft-temperature does something");
+            assert_ne!(cold["tokens"], got["tokens"], "--draft-temperature has no effect");
             let same = record(&[&args[..], &["--draft-temperature", "1"]].concat());
             assert_eq!(same["tokens"], got["tokens"], "by default it is --temperature");
         }
     }
-    for rule in ["rejection", "block"] {
-        let args = [&hot[..], &["--verify", rule]].concat();
+    for method in ["rejection", "block"] {
+        let args = [&hot[..], &["--verify", method]].concat();
         let (chain, tree) = (record(&args), record(&[&args[..], &["--tree", "20", "--block", "8"]].concat()));
-        assert_eq!((&tree["verify"], &tree["tree"]), (&Value::from(rule), &Value::from(20)));
-        assert_ne!(tree["tokens"], chain["tokens"], "{rule}");
+        assert_eq!((&tree["verify"], &tree["tree"]), (&Value::from(method), &Value::from(20)));
+        assert_ne!(tree["tokens"], chain["tokens"], "{method}");
         let drafted = tree["drafted"].as_array().unwrap();
-        // Four chains of 4 fit, or all rows of a shape.
-        assert_eq!(drafted[0], if rule == "block" { 16 } else { 19 });
+        // Four chains of 4 drafts fit, or all rows of a tree.
+        assert_eq!(drafted[0], if method == "block" { 16 } else { 19 });
     }
-    for (rule, more) in [("rejection", &[][..]), ("block", &[]), ("block", &["--tree", "9"])] {
-        let args = [&hot[..], &["--verify", rule, "--device", "emulator"], more].concat();
+    for (method, more) in [("rejection", &[][..]), ("block", &[]), ("block", &["--tree", "9"])] {
+        let args = [&hot[..], &["--verify", method, "--device", "emulator"], more].concat();
         let got = record(&args);
-        assert_eq!((&got["verify"], &got["device"]), (&Value::from(rule), &Value::from("emulator")));
-        assert_eq!(record(&args)["tokens"], got["tokens"], "the seed gives {rule}'s text again");
+        assert_eq!((&got["verify"], &got["device"]), (&Value::from(method), &Value::from("emulator")));
+        assert_eq!(record(&args)["tokens"], got["tokens"], "the seed gives {method}'s text again");
     }
     let coupled = record(&[&hot[..], &["--coupled"]].concat());
     assert_eq!(coupled["tokens"], matched["tokens"]);
@@ -476,7 +479,7 @@ fn verify_chooses_the_rule_and_the_record_names_it() {
 }
 
 #[test]
-fn flags_that_cannot_go_together_are_refused() {
+fn incompatible_flags_are_refused() {
     let cases: [(i32, &[&str], &str); 11] = [
         (
             2,
