@@ -345,7 +345,8 @@ pub fn check_pair(
     drafter: &DrafterConfig,
     drafter_folder: &Folder,
 ) -> Result<()> {
-    let (ours, theirs) = (target_folder.path("config.json"), drafter_folder.path("config.json"));
+    let (ours, theirs) =
+        (target_folder.described_file("config.json"), drafter_folder.described_file("config.json"));
     let same = |what: &str, drafters: usize, targets: usize| match drafters == targets {
         true => Ok(()),
         false => Err(Error::Model(format!(

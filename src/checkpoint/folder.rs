@@ -148,6 +148,14 @@ impl Folder {
     pub fn path(&self, file: &str) -> String {
         match self {
             Folder::Disk(dir) => dir.join(file).display().to_string(),
+            Folder::Embedded { name, .. } => format!("{name}/{file}"),
+        }
+    }
+
+    /// A file of the folder for sentences: its path, or "config.json of the built-in demo target".
+    pub fn described_file(&self, file: &str) -> String {
+        match self {
+            Folder::Disk(_) => self.path(file),
             Folder::Embedded { .. } => format!("{file} of {}", self.described()),
         }
     }

@@ -72,7 +72,7 @@ impl Pair {
                 "context",
                 format!(
                     "is {n}, expected 2 to {limit}, the positions that {} has",
-                    self.target.folder.path("config.json")
+                    self.target.folder.described_file("config.json")
                 ),
             )),
         }
@@ -101,7 +101,7 @@ impl Pair {
                 "block",
                 format!(
                     "is {n}, expected 1 to {trained}, the block that {} was trained with",
-                    drafter.folder.path("config.json")
+                    drafter.folder.described_file("config.json")
                 ),
             )),
         }

@@ -34,7 +34,7 @@ fn the_demo_pair_opens_with_its_configs() {
     assert_eq!(drafter.stack.attention, [Attention { causal: false, window: None }; 3]);
     assert_eq!((drafter.embedding_scale, drafter.output_multiplier, drafter.softcap), (1.0, 1.0, None));
     let (name, file, dtype, shape) = weights.list()[0];
-    assert_eq!((name, file), ("model.embed_tokens.weight", "model.safetensors of the built-in demo target"));
+    assert_eq!((name, file), ("model.embed_tokens.weight", "demo/target/model.safetensors"));
     assert_eq!((dtype, shape), (Dtype::Bf16, [2048, 128].as_slice()));
 }
 

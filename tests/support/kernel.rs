@@ -4,6 +4,7 @@
 //! Tests run on the emulator, and also on a GPU if one opens. Bits are compared within one device. Across
 //! devices only kernels that compute with integers or round once must give equal bits.
 
+pub use crate::support::exhaustive;
 use crate::support::random;
 
 use dflash::gpu::cuda::Cuda;
@@ -21,12 +22,6 @@ pub fn gpu() -> Option<&'static dyn Device> {
     // tools/gpu-check.sh looks for this line.
     println!("on {}", gpu.properties().name);
     Some(gpu)
-}
-
-/// Whether tests run every case they have: `DFLASH_EXHAUSTIVE=1` in the environment. Otherwise the slowest
-/// tests run a part of their random cases.
-pub fn exhaustive() -> bool {
-    std::env::var_os("DFLASH_EXHAUSTIVE").is_some_and(|value| value == "1")
 }
 
 /// Number of random cases to run: `all` if [`exhaustive`], else `few`; 1 in 20 of `all` under the

@@ -20,3 +20,9 @@ pub mod sampled_trees;
 pub mod text;
 
 pub use checkpoint::*;
+
+/// Whether tests run every case they have: `DFLASH_EXHAUSTIVE=1` in the environment. Otherwise the slowest
+/// tests run a part of their random cases.
+pub fn exhaustive() -> bool {
+    std::env::var_os("DFLASH_EXHAUSTIVE").is_some_and(|value| value == "1")
+}

@@ -2,6 +2,7 @@
 //! configs, and a pair small enough that kernels on the emulator run it in milliseconds.
 
 use crate::support;
+pub use crate::support::exhaustive;
 use dflash::Result;
 use dflash::engine::generate::{
     Decoder, Finish, Flow, Outcome, Request, TokenSink, TokenSinks, generate, generate_all,
@@ -194,11 +195,6 @@ pub fn tiny() -> (support::Target, support::Drafter) {
         ..Default::default()
     };
     (target, drafter)
-}
-
-/// Whether tests that run a sample of their cases by default run all of them: `DFLASH_EXHAUSTIVE=1`.
-pub fn exhaustive() -> bool {
-    std::env::var("DFLASH_EXHAUSTIVE").is_ok_and(|value| value == "1")
 }
 
 /// Opens a written pair.
