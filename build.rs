@@ -55,10 +55,11 @@ fn name_commit() {
     }
     println!("cargo:rerun-if-changed={}", log.display());
     let git = Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).stderr(Stdio::null()).output();
-    if let Ok(output) = git.as_ref().map(|output| String::from_utf8_lossy(&output.stdout)) {
-        if !output.trim().is_empty() {
-            println!("cargo:rustc-env=DFLASH_COMMIT={}", output.trim());
-        }
+    let commit = git.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_string());
+    if let Ok(commit) = commit
+        && !commit.is_empty()
+    {
+        println!("cargo:rustc-env=DFLASH_COMMIT={commit}");
     }
 }
 
