@@ -110,8 +110,8 @@ pub struct Engine {
 
 /// The loaded pair. An enum and not a trait object, so that `Engine` is `Send` and `Sync`.
 enum Loaded {
-    Cpu(Cpu),
-    Device(DeviceBackend, BatchConfig),
+    Cpu(Box<Cpu>),
+    Device(Box<DeviceBackend>, BatchConfig),
 }
 
 impl Engine {
@@ -143,13 +143,13 @@ impl Engine {
         let (backend, context, fallback) = match DeviceHandle::for_pair(device, gpu, &pair, capacity)? {
             Placement::Cpu { fallback } => {
                 let context = pair.context(context)?;
-                (Loaded::Cpu(Cpu::load(&pair, 1, context)?), context, fallback)
+                (Loaded::Cpu(Box::new(Cpu::load(&pair, 1, context)?)), context, fallback)
             }
             Placement::Device(handle) => {
                 handle.memory_plan(&pair, capacity)?.1?;
                 let DeviceHandle { name, device, .. } = handle;
                 let loaded = DeviceBackend::load(name, device, &pair, capacity, &mut |_, _| ())?;
-                (Loaded::Device(loaded, capacity), capacity.positions, None)
+                (Loaded::Device(Box::new(loaded), capacity), capacity.positions, None)
             }
         };
         Ok(Engine { pair, text, backend, context, fallback })
@@ -246,8 +246,8 @@ impl Engine {
 impl Loaded {
     fn get(&self) -> &dyn Backend {
         match self {
-            Loaded::Cpu(cpu) => cpu,
-            Loaded::Device(device, _) => device,
+            Loaded::Cpu(cpu) => &**cpu,
+            Loaded::Device(device, _) => &**device,
         }
     }
 }

@@ -141,7 +141,7 @@ impl Transformer {
         let c = &self.config;
         let (rows, all) = (pass.rows(), pass.rows() + pass.injected);
         // Injected rows come before the pass's own.
-        let (y, sumsq) = s.from_row(c.hidden, pass.injected)?;
+        let (y, sumsq) = s.slices_from(c.hidden, pass.injected)?;
         self.norm(rows).launch(device, &y, &sumsq, &s.x, None, &self.layers[0].input_gain)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let input = |weights, x, sumsq| Input {
@@ -457,7 +457,7 @@ impl Scratch {
     }
 
     /// `y` and `sumsq` from row `first` on.
-    fn from_row(&self, hidden: usize, first: usize) -> Result<(Buffer, Buffer)> {
+    fn slices_from(&self, hidden: usize, first: usize) -> Result<(Buffer, Buffer)> {
         let (y, sums) = (first * hidden * 2, first * hidden.div_ceil(128) * 4);
         Ok((self.y.slice(y, self.y.bytes() - y)?, self.sumsq.slice(sums, self.sumsq.bytes() - sums)?))
     }
@@ -562,7 +562,7 @@ impl Vocabulary {
         best: &Buffer,
         logits: Option<&Buffer>,
     ) -> Result<()> {
-        let (y, sumsq) = s.from_row(self.hidden, first)?;
+        let (y, sumsq) = s.slices_from(self.hidden, first)?;
         let input = Input {
             weights: &self.head,
             x: &y,

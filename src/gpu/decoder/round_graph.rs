@@ -102,7 +102,7 @@ impl<'a> RoundContext<'a> {
         });
         let draft = draft.transpose()?;
         let buffers = RoundBuffers::new(device, models, config, &cache)?;
-        let ring = Ring::new(device, Round { sequences, block, max_verify_rows: max_verify_rows }, records)?;
+        let ring = Ring::new(device, Round { sequences, block, max_verify_rows }, records)?;
         Ok(RoundContext { device, models, config, cache, scratch, draft, buffers, ring })
     }
 
