@@ -1,8 +1,8 @@
 //! The loop that runs many requests in the slots of a decoder: admit, prefill in parts, rounds, release.
 
 use crate::engine::decoder::{Decoder, Emitted, Prefill};
-use crate::engine::generate::{Flow, TokenSink, TokenSinks};
 use crate::engine::request::{Finish, Outcome, Request};
+use crate::engine::sink::{Flow, TokenSink, TokenSinks};
 use crate::{Error, Result};
 use std::time::Instant;
 
