@@ -90,7 +90,7 @@ KERNEL(512, 1, sample_chains,
         const u32* parents,                    // [sequences][max_verify_rows]: parent row; 0: a chain begins
         const Span* spans,                     // [sequences]: rows
         const Sequence* sequences,             // [sequences]
-        const u32* tables,                     // [TABLE_WORDS], of which thi and tlo are read
+        const u32* tables,                     // [TABLE_WORDS]; reads thi and tlo
         u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
   SHARED(u64, warp_sums, WARPS);
@@ -127,7 +127,7 @@ KERNEL(512, 1, chain_classes,
         const u32* parents,               // [sequences][max_verify_rows]: parent row; 0 where a chain begins
         const Span* spans,                // [sequences]: rows
         const Sequence* sequences,        // [sequences]
-        const u32* tables,                // [TABLE_WORDS], of which thi and tlo are read
+        const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
         u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
   SHARED(u64, bins, CLASSES * 32);  // [CLASSES][lane]: the lanes of a warp never contend for an entry
@@ -177,7 +177,7 @@ KERNEL(512, 1, verify_chains,
         const u32* parents,               // [sequences][max_verify_rows]: parent row; 0 where a chain begins
         const Span* spans,                // [sequences]: rows
         const Sequence* sequences,        // [sequences]
-        const u32* tables,                // [TABLE_WORDS], of which thi and tlo are read
+        const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
         const u64* masses,                // [sequences][max_verify_rows][CLASSES], from chain_classes
         u64* overlaps,                    // [sequences][block_size]: sum of min(w p, selected q) per row
         u32* counters,                    // [sequences]

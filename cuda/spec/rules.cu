@@ -27,7 +27,7 @@ KERNEL(512, 1, row_distribution,
         const float* logits,             // [rows][vocab]
         const Row* rows,                 // [rows]
         const Sequence* sequences,       // [count]: sampling parameters
-        const u32* tables,               // [TABLE_WORDS], of which thi and tlo are read
+        const u32* tables,               // [TABLE_WORDS]; reads thi and tlo
         u32 count, u32 blocks, u32 vocab)) {
   SHARED(u32, table, 512);
   SHARED(u64, bins, BINS);
@@ -97,7 +97,7 @@ KERNEL(512, 1, sample_drafts,
         const float* logits,                   // [sequences][block_size][vocab]
         const Row* rows,                       // [sequences][block_size]
         const Sequence* sequences,             // [sequences]
-        const u32* tables,                     // [TABLE_WORDS], of which thi and tlo are read
+        const u32* tables,                     // [TABLE_WORDS]; reads thi and tlo
         u32 count, u32 vocab, u32 block_size)) {
   SHARED(u32, table, 512);
   SHARED(u64, warp_sums, WARPS);
@@ -128,7 +128,7 @@ KERNEL(512, 1, verify_drafts,
         const u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts
         const Span* spans,                // [sequences]
         const Sequence* sequences,        // [sequences]
-        const u32* tables,                // [TABLE_WORDS], of which thi and tlo are read
+        const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
         u64* overlaps,                    // [sequences][block_size]: sum of min(w p, q) per row
         u32* counters,                    // [sequences]
         u32 vocab, u32 block_size, u32 max_verify_rows)) {

@@ -181,7 +181,7 @@ KERNEL(512, 1, sample_siblings,
                                                // 0 unused
         const Span* spans,                     // [sequences]: rows of the tree
         const Sequence* sequences,             // [sequences]
-        const u32* tables,                     // [TABLE_WORDS], of which thi and tlo are read
+        const u32* tables,                     // [TABLE_WORDS]; reads thi and tlo
         u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
   SHARED(u64, warp_sums, WARPS);
@@ -251,7 +251,7 @@ KERNEL(512, 1, verify_tree,
         const u32* parents,               // [sequences][max_verify_rows]: parent row
         const Span* spans,                // [sequences]: rows of the tree
         const Sequence* sequences,        // [sequences]
-        const u32* tables,                // [TABLE_WORDS], of which thi and tlo are read
+        const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
         u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
   SHARED(u64, warp_sums, WARPS);
