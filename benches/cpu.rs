@@ -3,8 +3,8 @@
 
 use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
 use dflash::Result;
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::cpu::decoder::Sequence;
 use dflash::cpu::model::{Drafter, Target};
 use dflash::engine::generate::Request;

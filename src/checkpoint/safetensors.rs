@@ -1,8 +1,7 @@
 //! Tensors of a checkpoint by name: safetensors files, memory-mapped or embedded. Tensors stay in their
 //! files' bytes and types; nothing is converted here.
 
-use crate::checkpoint::folder::Bytes;
-pub use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder, PUBLISHED};
+use crate::checkpoint::folder::{Bytes, Folder};
 use crate::error::excerpt;
 use crate::{Error, Result};
 use safetensors::tensor::{Dtype as Stored, Metadata};

@@ -1,7 +1,7 @@
 //! DFlash drafters that are published for targets of known shape.
 
 use crate::checkpoint::config::TargetConfig;
-use crate::checkpoint::safetensors::PUBLISHED;
+use crate::checkpoint::folder::PUBLISHED;
 
 /// Targets of [`PUBLISHED`] and the Hugging Face names of their drafters.
 const DRAFTERS: [(&str, &str); 3] = [
@@ -27,7 +27,7 @@ pub fn drafter_for(target: &TargetConfig) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::safetensors::DEMO_TARGET;
+    use crate::checkpoint::folder::DEMO_TARGET;
 
     #[test]
     fn every_published_target_has_its_drafter_and_the_demo_has_none() {

@@ -601,7 +601,8 @@ unsafe fn exp<S: Simd>(x: S::V) -> S::V {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::safetensors::{Checkpoint, Folder};
+    use crate::checkpoint::folder::Folder;
+    use crate::checkpoint::safetensors::Checkpoint;
     use crate::cpu::simd::Plain;
     #[cfg(target_arch = "x86_64")]
     use crate::cpu::simd::x86;

@@ -1,7 +1,7 @@
 //! The arithmetic of benchmarks: the roofline of a pair on a card, and statistics.
 
 use dflash::checkpoint::config::{Attention, DrafterConfig, TargetConfig};
-use dflash::checkpoint::safetensors::PUBLISHED;
+use dflash::checkpoint::folder::PUBLISHED;
 use dflash::perf::roofline::{
     CARDS, Card, draft_pass, drafter_bytes, fc_bytes, head_bytes, layer_bytes, target_bytes, target_pass,
 };

@@ -4,8 +4,9 @@ use crate::support;
 use crate::support::requests;
 
 use dflash::Error;
+use dflash::checkpoint::folder::PUBLISHED;
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{Dtype, PUBLISHED, Tensor};
+use dflash::checkpoint::safetensors::{Dtype, Tensor};
 use dflash::cpu::decoder::Cpu;
 use dflash::cpu::model::{Drafter, Target};
 use dflash::engine::generate::{Backend, Outcome, generate};
@@ -166,7 +167,7 @@ fn a_random_pair_is_lossless_on_the_emulator() {
 #[test]
 fn the_cpu_refuses_random_weights_that_are_not_in_memory() {
     let (_root, pair) = tiny();
-    let path = |folder: &dflash::checkpoint::safetensors::Folder| folder.path("random weights");
+    let path = |folder: &dflash::checkpoint::folder::Folder| folder.path("random weights");
     let sentence = |path: String| {
         Error::Unsupported(format!(
             "{path} are not in memory, so only a device can load them: expected a pair with weight files on the CPU"

@@ -6,8 +6,8 @@ use crate::support::library;
 use crate::support::program;
 
 use bench::{bench, record, refused, row};
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::memory::{MemoryPlan, Overhead};
 use library::library;

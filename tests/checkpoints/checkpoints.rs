@@ -3,7 +3,8 @@
 use crate::support;
 
 use dflash::checkpoint::config::{Attention, DrafterConfig, Family, Rope, RopeScaling, TargetConfig};
-use dflash::checkpoint::safetensors::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::checkpoint::safetensors::{Checkpoint, Dtype};
 use dflash::{Error, Result};
 use serde_json::{Value, json};
 use std::fs;

@@ -5,8 +5,9 @@ use crate::support::kernel;
 use crate::support::layer;
 
 use dflash::Error;
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::checkpoint::safetensors::{Checkpoint, Dtype};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Buffer;

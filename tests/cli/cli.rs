@@ -3,7 +3,8 @@
 use crate::support;
 use crate::support::program;
 
-use dflash::checkpoint::safetensors::{DEMO_TARGET, Dtype};
+use dflash::checkpoint::folder::DEMO_TARGET;
+use dflash::checkpoint::safetensors::Dtype;
 use dflash::text::tokenizer::Text;
 use program::{BINARY, command, finish, flags, run, run_pair, with_stdin, write};
 use serde_json::{Value, json};

@@ -4,7 +4,7 @@
 use crate::support;
 use crate::support::program;
 
-use dflash::checkpoint::safetensors::DEMO_TARGET;
+use dflash::checkpoint::folder::DEMO_TARGET;
 use dflash::text::tokenizer::Text;
 use program::{Interactive, command, flags, interrupt, run, write};
 use serde_json::{Value, json};

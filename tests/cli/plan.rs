@@ -6,8 +6,8 @@ use crate::support::program;
 
 use dflash::Error;
 use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::{Arg, Buffer, Device, Node};

@@ -8,8 +8,8 @@ use crate::support::program;
 use crate::support::random;
 use crate::support::requests;
 
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::cpu::decoder::{Sequence, Sequences};
 use dflash::cpu::model::{Drafter, Target};
 use dflash::cpu::ops;

@@ -3,7 +3,8 @@
 
 use crate::support;
 
-use dflash::checkpoint::safetensors::{Checkpoint, Dtype, Folder};
+use dflash::checkpoint::folder::Folder;
+use dflash::checkpoint::safetensors::{Checkpoint, Dtype};
 use dflash::cpu::ops::{self, Kv, Matrix};
 use std::ops::Range;
 use support::{Random, Raw};

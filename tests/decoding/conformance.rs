@@ -7,8 +7,9 @@ use crate::support::dense;
 use crate::support::requests;
 
 use dflash::checkpoint::config::DrafterConfig;
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Dtype, Folder};
+use dflash::checkpoint::safetensors::{Checkpoint, Dtype};
 use dflash::cpu::decoder::Sequence;
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;

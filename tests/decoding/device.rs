@@ -3,8 +3,8 @@
 
 use crate::support::requests;
 
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::engine::generate::{Decoder, Finish, Outcome, Request, generate, resume};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::cuda::Cuda;

@@ -7,8 +7,8 @@ use crate::support::distribution;
 use crate::support::kernel;
 use crate::support::requests;
 
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;

@@ -5,7 +5,7 @@ use crate::support;
 use crate::support::program;
 use crate::support::requests;
 
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::engine::generate::{
     Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, generate_all, resume,
 };

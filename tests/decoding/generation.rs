@@ -4,8 +4,8 @@
 
 use crate::support;
 
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;

@@ -6,8 +6,9 @@ use crate::support;
 use crate::support::kernel;
 use crate::support::program;
 
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::checkpoint::safetensors::Dtype;
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Drafter, Target};
 use dflash::engine::generate::{Decoder, Emitted, Flow, Prefill, Request, TokenSink, generate};

@@ -6,8 +6,9 @@ use crate::support::kernel;
 use crate::support::program;
 use crate::support::requests;
 
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Dtype};
+use dflash::checkpoint::safetensors::Dtype;
 use dflash::cpu::decoder::{Sequence, Sequences};
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;

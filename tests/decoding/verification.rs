@@ -6,8 +6,8 @@ use crate::support::distribution;
 use crate::support::program;
 use crate::support::requests;
 
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::cpu::decoder::{Sequence, Sequences};
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;

@@ -4,8 +4,8 @@
 use crate::support;
 use crate::support::kernel;
 
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::cpu::model::{self, Drafter, Target};
 use dflash::gpu::device::{Buffer, Device, Node};
 use dflash::gpu::emulator::Emulator;

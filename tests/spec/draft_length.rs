@@ -4,7 +4,7 @@
 use crate::support::random;
 
 use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
-use dflash::checkpoint::safetensors::PUBLISHED;
+use dflash::checkpoint::folder::PUBLISHED;
 use dflash::perf::roofline::{Card, draft_pass, target_pass};
 use dflash::spec::draft_length::{
     ByConfidence, ByPosition, Controller, CostGated, Costs, DraftLengthPolicy, Fixed, Positions,

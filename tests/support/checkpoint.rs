@@ -7,7 +7,8 @@ use crate::support::random;
 
 use dflash::Result;
 use dflash::checkpoint::config::{DrafterConfig, TargetConfig, check_pair};
-use dflash::checkpoint::safetensors::{Checkpoint, Dtype, Folder};
+use dflash::checkpoint::folder::Folder;
+use dflash::checkpoint::safetensors::{Checkpoint, Dtype};
 pub use random::Random;
 use serde_json::{Map, Value, json};
 use std::fs;

@@ -2,8 +2,8 @@
 //! the number of threads.
 
 use dflash::Result;
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::engine::generate::{Decoder, Request};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, DrafterMode, Models, RoundShape};

@@ -1,7 +1,7 @@
 //! Tokenizer folders written from strings, and helpers that use everything they offer.
 
 use dflash::Result;
-use dflash::checkpoint::safetensors::{DEMO_TARGET, Folder};
+use dflash::checkpoint::folder::{DEMO_TARGET, Folder};
 use dflash::text::tokenizer::{Message, Stream, Text};
 use serde_json::{Value, json};
 use std::sync::LazyLock;

@@ -4,7 +4,7 @@
 use crate::support::text;
 
 use dflash::Error;
-use dflash::checkpoint::safetensors::Folder;
+use dflash::checkpoint::folder::Folder;
 use dflash::text::tokenizer::{Stream, Text};
 use proptest::prelude::*;
 use serde_json::{Value, json};

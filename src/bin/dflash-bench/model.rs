@@ -1,7 +1,8 @@
 //! `--model`: a published pair, the demo pair or folders. Only `config.json` is read; the weights are random.
 
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder, PUBLISHED};
 use dflash::checkpoint::pair::{Model, Pair};
-use dflash::checkpoint::safetensors::{Checkpoint, DEMO_DRAFTER, DEMO_TARGET, Folder, PUBLISHED};
+use dflash::checkpoint::safetensors::Checkpoint;
 use dflash::{Error, Result};
 use rayon::prelude::*;
 use serde_json::{Map, json};

@@ -2,7 +2,7 @@
 
 use crate::job::{Action, Format, Job, Source};
 use clap::{ArgAction, Parser, ValueEnum};
-use dflash::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET, Folder};
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::cli::device::Choice;
 use dflash::cli::spec_flags::{SpecFlags, name_flag, needs_drafter};
 use dflash::cli::terminal::{number, whole};

@@ -1,8 +1,8 @@
 //! What the flags come to: every default filled in, every conflict refused. Nothing after it reads flags.
 
 use dflash::Result;
+use dflash::checkpoint::folder::Folder;
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::safetensors::Folder;
 use dflash::cli::device::Choice;
 use dflash::engine::request::Request;
 use dflash::spec::config::SpecConfig;

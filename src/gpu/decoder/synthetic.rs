@@ -149,8 +149,8 @@ impl FrozenBatch<'_> {
 #[cfg(all(test, feature = "emulator"))]
 mod tests {
     use super::*;
+    use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
     use crate::checkpoint::pair::Pair;
-    use crate::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
     use crate::engine::generate::{Emitted, Flow, TokenSink, generate, resume};
     use crate::gpu::batch_config::BatchConfig;
     use crate::gpu::decoder::Models;

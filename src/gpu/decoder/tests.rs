@@ -1,6 +1,6 @@
 use super::*;
+use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use crate::checkpoint::pair::Pair;
-use crate::checkpoint::safetensors::{DEMO_DRAFTER, DEMO_TARGET};
 use crate::engine::generate::{Flow, TokenSink, resume};
 use crate::gpu::emulator::Emulator;
 use crate::spec::config::ExactDrafts;
