@@ -81,9 +81,9 @@ fn greedy_tokens_on_the_device_equal_the_reference_but_for_near_ties() {
         let mut batch = Batch::new(device, &models, BatchConfig::new(8, 16, 192)).unwrap();
         let mut references = references();
         assert_eq!(references.len(), 40);
-        // The emulator runs every second prompt, a GPU all of them.
+        // The emulator runs every fourth prompt, a GPU all of them.
         let sample = device.properties().name == "emulator" && !requests::exhaustive();
-        references = references.into_iter().step_by(if sample { 2 } else { 1 }).collect();
+        references = references.into_iter().step_by(if sample { 4 } else { 1 }).collect();
         let requests: Vec<Request> = references.iter().map(|h| request(&h.prompt, TOKENS, 16, 0.0)).collect();
         let outcomes = run_together(&mut batch, &requests, keep_going);
         // Rounds and tokens: of the device, and of the reference.
@@ -208,10 +208,12 @@ fn a_conversation_is_the_same_with_and_without_drafts() {
             let (ar, kept) = turns([1; 4], temperature);
             // All but an answer's last token, or the part of it that remains.
             assert_eq!(kept, [0, 60 + 10, 73 + 7, 82 + 10]);
-            let (drafted, kept) = turns([16; 4], temperature);
-            assert_eq!(drafted, ar);
-            assert!(kept.iter().skip(1).all(|&kept| kept > 60), "{kept:?}");
             assert_eq!(turns(mixed, temperature).0, ar);
+            if temperature == 0.0 || requests::exhaustive() {
+                let (drafted, kept) = turns([16; 4], temperature);
+                assert_eq!(drafted, ar);
+                assert!(kept.iter().skip(1).all(|&kept| kept > 60), "{kept:?}");
+            }
             if requests::exhaustive() {
                 assert_eq!(turns([16, 1, 7, 16], temperature).0, ar);
                 assert_eq!(turns([1, 1, 16, 1], temperature).0, ar);

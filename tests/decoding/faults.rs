@@ -179,7 +179,9 @@ fn the_context_ends_an_answer_anywhere_in_a_round() {
             let mut single = batch(device, models, 1, positions);
             assert_eq!(single.context(), context);
             let all = prompt(3, context + 1);
-            for left in [1, 2, 3, 8, 16, 17, 33] {
+            // Every number of positions left at one end, a few at the others.
+            let few = positions != 70 && !exhaustive();
+            for left in if few { vec![1, 8, 17] } else { vec![1, 2, 3, 8, 16, 17, 33] } {
                 let prompt = &all[..context - left];
                 let ar = run(&mut single, &request(prompt, 60, 1, 0.0));
                 assert_eq!((ar.tokens.len(), ar.finish), (left, Finish::Context));
@@ -430,6 +432,9 @@ fn an_interrupted_batch_frees_its_pages_and_runs_others() {
                 assert_eq!(outcome.tokens, whole.tokens[..outcome.tokens.len()]);
             }
             assert_eq!(three.free_pages(), 3 * 2);
+            if limit % 3 != 0 && limit != all && !exhaustive() {
+                continue;
+            }
             let again = run_together(&mut three, &requests, keep_going);
             assert!(again.iter().map(answer).eq(expected.iter().map(answer)), "after {limit} tokens");
         }

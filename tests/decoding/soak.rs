@@ -40,14 +40,9 @@ fn random(random: &mut support::Random) -> (Request, Option<usize>) {
     (Request { prompt, max_tokens, sampling, stop_ids, block, spec: Default::default() }, stop_after)
 }
 
-/// The number of requests. Of 100, each kind of [`check_kinds`] has at least 2; of 200, at least 8.
-fn count() -> usize {
-    if requests::exhaustive() { 200 } else { 100 }
-}
-
-fn requests() -> (Vec<Request>, Vec<Option<usize>>) {
+fn requests(count: usize) -> (Vec<Request>, Vec<Option<usize>>) {
     let mut source = support::Random::new(5);
-    (0..count()).map(|_| random(&mut source)).unzip()
+    (0..count).map(|_| random(&mut source)).unzip()
 }
 
 /// The answer to a request alone.
@@ -65,7 +60,7 @@ fn stops(stop_after: Option<usize>, event: Event) -> dflash::Result<Flow> {
     Ok(if stop_after.map(Event::Token) == Some(event) { Flow::Stop } else { Flow::Continue })
 }
 
-/// Checks that there are requests of every kind that this test is about.
+/// Checks that there are requests of every kind that this test is about: 4 in 100.
 fn check_kinds(expected: &[Outcome], stop_after: &[Option<usize>]) {
     let number_of = |kind: &dyn Fn(&Outcome) -> bool| expected.iter().filter(|o| kind(o)).count();
     let stopped = expected.iter().zip(stop_after).filter(|(o, p)| Some(o.tokens.len()) == **p).count();
@@ -79,10 +74,8 @@ fn check_kinds(expected: &[Outcome], stop_after: &[Option<usize>]) {
         ("ends within a round", number_of(&|o| o.accepted.iter().sum::<usize>() >= o.tokens.len().max(1))),
     ];
     println!("{counts:?}");
-    assert!(
-        counts.iter().all(|(_, n)| *n >= if requests::exhaustive() { 8 } else { 2 }),
-        "too few of a kind: {counts:?}"
-    );
+    let least = expected.len() / 25;
+    assert!(counts.iter().all(|(_, n)| *n >= least), "less than {least} of a kind: {counts:?}");
     assert_eq!(number_of(&|o| o.finish == Finish::Interrupted), 0);
 }
 
@@ -94,14 +87,15 @@ fn requests_on_the_emulator_answer_as_alone_and_free_all_memory() {
     {
         let models = Models::load(&device, &pair, POSITIONS).unwrap();
         let loaded = device.allocated();
-        let (requests, stop_after) = requests();
+        let count = if requests::exhaustive() { 200 } else { 40 };
+        let (requests, stop_after) = requests(count);
         let mut single = Batch::new(&device, &models, BatchConfig::new(1, 16, POSITIONS)).unwrap();
         let expected: Vec<Outcome> =
             requests.iter().enumerate().map(|(i, r)| alone(&stop_after, i, &mut single, r)).collect();
         drop(single);
         check_kinds(&expected, &stop_after);
         // A sequence takes up to 4 pages.
-        for (slots, pages, count) in [(1, 4, 10), (3, 7, 30), (8, 15, count())] {
+        for (slots, pages, count) in [(1, 4, 10), (3, 7, 20), (8, 15, count)] {
             let config = BatchConfig { pages, ..BatchConfig::new(slots, 16, POSITIONS) };
             let mut batch = Batch::new(&device, &models, config).unwrap();
             let outcomes =
@@ -130,7 +124,7 @@ fn requests_on_the_cpu_answer_as_alone() {
     let pair = open(&folder);
     let target = Target::load(&pair.target).unwrap();
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
-    let (requests, stop_after) = requests();
+    let (requests, stop_after) = requests(200);
     let sequences = |slots| Sequences::new(&target, Some(&drafter), slots, POSITIONS);
     let expected: Vec<Outcome> =
         requests.iter().enumerate().map(|(i, r)| alone(&stop_after, i, &mut sequences(1), r)).collect();
