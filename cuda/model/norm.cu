@@ -1,5 +1,5 @@
 // RMSNorm in two forms. residual_norm computes the sums of squares where the residual stream is written; the
-// consumer of the rows applies the factor. full_norm is the complete norm.
+// next linear layer multiplies by 1 / rms. full_norm is the complete norm.
 //
 // Computes: residual_norm: x[r] += add[r]; y[r] = bf16(gain x[r]); sumsq[r][p] = sum of x[r][k]^2 over
 //           the columns of part p.

@@ -1,7 +1,7 @@
-// Small kernels that each exercise one operation of the emulator; for tests only.
+// Small kernels for tests; each uses one operation of the emulator.
 #include "common/ptx.cuh"
 
-// out[warp] = a b, added up `repeats` times, by every warp. Row-major.
+// out[warp] = repeats a b, by repeated accumulation in every warp. All matrices are row-major.
 KERNEL(64, 1, toy_mma,
        (float* out,    // [2][16][8]
         const u16* a,  // [16][16] bf16

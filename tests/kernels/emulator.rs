@@ -406,7 +406,7 @@ fn broken_memory_rules_are_reported() {
         let out = poisoned::<u32>(device, 32);
         device.launch(&TRAP, [1, 1, 1], 0, &[(&out).into(), Arg::U32(1)])
     };
-    reported(trap, &["kernel broken_trap, block (0,0,0), thread (3,0,0)", "gave up"]);
+    reported(trap, &["kernel broken_trap, block (0,0,0), thread (3,0,0)", "called __trap()"]);
 }
 
 #[cfg(not(feature = "sanitize"))] // the sanitizer gives every thread a larger stack
