@@ -273,7 +273,9 @@ inline void ldmatrix(u32 (&r)[4], const void* row, Site site) {
 #define LDMATRIX(name, transposed, form)                                                                     \
   WRAPPER void name(u32 (&r)[4], const void* row) {                                                          \
     asm volatile("ldmatrix.sync.aligned.m8n8." form ".shared.b16 {%0,%1,%2,%3}, [%4];"                       \
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(u32(__cvta_generic_to_shared(row))) : "memory"); \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                            \
+                 : "r"(u32(__cvta_generic_to_shared(row)))                                                   \
+                 : "memory");                                                                                \
   }
 #endif
 // ldmatrix: loads four 8x8 matrices of bf16 from shared memory. Lane 8m + i passes the address of row i of

@@ -1,7 +1,7 @@
-// The CUDA environment of kernels that are compiled as host C++: keywords, indices, barriers, warp operations,
-// atomics, arithmetic, and the registration of kernels. Each CUDA thread (here: lane) runs as a fiber.
-// emu.cpp implements fibers, schedules and launches; cuda/common/ptx.cuh implements the instructions. nvcc
-// never reads this file.
+// The CUDA environment of kernels that are compiled as host C++: keywords, indices, barriers, warp
+// operations, atomics, arithmetic, and the registration of kernels. Each CUDA thread (here: lane) runs as a
+// fiber. emu.cpp implements fibers, schedules and launches; cuda/common/ptx.cuh implements the instructions.
+// nvcc never reads this file.
 //
 // All fibers of a block stay on the OS thread that runs the block. `block` and `lane` are therefore
 // thread-local, and several OS threads may run blocks at the same time.

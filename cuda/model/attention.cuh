@@ -1,7 +1,7 @@
 // The core of all attention kernels. A packed row is one query head of one row of the pass; packed rows list
 // all query heads of one KV head for the first row, then for the next. One block computes attention of up to
-// 64 packed rows over an interval of one sequence's keys, 64 keys at a time, with an online softmax: a running
-// maximum, sum and output per packed row.
+// 64 packed rows over an interval of one sequence's keys, 64 keys at a time, with an online softmax: a
+// running maximum, sum and output per packed row.
 //
 // The bits of a row's output depend only on its query, on the keys it sees and on their positions. Rows never
 // interact: a tile, split or group in which a row sees no key leaves its bits unchanged. The result is

@@ -66,8 +66,8 @@ WRAPPER float4 columns(const Tile& tile, u32 token) {
 }
 
 // Size of a chunk of staged activations, and how far ahead weights are loaded. Shared memory holds two chunks
-// of BYTES, later the result tile. Two blocks fit on an SM for NT up to 4, one above. Chunks are short because
-// the main loop cannot start before the first one has arrived.
+// of BYTES each, later the result tile. Two blocks fit on an SM for NT up to 4, one above. Chunks are short
+// because the main loop cannot start before the first one has arrived.
 template <int NT>
 struct Staging {
   static constexpr u32 CHUNK = NT <= 8 ? 512 : 256;

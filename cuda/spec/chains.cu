@@ -3,14 +3,14 @@
 // same decisions.
 //
 // A token's class is its ratio of p to q in half octaves. At each depth the selection keeps the chains that
-// contain the tokens selected so far, and takes the token of the highest class; of equal classes, the first
-// chain's.
+// contain the tokens selected so far, and takes the token of the highest class; among equals the first.
 //
 // Computes:      sample_chains: the tokens of each sequence's chains, each row from the drafter's
-//                distribution of its depth. chain_classes: for each row with a child, the drafter's probability
-//                mass up to each class. verify_chains: the selected chain, the number of its accepted drafts,
-//                and the next token, sampled from the residual distribution. All three skip sequences other
-//                than those with verification method BLOCK, a sampled tree, and at least two rows.
+//                distribution of its depth. chain_classes: for each row with a child, the drafter's
+//                probability mass up to each class. verify_chains: the selected chain, the number of its
+//                accepted drafts, and the next token, sampled from the residual distribution. All three skip
+//                sequences other than those with verification method BLOCK, a sampled tree, and at least two
+//                rows.
 // Work:          512 threads. sample_chains and chain_classes: grid (max_verify_rows, sequences), one row
 //                each. verify_chains: grid (block_size, sequences). Each CUDA block repeats the selection,
 //                which reads a few words per draft, and computes the sum that its row's test needs. The last
@@ -48,7 +48,8 @@ WRAPPER Chains chains_of(const Sequence* state,  // [1]
                          const Span* span,       // [1]
                          u32 block_size, u32 max_verify_rows) {
   const u32 rows = min(ld(&span->rows), max_verify_rows);
-  if (ld(&state->verify_method) != BLOCK || form_of(ld(&state->now.shape)) != SAMPLED_TREE || rows < 2 || block_size < 2) {
+  if (ld(&state->verify_method) != BLOCK || form_of(ld(&state->now.shape)) != SAMPLED_TREE || rows < 2 ||
+      block_size < 2) {
     return {0, 0, 0};
   }
   u32 length = 1;

@@ -29,7 +29,8 @@ struct Noise {
   u32 key[2], stream, position;
 };
 
-// A candidate of the race. The lowest time / weight wins; of equals the lower id. Weight 0 loses to all others.
+// A candidate of the race. The lowest time / weight wins; among equals the lower id. Weight 0 loses to all
+// others.
 struct __align__(16) Candidate {
   u32 time, id;
   u64 weight;

@@ -236,7 +236,7 @@ fn a_missing_barrier_after_staging_is_caught() {
 }
 
 #[test]
-fn a_missing_barrier_before_reuse_is_caught_by_a_greedy_schedule() {
+fn greedy_schedules_catch_a_missing_barrier_before_reuse() {
     let right: Vec<u32> = (0..512).map(|i| i ^ 32).collect();
     assert!(outcomes(|d| run(d, &REUSE, 512, 0)).iter().all(|r| r.as_ref() == Ok(&right)));
     let broken = outcomes(|d| run(d, &REUSE, 512, 1));
