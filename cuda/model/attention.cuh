@@ -77,7 +77,8 @@ struct Attention {
   // Floats of one split's partial result: outputs [ROWS][D], maxima [ROWS], sums [ROWS].
   static constexpr u32 PARTIAL = ROWS * (D + 2);
 
-  // Shared memory, in this order; `shared_bytes` in src/gpu/kernels/attention.rs computes the size.
+  // Dynamic shared memory, in this order; `shared_bytes` and `tree_bytes` in src/gpu/kernels/attention.rs
+  // compute the size.
   unsigned char* queries;  // [ROWS][D] bf16, chunk c of row r at c ^ (r & 7)
   unsigned char* keys;     // [2][PAGE][D] bf16, chunks permuted alike
   unsigned char* values;   // [2][PAGE][D] bf16, chunks permuted alike

@@ -65,9 +65,10 @@ WRAPPER float4 columns(const Tile& tile, u32 token) {
   return lds(reinterpret_cast<const float4*>(tile.values + token * TILE_PITCH) + threadIdx.x % 32);
 }
 
-// Size of a chunk of staged activations, and how far ahead weights are loaded. Shared memory holds two chunks
-// of BYTES each, later the result tile. Two blocks fit on an SM for NT up to 4, one above. Chunks are short
-// because the main loop cannot start before the first one has arrived.
+// Size of a chunk of staged activations, and how far ahead weights are loaded. Dynamic shared memory holds one
+// or two chunks of BYTES each, later the result tile; `shared` in src/gpu/kernels/linear.rs computes the size.
+// Two blocks fit on an SM for NT up to 4, one above. Chunks are short because the main loop cannot start
+// before the first one has arrived.
 template <int NT>
 struct Staging {
   static constexpr u32 CHUNK = NT <= 8 ? 512 : 256;

@@ -4,8 +4,8 @@
 //
 // Computes: sum over k of in[m][k] W[n][k], then the layer's epilogue (epilogues.cuh).
 // Work:     grid (blocks of TOKENS tokens, blocks of 128 packed rows); a ring of stages of 64 k, weights and
-//           activations loaded by cp.async. Warps: 128 tokens, 4 warps of 64 rows x 64 tokens. Warpgroups:
-//           256 tokens, 2 warpgroups of 64 rows x 256 tokens.
+//           activations loaded by cp.async. Warps: 128 tokens, 4 warps of 64 rows x 64 tokens, 96 KB of
+//           dynamic shared memory. Warpgroups: 256 tokens, 2 warpgroups of 64 rows x 256 tokens, 193 KB.
 // Order:    ascending k in products of 16; K is not split. The bits differ from those of a skinny kernel that
 //           splits K, and between the two loops: within a product wgmma adds in its own order.
 // Bytes:    per block 256 K of weights and 2 K TOKENS of activations, all but the first read of each from L2.

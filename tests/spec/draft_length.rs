@@ -178,7 +178,7 @@ fn positions_start_at_one_half_and_follow_the_counts() {
     positions.observe(0, 1);
     survival(&positions, &[(0.98 * 0.98 + 1.0) / (1.98 * 0.98 + 2.0)]);
     assert!(positions.survival(0).is_empty());
-    // Path bits of rows that were not verified are ignored. Rows beyond the 64 bits keep the prior.
+    // Path bits of rows that were not verified are ignored. Rows beyond the 64 bits count as not accepted.
     let mut garbage = Positions::default();
     garbage.observe(1, u64::MAX);
     survival(&garbage, &[2.0 / 3.0, 4.0 / 9.0]);
