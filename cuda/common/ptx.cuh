@@ -142,7 +142,7 @@ WRAPPER void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
 #endif
 }
 
-// --- wgmma (sm_90a): asynchronous tensor core products of a warpgroup, four warps aligned to four ---
+// --- wgmma (sm_90a): asynchronous tensor core products of a warpgroup, warps 4i to 4i + 3 ---
 
 #if defined(DFLASH_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA 1

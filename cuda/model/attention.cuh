@@ -22,7 +22,7 @@ constexpr u32 ATTENTION_THREADS = 128;
 // Which rows of its pass a row sees.
 enum MaskMode {
   CAUSAL,  // the earlier rows and itself
-  TREE,    // the rows in its mask: its ancestors and itself; the i-th of them has position context + i
+  TREE,    // the rows in its mask: its ancestors and itself. In slot order, the i-th has position context + i
   FULL,    // all rows
 };
 
