@@ -2,14 +2,14 @@
 #pragma once
 #include "common/ptx.cuh"
 
-// Sum over each group of `width` lanes, 16 or 32, by xor shuffles 16-8-4-2-1 or 8-4-2-1.
+// Sum over each group of `width` lanes: 32, by xor shuffles 16-8-4-2-1, or 16, by 8-4-2-1.
 WRAPPER float lane_sum(float x, u32 width) {
   if (width == 32) x += __shfl_xor_sync(0xffffffffu, x, 16);
   for (int flip = 8; flip > 0; flip /= 2) x += __shfl_xor_sync(0xffffffffu, x, flip);
   return x;
 }
 
-// Sum of the squares of four neighbouring columns, x to w.
+// Sum of the squares of four neighbouring columns, added in order from x to w.
 WRAPPER float sum_of_squares(float4 v) {
   return __fmaf_rn(v.w, v.w, __fmaf_rn(v.z, v.z, __fmaf_rn(v.y, v.y, __fmul_rn(v.x, v.x))));
 }
@@ -25,7 +25,7 @@ WRAPPER float4 mul(float4 v, float4 s) {
 // Four bf16, x at the lowest address.
 WRAPPER uint2 pack4(float4 v) { return make_uint2(pack2(v.x, v.y), pack2(v.z, v.w)); }
 
-// Maps x to an integer of the same order; -0 and +0 map to the same integer.
+// Maps floats to integers that sort in the same order; -0 and +0 map to the same integer.
 WRAPPER u32 ascending(float x) {
   const u32 bits = __float_as_uint(x + 0.0f);  // -0 becomes +0
   return bits >> 31 ? ~bits : bits | 0x80000000u;

@@ -1,4 +1,5 @@
-// Layout of packed weight matrices: tiles of 16 rows x 32 columns, each [half 2][kblock 4][row 8][8] bf16.
+// Layout of packed weight matrices: tiles of 16 rows x 32 columns, each [half 2][kblock 4][row 8][8] bf16. A
+// half is 8 of the 16 rows, a kblock 8 of the 32 columns.
 #pragma once
 #include "common/ptx.cuh"
 

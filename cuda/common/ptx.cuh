@@ -142,12 +142,12 @@ WRAPPER void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
 #endif
 }
 
-// --- wgmma (sm_90a): asynchronous tensor core products of a warpgroup, 4 warps from a multiple of 4 on ---
+// --- wgmma (sm_90a): asynchronous tensor core products of a warpgroup, warps 4i to 4i + 3 ---
 
 #if defined(DFLASH_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA 1
 
-// Address in the shared window, as descriptors hold it.
+// Address in the shared window, as descriptors need it.
 WRAPPER u32 shared_address(const void* at) {
 #ifdef DFLASH_EMULATOR
   return emu::shared_address(at);
@@ -273,7 +273,9 @@ inline void ldmatrix(u32 (&r)[4], const void* row, Site site) {
 #define LDMATRIX(name, transposed, form)                                                                     \
   WRAPPER void name(u32 (&r)[4], const void* row) {                                                          \
     asm volatile("ldmatrix.sync.aligned.m8n8." form ".shared.b16 {%0,%1,%2,%3}, [%4];"                       \
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(u32(__cvta_generic_to_shared(row))) : "memory"); \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                            \
+                 : "r"(u32(__cvta_generic_to_shared(row)))                                                   \
+                 : "memory");                                                                                \
   }
 #endif
 // ldmatrix: loads four 8x8 matrices of bf16 from shared memory. Lane 8m + i passes the address of row i of
@@ -359,8 +361,8 @@ WRAPPER void cp_async_wait_all() {
 
 // --- global memory ---
 
-// Loads 16 bytes that are read once and that no kernel of the round writes: weights. Allowed before
-// grid_wait.
+// Loads 16 bytes of constants, such as weights, without keeping them in L1. No kernel of the round writes
+// them, so the load is allowed before grid_wait.
 WRAPPER uint4 ld_stream(const void* from SITE) {
 #ifdef DFLASH_EMULATOR
   emu::touch(EMU_HERE, "16-byte streaming load", from, 16, true);
@@ -441,8 +443,8 @@ WRAPPER void st_release_system(u32* to, u32 value SITE) {
 // --- programmatic dependent launch (sm_90; on older GPUs kernels run one after the other) ---
 
 // Waits until all earlier kernels have finished and their writes are visible. Before this call a kernel may
-// read only constants (ld_stream). Every thread of every kernel calls it before it exits; otherwise the next
-// kernel could start before the previous one has finished.
+// read only constants (ld_stream). Every thread of every kernel must call it before it exits: the next kernel
+// waits only for this one, so it could otherwise run while an earlier kernel is still running.
 WRAPPER void grid_wait() {
 #ifdef DFLASH_EMULATOR
   emu::lane->waited = true;

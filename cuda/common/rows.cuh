@@ -13,7 +13,7 @@
 struct __align__(16) Row {
   u32 sequence;  // row of the page table; NONE: padding, nothing is written for this row
   u32 position;  // token position, for RoPE
-  u32 slot;      // where the sequence's pages store its key and value; NONE: they are not written
+  u32 slot;      // KV slot of the row in the sequence's pages; NONE: key and value are not written
   u32 query;     // row of the query buffer; NONE: its query is not written
 };
 

@@ -1,11 +1,12 @@
-// The device-side state of a sequence. It lives in device memory from the sequence's first round to its last.
-// The host writes it once, before the first round, and learns what each round did from the ring
-// (cuda/spec/round.cu). Mirrored by `Sequence` in src/gpu/kernels/round.rs.
+// The state of a sequence in device memory, from its first round to its last. The host writes it before the
+// first round. Later it changes only the rows to verify (a byte of `shape`) and clears `active` to end the
+// sequence. It reads the result of each round from the ring (cuda/spec/round.cu). Mirrored by `Sequence` in
+// src/gpu/kernels/round.rs.
 #pragma once
 #include "common/rows.cuh"
 
-// Why a sequence no longer takes part in rounds. `Finish` in src/engine/generate.rs holds the names that the
-// host reports.
+// Whether a sequence still takes part in rounds, and if not, why. Mirrored by `Finish` in
+// src/gpu/kernels/round.rs.
 enum Finish : u32 {
   RUNNING = 0,
   STOP = 1,             // a stop id was emitted
@@ -15,14 +16,14 @@ enum Finish : u32 {
   DAMAGED_DRAFTER = 5,  // the same for the drafter's logits of a draft
 };
 
-// How drafts are verified; `VerifyMethod` in src/spec/verify.rs defines the methods.
+// How drafts are verified; `VerifyMethod` in src/spec/config.rs defines the methods.
 enum VerifyMethod : u32 { MATCH = 0, REJECTION = 1, BLOCK = 2 };
 
 // The shape of a sequence's drafts.
 enum Form : u32 {
   CHAIN_OF_DRAFTS = 0,
-  BEST_FIRST = 1,  // a tree of the most probable prefixes
-  SAMPLED_TREE = 2,       // a tree of fixed shape with sampled tokens; several chains with VerifyMethod BLOCK
+  BEST_FIRST = 1,    // a tree of the most probable prefixes
+  SAMPLED_TREE = 2,  // a tree of fixed shape with sampled tokens; several chains with VerifyMethod BLOCK
 };
 
 constexpr u32 STOP_IDS = 12;
@@ -32,8 +33,8 @@ struct __align__(16) Progress {
   u32 active;     // nonzero: takes part in rounds
   u32 length;     // positions 0..length are in the target's KV cache
   u32 anchor;     // token at position `length`: emitted, not yet run through the target
-  u32 pending;    // the drafter has not read the features of positions length - pending..length, the
-                  // accepted rows of the last verification
+  u32 pending;    // positions length - pending..length, the accepted rows of the last verification, whose
+                  // features are not yet in the drafter's KV cache
   u32 budget;     // tokens that may still be emitted
   u32 end;        // the sequence's positions are 0..end; the token at the last one is never run
   u32 draft_end;  // the drafter's positions are 0..draft_end; 0: no drafter
@@ -52,10 +53,10 @@ struct __align__(16) Sequence {
   u32 stream;          // Philox stream of the request
   u32 finish;          // a Finish
   u32 stop[STOP_IDS];  // ids that end the answer; NONE in unused entries
-  u32 rounds;          // rounds this sequence took part in
+  u32 rounds;          // rounds that this sequence took part in
   u32 drafted;         // drafts verified
   u32 accepted;        // drafts accepted
-  u32 verify_method;           // a VerifyMethod
+  u32 verify_method;   // a VerifyMethod
 };
 static_assert(sizeof(Sequence) == 128, "src/gpu/kernels/round.rs writes it word by word");
 
@@ -67,8 +68,7 @@ WRAPPER Progress ld_progress(const Sequence* from) {  // [1]
 WRAPPER u32 form_of(u32 shape) { return shape >> 16; }
 
 // Rows of the sequence's next block, anchor included: the maximum that the request, the drafter's positions
-// and the context allow, at least 1; 0 when the sequence does not take part. Every kernel of a round uses
-// this function.
+// and the context allow, at least 1; 0 when the sequence does not take part. `block`: limit of the launch.
 WRAPPER u32 block_rows(const Progress& s, u32 block) {
   if (!s.active) return 0;
   const u32 draft = s.draft_end > s.length ? s.draft_end - s.length : 0;
@@ -76,6 +76,6 @@ WRAPPER u32 block_rows(const Progress& s, u32 block) {
   return max(1u, min(min(s.shape & 0xff, block), min(draft, left)));
 }
 
-// Maximum rows that the sequence verifies per round: of a chain, the rows of its block that are verified; of a
-// tree, its number of rows, while block_rows bounds its depth.
+// Maximum rows that the sequence verifies per round, anchor included: rows of its block for a chain, rows of
+// the tree for a tree. block_rows limits the depth of a tree.
 WRAPPER u32 verified_rows(const Progress& s) { return max(1u, s.shape >> 8 & 0xff); }

@@ -19,7 +19,8 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Saves the callee-saved registers on the current stack, stores its pointer in `from`, continues at `to`.
+// Saves the callee-saved registers on the current stack, stores the stack pointer in `from`, and continues on
+// the stack `to`.
 extern "C" void dflash_emu_switch(void** from, void* to);
 
 #if defined(__x86_64__)
@@ -95,14 +96,14 @@ constexpr size_t STACK = 256 << 10;
 constexpr size_t STACK = 64 << 10;
 #endif
 // Each lane's stack starts 1152 bytes further into a page than the one before, so that the hot tops of the 32
-// stacks fall into different cache sets. Each stack may overrun into SLACK bytes below it; the end of the
-// launch reports that.
+// stacks of a warp fall into different cache sets. A stack may overrun into the SLACK bytes below it; this is
+// reported at the end of the launch.
 constexpr size_t SLACK = 64 << 10;
 constexpr size_t STRIDE = SLACK + STACK + 1152;
-constexpr uint64_t UNTOUCHED = 0x5afe57acc5afe57a;  // written at the far end of every stack
+constexpr uint64_t UNTOUCHED = 0x5afe57acc5afe57a;  // written at the lowest address of every stack
 constexpr size_t GUARD = 128;  // guard bytes on both sides of shared memory
 
-// The memory with which an OS thread runs blocks: allocated by its first launch, freed when the thread ends.
+// The memory in which an OS thread runs blocks: allocated by its first launch, freed when the thread ends.
 struct Arena {
   char* stacks;
   Lane lanes[MAX_THREADS];
@@ -238,7 +239,8 @@ void prefetch(const Block& b, const Lane* next) {
 
 // Restarts the schedule, at the start of a block and after a barrier.
 void restart_schedule(Block& b) {
-  // The in-order schedule continues after the last lane with the first, the reversed one the other way round.
+  // Schedule 0 continues after `current`, schedule 1 before it, both cyclically: they start at the first and
+  // the last lane. Schedules 3 and 4 start at the first and the last warp.
   b.current = b.launch->schedule == 0 || b.launch->schedule == 4 ? b.threads - 1 : 0;
 }
 
@@ -313,7 +315,7 @@ void fiber_main() {
   b.launch->kernel->call(b.launch->arguments);
   if (b.launch->overlap && !me.waited) {
     fail({b.launch->kernel->file, 0},
-         "the thread ended without grid_wait(): the next kernel could start before the previous one is done");
+         "the thread ended without grid_wait(): the next kernel could overlap an earlier one that still runs");
   }
   me.state = LaneState::Done;
   b.num_active--;
@@ -429,7 +431,7 @@ Text begin_message(Block& b, const Lane* lane, Site site) {
 }
 
 // Allocates exactly `bytes` of shared memory, 128-byte aligned. AddressSanitizer detects any access outside
-// it. Without the sanitizer both sides hold a pattern that is checked when the block is done.
+// it. Without the sanitizer both sides hold a pattern that is checked at the end of the block.
 unsigned char* allocate_guarded(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 128, GUARD + bytes + GUARD)) abort();
@@ -621,7 +623,7 @@ unsigned conflicts(const uintptr_t* addresses, unsigned count, unsigned bytes) {
 
 }  // namespace emu
 
-// One list of kernels per source file. build.rs defines DFLASH_FILES as EMU_FILE(a) EMU_FILE(b) ...
+// Each source file has one list of kernels. build.rs defines DFLASH_FILES as EMU_FILE(a) EMU_FILE(b) ...
 #define EMU_FILE(name) extern "C" emu::Kernel* EMU_JOIN(dflash_kernels_, name)();
 DFLASH_FILES
 #undef EMU_FILE

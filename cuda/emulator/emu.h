@@ -1,7 +1,7 @@
-// The CUDA environment of a kernel that is compiled as host C++: keywords, indices, barriers, warp
-// operations, atomics, arithmetic, and the registration of kernels. Each CUDA thread (lane) runs as a fiber.
-// emu.cpp implements fibers, schedules and launches; cuda/common/ptx.cuh implements the instructions. nvcc
-// never reads this file.
+// The CUDA environment of kernels that are compiled as host C++: keywords, indices, barriers, warp
+// operations, atomics, arithmetic, and the registration of kernels. Each CUDA thread (here: lane) runs as a
+// fiber. emu.cpp implements fibers, schedules and launches; cuda/common/ptx.cuh implements the instructions.
+// nvcc never reads this file.
 //
 // All fibers of a block stay on the OS thread that runs the block. `block` and `lane` are therefore
 // thread-local, and several OS threads may run blocks at the same time.
@@ -66,13 +66,13 @@ inline void poison(void* to, size_t bytes) {
   memcpy(static_cast<char*>(to) + bytes / 4 * 4, &POISON, bytes % 4);
 }
 
-// What a launch did, as far as the wrappers see it. Mirrored by src/gpu/emulator.rs.
+// What a launch did, as counted by the wrappers. Mirrored by src/gpu/emulator.rs.
 struct Counts {
   uint64_t blocks;     // blocks executed
   uint64_t streamed;   // bytes read by ld_stream: weights and other constants
   uint64_t read;       // bytes read by all other global loads, including cp.async
   uint64_t written;    // bytes written by global stores and atomics
-  uint64_t mma;        // warp-wide mma.m16n8k16; a wgmma counts as the mma it amounts to
+  uint64_t mma;        // warp-wide mma.m16n8k16; a wgmma counts as n / 8 of them per warp
   uint64_t shared;     // warp-wide shared-memory accesses checked for bank conflicts
   uint64_t conflicts;  // extra passes that their bank conflicts cost
 };
@@ -84,15 +84,15 @@ struct Copy {
   uint32_t group;
 };
 
-// The last thread that wrote 16 bytes of dynamic shared memory, and the proxy fences it had executed before.
+// The last thread that wrote to 16 bytes of dynamic shared memory, and how many proxy fences it had executed.
 struct Writer {
   uint32_t lane : 11;  // NO_WRITER: not written yet
   uint32_t fences : 21;
 };
 constexpr uint32_t NO_WRITER = 2047;
 
-// One shared-memory access through a wrapper, kept until the next barrier matches it with
-// the other lanes' accesses.
+// One shared-memory access through a wrapper, kept until the next barrier, where it is matched with the other
+// lanes' accesses.
 struct Access {
   int line;
   uint32_t bytes;
@@ -117,7 +117,7 @@ struct Lane {
   std::vector<Access> accesses;
 };
 
-// A warp's part of a wgmma in flight, with its operands, which must not change before the wait for it.
+// A warp's part of a wgmma in flight. Its operands must not change before the wait for its group.
 struct PendingWgmma {
   uint32_t group;
   uint64_t a, b;  // matrix descriptors
@@ -136,7 +136,7 @@ struct PendingSums {
 
 // A warp's wgmma state (wgmma.h).
 struct Wgmma {
-  bool fenced;      // a wgmma.fence has followed the last wait that returned sums to the lanes
+  bool fenced;      // a wgmma.fence was executed after the last wait that returned sums to the lanes
   uint32_t groups;  // committed groups
   size_t issued;    // wgmmas since the block began
   std::vector<PendingWgmma> pending;
@@ -161,7 +161,7 @@ struct Kernel {
   Kernel* next;
 };
 
-// Memory that no kernel writes. It may be read before grid_wait.
+// Sealed memory: no kernel writes it, so it may be read before grid_wait.
 struct Range {
   uintptr_t begin, end;
 };
@@ -209,7 +209,7 @@ void barrier(Site site);
 void finish_copies(Lane& lane, uint32_t keep);
 // Memory of a static shared array, of exactly this size, poisoned once per block.
 void* shared_array(size_t bytes, void** memory, uint64_t* serial);
-// Fails unless a kernel may access this memory before grid_wait.
+// Fails unless the access is `constant` (ld_stream) and its memory is sealed.
 void check_early_access(Site site, const char* what, const void* address, size_t bytes, bool constant);
 // Extra passes that an access of `count` lanes to shared memory costs.
 unsigned conflicts(const uintptr_t* addresses, unsigned count, unsigned bytes);
@@ -308,8 +308,7 @@ inline void call_with(void (*kernel)(A...), void** arguments, std::index_sequenc
   kernel(*static_cast<A*>(arguments[I])...);
 }
 
-// The kernels of one source file, linked into a list by static initialisers. emu.cpp reads the
-// lists.
+// The kernels of one source file, linked into a list by static initialisers. emu.cpp reads the lists.
 static Kernel* kernels_of_this_file = nullptr;
 
 template <auto kernel>
@@ -340,10 +339,10 @@ struct SharedArray {
 
 // KERNEL(threads per block, blocks per SM to aim for, name, (parameters)) { body }
 #define KERNEL(threads, blocks, name, parameters) EMU_KERNEL(threads, name, parameters)
-#define EMU_KERNEL(threads, name, parameters)                                                    \
-  static void name parameters;                                                                       \
+#define EMU_KERNEL(threads, name, parameters)                                                            \
+  static void name parameters;                                                                           \
   static_assert((threads) % 32 == 0 && (threads) <= 1024, "a block is made of whole warps, at most 32"); \
-  static emu::Registration<&name> name##_registration(#name, __FILE__, threads);                     \
+  static emu::Registration<&name> name##_registration(#name, __FILE__, threads);                         \
   static void name parameters
 
 // SHARED(type, name, count): an array in static shared memory, 16-byte aligned.
@@ -370,7 +369,7 @@ inline void __syncthreads(EMU_SITE) { emu::barrier(EMU_HERE); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-[[noreturn]] inline void __trap(EMU_SITE) { emu::fail(EMU_HERE, "the kernel gave up (__trap)"); }
+[[noreturn]] inline void __trap(EMU_SITE) { emu::fail(EMU_HERE, "the kernel called __trap()"); }
 
 // --- warp operations: all 32 lanes, full mask ---
 
@@ -430,7 +429,7 @@ template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int flip, int width = 32, EMU_SITE) {
   emu::require_full_mask(mask, EMU_HERE);
   const unsigned l = emu::lane_id(), from = l ^ unsigned(flip);
-  // As in CUDA, a lane beyond the end of its segment is not read, but one in an earlier segment is.
+  // As in CUDA, a source lane after this lane's segment is not read; one in an earlier segment is.
   return emu::shuffle("__shfl_xor_sync", EMU_HERE, value, from > (l | unsigned(width - 1)) ? l : from & 31);
 }
 template <class T>

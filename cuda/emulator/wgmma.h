@@ -8,8 +8,8 @@
 
 namespace emu {
 
-// The shared-memory address of dynamic shared memory, as instructions take it: 128-byte aligned, as declared,
-// and no better, so that a kernel that relies on a larger alignment fails.
+// Address of dynamic shared memory in the shared window. It is aligned to 128 bytes, as declared, but to no
+// more, so a kernel that relies on a larger alignment fails.
 constexpr uint32_t SHARED_BASE = 1024 + 128;
 inline uint32_t shared_address(const void* at) {
   return uint32_t(static_cast<const unsigned char*>(at) - block->shared) + SHARED_BASE;
@@ -28,8 +28,8 @@ inline const uint4* operand(uint64_t matrix, unsigned row, unsigned half, Site s
   } else if (swizzle == 1) {
     // Rows of 128 bytes. Address bits 7 to 9 permute the 16-byte chunks of a row.
     if (start & 0x380 || stride % 1024) {
-      fail(site, "a swizzled matrix at %u with a stride of %u: each eight rows start at a multiple of 1024", start,
-           stride);
+      fail(site, "a swizzled matrix at %u with a stride of %u: every 8 rows must start at a multiple of 1024",
+           start, stride);
     }
     at = start + row / 8 * stride + row % 8 * 128 + half * 16;
     at ^= at >> 3 & 0x70;
@@ -101,7 +101,7 @@ inline void start_wgmma(const void** in, void** out, unsigned n, Site site) {
 
   PendingSums& sums = sums_of(state, out, n, site);
   sums.group = state.groups;
-  // A failure abandons the fiber without unwinding: no local may own memory here.
+  // fail() leaves the fiber without unwinding, so no local may own memory before the last check.
   state.pending.push_back({state.groups, mine.a, mine.b, n, site, {}});
   PendingWgmma& wgmma = state.pending.back();
   for_each_operand(mine.a, mine.b, n, site, [&](const uint4* from) {
@@ -129,7 +129,7 @@ inline void start_wgmma(const void** in, void** out, unsigned n, Site site) {
   for (unsigned c = 0; c < n; c++) {
     for (unsigned k = 0; k < 16; k++) b[k * n + c] = element(16 + c, k);
   }
-  // The sum runs upwards in k. The hardware adds in an order of its own.
+  // Adds in ascending k. The order of the hardware is not documented.
   for (unsigned r = 0; r < 16; r++) {
     for (unsigned c = 0; c < n; c += 8) {
       float* to = &sums.values[r * n + c];
@@ -161,7 +161,7 @@ inline void finish_wgmmas(uint32_t keep, Site site) {
     size_t i = 0;
     for_each_operand(wgmma.a, wgmma.b, wgmma.n, wgmma.site, [&](const uint4* from) {
       if (memcmp(from, &wgmma.operands[i++], 16) == 0) return;
-      fail(site, "an operand of the wgmma of line %d changed before this wait for it", wgmma.site.line);
+      fail(site, "an operand of the wgmma of line %d changed before this wait", wgmma.site.line);
     });
   }
   state.pending.resize(left);
@@ -174,7 +174,7 @@ inline void finish_wgmmas(uint32_t keep, Site site) {
     }
     for (unsigned l = 0; l < 32; l++) {
       for (unsigned i = 0; i < sums.n / 2; i++) {
-        if (memcmp(&sums.to[l][i], &POISON, 4)) fail(site, "sums of a wgmma were written to before this wait for it");
+        if (memcmp(&sums.to[l][i], &POISON, 4)) fail(site, "sums of a wgmma were written to before this wait");
         const unsigned row = l / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + l % 4 * 2 + i % 2;
         sums.to[l][i] = sums.values[row * sums.n + column];
       }

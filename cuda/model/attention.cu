@@ -1,17 +1,17 @@
 // Paged attention of the target: single tokens, chains and trees of drafts, chunks of a prompt.
 //
 // Computes: out[r][h] = softmax(scale q[r][h] K^T) V over the keys that row r sees: slots below context, plus
-//           its own slot and those of earlier rows (trees: of the rows in its mask); of these the last
-//           `window` positions. A tree row has the position, and the bits, that it would have in the chain of
-//           its ancestors.
+//           its own slot and those of earlier rows (trees: of the rows in its mask). A window keeps only the
+//           last `window` positions. A tree row has the position and the bits that it would have in the chain
+//           of its ancestors.
 // Work:     attention_DxR (chains) and attention_tree_DxR: grid (splits, kv_heads, sequences x row tiles of R
-//           packed rows). attention_prefill_D: grid (row tiles of 64 packed rows, kv_heads), one sequence,
-//           one block attends to all keys of its row tile. 128 threads.
+//           packed rows). attention_prefill_D: grid (row tiles of 64 packed rows, kv_heads) for one sequence;
+//           a block attends to all keys of its row tile. 128 threads.
 // Order:    attention.cuh. Except in prefill, a row's bits do not depend on R, block, batch, capacity, or the
 //           tree around its path.
-// Bytes:    q and out once; keys and values once per row tile, those on the second tail page of a tree twice
-//           if two splits need them; with several splits also partials of 4 (D + 2) bytes per row, head and
-//           split, written and read.
+// Bytes:    q and out once. Keys and values once per row tile; the second tail page of a tree twice if two
+//           splits need it. With several splits also partials of 4 (D + 2) bytes per row, head and split,
+//           written and read.
 // Preconditions: D is 64 or 128; heads / kv_heads is 1 to 8; block <= 64 (prefill: any); buffers 16-byte
 //           aligned; counters zero. `AttentionParams` and `attend` in attention.cuh document the shape of
 //           every parameter.

@@ -1,6 +1,7 @@
-// The core of all attention kernels. One block computes attention of up to 64 packed rows (all query heads of
-// one KV head for each row of the pass, row by row) over an interval of one sequence's keys, 64 keys at a
-// time, with an online softmax: a running maximum, sum and output per packed row.
+// The core of all attention kernels. A packed row is one query head of one row of the pass; packed rows list
+// all query heads of one KV head for the first row, then for the next. One block computes attention of up to
+// 64 packed rows over an interval of one sequence's keys, 64 keys at a time, with an online softmax: a
+// running maximum, sum and output per packed row.
 //
 // The bits of a row's output depend only on its query, on the keys it sees and on their positions. Rows never
 // interact: a tile, split or group in which a row sees no key leaves its bits unchanged. The result is
@@ -21,7 +22,7 @@ constexpr u32 ATTENTION_THREADS = 128;
 // Which rows of its pass a row sees.
 enum MaskMode {
   CAUSAL,  // the earlier rows and itself
-  TREE,    // the rows in its mask, ancestors and itself: in slot order its positions from `context` on
+  TREE,    // the rows in its mask: its ancestors and itself. In slot order, the i-th has position context + i
   FULL,    // all rows
 };
 
@@ -76,7 +77,8 @@ struct Attention {
   // Floats of one split's partial result: outputs [ROWS][D], maxima [ROWS], sums [ROWS].
   static constexpr u32 PARTIAL = ROWS * (D + 2);
 
-  // Shared memory, in this order; `shared_bytes` in src/gpu/kernels/attention.rs computes the size.
+  // Dynamic shared memory, in this order; `shared_bytes` and `tree_bytes` in src/gpu/kernels/attention.rs
+  // compute the size.
   unsigned char* queries;  // [ROWS][D] bf16, chunk c of row r at c ^ (r & 7)
   unsigned char* keys;     // [2][PAGE][D] bf16, chunks permuted alike
   unsigned char* values;   // [2][PAGE][D] bf16, chunks permuted alike
@@ -134,7 +136,7 @@ struct Attention {
     context = min(span.context, params.capacity) + base;
     rows = count - base;
     tail = context / PAGE * PAGE;
-    // One past the positions of the first and the last row. For a tree: the minimum possible and the maximum.
+    // One past the position of the first row and of the last. For a tree: lower and upper bounds of them.
     u32 low = context + first - base + 1, high = context + last - base + 1;
     end = min(MODE == CAUSAL ? high : context + rows, params.capacity);
     slots_end = end;
@@ -206,8 +208,8 @@ struct Attention {
   }
 
   // Replaces chunks of values that hold a NaN or infinity by zeros and flags them: 0 x NaN would otherwise
-  // reach rows that do not see the value. Rows that do see it find it by its flag. Each thread checks what it
-  // copied itself.
+  // reach rows that do not see the value. For rows that see it, the flag turns the probability into NaN. Each
+  // thread checks what it copied itself.
   WRAPPER void zero_nonfinite(unsigned char* tile,  // [PAGE][D] bf16, shared memory
                               u8* flags) const {    // [PAGE][CHUNKS], shared memory
 #pragma unroll

@@ -1,6 +1,6 @@
 // Attention of the drafter's block: every row sees the context and all rows of the block.
 //
-// Computes: out[r][h] = softmax(scale q[r][h] K^T) V over all slots below context + rows; with a window only
+// Computes: out[r][h] = softmax(scale q[r][h] K^T) V over all slots below context + rows. A window keeps only
 //           those whose position differs from the row's by less than `window`.
 // Work:     grid (splits, kv_heads, sequences x row tiles of R packed rows), 128 threads.
 // Order:    attention.cuh. A row's bits do not depend on R, batch or capacity.

@@ -1,6 +1,6 @@
 // Epilogues of the linear layers. Each processes a tile of tokens x 128 packed rows of W with the whole
-// block, one warp per token, one lane per four neighbouring columns. They work for every main loop
-// (linear.cuh, prefill.cu).
+// block: one warp per token, one lane per four neighbouring columns. The main loops of linear.cuh and
+// prefill.cu share them.
 //
 // Where the compiler could contract a product and a sum in more than one way, an intrinsic selects one, so
 // that every kernel that contains an epilogue rounds alike.
@@ -116,8 +116,8 @@ struct Qkv {
     rows, queries, keys, values, table, q_gain, k_gain, rope, heads, kv_heads, head_dim, query_rows,   \
         pages, sequences, sequence_pages, positions                                                    \
   }
-// Looks up where the token's query, key and value go; anything out of range becomes NONE, the position is
-// clamped.
+// Looks up where to store the token's query, key and value. An index out of range becomes NONE; the position
+// is clamped.
 WRAPPER void prepare_token(const Qkv& p, const Tile& tile, u32 token) {
   const Row row = ld(p.rows + tile.token + token);
   const bool valid = row.sequence < p.sequences;
@@ -192,7 +192,7 @@ struct Head {
   float* logits;     // [m][n], or null: not stored
   u64* best;         // [m][ceil(n / 128)]: ascending(logit) << 32 | ~id; all ones if a logit is NaN or +inf
   float multiplier;  // logits are multiplied by it
-  float cap;         // then softcapped, cap * tanh(logit / cap); 0: no softcap
+  float cap;         // softcap applied after it: cap * tanh(logit / cap); 0: none
 };
 // The argmax key of one logit.
 WRAPPER u64 rank(float logit, u32 id) {

@@ -1,10 +1,11 @@
-// The LM head: logits, and the argmax of every 128 of them.
+// The LM head: logits, and the argmax of each block of 128 ids.
 //
 // Computes: logit[m][v] = softcap(multiplier * rstd[m] * (in W^T)), optionally stored; best[m][b] = argmax
 //           key of ids 128b..128b + 128.
 // Work:     grid (ceil(n / 128), splits of K, passes of 8 NT tokens), 256 threads; see linear.cuh.
-// Order:    linear.cuh; best is a maximum over a total order, so its order does not matter.
-// Bytes:    n k 2 of weights per pass; m k 2 per 128 rows of W; m n 4 written if logits are stored.
+// Order:    linear.cuh; best is a maximum in a total order, so the order of comparisons does not matter.
+// Bytes:    n k 2 of weights per pass; m k 2 per 128 rows of W; m n / 16 of best written; m n 4 if logits are
+//           stored.
 // Preconditions: k a multiple of 32; any n; buffers 16-byte aligned.
 #include "model/epilogues.cuh"
 

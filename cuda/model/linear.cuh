@@ -1,14 +1,14 @@
 // Skinny GEMM of every linear layer: y[m][n] = sum over k of x[m][k] W[n][k], 1 to 128 rows per read of W.
 //
 // A block owns 128 packed rows of W and a slice of K, each warp 16 of the rows. Weights are the A operand.
-// They go from global memory straight to registers, several groups of 32 k ahead, the first groups before
-// grid_wait. Activations are the B operand, staged in shared memory chunk by chunk. Within a group any order
-// of k is correct as long as both operands use the same: a lane owns eight neighbouring k, 16 bytes of either
-// operand, which feed two products.
+// They go from global memory straight to registers, several groups of 32 k ahead; the first groups are loaded
+// before grid_wait. Activations are the B operand, staged in shared memory chunk by chunk. Within a group any
+// order of k is correct as long as both operands use the same order. A lane owns eight neighbouring k, 16
+// bytes of either operand, which feed two products.
 //
 // Additions run over ascending k in products of 16, then over the slices of K in ascending order. The slices
-// depend only on N and K, and NT, the number of 8-token tiles, does not change what is computed for one
-// token. So the bits of a row do not depend on the other rows.
+// depend only on N and K. NT, the number of 8-token tiles, does not change what is computed for one token. So
+// the bits of a row do not depend on the other rows.
 #pragma once
 #include "common/rows.cuh"
 
@@ -65,9 +65,10 @@ WRAPPER float4 columns(const Tile& tile, u32 token) {
   return lds(reinterpret_cast<const float4*>(tile.values + token * TILE_PITCH) + threadIdx.x % 32);
 }
 
-// Size of a chunk of staged activations, how far ahead weights are loaded, and the shared memory of both. Two
-// blocks fit on an SM for NT up to 4, one above. Chunks are short because the main loop cannot start before
-// the first one has arrived.
+// Size of a chunk of staged activations, and how far ahead weights are loaded. Dynamic shared memory holds one
+// or two chunks of BYTES each, later the result tile; `shared` in src/gpu/kernels/linear.rs computes the size.
+// Two blocks fit on an SM for NT up to 4, one above. Chunks are short because the main loop cannot start
+// before the first one has arrived.
 template <int NT>
 struct Staging {
   static constexpr u32 CHUNK = NT <= 8 ? 512 : 256;

@@ -1,5 +1,5 @@
 // RMSNorm in two forms. residual_norm computes the sums of squares where the residual stream is written; the
-// consumer of the rows applies the factor. full_norm is the complete norm.
+// next linear layer multiplies by 1 / rms. full_norm is the complete norm.
 //
 // Computes: residual_norm: x[r] += add[r]; y[r] = bf16(gain x[r]); sumsq[r][p] = sum of x[r][k]^2 over
 //           the columns of part p.
@@ -8,9 +8,10 @@
 //           full_norm: grid (rows), 8 warps, each takes every eighth part.
 // Order:    four columns ascending per lane, lanes by xor 16-8-4-2-1, parts ascending. Depends only on
 //           hidden.
-// Bytes:    residual_norm: rows x (hidden x 14 + parts x 4), hidden x 6 without add.
-//           full_norm: rows x hidden x 6, and gain.
-// Preconditions: hidden a multiple of 64, for full_norm at most 65536; buffers 16-byte aligned.
+// Bytes:    residual_norm: rows x (hidden x 14 + parts x 4), hidden x 6 instead of 14 without add.
+//           full_norm: rows x hidden x 6. Both also read gain.
+// Preconditions: hidden a multiple of 64, for full_norm at most 65536; parts = ceil(hidden / 128); buffers
+//           16-byte aligned.
 #include "common/numbers.cuh"
 
 constexpr u32 PART = 128, WARPS = 8;

@@ -1,7 +1,7 @@
 // Permutes weights into the layout of the linear kernels (common/packed.cuh). Runs once, while weights are
 // loaded.
 //
-// Computes: packed row place[r] = row r of `in`; rows from n to the end of the last tile = 0.
+// Computes: packed row place[r] = row r of `in`; packed rows from n to the end of the last tile = 0.
 // Work:     grid (rows + padding rows), one block of 256 threads per row, 16 bytes per thread and iteration.
 // Order:    no additions.
 // Bytes:    rows x k x (2 read + 2 written).

@@ -1,11 +1,11 @@
-// Linear layers of a prompt chunk: enough rows that the products bound the time, not the bytes of the
+// Linear layers of a prompt chunk. It has enough rows to be bound by arithmetic, not by the bytes of the
 // weights. Same packed weights and epilogues as the skinny kernels (linear.cuh), with two other main loops:
 // mma by warps, for every GPU, and wgmma by warpgroups (sm_90a).
 //
 // Computes: sum over k of in[m][k] W[n][k], then the layer's epilogue (epilogues.cuh).
 // Work:     grid (blocks of TOKENS tokens, blocks of 128 packed rows); a ring of stages of 64 k, weights and
-//           activations loaded by cp.async. Warps: 128 tokens, 4 warps of 64 rows x 64 tokens. Warpgroups:
-//           256 tokens, 2 warpgroups of 64 rows x 256 tokens.
+//           activations loaded by cp.async. Warps: 128 tokens, 4 warps of 64 rows x 64 tokens, 96 KB of
+//           dynamic shared memory. Warpgroups: 256 tokens, 2 warpgroups of 64 rows x 256 tokens, 193 KB.
 // Order:    ascending k in products of 16; K is not split. The bits differ from those of a skinny kernel that
 //           splits K, and between the two loops: within a product wgmma adds in its own order.
 // Bytes:    per block 256 K of weights and 2 K TOKENS of activations, all but the first read of each from L2.
@@ -184,9 +184,9 @@ WRAPPER bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilog
 
 #ifdef WGMMA
 // Main loop with wgmma, called by the whole block of 256 threads. Products are asynchronous: those of a stage
-// start before the wait for those of the previous stage, so that the tensor cores always have work. Of the
-// four stages two are being multiplied, one has arrived or is in flight, and one, whose products have
-// finished, is loaded.
+// start before the wait for those of the previous stage, so that the tensor cores always have work. Step s
+// uses the four stages at once: products of s - 1 and s run, s + 1 has arrived or is in flight, and s + 2
+// is loaded in place of s - 2, whose products have finished.
 template <class Epilogue>
 WRAPPER bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& epilogue) {
   typedef Warpgroups Loop;

@@ -1,8 +1,7 @@
-// Reads memory and does nothing else: the measured read ceiling that other kernels' bytes per second are
-// compared to.
+// Reads memory and does nothing else. Its bandwidth is the read ceiling that other kernels are compared to.
 //
 // Computes: out[b] = sum mod 2^32 of the 32-bit words that block b reads.
-// Work:     grid (blocks), 256 threads. Blocks take turns with runs of 2048 chunks of 16 bytes; each thread
+// Work:     grid (blocks), 256 threads. Runs of 2048 chunks of 16 bytes go to the blocks in turn; each thread
 //           has 8 loads in flight.
 // Order:    irrelevant, sums are mod 2^32.
 // Bytes:    reads chunks x 16, writes blocks x 4.

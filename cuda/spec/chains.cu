@@ -1,23 +1,23 @@
-// Several chains per sequence: the best one is selected and verified as a block, multi-draft block
-// verification after Thomas and Pal (arXiv 2602.16961). `multi_draft_block_verify` of src/spec/verify.rs
-// makes the same decisions.
+// Several chains per sequence: the best one is selected and verified as a block. This is multi-draft block
+// verification (Thomas and Pal, arXiv 2602.16961). `multi_draft_block_verify` of src/spec/verify.rs makes the
+// same decisions.
 //
-// The selection compares tokens by class: the ratio of p to q in half octaves. At each depth it keeps the
-// chains that contain the tokens selected so far and selects the one whose token has the highest class, the
-// first among equals.
+// A token's class is its ratio of p to q in half octaves. At each depth the selection keeps the chains that
+// contain the tokens selected so far, and takes the token of the highest class; among equals the first.
 //
 // Computes:      sample_chains: the tokens of each sequence's chains, each row from the drafter's
-//                distribution of its depth. chain_classes: for each row that a draft follows, the drafter's
+//                distribution of its depth. chain_classes: for each row with a child, the drafter's
 //                probability mass up to each class. verify_chains: the selected chain, the number of its
-//                accepted drafts, and the next token, sampled from the residual distribution. All skip
-//                sequences unless they have verification method BLOCK, a sampled tree, and at least two rows.
+//                accepted drafts, and the next token, sampled from the residual distribution. All three skip
+//                sequences other than those with verification method BLOCK, a sampled tree, and at least two
+//                rows.
 // Work:          512 threads. sample_chains and chain_classes: grid (max_verify_rows, sequences), one row
 //                each. verify_chains: grid (block_size, sequences). Each CUDA block repeats the selection,
-//                which reads a few words per draft, and computes the sum that its row's test needs; the last
-//                one of a sequence to arrive decides.
+//                which reads a few words per draft, and computes the sum that its row's test needs. The last
+//                CUDA block of a sequence to arrive runs the tests.
 // Order:         sampling cumulates weights in ascending id order; all other sums are order-independent.
-// Bytes:         sample_chains: one row of logits per draft. chain_classes: two rows of logits per row that a
-//                draft follows. verify_chains: two rows of logits per sequence, two more per chain draft.
+// Bytes:         sample_chains: one row of logits per draft. chain_classes: two rows of logits per row with a
+//                child. verify_chains: two rows of logits per sequence, two more per draft of a chain.
 // Preconditions: vocab <= 2^26; block_size and max_verify_rows 1 to 64; distributions, logits and tables
 //                16-byte aligned; counters are zero, and zero again afterwards. Rows that follow the same
 //                drafts have equal logits.
@@ -38,7 +38,7 @@ WRAPPER u32 class_of(u64 p, u64 q) {
   return p == 0 ? 0 : u32(max(0, min(difference, int(CLASSES - 1))));
 }
 
-// A sequence's chains: `count` chains of `length` drafts each, one after another behind the anchor's row.
+// A sequence's chains: `count` chains of `length` drafts each, one after another after the anchor's row.
 // count = 0: the sequence is skipped.
 struct Chains {
   u32 rows, count, length;
@@ -48,7 +48,8 @@ WRAPPER Chains chains_of(const Sequence* state,  // [1]
                          const Span* span,       // [1]
                          u32 block_size, u32 max_verify_rows) {
   const u32 rows = min(ld(&span->rows), max_verify_rows);
-  if (ld(&state->verify_method) != BLOCK || form_of(ld(&state->now.shape)) != SAMPLED_TREE || rows < 2 || block_size < 2) {
+  if (ld(&state->verify_method) != BLOCK || form_of(ld(&state->now.shape)) != SAMPLED_TREE || rows < 2 ||
+      block_size < 2) {
     return {0, 0, 0};
   }
   u32 length = 1;
@@ -60,12 +61,12 @@ WRAPPER Chains chains_of(const Sequence* state,  // [1]
 // The depth of a row: the number of drafts up to and including it.
 WRAPPER u32 depth_of(u32 row, u32 length) { return row ? (row - 1) % length + 1 : 0; }
 
-// The probability that a chain is eliminated, or that it is not and an event of this probability occurs.
+// P(eliminated or event), where `event` is the event's probability if the chain is not eliminated.
 WRAPPER u64 eliminated_or(u64 eliminated, u64 event) { return eliminated + mul_probability(ONE - eliminated, event); }
 
 // The factor by which the selection changes a token's draft probability. `eliminated` holds, per chain, the
-// probability that the chain no longer contains the selected tokens. mass_below and mass_up_to are the
-// drafter's mass in the classes below the token's class, and including it.
+// probability that the chain no longer contains the selected tokens. mass_below: the drafter's probability
+// mass in the classes below the token's class; mass_up_to: the same with the token's class.
 WRAPPER u64 selection_factor(const u64* eliminated,  // [count] shared
                              u32 count, u64 mass_below, u64 mass_up_to) {
   u64 sum = 0, power = ONE;
@@ -118,8 +119,7 @@ KERNEL(512, 1, sample_chains,
 
 KERNEL(512, 1, chain_classes,
        (u64* masses,                      // [sequences][max_verify_rows][CLASSES]: the drafter's mass up to a
-                                          // class, for rows that a draft follows; not written for other and
-                                          // for damaged rows
+                                          // class; written for undamaged rows with a child
         const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
         const float* target_logits,       // [sequences][max_verify_rows][vocab]
         const RowDistribution* drafters,  // [sequences][block_size]: row d is for depth d
@@ -184,7 +184,8 @@ KERNEL(512, 1, verify_chains,
         u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
   SHARED(u64, warp_sums, WARPS);
-  // At c length + i, for draft i of chain c: token, class, p, q, drafter's mass below the class and up to it.
+  // At c length + i, for draft i of chain c: token, class, p, q, the drafter's mass below the class, and the
+  // mass up to it.
   SHARED(u32, drafts, MAX_ROWS);
   SHARED(u32, classes, MAX_ROWS);
   SHARED(u64, ps, MAX_ROWS);
@@ -227,7 +228,7 @@ KERNEL(512, 1, verify_chains,
   // The selection, by one warp: lane l holds chains l and l + 32.
   if (threadIdx.x < 32) {
     bool remaining[2] = {lane < count, lane + 32 < count};
-    u64 out[2] = {0, 0}, w = ONE;
+    u64 own_eliminated[2] = {0, 0}, w = ONE;
     u32 selected = 0, longest = 0;
     bool valid = ld(&targets[first].rounding_token) != NONE;
 #pragma unroll 1
@@ -236,7 +237,7 @@ KERNEL(512, 1, verify_chains,
 #pragma unroll
       for (u32 j = 0; j < 2; j++) {
         const u32 c = lane + 32 * j;
-        if (c < count) sts(eliminated + i * count + c, out[j]);
+        if (c < count) sts(eliminated + i * count + c, own_eliminated[j]);
         if (remaining[j]) best = min(best, (CLASSES - 1 - lds(classes + c * length + i)) * MAX_ROWS + c);
       }
       selected = __reduce_min_sync(~0u, best) % MAX_ROWS;
@@ -253,9 +254,10 @@ KERNEL(512, 1, verify_chains,
       for (u32 j = 0; j < 2; j++) {
         const u32 c = lane + 32 * j;
         remaining[j] = remaining[j] && lds(drafts + c * length + i) == token;
-        out[j] = c < selected    ? ONE
-                 : c == selected ? 0
-                                 : ONE - mul_div(ONE - out[j], q, eliminated_or(out[j], up_to));
+        const u64 before = own_eliminated[j];
+        own_eliminated[j] = c < selected    ? ONE
+                            : c == selected ? 0
+                                            : ONE - mul_div(ONE - before, q, eliminated_or(before, up_to));
       }
     }
     if (lane == 0) sts(result, selected), sts(result + 1, longest), sts(result + 2, u32(valid));

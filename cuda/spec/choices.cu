@@ -3,11 +3,11 @@
 //
 // Computes:      choices[r] = the max_choices best tokens by (logit descending, id ascending) that have
 //                positive weight at temperature 1, each with -log2 of its probability in units of 2^-16 bits.
-//                counts[r] = the number of choices; NONE for a damaged row (a NaN, +inf, nothing but -inf), 0
+//                counts[r] = the number of choices; NONE for a damaged row (a NaN, a +inf, or only -inf), 0
 //                for a row without a sequence.
 // Work:          grid (rows), 512 threads, four ids per thread and step. Radix selection finds the last
 //                choice, usually in two passes over the row. A third pass collects choices and sums weights.
-// Order:         independent of order: a choice's place is the number of better choices.
+// Order:         any: sums are integers, and a choice's place is the number of better choices.
 // Bytes:         rows x (blocks x 8 + 3 x vocab x 4 + max_choices x 8), more if weights tie at the last.
 // Preconditions: vocab <= 2^26, max_choices 1 to 63; best, logits and tables 16-byte aligned.
 #include "common/rows.cuh"
@@ -16,7 +16,7 @@
 namespace {
 
 constexpr u32 MAX_CHOICES = 64;
-// 65536 log2(e): temperature 1, whatever temperature the drafts are sampled at.
+// 65536 log2(e): costs are at temperature 1, whatever temperature the request has.
 constexpr float SCALE = float(65536.0 * 1.4426950408889634074);
 
 // log2(total / 2^32) in units of 2^-16, for total >= 2^32. race_time gives -log2 of the leading 32 bits.

@@ -1,12 +1,13 @@
 // Moves the keys and values of an accepted tree path to consecutive KV-cache slots, in all layers: `moves` of
 // src/spec/tree.rs lists the same moves.
 //
-// Computes:      slot context + i = slot context + path[i], for i = 0 .. accepted; other slots are unchanged.
+// Computes:      slot context + i = slot context + path[i], for i from 0 to accepted; other slots are
+//                unchanged.
 // Work:          grid (kv heads, sequences, layers), 256 threads; each holds up to four 16-byte chunks of
 //                keys and four of values.
 // Order:         all reads precede all writes, since a row's source slot may be another's destination.
-// Bytes:         layers x kv_heads x moved rows x head_dim x 8. Rows already in place are not read, so that a
-//                chain moves nothing.
+// Bytes:         layers x kv_heads x moved rows x head_dim x 8. Rows already in place are not read: a chain
+//                moves nothing.
 // Preconditions: max_verify_rows 1 to 64, head_dim 64 or 128; sequences share no writable page. Paths, counts
 //                and pages may hold any value.
 #include "common/rows.cuh"

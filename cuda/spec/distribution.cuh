@@ -1,6 +1,6 @@
-// Probability distributions of rows and the random numbers of a round: shared by the kernels that sample and
-// verify drafts. Probabilities are integers that sum to exactly 2^48 in each row. src/spec/verify.rs computes
-// the same values on the CPU, bit for bit.
+// Probability distributions of rows and the random numbers of a round, for the kernels that sample and verify
+// drafts. Probabilities are integers that sum to exactly 2^48 in each row. src/spec/distribution.rs, rng.rs
+// and verify.rs compute the same values on the CPU, bit for bit.
 #pragma once
 #include "spec/sampling_weights.cuh"
 #include "common/state.cuh"
@@ -12,9 +12,9 @@ constexpr u32 MAX_ROWS = 64;
 // Purposes of random numbers: the top byte of the second word of the Philox counter.
 constexpr u32 DRAFT = 2, ACCEPT = 3, RESIDUAL = 4;
 
-// What turns a row's logits into probabilities. A token of weight W that passes the filters has probability
-// floor(W 2^shift inverse / 2^64). The remainder, which these floors leave of 2^48, is added to the rounding
-// token. Mirrored by src/gpu/kernels/rejection.rs.
+// A row's distribution, as the parameters that turn its logits into probabilities. A token of weight W that
+// passes the filters has probability floor(W 2^shift inverse / 2^64). These sum to at most 2^48; the rounding
+// token receives the remainder. src/gpu/kernels/rejection.rs allocates and passes it.
 struct __align__(16) RowDistribution {
   float max_logit, c;     // c: 65536 log2(e) / temperature; 0: greedy
   u32 min_weight, shift;  // min_weight: the min-p threshold
@@ -26,7 +26,7 @@ static_assert(sizeof(RowDistribution) == 48, "src/gpu/kernels/rejection.rs alloc
 
 // The Philox key and counter fields that are constant in one round of a sequence.
 struct PhiloxStream {
-  u32 key[2], stream, round, anchor;
+  u32 key[2], stream, round, anchor;  // anchor: its position
 };
 WRAPPER PhiloxStream philox_stream(const Sequence* state) {
   return {{ld(state->seed), ld(state->seed + 1)}, ld(&state->stream), ld(&state->rounds) + 1, ld(&state->now.length)};
@@ -79,7 +79,7 @@ WRAPPER u64 probability_at(const RowDistribution& d,
   return id < vocab ? probability(d, tables, ld(logits + id), id) : 0;
 }
 
-// The product of two probabilities: floor(a b / 2^48), below 2^64.
+// The product of two probabilities: floor(a b / 2^48), which must be below 2^64.
 WRAPPER u64 mul_probability(u64 a, u64 b) { return __umul64hi(a, b) << 16 | a * b >> 48; }
 
 // max(a - b, 0)
@@ -133,9 +133,9 @@ struct Weights4 {
 };
 
 // Samples an id with probability proportional to its weight, given 64 random bits: the first id in ascending
-// order whose cumulative weight exceeds bits x total / 2^64. f(group) returns the weights of ids 4 group .. 4
-// group + 3. Returns NONE if all weights are 0. Each pass splits the range over the warps and descends into
-// the warp's part that holds the result, until one warp covers the range.
+// order whose cumulative weight exceeds floor(bits total / 2^64). f(group) returns the weights of ids 4 group
+// to 4 group + 3. Returns NONE if all weights are 0. Each pass splits the range over the warps and continues
+// with the part that holds the result, until one warp covers the range.
 template <class F>
 WRAPPER u32 sample_weights(u32 vocab, u64 bits,
                            u64* warp_sums,  // [WARPS] shared
@@ -187,7 +187,7 @@ struct RowPair {
   const float *target_logits, *draft_logits;  // [vocab]
 };
 
-// f(p(x), q(x)) for x = 4 group .. 4 group + 3; 0 outside the vocabulary.
+// f(p(x), q(x)) for x from 4 group to 4 group + 3; 0 outside the vocabulary.
 template <class F>
 WRAPPER Weights4 map_pair(const RowPair& rows,
                           const u32* table,  // [512] shared
@@ -235,10 +235,12 @@ WRAPPER u32 sample_row(const RowDistribution& d,
   });
 }
 
-// The acceptance tests of block verification (Sun et al., arXiv 2403.10444), run by the last of a sequence's
-// CUDA blocks 0 .. num_drafts to arrive. That block returns the number of accepted drafts, all others return
-// NONE. prefix_weight(i) is w_i = min(1, w_{i-1} p / q). overlaps[i], written by thread 0 of CUDA block i, is
-// sum_x min(w_i p_i(x), q_{i+1}(x)). Prefixes longer than `longest` are not tested.
+// The acceptance tests of block verification (Sun et al., arXiv 2403.10444). CUDA blocks 0 to num_drafts of a
+// sequence call it; the last one to arrive runs the tests and returns the number of accepted drafts, all
+// others return NONE. prefix_weight(i) is w_i = min(1, w_{i-1} p / q). overlaps[i], written by thread 0 of
+// CUDA block i, is sum_x min(w_i p_i(x), q_{i+1}(x)). A prefix of i drafts is accepted with probability
+// (w_i - overlaps[i]) / (1 - overlaps[i]), with overlap 0 for i = num_drafts; longest first, from `longest`
+// down.
 template <class F>
 WRAPPER u32 accepted_prefix(const PhiloxStream& stream,
                             const u64* overlaps,  // [num_drafts]

@@ -1,20 +1,20 @@
-// The parts of a round that are neither model nor verification: the tables of its passes, made from the
-// sequences' state; the tokens to verify; and the update of the state from the verification result, with a
-// record for the host. No kernel argument changes from round to round, so that one captured CUDA graph serves
+// The parts of a round that are neither model nor verification: the row tables of its passes, from the state
+// of the sequences; the tokens to verify; and the update of the state by the verification result, with a
+// record for the host. No kernel argument changes from round to round, so one captured CUDA graph serves
 // every round:
 //
 //   round_begin - draft pass - round_tokens - verification pass - verify - round_finish
 //
-// Trees: choices and tree_build replace round_tokens, compact precedes round_finish, and tree_build's tables
-// replace round_begin's for the verification pass. Sampled drafts: row_distribution and sample_drafts end the
-// draft pass; sample_siblings and sample_chains follow tree_build; row_distribution, verify_drafts,
-// verify_tree, chain_classes and verify_chains follow verify and overwrite its results.
+// Trees: choices and tree_build replace round_tokens, compact precedes round_finish, and tree_build writes
+// the tables of the verification pass again. Sampled drafts: row_distribution and sample_drafts end the draft
+// pass; sample_siblings and sample_chains follow tree_build; row_distribution, verify_drafts, verify_tree,
+// chain_classes and verify_chains follow verify and overwrite its results.
 //
 // Computes:      round_begin: tokens, rows and spans of both passes, the number of active sequences, the
 //                round's number. round_tokens: tokens of the verification pass, anchor and drafts.
 //                round_finish: the emitted tokens (up to a stop id, the budget, or the end of the context),
-//                the state after them, a record in the ring, and last the record's round number, which the
-//                host waits for.
+//                the state after them, a record in the ring, and finally the record's round number, which
+//                the host waits for.
 // Work:          grid (sequences); round_begin and round_tokens: 64 threads, one per row. round_finish:
 //                one warp.
 // Order:         only counts are summed, in integers.
@@ -26,12 +26,12 @@
 // A sequence's part of a round's record, followed by up to block_size tokens. `round` is written last.
 // round_finish writes the fields by their word offsets.
 struct __align__(16) Record {
-  u32 round;          // number of the round, from 1
-  u32 emitted;        // tokens emitted; 0 where the sequence took no part
-  u32 verified;       // accepted drafts plus the next token, before a stop id or a limit cuts them
-  u32 finish;         // a Finish
-  u32 drafted;        // drafts verified
-  u32 path_rows[2];   // bit i: row i of the verification pass is on the accepted path
+  u32 round;              // number of the round, from 1
+  u32 emitted;            // tokens emitted; 0 if the sequence took no part
+  u32 acceptance_length;  // accepted drafts plus the next token, before a stop id or a limit cuts them
+  u32 finish;             // a Finish
+  u32 drafted;            // drafts verified
+  u32 path_rows[2];       // bit i: row i of the verification pass is on the accepted path
   u32 padding;
 };
 
@@ -40,7 +40,7 @@ KERNEL(64, 8, round_begin,
         Row* draft_rows,      // [2][sequences][block_size]: first the pending features, then the block
         u32* features,        // [sequences][block_size]: rows of the last verification pass whose features
                               // are pending
-        Span* draft_spans,    // [sequences]: of the block; no rows where nothing is drafted
+        Span* draft_spans,    // [sequences]: of the block; no rows if nothing is drafted
         Row* verify_rows,     // [sequences][max_verify_rows]
         Span* verify_spans,   // [sequences]
         u32* round_header,    // [3]: round number, active sequences, and the max_verify_rows of the
@@ -153,10 +153,10 @@ KERNEL(32, 16, round_finish,
     for (u32 half = 0; half < 2; half++) ends[half] |= token[half] == stop && stop != NONE;
   }
   u64 stops = u64(__ballot_sync(~0u, int(ends[1]))) << 32 | __ballot_sync(~0u, int(ends[0]));
-  const u32 verified = num_accepted + 1;
+  const u32 acceptance_length = num_accepted + 1;
   const u32 context_left = s.end > s.length ? s.end - s.length - 1 : 0, allowed = min(s.budget, context_left);
   const u32 first_stop = stops ? u32(__ffsll((long long)(stops))) - 1 : NONE;
-  const u32 emitted = !valid ? 0 : min(min(verified, allowed), first_stop == NONE ? NONE : first_stop + 1);
+  const u32 emitted = !valid ? 0 : min(min(acceptance_length, allowed), first_stop == NONE ? NONE : first_stop + 1);
   const u32 finish = !rows                      ? u32(ld(&to->finish))
                      : bad_draft                ? u32(DAMAGED_DRAFTER)
                      : !valid                   ? u32(DAMAGED_TARGET)
@@ -188,7 +188,7 @@ KERNEL(32, 16, round_finish,
   }
   if (lane == 0) {
     st(record + 1, emitted);
-    st(record + 2, valid ? verified : 0);
+    st(record + 2, valid ? acceptance_length : 0);
     st(record + 3, finish);
     st(record + 4, valid ? rows - 1 : 0);
     st(record + 5, valid ? low_rows : 0);

@@ -1,18 +1,18 @@
 // Rejection sampling and block verification on a chain: the distributions of rows, the sampling of drafts,
 // and their verification. `rejection` and `block` of src/spec/verify.rs make the same decisions.
-// Probabilities are integers that sum to 2^48 in each row and all sums are integer sums, so results do not
+// Probabilities are integers that sum to 2^48 in each row, and all sums are integer sums, so results do not
 // depend on how the work is split.
 //
-// Computes:      row_distribution: per row, what turns a logit into a probability; rounding_token = NONE for
-//                a damaged row and for a row without a sequence. sample_drafts: per drafted row, a token of
-//                its distribution. verify_drafts: per sequence, the number of accepted drafts and the next
-//                token, sampled from the residual distribution. sample_drafts and verify_drafts skip
-//                sequences with verification method MATCH. verify_drafts also skips sequences without drafts:
-//                `verify` decodes those autoregressively.
+// Computes:      row_distribution: per row, its RowDistribution; rounding_token = NONE for a damaged row and
+//                for a row without a sequence. sample_drafts: per drafted row, a token sampled from its
+//                distribution. verify_drafts: per sequence, the number of accepted drafts and the next token,
+//                sampled from the residual distribution. sample_drafts and verify_drafts skip sequences with
+//                verification method MATCH. verify_drafts also skips trees and sequences without drafts; the
+//                latter keep the token of `verify`.
 // Work:          512 threads. row_distribution and sample_drafts: grid (rows). verify_drafts: grid
 //                (block_size, sequences). Method BLOCK: CUDA block i computes the sum that the test of row i
-//                needs, and the last one of a sequence to arrive decides. Method REJECTION: CUDA block 0
-//                decides alone.
+//                needs, and the last one of a sequence to arrive runs the tests. Method REJECTION: CUDA
+//                block 0 does all the work.
 // Order:         sampling cumulates weights in ascending id order; all other sums are order-independent.
 // Bytes:         row_distribution: best, and the row's logits twice; with top-k or top-p also what `sample`
 //                reads. sample_drafts: the row's logits once. verify_drafts: two rows of logits per sequence;
@@ -92,7 +92,7 @@ KERNEL(512, 1, row_distribution,
 
 KERNEL(512, 1, sample_drafts,
        (u32* drafts,                           // [sequences][block_size]: draft i at i, from 1; NONE:
-                                               // damaged. Skips entry 0 and method MATCH
+                                               // damaged. Not written: entry 0, and method MATCH
         const RowDistribution* distributions,  // [sequences][block_size]
         const float* logits,                   // [sequences][block_size][vocab]
         const Row* rows,                       // [sequences][block_size]
@@ -134,7 +134,7 @@ KERNEL(512, 1, verify_drafts,
         u32 vocab, u32 block_size, u32 max_verify_rows)) {
   SHARED(u32, table, 512);
   SHARED(u64, warp_sums, WARPS);
-  SHARED(u64, draft_probs, MAX_ROWS * 2);  // p of each draft, which w replaces with method BLOCK;
+  SHARED(u64, draft_probs, MAX_ROWS * 2);  // p of each draft, overwritten by w with method BLOCK;
                                            // then q of each draft
   SHARED(u32, result, 5);                  // accepted drafts, whether one was rejected, valid;
                                            // 2 words for accepted_prefix
@@ -165,7 +165,7 @@ KERNEL(512, 1, verify_drafts,
   }
   __syncthreads();
 
-  // REJECTION: accept draft by draft. BLOCK: w per prefix, up to the longest prefix with w > 0.
+  // REJECTION: test draft by draft. BLOCK: w of each prefix, up to the longest prefix with w > 0.
   if (threadIdx.x == 0) {
     u32 length = 0, rejected = 0;
     bool valid = ld(&targets[first].rounding_token) != NONE;

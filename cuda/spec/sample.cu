@@ -1,15 +1,15 @@
-// The token that each row chooses: `SamplingParams::choose` of src/spec/sampling.rs makes the same decisions.
+// Samples one token per row: `SamplingParams::choose` of src/spec/sampling.rs makes the same decisions.
 // All sums are integer sums and all orders are total, so results do not depend on how the work is split.
 //
 // Computes:      choice[r] = the best token (greedy), or the winner of an exponential race among the tokens
-//                that top-k, top-p and min-p keep; NONE for a damaged row (a NaN, +inf, nothing but -inf) and
+//                that top-k, top-p and min-p keep; NONE for a damaged row (a NaN, a +inf, or only -inf) and
 //                for a row without a sequence.
 // Work:          grid (slices, rows), 512 threads, four ids per thread and step. Greedy: CUDA block 0 of the
 //                row takes the choice from `best`. Race: one CUDA block per slice of 8192 ids, and the last
 //                one to arrive compares the slices' winners. With top-k or top-p: CUDA block 0 processes the
 //                whole row and finds the limit by radix selection, 11 bits per pass over the row, usually in
 //                two passes.
-// Order:         independent of order: the winner is the minimum of a total order.
+// Order:         any: the winner is the minimum of a total order.
 // Bytes:         greedy: rows x blocks x 8. Race: also the row's logits once, and best and tables per slice.
 //                Top-k or top-p: CUDA block 0 reads the row three times for one of them and five times for
 //                both, more if weights tie.
@@ -29,7 +29,8 @@ struct Noise {
   u32 key[2], stream, position;
 };
 
-// A candidate of the race. The lowest time / weight wins, then the lower id. Weight 0 loses to all others.
+// A candidate of the race. The lowest time / weight wins; among equals the lower id. Weight 0 loses to all
+// others.
 struct __align__(16) Candidate {
   u32 time, id;
   u64 weight;
@@ -98,8 +99,7 @@ KERNEL(512, 2, sample,
                                     // ~id); all ones where a logit is NaN or +inf
         const float* logits,        // [rows][vocab]
         const Row* rows,            // [rows]
-        const Sequence* sequences,  // [count]; null: every row is greedy, and of the inputs only best and
-                                    // rows are read
+        const Sequence* sequences,  // [count]; null: every row is greedy, and only best and rows are read
         const u32* tables,          // [TABLE_WORDS]
         uint4* partial,             // [rows][slices]: each a Candidate
         u32* counters,              // [rows]

@@ -1,6 +1,7 @@
 // Integer token weights, the total order of tokens, radix selection for top-k and top-p, and Philox random
-// numbers, for blocks of 512 threads. src/spec/sampling.rs computes the same values on the CPU, bit for bit.
-// All sums are integer sums and all orders are total, so results do not depend on how the work is split.
+// numbers, for blocks of 512 threads. src/spec/sampling.rs and rng.rs compute the same values on the CPU, bit
+// for bit. All sums are integer sums and all orders are total, so results do not depend on how the work is
+// split.
 #pragma once
 #include "common/numbers.cuh"
 
@@ -8,7 +9,8 @@ namespace {
 
 constexpr u32 THREADS = 512, WARPS = THREADS / 32;
 constexpr u32 LOADS_IN_FLIGHT = 2;  // 16-byte loads per thread
-// Offsets into the sampler's tables: thi at 0, tlo, rlog. The last 3 words are padding.
+// Offsets into the sampler's tables, `Tables` of src/spec/rng.rs: thi at 0, tlo, rlog. The last 3 words are
+// padding.
 constexpr u32 TLO = 256, RLOG = 512, TABLE_WORDS = 4612;
 constexpr u32 BINS = 2048;
 
@@ -33,7 +35,8 @@ WRAPPER float logit_from_ascending(u32 ascending) {
 }
 
 // -log2 of a token's weight relative to the best token's, in units of 2^-16. `c` is 65536 log2(e) /
-// temperature. The bound also catches infinity and NaN.
+// temperature. The upper bound, at which the weight is 0, also catches
+// infinity and NaN.
 WRAPPER u32 weight_exponent(float max_logit, float logit, float c) {
   return __float2uint_rz(fminf(rintf(__fmul_rn(__fsub_rn(max_logit, logit), c)), float(40 << 16)));
 }
@@ -85,7 +88,7 @@ WRAPPER bool is_valid_key(u64 key, u32 vocab) {
          top < ascending(__uint_as_float(0x7f800000u));
 }
 
-// The logits of ids 4 group .. 4 group + 3; -inf for ids outside the vocabulary.
+// The logits of ids 4 group to 4 group + 3; -inf for ids outside the vocabulary.
 WRAPPER float4 load4(const float* logits,  // [vocab]
                      u32 vocab, u32 group) {
   const float none = __uint_as_float(0xff800000u);

@@ -1,16 +1,17 @@
-// Trees of fixed shape whose siblings are sampled without replacement, verified by recursive rejection
-// sampling (Sequoia, arXiv 2402.12374): src/spec/verify.rs makes the same decisions.
+// Trees of fixed shape whose siblings are sampled without replacement and verified by recursive rejection
+// sampling (Sequoia, arXiv 2402.12374): `sample_tree` and `recursive_rejection` of src/spec/verify.rs make
+// the same decisions.
 //
 // Computes:      sample_siblings: the tokens of each sequence's tree. A row's children are sampled from the
-//                drafter's distribution of their depth, each without the tokens before it. When no token is
-//                left, a child repeats the token before it. verify_tree: from the anchor down, which child of
-//                a row is accepted, and the next token after the last accepted row, sampled from the residual
-//                distribution. Both skip sequences unless they have verification method REJECTION, a sampled
-//                tree, and at least two rows.
+//                drafter's distribution of their depth, each without its earlier siblings' tokens. When no
+//                token is left, a child repeats the last sibling's token. verify_tree: from the anchor down,
+//                the accepted child of each row, and the next token after the last accepted row, sampled from
+//                the residual distribution. Both skip sequences other than those with verification method
+//                REJECTION, a sampled tree, and at least two rows.
 // Work:          512 threads. sample_siblings: grid (max_verify_rows, sequences), one row's children per CUDA
-//                block. verify_tree: grid (sequences). The distributions between siblings are not stored: a
-//                few words per sibling describe each update, and all updates are applied to an element when
-//                it is read.
+//                block. verify_tree: grid (sequences). The distributions after each sibling are not stored: a
+//                few words per sibling describe the update, and all updates are applied to a probability
+//                when it is read.
 // Order:         sampling cumulates weights in ascending id order; all other sums are order-independent.
 // Bytes:         sample_siblings: one row of logits 2 n times per row with n children. verify_tree: two rows
 //                of logits up to 2 n times per row of the accepted path with n children tested.
@@ -20,7 +21,7 @@
 
 namespace {
 
-// Fields of an update, below: scales are 64-bit, marks 32-bit.
+// Fields of `Updates`: scales have 64 bits, marks 32 bits.
 enum Scale : u32 { Q_INVERSE, Q_REMAINDER, P_INVERSE, P_REMAINDER, SCALES };
 enum Mark : u32 { TOKEN, Q_SHIFT, Q_ROUNDING_TOKEN, P_SHIFT, P_ROUNDING_TOKEN, MARKS };
 
@@ -89,7 +90,7 @@ WRAPPER u32 block_heaviest(Heaviest own,
   return own.id;
 }
 
-// The shift and inverse that turn weights of this sum, at least 1, into probabilities.
+// The shift and inverse that turn weights with this sum, at least 1, into probabilities.
 WRAPPER void scale_of(u64 sum, u32& shift, u64& inverse) {
   shift = u32(__clzll((long long)(sum)));
   inverse = reciprocal(sum << shift);
@@ -114,8 +115,8 @@ struct ReduceScratch {
   u32* ids;                  // [WARPS]
 };
 
-// Writes q's part of update `count`, which removes `token`. False if no other token is left. The caller has
-// passed a barrier since the last reduction; the function ends with one.
+// Writes q's part of update `count`, which removes `token`, and ends with a barrier. Returns false without
+// writing if no other token is left. The caller must have passed a barrier since the last reduction.
 WRAPPER bool remove_token(const DraftRow& row, const Updates& updates, u32 count, u32 token,
                           const ReduceScratch& scratch) {
   const u64 rest = ONE - draft_probability(row, updates, count, token);
@@ -356,7 +357,7 @@ KERNEL(512, 1, verify_tree,
     }
     const u64 bits = random_bits(stream, RESIDUAL, depth + 1, row);
     // Samples from max(p - q, 0) after a rejection, else from p. An empty residual means that p and q are
-    // equal: p.
+    // equal; then p is sampled too.
 #pragma unroll 1
     for (u32 whole = rejected == NONE; whole < 2 && token == NONE; whole++) {
       token = sample_weights(vocab, bits, warp_sums, [&](u32 group) {

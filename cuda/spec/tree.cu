@@ -1,20 +1,20 @@
-// One draft tree per sequence, from the drafter's choices, and the tables of the pass that verifies it:
+// Builds one draft tree per sequence from the drafter's choices, and the row tables of the verification pass:
 // `Tree::best_first` of src/spec/tree.rs builds the same trees.
 //
-// Computes:      the most probable prefixes, best first, until the tree has as many rows as the sequence may
-//                verify or max_verify_rows, or no prefix is left. Equal costs: the shallower prefix first,
-//                then the better ranks from the anchor down. A sequence that drafts a chain gets its drafts
-//                one after another. A sampled tree gets the shape that `typical_costs` give, or with
-//                verification method BLOCK the shape of several chains; its tokens are sampled later.
+// Computes:      best-first trees: the most probable prefixes, until the tree has as many rows as the
+//                sequence may verify or max_verify_rows, or no prefix is left. Of equal costs the shallower
+//                prefix comes first, then the one with better ranks from the anchor down. Chains: the drafts
+//                one after another. Sampled trees: the best-first shape by `typical_costs`, or with
+//                verification method BLOCK several chains; their tokens are sampled later.
 // Work:          grid (sequences), one warp each; lane l holds rows l and l + 32, and two candidate prefixes.
-//                Each turn takes the best of the 64 candidates by four 32-bit reductions. The candidate's
-//                next sibling replaces it, and the new row's entry gets its first child, so that 64 entries
-//                suffice and no level is sorted.
-// Order:         independent of order: no two prefixes have the same key.
+//                Each step takes the best of the 64 candidates by four 32-bit reductions. The candidate's
+//                next sibling replaces it, and its first child becomes the candidate of the new row, so 64
+//                candidates suffice and no level is sorted.
+// Order:         any: costs are integers, and no two prefixes have the same key.
 // Bytes:         sequences x (block_size x max_choices x 8 + max_verify_rows x 48).
 // Preconditions: block_size 1 to 64, max_verify_rows 1 to 64, max_choices 1 to 63. Choices and state may hold
-//                any value. Costs ascend along each list of choices, else the tree is a different,
-//                well-formed one.
+//                any value. Costs should ascend along each list of choices; otherwise the tree is well-formed
+//                but not the best.
 #include "common/state.cuh"
 
 namespace {
@@ -25,10 +25,10 @@ constexpr u32 MAX_CHOICES = 63;
 // Bits of a key's fields: cost (32), depth, code of the ranks.
 constexpr u32 DEPTH_BITS = 6, CODE_BITS = 90;
 
-// A prefix-free code of ranks that sorts like the ranks: for a rank r, with d the number of binary digits of
-// r + 1 after the leading one: d ones, a zero, those d digits. A prefix that can enter the tree is preceded
-// by as many better ones as the product of all its r + 1, less one, so that the product is below 64: the code
-// of all its ranks has at most 10 bits more than its depth, 73 in all.
+// A prefix-free code of ranks that sorts like the ranks. Let d be the number of binary digits of r + 1 after
+// the leading one; the code of rank r is d ones, a zero, and those d digits. A prefix has at least
+// product(r + 1) - 1 better ones, the product over its ranks. In the tree the product is therefore below 64,
+// and the code of all its ranks has at most 10 bits more than its depth, 73 in all.
 WRAPPER u32 code_length(u32 rank) { return 2 * (31 - u32(__clz(int(rank + 1)))) + 1; }
 WRAPPER u32 code_of(u32 rank) {
   const u32 digits = 31 - u32(__clz(int(rank + 1)));
@@ -44,7 +44,7 @@ struct Prefix {
 };
 WRAPPER u128 no_key() { return ~u128(0); }
 
-// Drafts per chain, with several chains in at most `rows` rows and `depth` depths: `chains` of
+// Drafts per chain, for several chains of at most `depth` drafts in at most `rows` rows: `chains` of
 // src/spec/tree.rs.
 WRAPPER u32 drafts_per_chain(u32 rows, u32 depth) {
   const u32 drafts = rows - 1;
@@ -53,9 +53,9 @@ WRAPPER u32 drafts_per_chain(u32 rows, u32 depth) {
   return min(depth, max(1u, drafts / count));
 }
 
-// The prefix whose last token has this rank, behind ranks that are coded in the first `used` bits of `code`.
+// The prefix whose last token has this rank. The first `used` bits of `code` code the ranks before it.
 WRAPPER Prefix prefix(u32 cost, u32 depth, u128 code, u32 used, u32 parent, u32 rank) {
-  // A valid tree never uses more bits. The last rank may be 63, one too many, whose code has 13 bits.
+  // A valid tree never uses more bits. The last rank may be 63, one above the maximum; its code has 13 bits.
   used = min(used, CODE_BITS - 13);
   const u128 before = code >> (CODE_BITS - used) << (CODE_BITS - used);
   const u128 last = u128(code_of(rank)) << (CODE_BITS - used - code_length(rank));
@@ -69,15 +69,15 @@ KERNEL(32, 8, tree_build,
        (u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts; NONE: padding, or a
                                     // damaged draft
         u32* parents,               // [sequences][max_verify_rows]: parent row; 0: anchor, padding
-        u64* masks,                 // [sequences][max_verify_rows]: bit j: row j is this row or an ancestor;
-                                    // 0: padding
+        u64* masks,                 // [sequences][max_verify_rows]: bit j is set if row j is this row or an
+                                    // ancestor; 0: padding
         Row* table,                 // [sequences][max_verify_rows]: rows of the verification pass
         Span* spans,                // [sequences]: context and rows of the verification pass
         const uint2* choices,       // [sequences][block_size][max_choices]: (token, cost) at row =
                                     // depth; row 0 unused
         const u32* counts,          // [sequences][block_size]; NONE: damaged
         const u32* drafts,          // [sequences][block_size], of chains: draft i at i; 0 unused
-        const u32* typical_costs,   // [max_choices], of sampled trees: cost of a draft by its place
+        const u32* typical_costs,   // [max_choices], for sampled trees: cost of a draft by its place
                                     // among its siblings
         const Sequence* sequences,  // [sequences]
         u32 block_size, u32 max_verify_rows, u32 max_choices)) {
@@ -107,7 +107,7 @@ KERNEL(32, 8, tree_build,
   };
   const auto add_cost = [](u32 before, u32 cost) { return cost == NONE ? NONE : before + cost; };
 
-  // The anchor is row 0; its entry holds the best first token.
+  // The anchor is row 0; its candidate is the best first token.
   u32 parent[2] = {0, 0}, rank[2] = {0, 0}, depth[2] = {0, 0}, count = draft_rows ? 1 : 0;
   u64 mask[2] = {lane == 0 && draft_rows ? 1ull : 0, 0};
   Prefix candidate[2] = {prefix(NONE, 0, 0, 0, 0, 0), prefix(NONE, 0, 0, 0, 0, 0)};
@@ -152,7 +152,7 @@ KERNEL(32, 8, tree_build,
     count++;
   }
 
-  // A draft NONE reports the damage to round_finish.
+  // A draft with token NONE reports the damage to round_finish.
   if (damaged && count) count = 2;
   if (chain) count = min(draft_rows, rows);
   const u32 per_chain = several_chains && levels && rows > 1 ? drafts_per_chain(rows, levels) : 0;

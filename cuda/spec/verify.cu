@@ -1,10 +1,11 @@
-// Verification method MATCH, for chains and trees: src/spec/sampling.rs makes the same decisions.
+// Verification method MATCH, for chains and trees: `match_chain` and `match_tree` of src/spec/verify.rs make
+// the same decisions.
 //
-// Computes:      per sequence, the path from row 0 that continues with the lowest child whose token equals
-//                the token its parent row chose, until no child matches. The choice of the path's last row is
-//                the next token; NONE if that row is damaged.
+// Computes:      per sequence, the accepted path: from row 0 on, the lowest child whose token equals the
+//                token that its parent row sampled (`choices`), until no child matches. The choice of the
+//                path's last row is the next token; NONE if that row is damaged.
 // Work:          grid (sequences), one warp each; lane l holds rows l and l + 32.
-// Order:         rows ascend along a path.
+// Order:         no additions; rows ascend along a path.
 // Bytes:         sequences x max_verify_rows x 16.
 // Preconditions: max_verify_rows 1 to 64. Rows, tokens, choices and parents may hold any value.
 #include "common/rows.cuh"
@@ -15,7 +16,7 @@ KERNEL(32, 16, verify,
                               // take part
         u32* path,            // [sequences][max_verify_rows]: accepted rows, row 0 first; NONE from accepted
                               // + 1 on
-        const u32* choices,   // [sequences][max_verify_rows]
+        const u32* choices,   // [sequences][max_verify_rows]: token that `sample` gave the row; NONE: damaged
         const u32* tokens,    // [sequences][max_verify_rows]: anchor, then drafts
         const u32* parents,   // [sequences][max_verify_rows]: parent row of each draft; null: the row before
         const Span* spans,    // [sequences]

@@ -57,7 +57,7 @@ KERNEL(32, 1, broken_bounds,
   out[threadIdx.x] = memory[threadIdx.x] + fixed[threadIdx.x];
 }
 
-// Two mma operations in a row. Bug 1: lane 5 skips the second; bug 2: lane 5 returns before both.
+// Two mma operations. Bug 1: lane 5 skips the second; bug 2: lane 5 returns before the first.
 KERNEL(32, 1, broken_mma,
        (float* out,  // [32]
         u32 bug)) {
@@ -69,7 +69,8 @@ KERNEL(32, 1, broken_mma,
   out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, d[0], 1);
 }
 
-// Every thread passes a barrier. Bug 1: thread 40 does not; bug 2: thread 40 waits at a different barrier.
+// Every thread waits at one barrier. Bug 1: thread 40 executes __syncwarp instead; bug 2: thread 40 waits at a
+// different barrier.
 KERNEL(64, 1, broken_barrier,
        (u32* out,  // [64]
         u32 bug)) {
@@ -141,7 +142,7 @@ KERNEL(32, 1, broken_rules,
   out[threadIdx.x] = v;
 }
 
-// The last block to arrive adds up the partial sums of all blocks in block order. Bug 1: in order of arrival.
+// The last block to arrive adds the partial sums of all blocks in block order. Bug 1: in order of arrival.
 KERNEL(32, 1, broken_last,
        (float* out,       // [1]
         float* partial,   // [blocks]
@@ -221,8 +222,8 @@ KERNEL(128, 1, broken_wgmma,
     // 6: the warps' descriptors differ.
     const u32 at = shared_address(memory + s * STAGE), stride = bug == 6 && warp == 2 ? 512 : STRIDE;
     u64 left = descriptor(at, LEADING, stride, NO_SWIZZLE), right = descriptor(at + 2048, LEADING, STRIDE, NO_SWIZZLE);
-    if (bug == 7) left = descriptor(at, 0, 1024, SWIZZLE_128);  // 7: not at a multiple of 1024
-    if (bug == 8) right = advance(right, 2 * STAGE);        // 8: beyond shared memory
+    if (bug == 7) left = descriptor(at, 0, 1024, SWIZZLE_128);  // 7: swizzled, but not at a multiple of 1024
+    if (bug == 8) right = advance(right, 2 * STAGE);            // 8: beyond shared memory
     wgmma_bf16(sum, left, right, s > 0);
     if (bug != 9) wgmma_commit();  // 9: no commit
   }

@@ -1,7 +1,7 @@
-// Small kernels that each exercise one operation of the emulator; for tests only.
+// Small kernels for tests; each uses one operation of the emulator.
 #include "common/ptx.cuh"
 
-// out[warp] = a b, added up `repeats` times, by every warp. Row-major.
+// out[warp] = repeats a b, by repeated accumulation in every warp. All matrices are row-major.
 KERNEL(64, 1, toy_mma,
        (float* out,    // [2][16][8]
         const u16* a,  // [16][16] bf16
@@ -134,8 +134,9 @@ KERNEL(128, 1, toy_wgmma,
   wgmma_fence();
   for (u32 i = 0; i < k / 16; i++) {
     const Swizzle mode = swizzle ? SWIZZLE_128 : NO_SWIZZLE;
-    const u64 left = advance(descriptor(shared_address(first), leading, stride, mode), i * (swizzle ? 32 : 2 * leading));
-    const u64 right = advance(descriptor(shared_address(second), leading, stride, mode), i * (swizzle ? 32 : 2 * leading));
+    const u32 offset = i * (swizzle ? 32 : 2 * leading);
+    const u64 left = advance(descriptor(shared_address(first), leading, stride, mode), offset);
+    const u64 right = advance(descriptor(shared_address(second), leading, stride, mode), offset);
     wgmma_bf16(sum, left, right, c || i);
     // Groups of one wgmma, at most two of them in flight.
     wgmma_commit();

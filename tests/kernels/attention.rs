@@ -102,8 +102,8 @@ fn five_schedules_and_two_threads_give_equal_bits() {
     }
 }
 
-/// Two blocks run at the same time, so the two splits of a KV head run in parallel, each warp as far as it
-/// gets. The block that merges must find all partial results of the other.
+/// Two blocks run at the same time, so the two splits of a KV head run in parallel. The block that merges must
+/// find all partial results of the other.
 #[test]
 fn merging_waits_for_all_warps_of_the_other_blocks() {
     let shape = shape(MaskMode::Chain, 64, 32, 8, 0);
@@ -247,7 +247,7 @@ fn nan_in_a_masked_key_or_value_reaches_no_row() {
                             if head >= 2 && s.attends(&shape, row, slot) {
                                 assert!(
                                     from_bf16(out).iter().any(|x| !x.is_finite()),
-                                    "{what} does not attend to it"
+                                    "{what}: the output is finite"
                                 );
                             } else {
                                 assert!(out == clean, "{what}: other bits");
@@ -285,7 +285,7 @@ fn garbage_lengths_pages_and_masks_stay_in_bounds() {
             };
             device.upload(&batch.spans, &words(6, &mut pick)).unwrap();
             if turn < 6 {
-                // Ends that overflow to 0.
+                // context + rows overflows to 0.
                 let spans = [u32::MAX, 1, u32::MAX - 1, 2, u32::MAX - 4, 5];
                 device.upload(&batch.spans, &to_bytes(&spans)).unwrap();
             }
@@ -470,7 +470,7 @@ fn no_bank_conflicts_under_any_mask() {
                 let shape = shape(mask, head_dim, heads, 1, window);
                 for rows in [1, 7, 64].into_iter().filter(|rows| rows * heads <= tiles * 64) {
                     let mut s = Sequence::new(&shape, context, rows, &mut random);
-                    // Chains: only neighbouring keys of a path lie in different banks.
+                    // Trees are chains here: keys of a path that are not neighbours can share banks.
                     s.masks = (1..=rows).map(low).collect();
                     let what = format!("{shape:?}, {rows} rows after {context}");
                     counted(&what, &|device| drop(run(device, &shape, rows, std::slice::from_ref(&s))));

@@ -223,15 +223,15 @@ fn trees_give_equal_bits_under_five_schedules_and_two_threads() {
     }
 }
 
-/// Keys that are gathered for one row are not multiplied for others, rows gather only positions on their
-/// path, and both pages of a tree are read once.
+/// A row multiplies only the keys on its own path, and both pages of a tree are read once.
 #[test]
 fn trees_load_only_keys_that_their_rows_attend_to() {
     let shape = shape(MaskMode::Tree, 64, 4, 1, 0);
-    // Four rows that follow the context, at the start of a page and within one; a chain of 20 rows, of which
-    // four attend to the 17th position.
+    // Four rows that follow the context, at the start of a page and within one; a chain of 20 rows, where four
+    // rows attend to the 17th position. Then the tiles of 16 packed rows, and the pairs of a row and 16 keys of
+    // its path.
     let cases = [(256, vec![NONE; 3], 1, 4), (300, vec![NONE; 3], 1, 4), (256, (0..19).collect(), 8, 24)];
-    for (context, parents, sixteens, gathered) in cases {
+    for (context, parents, packed_tiles, path_tiles) in cases {
         let rows = parents.len() + 1;
         let s = Sequence::tree(&shape, context, &parents, &mut Random::new(25));
         let count = |shape: &Shape| {
@@ -241,7 +241,7 @@ fn trees_load_only_keys_that_their_rows_attend_to() {
         };
         let (tree, chain) = (count(&shape), count(&Shape { mask: MaskMode::Chain, ..shape }));
         // Per 16 packed rows and 16 keys: 8 products of queries and keys, 4 warps' 2 of weights and values.
-        let products = 16 * (context / 16 * sixteens + gathered);
+        let products = 16 * (context / 16 * packed_tiles + path_tiles);
         assert_eq!(tree.mma as usize, products, "{rows} rows after {context}");
         // Masks come on top: every thread reads two, 32 threads read one per row, and one is read per packed
         // row.

@@ -23,7 +23,7 @@ fn parents(count: usize, each: usize) -> Vec<u32> {
     [0].into_iter().chain((0..count * each).map(parent)).collect()
 }
 
-/// Every decision on random batches of every size. Two thirds of the batches run only with
+/// Compares every decision on random batches of many sizes. About two thirds of the batches run only with
 /// `DFLASH_EXHAUSTIVE=1`.
 #[test]
 fn sampled_and_verified_chains_equal_the_reference() {
@@ -200,7 +200,7 @@ fn garbage_stays_in_bounds() {
             let (block, max_verify_rows) = ([1, 4, 16][i % 3], [1, 5, 12, 64][i / 3 % 4]);
             let kernels = Chains(Siblings { sequences, block, max_verify_rows, vocab });
             let mut noise = |bytes: usize| {
-                // Half of the words are small, so that they pass for ids, rows, methods and counts.
+                // Half of the words are small, so that they can be valid ids, rows, methods and counts.
                 let word =
                     |_| random.next() as u32 >> if random.below(2) == 0 { 0 } else { 20 + random.below(12) };
                 let words: Vec<u32> = (0..bytes / 4).map(word).collect();
@@ -214,8 +214,8 @@ fn garbage_stays_in_bounds() {
                 (noise(sequences * max_verify_rows * CLASSES_BYTES), noise(sequences * block * 8));
             let (classes, partial) = (upload(device, &classes), upload(device, &partial));
             let mut states = noise(sequences * 128);
-            // The method is the last word of a state and the form the upper half of the eighth. Some
-            // sequences take part.
+            // The method is the last word of a state, and the form the upper half of the eighth. With these,
+            // all sequences take part; in every second batch all but the first.
             for words in states.chunks_mut(32).skip(i % 2) {
                 (words[31], words[7]) =
                     (VerifyMethod::Block as u32, words[7] & 0xffff | (Form::SampledTree as u32) << 16);

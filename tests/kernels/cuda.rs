@@ -1,4 +1,4 @@
-//! The contract of every device, above all the GPU: copies, graphs, events, pinned memory, use by several
+//! What every device must do, in particular a GPU: copies, graphs, events, pinned memory, use by several
 //! threads.
 
 use crate::support::kernel;
@@ -10,7 +10,7 @@ use kernel::*;
 use std::sync::Barrier;
 use std::time::Instant;
 
-/// Fails without a GPU, where all other tests pass. A run that needs a GPU starts with this test.
+/// Fails without a GPU; all other tests pass without one. A run that needs a GPU starts with this test.
 #[test]
 #[ignore = "needs a GPU"]
 fn a_gpu_opens() {

@@ -236,7 +236,7 @@ fn a_missing_barrier_after_staging_is_caught() {
 }
 
 #[test]
-fn a_missing_barrier_before_reuse_is_caught_by_a_greedy_schedule() {
+fn greedy_schedules_catch_a_missing_barrier_before_reuse() {
     let right: Vec<u32> = (0..512).map(|i| i ^ 32).collect();
     assert!(outcomes(|d| run(d, &REUSE, 512, 0)).iter().all(|r| r.as_ref() == Ok(&right)));
     let broken = outcomes(|d| run(d, &REUSE, 512, 1));
@@ -406,7 +406,7 @@ fn broken_memory_rules_are_reported() {
         let out = poisoned::<u32>(device, 32);
         device.launch(&TRAP, [1, 1, 1], 0, &[(&out).into(), Arg::U32(1)])
     };
-    reported(trap, &["kernel broken_trap, block (0,0,0), thread (3,0,0)", "gave up"]);
+    reported(trap, &["kernel broken_trap, block (0,0,0), thread (3,0,0)", "called __trap()"]);
 }
 
 #[cfg(not(feature = "sanitize"))] // the sanitizer gives every thread a larger stack

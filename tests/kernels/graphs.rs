@@ -21,8 +21,8 @@ const BLOCK: usize = 16;
 /// AR decoding; if `full`, also trees and sampled drafts.
 fn requests(full: bool) -> [[Request; 2]; SLOTS] {
     let oracle: serde_json::Value = serde_json::from_str(include_str!("../data/oracle.json")).unwrap();
-    let request = |held: usize, length: usize, max_tokens: usize, block: usize, temperature: f32| {
-        let ids = oracle["prompts"][held]["prompt_ids"].as_array().unwrap();
+    let request = |index: usize, length: usize, max_tokens: usize, block: usize, temperature: f32| {
+        let ids = oracle["prompts"][index]["prompt_ids"].as_array().unwrap();
         let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 11, stream: 2 };
         let prompt = ids[ids.len() - length..].iter().map(|id| id.as_u64().unwrap() as u32).collect();
         Request { prompt, max_tokens, sampling, stop_ids: vec![0], block, spec: Default::default() }
@@ -69,8 +69,8 @@ impl Driver {
         slots.map(|(slot, state)| (slot, &self.requests[slot][state.begun - 1]))
     }
 
-    /// Releases requests that have ended and admits the next ones, alike in all of `batches`. Slots begin
-    /// three rounds apart. Returns false when all requests are done.
+    /// Releases requests that have ended and admits the next ones, in all of `batches`. Slots begin three
+    /// rounds apart. Returns false when all requests are done.
     fn release_and_admit(&mut self, batches: &mut [Batch], round: usize, keep: bool) -> bool {
         for (slot, state) in self.slots.iter_mut().enumerate() {
             if state.running {

@@ -240,7 +240,7 @@ fn best_key_is_the_lowest_of_equal_ids_and_marks_nan() {
         let mut w = vec![0f32; vocab * k];
         let mut x = vec![0f32; rows * k];
         for row in 0..rows {
-            // One row at a time: the infinities of one times the zeros of another would be NaN.
+            // One row at a time: an infinity in one column times a zero input of another row would be NaN.
             for (v, &value) in columns[row].iter().enumerate() {
                 w[v * k] = value;
             }
@@ -376,7 +376,7 @@ fn invalid_rows_and_pages_are_not_written() {
             row[random.below(4)] = garbage(&mut random);
             row[1] = garbage(&mut random);
         }
-        // Two rows must not share a query row: a caller never does that.
+        // Callers never give two rows the same query row.
         cache.rows.chunks_mut(4).enumerate().for_each(|(r, row)| {
             if row[3] < 16 {
                 row[3] = r as u32

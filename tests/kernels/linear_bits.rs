@@ -89,7 +89,7 @@ impl Logits {
         self.kernel.launch(device, &input, &self.best, Some(&self.logits))
     }
 
-    /// The logits; overwrites them with ones.
+    /// Returns the logits and overwrites them with 0xff bytes.
     fn take(&self, device: &dyn Device) -> Vec<u8> {
         let bytes = bytes_of(device, &self.logits);
         device.fill(&self.logits, 0xff).unwrap();
@@ -120,8 +120,8 @@ fn a_graph_that_shares_a_workspace_repeats_its_bits() {
     });
 }
 
-/// Eight blocks share a tile, and two run at the same time. The block that adds the slices must find the sums
-/// of all warps of the other blocks.
+/// Eight blocks each compute a slice of one tile, and two run at the same time. The block that adds the slices
+/// must find the sums of all warps of the other blocks.
 #[test]
 fn slices_are_added_after_all_warps_stored_theirs() {
     let device = Emulator::new();

@@ -32,7 +32,7 @@ fn data(rows: usize, hidden: usize) -> Data {
 }
 
 /// y of `full_norm`.
-fn whole(device: &dyn Device, data: &Data) -> Vec<u16> {
+fn full(device: &dyn Device, data: &Data) -> Vec<u16> {
     let Norm { rows, hidden } = data.norm;
     let y = poisoned::<u16>(device, rows * hidden);
     data.norm.full(device, &y, &upload(device, &data.x), &upload(device, &data.gain), EPS).unwrap();
@@ -51,7 +51,7 @@ fn residual(device: &dyn Device, data: &Data, add: bool) -> (Vec<f32>, Vec<u16>,
 }
 
 #[test]
-fn split_norm_adds_scales_and_sums_parts() {
+fn residual_norm_adds_scales_and_sums_parts() {
     for (rows, hidden) in [(1, 64), (3, 128), (5, 192), (2, 1088), (2, 2560), (1, 4096)] {
         for add in [false, true] {
             let data = data(rows, hidden);
@@ -59,10 +59,10 @@ fn split_norm_adds_scales_and_sums_parts() {
             let device = Emulator::new();
             residual(&device, &data, add);
             let counts = device.counts()["residual_norm"];
-            // The gain is read once per row, from the second-level cache.
-            let moved = data.norm.bytes(add) as usize + (rows - 1) * hidden * 4;
-            assert_eq!(counts.read + counts.written, moved as u64);
-            let moved = |i: usize| if add { data.x[i] + data.add[i] } else { data.x[i] };
+            // `bytes` counts the gain once; the kernel reads it once per row.
+            let traffic = data.norm.bytes(add) as usize + (rows - 1) * hidden * 4;
+            assert_eq!(counts.read + counts.written, traffic as u64);
+            let sum = |i: usize| if add { data.x[i] + data.add[i] } else { data.x[i] };
             for bytes in bits_of_every_device(|device| {
                 let (x, y, sums) = residual(device, &data, add);
                 [to_bytes(&x), to_bytes(&y), to_bytes(&sums)].concat()
@@ -71,10 +71,7 @@ fn split_norm_adds_scales_and_sums_parts() {
                 let (y, sums) = rest.split_at(rows * hidden * 2);
                 assert_written(sums, "sums of squares");
                 let (x, y, sums) = (from_bytes::<f32>(x), from_bytes::<u16>(y), from_bytes::<f32>(sums));
-                assert!(
-                    (0..rows * hidden).all(|i| x[i] == moved(i)),
-                    "the residual stream, {rows} x {hidden}"
-                );
+                assert!((0..rows * hidden).all(|i| x[i] == sum(i)), "the residual stream, {rows} x {hidden}");
                 let scaled: Vec<f32> = (0..rows * hidden).map(|i| x[i] * data.gain[i % hidden]).collect();
                 assert_eq!(y, to_bf16(&scaled), "bf16(gain x), {rows} x {hidden}");
                 for (r, row) in x.chunks(hidden).enumerate() {
@@ -93,14 +90,14 @@ fn split_norm_adds_scales_and_sums_parts() {
 }
 
 #[test]
-fn whole_norm_equals_rms_norm() {
+fn full_norm_equals_rms_norm() {
     for (rows, hidden) in [(1, 64), (3, 192), (2, 2560), (1, 8256)] {
         let mut data = data(rows, hidden);
         if rows == 3 {
-            // So small that eps matters.
+            // Makes x so small that eps matters.
             data.x.iter_mut().for_each(|x| *x *= 1e-3);
         }
-        let outcomes = bits_of_every_device(|device| to_bytes(&whole(device, &data)));
+        let outcomes = bits_of_every_device(|device| to_bytes(&full(device, &data)));
         let mut expected = Vec::new();
         for row in data.x.chunks(hidden) {
             let mean = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / hidden as f64;
@@ -117,7 +114,7 @@ fn whole_norm_equals_rms_norm() {
 }
 
 #[test]
-fn both_halves_of_the_norm_equal_the_whole() {
+fn residual_norm_times_rstd_equals_full_norm() {
     every_device(|device| {
         let data = data(4, 1088);
         let hidden = 1088;
@@ -128,7 +125,7 @@ fn both_halves_of_the_norm_equal_the_whole() {
             let rstd = 1.0 / (sums.iter().sum::<f32>() / hidden as f32 + EPS).sqrt();
             row.iter_mut().for_each(|v| *v *= rstd);
         }
-        let error = relative_error(&finished, &from_bf16(&whole(device, &data)));
+        let error = relative_error(&finished, &from_bf16(&full(device, &data)));
         assert!(error < 2.0 * BF16, "{error}");
     });
 }
@@ -140,7 +137,7 @@ fn row_bits_do_not_depend_on_other_rows() {
         let mut data = data(1, hidden);
         let (row, add) = (data.x.clone(), data.add.clone());
         let alone = residual(device, &data, true);
-        let alone_whole = whole(device, &data);
+        let alone_full = full(device, &data);
         for rows in [2, 8, 17, 128] {
             // The other rows are NaN and infinity.
             let index = rows * 2 / 3;
@@ -154,7 +151,7 @@ fn row_bits_do_not_depend_on_other_rows() {
             assert_eq!(x[index * hidden..][..hidden], alone.0);
             assert_eq!(y[index * hidden..][..hidden], alone.1);
             assert_eq!(sums[index * parts..][..parts], alone.2);
-            assert_eq!(whole(device, &data)[index * hidden..][..hidden], alone_whole);
+            assert_eq!(full(device, &data)[index * hidden..][..hidden], alone_full);
         }
     });
 }

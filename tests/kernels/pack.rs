@@ -1,4 +1,4 @@
-//! Packing of weights against the order defined in `support/layer.rs`, and embedding from packed weights.
+//! Packing of weights against `pack_rows` of `support/layer.rs`, and embedding from packed weights.
 
 use crate::support::kernel;
 use crate::support::layer;

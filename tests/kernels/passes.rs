@@ -251,11 +251,11 @@ fn steps_equal_blocks_bit_for_bit(device: &dyn Device, pair: &Pair) {
         rig.target_pass(0, CHUNK, &tokens[CHUNK..context], true);
         let (features, logits) = rig.target_pass(0, context, &tokens[context..context + block], false);
         for i in 0..block {
-            let (features_of_path, row) = rig.target_pass(0, context + i, &tokens[context + i..][..1], false);
+            let (step_features, row) = rig.target_pass(0, context + i, &tokens[context + i..][..1], false);
             assert_eq!(to_bytes(&row), to_bytes(&logits[i * row.len()..][..row.len()]), "row {i} of {block}");
             assert_eq!(
-                features_of_path,
-                features[i * features_of_path.len()..][..features_of_path.len()],
+                step_features,
+                features[i * step_features.len()..][..step_features.len()],
                 "features of row {i} of {block}"
             );
         }
@@ -270,8 +270,8 @@ fn ar_steps_equal_a_verification_block_bit_for_bit() {
     every_device(|device| steps_equal_blocks_bit_for_bit(device, pair));
 }
 
-/// Compares every row of a tree with its path as a chain. A third of the rows follow the row before them, the
-/// others a random one.
+/// Compares every row of a tree with its path as a chain. About a third of the rows are children of the row
+/// before them, the others of a random row.
 fn trees_equal_chains_bit_for_bit(device: &dyn Device, pair: &Pair) {
     let mut random = Random::new(4);
     // Paths that cross the end of a page and of a split.

@@ -1,6 +1,6 @@
-//! The linear kernels for prefill against the skinny ones and against f64. The mma kernels give the bits of
-//! the skinny ones if those do not split K. The wgmma kernels add in another order and give the same bits if
-//! every sum is exact.
+//! The linear kernels for prefill against the skinny kernels and against f64. The mma kernels give the same
+//! bits as the skinny ones if those do not split K. The wgmma kernels add in another order and give the same
+//! bits if every sum is exact.
 
 use crate::support::kernel;
 use crate::support::layer;
@@ -30,7 +30,7 @@ fn prefill_kernels_and_kinds() -> impl Iterator<Item = (PrefillKernel, Kind)> {
 }
 
 #[test]
-fn mma_prefill_equals_blocks_where_k_is_not_split() {
+fn mma_prefill_equals_skinny_kernels_if_k_is_not_split() {
     every_device(|device| {
         let rows = if cfg!(feature = "sanitize") { &[5, 130][..] } else { &[1, 5, 127, 128, 129, 300][..] };
         for kind in PROMPT_KINDS {
@@ -40,10 +40,10 @@ fn mma_prefill_equals_blocks_where_k_is_not_split() {
                 assert_eq!(shape.slices().1, 1);
                 for &rows in rows {
                     let data = Data::new(rows as u64, rows, shape);
-                    let block = kind.run(device, &data);
-                    let chunk = kind.run(device, &with_kernel(PrefillKernel::Mma, &data));
-                    assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
-                    assert_written(&chunk.concat(), "the result");
+                    let skinny = kind.run(device, &data);
+                    let prefill = kind.run(device, &with_kernel(PrefillKernel::Mma, &data));
+                    assert!(skinny == prefill, "{kind:?}, {rows} rows, K {k}");
+                    assert_written(&prefill.concat(), "the result");
                 }
             }
         }
@@ -51,7 +51,7 @@ fn mma_prefill_equals_blocks_where_k_is_not_split() {
 }
 
 #[test]
-fn wgmma_prefill_equals_blocks_where_sums_are_exact() {
+fn wgmma_prefill_equals_skinny_kernels_if_sums_are_exact() {
     every_device(|device| {
         if !PrefillKernel::Wgmma.runs_on(device) {
             return;
@@ -65,17 +65,17 @@ fn wgmma_prefill_equals_blocks_where_sums_are_exact() {
                     continue;
                 }
                 let data = Data::whole(rows as u64, rows, Shape { n: kind.outputs(), k });
-                let block = kind.run(device, &data);
-                let chunk = kind.run(device, &with_kernel(PrefillKernel::Wgmma, &data));
-                assert!(block == chunk, "{kind:?}, {rows} rows, K {k}");
-                assert_written(&chunk.concat(), "the result");
+                let skinny = kind.run(device, &data);
+                let prefill = kind.run(device, &with_kernel(PrefillKernel::Wgmma, &data));
+                assert!(skinny == prefill, "{kind:?}, {rows} rows, K {k}");
+                assert_written(&prefill.concat(), "the result");
             }
         }
     });
 }
 
 #[test]
-fn every_head_layout_equals_blocks_bit_for_bit() {
+fn every_head_layout_equals_skinny_kernels_bit_for_bit() {
     every_device(|device| {
         for (heads, kv_heads, head_dim) in HEADS {
             for keys_only in [false, true] {
@@ -83,11 +83,11 @@ fn every_head_layout_equals_blocks_bit_for_bit() {
                 let mut to = cache(3, rows, heads, kv_heads, head_dim, true);
                 to.qkv = Qkv { k, keys_only, ..to.qkv };
                 let data = Data::whole(4, rows, to.qkv.shape());
-                let block = qkv(device, &data, &to);
+                let skinny = qkv(device, &data, &to);
                 for prompt in prefill_kernels(device) {
-                    let chunk = qkv(device, &with_kernel(prompt, &data), &to);
+                    let prefill = qkv(device, &with_kernel(prompt, &data), &to);
                     assert!(
-                        block == chunk,
+                        skinny == prefill,
                         "{prompt:?}, {heads} heads of {head_dim}, {kv_heads} KV heads, keys only {keys_only}"
                     );
                 }
@@ -172,11 +172,11 @@ fn missing_features_are_zeros() {
             kernel.launch(device, &layer.input(false), &gather, &y, &sumsq, &gain).unwrap();
             [bytes_of(device, &y), bytes_of(device, &sumsq)].concat()
         };
-        let block = run(&data);
+        let skinny = run(&data);
         for prompt in prefill_kernels(device) {
-            assert!(block == run(&with_kernel(prompt, &data)), "{prompt:?}");
+            assert!(skinny == run(&with_kernel(prompt, &data)), "{prompt:?}");
         }
-        assert!(block[n * 2..n * 4].iter().all(|&b| b == 0), "row 1 is the first missing row");
+        assert!(skinny[n * 2..n * 4].iter().all(|&b| b == 0), "row 1 is the first missing row");
     });
 }
 
@@ -207,8 +207,8 @@ fn weights_are_read_once_per_block_without_bank_conflicts() {
         let counts = device.counts();
         let (name, counts) = counts.iter().find(|(name, _)| name.starts_with("prefill_")).unwrap();
         assert_eq!(counts.conflicts, 0, "{name}");
-        // Blocks of tokens, and tokens per block. Products are rounded up to whole stages and blocks: 3
-        // stages of 4 times 16 k, and 8 tiles of weights per tile of 8 tokens.
+        // Blocks of tokens, and tokens per block. Products are rounded up to whole stages and blocks: 3 stages
+        // of 4 x 16 k, and 8 tiles of weights per tile of 8 tokens.
         let (token_blocks, tokens) = match prompt {
             PrefillKernel::Mma => (3, 128),
             PrefillKernel::Wgmma => (2, 256),
@@ -219,7 +219,7 @@ fn weights_are_read_once_per_block_without_bank_conflicts() {
         let least = data.shape.weight_bytes() * token_blocks + rows * k * 2 * data.shape.n.div_ceil(128);
         let read = counts.read as usize;
         assert!(read >= least, "{name}: {read} bytes read, at least {least}");
-        // The epilogue of the injection reads least: only its gains.
+        // Among the epilogues that of inject reads least, only its gains.
         assert!(kind != Kind::Inject || read < least * 11 / 10, "{name}: {read} bytes read, least {least}");
     }
 }

@@ -8,8 +8,8 @@ use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::read::Read;
 use kernel::*;
 
-/// Sizes around a warp, a block and a run of 2048 pieces, in pieces of 16 bytes.
-const PIECES: [usize; 10] = [1, 31, 32, 255, 257, 2047, 2048, 2049, 3 * 2048, 5 * 2048 + 300];
+/// Sizes around a warp, a block and a run of 2048 chunks, in chunks of 16 bytes.
+const CHUNKS: [usize; 10] = [1, 31, 32, 255, 257, 2047, 2048, 2049, 3 * 2048, 5 * 2048 + 300];
 
 fn sums(device: &dyn Device, data: &[u32], blocks: usize) -> Vec<u8> {
     let (from, out) = (constant(device, data), poisoned::<u32>(device, blocks));
@@ -24,8 +24,8 @@ fn total(words: &[u32]) -> u32 {
 #[test]
 fn block_sums_add_up_to_the_sum_of_all_words() {
     let mut random = Random::new(1);
-    for pieces in PIECES {
-        let data: Vec<u32> = (0..pieces * 4).map(|_| random.next() as u32).collect();
+    for chunks in CHUNKS {
+        let data: Vec<u32> = (0..chunks * 4).map(|_| random.next() as u32).collect();
         for blocks in [1, 2, 3, 7] {
             let bytes = same_bits(|device| sums(device, &data, blocks));
             let found: Vec<u32> = from_bytes(&bytes);
@@ -33,7 +33,7 @@ fn block_sums_add_up_to_the_sum_of_all_words() {
             let runs = |block: usize| data.chunks(2048 * 4).skip(block).step_by(blocks);
             let expected: Vec<u32> =
                 (0..blocks).map(|block| total(&runs(block).map(total).collect::<Vec<_>>())).collect();
-            assert_eq!(found, expected, "{pieces} pieces on {blocks} blocks");
+            assert_eq!(found, expected, "{chunks} chunks on {blocks} blocks");
             assert_eq!(total(&found), total(&data));
         }
     }
@@ -57,18 +57,18 @@ fn a_change_of_any_byte_changes_the_sum() {
 
 #[test]
 fn every_byte_is_read_once_and_little_is_written() {
-    for pieces in PIECES {
+    for chunks in CHUNKS {
         for blocks in [1, 4] {
             let device = Emulator::new();
             device.count_conflicts(true);
-            sums(&device, &vec![7; pieces * 4], blocks);
-            let (counts, read) = (device.counts()["read_all"], Read { bytes: pieces * 16, blocks });
-            assert_eq!((counts.streamed, counts.read), (pieces as u64 * 16, 0));
+            sums(&device, &vec![7; chunks * 4], blocks);
+            let (counts, read) = (device.counts()["read_all"], Read { bytes: chunks * 16, blocks });
+            assert_eq!((counts.streamed, counts.read), (chunks as u64 * 16, 0));
             assert_eq!(counts.streamed + counts.written, read.bytes());
             assert_eq!((counts.launches, counts.blocks, counts.conflicts), (1, blocks as u64, 0));
         }
     }
-    assert_eq!([1, 2048, 2049].map(|pieces| Read::max_blocks(pieces * 16)), [1, 1, 2]);
+    assert_eq!([1, 2048, 2049].map(|chunks| Read::max_blocks(chunks * 16)), [1, 1, 2]);
 }
 
 #[test]

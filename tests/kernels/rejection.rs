@@ -1,5 +1,5 @@
 //! Chains of drafts sampled on a device and verified by `rejection` and `block`. Every decision must equal
-//! that of the definition, `src/spec/verify.rs`.
+//! that of `src/spec/verify.rs`.
 
 use crate::support::kernel;
 
@@ -18,7 +18,7 @@ use kernel::*;
 
 const NONE: u32 = u32::MAX;
 
-/// Fills outputs before a launch: a kernel must leave it where a row or sequence takes no part.
+/// Fills outputs before a launch. A kernel must not overwrite it for rows and sequences that take no part.
 const OLD: u32 = 0x0bad_cafe;
 
 /// A sequence of a batch: its method, the number of its rows, how it samples and how its drafts are sampled.
@@ -77,7 +77,7 @@ struct Batch {
 /// The results of the kernels for a batch.
 #[derive(Debug, PartialEq)]
 struct Outcome {
-    /// Those of the target's rows, then of the drafter's.
+    /// Distributions of the target's rows, then of the drafter's.
     distributions: [Vec<u8>; 2],
     drafts: Vec<u32>,
     tokens: Vec<u32>,
@@ -190,7 +190,7 @@ impl Batch {
         Outcome { distributions, drafts, tokens, accepted, next, path }
     }
 
-    /// The distribution of a row of the drafter or the target, by the definition.
+    /// The reference's distribution of a row of the drafter or the target.
     fn distribution(&self, drafter: bool, seq: usize, row: usize) -> Option<Distribution> {
         let request = &self.requests[seq];
         let (logits, sampling) = match drafter {
@@ -200,7 +200,7 @@ impl Batch {
         sampling.probabilities(self.row(logits, seq * self.block + row))
     }
 
-    /// Runs the batch and compares distributions, drafts and verification with the definition.
+    /// Runs the batch and compares distributions, drafts and verification with the reference.
     fn check(&self, device: &dyn Device, what: &str) -> Coverage {
         let got = self.run(device);
         let mut coverage = Coverage::default();
@@ -414,7 +414,7 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
                 _ => row.iter().map(|x| x + random.normal(0.3)).collect(),
             });
         }
-        // Rare damage.
+        // Rarely, a damaged row.
         match random.below(20) {
             0 => target_rows[random.below(block)][random.below(vocab)] = f32::NAN,
             1 => drafts[random.below(block)][random.below(vocab)] = f32::INFINITY,
@@ -433,7 +433,7 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
     Batch { vocab, block, requests, target, drafter, tokens }
 }
 
-/// Two thirds of its random batches run only with `DFLASH_EXHAUSTIVE=1`.
+/// About two thirds of the random batches run only with `DFLASH_EXHAUSTIVE=1`.
 #[test]
 fn sampled_and_verified_drafts_equal_the_reference() {
     let mut random = Random::new(1);
@@ -479,13 +479,13 @@ fn drafts_are_the_same_under_every_schedule() {
     }
 }
 
-fn of(temperature: f32, top_k: usize, top_p: f64) -> SamplingParams {
+fn params(temperature: f32, top_k: usize, top_p: f64) -> SamplingParams {
     SamplingParams { temperature, top_k, top_p, min_p: 0.0, seed: 11, stream: 5 }
 }
 
 /// One sequence of two rows with the single draft `draft`.
 fn pair(method: VerifyMethod, target: Vec<f32>, drafter: Vec<f32>, draft: u32, rounds: u32) -> Batch {
-    let sampling = of(1.0, 0, 1.0);
+    let sampling = params(1.0, 0, 1.0);
     let vocab = target.len();
     Batch {
         vocab,
@@ -505,13 +505,13 @@ fn pair(method: VerifyMethod, target: Vec<f32>, drafter: Vec<f32>, draft: u32, r
 }
 
 #[test]
-fn the_last_unit_of_a_probability_counts() {
+fn every_unit_of_the_residual_is_sampled() {
     // Weights 1, 2^32, 1, 0 of the target and 0, 2^32, 0, 2 of the drafter. In the residual after the
     // rejection of draft 3, token 1 has a single unit, between those of tokens 0 and 2.
     let (one, two) = (-32.0 * 2f32.ln(), -31.0 * 2f32.ln());
     let none = f32::NEG_INFINITY;
     let (target, drafter) = (vec![one, 0.0, one, none], vec![none, 0.0, none, two]);
-    let how = of(1.0, 0, 1.0);
+    let how = params(1.0, 0, 1.0);
     let (p, q) = (how.probabilities(&target).unwrap(), how.probabilities(&drafter).unwrap());
     let (low, over) = (p.probability(0), p.probability(1) - q.probability(1));
     assert_eq!((p.probability(2), p.probability(3), over), (low, 0, 1));
@@ -553,9 +553,12 @@ fn the_last_unit_of_a_probability_counts() {
 fn equal_distributions_accept_every_draft() {
     every_device(|device| {
         let mut random = Random::new(4);
-        for (how, kind) in
-            [(of(1.0, 0, 1.0), 9), (of(0.0, 0, 1.0), 9), (of(1.0, 3, 1e-12), 9), (of(0.9, 0, 0.5), 0)]
-        {
+        for (how, kind) in [
+            (params(1.0, 0, 1.0), 9),
+            (params(0.0, 0, 1.0), 9),
+            (params(1.0, 3, 1e-12), 9),
+            (params(0.9, 0, 0.5), 0),
+        ] {
             let (vocab, block) = (257, 16);
             let row = if kind == 0 { vec![2.0; vocab] } else { random.normals(vocab, 2.0) };
             let request = |method| Request {
@@ -588,14 +591,14 @@ fn garbage_stays_in_bounds() {
             let kernels = RejectionSampler { sequences, block, vocab, blocks: vocab.div_ceil(128) };
             let rows = sequences * block;
             let mut noise = |bytes: usize| {
-                // Half of the words are small, so that they pass for ids, methods and counts.
+                // Half of the words are small, so that they can be valid ids, methods and counts.
                 let word =
                     |_| random.next() as u32 >> if random.below(2) == 0 { 0 } else { 20 + random.below(12) };
                 (0..bytes / 4).map(word).collect::<Vec<u32>>()
             };
             let mut states = noise(sequences * 128);
-            // The method is the last word of a state and the form the upper half of the eighth. Some
-            // sequences take part.
+            // The method is the last word of a state, and the form the upper half of the eighth. With these,
+            // all sequences take part; in every second batch all but the first.
             for words in states.chunks_mut(32).skip(i % 2) {
                 (words[31], words[7]) =
                     ([VerifyMethod::Rejection, VerifyMethod::Block][i / 2 % 2] as u32, words[7] & 0xffff);

@@ -1,5 +1,5 @@
-//! The state of sequences over hundreds of rounds against a model on the host, both with fresh launches and
-//! with replayed graphs.
+//! The state of sequences over hundreds of rounds against a reference on the host, both with fresh launches
+//! and with replayed graphs.
 
 use crate::support::kernel;
 
@@ -200,7 +200,7 @@ impl Inputs {
 }
 
 /// A round of one sequence on the host: updates `sequence` as the device must, and returns its record.
-fn model_round(
+fn reference_round(
     sequence: &mut Sequence,
     (round, drafting): (Round, bool),
     drafts: &[u32],
@@ -269,7 +269,7 @@ fn rows(sequence: &Sequence, round: Round, drafts: bool) -> (usize, usize) {
 /// The tables that `round_begin` and `round_tokens` must write for the states before a round: draft tokens,
 /// draft rows, draft spans, verify rows, verify spans, verify tokens, rows of pending features. `path` is
 /// that of the round before, with `columns` columns.
-fn model_tables(
+fn reference_tables(
     all: &[Sequence],
     (round, drafting): (Round, bool),
     inputs: &Inputs,
@@ -418,7 +418,7 @@ fn simulate(device: &dyn Device, sizes: Sizes, before: impl Fn(usize)) -> [usize
             "tokens",
             "features",
         ];
-        let tables = model_tables(&all, shape, &inputs, (&path, columns));
+        let tables = reference_tables(&all, shape, &inputs, (&path, columns));
         for ((name, got), expected) in names.iter().zip(got).zip(tables) {
             assert_eq!(words(got)[..expected.len()], expected, "round {round}: {name}");
         }
@@ -429,7 +429,7 @@ fn simulate(device: &dyn Device, sizes: Sizes, before: impl Fn(usize)) -> [usize
             let (drafts, choices) = (of(&inputs.drafts, block), of(&inputs.choices, max_verify_rows));
             let took_part = sequence.active;
             let record =
-                model_round(sequence, shape, &drafts, &choices, &of(&inputs.parents, max_verify_rows));
+                reference_round(sequence, shape, &drafts, &choices, &of(&inputs.parents, max_verify_rows));
             let state = &states[slot * Sequence::BYTES..][..Sequence::BYTES];
             assert_eq!(sequence.updated(state).unwrap(), *sequence, "round {round}, sequence {slot}");
             assert_eq!(state, sequence.to_bytes().unwrap(), "round {round}, sequence {slot}");
@@ -447,7 +447,7 @@ fn simulate(device: &dyn Device, sizes: Sizes, before: impl Fn(usize)) -> [usize
 }
 
 #[test]
-fn rounds_equal_the_host_model_and_a_replayed_graph() {
+fn rounds_equal_the_host_reference_and_a_replayed_graph() {
     let mut ends = [0; 6];
     for (sequences, block, verify_rows, trees) in [
         (1, 1, [1, 1], false),
@@ -459,10 +459,10 @@ fn rounds_equal_the_host_model_and_a_replayed_graph() {
     ] {
         let sizes = Sizes { sequences, block, verify_rows, trees };
         let device = Emulator::new();
-        let met = simulate(&device, sizes, |round| device.set_schedule(Schedule::ALL[round % 5]));
-        ends.iter_mut().zip(met).for_each(|(all, more)| *all += more);
+        let found = simulate(&device, sizes, |round| device.set_schedule(Schedule::ALL[round % 5]));
+        ends.iter_mut().zip(found).for_each(|(all, more)| *all += more);
         if let Some(gpu) = gpu() {
-            assert_eq!(simulate(gpu, sizes, |_| ()), met);
+            assert_eq!(simulate(gpu, sizes, |_| ()), found);
         }
     }
     // Every `Finish` occurred often.
@@ -496,8 +496,13 @@ fn fully_accepted_blocks_of_64_end_at_the_first_stop() {
             let inputs = Inputs { drafts, choices, parents: (0..64).map(|r: u32| r.max(1) - 1).collect() };
             buffers.upload_inputs(device, &inputs);
             buffers.launch(device, 0).unwrap();
-            let record =
-                model_round(&mut sequence, sizes.kind(0), &inputs.drafts, &inputs.choices, &inputs.parents);
+            let record = reference_round(
+                &mut sequence,
+                sizes.kind(0),
+                &inputs.drafts,
+                &inputs.choices,
+                &inputs.parents,
+            );
             assert_eq!(record.tokens.len(), stop.map_or(64, |row| row + 1));
             assert_eq!(buffers.ring.read(1, 0).unwrap(), Some(record), "stop at {stop:?}");
             assert_eq!(
@@ -549,7 +554,7 @@ fn rounds_are_the_same_under_every_schedule() {
 }
 
 #[test]
-fn a_round_after_the_end_writes_only_its_number() {
+fn a_round_without_active_sequences_writes_only_its_number() {
     every_device(|device| {
         let (sequences, block) = (3, 8);
         let sizes = Sizes::of(sequences, block, false);

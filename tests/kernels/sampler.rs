@@ -1,4 +1,4 @@
-//! The sampler on a device. Every token must equal that of the definition, `SamplingParams::choose` of
+//! The sampler on a device. It must choose the same tokens as `SamplingParams::choose` of
 //! `src/spec/sampling.rs`.
 
 use crate::support::kernel;
@@ -40,8 +40,8 @@ fn sequence(sampling: SamplingParams) -> Sequence {
     }
 }
 
-/// A batch of rows: logits `[rows][vocab]`, sequence (`NONE`: padding) and position of each row, settings of
-/// each sequence.
+/// A batch of rows: logits `[rows][vocab]`, sequence (`NONE`: padding) and position of each row, sampling
+/// parameters of each sequence.
 struct Batch {
     vocab: usize,
     logits: Vec<f32>,
@@ -54,7 +54,7 @@ impl Batch {
         &self.logits[row * self.vocab..][..self.vocab]
     }
 
-    /// The tokens by the definition.
+    /// The tokens that the reference chooses.
     fn expected(&self) -> Vec<u32> {
         let choose = |(row, &(sequence, position)): (usize, &(u32, u32))| {
             let settings = self.settings.get(sequence as usize)?;
@@ -117,7 +117,7 @@ impl Batch {
     }
 }
 
-/// Random sampling parameters of every combination.
+/// Random sampling parameters, in all combinations.
 fn settings(random: &mut Random, vocab: usize) -> SamplingParams {
     let temperature = match random.below(10) {
         0 => 0.0,
@@ -159,7 +159,7 @@ fn settings(random: &mut Random, vocab: usize) -> SamplingParams {
     settings
 }
 
-/// Random rows of logits under random settings, with padding between them.
+/// Random rows of logits with random sampling parameters, and padding between them.
 fn batch(random: &mut Random, rows: usize, vocab: usize) -> Batch {
     let sequences = 1 + rows / 2;
     let settings = (0..sequences).map(|_| settings(random, vocab)).collect();
@@ -175,7 +175,7 @@ fn batch(random: &mut Random, rows: usize, vocab: usize) -> Batch {
     Batch { vocab, logits: (0..rows).flat_map(|_| logits(random, vocab)).collect(), rows: table, settings }
 }
 
-/// Two thirds of its random batches run only with `DFLASH_EXHAUSTIVE=1`.
+/// About two thirds of the random batches run only with `DFLASH_EXHAUSTIVE=1`.
 #[test]
 fn sampler_equals_choose_on_random_rows() {
     let mut random = Random::new(1);
@@ -214,7 +214,7 @@ fn sampler_is_the_same_under_every_schedule() {
 fn sampler_equals_choose_on_a_vocabulary_of_151936() {
     let mut random = Random::new(5);
     let vocab = if cfg!(feature = "sanitize") { 20011 } else { 151936 };
-    let of = |temperature, top_k, top_p, min_p| SamplingParams {
+    let params = |temperature, top_k, top_p, min_p| SamplingParams {
         temperature,
         top_k,
         top_p,
@@ -223,11 +223,11 @@ fn sampler_equals_choose_on_a_vocabulary_of_151936() {
         stream: 3,
     };
     let settings = vec![
-        of(0.0, 0, 1.0, 0.0),
-        of(1.0, 0, 1.0, 0.0),
-        of(0.7, 20, 0.8, 0.0),
-        of(1.0, 0, 0.95, 0.01),
-        of(2.0, 50, 1.0, 0.1),
+        params(0.0, 0, 1.0, 0.0),
+        params(1.0, 0, 1.0, 0.0),
+        params(0.7, 20, 0.8, 0.0),
+        params(1.0, 0, 0.95, 0.01),
+        params(2.0, 50, 1.0, 0.1),
     ];
     let rows: Vec<(u32, u32)> = (0..settings.len()).map(|i| (i as u32, 1000 + i as u32)).collect();
     let logits = random.normals(rows.len() * vocab, 3.0);
@@ -239,7 +239,7 @@ fn sampler_equals_choose_on_a_vocabulary_of_151936() {
 fn top_k_and_top_p_cut_ties_as_choose_does() {
     every_device(|device| {
         let mut random = Random::new(8);
-        // Equal logits across bins of ids, equal weights of unequal logits, and cuts everywhere around them.
+        // Equal logits in several bins of ids, unequal logits of equal weight, and cuts within and around them.
         let vocab = 300;
         let flat = vec![1.5; vocab];
         let near: Vec<f32> =
@@ -369,7 +369,7 @@ fn damaged_rows_select_nothing_and_change_no_other_row() {
         let vocab = 1000;
         let mut random = Random::new(11);
         let sound = random.normals(vocab, 3.0);
-        let distribution = |temperature, top_k| SamplingParams {
+        let params = |temperature, top_k| SamplingParams {
             temperature,
             top_k,
             top_p: 1.0,
@@ -377,7 +377,7 @@ fn damaged_rows_select_nothing_and_change_no_other_row() {
             seed: 4,
             stream: 9,
         };
-        let settings = vec![greedy(), distribution(1.0, 0), distribution(0.8, 40)];
+        let settings = vec![greedy(), params(1.0, 0), params(0.8, 40)];
         for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
             let (mut rows, mut logits) = (Vec::new(), Vec::new());
             for i in 0..9 {

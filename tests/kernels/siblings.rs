@@ -19,7 +19,7 @@ use dflash::spec::tree::shape;
 use kernel::*;
 use sampled_trees::*;
 
-/// More than half of its random batches run only with `DFLASH_EXHAUSTIVE=1`.
+/// More than half of the random batches run only with `DFLASH_EXHAUSTIVE=1`.
 #[test]
 fn sampled_and_verified_trees_equal_the_reference() {
     let mut random = Random::new(1);
@@ -106,11 +106,11 @@ fn residual(p: &Distribution, q: &Distribution) -> (Vec<(u32, u64)>, Distributio
 }
 
 #[test]
-fn the_last_unit_between_siblings_counts() {
-    // The first sibling is always rejected. Then nearly all of both residual distributions is on the same
-    // tokens: on one, or on two of equal weight, of which the lower takes the rounding remainder. The second
-    // sibling has probability 0 in the target. After it the residual is a few units, some of them on those
-    // tokens.
+fn every_unit_of_the_residual_between_siblings_is_sampled() {
+    // The first sibling is always rejected. After that, nearly all of the probability of both p and q is on
+    // the same tokens: one token, or two of equal weight, where the lower id takes the rounding remainder. The
+    // second sibling has probability 0 in the target. After its rejection the residual is a few units, some of
+    // them on those tokens.
     let none = f32::NEG_INFINITY;
     let half = |n: f32| -n * 2f32.ln();
     let how = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 11, stream: 5 };
@@ -187,7 +187,7 @@ fn garbage_stays_in_bounds() {
             let (block, max_verify_rows) = ([1, 4, 16][i % 3], [1, 5, 12, 64][i / 3 % 4]);
             let kernels = Siblings { sequences, block, max_verify_rows, vocab };
             let mut noise = |bytes: usize| {
-                // Half of the words are small, so that they pass for ids, rows, methods and counts.
+                // Half of the words are small, so that they can be valid ids, rows, methods and counts.
                 let word =
                     |_| random.next() as u32 >> if random.below(2) == 0 { 0 } else { 20 + random.below(12) };
                 let words: Vec<u32> = (0..bytes / 4).map(word).collect();
@@ -198,8 +198,8 @@ fn garbage_stays_in_bounds() {
             let [accepted, next] = [(); 2].map(|()| upload(device, &noise(sequences * 4)));
             let spans = upload(device, &noise(sequences * 8));
             let mut states = noise(sequences * 128);
-            // The method is the last word of a state and the form the upper half of the eighth. Some
-            // sequences take part.
+            // The method is the last word of a state, and the form the upper half of the eighth. With these,
+            // all sequences take part; in every second batch all but the first.
             for words in states.chunks_mut(32).skip(i % 2) {
                 (words[31], words[7]) =
                     (VerifyMethod::Rejection as u32, words[7] & 0xffff | (Form::SampledTree as u32) << 16);

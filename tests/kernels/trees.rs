@@ -41,7 +41,7 @@ impl Rows {
         &self.logits[row * self.vocab..][..self.vocab]
     }
 
-    /// The counts, then the choices, by the definition.
+    /// The counts, then the choices, of the reference.
     fn expected(&self) -> Vec<u32> {
         let (mut counts, mut all) = (vec![], vec![]);
         for (row, valid) in self.valid.iter().enumerate() {
@@ -208,7 +208,7 @@ struct TreeBatch {
 }
 
 /// Number of rows of the sequence's block.
-fn depth(s: &Sequence, block: usize) -> usize {
+fn block_rows(s: &Sequence, block: usize) -> usize {
     let left = |end: u32| (end as usize).saturating_sub(s.length as usize);
     (s.block as usize).min(block).min(left(s.draft_end)).min(left(s.end).saturating_sub(1)).max(1)
 }
@@ -305,7 +305,7 @@ impl TreeBatch {
         let (mut tokens, mut parents, mut masks) = (vec![], vec![], vec![]);
         let (mut table, mut spans) = (vec![], vec![]);
         for (seq, (state, choices)) in self.sequences.iter().zip(&self.choices).enumerate() {
-            let (levels, rows) = (depth(state, block) - 1, max_verify_rows.min(state.rows as usize));
+            let (levels, rows) = (block_rows(state, block) - 1, max_verify_rows.min(state.rows as usize));
             let valid: Option<Vec<Vec<Choice>>> = choices[..levels].iter().cloned().collect();
             let mut tree = Tree::best_first(state.anchor, valid.as_deref().unwrap_or_default(), rows);
             if valid.is_none() && rows > 1 {
@@ -350,7 +350,7 @@ impl TreeBatch {
     }
 }
 
-/// (block, rows, choices per row) around warps and limits.
+/// (block, rows, choices per row) at the sizes of warps and at the limits.
 const SHAPES: [(usize, usize, usize); 9] = [
     (1, 1, 1),
     (2, 64, 63),
@@ -551,7 +551,7 @@ fn accepted_rows_move_in_order() {
 
 #[test]
 fn accepted_rows_move_the_same_under_every_schedule() {
-    // Every row moves to the slot of the row before it.
+    // Every accepted row but the first moves to the slot of the row before it.
     let mut paths = Paths::random(&mut Random::new(52), 4);
     let Compact { sequences, rows, .. } = paths.compact;
     let path: Vec<u32> = [0].into_iter().chain(2..rows as u32).chain([NONE]).collect();
@@ -568,7 +568,7 @@ fn garbage_in_paths_stays_in_the_cache() {
         let mut random = Random::new(53);
         for turn in 0..cases(40, 40) {
             let mut paths = Paths::random(&mut random, turn);
-            // Two thirds stay valid: garbage everywhere would end at the kernel's first check.
+            // Two thirds of the words stay valid: with garbage everywhere the kernel's first check would fail.
             for words in [&mut paths.table, &mut paths.accepted, &mut paths.path, &mut paths.spans] {
                 for word in words {
                     if random.below(3) == 0 {
@@ -687,7 +687,7 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
             let found = &bytes[seq * Sequence::BYTES..][..Sequence::BYTES];
             assert_eq!(found, state.to_bytes().unwrap(), "round {number}, sequence {seq}");
             assert_eq!(ring.read(number, seq).unwrap(), Some(record), "round {number}, sequence {seq}");
-            // The drafter's capacity ends before the sequence's.
+            // Moves the end of the drafter's positions, so that the sequence keeps drafting.
             if state.draft_end < state.length + block as u32 {
                 state.draft_end += 1000;
             }

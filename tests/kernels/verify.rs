@@ -67,7 +67,7 @@ impl Blocks {
         for (sequence, got) in self.run(device).into_iter().enumerate() {
             assert_eq!(got, self.expected(sequence), "sequence {sequence} of blocks of {}", self.block);
             if self.parents.is_none() && self.rows[sequence] > 0 {
-                // The definition for chains.
+                // For chains, `match_chain` gives the same.
                 let rows = (self.rows[sequence] as usize).min(self.block);
                 let drafts = &self.tokens[sequence * self.block..][1..rows];
                 let target = |row| Some(self.choices[sequence * self.block + row]).filter(|&c| c != NONE);
@@ -80,7 +80,7 @@ impl Blocks {
 
 fn blocks(random: &mut Random, block: usize, trees: bool) -> Blocks {
     let sequences = 1 + random.below(16);
-    // Few different tokens, so that drafts are accepted and siblings repeat; sometimes damaged rows.
+    // Few different tokens, so that drafts are accepted and siblings repeat; NONE is a damaged row.
     let tokens = 1 + random.below(3);
     let word = |random: &mut Random| if random.below(40) == 0 { NONE } else { random.below(tokens) as u32 };
     let all = |random: &mut Random| (0..sequences * block).map(|_| word(random)).collect::<Vec<u32>>();
@@ -89,7 +89,7 @@ fn blocks(random: &mut Random, block: usize, trees: bool) -> Blocks {
         0 => random.next() as u32,
         1 => row as u32,
         2 => 64 + random.below(8) as u32,
-        // Later rows too; a row that follows one is unreachable.
+        // Also a later row: the child of a later row is unreachable.
         3 => random.below(block) as u32,
         _ => random.below(row.max(1)) as u32,
     };

@@ -83,7 +83,7 @@ fn broken_wgmma_rules_are_reported() {
         (4, "executed 0 of its warpgroup's 2 wgmma.mma_async"),
         (5, "without a wgmma.fence since"),
         (6, "matrix descriptors differ from those of the rest of the warpgroup"),
-        (7, "eight rows start at a multiple of 1024"),
+        (7, "8 rows must start at a multiple of 1024"),
         (8, "of 20480 bytes of dynamic shared memory"),
         (11, "sums of a wgmma were written to before this wait"),
         (14, "without a wgmma.fence since"),
@@ -104,7 +104,7 @@ fn operands_and_sums_in_flight_are_undefined() {
     // Operands overwritten before the wait: the wait, or a later product, reports it.
     let overwritten = broken(10);
     assert!(overwritten.iter().all(Result::is_err));
-    let text = "changed before this wait for it";
+    let text = "changed before this wait";
     assert!(overwritten.iter().any(|r| r.as_ref().is_err_and(|e| e.to_string().contains(text))));
     for outcome in broken(15) {
         assert!(outcome.is_err_and(|e| e.to_string().contains(text)));

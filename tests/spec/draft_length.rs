@@ -52,11 +52,11 @@ fn the_worked_example_drafts_seven() {
     let expected = [10.05, 6.0753, 4.4545, 3.7123, 3.325, 3.1238, 3.0296, 3.0039, 3.0258];
     assert_eq!((costs.ar_step() * 1e4).round() / 1e4, expected[0]);
     for n in 1..=8 {
-        let each = costs.round(n) / (1.0 + survival[..n].iter().sum::<f64>());
-        assert_eq!((each * 1e4).round() / 1e4, expected[n], "{n} drafts");
+        let per_token = costs.round(n) / (1.0 + survival[..n].iter().sum::<f64>());
+        assert_eq!((per_token * 1e4).round() / 1e4, expected[n], "{n} drafts");
     }
-    let (drafts, each) = costs.cheapest(&survival);
-    assert_eq!((drafts, (each * 1e4).round() / 1e4), (7, 3.0039));
+    let (drafts, per_token) = costs.cheapest(&survival);
+    assert_eq!((drafts, (per_token * 1e4).round() / 1e4), (7, 3.0039));
 }
 
 /// The cheapest length and its cost per token, by computing each length on its own.
@@ -109,8 +109,8 @@ fn with_staircase_costs_the_best_length_fills_a_tile() {
                 all_accepted
             })
             .collect();
-        let (drafts, each) = stairs.cheapest(&survival);
-        near(each, by_brute_force(&stairs, &survival).1);
+        let (drafts, per_token) = stairs.cheapest(&survival);
+        near(per_token, by_brute_force(&stairs, &survival).1);
         let edge = [16, 32, 64].iter().position(|edge| drafts + 1 == *edge).expect("a tile's last row");
         edges[edge] += 1;
     }
@@ -169,7 +169,7 @@ fn positions_start_at_one_half_and_follow_the_counts() {
     let b = 2.0 * a.powi(2) / 3.0;
     let c = 2.0 * b.powf(1.5) / 3.0;
     survival(&positions, &[a, b, c, c.powf(4.0 / 3.0)]);
-    // A tree whose path bits are 0b101: older counts decay, for every row.
+    // A tree whose path bits are 0b101. The older counts of every row decay.
     positions.observe(2, 0b101);
     let a: f64 = (0.98 + 1.0) / (1.98 + 2.0);
     let b: f64 = (1.0 + 2.0 * a.powi(2)) / (1.98 + 2.0);
@@ -178,7 +178,7 @@ fn positions_start_at_one_half_and_follow_the_counts() {
     positions.observe(0, 1);
     survival(&positions, &[(0.98 * 0.98 + 1.0) / (1.98 * 0.98 + 2.0)]);
     assert!(positions.survival(0).is_empty());
-    // Path bits of rows that were not verified, and rows beyond the bits.
+    // Path bits of rows that were not verified are ignored. Rows beyond the 64 bits count as not accepted.
     let mut garbage = Positions::default();
     garbage.observe(1, u64::MAX);
     survival(&garbage, &[2.0 / 3.0, 4.0 / 9.0]);
@@ -187,7 +187,7 @@ fn positions_start_at_one_half_and_follow_the_counts() {
     assert!(survival[62] > 0.9 && survival[63] < 0.7, "{survival:?}");
 }
 
-/// The survival of a tree's rows predicts the tokens of every smaller tree.
+/// The survival of a tree's rows predicts how many tokens each smaller tree would have given.
 #[test]
 fn positions_of_a_tree_predict_every_smaller_tree() {
     let mut random = Random::new(8);
@@ -265,7 +265,7 @@ fn by_position_first_drafts_all_then_the_cheapest_length() {
     }
     assert!((2..8).contains(&controller.drafts(15)));
     assert_eq!(controller.drafts(1), 1);
-    // From all to few and back, never by more than 16 rows at once.
+    // The length falls from all to few drafts and rises again, never by more than 16 rows at once.
     let mut controller = ByPosition::new(DraftLengthPolicy::CostModel, table);
     let mut sizes = vec![];
     for round in 0..400 {
@@ -314,7 +314,8 @@ fn confidence_is_weighted_by_the_observed_acceptance() {
     assert_eq!(never_right.weight(), 4.0);
 }
 
-/// For each policy: a controller that decides ahead of the drafts, and one that may read their probabilities.
+/// For each policy: a controller that chooses the length ahead, before drafting, and one that may read the
+/// drafts' probabilities.
 #[test]
 fn controllers_that_decide_ahead_need_no_draft_probabilities() {
     let costs = costs(0.1, |_| 1.0);
@@ -339,7 +340,7 @@ fn controllers_that_decide_ahead_need_no_draft_probabilities() {
 }
 
 #[test]
-fn by_position_keeps_rows_accepted_often_enough_and_at_least_one() {
+fn by_position_keeps_rows_above_the_threshold_and_at_least_one() {
     for min_probability in [1e-90, 0.2, 0.5, 0.8, 1.0] {
         let mut random = Random::new(31);
         let mut controller = DraftLengthPolicy::Threshold(min_probability).controller(&flat(), true);
@@ -353,17 +354,17 @@ fn by_position_keeps_rows_accepted_often_enough_and_at_least_one() {
             assert_eq!(
                 drafts,
                 if round < 4 { 15 } else { enough.max(1) },
-                "at least {min_probability}, round {round}"
+                "threshold {min_probability}, round {round}"
             );
             let accepted = [0, 15, random.below(16)][round / 300].min(drafts);
             controller.observe(drafts, chain_of(accepted));
             positions.observe(drafts, chain_of(accepted));
             sizes.push(drafts);
         }
-        // There is always one draft, so rows that are accepted again are verified again.
+        // At least one draft is verified in each round, so the length grows again when drafts are accepted.
         let expected =
             if min_probability < 1e-6 { (15, 15) } else { (1, if min_probability < 1.0 { 15 } else { 1 }) };
-        assert_eq!((sizes[299], sizes[599]), expected, "at least {min_probability}: {sizes:?}");
+        assert_eq!((sizes[299], sizes[599]), expected, "threshold {min_probability}: {sizes:?}");
     }
     // A tree ends before the first row that is not accepted often enough, whatever follows.
     let mut controller = DraftLengthPolicy::Threshold(0.5).controller(&flat(), true);
@@ -371,13 +372,13 @@ fn by_position_keeps_rows_accepted_often_enough_and_at_least_one() {
         assert_eq!(controller.drafts(20), 20);
         controller.observe(20, 0b110111);
     }
-    // The length does not change all at once.
+    // The length changes step by step.
     assert_eq!([(); 2].map(|()| controller.drafts(20)), [4, 2]);
 }
 
 #[test]
 fn by_confidence_verifies_paths_of_sufficient_probability() {
-    let cuts = |min_probability: f64, paths: &[u32]| {
+    let kept_drafts = |min_probability: f64, paths: &[u32]| {
         DraftLengthPolicy::Threshold(min_probability).controller(&flat(), false).truncate(paths)
     };
     // Path probabilities 1/2, 1/4, 1/8, ...: a path with exactly the threshold is kept.
@@ -385,12 +386,12 @@ fn by_confidence_verifies_paths_of_sufficient_probability() {
     for (min_probability, kept) in
         [(0.51, 0), (0.5, 1), (0.26, 1), (0.25, 2), (0.125, 3), (1e-9, 10), (1.0, 0)]
     {
-        assert_eq!(cuts(min_probability, &halves), kept, "at least {min_probability}");
+        assert_eq!(kept_drafts(min_probability, &halves), kept, "threshold {min_probability}");
     }
-    assert_eq!((cuts(1.0, &[0, 0, 1, 0]), cuts(0.5, &[])), (2, 0));
-    // Of a tree, the rows before the first that is below.
-    assert_eq!(cuts(0.25, &[1 << 16, 3 << 15, 2 << 16, (2 << 16) + 1, 2 << 16]), 3);
-    // Past rounds without drafts or accepted drafts do not matter.
+    assert_eq!((kept_drafts(1.0, &[0, 0, 1, 0]), kept_drafts(0.5, &[])), (2, 0));
+    // A tree keeps the rows before the first one below the threshold.
+    assert_eq!(kept_drafts(0.25, &[1 << 16, 3 << 15, 2 << 16, (2 << 16) + 1, 2 << 16]), 3);
+    // The results of past rounds do not change the decision.
     let mut controller = DraftLengthPolicy::Threshold(0.9).controller(&flat(), false);
     for round in 0..2000 {
         assert_eq!(controller.drafts(15), 15);
@@ -400,18 +401,18 @@ fn by_confidence_verifies_paths_of_sufficient_probability() {
     }
 }
 
-/// Runs `rounds` rounds. Round `i` accepts up to `accepts(i)` of 15 drafts, and its result is observed `late`
+/// Runs `rounds` rounds. Round `i` accepts up to `accepts(i)` of 15 drafts, and its result is observed `delay`
 /// rounds later. Returns which rounds drafted, and the cost per token in AR steps.
-fn play(
+fn run_rounds(
     controller: &mut CostGated<Fixed>,
     costs: &Costs,
     rounds: usize,
-    late: usize,
+    delay: usize,
     accepts: impl Fn(usize) -> usize,
 ) -> (Vec<usize>, f64) {
     let (mut drafted, mut tokens, mut spent, mut waiting) = (vec![], 0, 0.0, VecDeque::new());
-    for round in 0..rounds + late {
-        if waiting.len() > late || round >= rounds {
+    for round in 0..rounds + delay {
+        if waiting.len() > delay || round >= rounds {
             match waiting.pop_front() {
                 Some((drafts, accepted)) if drafts > 0 => controller.observe(drafts, chain_of(accepted)),
                 _ => {}
@@ -439,47 +440,48 @@ fn play(
 #[test]
 fn drafting_that_does_not_pay_stops_and_is_tried_more_rarely() {
     let table = costs(0.2, |_| 1.0);
-    for late in 0..4 {
+    for delay in 0..4 {
         let mut controller = CostGated::new(Fixed, table.clone());
-        let (drafted, each) = play(&mut controller, &table, 4000, late, |_| 0);
-        // Four rounds of warm-up, then eight poor ones, and those in flight. Then trials after 16, 32, ...
-        // 256 AR steps, each waiting for its result.
-        let mut expected: Vec<usize> = (0..12 + late).collect();
-        let (mut at, mut interval, mut waited) = (11 + late, 16, 0);
+        let (drafted, per_token) = run_rounds(&mut controller, &table, 4000, delay, |_| 0);
+        // Drafting stops after four rounds of warm-up, eight poor rounds, and those already in flight. Trials
+        // follow after 16, 32, ... 256 AR steps; each waits for the result of the one before.
+        let mut expected: Vec<usize> = (0..12 + delay).collect();
+        let (mut at, mut interval, mut waited) = (11 + delay, 16, 0);
         loop {
             at += waited + interval + 1;
             if at >= 4000 {
                 break;
             }
             expected.push(at);
-            (interval, waited) = ((2 * interval).min(256), late);
+            (interval, waited) = ((2 * interval).min(256), delay);
         }
-        assert_eq!(drafted, expected, "{late} late");
-        assert!(!controller.is_on() && each < 1.01, "{each}");
+        assert_eq!(drafted, expected, "delay {delay}");
+        assert!(!controller.is_on() && per_token < 1.01, "{per_token}");
         // Drafting that pays again is found within the longest interval, and continues.
-        let (drafted, each) = play(&mut controller, &table, 1000, late, |_| 9);
+        let (drafted, per_token) = run_rounds(&mut controller, &table, 1000, delay, |_| 9);
         assert!(controller.is_on() && drafted[0] <= 256, "{}", drafted[0]);
-        assert_eq!(drafted.len(), 1000 - drafted[0] - late);
-        assert!(each < 0.5, "{each}");
+        assert_eq!(drafted.len(), 1000 - drafted[0] - delay);
+        assert!(per_token < 0.5, "{per_token}");
         // An AR step where nothing can be drafted is neither a trial nor a poor round.
         assert_eq!((controller.drafts(0), controller.is_on()), (0, true));
     }
 }
 
 #[test]
-fn drafting_that_pays_never_stops_and_bad_stretches_cost_little() {
+fn drafting_that_pays_never_stops_and_bad_phases_cost_little() {
     let table = costs(0.2, |_| 1.0);
     let mut controller = CostGated::new(Fixed, table.clone());
-    let (drafted, _) = play(&mut controller, &table, 2000, 1, |round| [0, 0, 3, 0][round % 4]);
+    let (drafted, _) = run_rounds(&mut controller, &table, 2000, 1, |round| [0, 0, 3, 0][round % 4]);
     assert_eq!(drafted.len(), 2000);
     assert!(controller.gain() > 1.2);
-    // Alternating eight times: good stretches are mostly drafted, bad ones mostly not.
+    // Phases in which no draft is accepted and phases in which 7 are, eight times each: the controller drafts
+    // in few rounds of the bad phases and in most rounds of the good ones.
     let mut controller = CostGated::new(Fixed, table.clone());
     for turn in 0..8 {
-        let (bad, each) = play(&mut controller, &table, 600, 1, |_| 0);
-        assert!(bad.len() < 60 && each < 1.05, "turn {turn}: {} rounds, {each}", bad.len());
-        let (good, each) = play(&mut controller, &table, 600, 1, |_| 7);
-        assert!(good.len() > 340 && each < 0.5, "turn {turn}: {} rounds, {each}", good.len());
+        let (bad, per_token) = run_rounds(&mut controller, &table, 600, 1, |_| 0);
+        assert!(bad.len() < 60 && per_token < 1.05, "turn {turn}: {} rounds, {per_token}", bad.len());
+        let (good, per_token) = run_rounds(&mut controller, &table, 600, 1, |_| 7);
+        assert!(good.len() > 340 && per_token < 0.5, "turn {turn}: {} rounds, {per_token}", good.len());
     }
 }
 
@@ -492,15 +494,15 @@ fn drafting_near_break_even_does_not_oscillate() {
         let accepted: Vec<usize> =
             (0..5000).map(|_| usize::from(unit(&mut random) < if pays { 0.5 } else { 0.16 })).collect();
         let mut controller = CostGated::new(Fixed, table.clone());
-        let (mut turns, mut on) = (0, true);
+        let (mut switches, mut on) = (0, true);
         for accepted in &accepted {
             let drafts = controller.drafts(15);
             if drafts > 0 {
                 controller.observe(drafts, chain_of(*accepted));
             }
-            turns += usize::from(controller.is_on() != on);
+            switches += usize::from(controller.is_on() != on);
             on = controller.is_on();
         }
-        assert!(turns < if pays { 12 } else { 40 }, "{turns} turns, pays: {pays}");
+        assert!(switches < if pays { 12 } else { 40 }, "{switches} switches, pays: {pays}");
     }
 }

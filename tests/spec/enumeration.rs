@@ -1,5 +1,5 @@
-//! The verification methods emit the target's distribution. The tests enumerate all random draws; nothing is
-//! sampled. For each known mistake a test shows that the enumeration detects it.
+//! The verification methods emit the target's distribution. The tests enumerate all outcomes of all random
+//! draws; nothing is sampled. For each known mistake a test shows that the enumeration detects it.
 
 use crate::support::enumeration;
 
@@ -56,7 +56,7 @@ fn expected_accepted(models: &Models) -> BigRational {
 }
 
 #[test]
-fn block_verification_emits_the_targets_distribution_up_to_rounding() {
+fn block_verification_emits_targets_distribution_up_to_rounding() {
     let mut worst = ratio(0, 1);
     for (i, models) in models(90, 2).enumerate() {
         let distribution = models.chain(Method::Block);
@@ -90,7 +90,7 @@ fn block_verification_is_exact_where_nothing_is_rounded() {
 }
 
 #[test]
-fn deterministic_drafts_are_verified_as_by_match_by_every_method() {
+fn every_method_verifies_deterministic_drafts_as_match_does() {
     for (i, mut models) in models(40, 5).enumerate() {
         let drafts: Vec<u32> = (0..models.depth()).map(|d| (i + d) as u32 % models.vocab as u32).collect();
         models.distributions = drafts.iter().map(|&id| one_hot(id)).collect();
@@ -110,6 +110,7 @@ fn deterministic_drafts_are_verified_as_by_match_by_every_method() {
 
 #[test]
 fn a_chain_may_end_after_a_draft_chosen_by_its_value() {
+    // The draft that ends the chain is still verified, so the output stays correct.
     for (i, models) in models(40, 6).enumerate() {
         for method in [Method::Rejection, Method::Block] {
             let distribution = enumerate(|source| {
@@ -136,7 +137,7 @@ fn sampled_trees_emit_the_targets_distribution() {
         for siblings in [Siblings::Independent, Siblings::Distinct] {
             let distribution = models.tree(widths, siblings);
             let distance = models.distance(&distribution);
-            // Of up to three siblings, two leave a rounded residual.
+            // Up to three siblings: two rejections, each with a rounded residual.
             assert!(
                 distance <= rounding(&models) * ratio(2, 1),
                 "model {i}, {siblings:?}: {}",
@@ -191,10 +192,9 @@ fn match_emits_the_targets_distribution_for_any_fixed_tree() {
             path[1..].iter().map(|&row| tokens[row]).chain([next]).collect()
         });
         assert_eq!(models.distance(&distribution), ratio(0, 1), "tree {i}");
-        // It accepts the target's probability of the tree's paths.
+        // The expected number of accepted drafts is the sum of the target's probabilities of the paths.
         let nodes: HashSet<Vec<u32>> = (1..tokens.len()).map(|row| path_to(&tokens, &parents, row)).collect();
-        // Of rows with the same path, only the first is followed, so the equality holds for trees without
-        // repeats.
+        // Of rows with the same path only the first is followed, so this holds for trees without repeats.
         if nodes.len() == tokens.len() - 1 {
             assert_eq!(
                 accepted(&distribution),
@@ -206,7 +206,7 @@ fn match_emits_the_targets_distribution_for_any_fixed_tree() {
 }
 
 #[test]
-fn multi_draft_block_verification_emits_the_targets_distribution() {
+fn multi_draft_block_emits_the_targets_distribution() {
     let (mut worst, mut gains, mut losses) = (ratio(0, 1), 0, 0);
     for i in 0..48u64 {
         let (vocab, depth, count) =
@@ -231,7 +231,7 @@ fn multi_draft_block_verification_emits_the_targets_distribution() {
 }
 
 #[test]
-fn several_chains_are_accepted_whole_where_the_drafter_is_the_target() {
+fn chains_are_accepted_fully_if_the_drafter_is_the_target() {
     for i in 0..12 {
         let mut random = Random::new(16_000 + i);
         let (vocab, depth, count) = [(2, 2, 2), (3, 2, 2), (2, 2, 3), (4, 1, 3)][i as usize % 4];
@@ -276,8 +276,8 @@ fn a_distribution_the_drafts_were_not_sampled_from_is_detected() {
         println!("{method:?}: {distance:.3}");
         assert!((0.15..0.45).contains(&distance), "{method:?}: {distance}");
     }
-    // The other way round, rejection stays exact: drafts outside the claimed distribution are rejected, and
-    // the others have its distribution.
+    // The opposite, drafts sampled from all three and verified as if from two, is exact under rejection: drafts
+    // outside the claimed distribution are rejected, and the others follow it.
     let other = worst(|models| {
         let claimed: Vec<_> = models.distributions.iter().map(filtered).collect();
         models.chain_with(Method::Rejection, &claimed)
@@ -322,7 +322,7 @@ fn a_greedy_draft_verified_as_a_sampled_one_is_detected() {
 }
 
 #[test]
-fn the_residual_of_rejection_after_block_verification_is_detected() {
+fn rejection_residual_after_block_verification_is_detected() {
     // Block verification decides, then the next token comes from the residual of rejection.
     let distance = worst(|models| {
         enumerate(|source| {
@@ -393,8 +393,8 @@ fn a_chain_dropped_for_its_value_is_detected() {
 
 #[test]
 fn chains_chosen_in_another_order_than_sampled_are_detected() {
-    // Chains are sorted by their tokens, so that among those of one class not the first sampled one is
-    // chosen.
+    // Chains are sorted by their tokens, so among chains of equal class the selected one is not always the one
+    // sampled first.
     let distance = worst(|models| {
         enumerate(|source| {
             let (tokens, parents) = sample_chains(9, 2, &models.distributions, source).unwrap();

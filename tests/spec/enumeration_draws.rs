@@ -109,7 +109,7 @@ fn counts(models: &Models, method: Method, runs: u64, reuse: bool) -> Vec<u64> {
     counts
 }
 
-/// Philox draws, or with `reuse` the mistake of keys that contain only position and purpose.
+/// Philox draws. `reuse` makes the mistake that keys contain only position and purpose, so draws repeat.
 struct KeyedDraws {
     draws: PhiloxStream,
     reuse: bool,

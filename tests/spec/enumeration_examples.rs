@@ -1,5 +1,5 @@
-//! The verification methods, by enumeration, against numbers computed by hand, published, or bounded by
-//! theory; and the row distributions that they read.
+//! The verification methods, by enumeration, against results computed by hand, published results and
+//! theoretical bounds. Also tests the row distributions that they read.
 
 use crate::support::enumeration;
 
@@ -130,7 +130,7 @@ fn the_best_token_absorbs_the_rounding_error() {
         distribution.probability(1) > distribution.probability(0)
             && distribution.probability(0) == distribution.probability(2)
     );
-    // In the rest of a distribution, the heaviest token.
+    // After the removal of a token, the heaviest of the others.
     let distribution = probabilities(&[1, 5, 3, 3]).without(1).unwrap();
     assert!(
         distribution.probability(2) > distribution.probability(3)
@@ -163,7 +163,7 @@ fn worked() -> Models {
 }
 
 #[test]
-fn chains_of_the_worked_example_are_accepted_as_computed_by_hand() {
+fn worked_chain_example_has_the_hand_computed_acceptance() {
     let models = worked();
     // Drafts; probabilities of 0, 1, 2 accepted drafts under rejection and under block verification.
     let paths = [
@@ -201,7 +201,7 @@ fn chains_of_the_worked_example_are_accepted_as_computed_by_hand() {
 }
 
 #[test]
-fn the_published_toy_accepts_what_was_published() {
+fn the_published_example_has_the_published_acceptance() {
     // Sun et al.: p = (1/3, 2/3), q = (2/3, 1/3), two drafts.
     let models = Models::new(2, 2, || probabilities(&[1, 2]), || probabilities(&[2, 1]));
     near(&accepted(&models.chain(Method::Rejection)), 10.0 / 9.0, 1e-13);
@@ -213,7 +213,7 @@ fn four() -> Models {
 }
 
 #[test]
-fn siblings_of_the_worked_example_are_accepted_as_computed_by_hand() {
+fn worked_sibling_example_has_the_hand_computed_acceptance() {
     let models = four();
     // Sampled siblings; then (accepted token, probability) and (residual token, probability).
     type Cells = &'static [(u32, f64)];
@@ -281,24 +281,24 @@ fn siblings_accept_no_more_than_optimal_transport_does() {
     }
 }
 
-/// For each draft of the chosen chain: its token, and the chain that it comes from.
-type Chosen = Vec<(u32, usize)>;
+/// For each selected draft: its token, and the chain that it comes from.
+type Selection = Vec<(u32, usize)>;
 
-/// The number of half octaves, piecewise linear, by their bounds.
-fn halves(p: u64) -> i32 {
+/// log2 in half octaves, piecewise linear, rounded down and counted from the bounds of each half octave.
+fn half_octaves(p: u64) -> i32 {
     let bound = |n: i32| (2 + u128::from(n as u32 % 2)) << (n / 2);
     (0..).take_while(|&n| bound(n) <= 2 * u128::from(p)).count() as i32
 }
 
-/// The choice by its definition: of the chains with the drafts chosen so far, the one of the highest class;
-/// among equals the first.
-fn choose(models: &Models, chains: &[Vec<u32>]) -> Chosen {
-    let mut chosen = Chosen::new();
+/// The selection by its definition: at each depth, of the chains with the drafts selected so far, the one
+/// whose token has the highest class; among equals the first.
+fn select(models: &Models, chains: &[Vec<u32>]) -> Selection {
+    let mut selected = Selection::new();
     for i in 0..models.depth() {
-        let before: Vec<u32> = chosen.iter().map(|&(id, _)| id).collect();
+        let before: Vec<u32> = selected.iter().map(|&(id, _)| id).collect();
         let class = |id: u32| {
             let (p, q) = (models.p(&before).probability(id), models.distributions[i].probability(id));
-            if p == 0 { 0 } else { (halves(p) - halves(q) + 32).clamp(0, 63) }
+            if p == 0 { 0 } else { (half_octaves(p) - half_octaves(q) + 32).clamp(0, 63) }
         };
         let mut candidates = (0..chains.len()).filter(|&chain| chains[chain][..i] == before);
         let first = candidates.next().unwrap();
@@ -306,9 +306,9 @@ fn choose(models: &Models, chains: &[Vec<u32>]) -> Chosen {
             if class(chains[chain][i]) > class(chains[best][i]) { chain } else { best }
         };
         let winner = candidates.fold(first, better);
-        chosen.push((chains[winner][i], winner));
+        selected.push((chains[winner][i], winner));
     }
-    chosen
+    selected
 }
 
 /// The tokens of each chain of [`sample_chains`].
@@ -316,54 +316,53 @@ fn chains(tokens: &[u32], depth: usize) -> Vec<Vec<u32>> {
     tokens[1..].chunks(depth).map(<[u32]>::to_vec).collect()
 }
 
-/// The probability of each beginning of a choice, by enumerating all draws.
-fn choices(models: &Models, count: usize) -> HashMap<Chosen, BigRational> {
+/// The probability of each prefix of a selection, by enumerating all draws.
+fn selection_probabilities(models: &Models, count: usize) -> HashMap<Selection, BigRational> {
     let mut all = HashMap::new();
     for (tokens, probability) in
         enumerate(|source| sample_chains(9, count, &models.distributions, source).unwrap().0)
     {
-        let chosen = choose(models, &chains(&tokens, models.depth()));
-        for end in 0..=chosen.len() {
-            *all.entry(chosen[..end].to_vec()).or_insert_with(|| ratio(0, 1)) += probability.clone();
+        let selected = select(models, &chains(&tokens, models.depth()));
+        for end in 0..=selected.len() {
+            *all.entry(selected[..end].to_vec()).or_insert_with(|| ratio(0, 1)) += probability.clone();
         }
     }
     all
 }
 
-/// The distribution of the next draft after this beginning of a choice, over all chains.
-fn chosen_distribution(
-    all: &HashMap<Chosen, BigRational>,
+/// The distribution of the next selected draft after this prefix, over all chains.
+fn selected_distribution(
+    all: &HashMap<Selection, BigRational>,
     vocab: usize,
     count: usize,
-    begun: &[(u32, usize)],
+    prefix: &[(u32, usize)],
 ) -> Vec<BigRational> {
     let of = |id: u32| -> BigRational {
-        let with = |chain: usize| all.get(&[begun, &[(id, chain)]].concat()).cloned();
-        (0..count).filter_map(with).sum::<BigRational>() / all[begun].clone()
+        let with = |chain: usize| all.get(&[prefix, &[(id, chain)]].concat()).cloned();
+        (0..count).filter_map(with).sum::<BigRational>() / all[prefix].clone()
     };
     (0..vocab as u32).map(of).collect()
 }
 
 #[test]
-fn several_chains_of_the_worked_example_are_accepted_as_by_hand() {
+fn worked_multi_chain_example_has_hand_computed_acceptance() {
     near(&accepted(&four().chains(2)), 79.0 / 100.0, 1e-13);
-    // Two depths, context-free. If token 0 of the first chain is chosen, the second chain has it too in one
-    // of ten cases; if that of the second chain is chosen, the first chain does not have it.
+    // Two depths, distributions without context. If token 0 of the first chain is selected, the second chain
+    // has it too with probability 1/10. If that of the second chain is selected, the first chain lacks it.
     let models = Models::new(4, 2, || probabilities(&[4, 3, 2, 1]), || probabilities(&[1, 2, 3, 4]));
-    let all = choices(&models, 2);
-    for (begun, expected) in [
+    let all = selection_probabilities(&models, 2);
+    for (prefix, expected) in [
         (&[][..], [0.19, 0.32, 0.33, 0.16]),
         (&[(0, 0)], [0.109, 0.212, 0.303, 0.376]),
         (&[(0, 1)], [0.1, 0.2, 0.3, 0.4]),
     ] {
-        for (found, expected) in chosen_distribution(&all, 4, 2, begun).iter().zip(expected) {
+        for (found, expected) in selected_distribution(&all, 4, 2, prefix).iter().zip(expected) {
             near(found, expected, 1e-13);
         }
     }
     near(&all[&vec![(0, 0)]], 0.1, 1e-13);
     near(&all[&vec![(0, 1)]], 0.09, 1e-13);
-    // If the drafter is the target, choosing among chains loses nothing: all drafts are accepted, as with one
-    // chain.
+    // If the drafter is the target, the selection loses nothing: all drafts are accepted, as with one chain.
     let even = Models::new(2, 1, || probabilities(&[1, 1]), || probabilities(&[1, 1]));
     near(&accepted(&even.chains(2)), 1.0, 1e-13);
 }
@@ -383,7 +382,7 @@ impl RandomSource for RejectEvery {
 }
 
 #[test]
-fn the_distribution_of_a_choice_is_that_of_all_its_draws() {
+fn the_selected_drafts_distribution_equals_the_enumerated_one() {
     let (mut compared, mut changed) = (0, 0);
     for i in 0..24 {
         let mut random = Random::new(30_000 + i);
@@ -391,39 +390,38 @@ fn the_distribution_of_a_choice_is_that_of_all_its_draws() {
         let row = |random: &mut Random, zeros| probabilities(&random.weights(vocab, zeros));
         let q = row(&mut random, false);
         let models = Models::new(vocab, depth, || row(&mut random, i % 8 < 4), || q.clone());
-        let all = choices(&models, count);
+        let all = selection_probabilities(&models, count);
         let draws = enumerate(|source| sample_chains(9, count, &models.distributions, source).unwrap().0);
         for tokens in draws.keys() {
-            let chosen = choose(&models, &chains(tokens, depth));
-            let drafts: Vec<u32> = chosen.iter().map(|&(id, _)| id).collect();
+            let selected = select(&models, &chains(tokens, depth));
+            let drafts: Vec<u32> = selected.iter().map(|&(id, _)| id).collect();
             let target = |row: usize| {
                 Some(models.p(&chains(tokens, depth)[row.saturating_sub(1) / depth][..drafted(row, depth)]))
             };
             let mut source = RejectEvery(vec![]);
             multi_draft_block_verify(tokens, &models.distributions, target, &mut source).unwrap();
-            changed += usize::from(chosen.iter().any(|&(_, chain)| chain != chosen[0].1));
-            // The acceptance weight w of each beginning, and the common mass of the next draft's two
-            // distributions.
-            let (mut share, mut shares) = (ratio(1, 1), vec![ratio(1, 1)]);
+            changed += usize::from(selected.iter().any(|&(_, chain)| chain != selected[0].1));
+            // The acceptance weight w of each prefix, and the common mass of the next draft's two distributions.
+            let (mut weight, mut weights) = (ratio(1, 1), vec![ratio(1, 1)]);
             for (at, &draft) in drafts.iter().enumerate() {
-                let distribution = chosen_distribution(&all, vocab, count, &chosen[..at]);
-                share = share * ratio(models.p(&drafts[..at]).probability(draft), ONE)
+                let distribution = selected_distribution(&all, vocab, count, &selected[..at]);
+                weight = weight * ratio(models.p(&drafts[..at]).probability(draft), ONE)
                     / distribution[draft as usize].clone();
-                share = share.min(ratio(1, 1));
-                shares.push(share.clone());
+                weight = weight.min(ratio(1, 1));
+                weights.push(weight.clone());
             }
             for &(key, s, n) in &source.0 {
-                let (at, w) = (key.row, &shares[key.row]);
+                let (at, w) = (key.row, &weights[key.row]);
                 let mut common = ratio(0, 1);
                 if at < depth && *w < ratio(1, 1) {
-                    let distribution = chosen_distribution(&all, vocab, count, &chosen[..at]);
+                    let distribution = selected_distribution(&all, vocab, count, &selected[..at]);
                     let p = models.p(&drafts[..at]);
                     common = (0..vocab as u32)
                         .map(|id| (w * ratio(p.probability(id), ONE)).min(distribution[id as usize].clone()))
                         .sum();
                 }
                 let (s, n) = (ratio(s, ONE), ratio(n, ONE));
-                // Otherwise the beginning is always accepted, and s and n do not matter.
+                // Otherwise the prefix is always accepted, and s and n do not matter.
                 if s < n {
                     near(&(s - w.clone() + common.clone()), 0.0, 1e-11);
                     near(&(n - ratio(1, 1) + common), 0.0, 1e-11);
@@ -434,7 +432,7 @@ fn the_distribution_of_a_choice_is_that_of_all_its_draws() {
             }
         }
     }
-    println!("{compared} draws, {changed} choices that change chains");
+    println!("{compared} draws, {changed} selections that change chains");
     assert!(compared > 5000 && changed > 500, "{compared} {changed}");
 }
 

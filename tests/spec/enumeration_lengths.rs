@@ -1,6 +1,6 @@
 //! Rounds whose draft lengths a controller chooses, by enumeration of whole generations. If the length is
 //! known before the drafts are sampled, the output has the target's distribution, whatever earlier rounds
-//! accepted. If the length depends on the sampled drafts, it has not.
+//! accepted. If the length depends on the sampled drafts, the output does not have it.
 
 use crate::support::enumeration;
 
@@ -12,7 +12,7 @@ use enumeration::*;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A controller in a state where the next results change its draft lengths.
-struct Warm {
+struct WarmedUp {
     name: &'static str,
     policy: DraftLengthPolicy,
     costs: Costs,
@@ -20,29 +20,34 @@ struct Warm {
     before: Vec<(usize, usize)>,
 }
 
-fn warm() -> [Warm; 3] {
-    // One accepted draft in ten rounds is not enough; one in the deciding round is.
+fn warmed_up() -> [WarmedUp; 3] {
+    // With these costs one accepted draft in ten rounds does not pay; one in the deciding round does.
     let costs = Costs { draft: 0.05, verify: vec![1.0; 64] };
-    let dear = Costs { draft: 0.2, verify: (0..64).map(|row| 1.0 + 0.3 * f64::from(row)).collect() };
+    let expensive = Costs { draft: 0.2, verify: (0..64).map(|row| 1.0 + 0.3 * f64::from(row)).collect() };
     [
-        Warm {
-            name: "at least",
+        WarmedUp {
+            name: "threshold",
             policy: DraftLengthPolicy::Threshold(0.5),
-            costs: dear.clone(),
+            costs: expensive.clone(),
             before: vec![(4, 4), (2, 0)],
         },
-        Warm {
-            name: "what pays",
+        WarmedUp {
+            name: "cost model, expensive rows",
             policy: DraftLengthPolicy::CostModel,
-            costs: dear,
+            costs: expensive,
             before: vec![(2, 2), (3, 0)],
         },
         // One more poor round stops drafting.
-        Warm { name: "where it pays", policy: DraftLengthPolicy::CostModel, costs, before: vec![(11, 0)] },
+        WarmedUp {
+            name: "cost model, about to stop",
+            policy: DraftLengthPolicy::CostModel,
+            costs,
+            before: vec![(11, 0)],
+        },
     ]
 }
 
-impl Warm {
+impl WarmedUp {
     fn controller(&self, ahead: bool) -> Box<dyn Controller + Send> {
         let mut controller = self.policy.controller(&self.costs, ahead);
         for &(rounds, accepted) in &self.before {
@@ -56,9 +61,9 @@ impl Warm {
 }
 
 impl Models {
-    /// A generation of `depth + 1` tokens by rounds of the controller's lengths. With `late`, it observes a
-    /// round after it has chosen the next length, as on devices. `sizes` collects by round number the lengths
-    /// chosen for rounds that could verify two or more drafts; 2 means two or more.
+    /// A generation of `depth + 1` tokens by rounds of the controller's lengths. With `late`, the controller
+    /// observes a round after it has chosen the next length, as on devices. `sizes` collects, by round number,
+    /// the lengths chosen for rounds that could verify two or more drafts; 2 means two or more.
     fn generation(
         &self,
         method: Method,
@@ -127,47 +132,46 @@ fn models_without_zeros(vocab: usize, depth: usize, seed: u64) -> Models {
 }
 
 #[test]
-fn lengths_chosen_by_earlier_rounds_emit_the_targets_distribution() {
-    for warm in warm() {
+fn lengths_from_earlier_rounds_emit_the_targets_distribution() {
+    for case in warmed_up() {
         for late in [false, true] {
             let mut sizes = BTreeMap::new();
-            // Only in generations this long can a round have two histories that differ but leave equally many
-            // tokens.
+            // Only in the last, longer generation can two different histories leave the same number of tokens.
             let last = if late { (2, 5) } else { (2, 4) };
             let shapes = [(2, 3), (3, 2), (2, 4)].into_iter().cycle().take(9).chain([last]);
             for (i, (vocab, depth)) in shapes.enumerate() {
                 let models = models_without_zeros(vocab, depth, 500 + i as u64);
                 for method in [Method::Rejection, Method::Block] {
                     let distribution = enumerate(|source| {
-                        models.generation(method, warm.controller(true), late, source, &mut sizes)
+                        models.generation(method, case.controller(true), late, source, &mut sizes)
                     });
                     let distance = float(&models.distance(&distribution));
-                    assert!(distance < 1e-13, "{}, {method:?}, model {i}: {distance}", warm.name);
+                    assert!(distance < 1e-13, "{}, {method:?}, model {i}: {distance}", case.name);
                 }
             }
             // The first round that can depend on a result is the second, or with `late` the third.
             let first = 1 + usize::from(late);
-            println!("{}, late: {late}: {sizes:?}", warm.name);
-            assert!(sizes[&first].len() > 1, "{}, late: {late}: {sizes:?}", warm.name);
+            println!("{}, late: {late}: {sizes:?}", case.name);
+            assert!(sizes[&first].len() > 1, "{}, late: {late}: {sizes:?}", case.name);
         }
     }
 }
 
 #[test]
 fn a_length_that_depends_on_the_sampled_drafts_is_detected() {
-    // Not the third controller, which verifies all or nothing.
-    for warm in &warm()[..2] {
+    // The third controller verifies all drafts or none, so it does not fit here.
+    for case in &warmed_up()[..2] {
         for method in [Method::Rejection, Method::Block] {
             let distance = |seed: u64| {
                 let models = models_without_zeros(3, 2, 600 + seed);
                 let distribution = enumerate(|source| {
-                    models.generation(method, warm.controller(false), false, source, &mut BTreeMap::new())
+                    models.generation(method, case.controller(false), false, source, &mut BTreeMap::new())
                 });
                 float(&models.distance(&distribution))
             };
             let worst = (0..30u64).map(distance).fold(0.0, f64::max);
-            println!("{}, {method:?}: {worst:.3}", warm.name);
-            assert!((0.05..0.6).contains(&worst), "{}, {method:?}: {worst}", warm.name);
+            println!("{}, {method:?}: {worst:.3}", case.name);
+            assert!((0.05..0.6).contains(&worst), "{}, {method:?}: {worst}", case.name);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Trees of any fixed shape, sampled without replacement and verified by recursive rejection: by enumeration,
-//! they emit the target's distribution, and the shape does not depend on the sampled tokens.
+//! Trees of any fixed shape, sampled without replacement and verified by recursive rejection. Enumeration shows
+//! that they emit the target's distribution and that the shape does not depend on the sampled tokens.
 
 use crate::support::enumeration;
 
@@ -52,7 +52,7 @@ fn trees_of_any_shape_emit_the_targets_distribution() {
     let (mut uneven, mut wide) = (0, 0);
     for i in 0..60 {
         let mut random = Random::new(20_000 + i);
-        // Sizes whose branches can be enumerated.
+        // Small enough to enumerate.
         let (vocab, rows, depth) = [(2, 7, 3), (3, 5, 2), (4, 4, 2), (3, 5, 3), (2, 6, 2)][i as usize % 5];
         let models = Models::random(&mut random, vocab, depth);
         let parents = parents(&mut random, rows, depth);
@@ -229,7 +229,6 @@ fn wide_trees_accept_more_than_narrow_ones() {
 
 #[test]
 fn distinct_siblings_verified_as_independent_are_detected() {
-    // Distinct siblings, verified as independent ones.
     let mut max = 0f64;
     for i in 0..25 {
         let mut random = Random::new(24_000 + i);

@@ -1,5 +1,5 @@
-//! The sampling distribution and exact verification, against exact arithmetic, naive definitions and
-//! enumeration. Every seed is fixed, so a test passes always or never.
+//! The sampling distribution and exact verification, against exact arithmetic, naive implementations and
+//! statistics. Every seed is fixed, so a test passes always or never.
 
 use crate::support::random;
 
@@ -73,7 +73,7 @@ fn weights(sampling: &SamplingParams, logits: &[f32]) -> Vec<u64> {
     all
 }
 
-/// The filters by their definition: sort all tokens, truncate, compare sums as exact fractions.
+/// A naive implementation of the filters: sort all tokens, truncate, compare sums as exact fractions.
 fn naive_survivors(sampling: &SamplingParams, logits: &[f32]) -> Vec<(u32, u64)> {
     let weight = weights(sampling, logits);
     let mut order: Vec<usize> = (0..logits.len()).collect();
@@ -110,9 +110,9 @@ fn philox_gives_the_known_answers() {
 }
 
 #[test]
-fn tables_have_their_checksums_and_no_value_near_a_rounding_boundary() {
+fn table_checksums_match_and_no_value_is_near_a_rounding_tie() {
     let t = &*TABLES;
-    assert_eq!(crc32(&[0x34333231, 0x38373635]), 0x9AE0DAAF); // "12345678", as zlib has it
+    assert_eq!(crc32(&[0x34333231, 0x38373635]), 0x9AE0DAAF); // of "12345678", as zlib computes it
     assert_eq!((crc32(&t.thi), crc32(&t.tlo), crc32(&t.rlog)), (0x539def7a, 0xb92570b9, 0x99f334d7));
     let sum = |table: &[u32]| table.iter().map(|&x| u64::from(x)).sum::<u64>();
     assert_eq!((sum(&t.thi), sum(&t.tlo), t.rlog[0]), (397102106376, 549015127377, 1 << 27));
@@ -260,7 +260,7 @@ fn rows_without_a_finite_maximum_give_none() {
 }
 
 #[test]
-fn settings_out_of_range_are_refused_by_name() {
+fn sampling_params_out_of_range_are_refused_by_name() {
     let refused = |s: SamplingParams, name: &str| {
         let Err(Error::Usage(text)) = s.check() else { panic!("{s:?} was not refused as usage") };
         assert!(text.starts_with(name), "{text}");
@@ -280,7 +280,7 @@ fn settings_out_of_range_are_refused_by_name() {
 }
 
 #[test]
-fn unchecked_settings_out_of_range_do_not_panic() {
+fn unchecked_sampling_params_out_of_range_do_not_panic() {
     for x in [f32::NAN, f32::INFINITY, -1.0, 1e-45] {
         let s = SamplingParams { temperature: x, top_p: x.into(), min_p: x.into(), ..UNFILTERED };
         s.choose(&[0.0, 1.0, -3e38, 3e38], 0);
@@ -307,8 +307,8 @@ fn temperature_zero_is_argmax() {
     }
 }
 
-/// The race by its definition: one Philox word per survivor, ratios as exact fractions, from the highest id
-/// down.
+/// A naive implementation of the race: one Philox word per survivor, ratios as exact fractions, from the
+/// highest id down.
 fn naive_race(s: &SamplingParams, kept: &[(u32, u64)], position: u32) -> u32 {
     let key = [(s.seed & 0xffff_ffff) as u32, (s.seed >> 32) as u32];
     let mut best = (u128::MAX >> 64, 1, 0);
@@ -354,7 +354,7 @@ fn equal_ratios_go_to_the_lower_id() {
             ties += 1;
         }
     }
-    assert!(ties > 0, "the case arose");
+    assert!(ties > 0, "no two ids had equal times");
 }
 
 /// How many of the 2^32 words have a time of at least `bound`. Times decrease as words increase.
@@ -368,14 +368,14 @@ fn slower(bound: u64) -> u64 {
 }
 
 /// The probability that id 1 of weight `w` beats id 0 of weight 2^32: exact over the words of id 0, a fine
-/// quadrature over those of id 1, of which only the highest can win.
-fn upset(w: u64) -> f64 {
+/// quadrature over the words of id 1. Only the highest of these can win.
+fn win_probability(w: u64) -> f64 {
     let step = (w / 16384).max(1);
     let reach = (w * 32).min(1 << 32);
     let wins: f64 = (0..reach / step)
         .map(|i| {
             let time = u128::from(TABLES.time(!((i * step + step / 2) as u32)));
-            // id 0 loses where its time * w > time * 2^32, strictly
+            // id 0 loses if its time * w > time * 2^32, strictly
             let bound = ((time << 32) / u128::from(w) + 1).min(1 << 40) as u64;
             slower(bound) as f64 * step as f64
         })
@@ -390,7 +390,7 @@ fn the_race_of_two_is_won_in_proportion_to_weight() {
     {
         let w = (share * 2f64.powi(32)) as u64;
         let exact = w as f64 / (w as f64 + 2f64.powi(32));
-        let got = upset(w);
+        let got = win_probability(w);
         assert!((got / exact - 1.0).abs() < tolerance, "probability ratio {share}: {got:e} for {exact:e}");
     }
 }
@@ -558,7 +558,7 @@ fn match_equals_ar_sampling_with_the_same_seed() {
                 .map(|j| match drafter {
                     0 => argmax(row(&out)).unwrap(),
                     1 => rng.below(V) as u32,
-                    // right up to a point, then wrong; or, with 3, always right
+                    // 2: the fourth draft is wrong; 3: all are right
                     2 if j == 3 => (ar.get(out.len() + j).unwrap_or(&0) + 1) % V as u32,
                     _ => *ar.get(out.len() + j).unwrap_or(&0),
                 })
@@ -577,7 +577,7 @@ fn match_equals_ar_sampling_with_the_same_seed() {
         }
         assert_eq!(out[..ar.len()], ar, "{s:?}, drafter {drafter}");
     }
-    assert!(accepted > rounds, "drafts were accepted: {accepted} in {rounds} rounds");
+    assert!(accepted > rounds, "{accepted} accepted drafts in {rounds} rounds");
 }
 
 #[test]
