@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""Acceptance of every draft shape with every verification method, and the speed predicted from it.
+"""Acceptance length of every draft shape with every verification method, and the speed predicted from it.
 
 Runs dflash-gen on the CPU over a file of prompts and prints three tables in Markdown.
 
 Columns of the first table:
 
     tau            tokens per round, bonus token included, over all rounds of all prompts; with several seeds their
-                   mean and its standard error. The last round of an answer counts whole
-    drafts/token   drafts that the target ran per emitted token
-    identical      answers that equal autoregressive decoding with the same seed, for methods that promise it; if any
-                   answer differs, the exit code is 1
+                   mean and its standard error. The last round of an answer counts in full
+    drafts/token   drafts that the target verified per emitted token
+    identical      answers that equal autoregressive decoding with the same seed, for methods that guarantee it; if
+                   any answer differs, the exit code is 1
     tok/s          predicted for --model on --card by dflash-bench roofline, from bytes and operations alone, with the
                    acceptance of the drafter that ran: an upper bound, not a measurement
 
-The second table has the acceptance of a chain's drafts by position, and what the cost model concludes from it: how
-many drafts pay (dflash-bench roofline --curve), and which tree. The third table, for qwen3-8b only, applies the model to
-published acceptance lengths, assuming equal acceptance at every position. At temperature 0 there is one seed and one
-method, match, because all methods accept the same drafts there. Combinations that dflash-gen refuses are left out and
-named on stderr. Needs Python 3.10 or newer and nothing else:
+The second table has the acceptance rate of a chain's drafts by position, and the result of the cost model for it: how
+many drafts pay off (dflash-bench roofline --curve), and which tree. The third table, for qwen3-8b only, applies the
+model to published acceptance lengths, assuming equal acceptance at every position. At temperature 0 there is one seed and
+one method, match, because all methods accept the same drafts there. Combinations that dflash-gen refuses are left out
+and named on stderr. Needs Python 3.10 or newer and nothing else:
 
     cargo build --release && python3 tools/acceptance.py
 """
@@ -87,7 +87,7 @@ def flags():
     parser.add_argument("--seed", type=wholes, default=[1, 2, 3, 4, 5], metavar="LIST")
     parser.add_argument("--model", default="qwen3-8b", help="model of the prediction, as for dflash-bench roofline")
     parser.add_argument("--card", default="H200")
-    parser.add_argument("--context", default="1024", help="positions in its context")
+    parser.add_argument("--context", default="1024", help="positions in the context of the prediction")
     return parser.parse_args()
 
 
@@ -107,7 +107,7 @@ def answers(args, cell, temperature, seed):
     command += ["--temperature", temperature, "--seed", seed]
     command += cell.flags.format(half=float(temperature) / 2).split()
     records = [json.loads(line) for line in run(command).splitlines()]
-    if not every(records, "accepted"):
+    if not all_values(records, "accepted"):
         raise Refused(2, f"-n is {args.n}, which gives no round: expected a larger number")
     return records
 
@@ -135,16 +135,16 @@ def all_answers(args):
             try:
                 found[runs[future]] = future.result()
             except Refused as refused:
-                code, said = refused.args
+                code, message = refused.args
                 if code not in (2, 4) or cell.tree is None and cell.method in ("AR", "match"):
                     raise
-                left_out[cell] = said
+                left_out[cell] = message
             if sys.stderr.isatty():
                 print(f"\r{done} of {len(runs)} runs", end="\n" * (done == len(runs)), file=sys.stderr, flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
-    for cell, said in left_out.items():
-        print(f"left out: {cell.method}{f', tree of {cell.tree}' if cell.tree else ''}: {said}", file=sys.stderr)
+    for cell, message in left_out.items():
+        print(f"left out: {cell.method}{f', tree of {cell.tree}' if cell.tree else ''}: {message}", file=sys.stderr)
     return {key: records for key, records in found.items() if key[0] not in left_out}
 
 
@@ -168,7 +168,7 @@ def cheapest(args, curve):
     return {"tok/s": row["median"], **row["numbers"]}
 
 
-def every(records, field):
+def all_values(records, field):
     """The field's values for all rounds of all prompts."""
     return [n for record in records for n in record[field]]
 
@@ -180,7 +180,7 @@ def curve_of(accepted, drafts):
     return [after / before for before, after in zip(reached, reached[1:]) if before]
 
 
-def even(tau, drafts):
+def equal_acceptance(tau, drafts):
     """The acceptance probability that gives tau if it is equal for all drafts of a chain."""
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -206,7 +206,7 @@ def main():
     roofline(args, [])  # Wrong flags are reported before anything runs.
     found = all_answers(args)
     chain = 1 + max(n for (cell, *_), records in found.items() if (cell.method, cell.tree) == ("match", None)
-                    for n in every(records, "drafted"))
+                    for n in all_values(records, "drafted"))
     ar_ms, round_ms = predictions(args, {chain, *args.tree, PUBLISHED_BLOCK, *PUBLISHED_TREES})
 
     def rate(tau, rows):
@@ -214,22 +214,22 @@ def main():
         return [f"{1000 * tau / round_ms[rows]:.0f}", f"{tau * ar_ms / round_ms[rows]:.2f}"]
 
     where = f"{args.model} on {args.card}"
-    wrong, best = False, {}
+    differs, best = False, {}
     head("T", "drafts", "method", "tau", "drafts/token", "identical", f"predicted tok/s, {where}", "x AR")
     for temperature in args.temperature:
         for cell in cells(args.tree, temperature):
             runs = {seed: records for (other, at, seed), records in found.items() if (other, at) == (cell, temperature)}
             if not runs:
                 continue
-            taus = [statistics.mean(every(records, "accepted")) for records in runs.values()]
+            taus = [statistics.mean(all_values(records, "accepted")) for records in runs.values()]
             tau, text = statistics.mean(taus), f"{statistics.mean(taus):.3f}"
             if len(taus) > 1:
                 text += f" ± {statistics.stdev(taus) / len(taus) ** 0.5:.3f}"
             all_records = [record for records in runs.values() for record in records]
             same = sum(own["tokens"] == other["tokens"] for seed, records in runs.items()
                        for own, other in zip(records, found[AR, temperature, seed], strict=True))
-            wrong |= cell.identical and same < len(all_records)
-            drafts = sum(every(all_records, "drafted")) / sum(every(all_records, "accepted"))
+            differs |= cell.identical and same < len(all_records)
+            drafts = sum(all_values(all_records, "drafted")) / sum(all_values(all_records, "accepted"))
             shape = f"tree of {cell.tree}" if cell.tree else f"chain of {chain}"
             identical = f"{same} of {len(all_records)}" if cell.identical else ""
             line([temperature, shape, cell.method, text, f"{drafts:.1f}", identical, *rate(tau, cell.tree or chain)])
@@ -241,7 +241,8 @@ def main():
          f"predicted tok/s, {where}", "x AR", "tree rows that pay", "predicted tok/s")
     for temperature in args.temperature:
         accepted = [n for (cell, at, _), records in found.items()
-                    if (cell.method, cell.tree, at) == ("match", None, temperature) for n in every(records, "accepted")]
+                    if (cell.method, cell.tree, at) == ("match", None, temperature)
+                    for n in all_values(records, "accepted")]
         curve = curve_of(accepted, chain - 1)
         model = cheapest(args, curve)
         tree = [f"{best[temperature][1]}", f"{1000 * best[temperature][0]:.0f}"] if temperature in best else ["", ""]
@@ -249,19 +250,19 @@ def main():
               f"{model['tok/s']:.0f}", f"{model['speed-up']:.2f}", *tree])
 
     if args.model != "qwen3-8b":
-        return int(wrong)
+        return int(differs)
     print()
     predicted = [f"predicted with {shape} of {rows} ({round_ms[rows]:.2f} ms a round): tok/s, x AR"
                  for shape, rows in [("a chain", PUBLISHED_BLOCK), *(("a tree", rows) for rows in PUBLISHED_TREES)]]
     head("set", "T", "DFlash, published: tau, speed-up", "p per draft", "drafts that pay", predicted[0],
          "DDTree, published: tau, speed-up", *predicted[1:])
     for name, temperature, tau, speed, tree_tau, tree_speed in PUBLISHED:
-        p = even(tau, PUBLISHED_BLOCK - 1)
+        p = equal_acceptance(tau, PUBLISHED_BLOCK - 1)
         pays = cheapest(args, [p] * (PUBLISHED_BLOCK - 1))["drafts"]
         line([name, str(temperature), f"{tau:.2f}, {speed:.2f}", f"{p:.2f}", str(pays),
               ", ".join(rate(tau, PUBLISHED_BLOCK)), f"{tree_tau:.2f}, {tree_speed:.2f}",
               *(", ".join(rate(tree_tau, rows)) for rows in PUBLISHED_TREES)])
-    return int(wrong)
+    return int(differs)
 
 
 if __name__ == "__main__":

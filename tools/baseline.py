@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PyTorch on the CPU and dflash-gen, side by side: same prompts, same machine, same run.
+"""Measures PyTorch on the CPU and dflash-gen with the same prompts, on one machine in one run.
 
 Needs Python 3.10 or newer with
 
@@ -7,17 +7,17 @@ Needs Python 3.10 or newer with
 
 (any build of torch: only the CPU is used, and nothing is downloaded). Rows of the table:
 
-    torch plain    Hugging Face Transformers, `generate`, greedy, f32 from the bf16 weights
+    torch plain    autoregressive (AR) decoding: Hugging Face Transformers, `generate`, greedy, f32 from bf16 weights
     torch dflash   a port of DFlash: the drafter below, the target through Transformers with DynamicCache
-    ours plain     dflash-gen --draft none    (with --ours PATH)
-    ours dflash    dflash-gen                 (with --ours PATH)
+    ours plain     AR decoding: dflash-gen --draft none    (with --ours PATH)
+    ours dflash    dflash-gen                              (with --ours PATH)
 
 The script compares every answer, and the accepted tokens of every round, with those that the reference implementation
-recorded (tests/data/oracle.json). It reports any difference and then ends with exit code 1. tok/s is new tokens over
-seconds of the whole request, prompt included, loading excluded. tau is tokens per round over all rounds of all prompts;
+recorded (tests/data/oracle.json). It reports any difference, and the exit code is then 1. tok/s is new tokens over the
+seconds of the whole request, with prefill and without loading. tau is tokens per round over all rounds of all prompts;
 mean tau is the mean of the prompts' own tau, which papers report. Example:
 
-    cargo build --release && python tools/baseline.py --ours target/release/dflash-gen
+    cargo build --release && python3 tools/baseline.py --ours target/release/dflash-gen
 
 `tools/baseline.py rounds` measures steps and rounds on a GPU instead (tools/baseline_rounds.py; --help says more).
 """
@@ -114,7 +114,7 @@ class Drafter:
         return F.linear(self.norm(x, "norm")[1:], self.head).argmax(-1).tolist()
 
 
-def plain(target, prompt, new_tokens):
+def autoregressive(target, prompt, new_tokens):
     """Greedy continuation by Transformers' own loop."""
     ids = torch.tensor([prompt])
     return target.generate(
@@ -125,8 +125,8 @@ def plain(target, prompt, new_tokens):
 def dflash(target, drafter, prompt, new_tokens, stop_ids):
     """Greedy continuation by DFlash, and the tokens of each round.
 
-    Counts as the recorded reference does: every block is drafted in full, rounds continue until `new_tokens` tokens
-    follow the one from the prompt, and the last round counts in full although the answer is cut.
+    Rounds are counted as in the recorded reference: every block is drafted in full, rounds continue until `new_tokens`
+    tokens follow the token of the prefill, and the last round counts in full although the answer is cut.
     """
     drafter.reset()
     cache = DynamicCache(config=target.config)
@@ -160,7 +160,7 @@ def dflash(target, drafter, prompt, new_tokens, stop_ids):
 
 
 def ours(binary, prompts, new_tokens, flags):
-    """dflash-gen over all prompts: one JSON object per prompt."""
+    """Runs dflash-gen over all prompts; returns one record per prompt."""
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
         file.flush()
@@ -188,7 +188,7 @@ def main():
     parser.add_argument("-n", type=int, default=128, help="new tokens per prompt (default 128)")
     parser.add_argument("--count", type=int, help="only the first COUNT prompts")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions; the median is reported (default 3)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of torch; restrict dflash-gen with taskset")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of torch; to limit those of dflash-gen, use taskset")
     parser.add_argument("--ours", metavar="PATH", help="path of dflash-gen, for its rows")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args()
@@ -207,7 +207,7 @@ def main():
 
     texts = [json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines() if line.strip()][: args.count]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    # Recorded answers are for the recorded budget. For a smaller budget the tokens are a prefix of them.
+    # Answers are recorded for one token budget. With a smaller budget the tokens are a prefix of them.
     recorded = json.loads(args.oracle.read_text())
     budget = recorded["summary"]["max_new_tokens"]
     known = {prompt["prompt"]: prompt for prompt in recorded["prompts"]}
@@ -222,11 +222,11 @@ def main():
         if rounds is not None and args.n == budget and rounds != oracle["acceptance_lengths"]:
             faults.append(f"{row}: prompt {index}: acceptance lengths differ from the recorded ones")
 
-    def torch_plain():
+    def torch_ar():
         tokens, seconds = 0, 0.0
         for index, prompt in enumerate(prompts):
             start = time.perf_counter()
-            answer = plain(target, prompt, args.n)
+            answer = autoregressive(target, prompt, args.n)
             seconds += time.perf_counter() - start
             tokens += len(answer) - len(prompt)
             check("torch plain", index, answer)
@@ -254,23 +254,23 @@ def main():
         all_rounds = [(sum(answer["accepted"]), answer["rounds"]) for answer in answers if not flags]
         return tokens, seconds, all_rounds
 
-    rows = {"torch plain": torch_plain, "torch dflash": torch_dflash}
+    rows = {"torch plain": torch_ar, "torch dflash": torch_dflash}
     if args.ours:
         rows["ours plain"] = lambda: ours_row("ours plain", ["--draft", "none"])
         rows["ours dflash"] = lambda: ours_row("ours dflash", [])
 
-    plain(target, prompts[0], 16)
+    autoregressive(target, prompts[0], 16)
     dflash(target, drafter, prompts[0], 16, stop_ids)
     results = {row: [] for row in rows}
     for _ in range(args.repeat):
-        # In turn, so that a slow minute of the machine affects every row.
+        # Rows take turns, so that a slow minute of the machine affects every row.
         for row, measure in rows.items():
             results[row].append(measure())
 
     report = {}
     for row, runs in results.items():
         rates = [tokens / seconds for tokens, seconds, _ in runs]
-        beside = "torch " + row.split()[1]
+        peer = "torch " + row.split()[1]
         rounds = [(verified, count) for verified, count in runs[0][2] if count > 0]
         report[row] = {
             "tokens": runs[0][0],
@@ -279,7 +279,7 @@ def main():
             "max": max(rates),
             "tau": sum(v for v, _ in rounds) / sum(c for _, c in rounds) if rounds else None,
             "mean_tau": statistics.mean(v / c for v, c in rounds) if rounds else None,
-            "ratio_to_torch": statistics.median(rates) / report[beside]["tokens_per_s"] if beside in report else 1.0,
+            "ratio_to_torch": statistics.median(rates) / report[peer]["tokens_per_s"] if peer in report else 1.0,
         }
     machine = {
         "cpu": processor(),

@@ -1,27 +1,27 @@
-"""The rounds of `dflash-bench round` in PyTorch (`tools/baseline.py rounds`), to compare on one machine in one run.
+"""Measures the rounds of `dflash-bench round` in PyTorch (`tools/baseline.py rounds`), to compare both on one machine.
 
     AR step       one row of each sequence through the target
     round         inject, draft, verify and accept together: features of a block's rows into the drafter's keys and
                   values, the drafter's pass over a block, the target's pass over that block, acceptance
-    inject, draft, verify    each alone
+    inject, draft, verify    the parts of a round, each alone
 
-Linears are torch.nn.functional.linear (cuBLAS) with query, key and value, and gate and up as one matrix each; attention
-is torch's SDPA without its math kernels. Of three ways to pass grouped heads and the mask, the script takes the one that
-is fastest at the shape. On a GPU everything is captured as CUDA graphs. Weights and contexts are noise in bf16 (f32 on
-a CPU) at the shapes of benches/models/*.json. Positions are constants of the graph, which a real engine cannot have:
-this favours torch. RoPE scaling is omitted, which changes values and no times.
+Linear layers are torch.nn.functional.linear (cuBLAS), with q, k and v in one matrix, and gate and up in another.
+Attention is torch's SDPA without its math kernels. Of three ways to pass grouped heads and the mask, the script takes
+the one that is fastest at the shape. On a GPU everything is captured as CUDA graphs. Weights, keys and values are
+random bf16 (f32 on a CPU) with the shapes of benches/models/*.json. Positions are constants of the graph, which a real
+engine cannot assume: this favours torch. RoPE scaling is omitted, which changes values but not times.
 
-The AR step of Hugging Face Transformers, with the same shapes and a StaticCache, is measured too: as it is, as a CUDA
-graph, and through torch.compile; its rows have the parameter `library`. Variants that fail are named on stderr.
+The AR step of Hugging Face Transformers, with the same shapes and a StaticCache, is measured too: eagerly, as a CUDA
+graph, and with torch.compile; its rows have the parameter `library`. Variants that fail are named on stderr.
 
-Times are the device's own. Every round of samples covers all rows, and the first round does not count. `--json OUT`
-writes a record in the form of benches/schema.json. With `--ours dflash-bench` that program runs the same grid between
-the rounds of samples. Its record is OUT with `-ours` in its name; compare the two with
+Times are from the GPU's clock (on a CPU, wall-clock). Every round of samples covers all rows, and the first round does
+not count. `--json OUT` writes a record that follows benches/schema.json. With `--ours dflash-bench`, dflash-bench runs
+the same grid between the rounds of samples. Its record is OUT with `-ours` in its name; compare the two with
 
     dflash-bench compare OUT OUT-ours
 
-`--check dflash-gen` measures nothing: it decodes prompts by these rounds with the weights of the demo pair, in f32, and
-compares tokens and accepted drafts with those of dflash-gen on the CPU; exit code 1 if they differ.
+`--check dflash-gen` measures nothing: it decodes prompts with these rounds and the weights of the demo pair, in f32,
+and compares tokens and accepted drafts with those of dflash-gen on the CPU; exit code 1 if they differ.
 """
 
 import argparse
@@ -57,8 +57,8 @@ def configs(model):
     return names, [json.loads(file.read_text()) for file in files]
 
 
-def drawn(device, dtype):
-    """Random weights: from a name and a shape to a tensor of noise."""
+def random_weights(device, dtype):
+    """A function from a name and a shape to a random tensor."""
     generator = torch.Generator(device).manual_seed(1)
 
     def weight(name, shape):
@@ -69,8 +69,8 @@ def drawn(device, dtype):
     return weight
 
 
-def stored(folder):
-    """Weights of a folder, in f32."""
+def weights_of(folder):
+    """A function from a name and a shape to a tensor of the folder, in f32."""
     from safetensors.torch import load_file
 
     tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -90,8 +90,8 @@ class Stack:
         self.hidden, self.eps = config["hidden_size"], config["rms_norm_eps"]
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         self.head_dim, self.theta = config["head_dim"], config["rope_theta"]
-        wide, inner, normed = self.heads * self.head_dim, config["intermediate_size"], config["model_type"] == "qwen3"
-        narrow = self.kv_heads * self.head_dim
+        q_size, inner, normed = self.heads * self.head_dim, config["intermediate_size"], config["model_type"] == "qwen3"
+        kv_size = self.kv_heads * self.head_dim
         self.layers = []
         for i in range(config["num_hidden_layers"]):
 
@@ -101,13 +101,13 @@ class Stack:
             self.layers.append({
                 "before": get("input_layernorm", self.hidden),
                 "qkv": torch.cat([
-                    get("self_attn.q_proj", wide, self.hidden),
-                    get("self_attn.k_proj", narrow, self.hidden),
-                    get("self_attn.v_proj", narrow, self.hidden),
+                    get("self_attn.q_proj", q_size, self.hidden),
+                    get("self_attn.k_proj", kv_size, self.hidden),
+                    get("self_attn.v_proj", kv_size, self.hidden),
                 ]),
                 "q_norm": get("self_attn.q_norm", self.head_dim) if normed else None,
                 "k_norm": get("self_attn.k_norm", self.head_dim) if normed else None,
-                "o": get("self_attn.o_proj", self.hidden, wide),
+                "o": get("self_attn.o_proj", self.hidden, q_size),
                 "after": get("post_attention_layernorm", self.hidden),
                 "gate_up": torch.cat([
                     get("mlp.gate_proj", inner, self.hidden),
@@ -125,7 +125,7 @@ class Stack:
         return 2 * len(self.layers) * self.kv_heads * self.head_dim * self.last.element_size()
 
     def cache(self, batch, positions):
-        """Keys and values of every layer, filled with noise: layers x [2, batch, kv_heads, positions, head_dim]."""
+        """Random keys and values of every layer: layers x [2, batch, kv_heads, positions, head_dim]."""
         shape = (2, batch, self.kv_heads, positions, self.head_dim)
         return [torch.randn(shape, device=self.last.device, dtype=self.last.dtype) for _ in self.layers]
 
@@ -147,7 +147,7 @@ class Stack:
         first, second = x.chunk(2, dim=-1)
         return x * angles[0] + torch.cat((-second, first), dim=-1) * angles[1]
 
-    def keep(self, layer, cache, keys, values, start, angles):
+    def write_kv(self, layer, cache, keys, values, start, angles):
         """Writes keys and values [batch, rows, kv_heads * head_dim] of positions from `start` on."""
         keys, rows = self.head_rows(keys, self.kv_heads), slice(start, start + keys.shape[1])
         if layer["k_norm"] is not None:
@@ -157,11 +157,11 @@ class Stack:
 
     def forward(self, x, caches, start, angles, attend, taps=()):
         """Final-normed rows at positions from `start` on, and the outputs of the tapped layers."""
-        wide, narrow, tapped = self.heads * self.head_dim, self.kv_heads * self.head_dim, []
+        q_size, kv_size, tapped = self.heads * self.head_dim, self.kv_heads * self.head_dim, []
         for i, (layer, cache) in enumerate(zip(self.layers, caches)):
             rows = F.linear(self.norm(x, layer["before"]), layer["qkv"])
-            queries, keys, values = rows.split((wide, narrow, narrow), dim=2)
-            self.keep(layer, cache, keys, values, start, angles)
+            queries, keys, values = rows.split((q_size, kv_size, kv_size), dim=2)
+            self.write_kv(layer, cache, keys, values, start, angles)
             queries = self.head_rows(queries, self.heads)
             if layer["q_norm"] is not None:
                 queries = self.norm(queries, layer["q_norm"])
@@ -176,15 +176,16 @@ class Stack:
 
 
 def lower_right(rows, positions, device, dtype, copies=1):
-    """A mask with -inf at hidden positions; the last row sees everything. [copies * rows, positions], each row at a
-    multiple of 16 bytes, as SDPA's kernels require."""
-    wide = torch.full((rows, (positions + 7) // 8 * 8), -math.inf, device=device, dtype=dtype)
-    return wide.triu(positions - rows + 1).repeat(copies, 1)[:, :positions]
+    """A mask with -inf at hidden positions; the last row attends to everything. [copies * rows, positions]. Each row
+    begins at a multiple of 16 bytes, as SDPA's kernels require."""
+    padded = torch.full((rows, (positions + 7) // 8 * 8), -math.inf, device=device, dtype=dtype)
+    return padded.triu(positions - rows + 1).repeat(copies, 1)[:, :positions]
 
 
 def attentions(stack, rows, positions, causal):
-    """Ways to attend, from a name to a function of queries, keys and values [batch, heads, rows, head_dim]: groups of
-    heads by SDPA itself; groups folded into rows, so that keys and values are read once; keys and values copied."""
+    """Attention functions by name, of queries, keys and values [batch, heads, rows, head_dim]. They treat grouped heads
+    differently: SDPA's own support; groups folded into rows, so that keys and values are read once; keys and values
+    copied for each query head."""
     group, masked = stack.heads // stack.kv_heads, causal and rows > 1
     masks = [
         lower_right(rows, positions, stack.last.device, stack.last.dtype, copies) if masked else None
@@ -209,7 +210,7 @@ def attentions(stack, rows, positions, causal):
 
 
 class Pair:
-    """Target and drafter. The parts of a round are functions of tensors and of their first position."""
+    """Target and drafter. The parts of a round are functions of tensors and of the position of their first row."""
 
     def __init__(self, model, weights, device):
         self.names, (config, own) = configs(model)
@@ -235,10 +236,10 @@ class Pair:
 
     def write_context_kv(self, context, caches, start, angles):
         """Writes the drafter's keys and values of context features: part of the draft, as in dflash-bench."""
-        wide = self.drafter.heads * self.drafter.head_dim
+        q_size = self.drafter.heads * self.drafter.head_dim
         for layer, cache in zip(self.drafter.layers, caches):
-            keys, values = F.linear(context, layer["qkv"][wide:]).chunk(2, dim=-1)
-            self.drafter.keep(layer, cache, keys, values, start, angles)
+            keys, values = F.linear(context, layer["qkv"][q_size:]).chunk(2, dim=-1)
+            self.drafter.write_kv(layer, cache, keys, values, start, angles)
 
     def draft(self, anchors, caches, start, angles, attend):
         """Drafts [batch, block - 1] after the anchors [batch] at position `start`."""
@@ -247,24 +248,25 @@ class Pair:
         return self.best(self.drafter.forward(x, caches, start, angles, attend)[0][:, 1:])
 
     def verify(self, tokens, caches, start, angles, attend):
-        """The target's choice after each of the tokens [batch, rows], and their features."""
+        """The target's best token after each of the tokens [batch, rows], and their features."""
         x, features = self.target.forward(self.embedding[tokens], caches, start, angles, attend, self.taps)
         return self.best(x), features
 
     def accept(self, drafts, best):
-        """Tokens that each sequence emits, and the last of them: each [batch]."""
+        """The number of tokens that each sequence emits, and the last of them: each [batch]."""
         accepted = (drafts == best[:, :-1]).int().cumprod(1).sum(1)
         return accepted + 1, best.gather(1, accepted[:, None])[:, 0]
 
 
 class Machine:
-    """Running and timing on a device."""
+    """Runs and times functions on a device."""
 
     def __init__(self, device):
         self.device, self.cuda = device, device == "cuda"
 
     def prepared(self, run, prepare=lambda: None):
-        """`run` as often as wanted, each time after `prepare`: on a GPU a captured graph."""
+        """A function that does what `run` does and can be called repeatedly, each time after `prepare`; on a GPU it
+        replays a captured graph."""
         if not self.cuda:
             return run
         stream = torch.cuda.Stream()
@@ -281,7 +283,7 @@ class Machine:
         return lambda: (graph.replay(), kept)
 
     def sample(self, run, prepare=lambda: None, captured=True):
-        """Milliseconds of `run`, on a GPU a graph or, where it is not captured, launches one by one."""
+        """Milliseconds of `run`. captured: it replays a graph; otherwise it launches kernels one by one."""
         if not self.cuda:
             prepare()
             start = time.perf_counter()
@@ -289,7 +291,7 @@ class Machine:
             return (time.perf_counter() - start) * 1e3
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if captured:
-            # Keeps the GPU busy while the sample is enqueued, as in dflash-bench, so that its start does not count.
+            # As in dflash-bench: keeps the GPU busy while the sample is enqueued, to exclude launch latency.
             run()
         prepare()
         if not captured:
@@ -320,49 +322,49 @@ class Machine:
                 run = self.prepared(lambda attend=attend: [attend(queries, keys, values) for _ in range(10)])
                 found[name] = (min(self.sample(run) for _ in range(5)), attend)
             except (RuntimeError, ValueError):
-                continue  # Not by these kernels, or not at this shape.
+                continue  # These kernels do not support it, or not at this shape.
         if not found:
-            sys.exit(f"no kernel of torch's SDPA is right for {rows} rows at {positions} positions on this device")
+            sys.exit(f"no kernel of torch's SDPA is correct for {rows} rows at {positions} positions on this device")
         name = min(found, key=lambda name: found[name][0])
         return found[name][1], name
 
 
 def torch_rows(pair, machine, context, batch):
-    """Rows at one point of the grid: name, parameters, function, preparation, bytes that it must read."""
+    """Rows for one context and batch: name, parameters, function, preparation, bytes that it must read."""
     target, drafter, block, device = pair.target, pair.drafter, pair.block, pair.device
     caches, own = target.cache(batch, context + block), drafter.cache(batch, context + block)
     anchors = torch.randint(pair.vocabulary, (batch,), device=device)
     tokens = torch.randint(pair.vocabulary, (batch, block), device=device)
     features = torch.randn(batch, block, len(pair.taps) * target.hidden, device=device, dtype=target.last.dtype)
     injected = max(0, context - block)
-    one, some = target.angles(context, 1), target.angles(context, block)
-    drafted, before = drafter.angles(context, block), drafter.angles(injected, block)
+    step_angles, verify_angles = target.angles(context, 1), target.angles(context, block)
+    draft_angles, inject_angles = drafter.angles(context, block), drafter.angles(injected, block)
     ways = {}
 
-    def way(what, stack, rows, causal):
+    def fastest(what, stack, rows, causal):
         attend, ways[what] = machine.fastest(stack, batch, rows, context + rows, causal)
         return attend
 
-    step_way = way("AR step", target, 1, True)
-    draft_way, verify_way = way("draft", drafter, block, False), way("verify", target, block, True)
+    attend_step = fastest("AR step", target, 1, True)
+    attend_draft, attend_verify = fastest("draft", drafter, block, False), fastest("verify", target, block, True)
     print(f"context {context}, batch {batch}: attention {ways}", file=sys.stderr)
 
     def step():
-        return pair.verify(anchors[:, None], caches, context, one, step_way)
+        return pair.verify(anchors[:, None], caches, context, step_angles, attend_step)
 
-    joined = pair.inject(features)
+    context_features = pair.inject(features)
 
     def inject():
         return pair.inject(features)
 
-    def draft(joined=joined):
-        pair.write_context_kv(joined, own, injected, before)
-        return pair.draft(anchors, own, context, drafted, draft_way)
+    def draft(context_features=context_features):
+        pair.write_context_kv(context_features, own, injected, inject_angles)
+        return pair.draft(anchors, own, context, draft_angles, attend_draft)
 
     def verify(tokens=tokens):
-        return pair.verify(tokens, caches, context, some, verify_way)
+        return pair.verify(tokens, caches, context, verify_angles, attend_verify)
 
-    def whole():
+    def full_round():
         drafts = draft(inject())
         best, after = verify(torch.cat((anchors[:, None], drafts), dim=1))
         return pair.accept(drafts, best), after
@@ -373,20 +375,20 @@ def torch_rows(pair, machine, context, batch):
     at = {"context": context, "batch": batch}
     in_round = {**at, "block": block}
     held = batch * (context + 1)
-    plain_bytes = target.weight_bytes() + pair.head.nbytes + held * target.position_bytes()
+    step_bytes = target.weight_bytes() + pair.head.nbytes + held * target.position_bytes()
     draft_bytes = drafter.weight_bytes() + pair.head.nbytes + held * drafter.position_bytes()
     inject_bytes = pair.fc.nbytes
     return [
-        ("AR step", at, machine.prepared(step), nothing, plain_bytes),
-        ("round", in_round, machine.prepared(whole), nothing, plain_bytes + draft_bytes + inject_bytes),
+        ("AR step", at, machine.prepared(step), nothing, step_bytes),
+        ("round", in_round, machine.prepared(full_round), nothing, step_bytes + draft_bytes + inject_bytes),
         ("inject", in_round, machine.prepared(inject), nothing, inject_bytes),
         ("draft", in_round, machine.prepared(draft), nothing, draft_bytes),
-        ("verify", in_round, machine.prepared(verify), nothing, plain_bytes),
+        ("verify", in_round, machine.prepared(verify), nothing, step_bytes),
     ]
 
 
-def library_rows(config, machine, dtype, grid, plain_bytes):
-    """Transformers' AR step at every point of the grid: as it is, as a graph, and compiled."""
+def library_rows(config, machine, dtype, grid, step_bytes):
+    """Rows of Transformers' AR step for every context and batch: eager, as a graph, and compiled."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
@@ -427,12 +429,12 @@ def library_rows(config, machine, dtype, grid, plain_bytes):
                 print(f"{name}: left out: {type(error).__name__}: {reason}", file=sys.stderr)
                 continue
             parameters = {"context": context, "batch": batch, "library": name}
-            rows.append(("AR step", parameters, run, rewind, plain_bytes(context, batch)))
+            rows.append(("AR step", parameters, run, rewind, step_bytes(context, batch)))
     return rows
 
 
 def ours(binary, args, lists):
-    """One round of dflash-bench's own samples over the same grid."""
+    """Runs dflash-bench with one round of samples over the same grid; returns its record."""
     command = [binary, "round", "--model", args.model, "--rounds", "1", "--samples", str(args.samples), "--json"]
     command += ["--device", "cuda" if args.device == "cuda" else "emulator"]
     for flag in ("batch", "context", "acceptance"):
@@ -467,7 +469,7 @@ def check(binary, count, new_tokens):
     """Decodes held-out prompts with these rounds and compares with dflash-gen. True if all are equal."""
     from transformers import AutoTokenizer
 
-    pair = Pair("demo", (stored(ROOT / "demo/target"), stored(ROOT / "demo/drafter")), "cpu")
+    pair = Pair("demo", (weights_of(ROOT / "demo/target"), weights_of(ROOT / "demo/drafter")), "cpu")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/target")
     lines = (ROOT / "tests/data/prompts.jsonl").read_text().splitlines()[:count]
     texts = [json.loads(line)["prompt"] for line in lines]
@@ -542,25 +544,25 @@ def main(arguments):
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of samples (5)")
     parser.add_argument("--samples", type=int, default=20, help="samples of a row in a round (20)")
-    parser.add_argument("--without-transformers", action="store_true", help="leave its rows out")
+    parser.add_argument("--without-transformers", action="store_true", help="leave out the rows of Transformers")
     parser.add_argument("--ours", metavar="PATH", help="dflash-bench, to run between the rounds of samples")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the record there, too")
-    parser.add_argument("--check", metavar="PATH", help="dflash-gen: compare text with it, measure nothing")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the record to OUT")
+    parser.add_argument("--check", metavar="PATH", help="dflash-gen: compare tokens with it, measure nothing")
     parser.add_argument("--count", type=int, default=4, help="with --check: prompts (4)")
     args = parser.parse_args(arguments)
     if min(args.rounds, args.samples, args.count) < 1:
         parser.error("--rounds, --samples and --count must be at least 1")
     if args.ours and not args.json:
-        parser.error("--ours needs --json OUT, beside which its record is written")
+        parser.error("--ours needs --json OUT: its record is written next to OUT")
     torch.set_grad_enabled(False)
     if args.check:
         return 0 if check(args.check, args.count, 64) else 1
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device is cuda, and torch finds no GPU here: expected one, or --device cpu")
+        sys.exit("--device is cuda, but torch finds no GPU: expected a GPU, or --device cpu")
 
     machine = Machine(args.device)
     dtype = torch.bfloat16 if machine.cuda else torch.float32
-    weights = drawn(args.device, dtype)
+    weights = random_weights(args.device, dtype)
     pair = Pair(args.model, (weights, weights), args.device)
     most = min(pair.config["max_position_embeddings"], 2**31) - pair.block
     for n in args.context:
@@ -599,5 +601,5 @@ def main(arguments):
     if theirs:
         beside = args.json.with_name(f"{args.json.stem}-ours{args.json.suffix}")
         beside.write_text(json.dumps(merged(theirs)) + "\n")
-        print(f"dflash-bench's own: {beside}; {args.ours} compare {args.json} {beside}", file=sys.stderr)
+        print(f"dflash-bench's record: {beside}; {args.ours} compare {args.json} {beside}", file=sys.stderr)
     return 0

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compares the machine code of all kernels, for sm_80 and sm_90a, with cuda/expected.txt.
 
-Each kernel must have no more registers than stated, no spills, no local memory, and the instructions that its line
-names. These fail too: a kernel without a line, a line without a kernel, a warning of the compiler (for example that it
+Each kernel must have at most the stated number of registers, no spills, no local memory, and the instructions that its
+line names. These fail too: a kernel without a line, a line without a kernel, a compiler warning (for example that it
 serialises wgmma), and inline assembly outside cuda/common/ptx.cuh. `--write` prints a new table with the current
 registers, for a change that is meant to alter them.
 """
@@ -49,7 +49,7 @@ def find(tool):
 
 
 def compile_one(source, target, folder):
-    """{kernel: (registers, stack, spills, machine code)} of one file for one target, and what the compiler warns of."""
+    """Kernels of one file for one target, {name: {registers, stack, spills, code}}, and the warnings of the compiler."""
     cubin = folder / f"{source.stem}.{target}.cubin"
     command = [find("nvcc"), "-cubin", "-std=c++17", "-O3", "-I", str(ROOT / "cuda"), f"-arch={target}", "-Xptxas=-v", str(source), "-o", str(cubin)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -76,7 +76,7 @@ def compile_one(source, target, folder):
 
 
 def expectations():
-    """{kernel: ([registers per target, None: not there], [words])} of expected.txt."""
+    """{kernel: ([registers per target, None if it does not exist there], [words])} from expected.txt."""
     table = {}
     for number, line in enumerate((ROOT / "cuda/expected.txt").read_text().splitlines(), 1):
         fields = line.split("#")[0].split()
@@ -99,29 +99,29 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         jobs = list(itertools.product(sorted((ROOT / "cuda").rglob("*.cu")), TARGETS))
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            all_made = list(pool.map(lambda job: compile_one(*job, pathlib.Path(folder)), jobs))
-    for (source, target), (kernels, warnings) in zip(jobs, all_made):
+            compiled = list(pool.map(lambda job: compile_one(*job, pathlib.Path(folder)), jobs))
+    for (source, target), (kernels, warnings) in zip(jobs, compiled):
         index = TARGETS.index(target)
         faults += [f"{source.name} for {target}: {line}" for line in warnings]
-        for name, made in kernels.items():
-            seen.setdefault(name, [None] * len(TARGETS))[index] = made["registers"]
+        for name, kernel in kernels.items():
+            seen.setdefault(name, [None] * len(TARGETS))[index] = kernel["registers"]
             where = f"{source.name}: {name} on {target}"
-            if made["stack"] or made["spills"]:
-                faults.append(f"{where}: {made['stack']} bytes of local memory, {made['spills']} spilled; expected none")
+            if kernel["stack"] or kernel["spills"]:
+                faults.append(f"{where}: {kernel['stack']} bytes of local memory, {kernel['spills']} spilled; expected none")
             if name not in table:
                 continue
             limits, words = table[name]
             if limits[index] is None:
-                faults.append(f"{where}: expected not to be there")
-            elif made["registers"] > limits[index]:
-                faults.append(f"{where}: {made['registers']} registers, expected at most {limits[index]}")
+                faults.append(f"{where}: expected not to exist there")
+            elif kernel["registers"] > limits[index]:
+                faults.append(f"{where}: {kernel['registers']} registers, expected at most {limits[index]}")
             for word in words:
-                if not WORDS[word].search(made["code"]):
+                if not WORDS[word].search(kernel["code"]):
                     faults.append(f"{where}: no {word} in the machine code")
     for name, (limits, _) in table.items():
         for index, target in enumerate(TARGETS):
             if limits[index] is not None and name in seen and seen[name][index] is None:
-                faults.append(f"cuda/expected.txt has registers of {name} on {target}, where it is not")
+                faults.append(f"cuda/expected.txt has registers of {name} on {target}, where it does not exist")
     faults += [f"kernel {name} has no line in cuda/expected.txt" for name in seen if name not in table]
     faults += [f"cuda/expected.txt names {name}, which no file in cuda/ defines" for name in table if name not in seen]
     if sys.argv[1:] == ["--write"]:

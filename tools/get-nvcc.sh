@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 nvcc=.cuda/nvidia/cu13/bin/nvcc
 wheels=(nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96
   nvidia-cuda-cccl==13.0.85)
-# Needed by tools/check-ptx.py only. There is no 13.0 of it; newer versions read the output of 13.0.
+# Needed by tools/check-ptx.py only. There is no version 13.0; newer versions read the output of 13.0.
 readers=(nvidia-cuda-nvdisasm==13.2.51)
 
 fail() { echo "get-nvcc.sh: $*" >&2; exit 1; }
@@ -34,7 +34,7 @@ python3 -m pip install --quiet --disable-pip-version-check --no-deps --target .c
   fail "pip could not install ${wheels[*]}"
 # Wheels lose the executable bit of some files.
 find .cuda/nvidia -path '*/bin/*' -type f -exec chmod +x {} +
-compiles || fail "the compiler was installed in .cuda/, but it does not compile two lines; its message is above"
+compiles || fail "the compiler was installed in .cuda/, but it does not compile a two-line kernel; its message is above"
 # Makes cargo run build.rs again, which looks for the compiler.
 touch build.rs
 echo "get-nvcc.sh: $("$nvcc" --version | grep release)"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the kernel tests on this machine's GPU, from a pack of tools/gpu-pack.sh, in at most 8 minutes: first as they are,
-# then, if compute-sanitizer works, some of them under each of its tools. Needs nothing but the driver.
+# Runs the kernel tests on this machine's GPU, from a pack of tools/gpu-pack.sh, in at most 8 minutes: first without a
+# sanitizer, then, if compute-sanitizer works, some of them under each of its tools. Needs nothing but the driver.
 #   pack/gpu-check.sh OUT            writes OUT/summary.txt and logs; exit code 0 if all passed
 #   pack/gpu-check.sh OUT SECONDS    the tests only, within SECONDS: a step of gpu-report.sh
 set -uo pipefail
@@ -8,7 +8,7 @@ set -uo pipefail
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")" || exit 2
-# Some containers keep the driver here. Last in the path, so that the loader's own choice comes first.
+# Some containers keep the driver here. Last in the path, so that the loader's default comes first.
 export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64"
 end=$((SECONDS + ${2:-460})) bad=0
 finish() {
@@ -26,7 +26,7 @@ step() {
     timeout -k 5 $((limit < left ? limit : left)) "$@" >"$out/last" 2>&1
     status=$?
     { echo "== $title: $*"; cat "$out/last"; } >>"$log"
-    # If the GPU does not open, tests would pass on the emulator alone.
+    # If the GPU does not open, tests pass on the emulator alone. Each test prints a line for the GPU.
     [ $status != 0 ] || grep -qE '^(on|opened in) ' "$out/last" || status=99
     [ $status = 0 ] || { word="FAILED $status"; bad=1; }
     [ $status != 99 ] || word="NOT ON THE GPU"
@@ -41,7 +41,8 @@ facts=name,driver_version,memory.total,clocks.max.sm
 say "card     $(timeout -k 1 $(((${2:-460} + 45) / 46)) nvidia-smi --query-gpu=$facts --format=csv,noheader 2>&1 | head -n 1)"
 say "machine  $(nproc) cores, $(uname -r), $(ldd --version 2>&1 | head -n 1)"
 
-# Without this the tests below would pass on the emulator alone. The second time the driver has the kernels compiled.
+# Without a GPU the tests below would pass on the emulator alone. The second time, the driver has compiled kernels in its
+# cache.
 open=(./kernels --ignored --exact cuda::a_gpu_opens --show-output)
 for turn in first second; do
     step 200 tests.log "opening the GPU, $turn time" "${open[@]}" || { cat "$out/last"; say "no GPU"; exit 1; }
@@ -62,7 +63,7 @@ done
 
 [ $# = 1 ] || finish
 
-# The program itself, with the built-in demo pair: every prompt with and without drafts, logits and times.
+# dflash-gen with the built-in demo pair: every prompt with and without drafts; logits are compared, rates printed.
 generate() { # generate LOG ARGS...
     local log=$1
     shift
@@ -92,7 +93,7 @@ checker() {
     grep -E '^=+ (ERROR|RACECHECK) SUMMARY' "$out/last" | tail -n 1 | tee -a "$out/summary.txt"
 }
 if ! command -v compute-sanitizer >/dev/null; then
-    say "compute-sanitizer is not here: no memcheck, racecheck, initcheck, synccheck"
+    say "compute-sanitizer is not installed: no memcheck, racecheck, initcheck, synccheck"
 elif ! step 60 memcheck.log "compute-sanitizer" compute-sanitizer --error-exitcode 9 --report-api-errors no "${open[@]}"; then
     say "no memcheck, racecheck, initcheck, synccheck: $(grep -m 1 '^=====' "$out/last" | cut -c 1-200)"
 else
@@ -121,7 +122,7 @@ else
     checker racecheck rejection every_schedule
     checker racecheck siblings every_schedule
     checker racecheck chains every_schedule
-    # Reads of memory that nothing has written; barriers that not all threads of a block reach.
+    # initcheck: reads of memory that nothing has written. synccheck: barriers that not all threads of a block reach.
     checker initcheck rounds rounds_are_the_same
     checker initcheck trees rounds_of_trees
     checker synccheck linear_bits schedules_and_threads

@@ -4,10 +4,10 @@
 #   tools/gpu-report.sh [FLAGS] [OUT]     from a checkout in which `cargo build --release` and `cargo test --release
 #   pack/gpu-report.sh [FLAGS] [OUT]      --no-run` have run, or from what tools/gpu-pack.sh packed
 # OUT is a folder, new or empty [benches/results/CARD-DATE-COMMIT in a checkout, else results/CARD-DATE-COMMIT]. It gets
-# summary.md, report.html, a record in JSON of each step, and logs.
-#   --device cuda|emulator    emulator: the same steps on the demo pair, in which counters replace times [cuda]
+# summary.md, report.html, a JSON record of each step, and logs.
+#   --device cuda|emulator    emulator: the same steps on the demo pair, with counters instead of times [cuda]
 #   --bin DIR                 where dflash-gen and dflash-bench are [target/release in a checkout, else the pack]
-#   --limit SECONDS           time for everything; each step gets its part [480]
+#   --limit SECONDS           time for all steps; each step gets its share [480]
 # Exit codes: 0 every step went well, 1 one failed, took too long or was left out (summary.md says which), 2 usage, 130
 # interrupted. CUDA_VISIBLE_DEVICES chooses the GPU.
 set -uo pipefail
@@ -33,15 +33,15 @@ done
 root=''
 [ -f "$here/commit" ] || root=$(dirname "$here")
 [ -n "$bin" ] || bin=${root:+$root/target/release}
-bin=$(cd "${bin:-$here}" 2>/dev/null && pwd) || usage "--bin is ${bin:-$here}, which is no folder"
+bin=$(cd "${bin:-$here}" 2>/dev/null && pwd) || usage "--bin is ${bin:-$here}, which is not a folder"
 for program in dflash-gen dflash-bench; do
-    [ -x "$bin/$program" ] || usage "$bin has no $program: cargo build --release or tools/gpu-pack.sh makes it"
+    [ -x "$bin/$program" ] || usage "$bin has no $program: build it with cargo build --release or tools/gpu-pack.sh"
 done
 
-# Seconds below assume a limit of 480. The last twelfth is for the report and for processes that end late.
+# Numbers of seconds below assume a limit of 480. The last twelfth is for the report and for processes that end late.
 seconds() { echo $((($1 * limit + 479) / 480)); }
 end=$((SECONDS + $(seconds 440))) reserved=430 bad=0
-# Some containers keep the driver and its tools here. Last in the path, so that the system's own choice comes first.
+# Some containers keep the driver and its tools here. Last in the path, so that the system's default comes first.
 export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64" PATH="$PATH:/usr/local/nvidia/bin"
 if [ -n "$root" ]; then
     commit=$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null) || commit=unknown
@@ -52,13 +52,13 @@ smi() { timeout -k 1 "$(seconds 10)" nvidia-smi -i "${CUDA_VISIBLE_DEVICES:-0}" 
 card=emulator driver=none
 if [ "$device" = cuda ]; then
     IFS=, read -r card driver < <(smi --query-gpu=name,driver_version --format=csv,noheader)
-    # If nvidia-smi hangs or fails once, it is not called again.
+    # nvidia-smi is not called again if it hangs or fails once.
     [ -n "$driver" ] || smi() { false; }
     [ -n "$card" ] ||
         card=$(sed -n 's/^Model:[[:space:]]*//p' /proc/driver/nvidia/gpus/*/information 2>/dev/null | head -n 1)
     card=${card:-unknown card} driver=${driver:-unknown, nvidia-smi does not say}
 fi
-state() { # state before|after: clocks, power and neighbours in the tool's own words
+state() { # state before|after: everything that nvidia-smi -q prints, such as clocks, power and other processes
     if [ "$device" = cuda ] && smi -q >"$scratch/smi"; then mv "$scratch/smi" "$out/logs/nvidia-smi-$1.log"; fi
 }
 date=$(date -u +%Y-%m-%d)
@@ -69,19 +69,19 @@ if [ -z "$out" ]; then
     for ((i = 2; i < 100; i++)); do [ -e "$out" ] || break; out=${base:-$here}/results/$name-$i; done
 fi
 [ -z "$(ls -A "$out" 2>/dev/null)" ] || usage "$out has files in it, expected a new or an empty folder"
-mkdir -p "$out/logs" 2>/dev/null || usage "$out cannot be made: name a folder that can"
+mkdir -p "$out/logs" 2>/dev/null || usage "$out cannot be created: expected a folder that can"
 out=$(cd "$out" && pwd)
 scratch=$out/.scratch
 mkdir "$scratch" || exit 2
-# The driver caches compiled kernels in the home folder. If it cannot, it compiles them for every process.
-kept=${HOME:-/}/.nv/ComputeCache
-if [ -z "${CUDA_CACHE_PATH:-}" ] && ! { mkdir -p "$kept" 2>/dev/null && [ -w "$kept" ]; }; then
+# The driver caches compiled kernels in the home folder. If it cannot, it compiles them again in every process.
+default_cache=${HOME:-/}/.nv/ComputeCache
+if [ -z "${CUDA_CACHE_PATH:-}" ] && ! { mkdir -p "$default_cache" 2>/dev/null && [ -w "$default_cache" ]; }; then
     export CUDA_CACHE_PATH=$scratch/cache
 fi
 
 summary=$out/summary.md
 say() { printf '%s\n' "$*" | tee -a "$summary"; }
-# shellcheck disable=SC2329 # the trap's
+# shellcheck disable=SC2329 # called by the trap
 stop() {
     for group in $(jobs -p); do kill -KILL -- "-$group" 2>/dev/null; done
     say "interrupted"
@@ -90,8 +90,9 @@ stop() {
 }
 trap stop INT TERM HUP
 
-# within SECONDS COMMAND...: its exit code, or 124 if it had to be killed. A process that survives even that (waiting for
-# a broken driver) is left behind. Each command leads a process group, so that its children are killed too.
+# within SECONDS COMMAND...: returns the command's exit code, or 124 if it had to be killed. A process that survives
+# SIGKILL (blocked in a broken driver) is abandoned. Each command leads a process group, so that its children are killed
+# too.
 set -m
 within() {
     local until=$((SECONDS + $1)) signal child
@@ -126,7 +127,7 @@ step() {
     if [ $status = 0 ] && [ -s "$scratch/out" ]; then
         mv "$scratch/out" "$file"
     else
-        # The last line of stderr is the reason.
+        # The reason is the last line of stderr.
         word="FAILED $status" bad=1 note=$(sed 1d "$log" | tail -n 1 | cut -c 1-300 | tr '|' '/')
         [ $status != 124 ] || word="TOO LONG" note="ended after $left s"
         [ $status != 0 ] || note="printed nothing"

@@ -21,12 +21,12 @@ import sys
 NANOSECONDS = {"ns": 1, "us": 1e3, "ms": 1e6, "s": 1e9, "nsecond": 1, "usecond": 1e3, "msecond": 1e6, "second": 1e9}
 BYTES = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 TIME, READ, WRITTEN = "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"
-# Which matrix a kernel reads; the second `project` of a layer reads another than the first.
+# The matrix that a kernel reads. The first `project` of a layer reads `o`, the second reads `down`.
 MATRICES = {"qkv": "qkv", "swiglu": "gate_up", "project": "o", "head": "lm_head", "inject": "fc"}
 
 
 class Wrong(Exception):
-    """A flag or a file is wrong: one sentence."""
+    """A flag or a file is wrong; the message is one line."""
 
 
 class Kernel:
@@ -62,7 +62,8 @@ def plain(name):
 
 
 def rows(text, source):
-    """[{column: cell}] of the first table in a text, and the line of each; both tools print sentences around it."""
+    """Header of the first table in a text, and [(place, {column: cell})] of its rows. Both tools print other text
+    around the table."""
     lines = text.splitlines()
     heads = [i for i, line in enumerate(lines) if re.match(r'"?(Time \(%\)|Start \(|ID"?,)', line)]
     if not heads:
@@ -74,10 +75,10 @@ def rows(text, source):
             break
         where = f"{source}:{heads[0] + table.line_num}"
         if len(cells) != len(head):
-            raise Wrong(f"{where} has {len(cells)} cells, its head has {len(head)}")
+            raise Wrong(f"{where} has {len(cells)} cells, its header has {len(head)}")
         found.append((where, dict(zip(head, cells))))
     if not found:
-        raise Wrong(f"{source} has the head of a table and no rows: nothing ran in the profiler's window")
+        raise Wrong(f"{source} has the header of a table and no rows: nothing ran in the profiler's window")
     return head, found
 
 
@@ -94,7 +95,7 @@ def from_summary(head, table, source):
     kernels = {}
     for where, row in table:
         if plain(row["Name"]) in kernels:
-            raise Wrong(f"{where} is {row['Name']} again, expected a row for each kernel, as in cuda_gpu_kern_sum")
+            raise Wrong(f"{where} is {row['Name']} again, expected one row per kernel, as in cuda_gpu_kern_sum")
         launches = number(row["Instances"], f"{where}, Instances")
         if launches < 1 or launches % 1:
             raise Wrong(f"{where}, Instances is {row['Instances']!r}, expected a whole number from 1 on")
@@ -128,7 +129,7 @@ def from_ncu(head, table, source):
     else:
         (where, units), *table = table
         if units["ID"]:
-            raise Wrong(f"{where} has no units, which the page raw tells in the row below its head")
+            raise Wrong(f"{where} has no units, which the raw page has in the row below its header")
         for where, row in table:
             metrics = {name: (row[name], units[name]) for name in head if "__" in name}
             launches[row["ID"]] = (where, plain(row["Kernel Name"]), metrics)
@@ -155,11 +156,11 @@ def read_kernels(text, source):
         return from_trace(head, table, source)
     if "Kernel Name" in head and "ID" in head:
         return from_ncu(head, table, source)
-    raise Wrong(f"{source} is a table of other columns: {', '.join(head)}")
+    raise Wrong(f"{source} has a table with unknown columns: {', '.join(head)}")
 
 
 def read_json(path, key):
-    """An object with a list of objects at `key`."""
+    """Reads a JSON object with a list of objects at `key`."""
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
@@ -169,11 +170,11 @@ def read_json(path, key):
     except OSError as e:
         raise Wrong(f"{path} cannot be read: {e.strerror}") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise Wrong(f"{path} is no JSON object with a list of {key}") from e
+        raise Wrong(f"{path} is not a JSON object with a list of {key}") from e
 
 
 def weights_of_a_round(path, matrices):
-    """{kernel: (launches, bytes of weights, None where one of them is unknown)} of a round's list of launches."""
+    """{kernel: (launches, bytes of weights, or None if one of them is unknown)} from the list of a round's launches."""
     found = {}
     for section in read_json(path, "sections")["sections"]:
         try:
@@ -193,7 +194,7 @@ def weights_of_a_round(path, matrices):
                     times = group["times"]
                     found[kernel] = (launches + times, before + weights * times if known else None)
         except (AttributeError, KeyError, TypeError) as e:
-            raise Wrong(f"{path} is no list of launches, as dflash-gen --plan --launches --json prints it") from e
+            raise Wrong(f"{path} is not a list of launches, as dflash-gen --plan --launches --json prints it") from e
     return found
 
 
@@ -210,13 +211,13 @@ def add_weights(kernels, per_round, path):
             print(f"kernel-table: {what}", file=sys.stderr)
     if len(rounds) > 1:
         counts = " or ".join(map(str, sorted(rounds)))
-        raise Wrong(f"{path} is of another round: by its kernels the profile has {counts} of them")
+        raise Wrong(f"{path} does not fit the profile, whose kernels ran in {counts} such rounds")
 
 
 def table_text(kernels, ceiling, markdown):
     whole = sum(kernel.total for kernel in kernels.values())
     if not whole:
-        raise Wrong("the kernels took no time at all")
+        raise Wrong("the total time of the kernels is 0")
     lines = [["kernel", "launches", "median us", "% of time"]]
     if known := any(kernel.bytes is not None for kernel in kernels.values()):
         lines[0] += ["GB/s", "% of ceiling"] if ceiling else ["GB/s"]
@@ -246,11 +247,11 @@ def above_zero(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile", metavar="CSV", help="what nsys stats or ncu wrote; -: stdin")
+    parser.add_argument("profile", metavar="CSV", help="output of nsys stats or ncu; -: stdin")
     add = parser.add_argument
-    add("--ceiling", type=above_zero, metavar="GB/s", help="what 100 %% is [default: the records' read ceiling]")
-    add("--record", action="append", default=[], metavar="JSON", help="of dflash-bench; may be given several times")
-    add("--launches", metavar="JSON", help="a round's launches, for nsys: needs a record of dflash-bench roofline")
+    add("--ceiling", type=above_zero, metavar="GB/s", help="GB/s that are 100 %% [default: read ceiling of the records]")
+    add("--record", action="append", default=[], metavar="JSON", help="record of dflash-bench; repeatable")
+    add("--launches", metavar="JSON", help="launches of a round, for nsys; needs --record of dflash-bench roofline")
     add("--markdown", action="store_true", help="a table in Markdown")
     flags = parser.parse_args()
     ceiling, matrices = flags.ceiling, {}
@@ -265,13 +266,13 @@ def main():
             if m and row.get("unit") == "MB" and isinstance(value, (int, float)):
                 matrices[m[1], m[2]] = value * 1e6
     if flags.launches and not matrices:
-        raise Wrong("--launches needs the sizes of the weights: --record with what dflash-bench roofline --json prints")
+        raise Wrong("--launches needs the sizes of the weights: --record with output of dflash-bench roofline --json")
     try:
         file = sys.stdin if flags.profile == "-" else open(flags.profile, encoding="utf-8")
         with file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as e:
-        raise Wrong(f"{flags.profile} cannot be read: {getattr(e, 'strerror', 'it is no UTF-8')}") from e
+        raise Wrong(f"{flags.profile} cannot be read: {getattr(e, 'strerror', 'it is not UTF-8')}") from e
     kernels = read_kernels(text, flags.profile)
     if not kernels:
         raise Wrong(f"{flags.profile} has no kernels")

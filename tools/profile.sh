@@ -6,10 +6,12 @@
 #   eager.nsys-rep  5 rounds launch by launch, with the ranges round, inject, draft, layer k, verify, accept
 #   graph.nsys-rep  AR steps and rounds as they run, one entry per replay: periods and the gaps between them
 #   node.nsys-rep   the same, one entry per kernel of a replay; small kernels look slower than they are
-#   ncu.ncu-rep     one round, kernel by kernel: bytes of DRAM, time, throughput, and the source's lines
-#   *.csv           the reports of nsys and ncu; kernels.txt: their tables, by tools/kernel-table.py
-# In the environment: BENCH, the dflash-bench to run [target/release/dflash-bench]; KERNELS, a regular expression of the
-# kernels that ncu looks at [all]; RECORD, a record of dflash-bench kernels, whose read ceiling is 100 % [none].
+#   ncu.ncu-rep     one round, kernel by kernel: DRAM bytes, time, throughput, source lines
+#   *.csv           the reports of nsys and ncu
+#   kernels.txt     tables of these reports, by tools/kernel-table.py
+#   log             output of the profilers
+# Environment variables: BENCH, the dflash-bench to run [target/release/dflash-bench]; KERNELS, a regular expression for
+# the kernels that ncu profiles [all]; RECORD, a record of dflash-bench kernels, whose read ceiling is 100 % [none].
 # Exit codes: 0 every installed profiler succeeded, 1 a profiler or the round failed, 2 there is nothing to run.
 set -uo pipefail
 
@@ -22,18 +24,18 @@ out=$1
 shift
 [ -x "$bench" ] || fail "no dflash-bench at $bench: build it with cargo build --release, or set BENCH"
 [ -z "${RECORD:-}" ] || [ -r "$RECORD" ] || fail "RECORD is $RECORD, which cannot be read"
-mkdir -p "$out" || fail "the folder $out cannot be made"
+mkdir -p "$out" || fail "the folder $out cannot be created"
 have() { command -v "$1" >/dev/null; }
 have nsys || have ncu ||
     fail "neither nsys nor ncu is on PATH: Nsight Systems and Nsight Compute have them, often in /usr/local/cuda/bin"
 log=$out/log bad=0
-failed() { echo "profile.sh: failed (exit code $1); its words are at the end of $log" >&2; bad=1; return 1; }
+failed() { echo "profile.sh: failed (exit code $1); its output is at the end of $log" >&2; bad=1; return 1; }
 # step COMMAND...: its output goes to the log.
 step() {
     echo "profile.sh: $*" >&2
     "$@" >>"$log" 2>&1 || failed $?
 }
-# table TITLE CSV: into kernels.txt.
+# table TITLE CSV: appends a table to kernels.txt.
 table() {
     echo "$1"
     python3 "$tools/kernel-table.py" "$2" ${RECORD:+--record "$RECORD"} || bad=1
@@ -65,8 +67,9 @@ else
 fi
 
 if have ncu; then
-    # Clocks are left alone, because a round does not run at base clocks. Caches are emptied before each kernel (ncu's
-    # default), as other weights do in a round; otherwise ncu's second pass of a kernel would find its own data there.
+    # Clocks are not fixed, because a round does not run at base clocks. Caches are flushed before each kernel (ncu's
+    # default): in a round other weights evict a kernel's data, and ncu's second pass of a kernel would find its own
+    # data there.
     metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
     metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
     step ncu --clock-control none --profile-from-start off --nvtx --kernel-name "regex:${KERNELS:-.}" \

@@ -1,11 +1,11 @@
-"""Rows and records in the form of benches/schema.json, for tools in Python. Needs nothing but Python 3.10."""
+"""Rows and records that follow benches/schema.json, for the tools in Python. Needs nothing but Python 3.10."""
 
 import argparse
 import re
 
 
 def quantile(samples, q):
-    """Linear between neighbours, as numpy's default."""
+    """The q-quantile of samples, interpolated linearly as by numpy's default."""
     ordered = sorted(samples)
     place = q * (len(ordered) - 1)
     low = int(place)
@@ -14,7 +14,7 @@ def quantile(samples, q):
 
 
 def row(name, parameters, samples, rounds, unit="ms", better="lower", numbers=None):
-    """A measured row; `rounds` is how many of the samples each round took."""
+    """A measured row. rounds: the number of samples of each round."""
     return {
         "name": name, "parameters": parameters, "kind": "measured", "unit": unit, "better": better,
         "samples": samples, "rounds": rounds, "throttled": None, "median": quantile(samples, 0.5),
@@ -23,7 +23,7 @@ def row(name, parameters, samples, rounds, unit="ms", better="lower", numbers=No
 
 
 def rates(rows, acceptance):
-    """Tokens per second of AR steps, and of rounds at assumed acceptance lengths."""
+    """Rows of tokens per second: for AR steps, and for rounds at assumed acceptance lengths."""
     more = []
     for step in rows:
         at = step["parameters"]
@@ -38,7 +38,7 @@ def rates(rows, acceptance):
 
 
 def merged(records):
-    """Joins the records of several runs of one command: their samples, one after the other."""
+    """One record from those of several runs of one command, with the samples of all runs in order."""
     whole = records[0]
     for first in whole["rows"]:
         key = (first["name"], first["parameters"])

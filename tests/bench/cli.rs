@@ -4,19 +4,19 @@ use crate::support;
 use crate::support::bench;
 use crate::support::program;
 
-use bench::{bench, misfit, record, refused, row};
+use bench::{bench, record, refused, row, schema_violation};
 use program::{finish, write};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
 
 /// A change that makes a record invalid.
-type Spoil = fn(&mut Value);
+type Edit = fn(&mut Value);
 
 #[test]
 fn the_schema_refuses_invalid_records() {
     let whole = record(0, &["roofline"]);
-    let breaks: [(&str, Spoil); 10] = [
+    let cases: [(&str, Edit); 10] = [
         ("/schema", |r| r["schema"] = json!("dflash-bench/2")),
         ("", |r| drop(r.as_object_mut().unwrap().remove("machine"))),
         ("", |r| r["more"] = json!(1)),
@@ -28,10 +28,10 @@ fn the_schema_refuses_invalid_records() {
         ("/rows/0/samples", |r| r["rows"][0]["samples"] = json!([])),
         ("/rows/0/numbers/GB", |r| r["rows"][0]["numbers"]["GB"] = json!("1")),
     ];
-    for (place, spoil) in breaks {
-        let mut spoiled = whole.clone();
-        spoil(&mut spoiled);
-        let wrong = misfit(&spoiled);
+    for (place, edit) in cases {
+        let mut invalid = whole.clone();
+        edit(&mut invalid);
+        let wrong = schema_violation(&invalid);
         assert!(wrong.as_ref().is_some_and(|w| w.starts_with(&format!("{place}: "))), "{place}: {wrong:?}");
     }
 }
@@ -64,7 +64,7 @@ fn roofline_predicts_qwen3_8b_on_an_h200() {
     assert_eq!(synthetic["kind"], "predicted");
     assert!((synthetic["numbers"]["speed-up"].as_f64().unwrap() - 3.27).abs() < 0.02);
     row(&found, "DFlash, synthetic acceptance", at(json!({ "tree": 16, "acceptance": 6.5 })));
-    // 16.38 GB of parameters, 2.1 of the drafter's, and the reserve.
+    // 16.38 GB of the target's weights, 2.1 GB of the drafter's, and the reserve.
     near(row(&found, "memory", at(json!({}))), 19.38);
 }
 
@@ -75,7 +75,8 @@ fn roofline_takes_lists_models_and_cards() {
     let found = record(0, &lists);
     let rounds = found["rows"].as_array().unwrap().iter().filter(|row| row["name"] == "round");
     assert_eq!(rounds.count(), 3 * 2 * 3);
-    // While memory is the bound a larger tree only adds keys, and its paths still have a block.
+    // While memory is the bound, a larger tree only adds keys and values; --acceptance is still limited by
+    // the block.
     let round = |tree: usize| {
         let at = json!({ "context": 512, "batch": 1, "tree": tree });
         row(&found, "round", at)["median"].as_f64().unwrap()
@@ -137,7 +138,7 @@ fn roofline_finds_the_cheapest_chain_of_a_curve() {
     assert_eq!((&short["kind"], &short["unit"]), (&json!("predicted"), &json!("tok/s")));
     assert_eq!((&short["numbers"]["drafts"], &short["numbers"]["tokens"]), (&json!(2), &json!(1.75)));
     assert_eq!(cheapest(&["--curve", "0"])["numbers"]["drafts"], 0);
-    // A whole block is a round of that many rows.
+    // If all drafts are accepted, the cheapest chain is a whole block.
     let whole = cheapest(&["--curve", &["1"; 15].join(",")]);
     let at = json!({ "context": 64, "batch": 1, "tree": 16 });
     let roofline = record(0, &["roofline", "--context", "64", "--acceptance", "16"]);
@@ -156,7 +157,7 @@ fn roofline_finds_the_cheapest_chain_of_a_curve() {
 }
 
 #[test]
-fn roofline_refuses_in_a_sentence() {
+fn roofline_refuses_invalid_flags_with_one_error_line() {
     for (args, part) in [
         (&["--card", "H300"][..], "--card is \"H300\", expected H200, H100-SXM"),
         (&["--bandwidth", "100"], "--flops"),
@@ -197,7 +198,7 @@ fn records_of_earlier_versions_show_and_compare() {
         let name = row["name"].as_str().unwrap();
         row["name"] = json!(name.replace("AR step", "plain step").replace("autoregressive", "plain"));
     }
-    assert_eq!(misfit(&old), None);
+    assert_eq!(schema_violation(&old), None);
     assert!(old.to_string().contains("plain step") && old.to_string().contains("plain decoding"));
     let [a, b] = files(dir.path(), &old, &new);
     let compared = record(0, &["compare", &a, &b]);
@@ -211,14 +212,14 @@ fn records_of_earlier_versions_show_and_compare() {
 
 // ---- tables ----
 
-/// Runs `dflash-bench` with lines of `columns` characters.
-fn within(columns: usize, args: &[&str]) -> String {
+/// Runs `dflash-bench` with `columns` as the width of the terminal.
+fn table_of_width(columns: usize, args: &[&str]) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
     command.args(args).env("COLUMNS", columns.to_string());
     finish(command).done()
 }
 
-/// Lines that begin with `name` and a space or a parenthesis.
+/// The number of lines whose first column is `name`, perhaps followed by a parenthesis.
 fn lines_of(table: &str, name: &str) -> usize {
     let is = |line: &&str| {
         line.strip_prefix(name)
@@ -228,7 +229,7 @@ fn lines_of(table: &str, name: &str) -> usize {
 }
 
 #[test]
-fn every_row_is_in_the_table_whatever_the_width() {
+fn every_row_is_in_the_table_at_any_width() {
     for args in [
         &["roofline", "--context", "0,1024", "--batch", "1,4"][..],
         &["round", "--device", "emulator", "--context", "16,64", "--acceptance", "2,4"],
@@ -246,7 +247,7 @@ fn every_row_is_in_the_table_whatever_the_width() {
     ] {
         let found = record(0, args);
         for columns in [80, 100, 200] {
-            let table = within(columns, args);
+            let table = table_of_width(columns, args);
             for row in found["rows"].as_array().unwrap() {
                 let name = row["name"].as_str().unwrap();
                 let rows = found["rows"].as_array().unwrap().iter().filter(|other| other["name"] == name);
@@ -310,11 +311,11 @@ fn measured(rows: &[(&str, &str, Option<&[f64]>, Value)]) -> Value {
         },
         "model": { "target": "qwen3-8b", "drafter": null }, "rows": rows,
     });
-    assert_eq!(misfit(&found), None);
+    assert_eq!(schema_violation(&found), None);
     found
 }
 
-/// `count` samples within `noise` times `median` of `median`.
+/// `count` samples around `median`, off by at most `noise * median`.
 fn samples(seed: u64, count: usize, median: f64, noise: f64) -> Vec<f64> {
     let mut random = support::Random::new(seed);
     (0..count).map(|_| median * (1.0 + noise * (2.0 * f64::from(random.unit()) - 1.0))).collect()
@@ -331,7 +332,7 @@ fn verdict(unit: &str, before: &[f64], after: &[f64], rounds: Value) -> String {
     let [a, b] = files(dir.path(), &a, &b);
     let run = bench(["compare", &a, &b, "--json"]);
     let found: Value = serde_json::from_str(&run.out).unwrap();
-    assert_eq!(misfit(&found), None);
+    assert_eq!(schema_violation(&found), None);
     let verdict = found["rows"][0]["verdict"].as_str().unwrap().to_string();
     assert_eq!(run.code, if verdict == "SLOWER" { 7 } else { 0 });
     verdict
@@ -346,7 +347,7 @@ fn compare_separates_shifts_from_noise() {
     assert_eq!(verdict("ms", &base, &samples(3, 40, 9.5, 0.005), null()), "FASTER");
     assert_eq!(verdict("tok/s", &base, &samples(3, 40, 10.5, 0.005), null()), "FASTER");
     assert_eq!(verdict("tok/s", &base, &samples(3, 40, 9.5, 0.005), null()), "SLOWER");
-    // A shift of 2 % in 30 % of noise; and too few samples, however clear the shift is.
+    // A shift of 2 % in 30 % of noise. Then a clear shift with too few samples.
     assert_eq!(verdict("ms", &samples(4, 20, 10.0, 0.3), &samples(5, 20, 10.2, 0.3), null()), "UNCLEAR");
     assert_eq!(verdict("ms", &samples(6, 4, 10.0, 0.001), &samples(7, 40, 12.0, 0.001), null()), "UNCLEAR");
     // A hundred samples in rounds with different clocks count as five.
@@ -363,7 +364,7 @@ fn compare_separates_shifts_from_noise() {
 }
 
 #[test]
-fn compare_lists_unmatched_rows_and_handles_bare_values() {
+fn compare_lists_unmatched_rows_and_handles_single_values() {
     let dir = tempfile::tempdir().unwrap();
     let base = samples(1, 20, 10.0, 0.002);
     let a = measured(&[
@@ -422,7 +423,7 @@ fn compare_refuses_what_cannot_be_compared() {
     let dir = tempfile::tempdir().unwrap();
     let base = samples(1, 20, 10.0, 0.002);
     let a = measured(&[("x", "ms", Some(&base), json!([10, 10]))]);
-    let breaks: [(&str, Spoil); 17] = [
+    let cases: [(&str, Edit); 17] = [
         ("the card of", |r| r["machine"]["card"] = json!("L4")),
         ("the device of", |r| r["machine"]["device"] = json!(null)),
         ("the target of", |r| r["model"]["target"] = json!("qwen3-4b")),
@@ -454,9 +455,9 @@ fn compare_refuses_what_cannot_be_compared() {
         ("row x is in ms, lower is better in", |r| r["rows"][0]["unit"] = json!("us")),
         ("have no row in common", |r| r["rows"][0]["name"] = json!("y")),
     ];
-    for (part, spoil) in breaks {
+    for (part, edit) in cases {
         let mut b = a.clone();
-        spoil(&mut b);
+        edit(&mut b);
         let [a_file, b_file] = files(dir.path(), &a, &b);
         refused(bench(["compare", &a_file, &b_file]), 2, part);
         if part.starts_with("the ") {
@@ -488,7 +489,8 @@ fn the_first_damaged_row_is_named() {
     whole["rows"] = (0..count).map(at).collect();
     let show = |record: &Value| bench(["show", &write(dir.path(), "many.json", record.to_string())]);
     assert_eq!(show(&whole).done().lines().filter(|line| line.starts_with("x ")).count(), count);
-    // The order of parameters does not matter. Other texts, numbers and names do.
+    // Rows are equal whatever the order of their parameters; other values, parameters or names make them
+    // different.
     let first = json!({ "of": "x", "context": 1024, "rows": 7 });
     let mut twice = whole.clone();
     for (i, other) in [
@@ -503,14 +505,14 @@ fn the_first_damaged_row_is_named() {
     twice["rows"][count - 1]["parameters"] = first.clone();
     let last = format!("is damaged: rows 8 and {count} are both x with equal parameters");
     refused(show(&twice), 2, &last);
-    // The first two of three equal rows; the first damaged row.
+    // Of three equal rows, the first two are named. Of several damaged rows, the first is.
     twice["rows"][count / 2]["parameters"] = first;
     refused(show(&twice), 2, &format!("rows 8 and {} are both x", count / 2 + 1));
-    let mut spoiled = twice.clone();
-    spoiled["rows"][count / 2 + 1]["samples"] = json!([]);
-    refused(show(&spoiled), 2, &format!("rows 8 and {} are both x", count / 2 + 1));
-    spoiled["rows"][count / 2 - 1]["samples"] = json!([]);
-    refused(show(&spoiled), 2, &format!("row {} (x) has an empty list of samples", count / 2));
+    let mut damaged = twice.clone();
+    damaged["rows"][count / 2 + 1]["samples"] = json!([]);
+    refused(show(&damaged), 2, &format!("rows 8 and {} are both x", count / 2 + 1));
+    damaged["rows"][count / 2 - 1]["samples"] = json!([]);
+    refused(show(&damaged), 2, &format!("row {} (x) has an empty list of samples", count / 2));
     // Damage comes before equality.
     twice["rows"][count / 2]["samples"] = json!([]);
     refused(show(&twice), 2, &format!("row {} (x) has an empty list of samples", count / 2 + 1));

@@ -1,11 +1,12 @@
-//! `benches/counters.txt`: the counters of every kernel for the demo pair. A change must show in the file.
+//! `benches/counters.txt` has the counters of every kernel for the demo pair. The file must be updated when
+//! they change.
 
 use crate::support::counters;
 
 #[test]
 fn kernel_counters_equal_the_file() {
     let (found, expected) = (counters::table().unwrap(), include_str!("../../benches/counters.txt"));
-    let moved: Vec<String> = found
+    let changed: Vec<String> = found
         .lines()
         .zip(expected.lines())
         .filter(|(found, expected)| found != expected)
@@ -14,6 +15,6 @@ fn kernel_counters_equal_the_file() {
     assert!(
         found == expected,
         "{}\nIf the change is intended: cargo bench --bench counters -- --write",
-        moved.join("\n")
+        changed.join("\n")
     );
 }

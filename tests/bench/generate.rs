@@ -48,9 +48,9 @@ fn value(record: &Value, name: &str, parameters: Value) -> f64 {
     row(record, name, parameters)["median"].as_f64().unwrap()
 }
 
-/// Checks the rows of acceptance against the rounds of `accepted`.
+/// Checks all rows about acceptance against the rounds of `accepted`.
 #[track_caller]
-fn accepts(record: &Value, accepted: &[Vec<usize>], block: usize) {
+fn check_acceptance(record: &Value, accepted: &[Vec<usize>], block: usize) {
     let rounds = accepted.concat();
     let share = |count: usize| count as f64 / rounds.len() as f64;
     for tokens in 1..=block {
@@ -65,11 +65,12 @@ fn accepts(record: &Value, accepted: &[Vec<usize>], block: usize) {
     let rows = record["rows"].as_array().unwrap();
     let count = |name: &str| rows.iter().filter(|row| row["name"] == name).count();
     assert_eq!((count("rounds"), count("accepted at position")), (block, block - 1));
-    lengths(record, accepted, None);
+    check_lengths(record, accepted, None);
 }
 
+/// Checks the acceptance lengths of all prompts, or of one category, against the rounds of `accepted`.
 #[track_caller]
-fn lengths(record: &Value, accepted: &[Vec<usize>], category: Option<&str>) {
+fn check_lengths(record: &Value, accepted: &[Vec<usize>], category: Option<&str>) {
     let found = |mean: &str| {
         let mut parameters = json!({ "mean": mean });
         if let Some(category) = category {
@@ -83,7 +84,7 @@ fn lengths(record: &Value, accepted: &[Vec<usize>], category: Option<&str>) {
 }
 
 #[test]
-fn the_cpu_measures_times_and_accepts_as_dflash_gen() {
+fn the_cpu_measures_times_and_acceptance_equals_dflash_gen() {
     let dir = tempfile::tempdir().unwrap();
     let categories =
         [json!("tests"), json!(null), json!("a, \"b\""), json!("tests"), json!(null), json!("tests")];
@@ -93,10 +94,10 @@ fn the_cpu_measures_times_and_accepts_as_dflash_gen() {
     assert_eq!((&found["command"], &found["machine"]["device"]), (&json!("generate"), &json!("cpu")));
     assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
     let accepted = accepted(&prompts, &sampled);
-    accepts(&found, &accepted, 16);
+    check_acceptance(&found, &accepted, 16);
     let tests = [0, 3, 5].map(|i| accepted[i].clone());
-    lengths(&found, &tests, Some("tests"));
-    lengths(&found, &accepted[2..3], Some("a, \"b\""));
+    check_lengths(&found, &tests, Some("tests"));
+    check_lengths(&found, &accepted[2..3], Some("a, \"b\""));
 
     let identical = row(&found, "identical", json!({}));
     assert_eq!(identical["median"], 1.0);
@@ -118,7 +119,7 @@ fn the_cpu_measures_times_and_accepts_as_dflash_gen() {
             }
         }
     }
-    // TTFT, TPOT and rate of a request agree.
+    // TTFT, TPOT and rate of a request are consistent.
     let samples = |name: &str| -> Vec<f64> {
         let row = row(&found, name, json!({ "decoding": "plain" }));
         serde_json::from_value(row["samples"].clone()).unwrap()
@@ -152,7 +153,7 @@ fn the_emulator_counts_instead_of_measuring() {
     assert!(found["rows"].as_array().unwrap().iter().all(|row| row["kind"] == "counted"), "{found}");
     let dir = tempfile::tempdir().unwrap();
     let two = categorised(dir.path(), &[json!(null), json!(null)]);
-    accepts(&found, &accepted(&two, &["-n", "10", "--block", "6", "--device", "emulator"]), 6);
+    check_acceptance(&found, &accepted(&two, &["-n", "10", "--block", "6", "--device", "emulator"]), 6);
     for mode in ["plain", "dflash"] {
         let of = || json!({ "decoding": mode });
         let all = row(&found, "all answers", of());
@@ -190,10 +191,10 @@ fn the_emulator_counts_instead_of_measuring() {
     assert!(table.contains("greedy; counters of the emulator, no times"), "{table}");
 }
 
-/// Every verification method, trees and adaptive rounds give what dflash-gen gives, and the record says how
-/// drafts were made.
+/// With every verification method, with trees and with adaptive rounds, the acceptance equals that of
+/// dflash-gen, and the record has the settings.
 #[test]
-fn every_way_of_drafting_is_measured_and_recorded() {
+fn every_speculation_setting_is_measured_and_recorded() {
     let dir = tempfile::tempdir().unwrap();
     let two = categorised(dir.path(), &[json!(null), json!(null)]);
     let hot = ["-n", "20", "--temperature", "1", "--seed", "3", "--device", "cpu"];
@@ -203,8 +204,8 @@ fn every_way_of_drafting_is_measured_and_recorded() {
             "draft_temperature": temperature,
         })
     };
-    let mut thorough = drafts("match", Value::Null, true, false, Value::Null);
-    thorough["threshold"] = json!(0.3);
+    let mut with_threshold = drafts("match", Value::Null, true, false, Value::Null);
+    with_threshold["threshold"] = json!(0.3);
     let null = || Value::Null;
     for (flags, expected, title) in [
         (&[][..], drafts("match", null(), false, false, null()), "seed 3; AR and DFlash in turn"),
@@ -218,7 +219,7 @@ fn every_way_of_drafting_is_measured_and_recorded() {
             drafts("match", null(), true, false, null()),
             "seed 3, adaptive; AR and DFlash in turn",
         ),
-        (&["--adaptive=0.3"], thorough, "seed 3, adaptive at 0.3; AR and DFlash in turn"),
+        (&["--adaptive=0.3"], with_threshold, "seed 3, adaptive at 0.3; AR and DFlash in turn"),
         (
             &["--coupled", "--draft-temperature", "0.3"],
             drafts("match", null(), false, true, json!(0.3)),
@@ -243,7 +244,7 @@ fn every_way_of_drafting_is_measured_and_recorded() {
             records.iter().map(|one| serde_json::from_value(one[field].clone()).unwrap()).collect()
         };
         let (accepted, drafted) = (lists("accepted"), lists("drafted"));
-        accepts(&found, &accepted, 16);
+        check_acceptance(&found, &accepted, 16);
         let sum = |lists: Vec<Vec<usize>>| lists.concat().iter().sum::<usize>() as f64;
         assert_eq!(value(&found, "drafts per token", json!({})), sum(drafted) / sum(accepted));
 
@@ -297,12 +298,12 @@ fn a_batch_accepts_what_its_prompts_accept_alone() {
     let flags = ["--count", "5", "-n", "12", "--device", "cpu", "--repeat", "5"];
     let [alone, together] =
         [&[][..], &["--batch", "3"]].map(|more| record(0, &args(PROMPTS, &[&flags, more].concat())));
-    let decided = |record: &Value| -> Vec<Value> {
+    let counted_rows = |record: &Value| -> Vec<Value> {
         let rows = record["rows"].as_array().unwrap().iter();
         rows.filter(|row| row["kind"] == "counted").cloned().collect()
     };
-    assert_eq!(decided(&alone), decided(&together));
-    assert_eq!(decided(&alone).iter().filter(|row| row["name"] == "rounds").count(), 16);
+    assert_eq!(counted_rows(&alone), counted_rows(&together));
+    assert_eq!(counted_rows(&alone).iter().filter(|row| row["name"] == "rounds").count(), 16);
     for mode in ["plain", "dflash"] {
         let row = row(&together, "tokens per second, all", json!({ "decoding": mode }));
         assert_eq!((row["samples"].as_array().unwrap().len(), &row["rounds"]), (5, &Value::Null));
@@ -336,7 +337,7 @@ fn answers_of_one_token_have_no_rounds() {
 }
 
 #[test]
-fn generate_refuses_in_a_sentence() {
+fn generate_refuses_invalid_input_with_one_error_line() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &str| write(dir.path(), name, text);
     let two = file("two.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": \"b\", \"category\": \"x\"}\n");
@@ -452,7 +453,7 @@ fn the_histogram_has_a_bar_for_each_number_of_tokens() {
             assert!(line.contains(&format!("{:.1} %", share * 100.0)), "{line}");
         }
     }
-    // AR and DFlash are columns of one table, not rows of two names.
+    // AR and DFlash are columns of one table.
     assert!(table.contains("TTFT") && !table.contains("plain"), "{table}");
     assert_eq!(table.lines().filter(|line| line.starts_with("TTFT")).count(), 1, "{table}");
 }

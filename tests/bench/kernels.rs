@@ -1,4 +1,4 @@
-//! `dflash-bench kernels` on the emulator: which kernels, what is counted of each, what is refused.
+//! `dflash-bench kernels` on the emulator: the list of kernels, their counters, and refused flags.
 
 use crate::support;
 use crate::support::bench;
@@ -17,7 +17,7 @@ fn number(row: &Value, name: &str) -> f64 {
     row["numbers"][name].as_f64().unwrap_or_else(|| panic!("no {name} in {row}"))
 }
 
-/// Names that a model has, as the sentence about an unknown one tells them.
+/// The names of a model's kernels, from the error for an unknown name.
 fn names(model: &str) -> Vec<String> {
     let run = bench(["kernels", "--device", "emulator", "--model", model, "--only", "none"]);
     assert_eq!((run.code, run.err.lines().count()), (2, 1), "{run:?}");
@@ -46,7 +46,7 @@ fn every_kernel_of_the_demo_pair_is_counted() {
         assert_eq!(number(row, "launches"), launches, "{row}");
         let bytes = number(row, "streamed") + number(row, "read") + number(row, "written");
         assert_eq!(row["median"], bytes, "{row}");
-        // What a launch must move it moves, and no kernel could do without.
+        // A launch moves at least what it must move. Kernels of decoding must move something.
         let needed = number(row, "MB") * 1e6;
         let prompt = row["name"].as_str().unwrap().contains("prompt");
         assert!(needed <= bytes * 1.001 && (prompt || needed > 0.0), "{row}");
@@ -68,39 +68,39 @@ fn every_kernel_of_the_demo_pair_is_counted() {
             let streamed = number(row, "streamed");
             assert_eq!(streamed, f64::from(elements) * 2.0, "{row}");
             assert_eq!(number(row, "GFLOP"), f64::from(elements) * 2.0 * f64::from(rows) / 1e9, "{row}");
-            // Two products per KiB of weights and eight rows; shared memory without conflicts.
+            // Two mma operations per KiB of weights and eight rows; no bank conflicts.
             let tiles = f64::from(i32::max(rows / 8, 1));
             assert_eq!(
                 (number(row, "mma"), number(row, "conflicts")),
                 (streamed / 512.0 * tiles, 0.0),
                 "{row}"
             );
-            // For one row the weights are nearly all that must be moved.
+            // For one row, the weights are almost all of the bytes that must be moved.
             let needed = number(row, "MB") * 1e6;
             assert!(needed > streamed && (rows > 1 || needed < 1.07 * streamed), "{row}");
         }
     }
-    // A prompt's rows are 512, whatever --rows says, and its weights count once.
+    // Kernels of a prompt have 512 rows, whatever --rows says, and their weights count once.
     let prompt = row(&found, "target prompt: down", json!({ "rows": 512 }));
     let activations = 512.0 * (384.0 * 2.0 + 128.0 * 10.0 + 4.0);
     assert_eq!((number(prompt, "MB") * 1e6).round(), 128.0 * 384.0 * 2.0 + activations);
-    // Both kernels for prompts are there; that by warpgroups has half as many blocks, of twice the tokens.
+    // Both kernels for prompts are listed. The wgmma kernel has half as many blocks, each with twice the
+    // tokens.
     for name in ["target prompt", "drafter prompt"] {
-        let by_warps =
-            rows.iter().filter(|row| row["name"].as_str().unwrap().starts_with(&format!("{name}: ")));
-        for by_warps in by_warps {
-            let other = by_warps["name"].as_str().unwrap().replace("prompt: ", "prompt wgmma: ");
+        let mma = rows.iter().filter(|row| row["name"].as_str().unwrap().starts_with(&format!("{name}: ")));
+        for mma in mma {
+            let other = mma["name"].as_str().unwrap().replace("prompt: ", "prompt wgmma: ");
             let other = row(&found, &other, json!({ "rows": 512 }));
             for what in ["MB", "GFLOP", "mma", "written", "conflicts"] {
-                assert_eq!(number(by_warps, what), number(other, what), "{what} of {other}");
+                assert_eq!(number(mma, what), number(other, what), "{what} of {other}");
             }
-            assert_eq!(number(by_warps, "blocks"), number(other, "blocks") * 2.0, "{other}");
+            assert_eq!(number(mma, "blocks"), number(other, "blocks") * 2.0, "{other}");
         }
     }
     let keys = row(&found, "drafter prompt: keys and values", json!({ "rows": 512 }));
     assert_eq!(number(keys, "GFLOP"), 2.0 * 512.0 * 128.0 * 256.0 / 1e9);
 
-    // As blocks of 16, and as steps.
+    // As blocks of 16, and as AR steps.
     for (rows, batches) in [(1, vec![1]), (16, vec![1, 16]), (32, vec![2, 32])] {
         for batch in batches {
             let seen = (100 + rows / batch) * batch;
@@ -109,26 +109,26 @@ fn every_kernel_of_the_demo_pair_is_counted() {
             assert_eq!((number(row(&found, "attention", at.clone()), "MB") * 1e6).round(), needed);
             let drafts = rows == 1 || batch * 16 == rows;
             let drafter = found["rows"].as_array().unwrap().iter();
-            let there =
+            let listed =
                 drafter.clone().any(|row| row["name"] == "drafter attention" && row["parameters"] == at);
-            assert_eq!(there, drafts, "{at}");
+            assert_eq!(listed, drafts, "{at}");
             row(&found, "round_finish", json!({ "rows": rows, "batch": batch }));
         }
     }
-    // A chain of 16 rows sees 100 + 1, 2, ... positions, a block 116 each.
+    // The rows of a chain of 16 attend to 101, 102, ... positions; each row of a block attends to 116.
     let at = || json!({ "rows": 16, "context": 100, "batch": 1 });
     let flops = |name: &str| (number(row(&found, name, at()), "GFLOP") * 1e9).round();
     assert_eq!(flops("attention"), f64::from(4 * 4 * 64 * (16 * 100 + 136)));
     assert_eq!(flops("drafter attention"), f64::from(4 * 4 * 64 * 16 * 116));
 }
 
-/// Trees have up to 64 rows, blocks 16; an anchor alone is neither.
+/// Trees have up to 64 rows, blocks 16. A pass of one row has no drafts and so neither of them.
 #[test]
-fn trees_and_rules_are_counted_where_there_are_drafts() {
+fn tree_and_rejection_kernels_are_counted_if_there_are_drafts() {
     let only = "choices,tree_build,compact,row_distribution,sample_drafts,verify_drafts by rejection,verify_drafts by block,attention of a tree";
     let found = counted(["--rows", "1,16,64,128", "--context", "100", "--only", only]);
     let rows = found["rows"].as_array().unwrap();
-    // The ceiling; choices of 4; trees of 3; blocks of 3.
+    // The read ceiling; `choices` for 4 numbers of rows; 3 kernels of trees and 4 of blocks for 3 each.
     assert_eq!(rows.len(), 1 + 4 + 3 * 3 + 4 * 3, "{found}");
     for row in &rows[1..] {
         let (needed, bytes) = (number(row, "MB") * 1e6, row["median"].as_f64().unwrap());
@@ -139,29 +139,33 @@ fn trees_and_rules_are_counted_where_there_are_drafts() {
     for (rows, trees, blocks) in [(16, 1, 1), (64, 1, 4), (128, 2, 8)] {
         let of_trees = || json!({ "rows": rows, "batch": trees });
         let of_blocks = || json!({ "rows": rows, "batch": blocks });
-        // 6 layers of 2 heads of 64: some rows move, and no more than there are drafts.
+        // Keys and values of 6 layers with 2 heads of 64: at least one row moves, and at most one per draft.
         let moved = needed("compact", of_trees()) / f64::from(6 * 2 * 64 * 8);
         assert!(moved.fract() == 0.0 && (1.0..f64::from(15 * trees)).contains(&moved), "{moved}");
         row(&found, "tree_build", of_trees());
-        // Logits of 2048 tokens: all twice for choices and distributions, those of drafts once to draw; a verdict by rejection
-        // reads two rows, one by blocks both distributions of each draft but the first, and the last row.
+        // Rows of logits that must be read, of 2048 tokens each: `choices` and `row_distribution` read each
+        // row twice, `sample_drafts` reads the row of each draft once. `verify_drafts` reads two rows for
+        // rejection; for block verification both rows of each draft but the first, and the last row.
         let whole = 2048 * 4;
         let logits = |name: &str, at: Value| (needed(name, at) / f64::from(whole)).floor();
-        let mostly = |found: f64, expected: i32| {
+        let check_rows_read = |found: f64, expected: i32| {
             let expected = f64::from(expected);
             assert!(expected <= found && found <= expected * 4.5, "{found}, expected {expected}");
         };
-        mostly(logits("choices", json!({ "rows": rows })), 2 * rows);
-        mostly(logits("row_distribution", of_blocks()), 2 * rows);
-        mostly(logits("sample_drafts", of_blocks()), 15 * blocks);
-        let verdict = |name: &str| (needed(name, of_blocks()) / f64::from(whole * blocks)).floor();
-        assert_eq!((verdict("verify_drafts by rejection"), verdict("verify_drafts by block")), (2.0, 29.0));
+        check_rows_read(logits("choices", json!({ "rows": rows })), 2 * rows);
+        check_rows_read(logits("row_distribution", of_blocks()), 2 * rows);
+        check_rows_read(logits("sample_drafts", of_blocks()), 15 * blocks);
+        let rows_read = |name: &str| (needed(name, of_blocks()) / f64::from(whole * blocks)).floor();
+        assert_eq!(
+            (rows_read("verify_drafts by rejection"), rows_read("verify_drafts by block")),
+            (2.0, 29.0)
+        );
         let tree =
             row(&found, "attention of a tree", json!({ "rows": rows, "context": 100, "batch": trees }));
         let each = rows / trees;
         let keys = (100 + each) * trees * 2 + rows * 4;
         assert_eq!((number(tree, "MB") * 1e6).round(), f64::from(2 * 2 * 64 * keys + rows * 8));
-        // A row sees the context and its path, which is shorter than a chain would be.
+        // A row attends to the context and its path, which has fewer rows than a chain would have.
         let seen = number(tree, "GFLOP") * 1e9 / f64::from(4 * 4 * 64 * trees);
         let (least, most) = (f64::from(each * 102 - 1), f64::from(each * 100 + each * (each + 1) / 2));
         assert!((least..most).contains(&seen), "{seen}, expected {least} to {most}");
@@ -169,12 +173,12 @@ fn trees_and_rules_are_counted_where_there_are_drafts() {
 }
 
 #[test]
-fn drawn_trees_are_counted() {
+fn sampled_tree_kernels_are_counted() {
     let only = "sample_siblings,verify_tree,sample_chains,verify_chains";
     let found = counted(["--rows", "1,16,64,128", "--only", only]);
-    // The ceiling, and trees of 3.
+    // The read ceiling, and four kernels for 3 numbers of rows.
     assert_eq!(found["rows"].as_array().unwrap().len(), 1 + 3 * 4, "{found}");
-    // Chains are three of five drafts, and seven of nine.
+    // 16 rows hold three chains of five drafts, 64 rows hold seven chains of nine.
     for (rows, trees, chains, each) in [(16, 1, 3, 5), (64, 1, 7, 9), (128, 2, 7, 9)] {
         let of = |name: &str| row(&found, name, json!({ "rows": rows, "batch": trees }));
         let of_logits = |name: &str| number(of(name), "MB") * 1e6 / f64::from(2048 * 4 * trees);
@@ -184,10 +188,11 @@ fn drawn_trees_are_counted() {
         }
         assert_eq!(of_logits("sample_chains").floor(), f64::from(each));
         assert!((1.0..15.0).contains(&of_logits("sample_siblings")));
-        // Of siblings two rows at least. Of chains those with a draft behind them, and the drafter's; and two to pick of.
+        // `verify_tree` reads at least two rows. `verify_chains` reads the target's rows that a draft follows
+        // and the drafter's rows, and two more to sample the next token.
         let classes = 1 + chains * (each - 1) + each;
-        let judged = (of_logits("verify_tree"), of_logits("verify_chains"));
-        assert_eq!(judged, (2.0, f64::from(classes + 2)));
+        let rows_read = (of_logits("verify_tree"), of_logits("verify_chains"));
+        assert_eq!(rows_read, (2.0, f64::from(classes + 2)));
     }
 }
 
@@ -199,20 +204,20 @@ fn a_matrix_of_qwen3_8b_moves_its_bytes_and_little_else() {
     assert_eq!(number(row, "streamed"), 4096.0 * 4096.0 * 2.0);
     let needed = number(row, "MB") * 1e6;
     assert!((1.0..1.01).contains(&(needed / number(row, "streamed"))), "{row}");
-    // Partial sums of eight slices, and the row once per block.
+    // The rest is partial sums of eight slices, and the input row once per block.
     let moved = row["median"].as_f64().unwrap();
     assert!((1.0..1.08).contains(&(moved / needed)), "{row}");
 }
 
 #[test]
-fn the_drafters_layers_are_told_where_they_are_not_the_targets() {
+fn drafter_layers_are_listed_where_they_differ_from_the_targets() {
     let of = |model: &str| {
         names(model).into_iter().filter(|name| name.starts_with("drafter: ")).collect::<Vec<_>>()
     };
     assert_eq!(of("qwen3-8b"), ["drafter: fc"]);
-    // Its drafter has other heads and fewer neurons.
+    // Llama 3.1's drafter has norms of q and k and a smaller MLP, unlike its target.
     assert_eq!(of("llama-3.1-8b"), ["drafter: fc", "drafter: qkv", "drafter: gate_up", "drafter: down"]);
-    // And blocks of 10: 16 rows are two of 8, 7 one, 11 AR steps.
+    // Its blocks have up to 10 rows: 16 rows are two blocks of 8, 7 rows are one block, 11 rows are AR steps.
     let only = ["--only", "drafter attention,verify"];
     let found =
         counted(["--model", "llama-3.1-8b", "--rows", "7,11,16", "--context", "64"].into_iter().chain(only));
@@ -226,7 +231,7 @@ fn the_drafters_layers_are_told_where_they_are_not_the_targets() {
 }
 
 #[test]
-fn a_folder_with_a_config_is_enough_and_shapes_without_kernels_are_refused() {
+fn a_config_is_enough_and_unsupported_shapes_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let place = |name: &str, config: Value| {
         let folder = dir.path().join(name);
@@ -238,7 +243,7 @@ fn a_folder_with_a_config_is_enough_and_shapes_without_kernels_are_refused() {
     let folder = place("target", support::target_config(&target));
     let found = counted(["--model", &folder, "--rows", "1,3", "--context", "0,3"]);
     assert_eq!(found["model"], json!({ "target": folder, "drafter": null }));
-    // Without a drafter there are AR steps alone.
+    // Without a drafter there are only AR steps.
     row(&found, "attention", json!({ "rows": 3, "context": 0, "batch": 3 }));
     let rows = found["rows"].as_array().unwrap();
     let of_drafts = ["drafter", "tree", "choices", "compact", "distribution", "draft", "siblings", "chains"];
@@ -268,9 +273,9 @@ fn what_cannot_be_measured_is_refused() {
         refused(run(&[flag, value]), 2, "expected a whole number from 1 to 1000");
     }
     refused(bench(["kernels", "--device", "cpu"]), 2, "--device is cpu, which has no kernels");
-    // Keys of 64 sequences of 130000 positions are more than the emulator has.
+    // The keys and values of these rows do not fit the emulator's memory.
     let much = ["--model", "llama-3.1-8b", "--only", "attention", "--rows", "1024", "--context", "130000"];
-    // They are left out, and what was measured is not lost.
+    // This row is left out; the rows measured before are printed.
     let part = run(&much);
     assert_eq!((part.code, part.out.lines().count()), (5, 4), "{part:?}");
     assert!(part.out.lines().last().unwrap().starts_with("read ceiling"), "{part:?}");
@@ -280,7 +285,7 @@ fn what_cannot_be_measured_is_refused() {
 }
 
 #[test]
-fn a_table_says_that_counters_are_no_times() {
+fn a_table_says_that_counters_are_not_times() {
     let run = bench(["kernels", "--device", "emulator", "--rows", "1", "--only", "norm"]);
     let title = "demo/target with demo/drafter on the emulator: counters of one launch each, no times";
     assert_eq!((run.code, run.out.lines().next(), run.err.as_str()), (0, Some(title), ""));

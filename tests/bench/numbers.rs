@@ -26,7 +26,7 @@ fn bandwidth(gigabytes: f64) -> Card {
 
 #[test]
 fn bytes_of_the_qwen3_pairs() {
-    // MB of qkv, o, gate_up, down; MB of lm_head and of fc; GB of a pass of target and drafter.
+    // MB of qkv, o, gate_up, down; MB of lm_head; MB of fc; GB of a pass of the target, and of the drafter.
     for (name, layer, head, fc, passes) in [
         ("qwen3-8b", [50.3, 33.6, 201.3, 100.7], 1245.0, 168.0, [15.14, 3.34]),
         ("qwen3-4b", [31.5, 21.0, 99.6, 49.8], 778.0, 65.5, [8.04, 1.85]),
@@ -228,14 +228,14 @@ fn intervals_cover_the_truth_at_their_level() {
     let mut draw = |count: usize, median: f64| -> Vec<f64> {
         (0..count).map(|_| median * (0.9 - 0.1 * uniform().ln() / 2f64.ln())).collect()
     };
-    let mut held = 0;
+    let mut covered = 0;
     for _ in 0..300 {
         let (before, after) = (draw(15, 1.0), draw(25, 1.1));
         let found = ratio(&alone(&before), &alone(&after), Pairing::Unpaired).unwrap();
-        held += usize::from(found.low <= 1.1 && 1.1 <= found.high);
+        covered += usize::from(found.low <= 1.1 && 1.1 <= found.high);
     }
     // 99 % of 300 are 297, give or take 2.
-    assert!((288..=300).contains(&held), "{held} of 300");
+    assert!((288..=300).contains(&covered), "{covered} of 300");
 }
 
 #[test]

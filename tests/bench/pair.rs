@@ -1,4 +1,4 @@
-//! Pairs with random weights, which are measured where the files are not.
+//! Pairs with random weights, for measurements without weight files.
 
 use crate::support;
 use crate::support::requests;
@@ -160,7 +160,7 @@ fn a_random_pair_is_lossless_on_the_emulator() {
     assert!(!fast.accepted.is_empty());
     check_lossless(&ar, &fast).unwrap();
     assert_eq!(run(&load(), 8).tokens, fast.tokens);
-    // Greedy: the weights decide the tokens, which are not all the same.
+    // Greedy decoding with random weights does not repeat one token.
     assert!(ar.tokens.iter().any(|token| *token != ar.tokens[0]), "{:?}", ar.tokens);
 }
 

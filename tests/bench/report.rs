@@ -15,11 +15,11 @@ use std::path::Path;
 // ---- pages ----
 
 #[test]
-fn a_page_has_everything_of_its_records() {
+fn a_page_has_all_rows_and_facts_of_its_records() {
     let mut records = [kernels(), round(), generate(), json!(null)];
     records[3] = serde_json::from_str(&bench(["roofline", "--batch", "1-8*2", "--json"]).done()).unwrap();
     let page = page(&records);
-    // Kept for a look in a browser.
+    // Written to a file that can be opened in a browser.
     let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("constructed.html");
     fs::write(kept, &page).unwrap();
     let document = parsed(&page);
@@ -109,19 +109,22 @@ fn a_page_has_everything_of_its_records() {
 fn figures_draw_to_scale() {
     let page = page(&[kernels(), round(), generate()]);
     let document = parsed(&page);
-    // The first bar of a round: its parts in a row, to scale.
+    // The first bar of a round consists of its parts, in order and to scale.
     let timeline = figure(&document, "Where a round goes at context 1024");
     let svg = || all(timeline, "svg").next().unwrap();
     let per_ms = {
-        let step = drawn(svg(), "rect", "var(--c9)", "width");
-        // With host, AR step, and so on for each batch.
+        let step = attribute_values(svg(), "rect", "var(--c9)", "width");
+        // Bars of this colour are, for each batch, `round with host` and `AR step`.
         step[1] / (3.4 * (1.0 + 0.04 + 1024.0 / 4e4))
     };
     let slow = 1.0 + 0.04 + 1024.0 / 4e4;
     let mut end = None;
     for (i, (name, ms)) in PARTS.iter().enumerate() {
         let fill = format!("var(--c{})", i + 2);
-        let (x, width) = (drawn(svg(), "rect", &fill, "x")[0], drawn(svg(), "rect", &fill, "width")[0]);
+        let (x, width) = (
+            attribute_values(svg(), "rect", &fill, "x")[0],
+            attribute_values(svg(), "rect", &fill, "width")[0],
+        );
         assert!((width - ms * slow * per_ms).abs() < 2.0, "{name}: {width}, expected {}", ms * slow * per_ms);
         assert!(end.is_none_or(|end: f64| (end - x).abs() < 2.0), "{name} begins at {x}, not at {end:?}");
         end = Some(x + width);
@@ -133,8 +136,8 @@ fn figures_draw_to_scale() {
         "{texts:?}"
     );
 
-    // Columns to scale with their counts.
-    let heights = drawn(figure(&document, "Acceptance"), "rect", "var(--c2)", "height");
+    // The columns are proportional to their counts.
+    let heights = attribute_values(figure(&document, "Acceptance"), "rect", "var(--c2)", "height");
     let tallest = heights.iter().copied().fold(0.0, f64::max);
     assert_eq!(heights.len(), ACCEPTED.len());
     for (height, count) in heights.iter().zip(ACCEPTED) {
@@ -146,26 +149,26 @@ fn figures_draw_to_scale() {
     for note in ["400 rounds.", "Acceptance length, tokens/rounds: 3.870."] {
         assert!(text_of(scale).contains(note), "{note}: {}", text_of(scale));
     }
-    // Bars to scale with their percentage.
+    // The bars are proportional to their percentages.
     let shares = figure(&document, "Share of the read ceiling, rows 16, context 1024");
     let texts: Vec<String> = all(shares, "text").map(|text| text_of(text).trim().to_string()).collect();
     assert!(texts.contains(&"81 %".to_string()) && texts.contains(&"target: qkv".to_string()));
-    let widths = drawn(shares, "rect", "var(--c2)", "width");
+    let widths = attribute_values(shares, "rect", "var(--c2)", "width");
     assert!((widths[2] / widths[0] - 0.92 / 0.81).abs() < 0.01 && widths.len() == 5, "{widths:?}");
     let marked = figure(&document, "Share of the read ceiling, rows 1, context 1024");
     assert!(all(marked, "text").any(|text| text_of(text).contains("92 %, throttled")), "{}", text_of(marked));
 
     // The steps of all batches are to scale, each beside its round.
-    let steps = drawn(svg(), "rect", "var(--c9)", "width");
+    let steps = attribute_values(svg(), "rect", "var(--c9)", "width");
     let slow = |batch: f64| 1.0 + batch * 0.04 + 1024.0 / 4e4;
     for (i, batch) in [1.0, 2.0, 4.0, 8.0].into_iter().enumerate() {
         let expected = [4.6, 3.4].map(|ms| ms * slow(batch) * per_ms);
         assert!(expected.iter().zip(&steps[2 * i..]).all(|(e, w)| (e - w).abs() < 2.0), "{batch}: {steps:?}");
     }
 
-    // Decades of a roofline are equally far apart: rows 1 and 128 of a kernel are log10(128) of them.
+    // The axes of a roofline are logarithmic: rows 1 and 128 of a kernel are log10(128) decades apart.
     let roofline = figure(&document, "Roofline");
-    let dots = drawn(roofline, "circle", "var(--c2)", "cx");
+    let dots = attribute_values(roofline, "circle", "var(--c2)", "cx");
     assert_eq!(all(roofline, "circle").count(), 6 * KERNELS.len());
     let decade = (dots[5 * 5] - dots[0]) / 128f64.log10();
     assert!((dots[5] - dots[0] - decade * 8f64.log10()).abs() < 3.0, "{dots:?}");
@@ -174,7 +177,7 @@ fn figures_draw_to_scale() {
     assert!((dots[5] - ten - decade * 0.8f64.log10()).abs() < 3.0, "{ten}: {dots:?}");
     let (low, high) = (tick(roofline, "1000", "y"), tick(roofline, "100000", "y"));
     let expected = low + (high - low) / 2.0 * (CEILING * 0.81 / 1000.0).log10();
-    let found = drawn(roofline, "circle", "var(--c2)", "cy")[0];
+    let found = attribute_values(roofline, "circle", "var(--c2)", "cy")[0];
     assert!((found - expected).abs() < 5.0, "{found}, expected {expected}");
     let dots: Vec<String> = all(roofline, "circle").map(text_of).collect();
     let expected = format!("target: qkv (rows 1, context 1024): {:.0} GFLOP/s", CEILING * 0.81);
@@ -186,7 +189,7 @@ fn figures_draw_to_scale() {
     let curve = figure(&document, "Acceptance by position");
     let dots: Vec<String> = all(curve, "circle").map(text_of).collect();
     assert!(dots.len() == 16 && dots[0] == "position 1: 90 %" && dots[1] == "position 2: 81 %", "{dots:?}");
-    let heights = drawn(curve, "circle", "var(--c3)", "cy");
+    let heights = attribute_values(curve, "circle", "var(--c3)", "cy");
     assert!(heights.len() == 8 && heights.iter().all(|y| *y == heights[0]), "{heights:?}");
 }
 
@@ -221,8 +224,8 @@ fn measured_rates_have_the_roofline_of_their_models_beside_them() {
     let both = figure(&document, title);
     let lines: Vec<String> = all(both, "li").map(|li| text_of(li).trim().to_string()).collect();
     assert_eq!(lines, [ar, predicted[0], four, predicted[1], more]);
-    // Measured and predicted rates have one colour, and batches are to scale.
-    let dots = drawn(both, "circle", "var(--c2)", "cx");
+    // Measured and predicted rates have the same colour, and the axis of batches is linear.
+    let dots = attribute_values(both, "circle", "var(--c2)", "cx");
     assert_eq!(dots[..4], dots[4..]);
     assert!((dots[3] - dots[2] - 4.0 * (dots[1] - dots[0])).abs() < 4.0, "{dots:?}");
     assert!(
@@ -264,7 +267,7 @@ fn counters_of_the_emulator_are_labelled() {
     let heads: Vec<String> = all(document.root(), "h2").map(text_of).collect();
     assert_eq!(heads[0], "kernels of qwen3-8b with qwen3-8b-dflash on emulator: counters, no times");
     assert!(page.contains("<li>counted by the emulator: no times</li>") && !page.contains("measured"));
-    let widths = |title, fill| drawn(figure(&document, title), "rect", fill, "width");
+    let widths = |title, fill| attribute_values(figure(&document, title), "rect", fill, "width");
     let labels: Vec<String> =
         all(figure(&document, bytes), "text").map(|text| text_of(text).trim().into()).collect();
     let labels: Vec<&str> = labels.iter().map(String::as_str).filter(|label| label.contains("a")).collect();
@@ -315,7 +318,7 @@ fn figures_without_rows_are_left_out() {
     assert_eq!(titled(cut(generate(), &is("rounds"))), ["Acceptance"]);
     assert_eq!(titled(cut(generate(), &is("accepted at position"))), ["Acceptance by position"]);
     assert_eq!(titled(cut(generate(), &is("TTFT"))), [""; 0]);
-    // Rows of one category are not a record of all prompts.
+    // There is no figure if all rows belong to a category.
     let mut one = generate();
     for row in one["rows"].as_array_mut().unwrap() {
         row["parameters"]["category"] = json!("code");
@@ -323,7 +326,7 @@ fn figures_without_rows_are_left_out() {
     let rows = one["rows"].as_array().unwrap().clone();
     one["rows"] = rows.into_iter().filter(|row| row["name"] == "rounds").collect();
     assert_eq!(titled(one), [""; 0]);
-    // Without bytes there is no roofline; without instruments there is no table of states.
+    // Without bytes there is no roofline; without the card's state there is no table of it.
     let mut bare = kernels();
     for row in bare["rows"].as_array_mut().unwrap() {
         row["numbers"].as_object_mut().unwrap().remove("MB");
@@ -337,7 +340,7 @@ fn figures_without_rows_are_left_out() {
 }
 
 #[test]
-fn a_part_within_noise_is_named_instead_of_drawn() {
+fn a_part_within_noise_is_named_instead_of_attribute_values() {
     let mut noisy = round();
     let rows = noisy["rows"].as_array_mut().unwrap();
     rows.iter_mut().find(|row| row["name"] == "gaps").unwrap()["median"] = json!(-0.002);
@@ -345,11 +348,11 @@ fn a_part_within_noise_is_named_instead_of_drawn() {
     let document = parsed(&page);
     let timeline = figure(&document, "Where a round goes at context 1024");
     assert!(text_of(timeline).contains("Not drawn: gaps at batch 1, block 16 is -0.002000 ms."), "{page}");
-    assert_eq!(drawn(timeline, "rect", "var(--c7)", "width").len(), 3);
+    assert_eq!(attribute_values(timeline, "rect", "var(--c7)", "width").len(), 3);
 }
 
 #[test]
-fn names_in_a_record_stay_text() {
+fn markup_in_a_record_is_escaped() {
     let hostile =
         "</text></svg><script>alert(1)</script>\"' onload=\"x\" {{ 7*7 }} {% raw %} &amp; \u{1b}[2J\u{0}]]>";
     let seen = "</text></svg><script>alert(1)</script>\"' onload=\"x\" {{ 7*7 }} {% raw %} &amp;";
@@ -505,7 +508,7 @@ fn every_subcommand_can_report_and_prints_the_same() {
     let run = bench(["--report", &report, "compare", &a, &b]);
     assert_eq!(run.code, 0, "{run:?}");
     assert!(fs::read_to_string(&report).unwrap().contains("class=\"verdict SAME\""));
-    // The exit code is that of the run.
+    // --report does not change the exit code.
     let slow = |old: f64| {
         let samples: Vec<f64> = (0..20).map(|i| old + f64::from(i) * 1e-4).collect();
         let mut row =
@@ -534,7 +537,7 @@ fn an_unwritable_page_is_refused_before_anything_runs() {
         (at("page"), "page, expected a name that ends in .html"),
         (String::new(), "a value is required for '--report"),
     ] {
-        // Also before the error of the run itself.
+        // --model is invalid too, but --report is checked first.
         refused(bench(["roofline", "--model", "none", "--report", &report]), 2, part);
     }
     assert!(fs::read_to_string(record).unwrap().contains("constructed"));

@@ -43,8 +43,8 @@ fn planned(batch: usize, temperature: &str) -> u64 {
     serde_json::from_str::<Value>(&run.done()).unwrap()["launches"].as_u64().unwrap()
 }
 
-/// Checks that the parts add up to the round; its counters.
-fn whole(found: &Value, at: &Value) -> Vec<u64> {
+/// Checks that the parts add up to the round, and returns the round's counters.
+fn checked_round(found: &Value, at: &Value) -> Vec<u64> {
     let parts = PARTS.map(|part| counts(found, part, at.clone()));
     let all = counts(found, "round", at.clone());
     let sum: Vec<u64> = (0..all.len()).map(|i| parts.iter().map(|part| part[i]).sum()).collect();
@@ -65,7 +65,7 @@ fn the_parts_of_every_round_add_up() {
     for batch in [1, 3] {
         for context in [64, 200] {
             let at = json!({ "context": context, "batch": batch, "block": 16 });
-            let all = whole(&found, &at);
+            let all = checked_round(&found, &at);
             assert_eq!(all[1], planned(batch, "0"));
             let step = counts(&found, "AR step", json!({ "context": context, "batch": batch }));
             assert!(step[1] < all[1] && step[0] < all[0]);
@@ -73,7 +73,7 @@ fn the_parts_of_every_round_add_up() {
         }
     }
     assert_eq!(grid[0].0[1], 58);
-    // The keys and values of 136 more positions, at least once.
+    // A longer context reads the keys and values of 136 more positions at least once.
     let roofline = record(0, &["roofline", "--model", "demo"]);
     let position =
         row(&roofline, "target: keys and values of a position", json!({}))["median"].as_f64().unwrap();
@@ -92,7 +92,7 @@ fn the_parts_of_every_round_add_up() {
 fn sampled_rounds_and_short_blocks_match_the_plan() {
     let found = round(&["--context", "0,1", "--temperature", "0.8", "--block", "5"]);
     for context in [0, 1] {
-        let all = whole(&found, &json!({ "context": context, "batch": 1, "block": 5 }));
+        let all = checked_round(&found, &json!({ "context": context, "batch": 1, "block": 5 }));
         assert_eq!(all[1], planned(1, "0.8"));
         // Only kernels that sample have bank conflicts.
         let step = counts(&found, "AR step", json!({ "context": context, "batch": 1 }));
@@ -186,8 +186,8 @@ fn a_target_alone_has_ar_steps() {
 }
 
 #[test]
-fn round_refuses_in_a_sentence() {
-    // The emulator has 16 GiB, and rounds need positions beyond --context.
+fn round_refuses_invalid_flags_with_one_error_line() {
+    // The emulator has 16 GiB. Rounds need 272 positions beyond --context.
     let pair = Pair::with_random_weights(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let largest =
         MemoryPlan::largest_context(&pair, BatchConfig::new(1000, 16, 1), 16 << 30, Overhead::NONE).unwrap();

@@ -111,7 +111,7 @@ fn targets_may_store_buffers_and_a_copy_of_a_tied_head() {
     support::write_tensors(&pair.target, &tensors, Dtype::F32, 1);
     open_pair(&pair).unwrap();
 
-    // An I64 buffer, written as four f32 zeros whose header says two I64.
+    // An I64 buffer of two elements: four f32 zeros are written, and the header calls them two I64.
     tensors.push(Raw { name: "model.position_ids".into(), shape: vec![4], values: vec![0.0; 4] });
     let file = support::safetensors_file(&tensors, Dtype::F32);
     let header_end = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
@@ -176,7 +176,7 @@ fn parameter_counts_match_the_published_drafters() {
     assert_eq!(count(published(4096, 12288, 5, 32, 8, 5)), 1_048_626_432);
     assert_eq!(count(published(2560, 9216, 6, 32, 8, 8)), 634_425_856);
     assert_eq!(count(published(2048, 6144, 6, 32, 8, 8)), 385_906_176);
-    // The formula of docs/dflash.md, section 2, for the two drafters without a published count.
+    // The formula of docs/dflash.md, section 2, for sizes without a published count.
     let formula = |l: u64, h: u64, ff: u64, nh: u64, nkv: u64, n: u64| {
         let hd = 128;
         l * (2 * h * nh * hd + 2 * h * nkv * hd + 2 * hd + 3 * h * ff + 2 * h) + n * h * h + 2 * h
@@ -217,7 +217,7 @@ fn parameter_count_of_a_target_counts_a_tied_head_once() {
 
 #[test]
 fn default_target_layer_ids_are_evenly_spaced() {
-    // The values in docs/dflash.md, section 1.
+    // Some of these are in docs/dflash.md, section 1.
     let cases: [(usize, &[usize]); 10] = [
         (36, &[1, 9, 17, 25, 33]),
         (32, &[1, 8, 15, 22, 29]),

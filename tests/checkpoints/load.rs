@@ -133,8 +133,8 @@ fn device_weights_equal_the_checkpoint_in_every_format() {
     }
 }
 
-/// Matrices that take several read buffers, with buffer borders at many places of a row, and a row that is
-/// longer than a buffer.
+/// Matrices that take several read buffers, whose borders fall on different columns, and a row that is longer
+/// than a buffer.
 #[test]
 fn matrices_larger_than_a_read_buffer_load_correctly() {
     let (n, k, long) = match cfg!(feature = "sanitize") {

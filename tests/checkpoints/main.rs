@@ -3,8 +3,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
-mod broken_checkpoints;
 mod checkpoints;
+mod cli_errors;
+mod corrupted_files;
+mod invalid_checkpoints;
 mod load;
-mod refusals;
-mod spoiled;

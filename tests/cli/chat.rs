@@ -14,8 +14,8 @@ use std::process::Stdio;
 #[cfg(target_os = "linux")]
 use std::time::Duration;
 
-/// A random pair with one token per printable ASCII character, so that the text of an answer is tokenised
-/// into the tokens that were generated.
+/// A random pair with one token per printable ASCII character, so that tokenizing the text of an answer gives
+/// the generated tokens.
 fn ascii_pair() -> support::Pair {
     support::write_pair(&support::Target { eos: vec![], ..Default::default() }, &Default::default())
 }
@@ -75,7 +75,7 @@ fn line(text: &str) -> String {
     format!("{text}{}", if text.ends_with('\n') { "" } else { "\n" })
 }
 
-/// The number before `word` in the last line of `/stats` that contains it.
+/// The number before `word` in the last line that contains it, from the output of `/stats`.
 fn number_before(err: &str, word: &str) -> usize {
     let line = err.lines().rev().find(|line| line.contains(word)).expect(err);
     let before = line.split(word).next().unwrap().trim_end();
@@ -232,7 +232,7 @@ fn set_has_the_effect_of_the_flag() {
         ("seed", "7"),
         ("max-tokens", "9"),
     ] {
-        // A flag given twice is refused, so this removes the fixture's own.
+        // A flag given twice is refused, so the fixture's own is removed.
         let at =
             hot.iter().position(|arg| *arg == format!("--{name}") || name == "max-tokens" && *arg == "-n");
         let mut flags = hot.to_vec();
@@ -280,7 +280,7 @@ fn help_lists_every_command() {
     assert_eq!(fixture.chat("/stats\n").err, "no answer yet\n");
 }
 
-/// Lines of `input | sentence`.
+/// Lines of `input | error message`.
 const INVALID: &str = r#"
 / | there is no command /: /help lists them
 /quit | there is no command /quit: /help lists them
@@ -303,7 +303,7 @@ const INVALID: &str = r#"
 "#;
 
 #[test]
-fn an_invalid_command_is_one_sentence_without_effect() {
+fn an_invalid_command_gives_one_error_line_and_no_effect() {
     let fixture = Fixture::demo(&["-n", "8", "--temperature", "0.9", "--seed", "2"]);
     let cases = INVALID.lines().filter_map(|line| line.split_once(" | "));
     let (input, sentences): (Vec<&str>, Vec<String>) =
@@ -324,7 +324,7 @@ fn an_invalid_command_is_one_sentence_without_effect() {
 // ---- errors ----
 
 #[test]
-fn a_line_that_is_not_utf8_is_one_sentence() {
+fn a_line_that_is_not_utf8_gives_one_error_line() {
     let expected = Fixture::demo(&["-n", "8"]).answers(&["import os"], &[]);
     let got = with_stdin(&["--chat", "-n", "8"], b"caf\xe9\nimport os\n");
     assert_eq!((got.code, got.out), (0, expected));
@@ -376,11 +376,11 @@ fn a_message_that_the_template_refuses_is_dropped() {
     assert_eq!(got.err, format!("dflash-gen: {file} refuses this conversation: not so\n"));
 }
 
-/// The caches grow with --max-tokens. If memory does not suffice, the answer is not started and the
-/// conversation goes on.
+/// The caches grow with --max-tokens. If memory does not suffice, there is no answer, and the conversation
+/// continues.
 #[cfg(target_os = "linux")]
 #[test]
-fn out_of_memory_is_one_sentence() {
+fn out_of_memory_gives_one_error_line() {
     let target = support::Target { eos: vec![], max_positions: 16_000_000, ..Default::default() };
     let pair = support::write_pair(&target, &Default::default());
     let fixture = Fixture::new(Some(&pair), &["-n", "8"]);

@@ -226,7 +226,8 @@ fn a_full_context_ends_the_answer() {
 #[test]
 fn stream_events_add_up_to_the_record() {
     let held = {
-        // A stop string that starts with the last characters of the answer: they are held back until the end.
+        // A stop string that begins with the last characters of the answer, which are therefore held back
+        // until the end.
         let answer = record(&[PROMPT, "-n", "50"]);
         let end: Vec<char> = text(&answer).chars().rev().take(3).collect();
         format!("{}\u{a7}", end.into_iter().rev().collect::<String>())
@@ -477,7 +478,7 @@ fn help_says_what_a_new_user_needs() {
 }
 
 #[test]
-fn version_is_one_line_and_with_json_one_object_of_facts() {
+fn version_is_one_line_and_with_json_one_object() {
     let version = env!("CARGO_PKG_VERSION");
     assert_eq!(run(["--version"]).done(), format!("dflash-gen {version}\n"));
     let objects = run(["--version", "--json"]).json();

@@ -1,9 +1,10 @@
-//! The commands that README.md and docs/ show are run, and what they print is what the pages say; links and widths.
+//! Runs the commands that README.md and docs/ show and compares their output with the pages. Also checks links,
+//! widths and the length of the README.
 //!
-//! A fence opened with ```` ```console ```` holds commands (`$ ...`, continued by a backslash at the end of a line), each
-//! followed by its output: stdout, then stderr. No output: only the exit code is checked, which must be 0. A line `...`
-//! stands for any lines. Not run here: fences marked `gpu`, `slow` or `download` (```` ```console gpu ````), commands that
-//! end in `# needs a GPU`, and commands of other programs (`cargo build`, tools/).
+//! A fence that begins with ```` ```console ```` holds commands (`$ ...`, continued by a backslash at the end of a line),
+//! each followed by its output: stdout, then stderr. Without output, only the exit code is checked, which must be 0. A
+//! line `...` matches any lines. Not run: fences marked `gpu`, `slow` or `download` (```` ```console gpu ````), commands
+//! that end in `# needs a GPU`, and commands of other programs (`cargo build`, tools/).
 //!
 //! `DFLASH_UPDATE_DOCS=1 cargo test --release --test cli docs::` writes the actual output into the pages instead of
 //! comparing. Review the difference before committing it.
@@ -15,9 +16,9 @@ use std::process::{Command, Stdio};
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const UPDATE: &str = "DFLASH_UPDATE_DOCS";
 
-/// Programs whose commands are run, and what may feed them.
+/// Programs whose commands are run, and commands that may stand before a pipe to them.
 const RUN: [&str; 4] = ["dflash-gen", "dflash-bench", "printf", "head"];
-/// First words of commands that are shown and not run.
+/// First words of commands that the pages show and the test does not run.
 const SHOWN: [&str; 9] = [".ci/run", "cargo", "git", "hf", "pack/", "pip", "python3", "tar", "tools/"];
 
 /// README.md and docs/*.md, in order.
@@ -43,7 +44,7 @@ struct Example {
     command: String,
     /// Lines of output, as `start..end` of the page's lines, from 0.
     output: std::ops::Range<usize>,
-    /// Not for this machine, by its fence or its comment.
+    /// Whether its fence or its comment says that it does not run everywhere.
     skipped: bool,
 }
 
@@ -82,7 +83,7 @@ fn examples(text: &str) -> Vec<Example> {
     found
 }
 
-/// The command with `cargo run` resolved to the program that it runs, or none if it is not one to be run.
+/// The command with `cargo run` resolved to the program that it runs, or none if the test does not run it.
 fn runnable(command: &str) -> Option<String> {
     let mut command = command.to_string();
     if let Some(rest) = command.strip_prefix("cargo run --release") {
@@ -103,7 +104,7 @@ fn runnable(command: &str) -> Option<String> {
     command.split(" | ").map(program).all(|name| runs(&name)).then_some(command)
 }
 
-/// `--device cpu` for commands that name no device, so that an example means the same with and without a GPU.
+/// Adds `--device cpu` to commands that name no device, so that an example prints the same with and without a GPU.
 fn on_the_cpu(command: &str) -> String {
     let bench = command.contains("dflash-bench generate");
     if command.contains("--device")
@@ -118,7 +119,8 @@ fn on_the_cpu(command: &str) -> String {
     }
 }
 
-/// Stdout and stderr of a command that must succeed, run where the repository's folders and the programs are.
+/// Runs a command, which must succeed, in a folder with links to the repository's folders and the programs. Returns
+/// stdout and stderr.
 fn output(command: &str, at: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
     let programs = Path::new(env!("CARGO_BIN_EXE_dflash-gen")).parent().unwrap();
@@ -134,13 +136,13 @@ fn output(command: &str, at: &str) -> String {
     let done = shell.output().unwrap();
     let (out, err) = (String::from_utf8(done.stdout).unwrap(), String::from_utf8(done.stderr).unwrap());
     assert!(done.status.success(), "{at}: {command}\nended with {}:\n{out}{err}", done.status);
-    // Answers do not end in a line break; statistics on stderr begin a line.
+    // An answer need not end in a line break; statistics on stderr begin a new line.
     format!("{}\n{err}", out.trim_end_matches('\n'))
 }
 
 // ---- comparing ----
 
-/// Lines without what depends on the machine: the fallback's reason, times, rates.
+/// The lines without their machine-dependent parts: the line about the device is removed, times and rates become `#`.
 fn masked(lines: &[&str]) -> Vec<String> {
     let mut timed: Option<Vec<bool>> = None;
     let mut masked = Vec::new();
@@ -176,7 +178,7 @@ fn without_times(line: &str) -> String {
     words.iter().enumerate().map(mask).collect::<Vec<_>>().join(" ")
 }
 
-/// Whether `actual` is `expected`, in which `...` stands for any lines.
+/// Whether `actual` equals `expected`, in which a line `...` matches any lines.
 fn matches(expected: &[String], actual: &[String]) -> bool {
     match expected.iter().position(|line| line == "...") {
         None => expected == actual,
@@ -188,7 +190,7 @@ fn matches(expected: &[String], actual: &[String]) -> bool {
     }
 }
 
-/// What goes into the page: `actual` with as much left out as `shown` leaves out.
+/// The new output for the page: `actual`, abridged where `shown` is.
 fn abridged(shown: &[&str], actual: &str) -> Vec<String> {
     let actual: Vec<&str> = actual.trim_end().lines().map(str::trim_end).collect();
     let lines: Vec<&str> = match shown.iter().position(|line| *line == "...") {
@@ -204,13 +206,13 @@ fn abridged(shown: &[&str], actual: &str) -> Vec<String> {
 // ---- the tests ----
 
 #[test]
-fn commands_in_the_pages_print_what_the_pages_say() {
+fn commands_in_the_pages_print_the_output_that_is_shown() {
     let update = std::env::var_os(UPDATE).is_some();
     let (mut wrong, mut run) = (Vec::new(), 0);
     for page in pages() {
         let text = read(&page);
         let mut lines: Vec<String> = text.lines().map(String::from).collect();
-        // From the last on, so that replaced output moves no line that is still to come.
+        // From last to first, so that replaced output does not shift the lines of the remaining examples.
         for example in examples(&text).into_iter().rev().filter(|example| !example.skipped) {
             let Some(command) = runnable(&example.command) else { continue };
             let at = format!("{}:{}", page.strip_prefix(ROOT).unwrap().display(), example.line);
@@ -229,7 +231,7 @@ fn commands_in_the_pages_print_what_the_pages_say() {
                 continue;
             }
             if update {
-                // What a reader without a GPU sees, the reason for the CPU included.
+                // The output for a reader without a GPU, including the reason for the CPU.
                 let actual = match command == on_the_cpu(&command)
                     || !shown.iter().any(|l| l.starts_with("device:"))
                 {
@@ -287,14 +289,14 @@ fn the_readme_is_short_and_pages_are_narrow() {
     let readme = read(&Path::new(ROOT).join("README.md"));
     assert!(readme.lines().count() <= 200, "README.md has {} lines", readme.lines().count());
     for page in pages() {
-        let (mut fenced, whole) = (false, page.ends_with("README.md"));
+        let (mut fenced, is_readme) = (false, page.ends_with("README.md"));
         for (i, line) in read(&page).lines().enumerate() {
             fenced ^= line.starts_with("```");
             let (width, at) = (line.chars().count(), format!("{}:{}", page.display(), i + 1));
             assert!(width <= 100 || !line.starts_with('|'), "{at}: a table of {width} columns");
-            // Output is as wide as the program prints it; in the README a line of statistics is the widest.
+            // Output may be as wide as the program prints it, and up to 125 columns in the README.
             let output = fenced && !line.starts_with("$ ");
-            let most = [110, if whole { 125 } else { usize::MAX }][usize::from(output)];
+            let most = [110, if is_readme { 125 } else { usize::MAX }][usize::from(output)];
             assert!(width <= most, "{at}: {width} columns, expected at most {most}");
         }
     }
@@ -308,7 +310,7 @@ fn anchor(heading: &str) -> String {
 }
 
 #[test]
-fn relative_links_lead_somewhere() {
+fn relative_links_lead_to_files_and_headings() {
     let more = ["CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benches/README.md"];
     let more = more.iter().map(|name| Path::new(ROOT).join(name)).filter(|path| path.exists());
     for page in pages().into_iter().chain(more) {
@@ -317,7 +319,7 @@ fn relative_links_lead_somewhere() {
         for link in targets.filter(|link| !link.contains("://") && !link.starts_with("mailto:")) {
             let (file, section) = link.split_once('#').unwrap_or((link, ""));
             let file = if file.is_empty() { page.clone() } else { page.parent().unwrap().join(file) };
-            assert!(file.exists(), "{}: the link to {link} leads nowhere", page.display());
+            assert!(file.exists(), "{}: the link to {link} leads to no file", page.display());
             let headings =
                 || read(&file).lines().filter(|l| l.starts_with('#')).map(String::from).collect::<Vec<_>>();
             let is = |heading: &String| anchor(heading.trim_start_matches('#')) == section;
@@ -331,10 +333,10 @@ fn relative_links_lead_somewhere() {
 }
 
 #[test]
-fn elisions_and_times_are_all_that_comparing_forgives() {
+fn comparison_ignores_only_elisions_and_times() {
     let line = "24 tokens in 1.17 s, 21 tok/s (prompt: 7 tokens, 167 ms), 11 rounds";
     assert_eq!(without_times(line), "24 tokens in # s, # tok/s (prompt: 7 tokens, # ms), 11 rounds");
-    let table = ["prompt  tokens  plain tok/s  ratio   tau", "     1     128         3093   0.42  4.45"];
+    let table = ["prompt  tokens  AR tok/s  ratio   tau", "     1     128         3093   0.42  4.45"];
     assert_eq!(masked(&table)[1], "1  128  #  #  4.45");
     let lines = |text: &str| text.split(' ').map(String::from).collect::<Vec<_>>();
     assert!(matches(&lines("a ... d"), &lines("a b c d")) && matches(&lines("a ... d"), &lines("a d")));

@@ -92,9 +92,10 @@ fn demo_pair_needs_less_address_space_than_the_largest_stack() {
     assert_eq!(limited(440_000, [PROMPT, "-n", "20"]).done(), expected);
 }
 
-/// At every limit the run gives an answer or one sentence about memory. It never blames the tokenizer.
+/// At every limit the run gives an answer or one line that says that memory is lacking, not an error about
+/// the tokenizer file.
 #[test]
-fn tokenizer_out_of_address_space_is_one_sentence() {
+fn too_little_address_space_for_the_tokenizer_is_a_memory_error() {
     for mib in (60..800).step_by(20) {
         let run = limited(mib << 10, [PROMPT, "-n", "2", "-q"]);
         let refused = run.code == 5 && run.err.starts_with("dflash-gen: not enough memory: ");
@@ -115,7 +116,7 @@ fn kv_cache_of_a_long_answer_uses_memory_only_as_it_fills() {
 }
 
 #[test]
-fn out_of_memory_is_one_sentence() {
+fn out_of_memory_for_the_kv_cache_gives_one_error_line() {
     let target = support::Target { max_positions: 16_000_000, ..Default::default() };
     let pair = support::write_pair(&target, &Default::default());
     let args = flags(&pair).into_iter().chain(["hello", "--raw", "-n", "15000000"].map(String::from));

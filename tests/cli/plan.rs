@@ -1,5 +1,5 @@
-//! The memory plan and the launches of a round, which need no device, compared with what the emulator
-//! allocates and captures.
+//! The memory plan and the launch listing, which need no device, compared with the emulator's allocations and
+//! captured graphs.
 
 use crate::support;
 use crate::support::program;
@@ -238,7 +238,7 @@ fn the_largest_context_fits_and_one_more_page_does_not() {
                 assert_eq!(largest(needed(3) - 1), 2 * PAGE);
             }
         }
-        // The emulator agrees.
+        // The emulator runs this context and not one page more.
         for free in [plan(1).needed(Overhead::NONE), plan(3).needed(Overhead::NONE) - 1] {
             let largest =
                 MemoryPlan::largest_context(pair, BatchConfig::new(2, block, 1), free, Overhead::NONE)
@@ -396,18 +396,18 @@ fn shape(pair: &Pair, name: &str, block: usize) -> Vec<(usize, std::ops::Range<u
 
 #[test]
 fn equal_layers_are_listed_once() {
-    let of = |sliding: Vec<bool>| {
+    let draft_groups = |sliding: Vec<bool>| {
         let (_files, pair) = small_pair(2, sliding);
         shape(&pair, "draft", 8)
     };
     let around = |layers: Vec<_>| [vec![(1, 0..0, 2)], layers, vec![(1, 0..0, 2)]].concat();
-    assert_eq!(of(vec![false]), around(vec![(1, 0..1, 5)]));
-    assert_eq!(of(vec![false; 4]), around(vec![(4, 0..4, 5)]));
+    assert_eq!(draft_groups(vec![false]), around(vec![(1, 0..1, 5)]));
+    assert_eq!(draft_groups(vec![false; 4]), around(vec![(4, 0..4, 5)]));
     // Sliding layers are causal and use another kernel.
-    assert_eq!(of(vec![true, true, true, false]), around(vec![(3, 0..3, 5), (1, 3..4, 5)]));
-    assert_eq!(of(vec![true, false, true, false]), around(vec![(2, 0..4, 10)]));
-    assert_eq!(of([true, true, true, false].repeat(2)), around(vec![(2, 0..8, 20)]));
-    assert_eq!(of(vec![true, false, true]), around(vec![(1, 0..1, 5), (1, 1..2, 5), (1, 2..3, 5)]));
+    assert_eq!(draft_groups(vec![true, true, true, false]), around(vec![(3, 0..3, 5), (1, 3..4, 5)]));
+    assert_eq!(draft_groups(vec![true, false, true, false]), around(vec![(2, 0..4, 10)]));
+    assert_eq!(draft_groups([true, true, true, false].repeat(2)), around(vec![(2, 0..8, 20)]));
+    assert_eq!(draft_groups(vec![true, false, true]), around(vec![(1, 0..1, 5), (1, 1..2, 5), (1, 2..3, 5)]));
 }
 
 // ---- the command ----

@@ -1,5 +1,5 @@
-//! NVTX ranges and profiling windows, recorded by a library that replaces the profiler. What they test runs
-//! in its own process, because a process loads the profiler's library only once.
+//! NVTX ranges and profiling windows, recorded by a library that replaces the profiler. The code under test
+//! runs in a process of its own, because a process loads the profiler's library only once.
 
 use crate::support::library;
 use crate::support::program;

@@ -1,5 +1,5 @@
-//! tools/kernel-table.py on tables in the formats of nsys and ncu 2025, and tools/profile.sh with scripts in
-//! place of both profilers: output, calls and refusals. No number here is a measurement.
+//! tools/kernel-table.py on tables in the formats of nsys and ncu 2025, and tools/profile.sh with scripts
+//! that replace both profilers: output, calls and error messages. No number here is a measurement.
 
 use crate::support::bench;
 use crate::support::program;
@@ -41,7 +41,7 @@ fn nsys_tables_give_launches_medians_and_shares() {
     let table = cells(&["kern_sum.csv"]);
     assert_eq!(table[0], ["kernel", "launches", "median us", "% of time"]);
     assert_eq!(table[1], ["project_16", "90", "40.90", "33.4"]);
-    // Its name in the table has parameters with commas.
+    // The CSV gives this name with parameters, which contain commas.
     assert_eq!(table[2], ["swiglu_16", "45", "49.12", "20.0"]);
     assert_eq!(table[9..], [["sample", "10", "7.50", "0.7"], ["all", "250", "", "100.0"]]);
     let trace = kernel_table(&["trace.csv"]);
@@ -75,7 +75,7 @@ fn nsys_tables_get_weight_bytes_from_the_roofline() {
     let folder = tempfile::tempdir().unwrap();
     let launches = program::run(["--plan", "--launches", "--json"]).done();
     let launches = write(folder.path(), "launches.json", launches);
-    let roofline = bench(["floor", "--model", "demo", "--json"]).done();
+    let roofline = bench(["roofline", "--model", "demo", "--json"]).done();
     let roofline = write(folder.path(), "roofline.json", roofline);
     let flags = ["kern_sum.csv", "--launches", &launches, "--record", &roofline];
     let table = cells(&[&flags[..], &["--ceiling", "8"]].concat());
@@ -120,13 +120,13 @@ fn nsys_tables_get_weight_bytes_from_the_roofline() {
     );
     let two_counts = profile([",5,98304.0", ",6,98304.0"]);
     assert!(
-        two_counts.code == 2 && two_counts.err.contains("by its kernels the profile has 5 or 6 of them"),
+        two_counts.code == 2 && two_counts.err.contains("whose kernels ran in 5 or 6 such rounds"),
         "{two_counts:?}"
     );
 }
 
 #[test]
-fn invalid_profiles_are_refused_in_one_sentence() {
+fn invalid_profiles_are_refused_with_one_error_line() {
     let folder = tempfile::tempdir().unwrap();
     let read = |name: &str| fs::read_to_string(format!("{TABLES}/{name}.csv")).unwrap();
     let refused = |csv: &str, more: &[&str], part: &str| {
@@ -140,11 +140,11 @@ fn invalid_profiles_are_refused_in_one_sentence() {
     refused(
         "Time (%),Num Calls,Name\n1,2,x\n",
         &[],
-        "is a table of other columns: Time (%), Num Calls, Name",
+        "has a table with unknown columns: Time (%), Num Calls, Name",
     );
     let head = read("kern_sum").lines().nth(5).unwrap().to_string() + "\n";
     refused(&head, &[], "no rows: nothing ran in the profiler's window");
-    refused(&format!("{head}1,2,3\n"), &[], "profile.csv:2 has 3 cells, its head has 9");
+    refused(&format!("{head}1,2,3\n"), &[], "profile.csv:2 has 3 cells, its header has 9");
     for (from, to, part) in [
         (",90,", ",many,", "profile.csv:7, Instances is 'many', expected a number"),
         (",90,", ",0,", "expected a whole number from 1 on"),
@@ -162,7 +162,7 @@ fn invalid_profiles_are_refused_in_one_sentence() {
     let no_time =
         read("trace").replace(",3000,11", ",0,11").replace(",900,", ",0,").replace(",5000,14", ",0,14");
     let no_time = no_time.replace(",3500,16", ",0,16").replace(",1100,", ",0,");
-    refused(&no_time, &[], "took no time at all");
+    refused(&no_time, &[], "the total time of the kernels is 0");
     refused(
         &read("ncu_raw").replace("gpu__time_duration.sum", "gpu__time"),
         &[],
@@ -184,14 +184,14 @@ fn invalid_profiles_are_refused_in_one_sentence() {
     let list =
         json("list.json", r#"{"sections": [{"groups": [{"layers": null, "times": 1, "launches": [1]}]}]}"#);
     refused(&good, &["--record", &low], "has the read ceiling -4");
-    refused(&good, &["--record", &empty], "is no JSON object with a list of rows");
+    refused(&good, &["--record", &empty], "is not a JSON object with a list of rows");
     refused(&good, &["--record", "/none.json"], "cannot be read");
     refused(&good, &["--launches", &list], "--launches needs the sizes of the weights");
-    refused(&good, &["--launches", &list, "--record", &roofline], "is no list of launches");
+    refused(&good, &["--launches", &list, "--record", &roofline], "is not a list of launches");
     refused(
         &good,
         &["--launches", &roofline, "--record", &roofline],
-        "is no JSON object with a list of sections",
+        "is not a JSON object with a list of sections",
     );
     let none = kernel_table(&["/none.csv"]);
     assert_eq!(
@@ -202,8 +202,8 @@ fn invalid_profiles_are_refused_in_one_sentence() {
 
 // ---- profile.sh ----
 
-/// Replacements for the profilers: they append their arguments to `calls` and write the reports and tables
-/// that the real ones would.
+/// Replacements for the profilers: they append their arguments to `calls` and write files with the names of
+/// the real reports, and the tables.
 const NSYS: &str = r#"#!/bin/bash
 echo "nsys $*" >>"$HERE/calls"
 [[ $FAILS != "nsys $1" ]] || { echo "no GPU"; exit 3; }
@@ -228,9 +228,9 @@ while [ $# -gt 0 ]; do
 done
 "#;
 
-/// A folder to use as the whole of PATH: the programs that the script needs, these profilers and a
-/// dflash-bench that does nothing.
-fn machine(profilers: &[(&str, &str)]) -> tempfile::TempDir {
+/// A folder to use as PATH: the programs that the script needs, these profilers and a dflash-bench that does
+/// nothing.
+fn path_with(profilers: &[(&str, &str)]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     // Link the interpreter itself, because a python3 on PATH may be a script that searches PATH for others.
     let mut python = Command::new("python3");
@@ -265,7 +265,7 @@ fn profile(machine: &Path, args: &[&str], settings: &[(&str, &str)]) -> (Run, Ve
 
 #[test]
 fn profile_sh_runs_nsys_and_ncu_with_the_right_flags() {
-    let machine = machine(&[("nsys", NSYS), ("ncu", NCU)]);
+    let machine = path_with(&[("nsys", NSYS), ("ncu", NCU)]);
     let record = r#"{"rows": [{"name": "read ceiling", "median": 4400.0}]}"#;
     let record = write(machine.path(), "record.json", record);
     let flags = ["out", "--model", "a b"];
@@ -323,9 +323,9 @@ fn profile_sh_reports_what_is_missing_and_what_failed() {
         assert!(run.code == 2 && run.out.is_empty() && run.err.lines().count() == 1, "{run:?}");
         assert!(run.err.contains(part) && calls.is_empty(), "{part}: {run:?}");
     };
-    let none = machine(&[]);
+    let none = path_with(&[]);
     refused(none.path(), &["out"], &[], "neither nsys nor ncu is on PATH");
-    let both = machine(&[("nsys", NSYS), ("ncu", NCU)]);
+    let both = path_with(&[("nsys", NSYS), ("ncu", NCU)]);
     refused(both.path(), &[], &[], "expected a folder to write to");
     refused(both.path(), &["--model", "demo"], &[], "expected a folder to write to");
     refused(both.path(), &["out"], &[("BENCH", "/none")], "no dflash-bench at /none");
@@ -333,7 +333,7 @@ fn profile_sh_reports_what_is_missing_and_what_failed() {
 
     let (run, calls) = profile(both.path(), &["out"], &[("FAILS", "nsys profile")]);
     assert_eq!((run.code, calls.len()), (1, 5), "{run:?} {calls:?}");
-    assert!(run.err.contains("failed (exit code 3); its words are at the end of out/log"), "{run:?}");
+    assert!(run.err.contains("failed (exit code 3); its output is at the end of out/log"), "{run:?}");
     assert!(fs::read_to_string(both.path().join("out/log")).unwrap().contains("no GPU"));
     // The results of ncu are printed although nsys failed.
     assert!(run.out.contains("4035") && !run.out.contains("project_16"), "{run:?}");
@@ -344,7 +344,7 @@ fn profile_sh_reports_what_is_missing_and_what_failed() {
     );
 
     for (there, absent) in [(("ncu", NCU), "nsys"), (("nsys", NSYS), "ncu")] {
-        let one = machine(&[there]);
+        let one = path_with(&[there]);
         let (run, calls) = profile(one.path(), &["out"], &[]);
         assert!(run.code == 0 && run.err.contains(&format!("{absent} is not on PATH")), "{run:?}");
         assert!(!calls.is_empty() && calls.iter().all(|call| call.starts_with(there.0)), "{calls:?}");

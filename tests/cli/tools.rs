@@ -1,12 +1,11 @@
-//! The scripts in tools/: `gpu-report.sh` and `gpu-check.sh` with programs that succeed, fail and hang, the
-//! records of `records.py`, and the tables of `acceptance.py`. The programs are scripts written here, so no
-//! GPU is needed.
+//! The scripts in tools/: `gpu-report.sh` and `gpu-check.sh`, `records.py`, and `acceptance.py`. Shell
+//! scripts that succeed, fail or hang replace the programs, so no GPU is needed.
 #![cfg(target_os = "linux")]
 
 use crate::support::bench;
 use crate::support::program;
 
-use bench::misfit;
+use bench::schema_violation;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -172,7 +171,7 @@ fn a_failed_step_is_reported_and_the_others_run() {
          round) printf '{{'; exit 6 ;;\ngenerate) exit 0 ;;\nesac\n{BENCH}"
     );
     let dir = pack(&bench);
-    // nvidia-smi hangs too, and HOME is not writable.
+    // nvidia-smi hangs, and HOME is not writable.
     script(dir.path(), "nvidia-smi", "sleep 100");
     script(dir.path(), "dflash-gen", &format!("echo \"cache $CUDA_CACHE_PATH\" >&2\n{GEN}"));
     let fails = "echo 'test norm::a_norm_is_right ... FAILED'; echo 'on cuda'; exit 101";
@@ -246,7 +245,7 @@ fn a_report_names_unshown_records_and_missing_tests() {
 }
 
 #[test]
-fn invalid_flags_are_refused_in_one_sentence() {
+fn invalid_flags_are_refused_with_one_error_line() {
     let dir = pack(BENCH);
     let full = dir.path().join("full");
     fs::create_dir(&full).unwrap();
@@ -257,12 +256,12 @@ fn invalid_flags_are_refused_in_one_sentence() {
         (&["--device"], "--device has no value"),
         (&["--limit", "9"], "--limit is 9, expected 10 to 99999 seconds"),
         (&["--limit", "1e3"], "--limit is 1e3"),
-        (&["--bin", &none], "which is no folder"),
+        (&["--bin", &none], "which is not a folder"),
         (&["--bin", &full], "has no dflash-gen"),
         (&["--gpu", "1"], "there is no flag --gpu"),
         (&["a", "b"], "OUT is given twice, a and b"),
         (&["--device", "emulator", &full], "has files in it, expected a new or an empty folder"),
-        (&["--device", "emulator", "/proc/none"], "/proc/none cannot be made"),
+        (&["--device", "emulator", "/proc/none"], "/proc/none cannot be created"),
     ] {
         let done = report(dir.path(), args, None);
         let err = text(&done.stderr);
@@ -303,7 +302,7 @@ fn gpu_check_with_a_time_limit_runs_only_the_tests() {
     }
 }
 
-/// A filter that matches no test would leave its sanitizer without work.
+/// A filter that matches no test would make its sanitizer check nothing.
 #[test]
 fn tests_named_by_gpu_check_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -369,9 +368,9 @@ fn python_rows_fit_the_schema() {
     let code = "[row('AR step', {'context': 64, 'batch': 2}, given, [3, 3], numbers={'GB': 1.5}), \
                 row('round', {'context': 64, 'batch': 2, 'block': 16}, given, [3, 3])]";
     let rows = python(&format!("[*{code}, *rates({code}, [4, 6.5])]"), &json!(samples));
-    let mut record: Value = serde_json::from_str(&bench::bench(["floor", "--json"]).done()).unwrap();
+    let mut record: Value = serde_json::from_str(&bench::bench(["roofline", "--json"]).done()).unwrap();
     record["rows"] = rows;
-    assert_eq!(misfit(&record), None);
+    assert_eq!(schema_violation(&record), None);
     let row = bench::row(&record, "AR step", json!({ "context": 64, "batch": 2 }));
     for (name, q) in [("median", 0.5), ("p10", 0.1), ("p90", 0.9)] {
         assert_eq!(row[name].as_f64(), dflash::perf::statistics::quantile(&samples, q), "{name}");
@@ -449,7 +448,7 @@ fn a_report_on_the_emulator_runs_the_real_programs() {
     for name in ["kernels-demo", "round-demo", "generate-demo"] {
         let record: Value =
             serde_json::from_slice(&fs::read(out.join(name).with_extension("json")).unwrap()).unwrap();
-        assert_eq!((misfit(&record), &record["machine"]["device"]), (None, &json!("emulator")));
+        assert_eq!((schema_violation(&record), &record["machine"]["device"]), (None, &json!("emulator")));
     }
     assert!(out.join("report.html").is_file());
 }
@@ -494,7 +493,7 @@ fn acceptance_tables_match_the_programs() {
     let (out, err) = (text(&done.stdout), text(&done.stderr));
     assert_eq!(done.status.code(), Some(0), "{err}");
     let all = tables(&out);
-    let roofline = bench::record(0, &["floor", "--context", "64", "--tree", "4,8,16,64,128,256"]);
+    let roofline = bench::record(0, &["roofline", "--context", "64", "--tree", "4,8,16,64,128,256"]);
     let ms = |rows: u32| {
         let at = json!({ "context": 64, "batch": 1, "tree": rows });
         bench::row(&roofline, "round", at)["median"].as_f64().unwrap()
@@ -573,7 +572,8 @@ fn acceptance_tables_match_the_programs() {
                     let expected_rates: Vec<_> = reached.iter().map(|p| format!("{p:.2}")).collect();
                     assert_eq!(row[1], expected_rates.join(" "));
                     let curve: Vec<_> = reached.iter().map(|p| format!("{p:.6}")).collect();
-                    let model = bench::record(0, &["floor", "--context", "64", "--curve", &curve.join(",")]);
+                    let model =
+                        bench::record(0, &["roofline", "--context", "64", "--curve", &curve.join(",")]);
                     let at = json!({ "context": 64, "batch": 1 });
                     let model = bench::row(&model, "DFlash, cheapest chain of the curve", at);
                     let number = |name: &str| model["numbers"][name].as_f64().unwrap();
@@ -646,7 +646,7 @@ fn acceptance_fails_if_a_text_differs() {
     assert!(err.contains("left out: block: dflash-gen: not here\n"), "{err}");
     assert_eq!(tables(&out)[1][0][1], "0.50 0.50 0.00");
     // The demo model is so small that each row of the tree changes the roofline.
-    let roofline = bench::record(0, &["floor", "--model", "demo", "--context", "64", "--tree", "8"]);
+    let roofline = bench::record(0, &["roofline", "--model", "demo", "--context", "64", "--tree", "8"]);
     let round = bench::row(&roofline, "round", json!({ "context": 64, "batch": 1, "tree": 8 }));
     let rate = format!("{:.0}", 2e3 / round["median"].as_f64().unwrap());
     assert_eq!((rows[1][6], tables(&out)[1][0][7]), (rate.as_str(), rate.as_str()));

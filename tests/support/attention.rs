@@ -10,8 +10,8 @@ pub const PAGE: usize = 64;
 /// at most 2^-9 = 1.95e-3 each. The largest error seen is 2.4e-3.
 pub const BOUND: f64 = 3e-3;
 
-#[derive(Debug, Clone, Copy, PartialEq)]
 /// Which keys a row attends to.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum MaskMode {
     Chain,
     Tree,
@@ -56,7 +56,8 @@ impl Sequence {
         Sequence { context, rows, masks, q, k: random.bf16(keys, 1.0), v: random.bf16(keys, 1.0) }
     }
 
-    /// A tree in which row i + 1 follows row `parents[i]`. NONE: it follows the context, as row 0 does.
+    /// A tree in which row i + 1 is a child of row `parents[i]`, or follows the context, as row 0 does, if
+    /// that is [`NONE`].
     pub fn tree(shape: &Shape, context: usize, parents: &[usize], random: &mut Random) -> Sequence {
         let mut s = Sequence::new(shape, context, parents.len() + 1, random);
         s.masks = vec![1];

@@ -21,8 +21,8 @@ pub fn refused(run: Run, code: i32, part: &str) {
     );
 }
 
-/// The first violation of the schema, if there is one.
-pub fn misfit(record: &Value) -> Option<String> {
+/// The first violation of `benches/schema.json` in a record, if there is one.
+pub fn schema_violation(record: &Value) -> Option<String> {
     let schema: Value = serde_json::from_str(include_str!("../../benches/schema.json")).unwrap();
     let schema = jsonschema::validator_for(&schema).unwrap();
     schema.validate(record).err().map(|e| format!("{}: {e}", e.instance_path()))
@@ -35,7 +35,7 @@ pub fn record(code: i32, args: &[&str]) -> Value {
     let run = bench(args.iter().copied().chain(["--json"]));
     assert_eq!((run.code, run.out.lines().count()), (code, 1), "{run:?}");
     let record: Value = serde_json::from_str(&run.out).unwrap();
-    assert_eq!(misfit(&record), None);
+    assert_eq!(schema_violation(&record), None);
     let rows = record["rows"].as_array().unwrap();
     let names: std::collections::HashSet<_> =
         rows.iter().map(|row| format!("{} {}", row["name"], row["parameters"])).collect();

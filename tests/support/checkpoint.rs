@@ -1,7 +1,8 @@
 //! Small random checkpoints, written as Hugging Face folders, for every integration test.
 //!
 //! Weights are a fixed function of the seed and the tensor's name. A test that needs an invalid file writes a
-//! valid one and changes it: [`edit_json`] for configs, [`target_tensors`] and [`write_tensors`] for weights.
+//! valid one and changes it, with [`edit_json`] for configs, or [`target_tensors`] and [`write_tensors`] for
+//! weights.
 
 use crate::support::random;
 

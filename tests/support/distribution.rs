@@ -38,8 +38,8 @@ pub fn distribution(
     distribution
 }
 
-/// Compares answers with a distribution by chi-square. The bound fails one correct run in ten thousand
-/// (Wilson and Hilferty).
+/// Compares answers with a distribution by chi-square. One run in ten thousand exceeds the bound although the
+/// distribution is right (quantile by Wilson and Hilferty).
 #[track_caller]
 pub fn check(what: &dyn Debug, distribution: &Distribution, answers: impl IntoIterator<Item = Vec<u32>>) {
     let mut counts: HashMap<Vec<u32>, u64> = HashMap::new();
@@ -47,6 +47,7 @@ pub fn check(what: &dyn Debug, distribution: &Distribution, answers: impl IntoIt
         *counts.entry(answer).or_default() += 1;
     }
     let runs = counts.values().sum::<u64>() as f64;
+    // `rare`: expected and found counts of the answers that are expected fewer than 10 times, as one cell.
     let (mut chi, mut cells, mut rare) = (0.0, 0, (0.0, 0.0));
     for (tokens, probability) in distribution {
         let found = counts.remove(tokens).unwrap_or(0) as f64;

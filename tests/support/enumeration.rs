@@ -1,6 +1,6 @@
-//! Models of a few tokens, and the exact distribution that a verification method emits for them. A random
-//! source that takes every branch in turn runs the code under test. The emitted distribution, completed to a
-//! fixed length by the target, is compared with the target's in exact fractions.
+//! Models of a few tokens, and the exact distribution that a verification method emits for them. The code
+//! under test runs with a random source that enumerates every branch. The emitted distribution, completed to
+//! a fixed length by the target, is compared with the target's in exact fractions.
 
 use crate::support::random;
 
@@ -321,14 +321,14 @@ impl Models {
 
 /// The drafts on the path to a row.
 pub fn path_to(tokens: &[u32], parents: &[u32], row: usize) -> Vec<u32> {
-    let mut path_to = Vec::new();
+    let mut path = Vec::new();
     let mut at = row;
     while at > 0 {
-        path_to.push(tokens[at]);
+        path.push(tokens[at]);
         at = parents[at] as usize;
     }
-    path_to.reverse();
-    path_to
+    path.reverse();
+    path
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -1,8 +1,8 @@
 //! Helpers of kernel tests: available devices, the five schedules, poisoned outputs, relative errors, bf16
 //! and seeded data.
 //!
-//! Tests run on the emulator, and also on a GPU if one opens. Bits are compared within one device. Across
-//! devices only kernels that compute with integers or round once must give equal bits.
+//! Tests run on the emulator, and also on a GPU if one opens. Bits are compared between runs on one device.
+//! Only kernels that compute with integers or round once must give equal bits on different devices.
 
 pub use crate::support::exhaustive;
 use crate::support::random;
@@ -16,7 +16,7 @@ use std::sync::OnceLock;
 /// The first GPU, if one opens. All tests of a program share the device.
 pub fn gpu() -> Option<&'static dyn Device> {
     static GPU: OnceLock<Option<Cuda>> = OnceLock::new();
-    // The driver does not start in the address space that AddressSanitizer leaves.
+    // The driver cannot start in the address space that AddressSanitizer leaves free.
     let open = || if cfg!(feature = "sanitize") { None } else { Cuda::open(0).ok() };
     let gpu = GPU.get_or_init(open).as_ref()?;
     // tools/gpu-check.sh looks for this line.
@@ -132,7 +132,7 @@ pub fn download<T: Bits>(device: &dyn Device, buffer: &Buffer) -> Vec<T> {
     from_bytes(&bytes_of(device, buffer))
 }
 
-/// Marks memory that was not written, every two bytes: NaN as bf16 and as f32.
+/// Fills memory that was not written: NaN as bf16, and as f32 when repeated.
 pub const POISON: u16 = 0xffa5;
 
 /// Panics if a 32-bit word is still [`POISON`].
@@ -198,8 +198,8 @@ impl Random {
     }
 }
 
-/// A random row of logits without damage. The kinds cover ties, masked tokens, one dominant token, signed
-/// zeros, neighbours in the last bit and bf16 rounding.
+/// A random row of valid logits: no NaN, no +infinity, not all -infinity. The kinds cover ties, masked
+/// tokens, one dominant token, signed zeros, values that differ in the last bits, and bf16 rounding.
 pub fn sound_logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     let mut row = match random.below(10) {
         0 => vec![random.normal(5.0); vocab],
@@ -230,7 +230,7 @@ pub fn sound_logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     row
 }
 
-/// Like [`sound_logits`]; some rows are damaged (NaN, infinity, all masked) or hold the largest f32.
+/// Like [`sound_logits`]; some rows are invalid (NaN, +infinity, all -infinity) or hold the largest f32.
 pub fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     let mut row = sound_logits(random, vocab);
     match random.below(24) {

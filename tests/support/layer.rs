@@ -1,5 +1,5 @@
-//! Linear layers for tests: weights in packed order (by an implementation of its own), inputs, f64 references
-//! and launches.
+//! Linear layers for tests: weights in packed order (packed by an implementation independent of the
+//! kernel's), inputs, f64 references and launches.
 
 use crate::support::kernel::*;
 use dflash::gpu::device::{Buffer, Device};
@@ -67,7 +67,7 @@ impl Data {
         }
     }
 
-    /// Like [`Data::new`], with whole numbers so small that every sum is exact in any order of addition.
+    /// Like [`Data::new`], with integers so small that every sum is exact in any order of addition.
     pub fn whole(seed: u64, rows: usize, shape: Shape) -> Data {
         let mut random = Random::new(seed);
         let mut small = |count: usize| -> Vec<u16> {

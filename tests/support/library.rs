@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Compiles C source to the shared library `folder/name`, with further compiler flags. The folder must belong
-/// to the calling test alone.
+/// Compiles C source to the shared library `folder/name`, with more compiler flags. No other test may write
+/// to the folder.
 pub fn library(folder: &Path, name: &str, source: &str, flags: &[&str]) -> PathBuf {
     let (source_file, library) = (folder.join(format!("{name}.c")), folder.join(name));
     std::fs::write(&source_file, source).unwrap();

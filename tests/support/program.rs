@@ -43,8 +43,8 @@ pub fn finish(mut command: Command) -> Run {
     }
 }
 
-/// `dflash-gen` with these arguments, and `--device cpu` unless they name a device, so that a test does the
-/// same on a machine with a GPU.
+/// `dflash-gen` with these arguments, and with `--device cpu` unless they name a device, so that a test
+/// behaves the same on a machine with a GPU.
 pub fn command<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Command {
     let mut command = Command::new(BINARY);
     let args: Vec<OsString> = args.into_iter().map(|arg| arg.as_ref().into()).collect();
@@ -115,7 +115,7 @@ pub struct Interactive {
     pub input: Option<ChildStdin>,
     pub out: BufReader<ChildStdout>,
     pub err: BufReader<ChildStderr>,
-    /// Dropped with this value, which stops the watchdog thread.
+    /// Dropping it stops the watchdog thread.
     pub _watchdog: mpsc::Sender<()>,
 }
 

@@ -1,7 +1,7 @@
-//! Constructed records, with the card name "constructed", and helpers that read the pages `--report` makes of
-//! them. No number here is a measurement.
+//! Constructed records, with the card name "constructed", and helpers that read the pages that `--report`
+//! makes from them. No number here is a measurement.
 
-use crate::support::bench::{bench, misfit};
+use crate::support::bench::{bench, schema_violation};
 use crate::support::program::write;
 use roxmltree::{Document, Node};
 use serde_json::{Value, json};
@@ -38,7 +38,7 @@ pub fn record(command: &str, rows: Vec<Value>) -> Value {
         },
         "model": { "target": "qwen3-8b", "drafter": "qwen3-8b-dflash" }, "rows": rows,
     });
-    assert_eq!(misfit(&record), None);
+    assert_eq!(schema_violation(&record), None);
     record
 }
 
@@ -259,12 +259,12 @@ pub fn figure<'a>(document: &'a Document<'a>, title: &str) -> Node<'a, 'a> {
 }
 
 /// One attribute, as a number, of each element of a figure with this tag and colour, in document order.
-pub fn drawn(figure: Node, tag: &str, fill: &str, attribute: &str) -> Vec<f64> {
-    let alike = figure.descendants().filter(|node| {
+pub fn attribute_values(figure: Node, tag: &str, fill: &str, attribute: &str) -> Vec<f64> {
+    let matching = figure.descendants().filter(|node| {
         node.tag_name().name() == tag
             && [node.attribute("fill"), node.attribute("stroke")].contains(&Some(fill))
     });
-    alike.map(|node| node.attribute(attribute).unwrap().parse().unwrap()).collect()
+    matching.map(|node| node.attribute(attribute).unwrap().parse().unwrap()).collect()
 }
 
 /// The coordinate of the axis tick with this label: the first one if there are several, which on the y axis
@@ -272,9 +272,9 @@ pub fn drawn(figure: Node, tag: &str, fill: &str, attribute: &str) -> Vec<f64> {
 #[track_caller]
 pub fn tick(figure: Node, label: &str, attribute: &str) -> f64 {
     let at = |text: Node| text.attribute(attribute).unwrap().parse::<f64>().unwrap();
-    let alike = all(figure, "text").filter(|text| text_of(*text).trim() == label);
+    let labelled = all(figure, "text").filter(|text| text_of(*text).trim() == label);
     let anchored =
-        alike.filter(|text| (text.attribute("text-anchor") == Some("middle")) == (attribute == "x"));
+        labelled.filter(|text| (text.attribute("text-anchor") == Some("middle")) == (attribute == "x"));
     anchored.map(at).next().unwrap_or_else(|| panic!("no tick {label}"))
 }
 

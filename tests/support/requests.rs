@@ -1,5 +1,5 @@
-//! Requests for decoding tests: one or many on a decoder, sinks that reply as a test wants, speculation
-//! configs, and a pair small enough that kernels on the emulator run it in milliseconds.
+//! Helpers of decoding tests: requests that run alone or together, token sinks whose replies the test
+//! chooses, speculation configs, and a pair so small that the emulator runs it in milliseconds.
 
 use crate::support;
 pub use crate::support::exhaustive;
@@ -163,14 +163,13 @@ pub fn with_length(spec: &SpecConfig, policy: DraftLengthPolicy) -> SpecConfig {
 pub fn reference_prompts() -> Vec<Vec<u32>> {
     let oracle: serde_json::Value = serde_json::from_str(include_str!("../data/oracle.json")).unwrap();
     let ids = |id: &serde_json::Value| id.as_u64().unwrap() as u32;
-    let prompt = |reference_prompts: &serde_json::Value| {
-        reference_prompts["prompt_ids"].as_array().unwrap().iter().map(ids).collect()
-    };
+    let prompt =
+        |prompt: &serde_json::Value| prompt["prompt_ids"].as_array().unwrap().iter().map(ids).collect();
     oracle["prompts"].as_array().unwrap().iter().map(prompt).collect()
 }
 
-/// The smallest pair that the kernels accept. Its vocabulary is so small that a random drafter is often
-/// right.
+/// The smallest pair that the kernels support. Its vocabulary is so small that drafts of a random drafter are
+/// often accepted.
 pub fn tiny() -> (support::Target, support::Drafter) {
     let target = support::Target {
         hidden: 64,

@@ -20,7 +20,7 @@ use std::collections::HashMap;
 
 pub const NONE: u32 = u32::MAX;
 
-/// Fills outputs before a launch: a kernel must leave it where a sequence takes no part.
+/// Fills outputs before a launch: a kernel must not overwrite it for a sequence that takes no part.
 const OLD: u32 = 0x0bad_cafe;
 
 /// A sequence of a batch and its tree.
@@ -111,8 +111,8 @@ pub struct Outcome {
     pub accepted: Vec<u32>,
     pub next: Vec<u32>,
     pub path: Vec<u32>,
-    /// `[sequences][block]`, for chains: the overlap of a row's distribution and its draft's, where the
-    /// kernel computes it.
+    /// `[sequences][block]`, for chains: the overlap of the target's distribution at a row and the
+    /// distribution of its draft, where the kernel computes it.
     overlaps: Vec<u64>,
 }
 
@@ -154,7 +154,7 @@ impl Batch {
         let states: Vec<u8> =
             self.requests.iter().flat_map(|r| r.state(Form::SampledTree, &r.sampling)).collect();
         let (states, tables) = (upload(device, &states), constant(device, &tables()));
-        // Rows after the tree have any parent.
+        // Rows after the tree have parent 0; the kernels ignore them.
         let parents = |r: &Request| [&r.parents[..], &vec![0; max_verify_rows - r.parents.len()]].concat();
         let parents: Vec<u32> = self.requests.iter().flat_map(parents).collect();
         let spans: Vec<u32> = self.requests.iter().flat_map(|r| [r.length, r.parents.len() as u32]).collect();
@@ -234,8 +234,8 @@ impl Batch {
             assert!(sampled[rows..].iter().all(|&token| token == NONE), "{context}: padding after the tree");
             let distributions = self.draft_distributions(seq);
             let deepest = (0..rows).map(|row| request.depth(row)).max().unwrap();
-            // A damaged depth does not change the drafts of other depths, so any distribution may replace it
-            // here.
+            // A depth with invalid logits does not change the drafts of other depths, so any distribution can
+            // replace its own here.
             let any = distributions.iter().flatten().next().cloned();
             let Some(any) = any else { continue };
             let whole: Vec<Distribution> = distributions
@@ -298,7 +298,7 @@ impl Batch {
             let mut expected: Vec<u32> = accepted_path.iter().map(|&row| row as u32).collect();
             expected.resize(max_verify_rows, NONE);
             assert_eq!(path, expected, "{context}");
-            // Overlaps are exact, to the last unit.
+            // The kernel's overlaps equal the definition's exactly.
             for &(row, n) in recorder
                 .1
                 .iter()
@@ -345,7 +345,7 @@ pub struct Coverage {
     pub all_rejected: usize,
     /// Drafts that repeat an earlier sibling.
     pub repeats: usize,
-    /// Sequences with damaged logits.
+    /// Sequences with invalid logits.
     pub damaged: usize,
     /// Overlaps that were compared, for chains.
     pub overlaps: usize,
@@ -362,8 +362,8 @@ impl Coverage {
     }
 }
 
-/// Parents of a random tree of `rows` rows: the engine's shape, a star, or any tree. For chains: several
-/// chains of at most `rows` rows in all.
+/// Parents of a random tree of `rows` rows: the shape that the engine uses, a star, or any tree. For `block`:
+/// several chains of at most `rows` rows together.
 fn parents(random: &mut Random, method: VerifyMethod, rows: usize, depth: usize) -> Vec<u32> {
     if rows == 0 || depth == 0 {
         return vec![0; rows.min(1)];
@@ -396,7 +396,7 @@ fn parents(random: &mut Random, method: VerifyMethod, rows: usize, depth: usize)
     tree
 }
 
-/// A random row of logits without damage.
+/// A random row of valid logits.
 pub fn row(random: &mut Random, vocab: usize) -> Vec<f32> {
     let mut row = match random.below(11) {
         0 => vec![random.normal(5.0); vocab],
@@ -498,7 +498,7 @@ pub fn batch(
             });
         }
         drafter.extend(drafts.concat());
-        // Rare damage.
+        // Rarely, invalid logits.
         let (draft_end, target_end) = (drafter.len(), target.len());
         match random.below(24) {
             0 => target[target_end - 1 - random.below(max_verify_rows * vocab)] = f32::NAN,
@@ -506,7 +506,8 @@ pub fn batch(
             2 => target[target_end - max_verify_rows * vocab..][..vocab].fill(f32::NEG_INFINITY),
             _ => {}
         }
-        // Mostly the sampled token; else any token, also one of probability 0 or outside the vocabulary.
+        // Mostly the sampled token; otherwise any token, also one with probability 0 or outside the
+        // vocabulary.
         tokens.extend((0..max_verify_rows).map(|_| match random.below(25) {
             0 => Some(random.below(vocab) as u32),
             1 if random.below(8) == 0 => Some(vocab as u32 + random.below(3) as u32),

@@ -1,4 +1,4 @@
-//! Tokenizer folders written from strings, and helpers that use everything they offer.
+//! Tokenizer folders written from strings, and helpers that encode, render, decode and stream with them.
 
 use dflash::Result;
 use dflash::checkpoint::folder::{DEMO_TARGET, Folder};

@@ -1,4 +1,4 @@
-//! Chat templates, compared with outputs of Python's jinja2: variables, precedence, errors and limits.
+//! Chat templates, compared with outputs of Python's jinja2; which template is used; errors and limits.
 
 use crate::support::text;
 
@@ -13,7 +13,7 @@ fn with_template(source: &str) -> Text {
     open(&[("tokenizer.json", TOKENIZER), ("chat_template.jinja", source)]).unwrap()
 }
 
-/// The text that a template renders for a conversation, after encoding and decoding it.
+/// The text that a template renders for a conversation, encoded and decoded again.
 fn render(text: &Text, messages: &[(&str, &str)], args: &[(&str, Value)]) -> Result<String> {
     let messages: Vec<Message> = messages
         .iter()

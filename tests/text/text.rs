@@ -1,5 +1,5 @@
 //! Tokenization, streamed detokenization and stop strings, compared with the `tokenizers` crate, recorded
-//! reference ids and a naive search. Then invalid tokenizer files.
+//! reference ids and a naive search; and errors for invalid tokenizer files.
 
 use crate::support::text;
 
@@ -14,6 +14,7 @@ use tokenizers::Tokenizer;
 
 const ORACLE: &str = include_str!("../data/oracle.json");
 
+/// The demo pair's tokenizer in the `tokenizers` crate.
 static CRATE: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::from_bytes(TOKENIZER).unwrap());
 static SENTENCEPIECE: LazyLock<Text> =
     LazyLock::new(|| open(&[("tokenizer.json", &sentencepiece().to_string())]).unwrap());
@@ -56,7 +57,7 @@ fn unicode() -> impl Strategy<Value = String> {
 // ---- detokenization ----
 
 proptest! {
-    /// Any ids, also ids without a token.
+    /// Any ids, including ids without a token.
     #[test]
     fn streamed_text_equals_the_decoding_of_all_ids(ids in prop::collection::vec(0u32..2060, 0..60)) {
         let expected = CRATE.decode(&ids, true).unwrap();
@@ -133,7 +134,8 @@ fn an_invalid_byte_is_streamed_as_soon_as_it_is_certain() {
     assert_eq!(stream.finish(), "\u{fffd}");
 }
 
-/// Decoding a growing window again for every token would take quadratic time, and this test would not end.
+/// If every token decoded a growing window again, the time would be quadratic and this test would take too
+/// long.
 #[test]
 fn a_long_run_of_invalid_bytes_streams_in_linear_time() {
     for byte in [0x80, 0xe2, 0xff] {
@@ -264,14 +266,14 @@ proptest! {
         } else {
             text.bytes().map(byte_token).collect()
         };
-        // Each character of a token in the vocabulary stands for one byte.
+        // Each character of a token in the vocabulary represents one byte.
         let lengths = ids.iter().map(|id| CRATE.id_to_token(*id).unwrap().chars().count());
         let (pushes, rest) = streamed(DEMO.stream(&stops).unwrap(), &ids);
         let stop = naive_stop(&text, &stops);
         let expected = stop.as_ref().map_or(&text, |(before, _)| before);
         prop_assert_eq!(&(joined(&pushes) + &rest), expected);
         prop_assert_eq!(pushes.iter().any(|(_, stopped)| *stopped), stop.is_some());
-        // Nothing comes late: neither a stop nor text that cannot belong to a stop string.
+        // A stop is reported, and text that cannot belong to a stop string is released, as early as possible.
         let mut end = 0;
         for (i, length) in lengths.enumerate() {
             end += length;
@@ -512,7 +514,7 @@ proptest! {
         let mut tokenizer = sentencepiece();
         let mut all = Vec::new();
         pointers(&tokenizer, String::new(), &mut all);
-        // Half of the cases do not touch the vocabulary, which has most of the values.
+        // Half of the cases do not change the vocabulary, which has most of the values.
         all.retain(|pointer| outside_vocabulary != pointer.starts_with("/model/vocab/"));
         *tokenizer.pointer_mut(&all[position.index(all.len())]).unwrap() = value;
         exercise(&[("tokenizer.json", tokenizer.to_string().as_bytes())], Some("{{ messages[0].content }}"));

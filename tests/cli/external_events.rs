@@ -42,7 +42,7 @@ fn ctrl_c_keeps_the_text_so_far() {
     let mut err = String::new();
     child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
     assert_eq!(err.lines().count(), 1, "{err}");
-    // A run with the number of tokens in the statistics as its limit gives the same text.
+    // A run that is limited to the number of tokens in the statistics gives the same text.
     let (tokens, _) = err.split_once(" tokens in ").expect(&err);
     assert!(tokens.parse::<usize>().unwrap() < 3000);
     assert_eq!(got, run([PROMPT, "--ignore-eos", "-n", tokens]).done());
@@ -78,7 +78,7 @@ fn ctrl_c_writes_complete_records() {
 // ---- closed pipes ----
 
 /// Reads `bytes` of stdout and closes it. Returns the exit code and stderr. The watchdog kills a run that
-/// goes on.
+/// does not end.
 fn close_stdout_after(mut run: Interactive, bytes: usize) -> (Option<i32>, String) {
     run.out.read_exact(&mut vec![0; bytes]).unwrap();
     let Interactive { mut child, input, out, mut err, _watchdog } = run;
@@ -122,7 +122,7 @@ fn closing_stdout_skips_the_remaining_prompts() {
     // Running all of them would take hours.
     let many = prompts(dir.path(), 2000);
     let few = prompts(dir.path(), 2);
-    // --color=never stands for text output, which it does not change on a pipe.
+    // --color=never has no effect on a pipe, so these cases print plain text.
     let text = [("--color=never", 0), ("--color=never", 10), ("--color=never", 1500)];
     let records = [("--json", 0), ("--json", 10), ("--stream-json", 10)];
     let tables = [("--compare", 0), ("--compare", 10), ("--compare", 100)];
@@ -218,14 +218,14 @@ fn finish(mut run: Interactive) -> (Option<i32>, String) {
 }
 
 /// The error for a truncated file, on one line.
-fn truncated_sentence(file: &Path) -> String {
+fn truncated_error(file: &Path) -> String {
     let file = file.to_str().unwrap().replace('\n', " ");
     let what = "has lost bytes: the file became shorter after it was opened, or cannot be read";
     format!("dflash-gen: {file} {what}\n")
 }
 
 #[test]
-fn a_checkpoint_truncated_during_use_is_one_sentence() {
+fn a_checkpoint_truncated_during_use_gives_one_error_line() {
     for fraction in [2, u64::MAX] {
         for of_target in [true, false] {
             let pair = demo_files();
@@ -233,7 +233,7 @@ fn a_checkpoint_truncated_during_use_is_one_sentence() {
             let mut run = conversation(&pair);
             truncate(&file, fraction);
             run.send("import sys");
-            assert_eq!(finish(run), (Some(3), truncated_sentence(&file)), "{fraction} {of_target}");
+            assert_eq!(finish(run), (Some(3), truncated_error(&file)), "{fraction} {of_target}");
         }
     }
 }
@@ -247,17 +247,17 @@ fn the_truncated_shard_is_named() {
         let mut run = conversation(&pair);
         truncate(&file, u64::MAX);
         run.send("import sys");
-        assert_eq!(finish(run), (Some(3), truncated_sentence(&file)));
+        assert_eq!(finish(run), (Some(3), truncated_error(&file)));
     }
 }
 
-/// The weights are opened before the prompt is read from stdin and first read after it.
+/// The program maps the weights, then reads the prompt from stdin, and only then reads the weights.
 #[test]
-fn a_checkpoint_truncated_before_use_is_one_sentence() {
+fn a_checkpoint_truncated_before_use_gives_one_error_line() {
     let pair = demo_files();
     let file = pair.target.join("model.safetensors");
     let mut run = Interactive::new(flags(&pair));
-    // The drafter's weights are opened last and read only after the prompt.
+    // The drafter's weights are mapped last.
     let mapped = |run: &Interactive| {
         let maps = fs::read_to_string(format!("/proc/{}/maps", run.child.id())).unwrap();
         maps.contains("/drafter/model.safetensors")
@@ -267,11 +267,11 @@ fn a_checkpoint_truncated_before_use_is_one_sentence() {
     }
     truncate(&file, u64::MAX);
     run.send(PROMPT);
-    assert_eq!(finish(run), (Some(3), truncated_sentence(&file)));
+    assert_eq!(finish(run), (Some(3), truncated_error(&file)));
 }
 
 #[test]
-fn a_bus_error_of_no_file_ends_the_program_with_the_signal() {
+fn a_bus_error_outside_mapped_files_ends_the_program_by_signal() {
     let mut run = conversation(&demo_files());
     assert!(Command::new("kill").args(["-BUS", &run.child.id().to_string()]).status().unwrap().success());
     assert_eq!(run.child.wait().unwrap().signal(), Some(7));

@@ -1,4 +1,4 @@
-//! Invalid flags, prompts and model files that `dflash-gen` refuses: the exit code and the sentence of each.
+//! Invalid flags, prompts and model files given to `dflash-gen`: exit code and error message of each kind.
 
 use crate::support;
 use crate::support::program;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
 
-/// Lines of `exit code | case | sentence`.
+/// Lines of `exit code | case | error message`.
 fn table(text: &str) -> impl Iterator<Item = (i32, &str, &str)> {
     text.lines().filter(|line| !line.is_empty()).map(|line| {
         let [code, case, sentence] = line.splitn(3, " | ").collect::<Vec<_>>().try_into().unwrap();
@@ -18,9 +18,9 @@ fn table(text: &str) -> impl Iterator<Item = (i32, &str, &str)> {
     })
 }
 
-/// Compares a run with the expected exit code, an empty stdout and one sentence on stderr, where `ROOT`
-/// stands for the folder `root`. Returns an empty string if they are equal, otherwise what was expected and
-/// what was found.
+/// Compares a run with the expected exit code, an empty stdout and one line on stderr, in which `ROOT`
+/// replaces the folder `root`. Returns an empty string if they are equal, otherwise the expected and the
+/// found values.
 fn mismatch(run: &Run, root: &str, code: i32, case: &str, sentence: &str) -> String {
     let err = run.err.replace(root, "ROOT");
     match (run.code, run.out.as_str()) == (code, "") && err == format!("dflash-gen: {sentence}\n") {
@@ -32,7 +32,7 @@ fn mismatch(run: &Run, root: &str, code: i32, case: &str, sentence: &str) -> Str
     }
 }
 
-/// Runs each case of a table, which is a command line, where '' is an empty argument and `ROOT` is `root`.
+/// Runs each case of a table: a command line, in which '' is an empty argument and `ROOT` is `root`.
 fn check_refusals(root: &Path, text: &str) {
     let root = root.to_str().unwrap();
     let mismatches: String = table(text)
@@ -218,7 +218,7 @@ const MODELS: &str = r#"
 3 | missing shard | ROOT/target/model.safetensors.index.json lists the shard model-00002-of-00003.safetensors, which is not in the folder
 "#;
 
-/// Makes a valid pair invalid in the way that the case names.
+/// Makes a valid pair invalid, as the name of the case says.
 fn corrupt(pair: &support::Pair, case: &str) {
     const NORM: &str = "model.norm.weight";
     let (target, drafter) = (pair.target.as_path(), pair.drafter.as_path());
@@ -372,7 +372,7 @@ fn invalid_folders_give_one_sentence() {
 #[test]
 fn an_error_after_text_starts_on_its_own_line() {
     let pair = support::write_pair(&Default::default(), &Default::default());
-    // The first round finds the NaN. The token of the prefill is already printed then.
+    // The first round finds the NaN, when the token of the prefill is already printed.
     write_nan(&pair.drafter, support::drafter_tensors(&Default::default(), &Default::default()));
     let run = program::run_pair(&pair, &["--raw", "hello\tyou"]);
     assert_eq!((run.code, run.out.len(), run.out.ends_with('\n')), (3, 2, true), "{run:?}");

@@ -1,4 +1,5 @@
-//! Randomly corrupted checkpoint files: opening them gives a result or one sentence.
+//! Randomly corrupted checkpoint files: opening them succeeds, or fails with a one-line error, without a
+//! panic or a large allocation.
 
 use crate::support;
 
@@ -144,7 +145,7 @@ fn apply(corruption: &Corruption, file: &mut Vec<u8>) {
     }
     let (begin, end) = json_range(file);
     match corruption {
-        // Half of the bit flips hit the JSON, where they have more effect.
+        // Half of the bit flips are before the end of the JSON, where they have more effect.
         Corruption::Flip { at, bit } if at % 2 == 0 => file[at / 2 % end] ^= 1 << bit,
         Corruption::Flip { at, bit } => {
             let at = at % file.len();
@@ -173,8 +174,8 @@ fn apply(corruption: &Corruption, file: &mut Vec<u8>) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Opening gives a result or one sentence, never a panic, and no allocation is large compared to the
-    /// files.
+    /// Opening succeeds or gives a one-line error. It never panics, and no allocation is large compared to
+    /// the files.
     #[test]
     fn corrupted_checkpoints_never_panic_or_overallocate(
         edits in prop::collection::vec((0..FILES.len(), corruption()), 1..4)

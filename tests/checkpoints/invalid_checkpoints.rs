@@ -1,4 +1,4 @@
-//! Invalid checkpoint folders: the error sentence and exit code of each kind.
+//! Invalid checkpoint folders, opened through the library: error message and exit code of each kind.
 
 use crate::support;
 
@@ -10,7 +10,7 @@ use std::path::Path;
 use support::{Raw, Target, disk, edit_json, open_pair, small, small_pair, write_pair};
 
 /// Writes a small pair, applies `corrupt` to its folders, and opens it. Returns the exit code and the error
-/// sentence, with `T` and `D` in place of the two folders.
+/// message, with `T` and `D` in place of the two folders.
 fn refusal(corrupt: impl FnOnce(&Path, &Path)) -> (u8, String) {
     let pair = small_pair();
     corrupt(&pair.target, &pair.drafter);
@@ -23,7 +23,7 @@ fn refusal(corrupt: impl FnOnce(&Path, &Path)) -> (u8, String) {
 }
 
 /// Checks a table with one case per line: exit code | changes to a config, `field = JSON` or `field absent` |
-/// sentence.
+/// error message.
 fn check_config_rows(table: &str, of_target: bool) {
     for row in table.lines().filter(|row| !row.is_empty()) {
         let [code, edits, sentence] = row.splitn(3, " | ").collect::<Vec<_>>().try_into().expect(row);
@@ -168,9 +168,9 @@ fn edit_header(dir: &Path, edit: impl FnOnce(&mut Value)) {
     fs::write(&path, support::safetensors_raw(&header.to_string(), &file[end..])).unwrap();
 }
 
-/// A file of eight tensors, each of nearly an eighth of 2^64 bytes: the sum overflows only when the header's
-/// length is added.
-fn overflowing() -> Vec<u8> {
+/// A file of eight tensors, each of nearly an eighth of 2^64 bytes: their sum fits 64 bits, but not together
+/// with the header's length.
+fn header_whose_sizes_overflow() -> Vec<u8> {
     let size = (1u64 << 61) - 1;
     let mut header = json!({});
     for i in 0..8 {
@@ -188,12 +188,12 @@ fn edit_tensors(dir: &Path, tensors: Vec<Raw>, edit: impl FnOnce(&mut Vec<Raw>))
 }
 
 /// A tensor with this name and one element.
-fn named(name: &str) -> Raw {
+fn one_element(name: &str) -> Raw {
     Raw { name: name.into(), shape: vec![1], values: vec![0.0] }
 }
 
 #[test]
-#[rustfmt::skip] // a table: each case, then the expected exit code and sentence
+#[rustfmt::skip] // a table: each case, then the expected exit code and message
 fn invalid_safetensors_files_are_refused_with_the_reason() {
     let target = || support::target_tensors(&small().0);
     let drafter = || support::drafter_tensors(&small().0, &small().1);
@@ -209,7 +209,7 @@ fn invalid_safetensors_files_are_refused_with_the_reason() {
         })
     };
     let header = |edit: fn(&mut Value)| -> Corrupt { Box::new(move |t, _| edit_header(t, edit)) };
-    let offsets = "model.norm.weight";
+    let norm = "model.norm.weight";
     let rows: Vec<(Corrupt, u8, &str)> = vec![
         (write(vec![]),
             3, "T/model.safetensors is not a whole safetensors file: it has 0 bytes, expected at least 8 for the header's length"),
@@ -245,29 +245,29 @@ fn invalid_safetensors_files_are_refused_with_the_reason() {
             3, "T/model.safetensors is not a whole safetensors file: its header: invalid offset for tensor `model.embed_tokens.weight`"),
         (header(|h| h["model.norm.weight"]["data_offsets"] = json!([32, 0])),
             3, "T/model.safetensors is not a whole safetensors file: its header: invalid offset for tensor `model.norm.weight`"),
-        (write(overflowing()),
+        (write(header_whose_sizes_overflow()),
             3, "T/model.safetensors is not a whole safetensors file: its header describes 18446744073709551608 bytes of tensors, but 0 follow it"),
-        (Box::new(move |t, _| edit_tensors(t, target(), |all| all.retain(|x| x.name != offsets))),
+        (Box::new(move |t, _| edit_tensors(t, target(), |all| all.retain(|x| x.name != norm))),
             3, "T/model.safetensors has no tensor model.norm.weight"),
-        (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(named("model.layers.0.self_attn.q_proj.bias"))) }),
+        (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(one_element("model.layers.0.self_attn.q_proj.bias"))) }),
             4, "T/model.safetensors: tensor model.layers.0.self_attn.q_proj.bias is not one that this kind of target has"),
-        (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(named("model.layers.4.mlp.up_proj.weight"))) }),
+        (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(one_element("model.layers.4.mlp.up_proj.weight"))) }),
             3, "T/model.safetensors: tensor model.layers.4.mlp.up_proj.weight belongs to a layer beyond the 4 of config.json"),
-        (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(named("model.layers.0.mlp.up_proj.weight_scale"))) }),
+        (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(one_element("model.layers.0.mlp.up_proj.weight_scale"))) }),
             4, "T/model.safetensors: tensor model.layers.0.mlp.up_proj.weight_scale belongs to a quantised checkpoint, which this engine does not run: expected BF16, F16 or F32 weights"),
-        (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(named("model.layers.0.mlp.up_proj.qweight"))) }),
+        (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(one_element("model.layers.0.mlp.up_proj.qweight"))) }),
             4, "T/model.safetensors: tensor model.layers.0.mlp.up_proj.qweight belongs to a quantised checkpoint, which this engine does not run: expected BF16, F16 or F32 weights"),
-        (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(named("candidate_selector.predecessor_codebook"))) }),
+        (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(one_element("candidate_selector.predecessor_codebook"))) }),
             4, "D/model.safetensors: tensor candidate_selector.predecessor_codebook belongs to a DFlash2 drafter: this engine runs standard DFlash drafters"),
-        (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(named("layers.0.attention_conv.base_kernel"))) }),
+        (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(one_element("layers.0.attention_conv.base_kernel"))) }),
             4, "D/model.safetensors: tensor layers.0.attention_conv.base_kernel belongs to a DFlash2 drafter: this engine runs standard DFlash drafters"),
-        (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(named("model.embed_tokens.weight"))) }),
+        (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(one_element("model.embed_tokens.weight"))) }),
             4, "D/model.safetensors: tensor model.embed_tokens.weight belongs to a drafter with an embedding, head or vocabulary of its own: this engine runs standard DFlash drafters"),
-        (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(named("d2t")))),
+        (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("d2t")))),
             4, "D/model.safetensors: tensor d2t belongs to a drafter with an embedding, head or vocabulary of its own: this engine runs standard DFlash drafters"),
-        (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(named("markov_w1")))),
+        (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("markov_w1")))),
             4, "D/model.safetensors: tensor markov_w1 is not one that a DFlash drafter has"),
-        (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(named("model.fc.weight")))),
+        (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("model.fc.weight")))),
             4, "D/model.safetensors: tensor model.fc.weight is not one that a DFlash drafter has"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.retain(|x| x.name != "fc.weight"))),
             3, "D/model.safetensors has no tensor fc.weight"),
@@ -281,18 +281,18 @@ fn invalid_safetensors_files_are_refused_with_the_reason() {
 }
 
 #[test]
-#[rustfmt::skip] // a table: each case, then the expected exit code and sentence
+#[rustfmt::skip] // a table: each case, then the expected exit code and message
 fn invalid_folders_and_shard_indexes_are_refused() {
     type Corrupt = fn(&Path, &Path);
-    fn only(dir: &Path, file: &str) {
+    fn rename_weights(dir: &Path, file: &str) {
         fs::rename(dir.join("model.safetensors"), dir.join(file)).unwrap();
     }
-    fn shards(dir: &Path, edit: impl FnOnce(&mut Value)) {
+    fn edit_index(dir: &Path, edit: impl FnOnce(&mut Value)) {
         fs::remove_file(dir.join("model.safetensors")).unwrap();
         support::write_tensors(dir, &support::target_tensors(&small().0), Dtype::F32, 2);
         edit_json(dir, "model.safetensors.index.json", edit);
     }
-    fn first(index: &mut Value, file: &str) {
+    fn set_first_shard(index: &mut Value, file: &str) {
         index["weight_map"]["model.embed_tokens.weight"] = file.into();
     }
     let rows: &[(Corrupt, u8, &str)] = &[
@@ -304,9 +304,9 @@ fn invalid_folders_and_shard_indexes_are_refused() {
             3, "T has no config.json, it holds model.safetensors: expected a Hugging Face model folder"),
         (|t, _| fs::remove_file(t.join("model.safetensors")).unwrap(),
             3, "T has no model.safetensors: expected safetensors, in one file or in shards with model.safetensors.index.json"),
-        (|t, _| only(t, "pytorch_model.bin"),
+        (|t, _| rename_weights(t, "pytorch_model.bin"),
             3, "T has no model.safetensors, it holds pytorch_model.bin: expected safetensors, in one file or in shards with model.safetensors.index.json"),
-        (|t, _| only(t, "qwen3-q4.gguf"),
+        (|t, _| rename_weights(t, "qwen3-q4.gguf"),
             3, "T has no model.safetensors, it holds qwen3-q4.gguf: expected safetensors, in one file or in shards with model.safetensors.index.json"),
         (|t, _| { fs::remove_file(t.join("model.safetensors")).unwrap(); fs::create_dir(t.join("model.safetensors")).unwrap(); },
             3, "T/model.safetensors is not a regular file"),
@@ -326,33 +326,33 @@ fn invalid_folders_and_shard_indexes_are_refused() {
             3, "T/config.json has 5242880 bytes, expected a configuration of at most 4194304"),
         (|t, _| edit_json(t, "generation_config.json", |c| c["eos_token_id"] = json!([0, 40])),
             3, "T/generation_config.json: eos_token_id[1] is 40, expected a whole number from 0 to 39"),
-        (|t, _| shards(t, |_| ()),
+        (|t, _| edit_index(t, |_| ()),
             0, "opened"),
-        (|t, _| shards(t, |i| i["weight_map"] = json!(3)),
+        (|t, _| edit_index(t, |i| i["weight_map"] = json!(3)),
             3, "T/model.safetensors.index.json is not an index of shards: invalid type: integer `3`, expected a map at line 5 column 17"),
-        (|t, _| shards(t, |i| i["weight_map"] = json!({})),
+        (|t, _| edit_index(t, |i| i["weight_map"] = json!({})),
             3, "T/model.safetensors.index.json has no tensor model.embed_tokens.weight"),
-        (|t, _| shards(t, |i| *i = json!({})),
+        (|t, _| edit_index(t, |i| *i = json!({})),
             3, "T/model.safetensors.index.json is not an index of shards: missing field `weight_map` at line 1 column 2"),
-        (|t, _| shards(t, |i| first(i, "../drafter/model.safetensors")),
+        (|t, _| edit_index(t, |i| set_first_shard(i, "../drafter/model.safetensors")),
             3, "T/model.safetensors.index.json lists the shard \"../drafter/model.safetensors\": expected the plain name of a file in the same folder"),
-        (|t, _| shards(t, |i| first(i, "/etc/passwd")),
+        (|t, _| edit_index(t, |i| set_first_shard(i, "/etc/passwd")),
             3, "T/model.safetensors.index.json lists the shard \"/etc/passwd\": expected the plain name of a file in the same folder"),
-        (|t, _| shards(t, |i| first(i, "..")),
+        (|t, _| edit_index(t, |i| set_first_shard(i, "..")),
             3, "T/model.safetensors.index.json lists the shard \"..\": expected the plain name of a file in the same folder"),
-        (|t, _| shards(t, |i| first(i, "..\\x")),
+        (|t, _| edit_index(t, |i| set_first_shard(i, "..\\x")),
             3, "T/model.safetensors.index.json lists the shard \"..\\x\": expected the plain name of a file in the same folder"),
-        (|t, _| shards(t, |i| first(i, "")),
+        (|t, _| edit_index(t, |i| set_first_shard(i, "")),
             3, "T/model.safetensors.index.json lists the shard \"\": expected the plain name of a file in the same folder"),
-        (|t, _| shards(t, |i| first(i, "model-00003-of-00002.safetensors")),
+        (|t, _| edit_index(t, |i| set_first_shard(i, "model-00003-of-00002.safetensors")),
             3, "T/model.safetensors.index.json lists the shard model-00003-of-00002.safetensors, which is not in the folder"),
-        (|t, _| shards(t, |i| first(i, "model-00002-of-00002.safetensors")),
+        (|t, _| edit_index(t, |i| set_first_shard(i, "model-00002-of-00002.safetensors")),
             3, "T/model.safetensors.index.json says that T/model-00002-of-00002.safetensors holds the tensor model.embed_tokens.weight, which it does not"),
-        (|t, _| shards(t, |i| i["weight_map"]["ghost"] = json!("model-00002-of-00002.safetensors")),
+        (|t, _| edit_index(t, |i| i["weight_map"]["ghost"] = json!("model-00002-of-00002.safetensors")),
             3, "T/model.safetensors.index.json says that T/model-00002-of-00002.safetensors holds the tensor ghost, which it does not"),
-        (|t, _| { shards(t, |_| ()); let copy = support::safetensors_file(&support::target_tensors(&small().0)[..1], Dtype::F32); fs::write(t.join("model-00002-of-00002.safetensors"), copy).unwrap(); },
+        (|t, _| { edit_index(t, |_| ()); let copy = support::safetensors_file(&support::target_tensors(&small().0)[..1], Dtype::F32); fs::write(t.join("model-00002-of-00002.safetensors"), copy).unwrap(); },
             3, "tensor model.embed_tokens.weight is in both T/model-00001-of-00002.safetensors and T/model-00002-of-00002.safetensors"),
-        (|t, _| { shards(t, |_| ()); fs::remove_file(t.join("model-00002-of-00002.safetensors")).unwrap(); },
+        (|t, _| { edit_index(t, |_| ()); fs::remove_file(t.join("model-00002-of-00002.safetensors")).unwrap(); },
             3, "T/model.safetensors.index.json lists the shard model-00002-of-00002.safetensors, which is not in the folder"),
     ];
     for (corrupt, code, sentence) in rows {
