@@ -1,7 +1,7 @@
-//! `config.json` of target and drafter: read and checked. A model that this engine cannot run is refused with
-//! the field that says so. Everything the models need comes from here, nothing from folder names. Field
-//! meanings: `docs/dflash.md` section 1 (arXiv 2602.06036 and the published checkpoints) and Hugging Face's
-//! Qwen3 and Llama configurations.
+//! Reads and checks `config.json` of target and drafter. If this engine cannot run a model, the error names
+//! the field that shows it. All properties of a model come from these files, none from folder names. The
+//! meanings of the fields are in `docs/dflash.md` section 1 (arXiv 2602.06036 and the published checkpoints)
+//! and in Hugging Face's Qwen3 and Llama configurations.
 
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::json::{Document, Field, Fields};
@@ -10,7 +10,8 @@ use crate::error::excerpt;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 
-// Bounds on sizes: far above every published model, and low enough that no product of sizes overflows a u64.
+// Bounds on sizes: far above every published model, and small enough that no product of sizes overflows a
+// u64.
 const MAX_LAYERS: usize = 1 << 10;
 const MAX_HIDDEN: usize = 1 << 16;
 const MAX_INTERMEDIATE: usize = 1 << 20;
@@ -20,9 +21,8 @@ const MAX_VOCAB: usize = 1 << 24;
 const MAX_POSITIONS: usize = 1 << 24;
 const MAX_BLOCK: usize = 1 << 10;
 
-/// The attention mask of one layer, in addition to the rule that committed context is always `k < anchor`.
-/// With `p` the query's position and `k` the key's: causal means `k <= p`; a window `W` means `p - k < W`
-/// and, if not causal, also `k - p < W` (`docs/dflash.md` 3.6).
+/// The attention mask of one layer. Let `p` be the query's position and `k` the key's. Causal means `k <= p`.
+/// A window `W` means `p - k < W` and, if not causal, also `k - p < W` (`docs/dflash.md` 3.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attention {
     /// Whether queries attend to earlier positions only.
@@ -42,17 +42,17 @@ pub struct Stack {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Dims of a head, even.
+    /// Dimensions of a head, an even number.
     pub head_dim: usize,
     /// Epsilon of every RMSNorm.
     pub eps: f32,
     /// Rotary embedding.
     pub rope: Rope,
-    /// Whether q and k go through an RMSNorm per head before RoPE (Qwen3 yes, Llama no).
+    /// Whether q and k have an RMSNorm per head before RoPE (Qwen3 yes, Llama no).
     pub qk_norm: bool,
-    /// One mask per layer; the length is the number of layers.
+    /// Mask of each layer, `[layers]`.
     pub attention: Vec<Attention>,
-    /// Positions that the model supports.
+    /// Maximum positions of a sequence (`max_position_embeddings`).
     pub max_positions: usize,
 }
 
@@ -103,8 +103,9 @@ pub struct DrafterConfig {
     pub softcap: Option<f32>,
 }
 
-/// Fields of a drafter's `config.json` that this engine does not run (`docs/dflash.md` A): (field, kind of
-/// drafter that has it, value that means the same as its absence, beside null, false, 0 and empty).
+/// Fields of a drafter's `config.json` that this engine does not support (`docs/dflash.md` A): (field, kind
+/// of drafter that has it, neutral value). A field may be null, false, 0, empty, or have its neutral value:
+/// each of these means the same as its absence.
 const VARIANTS: [(&str, &str, &str); 20] = [
     ("conv_kernel_size", "DFlash2", ""),
     ("conv_group_size", "DFlash2", ""),
@@ -149,8 +150,8 @@ const DFLASH: [&str; 10] = [
     "partial_rotary_factor",
     "swa_window_size",
 ];
-/// Fields of RoPE settings that are allowed for every type. Hugging Face writes the original length even
-/// where no formula uses it.
+/// Fields of RoPE settings that are allowed for every type. Hugging Face writes the original length even if
+/// no formula uses it.
 const ROPE: [&str; 5] =
     ["rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"];
 /// Further fields of YaRN's settings.
@@ -161,8 +162,8 @@ impl TargetConfig {
     /// Reads `config.json` and, if it exists, `generation_config.json`.
     ///
     /// # Errors
-    /// [`Error::Model`] for a missing or malformed file or field; [`Error::Unsupported`] for another
-    /// architecture or a variant that this engine does not run; [`Error::Option`] for a drafter.
+    /// [`Error::Model`] for a missing or malformed file or field; [`Error::Unsupported`] for an architecture
+    /// or a variant that this engine does not support; [`Error::Option`] if the folder has a drafter.
     pub fn open(folder: &Folder) -> Result<Self> {
         let document = Document::need(folder, "config.json")?;
         let config = document.fields();
@@ -221,10 +222,11 @@ impl TargetConfig {
 }
 
 impl DrafterConfig {
-    /// Reads `config.json`. Drafters of other kinds are refused with the field that identifies them.
+    /// Reads `config.json`.
     ///
     /// # Errors
-    /// As [`TargetConfig::open`]; [`Error::Option`] for a target.
+    /// As [`TargetConfig::open`], but [`Error::Option`] if the folder has a target. The
+    /// [`Error::Unsupported`] for a drafter of another kind names the field that identifies it.
     pub fn open(folder: &Folder) -> Result<Self> {
         let document = Document::need(folder, "config.json")?;
         let config = document.fields();
@@ -305,7 +307,7 @@ impl DrafterConfig {
 }
 
 impl Stack {
-    /// Bytes of keys and values per token in all layers, with elements of `element` bytes.
+    /// KV cache bytes per token in all layers, with elements of `element` bytes.
     pub fn kv_bytes_per_token(&self, element: usize) -> usize {
         2 * self.attention.len() * self.kv_heads * self.head_dim * element
     }
@@ -334,8 +336,8 @@ impl Stack {
     }
 }
 
-/// Checks that a drafter was made for this target: hidden size of the taps, vocabulary, layer count, layer
-/// ids, mask id. Context lengths may differ: beyond the drafter's, the target decodes autoregressively.
+/// Checks that a drafter was made for this target: hidden size, vocabulary size, number of target layers,
+/// taps, mask token. Context lengths may differ: beyond the drafter's, the target decodes autoregressively.
 ///
 /// # Errors
 /// [`Error::Model`], naming both files, for a drafter of another target.
@@ -372,8 +374,8 @@ pub fn check_pair(
     Ok(())
 }
 
-/// The error for a target or for a drafter of another kind, with the field or architecture that identifies
-/// it.
+/// Returns an error if `config` belongs to a target or to a drafter of another kind. The error names the
+/// field or architecture that identifies it. `nested` is `dflash_config`, or empty.
 fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
     let architecture = config.architecture();
     if let Ok(name @ ("Qwen3ForCausalLM" | "LlamaForCausalLM")) = architecture
@@ -423,8 +425,7 @@ fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
     refuse_quantised(config)
 }
 
-/// The default for absent `target_layer_ids` (`docs/dflash.md` section 1). Ids are not negative, but
-/// [`check_taps`] may refuse them.
+/// The taps if `target_layer_ids` is absent (`docs/dflash.md` section 1). [`check_taps`] may refuse them.
 fn default_taps(target_layers: usize, layers: usize) -> Vec<usize> {
     if layers == 1 {
         return vec![target_layers / 2];
@@ -465,9 +466,9 @@ fn stop_ids(config: &Fields, vocab: usize) -> Result<Vec<u32>> {
     ids.iter().map(|id| Ok(id.whole(0, vocab - 1)? as u32)).collect()
 }
 
-/// The fields that both models share, and the window of each layer. `Stack::attention` is left to the caller.
-/// `extra` is searched first for `partial_rotary_factor`. Defaults are those of Hugging Face's Qwen3 and
-/// Llama configurations.
+/// Reads the fields that target and drafter share, and the window of each layer. The caller fills in
+/// `Stack::attention`. `extra` is searched first for `partial_rotary_factor`. Defaults are those of Hugging
+/// Face's Qwen3 and Llama configurations.
 fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<Option<usize>>)> {
     config.only("hidden_act", "silu")?;
     for name in ["attention_bias", "mlp_bias"] {
@@ -538,7 +539,7 @@ fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<
             list.len()
         )));
     }
-    let one = |field: &Field| match field.text()? {
+    let window_of = |field: &Field| match field.text()? {
         "full_attention" => Ok(None),
         "sliding_attention" if family == Family::Qwen3 => {
             let window = window.filter(|_| used != Some(false)).ok_or_else(|| {
@@ -551,10 +552,10 @@ fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<
         }
         other => Err(config.unsupported(&field.name, other, "full_attention or (Qwen3) sliding_attention")),
     };
-    list.iter().map(one).collect()
+    list.iter().map(window_of).collect()
 }
 
-/// RoPE from `rope_theta` and `rope_scaling` (older) or `rope_parameters` (newer).
+/// Reads RoPE settings: `rope_theta` and `rope_scaling` (older configs) or `rope_parameters` (newer ones).
 fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) -> Result<Rope> {
     let (older, newer) = (config.get("rope_scaling"), config.get("rope_parameters"));
     if let (Some(a), Some(b)) = (&older, &newer) {
@@ -601,7 +602,7 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
         None => head_dim,
         Some(field) => {
             let fraction = field.double("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?;
-            // Truncated, as Hugging Face does.
+            // Truncated, as in Hugging Face.
             let dims = (head_dim as f64 * fraction) as usize;
             if dims < 2 || !dims.is_multiple_of(2) {
                 return Err(Error::Model(format!(

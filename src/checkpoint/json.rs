@@ -1,4 +1,5 @@
-//! Fields of an untrusted JSON file: typed and bounded. Errors name the file, the field's path and its value.
+//! Reads fields of an untrusted JSON file with checked types and ranges. Errors name the file, the field's
+//! path and its value.
 
 use crate::checkpoint::folder::Folder;
 use crate::error::excerpt;
@@ -12,7 +13,8 @@ pub(crate) struct Document {
 }
 
 impl Document {
-    /// Larger than any real configuration, and small enough that parsing it costs little memory.
+    /// Maximum bytes of a file: more than any real configuration has, and so few that parsing takes little
+    /// memory.
     const MAX_BYTES: usize = 4 << 20;
 
     pub(crate) fn open(folder: &Folder, name: &str) -> Result<Option<Document>> {
@@ -70,7 +72,7 @@ pub(crate) struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// A field. Null counts as absent, as in Hugging Face.
+    /// The field `name`. Null counts as absent, as in Hugging Face.
     pub(crate) fn get(&self, name: &str) -> Option<Field<'a>> {
         let value = self.map.get(name).filter(|value| !value.is_null())?;
         Some(Field { file: self.file, name: format!("{}{name}", self.prefix), value })
@@ -91,7 +93,7 @@ impl<'a> Fields<'a> {
         ))
     }
 
-    /// Checks that a text field, if it exists, has this value.
+    /// Checks that a string field, if it is present, has this value.
     pub(crate) fn only(&self, name: &str, expected: &str) -> Result<()> {
         match self.get(name) {
             Some(field) if field.text()? != expected => Err(self.unsupported(name, field.text()?, expected)),
@@ -99,6 +101,7 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// The only entry of `architectures`.
     pub(crate) fn architecture(&self) -> Result<&'a str> {
         let field = self.need("architectures")?;
         match field.value.as_array().map(Vec::as_slice) {
@@ -130,11 +133,12 @@ impl<'a> Field<'a> {
         value.ok_or_else(|| self.wrong(&format!("a whole number from {min} to {max}")))
     }
 
+    /// A finite number that satisfies `ok`. `expected` describes such numbers in the error.
     pub(crate) fn double(&self, expected: &str, ok: impl Fn(f64) -> bool) -> Result<f64> {
         self.value.as_f64().filter(|&x| x.is_finite() && ok(x)).ok_or_else(|| self.wrong(expected))
     }
 
-    /// A number in the range of f32.
+    /// As [`Field::double`], for a number in the range of f32.
     pub(crate) fn number(&self, expected: &str, ok: impl Fn(f32) -> bool) -> Result<f32> {
         let value = self.double(expected, |_| true)? as f32;
         Some(value).filter(|&x| x.is_finite() && ok(x)).ok_or_else(|| self.wrong(expected))
@@ -159,7 +163,8 @@ impl<'a> Field<'a> {
         Ok(Fields { file: self.file, prefix, map })
     }
 
-    /// Whether the value means the same as the field's absence: false, 0, empty, or the given text.
+    /// Whether the value means the same as the field's absence: null, false, 0, empty, or the value
+    /// `neutral`.
     pub(crate) fn is_neutral(&self, neutral: &str) -> bool {
         match self.value {
             Value::Null | Value::Bool(false) => true,

@@ -403,8 +403,8 @@ pub fn multi_draft_block_verify(
 /// Number of values of [`class`].
 const CLASSES: usize = 64;
 
-/// How much more probable a token is for the target (`p`) than for the drafter (`q`): about `2 log2(p / q) +
-/// 32`, clamped to 0 to 63. It is 0 if `p` is 0.
+/// How much more probable a token is for the target (`p`) than for the drafter (`q`): about
+/// `32 + 2 log2(p / q)`, clamped to 0 to 63. It is 0 if `p` is 0.
 ///
 /// Logarithms are piecewise linear between powers of two. Any function of `p` and `q` keeps
 /// [`multi_draft_block_verify`] lossless, and finer classes hardly accept more: on the demo pair, steps of 1,
