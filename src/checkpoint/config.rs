@@ -197,8 +197,8 @@ impl TargetConfig {
             let found = format!("{} of {} dims", stack.rope.rotary_dims, stack.head_dim);
             return Err(config.unsupported("partial_rotary_factor", &found, "all"));
         }
-        let vocab = config.need("vocab_size")?.whole(1, MAX_VOCAB)?;
-        let tied = config.get("tie_word_embeddings").map_or(Ok(false), |f| f.flag())?;
+        let vocab = config.need("vocab_size")?.integer(1, MAX_VOCAB)?;
+        let tied = config.get("tie_word_embeddings").map_or(Ok(false), |f| f.boolean())?;
         let attention = windows.into_iter().map(|window| Attention { causal: true, window }).collect();
         let generation = Document::open(folder, "generation_config.json")?;
         let mut eos = generation.as_ref().map_or(Ok(vec![]), |d| stop_ids(&d.fields(), vocab))?;
@@ -232,7 +232,7 @@ impl DrafterConfig {
         let config = document.fields();
         let nothing = Map::new();
         let nested = match config.get("dflash_config") {
-            Some(field) => field.table("dflash_config.")?,
+            Some(field) => field.object("dflash_config.")?,
             None => Fields { map: &nothing, ..config },
         };
         refuse_other_drafters(&config, &nested)?;
@@ -244,7 +244,7 @@ impl DrafterConfig {
         let (stack, windows) = stack(&config, Family::Qwen3, &nested)?;
         let layers = windows.len();
         let causal = match config.get("is_causal").or_else(|| either("causal")) {
-            Some(field) => Some(field.flag()?),
+            Some(field) => Some(field.boolean()?),
             None => None,
         };
         // Sliding layers are causal unless the config says otherwise (docs/dflash.md 3.6).
@@ -253,12 +253,12 @@ impl DrafterConfig {
             .map(|window| Attention { causal: causal.unwrap_or(window.is_some()), window })
             .collect();
 
-        let vocab = config.need("vocab_size")?.whole(1, MAX_VOCAB)?;
-        let num_target_layers = need("num_target_layers")?.whole(1, MAX_LAYERS)?;
+        let vocab = config.need("vocab_size")?.integer(1, MAX_VOCAB)?;
+        let num_target_layers = need("num_target_layers")?.integer(1, MAX_LAYERS)?;
         let taps = match either("target_layer_ids") {
             Some(field) => {
                 let ids =
-                    field.list()?.iter().map(|id| id.whole(0, MAX_LAYERS)).collect::<Result<Vec<_>>>()?;
+                    field.array()?.iter().map(|id| id.integer(0, MAX_LAYERS)).collect::<Result<Vec<_>>>()?;
                 check_taps(&ids, num_target_layers, &config, &field.name)?;
                 ids
             }
@@ -270,12 +270,12 @@ impl DrafterConfig {
         };
         let positive = |name: &str, default: f32| {
             either(name).map_or(Ok(default), |field| {
-                field.number("a number above 0, in the range of f32", |x| x > 0.0)
+                field.number_f32("a number above 0, in the range of f32", |x| x > 0.0)
             })
         };
         let softcap = match either("final_logit_softcapping") {
             Some(field) => {
-                Some(field.number("a number in the range of f32", |_| true)?).filter(|&cap| cap > 0.0)
+                Some(field.number_f32("a number in the range of f32", |_| true)?).filter(|&cap| cap > 0.0)
             }
             None => None,
         };
@@ -284,8 +284,8 @@ impl DrafterConfig {
             vocab,
             num_target_layers,
             taps,
-            mask_token: need("mask_token_id")?.whole(0, vocab - 1)? as u32,
-            block: either("block_size").map_or(Ok(16), |field| field.whole(2, MAX_BLOCK))?,
+            mask_token: need("mask_token_id")?.integer(0, vocab - 1)? as u32,
+            block: either("block_size").map_or(Ok(16), |field| field.integer(2, MAX_BLOCK))?,
             embedding_scale: positive("input_embedding_scale", 1.0)?,
             output_multiplier: positive("output_multiplier", 1.0)?,
             softcap,
@@ -462,8 +462,8 @@ fn check_taps(taps: &[usize], target_layers: usize, config: &Fields, name: &str)
 /// `eos_token_id`: one id, a list, or nothing.
 fn stop_ids(config: &Fields, vocab: usize) -> Result<Vec<u32>> {
     let Some(field) = config.get("eos_token_id") else { return Ok(vec![]) };
-    let ids = if field.value.is_array() { field.list()? } else { vec![field] };
-    ids.iter().map(|id| Ok(id.whole(0, vocab - 1)? as u32)).collect()
+    let ids = if field.value.is_array() { field.array()? } else { vec![field] };
+    ids.iter().map(|id| Ok(id.integer(0, vocab - 1)? as u32)).collect()
 }
 
 /// Reads the fields that target and drafter share, and the window of each layer. The caller fills in
@@ -476,11 +476,11 @@ fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<
             return Err(config.unsupported(name, "true", "false"));
         }
     }
-    let hidden = config.need("hidden_size")?.whole(1, MAX_HIDDEN)?;
-    let intermediate = config.need("intermediate_size")?.whole(1, MAX_INTERMEDIATE)?;
-    let layers = config.need("num_hidden_layers")?.whole(1, MAX_LAYERS)?;
-    let heads = config.need("num_attention_heads")?.whole(1, MAX_HEADS)?;
-    let kv_heads = config.get("num_key_value_heads").map_or(Ok(heads), |f| f.whole(1, MAX_HEADS))?;
+    let hidden = config.need("hidden_size")?.integer(1, MAX_HIDDEN)?;
+    let intermediate = config.need("intermediate_size")?.integer(1, MAX_INTERMEDIATE)?;
+    let layers = config.need("num_hidden_layers")?.integer(1, MAX_LAYERS)?;
+    let heads = config.need("num_attention_heads")?.integer(1, MAX_HEADS)?;
+    let kv_heads = config.get("num_key_value_heads").map_or(Ok(heads), |f| f.integer(1, MAX_HEADS))?;
     if !heads.is_multiple_of(kv_heads) {
         return Err(Error::Model(format!(
             "{}: num_attention_heads is {heads}, expected a multiple of num_key_value_heads, which is {kv_heads}",
@@ -488,7 +488,7 @@ fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<
         )));
     }
     let head_dim = match config.get("head_dim") {
-        Some(field) => field.whole(2, MAX_HEAD_DIM)?,
+        Some(field) => field.integer(2, MAX_HEAD_DIM)?,
         None if family == Family::Qwen3 => 128,
         None => hidden / heads,
     };
@@ -500,8 +500,8 @@ fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<
     }
     let eps = config
         .get("rms_norm_eps")
-        .map_or(Ok(1e-6), |f| f.number("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0))?;
-    let max_positions = config.need("max_position_embeddings")?.whole(1, MAX_POSITIONS)?;
+        .map_or(Ok(1e-6), |f| f.number_f32("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0))?;
+    let max_positions = config.need("max_position_embeddings")?.integer(1, MAX_POSITIONS)?;
     let rope = rope(config, extra, head_dim, max_positions)?;
     let windows = windows(config, family, layers)?;
     let stack = Stack {
@@ -522,16 +522,16 @@ fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<
 /// The window of each layer, as Hugging Face's Qwen3 resolves it: by `layer_types` or, without them, for
 /// every layer from `max_window_layers` on if `use_sliding_window` is set.
 fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<usize>>> {
-    let used = config.get("use_sliding_window").map(|f| f.flag()).transpose()?;
-    let window = config.get("sliding_window").map(|f| f.whole(1, MAX_POSITIONS)).transpose()?;
+    let used = config.get("use_sliding_window").map(|f| f.boolean()).transpose()?;
+    let window = config.get("sliding_window").map(|f| f.integer(1, MAX_POSITIONS)).transpose()?;
     let Some(types) = config.get("layer_types") else {
         if used != Some(true) || family == Family::Llama {
             return Ok(vec![None; layers]);
         }
-        let first = config.get("max_window_layers").map_or(Ok(28), |f| f.whole(0, MAX_LAYERS))?;
+        let first = config.get("max_window_layers").map_or(Ok(28), |f| f.integer(0, MAX_LAYERS))?;
         return Ok((0..layers).map(|i| window.filter(|_| i >= first)).collect());
     };
-    let list = types.list()?;
+    let list = types.array()?;
     if list.len() != layers {
         return Err(Error::Model(format!(
             "{}: layer_types has {} entries, expected {layers} (num_hidden_layers)",
@@ -539,7 +539,7 @@ fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<
             list.len()
         )));
     }
-    let window_of = |field: &Field| match field.text()? {
+    let window_of = |field: &Field| match field.string()? {
         "full_attention" => Ok(None),
         "sliding_attention" if family == Family::Qwen3 => {
             let window = window.filter(|_| used != Some(false)).ok_or_else(|| {
@@ -560,7 +560,7 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
     let (older, newer) = (config.get("rope_scaling"), config.get("rope_parameters"));
     if let (Some(a), Some(b)) = (&older, &newer) {
         let scaling = |f: &Field| -> Result<Map<String, Value>> {
-            let map = f.table("")?.map.iter().filter(|(name, _)| *name != "rope_theta");
+            let map = f.object("")?.map.iter().filter(|(name, _)| *name != "rope_theta");
             Ok(map.map(|(name, value)| (name.clone(), value.clone())).collect())
         };
         if scaling(a)? != scaling(b)? {
@@ -572,8 +572,8 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
     }
     let nothing = Map::new();
     let table = match (older, newer) {
-        (_, Some(field)) => field.table("rope_parameters.")?,
-        (Some(field), None) => field.table("rope_scaling.")?,
+        (_, Some(field)) => field.object("rope_parameters.")?,
+        (Some(field), None) => field.object("rope_scaling.")?,
         (None, None) => Fields { map: &nothing, ..*config },
     };
     if let Some((layer_type, _)) = table.map.iter().find(|(_, value)| value.is_object()) {
@@ -584,7 +584,7 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
             excerpt(layer_type)
         )));
     }
-    let above_one = |field: Field| field.double("a number above 1", |x| x > 1.0);
+    let above_one = |field: Field| field.number("a number above 1", |x| x > 1.0);
     let inner = table.get("rope_theta").map(above_one).transpose()?;
     let outer = config.get("rope_theta").map(above_one).transpose()?;
     if let (Some(a), Some(b)) = (inner, outer)
@@ -601,7 +601,7 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
     let rotary_dims = match partial {
         None => head_dim,
         Some(field) => {
-            let fraction = field.double("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?;
+            let fraction = field.number("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?;
             // Truncated, as in Hugging Face.
             let dims = (head_dim as f64 * fraction) as usize;
             if dims < 2 || !dims.is_multiple_of(2) {
@@ -614,14 +614,14 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
         }
     };
 
-    let at_least_one = |name: &str| table.need(name)?.double("a number from 1", |x| x >= 1.0);
+    let at_least_one = |name: &str| table.need(name)?.number("a number from 1", |x| x >= 1.0);
     let positive = |name: &str| match table.get(name) {
-        Some(field) => Some(field.double("a number above 0", |x| x > 0.0)).transpose(),
+        Some(field) => Some(field.number("a number above 0", |x| x > 0.0)).transpose(),
         None => Ok(None),
     };
-    let original = |field: Field| field.whole(1, MAX_POSITIONS);
+    let original = |field: Field| field.integer(1, MAX_POSITIONS);
     let kind = match table.get("rope_type").or_else(|| table.get("type")) {
-        Some(field) => field.text()?.to_string(),
+        Some(field) => field.string()?.to_string(),
         None if table.get("factor").is_some() => return Err(table.absent("rope_type")),
         None => "default".into(),
     };
@@ -635,12 +635,12 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear { factor: at_least_one("factor")? },
         "llama3" => {
-            let low = table.need("low_freq_factor")?.double("a number above 0", |x| x > 0.0)?;
+            let low = table.need("low_freq_factor")?.number("a number above 0", |x| x > 0.0)?;
             let high = table.need("high_freq_factor")?;
             RopeScaling::Llama3 {
                 factor: at_least_one("factor")?,
                 low_freq_factor: low,
-                high_freq_factor: high.double("a number above low_freq_factor", |x| x > low)?,
+                high_freq_factor: high.number("a number above low_freq_factor", |x| x > low)?,
                 original_max_positions: original(table.need("original_max_position_embeddings")?)?,
             }
         }
@@ -650,7 +650,7 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
             // Hugging Face treats 0 as absent in these four.
             let given = |name: &str| match table.get(name) {
                 Some(field) => {
-                    field.double("a number from 0", |x| x >= 0.0).map(|x| Some(x).filter(|x| *x > 0.0))
+                    field.number("a number from 0", |x| x >= 0.0).map(|x| Some(x).filter(|x| *x > 0.0))
                 }
                 None => Ok(None),
             };
@@ -676,7 +676,7 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
                     .get("original_max_position_embeddings")
                     .map_or(Ok(max_positions), original)?,
                 attention_factor,
-                truncate: table.get("truncate").map_or(Ok(true), |f| f.flag())?,
+                truncate: table.get("truncate").map_or(Ok(true), |f| f.boolean())?,
             }
         }
         other => {

@@ -96,7 +96,9 @@ impl<'a> Fields<'a> {
     /// Checks that a string field, if it is present, has this value.
     pub(crate) fn only(&self, name: &str, expected: &str) -> Result<()> {
         match self.get(name) {
-            Some(field) if field.text()? != expected => Err(self.unsupported(name, field.text()?, expected)),
+            Some(field) if field.string()? != expected => {
+                Err(self.unsupported(name, field.string()?, expected))
+            }
             _ => Ok(()),
         }
     }
@@ -127,38 +129,38 @@ impl<'a> Field<'a> {
         Error::Model(format!("{}: {} is {}, expected {expected}", self.file, self.name, self.found()))
     }
 
-    pub(crate) fn whole(&self, min: usize, max: usize) -> Result<usize> {
+    pub(crate) fn integer(&self, min: usize, max: usize) -> Result<usize> {
         let value =
             self.value.as_u64().and_then(|x| usize::try_from(x).ok()).filter(|x| (min..=max).contains(x));
         value.ok_or_else(|| self.wrong(&format!("a whole number from {min} to {max}")))
     }
 
     /// A finite number that satisfies `ok`. `expected` describes such numbers in the error.
-    pub(crate) fn double(&self, expected: &str, ok: impl Fn(f64) -> bool) -> Result<f64> {
+    pub(crate) fn number(&self, expected: &str, ok: impl Fn(f64) -> bool) -> Result<f64> {
         self.value.as_f64().filter(|&x| x.is_finite() && ok(x)).ok_or_else(|| self.wrong(expected))
     }
 
-    /// As [`Field::double`], for a number in the range of f32.
-    pub(crate) fn number(&self, expected: &str, ok: impl Fn(f32) -> bool) -> Result<f32> {
-        let value = self.double(expected, |_| true)? as f32;
+    /// As [`Field::number`], for a number in the range of f32.
+    pub(crate) fn number_f32(&self, expected: &str, ok: impl Fn(f32) -> bool) -> Result<f32> {
+        let value = self.number(expected, |_| true)? as f32;
         Some(value).filter(|&x| x.is_finite() && ok(x)).ok_or_else(|| self.wrong(expected))
     }
 
-    pub(crate) fn flag(&self) -> Result<bool> {
+    pub(crate) fn boolean(&self) -> Result<bool> {
         self.value.as_bool().ok_or_else(|| self.wrong("true or false"))
     }
 
-    pub(crate) fn text(&self) -> Result<&'a str> {
+    pub(crate) fn string(&self) -> Result<&'a str> {
         self.value.as_str().ok_or_else(|| self.wrong("a text"))
     }
 
-    pub(crate) fn list(&self) -> Result<Vec<Field<'a>>> {
+    pub(crate) fn array(&self) -> Result<Vec<Field<'a>>> {
         let items = self.value.as_array().ok_or_else(|| self.wrong("a list"))?;
         let field = |(i, value)| Field { file: self.file, name: format!("{}[{i}]", self.name), value };
         Ok(items.iter().enumerate().map(field).collect())
     }
 
-    pub(crate) fn table(&self, prefix: &'a str) -> Result<Fields<'a>> {
+    pub(crate) fn object(&self, prefix: &'a str) -> Result<Fields<'a>> {
         let map = self.value.as_object().ok_or_else(|| self.wrong("an object"))?;
         Ok(Fields { file: self.file, prefix, map })
     }

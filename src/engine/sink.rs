@@ -3,14 +3,15 @@
 use crate::Result;
 use crate::engine::request::Outcome;
 
-/// How generation goes on after a token.
+/// How generation goes on after a call of a sink.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flow {
     /// Generate more tokens.
     Continue,
     /// End this answer: it is complete, for example because a stop string was found.
     Stop,
-    /// End all answers: the user interrupted generation, or the output is closed.
+    /// End this answer as interrupted: the user interrupted it, or the output is closed. From
+    /// [`TokenSinks::done`] it ends all answers.
     Interrupt,
 }
 

@@ -358,7 +358,7 @@ enum Drafting {
     Trial,
 }
 
-/// Drafting pays if it gives at least this many times the tokens per cost of AR decoding.
+/// The [gain](CostGated::gain) from which on drafting pays.
 const MIN_GAIN: f64 = 1.03;
 /// The gain that a trial must reach to turn drafting on.
 const MIN_TRIAL_GAIN: f64 = 1.08;
