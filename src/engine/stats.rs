@@ -15,8 +15,8 @@ pub fn tau(accepted: &[usize]) -> Option<f64> {
     }
 }
 
-/// A histogram of rounds by the number of tokens they produced: one bar character per number `1..=block`, from
-/// a space to a full block.
+/// A histogram of rounds by the number of tokens they produced: one bar character per number `1..=block`,
+/// from a space to a full block.
 pub fn histogram(accepted: &[usize], block: usize) -> String {
     const BARS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     let mut counts = vec![0; block.max(1)];
