@@ -1,5 +1,5 @@
-//! Autoregressive decoding against DFlash, on the same prompts: identical tokens, in fewer passes of the
-//! target.
+//! Compares autoregressive decoding with DFlash on the same prompts: the tokens are identical, and DFlash
+//! needs fewer target passes.
 //!
 //! cargo run --release --example compare
 
@@ -13,16 +13,16 @@ fn main() -> dflash::Result<()> {
     for (i, prompt) in PROMPTS.into_iter().enumerate() {
         let params = Params::default().max_tokens(128);
         let ar = engine.generate(prompt, params.clone().autoregressive())?.finish()?;
-        let fast = engine.generate(prompt, params)?.finish()?;
-        check_lossless(&ar.outcome, &fast.outcome)?;
+        let speculative = engine.generate(prompt, params)?.finish()?;
+        check_lossless(&ar.outcome, &speculative.outcome)?;
         println!(
             "{:6}  {:6}  {:8.0}  {:12.0}  {:6}  {:4.2}  yes",
             i + 1,
-            fast.tokens().len(),
+            speculative.tokens().len(),
             ar.tokens_per_second(),
-            fast.tokens_per_second(),
-            fast.rounds(),
-            fast.tau().unwrap_or(1.0)
+            speculative.tokens_per_second(),
+            speculative.rounds(),
+            speculative.tau().unwrap_or(1.0)
         );
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! One answer of the demo pair, and how much speculative decoding saved.
+//! Prints one answer of the demo pair and its acceptance length.
 //!
 //! cargo run --release --example generate -- "def f(x):"
 

@@ -1,4 +1,4 @@
-//! Prints tokens as rounds produce them. Drafted and accepted tokens are green, the target's own are not.
+//! Prints tokens as rounds produce them. Accepted drafts are green.
 //!
 //! cargo run --release --example stream -- "class Point:"
 

@@ -1,7 +1,7 @@
-//! The one error type, its exit codes, [`Result`], and untrusted text as it may appear in an error.
+//! The error type, its exit codes, [`Result`], and functions that make untrusted text safe for errors.
 
-/// Everything that can go wrong, as one sentence that says what is wrong, what was found and what was
-/// expected. The kind decides the exit code of the command-line programs.
+/// Everything that can go wrong. Each error is one sentence that says what is wrong, what was found and what
+/// was expected. The variant decides the exit code of the command-line programs.
 ///
 /// ```
 /// use dflash::{Error, Models, Engine};
@@ -12,15 +12,15 @@
 /// ```
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
-    /// A bug, or an I/O failure that no other kind fits. Exit code 1.
+    /// A bug, or an I/O failure that no other variant covers. Exit code 1.
     #[error("{0}")]
     Internal(String),
     /// An argument or an input text is wrong. Exit code 2.
     #[error("{0}")]
     Usage(String),
-    /// A named option has a value that it cannot have. Exit code 2. Options are fields of
-    /// [`Params`](crate::Params), [`EngineOptions`](crate::EngineOptions) and the types in them; the
-    /// command-line programs print the flag instead of the name.
+    /// A named option has an invalid value. Exit code 2. Options are fields of [`Params`](crate::Params),
+    /// [`EngineOptions`](crate::EngineOptions) and the types in them; the command-line programs print the
+    /// flag instead of the name.
     #[error("{name} {problem}")]
     Option {
         /// The option's name: `context`, `top_p`, ...
@@ -31,7 +31,7 @@ pub enum Error {
     /// A model file is missing or malformed, or two files contradict each other. Exit code 3.
     #[error("{0}")]
     Model(String),
-    /// The input is valid, but this engine does not run such a model, device or option. Exit code 4.
+    /// The input is valid, but this engine does not support the model, device or option. Exit code 4.
     #[error("{0}")]
     Unsupported(String),
     /// Not enough memory. The sentence says how much is needed and for what. Exit code 5.
@@ -43,12 +43,12 @@ pub enum Error {
 }
 
 impl Error {
-    /// [`Error::Option`]: `name` and `problem` together are the sentence.
+    /// Makes an [`Error::Option`]. Its sentence is `name`, a space and `problem`.
     pub fn option(name: &'static str, problem: impl Into<String>) -> Error {
         Error::Option { name, problem: problem.into() }
     }
 
-    /// The exit code of the command-line programs for this kind.
+    /// The exit code of the command-line programs for this variant.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Internal(_) => 1,
@@ -61,10 +61,11 @@ impl Error {
     }
 }
 
-/// The result of every fallible function of this crate.
+/// `Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Text from an untrusted file as part of an error: control characters escaped, at most 100 characters.
+/// Text from an untrusted file, for an error: control characters are escaped, and it is cut after 100
+/// characters.
 pub(crate) fn excerpt(text: &str) -> String {
     const LONGEST: usize = 100;
     let mut line = String::new();
@@ -80,8 +81,8 @@ pub(crate) fn excerpt(text: &str) -> String {
     line
 }
 
-/// A message of another library as part of an error: on one line, control characters escaped, at most 400
-/// bytes. Such messages may span lines and quote whole files.
+/// A message of another library, for an error: it is put on one line, control characters are escaped, and it
+/// is cut after about 400 bytes. Such messages may span lines and quote whole files.
 pub(crate) fn one_line(message: &str) -> String {
     const LONGEST: usize = 400;
     let mut line = String::new();

@@ -1,10 +1,9 @@
-//! dflash is a latency engine for speculative decoding with DFlash drafters (arXiv 2602.06036): one user, one
-//! model, as many tokens per second as the memory bus allows. A DFlash drafter proposes a block of tokens in
-//! one parallel pass; the target verifies them in one pass; with the default settings the text is exactly
-//! that of the target alone.
+//! dflash is a latency engine for speculative decoding with DFlash drafters (arXiv 2602.06036). A DFlash
+//! drafter proposes a block of tokens in one parallel pass, and the target verifies them in one pass. With
+//! the default settings the output is the token sequence that the target gives without a drafter.
 //!
 //! The models run as hand-written CUDA kernels on an NVIDIA GPU, or on the CPU in f32. Both give the same
-//! answers, up to the rounding of their arithmetic.
+//! tokens, up to the rounding of their arithmetic.
 //!
 //! # First steps
 //!
@@ -30,35 +29,35 @@
 //! # }
 //! ```
 //!
-//! With models of your own: [`Models::folders`]`("Qwen3-8B", "Qwen3-8B-DFlash-b16")`, Hugging Face folders of
-//! a target and of the drafter that was trained for it.
+//! To use models of your own, call [`Models::folders`]`("Qwen3-8B", "Qwen3-8B-DFlash-b16")` with the Hugging
+//! Face folders of a target and of the drafter that was trained for it.
 //!
 //! | type | what it is |
 //! | --- | --- |
 //! | [`Engine`] | a pair of models, loaded on a device; opened with [`EngineOptions`] |
 //! | [`Params`] | settings of one request: length, [`SamplingParams`], [`SpecConfig`], stop strings |
 //! | [`Generation`] | a running answer: an iterator of [`Token`]s, and in the end a [`Completion`] |
-//! | [`Session`] | answers one request after another without running shared prefixes again |
+//! | [`Session`] | answers one request after another and reuses the KV cache of shared prefixes |
 //! | [`Error`] | everything that can go wrong, as one sentence |
 //!
 //! # Where to read on
 //!
-//! The folders from the mathematics to the programs. A folder uses those above it, never those below.
+//! The folders, lowest layer first. A folder uses only folders above it in this table.
 //!
 //! | folder | owns |
 //! | --- | --- |
 //! | [`checkpoint`] | model folders: `config.json`, safetensors, target and drafter opened together |
 //! | [`text`] | tokenizer, chat templates, prompts, stop strings |
-//! | [`spec`] | speculative decoding as mathematics: sampling, distributions, verification, trees |
 //! | [`perf`] | rooflines and statistics of measurements |
+//! | [`spec`] | speculative decoding as mathematics: sampling, distributions, verification, trees |
 //! | [`engine`] | the life of a request: prefill, rounds, stopping, statistics, the lossless check |
 //! | [`cpu`] | both models in f32 on the CPU: the reference that the kernels are tested against |
 //! | [`gpu`] | devices, kernels, models on a device, the round as one captured graph |
-//! | [`api`] | the types of this page: connects the folders above |
+//! | [`api`] | the types of this page, which connect the folders above |
 //! | `cli` | what both command-line programs share (feature `cli`) |
 //!
-//! A good order: [`spec::verify`] for which drafts are accepted and why the output is the target's;
-//! [`cpu::decoder`] for a whole round in plain code; [`gpu::decoder`] for the same round on a GPU. `docs/`
+//! A good order: [`spec::verify`] says which drafts are accepted and why verification is lossless;
+//! [`cpu::decoder`] has a whole round in plain code; [`gpu::decoder`] has the same round on a GPU. `docs/`
 //! has the algorithm (`docs/dflash.md`), the architecture and the glossary.
 //!
 //! # Features

@@ -1,4 +1,4 @@
-//! Which device runs a pair, and opening it.
+//! Choosing and opening the device that runs a pair.
 
 use crate::checkpoint::pair::Pair;
 use crate::gpu::batch_config::BatchConfig;
@@ -23,21 +23,21 @@ pub enum DeviceChoice {
 
 /// An open device that runs the kernels.
 pub struct DeviceHandle {
-    /// `cuda` or `emulator`, as in records.
+    /// The device's name in records: `cuda` or `emulator`.
     pub name: &'static str,
     /// The device.
     pub device: Box<dyn Device>,
-    /// What an allocation costs there beyond its bytes.
+    /// What an allocation on it costs beyond its bytes.
     pub overhead: Overhead,
 }
 
-/// Where a pair is to run.
+/// Where a pair runs.
 pub enum Placement {
     /// On a device that runs the kernels.
     Device(DeviceHandle),
     /// On the CPU.
     Cpu {
-        /// Why not on a GPU, if the choice was [`DeviceChoice::Auto`].
+        /// Why it does not run on a GPU, if the choice was [`DeviceChoice::Auto`].
         fallback: Option<Error>,
     },
 }
@@ -54,7 +54,7 @@ impl DeviceHandle {
     /// The emulator, on all cores.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] in a build without it.
+    /// [`Error::Unsupported`] in a build without the feature `emulator`.
     #[cfg(feature = "emulator")]
     pub fn emulator() -> Result<DeviceHandle> {
         let device = crate::gpu::emulator::Emulator::new();
@@ -62,7 +62,7 @@ impl DeviceHandle {
         Ok(DeviceHandle { name: "emulator", device: Box::new(device), overhead: Overhead::NONE })
     }
 
-    /// The emulator, which this build does not have.
+    /// The emulator. This build does not have it.
     ///
     /// # Errors
     /// [`Error::Unsupported`], always.
@@ -74,8 +74,9 @@ impl DeviceHandle {
         ))
     }
 
-    /// Where a pair with these capacities runs. [`DeviceChoice::Auto`] takes the GPU if it opens and the
-    /// kernels support the pair, else the CPU with the reason.
+    /// Chooses where a pair with these capacities runs, and opens the device. [`DeviceChoice::Auto`] takes
+    /// GPU `number` if it opens and the kernels support the pair; else it takes the CPU and returns the
+    /// reason.
     ///
     /// # Errors
     /// As [`DeviceHandle::gpu`] and [`DeviceHandle::emulator`] for an explicit choice.
@@ -98,10 +99,12 @@ impl DeviceHandle {
         }
     }
 
-    /// A device for kernels alone, without a pair. [`DeviceChoice::Auto`] takes a GPU, else the emulator.
+    /// Opens a device that runs kernels without a pair. [`DeviceChoice::Auto`] takes GPU `number`, else the
+    /// emulator.
     ///
     /// # Errors
-    /// [`Error::Option`] for the CPU, which runs no kernels; [`Error::Unsupported`] if neither opens.
+    /// [`Error::Option`] for the CPU, which runs no kernels; else as [`DeviceHandle::gpu`] and
+    /// [`DeviceHandle::emulator`]. If neither opens, the GPU's error.
     pub fn for_kernels(choice: DeviceChoice, number: u32) -> Result<DeviceHandle> {
         match choice {
             DeviceChoice::Cuda => DeviceHandle::gpu(number),
@@ -115,7 +118,7 @@ impl DeviceHandle {
         }
     }
 
-    /// The memory that a pair with these capacities takes, and whether it fits into what is free now.
+    /// The memory plan of a pair with these capacities, and whether it fits into the memory that is free.
     ///
     /// # Errors
     /// As [`MemoryPlan::new`]. Too little memory is [`Error::Memory`] in the second value.

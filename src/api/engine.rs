@@ -1,4 +1,4 @@
-//! A pair on a device, ready to generate.
+//! The engine: a pair loaded on a device.
 
 use crate::api::device::{DeviceChoice, DeviceHandle, Placement};
 use crate::api::generation::{DecoderRef, Generation};
@@ -23,8 +23,8 @@ pub struct Models {
 }
 
 impl Models {
-    /// The demo pair, embedded in the binary: a small model of Python source and its drafter. It was not
-    /// trained on conversations.
+    /// The demo pair, embedded in the binary: a small target trained on Python source, and its drafter. It
+    /// was not trained on conversations.
     pub fn demo() -> Models {
         Models { target: DEMO_TARGET, drafter: Some(DEMO_DRAFTER) }
     }
@@ -47,13 +47,13 @@ pub struct EngineOptions {
     pub device: DeviceChoice,
     /// Which GPU, in the driver's order from 0.
     pub gpu: u32,
-    /// Positions that a sequence may have, prompt and answer together. `None` for the model's own limit, but
-    /// at most 8192 on a GPU, where their memory is allocated in advance.
+    /// Maximum positions of a sequence, prompt and answer together. `None` for the model's own limit, but at
+    /// most 8192 on a GPU, which allocates the KV cache in advance.
     pub context: Option<usize>,
     /// A chat template (jinja) that overrides the model's.
     pub chat_template: Option<String>,
-    /// The most demanding [`Params::spec`] that requests will have. A GPU allocates memory for it in advance;
-    /// the CPU does not need it.
+    /// The [`Params::spec`] that needs the most memory of all requests. A GPU allocates memory for it in
+    /// advance; the CPU ignores it.
     pub spec: SpecConfig,
 }
 
@@ -103,12 +103,12 @@ pub struct Engine {
     pair: Pair,
     text: Text,
     backend: Loaded,
-    /// Positions that a sequence may have.
+    /// Maximum positions of a sequence.
     context: usize,
     fallback: Option<Error>,
 }
 
-/// The loaded pair. An enum and not a trait object, so that `Engine` is `Send` and `Sync`.
+/// The loaded pair. It is an enum instead of a trait object, so that `Engine` is `Send` and `Sync`.
 enum Loaded {
     Cpu(Box<Cpu>),
     Device(Box<DeviceBackend>, BatchConfig),
@@ -118,8 +118,8 @@ impl Engine {
     /// Opens the models with default options: on a GPU if one can run them, else on the CPU
     /// ([`Engine::fallback`] says why).
     ///
-    /// Weights on disk are memory-mapped. Like every engine that maps its weights, this one must not outlive
-    /// their files: a file that is cut short while the engine is open raises SIGBUS on the CPU.
+    /// Weights on disk are memory-mapped. Do not truncate these files while the engine is open: reading the
+    /// missing part raises SIGBUS on the CPU.
     ///
     /// # Errors
     /// As [`Engine::open_with`].
@@ -130,9 +130,10 @@ impl Engine {
     /// Opens the models.
     ///
     /// # Errors
-    /// [`Error::Model`] for files that are missing, malformed or do not fit; [`Error::Unsupported`] for a
-    /// model or device that this engine or this build does not have; [`Error::Memory`]; [`Error::Option`] for
-    /// a wrong option.
+    /// [`Error::Model`] for files that are missing, malformed or do not belong together;
+    /// [`Error::Unsupported`] for a model or device that this engine or this build does not support;
+    /// [`Error::Memory`]; [`Error::Option`] for an invalid option; [`Error::Usage`] for a chat template in
+    /// the options that does not parse.
     pub fn open_with(models: Models, options: EngineOptions) -> Result<Engine> {
         let EngineOptions { device, gpu, context, chat_template, spec } = options;
         let pair = Pair::open(models.target, models.drafter)?;
@@ -155,24 +156,25 @@ impl Engine {
         Ok(Engine { pair, text, backend, context, fallback })
     }
 
-    /// Starts generating an answer to a text, a conversation or token ids. No model runs until the first token
-    /// is asked for.
+    /// Starts generating an answer to a text, a conversation or token ids. No model runs until the first
+    /// token is requested.
     ///
-    /// A text is a user's message if the model has a chat template, else (or with [`Params::raw`]) the
-    /// beginning of the text to generate.
+    /// A text is a user's message if the model has a chat template. Otherwise, and with [`Params::raw`], the
+    /// answer continues the text.
     ///
     /// Each call allocates a decoder of its own. To answer many requests, use a [`Session`].
     ///
     /// # Errors
-    /// [`Error::Usage`] for a prompt that is empty, too long or refused by the chat template;
-    /// [`Error::Option`] for wrong parameters; [`Error::Memory`].
+    /// [`Error::Usage`] for a prompt that is empty, too long or refused by the chat template, and for
+    /// sampling parameters out of range; [`Error::Option`] for other invalid parameters; [`Error::Model`] for
+    /// token ids that the target does not have; [`Error::Memory`].
     pub fn generate(&self, prompt: impl Into<Content>, params: Params) -> Result<Generation<'_>> {
         let request = self.request(prompt.into(), &params)?;
         let stream = self.text.stream(&params.stop)?;
         Generation::start(DecoderRef::Owned(self.backend.get().decoder()?), request, stream, false)
     }
 
-    /// A decoder that answers one request after another.
+    /// Opens a session, which answers one request after another with one decoder.
     ///
     /// # Errors
     /// [`Error::Memory`] if there is too little for its caches.
@@ -180,7 +182,7 @@ impl Engine {
         Ok(Session { engine: self, decoder: self.backend.get().decoder()? })
     }
 
-    /// Where the pair runs: `cpu`, `cuda` or `emulator`.
+    /// The device that runs the pair: `cpu`, `cuda` or `emulator`.
     pub fn device(&self) -> &'static str {
         self.backend.get().name()
     }
@@ -190,7 +192,7 @@ impl Engine {
         self.fallback.as_ref()
     }
 
-    /// Positions that a sequence may have, prompt and answer together.
+    /// Maximum positions of a sequence, prompt and answer together.
     pub fn context(&self) -> usize {
         self.context
     }
@@ -200,7 +202,7 @@ impl Engine {
         &self.pair
     }
 
-    /// The tokenizer.
+    /// The tokenizer and chat template.
     pub fn text(&self) -> &Text {
         &self.text
     }
@@ -216,7 +218,7 @@ impl Engine {
         {
             return Err(Error::option(
                 "spec",
-                "needs more memory than the engine was opened with: expected the same in EngineOptions",
+                "needs more memory than the engine was opened with: expected the same spec in EngineOptions",
             ));
         }
         if !self.text.has_template() && (system.is_some() || !template_args.is_empty()) {
@@ -252,7 +254,7 @@ impl Loaded {
     }
 }
 
-/// `capacity`, enlarged so that rounds of this kind fit.
+/// `capacity`, enlarged so that it covers rounds with this `spec`.
 fn with_capacity_for(capacity: BatchConfig, spec: &SpecConfig) -> BatchConfig {
     let BatchConfig { draft_probs, adaptive, .. } = capacity.for_spec(spec);
     let enlarged = BatchConfig {
@@ -266,8 +268,8 @@ fn with_capacity_for(capacity: BatchConfig, spec: &SpecConfig) -> BatchConfig {
     }
 }
 
-/// Answers one request after another on one decoder. The tokens that a prompt shares with the sequence before
-/// it are not run again, so each turn of a conversation costs only what is new.
+/// Answers one request after another with one decoder. It reuses the KV cache of the prefix that a prompt
+/// shares with the previous sequence, so a turn of a conversation runs only its new tokens.
 ///
 /// ```
 /// use dflash::{Engine, Models, Params};

@@ -1,4 +1,4 @@
-//! One answer, token by token. Rounds run when a token is asked for and none is ready.
+//! One answer, token by token. A round runs when a token is requested and none is ready.
 
 use crate::engine::generate::{Decoder, Emitted, Finish, Outcome, Prefill, Request};
 use crate::engine::stats;
@@ -12,24 +12,24 @@ use std::time::{Duration, Instant};
 pub struct Token {
     /// The token's id.
     pub id: u32,
-    /// The text that became certain with this token. May be empty, and may hold text of earlier tokens: a
+    /// The text that this token completes. It may be empty, and it may include text of earlier tokens: a
     /// character can take several tokens, and text that may begin a stop string is held back. The texts of
     /// all tokens together are the answer.
     pub text: String,
-    /// The round that produced it, from 1 on. The first token comes from the prompt's own pass: round 0.
+    /// The round that emitted it, from 1 on. The first token comes from the prefill: round 0.
     pub round: usize,
-    /// Whether the drafter proposed this token and the target accepted it. Other tokens are the target's own.
+    /// Whether this token is an accepted draft. Other tokens are sampled from the target.
     pub accepted: bool,
 }
 
-/// What came of a request.
+/// The result of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Completion {
     /// The answer, without special tokens and without the stop string.
     pub text: String,
-    /// Tokens of the prompt.
+    /// Number of tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Token ids, why the answer ended, tokens and drafts per round, and times. While the answer is still
+    /// Token ids, why the answer ended, tokens and drafts per round, and times. While the request is still
     /// running, [`Outcome::finish`] is [`Finish::Interrupted`].
     pub outcome: Outcome,
 }
@@ -45,7 +45,7 @@ impl Completion {
         self.outcome.finish
     }
 
-    /// Rounds after the prompt, each with one pass of the target.
+    /// Number of rounds after the prefill. Each has one pass of the target.
     pub fn rounds(&self) -> usize {
         self.outcome.accepted.len()
     }
@@ -55,13 +55,13 @@ impl Completion {
         stats::tau(&self.outcome.accepted)
     }
 
-    /// Tokens per second of prefill and decoding together.
+    /// Tokens of the answer per second of prefill and decoding together.
     pub fn tokens_per_second(&self) -> f64 {
         stats::rate(&self.outcome)
     }
 }
 
-/// A decoder of one answer, or one that a session lends.
+/// A decoder that belongs to one answer, or one that a session lends to it.
 pub(crate) enum DecoderRef<'a> {
     Owned(Box<dyn Decoder + 'a>),
     Borrowed(&'a mut (dyn Decoder + 'a)),
@@ -76,13 +76,13 @@ impl<'a> DecoderRef<'a> {
     }
 }
 
-/// The slot of a decoder that answers are generated in.
+/// The decoder's slot that answers use.
 const SLOT: usize = 0;
 
 /// An answer that is being generated: an iterator over its [`Token`]s.
 ///
-/// Tokens come as rounds produce them. Dropping the iterator ends the answer. An error ends it too; it is the
-/// last item.
+/// Tokens become available as rounds produce them. Dropping the iterator ends the answer. An error ends it
+/// too and is the last item.
 ///
 /// ```
 /// use dflash::{Engine, Finish, Models, Params};
@@ -100,13 +100,14 @@ const SLOT: usize = 0;
 pub struct Generation<'a> {
     decoder: DecoderRef<'a>,
     request: Request,
-    /// None once the answer is over.
+    /// `None` once the answer has ended.
     stream: Option<Stream<'a>>,
-    /// Tokens that the answer may have, by `max_tokens` and the context.
+    /// Maximum tokens of the answer, by `max_tokens` and the context.
     budget: usize,
     phase: Phase,
+    /// Tokens that the iterator has not returned yet.
     ready: VecDeque<Token>,
-    /// What a round emits, by slot.
+    /// What a round emits, `[slots]`.
     emitted: Vec<Emitted>,
     completion: Completion,
 }
@@ -117,12 +118,12 @@ enum Phase {
     Waiting,
     Prefill,
     Rounds,
-    /// The slot is free again.
+    /// The answer has ended and the slot is free.
     Done,
 }
 
 impl<'a> Generation<'a> {
-    /// `keep`: whether tokens that the decoder still holds need not run again.
+    /// `keep`: whether to reuse the decoder's KV cache for the prefix that the prompt shares with it.
     pub(crate) fn start(
         mut decoder: DecoderRef<'a>,
         request: Request,
@@ -157,7 +158,7 @@ impl<'a> Generation<'a> {
         }
         let Generation { decoder, request, completion, .. } = &mut generation;
         let Some(kept) = decoder.get().admit(SLOT, request, keep)? else {
-            return Err(Error::Internal("the only request of a decoder waits for memory".into()));
+            return Err(Error::Internal("the only request of a decoder has to wait for memory".into()));
         };
         completion.outcome.kept = kept;
         generation.phase = Phase::Prefill;
@@ -177,14 +178,14 @@ impl<'a> Generation<'a> {
         Ok(Completion { text, ..self.completion.clone() })
     }
 
-    /// The answer so far, including tokens of the last round that were not taken yet.
+    /// The answer so far, including tokens of the last round that the iterator has not returned yet.
     pub fn so_far(&self) -> &Completion {
         &self.completion
     }
 
-    /// The prompt, up to the first token; then one round.
+    /// Runs the whole prefill on the first call, and one round on each later call.
     fn step(&mut self) -> Result<()> {
-        let clock = Instant::now();
+        let start = Instant::now();
         match self.phase {
             Phase::Prefill => {
                 let first = loop {
@@ -194,7 +195,7 @@ impl<'a> Generation<'a> {
                 };
                 self.phase = Phase::Rounds;
                 let end = self.take(&[first], 1)?;
-                self.completion.outcome.prefill += clock.elapsed();
+                self.completion.outcome.prefill += start.elapsed();
                 end.map_or(Ok(()), |finish| self.end(finish))
             }
             Phase::Rounds => {
@@ -206,17 +207,17 @@ impl<'a> Generation<'a> {
                     self.completion.outcome.drafted.push(drafted);
                     end = self.take(&tokens, produced)?;
                 }
-                self.completion.outcome.decode += clock.elapsed();
+                self.completion.outcome.decode += start.elapsed();
                 end.map_or(Ok(()), |finish| self.end(finish))
             }
             Phase::Waiting | Phase::Done => Ok(()),
         }
     }
 
-    /// Appends a round's tokens one by one until the answer is over. `emitted`: how many tokens the round
-    /// would have brought without an end; all but the last of them are accepted drafts. The same rules as in
+    /// Appends a round's tokens one by one until the answer ends. `produced` is the number of tokens of the
+    /// round before any cut; all but the last of them are accepted drafts. The stopping rules are those of
     /// [`crate::engine::generate`].
-    fn take(&mut self, tokens: &[u32], emitted: usize) -> Result<Option<Finish>> {
+    fn take(&mut self, tokens: &[u32], produced: usize) -> Result<Option<Finish>> {
         let limit = self.limit();
         let Some(stream) = &mut self.stream else { return Ok(Some(limit)) };
         for (i, &id) in tokens.iter().enumerate() {
@@ -225,7 +226,7 @@ impl<'a> Generation<'a> {
             outcome.tokens.push(id);
             self.completion.text += &text;
             let round = outcome.accepted.len();
-            self.ready.push_back(Token { id, text, round, accepted: i + 1 < emitted });
+            self.ready.push_back(Token { id, text, round, accepted: i + 1 < produced });
             if stopped || self.request.stop_ids.contains(&id) {
                 return Ok(Some(Finish::Stop));
             }
@@ -236,12 +237,12 @@ impl<'a> Generation<'a> {
         Ok(None)
     }
 
-    /// Why an answer ends that uses up its budget.
+    /// The reason why an answer that uses up its budget ends.
     fn limit(&self) -> Finish {
         if self.budget < self.request.max_tokens { Finish::Context } else { Finish::Length }
     }
 
-    /// Ends the answer: the text that was held back belongs to its last token.
+    /// Ends the answer. The text that was held back is added to its last token.
     fn end(&mut self, finish: Finish) -> Result<()> {
         let rest = self.stream.take().map(Stream::finish).unwrap_or_default();
         self.completion.text += &rest;
@@ -249,14 +250,14 @@ impl<'a> Generation<'a> {
             last.text += &rest;
         }
         self.completion.outcome.finish = finish;
-        self.leave()
+        self.release()
     }
 
     /// Frees the slot.
-    fn leave(&mut self) -> Result<()> {
-        let joined = matches!(self.phase, Phase::Prefill | Phase::Rounds);
+    fn release(&mut self) -> Result<()> {
+        let admitted = matches!(self.phase, Phase::Prefill | Phase::Rounds);
         self.phase = Phase::Done;
-        match joined {
+        match admitted {
             true => self.decoder.get().release(SLOT, self.completion.outcome.tokens.len()),
             false => Ok(()),
         }
@@ -267,11 +268,11 @@ impl Iterator for Generation<'_> {
     type Item = Result<Token>;
 
     fn next(&mut self) -> Option<Result<Token>> {
-        // On a device a round may bring nothing, because its results are read later.
+        // On a device a round may return no tokens, because its results are read later.
         while self.ready.is_empty() && self.phase != Phase::Done {
             if let Err(error) = self.step() {
                 // The first error is the one to report.
-                let _ = self.leave();
+                let _ = self.release();
                 return Some(Err(error));
             }
         }
@@ -283,7 +284,8 @@ impl std::iter::FusedIterator for Generation<'_> {}
 
 impl Drop for Generation<'_> {
     fn drop(&mut self) {
-        // So that a session can go on with its decoder. An error will show again when it does.
-        let _ = self.leave();
+        // A session goes on with the decoder, so its slot must be free. `drop` cannot return the error; the
+        // decoder reports it again when it is used next.
+        let _ = self.release();
     }
 }

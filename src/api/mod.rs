@@ -1,9 +1,9 @@
-//! The crate as a library: open a pair, generate text, read tokens one by one. Everything here is re-exported
-//! at the crate root.
+//! The library interface: open a pair, generate text, read tokens one by one. The crate root re-exports the
+//! types that most programs need.
 //!
-//! The layers below are public too: [`crate::engine`] runs requests on any device, [`crate::cpu`] and
-//! [`crate::gpu`] are the devices. This folder only connects them: it picks the device, turns prompts into
-//! token ids and tokens into text. It prints nothing and reads no command line.
+//! The lower layers are public too: [`crate::engine`] runs requests on any device, [`crate::cpu`] and
+//! [`crate::gpu`] are the devices. This folder only connects them: it picks the device and converts prompts
+//! to token ids and token ids to text. It prints nothing and reads no command line.
 
 pub mod device;
 mod engine;

@@ -1,10 +1,10 @@
-//! What one request asks for.
+//! The parameters of a request.
 
 use crate::spec::config::SpecConfig;
 use crate::spec::sampling::SamplingParams;
 
-/// Settings of one request. The default is up to 256 tokens, greedy, with drafts verified by `match`: the
-/// text of autoregressive decoding, faster.
+/// Settings of one request. The default is up to 256 tokens, greedy, with drafts verified by `match`, so the
+/// output is that of autoregressive decoding.
 ///
 /// ```
 /// use dflash::Params;
@@ -15,25 +15,25 @@ use crate::spec::sampling::SamplingParams;
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Params {
-    /// Tokens to generate at most. The model's context may end the answer earlier.
+    /// Maximum tokens to generate. The model's context may end the answer earlier.
     pub max_tokens: usize,
     /// How tokens are sampled. Temperature 0, the default, is greedy.
     pub sampling: SamplingParams,
     /// How drafts are made and verified.
     pub spec: SpecConfig,
-    /// Rows of a block, anchor included: 1 token from the target and `block - 1` drafts. `None` for the
-    /// number that the drafter was trained with; 1 is autoregressive decoding.
+    /// Rows of a block, anchor included, so a block has `block - 1` drafts. `None` for the number that the
+    /// drafter was trained with; 1 is autoregressive decoding.
     pub block: Option<usize>,
-    /// The answer ends before the first of these strings.
+    /// Stop strings. The answer ends before the first one that it contains.
     pub stop: Vec<String>,
-    /// The answer ends after the first of these token ids. `None` for the model's own stop ids, empty for
-    /// none.
+    /// Stop ids. The answer ends after the first one that it contains. `None` for the model's own stop ids,
+    /// empty for no stop ids.
     pub stop_ids: Option<Vec<u32>>,
     /// Encode a text prompt as it is, even if the model has a chat template.
     pub raw: bool,
     /// A system message to put before the conversation. Needs a chat template.
     pub system: Option<String>,
-    /// Variables of the chat template: (name, value).
+    /// Variables for the chat template: (name, value).
     pub template_args: Vec<(String, serde_json::Value)>,
 }
 
@@ -70,25 +70,27 @@ impl Params {
         self
     }
 
-    /// Samples among the `k` best tokens; 0 for all.
+    /// Samples from the `k` most probable tokens; 0 for all.
     pub fn top_k(mut self, k: usize) -> Params {
         self.sampling.top_k = k;
         self
     }
 
-    /// Samples among the smallest set of best tokens that has probability `p`, more than 0 and at most 1.
+    /// Samples from the smallest set of most probable tokens whose probabilities add up to `p` or more; `p`
+    /// is more than 0 and at most 1.
     pub fn top_p(mut self, p: f64) -> Params {
         self.sampling.top_p = p;
         self
     }
 
-    /// Samples among tokens whose probability is at least `p` times that of the best, 0 to below 1.
+    /// Samples from tokens whose probability is at least `p` times that of the most probable token; `p` is at
+    /// least 0 and below 1.
     pub fn min_p(mut self, p: f64) -> Params {
         self.sampling.min_p = p;
         self
     }
 
-    /// Sets the seed of [`Params::sampling`]. The same seed gives the same text.
+    /// Sets the seed of [`Params::sampling`]. The same request with the same seed gives the same text.
     pub fn seed(mut self, seed: u64) -> Params {
         self.sampling.seed = seed;
         self
@@ -104,7 +106,7 @@ impl Params {
         Params { block: Some(rows), ..self }
     }
 
-    /// Autoregressive decoding: a block of one row.
+    /// Selects autoregressive decoding: sets [`Params::block`] to 1.
     pub fn autoregressive(self) -> Params {
         self.block(1)
     }
@@ -130,7 +132,7 @@ impl Params {
         Params { system: Some(text.into()), ..self }
     }
 
-    /// Adds a variable of the chat template.
+    /// Adds a variable for the chat template.
     pub fn template_arg(mut self, name: impl Into<String>, value: impl Into<serde_json::Value>) -> Params {
         self.template_args.push((name.into(), value.into()));
         self

@@ -1,7 +1,7 @@
-//! `config.json` of target and drafter: read and checked. A model that this engine cannot run is refused with
-//! the field that says so. Everything the models need comes from here, nothing from folder names. Field
-//! meanings: `docs/dflash.md` section 1 (arXiv 2602.06036 and the published checkpoints) and Hugging Face's
-//! Qwen3 and Llama configurations.
+//! Reads and checks `config.json` of target and drafter. If this engine cannot run a model, the error names
+//! the field that shows it. All properties of a model come from these files, none from folder names. The
+//! meanings of the fields are in `docs/dflash.md` section 1 (arXiv 2602.06036 and the published checkpoints)
+//! and in Hugging Face's Qwen3 and Llama configurations.
 
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::json::{Document, Field, Fields};
@@ -10,7 +10,8 @@ use crate::error::excerpt;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 
-// Bounds on sizes: far above every published model, and low enough that no product of sizes overflows a u64.
+// Bounds on sizes: far above every published model, and small enough that no product of sizes overflows a
+// u64.
 const MAX_LAYERS: usize = 1 << 10;
 const MAX_HIDDEN: usize = 1 << 16;
 const MAX_INTERMEDIATE: usize = 1 << 20;
@@ -20,9 +21,8 @@ const MAX_VOCAB: usize = 1 << 24;
 const MAX_POSITIONS: usize = 1 << 24;
 const MAX_BLOCK: usize = 1 << 10;
 
-/// The attention mask of one layer, in addition to the rule that committed context is always `k < anchor`.
-/// With `p` the query's position and `k` the key's: causal means `k <= p`; a window `W` means `p - k < W`
-/// and, if not causal, also `k - p < W` (`docs/dflash.md` 3.6).
+/// The attention mask of one layer. Let `p` be the query's position and `k` the key's. Causal means `k <= p`.
+/// A window `W` means `p - k < W` and, if not causal, also `k - p < W` (`docs/dflash.md` 3.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attention {
     /// Whether queries attend to earlier positions only.
@@ -42,17 +42,17 @@ pub struct Stack {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Dims of a head, even.
+    /// Dimensions of a head, an even number.
     pub head_dim: usize,
     /// Epsilon of every RMSNorm.
     pub eps: f32,
     /// Rotary embedding.
     pub rope: Rope,
-    /// Whether q and k go through an RMSNorm per head before RoPE (Qwen3 yes, Llama no).
+    /// Whether q and k have an RMSNorm per head before RoPE (Qwen3 yes, Llama no).
     pub qk_norm: bool,
-    /// One mask per layer; the length is the number of layers.
+    /// Mask of each layer, `[layers]`.
     pub attention: Vec<Attention>,
-    /// Positions that the model supports.
+    /// Maximum positions of a sequence (`max_position_embeddings`).
     pub max_positions: usize,
 }
 
@@ -103,8 +103,9 @@ pub struct DrafterConfig {
     pub softcap: Option<f32>,
 }
 
-/// Fields of a drafter's `config.json` that this engine does not run (`docs/dflash.md` A): (field, kind of
-/// drafter that has it, value that means the same as its absence, beside null, false, 0 and empty).
+/// Fields of a drafter's `config.json` that this engine does not support (`docs/dflash.md` A): (field, kind
+/// of drafter that has it, neutral value). A field may be null, false, 0, empty, or have its neutral value:
+/// each of these means the same as its absence.
 const VARIANTS: [(&str, &str, &str); 20] = [
     ("conv_kernel_size", "DFlash2", ""),
     ("conv_group_size", "DFlash2", ""),
@@ -149,8 +150,8 @@ const DFLASH: [&str; 10] = [
     "partial_rotary_factor",
     "swa_window_size",
 ];
-/// Fields of RoPE settings that are allowed for every type. Hugging Face writes the original length even
-/// where no formula uses it.
+/// Fields of RoPE settings that are allowed for every type. Hugging Face writes the original length even if
+/// no formula uses it.
 const ROPE: [&str; 5] =
     ["rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"];
 /// Further fields of YaRN's settings.
@@ -161,8 +162,8 @@ impl TargetConfig {
     /// Reads `config.json` and, if it exists, `generation_config.json`.
     ///
     /// # Errors
-    /// [`Error::Model`] for a missing or malformed file or field; [`Error::Unsupported`] for another
-    /// architecture or a variant that this engine does not run; [`Error::Option`] for a drafter.
+    /// [`Error::Model`] for a missing or malformed file or field; [`Error::Unsupported`] for an architecture
+    /// or a variant that this engine does not support; [`Error::Option`] if the folder has a drafter.
     pub fn open(folder: &Folder) -> Result<Self> {
         let document = Document::need(folder, "config.json")?;
         let config = document.fields();
@@ -196,8 +197,8 @@ impl TargetConfig {
             let found = format!("{} of {} dims", stack.rope.rotary_dims, stack.head_dim);
             return Err(config.unsupported("partial_rotary_factor", &found, "all"));
         }
-        let vocab = config.need("vocab_size")?.whole(1, MAX_VOCAB)?;
-        let tied = config.get("tie_word_embeddings").map_or(Ok(false), |f| f.flag())?;
+        let vocab = config.need("vocab_size")?.integer(1, MAX_VOCAB)?;
+        let tied = config.get("tie_word_embeddings").map_or(Ok(false), |f| f.boolean())?;
         let attention = windows.into_iter().map(|window| Attention { causal: true, window }).collect();
         let generation = Document::open(folder, "generation_config.json")?;
         let mut eos = generation.as_ref().map_or(Ok(vec![]), |d| stop_ids(&d.fields(), vocab))?;
@@ -221,16 +222,17 @@ impl TargetConfig {
 }
 
 impl DrafterConfig {
-    /// Reads `config.json`. Drafters of other kinds are refused with the field that identifies them.
+    /// Reads `config.json`.
     ///
     /// # Errors
-    /// As [`TargetConfig::open`]; [`Error::Option`] for a target.
+    /// As [`TargetConfig::open`], but [`Error::Option`] if the folder has a target. The
+    /// [`Error::Unsupported`] for a drafter of another kind names the field that identifies it.
     pub fn open(folder: &Folder) -> Result<Self> {
         let document = Document::need(folder, "config.json")?;
         let config = document.fields();
         let nothing = Map::new();
         let nested = match config.get("dflash_config") {
-            Some(field) => field.table("dflash_config.")?,
+            Some(field) => field.object("dflash_config.")?,
             None => Fields { map: &nothing, ..config },
         };
         refuse_other_drafters(&config, &nested)?;
@@ -242,7 +244,7 @@ impl DrafterConfig {
         let (stack, windows) = stack(&config, Family::Qwen3, &nested)?;
         let layers = windows.len();
         let causal = match config.get("is_causal").or_else(|| either("causal")) {
-            Some(field) => Some(field.flag()?),
+            Some(field) => Some(field.boolean()?),
             None => None,
         };
         // Sliding layers are causal unless the config says otherwise (docs/dflash.md 3.6).
@@ -251,12 +253,12 @@ impl DrafterConfig {
             .map(|window| Attention { causal: causal.unwrap_or(window.is_some()), window })
             .collect();
 
-        let vocab = config.need("vocab_size")?.whole(1, MAX_VOCAB)?;
-        let num_target_layers = need("num_target_layers")?.whole(1, MAX_LAYERS)?;
+        let vocab = config.need("vocab_size")?.integer(1, MAX_VOCAB)?;
+        let num_target_layers = need("num_target_layers")?.integer(1, MAX_LAYERS)?;
         let taps = match either("target_layer_ids") {
             Some(field) => {
                 let ids =
-                    field.list()?.iter().map(|id| id.whole(0, MAX_LAYERS)).collect::<Result<Vec<_>>>()?;
+                    field.array()?.iter().map(|id| id.integer(0, MAX_LAYERS)).collect::<Result<Vec<_>>>()?;
                 check_taps(&ids, num_target_layers, &config, &field.name)?;
                 ids
             }
@@ -268,12 +270,12 @@ impl DrafterConfig {
         };
         let positive = |name: &str, default: f32| {
             either(name).map_or(Ok(default), |field| {
-                field.number("a number above 0, in the range of f32", |x| x > 0.0)
+                field.number_f32("a number above 0, in the range of f32", |x| x > 0.0)
             })
         };
         let softcap = match either("final_logit_softcapping") {
             Some(field) => {
-                Some(field.number("a number in the range of f32", |_| true)?).filter(|&cap| cap > 0.0)
+                Some(field.number_f32("a number in the range of f32", |_| true)?).filter(|&cap| cap > 0.0)
             }
             None => None,
         };
@@ -282,8 +284,8 @@ impl DrafterConfig {
             vocab,
             num_target_layers,
             taps,
-            mask_token: need("mask_token_id")?.whole(0, vocab - 1)? as u32,
-            block: either("block_size").map_or(Ok(16), |field| field.whole(2, MAX_BLOCK))?,
+            mask_token: need("mask_token_id")?.integer(0, vocab - 1)? as u32,
+            block: either("block_size").map_or(Ok(16), |field| field.integer(2, MAX_BLOCK))?,
             embedding_scale: positive("input_embedding_scale", 1.0)?,
             output_multiplier: positive("output_multiplier", 1.0)?,
             softcap,
@@ -305,7 +307,7 @@ impl DrafterConfig {
 }
 
 impl Stack {
-    /// Bytes of keys and values per token in all layers, with elements of `element` bytes.
+    /// KV cache bytes per token in all layers, with elements of `element` bytes.
     pub fn kv_bytes_per_token(&self, element: usize) -> usize {
         2 * self.attention.len() * self.kv_heads * self.head_dim * element
     }
@@ -334,8 +336,8 @@ impl Stack {
     }
 }
 
-/// Checks that a drafter was made for this target: hidden size of the taps, vocabulary, layer count, layer
-/// ids, mask id. Context lengths may differ: beyond the drafter's, the target decodes autoregressively.
+/// Checks that a drafter was made for this target: hidden size, vocabulary size, number of target layers,
+/// taps, mask token. Context lengths may differ: beyond the drafter's, the target decodes autoregressively.
 ///
 /// # Errors
 /// [`Error::Model`], naming both files, for a drafter of another target.
@@ -372,8 +374,8 @@ pub fn check_pair(
     Ok(())
 }
 
-/// The error for a target or for a drafter of another kind, with the field or architecture that identifies
-/// it.
+/// Returns an error if `config` belongs to a target or to a drafter of another kind. The error names the
+/// field or architecture that identifies it. `nested` is `dflash_config`, or empty.
 fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
     let architecture = config.architecture();
     if let Ok(name @ ("Qwen3ForCausalLM" | "LlamaForCausalLM")) = architecture
@@ -423,8 +425,7 @@ fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
     refuse_quantised(config)
 }
 
-/// The default for absent `target_layer_ids` (`docs/dflash.md` section 1). Ids are not negative, but
-/// [`check_taps`] may refuse them.
+/// The taps if `target_layer_ids` is absent (`docs/dflash.md` section 1). [`check_taps`] may refuse them.
 fn default_taps(target_layers: usize, layers: usize) -> Vec<usize> {
     if layers == 1 {
         return vec![target_layers / 2];
@@ -461,13 +462,13 @@ fn check_taps(taps: &[usize], target_layers: usize, config: &Fields, name: &str)
 /// `eos_token_id`: one id, a list, or nothing.
 fn stop_ids(config: &Fields, vocab: usize) -> Result<Vec<u32>> {
     let Some(field) = config.get("eos_token_id") else { return Ok(vec![]) };
-    let ids = if field.value.is_array() { field.list()? } else { vec![field] };
-    ids.iter().map(|id| Ok(id.whole(0, vocab - 1)? as u32)).collect()
+    let ids = if field.value.is_array() { field.array()? } else { vec![field] };
+    ids.iter().map(|id| Ok(id.integer(0, vocab - 1)? as u32)).collect()
 }
 
-/// The fields that both models share, and the window of each layer. `Stack::attention` is left to the caller.
-/// `extra` is searched first for `partial_rotary_factor`. Defaults are those of Hugging Face's Qwen3 and
-/// Llama configurations.
+/// Reads the fields that target and drafter share, and the window of each layer. The caller fills in
+/// `Stack::attention`. `extra` is searched first for `partial_rotary_factor`. Defaults are those of Hugging
+/// Face's Qwen3 and Llama configurations.
 fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<Option<usize>>)> {
     config.only("hidden_act", "silu")?;
     for name in ["attention_bias", "mlp_bias"] {
@@ -475,11 +476,11 @@ fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<
             return Err(config.unsupported(name, "true", "false"));
         }
     }
-    let hidden = config.need("hidden_size")?.whole(1, MAX_HIDDEN)?;
-    let intermediate = config.need("intermediate_size")?.whole(1, MAX_INTERMEDIATE)?;
-    let layers = config.need("num_hidden_layers")?.whole(1, MAX_LAYERS)?;
-    let heads = config.need("num_attention_heads")?.whole(1, MAX_HEADS)?;
-    let kv_heads = config.get("num_key_value_heads").map_or(Ok(heads), |f| f.whole(1, MAX_HEADS))?;
+    let hidden = config.need("hidden_size")?.integer(1, MAX_HIDDEN)?;
+    let intermediate = config.need("intermediate_size")?.integer(1, MAX_INTERMEDIATE)?;
+    let layers = config.need("num_hidden_layers")?.integer(1, MAX_LAYERS)?;
+    let heads = config.need("num_attention_heads")?.integer(1, MAX_HEADS)?;
+    let kv_heads = config.get("num_key_value_heads").map_or(Ok(heads), |f| f.integer(1, MAX_HEADS))?;
     if !heads.is_multiple_of(kv_heads) {
         return Err(Error::Model(format!(
             "{}: num_attention_heads is {heads}, expected a multiple of num_key_value_heads, which is {kv_heads}",
@@ -487,7 +488,7 @@ fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<
         )));
     }
     let head_dim = match config.get("head_dim") {
-        Some(field) => field.whole(2, MAX_HEAD_DIM)?,
+        Some(field) => field.integer(2, MAX_HEAD_DIM)?,
         None if family == Family::Qwen3 => 128,
         None => hidden / heads,
     };
@@ -499,8 +500,8 @@ fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<
     }
     let eps = config
         .get("rms_norm_eps")
-        .map_or(Ok(1e-6), |f| f.number("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0))?;
-    let max_positions = config.need("max_position_embeddings")?.whole(1, MAX_POSITIONS)?;
+        .map_or(Ok(1e-6), |f| f.number_f32("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0))?;
+    let max_positions = config.need("max_position_embeddings")?.integer(1, MAX_POSITIONS)?;
     let rope = rope(config, extra, head_dim, max_positions)?;
     let windows = windows(config, family, layers)?;
     let stack = Stack {
@@ -521,16 +522,16 @@ fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<
 /// The window of each layer, as Hugging Face's Qwen3 resolves it: by `layer_types` or, without them, for
 /// every layer from `max_window_layers` on if `use_sliding_window` is set.
 fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<usize>>> {
-    let used = config.get("use_sliding_window").map(|f| f.flag()).transpose()?;
-    let window = config.get("sliding_window").map(|f| f.whole(1, MAX_POSITIONS)).transpose()?;
+    let used = config.get("use_sliding_window").map(|f| f.boolean()).transpose()?;
+    let window = config.get("sliding_window").map(|f| f.integer(1, MAX_POSITIONS)).transpose()?;
     let Some(types) = config.get("layer_types") else {
         if used != Some(true) || family == Family::Llama {
             return Ok(vec![None; layers]);
         }
-        let first = config.get("max_window_layers").map_or(Ok(28), |f| f.whole(0, MAX_LAYERS))?;
+        let first = config.get("max_window_layers").map_or(Ok(28), |f| f.integer(0, MAX_LAYERS))?;
         return Ok((0..layers).map(|i| window.filter(|_| i >= first)).collect());
     };
-    let list = types.list()?;
+    let list = types.array()?;
     if list.len() != layers {
         return Err(Error::Model(format!(
             "{}: layer_types has {} entries, expected {layers} (num_hidden_layers)",
@@ -538,7 +539,7 @@ fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<
             list.len()
         )));
     }
-    let one = |field: &Field| match field.text()? {
+    let window_of = |field: &Field| match field.string()? {
         "full_attention" => Ok(None),
         "sliding_attention" if family == Family::Qwen3 => {
             let window = window.filter(|_| used != Some(false)).ok_or_else(|| {
@@ -551,15 +552,15 @@ fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<
         }
         other => Err(config.unsupported(&field.name, other, "full_attention or (Qwen3) sliding_attention")),
     };
-    list.iter().map(one).collect()
+    list.iter().map(window_of).collect()
 }
 
-/// RoPE from `rope_theta` and `rope_scaling` (older) or `rope_parameters` (newer).
+/// Reads RoPE settings: `rope_theta` and `rope_scaling` (older configs) or `rope_parameters` (newer ones).
 fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) -> Result<Rope> {
     let (older, newer) = (config.get("rope_scaling"), config.get("rope_parameters"));
     if let (Some(a), Some(b)) = (&older, &newer) {
         let scaling = |f: &Field| -> Result<Map<String, Value>> {
-            let map = f.table("")?.map.iter().filter(|(name, _)| *name != "rope_theta");
+            let map = f.object("")?.map.iter().filter(|(name, _)| *name != "rope_theta");
             Ok(map.map(|(name, value)| (name.clone(), value.clone())).collect())
         };
         if scaling(a)? != scaling(b)? {
@@ -571,8 +572,8 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
     }
     let nothing = Map::new();
     let table = match (older, newer) {
-        (_, Some(field)) => field.table("rope_parameters.")?,
-        (Some(field), None) => field.table("rope_scaling.")?,
+        (_, Some(field)) => field.object("rope_parameters.")?,
+        (Some(field), None) => field.object("rope_scaling.")?,
         (None, None) => Fields { map: &nothing, ..*config },
     };
     if let Some((layer_type, _)) = table.map.iter().find(|(_, value)| value.is_object()) {
@@ -583,7 +584,7 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
             excerpt(layer_type)
         )));
     }
-    let above_one = |field: Field| field.double("a number above 1", |x| x > 1.0);
+    let above_one = |field: Field| field.number("a number above 1", |x| x > 1.0);
     let inner = table.get("rope_theta").map(above_one).transpose()?;
     let outer = config.get("rope_theta").map(above_one).transpose()?;
     if let (Some(a), Some(b)) = (inner, outer)
@@ -600,8 +601,8 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
     let rotary_dims = match partial {
         None => head_dim,
         Some(field) => {
-            let fraction = field.double("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?;
-            // Truncated, as Hugging Face does.
+            let fraction = field.number("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?;
+            // Truncated, as in Hugging Face.
             let dims = (head_dim as f64 * fraction) as usize;
             if dims < 2 || !dims.is_multiple_of(2) {
                 return Err(Error::Model(format!(
@@ -613,14 +614,14 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
         }
     };
 
-    let at_least_one = |name: &str| table.need(name)?.double("a number from 1", |x| x >= 1.0);
+    let at_least_one = |name: &str| table.need(name)?.number("a number from 1", |x| x >= 1.0);
     let positive = |name: &str| match table.get(name) {
-        Some(field) => Some(field.double("a number above 0", |x| x > 0.0)).transpose(),
+        Some(field) => Some(field.number("a number above 0", |x| x > 0.0)).transpose(),
         None => Ok(None),
     };
-    let original = |field: Field| field.whole(1, MAX_POSITIONS);
+    let original = |field: Field| field.integer(1, MAX_POSITIONS);
     let kind = match table.get("rope_type").or_else(|| table.get("type")) {
-        Some(field) => field.text()?.to_string(),
+        Some(field) => field.string()?.to_string(),
         None if table.get("factor").is_some() => return Err(table.absent("rope_type")),
         None => "default".into(),
     };
@@ -634,12 +635,12 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear { factor: at_least_one("factor")? },
         "llama3" => {
-            let low = table.need("low_freq_factor")?.double("a number above 0", |x| x > 0.0)?;
+            let low = table.need("low_freq_factor")?.number("a number above 0", |x| x > 0.0)?;
             let high = table.need("high_freq_factor")?;
             RopeScaling::Llama3 {
                 factor: at_least_one("factor")?,
                 low_freq_factor: low,
-                high_freq_factor: high.double("a number above low_freq_factor", |x| x > low)?,
+                high_freq_factor: high.number("a number above low_freq_factor", |x| x > low)?,
                 original_max_positions: original(table.need("original_max_position_embeddings")?)?,
             }
         }
@@ -649,7 +650,7 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
             // Hugging Face treats 0 as absent in these four.
             let given = |name: &str| match table.get(name) {
                 Some(field) => {
-                    field.double("a number from 0", |x| x >= 0.0).map(|x| Some(x).filter(|x| *x > 0.0))
+                    field.number("a number from 0", |x| x >= 0.0).map(|x| Some(x).filter(|x| *x > 0.0))
                 }
                 None => Ok(None),
             };
@@ -675,7 +676,7 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
                     .get("original_max_position_embeddings")
                     .map_or(Ok(max_positions), original)?,
                 attention_factor,
-                truncate: table.get("truncate").map_or(Ok(true), |f| f.flag())?,
+                truncate: table.get("truncate").map_or(Ok(true), |f| f.boolean())?,
             }
         }
         other => {

@@ -1,4 +1,4 @@
-//! Where a model's files come from: a Hugging Face folder on disk, with weights memory-mapped, or files
+//! The source of a model's files: a Hugging Face folder on disk, with memory-mapped weights, or files
 //! embedded in the binary.
 
 use crate::checkpoint::random_weights::random_bytes;
@@ -22,14 +22,14 @@ pub(crate) enum Bytes {
     Random { size: usize, seed: u64 },
 }
 
-/// A mapped file. The file stays open, so that replacing it under its name does not affect this checkpoint.
+/// A mapped file. The file stays open, so this checkpoint is not affected if another file gets its name.
 pub(crate) struct Mapped {
     pub(crate) map: memmap2::Mmap,
     file: File,
 }
 
 impl Bytes {
-    /// How many bytes there are.
+    /// Number of bytes.
     pub(crate) fn size(&self) -> usize {
         match self {
             Bytes::Mapped(mapped) => mapped.map.len(),
@@ -38,7 +38,7 @@ impl Bytes {
         }
     }
 
-    /// All bytes as a slice. Random bytes exist only while they are read, so their slice is empty.
+    /// All bytes as a slice. For random bytes the slice is empty, because they are not in memory.
     pub(crate) fn slice(&self) -> &[u8] {
         match self {
             Bytes::Mapped(mapped) => &mapped.map,
@@ -47,8 +47,8 @@ impl Bytes {
         }
     }
 
-    /// Copies the bytes from `at` on. Reads the file, not its mapping: if the file became shorter this is an
-    /// error, whereas reading the mapping would raise SIGBUS.
+    /// Copies `to.len()` bytes from byte `at` on. Reads the file, not its mapping: if the file became
+    /// shorter, this is an error, whereas reading the mapping would raise SIGBUS.
     pub(crate) fn read(&self, at: usize, to: &mut [u8]) -> io::Result<()> {
         match self {
             Bytes::Mapped(mapped) => mapped.file.read_exact_at(to, at as u64),
@@ -81,7 +81,7 @@ pub enum Folder {
     },
 }
 
-/// The target of the demo pair, embedded in the binary: a small Qwen3-style model of Python source.
+/// The target of the demo pair, embedded in the binary: a small Qwen3-style model trained on Python source.
 pub const DEMO_TARGET: Folder = Folder::Embedded {
     name: "demo/target",
     files: &[
@@ -102,8 +102,8 @@ pub const DEMO_DRAFTER: Folder = Folder::Embedded {
     ],
 };
 
-/// Configs of published pairs, without weights: (name, target, drafter). For measurements with random
-/// weights.
+/// Configs of published pairs, without weights: (name, target, drafter). They are for measurements with
+/// random weights.
 pub const PUBLISHED: [(&str, Folder, Folder); 3] = [
     (
         "qwen3-4b",
@@ -140,7 +140,7 @@ pub const PUBLISHED: [(&str, Folder, Folder); 3] = [
     ),
 ];
 
-/// Text files of a model, of which the tokenizer is the largest, stay below this many bytes.
+/// Maximum bytes of a text file of a model. The tokenizer is the largest one.
 const MAX_TEXT: usize = 100_000_000;
 
 impl Folder {
@@ -152,7 +152,8 @@ impl Folder {
         }
     }
 
-    /// A file of the folder for sentences: its path, or "config.json of the built-in demo target".
+    /// A file of the folder, for sentences: its path, or for example "config.json of the built-in demo
+    /// target".
     pub fn described_file(&self, file: &str) -> String {
         match self {
             Folder::Disk(_) => self.path(file),
@@ -160,7 +161,7 @@ impl Folder {
         }
     }
 
-    /// The folder for sentences: its path, or "the built-in demo target".
+    /// The folder, for sentences: its path, or for example "the built-in demo target".
     pub fn described(&self) -> String {
         match self {
             Folder::Disk(dir) => dir.display().to_string(),
@@ -168,7 +169,7 @@ impl Folder {
         }
     }
 
-    /// The folder's name in records and titles: its path, or "demo/target".
+    /// The folder's name in records and titles: its path, or for example "demo/target".
     pub fn name(&self) -> String {
         match self {
             Folder::Disk(dir) => dir.display().to_string(),
@@ -211,7 +212,7 @@ impl Folder {
         self.file(file)?.ok_or_else(|| self.missing(file))
     }
 
-    /// Maps a file of weights and reads nothing of it; `None` if the file does not exist.
+    /// Maps a file of weights without reading it; `None` if the file does not exist.
     pub(crate) fn map(&self, file: &str) -> Result<Option<Bytes>> {
         let dir = match self {
             Folder::Disk(dir) => dir,
@@ -222,15 +223,15 @@ impl Folder {
         if size == 0 {
             return Ok(Some(Bytes::Embedded(&[])));
         }
-        // SAFETY: the mapping is read-only and private to this process. Changing a checkpoint's bytes while
-        // it is in use breaks it, as in every engine that maps its weights. Reading bytes that are gone
-        // raises SIGBUS; a handler finds the file by its address (`Checkpoint::mapped`).
+        // SAFETY: the mapping is read-only and private to this process. The file must not change while the
+        // mapping is in use, as in every engine that maps its weights. If the file becomes shorter, reading
+        // the missing bytes raises SIGBUS; a handler finds the file by the address (`Checkpoint::mapped`).
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| unreadable(&path, e))?;
         Ok(Some(Bytes::Mapped(Arc::new(Mapped { map, file }))))
     }
 
-    /// The error for a file that must exist: says whether the folder exists and what weights it holds
-    /// instead.
+    /// The error for a missing file that must exist. It says whether the folder exists and which weights it
+    /// holds instead.
     pub(crate) fn missing(&self, file: &str) -> Error {
         let Folder::Disk(dir) = self else { return Error::Model(format!("{} is missing", self.path(file))) };
         let expected = "expected a Hugging Face model folder";
@@ -267,7 +268,7 @@ fn open(path: &Path) -> Result<Option<(File, u64)>> {
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
         info => info.map_err(|e| unreadable(path, e))?,
     };
-    // Checked before opening, because opening a pipe would block until it has a writer.
+    // Checked before the file is opened, because opening a pipe would block until it has a writer.
     if !info.is_file() {
         return Err(Error::Model(format!("{} is not a regular file", path.display())));
     }

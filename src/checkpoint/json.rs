@@ -1,4 +1,5 @@
-//! Fields of an untrusted JSON file: typed and bounded. Errors name the file, the field's path and its value.
+//! Reads fields of an untrusted JSON file with checked types and ranges. Errors name the file, the field's
+//! path and its value.
 
 use crate::checkpoint::folder::Folder;
 use crate::error::excerpt;
@@ -12,7 +13,8 @@ pub(crate) struct Document {
 }
 
 impl Document {
-    /// Larger than any real configuration, and small enough that parsing it costs little memory.
+    /// Maximum bytes of a file: more than any real configuration has, and so few that parsing takes little
+    /// memory.
     const MAX_BYTES: usize = 4 << 20;
 
     pub(crate) fn open(folder: &Folder, name: &str) -> Result<Option<Document>> {
@@ -70,7 +72,7 @@ pub(crate) struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// A field. Null counts as absent, as in Hugging Face.
+    /// The field `name`. Null counts as absent, as in Hugging Face.
     pub(crate) fn get(&self, name: &str) -> Option<Field<'a>> {
         let value = self.map.get(name).filter(|value| !value.is_null())?;
         Some(Field { file: self.file, name: format!("{}{name}", self.prefix), value })
@@ -91,14 +93,17 @@ impl<'a> Fields<'a> {
         ))
     }
 
-    /// Checks that a text field, if it exists, has this value.
+    /// Checks that a string field, if it is present, has this value.
     pub(crate) fn only(&self, name: &str, expected: &str) -> Result<()> {
         match self.get(name) {
-            Some(field) if field.text()? != expected => Err(self.unsupported(name, field.text()?, expected)),
+            Some(field) if field.string()? != expected => {
+                Err(self.unsupported(name, field.string()?, expected))
+            }
             _ => Ok(()),
         }
     }
 
+    /// The only entry of `architectures`.
     pub(crate) fn architecture(&self) -> Result<&'a str> {
         let field = self.need("architectures")?;
         match field.value.as_array().map(Vec::as_slice) {
@@ -124,42 +129,44 @@ impl<'a> Field<'a> {
         Error::Model(format!("{}: {} is {}, expected {expected}", self.file, self.name, self.found()))
     }
 
-    pub(crate) fn whole(&self, min: usize, max: usize) -> Result<usize> {
+    pub(crate) fn integer(&self, min: usize, max: usize) -> Result<usize> {
         let value =
             self.value.as_u64().and_then(|x| usize::try_from(x).ok()).filter(|x| (min..=max).contains(x));
         value.ok_or_else(|| self.wrong(&format!("a whole number from {min} to {max}")))
     }
 
-    pub(crate) fn double(&self, expected: &str, ok: impl Fn(f64) -> bool) -> Result<f64> {
+    /// A finite number that satisfies `ok`. `expected` describes such numbers in the error.
+    pub(crate) fn number(&self, expected: &str, ok: impl Fn(f64) -> bool) -> Result<f64> {
         self.value.as_f64().filter(|&x| x.is_finite() && ok(x)).ok_or_else(|| self.wrong(expected))
     }
 
-    /// A number in the range of f32.
-    pub(crate) fn number(&self, expected: &str, ok: impl Fn(f32) -> bool) -> Result<f32> {
-        let value = self.double(expected, |_| true)? as f32;
+    /// As [`Field::number`], for a number in the range of f32.
+    pub(crate) fn number_f32(&self, expected: &str, ok: impl Fn(f32) -> bool) -> Result<f32> {
+        let value = self.number(expected, |_| true)? as f32;
         Some(value).filter(|&x| x.is_finite() && ok(x)).ok_or_else(|| self.wrong(expected))
     }
 
-    pub(crate) fn flag(&self) -> Result<bool> {
+    pub(crate) fn boolean(&self) -> Result<bool> {
         self.value.as_bool().ok_or_else(|| self.wrong("true or false"))
     }
 
-    pub(crate) fn text(&self) -> Result<&'a str> {
+    pub(crate) fn string(&self) -> Result<&'a str> {
         self.value.as_str().ok_or_else(|| self.wrong("a text"))
     }
 
-    pub(crate) fn list(&self) -> Result<Vec<Field<'a>>> {
+    pub(crate) fn array(&self) -> Result<Vec<Field<'a>>> {
         let items = self.value.as_array().ok_or_else(|| self.wrong("a list"))?;
         let field = |(i, value)| Field { file: self.file, name: format!("{}[{i}]", self.name), value };
         Ok(items.iter().enumerate().map(field).collect())
     }
 
-    pub(crate) fn table(&self, prefix: &'a str) -> Result<Fields<'a>> {
+    pub(crate) fn object(&self, prefix: &'a str) -> Result<Fields<'a>> {
         let map = self.value.as_object().ok_or_else(|| self.wrong("an object"))?;
         Ok(Fields { file: self.file, prefix, map })
     }
 
-    /// Whether the value means the same as the field's absence: false, 0, empty, or the given text.
+    /// Whether the value means the same as the field's absence: null, false, 0, empty, or the value
+    /// `neutral`.
     pub(crate) fn is_neutral(&self, neutral: &str) -> bool {
         match self.value {
             Value::Null | Value::Bool(false) => true,

@@ -1,7 +1,7 @@
 //! Model folders on disk: `config.json`, safetensors shards, and a target and its drafter opened as a pair.
 //!
-//! All files are untrusted input. Sizes are bounded before anything is allocated, and every fault is one
-//! sentence that names the file and the field or tensor.
+//! All files are untrusted input. Sizes are checked before anything is allocated. Every error is one sentence
+//! that names the file and the field or tensor.
 //!
 //! | module | owns |
 //! | --- | --- |
@@ -9,7 +9,7 @@
 //! | [`config`] | `config.json` of target and drafter |
 //! | [`rope`] | rotary position embedding |
 //! | [`safetensors`] | tensors by name, with shape and type, memory-mapped |
-//! | [`random_weights`] | weights that no file holds, for measuring published shapes |
+//! | [`random_weights`] | weights computed from a seed, for measurements without a download |
 //! | [`pair`] | target and drafter opened together and checked against each other |
 
 pub mod config;

@@ -5,9 +5,9 @@ use crate::checkpoint::folder::Folder;
 use crate::checkpoint::safetensors::Checkpoint;
 use crate::{Error, Result};
 
-/// One model: its folder, its config, and its mapped, checked checkpoint.
+/// One model: its folder, its config and its weights.
 pub struct Model<Config> {
-    /// Where its files are.
+    /// The source of its files.
     pub folder: Folder,
     /// Its `config.json`.
     pub config: Config,
@@ -15,24 +15,24 @@ pub struct Model<Config> {
     pub weights: Checkpoint,
 }
 
-/// A target and the drafter that was trained for it: what every device loads.
+/// A target and the drafter that was trained for it. Every device loads models from it.
 pub struct Pair {
-    /// The model whose text is generated.
+    /// The model whose output is reproduced.
     pub target: Model<TargetConfig>,
     /// Its DFlash drafter; `None` for autoregressive decoding only.
     pub drafter: Option<Model<DrafterConfig>>,
 }
 
 impl Pair {
-    /// Reads the configs, then checks that they fit, then reads the headers of the weights, so the cheapest
-    /// mistake is found first. No weight is read.
+    /// Reads both configs, checks that they belong together, and then checks the headers of the weights. No
+    /// weight is read.
     ///
     /// # Errors
-    /// [`Error::Model`] for files that are missing, malformed or do not fit; [`Error::Unsupported`] for
-    /// models that this engine does not run; [`Error::Option`] for a drafter given as the target or the
-    /// reverse.
+    /// [`Error::Model`] for files that are missing, malformed or do not belong together;
+    /// [`Error::Unsupported`] for models that this engine does not support; [`Error::Option`] for a drafter
+    /// passed as the target or a target passed as the drafter.
     pub fn open(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
-        let (config, drafter) = configs(&target, drafter)?;
+        let (config, drafter) = open_configs(&target, drafter)?;
         let weights = Checkpoint::open(&target)?;
         weights.check_target(&config.tensors())?;
         let drafter = drafter.map(|(folder, config)| {
@@ -43,14 +43,14 @@ impl Pair {
         Ok(Pair { target: Model { folder: target, config, weights }, drafter: drafter.transpose()? })
     }
 
-    /// A pair with the shapes of these configs and random weights ([`Checkpoint::random`]). For measuring,
-    /// where shapes matter and text does not. Reads `config.json` only. Devices run it, the CPU reference
-    /// does not.
+    /// A pair with the shapes of these configs and random weights ([`Checkpoint::random`]), for measurements
+    /// in which the text does not matter. Reads no weight files. Devices can run it, but the CPU reference
+    /// cannot.
     ///
     /// # Errors
     /// As [`Pair::open`], for the configs.
     pub fn with_random_weights(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
-        let (config, drafter) = configs(&target, drafter)?;
+        let (config, drafter) = open_configs(&target, drafter)?;
         let weights = Checkpoint::random(&target, &config.tensors(), 1);
         let drafter = drafter.map(|(folder, config)| {
             let weights = Checkpoint::random(&folder, &config.tensors(), 2);
@@ -59,10 +59,10 @@ impl Pair {
         Ok(Pair { target: Model { folder: target, config, weights }, drafter })
     }
 
-    /// Positions that a sequence may have, prompt and answer together: `context`, or all that the target has.
+    /// Maximum positions of a sequence, prompt and answer together: `context`, or the target's maximum.
     ///
     /// # Errors
-    /// [`Error::Option`] for a number outside 2 to the target's positions.
+    /// [`Error::Option`] for a number outside 2 to the target's maximum.
     pub fn context(&self, context: Option<usize>) -> Result<usize> {
         let limit = self.target.config.stack.max_positions;
         match context {
@@ -78,11 +78,12 @@ impl Pair {
         }
     }
 
-    /// Rows of a block, anchor included: `block`, or the number that the drafter was trained with; 1 without
-    /// a drafter.
+    /// Rows of a block, anchor included: `block`, or the number that the drafter was trained with, or 1
+    /// without a drafter.
     ///
     /// # Errors
-    /// [`Error::Option`] for a number outside 1 to the trained one, or other than 1 without a drafter.
+    /// [`Error::Option`] for a number outside 1 to the trained one, or for any number but 1 without a
+    /// drafter.
     pub fn block(&self, block: Option<usize>) -> Result<usize> {
         let Some(drafter) = &self.drafter else {
             return match block {
@@ -109,7 +110,7 @@ impl Pair {
 }
 
 /// Reads both configs and checks that the drafter was made for the target.
-fn configs(
+fn open_configs(
     target: &Folder,
     drafter: Option<Folder>,
 ) -> Result<(TargetConfig, Option<(Folder, DrafterConfig)>)> {

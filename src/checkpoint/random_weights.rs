@@ -1,12 +1,12 @@
-//! Random weights: bytes that are computed from a seed whenever they are read, so a model of any size can be
-//! loaded onto a device without a file and without memory on the host. For measuring, where shapes matter and
-//! text does not.
+//! Random weights: bytes that are computed from a seed whenever they are read. A model of any size can be
+//! loaded onto a device without a file and without host memory, for measurements in which the text does not
+//! matter.
 
 /// Writes bytes `at..at + to.len()` of the random stream `seed` into `to`.
 ///
 /// The stream is a sequence of 8-byte groups. Each group is splitmix64 of its index and the seed, masked so
-/// that every two bytes are a little-endian bf16 with random sign and fraction and a magnitude from 2^-6 up
-/// to 2^-5. A byte depends on the seed and its position only, never on how the stream is cut into reads.
+/// that every two bytes are a little-endian bf16 with random sign and mantissa and a magnitude in [2^-6,
+/// 2^-5). A byte depends only on the seed and its position, not on how the stream is divided into reads.
 pub fn random_bytes(seed: u64, at: usize, to: &mut [u8]) {
     let group = |index: usize| {
         // The multiplication places the streams of neighbouring seeds far apart in splitmix64's sequence.

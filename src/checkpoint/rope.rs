@@ -8,18 +8,19 @@ use std::f64::consts::TAU;
 pub enum RopeScaling {
     /// No scaling.
     Default,
-    /// All frequencies divided by `factor`.
+    /// All frequencies are divided by `factor`.
     Linear {
         /// At least 1.
         factor: f64,
     },
-    /// Low frequencies divided by `factor`, high ones kept, those between blended (Llama 3.1).
+    /// Low frequencies are divided by `factor`, high ones are kept, and those between are blended (Llama
+    /// 3.1).
     Llama3 {
         /// At least 1.
         factor: f64,
-        /// Turns within the original context up to which a frequency counts as low.
+        /// A frequency with at most this many rotations within the original context counts as low.
         low_freq_factor: f64,
-        /// Turns from which it counts as high.
+        /// A frequency with at least this many rotations within the original context counts as high.
         high_freq_factor: f64,
         /// The context, in positions, that the model was trained with before scaling.
         original_max_positions: usize,
@@ -28,26 +29,28 @@ pub enum RopeScaling {
     Yarn {
         /// At least 1.
         factor: f64,
-        /// Turns within the original context from which a frequency is kept.
+        /// A frequency with at least this many rotations within the original context is kept.
         beta_fast: f64,
-        /// Turns up to which it is divided by `factor`.
+        /// A frequency with at most this many rotations is divided by `factor`.
         beta_slow: f64,
         /// The context, in positions, that the model was trained with before scaling.
         original_max_positions: usize,
         /// Factor on cos and sin, resolved from `attention_factor`, `mscale`, `mscale_all_dim` or the
         /// default.
         attention_factor: f64,
-        /// Whether the bounds of the blended range are rounded to whole pairs.
+        /// Whether the bounds of the blended range are rounded outwards to whole pairs of dimensions.
         truncate: bool,
     },
 }
 
-/// Rotary embedding, half-split layout: dims `d` and `d + rotary_dims/2` form a pair (`docs/dflash.md` 3.5).
+/// Rotary embedding, half-split layout: dimensions `d` and `d + rotary_dims/2` of a head form a pair
+/// (`docs/dflash.md` 3.5).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f64,
-    /// Leading dims of a head that are rotated: `head_dim`, or fewer with `partial_rotary_factor`.
+    /// Number of leading dimensions of a head that are rotated: `head_dim`, or fewer with
+    /// `partial_rotary_factor`.
     pub rotary_dims: usize,
     /// How frequencies are scaled for long contexts.
     pub scaling: RopeScaling,
@@ -64,11 +67,10 @@ impl Rope {
             RopeScaling::Default => (unscaled.collect(), 1.0),
             RopeScaling::Linear { factor } => (unscaled.map(|f| f / factor).collect(), 1.0),
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
-                // Between the two bounds on turns within the original context, the scaled and the unscaled
-                // frequency are blended.
+                // Between the two bounds, the scaled and the unscaled frequency are blended.
                 let scaled = unscaled.map(|f| {
-                    let turns = original_max_positions as f64 * f / TAU;
-                    let weight = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    let rotations = original_max_positions as f64 * f / TAU;
+                    let weight = (rotations - low_freq_factor) / (high_freq_factor - low_freq_factor);
                     blend(f / factor, f, weight)
                 });
                 (scaled.collect(), 1.0)
@@ -81,9 +83,9 @@ impl Rope {
                 attention_factor,
                 truncate,
             } => {
-                // The pair index at which a frequency makes that many turns within the original context.
-                let pair_of = |turns: f64| {
-                    dim * (original_max_positions as f64 / (turns * TAU)).ln() / (2.0 * self.theta.ln())
+                // The pair index whose frequency has this many rotations within the original context.
+                let pair_of = |rotations: f64| {
+                    dim * (original_max_positions as f64 / (rotations * TAU)).ln() / (2.0 * self.theta.ln())
                 };
                 let (mut low, mut high) = (pair_of(beta_fast), pair_of(beta_slow));
                 if truncate {
@@ -93,8 +95,8 @@ impl Rope {
                 let high = high.min(dim - 1.0);
                 let high = if low == high { high + 0.001 } else { high };
                 let scaled = unscaled.enumerate().map(|(i, f)| {
-                    let slowed = (i as f64 - low) / (high - low);
-                    blend(f, f / factor, slowed)
+                    let ramp = (i as f64 - low) / (high - low);
+                    blend(f, f / factor, ramp)
                 });
                 (scaled.collect(), attention_factor)
             }

@@ -1,5 +1,5 @@
-//! Tensors of a checkpoint by name: safetensors files, memory-mapped or embedded. Tensors stay in their
-//! files' bytes and types; nothing is converted here.
+//! Tensors of a checkpoint by name: safetensors files, memory-mapped or embedded in the binary. Tensors keep
+//! the bytes and types of their files; nothing is converted here.
 
 use crate::checkpoint::folder::{Bytes, Folder};
 use crate::error::excerpt;
@@ -36,7 +36,7 @@ impl Dtype {
     }
 }
 
-/// One tensor: row-major, little-endian, in its file's bytes at any alignment. Cheap to clone.
+/// One tensor: row-major, little-endian, at any alignment in its file. Cheap to clone.
 #[derive(Clone)]
 pub struct Tensor {
     file: Bytes,
@@ -50,18 +50,19 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// All bytes, in the file's mapping.
+    /// All bytes: a slice of the mapped or embedded file.
     ///
     /// # Panics
-    /// For random weights, which have no bytes in memory. Check with [`Checkpoint::need_files`] first.
+    /// For random weights, which are not in memory. Check with [`Checkpoint::need_files`] first.
     pub fn bytes(&self) -> &[u8] {
         &self.file.slice()[self.range.clone()]
     }
 
-    /// Copies the bytes from byte `at` of the tensor on. Reads the file, not its mapping.
+    /// Copies `to.len()` bytes of the tensor, from byte `at` on, into `to`. Reads the file, not its mapping.
     ///
     /// # Errors
-    /// [`Error::Model`], with file and tensor, if they cannot be read or the file has become shorter.
+    /// [`Error::Model`], with file and tensor, if the bytes cannot be read or the file became shorter;
+    /// [`Error::Internal`] if the tensor does not have these bytes.
     pub fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
         if at.checked_add(to.len()).is_none_or(|end| end > self.range.len()) {
             let (size, label) = (self.range.len(), self.label());
@@ -78,12 +79,12 @@ impl Tensor {
         })
     }
 
-    /// The tensor's name in errors: file and name.
+    /// The tensor in errors: its file and its name.
     pub fn label(&self) -> String {
         format!("{}: tensor {}", self.path, excerpt(&self.name))
     }
 
-    /// The file's path, and the offset of the tensor's first byte in it.
+    /// The file's path, and the offset of the tensor's first byte in the file.
     pub fn place(&self) -> (&str, usize) {
         (&self.path, self.range.start)
     }
@@ -101,7 +102,7 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, Entry>,
 }
 
-/// Where one tensor lies. `range` lies within its shard's bytes; the header was checked for that.
+/// The location of one tensor. `range` is within its shard's bytes, as checked when the header was read.
 struct Entry {
     shard: usize,
     range: Range<usize>,
@@ -116,16 +117,16 @@ struct Index {
 }
 
 impl Checkpoint {
-    /// Maps the shards and checks every header; reads no weights.
+    /// Maps the shards and checks every header. Reads no weights.
     ///
     /// # Errors
     /// [`Error::Model`] for a missing or malformed file, index or header.
     pub fn open(folder: &Folder) -> Result<Self> {
         if let Some(bytes) = folder.map(SINGLE)? {
-            let mut whole =
+            let mut single =
                 Checkpoint { source: folder.path(SINGLE), shards: vec![], tensors: BTreeMap::new() };
-            whole.add(folder.path(SINGLE), bytes)?;
-            return Ok(whole);
+            single.add(folder.path(SINGLE), bytes)?;
+            return Ok(single);
         }
         let Some(bytes) = folder.file(INDEX)? else { return Err(folder.missing(SINGLE)) };
         let source = folder.path(INDEX);
@@ -135,8 +136,8 @@ impl Checkpoint {
         let mut all = Checkpoint { source, shards: vec![], tensors: BTreeMap::new() };
         for file in index.weight_map.values().collect::<BTreeSet<_>>() {
             // Only a bare file name, so that an index cannot reach outside its folder.
-            let plain = Path::new(file).file_name().is_some_and(|name| name == file.as_str());
-            if !plain || file.contains(|c: char| matches!(c, '/' | '\\') || c.is_control()) {
+            let bare = Path::new(file).file_name().is_some_and(|name| name == file.as_str());
+            if !bare || file.contains(|c: char| matches!(c, '/' | '\\') || c.is_control()) {
                 return Err(Error::Model(format!(
                     "{} lists the shard \"{}\": expected the plain name of a file in the same folder",
                     all.source,
@@ -166,9 +167,9 @@ impl Checkpoint {
         Ok(all)
     }
 
-    /// Random weights of these names and shapes, in bf16: computed when they are read, so they take no memory
-    /// and no disk ([`crate::checkpoint::random_weights`]). The same shapes and seed always give the same
-    /// weights.
+    /// Random bf16 weights with these names and shapes. They are computed when they are read, so they take no
+    /// memory and no disk space ([`crate::checkpoint::random_weights`]). The same shapes and seed always give
+    /// the same weights.
     pub fn random(folder: &Folder, tensors: &[(String, Vec<usize>)], seed: u64) -> Checkpoint {
         let path = folder.path("random weights");
         let mut size = 0;
@@ -181,8 +182,8 @@ impl Checkpoint {
         Checkpoint { source: path.clone(), shards: vec![(path, Bytes::Random { size, seed })], tensors }
     }
 
-    /// Checks that the weights are in memory, as the CPU needs them. A device copies its weights and does not
-    /// need this.
+    /// Checks that the weights are mapped or embedded, as the CPU needs them. A device copies its weights and
+    /// does not need this.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for random weights.
@@ -216,10 +217,10 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The tensor of that name, or one of its other spellings, which must have this shape.
+    /// The tensor with this name, or with an accepted other spelling of it. It must have this shape.
     ///
     /// # Errors
-    /// [`Error::Model`] if there is none, or if its shape differs (the error names both);
+    /// [`Error::Model`] if there is no such tensor, or if its shape differs (the error has both shapes);
     /// [`Error::Unsupported`] for an element type other than those of [`Dtype`].
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let Some((stored, entry)) = self.find(name) else {
@@ -248,13 +249,14 @@ impl Checkpoint {
         })
     }
 
-    /// (path, bytes) of every shard, in name order.
+    /// (path, number of bytes) of every shard, in name order.
     pub fn files(&self) -> Vec<(&str, usize)> {
         self.shards.iter().map(|(path, bytes)| (path.as_str(), bytes.size())).collect()
     }
 
     /// (path, addresses) of every shard that is mapped from a file. A SIGBUS at one of these addresses means
-    /// that the file became shorter after it was opened. Valid while the checkpoint is open.
+    /// that the file became shorter after it was opened, or that it cannot be read. The addresses are valid
+    /// while the checkpoint is open.
     pub fn mapped(&self) -> impl Iterator<Item = (&str, Range<usize>)> {
         self.shards.iter().filter_map(|(path, bytes)| match bytes {
             Bytes::Mapped(mapped) => {
@@ -265,7 +267,7 @@ impl Checkpoint {
         })
     }
 
-    /// (name, file, dtype, shape) of every tensor whose type this engine loads, in name order.
+    /// (name, file, element type, shape) of every tensor whose type this engine loads, in name order.
     pub fn list(&self) -> Vec<(&str, &str, Dtype, &[usize])> {
         self.tensors
             .iter()
@@ -277,15 +279,16 @@ impl Checkpoint {
     }
 
     /// Checks a target's files against the tensors that its config implies
-    /// ([`TargetConfig::tensors`](crate::checkpoint::config::TargetConfig::tensors)): each one exists with
-    /// its shape and a supported type, and there are no others, except those that cannot change the output.
+    /// ([`TargetConfig::tensors`](crate::checkpoint::config::TargetConfig::tensors)). Each must exist with
+    /// its shape and a supported type. Other tensors are refused unless they cannot change the output.
     ///
     /// # Errors
-    /// As [`Checkpoint::tensor`]; [`Error::Unsupported`] for a tensor that such a target does not have.
+    /// As [`Checkpoint::tensor`]; [`Error::Unsupported`] for a tensor that such a target does not have;
+    /// [`Error::Model`] for a tensor of a layer beyond those of the config.
     pub fn check_target(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
         for (name, entry) in self.unexpected(expected) {
             // Older exports store RoPE's inverse frequencies, position ids and masks. A tied head may be
-            // stored twice.
+            // stored although it is the embedding table.
             let buffer = matches!(entry.dtype, Stored::I64 | Stored::BOOL);
             if buffer || name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight" {
                 continue;
@@ -295,9 +298,9 @@ impl Checkpoint {
         self.check_present(expected)
     }
 
-    /// The same for a drafter
+    /// As [`Checkpoint::check_target`], for a drafter
     /// ([`DrafterConfig::tensors`](crate::checkpoint::config::DrafterConfig::tensors)). Drafters of other
-    /// kinds that share the container are recognised by their tensors.
+    /// kinds are recognised by their tensors.
     ///
     /// # Errors
     /// As [`Checkpoint::check_target`].
@@ -327,7 +330,7 @@ impl Checkpoint {
         expected.iter().try_for_each(|(name, shape)| self.tensor(name, shape).map(drop))
     }
 
-    /// Tensors that no expected name resolves to, in name order.
+    /// The tensors that are not expected, in name order.
     fn unexpected(&self, expected: &[(String, Vec<usize>)]) -> impl Iterator<Item = (&str, &Entry)> {
         let used: HashSet<&str> = expected.iter().filter_map(|(name, _)| Some(self.find(name)?.0)).collect();
         self.tensors.iter().map(|(n, t)| (n.as_str(), t)).filter(move |(n, _)| !used.contains(n))
@@ -352,8 +355,8 @@ impl Checkpoint {
         Error::Unsupported(format!("{path}: tensor {name_excerpt} is not one that {kind} has"))
     }
 
-    /// The stored name and entry of a tensor. Published drafters also use a `model.` prefix, and llama.cpp's
-    /// names for the two tensors that make context features.
+    /// The stored name and the entry of a tensor. Accepted spellings are a `model.` prefix and llama.cpp's
+    /// names for `fc` and `hidden_norm`.
     fn find(&self, name: &str) -> Option<(&str, &Entry)> {
         let other = match name {
             "fc.weight" => "encoder.fc.weight",
@@ -382,8 +385,8 @@ fn supported(dtype: Stored) -> Option<Dtype> {
     }
 }
 
-/// The header of one file, and the offset of its data. Checks that the tensors fill the data without holes or
-/// overlaps and that each is as long as its shape and type say.
+/// Reads the header of one file, and returns it with the offset of the data. Checks that the tensors fill the
+/// data without gaps or overlaps, and that the length of each is that of its shape and type.
 fn read_header(path: &str, file: &Bytes) -> Result<(Metadata, usize)> {
     let bad = |what: String| Error::Model(format!("{path} is not a whole safetensors file: {what}"));
     let read = |at: usize, to: &mut [u8]| {

@@ -1,4 +1,4 @@
-//! The loop that runs many requests in the slots of a decoder: admit, prefill in parts, rounds, release.
+//! The loop that runs many requests in the slots of a decoder: admit, chunked prefill, rounds, release.
 
 use crate::engine::decoder::{Decoder, Emitted, Prefill};
 use crate::engine::request::{Finish, Outcome, Request};
@@ -10,15 +10,16 @@ use std::time::Instant;
 struct RunningRequest<'a> {
     index: usize,
     request: &'a Request,
-    /// Tokens that may be emitted: `max_tokens`, or what the context holds.
+    /// Maximum tokens of the answer: `max_tokens`, or fewer if the context ends first.
     limit: usize,
     outcome: Outcome,
-    clock: Instant,
-    /// Its prompt is not done.
+    /// When it was admitted.
+    start: Instant,
+    /// Whether a part of its prompt has yet to run.
     prefilling: bool,
 }
 
-/// Runs the requests; with `keep`, slots may reuse what they hold of a prompt.
+/// Runs the requests. With `keep`, a request may reuse the KV cache that its slot holds of its prompt.
 pub(super) fn run(
     decoder: &mut dyn Decoder,
     requests: &[Request],
@@ -28,16 +29,16 @@ pub(super) fn run(
     let (vocab, context) = (decoder.vocab(), decoder.context());
     requests.iter().try_for_each(|request| request.check(vocab, context))?;
     let mut slots: Vec<Option<RunningRequest>> = (0..decoder.slots()).map(|_| None).collect();
-    let end = serve(decoder, requests, keep, sinks, &mut slots);
-    if end.is_err() {
-        // The caller gets the first error, and a decoder that is usable for other requests.
+    let result = serve(decoder, requests, keep, sinks, &mut slots);
+    if result.is_err() {
+        // Releases the slots, so that the decoder can run other requests. The caller gets the first error.
         for (slot, running) in slots.iter().enumerate() {
             if let Some(running) = running {
                 let _ = decoder.release(slot, running.outcome.tokens.len());
             }
         }
     }
-    end
+    result
 }
 
 fn serve<'a>(
@@ -53,9 +54,9 @@ fn serve<'a>(
     loop {
         // Free slots admit waiting requests, in order.
         let mut flow = Flow::Continue;
-        for (slot, place) in slots.iter_mut().enumerate() {
+        for (slot, entry) in slots.iter_mut().enumerate() {
             while flow == Flow::Continue
-                && place.is_none()
+                && entry.is_none()
                 && let Some(&(index, request)) = waiting.peek()
             {
                 let limit = request.max_tokens.min(context - request.prompt.len());
@@ -66,8 +67,8 @@ fn serve<'a>(
                 } else {
                     let Some(kept) = decoder.admit(slot, request, keep)? else { break };
                     let outcome = Outcome { kept, ..outcome };
-                    let clock = Instant::now();
-                    *place = Some(RunningRequest { index, request, limit, outcome, clock, prefilling: true });
+                    let start = Instant::now();
+                    *entry = Some(RunningRequest { index, request, limit, outcome, start, prefilling: true });
                 }
                 waiting.next();
             }
@@ -81,32 +82,32 @@ fn serve<'a>(
             };
         }
 
-        // One part of every prompt that is not done, then a round of the other sequences.
-        for (slot, place) in slots.iter_mut().enumerate() {
+        // One chunk of every unfinished prompt, then a round of the other sequences.
+        for (slot, entry) in slots.iter_mut().enumerate() {
             if flow == Flow::Continue
-                && let Some(running) = place
+                && let Some(running) = entry
                 && running.prefilling
                 && running.prefill(decoder, slot, sinks)?
-                && let Some(running) = place.take()
+                && let Some(running) = entry.take()
             {
                 flow = running.end(decoder, slot, sinks)?;
             }
         }
         if flow == Flow::Continue && slots.iter().flatten().any(|running| !running.prefilling) {
             decoder.round(&mut emitted)?;
-            for (slot, place) in slots.iter_mut().enumerate() {
+            for (slot, entry) in slots.iter_mut().enumerate() {
                 if flow == Flow::Continue
-                    && let Some(running) = place
+                    && let Some(running) = entry
                     && running.round(&emitted[slot], sinks)?
-                    && let Some(running) = place.take()
+                    && let Some(running) = entry.take()
                 {
                     flow = running.end(decoder, slot, sinks)?;
                 }
             }
         }
         if flow != Flow::Continue {
-            for (slot, place) in slots.iter_mut().enumerate() {
-                if let Some(mut running) = place.take() {
+            for (slot, entry) in slots.iter_mut().enumerate() {
+                if let Some(mut running) = entry.take() {
                     running.outcome.finish = Finish::Interrupted;
                     running.end(decoder, slot, sinks)?;
                 }
@@ -117,7 +118,7 @@ fn serve<'a>(
 }
 
 impl RunningRequest<'_> {
-    /// Runs a part of the prompt; true when the answer is over.
+    /// Runs the next chunk of the prompt. Returns whether the answer has ended.
     fn prefill(
         &mut self,
         decoder: &mut dyn Decoder,
@@ -131,12 +132,12 @@ impl RunningRequest<'_> {
             return Ok(true);
         }
         let Some(first) = next else { return Ok(false) };
-        self.outcome.prefill = self.clock.elapsed();
+        self.outcome.prefill = self.start.elapsed();
         self.prefilling = false;
         self.take(&[first], 1, sink)
     }
 
-    /// Moves a round's tokens into the answer; true when it is over.
+    /// Adds a round's tokens to the answer. Returns whether the answer has ended.
     fn round(&mut self, emitted: &Emitted, sinks: &mut dyn TokenSinks) -> Result<bool> {
         let Emitted { tokens, produced, drafted } = emitted;
         if tokens.is_empty() {
@@ -150,8 +151,8 @@ impl RunningRequest<'_> {
         Ok(ended)
     }
 
-    /// Takes tokens one by one; true when the answer is over. All but the last of the `produced` tokens were
-    /// drafted.
+    /// Adds tokens to the answer one by one. Returns whether the answer has ended. `produced` is the number
+    /// of tokens of the round before any cut; all but the last of them are accepted drafts.
     fn take(&mut self, tokens: &[u32], produced: usize, sink: &mut dyn TokenSink) -> Result<bool> {
         for (i, id) in tokens.iter().enumerate() {
             self.outcome.tokens.push(*id);
@@ -171,8 +172,8 @@ impl RunningRequest<'_> {
     /// Releases the slot and delivers the outcome.
     fn end(mut self, decoder: &mut dyn Decoder, slot: usize, sinks: &mut dyn TokenSinks) -> Result<Flow> {
         match self.prefilling {
-            true => self.outcome.prefill = self.clock.elapsed(),
-            false => self.outcome.decode = self.clock.elapsed() - self.outcome.prefill,
+            true => self.outcome.prefill = self.start.elapsed(),
+            false => self.outcome.decode = self.start.elapsed() - self.outcome.prefill,
         }
         decoder.release(slot, self.outcome.tokens.len())?;
         sinks.done(self.index, self.outcome)

@@ -7,15 +7,15 @@ use crate::engine::generate::{Flow, TokenSink, generate};
 use crate::engine::request::{Finish, Outcome, Request};
 use crate::{Error, Result};
 
-/// Compares a speculative answer with that of autoregressive decoding to the same request: same tokens, same
-/// end.
+/// Checks that a speculative answer has the same tokens as that of autoregressive decoding to the same
+/// request, and ended for the same reason.
 ///
 /// # Errors
 /// [`Error::Lossless`] with the first difference.
 pub fn check_lossless(autoregressive: &Outcome, speculative: &Outcome) -> Result<()> {
     let pairs = autoregressive.tokens.iter().zip(&speculative.tokens);
     let at = pairs.take_while(|(a, b)| a == b).count();
-    let token = |outcome: &Outcome| match outcome.tokens.get(at) {
+    let next = |outcome: &Outcome| match outcome.tokens.get(at) {
         Some(id) => format!("goes on with {id}"),
         None => format!("ends there ({})", outcome.finish.name()),
     };
@@ -25,41 +25,42 @@ pub fn check_lossless(autoregressive: &Outcome, speculative: &Outcome) -> Result
     }
     Err(Error::Lossless(format!(
         "after {at} equal tokens autoregressive decoding {}, and DFlash {}",
-        token(autoregressive),
-        token(speculative)
+        next(autoregressive),
+        next(speculative)
     )))
 }
 
 /// The result of [`check`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {
-    /// Tokens of the answer with drafts.
+    /// Number of tokens of the answer with drafts.
     pub tokens: usize,
-    /// Rounds that produced them.
+    /// Number of rounds that produced them.
     pub rounds: usize,
-    /// Rows whose logits `[vocab]` were compared: one for every token of the answer but the first, up to a
-    /// difference.
+    /// Number of rows whose logits `[vocab]` were compared: one for every token of the answer but the first,
+    /// up to the first difference.
     pub compared: usize,
-    /// Verified rows that produced no token: those after the last accepted draft of a round, and those of a
-    /// tree that are not on its path. Autoregressive decoding has no logits to compare them with.
+    /// Number of verified rows that produced no token: those after the last accepted draft of a round, and
+    /// those of a tree that are not on the accepted path. Autoregressive decoding has no logits to compare
+    /// them with.
     pub rejected: usize,
-    /// The first difference, as [`Error::Lossless`].
+    /// `Ok`, or the first difference as [`Error::Lossless`].
     pub identical: Result<()>,
 }
 
-/// Runs `request` by autoregressive decoding and then in its own blocks, alone on `decoder`, and compares:
-/// both must give the same tokens and the same end, and every token must come from the same logits, bit for
-/// bit.
+/// Runs `request` by autoregressive decoding and then with its own block size, alone on `decoder`, and
+/// compares the runs. Both must give the same tokens and end for the same reason, and every token must come
+/// from the same logits, bit for bit.
 ///
-/// `sink` makes a sink for each run. Returns `None` where a sink interrupts. The decoder is watched from then
-/// on ([`Decoder::watch`]).
+/// `sink` makes a sink for each run. Returns `None` if a sink interrupts. The decoder stays watched
+/// ([`Decoder::watch`]).
 ///
-/// The first token belongs to no round. Both runs get it from the same pass over the prompt, so only the
-/// token is compared. Of each row's logits a hash of 64 bits is kept. Watched rounds differ from unwatched
-/// ones in one thing: greedy rounds write their logits, too.
+/// The first token belongs to no round. Both runs get it from the prefill, so only the token is compared. The
+/// logits of each row are kept as a hash of 64 bits. Watching changes two things on a device: greedy rounds
+/// also write their logits, and no round is enqueued ahead.
 ///
 /// # Errors
-/// As [`generate`]. A difference is not an error: it is in the report.
+/// As [`generate`]. A difference is not an error; the report has it.
 pub fn check<S: TokenSink>(
     decoder: &mut dyn Decoder,
     request: &Request,
@@ -74,29 +75,30 @@ pub fn check<S: TokenSink>(
         return Ok(None);
     }
 
-    let (mut compared, mut differs, mut other) = (0, false, None);
+    let (mut compared, mut differs, mut different_logits) = (0, false, None);
     let mut compare = |at: usize, token: u32, logits: Vec<f32>| {
-        // After a difference everything may differ; after the answer's end there is nothing to compare with.
-        if let (false, Some(own)) = (differs, expected.tokens.get(at)) {
+        // Nothing is compared after the first difference, or after the end of the expected answer.
+        if let (false, Some(expected_token)) = (differs, expected.tokens.get(at)) {
             compared += usize::from(at > 0);
             if hash(&logits) != hashes[at] {
-                other = Some((at, logits));
+                different_logits = Some((at, logits));
             }
-            differs = other.is_some() || token != *own;
+            differs = different_logits.is_some() || token != *expected_token;
         }
     };
     let speculative = observe(decoder, request, &mut sink()?, &mut compare)?;
     if speculative.finish == Finish::Interrupted {
         return Ok(None);
     }
-    let identical = match other {
+    let identical = match different_logits {
         None => check_lossless(&expected, &speculative),
         Some((at, logits)) => {
-            // Runs again up to there, because only hashes were kept.
-            let upto = Request { max_tokens: at + 1, stop_ids: vec![], ..autoregressive };
-            let mut own = Vec::new();
-            observe(decoder, &upto, &mut Silent, &mut |_, _, logits| own = logits)?;
-            Err(difference(at, request.prompt.len() + at, hash(&own) == hashes[at], &own, &logits))
+            // Only hashes were kept, so autoregressive decoding runs again up to this token.
+            let up_to = Request { max_tokens: at + 1, stop_ids: vec![], ..autoregressive };
+            let mut expected = Vec::new();
+            observe(decoder, &up_to, &mut NullSink, &mut |_, _, logits| expected = logits)?;
+            let repeats = hash(&expected) == hashes[at];
+            Err(difference(at, request.prompt.len() + at, repeats, &expected, &logits))
         }
     };
     let rounds = speculative.drafted.iter().zip(&speculative.accepted);
@@ -109,8 +111,8 @@ pub fn check<S: TokenSink>(
     }))
 }
 
-/// The error for different logits. `at`: index of the token in the answer. `repeats`: autoregressive decoding
-/// gave the same logits twice.
+/// The error for different logits. `at` is the index of the token in the answer, and `position` its position
+/// in the sequence. `repeats`: autoregressive decoding gave the same logits in both of its runs.
 fn difference(at: usize, position: usize, repeats: bool, expected: &[f32], found: &[f32]) -> Error {
     let pairs = || expected.iter().zip(found).enumerate().filter(|(_, (a, b))| a.to_bits() != b.to_bits());
     let token = format!("token {} (position {position})", at + 1);
@@ -127,7 +129,8 @@ fn difference(at: usize, position: usize, repeats: bool, expected: &[f32], found
     })
 }
 
-/// Two rows that differ in exactly one logit always have different hashes.
+/// A hash of all bits of a row's logits. Two rows that differ in exactly one logit always have different
+/// hashes.
 fn hash(logits: &[f32]) -> u64 {
     let mix = |hash: u64, logit: &f32| {
         (hash.rotate_left(27) ^ u64::from(logit.to_bits())).wrapping_mul(0x9e37_79b9_7f4a_7c15)
@@ -135,8 +138,8 @@ fn hash(logits: &[f32]) -> u64 {
     logits.iter().fold(0, mix)
 }
 
-/// Called with each token of an answer: its index, its id, and the logits that chose it, none for the first.
-/// Rounds may bring more tokens than the answer takes.
+/// Called with each emitted token: its index, its id, and the logits that it was chosen from, empty for the
+/// first. Rounds may emit more tokens than the answer has.
 type Observer<'a> = dyn FnMut(usize, u32, Vec<f32>) + 'a;
 
 fn observe(
@@ -148,15 +151,15 @@ fn observe(
     generate(&mut Observed { decoder, slot: 0, tokens: 0, observer }, request, sink)
 }
 
-struct Silent;
+struct NullSink;
 
-impl TokenSink for Silent {
+impl TokenSink for NullSink {
     fn token(&mut self, _id: u32, _drafted: bool) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 }
 
-/// A watched decoder of one sequence, which also reports what it emits to an observer.
+/// A watched decoder of one sequence that reports every emitted token to an observer.
 struct Observed<'a> {
     decoder: &'a mut dyn Decoder,
     slot: usize,
@@ -219,7 +222,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn different_answers_are_reported_where_they_part() {
+    fn the_first_difference_of_two_answers_is_reported() {
         let outcome = |tokens: &[u32], finish| Outcome { tokens: tokens.to_vec(), ..Outcome::new(finish) };
         let expected = outcome(&[5, 6, 7], Finish::Length);
         // Rounds and times may differ.

@@ -1,11 +1,11 @@
 //! The life of a request on any device: prefill, rounds, stopping, statistics, and the lossless check.
 //!
-//! | module | has |
+//! | module | owns |
 //! | --- | --- |
-//! | [`request`] | what to generate, and what came of it |
+//! | [`request`] | a request and its outcome |
 //! | [`decoder`] | the traits that a device implements |
 //! | [`sink`] | the traits that receive tokens |
-//! | [`generate`] | running requests to their end |
+//! | [`generate`] | the functions that run requests to their end |
 //! | [`lossless`] | comparison with autoregressive decoding, bit for bit |
 //! | [`stats`] | acceptance length, histogram, rates, the JSON record |
 

@@ -1,4 +1,4 @@
-//! What to generate, and what came of it.
+//! A request and its outcome.
 
 use crate::spec::config::SpecConfig;
 use crate::spec::sampling::SamplingParams;
@@ -10,29 +10,29 @@ use std::time::Duration;
 pub struct Request {
     /// Token ids of the prompt, at least one.
     pub prompt: Vec<u32>,
-    /// Maximum tokens of the answer.
+    /// Maximum number of tokens of the answer.
     pub max_tokens: usize,
     /// How the target's tokens are sampled.
     pub sampling: SamplingParams,
-    /// Ids that end the answer; the one that ended it is its last token. Empty: none does.
+    /// Token ids that end the answer. The one that ended it is its last token. Empty for no stop ids.
     pub stop_ids: Vec<u32>,
     /// Rows of a block: the anchor and `block - 1` drafts. 1 is autoregressive decoding.
     pub block: usize,
-    /// How drafts are made and verified; autoregressive decoding does not read it.
+    /// How drafts are made and verified. Autoregressive decoding does not read it.
     pub spec: SpecConfig,
 }
 
 impl Request {
-    /// The maximum number of positions that it needs: prompt, answer and a block.
+    /// The maximum number of positions that the request needs: prompt, answer and one block.
     pub fn positions(&self) -> usize {
         self.prompt.len().saturating_add(self.max_tokens).saturating_add(self.block)
     }
 
-    /// Checks the parameters against their ranges, and the prompt against a target of `vocab` tokens and a
-    /// context of `context` positions.
+    /// Checks the parameters against their ranges, and the prompt against a target with a vocabulary of
+    /// `vocab` tokens and a context of `context` positions.
     ///
     /// # Errors
-    /// [`Error::Usage`], or [`Error::Model`] for a token that the target does not have.
+    /// [`Error::Usage`]; [`Error::Model`] for a token id that the target does not have.
     pub fn check(&self, vocab: usize, context: usize) -> Result<()> {
         self.sampling.check()?;
         self.spec.check()?;
@@ -59,11 +59,11 @@ impl Request {
 pub enum Finish {
     /// A stop id or a stop string.
     Stop,
-    /// `max_tokens` reached.
+    /// `max_tokens` is reached.
     Length,
-    /// The model's context is full.
+    /// The context is full.
     Context,
-    /// The caller ended it.
+    /// The caller ended it, or it is still running.
     Interrupted,
 }
 
@@ -79,24 +79,24 @@ impl Finish {
     }
 }
 
-/// What came of a request.
+/// The result of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
-    /// Token ids of the answer.
+    /// Token ids of the answer, including a stop id that ended it.
     pub tokens: Vec<u32>,
     /// Why it ended.
     pub finish: Finish,
-    /// Tokens that each round produced, the bonus token included. The last round counts whole even where a
-    /// stop or the budget cuts it, as the reference implementation records it (docs/dflash.md 5.1, older
-    /// form).
+    /// Number of tokens that each round produced, the bonus token included. The last round counts in full,
+    /// even if a stop or the budget cuts it, as in the older form of the reference implementation
+    /// (docs/dflash.md 5.1).
     pub accepted: Vec<usize>,
-    /// Drafts that each of these rounds verified, all nodes of a tree counted.
+    /// Number of drafts that each of these rounds verified, on all branches of a tree.
     pub drafted: Vec<usize>,
-    /// Tokens of the prompt that the decoder held already ([`crate::engine::generate::resume`]).
+    /// Number of prompt tokens that were in the KV cache already ([`crate::engine::generate::resume`]).
     pub kept: usize,
-    /// From the start to the first token, other sequences' rounds included.
+    /// Time from the admission to the first token, other sequences' rounds included.
     pub prefill: Duration,
-    /// From the first token to the end.
+    /// Time from the first token to the end.
     pub decode: Duration,
 }
 

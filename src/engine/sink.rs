@@ -1,34 +1,35 @@
-//! The traits that receive tokens while requests run.
+//! The traits of the callers that receive tokens while requests run.
 
 use crate::Result;
 use crate::engine::request::Outcome;
 
-/// What a sink wants next.
+/// How generation goes on after a call of a sink.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flow {
-    /// More tokens.
+    /// Generate more tokens.
     Continue,
-    /// The answer is complete, for example because a stop string was found.
+    /// End this answer: it is complete, for example because a stop string was found.
     Stop,
-    /// End all generation: the user interrupted it, or the reader is gone.
+    /// End this answer as interrupted: the user interrupted it, or the output is closed. From
+    /// [`TokenSinks::done`] it ends all answers.
     Interrupt,
 }
 
-/// Receives a generation while it runs.
+/// Receives the tokens of one answer while it is generated.
 pub trait TokenSink {
-    /// `done` of the prompt's tokens have been run.
+    /// Called after each chunk of the prefill. `done` prompt tokens are in the KV cache.
     fn prefill(&mut self, _done: usize) -> Flow {
         Flow::Continue
     }
 
-    /// The next token of the answer. `drafted`: the drafter proposed it and the target accepted it.
+    /// Called with the next token of the answer. `drafted`: it is an accepted draft.
     ///
     /// # Errors
     /// Any error ends the generation and is returned from it.
     fn token(&mut self, id: u32, drafted: bool) -> Result<Flow>;
 
-    /// A round is over: it produced `produced` tokens (bonus token included), and `kept` of them are in the
-    /// answer.
+    /// Called after each round. The round produced `produced` tokens, bonus token included, and `kept` of
+    /// them are in the answer.
     ///
     /// # Errors
     /// As [`TokenSink::token`].
@@ -37,7 +38,8 @@ pub trait TokenSink {
     }
 }
 
-/// Receives many generations while they run together. Requests are identified by their index in the list.
+/// Receives the tokens of many answers that are generated together. A request is identified by its index in
+/// the list.
 pub trait TokenSinks {
     /// The sink of request `index`.
     ///
@@ -45,8 +47,8 @@ pub trait TokenSinks {
     /// Any error ends all generation and is returned from it.
     fn sink(&mut self, index: usize) -> Result<&mut dyn TokenSink>;
 
-    /// Request `index` is done. Anything but [`Flow::Continue`] interrupts the running requests; those that
-    /// have not begun are dropped.
+    /// Called when request `index` has ended. Any result but [`Flow::Continue`] interrupts the running
+    /// requests and drops those that have not begun.
     ///
     /// # Errors
     /// As [`TokenSinks::sink`].

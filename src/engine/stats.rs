@@ -1,4 +1,4 @@
-//! What a run reports about itself: acceptance length, histogram, rates, and the record of a request in JSON.
+//! Statistics of a request: acceptance length, histogram, tokens per second, and its record in JSON.
 
 use crate::engine::request::Outcome;
 use crate::spec::config::{ExactDrafts, SpecConfig};
@@ -6,7 +6,8 @@ use crate::spec::draft_length::DraftLengthPolicy;
 use serde::{Deserialize, Serialize};
 
 /// Acceptance length: mean tokens per round, bonus token included, without the token of the prefill. The last
-/// round counts whole even if a stop or the budget cut it (docs/dflash.md 5.3). `None` without rounds.
+/// round counts in full, even if a stop or the budget cuts it (docs/dflash.md 5.1, 5.3). `None` without
+/// rounds.
 pub fn tau(accepted: &[usize]) -> Option<f64> {
     match accepted.len() {
         0 => None,
@@ -14,8 +15,8 @@ pub fn tau(accepted: &[usize]) -> Option<f64> {
     }
 }
 
-/// A histogram of rounds by the tokens they produced: one bar per count `1..=block`, the tallest eight
-/// eighths high.
+/// A histogram of rounds by the number of tokens they produced: one bar character per number `1..=block`,
+/// from a space to a full block.
 pub fn histogram(accepted: &[usize], block: usize) -> String {
     const BARS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     let mut counts = vec![0; block.max(1)];
@@ -23,43 +24,44 @@ pub fn histogram(accepted: &[usize], block: usize) -> String {
         counts[(a - 1).min(block.max(1) - 1)] += 1;
     }
     let tallest = counts.iter().copied().max().unwrap_or(0).max(1);
-    // Rounded up, so that a single round still shows.
+    // Rounded up, so that a single round is still visible.
     counts.iter().map(|c| BARS[usize::div_ceil(c * 8, tallest)]).collect()
 }
 
-/// Times of the parts of a run, in seconds.
+/// Times of the phases of a run, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Seconds {
     /// Opening and loading the models.
     pub load: f64,
     /// From the start of the request to its first token.
     pub prefill: f64,
-    /// From the first token to the last.
+    /// From the first token to the end.
     pub decode: f64,
 }
 
-/// The result of one request, as one line of JSON. The schema only ever grows.
+/// The result of one request, as one line of JSON. Later versions may add fields, but keep these.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Record {
     /// Number of tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Token ids of the answer, a stop id included.
+    /// Token ids of the answer, including a stop id that ended it.
     pub tokens: Vec<u32>,
     /// Text of the answer, without special tokens and stop strings.
     pub text: String,
-    /// "stop", "length", "context" or "interrupted"
+    /// Why the answer ended: "stop", "length", "context" or "interrupted".
     pub finish_reason: &'static str,
-    /// Target passes after the prefill.
+    /// Number of target passes after the prefill.
     pub rounds: usize,
-    /// Tokens per round, bonus token included; the last round is not cut by a stop or the budget.
+    /// Tokens per round, bonus token included. The last round counts in full, even if a stop or the budget
+    /// cuts it.
     pub accepted: Vec<usize>,
-    /// Drafts that each round verified; all nodes of a tree.
+    /// Number of drafts that each round verified, on all branches of a tree.
     pub drafted: Vec<usize>,
     /// Acceptance length ([`tau`]).
     pub tau: Option<f64>,
     /// The request's seed.
     pub seed: u64,
-    /// Index of the prompt in the run, from 0; seed and stream together key the noise.
+    /// Index of the prompt in the run, from 0. Seed and stream together select the random numbers.
     pub stream: u32,
     /// Name of the device.
     pub device: &'static str,
@@ -70,7 +72,7 @@ pub struct Record {
     /// How drafts were made and verified.
     #[serde(flatten)]
     pub drafts: SpecRecord,
-    /// How long loading, the prompt and decoding took.
+    /// Times of loading, prefill and decoding.
     pub seconds: Seconds,
 }
 
@@ -81,12 +83,12 @@ pub struct SpecRecord {
     pub verify: Option<String>,
     /// Maximum rows of a round's tree, the anchor included; null for chains.
     pub tree: Option<usize>,
-    /// Whether rounds had a draft length of their own.
+    /// Whether the number of drafts was chosen per round.
     pub adaptive: Option<bool>,
-    /// Adaptive rounds verified the drafts accepted with at least this probability; null where the cost model
-    /// chose.
+    /// Least acceptance probability of the drafts that adaptive rounds verified; null if the cost model chose
+    /// their number.
     pub threshold: Option<f64>,
-    /// Whether drafts were sampled with the noise of the target's tokens.
+    /// Whether drafts were sampled with the noise that the target's tokens use.
     pub coupled: Option<bool>,
     /// Temperature that drafts were sampled at; null if they were the drafter's best tokens.
     pub draft_temperature: Option<f64>,
@@ -96,8 +98,8 @@ impl SpecRecord {
     /// The record of requests with this configuration.
     pub fn new(spec: &SpecConfig) -> SpecRecord {
         let length = spec.draft_length();
-        // Through text, since an f32 such as 0.3 is another number in 64 bits.
-        let typed = |temperature: f32| temperature.to_string().parse().ok();
+        // Converted as text, so that an f32 of 0.3 is written as 0.3 and not as 0.30000001192092896.
+        let as_f64 = |temperature: f32| temperature.to_string().parse().ok();
         SpecRecord {
             verify: Some(spec.method().name().into()),
             tree: spec.tree_rows(),
@@ -107,12 +109,12 @@ impl SpecRecord {
                 _ => None,
             },
             coupled: Some(matches!(spec, SpecConfig::Exact { drafts: ExactDrafts::CoupledChain(_), .. })),
-            draft_temperature: spec.draft_sampling().and_then(|sampling| typed(sampling.temperature)),
+            draft_temperature: spec.draft_sampling().and_then(|sampling| as_f64(sampling.temperature)),
         }
     }
 }
 
-/// Tokens per second over prefill and decode together, the time that a reader waits; 0 if no time passed.
+/// Tokens of the answer per second of prefill and decoding together; 0 if no time passed.
 pub fn rate(outcome: &Outcome) -> f64 {
     let seconds = (outcome.prefill + outcome.decode).as_secs_f64();
     if seconds > 0.0 { outcome.tokens.len() as f64 / seconds } else { 0.0 }

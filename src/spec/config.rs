@@ -1,4 +1,4 @@
-//! How the drafts of a request are made and verified: one type with a variant for every legal combination.
+//! How the drafts of a request are made and verified: one type that has only the legal combinations.
 //!
 //! | method | chain | tree | draft length |
 //! | --- | --- | --- | --- |
@@ -7,8 +7,8 @@
 //! | [`Block`](SpecConfig::Block) | samples | several chains | chains: any policy |
 //!
 //! Two combinations do not exist. A best-first tree has no coupled samples, because it is built from the
-//! drafter's best tokens. A sampled tree has no draft-length policy: its shape, and with it how often a row
-//! is accepted, depends on its size, so rows of one size say nothing about those of another.
+//! drafter's best tokens. A sampled tree has no draft-length policy: its shape depends on its size, so how
+//! often a row is accepted in trees of one size does not predict the acceptance in trees of another size.
 
 use crate::spec::draft_length::DraftLengthPolicy;
 use crate::spec::sampling::SamplingParams;
@@ -18,7 +18,7 @@ use crate::{Error, Result};
 /// Which drafts are accepted ([`crate::spec::verify`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum VerifyMethod {
-    /// Exact verification: the drafts that autoregressive decoding emits with the same seed.
+    /// Exact verification: accepts the tokens that autoregressive decoding emits with the same seed.
     #[default]
     Match,
     /// Rejection sampling token by token: the output has the target's distribution.
@@ -38,10 +38,10 @@ impl VerifyMethod {
     }
 }
 
-/// How the drafts of a request are made and verified. Every value is a legal combination;
+/// How the drafts of a request are made and verified. Every variant is a legal combination;
 /// [`SpecConfig::check`] checks the numbers in it.
 ///
-/// The default is what the DFlash paper does: chains of the drafter's best tokens, verified exactly.
+/// The default is the method of the DFlash paper: chains of the drafter's best tokens, verified exactly.
 ///
 /// ```
 /// use dflash::spec::config::{BlockDrafts, ExactDrafts, SpecConfig};
@@ -64,17 +64,17 @@ pub enum SpecConfig {
     /// Exact verification ([`VerifyMethod::Match`]): the output is the token sequence of autoregressive
     /// decoding.
     Exact {
-        /// The drafts.
+        /// The kind of drafts.
         drafts: ExactDrafts,
-        /// How many of them a round verifies.
+        /// How many drafts a round verifies.
         length: DraftLengthPolicy,
     },
     /// Rejection sampling ([`VerifyMethod::Rejection`]): the output has the target's distribution.
     Rejection {
         /// The shape of the drafts.
         drafts: RejectionDrafts,
-        /// How drafts are sampled from the drafter's logits. At temperature 0 they are the best tokens. The
-        /// seed and the stream are not read: those of the request are used.
+        /// How drafts are sampled from the drafter's logits. At temperature 0 they are the best tokens. Its
+        /// seed and stream are ignored; those of the request are used.
         sampling: SamplingParams,
     },
     /// Block verification ([`VerifyMethod::Block`]): the output has the target's distribution.
@@ -92,10 +92,10 @@ pub enum ExactDrafts {
     /// A chain of the drafter's best tokens.
     Chain,
     /// A chain sampled by [`SamplingParams::choose`] from the drafter's logits with the noise that the
-    /// target's tokens are sampled with, so that similar distributions choose the same token (Daliri et al.,
-    /// arXiv 2408.07978). The seed and the stream are not read: those of the request are used.
+    /// target's tokens use, so that similar distributions choose the same token (Daliri et al., arXiv
+    /// 2408.07978). The seed and stream of these parameters are ignored; those of the request are used.
     CoupledChain(SamplingParams),
-    /// The best tree of the drafter's best tokens ([`crate::spec::tree::Tree::best_first`]).
+    /// The best-first tree of the drafter's best tokens ([`crate::spec::tree::Tree::best_first`]).
     BestFirstTree {
         /// Maximum rows, the anchor included: 2 to [`MOST_ROWS`].
         rows: usize,
@@ -110,7 +110,7 @@ pub enum RejectionDrafts {
         /// How many drafts a round verifies.
         length: DraftLengthPolicy,
     },
-    /// A tree of the shape [`crate::spec::tree::shape`], siblings sampled without replacement.
+    /// A tree of the shape [`crate::spec::tree::shape`], with siblings sampled without replacement.
     Tree {
         /// Maximum rows, the anchor included: 2 to [`MOST_ROWS`].
         rows: usize,
@@ -125,7 +125,7 @@ pub enum BlockDrafts {
         /// How many drafts a round verifies.
         length: DraftLengthPolicy,
     },
-    /// Several chains ([`crate::spec::tree::chains`]), of which one is selected and verified.
+    /// Several chains ([`crate::spec::tree::chains`]). One is selected and verified.
     Chains {
         /// Maximum rows, the anchor included: 2 to [`MOST_ROWS`].
         rows: usize,
@@ -142,8 +142,8 @@ impl SpecConfig {
     /// Checks the numbers: rows of trees, thresholds, sampling parameters.
     ///
     /// # Errors
-    /// [`Error::Usage`]; the sentence begins with the option: `tree`, `threshold`, or `draft_` and the name
-    /// of a field of [`SamplingParams`].
+    /// [`Error::Usage`]. The sentence begins with the name of the option: `tree`, `threshold`, or `draft_`
+    /// and the name of a field of [`SamplingParams`].
     pub fn check(&self) -> Result<()> {
         if let Some(rows) = self.tree_rows().filter(|rows| !(2..=MOST_ROWS).contains(rows)) {
             return Err(Error::Usage(format!("tree is {rows}, expected 2 to {MOST_ROWS}")));
@@ -169,7 +169,7 @@ impl SpecConfig {
     }
 
     /// Maximum rows of a round's tree, the anchor included; `None` for a chain. A tree is at most as deep as
-    /// a block.
+    /// a block is long.
     pub fn tree_rows(&self) -> Option<usize> {
         match *self {
             SpecConfig::Exact { drafts: ExactDrafts::BestFirstTree { rows }, .. }
@@ -179,7 +179,7 @@ impl SpecConfig {
         }
     }
 
-    /// How many drafts a round verifies. Sampled trees are always whole.
+    /// How many drafts a round verifies. Sampled trees are always verified in full.
     pub fn draft_length(&self) -> DraftLengthPolicy {
         match *self {
             SpecConfig::Exact { length, .. }
@@ -189,7 +189,7 @@ impl SpecConfig {
         }
     }
 
-    /// How drafts are sampled; `None` where they are the drafter's best tokens by definition.
+    /// How drafts are sampled; `None` if the configuration always drafts the drafter's best tokens.
     pub fn draft_sampling(&self) -> Option<&SamplingParams> {
         match self {
             SpecConfig::Exact { drafts: ExactDrafts::CoupledChain(sampling), .. }
@@ -199,7 +199,8 @@ impl SpecConfig {
         }
     }
 
-    /// The same, with drafts sampled like this where they are sampled.
+    /// The same configuration with these sampling parameters for drafts. It has no effect if drafts are not
+    /// sampled.
     pub fn with_draft_sampling(mut self, params: SamplingParams) -> SpecConfig {
         match &mut self {
             SpecConfig::Exact { drafts: ExactDrafts::CoupledChain(sampling), .. }
@@ -210,15 +211,15 @@ impl SpecConfig {
         self
     }
 
-    /// The parameters of the drafts of a request with these parameters: its seed and stream, and greedy where
-    /// drafts are best tokens.
+    /// The sampling parameters for the drafts of a request: those of [`SpecConfig::draft_sampling`] (greedy
+    /// if it is `None`) with the request's seed and stream.
     pub fn draft_params(&self, request: &SamplingParams) -> SamplingParams {
         let SamplingParams { seed, stream, .. } = *request;
         SamplingParams { seed, stream, ..self.draft_sampling().cloned().unwrap_or_default() }
     }
 
-    /// Whether drafts are random: the draft length must then be chosen before they are known. Coupled samples
-    /// at temperature 0 are the best tokens.
+    /// Whether drafts are sampled. If so, the draft length must be chosen before they are known. Coupled
+    /// samples at temperature 0 are not random: they are the best tokens.
     pub fn samples_drafts(&self) -> bool {
         match self {
             SpecConfig::Exact { drafts: ExactDrafts::CoupledChain(sampling), .. } => {
@@ -239,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_out_of_range_are_refused_by_the_name_of_the_option() {
+    fn numbers_out_of_range_are_refused_with_the_option_name() {
         let sampling = SamplingParams::default();
         for rows in [0, 1, 65, usize::MAX] {
             let drafts = RejectionDrafts::Tree { rows };
@@ -253,9 +254,9 @@ mod tests {
             let expected = format!("threshold is {p}, expected more than 0 and at most 1");
             assert_eq!(sentence(SpecConfig::Exact { drafts: ExactDrafts::Chain, length }), expected);
         }
-        let cold = SamplingParams { temperature: -1.0, ..sampling };
-        let coupled =
-            SpecConfig::Exact { drafts: ExactDrafts::CoupledChain(cold), length: DraftLengthPolicy::Full };
+        let negative = SamplingParams { temperature: -1.0, ..sampling };
+        let drafts = ExactDrafts::CoupledChain(negative);
+        let coupled = SpecConfig::Exact { drafts, length: DraftLengthPolicy::Full };
         assert_eq!(sentence(coupled), "draft_temperature is -1, expected 0 (greedy) or 0.0001 to 10000");
         assert_eq!(SpecConfig::default().check(), Ok(()));
     }

@@ -1,10 +1,10 @@
-//! How many drafts a round verifies: all that it can, as many as are expected to pay, or those that are
+//! How many drafts a round verifies: all that fit, the number that makes a token cheapest, or those that are
 //! accepted often enough.
 //!
-//! A [`Controller`] gets counts and costs and returns a number of drafts. It has no clock, so the same
-//! request has the same rounds each time. Nothing that it returns changes which tokens exact verification
-//! emits, since those depend on no draft. Under rejection and block verification the output keeps the
-//! target's distribution for every length that is known before the round's drafts are sampled.
+//! A [`Controller`] gets counts and costs and returns a number of drafts. It measures no time, so the same
+//! request has the same rounds in every run. The number of drafts does not change which tokens exact
+//! verification emits. Under rejection and block verification the output keeps the target's distribution if
+//! the number is fixed before the round's drafts are sampled.
 
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
 use crate::perf::roofline::{Card, draft_pass, target_pass};
@@ -13,21 +13,22 @@ use crate::spec::tree::MOST_ROWS;
 /// How many drafts each round of a request verifies.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub enum DraftLengthPolicy {
-    /// All that fit: the block, or the tree.
+    /// All that fit: the whole block or tree.
     #[default]
     Full,
-    /// As many as make a token cheapest, by the decoder's [`Costs`]. Where drafting does not pay, rounds are
-    /// AR steps.
+    /// The number that makes a token cheapest, by the decoder's [`Costs`]. While drafting does not pay,
+    /// rounds are AR steps.
     CostModel,
-    /// The first drafts that are each accepted with at least this probability, above 0 and up to 1.
+    /// The longest prefix of drafts that are each accepted with at least this probability, above 0 and at
+    /// most 1.
     Threshold(f64),
 }
 
 impl DraftLengthPolicy {
-    /// A controller for one sequence on a decoder with these costs.
+    /// Makes a controller for one sequence on a decoder with these costs.
     ///
-    /// With `ahead` it fixes the number of drafts before it has seen any of them. Devices need that, because
-    /// they enqueue rounds ahead, and so do drafts that are sampled.
+    /// With `ahead`, the number of drafts is fixed before the drafts are known. Devices need this because
+    /// they enqueue rounds ahead, and sampled drafts need it for the output's distribution.
     pub fn controller(self, costs: &Costs, ahead: bool) -> Box<dyn Controller + Send> {
         let costs = costs.clone();
         match (self, ahead) {
@@ -56,36 +57,37 @@ impl DraftLengthPolicy {
 /// Chooses the number of drafts of each round of one sequence, from the results of earlier rounds.
 ///
 /// Rounds are requested in order and observed in order. A device enqueues its next round before the host has
-/// read the last, so a round may be requested before earlier ones are observed.
+/// read the last one, so a round may be requested before earlier ones are observed.
 pub trait Controller {
-    /// The number of drafts of the next round, up to `max`. 0 makes it an AR step, which is not observed.
+    /// Requests a round. Returns its number of drafts, at most `max`. 0 makes it an AR step, which is not
+    /// observed.
     fn drafts(&mut self, max: usize) -> usize;
 
-    /// Whether [`Controller::truncate`] is to be called with the probabilities of a round's drafts before
-    /// they are verified.
+    /// Whether [`Controller::truncate`] must be called with the probabilities of a round's drafts before they
+    /// are verified.
     ///
-    /// Such a controller is only for the CPU, which knows the drafts by then, and only for drafts that are a
-    /// function of the drafter's distribution: leaving out a *sampled* draft because of what it is would bias
-    /// the output.
+    /// Such a controller works only on the CPU, which knows the drafts before it verifies them, and only with
+    /// drafts that are not sampled: dropping a *sampled* draft because of its probability would bias the
+    /// output.
     fn needs_draft_probs(&self) -> bool {
         false
     }
 
-    /// How many of the drafts to verify, counted from the first. `costs` are those of their paths: `-log2` of
-    /// the probability that the drafter gives the path, in units of 2^-16 bits, parents before children. If
-    /// `needs_draft_probs`, it is called in every round, and each round is observed before the next is
-    /// requested.
+    /// How many of the drafts to verify, counted from the first. `costs` `[drafts]` has the cost of the path
+    /// to each draft: `-log2` of the path's probability by the drafter, in units of 2^-16, parents before
+    /// children. If [`Controller::needs_draft_probs`], it is called in every round that has drafts, and each
+    /// of these rounds is observed before the next one is requested.
     fn truncate(&mut self, costs: &[u32]) -> usize {
         costs.len()
     }
 
-    /// The result of the oldest requested round with drafts that has not been observed. It verified
-    /// `verified` drafts, in rows 1, 2, ... after the anchor. Bit `i` of `accepted` says that row `i` is on
-    /// the accepted path; bit 0, the anchor's, is always set.
+    /// Reports the result of the oldest requested round with drafts that has not been observed yet. The round
+    /// verified `verified` drafts, in rows 1, 2, ... after the anchor. Bit `i` of `accepted` is set if row
+    /// `i` is on the accepted path; bit 0, the anchor's, is always set.
     fn observe(&mut self, verified: usize, accepted: u64);
 }
 
-/// Rounds are as large as they can be.
+/// The controller that always uses the maximum number of drafts.
 pub struct Fixed;
 
 impl Controller for Fixed {
@@ -96,30 +98,30 @@ impl Controller for Fixed {
     fn observe(&mut self, _: usize, _: u64) {}
 }
 
-/// Number of drafts among the accepted rows.
+/// Number of accepted drafts, from the bits of [`Controller::observe`].
 fn num_accepted(accepted: u64) -> usize {
     (accepted >> 1).count_ones() as usize
 }
 
-/// The probability of a path of this cost, if each bit of it counts `weight`.
+/// The probability of a path of this cost, with the cost multiplied by `weight`.
 fn probability(cost: u32, weight: f64) -> f64 {
     (-weight * f64::from(cost) / 65536.0).exp2()
 }
 
 // ---- what rounds cost ----
 
-/// Times of the passes of a round, in any one unit.
+/// Times of the passes of a round, all in the same unit.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Costs {
-    /// The drafter's pass, and whatever else only a round with drafts has.
+    /// The drafter's pass, and all other work that only a round with drafts has.
     pub draft: f64,
-    /// A verification pass over 1, 2, ... [`MOST_ROWS`] rows; the first is an AR step.
+    /// A verification pass over 1, 2, ... [`MOST_ROWS`] rows. The first is an AR step.
     pub verify: Vec<f64>,
 }
 
 impl Costs {
     /// The roofline times on a card, in milliseconds ([`crate::perf::roofline`]), for `batch` sequences of
-    /// `context` positions that do the same in each round, in blocks of `block` rows.
+    /// `context` positions that all have the same number of rows in a round, and blocks of `block` rows.
     pub fn modelled(
         card: &Card,
         target: &TargetConfig,
@@ -135,8 +137,8 @@ impl Costs {
         }
     }
 
-    /// The costs where only passes of these sizes exist, ascending: a number of rows costs what the next
-    /// larger pass does, or the largest.
+    /// The costs if verification passes exist only in these `sizes` (rows, ascending): a number of rows costs
+    /// as much as the smallest pass that is large enough, or else the largest pass.
     pub fn of_sizes(self, sizes: &[usize]) -> Costs {
         let cost = |rows: usize| {
             let size = sizes.iter().find(|size| **size >= rows).or(sizes.last()).unwrap_or(&rows);
@@ -145,26 +147,27 @@ impl Costs {
         Costs { draft: self.draft, verify: (1..=self.verify.len()).map(cost).collect() }
     }
 
-    /// An AR step.
+    /// The cost of an AR step.
     pub fn ar_step(&self) -> f64 {
         self.verify[0]
     }
 
-    /// A round that drafts and verifies `drafts`. More rows than the table has cost what its last pass does.
+    /// The cost of a round that drafts and verifies `drafts` drafts. More rows than the table has cost as
+    /// much as its last pass.
     pub fn round(&self, drafts: usize) -> f64 {
         self.draft + self.verify[drafts.min(self.verify.len() - 1)]
     }
 
-    /// The number of drafts that makes a token cheapest, and the cost of a token then. `survival[i]` is the
-    /// probability that the `i`-th draft is accepted. The smallest number wins ties. All sizes are tried,
+    /// The number of drafts that makes a token cheapest, from 0 on, and the cost per token. `survival[i]` is
+    /// the probability that draft `i` is accepted. The smallest number wins ties. All numbers are tried,
     /// because costs have steps at which a local search would stop.
     pub fn cheapest(&self, survival: &[f64]) -> (usize, f64) {
         let (mut best, mut tokens) = ((0, self.round(0)), 1.0);
         for (i, p) in survival.iter().enumerate() {
             tokens += p;
-            let each = self.round(i + 1) / tokens;
-            if each < best.1 {
-                best = (i + 1, each);
+            let per_token = self.round(i + 1) / tokens;
+            if per_token < best.1 {
+                best = (i + 1, per_token);
             }
         }
         best
@@ -175,43 +178,44 @@ impl Costs {
 
 /// Estimates how often each row after the anchor is accepted, over the rounds that verified it.
 ///
-/// The estimate is a count that fades, plus a prior that weighs as much as two rounds: one half for the first
-/// row, and for each later row the value that it would have if the rows before were as good as each other. A
-/// row that is no longer verified returns to the prior; otherwise nothing could find out that it pays again.
+/// The estimate is a ratio of counts that decay exponentially, plus a prior with the weight of two rounds.
+/// The prior of the first row is 1/2. The prior of a later row continues the estimate of the row before it
+/// geometrically, as if each draft were accepted with the same probability given that the one before it is.
+/// The estimate of a row that is not verified returns to the prior, so that the row is tried again.
 ///
-/// Row `i` of a chain is its `i`-th draft. A best-first tree starts with the smaller trees, so what it
-/// accepts says what each of those would have accepted.
+/// Row `i` of a chain is its `i`-th draft. The first rows of a best-first tree are the smaller best-first
+/// trees, so the rows that it accepts also tell what a smaller tree would have accepted.
 #[derive(Debug, Clone, Default)]
 pub struct Positions {
-    /// (times accepted, times verified), from row 1 on
+    /// (times accepted, times verified) of each row, from row 1 on
     counts: Vec<(f64, f64)>,
 }
 
-/// What is left of a count after a round.
-const FADE: f64 = 0.98;
+/// Factor on all counts in each round.
+const COUNT_DECAY: f64 = 0.98;
 
 impl Positions {
-    /// Counts a round. Arguments as for [`Controller::observe`].
+    /// Counts a round. The arguments are those of [`Controller::observe`].
     pub fn observe(&mut self, verified: usize, accepted: u64) {
         if self.counts.len() < verified {
             self.counts.resize(verified, (0.0, 0.0));
         }
         for (i, (hits, count)) in self.counts.iter_mut().enumerate() {
-            let is_there = i < verified;
-            let hit = is_there && accepted.checked_shr(i as u32 + 1).is_some_and(|bits| bits & 1 > 0);
-            *hits = *hits * FADE + f64::from(hit);
-            *count = *count * FADE + f64::from(is_there);
+            let is_verified = i < verified;
+            let hit = is_verified && accepted.checked_shr(i as u32 + 1).is_some_and(|bits| bits & 1 > 0);
+            *hits = *hits * COUNT_DECAY + f64::from(hit);
+            *count = *count * COUNT_DECAY + f64::from(is_verified);
         }
     }
 
-    /// The probability that each of the first `rows` drafts is accepted.
+    /// The probabilities `[rows]` that each of the first `rows` drafts is accepted.
     pub fn survival(&self, rows: usize) -> Vec<f64> {
-        let mut before: f64 = 1.0;
+        let mut previous: f64 = 1.0;
         let counts = self.counts.iter().copied().chain(std::iter::repeat((0.0, 0.0)));
         let next = |(i, (hits, count)): (usize, (f64, f64))| {
-            let prior = if i == 0 { 0.5 } else { before.powf((i + 1) as f64 / i as f64) };
-            before = (hits + 2.0 * prior) / (count + 2.0);
-            before
+            let prior = if i == 0 { 0.5 } else { previous.powf((i + 1) as f64 / i as f64) };
+            previous = (hits + 2.0 * prior) / (count + 2.0);
+            previous
         };
         counts.take(rows).enumerate().map(next).collect()
     }
@@ -219,20 +223,22 @@ impl Positions {
 
 // ---- controllers ----
 
-/// First rounds of a request, which are full whatever they accept.
-const FROZEN: usize = 4;
+/// Number of rounds at the start of a request that have the maximum number of drafts.
+const WARMUP_ROUNDS: usize = 4;
 
 /// Maximum change of the number of drafts from one round to the next, so that it does not oscillate.
-const STEP: usize = 16;
+const MAX_STEP: usize = 16;
 
 /// Chooses the number of drafts by how often each row has been accepted. The number is known before the
-/// round's drafts are: for devices, which enqueue rounds before the host has read the last one, and for
-/// drafts that are sampled.
+/// round's drafts are. It is for devices, which enqueue rounds before the host has read the last one, and for
+/// sampled drafts.
 pub struct ByPosition {
     policy: DraftLengthPolicy,
     costs: Costs,
     positions: Positions,
+    /// Observed rounds.
     rounds: usize,
+    /// Number of drafts of the last requested round.
     last: usize,
 }
 
@@ -245,14 +251,14 @@ impl ByPosition {
 
 impl Controller for ByPosition {
     fn drafts(&mut self, max: usize) -> usize {
-        // `observe` has bits for so many.
+        // `observe` has 64 bits, one of them for the anchor.
         let max = max.min(MOST_ROWS - 1);
         let wanted = match self.rounds {
-            0..FROZEN => max,
-            // Never an AR step: it would learn nothing from one, and never draft again.
+            0..WARMUP_ROUNDS => max,
+            // At least one draft: AR steps are not observed, so the estimates would never change again.
             _ => {
                 let best = self.policy.drafts(&self.costs, &self.positions.survival(max));
-                best.clamp(self.last.saturating_sub(STEP), self.last + STEP).max(1)
+                best.clamp(self.last.saturating_sub(MAX_STEP), self.last + MAX_STEP).max(1)
             }
         };
         self.last = wanted.min(max);
@@ -265,20 +271,22 @@ impl Controller for ByPosition {
     }
 }
 
-/// Chooses the number of drafts by the probabilities that the drafter gives them in this round.
+/// Chooses the number of drafts by the drafter's probabilities in this round.
 ///
-/// The cost model needs probabilities that are right on average. So a bit of a path's cost gets a weight,
-/// which is adjusted until the expected number of accepted drafts equals the actual one. A threshold is
-/// compared with the drafter's own probability, unweighted, so that a round that verifies nothing does not
-/// influence the next.
+/// The cost model needs probabilities that are calibrated. So each path's cost is multiplied by a weight,
+/// which is adjusted until the expected number of accepted drafts equals the actual one on average. A
+/// threshold is compared with the drafter's unweighted probability, so that a round that verifies nothing
+/// does not influence the next one.
 pub struct ByConfidence {
     policy: DraftLengthPolicy,
     costs: Costs,
+    /// Factor on the cost of a path.
     weight: f64,
+    /// Expected number of accepted drafts of the current round.
     expected: f64,
 }
 
-/// Relative change of the weight after a round whose expectation is wrong by all of it.
+/// Factor on the relative error of a round's expectation in the change of the weight's logarithm.
 const LEARNING_RATE: f64 = 0.1;
 
 impl ByConfidence {
@@ -287,7 +295,7 @@ impl ByConfidence {
         ByConfidence { policy, costs, weight: 1.0, expected: 0.0 }
     }
 
-    /// The weight of a bit: more than 1 where the drafter is overconfident.
+    /// The factor on the cost of a path: more than 1 if the drafter is overconfident.
     pub fn weight(&self) -> f64 {
         self.weight
     }
@@ -313,27 +321,28 @@ impl Controller for ByConfidence {
         if matches!(self.policy, DraftLengthPolicy::Threshold(_)) {
             return;
         }
-        // The divisor must not depend on the outcome: a right expectation must leave the weight alone on
-        // average.
-        let wrong = (self.expected - num_accepted(accepted) as f64) / (1.0 + self.expected);
-        self.weight = (self.weight * (LEARNING_RATE * wrong).exp()).clamp(0.25, 4.0);
+        // The divisor must not depend on the outcome, so that a correct expectation does not change the
+        // weight on average.
+        let error = (self.expected - num_accepted(accepted) as f64) / (1.0 + self.expected);
+        self.weight = (self.weight * (LEARNING_RATE * error).exp()).clamp(0.25, 4.0);
     }
 }
 
-/// Turns drafting off while it does not pay, and tries it again from time to time; while it is on, `C`
-/// chooses the number of drafts.
+/// Turns drafting off while it does not pay, and tries it again in a trial round from time to time. While
+/// drafting is on, and in trials, `C` chooses the number of drafts.
 pub struct CostGated<C> {
     inner: C,
     costs: Costs,
-    /// Fading averages of the tokens and costs of rounds with drafts.
+    /// Exponential moving averages of the tokens and the costs of rounds with drafts.
     tokens: f64,
     spent: f64,
+    /// Observed rounds.
     rounds: usize,
-    /// While drafting is on: rounds in a row that did not pay, and rounds in all that did.
-    poor: usize,
+    /// While drafting is on: consecutive rounds that did not pay, and the total of rounds that did.
+    unpaid: usize,
     paid: usize,
     drafting: Drafting,
-    /// AR steps before a trial.
+    /// AR steps before the next trial.
     interval: usize,
 }
 
@@ -341,43 +350,45 @@ pub struct CostGated<C> {
 #[derive(Clone, Copy, PartialEq)]
 enum Drafting {
     On,
-    /// This many AR steps, then a trial.
+    /// `wait` more AR steps, then a trial.
     Off {
         wait: usize,
     },
-    /// One round drafts, and no other until it is observed.
+    /// A trial round drafts. Other rounds are AR steps until it is observed.
     Trial,
 }
 
-/// Drafting pays at this many times the AR rate; a trial must reach the second one.
-const PAYS: f64 = 1.03;
-const PAYS_AGAIN: f64 = 1.08;
-/// Rounds in a row that do not pay before drafting is turned off.
-const POOR: usize = 8;
-/// AR steps before the first trial, and the maximum. The interval doubles after each trial until drafting has
-/// paid for [`SETTLED`] rounds.
+/// The [gain](CostGated::gain) from which on drafting pays.
+const MIN_GAIN: f64 = 1.03;
+/// The gain that a trial must reach to turn drafting on.
+const MIN_TRIAL_GAIN: f64 = 1.08;
+/// Consecutive rounds that do not pay after which drafting is turned off.
+const MAX_UNPAID: usize = 8;
+/// AR steps before the first trial, and their maximum. The interval doubles after each trial. It is reset
+/// once [`RESET_AFTER`] rounds have paid.
 const INTERVALS: (usize, usize) = (16, 256);
-/// Paying rounds since the last trial after which the interval is reset.
-const SETTLED: usize = 64;
-/// What is left of the averages after another round; and after a trial, which represents all the rounds
-/// between.
-const MEMORY: f64 = 0.9;
-const MEMORY_OF_TRIALS: f64 = 0.5;
+/// Rounds since the last trial that must pay before the interval is reset.
+const RESET_AFTER: usize = 64;
+/// Factor on the averages in each round.
+const AVERAGE_DECAY: f64 = 0.9;
+/// Factor on the averages in a trial. It is smaller, because a trial represents all rounds since the last
+/// one.
+const TRIAL_DECAY: f64 = 0.5;
 
 impl<C> CostGated<C> {
-    /// Drafting is on at first.
+    /// A controller of a new sequence. Drafting is on at first.
     pub fn new(inner: C, costs: Costs) -> CostGated<C> {
         let (tokens, spent, interval) = (0.0, 0.0, INTERVALS.0);
         let drafting = Drafting::On;
-        CostGated { inner, costs, tokens, spent, rounds: 0, poor: 0, paid: 0, drafting, interval }
+        CostGated { inner, costs, tokens, spent, rounds: 0, unpaid: 0, paid: 0, drafting, interval }
     }
 
-    /// Whether rounds draft, trials aside.
+    /// Whether drafting is on. It is off during a trial.
     pub fn is_on(&self) -> bool {
         self.drafting == Drafting::On
     }
 
-    /// Tokens for the cost of an AR step; 1 is the rate of AR decoding.
+    /// Average number of tokens for the cost of an AR step. 1 is as fast as AR decoding.
     pub fn gain(&self) -> f64 {
         if self.spent > 0.0 { self.tokens / self.spent * self.costs.ar_step() } else { 1.0 }
     }
@@ -386,7 +397,7 @@ impl<C> CostGated<C> {
 impl<C: Controller> Controller for CostGated<C> {
     fn drafts(&mut self, max: usize) -> usize {
         let drafts = match &mut self.drafting {
-            // Where nothing could be drafted anyway, no trial is spent.
+            // A round that cannot draft is not a trial and does not count as a wait.
             _ if max == 0 => 0,
             Drafting::Trial => 0,
             Drafting::Off { wait } if *wait > 0 => {
@@ -411,35 +422,34 @@ impl<C: Controller> Controller for CostGated<C> {
 
     fn observe(&mut self, verified: usize, accepted: u64) {
         self.inner.observe(verified, accepted);
-        let memory = if self.is_on() { MEMORY } else { MEMORY_OF_TRIALS };
-        // Tokens and costs are averaged apart, so that gains are rates.
-        let norm = 1.0 - memory;
+        let decay = if self.is_on() { AVERAGE_DECAY } else { TRIAL_DECAY };
+        // Tokens and costs are averaged separately, so that the gain is a ratio of averages.
         let first = self.rounds == 0;
-        let mix = |old: f64, new: f64| if first { new } else { memory * old + norm * new };
-        self.tokens = mix(self.tokens, num_accepted(accepted) as f64 + 1.0);
-        self.spent = mix(self.spent, self.costs.round(verified));
+        let average = |old: f64, new: f64| if first { new } else { decay * old + (1.0 - decay) * new };
+        self.tokens = average(self.tokens, num_accepted(accepted) as f64 + 1.0);
+        self.spent = average(self.spent, self.costs.round(verified));
         self.rounds += 1;
         let gain = self.gain();
         match self.drafting {
             Drafting::On => {
-                let poor = gain < PAYS && self.rounds > FROZEN;
-                self.poor = if poor { self.poor + 1 } else { 0 };
-                self.paid += usize::from(!poor);
-                if self.paid >= SETTLED {
+                let unpaid = gain < MIN_GAIN && self.rounds > WARMUP_ROUNDS;
+                self.unpaid = if unpaid { self.unpaid + 1 } else { 0 };
+                self.paid += usize::from(!unpaid);
+                if self.paid >= RESET_AFTER {
                     self.interval = INTERVALS.0;
                 }
-                if self.poor == POOR {
+                if self.unpaid == MAX_UNPAID {
                     self.drafting = Drafting::Off { wait: self.interval };
                 }
             }
             Drafting::Trial => {
                 self.interval = (2 * self.interval).min(INTERVALS.1);
-                let again = gain >= PAYS_AGAIN;
-                (self.poor, self.paid) = (0, 0);
+                let pays = gain >= MIN_TRIAL_GAIN;
+                (self.unpaid, self.paid) = (0, 0);
                 let wait = self.interval;
-                self.drafting = if again { Drafting::On } else { Drafting::Off { wait } };
+                self.drafting = if pays { Drafting::On } else { Drafting::Off { wait } };
             }
-            // It was enqueued before the round that turned drafting off; no trial can be due yet.
+            // This round was requested before drafting was turned off. The state does not change.
             Drafting::Off { .. } => {}
         }
     }

@@ -1,20 +1,20 @@
-//! Speculative decoding as mathematics: no device and no model.
+//! Speculative decoding as mathematics. No code here runs a device or a model.
 //!
-//! A drafter proposes tokens, the target verifies them in one pass, and the accepted ones are emitted
-//! together with one token of the target's own. [`verify`] has the methods and why they are lossless;
-//! [`config`] says which combinations a request can ask for.
+//! A drafter proposes tokens, and the target verifies them in one pass. The accepted drafts are emitted,
+//! followed by one token of the target. [`verify`] defines the methods and says why they are lossless;
+//! [`config`] has the combinations that a request can choose.
 //!
 //! Each module uses only those above it in this table:
 //!
-//! | module | has |
+//! | module | owns |
 //! | --- | --- |
 //! | [`rng`] | Philox, tables in place of `exp` and `log`, named random draws |
 //! | [`distribution`] | probabilities as integers |
-//! | [`sampling`] | sampling parameters, and the token that the target samples |
+//! | [`sampling`] | sampling parameters, and sampling a token from logits |
 //! | [`verify`] | exact, rejection and block verification, and the sampling of drafts |
 //! | [`tree`] | draft trees: best-first, and of fixed shapes |
 //! | [`draft_length`] | how many drafts a round verifies |
-//! | [`config`] | all of it as one type for a request |
+//! | [`config`] | the choice of all these for a request, as one type |
 
 pub mod config;
 pub mod distribution;

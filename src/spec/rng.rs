@@ -1,8 +1,8 @@
 //! Randomness that every device reproduces bit for bit: Philox as the generator, integer tables in place of
-//! `exp` and `log`, and named random draws for the verification methods that sample.
+//! `exp` and `log`, and keyed random draws for the verification methods that sample.
 //!
-//! A random number is a pure function of (seed, stream, position, round, purpose, row). No generator has a
-//! state, so the order in which threads draw cannot matter.
+//! A random number is a pure function of (seed, stream, position, round, purpose, row). The generator has no
+//! state, so the order in which threads draw does not matter.
 
 use std::sync::LazyLock;
 
@@ -10,8 +10,7 @@ use std::sync::LazyLock;
 /// from a counter and a key.
 ///
 /// The key is the 64-bit seed as `[low half, high half]`. The counter is `[position, purpose << 24 | index,
-/// stream, round]`; the round is 0 wherever the output must not depend on how many rounds it took to get
-/// there.
+/// stream, round]`. The round is 0 if the result must not depend on the number of earlier rounds.
 pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     let ([mut c0, mut c1, mut c2, mut c3], [mut k0, mut k1]) = (counter, key);
     for _ in 0..10 {
@@ -22,18 +21,19 @@ pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     [c0, c1, c2, c3]
 }
 
-/// The key that [`philox`] takes for a seed.
+/// The key of [`philox`] for a seed.
 pub(crate) fn key(seed: u64) -> [u32; 2] {
     [seed as u32, (seed >> 32) as u32]
 }
 
 /// Purpose of the exponential race in [`crate::spec::sampling::SamplingParams::choose`]: the top byte of a
-/// counter's second word. The token group (id / 4) is below it. [`Purpose`] has the others.
+/// counter's second word. The lower 24 bits are the group of four ids, `id / 4`. [`Purpose`] has the other
+/// purposes.
 pub(crate) const RACE: u32 = 5;
 
 // ---- tables ----
 
-/// The transcendental functions that sampling needs, tabulated. Every device uses exactly these bits.
+/// Tables of the transcendental functions that sampling needs. Every device uses exactly these bits.
 pub struct Tables {
     /// `round(2^(31 - i/256))`, `[256]`
     pub thi: [u32; 256],
@@ -45,9 +45,9 @@ pub struct Tables {
 
 /// The tables, computed once in f64.
 ///
-/// `exp2` and `log2` of two platforms may differ in their last bits (2^-22 and 2^-26 of a table's unit). No
-/// value lies within 2^-10 and 2^-17 of a rounding boundary, so all platforms round alike. A test checks the
-/// margins and the checksums.
+/// `exp2` and `log2` of two platforms may differ in their last bits, by 2^-22 (`thi`, `tlo`) or 2^-26
+/// (`rlog`) of a table's unit. No value is within 2^-10 or 2^-17, respectively, of a rounding boundary, so
+/// all platforms round to the same integers. A test checks the margins and the checksums.
 pub static TABLES: LazyLock<Tables> = LazyLock::new(|| Tables {
     thi: std::array::from_fn(|i| (31.0 - i as f64 / 256.0).exp2().round() as u32),
     tlo: std::array::from_fn(|i| (31.0 - i as f64 / 65536.0).exp2().round() as u32),
@@ -55,31 +55,33 @@ pub static TABLES: LazyLock<Tables> = LazyLock::new(|| Tables {
 });
 
 impl Tables {
-    /// The weight of a token: `W = 2^32 * exp((logit - max)/T)` to about 1e-5 of itself, truncated to an
-    /// integer.
+    /// The weight of a token: `W = 2^32 * exp((logit - max)/T)` with a relative error of about 1e-5,
+    /// truncated to an integer.
     ///
-    /// The best token has 2^32; from 22.2 T below the best on, weights are 0. `c = 65536 * log2(e) / T` in
-    /// f32. The exponent is rounded to 2^-16 and split into whole, upper and lower bits. Monotone in `logit`.
+    /// `max` is the row's largest logit, and `c = 65536 * log2(e) / T` in f32. The best token has weight
+    /// 2^32; the weight is 0 if the logit is 22.2 T or more below the best. The exponent is rounded to a
+    /// multiple of 2^-16 and split into its integer part and two fields of 8 bits. The weight is monotone in
+    /// `logit`.
     pub fn weight(&self, max: f32, logit: f32, c: f32) -> u64 {
-        // The bound also catches infinity: a weight is 0 above 32 << 16.
+        // The bound also covers infinity: any `t` above 32 << 16 gives weight 0.
         let t = ((max - logit) * c).round_ties_even().min((40 << 16) as f32) as u32;
         let (whole, hi, lo) = (t >> 16, (t >> 8) as usize & 255, t as usize & 255);
         (u64::from(self.thi[hi]) * u64::from(self.tlo[lo])) >> 30 >> whole
     }
 
-    /// An exponential variate from a uniform word: `L = -log2(u / 2^32) * 2^27`.
+    /// An exponential variate from a uniform 32-bit word: `L = -log2(u / 2^32) * 2^27`, interpolated linearly
+    /// between the table's points.
     ///
-    /// The result is 1 to 31 * 2^27, so its product with a weight fits 64 bits; words 0 and 1 are read as 2.
-    /// Linear between the table's points. A row's winner usually has a small time, so small times decide the
-    /// distribution. There the word's own resolution is kept: a token that the rest of its row outweighs 10^6
-    /// times is sampled in proportion to 0.5 %, at 10^7 times to 5 %.
+    /// The result is 1 to 31 * 2^27, so its product with a weight fits into 64 bits; words 0 and 1 are read
+    /// as 2. The winner of a row usually has a small time, so the unit 2^-27 limits the accuracy: a token of
+    /// probability 10^-6 is sampled with a relative error below 0.5 %, one of 10^-7 below 5 %.
     pub fn time(&self, u: u32) -> u64 {
         let u = u.max(2);
         let zeros = u.leading_zeros();
         let mantissa = (u << zeros) & 0x7fff_ffff;
-        let (i, between) = ((mantissa >> 19) as usize, u64::from(mantissa & 0x7_ffff));
+        let (i, fraction) = ((mantissa >> 19) as usize, u64::from(mantissa & 0x7_ffff));
         let (from, to) = (u64::from(self.rlog[i]), u64::from(self.rlog[i + 1]));
-        (u64::from(zeros) << 27) + from - (((from - to) * between) >> 19)
+        (u64::from(zeros) << 27) + from - (((from - to) * fraction) >> 19)
     }
 }
 
@@ -92,25 +94,25 @@ pub enum Purpose {
     Draft = 2,
     /// Whether the draft of a row is accepted.
     Accept = 3,
-    /// The token that follows a row once every draft after it is rejected, or where there is none.
+    /// The token that follows a row if all drafts after the row are rejected, or if it has none.
     Residual = 4,
 }
 
-/// Names a random draw within a round. No two draws of a round have the same key.
+/// Identifies a random draw within a round. No two draws of a round have the same key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DrawKey {
-    /// What it decides.
+    /// What the draw decides.
     pub purpose: Purpose,
-    /// Position of the token that it decides, relative to the anchor's.
+    /// Position of the token that the draw decides about, relative to the anchor's position.
     pub depth: usize,
-    /// Row of the verification pass that the purpose refers to; the anchor's is 0.
+    /// Row of the verification pass that the purpose refers to; the anchor is row 0.
     pub row: usize,
 }
 
-/// Where the verification methods get their random draws. [`PhiloxStream`] is the one that devices use; a
-/// test's source takes every branch in turn and adds up exact probabilities.
+/// The source of the verification methods' random draws. Devices use [`PhiloxStream`]; a test's source takes
+/// every branch in turn and adds up exact probabilities.
 pub trait RandomSource {
-    /// True with probability `s / n`; always true where `s >= n`.
+    /// True with probability `s / n`; always true if `s >= n`.
     fn accept(&mut self, key: DrawKey, s: u64, n: u64) -> bool;
 
     /// A token id, sampled in proportion to `weights`: `(id, weight)` in ascending order of id, with a sum
@@ -120,16 +122,16 @@ pub trait RandomSource {
 
 /// The random draws of one round of a request, from Philox. Probabilities are exact to 2^-64.
 ///
-/// The round is part of every counter. Drafts and tests beyond the point where a round stopped have
-/// influenced where it stopped, so the next round must not reuse their random numbers. The batch slot is part
-/// of none.
+/// The round is part of every counter: draws for drafts beyond the point where a round stopped have
+/// influenced where it stopped, so the next round must not reuse their random numbers. The batch slot is not
+/// part of any counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PhiloxStream {
     /// The request's seed.
     pub seed: u64,
     /// The request's stream id.
     pub stream: u32,
-    /// Number of the round within the request, from 1 on. Counters with a 0 belong to exact verification.
+    /// Number of the round within the request, from 1 on. Exact verification uses counters with round 0.
     pub round: u32,
     /// The anchor's position.
     pub anchor: u32,
@@ -148,7 +150,7 @@ impl PhiloxStream {
         (u64::from(words[0]) << 32) | u64::from(words[1])
     }
 
-    /// A random integer below `n`; 0 where `n` is 0.
+    /// A random integer below `n`; 0 if `n` is 0.
     fn below(&self, draw: DrawKey, n: u64) -> u64 {
         ((u128::from(self.bits(draw)) * u128::from(n)) >> 64) as u64
     }

@@ -1,33 +1,33 @@
-//! Which token the target chooses: logits become integer weights, filters remove some of them, and an
-//! exponential race picks one. This is the one definition that every device reproduces, decision for
-//! decision.
+//! Sampling: logits become integer weights, filters remove some of them, and an exponential race picks a
+//! token. Every device reproduces this definition, decision for decision.
 //!
-//! One f32 subtraction, one f32 multiplication and one rounding per logit turn a row into integer weights.
-//! Everything after that is integer, so no reduction order can change a decision. The noise of a token is a
-//! function of (seed, stream, position, id) alone: never of the round, the row, the batch slot, or the
-//! drafts. That is what makes exact verification lossless ([`crate::spec::verify::match_chain`]).
+//! One f32 subtraction, one f32 multiplication and one rounding per logit convert a row to integer weights.
+//! Everything after that is integer arithmetic, so no reduction order can change a decision. The noise of a
+//! token depends only on (seed, stream, position, id), and not on the round, the row, the batch slot or the
+//! drafts. This makes exact verification lossless ([`crate::spec::verify::match_chain`]).
 
 use crate::spec::distribution::Distribution;
 use crate::spec::rng::{RACE, TABLES, key, philox};
 use crate::{Error, Result};
 
-/// How one request samples. The default is greedy: temperature 0, which ignores the rest.
+/// How one request samples. The default is greedy: temperature 0, which ignores the other fields.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
-    /// 0 is greedy; else 0.0001 to 10000.
+    /// 0 for greedy, else 0.0001 to 10000.
     pub temperature: f32,
-    /// Keep the `k` best tokens; 0 keeps all. Of equal logits at the boundary the lowest ids stay, so that
-    /// exactly `k` do.
+    /// Keeps the `top_k` most probable tokens; 0 keeps all. Among equal logits at the boundary it keeps the
+    /// lowest ids, so that exactly `top_k` tokens stay.
     pub top_k: usize,
-    /// Keep the smallest set of best tokens with this probability, above 0 and up to 1; 1 keeps all. Counted
-    /// among the tokens that `top_k` kept, best first.
+    /// Keeps the smallest set of most probable tokens whose probabilities add up to this value or more; above
+    /// 0 and at most 1, which keeps all. Probabilities are relative to the tokens that `top_k` kept.
     pub top_p: f64,
-    /// Keep tokens whose probability is at least this fraction of the best token's; from 0, which keeps all,
-    /// to below 1.
+    /// Keeps tokens whose probability is at least this fraction of the most probable token's; from 0, which
+    /// keeps all, to below 1.
     pub min_p: f64,
     /// The Philox key.
     pub seed: u64,
-    /// Keeps requests of one seed apart: the index of a prompt within a run, never a batch slot.
+    /// Gives requests with the same seed different random numbers: the index of a prompt within a run, never
+    /// a batch slot.
     pub stream: u32,
 }
 
@@ -48,10 +48,10 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
-    /// Refuses NaN, negative and out-of-range values.
+    /// Refuses NaN and values out of range.
     ///
     /// # Errors
-    /// [`Error::Usage`]; the sentence begins with the name of the field.
+    /// [`Error::Usage`]. The sentence begins with the name of the field.
     pub fn check(&self) -> Result<()> {
         let (t, p, m) = (self.temperature, self.top_p, self.min_p);
         if t != 0.0 && !(1e-4..=1e4).contains(&t) {
@@ -66,17 +66,18 @@ impl SamplingParams {
         Ok(())
     }
 
-    /// Samples the token at absolute position `position` from the target's f32 logits `[vocab]` for it. A
-    /// fixed function of logits, parameters and position; autoregressive and speculative decoding call it
-    /// alike. `None` as in [`argmax`].
+    /// Samples the token at absolute position `position` from the target's f32 logits `[vocab]` for it. The
+    /// result depends only on logits, parameters and position. Autoregressive and speculative decoding both
+    /// use it. `None` as in [`argmax`].
     ///
-    /// It is an exponential race: with `L(u)` an exponential variate, the smallest `L(u_x) / W(x)` is token
-    /// x's with probability `W(x) / sum W`. Ratios are compared by cross-multiplication (both products are
-    /// below 2^64) and ties go to the lower id: a total order, so a device may reduce partial winners in any
+    /// It is an exponential race: token x has the time `L(u_x) / W(x)`, where `L` is an exponential variate
+    /// ([`Tables::time`](crate::spec::rng::Tables::time)). The smallest time wins, and it is x's with
+    /// probability `W(x) / sum W`. Times are compared by cross-multiplication (both products are below 2^64),
+    /// and ties go to the lower id. This is a total order, so a device may reduce partial winners in any
     /// order.
     pub fn choose(&self, logits: &[f32], position: u32) -> Option<u32> {
         let (tables, key) = (&*TABLES, key(self.seed));
-        let (mut group, mut words) = (u32::MAX, [0; 4]); // the four ids whose noise `words` is
+        let (mut group, mut words) = (u32::MAX, [0; 4]); // a group of four ids, and their random words
         let mut best: Option<(u32, u64, u64)> = None; // id, L, W
         for (id, weight) in self.survivors(logits)? {
             if id / 4 != group {
@@ -84,7 +85,7 @@ impl SamplingParams {
                 words = philox([position, (RACE << 24) | group, self.stream, 0], key);
             }
             let time = tables.time(words[id as usize % 4]);
-            // Ids ascend, so strictly less leaves a tie with the lower one.
+            // Ids ascend, so with a strict comparison the lower id wins a tie.
             if best.is_none_or(|(_, t, w)| time * w < t * weight) {
                 best = Some((id, time, weight));
             }
@@ -95,12 +96,12 @@ impl SamplingParams {
     /// The weights that `choose` samples from: `(id, W)` of every token that passes the filters and has `W >
     /// 0`, in ascending order of id. A token's probability is `W / sum W`. `None` as in [`argmax`].
     ///
-    /// The best token has `W = 2^32`, and the sum is below 2^58 for vocabularies up to 2^26, the maximum that
-    /// the race's counters can tell apart. At temperature 0 only the best token is left.
+    /// The best token has `W = 2^32`. The sum is at most 2^58 for vocabularies up to 2^26, the largest for
+    /// which the race's counters are distinct. At temperature 0 only the best token is left.
     ///
-    /// Order of the filters: temperature, top-k by (logit descending, id ascending), top-p on what is left in
-    /// that order, min-p. Their bounds are integers: `top_p` and `min_p` are first rounded to multiples of
-    /// 2^-32.
+    /// The filters are applied in this order: temperature, top-k by (logit descending, id ascending), top-p
+    /// on the remaining tokens in that order, min-p. The filters compare integers: `top_p` and `min_p` are
+    /// first rounded to multiples of 2^-32.
     pub fn survivors(&self, logits: &[f32]) -> Option<Vec<(u32, u64)>> {
         let best = argmax(logits)?;
         if self.temperature == 0.0 {
@@ -134,7 +135,7 @@ impl SamplingParams {
             });
             kept.truncate(n.map_or(kept.len(), |n| n + 1));
         }
-        // The best token weighs 2^32, so a fraction of its weight is the fraction in units of 2^-32.
+        // The best token has weight 2^32, so a fraction of its weight is the fraction in units of 2^-32.
         let least = fixed_point(self.min_p);
         kept.retain(|&(_, w)| w >= least);
         let mut kept: Vec<(u32, u64)> = kept.into_iter().map(|(rank, w)| (rank as u32, w)).collect();
@@ -145,17 +146,18 @@ impl SamplingParams {
     }
 
     /// The distribution of [`SamplingParams::survivors`] in units of 2^-48, for the methods of
-    /// [`crate::spec::verify`]. The best token gets what rounding leaves over; survivors whose probability
-    /// rounds to 0 are dropped. `None` as in [`argmax`].
+    /// [`crate::spec::verify`]. The best token is the rounding token; survivors whose probability rounds to 0
+    /// are dropped. `None` as in [`argmax`].
     pub fn probabilities(&self, logits: &[f32]) -> Option<Distribution> {
         Distribution::new(self.survivors(logits)?, argmax(logits)?)
     }
 
-    /// The parameters in 32 bits each, for kernels; seed and stream apart.
+    /// The parameters in 32 bits each, for kernels, without seed and stream.
     ///
-    /// Nothing is lost. A vocabulary has at most 2^26 tokens, so `top_k` fits. The best token alone has more
-    /// than 2^-32 of any mass, so a `top_p` that rounds to 0 keeps it and no other. A `top_p` of 1 keeps
-    /// every token. No weight is 2^32 - 1, so `min_p` fits.
+    /// The conversion does not change which tokens are kept. A vocabulary has at most 2^26 tokens, so `top_k`
+    /// fits. The best token alone has more than 2^-32 of the total weight, so a `top_p` that rounds to 0
+    /// keeps this token and no other, as 1 unit does. A `top_p` of 1 keeps every token, as 0 does here. No
+    /// weight is 2^32 - 1, so `min_p` fits.
     pub fn settings(&self) -> SamplerSettings {
         if self.temperature == 0.0 {
             return SamplerSettings { c: 0.0, top_k: 0, top_p: 0, min_p: 0 };
@@ -178,15 +180,15 @@ impl SamplingParams {
 pub struct SamplerSettings {
     /// `65536 log2(e) / temperature`; 0 for greedy.
     pub c: f32,
-    /// Tokens kept; 0 keeps all.
+    /// Number of tokens to keep; 0 keeps all.
     pub top_k: u32,
-    /// Probability kept in units of 2^-32; 0 keeps all.
+    /// Probability to keep, in units of 2^-32; 0 keeps all.
     pub top_p: u32,
-    /// Smallest fraction of the best token's weight that is kept, in units of 2^-32.
+    /// Smallest fraction of the best token's weight to keep, in units of 2^-32.
     pub min_p: u32,
 }
 
-/// Factor of a logit's distance from the best: 65536 log2(e) / T in f32.
+/// The factor on a logit's distance from the best logit: 65536 log2(e) / T in f32.
 fn scale(temperature: f32) -> f32 {
     (65536.0 * std::f64::consts::LOG2_E) as f32 / temperature
 }
@@ -194,7 +196,7 @@ fn scale(temperature: f32) -> f32 {
 /// 1 in units of 2^-32, and the weight of a row's best token.
 const ONE: u64 = 1 << 32;
 
-/// A logit's bits as an integer of the same order, with `-0.0` taken for `0.0`. NaN has no order.
+/// A logit's bits as an integer with the same order. `-0.0` counts as `0.0`. NaN has no order.
 fn ascending(logit: f32) -> u32 {
     let bits = (logit + 0.0).to_bits();
     if bits >> 31 == 1 { !bits } else { bits | (1 << 31) }
@@ -207,8 +209,7 @@ fn fixed_point(x: f64) -> u64 {
 
 /// Index of the largest value, the lowest index on ties; `-0.0` equals `0.0`.
 ///
-/// `None` if the largest value is not finite: the row holds a NaN or `+inf`, or only `-inf` (masked tokens),
-/// or it is empty.
+/// `None` if the row is empty, holds a NaN or `+inf`, or holds only `-inf` (masked tokens).
 pub fn argmax(logits: &[f32]) -> Option<u32> {
     let (mut best, mut max) = (None, f32::NEG_INFINITY);
     for (id, &logit) in (0u32..).zip(logits) {

@@ -1,19 +1,19 @@
 //! Draft trees: several candidates for a position, verified in one pass.
 //!
-//! A tree is the rows of a verification pass, the anchor first. Its nodes come from one pass of the drafter,
-//! whose rows are independent of each other, so any token of a row can follow any token of the row before.
-//! The tree decides how many drafts are accepted. Under exact verification it never decides which tokens are
-//! emitted, and under the other methods never their distribution.
+//! The nodes of a tree are the rows of a verification pass, the anchor first. They come from one pass of the
+//! drafter, whose rows are independent of each other, so any token of one row can follow any token of the
+//! previous row. The tree determines how many drafts are accepted. It affects neither which tokens exact
+//! verification emits nor the distribution that the other methods emit.
 //!
-//! Scores are integers and every tie has an order, so a device builds the same tree from the same logits,
-//! whatever the order of its reductions.
+//! Scores are integers and ties are broken by a fixed order, so every device builds the same tree from the
+//! same logits, whatever the order of its reductions.
 
 use crate::spec::rng::TABLES;
 use crate::spec::sampling::argmax;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// Maximum rows of a tree, the anchor included: the ancestors of a row are the bits of one word.
+/// Maximum rows of a tree, the anchor included: the ancestors of a row are the bits of one 64-bit word.
 pub const MOST_ROWS: usize = 64;
 
 /// The rows of a verification pass, parents before children; row 0 is the anchor. Each field is `[rows]`.
@@ -21,24 +21,25 @@ pub const MOST_ROWS: usize = 64;
 pub struct Tree {
     /// The anchor, then the drafts.
     pub tokens: Vec<u32>,
-    /// The row that each row follows; the anchor has 0, its own.
+    /// The row that each row follows; 0 for the anchor.
     pub parents: Vec<u32>,
-    /// Number of rows before it on its path: its position relative to the anchor's.
+    /// Number of drafts on the path to each row: its position relative to the anchor's.
     pub depths: Vec<u32>,
-    /// Bit `j`: row `j` is an ancestor of this row, or is this row.
+    /// Attention masks: bit `j` of a row's mask says that row `j` is an ancestor of the row or the row
+    /// itself.
     pub masks: Vec<u64>,
-    /// Cost of its path: the sum of the costs of its choices. The anchor has 0.
+    /// Cost of the path to each row: the sum of [`Choice::cost`]. 0 for the anchor.
     pub costs: Vec<u32>,
 }
 
 impl Tree {
-    /// The anchor alone.
+    /// A tree of the anchor alone.
     pub fn new(anchor: u32) -> Tree {
         Tree { tokens: vec![anchor], parents: vec![0], depths: vec![0], masks: vec![1], costs: vec![0] }
     }
 
-    /// The tree of tokens and parents as [`crate::spec::verify::sample_tree`] has them, `[rows]` each, at
-    /// most [`MOST_ROWS`]. Sampled drafts have no costs: they are 0.
+    /// The tree of sampled `tokens` and their `parents`, `[rows]` each, as in
+    /// [`crate::spec::verify::sample_tree`], with at most [`MOST_ROWS`] rows. The costs are 0.
     pub fn sampled(tokens: &[u32], parents: &[u32]) -> Tree {
         let mut tree = Tree::new(tokens[0]);
         for (&token, &parent) in tokens.iter().zip(parents).skip(1) {
@@ -47,7 +48,8 @@ impl Tree {
         tree
     }
 
-    /// Appends a token as a child of row `parent` and returns its row. Callers stop at [`MOST_ROWS`].
+    /// Appends a token as a child of row `parent` and returns its row. The tree must have less than
+    /// [`MOST_ROWS`] rows.
     fn push(&mut self, parent: usize, token: u32, cost: u32) -> usize {
         let row = self.rows();
         assert!(parent < row && row < MOST_ROWS);
@@ -78,13 +80,13 @@ impl Tree {
     /// The tree of the most probable prefixes, best first, until it has `rows` rows or `choices` is exhausted
     /// (DDTree, arXiv 2604.12989).
     ///
-    /// Of all trees of that size it has the greatest sum over its nodes of the probability of their path, as
-    /// the drafter estimates it. `choices[d]` are the candidates for the `d`-th token after the anchor; if
-    /// each holds `rows - 1`, or all there are, no better prefix is missed. Between equal costs the shallower
-    /// prefix wins, then the one with the better ranks from the anchor on.
+    /// Among all trees of that size it has the largest sum of the path probabilities of its nodes, by the
+    /// drafter's probabilities. `choices[d]` has the candidates for the token at depth `d + 1`, best first;
+    /// if each list has `rows - 1` candidates, or all candidates, no better prefix is missed. Among equal
+    /// costs the shallower prefix wins, then the one with the better ranks from the anchor on.
     pub fn best_first(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
         let (mut tree, rows) = (Tree::new(anchor), rows.min(MOST_ROWS));
-        // (cost, ranks from the anchor on, parent); as many ranks as the prefix is deep.
+        // (cost, depth, ranks from the anchor on `[depth]`, parent)
         let mut heap = BinaryHeap::new();
         let entry = |before: u32, mut ranks: Vec<usize>, rank: usize, parent: usize| {
             let choice = choices.get(ranks.len())?.get(rank)?;
@@ -105,7 +107,8 @@ impl Tree {
         tree
     }
 
-    /// Keeps the first `rows` rows, at least the anchor. The result is a tree, because parents come first.
+    /// Keeps the first `rows` rows, at least the anchor. The result is a tree, because parents come before
+    /// children.
     pub fn truncate(&mut self, rows: usize) {
         let rows = rows.max(1);
         self.tokens.truncate(rows);
@@ -121,18 +124,20 @@ impl Tree {
 pub struct Choice {
     /// The token's id.
     pub token: u32,
-    /// `-log2` of its probability in units of 2^-16 bits, 0 to 66 bits. Costs add up along a path.
+    /// `-log2` of its probability in units of 2^-16: 0 to 58 << 16 for vocabularies up to 2^26. Costs add up
+    /// along a path.
     pub cost: u32,
 }
 
-/// Factor of a logit's distance from the best: 65536 log2(e), for the drafter's own temperature, 1.
+/// The factor on a logit's distance from the best logit: 65536 log2(e), for temperature 1.
 const SCALE: f32 = (65536.0 * std::f64::consts::LOG2_E) as f32;
 
 /// The `count` best tokens of the drafter's logits `[vocab]`, by (logit descending, id ascending). `None` as
 /// in [`argmax`].
 ///
-/// All have a positive weight in the distribution that [`crate::spec::sampling::SamplingParams::survivors`]
-/// gives at temperature 1; there may be fewer than `count` of those.
+/// Only tokens with a positive weight at temperature 1
+/// ([`survivors`](crate::spec::sampling::SamplingParams::survivors)) are returned, so there may be fewer than
+/// `count`.
 pub fn choices(logits: &[f32], count: usize) -> Option<Vec<Choice>> {
     let max = logits[argmax(logits)? as usize];
     let mut kept = Vec::new();
@@ -151,58 +156,59 @@ pub fn choices(logits: &[f32], count: usize) -> Option<Vec<Choice>> {
         kept.truncate(count);
     }
     kept.sort_unstable_by(best);
-    let of_row = bits(total);
-    // As in `Tables::weight`; its bound is not reached, because the weight is positive.
-    let cost = |logit: f32| ((max - logit) * SCALE).round_ties_even() as u32 + of_row;
+    let log_total = bits(total);
+    // The exponent of `Tables::weight`. It needs no upper bound here, because the weight is positive.
+    let cost = |logit: f32| ((max - logit) * SCALE).round_ties_even() as u32 + log_total;
     Some(kept.into_iter().map(|(token, logit)| Choice { token, cost: cost(logit) }).collect())
 }
 
-/// `log2(total / 2^32)` in units of 2^-16, rounded to nearest but for the table's last digits. `total` is the
+/// `log2(total / 2^32)` in units of 2^-16, rounded to nearest up to the error of the table. `total` is the
 /// sum of a row's weights, at least 2^32.
 fn bits(total: u64) -> u32 {
     let zeros = total.leading_zeros();
-    // A variate's time is a logarithm: -log2(u / 2^32), here of the leading 32 bits, in units of 2^-27.
-    let less = TABLES.time(((total << zeros) >> 32) as u32);
-    ((32 - zeros) << 16) - ((less + (1 << 10)) >> 11) as u32
+    // `Tables::time(u)` is -log2(u / 2^32) in units of 2^-27. Here `u` has the leading 32 bits of `total`.
+    let neg_log = TABLES.time(((total << zeros) >> 32) as u32);
+    ((32 - zeros) << 16) - ((neg_log + (1 << 10)) >> 11) as u32
 }
 
 // ---- shapes of sampled trees ----
 
-/// The shape of a tree for [`crate::spec::verify::sample_tree`], of up to `rows` rows and `depth` drafts on a
-/// path. Its tokens are 0.
+/// The shape of a tree for [`crate::spec::verify::sample_tree`], with up to `rows` rows and up to `depth`
+/// drafts on a path. Its tokens are 0.
 ///
-/// It is a function of these two alone: the best tree if every first sibling is accepted equally often, and
-/// every second, and so on.
+/// It depends only on `rows` and `depth`. It is the best tree if the acceptance of a draft depends only on
+/// its place among its siblings, as in [`typical`].
 pub fn shape(rows: usize, depth: usize) -> Tree {
     let siblings: Vec<Choice> =
         (0..MOST_ROWS as u32).map(|place| Choice { token: 0, cost: typical(place) }).collect();
     Tree::best_first(0, &vec![siblings; depth], rows)
 }
 
-/// The cost of a draft, as in [`Choice`], by its place among its siblings.
+/// The assumed cost of a draft, as in [`Choice`], by its place among its siblings, from 0.
 ///
-/// The first is accepted in one of two cases in which the row before them is, the second, third, ... in one
-/// of 10, 20, ... That is about what recursive rejection gives on the demo pair at temperatures 0.7 and 1, at
-/// most depths alike.
+/// Given that the row before it is accepted, the first sibling is accepted with probability 1/2, and the
+/// second, third, ... with 1/10, 1/20, ... These are about the frequencies of recursive rejection on the demo
+/// pair at temperatures 0.7 and 1, which are similar at most depths.
 pub fn typical(place: u32) -> u32 {
     bits(u64::from(if place == 0 { 2 } else { 10 * place }) << 32)
 }
 
-/// How many chains [`crate::spec::verify::sample_chains`] samples for a tree of up to `rows` rows, at least
-/// one, and of how many drafts each, at most `depth`.
+/// The shape of the chains of [`crate::spec::verify::sample_chains`] in a tree of up to `rows` rows: (number
+/// of chains, drafts of each chain). `depth` is the maximum drafts of a chain. There is at least one chain if
+/// `rows` is at least 2.
 ///
-/// About as many chains as each has drafts, and at least two where there are two drafts: the demo pair
-/// accepts most with that, in trees of 16, 32 and 64 rows at temperatures 0.7 and 1. There are more where
-/// `depth` leaves rows over, and there is one for two rows.
+/// There are about as many chains as each has drafts, and at least two if there are two or more drafts in
+/// all. The demo pair accepts most with this shape, in trees of 16, 32 and 64 rows at temperatures 0.7 and 1.
+/// If `depth` makes the chains shorter, there are more of them.
 pub fn chains(rows: usize, depth: usize) -> (usize, usize) {
     let drafts = rows.saturating_sub(1);
     let depth = depth.min((drafts / drafts.isqrt().max(2)).max(1));
     (drafts / depth.max(1), depth)
 }
 
-/// The copies that bring the rows of an accepted path, `[accepted + 1]` and 0 first, to consecutive slots:
-/// (from, to) in rows, ascending by `to`. In that order every slot is read before it is written. Rows already
-/// in place are left out.
+/// The copies that move the rows of an accepted path `[num_accepted + 1]`, 0 first, to consecutive KV cache
+/// slots: (from, to) in rows, ascending by `to`. In this order every slot is read before it is overwritten.
+/// Rows that are in place already are left out.
 pub fn moves(path: &[usize]) -> impl Iterator<Item = (usize, usize)> {
     path.iter().enumerate().map(|(to, from)| (*from, to)).filter(|(from, to)| from != to)
 }

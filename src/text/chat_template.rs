@@ -1,7 +1,7 @@
-//! Chat templates: jinja as Hugging Face runs it, with its filters, functions and whitespace rules.
+//! Chat templates: jinja with the filters, functions and whitespace rules of Hugging Face.
 //!
-//! A template comes with a checkpoint and is untrusted. Its length and the number of instructions of a
-//! rendering are bounded. Its allocations are not, as in Hugging Face's sandbox.
+//! A template comes with a checkpoint and is untrusted. Its length and the number of instructions per
+//! rendering are bounded. The memory it allocates is not, as in Hugging Face's sandbox.
 
 use crate::error::one_line;
 use crate::text::untrusted::{TEMPLATE_STACKS, guarded};
@@ -10,9 +10,9 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, ErrorKind};
 
-/// Instructions that one rendering may take, enough for several thousand messages.
+/// Maximum instructions of one rendering, enough for several thousand messages.
 const TEMPLATE_FUEL: u64 = 500_000;
-/// Bytes that a chat template may have. Published ones stay below 32 KiB.
+/// Maximum bytes of a chat template. Published ones have less than 32 KiB.
 const TEMPLATE_LIMIT: usize = 64 << 10;
 
 /// A parsed chat template.
@@ -21,12 +21,13 @@ pub(crate) struct Template {
     environment: Environment<'static>,
     /// The template's name in errors.
     name: String,
-    /// Whether it overrides the model's own: its faults are then [`Error::Usage`], not [`Error::Model`].
+    /// Whether it overrides the model's own template. Its faults are then [`Error::Usage`], not
+    /// [`Error::Model`].
     from_user: bool,
 }
 
 impl Template {
-    /// Parses `source`; errors call it `name`.
+    /// Parses `source`. `name` is the template's name in errors.
     pub(crate) fn parse(name: String, source: String, from_user: bool) -> Result<Self> {
         if source.len() > TEMPLATE_LIMIT {
             let what = format!("{name} has {} bytes, expected at most {TEMPLATE_LIMIT}", source.len());
@@ -40,7 +41,7 @@ impl Template {
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
-        // So that errors name undefined values.
+        // Makes errors name undefined values.
         environment.set_debug(true);
         let parse = || {
             let result = environment.add_template_owned("chat_template", source);
@@ -51,9 +52,9 @@ impl Template {
         Ok(Template { environment, name, from_user })
     }
 
-    /// The text for these variables, an object.
+    /// Renders the template. `variables` is a JSON object.
     pub(crate) fn render(&self, variables: serde_json::Value) -> Result<String> {
-        // An error can hold nested values, so it is turned into a sentence and dropped on the deep stack too.
+        // An error can hold deeply nested values, so it is also formatted and dropped on the deep stack.
         let render = || {
             let template = self.environment.get_template("chat_template");
             let result = template.and_then(|template| template.render(Value::from(Serde(variables))));
@@ -90,7 +91,7 @@ impl Template {
     }
 }
 
-/// The message of a `raise_exception` call, to tell it from a fault of the template.
+/// The message of a `raise_exception` call. Its type distinguishes it from a fault of the template.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Raised(String);
@@ -174,15 +175,15 @@ fn write_json(value: &serde_json::Value, style: &JsonStyle, depth: usize, out: &
     }
 }
 
-/// The current date, for templates that state it. In UTC: the standard library does not know the local time
-/// zone.
+/// The current date and time, for templates that print it. It is in UTC, because the standard library does
+/// not know the local time zone.
 fn strftime_now(format: String) -> std::result::Result<String, minijinja::Error> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs());
     strftime(&format, now).map_err(|what| minijinja::Error::new(ErrorKind::InvalidOperation, what))
 }
 
-/// Python's `strftime` for a UTC time in seconds since 1970. Supports the directives that dates in prompts
-/// use, and glibc's `-` for numbers without padding.
+/// Python's `strftime` for a UTC time in seconds since 1970. Supports the directives that are common in
+/// prompts, and glibc's `-` flag for numbers without padding.
 fn strftime(format: &str, seconds: u64) -> std::result::Result<String, String> {
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     const MONTHS: [(&str, u64); 12] = [

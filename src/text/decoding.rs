@@ -1,10 +1,10 @@
-//! Token strings to bytes, as the decoder in `tokenizer.json` describes it, token by token.
+//! Converts token strings to bytes, token by token, as the decoder in `tokenizer.json` specifies.
 
 use crate::error::one_line;
 use crate::{Error, Result};
 use serde::Deserialize;
 
-/// A decoder as `tokenizer.json` writes it.
+/// A decoder as it is written in `tokenizer.json`.
 #[derive(Deserialize, Debug)]
 #[serde(tag = "type")]
 pub(crate) enum DecoderFile {
@@ -23,22 +23,22 @@ pub(crate) enum PatternFile {
     Regex(#[allow(dead_code)] String),
 }
 
-/// How token strings become bytes: `tokenizer.json`'s decoder, reduced to what works token by token.
+/// How token strings become bytes: the decoder of `tokenizer.json`, limited to what works token by token.
 #[derive(Default)]
 pub(crate) struct Decoding {
     /// Applied to every token string, in order.
     spellings: Vec<Spelling>,
-    /// Whether characters are GPT-2's spelling of bytes.
+    /// Whether token strings are in GPT-2's byte encoding ([`byte_of`]).
     byte_level: bool,
     /// Whether tokens like `<0x0A>` are single bytes.
     byte_fallback: bool,
-    /// (character, count): up to `count` of the character are dropped from the start of the text.
+    /// (character, count): the start of the text loses up to `count` of this character.
     pub(crate) strip: Option<(char, usize)>,
 }
 
 enum Spelling {
     Replace(String, String),
-    /// The character means a space; with the flag it is dropped from the first token.
+    /// The character stands for a space. With the flag, it is dropped from the first token.
     Metaspace(char, bool),
 }
 
@@ -61,8 +61,8 @@ impl Decoding {
             Some(one) => vec![one],
         };
         let mut decoding = Decoding::default();
-        // Steps on token strings must come before the step that turns tokens into bytes or joins them to one
-        // text.
+        // Steps on token strings must come before the step that converts tokens to bytes or joins them into
+        // one text.
         let (mut bytes, mut fused) = (false, false);
         for step in steps {
             match step {
@@ -74,9 +74,9 @@ impl Decoding {
                 DecoderFile::Metaspace { replacement, prepend_scheme, add_prefix_space }
                     if !bytes && !fused =>
                 {
-                    let prepends =
+                    let drop_first =
                         prepend_scheme.as_deref() != Some("never") && add_prefix_space != Some(false);
-                    decoding.spellings.push(Spelling::Metaspace(replacement, prepends));
+                    decoding.spellings.push(Spelling::Metaspace(replacement, drop_first));
                 }
                 DecoderFile::ByteFallback if !bytes && !fused => {
                     (decoding.byte_fallback, bytes) = (true, true);
@@ -94,7 +94,7 @@ impl Decoding {
         Ok(decoding)
     }
 
-    /// Appends the bytes of a token, which may be part of a character. `first`: no token came before it.
+    /// Appends the bytes of a token. They may end inside a character. `first`: it is the first token.
     pub(crate) fn append(&self, mut token: String, first: bool, bytes: &mut Vec<u8>) {
         for spelling in &self.spellings {
             token = match spelling {
@@ -111,13 +111,14 @@ impl Decoding {
             bytes.push(byte);
             return;
         }
-        // A token that is not written in GPT-2's spelling, such as an added token, is taken literally.
-        let spelled = self.byte_level.then(|| token.chars().map(byte_of).collect::<Option<Vec<u8>>>());
-        bytes.extend(spelled.flatten().unwrap_or_else(|| token.into_bytes()));
+        // A token that is not in GPT-2's byte encoding, such as an added token, is taken literally.
+        let decoded = self.byte_level.then(|| token.chars().map(byte_of).collect::<Option<Vec<u8>>>());
+        bytes.extend(decoded.flatten().unwrap_or_else(|| token.into_bytes()));
     }
 }
 
-/// GPT-2's spelling of bytes: printable Latin-1 is itself, the other 68 bytes follow in order from U+0100.
+/// The byte that a character encodes in GPT-2's byte encoding: a printable Latin-1 character is its own byte,
+/// and the other 68 bytes are the characters from U+0100 on, in order. `None` for other characters.
 fn byte_of(c: char) -> Option<u8> {
     match u32::from(c) {
         code @ (0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) => Some(code as u8),

@@ -1,5 +1,5 @@
-//! Prompts: texts, conversations and files of them, to checked token ids. Every prompt has a name, which
-//! errors use.
+//! Converts prompts (texts, conversations, and files of them) to checked token ids. Every prompt has a name,
+//! which errors use.
 
 use crate::checkpoint::pair::Pair;
 use crate::error::one_line;
@@ -13,21 +13,20 @@ use std::path::Path;
 pub struct Prompt {
     /// Its name in errors, such as `the prompt` or `FILE line 3`.
     pub name: String,
-    /// What is to be answered.
+    /// Its text, conversation or token ids.
     pub content: Content,
-    /// The `category` of its line, any JSON value; null without one.
+    /// The `category` field of its line, any JSON value; null without one.
     pub category: Value,
 }
 
-/// What is to be answered.
+/// The content of a prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Content {
-    /// One text: a user's message if the model has a chat template, else the beginning of the text to
-    /// generate.
+    /// One text: a user's message if the model has a chat template, else a text that the answer continues.
     Text(String),
-    /// A conversation, which needs a chat template.
+    /// A conversation. It needs a chat template.
     Chat(Vec<Message>),
-    /// Token ids, as they are.
+    /// Token ids, used as they are.
     Tokens(Vec<u32>),
 }
 
@@ -55,7 +54,7 @@ impl From<Vec<u32>> for Content {
     }
 }
 
-/// Reads a text file. A byte order mark, which some editors write, is dropped.
+/// Reads a text file. A byte order mark at its start is dropped.
 ///
 /// # Errors
 /// [`Error::Usage`] if it cannot be read or is not UTF-8.
@@ -66,7 +65,7 @@ pub fn read(path: &Path) -> Result<String> {
     Ok(text.strip_prefix('\u{feff}').map(String::from).unwrap_or(text))
 }
 
-/// The bytes of `name` as text.
+/// Converts bytes to text. `name` says in errors where they come from.
 ///
 /// # Errors
 /// [`Error::Usage`] if they are not UTF-8.
@@ -88,11 +87,12 @@ struct Line {
     category: Value,
 }
 
-/// The prompts of a JSON lines file, at least one. A line is an object, `{"prompt": TEXT}` or `{"messages":
-/// [...]}`; blank lines are skipped.
+/// Reads the prompts of a JSON lines file, at least one. A line is an object, `{"prompt": TEXT}` or
+/// `{"messages": [...]}`, and may have a `category`. Blank lines are skipped.
 ///
 /// # Errors
-/// [`Error::Usage`] naming the line that is not such an object, or for a file without prompts; as [`read`].
+/// As [`read`]; [`Error::Usage`] for a line that is not such an object, with its number, and for a file
+/// without prompts.
 pub fn lines(path: &Path) -> Result<Vec<Prompt>> {
     let text = read(path)?;
     let mut prompts = Vec::new();
@@ -125,9 +125,9 @@ pub fn lines(path: &Path) -> Result<Vec<Prompt>> {
     }
 }
 
-/// Turns prompts into token ids of a target.
+/// Converts prompts to token ids of a target.
 pub struct PromptEncoder<'a> {
-    /// The target's config says which ids exist.
+    /// The pair whose target the prompts are for.
     pub pair: &'a Pair,
     /// The target's tokenizer and chat template.
     pub text: &'a Text,
@@ -135,19 +135,19 @@ pub struct PromptEncoder<'a> {
     pub raw: bool,
     /// A system message to put before every conversation.
     pub system: Option<&'a str>,
-    /// Variables of the chat template.
+    /// Variables for the chat template: (name, value).
     pub variables: &'a [(String, Value)],
-    /// Positions that a sequence may have, prompt and answer together.
+    /// Maximum positions of a sequence, prompt and answer together.
     pub context: usize,
 }
 
 impl PromptEncoder<'_> {
-    /// The prompt's token ids: at least one, fewer than the context, each below the target's vocabulary.
+    /// The prompt's token ids: at least one, fewer than the context, each below the target's vocabulary size.
     ///
     /// # Errors
     /// [`Error::Usage`] for a prompt that is empty, too long or refused by the template; [`Error::Option`]
-    /// for messages without a template, with `raw`, or with a second system message; [`Error::Model`] for ids
-    /// that the target does not have.
+    /// for messages without a template, with `raw`, or with a system message besides `system`;
+    /// [`Error::Model`] for token ids that the target does not have.
     pub fn encode(&self, prompt: Prompt) -> Result<Vec<u32>> {
         let (name, ids) = (prompt.name.clone(), self.ids(prompt)?);
         let vocab = self.pair.target.config.vocab;
@@ -204,8 +204,8 @@ impl PromptEncoder<'_> {
     }
 }
 
-/// [`Error::Option`] for an absent chat template: the target in `folder` has none, and `what_needs` (a
-/// subject and the word "needs" or "need") one.
+/// The [`Error::Option`] for an absent chat template. `folder` is the target's folder. `what_needs` is a
+/// subject and the word "needs" or "need".
 pub fn without_template(what_needs: &str, folder: &str) -> Error {
     Error::option("chat_template", format!("is absent and {folder} has none, but {what_needs} one"))
 }

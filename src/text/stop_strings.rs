@@ -1,10 +1,11 @@
-//! Stop strings: ends a text that grows piece by piece before the first stop string in it, and holds back
-//! text that may turn out to begin one.
+//! Stop strings: ends a streamed text before the first stop string in it, and holds back text that may be the
+//! beginning of one.
 
-/// A growing text and its stop strings.
+/// A streamed text and its stop strings.
 ///
-/// The stop string that is complete first wins; of several complete at the same character, the longest. The
-/// cost of a piece depends on its length and that of the stop strings, not on the length of the text.
+/// The text ends at the stop string that is complete first, or at the longest of several that are complete at
+/// the same character. The cost of appending depends on the lengths of the appended text and of the stop
+/// strings, not on the length of the whole text.
 pub(crate) struct StopStrings {
     stops: Vec<String>,
     /// Text that may begin a stop string and is not released yet.
@@ -13,17 +14,17 @@ pub(crate) struct StopStrings {
 }
 
 impl StopStrings {
-    /// An empty text. None of the `stops` is empty.
+    /// An empty text. No stop string may be empty.
     pub(crate) fn new(stops: Vec<String>) -> StopStrings {
         StopStrings { stops, held: String::new(), stopped: false }
     }
 
-    /// Whether a stop string was completed. Text pushed after that is dropped.
+    /// Whether a stop string is complete. Text that is pushed after that is dropped.
     pub(crate) fn stopped(&self) -> bool {
         self.stopped
     }
 
-    /// Appends text, and cuts it before the first stop string that is complete.
+    /// Appends text. If a stop string is then complete, cuts the text before it.
     pub(crate) fn push(&mut self, text: &str) {
         if self.stopped {
             return;
@@ -36,7 +37,7 @@ impl StopStrings {
         }
     }
 
-    /// Takes the text that cannot be part of a stop string any more.
+    /// Removes and returns the text that cannot be part of a stop string.
     pub(crate) fn release(&mut self) -> String {
         let begins_a_stop = |tail: &str| self.stops.iter().any(|stop| stop.starts_with(tail));
         let keep_from = match self.stopped {
@@ -47,7 +48,7 @@ impl StopStrings {
         std::mem::replace(&mut self.held, kept)
     }
 
-    /// The text that was held back; the text is over.
+    /// Ends the text and returns what was held back.
     pub(crate) fn finish(self) -> String {
         self.held
     }

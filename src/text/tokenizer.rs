@@ -1,9 +1,9 @@
-//! The tokenizer: text to token ids, and token ids to text while an answer grows.
+//! The tokenizer: text to token ids, and token ids to streamed text.
 //!
-//! The `tokenizers` crate encodes. Decoding is done here, token by token, because an answer is printed while
-//! it grows. The crate's own stream decodes its window again for every token and emits nothing while the text
-//! ends in U+FFFD, so one stray byte silences it. Here a token becomes bytes, bytes become text as soon as
-//! they are whole characters, and a byte that cannot become part of a character becomes U+FFFD at once.
+//! The `tokenizers` crate encodes. Decoding is done here, token by token, because answers are streamed. The
+//! crate's own stream decodes its window again for every token and emits nothing while the text ends in
+//! U+FFFD, so one invalid byte stops its output. Here a token becomes bytes, and bytes become text as soon as
+//! they are whole characters. A byte that cannot be part of a character becomes U+FFFD at once.
 
 use crate::checkpoint::folder::Folder;
 use crate::error::{excerpt, one_line};
@@ -19,9 +19,9 @@ use tokenizers::{Model, Tokenizer};
 #[derive(Debug, Clone, PartialEq, Deserialize, serde::Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Message {
-    /// `system`, `user`, `assistant`, or another role that the template knows.
+    /// `system`, `user`, `assistant`, or another role that the template supports.
     pub role: String,
-    /// The text.
+    /// The text of the message.
     pub content: String,
 }
 
@@ -31,12 +31,14 @@ pub struct Text {
     /// The path of `tokenizer.json`, for errors.
     path: String,
     decoding: Decoding,
-    /// Added before raw text. `None` if the tokenizer's post-processor adds it or the model has none.
+    /// The bos token to add before raw text. `None` if the tokenizer's post-processor adds it or the model
+    /// uses none.
     bos: Option<u32>,
-    /// Template variables: those of `bos_token`, `eos_token`, ... that `tokenizer_config.json` has.
+    /// Template variables (name, text): those of `bos_token`, `eos_token`, ... that `tokenizer_config.json`
+    /// has.
     specials: Vec<(&'static str, String)>,
     template: Option<Template>,
-    /// The rest of the error for an absent template: says where one was looked for.
+    /// The end of the error for an absent template, which names the places where it could be.
     without_template: String,
 }
 
@@ -76,7 +78,7 @@ enum Special {
     Added { content: String },
 }
 
-/// The parts of `tokenizer.json` that are read here and not by the crate.
+/// The parts of `tokenizer.json` that this module reads itself.
 #[derive(Deserialize)]
 struct TokenizerFile {
     #[serde(default)]
@@ -108,8 +110,8 @@ impl Text {
             |what: String| Error::Model(format!("{path} is not a tokenizer: {}", one_line(&what)));
         let parse = || Tokenizer::from_bytes(&bytes[..]).map_err(|e| malformed(e.to_string()));
         let mut tokenizer = guarded(TOKENIZER_STACKS, parse, malformed)??;
-        // Prompts are neither cut nor padded, whatever the file says. A padding length in the file could ask
-        // for an allocation of any size.
+        // Prompts are neither truncated nor padded, whatever the file says. A padding length in the file
+        // could cause an allocation of any size.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| malformed(e.to_string()))?;
         let file: TokenizerFile = serde_json::from_slice(&bytes).map_err(|e| malformed(e.to_string()))?;
@@ -119,7 +121,7 @@ impl Text {
             if got != Some(*id) {
                 let got = got.map_or("none".into(), |got| got.to_string());
                 return Err(malformed(format!(
-                    "added token {:?} has id {id}, its place gives {got}",
+                    "added token {:?} has id {id}, but its place in the list gives {got}",
                     excerpt(content)
                 )));
             }
@@ -199,8 +201,8 @@ impl Text {
         self.template.is_some()
     }
 
-    /// Raw text to ids. Special tokens in the text are recognised. The bos token is added if the tokenizer's
-    /// post-processor or `add_bos_token` says so. Empty text gives no ids.
+    /// Converts raw text to token ids. Special tokens in the text are recognised. The bos token is added if
+    /// the tokenizer's post-processor or `add_bos_token` says so. Empty text gives no ids.
     ///
     /// # Errors
     /// [`Error::Model`] if the tokenizer fails on this text.
@@ -212,13 +214,13 @@ impl Text {
         Ok(self.bos.into_iter().chain(ids).collect())
     }
 
-    /// A conversation to ids, through the chat template with the generation prompt added. `args` are template
-    /// variables; `enable_thinking` is false unless given. The template writes bos and other special tokens
-    /// itself, so none are added to its output.
+    /// Converts a conversation to token ids with the chat template, generation prompt included. `args` are
+    /// template variables (name, value); `enable_thinking` is false unless given. The template writes bos and
+    /// other special tokens itself, so none are added to its output.
     ///
     /// # Errors
     /// [`Error::Option`] if there is no template or a variable is reserved; [`Error::Usage`] if the template
-    /// refuses the conversation (`raise_exception`). If the template itself is wrong: [`Error::Usage`] for an
+    /// refuses the conversation (`raise_exception`). If the template itself fails: [`Error::Usage`] for an
     /// overriding template, [`Error::Model`] for the folder's.
     pub fn encode_chat(
         &self,
@@ -235,8 +237,8 @@ impl Text {
         variables.insert("tools".into(), serde_json::Value::Null);
         variables.insert("documents".into(), serde_json::Value::Null);
         variables.insert("add_generation_prompt".into(), true.into());
-        // Published drafters are trained on answers without thinking. With it, those of Qwen3 lose more than
-        // half of their acceptance.
+        // Published drafters are trained on answers without thinking. With thinking, the acceptance of those
+        // of Qwen3 falls by more than half.
         variables.insert("enable_thinking".into(), false.into());
         for (name, value) in args {
             if name == "messages" {
@@ -261,7 +263,8 @@ impl Text {
         Ok(guarded(TOKENIZER_STACKS, encode, failed)??.get_ids().to_vec())
     }
 
-    /// Ids to text, without special tokens. Ids without a token (padding of the vocabulary) have no text.
+    /// Converts token ids to text, without special tokens. Ids without a token (padding of the vocabulary)
+    /// have no text.
     ///
     /// # Errors
     /// As [`Stream::push`].
@@ -274,7 +277,7 @@ impl Text {
         Ok(text + &stream.finish())
     }
 
-    /// A detokeniser for one answer, which ends before the first of the `stops`.
+    /// Makes a detokenizer for one answer. The text ends before the first of the stop strings `stops`.
     ///
     /// # Errors
     /// [`Error::Option`] if a stop string is empty.
@@ -299,41 +302,41 @@ impl Text {
     }
 }
 
-/// Token ids in, text out, piece by piece: never half a character, never text that may begin a stop string.
+/// An incremental detokenizer. It never returns a part of a character or text that may begin a stop string.
 ///
-/// All pieces together, with that of [`Stream::finish`], are what the tokenizer's decoder makes of all ids at
-/// once, up to the stop. The stop string that is complete first wins; of several complete at the same
-/// character, the longest. A token costs its own length and that of the stop strings, however long the answer
-/// is.
+/// All returned texts together, including that of [`Stream::finish`], are what the tokenizer's decoder gives
+/// for all ids at once, up to the stop. The text ends at the stop string that is complete first, or at the
+/// longest of several that are complete at the same character. The cost of a token does not depend on the
+/// length of the answer.
 pub struct Stream<'a> {
     text: &'a Text,
-    /// Whether no token has had text yet.
+    /// Whether no token with text has been pushed yet.
     first: bool,
-    /// The beginning of a character, at most 3 bytes.
+    /// The bytes of an incomplete character, at most 3.
     bytes: Vec<u8>,
-    /// Characters that may still be dropped from the start of the text.
+    /// How many characters may still be dropped from the start of the text.
     strip: usize,
     out: StopStrings,
 }
 
 impl Stream<'_> {
-    /// Appends a token. Returns the text that is now certain, maybe empty, and whether a stop string was
-    /// completed. The text ends just before the stop string, and later tokens have no text.
+    /// Appends a token. Returns the new text, which may be empty, and whether a stop string is complete. The
+    /// text ends just before the stop string, and later tokens have no text.
     ///
     /// # Errors
-    /// None today.
+    /// This version returns none.
     pub fn push(&mut self, id: u32) -> Result<(String, bool)> {
         if !self.out.stopped()
             && let Some(token) = self.text.token(id)
         {
             self.text.decoding.append(token, self.first, &mut self.bytes);
             self.first = false;
-            self.characters();
+            self.decode_bytes();
         }
         Ok((self.out.release(), self.out.stopped()))
     }
 
-    /// Ends the answer. Returns the text that was held back. A character that never became whole is U+FFFD.
+    /// Ends the answer. Returns the text that was held back. An incomplete character becomes U+FFFD.
     pub fn finish(mut self) -> String {
         if !self.bytes.is_empty() {
             self.out.push("\u{fffd}");
@@ -343,34 +346,34 @@ impl Stream<'_> {
 
     /// Moves whole characters from `bytes` to `out`, with U+FFFD for each maximal part that cannot become a
     /// character (the rule of `String::from_utf8_lossy` and of the Unicode standard).
-    fn characters(&mut self) {
+    fn decode_bytes(&mut self) {
         let mut rest = &self.bytes[..];
-        let mut fresh = String::new();
+        let mut new = String::new();
         while let Err(error) = std::str::from_utf8(rest) {
             let (valid, after) = rest.split_at(error.valid_up_to());
-            fresh += &String::from_utf8_lossy(valid);
+            new += &String::from_utf8_lossy(valid);
             rest = after;
-            // Without a length the bytes may still become a character.
-            let Some(lost) = error.error_len() else { break };
-            fresh.push(char::REPLACEMENT_CHARACTER);
-            rest = &rest[lost..];
+            // No length means that the bytes may still become a character.
+            let Some(invalid) = error.error_len() else { break };
+            new.push(char::REPLACEMENT_CHARACTER);
+            rest = &rest[invalid..];
         }
         if let Ok(valid) = std::str::from_utf8(rest) {
-            fresh += valid;
+            new += valid;
             rest = &[];
         }
         self.bytes = rest.to_vec();
         if let Some((mark, _)) = self.text.decoding.strip
-            && !fresh.is_empty()
+            && !new.is_empty()
         {
-            while self.strip > 0 && fresh.starts_with(mark) {
-                fresh.remove(0);
+            while self.strip > 0 && new.starts_with(mark) {
+                new.remove(0);
                 self.strip -= 1;
             }
-            if !fresh.is_empty() {
+            if !new.is_empty() {
                 self.strip = 0;
             }
         }
-        self.out.push(&fresh);
+        self.out.push(&new);
     }
 }

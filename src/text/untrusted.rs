@@ -1,30 +1,29 @@
-//! Runs code on untrusted input. Tokenizer and template files are programs of a kind (regular expressions,
-//! jinja): they are parsed and run on a thread of their own with a deep stack, where a panic becomes an
-//! error.
+//! Runs code on untrusted input. Tokenizer and template files contain regular expressions and jinja programs.
+//! They are parsed and run on a separate thread with a large stack, and a panic there becomes an error.
 
 use crate::error::one_line;
 use crate::{Error, Result};
 use std::sync::Mutex;
 
-/// Stack for deep nesting, in bytes of address space; only the part in use takes memory. Templates need it:
-/// their operator chains nest as deep as they are long, and values nest one level per instruction, at up to
-/// about 1 KiB a level.
+/// Stack size for deep nesting, in bytes of address space; only the part in use takes memory. Templates need
+/// it: a chain of operators nests as deeply as it is long, and values can nest one level per instruction, at
+/// up to about 1 KiB of stack per level.
 const DEEP_STACK: usize = 512 << 20;
 /// Stack sizes to try for templates.
 pub(crate) const TEMPLATE_STACKS: &[usize] = &[DEEP_STACK];
 /// Stack sizes to try for tokenizers, which nest far less.
 pub(crate) const TOKENIZER_STACKS: &[usize] = &[DEEP_STACK, 64 << 20, 8 << 20];
-/// Address space that must be free beside the stack, for allocations of the work and the allocator's own
+/// Address space that must be free besides the stack, for allocations of the work and the allocator's own
 /// arena.
 const WORKING_SPACE: usize = 160 << 20;
 
-/// Name of the threads that run untrusted code. A panic there is turned into an error, but Rust calls the
-/// process's panic hook first, and the default hook prints. A program that wants no such output ignores
-/// threads of this name in its hook.
+/// Name of the threads that run untrusted code. A panic there becomes an error, but Rust calls the process's
+/// panic hook first, and the default hook prints. To avoid this output, a program can install a hook that
+/// ignores threads of this name.
 pub const THREAD_NAME: &str = "dflash-untrusted";
 
-/// Runs `work` on a thread with the first of the `stacks` that can be had. A panic's message becomes an error
-/// by `panicked`.
+/// Runs `work` on a thread with the first stack size in `stacks` that is available. If `work` panics,
+/// `panicked` converts the panic's message to an error.
 ///
 /// # Errors
 /// As `panicked`; [`Error::Memory`] if there is no address space for any of the stacks.
@@ -33,11 +32,11 @@ pub(crate) fn guarded<T: Send>(
     work: impl FnOnce() -> T + Send,
     panicked: impl FnOnce(String) -> Error,
 ) -> Result<T> {
-    // A thread that fails to start leaves the work to the next attempt.
+    // If a thread fails to start, the next attempt takes the work.
     let work = Mutex::new(Some(work));
     let run = || work.lock().ok().and_then(|mut work| work.take()).map(|work| work());
     std::thread::scope(|scope| {
-        // Without free space beside the stack an allocation of the work would fail, and that aborts the
+        // Without free address space besides the stack, an allocation of the work would fail and abort the
         // process.
         let has_space = |stack: &&usize| Vec::<u8>::new().try_reserve_exact(**stack + WORKING_SPACE).is_ok();
         let spawn = |stack: &usize| {
@@ -45,9 +44,9 @@ pub(crate) fn guarded<T: Send>(
             thread.spawn_scoped(scope, run).ok()
         };
         let Some(worker) = stacks.iter().filter(has_space).find_map(spawn) else {
-            let least = stacks.last().map_or(0, |stack| (stack + WORKING_SPACE) >> 20);
+            let needed = stacks.last().map_or(0, |stack| (stack + WORKING_SPACE) >> 20);
             return Err(Error::Memory(format!(
-                "not enough memory: a thread for the tokenizer or chat template needs {least} MiB of address space"
+                "not enough memory: a thread for the tokenizer or chat template needs {needed} MiB of address space"
             )));
         };
         match worker.join() {
