@@ -14,7 +14,8 @@ static SAMPLE: Kernel = Kernel { file: "rules", name: "sample_drafts", threads: 
 static VERIFY: Kernel = Kernel { file: "rules", name: "verify_drafts", threads: 512, max_shared: 0 };
 
 /// Bytes of a row's distribution: the parameters that turn its logits into a
-/// [`crate::spec::distribution::Distribution`]. Probabilities are not stored; kernels compute them from the logits.
+/// [`crate::spec::distribution::Distribution`]. Probabilities are not stored; kernels compute them from the
+/// logits.
 pub const DISTRIBUTION_BYTES: usize = 48;
 
 /// Bytes of the sampler's [`super::sample::tables`] that these kernels read: the two tables for weights.
