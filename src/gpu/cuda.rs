@@ -77,7 +77,7 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: the stream was created and the context retained in `open`, and both are released once.
+        // SAFETY: `Cuda::with` retained the context and created the stream, and both are released once.
         // Failures are ignored, because a destructor cannot handle them.
         unsafe {
             let _ = result::ctx::set_current(self.context);
@@ -575,7 +575,7 @@ fn properties(device: sys::CUdevice, driver: u32) -> Result<Properties> {
     })
 }
 
-/// The card's PCI bus id; None where the driver does not report it.
+/// The GPU's PCI bus id; `None` if the driver does not report it.
 fn pci(device: sys::CUdevice) -> Option<String> {
     let mut text = [0u8; 32];
     // SAFETY: the driver writes at most `text.len()` bytes, the terminating zero included.

@@ -30,7 +30,7 @@ pub struct Kernel {
 pub enum Arg {
     /// A pointer to device memory.
     Buffer(Buffer),
-    /// A null pointer, where a kernel allows one.
+    /// A null pointer, if the kernel allows one.
     Null,
     /// A `u32`.
     U32(u32),
@@ -226,7 +226,7 @@ impl Pinned {
     /// before it.
     ///
     /// # Errors
-    /// [`Error::Internal`] where the offset is not a multiple of 4 inside the buffer.
+    /// [`Error::Internal`] if the offset is not a multiple of 4 inside the buffer.
     pub fn read_u32(&self, offset: usize) -> Result<u32> {
         if !offset.is_multiple_of(4) || offset.checked_add(4).is_none_or(|end| end > self.buffer.bytes) {
             return Err(Error::Internal(format!(

@@ -133,10 +133,10 @@ impl Transformer {
     }
 
     /// Runs the layers over `pass.rows()` rows of `s.x`. Afterwards `s.y` and `s.sumsq` hold the input of the
-    /// LM head, with the final norm's gain applied.
+    /// LM head from row `pass.injected` on, with the final norm's gain applied.
     ///
     /// # Errors
-    /// The device's error; [`Error::Internal`] where `s` or `cache` is too small for the pass.
+    /// The device's error; [`Error::Internal`] if `s` or `cache` is too small for the pass.
     pub fn run(&self, device: &dyn Device, s: &Scratch, cache: &KvCache, pass: &Pass) -> Result<()> {
         let c = &self.config;
         let (rows, all) = (pass.rows(), pass.rows() + pass.injected);
@@ -382,7 +382,8 @@ pub struct Scratch {
     pub x: Buffer,
     /// Input of the next linear layer: `[injected + rows][hidden]` bf16.
     pub y: Buffer,
-    /// Partial sums of squares for the norm of `y`: `[injected + rows][ceil(hidden / 128)]` f32.
+    /// Partial sums of squares of the residual stream, for the norm that `y` belongs to:
+    /// `[injected + rows][ceil(hidden / 128)]` f32.
     pub sumsq: Buffer,
     queries: Buffer,  // [rows][heads][head_dim] bf16
     attended: Buffer, // as queries

@@ -127,7 +127,7 @@ pub struct Input<'a> {
 pub enum PrefillKernel {
     /// `prefill_*`: warps that use mma.sync, on every GPU.
     Mma,
-    /// `prefill_*_wgmma`: warpgroups that use wgmma, where the compute_90a image runs.
+    /// `prefill_*_wgmma`: warpgroups that use wgmma, on devices that run the compute_90a image.
     Wgmma,
 }
 
