@@ -1,5 +1,6 @@
-//! The `cpu` device: sequences that take turns on the CPU, with each round in its plainest form. The rounds
-//! of other devices ([`crate::gpu::decoder`]) emit the same tokens, up to the rounding of their kernels.
+//! The `cpu` device. It runs the sequences of a batch one after the other, and each round in its simplest
+//! form. The rounds of other devices ([`crate::gpu::decoder`]) emit the same tokens, up to the rounding of
+//! their kernels.
 
 use crate::checkpoint::pair::Pair;
 use crate::cpu::model::{Cache, Drafter, Target};
@@ -15,12 +16,12 @@ use crate::spec::tree::{self, Tree};
 use crate::spec::verify::{self, Siblings};
 use crate::{Error, Result};
 
-/// Rows of a prompt that go through a model together.
+/// Maximum rows of a prefill chunk.
 const CHUNK: usize = 64;
 
-/// What the cost model takes every CPU for, some cores of a server, so that the rounds of a run can be
-/// reproduced elsewhere.
-const CORES: Card = Card { name: "cpu", bandwidth: 20.0, tflops: 0.1, memory: f64::INFINITY };
+/// The CPU that the cost model assumes: a few cores of a server. It is the same on every machine, so that
+/// draft lengths are reproducible.
+const ASSUMED_CPU: Card = Card { name: "cpu", bandwidth: 20.0, tflops: 0.1, memory: f64::INFINITY };
 
 // ---- the device ----
 
@@ -33,11 +34,11 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// Loads the pair for `slots` sequences of up to `context` positions. Weights stay where the checkpoints
-    /// have them.
+    /// Loads the pair for `slots` sequences of up to `context` positions. The matrices stay in the mapped
+    /// checkpoints.
     ///
     /// # Errors
-    /// What is wrong with a tensor, by its name.
+    /// As [`Target::load`].
     pub fn load(pair: &Pair, slots: usize, context: usize) -> Result<Cpu> {
         let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
         Ok(Cpu { target: Target::load(&pair.target)?, drafter, slots, context })
@@ -56,14 +57,13 @@ impl Backend for Cpu {
 
 // ---- a sequence ----
 
-/// One sequence on the CPU: the target's cache, the drafter's cache, and the state that the next round starts
-/// from.
+/// One sequence on the CPU: the target's cache, the drafter's cache, and the state between rounds.
 pub struct Sequence<'a> {
     target: &'a Target,
     drafter: Option<&'a Drafter>,
     /// Maximum positions.
     context: usize,
-    /// Costs of its rounds; none without a drafter.
+    /// Costs of its rounds; `None` without a drafter.
     costs: Option<Costs>,
     state: Option<State>,
 }
@@ -73,46 +73,46 @@ struct State {
     block: usize,
     tokens: Vec<u32>,       // [s]: tokens in the target's cache
     cache: Cache,           // target: positions 0..s
-    context: Option<Cache>, // drafter: the first of positions 0..s; none until needed
-    features: Vec<f32>,     // [pending][taps * hidden]: the positions after those, not yet injected
-    drafting: bool, // the drafter follows: its context and the pending positions are 0..s; else AR decoding
-    anchor: Option<u32>, // the token at position s, not run yet; none before the prompt is done
+    context: Option<Cache>, // drafter: a prefix of positions 0..s; None until the first request that drafts
+    features: Vec<f32>,     // [pending][taps * hidden]: the positions after that prefix, not yet injected
+    drafting: bool, // the request drafts: prefix and pending positions together are 0..s; else AR decoding
+    anchor: Option<u32>, // the token at position s, not run yet; None until the prompt is done
     sampling: SamplingParams,
     spec: SpecConfig,
     draft_sampling: SamplingParams, // how drafts are sampled, with the request's seed and stream
     round: u32,                     // of this request, from 1 on
-    distributions: Vec<Distribution>, // [depth]: what this round's drafts were sampled from
+    distributions: Vec<Distribution>, // [depth]: the distributions that this round's drafts were sampled from
     logits: Vec<f32>,               // [rows][vocab] of the last verification
-    path: Vec<usize>,               // its accepted rows, 0 first
+    path: Vec<usize>,               // accepted rows of the last verification, 0 first
     controller: Box<dyn Controller + Send>,
 }
 
 impl<'a> Sequence<'a> {
-    /// A fresh sequence; without a drafter it decodes autoregressively.
+    /// An empty sequence. Without a drafter it decodes autoregressively.
     pub fn new(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequence<'a> {
         let context = target.config.stack.max_positions;
         let costs = drafter.map(|drafter| {
-            Costs::modelled(&CORES, &target.config, &drafter.config, 0, 1, drafter.config.block)
+            Costs::modelled(&ASSUMED_CPU, &target.config, &drafter.config, 0, 1, drafter.config.block)
         });
         Sequence { target, drafter, context, costs, state: None }
     }
 
-    /// The same with these costs in place of modelled ones.
+    /// Replaces the modelled costs of rounds.
     pub fn with_costs(self, costs: Costs) -> Sequence<'a> {
         Sequence { costs: Some(costs), ..self }
     }
 
-    /// Positions that (target, drafter) hold, the drafter's pending ones included: both equal the anchor's
-    /// position after every round (docs/dflash.md 4). `None` before the start; the drafter's is `None` in
-    /// autoregressive decoding.
+    /// Cached positions of (target, drafter), where the drafter's include pending features. Both equal the
+    /// anchor's position after every round (docs/dflash.md 4). `None` before the start. The drafter's are
+    /// `None` in autoregressive decoding.
     pub fn lengths(&self) -> Option<(usize, Option<usize>)> {
         let state = self.state.as_ref()?;
         let drafter = self.drafter.filter(|_| state.drafting);
         Some((state.cache.len(), drafter.map(|drafter| state.drafter_positions(drafter))))
     }
 
-    /// Brings the drafter's context up to date and drafts a chain for a block of `rows`: `rows - 1` tokens,
-    /// or none without a drafter.
+    /// Injects the pending features and drafts a chain with a block of `rows` rows: `rows - 1` tokens, or
+    /// none without a drafter.
     ///
     /// # Errors
     /// [`Error::Model`] if the drafter's logits are not finite.
@@ -120,8 +120,8 @@ impl<'a> Sequence<'a> {
         let (state, _) = started(&mut self.state)?;
         let sampling = state.draft_sampling.clone();
         match state.spec {
-            // Greedy parameters choose the best token; others the token that the target's noise at the
-            // position selects.
+            // Greedy parameters give the drafter's best token. Others give a coupled draft: the token that
+            // the target's noise at this position selects.
             SpecConfig::Exact { .. } => {
                 self.map_draft_logits(rows, |logits, position| sampling.choose(logits, position))
             }
@@ -136,8 +136,8 @@ impl<'a> Sequence<'a> {
         }
     }
 
-    /// As [`Sequence::draft`], but a tree of up to `max` rows: the best-first tree for exact verification,
-    /// else sampled drafts in a fixed shape.
+    /// As [`Sequence::draft`], but drafts a tree of up to `max` rows: the best-first tree for exact
+    /// verification, a tree of fixed shape with sampled tokens for the other methods.
     ///
     /// # Errors
     /// As [`Sequence::draft`].
@@ -172,8 +172,8 @@ impl<'a> Sequence<'a> {
         tree.ok_or_else(empty_distribution)
     }
 
-    /// Runs the drafter for a block of `rows` and maps its logits for each row after the anchor, with their
-    /// positions.
+    /// Runs the drafter on a block of `rows` rows. Calls `map` with the logits and the position of each row
+    /// after the anchor.
     fn map_draft_logits<T>(&mut self, rows: usize, map: impl Fn(&[f32], u32) -> Option<T>) -> Result<Vec<T>> {
         let (state, anchor) = started(&mut self.state)?;
         state.distributions.clear();
@@ -181,7 +181,7 @@ impl<'a> Sequence<'a> {
             return Ok(Vec::new());
         };
         if rows < 2 {
-            // Nothing is drafted after the drafter's last position, so nothing need be kept for it.
+            // No drafts follow the drafter's last position, so its context is dropped there.
             if state.cache.len() + 1 >= drafter.config.stack.max_positions {
                 (state.context, state.features, state.drafting) = (None, Vec::new(), false);
             }
@@ -196,19 +196,19 @@ impl<'a> Sequence<'a> {
         rows.map(|(logits, at)| map(logits, at).ok_or_else(|| damaged("drafter", at as usize))).collect()
     }
 
-    /// Runs the target over the anchor and a chain of `drafts`, and appends to `out` the accepted drafts and
-    /// the target's own next token, which becomes the anchor. Exact verification takes any drafts, the other
-    /// methods only those of the last [`Sequence::draft`].
+    /// Runs the target over the anchor and a chain of `drafts`. Appends the accepted drafts and the target's
+    /// next token to `out`; that token becomes the anchor. Exact verification takes any drafts. The other
+    /// methods take only those of the last [`Sequence::draft`].
     ///
     /// # Errors
-    /// [`Error::Model`] if the target's logits are not finite; [`Error::Internal`] for drafts of unknown
-    /// distributions.
+    /// [`Error::Model`] if the target's logits are not finite. [`Error::Internal`] if the distributions that
+    /// the drafts were sampled from are not known.
     pub fn verify(&mut self, drafts: &[u32], out: &mut Vec<u32>) -> Result<()> {
         let (_, anchor) = started(&mut self.state)?;
         self.verify_rows(&[&[anchor], drafts].concat(), None, out)
     }
 
-    /// As [`Sequence::verify`], of a tree that begins with the anchor.
+    /// As [`Sequence::verify`], for a tree whose row 0 is the anchor.
     ///
     /// # Errors
     /// As [`Sequence::verify`].
@@ -228,7 +228,8 @@ impl<'a> Sequence<'a> {
             ));
         }
         let mut random = state.random();
-        // Until the round is verified, the cache holds tokens that may not belong to the sequence.
+        // The cache holds unverified tokens until the end of this function, so an error must end the
+        // sequence.
         state.anchor = None;
 
         let taps = match (state.drafting, self.drafter) {
@@ -259,7 +260,7 @@ impl<'a> Sequence<'a> {
             (SpecConfig::Block { .. }, None) if !drafts.is_empty() => {
                 verify::block_verify(drafts, q, p, &mut random).map(chain)
             }
-            // An AR step, whatever the method, samples as autoregressive decoding does.
+            // A round without drafts is an AR step for every method.
             (_, None) => verify::match_chain(drafts, choose).map(chain),
         };
         let (path, next) = verified.ok_or_else(|| damaged("target", s + 1))?;
@@ -276,11 +277,11 @@ impl<'a> Sequence<'a> {
         Ok(())
     }
 
-    /// Takes a request, and returns how many tokens of its prompt need not be run because the sequence holds
-    /// them.
+    /// Starts a request. Returns the number of its first prompt tokens that are still cached and need not
+    /// run.
     ///
     /// # Errors
-    /// [`Error::Memory`] where its caches do not fit.
+    /// [`Error::Memory`] if its caches do not fit.
     pub fn start(&mut self, request: &Request) -> Result<usize> {
         let (prompt, target) = (&request.prompt, self.target);
         let last = self.drafter.map_or(0, |drafter| drafter.config.stack.max_positions);
@@ -312,7 +313,8 @@ impl<'a> Sequence<'a> {
             (request.spec.clone(), request.spec.draft_params(&request.sampling));
         (state.round, state.distributions) = (1, Vec::new());
         state.prompt.clone_from(prompt);
-        // A sampled draft must be verified whatever it is, so the number of drafts is fixed before.
+        // No sampled draft may be dropped because of its token, so their number is fixed before they are
+        // sampled.
         state.controller = match &self.costs {
             Some(costs) => request.spec.draft_length().controller(costs, request.spec.samples_drafts()),
             None => Box::new(Fixed),
@@ -321,16 +323,17 @@ impl<'a> Sequence<'a> {
             state.context = Some(Cache::new(&drafter.config.stack, 0)?);
         }
 
-        // The last token is run again, for its logits. A drafter that was left behind by autoregressive
-        // decoding needs the features of every position that it has not seen.
-        let same = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        let seen = drafter.map_or(usize::MAX, |drafter| state.drafter_positions(drafter));
-        let kept = same.min(seen).min(prompt.len().saturating_sub(1));
+        // The last token always runs, for its logits. After autoregressive decoding the drafter's context may
+        // be shorter than the target's cache; the missing positions run again, for their features.
+        let common = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let drafted = drafter.map_or(usize::MAX, |drafter| state.drafter_positions(drafter));
+        let kept = common.min(drafted).min(prompt.len().saturating_sub(1));
         state.crop(kept, self.drafter);
         let positions = request.positions();
-        // The rows of a tree take more slots than positions.
-        let slots = positions.min(target.config.stack.max_positions) + request.spec.tree_rows().unwrap_or(0);
-        state.cache.grow(slots)?;
+        // The rows of a tree are stored one after the other, so they need more room than their positions.
+        let capacity =
+            positions.min(target.config.stack.max_positions) + request.spec.tree_rows().unwrap_or(0);
+        state.cache.grow(capacity)?;
         if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
             context.grow(positions.min(drafter.config.stack.max_positions))?;
             drafter.inject(&state.features, context);
@@ -339,7 +342,7 @@ impl<'a> Sequence<'a> {
         Ok(kept)
     }
 
-    /// Runs the next part of the prompt.
+    /// Runs the next chunk of the prompt.
     ///
     /// # Errors
     /// [`Error::Model`] if the target's logits are not finite.
@@ -368,16 +371,16 @@ impl<'a> Sequence<'a> {
         Ok(Prefill { done: end, next: state.anchor })
     }
 
-    /// Rows of the next block, anchor included: those of the request, but a block ends at the drafter's last
-    /// position, and before the context's last position, whose token is never run.
+    /// Rows of the next block, anchor included: as many as the request asks for. A block ends at the
+    /// drafter's last position, and before the last position of the context, because its token is never run.
     pub fn rows(&self) -> usize {
         let (at, block) = self.state.as_ref().map_or((0, 1), |state| (state.cache.len(), state.block));
         let last = self.drafter.map_or(0, |drafter| drafter.config.stack.max_positions);
         block.min(last.saturating_sub(at)).min((self.context - 1).saturating_sub(at)).max(1)
     }
 
-    /// Runs a round: drafts, verifies, appends to `out` what [`Sequence::verify`] does, and returns the
-    /// number of drafts.
+    /// Runs a round: drafts, verifies, and appends to `out` as [`Sequence::verify`] does. Returns the number
+    /// of drafts.
     ///
     /// # Errors
     /// As [`Sequence::draft`] and [`Sequence::verify`].
@@ -385,8 +388,9 @@ impl<'a> Sequence<'a> {
         let rows = self.rows();
         let tree = self.state.as_ref().and_then(|state| state.spec.tree_rows());
         let max = if rows < 2 { 0 } else { tree.unwrap_or(rows) - 1 };
-        let (allowed, truncates) =
-            self.ask(|controller| (controller.drafts(max).min(max), controller.needs_draft_probs()))?;
+        let (allowed, truncates) = self.with_controller(|controller| {
+            (controller.drafts(max).min(max), controller.needs_draft_probs())
+        })?;
         if allowed == 0 {
             self.draft(1)?;
             self.verify(&[], out)?;
@@ -395,7 +399,7 @@ impl<'a> Sequence<'a> {
         let drafts = if tree.is_some() {
             let mut tree = self.draft_tree(rows, allowed + 1)?;
             if truncates {
-                tree.truncate(self.ask(|controller| controller.truncate(&tree.costs[1..]))? + 1);
+                tree.truncate(self.with_controller(|controller| controller.truncate(&tree.costs[1..]))? + 1);
             }
             self.verify_tree(&tree, out)?;
             tree.rows() - 1
@@ -405,15 +409,15 @@ impl<'a> Sequence<'a> {
             drafts.len()
         };
         let (state, _) = started(&mut self.state)?;
-        // A block may have more rows than there are bits.
+        // Rows from 64 on have no bit.
         let bit = |row: &usize| 1u64.checked_shl(*row as u32).unwrap_or(0);
         let accepted = state.path.iter().fold(0, |bits, row| bits | bit(row));
-        self.ask(|controller| controller.observe(drafts, accepted))?;
+        self.with_controller(|controller| controller.observe(drafts, accepted))?;
         Ok(drafts)
     }
 
-    /// The first `allowed` drafts for a block of `rows`; the controller may truncate them further. The
-    /// drafter sees the whole block, as in its training, however few drafts are used.
+    /// Drafts a chain with a block of `rows` rows and keeps the first `allowed` drafts; the controller may
+    /// truncate them further. The drafter always runs the whole block, as in its training.
     fn draft_up_to(&mut self, rows: usize, allowed: usize, truncates: bool) -> Result<Vec<u32>> {
         if !truncates {
             let mut drafts = self.draft(rows)?;
@@ -427,14 +431,14 @@ impl<'a> Sequence<'a> {
         drafts.truncate(allowed);
         let mut cost = 0;
         let costs: Vec<u32> = drafts.iter().map(|draft| (cost += draft.cost, cost).1).collect();
-        drafts.truncate(self.ask(|controller| controller.truncate(&costs))?);
+        drafts.truncate(self.with_controller(|controller| controller.truncate(&costs))?);
         Ok(drafts.iter().map(|draft| draft.token).collect())
     }
 
-    /// What the controller answers.
-    fn ask<T>(&mut self, question: impl FnOnce(&mut dyn Controller) -> T) -> Result<T> {
+    /// Calls `f` with the sequence's controller.
+    fn with_controller<T>(&mut self, f: impl FnOnce(&mut dyn Controller) -> T) -> Result<T> {
         let (state, _) = started(&mut self.state)?;
-        Ok(question(&mut *state.controller))
+        Ok(f(&mut *state.controller))
     }
 }
 
@@ -445,23 +449,23 @@ impl State {
         PhiloxStream { seed, stream, round: self.round, anchor: self.cache.len() as u32 }
     }
 
-    /// Positions in the drafter's cache, and those waiting for it.
+    /// Positions in the drafter's cache and of pending features.
     fn drafter_positions(&self, drafter: &Drafter) -> usize {
-        self.context.as_ref().map_or(0, |context| context.len() + self.features.len() / drafter.feature())
+        self.context.as_ref().map_or(0, |context| context.len() + self.features.len() / drafter.feature_len())
     }
 
-    /// Forgets positions `len..` in both models.
+    /// Drops positions `len..` in both models.
     fn crop(&mut self, len: usize, drafter: Option<&Drafter>) {
         self.tokens.truncate(len);
         self.cache.crop(len);
         if let (Some(drafter), Some(context)) = (drafter, &mut self.context) {
             context.crop(context.len().min(len));
-            self.features.truncate((len - context.len()) * drafter.feature());
+            self.features.truncate((len - context.len()) * drafter.feature_len());
         }
     }
 }
 
-/// The state and its anchor.
+/// The state and its anchor; an error before the prompt is done.
 fn started(state: &mut Option<State>) -> Result<(&mut State, u32)> {
     let started = state.as_mut().and_then(|state| state.anchor.map(|anchor| (state, anchor)));
     started.ok_or_else(|| Error::Internal("a round before the start of its sequence".into()))
@@ -480,14 +484,14 @@ fn damaged(model: &str, position: usize) -> Error {
 
 // ---- sequences in slots ----
 
-/// Sequences that take turns on the CPU.
+/// The CPU's decoder: the sequences in its slots run one after the other.
 pub struct Sequences<'a> {
     all: Vec<Sequence<'a>>,
     running: Vec<bool>,
 }
 
 impl<'a> Sequences<'a> {
-    /// `slots` fresh sequences of up to `context` positions; without a drafter they decode autoregressively.
+    /// `slots` empty sequences of up to `context` positions. Without a drafter they decode autoregressively.
     pub fn new(
         target: &'a Target,
         drafter: Option<&'a Drafter>,
@@ -495,11 +499,11 @@ impl<'a> Sequences<'a> {
         context: usize,
     ) -> Sequences<'a> {
         let context = context.min(target.config.stack.max_positions);
-        let fresh = |_| Sequence { context, ..Sequence::new(target, drafter) };
-        Sequences { all: (0..slots).map(fresh).collect(), running: vec![false; slots] }
+        let empty = |_| Sequence { context, ..Sequence::new(target, drafter) };
+        Sequences { all: (0..slots).map(empty).collect(), running: vec![false; slots] }
     }
 
-    /// The same with these costs in place of modelled ones.
+    /// Replaces the modelled costs of rounds.
     pub fn with_costs(self, costs: &Costs) -> Sequences<'a> {
         let all = self.all.into_iter().map(|sequence| sequence.with_costs(costs.clone())).collect();
         Sequences { all, ..self }

@@ -6,30 +6,29 @@ use crate::{Error, Result};
 
 /// Keys and values of one layer, positions `0..capacity`.
 pub struct Kv {
-    /// `[kv_heads][tiles][head_dim][16]`: lane = position modulo 16, so scores of 16 keys come out of one
-    /// vector.
+    /// `[kv_heads][tiles][head_dim][16]`: lane = position modulo 16, so that one vector holds the scores of
+    /// 16 keys.
     pub(crate) keys: Vec<f32>,
-    /// `[kv_heads][16 * tiles][dims rounded up to 16]`
+    /// `[kv_heads][16 * tiles][head_dim rounded up to 16]`
     pub(crate) values: Vec<f32>,
     /// Allocated tiles, of 16 positions each.
     pub(crate) tiles: usize,
-    pub(crate) heads: usize,
-    pub(crate) dims: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
 }
 
 impl Kv {
-    /// An empty cache with a capacity of `positions`.
+    /// An empty cache with a capacity of `positions` positions.
     ///
     /// # Errors
-    /// [`Error::Memory`] with the bytes that it needs.
+    /// [`Error::Memory`] with the number of bytes needed.
     pub fn new(kv_heads: usize, head_dim: usize, positions: usize) -> Result<Kv> {
         let tiles = positions.div_ceil(LANES);
-        let wide = head_dim.next_multiple_of(LANES);
-        let (keys, values) = (kv_heads * tiles * head_dim * LANES, kv_heads * tiles * LANES * wide);
+        let padded_dim = head_dim.next_multiple_of(LANES);
+        let (keys, values) = (kv_heads * tiles * head_dim * LANES, kv_heads * tiles * LANES * padded_dim);
         let zeros = |n: usize| {
-            // Reserved first, because `vec!` aborts where there is no memory. The system makes zeroed pages
-            // only when they are written, so the capacity for a long answer costs nothing until the answer is
-            // long.
+            // Try to reserve first, because `vec!` aborts if there is no memory. The operating system
+            // allocates zeroed pages only when they are written, so unused capacity costs no memory.
             let mut probe = Vec::<f32>::new();
             probe.try_reserve_exact(n).map_err(|_| {
                 Error::Memory(format!(
@@ -42,10 +41,10 @@ impl Kv {
             drop(std::hint::black_box(probe));
             Ok::<_, Error>(vec![0.0; n])
         };
-        Ok(Kv { keys: zeros(keys)?, values: zeros(values)?, tiles, heads: kv_heads, dims: head_dim })
+        Ok(Kv { keys: zeros(keys)?, values: zeros(values)?, tiles, kv_heads, head_dim })
     }
 
-    /// Grows the capacity to `positions` in all and keeps the first `used`.
+    /// Grows the capacity to `positions` positions in total and keeps the first `used`.
     ///
     /// # Errors
     /// As [`Kv::new`].
@@ -53,13 +52,13 @@ impl Kv {
         if positions <= self.tiles * LANES {
             return Ok(());
         }
-        let mut grown = Kv::new(self.heads, self.dims, positions)?;
+        let mut grown = Kv::new(self.kv_heads, self.head_dim, positions)?;
         let tiles = used.div_ceil(LANES);
         for (new, old, width) in [
-            (&mut grown.keys, &self.keys, self.dims * LANES),
-            (&mut grown.values, &self.values, self.dims.next_multiple_of(LANES) * LANES),
+            (&mut grown.keys, &self.keys, self.head_dim * LANES),
+            (&mut grown.values, &self.values, self.head_dim.next_multiple_of(LANES) * LANES),
         ] {
-            for h in 0..self.heads {
+            for h in 0..self.kv_heads {
                 let old = &old[h * self.tiles * width..][..tiles * width];
                 new[h * grown.tiles * width..][..tiles * width].copy_from_slice(old);
             }
@@ -70,30 +69,31 @@ impl Kv {
 
     /// Writes `k`, `v` `[rows][kv_heads * head_dim]` at positions `at..`.
     pub fn write(&mut self, at: usize, k: &[f32], v: &[f32]) {
-        let (dims, wide) = (self.dims, self.dims.next_multiple_of(LANES));
-        for (r, (k, v)) in k.chunks(self.heads * dims).zip(v.chunks(self.heads * dims)).enumerate() {
+        let (head_dim, padded_dim) = (self.head_dim, self.head_dim.next_multiple_of(LANES));
+        let width = self.kv_heads * head_dim;
+        for (r, (k, v)) in k.chunks(width).zip(v.chunks(width)).enumerate() {
             let (tile, lane) = ((at + r) / LANES, (at + r) % LANES);
-            for h in 0..self.heads {
-                let keys = &mut self.keys[(h * self.tiles + tile) * dims * LANES..][..dims * LANES];
-                for (d, x) in k[h * dims..][..dims].iter().enumerate() {
+            for h in 0..self.kv_heads {
+                let keys = &mut self.keys[(h * self.tiles + tile) * head_dim * LANES..][..head_dim * LANES];
+                for (d, x) in k[h * head_dim..][..head_dim].iter().enumerate() {
                     keys[d * LANES + lane] = *x;
                 }
-                let at = (h * self.tiles * LANES + at + r) * wide;
-                self.values[at..at + dims].copy_from_slice(&v[h * dims..][..dims]);
+                let at = (h * self.tiles * LANES + at + r) * padded_dim;
+                self.values[at..at + head_dim].copy_from_slice(&v[h * head_dim..][..head_dim]);
             }
         }
     }
 
     /// Copies position `from` to position `to`.
     pub fn copy(&mut self, from: usize, to: usize) {
-        let (dims, wide) = (self.dims, self.dims.next_multiple_of(LANES));
-        for h in 0..self.heads {
-            let key = |at: usize| (h * self.tiles + at / LANES) * dims * LANES + at % LANES;
-            for d in 0..dims {
+        let (head_dim, padded_dim) = (self.head_dim, self.head_dim.next_multiple_of(LANES));
+        for h in 0..self.kv_heads {
+            let key = |at: usize| (h * self.tiles + at / LANES) * head_dim * LANES + at % LANES;
+            for d in 0..head_dim {
                 self.keys[key(to) + d * LANES] = self.keys[key(from) + d * LANES];
             }
-            let value = |at: usize| (h * self.tiles * LANES + at) * wide;
-            self.values.copy_within(value(from)..value(from) + dims, value(to));
+            let value = |at: usize| (h * self.tiles * LANES + at) * padded_dim;
+            self.values.copy_within(value(from)..value(from) + head_dim, value(to));
         }
     }
 }

@@ -1,5 +1,6 @@
-//! Target and drafter in plain f32: the `cpu` device runs them, and the kernels are tested against them. Read
-//! it beside docs/dflash.md, sections 3 to 5 (arXiv 2602.06036). The arithmetic is in [`crate::cpu::ops`].
+//! Target and drafter in plain f32. The `cpu` device runs them, and the kernels are tested against them. Read
+//! this file beside docs/dflash.md, sections 3 and 4 (arXiv 2602.06036). The arithmetic is in
+//! [`crate::cpu::ops`].
 
 mod synthetic;
 
@@ -80,11 +81,11 @@ struct Scratch {
 }
 
 impl Cache {
-    /// An empty cache with a capacity of `positions`. Everything that grows with them is allocated here, so
-    /// that too little memory is an error instead of an abort.
+    /// An empty cache with a capacity of `positions` positions. All memory that grows with the positions is
+    /// reserved here, so that running out of memory is an error and not an abort.
     ///
     /// # Errors
-    /// [`Error::Memory`]
+    /// [`Error::Memory`] if the allocation fails.
     pub fn new(stack: &Stack, positions: usize) -> Result<Cache> {
         let (frequencies, magnitude) = stack.rope.frequencies();
         let kv = |_| Kv::new(stack.kv_heads, stack.head_dim, 0);
@@ -100,36 +101,36 @@ impl Cache {
         Ok(cache)
     }
 
-    /// Grows the capacity to `positions` in all; positions held stay.
+    /// Grows the capacity to `positions` positions in total and keeps the cached ones.
     ///
     /// # Errors
-    /// [`Error::Memory`]
+    /// [`Error::Memory`] if the allocation fails.
     pub fn grow(&mut self, positions: usize) -> Result<()> {
-        let rotations = positions * 2 * self.frequencies.len();
+        let table = positions * 2 * self.frequencies.len();
         self.rope
-            .try_reserve_exact(rotations.saturating_sub(self.rope.len()))
-            .map_err(|_| Error::Memory(format!("no memory for the rotations of {positions} positions")))?;
+            .try_reserve_exact(table.saturating_sub(self.rope.len()))
+            .map_err(|_| Error::Memory(format!("no memory for the RoPE table of {positions} positions")))?;
         self.layers.iter_mut().try_for_each(|kv| kv.grow(positions, self.len))
     }
 
-    /// Number of positions held.
+    /// Number of cached positions.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether no positions are held.
+    /// Whether no position is cached.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Forgets positions `len..`.
+    /// Drops positions `len..`.
     pub fn crop(&mut self, len: usize) {
         assert!(len <= self.len);
         self.len = len;
     }
 
-    /// Of the rows written at positions `at..`, keeps those of `path`, moved to positions `at..` in its
-    /// order.
+    /// Keeps only the rows in `path` of those written at positions `at..`. Moves them to consecutive
+    /// positions from `at` on, in the order of `path`.
     pub(crate) fn keep(&mut self, at: usize, path: &[usize]) {
         for kv in &mut self.layers {
             moves(path).for_each(|(from, to)| kv.copy(at + from, at + to));
@@ -137,9 +138,9 @@ impl Cache {
         self.crop(at + path.len());
     }
 
-    /// Computes cosines and sines up to position `end`. Angles are f32 products, as in the reference
+    /// Extends the RoPE table to positions `0..end`. Angles are f32 products, as in the reference
     /// implementation.
-    fn rotate_to(&mut self, end: usize) {
+    fn extend_rope(&mut self, end: usize) {
         let width = 2 * self.frequencies.len();
         for position in self.rope.len() / width.max(1)..end {
             let angle = |f: &f64| (position as f32 * *f as f32) as f64;
@@ -149,9 +150,9 @@ impl Cache {
     }
 }
 
-/// Norms `x` `[rows][heads * head_dim]` if there is a norm, and rotates it to positions `at..`, or to those
-/// of a tree whose anchor is at `at` (docs/dflash.md 3.4).
-fn rotate(
+/// Applies the per-head RMSNorm, if there is one, and then RoPE to `x` `[rows][heads * head_dim]`. The
+/// positions are `at..`, or those of a tree whose anchor is at `at` (docs/dflash.md 3.4).
+fn norm_and_rope(
     stack: &Stack,
     norm: Option<&[f32]>,
     rope: &[f32],
@@ -171,20 +172,21 @@ fn rotate(
 }
 
 /// Writes `k` and `v` of the pass's rows for layer `i` at positions `at..`. The rows of a tree are stored in
-/// order, though `k` is rotated to the row's position on its path.
+/// row order, but RoPE uses each row's position on its path.
 fn write_kv(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize, tree: Option<&Tree>) {
     let Cache { layers, rope, scratch: Scratch { k, v, .. }, .. } = cache;
     let norm = layer.qk_norm.as_ref().map(|[_, norm]| &norm[..]);
-    rotate(stack, norm, rope, at, tree, k, stack.kv_heads);
+    norm_and_rope(stack, norm, rope, at, tree, k, stack.kv_heads);
     layers[i].write(at, k, v);
 }
 
-/// Attention of a tree's rows. The ancestors of each row are moved to their positions on its path, so that
-/// each sum is the one of autoregressive decoding, bit for bit. Keys and values are restored at the end.
+/// Attention of a tree's rows. For each row, the keys and values of its path are written to consecutive
+/// positions, so that each sum has the same bits as in autoregressive decoding. The keys and values of the
+/// tree are restored at the end.
 fn tree_attention(stack: &Stack, cache: &mut Cache, i: usize, at: usize, tree: &Tree) {
     let Cache { layers, scratch: s, .. } = cache;
     let (kv, width) = (&mut layers[i], stack.kv_heads * stack.head_dim);
-    let mut own = Vec::new();
+    let mut output = Vec::new();
     s.a.clear();
     for (row, q) in s.q.chunks(stack.heads * stack.head_dim).enumerate() {
         let mut end = at;
@@ -192,13 +194,13 @@ fn tree_attention(stack: &Stack, cache: &mut Cache, i: usize, at: usize, tree: &
             kv.write(end, &s.k[row * width..][..width], &s.v[row * width..][..width]);
             end += 1;
         }
-        ops::attention(q, stack.heads, kv, &|_| visible(stack.attention[i], end - 1, end), &mut own);
-        s.a.extend_from_slice(&own);
+        ops::attention(q, stack.heads, kv, &|_| visible(stack.attention[i], end - 1, end), &mut output);
+        s.a.extend_from_slice(&output);
     }
     kv.write(at, &s.k, &s.v);
 }
 
-/// The keys that the query at `position` sees when keys `0..end` exist (docs/dflash.md 3.6).
+/// The keys that the query at `position` attends to when keys `0..end` exist (docs/dflash.md 3.6).
 fn visible(attention: Attention, position: usize, end: usize) -> std::ops::Range<usize> {
     let last = match (attention.causal, attention.window) {
         (true, _) => position + 1,
@@ -211,8 +213,8 @@ fn visible(attention: Attention, position: usize, end: usize) -> std::ops::Range
 /// Runs layer `i` over `x` `[rows][hidden]` in place (docs/dflash.md 3.4; the target is the same with causal
 /// attention).
 ///
-/// Rows are at positions `at..`; keys `0..at + rows` exist once it has written its own. The rows of a tree
-/// see the positions before `at` and their own paths.
+/// Rows are at positions `at..`. The layer writes their keys and values before it attends. The rows of a tree
+/// attend to the positions before `at` and to their own paths.
 fn forward_layer(
     stack: &Stack,
     layer: &Layer,
@@ -227,7 +229,7 @@ fn forward_layer(
     ops::rms_norm(x, &layer.input_norm, stack.eps, &mut s.y);
     ops::linear(&s.y, rows, [(&layer.q, &mut s.q), (&layer.k, &mut s.k), (&layer.v, &mut s.v)]);
     let norm = layer.qk_norm.as_ref().map(|[norm, _]| &norm[..]);
-    rotate(stack, norm, &cache.rope, at, tree, &mut s.q, stack.heads);
+    norm_and_rope(stack, norm, &cache.rope, at, tree, &mut s.q, stack.heads);
     write_kv(stack, layer, cache, i, at, tree);
 
     match tree {
@@ -256,16 +258,16 @@ pub struct Target {
     /// Its `config.json`.
     pub config: TargetConfig,
     embedding: Matrix,    // [vocab][hidden]
-    head: Option<Matrix>, // [vocab][hidden]; none: the embedding
+    head: Option<Matrix>, // [vocab][hidden]; None: tied to the embedding
     norm: Vec<f32>,       // [hidden]
     layers: Vec<Layer>,
 }
 
 impl Target {
-    /// Builds the model on mapped weights, which stay where the checkpoint has them.
+    /// Builds the model. The matrices stay in the mapped checkpoint; norm weights are copied.
     ///
     /// # Errors
-    /// What is wrong with a tensor, by its name.
+    /// [`Error::Unsupported`] for random weights; otherwise as [`Checkpoint::tensor`].
     pub fn load(model: &Model<TargetConfig>) -> Result<Target> {
         let (config, file) = (model.config.clone(), &model.weights);
         file.need_files()?;
@@ -284,7 +286,7 @@ impl Target {
         })
     }
 
-    /// Raw embedding rows times `scale`, `[tokens][hidden]`.
+    /// Embedding rows of `tokens` times `scale`, `[tokens][hidden]`.
     pub fn embed(&self, tokens: &[u32], scale: f32) -> Vec<f32> {
         let hidden = self.config.stack.hidden;
         let mut x = vec![0.0; tokens.len() * hidden];
@@ -294,15 +296,15 @@ impl Target {
         x
     }
 
-    /// Logits `[rows][vocab]` from final-normed rows `[rows][hidden]`.
+    /// Writes logits `[rows][vocab]` to `out`, from rows `[rows][hidden]` after the final norm.
     pub fn logits(&self, normed: &[f32], out: &mut Vec<f32>) {
         let rows = normed.len() / self.config.stack.hidden;
         ops::linear(normed, rows, [(self.head.as_ref().unwrap_or(&self.embedding), out)]);
     }
 
     /// Runs `tokens` at positions `cache.len()..`. Fills `features` `[tokens][taps * hidden]`, the residual
-    /// stream after each tapped layer, in list order (docs/dflash.md 3.1). Returns the final-normed last
-    /// rows, `[last][hidden]`.
+    /// stream after each tapped layer, in list order (docs/dflash.md 3.1). Returns the last `last` rows after
+    /// the final norm, `[last][hidden]`.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -314,9 +316,9 @@ impl Target {
         self.run(tokens, None, cache, taps, features, last)
     }
 
-    /// Runs a tree whose anchor is at position `cache.len()`. Each row gets the bits that [`Target::forward`]
-    /// gives its path. The keys and values of row `i` are left at position `cache.len() + i`, whatever its
-    /// depth.
+    /// Runs a tree whose anchor is at position `cache.len()`. Returns all rows after the final norm,
+    /// `[rows][hidden]`. Each row has the same bits as if [`Target::forward`] ran its path. The keys and
+    /// values of row `i` are stored at position `cache.len() + i`, whatever the row's depth.
     pub fn forward_tree(
         &self,
         tree: &Tree,
@@ -327,6 +329,7 @@ impl Target {
         self.run(&tree.tokens, Some(tree), cache, taps, features, tree.rows())
     }
 
+    /// [`Target::forward`] for a chain or, with a tree, [`Target::forward_tree`].
     pub(crate) fn run(
         &self,
         tokens: &[u32],
@@ -338,7 +341,7 @@ impl Target {
     ) -> Vec<f32> {
         let s = &self.config.stack;
         let at = cache.len;
-        cache.rotate_to(at + tokens.len());
+        cache.extend_rope(at + tokens.len());
         features.resize(tokens.len() * taps.len() * s.hidden, 0.0);
         let mut x = self.embed(tokens, 1.0);
         for (i, layer) in self.layers.iter().enumerate() {
@@ -369,7 +372,7 @@ pub struct Drafter {
 }
 
 impl Drafter {
-    /// As [`Target::load`].
+    /// Builds the drafter as [`Target::load`] does the target.
     ///
     /// # Errors
     /// As [`Target::load`].
@@ -388,12 +391,12 @@ impl Drafter {
         })
     }
 
-    /// Length of a position's feature: taps x hidden.
-    pub(crate) fn feature(&self) -> usize {
+    /// Length of one position's feature: taps x hidden.
+    pub(crate) fn feature_len(&self) -> usize {
         self.fc.cols
     }
 
-    /// `c = hidden_norm(fc(feature))` for features `[rows][taps * hidden]`: `[rows][hidden]` (docs/dflash.md
+    /// `c = hidden_norm(fc(feature))` `[rows][hidden]`, from features `[rows][taps * hidden]` (docs/dflash.md
     /// 3.2).
     pub fn context(&self, features: &[f32]) -> Vec<f32> {
         let s = &self.config.stack;
@@ -403,9 +406,9 @@ impl Drafter {
         c
     }
 
-    /// Appends committed positions `cache.len()..` to the context: keys and values of every layer straight
-    /// from `c`, with no input norm (docs/dflash.md 3.2, 4). The context must end where the next block
-    /// begins.
+    /// Appends the features `[rows][taps * hidden]` of positions `cache.len()..` to the drafter's context.
+    /// Each layer computes keys and values directly from `c`, without its input norm (docs/dflash.md 3.2, 4).
+    /// The caller must inject all positions before the anchor before it drafts.
     pub fn inject(&self, features: &[f32], cache: &mut Cache) {
         if features.is_empty() {
             return;
@@ -413,7 +416,7 @@ impl Drafter {
         let s = &self.config.stack;
         let c = self.context(features);
         let (at, rows) = (cache.len, c.len() / s.hidden);
-        cache.rotate_to(at + rows);
+        cache.extend_rope(at + rows);
         for (i, layer) in self.layers.iter().enumerate() {
             let Scratch { k, v, .. } = &mut cache.scratch;
             ops::linear(&c, rows, [(&layer.k, k), (&layer.v, v)]);
@@ -422,9 +425,9 @@ impl Drafter {
         cache.len = at + rows;
     }
 
-    /// One pass over `[anchor, mask x (rows - 1)]` at positions `cache.len()..`: final-normed rows
-    /// `[rows][hidden]`. The block's own keys and values are dropped afterwards. `each` gets every layer's
-    /// output (for tests).
+    /// One pass over `[anchor, mask x (rows - 1)]` at positions `cache.len()..`. Returns the rows after the
+    /// final norm, `[rows][hidden]`. The block's own keys and values are dropped afterwards. `each` is called
+    /// with every layer's number and output (for tests).
     pub fn hidden(
         &self,
         target: &Target,
@@ -438,7 +441,7 @@ impl Drafter {
         tokens[0] = anchor;
         let mut x = target.embed(&tokens, self.config.embedding_scale);
         let at = cache.len;
-        cache.rotate_to(at + rows);
+        cache.extend_rope(at + rows);
         for (i, layer) in self.layers.iter().enumerate() {
             forward_layer(s, layer, cache, i, at, None, &mut x);
             each(i, &x);
@@ -447,7 +450,8 @@ impl Drafter {
         x
     }
 
-    /// Logits of final-normed rows through the target's head, multiplier and softcap (docs/dflash.md 3.5).
+    /// Writes logits `[rows][vocab]` to `out`, from rows `[rows][hidden]` after the final norm: the target's
+    /// head, then multiplier and softcap (docs/dflash.md 3.5).
     pub fn logits(&self, target: &Target, normed: &[f32], out: &mut Vec<f32>) {
         target.logits(normed, out);
         let cap = self.config.softcap;

@@ -1,12 +1,14 @@
-//! The reference model's arithmetic on the CPU: matrix products against weights that stay bf16, f16 or f32 in
-//! their files, attention over a KV cache, norms, RoPE, SwiGLU. It shares no code with `cuda/`.
+//! The reference model's arithmetic on the CPU: matrix products with weights in their stored type (bf16, f16
+//! or f32), attention over a KV cache, norms, RoPE, SwiGLU. It shares no code with `cuda/`.
 //!
-//! Every sum has one order, a function of shape and absolute position alone: 16 lanes by index modulo 16,
-//! folded 8-4-2-1. A row's bits therefore depend neither on the rows computed with it nor on the number of
-//! threads, and are the same under AVX-512, AVX2 and NEON (x86 without FMA rounds twice and differs in the
-//! last bits). This is what makes speculative decoding equal autoregressive decoding bit for bit.
+//! Every sum has a fixed order that depends only on shapes and absolute positions. Linear layers, norms and
+//! softmax sums add element i in lane i modulo 16, then add lanes 8, 4, 2 and 1 apart. Attention scores use
+//! four accumulators, and weighted values are added in order of position. A row's bits therefore depend
+//! neither on the rows computed with it nor on the number of threads. They are the same with AVX-512, AVX2
+//! and NEON (x86 without FMA rounds twice and differs in the last bits). This is why speculative decoding
+//! equals autoregressive decoding bit for bit.
 
-// Tiles are small constants; indexing several arrays with one counter is what the compiler unrolls into
+// Tile sizes are small constants. The compiler unrolls loops that index several arrays with one counter into
 // registers.
 #![allow(clippy::needless_range_loop)]
 
@@ -14,7 +16,7 @@ use crate::checkpoint::safetensors::{Dtype, Tensor};
 pub use crate::cpu::kv_cache::Kv;
 use crate::cpu::simd::{Bf16, Element, F16, F32, Job, LANES, Simd, run, widen, widen_as};
 
-/// A weight matrix `[rows][cols]` in its checkpoint's bytes; `y = x W^T` reads row `n` for output `n`.
+/// A weight matrix `[rows][cols]` in the bytes of its checkpoint. `y = x W^T` reads row `n` for output `n`.
 pub struct Matrix {
     tensor: Tensor,
     /// Output features.
@@ -31,7 +33,7 @@ impl Matrix {
         Matrix { tensor, rows, cols }
     }
 
-    /// Row `row` as f32, `[cols]`, times `scale`.
+    /// Writes row `row` times `scale` to `out` `[cols]`.
     pub fn row(&self, row: usize, scale: f32, out: &mut [f32]) {
         let size = self.cols * self.tensor.dtype.size();
         widen(&self.tensor.bytes()[row * size..][..size], self.tensor.dtype, out);
@@ -39,7 +41,7 @@ impl Matrix {
     }
 }
 
-/// A whole tensor as f32, for the small ones (norm weights).
+/// Converts a whole tensor to f32; for small ones (norm weights).
 pub fn to_f32(tensor: &Tensor) -> Vec<f32> {
     let mut out = vec![0.0; tensor.shape.iter().product()];
     widen(tensor.bytes(), tensor.dtype, &mut out);
@@ -56,18 +58,20 @@ pub fn install<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     match rayon::ThreadPoolBuilder::new().num_threads(cores).build() {
         Ok(pool) => pool.install(f),
         Err(_) => {
-            // No threads are available: this one does all the work. It must be a pool's, or rayon would start
-            // threads again.
+            // No threads are available, so this one does all the work. It must belong to a pool, or rayon
+            // would try to start its global pool.
             let _alone = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
             f()
         }
     }
 }
 
-/// Below this many multiply-adds a second thread costs more than it saves (a hand-over takes about 1 us).
+/// Minimum multiply-adds per task. For fewer, handing a task to another thread (about 1 us) costs more than
+/// it saves.
 const WORK_PER_TASK: usize = 1 << 14;
 
-/// `f(0..units)` cut into ranges of whole `grain`s for the pool's threads.
+/// Runs `f` over `0..units`, divided among the pool's threads into ranges that begin at multiples of `grain`.
+/// `work`: multiply-adds in total.
 fn split(units: usize, grain: usize, work: usize, f: &(impl Fn(std::ops::Range<usize>) + Sync)) {
     fn fork(lo: usize, hi: usize, tasks: usize, grain: usize, f: &(impl Fn(std::ops::Range<usize>) + Sync)) {
         let mid = lo + (hi - lo).div_ceil(grain) / 2 * grain;
@@ -80,12 +84,12 @@ fn split(units: usize, grain: usize, work: usize, f: &(impl Fn(std::ops::Range<u
     fork(0, units, threads.min(work / WORK_PER_TASK), grain, f);
 }
 
-/// A buffer that several tasks write at disjoint places.
+/// A buffer that several tasks write, each in its own places.
 #[derive(Clone, Copy)]
 struct Shared(*mut f32, usize);
 
-// SAFETY: only `block` reaches the pointer, and no two tasks write the same element: a feature of a linear,
-// or a query of attention, belongs to one task.
+// SAFETY: only `block` uses the pointer, and no two tasks write the same element: each output feature of
+// `linear` and each query of `attention` belongs to one task.
 unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
@@ -118,7 +122,8 @@ pub fn linear<const N: usize>(x: &[f32], rows: usize, jobs: [(&Matrix, &mut Vec<
         total += w.rows;
         *end = total;
     }
-    // Units are output features of all matrices in a row; a task takes a range of them, for every row of x.
+    // Units are the output features of all matrices, numbered consecutively. A task computes a range of them
+    // for every row of x.
     split(total, LANES, total * cols * rows, &|units| {
         for ((w, y), end) in jobs.iter().zip(ends) {
             let first = end - w.rows;
@@ -130,7 +135,7 @@ pub fn linear<const N: usize>(x: &[f32], rows: usize, jobs: [(&Matrix, &mut Vec<
     });
 }
 
-/// `out = softmax(q K^T / sqrt(head_dim)) V` for `q [rows][heads * head_dim]`; row `r` sees the positions
+/// `out = softmax(q K^T / sqrt(head_dim)) V` for `q [rows][heads * head_dim]`. Row `r` attends to positions
 /// `visible(r)` (not empty). Query head `j` reads KV head `j / (heads / kv_heads)`.
 pub fn attention(
     q: &[f32],
@@ -139,21 +144,21 @@ pub fn attention(
     visible: &(impl Fn(usize) -> std::ops::Range<usize> + Sync),
     out: &mut Vec<f32>,
 ) {
-    let rows = q.len() / (heads * kv.dims);
-    let group = heads / kv.heads;
+    let rows = q.len() / (heads * kv.head_dim);
+    let group = heads / kv.kv_heads;
     out.resize(q.len(), 0.0);
     let out = Shared::new(out);
-    let work = heads * 2 * kv.dims * (0..rows).map(|r| visible(r).len()).sum::<usize>();
-    // A unit is four queries that share a KV head; queries of one KV head are numbered row by row.
+    let work = heads * 2 * kv.head_dim * (0..rows).map(|r| visible(r).len()).sum::<usize>();
+    // A unit is four queries that share a KV head. The queries of a KV head are numbered row by row.
     let queries = rows * group;
     let units = queries.div_ceil(4);
-    split(kv.heads * units, 1, work, &|range| {
+    split(kv.kv_heads * units, 1, work, &|range| {
         let mut scores = Vec::new();
         for unit in range {
             let (kv_head, first) = (unit / units, unit % units * 4);
             let query = |i: usize| {
                 let (row, head) = ((first + i) / group, kv_head * group + (first + i) % group);
-                Query { at: (row * heads + head) * kv.dims, visible: visible(row) }
+                Query { at: (row * heads + head) * kv.head_dim, visible: visible(row) }
             };
             match queries - first {
                 1 => run(Attend { q, kv, kv_head, queries: [query(0)], scores: &mut scores, out }),
@@ -167,7 +172,7 @@ pub fn attention(
     });
 }
 
-/// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row; a row is as long as `weight`.
+/// `out = x / sqrt(mean(x^2) + eps) * weight` for each row of `x`; a row is as long as `weight`.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut Vec<f32>) {
     out.clear();
     out.extend_from_slice(x);
@@ -181,8 +186,8 @@ pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
     }
 }
 
-/// Half-split RoPE in place: `x [rows][heads * head_dim]`, `table [rows][rotary_dims]`, a row's cosines, then
-/// sines.
+/// Half-split RoPE in place: `x [rows][heads * head_dim]`, `table [rows][rotary_dims]`, the cosines of a row
+/// before its sines.
 pub fn rope(x: &mut [f32], heads: usize, head_dim: usize, table: &[f32], rotary_dims: usize) {
     let half = rotary_dims / 2;
     for (x, table) in x.chunks_mut(heads * head_dim).zip(table.chunks(rotary_dims)) {
@@ -196,7 +201,7 @@ pub fn rope(x: &mut [f32], heads: usize, head_dim: usize, table: &[f32], rotary_
     }
 }
 
-/// `gate = silu(gate) * up`
+/// `gate = silu(gate) * up`, in place.
 pub fn swiglu(gate: &mut [f32], up: &[f32]) {
     run(Swiglu { gate, up });
 }
@@ -230,8 +235,8 @@ impl Job for Linear<'_> {
 }
 
 impl Linear<'_> {
-    /// Cuts the product into strips of equal tiles. With one row many features share a tile, with many rows
-    /// two do: the same sums either way.
+    /// Divides the product into strips of equal tiles. With one row a tile has many features, with more rows
+    /// it has two. The sums are the same.
     #[inline(always)]
     unsafe fn typed<S: Simd, E: Element>(&self) {
         unsafe {
@@ -277,7 +282,8 @@ impl<E: Element, const MB: usize, const NB: usize> Job for Strip<'_, E, MB, NB> 
             if self.rows.is_empty() || self.features.is_empty() {
                 return;
             }
-            // The ranges were checked in `new`, `block` checks the output's; from here on pointers only step.
+            // `new` has checked the ranges and `block` checks the output's. From here on only pointers
+            // advance.
             let Linear { x, w, y, .. } = self.linear;
             let (cols, stride) = (w.cols, w.rows);
             let last = (self.rows.end - 1) * stride + self.features.end;
@@ -298,8 +304,8 @@ impl<E: Element, const MB: usize, const NB: usize> Job for Strip<'_, E, MB, NB> 
     }
 }
 
-/// `MB` rows of x against `NB` features: `x [MB][cols]`, `w [NB][cols]`, `y [MB]` rows at a distance of
-/// `stride`.
+/// `MB` rows of x times `NB` features: `x [MB][cols]`, `w [NB][cols]`, `y [MB][stride]`, where the first `NB`
+/// columns of `y` are written.
 ///
 /// # Safety
 /// As [`Simd`], for all of these.
@@ -313,14 +319,14 @@ unsafe fn tile<S: Simd, E: Element, const MB: usize, const NB: usize>(
 ) {
     unsafe {
         let (whole, rest) = (cols / LANES, cols % LANES);
-        let wide_row = cols.wrapping_mul(E::SIZE);
+        let row_bytes = cols.wrapping_mul(E::SIZE);
         let mut acc = [[S::splat(0.0); NB]; MB];
         let (mut px, mut pw) = (x, w);
-        // Plain loops, not closures: one that is not inlined would lose the instruction set.
+        // Plain loops, because a closure that is not inlined is compiled without the instruction set.
         for _ in 0..whole {
             let mut wide = [S::splat(0.0); NB];
             for j in 0..NB {
-                wide[j] = E::load::<S>(pw.add(j.wrapping_mul(wide_row)));
+                wide[j] = E::load::<S>(pw.add(j.wrapping_mul(row_bytes)));
             }
             for i in 0..MB {
                 let x = S::load(px.add(i.wrapping_mul(cols)));
@@ -332,9 +338,9 @@ unsafe fn tile<S: Simd, E: Element, const MB: usize, const NB: usize>(
             pw = pw.add(LANES * E::SIZE);
         }
         if rest > 0 {
-            // The last, partial step: zeros beyond the end add nothing.
+            // The last, partial step is padded with zeros, which add nothing.
             for j in 0..NB {
-                let wide = S::load(padded::<E>(pw.add(j.wrapping_mul(wide_row)), rest).as_ptr());
+                let wide = S::load(padded::<E>(pw.add(j.wrapping_mul(row_bytes)), rest).as_ptr());
                 for i in 0..MB {
                     let x = S::load(padded::<F32>(px.add(i.wrapping_mul(cols)).cast(), rest).as_ptr());
                     acc[i][j] = S::fma(x, wide, acc[i][j]);
@@ -356,7 +362,7 @@ unsafe fn tile<S: Simd, E: Element, const MB: usize, const NB: usize>(
     }
 }
 
-/// `count < 16` elements from `p`, then zeros.
+/// The `count < 16` elements at `p` as f32, followed by zeros.
 ///
 /// # Safety
 /// `count` elements are readable at `p`.
@@ -368,7 +374,7 @@ unsafe fn padded<E: Element>(p: *const u8, count: usize) -> [f32; LANES] {
 }
 
 struct Query {
-    /// Where it starts in `q` and its result in `out`.
+    /// Offset of the query in `q` and of its result in `out`.
     at: usize,
     visible: std::ops::Range<usize>,
 }
@@ -387,14 +393,14 @@ impl<const N: usize> Job for Attend<'_, N> {
     #[inline(always)]
     unsafe fn go<S: Simd>(self) {
         unsafe {
-            let (dims, wide) = (self.kv.dims, self.kv.dims.next_multiple_of(LANES));
+            let (dims, padded_dims) = (self.kv.head_dim, self.kv.head_dim.next_multiple_of(LANES));
             let lo = self.queries.iter().map(|q| q.visible.start).min().unwrap_or(0);
             let hi = self.queries.iter().map(|q| q.visible.end).max().unwrap_or(0);
             assert!(
                 hi <= self.kv.tiles * LANES && self.queries.iter().all(|q| q.visible.start < q.visible.end)
             );
-            // Tiles are aligned to absolute positions, so a key's lane and its place in every sum never
-            // change.
+            // Tiles are aligned to absolute positions, so a key always has the same lane and the same place
+            // in every sum.
             let (first, tiles) = (lo / LANES, hi.div_ceil(LANES) - lo / LANES);
             let width = tiles * LANES;
             self.scores.resize(N * width, 0.0);
@@ -456,23 +462,23 @@ impl<const N: usize> Job for Attend<'_, N> {
                 inverse[i] = 1.0 / S::sum(total);
             }
 
-            let near = |q: &Query| q.visible.start - first * LANES..q.visible.end - first * LANES;
-            let seen = self.queries.each_ref().map(near);
-            let values = self.kv.values[(self.kv_head * self.kv.tiles + first) * LANES * wide..]
-                [..width * wide]
+            let relative = |q: &Query| q.visible.start - first * LANES..q.visible.end - first * LANES;
+            let visible = self.queries.each_ref().map(relative);
+            let values = self.kv.values[(self.kv_head * self.kv.tiles + first) * LANES * padded_dims..]
+                [..width * padded_dims]
                 .as_ptr();
             let mut d = 0;
-            while d < wide {
-                let vectors = if wide - d >= 4 * LANES { 4 } else { 1 };
-                let mixed = match vectors {
-                    4 => mix::<S, N, 4>(scores, values.add(d), &seen, wide),
-                    _ => mix::<S, N, 1>(scores, values.add(d), &seen, wide),
+            while d < padded_dims {
+                let vectors = if padded_dims - d >= 4 * LANES { 4 } else { 1 };
+                let sums = match vectors {
+                    4 => weighted_sums::<S, N, 4>(scores, values.add(d), &visible, padded_dims),
+                    _ => weighted_sums::<S, N, 1>(scores, values.add(d), &visible, padded_dims),
                 };
                 for i in 0..N {
-                    for (v, mixed) in mixed[i][..vectors].iter().enumerate() {
+                    for (v, sum) in sums[i][..vectors].iter().enumerate() {
                         let at = d + v * LANES;
                         let len = LANES.min(dims - at);
-                        let lanes = S::lanes(S::mul(*mixed, S::splat(inverse[i])));
+                        let lanes = S::lanes(S::mul(*sum, S::splat(inverse[i])));
                         let out = self.out.block(self.queries[i].at + at, len);
                         out.copy_from_nonoverlapping(lanes.as_ptr(), len);
                     }
@@ -483,24 +489,24 @@ impl<const N: usize> Job for Attend<'_, N> {
     }
 }
 
-/// For each of `N` queries the sum over the keys it has `seen`, in ascending order, of weight times `16 D`
-/// dims of the value. Hidden values are left out instead of weighted with zero, because a nonfinite value
-/// times zero is NaN.
+/// `16 * D` dimensions of the attention output of `N` queries, before division by the softmax sum: for each
+/// query the sum of weight times value over its `visible` keys, in ascending order. Masked values are skipped
+/// instead of weighted with zero, because a nonfinite value times zero is NaN.
 ///
 /// # Safety
-/// As [`Simd`]; `weights` and `values` (rows `stride` apart) reach to the end of what is seen.
+/// As [`Simd`]. `weights` and `values` (rows `stride` apart) cover all visible keys.
 #[inline(always)]
-unsafe fn mix<S: Simd, const N: usize, const D: usize>(
+unsafe fn weighted_sums<S: Simd, const N: usize, const D: usize>(
     weights: [*mut f32; N],
     values: *const f32,
-    seen: &[std::ops::Range<usize>; N],
+    visible: &[std::ops::Range<usize>; N],
     stride: usize,
 ) -> [[S::V; 4]; N] {
     unsafe {
-        let starts = seen.iter().map(|keys| keys.start);
-        let ends = seen.iter().map(|keys| keys.end);
+        let starts = visible.iter().map(|keys| keys.start);
+        let ends = visible.iter().map(|keys| keys.end);
         let (lo, hi) = (starts.clone().min().unwrap_or(0), ends.clone().max().unwrap_or(0));
-        // Between these two every query sees every key.
+        // Every query attends to all keys in from..to.
         let from = starts.max().unwrap_or(lo).min(hi);
         let to = ends.min().unwrap_or(hi).max(from);
         let mut acc = [[S::splat(0.0); 4]; N];
@@ -511,7 +517,7 @@ unsafe fn mix<S: Simd, const N: usize, const D: usize>(
                     value[v] = S::load(values.add(key * stride + v * LANES));
                 }
                 for i in 0..N {
-                    if all || seen[i].contains(&key) {
+                    if all || visible[i].contains(&key) {
                         let weight = S::splat(*weights[i].add(key));
                         for v in 0..D {
                             acc[i][v] = S::fma(weight, value[v], acc[i][v]);
@@ -574,14 +580,14 @@ impl Job for Swiglu<'_> {
     }
 }
 
-/// `e^x`, within 2 ulp for `-87 < x < 88`; clamped outside; NaN stays NaN.
+/// `e^x`, within 2 ulp for `-87 < x < 88`. `x` is clamped to -87.3 and 88. NaN stays NaN.
 ///
 /// # Safety
 /// As [`Simd`].
 #[inline(always)]
 unsafe fn exp<S: Simd>(x: S::V) -> S::V {
     unsafe {
-        // The order matters: `min` and `max` return the second operand if either is NaN.
+        // The operand order keeps NaN: `min` and `max` return the second operand if either is NaN.
         let x = S::min(S::splat(88.0), S::max(S::splat(-87.3), x));
         // n = round(x / ln 2) by adding 1.5 * 2^23, whose low bits then hold n; r = x - n ln 2 in two steps.
         let magic = S::splat(12_582_912.0);
@@ -589,7 +595,7 @@ unsafe fn exp<S: Simd>(x: S::V) -> S::V {
         let n = S::sub(shifted, magic);
         let r = S::fma(n, S::splat(-0.693_145_75), x);
         let r = S::fma(n, S::splat(-1.428_606_8e-6), r);
-        // Taylor's series to r^7, |r| <= 0.347: the remainder is below 6e-9.
+        // The Taylor series to r^7. |r| <= 0.347, so the remainder is below 6e-9.
         let mut p = S::splat(1.0 / 5040.0);
         for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
             p = S::fma(p, r, S::splat(c));
@@ -607,7 +613,7 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     use crate::cpu::simd::x86;
 
-    /// What a job writes under every instruction set of this CPU, the plain one first.
+    /// The output of a job with each instruction set of this CPU, the plain one first.
     macro_rules! on_each_set {
         ($len:expr, |$out:ident| $job:expr) => {{
             let mut results: Vec<Vec<f32>> = Vec::new();
@@ -634,9 +640,9 @@ mod tests {
         }};
     }
 
-    /// All with fused multiply-add agree bit for bit; the plain one, which may round twice, to 1e-5 of the
-    /// largest.
-    fn agree(results: &[Vec<f32>], what: &str) {
+    /// The instruction sets with fused multiply-add agree bit for bit. The plain one may round twice, and
+    /// agrees to 1e-5 of the largest value.
+    fn assert_agree(results: &[Vec<f32>], what: &str) {
         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
         assert!(results[0].iter().all(|v| v.is_finite()));
         let size = results[0].iter().fold(0f32, |m, v| m.max(v.abs()));
@@ -692,7 +698,10 @@ mod tests {
                         y: Shared::new(&mut y),
                         features: 0..features
                     });
-                    agree(&results, &format!("{dtype:?}, {rows} rows, {features} features, {cols} inputs"));
+                    assert_agree(
+                        &results,
+                        &format!("{dtype:?}, {rows} rows, {features} features, {cols} inputs"),
+                    );
                 }
             }
         }
@@ -712,7 +721,7 @@ mod tests {
             scores: &mut Vec::new(),
             out: Shared::new(&mut out)
         });
-        agree(&results, &format!("{N} queries of {dims}"));
+        assert_agree(&results, &format!("{N} queries of {dims}"));
     }
 
     #[test]
@@ -733,12 +742,12 @@ mod tests {
                 row.copy_from_slice(&x);
                 Norm { row: &mut row, weight: &weight, eps: 1e-6 }
             });
-            agree(&results, "norm");
+            assert_agree(&results, "norm");
             let results = on_each_set!(width, |gate| {
                 gate.copy_from_slice(&x.iter().map(|v| v * 20.0).collect::<Vec<f32>>());
                 Swiglu { gate: &mut gate, up: &weight }
             });
-            agree(&results, "swiglu");
+            assert_agree(&results, "swiglu");
         }
     }
 
@@ -748,7 +757,7 @@ mod tests {
         #[inline(always)]
         unsafe fn go<S: Simd>(self) {
             for x in self.0.chunks_exact_mut(LANES) {
-                // SAFETY: 16 elements, and the caller vouches for the CPU.
+                // SAFETY: the chunk has 16 elements, and the caller guarantees the instructions.
                 unsafe { S::store(x.as_mut_ptr(), exp::<S>(S::load(x.as_ptr()))) };
             }
         }
@@ -757,8 +766,8 @@ mod tests {
     #[test]
     fn exp_is_within_two_ulp() {
         // Every 997th float from 0 to 88 and from 0 to -87.
-        let upto = |end: f32| (0..end.to_bits()).step_by(997).map(f32::from_bits);
-        let mut x: Vec<f32> = upto(88.0).chain(upto(87.0).map(|x| -x)).collect();
+        let up_to = |end: f32| (0..end.to_bits()).step_by(997).map(f32::from_bits);
+        let mut x: Vec<f32> = up_to(88.0).chain(up_to(87.0).map(|x| -x)).collect();
         x.resize(x.len().next_multiple_of(LANES), 1.0);
         let results = on_each_set!(x.len(), |y| {
             y.copy_from_slice(&x);
@@ -774,9 +783,9 @@ mod tests {
             }
             assert!(worst < 2.0, "{worst} ulp");
         }
-        let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -1e30, 0.0, -0.0, 89.0];
+        let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -1e30, 0.0, -0.0, 89.0];
         let results = on_each_set!(LANES, |y| {
-            y[..8].copy_from_slice(&odd);
+            y[..8].copy_from_slice(&special);
             Exp(&mut y)
         });
         for y in results {

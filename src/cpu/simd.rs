@@ -1,22 +1,22 @@
-//! Vectors of 16 f32 under AVX-512, AVX2, or plain Rust, and the widening of weights into them. The
-//! operations are in [`crate::cpu::ops`], written once and generic over [`Simd`].
+//! Vectors of 16 f32 in AVX-512, AVX2 or plain Rust, and the conversion of weights to f32. The operations on
+//! them are in [`crate::cpu::ops`], written once and generic over [`Simd`].
 
 use crate::checkpoint::safetensors::Dtype;
 
-/// Elements of a vector under every instruction set.
+/// Elements of a vector, the same for every instruction set.
 pub(crate) const LANES: usize = 16;
 
-/// An operation on slices, compiled once per instruction set.
+/// An operation that is compiled once per instruction set.
 pub(crate) trait Job {
     /// # Safety
     /// The CPU must have `S`'s instructions.
     unsafe fn go<S: Simd>(self);
 }
 
-/// Runs a job with the best instructions this CPU has.
+/// Runs a job with the widest instruction set that this CPU has.
 pub(crate) fn run(job: impl Job) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: called only where the CPU reports the features.
+    // SAFETY: each is called only if the CPU reports its features.
     if x86::has_avx512() {
         return unsafe { x86::Avx512::call(job) };
     } else if x86::has_avx2() {
@@ -28,9 +28,14 @@ pub(crate) fn run(job: impl Job) {
 
 // ---- element types of weights ----
 
+/// An element type of weights, little-endian.
 pub(crate) trait Element {
+    /// Bytes of an element.
     const SIZE: usize;
+    /// Converts the first element of `bytes` to f32.
     fn scalar(bytes: &[u8]) -> f32;
+    /// Converts the 16 elements at `p` to f32.
+    ///
     /// # Safety
     /// 16 elements are readable at `p`, and the CPU has `S`'s instructions.
     unsafe fn load<S: Simd>(p: *const u8) -> S::V;
@@ -73,7 +78,7 @@ impl Element for F32 {
     }
 }
 
-/// `bytes` as f32, element by element.
+/// Converts the elements in `bytes` to f32.
 pub(crate) fn widen(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
     match dtype {
         Dtype::Bf16 => widen_as::<Bf16>(bytes, out),
@@ -82,7 +87,7 @@ pub(crate) fn widen(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
     }
 }
 
-/// [`widen`] for one type.
+/// [`widen`] for one element type.
 pub(crate) fn widen_as<E: Element>(bytes: &[u8], out: &mut [f32]) {
     for (o, b) in out.iter_mut().zip(bytes.chunks_exact(E::SIZE)) {
         *o = E::scalar(b);
@@ -94,14 +99,14 @@ pub(crate) fn widen_as<E: Element>(bytes: &[u8], out: &mut [f32]) {
 /// A vector of 16 f32 and its operations.
 ///
 /// # Safety
-/// Every method requires that the CPU has the type's instructions; loads and stores that 16 elements are
-/// accessible.
+/// Every method requires that the CPU has the type's instructions. Loads and stores also require that 16
+/// elements are accessible.
 pub(crate) trait Simd: Sized {
     type V: Copy;
-    /// Accumulators that fit the registers.
+    /// Number of accumulators in an output tile that fit into registers.
     const TILE: usize;
-    /// Runs a job compiled for these instructions, in a function of its own: one large function spills
-    /// registers.
+    /// Runs a job compiled for these instructions. It is a separate function, because inlining everything
+    /// into one large function spills registers.
     unsafe fn call(job: impl Job);
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
@@ -112,14 +117,16 @@ pub(crate) trait Simd: Sized {
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
-    /// `b` if either is NaN; so is `max`.
+    /// The smaller of each pair; `b` if either is NaN.
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// The larger of each pair; `b` if either is NaN.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// `2^n` for `v = 1.5 * 2^23 + n`, `-126 <= n <= 127`
     unsafe fn pow2(v: Self::V) -> Self::V;
 
+    /// The lanes as an array.
     #[inline(always)]
     unsafe fn lanes(v: Self::V) -> [f32; LANES] {
         let mut out = [0.0; LANES];
@@ -127,7 +134,7 @@ pub(crate) trait Simd: Sized {
         out
     }
 
-    /// The sum of the lanes, folded 8-4-2-1.
+    /// The sum of the lanes: lanes 8 apart are added first, then those 4, 2 and 1 apart.
     #[inline(always)]
     unsafe fn sum(v: Self::V) -> f32 {
         let v = unsafe { Self::lanes(v) };
@@ -143,7 +150,7 @@ pub(crate) trait Simd: Sized {
     }
 }
 
-/// Arrays that the compiler may vectorise as it likes; NEON on aarch64.
+/// Plain arrays. The compiler vectorizes them with the instructions of the build's target, such as NEON.
 pub(crate) struct Plain;
 
 impl Simd for Plain {
@@ -201,7 +208,7 @@ impl Simd for Plain {
     }
     #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        // Without the instruction `mul_add` is a slow library call; x86 before 2013 rounds twice instead.
+        // Without an FMA instruction `mul_add` is a slow library call, so this rounds twice instead.
         if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
             std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
         } else {
@@ -226,8 +233,8 @@ pub(crate) mod x86 {
             && is_x86_feature_detected!("f16c")
     }
 
-    /// Whether the CPU has the instructions of [`Avx512`]. Without VL the compiler leaves half of the 32
-    /// registers unused.
+    /// Whether the CPU has the instructions of [`Avx512`]. VL, BW and DQ are in every CPU with AVX-512 except
+    /// Xeon Phi.
     pub fn has_avx512() -> bool {
         has_avx2()
             && is_x86_feature_detected!("avx512f")
@@ -308,12 +315,11 @@ pub(crate) mod x86 {
                 _mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(127 << 23)))
             }
         }
-        /// The 16 folds at once: each step adds halves of vector pairs, so that 15 additions serve all 16
-        /// sums.
+        /// All 16 sums at once. Each step adds the halves of two vectors, so that 15 additions give 16 sums.
         #[inline(always)]
         unsafe fn sum16(v: [__m512; 16]) -> [f32; LANES] {
             unsafe {
-                // Lanes l and l + 8: vector i in the low half, i + 8 in the high half.
+                // Adds lanes l and l + 8. a[i] has vector i in its low half, vector i + 8 in its high half.
                 const FROM: [usize; 16] = [0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15];
                 let v: [__m512; 16] = {
                     let mut ordered = v;
@@ -328,22 +334,22 @@ pub(crate) mod x86 {
                     let high = _mm512_shuffle_f32x4::<0b11_10_11_10>(v[i], v[i + 8]);
                     a[i] = _mm512_add_ps(low, high);
                 }
-                // l and l + 4: quarters hold i, i + 4, i + 8, i + 12 in the order 0, 8, 4, 12.
+                // Adds lanes l and l + 4. The quarters of b[i] hold vectors i, i + 8, i + 4, i + 12.
                 let mut b = [_mm512_setzero_ps(); 4];
                 for i in 0..4 {
                     let low = _mm512_shuffle_f32x4::<0b10_00_10_00>(a[i], a[i + 4]);
                     let high = _mm512_shuffle_f32x4::<0b11_01_11_01>(a[i], a[i + 4]);
                     b[i] = _mm512_add_ps(low, high);
                 }
-                // l and l + 2, within quarters: pairs hold i, i + 2.
+                // Adds lanes l and l + 2 within quarters. A quarter's pairs of lanes hold vectors i, i + 2.
                 let mut c = [_mm512_setzero_ps(); 2];
                 for i in 0..2 {
                     let low = _mm512_shuffle_ps::<0b01_00_01_00>(b[i], b[i + 2]);
                     let high = _mm512_shuffle_ps::<0b11_10_11_10>(b[i], b[i + 2]);
                     c[i] = _mm512_add_ps(low, high);
                 }
-                // l and l + 1: lanes of a quarter hold c0's pairs, then c1's. Quarter q, lane p would hold
-                // vector {0, 8, 4, 12}[q] + {0, 2, 1, 3}[p]: undone by the order going in.
+                // Adds lanes l and l + 1. Lane p of quarter q holds the sum of reordered vector
+                // {0, 8, 4, 12}[q] + {0, 2, 1, 3}[p], which is the argument's vector 4 q + p because of FROM.
                 let low = _mm512_shuffle_ps::<0b10_00_10_00>(c[0], c[1]);
                 let high = _mm512_shuffle_ps::<0b11_01_11_01>(c[0], c[1]);
                 Self::lanes(_mm512_add_ps(low, high))

@@ -1,5 +1,5 @@
-//! The capacity of a batch: how many sequences, how long, and which kinds of rounds its memory and graphs are
-//! made for.
+//! The capacity of a batch: how many sequences, their length, and the kinds of rounds that its memory and
+//! graphs support.
 
 use crate::checkpoint::pair::Pair;
 use crate::gpu::kernels::PAGE;
@@ -22,7 +22,7 @@ pub struct BatchConfig {
     pub sequences: usize,
     /// Rows of a draft block, the anchor included: 1 to 64; 1 is autoregressive decoding.
     pub block: usize,
-    /// Pages of keys and values, [`PAGE`] positions each, shared by all sequences.
+    /// Pages of the KV cache, [`PAGE`] positions each, shared by all sequences.
     pub pages: usize,
     /// The most positions of one sequence, prompt and answer together.
     pub positions: usize,
@@ -43,14 +43,14 @@ impl BatchConfig {
         BatchConfig { sequences, block, pages, positions, tree: 0, draft_probs: false, adaptive: false }
     }
 
-    /// The same with trees of up to `rows` rows. A tree's rows take cache slots behind the sequence's
-    /// positions, so every sequence gets pages for them too.
+    /// The same with trees of up to `rows` rows. The rows of a tree need cache slots after the sequence's
+    /// last position, so every sequence gets pages for them too.
     pub fn with_trees(self, rows: usize) -> BatchConfig {
         let pages = self.sequences.saturating_mul((self.positions + rows).div_ceil(PAGE));
         BatchConfig { pages, tree: rows, ..self }
     }
 
-    /// The same for requests with this configuration.
+    /// The same with the capacity that requests with this [`SpecConfig`] need.
     pub fn for_spec(self, spec: &SpecConfig) -> BatchConfig {
         BatchConfig {
             draft_probs: spec.method() != VerifyMethod::Match,
@@ -69,8 +69,9 @@ impl BatchConfig {
         (self.positions + self.tree).div_ceil(PAGE)
     }
 
-    /// [`BatchConfig::new`] for a pair. Sequences have `ctx` positions where it is given; otherwise `needed`,
-    /// the positions of the longest request, but at least 8192 and at most what the models allow.
+    /// [`BatchConfig::new`] for a pair. Sequences have `ctx` positions if it is given. Otherwise they have
+    /// `needed` positions (those of the longest request), but at least 8192 and at most what the models
+    /// allow.
     ///
     /// # Errors
     /// As [`Pair::context`].
@@ -115,7 +116,7 @@ impl BatchConfig {
     }
 }
 
-/// As in "memory for ...".
+/// A noun phrase for sentences such as "memory for ...".
 impl fmt::Display for BatchConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let BatchConfig { sequences, block, positions, .. } = self;

@@ -1,7 +1,7 @@
-//! The GPU: [`Device`] on the CUDA driver API, which is loaded when the first device is opened. Running needs
-//! no other part of CUDA.
+//! [`Device`] on a GPU, through the CUDA driver API. The driver library is loaded when the first device is
+//! opened. No other part of CUDA is needed at run time.
 //!
-//! The kernels are in the binary as PTX for two targets: compute_90a for exactly sm_90, compute_80 for every
+//! The binary holds the kernels as PTX for two targets: compute_90a for sm_90 only, compute_80 for every
 //! other GPU from Ampere on. Only compute_90a kernels may overlap their predecessor, because `grid_wait` is
 //! empty in the others. All work is on one stream; graphs are captured from it.
 
@@ -25,17 +25,17 @@ struct Module {
     ptx: [&'static str; 2],
 }
 
-/// All modules; empty in a binary that was built without nvcc.
+/// All modules; empty in a binary built without nvcc.
 static MODULES: &[Module] = include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 
-/// The virtual architectures that this build's kernels are compiled for; empty in a binary built without
+/// The virtual architectures that this binary's kernels are compiled for; empty in a binary built without
 /// nvcc.
 pub fn targets() -> &'static [&'static str] {
     if MODULES.is_empty() { &[] } else { &["compute_80", "compute_90a"] }
 }
 
-/// The oldest CUDA version whose driver accepts the PTX of the pinned nvcc and has every function called
-/// here.
+/// The oldest CUDA version whose driver accepts the PTX of the pinned nvcc and has every function that this
+/// file calls.
 const MIN_DRIVER: u32 = 13000;
 
 /// Dynamic shared memory per block, in bytes, that a kernel can use without raising its limit.
@@ -47,7 +47,7 @@ struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
-    /// Held while the stream is captured, when waiting for it is an error.
+    /// Held while the stream is captured. Waiting for the stream during a capture is an error.
     capturing: Mutex<()>,
 }
 
@@ -63,8 +63,8 @@ impl Context {
         check("binding the context", unsafe { result::ctx::set_current(self.context) })
     }
 
-    /// Waits until no work uses the memory or graph that `free` frees, then calls it. Failures are ignored:
-    /// this runs in destructors.
+    /// Waits until no enqueued work uses the memory or graph, then calls `free`. Failures are ignored,
+    /// because this runs in destructors.
     fn free(&self, free: impl FnOnce() -> std::result::Result<(), DriverError>) {
         let _capturing = lock(&self.capturing);
         if self.bind().is_ok() {
@@ -77,8 +77,8 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: the stream was created and the context retained in `open`, and both are released once.
-        // Failures are ignored, because nothing could be done about them.
+        // SAFETY: `Cuda::with` retained the context and created the stream, and both are released once.
+        // Failures are ignored, because a destructor cannot handle them.
         unsafe {
             let _ = result::ctx::set_current(self.context);
             let _ = result::stream::synchronize(self.stream);
@@ -143,7 +143,7 @@ impl Drop for CudaEvent {
     }
 }
 
-/// An executable graph. The nodes in [`Graph`] keep its buffers alive.
+/// An executable graph. The nodes of its [`Graph`] keep the buffers alive.
 struct CudaGraph {
     executable: sys::CUgraphExec,
     context: Arc<Context>,
@@ -168,9 +168,9 @@ struct Function {
     sizes: Arc<[usize]>,
 }
 
-/// The device's mutable state. Holding its lock orders the calls of several threads.
+/// The device's mutable state. Its lock serializes the calls of several threads.
 struct State {
-    /// By file and entry point.
+    /// Loaded kernels, by file and entry point.
     functions: BTreeMap<(&'static str, &'static str), Function>,
     /// The steps of each thread that captures a graph.
     recording: HashMap<ThreadId, Vec<Node>>,
@@ -212,12 +212,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The newest CUDA version that the driver supports, as 13000 for 13.0; none without a driver.
+/// The newest CUDA version that the driver supports: 13000 for 13.0. `None` without a driver.
 ///
 /// # Errors
-/// [`Error::Internal`] where the driver does not say.
+/// [`Error::Internal`] if the driver does not report it.
 pub fn driver_version() -> Result<Option<u32>> {
-    // SAFETY: only tries to load the driver library. Without this check the first driver call would panic.
+    // SAFETY: this only tries to load the driver library. Without this check the first driver call would
+    // panic.
     if !unsafe { sys::is_culib_present() } {
         return Ok(None);
     }
@@ -228,18 +229,18 @@ pub fn driver_version() -> Result<Option<u32>> {
 }
 
 impl Cuda {
-    /// Opens GPU number `ordinal` and loads the kernels for it. The driver compiles their PTX the first time
-    /// and caches the result for later runs.
+    /// Opens GPU number `ordinal` and loads its kernels. The driver compiles their PTX on the first run and
+    /// caches the result for later runs.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] where the binary has no CUDA kernels, or the machine has no driver, no such
-    /// GPU, a driver too old for the kernels, or a GPU older than sm_80; [`Error::Internal`] where the driver
-    /// refuses a kernel.
+    /// [`Error::Unsupported`] if the binary has no CUDA kernels, or the machine has no driver, no such GPU, a
+    /// driver too old for the kernels, or a GPU older than sm_80. [`Error::Internal`] if the driver refuses a
+    /// kernel.
     pub fn open(ordinal: u32) -> Result<Cuda> {
         Cuda::with(MODULES, ordinal)
     }
 
-    /// What GPU number `ordinal` is, without loading kernels for it.
+    /// The properties of GPU number `ordinal`, without loading kernels.
     ///
     /// # Errors
     /// [`Error::Unsupported`] as [`Cuda::open`] for the machine, the driver and the GPU.
@@ -247,6 +248,7 @@ impl Cuda {
         Ok(Cuda::find(ordinal)?.1)
     }
 
+    /// Checks the driver and the GPU.
     fn find(ordinal: u32) -> Result<(sys::CUdevice, Properties)> {
         let unsupported = |what: String| Err(Error::Unsupported(what));
         let Some(driver) = driver_version()? else {
@@ -317,7 +319,8 @@ impl Cuda {
         Ok(Cuda { properties, state, modules, context })
     }
 
-    /// The driver's handle of a kernel. The first use loads it and checks it against its declaration.
+    /// The driver's handle of a kernel. The first call loads the kernel and checks it against its
+    /// declaration.
     fn function(&self, state: &mut State, kernel: &'static Kernel) -> Result<Function> {
         if let Some(function) = state.functions.get(&(kernel.file, kernel.name)) {
             return Ok(function.clone());
@@ -330,8 +333,8 @@ impl Cuda {
         let what = format!("finding kernel {}", kernel.name);
         // SAFETY: the module stays loaded as long as the context.
         let handle = check(&what, unsafe { result::module::get_function(module.0, name) })?;
-        // SAFETY: the handle is valid. Loading the function here keeps a first launch from doing it during a
-        // capture.
+        // SAFETY: the handle is valid. The function is loaded here, because otherwise its first launch would
+        // load it, possibly during a capture.
         check(&what, unsafe { sys::cuFuncLoad(handle) }.result())?;
         let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
         // SAFETY: the handle is valid.
@@ -452,8 +455,8 @@ impl Cuda {
         self.issue_node(&mut state, &node)
     }
 
-    /// Takes the device's lock and binds the context, for `what`, which cannot be part of a graph; an error
-    /// while this thread captures one.
+    /// Takes the device's lock and binds the context for `what`, an operation that cannot be part of a graph.
+    /// It is an error while this thread captures one.
     fn immediate(&self, what: &str) -> Result<MutexGuard<'_, State>> {
         let state = lock(&self.state);
         if state.recording.contains_key(&thread::current().id()) {
@@ -572,7 +575,7 @@ fn properties(device: sys::CUdevice, driver: u32) -> Result<Properties> {
     })
 }
 
-/// The card's PCI bus id; None where the driver does not report it.
+/// The GPU's PCI bus id; `None` if the driver does not report it.
 fn pci(device: sys::CUdevice) -> Option<String> {
     let mut text = [0u8; 32];
     // SAFETY: the driver writes at most `text.len()` bytes, the terminating zero included.
@@ -665,7 +668,7 @@ impl Device for Cuda {
     }
 
     /// Waits for the kernels that wrote the memory, because a kernel that reads it before its `grid_wait`
-    /// would not. A failure is reported by the next call.
+    /// does not wait for them. The next call reports a failure.
     fn seal(&self, _constant: &Buffer) {
         let _ = self.synchronize();
     }
@@ -676,8 +679,8 @@ impl Device for Cuda {
     }
 
     fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
-        // The steps are recorded first and then captured all at once, so that an error in `record` leaves no
-        // capture open and every kernel is loaded before the capture starts.
+        // The steps are first recorded and then captured together. So an error in `record` leaves no capture
+        // open, and every kernel is loaded before the capture starts.
         let thread = thread::current().id();
         self.immediate("a capture")?.recording.insert(thread, Vec::new());
         let result = record();
@@ -745,13 +748,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn opening_a_gpu_without_kernels_in_the_binary_is_an_error() {
+    fn opening_a_gpu_without_kernels_is_an_error() {
         let error = Cuda::with(&[], 0).err();
         let sentence = "device cuda: this binary was built without nvcc and has no CUDA kernels";
         assert_eq!(error, Some(Error::Unsupported(sentence.into())));
     }
 
-    /// Profilers and sanitizers need it to name source lines.
+    /// Profilers and sanitizers need line information to name source lines.
     #[test]
     fn both_images_of_every_kernel_have_line_information() {
         for module in MODULES {

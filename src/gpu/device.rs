@@ -2,9 +2,9 @@
 //! `crate::gpu::emulator` and [`crate::gpu::dry_run`] implement it; none of them knows what a model is.
 //!
 //! A device has one stream: it runs everything in the order of the calls. [`Device::launch`] is safe because
-//! a kernel's arguments are only numbers and buffers, and a launch or a graph keeps its buffers alive. That a
-//! kernel stays inside its buffers is guaranteed by its launcher in [`crate::gpu::kernels`], which the
-//! emulator tests.
+//! a kernel's arguments are only numbers and buffers, and a launch or a graph keeps its buffers alive. The
+//! launchers in [`crate::gpu::kernels`] guarantee that a kernel stays inside its buffers; tests check this on
+//! the emulator.
 
 use crate::{Error, Result};
 use std::any::Any;
@@ -30,7 +30,7 @@ pub struct Kernel {
 pub enum Arg {
     /// A pointer to device memory.
     Buffer(Buffer),
-    /// A null pointer, where a kernel allows one.
+    /// A null pointer, if the kernel allows one.
     Null,
     /// A `u32`.
     U32(u32),
@@ -122,7 +122,7 @@ impl Buffer {
     /// The `bytes` bytes from byte `offset` on.
     ///
     /// # Errors
-    /// [`Error::Internal`] where this range is not inside the buffer.
+    /// [`Error::Internal`] if this range is not inside the buffer.
     pub fn slice(&self, offset: usize, bytes: usize) -> Result<Buffer> {
         match offset.checked_add(bytes) {
             Some(end) if end <= self.bytes => {
@@ -142,7 +142,7 @@ impl fmt::Debug for Buffer {
     }
 }
 
-/// Buffers are equal if address and size are.
+/// Buffers are equal if their addresses and sizes are equal.
 impl PartialEq for Buffer {
     fn eq(&self, other: &Buffer) -> bool {
         (self.address, self.bytes) == (other.address, other.bytes)
@@ -226,7 +226,7 @@ impl Pinned {
     /// before it.
     ///
     /// # Errors
-    /// [`Error::Internal`] where the offset is not a multiple of 4 inside the buffer.
+    /// [`Error::Internal`] if the offset is not a multiple of 4 inside the buffer.
     pub fn read_u32(&self, offset: usize) -> Result<u32> {
         if !offset.is_multiple_of(4) || offset.checked_add(4).is_none_or(|end| end > self.buffer.bytes) {
             return Err(Error::Internal(format!(
@@ -242,21 +242,21 @@ impl Pinned {
     }
 }
 
-/// Counters of kernel launches on the emulator. They include everything that goes through the wrappers of
-/// `ptx.cuh`.
+/// Counters of kernel launches on the emulator. They count every operation that goes through the wrappers of
+/// `cuda/common/ptx.cuh`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Kernel launches.
     pub launches: u64,
     /// Thread blocks run.
     pub blocks: u64,
-    /// Bytes of streaming loads (`ld_stream`): weights.
+    /// Bytes of streaming loads (`ld_stream`): weights and other constants.
     pub streamed: u64,
     /// Bytes of all other global loads, `cp.async` included.
     pub read: u64,
     /// Bytes of global stores and atomics.
     pub written: u64,
-    /// Warp-wide `mma.m16n8k16` instructions; a wgmma counts as the number it is equivalent to.
+    /// Warp-wide `mma.m16n8k16` instructions; a wgmma counts as the equivalent number.
     pub mma: u64,
     /// Warp-wide shared-memory accesses checked for bank conflicts: `ldmatrix` always, others on request.
     pub shared: u64,
@@ -277,7 +277,7 @@ impl AddAssign for Counts {
     }
 }
 
-/// The work between two readings of the counters.
+/// The difference between two readings of the counters.
 impl Sub for Counts {
     type Output = Counts;
     fn sub(self, before: Counts) -> Counts {
@@ -311,9 +311,10 @@ pub struct Properties {
     pub shared_per_block: u32,
     /// Highest CUDA version that the driver supports: 13000 for 13.0; 0 without a driver.
     pub driver: u32,
-    /// PCI bus id, such as `0000:65:00.0`; none for a device that is not a card.
+    /// PCI bus id, such as `0000:65:00.0`; `None` for a device that is not a GPU.
     pub pci: Option<String>,
-    /// Consecutive kernels may overlap up to their `grid_wait` (programmatic dependent launch).
+    /// A kernel may start before its predecessor ends and run up to its `grid_wait` (programmatic dependent
+    /// launch, `griddepcontrol.wait`).
     pub overlap: bool,
 }
 
@@ -322,8 +323,8 @@ pub trait Device: Send + Sync {
     /// Name, sizes and features.
     fn properties(&self) -> &Properties;
 
-    /// Allocates `bytes` bytes, 256-byte aligned and undefined (poison in the emulator). `what` names them in
-    /// errors.
+    /// Allocates `bytes` bytes, 256-byte aligned, with undefined contents (poison on the emulator). `what`
+    /// names the allocation in errors.
     ///
     /// # Errors
     /// [`Error::Memory`] says how much was requested, for what, and how much is free.
@@ -344,7 +345,7 @@ pub trait Device: Send + Sync {
     /// Copies host bytes into a buffer of the same size; `bytes` may be reused on return.
     ///
     /// # Errors
-    /// [`Error::Internal`] where sizes differ, while this thread captures, or after an earlier failure.
+    /// [`Error::Internal`] if the sizes differ, this thread captures a graph, or earlier work failed.
     fn upload(&self, to: &Buffer, bytes: &[u8]) -> Result<()>;
 
     /// Waits for all work enqueued so far and copies a buffer into host bytes of the same size.
@@ -366,16 +367,16 @@ pub trait Device: Send + Sync {
     fn fill(&self, to: &Buffer, byte: u8) -> Result<()>;
 
     /// Declares memory constant: the caller promises that no kernel launched from now on writes it, so
-    /// kernels may read it before their `grid_wait`. Waits for the kernels launched before. The emulator
+    /// kernels may read it before their `grid_wait`. Waits for the kernels launched so far. The emulator
     /// reports a kernel that writes sealed memory.
     fn seal(&self, constant: &Buffer);
 
     /// Runs a kernel on `grid` blocks with `shared` bytes of dynamic shared memory.
     ///
     /// # Errors
-    /// [`Error::Internal`] where the kernel does not exist, the arguments or sizes do not fit its
-    /// declaration, or, on the emulator, the kernel failed. A GPU reports the failure of a kernel at a later
-    /// call.
+    /// [`Error::Internal`] if the kernel does not exist, if the arguments or sizes do not fit its
+    /// declaration, or, on the emulator, if the kernel failed. A GPU reports the failure of a kernel at a
+    /// later call.
     fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()>;
 
     /// Runs `record` and records its launches, copies and fills instead of running them. Only the calls of
@@ -391,7 +392,7 @@ pub trait Device: Send + Sync {
     /// As [`Device::launch`].
     fn replay(&self, graph: &Graph) -> Result<()>;
 
-    /// Records an event behind all work enqueued so far.
+    /// Records an event after all work enqueued so far.
     ///
     /// # Errors
     /// [`Error::Internal`] with the driver's reason.
@@ -406,11 +407,11 @@ pub trait Device: Send + Sync {
     /// Waits for all work enqueued so far.
     ///
     /// # Errors
-    /// [`Error::Internal`] where an earlier kernel failed.
+    /// [`Error::Internal`] if an earlier kernel failed.
     fn synchronize(&self) -> Result<()>;
 
-    /// The counters of all kernels so far, on a device that has them instead of meaningful times: the
-    /// emulator. None on a GPU.
+    /// The sum of the counters of all kernels so far. Only the emulator counts; its times mean nothing.
+    /// `None` on other devices.
     fn tally(&self) -> Option<Counts> {
         None
     }
@@ -423,12 +424,12 @@ pub trait Device: Send + Sync {
         Ok(())
     }
 
-    /// On a device with [`Device::tally`]: counts bank conflicts of every access from now on if `all`, which
-    /// takes time, otherwise of `ldmatrix` only.
+    /// Sets the accesses whose bank conflicts [`Device::tally`] counts from now on: all of them if `all`,
+    /// which is slow, otherwise `ldmatrix` only.
     fn tally_conflicts(&self, _all: bool) {}
 }
 
-/// Refuses a launch that is out of every device's limits or above the kernel's declared shared memory.
+/// Refuses a launch that exceeds the limits of all devices or the kernel's declared shared memory.
 pub(crate) fn check_launch(kernel: &Kernel, grid: [u32; 3], shared: u32) -> Result<()> {
     let wrong = |what: String| Err(Error::Internal(format!("kernel {}: {what}", kernel.name)));
     if grid.contains(&0) || grid[0] > i32::MAX as u32 || grid[1] > 65535 || grid[2] > 65535 {

@@ -1,4 +1,4 @@
-//! A device without memory or kernels. It counts allocations and captures graphs; [`crate::gpu::memory`] and
+//! A device without memory or kernels. It counts allocations and records graphs. [`crate::gpu::memory`] and
 //! [`crate::gpu::graph_listing`] run the real loading and capturing code on it.
 
 use crate::gpu::device::{
@@ -9,8 +9,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
-/// The device: allocations always succeed, launches are only checked, copies and fills do nothing. Downloads
-/// and events are errors.
+/// The device. Allocations succeed without memory, launches are checked but not run, copies and fills do
+/// nothing. Downloads and events are errors.
 pub struct DryRunDevice {
     properties: Properties,
     state: Mutex<State>,
@@ -31,7 +31,7 @@ struct NoMemory;
 
 impl Memory for NoMemory {}
 
-/// Pageable memory in place of page-locked memory.
+/// Pageable memory that stands in for page-locked memory.
 struct HostMemory {
     _words: Vec<u64>,
 }
@@ -59,7 +59,7 @@ impl DryRunDevice {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Purpose and bytes of every allocation since the last call, in order, those already freed included.
+    /// Purpose and bytes of every allocation since the last call, in order, including freed ones.
     pub fn take(&self) -> Vec<(String, usize)> {
         std::mem::take(&mut self.state().allocations)
     }
@@ -69,7 +69,7 @@ impl DryRunDevice {
         self.state().pinned
     }
 
-    /// Appends a step to the graph that this thread captures, if it captures one.
+    /// Appends a step to the graph if this thread captures one.
     fn record_step(&self, node: Node) {
         if let Some(nodes) = self.state().recording.get_mut(&thread::current().id()) {
             nodes.push(node);

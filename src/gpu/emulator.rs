@@ -1,9 +1,8 @@
-//! The kernels on the CPU: [`Device`] over the host build of `cuda/**/*.cu`, for finding bugs without a GPU.
+//! [`Device`] on the CPU: it runs the host build of `cuda/**/*.cu`, to find bugs without a GPU.
 //!
 //! Every launch runs to its end before the call returns. Each buffer is one heap allocation filled with
-//! poison, with guard bytes around it that are checked after every launch (with the feature `sanitize`
-//! AddressSanitizer checks instead). Results must not depend on the [`Schedule`]. The work of launches is
-//! counted per kernel.
+//! poison. Guard bytes around it are checked after every launch (with the feature `sanitize` AddressSanitizer
+//! checks instead). Results must not depend on the [`Schedule`]. The work of launches is counted per kernel.
 
 use crate::gpu::device::{
     Arg, Buffer, Counts, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
@@ -20,14 +19,14 @@ use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 /// The order in which the threads of a block and the blocks of a launch run. `InOrder` alone finds few
-/// missing barriers; the two greedy schedules find those between warps.
+/// missing barriers. The two greedy schedules find those between warps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Schedule {
     /// Threads and blocks in ascending order.
     InOrder,
     /// Threads and blocks in descending order.
     Reversed,
-    /// A random thread that can run, chosen with this seed.
+    /// Random order, with this seed: each step runs a random thread that can run.
     Shuffled(u64),
     /// One warp until it waits for others, then the lowest warp that can run.
     GreedyUp,
@@ -99,12 +98,12 @@ mod ffi {
         /// # Safety
         /// `add` must accept `context`.
         pub fn dflash_emu_kernels(add: extern "C" fn(*mut c_void, *const Kernel), context: *mut c_void);
-        /// Runs blocks `blocks[..count]` of a launch and adds up their work in `counts`. Returns 0, or another
-        /// number and a sentence in `message`.
+        /// Runs blocks `blocks[..count]` of a launch and adds their work to `counts`. Returns 0; after a
+        /// failure it returns another number and writes a sentence to `message`.
         ///
         /// # Safety
-        /// Every pointer in `launch` and every argument is valid for its use by the kernel, `blocks` has `count`
-        /// elements, and `message` has `message_size` bytes.
+        /// Every pointer in `launch` and every argument is valid for its use by the kernel, `blocks` has
+        /// `count` elements, and `message` has `message_size` bytes.
         pub fn dflash_emu_run(
             launch: *const Launch,
             blocks: *const u64,
@@ -136,10 +135,10 @@ unsafe impl Sync for Entry {}
 const GUARD: usize = 256;
 /// The value of every guard byte.
 const GUARD_BYTE: u8 = 0xc5;
-/// The poison of `emu.h`: a NaN as bf16 and as f32, and far below any index as an integer.
+/// The poison of `emu.h`: a NaN as bf16 and as f32, and as an integer far outside any index range.
 const POISON: [u8; 2] = 0xffa5u16.to_le_bytes();
 
-/// One heap allocation: `GUARD` bytes, the buffer, `GUARD` bytes. Under AddressSanitizer the buffer alone.
+/// One heap allocation: `GUARD` bytes, the buffer, `GUARD` bytes. With AddressSanitizer only the buffer.
 struct Block {
     start: *mut u8,
     layout: Layout,
@@ -169,7 +168,7 @@ impl Drop for Block {
     }
 }
 
-/// The memory in use.
+/// The device memory in use.
 #[derive(Default)]
 struct Allocations {
     /// Size of every buffer, by address.
@@ -179,7 +178,7 @@ struct Allocations {
     sums: Allocated,
 }
 
-/// How much of an emulator's memory is in use.
+/// Device memory in use on an emulator.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Allocated {
     /// Number of buffers.
@@ -221,8 +220,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Emulator {
-    /// A device with 16 GiB of memory, the in-order schedule and one OS thread per launch, which counts the
-    /// bank conflicts of `ldmatrix` only.
+    /// A device with 16 GiB of memory and the in-order schedule. A launch runs on one OS thread. Only the
+    /// bank conflicts of `ldmatrix` are counted.
     pub fn new() -> Emulator {
         extern "C" fn add(context: *mut c_void, kernel: *const ffi::Kernel) {
             // SAFETY: `dflash_emu_kernels` below calls this with the map and a static kernel entry, whose
@@ -286,14 +285,14 @@ impl Emulator {
         lock(&self.state).schedule = schedule;
     }
 
-    /// Makes later launches count the bank conflicts of every access through a wrapper, which takes time, or
-    /// of `ldmatrix` only.
+    /// Makes later launches count the bank conflicts of every access through a wrapper, which is slow, or of
+    /// `ldmatrix` only.
     pub fn count_conflicts(&self, on: bool) {
         lock(&self.state).conflicts = on;
     }
 
-    /// Sets over how many OS threads later launches spread their blocks. Only with one do blocks run in the
-    /// order of the schedule.
+    /// Sets the number of OS threads that run the blocks of later launches. Blocks run in the order of the
+    /// schedule only with one thread.
     pub fn set_threads(&self, threads: usize) {
         lock(&self.state).threads = threads.max(1);
     }
@@ -336,7 +335,7 @@ impl Emulator {
         check_launch(kernel, grid, shared)?;
         let wrong = |what: String| Error::Internal(format!("kernel {}: {what}", kernel.name));
         let Some(entry) = self.kernels.get(kernel.name) else {
-            return Err(wrong(format!("not in the host build of cuda/{}.cu", kernel.file)));
+            return Err(wrong(format!("not in the host build of {}.cu", kernel.file)));
         };
         if entry.file != kernel.file {
             return Err(wrong(format!("in {}.cu, but declared in {}.cu", entry.file, kernel.file)));
@@ -382,7 +381,7 @@ impl Emulator {
             Schedule::GreedyUp => (3, 0),
             Schedule::GreedyDown => (4, 0),
         };
-        let call = Call(ffi::Launch {
+        let call = SharedLaunch(ffi::Launch {
             kernel: entry.kernel,
             arguments: pointers.as_mut_ptr(),
             grid: *grid,
@@ -434,12 +433,12 @@ impl Default for Emulator {
 }
 
 /// A launch, shared by the OS threads that run its blocks.
-struct Call(ffi::Launch);
+struct SharedLaunch(ffi::Launch);
 
 // SAFETY: the memory behind its pointers is only read while the blocks run.
-unsafe impl Sync for Call {}
+unsafe impl Sync for SharedLaunch {}
 
-impl Call {
+impl SharedLaunch {
     /// Runs the blocks in order on one OS thread, or in any order on several.
     fn run_all(&self, blocks: &[u64], threads: usize) -> Result<Counts> {
         if threads <= 1 || blocks.len() <= 1 {
@@ -495,7 +494,7 @@ impl Call {
     }
 }
 
-/// Linear block indices in the order a schedule runs them.
+/// Linear block indices in the order of the schedule.
 fn block_order(count: u64, schedule: Schedule) -> Vec<u64> {
     let mut order: Vec<u64> = (0..count).collect();
     match schedule {

@@ -1,5 +1,5 @@
 //! The launches of a captured graph as a readable list: the parts of a round, with equal layers listed once.
-//! Everything is read from the graph; this module only knows which kernels begin a part or a layer.
+//! The list is made from the graph. This module only knows which kernels begin a part or a layer.
 
 use crate::Result;
 use crate::checkpoint::pair::Pair;
@@ -23,19 +23,19 @@ pub struct Section<'a> {
     pub groups: Vec<Group<'a>>,
 }
 
-/// Consecutive steps that run once or several times in a row.
+/// Consecutive steps, and how often they repeat.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Group<'a> {
     /// The steps of the first repetition. The others differ only in their arguments.
     pub nodes: &'a [Node],
     /// Number of repetitions.
     pub times: usize,
-    /// The model's layers that all repetitions together run; empty outside of layers.
+    /// The model's layers that all repetitions together run; empty if the steps belong to no layer.
     pub layers: Range<usize>,
 }
 
-/// The steps of a full-size round of `pair`, `sampled` or greedy. They are the same on every device, so this
-/// needs none.
+/// The steps of a full-size round of `pair`, `sampled` or greedy. They are the same on every device, so no
+/// device is needed.
 ///
 /// # Errors
 /// As [`crate::gpu::memory::MemoryPlan::new`].
@@ -67,8 +67,8 @@ pub fn outline(nodes: &[Node]) -> Vec<Section<'_>> {
     starts.iter().zip(ends).map(|(&(start, name), end)| section(name, &nodes[start..end])).collect()
 }
 
-/// Number of layers that the sections run, and of steps per layer; none where this number differs between
-/// layers.
+/// Number of layers that the sections run, and of steps per layer. `None` without layers, or if the number of
+/// steps differs between layers.
 pub fn layers(sections: &[Section]) -> Option<(usize, usize)> {
     let groups = sections.iter().flat_map(|section| &section.groups).filter(|g| !g.layers.is_empty());
     let (layers, steps) =
@@ -77,10 +77,10 @@ pub fn layers(sections: &[Section]) -> Option<(usize, usize)> {
     groups.clone().all(|g| g.times * g.nodes.len() == g.layers.len() * each).then_some((layers, each))
 }
 
-/// The steps of a part, in order, as units: `(steps, true)` for all steps of a layer, `(step, false)` for any
-/// other step.
+/// Divides the steps of a part into units: `(steps, true)` has all steps of a layer, `(step, false)` has one
+/// step that belongs to no layer.
 pub fn units(nodes: &[Node]) -> Vec<(&[Node], bool)> {
-    // A layer is a qkv launch and what follows, to the last projection before the next.
+    // A layer begins at a qkv launch and ends at the last `project` launch before the next qkv.
     let mut units = vec![];
     let mut rest = nodes;
     while let Some(first) = rest.first() {
@@ -119,15 +119,15 @@ fn section<'a>(name: &'static str, nodes: &'a [Node]) -> Section<'a> {
     Section { name, model, nodes, groups }
 }
 
-/// Period and number of the repetition at the start of `units` that covers the most units; (1, 1) without
-/// one.
+/// Finds the repetition at the start of `units` that covers the most units. Returns its period and its number
+/// of repetitions; (1, 1) if nothing repeats.
 fn repetition(units: &[(&[Node], bool)]) -> (usize, usize) {
     let mut best = (1, 1);
     for period in 1..=units.len() / 2 {
         let again = units.chunks_exact(period).skip(1);
         let same = |chunk: &&[(&[Node], bool)]| {
             chunk.iter().zip(units).all(|((a, _), (b, _))| {
-                a.len() == b.len() && a.iter().zip(*b).all(|(a, b)| equal_but_for_arguments(a, b))
+                a.len() == b.len() && a.iter().zip(*b).all(|(a, b)| equal_except_arguments(a, b))
             })
         };
         let times = 1 + again.take_while(same).count();
@@ -138,7 +138,7 @@ fn repetition(units: &[(&[Node], bool)]) -> (usize, usize) {
     best
 }
 
-fn equal_but_for_arguments(a: &Node, b: &Node) -> bool {
+fn equal_except_arguments(a: &Node, b: &Node) -> bool {
     match (a, b) {
         (Node::Launch(a), Node::Launch(b)) => (a.kernel, a.grid, a.shared) == (b.kernel, b.grid, b.shared),
         (Node::Copy { to: a, .. }, Node::Copy { to: b, .. }) => a.bytes() == b.bytes(),

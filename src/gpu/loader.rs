@@ -2,9 +2,9 @@
 //! device memory is allocated. Then one thread reads the files in order while the calling thread converts,
 //! uploads and packs. This module knows files and layouts, not models.
 //!
-//! Files are read by position, not through their mapping, so that a file that became shorter gives an error
-//! and not a SIGBUS. The host memory is [`READ_BUFFERS`] buffers of [`READ_BYTES`] and one more for
-//! conversion, whatever the model; on the device [`Loader::staging_bytes`] are used beside the weights.
+//! Files are read with `pread`, not through their mapping, so that a file that became shorter gives an error
+//! and not a SIGBUS. The host memory is [`READ_BUFFERS`] buffers of up to [`READ_BYTES`] and one for
+//! conversion. The device needs [`Loader::staging_bytes`] in addition to the weights.
 
 use crate::checkpoint::config::Rope;
 use crate::checkpoint::safetensors::{Checkpoint, Dtype, Tensor};
@@ -19,33 +19,34 @@ use std::thread;
 
 /// The most bytes of a file read at once.
 pub const READ_BYTES: usize = 16 << 20;
-/// Read buffers in circulation: one being read into, one waiting, one on its way to the device.
+/// Number of read buffers: one is read into, one waits, one is uploaded.
 pub const READ_BUFFERS: usize = 3;
 /// The most bytes of bf16 rows packed by one launch, unless one row is longer.
 const PACK_BYTES: usize = 16 << 20;
 /// Elements converted at once, so that they stay in the L1 cache.
 const BLOCK: usize = 2048;
 
-/// Which rows of a packed layer a matrix takes.
+/// The rows of a packed layer that a matrix fills.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PackedRows {
     /// Consecutive rows from this one on.
     From(usize),
-    /// The rows of the gates, as [`Swiglu::gate_up_rows`] interleaves them.
+    /// The rows of the gate projection, interleaved by [`Swiglu::gate_up_rows`].
     Gates,
-    /// The rows of the ups, as [`Swiglu::gate_up_rows`] interleaves them.
+    /// The rows of the up projection, interleaved by [`Swiglu::gate_up_rows`].
     Ups,
 }
 
-/// Lists weights whose memory is allocated and whose bytes [`Loader::run`] loads. Until then the buffers it
-/// returned are undefined.
-#[must_use = "buffers stay empty until `run`"]
+/// A list of weights to load. Their device memory is allocated when they are listed, and [`Loader::run`]
+/// fills it. Until then the contents of the returned buffers are undefined.
+#[must_use = "the buffers are undefined until `run`"]
 pub struct Loader<'a> {
     device: &'a dyn Device,
     file: &'a Checkpoint,
     jobs: Vec<Job>,
-    rotations: Vec<Rotations>,
-    filled: Vec<Buffer>,
+    rope_tables: Vec<RopeTable>,
+    /// Every allocation; `run` seals them.
+    buffers: Vec<Buffer>,
 }
 
 /// One tensor to load.
@@ -67,13 +68,13 @@ enum Format {
 }
 
 /// A RoPE table, which is computed and not read from a file.
-struct Rotations {
+struct RopeTable {
     out: Buffer, // [positions][head_dim] f32
     rope: Rope,
     head_dim: usize,
 }
 
-/// Elements `at..at + count` of a job's tensor, as the file has them, at the start of `bytes`.
+/// Elements `at..at + count` of a job's tensor, in the file's format, at the start of `bytes`.
 struct Piece {
     job: usize,
     at: usize,
@@ -90,7 +91,7 @@ impl Job {
         self.elements() * self.tensor.dtype.size()
     }
 
-    /// Elements that one launch packs: whole rows. For a tensor that is not packed, all elements.
+    /// Elements that one launch packs: whole rows. All elements for a tensor that is not packed.
     fn batch(&self) -> usize {
         match self.format {
             Format::Packed(Shape { k, .. }, _) => self.elements().min((PACK_BYTES / (k * 2)).max(1) * k),
@@ -114,7 +115,7 @@ impl Job {
 impl<'a> Loader<'a> {
     /// A loader that looks up tensors in `file`.
     pub fn new(device: &'a dyn Device, file: &'a Checkpoint) -> Loader<'a> {
-        Loader { device, file, jobs: vec![], rotations: vec![], filled: vec![] }
+        Loader { device, file, jobs: vec![], rope_tables: vec![], buffers: vec![] }
     }
 
     /// Looks up tensors in `file` from now on.
@@ -124,7 +125,7 @@ impl<'a> Loader<'a> {
 
     fn allocate(&mut self, bytes: usize, what: &str) -> Result<Buffer> {
         let buffer = self.device.allocate(bytes, what)?;
-        self.filled.push(buffer.clone());
+        self.buffers.push(buffer.clone());
         Ok(buffer)
     }
 
@@ -150,8 +151,8 @@ impl<'a> Loader<'a> {
         Ok(out)
     }
 
-    /// Allocates the packed weights of a layer and lists the matrices that make it up: name, number of rows,
-    /// and the packed rows that these take.
+    /// Allocates the packed weights of a layer and lists its matrices: name, number of rows, and the packed
+    /// rows that they fill.
     ///
     /// # Errors
     /// As [`Loader::vector`].
@@ -171,8 +172,8 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// As [`Device::allocate`].
     pub fn rotations(&mut self, rope: &Rope, head_dim: usize, positions: usize) -> Result<Buffer> {
-        let out = self.allocate(positions * head_dim * 4, "rotations")?;
-        self.rotations.push(Rotations { out: out.clone(), rope: rope.clone(), head_dim });
+        let out = self.allocate(positions * head_dim * 4, "a RoPE table")?;
+        self.rope_tables.push(RopeTable { out: out.clone(), rope: rope.clone(), head_dim });
         Ok(out)
     }
 
@@ -181,23 +182,23 @@ impl<'a> Loader<'a> {
         self.jobs.iter().map(Job::file_bytes).sum()
     }
 
-    /// Bytes of device memory that [`Loader::run`] allocates and frees again: rows to be packed, and their
-    /// places.
+    /// Bytes of device memory that [`Loader::run`] allocates and frees again: rows to pack, and the packed
+    /// row of each.
     pub fn staging_bytes(&self) -> usize {
-        let (rows, places) = self.staging_parts();
-        rows + places
+        let (rows, row_map) = self.staging_parts();
+        rows + row_map
     }
 
     fn staging_parts(&self) -> (usize, usize) {
-        self.jobs.iter().fold((0, 0), |(rows, places), job| match job.format {
-            Format::Packed(_, PackedRows::From(_)) => (rows.max(job.batch() * 2), places),
-            Format::Packed(layer, _) => (rows.max(job.batch() * 2), places.max(job.batch() / layer.k * 4)),
-            Format::Table | Format::Vector => (rows, places),
+        self.jobs.iter().fold((0, 0), |(rows, row_map), job| match job.format {
+            Format::Packed(_, PackedRows::From(_)) => (rows.max(job.batch() * 2), row_map),
+            Format::Packed(layer, _) => (rows.max(job.batch() * 2), row_map.max(job.batch() / layer.k * 4)),
+            Format::Table | Format::Vector => (rows, row_map),
         })
     }
 
-    /// Fills every buffer. Calls `progress` with the bytes loaded so far and the total: at the start, after
-    /// each piece and so also at the end.
+    /// Fills every buffer. Calls `progress` with the bytes loaded so far and the total, at the start and
+    /// after each piece.
     ///
     /// # Errors
     /// [`Error::Model`] with file and tensor for a file that became shorter or cannot be read, for a NaN or
@@ -206,43 +207,43 @@ impl<'a> Loader<'a> {
         let total = self.file_bytes();
         let mut done = 0;
         progress(done, total);
-        // Read sequentially, whatever the order of the model.
+        // Read the files sequentially; the model lists its tensors in another order.
         self.jobs.sort_by(|a, b| a.tensor.place().cmp(&b.tensor.place()));
-        let (rows, places) = self.staging_parts();
-        let mut sender = Sender {
+        let (rows, row_map) = self.staging_parts();
+        let mut uploader = Uploader {
             device: self.device,
             rows: self.device.allocate(rows, "rows of weights to pack")?,
-            places: self.device.allocate(places, "places of weights to pack")?,
+            row_map: self.device.allocate(row_map, "the row map of weights to pack")?,
             converted: Vec::new(),
         };
-        self.rotations.iter().try_for_each(|r| sender.rotations(r))?;
+        self.rope_tables.iter().try_for_each(|table| uploader.rope_table(table))?;
         let jobs = &self.jobs;
         let largest = jobs.iter().map(Job::file_bytes).max().unwrap_or(0).min(READ_BYTES);
         thread::scope(|scope| {
-            let (give_back, empty) = channel();
-            let (give, full) = sync_channel(READ_BUFFERS);
+            let (recycle, empty) = channel();
+            let (deliver, full) = sync_channel(READ_BUFFERS);
             for _ in 0..READ_BUFFERS {
-                let _ = give_back.send(vec![0; largest]);
+                let _ = recycle.send(vec![0; largest]);
             }
             thread::Builder::new()
                 .name("weights".to_string())
-                .spawn_scoped(scope, move || read(jobs, &empty, &give))
+                .spawn_scoped(scope, move || read(jobs, &empty, &deliver))
                 .map_err(|e| Error::Internal(format!("no thread to read weights with: {e}")))?;
             for piece in &full {
                 let piece = piece?;
                 let job = &jobs[piece.job];
-                sender.send(job, &piece)?;
+                uploader.upload(job, &piece)?;
                 done += piece.count * job.tensor.dtype.size();
                 progress(done, total);
-                // Fails once the reader has ended, which is fine.
-                let _ = give_back.send(piece.bytes);
+                // This fails once the reader has ended, which is expected.
+                let _ = recycle.send(piece.bytes);
             }
             Ok(())
         })?;
         if done != total {
             return Err(Error::Internal(format!("{done} of {total} bytes of weights were read")));
         }
-        self.filled.iter().for_each(|buffer| self.device.seal(buffer));
+        self.buffers.iter().for_each(|buffer| self.device.seal(buffer));
         self.device.synchronize()
     }
 }
@@ -263,29 +264,29 @@ fn read(jobs: &[Job], empty: &Receiver<Vec<u8>>, full: &SyncSender<Result<Piece>
 }
 
 /// Converts pieces, uploads them and packs them.
-struct Sender<'a> {
+struct Uploader<'a> {
     device: &'a dyn Device,
-    rows: Buffer,   // [rows of a batch][k] bf16
-    places: Buffer, // [rows of a batch] u32
+    rows: Buffer,    // [rows of a batch][k] bf16
+    row_map: Buffer, // [rows of a batch] u32: packed row of each
     converted: Vec<u8>,
 }
 
-impl Sender<'_> {
-    fn send(&mut self, job: &Job, piece: &Piece) -> Result<()> {
+impl Uploader<'_> {
+    fn upload(&mut self, job: &Job, piece: &Piece) -> Result<()> {
         let (tensor, at, end) = (&job.tensor, piece.at, piece.at + piece.count);
         let bytes = &piece.bytes[..piece.count * tensor.dtype.size()];
-        let sent = match (job.format, tensor.dtype) {
+        let converted = match (job.format, tensor.dtype) {
             (Format::Vector, dtype) => to_f32(dtype, bytes, &mut self.converted).map(|()| &*self.converted),
             (_, Dtype::Bf16) => finite(bytes).map(|()| bytes),
             (_, dtype) => to_bf16(dtype, bytes, &mut self.converted).map(|()| &*self.converted),
         };
-        let sent = sent.map_err(|i| bad_element(tensor, at + i, bytes, i))?;
+        let converted = converted.map_err(|i| bad_element(tensor, at + i, bytes, i))?;
         let Format::Packed(layer, rows) = job.format else {
-            let to = job.out.slice(at * (sent.len() / piece.count), sent.len())?;
-            return self.device.upload(&to, sent);
+            let to = job.out.slice(at * (converted.len() / piece.count), converted.len())?;
+            return self.device.upload(&to, converted);
         };
         let begin = at / job.batch() * job.batch();
-        self.device.upload(&self.rows.slice((at - begin) * 2, sent.len())?, sent)?;
+        self.device.upload(&self.rows.slice((at - begin) * 2, converted.len())?, converted)?;
         if end == job.elements() || end.is_multiple_of(job.batch()) {
             self.pack(job, layer, rows, begin / layer.k, end / layer.k)?;
         }
@@ -295,25 +296,25 @@ impl Sender<'_> {
     /// Packs rows `first..end` of a matrix from `self.rows`.
     fn pack(&self, job: &Job, layer: Shape, rows: PackedRows, first: usize, end: usize) -> Result<()> {
         let pack = Pack { rows: end - first, layer };
-        let place = |row| match rows {
+        let packed_row = |row| match rows {
             PackedRows::From(start) => start + row,
             PackedRows::Gates => Swiglu::gate_up_rows(row).0,
             PackedRows::Ups => Swiglu::gate_up_rows(row).1,
         };
         if let PackedRows::From(_) = rows {
-            return pack.launch(self.device, &job.out, &self.rows, &RowMap::From(place(first)));
+            return pack.launch(self.device, &job.out, &self.rows, &RowMap::From(packed_row(first)));
         }
-        let bytes: Vec<u8> = (first..end).flat_map(|row| (place(row) as u32).to_le_bytes()).collect();
-        let places = self.places.slice(0, bytes.len())?;
-        self.device.upload(&places, &bytes)?;
-        pack.launch(self.device, &job.out, &self.rows, &RowMap::At(&places))
+        let bytes: Vec<u8> = (first..end).flat_map(|row| (packed_row(row) as u32).to_le_bytes()).collect();
+        let row_map = self.row_map.slice(0, bytes.len())?;
+        self.device.upload(&row_map, &bytes)?;
+        pack.launch(self.device, &job.out, &self.rows, &RowMap::At(&row_map))
     }
 
     /// Computes and uploads a RoPE table. Angles are products in f32, as in Hugging Face transformers.
-    fn rotations(&mut self, r: &Rotations) -> Result<()> {
-        let (frequencies, magnitude) = r.rope.frequencies();
-        let row = r.head_dim * 4;
-        let (positions, at_once) = (r.out.bytes() / row, (READ_BYTES / row).max(1));
+    fn rope_table(&mut self, table: &RopeTable) -> Result<()> {
+        let (frequencies, magnitude) = table.rope.frequencies();
+        let row = table.head_dim * 4;
+        let (positions, at_once) = (table.out.bytes() / row, (READ_BYTES / row).max(1));
         for first in (0..positions).step_by(at_once) {
             self.converted.clear();
             for position in first..positions.min(first + at_once) {
@@ -322,7 +323,7 @@ impl Sender<'_> {
                 frequencies.iter().for_each(|f| put(angle(f).cos()));
                 frequencies.iter().for_each(|f| put(angle(f).sin()));
             }
-            let to = r.out.slice(first * row, self.converted.len())?;
+            let to = table.out.slice(first * row, self.converted.len())?;
             self.device.upload(&to, &self.converted)?;
         }
         Ok(())
@@ -340,7 +341,7 @@ const BEYOND_BF16: u32 = 0x7f7f_8000;
 fn finite(bytes: &[u8]) -> std::result::Result<(), usize> {
     let bad = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]) & 0x7fff >= 0x7f80;
     for (number, block) in bytes.chunks(BLOCK * 2).enumerate() {
-        // The loop has no early exit, so it is vectorized and runs at memory speed.
+        // The fold has no early exit, so it is vectorized and runs at memory speed.
         if block.chunks_exact(2).fold(false, |any, b| any | bad(b)) {
             let within = block.chunks_exact(2).position(bad).unwrap_or(0);
             return Err(number * BLOCK + within);
@@ -356,13 +357,13 @@ fn to_f32(dtype: Dtype, bytes: &[u8], out: &mut Vec<u8>) -> std::result::Result<
 
 /// Converts `bytes` to bf16, rounded to nearest, ties to even.
 fn to_bf16(dtype: Dtype, bytes: &[u8], out: &mut Vec<u8>) -> std::result::Result<(), usize> {
-    // Nothing wraps below the limit; an overflow check would prevent vectorization.
+    // Finite values do not wrap. The wrapping addition avoids overflow checks, which prevent vectorization.
     let round = |x: u32| (x.wrapping_add(0x7fff).wrapping_add(x >> 16 & 1) >> 16) as u16;
     convert(dtype, bytes, out, BEYOND_BF16, |x| round(x).to_le_bytes())
 }
 
-/// Widens each element to f32 and writes what `put` makes of its bits; its magnitude must be below `limit`
-/// (f32 bits).
+/// Converts each element to f32 and writes the result of `put` for its bits. The magnitude of every element
+/// must be below `limit` (f32 bits).
 fn convert<const N: usize>(
     dtype: Dtype,
     bytes: &[u8],

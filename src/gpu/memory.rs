@@ -1,7 +1,7 @@
-//! The memory plan of a pair: how many bytes it takes on a device, known before any of them is allocated.
+//! The memory plan of a pair: how many bytes it needs on a device, computed before anything is allocated.
 //!
-//! The code that loads models and makes batches runs once on a [`DryRunDevice`], which counts. There is one
-//! list of allocations, so the sums are exact.
+//! The code that loads models and makes batches runs once on a [`DryRunDevice`], which only counts. The plan
+//! therefore has exactly the allocations of a real run.
 
 use crate::checkpoint::pair::Pair;
 use crate::gpu::batch_config::BatchConfig;
@@ -21,17 +21,17 @@ pub struct Line {
     pub bytes: usize,
 }
 
-/// Memory that a device takes beyond the bytes it is asked for.
+/// Memory that a device uses beyond the requested bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Overhead {
     /// Each allocation is rounded up to a multiple of this many bytes.
     pub granule: usize,
-    /// Bytes that the device and its driver take later for themselves.
+    /// Bytes that the device and its driver allocate later for themselves.
     pub reserve: usize,
 }
 
 impl Overhead {
-    /// The emulator takes nothing more.
+    /// The emulator has no overhead.
     pub const NONE: Overhead = Overhead { granule: 1, reserve: 0 };
     /// An upper bound for a GPU. The driver hands out memory in pieces of 2 MiB, which small allocations
     /// share; the reserve is for graphs, for the kernels' local memory and for other programs.
@@ -41,15 +41,15 @@ impl Overhead {
 /// The allocations of [`Models::load`] and [`Batch::new`]. Its `Display` is a table.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MemoryPlan {
-    /// The batch that it is for.
+    /// The capacity of the planned batch.
     pub config: BatchConfig,
-    /// The allocations that stay, grouped by purpose.
+    /// The permanent allocations, grouped by purpose.
     pub lines: Vec<Line>,
     /// Bytes of each device allocation, weights first.
     sizes: Vec<usize>,
     /// How many of `sizes` are weights.
     weights: usize,
-    /// Bytes of staging buffers, allocated beside the weights only while these are loaded.
+    /// Bytes of staging buffers, which exist only while the weights are loaded.
     pub staging: usize,
     /// Bytes that loading reads from files.
     pub file_bytes: usize,
@@ -60,7 +60,7 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Plans `pair` with a batch of that configuration.
+    /// Plans `pair` with a batch of capacity `config`.
     ///
     /// # Errors
     /// As [`BatchConfig::check`], and every refusal of [`Models::load`] that needs neither weights nor
@@ -103,7 +103,7 @@ impl MemoryPlan {
         self.sizes.len()
     }
 
-    /// Bytes that stay allocated: the sum of the lines.
+    /// Bytes of the permanent allocations: the sum of the lines.
     pub fn total(&self) -> usize {
         self.sizes.iter().sum()
     }
@@ -118,8 +118,8 @@ impl MemoryPlan {
         self.total().max(self.loading())
     }
 
-    /// Bytes that must be free on a device. Page-locked host memory counts, because some devices have no
-    /// other place for it.
+    /// Bytes that must be free on a device. Page-locked host memory is included, because the emulator
+    /// allocates it as device memory.
     pub fn needed(&self, overhead: Overhead) -> usize {
         let Overhead { granule, reserve } = overhead;
         let round_up =
@@ -132,7 +132,7 @@ impl MemoryPlan {
     /// Checks that the plan fits into `free` bytes.
     ///
     /// # Errors
-    /// [`Error::Memory`] where it does not, with the longest context that does; otherwise as
+    /// [`Error::Memory`] if it does not fit; the error names the longest context that fits. Otherwise as
     /// [`MemoryPlan::new`].
     pub fn check(&self, pair: &Pair, free: usize, overhead: Overhead) -> Result<()> {
         let needed = self.needed(overhead);
@@ -151,8 +151,8 @@ impl MemoryPlan {
         )))
     }
 
-    /// The most positions per sequence that fit into `free` bytes with everything else as in `config`: whole
-    /// pages, or the models' maximum where that is less; 0 where not even one page per sequence fits.
+    /// The most positions per sequence that fit into `free` bytes, with everything else as in `config`: whole
+    /// pages, or the models' maximum if that is less. 0 if not even one page per sequence fits.
     ///
     /// # Errors
     /// As [`MemoryPlan::new`].
@@ -177,7 +177,7 @@ impl MemoryPlan {
         let (mut fits, mut over) = (1, limit.div_ceil(PAGE) + 1);
         while over - fits > 1 {
             let middle = fits.midpoint(over);
-            // An error here means that the context is longer than the kernels support.
+            // An error means that the context is longer than the kernels support.
             match plan(middle).is_ok_and(|plan| plan.needed(overhead) <= free) {
                 true => fits = middle,
                 false => over = middle,

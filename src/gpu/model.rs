@@ -2,10 +2,10 @@
 //! a verification pass. This module knows shapes and order; it knows neither sequences nor text, and its
 //! callers fill the tables of a pass.
 //!
-//! A layer is five launches: qkv, attention, output projection, gate and up, down. RMS norms have no launch
-//! of their own: the kernel that writes the residual stream also writes the next linear layer's input, scaled
-//! by the norm's gain, and partial sums of squares, by which that layer scales its output
-//! (`cuda/model/epilogues.cuh`).
+//! A layer is five launches: qkv, attention, output projection, gate and up, down. Only the first RMS norm of
+//! a pass is a launch. The others are fused: the kernel that writes the residual stream also writes the next
+//! linear layer's input, scaled by the norm's gain, and partial sums of squares. The next linear kernel
+//! scales its output by these sums (`cuda/model/epilogues.cuh`).
 
 use crate::checkpoint::config::{self, TargetConfig};
 use crate::gpu::device::{Buffer, Device};
@@ -23,27 +23,27 @@ use crate::{Error, Result};
 
 pub use crate::gpu::kernels::PAGE;
 
-/// One row of a pass: `Row` of `cuda/common/rows.cuh`, four words.
+/// One row of a pass: `Row` of `cuda/common/rows.cuh`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
-    /// Row of the page table; [`Row::NONE`]: the row is padding.
+    /// The sequence, as a row of the page table; [`Row::NONE`]: the row is padding.
     pub sequence: u32,
     /// Position of the token, for RoPE.
     pub position: u32,
-    /// Cache slot of the sequence that the row's key and value are written to; [`Row::NONE`]: they are not
+    /// Cache slot of the sequence where the row's key and value are written; [`Row::NONE`]: they are not
     /// written.
     pub slot: u32,
-    /// Row of the query buffer that the row's query is written to; [`Row::NONE`]: it has no query.
+    /// Row of the query buffer where the row's query is written; [`Row::NONE`]: it has no query.
     pub query: u32,
 }
 
 impl Row {
     /// Marks an absent field.
     pub const NONE: u32 = u32::MAX;
-    /// Size on the device.
+    /// Bytes of a row on the device.
     pub const BYTES: usize = 16;
 
-    /// The row in device layout: its fields in order, little-endian.
+    /// The row in device layout: four little-endian u32 in the order of the fields.
     pub fn to_bytes(self) -> [u8; 16] {
         let mut bytes = [0; 16];
         for (to, word) in bytes.chunks_mut(4).zip([self.sequence, self.position, self.slot, self.query]) {
@@ -53,7 +53,7 @@ impl Row {
     }
 }
 
-/// The weights of one decoder layer. Packed: [`linear`]'s layout of bf16 weights.
+/// The weights of one decoder layer. "Packed" is the bf16 layout of [`crate::gpu::kernels::pack::Pack`].
 struct Layer {
     qkv: Buffer,                     // packed: query heads, key heads, value heads
     o: Buffer,                       // packed
@@ -133,10 +133,10 @@ impl Transformer {
     }
 
     /// Runs the layers over `pass.rows()` rows of `s.x`. Afterwards `s.y` and `s.sumsq` hold the input of the
-    /// LM head, with the final norm's gain applied.
+    /// LM head from row `pass.injected` on, with the final norm's gain applied.
     ///
     /// # Errors
-    /// The device's error; [`Error::Internal`] where `s` or `cache` is too small for the pass.
+    /// The device's error; [`Error::Internal`] if `s` or `cache` is too small for the pass.
     pub fn run(&self, device: &dyn Device, s: &Scratch, cache: &KvCache, pass: &Pass) -> Result<()> {
         let c = &self.config;
         let (rows, all) = (pass.rows(), pass.rows() + pass.injected);
@@ -156,7 +156,7 @@ impl Transformer {
             self.qkv(all, false, s, cache).launch(
                 device,
                 &input(&layer.qkv, &s.y, Some(&s.sumsq)),
-                &self.places(i, s, cache, pass.table),
+                &self.qkv_buffers(i, s, cache, pass.table),
             )?;
             self.attend(device, i, s, cache, pass)?;
             let next = self.layers.get(i + 1).map_or(&self.final_gain, |next| &next.input_gain);
@@ -176,8 +176,8 @@ impl Transformer {
                 pass.taps.and_then(|(taps, to)| Some((taps.iter().position(|&t| t == i)?, taps.len(), to)));
             let features = match tap {
                 None => None,
-                Some((place, taps, to)) => {
-                    let skipped = place * c.hidden * 2;
+                Some((index, taps, to)) => {
+                    let skipped = index * c.hidden * 2;
                     Some((to.slice(skipped, to.bytes() - skipped)?, taps * c.hidden))
                 }
             };
@@ -192,8 +192,8 @@ impl Transformer {
     }
 
     /// Writes the keys and values of every layer for `rows` rows of projected features, which
-    /// [`FeatureProjection::run`] left in `s.y` and `s.sumsq`. `table` `[rows]` [`Row`]; `prompt`: with the
-    /// kernels for many rows; `num_active` as [`Pass::num_active`].
+    /// [`FeatureProjection::run`] left in `s.y` and `s.sumsq`. `table` `[rows]` [`Row`]. `prompt`: uses the
+    /// prefill kernels. `num_active` as [`Pass::num_active`].
     ///
     /// # Errors
     /// As [`Transformer::run`].
@@ -218,7 +218,7 @@ impl Transformer {
                 num_active,
                 workspace: &s.linear,
             };
-            self.qkv(rows, true, s, cache).launch(device, &input, &self.places(i, s, cache, table))?;
+            self.qkv(rows, true, s, cache).launch(device, &input, &self.qkv_buffers(i, s, cache, table))?;
         }
         Ok(())
     }
@@ -240,7 +240,7 @@ impl Transformer {
         }
     }
 
-    fn places<'a>(
+    fn qkv_buffers<'a>(
         &'a self,
         layer: usize,
         s: &'a Scratch,
@@ -261,14 +261,14 @@ impl Transformer {
     }
 
     fn attend(&self, device: &dyn Device, i: usize, s: &Scratch, cache: &KvCache, pass: &Pass) -> Result<()> {
-        let (c, own) = (&self.config, self.config.attention[i]);
+        let (c, attention) = (&self.config, self.config.attention[i]);
         let layer = attention::Layer {
             heads: c.heads,
             kv_heads: c.kv_heads,
             head_dim: c.head_dim,
             pages: cache.pages,
             pages_per_sequence: cache.sequence_pages,
-            window: own.window.unwrap_or(0),
+            window: attention.window.unwrap_or(0),
             scale: 1.0 / (c.head_dim as f32).sqrt(),
         };
         let (k, v, spans) = (&cache.keys[i], &cache.values[i], pass.spans);
@@ -278,14 +278,14 @@ impl Transformer {
             let prefill = Prefill { layer, rows: pass.rows() };
             return prefill.launch(device, &s.attended, &s.queries, Paged { k, v, table: &table, spans });
         }
-        let mask = match (own.causal, pass.masks) {
+        let mask = match (attention.causal, pass.masks) {
             (false, _) => Mask::Block,
             (true, None) => Mask::Chain,
             (true, Some(masks)) => Mask::Tree(masks),
         };
-        let attention =
+        let kernel =
             Attention { layer, sequences: pass.sequences, block: pass.block, capacity: cache.capacity() };
-        attention.launch(
+        kernel.launch(
             device,
             &s.attended,
             &s.queries,
@@ -309,7 +309,7 @@ impl config::Stack {
     }
 }
 
-/// Refuses shapes that the kernels do not support, by the name of the config's field.
+/// Refuses shapes that the kernels do not support. The error names the field of the config.
 fn check(c: &config::Stack) -> Result<()> {
     let needs = [
         (c.hidden.is_multiple_of(64), "hidden_size", c.hidden, "a multiple of 64"),
@@ -334,7 +334,7 @@ pub struct KvCache {
     pub(crate) values: Vec<Buffer>, // as keys
     /// The page table, `[sequences][sequence_pages]` u32: the pages of each sequence, in order of position.
     pub table: Buffer,
-    /// Pages in all.
+    /// Number of pages.
     pub pages: usize,
     /// Rows of the page table.
     pub sequences: usize,
@@ -347,7 +347,7 @@ impl KvCache {
     /// table is left undefined.
     ///
     /// # Errors
-    /// [`Error::Memory`] where the device has too little.
+    /// [`Error::Memory`] if the device has too little memory.
     pub fn new(
         device: &dyn Device,
         c: &config::Stack,
@@ -356,12 +356,12 @@ impl KvCache {
         sequence_pages: usize,
     ) -> Result<KvCache> {
         let bytes = pages * c.kv_heads * PAGE * c.head_dim * 2;
-        let side = |what| {
+        let per_layer = |what| {
             (0..c.attention.len()).map(|_| device.allocate(bytes, what)).collect::<Result<Vec<Buffer>>>()
         };
         Ok(KvCache {
-            keys: side("keys")?,
-            values: side("values")?,
+            keys: per_layer("keys")?,
+            values: per_layer("values")?,
             table: device.allocate(sequences * sequence_pages * 4, "the page table")?,
             pages,
             sequences,
@@ -375,13 +375,15 @@ impl KvCache {
     }
 }
 
-/// Activations and workspaces of a model's passes. Passes run one after the other and share it.
+/// Activations and workspaces of a model's passes. All passes share them, because they run one after the
+/// other.
 pub struct Scratch {
     /// Residual stream `[rows][hidden]` f32.
     pub x: Buffer,
     /// Input of the next linear layer: `[injected + rows][hidden]` bf16.
     pub y: Buffer,
-    /// Its partial sums of squares: `[injected + rows][ceil(hidden / 128)]` f32.
+    /// Partial sums of squares of the residual stream, for the norm that `y` belongs to:
+    /// `[injected + rows][ceil(hidden / 128)]` f32.
     pub sumsq: Buffer,
     queries: Buffer,  // [rows][heads][head_dim] bf16
     attended: Buffer, // as queries
@@ -391,7 +393,7 @@ pub struct Scratch {
     rows: usize,
 }
 
-/// The largest passes that a [`Scratch`] is for.
+/// The largest passes that a [`Scratch`] supports.
 #[derive(Debug, Clone, Copy)]
 pub struct ScratchSizes {
     /// Sequences of a round.
@@ -402,9 +404,9 @@ pub struct ScratchSizes {
     pub chunk: usize,
     /// Injected rows of a round, before the pass's own ([`Pass::injected`]).
     pub injected: usize,
-    /// Shape of the LM head, where one runs after the pass.
+    /// Shape of the LM head, if it runs after the pass.
     pub head: Option<Shape>,
-    /// Inputs of the feature projection (taps x hidden), where one runs before the pass.
+    /// Inputs of the feature projection (taps x hidden), if it runs before the pass.
     pub features: Option<usize>,
 }
 
@@ -412,7 +414,7 @@ impl Scratch {
     /// Allocates the memory for passes through a model of config `c` and its `cache`.
     ///
     /// # Errors
-    /// [`Error::Memory`] where the device has too little.
+    /// [`Error::Memory`] if the device has too little memory.
     pub fn new(
         device: &dyn Device,
         c: &config::Stack,
@@ -470,22 +472,21 @@ pub struct Pass<'a> {
     pub sequences: usize,
     /// Rows of each sequence.
     pub block: usize,
-    /// Rows of projected features that come before the pass's own in `table`, `y` and `sumsq`. They are
-    /// already there, and every layer only writes their keys and values.
+    /// Rows of projected features before the pass's own rows in `table`, `y` and `sumsq`. The caller has
+    /// written them, and every layer only computes their keys and values.
     pub injected: usize,
-    /// `[injected + sequences * block]` [`Row`]; a row's query is its index among the pass's own rows.
+    /// `[injected + sequences * block]` [`Row`]. The query of a row is its index among the pass's own rows.
     pub table: &'a Buffer,
-    /// `[sequences]` of (context, rows) u32: positions before the rows, and how many of the rows are not
-    /// padding.
+    /// `[sequences]` of (context, rows) u32: cache slots filled before the pass, and the number of rows that
+    /// are not padding.
     pub spans: &'a Buffer,
-    /// `[sequences][block]` u64: the rows of its tree that each row attends to, one bit each; none for
-    /// chains.
+    /// `[sequences][block]` u64: bit `i` is set if the row attends to row `i` of its tree. `None` for chains.
     pub masks: Option<&'a Buffer>,
-    /// The rows are a prompt chunk of this sequence, and `sequences` is 1.
+    /// The sequence whose prompt chunk the rows are; `sequences` is 1. `None` for rounds.
     pub prompt: Option<usize>,
-    /// One u32; where it is 0 the kernels return at once. None: they always run.
+    /// One u32; if it is 0, the kernels return at once. `None`: they always run.
     pub num_active: Option<&'a Buffer>,
-    /// Layers whose outputs the drafter reads, and where these are kept: `[rows][taps][hidden]` bf16.
+    /// Layers whose outputs the drafter reads, and the buffer for these outputs: `[rows][taps][hidden]` bf16.
     pub taps: Option<(&'a [usize], &'a Buffer)>,
 }
 
@@ -498,7 +499,7 @@ impl Pass<'_> {
 
 /// The target's embedding and LM head, which the drafter shares.
 pub struct Vocabulary {
-    embedding: Option<Buffer>, // [vocab][hidden] bf16; none (tied): the head's packed weights
+    embedding: Option<Buffer>, // [vocab][hidden] bf16; None: tied to the head's packed weights
     head: Buffer,              // packed
     /// Number of token ids.
     pub vocab: usize,
@@ -527,7 +528,7 @@ impl Vocabulary {
         Shape { n: self.vocab, k: self.hidden }
     }
 
-    /// Writes `s.x` from `tokens` `[rows]` u32: embeddings times `scale`.
+    /// Writes the embeddings of `tokens` `[rows]` u32, times `scale`, to `s.x`.
     ///
     /// # Errors
     /// The device's error.
@@ -545,8 +546,8 @@ impl Vocabulary {
     }
 
     /// Runs the LM head over rows `first..first + head.rows` of `s.y`, which a pass through `layers` left
-    /// there. Writes `best` `[rows][ceil(vocab / 128)]` u64, the best logit of each block of ids, and, if
-    /// given, `logits` `[rows][vocab]` f32.
+    /// there. Writes `best` `[rows][ceil(vocab / 128)]` u64, the best logit of each 128 ids (see
+    /// [`Head::launch`]), and, if given, `logits` `[rows][vocab]` f32.
     ///
     /// # Errors
     /// The device's error.

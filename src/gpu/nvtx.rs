@@ -1,5 +1,5 @@
-//! Annotations for profilers: named ranges, and the window to record. Without a profiler they do nothing and
-//! need neither a library nor CUDA.
+//! Annotations for profilers: named ranges, and the window to record. Without a profiler, ranges do nothing
+//! and need neither a library nor CUDA.
 //!
 //! Ranges are NVTX version 3. The profiler's library is the one that `NVTX_INJECTION64_PATH` names; Nsight
 //! Systems, Nsight Compute and CUPTI set it in the programs that they start. Nothing is linked: the protocol
@@ -13,7 +13,7 @@ use std::ptr::null_mut;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-/// Number of functions in each module of the protocol, the unused first one included.
+/// Number of functions in each module of the protocol, including the unused index 0.
 const SIZES: [usize; 7] = [0, 16, 9, 15, 7, 16, 7];
 /// The module of ranges without a domain.
 const CORE: usize = 1;
@@ -22,12 +22,12 @@ const RANGE_PUSH_A: usize = 9;
 /// Index of `nvtxRangePop` in [`CORE`].
 const RANGE_POP: usize = 11;
 
-/// Pointers of the largest module, and the null that ends it.
+/// Function pointers of a module: room for the largest module and a terminating null.
 type Module = [AtomicPtr<c_void>; 17];
 
-/// The functions, which the profiler fills in; null where it has none.
+/// The functions. The profiler fills them in; null if it does not implement one.
 static FUNCTIONS: [Module; 7] = [const { [const { AtomicPtr::new(null_mut()) }; 17] }; 7];
-/// The address in [`FUNCTIONS`] of each function: the form in which the profiler reads them.
+/// The address of each entry of [`FUNCTIONS`], as the protocol requires.
 static ADDRESSES: [Module; 7] = [const { [const { AtomicPtr::new(null_mut()) }; 17] }; 7];
 
 /// The export table with [`module`], in the protocol's layout.
@@ -37,7 +37,7 @@ struct Callbacks {
     module: unsafe extern "C" fn(c_uint, *mut *mut c_void, *mut c_uint) -> c_int,
 }
 
-/// The export table with the version of this end of the protocol.
+/// The export table with the protocol version of this program.
 #[repr(C)]
 struct Versions {
     bytes: usize,
@@ -70,7 +70,7 @@ unsafe extern "C" fn module(number: c_uint, addresses: *mut *mut c_void, count: 
     1
 }
 
-/// Ignores the profiler's version.
+/// Called with the profiler's protocol version, which is not needed.
 ///
 /// # Safety
 /// None is needed; the type is the protocol's.
@@ -107,7 +107,7 @@ fn attached() -> bool {
                 return false;
             };
             let attached = initialize(export) != 0;
-            // Its functions are called until the process ends.
+            // The library must stay loaded, because its functions are called until the process ends.
             std::mem::forget(library);
             attached
         }
@@ -122,7 +122,7 @@ fn function(number: usize) -> *mut c_void {
 /// A named range of this thread's work. It ends when it is dropped. Ranges nest.
 #[must_use = "a range ends when it is dropped"]
 pub struct Range {
-    /// The profiler was told of the begin.
+    /// The profiler has received the start of the range.
     pushed: bool,
     /// Not `Send`: a range ends on the thread that it began on.
     _thread: PhantomData<*const ()>,
@@ -157,12 +157,12 @@ impl Drop for Range {
     }
 }
 
-/// The window that a profiler waiting for `cudaProfilerStart` records. It ends when it is dropped.
+/// The window that a profiler records if it waits for `cudaProfilerStart`. It ends when it is dropped.
 #[must_use = "a window ends when it is dropped"]
 pub struct Window<'a>(&'a dyn Device);
 
-/// Begins the window. Work enqueued before has finished by then, and work in the window finishes before it
-/// ends. On a device without a profiler both ends only wait.
+/// Begins the window after all earlier work has finished. Its end waits for the work in it. On a device
+/// without a profiler both ends only wait.
 ///
 /// # Errors
 /// As [`Device::synchronize`] and [`Device::profile`].

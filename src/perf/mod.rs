@@ -1,4 +1,4 @@
-//! What the hardware allows at most, and statistics of what was measured.
+//! Limits of the hardware by the roofline model, and statistics of measurements.
 
 pub mod roofline;
 pub mod statistics;

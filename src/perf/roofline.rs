@@ -1,15 +1,15 @@
-//! Roofline model: the least time that a pass of the target or the drafter can take on a card. Every weight
-//! and every key and value of the context crosses the memory bus once, every product goes through the tensor
-//! cores, and the slower of the two decides. All of it is computed from configs. Activations, norms and
-//! embeddings are left out; they are about a thousandth.
+//! Roofline model: the minimum time of a pass of the target or the drafter on a card, computed from the
+//! configs. Every weight and every key and value of the context is read from memory once, and every product
+//! runs on the tensor cores. The slower of the two limits the pass. Activations, norms and embeddings are
+//! left out; they are about a thousandth.
 
 use crate::checkpoint::config::{DrafterConfig, Stack, TargetConfig};
 
 /// Bytes of a bf16.
 const ELEMENT: f64 = 2.0;
 
-/// Nominal limits of a card, from its vendor. Kernels reach less: reading alone reaches about 90 % of the
-/// bandwidth.
+/// Nominal limits of a card, from its vendor. Kernels reach less: a kernel that only reads reaches about 90 %
+/// of the bandwidth.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Card {
     /// Its short name, such as `H100-SXM`.
@@ -43,14 +43,14 @@ pub const CARDS: [Card; 12] = [
 ];
 
 impl Card {
-    /// The card of that name, in any case and with or without hyphens and spaces.
+    /// The card with that name in [`CARDS`]. Case, hyphens and spaces do not matter.
     pub fn named(name: &str) -> Option<Card> {
         let normal = |name: &str| name.replace(['-', ' '], "").to_lowercase();
         CARDS.into_iter().find(|card| normal(card.name) == normal(name))
     }
 
     /// The card with that name in the driver: `NVIDIA H200`, `NVIDIA A100-SXM4-80GB`, `NVIDIA GeForce RTX
-    /// 4090`. `None` if it is not certainly one of [`CARDS`].
+    /// 4090`. `None` if the name does not identify one of [`CARDS`].
     pub fn of_driver(name: &str) -> Option<Card> {
         let words: Vec<&str> =
             name.split([' ', '-']).filter(|word| !["NVIDIA", "GeForce"].contains(word)).collect();
@@ -61,7 +61,7 @@ impl Card {
             // The PCIe card with 80 GB has slower memory.
             "A100" if has("80GB") && !has("PCIe") => "A100-80GB",
             "A100" if has("40GB") => "A100-40GB",
-            // With more words (4090 D, Laptop GPU) it is another card.
+            // A name with more words (4090 D, Laptop GPU) is another card.
             "RTX" if words.len() == 2 => return Card::named(&words.concat()),
             "H200" if has("NVL") => return None,
             "H100" | "A100" | "RTX" => return None,
@@ -71,7 +71,7 @@ impl Card {
     }
 }
 
-/// The work of a pass. Numbers are f64, so that absurd configs do not overflow; those of real ones are exact.
+/// The work of a pass, in f64: exact for real configs, and no overflow for absurd ones.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pass {
     /// Bytes read from and written to memory.
@@ -81,7 +81,7 @@ pub struct Pass {
 }
 
 impl Pass {
-    /// The least time it can take, in milliseconds.
+    /// The minimum time of the pass, in milliseconds.
     pub fn ms(&self, card: &Card) -> f64 {
         self.memory_ms(card).max(self.flops / (card.tflops * 1e9))
     }
@@ -90,7 +90,7 @@ impl Pass {
         self.bytes / (card.bandwidth * 1e6)
     }
 
-    /// Whether memory limits it, not the tensor cores.
+    /// Whether memory bandwidth limits the pass, not the tensor cores.
     pub fn is_bound_by_memory(&self, card: &Card) -> bool {
         self.memory_ms(card) >= self.ms(card)
     }
@@ -148,15 +148,15 @@ fn positions_read(stack: &Stack, context: usize) -> f64 {
     stack.attention.iter().map(|layer| layer.window.map_or(context, |w| w.min(context)) as f64).sum()
 }
 
-/// Operations of attention for `rows` rows of a sequence, each attending to the context and the rows of the
-/// pass.
+/// Floating point operations of attention for `rows` rows of a sequence. Each row attends to the context and
+/// to the rows of the pass.
 fn attention_flops(stack: &Stack, context: usize, rows: usize) -> f64 {
     let keys = positions_read(stack, context) + (stack.attention.len() * rows) as f64;
     4.0 * sizes(stack)[2] * rows as f64 * keys
 }
 
 /// A pass of the target over `rows` rows of each of `batch` sequences that have `context` positions: an AR
-/// step (1 row), or the verification of a block or a tree with that many rows.
+/// step (1 row), or the verification of a chain or a tree with that many rows.
 pub fn target_pass(target: &TargetConfig, context: usize, batch: usize, rows: usize) -> Pass {
     let stack = &target.stack;
     let weights = target_bytes(target);
@@ -168,8 +168,8 @@ pub fn target_pass(target: &TargetConfig, context: usize, batch: usize, rows: us
     }
 }
 
-/// A pass of the drafter over `block` rows of each of `batch` sequences that have `context` positions.
-/// Includes keys and values of as many rows of features, which a captured round always computes.
+/// A pass of the drafter over `block` rows of each of `batch` sequences that have `context` positions. It
+/// includes the injection of as many rows of features, which a captured round always computes.
 pub fn draft_pass(
     target: &TargetConfig,
     drafter: &DrafterConfig,

@@ -1,14 +1,13 @@
-//! Statistics of measurements: quantiles, and confidence intervals for how much better one set of samples is
-//! than another. Uses no clock and no device.
+//! Statistics of measurements: quantiles, and confidence intervals for the ratio of two sets of samples.
 
 /// Resamples of a bootstrap. With 4000, the ends of an interval vary by 2 % of its width from seed to seed
 /// (numpy, 100 seeds).
 const RESAMPLES: usize = 4000;
-/// Confidence level of an interval. High, because a comparison has many rows and few of them may be false
+/// Confidence level of an interval. It is high, because a comparison has many rows and should raise few false
 /// alarms.
 const LEVEL: f64 = 0.99;
-/// Intervals need at least this many samples, or groups of samples: an interval is never wider than their
-/// range.
+/// Minimum number of samples, or groups of samples, for an interval. A bootstrap interval is never wider than
+/// the range of its samples, so with fewer it would be too narrow.
 pub const MIN_SAMPLES: usize = 5;
 
 /// A summary of samples, in their own unit.
@@ -82,7 +81,7 @@ pub enum Pairing {
     Unpaired,
 }
 
-/// The median of `after` over the median of `before`, with the percentile bootstrap's interval. Both are
+/// The median of `after` over the median of `before`, with a percentile bootstrap interval. Both are
 /// groups of samples (`chunks(1)` for single samples). Whole groups are resampled, because samples of one
 /// group share clocks and load. Paired groups are resampled together. The random numbers are always the same
 /// (splitmix64 from 0).
@@ -117,8 +116,8 @@ pub struct Work {
     pub time: f64,
 }
 
-/// The rate of `after` over the rate of `before`, each the sum of amounts over the sum of times, with the
-/// percentile bootstrap's interval. Both sides did the same tasks, which are resampled together. The random
+/// The rate of `after` over the rate of `before`, each the sum of amounts over the sum of times, with a
+/// percentile bootstrap interval. Both sides did the same tasks, which are resampled together. The random
 /// numbers are those of [`ratio`].
 ///
 /// `None` without tasks, if an amount or a time is not above 0, or if the sides have different numbers of

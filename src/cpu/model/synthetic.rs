@@ -1,12 +1,13 @@
-//! Caches full of noise: a pass at any context can be measured without running a prompt.
+//! Fills caches with noise, so that a pass at any context length can be measured without a prompt.
 
 use super::Cache;
 
 impl Cache {
-    /// Fills an empty cache, which has capacity for `positions`, with noise: keys and values between -1/2 and 1/2.
+    /// Fills positions `0..positions` of an empty cache with noise: keys and values between -1/2 and 1/2. The
+    /// cache must have capacity for them.
     pub fn fill_synthetic(&mut self, positions: usize) {
         for kv in &mut self.layers {
-            let width = kv.heads * kv.dims;
+            let width = kv.kv_heads * kv.head_dim;
             for at in 0..positions {
                 // A multiplicative hash of the index, in 24 bits.
                 let noise = |i: usize| {
@@ -17,7 +18,7 @@ impl Cache {
                 kv.write(at, &row, &row);
             }
         }
-        self.rotate_to(positions);
+        self.extend_rope(positions);
         self.len = positions;
     }
 }

@@ -7,8 +7,7 @@ use crate::engine::generate::{Backend, Decoder};
 use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::device::Device;
 
-/// The `cuda` and `emulator` backends: a device, a pair's weights on it, and the capacity of the decoders it
-/// makes.
+/// The `cuda` and `emulator` backends: a device, a pair's weights on it, and the capacity of its decoders.
 pub struct DeviceBackend {
     name: &'static str,
     device: Box<dyn Device>,

@@ -1,5 +1,4 @@
-//! The decoder of a device: sequences in slots, one captured graph per kind of round, results read from a
-//! ring.
+//! The decoder of a device: sequences in slots, one captured graph per kind of round, and a ring of results.
 //!
 //! All state that changes from round to round is in device memory (`cuda/common/state.cuh`), so a round's
 //! launches are always the same. The host enqueues rounds without knowing the results of the last one and
@@ -38,14 +37,14 @@ use round_graph::RoundContext;
 pub use round_graph::{DrafterMode, RoundShape};
 pub use synthetic::FrozenBatch;
 
-/// Rounds that may be enqueued before their results are read.
+/// Maximum rounds enqueued before their results are read.
 const AHEAD: usize = 2;
 
 /// Sequences that run together on a device, each in a slot and with its own pages. They never affect each
 /// other's output.
 ///
-/// A sequence gets the pages of all its positions, prompt and answer, when it is admitted. So a round never
-/// waits for memory; a request for which too few pages are free waits until other sequences end.
+/// A sequence gets the pages of all its positions, prompt and answer, when it is admitted, so a round never
+/// waits for memory. A request that needs more pages than are available waits until other sequences end.
 pub struct Batch<'a> {
     ctx: RoundContext<'a>,
     prompt: PromptBuffers,
@@ -58,11 +57,12 @@ pub struct Batch<'a> {
     read: u32,
     /// Rows per sequence in the round that was enqueued last.
     rows: usize,
-    /// Every round keeps its logits, and the next one waits until the host has read them.
+    /// Every round keeps its logits, and the next one is enqueued only after the host has read them.
     watched: bool,
-    /// Costs of the captured rounds, for draft lengths; none if the batch is not adaptive or has no drafter.
+    /// Costs of the captured rounds, for draft lengths; `None` if the batch is not adaptive or has no
+    /// drafter.
     costs: Option<Costs>,
-    /// Makes the controllers of admitted sequences, in place of their draft-length policy.
+    /// Makes the controllers of admitted sequences; `None`: their draft-length policy does.
     controllers: Option<Controllers<'a>>,
 }
 
@@ -72,9 +72,9 @@ type Controllers<'a> = Box<dyn Fn() -> Box<dyn Controller> + 'a>;
 /// How many drafts a sequence's rounds verify.
 struct DraftLength {
     controller: Box<dyn Controller>,
-    /// The drafts it allowed for each round that has not been read yet, the oldest first.
+    /// Drafts that the controller allowed for each round not yet read, the oldest first.
     allowed: VecDeque<usize>,
-    /// The maximum of verified rows that the device was last told.
+    /// Maximum rows to verify, as last written to the device's state of the sequence.
     rows: usize,
 }
 
@@ -86,7 +86,7 @@ impl Default for DraftLength {
 
 #[derive(Default)]
 struct Slot {
-    /// Prompt and answer as far as the host has read them, also of a sequence that has ended.
+    /// Prompt and answer as far as the host has read them. They stay after the sequence ends.
     tokens: Vec<u32>,
     /// The target's pages hold keys and values of the first `held` tokens.
     held: usize,
@@ -94,7 +94,7 @@ struct Slot {
     drafted: usize,
     /// Tokens of the prompt.
     prompt: usize,
-    /// Drafts are sampled, not the drafter's best tokens.
+    /// The drafts are sampled. Otherwise they are the drafter's best tokens.
     sampled_drafts: bool,
     /// The device's state of the sequence at the end of its prompt.
     state: Option<Sequence>,
@@ -107,7 +107,7 @@ enum Phase {
     /// No sequence. Pages and tokens of the last one stay, so that the next one can reuse a common prefix.
     #[default]
     Idle,
-    /// The prompt runs from token `at` on; the target's pages hold everything before `held`.
+    /// The prompt runs from token `at` on, which may be before [`Slot::held`].
     Prefill { at: usize },
     /// Takes part in rounds, from number `first` on.
     Running { first: u32 },
@@ -126,8 +126,8 @@ impl Slot {
         self.state.as_ref().is_some_and(|state| state.sampling.temperature != 0.0)
     }
 
-    /// An upper bound of the drafts of the next round. The host knows a length that may be too small, because
-    /// rounds whose results it has not read have extended the sequence.
+    /// An upper bound of the drafts of the next round. The sequence may be longer than the host knows,
+    /// because the host has not read the rounds in flight.
     fn max_drafts(&self) -> usize {
         let Some(state) = &self.state else { return 0 };
         let left = |end: u32| (end as usize).saturating_sub(self.held);
@@ -145,7 +145,7 @@ impl<'a> Batch<'a> {
     /// drafter runs.
     ///
     /// # Errors
-    /// [`Error::Memory`] where the device has too little; otherwise the device's error.
+    /// [`Error::Memory`] if the device has too little memory; otherwise the device's error.
     pub fn new(device: &'a dyn Device, models: &'a Models, config: BatchConfig) -> Result<Batch<'a>> {
         let ctx = RoundContext::new(device, models, config, CHUNK, AHEAD + 1)?;
         let prompt = PromptBuffers::new(device, models.taps().len(), models.target.config.hidden)?;
@@ -168,8 +168,8 @@ impl<'a> Batch<'a> {
         Ok(batch)
     }
 
-    /// What the captured rounds cost, in an adaptive batch with a drafter: the roofline of the device's card,
-    /// or of an H200 where the card is unknown.
+    /// The costs of the captured rounds of an adaptive batch with a drafter: the roofline of the device's
+    /// card, or of an H200 if the card is unknown.
     fn round_costs(&self) -> Option<Costs> {
         let RoundContext { device, models, config, .. } = &self.ctx;
         let drafter = models.drafter.as_ref().filter(|_| config.adaptive)?;
@@ -181,15 +181,16 @@ impl<'a> Batch<'a> {
         Some(costs.of_sizes(&sizes))
     }
 
-    /// Gives every sequence that is admitted from now on a controller made by `make` in place of its
-    /// draft-length policy, except sequences with sampled trees: their rounds always have the full size,
-    /// because the number of siblings depends on a tree's size, so what the rows of one size accept says
-    /// nothing about another size.
+    /// Gives every sequence that is admitted from now on a controller made by `make` instead of its
+    /// draft-length policy.
+    ///
+    /// Sequences with sampled trees are an exception: their rounds always have the full size. The number of
+    /// siblings depends on the size of a tree, so acceptance at one size does not predict that at another.
     pub fn control(&mut self, make: impl Fn() -> Box<dyn Controller> + 'a) {
         self.controllers = Some(Box::new(make));
     }
 
-    /// The controller of a sequence that is admitted.
+    /// The controller of a new sequence.
     fn controller(&self, spec: &SpecConfig, form: Form) -> Box<dyn Controller> {
         match (&self.controllers, &self.costs) {
             _ if form == Form::SampledTree => Box::new(Fixed),
@@ -199,8 +200,8 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Captures the round of that shape again. The graph is the same at any time: replaying one would
-    /// otherwise not be the round.
+    /// Captures the round of that shape again. The graph does not depend on when it is captured, because
+    /// everything that changes between rounds is in device memory.
     ///
     /// # Errors
     /// The device's error.
@@ -213,11 +214,11 @@ impl<'a> Batch<'a> {
         &self.graphs
     }
 
-    /// The largest round: all slots, with drafts if there is a drafter. `sampled`: with the target's tokens
-    /// sampled, and, in a batch with [`BatchConfig::draft_probs`], the drafts too.
+    /// The largest round: all slots, with drafts if there is a drafter. `sampled`: samples the target's
+    /// tokens and, in a batch with [`BatchConfig::draft_probs`], the drafts.
     ///
     /// # Errors
-    /// [`Error::Internal`] where no such round was captured, which is a bug.
+    /// [`Error::Internal`] if no such round was captured, which is a bug.
     pub fn largest(&self, sampled: bool) -> Result<&Graph> {
         let kind = |shape: &RoundShape| (shape.sampled, shape.sampled_drafts);
         let sampled_drafts = sampled && self.ctx.config.draft_probs && self.ctx.draft.is_some();
@@ -230,7 +231,7 @@ impl<'a> Batch<'a> {
         self.pages.available(|slot| self.slots[slot].phase == Phase::Idle)
     }
 
-    /// Gives an idle slot `count` pages, at the expense of other idle slots; false where too few are
+    /// Gives an idle slot `count` pages, and takes them from other idle slots if needed. False if too few are
     /// available.
     fn take_pages(&mut self, slot: usize, count: usize) -> bool {
         let slots = &self.slots;
@@ -241,11 +242,11 @@ impl<'a> Batch<'a> {
         true
     }
 
-    /// Uploads the page table of `slot`, and returns the sequence's state as it is to be at the end of its
-    /// prompt.
+    /// Uploads the page table of `slot`. Returns the device state that the sequence has at the end of its
+    /// prompt, except for the anchor.
     fn begin(&self, slot: usize, request: &Request) -> Result<Sequence> {
         let (ctx, pages) = (&self.ctx, self.pages.of(slot));
-        // Entries behind the sequence's pages are out of range, so that kernels never reach another
+        // The entries after the sequence's pages are out of range, so that kernels never access another
         // sequence's page.
         let mut row = pages.to_vec();
         row.resize(ctx.cache.sequence_pages, u32::MAX);
@@ -253,7 +254,7 @@ impl<'a> Batch<'a> {
         for cache in ctx.caches() {
             ctx.device.upload(&cache.table.slice(slot * bytes.len(), bytes.len())?, &bytes)?;
         }
-        // The rows of a tree take slots behind the positions.
+        // The rows of a tree use slots after the last position.
         let tree = request.spec.tree_rows().unwrap_or(0);
         let end = self.context().min((pages.len() * PAGE).saturating_sub(tree));
         let draft_end = match (ctx.drafter(), request.block) {
@@ -287,24 +288,31 @@ impl<'a> Batch<'a> {
         })
     }
 
-    /// The token after a prompt, from row `last` of the chunk that ran last.
+    /// The token after a prompt, chosen at row `last` of its last chunk.
     fn first_token(&self, slot: usize, last: usize) -> Result<u32> {
-        let (ctx, w, sampled) = (&self.ctx, &self.ctx.buffers, self.slots[slot].sampled());
+        let (ctx, buffers, sampled) = (&self.ctx, &self.ctx.buffers, self.slots[slot].sampled());
         let vocabulary = &ctx.models.vocabulary;
         ctx.target_head(last, 1, None, sampled)?;
         let (vocab, blocks) = (vocabulary.vocab, vocabulary.shape().blocks());
         let sample = Sample { rows: 1, vocab, blocks, sequences: ctx.config.sequences };
         let row = self.prompt.rows.slice(last * Row::BYTES, Row::BYTES)?;
-        sample.launch(ctx.device, &w.choices, &w.best, &row, sampled.then(|| w.races()))?;
+        sample.launch(
+            ctx.device,
+            &buffers.choices,
+            &buffers.best,
+            &row,
+            sampled.then(|| buffers.sampler_inputs()),
+        )?;
         let mut first = [0; 4];
-        ctx.device.download(&w.choices.slice(0, 4)?, &mut first)?;
+        ctx.device.download(&buffers.choices.slice(0, 4)?, &mut first)?;
         match u32::from_le_bytes(first) {
             u32::MAX => Err(damaged("target", self.slots[slot].prompt)),
             first => Ok(first),
         }
     }
 
-    /// Enqueues a round of all running sequences. At most [`AHEAD`] rounds may be enqueued and not yet read.
+    /// Enqueues a round of all running sequences. The caller keeps at most [`AHEAD`] rounds enqueued and
+    /// unread.
     fn enqueue(&mut self) -> Result<()> {
         let mut rows = 1;
         for slot in 0..self.slots.len() {
@@ -319,7 +327,7 @@ impl<'a> Batch<'a> {
         };
         let sampled_drafts = drafter == DrafterMode::Draft && running().any(|slot| slot.sampled_drafts);
         let sampled = self.watched || sampled_drafts || running().any(Slot::sampled);
-        // Graphs are in order of size: the first that fits is the smallest.
+        // The graphs are in order of size, so the first that fits is the smallest.
         let fits = |shape: &RoundShape| {
             let kind = (shape.drafter, shape.sampled, shape.sampled_drafts);
             shape.sequences >= highest && shape.rows >= rows && kind == (drafter, sampled, sampled_drafts)
@@ -335,19 +343,19 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// Asks the controller of the sequence in `slot` for its next round's size and returns the maximum of
-    /// rows to verify; 1 where no sequence runs or it does not draft. Tells the device in stream order,
-    /// behind the rounds already enqueued, so neither side waits.
+    /// Asks the controller of the sequence in `slot` for the number of drafts of the next round. Returns the
+    /// maximum rows to verify: 1 if no sequence runs or it does not draft. The maximum is written to the
+    /// device in stream order, after the rounds already enqueued, so neither side waits.
     fn set_rows(&mut self, slot: usize) -> Result<usize> {
-        let own = &mut self.slots[slot];
-        if !(own.is_running() && own.drafts()) {
+        let entry = &mut self.slots[slot];
+        if !(entry.is_running() && entry.drafts()) {
             return Ok(1);
         }
-        let (max_drafts, length) = (own.max_drafts(), &mut own.draft_length);
+        let (max_drafts, length) = (entry.max_drafts(), &mut entry.draft_length);
         let drafts = length.controller.drafts(max_drafts).min(max_drafts);
         length.allowed.push_back(drafts);
-        // At the maximum the device applies its own limits, because it knows the exact length.
-        let all = own.state.as_ref().map_or(1, |state| state.rows as usize);
+        // At the maximum, the device applies the limits itself, because it knows the exact length.
+        let all = entry.state.as_ref().map_or(1, |state| state.rows as usize);
         let rows = if drafts < max_drafts { drafts + 1 } else { all };
         if length.rows != rows {
             let at = slot * Sequence::BYTES + Sequence::ROWS_OFFSET;
@@ -357,7 +365,7 @@ impl<'a> Batch<'a> {
         Ok(drafts + 1)
     }
 
-    /// The result of round `round` for the sequence in `slot`; waits for it.
+    /// Waits for the result of round `round` for the sequence in `slot`.
     fn record(&self, round: u32, slot: usize) -> Result<Record> {
         let begin = Instant::now();
         let record = loop {
@@ -365,7 +373,7 @@ impl<'a> Batch<'a> {
                 break record;
             }
             if begin.elapsed() > Duration::from_secs(1) {
-                // A failed kernel never writes its record; waiting for the device reports the failure.
+                // After a failed kernel there is no record. Waiting for the device reports the failure.
                 self.ctx.device.synchronize()?;
                 break self.ctx.ring.read(round, slot)?.ok_or_else(|| {
                     Error::Internal(format!("round {round} ended without a record for slot {slot}"))
@@ -381,7 +389,7 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// The error for logits that are not numbers; `position` 0: unknown.
+/// The error for damaged logits; `position` 0: unknown.
 fn damaged(model: &str, position: usize) -> Error {
     let place = if position > 0 { format!(" for position {position}") } else { String::new() };
     Error::Model(format!(
@@ -433,31 +441,31 @@ impl Decoder for Batch<'_> {
         }
         let state = self.begin(slot, request)?;
 
-        // Both states are uploaded inactive; the first token's sampling already reads their settings.
-        let (device, w) = (self.ctx.device, &self.ctx.buffers);
+        // Both states are uploaded inactive. Sampling of the first token already reads their settings.
+        let (device, buffers) = (self.ctx.device, &self.ctx.buffers);
         let inactive = Sequence { active: false, ..state.clone() };
-        let to = w.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
+        let to = buffers.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         device.upload(&to, &inactive.to_bytes()?)?;
         let sampling = spec.draft_params(&request.sampling);
         let sampled_drafts = state.draft_end > 0 && spec.samples_drafts();
-        let to = w.drafting.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
+        let to = buffers.draft_states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         device.upload(&to, &Sequence { sampling, ..inactive }.to_bytes()?)?;
         let controller = self.controller(spec, state.form);
 
-        let own = &mut self.slots[slot];
-        let common = own.tokens[..own.held].iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        // The last token runs again even if it is held, for its logits.
-        own.held = if keep { common.min(prompt.len() - 1) } else { 0 };
-        own.drafted = own.drafted.min(own.held);
-        // The prompt runs from the first token whose features the drafter lacks, up to where its positions
-        // end.
+        let entry = &mut self.slots[slot];
+        let common = entry.tokens[..entry.held].iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        // The last token always runs, for its logits.
+        entry.held = if keep { common.min(prompt.len() - 1) } else { 0 };
+        entry.drafted = entry.drafted.min(entry.held);
+        // The prompt runs from the first token whose features the drafter lacks; from `held` on if the
+        // drafter has all that its positions allow.
         let at = match state.draft_end as usize {
-            end if own.drafted < end => own.drafted,
-            _ => own.held,
+            end if entry.drafted < end => entry.drafted,
+            _ => entry.held,
         };
-        own.draft_length = DraftLength { controller, allowed: VecDeque::new(), rows: state.rows as usize };
-        (own.tokens, own.prompt, own.sampled_drafts) = (prompt.clone(), prompt.len(), sampled_drafts);
-        (own.state, own.phase) = (Some(state), Phase::Prefill { at });
+        entry.draft_length = DraftLength { controller, allowed: VecDeque::new(), rows: state.rows as usize };
+        (entry.tokens, entry.prompt, entry.sampled_drafts) = (prompt.clone(), prompt.len(), sampled_drafts);
+        (entry.state, entry.phase) = (Some(state), Phase::Prefill { at });
         Ok(Some(at))
     }
 
@@ -467,11 +475,11 @@ impl Decoder for Batch<'_> {
             return Err(Error::Internal(format!("slot {slot} has no prompt to run")));
         };
         let (first, mut state) = (*at, state.clone());
-        let own = &self.slots[slot];
-        let end = own.prompt.min(first + CHUNK);
-        let (tokens, held, draft_end) = (&own.tokens[first..end], own.held, state.draft_end as usize);
+        let entry = &self.slots[slot];
+        let end = entry.prompt.min(first + CHUNK);
+        let (tokens, held, draft_end) = (&entry.tokens[first..end], entry.held, state.draft_end as usize);
         self.prompt.run(&self.ctx, Chunk { slot, first, tokens, held, draft_end })?;
-        let next = match end == own.prompt {
+        let next = match end == entry.prompt {
             true => Some(self.first_token(slot, end - first - 1)?),
             false => None,
         };
@@ -480,16 +488,16 @@ impl Decoder for Batch<'_> {
             let to = self.ctx.buffers.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
             self.ctx.device.upload(&to, &state.to_bytes()?)?;
         }
-        let own = &mut self.slots[slot];
-        own.held = own.held.max(end);
+        let entry = &mut self.slots[slot];
+        entry.held = entry.held.max(end);
         if draft_end > 0 {
-            own.drafted = own.drafted.max(end.min(draft_end));
+            entry.drafted = entry.drafted.max(end.min(draft_end));
         }
-        own.phase = match next {
+        entry.phase = match next {
             Some(_) => Phase::Running { first: self.enqueued + 1 },
             None => Phase::Prefill { at: end },
         };
-        own.tokens.extend(next);
+        entry.tokens.extend(next);
         Ok(Prefill { done: end, next })
     }
 
@@ -499,9 +507,9 @@ impl Decoder for Batch<'_> {
         if !self.slots.iter().any(Slot::is_running) {
             return Err(Error::Internal("a round of no sequences".into()));
         }
-        // A round enqueued before any running sequence was admitted has no results; the loop skips it.
-        let mut any = false;
-        while !any {
+        // A round that was enqueued before all running sequences were admitted has no results. It is skipped.
+        let mut has_results = false;
+        while !has_results {
             // The next round is enqueued before this one is read, so the device never waits for the host.
             let ahead = if self.watched { 1 } else { AHEAD as u32 };
             while self.enqueued < self.read + ahead {
@@ -513,42 +521,42 @@ impl Decoder for Batch<'_> {
                 if first > self.read {
                     continue;
                 }
-                any = true;
-                let Record { tokens, acceptance_length: judged, drafted, path: stood, .. } =
-                    self.record(self.read, slot)?;
+                has_results = true;
+                let Record { tokens, acceptance_length, drafted, path, .. } = self.record(self.read, slot)?;
                 if tokens.is_empty() {
                     return Err(Error::Internal(format!(
                         "round {} emitted nothing for the sequence in slot {slot}",
                         self.read
                     )));
                 }
-                // The round wrote the features of all earlier positions into the drafter's pages.
-                let own = &mut self.slots[slot];
-                if let Some(state) = &own.state
+                // The round has injected the features of all earlier positions.
+                let entry = &mut self.slots[slot];
+                if let Some(state) = &entry.state
                     && state.draft_end > 0
                 {
-                    own.drafted = own.drafted.max(own.held.min(state.draft_end as usize));
+                    entry.drafted = entry.drafted.max(entry.held.min(state.draft_end as usize));
                 }
-                if own.draft_length.allowed.pop_front().is_some_and(|drafts| drafts > 0) {
-                    own.draft_length.controller.observe(drafted as usize, stood);
+                if entry.draft_length.allowed.pop_front().is_some_and(|drafts| drafts > 0) {
+                    entry.draft_length.controller.observe(drafted as usize, path);
                 }
-                own.held += tokens.len();
-                own.tokens.extend(&tokens);
-                *emitted = Emitted { tokens, produced: judged as usize, drafted: drafted as usize };
+                entry.held += tokens.len();
+                entry.tokens.extend(&tokens);
+                let (produced, drafted) = (acceptance_length as usize, drafted as usize);
+                *emitted = Emitted { tokens, produced, drafted };
             }
         }
         Ok(())
     }
 
     fn release(&mut self, slot: usize, tokens: usize) -> Result<()> {
-        let Some(own) = self.slots.get_mut(slot).filter(|own| own.phase != Phase::Idle) else {
+        let Some(entry) = self.slots.get_mut(slot).filter(|entry| entry.phase != Phase::Idle) else {
             return Err(Error::Internal(format!("no sequence is in slot {slot}")));
         };
-        // The answer's last token counts as not held, whether a round has run it or not.
-        own.held = own.held.min(own.prompt + tokens.saturating_sub(1));
-        own.drafted = own.drafted.min(own.held);
-        own.tokens.truncate(own.held);
-        (own.state, own.phase) = (None, Phase::Idle);
+        // The last token of the answer counts as not held, because a round may not have run it.
+        entry.held = entry.held.min(entry.prompt + tokens.saturating_sub(1));
+        entry.drafted = entry.drafted.min(entry.held);
+        entry.tokens.truncate(entry.held);
+        (entry.state, entry.phase) = (None, Phase::Idle);
         self.ctx.device.upload(&self.ctx.buffers.states.slice(slot * Sequence::BYTES, 4)?, &[0; 4])
     }
 
@@ -557,16 +565,16 @@ impl Decoder for Batch<'_> {
     }
 
     fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {
-        let (device, w) = (self.ctx.device, &self.ctx.buffers);
+        let (device, buffers) = (self.ctx.device, &self.ctx.buffers);
         let mut on_path = [0; 4];
-        device.download(&w.path.slice((slot * self.rows + row) * 4, 4)?, &mut on_path)?;
+        device.download(&buffers.path.slice((slot * self.rows + row) * 4, 4)?, &mut on_path)?;
         let row = u32::from_le_bytes(on_path) as usize;
         if row >= self.rows {
             return Err(Error::Internal(format!("slot {slot} has no such logits")));
         }
         let bytes = self.ctx.models.vocabulary.vocab * 4;
         let mut logits = vec![0; bytes];
-        device.download(&w.logits.slice((slot * self.rows + row) * bytes, bytes)?, &mut logits)?;
+        device.download(&buffers.logits.slice((slot * self.rows + row) * bytes, bytes)?, &mut logits)?;
         Ok(logits.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
     }
 }

@@ -15,7 +15,7 @@ pub struct Models {
     pub(super) drafter: Option<Drafter>,
 }
 
-/// A drafter without the embedding and the LM head, which are the target's.
+/// A drafter. It uses the target's embedding and LM head.
 pub(super) struct Drafter {
     pub config: DrafterConfig,
     pub layers: Transformer,
@@ -47,8 +47,8 @@ impl Models {
         Ok(models)
     }
 
-    /// Allocates both models and lists in `loader` what to read into them. Calls `done` with the name of each
-    /// group of allocations after making it.
+    /// Allocates both models and lists their tensors in `loader`. Calls `done` after each group of
+    /// allocations, with the name of the group.
     pub(crate) fn list<'a>(
         loader: &mut Loader<'a>,
         pair: &'a Pair,

@@ -1,11 +1,11 @@
-//! Which slot owns which page of keys and values.
+//! The page allocator of the KV cache.
 //!
-//! A slot keeps its pages when its sequence ends, because the next one may share a prefix with it, until
-//! another slot needs them.
+//! A slot keeps its pages after its sequence ends, because the next sequence may share a prefix with it. It
+//! loses them when another slot needs them.
 
 /// The pages of a batch, each free or owned by one slot.
 pub(super) struct PageAllocator {
-    /// The next page to hand out is the last.
+    /// Free pages; the last one is allocated next.
     free: Vec<u32>,
     /// Pages of each slot, in order of position.
     owned: Vec<Vec<u32>>,
@@ -28,9 +28,9 @@ impl PageAllocator {
         self.free.len() + reclaimable.map(|(_, pages)| pages.len()).sum::<usize>()
     }
 
-    /// Makes `slot`, which is idle, own exactly `count` pages: its first ones stay, and free ones follow.
-    /// Where these are too few, other idle slots lose all of their pages, the lowest slot first. Returns the
-    /// slots that lost them; None, and nothing changes, where too few pages are available.
+    /// Makes `slot`, which is idle, own exactly `count` pages. It keeps its first pages and gets free ones.
+    /// If too few are free, other idle slots lose all of their pages, the lowest slot first. Returns these
+    /// slots; `None` if too few pages are available, and then nothing changes.
     pub fn resize(&mut self, slot: usize, count: usize, idle: impl Fn(usize) -> bool) -> Option<Vec<usize>> {
         if count > self.available(&idle) {
             return None;
@@ -60,13 +60,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn resize_keeps_own_pages_then_takes_free_ones_then_evicts_idle_slots() {
+    fn resize_keeps_pages_then_takes_free_ones_then_evicts() {
         let mut pages = PageAllocator::new(6, 3);
         let all_idle = |_| true;
         assert_eq!(pages.resize(0, 2, all_idle), Some(vec![]));
         assert_eq!(pages.resize(1, 2, all_idle), Some(vec![]));
         assert_eq!((pages.of(0), pages.of(1)), (&[0, 1][..], &[2, 3][..]));
-        // Slot 0 runs: slot 2 can have the free pages and those of slot 1.
+        // Slot 0 runs, so slot 2 can get the free pages and those of slot 1.
         let idle = |slot| slot != 0;
         assert_eq!(pages.available(idle), 4);
         assert_eq!(pages.resize(2, 5, idle), None);

@@ -1,4 +1,4 @@
-//! Prefill: one chunk of a prompt through both models.
+//! Prefill: runs one chunk of a prompt through both models.
 
 use super::round_graph::RoundContext;
 use crate::Result;
@@ -6,7 +6,7 @@ use crate::gpu::device::{Buffer, Device};
 use crate::gpu::model::{Pass, Row};
 use std::ops::Range;
 
-/// The most prompt tokens that go through a model together.
+/// Maximum tokens of a prefill chunk.
 pub(super) const CHUNK: usize = 512;
 
 /// The input tables of a chunk, and the features that it leaves for the drafter.
@@ -24,10 +24,10 @@ pub(super) struct Chunk<'a> {
     /// Position of the first token.
     pub first: usize,
     pub tokens: &'a [u32],
-    /// The target's cache already holds the positions before this one; their keys and values are not written
-    /// again, only their features are wanted.
+    /// The target's cache already holds the positions before this one. They run only for their features, and
+    /// their keys and values are not written again.
     pub held: usize,
-    /// Positions that the drafter may have; 0: it does not take part.
+    /// The drafter's positions are `0..draft_end`; 0: it does not take part.
     pub draft_end: usize,
 }
 
@@ -47,7 +47,7 @@ impl PromptBuffers {
         Ok(buffers)
     }
 
-    /// Runs the chunk through the target, and its features into the drafter's cache.
+    /// Runs the chunk through the target and injects its features into the drafter's cache.
     pub fn run(&self, ctx: &RoundContext, chunk: Chunk) -> Result<()> {
         let (device, models, count) = (ctx.device, ctx.models, chunk.tokens.len());
         let put = |to: &Buffer, bytes: &[u8]| device.upload(&to.slice(0, bytes.len())?, bytes);
@@ -72,7 +72,7 @@ impl PromptBuffers {
             drafter.projection.run(device, s, count, &self.features, &self.gather, true, None)?;
             put(&self.rows, &chunk.rows(false, 0..chunk.draft_end))?;
             drafter.layers.write_context_kv(device, s, cache, &self.rows, count, true, None)?;
-            // Sampling the token after the prompt reads the target's rows.
+            // The sampler of the token after the prompt reads the target's rows.
             put(&self.rows, &chunk.rows(true, chunk.held..usize::MAX))?;
         }
         Ok(())
@@ -80,7 +80,7 @@ impl PromptBuffers {
 }
 
 impl Chunk<'_> {
-    /// The chunk's table of [`Row`]s: rows have queries if `query`; positions in `stored` write keys and
+    /// The chunk's table of [`Row`]s. Rows have queries if `query`. Positions in `stored` write keys and
     /// values.
     fn rows(&self, query: bool, stored: Range<usize>) -> Vec<u8> {
         let row = |i: usize| {

@@ -1,4 +1,4 @@
-//! The device memory that the kernels of a round pass results to each other through.
+//! The device memory through which the kernels of a round pass results to each other.
 
 use super::models::Models;
 use crate::gpu::batch_config::BatchConfig;
@@ -17,7 +17,7 @@ use crate::{Error, Result};
 /// [`BatchConfig::max_verify_rows`].
 pub(super) struct RoundBuffers {
     pub states: Buffer,       // [sequences] Sequence
-    pub drafting: Buffer,     // [sequences] Sequence: sampler settings of the drafts
+    pub draft_states: Buffer, // [sequences] Sequence: sampling parameters of the drafts
     pub round_header: Buffer, // [3] u32: round number, active sequences, columns of `path`
     pub num_active: Buffer,   // the second word of round_header
     pub draft_tokens: Buffer, // [draft_rows] u32
@@ -34,9 +34,9 @@ pub(super) struct RoundBuffers {
     pub logits: Buffer,       // [rows][vocab] f32
     pub tables: Buffer,       // sample::tables
     pub partial: Buffer,      // Sample::workspace
-    pub counters: Buffer,     // [rows] u32
+    pub counters: Buffer,     // [rows] u32, of the sampler
     pub accepted: Buffer,     // [sequences] u32: number of accepted drafts
-    pub next: Buffer,         // [sequences] u32: the token after them
+    pub next: Buffer,         // [sequences] u32: the token after the accepted drafts
     pub path: Buffer,         // [rows] u32: accepted rows, anchor first
     pub trees: Option<TreeBuffers>,
     pub verify: Option<VerifyBuffers>,
@@ -46,7 +46,7 @@ pub(super) struct RoundBuffers {
 pub(super) struct TreeBuffers {
     pub choices: Buffer, // [draft_rows][tree_choices] (token, cost) u32
     pub counts: Buffer,  // [draft_rows] u32
-    pub typical: Buffer, // [tree_choices] u32
+    pub typical: Buffer, // [tree_choices] u32: tree::typical of each place among siblings
     pub parents: Buffer, // [rows] u32
     pub masks: Buffer,   // [rows] u64
     pub caches: Buffer,  // [layers][2] u64: addresses of the target's keys and values
@@ -98,7 +98,7 @@ impl RoundBuffers {
         let sample = Sample { rows, vocab, blocks, sequences };
         Ok(RoundBuffers {
             states: zeros(sequences * Sequence::BYTES, "the state of sequences")?,
-            drafting: zeros(sequences * Sequence::BYTES, "the settings of drafts")?,
+            draft_states: zeros(sequences * Sequence::BYTES, "the settings of drafts")?,
             num_active: round_header.slice(4, 4)?,
             round_header,
             draft_tokens: get(draft_rows * 4)?,
@@ -114,8 +114,8 @@ impl RoundBuffers {
             best: device.allocate(rows * blocks * 8, "the best logits")?,
             logits: device.allocate(rows * vocab * 4, "logits")?,
             tables,
-            partial: device.allocate(sample.workspace(), "partial races")?,
-            counters: zeros(rows * 4, "counters of races")?,
+            partial: device.allocate(sample.workspace(), "partial results of sampling")?,
+            counters: zeros(rows * 4, "counters of sampling")?,
             accepted: get(sequences * 4)?,
             next: get(sequences * 4)?,
             path: zeros(rows * 4, "paths")?,
@@ -124,8 +124,8 @@ impl RoundBuffers {
         })
     }
 
-    /// What sampling the target's tokens reads and works in.
-    pub fn races(&self) -> SamplerInputs<'_> {
+    /// The sampler's inputs and scratch memory for the target's tokens.
+    pub fn sampler_inputs(&self) -> SamplerInputs<'_> {
         SamplerInputs {
             logits: &self.logits,
             sequences: &self.states,
@@ -170,19 +170,18 @@ impl TreeBuffers {
 }
 
 impl VerifyBuffers {
-    /// The drafter's logits and distributions, of the rows of its block.
+    /// The drafter's logits and distributions for the rows of its blocks.
     pub fn drafter(&self) -> Rows<'_> {
         Rows { logits: &self.logits, distributions: &self.drafter }
     }
 }
 
-/// Choices per drafter row that a tree may need: as many as it can have drafts.
+/// Maximum choices per drafter row that a tree can use: its number of drafts.
 pub(super) fn tree_choices(config: BatchConfig) -> usize {
     config.tree.saturating_sub(1).max(1)
 }
 
-/// The launcher that moves the accepted paths of `sequences` trees of `rows` rows to the front in the
-/// target's cache.
+/// The launcher that compacts the target's cache after the verification of `sequences` trees of `rows` rows.
 pub(super) fn compact(models: &Models, cache: &KvCache, sequences: usize, rows: usize) -> Compact {
     let c = &models.target.config;
     let KvCache { pages, sequence_pages, .. } = *cache;

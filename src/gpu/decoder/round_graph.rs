@@ -16,19 +16,19 @@ use crate::gpu::kernels::verify::{Verify, VerifyOutput};
 use crate::gpu::model::{KvCache, Pass, Row, Scratch, ScratchSizes};
 use crate::{Error, Result};
 
-/// Which round: one graph is captured for each.
+/// The kind of a round. One graph is captured for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RoundShape {
-    /// The first this many slots take part.
+    /// Number of slots that take part, counted from slot 0.
     pub sequences: usize,
-    /// The most rows that are verified of each sequence, the anchor included; 1 in rounds without drafts.
+    /// Maximum rows to verify per sequence, the anchor included; 1 in rounds without drafts.
     pub rows: usize,
     /// What the drafter does.
     pub drafter: DrafterMode,
     /// Runs the sampler for sequences with a temperature and keeps the target's logits for the host.
     pub sampled: bool,
-    /// Samples the drafts: with the noise of the target's tokens (coupled), or, in a batch with
-    /// [`BatchConfig::draft_probs`], also with draws of their own. Needs `sampled`.
+    /// Samples the drafts with the noise of the target's tokens (coupled). In a batch with
+    /// [`BatchConfig::draft_probs`] also with independent draws. Needs `sampled`.
     pub sampled_drafts: bool,
 }
 
@@ -37,10 +37,9 @@ pub struct RoundShape {
 pub enum DrafterMode {
     /// Nothing. Its cache falls behind the target's.
     Idle,
-    /// Writes keys and values for the features of the last verification, so that it can draft in a later
-    /// round.
+    /// It injects the features of the last verification, so that it can draft in a later round.
     CatchUp,
-    /// Catches up, and drafts.
+    /// It catches up and drafts.
     Draft,
 }
 
@@ -51,27 +50,28 @@ impl RoundShape {
     }
 }
 
-/// Rows where a verification pass gets slower: linear layers compute tiles of this many rows.
-const TILES: [usize; 2] = [16, 32];
+/// Rows per sequence of the smaller verification passes of an adaptive batch. The linear kernels get slower
+/// beyond these numbers of rows.
+const SMALLER_ROWS: [usize; 2] = [16, 32];
 
 /// The device side of a batch: the models and all memory that rounds read and write.
 pub(super) struct RoundContext<'a> {
     pub device: &'a dyn Device,
     pub models: &'a Models,
     pub config: BatchConfig,
-    /// The target's.
+    /// The target's KV cache.
     pub cache: KvCache,
-    /// The target's.
+    /// The target's scratch memory.
     pub scratch: Scratch,
-    /// The drafter's; none where the batch drafts nothing.
+    /// The drafter's; `None` if the batch never drafts.
     pub draft: Option<(KvCache, Scratch)>,
     pub buffers: RoundBuffers,
     pub ring: Ring,
 }
 
 impl<'a> RoundContext<'a> {
-    /// Allocates everything, for prompt chunks of up to `chunk` rows and a ring of the results of `records`
-    /// rounds.
+    /// Allocates everything, for prompt chunks of up to `chunk` rows and a ring that holds the results of
+    /// `records` rounds.
     pub fn new(
         device: &'a dyn Device,
         models: &'a Models,
@@ -106,24 +106,24 @@ impl<'a> RoundContext<'a> {
         Ok(RoundContext { device, models, config, cache, scratch, draft, buffers, ring })
     }
 
-    /// The caches of the target and, if there is one, the drafter.
+    /// The KV caches of the target and, if there is one, the drafter.
     pub fn caches(&self) -> impl Iterator<Item = &KvCache> {
         [Some(&self.cache), self.draft.as_ref().map(|(cache, _)| cache)].into_iter().flatten()
     }
 
-    /// The drafter with its cache and scratch memory, where the batch drafts.
+    /// The drafter with its cache and scratch memory; `None` if the batch never drafts.
     pub fn drafter(&self) -> Option<(&Drafter, &KvCache, &Scratch)> {
         let (cache, scratch) = self.draft.as_ref()?;
         Some((self.models.drafter.as_ref()?, cache, scratch))
     }
 
-    /// Every round that is captured: for 1, 2, 4... sequences and for all, in order of size.
+    /// Every kind of round that is captured: for 1, 2, 4... sequences and for all, in order of size.
     pub fn shapes(&self) -> Vec<RoundShape> {
         let sequences = self.config.sequences;
         let adaptive = self.config.adaptive;
         let counts = (0..).map(|i| 1 << i).take_while(|&count| count < sequences).chain([sequences]);
         let full = self.config.max_verify_rows();
-        let smaller = TILES.into_iter().filter(|&rows| adaptive && rows < full);
+        let smaller = SMALLER_ROWS.into_iter().filter(|&rows| adaptive && rows < full);
         let mut kinds = vec![(1, DrafterMode::Idle)];
         if self.draft.is_some() {
             kinds.extend(adaptive.then_some((1, DrafterMode::CatchUp)));
@@ -151,145 +151,146 @@ impl<'a> RoundContext<'a> {
         self.device.capture(&mut || self.launch(shape))
     }
 
-    /// One round, top to bottom. Nothing here depends on what earlier rounds produced: all state is on the
+    /// One round, top to bottom. Nothing here depends on the results of earlier rounds: all state is on the
     /// device.
     fn launch(&self, shape: RoundShape) -> Result<()> {
-        let (device, models, w) = (self.device, self.models, &self.buffers);
+        let (device, models, b) = (self.device, self.models, &self.buffers);
         let RoundShape { sequences, rows, sampled, .. } = shape;
         let (block, total_rows) = (self.config.block, sequences * rows);
         let vocabulary = &models.vocabulary;
         let (vocab, blocks) = (vocabulary.vocab, vocabulary.shape().blocks());
-        let num_active = Some(&w.num_active);
-        let trees = w.trees.as_ref().filter(|_| shape.drafts());
-        let probs = w.verify.as_ref().filter(|_| shape.sampled_drafts);
+        let num_active = Some(&b.num_active);
+        let trees = b.trees.as_ref().filter(|_| shape.drafts());
+        let probs = b.verify.as_ref().filter(|_| shape.sampled_drafts);
 
-        // 1. Begin: from the sequences' states, the tables that the passes below read (rows, spans, draft
-        // tokens).
+        // 1. Begin: makes the tables of the passes below (rows, spans, draft tokens) from the sequences'
+        // states.
         let round = Round { sequences, block, max_verify_rows: rows };
         let tables = Tables {
-            draft_tokens: &w.draft_tokens,
-            draft_rows: &w.draft_rows,
-            features: &w.pending,
-            draft_spans: &w.draft_spans,
-            verify_rows: &w.verify_rows,
-            verify_spans: &w.verify_spans,
-            round_header: &w.round_header,
+            draft_tokens: &b.draft_tokens,
+            draft_rows: &b.draft_rows,
+            features: &b.pending,
+            draft_spans: &b.draft_spans,
+            verify_rows: &b.verify_rows,
+            verify_spans: &b.verify_spans,
+            round_header: &b.round_header,
         };
         let mask = models.drafter.as_ref().map_or(0, |drafter| drafter.config.mask_token);
-        round.begin(device, tables, &w.states, &w.path, shape.drafts(), mask)?;
+        round.begin(device, tables, &b.states, &b.path, shape.drafts(), mask)?;
 
-        // 2. Draft: the features of the last verification go into the drafter's cache, then its pass over the
-        // blocks.
+        // 2. Draft: injects the features of the last verification and runs the drafter on the blocks.
         match shape.drafter {
             DrafterMode::Idle => {}
             DrafterMode::CatchUp => self.catch_up(sequences)?,
             DrafterMode::Draft => self.draft(shape, trees, probs)?,
         }
 
-        // 3. The rows to verify: trees are built and, where they are sampled, filled; chains are the drafts
-        // in order.
+        // 3. The tokens to verify: builds trees and samples the tokens of sampled trees; copies the drafts of
+        // chains.
         match trees {
             Some(trees) => self.build_trees(shape, trees, probs)?,
-            None => round.tokens(device, &w.tokens, &w.drafts, &w.states, &w.verify_spans)?,
+            None => round.tokens(device, &b.tokens, &b.drafts, &b.states, &b.verify_spans)?,
         }
 
         // 4. The target's pass over them. It keeps the tapped features for the drafter's next round.
-        vocabulary.embed(device, &self.scratch, &w.tokens, total_rows, 1.0)?;
+        vocabulary.embed(device, &self.scratch, &b.tokens, total_rows, 1.0)?;
         let pass = Pass {
             sequences,
             block: rows,
             injected: 0,
-            table: &w.verify_rows,
-            spans: &w.verify_spans,
+            table: &b.verify_rows,
+            spans: &b.verify_spans,
             masks: trees.map(|trees| &trees.masks),
             prompt: None,
             num_active,
-            taps: (shape.drafter != DrafterMode::Idle).then_some((models.taps(), &w.features)),
+            taps: (shape.drafter != DrafterMode::Idle).then_some((models.taps(), &b.features)),
         };
         models.target.run(device, &self.scratch, &self.cache, &pass)?;
 
         // 5. The target's token after each row: greedy, or sampled with the noise of its position.
         self.target_head(0, total_rows, num_active, sampled)?;
         let sample = Sample { rows: total_rows, vocab, blocks, sequences };
-        sample.launch(device, &w.choices, &w.best, &w.verify_rows, sampled.then(|| w.races()))?;
+        sample.launch(device, &b.choices, &b.best, &b.verify_rows, sampled.then(|| b.sampler_inputs()))?;
 
         // 6. Verify by `match`: accept the drafts that equal these tokens. The methods in 7 overwrite the
         // result for the sequences that use them.
-        let result = VerifyOutput { accepted: &w.accepted, next: &w.next, path: &w.path };
+        let result = VerifyOutput { accepted: &b.accepted, next: &b.next, path: &b.path };
         let verify = Verify { sequences, block: rows };
         let parents = trees.map(|trees| &trees.parents);
-        verify.launch(device, result, &w.choices, &w.tokens, parents, &w.verify_spans)?;
+        verify.launch(device, result, &b.choices, &b.tokens, parents, &b.verify_spans)?;
 
         // 7. Verify by `rejection` and `block`, from the distributions of both models.
         if let Some(p) = probs {
-            let target = Rows { logits: &w.logits, distributions: &p.target };
-            let of_target = RejectionSampler { sequences, block: rows, vocab, blocks };
-            of_target.distributions(device, target, &w.best, &w.verify_rows, &w.states, &w.tables)?;
+            let target = Rows { logits: &b.logits, distributions: &p.target };
+            let target_rows = RejectionSampler { sequences, block: rows, vocab, blocks };
+            target_rows.distributions(device, target, &b.best, &b.verify_rows, &b.states, &b.tables)?;
             let inputs = VerifyInputs {
                 max_verify_rows: rows,
-                tokens: &w.tokens,
-                spans: &w.verify_spans,
+                tokens: &b.tokens,
+                spans: &b.verify_spans,
                 partial: &p.partial,
                 counters: &p.counters,
             };
-            let chains = RejectionSampler { sequences, block, vocab, blocks };
-            chains.verify(device, result, target, p.drafter(), inputs, &w.states, &w.tables)?;
+            let sampler = RejectionSampler { sequences, block, vocab, blocks };
+            sampler.verify(device, result, target, p.drafter(), inputs, &b.states, &b.tables)?;
             if let Some(trees) = trees {
-                let (tokens, drafter) = (trees.sampled(w), p.drafter());
+                let (tokens, drafter) = (trees.sampled(b), p.drafter());
                 let siblings = Siblings { sequences, block, max_verify_rows: rows, vocab };
-                siblings.verify(device, result, tokens, target, drafter, &w.states, &w.tables)?;
-                let work = Workspace { classes: &p.classes, partial: &p.partial, counters: &p.counters };
+                siblings.verify(device, result, tokens, target, drafter, &b.states, &b.tables)?;
+                let workspace = Workspace { classes: &p.classes, partial: &p.partial, counters: &p.counters };
                 let chains = Chains(siblings);
-                chains.verify(device, result, tokens, target, drafter, &w.states, &w.tables, work)?;
+                chains.verify(device, result, tokens, target, drafter, &b.states, &b.tables, workspace)?;
             }
         }
 
-        // 8. Move the accepted path of a tree to its positions in the target's cache; a chain is already there.
+        // 8. Move the keys and values of a tree's accepted path to their positions in the target's cache. Those
+        // of a chain are already there.
         if let Some(trees) = trees {
             let compact = compact(models, &self.cache, sequences, rows);
-            compact.launch(device, &trees.caches, &self.cache.table, result, &w.verify_spans)?;
+            compact.launch(device, &trees.caches, &self.cache.table, result, &b.verify_spans)?;
         }
 
         // 9. Finish: update the sequences' states and write the records that the host reads.
-        round.finish(device, &w.states, &self.ring, &w.round_header, result, &w.tokens, &w.verify_spans)
+        round.finish(device, &b.states, &self.ring, &b.round_header, result, &b.tokens, &b.verify_spans)
     }
 
-    /// Writes the drafter's keys and values for the features that the last verification left.
+    /// Injects the features of the last verification into the drafter's cache.
     fn catch_up(&self, sequences: usize) -> Result<()> {
-        let (device, w, rows) = (self.device, &self.buffers, sequences * self.config.block);
+        let (device, b, rows) = (self.device, &self.buffers, sequences * self.config.block);
         if let Some((drafter, cache, s)) = self.drafter() {
-            let num_active = Some(&w.num_active);
-            drafter.projection.run(device, s, rows, &w.features, &w.pending, false, num_active)?;
-            drafter.layers.write_context_kv(device, s, cache, &w.draft_rows, rows, false, num_active)?;
+            let num_active = Some(&b.num_active);
+            drafter.projection.run(device, s, rows, &b.features, &b.pending, false, num_active)?;
+            drafter.layers.write_context_kv(device, s, cache, &b.draft_rows, rows, false, num_active)?;
         }
         Ok(())
     }
 
-    /// Catches up and drafts, in one pass: its injected rows are the pending features, the others the blocks.
+    /// Catches up and drafts in one pass. The injected rows are the pending features, the others are the
+    /// blocks.
     fn draft(
         &self,
         shape: RoundShape,
         trees: Option<&TreeBuffers>,
         probs: Option<&VerifyBuffers>,
     ) -> Result<()> {
-        let (device, w) = (self.device, &self.buffers);
+        let (device, b) = (self.device, &self.buffers);
         let Some((drafter, cache, s)) = self.drafter() else {
             return Err(Error::Internal("a round with drafts, but without a drafter".into()));
         };
         let (config, vocabulary) = (&drafter.config, &self.models.vocabulary);
         let (sequences, block) = (shape.sequences, self.config.block);
         let (rows, vocab, blocks) = (sequences * block, vocabulary.vocab, vocabulary.shape().blocks());
-        let num_active = Some(&w.num_active);
+        let num_active = Some(&b.num_active);
 
-        // The pass, to the final norm.
-        drafter.projection.run(device, s, rows, &w.features, &w.pending, false, num_active)?;
-        vocabulary.embed(device, s, &w.draft_tokens, rows, config.embedding_scale)?;
+        // The pass, up to the final norm.
+        drafter.projection.run(device, s, rows, &b.features, &b.pending, false, num_active)?;
+        vocabulary.embed(device, s, &b.draft_tokens, rows, config.embedding_scale)?;
         let pass = Pass {
             sequences,
             block,
             injected: rows,
-            table: &w.draft_rows,
-            spans: &w.draft_spans,
+            table: &b.draft_rows,
+            spans: &b.draft_spans,
             masks: None,
             prompt: None,
             num_active,
@@ -297,8 +298,8 @@ impl<'a> RoundContext<'a> {
         };
         drafter.layers.run(device, s, cache, &pass)?;
 
-        // Logits. Only `rejection` and `block` read them again after the target's pass; without these they go
-        // into the buffer of the target's.
+        // The logits. `rejection` and `block` read them after the target's pass, so they need a buffer of
+        // their own. Otherwise they use the buffer of the target's logits.
         let head = Head {
             rows,
             vocab,
@@ -306,38 +307,41 @@ impl<'a> RoundContext<'a> {
             multiplier: config.output_multiplier,
             softcap: config.softcap,
         };
-        let logits = probs.map_or(&w.logits, |p| &p.logits);
+        let logits = probs.map_or(&b.logits, |p| &p.logits);
         let kept = (shape.sampled_drafts || trees.is_some()).then_some(logits);
-        vocabulary.head(device, &drafter.layers, s, rows, head, num_active, &w.best, kept)?;
+        vocabulary.head(device, &drafter.layers, s, rows, head, num_active, &b.best, kept)?;
 
-        // The draft of each row: greedy, or coupled. A coupled draft uses the noise of its own position, but
-        // the sampler uses that of the position after its row, so it gets the table shifted by one row. Row 0
-        // of a block is the anchor; its choice is not read.
+        // The draft of each row: greedy, or coupled. A coupled draft uses the noise of its own position. The
+        // sampler uses the noise of the position after its row, so it gets the table shifted by one row. Row
+        // 0 of a block is the anchor; its choice is not read.
         let first = rows - usize::from(shape.sampled_drafts);
-        let shifted = w.draft_rows.slice(first * Row::BYTES, rows * Row::BYTES)?;
-        let races =
-            shape.sampled_drafts.then(|| SamplerInputs { sequences: &w.drafting, logits, ..w.races() });
+        let shifted = b.draft_rows.slice(first * Row::BYTES, rows * Row::BYTES)?;
+        let inputs = shape.sampled_drafts.then(|| SamplerInputs {
+            sequences: &b.draft_states,
+            logits,
+            ..b.sampler_inputs()
+        });
         let sample = Sample { rows, vocab, blocks, sequences };
-        sample.launch(device, &w.drafts, &w.best, &shifted, races)?;
+        sample.launch(device, &b.drafts, &b.best, &shifted, inputs)?;
 
-        // For `rejection` and `block`: the drafter's distributions, and drafts sampled from them with their
-        // own draws.
-        let own = w.draft_rows.slice(rows * Row::BYTES, rows * Row::BYTES)?;
+        // For `rejection` and `block`: the drafter's distributions, and drafts sampled from them with
+        // independent draws.
+        let table = b.draft_rows.slice(rows * Row::BYTES, rows * Row::BYTES)?;
         if let Some(p) = probs {
-            let chains = RejectionSampler { sequences, block, vocab, blocks };
-            chains.distributions(device, p.drafter(), &w.best, &own, &w.drafting, &w.tables)?;
-            chains.sample(device, &w.drafts, p.drafter(), &own, &w.states, &w.tables)?;
+            let sampler = RejectionSampler { sequences, block, vocab, blocks };
+            sampler.distributions(device, p.drafter(), &b.best, &table, &b.draft_states, &b.tables)?;
+            sampler.sample(device, &b.drafts, p.drafter(), &table, &b.states, &b.tables)?;
         }
 
-        // For trees: the most probable tokens of each row, which best-first trees are built from.
+        // For trees: the most probable tokens of each row. Best-first trees are built from them.
         if let Some(trees) = trees {
             let choices = Choices { rows, vocab, blocks, per_row: tree_choices(self.config) };
-            choices.launch(device, &trees.choices, &trees.counts, &w.best, logits, &own, &w.tables)?;
+            choices.launch(device, &trees.choices, &trees.counts, &b.best, logits, &table, &b.tables)?;
         }
         Ok(())
     }
 
-    /// Builds the round's trees and the tables of their verification, and samples the tokens of sampled
+    /// Builds the round's trees and the tables of their verification pass, and samples the tokens of sampled
     /// trees.
     fn build_trees(
         &self,
@@ -345,27 +349,28 @@ impl<'a> RoundContext<'a> {
         trees: &TreeBuffers,
         probs: Option<&VerifyBuffers>,
     ) -> Result<()> {
-        let (w, RoundShape { sequences, rows, .. }) = (&self.buffers, shape);
+        let (b, RoundShape { sequences, rows, .. }) = (&self.buffers, shape);
         let (device, block) = (self.device, self.config.block);
         let out = Trees {
-            tokens: &w.tokens,
+            tokens: &b.tokens,
             parents: &trees.parents,
             masks: &trees.masks,
-            table: &w.verify_rows,
-            spans: &w.verify_spans,
+            table: &b.verify_rows,
+            spans: &b.verify_spans,
         };
         let build = TreeBuild { sequences, block, max_verify_rows: rows, per_row: tree_choices(self.config) };
-        build.launch(device, out, &trees.choices, &trees.counts, &w.drafts, &trees.typical, &w.states)?;
+        build.launch(device, out, &trees.choices, &trees.counts, &b.drafts, &trees.typical, &b.states)?;
         if let Some(p) = probs {
             let siblings =
                 Siblings { sequences, block, max_verify_rows: rows, vocab: self.models.vocabulary.vocab };
-            siblings.sample(device, trees.sampled(w), p.drafter(), &w.states, &w.tables)?;
-            Chains(siblings).sample(device, trees.sampled(w), p.drafter(), &w.states, &w.tables)?;
+            siblings.sample(device, trees.sampled(b), p.drafter(), &b.states, &b.tables)?;
+            Chains(siblings).sample(device, trees.sampled(b), p.drafter(), &b.states, &b.tables)?;
         }
         Ok(())
     }
 
-    /// The target's LM head over rows `first..first + rows` of its scratch memory; `keep`: with logits.
+    /// Runs the target's LM head over rows `first..first + rows` of its scratch memory. `keep` writes the
+    /// logits.
     pub fn target_head(
         &self,
         first: usize,
@@ -373,10 +378,10 @@ impl<'a> RoundContext<'a> {
         num_active: Option<&Buffer>,
         keep: bool,
     ) -> Result<()> {
-        let (target, vocabulary, w) = (&self.models.target, &self.models.vocabulary, &self.buffers);
+        let (target, vocabulary, b) = (&self.models.target, &self.models.vocabulary, &self.buffers);
         let (vocab, k) = (vocabulary.vocab, target.config.hidden);
         let head = Head { rows, vocab, k, multiplier: 1.0, softcap: None };
-        let logits = keep.then_some(&w.logits);
-        vocabulary.head(self.device, target, &self.scratch, first, head, num_active, &w.best, logits)
+        let logits = keep.then_some(&b.logits);
+        vocabulary.head(self.device, target, &self.scratch, first, head, num_active, &b.best, logits)
     }
 }

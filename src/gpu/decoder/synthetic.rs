@@ -1,6 +1,5 @@
-//! Synthetic batches for measurements, where shapes matter and text does not: sequences whose context is
-//! noise, so that no prompt has to run, and rounds that can be replayed from the same state any number of
-//! times.
+//! Synthetic batches for measurements that depend on shapes and not on text. The context of the sequences is
+//! noise, so no prompt has to run. Rounds can be replayed from the same state any number of times.
 
 use super::{Batch, DrafterMode, Phase, RoundShape};
 use crate::checkpoint::random_weights::random_bytes;
@@ -10,22 +9,22 @@ use crate::gpu::kernels::PAGE;
 use crate::gpu::kernels::round::Sequence;
 use crate::{Error, Result};
 
-/// Bytes of noise before it repeats.
+/// Bytes of noise; longer buffers repeat them.
 const NOISE: usize = 1 << 20;
 
 impl<'a> Batch<'a> {
-    /// Admits a request with a prompt of `context` tokens (0 is allowed) of which none is run: the keys and
-    /// values of these positions are noise, the same in every layer. Noise, because a card runs zeros at
-    /// higher clocks.
+    /// Admits a request whose prompt has `context` tokens (0 is allowed) and does not run it. The keys and
+    /// values of these positions are noise, the same in every layer. Zeros would not do, because a GPU
+    /// processes them at higher clocks.
     ///
-    /// The drafter lacks the features of the last `block` positions, as after a round that accepted all its
-    /// drafts; they are noise too. Rounds continue from there as from any other state. The prompt in
-    /// `request` is ignored, and the slot's next sequence reuses nothing.
+    /// The features of the last `block` positions are noise too, and pending, as after a round that accepted
+    /// all its drafts. Rounds continue from there as from any other state. The prompt in `request` is
+    /// ignored, and the slot's next sequence reuses nothing.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there are too few pages; otherwise as [`Decoder::admit`].
+    /// [`Error::Memory`] if there are too few pages; otherwise as [`Decoder::admit`].
     pub fn fill_synthetic_context(&mut self, slot: usize, context: usize, request: &Request) -> Result<()> {
-        // No real prompt contains this token, so none shares a prefix with it.
+        // No real prompt contains this token, so no later prompt shares a prefix with this one.
         let request = Request { prompt: vec![u32::MAX; context], ..request.clone() };
         if self.admit(slot, &request, false)?.is_none() {
             let free = self.free_pages();
@@ -40,17 +39,17 @@ impl<'a> Batch<'a> {
         (state.anchor, state.pending) = (slot as u32 % self.vocab() as u32, pending as u32);
         let states = self.ctx.buffers.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         self.ctx.device.upload(&states, &state.to_bytes()?)?;
-        let own = &mut self.slots[slot];
-        own.tokens.push(state.anchor);
-        (own.held, own.drafted) = (context, if drafts { context - pending } else { 0 });
-        (own.state, own.phase) = (Some(state), Phase::Running { first: self.enqueued + 1 });
+        let entry = &mut self.slots[slot];
+        entry.tokens.push(state.anchor);
+        (entry.held, entry.drafted) = (context, if drafts { context - pending } else { 0 });
+        (entry.state, entry.phase) = (Some(state), Phase::Running { first: self.enqueued + 1 });
         Ok(())
     }
 
-    /// Fills the slot's pages of the first `context` positions and its rows of features, and makes its last
-    /// accepted path rows 0 to `block - 1`.
+    /// Fills the slot's pages of the first `context` positions and its rows of features with noise. Sets its
+    /// last accepted path to rows 0 to `block - 1`.
     fn fill_noise(&self, slot: usize, context: usize) -> Result<()> {
-        let (ctx, w) = (&self.ctx, &self.ctx.buffers);
+        let (ctx, buffers) = (&self.ctx, &self.ctx.buffers);
         let mut noise = vec![0; NOISE];
         random_bytes(3, 0, &mut noise);
         let pages = &self.pages.of(slot)[..context.div_ceil(PAGE)];
@@ -65,18 +64,18 @@ impl<'a> Batch<'a> {
         }
         if ctx.draft.is_some() {
             let block = ctx.config.block;
-            let row = w.features.bytes() / ctx.config.sequences / ctx.config.max_verify_rows();
+            let row = buffers.features.bytes() / ctx.config.sequences / ctx.config.max_verify_rows();
             let features = row * block;
-            self.fill(&w.features.slice(slot * features, features)?, &noise)?;
+            self.fill(&buffers.features.slice(slot * features, features)?, &noise)?;
             let path: Vec<u8> = (0..block as u32).flat_map(u32::to_le_bytes).collect();
-            ctx.device.upload(&w.path.slice(slot * path.len(), path.len())?, &path)?;
-            let columns = w.round_header.slice(8, 4)?;
+            ctx.device.upload(&buffers.path.slice(slot * path.len(), path.len())?, &path)?;
+            let columns = buffers.round_header.slice(8, 4)?;
             ctx.device.upload(&columns, &(block as u32).to_le_bytes())?;
         }
         Ok(())
     }
 
-    /// Uploads `noise` once and copies it onward, doubling the filled part each time.
+    /// Uploads `noise` once. Then each copy on the device doubles the filled part.
     fn fill(&self, to: &Buffer, noise: &[u8]) -> Result<()> {
         let device = self.ctx.device;
         let mut done = to.bytes().min(noise.len());
@@ -89,26 +88,25 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// Freezes the sequences in their present state, so that rounds can be replayed from it any number of
-    /// times.
+    /// Saves the state of the sequences, so that rounds can be replayed from it any number of times.
     ///
     /// # Errors
-    /// [`Error::Memory`] where there is too little: a few hundred bytes per sequence.
+    /// [`Error::Memory`] if the device has too little memory; a few hundred bytes per sequence are needed.
     pub fn freeze(self) -> Result<FrozenBatch<'a>> {
-        let (device, w) = (self.ctx.device, &self.ctx.buffers);
+        let (device, buffers) = (self.ctx.device, &self.ctx.buffers);
         let save = |buffer: &Buffer| {
             let saved = device.allocate(buffer.bytes(), "the state of sequences to return to")?;
             device.copy(&saved, buffer)?;
             Ok::<_, Error>(saved)
         };
-        let (states, path) = (save(&w.states)?, save(&w.path)?);
-        let columns = save(&w.round_header.slice(8, 4)?)?;
+        let (states, path) = (save(&buffers.states)?, save(&buffers.path)?);
+        let columns = save(&buffers.round_header.slice(8, 4)?)?;
         Ok(FrozenBatch { batch: self, states, path, columns })
     }
 }
 
-/// A batch whose rounds are replayed for measurement and then undone with [`FrozenBatch::reset`]. The host
-/// does not follow what the rounds do, so it is no longer a decoder.
+/// A batch whose rounds are replayed for measurement and then undone with [`FrozenBatch::reset`]. It is not a
+/// decoder, because the host does not read the results of the rounds.
 pub struct FrozenBatch<'a> {
     batch: Batch<'a>,
     states: Buffer,
@@ -118,23 +116,23 @@ pub struct FrozenBatch<'a> {
 }
 
 impl FrozenBatch<'_> {
-    /// Enqueues three small copies that return the sequences to the frozen state. Keys and values that rounds
-    /// have written lie behind the sequences' ends; the features stay those of the last round.
+    /// Enqueues three small copies that return the sequences to the frozen state. Keys and values that the
+    /// rounds wrote stay after the ends of the sequences. The features stay those of the last round.
     ///
     /// # Errors
     /// The device's error.
     pub fn reset(&self) -> Result<()> {
-        let (device, w) = (self.batch.ctx.device, &self.batch.ctx.buffers);
-        device.copy(&w.states, &self.states)?;
-        device.copy(&w.path, &self.path)?;
-        device.copy(&w.round_header.slice(8, 4)?, &self.columns)
+        let (device, buffers) = (self.batch.ctx.device, &self.batch.ctx.buffers);
+        device.copy(&buffers.states, &self.states)?;
+        device.copy(&buffers.path, &self.path)?;
+        device.copy(&buffers.round_header.slice(8, 4)?, &self.columns)
     }
 
-    /// The round of all slots: with drafts of full size if `drafting`, otherwise an AR step; sampled or
+    /// The round of all slots: of full size with drafts if `drafting`, otherwise an AR step; sampled or
     /// greedy.
     ///
     /// # Errors
-    /// [`Error::Internal`] for a round with drafts without a drafter.
+    /// [`Error::Internal`] if `drafting` without a drafter.
     pub fn graph(&self, drafting: bool, sampled: bool) -> Result<&Graph> {
         let config = self.batch.ctx.config;
         let (rows, drafter) =
@@ -187,7 +185,7 @@ mod tests {
         bytes
     }
 
-    /// The slot's sequence as the device has it.
+    /// The state of the slot's sequence on the device.
     fn state(batch: &Batch, slot: usize) -> Sequence {
         let all = bytes(batch, &batch.ctx.buffers.states);
         let state = batch.slots[slot].state.clone().unwrap();
@@ -250,7 +248,7 @@ mod tests {
                     emitted_tokens[slot] += emitted.tokens.len();
                 }
             }
-            // One more round is enqueued than was read.
+            // One enqueued round has not been read, so the device's length is ahead of the host's.
             batch.round(&mut emitted).unwrap();
             for (slot, context) in CONTEXTS.into_iter().enumerate() {
                 let least = context + emitted_tokens[slot] + emitted[slot].tokens.len();
@@ -260,9 +258,9 @@ mod tests {
         }
     }
 
-    /// The slot's next request may keep a prefix, and must find none.
+    /// The next request in the slot may keep a common prefix, but there is none.
     #[test]
-    fn a_request_after_a_synthetic_one_is_answered_as_on_a_new_batch() {
+    fn a_request_after_a_synthetic_one_reuses_nothing() {
         let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
         let models = Models::load(&device, &pair, 256).unwrap();
         let fresh = || Batch::new(&device, &models, BatchConfig::new(1, BLOCK, 256)).unwrap();

@@ -14,9 +14,9 @@ impl TokenSink for Silent {
     }
 }
 
-/// Otherwise drafting would change the keys and values that AR steps wrote, and with them later answers.
+/// Rewriting the keys and values that AR steps wrote could change later answers.
 #[test]
-fn a_prefill_for_the_drafter_leaves_the_targets_held_pages_alone() {
+fn a_prefill_for_the_drafter_keeps_the_targets_cached_kv() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
     let mut batch = Batch::new(&device, &models, BatchConfig::new(1, 16, 128)).unwrap();
@@ -37,7 +37,7 @@ fn a_prefill_for_the_drafter_leaves_the_targets_held_pages_alone() {
     let held = batch.slots[0].held;
     assert_eq!((held, batch.slots[0].drafted), (68, 0));
 
-    // Flip bits, so that a rewritten position shows.
+    // Flip bits, so that a rewritten position is visible.
     let stack = &pair.target.config.stack;
     let (layers, row) = (stack.attention.len(), stack.head_dim * 2);
     let buffer = |batch: &Batch, layer: usize| batch.ctx.cache.keys[layer].clone();
@@ -73,8 +73,8 @@ impl Controller for Script {
     fn observe(&mut self, _: usize, _: u64) {}
 }
 
-/// A round replays the smallest graph with enough rows for every sequence, and one without drafts if no
-/// sequence drafts.
+/// A round replays the smallest graph with enough rows for every sequence. If no sequence drafts, it is one
+/// without drafts.
 #[test]
 fn a_round_is_as_large_as_its_largest_sequence_needs() {
     let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
@@ -108,7 +108,7 @@ fn a_round_is_as_large_as_its_largest_sequence_needs() {
     assert_eq!(rows, [64, 1, 16, 32, 16, 64]);
 }
 
-/// Rows up to the size of the next captured pass cost nothing more, and the controllers' cost table knows
+/// Rows up to the size of the next captured pass cost nothing extra, and the controllers' cost table has
 /// these sizes.
 #[test]
 fn adaptive_controllers_fill_the_captured_passes() {
@@ -124,8 +124,8 @@ fn adaptive_controllers_fill_the_captured_passes() {
         controller.observe(drafts, 0b11);
         rows.push(drafts + 1);
     }
-    // The size falls from the maximum, at most 16 rows a round, to the smallest pass; there it verifies more
-    // drafts than would pay if rows had a price.
+    // The size falls from the maximum by at most 16 rows per round to the smallest pass. There it verifies
+    // more drafts than would pay off if each row had a cost.
     assert_eq!(rows[..7], [64, 64, 64, 64, 48, 32, 16]);
     assert!(rows[7..].iter().all(|rows| (9..17).contains(rows)), "{rows:?}");
 }

@@ -1,15 +1,19 @@
 //! `cuda/model/attention.cu` and `cuda/model/drafter_attention.cu`: attention over paged keys and values.
 //!
-//! Keys and values of one layer are two buffers `[pages][kv_heads][64][head_dim]` bf16, with chunks permuted
-//! by `page_offset` of `cuda/common/rows.cuh`. A row of the page table lists the pages of a sequence. Queries
-//! and outputs are `[rows][heads][head_dim]` bf16; head h reads kv head h / (heads / kv_heads).
+//! The keys and values of a layer are two buffers `[pages][kv_heads][64][head_dim]` bf16, with 16-byte chunks
+//! permuted by `page_offset` of `cuda/common/rows.cuh`. A row of the page table lists the pages of a
+//! sequence. Queries and outputs are `[rows][heads][head_dim]` bf16. Query head `h` reads KV head
+//! `h / (heads / kv_heads)`.
+//!
+//! A *packed row* is one query head of one row. A CUDA block of [`Attention`] computes up to 64 packed rows
+//! that share a KV head, over one *split*, an interval of the keys.
 
 use super::check::{Check, u32s};
 use super::{PAGE, SPAN_BYTES};
 use crate::Result;
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
 
-/// A file's kernels, by head dimension (64, 128) and by packed rows of a block (16, 32, 64).
+/// The kernels of a file, by head dimension (64, 128) and by packed rows per CUDA block (16, 32, 64).
 const fn kernels(file: &'static str, names: [[&'static str; 3]; 2], tree: bool) -> [[Kernel; 3]; 2] {
     const fn one(file: &'static str, name: &'static str, dim: usize, rows: usize, tree: bool) -> Kernel {
         let max_shared = shared_bytes(dim, rows) + if tree { tree_bytes(dim, rows) } else { 0 };
@@ -46,20 +50,21 @@ static DRAFTER: [[Kernel; 3]; 2] = kernels(
     ],
     false,
 );
-/// By head dimension, for blocks of 64 packed rows.
+/// By head dimension, for CUDA blocks of 64 packed rows.
 static PREFILL: [Kernel; 2] = [prefill("attention_prefill_64", 64), prefill("attention_prefill_128", 128)];
 
 const fn prefill(name: &'static str, head_dim: usize) -> Kernel {
     Kernel { file: "attention", name, threads: 128, max_shared: shared_bytes(head_dim, 64) }
 }
 
+/// Splits that are merged together, before the groups are merged.
 const SPLITS_PER_GROUP: usize = 8;
-/// The scale factors of this many groups of splits fit the memory of the smallest block's keys.
+/// Maximum groups of splits: their scale factors must fit into the smallest kernel's shared memory for keys.
 const MAX_GROUPS: usize = 64;
-/// Largest number of slots (positions) of a sequence.
+/// Maximum cache slots of a sequence.
 pub const MAX_SLOTS: usize = split_start(MAX_GROUPS * SPLITS_PER_GROUP);
 
-/// Shared memory of a block, bytes, as `Attention` in `cuda/model/attention.cuh` lays it out.
+/// Bytes of shared memory of a CUDA block, laid out by `Attention` in `cuda/model/attention.cuh`.
 const fn shared_bytes(head_dim: usize, rows: usize) -> u32 {
     let queries = rows * head_dim * 2;
     let keys_and_values = 4 * PAGE * head_dim * 2;
@@ -70,14 +75,14 @@ const fn shared_bytes(head_dim: usize, rows: usize) -> u32 {
     (queries + keys_and_values + weights + maxima_and_sums + views + nonfinite) as u32
 }
 
-/// Additional shared memory of a tree's block, bytes: the nonfinite flags of a second tile, and the paths of
-/// its rows.
+/// Bytes of additional shared memory for trees: the nonfinite flags of a second tile, and the paths of the
+/// rows.
 const fn tree_bytes(head_dim: usize, rows: usize) -> u32 {
     (PAGE * head_dim / 8 + rows * 64) as u32
 }
 
-/// First slot of a split, as `split_start` in `cuda/model/attention.cuh`: splits have 128 slots below slot
-/// 4096, 512 below 32768, 2048 beyond.
+/// First slot of a split, as `split_start` in `cuda/model/attention.cuh`. Splits have 128 slots below slot
+/// 4096, 512 slots below slot 32768, 2048 slots from there on.
 pub const fn split_start(split: usize) -> usize {
     match split {
         0..=32 => split * 128,
@@ -110,7 +115,7 @@ pub struct Layer {
     pub pages_per_sequence: usize,
     /// Positions that a row attends to, its own included; 0: all.
     pub window: usize,
-    /// Factor of the scores, usually 1/sqrt(head_dim).
+    /// Factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
 }
 
@@ -123,25 +128,24 @@ pub struct Paged<'a> {
     pub v: &'a Buffer,
     /// The page table, `[sequences][pages_per_sequence]` u32.
     pub table: &'a Buffer,
-    /// `[sequences]` `Span`: rows of this pass are in slots context..context + rows.
+    /// `[sequences]` `Span`: the rows of this pass are in slots `context..context + rows`.
     pub spans: &'a Buffer,
 }
 
-/// The rows of its own pass that a row attends to. Every row also attends to the context, as far as the
-/// window reaches.
+/// The rows of the same pass that a row attends to. Every row also attends to the context, within its window.
 #[derive(Debug, Clone, Copy)]
 pub enum Mask<'a> {
-    /// Its own row and those before it.
+    /// The earlier rows and itself.
     Chain,
-    /// `[sequences][block]` u64: bit i is set if the row attends to row i, which is an ancestor or the row
-    /// itself. The row's position is context + number of bits - 1. Parents come before their children. The
-    /// output's bits are those that the row would have in a chain of just these rows.
+    /// `[sequences][block]` u64: bit i is set if row i is the row itself or an ancestor. The row's position
+    /// is `context + number of set bits - 1`. Parents come before their children. The output has the same
+    /// bits as in a chain of just these rows.
     Tree(&'a Buffer),
-    /// All rows: the drafter's block. A window extends in both directions.
+    /// All rows, as in the drafter's block. A window extends in both directions.
     Block,
 }
 
-/// Partial results of splits until they are merged. One serves all layers and graphs of a shape.
+/// Partial results of splits until they are merged. All layers and graphs of a shape share one workspace.
 #[derive(Debug, Clone)]
 pub struct Workspace {
     /// [`Attention::partial_bytes`] bytes, scratch.
@@ -150,7 +154,7 @@ pub struct Workspace {
     pub counters: Buffer,
 }
 
-/// Attention of single tokens, chains, trees and drafter blocks. The bits of a row depend only on its query
+/// Attention for single tokens, chains, trees and drafter blocks. The bits of a row depend only on its query
 /// and on the keys and values that it attends to, in order of their positions.
 #[derive(Debug, Clone, Copy)]
 pub struct Attention {
@@ -158,9 +162,9 @@ pub struct Attention {
     pub layer: Layer,
     /// Sequences, at least 1.
     pub sequences: usize,
-    /// Rows per sequence in q and out, 1 to 64; a sequence's span may use fewer.
+    /// Rows per sequence in `q` and `out`, 1 to 64; a sequence's span may have fewer.
     pub block: usize,
-    /// Slots that a launch can reach in each sequence, context plus rows, at most [`MAX_SLOTS`]. Later slots
+    /// Slots of each sequence that a launch can read, context plus rows, at most [`MAX_SLOTS`]. Later slots
     /// are ignored.
     pub capacity: usize,
 }
@@ -170,7 +174,7 @@ impl Attention {
         self.layer.heads / self.layer.kv_heads
     }
 
-    /// Index of the block size, and its packed rows.
+    /// Index of the kernel by packed rows per CUDA block, and this number.
     fn variant(&self) -> (usize, usize) {
         match self.block * self.group() {
             0..=16 => (0, 16),
@@ -204,8 +208,8 @@ impl Attention {
         Ok((splits.div_ceil(SPLITS_PER_GROUP) + 1) * heads * tiles * 4)
     }
 
-    /// Bytes a launch must move for sequences of these (context, rows): queries and outputs, and once the
-    /// keys and values that some row attends to.
+    /// Bytes a launch must move for sequences with these (context, rows): queries, outputs, and the keys and
+    /// values that at least one row attends to.
     pub fn bytes(&self, spans: &[(usize, usize)]) -> u64 {
         spans.iter().map(|&(context, rows)| self.layer.bytes(context, rows)).sum()
     }
@@ -262,18 +266,18 @@ impl Attention {
     }
 }
 
-/// Causal attention of a chunk of one sequence's prompt. The bits do not depend on how a prompt is divided
+/// Causal attention for a prompt chunk of one sequence. The bits do not depend on how a prompt is divided
 /// into chunks. They differ from those of [`Attention`] if a row attends to more than one split.
 #[derive(Debug, Clone, Copy)]
 pub struct Prefill {
     /// The layer.
     pub layer: Layer,
-    /// Rows in q and out, at least 1; the span may use fewer.
+    /// Rows in `q` and `out`, at least 1; the span may have fewer.
     pub rows: usize,
 }
 
 impl Prefill {
-    /// Bytes a launch must move for a chunk of `rows` rows after `context` others, counted as for
+    /// Bytes a launch must move for a chunk of `rows` rows after `context` positions, counted as in
     /// [`Attention::bytes`].
     pub fn bytes(&self, context: usize, rows: usize) -> u64 {
         self.layer.bytes(context, rows)
@@ -300,7 +304,7 @@ impl Prefill {
 }
 
 impl Layer {
-    /// Factor of the scores as exponents of two.
+    /// Factor that turns scores into exponents of two.
     fn factor(&self) -> f32 {
         self.scale * std::f32::consts::LOG2_E
     }

@@ -12,18 +12,18 @@ static SAMPLE: Kernel = Kernel { file: "chains", name: "sample_chains", threads:
 static CLASSES: Kernel = Kernel { file: "chains", name: "chain_classes", threads: 512, max_shared: 0 };
 static VERIFY: Kernel = Kernel { file: "chains", name: "verify_chains", threads: 512, max_shared: 0 };
 
-/// Bytes of a row's classes: 64 u64. Tokens of about the same ratio of target to drafter probability are a
-/// class; entry c is the drafter's probability of all classes up to c.
+/// Bytes of a row's classes: 64 u64. A class has the tokens with about the same ratio of target to drafter
+/// probability. Entry c is the drafter's probability of all classes up to c.
 pub const CLASSES_BYTES: usize = 512;
 
-/// The kernels for trees that are made of chains, one after the other: a row whose parent is row 0 begins a
-/// chain, and all chains have as many drafts as the first.
+/// The kernels for trees that consist of chains, one after the other. A row whose parent is row 0 begins a
+/// chain. All chains have as many drafts as the first.
 ///
 /// Only sequences whose method is `block` and that sample a tree of at least two rows take part. The buffers
 /// of other sequences are left unchanged.
 #[derive(Debug, Clone, Copy)]
 pub struct Chains(
-    /// The sizes, and the limits on them.
+    /// The sizes and their limits.
     pub Siblings,
 );
 
@@ -56,8 +56,8 @@ impl Chains {
     }
 
     /// Verifies the chains in two launches; `output.path` is `[sequences][max_verify_rows]`. `target`
-    /// `[sequences][max_verify_rows]`: row j follows the drafts on the path to row j; rows that follow the
-    /// same drafts must have the same logits. Everything else as for [`Chains::sample`].
+    /// `[sequences][max_verify_rows]`: row j holds the distribution after the drafts on the path to row j.
+    /// Rows after the same drafts must have the same logits. Everything else as for [`Chains::sample`].
     ///
     /// # Errors
     /// As [`Siblings::sample`].

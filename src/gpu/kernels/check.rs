@@ -1,4 +1,4 @@
-//! What all launchers do with their arguments: check them, and put them into a list.
+//! Helpers of all launchers: they check arguments and put them into a list.
 
 use crate::gpu::device::{Arg, Buffer};
 use crate::{Error, Result};
@@ -16,8 +16,8 @@ impl Check {
         Err(self.error(format_args!("{what} has {} bytes, needs {bytes}", buffer.bytes())))
     }
 
-    /// Requires `bytes` bytes at a multiple of 16, for buffers that a kernel accesses 16 bytes at a time: a
-    /// slice may begin anywhere.
+    /// Requires `bytes` bytes and an address that is a multiple of 16, for buffers that a kernel accesses 16
+    /// bytes at a time. The check is needed because a slice may begin anywhere.
     pub fn aligned(&self, what: &str, buffer: &Buffer, bytes: usize) -> Result<()> {
         self.at_least(what, buffer, bytes)?;
         let address = buffer.address();
@@ -32,7 +32,7 @@ impl Check {
         buffer.map_or(Ok(()), |buffer| self.aligned(what, buffer, bytes))
     }
 
-    /// Requires that a condition holds; else the error says what was found and what was expected.
+    /// Requires that a condition holds. The error says what was found and what was expected.
     pub fn that(&self, holds: bool, found: impl Display, expected: impl Display) -> Result<()> {
         if holds { Ok(()) } else { Err(self.error(format_args!("{found}; expected {expected}"))) }
     }
@@ -52,7 +52,8 @@ impl Check {
         self.that(limits.contains(&vocab), format_args!("{vocab} tokens"), "1 to 2^26")
     }
 
-    /// As [`Check::vocab`], for kernels that also read each row's best logit in 1 to `vocab` blocks of ids.
+    /// As [`Check::vocab`], for kernels that also read the best logit of each block of ids, 1 to `vocab`
+    /// blocks.
     pub fn best(&self, vocab: usize, blocks: usize) -> Result<()> {
         self.vocab(vocab)?;
         let limits = 1..=vocab;
@@ -68,7 +69,7 @@ impl Check {
     }
 }
 
-/// The arguments of a kernel that takes pointers, then sizes as u32.
+/// The arguments of a kernel that takes pointers, followed by sizes as u32.
 pub(super) fn args<'a, const N: usize>(
     buffers: impl IntoIterator<Item = &'a Buffer>,
     sizes: [usize; N],
@@ -76,12 +77,12 @@ pub(super) fn args<'a, const N: usize>(
     buffers.into_iter().map(Arg::from).chain(u32s(sizes)).collect()
 }
 
-/// Sizes as kernels take them. The checks keep them below 2^32.
+/// Sizes as u32 arguments. The checks keep them below 2^32.
 pub(super) fn u32s<const N: usize>(sizes: [usize; N]) -> [Arg; N] {
     sizes.map(|n| Arg::U32(n as u32))
 }
 
-/// A pointer that may be null.
+/// A pointer, null without a buffer.
 pub(super) fn or_null(buffer: Option<&Buffer>) -> Arg {
     buffer.map_or(Arg::Null, Arg::from)
 }

@@ -9,7 +9,7 @@ use crate::gpu::device::{Buffer, Device, Kernel};
 
 static CHOICES: Kernel = Kernel { file: "choices", name: "choices", threads: 512, max_shared: 0 };
 
-/// The best tokens of each row.
+/// Selection of the best tokens of each row.
 #[derive(Debug, Clone, Copy)]
 pub struct Choices {
     /// Rows, 1 to 2^31 - 1.
@@ -23,16 +23,16 @@ pub struct Choices {
 }
 
 impl Choices {
-    /// Bytes a launch must move: the logits once to select and once to collect. Further passes of the radix
-    /// selection are not counted: a pass looks at 11 bits.
+    /// Bytes a launch must move: the logits twice, once to select and once to collect. Further passes of the
+    /// radix selection, which processes 11 bits per pass, are not counted.
     pub fn bytes(&self) -> u64 {
         let row = self.blocks * 8 + self.vocab * 8 + sample::tables().len() + self.per_row * 8 + 20;
         (self.rows * row) as u64
     }
 
-    /// Writes `choices` `[rows][per_row]` (token, cost) u32, best first, `u32::MAX` after the last; a cost is
-    /// -log2 of the token's probability at temperature 1 in units of 2^-16. Writes `counts` `[rows]` u32: the
-    /// number of choices, `u32::MAX` for a damaged row, 0 for one without a sequence.
+    /// Writes `choices` `[rows][per_row]` (token, cost) u32, best first, `u32::MAX` after the last. A cost is
+    /// -log2 of the token's probability at temperature 1, in units of 2^-16. Writes `counts` `[rows]` u32:
+    /// the number of choices, `u32::MAX` for a damaged row, 0 for a row without a sequence.
     ///
     /// `best` `[rows][blocks]` u64 and `row_table` `[rows]` `Row` as for [`sample::Sample::launch`]; `logits`
     /// `[rows][vocab]` f32; `tables`: [`sample::tables`], sealed.

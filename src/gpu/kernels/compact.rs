@@ -29,18 +29,17 @@ pub struct Compact {
 }
 
 impl Compact {
-    /// Bytes a launch must move if `moved` rows, of all sequences together, are not in their final slot.
+    /// Bytes a launch must move if `moved` rows, of all sequences together, change their slot.
     pub fn bytes(&self, moved: usize) -> u64 {
         (self.layers * self.kv_heads * moved * self.head_dim * 8) as u64
     }
 
-    /// The addresses of the cache's buffers as a launch takes them, `[layers][2]` u64: keys, values. `keys`
-    /// and `values` per layer `[pages][kv_heads][PAGE][head_dim]` bf16; they must outlive the launches that
-    /// use the result.
+    /// The bytes of a table for [`Compact::launch`] with the addresses of the cache's buffers, `[layers][2]`
+    /// u64: keys, values. `keys` and `values` per layer `[pages][kv_heads][PAGE][head_dim]` bf16. They must
+    /// outlive the launches that use the table.
     ///
     /// # Errors
-    /// [`crate::Error::Internal`] if the number of buffers is not that of the layers, or a buffer is too
-    /// small.
+    /// [`crate::Error::Internal`] if there is not one buffer per layer, or a buffer is too small.
     pub fn caches(&self, keys: &[Buffer], values: &[Buffer]) -> Result<Vec<u8>> {
         let check = Check("compact");
         check.that(
@@ -58,8 +57,9 @@ impl Compact {
         Ok(addresses)
     }
 
-    /// `caches`: the bytes of [`Compact::caches`]. `page_table` `[sequences][sequence_pages]` u32. `output`:
-    /// the result of the verification. `spans` `[sequences]` `Span` of the verification pass.
+    /// Moves the keys and values. `caches`: the table of [`Compact::caches`]. `page_table`
+    /// `[sequences][sequence_pages]` u32. `output`: the result of the verification. `spans` `[sequences]`
+    /// `Span` of the verification pass.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.

@@ -1,4 +1,4 @@
-//! `cuda/model/embedding.cu`: the embedding rows of a pass's tokens.
+//! `cuda/model/embedding.cu`: looks up the embeddings of a pass's tokens.
 
 use super::check::{Check, args};
 use crate::Result;
@@ -15,9 +15,9 @@ pub struct Embedding {
     pub hidden: usize,
     /// Rows of the table, at least 1.
     pub vocab: usize,
-    /// The table holds the packed weights of a linear layer (see [`super::pack`]), shared with the LM head.
+    /// The table is the packed weights of the LM head (see [`super::pack`]).
     pub packed: bool,
-    /// 1 leaves rows unchanged.
+    /// Factor of the embeddings; 1 leaves them unchanged.
     pub scale: f32,
 }
 

@@ -1,4 +1,4 @@
-//! `cuda/model/head.cu`: the LM head, and the best logit of every 128.
+//! `cuda/model/head.cu`: the LM head, and the best logit of each block of 128 ids.
 
 use super::check::{Check, or_null};
 use super::linear::{Input, Kernels, Launch, Shape, input_bytes, kernels};
@@ -7,7 +7,7 @@ use crate::gpu::device::{Buffer, Device};
 
 static KERNELS: Kernels = kernels("head", ["head_8", "head_16", "head_32", "head_64", "head_128"], None);
 
-/// `logit = softcap(multiplier * rstd * (in W^T))`, and per row and block of 128 the best of them.
+/// `logit = softcap(multiplier * rstd * (in W^T))`, and for each row the best logit of each block of 128 ids.
 #[derive(Debug, Clone, Copy)]
 pub struct Head {
     /// Rows, at least 1.
@@ -16,9 +16,9 @@ pub struct Head {
     pub vocab: usize,
     /// Inputs: the hidden size, a multiple of 32.
     pub k: usize,
-    /// 1 leaves logits unchanged.
+    /// Factor of the logits; 1 leaves them unchanged.
     pub multiplier: f32,
-    /// `cap * tanh(logit / cap)` after the multiplier.
+    /// The cap in `cap * tanh(logit / cap)`, applied after the multiplier; `None` for no softcap.
     pub softcap: Option<f32>,
 }
 
@@ -28,8 +28,7 @@ impl Head {
         Shape { n: self.vocab, k: self.k }
     }
 
-    /// Bytes a launch must move: weights per pass, inputs, the best of every block, and the logits if they
-    /// are `kept`.
+    /// Bytes a launch must move: weights per pass, inputs, `best`, and the logits if they are `kept`.
     pub fn bytes(&self, kept: bool) -> u64 {
         let logits = if kept { self.vocab * 4 } else { 0 };
         input_bytes(self.shape(), self.rows, true) + (self.rows * (self.shape().blocks() * 8 + logits)) as u64
@@ -37,10 +36,10 @@ impl Head {
 
     /// Writes `best` `[rows][ceil(vocab / 128)]` u64 and, if there is a buffer, `logits` `[rows][vocab]` f32.
     ///
-    /// An entry of `best` has the bits of the block's best logit in its upper half, mapped to an integer of
-    /// the same order (negative ones inverted, others with the top bit set, -0 as 0), and the inverted id in
-    /// its lower half: the larger entry is the larger logit and, for equal logits, the lower id. All ones:
-    /// one of the 128 is NaN or +inf.
+    /// The upper half of an entry of `best` has the bits of the block's best logit, mapped to an integer of
+    /// the same order (negative logits inverted, others with the top bit set, -0 as 0). The lower half has
+    /// the inverted id. So a larger entry has a larger logit or, for equal logits, a lower id. All ones: a
+    /// logit of the block is NaN or +inf.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.

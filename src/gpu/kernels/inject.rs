@@ -1,4 +1,4 @@
-//! `cuda/model/inject.cu`: the target's features, gathered and projected to the drafter's hidden size.
+//! `cuda/model/inject.cu`: gathers the target's features and projects them to the drafter's hidden size.
 
 use super::check::{Check, args};
 use super::linear::{Gather, Input, Kernels, Launch, Shape, check_unscaled, input_bytes, kernels};
@@ -37,7 +37,7 @@ impl Inject {
     }
 
     /// `input.x`: the features `[feature_rows][k]` bf16. `gather` `[rows]` u32: the feature row of each row;
-    /// one that does not exist gives zeros. Writes `y` `[rows][n]` bf16 and `sumsq` `[rows][ceil(n / 128)]`
+    /// an index out of range gives zeros. Writes `y` `[rows][n]` bf16 and `sumsq` `[rows][ceil(n / 128)]`
     /// f32. `gain` `[n]` f32.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
-//! What the linear kernels (`cuda/model/linear.cuh`) have in common: how their work is split, what they read,
+//! The common part of the linear kernels (`cuda/model/linear.cuh`): how their work is split, their input,
 //! their workspace.
 //!
-//! Each multiplies 1 to 128 rows in one read of the weights, more rows in passes of 128. They differ in what
-//! they do with the sums: [`super::qkv`], [`super::project`], [`super::swiglu`], [`super::head`],
+//! A launch reads the weights once for up to 128 rows, and once for each further 128 rows. The kernels differ
+//! in their epilogues: [`super::qkv`], [`super::project`], [`super::swiglu`], [`super::head`],
 //! [`super::inject`]. All but the head have counterparts for prompts in `cuda/model/prefill.cu`, which split
 //! the work for many rows: see [`PrefillKernel`].
 
@@ -10,19 +10,21 @@ use super::check::{Check, or_null, u32s};
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
 use crate::{Error, Result};
 
-/// Packed rows of the weights per block.
+/// Packed rows of the weights per CUDA block.
 const BLOCK: usize = 128;
-/// Largest number of slices of K, as in `linear.cuh`.
+/// Maximum slices of K, as in `linear.cuh`.
 const MAX_SPLITS: usize = 8;
-/// Blocks that run at the same time on an H200: two on each of its 132 multiprocessors.
+/// CUDA blocks that run at the same time on an H200: two on each of its 132 multiprocessors, for up to 32
+/// rows.
 const CONCURRENT_BLOCKS: usize = 264;
-/// Smallest slice of K in groups of 32; starting a block costs more than a smaller slice gains.
+/// Minimum size of a slice of K, in groups of 32. Starting a CUDA block costs more than a smaller slice
+/// gains.
 const MIN_GROUPS: usize = 8;
-/// Largest number of rows in one pass over the weights.
+/// Maximum rows in one pass over the weights.
 pub const PASS: usize = 128;
 
-/// The weights of `y = x W^T`, `W [n][k]`. The bits of a row of `y` depend on nothing but this shape, the row
-/// and the weights.
+/// The shape of the weights of `y = x W^T`, `W [n][k]`. The bits of a row of `y` depend only on this shape,
+/// the row of `x` and the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// Outputs.
@@ -42,19 +44,18 @@ impl Shape {
         self.packed_rows() * self.k * 2
     }
 
-    /// Blocks of 128 packed rows; for the head kernel also columns of `best`.
+    /// Blocks of 128 packed rows. For the head kernel this is also the number of columns of `best`.
     pub fn blocks(&self) -> usize {
         self.n.div_ceil(BLOCK)
     }
 
-    /// Partial sums of squares that a row of `n` columns leaves for the next norm, one per 128 columns.
+    /// Partial sums of squares per row for the next norm, one per 128 of the `n` columns.
     pub fn parts(&self) -> usize {
         self.n.div_ceil(BLOCK)
     }
 
-    /// Groups of 32 k per slice, and number of slices of K: as many as it takes to fill an H200 once. Both
-    /// depend on the shape only, never on the device or the rows, because the order of addition follows from
-    /// them.
+    /// Groups of 32 inputs per slice of K, and the number of slices: enough to fill an H200 once. Both depend
+    /// only on the shape, not on the device or the rows, because they determine the order of addition.
     pub fn slices(&self) -> (usize, usize) {
         let groups = (self.k / 32).max(1);
         let fill = CONCURRENT_BLOCKS / self.blocks().max(1);
@@ -62,7 +63,8 @@ impl Shape {
         (slice, groups.div_ceil(slice))
     }
 
-    /// Bytes of partial sums and number of counters that a launch on `rows` rows needs in its [`Workspace`].
+    /// Bytes of partial sums and number of counters that a launch with `rows` rows needs in its
+    /// [`Workspace`].
     pub fn workspace(&self, rows: usize) -> (usize, usize) {
         let (_, splits) = self.slices();
         if splits == 1 {
@@ -73,16 +75,15 @@ impl Shape {
     }
 }
 
-/// Scratch memory of the linear kernels. One serves all launches of a device, since they run one after the
-/// other.
+/// Scratch memory of the linear kernels. All launches of a device can share one workspace, because they run
+/// one after the other.
 pub struct Workspace {
     partial: Buffer,
     counters: Buffer,
 }
 
 impl Workspace {
-    /// Enough for launches of each shape with up to the given number of rows: as large as the largest of them
-    /// needs.
+    /// Allocates a workspace for launches of each shape with up to the given number of rows.
     ///
     /// # Errors
     /// [`Error::Memory`] if the device has too little memory; device errors.
@@ -99,7 +100,7 @@ impl Workspace {
     }
 }
 
-/// What every linear kernel reads.
+/// The input of a linear kernel.
 #[derive(Clone, Copy)]
 pub struct Input<'a> {
     /// Packed weights (see [`super::pack`]), sealed.
@@ -107,17 +108,17 @@ pub struct Input<'a> {
     /// `[rows][k]` bf16.
     pub x: &'a Buffer,
     /// `[rows][ceil(k / 128)]` f32: partial sums of squares of the residual stream that `x` was made from.
-    /// Results are multiplied by `rstd = 1 / sqrt(sum / k + eps)`. `None`: by 1, which is all that
-    /// [`super::project`] and [`super::inject`] can do.
+    /// Results are multiplied by `rstd = 1 / sqrt(sum / k + eps)`. `None`: results are not scaled.
+    /// [`super::project`] and [`super::inject`] require `None`.
     pub sumsq: Option<&'a Buffer>,
     /// Epsilon of that norm, and of the head norms of the qkv kernel.
     pub eps: f32,
-    /// For the rows of a prompt: the kernel of `cuda/model/prefill.cu` to use. It does not split the sums
-    /// over K, so its bits differ from those of the other kernels.
+    /// For the rows of a prompt: the kernel of `cuda/model/prefill.cu` to use. It does not split K, so its
+    /// bits differ from those of a kernel that does.
     pub prompt: Option<PrefillKernel>,
-    /// A u32; if it is 0, the launch does nothing.
+    /// One u32; if it is 0, the launch does nothing. `None`: it always runs.
     pub num_active: Option<&'a Buffer>,
-    /// Large enough for this launch.
+    /// Scratch memory, at least [`Shape::workspace`] for this launch.
     pub workspace: &'a Workspace,
 }
 
@@ -126,11 +127,12 @@ pub struct Input<'a> {
 pub enum PrefillKernel {
     /// `prefill_*`: warps that use mma.sync, on every GPU.
     Mma,
-    /// `prefill_*_wgmma`: warpgroups that use wgmma, where the compute_90a image runs.
+    /// `prefill_*_wgmma`: warpgroups that use wgmma, on devices that run the compute_90a image.
     Wgmma,
 }
 
-/// The kernel that prompts use where both run. Not [`PrefillKernel::Wgmma`] yet, which has not run on a GPU.
+/// The kernel for prompts on devices that have both. [`PrefillKernel::Wgmma`] has not run on a GPU, so it is
+/// not the default.
 const PREFERRED: PrefillKernel = PrefillKernel::Mma;
 
 impl PrefillKernel {
@@ -142,12 +144,13 @@ impl PrefillKernel {
         if PREFERRED.runs_on(device) { PREFERRED } else { PrefillKernel::Mma }
     }
 
-    /// Whether the device has this kernel: wgmma and dependent launch come with the same image.
+    /// Whether the device has this kernel: the compute_90a image has both wgmma and programmatic dependent
+    /// launch.
     pub fn runs_on(self, device: &dyn Device) -> bool {
         self == PrefillKernel::Mma || device.properties().overlap
     }
 
-    /// Tokens per block, which is also its number of threads.
+    /// Tokens per CUDA block, which is also its number of threads.
     const fn tokens(self) -> usize {
         match self {
             PrefillKernel::Mma => 128,
@@ -155,8 +158,8 @@ impl PrefillKernel {
         }
     }
 
-    /// Dynamic shared memory of a block, bytes: stages of 128 packed rows and the block's tokens, 64 k each.
-    /// For wgmma the stages begin at a multiple of 1024.
+    /// Bytes of dynamic shared memory of a CUDA block: stages of 128 packed rows and the block's tokens, 64
+    /// inputs each. For wgmma the stages begin at a multiple of 1024.
     const fn shared(self) -> u32 {
         let (stages, alignment) = match self {
             PrefillKernel::Mma => (3, 0),
@@ -166,7 +169,7 @@ impl PrefillKernel {
     }
 }
 
-/// Selects the rows of `x`, in place of rows 0, 1, 2...
+/// Selects rows of `x` instead of rows 0, 1, 2...
 #[derive(Clone, Copy)]
 pub(super) struct Gather<'a> {
     /// `[rows]` u32.
@@ -183,7 +186,7 @@ pub(super) struct Kernels {
     prefill: Option<[Kernel; 2]>,
 }
 
-/// The entry points with these names: those of `file` by number of tiles, those of `prefill.cu`.
+/// The entry points with these names: those in `file` by number of tiles, and those in `prefill.cu`.
 pub(super) const fn kernels(
     file: &'static str,
     names: [&'static str; 5],
@@ -218,13 +221,13 @@ fn tiles(rows: usize) -> (usize, usize) {
     (index, 1 << index)
 }
 
-/// Dynamic shared memory of entry point `index` for slices of `groups` groups of 32 k, bytes: one or two
-/// chunks of activations, which the finished tile replaces. As `Staging` in `linear.cuh`.
+/// Bytes of dynamic shared memory of entry point `index` for slices of `groups` groups of 32 inputs: one or
+/// two chunks of activations, as `Staging` in `linear.cuh`. The finished tile later overwrites them.
 const fn shared(index: usize, groups: usize) -> u32 {
     let tokens = 8 << index;
     let chunk = if index < 4 { 512 } else { 256 };
     let buffers = if groups <= chunk / 32 { 1 } else { 2 };
-    // A chunk is larger than the tile of its tokens, 132 words each.
+    // A chunk is larger than the finished tile, which has 132 words per token.
     (buffers * tokens * (chunk * 2 + 64)) as u32
 }
 
@@ -235,18 +238,18 @@ pub(super) struct Launch<'a> {
     pub rows: usize,
     pub input: &'a Input<'a>,
     pub gather: Option<Gather<'a>>,
-    /// Number of blocks of 128 packed rows that are left out at the start.
+    /// Number of blocks of 128 packed rows to skip at the start.
     pub first_block: usize,
 }
 
 impl<'a> Launch<'a> {
-    /// A launch on all of the weights and on rows 0, 1, 2... of `x`.
+    /// A launch with all of the weights and rows 0, 1, 2... of `x`.
     pub fn new(kernels: &'static Kernels, shape: Shape, rows: usize, input: &'a Input<'a>) -> Launch<'a> {
         Launch { kernels, shape, rows, input, gather: None, first_block: 0 }
     }
 
-    /// Checks everything that the main loop reads or writes, and launches with the epilogue's arguments after
-    /// the common ones.
+    /// Checks everything that the main loop reads or writes. Launches with the common arguments, followed by
+    /// those of the epilogue.
     pub fn run(&self, device: &dyn Device, epilogue: &[Arg]) -> Result<()> {
         let Launch { kernels, shape, rows, input, gather, first_block } = *self;
         let Shape { n, k } = shape;
@@ -306,8 +309,8 @@ impl<'a> Launch<'a> {
     }
 }
 
-/// Checks what project and inject have in common: outputs a multiple of 64, an input that is not scaled, and
-/// the buffers `y` `[rows][n]` bf16, `sumsq` `[rows][parts]` f32 and `gain` `[n]` f32.
+/// Checks the common arguments of `project` and `inject`: a multiple of 64 outputs, an input that is not
+/// scaled, and the buffers `y` `[rows][n]` bf16, `sumsq` `[rows][parts]` f32 and `gain` `[n]` f32.
 pub(super) fn check_unscaled(
     check: &Check,
     shape: Shape,
@@ -324,8 +327,8 @@ pub(super) fn check_unscaled(
     check.aligned("gain", gain, n * 4)
 }
 
-/// Bytes a launch must move apart from its results: the weights in each pass, and once the rows and, if they
-/// are `normed`, their sums of squares.
+/// Bytes that a launch must read: the weights once per pass, the rows, and the sums of squares if the rows
+/// are `normed`.
 pub(super) fn input_bytes(shape: Shape, rows: usize, normed: bool) -> u64 {
     let sums = if normed { shape.k.div_ceil(BLOCK) * 4 } else { 0 };
     (shape.weight_bytes() * rows.div_ceil(PASS) + rows * (shape.k * 2 + sums)) as u64

@@ -1,5 +1,5 @@
-//! Launchers, one file per kernel source in `cuda/`. A launcher documents the shapes that a kernel takes and
-//! the bytes that it must move, checks its arguments, and launches it.
+//! Launchers, one file per kernel source in `cuda/`. A launcher documents a kernel's shapes and the bytes
+//! that it must move, checks its arguments, and launches it.
 //!
 //! A launcher checks shapes, buffer sizes and alignment. It cannot check what buffers contain (row tables,
 //! page numbers, token ids), so the kernels clamp those.
@@ -8,14 +8,14 @@
 //!
 //! - Shapes are row-major, outermost dimension first, followed by the element type: `[rows][hidden]` bf16.
 //! - `Row` (16 bytes: sequence, position, slot, query) and `Span` (8 bytes: context, rows) are the structs of
-//!   `cuda/common/rows.cuh`, all fields u32. A sequence's span says how many slots it had before the pass and
-//!   how many rows it has in it.
-//! - `u32::MAX` stands for "none": padding, a row without a sequence, a token that could not be chosen.
+//!   `cuda/common/rows.cuh`, all fields u32. A sequence's span is the number of cache slots filled before the
+//!   pass and the number of its rows in the pass.
+//! - `u32::MAX` means "none": padding, a row without a sequence, a token that could not be chosen.
 //! - A row of logits is *damaged* if it holds a NaN or +inf, or nothing but -inf.
 //! - A *sealed* buffer is constant: see [`Device::seal`](crate::gpu::device::Device::seal).
 //! - *Counters* must be zero before the first launch; every launch leaves them at zero.
-//! - *Bytes a launch must move* are the compulsory reads and writes: each input once, each output once.
-//!   `dflash-bench` divides them by the time of a launch.
+//! - *Bytes a launch must move* are the compulsory reads and writes: each input and each output once, unless
+//!   the function says otherwise. `dflash-bench` divides them by the time of a launch.
 #![deny(missing_docs)]
 
 pub mod attention;
@@ -40,7 +40,7 @@ pub mod swiglu;
 pub mod tree;
 pub mod verify;
 
-/// Tokens per page of keys and values, and per tile of attention: `PAGE` of `cuda/common/rows.cuh`.
+/// Tokens per page of the KV cache, and per tile of attention: `PAGE` of `cuda/common/rows.cuh`.
 pub const PAGE: usize = 64;
 
 /// Bytes of a `Row`.

@@ -1,5 +1,5 @@
-//! `cuda/model/norm.cu`: RMSNorm, either split between the producer and the consumer of the residual stream,
-//! or whole.
+//! `cuda/model/norm.cu`: RMSNorm, either split between the kernels that write and read the residual stream,
+//! or complete in one kernel.
 
 use super::check::{Check, or_null, u32s};
 use crate::Result;
@@ -38,8 +38,8 @@ impl Norm {
     }
 
     /// The first half of the norm: `x[r] += add[r]` if there is an `add`, then `y[r] = bf16(gain x[r])` and
-    /// `sumsq[r][p]`, the sum of squares of columns `128 p ..` of `x[r]`. The linear kernel that reads `y`
-    /// scales its results by the norm.
+    /// `sumsq[r][p]`, the sum of squares of 128 columns of `x[r]` from column `128 p` on. The linear kernel
+    /// that reads `y` does the second half: it scales its results by `1 / rms`.
     ///
     /// `y` `[rows][hidden]` bf16, `sumsq` `[rows][parts]` f32, `x` and `add` `[rows][hidden]` f32, `gain`
     /// `[hidden]` f32.
@@ -64,7 +64,8 @@ impl Norm {
         device.launch(&RESIDUAL, [parts.div_ceil(8) as u32, rows as u32, 1], 0, &args)
     }
 
-    /// The whole norm: `y[r] = bf16(gain x[r] / sqrt(mean of x[r]^2 + eps))`. Shapes as in [`Norm::launch`].
+    /// The complete norm: `y[r] = bf16(gain x[r] / sqrt(mean of x[r]^2 + eps))`. Shapes as in
+    /// [`Norm::launch`].
     ///
     /// # Errors
     /// As [`Norm::launch`].

@@ -7,7 +7,7 @@ use crate::gpu::device::{Buffer, Device, Kernel};
 
 static PACK: Kernel = Kernel { file: "pack", name: "pack", threads: 256, max_shared: 0 };
 
-/// Packs the rows of a matrix. A layer that consists of several matrices takes one launch for each.
+/// Packs the rows of a matrix. A layer of several matrices needs one launch for each.
 ///
 /// Packed weights are `[ceil(n / 16)][k / 32][half 2][kblock 4][row 8][8]` bf16: tiles of 16 rows and 32
 /// columns.
@@ -15,7 +15,8 @@ static PACK: Kernel = Kernel { file: "pack", name: "pack", threads: 256, max_sha
 pub struct Pack {
     /// Rows of this matrix, 1 to 2^30 - 1.
     pub rows: usize,
-    /// The whole layer, `k` a multiple of 32. Each launch clears the rows beyond `n` of the last tile.
+    /// The shape of the whole layer, `k` a multiple of 32. Each launch clears the rows of the last tile from
+    /// `n` on.
     pub layer: Shape,
 }
 
@@ -23,7 +24,7 @@ pub struct Pack {
 pub enum RowMap<'a> {
     /// Row `r` goes to packed row `first + r`.
     From(usize),
-    /// Row `r` goes to packed row `map[r]`, u32; rows whose entry is not below `n` are left out.
+    /// Row `r` goes to packed row `map[r]`, u32; rows whose entry is not below `n` are skipped.
     At(&'a Buffer),
 }
 
@@ -33,7 +34,7 @@ impl Pack {
         (self.rows * self.layer.k * 4) as u64
     }
 
-    /// Writes rows of `out`, the packed weights of the layer. `matrix` `[rows][k]` bf16.
+    /// Packs `matrix` `[rows][k]` bf16 into its rows of `out`, the packed weights of the layer.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.

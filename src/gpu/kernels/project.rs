@@ -1,4 +1,4 @@
-//! `cuda/model/project.cu`: output projections of attention and MLP, added to the residual stream.
+//! `cuda/model/project.cu`: the output projections of attention and MLP, added to the residual stream.
 
 use super::check::{Check, args, or_null};
 use super::linear::{Input, Kernels, Launch, Shape, check_unscaled, input_bytes, kernels};
@@ -22,7 +22,7 @@ pub struct Project {
     pub k: usize,
 }
 
-/// What [`Project`] reads and writes besides its input.
+/// The buffers of [`Project`] besides its input.
 pub struct ProjectBuffers<'a> {
     /// The residual stream, `[rows][n]` f32, updated in place.
     pub x: &'a Buffer,
@@ -32,8 +32,8 @@ pub struct ProjectBuffers<'a> {
     pub sumsq: &'a Buffer,
     /// Weight of the next norm, `[n]` f32.
     pub gain: &'a Buffer,
-    /// Output, `[rows][pitch]` bf16, and `pitch`, a multiple of 4: `bf16(x)` goes to the first `n` columns of
-    /// each row.
+    /// Output for the drafter's features, `[rows][pitch]` bf16, and `pitch`, a multiple of 4: `bf16(x)` is
+    /// written to the first `n` columns of each row.
     pub features: Option<(&'a Buffer, usize)>,
 }
 

@@ -1,5 +1,5 @@
-//! `cuda/model/qkv.cu`: query, key and value projections with head norms and RoPE; keys and values go to the
-//! pages.
+//! `cuda/model/qkv.cu`: query, key and value projections with per-head norms and RoPE. Keys and values are
+//! written to the pages.
 
 use super::check::{Check, or_null, u32s};
 use super::linear::{Input, Kernels, Launch, PASS, Shape, input_bytes, kernels};
@@ -13,8 +13,8 @@ static KERNELS: Kernels = kernels(
     Some(["prefill_qkv", "prefill_qkv_wgmma"]),
 );
 
-/// Query, key and value heads of `rstd * (in W^T)`. Queries and keys are normed, if they have gains, and
-/// rotated.
+/// Query, key and value heads of `rstd * (in W^T)`. Queries and keys get an RMSNorm, if they have gains, and
+/// RoPE.
 #[derive(Debug, Clone, Copy)]
 pub struct Qkv {
     /// Rows, at least 1.
@@ -37,11 +37,12 @@ pub struct Qkv {
     pub sequence_pages: usize,
     /// Rows of the RoPE table, at least 1; later positions use the last row.
     pub positions: usize,
-    /// Computes keys and values only; the weights of the queries are not read.
+    /// Computes only keys and values; query weights are not read, except in a block of 128 rows shared with
+    /// keys.
     pub keys_only: bool,
 }
 
-/// What [`Qkv`] reads and writes besides its input.
+/// The buffers of [`Qkv`] besides its input.
 pub struct QkvBuffers<'a> {
     /// `[rows]` `Row`: sequence, position, slot and query row.
     pub rows: &'a Buffer,
@@ -72,7 +73,7 @@ impl Qkv {
         if self.keys_only { self.heads * self.head_dim / 128 } else { 0 }
     }
 
-    /// Bytes a launch must move: weights per pass, inputs, results, a row of the RoPE table per row.
+    /// Bytes a launch must move: weights per pass, inputs, results, and per row a row of the RoPE table.
     pub fn bytes(&self) -> u64 {
         let skipped = self.first_block() * 128;
         let outputs = self.shape().n - if self.keys_only { self.heads * self.head_dim } else { 0 };
@@ -80,8 +81,8 @@ impl Qkv {
             + (self.rows * (outputs * 2 + self.head_dim * 4 + 16)) as u64
     }
 
-    /// Sequence, slot and query of a row and the page numbers may have any value: the kernel writes only to
-    /// what exists.
+    /// The sequence, slot and query of a row and the page numbers may have any value: the kernel skips writes
+    /// that are out of range.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.

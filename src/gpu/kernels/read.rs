@@ -1,5 +1,5 @@
-//! `cuda/perf/read.cu`: reads memory and does nothing else. Its bytes per second are the ceiling that other
-//! kernels are compared with.
+//! `cuda/perf/read.cu`: only reads memory. Its bytes per second are the read ceiling that other kernels are
+//! compared with.
 
 use super::check::{Check, args};
 use crate::Result;
@@ -7,20 +7,20 @@ use crate::gpu::device::{Buffer, Device, Kernel};
 
 static READ: Kernel = Kernel { file: "read", name: "read_all", threads: 256, max_shared: 0 };
 
-/// Pieces of 16 bytes that a block reads before it skips to its next part.
+/// Chunks of 16 bytes that a CUDA block reads before it skips to its next run.
 const RUN: usize = 2048;
 
-/// A read of all of a buffer.
+/// A read of a whole buffer.
 #[derive(Debug, Clone, Copy)]
 pub struct Read {
     /// Bytes to read, a multiple of 16, below 64 GiB.
     pub bytes: usize,
-    /// Blocks, at least 1.
+    /// CUDA blocks, at least 1.
     pub blocks: usize,
 }
 
 impl Read {
-    /// The number of blocks beyond which blocks have nothing to read.
+    /// Maximum CUDA blocks that have something to read.
     pub fn max_blocks(bytes: usize) -> usize {
         (bytes / 16).div_ceil(RUN)
     }
@@ -38,14 +38,14 @@ impl Read {
     pub fn launch(&self, device: &dyn Device, out: &Buffer, from: &Buffer) -> Result<()> {
         let Read { bytes, blocks } = *self;
         let check = Check("read_all");
-        let pieces = bytes / 16;
+        let chunks = bytes / 16;
         check.that(
-            (1..=u32::MAX as usize - RUN).contains(&pieces) && bytes.is_multiple_of(16) && blocks > 0,
+            (1..=u32::MAX as usize - RUN).contains(&chunks) && bytes.is_multiple_of(16) && blocks > 0,
             format_args!("{bytes} bytes on {blocks} blocks"),
             "a multiple of 16 below 64 GiB on at least one block",
         )?;
         check.at_least("out", out, blocks * 4)?;
         check.aligned("from", from, bytes)?;
-        device.launch(&READ, [blocks as u32, 1, 1], 0, &args([out, from], [pieces]))
+        device.launch(&READ, [blocks as u32, 1, 1], 0, &args([out, from], [chunks]))
     }
 }

@@ -14,7 +14,8 @@ static SAMPLE: Kernel = Kernel { file: "rules", name: "sample_drafts", threads: 
 static VERIFY: Kernel = Kernel { file: "rules", name: "verify_drafts", threads: 512, max_shared: 0 };
 
 /// Bytes of a row's distribution: the parameters that turn its logits into a
-/// [`crate::spec::distribution::Distribution`]. Probabilities are not stored; kernels compute them from the logits.
+/// [`crate::spec::distribution::Distribution`]. Probabilities are not stored; kernels compute them from the
+/// logits.
 pub const DISTRIBUTION_BYTES: usize = 48;
 
 /// Bytes of the sampler's [`super::sample::tables`] that these kernels read: the two tables for weights.
@@ -33,7 +34,7 @@ pub struct RejectionSampler {
     pub blocks: usize,
 }
 
-/// Rows of logits and their distributions: those of a block, or of a verification.
+/// Rows of logits and their distributions: the drafter's for a block, or the target's for a verification.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a> {
     /// `[sequences][rows][vocab]` f32.
@@ -42,7 +43,7 @@ pub struct Rows<'a> {
     pub distributions: &'a Buffer,
 }
 
-/// What [`RejectionSampler::verify`] needs besides distributions.
+/// The inputs of [`RejectionSampler::verify`] besides distributions.
 #[derive(Debug, Clone, Copy)]
 pub struct VerifyInputs<'a> {
     /// Rows per sequence in the verification, 1 to 64. Rows beyond a block's are not read.
@@ -65,7 +66,7 @@ impl Rows<'_> {
     }
 }
 
-/// Checks what all of these kernels know of sequences: their states, and the sampler's tables.
+/// Checks the arguments that all of these kernels share: the sequences' states and the sampler's tables.
 pub(super) fn check_states(check: &Check, sequences: usize, states: &Buffer, tables: &Buffer) -> Result<()> {
     check.aligned("sequences", states, sequences * Sequence::BYTES)?;
     check.aligned("tables", tables, TABLE_BYTES)
@@ -85,9 +86,9 @@ impl RejectionSampler {
         (self.sequences * (self.block - 1) * draft) as u64
     }
 
-    /// Bytes that [`RejectionSampler::verify`] must move. `rejection`, if it rejects a draft: two rows of
-    /// logits. `block`, if all its acceptance probabilities lie between 0 and 1: it sums over both models'
-    /// rows for all drafts but the first, and picks the next token from at least one more row.
+    /// Bytes that [`RejectionSampler::verify`] must move. For `rejection`, if it rejects a draft: two rows of
+    /// logits. For `block`, if all its acceptance probabilities are between 0 and 1: both models' rows for
+    /// all drafts but the first, and at least one more row to sample the next token.
     pub fn verify_bytes(&self, method: VerifyMethod) -> u64 {
         let rows = match method {
             VerifyMethod::Match => return 0,
@@ -107,7 +108,7 @@ impl RejectionSampler {
     }
 
     /// Computes `rows.distributions` `[sequences][block]` from `rows.logits`. Damaged rows and rows without a
-    /// sequence get none.
+    /// sequence are marked as having no distribution.
     ///
     /// `best` `[sequences][block][blocks]` u64: see [`super::head::Head::launch`]. `row_table`
     /// `[sequences][block]` `Row`: the sequence of each row. `settings` `[sequences]` [`Sequence`]: the
@@ -134,8 +135,8 @@ impl RejectionSampler {
         device.launch(&DISTRIBUTION, [count as u32, 1, 1], 0, &args)
     }
 
-    /// Samples `drafts` `[sequences][block]` u32 from row 1 of each block on: the token of a row from that
-    /// row's own distribution, `u32::MAX` if it has none. Rows without a sequence and sequences that verify
+    /// Samples `drafts` `[sequences][block]` u32, from row 1 of each block on: each from the distribution of
+    /// its row, `u32::MAX` if the row has none. Rows without a sequence and the rows of sequences that verify
     /// by `match` are left unchanged.
     ///
     /// `states` `[sequences]` [`Sequence`]: method, seed, stream, length and rounds. `rows`, `row_table` and
@@ -164,8 +165,8 @@ impl RejectionSampler {
     /// Verifies the chains of sequences that have drafts and whose method is `rejection` or `block`. The
     /// output of other sequences is left unchanged.
     ///
-    /// `target` `[sequences][max_verify_rows]`: row j follows the anchor and j drafts. `drafter`
-    /// `[sequences][block]`: draft j was sampled from row j. `states` and `tables` as for
+    /// `target` `[sequences][max_verify_rows]`: row j holds the distribution after the anchor and j drafts.
+    /// `drafter` `[sequences][block]`: draft j was sampled from row j. `states` and `tables` as for
     /// [`RejectionSampler::sample`].
     ///
     /// # Errors

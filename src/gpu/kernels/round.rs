@@ -1,8 +1,9 @@
 //! `cuda/spec/round.cu`: the state of sequences between rounds, the tables of a round's passes, and the ring
 //! of records.
 //!
-//! The host writes a [`Sequence`] once, when its request is admitted, and reads [`Record`]s. In between only
-//! the device updates the state.
+//! The host writes a [`Sequence`] before its first round and reads [`Record`]s. While the sequence runs, the
+//! device updates the state. The host then writes only [`Sequence::rows`], and zeros [`Sequence::active`] to
+//! remove the sequence.
 
 use super::check::{Check, args, u32s};
 use super::verify::VerifyOutput;
@@ -19,13 +20,13 @@ static FINISH: Kernel = Kernel { file: "round", name: "round_finish", threads: 3
 /// Bytes of [`Tables::round_header`].
 const HEADER_BYTES: usize = 12;
 
-/// Largest number of stop ids that the device checks; the host has to check further ones.
+/// Maximum stop ids that the device checks. The host checks the others.
 pub const STOP_IDS: usize = 12;
 
-/// Why a sequence no longer takes part in rounds.
+/// Whether and why a sequence has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
-    /// It still does.
+    /// It has not ended.
     Running,
     /// A stop id was emitted; it is the last token.
     Stop,
@@ -56,7 +57,7 @@ impl Finish {
     }
 }
 
-/// The form of a sequence's drafts.
+/// The shape of a sequence's drafts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
     /// One chain.
@@ -77,26 +78,26 @@ pub struct Sequence {
     pub length: u32,
     /// The token at position `length`: emitted, but not yet run by the target.
     pub anchor: u32,
-    /// The last `pending` of those positions have features that the drafter has not absorbed yet; they are
-    /// the rows of the last verification's path.
+    /// The features of the last `pending` of those positions are not yet in the drafter's cache. They are the
+    /// accepted rows of the last verification.
     pub pending: u32,
     /// Tokens that may still be emitted.
     pub budget: u32,
-    /// The sequence may have positions `0..end`; the token of the last one is never run.
+    /// The sequence's positions are `0..end`; the token at the last one is never run.
     pub end: u32,
-    /// The drafter may have positions `0..draft_end`; 0 without a drafter.
+    /// The drafter's positions are `0..draft_end`; 0 without a drafter.
     pub draft_end: u32,
     /// Maximum number of rows of a block, anchor included, 1 to 64; 1 for autoregressive decoding.
     pub block: u32,
     /// Maximum number of rows to verify, of a block or a tree, anchor included, 1 to 64.
     pub rows: u32,
-    /// The form of its drafts.
+    /// The shape of its drafts.
     pub form: Form,
     /// How its tokens are sampled.
     pub sampling: SamplingParams,
     /// At most [`STOP_IDS`] ids; each ends the answer.
     pub stop_ids: Vec<u32>,
-    /// Why it is no longer active.
+    /// Whether and why it has ended.
     pub finish: Finish,
     /// Rounds that it took part in.
     pub rounds: u32,
@@ -120,7 +121,7 @@ impl Sequence {
         self.block.min(64) | self.rows.clamp(1, 64) << 8 | (self.form as u32) << 16
     }
 
-    /// The bytes on the device. The first four are `active`: writing zeros there removes the sequence from
+    /// The sequence's bytes on the device. The first four are `active`: zeros there remove the sequence from
     /// rounds.
     ///
     /// # Errors
@@ -157,7 +158,7 @@ impl Sequence {
         Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
     }
 
-    /// This sequence with everything that rounds change read from `bytes`, the state on the device.
+    /// This sequence with all fields that rounds change taken from `bytes`, the state on the device.
     ///
     /// # Errors
     /// [`Error::Internal`] if the bytes are not those of a sequence.
@@ -185,13 +186,12 @@ impl Sequence {
     }
 }
 
-/// What a round did for a sequence.
+/// The result of a round for a sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
     /// Emitted tokens; none if the sequence took no part.
     pub tokens: Vec<u32>,
-    /// Tokens that the verification gave, before stop ids and limits: accepted drafts and the token after
-    /// them.
+    /// Number of accepted drafts, plus 1 for the token after them, before stop ids and limits cut the answer.
     pub acceptance_length: u32,
     /// Whether and why the sequence ended.
     pub finish: Finish,
@@ -201,7 +201,7 @@ pub struct Record {
     pub path: u64,
 }
 
-/// The round's own kernels.
+/// The kernels between the passes of a round.
 #[derive(Debug, Clone, Copy)]
 pub struct Round {
     /// Sequences, 1 to 1024.
@@ -217,8 +217,8 @@ pub struct Round {
 pub struct Tables<'a> {
     /// `[sequences][block]` u32: the drafter's input, anchor and mask tokens; `u32::MAX` is padding.
     pub draft_tokens: &'a Buffer,
-    /// `[2][sequences][block]` `Row`: first those of the pending features, at the drafter's positions and
-    /// slots, then those of the block.
+    /// `[2][sequences][block]` `Row`: first those of the pending features, then those of the block, with the
+    /// drafter's positions and slots.
     pub draft_rows: &'a Buffer,
     /// `[sequences][block]` u32: the row of the last verification pass that each pending feature comes from;
     /// `u32::MAX` is padding.
@@ -229,8 +229,8 @@ pub struct Tables<'a> {
     pub verify_rows: &'a Buffer,
     /// `[sequences]` `Span` of the verification pass.
     pub verify_spans: &'a Buffer,
-    /// `[3]` u32: the round's number, 0 before the first; the number of sequences that take part; rows per
-    /// sequence of the last verification, which [`Round::finish`] writes.
+    /// `[3]` u32: the round's number, 0 before the first; the number of active sequences; rows per sequence
+    /// of the last verification, which [`Round::finish`] writes.
     pub round_header: &'a Buffer,
 }
 
@@ -244,17 +244,17 @@ pub struct Ring {
 }
 
 impl Round {
-    /// Bytes that [`Round::begin`] must move.
+    /// Bytes that a launch of [`Round::begin`] must move.
     pub fn begin_bytes(&self) -> u64 {
         (self.sequences * (48 + self.block * 44 + self.max_verify_rows * 16)) as u64
     }
 
-    /// Bytes that [`Round::tokens`] must move.
+    /// Bytes that a launch of [`Round::tokens`] must move.
     pub fn tokens_bytes(&self) -> u64 {
         (self.sequences * (12 + self.max_verify_rows * 8)) as u64
     }
 
-    /// Bytes that [`Round::finish`] must move if all drafts are accepted.
+    /// Bytes that a launch of [`Round::finish`] must move if all drafts are accepted.
     pub fn finish_bytes(&self) -> u64 {
         (self.sequences * (180 + self.max_verify_rows * 12)) as u64
     }
@@ -305,10 +305,10 @@ impl Round {
         device.launch(&BEGIN, [count as u32, 1, 1], 0, &args)
     }
 
-    /// Writes `tokens` `[sequences][max_verify_rows]` u32 of the verification pass: anchor, drafts,
-    /// `u32::MAX` as padding. `drafts` `[sequences][block]` u32: the drafter's choice at each row of the
-    /// block; that of row 0 is not used. `sequences` `[sequences]` [`Sequence`]. `spans` `[sequences]` `Span`
-    /// of the verification pass.
+    /// Writes the tokens of the verification pass, `tokens` `[sequences][max_verify_rows]` u32: anchor,
+    /// drafts, `u32::MAX` as padding. `drafts` `[sequences][block]` u32: the drafter's choice at each row of
+    /// the block; row 0 is not read. `sequences` `[sequences]` [`Sequence`]. `spans` `[sequences]` `Span` of
+    /// the verification pass.
     ///
     /// # Errors
     /// As [`Round::begin`].
@@ -388,8 +388,8 @@ impl Ring {
 
     /// The record of round number `round` (from 1) for `sequence`; `None` until the device has written it.
     ///
-    /// A record is complete as long as no later round overwrites it. So a ring needs one round more than are
-    /// enqueued before the host has read them.
+    /// A later round overwrites the record. So the ring must hold at least one round more than are enqueued
+    /// and not yet read.
     ///
     /// # Errors
     /// [`Error::Internal`] if a later round has overwritten the record, or the record is not valid.

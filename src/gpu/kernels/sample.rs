@@ -1,4 +1,4 @@
-//! `cuda/spec/sample.cu`: the token that each row chooses, as
+//! `cuda/spec/sample.cu`: samples the next token of each row, as
 //! [`SamplingParams::choose`](crate::spec::sampling::SamplingParams::choose) defines it.
 
 use super::ROW_BYTES;
@@ -10,7 +10,7 @@ use crate::spec::rng::{TABLES, Tables};
 
 static SAMPLE: Kernel = Kernel { file: "sample", name: "sample", threads: 512, max_shared: 0 };
 
-/// Ids per block of a sampled row.
+/// Ids per CUDA block of a sampled row.
 const SLICE: usize = 8192;
 
 /// The sampler's tables in the kernels' layout, u32 each: `thi`, `tlo`, `rlog` of [`Tables`], and three words
@@ -34,10 +34,10 @@ pub struct Sample {
     pub sequences: usize,
 }
 
-/// What a launch needs besides `best` if some sequence has a temperature.
+/// The inputs of a launch besides `best`, needed if a sequence has a temperature above 0.
 #[derive(Debug, Clone, Copy)]
 pub struct SamplerInputs<'a> {
-    /// `[rows][vocab]` f32; read only for rows with a temperature.
+    /// `[rows][vocab]` f32; read only for rows with a temperature above 0.
     pub logits: &'a Buffer,
     /// `[sequences]` [`Sequence`].
     pub sequences: &'a Buffer,
@@ -64,7 +64,7 @@ impl Sample {
         (self.rows * (self.blocks * 8 + 16 + 4)) as u64
     }
 
-    /// Bytes a launch must move if all rows have a temperature, without top-k and top-p.
+    /// Bytes a launch must move if all rows have a temperature above 0, without top-k and top-p.
     pub fn sampled_bytes(&self) -> u64 {
         let slice = self.blocks * 8 + tables().len() + 128;
         self.bytes() + (self.rows * (self.vocab * 4 + self.slices() * slice)) as u64
@@ -73,9 +73,9 @@ impl Sample {
     /// Writes `choice` `[rows]` u32: the chosen token, `u32::MAX` for damaged rows and rows without a
     /// sequence.
     ///
-    /// `best` `[rows][blocks]` u64: see [`super::head::Head::launch`]; it must agree with `logits`.
+    /// `best` `[rows][blocks]` u64: see [`super::head::Head::launch`]; it must belong to `logits`.
     /// `row_table` `[rows]` `Row`: the kernel reads sequence and position, and samples with the noise of the
-    /// position after it. Without `inputs` every row is greedy.
+    /// next position. Without `inputs` every row is greedy.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.

@@ -11,7 +11,7 @@ use crate::gpu::device::{Buffer, Device, Kernel};
 static SAMPLE: Kernel = Kernel { file: "siblings", name: "sample_siblings", threads: 512, max_shared: 0 };
 static VERIFY: Kernel = Kernel { file: "siblings", name: "verify_tree", threads: 512, max_shared: 0 };
 
-/// The kernels for one tree per sequence.
+/// The kernels that sample and verify one tree per sequence.
 ///
 /// Only sequences whose method is `rejection` and that sample a tree of at least two rows take part. The
 /// buffers of other sequences are left unchanged.
@@ -60,12 +60,12 @@ impl Siblings {
         check_states(check, sequences, states, tables)
     }
 
-    /// The sizes that all kernels of sampled trees take last.
+    /// The last arguments of all kernels of sampled trees.
     pub(super) fn sizes(&self) -> [usize; 3] {
         [self.vocab, self.block, self.max_verify_rows]
     }
 
-    /// Launches a kernel that samples trees: this file's, or that of chains.
+    /// Launches a kernel that samples trees: the one of this file or of [`super::chains`].
     pub(super) fn sample_by(
         &self,
         kernel: &'static Kernel,
@@ -82,8 +82,8 @@ impl Siblings {
         device.launch(kernel, grid, 0, &args(buffers, self.sizes()))
     }
 
-    /// Checks the arguments of a kernel that verifies trees, this file's or that of chains, and lists those
-    /// that both begin with.
+    /// Checks the arguments of a kernel that verifies trees, the one of this file or of [`super::chains`].
+    /// Returns the arguments that both begin with.
     #[allow(clippy::too_many_arguments)] // the kernel's arguments
     pub(super) fn verify_buffers<'a>(
         &self,
@@ -106,8 +106,8 @@ impl Siblings {
     }
 
     /// Samples `trees.tokens` from the distributions of `drafter` `[sequences][block]`: rows of depth `d`
-    /// from its row `d`, siblings in the order of their rows, each without the tokens of those before it. If
-    /// no token is left, a row repeats the one before.
+    /// from its row `d`, siblings in the order of their rows, each without the tokens of earlier siblings. If
+    /// no token is left, a row gets the token of the sibling before it.
     ///
     /// `states` `[sequences]` [`super::round::Sequence`]: method, seed, stream, anchor, length and rounds.
     /// `tables`: [`super::sample::tables`], sealed.
@@ -126,8 +126,8 @@ impl Siblings {
     }
 
     /// Verifies the trees; `output.path` is `[sequences][max_verify_rows]`. `target`
-    /// `[sequences][max_verify_rows]`: row j follows the drafts on the path to row j. Everything else as for
-    /// [`Siblings::sample`].
+    /// `[sequences][max_verify_rows]`: row j holds the distribution after the drafts on the path to row j.
+    /// Everything else as for [`Siblings::sample`].
     ///
     /// # Errors
     /// As [`Siblings::sample`].

@@ -1,4 +1,4 @@
-//! `cuda/model/swiglu.cu`: gate and up projections of the MLP, and the activation.
+//! `cuda/model/swiglu.cu`: the gate and up projections of the MLP, and the activation.
 
 use super::check::Check;
 use super::linear::{Input, Kernels, Launch, Shape, input_bytes, kernels};
@@ -28,8 +28,8 @@ impl Swiglu {
         Shape { n: self.inner * 2, k: self.k }
     }
 
-    /// Packed rows of the weights for gate and up of neuron `i`: a tile of 16 rows has 8 gates, then their 8
-    /// ups.
+    /// Packed rows of the weights for gate `i` and up `i`. A tile of 16 rows has 8 gate rows, then the 8
+    /// matching up rows.
     pub fn gate_up_rows(i: usize) -> (usize, usize) {
         (i / 8 * 16 + i % 8, i / 8 * 16 + 8 + i % 8)
     }

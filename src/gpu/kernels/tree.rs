@@ -1,5 +1,5 @@
-//! `cuda/spec/tree.cu`: draft trees from a drafter's choices, as
-//! [`Tree::best_first`](crate::spec::tree::Tree::best_first) defines them.
+//! `cuda/spec/tree.cu`: builds draft trees from a drafter's choices, as
+//! [`Tree::best_first`](crate::spec::tree::Tree::best_first) defines them, and the shapes of sampled trees.
 
 use super::check::{Check, args};
 use super::round::Sequence;
@@ -10,7 +10,7 @@ use crate::spec::tree::MOST_ROWS;
 
 static BUILD: Kernel = Kernel { file: "tree", name: "tree_build", threads: 32, max_shared: 0 };
 
-/// Building of one tree per sequence.
+/// Builds one tree per sequence.
 #[derive(Debug, Clone, Copy)]
 pub struct TreeBuild {
     /// Sequences, 1 to 1024.
@@ -19,18 +19,18 @@ pub struct TreeBuild {
     pub block: usize,
     /// Rows of a tree, anchor included, 1 to 64.
     pub max_verify_rows: usize,
-    /// Choices that are known of each row of a block, 1 to 63.
+    /// Choices per row of a block, 1 to 63.
     pub per_row: usize,
 }
 
-/// Where trees are written. Padding beyond a sequence's rows is `u32::MAX` in `tokens` and `row_table`, 0
-/// elsewhere.
+/// The output. Padding after a sequence's rows is `u32::MAX` in `tokens` and in the fields of `table` except
+/// position, and 0 elsewhere.
 #[derive(Debug, Clone, Copy)]
 pub struct Trees<'a> {
-    /// `[sequences][max_verify_rows]` u32: the anchor, then the drafts. If a draft's row is damaged, the tree
-    /// has two rows and its second token is `u32::MAX`.
+    /// `[sequences][max_verify_rows]` u32: the anchor, then the drafts. If a row of choices is damaged, the
+    /// tree has two rows and its second token is `u32::MAX`.
     pub tokens: &'a Buffer,
-    /// `[sequences][max_verify_rows]` u32: the row that each row follows, of the same sequence.
+    /// `[sequences][max_verify_rows]` u32: the parent of each row, a row of the same sequence.
     pub parents: &'a Buffer,
     /// `[sequences][max_verify_rows]` u64: bit `j` is set if row `j` is the row itself or one of its
     /// ancestors.
@@ -48,13 +48,17 @@ impl TreeBuild {
         (sequences * ((block - 1) * (per_row * 4 + 4) + max_verify_rows * 36 + 40)) as u64
     }
 
-    /// `choices` `[sequences][block][per_row]` (token, cost) u32 and `counts` `[sequences][block]` u32 as
-    /// [`super::choices::Choices::launch`] writes them: row `j` of a block has the choices for the `j`-th
-    /// token after the anchor, row 0 is not read. `sequences` `[sequences]` [`Sequence`]: a tree is at most
-    /// as deep as a block of the sequence has drafts. `drafts` `[sequences][block]` u32: the drafts of
-    /// sequences that draft chains, row 0 not read; they become a tree without branches. `typical`
-    /// `[per_row]` u32: for trees whose tokens are sampled later, [`crate::spec::tree::typical`] of each
-    /// place among siblings; their tokens are set to `u32::MAX`.
+    /// Builds the trees.
+    ///
+    /// - `choices` `[sequences][block][per_row]` (token, cost) u32 and `counts` `[sequences][block]` u32:
+    ///   written by [`super::choices::Choices::launch`]. Row `j` of a block has the choices for the `j`-th
+    ///   token after the anchor; row 0 is not read.
+    /// - `drafts` `[sequences][block]` u32: the drafts of sequences that draft chains; row 0 is not read. They
+    ///   become a tree without branches.
+    /// - `typical` `[per_row]` u32: [`crate::spec::tree::typical`] of each place among siblings, for sampled
+    ///   trees. Their drafts are set to `u32::MAX` and sampled later.
+    /// - `sequences` `[sequences]` [`Sequence`]: the depth of a tree is at most the number of drafts of the
+    ///   sequence's block.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.

@@ -1,6 +1,6 @@
 //! `cuda/spec/verify.cu`: verification by the method `match`. It accepts drafts as long as they equal the
-//! token that the target chose in their place, as [`crate::spec::sampling`] defines it for chains and for
-//! trees.
+//! token that the target chose in their place, as [`match_chain`](crate::spec::verify::match_chain) and
+//! [`match_tree`](crate::spec::verify::match_tree) define it.
 
 use super::SPAN_BYTES;
 use super::check::{Check, or_null, u32s};
@@ -23,8 +23,8 @@ pub struct Verify {
 pub struct VerifyOutput<'a> {
     /// `[sequences]` u32: number of accepted drafts.
     pub accepted: &'a Buffer,
-    /// `[sequences]` u32: the token that follows the accepted drafts (correction or bonus); `u32::MAX` if the
-    /// row that it comes from is damaged or the sequence takes no part.
+    /// `[sequences]` u32: the token after the accepted drafts (correction or bonus token); `u32::MAX` if its
+    /// row is damaged or the sequence does not take part.
     pub next: &'a Buffer,
     /// `[sequences][block]` u32: the rows from the anchor (row 0) to the last accepted draft, `accepted + 1`
     /// of them, then `u32::MAX`.
@@ -38,7 +38,7 @@ impl<'a> VerifyOutput<'a> {
         check.at_least("path", self.path, sequences * block * 4)
     }
 
-    /// In the order in which kernels take them.
+    /// The buffers in the order of the kernels' arguments.
     pub(super) fn buffers(&self) -> [&'a Buffer; 3] {
         [self.accepted, self.next, self.path]
     }
@@ -50,9 +50,10 @@ impl Verify {
         (self.sequences * (self.block * 16 + 16)) as u64
     }
 
-    /// `choices` `[sequences][block]` u32: the target's choice at each row. `tokens` `[sequences][block]`
-    /// u32: the anchor and the drafts. `parents` `[sequences][block]` u32: the row that each draft follows;
-    /// `None` for chains. `spans` `[sequences]` `Span`: the number of rows of each sequence.
+    /// Verifies the drafts. `choices` `[sequences][block]` u32: the target's choice at each row. `tokens`
+    /// `[sequences][block]` u32: the anchor and the drafts. `parents` `[sequences][block]` u32: the parent
+    /// row of each draft; `None` for chains. `spans` `[sequences]` `Span`: the number of rows of each
+    /// sequence.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
