@@ -325,7 +325,7 @@ fn batches_of_a_narrow_pair_equal_ar_decoding_bit_for_bit() {
     let pair = open(&narrow());
     // Every number of sequences and every block once; with the wide pair's configs, two blocks for each number.
     let mut configs = vec![(1, 7), (3, 16), (8, 2)];
-    if requests::exhaustive() {
+    if support::exhaustive() {
         configs = vec![(1, 2), (1, 7), (1, 16), (3, 2), (3, 7), (3, 16), (8, 2), (8, 7), (8, 16)];
     }
     every_device(|device| run_batches(device, &pair, 12, &configs, true));
