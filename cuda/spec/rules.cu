@@ -40,12 +40,10 @@ KERNEL(512, 1, row_distribution,
   const Row row = ld(rows + r);
   const bool has_sequence = row.sequence < count;
   const Sequence* state = sequences + (has_sequence ? row.sequence : 0);
-  const u64 key = best_key(best + size_t(r) * blocks, blocks, warp_sums);
+  const u64 key = has_sequence ? best_key(best + size_t(r) * blocks, blocks, warp_sums) : 0;
   const u32 top = u32(key >> 32), id = ~u32(key);
-  const bool valid = has_sequence && id < vocab && top > ascending(__uint_as_float(0xff800000u)) &&
-                     top < ascending(__uint_as_float(0x7f800000u));
   RowDistribution d = {logit_from_ascending(top), has_sequence ? ld(&state->c) : 0, 0, 0, {~0u, ~0u, ~0u}, NONE, 0, 0};
-  if (!valid) {
+  if (!has_sequence || !is_valid_key(key, vocab)) {
     if (threadIdx.x == 0) st_distribution(distributions + r, d);
     return;
   }

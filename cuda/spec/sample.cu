@@ -45,8 +45,8 @@ WRAPPER bool beats(const Candidate& a, const Candidate& b) {
 // The block's winner, in thread 0.
 WRAPPER Candidate block_winner(Candidate mine, Candidate* warp_winners) {  // [WARPS] shared
   for (int flip = 16; flip; flip /= 2) {
-    const Candidate other = {__shfl_xor_sync(~0u, mine.time, flip), __shfl_xor_sync(~0u, mine.id, flip),
-                             __shfl_xor_sync(~0u, mine.weight, flip)};
+    const u64 time_and_id = __shfl_xor_sync(~0u, u64(mine.time) << 32 | mine.id, flip);
+    const Candidate other = {u32(time_and_id >> 32), u32(time_and_id), __shfl_xor_sync(~0u, mine.weight, flip)};
     if (beats(other, mine)) mine = other;
   }
   if (threadIdx.x % 32 == 0) sts(warp_winners + threadIdx.x / 32, mine);
@@ -115,16 +115,18 @@ KERNEL(512, 2, sample,
   const SelectScratch scratch = {table, bins, warp_sums, selected};
   const u32 r = blockIdx.y, slice = blockIdx.x, slices = gridDim.x;
   const Row row = ld(rows + r);
-  const bool has_sequence = row.sequence < count;
-  const Sequence* state = has_sequence ? sequences : nullptr;
-  if (state) state += row.sequence;
+  if (row.sequence >= count) {
+    if (slice == 0 && threadIdx.x == 0) st(choice + r, NONE);
+    return;
+  }
+  const Sequence* state = sequences ? sequences + row.sequence : nullptr;
   const float c = state ? ld(&state->c) : 0;
   const bool greedy = c == 0, limited = !greedy && (ld(&state->top_k) || ld(&state->top_p));
   if (slice && (greedy || limited)) return;
 
   const u64 key = best_key(best + size_t(r) * blocks, blocks, warp_sums);
   const u32 top = u32(key >> 32), id = ~u32(key);
-  const bool valid = has_sequence && is_valid_key(key, vocab);
+  const bool valid = is_valid_key(key, vocab);
   if (greedy || !valid) {
     if (slice == 0 && threadIdx.x == 0) st(choice + r, valid ? id : NONE);
     return;

@@ -73,8 +73,10 @@ WRAPPER u64 best_key(const u64* best,  // [blocks]
                      u64* warp_maxima) {  // [WARPS] shared
   u64 largest = 0;
   for (u32 i = threadIdx.x; i < blocks; i += THREADS) largest = max(largest, ld(best + i));
-  for (int flip = 16; flip; flip /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, flip));
-  if (threadIdx.x % 32 == 0) sts(warp_maxima + threadIdx.x / 32, largest);
+  // Two reductions of words instead of ten shuffles.
+  const u32 high = __reduce_max_sync(~0u, u32(largest >> 32));
+  const u32 low = __reduce_max_sync(~0u, u32(largest >> 32) == high ? u32(largest) : 0u);
+  if (threadIdx.x % 32 == 0) sts(warp_maxima + threadIdx.x / 32, u64(high) << 32 | low);
   __syncthreads();
   for (u32 w = 0; w < WARPS; w++) largest = max(largest, lds(warp_maxima + w));
   return largest;

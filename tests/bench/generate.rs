@@ -147,22 +147,22 @@ fn the_cpu_measures_times_and_acceptance_equals_dflash_gen() {
 
 #[test]
 fn the_emulator_counts_instead_of_measuring() {
-    let flags = ["--count", "2", "-n", "10", "--block", "6", "--device", "emulator"];
+    let flags = ["--count", "2", "-n", "8", "--block", "6", "--device", "emulator"];
     let found = record(0, &args(PROMPTS, &flags));
     assert_eq!(found["machine"]["device"], "emulator");
     assert!(found["rows"].as_array().unwrap().iter().all(|row| row["kind"] == "counted"), "{found}");
     let dir = tempfile::tempdir().unwrap();
     let two = categorised(dir.path(), &[json!(null), json!(null)]);
-    check_acceptance(&found, &accepted(&two, &["-n", "10", "--block", "6", "--device", "emulator"]), 6);
+    check_acceptance(&found, &accepted(&two, &["-n", "8", "--block", "6", "--device", "emulator"]), 6);
     for mode in ["plain", "dflash"] {
         let of = || json!({ "decoding": mode });
         let all = row(&found, "all answers", of());
         let number = |key: &str| all["numbers"][key].as_f64().unwrap();
         let bytes = number("streamed") + number("read") + number("written");
         assert_eq!(all["median"], bytes);
-        assert_eq!(value(&found, "bytes per token", of()), bytes / 20.0);
-        assert_eq!(value(&found, "launches per token", of()), number("launches") / 20.0);
-        assert_eq!(value(&found, "mma per token", of()), number("mma") / 20.0);
+        assert_eq!(value(&found, "bytes per token", of()), bytes / 16.0);
+        assert_eq!(value(&found, "launches per token", of()), number("launches") / 16.0);
+        assert_eq!(value(&found, "mma per token", of()), number("mma") / 16.0);
     }
     // Counters are the same in every repeat; sums are over all repeats.
     let twice = record(0, &args(PROMPTS, &[&flags[..], &["--repeat", "2"]].concat()));
@@ -171,7 +171,7 @@ fn the_emulator_counts_instead_of_measuring() {
     assert_eq!((launches(&twice), all(&twice)), (launches(&found), 2.0 * all(&found)));
     // Launches grow with the steps of AR decoding, one per token after the first, and with the rounds of
     // DFlash.
-    let longer = ["10", "15", "24"].map(|n| {
+    let longer = ["6", "9", "15"].map(|n| {
         let flags = ["--count", "1", "-n", n, "--device", "emulator"];
         let found = record(0, &args(PROMPTS, &flags));
         let launches = |mode: &str| {
@@ -187,7 +187,7 @@ fn the_emulator_counts_instead_of_measuring() {
         let ((some, few), (all, many)) = (more(first, second), more(first, third));
         assert!(few > 0 && many > few && some * many == all * few && all % many == 0, "{longer:?}");
     }
-    let table = flat(&bench(args(PROMPTS, &flags)).done());
+    let table = flat(&bench(["show", &write(dir.path(), "found.json", found.to_string())]).done());
     assert!(table.contains("greedy; counters of the emulator, no times"), "{table}");
 }
 

@@ -192,7 +192,7 @@ fn devices_couple_drafts_as_the_cpu_does() {
     let (mut by_device, mut by_cpu, mut best) = (0usize, 0usize, 0usize);
     for text in &PROMPTS[..2] {
         let prompt = tokens(text);
-        let with = |block, spec| request(&prompt, 14, block, spec);
+        let with = |block, spec| request(&prompt, 20, block, spec);
         let ar = run(&mut *decoder, &with(1, SpecConfig::default()));
         for temperature in [0.5, 1.5] {
             let coupled = with(8, chain_spec(VerifyMethod::Match, temperature));

@@ -139,9 +139,13 @@ fn every_device_and_batch(test: impl Fn(&dyn Device, bool)) {
     [false, true].into_iter().for_each(|full| every_device(|device| test(device, full)));
 }
 
+/// The batch for exact chains runs only with `DFLASH_EXHAUSTIVE=1`.
 #[test]
 fn a_round_captured_later_equals_the_first_capture() {
     every_device_and_batch(|device, full| {
+        if !full && !exhaustive() {
+            return;
+        }
         let models = models(device);
         let mut batches = [batch(device, &models, full)];
         let mut driver = Driver::new(full);
@@ -150,6 +154,10 @@ fn a_round_captured_later_equals_the_first_capture() {
             driver.round(&mut batches[0]);
             round += 1;
             lengths.push(driver.slots.iter().map(|state| state.tokens.len()).collect::<Vec<_>>());
+            // Every fourth round; exhaustive: every round.
+            if round % 4 != 1 && !exhaustive() {
+                continue;
+            }
             for (shape, graph) in batches[0].graphs() {
                 let again = batches[0].capture(*shape).unwrap();
                 assert_eq!(again.nodes.len(), graph.nodes.len());

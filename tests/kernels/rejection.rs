@@ -433,21 +433,21 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
     Batch { vocab, block, requests, target, drafter, tokens }
 }
 
-/// About two thirds of the random batches run only with `DFLASH_EXHAUSTIVE=1`.
+/// Most of the random batches run only with `DFLASH_EXHAUSTIVE=1`.
 #[test]
 fn sampled_and_verified_drafts_equal_the_reference() {
     let mut random = Random::new(1);
     let (mut turn, mut coverage) = (0, Coverage::default());
     for (vocab, block, few, all) in [
-        (1, 4, 3, 10),
-        (2, 5, 14, 40),
-        (3, 16, 20, 60),
-        (17, 6, 20, 60),
-        (130, 8, 14, 40),
-        (257, 16, 8, 20),
-        (2048, 16, 4, 10),
-        (9001, 5, 3, 4),
-        (32000, 4, 3, 3),
+        (1, 4, 2, 10),
+        (2, 5, 7, 40),
+        (3, 16, 10, 60),
+        (17, 6, 10, 60),
+        (130, 8, 7, 40),
+        (257, 16, 4, 20),
+        (2048, 16, 2, 10),
+        (9001, 5, 2, 4),
+        (32000, 4, 2, 3),
     ] {
         for i in 0..cases(few, all) {
             let batch = batch(&mut random, vocab, block, 8);
@@ -457,7 +457,7 @@ fn sampled_and_verified_drafts_equal_the_reference() {
     }
     println!("{coverage:?}");
     if !cfg!(feature = "sanitize") {
-        let part = if exhaustive() { 1 } else { 3 };
+        let part = if exhaustive() { 1 } else { 6 };
         let Coverage { accepted: [none, one, two, more], whole, damaged } = coverage;
         assert!(none > 100 / part && one > 50 / part && two > 20 / part && more > 100 / part);
         assert!(whole > 50 / part && damaged > 5 / part);

@@ -52,7 +52,7 @@ pub fn check(what: &dyn Debug, distribution: &Distribution, answers: impl IntoIt
     for (tokens, probability) in distribution {
         let found = counts.remove(tokens).unwrap_or(0) as f64;
         match probability * runs {
-            e if e < 10.0 => rare = (rare.0 + e, rare.1 + found),
+            e if e < 5.0 => rare = (rare.0 + e, rare.1 + found),
             e => (chi, cells) = (chi + (found - e).powi(2) / e, cells + 1),
         }
     }
