@@ -9,7 +9,6 @@ use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::device::{self, Choice, DeviceHandle};
 use dflash::cli::sigbus;
-use dflash::cli::spec_flags::name_flag;
 use dflash::cli::terminal;
 use dflash::cpu::decoder::Cpu;
 use dflash::cpu::ops;
@@ -120,7 +119,7 @@ fn check(flags: &args::Generate) -> Result<SamplingParams> {
     };
     let args::Generate { temperature, top_k, top_p, min_p, seed, .. } = *flags;
     let sampling = SamplingParams { temperature, top_k, top_p, min_p, seed, stream: 0 };
-    sampling.check().map_err(name_flag)?;
+    sampling.check()?;
     flags.drafts.need_drafter(false, flags.block)?;
     flags.drafts.config(&sampling)?;
     match flags {

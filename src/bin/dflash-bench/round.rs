@@ -38,7 +38,7 @@ const SAMPLES: [usize; 2] = [20, 5];
 pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     let (temperature, seed) = (flags.temperature, 1);
     let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 0 };
-    sampling.check().map_err(dflash::cli::spec_flags::name_flag)?;
+    sampling.check()?;
     if flags.gpu.is_some() && matches!(flags.device, Choice::Cpu | Choice::Emulator) {
         return Err(Error::Usage("--gpu needs --device cuda or auto".into()));
     }

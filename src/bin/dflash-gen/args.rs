@@ -4,7 +4,7 @@ use crate::job::{Action, Format, Job, Source};
 use clap::{ArgAction, Parser, ValueEnum};
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::cli::device::Choice;
-use dflash::cli::spec_flags::{SpecFlags, name_flag, needs_drafter};
+use dflash::cli::spec_flags::{SpecFlags, needs_drafter};
 use dflash::cli::terminal::{number, whole};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
@@ -181,7 +181,7 @@ impl Args {
             seed: self.seed.unwrap_or_else(random_seed),
             stream: 0,
         };
-        sampling.check().map_err(name_flag)?;
+        sampling.check()?;
         let spec = self.drafts.config(&sampling)?;
         let color = match self.color {
             Color::Auto => io::stdout().is_terminal(),
@@ -311,6 +311,7 @@ fn random_seed() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dflash::cli::terminal;
 
     fn resolve(flags: &[&str]) -> Result<Job> {
         Args::try_parse_from(["dflash-gen"].iter().chain(flags)).unwrap().resolve()
@@ -349,7 +350,7 @@ mod tests {
             (&["--template-arg", "x"], "--template-arg is \"x\", expected NAME=VALUE"),
         ] {
             let error = resolve(flags).err().unwrap();
-            assert_eq!((error.exit_code(), error.to_string().as_str()), (2, sentence));
+            assert_eq!((error.exit_code(), terminal::message(&error).as_str()), (2, sentence));
         }
     }
 }
