@@ -46,7 +46,7 @@ impl BatchConfig {
     /// The same with trees of up to `rows` rows. The rows of a tree need cache slots after the sequence's
     /// last position, so every sequence gets pages for them too.
     pub fn with_trees(self, rows: usize) -> BatchConfig {
-        let pages = self.sequences.saturating_mul((self.positions + rows).div_ceil(PAGE));
+        let pages = self.sequences.saturating_mul(self.positions.saturating_add(rows).div_ceil(PAGE));
         BatchConfig { pages, tree: rows, ..self }
     }
 
@@ -66,7 +66,7 @@ impl BatchConfig {
 
     /// The most pages of one sequence.
     pub fn sequence_pages(&self) -> usize {
-        (self.positions + self.tree).div_ceil(PAGE)
+        self.positions.saturating_add(self.tree).div_ceil(PAGE)
     }
 
     /// [`BatchConfig::new`] for a pair. Sequences have `ctx` positions if it is given. Otherwise they have
