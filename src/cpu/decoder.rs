@@ -376,7 +376,7 @@ impl<'a> Sequence<'a> {
     pub fn rows(&self) -> usize {
         let (at, block) = self.state.as_ref().map_or((0, 1), |state| (state.cache.len(), state.block));
         let last = self.drafter.map_or(0, |drafter| drafter.config.stack.max_positions);
-        block.min(last.saturating_sub(at)).min((self.context - 1).saturating_sub(at)).max(1)
+        block.min(last.saturating_sub(at)).min(self.context.saturating_sub(at + 1)).max(1)
     }
 
     /// Runs a round: drafts, verifies, and appends to `out` as [`Sequence::verify`] does. Returns the number

@@ -9,7 +9,9 @@ use dflash::checkpoint::pair::Pair;
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;
-use dflash::engine::generate::{Finish, Flow, Outcome, Request, TokenSink, generate, resume};
+use dflash::engine::generate::{
+    Decoder, Emitted, Finish, Flow, Outcome, Request, TokenSink, generate, resume,
+};
 use dflash::spec::sampling::{SamplingParams, argmax};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -108,6 +110,19 @@ fn sampled(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, se
         block,
         spec: Default::default(),
     }
+}
+
+#[test]
+fn a_decoder_with_a_context_of_0_runs_rounds_without_drafts() {
+    let mut decoder = Sequences::new(&DEMO.0, Some(&DEMO.1), 1, 0);
+    let mut emitted = [Emitted::default()];
+    ops::install(|| {
+        decoder.admit(0, &greedy(&[1], 4, 16), false)?;
+        decoder.prefill(0)?;
+        decoder.round(&mut emitted)
+    })
+    .unwrap();
+    assert_eq!((emitted[0].tokens.len(), emitted[0].drafted), (1, 0));
 }
 
 // ---- against the reference implementation ----
