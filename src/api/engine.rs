@@ -139,7 +139,7 @@ impl Engine {
         spec.check()?;
         let pair = Pair::open(models.target, models.drafter)?;
         let block = pair.block(None)?;
-        let capacity = with_capacity_for(BatchConfig::of(&pair, 1, block, context, 0)?, &spec);
+        let capacity = with_capacity_for(BatchConfig::for_pair(&pair, 1, block, context, 0)?, &spec);
         let template = chat_template.map(|source| ("the chat template", source));
         let text = Text::open(&pair.target.folder, template)?;
         let (backend, context, fallback) = match DeviceHandle::for_pair(device, gpu, &pair, capacity)? {

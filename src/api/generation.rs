@@ -314,7 +314,7 @@ mod tests {
         fn release(&mut self, _slot: usize, _tokens: usize) -> Result<()> {
             Err(Error::Internal("release".into()))
         }
-        fn watch(&mut self) {}
+        fn keep_logits(&mut self) {}
         fn logits(&mut self, _slot: usize, _row: usize) -> Result<Vec<f32>> {
             Ok(vec![])
         }

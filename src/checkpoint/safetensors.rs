@@ -85,7 +85,7 @@ impl Tensor {
     }
 
     /// The file's path, and the offset of the tensor's first byte in the file.
-    pub fn place(&self) -> (&str, usize) {
+    pub fn location(&self) -> (&str, usize) {
         (&self.path, self.range.start)
     }
 }

@@ -92,7 +92,7 @@ impl<'a> Sequence<'a> {
     pub fn new(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequence<'a> {
         let context = target.config.stack.max_positions;
         let costs = drafter.map(|drafter| {
-            Costs::modelled(&ASSUMED_CPU, &target.config, &drafter.config, 0, 1, drafter.config.block)
+            Costs::from_roofline(&ASSUMED_CPU, &target.config, &drafter.config, 0, 1, drafter.config.block)
         });
         Sequence { target, drafter, context, costs, state: None }
     }
@@ -552,7 +552,7 @@ impl Decoder for Sequences<'_> {
         Ok(())
     }
 
-    fn watch(&mut self) {}
+    fn keep_logits(&mut self) {}
 
     fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {
         let vocab = self.vocab();

@@ -368,7 +368,7 @@ fn device_rounds_verify_what_their_controllers_say() {
         let left = RefCell::new(VecDeque::from(scripts.clone()));
         let observed: Vec<Rc<RefCell<Vec<_>>>> = scripts.iter().map(|_| Rc::default()).collect();
         let observers = RefCell::new(VecDeque::from(observed.clone()));
-        batch.control(move || {
+        batch.set_controllers(move || {
             let sizes = left.borrow_mut().pop_front().unwrap();
             Box::new(Script { sizes, observed: observers.borrow_mut().pop_front().unwrap() })
         });
@@ -424,7 +424,7 @@ fn no_controller_changes_the_answers_of_a_batch() {
             let policy = cost_model(costs(0.0, |_| 1.0));
             let adaptive: Vec<Request> = requests.iter().map(|asked| adapting(&policy, asked)).collect();
             let modelled = run_together(batch, &adaptive, keep_going);
-            batch.control(kinds);
+            batch.set_controllers(kinds);
             for got in [modelled, run_together(batch, &requests, keep_going)] {
                 for (i, (got, ar)) in got.iter().zip(&ar).enumerate() {
                     assert_eq!((&got.tokens, got.finish), (&ar.tokens, ar.finish), "{vocab}: request {i}");
@@ -438,7 +438,7 @@ fn no_controller_changes_the_answers_of_a_batch() {
 fn tokens_come_from_the_logits_of_ar_decoding_under_any_draft_length() {
     for (vocab, tree) in [(4, 0), (4, 64), (90, 0)] {
         on_device(vocab, config(1, tree), |batch| {
-            batch.control(|| random_controller(5));
+            batch.set_controllers(|| random_controller(5));
             for temperature in [0.0, 0.7] {
                 let asked = with_tree(&request(&[3, 1, 2], 60, 16, temperature), tree);
                 let report = lossless::check(batch, &asked, || Ok(AcceptAll)).unwrap().unwrap();
@@ -457,7 +457,7 @@ fn tokens_come_from_the_logits_of_ar_decoding_under_any_draft_length() {
 fn a_drafter_that_follows_ar_steps_on_a_device_drafts_the_same() {
     on_device(4, config(1, 0), |batch| {
         let asked = request(&[2, 1, 3, 3], 150, 16, 0.9);
-        batch.control(|| Box::new(Fixed));
+        batch.set_controllers(|| Box::new(Fixed));
         let busy = alone(batch, &asked);
         let produced = |rounds: std::ops::Range<usize>| busy.accepted[rounds].iter().sum::<usize>();
         assert!(busy.accepted.iter().filter(|tokens| **tokens > 1).count() > 10, "{:?}", busy.accepted);
@@ -465,7 +465,9 @@ fn a_drafter_that_follows_ar_steps_on_a_device_drafts_the_same() {
         for (first, last) in [(0, 1), (0, 7), (3, 4), (5, 20), (1, rounds / 2)] {
             // The same drafts, except that AR steps replace these rounds, one for each token they produced.
             let script = [vec![15; first], vec![0; produced(first..last)]].concat();
-            batch.control(move || Box::new(Script { sizes: script.clone().into(), observed: Rc::default() }));
+            batch.set_controllers(move || {
+                Box::new(Script { sizes: script.clone().into(), observed: Rc::default() })
+            });
             let paused = alone(batch, &asked);
             assert_eq!(paused.tokens, busy.tokens);
             let ones = vec![1; produced(first..last)];
@@ -535,7 +537,7 @@ fn a_batch_of_adaptive_sampled_chains_has_the_targets_distribution() {
     let mut batch = Batch::new(&device, &models, config).unwrap();
     let sizes = Rc::new(Cell::new([0; 5]));
     let (recorded, next) = (sizes.clone(), Cell::new(0));
-    batch.control(move || {
+    batch.set_controllers(move || {
         next.set(next.get() + 1);
         Box::new(ByPast { past: next.get(), rounds: 0, sizes: recorded.clone() })
     });

@@ -497,7 +497,7 @@ impl Decoder for CheckedDecoder<'_> {
         Ok(())
     }
 
-    fn watch(&mut self) {}
+    fn keep_logits(&mut self) {}
 
     fn logits(&mut self, _: usize, _: usize) -> dflash::Result<Vec<f32>> {
         unreachable!("these tests do not watch logits")

@@ -266,8 +266,8 @@ fn pages_of_a_released_sequence_belong_to_the_next() {
         let config = BatchConfig { pages: 2, ..BatchConfig::new(2, 16, 128) };
         let mut two = Batch::new(device, models, config).unwrap();
         let mut single = batch(device, models, 1, 128);
-        two.watch();
-        single.watch();
+        two.keep_logits();
+        single.keep_logits();
         for block in [1, 16] {
             // The first one would still write where the second has its prompt.
             let first = request(&prompt(1, 9), 110, block, 0.0);

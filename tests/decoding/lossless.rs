@@ -133,7 +133,7 @@ fn autoregressive(
     max: usize,
 ) -> Answer {
     let mut batch = Batch::new(device, models, BatchConfig::new(1, 1, POSITIONS)).unwrap();
-    batch.watch();
+    batch.keep_logits();
     let max_tokens = max.min(POSITIONS - prompt.len());
     let sampling = sampling.clone();
     let request = Request {
@@ -214,7 +214,7 @@ fn run_clients(
     let blocks: Vec<usize> = [1, 2, 7, 16].into_iter().filter(|block| *block <= config.block).collect();
     let mut random = Random::new((config.sequences * 100 + config.block) as u64);
     let mut batch = Batch::new(device, models, config).unwrap();
-    batch.watch();
+    batch.keep_logits();
     let mut clients: Vec<Option<Client>> = (0..config.sequences).map(|_| None).collect();
     let mut out = vec![Emitted::default(); config.sequences];
     let (mut covered, mut admitted) = (Coverage::default(), 0);
@@ -458,8 +458,8 @@ impl Decoder for AlteringDecoder<'_> {
     fn release(&mut self, slot: usize, tokens: usize) -> dflash::Result<()> {
         self.decoder.release(slot, tokens)
     }
-    fn watch(&mut self) {
-        self.decoder.watch();
+    fn keep_logits(&mut self) {
+        self.decoder.keep_logits();
     }
     fn logits(&mut self, slot: usize, row: usize) -> dflash::Result<Vec<f32>> {
         let mut logits = self.decoder.logits(slot, row)?;

@@ -246,7 +246,7 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
             x: &x,
             sumsq: Some(&sumsq),
             eps: EPS,
-            prompt: None,
+            prefill_kernel: None,
             num_active: None,
             workspace: &workspace,
         };

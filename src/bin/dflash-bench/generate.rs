@@ -68,7 +68,8 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
     let block = pair.block(flags.block)?;
     let requests = requests(flags, &pair, prompts, &sampling, block)?;
     let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
-    let room = BatchConfig::of(&pair, flags.batch, block, flags.ctx, longest)?.for_spec(&requests[0].spec);
+    let room =
+        BatchConfig::for_pair(&pair, flags.batch, block, flags.ctx, longest)?.for_spec(&requests[0].spec);
 
     let place = device::for_pair(flags.device, flags.gpu.unwrap_or(0), &pair, room, false)?;
     let (machine, repeats, counts) = match &place {
@@ -86,7 +87,7 @@ fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
             bar.finish_and_clear();
             let models = models?;
             let mut decoder = Batch::new(&*place.device, &models, room)?;
-            place.device.tally_conflicts(true);
+            place.device.count_all_conflicts(true);
             let instruments = Instruments::open(place);
             let run = Run { flags, requests: &requests, place: Some((place, &instruments)) };
             let (repeats, counts) = run.all(&mut decoder)?;
@@ -275,7 +276,7 @@ struct Run<'a> {
 impl Run<'_> {
     /// All repeats after a warm-up. On the emulator there is no warm-up, and its counters are returned.
     fn all(&self, decoder: &mut dyn Decoder) -> Result<(Vec<Repeat>, Option<[Counts; 2]>)> {
-        let emulated = self.tally().is_some();
+        let emulated = self.counters().is_some();
         let repeats = self.flags.repeat.unwrap_or(if emulated { 1 } else { REPEATS });
         let bar = terminal::progress("answers {bar:40} {pos} of {len}, {eta} left", false);
         let mut counts = [Counts::default(); 2];
@@ -289,8 +290,8 @@ impl Run<'_> {
         Ok((repeats?, emulated.then_some(counts)))
     }
 
-    fn tally(&self) -> Option<Counts> {
-        self.place.and_then(|(place, _)| place.device.tally())
+    fn counters(&self) -> Option<Counts> {
+        self.place.and_then(|(place, _)| place.device.counters())
     }
 
     /// Repeat `number`, from 0: each prompt, or with `--batch` all of them, with AR decoding and with DFlash.
@@ -316,10 +317,10 @@ impl Run<'_> {
                 if let Some((place, _)) = self.place {
                     place.device.synchronize()?;
                 }
-                let (before, clock) = (self.tally(), Instant::now());
+                let (before, clock) = (self.counters(), Instant::now());
                 generate_all(decoder, &group, &mut sink)?;
                 repeat.wall[mode] += clock.elapsed();
-                if let (Some(before), Some(after)) = (before, self.tally()) {
+                if let (Some(before), Some(after)) = (before, self.counters()) {
                     counts[mode] += after - before;
                 }
                 if let Some(now) = self.place.and_then(|(_, instruments)| instruments.is_throttled()) {
@@ -403,7 +404,7 @@ mod tests {
         fn release(&mut self, _slot: usize, _tokens: usize) -> Result<()> {
             Ok(())
         }
-        fn watch(&mut self) {}
+        fn keep_logits(&mut self) {}
         fn logits(&mut self, _slot: usize, _row: usize) -> Result<Vec<f32>> {
             Ok(vec![])
         }
