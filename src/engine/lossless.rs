@@ -118,13 +118,13 @@ fn difference(at: usize, position: usize, repeats: bool, expected: &[f32], found
     let token = format!("token {} (position {position})", at + 1);
     Error::Lossless(match pairs().next() {
         Some((id, (a, b))) if repeats => format!(
-            "{token} came of other logits: {} of {} differ, the first that of id {id}: {a} in autoregressive decoding, {b} in \
+            "{token} was chosen from different logits: {} of {} differ, the first that of id {id}: {a} in autoregressive decoding, {b} in \
              DFlash",
             pairs().count(),
             expected.len()
         ),
         _ => format!(
-            "autoregressive decoding does not repeat itself: {token} came of other logits when it ran again"
+            "autoregressive decoding does not repeat itself: {token} was chosen from different logits when it ran again"
         ),
     })
 }

@@ -501,7 +501,7 @@ fn every_difference_is_found_and_described() {
         let found = find(same_tokens, &flip);
         let [own, flipped] = seen.get();
         let expected = format!(
-            "token {} (position {}) came of other logits: 1 of 3 differ, the first that of id 1: {own} in \
+            "token {} (position {}) was chosen from different logits: 1 of 3 differ, the first that of id 1: {own} in \
              autoregressive decoding, {flipped} in DFlash",
             place + 1,
             place + 3
@@ -514,7 +514,7 @@ fn every_difference_is_found_and_described() {
             logits.fill(if run == 2 { -0.0 } else { 0.0 });
         }
     };
-    let expected = "token 5 (position 7) came of other logits: 3 of 3 differ, the first that of id 0: 0 in \
+    let expected = "token 5 (position 7) was chosen from different logits: 3 of 3 differ, the first that of id 0: 0 in \
                     autoregressive decoding, -0 in DFlash";
     assert_eq!(find(same_tokens, &zeros), (expected.into(), 4, 3));
 
@@ -525,7 +525,7 @@ fn every_difference_is_found_and_described() {
         }
     };
     assert!(
-        find(same_tokens, &shift).0.starts_with("token 3 (position 5) came of other logits: 3 of 3 differ")
+        find(same_tokens, &shift).0.starts_with("token 3 (position 5) was chosen from different logits: 3 of 3 differ")
     );
 
     // A token that its logits did not choose; the first token, which has no logits.
@@ -546,7 +546,7 @@ fn every_difference_is_found_and_described() {
             logits[0] = run as f32;
         }
     };
-    let expected = "autoregressive decoding does not repeat itself: token 6 (position 8) came of other logits when it ran again";
+    let expected = "autoregressive decoding does not repeat itself: token 6 (position 8) was chosen from different logits when it ran again";
     assert_eq!(find(same_tokens, &unrepeatable), (expected.into(), 5, 3));
 }
 
