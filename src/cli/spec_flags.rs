@@ -33,9 +33,10 @@ pub struct SpecFlags {
     #[arg(long, value_name = "N", help_heading = "Generation", verbatim_doc_comment)]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub tree: Option<usize>,
-    /// Verify as many drafts a round as pay, by what was accepted so far and, on the CPU, the drafter's
-    /// probabilities, and none where drafting does not pay; with P instead those that are accepted with at
-    /// least this probability. With --verify match the text stays the same; trees need --verify match
+    /// Choose how many drafts each round verifies: as many as save time, given how many were accepted so far
+    /// and, on the CPU, the drafter's probabilities; none if drafting does not save time. With P: the drafts
+    /// that are accepted with at least this probability. With --verify match the text stays the same; trees
+    /// need --verify match
     #[arg(long, value_name = "P", num_args = 0..=1, require_equals = true)]
     #[arg(help_heading = "Generation", verbatim_doc_comment, value_parser = number::<f64>)]
     pub adaptive: Option<Option<f64>>,
