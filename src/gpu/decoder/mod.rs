@@ -344,8 +344,8 @@ impl<'a> Batch<'a> {
     }
 
     /// Asks the controller of the sequence in `slot` for the number of drafts of the next round. Returns the
-    /// maximum rows to verify: 1 if no sequence runs or it does not draft. The maximum is written to the
-    /// device in stream order, after the rounds already enqueued, so neither side waits.
+    /// maximum rows to verify: 1 if the slot has no running sequence or the sequence does not draft. The
+    /// device gets a changed maximum by a write enqueued after the earlier rounds, so the host does not wait.
     fn set_rows(&mut self, slot: usize) -> Result<usize> {
         let entry = &mut self.slots[slot];
         if !(entry.is_running() && entry.drafts()) {
@@ -354,7 +354,8 @@ impl<'a> Batch<'a> {
         let (max_drafts, length) = (entry.max_drafts(), &mut entry.draft_length);
         let drafts = length.controller.drafts(max_drafts).min(max_drafts);
         length.allowed.push_back(drafts);
-        // At the maximum, the device applies the limits itself, because it knows the exact length.
+        // `max_drafts` is an estimate, because the length after the enqueued rounds is not known here. So if
+        // the controller asks for all of them, the device gets the full size and applies the exact limits.
         let all = entry.state.as_ref().map_or(1, |state| state.rows as usize);
         let rows = if drafts < max_drafts { drafts + 1 } else { all };
         if length.rows != rows {
