@@ -81,7 +81,7 @@ fn all_prefixes(choices: &[Vec<Choice>]) -> Vec<(u32, usize, Vec<usize>)> {
 }
 
 /// [`Tree::best_first`] in the form of the kernel, which many threads can run: depth by depth, it keeps the
-/// best `rows - 1` children of the best `rows - 1` prefixes of the depth before, and at last takes the best
+/// best `rows - 1` children of the best `rows - 1` prefixes of the previous depth, and finally takes the best
 /// of all. This is exact, because a prefix never costs more than its extensions. A prefix is identified by
 /// its index among those of its depth in the order of ranks, so that a key of any depth fits one word.
 fn by_levels(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
@@ -180,7 +180,7 @@ fn a_level_by_level_search_finds_the_same_trees_and_ties() {
 }
 
 #[test]
-fn a_tree_holds_the_cheapest_prefixes_in_the_order_of_their_keys() {
+fn a_tree_holds_the_cheapest_prefixes_in_order_of_their_keys() {
     let mut random = Random::new(2);
     for _ in 0..400 {
         let (depth, spread) = (1 + random.below(4), 1 + random.below(12));
@@ -256,7 +256,7 @@ fn costs_are_the_negative_log2_of_the_drafters_probabilities() {
                 let exact = (total.log2()
                     - f64::from(logits[choice.token as usize] - max) * std::f64::consts::LOG2_E)
                     * 65536.0;
-                // Two roundings, the relative error 1e-5 of the weights, and f32's error for large costs.
+                // Covers two roundings, the relative error 1e-5 of the weights, and the error of f32 for large costs.
                 let bound = 3.0 + exact * 4e-7;
                 assert!((f64::from(choice.cost) - exact).abs() < bound, "{} for {exact}", choice.cost);
             }
@@ -392,8 +392,8 @@ fn run(models: &Models, rows: Option<usize>, request: &Request) -> Outcome {
         .unwrap()
 }
 
-/// A round with any tree leaves the caches as autoregressive decoding does: later rounds, of trees, chains
-/// and AR steps in turn, show it.
+/// A round with any tree leaves the caches as autoregressive decoding does. Later rounds, with trees, chains
+/// and AR steps in turn, would otherwise emit other tokens.
 #[test]
 fn the_answer_is_that_of_ar_decoding_for_any_verified_tree() {
     let mut random = Random::new(8);
@@ -418,7 +418,7 @@ fn the_answer_is_that_of_ar_decoding_for_any_verified_tree() {
                     0 => sequence.round(&mut output).map(|_| ()).unwrap(),
                     1 => sequence.verify(&[1, 2, 0][..random.below(4)], &mut output).unwrap(),
                     _ => {
-                        // Often the right tokens, never as the first child.
+                        // The right tokens are often in the tree, but never as the first child.
                         let mut tree = random_tree(&mut random, 5, rows, 9);
                         tree.tokens[0] = output[before - 1];
                         for row in 1..tree.rows() {
@@ -473,7 +473,7 @@ fn after_every_tree_the_drafter_drafts_as_after_ar_steps() {
 }
 
 #[test]
-fn trees_emit_the_tokens_of_ar_decoding_and_accept_more_than_chains() {
+fn trees_emit_ar_tokens_and_accept_more_than_chains() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let prompts = reference_prompts();
     for temperature in [0.0, 0.7, 1.0] {
@@ -589,7 +589,7 @@ fn checks_and_conversations_run_with_trees() {
     let args = [PROMPT, "-n", "60", "--tree", "24", "--check-lossless", "--json"];
     let report = program::run(args).json().remove(0);
     assert_eq!((&report["identical"], &report["compared"]), (&true.into(), &59.into()));
-    // 59 tokens come from accepted rows and bonus tokens; the last round may give up to 23 more.
+    // 59 tokens are accepted rows and bonus tokens; the last round may produce up to 23 more.
     let [rounds, rejected] = ["rounds", "rejected"].map(|field| report[field].as_u64().unwrap());
     assert!((rounds * 24 - 59 - 23..=rounds * 24 - 59).contains(&rejected), "{report}");
     let table = program::run([PROMPT, "-n", "60", "--tree", "24", "--compare"]).done();
