@@ -104,7 +104,7 @@ else
     checker memcheck verify every_schedule
     checker memcheck rounds garbage_in_states
     checker memcheck pack rows_mapped_out_of_range embedding_reads
-    checker memcheck norm whole_norm
+    checker memcheck norm full_norm
     checker memcheck trees garbage
     checker memcheck rejection garbage
     checker memcheck siblings garbage
@@ -117,7 +117,7 @@ else
     checker racecheck sampler sampler_is_the_same
     checker racecheck verify every_schedule
     checker racecheck rounds rounds_are_the_same
-    checker racecheck norm split_norm
+    checker racecheck norm residual_norm
     checker racecheck trees every_schedule
     checker racecheck rejection every_schedule
     checker racecheck siblings every_schedule

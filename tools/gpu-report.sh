@@ -146,7 +146,8 @@ if [ -n "$root" ]; then
     pack=$scratch/pack
     mkdir "$pack"
     ln -s "$here/gpu-check.sh" "$root/tests/data/prompts.jsonl" "$pack"
-    read -ra names < <(sed -n 's/^for test in \(.*\); do$/\1/p' "$here/gpu-check.sh")
+    mapfile -t names < <(sed -n 's/^for test in \(.*\); do$/\1/p' "$here/gpu-check.sh" |
+        tr ' ' '\n' | cut -d/ -f1 | sort -u)
     for name in "${names[@]}"; do
         test=$(find "$root/target/release/deps" -maxdepth 1 -type f -perm -u+x -regex ".*/$name-[0-9a-f]*" \
             -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1 | cut -d ' ' -f 2-)

@@ -20,7 +20,7 @@ enum Finish : u32 {
 enum VerifyMethod : u32 { MATCH = 0, REJECTION = 1, BLOCK = 2 };
 
 // The shape of a sequence's drafts.
-enum Form : u32 {
+enum DraftShape : u32 {
   CHAIN_OF_DRAFTS = 0,
   BEST_FIRST = 1,    // a tree of the most probable prefixes
   SAMPLED_TREE = 2,  // a tree of fixed shape with sampled tokens; several chains with VerifyMethod BLOCK
@@ -40,7 +40,7 @@ struct __align__(16) Progress {
   u32 draft_end;  // the drafter's positions are 0..draft_end; 0: no drafter
   u32 shape;      // bits 0 to 7: maximum rows of a block, anchor included; 1 for autoregressive decoding.
                   // Bits 8 to 15: maximum rows to verify, of a block or a tree, anchor included.
-                  // Bits 16 and up: a Form
+                  // Bits 16 and up: a DraftShape
 };
 
 struct __align__(16) Sequence {

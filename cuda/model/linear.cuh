@@ -1,10 +1,10 @@
 // Skinny GEMM of every linear layer: y[m][n] = sum over k of x[m][k] W[n][k], 1 to 128 rows per read of W.
 //
 // A block owns 128 packed rows of W and a slice of K, each warp 16 of the rows. Weights are the A operand.
-// They go from global memory straight to registers, several groups of 32 k ahead; the first groups are loaded
-// before grid_wait. Activations are the B operand, staged in shared memory chunk by chunk. Within a group any
-// order of k is correct as long as both operands use the same order. A lane owns eight neighbouring k, 16
-// bytes of either operand, which feed two products.
+// They go from global memory straight to registers, several groups of 32 inputs ahead; the first groups are
+// loaded before grid_wait. Activations are the B operand, staged in shared memory chunk by chunk. Within a
+// group any order of inputs is correct as long as both operands use the same order. A lane owns eight
+// neighbouring inputs, 16 bytes of either operand, which feed two products.
 //
 // Additions run over ascending k in products of 16, then over the slices of K in ascending order. The slices
 // depend only on N and K. NT, the number of 8-token tiles, does not change what is computed for one token. So
@@ -27,7 +27,7 @@ struct Linear {
   u32* counters;          // [passes][blocks], zero before and after
   const u32* num_active;  // [1], 0: the kernel does nothing; or null
   u32 m, n, k;            // rows, outputs, inputs
-  u32 slice;              // groups of 32 k per slice of K
+  u32 slice;              // groups of 32 inputs per slice of K
   u32 in_rows;            // rows of `in`, with GATHER
   u32 first_block;        // blocks of 128 packed rows to skip
   float eps;              // of the norm
@@ -75,11 +75,11 @@ struct Staging {
   static constexpr u32 GROUPS = CHUNK / 32;
   static constexpr u32 PITCH = CHUNK * 2 + 64;  // bytes; 64 mod 128: 16-byte reads of 8 rows do not conflict
   static constexpr u32 BYTES = NT * 8 * PITCH;
-  // Groups of 32 k in flight: 64 KB per SM; 32 KB for NT = 16, where 8 groups would spill registers.
+  // Groups of 32 inputs in flight: 64 KB per SM; 32 KB for NT = 16, where 8 groups would spill registers.
   static constexpr int AHEAD = NT == 8 ? 8 : 4;
 };
 
-// Starts the copies of one chunk: `groups` groups of 32 k from column `k` on.
+// Starts the copies of one chunk: `groups` groups of 32 inputs from column `k` on.
 template <int NT>
 WRAPPER void stage_activations(unsigned char* to,       // [NT * 8][PITCH bytes], shared memory
                                const Linear& l,

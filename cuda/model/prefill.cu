@@ -3,9 +3,10 @@
 // mma by warps, for every GPU, and wgmma by warpgroups (sm_90a).
 //
 // Computes: sum over k of in[m][k] W[n][k], then the layer's epilogue (epilogues.cuh).
-// Work:     grid (blocks of TOKENS tokens, blocks of 128 packed rows); a ring of stages of 64 k, weights and
-//           activations loaded by cp.async. Warps: 128 tokens, 4 warps of 64 rows x 64 tokens, 96 KB of
-//           dynamic shared memory. Warpgroups: 256 tokens, 2 warpgroups of 64 rows x 256 tokens, 193 KB.
+// Work:     grid (blocks of TOKENS tokens, blocks of 128 packed rows); a ring of stages of 64 inputs,
+//           weights and activations loaded by cp.async. Warps: 128 tokens, 4 warps of 64 rows x 64 tokens,
+//           96 KB of dynamic shared memory. Warpgroups: 256 tokens, 2 warpgroups of 64 rows x 256 tokens,
+//           193 KB.
 // Order:    ascending k in products of 16; K is not split. The bits differ from those of a skinny kernel that
 //           splits K, and between the two loops: within a product wgmma adds in its own order.
 // Bytes:    per block 256 K of weights and 2 K TOKENS of activations, all but the first read of each from L2.
@@ -24,10 +25,11 @@ struct Warps {
   // Byte offset, within half a weight tile, of the 16-byte chunk of k block t and row g. Eight lanes read the
   // four k blocks of two rows at a time; these lie in eight different bank groups.
   static WRAPPER u32 weight_chunk(u32 t, u32 g) { return (t * 8 + (g ^ 2 * t)) * 16; }
-  // Byte offset of a weight tile's group of 32 k.
+  // Byte offset of a weight tile's group of 32 inputs.
   static WRAPPER u32 weights(u32 tile, u32 group) { return (tile * 2 + group) * 1024; }
 
-  // Byte offset of chunk c (0..8) of a token's 64 k. Eight lanes read four chunks of two tokens at a time.
+  // Byte offset of chunk c (0..8) of a token's 64 inputs. Eight lanes read four chunks of two tokens at a
+  // time.
   static WRAPPER u32 token_chunk(u32 token, u32 c) {
     return token * (STAGE_K * 2) + (c ^ token % 2 * 4) * 16;
   }
@@ -40,8 +42,8 @@ struct Warpgroups {
   static constexpr u32 THREADS = 256, TOKENS = 256, STAGES = 4;
   static constexpr u32 STAGE_BYTES = WEIGHT_BYTES + TOKENS * STAGE_K * 2;
 
-  // 32 k of all tiles, then the next 32 k. 8 rows x 8 k occupy 128 bytes; the next 8 k are 128 bytes further,
-  // the next 8 rows 512 bytes.
+  // 32 inputs of all tiles, then the next 32. 8 rows x 8 inputs occupy 128 bytes; the next 8 inputs are 128
+  // bytes further, the next 8 rows 512 bytes.
   static WRAPPER u32 weight_chunk(u32 t, u32 g) { return (t * 8 + g) * 16; }
   static WRAPPER u32 weights(u32 tile, u32 group) { return (group * 8 + tile) * 1024; }
   static WRAPPER u64 weight_matrix(u32 stage, u32 warpgroup) {
@@ -216,7 +218,7 @@ WRAPPER bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& e
     wgmma_fence();
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
-      // 16 k are two of the four k blocks of a group of weights, and 32 bytes of a token.
+      // 16 inputs are two of the four k blocks of a group of weights, and 32 bytes of a token.
       wgmma_bf16(sum, advance(weights, i / 2 * 8192 + i % 2 * 256), advance(tokens, i * 32), s > 0 || i > 0);
     }
     wgmma_commit();

@@ -2,8 +2,8 @@
 // verification (Thomas and Pal, arXiv 2602.16961). `multi_draft_block_verify` of src/spec/verify.rs makes the
 // same decisions.
 //
-// A token's class is its ratio of p to q in half octaves. At each depth the selection keeps the chains that
-// contain the tokens selected so far, and takes the token of the highest class; among equals the first.
+// A token's class is about 32 + 2 log2(p / q). At each depth the selection keeps the chains that contain the
+// tokens selected so far, and takes the token of the highest class; among equals the first.
 //
 // Computes:      sample_chains: the tokens of each sequence's chains, each row from the drafter's
 //                distribution of its depth. chain_classes: for each row with a child, the drafter's
@@ -27,14 +27,14 @@ namespace {
 
 constexpr u32 CLASSES = 64;
 
-// log2(x) in half octaves, rounded down, plus 2. The upper half of an octave begins at 1.5 times its start.
-WRAPPER u32 half_octaves(u64 x) {
+// 2 log2(x) + 2, rounded down, with a log2 that is linear between powers of two. 0 for x = 0.
+WRAPPER u32 twice_log2(u64 x) {
   const u32 zeros = u32(__clzll((long long)(x)));
   return 2 * (64 - zeros) + (u32(x << (zeros & 63) >> 62) & 1);
 }
-// The class of a token: p / q in half octaves around CLASSES / 2; 0 for p = 0.
+// The class of a token: about CLASSES / 2 + 2 log2(p / q), clamped to 0 to CLASSES - 1; 0 for p = 0.
 WRAPPER u32 class_of(u64 p, u64 q) {
-  const int difference = int(half_octaves(p)) - int(half_octaves(q)) + int(CLASSES / 2);
+  const int difference = int(twice_log2(p)) - int(twice_log2(q)) + int(CLASSES / 2);
   return p == 0 ? 0 : u32(max(0, min(difference, int(CLASSES - 1))));
 }
 

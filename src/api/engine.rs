@@ -136,9 +136,10 @@ impl Engine {
     /// the options that does not parse.
     pub fn open_with(models: Models, options: EngineOptions) -> Result<Engine> {
         let EngineOptions { device, gpu, context, chat_template, spec } = options;
+        spec.check()?;
         let pair = Pair::open(models.target, models.drafter)?;
         let block = pair.block(None)?;
-        let capacity = with_capacity_for(BatchConfig::of(&pair, 1, block, context, 0)?, &spec);
+        let capacity = with_capacity_for(BatchConfig::for_pair(&pair, 1, block, context, 0)?, &spec);
         let template = chat_template.map(|source| ("the chat template", source));
         let text = Text::open(&pair.target.folder, template)?;
         let (backend, context, fallback) = match DeviceHandle::for_pair(device, gpu, &pair, capacity)? {
@@ -165,9 +166,9 @@ impl Engine {
     /// Each call allocates a decoder of its own. To answer many requests, use a [`Session`].
     ///
     /// # Errors
-    /// [`Error::Usage`] for a prompt that is empty, too long or refused by the chat template, and for
-    /// sampling parameters out of range; [`Error::Option`] for other invalid parameters; [`Error::Model`] for
-    /// token ids that the target does not have; [`Error::Memory`].
+    /// [`Error::Usage`] for a prompt that is empty, too long or refused by the chat template;
+    /// [`Error::Option`] for invalid parameters; [`Error::Model`] for token ids that the target does not
+    /// have; [`Error::Memory`].
     pub fn generate(&self, prompt: impl Into<Content>, params: Params) -> Result<Generation<'_>> {
         let request = self.request(prompt.into(), &params)?;
         let stream = self.text.stream(&params.stop)?;
@@ -210,17 +211,7 @@ impl Engine {
     /// Checks a prompt and its parameters, and turns them into a request of token ids.
     fn request(&self, content: Content, params: &Params) -> Result<Request> {
         let Params { sampling, spec, system, template_args, .. } = params;
-        sampling.check()?;
         let block = self.pair.block(params.block)?;
-        if let Loaded::Device(_, capacity) = &self.backend
-            && with_capacity_for(*capacity, spec) != *capacity
-            && block > 1
-        {
-            return Err(Error::option(
-                "spec",
-                "needs more memory than the engine was opened with: expected the same spec in EngineOptions",
-            ));
-        }
         if !self.text.has_template() && (system.is_some() || !template_args.is_empty()) {
             let option = if system.is_some() { "system needs" } else { "template_args need" };
             return Err(without_template(option, &self.pair.target.folder.described()));
@@ -234,14 +225,25 @@ impl Engine {
             context: self.context,
         };
         let name = "the prompt".into();
-        Ok(Request {
+        let request = Request {
             prompt: encoder.encode(Prompt { name, content, category: serde_json::Value::Null })?,
             max_tokens: params.max_tokens,
             sampling: sampling.clone(),
             stop_ids: params.stop_ids.clone().unwrap_or_else(|| self.pair.target.config.eos.clone()),
             block,
             spec: spec.clone(),
-        })
+        };
+        request.check(self.pair.target.config.vocab, self.context)?;
+        if let Loaded::Device(_, capacity) = &self.backend
+            && with_capacity_for(*capacity, spec) != *capacity
+            && block > 1
+        {
+            return Err(Error::option(
+                "spec",
+                "needs more memory than the engine was opened with: expected the same spec in EngineOptions",
+            ));
+        }
+        Ok(request)
     }
 }
 

@@ -5,7 +5,7 @@ use crate::engine::stats;
 use crate::text::tokenizer::Stream;
 use crate::{Error, Result};
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// One token of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,11 +102,11 @@ pub struct Generation<'a> {
     request: Request,
     /// `None` once the answer has ended.
     stream: Option<Stream<'a>>,
-    /// Maximum tokens of the answer, by `max_tokens` and the context.
-    budget: usize,
+    /// [`Request::limit`].
+    limit: (usize, Finish),
     phase: Phase,
-    /// Tokens that the iterator has not returned yet.
-    ready: VecDeque<Token>,
+    /// Items that the iterator has not returned yet. An error is the last one.
+    ready: VecDeque<Result<Token>>,
     /// What a round emits, `[slots]`.
     emitted: Vec<Emitted>,
     completion: Completion,
@@ -131,29 +131,24 @@ impl<'a> Generation<'a> {
         keep: bool,
     ) -> Result<Generation<'a>> {
         let (context, slots) = (decoder.get().context(), decoder.get().slots());
-        let outcome = Outcome {
-            tokens: Vec::new(),
-            finish: Finish::Interrupted,
-            accepted: Vec::new(),
-            drafted: Vec::new(),
-            kept: 0,
-            prefill: Duration::ZERO,
-            decode: Duration::ZERO,
+        let limit = request.limit(context);
+        let completion = Completion {
+            text: String::new(),
+            prompt_tokens: request.prompt.len(),
+            outcome: Outcome::new(Finish::Interrupted),
         };
-        let budget = request.max_tokens.min(context - request.prompt.len());
-        let completion = Completion { text: String::new(), prompt_tokens: request.prompt.len(), outcome };
         let mut generation = Generation {
             decoder,
             request,
             stream: Some(stream),
-            budget,
+            limit,
             phase: Phase::Waiting,
             ready: VecDeque::new(),
             emitted: vec![Emitted::default(); slots],
             completion,
         };
-        if budget == 0 {
-            generation.end(generation.limit())?;
+        if let Some(finish) = generation.request.end(&[], limit) {
+            generation.end(finish)?;
             return Ok(generation);
         }
         let Generation { decoder, request, completion, .. } = &mut generation;
@@ -170,8 +165,11 @@ impl<'a> Generation<'a> {
     /// # Errors
     /// What the device reports; [`Error::Model`] if the weights are damaged.
     pub fn finish(mut self) -> Result<Completion> {
-        while self.phase != Phase::Done {
-            self.ready.clear();
+        loop {
+            self.ready.drain(..).try_for_each(|item| item.map(drop))?;
+            if self.phase == Phase::Done {
+                break;
+            }
             self.step()?;
         }
         let text = std::mem::take(&mut self.completion.text);
@@ -215,38 +213,30 @@ impl<'a> Generation<'a> {
     }
 
     /// Appends a round's tokens one by one until the answer ends. `produced` is the number of tokens of the
-    /// round before any cut; all but the last of them are accepted drafts. The stopping rules are those of
-    /// [`crate::engine::generate`].
+    /// round before any cut; all but the last of them are accepted drafts.
     fn take(&mut self, tokens: &[u32], produced: usize) -> Result<Option<Finish>> {
-        let limit = self.limit();
-        let Some(stream) = &mut self.stream else { return Ok(Some(limit)) };
+        let Some(stream) = &mut self.stream else { return Ok(Some(Finish::Interrupted)) };
         for (i, &id) in tokens.iter().enumerate() {
             let (text, stopped) = stream.push(id)?;
             let outcome = &mut self.completion.outcome;
             outcome.tokens.push(id);
             self.completion.text += &text;
             let round = outcome.accepted.len();
-            self.ready.push_back(Token { id, text, round, accepted: i + 1 < produced });
-            if stopped || self.request.stop_ids.contains(&id) {
-                return Ok(Some(Finish::Stop));
-            }
-            if outcome.tokens.len() == self.budget {
-                return Ok(Some(limit));
+            self.ready.push_back(Ok(Token { id, text, round, accepted: i + 1 < produced }));
+            let end =
+                if stopped { Some(Finish::Stop) } else { self.request.end(&outcome.tokens, self.limit) };
+            if end.is_some() {
+                return Ok(end);
             }
         }
         Ok(None)
-    }
-
-    /// The reason why an answer that uses up its budget ends.
-    fn limit(&self) -> Finish {
-        if self.budget < self.request.max_tokens { Finish::Context } else { Finish::Length }
     }
 
     /// Ends the answer. The text that was held back is added to its last token.
     fn end(&mut self, finish: Finish) -> Result<()> {
         let rest = self.stream.take().map(Stream::finish).unwrap_or_default();
         self.completion.text += &rest;
-        if let Some(last) = self.ready.back_mut() {
+        if let Some(Ok(last)) = self.ready.back_mut() {
             last.text += &rest;
         }
         self.completion.outcome.finish = finish;
@@ -271,12 +261,12 @@ impl Iterator for Generation<'_> {
         // On a device a round may return no tokens, because its results are read later.
         while self.ready.is_empty() && self.phase != Phase::Done {
             if let Err(error) = self.step() {
-                // The first error is the one to report.
+                // The first error is the one to report, after the tokens that precede it.
                 let _ = self.release();
-                return Some(Err(error));
+                self.ready.push_back(Err(error));
             }
         }
-        self.ready.pop_front().map(Ok)
+        self.ready.pop_front()
     }
 }
 
@@ -287,5 +277,72 @@ impl Drop for Generation<'_> {
         // A session goes on with the decoder, so its slot must be free. `drop` cannot return the error; the
         // decoder reports it again when it is used next.
         let _ = self.release();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::folder::DEMO_TARGET;
+    use crate::spec::config::SpecConfig;
+    use crate::spec::sampling::SamplingParams;
+    use crate::text::tokenizer::Text;
+
+    /// A decoder whose rounds emit three tokens, and whose `release` fails.
+    struct FailsToRelease;
+
+    impl Decoder for FailsToRelease {
+        fn vocab(&self) -> usize {
+            10
+        }
+        fn context(&self) -> usize {
+            10
+        }
+        fn slots(&self) -> usize {
+            1
+        }
+        fn admit(&mut self, _slot: usize, _request: &Request, _keep: bool) -> Result<Option<usize>> {
+            Ok(Some(0))
+        }
+        fn prefill(&mut self, _slot: usize) -> Result<Prefill> {
+            Ok(Prefill { done: 1, next: Some(1) })
+        }
+        fn round(&mut self, out: &mut [Emitted]) -> Result<()> {
+            out[0] = Emitted { tokens: vec![2, 3, 4], produced: 3, drafted: 2 };
+            Ok(())
+        }
+        fn release(&mut self, _slot: usize, _tokens: usize) -> Result<()> {
+            Err(Error::Internal("release".into()))
+        }
+        fn keep_logits(&mut self) {}
+        fn logits(&mut self, _slot: usize, _row: usize) -> Result<Vec<f32>> {
+            Ok(vec![])
+        }
+    }
+
+    #[test]
+    fn an_error_at_the_end_of_an_answer_is_the_last_item() {
+        let text = Text::open(&DEMO_TARGET, None).unwrap();
+        let start = || {
+            let request = Request {
+                prompt: vec![0],
+                max_tokens: 3,
+                sampling: SamplingParams::default(),
+                stop_ids: vec![],
+                block: 3,
+                spec: SpecConfig::default(),
+            };
+            let decoder = DecoderRef::Owned(Box::new(FailsToRelease));
+            Generation::start(decoder, request, text.stream(&[]).unwrap(), false).unwrap()
+        };
+        let error = Error::Internal("release".into());
+        let items: Vec<_> = start().map(|item| item.map(|token| token.id)).collect();
+        assert_eq!(items, [Ok(1), Ok(2), Ok(3), Err(error.clone())]);
+        // `finish` reports the error too, if the iterator has not returned it yet.
+        for taken in 0..4 {
+            let mut answer = start();
+            (0..taken).for_each(|_| assert!(answer.next().unwrap().is_ok()));
+            assert_eq!(answer.finish(), Err(error.clone()), "after {taken} tokens");
+        }
     }
 }

@@ -565,7 +565,7 @@ fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) 
         };
         if scaling(a)? != scaling(b)? {
             return Err(Error::Model(format!(
-                "{}: rope_scaling and rope_parameters differ, expected one of them or twice the same",
+                "{}: rope_scaling and rope_parameters differ, expected only one, or equal values",
                 config.file
             )));
         }
@@ -702,7 +702,7 @@ fn refuse_quantised(config: &Fields) -> Result<()> {
                 .value
                 .get("quant_method")
                 .and_then(Value::as_str)
-                .unwrap_or("there without a quant_method");
+                .unwrap_or("present without a quant_method");
             return Err(config.unsupported(name, method, "an unquantised checkpoint"));
         }
     }

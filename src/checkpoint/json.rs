@@ -37,11 +37,8 @@ impl Document {
             Ok(Value::Object(map)) => Ok(Document { file, map }),
             Ok(_) => Err(Error::Model(format!("{file} is not a JSON object"))),
             Err(e) => {
-                let hint = if has_python_number(bytes) {
-                    " (NaN and Infinity are Python's, not JSON's)"
-                } else {
-                    ""
-                };
+                let hint =
+                    if has_python_number(bytes) { " (NaN and Infinity are not valid JSON)" } else { "" };
                 Err(Error::Model(format!("{file} is not valid JSON: {}{hint}", excerpt(&e.to_string()))))
             }
         }

@@ -85,7 +85,7 @@ impl Tensor {
     }
 
     /// The file's path, and the offset of the tensor's first byte in the file.
-    pub fn place(&self) -> (&str, usize) {
+    pub fn location(&self) -> (&str, usize) {
         (&self.path, self.range.start)
     }
 }
@@ -157,10 +157,10 @@ impl Checkpoint {
             let path = folder.path(file);
             if all.tensors.get(name).is_none_or(|t| all.shards[t.shard].0 != path) {
                 return Err(Error::Model(format!(
-                    "{} says that {} holds the tensor {}, which it does not",
+                    "{} lists the tensor {} in {}, which does not contain it",
                     all.source,
-                    excerpt(&path),
-                    excerpt(name)
+                    excerpt(name),
+                    excerpt(&path)
                 )));
             }
         }
@@ -352,7 +352,7 @@ impl Checkpoint {
                 "{path}: tensor {name_excerpt} belongs to a quantised checkpoint, which this engine does not run: expected BF16, F16 or F32 weights"
             ));
         }
-        Error::Unsupported(format!("{path}: tensor {name_excerpt} is not one that {kind} has"))
+        Error::Unsupported(format!("{path}: tensor {name_excerpt} is not part of {kind}"))
     }
 
     /// The stored name and the entry of a tensor. Accepted spellings are a `model.` prefix and llama.cpp's
@@ -388,7 +388,7 @@ fn supported(dtype: Stored) -> Option<Dtype> {
 /// Reads the header of one file, and returns it with the offset of the data. Checks that the tensors fill the
 /// data without gaps or overlaps, and that the length of each is that of its shape and type.
 fn read_header(path: &str, file: &Bytes) -> Result<(Metadata, usize)> {
-    let bad = |what: String| Error::Model(format!("{path} is not a whole safetensors file: {what}"));
+    let bad = |what: String| Error::Model(format!("{path} is not a complete safetensors file: {what}"));
     let read = |at: usize, to: &mut [u8]| {
         file.read(at, to).map_err(|e| Error::Model(format!("{path}: its header cannot be read: {e}")))
     };

@@ -33,9 +33,10 @@ pub struct SpecFlags {
     #[arg(long, value_name = "N", help_heading = "Generation", verbatim_doc_comment)]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub tree: Option<usize>,
-    /// Verify as many drafts a round as pay, by what was accepted so far and, on the CPU, the drafter's
-    /// probabilities, and none where drafting does not pay; with P instead those that are accepted with at
-    /// least this probability. With --verify match the text stays the same; trees need --verify match
+    /// Choose how many drafts each round verifies: as many as save time, given how many were accepted so far
+    /// and, on the CPU, the drafter's probabilities; none if drafting does not save time. With P: the drafts
+    /// that are accepted with at least this probability. With --verify match the text stays the same; trees
+    /// need --verify match
     #[arg(long, value_name = "P", num_args = 0..=1, require_equals = true)]
     #[arg(help_heading = "Generation", verbatim_doc_comment, value_parser = number::<f64>)]
     pub adaptive: Option<Option<f64>>,
@@ -67,7 +68,7 @@ impl SpecFlags {
     /// together.
     ///
     /// # Errors
-    /// [`Error::Usage`] for flags that cannot go together, and for numbers out of range.
+    /// [`Error::Usage`] for flags that cannot go together; [`Error::Option`] for numbers out of range.
     pub fn config(&self, sampling: &SamplingParams) -> Result<SpecConfig> {
         let wrong = |sentence: String| Err(Error::Usage(sentence));
         let length = match self.adaptive {
@@ -120,7 +121,7 @@ impl SpecFlags {
                 SpecConfig::Block { drafts: BlockDrafts::Chains { rows }, sampling: params }
             }
         };
-        config.check().map_err(name_flag)?;
+        config.check()?;
         Ok(config)
     }
 
@@ -161,48 +162,5 @@ pub fn needs_drafter(flag: &str, no_drafter: bool, block: Option<usize>) -> Resu
             "--block is 1, which is autoregressive decoding: {flag} expects at least 2"
         ))),
         _ => Ok(()),
-    }
-}
-
-/// Options of [`SamplingParams`] and [`SpecConfig`], and the flags that set them.
-const OPTIONS: [(&str, &str); 11] = [
-    ("temperature", "--temperature"),
-    ("top_k", "--top-k"),
-    ("top_p", "--top-p"),
-    ("min_p", "--min-p"),
-    ("draft_temperature", "--draft-temperature"),
-    ("draft_top_k", "--top-k"),
-    ("draft_top_p", "--top-p"),
-    ("draft_min_p", "--min-p"),
-    ("tree", "--tree"),
-    ("threshold", "--adaptive"),
-    ("block", "--block"),
-];
-
-/// A library's error about an option as one about its flag: `top_p is 2, ...` becomes `--top-p is 2, ...`.
-/// Errors about anything else stay.
-pub fn name_flag(error: Error) -> Error {
-    let Error::Usage(sentence) = &error else { return error };
-    let option = OPTIONS.iter().find_map(|(option, flag)| {
-        let rest = sentence.strip_prefix(option).filter(|rest| rest.starts_with(" is "))?;
-        Some(format!("{flag}{rest}"))
-    });
-    option.map_or(error.clone(), Error::Usage)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn errors_about_options_name_the_flag() {
-        let named = |sentence: &str| name_flag(Error::Usage(sentence.into())).to_string();
-        assert_eq!(named("top_p is 2, expected 1"), "--top-p is 2, expected 1");
-        assert_eq!(named("draft_top_p is 2, expected 1"), "--top-p is 2, expected 1");
-        assert_eq!(named("threshold is 0, expected 1"), "--adaptive is 0, expected 1");
-        assert_eq!(named("tree, and others"), "tree, and others");
-        assert_eq!(named("the prompt is empty"), "the prompt is empty");
-        let other = Error::Model("tree is damaged".into());
-        assert_eq!(name_flag(other.clone()), other);
     }
 }

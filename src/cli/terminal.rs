@@ -64,6 +64,7 @@ pub fn message(error: &Error) -> String {
             let flag = match *name {
                 "context" => "ctx".into(),
                 "sequences" => "batch".into(),
+                "threshold" => "adaptive".into(),
                 name => name.replace('_', "-"),
             };
             format!("--{flag} {problem}")

@@ -92,7 +92,7 @@ impl<'a> Sequence<'a> {
     pub fn new(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequence<'a> {
         let context = target.config.stack.max_positions;
         let costs = drafter.map(|drafter| {
-            Costs::modelled(&ASSUMED_CPU, &target.config, &drafter.config, 0, 1, drafter.config.block)
+            Costs::from_roofline(&ASSUMED_CPU, &target.config, &drafter.config, 0, 1, drafter.config.block)
         });
         Sequence { target, drafter, context, costs, state: None }
     }
@@ -376,7 +376,7 @@ impl<'a> Sequence<'a> {
     pub fn rows(&self) -> usize {
         let (at, block) = self.state.as_ref().map_or((0, 1), |state| (state.cache.len(), state.block));
         let last = self.drafter.map_or(0, |drafter| drafter.config.stack.max_positions);
-        block.min(last.saturating_sub(at)).min((self.context - 1).saturating_sub(at)).max(1)
+        block.min(last.saturating_sub(at)).min(self.context.saturating_sub(at + 1)).max(1)
     }
 
     /// Runs a round: drafts, verifies, and appends to `out` as [`Sequence::verify`] does. Returns the number
@@ -552,7 +552,7 @@ impl Decoder for Sequences<'_> {
         Ok(())
     }
 
-    fn watch(&mut self) {}
+    fn keep_logits(&mut self) {}
 
     fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {
         let vocab = self.vocab();

@@ -8,7 +8,7 @@ use crate::checkpoint::config::{Attention, DrafterConfig, Stack, TargetConfig};
 use crate::checkpoint::pair::Model;
 use crate::checkpoint::safetensors::Checkpoint;
 use crate::cpu::ops::{self, Kv, Matrix};
-use crate::spec::tree::{Tree, moves};
+use crate::spec::tree::{Tree, compaction_moves};
 use crate::{Error, Result};
 
 // ---- one decoder layer, shared by target and drafter ----
@@ -133,7 +133,7 @@ impl Cache {
     /// positions from `at` on, in the order of `path`.
     pub(crate) fn keep(&mut self, at: usize, path: &[usize]) {
         for kv in &mut self.layers {
-            moves(path).for_each(|(from, to)| kv.copy(at + from, at + to));
+            compaction_moves(path).for_each(|(from, to)| kv.copy(at + from, at + to));
         }
         self.crop(at + path.len());
     }

@@ -10,8 +10,8 @@ use std::time::Instant;
 struct RunningRequest<'a> {
     index: usize,
     request: &'a Request,
-    /// Maximum tokens of the answer: `max_tokens`, or fewer if the context ends first.
-    limit: usize,
+    /// [`Request::limit`].
+    limit: (usize, Finish),
     outcome: Outcome,
     /// When it was admitted.
     start: Instant,
@@ -59,14 +59,12 @@ fn serve<'a>(
                 && entry.is_none()
                 && let Some(&(index, request)) = waiting.peek()
             {
-                let limit = request.max_tokens.min(context - request.prompt.len());
-                let finish = if limit < request.max_tokens { Finish::Context } else { Finish::Length };
-                let outcome = Outcome::new(finish);
-                if limit == 0 {
-                    flow = sinks.done(index, outcome)?;
+                let limit = request.limit(context);
+                if let Some(finish) = request.end(&[], limit) {
+                    flow = sinks.done(index, Outcome::new(finish))?;
                 } else {
                     let Some(kept) = decoder.admit(slot, request, keep)? else { break };
-                    let outcome = Outcome { kept, ..outcome };
+                    let outcome = Outcome { kept, ..Outcome::new(Finish::Interrupted) };
                     let start = Instant::now();
                     *entry = Some(RunningRequest { index, request, limit, outcome, start, prefilling: true });
                 }
@@ -107,8 +105,7 @@ fn serve<'a>(
         }
         if flow != Flow::Continue {
             for (slot, entry) in slots.iter_mut().enumerate() {
-                if let Some(mut running) = entry.take() {
-                    running.outcome.finish = Finish::Interrupted;
+                if let Some(running) = entry.take() {
                     running.end(decoder, slot, sinks)?;
                 }
             }
@@ -128,7 +125,6 @@ impl RunningRequest<'_> {
         let Prefill { done, next } = decoder.prefill(slot)?;
         let sink = sinks.sink(self.index)?;
         if sink.prefill(done) != Flow::Continue {
-            self.outcome.finish = Finish::Interrupted;
             return Ok(true);
         }
         let Some(first) = next else { return Ok(false) };
@@ -156,15 +152,15 @@ impl RunningRequest<'_> {
     fn take(&mut self, tokens: &[u32], produced: usize, sink: &mut dyn TokenSink) -> Result<bool> {
         for (i, id) in tokens.iter().enumerate() {
             self.outcome.tokens.push(*id);
-            let finish = match sink.token(*id, i + 1 < produced)? {
-                Flow::Interrupt => Finish::Interrupted,
-                Flow::Stop => Finish::Stop,
-                Flow::Continue if self.request.stop_ids.contains(id) => Finish::Stop,
-                Flow::Continue if self.outcome.tokens.len() == self.limit => return Ok(true),
-                Flow::Continue => continue,
+            let end = match sink.token(*id, i + 1 < produced)? {
+                Flow::Interrupt => Some(Finish::Interrupted),
+                Flow::Stop => Some(Finish::Stop),
+                Flow::Continue => self.request.end(&self.outcome.tokens, self.limit),
             };
-            self.outcome.finish = finish;
-            return Ok(true);
+            if let Some(finish) = end {
+                self.outcome.finish = finish;
+                return Ok(true);
+            }
         }
         Ok(false)
     }

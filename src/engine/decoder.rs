@@ -61,10 +61,10 @@ pub trait Decoder {
     fn release(&mut self, slot: usize, tokens: usize) -> Result<()>;
 
     /// Makes every later round keep its logits for [`Decoder::logits`]. No round is then enqueued ahead.
-    fn watch(&mut self);
+    fn keep_logits(&mut self);
 
     /// The target's logits `[vocab]` that the last round chose token `row` of `slot` from, counted from 0.
-    /// Needs [`Decoder::watch`].
+    /// Needs [`Decoder::keep_logits`].
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if the round emitted no such token; errors of the device.

@@ -53,7 +53,7 @@ pub struct Report {
 /// from the same logits, bit for bit.
 ///
 /// `sink` makes a sink for each run. Returns `None` if a sink interrupts. The decoder stays watched
-/// ([`Decoder::watch`]).
+/// ([`Decoder::keep_logits`]).
 ///
 /// The first token belongs to no round. Both runs get it from the prefill, so only the token is compared. The
 /// logits of each row are kept as a hash of 64 bits. Watching changes two things on a device: greedy rounds
@@ -66,7 +66,7 @@ pub fn check<S: TokenSink>(
     request: &Request,
     mut sink: impl FnMut() -> Result<S>,
 ) -> Result<Option<Report>> {
-    decoder.watch();
+    decoder.keep_logits();
     let autoregressive = Request { block: 1, ..request.clone() };
     let mut hashes = Vec::new();
     let expected =
@@ -118,13 +118,13 @@ fn difference(at: usize, position: usize, repeats: bool, expected: &[f32], found
     let token = format!("token {} (position {position})", at + 1);
     Error::Lossless(match pairs().next() {
         Some((id, (a, b))) if repeats => format!(
-            "{token} came of other logits: {} of {} differ, the first that of id {id}: {a} in autoregressive decoding, {b} in \
+            "{token} was chosen from different logits: {} of {} differ, the first that of id {id}: {a} in autoregressive decoding, {b} in \
              DFlash",
             pairs().count(),
             expected.len()
         ),
         _ => format!(
-            "autoregressive decoding does not repeat itself: {token} came of other logits when it ran again"
+            "autoregressive decoding does not repeat itself: {token} was chosen from different logits when it ran again"
         ),
     })
 }
@@ -207,8 +207,8 @@ impl Decoder for Observed<'_> {
         self.decoder.release(slot, tokens)
     }
 
-    fn watch(&mut self) {
-        self.decoder.watch();
+    fn keep_logits(&mut self) {
+        self.decoder.keep_logits();
     }
 
     fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {

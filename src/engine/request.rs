@@ -28,11 +28,29 @@ impl Request {
         self.prompt.len().saturating_add(self.max_tokens).saturating_add(self.block)
     }
 
+    /// The most tokens that the answer can have in a context of `context` positions, and why an answer with
+    /// that many tokens ends. The prompt must be shorter than the context.
+    pub(crate) fn limit(&self, context: usize) -> (usize, Finish) {
+        match context - self.prompt.len() {
+            left if left < self.max_tokens => (left, Finish::Context),
+            _ => (self.max_tokens, Finish::Length),
+        }
+    }
+
+    /// Whether the answer `tokens` ends, and why. `limit` is that of [`Request::limit`].
+    pub(crate) fn end(&self, tokens: &[u32], limit: (usize, Finish)) -> Option<Finish> {
+        match tokens.last() {
+            Some(id) if self.stop_ids.contains(id) => Some(Finish::Stop),
+            _ => (tokens.len() == limit.0).then_some(limit.1),
+        }
+    }
+
     /// Checks the parameters against their ranges, and the prompt against a target with a vocabulary of
     /// `vocab` tokens and a context of `context` positions.
     ///
     /// # Errors
-    /// [`Error::Usage`]; [`Error::Model`] for a token id that the target does not have.
+    /// [`Error::Option`] for a parameter; [`Error::Usage`] for the prompt's length; [`Error::Model`] for a
+    /// token id that the target does not have.
     pub fn check(&self, vocab: usize, context: usize) -> Result<()> {
         self.sampling.check()?;
         self.spec.check()?;
@@ -102,7 +120,7 @@ pub struct Outcome {
 
 impl Outcome {
     /// An empty answer.
-    pub(super) fn new(finish: Finish) -> Outcome {
+    pub(crate) fn new(finish: Finish) -> Outcome {
         Outcome {
             tokens: Vec::new(),
             finish,

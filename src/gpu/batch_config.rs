@@ -6,7 +6,7 @@ use crate::gpu::kernels::PAGE;
 use crate::gpu::kernels::attention::MAX_SLOTS;
 use crate::spec::config::{SpecConfig, VerifyMethod};
 use crate::spec::draft_length::DraftLengthPolicy;
-use crate::spec::tree::MOST_ROWS;
+use crate::spec::tree::MAX_TREE_ROWS;
 use crate::{Error, Result};
 use std::fmt;
 
@@ -26,7 +26,8 @@ pub struct BatchConfig {
     pub pages: usize,
     /// The most positions of one sequence, prompt and answer together.
     pub positions: usize,
-    /// The most rows of a draft tree, the anchor included, up to [`MOST_ROWS`]; 0: rounds verify chains only.
+    /// The most rows of a draft tree, the anchor included, up to [`MAX_TREE_ROWS`]; 0: rounds verify only
+    /// chains.
     pub tree: usize,
     /// Reserves the drafter's logits and the distributions of both models, which the verification methods
     /// `rejection` and `block` read. Without them every request must use `match`.
@@ -46,7 +47,7 @@ impl BatchConfig {
     /// The same with trees of up to `rows` rows. The rows of a tree need cache slots after the sequence's
     /// last position, so every sequence gets pages for them too.
     pub fn with_trees(self, rows: usize) -> BatchConfig {
-        let pages = self.sequences.saturating_mul((self.positions + rows).div_ceil(PAGE));
+        let pages = self.sequences.saturating_mul(self.positions.saturating_add(rows).div_ceil(PAGE));
         BatchConfig { pages, tree: rows, ..self }
     }
 
@@ -66,7 +67,7 @@ impl BatchConfig {
 
     /// The most pages of one sequence.
     pub fn sequence_pages(&self) -> usize {
-        (self.positions + self.tree).div_ceil(PAGE)
+        self.positions.saturating_add(self.tree).div_ceil(PAGE)
     }
 
     /// [`BatchConfig::new`] for a pair. Sequences have `ctx` positions if it is given. Otherwise they have
@@ -75,7 +76,7 @@ impl BatchConfig {
     ///
     /// # Errors
     /// As [`Pair::context`].
-    pub fn of(
+    pub fn for_pair(
         pair: &Pair,
         sequences: usize,
         block: usize,
@@ -99,7 +100,9 @@ impl BatchConfig {
         match (sequences, block, positions) {
             (0, ..) | (1025.., ..) => refuse(format!("a batch of {sequences}"), "1 to 1024".into()),
             (_, 0 | 65.., _) => refuse(format!("blocks of {block} rows"), "1 to 64".into()),
-            _ if tree > MOST_ROWS => refuse(format!("trees of {tree} rows"), format!("at most {MOST_ROWS}")),
+            _ if tree > MAX_TREE_ROWS => {
+                refuse(format!("trees of {tree} rows"), format!("at most {MAX_TREE_ROWS}"))
+            }
             _ if sequences * self.max_verify_rows() > MAX_PASS_ROWS => {
                 let rows = self.max_verify_rows();
                 let most = MAX_PASS_ROWS / rows;

@@ -412,7 +412,7 @@ pub trait Device: Send + Sync {
 
     /// The sum of the counters of all kernels so far. Only the emulator counts; its times mean nothing.
     /// `None` on other devices.
-    fn tally(&self) -> Option<Counts> {
+    fn counters(&self) -> Option<Counts> {
         None
     }
 
@@ -424,9 +424,9 @@ pub trait Device: Send + Sync {
         Ok(())
     }
 
-    /// Sets the accesses whose bank conflicts [`Device::tally`] counts from now on: all of them if `all`,
+    /// Sets the accesses whose bank conflicts [`Device::counters`] counts from now on: all of them if `all`,
     /// which is slow, otherwise `ldmatrix` only.
-    fn tally_conflicts(&self, _all: bool) {}
+    fn count_all_conflicts(&self, _all: bool) {}
 }
 
 /// Refuses a launch that exceeds the limits of all devices or the kernel's declared shared memory.

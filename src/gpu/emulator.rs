@@ -654,13 +654,13 @@ impl Device for Emulator {
         self.not_capturing("a wait")
     }
 
-    fn tally(&self) -> Option<Counts> {
+    fn counters(&self) -> Option<Counts> {
         let mut sum = Counts::default();
         self.counts().into_values().for_each(|counts| sum += counts);
         Some(sum)
     }
 
-    fn tally_conflicts(&self, all: bool) {
+    fn count_all_conflicts(&self, all: bool) {
         self.count_conflicts(all);
     }
 }

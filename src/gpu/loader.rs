@@ -171,7 +171,7 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// As [`Device::allocate`].
-    pub fn rotations(&mut self, rope: &Rope, head_dim: usize, positions: usize) -> Result<Buffer> {
+    pub fn rope_table(&mut self, rope: &Rope, head_dim: usize, positions: usize) -> Result<Buffer> {
         let out = self.allocate(positions * head_dim * 4, "a RoPE table")?;
         self.rope_tables.push(RopeTable { out: out.clone(), rope: rope.clone(), head_dim });
         Ok(out)
@@ -208,7 +208,7 @@ impl<'a> Loader<'a> {
         let mut done = 0;
         progress(done, total);
         // Read the files sequentially; the model lists its tensors in another order.
-        self.jobs.sort_by(|a, b| a.tensor.place().cmp(&b.tensor.place()));
+        self.jobs.sort_by(|a, b| a.tensor.location().cmp(&b.tensor.location()));
         let (rows, row_map) = self.staging_parts();
         let mut uploader = Uploader {
             device: self.device,

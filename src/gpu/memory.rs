@@ -140,7 +140,7 @@ impl MemoryPlan {
             return Ok(());
         }
         let advice = match MemoryPlan::largest_context(pair, self.config, free, overhead)? {
-            0 => format!("not even {PAGE} positions of each fit"),
+            0 => format!("not even {PAGE} positions of each sequence fit"),
             positions => format!("the largest context that fits is {positions}"),
         };
         Err(Error::Memory(format!(

@@ -122,7 +122,7 @@ impl Transformer {
         Ok(Transformer {
             layers: layers.collect::<Result<_>>()?,
             final_gain: loader.vector(&format!("{prefix}norm.weight"), config.hidden)?,
-            rope: loader.rotations(&config.rope, config.head_dim, positions)?,
+            rope: loader.rope_table(&config.rope, config.head_dim, positions)?,
             positions,
             config: config.clone(),
         })
@@ -149,7 +149,7 @@ impl Transformer {
                 x,
                 sumsq,
                 eps: c.eps,
-                prompt: pass.prompt.map(|_| PrefillKernel::of(device)),
+                prefill_kernel: pass.prompt.map(|_| PrefillKernel::of(device)),
                 num_active: pass.num_active,
                 workspace: &s.linear,
             };
@@ -214,7 +214,7 @@ impl Transformer {
                 x: &s.y,
                 sumsq: Some(&s.sumsq),
                 eps: self.config.eps,
-                prompt: prompt.then(|| PrefillKernel::of(device)),
+                prefill_kernel: prompt.then(|| PrefillKernel::of(device)),
                 num_active,
                 workspace: &s.linear,
             };
@@ -569,7 +569,7 @@ impl Vocabulary {
             x: &y,
             sumsq: Some(&sumsq),
             eps: layers.config.eps,
-            prompt: None,
+            prefill_kernel: None,
             num_active,
             workspace: &s.linear,
         };
@@ -622,7 +622,7 @@ impl FeatureProjection {
             x: features,
             sumsq: None,
             eps: 0.0,
-            prompt: prompt.then(|| PrefillKernel::of(device)),
+            prefill_kernel: prompt.then(|| PrefillKernel::of(device)),
             num_active,
             workspace: &s.linear,
         };

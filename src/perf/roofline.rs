@@ -64,6 +64,8 @@ impl Card {
             // A name with more words (4090 D, Laptop GPU) is another card.
             "RTX" if words.len() == 2 => return Card::named(&words.concat()),
             "H200" if has("NVL") => return None,
+            // The 144 GB variant has faster memory.
+            "GH200" if has("HBM3e") => return None,
             "H100" | "A100" | "RTX" => return None,
             other => other,
         };

@@ -12,7 +12,7 @@
 
 use crate::spec::draft_length::DraftLengthPolicy;
 use crate::spec::sampling::SamplingParams;
-use crate::spec::tree::MOST_ROWS;
+use crate::spec::tree::MAX_TREE_ROWS;
 use crate::{Error, Result};
 
 /// Which drafts are accepted ([`crate::spec::verify`]).
@@ -97,7 +97,7 @@ pub enum ExactDrafts {
     CoupledChain(SamplingParams),
     /// The best-first tree of the drafter's best tokens ([`crate::spec::tree::Tree::best_first`]).
     BestFirstTree {
-        /// Maximum rows, the anchor included: 2 to [`MOST_ROWS`].
+        /// Maximum rows, the anchor included: 2 to [`MAX_TREE_ROWS`].
         rows: usize,
     },
 }
@@ -112,7 +112,7 @@ pub enum RejectionDrafts {
     },
     /// A tree of the shape [`crate::spec::tree::shape`], with siblings sampled without replacement.
     Tree {
-        /// Maximum rows, the anchor included: 2 to [`MOST_ROWS`].
+        /// Maximum rows, the anchor included: 2 to [`MAX_TREE_ROWS`].
         rows: usize,
     },
 }
@@ -127,7 +127,7 @@ pub enum BlockDrafts {
     },
     /// Several chains ([`crate::spec::tree::chains`]). One is selected and verified.
     Chains {
-        /// Maximum rows, the anchor included: 2 to [`MOST_ROWS`].
+        /// Maximum rows, the anchor included: 2 to [`MAX_TREE_ROWS`].
         rows: usize,
     },
 }
@@ -142,20 +142,27 @@ impl SpecConfig {
     /// Checks the numbers: rows of trees, thresholds, sampling parameters.
     ///
     /// # Errors
-    /// [`Error::Usage`]. The sentence begins with the name of the option: `tree`, `threshold`, or `draft_`
-    /// and the name of a field of [`SamplingParams`].
+    /// [`Error::Option`]. Its name is `tree`, `threshold`, or `draft_` and the name of a field of
+    /// [`SamplingParams`].
     pub fn check(&self) -> Result<()> {
-        if let Some(rows) = self.tree_rows().filter(|rows| !(2..=MOST_ROWS).contains(rows)) {
-            return Err(Error::Usage(format!("tree is {rows}, expected 2 to {MOST_ROWS}")));
+        if let Some(rows) = self.tree_rows().filter(|rows| !(2..=MAX_TREE_ROWS).contains(rows)) {
+            return Err(Error::option("tree", format!("is {rows}, expected 2 to {MAX_TREE_ROWS}")));
         }
         if let DraftLengthPolicy::Threshold(p) = self.draft_length()
             && !(p > 0.0 && p <= 1.0)
         {
-            return Err(Error::Usage(format!("threshold is {p}, expected more than 0 and at most 1")));
+            return Err(Error::option("threshold", format!("is {p}, expected more than 0 and at most 1")));
         }
         match self.draft_sampling().map(SamplingParams::check) {
-            Some(Err(error)) => Err(Error::Usage(format!("draft_{error}"))),
-            _ => Ok(()),
+            Some(Err(Error::Option { name, problem })) => Err(Error::Option {
+                name: match name {
+                    "top_p" => "draft_top_p",
+                    "min_p" => "draft_min_p",
+                    _ => "draft_temperature",
+                },
+                problem,
+            }),
+            checked => checked.unwrap_or(Ok(())),
         }
     }
 

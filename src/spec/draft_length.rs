@@ -8,7 +8,7 @@
 
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
 use crate::perf::roofline::{Card, draft_pass, target_pass};
-use crate::spec::tree::MOST_ROWS;
+use crate::spec::tree::MAX_TREE_ROWS;
 
 /// How many drafts each round of a request verifies.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -115,14 +115,14 @@ fn probability(cost: u32, weight: f64) -> f64 {
 pub struct Costs {
     /// The drafter's pass, and all other work that only a round with drafts has.
     pub draft: f64,
-    /// A verification pass over 1, 2, ... [`MOST_ROWS`] rows. The first is an AR step.
+    /// A verification pass over 1, 2, ... [`MAX_TREE_ROWS`] rows. The first is an AR step.
     pub verify: Vec<f64>,
 }
 
 impl Costs {
     /// The roofline times on a card, in milliseconds ([`crate::perf::roofline`]), for `batch` sequences of
     /// `context` positions that all have the same number of rows in a round, and blocks of `block` rows.
-    pub fn modelled(
+    pub fn from_roofline(
         card: &Card,
         target: &TargetConfig,
         drafter: &DrafterConfig,
@@ -133,7 +133,7 @@ impl Costs {
         let verify = |rows| target_pass(target, context, batch, rows).ms(card);
         Costs {
             draft: draft_pass(target, drafter, context, batch, block).ms(card),
-            verify: (1..=MOST_ROWS).map(verify).collect(),
+            verify: (1..=MAX_TREE_ROWS).map(verify).collect(),
         }
     }
 
@@ -252,7 +252,7 @@ impl ByPosition {
 impl Controller for ByPosition {
     fn drafts(&mut self, max: usize) -> usize {
         // `observe` has 64 bits, one of them for the anchor.
-        let max = max.min(MOST_ROWS - 1);
+        let max = max.min(MAX_TREE_ROWS - 1);
         let wanted = match self.rounds {
             0..WARMUP_ROUNDS => max,
             // At least one draft: AR steps are not observed, so the estimates would never change again.
@@ -303,7 +303,7 @@ impl ByConfidence {
 
 impl Controller for ByConfidence {
     fn drafts(&mut self, max: usize) -> usize {
-        max.min(MOST_ROWS - 1)
+        max.min(MAX_TREE_ROWS - 1)
     }
 
     fn needs_draft_probs(&self) -> bool {

@@ -51,17 +51,20 @@ impl SamplingParams {
     /// Refuses NaN and values out of range.
     ///
     /// # Errors
-    /// [`Error::Usage`]. The sentence begins with the name of the field.
+    /// [`Error::Option`] with the name of the field.
     pub fn check(&self) -> Result<()> {
         let (t, p, m) = (self.temperature, self.top_p, self.min_p);
         if t != 0.0 && !(1e-4..=1e4).contains(&t) {
-            return Err(Error::Usage(format!("temperature is {t}, expected 0 (greedy) or 0.0001 to 10000")));
+            return Err(Error::option(
+                "temperature",
+                format!("is {t}, expected 0 (greedy) or 0.0001 to 10000"),
+            ));
         }
         if !(p > 0.0 && p <= 1.0) {
-            return Err(Error::Usage(format!("top_p is {p}, expected more than 0 and at most 1")));
+            return Err(Error::option("top_p", format!("is {p}, expected more than 0 and at most 1")));
         }
         if !(0.0..1.0).contains(&m) {
-            return Err(Error::Usage(format!("min_p is {m}, expected at least 0 and less than 1")));
+            return Err(Error::option("min_p", format!("is {m}, expected at least 0 and less than 1")));
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 /// Maximum rows of a tree, the anchor included: the ancestors of a row are the bits of one 64-bit word.
-pub const MOST_ROWS: usize = 64;
+pub const MAX_TREE_ROWS: usize = 64;
 
 /// The rows of a verification pass, parents before children; row 0 is the anchor. Each field is `[rows]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +39,7 @@ impl Tree {
     }
 
     /// The tree of sampled `tokens` and their `parents`, `[rows]` each, as in
-    /// [`crate::spec::verify::sample_tree`], with at most [`MOST_ROWS`] rows. The costs are 0.
+    /// [`crate::spec::verify::sample_tree`], with at most [`MAX_TREE_ROWS`] rows. The costs are 0.
     pub fn sampled(tokens: &[u32], parents: &[u32]) -> Tree {
         let mut tree = Tree::new(tokens[0]);
         for (&token, &parent) in tokens.iter().zip(parents).skip(1) {
@@ -49,10 +49,10 @@ impl Tree {
     }
 
     /// Appends a token as a child of row `parent` and returns its row. The tree must have less than
-    /// [`MOST_ROWS`] rows.
+    /// [`MAX_TREE_ROWS`] rows.
     fn push(&mut self, parent: usize, token: u32, cost: u32) -> usize {
         let row = self.rows();
-        assert!(parent < row && row < MOST_ROWS);
+        assert!(parent < row && row < MAX_TREE_ROWS);
         self.tokens.push(token);
         self.costs.push(cost);
         self.parents.push(parent as u32);
@@ -85,7 +85,7 @@ impl Tree {
     /// if each list has `rows - 1` candidates, or all candidates, no better prefix is missed. Among equal
     /// costs the shallower prefix wins, then the one with the better ranks from the anchor on.
     pub fn best_first(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
-        let (mut tree, rows) = (Tree::new(anchor), rows.min(MOST_ROWS));
+        let (mut tree, rows) = (Tree::new(anchor), rows.min(MAX_TREE_ROWS));
         // (cost, depth, ranks from the anchor on `[depth]`, parent)
         let mut heap = BinaryHeap::new();
         let entry = |before: u32, mut ranks: Vec<usize>, rank: usize, parent: usize| {
@@ -177,10 +177,10 @@ fn bits(total: u64) -> u32 {
 /// drafts on a path. Its tokens are 0.
 ///
 /// It depends only on `rows` and `depth`. It is the best tree if the acceptance of a draft depends only on
-/// its place among its siblings, as in [`typical`].
+/// its place among its siblings, as in [`typical_cost`].
 pub fn shape(rows: usize, depth: usize) -> Tree {
     let siblings: Vec<Choice> =
-        (0..MOST_ROWS as u32).map(|place| Choice { token: 0, cost: typical(place) }).collect();
+        (0..MAX_TREE_ROWS as u32).map(|place| Choice { token: 0, cost: typical_cost(place) }).collect();
     Tree::best_first(0, &vec![siblings; depth], rows)
 }
 
@@ -189,7 +189,7 @@ pub fn shape(rows: usize, depth: usize) -> Tree {
 /// Given that the row before it is accepted, the first sibling is accepted with probability 1/2, and the
 /// second, third, ... with 1/10, 1/20, ... These are about the frequencies of recursive rejection on the demo
 /// pair at temperatures 0.7 and 1, which are similar at most depths.
-pub fn typical(place: u32) -> u32 {
+pub fn typical_cost(place: u32) -> u32 {
     bits(u64::from(if place == 0 { 2 } else { 10 * place }) << 32)
 }
 
@@ -209,6 +209,6 @@ pub fn chains(rows: usize, depth: usize) -> (usize, usize) {
 /// The copies that move the rows of an accepted path `[num_accepted + 1]`, 0 first, to consecutive KV cache
 /// slots: (from, to) in rows, ascending by `to`. In this order every slot is read before it is overwritten.
 /// Rows that are in place already are left out.
-pub fn moves(path: &[usize]) -> impl Iterator<Item = (usize, usize)> {
+pub fn compaction_moves(path: &[usize]) -> impl Iterator<Item = (usize, usize)> {
     path.iter().enumerate().map(|(to, from)| (*from, to)).filter(|(from, to)| from != to)
 }

@@ -308,18 +308,19 @@ pub fn block_verify(
     mut target: impl FnMut(usize) -> Option<Distribution>,
     random: &mut impl RandomSource,
 ) -> Option<(usize, u32)> {
-    let (mut fractions, mut rows) = (vec![ONE], vec![target(0)?]);
+    let (mut prefix_weights, mut rows) = (vec![ONE], vec![target(0)?]);
     for (i, (draft, distribution)) in drafts.iter().zip(distributions).enumerate() {
-        let fraction = ratio(fractions[i], rows[i].probability(*draft), distribution.probability(*draft));
+        let prefix_weight =
+            ratio(prefix_weights[i], rows[i].probability(*draft), distribution.probability(*draft));
         // No prefix with this draft can be accepted.
-        if fraction == 0 {
+        if prefix_weight == 0 {
             break;
         }
-        fractions.push(fraction);
+        prefix_weights.push(prefix_weight);
         rows.push(target(i + 1)?);
     }
     let length = drafts.len();
-    for (row, (p, &w)) in rows.iter().zip(&fractions).enumerate().rev() {
+    for (row, (p, &w)) in rows.iter().zip(&prefix_weights).enumerate().rev() {
         let next = distributions.get(row).filter(|_| row < length);
         let (s, n) = match next {
             None => (w, ONE),
@@ -344,17 +345,17 @@ pub fn block_verify(
 /// has.
 ///
 /// At each draft, the chains that agree with all drafts selected so far are *running*, and the others are
-/// *out*. Among the running chains, the one whose next draft has the highest [`class`] is selected, or the
-/// first of several. Arguments and result are those of [`recursive_rejection`], with as many `distributions`
+/// *eliminated*. Among the running chains, the one whose next draft has the highest [`class`] is selected, or
+/// the first of several. Arguments and result are those of [`recursive_rejection`], with as many `distributions`
 /// as a chain has drafts. The rows returned are those of the chain that was selected last.
 ///
-/// Chains are sampled independently. So, given the selections so far, a chain enters the computation only
-/// through the probability `out` that it is out. The selected draft is `x` of class `b` from chain `c` if
-/// three independent events occur: `c` is running and samples `x`; every earlier chain is out or samples a
-/// lower class; every later chain is out or samples no higher class. Summed over the chains, the probability
-/// of `x` is `q(x)` times a factor that depends only on `b`. Because of rounding, these distributions add up
-/// to less than [`ONE`], by less than one unit per token and about two units per chain. They have no rounding
-/// token, because `block_verify` does not need one.
+/// Chains are sampled independently. So, given the selections so far, the only thing to know about a chain is
+/// the probability that it is eliminated. The selected draft is `x` of class `b` from chain `c` if three
+/// independent events occur: `c` is running and samples `x`; every earlier chain is eliminated or samples a
+/// lower class; every later chain is eliminated or samples no higher class. Summed over the chains, the
+/// probability of `x` is `q(x)` times a factor that depends only on `b`. Because of rounding, these
+/// distributions add up to less than [`ONE`], by less than one unit per token and about two units per chain.
+/// They have no rounding token, because `block_verify` does not need one.
 ///
 /// Lossless, up to rounding: consider pairs of a token and the chain that it was selected from. The
 /// selection's distribution depends on the chains of earlier drafts, but the target's does not. Given the
@@ -370,28 +371,28 @@ pub fn multi_draft_block_verify(
     let g = distributions.len();
     let count = tokens.len().saturating_sub(1).checked_div(g).unwrap_or(0);
     let row = |chain: usize, draft: usize| 1 + chain * g + draft;
-    let (mut running, mut out): (Vec<usize>, _) = ((0..count).collect(), vec![0; count]);
+    let (mut running, mut eliminated): (Vec<usize>, _) = ((0..count).collect(), vec![0; count]);
     let (mut chosen, mut drafts, mut selected, mut rows) = (0, vec![], vec![], vec![target(0)?]);
     for (i, distribution) in distributions.iter().enumerate() {
         let class_of = |id: u32| class(rows[i].probability(id), distribution.probability(id));
         // The drafter's probability of all classes below each class; entry b + 1 is that of class b and
         // below.
-        let mut below = [0; CLASSES + 1];
-        distribution.tokens().iter().for_each(|&(id, q)| below[class_of(id) + 1] += q);
-        (0..CLASSES).for_each(|class| below[class + 1] += below[class]);
-        let factors: Vec<u64> =
-            (0..CLASSES).map(|b| selection_factor(&out, below[b], below[b + 1])).collect();
+        let mut mass_below = [0; CLASSES + 1];
+        distribution.tokens().iter().for_each(|&(id, q)| mass_below[class_of(id) + 1] += q);
+        (0..CLASSES).for_each(|class| mass_below[class + 1] += mass_below[class]);
+        let factor = |class| selection_factor(&eliminated, mass_below[class], mass_below[class + 1]);
+        let factors: Vec<u64> = (0..CLASSES).map(factor).collect();
         let weighted = distribution.tokens().iter().map(|&(id, q)| (id, times(q, factors[class_of(id)])));
         selected.push(Distribution::unnormalized(weighted));
 
         let draft = |chain: usize| tokens[row(chain, i)];
         chosen = *running.iter().rev().max_by_key(|&&chain| class_of(draft(chain)))?;
-        let (id, up_to) = (draft(chosen), below[class_of(draft(chosen)) + 1]);
+        let (id, mass_up_to) = (draft(chosen), mass_below[class_of(draft(chosen)) + 1]);
         running.retain(|&chain| draft(chain) == id);
-        out[..chosen].fill(ONE);
-        out[chosen] = 0;
-        for out in &mut out[chosen + 1..] {
-            *out = ONE - ratio(ONE - *out, distribution.probability(id), out_or(*out, up_to));
+        eliminated[..chosen].fill(ONE);
+        eliminated[chosen] = 0;
+        for own in &mut eliminated[chosen + 1..] {
+            *own = ONE - ratio(ONE - *own, distribution.probability(id), eliminated_or(*own, mass_up_to));
         }
         drafts.push(id);
         rows.push(target(row(chosen, i))?);
@@ -410,28 +411,29 @@ const CLASSES: usize = 64;
 /// [`multi_draft_block_verify`] lossless, and finer classes hardly accept more: on the demo pair, steps of 1,
 /// 1/2 and 1/8 of `log2(p / q)` differ by at most 0.003 accepted drafts, and 1/2 is best.
 pub fn class(p: u64, q: u64) -> usize {
-    let halves = |x: u64| {
+    let twice_log2 = |x: u64| {
         let zeros = x.leading_zeros();
         2 * (64 - zeros as i32) + (x.checked_shl(zeros).unwrap_or(0) >> 62 & 1) as i32
     };
-    if p == 0 { 0 } else { (halves(p) - halves(q) + 32).clamp(0, CLASSES as i32 - 1) as usize }
+    if p == 0 { 0 } else { (twice_log2(p) - twice_log2(q) + 32).clamp(0, CLASSES as i32 - 1) as usize }
 }
 
-/// The probability that a chain is out, or is running and samples a token from a set of this probability.
-fn out_or(out: u64, probability: u64) -> u64 {
-    out + times(ONE - out, probability)
+/// The probability that a chain is eliminated, or is running and samples a token from a set of this
+/// probability.
+fn eliminated_or(eliminated: u64, probability: u64) -> u64 {
+    eliminated + times(ONE - eliminated, probability)
 }
 
-/// The factor by which the selection multiplies the drafter's probability of a token. `out` `[chains]` has
-/// the probabilities that the chains are out. `below` is the drafter's probability of all classes below the
-/// token's class, and `up_to` that of its class and below.
-fn selection_factor(out: &[u64], below: u64, up_to: u64) -> u64 {
+/// The factor by which the selection multiplies the drafter's probability of a token. `eliminated` `[chains]`
+/// has the probabilities that the chains are eliminated. `mass_below` is the drafter's probability of all
+/// classes below the token's class, and `mass_up_to` that of its class and below.
+fn selection_factor(eliminated: &[u64], mass_below: u64, mass_up_to: u64) -> u64 {
     let (mut sum, mut power) = (0, ONE);
-    for &out in out {
+    for &own in eliminated {
         // Horner's scheme: the part of the earlier chains if this chain has no higher class, plus the part of
         // this chain if all earlier ones have lower classes.
-        sum = times(sum, out_or(out, up_to)) + times(power, ONE - out);
-        power = times(power, out_or(out, below));
+        sum = times(sum, eliminated_or(own, mass_up_to)) + times(power, ONE - own);
+        power = times(power, eliminated_or(own, mass_below));
     }
     sum
 }

@@ -120,7 +120,7 @@ pub fn lines(path: &Path) -> Result<Vec<Prompt>> {
         prompts.push(Prompt { name, content, category });
     }
     match prompts.is_empty() {
-        true => Err(Error::Usage(format!("{} holds no prompt", path.display()))),
+        true => Err(Error::Usage(format!("{} has no prompts", path.display()))),
         false => Ok(prompts),
     }
 }

@@ -363,7 +363,7 @@ fn generate_refuses_invalid_input_with_one_error_line() {
     refused(bench(["generate", "--batch", "9"]), 2, "--batch is 9, expected 1 to 8, the number of prompts");
     refused(bench(args(&two, &["--target", "nowhere", "--draft", "nowhere"])), 3, "nowhere does not exist");
     for (name, text, part) in [
-        ("empty.jsonl", "\n", "holds no prompt"),
+        ("empty.jsonl", "\n", "has no prompts"),
         ("cut.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\"", "cut.jsonl line 2: EOF while parsing"),
         ("neither.jsonl", "{}", "line 1 has neither prompt nor messages"),
         (

@@ -320,6 +320,7 @@ fn cards_are_known_by_the_drivers_names() {
         "NVIDIA",
         "NVIDIA H100 NVL",
         "NVIDIA H200 NVL",
+        "NVIDIA GH200 144G HBM3e",
         "NVIDIA L40",
         "NVIDIA GeForce RTX 3090 Ti",
         "NVIDIA GeForce RTX 4090 Laptop GPU",

@@ -124,7 +124,7 @@ const PROMPTS: &str = r#"
 2 | --prompts ROOT/number.jsonl | ROOT/number.jsonl line 1: invalid type: integer `7`, expected a string at column 12: expected {"prompt": TEXT} or {"messages": [...]}
 2 | --prompts ROOT/both.jsonl | ROOT/both.jsonl line 1 has both prompt and messages: expected {"prompt": TEXT} or {"messages": [...]}
 2 | --prompts ROOT/neither.jsonl | ROOT/neither.jsonl line 2 has neither prompt nor messages: expected {"prompt": TEXT} or {"messages": [...]}
-2 | --prompts ROOT/blank.jsonl | ROOT/blank.jsonl holds no prompt
+2 | --prompts ROOT/blank.jsonl | ROOT/blank.jsonl has no prompts
 2 | --prompts ROOT/empty.jsonl | ROOT/empty.jsonl line 2 is empty, expected at least one token
 2 | --prompts ROOT/latin1.jsonl | ROOT/latin1.jsonl is not UTF-8: byte 15 is not part of a character
 2 | --prompts ROOT/chat.jsonl | --chat-template is absent and the built-in demo target has none, but ROOT/chat.jsonl line 1 has messages, which need one
@@ -189,15 +189,15 @@ const MODELS: &str = r#"
 3 | no weights | ROOT/target has no model.safetensors: expected safetensors, in one file or in shards with model.safetensors.index.json
 3 | no tokenizer | ROOT/target/tokenizer.json is missing: expected the tokenizer in the target's folder
 3 | empty tokenizer | ROOT/target/tokenizer.json is not a tokenizer: Model missing. at line 1 column 2
-3 | cut in the header | ROOT/target/model.safetensors is not a whole safetensors file: its header's length is given as 4711 bytes, but only 92 follow
-3 | cut in the length | ROOT/target/model.safetensors is not a whole safetensors file: it has 5 bytes, expected at least 8 for the header's length
-3 | empty weights | ROOT/target/model.safetensors is not a whole safetensors file: it has 0 bytes, expected at least 8 for the header's length
-3 | cut in the data | ROOT/target/model.safetensors is not a whole safetensors file: its header describes 315008 bytes of tensors, but 95281 follow it
-3 | overlapping offsets | ROOT/target/model.safetensors is not a whole safetensors file: its header: invalid offset for tensor `model.embed_tokens.weight`
-3 | shape overflow | ROOT/target/model.safetensors is not a whole safetensors file: its header: overflow computing buffer size from shape and/or element type
+3 | cut in the header | ROOT/target/model.safetensors is not a complete safetensors file: its header's length is given as 4711 bytes, but only 92 follow
+3 | cut in the length | ROOT/target/model.safetensors is not a complete safetensors file: it has 5 bytes, expected at least 8 for the header's length
+3 | empty weights | ROOT/target/model.safetensors is not a complete safetensors file: it has 0 bytes, expected at least 8 for the header's length
+3 | cut in the data | ROOT/target/model.safetensors is not a complete safetensors file: its header describes 315008 bytes of tensors, but 95281 follow it
+3 | overlapping offsets | ROOT/target/model.safetensors is not a complete safetensors file: its header: invalid offset for tensor `model.embed_tokens.weight`
+3 | shape overflow | ROOT/target/model.safetensors is not a complete safetensors file: its header: overflow computing buffer size from shape and/or element type
 3 | wrong shape | ROOT/target/model.safetensors: tensor model.norm.weight has shape [32, 2], expected [64] from config.json
 4 | wrong dtype | ROOT/target/model.safetensors: tensor model.norm.weight is I16, which this engine does not run: expected BF16, F16 or F32
-3 | data of no tensor | ROOT/target/model.safetensors is not a whole safetensors file: its header describes 314880 bytes of tensors, but 315008 follow it
+3 | data of no tensor | ROOT/target/model.safetensors is not a complete safetensors file: its header describes 314880 bytes of tensors, but 315008 follow it
 4 | another architecture | ROOT/target/config.json: architectures is MambaForCausalLM, which this engine does not run: expected Qwen3ForCausalLM or LlamaForCausalLM
 3 | uneven heads | ROOT/target/config.json: num_attention_heads is 3, expected a multiple of num_key_value_heads, which is 2
 3 | text for a number | ROOT/target/config.json: hidden_size is "64", expected a whole number from 1 to 65536
@@ -212,7 +212,7 @@ const MODELS: &str = r#"
 4 | another kind of drafter | ROOT/drafter/config.json: selector_rank is 64, which makes it a DFlash2 drafter: this engine runs standard DFlash drafters
 3 | no drafter folder | ROOT/drafter does not exist: expected a Hugging Face model folder
 2 | target as drafter | --draft is given ROOT/drafter/config.json, which describes a target (Qwen3ForCausalLM): expected a DFlash drafter
-3 | cut drafter | ROOT/drafter/model.safetensors is not a whole safetensors file: its header's length is given as 2344 bytes, but only 22 follow
+3 | cut drafter | ROOT/drafter/model.safetensors is not a complete safetensors file: its header's length is given as 2344 bytes, but only 22 follow
 3 | a NaN | the target's logits for position 8 hold a NaN or infinity, or nothing but -inf: its weights or its config are damaged
 3 | tokenizer of another model | the prompt holds token id 106, but the target has 97 rows: its tokenizer belongs to another model
 3 | missing shard | ROOT/target/model.safetensors.index.json lists the shard model-00002-of-00003.safetensors, which is not in the folder

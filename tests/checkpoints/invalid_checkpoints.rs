@@ -82,7 +82,7 @@ const TARGET_CONFIGS: &str = r#"
 3 | rms_norm_eps = 1e-60 | T/config.json: rms_norm_eps is 1e-60, expected a number above 0 and at most 1
 3 | rope_theta = -1e4 | T/config.json: rope_theta is -10000.0, expected a number above 1
 3 | rope_parameters = { "rope_theta": 5e5 } | T/config.json: rope_parameters.rope_theta is 500000 and rope_theta is 10000, expected one value
-3 | rope_scaling = { "type": "linear", "factor": 2.0 }; rope_parameters = { "rope_type": "default" } | T/config.json: rope_scaling and rope_parameters differ, expected one of them or twice the same
+3 | rope_scaling = { "type": "linear", "factor": 2.0 }; rope_parameters = { "rope_type": "default" } | T/config.json: rope_scaling and rope_parameters differ, expected only one, or equal values
 0 | rope_scaling = { "type": "linear", "factor": 2.0 }; rope_parameters = { "type": "linear", "factor": 2.0, "rope_theta": 1e4 } | opened
 4 | rope_parameters = { "full_attention": { "rope_theta": 1e4 } } | T/config.json: rope_parameters.full_attention holds RoPE settings for some layers, expected the same settings for all
 4 | rope_scaling = { "rope_type": "dynamic", "factor": 2.0 } | T/config.json: rope_scaling.rope_type is dynamic, which this engine does not run: expected default, linear, llama3 or yarn
@@ -133,7 +133,7 @@ const DRAFTER_CONFIGS: &str = r#"
 4 | draft_vocab_size = 32000 | D/config.json: draft_vocab_size makes it a drafter in the speculators layout: this engine runs the z-lab layout (DFlashDraftModel)
 4 | architectures = ["LlamaForCausalLMEagle3"] | D/config.json: architectures is LlamaForCausalLMEagle3, which this engine does not run: expected DFlashDraftModel
 4 | model_type = "llama" | D/config.json: model_type is llama, which this engine does not run: expected qwen3
-4 | quantization_config = { "bits": 4 } | D/config.json: quantization_config is there without a quant_method, which this engine does not run: expected an unquantised checkpoint
+4 | quantization_config = { "bits": 4 } | D/config.json: quantization_config is present without a quant_method, which this engine does not run: expected an unquantised checkpoint
 4 | attention_bias = true | D/config.json: attention_bias is true, which this engine does not run: expected false
 2 | dflash_config absent; architectures = ["Qwen3ForCausalLM"] | draft is given D/config.json, which describes a target (Qwen3ForCausalLM): expected a DFlash drafter
 3 | dflash_config = [1] | D/config.json: dflash_config is [1], expected an object
@@ -212,45 +212,45 @@ fn invalid_safetensors_files_are_refused_with_the_reason() {
     let norm = "model.norm.weight";
     let rows: Vec<(Corrupt, u8, &str)> = vec![
         (write(vec![]),
-            3, "T/model.safetensors is not a whole safetensors file: it has 0 bytes, expected at least 8 for the header's length"),
+            3, "T/model.safetensors is not a complete safetensors file: it has 0 bytes, expected at least 8 for the header's length"),
         (write(vec![1, 2, 3]),
-            3, "T/model.safetensors is not a whole safetensors file: it has 3 bytes, expected at least 8 for the header's length"),
+            3, "T/model.safetensors is not a complete safetensors file: it has 3 bytes, expected at least 8 for the header's length"),
         (write(support::safetensors_raw("{}", &[])),
             3, "T/model.safetensors has no tensor model.embed_tokens.weight"),
         (write(support::safetensors_raw("{\"a\":", &[])),
-            3, "T/model.safetensors is not a whole safetensors file: its header: EOF while parsing a value at line 1 column 5"),
+            3, "T/model.safetensors is not a complete safetensors file: its header: EOF while parsing a value at line 1 column 5"),
         (write(support::safetensors_raw("[]", &[])),
-            3, "T/model.safetensors is not a whole safetensors file: its header: invalid type: sequence, expected struct HashMetadata at line 1 column 0"),
+            3, "T/model.safetensors is not a complete safetensors file: its header: invalid type: sequence, expected struct HashMetadata at line 1 column 0"),
         (write(support::safetensors_raw("\u{1b}[31m", &[])),
-            3, "T/model.safetensors is not a whole safetensors file: its header: expected value at line 1 column 1"),
+            3, "T/model.safetensors is not a complete safetensors file: its header: expected value at line 1 column 1"),
         (write([u64::MAX.to_le_bytes().as_slice(), b"{}"].concat()),
-            3, "T/model.safetensors is not a whole safetensors file: its header's length is given as 18446744073709551615 bytes, but only 2 follow"),
+            3, "T/model.safetensors is not a complete safetensors file: its header's length is given as 18446744073709551615 bytes, but only 2 follow"),
         (write(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n".to_vec()),
-            3, "T/model.safetensors is not a whole safetensors file: it is a Git LFS pointer, the weights were not fetched"),
+            3, "T/model.safetensors is not a complete safetensors file: it is a Git LFS pointer, the weights were not fetched"),
         (cut(|_| 100),
-            3, "T/model.safetensors is not a whole safetensors file: its header's length is given as 4586 bytes, but only 92 follow"),
+            3, "T/model.safetensors is not a complete safetensors file: its header's length is given as 4586 bytes, but only 92 follow"),
         (cut(|len| len - 1),
-            3, "T/model.safetensors is not a whole safetensors file: its header describes 21664 bytes of tensors, but 21663 follow it"),
+            3, "T/model.safetensors is not a complete safetensors file: its header describes 21664 bytes of tensors, but 21663 follow it"),
         (header(|h| h["model.norm.weight"]["shape"] = json!([u64::MAX, u64::MAX])),
-            3, "T/model.safetensors is not a whole safetensors file: its header: overflow computing buffer size from shape and/or element type"),
+            3, "T/model.safetensors is not a complete safetensors file: its header: overflow computing buffer size from shape and/or element type"),
         (header(|h| h["model.norm.weight"]["shape"] = json!([-1])),
-            3, "T/model.safetensors is not a whole safetensors file: its header: invalid value: integer `-1`, expected usize at line 1 column 4586"),
+            3, "T/model.safetensors is not a complete safetensors file: its header: invalid value: integer `-1`, expected usize at line 1 column 4586"),
         (header(|h| h["model.norm.weight"]["shape"] = json!([17])),
-            3, "T/model.safetensors is not a whole safetensors file: its header: invalid shape, data type, or offset for tensor"),
+            3, "T/model.safetensors is not a complete safetensors file: its header: invalid shape, data type, or offset for tensor"),
         (header(|h| h["model.norm.weight"]["dtype"] = json!("Q4_0")),
-            3, "T/model.safetensors is not a whole safetensors file: its header: unknown variant `Q4_0`, expected one of `BOOL`, `F4`, `F6_E2M3`, `F6_E3M2`, `U8`, `I8`, `F8_E5M2`, `..."),
+            3, "T/model.safetensors is not a complete safetensors file: its header: unknown variant `Q4_0`, expected one of `BOOL`, `F4`, `F6_E2M3`, `F6_E3M2`, `U8`, `I8`, `F8_E5M2`, `..."),
         (header(|h| h["model.norm.weight"]["dtype"] = json!("I16")),
             4, "T/model.safetensors: tensor model.norm.weight is I16, which this engine does not run: expected BF16, F16 or F32"),
         (header(|h| h["model.norm.weight"]["data_offsets"] = json!([0, 32])),
-            3, "T/model.safetensors is not a whole safetensors file: its header: invalid offset for tensor `model.embed_tokens.weight`"),
+            3, "T/model.safetensors is not a complete safetensors file: its header: invalid offset for tensor `model.embed_tokens.weight`"),
         (header(|h| h["model.norm.weight"]["data_offsets"] = json!([32, 0])),
-            3, "T/model.safetensors is not a whole safetensors file: its header: invalid offset for tensor `model.norm.weight`"),
+            3, "T/model.safetensors is not a complete safetensors file: its header: invalid offset for tensor `model.norm.weight`"),
         (write(header_whose_sizes_overflow()),
-            3, "T/model.safetensors is not a whole safetensors file: its header describes 18446744073709551608 bytes of tensors, but 0 follow it"),
+            3, "T/model.safetensors is not a complete safetensors file: its header describes 18446744073709551608 bytes of tensors, but 0 follow it"),
         (Box::new(move |t, _| edit_tensors(t, target(), |all| all.retain(|x| x.name != norm))),
             3, "T/model.safetensors has no tensor model.norm.weight"),
         (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(one_element("model.layers.0.self_attn.q_proj.bias"))) }),
-            4, "T/model.safetensors: tensor model.layers.0.self_attn.q_proj.bias is not one that this kind of target has"),
+            4, "T/model.safetensors: tensor model.layers.0.self_attn.q_proj.bias is not part of this kind of target"),
         (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(one_element("model.layers.4.mlp.up_proj.weight"))) }),
             3, "T/model.safetensors: tensor model.layers.4.mlp.up_proj.weight belongs to a layer beyond the 4 of config.json"),
         (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(one_element("model.layers.0.mlp.up_proj.weight_scale"))) }),
@@ -266,13 +266,13 @@ fn invalid_safetensors_files_are_refused_with_the_reason() {
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("d2t")))),
             4, "D/model.safetensors: tensor d2t belongs to a drafter with an embedding, head or vocabulary of its own: this engine runs standard DFlash drafters"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("markov_w1")))),
-            4, "D/model.safetensors: tensor markov_w1 is not one that a DFlash drafter has"),
+            4, "D/model.safetensors: tensor markov_w1 is not part of a DFlash drafter"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("model.fc.weight")))),
-            4, "D/model.safetensors: tensor model.fc.weight is not one that a DFlash drafter has"),
+            4, "D/model.safetensors: tensor model.fc.weight is not part of a DFlash drafter"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.retain(|x| x.name != "fc.weight"))),
             3, "D/model.safetensors has no tensor fc.weight"),
         (Box::new(|t, d| { fs::rename(d.join("model.safetensors"), t.join("model.safetensors")).unwrap(); }),
-            4, "T/model.safetensors: tensor fc.weight is not one that this kind of target has"),
+            4, "T/model.safetensors: tensor fc.weight is not part of this kind of target"),
     ];
     for (corrupt, code, sentence) in rows {
         let found = refusal(|t, d| corrupt(t, d));
@@ -315,9 +315,9 @@ fn invalid_folders_and_shard_indexes_are_refused() {
         (|t, _| fs::write(t.join("config.json"), "[1]").unwrap(),
             3, "T/config.json is not a JSON object"),
         (|t, _| fs::write(t.join("config.json"), "{\"rms_norm_eps\": -Infinity}").unwrap(),
-            3, "T/config.json is not valid JSON: invalid number at line 1 column 19 (NaN and Infinity are Python's, not JSON's)"),
+            3, "T/config.json is not valid JSON: invalid number at line 1 column 19 (NaN and Infinity are not valid JSON)"),
         (|t, _| fs::write(t.join("config.json"), "{\"rope_theta\": NaN}").unwrap(),
-            3, "T/config.json is not valid JSON: expected value at line 1 column 16 (NaN and Infinity are Python's, not JSON's)"),
+            3, "T/config.json is not valid JSON: expected value at line 1 column 16 (NaN and Infinity are not valid JSON)"),
         (|t, _| fs::write(t.join("config.json"), [b'{', 0xff]).unwrap(),
             3, "T/config.json is not valid JSON: key must be a string at line 1 column 2"),
         (|t, _| fs::write(t.join("config.json"), "[".repeat(100_000)).unwrap(),
@@ -347,9 +347,9 @@ fn invalid_folders_and_shard_indexes_are_refused() {
         (|t, _| edit_index(t, |i| set_first_shard(i, "model-00003-of-00002.safetensors")),
             3, "T/model.safetensors.index.json lists the shard model-00003-of-00002.safetensors, which is not in the folder"),
         (|t, _| edit_index(t, |i| set_first_shard(i, "model-00002-of-00002.safetensors")),
-            3, "T/model.safetensors.index.json says that T/model-00002-of-00002.safetensors holds the tensor model.embed_tokens.weight, which it does not"),
+            3, "T/model.safetensors.index.json lists the tensor model.embed_tokens.weight in T/model-00002-of-00002.safetensors, which does not contain it"),
         (|t, _| edit_index(t, |i| i["weight_map"]["ghost"] = json!("model-00002-of-00002.safetensors")),
-            3, "T/model.safetensors.index.json says that T/model-00002-of-00002.safetensors holds the tensor ghost, which it does not"),
+            3, "T/model.safetensors.index.json lists the tensor ghost in T/model-00002-of-00002.safetensors, which does not contain it"),
         (|t, _| { edit_index(t, |_| ()); let copy = support::safetensors_file(&support::target_tensors(&small().0)[..1], Dtype::F32); fs::write(t.join("model-00002-of-00002.safetensors"), copy).unwrap(); },
             3, "tensor model.embed_tokens.weight is in both T/model-00001-of-00002.safetensors and T/model-00002-of-00002.safetensors"),
         (|t, _| { edit_index(t, |_| ()); fs::remove_file(t.join("model-00002-of-00002.safetensors")).unwrap(); },

@@ -187,7 +187,7 @@ fn rotary_tables_match_the_reference() {
     let device = Emulator::new();
     let stack = &pair.target.config.stack;
     let mut loader = Loader::new(&device, &pair.target.weights);
-    let buffer = loader.rotations(&stack.rope, stack.head_dim, 100).unwrap();
+    let buffer = loader.rope_table(&stack.rope, stack.head_dim, 100).unwrap();
     loader.run(&mut no_progress).unwrap();
     let (frequencies, magnitude) = stack.rope.frequencies();
     let half = stack.head_dim / 2;

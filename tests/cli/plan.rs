@@ -274,7 +274,7 @@ fn too_little_memory_is_one_sentence_with_the_largest_context() {
     );
     let sentence = check(5 << 20, Overhead::GPU).unwrap_err().1;
     assert!(
-        sentence.ends_with("5242880 bytes (5.0 MiB) are free; not even 64 positions of each fit"),
+        sentence.ends_with("5242880 bytes (5.0 MiB) are free; not even 64 positions of each sequence fit"),
         "{sentence}"
     );
 }

@@ -165,6 +165,33 @@ fn a_report_of_successful_steps_is_complete() {
 }
 
 #[test]
+fn a_report_in_a_checkout_runs_the_newest_test_programs() {
+    let packed = pack(BENCH);
+    let root = tempfile::tempdir().unwrap();
+    let [tools, data, deps] = ["tools", "tests/data", "target/release/deps"].map(|dir| root.path().join(dir));
+    for dir in [&tools, &data, &deps] {
+        fs::create_dir_all(dir).unwrap();
+    }
+    let moved = [
+        ("gpu-report.sh", tools.join("gpu-report.sh")),
+        ("gpu-check.sh", tools.join("gpu-check.sh")),
+        ("prompts.jsonl", data.join("prompts.jsonl")),
+        ("dflash-gen", deps.with_file_name("dflash-gen")),
+        ("dflash-bench", deps.with_file_name("dflash-bench")),
+        ("kernels", deps.join("kernels-0123456789abcdef")),
+    ];
+    for (name, to) in moved {
+        fs::rename(packed.path().join(name), to).unwrap();
+    }
+    script(root.path(), "nvidia-smi", "echo \"NVIDIA H200, 580.95\"");
+    let out = root.path().join("out").display().to_string();
+    let done = report(&tools, &["--limit", "60", &out], Some(root.path()));
+    let summary = text(&done.stdout);
+    assert_eq!(done.status.code(), Some(0), "{summary}{}", text(&done.stderr));
+    assert_eq!(step(&summary, "tests"), ("ok", ""));
+}
+
+#[test]
 fn a_failed_step_is_reported_and_the_others_run() {
     let bench = format!(
         "case $1 in\nkernels) echo 'dflash-bench: too little | memory' >&2; exit 5 ;;\n\

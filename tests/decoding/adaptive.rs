@@ -107,7 +107,7 @@ fn no_policy_changes_the_tokens() {
                 for policy in [&cheap, &dear, &stairs, &often] {
                     let got = run(models, tree, policy, &request);
                     assert_eq!((&got.tokens, got.finish), (&ar.tokens, ar.finish));
-                    // The same rounds again: sizes do not depend on measured time.
+                    // A second run has the same rounds: their sizes do not depend on measured time.
                     assert_eq!(got.drafted, run(models, tree, policy, &request).drafted);
                     let all: usize = got.drafted.iter().sum();
                     cut += usize::from(all < whole.drafted.iter().sum());
@@ -177,7 +177,7 @@ fn a_drafter_that_is_never_right_rarely_drafts() {
     }
 }
 
-/// After AR steps the drafter's context has no holes: it drafts what it drafts after rounds with drafts.
+/// After AR steps the drafter's context is complete: it drafts the same tokens as after rounds with drafts.
 #[test]
 fn a_drafter_catches_up_after_ar_steps() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
@@ -284,8 +284,8 @@ fn sampled_trees_do_not_adapt() {
 
 // ---- on devices ----
 
-/// Runs `then` with a batch on the emulator, of a random pair with this vocabulary: drafts are often right
-/// with 4 tokens, never with many.
+/// Runs `then` with a batch on the emulator. The pair has random weights and this vocabulary: drafts are often
+/// right with 4 tokens, never with many.
 fn on_device(vocab: usize, config: BatchConfig, then: impl FnOnce(&mut Batch)) {
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&support::Target { vocab, ..target }, &drafter));
@@ -368,7 +368,7 @@ fn device_rounds_verify_what_their_controllers_say() {
         let left = RefCell::new(VecDeque::from(scripts.clone()));
         let observed: Vec<Rc<RefCell<Vec<_>>>> = scripts.iter().map(|_| Rc::default()).collect();
         let observers = RefCell::new(VecDeque::from(observed.clone()));
-        batch.control(move || {
+        batch.set_controllers(move || {
             let sizes = left.borrow_mut().pop_front().unwrap();
             Box::new(Script { sizes, observed: observers.borrow_mut().pop_front().unwrap() })
         });
@@ -424,7 +424,7 @@ fn no_controller_changes_the_answers_of_a_batch() {
             let policy = cost_model(costs(0.0, |_| 1.0));
             let adaptive: Vec<Request> = requests.iter().map(|asked| adapting(&policy, asked)).collect();
             let modelled = run_together(batch, &adaptive, keep_going);
-            batch.control(kinds);
+            batch.set_controllers(kinds);
             for got in [modelled, run_together(batch, &requests, keep_going)] {
                 for (i, (got, ar)) in got.iter().zip(&ar).enumerate() {
                     assert_eq!((&got.tokens, got.finish), (&ar.tokens, ar.finish), "{vocab}: request {i}");
@@ -435,10 +435,10 @@ fn no_controller_changes_the_answers_of_a_batch() {
 }
 
 #[test]
-fn tokens_come_from_the_logits_of_ar_decoding_under_any_draft_length() {
+fn logits_equal_those_of_ar_decoding_for_any_draft_length() {
     for (vocab, tree) in [(4, 0), (4, 64), (90, 0)] {
         on_device(vocab, config(1, tree), |batch| {
-            batch.control(|| random_controller(5));
+            batch.set_controllers(|| random_controller(5));
             for temperature in [0.0, 0.7] {
                 let asked = with_tree(&request(&[3, 1, 2], 60, 16, temperature), tree);
                 let report = lossless::check(batch, &asked, || Ok(AcceptAll)).unwrap().unwrap();
@@ -452,20 +452,22 @@ fn tokens_come_from_the_logits_of_ar_decoding_under_any_draft_length() {
     }
 }
 
-/// AR steps leave no holes in the drafter's context: it drafts what it drafts after rounds with drafts.
+/// After AR steps the drafter's context is complete: it drafts the same tokens as after rounds with drafts.
 #[test]
 fn a_drafter_that_follows_ar_steps_on_a_device_drafts_the_same() {
     on_device(4, config(1, 0), |batch| {
         let asked = request(&[2, 1, 3, 3], 150, 16, 0.9);
-        batch.control(|| Box::new(Fixed));
+        batch.set_controllers(|| Box::new(Fixed));
         let busy = alone(batch, &asked);
         let produced = |rounds: std::ops::Range<usize>| busy.accepted[rounds].iter().sum::<usize>();
         assert!(busy.accepted.iter().filter(|tokens| **tokens > 1).count() > 10, "{:?}", busy.accepted);
         let rounds = busy.accepted.len();
         for (first, last) in [(0, 1), (0, 7), (3, 4), (5, 20), (1, rounds / 2)] {
-            // The same drafts, except that AR steps replace these rounds, one for each token they produced.
+            // The same script, except that AR steps replace these rounds: one step for each token they produced.
             let script = [vec![15; first], vec![0; produced(first..last)]].concat();
-            batch.control(move || Box::new(Script { sizes: script.clone().into(), observed: Rc::default() }));
+            batch.set_controllers(move || {
+                Box::new(Script { sizes: script.clone().into(), observed: Rc::default() })
+            });
             let paused = alone(batch, &asked);
             assert_eq!(paused.tokens, busy.tokens);
             let ones = vec![1; produced(first..last)];
@@ -489,7 +491,8 @@ fn device_drafting_that_does_not_pay_stops_and_is_tried_again() {
             assert_eq!(drafted, [&(0..13).collect::<Vec<_>>()[..], &[29, 63]].concat());
         });
     }
-    // A drafter that is right later on: drafting stops, is tried, waits for the result, and continues.
+    // A drafter whose drafts become right later: drafting stops, one round tries again, and drafting continues
+    // once its result is known.
     on_device(4, config(1, 0), |batch| {
         let got = alone(batch, &adapting(&policy, &request(&[1, 2], 80, 16, 0.0)));
         let drafted: Vec<bool> = got.drafted.iter().map(|drafts| *drafts > 0).collect();
@@ -524,7 +527,7 @@ impl Controller for ByPast {
 
 /// Chains of both sampling methods in the same rounds, together with greedy chains and AR steps.
 #[test]
-fn a_batch_of_adaptive_sampled_chains_has_the_targets_distribution() {
+fn adaptive_sampled_chains_have_the_targets_distribution() {
     let runs = if requests::exhaustive() { 700 } else { 350 };
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&target, &drafter));
@@ -535,7 +538,7 @@ fn a_batch_of_adaptive_sampled_chains_has_the_targets_distribution() {
     let mut batch = Batch::new(&device, &models, config).unwrap();
     let sizes = Rc::new(Cell::new([0; 5]));
     let (recorded, next) = (sizes.clone(), Cell::new(0));
-    batch.control(move || {
+    batch.set_controllers(move || {
         next.set(next.get() + 1);
         Box::new(ByPast { past: next.get(), rounds: 0, sizes: recorded.clone() })
     });
@@ -551,7 +554,7 @@ fn a_batch_of_adaptive_sampled_chains_has_the_targets_distribution() {
     let requests: Vec<Request> = (0..runs).map(one).collect();
     let outcomes = run_together(&mut batch, &requests, keep_going);
     println!("rounds by number of drafts: {:?}", sizes.get());
-    assert!(sizes.get().iter().all(|rounds| *rounds > 50), "{:?}", sizes.get());
+    assert!(sizes.get().iter().all(|rounds| *rounds > 100), "{:?}", sizes.get());
     let distribution = distribution::distribution(&target, &prompt, &requests[0].sampling, 4);
     let sampled =
         requests.iter().zip(&outcomes).filter(|(request, _)| request.spec.method() != VerifyMethod::Match);

@@ -5,6 +5,9 @@ use crate::support;
 use crate::support::requests;
 
 use dflash::engine::generate::{Flow, Outcome, Request, TokenSink, generate};
+use dflash::spec::config::{ExactDrafts, SpecConfig};
+use dflash::spec::draft_length::DraftLengthPolicy;
+use dflash::spec::sampling::SamplingParams;
 use dflash::text::tokenizer::Stream;
 use dflash::{Content, DeviceChoice, Engine, EngineOptions, Error, Finish, Models, Params, Result};
 use std::sync::LazyLock;
@@ -136,6 +139,39 @@ fn an_error_is_the_last_item() {
     let engine = Engine::open_with(Models::folders(&pair.target, &pair.drafter), options).unwrap();
     let items: Vec<_> = engine.generate(vec![1, 2, 3], Params::default()).unwrap().collect();
     assert!(matches!(items[..], [Ok(_), Err(Error::Model(_))]), "{items:?}");
+}
+
+#[test]
+fn numbers_out_of_range_are_refused_on_every_device() {
+    let sampling = SamplingParams { temperature: -1.0, ..SamplingParams::default() };
+    let exact = |drafts, length| SpecConfig::Exact { drafts, length };
+    let tree = |rows| exact(ExactDrafts::BestFirstTree { rows }, DraftLengthPolicy::Full);
+    let (_folder, emulator) = on_the_emulator();
+    for (spec, expected) in [
+        (tree(0), "tree is 0, expected 2 to 64"),
+        (tree(usize::MAX), "tree is 18446744073709551615, expected 2 to 64"),
+        (
+            exact(ExactDrafts::Chain, DraftLengthPolicy::Threshold(f64::NAN)),
+            "threshold is NaN, expected more than 0 and at most 1",
+        ),
+        (
+            exact(ExactDrafts::CoupledChain(sampling), DraftLengthPolicy::Full),
+            "draft_temperature is -1, expected 0 (greedy) or 0.0001 to 10000",
+        ),
+    ] {
+        for engine in [&*DEMO, &emulator] {
+            let params = Params::default().spec(spec.clone());
+            let of_session = engine.session().unwrap().generate(vec![1], params.clone()).err();
+            for error in [engine.generate(vec![1], params).err(), of_session] {
+                assert_eq!(error.map(|e| e.to_string()).as_deref(), Some(expected), "{}", engine.device());
+            }
+        }
+        for device in [DeviceChoice::Cpu, DeviceChoice::Emulator] {
+            let options = EngineOptions::default().device(device).spec(spec.clone());
+            let error = Engine::open_with(Models::demo(), options).err();
+            assert_eq!(error.map(|e| e.to_string()).as_deref(), Some(expected));
+        }
+    }
 }
 
 #[test]

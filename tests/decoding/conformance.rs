@@ -317,7 +317,7 @@ impl Block {
         Block { features: random_values(17, positions * width), target, drafter, width }
     }
 
-    /// The rows of a block after features `0..s`. Feature `changed` has another value. Features `s..held`
+    /// The rows of a block after features `0..s`. The value of feature `changed` differs. Features `s..held`
     /// were in the cache and have been cropped.
     fn rows(&self, s: usize, held: usize, changed: Option<usize>, anchor: u32, rows: usize) -> Vec<Vec<u32>> {
         let mut features = self.features[..held * self.width].to_vec();
@@ -333,7 +333,7 @@ impl Block {
 }
 
 #[test]
-fn a_block_attends_to_every_feature_before_its_anchor_and_none_after() {
+fn a_block_attends_to_exactly_the_features_before_its_anchor() {
     let block = Block::new(&support::Drafter::default(), 24);
     let s = 13;
     let rows = block.rows(s, s, None, 5, 8);
@@ -497,10 +497,10 @@ impl Decoder for CheckedDecoder<'_> {
         Ok(())
     }
 
-    fn watch(&mut self) {}
+    fn keep_logits(&mut self) {}
 
     fn logits(&mut self, _: usize, _: usize) -> dflash::Result<Vec<f32>> {
-        unreachable!("these tests do not watch logits")
+        unreachable!("these tests do not read logits")
     }
 }
 
@@ -623,7 +623,7 @@ fn sampled_tokens_have_the_targets_distribution_for_any_drafts() {
         let mut counts = vec![0.0; 64];
         let mut accepted = 0;
         for i in 0..samples {
-            // Different seeds per kind, or all kinds would sample the same tokens.
+            // Each kind has its own seeds; otherwise all kinds would sample the same tokens.
             let seed = (1000 * kind.len() as u64) << 32 | i;
             let got = run(
                 CheckedDecoder { script, ..CheckedDecoder::new(&pair, true) },
@@ -659,7 +659,7 @@ fn sampled_tokens_have_the_targets_distribution_for_any_drafts() {
 // ---- cache lengths ----
 
 #[test]
-fn both_models_hold_the_positions_before_the_anchor_after_every_round() {
+fn both_models_hold_all_positions_before_the_anchor() {
     let (spec, draft) = guessable_pair(1);
     let pair = write(&spec, &draft);
     let block = draft.block;

@@ -73,7 +73,7 @@ fn prompts() -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn greedy_tokens_on_the_device_equal_the_reference_but_for_near_ties() {
+fn greedy_device_tokens_equal_the_reference_except_near_ties() {
     const TOKENS: usize = 24;
     every_device(|device| {
         let pair = demo();
@@ -86,7 +86,7 @@ fn greedy_tokens_on_the_device_equal_the_reference_but_for_near_ties() {
         references = references.into_iter().step_by(if sample { 4 } else { 1 }).collect();
         let requests: Vec<Request> = references.iter().map(|h| request(&h.prompt, TOKENS, 16, 0.0)).collect();
         let outcomes = run_together(&mut batch, &requests, keep_going);
-        // Rounds and tokens: of the device, and of the reference.
+        // Rounds and tokens: [of the device, of the reference].
         let (mut ties, mut rounds, mut tokens, mut smallest) = (0, [0; 2], [0; 2], f64::MAX);
         for (i, (own, reference)) in outcomes.iter().zip(&references).enumerate() {
             let same = own.tokens.iter().zip(&reference.tokens).take_while(|(a, b)| a == b).count();
@@ -128,7 +128,7 @@ fn dflash_on_the_device_equals_ar_decoding_on_the_device() {
     every_device(|device| {
         let pair = demo();
         let models = Models::load(device, &pair, POSITIONS).unwrap();
-        // Every block size with one temperature; exhaustive: with all.
+        // Each block size with one temperature; in exhaustive runs with all of them.
         for ((temperature, block), prompt) in [(0.0, 7), (0.8, 16), (1.3, 2)].into_iter().zip(prompts()) {
             let blocks = if requests::exhaustive() { vec![2, 7, 16] } else { vec![block] };
             let prompt = &prompt[64..];
@@ -248,7 +248,7 @@ fn a_round_is_five_launches_a_layer_and_thirteen() {
 }
 
 #[test]
-fn a_sequence_that_does_not_fit_is_refused_and_leaves_nothing_behind() {
+fn a_sequence_that_does_not_fit_is_refused_and_frees_its_pages() {
     let (pair, device) = (demo(), emulator());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
     let config = BatchConfig { pages: 4, ..BatchConfig::new(2, 16, POSITIONS) };

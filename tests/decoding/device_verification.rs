@@ -286,8 +286,8 @@ impl RandomSource for Margins {
     }
 }
 
-/// Runs the rounds of a chain's answer again on the CPU, in the shortest form. Returns each round's smallest
-/// margin.
+/// Repeats the rounds of an answer with chains on the CPU, in a minimal implementation. Returns each round's
+/// smallest margin.
 fn margins(target: &Target, drafter: &Drafter, request: &Request) -> Vec<f64> {
     let (own, vocab, taps) = (&request.sampling, target.config.vocab, &drafter.config.taps);
     let new_cache = |stack| Cache::new(stack, request.positions() + BLOCK).unwrap();
@@ -326,7 +326,8 @@ fn margins(target: &Target, drafter: &Drafter, request: &Request) -> Vec<f64> {
     all
 }
 
-/// Kernels round, so a few random draws near a boundary have another outcome; none that is far from one does.
+/// Because kernels round, a few random draws near a boundary have a different outcome. Draws far from a
+/// boundary never do.
 #[test]
 fn devices_sample_and_verify_as_the_cpu_except_at_near_ties() {
     const TOKENS: usize = 12;
@@ -437,7 +438,7 @@ fn sampled_trees_on_devices_equal_the_cpus_round_by_round() {
         let same = own.iter().zip(&theirs).filter(|(a, b)| answer(a) == answer(b)).count();
         let accepted: usize = own.iter().flat_map(|own| &own.accepted).map(|emitted| emitted - 1).sum();
         println!("{same} of {count} answers equal the CPU's, {accepted} drafts accepted");
-        // Kernels round, so a few draws near a boundary have another outcome.
+        // Because kernels round, a few draws near a boundary have a different outcome.
         assert!(100 * same >= 94 * requests.len() && 4 * accepted > 5 * requests.len(), "{same} {accepted}");
     });
 }
@@ -461,9 +462,9 @@ fn check_draft_counts(request: &Request, outcome: &Outcome, end: usize, draft_en
 }
 
 /// Answers that end at the target's last position, in a batch. The drafter's last position is before, at or
-/// behind it.
+/// after it.
 #[test]
-fn answers_reach_the_targets_last_position_and_drafts_the_drafters() {
+fn answers_and_drafts_reach_their_models_last_positions() {
     const VOCAB: usize = 6;
     let (target, drafter) = tiny();
     // Exactly a page of positions, and fewer.
@@ -478,7 +479,7 @@ fn answers_reach_the_targets_last_position_and_drafts_the_drafters() {
             let lengths = [33, end - 9, 39, end - 5, 41, end - 3, end - 1, 36, end - 2];
             let mut requests = Vec::new();
             for (i, kind) in kinds().into_iter().enumerate() {
-                // Each kind with one of the two ends; exhaustive: with both.
+                // Each kind with one of the two ends; in exhaustive runs with both.
                 if !requests::exhaustive() && (i % 2 == 0) != (end == 64) {
                     continue;
                 }

@@ -60,8 +60,8 @@ fn attempt(
     Ok(recorder.outcomes.remove(0).unwrap())
 }
 
-/// A prompt whose greedy answer has a round of at least `min_tokens` tokens, not the last one; and that
-/// answer.
+/// A prompt whose greedy answer has a round of at least `min_tokens` tokens that is not its last round, and
+/// that answer.
 fn long_round(decoder: &mut dyn Decoder, tokens: usize, min_tokens: usize) -> (Vec<u32>, Outcome) {
     let runs = (0..40).map(|seed| {
         let prompt = prompt(seed, 7);
@@ -101,8 +101,8 @@ fn budgets_end_an_answer_anywhere_in_a_round() {
     });
 }
 
-/// A token depends on the tokens before it, the seed and its position; not on whether a prompt pass or a
-/// round gave it.
+/// A token depends on the tokens before it, the seed and its position, and not on whether a prefill or a round
+/// produced it.
 #[test]
 fn a_prompt_with_part_of_its_answer_gives_the_rest() {
     on_the_emulator(tiny(), 128, |device, models| {
@@ -188,7 +188,7 @@ fn the_context_ends_an_answer_anywhere_in_a_round() {
                 for block in [2, 16] {
                     let got = run(&mut single, &request(prompt, 60, block, 0.0));
                     assert_eq!((&got.tokens, got.finish), (&ar.tokens, Finish::Context), "{left} left");
-                    // A token budget that ends at the same place is reported as the budget.
+                    // If the token budget ends there too, the budget is the reported reason.
                     let got = run(&mut single, &request(prompt, left, block, 0.0));
                     assert_eq!((&got.tokens, got.finish), (&ar.tokens, Finish::Length), "{left} left");
                 }
@@ -259,17 +259,17 @@ fn logits(batch: &mut Batch, slot: usize, request: &Request) -> (Vec<u32>, Vec<V
     (tokens, logits)
 }
 
-/// The device was not told that the released sequence has ended: its rounds in flight may still write.
+/// The device does not know yet that the released sequence has ended: its rounds in flight may still write.
 #[test]
 fn pages_of_a_released_sequence_belong_to_the_next() {
     on_the_emulator(tiny(), 128, |device, models| {
         let config = BatchConfig { pages: 2, ..BatchConfig::new(2, 16, 128) };
         let mut two = Batch::new(device, models, config).unwrap();
         let mut single = batch(device, models, 1, 128);
-        two.watch();
-        single.watch();
+        two.keep_logits();
+        single.keep_logits();
         for block in [1, 16] {
-            // The first one would still write where the second has its prompt.
+            // The first sequence would still write to pages that now hold the second one's prompt.
             let first = request(&prompt(1, 9), 110, block, 0.0);
             let second = request(&prompt(2, 100), 26, block, 0.0);
             assert_eq!(two.admit(0, &first, false), Ok(Some(0)));
@@ -351,7 +351,7 @@ fn a_sink_can_end_an_answer_or_fail_at_every_token() {
 }
 
 /// After an answer that ended within a round, the slot keeps as many positions as after AR decoding, and they
-/// are right: the next answer has the tokens and rounds of a fresh start.
+/// are correct: the next answer has the same tokens and rounds as on a new decoder.
 #[test]
 fn a_conversation_continues_after_an_answer_ended_at_any_token() {
     on_the_emulator(tiny(), 128, |device, models| {
@@ -399,7 +399,7 @@ fn a_sink_can_end_a_prompt_after_every_chunk() {
             let got = attempt(&mut single, &long, reply).unwrap();
             assert_eq!((got.tokens, got.finish, got.accepted), (vec![], Finish::Interrupted, vec![]));
             assert_eq!(answer(&run(&mut single, &next)), answer(&expected), "after an end at {at:?}");
-            // Or the same prompt again, partly run before.
+            // Or the same prompt again, after a part of it has run.
             attempt(&mut single, &long, reply).unwrap();
             let again = resume(&mut single, &long, &mut AcceptAll).unwrap();
             assert_eq!((answer(&again), again.kept), (answer(&whole), kept));
@@ -441,14 +441,14 @@ fn an_interrupted_batch_frees_its_pages_and_runs_others() {
     });
 }
 
-// ---- damage ----
+// ---- invalid logits ----
 
-/// The LM head's row for token 3 overflows if one feature is large; otherwise it decides the token or has no
-/// effect.
+/// The logit of token 3 overflows if one feature is large. If the feature is smaller, the logit selects token
+/// 3 or has no effect.
 #[test]
 fn overflowing_logits_are_an_error_and_the_decoder_stays_usable() {
     let (target, drafter) = tiny();
-    let (mut damaged, mut sound) = ([0; 2], 0);
+    let (mut invalid, mut valid) = ([0; 2], 0);
     for feature in 0..8 {
         let pair = support::write_pair(&target, &drafter);
         let mut tensors = support::target_tensors(&target);
@@ -469,7 +469,7 @@ fn overflowing_logits_are_an_error_and_the_decoder_stays_usable() {
                 let Err(error) = result else {
                     let alone = run(&mut batch(device, models, 1, 128), &request);
                     assert_eq!(answer(&result.unwrap()), answer(&alone));
-                    sound += 1;
+                    valid += 1;
                     continue;
                 };
                 // The drafter's logits come from the same LM head.
@@ -487,12 +487,12 @@ fn overflowing_logits_are_an_error_and_the_decoder_stays_usable() {
                 };
                 assert!(models.map(sentence).contains(&error.to_string()), "{error}");
                 assert_eq!(error.exit_code(), 3);
-                damaged[usize::from(received > 0)] += 1;
+                invalid[usize::from(received > 0)] += 1;
             }
         });
     }
-    println!("damaged in the prompt and later: {damaged:?}, sound: {sound}");
-    assert!(damaged.iter().all(|&n| n > 0) && sound > 3);
+    println!("invalid in the prompt and later: {invalid:?}, valid: {valid}");
+    assert!(invalid.iter().all(|&n| n > 0) && valid > 3);
 }
 
 #[test]

@@ -9,7 +9,9 @@ use dflash::checkpoint::pair::Pair;
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::cpu::ops;
-use dflash::engine::generate::{Finish, Flow, Outcome, Request, TokenSink, generate, resume};
+use dflash::engine::generate::{
+    Decoder, Emitted, Finish, Flow, Outcome, Request, TokenSink, generate, resume,
+};
 use dflash::spec::sampling::{SamplingParams, argmax};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -110,10 +112,23 @@ fn sampled(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, se
     }
 }
 
+#[test]
+fn a_decoder_with_a_context_of_0_runs_rounds_without_drafts() {
+    let mut decoder = Sequences::new(&DEMO.0, Some(&DEMO.1), 1, 0);
+    let mut emitted = [Emitted::default()];
+    ops::install(|| {
+        decoder.admit(0, &greedy(&[1], 4, 16), false)?;
+        decoder.prefill(0)?;
+        decoder.round(&mut emitted)
+    })
+    .unwrap();
+    assert_eq!((emitted[0].tokens.len(), emitted[0].drafted), (1, 0));
+}
+
 // ---- against the reference implementation ----
 
 #[test]
-fn greedy_tokens_and_accepted_lengths_equal_the_reference_implementation() {
+fn greedy_tokens_and_accepted_lengths_equal_the_reference() {
     let mut cut_by_a_near_tie = 0;
     for (i, reference) in REFERENCES.iter().enumerate() {
         let got = run(&DEMO, &greedy(&reference.prompt, 128, 16));
@@ -273,7 +288,7 @@ fn verified_rows_equal_ar_steps_bit_for_bit() {
             let (mut logits, mut features, mut at) = (vec![], vec![], 0);
             for length in std::iter::repeat_n(&prefill, 100 / prefill).chain(lengths) {
                 let (mut l, mut f) = (vec![], vec![]);
-                // Rows that are cropped again must leave no trace.
+                // Rows that are cropped afterwards must have no effect.
                 target.forward(&[7; 9], &mut cache, &[], &mut f, 1);
                 cache.crop(at);
                 let normed = target.forward(&tokens[at..at + length], &mut cache, taps, &mut f, *length);
@@ -355,7 +370,7 @@ fn a_sequence_keeps_the_prefix_it_shares_with_the_next_prompt() {
                 // One more if the budget cut a round, which ran beyond the answer.
                 let beyond = usize::from(kept == n && blocks[0] > 1 && next.len() > n);
                 assert_eq!(kept, expected + beyond, "blocks {blocks:?}");
-                // And back, on the same sequence.
+                // Then the first request again, on the same sequence.
                 run(&first);
                 run(&request(&next, blocks[1]));
             }
@@ -372,11 +387,11 @@ fn a_drafter_catches_up_from_the_end_of_its_context() {
     for (turn, block) in [16, 1, 1, 16, 7, 1, 16].into_iter().enumerate() {
         let request = sampled(&history, 20, block, 0.5, 9);
         let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &request);
-        // All but the three new tokens and the answer's last; with drafts, at most the drafter's context of
-        // its last turn.
+        // All but the three new tokens and the answer's last token; with drafts, at most what the drafter's
+        // context held after its last turn.
         let last = if turn == 0 { 0 } else { history.len() - 4 };
         let expected = if block > 1 { last.min(drafted) } else { last };
-        // A round that the budget cut has run at least one token more. Up to a block of features waits for
+        // A round that the budget cut has run at least one more token. Up to a block of features waits for
         // the drafter, and autoregressive decoding drops them.
         let waiting = if expected == drafted { 16 } else { 0 };
         let range = expected.saturating_sub(waiting)..=expected + 1;

@@ -41,8 +41,8 @@ fn open(written: &support::Pair) -> Pair {
     Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap()
 }
 
-/// Heads of 64 in groups of 2, sums over K in three slices, a drafter with a window. The vocabulary and the
-/// seed make the drafter often right.
+/// Heads of 64 in groups of 2, sums over K in three slices, a drafter with a window. With this vocabulary and
+/// seed the drafter is often right.
 fn narrow() -> support::Pair {
     let target = support::Target {
         intermediate: 768,
@@ -133,7 +133,7 @@ fn autoregressive(
     max: usize,
 ) -> Answer {
     let mut batch = Batch::new(device, models, BatchConfig::new(1, 1, POSITIONS)).unwrap();
-    batch.watch();
+    batch.keep_logits();
     let max_tokens = max.min(POSITIONS - prompt.len());
     let sampling = sampling.clone();
     let request = Request {
@@ -156,7 +156,8 @@ fn autoregressive(
     Answer { request, tokens, logits }
 }
 
-/// Prompts whose answers cross the border of a page, of a split, of the context, or none.
+/// Answers to prompts of several lengths: they cross the border of a page, of a split or of the context, or
+/// none of these.
 fn answers(device: &dyn Device, models: &Models, vocab: usize, max: usize) -> Vec<Answer> {
     let mut random = Random::new(1);
     let lengths = [3, 64 - max / 2, 128 - max / 2, POSITIONS - max / 2, 64, 127];
@@ -171,7 +172,8 @@ fn answers(device: &dyn Device, models: &Models, vocab: usize, max: usize) -> Ve
 struct Client {
     answer: usize,
     block: usize,
-    /// Tokens up to the stop id or the budget; and after how many tokens the test releases the slot.
+    /// Number of tokens up to the stop id or the budget, and the number after which the test releases the
+    /// slot.
     end: usize,
     leaves_after: usize,
     received: usize,
@@ -186,7 +188,7 @@ struct Coverage {
     /// Rows that were accepted drafts.
     accepted: usize,
     left_early: usize,
-    /// Of every complete answer: slot, block, index of the answer.
+    /// Slot, block and index of every complete answer.
     ended: Vec<(usize, usize, usize)>,
 }
 
@@ -214,7 +216,7 @@ fn run_clients(
     let blocks: Vec<usize> = [1, 2, 7, 16].into_iter().filter(|block| *block <= config.block).collect();
     let mut random = Random::new((config.sequences * 100 + config.block) as u64);
     let mut batch = Batch::new(device, models, config).unwrap();
-    batch.watch();
+    batch.keep_logits();
     let mut clients: Vec<Option<Client>> = (0..config.sequences).map(|_| None).collect();
     let mut out = vec![Emitted::default(); config.sequences];
     let (mut covered, mut admitted) = (Coverage::default(), 0);
@@ -305,7 +307,7 @@ fn run_batches(device: &dyn Device, pair: &Pair, max: usize, configs: &[(usize, 
     let models = Models::load(device, pair, POSITIONS).unwrap();
     let answers = answers(device, &models, pair.target.config.vocab, max);
     for &(sequences, block) in configs {
-        // One page short, so that sometimes a request waits.
+        // One page too few, so that a request sometimes waits.
         let all = BatchConfig::new(sequences, block, POSITIONS);
         let config = BatchConfig { pages: all.pages - usize::from(sequences > 1), ..all };
         let covered = run_clients(device, &models, config, &answers, guessing);
@@ -323,7 +325,7 @@ fn run_batches(device: &dyn Device, pair: &Pair, max: usize, configs: &[(usize, 
 #[test]
 fn batches_of_a_narrow_pair_equal_ar_decoding_bit_for_bit() {
     let pair = open(&narrow());
-    // Every number of sequences and every block once; with the wide pair's configs, two blocks for each number.
+    // Every number of sequences and every block occurs once here, and a second time in the wide pair's configs.
     let mut configs = vec![(1, 7), (3, 16), (8, 2)];
     if support::exhaustive() {
         configs = vec![(1, 2), (1, 7), (1, 16), (3, 2), (3, 7), (3, 16), (8, 2), (8, 7), (8, 16)];
@@ -335,7 +337,7 @@ fn batches_of_a_narrow_pair_equal_ar_decoding_bit_for_bit() {
 fn batches_of_a_wide_pair_equal_ar_decoding_bit_for_bit() {
     let pair = open(&wide(4));
     every_device(|device| run_batches(device, &pair, 12, &[(1, 16), (3, 2), (8, 7)], true));
-    // More tokens than one block of the LM head: no draft is right.
+    // A vocabulary larger than one block of the LM head; no draft is right.
     let pair = open(&wide(301));
     every_device(|device| run_batches(device, &pair, 6, &[(3, 16)], false));
 }
@@ -458,8 +460,8 @@ impl Decoder for AlteringDecoder<'_> {
     fn release(&mut self, slot: usize, tokens: usize) -> dflash::Result<()> {
         self.decoder.release(slot, tokens)
     }
-    fn watch(&mut self) {
-        self.decoder.watch();
+    fn keep_logits(&mut self) {
+        self.decoder.keep_logits();
     }
     fn logits(&mut self, slot: usize, row: usize) -> dflash::Result<Vec<f32>> {
         let mut logits = self.decoder.logits(slot, row)?;
@@ -501,31 +503,33 @@ fn every_difference_is_found_and_described() {
         let found = find(same_tokens, &flip);
         let [own, flipped] = seen.get();
         let expected = format!(
-            "token {} (position {}) came of other logits: 1 of 3 differ, the first that of id 1: {own} in \
+            "token {} (position {}) was chosen from different logits: 1 of 3 differ, the first that of id 1: {own} in \
              autoregressive decoding, {flipped} in DFlash",
             place + 1,
             place + 3
         );
         assert_eq!(found, (expected, place, 3));
     }
-    // The sign of a zero is a bit, too. Of many differences, the first is reported.
+    // A zero's sign counts as a difference. If there are many differences, the first is reported.
     let zeros = |run: usize, at: usize, logits: &mut [f32]| {
         if at == 4 || run == 2 && at > 6 {
             logits.fill(if run == 2 { -0.0 } else { 0.0 });
         }
     };
-    let expected = "token 5 (position 7) came of other logits: 3 of 3 differ, the first that of id 0: 0 in \
+    let expected = "token 5 (position 7) was chosen from different logits: 3 of 3 differ, the first that of id 0: 0 in \
                     autoregressive decoding, -0 in DFlash";
     assert_eq!(find(same_tokens, &zeros), (expected.into(), 4, 3));
 
-    // The logits of a row with another order.
+    // The logits of a row, permuted.
     let shift = |run: usize, at: usize, logits: &mut [f32]| {
         if run == 2 && at == 2 {
             logits.rotate_left(1);
         }
     };
     assert!(
-        find(same_tokens, &shift).0.starts_with("token 3 (position 5) came of other logits: 3 of 3 differ")
+        find(same_tokens, &shift)
+            .0
+            .starts_with("token 3 (position 5) was chosen from different logits: 3 of 3 differ")
     );
 
     // A token that its logits did not choose; the first token, which has no logits.
@@ -546,7 +550,7 @@ fn every_difference_is_found_and_described() {
             logits[0] = run as f32;
         }
     };
-    let expected = "autoregressive decoding does not repeat itself: token 6 (position 8) came of other logits when it ran again";
+    let expected = "autoregressive decoding does not repeat itself: token 6 (position 8) was chosen from different logits when it ran again";
     assert_eq!(find(same_tokens, &unrepeatable), (expected.into(), 5, 3));
 }
 
@@ -660,7 +664,7 @@ fn check_lossless_counts_what_it_compared() {
 }
 
 #[test]
-fn check_lossless_reads_prompts_as_usual_and_ends_at_stop_strings() {
+fn check_lossless_reads_prompts_and_ends_at_stop_strings() {
     let dir = tempfile::tempdir().unwrap();
     let file = program::write(dir.path(), "prompt.txt", PROMPT);
     let args = ["--check-lossless", "-n", "40", "--stop", "if "];

@@ -33,7 +33,7 @@ fn random(random: &mut support::Random) -> (Request, Option<usize>) {
         seed: random.next() % 3,
         stream: random.below(1000) as u32,
     };
-    // Most ids are not in the vocabulary, so that those that are may be anywhere in the list.
+    // Most ids are not in the vocabulary, so that an id of the vocabulary can be anywhere in the list.
     let stop_ids = (0..random.below(4) * 5).map(|_| random.below(60) as u32).collect();
     let block = [1, 2, 3, 5, 8, 13, 16, 16][random.below(8)];
     let stop_after = (random.below(4) == 0).then(|| 1 + random.below(12));
@@ -60,7 +60,8 @@ fn stops(stop_after: Option<usize>, event: Event) -> dflash::Result<Flow> {
     Ok(if stop_after.map(Event::Token) == Some(event) { Flow::Stop } else { Flow::Continue })
 }
 
-/// Checks that there are requests of every kind that this test is about: 4 in 100.
+/// Checks that every kind of request and of ending that this test is about occurs in at least 4 % of the
+/// requests.
 fn check_kinds(expected: &[Outcome], stop_after: &[Option<usize>]) {
     let number_of = |kind: &dyn Fn(&Outcome) -> bool| expected.iter().filter(|o| kind(o)).count();
     let stopped = expected.iter().zip(stop_after).filter(|(o, p)| Some(o.tokens.len()) == **p).count();

@@ -15,7 +15,7 @@ use dflash::cpu::ops;
 use dflash::engine::generate::{Finish, Outcome, Request, generate};
 use dflash::engine::lossless::check;
 use dflash::spec::config::VerifyMethod;
-use dflash::spec::tree::{Choice, MOST_ROWS, Tree, choices, moves};
+use dflash::spec::tree::{Choice, MAX_TREE_ROWS, Tree, choices, compaction_moves};
 use kernel::Random;
 use requests::{AcceptAll, reference_prompts, seeded};
 use serde_json::Value;
@@ -81,11 +81,11 @@ fn all_prefixes(choices: &[Vec<Choice>]) -> Vec<(u32, usize, Vec<usize>)> {
 }
 
 /// [`Tree::best_first`] in the form of the kernel, which many threads can run: depth by depth, it keeps the
-/// best `rows - 1` children of the best `rows - 1` prefixes of the depth before, and at last takes the best
+/// best `rows - 1` children of the best `rows - 1` prefixes of the previous depth, and finally takes the best
 /// of all. This is exact, because a prefix never costs more than its extensions. A prefix is identified by
 /// its index among those of its depth in the order of ranks, so that a key of any depth fits one word.
 fn by_levels(anchor: u32, choices: &[Vec<Choice>], rows: usize) -> Tree {
-    let max = rows.clamp(1, MOST_ROWS) - 1;
+    let max = rows.clamp(1, MAX_TREE_ROWS) - 1;
     let mut all: Vec<Prefix> = Vec::new();
     let mut beam = vec![Prefix { cost: 0, depth: 0, order: 0, parent: 0, token: anchor }];
     let mut first = 0; // index in `all` of the beam's first prefix, from 1; 0: the anchor
@@ -153,8 +153,8 @@ fn the_worked_example_of_two_positions_is_built_and_compacted() {
     assert_eq!(tree.masks, [0b1, 0b11, 0b111, 0b1001, 0b10011, 0b100001, 0b1001001]);
     assert_eq!(by_levels(9, &choices, 7), tree);
     // The copies that compact the path 0, 3, 6.
-    assert_eq!(moves(&[0, 3, 6]).collect::<Vec<_>>(), [(3, 1), (6, 2)]);
-    assert_eq!(moves(&[0, 1, 2]).count(), 0);
+    assert_eq!(compaction_moves(&[0, 3, 6]).collect::<Vec<_>>(), [(3, 1), (6, 2)]);
+    assert_eq!(compaction_moves(&[0, 1, 2]).count(), 0);
 }
 
 #[test]
@@ -164,7 +164,7 @@ fn a_level_by_level_search_finds_the_same_trees_and_ties() {
     for _ in 0..600 {
         let (depth, width, spread) = (random.below(16), 1 + random.below(20), 1 + random.below(30));
         let choices = random_choices(&mut random, depth, width, spread);
-        let rows = 1 + random.below(MOST_ROWS);
+        let rows = 1 + random.below(MAX_TREE_ROWS);
         let tree = Tree::best_first(3, &choices, rows);
         check_invariants(&tree, rows);
         assert_eq!(by_levels(3, &choices, rows), tree, "{rows} rows of {choices:?}");
@@ -174,18 +174,18 @@ fn a_level_by_level_search_finds_the_same_trees_and_ties() {
     assert!(cut > 50 && ties > 10, "{cut} ran out of choices, {ties} had many ties");
     // At most as many rows as a mask has bits, and at least the anchor.
     let many = vec![vec![Choice { token: 1, cost: 0 }, Choice { token: 2, cost: 9 }]; 100];
-    assert_eq!(Tree::best_first(3, &many, 1000).rows(), MOST_ROWS);
+    assert_eq!(Tree::best_first(3, &many, 1000).rows(), MAX_TREE_ROWS);
     assert_eq!(by_levels(3, &many, 1000), Tree::best_first(3, &many, 1000));
     assert_eq!((Tree::best_first(3, &many, 0).rows(), by_levels(3, &many, 0).rows()), (1, 1));
 }
 
 #[test]
-fn a_tree_holds_the_cheapest_prefixes_in_the_order_of_their_keys() {
+fn a_tree_holds_the_cheapest_prefixes_in_order_of_their_keys() {
     let mut random = Random::new(2);
     for _ in 0..400 {
         let (depth, spread) = (1 + random.below(4), 1 + random.below(12));
         let choices = random_choices(&mut random, depth, 5, spread);
-        let rows = 1 + random.below(MOST_ROWS);
+        let rows = 1 + random.below(MAX_TREE_ROWS);
         let mut best = all_prefixes(&choices);
         best.truncate(rows - 1);
         let token = |(depth, rank): (usize, &usize)| choices[depth][*rank].token;
@@ -256,7 +256,7 @@ fn costs_are_the_negative_log2_of_the_drafters_probabilities() {
                 let exact = (total.log2()
                     - f64::from(logits[choice.token as usize] - max) * std::f64::consts::LOG2_E)
                     * 65536.0;
-                // Two roundings, the relative error 1e-5 of the weights, and f32's error for large costs.
+                // Covers two roundings, the relative error 1e-5 of the weights, and the error of f32 for large costs.
                 let bound = 3.0 + exact * 4e-7;
                 assert!((f64::from(choice.cost) - exact).abs() < bound, "{} for {exact}", choice.cost);
             }
@@ -289,11 +289,11 @@ fn costs_are_the_negative_log2_of_the_drafters_probabilities() {
 fn moves_compact_a_path_and_never_read_what_they_wrote() {
     let mut random = Random::new(6);
     for _ in 0..500 {
-        let rows = 1 + random.below(MOST_ROWS);
+        let rows = 1 + random.below(MAX_TREE_ROWS);
         let path: Vec<usize> = (0..rows).filter(|row| *row == 0 || random.below(3) == 0).collect();
         let mut slots: Vec<usize> = (0..rows).collect();
         let mut written = HashSet::new();
-        for (from, to) in moves(&path) {
+        for (from, to) in compaction_moves(&path) {
             assert!(!written.contains(&from) && from > to);
             slots[to] = slots[from];
             written.insert(to);
@@ -352,7 +352,7 @@ fn tree_rows_have_the_bits_of_ar_decoding_along_their_paths() {
         for context in contexts {
             let prompt: Vec<u32> = (0..context).map(|_| random.below(vocab) as u32).collect();
             let fresh = || {
-                let mut cache = Cache::new(stack, context + 2 * MOST_ROWS).unwrap();
+                let mut cache = Cache::new(stack, context + 2 * MAX_TREE_ROWS).unwrap();
                 target.forward(&prompt, &mut cache, &taps, &mut vec![], 0);
                 cache
             };
@@ -392,8 +392,8 @@ fn run(models: &Models, rows: Option<usize>, request: &Request) -> Outcome {
         .unwrap()
 }
 
-/// A round with any tree leaves the caches as autoregressive decoding does: later rounds, of trees, chains
-/// and AR steps in turn, show it.
+/// A round with any tree leaves the caches as autoregressive decoding does. Later rounds, with trees, chains
+/// and AR steps in turn, would otherwise emit other tokens.
 #[test]
 fn the_answer_is_that_of_ar_decoding_for_any_verified_tree() {
     let mut random = Random::new(8);
@@ -405,7 +405,7 @@ fn the_answer_is_that_of_ar_decoding_for_any_verified_tree() {
             let request = seeded(&prompt, 60, 16, [0.0, 1.0, 3.0][seed % 3], seed as u64);
             let ar = run(&models, None, &Request { block: 1, ..request.clone() });
             let mut sequence = Sequence::new(&models.0, Some(&models.1));
-            sequence.start(&with_tree(Some(MOST_ROWS), request)).unwrap();
+            sequence.start(&with_tree(Some(MAX_TREE_ROWS), request)).unwrap();
             let mut output = vec![loop {
                 if let Some(first) = sequence.prefill().unwrap().next {
                     break first;
@@ -413,12 +413,12 @@ fn the_answer_is_that_of_ar_decoding_for_any_verified_tree() {
             }];
             while output.len() < 60 {
                 let before = output.len();
-                let rows = 1 + random.below(MOST_ROWS);
+                let rows = 1 + random.below(MAX_TREE_ROWS);
                 match random.below(4) {
                     0 => sequence.round(&mut output).map(|_| ()).unwrap(),
                     1 => sequence.verify(&[1, 2, 0][..random.below(4)], &mut output).unwrap(),
                     _ => {
-                        // Often the right tokens, never as the first child.
+                        // The right tokens are often in the tree, but never as the first child.
                         let mut tree = random_tree(&mut random, 5, rows, 9);
                         tree.tokens[0] = output[before - 1];
                         for row in 1..tree.rows() {
@@ -473,7 +473,7 @@ fn after_every_tree_the_drafter_drafts_as_after_ar_steps() {
 }
 
 #[test]
-fn trees_emit_the_tokens_of_ar_decoding_and_accept_more_than_chains() {
+fn trees_emit_ar_tokens_and_accept_more_than_chains() {
     let models = load(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let prompts = reference_prompts();
     for temperature in [0.0, 0.7, 1.0] {
@@ -589,7 +589,7 @@ fn checks_and_conversations_run_with_trees() {
     let args = [PROMPT, "-n", "60", "--tree", "24", "--check-lossless", "--json"];
     let report = program::run(args).json().remove(0);
     assert_eq!((&report["identical"], &report["compared"]), (&true.into(), &59.into()));
-    // 59 tokens come from accepted rows and bonus tokens; the last round may give up to 23 more.
+    // 59 tokens are accepted rows and bonus tokens; the last round may produce up to 23 more.
     let [rounds, rejected] = ["rounds", "rejected"].map(|field| report[field].as_u64().unwrap());
     assert!((rounds * 24 - 59 - 23..=rounds * 24 - 59).contains(&rejected), "{report}");
     let table = program::run([PROMPT, "-n", "60", "--tree", "24", "--compare"]).done();

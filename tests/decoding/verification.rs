@@ -87,7 +87,7 @@ fn tokens(text: &str) -> Vec<u32> {
 }
 
 #[test]
-fn demo_answers_have_the_targets_distribution_under_every_method() {
+fn demo_answers_have_the_targets_distribution() {
     let models = demo();
     // A point in a reference answer where the target is uncertain and the drafter is sometimes right.
     let oracle: Value = serde_json::from_str(include_str!("../data/oracle.json")).unwrap();
@@ -113,7 +113,7 @@ fn demo_answers_have_the_targets_distribution_under_every_method() {
 }
 
 #[test]
-fn tiny_answers_have_the_targets_distribution_under_every_method() {
+fn tiny_answers_have_the_targets_distribution() {
     let models = tiny();
     ops::install(|| {
         for method in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
@@ -144,7 +144,7 @@ fn greedy_drafts_are_accepted_as_often_as_under_match() {
 }
 
 #[test]
-fn greedy_answers_are_the_targets_best_tokens_under_every_method() {
+fn greedy_answers_are_the_targets_best_tokens() {
     let models = demo();
     let greedy = |block, spec| Request { spec, ..requests::request(&tokens(PROMPTS[0]), 60, block, 0.0) };
     ops::install(|| {
@@ -290,7 +290,7 @@ fn every_round_draws_by_its_number_and_its_anchors_position() {
         let request = request(&[1, 2, 3], 40, 5, requests::spec(method, 1.5, max));
         let own = &request.sampling;
         let (seed, stream) = (own.seed, own.stream);
-        // The engine's loop again, in its shortest form.
+        // A minimal version of the engine's loop.
         let new_cache = |stack| Cache::new(stack, 64).unwrap();
         let (mut cache, mut context) = (new_cache(&target.config.stack), new_cache(&drafter.config.stack));
         let (mut features, mut logits) = (Vec::new(), Vec::new());
@@ -349,7 +349,7 @@ fn every_round_draws_by_its_number_and_its_anchors_position() {
                 ),
             };
             let (path, next) = verified.unwrap();
-            // Another pass over the accepted rows leaves the cache as a chain does.
+            // A second pass over the accepted rows leaves the cache as a chain does.
             let accepted: Vec<u32> = path.iter().map(|&row| tokens[row]).collect();
             cache.crop(at);
             features.clear();
@@ -374,7 +374,7 @@ fn a_block_of_one_row_is_ar_decoding_under_every_method() {
     });
 }
 
-/// More drafts than a controller's path bits.
+/// A round with more drafts than a controller's path has bits.
 #[test]
 fn a_block_of_a_hundred_drafts_can_be_accepted_whole() {
     let (target, drafter) = requests::tiny();

@@ -8,7 +8,7 @@ use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
-use dflash::gpu::kernels::round::Form;
+use dflash::gpu::kernels::round::DraftShape;
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::siblings::{SampledTrees, Siblings};
 use dflash::gpu::kernels::verify::VerifyOutput;
@@ -52,11 +52,11 @@ fn sampled_and_verified_chains_equal_the_reference() {
     if !cfg!(feature = "sanitize") {
         let part = if exhaustive() { 1 } else { 6 };
         let Coverage {
-            accepted: [none, one, two, more], siblings_before, repeats, damaged, overlaps, ..
+            accepted: [none, one, two, more], siblings_before, repeats, invalid, overlaps, ..
         } = coverage;
         assert!(none > 50 / part && one > 50 / part && two > 20 / part && more > 50 / part);
         assert!(siblings_before.iter().all(|&n| n > 20 / part));
-        assert!(repeats > 100 / part && damaged > 20 / part && overlaps > 300 / part);
+        assert!(repeats > 100 / part && invalid > 20 / part && overlaps > 300 / part);
     }
 }
 
@@ -151,7 +151,7 @@ fn one_chain_is_verified_as_by_verify_drafts() {
             let sequences = batch.requests.len();
             let target = batch.distributions(device, &batch.target, block, |r| &r.sampling);
             let drafter = batch.distributions(device, &batch.drafter, block, |r| &r.draft_sampling);
-            let state = |r: &Request| r.state(Form::Chain, &r.sampling);
+            let state = |r: &Request| r.state(DraftShape::Chain, &r.sampling);
             let states = upload(device, &batch.requests.iter().flat_map(state).collect::<Vec<u8>>());
             let kernels = RejectionSampler { sequences, block, vocab, blocks: vocab.div_ceil(128) };
             let spans: Vec<u32> = batch.requests.iter().flat_map(|r| [r.length, block as u32]).collect();
@@ -218,7 +218,7 @@ fn garbage_stays_in_bounds() {
             // all sequences take part; in every second batch all but the first.
             for words in states.chunks_mut(32).skip(i % 2) {
                 (words[31], words[7]) =
-                    (VerifyMethod::Block as u32, words[7] & 0xffff | (Form::SampledTree as u32) << 16);
+                    (VerifyMethod::Block as u32, words[7] & 0xffff | (DraftShape::SampledTree as u32) << 16);
             }
             let states = upload(device, &states);
             let (target, drafter) = (

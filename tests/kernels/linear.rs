@@ -150,7 +150,7 @@ fn swiglu_of_large_gates_is_zero_or_the_gate() {
             x: to_bf16(&x),
             sumsq: vec![0.0],
             num_active: 1,
-            prompt: None,
+            prefill_kernel: None,
         };
         let packed_row =
             |r: usize| if r < inner { Swiglu::gate_up_rows(r).0 } else { Swiglu::gate_up_rows(r - inner).1 };
@@ -252,7 +252,7 @@ fn best_key_is_the_lowest_of_equal_ids_and_marks_nan() {
                 x: one,
                 sumsq: vec![if row == 3 { 1e34 } else { k as f32 }],
                 num_active: 1,
-                prompt: None,
+                prefill_kernel: None,
             };
             let kernel = Head { rows: 1, vocab, k, multiplier: 1.0, softcap: None };
             let (best, logits) = head(device, kernel, &data, true);

@@ -246,7 +246,7 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
             x: &x,
             sumsq: Some(&sumsq),
             eps: EPS,
-            prompt: None,
+            prefill_kernel: None,
             num_active: None,
             workspace: &workspace,
         };
@@ -337,7 +337,7 @@ fn launches_refuse_wrong_sizes() {
         gain: &at.logits,
         ..out
     };
-    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &unnormed, &out), "features 66 apart");
+    refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &unnormed, &out), "a pitch of 66 features");
     refused(Swiglu { rows: 1, inner: 48, k: 96 }.launch(&device, &good, &small), "48 neurons");
     let inject = Inject { rows: 1, n: 64, k: 96, feature_rows: 0 };
     refused(inject.launch(&device, &unnormed, &small, &small, &small, &small), "0 rows of features");

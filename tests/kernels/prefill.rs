@@ -17,7 +17,7 @@ use layer::*;
 const PROMPT_KINDS: [Kind; 4] = [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Inject];
 
 fn with_kernel(prompt: PrefillKernel, data: &Data) -> Data {
-    Data { prompt: Some(prompt), ..data.clone() }
+    Data { prefill_kernel: Some(prompt), ..data.clone() }
 }
 
 /// The kinds of prefill kernels that the device has.
@@ -64,7 +64,7 @@ fn wgmma_prefill_equals_skinny_kernels_if_sums_are_exact() {
                 if cfg!(feature = "sanitize") && k * rows > 96 * 255 {
                     continue;
                 }
-                let data = Data::whole(rows as u64, rows, Shape { n: kind.outputs(), k });
+                let data = Data::integers(rows as u64, rows, Shape { n: kind.outputs(), k });
                 let skinny = kind.run(device, &data);
                 let prefill = kind.run(device, &with_kernel(PrefillKernel::Wgmma, &data));
                 assert!(skinny == prefill, "{kind:?}, {rows} rows, K {k}");
@@ -82,7 +82,7 @@ fn every_head_layout_equals_skinny_kernels_bit_for_bit() {
                 let (rows, k) = (20, 96);
                 let mut to = cache(3, rows, heads, kv_heads, head_dim, true);
                 to.qkv = Qkv { k, keys_only, ..to.qkv };
-                let data = Data::whole(4, rows, to.qkv.shape());
+                let data = Data::integers(4, rows, to.qkv.shape());
                 let skinny = qkv(device, &data, &to);
                 for prompt in prefill_kernels(device) {
                     let prefill = qkv(device, &with_kernel(prompt, &data), &to);
@@ -156,7 +156,7 @@ fn an_inactive_launch_writes_nothing() {
 fn missing_features_are_zeros() {
     every_device(|device| {
         let (rows, feature_rows, n, k) = (140, 21, 128, 96);
-        let data = Data::whole(9, feature_rows, Shape { n, k });
+        let data = Data::integers(9, feature_rows, Shape { n, k });
         let gather: Vec<u32> = (0..rows as u32)
             .map(|row| match row % 4 {
                 1 => 20 + row,

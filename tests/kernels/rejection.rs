@@ -6,7 +6,7 @@ use crate::support::kernel;
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
-use dflash::gpu::kernels::round::{Finish, Form, Sequence};
+use dflash::gpu::kernels::round::{DraftShape, Finish, Sequence};
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::verify::VerifyOutput;
 use dflash::spec::config::VerifyMethod;
@@ -44,7 +44,7 @@ impl Request {
             draft_end: 0,
             block: 0,
             rows: 64,
-            form: Form::Chain,
+            form: DraftShape::Chain,
             sampling: sampling.clone(),
             stop_ids: vec![],
             finish: Finish::Running,
@@ -265,7 +265,7 @@ impl Batch {
             };
             let Some((num_accepted, token)) = expected else {
                 assert_eq!(next, NONE, "{context}: damaged");
-                coverage.damaged += 1;
+                coverage.invalid += 1;
                 continue;
             };
             assert_eq!((accepted as usize, next), (num_accepted, token), "{context}, drafts {drafts:?}");
@@ -285,14 +285,14 @@ struct Coverage {
     accepted: [usize; 4],
     /// Verifications that accepted every draft.
     whole: usize,
-    damaged: usize,
+    invalid: usize,
 }
 
 impl Coverage {
     fn add(&mut self, other: Coverage) {
         (0..4).for_each(|i| self.accepted[i] += other.accepted[i]);
         self.whole += other.whole;
-        self.damaged += other.damaged;
+        self.invalid += other.invalid;
     }
 }
 
@@ -389,12 +389,12 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
             sampling,
             draft_sampling,
         });
-        let mut target_rows: Vec<Vec<f32>> = (0..block).map(|_| sound_logits(random, vocab)).collect();
+        let mut target_rows: Vec<Vec<f32>> = (0..block).map(|_| valid_logits(random, vocab)).collect();
         let mut drafts = vec![random.normals(vocab, 1.0)];
         for row in target_rows.iter_mut().take(block - 1) {
             drafts.push(match random.below(6) {
                 0 => row.clone(),
-                1 => sound_logits(random, vocab),
+                1 => valid_logits(random, vocab),
                 // Disjoint: each token has a probability in only one of the two.
                 2 => {
                     let of_drafter = |id: usize| id % 2 == 1;
@@ -458,9 +458,9 @@ fn sampled_and_verified_drafts_equal_the_reference() {
     println!("{coverage:?}");
     if !cfg!(feature = "sanitize") {
         let part = if exhaustive() { 1 } else { 6 };
-        let Coverage { accepted: [none, one, two, more], whole, damaged } = coverage;
+        let Coverage { accepted: [none, one, two, more], whole, invalid } = coverage;
         assert!(none > 100 / part && one > 50 / part && two > 20 / part && more > 100 / part);
-        assert!(whole > 50 / part && damaged > 5 / part);
+        assert!(whole > 50 / part && invalid > 5 / part);
     }
 }
 

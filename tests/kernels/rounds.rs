@@ -6,7 +6,7 @@ use crate::support::kernel;
 use dflash::Error;
 use dflash::gpu::device::{Buffer, Device, Graph};
 use dflash::gpu::emulator::{Emulator, Schedule};
-use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, STOP_IDS, Sequence, Tables};
+use dflash::gpu::kernels::round::{DraftShape, Finish, Record, Ring, Round, STOP_IDS, Sequence, Tables};
 use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
@@ -340,7 +340,7 @@ fn random_sequence(random: &mut Random, block: usize) -> Sequence {
         draft_end,
         block: 1 + random.below(block + 2).min(63) as u32,
         rows: if random.below(2) == 0 { 64 } else { 1 + random.below(block + 2).min(63) as u32 },
-        form: Form::Chain,
+        form: DraftShape::Chain,
         sampling: SamplingParams {
             temperature: 0.8,
             top_k: 0,

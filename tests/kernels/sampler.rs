@@ -5,7 +5,7 @@ use crate::support::kernel;
 
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
-use dflash::gpu::kernels::round::{Finish, Form, Sequence};
+use dflash::gpu::kernels::round::{DraftShape, Finish, Sequence};
 use dflash::gpu::kernels::sample::{Sample, SamplerInputs, tables};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::rng::{TABLES, philox};
@@ -29,7 +29,7 @@ fn sequence(sampling: SamplingParams) -> Sequence {
         draft_end: 0,
         block: 0,
         rows: 1,
-        form: Form::Chain,
+        form: DraftShape::Chain,
         sampling,
         stop_ids: vec![],
         finish: Finish::Running,

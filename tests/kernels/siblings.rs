@@ -7,7 +7,7 @@ use crate::support::sampled_trees;
 use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, Rows};
-use dflash::gpu::kernels::round::Form;
+use dflash::gpu::kernels::round::DraftShape;
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::siblings::{SampledTrees, Siblings};
 use dflash::gpu::kernels::verify::VerifyOutput;
@@ -45,10 +45,10 @@ fn sampled_and_verified_trees_equal_the_reference() {
     if !cfg!(feature = "sanitize") {
         let part = if exhaustive() { 1 } else { 6 };
         let Coverage { accepted: [none, one, two, more], siblings_before, .. } = coverage;
-        let Coverage { all_rejected, repeats, damaged, .. } = coverage;
+        let Coverage { all_rejected, repeats, invalid, .. } = coverage;
         assert!(none > 100 / part && one > 50 / part && two > 20 / part && more > 50 / part);
         assert!(siblings_before.iter().all(|&n| n > 20 / part));
-        assert!(all_rejected > 50 / part && repeats > 100 / part && damaged > 20 / part);
+        assert!(all_rejected > 50 / part && repeats > 100 / part && invalid > 20 / part);
     }
 }
 
@@ -201,8 +201,10 @@ fn garbage_stays_in_bounds() {
             // The method is the last word of a state, and the form the upper half of the eighth. With these,
             // all sequences take part; in every second batch all but the first.
             for words in states.chunks_mut(32).skip(i % 2) {
-                (words[31], words[7]) =
-                    (VerifyMethod::Rejection as u32, words[7] & 0xffff | (Form::SampledTree as u32) << 16);
+                (words[31], words[7]) = (
+                    VerifyMethod::Rejection as u32,
+                    words[7] & 0xffff | (DraftShape::SampledTree as u32) << 16,
+                );
             }
             let states = upload(device, &states);
             let (target, drafter) = (

@@ -9,13 +9,13 @@ use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::PAGE;
 use dflash::gpu::kernels::choices::Choices;
 use dflash::gpu::kernels::compact::Compact;
-use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables};
+use dflash::gpu::kernels::round::{DraftShape, Finish, Record, Ring, Round, Sequence, Tables};
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::tree::{TreeBuild, Trees};
 use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
-use dflash::spec::tree::{Choice, Tree, chains, choices, moves, shape, typical};
+use dflash::spec::tree::{Choice, Tree, chains, choices, compaction_moves, shape, typical_cost};
 use dflash::spec::verify::match_tree;
 use kernel::*;
 
@@ -187,7 +187,7 @@ fn sequence(active: bool, length: u32, anchor: u32, levels: u32) -> Sequence {
         draft_end: length + levels + 1,
         block: 64,
         rows: 64,
-        form: Form::BestFirst,
+        form: DraftShape::BestFirst,
         sampling,
         stop_ids: vec![],
         finish: Finish::Running,
@@ -232,7 +232,9 @@ impl TreeBatch {
             let (length, anchor) = (1 + random.below(4000) as u32, random.below(9) as u32);
             let mut state = sequence(random.below(8) > 0, length, anchor, levels as u32);
             state.rows = [64, 1 + random.below(64) as u32][random.below(2)];
-            state.form = [Form::Chain, Form::SampledTree, Form::BestFirst, Form::BestFirst][random.below(4)];
+            state.form =
+                [DraftShape::Chain, DraftShape::SampledTree, DraftShape::BestFirst, DraftShape::BestFirst]
+                    [random.below(4)];
             state.verify_method = [VerifyMethod::Rejection, VerifyMethod::Block][random.below(2)];
             sequences.push(state);
             // Few different costs give many ties, a large range few.
@@ -289,7 +291,7 @@ impl TreeBatch {
         let trees = Trees { tokens: &tokens, parents: &parents, masks: &masks, table: &table, spans: &spans };
         let (list, counts, states) = (upload(device, list), upload(device, counts), upload(device, states));
         let drafts = upload(device, &self.drafts);
-        let typical = upload(device, &(0..63).map(typical).collect::<Vec<u32>>());
+        let typical = upload(device, &(0..63).map(typical_cost).collect::<Vec<u32>>());
         self.build.launch(device, trees, &list, &counts, &drafts, &typical, &states).unwrap();
         Built {
             tokens: download(device, &tokens),
@@ -312,19 +314,19 @@ impl TreeBatch {
                 let damaged = [vec![Choice { token: NONE, cost: 0 }]];
                 tree = Tree::best_first(state.anchor, &damaged, 2);
             }
-            if state.form == Form::Chain {
+            if state.form == DraftShape::Chain {
                 let draft = |token: &u32| vec![Choice { token: *token, cost: 0 }];
                 let drafts: Vec<_> = self.drafts[seq * block + 1..][..levels].iter().map(draft).collect();
                 tree = Tree::best_first(state.anchor, &drafts, rows);
             }
-            if state.form == Form::SampledTree && state.verify_method == VerifyMethod::Block {
+            if state.form == DraftShape::SampledTree && state.verify_method == VerifyMethod::Block {
                 let (count, deep) = if levels > 0 { chains(rows, levels) } else { (0, 1) };
                 let parents: Vec<u32> = (0..=count * deep)
                     .map(|row| if row == 0 || (row - 1) % deep == 0 { 0 } else { row as u32 - 1 })
                     .collect();
                 tree = Tree::sampled(&[&[state.anchor], &vec![NONE; count * deep][..]].concat(), &parents);
-            } else if state.form == Form::SampledTree {
-                let sibling = |rank| Choice { token: NONE, cost: typical(rank as u32) };
+            } else if state.form == DraftShape::SampledTree {
+                let sibling = |rank| Choice { token: NONE, cost: typical_cost(rank as u32) };
                 let siblings: Vec<Choice> = (0..self.build.per_row).map(sibling).collect();
                 tree = Tree::best_first(state.anchor, &vec![siblings; levels], rows);
                 if self.build.per_row + 1 >= rows {
@@ -498,7 +500,7 @@ impl Paths {
         ((page * kv_heads + head) * PAGE + token) * head_dim + ((dim / 8) ^ (token & 7)) * 8 + dim % 8
     }
 
-    /// The caches after the moves of [`moves`], one row after another.
+    /// The caches after the moves of [`compaction_moves`], one row after another.
     fn expected(&self) -> Vec<Vec<u16>> {
         let Compact { sequences, rows, kv_heads, head_dim, .. } = self.compact;
         let mut caches: Vec<Vec<u16>> = self.keys.iter().chain(&self.values).cloned().collect();
@@ -509,7 +511,7 @@ impl Paths {
             }
             let path = &self.path[seq * rows..][..self.accepted[seq] as usize + 1];
             let path: Vec<usize> = path.iter().map(|&row| row as usize).collect();
-            for (from, to) in moves(&path) {
+            for (from, to) in compaction_moves(&path) {
                 for head in 0..kv_heads {
                     for dim in 0..head_dim {
                         let [from, to] = [from, to].map(|row| self.at(seq, head, context + row, dim));
@@ -524,7 +526,7 @@ impl Paths {
     fn run(&self, device: &dyn Device) -> Vec<Vec<u16>> {
         let [keys, values] =
             [&self.keys, &self.values].map(|side| side.iter().map(|c| upload(device, c)).collect::<Vec<_>>());
-        let caches = upload(device, &self.compact.caches(&keys, &values).unwrap());
+        let caches = upload(device, &self.compact.cache_addresses(&keys, &values).unwrap());
         let [table, accepted, path, spans] =
             [&self.table, &self.accepted, &self.path, &self.spans].map(|words| upload(device, words));
         let next = poisoned::<u32>(device, self.compact.sequences);
@@ -738,6 +740,9 @@ fn launches_refuse_wrong_sizes() {
     ] {
         refused(what, shape.launch(device, &short, &short, output, &short));
     }
-    refused("keys", shape.caches(std::slice::from_ref(&short), std::slice::from_ref(&short)).map(|_| ()));
-    refused("0 key buffers", shape.caches(&[], &[]).map(|_| ()));
+    refused(
+        "keys",
+        shape.cache_addresses(std::slice::from_ref(&short), std::slice::from_ref(&short)).map(|_| ()),
+    );
+    refused("0 key buffers", shape.cache_addresses(&[], &[]).map(|_| ()));
 }

@@ -127,7 +127,7 @@ fn modelled_costs_are_the_roofline_times_of_the_passes() {
     let (_, target, drafter) = PUBLISHED.into_iter().find(|pair| pair.0 == "qwen3-8b").unwrap();
     let (target, drafter) = (TargetConfig::open(&target).unwrap(), DrafterConfig::open(&drafter).unwrap());
     let card = Card::named("H200").unwrap();
-    let costs = Costs::modelled(&card, &target, &drafter, 1000, 1, 16);
+    let costs = Costs::from_roofline(&card, &target, &drafter, 1000, 1, 16);
     assert_eq!(costs.draft, draft_pass(&target, &drafter, 1000, 1, 16).ms(&card));
     for rows in [1, 2, 16, 17, 64] {
         assert_eq!(costs.verify[rows - 1], target_pass(&target, 1000, 1, rows).ms(&card));
@@ -136,7 +136,7 @@ fn modelled_costs_are_the_roofline_times_of_the_passes() {
     // One sequence is bound by memory bandwidth: a round of 64 rows costs little more than one of 16.
     assert!(costs.round(63) < 1.01 * costs.round(15));
     // With 64 sequences arithmetic dominates: the cost follows the number of verified rows.
-    let many = Costs::modelled(&card, &target, &drafter, 1000, 64, 16);
+    let many = Costs::from_roofline(&card, &target, &drafter, 1000, 64, 16);
     assert_eq!(many.verify[31], target_pass(&target, 1000, 64, 32).ms(&card));
     assert_eq!(many.draft, draft_pass(&target, &drafter, 1000, 64, 16).ms(&card));
     assert!(many.round(63) > 2.0 * many.round(15));

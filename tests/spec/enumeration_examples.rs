@@ -285,7 +285,7 @@ fn siblings_accept_no_more_than_optimal_transport_does() {
 type Selection = Vec<(u32, usize)>;
 
 /// log2 in half octaves, piecewise linear, rounded down and counted from the bounds of each half octave.
-fn half_octaves(p: u64) -> i32 {
+fn twice_log2(p: u64) -> i32 {
     let bound = |n: i32| (2 + u128::from(n as u32 % 2)) << (n / 2);
     (0..).take_while(|&n| bound(n) <= 2 * u128::from(p)).count() as i32
 }
@@ -298,7 +298,7 @@ fn select(models: &Models, chains: &[Vec<u32>]) -> Selection {
         let before: Vec<u32> = selected.iter().map(|&(id, _)| id).collect();
         let class = |id: u32| {
             let (p, q) = (models.p(&before).probability(id), models.distributions[i].probability(id));
-            if p == 0 { 0 } else { (half_octaves(p) - half_octaves(q) + 32).clamp(0, 63) }
+            if p == 0 { 0 } else { (twice_log2(p) - twice_log2(q) + 32).clamp(0, 63) }
         };
         let mut candidates = (0..chains.len()).filter(|&chain| chains[chain][..i] == before);
         let first = candidates.next().unwrap();

@@ -5,7 +5,7 @@ use crate::support::enumeration;
 
 use dflash::spec::distribution::Distribution;
 use dflash::spec::rng::{DrawKey, PhiloxStream, RandomSource};
-use dflash::spec::tree::{MOST_ROWS, chains, shape};
+use dflash::spec::tree::{MAX_TREE_ROWS, chains, shape};
 use dflash::spec::verify::{Siblings, recursive_rejection, sample_tree};
 use enumeration::*;
 use num_rational::BigRational;
@@ -159,8 +159,8 @@ fn invalid_shapes_are_refused() {
 #[test]
 fn a_shape_has_the_rows_asked_for_and_extends_smaller_shapes() {
     for depth in 1..=16 {
-        let max = shape(MOST_ROWS, depth);
-        for rows in 1..=MOST_ROWS {
+        let max = shape(MAX_TREE_ROWS, depth);
+        for rows in 1..=MAX_TREE_ROWS {
             let tree = shape(rows, depth);
             assert_eq!((tree.rows(), &tree.tokens), (rows, &vec![0; rows]));
             assert!(tree.deepest() <= depth);
@@ -199,7 +199,7 @@ fn a_shape_is_optimal_under_its_assumed_acceptance_rates() {
 
 #[test]
 fn several_chains_fill_the_available_rows() {
-    for rows in 2..=MOST_ROWS {
+    for rows in 2..=MAX_TREE_ROWS {
         for deepest in 1..=15 {
             let (count, depth) = chains(rows, deepest);
             assert!(count >= 1 && (1..=deepest).contains(&depth), "{rows} {deepest}: {count} of {depth}");

@@ -200,7 +200,7 @@ impl Random {
 
 /// A random row of valid logits: no NaN, no +infinity, not all -infinity. The kinds cover ties, masked
 /// tokens, one dominant token, signed zeros, values that differ in the last bits, and bf16 rounding.
-pub fn sound_logits(random: &mut Random, vocab: usize) -> Vec<f32> {
+pub fn valid_logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     let mut row = match random.below(10) {
         0 => vec![random.normal(5.0); vocab],
         1 => (0..vocab).map(|_| (random.normal(2.0) * 2.0).round() / 2.0).collect(),
@@ -230,9 +230,9 @@ pub fn sound_logits(random: &mut Random, vocab: usize) -> Vec<f32> {
     row
 }
 
-/// Like [`sound_logits`]; some rows are invalid (NaN, +infinity, all -infinity) or hold the largest f32.
+/// Like [`valid_logits`]; some rows are invalid (NaN, +infinity, all -infinity) or hold the largest f32.
 pub fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
-    let mut row = sound_logits(random, vocab);
+    let mut row = valid_logits(random, vocab);
     match random.below(24) {
         0 => row[random.below(vocab)] = f32::NAN,
         1 => row[random.below(vocab)] = f32::INFINITY,

@@ -36,7 +36,7 @@ pub struct Layer {
     pub x: Buffer,
     pub sumsq: Buffer,
     pub num_active: Buffer,
-    pub prompt: Option<PrefillKernel>,
+    pub prefill_kernel: Option<PrefillKernel>,
     pub workspace: Workspace,
 }
 
@@ -50,7 +50,7 @@ pub struct Data {
     /// Number of active sequences; 0: the launch does nothing.
     pub num_active: u32,
     /// The prefill kernels to use, if any.
-    pub prompt: Option<PrefillKernel>,
+    pub prefill_kernel: Option<PrefillKernel>,
 }
 
 impl Data {
@@ -63,12 +63,12 @@ impl Data {
             x: random.bf16(rows * shape.k, 1.0),
             sumsq: (0..rows * parts).map(|_| 50.0 + 200.0 * random.unit()).collect(),
             num_active: 1,
-            prompt: None,
+            prefill_kernel: None,
         }
     }
 
     /// Like [`Data::new`], with integers so small that every sum is exact in any order of addition.
-    pub fn whole(seed: u64, rows: usize, shape: Shape) -> Data {
+    pub fn integers(seed: u64, rows: usize, shape: Shape) -> Data {
         let mut random = Random::new(seed);
         let mut small = |count: usize| -> Vec<u16> {
             let numbers: Vec<f32> = (0..count).map(|_| random.below(9) as f32 - 4.0).collect();
@@ -87,7 +87,7 @@ impl Data {
             x: upload(device, &self.x),
             sumsq: upload(device, &self.sumsq),
             num_active: upload(device, &[self.num_active]),
-            prompt: self.prompt,
+            prefill_kernel: self.prefill_kernel,
             workspace: Workspace::new(device, &[(self.shape, self.rows())]).unwrap(),
         }
     }
@@ -116,7 +116,7 @@ impl Layer {
             x: &self.x,
             sumsq: normed.then_some(&self.sumsq),
             eps: EPS,
-            prompt: self.prompt,
+            prefill_kernel: self.prefill_kernel,
             num_active: Some(&self.num_active),
             workspace: &self.workspace,
         }

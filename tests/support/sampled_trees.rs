@@ -6,7 +6,7 @@ use dflash::gpu::device::Device;
 use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows};
-use dflash::gpu::kernels::round::{Finish, Form, Sequence};
+use dflash::gpu::kernels::round::{DraftShape, Finish, Sequence};
 use dflash::gpu::kernels::sample::tables;
 use dflash::gpu::kernels::siblings::{SampledTrees, Siblings};
 use dflash::gpu::kernels::verify::VerifyOutput;
@@ -39,7 +39,7 @@ pub struct Request {
 
 impl Request {
     /// The device's state of the sequence, with these sampling parameters.
-    pub fn state(&self, form: Form, sampling: &SamplingParams) -> Vec<u8> {
+    pub fn state(&self, form: DraftShape, sampling: &SamplingParams) -> Vec<u8> {
         let state = Sequence {
             active: true,
             length: self.length,
@@ -133,7 +133,7 @@ impl Batch {
         let (sequences, vocab) = (self.requests.len(), self.vocab);
         let kernels = RejectionSampler { sequences, block: rows_each, vocab, blocks: vocab.div_ceil(128) };
         let states: Vec<u8> =
-            self.requests.iter().flat_map(|r| r.state(Form::SampledTree, settings(r))).collect();
+            self.requests.iter().flat_map(|r| r.state(DraftShape::SampledTree, settings(r))).collect();
         let best: Vec<u64> = logits.chunks(vocab).flat_map(best_keys).collect();
         let table: Vec<u32> =
             (0..sequences * rows_each).flat_map(|row| [(row / rows_each) as u32, 0, NONE, NONE]).collect();
@@ -152,7 +152,7 @@ impl Batch {
         let drafter = self.distributions(device, &self.drafter, block, |r| &r.draft_sampling);
         let drafter = Rows { logits: &drafter.0, distributions: &drafter.1 };
         let states: Vec<u8> =
-            self.requests.iter().flat_map(|r| r.state(Form::SampledTree, &r.sampling)).collect();
+            self.requests.iter().flat_map(|r| r.state(DraftShape::SampledTree, &r.sampling)).collect();
         let (states, tables) = (upload(device, &states), constant(device, &tables()));
         // Rows after the tree have parent 0; the kernels ignore them.
         let parents = |r: &Request| [&r.parents[..], &vec![0; max_verify_rows - r.parents.len()]].concat();
@@ -265,7 +265,7 @@ impl Batch {
             }
             // A draft without a distribution ends the round, and its verification is not used.
             if distributions[..deepest].iter().any(Option::is_none) {
-                coverage.damaged += 1;
+                coverage.invalid += 1;
                 continue;
             }
             let tokens = &got.tokens[at..][..rows];
@@ -287,7 +287,7 @@ impl Batch {
             };
             let Some((accepted_path, token)) = verified else {
                 assert_eq!(next, NONE, "{context}: damaged");
-                coverage.damaged += 1;
+                coverage.invalid += 1;
                 continue;
             };
             assert_eq!(
@@ -346,7 +346,7 @@ pub struct Coverage {
     /// Drafts that repeat an earlier sibling.
     pub repeats: usize,
     /// Sequences with invalid logits.
-    pub damaged: usize,
+    pub invalid: usize,
     /// Overlaps that were compared, for chains.
     pub overlaps: usize,
 }
@@ -357,7 +357,7 @@ impl Coverage {
         (0..4).for_each(|i| self.siblings_before[i] += other.siblings_before[i]);
         self.all_rejected += other.all_rejected;
         self.repeats += other.repeats;
-        self.damaged += other.damaged;
+        self.invalid += other.invalid;
         self.overlaps += other.overlaps;
     }
 }

@@ -9,7 +9,7 @@ use dflash::cli::spec_flags::SpecFlags;
 use std::path::PathBuf;
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done (also when the reader of stdout closes it), 1 internal failure, 2 usage,
+Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 an answer of DFlash differs
 from that of autoregressive (AR) decoding, 7 compare found a row that is SLOWER.";
 
@@ -19,7 +19,7 @@ with AR decoding and with DFlash, and takes less than a minute.
 
 A table fits the terminal. COLUMNS overrides the width, which is 100 in a pipe.
 
-Exit codes: 0 done (also when the reader of stdout closes it), 1 internal failure, 2 usage,
+Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 an answer of DFlash differs
 from that of autoregressive (AR) decoding, 7 compare found a row that is SLOWER.";
 
@@ -74,7 +74,7 @@ wall-clock times. TTFT is the time to the first token, TPOT the time per further
 is the ratio of tokens per second over all prompts, with its 99 % interval (a paired bootstrap
 over prompts, from 5 prompts on).
 
-Exit codes: 0 done (also when the reader of stdout closes it), 1 internal failure, 2 usage,
+Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 an answer of DFlash differs
 from that of autoregressive (AR) decoding.";
 
@@ -103,7 +103,7 @@ emulator) if every round brought so many tokens.
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)
 512-4096*2 (512, 1024, 2048, 4096).
 
-Exit codes: 0 done (also when the reader of stdout closes it), 1 internal failure, 2 usage,
+Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory.";
 
 const KERNELS: &str = "\
@@ -121,7 +121,7 @@ not fit the memory are left out, and the exit code is 5.
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)
 512-4096*2 (512, 1024, 2048, 4096).
 
-Exit codes: 0 done (also when the reader of stdout closes it), 1 internal failure or a wrong
+Exit codes: 0 done (also when stdout is closed early), 1 internal failure or a wrong
 kernel, 2 usage, 3 model file missing or malformed, 4 unsupported, 5 out of memory.";
 
 const ROOFLINE: &str = "\
@@ -132,7 +132,7 @@ lengths are assumed, not measured.
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)
 512-4096*2 (512, 1024, 2048, 4096).
 
-Exit codes: 0 done (also when the reader of stdout closes it), 1 internal failure, 2 usage,
+Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported.";
 
 const COMPARE: &str = "\
@@ -306,7 +306,7 @@ pub struct Generate {
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128, help_heading = "Generation")]
     #[arg(allow_negative_numbers = true)]
     pub max_tokens: usize,
-    /// 0 is greedy: always the best token, whatever the next four flags say
+    /// 0 is greedy: always the best token, whatever --top-k, --top-p, --min-p and --seed are
     #[arg(long, value_name = "T", default_value_t = 0.0, help_heading = "Generation")]
     #[arg(allow_negative_numbers = true)]
     pub temperature: f32,

@@ -7,9 +7,9 @@ use crate::record::{Machine, Model, Record};
 use clap::{Args as _, FromArgMatches};
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::checkpoint::pair::Pair;
-use dflash::cli::device::{self, Choice, DeviceHandle};
+use dflash::cli::device::{self, Choice};
 use dflash::cli::sigbus;
-use dflash::cli::spec_flags::name_flag;
+use dflash::cli::spec_flags::SpecFlags;
 use dflash::cli::terminal;
 use dflash::cpu::decoder::Cpu;
 use dflash::cpu::ops;
@@ -19,7 +19,7 @@ use dflash::engine::generate::{
 use dflash::engine::stats::SpecRecord;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
-use dflash::gpu::device::Counts;
+use dflash::gpu::device::{Counts, Device};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
 use dflash::text::prompts::{self, Content, Prompt, PromptEncoder};
@@ -53,63 +53,99 @@ pub fn quick() -> Result<args::Generate> {
 /// # Errors
 /// What is wrong with flags, files, the device or its memory.
 pub fn run(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
-    ops::install(|| measured(flags))
+    ops::install(|| measured(&Plan::new(flags)?))
 }
 
-fn measured(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
-    let sampling = check(flags)?;
-    let (prompts, categories) = prompts(flags)?;
-    let names: Vec<String> = prompts.iter().map(|prompt| prompt.name.clone()).collect();
-    let (target, drafter) = match (&flags.target, &flags.draft) {
-        (Some(target), Some(drafter)) => (Folder::Disk(target.clone()), Folder::Disk(drafter.clone())),
-        _ => (DEMO_TARGET, DEMO_DRAFTER),
-    };
-    let pair = Pair::open(target, Some(drafter))?;
-    sigbus::guard("dflash-bench", &pair)?;
-    let block = pair.block(flags.block)?;
-    let requests = requests(flags, &pair, prompts, &sampling, block)?;
-    let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
-    let room = BatchConfig::of(&pair, flags.batch, block, flags.ctx, longest)?.for_spec(&requests[0].spec);
+/// What the flags come to: every default filled in, every conflict refused. Nothing after it reads flags.
+struct Plan {
+    pair: Pair,
+    device: Choice,
+    /// Which GPU, in the driver's order.
+    gpu: u32,
+    /// The batch; its sequences are the requests that run together.
+    config: BatchConfig,
+    requests: Vec<Request>,
+    /// The name of each prompt.
+    names: Vec<String>,
+    /// The category of each prompt.
+    categories: Vec<Option<String>>,
+    /// `None`: the device's default.
+    repeats: Option<usize>,
+    /// Whether DFlash must give the tokens of AR decoding. `rejection` and `block` only keep the target's
+    /// distribution, unless temperature 0 leaves one token.
+    same_tokens: bool,
+    /// The part of the title about prompts and sampling.
+    title: String,
+}
 
-    let place = device::for_pair(flags.device, flags.gpu.unwrap_or(0), &pair, room, false)?;
-    let (machine, repeats, counts) = match &place {
+impl Plan {
+    fn new(flags: &args::Generate) -> Result<Plan> {
+        let sampling = check(flags)?;
+        let (prompts, categories) = prompts(flags)?;
+        let names = prompts.iter().map(|prompt| prompt.name.clone()).collect();
+        let (target, drafter) = match (&flags.target, &flags.draft) {
+            (Some(target), Some(drafter)) => (Folder::Disk(target.clone()), Folder::Disk(drafter.clone())),
+            _ => (DEMO_TARGET, DEMO_DRAFTER),
+        };
+        let pair = Pair::open(target, Some(drafter))?;
+        sigbus::guard("dflash-bench", &pair)?;
+        let block = pair.block(flags.block)?;
+        let requests = requests(flags, &pair, prompts, &sampling, block)?;
+        let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
+        let spec = &requests[0].spec;
+        Ok(Plan {
+            device: flags.device,
+            gpu: flags.gpu.unwrap_or(0),
+            config: BatchConfig::for_pair(&pair, flags.batch, block, flags.ctx, longest)?.for_spec(spec),
+            same_tokens: spec.method() == VerifyMethod::Match || sampling.temperature == 0.0,
+            title: title(flags, &requests),
+            repeats: flags.repeat,
+            pair,
+            requests,
+            names,
+            categories,
+        })
+    }
+}
+
+fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
+    let Plan { pair, config, requests, categories, .. } = plan;
+    let run = Run { requests, batch: config.sequences, repeats: plan.repeats, device: None };
+    let handle = device::for_pair(plan.device, plan.gpu, pair, *config, false)?;
+    let (machine, repeats, counts) = match &handle {
         None => {
-            let backend = Cpu::load(&pair, room.sequences, pair.context(flags.ctx)?)?;
-            let machine = Machine { device: Some(backend.name().into()), ..Machine::default() };
-            let (repeats, counts) =
-                Run { flags, requests: &requests, place: None }.all(&mut *backend.decoder()?)?;
-            (machine, repeats, counts)
+            let backend = Cpu::load(pair, config.sequences, config.positions)?;
+            let (repeats, counts) = run.all(&mut *backend.decoder()?)?;
+            (Machine { device: Some(backend.name().into()), ..Machine::default() }, repeats, counts)
         }
-        Some(place) => {
-            device::check_memory(place, &pair, room, true)?;
+        Some(handle) => {
+            device::check_memory(handle, pair, *config, true)?;
             let (bar, mut progress) = terminal::weights(false);
-            let models = Models::load_with(&*place.device, &pair, room.positions, &mut progress);
+            let models = Models::load_with(&*handle.device, pair, config.positions, &mut progress);
             bar.finish_and_clear();
             let models = models?;
-            let mut decoder = Batch::new(&*place.device, &models, room)?;
-            place.device.tally_conflicts(true);
-            let instruments = Instruments::open(place);
-            let run = Run { flags, requests: &requests, place: Some((place, &instruments)) };
+            let mut decoder = Batch::new(&*handle.device, &models, *config)?;
+            handle.device.count_all_conflicts(true);
+            let instruments = Instruments::open(handle);
+            let run = Run { device: Some((&*handle.device, &instruments)), ..run };
             let (repeats, counts) = run.all(&mut decoder)?;
-            (instruments.machine(place), repeats, counts)
+            (instruments.machine(handle), repeats, counts)
         }
     };
 
-    let model = Model {
-        target: Some(pair.target.folder.name()),
-        drafter: pair.drafter.as_ref().map(|drafter| drafter.folder.name()),
-    };
-    let title = title(flags, &machine, &model, &requests, repeats.len());
+    let drafter = pair.drafter.as_ref().map(|drafter| drafter.folder.name());
+    let model = Model { target: Some(pair.target.folder.name()), drafter };
+    let title = full_title(plan, &machine, &model, repeats.len());
     let mut record = Record::new("generate", machine, model);
     record.drafts = Some(SpecRecord::new(&requests[0].spec));
     let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
-    let (rows, identical) = answers::lossless(&repeats, &names, prompt_tokens, same_tokens(flags));
+    let (rows, identical) = answers::lossless(&repeats, &plan.names, prompt_tokens, plan.same_tokens);
     record.rows.extend(rows);
     record.rows.extend(match &counts {
         Some(counts) => answers::emulated(&repeats, counts),
-        None => answers::timed(&repeats, &categories, flags.batch),
+        None => answers::timed(&repeats, categories, config.sequences),
     });
-    record.rows.extend(answers::counted(&repeats, &categories, block));
+    record.rows.extend(answers::counted(&repeats, categories, config.block));
     Ok(((title, record), identical))
 }
 
@@ -120,7 +156,7 @@ fn check(flags: &args::Generate) -> Result<SamplingParams> {
     };
     let args::Generate { temperature, top_k, top_p, min_p, seed, .. } = *flags;
     let sampling = SamplingParams { temperature, top_k, top_p, min_p, seed, stream: 0 };
-    sampling.check().map_err(name_flag)?;
+    sampling.check()?;
     flags.drafts.need_drafter(false, flags.block)?;
     flags.drafts.config(&sampling)?;
     match flags {
@@ -208,80 +244,73 @@ fn requests(
     (0..).zip(prompts).map(request).collect()
 }
 
-/// Whether DFlash must give the tokens of AR decoding. `rejection` and `block` only keep the target's
-/// distribution, unless temperature 0 leaves one token.
-fn same_tokens(flags: &args::Generate) -> bool {
-    flags.drafts.verify == VerifyMethod::Match || flags.temperature == 0.0
+/// The part of the title about prompts and sampling.
+fn title(flags: &args::Generate, requests: &[Request]) -> String {
+    let source = if flags.prompts.is_none() { "built-in " } else { "" };
+    let together = if flags.batch > 1 { format!(", {} together", flags.batch) } else { String::new() };
+    let how = match flags.temperature {
+        0.0 => "greedy".into(),
+        temperature => format!("temperature {temperature}, seed {}", flags.seed),
+    };
+    let (count, most) = (requests.len(), flags.max_tokens);
+    let drafts = drafts(&flags.drafts, &SpecRecord::new(&requests[0].spec));
+    format!("{count} {source}prompts{together}, up to {most} tokens each, {how}{drafts}")
 }
 
 /// How drafts are made and verified, where that differs from the defaults.
-fn drafts(flags: &args::Generate, drafts: &SpecRecord) -> String {
+fn drafts(flags: &SpecFlags, drafts: &SpecRecord) -> String {
     let mut all = vec![];
-    if flags.drafts.verify != VerifyMethod::Match {
-        all.push(format!("--verify {}", flags.drafts.verify.name()));
+    if flags.verify != VerifyMethod::Match {
+        all.push(format!("--verify {}", flags.verify.name()));
     }
     all.extend(drafts.tree.map(|rows| format!("trees of {rows}")));
     let adaptive =
         |least: Option<f64>| least.map_or("adaptive".into(), |least| format!("adaptive at {least}"));
-    all.extend(flags.drafts.adaptive.map(adaptive));
-    all.extend(flags.drafts.coupled.then(|| "coupled drafts".into()));
-    let own = drafts.draft_temperature.filter(|_| flags.drafts.draft_temperature.is_some());
+    all.extend(flags.adaptive.map(adaptive));
+    all.extend(flags.coupled.then(|| "coupled drafts".into()));
+    let own = drafts.draft_temperature.filter(|_| flags.draft_temperature.is_some());
     all.extend(own.map(|temperature| format!("drafts at temperature {temperature}")));
     all.iter().map(|what| format!(", {what}")).collect()
 }
 
-fn title(
-    flags: &args::Generate,
-    machine: &Machine,
-    model: &Model,
-    requests: &[Request],
-    repeats: usize,
-) -> String {
+fn full_title(plan: &Plan, machine: &Machine, model: &Model, repeats: usize) -> String {
     let name = |name: &Option<String>| name.clone().unwrap_or_default();
     let on = machine.card.as_ref().or(machine.device.as_ref()).cloned().unwrap_or_default();
-    let together = if flags.batch > 1 { format!(", {} together", flags.batch) } else { String::new() };
-    let how = if flags.temperature == 0.0 {
-        "greedy".to_string()
-    } else {
-        format!("temperature {}, seed {}", flags.temperature, flags.seed)
-    };
     let what = if machine.device.as_deref() == Some("emulator") {
         "counters of the emulator, no times".to_string()
     } else {
         format!("AR and DFlash in turn, {repeats} times")
     };
-    let (target, drafter, prompts) = (name(&model.target), name(&model.drafter), requests.len());
-    let source = if flags.prompts.is_none() { "built-in " } else { "" };
-    let how = how + &drafts(flags, &SpecRecord::new(&requests[0].spec));
-    let distribution = match same_tokens(flags) {
+    let (target, drafter, prompts) = (name(&model.target), name(&model.drafter), &plan.title);
+    let distribution = match plan.same_tokens {
         true => "",
         false => {
             "; the distribution is the target's, the tokens are not those of AR and are not compared with them"
         }
     };
-    format!(
-        "{target} with {drafter} on {on}: {prompts} {source}prompts{together}, up to {} tokens each, {how}; {what}{distribution}",
-        flags.max_tokens
-    )
+    format!("{target} with {drafter} on {on}: {prompts}; {what}{distribution}")
 }
 
 /// All requests, and the device that runs them.
 struct Run<'a> {
-    flags: &'a args::Generate,
     requests: &'a [Request],
+    /// Requests that run together.
+    batch: usize,
+    /// `None`: the device's default.
+    repeats: Option<usize>,
     /// None: the CPU.
-    place: Option<(&'a DeviceHandle, &'a Instruments)>,
+    device: Option<(&'a dyn Device, &'a Instruments)>,
 }
 
 impl Run<'_> {
     /// All repeats after a warm-up. On the emulator there is no warm-up, and its counters are returned.
     fn all(&self, decoder: &mut dyn Decoder) -> Result<(Vec<Repeat>, Option<[Counts; 2]>)> {
-        let emulated = self.tally().is_some();
-        let repeats = self.flags.repeat.unwrap_or(if emulated { 1 } else { REPEATS });
+        let emulated = self.counters().is_some();
+        let repeats = self.repeats.unwrap_or(if emulated { 1 } else { REPEATS });
         let bar = terminal::progress("answers {bar:40} {pos} of {len}, {eta} left", false);
         let mut counts = [Counts::default(); 2];
         if !emulated {
-            self.once(decoder, &self.requests[..self.flags.batch], 0, &mut counts, &ProgressBar::hidden())?;
+            self.once(decoder, &self.requests[..self.batch], 0, &mut counts, &ProgressBar::hidden())?;
         }
         bar.set_length((repeats * self.requests.len() * DECODING.len()) as u64);
         let each = |number| self.once(decoder, self.requests, number, &mut counts, &bar);
@@ -290,8 +319,8 @@ impl Run<'_> {
         Ok((repeats?, emulated.then_some(counts)))
     }
 
-    fn tally(&self) -> Option<Counts> {
-        self.place.and_then(|(place, _)| place.device.tally())
+    fn counters(&self) -> Option<Counts> {
+        self.device.and_then(|(device, _)| device.counters())
     }
 
     /// Repeat `number`, from 0: each prompt, or with `--batch` all of them, with AR decoding and with DFlash.
@@ -305,7 +334,7 @@ impl Run<'_> {
         bar: &ProgressBar,
     ) -> Result<Repeat> {
         let mut repeat = Repeat::default();
-        let together = if self.flags.batch > 1 { requests.len() } else { 1 };
+        let together = if self.batch > 1 { requests.len() } else { 1 };
         for (i, group) in requests.chunks(together).enumerate() {
             for turn in 0..DECODING.len() {
                 let mode = (number + i + turn) % DECODING.len();
@@ -314,16 +343,16 @@ impl Run<'_> {
                     group.iter().map(|r| Request { block: block(r), ..r.clone() }).collect();
                 let mut sink = Outcomes { outcomes: vec![None; group.len()], bar };
                 // A device may still run rounds beyond the end of the last answer.
-                if let Some((place, _)) = self.place {
-                    place.device.synchronize()?;
+                if let Some((device, _)) = self.device {
+                    device.synchronize()?;
                 }
-                let (before, clock) = (self.tally(), Instant::now());
+                let (before, clock) = (self.counters(), Instant::now());
                 generate_all(decoder, &group, &mut sink)?;
                 repeat.wall[mode] += clock.elapsed();
-                if let (Some(before), Some(after)) = (before, self.tally()) {
+                if let (Some(before), Some(after)) = (before, self.counters()) {
                     counts[mode] += after - before;
                 }
-                if let Some(now) = self.place.and_then(|(_, instruments)| instruments.is_throttled()) {
+                if let Some(now) = self.device.and_then(|(_, instruments)| instruments.is_throttled()) {
                     repeat.throttled = Some(now || repeat.throttled.unwrap_or(false));
                 }
                 let outcomes: Option<Vec<Outcome>> = sink.outcomes.into_iter().collect();
@@ -363,7 +392,6 @@ impl TokenSinks for Outcomes<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
     use dflash::engine::generate::{Emitted, Prefill};
 
     /// A decoder whose answers count up from the prompt. With `strays`, drafts count by another step. It logs
@@ -404,46 +432,34 @@ mod tests {
         fn release(&mut self, _slot: usize, _tokens: usize) -> Result<()> {
             Ok(())
         }
-        fn watch(&mut self) {}
+        fn keep_logits(&mut self) {}
         fn logits(&mut self, _slot: usize, _row: usize) -> Result<Vec<f32>> {
             Ok(vec![])
         }
     }
 
-    fn all(decoder: &mut Counter, flags: &[&str]) -> Vec<Repeat> {
-        let line = ["dflash-bench", "generate", "--prompts", "p.jsonl", "-n", "7"];
-        let args = args::Args::parse_from(line.iter().chain(flags));
-        let Some(args::Command::Generate(flags)) = args.command else { panic!("another command") };
-        let sampling = check(&flags).unwrap();
-        let request = |id: u32| {
-            let sampling = SamplingParams { stream: id, ..sampling.clone() };
-            Request {
-                prompt: vec![id],
-                max_tokens: 7,
-                sampling,
-                stop_ids: vec![],
-                block: 4,
-                spec: Default::default(),
-            }
-        };
-        let requests: Vec<Request> = (1..4).map(request).collect();
-        let (repeats, counts) = Run { flags: &flags, requests: &requests, place: None }.all(decoder).unwrap();
+    fn request(id: u32) -> Request {
+        Request {
+            prompt: vec![id],
+            max_tokens: 7,
+            sampling: SamplingParams { stream: id, ..SamplingParams::default() },
+            stop_ids: vec![],
+            block: 4,
+            spec: Default::default(),
+        }
+    }
+
+    /// The repeats of requests 1 to 3, as many together as `decoder` has slots.
+    fn all(decoder: &mut Counter, repeats: Option<usize>) -> Vec<Repeat> {
+        let (requests, batch) = ([1, 2, 3].map(request), decoder.slots.len());
+        let (repeats, counts) =
+            Run { requests: &requests, batch, repeats, device: None }.all(decoder).unwrap();
         assert_eq!(counts, None);
         repeats
     }
 
     fn counter(slots: usize, strays: bool) -> Counter {
-        let sampling =
-            SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, stream: 0 };
-        let idle = Request {
-            prompt: vec![0],
-            max_tokens: 0,
-            sampling,
-            stop_ids: vec![],
-            block: 1,
-            spec: Default::default(),
-        };
-        Counter { slots: vec![(0, idle); slots], log: vec![], strays }
+        Counter { slots: vec![(0, request(0)); slots], log: vec![], strays }
     }
 
     #[test]
@@ -462,7 +478,7 @@ mod tests {
     #[test]
     fn ar_and_dflash_take_turns_in_going_first() {
         let mut decoder = counter(1, false);
-        let repeats = all(&mut decoder, &["--repeat", "2"]);
+        let repeats = all(&mut decoder, Some(2));
         // After the warm-up.
         let expected = [
             [(1, 1), (1, 4)],
@@ -488,7 +504,7 @@ mod tests {
     #[test]
     fn batches_take_turns_by_the_repeat() {
         let mut decoder = counter(2, false);
-        let repeats = all(&mut decoder, &["--repeat", "2", "--batch", "2"]);
+        let repeats = all(&mut decoder, Some(2));
         let order: Vec<usize> = decoder.log.iter().map(|log| log.1).collect();
         assert_eq!(order, [1, 1, 4, 4, 1, 1, 1, 4, 4, 4, 4, 4, 4, 1, 1, 1]);
         assert!(repeats.iter().flat_map(|repeat| &repeat.outcomes).all(|outcomes| outcomes.len() == 3));
@@ -497,11 +513,11 @@ mod tests {
     #[test]
     fn drafts_that_change_an_answer_are_found() {
         let names = ["a", "b", "c"].map(String::from);
-        let repeats = all(&mut counter(1, true), &["--repeat", "1"]);
+        let repeats = all(&mut counter(1, true), Some(1));
         let (_, same) = answers::lossless(&repeats, &names, 3, true);
         let sentence = "a, repeat 1: after 1 equal tokens autoregressive decoding goes on with 2, and DFlash goes on with 3";
         assert_eq!(same, Err(Error::Lossless(sentence.into())));
-        let (_, same) = answers::lossless(&all(&mut counter(1, false), &[]), &names, 3, true);
+        let (_, same) = answers::lossless(&all(&mut counter(1, false), None), &names, 3, true);
         assert_eq!(same, Ok(()));
     }
 }

@@ -114,7 +114,7 @@ pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
     };
     let cases = chosen(flags, &pair, &*handle.device)?;
     let instruments = Instruments::open(&handle);
-    handle.device.tally_conflicts(true);
+    handle.device.count_all_conflicts(true);
     let card = Card::of_driver(&handle.device.properties().name);
     let ceiling = CEILING[usize::from(fixtures.counts())];
     let (rounds, samples) = (flags.rounds, flags.samples);

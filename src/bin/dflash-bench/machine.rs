@@ -30,11 +30,11 @@ pub struct Instruments {
 }
 
 impl Instruments {
-    /// The instruments of the device at `place`, with its present state. Without instruments every reading is
+    /// The instruments of the device `handle`, with its present state. Without instruments every reading is
     /// None.
-    pub fn open(place: &DeviceHandle) -> Instruments {
+    pub fn open(handle: &DeviceHandle) -> Instruments {
         // NVML is loaded only for a card.
-        let pci = place.device.properties().pci.clone();
+        let pci = handle.device.properties().pci.clone();
         Instruments::with(pci.and_then(|pci| Some((Nvml::init().ok()?, pci))))
     }
 
@@ -76,14 +76,14 @@ impl Instruments {
     }
 
     /// The machine of a record, to be called at the end of the run.
-    pub fn machine(&self, place: &DeviceHandle) -> Machine {
+    pub fn machine(&self, handle: &DeviceHandle) -> Machine {
         let Properties { name, driver, capability, multiprocessors, l2, memory, overlap, .. } =
-            place.device.properties();
-        let gpu = place.name == "cuda";
+            handle.device.properties();
+        let gpu = handle.name == "cuda";
         let version = self.card.as_ref().and_then(|(nvml, _)| nvml.sys_driver_version().ok());
         let cuda = format!("CUDA {}.{}", driver / 1000, driver % 1000 / 10);
         Machine {
-            device: Some(place.name.into()),
+            device: Some(handle.name.into()),
             card: gpu.then(|| name.clone()),
             driver: gpu.then(|| version.map_or(cuda.clone(), |version| format!("{version}, {cuda}"))),
             memory_gigabytes: gpu.then_some(*memory as f64 / 1e9),
@@ -179,9 +179,9 @@ pub mod tests {
 
     #[test]
     fn a_record_has_the_driver_and_the_state_before_and_after() {
-        let mut place = emulator();
-        place.name = "cuda";
-        let machine = instruments("0000:65:00.0").machine(&place);
+        let mut handle = emulator();
+        handle.name = "cuda";
+        let machine = instruments("0000:65:00.0").machine(&handle);
         assert_eq!(machine.driver.as_deref(), Some("580.95.05, CUDA 0.0"));
         assert_eq!(machine.before.as_ref().unwrap().sm_mhz, Some(1755));
         assert_eq!((machine.memory_gigabytes, machine.l2_bytes), (Some(17.179869184), Some(52428800)));
@@ -208,11 +208,11 @@ pub mod tests {
     #[test]
     fn without_instruments_every_reading_is_null() {
         assert!(Nvml::builder().lib_path(OsStr::new("/none/libnvidia-ml.so.1")).init().is_err());
-        let place = emulator();
-        assert_eq!(place.device.properties().pci, None);
-        let none = Instruments::open(&place);
+        let handle = emulator();
+        assert_eq!(handle.device.properties().pci, None);
+        let none = Instruments::open(&handle);
         assert_eq!((none.state(), none.is_throttled()), (None, None));
-        let machine = none.machine(&place);
+        let machine = none.machine(&handle);
         assert_eq!((machine.describe(), machine.driver, machine.before), (None, None, None));
     }
 }

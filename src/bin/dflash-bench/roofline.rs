@@ -11,7 +11,7 @@ use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::memory::{MemoryPlan, Overhead};
 use dflash::perf::roofline::{self, CARDS, Card, Pass};
 use dflash::spec::draft_length::Costs;
-use dflash::spec::tree::MOST_ROWS;
+use dflash::spec::tree::MAX_TREE_ROWS;
 use dflash::{Error, Result};
 use serde_json::{Map, Value, json};
 
@@ -91,7 +91,7 @@ fn check(flags: &args::Roofline, pair: &Pair, tree: &[usize]) -> Result<()> {
         return wrong("tree", found as f64, "2 to 1024".into());
     }
     if let Some(args::Numbers(curve)) = &flags.curve {
-        let drafts = max_tokens(pair, MOST_ROWS) - 1.0;
+        let drafts = max_tokens(pair, MAX_TREE_ROWS) - 1.0;
         if curve.len() as f64 > drafts {
             return wrong(
                 "curve",
@@ -200,7 +200,7 @@ fn passes(
 /// The chain length with the least time per token under `--curve`.
 fn cheapest(flags: &args::Roofline, pair: &Pair, card: &Card, context: usize) -> Option<Row> {
     let (curve, drafter) = (flags.curve.as_ref()?, &pair.drafter.as_ref()?.config);
-    let costs = Costs::modelled(card, &pair.target.config, drafter, context, 1, drafter.block);
+    let costs = Costs::from_roofline(card, &pair.target.config, drafter, context, 1, drafter.block);
     let mut accepted = 1.0;
     let survival: Vec<f64> = curve
         .0

@@ -38,21 +38,21 @@ const SAMPLES: [usize; 2] = [20, 5];
 pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     let (temperature, seed) = (flags.temperature, 1);
     let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 0 };
-    sampling.check().map_err(dflash::cli::spec_flags::name_flag)?;
+    sampling.check()?;
     if flags.gpu.is_some() && matches!(flags.device, Choice::Cpu | Choice::Emulator) {
         return Err(Error::Usage("--gpu needs --device cuda or auto".into()));
     }
-    let place = place(flags)?;
-    let counting = place.as_ref().is_some_and(|place| place.device.tally().is_some());
-    let small = counting || place.is_none();
+    let handle = open_device(flags)?;
+    let counting = handle.as_ref().is_some_and(|handle| handle.device.counters().is_some());
+    let small = counting || handle.is_none();
     let name = flags.model.as_deref().unwrap_or(if small { "demo" } else { "qwen3-8b" });
     let pair = model::pair(name, flags.draft.clone())?;
     let block = block(flags, &pair)?;
-    check(flags, &pair, block, place.is_some())?;
+    check(flags, &pair, block, handle.is_some())?;
     let acceptance = acceptance(flags, block, counting)?;
     let grid = Grid { flags, pair: &pair, block, sampling, acceptance };
-    let (rows, machine, on) = match &place {
-        Some(place) => grid.on_device(place, counting)?,
+    let (rows, machine, on) = match &handle {
+        Some(handle) => grid.on_device(handle, counting)?,
         None => {
             let rows = ops::install(|| grid.on_cpu())?;
             (rows, Machine { device: Some("cpu".into()), ..Machine::default() }, "the CPU".into())
@@ -75,7 +75,7 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
 }
 
 /// The device that runs the kernels; None: the CPU, by choice or because there is no GPU.
-fn place(flags: &args::Round) -> Result<Option<DeviceHandle>> {
+fn open_device(flags: &args::Round) -> Result<Option<DeviceHandle>> {
     let number = flags.gpu.unwrap_or(0);
     match flags.device {
         Choice::Cpu => Ok(None),
@@ -127,11 +127,11 @@ impl Grid<'_> {
     }
 
     /// The rows, the machine and its name.
-    fn on_device(&self, place: &DeviceHandle, counting: bool) -> Result<(Vec<Row>, Machine, String)> {
-        let device = &*place.device;
-        fits(self.pair, place, self.largest())?;
-        device.tally_conflicts(true);
-        let instruments = Instruments::open(place);
+    fn on_device(&self, handle: &DeviceHandle, counting: bool) -> Result<(Vec<Row>, Machine, String)> {
+        let device = &*handle.device;
+        fits(self.pair, handle, self.largest())?;
+        device.count_all_conflicts(true);
+        let instruments = Instruments::open(handle);
         let models = device::load(self.pair, device, self.largest().positions)?;
         let card = Card::of_driver(&device.properties().name).filter(|_| !counting);
         let (rounds, samples) = (self.flags.rounds, self.flags.samples.unwrap_or(SAMPLES[0]));
@@ -145,7 +145,7 @@ impl Grid<'_> {
             }
             self.flags.profile.map_or(Ok(()), |rounds| run.profile(rounds))
         })?;
-        let mut machine = instruments.machine(place);
+        let mut machine = instruments.machine(handle);
         machine.gigabytes_per_s = card.map(|card| card.bandwidth);
         machine.tflops = card.map(|card| card.tflops);
         let name = if counting { "the emulator".into() } else { device.properties().name.clone() };
@@ -266,13 +266,13 @@ fn tokens(curve: &[f64]) -> f64 {
 }
 
 /// Checks that the largest point of the grid fits the device, before anything is loaded.
-fn fits(pair: &Pair, place: &DeviceHandle, config: BatchConfig) -> Result<()> {
-    let needed = MemoryPlan::new(pair, config)?.needed(place.overhead);
-    let free = usize::try_from(place.device.memory()?.0).unwrap_or(usize::MAX);
+fn fits(pair: &Pair, handle: &DeviceHandle, config: BatchConfig) -> Result<()> {
+    let needed = MemoryPlan::new(pair, config)?.needed(handle.overhead);
+    let free = usize::try_from(handle.device.memory()?.0).unwrap_or(usize::MAX);
     if needed <= free {
         return Ok(());
     }
-    let largest = MemoryPlan::largest_context(pair, config, free, place.overhead)?;
+    let largest = MemoryPlan::largest_context(pair, config, free, handle.overhead)?;
     let advice = match largest.checked_sub(spare(config.block)) {
         Some(largest) => format!("the largest --context that fits is {largest}"),
         None => "no --context fits".into(),

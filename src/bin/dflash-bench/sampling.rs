@@ -29,11 +29,11 @@ pub fn cost(
     prepare: &mut dyn FnMut() -> Result<()>,
     run: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Cost> {
-    if let Some(before) = device.tally() {
+    if let Some(before) = device.counters() {
         prepare()?;
-        let prepared = device.tally().unwrap_or(before);
+        let prepared = device.counters().unwrap_or(before);
         run()?;
-        let after = device.tally().unwrap_or(prepared);
+        let after = device.counters().unwrap_or(prepared);
         return Ok(Cost::Counts(after - prepared));
     }
     let times = together(device, instruments, rounds, samples, prepare, 1, &mut |_| run())?;

@@ -33,8 +33,8 @@ fn title(record: &Record) -> String {
         Some("emulator") => Some(": counters, no times"),
         _ => None,
     };
-    let place = machine.card.as_ref().or(machine.device.as_ref()).cloned();
-    let parts = [named(" of ", &model.target), named(" with ", &model.drafter), named(" on ", &place)];
+    let on = machine.card.as_ref().or(machine.device.as_ref()).cloned();
+    let parts = [named(" of ", &model.target), named(" with ", &model.drafter), named(" on ", &on)];
     let parts = parts.into_iter().flatten().chain(kind.map(String::from));
     format!("{command}{}", parts.collect::<String>())
 }

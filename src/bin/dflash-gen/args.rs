@@ -4,7 +4,7 @@ use crate::job::{Action, Format, Job, Source};
 use clap::{ArgAction, Parser, ValueEnum};
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use dflash::cli::device::Choice;
-use dflash::cli::spec_flags::{SpecFlags, name_flag, needs_drafter};
+use dflash::cli::spec_flags::{SpecFlags, needs_drafter};
 use dflash::cli::terminal::{number, whole};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 const MAX_SEQUENCES: usize = 16;
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done (also when the reader of stdout goes away), 1 internal failure, 2 usage,
+Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 lossless check failed,
 130 interrupted (the text so far is printed; with --chat, Ctrl-C ends the answer, and the
 program if it is pressed again or between answers).";
@@ -80,7 +80,7 @@ pub struct Args {
     #[arg(short = 'n', long, value_name = "N", default_value_t = 256, help_heading = "Generation")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub max_tokens: usize,
-    /// 0 is greedy: the best token every time, whatever the next four flags say
+    /// 0 is greedy: always the best token, whatever --top-k, --top-p, --min-p and --seed are
     #[arg(long, value_name = "T", default_value_t = 0.0, help_heading = "Generation")]
     #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub temperature: f32,
@@ -181,7 +181,7 @@ impl Args {
             seed: self.seed.unwrap_or_else(random_seed),
             stream: 0,
         };
-        sampling.check().map_err(name_flag)?;
+        sampling.check()?;
         let spec = self.drafts.config(&sampling)?;
         let color = match self.color {
             Color::Auto => io::stdout().is_terminal(),
@@ -311,6 +311,7 @@ fn random_seed() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dflash::cli::terminal;
 
     fn resolve(flags: &[&str]) -> Result<Job> {
         Args::try_parse_from(["dflash-gen"].iter().chain(flags)).unwrap().resolve()
@@ -330,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn sampled_drafts_follow_the_targets_sampling_unless_they_have_a_temperature() {
+    fn sampled_drafts_use_the_targets_sampling_by_default() {
         let hot = SamplingParams { temperature: 0.5, top_k: 3, ..SamplingParams::default() };
         for (more, expected) in [(&[][..], 0.5), (&["--draft-temperature", "2"], 2.0)] {
             let flags = [&["x", "--verify", "rejection", "--temperature", "1"], more].concat();
@@ -349,7 +350,7 @@ mod tests {
             (&["--template-arg", "x"], "--template-arg is \"x\", expected NAME=VALUE"),
         ] {
             let error = resolve(flags).err().unwrap();
-            assert_eq!((error.exit_code(), error.to_string().as_str()), (2, sentence));
+            assert_eq!((error.exit_code(), terminal::message(&error).as_str()), (2, sentence));
         }
     }
 }

@@ -13,7 +13,7 @@ use dflash::gpu::decoder::DeviceBackend;
 /// The capacity for the job's sequences, in blocks of up to `block` rows; `needed`: positions of the longest
 /// request.
 pub fn capacity(job: &Job, pair: &Pair, block: usize, needed: usize) -> Result<BatchConfig> {
-    Ok(BatchConfig::of(pair, job.batch, block, job.ctx, needed)?.for_spec(&job.spec))
+    Ok(BatchConfig::for_pair(pair, job.batch, block, job.ctx, needed)?.for_spec(&job.spec))
 }
 
 /// Loads the pair where the job says.

@@ -8,7 +8,7 @@ use crate::engine::generate::{Decoder, Emitted, Prefill, Request};
 use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::device::{Device, Graph};
 use crate::gpu::kernels::PAGE;
-use crate::gpu::kernels::round::{Finish, Form, Record, STOP_IDS, Sequence};
+use crate::gpu::kernels::round::{DraftShape, Finish, Record, STOP_IDS, Sequence};
 use crate::gpu::kernels::sample::Sample;
 use crate::gpu::model::Row;
 use crate::gpu::nvtx;
@@ -134,8 +134,8 @@ impl Slot {
         let block = (state.block as usize).min(left(state.draft_end)).min(left(state.end).saturating_sub(1));
         match state.form {
             _ if block < 2 => 0,
-            Form::Chain => block - 1,
-            Form::BestFirst | Form::SampledTree => state.rows as usize - 1,
+            DraftShape::Chain => block - 1,
+            DraftShape::BestFirst | DraftShape::SampledTree => state.rows as usize - 1,
         }
     }
 }
@@ -175,7 +175,7 @@ impl<'a> Batch<'a> {
         let drafter = models.drafter.as_ref().filter(|_| config.adaptive)?;
         let card = Card::of_driver(&device.properties().name).unwrap_or(CARDS[0]);
         let BatchConfig { sequences, block, .. } = *config;
-        let costs = Costs::modelled(&card, &models.config, &drafter.config, 0, sequences, block);
+        let costs = Costs::from_roofline(&card, &models.config, &drafter.config, 0, sequences, block);
         let mut sizes: Vec<usize> = self.graphs.iter().map(|(shape, _)| shape.rows).collect();
         sizes.sort_unstable();
         Some(costs.of_sizes(&sizes))
@@ -186,14 +186,14 @@ impl<'a> Batch<'a> {
     ///
     /// Sequences with sampled trees are an exception: their rounds always have the full size. The number of
     /// siblings depends on the size of a tree, so acceptance at one size does not predict that at another.
-    pub fn control(&mut self, make: impl Fn() -> Box<dyn Controller> + 'a) {
+    pub fn set_controllers(&mut self, make: impl Fn() -> Box<dyn Controller> + 'a) {
         self.controllers = Some(Box::new(make));
     }
 
     /// The controller of a new sequence.
-    fn controller(&self, spec: &SpecConfig, form: Form) -> Box<dyn Controller> {
+    fn controller(&self, spec: &SpecConfig, form: DraftShape) -> Box<dyn Controller> {
         match (&self.controllers, &self.costs) {
-            _ if form == Form::SampledTree => Box::new(Fixed),
+            _ if form == DraftShape::SampledTree => Box::new(Fixed),
             (Some(make), _) => make(),
             (None, Some(costs)) => spec.draft_length().controller(costs, true),
             (None, None) => Box::new(Fixed),
@@ -274,9 +274,9 @@ impl<'a> Batch<'a> {
             block: request.block as u32,
             rows: request.spec.tree_rows().unwrap_or(request.block) as u32,
             form: match (request.spec.tree_rows(), request.spec.method()) {
-                (None, _) => Form::Chain,
-                (Some(_), VerifyMethod::Match) => Form::BestFirst,
-                (Some(_), VerifyMethod::Rejection | VerifyMethod::Block) => Form::SampledTree,
+                (None, _) => DraftShape::Chain,
+                (Some(_), VerifyMethod::Match) => DraftShape::BestFirst,
+                (Some(_), VerifyMethod::Rejection | VerifyMethod::Block) => DraftShape::SampledTree,
             },
             sampling: request.sampling.clone(),
             stop_ids,
@@ -344,8 +344,8 @@ impl<'a> Batch<'a> {
     }
 
     /// Asks the controller of the sequence in `slot` for the number of drafts of the next round. Returns the
-    /// maximum rows to verify: 1 if no sequence runs or it does not draft. The maximum is written to the
-    /// device in stream order, after the rounds already enqueued, so neither side waits.
+    /// maximum rows to verify: 1 if the slot has no running sequence or the sequence does not draft. The
+    /// device gets a changed maximum by a write enqueued after the earlier rounds, so the host does not wait.
     fn set_rows(&mut self, slot: usize) -> Result<usize> {
         let entry = &mut self.slots[slot];
         if !(entry.is_running() && entry.drafts()) {
@@ -354,7 +354,8 @@ impl<'a> Batch<'a> {
         let (max_drafts, length) = (entry.max_drafts(), &mut entry.draft_length);
         let drafts = length.controller.drafts(max_drafts).min(max_drafts);
         length.allowed.push_back(drafts);
-        // At the maximum, the device applies the limits itself, because it knows the exact length.
+        // `max_drafts` is an estimate, because the length after the enqueued rounds is not known here. So if
+        // the controller asks for all of them, the device gets the full size and applies the exact limits.
         let all = entry.state.as_ref().map_or(1, |state| state.rows as usize);
         let rows = if drafts < max_drafts { drafts + 1 } else { all };
         if length.rows != rows {
@@ -560,7 +561,7 @@ impl Decoder for Batch<'_> {
         self.ctx.device.upload(&self.ctx.buffers.states.slice(slot * Sequence::BYTES, 4)?, &[0; 4])
     }
 
-    fn watch(&mut self) {
+    fn keep_logits(&mut self) {
         self.watched = true;
     }
 

@@ -46,7 +46,7 @@ pub(super) struct RoundBuffers {
 pub(super) struct TreeBuffers {
     pub choices: Buffer, // [draft_rows][tree_choices] (token, cost) u32
     pub counts: Buffer,  // [draft_rows] u32
-    pub typical: Buffer, // [tree_choices] u32: tree::typical of each place among siblings
+    pub typical: Buffer, // [tree_choices] u32: tree::typical_cost of each place among siblings
     pub parents: Buffer, // [rows] u32
     pub masks: Buffer,   // [rows] u64
     pub caches: Buffer,  // [layers][2] u64: addresses of the target's keys and values
@@ -147,10 +147,10 @@ impl TreeBuffers {
         let (draft_rows, rows) = (sequences * config.block, sequences * config.max_verify_rows());
         let get = |bytes: usize| device.allocate(bytes.max(16), "a round's tables");
         let compact = compact(models, cache, sequences, config.max_verify_rows());
-        let addresses = compact.caches(&cache.keys, &cache.values)?;
+        let addresses = compact.cache_addresses(&cache.keys, &cache.values)?;
         let caches = get(addresses.len())?;
         device.upload(&caches.slice(0, addresses.len())?, &addresses)?;
-        let costs: Vec<u8> = (0..choices as u32).flat_map(|i| tree::typical(i).to_le_bytes()).collect();
+        let costs: Vec<u8> = (0..choices as u32).flat_map(|i| tree::typical_cost(i).to_le_bytes()).collect();
         let typical = get(costs.len())?;
         device.upload(&typical.slice(0, costs.len())?, &costs)?;
         Ok(TreeBuffers {

@@ -83,7 +83,7 @@ fn a_round_is_as_large_as_its_largest_sequence_needs() {
     let mut batch = Batch::new(&device, &models, config).unwrap();
     let scripts = [vec![63, 0, 15, 16, 0, 32, 3], vec![0, 0, 3, 31, 15, 0, 4]];
     let next = std::cell::Cell::new(0);
-    batch.control(move || {
+    batch.set_controllers(move || {
         next.set(next.get() + 1);
         Box::new(Script(scripts[next.get() - 1].clone().into_iter()))
     });
@@ -117,7 +117,7 @@ fn adaptive_controllers_fill_the_captured_passes() {
     let config = BatchConfig { adaptive: true, ..BatchConfig::new(1, 16, 128).with_trees(64) };
     let batch = Batch::new(&device, &models, config).unwrap();
     let spec = SpecConfig::Exact { drafts: ExactDrafts::Chain, length: DraftLengthPolicy::CostModel };
-    let mut controller = batch.controller(&spec, Form::Chain);
+    let mut controller = batch.controller(&spec, DraftShape::Chain);
     let mut rows = vec![];
     for _ in 0..12 {
         let drafts = controller.drafts(63);

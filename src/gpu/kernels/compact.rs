@@ -1,5 +1,5 @@
 //! `cuda/spec/compact.cu`: moves the keys and values of an accepted path to consecutive slots, as
-//! [`crate::spec::tree::moves`] defines it.
+//! [`crate::spec::tree::compaction_moves`] defines it.
 
 use super::check::{Check, args};
 use super::verify::VerifyOutput;
@@ -40,7 +40,7 @@ impl Compact {
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if there is not one buffer per layer, or a buffer is too small.
-    pub fn caches(&self, keys: &[Buffer], values: &[Buffer]) -> Result<Vec<u8>> {
+    pub fn cache_addresses(&self, keys: &[Buffer], values: &[Buffer]) -> Result<Vec<u8>> {
         let check = Check("compact");
         check.that(
             keys.len() == self.layers && values.len() == self.layers,
@@ -57,7 +57,7 @@ impl Compact {
         Ok(addresses)
     }
 
-    /// Moves the keys and values. `caches`: the table of [`Compact::caches`]. `page_table`
+    /// Moves the keys and values. `caches`: the table of [`Compact::cache_addresses`]. `page_table`
     /// `[sequences][sequence_pages]` u32. `output`: the result of the verification. `spans` `[sequences]`
     /// `Span` of the verification pass.
     ///

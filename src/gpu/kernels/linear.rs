@@ -115,7 +115,7 @@ pub struct Input<'a> {
     pub eps: f32,
     /// For the rows of a prompt: the kernel of `cuda/model/prefill.cu` to use. It does not split K, so its
     /// bits differ from those of a kernel that does.
-    pub prompt: Option<PrefillKernel>,
+    pub prefill_kernel: Option<PrefillKernel>,
     /// One u32; if it is 0, the launch does nothing. `None`: it always runs.
     pub num_active: Option<&'a Buffer>,
     /// Scratch memory, at least [`Shape::workspace`] for this launch.
@@ -254,15 +254,15 @@ impl<'a> Launch<'a> {
         let Launch { kernels, shape, rows, input, gather, first_block } = *self;
         let Shape { n, k } = shape;
         let (index, _) = tiles(rows);
-        let kernel = match (input.prompt, &kernels.prefill) {
+        let kernel = match (input.prefill_kernel, &kernels.prefill) {
             (None, _) => &kernels.decode[index],
-            (Some(prompt), Some(prefill)) => &prefill[prompt as usize],
+            (Some(kernel), Some(prefill)) => &prefill[kernel as usize],
             (Some(_), None) => {
                 let name = kernels.decode[index].name;
                 return Err(Error::Internal(format!("kernel {name}: has no counterpart for prompts")));
             }
         };
-        if input.prompt.is_some_and(|prompt| !prompt.runs_on(device)) {
+        if input.prefill_kernel.is_some_and(|kernel| !kernel.runs_on(device)) {
             let card = &device.properties().name;
             return Err(Error::Internal(format!("kernel {}: {card} has no wgmma", kernel.name)));
         }
@@ -280,7 +280,7 @@ impl<'a> Launch<'a> {
             format_args!("{n} outputs without the first {first_block} blocks of 128"),
             "at least one block",
         )?;
-        let (partial, counters) = if input.prompt.is_some() { (0, 0) } else { shape.workspace(rows) };
+        let (partial, counters) = if input.prefill_kernel.is_some() { (0, 0) } else { shape.workspace(rows) };
         let (gather, x_rows) = (gather.map(|g| g.rows), gather.map_or(rows, |g| g.of));
         let Workspace { partial: partial_sums, counters: partial_counters } = input.workspace;
         let check = Check(kernels.decode[0].file);
@@ -301,9 +301,9 @@ impl<'a> Launch<'a> {
         args.push(input.eps.into());
         args.extend_from_slice(epilogue);
         let blocks = (shape.blocks() - first_block) as u32;
-        if let Some(prompt) = input.prompt {
-            let grid = [rows.div_ceil(prompt.tokens()) as u32, blocks, 1];
-            return device.launch(kernel, grid, prompt.shared(), &args);
+        if let Some(prefill) = input.prefill_kernel {
+            let grid = [rows.div_ceil(prefill.tokens()) as u32, blocks, 1];
+            return device.launch(kernel, grid, prefill.shared(), &args);
         }
         device.launch(kernel, [blocks, splits as u32, passes as u32], shared(index, slice), &args)
     }

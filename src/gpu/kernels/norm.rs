@@ -37,9 +37,9 @@ impl Norm {
         (self.rows * self.hidden * 6 + self.hidden * 4) as u64
     }
 
-    /// The first half of the norm: `x[r] += add[r]` if there is an `add`, then `y[r] = bf16(gain x[r])` and
-    /// `sumsq[r][p]`, the sum of squares of 128 columns of `x[r]` from column `128 p` on. The linear kernel
-    /// that reads `y` does the second half: it scales its results by `1 / rms`.
+    /// The norm without the division by the root mean square: `x[r] += add[r]` if there is an `add`, then
+    /// `y[r] = bf16(gain x[r])` and `sumsq[r][p]`, the sum of squares of 128 columns of `x[r]` from column
+    /// `128 p` on. The linear kernel that reads `y` divides its results by the root mean square.
     ///
     /// `y` `[rows][hidden]` bf16, `sumsq` `[rows][parts]` f32, `x` and `add` `[rows][hidden]` f32, `gain`
     /// `[hidden]` f32.

@@ -62,7 +62,7 @@ impl Project {
         if let Some((features, pitch)) = features {
             check.that(
                 pitch >= n && pitch.is_multiple_of(4) && u32::try_from(pitch).is_ok(),
-                format_args!("features {pitch} apart"),
+                format_args!("a pitch of {pitch} features"),
                 format_args!("a multiple of 4, at least {n}"),
             )?;
             check.aligned("features", features, (rows.saturating_sub(1) * pitch + n) * 2)?;

@@ -59,7 +59,7 @@ impl Finish {
 
 /// The shape of a sequence's drafts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum DraftShape {
     /// One chain.
     Chain,
     /// The tree of the most probable prefixes: [`crate::spec::tree::Tree::best_first`].
@@ -92,7 +92,7 @@ pub struct Sequence {
     /// Maximum number of rows to verify, of a block or a tree, anchor included, 1 to 64.
     pub rows: u32,
     /// The shape of its drafts.
-    pub form: Form,
+    pub form: DraftShape,
     /// How its tokens are sampled.
     pub sampling: SamplingParams,
     /// At most [`STOP_IDS`] ids; each ends the answer.

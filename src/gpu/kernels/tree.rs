@@ -6,7 +6,7 @@ use super::round::Sequence;
 use super::{ROW_BYTES, SPAN_BYTES};
 use crate::Result;
 use crate::gpu::device::{Buffer, Device, Kernel};
-use crate::spec::tree::MOST_ROWS;
+use crate::spec::tree::MAX_TREE_ROWS;
 
 static BUILD: Kernel = Kernel { file: "tree", name: "tree_build", threads: 32, max_shared: 0 };
 
@@ -55,8 +55,8 @@ impl TreeBuild {
     ///   token after the anchor; row 0 is not read.
     /// - `drafts` `[sequences][block]` u32: the drafts of sequences that draft chains; row 0 is not read. They
     ///   become a tree without branches.
-    /// - `typical` `[per_row]` u32: [`crate::spec::tree::typical`] of each place among siblings, for sampled
-    ///   trees. Their drafts are set to `u32::MAX` and sampled later.
+    /// - `typical` `[per_row]` u32: [`crate::spec::tree::typical_cost`] of each place among siblings, for
+    ///   sampled trees. Their drafts are set to `u32::MAX` and sampled later.
     /// - `sequences` `[sequences]` [`Sequence`]: the depth of a tree is at most the number of drafts of the
     ///   sequence's block.
     ///
@@ -77,7 +77,7 @@ impl TreeBuild {
         let check = Check("tree_build");
         check.blocks(count, block)?;
         check.that(
-            (1..=MOST_ROWS).contains(&rows) && (1..MOST_ROWS).contains(&per_row),
+            (1..=MAX_TREE_ROWS).contains(&rows) && (1..MAX_TREE_ROWS).contains(&per_row),
             format_args!("trees of {rows} rows from {per_row} choices each"),
             "1 to 64 rows from 1 to 63 choices",
         )?;

@@ -128,7 +128,7 @@ struct Layer {
     x: RandomArray,
     sumsq: Option<RandomArray>,
     eps: f32,
-    prompt: Option<PrefillKernel>,
+    prefill_kernel: Option<PrefillKernel>,
     workspace: Workspace,
 }
 
@@ -138,7 +138,7 @@ impl Layer {
         shape: Shape,
         rows: usize,
         norm: Option<f32>,
-        prompt: Option<PrefillKernel>,
+        prefill_kernel: Option<PrefillKernel>,
     ) -> Result<Layer> {
         let Shape { k, .. } = shape;
         let scale = (k as f32).sqrt().recip();
@@ -147,7 +147,7 @@ impl Layer {
         let sumsq = norm.map(|_| fixtures.floats(sums, 128.0, 10.0, "sums of squares")).transpose()?;
         let x = fixtures.halves(rows * k, 1.0, "activations")?;
         let workspace = Workspace::new(fixtures.device, &[(shape, rows)])?;
-        Ok(Layer { shape, w, weights, x, sumsq, eps: norm.unwrap_or(0.0), prompt, workspace })
+        Ok(Layer { shape, w, weights, x, sumsq, eps: norm.unwrap_or(0.0), prefill_kernel, workspace })
     }
 
     fn input(&self, copy: usize) -> Input<'_> {
@@ -156,7 +156,7 @@ impl Layer {
             x: &self.x.buffer,
             sumsq: self.sumsq.as_ref().map(|sums| &sums.buffer),
             eps: self.eps,
-            prompt: self.prompt,
+            prefill_kernel: self.prefill_kernel,
             num_active: None,
             workspace: &self.workspace,
         }

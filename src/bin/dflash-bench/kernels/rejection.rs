@@ -8,7 +8,7 @@ use dflash::checkpoint::pair::Pair;
 use dflash::gpu::device::Buffer;
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
-use dflash::gpu::kernels::round::{Form, Sequence};
+use dflash::gpu::kernels::round::{DraftShape, Sequence};
 use dflash::gpu::kernels::sample;
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::distribution::Distribution;
@@ -45,7 +45,7 @@ pub fn states(
     block: usize,
     sampling: &SamplingParams,
     verify_method: VerifyMethod,
-    (form, rows): (Form, usize),
+    (form, rows): (DraftShape, usize),
 ) -> Result<Vec<u8>> {
     let state = |own: usize| {
         let sampling = SamplingParams { stream: own as u32, ..sampling.clone() };
@@ -60,7 +60,7 @@ fn chain_states(
     method: VerifyMethod,
 ) -> Result<Vec<u8>> {
     let RejectionSampler { sequences, block, .. } = kernels;
-    states(sequences, block, sampling, method, (Form::Chain, block))
+    states(sequences, block, sampling, method, (DraftShape::Chain, block))
 }
 
 /// The random draws of a sequence of [`states`].

@@ -8,7 +8,7 @@ use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::kernels::embedding::Embedding;
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::norm::{Norm, PART};
-use dflash::gpu::kernels::round::{Finish, Form, Record, Ring, Round, Sequence, Tables};
+use dflash::gpu::kernels::round::{DraftShape, Finish, Record, Ring, Round, Sequence, Tables};
 use dflash::gpu::kernels::sample::{self, Sample, SamplerInputs};
 use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
 use dflash::gpu::model::Row;
@@ -212,7 +212,7 @@ pub fn sequence(block: usize, sampling: SamplingParams) -> Sequence {
         draft_end: 1 << 30,
         block: block as u32,
         rows: block as u32,
-        form: Form::Chain,
+        form: DraftShape::Chain,
         sampling,
         stop_ids: vec![],
         finish: Finish::Running,

@@ -11,7 +11,7 @@ use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows};
-use dflash::gpu::kernels::round::Form;
+use dflash::gpu::kernels::round::DraftShape;
 use dflash::gpu::kernels::siblings::{SampledTrees, Siblings};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::distribution::Distribution;
@@ -123,7 +123,7 @@ struct Sampled {
 impl Sampled {
     fn new(fixtures: &BenchFixtures, trees: Trees) -> Result<Sampled> {
         let Siblings { sequences, block, max_verify_rows: rows, vocab } = trees.kernels;
-        let (kernels, form) = (trees.rows(block), (Form::SampledTree, rows));
+        let (kernels, form) = (trees.rows(block), (DraftShape::SampledTree, rows));
         let common = Common::new(fixtures, kernels)?;
         let logits = Logits::new(fixtures, sequences * block, vocab)?;
         let best = logits.best(trees.blocks);

@@ -112,7 +112,7 @@ impl Device for FakeGpu {
     fn synchronize(&self) -> Result<()> {
         self.inner.synchronize()
     }
-    fn tally(&self) -> Option<Counts> {
+    fn counters(&self) -> Option<Counts> {
         None
     }
 }

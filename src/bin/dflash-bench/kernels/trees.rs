@@ -13,11 +13,11 @@ use dflash::gpu::kernels::PAGE;
 use dflash::gpu::kernels::choices::Choices;
 use dflash::gpu::kernels::compact::Compact;
 use dflash::gpu::kernels::linear::Shape;
-use dflash::gpu::kernels::round::{Form, Sequence};
+use dflash::gpu::kernels::round::{DraftShape, Sequence};
 use dflash::gpu::kernels::sample;
 use dflash::gpu::kernels::tree::{TreeBuild, Trees};
 use dflash::gpu::kernels::verify::VerifyOutput;
-use dflash::spec::tree::{self, Choice, MOST_ROWS, Tree};
+use dflash::spec::tree::{self, Choice, MAX_TREE_ROWS, Tree};
 use serde_json::{Value, json};
 
 /// Upper bound of the difference between the costs of a choice and of the one before it, in units of 2^-16
@@ -32,7 +32,7 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     let mut all = vec![];
     for &rows in rows {
         let blocks = Shape { n: target.vocab, k: target.stack.hidden }.blocks();
-        all.push(choices(Choices { rows, vocab: target.vocab, blocks, per_row: MOST_ROWS - 1 }));
+        all.push(choices(Choices { rows, vocab: target.vocab, blocks, per_row: MAX_TREE_ROWS - 1 }));
         if let Some((sequences, rows)) = shape(pair, rows) {
             all.push(build(TreeBuild {
                 sequences,
@@ -50,7 +50,7 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
 /// without a drafter, or if each tree would have only its anchor.
 pub fn shape(pair: &Pair, rows: usize) -> Option<(usize, usize)> {
     levels(pair)?;
-    let sequences = (1..=rows).find(|n| rows.is_multiple_of(*n) && rows / n <= MOST_ROWS)?;
+    let sequences = (1..=rows).find(|n| rows.is_multiple_of(*n) && rows / n <= MAX_TREE_ROWS)?;
     Some((sequences, rows / sequences)).filter(|(_, each)| *each > 1)
 }
 
@@ -71,7 +71,7 @@ fn random_choices(own: usize, levels: usize, per_row: usize) -> Vec<Vec<Choice>>
     let level = |level: usize| {
         let mut cost = 0;
         let choice = |rank: usize| {
-            let i = (own * MAX_BLOCK + level) * MOST_ROWS + rank;
+            let i = (own * MAX_BLOCK + level) * MAX_TREE_ROWS + rank;
             cost += below(i, COST_STEP) as u32;
             Choice { token: i as u32, cost }
         };
@@ -133,7 +133,7 @@ fn build(kernel: TreeBuild) -> Case {
         };
         let list = fixtures.words(all.iter().flat_map(of_block))?;
         let counts = fixtures.words((0..sequences * block).map(|_| per_row as u32))?;
-        let state = Sequence { rows: rows as u32, form: Form::BestFirst, ..sequence(block, greedy()) };
+        let state = Sequence { rows: rows as u32, form: DraftShape::BestFirst, ..sequence(block, greedy()) };
         let states = fixtures.bytes(&state.to_bytes()?.repeat(sequences))?;
         // For chains and for sampled trees; there are none here.
         let drafts = fixtures.words(vec![NONE; sequences * block])?;
@@ -179,12 +179,12 @@ fn build(kernel: TreeBuild) -> Case {
 /// None if no row of a path has to move.
 fn compact(c: &Stack, trees: Vec<Tree>, rows: usize) -> Option<Case> {
     let paths = trees.iter().map(|tree| {
-        let moved = |row: &usize| tree::moves(&tree.path(*row).collect::<Vec<_>>()).count();
+        let moved = |row: &usize| tree::compaction_moves(&tree.path(*row).collect::<Vec<_>>()).count();
         let last = (0..tree.rows()).max_by_key(moved).unwrap_or(0);
         tree.path(last).collect()
     });
     let paths: Vec<Vec<usize>> = paths.collect();
-    let moved = paths.iter().map(|path| tree::moves(path).count()).sum();
+    let moved = paths.iter().map(|path| tree::compaction_moves(path).count()).sum();
     let (sequences, each) = (trees.len(), (LENGTH as usize + rows).div_ceil(PAGE));
     let kernel = Compact {
         sequences,
@@ -206,7 +206,7 @@ fn compact(c: &Stack, trees: Vec<Tree>, rows: usize) -> Option<Case> {
         let side = |layer: usize, side: usize| caches.slice((layer * 2 + side) * words * 2, words * 2);
         let [keys, values] = [0, 1].map(|of| (0..layers).map(|layer| side(layer, of)).collect::<Result<_>>());
         let (keys, values): (Vec<Buffer>, Vec<Buffer>) = (keys?, values?);
-        let addresses = fixtures.bytes(&kernel.caches(&keys, &values)?)?;
+        let addresses = fixtures.bytes(&kernel.cache_addresses(&keys, &values)?)?;
         // Pages in descending order.
         let page = move |own: usize, slot: usize| pages - 1 - (own * each + slot / PAGE);
         let table = fixtures.words((0..pages).map(|place| (pages - 1 - place) as u32))?;

@@ -84,9 +84,9 @@ impl Run<'_> {
         let point = self.point;
         let frozen = self.frozen()?;
         let run = |nodes: &[Node]| {
-            let before = self.device.tally();
+            let before = self.device.counters();
             nodes.iter().try_for_each(|node| node.enqueue(self.device))?;
-            match (before, self.device.tally()) {
+            match (before, self.device.counters()) {
                 (Some(before), Some(after)) => Ok(after - before),
                 _ => Err(Error::Internal("the device has no counters".into())),
             }
@@ -296,10 +296,10 @@ mod tests {
     /// agree.
     #[test]
     fn rows_of_times_follow_from_their_samples() {
-        let place = DeviceHandle::emulator().unwrap();
-        let instruments = Instruments::open(&place);
+        let handle = DeviceHandle::emulator().unwrap();
+        let instruments = Instruments::open(&handle);
         let pair = model::pair("demo", None).unwrap();
-        let models = Models::load(&*place.device, &pair, 600).unwrap();
+        let models = Models::load(&*handle.device, &pair, 600).unwrap();
         let (acceptance, rounds, samples) = ([2.0, 3.5], 1, 2);
         let mut point = Point {
             pair: &pair,
@@ -312,7 +312,7 @@ mod tests {
         };
         let mut rows = vec![];
         let run = |point: &Point, rounds, samples, rows: &mut Vec<Row>| {
-            let run = Run { point, device: &*place.device, models: &models };
+            let run = Run { point, device: &*handle.device, models: &models };
             run.measure(&Effort { instruments: &instruments, rounds, samples }, rows).unwrap();
         };
         run(&point, rounds, samples, &mut rows);
