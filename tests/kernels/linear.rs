@@ -222,6 +222,22 @@ fn head_gives_logits_and_the_best_key_of_every_block() {
 }
 
 #[test]
+fn head_masks_ids_that_the_drafter_does_not_have() {
+    for (vocab, ids) in [(300, 290), (300, 130), (257, 128), (300, 1)] {
+        let (rows, k) = (9, 96);
+        let data = Data::new(70, rows, Shape { n: vocab, k });
+        every_device(|device| {
+            let kernel = Head { rows, vocab, k, multiplier: 1.0, softcap: Some(30.0), ids: vocab };
+            let mut expected: Vec<f32> = from_bytes(&head(device, kernel, &data, true).1);
+            expected.chunks_mut(vocab).for_each(|row| row[ids..].fill(f32::NEG_INFINITY));
+            let (best, logits) = head(device, Head { ids, ..kernel }, &data, true);
+            assert_eq!(from_bytes::<f32>(&logits), expected, "{ids} of {vocab}");
+            assert_eq!(from_bytes::<u64>(&best), ranks(&expected, vocab), "{ids} of {vocab}");
+        });
+    }
+}
+
+#[test]
 fn best_key_is_the_lowest_of_equal_ids_and_marks_nan() {
     every_device(|device| {
         // The only input that is not 0 is the first, so the logits are a column of W.
