@@ -8,6 +8,7 @@ use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
 use dflash::checkpoint::folder::{Folder, PUBLISHED};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::Dtype;
+use dflash::cli::published::drafter_for;
 use dflash::cpu::model::{Drafter, Target};
 use dflash::{Error, Result};
 use serde_json::{Value, json};
@@ -347,16 +348,15 @@ fn plans_of_published_pairs_agree_with_the_docs() {
         let plan = run_pair(&files, &["--plan", "--json"]).json().remove(0);
         let pair = open(&files).unwrap();
         let drafter_config = &pair.drafter.as_ref().unwrap().config;
-        let bytes = |part: &str| plan[part]["bytes"].as_u64().unwrap() as f64 / 1e9;
-        let row = format!(
-            "| {} | {} | {:.2} GB | {:.2} GB | {} |",
-            drafter_config.block,
-            pair.target.config.stack.max_positions,
-            bytes("target"),
-            bytes("drafter"),
-            plan["kv_bytes_per_token"]
-        );
-        assert!(docs.contains(&row), "{name}: {row}: {plan}");
+        let bytes = |part: &str| plan[part]["weight_bytes"].as_u64().unwrap() as f64 / 1e9;
+        let published = drafter_for(&pair.target.config).unwrap();
+        let sizes = format!("{:.2} GB | {:.2} GB |", bytes("target"), bytes("drafter"));
+        for row in [
+            format!("| `{published}` | {} |", drafter_config.block),
+            format!("| `{published}` | {} | {sizes}", plan["target"]["max_positions"]),
+        ] {
+            assert!(docs.contains(&row), "{name}: {row}");
+        }
         assert!(pair.notes.is_empty());
     }
 }
