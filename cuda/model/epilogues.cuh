@@ -193,6 +193,7 @@ struct Head {
   u64* best;         // [m][ceil(n / 128)]: ascending(logit) << 32 | ~id; all ones if a logit is NaN or +inf
   float multiplier;  // logits are multiplied by it
   float cap;         // softcap applied after it: cap * tanh(logit / cap); 0: none
+  u32 ids;           // logits of ids from this one on are -inf
 };
 // The argmax key of one logit.
 WRAPPER u64 rank(float logit, u32 id) {
@@ -209,6 +210,7 @@ WRAPPER void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
 #pragma unroll
     for (u32 j = 0; j < 4; j++) {
       if (p.cap != 0) logit[j] = __fmul_rn(p.cap, tanhf(__fdiv_rn(logit[j], p.cap)));
+      if (column + j >= p.ids) logit[j] = __uint_as_float(0xff800000u);
       if (column + j < l.n) best = max(best, rank(logit[j], column + j));
     }
     if (p.logits) {

@@ -20,23 +20,30 @@ use std::path::PathBuf;
 pub struct Models {
     target: Folder,
     drafter: Option<Folder>,
+    taps: Option<Vec<usize>>,
 }
 
 impl Models {
     /// The demo pair, embedded in the binary: a small target trained on Python source, and its drafter. It
     /// was not trained on conversations.
     pub fn demo() -> Models {
-        Models { target: DEMO_TARGET, drafter: Some(DEMO_DRAFTER) }
+        Models { target: DEMO_TARGET, drafter: Some(DEMO_DRAFTER), taps: None }
     }
 
     /// Hugging Face folders of a target and of the DFlash drafter that was trained for it.
     pub fn folders(target: impl Into<PathBuf>, drafter: impl Into<PathBuf>) -> Models {
-        Models { target: Folder::Disk(target.into()), drafter: Some(Folder::Disk(drafter.into())) }
+        let drafter = Some(Folder::Disk(drafter.into()));
+        Models { target: Folder::Disk(target.into()), drafter, taps: None }
     }
 
     /// The Hugging Face folder of a target alone, for autoregressive decoding.
     pub fn target(target: impl Into<PathBuf>) -> Models {
-        Models { target: Folder::Disk(target.into()), drafter: None }
+        Models { target: Folder::Disk(target.into()), drafter: None, taps: None }
+    }
+
+    /// The target's layers whose outputs the drafter reads, in place of the `target_layer_ids` of its config.
+    pub fn taps(self, layers: impl Into<Vec<usize>>) -> Models {
+        Models { taps: Some(layers.into()), ..self }
     }
 }
 
@@ -137,7 +144,7 @@ impl Engine {
     pub fn open_with(models: Models, options: EngineOptions) -> Result<Engine> {
         let EngineOptions { device, gpu, context, chat_template, spec } = options;
         spec.check()?;
-        let pair = Pair::open(models.target, models.drafter)?;
+        let pair = Pair::open_with_taps(models.target, models.drafter, models.taps.as_deref())?;
         let block = pair.block(None)?;
         let capacity = with_capacity_for(BatchConfig::for_pair(&pair, 1, block, context, 0)?, &spec);
         let template = chat_template.map(|source| ("the chat template", source));
@@ -191,6 +198,11 @@ impl Engine {
     /// Why the pair runs on the CPU, if the device was chosen automatically.
     pub fn fallback(&self) -> Option<&Error> {
         self.fallback.as_ref()
+    }
+
+    /// What the user should know about the model files: one sentence each.
+    pub fn notes(&self) -> &[String] {
+        &self.pair.notes
     }
 
     /// Maximum positions of a sequence, prompt and answer together.

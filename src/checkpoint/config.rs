@@ -5,8 +5,9 @@
 
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::json::{Document, Field, Fields};
+use crate::checkpoint::layouts::{refuse_other_drafters, target_architecture};
+use crate::checkpoint::rope;
 pub use crate::checkpoint::rope::{Rope, RopeScaling};
-use crate::error::excerpt;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -18,7 +19,7 @@ const MAX_INTERMEDIATE: usize = 1 << 20;
 const MAX_HEADS: usize = 1 << 10;
 const MAX_HEAD_DIM: usize = 1 << 10;
 const MAX_VOCAB: usize = 1 << 24;
-const MAX_POSITIONS: usize = 1 << 24;
+pub(super) const MAX_POSITIONS: usize = 1 << 24;
 const MAX_BLOCK: usize = 1 << 10;
 
 /// The attention mask of one layer. Let `p` be the query's position and `k` the key's. Causal means `k <= p`.
@@ -74,10 +75,13 @@ pub struct TargetConfig {
     pub stack: Stack,
     /// Rows of the embedding table; token ids are below this.
     pub vocab: usize,
-    /// Whether the output head is the embedding table.
+    /// Whether the output head is the embedding table. [`Pair::open`](crate::checkpoint::pair::Pair::open)
+    /// clears it if the files hold another head.
     pub tied: bool,
     /// Stop ids: those of `generation_config.json` if it has any, else those of `config.json`. May be empty.
     pub eos: Vec<u32>,
+    /// What the user should know about the config: one sentence each.
+    pub notes: Vec<String>,
 }
 
 /// A drafter: `config.json` in the z-lab layout (`docs/dflash.md` section 1).
@@ -85,7 +89,7 @@ pub struct TargetConfig {
 pub struct DrafterConfig {
     /// Its layers.
     pub stack: Stack,
-    /// The target's vocabulary size.
+    /// The vocabulary size of the target that it was trained with. It drafts only ids below this.
     pub vocab: usize,
     /// The target's number of layers.
     pub num_target_layers: usize,
@@ -101,62 +105,9 @@ pub struct DrafterConfig {
     pub output_multiplier: f32,
     /// `logits = cap * tanh(logits / cap)` after the multiplier.
     pub softcap: Option<f32>,
+    /// What the user should know about the config: one sentence each.
+    pub notes: Vec<String>,
 }
-
-/// Fields of a drafter's `config.json` that this engine does not support (`docs/dflash.md` A): (field, kind
-/// of drafter that has it, neutral value). A field may be null, false, 0, empty, or have its neutral value:
-/// each of these means the same as its absence.
-const VARIANTS: [(&str, &str, &str); 20] = [
-    ("conv_kernel_size", "DFlash2", ""),
-    ("conv_group_size", "DFlash2", ""),
-    ("selector_rank", "DFlash2", ""),
-    ("selector_top_k", "DFlash2", ""),
-    ("markov_rank", "DSpark (DeepSpec)", ""),
-    ("sample_from_anchor", "DSpark (DeepSpec)", ""),
-    ("enable_confidence_head", "DSpark (DeepSpec)", ""),
-    ("projector_type", "Domino or DSpark", "dflash"),
-    ("shift_label", "Domino", ""),
-    ("gru_hidden_dim", "Domino", ""),
-    ("pure_draft_prefix_len", "Domino", ""),
-    ("fc_layernorm", "per-tap norm", ""),
-    ("attention_mode", "other-attention", "gqa"),
-    ("attention_modes", "other-attention", ""),
-    ("use_swa", "MiMo-style", ""),
-    ("attention_sink_bias", "MiMo-style", ""),
-    ("add_swa_attention_sink_bias", "MiMo-style", ""),
-    ("attention_value_scale", "MiMo-style", "1"),
-    ("attn_output_gate", "gated-attention", ""),
-    ("eagle_config", "EAGLE", ""),
-];
-/// Fields that only the speculators layout has.
-const SPECULATORS: [&str; 5] = [
-    "speculators_model_type",
-    "speculators_config",
-    "transformer_layer_config",
-    "draft_vocab_size",
-    "aux_hidden_state_layer_ids",
-];
-/// The fields of `dflash_config` that are supported. Any other must be one of [`VARIANTS`] with a neutral
-/// value.
-const DFLASH: [&str; 10] = [
-    "target_layer_ids",
-    "mask_token_id",
-    "block_size",
-    "num_target_layers",
-    "input_embedding_scale",
-    "output_multiplier",
-    "final_logit_softcapping",
-    "causal",
-    "partial_rotary_factor",
-    "swa_window_size",
-];
-/// Fields of RoPE settings that are allowed for every type. Hugging Face writes the original length even if
-/// no formula uses it.
-const ROPE: [&str; 5] =
-    ["rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"];
-/// Further fields of YaRN's settings.
-const YARN: [&str; 7] =
-    ["factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"];
 
 impl TargetConfig {
     /// Reads `config.json` and, if it exists, `generation_config.json`.
@@ -167,32 +118,11 @@ impl TargetConfig {
     pub fn open(folder: &Folder) -> Result<Self> {
         let document = Document::need(folder, "config.json")?;
         let config = document.fields();
-        let architecture = config.architecture()?;
-        let family = match architecture {
-            "Qwen3ForCausalLM" => Family::Qwen3,
-            "LlamaForCausalLM" => Family::Llama,
-            _ if architecture.starts_with("DFlash") || config.get("dflash_config").is_some() => {
-                return Err(Error::option(
-                    "target",
-                    format!(
-                        "is given {}, which describes a drafter ({}): expected a target",
-                        document.file,
-                        excerpt(architecture)
-                    ),
-                ));
-            }
-            _ => {
-                return Err(config.unsupported(
-                    "architectures",
-                    architecture,
-                    "Qwen3ForCausalLM or LlamaForCausalLM",
-                ));
-            }
-        };
+        let family = target_architecture(&document, &config)?;
         let model_type = if family == Family::Qwen3 { "qwen3" } else { "llama" };
         config.only("model_type", model_type)?;
         refuse_quantised(&config)?;
-        let (stack, windows) = stack(&config, family, &config)?;
+        let (stack, windows, notes) = stack(&config, family, &config)?;
         if stack.rope.rotary_dims != stack.head_dim {
             let found = format!("{} of {} dims", stack.rope.rotary_dims, stack.head_dim);
             return Err(config.unsupported("partial_rotary_factor", &found, "all"));
@@ -205,7 +135,7 @@ impl TargetConfig {
         if eos.is_empty() {
             eos = stop_ids(&config, vocab)?;
         }
-        Ok(TargetConfig { family, stack: Stack { attention, ..stack }, vocab, tied, eos })
+        Ok(TargetConfig { family, stack: Stack { attention, ..stack }, vocab, tied, eos, notes })
     }
 
     /// Name and shape of every tensor the checkpoint must hold, `[out, in]` for linear layers.
@@ -226,8 +156,16 @@ impl DrafterConfig {
     ///
     /// # Errors
     /// As [`TargetConfig::open`], but [`Error::Option`] if the folder has a target. The
-    /// [`Error::Unsupported`] for a drafter of another kind names the field that identifies it.
+    /// [`Error::Unsupported`] for a drafter of another kind names its kind and the field that identifies it.
     pub fn open(folder: &Folder) -> Result<Self> {
+        DrafterConfig::open_with_taps(folder, None)
+    }
+
+    /// As [`DrafterConfig::open`], with `taps` in place of `target_layer_ids`.
+    ///
+    /// # Errors
+    /// As [`DrafterConfig::open`]; [`Error::Option`] for taps that the target does not have.
+    pub fn open_with_taps(folder: &Folder, taps: Option<&[usize]>) -> Result<Self> {
         let document = Document::need(folder, "config.json")?;
         let config = document.fields();
         let nothing = Map::new();
@@ -241,8 +179,7 @@ impl DrafterConfig {
         let either = |name: &str| nested.get(name).or_else(|| config.get(name));
         let need = |name: &str| either(name).ok_or_else(|| config.absent(name));
 
-        let (stack, windows) = stack(&config, Family::Qwen3, &nested)?;
-        let layers = windows.len();
+        let (stack, windows, mut notes) = stack(&config, Family::Qwen3, &nested)?;
         let causal = match config.get("is_causal").or_else(|| either("causal")) {
             Some(field) => Some(field.boolean()?),
             None => None,
@@ -255,17 +192,35 @@ impl DrafterConfig {
 
         let vocab = config.need("vocab_size")?.integer(1, MAX_VOCAB)?;
         let num_target_layers = need("num_target_layers")?.integer(1, MAX_LAYERS)?;
-        let taps = match either("target_layer_ids") {
+        let listed = match either("target_layer_ids") {
             Some(field) => {
-                let ids =
-                    field.array()?.iter().map(|id| id.integer(0, MAX_LAYERS)).collect::<Result<Vec<_>>>()?;
-                check_taps(&ids, num_target_layers, &config, &field.name)?;
+                let ids = field.array()?.iter().map(|id| id.integer(0, MAX_LAYERS)).collect::<Result<_>>()?;
+                Some((ids, field.name))
+            }
+            None => None,
+        };
+        let taps = match (taps, listed) {
+            (Some(taps), listed) => {
+                if let Some((_, problem)) = wrong_taps(taps, num_target_layers) {
+                    return Err(Error::option("taps", problem));
+                }
+                if let Some((ids, name)) = listed.filter(|(ids, _): &(Vec<usize>, _)| ids != taps) {
+                    notes.push(format!("{}: taps {taps:?} replace {name}, which is {ids:?}", config.file));
+                }
+                taps.to_vec()
+            }
+            (None, Some((ids, name))) => {
+                if let Some((error, problem)) = wrong_taps(&ids, num_target_layers) {
+                    return Err(error(format!("{}: {name} {problem}", config.file)));
+                }
                 ids
             }
-            None => {
-                let ids = default_taps(num_target_layers, layers);
-                check_taps(&ids, num_target_layers, &config, "target_layer_ids (absent, so the default)")?;
-                ids
+            (None, None) => {
+                return Err(Error::Model(format!(
+                    "{}: dflash_config.target_layer_ids is absent, expected the layers of the target that the drafter \
+                     reads: give them as `taps` 1,9,...",
+                    config.file
+                )));
             }
         };
         let positive = |name: &str, default: f32| {
@@ -289,6 +244,7 @@ impl DrafterConfig {
             embedding_scale: positive("input_embedding_scale", 1.0)?,
             output_multiplier: positive("output_multiplier", 1.0)?,
             softcap,
+            notes,
         })
     }
 
@@ -336,8 +292,9 @@ impl Stack {
     }
 }
 
-/// Checks that a drafter was made for this target: hidden size, vocabulary size, number of target layers,
-/// taps, mask token. Context lengths may differ: beyond the drafter's, the target decodes autoregressively.
+/// Checks that a drafter was made for this target: hidden size, number of target layers, taps, mask token.
+/// Vocabulary sizes may differ, because the drafter has no tensor of that size: it drafts the ids that both
+/// have. Context lengths may differ: beyond the drafter's, the target decodes autoregressively.
 ///
 /// # Errors
 /// [`Error::Model`], naming both files, for a drafter of another target.
@@ -357,7 +314,6 @@ pub fn check_pair(
     };
     let layers = target.stack.attention.len();
     same("hidden size", drafter.stack.hidden, target.stack.hidden)?;
-    same("vocabulary size", drafter.vocab, target.vocab)?;
     same("number of target layers", drafter.num_target_layers, layers)?;
     if let Some(tap) = drafter.taps.iter().find(|&&tap| tap >= layers) {
         return Err(Error::Model(format!(
@@ -367,96 +323,34 @@ pub fn check_pair(
     }
     if drafter.mask_token as usize >= target.vocab {
         return Err(Error::Model(format!(
-            "{theirs} was not made for {ours}: its mask token is {}, and the target's vocabulary has {} rows",
+            "{theirs} does not fit {ours}: its mask token is {}, and the target's embedding has only {} rows",
             drafter.mask_token, target.vocab
         )));
     }
     Ok(())
 }
 
-/// Returns an error if `config` belongs to a target or to a drafter of another kind. The error names the
-/// field or architecture that identifies it. `nested` is `dflash_config`, or empty.
-fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<()> {
-    let architecture = config.architecture();
-    if let Ok(name @ ("Qwen3ForCausalLM" | "LlamaForCausalLM")) = architecture
-        && nested.map.is_empty()
-    {
-        return Err(Error::option(
-            "draft",
-            format!("is given {}, which describes a target ({name}): expected a DFlash drafter", config.file),
-        ));
-    }
-    for name in SPECULATORS {
-        if let Some(field) = config.get(name) {
-            return Err(Error::Unsupported(format!(
-                "{}: {name} makes it a drafter in the speculators layout: this engine runs the z-lab layout (DFlashDraftModel)",
-                field.file
-            )));
-        }
-    }
-    if let Ok("DFlash2DraftModel") = architecture {
-        return Err(config.unsupported("architectures", "DFlash2DraftModel", "DFlashDraftModel"));
-    }
-    for table in [nested, config] {
-        for (name, kind, neutral) in VARIANTS {
-            if let Some(field) = table.get(name).filter(|f| !f.is_neutral(neutral)) {
-                return Err(Error::Unsupported(format!(
-                    "{}: {} is {}, which makes it a {kind} drafter: this engine runs standard DFlash drafters",
-                    field.file,
-                    field.name,
-                    field.found()
-                )));
-            }
-        }
-    }
-    let known = |name: &str| DFLASH.contains(&name) || VARIANTS.iter().any(|(v, ..)| *v == name);
-    if let Some((name, _)) = nested.map.iter().find(|(name, value)| !value.is_null() && !known(name)) {
-        return Err(Error::Unsupported(format!(
-            "{}: dflash_config.{} is unknown: this engine runs standard DFlash drafters",
-            config.file,
-            excerpt(name)
-        )));
-    }
-    let architecture = architecture?;
-    if architecture != "DFlashDraftModel" {
-        return Err(config.unsupported("architectures", architecture, "DFlashDraftModel"));
-    }
-    config.only("model_type", "qwen3")?;
-    refuse_quantised(config)
-}
-
-/// The taps if `target_layer_ids` is absent (`docs/dflash.md` section 1). [`check_taps`] may refuse them.
-fn default_taps(target_layers: usize, layers: usize) -> Vec<usize> {
-    if layers == 1 {
-        return vec![target_layers / 2];
-    }
-    let span = target_layers as f64 - 4.0;
-    let id = |i: usize| (1.0 + i as f64 * span / (layers as f64 - 1.0)).round_ties_even();
-    (0..layers).map(|i| id(i).max(0.0) as usize).collect()
-}
-
-fn check_taps(taps: &[usize], target_layers: usize, config: &Fields, name: &str) -> Result<()> {
-    let file = config.file;
+/// What is wrong with taps of a target with this many layers: the kind of error, and a sentence without its
+/// subject.
+fn wrong_taps(taps: &[usize], target_layers: usize) -> Option<(fn(String) -> Error, String)> {
     if taps.is_empty() {
-        return Err(Error::Model(format!("{file}: {name} is empty, expected at least one layer")));
+        return Some((Error::Model, "is empty, expected at least one layer".into()));
     }
-    for (i, &tap) in taps.iter().enumerate() {
-        if tap >= target_layers {
-            return Err(Error::Model(format!(
-                "{file}: {name} holds {tap}, expected layers from 0 to {} (num_target_layers is {target_layers})",
-                target_layers - 1
-            )));
-        }
-        if tap == target_layers - 1 {
-            return Err(Error::Unsupported(format!(
-                "{file}: {name} holds {tap}, the target's last layer: engines differ on whether the final norm applies to it"
-            )));
-        }
-        if taps[..i].contains(&tap) {
-            return Err(Error::Model(format!("{file}: {name} holds {tap} twice")));
-        }
-    }
-    Ok(())
+    let last = target_layers - 1;
+    taps.iter().enumerate().find_map(|(i, &tap)| match tap {
+        _ if tap > last => Some((
+            Error::Model as fn(String) -> Error,
+            format!("holds {tap}, expected layers from 0 to {last} (num_target_layers is {target_layers})"),
+        )),
+        _ if tap == last => Some((
+            Error::Unsupported,
+            format!(
+                "holds {tap}, the target's last layer: engines differ on whether the final norm applies to it"
+            ),
+        )),
+        _ if taps[..i].contains(&tap) => Some((Error::Model, format!("holds {tap} twice"))),
+        _ => None,
+    })
 }
 
 /// `eos_token_id`: one id, a list, or nothing.
@@ -466,10 +360,14 @@ fn stop_ids(config: &Fields, vocab: usize) -> Result<Vec<u32>> {
     ids.iter().map(|id| Ok(id.integer(0, vocab - 1)? as u32)).collect()
 }
 
-/// Reads the fields that target and drafter share, and the window of each layer. The caller fills in
-/// `Stack::attention`. `extra` is searched first for `partial_rotary_factor`. Defaults are those of Hugging
+/// Reads the fields that target and drafter share, the window of each layer, and notes for the user. The
+/// caller fills in `Stack::attention`. `extra` is searched first for `partial_rotary_factor`. Defaults are those of Hugging
 /// Face's Qwen3 and Llama configurations.
-fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<Option<usize>>)> {
+fn stack(
+    config: &Fields,
+    family: Family,
+    extra: &Fields,
+) -> Result<(Stack, Vec<Option<usize>>, Vec<String>)> {
     config.only("hidden_act", "silu")?;
     for name in ["attention_bias", "mlp_bias"] {
         if config.get(name).is_some_and(|f| !f.is_neutral("")) {
@@ -502,7 +400,7 @@ fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<
         .get("rms_norm_eps")
         .map_or(Ok(1e-6), |f| f.number_f32("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0))?;
     let max_positions = config.need("max_position_embeddings")?.integer(1, MAX_POSITIONS)?;
-    let rope = rope(config, extra, head_dim, max_positions)?;
+    let rope::Found { rope, max_positions, notes } = rope::read(config, extra, head_dim, max_positions)?;
     let windows = windows(config, family, layers)?;
     let stack = Stack {
         hidden,
@@ -516,7 +414,7 @@ fn stack(config: &Fields, family: Family, extra: &Fields) -> Result<(Stack, Vec<
         attention: vec![],
         max_positions,
     };
-    Ok((stack, windows))
+    Ok((stack, windows, notes))
 }
 
 /// The window of each layer, as Hugging Face's Qwen3 resolves it: by `layer_types` or, without them, for
@@ -555,147 +453,7 @@ fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<
     list.iter().map(window_of).collect()
 }
 
-/// Reads RoPE settings: `rope_theta` and `rope_scaling` (older configs) or `rope_parameters` (newer ones).
-fn rope(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) -> Result<Rope> {
-    let (older, newer) = (config.get("rope_scaling"), config.get("rope_parameters"));
-    if let (Some(a), Some(b)) = (&older, &newer) {
-        let scaling = |f: &Field| -> Result<Map<String, Value>> {
-            let map = f.object("")?.map.iter().filter(|(name, _)| *name != "rope_theta");
-            Ok(map.map(|(name, value)| (name.clone(), value.clone())).collect())
-        };
-        if scaling(a)? != scaling(b)? {
-            return Err(Error::Model(format!(
-                "{}: rope_scaling and rope_parameters differ, expected only one, or equal values",
-                config.file
-            )));
-        }
-    }
-    let nothing = Map::new();
-    let table = match (older, newer) {
-        (_, Some(field)) => field.object("rope_parameters.")?,
-        (Some(field), None) => field.object("rope_scaling.")?,
-        (None, None) => Fields { map: &nothing, ..*config },
-    };
-    if let Some((layer_type, _)) = table.map.iter().find(|(_, value)| value.is_object()) {
-        return Err(Error::Unsupported(format!(
-            "{}: {}{} holds RoPE settings for some layers, expected the same settings for all",
-            config.file,
-            table.prefix,
-            excerpt(layer_type)
-        )));
-    }
-    let above_one = |field: Field| field.number("a number above 1", |x| x > 1.0);
-    let inner = table.get("rope_theta").map(above_one).transpose()?;
-    let outer = config.get("rope_theta").map(above_one).transpose()?;
-    if let (Some(a), Some(b)) = (inner, outer)
-        && a != b
-    {
-        return Err(Error::Model(format!(
-            "{}: {}rope_theta is {a} and rope_theta is {b}, expected one value",
-            config.file, table.prefix
-        )));
-    }
-    let theta = inner.or(outer).unwrap_or(10_000.0);
-
-    let partial = [extra, &table, config].into_iter().find_map(|t| t.get("partial_rotary_factor"));
-    let rotary_dims = match partial {
-        None => head_dim,
-        Some(field) => {
-            let fraction = field.number("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?;
-            // Truncated, as in Hugging Face.
-            let dims = (head_dim as f64 * fraction) as usize;
-            if dims < 2 || !dims.is_multiple_of(2) {
-                return Err(Error::Model(format!(
-                    "{}: {} = {fraction} of head_dim {head_dim} rotates {dims} dims, expected an even number from 2",
-                    field.file, field.name
-                )));
-            }
-            dims
-        }
-    };
-
-    let at_least_one = |name: &str| table.need(name)?.number("a number from 1", |x| x >= 1.0);
-    let positive = |name: &str| match table.get(name) {
-        Some(field) => Some(field.number("a number above 0", |x| x > 0.0)).transpose(),
-        None => Ok(None),
-    };
-    let original = |field: Field| field.integer(1, MAX_POSITIONS);
-    let kind = match table.get("rope_type").or_else(|| table.get("type")) {
-        Some(field) => field.string()?.to_string(),
-        None if table.get("factor").is_some() => return Err(table.absent("rope_type")),
-        None => "default".into(),
-    };
-    let known: &[&str] = match kind.as_str() {
-        "linear" => &["factor"],
-        "llama3" => &["factor", "low_freq_factor", "high_freq_factor"],
-        "yarn" => &YARN,
-        _ => &[],
-    };
-    let scaling = match kind.as_str() {
-        "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear { factor: at_least_one("factor")? },
-        "llama3" => {
-            let low = table.need("low_freq_factor")?.number("a number above 0", |x| x > 0.0)?;
-            let high = table.need("high_freq_factor")?;
-            RopeScaling::Llama3 {
-                factor: at_least_one("factor")?,
-                low_freq_factor: low,
-                high_freq_factor: high.number("a number above low_freq_factor", |x| x > low)?,
-                original_max_positions: original(table.need("original_max_position_embeddings")?)?,
-            }
-        }
-        "yarn" => {
-            let factor = at_least_one("factor")?;
-            let magnitude = |scale: f64| 0.1 * scale * factor.ln() + 1.0;
-            // Hugging Face treats 0 as absent in these four.
-            let given = |name: &str| match table.get(name) {
-                Some(field) => {
-                    field.number("a number from 0", |x| x >= 0.0).map(|x| Some(x).filter(|x| *x > 0.0))
-                }
-                None => Ok(None),
-            };
-            let attention_factor =
-                match (positive("attention_factor")?, given("mscale")?, given("mscale_all_dim")?) {
-                    (Some(factor), ..) => factor,
-                    (None, Some(scale), Some(all_dim)) => magnitude(scale) / magnitude(all_dim),
-                    _ => magnitude(1.0),
-                };
-            let beta_slow = given("beta_slow")?.unwrap_or(1.0);
-            let beta_fast = given("beta_fast")?.unwrap_or(32.0);
-            if beta_fast < beta_slow {
-                return Err(Error::Model(format!(
-                    "{}: {}beta_fast is {beta_fast}, expected at least beta_slow, which is {beta_slow}",
-                    config.file, table.prefix
-                )));
-            }
-            RopeScaling::Yarn {
-                factor,
-                beta_fast,
-                beta_slow,
-                original_max_positions: table
-                    .get("original_max_position_embeddings")
-                    .map_or(Ok(max_positions), original)?,
-                attention_factor,
-                truncate: table.get("truncate").map_or(Ok(true), |f| f.boolean())?,
-            }
-        }
-        other => {
-            return Err(table.unsupported("rope_type", other, "default, linear, llama3 or yarn"));
-        }
-    };
-    let known = |name: &str| ROPE.contains(&name) || known.contains(&name);
-    if let Some((name, _)) = table.map.iter().find(|(name, value)| !value.is_null() && !known(name)) {
-        return Err(Error::Unsupported(format!(
-            "{}: {}{} is unknown: this engine runs rope_type {kind} without it",
-            config.file,
-            table.prefix,
-            excerpt(name)
-        )));
-    }
-    Ok(Rope { theta, rotary_dims, scaling })
-}
-
-fn refuse_quantised(config: &Fields) -> Result<()> {
+pub(super) fn refuse_quantised(config: &Fields) -> Result<()> {
     for name in ["quantization_config", "quantization", "compression_config"] {
         if let Some(field) = config.get(name) {
             let method = field

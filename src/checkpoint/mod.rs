@@ -15,6 +15,7 @@
 pub mod config;
 pub mod folder;
 pub(crate) mod json;
+mod layouts;
 pub mod pair;
 pub mod random_weights;
 pub mod rope;

@@ -21,26 +21,47 @@ pub struct Pair {
     pub target: Model<TargetConfig>,
     /// Its DFlash drafter; `None` for autoregressive decoding only.
     pub drafter: Option<Model<DrafterConfig>>,
+    /// What the user should know about the files: one sentence each.
+    pub notes: Vec<String>,
 }
 
 impl Pair {
     /// Reads both configs, checks that they belong together, and then checks the headers of the weights. No
-    /// weight is read.
+    /// weight is read, except that a stored head of a tied target is compared with the embedding table.
     ///
     /// # Errors
     /// [`Error::Model`] for files that are missing, malformed or do not belong together;
     /// [`Error::Unsupported`] for models that this engine does not support; [`Error::Option`] for a drafter
     /// passed as the target or a target passed as the drafter.
     pub fn open(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
-        let (config, drafter) = open_configs(&target, drafter)?;
+        Pair::open_with_taps(target, drafter, None)
+    }
+
+    /// As [`Pair::open`], with `taps` in place of the `target_layer_ids` of the drafter's config.
+    ///
+    /// # Errors
+    /// As [`Pair::open`]; [`Error::Option`] for taps that do not fit the target or the drafter.
+    pub fn open_with_taps(target: Folder, drafter: Option<Folder>, taps: Option<&[usize]>) -> Result<Pair> {
+        let (mut config, drafter, mut notes) = open_configs(&target, drafter, taps)?;
         let weights = Checkpoint::open(&target)?;
+        let (head, table) = ("lm_head.weight", "model.embed_tokens.weight");
+        if config.tied && weights.differs(head, table, &[config.vocab, config.stack.hidden])? {
+            notes.push(format!(
+                "{}: tie_word_embeddings is true, but {head} differs from {table}: the head is used, as it is stored",
+                target.described_file("config.json")
+            ));
+            config.tied = false;
+        }
         weights.check_target(&config.tensors())?;
         let drafter = drafter.map(|(folder, config)| {
             let weights = Checkpoint::open(&folder)?;
+            if let Some(taps) = taps {
+                check_number_of_taps(&weights, taps, config.stack.hidden)?;
+            }
             weights.check_drafter(&config.tensors())?;
             Ok(Model { folder, config, weights })
         });
-        Ok(Pair { target: Model { folder: target, config, weights }, drafter: drafter.transpose()? })
+        Ok(Pair { target: Model { folder: target, config, weights }, drafter: drafter.transpose()?, notes })
     }
 
     /// A pair with the shapes of these configs and random weights ([`Checkpoint::random`]), for measurements
@@ -50,13 +71,25 @@ impl Pair {
     /// # Errors
     /// As [`Pair::open`], for the configs.
     pub fn with_random_weights(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
-        let (config, drafter) = open_configs(&target, drafter)?;
+        Pair::with_random_weights_and_taps(target, drafter, None)
+    }
+
+    /// As [`Pair::with_random_weights`], with `taps` in place of the `target_layer_ids` of the drafter's config.
+    ///
+    /// # Errors
+    /// As [`Pair::open_with_taps`], for the configs.
+    pub fn with_random_weights_and_taps(
+        target: Folder,
+        drafter: Option<Folder>,
+        taps: Option<&[usize]>,
+    ) -> Result<Pair> {
+        let (config, drafter, notes) = open_configs(&target, drafter, taps)?;
         let weights = Checkpoint::random(&target, &config.tensors(), 1);
         let drafter = drafter.map(|(folder, config)| {
             let weights = Checkpoint::random(&folder, &config.tensors(), 2);
             Model { folder, config, weights }
         });
-        Ok(Pair { target: Model { folder: target, config, weights }, drafter })
+        Ok(Pair { target: Model { folder: target, config, weights }, drafter, notes })
     }
 
     /// Maximum positions of a sequence, prompt and answer together: `context`, or the target's maximum.
@@ -109,19 +142,44 @@ impl Pair {
     }
 }
 
-/// Reads both configs and checks that the drafter was made for the target.
+/// Reads both configs and checks that the drafter was made for the target. Also returns notes for the user.
 fn open_configs(
     target: &Folder,
     drafter: Option<Folder>,
-) -> Result<(TargetConfig, Option<(Folder, DrafterConfig)>)> {
+    taps: Option<&[usize]>,
+) -> Result<(TargetConfig, Option<(Folder, DrafterConfig)>, Vec<String>)> {
     let config = TargetConfig::open(target)?;
+    let mut notes = config.notes.clone();
     let drafter = match drafter {
         None => None,
         Some(folder) => {
-            let draft_config = DrafterConfig::open(&folder)?;
+            let draft_config = DrafterConfig::open_with_taps(&folder, taps)?;
             check_pair(&config, target, &draft_config, &folder)?;
+            notes.extend_from_slice(&draft_config.notes);
+            if draft_config.vocab != config.vocab {
+                notes.push(format!(
+                    "{}: vocab_size is {}, the target's is {}: drafts are among the first {} ids",
+                    folder.described_file("config.json"),
+                    draft_config.vocab,
+                    config.vocab,
+                    draft_config.vocab.min(config.vocab)
+                ));
+            }
             Some((folder, draft_config))
         }
     };
-    Ok((config, drafter))
+    Ok((config, drafter, notes))
+}
+
+/// Checks that the drafter's feature projection takes as many taps as were given.
+fn check_number_of_taps(weights: &Checkpoint, taps: &[usize], hidden: usize) -> Result<()> {
+    match weights.shape("fc.weight") {
+        Some(&[_, columns]) if columns.is_multiple_of(hidden) && columns / hidden != taps.len() => {
+            let (given, expected) = (taps.len(), columns / hidden);
+            let problem =
+                format!("holds {given} layers, expected {expected}, as fc.weight of the drafter takes");
+            Err(Error::option("taps", problem))
+        }
+        _ => Ok(()),
+    }
 }

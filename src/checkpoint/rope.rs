@@ -1,5 +1,10 @@
-//! Rotary position embedding: its parameters and inverse frequencies.
+//! Rotary position embedding: its fields in `config.json`, its parameters and inverse frequencies.
 
+use crate::checkpoint::config::MAX_POSITIONS;
+use crate::checkpoint::json::{Field, Fields};
+use crate::error::excerpt;
+use crate::{Error, Result};
+use serde_json::{Map, Value};
 use std::f64::consts::TAU;
 
 /// How inverse frequencies are scaled. Field meanings and formulas are those of Hugging Face's
@@ -108,4 +113,226 @@ impl Rope {
 fn blend(from: f64, to: f64, weight: f64) -> f64 {
     let weight = weight.clamp(0.0, 1.0);
     from * (1.0 - weight) + to * weight
+}
+
+// ---- config.json ----
+
+/// Fields of RoPE settings that every type may have. Hugging Face writes the original length even if no
+/// formula uses it.
+const COMMON: [&str; 5] =
+    ["rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"];
+/// Parameters of YaRN's formula.
+const YARN: [&str; 7] =
+    ["factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"];
+/// Parameters of Llama 3.1's formula.
+const LLAMA3: [&str; 3] = ["factor", "low_freq_factor", "high_freq_factor"];
+/// Parameters of formulas that this engine does not have, with the value that leaves a formula unchanged.
+const OTHERS: [(&str, &str); 7] = [
+    ("short_factor", ""),
+    ("long_factor", ""),
+    ("short_mscale", "1"),
+    ("long_mscale", "1"),
+    ("alpha", "1"),
+    ("extrapolation_factor", "1"),
+    ("llama_4_scaling_beta", ""),
+];
+
+/// The rotary embedding of a config.
+pub(crate) struct Found {
+    pub(crate) rope: Rope,
+    /// The context that YaRN gives, if it is longer than `max_position_embeddings`.
+    pub(crate) max_positions: usize,
+    /// Sentences for the user.
+    pub(crate) notes: Vec<String>,
+}
+
+/// Reads RoPE settings: `rope_theta` and `rope_scaling` (older configs) or `rope_parameters` (newer ones).
+/// `extra` is searched first for `partial_rotary_factor`.
+pub(crate) fn read(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) -> Result<Found> {
+    let (older, newer) = (config.get("rope_scaling"), config.get("rope_parameters"));
+    if let (Some(a), Some(b)) = (&older, &newer) {
+        let scaling = |f: &Field| -> Result<Map<String, Value>> {
+            let map = f.object("")?.map.iter().filter(|(name, _)| *name != "rope_theta");
+            Ok(map.map(|(name, value)| (name.clone(), value.clone())).collect())
+        };
+        if scaling(a)? != scaling(b)? {
+            return Err(Error::Model(format!(
+                "{}: rope_scaling and rope_parameters differ, expected only one, or equal values",
+                config.file
+            )));
+        }
+    }
+    let nothing = Map::new();
+    let table = match (older, newer) {
+        (_, Some(field)) => field.object("rope_parameters.")?,
+        (Some(field), None) => field.object("rope_scaling.")?,
+        (None, None) => Fields { map: &nothing, ..*config },
+    };
+    if let Some((layer_type, _)) = table.map.iter().find(|(_, value)| value.is_object()) {
+        return Err(Error::Unsupported(format!(
+            "{}: {}{} holds RoPE settings for some layers, expected the same settings for all",
+            config.file,
+            table.prefix,
+            excerpt(layer_type)
+        )));
+    }
+    let above_one = |field: Field| field.number("a number above 1", |x| x > 1.0);
+    let inner = table.get("rope_theta").map(above_one).transpose()?;
+    let outer = config.get("rope_theta").map(above_one).transpose()?;
+    if let (Some(a), Some(b)) = (inner, outer)
+        && a != b
+    {
+        return Err(Error::Model(format!(
+            "{}: {}rope_theta is {a} and rope_theta is {b}, expected one value",
+            config.file, table.prefix
+        )));
+    }
+    let theta = inner.or(outer).unwrap_or(10_000.0);
+
+    let partial = [extra, &table, config].into_iter().find_map(|t| t.get("partial_rotary_factor"));
+    let rotary_dims = match partial {
+        None => head_dim,
+        Some(field) => {
+            let fraction = field.number("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?;
+            // Truncated, as in Hugging Face.
+            let dims = (head_dim as f64 * fraction) as usize;
+            if dims < 2 || !dims.is_multiple_of(2) {
+                return Err(Error::Model(format!(
+                    "{}: {} = {fraction} of head_dim {head_dim} rotates {dims} dims, expected an even number from 2",
+                    field.file, field.name
+                )));
+            }
+            dims
+        }
+    };
+
+    let at_least_one = |name: &str| table.need(name)?.number("a number from 1", |x| x >= 1.0);
+    let positive = |name: &str| match table.get(name) {
+        Some(field) => Some(field.number("a number above 0", |x| x > 0.0)).transpose(),
+        None => Ok(None),
+    };
+    let original = |field: Field| field.integer(1, MAX_POSITIONS);
+    let kind = match table.get("rope_type").or_else(|| table.get("type")) {
+        Some(field) => field.string()?.to_string(),
+        None if table.get("factor").is_some() => return Err(table.absent("rope_type")),
+        None => "default".into(),
+    };
+    let scaling = match kind.as_str() {
+        "default" => RopeScaling::Default,
+        "linear" => RopeScaling::Linear { factor: at_least_one("factor")? },
+        "llama3" => {
+            let low = table.need("low_freq_factor")?.number("a number above 0", |x| x > 0.0)?;
+            let high = table.need("high_freq_factor")?;
+            RopeScaling::Llama3 {
+                factor: at_least_one("factor")?,
+                low_freq_factor: low,
+                high_freq_factor: high.number("a number above low_freq_factor", |x| x > low)?,
+                original_max_positions: original(table.need("original_max_position_embeddings")?)?,
+            }
+        }
+        "yarn" => {
+            let factor = at_least_one("factor")?;
+            let magnitude = |scale: f64| 0.1 * scale * factor.ln() + 1.0;
+            // Hugging Face treats 0 as absent in these four.
+            let given = |name: &str| match table.get(name) {
+                Some(field) => {
+                    field.number("a number from 0", |x| x >= 0.0).map(|x| Some(x).filter(|x| *x > 0.0))
+                }
+                None => Ok(None),
+            };
+            let attention_factor =
+                match (positive("attention_factor")?, given("mscale")?, given("mscale_all_dim")?) {
+                    (Some(factor), ..) => factor,
+                    (None, Some(scale), Some(all_dim)) => magnitude(scale) / magnitude(all_dim),
+                    _ => magnitude(1.0),
+                };
+            let beta_slow = given("beta_slow")?.unwrap_or(1.0);
+            let beta_fast = given("beta_fast")?.unwrap_or(32.0);
+            if beta_fast < beta_slow {
+                return Err(Error::Model(format!(
+                    "{}: {}beta_fast is {beta_fast}, expected at least beta_slow, which is {beta_slow}",
+                    config.file, table.prefix
+                )));
+            }
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                original_max_positions: table
+                    .get("original_max_position_embeddings")
+                    .map_or(Ok(max_positions), original)?,
+                attention_factor,
+                truncate: table.get("truncate").map_or(Ok(true), |f| f.boolean())?,
+            }
+        }
+        other => {
+            return Err(table.unsupported("rope_type", other, "default, linear, llama3 or yarn"));
+        }
+    };
+    let mut notes = unused_fields(&table, &kind)?;
+    let max_positions = match scaling {
+        RopeScaling::Yarn { factor, original_max_positions, .. }
+            if table.get("original_max_position_embeddings").is_some() =>
+        {
+            let scaled = factor * original_max_positions as f64;
+            if scaled > MAX_POSITIONS as f64 {
+                return Err(Error::Model(format!(
+                    "{}: {}factor x original_max_position_embeddings is {scaled} positions, expected at most {MAX_POSITIONS}",
+                    config.file, table.prefix
+                )));
+            }
+            if scaled as usize > max_positions {
+                notes.push(format!(
+                    "{}: YaRN raises the context from {max_positions} to {} positions ({}factor {factor} x \
+                     original_max_position_embeddings {original_max_positions})",
+                    config.file, scaled as usize, table.prefix
+                ));
+            }
+            max_positions.max(scaled as usize)
+        }
+        _ => max_positions,
+    };
+    Ok(Found { rope: Rope { theta, rotary_dims, scaling }, max_positions, notes })
+}
+
+/// Looks at the fields that the formula of `kind` does not use. Fields that no formula uses are notes, as in
+/// Hugging Face. Parameters of another formula are an error, unless their value leaves a formula unchanged.
+fn unused_fields(table: &Fields, kind: &str) -> Result<Vec<String>> {
+    let used: &[&str] = match kind {
+        "linear" => &["factor"],
+        "llama3" => &LLAMA3,
+        "yarn" => &YARN,
+        _ => &[],
+    };
+    let mut unused = Vec::new();
+    for name in table.map.keys().map(String::as_str) {
+        let Some(field) = table.get(name).filter(|_| !COMMON.contains(&name) && !used.contains(&name)) else {
+            continue;
+        };
+        let known = YARN.iter().chain(&LLAMA3).find(|known| **known == name).map(|_| "1");
+        let neutral = known.or(OTHERS.iter().find(|(other, _)| *other == name).map(|(_, neutral)| *neutral));
+        match neutral {
+            None => unused.push(excerpt(name)),
+            Some(neutral) if field.is_neutral(neutral) => {}
+            Some(_) => {
+                return Err(Error::Unsupported(format!(
+                    "{}: {} is {}, which rope_type {kind} does not use: this engine would compute other positions",
+                    table.file,
+                    field.name,
+                    field.found()
+                )));
+            }
+        }
+    }
+    Ok(match unused.is_empty() {
+        true => vec![],
+        false => vec![format!(
+            "{}: {}{} {} ignored, because no formula of rope_type {kind} uses {}",
+            table.file,
+            table.prefix,
+            unused.join(", "),
+            if unused.len() == 1 { "is" } else { "are" },
+            if unused.len() == 1 { "it" } else { "them" }
+        )],
+    })
 }

@@ -2,6 +2,7 @@
 //! the bytes and types of their files; nothing is converted here.
 
 use crate::checkpoint::folder::{Bytes, Folder};
+use crate::checkpoint::layouts::family_of_tensor;
 use crate::error::excerpt;
 use crate::{Error, Result};
 use safetensors::tensor::{Dtype as Stored, Metadata};
@@ -249,6 +250,36 @@ impl Checkpoint {
         })
     }
 
+    /// The shape of a tensor, if there is one of this name.
+    pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.find(name).map(|(_, entry)| &entry.shape[..])
+    }
+
+    /// Whether there is a tensor `name` whose type or bytes differ from those of `other`. Reads both, up
+    /// to the first difference.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`] for a tensor `name` without this shape, and as [`Tensor::read`].
+    pub(crate) fn differs(&self, name: &str, other: &str, shape: &[usize]) -> Result<bool> {
+        if self.find(name).is_none() {
+            return Ok(false);
+        }
+        let (a, b) = (self.tensor(name, shape)?, self.tensor(other, shape)?);
+        if a.dtype != b.dtype {
+            return Ok(true);
+        }
+        let (mut ours, mut theirs) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+        for at in (0..a.range.len()).step_by(ours.len()) {
+            let size = ours.len().min(a.range.len() - at);
+            a.read(at, &mut ours[..size])?;
+            b.read(at, &mut theirs[..size])?;
+            if ours[..size] != theirs[..size] {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// (path, number of bytes) of every shard, in name order.
     pub fn files(&self) -> Vec<(&str, usize)> {
         self.shards.iter().map(|(path, bytes)| (path.as_str(), bytes.size())).collect()
@@ -288,7 +319,7 @@ impl Checkpoint {
     pub fn check_target(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
         for (name, entry) in self.unexpected(expected) {
             // Older exports store RoPE's inverse frequencies, position ids and masks. A tied head may be
-            // stored although it is the embedding table.
+            // stored although it is the embedding table; `Pair::open` has compared both.
             let buffer = matches!(entry.dtype, Stored::I64 | Stored::BOOL);
             if buffer || name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight" {
                 continue;
@@ -309,12 +340,7 @@ impl Checkpoint {
             if name.ends_with("rotary_emb.inv_freq") {
                 continue;
             }
-            let is = |parts: &[&str]| parts.iter().any(|p| name.split('.').any(|part| part == *p));
-            let what = if is(&["candidate_selector", "attention_conv", "mlp_conv"]) {
-                "a DFlash2 drafter"
-            } else if is(&["embed_tokens", "lm_head", "d2t", "t2d"]) {
-                "a drafter with an embedding, head or vocabulary of its own"
-            } else {
+            let Some(what) = family_of_tensor(name) else {
                 return Err(self.unknown(name, entry, expected, "a DFlash drafter"));
             };
             return Err(Error::Unsupported(format!(

@@ -2,6 +2,7 @@
 //! codes, signals. Behind the feature `cli`, which is on by default. Modules outside `cli` never name it.
 
 pub mod device;
+pub mod hub;
 pub mod published;
 pub mod sigbus;
 pub mod spec_flags;

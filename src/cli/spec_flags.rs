@@ -42,6 +42,16 @@ pub struct SpecFlags {
     pub adaptive: Option<Option<f64>>,
 }
 
+/// The flag that gives the taps of a drafter. To be flattened into a program's own flags.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct TapsFlag {
+    /// Layers of the target whose outputs the drafter reads, in its order, instead of the target_layer_ids of
+    /// its config.json
+    #[arg(long, value_name = "1,9,...", value_delimiter = ',', value_parser = whole::<usize>)]
+    #[arg(help_heading = "Models", allow_negative_numbers = true)]
+    pub taps: Option<Vec<usize>>,
+}
+
 /// [`VerifyMethod`] as a flag's value.
 #[derive(Clone, Copy, ValueEnum)]
 enum Method {

@@ -69,7 +69,7 @@ pub fn message(error: &Error) -> String {
             };
             format!("--{flag} {problem}")
         }
-        other => other.to_string(),
+        other => other.to_string().replace("`taps`", "--taps"),
     }
 }
 
@@ -77,6 +77,11 @@ pub fn message(error: &Error) -> String {
 /// spaces.
 pub fn complain(program: &str, error: &Error) {
     note(&format!("{program}: {}", message(error)).replace(char::is_control, " "));
+}
+
+/// Prints the library's notes about model files, one line each.
+pub fn notes(notes: &[String]) {
+    notes.iter().for_each(|line| note(&line.replace(char::is_control, " ")));
 }
 
 /// Prints a line on stderr. Unlike `eprintln!` it does not panic if stderr is closed.

@@ -451,7 +451,8 @@ impl Drafter {
     }
 
     /// Writes logits `[rows][vocab]` to `out`, from rows `[rows][hidden]` after the final norm: the target's
-    /// head, then multiplier and softcap (docs/dflash.md 3.5).
+    /// head, then multiplier and softcap (docs/dflash.md 3.5). Ids that the drafter was not trained with get
+    /// -inf.
     pub fn logits(&self, target: &Target, normed: &[f32], out: &mut Vec<f32>) {
         target.logits(normed, out);
         let cap = self.config.softcap;
@@ -461,5 +462,7 @@ impl Drafter {
                 *logit = cap * (*logit / cap).tanh();
             }
         }
+        let (vocab, common) = (target.config.vocab, self.config.vocab.min(target.config.vocab));
+        out.chunks_mut(vocab).for_each(|row| row[common..].fill(f32::NEG_INFINITY));
     }
 }

@@ -28,6 +28,41 @@ pub fn histogram(accepted: &[usize], block: usize) -> String {
     counts.iter().map(|c| BARS[usize::div_ceil(c * 8, tallest)]).collect()
 }
 
+/// Notices, over all answers of a run, a drafter whose drafts are not accepted.
+#[derive(Debug, Clone, Default)]
+pub struct AcceptanceWatch {
+    rounds: usize,
+    tokens: usize,
+    found: bool,
+}
+
+impl AcceptanceWatch {
+    /// Rounds with drafts before anything is said.
+    const ROUNDS: usize = 30;
+    /// Acceptance lengths below this mean that drafts are not accepted.
+    const TAU: f64 = 1.1;
+
+    /// Adds the rounds of an answer: tokens and drafts of each. Returns a sentence for the user the first time
+    /// that the acceptance length of all rounds with drafts is too small.
+    pub fn add(&mut self, accepted: &[usize], drafted: &[usize]) -> Option<String> {
+        for (tokens, _) in accepted.iter().zip(drafted).filter(|(_, drafts)| **drafts > 0) {
+            self.rounds += 1;
+            self.tokens += tokens;
+        }
+        let tau = self.tokens as f64 / self.rounds.max(1) as f64;
+        if self.found || self.rounds < Self::ROUNDS || tau >= Self::TAU {
+            return None;
+        }
+        self.found = true;
+        Some(format!(
+            "the drafter's drafts are not accepted (acceptance length {tau:.2} over {} rounds): it may belong to another \
+             target, the prompts may ask for thinking that it was not trained with, or its taps (target_layer_ids) may be \
+             wrong",
+            self.rounds
+        ))
+    }
+}
+
 /// Times of the phases of a run, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Seconds {
@@ -128,6 +163,20 @@ mod tests {
     fn tau_is_the_mean_of_tokens_per_round() {
         assert_eq!(tau(&[]), None);
         assert_eq!(tau(&[1, 4, 4]), Some(3.0));
+    }
+
+    #[test]
+    fn drafts_that_are_not_accepted_are_noticed_once() {
+        let mut watch = AcceptanceWatch::default();
+        // Rounds without drafts do not count.
+        assert_eq!(watch.add(&[1; 100], &[0; 100]), None);
+        assert_eq!(watch.add(&[1; 29], &[7; 29]), None);
+        let line = watch.add(&[3], &[7]).unwrap();
+        assert!(line.contains("acceptance length 1.07 over 30 rounds"), "{line}");
+        assert_eq!(watch.add(&[1; 50], &[7; 50]), None);
+        let mut accepted = vec![1; 27];
+        accepted.extend([2; 3]);
+        assert_eq!(AcceptanceWatch::default().add(&accepted, &[7; 30]), None);
     }
 
     #[test]

@@ -216,35 +216,6 @@ fn parameter_count_of_a_target_counts_a_tied_head_once() {
 }
 
 #[test]
-fn default_target_layer_ids_are_evenly_spaced() {
-    // Some of these are in docs/dflash.md, section 1.
-    let cases: [(usize, &[usize]); 10] = [
-        (36, &[1, 9, 17, 25, 33]),
-        (32, &[1, 8, 15, 22, 29]),
-        (32, &[1, 5, 9, 13, 17, 21, 25, 29]),
-        (24, &[1, 6, 11, 16, 21]),
-        (28, &[1, 7, 13, 19, 25]),
-        (48, &[1, 12, 23, 34, 45]),
-        (64, &[1, 16, 31, 46, 61]),
-        (60, &[1, 12, 23, 35, 46, 57]),
-        (40, &[1, 6, 11, 16, 22, 27, 32, 37]),
-        (52, &[1, 13, 25, 37, 49]),
-    ];
-    let taps = |target_layers: usize, layers: usize| {
-        let mut config = published(64, 64, layers, 4, 2, 0);
-        config["num_target_layers"] = target_layers.into();
-        config["dflash_config"].as_object_mut().unwrap().remove("target_layer_ids");
-        drafter_from(&config).unwrap().taps
-    };
-    for (target_layers, expected) in cases {
-        assert_eq!(taps(target_layers, expected.len()), expected, "{target_layers} layers");
-    }
-    assert_eq!(taps(36, 1), [18]);
-    // 10.5 and 29.5 round to the even neighbour, as in Python.
-    assert_eq!(taps(42, 5), [1, 10, 20, 30, 39]);
-}
-
-#[test]
 fn dflash_config_fields_override_top_level_fields() {
     let mut config = published(64, 64, 2, 4, 2, 3);
     let block = |config: &Value| drafter_from(config).unwrap().block;

@@ -206,7 +206,6 @@ const MODELS: &str = r#"
 3 | tap out of range | ROOT/drafter/config.json: dflash_config.target_layer_ids holds 4, expected layers from 0 to 3 (num_target_layers is 4)
 3 | mask beyond the vocabulary | ROOT/drafter/config.json: dflash_config.mask_token_id is 97, expected a whole number from 0 to 96
 3 | drafter of a wider target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its hidden size is 128, the target's is 64
-3 | drafter of another vocabulary | ROOT/drafter/config.json was not made for ROOT/target/config.json: its vocabulary size is 98, the target's is 97
 3 | drafter of a deeper target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its number of target layers is 36, the target's is 4
 3 | block of one | ROOT/drafter/config.json: block_size is 1, expected a whole number from 2 to 1024
 4 | another kind of drafter | ROOT/drafter/config.json: selector_rank is 64, which makes it a DFlash2 drafter: this engine runs standard DFlash drafters
@@ -250,7 +249,6 @@ fn corrupt(pair: &support::Pair, case: &str) {
             edit_config(drafter, |c| c["dflash_config"]["mask_token_id"] = json!(97))
         }
         "drafter of a wider target" => edit_config(drafter, |c| c["hidden_size"] = json!(128)),
-        "drafter of another vocabulary" => edit_config(drafter, |c| c["vocab_size"] = json!(98)),
         "drafter of a deeper target" => edit_config(drafter, |c| c["num_target_layers"] = json!(36)),
         "block of one" => edit_config(drafter, |c| c["block_size"] = json!(1)),
         "another kind of drafter" => edit_config(drafter, |c| c["selector_rank"] = json!(64)),

@@ -64,6 +64,7 @@ const TARGET_CONFIGS: &str = r#"
 3 | architectures absent | T/config.json: architectures is absent
 4 | model_type = "qwen3_moe" | T/config.json: model_type is qwen3_moe, which this engine does not run: expected qwen3
 2 | architectures = ["DFlashDraftModel"] | target is given T/config.json, which describes a drafter (DFlashDraftModel): expected a target
+2 | architectures = ["LlamaForCausalLMEagle3"] | target is given T/config.json, which describes a drafter (LlamaForCausalLMEagle3): expected a target
 4 | hidden_act = "gelu" | T/config.json: hidden_act is gelu, which this engine does not run: expected silu
 4 | attention_bias = true | T/config.json: attention_bias is true, which this engine does not run: expected false
 4 | mlp_bias = true | T/config.json: mlp_bias is true, which this engine does not run: expected false
@@ -92,10 +93,14 @@ const TARGET_CONFIGS: &str = r#"
 3 | rope_scaling = { "type": "linear", "factor": 0 } | T/config.json: rope_scaling.factor is 0, expected a number from 1
 3 | rope_scaling = [] | T/config.json: rope_scaling is [], expected an object
 3 | rope_scaling = { "rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4, "original_max_position_embeddings": 8192 } | T/config.json: rope_scaling.high_freq_factor is 4, expected a number above low_freq_factor
-4 | rope_scaling = { "type": "default", "mrope_section": [8, 8, 8] } | T/config.json: rope_scaling.mrope_section is unknown: this engine runs rope_type default without it
-4 | rope_scaling = { "type": "linear", "factor": 2.0, "beta_fast": 32 } | T/config.json: rope_scaling.beta_fast is unknown: this engine runs rope_type linear without it
-4 | rope_parameters = { "rope_theta": 1e4, "factor": 2.0, "rope_type": "default" } | T/config.json: rope_parameters.factor is unknown: this engine runs rope_type default without it
-4 | rope_scaling = { "type": "yarn", "factor": 2.0, "low_freq_factor": 1 } | T/config.json: rope_scaling.low_freq_factor is unknown: this engine runs rope_type yarn without it
+0 | rope_scaling = { "type": "default", "mrope_section": [8, 8, 8] } | opened
+4 | rope_scaling = { "type": "linear", "factor": 2.0, "beta_fast": 32 } | T/config.json: rope_scaling.beta_fast is 32, which rope_type linear does not use: this engine would compute other positions
+4 | rope_parameters = { "rope_theta": 1e4, "factor": 2.0, "rope_type": "default" } | T/config.json: rope_parameters.factor is 2.0, which rope_type default does not use: this engine would compute other positions
+4 | rope_scaling = { "type": "yarn", "factor": 2.0, "low_freq_factor": 2 } | T/config.json: rope_scaling.low_freq_factor is 2, which rope_type yarn does not use: this engine would compute other positions
+4 | rope_scaling = { "type": "yarn", "factor": 2.0, "long_factor": [1, 2] } | T/config.json: rope_scaling.long_factor is [1,2], which rope_type yarn does not use: this engine would compute other positions
+4 | rope_scaling = { "type": "yarn", "factor": 2.0, "extrapolation_factor": 0.5 } | T/config.json: rope_scaling.extrapolation_factor is 0.5, which rope_type yarn does not use: this engine would compute other positions
+3 | rope_scaling = { "type": "yarn", "factor": 1e30, "original_max_position_embeddings": 64 } | T/config.json: rope_scaling.factor x original_max_position_embeddings is 64000000000000000000000000000000 positions, expected at most 16777216
+0 | rope_scaling = { "type": "default", "factor": 1.0 } | opened
 0 | rope_scaling = { "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1, "mrope_section": null } | opened
 0 | rope_scaling = { "rope_type": "linear", "type": "linear", "factor": 2.0, "original_max_position_embeddings": 64 } | opened
 0 | rope_scaling = { "rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192 } | opened
@@ -117,21 +122,36 @@ fn invalid_drafter_configs_are_refused_by_field() {
 }
 
 const DRAFTER_CONFIGS: &str = r#"
-4 | architectures = ["DFlash2DraftModel"] | D/config.json: architectures is DFlash2DraftModel, which this engine does not run: expected DFlashDraftModel
+4 | architectures = ["DFlash2DraftModel"] | D/config.json: architectures is DFlash2DraftModel, which makes it a DFlash2 drafter: this engine runs standard DFlash drafters
 4 | dflash_config.selector_rank = 256 | D/config.json: dflash_config.selector_rank is 256, which makes it a DFlash2 drafter: this engine runs standard DFlash drafters
 4 | conv_kernel_size = 2 | D/config.json: conv_kernel_size is 2, which makes it a DFlash2 drafter: this engine runs standard DFlash drafters
-4 | dflash_config.markov_rank = 256 | D/config.json: dflash_config.markov_rank is 256, which makes it a DSpark (DeepSpec) drafter: this engine runs standard DFlash drafters
-4 | sample_from_anchor = true | D/config.json: sample_from_anchor is true, which makes it a DSpark (DeepSpec) drafter: this engine runs standard DFlash drafters
+4 | dflash_config.markov_rank = 256 | D/config.json: dflash_config.markov_rank is 256, which makes it a DSpark drafter: this engine runs standard DFlash drafters
+4 | sample_from_anchor = true | D/config.json: sample_from_anchor is true, which makes it an anchor-first drafter: this engine runs standard DFlash drafters
 4 | dflash_config.shift_label = true | D/config.json: dflash_config.shift_label is true, which makes it a Domino drafter: this engine runs standard DFlash drafters
-4 | dflash_config.projector_type = "domino" | D/config.json: dflash_config.projector_type is "domino", which makes it a Domino or DSpark drafter: this engine runs standard DFlash drafters
-4 | fc_layernorm = true | D/config.json: fc_layernorm is true, which makes it a per-tap norm drafter: this engine runs standard DFlash drafters
+4 | dflash_config.projector_type = "domino" | D/config.json: dflash_config.projector_type is "domino", which makes it a Domino drafter: this engine runs standard DFlash drafters
+4 | fc_layernorm = true | D/config.json: fc_layernorm is true, which makes it a drafter with a norm per tap: this engine runs standard DFlash drafters
 4 | dflash_config.use_swa = true | D/config.json: dflash_config.use_swa is true, which makes it a MiMo-style drafter: this engine runs standard DFlash drafters
 4 | attention_sink_bias = true | D/config.json: attention_sink_bias is true, which makes it a MiMo-style drafter: this engine runs standard DFlash drafters
 4 | attention_value_scale = 0.612 | D/config.json: attention_value_scale is 0.612, which makes it a MiMo-style drafter: this engine runs standard DFlash drafters
 4 | dflash_config.tree_width = 4 | D/config.json: dflash_config.tree_width is unknown: this engine runs standard DFlash drafters
-4 | speculators_model_type = "dflash" | D/config.json: speculators_model_type makes it a drafter in the speculators layout: this engine runs the z-lab layout (DFlashDraftModel)
-4 | draft_vocab_size = 32000 | D/config.json: draft_vocab_size makes it a drafter in the speculators layout: this engine runs the z-lab layout (DFlashDraftModel)
-4 | architectures = ["LlamaForCausalLMEagle3"] | D/config.json: architectures is LlamaForCausalLMEagle3, which this engine does not run: expected DFlashDraftModel
+4 | speculators_model_type = "dflash" | D/config.json: speculators_model_type is "dflash", which makes it a DFlash drafter in the speculators layout: this engine runs standard DFlash drafters
+4 | speculators_model_type = "dflash2"; architectures = ["DFlash2DraftModel"] | D/config.json: speculators_model_type is "dflash2", which makes it a DFlash2 drafter in the speculators layout: this engine runs standard DFlash drafters
+4 | speculators_model_type = "dspark"; markov_rank = 32 | D/config.json: speculators_model_type is "dspark", which makes it a DSpark drafter in the speculators layout: this engine runs standard DFlash drafters
+4 | speculators_model_type = "eagle3"; draft_vocab_size = 256 | D/config.json: speculators_model_type is "eagle3", which makes it an EAGLE-3 drafter in the speculators layout: this engine runs standard DFlash drafters
+4 | speculators_model_type = "mtp" | D/config.json: speculators_model_type is "mtp", which makes it a drafter of the kind mtp in the speculators layout: this engine runs standard DFlash drafters
+4 | transformer_layer_config = {} | D/config.json: transformer_layer_config is present, which makes it a drafter in the speculators layout: this engine runs standard DFlash drafters
+4 | dflash_config absent; num_anchors = 512; markov_rank = 0; architectures = ["Qwen3DSparkModel"] | D/config.json: architectures is Qwen3DSparkModel, which makes it an anchor-first DFlash drafter (DeepSpec): this engine runs standard DFlash drafters
+4 | dflash_config absent; markov_rank = 32; architectures = ["Qwen3DSparkModel"] | D/config.json: architectures is Qwen3DSparkModel, which makes it a DSpark drafter (DeepSpec): this engine runs standard DFlash drafters
+4 | dflash_config absent; num_anchors = 512; markov_rank = 0 | D/config.json: num_anchors is 512, which makes it an anchor-first DFlash drafter (DeepSpec): this engine runs standard DFlash drafters
+4 | dflash_config absent; architectures = ["Qwen3Eagle3Model"]; target_layer_ids = [1]; ttt_length = 5 | D/config.json: architectures is Qwen3Eagle3Model, which makes it an EAGLE-3 drafter (DeepSpec): this engine runs standard DFlash drafters
+4 | architectures = ["DSparkDraftModel"] | D/config.json: architectures is DSparkDraftModel, which makes it a DSpark drafter: this engine runs standard DFlash drafters
+4 | architectures = ["DominoDraftModel"] | D/config.json: architectures is DominoDraftModel, which makes it a Domino drafter: this engine runs standard DFlash drafters
+4 | dflash_config.projector_type = "dspark" | D/config.json: dflash_config.projector_type is "dspark", which makes it a DSpark drafter: this engine runs standard DFlash drafters
+4 | dflash_config absent; architectures = ["LlamaForCausalLM"]; draft_vocab_size = 32000 | D/config.json: draft_vocab_size is 32000, which makes it an EAGLE-3 drafter: this engine runs standard DFlash drafters
+4 | draft_vocab_size = 32000 | D/config.json: draft_vocab_size is 32000, which makes it a drafter with a vocabulary of its own: this engine runs standard DFlash drafters
+0 | draft_vocab_size = 40 | opened
+4 | architectures = ["LlamaForCausalLMEagle3"] | D/config.json: architectures is LlamaForCausalLMEagle3, which makes it an EAGLE-3 drafter: this engine runs standard DFlash drafters
+4 | architectures = ["OtherDraftModel"] | D/config.json: architectures is OtherDraftModel, which this engine does not run: expected DFlashDraftModel or Qwen3DFlashDraftModel
 4 | model_type = "llama" | D/config.json: model_type is llama, which this engine does not run: expected qwen3
 4 | quantization_config = { "bits": 4 } | D/config.json: quantization_config is present without a quant_method, which this engine does not run: expected an unquantised checkpoint
 4 | attention_bias = true | D/config.json: attention_bias is true, which this engine does not run: expected false
@@ -140,6 +160,7 @@ const DRAFTER_CONFIGS: &str = r#"
 3 | dflash_config.mask_token_id absent | D/config.json: mask_token_id is absent
 3 | dflash_config.mask_token_id = 40 | D/config.json: dflash_config.mask_token_id is 40, expected a whole number from 0 to 39
 3 | num_target_layers absent | D/config.json: num_target_layers is absent
+3 | dflash_config.target_layer_ids absent | D/config.json: dflash_config.target_layer_ids is absent, expected the layers of the target that the drafter reads: give them as `taps` 1,9,...
 3 | dflash_config.target_layer_ids = [] | D/config.json: dflash_config.target_layer_ids is empty, expected at least one layer
 3 | dflash_config.target_layer_ids = [0, 4] | D/config.json: dflash_config.target_layer_ids holds 4, expected layers from 0 to 3 (num_target_layers is 4)
 3 | dflash_config.target_layer_ids = [0, -1] | D/config.json: dflash_config.target_layer_ids[1] is -1, expected a whole number from 0 to 1024
@@ -153,7 +174,8 @@ const DRAFTER_CONFIGS: &str = r#"
 3 | layer_types = ["full_attention", "sliding_attention"]; sliding_window = 4; use_sliding_window = false | D/config.json: layer_types[1] is sliding_attention, but sliding_window is not set or use_sliding_window is false
 3 | partial_rotary_factor = 0.2 | D/config.json: partial_rotary_factor = 0.2 of head_dim 8 rotates 1 dims, expected an even number from 2
 3 | hidden_size = 32 | D/config.json was not made for T/config.json: its hidden size is 32, the target's is 16
-3 | vocab_size = 41 | D/config.json was not made for T/config.json: its vocabulary size is 41, the target's is 40
+0 | vocab_size = 41 | opened
+0 | vocab_size = 39 | opened
 3 | num_target_layers = 5 | D/config.json was not made for T/config.json: its number of target layers is 5, the target's is 4
 3 | num_hidden_layers = 1 | D/model.safetensors: tensor layers.1.input_layernorm.weight belongs to a layer beyond the 1 of config.json
 "#;
@@ -265,6 +287,12 @@ fn invalid_safetensors_files_are_refused_with_the_reason() {
             4, "D/model.safetensors: tensor model.embed_tokens.weight belongs to a drafter with an embedding, head or vocabulary of its own: this engine runs standard DFlash drafters"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("d2t")))),
             4, "D/model.safetensors: tensor d2t belongs to a drafter with an embedding, head or vocabulary of its own: this engine runs standard DFlash drafters"),
+        (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("markov_head.markov_w1.weight")))),
+            4, "D/model.safetensors: tensor markov_head.markov_w1.weight belongs to a DSpark drafter: this engine runs standard DFlash drafters"),
+        (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("midlayer.hidden_norm.weight")))),
+            4, "D/model.safetensors: tensor midlayer.hidden_norm.weight belongs to an EAGLE-3 drafter: this engine runs standard DFlash drafters"),
+        (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("model.prefix_gru.weight")))),
+            4, "D/model.safetensors: tensor model.prefix_gru.weight belongs to a Domino drafter: this engine runs standard DFlash drafters"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("markov_w1")))),
             4, "D/model.safetensors: tensor markov_w1 is not part of a DFlash drafter"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("model.fc.weight")))),

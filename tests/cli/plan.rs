@@ -27,32 +27,16 @@ fn demo() -> Pair {
     Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()
 }
 
-/// Writes a model folder whose weights are zeros in a sparse file, which takes no disk space.
-fn sparse(dir: &Path, config: &Value, tensors: impl FnOnce() -> Vec<(String, Vec<usize>)>) {
-    fs::create_dir_all(dir).unwrap();
-    support::write_json(dir, "config.json", config);
-    let (mut header, mut end) = (Map::new(), 0);
-    for (name, shape) in tensors() {
-        let begin = end;
-        end += shape.iter().product::<usize>() * 2;
-        header.insert(name, json!({ "dtype": "BF16", "shape": shape, "data_offsets": [begin, end] }));
-    }
-    let head = support::safetensors_raw(&Value::Object(header).to_string(), &[]);
-    let path = dir.join("model.safetensors");
-    fs::write(&path, &head).unwrap();
-    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len((head.len() + end) as u64).unwrap();
-}
-
 /// A pair of these sizes with weights of zeros.
 fn sparse_pair(target: &support::Target, drafter: &support::Drafter) -> (support::Pair, Pair) {
     let root = tempfile::tempdir().unwrap();
     let files =
         support::Pair { target: root.path().join("target"), drafter: root.path().join("drafter"), root };
     let (target_dir, drafter_dir) = (disk(&files.target), disk(&files.drafter));
-    sparse(&files.target, &support::target_config(target), || {
+    support::write_sparse(&files.target, &support::target_config(target), || {
         TargetConfig::open(&target_dir).unwrap().tensors()
     });
-    sparse(&files.drafter, &support::drafter_config(target, drafter), || {
+    support::write_sparse(&files.drafter, &support::drafter_config(target, drafter), || {
         DrafterConfig::open(&drafter_dir).unwrap().tensors()
     });
     let pair = Pair::open(target_dir, Some(drafter_dir)).unwrap();
@@ -203,7 +187,7 @@ fn loading_can_need_more_memory_than_running() {
     let dir = tempfile::tempdir().unwrap();
     let folder = disk(dir.path());
     let tensors = || TargetConfig::open(&folder).unwrap().tensors();
-    sparse(dir.path(), &support::target_config(&large), tensors);
+    support::write_sparse(dir.path(), &support::target_config(&large), tensors);
     let pair = Pair::open(disk(dir.path()), None).unwrap();
     let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 1, 64)).unwrap();
     assert!(plan.loading() > plan.total());

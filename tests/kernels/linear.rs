@@ -192,7 +192,7 @@ fn head_gives_logits_and_the_best_key_of_every_block() {
     for (i, vocab) in [1, 17, 2048, 2049].into_iter().enumerate() {
         for (j, &(rows, k, softcap, multiplier)) in cases.iter().enumerate() {
             let data = Data::new((40 + i * 4 + j) as u64, rows, Shape { n: vocab, k });
-            let kernel = Head { rows, vocab, k, multiplier, softcap };
+            let kernel = Head { rows, vocab, k, multiplier, softcap, ids: vocab };
             let outcomes = bits_of_every_device(|device| {
                 let (best, logits) = head(device, kernel, &data, true);
                 [best, logits].concat()
@@ -218,6 +218,22 @@ fn head_gives_logits_and_the_best_key_of_every_block() {
                 assert!(from_bytes::<u16>(&untouched).iter().all(|&w| w == POISON));
             });
         }
+    }
+}
+
+#[test]
+fn head_masks_ids_that_the_drafter_does_not_have() {
+    for (vocab, ids) in [(300, 290), (300, 130), (257, 128), (300, 1)] {
+        let (rows, k) = (9, 96);
+        let data = Data::new(70, rows, Shape { n: vocab, k });
+        every_device(|device| {
+            let kernel = Head { rows, vocab, k, multiplier: 1.0, softcap: Some(30.0), ids: vocab };
+            let mut expected: Vec<f32> = from_bytes(&head(device, kernel, &data, true).1);
+            expected.chunks_mut(vocab).for_each(|row| row[ids..].fill(f32::NEG_INFINITY));
+            let (best, logits) = head(device, Head { ids, ..kernel }, &data, true);
+            assert_eq!(from_bytes::<f32>(&logits), expected, "{ids} of {vocab}");
+            assert_eq!(from_bytes::<u64>(&best), ranks(&expected, vocab), "{ids} of {vocab}");
+        });
     }
 }
 
@@ -254,7 +270,7 @@ fn best_key_is_the_lowest_of_equal_ids_and_marks_nan() {
                 num_active: 1,
                 prefill_kernel: None,
             };
-            let kernel = Head { rows: 1, vocab, k, multiplier: 1.0, softcap: None };
+            let kernel = Head { rows: 1, vocab, k, multiplier: 1.0, softcap: None, ids: vocab };
             let (best, logits) = head(device, kernel, &data, true);
             let logits: Vec<f32> = from_bytes(&logits);
             let best: Vec<u64> = from_bytes(&best);

@@ -77,7 +77,7 @@ struct Logits {
 impl Logits {
     fn new(device: &dyn Device, rows: usize, vocab: usize, k: usize) -> Logits {
         Logits {
-            kernel: Head { rows, vocab, k, multiplier: 1.0, softcap: None },
+            kernel: Head { rows, vocab, k, multiplier: 1.0, softcap: None, ids: vocab },
             layer: Data::new(6, rows, Shape { n: vocab, k }).upload(device, |r| r),
             best: poisoned::<u64>(device, rows * vocab.div_ceil(128)),
             logits: poisoned::<f32>(device, rows * vocab),

@@ -95,7 +95,7 @@ impl Rig<'_> {
         let vocab = self.vocabulary.vocab;
         let best = poisoned::<u64>(self.device, rows * vocab.div_ceil(128));
         let logits = poisoned::<f32>(self.device, rows * vocab);
-        let head = Head { rows, vocab, k: stack.config.hidden, multiplier: 1.0, softcap: None };
+        let head = Head { rows, vocab, k: stack.config.hidden, multiplier: 1.0, softcap: None, ids: vocab };
         self.vocabulary.head(self.device, stack, scratch, first, head, None, &best, Some(&logits)).unwrap();
         download(self.device, &logits)
     }

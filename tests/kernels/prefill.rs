@@ -231,7 +231,8 @@ fn the_head_has_no_prefill_kernel() {
     let layer =
         with_kernel(PrefillKernel::Mma, &Data::new(1, 3, Shape { n: vocab, k })).upload(&device, |r| r);
     let best = poisoned::<u64>(&device, 9);
-    let head = dflash::gpu::kernels::head::Head { rows: 3, vocab, k, multiplier: 1.0, softcap: None };
+    let head =
+        dflash::gpu::kernels::head::Head { rows: 3, vocab, k, multiplier: 1.0, softcap: None, ids: vocab };
     let refusal = head.launch(&device, &layer.input(true), &best, None).unwrap_err();
     assert_eq!(refusal.to_string(), "kernel head_8: has no counterpart for prompts");
 }

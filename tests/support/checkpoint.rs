@@ -306,6 +306,22 @@ pub fn drafter_tensors(target: &Target, spec: &Drafter) -> Vec<Raw> {
     weights.tensors
 }
 
+/// Writes a model folder whose weights are zeros in a sparse file, which takes no disk space.
+pub fn write_sparse(dir: &Path, config: &Value, tensors: impl FnOnce() -> Vec<(String, Vec<usize>)>) {
+    fs::create_dir_all(dir).unwrap();
+    write_json(dir, "config.json", config);
+    let (mut header, mut end) = (Map::new(), 0);
+    for (name, shape) in tensors() {
+        let begin = end;
+        end += shape.iter().product::<usize>() * 2;
+        header.insert(name, json!({ "dtype": "BF16", "shape": shape, "data_offsets": [begin, end] }));
+    }
+    let head = safetensors_raw(&Value::Object(header).to_string(), &[]);
+    let path = dir.join("model.safetensors");
+    fs::write(&path, &head).unwrap();
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len((head.len() + end) as u64).unwrap();
+}
+
 /// Writes `model.safetensors` if `shards` is at most 1, otherwise that many shards and their index.
 pub fn write_tensors(dir: &Path, tensors: &[Raw], dtype: Dtype, shards: usize) {
     if shards <= 1 {

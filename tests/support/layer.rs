@@ -276,7 +276,7 @@ impl Kind {
             Kind::Head => {
                 let logits = poisoned::<f32>(device, rows * n);
                 let best = poisoned::<u64>(device, rows * n.div_ceil(128));
-                let kernel = Head { rows, vocab: n, k, multiplier: 0.5, softcap: Some(30.0) };
+                let kernel = Head { rows, vocab: n, k, multiplier: 0.5, softcap: Some(30.0), ids: n };
                 kernel.launch(device, &layer.input(true), &best, Some(&logits)).unwrap();
                 by_row(device, rows, &[&best, &logits])
             }

@@ -5,7 +5,7 @@ pub use crate::lists::{Numbers, Whole};
 use crate::lists::{above_zero, count, numbers, percent, wholes};
 use clap::{Args as Flags, Parser, Subcommand};
 use dflash::cli::device::Choice;
-use dflash::cli::spec_flags::SpecFlags;
+use dflash::cli::spec_flags::{SpecFlags, TapsFlag};
 use std::path::PathBuf;
 
 const EXIT_CODES: &str = "\
@@ -155,6 +155,8 @@ pub struct Kernels {
     /// folder]
     #[arg(long, value_name = "DIR")]
     pub draft: Option<PathBuf>,
+    #[command(flatten)]
+    pub taps: TapsFlag,
     /// Rows of a launch, over all sequences: in as few blocks as the drafter's block length allows, as AR
     /// steps, and in trees of up to 64 rows
     #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = wholes)]
@@ -189,6 +191,8 @@ pub struct Roofline {
     /// folder]
     #[arg(long, value_name = "DIR")]
     pub draft: Option<PathBuf>,
+    #[command(flatten)]
+    pub taps: TapsFlag,
     /// Card, with its vendor's figures: H200, H100-SXM, H100-PCIe, GH200, B200, A100-80GB, A100-40GB, L40S,
     /// L4, RTX-5090, RTX-4090, RTX-3090 [default: H200]
     #[arg(long, value_name = "NAME", conflicts_with_all = ["bandwidth", "flops"])]
@@ -229,6 +233,8 @@ pub struct Round {
     /// folder]
     #[arg(long, value_name = "DIR")]
     pub draft: Option<PathBuf>,
+    #[command(flatten)]
+    pub taps: TapsFlag,
     /// Sequences in a batch
     #[arg(long, value_name = "LIST", default_value = "1", value_parser = wholes, allow_hyphen_values = true)]
     pub batch: Whole,
@@ -281,12 +287,15 @@ pub struct Generate {
     #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub repeat: Option<usize>,
 
-    /// Hugging Face folder of the target [default: the built-in demo target]
-    #[arg(long, value_name = "DIR", requires = "draft", help_heading = "Models")]
+    /// Hugging Face folder of the target, or its name on the hub if the local cache has it [default: the
+    /// built-in demo target]
+    #[arg(long, value_name = "DIR|NAME", requires = "draft", help_heading = "Models")]
     pub target: Option<PathBuf>,
-    /// Hugging Face folder of its DFlash drafter [default: the built-in demo drafter]
-    #[arg(long, value_name = "DIR", requires = "target", help_heading = "Models")]
+    /// Hugging Face folder or name of its DFlash drafter [default: the built-in demo drafter]
+    #[arg(long, value_name = "DIR|NAME", requires = "target", help_heading = "Models")]
     pub draft: Option<PathBuf>,
+    #[command(flatten)]
+    pub taps: TapsFlag,
     /// Device
     #[arg(long, value_enum, default_value_t = Choice::Auto, help_heading = "Models")]
     pub device: Choice,

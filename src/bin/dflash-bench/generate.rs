@@ -5,12 +5,11 @@ use crate::args;
 use crate::machine::Instruments;
 use crate::record::{Machine, Model, Record};
 use clap::{Args as _, FromArgMatches};
-use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::device::{self, Choice};
-use dflash::cli::sigbus;
 use dflash::cli::spec_flags::SpecFlags;
-use dflash::cli::terminal;
+use dflash::cli::{hub, sigbus, terminal};
 use dflash::cpu::decoder::Cpu;
 use dflash::cpu::ops;
 use dflash::engine::generate::{
@@ -84,10 +83,11 @@ impl Plan {
         let (prompts, categories) = prompts(flags)?;
         let names = prompts.iter().map(|prompt| prompt.name.clone()).collect();
         let (target, drafter) = match (&flags.target, &flags.draft) {
-            (Some(target), Some(drafter)) => (Folder::Disk(target.clone()), Folder::Disk(drafter.clone())),
+            (Some(target), Some(drafter)) => (hub::folder(target)?, hub::folder(drafter)?),
             _ => (DEMO_TARGET, DEMO_DRAFTER),
         };
-        let pair = Pair::open(target, Some(drafter))?;
+        let pair = Pair::open_with_taps(target, Some(drafter), flags.taps.taps.as_deref())?;
+        terminal::notes(&pair.notes);
         sigbus::guard("dflash-bench", &pair)?;
         let block = pair.block(flags.block)?;
         let requests = requests(flags, &pair, prompts, &sampling, block)?;

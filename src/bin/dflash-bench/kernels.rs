@@ -143,7 +143,7 @@ pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
 }
 
 fn pair(flags: &args::Kernels, name: &str) -> Result<Pair> {
-    let pair = model::pair(name, flags.draft.clone())?;
+    let pair = model::pair(name, flags.draft.clone(), &flags.taps)?;
     // The plan refuses shapes that the kernels do not support.
     MemoryPlan::new(&pair, BatchConfig::new(1, 1, 1))?;
     let wrong = |flag: &str, found: usize, expected: String| {

@@ -3,32 +3,38 @@
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder, PUBLISHED};
 use dflash::checkpoint::pair::{Model, Pair};
 use dflash::checkpoint::safetensors::Checkpoint;
+use dflash::cli::spec_flags::{TapsFlag, needs_drafter};
+use dflash::cli::{hub, terminal};
 use dflash::{Error, Result};
 use rayon::prelude::*;
 use serde_json::{Map, json};
 use std::path::{Path, PathBuf};
 
 /// The pair named `model`, or that of a target's folder. `draft` is a drafter's folder and replaces a named
-/// pair's own.
+/// pair's own; `taps` replace those of its config.
 ///
 /// # Errors
 /// [`Error::Usage`] for an unknown name; otherwise those of [`Pair::with_random_weights`].
-pub fn pair(model: &str, draft: Option<PathBuf>) -> Result<Pair> {
-    let draft = draft.map(Folder::Disk);
-    if model == "demo" {
-        return Pair::with_random_weights(DEMO_TARGET, Some(draft.unwrap_or(DEMO_DRAFTER)));
+pub fn pair(model: &str, draft: Option<PathBuf>, taps: &TapsFlag) -> Result<Pair> {
+    let draft = draft.map(|dir| hub::folder(&dir)).transpose()?;
+    let named = PUBLISHED.into_iter().find(|pair| pair.0 == model);
+    let (target, drafter) = match named.map(|(_, target, drafter)| (target, drafter)) {
+        Some((target, drafter)) => (target, Some(draft.unwrap_or(drafter))),
+        None if model == "demo" => (DEMO_TARGET, Some(draft.unwrap_or(DEMO_DRAFTER))),
+        None if Path::new(model).exists() || model.contains('/') => (hub::folder(Path::new(model))?, draft),
+        None => {
+            let known = PUBLISHED.map(|pair| pair.0).join(", ");
+            return Err(Error::Usage(format!(
+                "--model is {model:?}, expected {known}, demo or a target's folder"
+            )));
+        }
+    };
+    if taps.taps.is_some() {
+        needs_drafter("--taps", drafter.is_none(), None)?;
     }
-    if let Some((_, target, drafter)) = PUBLISHED.into_iter().find(|pair| pair.0 == model) {
-        return Pair::with_random_weights(target, Some(draft.unwrap_or(drafter)));
-    }
-    let dir = Path::new(model);
-    if !dir.exists() {
-        let known = PUBLISHED.map(|pair| pair.0).join(", ");
-        return Err(Error::Usage(format!(
-            "--model is {model:?}, expected {known}, demo or a target's folder"
-        )));
-    }
-    Pair::with_random_weights(Folder::Disk(dir.to_path_buf()), draft)
+    let pair = Pair::with_random_weights_and_taps(target, drafter, taps.taps.as_deref())?;
+    terminal::notes(&pair.notes);
+    Ok(pair)
 }
 
 /// Bytes of the random weights of `pair`.
@@ -45,7 +51,8 @@ pub fn bytes(pair: &Pair) -> usize {
 pub fn in_memory(pair: &Pair) -> Result<Pair> {
     let target = folder(&pair.target, &pair.target.config.tensors())?;
     let drafter = pair.drafter.as_ref().map(|drafter| folder(drafter, &drafter.config.tensors()));
-    Pair::open(target, drafter.transpose()?)
+    let taps = pair.drafter.as_ref().map(|drafter| &drafter.config.taps[..]);
+    Pair::open_with_taps(target, drafter.transpose()?, taps)
 }
 
 /// A model's folder in memory: its config, and its weights as a safetensors file.
@@ -117,7 +124,7 @@ mod tests {
 
     #[test]
     fn weights_in_memory_equal_those_that_devices_load() {
-        let random = pair("demo", None).unwrap();
+        let random = pair("demo", None, &TapsFlag::default()).unwrap();
         let held = in_memory(&random).unwrap();
         assert_eq!(held.target.folder.name(), random.target.folder.name());
         let drafter = |pair: &'static Pair| pair.drafter.as_ref().unwrap();

@@ -46,7 +46,7 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     let counting = handle.as_ref().is_some_and(|handle| handle.device.counters().is_some());
     let small = counting || handle.is_none();
     let name = flags.model.as_deref().unwrap_or(if small { "demo" } else { "qwen3-8b" });
-    let pair = model::pair(name, flags.draft.clone())?;
+    let pair = model::pair(name, flags.draft.clone(), &flags.taps)?;
     let block = block(flags, &pair)?;
     check(flags, &pair, block, handle.is_some())?;
     let acceptance = acceptance(flags, block, counting)?;

@@ -2,9 +2,10 @@
 
 use crate::job::{Action, Format, Job, Source};
 use clap::{ArgAction, Parser, ValueEnum};
-use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
+use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::cli::device::Choice;
-use dflash::cli::spec_flags::{SpecFlags, needs_drafter};
+use dflash::cli::hub;
+use dflash::cli::spec_flags::{SpecFlags, TapsFlag, needs_drafter};
 use dflash::cli::terminal::{number, whole};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
@@ -45,13 +46,16 @@ pub struct Args {
     #[arg(conflicts_with_all = ["prompt", "file", "prompts", "raw", "plan", "json", "stream_json", "compare"])]
     pub chat: bool,
 
-    /// Hugging Face folder of the target [default: the demo pair's]
-    #[arg(long, value_name = "DIR", help_heading = "Models")]
+    /// Hugging Face folder of the target, or its name on the hub if the local cache has it [default: the demo
+    /// pair's]
+    #[arg(long, value_name = "DIR|NAME", help_heading = "Models")]
     pub target: Option<PathBuf>,
-    /// Hugging Face folder of its DFlash drafter, or "none" for autoregressive decoding [default: the demo
-    /// pair's; with --target: none]
-    #[arg(long, value_name = "DIR|none", help_heading = "Models")]
+    /// Hugging Face folder or name of its DFlash drafter, or "none" for autoregressive decoding [default: the
+    /// demo pair's; with --target: none]
+    #[arg(long, value_name = "DIR|NAME|none", help_heading = "Models")]
     pub draft: Option<PathBuf>,
+    #[command(flatten)]
+    pub taps: TapsFlag,
     /// Where to run
     #[arg(long, value_enum, default_value_t = Choice::Auto, help_heading = "Models")]
     pub device: Choice,
@@ -170,7 +174,7 @@ pub enum Color {
 }
 
 impl Args {
-    /// Resolves the flags. Everything that can be wrong without looking at a file is found here.
+    /// Resolves the flags. Everything that can be wrong without reading a file is found here.
     pub fn resolve(self) -> Result<Job> {
         self.check()?;
         let sampling = SamplingParams {
@@ -196,9 +200,10 @@ impl Args {
                 (None, None) => Some(DEMO_DRAFTER),
                 (None, Some(_)) => None,
                 (Some(dir), _) if is_none(&dir) => None,
-                (Some(dir), _) => Some(Folder::Disk(dir)),
+                (Some(dir), _) => Some(hub::folder(&dir)?),
             },
-            target: self.target.map_or(DEMO_TARGET, Folder::Disk),
+            target: self.target.map_or(Ok(DEMO_TARGET), |dir| hub::folder(&dir))?,
+            taps: self.taps.taps,
             device: self.device,
             gpu: self.gpu.unwrap_or(0),
             ctx: self.ctx,
@@ -249,6 +254,9 @@ impl Args {
             None => self.target.is_some(),
         };
         self.drafts.need_drafter(no_drafter, self.block)?;
+        if self.taps.taps.is_some() {
+            needs_drafter("--taps", no_drafter, None)?;
+        }
         // These compare with autoregressive decoding.
         let compares = match (self.compare, self.check_lossless) {
             (true, _) => Some("--compare"),

@@ -194,6 +194,7 @@ impl<'a> Chat<'a> {
             Finish::Context => ", cut at the end of the context".into(),
             Finish::Interrupted => ", interrupted".into(),
         };
+        self.session.watch_acceptance(outcome);
         self.last = Some(self.session.summary(request, outcome) + &why);
         self.all.tokens += outcome.tokens.len();
         self.all.time += outcome.prefill + outcome.decode;

@@ -54,6 +54,7 @@ impl Session<'_> {
             } else {
                 out.line(&row.line(&(i + 1).to_string()))?;
             }
+            self.watch_acceptance(&dflash);
             all_identical = all_identical.and(identical);
             tokens += ar.tokens.len();
             ar_time += ar.prefill + ar.decode;

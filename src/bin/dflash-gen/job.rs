@@ -18,6 +18,8 @@ pub struct Job {
     pub target: Folder,
     /// None: autoregressive decoding.
     pub drafter: Option<Folder>,
+    /// Taps in place of those of the drafter's config.
+    pub taps: Option<Vec<usize>>,
     /// `--draft` was given, be it as `none`.
     pub draft_was_given: bool,
     /// The target is the demo pair's.

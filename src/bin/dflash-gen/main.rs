@@ -23,13 +23,14 @@ use dflash::cpu::ops;
 use dflash::engine::decoder::Backend;
 use dflash::engine::generate::{Flow, TokenSink, TokenSinks, generate_all};
 use dflash::engine::request::{Finish, Outcome, Request};
-use dflash::engine::stats::{self, Record, Seconds, SpecRecord};
+use dflash::engine::stats::{self, AcceptanceWatch, Record, Seconds, SpecRecord};
 use dflash::text::prompts;
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
 use job::{Action, Job};
 use output::Writer;
 use serde_json::{Value, json};
+use std::cell::RefCell;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -68,7 +69,10 @@ fn note_missing_drafter(pair: &Pair) {
 
 fn run(job: &Job) -> Result<u8> {
     let clock = Instant::now();
-    let pair = Pair::open(job.target.clone(), job.drafter.clone())?;
+    let pair = Pair::open_with_taps(job.target.clone(), job.drafter.clone(), job.taps.as_deref())?;
+    if !job.quiet {
+        terminal::notes(&pair.notes);
+    }
     if pair.drafter.is_none() && !job.draft_was_given && !job.quiet {
         note_missing_drafter(&pair);
     }
@@ -105,7 +109,8 @@ fn run(job: &Job) -> Result<u8> {
     let capacity = backend::capacity(job, &pair, max_block, longest.unwrap_or(0))?;
     let backend = backend::load(job, &pair, capacity)?;
     load += clock.elapsed();
-    let session = Session { job, pair: &pair, text: &text, backend: &*backend, load };
+    let watch = RefCell::default();
+    let session = Session { job, pair: &pair, text: &text, backend: &*backend, load, watch };
 
     // Until here Ctrl-C ends the program at once. From here a second one does, without waiting for the
     // running round.
@@ -136,9 +141,18 @@ struct Session<'a> {
     text: &'a Text,
     backend: &'a dyn Backend,
     load: Duration,
+    watch: RefCell<AcceptanceWatch>,
 }
 
 impl Session<'_> {
+    /// Says once on stderr that drafts are not accepted, if so.
+    fn watch_acceptance(&self, outcome: &Outcome) {
+        let found = self.watch.borrow_mut().add(&outcome.accepted, &outcome.drafted);
+        if let (Some(line), false) = (found, self.job.quiet) {
+            note(&line);
+        }
+    }
+
     fn generate(&self, requests: &[Request]) -> Result<u8> {
         let mut answers = Answers {
             session: self,
@@ -271,6 +285,7 @@ impl TokenSinks for Answers<'_> {
                 let many = self.requests.len() > 1;
                 let which = if many { format!("{}: ", self.next + 1) } else { String::new() };
                 note(&format!("{which}{}", self.session.summary(request, outcome)));
+                self.session.watch_acceptance(outcome);
             }
             self.next += 1;
         }

@@ -306,6 +306,7 @@ impl<'a> RoundContext<'a> {
             k: drafter.layers.config.hidden,
             multiplier: config.output_multiplier,
             softcap: config.softcap,
+            ids: config.vocab.min(vocab),
         };
         let logits = probs.map_or(&b.logits, |p| &p.logits);
         let kept = (shape.sampled_drafts || trees.is_some()).then_some(logits);
@@ -380,7 +381,7 @@ impl<'a> RoundContext<'a> {
     ) -> Result<()> {
         let (target, vocabulary, b) = (&self.models.target, &self.models.vocabulary, &self.buffers);
         let (vocab, k) = (vocabulary.vocab, target.config.hidden);
-        let head = Head { rows, vocab, k, multiplier: 1.0, softcap: None };
+        let head = Head { rows, vocab, k, multiplier: 1.0, softcap: None, ids: vocab };
         let logits = keep.then_some(&b.logits);
         vocabulary.head(self.device, target, &self.scratch, first, head, num_active, &b.best, logits)
     }

@@ -7,7 +7,7 @@ use crate::gpu::device::{Buffer, Device};
 
 static KERNELS: Kernels = kernels("head", ["head_8", "head_16", "head_32", "head_64", "head_128"], None);
 
-/// `logit = softcap(multiplier * rstd * (in W^T))`, and for each row the best logit of each block of 128 ids.
+/// `logit = softcap(multiplier * rstd * (in W^T))`, or -inf for ids from `ids` on, and for each row the best logit of each block of 128 ids.
 #[derive(Debug, Clone, Copy)]
 pub struct Head {
     /// Rows, at least 1.
@@ -20,6 +20,8 @@ pub struct Head {
     pub multiplier: f32,
     /// The cap in `cap * tanh(logit / cap)`, applied after the multiplier; `None` for no softcap.
     pub softcap: Option<f32>,
+    /// Ids from this one on have the logit -inf; `vocab` if there are none.
+    pub ids: usize,
 }
 
 impl Head {
@@ -50,11 +52,12 @@ impl Head {
         best: &Buffer,
         logits: Option<&Buffer>,
     ) -> Result<()> {
-        let Head { rows, vocab, multiplier, softcap, .. } = *self;
+        let Head { rows, vocab, multiplier, softcap, ids, .. } = *self;
         let check = Check("head");
         check.aligned("best", best, rows * self.shape().blocks() * 8)?;
         check.optional("logits", logits, rows * vocab * 4)?;
-        let args = [or_null(logits), best.into(), multiplier.into(), softcap.unwrap_or(0.0).into()];
+        let (cap, ids) = (softcap.unwrap_or(0.0), ids as u32);
+        let args = [or_null(logits), best.into(), multiplier.into(), cap.into(), ids.into()];
         Launch::new(&KERNELS, self.shape(), rows, input).run(device, &args)
     }
 }

@@ -266,7 +266,7 @@ fn head(
     rows: usize,
     kept: bool,
 ) -> Case {
-    let kernel = Head { rows, vocab: target.vocab, k: c.hidden, multiplier, softcap };
+    let kernel = Head { rows, vocab: target.vocab, k: c.hidden, multiplier, softcap, ids: target.vocab };
     let (shape, eps) = (kernel.shape(), c.eps);
     case(name, (rows, None), (shape.weight_bytes(), kernel.bytes(kept)), move |fixtures| {
         let device = fixtures.device;

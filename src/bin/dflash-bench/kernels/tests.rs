@@ -118,7 +118,7 @@ impl Device for FakeGpu {
 }
 
 fn demo() -> Pair {
-    model::pair("demo", None).unwrap()
+    model::pair("demo", None, &Default::default()).unwrap()
 }
 
 /// Every kernel, on shapes of all kinds: a single row, rows that do not fill a tile, blocks and AR steps of

@@ -193,7 +193,7 @@ mod tests {
     /// Times differ; the rows and their samples do not.
     #[test]
     fn rows_have_every_sample_and_parts_sum_to_the_round() {
-        let pair = model::pair("demo", None).unwrap();
+        let pair = model::pair("demo", None, &Default::default()).unwrap();
         let models = load(&pair, &BatchConfig::new(2, 4, 64)).unwrap();
         for temperature in [0.0, 1.0] {
             let sampling =
@@ -245,7 +245,7 @@ mod tests {
     /// Sequences are as they were after a round: samples of a point measure the same work.
     #[test]
     fn a_round_leaves_the_sequence_as_it_was() {
-        let pair = model::pair("demo", None).unwrap();
+        let pair = model::pair("demo", None, &Default::default()).unwrap();
         let models = load(&pair, &BatchConfig::new(1, 16, 64)).unwrap();
         let sampling =
             SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };

@@ -298,7 +298,7 @@ mod tests {
     fn rows_of_times_follow_from_their_samples() {
         let handle = DeviceHandle::emulator().unwrap();
         let instruments = Instruments::open(&handle);
-        let pair = model::pair("demo", None).unwrap();
+        let pair = model::pair("demo", None, &Default::default()).unwrap();
         let models = Models::load(&*handle.device, &pair, 600).unwrap();
         let (acceptance, rounds, samples) = ([2.0, 3.5], 1, 2);
         let mut point = Point {
@@ -373,7 +373,7 @@ mod tests {
         let mut device = FakeGpu::new(0, false);
         device.clock = Clock::Steps;
         let instruments = machine::tests::instruments("0000:ca:00.0");
-        let pair = model::pair("demo", None).unwrap();
+        let pair = model::pair("demo", None, &Default::default()).unwrap();
         let models = Models::load(&device, &pair, 600).unwrap();
         let point = Point {
             pair: &pair,
