@@ -39,7 +39,10 @@ impl StopStrings {
         }
         // A stop string that is complete now ends in the new text.
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
-        let from = self.held.floor_char_boundary(self.held.len().saturating_sub(longest));
+        let mut from = self.held.len().saturating_sub(longest);
+        while !self.held.is_char_boundary(from) {
+            from -= 1;
+        }
         self.held += text;
         let ends =
             self.stops.iter().filter_map(|stop| Some((from + self.held[from..].find(stop)?, stop.len())));

@@ -306,7 +306,8 @@ impl Text {
             Some(token) => Err(Error::option(
                 "stop",
                 format!(
-                    "is {:?}, which holds the special token {:?} and other text: special tokens have no text, so                      expected the token alone",
+                    "is {:?}, which holds the special token {:?} and other text: special tokens have no text, so \
+                     expected the token alone",
                     excerpt(stop),
                     excerpt(token)
                 ),
@@ -323,6 +324,7 @@ impl Text {
 }
 
 /// An incremental detokenizer. It never returns a part of a character or text that may begin a stop string.
+/// It returns the text of a run of byte tokens when the run ends, because one invalid byte changes all of it.
 ///
 /// All returned texts together, including that of [`Stream::finish`], are what the tokenizer's decoder gives
 /// for all ids at once, up to the stop. The text ends at the stop string that is complete first, or at the
