@@ -5,6 +5,7 @@ use crate::api::generation::{DecoderRef, Generation};
 use crate::api::params::Params;
 use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use crate::checkpoint::pair::Pair;
+use crate::checkpoint::stop_ids::StopIds;
 use crate::cpu::decoder::Cpu;
 use crate::engine::generate::{Backend, Decoder, Request};
 use crate::gpu::batch_config::BatchConfig;
@@ -220,6 +221,11 @@ impl Engine {
         &self.text
     }
 
+    /// The model's own stop ids: every end-of-sequence token that a file of the target names.
+    pub fn stop_ids(&self) -> StopIds {
+        self.text.stop_ids(&self.pair.target.config)
+    }
+
     /// Checks a prompt and its parameters, and turns them into a request of token ids.
     fn request(&self, content: Content, params: &Params) -> Result<Request> {
         let Params { sampling, spec, system, template_args, .. } = params;
@@ -237,11 +243,19 @@ impl Engine {
             context: self.context,
         };
         let name = "the prompt".into();
+        let stop_ids = match &params.stop_ids {
+            None => self.stop_ids(),
+            Some(ids) => {
+                let mut chosen = StopIds::default();
+                chosen.add_chosen(ids, "stop_ids", self.pair.target.config.vocab)?;
+                chosen
+            }
+        };
         let request = Request {
             prompt: encoder.encode(Prompt { name, content, category: serde_json::Value::Null })?,
             max_tokens: params.max_tokens,
             sampling: sampling.clone(),
-            stop_ids: params.stop_ids.clone().unwrap_or_else(|| self.pair.target.config.eos.clone()),
+            stop_ids: stop_ids.ids(),
             block,
             spec: spec.clone(),
         };

@@ -24,10 +24,11 @@ pub struct Params {
     /// Rows of a block, anchor included, so a block has `block - 1` drafts. `None` for the number that the
     /// drafter was trained with; 1 is autoregressive decoding.
     pub block: Option<usize>,
-    /// Stop strings. The answer ends before the first one that it contains.
+    /// Stop strings. The answer ends before the first one that it contains. A stop string that is a special
+    /// token of the target ends it too.
     pub stop: Vec<String>,
-    /// Stop ids. The answer ends after the first one that it contains. `None` for the model's own stop ids,
-    /// empty for no stop ids.
+    /// Stop ids. The answer ends after the first one that it contains. `None` for the model's own stop ids
+    /// ([`Engine::stop_ids`](crate::Engine::stop_ids)), empty for no stop ids.
     pub stop_ids: Option<Vec<u32>>,
     /// Encode a text prompt as it is, even if the model has a chat template.
     pub raw: bool,

@@ -8,6 +8,7 @@ use crate::checkpoint::json::{Document, Field, Fields};
 use crate::checkpoint::layouts::{refuse_other_drafters, target_architecture};
 use crate::checkpoint::rope;
 pub use crate::checkpoint::rope::{Rope, RopeScaling};
+use crate::checkpoint::stop_ids::StopIds;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -78,8 +79,9 @@ pub struct TargetConfig {
     /// Whether the output head is the embedding table. [`Pair::open`](crate::checkpoint::pair::Pair::open)
     /// clears it if the files hold another head.
     pub tied: bool,
-    /// Stop ids: those of `generation_config.json` if it has any, else those of `config.json`. May be empty.
-    pub eos: Vec<u32>,
+    /// The `eos_token_id` of `generation_config.json` and of `config.json`. May be empty. The tokenizer's
+    /// files can name more ([`crate::text::tokenizer::Text::stop_ids`]).
+    pub eos: StopIds,
     /// What the user should know about the config: one sentence each.
     pub notes: Vec<String>,
 }
@@ -131,10 +133,11 @@ impl TargetConfig {
         let tied = config.get("tie_word_embeddings").map_or(Ok(false), |f| f.boolean())?;
         let attention = windows.into_iter().map(|window| Attention { causal: true, window }).collect();
         let generation = Document::open(folder, "generation_config.json")?;
-        let mut eos = generation.as_ref().map_or(Ok(vec![]), |d| stop_ids(&d.fields(), vocab))?;
-        if eos.is_empty() {
-            eos = stop_ids(&config, vocab)?;
+        let mut eos = StopIds::default();
+        if let Some(generation) = &generation {
+            add_eos(&mut eos, &generation.fields(), "generation_config.json", vocab)?;
         }
+        add_eos(&mut eos, &config, "config.json", vocab)?;
         Ok(TargetConfig { family, stack: Stack { attention, ..stack }, vocab, tied, eos, notes })
     }
 
@@ -353,11 +356,14 @@ fn wrong_taps(taps: &[usize], target_layers: usize) -> Option<(fn(String) -> Err
     })
 }
 
-/// `eos_token_id`: one id, a list, or nothing.
-fn stop_ids(config: &Fields, vocab: usize) -> Result<Vec<u32>> {
-    let Some(field) = config.get("eos_token_id") else { return Ok(vec![]) };
+/// Adds the `eos_token_id` of `file`: one id, a list, or nothing.
+fn add_eos(eos: &mut StopIds, config: &Fields, file: &str, vocab: usize) -> Result<()> {
+    let Some(field) = config.get("eos_token_id") else { return Ok(()) };
     let ids = if field.value.is_array() { field.array()? } else { vec![field] };
-    ids.iter().map(|id| Ok(id.integer(0, vocab - 1)? as u32)).collect()
+    ids.iter().try_for_each(|id| {
+        eos.add(id.integer(0, vocab - 1)? as u32, file);
+        Ok(())
+    })
 }
 
 /// Reads the fields that target and drafter share, the window of each layer, and notes for the user. The

@@ -10,6 +10,7 @@
 //! | [`rope`] | rotary position embedding |
 //! | [`safetensors`] | tensors by name, with shape and type, memory-mapped |
 //! | [`random_weights`] | weights computed from a seed, for measurements without a download |
+//! | [`stop_ids`] | the token ids that end an answer |
 //! | [`pair`] | target and drafter opened together and checked against each other |
 
 pub mod config;
@@ -20,3 +21,4 @@ pub mod pair;
 pub mod random_weights;
 pub mod rope;
 pub mod safetensors;
+pub mod stop_ids;

@@ -65,6 +65,7 @@ pub fn message(error: &Error) -> String {
                 "context" => "ctx".into(),
                 "sequences" => "batch".into(),
                 "threshold" => "adaptive".into(),
+                "stop_ids" => "stop-id".into(),
                 name => name.replace('_', "-"),
             };
             format!("--{flag} {problem}")

@@ -11,16 +11,41 @@ pub(crate) enum DecoderFile {
     ByteLevel,
     ByteFallback,
     Fuse,
-    Metaspace { replacement: char, prepend_scheme: Option<String>, add_prefix_space: Option<bool> },
-    Replace { pattern: PatternFile, content: String },
-    Strip { content: char, start: usize, stop: usize },
-    Sequence { decoders: Vec<DecoderFile> },
+    Metaspace {
+        replacement: char,
+        prepend_scheme: Option<String>,
+        add_prefix_space: Option<bool>,
+    },
+    Replace {
+        pattern: PatternFile,
+        content: String,
+    },
+    Strip {
+        content: char,
+        start: usize,
+        stop: usize,
+    },
+    WordPiece,
+    BPEDecoder,
+    #[allow(clippy::upper_case_acronyms)]
+    CTC,
+    Sequence {
+        decoders: Vec<DecoderFile>,
+    },
 }
 
 #[derive(Deserialize, Debug)]
 pub(crate) enum PatternFile {
     String(String),
     Regex(#[allow(dead_code)] String),
+}
+
+/// What one token adds to the text.
+pub(crate) enum Piece {
+    /// Bytes, which may end inside a character.
+    Bytes(Vec<u8>),
+    /// The byte of a token like `<0x0A>`.
+    Fallback(u8),
 }
 
 /// How token strings become bytes: the decoder of `tokenizer.json`, limited to what works token by token.
@@ -94,8 +119,8 @@ impl Decoding {
         Ok(decoding)
     }
 
-    /// Appends the bytes of a token. They may end inside a character. `first`: it is the first token.
-    pub(crate) fn append(&self, mut token: String, first: bool, bytes: &mut Vec<u8>) {
+    /// What a token adds to the text. `first`: it is the first token.
+    pub(crate) fn piece(&self, mut token: String, first: bool) -> Piece {
         for spelling in &self.spellings {
             token = match spelling {
                 Spelling::Replace(from, to) => token.replace(from, to),
@@ -108,12 +133,11 @@ impl Decoding {
             && let Some(digits) = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'))
             && let Ok(byte) = u8::from_str_radix(digits, 16)
         {
-            bytes.push(byte);
-            return;
+            return Piece::Fallback(byte);
         }
         // A token that is not in GPT-2's byte encoding, such as an added token, is taken literally.
         let decoded = self.byte_level.then(|| token.chars().map(byte_of).collect::<Option<Vec<u8>>>());
-        bytes.extend(decoded.flatten().unwrap_or_else(|| token.into_bytes()));
+        Piece::Bytes(decoded.flatten().unwrap_or_else(|| token.into_bytes()))
     }
 }
 

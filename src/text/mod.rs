@@ -6,12 +6,14 @@
 //! | [`chat_template`] | a conversation to one text, by the model's jinja template |
 //! | [`prompts`] | prompts, and files of prompts, to checked token ids |
 //! | `decoding` | token strings to bytes, as `tokenizer.json` specifies |
+//! | `special_tokens` | the special tokens that the tokenizer's other files name |
 //! | `stop_strings` | ends a streamed text before the first stop string |
 //! | [`untrusted`] | runs code on untrusted input on a large stack and turns panics into errors |
 
 pub mod chat_template;
 mod decoding;
 pub mod prompts;
+mod special_tokens;
 mod stop_strings;
 pub mod tokenizer;
 pub mod untrusted;

@@ -5,10 +5,13 @@
 //! U+FFFD, so one invalid byte stops its output. Here a token becomes bytes, and bytes become text as soon as
 //! they are whole characters. A byte that cannot be part of a character becomes U+FFFD at once.
 
+use crate::checkpoint::config::TargetConfig;
 use crate::checkpoint::folder::Folder;
+use crate::checkpoint::stop_ids::StopIds;
 use crate::error::{excerpt, one_line};
 use crate::text::chat_template::Template;
-use crate::text::decoding::{DecoderFile, Decoding};
+use crate::text::decoding::{DecoderFile, Decoding, Piece};
+use crate::text::special_tokens::SpecialTokens;
 use crate::text::stop_strings::StopStrings;
 use crate::text::untrusted::{TOKENIZER_STACKS, guarded};
 use crate::{Error, Result};
@@ -34,9 +37,8 @@ pub struct Text {
     /// The bos token to add before raw text. `None` if the tokenizer's post-processor adds it or the model
     /// uses none.
     bos: Option<u32>,
-    /// Template variables (name, text): those of `bos_token`, `eos_token`, ... that `tokenizer_config.json`
-    /// has.
-    specials: Vec<(&'static str, String)>,
+    /// The special tokens that its other files name. Those with a name are template variables.
+    specials: SpecialTokens,
     template: Option<Template>,
     /// The end of the error for an absent template, which names the places where it could be.
     without_template: String,
@@ -49,13 +51,6 @@ pub struct Text {
 struct TokenizerConfig {
     chat_template: Option<Templates>,
     add_bos_token: Option<bool>,
-    bos_token: Option<Special>,
-    eos_token: Option<Special>,
-    unk_token: Option<Special>,
-    sep_token: Option<Special>,
-    pad_token: Option<Special>,
-    cls_token: Option<Special>,
-    mask_token: Option<Special>,
 }
 
 #[derive(Deserialize)]
@@ -69,13 +64,6 @@ enum Templates {
 struct NamedTemplate {
     name: String,
     template: String,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "a special token is neither a string nor an object with `content`")]
-enum Special {
-    Plain(String),
-    Added { content: String },
 }
 
 /// The parts of `tokenizer.json` that this module reads itself.
@@ -93,8 +81,8 @@ struct AddedToken {
 }
 
 impl Text {
-    /// Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`. `template` overrides the
-    /// folder's chat template: (name in errors, source).
+    /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`.
+    /// `template` overrides the folder's chat template: (name in errors, source).
     ///
     /// # Errors
     /// [`Error::Model`] for a file that is missing or malformed; [`Error::Unsupported`] for a decoder whose
@@ -127,6 +115,10 @@ impl Text {
             }
         }
         let decoding = Decoding::new(file.decoder, &path)?;
+        let specials = SpecialTokens::open(folder)?;
+        let named_bos = specials.named.iter().find(|(name, _)| name == "bos_token").map(|(_, bos)| bos);
+        let bos_id = named_bos.and_then(|bos| tokenizer.token_to_id(&bos.content));
+        guarded(TOKENIZER_STACKS, || specials.add_to(&mut tokenizer, folder, malformed), malformed)??;
 
         let config_path = folder.path("tokenizer_config.json");
         let config: TokenizerConfig = match folder.file("tokenizer_config.json")? {
@@ -135,21 +127,6 @@ impl Text {
             })?,
             None => TokenizerConfig::default(),
         };
-        let specials: Vec<(&'static str, String)> = [
-            ("bos_token", config.bos_token),
-            ("eos_token", config.eos_token),
-            ("unk_token", config.unk_token),
-            ("sep_token", config.sep_token),
-            ("pad_token", config.pad_token),
-            ("cls_token", config.cls_token),
-            ("mask_token", config.mask_token),
-        ]
-        .into_iter()
-        .filter_map(|(name, token)| match token? {
-            Special::Plain(content) | Special::Added { content } => Some((name, content)),
-        })
-        .collect();
-
         let template_path = folder.path("chat_template.jinja");
         let template = match (template, folder.file("chat_template.jinja")?) {
             (Some((name, source)), _) => Some(Template::parse(name.into(), source, true)?),
@@ -180,13 +157,9 @@ impl Text {
             path,
         };
         if config.add_bos_token == Some(true) {
-            let bos = text.specials.iter().find(|(name, _)| *name == "bos_token");
-            let id = bos.and_then(|(_, content)| text.tokenizer.token_to_id(content)).ok_or_else(|| {
-                let found = bos.map_or("no bos_token".into(), |(_, content)| {
-                    format!("bos_token {:?}", excerpt(content))
-                });
+            let id = bos_id.ok_or_else(|| {
                 Error::Model(format!(
-                    "{config_path}: add_bos_token is true with {found}, expected a token of {}",
+                    "{config_path}: add_bos_token is true without a bos_token that {} has",
                     text.path
                 ))
             })?;
@@ -231,8 +204,8 @@ impl Text {
             return Err(Error::option("chat_template", &*self.without_template));
         };
         let mut variables = serde_json::Map::new();
-        for (name, content) in &self.specials {
-            variables.insert(name.to_string(), content.as_str().into());
+        for (name, token) in &self.specials.named {
+            variables.insert(name.clone(), token.content.as_str().into());
         }
         variables.insert("tools".into(), serde_json::Value::Null);
         variables.insert("documents".into(), serde_json::Value::Null);
@@ -277,21 +250,69 @@ impl Text {
         Ok(text + &stream.finish())
     }
 
-    /// Makes a detokenizer for one answer. The text ends before the first of the stop strings `stops`.
+    /// The stop ids that the target's files name: those of `config`, and every `eos_token` of the tokenizer's
+    /// files that the target can emit.
+    pub fn stop_ids(&self, config: &TargetConfig) -> StopIds {
+        let mut stops = config.eos.clone();
+        for (file, content) in &self.specials.eos {
+            if let Some(id) = self.tokenizer.token_to_id(content).filter(|id| (*id as usize) < config.vocab) {
+                stops.add(id, file);
+            }
+        }
+        stops
+    }
+
+    /// The id of a special token by its spelling. Special tokens have no text, so a stop string that is one
+    /// has to stop by its id.
+    pub fn special_id(&self, token: &str) -> Option<u32> {
+        let is_special = self.tokenizer.get_added_vocabulary().is_special_token(token);
+        self.tokenizer.token_to_id(token).filter(|_| is_special)
+    }
+
+    /// Makes a detokenizer for one answer. The text ends before the first of the stop strings `stops`. One
+    /// that is a special token ends the answer by its id ([`Text::special_id`]).
     ///
     /// # Errors
-    /// [`Error::Option`] if a stop string is empty.
+    /// [`Error::Option`] if a stop string is empty, or holds a special token and other text.
     pub fn stream(&self, stops: &[String]) -> Result<Stream<'_>> {
-        if stops.iter().any(String::is_empty) {
-            return Err(Error::option("stop", "is empty, expected at least one character"));
+        let mut special = Vec::new();
+        for stop in stops {
+            if stop.is_empty() {
+                return Err(Error::option("stop", "is empty, expected at least one character"));
+            }
+            match self.special_id(stop) {
+                Some(id) => special.push(id),
+                None => self.refuse_special_part(stop)?,
+            }
         }
         Ok(Stream {
             text: self,
             first: true,
+            special,
             bytes: Vec::new(),
+            run: None,
             strip: self.decoding.strip.map_or(0, |(_, count)| count),
             out: StopStrings::new(stops.to_vec()),
         })
+    }
+
+    /// Refuses a stop string that holds a special token and other text: it would never match, because special
+    /// tokens have no text.
+    fn refuse_special_part(&self, stop: &str) -> Result<()> {
+        let added = self.tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+        let parts = added.values().filter(|token| token.special && stop.contains(&token.content));
+        match parts.map(|token| &token.content).min() {
+            None => Ok(()),
+            Some(token) => Err(Error::option(
+                "stop",
+                format!(
+                    "is {:?}, which holds the special token {:?} and other text: special tokens have no text, so \
+                     expected the token alone",
+                    excerpt(stop),
+                    excerpt(token)
+                ),
+            )),
+        }
     }
 
     /// The string of a token; `None` for special tokens and for ids without a token, which have no text.
@@ -303,6 +324,7 @@ impl Text {
 }
 
 /// An incremental detokenizer. It never returns a part of a character or text that may begin a stop string.
+/// It returns the text of a run of byte tokens when the run ends, because one invalid byte changes all of it.
 ///
 /// All returned texts together, including that of [`Stream::finish`], are what the tokenizer's decoder gives
 /// for all ids at once, up to the stop. The text ends at the stop string that is complete first, or at the
@@ -312,11 +334,25 @@ pub struct Stream<'a> {
     text: &'a Text,
     /// Whether no token with text has been pushed yet.
     first: bool,
+    /// Special tokens that end the text.
+    special: Vec<u32>,
     /// The bytes of an incomplete character, at most 3.
     bytes: Vec<u8>,
+    /// The byte tokens at the end of the text, if it ends in any.
+    run: Option<Run>,
     /// How many characters may still be dropped from the start of the text.
     strip: usize,
     out: StopStrings,
+}
+
+/// A run of tokens like `<0x0A>`. It is text if all its bytes together are UTF-8; otherwise each of its
+/// tokens is U+FFFD, as in the `tokenizers` crate. Its text is provisional until the run ends.
+struct Run {
+    tokens: usize,
+    /// [`Stream::strip`] before the run.
+    strip: usize,
+    /// Whether its bytes cannot become UTF-8.
+    invalid: bool,
 }
 
 impl Stream<'_> {
@@ -326,22 +362,39 @@ impl Stream<'_> {
     /// # Errors
     /// This version returns none.
     pub fn push(&mut self, id: u32) -> Result<(String, bool)> {
+        if self.special.contains(&id) {
+            self.flush();
+            self.out.stop();
+        }
         if !self.out.stopped()
             && let Some(token) = self.text.token(id)
         {
-            self.text.decoding.append(token, self.first, &mut self.bytes);
+            match self.text.decoding.piece(token, self.first) {
+                Piece::Fallback(byte) => self.push_fallback(byte),
+                Piece::Bytes(bytes) => {
+                    self.end_run();
+                    self.bytes.extend(bytes);
+                    self.decode_bytes();
+                }
+            }
             self.first = false;
-            self.decode_bytes();
         }
         Ok((self.out.release(), self.out.stopped()))
     }
 
     /// Ends the answer. Returns the text that was held back. An incomplete character becomes U+FFFD.
     pub fn finish(mut self) -> String {
+        self.flush();
+        self.out.finish()
+    }
+
+    /// Ends a run of byte tokens. An incomplete character becomes U+FFFD.
+    fn flush(&mut self) {
+        self.end_run();
         if !self.bytes.is_empty() {
+            self.bytes.clear();
             self.out.push("\u{fffd}");
         }
-        self.out.finish()
     }
 
     /// Moves whole characters from `bytes` to `out`, with U+FFFD for each maximal part that cannot become a
@@ -363,6 +416,52 @@ impl Stream<'_> {
             rest = &[];
         }
         self.bytes = rest.to_vec();
+        self.append(new);
+    }
+
+    /// Appends the byte of a fallback token.
+    fn push_fallback(&mut self, byte: u8) {
+        let run = self.run.get_or_insert_with(|| {
+            self.out.begin_provisional();
+            Run { tokens: 0, strip: self.strip, invalid: false }
+        });
+        run.tokens += 1;
+        if run.invalid {
+            return self.append("\u{fffd}".into());
+        }
+        self.bytes.push(byte);
+        match std::str::from_utf8(&self.bytes).map(String::from) {
+            Ok(text) => {
+                self.bytes.clear();
+                self.append(text);
+            }
+            Err(error) if error.error_len().is_some() => self.replace_run(),
+            Err(_) => {}
+        }
+    }
+
+    /// Ends a run of byte tokens, if there is one.
+    fn end_run(&mut self) {
+        if self.run.is_some() && !self.bytes.is_empty() {
+            self.replace_run();
+        }
+        self.run = None;
+        self.out.keep();
+    }
+
+    /// Replaces every token of the run by U+FFFD.
+    fn replace_run(&mut self) {
+        let Some(run) = &mut self.run else { return };
+        run.invalid = true;
+        self.strip = run.strip;
+        let marks = "\u{fffd}".repeat(run.tokens);
+        self.bytes.clear();
+        self.out.withdraw();
+        self.append(marks);
+    }
+
+    /// Appends text to the answer, without what the decoder strips from its start.
+    fn append(&mut self, mut new: String) {
         if let Some((mark, _)) = self.text.decoding.strip
             && !new.is_empty()
         {

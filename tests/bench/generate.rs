@@ -334,6 +334,12 @@ fn answers_of_one_token_have_no_rounds() {
     assert_eq!((rows("acceptance length"), rows("accepted at position")), (0, 0));
     let all = record(0, &args(&prompts, &[&flags[..], &["--ignore-eos"]].concat()));
     assert_eq!(value(&all, "tokens of answers", json!({})), 8.0);
+    // --stop-id still ends them, and --verbose says so.
+    let ids: Vec<String> = (0..301).flat_map(|id| ["--stop-id".into(), id.to_string()]).collect();
+    let ids = ids.iter().map(String::as_str).chain(["--ignore-eos", "-v", "--json"]);
+    let done = bench(args(&prompts, &flags).into_iter().chain(ids));
+    assert!(done.err.starts_with("stop ids: 0 (--stop-id), 1 (--stop-id), "), "{}", done.err);
+    assert_eq!(value(&done.json()[0], "tokens of answers", json!({})), 2.0);
 }
 
 #[test]

@@ -28,7 +28,7 @@ fn the_demo_pair_opens_with_its_configs() {
     let (target, drafter, weights, _) = open_all(&DEMO_TARGET, &DEMO_DRAFTER).unwrap();
     assert_eq!(target.family, Family::Qwen3);
     assert!(target.tied && target.stack.qk_norm);
-    assert_eq!((target.vocab, target.eos.as_slice()), (2048, [0].as_slice()));
+    assert_eq!((target.vocab, target.eos.ids()), (2048, vec![0]));
     assert_eq!(target.stack.attention, [Attention { causal: true, window: None }; 6]);
     assert_eq!(target.stack.rope, Rope { theta: 1e6, rotary_dims: 64, scaling: RopeScaling::Default });
     assert_eq!((drafter.taps.as_slice(), drafter.block, drafter.mask_token), ([1, 2, 3].as_slice(), 16, 1));
@@ -127,23 +127,23 @@ fn targets_may_store_buffers_and_a_copy_of_a_tied_head() {
 }
 
 #[test]
-fn eos_ids_come_from_the_generation_config_first() {
+fn eos_ids_are_those_of_both_configs() {
     let pair = small_pair();
     let target = disk(&pair.target);
-    let eos = || TargetConfig::open(&target).unwrap().eos;
+    let eos = || TargetConfig::open(&target).unwrap().eos.to_string();
     let set = |file: &str, value: Value| edit_json(&pair.target, file, |c| c["eos_token_id"] = value);
     set("config.json", json!(5));
-    set("generation_config.json", json!([7, 3]));
-    assert_eq!(eos(), [7, 3]);
+    set("generation_config.json", json!([7, 5, 7]));
+    assert_eq!(eos(), "7 (generation_config.json), 5 (generation_config.json, config.json)");
     set("generation_config.json", json!(8));
-    assert_eq!(eos(), [8]);
+    assert_eq!(eos(), "8 (generation_config.json), 5 (config.json)");
     set("generation_config.json", Value::Null);
-    assert_eq!(eos(), [5]);
+    assert_eq!(eos(), "5 (config.json)");
     fs::remove_file(pair.target.join("generation_config.json")).unwrap();
     set("config.json", json!([5, 6]));
-    assert_eq!(eos(), [5, 6]);
+    assert_eq!(eos(), "5 (config.json), 6 (config.json)");
     set("config.json", Value::Null);
-    assert_eq!(eos(), [0u32; 0]);
+    assert_eq!(eos(), "none");
 }
 
 /// A drafter config with the sizes of a published checkpoint (docs/dflash.md, section 1).

@@ -41,7 +41,7 @@ fn by_generate(engine: &Engine, prompt: &[u32], params: &Params) -> Outcome {
         prompt: prompt.to_vec(),
         max_tokens: params.max_tokens,
         sampling: params.sampling.clone(),
-        stop_ids: params.stop_ids.clone().unwrap_or_else(|| engine.pair().target.config.eos.clone()),
+        stop_ids: params.stop_ids.clone().unwrap_or_else(|| engine.stop_ids().ids()),
         block: engine.pair().block(params.block).unwrap(),
         spec: params.spec.clone(),
     };

@@ -5,7 +5,7 @@ use crate::support::text;
 
 use dflash::Error;
 use dflash::checkpoint::folder::Folder;
-use dflash::text::tokenizer::{Stream, Text};
+use dflash::text::tokenizer::{Message, Stream, Text};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::sync::LazyLock;
@@ -52,6 +52,17 @@ fn unicode() -> impl Strategy<Value = String> {
         "[ -~\n]{0,6}",
     ];
     prop::collection::vec(pieces, 0..12).prop_map(|pieces| pieces.concat())
+}
+
+/// Ids of the SentencePiece tokenizer: byte tokens of characters and of parts of characters, and `others`.
+fn byte_runs(others: std::ops::Range<u32>) -> impl Strategy<Value = Vec<u32>> {
+    let bytes = |text: &[u8]| Just(text.iter().map(|byte| 3 + u32::from(*byte)).collect::<Vec<_>>());
+    let pieces = prop_oneof![
+        prop_oneof![bytes(b" "), bytes(b"a"), bytes(b"b"), bytes("€".as_bytes()), bytes("👩".as_bytes())],
+        prop_oneof![bytes(b"\xe2\x82"), bytes(b"\xff"), bytes(b"\x82"), bytes(b"\xf0\x9f")],
+        others.prop_map(|id| vec![id]),
+    ];
+    prop::collection::vec(pieces, 0..20).prop_map(|pieces| pieces.concat())
 }
 
 // ---- detokenization ----
@@ -101,14 +112,26 @@ proptest! {
         prop_assert_eq!(DEMO.decode(&DEMO.encode(&text).unwrap()).unwrap(), text);
     }
 
-    /// The SentencePiece layout. The crate replaces a whole run of byte tokens if it is not UTF-8, so only
-    /// valid runs are compared.
+    /// The SentencePiece layout, with runs of byte tokens that are UTF-8 and runs that are not.
     #[test]
-    fn sentencepiece_streamed_text_equals_the_decoding_of_all_ids(ids in prop::collection::vec(
-        prop_oneof![Just(3 + 0x20u32), Just(3 + 0x41u32), 0u32..3, 259u32..276], 0..30,
-    )) {
+    fn sentencepiece_streamed_text_equals_the_decoding_of_all_ids(ids in byte_runs(0u32..280)) {
         let expected = SENTENCEPIECE_CRATE.decode(&ids, true).unwrap();
         let (pushes, rest) = streamed(SENTENCEPIECE.stream(&[]).unwrap(), &ids);
+        prop_assert_eq!(joined(&pushes) + &rest, expected);
+    }
+
+    /// A stop string ends the answer at the first token at which the decoded text contains it, also inside a
+    /// run of byte tokens.
+    #[test]
+    fn stop_strings_are_found_in_runs_of_byte_tokens(
+        ids in byte_runs(259u32..273), stops in prop::collection::vec("[ab€ ]{1,3}", 1..3),
+    ) {
+        let decoded = |end: usize| SENTENCEPIECE_CRATE.decode(&ids[..end], true).unwrap();
+        let cut = |text: String| naive_stop(&text, &stops).map(|(before, _)| before);
+        let end = (1..=ids.len()).find_map(|end| Some((end, cut(decoded(end))?)));
+        let (pushes, rest) = streamed(SENTENCEPIECE.stream(&stops).unwrap(), &ids);
+        prop_assert_eq!(pushes.iter().position(|(_, stopped)| *stopped), end.as_ref().map(|(end, _)| end - 1));
+        let expected = end.map_or_else(|| decoded(ids.len()), |(_, before)| before);
         prop_assert_eq!(joined(&pushes) + &rest, expected);
     }
 
@@ -146,6 +169,38 @@ fn a_long_run_of_invalid_bytes_streams_in_linear_time() {
         }
         assert!(bytes >= 3 * 199_998, "{byte:#x}: {bytes}");
     }
+}
+
+#[test]
+fn a_long_run_of_byte_tokens_streams_in_linear_time() {
+    for (byte, expected) in [(0x41u8, "A"), (0xff, "\u{fffd}")] {
+        let mut stream = SENTENCEPIECE.stream(&["AB".to_string()]).unwrap();
+        let run: String = (0..200_000).map(|_| stream.push(3 + u32::from(byte)).unwrap().0).collect();
+        let text = run + &stream.finish();
+        assert!(text == expected.repeat(200_000), "{byte:#x}: {} bytes", text.len());
+    }
+}
+
+/// The values are those of the `tokenizers` crate's own tests.
+#[test]
+fn an_invalid_run_of_byte_tokens_has_one_mark_per_byte() {
+    let byte = |byte: u8| 3 + u32::from(byte);
+    let a = SENTENCEPIECE_CRATE.token_to_id("a").unwrap();
+    for (ids, text) in [
+        (vec![byte(0xe5)], "\u{fffd}"),
+        (vec![byte(0xe5), byte(0x8f)], "\u{fffd}\u{fffd}"),
+        (vec![byte(0xe5), byte(0x8f), byte(0xab), a], "叫a"),
+        (vec![byte(0xe5), byte(0x8f), a], "\u{fffd}\u{fffd}a"),
+    ] {
+        assert_eq!(SENTENCEPIECE.decode(&ids).unwrap(), text);
+    }
+    // Text of a run is returned when the run ends, and a stop string in it is found at once.
+    let newline = byte(b'\n');
+    let (pushes, rest) =
+        streamed(SENTENCEPIECE.stream(&["\n\n".into()]).unwrap(), &[a, newline, a, newline, newline]);
+    let pushes: Vec<(&str, bool)> = pushes.iter().map(|(text, stop)| (text.as_str(), *stop)).collect();
+    assert_eq!(pushes, [("a", false), ("", false), ("\na", false), ("", false), ("", true)]);
+    assert_eq!(rest, "");
 }
 
 #[test]
@@ -200,12 +255,17 @@ fn decoders_that_cannot_be_streamed_are_refused_by_name() {
     let late_replace = json!({"type": "Sequence", "decoders": [
         {"type": "Fuse"}, {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]});
     let regex = json!({"type": "Replace", "pattern": {"Regex": "a|b"}, "content": " "});
+    let word_piece = json!({"type": "WordPiece", "prefix": "##", "cleanup": true});
     for (decoder, name) in [
         (strip_the_end, "Strip"),
         (strip_each, "Strip"),
         (late_replace, "Replace"),
         (regex, "Replace"),
         (Value::Null, "null"),
+        (word_piece.clone(), "WordPiece"),
+        (json!({"type": "Sequence", "decoders": [{"type": "Fuse"}, word_piece]}), "WordPiece"),
+        (json!({"type": "BPEDecoder", "suffix": "</w>"}), "BPEDecoder"),
+        (json!({"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": true}), "CTC"),
     ] {
         let mut tokenizer = sentencepiece();
         tokenizer["decoder"] = decoder;
@@ -213,11 +273,8 @@ fn decoders_that_cannot_be_streamed_are_refused_by_name() {
             panic!("{name} was not refused");
         };
         assert!(message.contains("tokenizer.json") && message.contains(name), "{message}");
+        assert!(message.contains("cannot be streamed"), "{message}");
     }
-    let mut tokenizer = sentencepiece();
-    tokenizer["decoder"] = json!({"type": "WordPiece", "prefix": "##", "cleanup": true});
-    let Err(Error::Model(message)) = open(&[("tokenizer.json", &tokenizer.to_string())]) else { panic!() };
-    assert!(message.contains("WordPiece"), "{message}");
 }
 
 // ---- stop strings ----
@@ -325,6 +382,97 @@ fn special_tokens_do_not_interrupt_a_stop_string() {
 fn an_empty_stop_string_is_refused() {
     let error = DEMO.stream(&["x".into(), String::new()]).err();
     assert_eq!(error, Some(Error::option("stop", "is empty, expected at least one character")));
+}
+
+#[test]
+fn a_stop_string_that_is_a_special_token_stops_at_its_id() {
+    let mask = CRATE.token_to_id("<|mask|>").unwrap();
+    assert_eq!((DEMO.special_id("<|mask|>"), DEMO.special_id("def")), (Some(mask), None));
+    // Text that may begin another stop string is released, and an incomplete character is marked.
+    let ids = [&DEMO.encode("one tw").unwrap()[..], &[byte_token(0xe6), mask, byte_token(b'x')]].concat();
+    let (pushes, rest) = streamed(DEMO.stream(&["two".into(), "<|mask|>".into()]).unwrap(), &ids);
+    assert_eq!(joined(&pushes) + &rest, "one tw\u{fffd}");
+    assert_eq!(pushes.iter().position(|(_, stopped)| *stopped), Some(ids.len() - 2));
+    // Another special token does not stop, and the spelling in ordinary tokens does.
+    let spelled: Vec<u32> = "a<|mask|>b".bytes().map(byte_token).collect();
+    let (pushes, rest) = streamed(DEMO.stream(&["<|mask|>".into()]).unwrap(), &[&[0], &spelled[..]].concat());
+    assert_eq!((joined(&pushes) + &rest, pushes.last().unwrap().1), ("a".into(), true));
+}
+
+#[test]
+fn a_stop_string_with_a_special_token_inside_is_refused() {
+    for stop in ["<|mask|>\n", "x<|mask|>", "<|endoftext|><|mask|>"] {
+        let Err(Error::Option { name: "stop", problem }) = DEMO.stream(&[stop.into()]) else { panic!() };
+        assert!(
+            problem.contains("special token \"<|") && problem.contains("expected the token alone"),
+            "{problem}"
+        );
+    }
+    assert!(DEMO.stream(&["<|mask".into()]).is_ok());
+}
+
+// ---- special tokens ----
+
+/// The special tokens of `tokenizer_config.json` and `special_tokens_map.json` in template variables, in
+/// encoded text and in decoded text, compared with recorded results of transformers.
+#[test]
+fn special_tokens_are_those_of_hugging_face() {
+    let recorded: Value = serde_json::from_str(include_str!("../data/special_tokens.json")).unwrap();
+    let text_of = |value: &Value| value.as_str().unwrap().to_string();
+    let ids_of = |value: &Value| serde_json::from_value::<Vec<u32>>(value.clone()).unwrap();
+    let (template, sample) = (text_of(&recorded["template"]), text_of(&recorded["text"]));
+    let cases = recorded["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 19);
+    for case in cases {
+        let mut tokenizer = tokenizer_json();
+        let added = case["added_tokens"].as_array().unwrap().clone();
+        tokenizer["added_tokens"].as_array_mut().unwrap().extend(added);
+        let mut files = vec![("tokenizer.json", tokenizer.to_string())];
+        for (name, key) in
+            [("tokenizer_config.json", "tokenizer_config"), ("special_tokens_map.json", "special_tokens_map")]
+        {
+            files.extend((!case[key].is_null()).then(|| (name, case[key].to_string())));
+        }
+        let files: Vec<(&str, &str)> = files.iter().map(|(name, file)| (*name, file.as_str())).collect();
+        let text = open_with(&files, Some(("t", &template))).unwrap();
+        let name = &case["case"];
+        assert_eq!(text.encode(&sample).unwrap(), ids_of(&case["encoded"]), "{name}");
+        assert_eq!(text.decode(&ids_of(&recorded["ids"])).unwrap(), text_of(&case["decoded"]), "{name}");
+        let user = Message { role: "user".into(), content: "x".into() };
+        let rendered = text.encode(&text_of(&case["rendered"])).unwrap();
+        assert_eq!(text.encode_chat(&[user], &[]).unwrap(), rendered, "{name}");
+    }
+}
+
+#[test]
+fn additional_tokens_may_be_objects() {
+    let map = r#"{"additional_special_tokens": ["<|a|>", {"content": "<|b|>", "lstrip": true}]}"#;
+    let text = open(&[("tokenizer.json", TOKENIZER), ("special_tokens_map.json", map)]).unwrap();
+    assert_eq!(text.encode("<|a|> <|b|>").unwrap(), [2048, 2049]);
+    assert_eq!((text.special_id("<|b|>"), text.decode(&[2048, 2049]).unwrap()), (Some(2049), String::new()));
+}
+
+#[test]
+fn malformed_special_tokens_are_named() {
+    for (file, contents, what) in [
+        ("special_tokens_map.json", "[]", "not a JSON object"),
+        ("special_tokens_map.json", r#"{"eos_token": 3}"#, "eos_token is 3, expected a special token"),
+        ("special_tokens_map.json", r#"{"eos_token": {"content": 3}}"#, "expected a special token"),
+        ("special_tokens_map.json", r#"{"pad_token": {"content": "x", "lstrip": 1}}"#, "lstrip is 1"),
+        ("special_tokens_map.json", r#"{"additional_special_tokens": "x"}"#, "expected a list"),
+        (
+            "special_tokens_map.json",
+            r#"{"additional_special_tokens": [4]}"#,
+            "additional_special_tokens[0] is 4",
+        ),
+        ("tokenizer_config.json", r#"{"added_tokens_decoder": {"x": "<|a|>"}}"#, "added_tokens_decoder.x"),
+        ("tokenizer_config.json", r#"{"added_tokens_decoder": {"5000": "<|a|>"}}"#, "the id 5000, but"),
+    ] {
+        let Err(Error::Model(message)) = open(&[("tokenizer.json", TOKENIZER), (file, contents)]) else {
+            panic!("{contents}")
+        };
+        assert!(message.contains(file) && message.contains(what), "{message}");
+    }
 }
 
 // ---- raw prompts ----
@@ -546,10 +694,11 @@ proptest! {
             json!("x\n".repeat(50_000)), json!({"content": "\u{1b}".repeat(500)}), json!([{"name": "default"}]),
             json!("{{ messages * 100 }}"), json!("{{ bos_token.no.such }}"),
         ]),
-        byte in any::<Option<u8>>(),
+        byte in any::<Option<u8>>(), is_map in any::<bool>(),
     ) {
         let mut config = json!({
             "add_bos_token": true, "bos_token": {"content": "<s>", "special": true}, "eos_token": "</s>", "pad_token": null,
+            "additional_special_tokens": ["<x>", {"content": "<y>"}], "extra_special_tokens": {"image_token": "<z>"},
             "chat_template": [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "{{ messages }}"}],
         });
         let mut all = Vec::new();
@@ -561,6 +710,7 @@ proptest! {
         let at = position.index(bytes.len());
         bytes[at] = byte.unwrap_or(bytes[at]);
         let tokenizer = sentencepiece().to_string();
-        exercise(&[("tokenizer.json", tokenizer.as_bytes()), ("tokenizer_config.json", &bytes)], None);
+        let file = if is_map { "special_tokens_map.json" } else { "tokenizer_config.json" };
+        exercise(&[("tokenizer.json", tokenizer.as_bytes()), (file, &bytes)], None);
     }
 }

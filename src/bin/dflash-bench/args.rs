@@ -335,9 +335,15 @@ pub struct Generate {
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Generation")]
     #[arg(allow_negative_numbers = true)]
     pub seed: u64,
-    /// Continue after the model's stop tokens
+    /// End an answer at this token id, too; repeatable
+    #[arg(long, value_name = "N", help_heading = "Generation", allow_negative_numbers = true)]
+    pub stop_id: Vec<u32>,
+    /// Continue after the model's stop tokens; --stop-id still ends an answer
     #[arg(long, help_heading = "Generation")]
     pub ignore_eos: bool,
+    /// Say on stderr which token ids end an answer, and which files and flags name each of them
+    #[arg(short, long, help_heading = "Output")]
+    pub verbose: bool,
     /// Rows of a block: the anchor and N - 1 drafts [default: the drafter's block length]
     #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Generation")]
     pub block: Option<usize>,

@@ -7,6 +7,7 @@ use crate::record::{Machine, Model, Record};
 use clap::{Args as _, FromArgMatches};
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::stop_ids::StopIds;
 use dflash::cli::device::{self, Choice};
 use dflash::cli::spec_flags::SpecFlags;
 use dflash::cli::{hub, sigbus, terminal};
@@ -228,7 +229,12 @@ fn requests(
     let text = Text::open(&pair.target.folder, None)?;
     let context = pair.context(flags.ctx)?;
     let tokens = PromptEncoder { pair, text: &text, raw: false, system: None, variables: &[], context };
-    let stop_ids = if flags.ignore_eos { vec![] } else { pair.target.config.eos.clone() };
+    let config = &pair.target.config;
+    let mut stops = if flags.ignore_eos { StopIds::default() } else { text.stop_ids(config) };
+    stops.add_chosen(&flags.stop_id, "--stop-id", config.vocab)?;
+    if flags.verbose {
+        terminal::note(&format!("stop ids: {stops}"));
+    }
     let request = |(stream, prompt): (u32, Prompt)| {
         if let (Content::Chat(_), false) = (&prompt.content, text.has_template()) {
             let (name, folder) = (prompt.name, pair.target.folder.name());
@@ -237,7 +243,7 @@ fn requests(
             )));
         }
         let sampling = SamplingParams { stream, ..sampling.clone() };
-        let (prompt, stop_ids) = (tokens.encode(prompt)?, stop_ids.clone());
+        let (prompt, stop_ids) = (tokens.encode(prompt)?, stops.ids());
         let spec = flags.drafts.config(&sampling)?;
         Ok(Request { prompt, max_tokens: flags.max_tokens, sampling, stop_ids, block, spec })
     };

@@ -104,11 +104,15 @@ pub struct Args {
     #[arg(long, value_name = "N", help_heading = "Generation")]
     #[arg(value_parser = whole::<u64>, allow_negative_numbers = true)]
     pub seed: Option<u64>,
-    /// End the answer before this text; repeatable
+    /// End the answer before this text, or at this special token of the model; repeatable
     #[arg(long, value_name = "STR", action = ArgAction::Append, help_heading = "Generation")]
     #[arg(allow_hyphen_values = true)]
     pub stop: Vec<String>,
-    /// Go on after the model's stop tokens
+    /// End the answer at this token id, too; repeatable
+    #[arg(long, value_name = "N", action = ArgAction::Append, help_heading = "Generation")]
+    #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
+    pub stop_id: Vec<u32>,
+    /// Go on after the model's stop tokens; --stop and --stop-id still end the answer
     #[arg(long, help_heading = "Generation")]
     pub ignore_eos: bool,
     /// Tokens per block: 1 from the target and N - 1 drafts; 1 is autoregressive decoding [default: as the
@@ -160,9 +164,12 @@ pub struct Args {
     /// No statistics on stderr
     #[arg(short, long, help_heading = "Output")]
     pub quiet: bool,
+    /// Say on stderr which token ids end an answer, and which files and flags name each of them
+    #[arg(short, long, conflicts_with_all = ["quiet", "plan"], help_heading = "Output")]
+    pub verbose: bool,
     /// Print the version; with --json what a bug report needs: commit, kernels, device, driver
     #[arg(short = 'V', long, help_heading = "Output")]
-    #[arg(conflicts_with_all = ["prompt", "file", "prompts", "chat", "plan", "stream_json", "compare", "check_lossless"])]
+    #[arg(conflicts_with_all = ["prompt", "file", "prompts", "chat", "plan", "stream_json", "compare", "check_lossless", "verbose"])]
     pub version: bool,
 }
 
@@ -221,6 +228,7 @@ impl Args {
             variables: self.template_arg.iter().map(|arg| template_variable(arg)).collect::<Result<_>>()?,
             max_tokens: self.max_tokens,
             stop: self.stop,
+            stop_ids: self.stop_id,
             ignore_eos: self.ignore_eos,
             sampling,
             spec,
@@ -233,6 +241,7 @@ impl Args {
             show_accepted: self.show_accept && color,
             dim: self.color != Color::Never,
             quiet: self.quiet,
+            verbose: self.verbose,
         })
     }
 

@@ -40,6 +40,7 @@ pub fn demo_template() -> (String, String) {
 /// What can be found wrong before the weights are loaded.
 pub fn check(job: &Job, pair: &Pair, text: &Text) -> Result<()> {
     text.stream(&job.stop)?;
+    job.stop_ids(pair, text)?;
     match text.has_template() {
         true => Ok(()),
         false => Err(without_template("--chat needs", &pair.target.folder.described())),
@@ -157,7 +158,8 @@ impl<'a> Chat<'a> {
             )));
         }
         let block = if self.drafting { self.block } else { 1 };
-        let request = session.job.request(pair, prompt, self.sampling.clone(), block);
+        let stop_ids = session.job.stop_ids(pair, session.text)?.ids();
+        let request = session.job.request(prompt, self.sampling.clone(), block, stop_ids);
         let request = Request { max_tokens: self.max_tokens, ..request };
         let mut writer = Writer::new(session, 0, &request, true)?;
         let outcome = resume(&mut *self.decoder, &request, &mut writer);

@@ -40,10 +40,11 @@ pub fn requests(job: &Job, pair: &Pair, text: &Text, block: usize) -> Result<Vec
         return Err(without_template(&format!("{flag} needs"), &pair.target.folder.described()));
     }
     let (raw, system, context) = (job.raw, job.system.as_deref(), job.context(pair)?);
+    let stop_ids = job.stop_ids(pair, text)?.ids();
     let tokens = PromptEncoder { pair, text, raw, system, variables: &job.variables, context };
     let request = |(stream, prompt): (u32, Prompt)| {
         let sampling = SamplingParams { stream, ..job.sampling.clone() };
-        Ok(job.request(pair, tokens.encode(prompt)?, sampling, block))
+        Ok(job.request(tokens.encode(prompt)?, sampling, block, stop_ids.clone()))
     };
     (0..).zip(prompts(&job.source)?).map(request).collect()
 }

@@ -3,10 +3,12 @@
 use dflash::Result;
 use dflash::checkpoint::folder::Folder;
 use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::stop_ids::StopIds;
 use dflash::cli::device::Choice;
 use dflash::engine::request::Request;
 use dflash::spec::config::SpecConfig;
 use dflash::spec::sampling::SamplingParams;
+use dflash::text::tokenizer::Text;
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -49,6 +51,8 @@ pub struct Job {
     // ---- answers ----
     pub max_tokens: usize,
     pub stop: Vec<String>,
+    /// Ids that end an answer besides the model's own.
+    pub stop_ids: Vec<u32>,
     pub ignore_eos: bool,
     pub sampling: SamplingParams,
     pub spec: SpecConfig,
@@ -62,6 +66,8 @@ pub struct Job {
     /// Statistics of a conversation are dimmed.
     pub dim: bool,
     pub quiet: bool,
+    /// Say which token ids end an answer.
+    pub verbose: bool,
 }
 
 /// What to do.
@@ -120,15 +126,23 @@ impl Job {
         self.spec.clone().with_draft_sampling(SamplingParams { temperature, ..sampling.clone() })
     }
 
-    /// A request with this prompt, sampling and block.
-    pub fn request(&self, pair: &Pair, prompt: Vec<u32>, sampling: SamplingParams, block: usize) -> Request {
-        Request {
-            prompt,
-            max_tokens: self.max_tokens,
-            stop_ids: if self.ignore_eos { vec![] } else { pair.target.config.eos.clone() },
-            block,
-            spec: self.spec(&sampling),
-            sampling,
-        }
+    /// The token ids that end an answer: the model's own unless they are ignored, and those of the flags.
+    pub fn stop_ids(&self, pair: &Pair, text: &Text) -> Result<StopIds> {
+        let config = &pair.target.config;
+        let mut stops = if self.ignore_eos { StopIds::default() } else { text.stop_ids(config) };
+        stops.add_chosen(&self.stop_ids, "--stop-id", config.vocab)?;
+        self.stop.iter().filter_map(|stop| text.special_id(stop)).for_each(|id| stops.add(id, "--stop"));
+        Ok(stops)
+    }
+
+    /// A request with this prompt, sampling, block and stop ids.
+    pub fn request(
+        &self,
+        prompt: Vec<u32>,
+        sampling: SamplingParams,
+        block: usize,
+        stop_ids: Vec<u32>,
+    ) -> Request {
+        Request { prompt, max_tokens: self.max_tokens, stop_ids, block, spec: self.spec(&sampling), sampling }
     }
 }

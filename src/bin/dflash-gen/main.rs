@@ -99,6 +99,9 @@ fn run(job: &Job) -> Result<u8> {
         Action::Chat => chat::check(job, &pair, &text).map(|()| Vec::new())?,
         _ => inputs::requests(job, &pair, &text, block)?,
     };
+    if job.verbose {
+        note(&format!("stop ids: {}", job.stop_ids(&pair, &text)?));
+    }
     let clock = Instant::now();
     // A conversation may set its block later.
     let max_block = match job.action {
