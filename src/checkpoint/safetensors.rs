@@ -2,6 +2,7 @@
 //! the bytes and types of their files; nothing is converted here.
 
 use crate::checkpoint::folder::{Bytes, Folder};
+use crate::checkpoint::json;
 use crate::error::excerpt;
 use crate::{Error, Result};
 use safetensors::tensor::{Dtype as Stored, Metadata};
@@ -130,9 +131,7 @@ impl Checkpoint {
         }
         let Some(bytes) = folder.file(INDEX)? else { return Err(folder.missing(SINGLE)) };
         let source = folder.path(INDEX);
-        let index: Index = serde_json::from_slice(&bytes).map_err(|e| {
-            Error::Model(format!("{source} is not an index of shards: {}", excerpt(&e.to_string())))
-        })?;
+        let index: Index = json::parse(&source, &bytes)?;
         let mut all = Checkpoint { source, shards: vec![], tensors: BTreeMap::new() };
         for file in index.weight_map.values().collect::<BTreeSet<_>>() {
             // Only a bare file name, so that an index cannot reach outside its folder.

@@ -117,6 +117,12 @@ impl Decoding {
     }
 }
 
+/// Whether a token is one byte in GPT-2's byte encoding.
+pub(crate) fn is_byte(token: &str) -> bool {
+    let mut chars = token.chars();
+    chars.next().and_then(byte_of).is_some() && chars.next().is_none()
+}
+
 /// The byte that a character encodes in GPT-2's byte encoding: a printable Latin-1 character is its own byte,
 /// and the other 68 bytes are the characters from U+0100 on, in order. `None` for other characters.
 fn byte_of(c: char) -> Option<u8> {

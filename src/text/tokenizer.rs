@@ -6,24 +6,17 @@
 //! they are whole characters. A byte that cannot be part of a character becomes U+FFFD at once.
 
 use crate::checkpoint::folder::Folder;
+use crate::checkpoint::json;
 use crate::error::{excerpt, one_line};
 use crate::text::chat_template::Template;
-use crate::text::decoding::{DecoderFile, Decoding};
+use crate::text::decoding::{DecoderFile, Decoding, is_byte};
+use crate::text::message::Message;
 use crate::text::stop_strings::StopStrings;
 use crate::text::untrusted::{TOKENIZER_STACKS, guarded};
 use crate::{Error, Result};
 use serde::Deserialize;
+use serde_json::Value;
 use tokenizers::{Model, Tokenizer};
-
-/// One turn of a conversation, as chat templates read it.
-#[derive(Debug, Clone, PartialEq, Deserialize, serde::Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct Message {
-    /// `system`, `user`, `assistant`, or another role that the template supports.
-    pub role: String,
-    /// The text of the message.
-    pub content: String,
-}
 
 /// Tokenizer and chat template of a target folder.
 pub struct Text {
@@ -38,6 +31,10 @@ pub struct Text {
     /// has.
     specials: Vec<(&'static str, String)>,
     template: Option<Template>,
+    /// Maximum bytes of a text, if the tokenizer has a bound ([`Text::limit`]), and the context it is for.
+    limit: Option<(usize, usize)>,
+    /// The most bytes of text that one token stands for, if there is a bound.
+    longest_token: Option<usize>,
     /// The end of the error for an absent template, which names the places where it could be.
     without_template: String,
 }
@@ -83,13 +80,31 @@ enum Special {
 struct TokenizerFile {
     #[serde(default)]
     added_tokens: Vec<AddedToken>,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    model: ModelFile,
     decoder: Option<DecoderFile>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct ModelFile {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    byte_fallback: Option<bool>,
 }
 
 #[derive(Deserialize)]
 struct AddedToken {
     id: u32,
     content: String,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
 }
 
 impl Text {
@@ -100,23 +115,36 @@ impl Text {
     /// [`Error::Model`] for a file that is missing or malformed; [`Error::Unsupported`] for a decoder whose
     /// text cannot be produced token by token; [`Error::Usage`] if the overriding template does not parse.
     pub fn open(folder: &Folder, template: Option<(&str, String)>) -> Result<Self> {
+        Text::find(folder, template)?.ok_or_else(|| Text::missing(folder))
+    }
+
+    /// The error for a folder without `tokenizer.json`.
+    pub fn missing(folder: &Folder) -> Error {
         let path = folder.path("tokenizer.json");
-        let Some(bytes) = folder.file("tokenizer.json")? else {
-            return Err(Error::Model(format!(
-                "{path} is missing: expected the tokenizer in the target's folder"
-            )));
-        };
+        Error::Model(format!(
+            "{path} is missing: expected the tokenizer in the target's folder, or prompts of token ids"
+        ))
+    }
+
+    /// As [`Text::open`]; `None` if the folder has no `tokenizer.json`.
+    ///
+    /// # Errors
+    /// As [`Text::open`].
+    pub fn find(folder: &Folder, template: Option<(&str, String)>) -> Result<Option<Self>> {
+        let path = folder.path("tokenizer.json");
+        let Some(bytes) = folder.file("tokenizer.json")? else { return Ok(None) };
+        let bytes = json::without_mark(&bytes);
+        let file: TokenizerFile = json::parse(&path, bytes)?;
         let malformed =
             |what: String| Error::Model(format!("{path} is not a tokenizer: {}", one_line(&what)));
-        let parse = || Tokenizer::from_bytes(&bytes[..]).map_err(|e| malformed(e.to_string()));
+        let parse = || Tokenizer::from_bytes(bytes).map_err(|e| malformed(e.to_string()));
         let mut tokenizer = guarded(TOKENIZER_STACKS, parse, malformed)??;
         // Prompts are neither truncated nor padded, whatever the file says. A padding length in the file
         // could cause an allocation of any size.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| malformed(e.to_string()))?;
-        let file: TokenizerFile = serde_json::from_slice(&bytes).map_err(|e| malformed(e.to_string()))?;
         // The crate numbers added tokens in order and ignores the ids in the file.
-        for AddedToken { id, content } in &file.added_tokens {
+        for AddedToken { id, content, .. } in &file.added_tokens {
             let got = tokenizer.token_to_id(content);
             if got != Some(*id) {
                 let got = got.map_or("none".into(), |got| got.to_string());
@@ -126,13 +154,12 @@ impl Text {
                 )));
             }
         }
+        let longest_token = longest_token(&tokenizer, &file);
         let decoding = Decoding::new(file.decoder, &path)?;
 
         let config_path = folder.path("tokenizer_config.json");
         let config: TokenizerConfig = match folder.file("tokenizer_config.json")? {
-            Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
-                Error::Model(format!("{config_path} is malformed: {}", one_line(&e.to_string())))
-            })?,
+            Some(bytes) => json::parse(&config_path, &bytes)?,
             None => TokenizerConfig::default(),
         };
         let specials: Vec<(&'static str, String)> = [
@@ -176,6 +203,8 @@ impl Text {
             bos: None,
             specials,
             template,
+            limit: None,
+            longest_token,
             without_template: format!("is absent, and neither {template_path} nor {config_path} has one"),
             path,
         };
@@ -193,7 +222,13 @@ impl Text {
             let post_processor_adds_it = text.ids("", true)?.first() == Some(&id);
             text.bos = (!post_processor_adds_it).then_some(id);
         }
-        Ok(text)
+        Ok(Some(text))
+    }
+
+    /// Refuses texts before they are tokenised if they cannot have fewer tokens than `context`, as far as the
+    /// tokenizer has a bound: a text has at least its bytes divided by those of the longest token.
+    pub fn limit(&mut self, context: usize) {
+        self.limit = self.longest_token.map(|longest| (context.saturating_mul(longest), context));
     }
 
     /// Whether there is a chat template, which [`Text::encode_chat`] needs.
@@ -249,12 +284,17 @@ impl Text {
             }
             variables.insert(name.clone(), value.clone());
         }
-        let messages = messages.iter().map(|m| serde_json::json!({"role": m.role, "content": m.content}));
-        variables.insert("messages".into(), messages.collect());
+        variables.insert("messages".into(), serde_json::json!(messages));
         self.ids(&template.render(serde_json::Value::Object(variables))?, false)
     }
 
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        if let Some((_, context)) = self.limit.filter(|(most, _)| text.len() > *most) {
+            return Err(Error::Usage(format!(
+                "a text of {} bytes has more tokens than the context, which holds {context}, the answer included",
+                text.len()
+            )));
+        }
         let failed = |what: String| {
             Error::Model(format!("{} cannot tokenise this text: {}", self.path, one_line(&what)))
         };
@@ -300,6 +340,43 @@ impl Text {
         let token = added.simple_id_to_token(id).or_else(|| self.tokenizer.get_model().id_to_token(id))?;
         (!added.is_special_token(&token)).then_some(token)
     }
+}
+
+/// The most bytes of text that become one token, for tokenizers where that is certain: BPE that spells every
+/// byte, drops nothing, and changes a text at most by NFC, which makes it up to three times shorter, or by
+/// writing `▁` for spaces.
+fn longest_token(tokenizer: &Tokenizer, file: &TokenizerFile) -> Option<usize> {
+    let steps = |value: &Value, list: &str, keeps: fn(&Value) -> bool| match &value[list] {
+        Value::Array(steps) => steps.iter().all(keeps),
+        _ => value.is_null() || keeps(value),
+    };
+    let is_nfc = file.normalizer["type"] == "NFC";
+    let keeps_text = steps(&file.normalizer, "normalizers", |step| {
+        step["type"] == "Prepend"
+            || (step["type"] == "Replace" && step["pattern"]["String"] == " " && step["content"] == "▁")
+    });
+    let drops_nothing = steps(&file.pre_tokenizer, "pretokenizers", |step| {
+        let kinds = ["ByteLevel", "Digits", "Metaspace"];
+        kinds.iter().any(|kind| step["type"] == *kind)
+            || (step["type"] == "Split" && step["behavior"] != "Removed")
+    });
+    // An added token may take in the spaces around it.
+    let takes_spaces = |token: &AddedToken| token.lstrip || token.rstrip;
+    if file.model.kind.as_deref() != Some("BPE")
+        || !(is_nfc || keeps_text)
+        || !drops_nothing
+        || file.added_tokens.iter().any(takes_spaces)
+    {
+        return None;
+    }
+    let vocab = tokenizer.get_vocab(true);
+    let spells_bytes = match file.model.byte_fallback {
+        Some(true) => (0..=255).all(|byte: u8| vocab.contains_key(&format!("<0x{byte:02X}>"))),
+        _ => vocab.keys().filter(|token| is_byte(token)).count() == 256,
+    };
+    // In GPT-2's byte encoding a token has more bytes than the text that it stands for.
+    let longest = vocab.keys().map(String::len).max()?;
+    spells_bytes.then(|| longest.saturating_mul(if is_nfc { 3 } else { 1 }))
 }
 
 /// An incremental detokenizer. It never returns a part of a character or text that may begin a stop string.

@@ -2,7 +2,8 @@
 
 use crate::support::text;
 
-use dflash::text::tokenizer::{Message, Text};
+use dflash::text::message::Message;
+use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -15,10 +16,8 @@ fn with_template(source: &str) -> Text {
 
 /// The text that a template renders for a conversation, encoded and decoded again.
 fn render(text: &Text, messages: &[(&str, &str)], args: &[(&str, Value)]) -> Result<String> {
-    let messages: Vec<Message> = messages
-        .iter()
-        .map(|(role, content)| Message { role: role.to_string(), content: content.to_string() })
-        .collect();
+    let messages: Vec<Message> =
+        messages.iter().map(|(role, content)| Message::new(role, *content)).collect();
     let args: Vec<(String, Value)> =
         args.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
     text.decode(&text.encode_chat(&messages, &args)?)

@@ -36,6 +36,8 @@ pub struct Job {
 
     // ---- prompts ----
     pub source: Source,
+    /// The field of a line that holds its prompt, where it was given.
+    pub prompt_key: Option<String>,
     /// Prompts are not put through the chat template.
     pub raw: bool,
     pub system: Option<String>,
