@@ -2,7 +2,7 @@
 //! path and its value.
 
 use crate::checkpoint::folder::Folder;
-use crate::error::excerpt;
+use crate::error::{excerpt, one_line};
 use crate::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
@@ -62,7 +62,7 @@ pub(crate) fn parse<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T> 
         Category::Syntax | Category::Io => "is not valid JSON",
     };
     let hint = if has_python_number(bytes) { " (NaN and Infinity are not valid JSON)" } else { "" };
-    Err(wrong(format!("{what}: {}{hint}", excerpt(&e.to_string()))))
+    Err(wrong(format!("{what}: {}{hint}", one_line(&e.to_string()))))
 }
 
 /// The bytes without a byte order mark at their start.

@@ -141,8 +141,7 @@ impl PromptFile {
                 Value::Null => (),
                 _ if known.contains(&other.as_str()) => (),
                 _ if given.is_none() && CONTENTS[..3].contains(&key) => {
-                    let hint = "; --prompt-key KEY reads data sets with other fields";
-                    return Err(unknown(&field, &(known.join(", ") + hint)));
+                    return Err(unknown(&field, &known.join(", ")));
                 }
                 _ if self.unused.contains(other) => (),
                 _ => self.unused.push(other.clone()),

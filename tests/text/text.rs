@@ -381,7 +381,7 @@ fn missing_and_malformed_files_are_named() {
     for (files, file, what) in [
         (&[template][..], "tokenizer.json", "missing"),
         (&[("tokenizer.json", "{")], "tokenizer.json", "EOF"),
-        (&[("tokenizer.json", "[1, 2]")], "tokenizer.json", "not a tokenizer"),
+        (&[("tokenizer.json", "[1, 2]")], "tokenizer.json", "not a JSON object"),
         (
             &[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", "{]")],
             "tokenizer_config.json",

@@ -192,7 +192,7 @@ fn built_in() -> Result<Vec<Prompt>> {
 fn prompts(flags: &args::Generate) -> Result<(Vec<Prompt>, Vec<Option<String>>)> {
     let (mut prompts, source) = match &flags.prompts {
         Some(path) => {
-            let file = prompt_files::lines(path, None)?;
+            let file = prompt_files::lines(path, flags.prompt_key.as_deref())?;
             if !file.unused.is_empty() {
                 let (name, fields) = (prompt_files::name(path), file.unused.join(", "));
                 terminal::note(&format!("{name}: these fields are not used: {fields}"));
