@@ -200,7 +200,7 @@ impl PromptEncoder<'_> {
             }
             messages.insert(0, Message { role: "system".into(), content: content.into() });
         }
-        self.text.encode_chat(&messages, self.variables).map_err(named)
+        self.text.encode_chat(&messages, None, self.variables).map_err(named)
     }
 }
 

@@ -144,7 +144,7 @@ impl<'a> Chat<'a> {
             self.system.iter().map(|content| Message { role: "system".into(), content: content.clone() });
         let messages: Vec<Message> = system.chain(self.messages.iter().cloned()).collect();
         let (session, pair) = (self.session, self.session.pair);
-        let prompt = session.text.encode_chat(&messages, &session.job.variables)?;
+        let prompt = session.text.encode_chat(&messages, None, &session.job.variables)?;
         let context = self.decoder.context();
         if prompt.is_empty() {
             return Err(Error::Usage("the conversation gives no tokens, expected at least one".into()));
