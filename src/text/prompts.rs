@@ -216,12 +216,7 @@ impl PromptEncoder<'_> {
             }
             messages.insert(0, Message::new("system", content));
         }
-        // The one place that passes tools on.
-        if tools.is_some() {
-            let what = format!("{name} has tools, which this engine does not pass to the chat template yet");
-            return Err(Error::Unsupported(what));
-        }
-        text.encode_chat(&messages, self.variables).map_err(named)
+        text.encode_chat(&messages, tools.as_ref(), self.variables).map_err(named)
     }
 }
 

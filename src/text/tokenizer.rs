@@ -249,9 +249,10 @@ impl Text {
         Ok(self.bos.into_iter().chain(ids).collect())
     }
 
-    /// Converts a conversation to token ids with the chat template, generation prompt included. `args` are
-    /// template variables (name, value); `enable_thinking` is false unless given. The template writes bos and
-    /// other special tokens itself, so none are added to its output.
+    /// Converts a conversation to token ids with the chat template, generation prompt included. `tools` is the
+    /// JSON array of tools that the model may call. `args` are template variables (name, value);
+    /// `enable_thinking` is false unless given. The template writes bos and other special tokens itself, so
+    /// none are added to its output.
     ///
     /// # Errors
     /// [`Error::Option`] if there is no template or a variable is reserved; [`Error::Usage`] if the template
@@ -260,6 +261,7 @@ impl Text {
     pub fn encode_chat(
         &self,
         messages: &[Message],
+        tools: Option<&serde_json::Value>,
         args: &[(String, serde_json::Value)],
     ) -> Result<Vec<u32>> {
         let Some(template) = &self.template else {
@@ -269,7 +271,7 @@ impl Text {
         for (name, content) in &self.specials {
             variables.insert(name.to_string(), content.as_str().into());
         }
-        variables.insert("tools".into(), serde_json::Value::Null);
+        variables.insert("tools".into(), tools.cloned().into());
         variables.insert("documents".into(), serde_json::Value::Null);
         variables.insert("add_generation_prompt".into(), true.into());
         // Published drafters are trained on answers without thinking. With thinking, the acceptance of those

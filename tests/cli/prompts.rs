@@ -325,6 +325,17 @@ fn openai_histories_reach_the_template() {
 }
 
 #[test]
+fn tools_of_a_line_reach_the_template() {
+    let bytes = Bytes::new("{% if tools %}{{ tools | tojson }}{% endif %}{{ messages[0].content }}");
+    let tools = json!([{"type": "function", "function": {"name": "sum", "parameters": {}}}]);
+    // As Python's json.dumps writes it.
+    let rendered = r#"[{"type": "function", "function": {"name": "sum", "parameters": {}}}]a"#;
+    bytes.assert_rendered(json!({"prompt": "a", "tools": tools}), &[], rendered);
+    bytes.assert_rendered(json!({"prompt": "a", "tools": []}), &[], "a");
+    bytes.assert_rendered(json!({"prompt": "a", "tools": null}), &[], "a");
+}
+
+#[test]
 fn data_sets_load_by_the_key_of_their_prompt() {
     let bytes = Bytes::new(ROLES);
     let sharegpt = json!([

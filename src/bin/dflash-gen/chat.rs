@@ -149,7 +149,7 @@ impl<'a> Chat<'a> {
         let messages: Vec<Message> = system.chain(self.messages.iter().cloned()).collect();
         let session = self.session;
         let Inputs { job, pair, .. } = *session.inputs;
-        let prompt = self.text.encode_chat(&messages, &job.variables)?;
+        let prompt = self.text.encode_chat(&messages, None, &job.variables)?;
         let context = self.decoder.context();
         if prompt.is_empty() {
             return Err(Error::Usage("the conversation gives no tokens, expected at least one".into()));
