@@ -117,10 +117,9 @@ impl Decoding {
     }
 }
 
-/// Whether a token is one byte in GPT-2's byte encoding.
-pub(crate) fn is_byte(token: &str) -> bool {
-    let mut chars = token.chars();
-    chars.next().and_then(byte_of).is_some() && chars.next().is_none()
+/// How many bytes a token has in GPT-2's byte encoding; `None` for other tokens.
+pub(crate) fn byte_length(token: &str) -> Option<usize> {
+    token.chars().all(|c| byte_of(c).is_some()).then(|| token.chars().count())
 }
 
 /// The byte that a character encodes in GPT-2's byte encoding: a printable Latin-1 character is its own byte,

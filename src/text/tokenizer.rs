@@ -9,7 +9,7 @@ use crate::checkpoint::folder::Folder;
 use crate::checkpoint::json;
 use crate::error::{excerpt, one_line};
 use crate::text::chat_template::Template;
-use crate::text::decoding::{DecoderFile, Decoding, is_byte};
+use crate::text::decoding::{DecoderFile, Decoding, byte_length};
 use crate::text::message::Message;
 use crate::text::stop_strings::StopStrings;
 use crate::text::untrusted::{TOKENIZER_STACKS, guarded};
@@ -31,10 +31,9 @@ pub struct Text {
     /// has.
     specials: Vec<(&'static str, String)>,
     template: Option<Template>,
-    /// Maximum bytes of a text, if the tokenizer has a bound ([`Text::limit`]), and the context it is for.
-    limit: Option<(usize, usize)>,
-    /// The most bytes of text that one token stands for, if there is a bound.
-    longest_token: Option<usize>,
+    /// The context that texts are for ([`Text::limit`]).
+    context: Option<usize>,
+    longest_token: Option<LongestToken>,
     /// The end of the error for an absent template, which names the places where it could be.
     without_template: String,
 }
@@ -203,7 +202,7 @@ impl Text {
             bos: None,
             specials,
             template,
-            limit: None,
+            context: None,
             longest_token,
             without_template: format!("is absent, and neither {template_path} nor {config_path} has one"),
             path,
@@ -228,7 +227,7 @@ impl Text {
     /// Refuses texts before they are tokenised if they cannot have fewer tokens than `context`, as far as the
     /// tokenizer has a bound: a text has at least its bytes divided by those of the longest token.
     pub fn limit(&mut self, context: usize) {
-        self.limit = self.longest_token.map(|longest| (context.saturating_mul(longest), context));
+        self.context = Some(context);
     }
 
     /// Whether there is a chat template, which [`Text::encode_chat`] needs.
@@ -291,7 +290,9 @@ impl Text {
     }
 
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        if let Some((_, context)) = self.limit.filter(|(most, _)| text.len() > *most) {
+        if let (Some(context), Some(longest)) = (self.context, &self.longest_token)
+            && text.len() > longest.of(text).saturating_mul(context)
+        {
             return Err(Error::Usage(format!(
                 "a text of {} bytes has more tokens than the context, which holds {context}, the answer included",
                 text.len()
@@ -344,10 +345,22 @@ impl Text {
     }
 }
 
-/// The most bytes of text that become one token, for tokenizers where that is certain: BPE that spells every
-/// byte, drops nothing, and changes a text at most by NFC, which makes it up to three times shorter, or by
-/// writing `▁` for spaces.
-fn longest_token(tokenizer: &Tokenizer, file: &TokenizerFile) -> Option<usize> {
+/// The most bytes of text that become one token.
+struct LongestToken {
+    bytes: usize,
+    /// How many times shorter normalisation can make a text that is not ASCII.
+    shrinks: usize,
+}
+
+impl LongestToken {
+    fn of(&self, text: &str) -> usize {
+        if text.is_ascii() { self.bytes } else { self.bytes.saturating_mul(self.shrinks) }
+    }
+}
+
+/// The longest token of tokenizers where it bounds the number of tokens: BPE that spells every byte, drops
+/// nothing, and changes a text at most by NFC, or by writing `▁` for spaces.
+fn longest_token(tokenizer: &Tokenizer, file: &TokenizerFile) -> Option<LongestToken> {
     let steps = |value: &Value, list: &str, keeps: fn(&Value) -> bool| match &value[list] {
         Value::Array(steps) => steps.iter().all(keeps),
         _ => value.is_null() || keeps(value),
@@ -371,14 +384,23 @@ fn longest_token(tokenizer: &Tokenizer, file: &TokenizerFile) -> Option<usize> {
     {
         return None;
     }
-    let vocab = tokenizer.get_vocab(true);
+    let vocab = tokenizer.get_vocab(false);
     let spells_bytes = match file.model.byte_fallback {
         Some(true) => (0..=255).all(|byte: u8| vocab.contains_key(&format!("<0x{byte:02X}>"))),
-        _ => vocab.keys().filter(|token| is_byte(token)).count() == 256,
+        _ => {
+            let is_byte = |token: &&String| byte_length(token) == Some(1);
+            file.pre_tokenizer.to_string().contains("\"ByteLevel\"")
+                && vocab.keys().filter(is_byte).count() == 256
+        }
     };
-    // In GPT-2's byte encoding a token has more bytes than the text that it stands for.
-    let longest = vocab.keys().map(String::len).max()?;
-    spells_bytes.then(|| longest.saturating_mul(if is_nfc { 3 } else { 1 }))
+    let bytes = |token: &String| match file.model.byte_fallback {
+        Some(true) => token.len(),
+        _ => byte_length(token).unwrap_or(token.len()),
+    };
+    let added = file.added_tokens.iter().map(|token| token.content.len());
+    let bytes = vocab.keys().map(bytes).chain(added).max()?;
+    // NFC makes at most three bytes one: 9 bytes of Hangul letters become a syllable of 3.
+    spells_bytes.then_some(LongestToken { bytes, shrinks: if is_nfc { 3 } else { 1 } })
 }
 
 /// An incremental detokenizer. It never returns a part of a character or text that may begin a stop string.
