@@ -145,7 +145,7 @@ const REFUSED: [(&str, &str); 30] = [
     ),
     (
         r#"{"prompt": "a", "prompt": "b"}"#,
-        "line 1: duplicate field `prompt` at column 29: expected {\"prompt\": TEXT} or {\"messages\": [...]}",
+        "line 1: duplicate field `prompt` at column 30: expected {\"prompt\": TEXT} or {\"messages\": [...]}",
     ),
     (
         r#"["a"]"#,
