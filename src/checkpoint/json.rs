@@ -70,6 +70,9 @@ pub(crate) fn without_mark(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes)
 }
 
+/// How a file begins that Git LFS left in the place of another.
+pub(crate) const LFS_POINTER: &[u8] = b"version https://git-lfs";
+
 /// What the bytes of a file are, if they cannot be JSON.
 pub(crate) fn other_kind(bytes: &[u8]) -> Option<&'static str> {
     match bytes.trim_ascii_start() {
@@ -78,9 +81,7 @@ pub(crate) fn other_kind(bytes: &[u8]) -> Option<&'static str> {
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => Some("UTF-16"),
         [b'P', b'K', 3, 4, ..] => Some("a zip archive"),
         [0x1f, 0x8b, ..] => Some("compressed by gzip"),
-        start if start.starts_with(b"version https://git-lfs") => {
-            Some("a Git LFS pointer, the file itself was not fetched")
-        }
+        start if start.starts_with(LFS_POINTER) => Some("a Git LFS pointer, the file itself was not fetched"),
         _ => None,
     }
 }

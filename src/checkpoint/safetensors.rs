@@ -2,7 +2,7 @@
 //! the bytes and types of their files; nothing is converted here.
 
 use crate::checkpoint::folder::{Bytes, Folder};
-use crate::checkpoint::json;
+use crate::checkpoint::json::{self, LFS_POINTER};
 use crate::error::excerpt;
 use crate::{Error, Result};
 use safetensors::tensor::{Dtype as Stored, Metadata};
@@ -391,11 +391,10 @@ fn read_header(path: &str, file: &Bytes) -> Result<(Metadata, usize)> {
     let read = |at: usize, to: &mut [u8]| {
         file.read(at, to).map_err(|e| Error::Model(format!("{path}: its header cannot be read: {e}")))
     };
-    const POINTER: &[u8] = b"version https://git-lfs";
-    let mut start = [0; POINTER.len()];
+    let mut start = [0; LFS_POINTER.len()];
     let available = file.size().min(start.len());
     read(0, &mut start[..available])?;
-    if start == POINTER {
+    if start == LFS_POINTER {
         return Err(bad("it is a Git LFS pointer, the weights were not fetched".into()));
     }
     let Some(rest) = file.size().checked_sub(8) else {

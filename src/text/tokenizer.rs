@@ -6,7 +6,7 @@
 //! they are whole characters. A byte that cannot be part of a character becomes U+FFFD at once.
 
 use crate::checkpoint::folder::Folder;
-use crate::checkpoint::json;
+use crate::checkpoint::json::{self, LFS_POINTER};
 use crate::error::{excerpt, one_line};
 use crate::text::chat_template::Template;
 use crate::text::decoding::{DecoderFile, Decoding, byte_length};
@@ -180,6 +180,10 @@ impl Text {
         let template = match (template, folder.file("chat_template.jinja")?) {
             (Some((name, source)), _) => Some(Template::parse(name.into(), source, true)?),
             (None, Some(bytes)) => {
+                if bytes.starts_with(LFS_POINTER) {
+                    let what = "is a Git LFS pointer, the file itself was not fetched";
+                    return Err(Error::Model(format!("{template_path} {what}")));
+                }
                 let source = std::str::from_utf8(&bytes)
                     .map_err(|e| Error::Model(format!("{template_path} is not UTF-8: {e}")))?;
                 Some(Template::parse(template_path.clone(), source.into(), false)?)

@@ -248,6 +248,10 @@ fn a_target_without_a_tokenizer_runs_token_ids() {
     let got = run_pair(&pair, &[&args[..], &["--stop", "x"]].concat());
     let sentence = format!("dflash-gen: --stop needs a tokenizer, but {folder} has no tokenizer.json\n");
     assert_eq!((got.code, got.err), (2, sentence));
+    let own = lines(pair.root.path(), "own.jsonl", &[json!({"prompt_tokens": [7], "stop": ["x"]})]);
+    let got = run_pair(&pair, &["--prompts", &own]);
+    let sentence = "stop needs a tokenizer, but";
+    assert!(got.code == 2 && got.err.contains(&format!("{own} line 1: {sentence} {folder} has")), "{got:?}");
     let got = run_pair(&pair, &[&args[..], &["--system", "x"]].concat());
     let why = "which are used as they are, without a chat template";
     assert_eq!(
@@ -465,6 +469,10 @@ fn json_files_that_are_something_else_are_described() {
         }
     }
     assert!(wrong.is_empty(), "{wrong}");
+    let template = pair.target.join("chat_template.jinja");
+    fs::write(&template, kinds[3].0).unwrap();
+    let (got, what) = (run_pair(&pair, &["x"]), "is a Git LFS pointer, the file itself was not fetched");
+    assert_eq!((got.code, got.err), (3, format!("dflash-gen: {} {what}\n", template.display())));
 }
 
 #[test]

@@ -133,7 +133,12 @@ impl<'a> Inputs<'a> {
         let stream = u32::try_from(index).map_err(|_| Error::Usage("there are too many prompts".into()))?;
         let sampling = settings.sampling(SamplingParams { stream, ..job.sampling.clone() });
         let stop = settings.stop.clone().unwrap_or_else(|| job.stop.clone());
-        self.stream(&stop)?;
+        self.stream(&stop).map_err(|e| match e {
+            Error::Option { problem, .. } if settings.stop.is_some() => {
+                Error::Usage(format!("{}: stop {problem}", prompt.name))
+            }
+            other => other,
+        })?;
         let request = job.request(self.pair, self.encoder()?.encode(&prompt)?, sampling, self.block);
         let request = Request { max_tokens: settings.max_tokens.unwrap_or(job.max_tokens), ..request };
         let least = match job.action {
