@@ -1,6 +1,7 @@
 //! One turn of a conversation, in the form of OpenAI's API and of chat templates.
 
 use crate::checkpoint::json::Field;
+use crate::error::excerpt;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -122,7 +123,7 @@ fn call(field: &Field) -> Result<Value> {
 
 /// The error for a field that nothing reads.
 pub(crate) fn unknown(field: &Field, known: &str) -> Error {
-    Error::Usage(format!("{}: {} is not a known field, expected {known}", field.file, field.name))
+    Error::Usage(format!("{}: {} is not a known field, expected {known}", field.file, excerpt(&field.name)))
 }
 
 /// Faults of input are [`Error::Usage`], although the readers of fields are made for model files.

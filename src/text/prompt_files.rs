@@ -1,7 +1,7 @@
 //! Reads prompts from files and stdin: texts, and JSON lines of several kinds.
 
 use crate::checkpoint::json::{self, Field, Fields};
-use crate::error::one_line;
+use crate::error::{excerpt, one_line};
 use crate::spec::sampling::SamplingParams;
 use crate::text::message::{Message, as_usage, unknown};
 use crate::text::prompts::{Content, Prompt, Settings};
@@ -60,7 +60,8 @@ pub struct PromptFile {
 }
 
 /// What a line is expected to be.
-const EXPECTED: &str = "expected {\"prompt\": TEXT} or {\"messages\": [...]}";
+const EXPECTED: &str =
+    "expected {\"prompt\": TEXT}, {\"messages\": [...]}, {\"prompt_tokens\": [...]} or {\"turns\": [...]}";
 /// Fields that hold a prompt. The last two are those of data sets.
 const CONTENTS: [&str; 5] = ["prompt", "messages", "prompt_tokens", "turns", "conversations"];
 /// Fields with the name of a prompt. A line has at most one of them.
@@ -87,10 +88,11 @@ pub fn lines(path: &Path, key: Option<&str>) -> Result<PromptFile> {
     if let Some(what) = json::other_kind(text.as_bytes()) {
         return Err(Error::Usage(format!("{file} is {what}, expected JSON lines")));
     }
+    let one_line = |e: serde_json::Error| one_line(&e.to_string());
     let mut all = PromptFile { prompts: Vec::new(), unused: Vec::new() };
     if text.trim_start().starts_with('[') {
         let items: Vec<Object> = serde_json::from_str(&text)
-            .map_err(|e| Error::Usage(format!("{file}: {}: {EXPECTED}", one_line(&e.to_string()))))?;
+            .map_err(|e| Error::Usage(format!("{file}: {}: {EXPECTED}", one_line(e))))?;
         for (number, Object(map)) in (1..).zip(items) {
             all.add(format!("{file} item {number}"), &map, key)?;
         }
@@ -99,7 +101,7 @@ pub fn lines(path: &Path, key: Option<&str>) -> Result<PromptFile> {
             let name = format!("{file} line {number}");
             let Object(map) = serde_json::from_str(line).map_err(|e| {
                 // Each line is parsed as a document of its own, so serde's "line 1" would mislead.
-                let what = one_line(&e.to_string().replace(" at line 1 column ", " at column "));
+                let what = one_line(e).replace(" at line 1 column ", " at column ");
                 Error::Usage(format!("{name}: {what}: {EXPECTED}"))
             })?;
             all.add(name, &map, key)?;
@@ -143,8 +145,8 @@ impl PromptFile {
                 _ if given.is_none() && CONTENTS[..3].contains(&key) => {
                     return Err(unknown(&field, &known.join(", ")));
                 }
-                _ if self.unused.contains(other) => (),
-                _ => self.unused.push(other.clone()),
+                _ if self.unused.contains(&excerpt(other)) => (),
+                _ => self.unused.push(excerpt(other)),
             }
         }
         let category = map.get("category").cloned().unwrap_or_default();

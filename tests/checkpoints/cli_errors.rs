@@ -120,10 +120,10 @@ const PROMPTS: &str = r#"
 2 | -f ROOT/empty.txt | ROOT/empty.txt is empty, expected at least one token
 2 | -f ROOT/long.txt | ROOT/long.txt has 16384 tokens, but the context holds 4096, the answer included
 2 | --prompts ROOT/nothing | ROOT/nothing cannot be read: No such file or directory (os error 2)
-2 | --prompts ROOT/line7.jsonl | ROOT/line7.jsonl line 7: EOF while parsing a string at column 15: expected {"prompt": TEXT} or {"messages": [...]}
+2 | --prompts ROOT/line7.jsonl | ROOT/line7.jsonl line 7: EOF while parsing a string at column 15: expected {"prompt": TEXT}, {"messages": [...]}, {"prompt_tokens": [...]} or {"turns": [...]}
 2 | --prompts ROOT/number.jsonl | ROOT/number.jsonl line 1: prompt is 7, expected a text
-2 | --prompts ROOT/both.jsonl | ROOT/both.jsonl line 1 has both prompt and messages: expected {"prompt": TEXT} or {"messages": [...]}
-2 | --prompts ROOT/neither.jsonl | ROOT/neither.jsonl line 2 has neither prompt nor messages: expected {"prompt": TEXT} or {"messages": [...]}
+2 | --prompts ROOT/both.jsonl | ROOT/both.jsonl line 1 has both prompt and messages: expected {"prompt": TEXT}, {"messages": [...]}, {"prompt_tokens": [...]} or {"turns": [...]}
+2 | --prompts ROOT/neither.jsonl | ROOT/neither.jsonl line 2 has neither prompt nor messages: expected {"prompt": TEXT}, {"messages": [...]}, {"prompt_tokens": [...]} or {"turns": [...]}
 2 | --prompts ROOT/blank.jsonl | ROOT/blank.jsonl is empty, expected JSON lines
 2 | --prompts ROOT/empty.jsonl | ROOT/empty.jsonl line 2 is empty, expected at least one token
 2 | --prompts ROOT/latin1.jsonl | ROOT/latin1.jsonl is not UTF-8: byte 15 is not part of a character

@@ -141,23 +141,23 @@ const REFUSED: [(&str, &str); 30] = [
     (r#"{"prompt": "a", "tools": {}}"#, "line 1: tools is {}, expected a list"),
     (
         r#"{"prompt": "a", "id": 1, "question_id": 2}"#,
-        "line 1 has both id and question_id: expected {\"prompt\": TEXT} or {\"messages\": [...]}",
+        "line 1 has both id and question_id: expected {\"prompt\": TEXT}, {\"messages\": [...]}, {\"prompt_tokens\": [...]} or {\"turns\": [...]}",
     ),
     (
         r#"{"prompt": "a", "prompt": "b"}"#,
-        "line 1: duplicate field `prompt` at column 30: expected {\"prompt\": TEXT} or {\"messages\": [...]}",
+        "line 1: duplicate field `prompt` at column 30: expected {\"prompt\": TEXT}, {\"messages\": [...]}, {\"prompt_tokens\": [...]} or {\"turns\": [...]}",
     ),
     (
         r#"["a"]"#,
-        "invalid type: string \"a\", expected an object at line 1 column 4: expected {\"prompt\": TEXT} or {\"messages\": [...]}",
+        "invalid type: string \"a\", expected an object at line 1 column 4: expected {\"prompt\": TEXT}, {\"messages\": [...]}, {\"prompt_tokens\": [...]} or {\"turns\": [...]}",
     ),
     (
         r#"[["a"]]"#,
-        "invalid type: sequence, expected an object at line 1 column 1: expected {\"prompt\": TEXT} or {\"messages\": [...]}",
+        "invalid type: sequence, expected an object at line 1 column 1: expected {\"prompt\": TEXT}, {\"messages\": [...]}, {\"prompt_tokens\": [...]} or {\"turns\": [...]}",
     ),
     (
         r#""a""#,
-        "line 1: invalid type: string \"a\", expected an object at column 3: expected {\"prompt\": TEXT} or {\"messages\": [...]}",
+        "line 1: invalid type: string \"a\", expected an object at column 3: expected {\"prompt\": TEXT}, {\"messages\": [...]}, {\"prompt_tokens\": [...]} or {\"turns\": [...]}",
     ),
     ("[]", "has no prompts"),
     (r#"{"messages": {}}"#, "line 1: messages is {}, expected a list"),
