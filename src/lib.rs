@@ -88,5 +88,5 @@ pub use engine::request::Finish;
 pub use error::{Error, Result};
 pub use spec::config::SpecConfig;
 pub use spec::sampling::SamplingParams;
+pub use text::message::Message;
 pub use text::prompts::Content;
-pub use text::tokenizer::Message;

@@ -149,7 +149,7 @@ impl Engine {
         let block = pair.block(None)?;
         let capacity = with_capacity_for(BatchConfig::for_pair(&pair, 1, block, context, 0)?, &spec);
         let template = chat_template.map(|source| ("the chat template", source));
-        let text = Text::open(&pair.target.folder, template)?;
+        let mut text = Text::open(&pair.target.folder, template)?;
         let (backend, context, fallback) = match DeviceHandle::for_pair(device, gpu, &pair, capacity)? {
             Placement::Cpu { fallback } => {
                 let context = pair.context(context)?;
@@ -162,6 +162,7 @@ impl Engine {
                 (Loaded::Device(Box::new(loaded), capacity), capacity.positions, None)
             }
         };
+        text.limit(context);
         Ok(Engine { pair, text, backend, context, fallback })
     }
 
@@ -228,7 +229,8 @@ impl Engine {
 
     /// Checks a prompt and its parameters, and turns them into a request of token ids.
     fn request(&self, content: Content, params: &Params) -> Result<Request> {
-        let Params { sampling, spec, system, template_args, .. } = params;
+        let Params { sampling, spec, template_args, .. } = params;
+        let system = params.system.as_deref().filter(|text| !text.is_empty());
         let block = self.pair.block(params.block)?;
         if !self.text.has_template() && (system.is_some() || !template_args.is_empty()) {
             let option = if system.is_some() { "system needs" } else { "template_args need" };
@@ -236,13 +238,12 @@ impl Engine {
         }
         let encoder = PromptEncoder {
             pair: &self.pair,
-            text: &self.text,
+            text: Some(&self.text),
             raw: params.raw,
-            system: system.as_deref(),
+            system,
             variables: template_args,
             context: self.context,
         };
-        let name = "the prompt".into();
         let stop_ids = match &params.stop_ids {
             None => self.stop_ids(),
             Some(ids) => {
@@ -252,7 +253,7 @@ impl Engine {
             }
         };
         let request = Request {
-            prompt: encoder.encode(Prompt { name, content, category: serde_json::Value::Null })?,
+            prompt: encoder.encode(&Prompt::new("the prompt", content))?,
             max_tokens: params.max_tokens,
             sampling: sampling.clone(),
             stop_ids: stop_ids.ids(),

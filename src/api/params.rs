@@ -32,7 +32,7 @@ pub struct Params {
     pub stop_ids: Option<Vec<u32>>,
     /// Encode a text prompt as it is, even if the model has a chat template.
     pub raw: bool,
-    /// A system message to put before the conversation. Needs a chat template.
+    /// A system message to put before the conversation. Needs a chat template. An empty one is none.
     pub system: Option<String>,
     /// Variables for the chat template: (name, value).
     pub template_args: Vec<(String, serde_json::Value)>,

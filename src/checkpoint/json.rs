@@ -2,8 +2,10 @@
 //! path and its value.
 
 use crate::checkpoint::folder::Folder;
-use crate::error::excerpt;
+use crate::error::{excerpt, one_line};
 use crate::{Error, Result};
+use serde::de::DeserializeOwned;
+use serde_json::error::Category;
 use serde_json::{Map, Value};
 
 /// One JSON file of a folder, whose top level is an object.
@@ -33,19 +35,54 @@ impl Document {
                 Document::MAX_BYTES
             )));
         }
-        match serde_json::from_slice(bytes) {
-            Ok(Value::Object(map)) => Ok(Document { file, map }),
-            Ok(_) => Err(Error::Model(format!("{file} is not a JSON object"))),
-            Err(e) => {
-                let hint =
-                    if has_python_number(bytes) { " (NaN and Infinity are not valid JSON)" } else { "" };
-                Err(Error::Model(format!("{file} is not valid JSON: {}{hint}", excerpt(&e.to_string()))))
-            }
-        }
+        Ok(Document { map: parse(&file, bytes)?, file })
     }
 
     pub(crate) fn fields(&self) -> Fields<'_> {
         Fields { file: &self.file, prefix: "", map: &self.map }
+    }
+}
+
+/// Parses a file whose top level is a JSON object. serde alone would also make a struct of a list.
+pub(crate) fn parse<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T> {
+    let wrong = |what: String| Error::Model(format!("{file} {what}"));
+    let bytes = without_mark(bytes);
+    if let Some(what) = other_kind(bytes) {
+        return Err(wrong(format!("is {what}, expected JSON")));
+    }
+    let is_object = bytes.trim_ascii_start().starts_with(b"{");
+    let e = match serde_json::from_slice(bytes) {
+        Ok(value) if is_object => return Ok(value),
+        Err(e) if is_object || !e.is_data() => e,
+        _ => return Err(wrong("is not a JSON object".into())),
+    };
+    let what = match e.classify() {
+        Category::Eof => "is cut off",
+        Category::Data => "is malformed",
+        Category::Syntax | Category::Io => "is not valid JSON",
+    };
+    let hint = if has_python_number(bytes) { " (NaN and Infinity are not valid JSON)" } else { "" };
+    Err(wrong(format!("{what}: {}{hint}", one_line(&e.to_string()))))
+}
+
+/// The bytes without a byte order mark at their start.
+pub(crate) fn without_mark(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes)
+}
+
+/// How a file begins that Git LFS left in the place of another.
+pub(crate) const LFS_POINTER: &[u8] = b"version https://git-lfs";
+
+/// What the bytes of a file are, if they cannot be JSON.
+pub(crate) fn other_kind(bytes: &[u8]) -> Option<&'static str> {
+    match bytes.trim_ascii_start() {
+        b"" => Some("empty"),
+        [b'<', ..] => Some("an HTML or XML page"),
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => Some("UTF-16"),
+        [b'P', b'K', 3, 4, ..] => Some("a zip archive"),
+        [0x1f, 0x8b, ..] => Some("compressed by gzip"),
+        start if start.starts_with(LFS_POINTER) => Some("a Git LFS pointer, the file itself was not fetched"),
+        _ => None,
     }
 }
 

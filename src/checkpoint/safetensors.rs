@@ -2,6 +2,7 @@
 //! the bytes and types of their files; nothing is converted here.
 
 use crate::checkpoint::folder::{Bytes, Folder};
+use crate::checkpoint::json::{self, LFS_POINTER};
 use crate::checkpoint::layouts::family_of_tensor;
 use crate::error::excerpt;
 use crate::{Error, Result};
@@ -131,9 +132,7 @@ impl Checkpoint {
         }
         let Some(bytes) = folder.file(INDEX)? else { return Err(folder.missing(SINGLE)) };
         let source = folder.path(INDEX);
-        let index: Index = serde_json::from_slice(&bytes).map_err(|e| {
-            Error::Model(format!("{source} is not an index of shards: {}", excerpt(&e.to_string())))
-        })?;
+        let index: Index = json::parse(&source, &bytes)?;
         let mut all = Checkpoint { source, shards: vec![], tensors: BTreeMap::new() };
         for file in index.weight_map.values().collect::<BTreeSet<_>>() {
             // Only a bare file name, so that an index cannot reach outside its folder.
@@ -418,11 +417,10 @@ fn read_header(path: &str, file: &Bytes) -> Result<(Metadata, usize)> {
     let read = |at: usize, to: &mut [u8]| {
         file.read(at, to).map_err(|e| Error::Model(format!("{path}: its header cannot be read: {e}")))
     };
-    const POINTER: &[u8] = b"version https://git-lfs";
-    let mut start = [0; POINTER.len()];
+    let mut start = [0; LFS_POINTER.len()];
     let available = file.size().min(start.len());
     read(0, &mut start[..available])?;
-    if start == POINTER {
+    if start == LFS_POINTER {
         return Err(bad("it is a Git LFS pointer, the weights were not fetched".into()));
     }
     let Some(rest) = file.size().checked_sub(8) else {

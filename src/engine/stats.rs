@@ -81,8 +81,8 @@ pub struct Record {
     pub prompt_tokens: usize,
     /// Token ids of the answer, including a stop id that ended it.
     pub tokens: Vec<u32>,
-    /// Text of the answer, without special tokens and stop strings.
-    pub text: String,
+    /// Text of the answer, without special tokens and stop strings; null without a tokenizer.
+    pub text: Option<String>,
     /// Why the answer ended: "stop", "length", "context" or "interrupted".
     pub finish_reason: &'static str,
     /// Number of target passes after the prefill.

@@ -141,6 +141,11 @@ impl Decoding {
     }
 }
 
+/// How many bytes a token has in GPT-2's byte encoding; `None` for other tokens.
+pub(crate) fn byte_length(token: &str) -> Option<usize> {
+    token.chars().all(|c| byte_of(c).is_some()).then(|| token.chars().count())
+}
+
 /// The byte that a character encodes in GPT-2's byte encoding: a printable Latin-1 character is its own byte,
 /// and the other 68 bytes are the characters from U+0100 on, in order. `None` for other characters.
 fn byte_of(c: char) -> Option<u8> {

@@ -4,7 +4,9 @@
 //! | --- | --- |
 //! | [`tokenizer`] | text to ids, ids to text token by token |
 //! | [`chat_template`] | a conversation to one text, by the model's jinja template |
-//! | [`prompts`] | prompts, and files of prompts, to checked token ids |
+//! | [`message`] | one turn of a conversation |
+//! | [`prompt_files`] | prompts from files and stdin |
+//! | [`prompts`] | prompts to checked token ids |
 //! | `decoding` | token strings to bytes, as `tokenizer.json` specifies |
 //! | `special_tokens` | the special tokens that the tokenizer's other files name |
 //! | `stop_strings` | ends a streamed text before the first stop string |
@@ -12,6 +14,8 @@
 
 pub mod chat_template;
 mod decoding;
+pub mod message;
+pub mod prompt_files;
 pub mod prompts;
 mod special_tokens;
 mod stop_strings;

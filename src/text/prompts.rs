@@ -2,11 +2,11 @@
 //! which errors use.
 
 use crate::checkpoint::pair::Pair;
-use crate::error::one_line;
-use crate::text::tokenizer::{Message, Text};
+use crate::spec::sampling::SamplingParams;
+use crate::text::message::Message;
+use crate::text::tokenizer::Text;
 use crate::{Error, Result};
 use serde_json::Value;
-use std::path::Path;
 
 /// One prompt.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,8 +15,66 @@ pub struct Prompt {
     pub name: String,
     /// Its text, conversation or token ids.
     pub content: Content,
+    /// What the user says after each answer, of a prompt with several turns. The content is then the
+    /// conversation up to the first answer.
+    pub turns: Vec<String>,
+    /// Tools for the chat template, a JSON list.
+    pub tools: Option<Value>,
+    /// Settings of its own.
+    pub settings: Settings,
+    /// The `id` field of its line, any JSON value; null without one.
+    pub id: Value,
     /// The `category` field of its line, any JSON value; null without one.
     pub category: Value,
+}
+
+impl Prompt {
+    /// A prompt without settings of its own.
+    pub fn new(name: impl Into<String>, content: impl Into<Content>) -> Prompt {
+        Prompt {
+            name: name.into(),
+            content: content.into(),
+            turns: Vec::new(),
+            tools: None,
+            settings: Settings::default(),
+            id: Value::Null,
+            category: Value::Null,
+        }
+    }
+}
+
+/// Settings of one prompt, which replace those of the run.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Settings {
+    /// Maximum tokens of the answer.
+    pub max_tokens: Option<usize>,
+    /// As [`SamplingParams::temperature`].
+    pub temperature: Option<f32>,
+    /// As [`SamplingParams::top_k`].
+    pub top_k: Option<usize>,
+    /// As [`SamplingParams::top_p`].
+    pub top_p: Option<f64>,
+    /// As [`SamplingParams::min_p`].
+    pub min_p: Option<f64>,
+    /// As [`SamplingParams::seed`].
+    pub seed: Option<u64>,
+    /// Stop strings.
+    pub stop: Option<Vec<String>>,
+}
+
+impl Settings {
+    /// `sampling` with the settings of the prompt. A seed of its own makes the random numbers independent of
+    /// the prompt's place in the run.
+    pub fn sampling(&self, sampling: SamplingParams) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature.unwrap_or(sampling.temperature),
+            top_k: self.top_k.unwrap_or(sampling.top_k),
+            top_p: self.top_p.unwrap_or(sampling.top_p),
+            min_p: self.min_p.unwrap_or(sampling.min_p),
+            seed: self.seed.unwrap_or(sampling.seed),
+            stream: if self.seed.is_some() { 0 } else { sampling.stream },
+        }
+    }
 }
 
 /// The content of a prompt.
@@ -54,86 +112,15 @@ impl From<Vec<u32>> for Content {
     }
 }
 
-/// Reads a text file. A byte order mark at its start is dropped.
-///
-/// # Errors
-/// [`Error::Usage`] if it cannot be read or is not UTF-8.
-pub fn read(path: &Path) -> Result<String> {
-    let name = path.display().to_string();
-    let bytes = std::fs::read(path).map_err(|e| Error::Usage(format!("{name} cannot be read: {e}")))?;
-    let text = utf8(bytes, &name)?;
-    Ok(text.strip_prefix('\u{feff}').map(String::from).unwrap_or(text))
-}
-
-/// Converts bytes to text. `name` says in errors where they come from.
-///
-/// # Errors
-/// [`Error::Usage`] if they are not UTF-8.
-pub fn utf8(bytes: Vec<u8>, name: &str) -> Result<String> {
-    String::from_utf8(bytes).map_err(|e| {
-        Error::Usage(format!(
-            "{name} is not UTF-8: byte {} is not part of a character",
-            e.utf8_error().valid_up_to()
-        ))
-    })
-}
-
-/// One line of a file of prompts. Other fields are ignored.
-#[derive(serde::Deserialize)]
-struct Line {
-    prompt: Option<String>,
-    messages: Option<Vec<Message>>,
-    #[serde(default)]
-    category: Value,
-}
-
-/// Reads the prompts of a JSON lines file, at least one. A line is an object, `{"prompt": TEXT}` or
-/// `{"messages": [...]}`, and may have a `category`. Blank lines are skipped.
-///
-/// # Errors
-/// As [`read`]; [`Error::Usage`] for a line that is not such an object, with its number, and for a file
-/// without prompts.
-pub fn lines(path: &Path) -> Result<Vec<Prompt>> {
-    let text = read(path)?;
-    let mut prompts = Vec::new();
-    for (number, line) in (1..).zip(text.lines()) {
-        if line.trim().is_empty() {
-            continue;
-        }
-        let name = format!("{} line {number}", path.display());
-        let expected = "expected {\"prompt\": TEXT} or {\"messages\": [...]}";
-        let Line { prompt, messages, category } = serde_json::from_str(line).map_err(|e| {
-            // Each line is parsed as a document of its own, so serde's "line 1" would mislead.
-            let what = one_line(&e.to_string().replace(" at line 1 column ", " at column "));
-            Error::Usage(format!("{name}: {what}: {expected}"))
-        })?;
-        let content = match (prompt, messages) {
-            (Some(prompt), None) => Content::Text(prompt),
-            (None, Some(messages)) => Content::Chat(messages),
-            (Some(_), Some(_)) => {
-                return Err(Error::Usage(format!("{name} has both prompt and messages: {expected}")));
-            }
-            (None, None) => {
-                return Err(Error::Usage(format!("{name} has neither prompt nor messages: {expected}")));
-            }
-        };
-        prompts.push(Prompt { name, content, category });
-    }
-    match prompts.is_empty() {
-        true => Err(Error::Usage(format!("{} has no prompts", path.display()))),
-        false => Ok(prompts),
-    }
-}
-
 /// Converts prompts to token ids of a target.
 pub struct PromptEncoder<'a> {
     /// The pair whose target the prompts are for.
     pub pair: &'a Pair,
-    /// The target's tokenizer and chat template.
-    pub text: &'a Text,
+    /// The target's tokenizer and chat template. Without them only prompts of token ids can be encoded.
+    pub text: Option<&'a Text>,
     /// Encode texts as they are, even if the model has a chat template.
     pub raw: bool,
-    /// A system message to put before every conversation.
+    /// A system message to put before every conversation. An empty one is none.
     pub system: Option<&'a str>,
     /// Variables for the chat template: (name, value).
     pub variables: &'a [(String, Value)],
@@ -145,11 +132,12 @@ impl PromptEncoder<'_> {
     /// The prompt's token ids: at least one, fewer than the context, each below the target's vocabulary size.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a prompt that is empty, too long or refused by the template; [`Error::Option`]
-    /// for messages without a template, with `raw`, or with a system message besides `system`;
-    /// [`Error::Model`] for token ids that the target does not have.
-    pub fn encode(&self, prompt: Prompt) -> Result<Vec<u32>> {
-        let (name, ids) = (prompt.name.clone(), self.ids(prompt)?);
+    /// [`Error::Usage`] for a prompt that is empty, too long or refused by the template, and for given token
+    /// ids that the target does not have; [`Error::Option`] for messages without a template, with `raw`, or
+    /// with a system message besides `system`; [`Error::Model`] for a tokenizer that is absent or has token
+    /// ids that the target does not have.
+    pub fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        let (name, ids) = (&prompt.name, self.ids(prompt)?);
         let vocab = self.pair.target.config.vocab;
         if ids.is_empty() {
             return Err(Error::Usage(format!("{name} gives no tokens, expected at least one")));
@@ -162,6 +150,10 @@ impl PromptEncoder<'_> {
             )));
         }
         match ids.iter().find(|id| **id as usize >= vocab) {
+            Some(id) if matches!(prompt.content, Content::Tokens(_)) => Err(Error::Usage(format!(
+                "{name} holds token id {id}, expected ids from 0 to {}, which the target has",
+                vocab - 1
+            ))),
             Some(id) => Err(Error::Model(format!(
                 "{name} holds token id {id}, but the target has {vocab} rows: its tokenizer belongs to another model"
             ))),
@@ -169,40 +161,67 @@ impl PromptEncoder<'_> {
         }
     }
 
-    fn ids(&self, Prompt { name, content, .. }: Prompt) -> Result<Vec<u32>> {
+    fn ids(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        let Prompt { name, content, tools, .. } = prompt;
         let named = |e: Error| match e {
             Error::Usage(what) => Error::Usage(format!("{name}: {what}")),
             other => other,
         };
+        let system = self.system.filter(|text| !text.is_empty());
+        if let Content::Tokens(ids) = content {
+            let unused = match () {
+                _ if tools.is_some() => {
+                    return Err(Error::Usage(format!("{name} has token ids and tools, {AS_THEY_ARE}")));
+                }
+                _ if system.is_some() => "system",
+                _ if !self.variables.is_empty() => "template_arg",
+                _ => return Ok(ids.clone()),
+            };
+            return Err(Error::option(unused, format!("is set, but {name} has token ids, {AS_THEY_ARE}")));
+        }
+        let folder = &self.pair.target.folder;
+        let text = self.text.ok_or_else(|| Text::missing(folder))?;
+        // Conversations and tools are for the template.
+        let needs = match (content, tools) {
+            (_, Some(_)) => Some("tools"),
+            (Content::Chat(_), _) if prompt.turns.is_empty() => Some("messages"),
+            (Content::Chat(_), _) => Some("turns"),
+            _ => None,
+        };
+        match needs {
+            Some(what) if self.raw => {
+                let problem = format!("is set, but {name} has {what}, which need a chat template");
+                return Err(Error::option("raw", problem));
+            }
+            Some(what) if !text.has_template() => {
+                return Err(without_template(&format!("{name} has {what}, which need"), &folder.described()));
+            }
+            _ => (),
+        }
         let mut messages = match content {
-            Content::Tokens(ids) => return Ok(ids),
             Content::Text(prompt) if prompt.is_empty() => {
                 return Err(Error::Usage(format!("{name} is empty, expected at least one token")));
             }
-            Content::Text(prompt) if self.raw || !self.text.has_template() => {
-                return self.text.encode(&prompt).map_err(named);
+            Content::Text(prompt) if self.raw || !text.has_template() => {
+                return text.encode(prompt).map_err(named);
             }
-            Content::Text(content) => vec![Message { role: "user".into(), content }],
-            Content::Chat(_) if self.raw => {
-                let problem = format!("is set, but {name} has messages, which need a chat template");
-                return Err(Error::option("raw", problem));
-            }
-            Content::Chat(_) if !self.text.has_template() => {
-                let folder = self.pair.target.folder.described();
-                return Err(without_template(&format!("{name} has messages, which need"), &folder));
-            }
-            Content::Chat(messages) => messages,
+            Content::Text(content) => vec![Message::new("user", content)],
+            Content::Chat(messages) => messages.clone(),
+            Content::Tokens(ids) => return Ok(ids.clone()),
         };
-        if let Some(content) = self.system {
-            if messages.iter().any(|m| m.role == "system") {
+        if let Some(content) = system {
+            if messages.iter().any(|m| m.role() == "system") {
                 let problem = format!("is set, but {name} has a system message of its own");
                 return Err(Error::option("system", problem));
             }
-            messages.insert(0, Message { role: "system".into(), content: content.into() });
+            messages.insert(0, Message::new("system", content));
         }
-        self.text.encode_chat(&messages, self.variables).map_err(named)
+        text.encode_chat(&messages, tools.as_ref(), self.variables).map_err(named)
     }
 }
+
+/// Why nothing else can be combined with token ids.
+const AS_THEY_ARE: &str = "which are used as they are, without a chat template";
 
 /// The [`Error::Option`] for an absent chat template. `folder` is the target's folder. `what_needs` is a
 /// subject and the word "needs" or "need".

@@ -7,26 +7,19 @@
 
 use crate::checkpoint::config::TargetConfig;
 use crate::checkpoint::folder::Folder;
+use crate::checkpoint::json::{self, LFS_POINTER};
 use crate::checkpoint::stop_ids::StopIds;
 use crate::error::{excerpt, one_line};
 use crate::text::chat_template::Template;
-use crate::text::decoding::{DecoderFile, Decoding, Piece};
+use crate::text::decoding::{DecoderFile, Decoding, Piece, byte_length};
+use crate::text::message::Message;
 use crate::text::special_tokens::SpecialTokens;
 use crate::text::stop_strings::StopStrings;
 use crate::text::untrusted::{TOKENIZER_STACKS, guarded};
 use crate::{Error, Result};
 use serde::Deserialize;
+use serde_json::Value;
 use tokenizers::{Model, Tokenizer};
-
-/// One turn of a conversation, as chat templates read it.
-#[derive(Debug, Clone, PartialEq, Deserialize, serde::Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct Message {
-    /// `system`, `user`, `assistant`, or another role that the template supports.
-    pub role: String,
-    /// The text of the message.
-    pub content: String,
-}
 
 /// Tokenizer and chat template of a target folder.
 pub struct Text {
@@ -40,6 +33,9 @@ pub struct Text {
     /// The special tokens that its other files name. Those with a name are template variables.
     specials: SpecialTokens,
     template: Option<Template>,
+    /// The context that texts are for ([`Text::limit`]).
+    context: Option<usize>,
+    longest_token: Option<LongestToken>,
     /// The end of the error for an absent template, which names the places where it could be.
     without_template: String,
 }
@@ -71,13 +67,31 @@ struct NamedTemplate {
 struct TokenizerFile {
     #[serde(default)]
     added_tokens: Vec<AddedToken>,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    model: ModelFile,
     decoder: Option<DecoderFile>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct ModelFile {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    byte_fallback: Option<bool>,
 }
 
 #[derive(Deserialize)]
 struct AddedToken {
     id: u32,
     content: String,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
 }
 
 impl Text {
@@ -88,23 +102,36 @@ impl Text {
     /// [`Error::Model`] for a file that is missing or malformed; [`Error::Unsupported`] for a decoder whose
     /// text cannot be produced token by token; [`Error::Usage`] if the overriding template does not parse.
     pub fn open(folder: &Folder, template: Option<(&str, String)>) -> Result<Self> {
+        Text::find(folder, template)?.ok_or_else(|| Text::missing(folder))
+    }
+
+    /// The error for a folder without `tokenizer.json`.
+    pub fn missing(folder: &Folder) -> Error {
         let path = folder.path("tokenizer.json");
-        let Some(bytes) = folder.file("tokenizer.json")? else {
-            return Err(Error::Model(format!(
-                "{path} is missing: expected the tokenizer in the target's folder"
-            )));
-        };
+        Error::Model(format!(
+            "{path} is missing: expected the tokenizer in the target's folder, or prompts of token ids"
+        ))
+    }
+
+    /// As [`Text::open`]; `None` if the folder has no `tokenizer.json`.
+    ///
+    /// # Errors
+    /// As [`Text::open`].
+    pub fn find(folder: &Folder, template: Option<(&str, String)>) -> Result<Option<Self>> {
+        let path = folder.path("tokenizer.json");
+        let Some(bytes) = folder.file("tokenizer.json")? else { return Ok(None) };
+        let bytes = json::without_mark(&bytes);
+        let file: TokenizerFile = json::parse(&path, bytes)?;
         let malformed =
             |what: String| Error::Model(format!("{path} is not a tokenizer: {}", one_line(&what)));
-        let parse = || Tokenizer::from_bytes(&bytes[..]).map_err(|e| malformed(e.to_string()));
+        let parse = || Tokenizer::from_bytes(bytes).map_err(|e| malformed(e.to_string()));
         let mut tokenizer = guarded(TOKENIZER_STACKS, parse, malformed)??;
         // Prompts are neither truncated nor padded, whatever the file says. A padding length in the file
         // could cause an allocation of any size.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| malformed(e.to_string()))?;
-        let file: TokenizerFile = serde_json::from_slice(&bytes).map_err(|e| malformed(e.to_string()))?;
         // The crate numbers added tokens in order and ignores the ids in the file.
-        for AddedToken { id, content } in &file.added_tokens {
+        for AddedToken { id, content, .. } in &file.added_tokens {
             let got = tokenizer.token_to_id(content);
             if got != Some(*id) {
                 let got = got.map_or("none".into(), |got| got.to_string());
@@ -114,6 +141,7 @@ impl Text {
                 )));
             }
         }
+        let longest_token = longest_token(&tokenizer, &file);
         let decoding = Decoding::new(file.decoder, &path)?;
         let specials = SpecialTokens::open(folder)?;
         let named_bos = specials.named.iter().find(|(name, _)| name == "bos_token").map(|(_, bos)| bos);
@@ -122,15 +150,17 @@ impl Text {
 
         let config_path = folder.path("tokenizer_config.json");
         let config: TokenizerConfig = match folder.file("tokenizer_config.json")? {
-            Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
-                Error::Model(format!("{config_path} is malformed: {}", one_line(&e.to_string())))
-            })?,
+            Some(bytes) => json::parse(&config_path, &bytes)?,
             None => TokenizerConfig::default(),
         };
         let template_path = folder.path("chat_template.jinja");
         let template = match (template, folder.file("chat_template.jinja")?) {
             (Some((name, source)), _) => Some(Template::parse(name.into(), source, true)?),
             (None, Some(bytes)) => {
+                if bytes.starts_with(LFS_POINTER) {
+                    let what = "is a Git LFS pointer, the file itself was not fetched";
+                    return Err(Error::Model(format!("{template_path} {what}")));
+                }
                 let source = std::str::from_utf8(&bytes)
                     .map_err(|e| Error::Model(format!("{template_path} is not UTF-8: {e}")))?;
                 Some(Template::parse(template_path.clone(), source.into(), false)?)
@@ -153,6 +183,8 @@ impl Text {
             bos: None,
             specials,
             template,
+            context: None,
+            longest_token,
             without_template: format!("is absent, and neither {template_path} nor {config_path} has one"),
             path,
         };
@@ -166,7 +198,13 @@ impl Text {
             let post_processor_adds_it = text.ids("", true)?.first() == Some(&id);
             text.bos = (!post_processor_adds_it).then_some(id);
         }
-        Ok(text)
+        Ok(Some(text))
+    }
+
+    /// Refuses texts before they are tokenised if they cannot have fewer tokens than `context`, as far as the
+    /// tokenizer has a bound: a text has at least its bytes divided by those of the longest token.
+    pub fn limit(&mut self, context: usize) {
+        self.context = Some(context);
     }
 
     /// Whether there is a chat template, which [`Text::encode_chat`] needs.
@@ -187,9 +225,10 @@ impl Text {
         Ok(self.bos.into_iter().chain(ids).collect())
     }
 
-    /// Converts a conversation to token ids with the chat template, generation prompt included. `args` are
-    /// template variables (name, value); `enable_thinking` is false unless given. The template writes bos and
-    /// other special tokens itself, so none are added to its output.
+    /// Converts a conversation to token ids with the chat template, generation prompt included. `tools` is the
+    /// JSON array of tools that the model may call. `args` are template variables (name, value);
+    /// `enable_thinking` is false unless given. The template writes bos and other special tokens itself, so
+    /// none are added to its output.
     ///
     /// # Errors
     /// [`Error::Option`] if there is no template or a variable is reserved; [`Error::Usage`] if the template
@@ -198,6 +237,7 @@ impl Text {
     pub fn encode_chat(
         &self,
         messages: &[Message],
+        tools: Option<&serde_json::Value>,
         args: &[(String, serde_json::Value)],
     ) -> Result<Vec<u32>> {
         let Some(template) = &self.template else {
@@ -207,7 +247,7 @@ impl Text {
         for (name, token) in &self.specials.named {
             variables.insert(name.clone(), token.content.as_str().into());
         }
-        variables.insert("tools".into(), serde_json::Value::Null);
+        variables.insert("tools".into(), tools.cloned().into());
         variables.insert("documents".into(), serde_json::Value::Null);
         variables.insert("add_generation_prompt".into(), true.into());
         // Published drafters are trained on answers without thinking. With thinking, the acceptance of those
@@ -222,12 +262,19 @@ impl Text {
             }
             variables.insert(name.clone(), value.clone());
         }
-        let messages = messages.iter().map(|m| serde_json::json!({"role": m.role, "content": m.content}));
-        variables.insert("messages".into(), messages.collect());
+        variables.insert("messages".into(), serde_json::json!(messages));
         self.ids(&template.render(serde_json::Value::Object(variables))?, false)
     }
 
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        if let (Some(context), Some(longest)) = (self.context, &self.longest_token)
+            && text.len() > longest.of(text).saturating_mul(context)
+        {
+            return Err(Error::Usage(format!(
+                "a text of {} bytes has more tokens than the context, which holds {context}, the answer included",
+                text.len()
+            )));
+        }
         let failed = |what: String| {
             Error::Model(format!("{} cannot tokenise this text: {}", self.path, one_line(&what)))
         };
@@ -321,6 +368,64 @@ impl Text {
         let token = added.simple_id_to_token(id).or_else(|| self.tokenizer.get_model().id_to_token(id))?;
         (!added.is_special_token(&token)).then_some(token)
     }
+}
+
+/// The most bytes of text that become one token.
+struct LongestToken {
+    bytes: usize,
+    /// How many times shorter normalisation can make a text that is not ASCII.
+    shrinks: usize,
+}
+
+impl LongestToken {
+    fn of(&self, text: &str) -> usize {
+        if text.is_ascii() { self.bytes } else { self.bytes.saturating_mul(self.shrinks) }
+    }
+}
+
+/// The longest token of tokenizers where it bounds the number of tokens: BPE that spells every byte, drops
+/// nothing, and changes a text at most by NFC, or by writing `▁` for spaces.
+fn longest_token(tokenizer: &Tokenizer, file: &TokenizerFile) -> Option<LongestToken> {
+    let steps = |value: &Value, list: &str, keeps: fn(&Value) -> bool| match &value[list] {
+        Value::Array(steps) => steps.iter().all(keeps),
+        _ => value.is_null() || keeps(value),
+    };
+    let is_nfc = file.normalizer["type"] == "NFC";
+    let keeps_text = steps(&file.normalizer, "normalizers", |step| {
+        step["type"] == "Prepend"
+            || (step["type"] == "Replace" && step["pattern"]["String"] == " " && step["content"] == "▁")
+    });
+    let drops_nothing = steps(&file.pre_tokenizer, "pretokenizers", |step| {
+        let kinds = ["ByteLevel", "Digits", "Metaspace"];
+        kinds.iter().any(|kind| step["type"] == *kind)
+            || (step["type"] == "Split" && step["behavior"] != "Removed")
+    });
+    // An added token may take in the spaces around it.
+    let takes_spaces = |token: &AddedToken| token.lstrip || token.rstrip;
+    if file.model.kind.as_deref() != Some("BPE")
+        || !(is_nfc || keeps_text)
+        || !drops_nothing
+        || file.added_tokens.iter().any(takes_spaces)
+    {
+        return None;
+    }
+    let vocab = tokenizer.get_vocab(false);
+    let spells_bytes = match file.model.byte_fallback {
+        Some(true) => (0..=255).all(|byte: u8| vocab.contains_key(&format!("<0x{byte:02X}>"))),
+        _ => {
+            let is_byte = |token: &&String| byte_length(token) == Some(1);
+            file.pre_tokenizer.to_string().contains("\"ByteLevel\"")
+                && vocab.keys().filter(is_byte).count() == 256
+        }
+    };
+    let bytes = |token: &String| match file.model.byte_fallback {
+        Some(true) => token.len(),
+        _ => byte_length(token).unwrap_or(token.len()),
+    };
+    let added = file.added_tokens.iter().map(|token| token.content.len());
+    let bytes = vocab.keys().map(bytes).chain(added).max()?;
+    // NFC makes at most three bytes one: 9 bytes of Hangul letters become a syllable of 3.
+    spells_bytes.then_some(LongestToken { bytes, shrinks: if is_nfc { 3 } else { 1 } })
 }
 
 /// An incremental detokenizer. It never returns a part of a character or text that may begin a stop string.

@@ -369,7 +369,15 @@ fn generate_refuses_invalid_input_with_one_error_line() {
     refused(bench(["generate", "--batch", "9"]), 2, "--batch is 9, expected 1 to 8, the number of prompts");
     refused(bench(args(&two, &["--target", "nowhere", "--draft", "nowhere"])), 3, "nowhere does not exist");
     for (name, text, part) in [
-        ("empty.jsonl", "\n", "has no prompts"),
+        ("empty.jsonl", "\n", "is empty, expected JSON lines"),
+        ("own.jsonl", "{\"prompt\": \"a\", \"seed\": 1}", "line 1 has settings of its own, but all prompts"),
+        ("turns.jsonl", "{\"turns\": [\"a\", \"b\"]}", "line 1 has several turns, expected one prompt"),
+        ("field.jsonl", "{\"prompt\": \"a\", \"top\": 1}", "line 1: top is not a known field"),
+        (
+            "ids.jsonl",
+            "{\"prompt_tokens\": [2048]}",
+            "line 1 holds token id 2048, expected ids from 0 to 2047",
+        ),
         ("cut.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\"", "cut.jsonl line 2: EOF while parsing"),
         ("neither.jsonl", "{}", "line 1 has neither prompt nor messages"),
         (
@@ -393,7 +401,7 @@ fn generate_refuses_invalid_input_with_one_error_line() {
         refused(bench(args(&file(name, text), &["--device", "cpu"])), 2, part);
     }
     refused(bench(args("nowhere.jsonl", &[])), 2, "nowhere.jsonl cannot be read");
-    // dflash-gen ignores categories.
+    // dflash-gen takes any category.
     run(["--prompts", &dir.path().join("number.jsonl").display().to_string(), "-n", "1"]).done();
     let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
     command.args(["generate", "--help"]);

@@ -120,16 +120,16 @@ const PROMPTS: &str = r#"
 2 | -f ROOT/empty.txt | ROOT/empty.txt is empty, expected at least one token
 2 | -f ROOT/long.txt | ROOT/long.txt has 16384 tokens, but the context holds 4096, the answer included
 2 | --prompts ROOT/nothing | ROOT/nothing cannot be read: No such file or directory (os error 2)
-2 | --prompts ROOT/line7.jsonl | ROOT/line7.jsonl line 7: EOF while parsing a string at column 15: expected {"prompt": TEXT} or {"messages": [...]}
-2 | --prompts ROOT/number.jsonl | ROOT/number.jsonl line 1: invalid type: integer `7`, expected a string at column 12: expected {"prompt": TEXT} or {"messages": [...]}
-2 | --prompts ROOT/both.jsonl | ROOT/both.jsonl line 1 has both prompt and messages: expected {"prompt": TEXT} or {"messages": [...]}
-2 | --prompts ROOT/neither.jsonl | ROOT/neither.jsonl line 2 has neither prompt nor messages: expected {"prompt": TEXT} or {"messages": [...]}
-2 | --prompts ROOT/blank.jsonl | ROOT/blank.jsonl has no prompts
+2 | --prompts ROOT/line7.jsonl | ROOT/line7.jsonl line 7: EOF while parsing a string at column 15: expected {"prompt": TEXT}, {"messages": [...]}, {"prompt_tokens": [...]} or {"turns": [...]}
+2 | --prompts ROOT/number.jsonl | ROOT/number.jsonl line 1: prompt is 7, expected a text
+2 | --prompts ROOT/both.jsonl | ROOT/both.jsonl line 1 has both prompt and messages: expected {"prompt": TEXT}, {"messages": [...]}, {"prompt_tokens": [...]} or {"turns": [...]}
+2 | --prompts ROOT/neither.jsonl | ROOT/neither.jsonl line 2 has neither prompt nor messages: expected {"prompt": TEXT}, {"messages": [...]}, {"prompt_tokens": [...]} or {"turns": [...]}
+2 | --prompts ROOT/blank.jsonl | ROOT/blank.jsonl is empty, expected JSON lines
 2 | --prompts ROOT/empty.jsonl | ROOT/empty.jsonl line 2 is empty, expected at least one token
 2 | --prompts ROOT/latin1.jsonl | ROOT/latin1.jsonl is not UTF-8: byte 15 is not part of a character
 2 | --prompts ROOT/chat.jsonl | --chat-template is absent and the built-in demo target has none, but ROOT/chat.jsonl line 1 has messages, which need one
 2 | --prompts ROOT/chat.jsonl --raw | --raw is set, but ROOT/chat.jsonl line 1 has messages, which need a chat template
-2 | --prompts ROOT/tool.jsonl | ROOT/tool.jsonl line 1: unknown field `tool_calls`, expected `role` or `content` at column 59: expected {"prompt": TEXT} or {"messages": [...]}
+2 | --prompts ROOT/tool.jsonl | --chat-template is absent and the built-in demo target has none, but ROOT/tool.jsonl line 1 has tools, which need one
 2 | --prompts ROOT/system.jsonl --system b --chat-template ROOT/ok.jinja | --system is set, but ROOT/system.jsonl line 1 has a system message of its own
 2 | --prompts ROOT/none.jsonl --chat-template ROOT/ok.jinja | ROOT/none.jsonl line 1 gives no tokens, expected at least one
 2 | x --chat-template ROOT/nothing | ROOT/nothing cannot be read: No such file or directory (os error 2)
@@ -155,7 +155,7 @@ fn invalid_prompts_give_one_sentence() {
     file("empty.jsonl", format!("{good}{{\"prompt\": \"\"}}").as_bytes());
     file("latin1.jsonl", b"{\"prompt\": \"caf\xe9\"}");
     file("chat.jsonl", b"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}");
-    file("tool.jsonl", b"{\"messages\": [{\"role\": \"user\", \"content\": \"a\", \"tool_calls\": []}]}");
+    file("tool.jsonl", b"{\"prompt\": \"a\", \"tools\": [{\"type\": \"function\"}]}");
     file("system.jsonl", b"{\"messages\": [{\"role\": \"system\", \"content\": \"a\"}]}");
     file("none.jsonl", b"{\"messages\": []}");
     file("ok.jinja", b"{% for m in messages %}{{ m.content }}{% endfor %}");
@@ -185,9 +185,9 @@ fn invalid_prompts_give_one_sentence() {
 const MODELS: &str = r#"
 3 | no target folder | ROOT/target does not exist: expected a Hugging Face model folder
 3 | no config | ROOT/target has no config.json, it holds model.safetensors: expected a Hugging Face model folder
-3 | half a config | ROOT/target/config.json is not valid JSON: EOF while parsing a value at line 1 column 6
+3 | half a config | ROOT/target/config.json is cut off: EOF while parsing a value at line 1 column 6
 3 | no weights | ROOT/target has no model.safetensors: expected safetensors, in one file or in shards with model.safetensors.index.json
-3 | no tokenizer | ROOT/target/tokenizer.json is missing: expected the tokenizer in the target's folder
+3 | no tokenizer | ROOT/target/tokenizer.json is missing: expected the tokenizer in the target's folder, or prompts of token ids
 3 | empty tokenizer | ROOT/target/tokenizer.json is not a tokenizer: Model missing. at line 1 column 2
 3 | cut in the header | ROOT/target/model.safetensors is not a complete safetensors file: its header's length is given as 4711 bytes, but only 92 follow
 3 | cut in the length | ROOT/target/model.safetensors is not a complete safetensors file: it has 5 bytes, expected at least 8 for the header's length

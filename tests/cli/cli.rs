@@ -113,6 +113,9 @@ fn a_record_has_exactly_these_fields() {
         "coupled",
         "draft_temperature",
         "seconds",
+        "id",
+        "category",
+        "turn",
     ];
     let dflash = record(&[PROMPT, "-n", "60", "--seed", "5"]);
     let ar = record(&[PROMPT, "-n", "60", "--draft", "none", "--seed", "5"]);

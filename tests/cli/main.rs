@@ -11,5 +11,6 @@ mod memory;
 mod plan;
 mod profile;
 mod profiling_tools;
+mod prompts;
 mod stops;
 mod tools;

@@ -17,10 +17,8 @@ use dflash::gpu::graph_listing::{Group, layers, of_round, outline};
 use dflash::gpu::kernels::attention::MAX_SLOTS;
 use dflash::gpu::memory::{MemoryPlan, Overhead};
 use dflash::gpu::model::PAGE;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::collections::HashMap;
-use std::fs;
-use std::path::Path;
 use support::disk;
 
 fn demo() -> Pair {

@@ -2,7 +2,8 @@
 
 use dflash::Result;
 use dflash::checkpoint::folder::{DEMO_TARGET, Folder};
-use dflash::text::tokenizer::{Message, Stream, Text};
+use dflash::text::message::Message;
+use dflash::text::tokenizer::{Stream, Text};
 use serde_json::{Value, json};
 use std::sync::LazyLock;
 
@@ -79,8 +80,8 @@ pub fn exercise(files: &[(&str, &[u8])], template: Option<&str>) {
     let Some(text) = or_sentence(Text::open(&Folder::Disk(dir.path().into()), template)) else { return };
     for prompt in ["", "the the  é日本\u{0}👩‍💻 <s>\n", " a"] {
         let ids = or_sentence(text.encode(prompt)).unwrap_or_default();
-        let user = Message { role: "user".into(), content: prompt.into() };
-        or_sentence(text.encode_chat(&[user], &[]));
+        let user = Message::new("user", prompt);
+        or_sentence(text.encode_chat(&[user], None, &[]));
         text.decode(&ids).unwrap();
     }
     let (_, _) =

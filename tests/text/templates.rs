@@ -2,7 +2,8 @@
 
 use crate::support::text;
 
-use dflash::text::tokenizer::{Message, Text};
+use dflash::text::message::Message;
+use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -15,13 +16,11 @@ fn with_template(source: &str) -> Text {
 
 /// The text that a template renders for a conversation, encoded and decoded again.
 fn render(text: &Text, messages: &[(&str, &str)], args: &[(&str, Value)]) -> Result<String> {
-    let messages: Vec<Message> = messages
-        .iter()
-        .map(|(role, content)| Message { role: role.to_string(), content: content.to_string() })
-        .collect();
+    let messages: Vec<Message> =
+        messages.iter().map(|(role, content)| Message::new(role, *content)).collect();
     let args: Vec<(String, Value)> =
         args.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
-    text.decode(&text.encode_chat(&messages, &args)?)
+    text.decode(&text.encode_chat(&messages, None, &args)?)
 }
 
 /// The text that a template renders for one user message.
@@ -307,7 +306,7 @@ fn a_chat_without_a_template_is_refused() {
     for config in ["{}", r#"{"chat_template": []}"#, r#"{"chat_template": null}"#] {
         let text = open(&[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", config)]).unwrap();
         assert!(!text.has_template());
-        let Err(Error::Option { name, problem }) = text.encode_chat(&[], &[]) else { panic!() };
+        let Err(Error::Option { name, problem }) = text.encode_chat(&[], None, &[]) else { panic!() };
         assert!(name == "chat_template" && problem.starts_with("is absent, and neither "), "{problem}");
     }
     assert!(!DEMO.has_template());
@@ -319,11 +318,11 @@ fn chat_prompts_get_no_special_tokens_beyond_the_template() {
     let template = ("chat_template.jinja", "{{ bos_token }}a");
     let text = open(&[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", config), template]).unwrap();
     let a = DEMO.encode("a").unwrap();
-    assert_eq!(text.encode_chat(&[], &[]).unwrap(), [&[1], &a[..]].concat());
+    assert_eq!(text.encode_chat(&[], None, &[]).unwrap(), [&[1], &a[..]].concat());
     let sentencepiece = sentencepiece().to_string();
     let text = open(&[("tokenizer.json", &sentencepiece), ("chat_template.jinja", "<s>a")]).unwrap();
-    assert_eq!(text.encode_chat(&[], &[]).unwrap()[0], 1);
-    assert_ne!(text.encode_chat(&[], &[]).unwrap()[1], 1);
+    assert_eq!(text.encode_chat(&[], None, &[]).unwrap()[0], 1);
+    assert_ne!(text.encode_chat(&[], None, &[]).unwrap()[1], 1);
 }
 
 #[test]

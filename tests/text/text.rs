@@ -5,7 +5,8 @@ use crate::support::text;
 
 use dflash::Error;
 use dflash::checkpoint::folder::Folder;
-use dflash::text::tokenizer::{Message, Stream, Text};
+use dflash::text::message::Message;
+use dflash::text::tokenizer::{Stream, Text};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::sync::LazyLock;
@@ -438,9 +439,9 @@ fn special_tokens_are_those_of_hugging_face() {
         let name = &case["case"];
         assert_eq!(text.encode(&sample).unwrap(), ids_of(&case["encoded"]), "{name}");
         assert_eq!(text.decode(&ids_of(&recorded["ids"])).unwrap(), text_of(&case["decoded"]), "{name}");
-        let user = Message { role: "user".into(), content: "x".into() };
+        let user = Message::new("user", "x");
         let rendered = text.encode(&text_of(&case["rendered"])).unwrap();
-        assert_eq!(text.encode_chat(&[user], &[]).unwrap(), rendered, "{name}");
+        assert_eq!(text.encode_chat(&[user], None, &[]).unwrap(), rendered, "{name}");
     }
 }
 
@@ -529,7 +530,7 @@ fn missing_and_malformed_files_are_named() {
     for (files, file, what) in [
         (&[template][..], "tokenizer.json", "missing"),
         (&[("tokenizer.json", "{")], "tokenizer.json", "EOF"),
-        (&[("tokenizer.json", "[1, 2]")], "tokenizer.json", "not a tokenizer"),
+        (&[("tokenizer.json", "[1, 2]")], "tokenizer.json", "not a JSON object"),
         (
             &[("tokenizer.json", TOKENIZER), ("tokenizer_config.json", "{]")],
             "tokenizer_config.json",

@@ -275,11 +275,14 @@ pub struct Round {
 
 #[derive(Flags)]
 pub struct Generate {
-    /// Prompts, one JSON object per line: {"prompt": TEXT}, or a conversation, {"messages": [{"role": "user",
-    /// "content": TEXT}, ...]}. Prompts with a "category" (a text) get rows for it [default: 8 built-in
-    /// prompts]
+    /// Prompts, one JSON object per line: {"prompt": TEXT}, a conversation, {"messages": [{"role": "user",
+    /// "content": TEXT}, ...]}, or token ids, {"prompt_tokens": [...]}. Prompts with a "category" (a text) get
+    /// rows for it. -: from stdin [default: 8 built-in prompts]
     #[arg(long, value_name = "FILE.jsonl")]
     pub prompts: Option<PathBuf>,
+    /// The field of a --prompts line that holds its prompt, for data sets
+    #[arg(long, value_name = "KEY", requires = "prompts")]
+    pub prompt_key: Option<String>,
     /// Only the first N prompts [default: all]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub count: Option<usize>,

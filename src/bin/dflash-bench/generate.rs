@@ -22,7 +22,8 @@ use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::{Counts, Device};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
-use dflash::text::prompts::{self, Content, Prompt, PromptEncoder};
+use dflash::text::prompt_files;
+use dflash::text::prompts::{Content, Prompt, PromptEncoder, Settings};
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
 use indicatif::ProgressBar;
@@ -183,8 +184,7 @@ fn built_in() -> Result<Vec<Prompt>> {
     let prompt = |(number, line): (usize, &str)| {
         let line: Line = serde_json::from_str(line)
             .map_err(|e| Error::Internal(format!("built-in prompt {number} is damaged: {e}")))?;
-        let (name, content) = (format!("built-in prompt {number}"), Content::Text(line.prompt));
-        Ok(Prompt { name, content, category: Value::Null })
+        Ok(Prompt::new(format!("built-in prompt {number}"), line.prompt))
     };
     (1..).zip(BUILT_IN.lines()).map(prompt).collect()
 }
@@ -192,7 +192,14 @@ fn built_in() -> Result<Vec<Prompt>> {
 /// The first `--count` prompts, and the category of each.
 fn prompts(flags: &args::Generate) -> Result<(Vec<Prompt>, Vec<Option<String>>)> {
     let (mut prompts, source) = match &flags.prompts {
-        Some(path) => (prompts::lines(path)?, format!("{} holds", path.display())),
+        Some(path) => {
+            let file = prompt_files::lines(path, flags.prompt_key.as_deref())?;
+            if !file.unused.is_empty() {
+                let (name, fields) = (prompt_files::name(path), file.unused.join(", "));
+                terminal::note(&format!("{name}: these fields are not used: {fields}"));
+            }
+            (file.prompts, format!("{} holds", prompt_files::name(path)))
+        }
         None => (built_in()?, "the built-in list holds".into()),
     };
     let held = prompts.len();
@@ -206,6 +213,14 @@ fn prompts(flags: &args::Generate) -> Result<(Vec<Prompt>, Vec<Option<String>>)>
         return Err(Error::Usage(format!(
             "--batch is {batch}, expected 1 to {count}, the number of prompts"
         )));
+    }
+    let own = |prompt: &&Prompt| !prompt.turns.is_empty() || prompt.settings != Settings::default();
+    if let Some(prompt) = prompts.iter().find(own) {
+        let what = match prompt.turns.is_empty() {
+            true => "settings of its own, but all prompts are measured with the same ones",
+            false => "several turns, expected one prompt that runs alone",
+        };
+        return Err(Error::Usage(format!("{} has {what}", prompt.name)));
     }
     let category = |prompt: &Prompt| match &prompt.category {
         Value::Null => Ok(None),
@@ -226,24 +241,33 @@ fn requests(
     sampling: &SamplingParams,
     block: usize,
 ) -> Result<Vec<Request>> {
-    let text = Text::open(&pair.target.folder, None)?;
     let context = pair.context(flags.ctx)?;
-    let tokens = PromptEncoder { pair, text: &text, raw: false, system: None, variables: &[], context };
+    let mut text = Text::find(&pair.target.folder, None)?;
+    if let Some(text) = &mut text {
+        text.limit(context);
+    }
+    let has_template = text.as_ref().is_some_and(Text::has_template);
+    let tokens =
+        PromptEncoder { pair, text: text.as_ref(), raw: false, system: None, variables: &[], context };
     let config = &pair.target.config;
-    let mut stops = if flags.ignore_eos { StopIds::default() } else { text.stop_ids(config) };
+    let mut stops = match &text {
+        _ if flags.ignore_eos => StopIds::default(),
+        Some(text) => text.stop_ids(config),
+        None => config.eos.clone(),
+    };
     stops.add_chosen(&flags.stop_id, "--stop-id", config.vocab)?;
     if flags.verbose {
         terminal::note(&format!("stop ids: {stops}"));
     }
     let request = |(stream, prompt): (u32, Prompt)| {
-        if let (Content::Chat(_), false) = (&prompt.content, text.has_template()) {
+        if let (Content::Chat(_), false) = (&prompt.content, has_template) {
             let (name, folder) = (prompt.name, pair.target.folder.name());
             return Err(Error::Usage(format!(
                 "{name} has messages, and {folder} has no chat template: expected {{\"prompt\": TEXT}}"
             )));
         }
         let sampling = SamplingParams { stream, ..sampling.clone() };
-        let (prompt, stop_ids) = (tokens.encode(prompt)?, stops.ids());
+        let (prompt, stop_ids) = (tokens.encode(&prompt)?, stops.ids());
         let spec = flags.drafts.config(&sampling)?;
         Ok(Request { prompt, max_tokens: flags.max_tokens, sampling, stop_ids, block, spec })
     };

@@ -5,6 +5,7 @@ use dflash::engine::stats::SpecRecord;
 use dflash::gpu::cuda;
 use dflash::gpu::device::Counts;
 use dflash::perf::statistics::Summary;
+use dflash::text::prompt_files;
 use dflash::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -181,9 +182,9 @@ impl Record {
     /// [`Error::Usage`] that names the file and its fault.
     pub fn read(path: &Path) -> Result<Record> {
         let wrong = |what: String| Error::Usage(format!("{} {what}", path.display()));
-        let bytes = std::fs::read(path).map_err(|e| wrong(format!("cannot be read: {e}")))?;
+        let text = prompt_files::read(path)?;
         let value: Value =
-            serde_json::from_slice(&bytes).map_err(|e| wrong(format!("is not a record in JSON: {e}")))?;
+            serde_json::from_str(&text).map_err(|e| wrong(format!("is not a record in JSON: {e}")))?;
         match &value["schema"] {
             Value::String(schema) if schema == SCHEMA => (),
             found => return Err(wrong(format!("has the schema {found}, expected {SCHEMA:?}"))),

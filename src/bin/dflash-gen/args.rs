@@ -33,13 +33,19 @@ pub struct Args {
     /// The prompt; without it, -f or --prompts, stdin is read
     #[arg(value_name = "PROMPT")]
     pub prompt: Option<String>,
-    /// Read the prompt from a file
+    /// Read the prompt from a file; -: from stdin
     #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
     pub file: Option<PathBuf>,
-    /// Run many prompts, one JSON object per line: {"prompt": TEXT}, or a conversation,
-    /// {"messages": [{"role": "user", "content": TEXT}, ...]}
+    /// Run many prompts, one JSON object per line: {"prompt": TEXT}, a conversation,
+    /// {"messages": [{"role": "user", "content": TEXT}, ...]}, token ids, {"prompt_tokens": [...]},
+    /// or what a user says in turn, {"turns": [TEXT, ...]}. A line may set tools, max_tokens,
+    /// temperature, top_k, top_p, min_p, seed, stop, id and category. -: from stdin
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["prompt", "file"], verbatim_doc_comment)]
     pub prompts: Option<PathBuf>,
+    /// The field of a --prompts line that holds its prompt, for data sets: question, text, ...
+    /// A text, token ids, turns, or a conversation, also of ShareGPT
+    #[arg(long, value_name = "KEY", requires = "prompts", verbatim_doc_comment)]
+    pub prompt_key: Option<String>,
     /// Hold a conversation: messages from stdin, one a line, until its end. /help lists the commands.
     /// The conversation stays in memory, so that each turn runs only what is new
     #[arg(long, verbatim_doc_comment)]
@@ -123,7 +129,7 @@ pub struct Args {
     #[command(flatten)]
     pub drafts: SpecFlags,
 
-    /// System message, put before every conversation
+    /// System message, put before every conversation; an empty one is none
     #[arg(long, value_name = "TEXT", conflicts_with = "raw", help_heading = "Chat template")]
     #[arg(allow_hyphen_values = true)]
     pub system: Option<String>,
@@ -222,8 +228,9 @@ impl Args {
                 (.., Some(path)) => Source::Lines(path),
                 _ => Source::Stdin,
             },
+            prompt_key: self.prompt_key,
             raw: self.raw,
-            system: self.system,
+            system: self.system.filter(|text| !text.trim().is_empty()),
             template: self.chat_template,
             variables: self.template_arg.iter().map(|arg| template_variable(arg)).collect::<Result<_>>()?,
             max_tokens: self.max_tokens,

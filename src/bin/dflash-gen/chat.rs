@@ -3,19 +3,20 @@
 //! run of it.
 
 use crate::args::Args;
-use crate::job::Job;
+use crate::inputs::Inputs;
 use crate::output::Writer;
 use crate::{INTERRUPTED, Session, note};
 use clap::Parser;
-use dflash::checkpoint::pair::Pair;
 use dflash::cli::terminal;
 use dflash::engine::decoder::Decoder;
 use dflash::engine::generate::resume;
 use dflash::engine::request::{Finish, Outcome, Request};
 use dflash::engine::stats;
 use dflash::spec::sampling::SamplingParams;
-use dflash::text::prompts::{utf8, without_template};
-use dflash::text::tokenizer::{Message, Text};
+use dflash::text::message::Message;
+use dflash::text::prompt_files::utf8;
+use dflash::text::prompts::without_template;
+use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::sync::atomic::Ordering;
@@ -37,18 +38,21 @@ pub fn demo_template() -> (String, String) {
     ("demo/chat.jinja".into(), include_str!("../../../demo/chat.jinja").into())
 }
 
-/// What can be found wrong before the weights are loaded.
-pub fn check(job: &Job, pair: &Pair, text: &Text) -> Result<()> {
-    text.stream(&job.stop)?;
-    job.stop_ids(pair, text)?;
+/// What can be found wrong before the weights are loaded. Returns the tokenizer and the chat template.
+pub fn check<'a>(inputs: &Inputs<'a>) -> Result<&'a Text> {
+    let folder = &inputs.pair.target.folder;
+    let text = inputs.text.ok_or_else(|| Text::missing(folder))?;
+    text.stream(&inputs.job.stop)?;
+    inputs.job.stop_ids(inputs.pair, Some(text), &inputs.job.stop)?;
     match text.has_template() {
-        true => Ok(()),
-        false => Err(without_template("--chat needs", &pair.target.folder.described())),
+        true => Ok(text),
+        false => Err(without_template("--chat needs", &folder.described())),
     }
 }
 
 pub struct Chat<'a> {
     session: &'a Session<'a>,
+    text: &'a Text,
     decoder: Box<dyn Decoder + 'a>,
     system: Option<String>,
     /// User and assistant in turn.
@@ -81,17 +85,18 @@ enum Then {
 }
 
 impl<'a> Chat<'a> {
-    pub fn new(session: &'a Session<'a>, block: usize) -> Result<Chat<'a>> {
-        let job = session.job;
+    pub fn new(session: &'a Session<'a>) -> Result<Chat<'a>> {
+        let Inputs { job, pair, block, .. } = *session.inputs;
         Ok(Chat {
             session,
+            text: check(session.inputs)?,
             decoder: session.backend.decoder()?,
             system: job.system.clone(),
             messages: Vec::new(),
             sampling: job.sampling.clone(),
             max_tokens: job.max_tokens,
             block,
-            drafting: session.pair.drafter.is_some(),
+            drafting: pair.drafter.is_some(),
             last: None,
             all: Totals::default(),
         })
@@ -100,13 +105,13 @@ impl<'a> Chat<'a> {
     /// Runs until the end of input, `/exit`, or the reader closes stdout. Wrong input is answered by a
     /// sentence, and the conversation goes on.
     pub fn run(mut self) -> Result<u8> {
-        let job = self.session.job;
+        let Inputs { job, pair, .. } = *self.session.inputs;
         if io::stdin().is_terminal() && !job.quiet {
             let demo = match job.is_demo && job.template.is_none() {
                 true => " The demo pair is no assistant: it continues the Python that you begin.",
                 false => "",
             };
-            note(&format!("{}: /help lists the commands.{demo}", self.session.pair.target.folder.name()));
+            note(&format!("{}: /help lists the commands.{demo}", pair.target.folder.name()));
         }
         loop {
             let Some(bytes) = message()? else { return Ok(0) };
@@ -127,7 +132,7 @@ impl<'a> Chat<'a> {
             Some(rest) if !rest.starts_with('/') => self.command(rest),
             slashed => {
                 let content = slashed.map(String::from).unwrap_or(text);
-                self.messages.push(Message { role: "user".into(), content });
+                self.messages.push(Message::new("user", content));
                 let before = self.messages.len();
                 let then = self.answer();
                 if self.messages.len() == before {
@@ -141,11 +146,11 @@ impl<'a> Chat<'a> {
 
     /// Answers the last message; the answer becomes part of the conversation.
     fn answer(&mut self) -> Result<Then> {
-        let system =
-            self.system.iter().map(|content| Message { role: "system".into(), content: content.clone() });
+        let system = self.system.iter().map(|content| Message::new("system", content));
         let messages: Vec<Message> = system.chain(self.messages.iter().cloned()).collect();
-        let (session, pair) = (self.session, self.session.pair);
-        let prompt = session.text.encode_chat(&messages, &session.job.variables)?;
+        let session = self.session;
+        let Inputs { job, pair, .. } = *session.inputs;
+        let prompt = self.text.encode_chat(&messages, None, &job.variables)?;
         let context = self.decoder.context();
         if prompt.is_empty() {
             return Err(Error::Usage("the conversation gives no tokens, expected at least one".into()));
@@ -158,18 +163,18 @@ impl<'a> Chat<'a> {
             )));
         }
         let block = if self.drafting { self.block } else { 1 };
-        let stop_ids = session.job.stop_ids(pair, session.text)?.ids();
-        let request = session.job.request(prompt, self.sampling.clone(), block, stop_ids);
+        let stop_ids = job.stop_ids(pair, session.inputs.text, &job.stop)?.ids();
+        let request = job.request(prompt, self.sampling.clone(), block, stop_ids);
         let request = Request { max_tokens: self.max_tokens, ..request };
-        let mut writer = Writer::new(session, 0, &request, true)?;
+        let mut writer = Writer::new(session, 0, &request, &job.stop, true)?;
         let outcome = resume(&mut *self.decoder, &request, &mut writer);
         let outcome = outcome.inspect_err(|_| writer.fail())?;
         if outcome.tokens.is_empty() {
             note("interrupted before the answer began: the message is dropped");
             return Ok(Then::GoOn);
         }
-        let (content, gone) = writer.close(session)?;
-        self.messages.push(Message { role: "assistant".into(), content });
+        let (content, gone) = writer.close()?;
+        self.messages.push(Message::new("assistant", content));
         if gone {
             return Ok(Then::End);
         }
@@ -180,10 +185,10 @@ impl<'a> Chat<'a> {
         }
         self.count(&request, &outcome);
         if io::stderr().is_terminal()
-            && !session.job.quiet
+            && !job.quiet
             && let Some(line) = &self.last
         {
-            let dim = if session.job.dim { ("\x1b[2m", "\x1b[0m") } else { ("", "") };
+            let dim = if job.dim { ("\x1b[2m", "\x1b[0m") } else { ("", "") };
             note(&format!("{}{line}{}", dim.0, dim.1));
         }
         Ok(Then::GoOn)
@@ -224,7 +229,7 @@ impl<'a> Chat<'a> {
             "system" => self.system = Some(value.to_string()).filter(|text| !text.is_empty()),
             "set" => self.set(value)?,
             "draft" => match value {
-                "on" if self.session.pair.drafter.is_none() => {
+                "on" if self.session.inputs.pair.drafter.is_none() => {
                     return wrong("/draft on needs a drafter, but --draft is none".into());
                 }
                 "on" | "off" => self.drafting = value == "on",
@@ -262,7 +267,7 @@ impl<'a> Chat<'a> {
             "min-p" => sampling.min_p = new.min_p,
             "seed" => sampling.seed = new.seed,
             "max-tokens" => self.max_tokens = job.max_tokens,
-            _ => self.block = job.block(self.session.pair)?,
+            _ => self.block = job.block(self.session.inputs.pair)?,
         }
         Ok(())
     }

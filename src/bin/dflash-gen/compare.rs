@@ -1,6 +1,7 @@
 //! `--compare`: every prompt by autoregressive decoding and by DFlash: both rates, and whether the tokens are
 //! identical.
 
+use crate::inputs::Task;
 use crate::output::{Output, StopOnly};
 use crate::{INTERRUPTED_EXIT, Session, note};
 use dflash::engine::generate::generate;
@@ -9,39 +10,43 @@ use dflash::engine::request::{Finish, Request};
 use dflash::engine::stats;
 use dflash::{Error, Result};
 use serde_json::{Value, json};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 impl Session<'_> {
     /// Runs both in turn, prompt by prompt, after a short warm-up of both. The first difference is the error,
     /// after all prompts have run.
-    pub fn compare(&self, requests: &[Request]) -> Result<u8> {
+    pub fn compare(&self, tasks: Vec<Task>) -> Result<u8> {
+        let (inputs, job) = (self.inputs, self.inputs.job);
         let mut decoder = self.backend.decoder()?;
-        let mut one = |request: &Request, block: usize, max_tokens: usize| {
-            let request = Request { block, max_tokens, ..request.clone() };
-            let mut stop = StopOnly(self.text.stream(&self.job.stop)?);
+        let mut one = |task: &Task, block: usize, max_tokens: usize| {
+            let request = Request { block, max_tokens, ..task.request.clone() };
+            let mut stop = StopOnly(inputs.stream(&task.stop)?);
             generate(&mut *decoder, &request, &mut stop)
         };
         let mut out = Output::default();
-        for block in [1, requests[0].block] {
-            one(&requests[0], block, self.job.max_tokens.min(16))?;
+        let first = tasks[0].request.clone();
+        for block in [1, first.block] {
+            one(&tasks[0], block, first.max_tokens.min(16))?;
         }
-        if !self.job.json() {
+        if !job.json() {
             out.line("prompt  tokens     AR tok/s  dflash tok/s  ratio   tau  identical")?;
         }
         let (mut rows, mut accepted) = (Vec::new(), Vec::new());
         let (mut tokens, mut ar_time, mut dflash_time, mut all_identical) =
             (0, Duration::ZERO, Duration::ZERO, Ok(()));
-        for (i, request) in requests.iter().enumerate() {
-            let ar = one(request, 1, request.max_tokens)?;
-            let dflash = one(request, request.block, request.max_tokens)?;
+        let mut tasks = VecDeque::from(tasks);
+        while let Some(task) = tasks.pop_front() {
+            let ar = one(&task, 1, task.request.max_tokens)?;
+            let dflash = one(&task, task.request.block, task.request.max_tokens)?;
             if ar.finish == Finish::Interrupted || dflash.finish == Finish::Interrupted {
                 return Ok(INTERRUPTED_EXIT);
             }
             if out.gone {
                 return all_identical.map(|()| 0);
             }
-            let identical =
-                check_lossless(&ar, &dflash).map_err(|e| Error::Lossless(format!("prompt {}: {e}", i + 1)));
+            let identical = check_lossless(&ar, &dflash)
+                .map_err(|e| Error::Lossless(format!("prompt {}: {e}", task.label())));
             let row = Row {
                 tokens: ar.tokens.len(),
                 ar: stats::rate(&ar),
@@ -49,10 +54,15 @@ impl Session<'_> {
                 tau: stats::tau(&dflash.accepted),
                 identical: identical.is_ok(),
             };
-            if self.job.json() {
-                rows.push(row.json());
+            if job.json() {
+                let mut object = row.json();
+                task.describe(&mut object);
+                rows.push(object);
             } else {
-                out.line(&row.line(&(i + 1).to_string()))?;
+                out.line(&row.line(&task.label()))?;
+            }
+            if let Some(next) = inputs.next_turn(&task, &ar.tokens)? {
+                tasks.push_front(next);
             }
             self.watch_acceptance(&dflash);
             all_identical = all_identical.and(identical);
@@ -69,13 +79,13 @@ impl Session<'_> {
             tau: stats::tau(&accepted),
             identical: all_identical.is_ok(),
         };
-        if self.job.json() {
-            out.line(&self.of_all(all.json(), rows, &requests[0]).to_string())?;
+        if job.json() {
+            out.line(&self.of_all(all.json(), rows, &first).to_string())?;
         } else {
             out.line(&all.line("all"))?;
         }
-        if self.job.sampling.temperature > 0.0 && !self.job.json() && !self.job.quiet {
-            note(&format!("seed {}", requests[0].sampling.seed));
+        if first.sampling.temperature > 0.0 && !job.json() && !job.quiet {
+            note(&format!("seed {}", first.sampling.seed));
         }
         all_identical.map(|()| 0)
     }

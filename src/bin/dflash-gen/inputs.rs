@@ -1,50 +1,183 @@
 //! Prompts from the command line, a file, stdin or JSON lines, as requests. Each is checked under its own
 //! name.
 
-use crate::job::{Job, Source};
+use crate::job::{Action, Job, Source};
+use crate::note;
 use dflash::checkpoint::pair::Pair;
 use dflash::engine::request::Request;
 use dflash::spec::sampling::SamplingParams;
-use dflash::text::prompts::{self, Content, Prompt, PromptEncoder, without_template};
-use dflash::text::tokenizer::Text;
+use dflash::text::message::Message;
+use dflash::text::prompt_files;
+use dflash::text::prompts::{Content, Prompt, PromptEncoder, without_template};
+use dflash::text::tokenizer::{Stream, Text};
 use dflash::{Error, Result};
 use serde_json::Value;
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal};
+use std::path::Path;
 
-fn prompts(source: &Source) -> Result<Vec<Prompt>> {
-    let one = |name: &str, text| {
-        Ok(vec![Prompt { name: name.into(), content: Content::Text(text), category: Value::Null }])
-    };
-    match source {
-        Source::Text(prompt) => one("the prompt", prompt.clone()),
-        Source::File(path) => one(&path.display().to_string(), prompts::read(path)?),
-        Source::Lines(path) => prompts::lines(path),
+fn prompts(job: &Job) -> Result<Vec<Prompt>> {
+    let file = |path| Ok(vec![Prompt::new(prompt_files::name(path), prompt_files::read(path)?)]);
+    match &job.source {
+        Source::Text(prompt) => Ok(vec![Prompt::new("the prompt", prompt.clone())]),
+        Source::File(path) => file(path),
+        Source::Lines(path) => {
+            let lines = prompt_files::lines(path, job.prompt_key.as_deref())?;
+            if !lines.unused.is_empty() && !job.quiet {
+                let (file, fields) = (prompt_files::name(path), lines.unused.join(", "));
+                note(&format!("{file}: these fields are not used: {fields}"));
+            }
+            Ok(lines.prompts)
+        }
         Source::Stdin if io::stdin().is_terminal() => Err(Error::Usage(
             "no prompt: expected PROMPT, -f FILE, --prompts FILE.jsonl, or text on stdin".into(),
         )),
-        Source::Stdin => {
-            let mut bytes = Vec::new();
-            let read = io::stdin().read_to_end(&mut bytes);
-            read.map_err(|e| Error::Usage(format!("stdin cannot be read: {e}")))?;
-            one("stdin", prompts::utf8(bytes, "stdin")?)
-        }
+        Source::Stdin => file(Path::new("-")),
     }
 }
 
-/// The requests of all prompts. Everything that can be wrong with any of them is found before the first one
-/// runs.
-pub fn requests(job: &Job, pair: &Pair, text: &Text, block: usize) -> Result<Vec<Request>> {
-    text.stream(&job.stop)?;
-    if !text.has_template() && (job.system.is_some() || !job.variables.is_empty()) {
-        let flag = if job.system.is_some() { "--system" } else { "--template-arg" };
-        return Err(without_template(&format!("{flag} needs"), &pair.target.folder.described()));
+/// What all requests of a run share.
+pub struct Inputs<'a> {
+    pub job: &'a Job,
+    pub pair: &'a Pair,
+    /// The tokenizer and chat template; `None` if the target has none.
+    pub text: Option<&'a Text>,
+    pub block: usize,
+}
+
+/// A request, and what the output says of its prompt.
+pub struct Task {
+    pub request: Request,
+    pub stop: Vec<String>,
+    pub prompt: Prompt,
+    /// Index of the prompt in the run.
+    pub index: usize,
+    /// Which turn of its prompt it is, from 1; `None` for prompts without turns.
+    pub turn: Option<usize>,
+}
+
+impl<'a> Inputs<'a> {
+    /// The requests of all prompts, of their first turns, and the most positions that one of them or a later
+    /// turn needs. Everything that can be wrong with any of them is found before the first one runs, except
+    /// that the answers may leave later turns too little of the context.
+    pub fn tasks(&self) -> Result<(Vec<Task>, usize)> {
+        let job = self.job;
+        if let Some(text) = self.text
+            && !text.has_template()
+            && (job.system.is_some() || !job.variables.is_empty())
+        {
+            let flag = if job.system.is_some() { "--system" } else { "--template-arg" };
+            return Err(without_template(&format!("{flag} needs"), &self.pair.target.folder.described()));
+        }
+        self.stream(&job.stop)?;
+        let (mut tasks, mut longest) = (Vec::new(), 0);
+        for (index, prompt) in prompts(job)?.into_iter().enumerate() {
+            if !prompt.turns.is_empty() && job.batch > 1 {
+                return Err(Error::Usage(format!(
+                    "--batch is {}, but {} has turns, which run one after another: expected 1",
+                    job.batch, prompt.name
+                )));
+            }
+            let turns = prompt.turns.len() + 1;
+            let task = self.task(prompt, index, (turns > 1).then_some(1))?;
+            let mut positions = task.request.positions();
+            if turns > 1 {
+                // Each answer is at most as long as a request allows.
+                let mut whole = task.prompt.clone();
+                while continue_with(&mut whole, "") {}
+                let prompt = self.encoder()?.encode(&whole)?;
+                let max_tokens = task.request.max_tokens.saturating_mul(turns);
+                positions = Request { prompt, max_tokens, ..task.request.clone() }.positions();
+            }
+            longest = longest.max(positions);
+            tasks.push(task);
+        }
+        Ok((tasks, longest))
     }
-    let (raw, system, context) = (job.raw, job.system.as_deref(), job.context(pair)?);
-    let stop_ids = job.stop_ids(pair, text)?.ids();
-    let tokens = PromptEncoder { pair, text, raw, system, variables: &job.variables, context };
-    let request = |(stream, prompt): (u32, Prompt)| {
-        let sampling = SamplingParams { stream, ..job.sampling.clone() };
-        Ok(job.request(tokens.encode(prompt)?, sampling, block, stop_ids.clone()))
-    };
-    (0..).zip(prompts(&job.source)?).map(request).collect()
+
+    /// The next turn of the task's prompt, after the answer `tokens`; `None` after the last one.
+    pub fn next_turn(&self, task: &Task, tokens: &[u32]) -> Result<Option<Task>> {
+        if task.prompt.turns.is_empty() {
+            return Ok(None);
+        }
+        let (mut prompt, mut answer) = (task.prompt.clone(), String::new());
+        if let Some(mut stream) = self.stream(&task.stop)? {
+            for id in tokens {
+                answer += &stream.push(*id)?.0;
+            }
+            answer += &stream.finish();
+        }
+        continue_with(&mut prompt, &answer);
+        self.task(prompt, task.index, task.turn.map(|turn| turn + 1)).map(Some)
+    }
+
+    /// A detokenizer for an answer; `None` without a tokenizer.
+    pub fn stream(&self, stop: &[String]) -> Result<Option<Stream<'a>>> {
+        match self.text {
+            Some(text) => text.stream(stop).map(Some),
+            None if stop.is_empty() => Ok(None),
+            None => {
+                let folder = self.pair.target.folder.described();
+                Err(Error::option("stop", format!("needs a tokenizer, but {folder} has no tokenizer.json")))
+            }
+        }
+    }
+
+    fn encoder(&self) -> Result<PromptEncoder<'a>> {
+        let Inputs { job, pair, text, .. } = *self;
+        let (raw, system, context) = (job.raw, job.system.as_deref(), job.context(pair)?);
+        Ok(PromptEncoder { pair, text, raw, system, variables: &job.variables, context })
+    }
+
+    fn task(&self, prompt: Prompt, index: usize, turn: Option<usize>) -> Result<Task> {
+        let (job, settings) = (self.job, &prompt.settings);
+        let stream = u32::try_from(index).map_err(|_| Error::Usage("there are too many prompts".into()))?;
+        let sampling = settings.sampling(SamplingParams { stream, ..job.sampling.clone() });
+        let stop = settings.stop.clone().unwrap_or_else(|| job.stop.clone());
+        self.stream(&stop).map_err(|e| match e {
+            Error::Option { problem, .. } if settings.stop.is_some() => {
+                Error::Usage(format!("{}: stop {problem}", prompt.name))
+            }
+            other => other,
+        })?;
+        let stop_ids = job.stop_ids(self.pair, self.text, &stop)?.ids();
+        let request = job.request(self.encoder()?.encode(&prompt)?, sampling, self.block, stop_ids);
+        let request = Request { max_tokens: settings.max_tokens.unwrap_or(job.max_tokens), ..request };
+        let least = match job.action {
+            Action::Compare => ("--compare", 1),
+            Action::CheckLossless => ("--check-lossless", 2),
+            _ => ("", 0),
+        };
+        if request.max_tokens < least.1 {
+            return Err(Error::Usage(format!(
+                "{}: max_tokens is {}, but {} expects at least {}",
+                prompt.name, request.max_tokens, least.0, least.1
+            )));
+        }
+        Ok(Task { request, stop, prompt, index, turn })
+    }
+}
+
+/// Appends an answer and the user's next turn to the conversation of a prompt. False if there is no next turn.
+fn continue_with(prompt: &mut Prompt, answer: &str) -> bool {
+    let Content::Chat(messages) = &mut prompt.content else { return false };
+    if prompt.turns.is_empty() {
+        return false;
+    }
+    messages.extend([Message::new("assistant", answer), Message::new("user", prompt.turns.remove(0))]);
+    true
+}
+
+impl Task {
+    /// Its name in tables: the number of its prompt, and of its turn.
+    pub fn label(&self) -> String {
+        let turn = self.turn.map_or(String::new(), |turn| format!(".{turn}"));
+        format!("{}{turn}", self.index + 1)
+    }
+
+    /// Adds what a record says of its prompt.
+    pub fn describe(&self, record: &mut Value) {
+        record["id"] = self.prompt.id.clone();
+        record["category"] = self.prompt.category.clone();
+        record["turn"] = self.turn.into();
+    }
 }

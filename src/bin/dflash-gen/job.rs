@@ -40,6 +40,8 @@ pub struct Job {
 
     // ---- prompts ----
     pub source: Source,
+    /// The field of a line that holds its prompt, where it was given.
+    pub prompt_key: Option<String>,
     /// Prompts are not put through the chat template.
     pub raw: bool,
     pub system: Option<String>,
@@ -126,12 +128,19 @@ impl Job {
         self.spec.clone().with_draft_sampling(SamplingParams { temperature, ..sampling.clone() })
     }
 
-    /// The token ids that end an answer: the model's own unless they are ignored, and those of the flags.
-    pub fn stop_ids(&self, pair: &Pair, text: &Text) -> Result<StopIds> {
+    /// The token ids that end an answer: the model's own unless they are ignored, those of the flags, and the
+    /// special tokens among the stop strings.
+    pub fn stop_ids(&self, pair: &Pair, text: Option<&Text>, stop: &[String]) -> Result<StopIds> {
         let config = &pair.target.config;
-        let mut stops = if self.ignore_eos { StopIds::default() } else { text.stop_ids(config) };
+        let mut stops = match text {
+            _ if self.ignore_eos => StopIds::default(),
+            Some(text) => text.stop_ids(config),
+            None => config.eos.clone(),
+        };
         stops.add_chosen(&self.stop_ids, "--stop-id", config.vocab)?;
-        self.stop.iter().filter_map(|stop| text.special_id(stop)).for_each(|id| stops.add(id, "--stop"));
+        if let Some(text) = text {
+            stop.iter().filter_map(|stop| text.special_id(stop)).for_each(|id| stops.add(id, "--stop"));
+        }
         Ok(stops)
     }
 

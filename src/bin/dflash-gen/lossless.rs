@@ -1,18 +1,20 @@
 //! `--check-lossless`: every prompt by autoregressive decoding and by DFlash, compared token for token and
 //! logit for logit.
 
+use crate::inputs::Task;
 use crate::output::{Output, StopOnly};
 use crate::{INTERRUPTED_EXIT, Session, note};
 use dflash::engine::generate::{Flow, TokenSink};
 use dflash::engine::lossless::{Report, check};
-use dflash::engine::request::Request;
 use dflash::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::io::IsTerminal;
 
-/// Counts tokens on a progress bar.
-struct Counting<'a>(StopOnly<'a>, &'a ProgressBar);
+/// Counts tokens on a progress bar, and keeps them.
+struct Counting<'a>(StopOnly<'a>, &'a ProgressBar, &'a RefCell<Vec<u32>>);
 
 impl TokenSink for Counting<'_> {
     fn prefill(&mut self, done: usize) -> Flow {
@@ -20,6 +22,7 @@ impl TokenSink for Counting<'_> {
     }
     fn token(&mut self, id: u32, drafted: bool) -> Result<Flow> {
         self.1.inc(1);
+        self.2.borrow_mut().push(id);
         self.0.token(id, drafted)
     }
 }
@@ -27,32 +30,45 @@ impl TokenSink for Counting<'_> {
 impl Session<'_> {
     /// Prints a line or an object for each prompt. The first difference is the error, after all prompts have
     /// run.
-    pub fn check_lossless(&self, requests: &[Request]) -> Result<u8> {
+    pub fn check_lossless(&self, tasks: Vec<Task>) -> Result<u8> {
+        let (inputs, job) = (self.inputs, self.inputs.job);
         let mut decoder = self.backend.decoder()?;
         let mut out = Output::default();
-        if !self.job.json() {
+        if !job.json() {
             out.line("prompt  tokens  rounds  rows compared  identical")?;
         }
-        let shown = !self.job.quiet && std::io::stderr().is_terminal();
+        let shown = !job.quiet && std::io::stderr().is_terminal();
         let bar = if shown { ProgressBar::no_length() } else { ProgressBar::hidden() };
         if let Ok(style) = ProgressStyle::with_template("{msg}: {pos} tokens, {per_sec}") {
             bar.set_style(style);
         }
         let mut all = Report { tokens: 0, rounds: 0, compared: 0, rejected: 0, identical: Ok(()) };
         let mut rows = Vec::new();
-        for (number, request) in (1..).zip(requests) {
+        let (first, count) = (tasks[0].request.clone(), tasks.len());
+        let answer = RefCell::default();
+        let mut tasks = VecDeque::from(tasks);
+        while let Some(task) = tasks.pop_front() {
+            let number = task.label();
             bar.reset();
-            bar.set_message(format!("prompt {number} of {}", requests.len()));
-            let sink = || Ok(Counting(StopOnly(self.text.stream(&self.job.stop)?), &bar));
-            let Some(mut report) = check(&mut *decoder, request, sink)? else {
+            bar.set_message(format!("prompt {number} of {count}"));
+            let sink = || {
+                answer.take();
+                Ok(Counting(StopOnly(inputs.stream(&task.stop)?), &bar, &answer))
+            };
+            let Some(mut report) = check(&mut *decoder, &task.request, sink)? else {
                 bar.finish_and_clear();
                 return Ok(INTERRUPTED_EXIT);
             };
             report.identical = report.identical.map_err(|e| Error::Lossless(format!("prompt {number}: {e}")));
-            if self.job.json() {
-                rows.push(object(&report));
+            if job.json() {
+                let mut row = object(&report);
+                task.describe(&mut row);
+                rows.push(row);
             } else {
-                bar.suspend(|| out.line(&line(&number.to_string(), &report)))?;
+                bar.suspend(|| out.line(&line(&number, &report)))?;
+            }
+            if let Some(next) = inputs.next_turn(&task, &answer.take())? {
+                tasks.push_front(next);
             }
             all = Report {
                 tokens: all.tokens + report.tokens,
@@ -66,12 +82,12 @@ impl Session<'_> {
             }
         }
         bar.finish_and_clear();
-        if self.job.json() {
-            out.line(&self.of_all(object(&all), rows, &requests[0]).to_string())?;
+        if job.json() {
+            out.line(&self.of_all(object(&all), rows, &first).to_string())?;
         } else {
             out.line(&line("all", &all))?;
-            if self.job.sampling.temperature > 0.0 && !self.job.quiet {
-                note(&format!("seed {}", requests[0].sampling.seed));
+            if first.sampling.temperature > 0.0 && !job.quiet {
+                note(&format!("seed {}", first.sampling.seed));
             }
         }
         all.identical.map(|()| 0)

@@ -20,17 +20,19 @@ use dflash::cli::device::Choice;
 use dflash::cli::terminal::{self, note};
 use dflash::cli::{published, sigbus, version};
 use dflash::cpu::ops;
-use dflash::engine::decoder::Backend;
-use dflash::engine::generate::{Flow, TokenSink, TokenSinks, generate_all};
+use dflash::engine::decoder::{Backend, Decoder};
+use dflash::engine::generate::{Flow, TokenSink, TokenSinks, generate_all, resume};
 use dflash::engine::request::{Finish, Outcome, Request};
 use dflash::engine::stats::{self, AcceptanceWatch, Record, Seconds, SpecRecord};
-use dflash::text::prompts;
+use dflash::text::prompt_files;
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
+use inputs::{Inputs, Task};
 use job::{Action, Job};
 use output::Writer;
 use serde_json::{Value, json};
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -88,19 +90,23 @@ fn run(job: &Job) -> Result<u8> {
         };
     }
     let template = match &job.template {
-        Some(path) => Some((path.display().to_string(), prompts::read(path)?)),
+        Some(path) => Some((prompt_files::name(path), prompt_files::read(path)?)),
         None if job.action == Action::Chat && job.is_demo => Some(chat::demo_template()),
         None => None,
     };
     let template = template.as_ref().map(|(name, text)| (name.as_str(), text.clone()));
-    let text = Text::open(&pair.target.folder, template)?;
+    let mut text = Text::find(&pair.target.folder, template)?;
+    if let Some(text) = &mut text {
+        text.limit(job.context(&pair)?);
+    }
+    let inputs = Inputs { job, pair: &pair, text: text.as_ref(), block };
     let mut load = clock.elapsed();
-    let requests = match job.action {
-        Action::Chat => chat::check(job, &pair, &text).map(|()| Vec::new())?,
-        _ => inputs::requests(job, &pair, &text, block)?,
+    let (tasks, longest) = match job.action {
+        Action::Chat => chat::check(&inputs).map(|_| Default::default())?,
+        _ => inputs.tasks()?,
     };
     if job.verbose {
-        note(&format!("stop ids: {}", job.stop_ids(&pair, &text)?));
+        note(&format!("stop ids: {}", job.stop_ids(&pair, text.as_ref(), &job.stop)?));
     }
     let clock = Instant::now();
     // A conversation may set its block later.
@@ -108,12 +114,11 @@ fn run(job: &Job) -> Result<u8> {
         Action::Chat => pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block),
         _ => block,
     };
-    let longest = requests.iter().map(Request::positions).max();
-    let capacity = backend::capacity(job, &pair, max_block, longest.unwrap_or(0))?;
+    let capacity = backend::capacity(job, &pair, max_block, longest)?;
     let backend = backend::load(job, &pair, capacity)?;
     load += clock.elapsed();
     let watch = RefCell::default();
-    let session = Session { job, pair: &pair, text: &text, backend: &*backend, load, watch };
+    let session = Session { inputs: &inputs, backend: &*backend, load, watch };
 
     // Until here Ctrl-C ends the program at once. From here a second one does, without waiting for the
     // running round.
@@ -127,10 +132,10 @@ fn run(job: &Job) -> Result<u8> {
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Internal(format!("Ctrl-C cannot be handled: {e}")))?;
     match job.action {
-        Action::Chat => Chat::new(&session, block)?.run(),
-        Action::Compare => session.compare(&requests),
-        Action::CheckLossless => session.check_lossless(&requests),
-        Action::Generate | Action::Plan { .. } => session.generate(&requests),
+        Action::Chat => Chat::new(&session)?.run(),
+        Action::Compare => session.compare(tasks),
+        Action::CheckLossless => session.check_lossless(tasks),
+        Action::Generate | Action::Plan { .. } => session.generate(tasks),
     }
 }
 
@@ -139,9 +144,7 @@ fn interrupt() -> Flow {
 }
 
 struct Session<'a> {
-    job: &'a Job,
-    pair: &'a Pair,
-    text: &'a Text,
+    inputs: &'a Inputs<'a>,
     backend: &'a dyn Backend,
     load: Duration,
     watch: RefCell<AcceptanceWatch>,
@@ -151,31 +154,59 @@ impl Session<'_> {
     /// Says once on stderr that drafts are not accepted, if so.
     fn watch_acceptance(&self, outcome: &Outcome) {
         let found = self.watch.borrow_mut().add(&outcome.accepted, &outcome.drafted);
-        if let (Some(line), false) = (found, self.job.quiet) {
+        if let (Some(line), false) = (found, self.inputs.job.quiet) {
             note(&line);
         }
     }
 
-    fn generate(&self, requests: &[Request]) -> Result<u8> {
-        let mut answers = Answers {
-            session: self,
-            requests,
-            writers: requests.iter().map(|_| None).collect(),
-            ended: vec![None; requests.len()],
-            next: 0,
-            gone: false,
-            interrupted: false,
+    /// Answers all prompts together, or one after another if one of them has turns.
+    fn generate(&self, tasks: Vec<Task>) -> Result<u8> {
+        let job = self.inputs.job;
+        let together = tasks.iter().all(|task| task.turn.is_none());
+        let mut runs: VecDeque<Vec<Task>> = match together {
+            true => [tasks].into(),
+            false => tasks.into_iter().map(|task| vec![task]).collect(),
         };
+        let many = !together || runs[0].len() > 1;
         let mut decoder = self.backend.decoder()?;
-        let clock = Instant::now();
-        let end = generate_all(&mut *decoder, requests, &mut answers);
-        end.inspect_err(|_| answers.writers.iter_mut().flatten().for_each(Writer::fail))?;
-        if requests.len() > 1 && !self.job.quiet && !answers.gone {
-            let (time, tokens) = (clock.elapsed().as_secs_f64(), answers.tokens());
+        let (clock, mut tokens, mut gone, mut interrupted) = (Instant::now(), 0, false, false);
+        while let Some(tasks) = runs.pop_front()
+            && !gone
+            && !interrupted
+        {
+            let mut answers = Answers {
+                session: self,
+                tasks: &tasks,
+                many,
+                writers: tasks.iter().map(|_| None).collect(),
+                ended: vec![None; tasks.len()],
+                next: 0,
+                gone: false,
+                interrupted: false,
+            };
+            let end = match &tasks[..] {
+                // A later turn runs only its new tokens.
+                [task] if task.turn > Some(1) => answers.resume(&mut *decoder, task),
+                _ => {
+                    let requests: Vec<Request> = tasks.iter().map(|task| task.request.clone()).collect();
+                    generate_all(&mut *decoder, &requests, &mut answers)
+                }
+            };
+            end.inspect_err(|_| answers.writers.iter_mut().flatten().for_each(Writer::fail))?;
+            tokens += answers.tokens();
+            (gone, interrupted) = (answers.gone, answers.interrupted);
+            if let ([task], [Some(outcome)], false) = (&tasks[..], &answers.ended[..], gone || interrupted)
+                && let Some(next) = self.inputs.next_turn(task, &outcome.tokens)?
+            {
+                runs.push_front(vec![next]);
+            }
+        }
+        if many && !job.quiet && !gone {
+            let time = clock.elapsed().as_secs_f64();
             let rate = tokens as f64 / time.max(1e-9);
             note(&format!("all: {tokens} tokens in {time:.2} s, {rate:.0} tok/s"));
         }
-        Ok(if answers.interrupted && !answers.gone { INTERRUPTED_EXIT } else { 0 })
+        Ok(if interrupted && !gone { INTERRUPTED_EXIT } else { 0 })
     }
 
     /// The statistics of an answer, as one line.
@@ -204,8 +235,9 @@ impl Session<'_> {
         line
     }
 
-    fn record(&self, request: &Request, outcome: &Outcome, text: String) -> Record {
-        let speculative = self.pair.drafter.as_ref().filter(|_| request.block > 1);
+    fn record(&self, request: &Request, outcome: &Outcome, text: Option<String>) -> Record {
+        let pair = self.inputs.pair;
+        let speculative = pair.drafter.as_ref().filter(|_| request.block > 1);
         Record {
             prompt_tokens: request.prompt.len(),
             tokens: outcome.tokens.clone(),
@@ -218,7 +250,7 @@ impl Session<'_> {
             seed: request.sampling.seed,
             stream: request.sampling.stream,
             device: self.backend.name(),
-            target: self.pair.target.folder.name(),
+            target: pair.target.folder.name(),
             draft: speculative.map(|d| d.folder.name()),
             drafts: speculative.map(|_| SpecRecord::new(&request.spec)).unwrap_or_default(),
             seconds: Seconds {
@@ -235,8 +267,9 @@ impl Session<'_> {
         all["prompts"] = prompts.into();
         all["seed"] = first.sampling.seed.into();
         all["device"] = self.backend.name().into();
-        all["target"] = self.pair.target.folder.name().into();
-        all["draft"] = self.pair.drafter.as_ref().map(|d| d.folder.name()).into();
+        let pair = self.inputs.pair;
+        all["target"] = pair.target.folder.name().into();
+        all["draft"] = pair.drafter.as_ref().map(|d| d.folder.name()).into();
         if let (Value::Object(all), Value::Object(drafts)) = (&mut all, json!(SpecRecord::new(&first.spec))) {
             all.extend(drafts);
         }
@@ -244,10 +277,12 @@ impl Session<'_> {
     }
 }
 
-/// The answers to all requests, written in their order.
+/// The answers to requests that run together, written in their order.
 struct Answers<'a> {
     session: &'a Session<'a>,
-    requests: &'a [Request],
+    tasks: &'a [Task],
+    /// The run has other answers, so each has its number.
+    many: bool,
     writers: Vec<Option<Writer<'a>>>,
     /// Answers that are over, written or not.
     ended: Vec<Option<Outcome>>,
@@ -259,6 +294,12 @@ struct Answers<'a> {
 }
 
 impl Answers<'_> {
+    /// Answers the only task. The decoder reuses what it holds of its prompt.
+    fn resume(&mut self, decoder: &mut dyn Decoder, task: &Task) -> Result<()> {
+        let outcome = resume(decoder, &task.request, self.sink(0)?)?;
+        self.done(0, outcome).map(drop)
+    }
+
     /// Tokens of all answers that are over.
     fn tokens(&self) -> usize {
         self.ended.iter().flatten().map(|outcome| outcome.tokens.len()).sum()
@@ -270,7 +311,10 @@ impl TokenSinks for Answers<'_> {
         let first = index == self.next;
         match &mut self.writers[index] {
             Some(writer) => Ok(writer),
-            none => Ok(none.insert(Writer::new(self.session, index, &self.requests[index], first)?)),
+            none => {
+                let Task { request, stop, index, .. } = &self.tasks[index];
+                Ok(none.insert(Writer::new(self.session, *index, request, stop, first)?))
+            }
         }
     }
 
@@ -281,13 +325,12 @@ impl TokenSinks for Answers<'_> {
         while let Some(Some(outcome)) = self.ended.get(self.next)
             && let Some(mut writer) = self.writers[self.next].take()
         {
-            let request = &self.requests[self.next];
+            let task = &self.tasks[self.next];
             writer.release()?;
-            self.gone |= writer.end(self.session, request, outcome)?;
-            if !self.session.job.quiet && !self.gone {
-                let many = self.requests.len() > 1;
-                let which = if many { format!("{}: ", self.next + 1) } else { String::new() };
-                note(&format!("{which}{}", self.session.summary(request, outcome)));
+            self.gone |= writer.end(self.session, task, outcome)?;
+            if !self.session.inputs.job.quiet && !self.gone {
+                let which = if self.many { format!("{}: ", task.label()) } else { String::new() };
+                note(&format!("{which}{}", self.session.summary(&task.request, outcome)));
                 self.session.watch_acceptance(outcome);
             }
             self.next += 1;

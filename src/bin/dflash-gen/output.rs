@@ -1,6 +1,7 @@
 //! Answers on their way to stdout, as text, as events or as a record. The reader may close stdout at any
 //! time.
 
+use crate::inputs::Task;
 use crate::job::Format;
 use crate::{Session, interrupt};
 use dflash::Result;
@@ -49,7 +50,9 @@ impl Output {
 /// One answer.
 pub struct Writer<'a> {
     index: usize,
-    stream: Stream<'a>,
+    /// `None` without a tokenizer: the text is then the token ids.
+    stream: Option<Stream<'a>>,
+    has_text: bool,
     /// The whole answer, for records.
     answer: String,
     out: Output,
@@ -67,8 +70,14 @@ const LONG_PROMPT: usize = 1024;
 
 impl<'a> Writer<'a> {
     /// `first`: its text need not wait for earlier answers.
-    pub fn new(session: &Session<'a>, index: usize, request: &Request, first: bool) -> Result<Writer<'a>> {
-        let job = session.job;
+    pub fn new(
+        session: &Session<'a>,
+        index: usize,
+        request: &Request,
+        stop: &[String],
+        first: bool,
+    ) -> Result<Writer<'a>> {
+        let job = session.inputs.job;
         let long = request.prompt.len() >= LONG_PROMPT && first && !job.quiet && io::stderr().is_terminal();
         let bar = long.then(|| {
             let style =
@@ -78,7 +87,8 @@ impl<'a> Writer<'a> {
         });
         Ok(Writer {
             index,
-            stream: session.text.stream(&job.stop)?,
+            stream: session.inputs.stream(stop)?,
+            has_text: session.inputs.text.is_some(),
             answer: String::new(),
             // Events carry the index of their request, so they need not wait.
             out: Output { gone: false, held: (!first && job.format != Format::Events).then(String::new) },
@@ -110,18 +120,19 @@ impl<'a> Writer<'a> {
         }
         let (tokens, text) = std::mem::take(&mut self.fresh);
         let event = json!({
-            "event": event, "index": self.index, "round": self.rounds, "tokens": tokens, "text": text,
+            "event": event, "index": self.index, "round": self.rounds, "tokens": tokens,
+            "text": self.has_text.then_some(text),
             "accepted": accepted,
         });
         self.out.line(&event.to_string())
     }
 
     /// Writes the text that was held back for a stop string that did not come.
-    fn rest(&mut self, session: &Session<'a>) -> Result<String> {
+    fn rest(&mut self) -> Result<String> {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
-        let rest = std::mem::replace(&mut self.stream, session.text.stream(&[])?).finish();
+        let rest = self.stream.take().map(Stream::finish).unwrap_or_default();
         self.piece(&rest, false)?;
         Ok(rest)
     }
@@ -140,8 +151,8 @@ impl<'a> Writer<'a> {
 
     /// Writes the rest of the text and ends its last line. Returns the answer, and whether the reader has
     /// closed stdout.
-    pub fn close(mut self, session: &Session<'a>) -> Result<(String, bool)> {
-        self.rest(session)?;
+    pub fn close(mut self) -> Result<(String, bool)> {
+        self.rest()?;
         if !self.answer.ends_with('\n') {
             self.out.text("\n")?;
         }
@@ -149,14 +160,16 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes the rest of the text, or the record. True if the reader has closed stdout.
-    pub fn end(mut self, session: &Session<'a>, request: &Request, outcome: &Outcome) -> Result<bool> {
+    pub fn end(mut self, session: &Session<'a>, task: &Task, outcome: &Outcome) -> Result<bool> {
         if self.format == Format::Text {
-            return Ok(self.close(session)?.1);
+            return Ok(self.close()?.1);
         }
-        if !self.rest(session)?.is_empty() {
+        if !self.rest()?.is_empty() {
             self.event("rest", None)?;
         }
-        let mut record = json!(session.record(request, outcome, std::mem::take(&mut self.answer)));
+        let text = self.has_text.then(|| std::mem::take(&mut self.answer));
+        let mut record = json!(session.record(&task.request, outcome, text));
+        task.describe(&mut record);
         if self.format == Format::Events {
             record["event"] = "done".into();
             record["index"] = self.index.into();
@@ -179,7 +192,11 @@ impl TokenSink for Writer<'_> {
 
     fn token(&mut self, id: u32, drafted: bool) -> Result<Flow> {
         self.fresh.0.push(id);
-        let (text, stopped) = self.stream.push(id)?;
+        let (text, stopped) = match &mut self.stream {
+            Some(stream) => stream.push(id)?,
+            None if self.answer.is_empty() => (id.to_string(), false),
+            None => (format!(" {id}"), false),
+        };
         self.piece(&text, drafted)?;
         if self.rounds == 0 {
             // The prefill's token, before the first round.
@@ -200,15 +217,18 @@ impl TokenSink for Writer<'_> {
     }
 }
 
-/// Stops where the text stops, and writes nothing.
-pub struct StopOnly<'a>(pub Stream<'a>);
+/// Stops where the text stops, if there is text, and writes nothing.
+pub struct StopOnly<'a>(pub Option<Stream<'a>>);
 
 impl TokenSink for StopOnly<'_> {
     fn prefill(&mut self, _: usize) -> Flow {
         interrupt()
     }
     fn token(&mut self, id: u32, _: bool) -> Result<Flow> {
-        let (_, stopped) = self.0.push(id)?;
+        let stopped = match &mut self.0 {
+            Some(stream) => stream.push(id)?.1,
+            None => false,
+        };
         Ok(if stopped { Flow::Stop } else { interrupt() })
     }
 }
