@@ -343,7 +343,7 @@ fn qkv_norms_rotates_and_stores_in_the_right_slots() {
     for (i, rows) in ROWS.into_iter().enumerate() {
         let (heads, kv_heads, head_dim) = HEADS[i % HEADS.len()];
         let mut cache = cache(70 + i as u64, rows, heads, kv_heads, head_dim, i % 4 != 3);
-        cache.qkv.k = [64, 160, 512, 1024, 544][i % 5];
+        cache.qkv.k = [64, 160, 512, 1024, 576][i % 5];
         let mut data = Data::new(80 + i as u64, rows, cache.qkv.shape());
         if i % 3 == 1 {
             // Heads with a mean square of about eps.
