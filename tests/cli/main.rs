@@ -11,4 +11,5 @@ mod memory;
 mod plan;
 mod profile;
 mod profiling_tools;
+mod published;
 mod tools;

@@ -28,7 +28,7 @@ fn demo() -> Pair {
 }
 
 /// Writes a model folder whose weights are zeros in a sparse file, which takes no disk space.
-fn sparse(dir: &Path, config: &Value, tensors: impl FnOnce() -> Vec<(String, Vec<usize>)>) {
+pub fn sparse(dir: &Path, config: &Value, tensors: impl FnOnce() -> Vec<(String, Vec<usize>)>) {
     fs::create_dir_all(dir).unwrap();
     support::write_json(dir, "config.json", config);
     let (mut header, mut end) = (Map::new(), 0);
