@@ -312,7 +312,7 @@ impl config::Stack {
 /// Refuses shapes that the kernels do not support. The error names the field of the config.
 fn check(c: &config::Stack) -> Result<()> {
     let needs = [
-        (c.hidden.is_multiple_of(64), "hidden_size", c.hidden, "a multiple of 64"),
+        (c.hidden.is_multiple_of(32), "hidden_size", c.hidden, "a multiple of 32"),
         (c.intermediate.is_multiple_of(32), "intermediate_size", c.intermediate, "a multiple of 32"),
         (c.head_dim == 64 || c.head_dim == 128, "head_dim", c.head_dim, "64 or 128"),
         (c.heads <= MAX_GROUP * c.kv_heads, "num_attention_heads", c.heads, "at most 32 per key/value head"),

@@ -190,7 +190,7 @@ fn opened(written: support::Pair) -> (support::Pair, Pair) {
 fn random_pair() -> (support::Pair, Pair) {
     let target = support::Target {
         llama: true,
-        hidden: 192,
+        hidden: 160,
         intermediate: 160,
         layers: 3,
         heads: 3,
