@@ -12,7 +12,7 @@
 // Bytes:    q and out once. Keys and values once per row tile; the second tail page of a tree twice if two
 //           splits need it. With several splits also partials of 4 (D + 2) bytes per row, head and split,
 //           written and read.
-// Preconditions: D is 64 or 128; heads / kv_heads is 1 to 8; block <= 64 (prefill: any); buffers 16-byte
+// Preconditions: D is 64 or 128; heads / kv_heads is 1 to 32; block <= 64 (prefill: any); buffers 16-byte
 //           aligned; counters zero. `AttentionParams` and `attend` in attention.cuh document the shape of
 //           every parameter.
 #include "model/attention.cuh"

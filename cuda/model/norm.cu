@@ -10,7 +10,7 @@
 //           hidden.
 // Bytes:    residual_norm: rows x (hidden x 14 + parts x 4), hidden x 6 instead of 14 without add.
 //           full_norm: rows x hidden x 6. Both also read gain.
-// Preconditions: hidden a multiple of 64, for full_norm at most 65536; parts = ceil(hidden / 128); buffers
+// Preconditions: hidden a multiple of 32, for full_norm at most 65536; parts = ceil(hidden / 128); buffers
 //           16-byte aligned.
 #include "common/numbers.cuh"
 
@@ -30,7 +30,7 @@ KERNEL(256, 4, residual_norm,
   const u32 lane = threadIdx.x % 32, part = blockIdx.x * WARPS + threadIdx.x / 32, row = blockIdx.y;
   if (part >= parts) return;
   const u32 column = part * PART + lane * 4;
-  const bool inside = column < hidden;  // false in the second half of a last part of 64 columns
+  const bool inside = column < hidden;  // false at the end of a last part of fewer than 128 columns
   const size_t offset = size_t(row) * hidden + column;
   float4 v = make_float4(0, 0, 0, 0);
   if (inside) {

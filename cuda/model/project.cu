@@ -5,7 +5,7 @@
 // Work:     grid (ceil(n / 128), splits of K, passes of 8 NT tokens), 256 threads; see linear.cuh.
 // Order:    linear.cuh; squares: four columns ascending per lane, then lanes by xor 16-8-4-2-1.
 // Bytes:    n k 2 of weights per pass; m k 2 per 128 rows of W; m n (4 read + 4 + 2 written).
-// Preconditions: n a multiple of 64, k of 32; buffers 16-byte aligned, feature_pitch a multiple of 4.
+// Preconditions: n and k multiples of 32; buffers 16-byte aligned, feature_pitch a multiple of 4.
 #include "model/epilogues.cuh"
 
 LINEAR_KERNELS(project, false)

@@ -9,7 +9,7 @@
 
 use crate::checkpoint::config::{self, TargetConfig};
 use crate::gpu::device::{Buffer, Device};
-use crate::gpu::kernels::attention::{self, Attention, Mask, Paged, Prefill};
+use crate::gpu::kernels::attention::{self, Attention, MAX_GROUP, Mask, Paged, Prefill};
 use crate::gpu::kernels::embedding::Embedding;
 use crate::gpu::kernels::head::Head;
 use crate::gpu::kernels::inject::Inject;
@@ -312,10 +312,10 @@ impl config::Stack {
 /// Refuses shapes that the kernels do not support. The error names the field of the config.
 fn check(c: &config::Stack) -> Result<()> {
     let needs = [
-        (c.hidden.is_multiple_of(64), "hidden_size", c.hidden, "a multiple of 64"),
+        (c.hidden.is_multiple_of(32), "hidden_size", c.hidden, "a multiple of 32"),
         (c.intermediate.is_multiple_of(32), "intermediate_size", c.intermediate, "a multiple of 32"),
         (c.head_dim == 64 || c.head_dim == 128, "head_dim", c.head_dim, "64 or 128"),
-        (c.heads <= 8 * c.kv_heads, "num_attention_heads", c.heads, "at most 8 heads on each key/value head"),
+        (c.heads <= MAX_GROUP * c.kv_heads, "num_attention_heads", c.heads, "at most 32 per key/value head"),
         (c.rope.rotary_dims == c.head_dim, "the number of rotated dims", c.rope.rotary_dims, "all of a head"),
     ];
     for (holds, field, found, expected) in needs {

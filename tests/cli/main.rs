@@ -12,5 +12,6 @@ mod plan;
 mod profile;
 mod profiling_tools;
 mod prompts;
+mod published;
 mod stops;
 mod tools;

@@ -551,7 +551,7 @@ fn any_config_is_planned_or_refused_by_name() {
     for _ in 0..60 {
         let mut one_of = |sizes: &[usize]| sizes[random.below(sizes.len())];
         let kv_heads = one_of(&[1, 3, 8, 128]);
-        let hidden = one_of(&[64, 192, 4096, 16384, 65536]);
+        let hidden = one_of(&[64, 96, 4096, 16384, 65536]);
         let target = support::Target {
             hidden,
             intermediate: one_of(&[32, 96, 53248, 1 << 20]),

@@ -13,6 +13,7 @@ mod device_verification;
 mod faults;
 mod generation;
 mod lossless;
+mod smollm2;
 mod soak;
 mod trees;
 mod verification;

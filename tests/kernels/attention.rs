@@ -15,8 +15,10 @@ fn every_head_group_and_size_equals_f64() {
     every_device(|device| {
         let mut random = Random::new(1);
         for head_dim in [64, 128] {
-            // Groups of 1 to 8 query heads per KV head.
-            for (heads, kv_heads) in [(2, 2), (4, 2), (3, 1), (8, 2), (5, 1), (6, 1), (14, 2), (8, 1)] {
+            // Groups of 1 to 8 query heads per KV head, 12, 16, and the most.
+            let groups =
+                [(2, 2), (4, 2), (9, 3), (8, 2), (5, 1), (6, 1), (14, 2), (8, 1), (12, 1), (32, 2), (32, 1)];
+            for (heads, kv_heads) in groups {
                 for (mask, rows) in
                     [(MaskMode::Chain, 1), (MaskMode::Chain, 3), (MaskMode::Block, 9), (MaskMode::Tree, 17)]
                 {
@@ -87,10 +89,13 @@ fn trees_and_blocks_of_64_rows_equal_f64() {
 #[test]
 fn five_schedules_and_two_threads_give_equal_bits() {
     let mut random = Random::new(4);
-    for (mask, head_dim, window) in
-        [(MaskMode::Chain, 64, 0), (MaskMode::Tree, 128, 100), (MaskMode::Block, 64, 40)]
-    {
-        let shape = shape(mask, head_dim, 8, 2, window);
+    for (mask, head_dim, (heads, kv_heads), window) in [
+        (MaskMode::Chain, 64, (9, 3), 0),
+        (MaskMode::Tree, 128, (8, 2), 100),
+        (MaskMode::Tree, 64, (16, 1), 0),
+        (MaskMode::Block, 64, (32, 1), 40),
+    ] {
+        let shape = shape(mask, head_dim, heads, kv_heads, window);
         let sequences: Vec<Sequence> =
             [(300, 16), (0, 0), (250, 13)].map(|(c, r)| Sequence::new(&shape, c, r, &mut random)).into();
         let test = |device: &dyn Device| to_bytes(&check(device, &shape, 16, &sequences).concat());
@@ -327,7 +332,7 @@ fn prefill(device: &dyn Device, shape: &Shape, chunks: &[usize], s: &Sequence) -
 fn prefill_equals_f64_and_its_bits_do_not_depend_on_chunks() {
     let mut random = Random::new(10);
     for (head_dim, heads, kv_heads, window, context) in
-        [(64, 4, 1, 0, 0), (128, 3, 1, 0, 70), (64, 1, 1, 50, 0), (128, 8, 1, 64, 200), (64, 2, 2, 1, 63)]
+        [(64, 4, 1, 0, 0), (128, 3, 1, 0, 70), (64, 1, 1, 50, 0), (128, 32, 1, 64, 200), (64, 9, 3, 1, 63)]
     {
         let shape = shape(MaskMode::Chain, head_dim, heads, kv_heads, window);
         let s = Sequence::new(&shape, context, 150, &mut random);
@@ -522,7 +527,7 @@ fn unsupported_shapes_are_refused() {
         assert!(matches!(&error, Error::Internal(text) if text.contains(part)), "{error}: {part}");
     };
     let layer = |layer: Layer| Attention { layer, ..good };
-    refused(layer(Layer { heads: 18, ..good.layer }), "18 heads of 64 on 2 key/value heads");
+    refused(layer(Layer { heads: 66, ..good.layer }), "66 heads of 64 on 2 key/value heads");
     refused(layer(Layer { heads: 5, ..good.layer }), "5 heads of 64 on 2");
     refused(layer(Layer { kv_heads: 0, ..good.layer }), "on 0 key/value heads");
     refused(layer(Layer { head_dim: 96, ..good.layer }), "heads of 96");

@@ -71,7 +71,7 @@ fn project_adds_the_residual_and_prepares_the_next_norm() {
     let ks = [32, 64, 96, 256, 544, 1024, 1056, 2048, 4384];
     assert_eq!(Shape { n: 64, k: 4384 }.slices(), (18, 8));
     for (i, rows) in ROWS.into_iter().enumerate() {
-        let shape = Shape { n: [64, 128, 192, 320][i % 4], k: ks[i % 9] };
+        let shape = Shape { n: [64, 128, 192, 352][i % 4], k: ks[i % 9] };
         let Shape { n, .. } = shape;
         let data = Data::new(i as u64, rows, shape);
         let mut random = Random::new(100 + i as u64);
@@ -359,7 +359,7 @@ fn qkv_norms_rotates_and_stores_in_the_right_slots() {
     for (i, rows) in ROWS.into_iter().enumerate() {
         let (heads, kv_heads, head_dim) = HEADS[i % HEADS.len()];
         let mut cache = cache(70 + i as u64, rows, heads, kv_heads, head_dim, i % 4 != 3);
-        cache.qkv.k = [64, 160, 512, 1024, 544][i % 5];
+        cache.qkv.k = [64, 160, 512, 1024, 576][i % 5];
         let mut data = Data::new(80 + i as u64, rows, cache.qkv.shape());
         if i % 3 == 1 {
             // Heads with a mean square of about eps.
@@ -424,7 +424,7 @@ fn invalid_rows_and_pages_are_not_written() {
 fn injection_gathers_features_and_zeros_missing_ones() {
     let feature_rows = 21;
     for (i, rows) in ROWS.into_iter().enumerate() {
-        let shape = Shape { n: [64, 192, 256][i % 3], k: [320, 1056, 96, 1536, 4384][i % 5] };
+        let shape = Shape { n: [64, 160, 256][i % 3], k: [320, 1056, 96, 1536, 4384][i % 5] };
         let Shape { n, k } = shape;
         let data = Data::new(110 + i as u64, feature_rows, shape);
         let mut random = Random::new(120 + i as u64);

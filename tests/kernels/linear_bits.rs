@@ -328,7 +328,7 @@ fn launches_refuse_wrong_sizes() {
 
     let out = ProjectBuffers { x: &small, y: &small, sumsq: &small, gain: &small, features: None };
     let unnormed = at.layer.input(false);
-    refused(Project { rows: 1, n: 96, k: 96 }.launch(&device, &unnormed, &out), "96 outputs");
+    refused(Project { rows: 1, n: 80, k: 96 }.launch(&device, &unnormed, &out), "80 outputs");
     refused(Project { rows: 1, n: 64, k: 96 }.launch(&device, &good, &out), "sums of squares");
     let out = ProjectBuffers {
         features: Some((&small, 66)),

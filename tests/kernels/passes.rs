@@ -180,12 +180,17 @@ fn tokens(pair: &Pair, count: usize, seed: u64) -> Vec<u32> {
     (0..count).map(|_| random.below(pair.target.config.vocab) as u32).collect()
 }
 
+fn opened(written: support::Pair) -> (support::Pair, Pair) {
+    let pair = Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap();
+    (written, pair)
+}
+
 /// A random pair with heads of 128, groups of 3 and 1, a target without q/k norm, an untied head and odd
 /// sizes.
 fn random_pair() -> (support::Pair, Pair) {
     let target = support::Target {
         llama: true,
-        hidden: 192,
+        hidden: 160,
         intermediate: 160,
         layers: 3,
         heads: 3,
@@ -205,9 +210,31 @@ fn random_pair() -> (support::Pair, Pair) {
         dtype: dflash::checkpoint::safetensors::Dtype::Bf16,
         ..support::Drafter::default()
     };
-    let written = support::write_pair(&target, &drafter);
-    let pair = Pair::open(support::disk(&written.target), Some(support::disk(&written.drafter))).unwrap();
-    (written, pair)
+    opened(support::write_pair(&target, &drafter))
+}
+
+/// The heads and the hidden size of SmolLM2-135M: 9 heads of 64 on 3 KV heads, 4.5 blocks of 128 columns.
+fn nine_heads() -> (support::Pair, Pair) {
+    let target = support::Target {
+        llama: true,
+        hidden: 576,
+        intermediate: 96,
+        layers: 2,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        vocab: 301,
+        ..support::Target::default()
+    };
+    let drafter = support::Drafter {
+        intermediate: 96,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        taps: vec![0],
+        ..support::Drafter::default()
+    };
+    opened(support::write_pair(&target, &drafter))
 }
 
 fn close(what: &str, out: &[f32], reference: &[f32]) {
@@ -238,8 +265,9 @@ fn chunks_and_blocks_of_the_demo_target_equal_the_reference() {
 
 #[test]
 fn chunks_and_blocks_of_a_random_target_equal_the_reference() {
-    let pair = &random_pair().1;
-    every_device(|device| chunks_and_blocks_equal_the_reference(device, pair));
+    for pair in [random_pair().1, nine_heads().1] {
+        every_device(|device| chunks_and_blocks_equal_the_reference(device, &pair));
+    }
 }
 
 fn steps_equal_blocks_bit_for_bit(device: &dyn Device, pair: &Pair) {
@@ -373,8 +401,9 @@ fn drafts_of_the_demo_drafter_equal_the_reference() {
 
 #[test]
 fn drafts_of_a_random_drafter_equal_the_reference() {
-    let pair = &random_pair().1;
-    every_device(|device| draft_equals_the_reference(device, pair));
+    for pair in [random_pair().1, nine_heads().1] {
+        every_device(|device| draft_equals_the_reference(device, &pair));
+    }
 }
 
 #[test]

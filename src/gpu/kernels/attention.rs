@@ -61,6 +61,9 @@ const fn prefill(name: &'static str, head_dim: usize) -> Kernel {
 const SPLITS_PER_GROUP: usize = 8;
 /// Maximum groups of splits: their scale factors must fit into the smallest kernel's shared memory for keys.
 const MAX_GROUPS: usize = 64;
+/// Maximum query heads per key/value head. The tiles of a sequence's rows are a dimension of the grid, which has
+/// at most 65535 blocks: 1024 sequences of 64 rows and 32 heads.
+pub const MAX_GROUP: usize = 32;
 /// Maximum cache slots of a sequence.
 pub const MAX_SLOTS: usize = split_start(MAX_GROUPS * SPLITS_PER_GROUP);
 
@@ -103,7 +106,7 @@ pub fn split_of(slot: usize) -> usize {
 /// Heads, cache and window of a layer.
 #[derive(Debug, Clone, Copy)]
 pub struct Layer {
-    /// Query heads, 1 to 8 per key/value head.
+    /// Query heads, 1 to [`MAX_GROUP`] per key/value head.
     pub heads: usize,
     /// Key/value heads, 1 to 65535.
     pub kv_heads: usize,
@@ -320,11 +323,12 @@ impl Layer {
 
     fn check(&self, check: &Check) -> Result<()> {
         let Layer { heads, kv_heads, head_dim, pages, pages_per_sequence, window, .. } = *self;
-        let groups = kv_heads > 0 && heads.is_multiple_of(kv_heads) && (1..=8).contains(&(heads / kv_heads));
+        let groups =
+            kv_heads > 0 && heads.is_multiple_of(kv_heads) && (1..=MAX_GROUP).contains(&(heads / kv_heads));
         check.that(
             groups && kv_heads <= 65535 && [64, 128].contains(&head_dim),
             format_args!("{heads} heads of {head_dim} on {kv_heads} key/value heads"),
-            "heads of 64 or 128, 1 to 8 of them per key/value head",
+            format_args!("heads of 64 or 128, 1 to {MAX_GROUP} of them per key/value head"),
         )?;
         let max = 1 << 31;
         check.that(

@@ -16,7 +16,7 @@ static KERNELS: Kernels = kernels(
 pub struct Inject {
     /// Rows, at least 1.
     pub rows: usize,
-    /// Outputs: the drafter's hidden size, a multiple of 64.
+    /// Outputs: the drafter's hidden size, a multiple of 32.
     pub n: usize,
     /// Inputs: tapped layers times the target's hidden size, a multiple of 32.
     pub k: usize,

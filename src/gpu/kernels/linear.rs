@@ -309,7 +309,7 @@ impl<'a> Launch<'a> {
     }
 }
 
-/// Checks the common arguments of `project` and `inject`: a multiple of 64 outputs, an input that is not
+/// Checks the common arguments of `project` and `inject`: a multiple of 32 outputs, an input that is not
 /// scaled, and the buffers `y` `[rows][n]` bf16, `sumsq` `[rows][parts]` f32 and `gain` `[n]` f32.
 pub(super) fn check_unscaled(
     check: &Check,
@@ -319,7 +319,7 @@ pub(super) fn check_unscaled(
     [y, sumsq, gain]: [&Buffer; 3],
 ) -> Result<()> {
     let n = shape.n;
-    check.that(n.is_multiple_of(64), format_args!("{n} outputs"), "a multiple of 64")?;
+    check.that(n.is_multiple_of(32), format_args!("{n} outputs"), "a multiple of 32")?;
     let expected = "none, since results are not scaled";
     check.that(input.sumsq.is_none(), "sums of squares of the input", expected)?;
     check.aligned("y", y, rows * n * 2)?;

@@ -16,7 +16,7 @@ pub const PART: usize = 128;
 pub struct Norm {
     /// Rows, 1 to 65535.
     pub rows: usize,
-    /// Hidden size, a multiple of 64, at most 65536.
+    /// Hidden size, a multiple of 32, at most 65536.
     pub hidden: usize,
 }
 
@@ -81,9 +81,9 @@ impl Norm {
         let Norm { rows, hidden } = *self;
         let check = Check(kernel);
         check.that(
-            (1..=65535).contains(&rows) && (64..=65536).contains(&hidden) && hidden.is_multiple_of(64),
+            (1..=65535).contains(&rows) && (32..=65536).contains(&hidden) && hidden.is_multiple_of(32),
             format_args!("{rows} rows of {hidden} columns"),
-            "1 to 65535 rows of a multiple of 64 columns, up to 65536",
+            "1 to 65535 rows of a multiple of 32 columns, up to 65536",
         )?;
         check.aligned("y", y, rows * hidden * 2)?;
         check.aligned("x", x, rows * hidden * 4)?;

@@ -16,7 +16,7 @@ static KERNELS: Kernels = kernels(
 pub struct Project {
     /// Rows, at least 1.
     pub rows: usize,
-    /// Outputs: the hidden size, a multiple of 64.
+    /// Outputs: the hidden size, a multiple of 32.
     pub n: usize,
     /// Inputs, a multiple of 32.
     pub k: usize,
