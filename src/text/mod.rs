@@ -5,13 +5,20 @@
 //! | [`tokenizer`] | text to ids, ids to text token by token |
 //! | [`chat_template`] | a conversation to one text, by the model's jinja template |
 //! | [`prompts`] | prompts, and files of prompts, to checked token ids |
+//! | `jinja`, `template_source` | the jinja of templates, as Python's jinja2 has it |
+//! | `python`, `python_methods`, `strftime` | Python's text forms, methods and dates, which templates use |
 //! | `decoding` | token strings to bytes, as `tokenizer.json` specifies |
 //! | `stop_strings` | ends a streamed text before the first stop string |
 //! | [`untrusted`] | runs code on untrusted input on a large stack and turns panics into errors |
 
 pub mod chat_template;
 mod decoding;
+mod jinja;
 pub mod prompts;
+mod python;
+mod python_methods;
 mod stop_strings;
+mod strftime;
+mod template_source;
 pub mod tokenizer;
 pub mod untrusted;

@@ -41,7 +41,7 @@ pub fn demo_template() -> (String, String) {
 pub fn check(job: &Job, pair: &Pair, text: &Text) -> Result<()> {
     text.stream(&job.stop)?;
     match text.has_template() {
-        true => Ok(()),
+        true => text.check_template(&job.variables),
         false => Err(without_template("--chat needs", &pair.target.folder.described())),
     }
 }
