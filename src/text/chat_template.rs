@@ -1,14 +1,122 @@
-//! Chat templates: jinja with the filters, functions and whitespace rules of Hugging Face.
+//! Chat templates: which one a conversation gets, what it reads, and its rendering.
 //!
 //! A template comes with a checkpoint and is untrusted. Its length and the number of instructions per
 //! rendering are bounded. The memory it allocates is not, as in Hugging Face's sandbox.
 
-use crate::error::one_line;
+use crate::checkpoint::folder::Folder;
+use crate::checkpoint::json::LFS_POINTER;
+use crate::error::{excerpt, one_line};
+use crate::text::jinja::{self, Raised};
+use crate::text::template_source::Source;
 use crate::text::untrusted::{TEMPLATE_STACKS, guarded};
 use crate::{Error, Result};
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::value::{Serde, Value};
 use minijinja::{Environment, ErrorKind};
+use std::collections::BTreeSet;
+
+/// The file of the template for conversations with tools.
+const TOOL_USE_FILE: &str = "additional_chat_templates/tool_use.jinja";
+
+/// The chat templates of a target.
+pub(crate) struct ChatTemplates {
+    /// (name, template), as Hugging Face names them: `default`, and perhaps `tool_use` and others. A fault of a
+    /// template is an error only when the template is used.
+    named: Vec<(String, Result<Template>)>,
+    /// The end of the error for an absent template, which names the places where it could be.
+    absent: String,
+}
+
+impl ChatTemplates {
+    /// Finds the templates as Hugging Face does: `given` (name in errors, source), or the files of the folder,
+    /// or else `field`, the field `chat_template` of `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the given template does not parse.
+    pub(crate) fn open(
+        folder: &Folder,
+        field: Option<serde_json::Value>,
+        given: Option<(&str, String)>,
+    ) -> Result<Self> {
+        let config = folder.path("tokenizer_config.json");
+        let files = [("default", "chat_template.jinja"), ("tool_use", TOOL_USE_FILE)];
+        let absent = format!("is absent, and neither {} nor {config} has one", folder.path(files[0].1));
+        if let Some((name, source)) = given {
+            let template = Template::parse(name.into(), source, true)?;
+            return Ok(ChatTemplates { named: vec![("default".into(), Ok(template))], absent });
+        }
+        let read = |file: &str| -> Result<Option<Template>> {
+            let Some(bytes) = folder.file(file)? else { return Ok(None) };
+            let path = folder.path(file);
+            if bytes.starts_with(LFS_POINTER) {
+                let what = "is a Git LFS pointer, the file itself was not fetched";
+                return Err(Error::Model(format!("{path} {what}")));
+            }
+            let source =
+                std::str::from_utf8(&bytes).map_err(|e| Error::Model(format!("{path} is not UTF-8: {e}")))?;
+            Template::parse(path, source.into(), false).map(Some)
+        };
+        let mut named: Vec<(String, Result<Template>)> = files
+            .into_iter()
+            .filter_map(|(name, file)| Some((name.into(), read(file).transpose()?)))
+            .collect();
+        if named.is_empty() {
+            let path = format!("{config}: chat_template");
+            named = match field_templates(field) {
+                Some(sources) => sources
+                    .into_iter()
+                    .map(|(name, source)| (name, Template::parse(path.clone(), source, false)))
+                    .collect(),
+                None => {
+                    let what = format!("{path} is neither a string nor a list of {{name, template}}");
+                    vec![("default".into(), Err(Error::Model(what)))]
+                }
+            };
+        }
+        Ok(ChatTemplates { named, absent })
+    }
+
+    /// Whether there are no templates at all, valid or not.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.named.is_empty()
+    }
+
+    /// The template for a conversation: `tool_use` for one with tools if there is such a template, else
+    /// `default`.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if there is no such template; the template's own fault.
+    pub(crate) fn pick(&self, with_tools: bool) -> Result<&Template> {
+        let find = |wanted: &str| self.named.iter().rev().find(|(name, _)| name == wanted);
+        match find("tool_use").filter(|_| with_tools).or_else(|| find("default")) {
+            Some((_, template)) => template.as_ref().map_err(Error::clone),
+            None if self.is_empty() => Err(Error::option("chat_template", &*self.absent)),
+            None => {
+                let names: Vec<String> = self.named.iter().map(|(name, _)| excerpt(name)).collect();
+                let names = excerpt(&names.join(", "));
+                let problem =
+                    format!("is absent, and the target has only the chat template {names}, expected default");
+                Err(Error::option("chat_template", problem))
+            }
+        }
+    }
+}
+
+/// The templates (name, source) of the field `chat_template`; `None` if it is malformed.
+fn field_templates(field: Option<serde_json::Value>) -> Option<Vec<(String, String)>> {
+    use serde_json::Value as Json;
+    let text = |value: Option<&Json>| value.and_then(Json::as_str).map(String::from);
+    match field {
+        None | Some(Json::Null) => Some(Vec::new()),
+        Some(Json::String(source)) => Some(vec![("default".into(), source)]),
+        Some(Json::Array(list)) => {
+            list.iter().map(|item| Some((text(item.get("name"))?, text(item.get("template"))?))).collect()
+        }
+        Some(Json::Object(map)) => {
+            map.into_iter().map(|(name, source)| Some((name, text(Some(&source))?))).collect()
+        }
+        Some(_) => None,
+    }
+}
 
 /// Maximum instructions of one rendering, enough for several thousand messages.
 const TEMPLATE_FUEL: u64 = 500_000;
@@ -24,6 +132,8 @@ pub(crate) struct Template {
     /// Whether it overrides the model's own template. Its faults are then [`Error::Usage`], not
     /// [`Error::Model`].
     from_user: bool,
+    /// The variables that it reads without setting them first.
+    reads: BTreeSet<String>,
 }
 
 impl Template {
@@ -33,23 +143,42 @@ impl Template {
             let what = format!("{name} has {} bytes, expected at most {TEMPLATE_LIMIT}", source.len());
             return Err(Self::fault(from_user, what));
         }
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|e| Error::Internal(e.to_string()))?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        let internal = |e: minijinja::Error| Error::Internal(e.to_string());
+        let mut environment = jinja::environment().map_err(internal)?;
         environment.set_fuel(Some(TEMPLATE_FUEL));
-        environment.add_filter("tojson", to_json);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
-        // Makes errors name undefined values.
-        environment.set_debug(true);
+        let Source { text, reads } = Source::new(&source);
         let parse = || {
-            let result = environment.add_template_owned("chat_template", source);
+            let result = environment.add_template_owned("chat_template", text);
             result.map_err(|e| Self::fault(from_user, Self::sentence(&name, "is not a template", &e)))
         };
         let panicked = |what| Self::fault(from_user, format!("{name} is not a template: {what}"));
         guarded(TEMPLATE_STACKS, parse, panicked)??;
-        Ok(Template { environment, name, from_user })
+        Ok(Template { environment, name, from_user, reads })
+    }
+
+    /// Checks that the template reads the tools and the variables that are given to it.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for tools, [`Error::Option`] for a variable.
+    pub(crate) fn check(&self, with_tools: bool, args: &[(String, serde_json::Value)]) -> Result<()> {
+        if with_tools && !self.reads.contains("tools") {
+            return Err(Error::Usage(format!("there are tools, but {} does not mention tools", self.name)));
+        }
+        let Some((name, _)) = args.iter().find(|(name, _)| !self.reads.contains(name)) else {
+            return Ok(());
+        };
+        const SHOWN: usize = 20;
+        let others: Vec<&str> =
+            self.reads.iter().map(String::as_str).filter(|name| *name != "messages").collect();
+        let shown: Vec<String> = others.iter().take(SHOWN).map(|name| excerpt(name)).collect();
+        let more = if others.len() > SHOWN { ", ..." } else { "" };
+        let expected = match shown.is_empty() {
+            true => "none".to_string(),
+            false => format!("one of {}{more}", shown.join(", ")),
+        };
+        let name = excerpt(name);
+        let problem = format!("is given {name}, which {} does not read: expected {expected}", self.name);
+        Err(Error::option("template_arg", problem))
     }
 
     /// Renders the template. `variables` is a JSON object.
@@ -88,221 +217,5 @@ impl Template {
             (kind, None) => kind.to_string(),
         };
         format!("{name} {verb}{place}: {detail}")
-    }
-}
-
-/// The message of a `raise_exception` call. Its type distinguishes it from a fault of the template.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Raised(String);
-
-fn raise_exception(message: String) -> std::result::Result<Value, minijinja::Error> {
-    Err(minijinja::Error::new(ErrorKind::InvalidOperation, "raised").with_source(Raised(message)))
-}
-
-/// `tojson` as Hugging Face defines it: Python's `json.dumps` with `ensure_ascii=False`, not jinja's
-/// HTML-safe filter.
-fn to_json(
-    value: Value,
-    indent: Option<usize>,
-    options: Kwargs,
-) -> std::result::Result<String, minijinja::Error> {
-    let indent = options.get::<Option<usize>>("indent")?.or(indent);
-    let separators = options.get::<Option<Vec<String>>>("separators")?;
-    let sort_keys = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
-    if options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false) {
-        return Err(minijinja::Error::new(
-            ErrorKind::InvalidOperation,
-            "tojson does not support ensure_ascii=true",
-        ));
-    }
-    options.assert_all_used()?;
-    let (item, key) = match separators.as_deref() {
-        None if indent.is_some() => (",", ": "),
-        None => (", ", ": "),
-        Some([item, key]) => (item.as_str(), key.as_str()),
-        Some(_) => {
-            return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "separators is not a pair"));
-        }
-    };
-    let value = serde_json::to_value(&value)
-        .map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))?;
-    let mut out = String::new();
-    write_json(&value, &JsonStyle { item, key, indent, sort_keys }, 0, &mut out);
-    Ok(out)
-}
-
-struct JsonStyle<'a> {
-    item: &'a str,
-    key: &'a str,
-    indent: Option<usize>,
-    sort_keys: bool,
-}
-
-fn write_json(value: &serde_json::Value, style: &JsonStyle, depth: usize, out: &mut String) {
-    let line = |depth: usize, out: &mut String| {
-        if let Some(indent) = style.indent {
-            out.push('\n');
-            out.extend(std::iter::repeat_n(' ', indent.saturating_mul(depth).min(1 << 16)));
-        }
-    };
-    match value {
-        serde_json::Value::Array(items) if !items.is_empty() => {
-            for (i, item) in items.iter().enumerate() {
-                out.push_str(if i == 0 { "[" } else { style.item });
-                line(depth + 1, out);
-                write_json(item, style, depth + 1, out);
-            }
-            line(depth, out);
-            out.push(']');
-        }
-        serde_json::Value::Object(map) if !map.is_empty() => {
-            let mut pairs: Vec<_> = map.iter().collect();
-            if style.sort_keys {
-                pairs.sort_by_key(|(key, _)| key.as_str());
-            }
-            for (i, (key, item)) in pairs.into_iter().enumerate() {
-                out.push_str(if i == 0 { "{" } else { style.item });
-                line(depth + 1, out);
-                out.push_str(&serde_json::Value::from(key.as_str()).to_string());
-                out.push_str(style.key);
-                write_json(item, style, depth + 1, out);
-            }
-            line(depth, out);
-            out.push('}');
-        }
-        leaf => out.push_str(&leaf.to_string()),
-    }
-}
-
-/// The current date and time, for templates that print it. It is in UTC, because the standard library does
-/// not know the local time zone.
-fn strftime_now(format: String) -> std::result::Result<String, minijinja::Error> {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs());
-    strftime(&format, now).map_err(|what| minijinja::Error::new(ErrorKind::InvalidOperation, what))
-}
-
-/// Python's `strftime` for a UTC time in seconds since 1970. Supports the directives that are common in
-/// prompts, and glibc's `-` flag for numbers without padding.
-fn strftime(format: &str, seconds: u64) -> std::result::Result<String, String> {
-    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
-    const MONTHS: [(&str, u64); 12] = [
-        ("January", 31),
-        ("February", 28),
-        ("March", 31),
-        ("April", 30),
-        ("May", 31),
-        ("June", 30),
-        ("July", 31),
-        ("August", 31),
-        ("September", 30),
-        ("October", 31),
-        ("November", 30),
-        ("December", 31),
-    ];
-    let leap = |year: u64| year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
-    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    let weekday = DAYS[(seconds / 86400 % 7) as usize];
-    let (mut year, mut day) = (1970, seconds / 86400);
-    while day >= 365 + u64::from(leap(year)) {
-        day -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let day_of_year = day + 1;
-    let mut month = 0;
-    while day >= MONTHS[month].1 + u64::from(month == 1 && leap(year)) {
-        day -= MONTHS[month].1 + u64::from(month == 1 && leap(year));
-        month += 1;
-    }
-    let (month_name, month, day) = (MONTHS[month].0, month as u64 + 1, day + 1);
-
-    let mut out = String::new();
-    let mut chars = format.chars();
-    while let Some(c) = chars.next() {
-        if c != '%' {
-            out.push(c);
-            continue;
-        }
-        let mut directive = chars.next();
-        let padded = directive != Some('-');
-        if !padded {
-            directive = chars.next();
-        }
-        let mut number = |value: u64, width: usize, fill: char| {
-            let digits = value.to_string();
-            let missing = if padded { width.saturating_sub(digits.len()) } else { 0 };
-            out.extend(std::iter::repeat_n(fill, missing));
-            out.push_str(&digits);
-        };
-        match directive {
-            Some('Y') => number(year, 4, '0'),
-            Some('y') => number(year % 100, 2, '0'),
-            Some('m') => number(month, 2, '0'),
-            Some('d') => number(day, 2, '0'),
-            Some('e') => number(day, 2, ' '),
-            Some('j') => number(day_of_year, 3, '0'),
-            Some('H') => number(hour, 2, '0'),
-            Some('I') => number((hour + 11) % 12 + 1, 2, '0'),
-            Some('M') => number(minute, 2, '0'),
-            Some('S') => number(second, 2, '0'),
-            Some('p') => out.push_str(if hour < 12 { "AM" } else { "PM" }),
-            Some('B') => out.push_str(month_name),
-            Some('b') => out.push_str(&month_name[..3]),
-            Some('A') => out.push_str(weekday),
-            Some('a') => out.push_str(&weekday[..3]),
-            Some('F') => out.push_str(&strftime("%Y-%m-%d", seconds)?),
-            Some('T') => out.push_str(&strftime("%H:%M:%S", seconds)?),
-            Some('Z') => out.push_str("UTC"),
-            Some('z') => out.push_str("+0000"),
-            Some('%') => out.push('%'),
-            Some(other) => return Err(format!("strftime_now does not know %{other}")),
-            None => return Err("strftime_now: the format ends in %".into()),
-        }
-    }
-    Ok(out)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::strftime;
-
-    #[test]
-    fn dates_are_those_of_the_calendar() {
-        // From Python: datetime.fromtimestamp(t, timezone.utc).strftime(...)
-        let format = "%Y-%m-%d %H:%M:%S %j %a %b|%A %B %-d %e %I%p %y %F %T %Z%z 100%%";
-        for (seconds, expected) in [
-            (
-                0,
-                "1970-01-01 00:00:00 001 Thu Jan|Thursday January 1  1 12AM 70 1970-01-01 00:00:00 UTC+0000 100%",
-            ),
-            (
-                946684799,
-                "1999-12-31 23:59:59 365 Fri Dec|Friday December 31 31 11PM 99 1999-12-31 23:59:59 UTC+0000 100%",
-            ),
-            (
-                951825601,
-                "2000-02-29 12:00:01 060 Tue Feb|Tuesday February 29 29 12PM 00 2000-02-29 12:00:01 UTC+0000 100%",
-            ),
-            (
-                978224523,
-                "2000-12-31 01:02:03 366 Sun Dec|Sunday December 31 31 01AM 00 2000-12-31 01:02:03 UTC+0000 100%",
-            ),
-            (
-                1709211909,
-                "2024-02-29 13:05:09 060 Thu Feb|Thursday February 29 29 01PM 24 2024-02-29 13:05:09 UTC+0000 100%",
-            ),
-            (
-                1772323200,
-                "2026-03-01 00:00:00 060 Sun Mar|Sunday March 1  1 12AM 26 2026-03-01 00:00:00 UTC+0000 100%",
-            ),
-            (
-                4107585599,
-                "2100-03-01 11:59:59 060 Mon Mar|Monday March 1  1 11AM 00 2100-03-01 11:59:59 UTC+0000 100%",
-            ),
-        ] {
-            assert_eq!(strftime(format, seconds).unwrap(), expected);
-        }
-        assert!(strftime("%Q", 0).unwrap_err().contains("%Q"));
-        assert!(strftime("100%", 0).is_err());
     }
 }

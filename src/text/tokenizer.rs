@@ -10,7 +10,7 @@ use crate::checkpoint::folder::Folder;
 use crate::checkpoint::json::{self, LFS_POINTER};
 use crate::checkpoint::stop_ids::StopIds;
 use crate::error::{excerpt, one_line};
-use crate::text::chat_template::Template;
+use crate::text::chat_template::{ChatTemplates, Template};
 use crate::text::decoding::{DecoderFile, Decoding, Piece, byte_length};
 use crate::text::message::Message;
 use crate::text::special_tokens::SpecialTokens;
@@ -32,12 +32,10 @@ pub struct Text {
     bos: Option<u32>,
     /// The special tokens that its other files name. Those with a name are template variables.
     specials: SpecialTokens,
-    template: Option<Template>,
+    templates: ChatTemplates,
     /// The context that texts are for ([`Text::limit`]).
     context: Option<usize>,
     longest_token: Option<LongestToken>,
-    /// The end of the error for an absent template, which names the places where it could be.
-    without_template: String,
 }
 
 /// The fields of `tokenizer_config.json` that are used. `clean_up_tokenization_spaces` is ignored on purpose:
@@ -45,21 +43,8 @@ pub struct Text {
 #[derive(Deserialize, Default)]
 #[serde(default)]
 struct TokenizerConfig {
-    chat_template: Option<Templates>,
+    chat_template: Option<serde_json::Value>,
     add_bos_token: Option<bool>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "`chat_template` is neither a string nor a list of {name, template}")]
-enum Templates {
-    One(String),
-    Named(Vec<NamedTemplate>),
-}
-
-#[derive(Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
 }
 
 /// The parts of `tokenizer.json` that this module reads itself.
@@ -95,8 +80,9 @@ struct AddedToken {
 }
 
 impl Text {
-    /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`.
-    /// `template` overrides the folder's chat template: (name in errors, source).
+    /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and the chat templates.
+    /// `template` overrides the folder's chat templates: (name in errors, source). A fault of the folder's
+    /// templates is an error only when they are used.
     ///
     /// # Errors
     /// [`Error::Model`] for a file that is missing or malformed; [`Error::Unsupported`] for a decoder whose
@@ -153,39 +139,15 @@ impl Text {
             Some(bytes) => json::parse(&config_path, &bytes)?,
             None => TokenizerConfig::default(),
         };
-        let template_path = folder.path("chat_template.jinja");
-        let template = match (template, folder.file("chat_template.jinja")?) {
-            (Some((name, source)), _) => Some(Template::parse(name.into(), source, true)?),
-            (None, Some(bytes)) => {
-                if bytes.starts_with(LFS_POINTER) {
-                    let what = "is a Git LFS pointer, the file itself was not fetched";
-                    return Err(Error::Model(format!("{template_path} {what}")));
-                }
-                let source = std::str::from_utf8(&bytes)
-                    .map_err(|e| Error::Model(format!("{template_path} is not UTF-8: {e}")))?;
-                Some(Template::parse(template_path.clone(), source.into(), false)?)
-            }
-            (None, None) => {
-                let source = config.chat_template.and_then(|templates| match templates {
-                    Templates::One(source) => Some(source),
-                    Templates::Named(list) => {
-                        list.into_iter().find(|t| t.name == "default").map(|t| t.template)
-                    }
-                });
-                let name = format!("{config_path}: chat_template");
-                source.map(|source| Template::parse(name, source, false)).transpose()?
-            }
-        };
 
         let mut text = Text {
             tokenizer,
             decoding,
             bos: None,
             specials,
-            template,
+            templates: ChatTemplates::open(folder, config.chat_template, template)?,
             context: None,
             longest_token,
-            without_template: format!("is absent, and neither {template_path} nor {config_path} has one"),
             path,
         };
         if config.add_bos_token == Some(true) {
@@ -207,9 +169,18 @@ impl Text {
         self.context = Some(context);
     }
 
-    /// Whether there is a chat template, which [`Text::encode_chat`] needs.
+    /// Whether there is a chat template, which [`Text::encode_chat`] needs. It may be invalid.
     pub fn has_template(&self) -> bool {
-        self.template.is_some()
+        !self.templates.is_empty()
+    }
+
+    /// Checks what [`Text::encode_chat`] can check without messages: that there is a valid chat template, and
+    /// that it reads the variables `args`.
+    ///
+    /// # Errors
+    /// As [`Text::encode_chat`].
+    pub fn check_template(&self, args: &[(String, serde_json::Value)]) -> Result<()> {
+        self.template(None, args).map(|_| ())
     }
 
     /// Converts raw text to token ids. Special tokens in the text are recognised. The bos token is added if
@@ -231,18 +202,17 @@ impl Text {
     /// none are added to its output.
     ///
     /// # Errors
-    /// [`Error::Option`] if there is no template or a variable is reserved; [`Error::Usage`] if the template
-    /// refuses the conversation (`raise_exception`). If the template itself fails: [`Error::Usage`] for an
-    /// overriding template, [`Error::Model`] for the folder's.
+    /// [`Error::Option`] if there is no template, or if a variable is reserved, has a wrong type or is not read
+    /// by the template; [`Error::Usage`] if the template does not read the tools or refuses the conversation
+    /// (`raise_exception`). If the template itself fails: [`Error::Usage`] for an overriding template,
+    /// [`Error::Model`] for the folder's.
     pub fn encode_chat(
         &self,
         messages: &[Message],
         tools: Option<&serde_json::Value>,
         args: &[(String, serde_json::Value)],
     ) -> Result<Vec<u32>> {
-        let Some(template) = &self.template else {
-            return Err(Error::option("chat_template", &*self.without_template));
-        };
+        let (template, tools) = self.template(tools, args)?;
         let mut variables = serde_json::Map::new();
         for (name, token) in &self.specials.named {
             variables.insert(name.clone(), token.content.as_str().into());
@@ -254,16 +224,60 @@ impl Text {
         // of Qwen3 falls by more than half.
         variables.insert("enable_thinking".into(), false.into());
         for (name, value) in args {
-            if name == "messages" {
-                return Err(Error::option(
-                    "template_arg",
-                    "is given messages, which is reserved for the conversation",
-                ));
-            }
-            variables.insert(name.clone(), value.clone());
+            // The program's own switches must be what `is true` and `is false` in templates compare with.
+            let is_switch = ["add_generation_prompt", "enable_thinking"].contains(&&**name);
+            let value = match value {
+                serde_json::Value::Null if is_switch => continue,
+                serde_json::Value::Number(number) if is_switch && number.as_u64().is_some_and(|n| n < 2) => {
+                    (number.as_u64() == Some(1)).into()
+                }
+                value if is_switch && !value.is_boolean() => {
+                    let value = excerpt(&value.to_string());
+                    return Err(Error::option(
+                        "template_arg",
+                        format!("is given {name}={value}, expected true or false"),
+                    ));
+                }
+                value => value.clone(),
+            };
+            variables.insert(name.clone(), value);
         }
         variables.insert("messages".into(), serde_json::json!(messages));
         self.ids(&template.render(serde_json::Value::Object(variables))?, false)
+    }
+
+    /// The template for a conversation with these tools and variables, after checks of both; and the tools.
+    fn template<'a>(
+        &self,
+        tools: Option<&'a serde_json::Value>,
+        args: &'a [(String, serde_json::Value)],
+    ) -> Result<(&Template, Option<&'a serde_json::Value>)> {
+        let given = |wanted: &str| args.iter().rev().find(|(name, _)| name == wanted).map(|(_, value)| value);
+        if given("messages").is_some() {
+            let problem = "is given messages, which is reserved for the conversation";
+            return Err(Error::option("template_arg", problem));
+        }
+        let tools = match (tools, given("tools").filter(|tools| !tools.is_null())) {
+            (Some(_), Some(_)) => {
+                return Err(Error::option(
+                    "template_arg",
+                    "is given tools, but the conversation has tools of its own",
+                ));
+            }
+            (tools, given) => tools.or(given),
+        };
+        if let Some(tools) = tools
+            && !tools.as_array().is_some_and(|list| list.iter().all(serde_json::Value::is_object))
+        {
+            return Err(Error::Usage(format!(
+                "tools is {}, expected a JSON array of objects",
+                excerpt(&tools.to_string())
+            )));
+        }
+        let template = self.templates.pick(tools.is_some())?;
+        template
+            .check(tools.and_then(|tools| tools.as_array()).is_some_and(|list| !list.is_empty()), args)?;
+        Ok((template, tools))
     }
 
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {

@@ -136,6 +136,8 @@ const PROMPTS: &str = r#"
 2 | x --chat-template ROOT/open.jinja | ROOT/open.jinja is not a template in line 1: syntax error: unexpected end of input, expected end of block
 2 | x --chat-template ROOT/raise.jinja | the prompt: ROOT/raise.jinja refuses this conversation: only two
 2 | x --chat-template ROOT/endless.jinja | the prompt: ROOT/endless.jinja failed in line 1: takes more than 500000 instructions
+2 | x --chat-template ROOT/ok.jinja --template-arg thinking=no | --template-arg is given thinking, which ROOT/ok.jinja does not read: expected none
+2 | x --chat-template ROOT/ok.jinja --template-arg t={'a':1} | --template-arg t is not JSON: key must be a string at line 1 column 2
 2 | x --chat-template ROOT/ok.jinja --template-arg messages=[] | --template-arg is given messages, which is reserved for the conversation
 "#;
 

@@ -81,7 +81,9 @@ pub fn exercise(files: &[(&str, &[u8])], template: Option<&str>) {
     for prompt in ["", "the the  é日本\u{0}👩‍💻 <s>\n", " a"] {
         let ids = or_sentence(text.encode(prompt)).unwrap_or_default();
         let user = Message::new("user", prompt);
-        or_sentence(text.encode_chat(&[user], None, &[]));
+        for tools in [None, Some(json!([{}]))] {
+            or_sentence(text.encode_chat(std::slice::from_ref(&user), tools.as_ref(), &[]));
+        }
         text.decode(&ids).unwrap();
     }
     let (_, _) =

@@ -2,6 +2,7 @@
 
 use crate::support::text;
 
+use dflash::checkpoint::folder::Folder;
 use dflash::text::message::Message;
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
@@ -116,120 +117,41 @@ const CONVERSATION: [(&str, &str); 6] = [
     ("user", "<result>7</result>"),
 ];
 
-/// Constructs of published templates and the output of Python's jinja2 for `CONVERSATION`, with Hugging
-/// Face's settings and filters.
-const CONSTRUCTS: [(&str, &str); 46] = [
-    (
-        "{{ none }}|{{ true }}|{{ 1.0 }}|{{ nothing }}|{{ [1, 'a'] }}|{{ {'a': none} }}",
-        "None|True|1.0||[1, 'a']|{'a': None}",
-    ),
-    ("{{ messages[0].nothing }}|{{ messages[0]['nothing'] is defined }}|{{ none.x }}", "|False|"),
-    (
-        "{{ messages | length }} {{ messages[-1].role }} {{ messages[1:3] | map(attribute='role') | join(',') }}",
-        "6 user user,assistant",
-    ),
-    ("{{ messages[::-1] | map(attribute='role') | join(',') }}", "user,user,tool,assistant,user,system"),
-    (r#"{{ 'a</think>b</think>\n\nc'.split('</think>')[-1].lstrip('\n') }}"#, "c"),
-    ("{{ 'a b  c'.split() | join('|') }}|{{ 'a,b,c'.split(',', 1) }}", "a|b|c|['a', 'b,c']"),
-    ("{{ 'abc'[1:] }}{{ 'abc'[-1] }}{{ 'abc'[::-1] }}", "bcccba"),
-    (r#"{{ '<a>&"\'' | tojson }}"#, r#""<a>&\"'""#),
-    (
-        "{{ {'b': 1, 'a': [1, 2, {}], 'c': []} | tojson(indent=2) }}",
-        "{\n  \"b\": 1,\n  \"a\": [\n    1,\n    2,\n    {}\n  ],\n  \"c\": []\n}",
-    ),
-    (
-        "{{ {'b': 1, 'a': [1, 2, {}], 'c': []} | tojson(sort_keys=true) }}",
-        r#"{"a": [1, 2, {}], "b": 1, "c": []}"#,
-    ),
-    ("{{ {'b': 1, 'a': [1, 2]} | tojson(separators=(',', ':')) }}", r#"{"b":1,"a":[1,2]}"#),
-    ("{{ {'b': 1, 'a': [1, 2]} | tojson(ensure_ascii=False, indent=none) }}", r#"{"b": 1, "a": [1, 2]}"#),
-    (
-        r#"{{ [1.5, 1.0, -3, none, true, 'é\n\t\u2028'] | tojson }}"#,
-        "[1.5, 1.0, -3, null, true, \"é\\n\\t\u{2028}\"]",
-    ),
-    ("{{ 'x' in 'xyz' }} {{ 'role' in messages[0] }} {{ 3 not in [1, 2] }}", "True True True"),
-    (
-        "{{ messages[0].items() | list | length }} {{ messages[0].get('role') }} {{ messages[0].get('zip', 'none') }}",
-        "2 system none",
-    ),
-    (
-        "{%- for k, v in {'a': 1, 'b': 2}.items() %}{{ k }}={{ v }}{{ ',' if not loop.last }}{% endfor %}",
-        "a=1,b=2",
-    ),
-    (
-        "{%- for m in messages if m.role == 'user' %}{{ loop.index }}/{{ loop.length }} {% endfor %}",
-        "1/3 2/3 3/3 ",
-    ),
-    (
-        "{%- for m in messages %}{% if loop.previtem is defined and loop.previtem.role == m.role %}same {% endif %}{% if m.role == 'tool' %}{% break %}{% endif %}{% endfor %}",
-        "",
-    ),
-    (
-        "{%- for m in messages %}{% if loop.nextitem is defined %}{{ loop.nextitem.role[0] }}{% endif %}{% endfor %}",
-        "uatuu",
-    ),
-    ("{%- for x in [] %}x{% else %}empty{% endfor %}", "empty"),
-    (
-        "{{ messages is sequence }} {{ messages[0] is mapping }} {{ 'a' is string }} {{ 1 is number }} {{ none is none }} {{ true is boolean }} {{ messages is iterable }} {{ tools is none }} {{ tools is defined }}",
-        "True True True True True True True True True",
-    ),
-    (
-        "{{ false is false }} {{ enable_thinking is false }} {{ add_generation_prompt is true }}",
-        "True True True",
-    ),
-    (
-        "{%- set ns = namespace(a=1, b='') %}{% for i in range(4) %}{% set ns.a = ns.a * 2 %}{% set ns.b = ns.b ~ i %}{% endfor %}{{ ns.a }}{{ ns.b }}",
-        "160123",
-    ),
-    (
-        "{%- macro m(x, y=2) %}{{ x }}{{ y }}{% if x > 0 %}{{ m(x - 1) }}{% endif %}{% endmacro %}{{ m(2, y=5) }}",
-        "251202",
-    ),
-    ("{%- macro outer() %}<{{ caller() }}>{% endmacro %}{% call outer() %}in{% endcall %}", "<in>"),
-    ("{%- set x %}block {{ 1 + 1 }}{% endset %}{{ x | upper }}", "BLOCK 2"),
-    ("{{ '%s is %d' | format('x', 3) }}", "x is 3"),
-    (
-        "{{ 'Hello World'.lower() }} {{ 'hello world' | title }} {{ 'hello'.capitalize() }} {{ 'a-b'.replace('-', '+') }} {{ ' x '.strip() }}.",
-        "hello world Hello World Hello a+b x.",
-    ),
-    ("{{ 7 // 2 }} {{ 7 / 2 }} {{ 7 % 3 }} {{ 2 ** 3 }} {{ -7 // 2 }} {{ 6 / 2 }}", "3 3.5 1 8 -4 3.0"),
-    (r#"{{ ['a', 'b'] | join('\n') }} {{ 'x' * 3 }} {{ [1] + [2] }}"#, "a\nb xxx [1, 2]"),
-    (
-        "{{ 'a' if nothing else 'b' }} {{ nothing | default('d') }} {{ none | default('d', true) }} {{ '' or 'z' }}",
-        "b d d z",
-    ),
-    (
-        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ messages | rejectattr('role', 'in', ['user', 'tool']) | list | length }}",
-        "3 2",
-    ),
-    ("{{ {'a': 1} | items | list }} {{ {'b': 1, 'a': 2} | dictsort }}", "[('a', 1)] [('a', 2), ('b', 1)]"),
-    (
-        "{{ [3, 1, 2] | sort | first }} {{ [1, 2] | last }} {{ 'abc' | reverse }} {{ [1,1,2] | unique | list }}",
-        "1 2 cba [1, 2]",
-    ),
-    (
-        r#"{{ 'text' | string }} {{ '5' | int + 1 }} {{ 'abc' | length }} {{ 'a\nb' | indent(2) }} {{ ' a ' | trim }}"#,
-        "text 6 3 a\n  b a",
-    ),
-    ("{{ dict(a=1)['a'] }} {{ ('a', 'b')[1] }} {{ 'a' ~ 1 ~ none ~ true }}", "1 b a1NoneTrue"),
-    ("{{ 'abc'.startswith(('x', 'a')) }} {{ 'abc'.find('c') }} {{ 'a b'.splitlines() }}", "True 2 ['a b']"),
-    ("{% if true %}\n   kept\n{% endif %}\nend", "   kept\nend"),
-    ("a {# comment #} b {{ '{{' }} {% raw %}{% x %}{% endraw %}", "a  b {{ {% x %}"),
-    (r#"{{ "it's" }} {{ '<b>' | safe }}"#, "it's <b>"),
-    ("{{- '  x' }}   ", "  x   "),
-    ("{{ [1, 2, 3] | sum }} {{ [1, 2, 3] | max }} {{ 3.7 | round }} {{ 3 | float }}", "6 3 4.0 3.0"),
-    ("{{ messages[0].content | safe | trim }} {{ messages[1].content[:7] }}", "Be brief. What is"),
-    ("{%- for a in 'abc' %}{{ a }}.{% endfor %}", "a.b.c."),
-    ("{{ messages[0].role == 'system' and messages | length > 1 }}", "True"),
-    ("{{ loop_var is not defined and not (tools and documents) }}", "True"),
-];
+/// What Python's jinja2 renders for templates, without and with tools; null where it fails. Written by
+/// `tools/chat-templates.py`.
+const EXPECTED: &str = include_str!("../data/templates/expected.json");
+/// The conversation, tools and variables of [`EXPECTED`].
+const CONTEXT: &str = include_str!("../data/templates/context.json");
 
 #[test]
 fn templates_print_the_same_as_jinja2() {
-    for (source, expected) in CONSTRUCTS {
-        let got = render(&with_template(source), &CONVERSATION, &[]);
-        assert_eq!(got.as_deref(), Ok(expected), "{source}");
+    let context: Value = serde_json::from_str(CONTEXT).unwrap();
+    let cases: Vec<Value> = serde_json::from_str(EXPECTED).unwrap();
+    let messages: Vec<Message> = serde_json::from_value(context["messages"].clone()).unwrap();
+    let variables = &context["variables"];
+    let config =
+        json!({"bos_token": variables["bos_token"], "eos_token": variables["eos_token"]}).to_string();
+    let mut wrong = Vec::new();
+    for case in &cases {
+        let (name, source) = (&case["name"], case["template"].as_str().unwrap());
+        let files = [
+            ("tokenizer.json", TOKENIZER),
+            ("chat_template.jinja", source),
+            ("tokenizer_config.json", &config),
+        ];
+        let text = open(&files).unwrap();
+        let reads_data = source.contains("{{ data") || source.contains("data.");
+        let args = reads_data.then(|| ("data".to_string(), variables["data"].clone()));
+        let args: Vec<(String, Value)> = args.into_iter().collect();
+        let with_tools = source.contains("tools").then_some((Some(&context["tools"]), "tools"));
+        for (tools, key) in [Some((None, "plain")), with_tools].into_iter().flatten() {
+            let got = text.encode_chat(&messages, tools, &args).and_then(|ids| text.decode(&ids));
+            if got.as_deref().ok() != case[key].as_str() {
+                wrong.push(format!("{name} {key}\n  expected {}\n  got      {got:?}", case[key]));
+            }
+        }
     }
+    assert!(cases.len() > 200 && wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 /// The expected texts here and in `header_templates_render` also come from jinja2.
@@ -299,6 +221,111 @@ fn a_given_template_overrides_the_file_and_the_config_field() {
         renders(open_with(&[tokenizer, ("chat_template.jinja", "{% if %}")], Some(("mine", "given")))),
         "given"
     );
+}
+
+#[test]
+fn conversations_with_tools_get_the_tool_use_template() {
+    let tokenizer = ("tokenizer.json", TOKENIZER);
+    let tools = json!([{"name": "f"}]);
+    let list = |names: &[&str]| {
+        let named =
+            names.iter().map(|name| json!({"name": name, "template": format!("{name} {{{{ tools }}}}")}));
+        json!({"chat_template": named.collect::<Vec<_>>()}).to_string()
+    };
+    let both = |text: &Text| {
+        [None, Some(&tools)].map(|tools| text.encode_chat(&[], tools, &[]).and_then(|ids| text.decode(&ids)))
+    };
+    let (default, used) = (Ok("default None".to_string()), Ok("tool_use [{'name': 'f'}]".to_string()));
+    let text = open(&[tokenizer, ("tokenizer_config.json", &list(&["tool_use", "default"]))]).unwrap();
+    assert_eq!(both(&text), [default.clone(), used.clone()]);
+    // Tools as a template variable are the same.
+    let args = [("tools".to_string(), tools.clone())];
+    assert_eq!(text.decode(&text.encode_chat(&[], None, &args).unwrap()), used);
+    assert!(text.encode_chat(&[], Some(&tools), &args).is_err());
+    // A file of its own for each; the field in the config then counts for nothing.
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("additional_chat_templates")).unwrap();
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+    write("tokenizer.json", TOKENIZER);
+    write("tokenizer_config.json", &list(&["default"]));
+    write("additional_chat_templates/tool_use.jinja", "tool_use {{ tools }}");
+    let folder = Folder::Disk(dir.path().into());
+    let [without, with] = both(&Text::open(&folder, None).unwrap());
+    assert_eq!(with, used);
+    let Err(Error::Option { name: "chat_template", problem }) = without else { panic!("{without:?}") };
+    assert_eq!(problem, "is absent, and the target has only the chat template tool_use, expected default");
+    write("chat_template.jinja", "default {{ tools }}");
+    assert_eq!(both(&Text::open(&folder, None).unwrap()), [default, used]);
+}
+
+#[test]
+fn tools_and_variables_that_no_template_reads_are_refused() {
+    let text = with_template(
+        "{% set a = a or b %}{% for c in d[e:] if c.f | g(h=i) is j %}{{ loop.k }}{% endfor %}{{ 'l' }}",
+    );
+    let message = |tools: Option<Value>, name: &str| {
+        let args = [(name.to_string(), json!(1))];
+        let args = if name.is_empty() { &args[..0] } else { &args[..] };
+        text.encode_chat(&[], tools.as_ref(), args).unwrap_err().to_string()
+    };
+    for unread in ["c", "f", "g", "h", "j", "k", "l", "loop", "enable_thinking", "messages2"] {
+        let message = message(None, unread);
+        let start = format!("template_arg is given {unread}, which ");
+        let end = "chat_template.jinja does not read: expected one of a, b, d, e, i";
+        assert!(message.starts_with(&start) && message.ends_with(end), "{message}");
+    }
+    for read in ["a", "b", "i"] {
+        assert_eq!(text.check_template(&[(read.to_string(), json!(1))]), Ok(()));
+    }
+    let unread = message(Some(json!([{"name": "f"}])), "");
+    assert!(
+        unread.starts_with("there are tools, but ") && unread.ends_with(" does not mention tools"),
+        "{unread}"
+    );
+    assert_eq!(message(Some(json!({"a": 1})), ""), "tools is {\"a\":1}, expected a JSON array of objects");
+    assert_eq!(message(Some(json!(["a"])), ""), "tools is [\"a\"], expected a JSON array of objects");
+    let none = with_template("x").check_template(&[("x".into(), json!(1))]).unwrap_err().to_string();
+    assert!(none.ends_with("chat_template.jinja does not read: expected none"), "{none}");
+}
+
+#[test]
+fn the_programs_own_switches_are_booleans() {
+    let text = with_template("{{ enable_thinking is true }} {{ enable_thinking is false }}");
+    for (value, expected) in [
+        (json!(true), "True False"),
+        (json!(1), "True False"),
+        (json!(false), "False True"),
+        (json!(0), "False True"),
+        (json!(null), "False True"),
+    ] {
+        assert_eq!(render(&text, &[], &[("enable_thinking", value)]).unwrap(), expected);
+    }
+    for value in [json!("False"), json!(2), json!(0.5), json!([])] {
+        let problem = format!("is given enable_thinking={value}, expected true or false");
+        let got = render(&text, &[], &[("enable_thinking", value)]);
+        assert_eq!(got, Err(Error::option("template_arg", problem)));
+    }
+}
+
+#[test]
+fn raw_text_never_needs_the_template() {
+    let config = r#"{"chat_template": 3}"#;
+    let broken = [
+        ("chat_template.jinja", &b"{% if %}"[..]),
+        ("chat_template.jinja", b"\xff"),
+        ("tokenizer_config.json", config.as_bytes()),
+    ];
+    for (file, bytes) in broken {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), TOKENIZER).unwrap();
+        std::fs::write(dir.path().join(file), bytes).unwrap();
+        let text = Text::open(&Folder::Disk(dir.path().into()), None).unwrap();
+        assert_eq!(text.encode("a"), DEMO.encode("a"));
+        assert!(text.has_template());
+        let Err(Error::Model(message)) = text.check_template(&[]) else { panic!("{file}") };
+        assert!(message.contains(file), "{message}");
+        assert_eq!(text.encode_chat(&[], None, &[]), Err(Error::Model(message)));
+    }
 }
 
 #[test]

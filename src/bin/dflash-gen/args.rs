@@ -139,9 +139,10 @@ pub struct Args {
     /// Use this chat template instead of the model's
     #[arg(long, value_name = "FILE", conflicts_with = "raw", help_heading = "Chat template")]
     pub chat_template: Option<PathBuf>,
-    /// Set a variable of the chat template; V is JSON, or else text; repeatable. Thinking is off
-    /// unless asked for by enable_thinking=true: published drafters were trained on answers
-    /// without it, and lose more than half of their acceptance with it
+    /// Set a variable of the chat template; V is true, yes, on, false, no, off or none in any
+    /// case, JSON, or else text; repeatable. Thinking is off unless asked for by
+    /// enable_thinking=true: published drafters were trained on answers without it, and lose
+    /// more than half of their acceptance with it
     #[arg(long, value_name = "K=V", action = ArgAction::Append, conflicts_with = "raw", verbatim_doc_comment)]
     #[arg(help_heading = "Chat template")]
     pub template_arg: Vec<String>,
@@ -316,14 +317,24 @@ fn is_none(dir: &Path) -> bool {
     dir.as_os_str() == "none"
 }
 
-/// `--template-arg`: the value is JSON if it parses as such, else text.
+/// `--template-arg`: the value is a word for a boolean or for none, JSON, or else text.
 fn template_variable(arg: &str) -> Result<(String, Value)> {
-    match arg.split_once('=') {
-        Some((name, value)) if !name.is_empty() => {
-            Ok((name.to_string(), serde_json::from_str(value).unwrap_or_else(|_| value.into())))
-        }
-        _ => Err(Error::Usage(format!("--template-arg is {arg:?}, expected NAME=VALUE"))),
-    }
+    let Some((name, text)) = arg.split_once('=').filter(|(name, _)| !name.is_empty()) else {
+        return Err(Error::Usage(format!("--template-arg is {arg:?}, expected NAME=VALUE")));
+    };
+    let value = match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" => true.into(),
+        "false" | "no" | "off" => false.into(),
+        "none" | "null" => Value::Null,
+        _ => match serde_json::from_str(text) {
+            Ok(value) => value,
+            Err(e) if text.starts_with(['[', '{', '"']) => {
+                return Err(Error::Usage(format!("--template-arg {name} is not JSON: {e}")));
+            }
+            Err(_) => text.into(),
+        },
+    };
+    Ok((name.into(), value))
 }
 
 /// A short random number, from the hash keys of the standard library.
@@ -352,6 +363,33 @@ mod tests {
             resolve(&["--target", "a", "--draft", "none", "--chat", "--template-arg", "x=[1]"]).unwrap();
         assert!(job.action == Action::Chat && !job.is_demo && job.drafter.is_none());
         assert_eq!(job.variables, [("x".into(), serde_json::json!([1]))]);
+    }
+
+    #[test]
+    fn template_arguments_are_words_json_or_text() {
+        use serde_json::json;
+        for (given, expected) in [
+            ("True", json!(true)),
+            ("yes", json!(true)),
+            ("ON", json!(true)),
+            ("False", json!(false)),
+            ("false", json!(false)),
+            ("no", json!(false)),
+            ("Off", json!(false)),
+            ("None", json!(null)),
+            ("null", json!(null)),
+            ("0", json!(0)),
+            ("\"no\"", json!("no")),
+            ("[1, true]", json!([1, true])),
+            ("a=b", json!("a=b")),
+            ("", json!("")),
+        ] {
+            assert_eq!(template_variable(&format!("x={given}")), Ok(("x".into(), expected)), "{given}");
+        }
+        for malformed in ["x=[True]", "x={'a': 1}", "x=\"a"] {
+            let message = template_variable(malformed).unwrap_err().to_string();
+            assert!(message.starts_with("--template-arg x is not JSON: "), "{message}");
+        }
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub fn check<'a>(inputs: &Inputs<'a>) -> Result<&'a Text> {
     text.stream(&inputs.job.stop)?;
     inputs.job.stop_ids(inputs.pair, Some(text), &inputs.job.stop)?;
     match text.has_template() {
-        true => Ok(text),
+        true => text.check_template(&inputs.job.variables).map(|()| text),
         false => Err(without_template("--chat needs", &folder.described())),
     }
 }
