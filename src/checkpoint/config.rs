@@ -333,16 +333,19 @@ pub fn check_pair(
     Ok(())
 }
 
+/// Makes an error of one kind from its sentence.
+type ErrorKind = fn(String) -> Error;
+
 /// What is wrong with taps of a target with this many layers: the kind of error, and a sentence without its
 /// subject.
-fn wrong_taps(taps: &[usize], target_layers: usize) -> Option<(fn(String) -> Error, String)> {
+fn wrong_taps(taps: &[usize], target_layers: usize) -> Option<(ErrorKind, String)> {
     if taps.is_empty() {
         return Some((Error::Model, "is empty, expected at least one layer".into()));
     }
     let last = target_layers - 1;
     taps.iter().enumerate().find_map(|(i, &tap)| match tap {
         _ if tap > last => Some((
-            Error::Model as fn(String) -> Error,
+            Error::Model as ErrorKind,
             format!("holds {tap}, expected layers from 0 to {last} (num_target_layers is {target_layers})"),
         )),
         _ if tap == last => Some((

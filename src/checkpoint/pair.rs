@@ -142,12 +142,11 @@ impl Pair {
     }
 }
 
+/// The configs of a target and its drafter, and notes for the user.
+type Configs = (TargetConfig, Option<(Folder, DrafterConfig)>, Vec<String>);
+
 /// Reads both configs and checks that the drafter was made for the target. Also returns notes for the user.
-fn open_configs(
-    target: &Folder,
-    drafter: Option<Folder>,
-    taps: Option<&[usize]>,
-) -> Result<(TargetConfig, Option<(Folder, DrafterConfig)>, Vec<String>)> {
+fn open_configs(target: &Folder, drafter: Option<Folder>, taps: Option<&[usize]>) -> Result<Configs> {
     let config = TargetConfig::open(target)?;
     let mut notes = config.notes.clone();
     let drafter = match drafter {
