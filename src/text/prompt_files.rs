@@ -188,7 +188,7 @@ fn content(key: &str, field: &Field) -> Result<(Content, Vec<String>)> {
                 true => Message::parse_sharegpt(message),
                 false => Message::parse(message),
             })?;
-            if field.array()?.iter().any(|message| is_sharegpt(message)) {
+            if field.array()?.iter().any(is_sharegpt) {
                 let asked = messages.iter().rposition(|message| message.role() != "assistant");
                 messages.truncate(asked.map_or(0, |last| last + 1));
             }
