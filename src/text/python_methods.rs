@@ -157,7 +157,7 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Value> {
             Ok(out.into())
         }
         "isspace" => whether(is_space),
-        "isdecimal" => whether(|c| c.is_ascii_digit() || c.is_numeric() && c.to_digit(10).is_some()),
+        "isdecimal" => whether(|c| c.is_ascii_digit()),
         "isdigit" => whether(|c| c.is_ascii_digit() || "²³¹⁰⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉".contains(c)),
         "istitle" => {
             let titled = string_method(text, "title", args)?;

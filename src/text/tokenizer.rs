@@ -7,7 +7,7 @@
 
 use crate::checkpoint::config::TargetConfig;
 use crate::checkpoint::folder::Folder;
-use crate::checkpoint::json::{self, LFS_POINTER};
+use crate::checkpoint::json;
 use crate::checkpoint::stop_ids::StopIds;
 use crate::error::{excerpt, one_line};
 use crate::text::chat_template::{ChatTemplates, Template};
@@ -73,10 +73,6 @@ struct ModelFile {
 struct AddedToken {
     id: u32,
     content: String,
-    #[serde(default)]
-    lstrip: bool,
-    #[serde(default)]
-    rstrip: bool,
 }
 
 impl Text {
@@ -127,12 +123,12 @@ impl Text {
                 )));
             }
         }
-        let longest_token = longest_token(&tokenizer, &file);
-        let decoding = Decoding::new(file.decoder, &path)?;
         let specials = SpecialTokens::open(folder)?;
         let named_bos = specials.named.iter().find(|(name, _)| name == "bos_token").map(|(_, bos)| bos);
         let bos_id = named_bos.and_then(|bos| tokenizer.token_to_id(&bos.content));
         guarded(TOKENIZER_STACKS, || specials.add_to(&mut tokenizer, folder, malformed), malformed)??;
+        let longest_token = longest_token(&tokenizer, &file);
+        let decoding = Decoding::new(file.decoder, &path)?;
 
         let config_path = folder.path("tokenizer_config.json");
         let config: TokenizerConfig = match folder.file("tokenizer_config.json")? {
@@ -415,11 +411,11 @@ fn longest_token(tokenizer: &Tokenizer, file: &TokenizerFile) -> Option<LongestT
             || (step["type"] == "Split" && step["behavior"] != "Removed")
     });
     // An added token may take in the spaces around it.
-    let takes_spaces = |token: &AddedToken| token.lstrip || token.rstrip;
+    let added_tokens = tokenizer.get_added_vocabulary().get_added_tokens_decoder();
     if file.model.kind.as_deref() != Some("BPE")
         || !(is_nfc || keeps_text)
         || !drops_nothing
-        || file.added_tokens.iter().any(takes_spaces)
+        || added_tokens.values().any(|token| token.lstrip || token.rstrip)
     {
         return None;
     }
@@ -436,7 +432,7 @@ fn longest_token(tokenizer: &Tokenizer, file: &TokenizerFile) -> Option<LongestT
         Some(true) => token.len(),
         _ => byte_length(token).unwrap_or(token.len()),
     };
-    let added = file.added_tokens.iter().map(|token| token.content.len());
+    let added = added_tokens.values().map(|token| token.content.len());
     let bytes = vocab.keys().map(bytes).chain(added).max()?;
     // NFC makes at most three bytes one: 9 bytes of Hangul letters become a syllable of 3.
     spells_bytes.then_some(LongestToken { bytes, shrinks: if is_nfc { 3 } else { 1 } })

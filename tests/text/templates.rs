@@ -127,7 +127,8 @@ const CONTEXT: &str = include_str!("../data/templates/context.json");
 fn templates_print_the_same_as_jinja2() {
     let context: Value = serde_json::from_str(CONTEXT).unwrap();
     let cases: Vec<Value> = serde_json::from_str(EXPECTED).unwrap();
-    let messages: Vec<Message> = serde_json::from_value(context["messages"].clone()).unwrap();
+    let messages = context["messages"].as_array().unwrap();
+    let messages: Vec<Message> = messages.iter().map(|m| Message::from_json("context", m).unwrap()).collect();
     let variables = &context["variables"];
     let config =
         json!({"bos_token": variables["bos_token"], "eos_token": variables["eos_token"]}).to_string();

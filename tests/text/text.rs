@@ -4,7 +4,6 @@
 use crate::support::text;
 
 use dflash::Error;
-use dflash::checkpoint::folder::Folder;
 use dflash::text::message::Message;
 use dflash::text::tokenizer::{Stream, Text};
 use proptest::prelude::*;
