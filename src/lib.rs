@@ -47,9 +47,9 @@
 //! | folder | owns |
 //! | --- | --- |
 //! | [`checkpoint`] | model folders: `config.json`, safetensors, target and drafter opened together |
-//! | [`text`] | tokenizer, chat templates, prompts, stop strings |
 //! | [`perf`] | rooflines and statistics of measurements |
 //! | [`spec`] | speculative decoding as mathematics: sampling, distributions, verification, trees |
+//! | [`text`] | tokenizer, chat templates, prompts, stop strings |
 //! | [`engine`] | the life of a request: prefill, rounds, stopping, statistics, the lossless check |
 //! | [`cpu`] | both models in f32 on the CPU: the reference that the kernels are tested against |
 //! | [`gpu`] | devices, kernels, models on a device, the round as one captured graph |

@@ -5,12 +5,13 @@
 
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::json::{Document, Field, Fields};
-use crate::checkpoint::layouts::{refuse_other_drafters, target_architecture};
-use crate::checkpoint::rope;
+pub use crate::checkpoint::layouts::Family;
+use crate::checkpoint::layouts::{refuse_other_drafters, refuse_quantised, target_architecture};
+use crate::checkpoint::rope::{self, MAX_POSITIONS};
 pub use crate::checkpoint::rope::{Rope, RopeScaling};
 use crate::checkpoint::stop_ids::StopIds;
 use crate::{Error, Result};
-use serde_json::{Map, Value};
+use serde_json::Map;
 
 // Bounds on sizes: far above every published model, and small enough that no product of sizes overflows a
 // u64.
@@ -20,7 +21,6 @@ const MAX_INTERMEDIATE: usize = 1 << 20;
 const MAX_HEADS: usize = 1 << 10;
 const MAX_HEAD_DIM: usize = 1 << 10;
 const MAX_VOCAB: usize = 1 << 24;
-pub(super) const MAX_POSITIONS: usize = 1 << 24;
 const MAX_BLOCK: usize = 1 << 10;
 
 /// The attention mask of one layer. Let `p` be the query's position and `k` the key's. Causal means `k <= p`.
@@ -56,15 +56,6 @@ pub struct Stack {
     pub attention: Vec<Attention>,
     /// Maximum positions of a sequence (`max_position_embeddings`).
     pub max_positions: usize,
-}
-
-/// Architectures of targets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Family {
-    /// `Qwen3ForCausalLM`
-    Qwen3,
-    /// `LlamaForCausalLM`
-    Llama,
 }
 
 /// A target: `config.json` of a Qwen3 or Llama causal language model.
@@ -460,18 +451,4 @@ fn windows(config: &Fields, family: Family, layers: usize) -> Result<Vec<Option<
         other => Err(config.unsupported(&field.name, other, "full_attention or (Qwen3) sliding_attention")),
     };
     list.iter().map(window_of).collect()
-}
-
-pub(super) fn refuse_quantised(config: &Fields) -> Result<()> {
-    for name in ["quantization_config", "quantization", "compression_config"] {
-        if let Some(field) = config.get(name) {
-            let method = field
-                .value
-                .get("quant_method")
-                .and_then(Value::as_str)
-                .unwrap_or("present without a quant_method");
-            return Err(config.unsupported(name, method, "an unquantised checkpoint"));
-        }
-    }
-    Ok(())
 }

@@ -1,10 +1,19 @@
 //! Tells model layouts apart: targets, the DFlash drafters that this engine runs, and drafters of other
 //! families, which are refused by their family's name.
 
-use crate::checkpoint::config::{Family, refuse_quantised};
 use crate::checkpoint::json::{Document, Fields};
 use crate::error::excerpt;
 use crate::{Error, Result};
+use serde_json::Value;
+
+/// Architectures of targets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// `Qwen3ForCausalLM`
+    Qwen3,
+    /// `LlamaForCausalLM`
+    Llama,
+}
 
 /// Names of the architecture of DFlash drafters: z-lab's, and NeMo's for the same layout with a `model.`
 /// prefix on tensors.
@@ -224,4 +233,19 @@ fn other_family(config: &Fields, nested: &Fields) -> Result<Option<(String, Stri
         return Ok(eagle);
     }
     Ok(None)
+}
+
+/// Refuses a config of quantised weights.
+pub(super) fn refuse_quantised(config: &Fields) -> Result<()> {
+    for name in ["quantization_config", "quantization", "compression_config"] {
+        if let Some(field) = config.get(name) {
+            let method = field
+                .value
+                .get("quant_method")
+                .and_then(Value::as_str)
+                .unwrap_or("present without a quant_method");
+            return Err(config.unsupported(name, method, "an unquantised checkpoint"));
+        }
+    }
+    Ok(())
 }

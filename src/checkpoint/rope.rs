@@ -1,11 +1,12 @@
 //! Rotary position embedding: its fields in `config.json`, its parameters and inverse frequencies.
 
-use crate::checkpoint::config::MAX_POSITIONS;
 use crate::checkpoint::json::{Field, Fields};
 use crate::error::excerpt;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::f64::consts::TAU;
+
+pub(super) const MAX_POSITIONS: usize = 1 << 24;
 
 /// How inverse frequencies are scaled. Field meanings and formulas are those of Hugging Face's
 /// `modeling_rope_utils`.

@@ -2,12 +2,12 @@
 
 pub use crate::api::device::{DeviceChoice as Choice, DeviceHandle};
 
-use crate::Result;
 use crate::api::device::Placement;
 use crate::checkpoint::pair::Pair;
 use crate::cli::terminal::{message, note};
 use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::cuda;
+use crate::{Error, Result};
 use clap::builder::PossibleValue;
 
 impl clap::ValueEnum for Choice {
@@ -49,7 +49,13 @@ pub fn for_pair(
             note(line);
         }
     };
-    Ok(match DeviceHandle::for_pair(choice, number, pair, capacity)? {
+    let hint = if cuda::targets().is_empty() { KERNELS_HINT } else { "" };
+    let found = DeviceHandle::for_pair(choice, number, pair, capacity);
+    let found = found.map_err(|error| match error {
+        Error::Unsupported(what) if choice == Choice::Cuda => Error::Unsupported(what + hint),
+        other => other,
+    });
+    Ok(match found? {
         Placement::Device(gpu) => {
             if choice == Choice::Auto {
                 say(&format!("device: cuda, {}", gpu.device.properties().name));
@@ -58,7 +64,6 @@ pub fn for_pair(
         }
         Placement::Cpu { fallback } => {
             if let Some(reason) = fallback {
-                let hint = if cuda::targets().is_empty() { KERNELS_HINT } else { "" };
                 let reason = message(&reason);
                 say(&format!("device: cpu: {}{hint}", reason.trim_start_matches("device cuda: ")));
             }

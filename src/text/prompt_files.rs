@@ -11,17 +11,27 @@ use serde_json::{Map, Value};
 use std::io::Read;
 use std::path::Path;
 
+/// The most bytes of a text file: far more than any context holds, and few enough to tokenise.
+const LIMIT: usize = 128 << 20;
+
 /// Reads a text file, or stdin if the path is `-`. A byte order mark at its start is dropped.
 ///
 /// # Errors
-/// [`Error::Usage`] if it cannot be read or is not UTF-8.
+/// [`Error::Usage`] if it cannot be read, is too large, or is not UTF-8.
 pub fn read(path: &Path) -> Result<String> {
     let mut bytes = Vec::new();
+    let most = LIMIT as u64 + 1;
     let read = match path.to_str() {
-        Some("-") => std::io::stdin().read_to_end(&mut bytes),
-        _ => std::fs::File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)),
+        Some("-") => std::io::stdin().take(most).read_to_end(&mut bytes),
+        _ => std::fs::File::open(path).and_then(|file| file.take(most).read_to_end(&mut bytes)),
     };
     read.map_err(|e| Error::Usage(format!("{} cannot be read: {e}", name(path))))?;
+    if bytes.len() > LIMIT {
+        return Err(Error::Usage(format!(
+            "{} has more than {LIMIT} bytes, expected at most that",
+            name(path)
+        )));
+    }
     utf8(bytes, &name(path))
 }
 

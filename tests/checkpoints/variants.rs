@@ -4,11 +4,9 @@
 use crate::support;
 use crate::support::program::{Run, run_pair};
 
-use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
-use dflash::checkpoint::folder::{Folder, PUBLISHED};
+use dflash::checkpoint::config::TargetConfig;
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::Dtype;
-use dflash::cli::published::drafter_for;
 use dflash::cpu::model::{Drafter, Target};
 use dflash::{Error, Result};
 use serde_json::{Value, json};
@@ -326,37 +324,4 @@ fn a_drafter_that_accepts_nothing_is_noticed_once() {
     assert_eq!(noticed("20", &[]), 0);
     assert_eq!(noticed("100", &["-q"]), 0);
     assert_eq!(noticed("100", &["--block", "1"]), 0);
-}
-
-// ---- published checkpoints ----
-
-/// `--plan` for the published pairs agrees with the table of docs/cli.md.
-#[test]
-fn plans_of_published_pairs_agree_with_the_docs() {
-    let docs = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/cli.md")).unwrap();
-    for (name, target, drafter) in PUBLISHED {
-        let root = tempfile::tempdir().unwrap();
-        let dir = |part: &str| root.path().join(part);
-        let files = support::Pair { target: dir("target"), drafter: dir("drafter"), root };
-        let config = |folder: &Folder| serde_json::from_slice(&folder.need("config.json").unwrap()).unwrap();
-        support::write_sparse(&files.target, &config(&target), || {
-            TargetConfig::open(&target).unwrap().tensors()
-        });
-        support::write_sparse(&files.drafter, &config(&drafter), || {
-            DrafterConfig::open(&drafter).unwrap().tensors()
-        });
-        let plan = run_pair(&files, &["--plan", "--json"]).json().remove(0);
-        let pair = open(&files).unwrap();
-        let drafter_config = &pair.drafter.as_ref().unwrap().config;
-        let bytes = |part: &str| plan[part]["weight_bytes"].as_u64().unwrap() as f64 / 1e9;
-        let published = drafter_for(&pair.target.config).unwrap();
-        let sizes = format!("{:.2} GB | {:.2} GB |", bytes("target"), bytes("drafter"));
-        for row in [
-            format!("| `{published}` | {} |", drafter_config.block),
-            format!("| `{published}` | {} | {sizes}", plan["target"]["max_positions"]),
-        ] {
-            assert!(docs.contains(&row), "{name}: {row}");
-        }
-        assert!(pair.notes.is_empty());
-    }
 }

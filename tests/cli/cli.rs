@@ -476,6 +476,7 @@ fn help_says_what_a_new_user_needs() {
     for phrase in
         ["demo pair", "enable_thinking=true", "lose more than half of their acceptance", "130 interrupted"]
     {
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
         assert!(help.contains(phrase), "--help lacks {phrase:?}");
     }
     assert!(run(["-h"]).done().lines().count() < help.lines().count());

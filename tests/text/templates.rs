@@ -141,13 +141,20 @@ fn templates_print_the_same_as_jinja2() {
             ("tokenizer_config.json", &config),
         ];
         let text = open(&files).unwrap();
+        let echo = open(&[files[0], ("chat_template.jinja", "{{ expected }}"), files[2]]).unwrap();
         let reads_data = source.contains("{{ data") || source.contains("data.");
         let args = reads_data.then(|| ("data".to_string(), variables["data"].clone()));
         let args: Vec<(String, Value)> = args.into_iter().collect();
         let with_tools = source.contains("tools").then_some((Some(&context["tools"]), "tools"));
         for (tools, key) in [Some((None, "plain")), with_tools].into_iter().flatten() {
-            let got = text.encode_chat(&messages, tools, &args).and_then(|ids| text.decode(&ids));
-            if got.as_deref().ok() != case[key].as_str() {
+            let got = text.encode_chat(&messages, tools, &args);
+            // Ids, because special tokens have no text.
+            let expected = case[key].as_str();
+            let expected = expected.map(|_| {
+                echo.encode_chat(&messages, None, &[("expected".into(), case[key].clone())]).unwrap()
+            });
+            if got.as_deref().ok() != expected.as_deref() {
+                let got = got.and_then(|ids| text.decode(&ids));
                 wrong.push(format!("{name} {key}\n  expected {}\n  got      {got:?}", case[key]));
             }
         }
@@ -173,13 +180,14 @@ fn chatml_templates_render() {
 
 #[test]
 fn header_templates_render() {
+    // The special token that the text begins with has no text.
     let config = r#"{"eos_token": {"content": "[eos]"}}"#;
     let files =
         [("tokenizer.json", TOKENIZER), ("chat_template.jinja", HEADERS), ("tokenizer_config.json", config)];
     let text = open(&files).unwrap();
     assert_eq!(
         render(&text, &CONVERSATION, &[]).unwrap(),
-        "[eos]((system))\n\nToday: 26 Jul 2024\nBe brief.\n((user 1)): What is <2+2> & \"3\"?\n\
+        "((system))\n\nToday: 26 Jul 2024\nBe brief.\n((user 1)): What is <2+2> & \"3\"?\n\
          ((assistant 2)): <think>\nEasy.\n</think>\n\nFour.\n((user 4)): And 3+3?\n\
          ((user 5)): <result>7</result>\n((assistant))"
     );

@@ -177,7 +177,7 @@ fn block(flags: &args::Round, pair: &Pair) -> Result<usize> {
     let trained = drafter.config.block;
     match flags.block {
         Some(n) if !(2..=trained).contains(&n) => {
-            let name = drafter.folder.name();
+            let name = drafter.folder.described();
             Err(Error::Usage(format!("--block is {n}, expected 2 to {trained}, the block length of {name}")))
         }
         block => Ok(block.unwrap_or(trained)),

@@ -44,7 +44,7 @@ pub struct Args {
     pub prompts: Option<PathBuf>,
     /// The field of a --prompts line that holds its prompt, for data sets: question, text, ...
     /// A text, token ids, turns, or a conversation, also of ShareGPT
-    #[arg(long, value_name = "KEY", requires = "prompts", verbatim_doc_comment)]
+    #[arg(long, value_name = "KEY", verbatim_doc_comment)]
     pub prompt_key: Option<String>,
     /// Hold a conversation: messages from stdin, one a line, until its end. /help lists the commands.
     /// The conversation stays in memory, so that each turn runs only what is new
@@ -83,7 +83,7 @@ pub struct Args {
     #[arg(conflicts_with_all = ["prompt", "file", "prompts", "compare", "stream_json"])]
     pub plan: bool,
     /// With --plan: print the kernel launches of a round instead, as a GPU runs them
-    #[arg(long, requires = "plan", help_heading = "Models")]
+    #[arg(long, help_heading = "Models")]
     pub launches: bool,
 
     /// Tokens to generate at most
@@ -288,6 +288,13 @@ impl Args {
         }
         if let Some(flag) = compares {
             needs_drafter(flag, no_drafter, self.block)?;
+        }
+        // clap does not ask for --plan or --prompts where another flag conflicts with them.
+        if self.launches && !self.plan {
+            return wrong("--launches needs --plan");
+        }
+        if self.prompt_key.is_some() && self.prompts.is_none() {
+            return wrong("--prompt-key needs --prompts");
         }
         match () {
             _ if !(1..=MAX_SEQUENCES).contains(&self.batch) => {
