@@ -468,7 +468,7 @@ fn compare_refuses_what_cannot_be_compared() {
     let cut = write(dir.path(), "cut.json", &a.to_string()[..200]);
     refused(bench(["compare", &whole, &cut]), 2, "cut.json is not a record in JSON");
     let bytes = write(dir.path(), "bytes.json", [0xff, 0xfe]);
-    refused(bench(["compare", &bytes, &whole]), 2, "bytes.json is not a record in JSON");
+    refused(bench(["compare", &bytes, &whole]), 2, "bytes.json is UTF-16, expected UTF-8");
     let none = dir.path().join("none.json").display().to_string();
     refused(bench(["compare", &whole, &none]), 2, "none.json cannot be read");
     refused(bench(["compare", &whole, &whole, "--threshold", "1"]), 2, "expected a percentage");

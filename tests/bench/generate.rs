@@ -188,7 +188,7 @@ fn the_emulator_counts_instead_of_measuring() {
         assert!(few > 0 && many > few && some * many == all * few && all % many == 0, "{longer:?}");
     }
     let table = flat(&bench(["show", &write(dir.path(), "found.json", found.to_string())]).done());
-    assert!(table.contains("greedy; counters of the emulator, no times"), "{table}");
+    assert!(table.contains("on emulator: counters, no times"), "{table}");
 }
 
 /// With every verification method, with trees and with adaptive rounds, the acceptance equals that of
@@ -360,7 +360,7 @@ fn generate_refuses_invalid_input_with_one_error_line() {
         (&["--ctx", "1"], "--ctx is 1, expected 2 to 4096"),
         (&["--temperature", "-1"], "--temperature is -1, expected 0 (greedy)"),
         (&["--gpu", "0"], "--gpu needs --device cuda or auto"),
-        (&["--target", "x"], "--draft <DIR>"),
+        (&["--target", "x"], "--draft <DIR|NAME>"),
         (&["--draft", "x"], "--target <DIR>"),
     ] {
         refused(bench(args(&two, &[flags, &["--device", "cpu"]].concat())), 2, part);

@@ -111,7 +111,7 @@ fn every_turn_equals_a_new_run_of_the_conversation() {
 fn a_turn_prefills_only_new_tokens() {
     let pair = ascii_pair();
     for (block, seed) in [("1", "1"), ("8", "1"), ("8", "2")] {
-        let args = ["-n", "20", "--block", block, "--temperature", "1", "--seed", seed];
+        let args = ["-n", "20", "--block", block, "--temperature", "1", "--seed", seed, "--ignore-eos"];
         let fixture = Fixture::new(Some(&pair), &args);
         let err = fixture.chat("hello\n/stats\nand you?\n/stats\n").err;
         let [first, all, second, _]: [&str; 4] = err.lines().collect::<Vec<_>>().try_into().unwrap();

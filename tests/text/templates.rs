@@ -195,7 +195,7 @@ fn header_templates_render() {
     let args = [("custom_tools", tools), ("date_string", json!("1 May 2030"))];
     assert_eq!(
         render(&text, &CONVERSATION[1..2], &args).unwrap(),
-        "[eos]((system))\n\nTools: [{\"name\": \"f<g>\", \"n\": [1, 2.5, null, true, \"é'\"]}]\n\
+        "((system))\n\nTools: [{\"name\": \"f<g>\", \"n\": [1, 2.5, null, true, \"é'\"]}]\n\
          Today: 1 May 2030\n\n((user 1)): What is <2+2> & \"3\"?\n((assistant))"
     );
 }
