@@ -76,7 +76,7 @@ pub fn for_pair(
 /// stderr, unless `quiet` and it fits.
 ///
 /// # Errors
-/// As [`DeviceHandle::memory_plan`]; [`Error::Memory`](crate::Error::Memory) if it does not fit.
+/// As [`DeviceHandle::memory_plan`]; [`Error::Memory`] if it does not fit.
 pub fn check_memory(device: &DeviceHandle, pair: &Pair, capacity: BatchConfig, quiet: bool) -> Result<()> {
     let (plan, fits) = device.memory_plan(pair, capacity)?;
     if !quiet || fits.is_err() {

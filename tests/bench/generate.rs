@@ -361,7 +361,7 @@ fn generate_refuses_invalid_input_with_one_error_line() {
         (&["--temperature", "-1"], "--temperature is -1, expected 0 (greedy)"),
         (&["--gpu", "0"], "--gpu needs --device cuda or auto"),
         (&["--target", "x"], "--draft <DIR|NAME>"),
-        (&["--draft", "x"], "--target <DIR>"),
+        (&["--draft", "x"], "--target <DIR|NAME>"),
     ] {
         refused(bench(args(&two, &[flags, &["--device", "cpu"]].concat())), 2, part);
     }
