@@ -203,7 +203,11 @@ fn round_refuses_invalid_flags_with_one_error_line() {
         ),
         (&["--context", "64,64"], 2, "--context has 64 twice"),
         (&["--context", "4-1"], 2, "has no end"),
-        (&["--block", "1"], 2, "--block is 1, expected 2 to 16, the block length of the built-in demo drafter"),
+        (
+            &["--block", "1"],
+            2,
+            "--block is 1, expected 2 to 16, the block length of the built-in demo drafter",
+        ),
         (&["--block", "17"], 2, "--block is 17, expected 2 to 16"),
         (&["--block", "-3"], 2, "--block"),
         (&["--acceptance", "0.5"], 2, "--acceptance has 0.5, expected 1 to 16"),
