@@ -1,5 +1,5 @@
-//! Converts prompts (texts, conversations, and files of them) to checked token ids. Every prompt has a name,
-//! which errors use.
+//! Converts prompts (texts, conversations, token ids) to checked token ids. Every prompt has a name, which
+//! errors use.
 
 use crate::checkpoint::pair::Pair;
 use crate::spec::sampling::SamplingParams;
