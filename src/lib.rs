@@ -82,6 +82,11 @@ pub mod perf;
 pub mod spec;
 pub mod text;
 
+/// The Rust code in README.md, as a documentation test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub use api::{Completion, DeviceChoice, Engine, EngineOptions, Generation, Models, Params, Session, Token};
 pub use engine::lossless::check_lossless;
 pub use engine::request::Finish;

@@ -12,8 +12,8 @@ enum Finish : u32 {
   STOP = 1,             // a stop id was emitted
   LENGTH = 2,           // the token budget is used up
   CONTEXT = 3,          // the last position is taken
-  DAMAGED_TARGET = 4,   // the target logits for the next token hold a NaN or +inf, or nothing but -inf
-  DAMAGED_DRAFTER = 5,  // the same for the drafter's logits of a draft
+  INVALID_TARGET = 4,   // the target logits for the next token hold a NaN or +inf, or nothing but -inf
+  INVALID_DRAFTER = 5,  // the same for the drafter's logits of a draft
 };
 
 // How drafts are verified; `VerifyMethod` in src/spec/config.rs defines the methods.

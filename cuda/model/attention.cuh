@@ -30,15 +30,15 @@ enum MaskMode {
 
 constexpr u32 SPLITS_PER_GROUP = 8;
 
-// A split has 128 positions below 4096, 512 below 32768, 2048 above. A key's slot is its position, except in
+// A split has 128 slots below slot 4096, 512 below 32768, 2048 above. A key's slot is its position, except in
 // trees.
 WRAPPER u32 split_start(u32 split) {
   return split <= 32 ? split * 128 : split <= 88 ? 4096 + (split - 32) * 512 : 32768 + (split - 88) * 2048;
 }
-WRAPPER u32 split_of(u32 position) {
-  return position < 4096    ? position / 128
-         : position < 32768 ? 32 + (position - 4096) / 512
-                            : 88 + (position - 32768) / 2048;
+WRAPPER u32 split_of(u32 slot) {
+  return slot < 4096    ? slot / 128
+         : slot < 32768 ? 32 + (slot - 4096) / 512
+                        : 88 + (slot - 32768) / 2048;
 }
 
 // --- masks ---

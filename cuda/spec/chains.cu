@@ -85,7 +85,7 @@ WRAPPER u64 selection_factor(const u64* eliminated,  // [count] shared
 
 KERNEL(512, 1, sample_chains,
        (u32* tokens,                           // [sequences][max_verify_rows]: anchor, drafts;
-                                               // NONE: padding, or a damaged draft
+                                               // NONE: padding, or an invalid draft
         const RowDistribution* distributions,  // [sequences][block_size]: row d is for depth d
         const float* logits,                   // [sequences][block_size][vocab]
         const u32* parents,                    // [sequences][max_verify_rows]: parent row; 0: a chain begins
@@ -119,7 +119,7 @@ KERNEL(512, 1, sample_chains,
 
 KERNEL(512, 1, chain_classes,
        (u64* masses,                      // [sequences][max_verify_rows][CLASSES]: the drafter's mass up to a
-                                          // class; written for undamaged rows with a child
+                                          // class; written for valid rows with a child
         const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
         const float* target_logits,       // [sequences][max_verify_rows][vocab]
         const RowDistribution* drafters,  // [sequences][block_size]: row d is for depth d
@@ -167,7 +167,7 @@ KERNEL(512, 1, chain_classes,
 
 KERNEL(512, 1, verify_chains,
        (u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
-        u32* next,                        // [sequences]; NONE: damaged
+        u32* next,                        // [sequences]; NONE: invalid
         u32* path,                        // [sequences][max_verify_rows]: accepted rows from 0 on, then NONE
         const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
         const float* target_logits,       // [sequences][max_verify_rows][vocab]

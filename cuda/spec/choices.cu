@@ -3,7 +3,7 @@
 //
 // Computes:      choices[r] = the max_choices best tokens by (logit descending, id ascending) that have
 //                positive weight at temperature 1, each with -log2 of its probability in units of 2^-16 bits.
-//                counts[r] = the number of choices; NONE for a damaged row (a NaN, a +inf, or only -inf), 0
+//                counts[r] = the number of choices; NONE for an invalid row (a NaN, a +inf, or only -inf), 0
 //                for a row without a sequence.
 // Work:          grid (rows), 512 threads, four ids per thread and step. Radix selection finds the last
 //                choice, usually in two passes over the row. A third pass collects choices and sums weights.

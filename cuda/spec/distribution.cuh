@@ -19,7 +19,7 @@ struct __align__(16) RowDistribution {
   float max_logit, c;     // c: 65536 log2(e) / temperature; 0: greedy
   u32 min_weight, shift;  // min_weight: the min-p threshold
   Rank limit;             // the last token that top-k and top-p keep
-  u32 rounding_token;     // the best token; NONE: the row is damaged and has no distribution
+  u32 rounding_token;     // the best token; NONE: the row is invalid and has no distribution
   u64 inverse, remainder;
 };
 static_assert(sizeof(RowDistribution) == 48, "src/gpu/kernels/rejection.rs allocates 48 bytes per row");
@@ -64,7 +64,7 @@ WRAPPER u64 filtered_weight(const RowDistribution& d,
   return w >= d.min_weight && within(rank, d.limit) ? w : 0;
 }
 
-// The probability of a token of the vocabulary. The mask keeps the shift below 64 for damaged distributions.
+// The probability of a token of the vocabulary. The mask keeps the shift below 64 for invalid distributions.
 WRAPPER u64 probability(const RowDistribution& d,
                         const u32* tables,  // [512] shared
                         float logit, u32 id) {

@@ -94,7 +94,7 @@ KERNEL(64, 8, round_begin,
 
 KERNEL(64, 8, round_tokens,
        (u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts; NONE: padding, or a
-                                    // damaged draft
+                                    // invalid draft
         const u32* drafts,          // [sequences][block_size]: draft i at i; 0 unused
         const Sequence* sequences,  // [sequences]
         const Span* spans,          // [sequences]: of the verification pass
@@ -130,7 +130,7 @@ KERNEL(32, 16, round_finish,
   // The accepted drafts and the next token, two tokens per lane.
   const u32 num_accepted = rows ? min(ld(accepted + sequence), rows - 1) : 0, last = ld(next + sequence);
   u32 token[2];
-  bool damaged = false;
+  bool invalid = false;
   u64 path_rows = 1;  // the anchor's row is always on the path
 #pragma unroll
   for (u32 half = 0; half < 2; half++) {
@@ -139,10 +139,10 @@ KERNEL(32, 16, round_finish,
     const u32 row = draft ? ld(path + size_t(sequence) * max_verify_rows + i + 1) : 0;
     token[half] = !draft ? last : row < rows ? ld(tokens + size_t(sequence) * max_verify_rows + row) : NONE;
     if (draft && row < rows) path_rows |= 1ull << row;
-    damaged |= i > 0 && i < rows && ld(tokens + size_t(sequence) * max_verify_rows + i) == NONE;
+    invalid |= i > 0 && i < rows && ld(tokens + size_t(sequence) * max_verify_rows + i) == NONE;
   }
   const u32 low_rows = __reduce_or_sync(~0u, u32(path_rows)), high_rows = __reduce_or_sync(~0u, u32(path_rows >> 32));
-  const bool bad_draft = __any_sync(~0u, damaged);
+  const bool bad_draft = __any_sync(~0u, invalid);
   const bool valid = rows && !bad_draft && last != NONE;
 
   // The first token that ends the answer.
@@ -158,8 +158,8 @@ KERNEL(32, 16, round_finish,
   const u32 first_stop = stops ? u32(__ffsll((long long)(stops))) - 1 : NONE;
   const u32 emitted = !valid ? 0 : min(min(acceptance_length, allowed), first_stop == NONE ? NONE : first_stop + 1);
   const u32 finish = !rows                      ? u32(ld(&to->finish))
-                     : bad_draft                ? u32(DAMAGED_DRAFTER)
-                     : !valid                   ? u32(DAMAGED_TARGET)
+                     : bad_draft                ? u32(INVALID_DRAFTER)
+                     : !valid                   ? u32(INVALID_TARGET)
                      : first_stop < emitted     ? u32(STOP)
                      : emitted < allowed        ? u32(RUNNING)
                      : s.budget <= context_left ? u32(LENGTH)

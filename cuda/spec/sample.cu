@@ -2,7 +2,7 @@
 // All sums are integer sums and all orders are total, so results do not depend on how the work is split.
 //
 // Computes:      choice[r] = the best token (greedy), or the winner of an exponential race among the tokens
-//                that top-k, top-p and min-p keep; NONE for a damaged row (a NaN, a +inf, or only -inf) and
+//                that top-k, top-p and min-p keep; NONE for an invalid row (a NaN, a +inf, or only -inf) and
 //                for a row without a sequence.
 // Work:          grid (slices, rows), 512 threads, four ids per thread and step. Greedy: CUDA block 0 of the
 //                row takes the choice from `best`. Race: one CUDA block per slice of 8192 ids, and the last

@@ -175,7 +175,7 @@ WRAPPER u32 next_child(const u32* parents,  // [max_verify_rows]
 
 KERNEL(512, 1, sample_siblings,
        (u32* tokens,                           // [sequences][max_verify_rows]: anchor, drafts;
-                                               // NONE: padding, or a damaged draft
+                                               // NONE: padding, or an invalid draft
         const RowDistribution* distributions,  // [sequences][block_size]: row d is for depth d
         const float* logits,                   // [sequences][block_size][vocab]
         const u32* parents,                    // [sequences][max_verify_rows]: parent row, an earlier row;
@@ -242,7 +242,7 @@ KERNEL(512, 1, sample_siblings,
 
 KERNEL(512, 1, verify_tree,
        (u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
-        u32* next,                        // [sequences]; NONE: damaged
+        u32* next,                        // [sequences]; NONE: invalid
         u32* path,                        // [sequences][max_verify_rows]: accepted rows from 0 on, then NONE
         const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
         const float* target_logits,       // [sequences][max_verify_rows][vocab]

@@ -67,7 +67,7 @@ WRAPPER Prefix prefix(u32 cost, u32 depth, u128 code, u32 used, u32 parent, u32 
 
 KERNEL(32, 8, tree_build,
        (u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts; NONE: padding, or a
-                                    // damaged draft
+                                    // invalid draft
         u32* parents,               // [sequences][max_verify_rows]: parent row; 0: anchor, padding
         u64* masks,                 // [sequences][max_verify_rows]: bit j is set if row j is this row or an
                                     // ancestor; 0: padding
@@ -75,7 +75,7 @@ KERNEL(32, 8, tree_build,
         Span* spans,                // [sequences]: context and rows of the verification pass
         const uint2* choices,       // [sequences][block_size][max_choices]: (token, cost) at row =
                                     // depth; row 0 unused
-        const u32* counts,          // [sequences][block_size]; NONE: damaged
+        const u32* counts,          // [sequences][block_size]; NONE: invalid
         const u32* drafts,          // [sequences][block_size], of chains: draft i at i; 0 unused
         const u32* typical_costs,   // [max_choices], for sampled trees: cost of a draft by its place
                                     // among its siblings
@@ -96,7 +96,7 @@ KERNEL(32, 8, tree_build,
   // The cost of each choice; NONE where a list is shorter.
   bool bad = false;
   for (u32 i = lane; i < levels; i += 32) bad |= ld(counts + i + 1) == NONE;
-  const bool damaged = __any_sync(~0u, bad) && rows > 1 && !sampled;
+  const bool invalid = __any_sync(~0u, bad) && rows > 1 && !sampled;
   for (u32 i = lane; i < levels * max_choices; i += 32) {
     const bool exists = i % max_choices < ld(counts + i / max_choices + 1);
     sts(costs + i, sampled ? ld(typical_costs + i % max_choices) : exists ? ld(&choices[max_choices + i].y) : NONE);
@@ -113,7 +113,7 @@ KERNEL(32, 8, tree_build,
   Prefix candidate[2] = {prefix(NONE, 0, 0, 0, 0, 0), prefix(NONE, 0, 0, 0, 0, 0)};
   if (lane == 0) candidate[0] = prefix(cost_of(0, 0), 1, 0, 0, 0, 0);
 #pragma unroll 1
-  while (count && count < rows && levels && !damaged && !several_chains) {
+  while (count && count < rows && levels && !invalid && !several_chains) {
     // The minimum of all keys, 32 bits at a time from the top.
     const u32 second = candidate[1].key < candidate[0].key;
     const u128 mine = second ? candidate[1].key : candidate[0].key;
@@ -153,7 +153,7 @@ KERNEL(32, 8, tree_build,
   }
 
   // A draft with token NONE reports the damage to round_finish.
-  if (damaged && count) count = 2;
+  if (invalid && count) count = 2;
   if (chain) count = min(draft_rows, rows);
   const u32 per_chain = several_chains && levels && rows > 1 ? drafts_per_chain(rows, levels) : 0;
   if (per_chain) count = 1 + (rows - 1) / per_chain * per_chain;
@@ -162,8 +162,8 @@ KERNEL(32, 8, tree_build,
     const u32 row = lane + i * 32;
     if (row >= max_verify_rows) continue;
     const size_t to = size_t(sequence) * max_verify_rows + row;
-    const bool exists = row < count, draft = exists && row && !damaged;
-    if (exists && damaged && row) depth[i] = 1, mask[i] = 3;
+    const bool exists = row < count, draft = exists && row && !invalid;
+    if (exists && invalid && row) depth[i] = 1, mask[i] = 3;
     if (exists && chain) parent[i] = row ? row - 1 : 0, depth[i] = row, mask[i] = ~0ull >> (63 - row);
     if (exists && per_chain && row) {
       const u32 before = (row - 1) % per_chain;

@@ -3,7 +3,7 @@
 //
 // Computes:      per sequence, the accepted path: from row 0 on, the lowest child whose token equals the
 //                token that its parent row sampled (`choices`), until no child matches. The choice of the
-//                path's last row is the next token; NONE if that row is damaged.
+//                path's last row is the next token; NONE if that row is invalid.
 // Work:          grid (sequences), one warp each; lane l holds rows l and l + 32.
 // Order:         no additions; rows ascend along a path.
 // Bytes:         sequences x max_verify_rows x 16.
@@ -12,11 +12,11 @@
 
 KERNEL(32, 16, verify,
        (u32* accepted,        // [sequences]: accepted drafts
-        u32* next,            // [sequences]: the token after them; NONE: damaged, or the sequence does not
+        u32* next,            // [sequences]: the token after them; NONE: invalid, or the sequence does not
                               // take part
         u32* path,            // [sequences][max_verify_rows]: accepted rows, row 0 first; NONE from accepted
                               // + 1 on
-        const u32* choices,   // [sequences][max_verify_rows]: token that `sample` gave the row; NONE: damaged
+        const u32* choices,   // [sequences][max_verify_rows]: token that `sample` gave the row; NONE: invalid
         const u32* tokens,    // [sequences][max_verify_rows]: anchor, then drafts
         const u32* parents,   // [sequences][max_verify_rows]: parent row of each draft; null: the row before
         const Span* spans,    // [sequences]

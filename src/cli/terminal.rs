@@ -12,11 +12,11 @@ use std::process::ExitCode;
 pub fn parse<Args: clap::Parser>(program: &str) -> std::result::Result<Args, ExitCode> {
     Args::try_parse().map_err(|error| match error.use_stderr() {
         true => fail(program, &sentence(&error)),
-        false => {
-            // The reader may have closed stdout, which is not a failure.
-            let _ = error.print();
-            ExitCode::SUCCESS
-        }
+        // The help.
+        false => match print(&error.render().to_string()) {
+            Ok(_) => ExitCode::SUCCESS,
+            Err(error) => fail(program, &error),
+        },
     })
 }
 
@@ -119,6 +119,11 @@ pub fn print(text: &str) -> Result<bool> {
         Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(false),
         Err(e) => Err(Error::Internal(format!("stdout cannot be written: {e}"))),
     }
+}
+
+/// "1 round", "2 rounds".
+pub fn counted(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 /// clap's report as one sentence: what is wrong, and its tip if it has one.

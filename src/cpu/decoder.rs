@@ -193,7 +193,8 @@ impl<'a> Sequence<'a> {
         let mut logits = Vec::new();
         drafter.logits(self.target, &hidden[self.target.config.stack.hidden..], &mut logits);
         let rows = logits.chunks(self.target.config.vocab).zip(state.cache.len() as u32 + 1..);
-        rows.map(|(logits, at)| map(logits, at).ok_or_else(|| damaged("drafter", at as usize))).collect()
+        rows.map(|(logits, at)| map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize)))
+            .collect()
     }
 
     /// Runs the target over the anchor and a chain of `drafts`. Appends the accepted drafts and the target's
@@ -263,7 +264,7 @@ impl<'a> Sequence<'a> {
             // A round without drafts is an AR step for every method.
             (_, None) => verify::match_chain(drafts, choose).map(chain),
         };
-        let (path, next) = verified.ok_or_else(|| damaged("target", s + 1))?;
+        let (path, next) = verified.ok_or_else(|| invalid_logits("target", s + 1))?;
         state.round += 1;
 
         state.cache.keep(s, &path);
@@ -366,7 +367,7 @@ impl<'a> Sequence<'a> {
         if end == length {
             target.logits(&normed, &mut state.logits);
             let first = state.sampling.choose(&state.logits, length as u32);
-            state.anchor = Some(first.ok_or_else(|| damaged("target", length))?);
+            state.anchor = Some(first.ok_or_else(|| invalid_logits("target", length))?);
         }
         Ok(Prefill { done: end, next: state.anchor })
     }
@@ -475,7 +476,7 @@ fn empty_distribution() -> Error {
     Error::Internal("a distribution without tokens".into())
 }
 
-fn damaged(model: &str, position: usize) -> Error {
+fn invalid_logits(model: &str, position: usize) -> Error {
     Error::Model(format!(
         "the {model}'s logits for position {position} hold a NaN or infinity, or nothing but -inf: its weights or its \
          config are damaged"

@@ -52,11 +52,11 @@ pub struct Report {
 /// compares the runs. Both must give the same tokens and end for the same reason, and every token must come
 /// from the same logits, bit for bit.
 ///
-/// `sink` makes a sink for each run. Returns `None` if a sink interrupts. The decoder stays watched
+/// `sink` makes a sink for each run. Returns `None` if a sink interrupts. The decoder goes on keeping logits
 /// ([`Decoder::keep_logits`]).
 ///
 /// The first token belongs to no round. Both runs get it from the prefill, so only the token is compared. The
-/// logits of each row are kept as a hash of 64 bits. Watching changes two things on a device: greedy rounds
+/// logits of each row are kept as a hash of 64 bits. Keeping logits changes two things on a device: greedy rounds
 /// also write their logits, and no round is enqueued ahead.
 ///
 /// # Errors
@@ -159,7 +159,7 @@ impl TokenSink for NullSink {
     }
 }
 
-/// A watched decoder of one sequence that reports every emitted token to an observer.
+/// A decoder of one sequence that reports every emitted token to an observer.
 struct Observed<'a> {
     decoder: &'a mut dyn Decoder,
     slot: usize,

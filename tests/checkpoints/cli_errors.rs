@@ -73,6 +73,9 @@ const FLAGS: &str = r#"
 2 | --gpu 0 --device emulator x | --gpu needs --device cuda or auto
 2 | --gpu one x | invalid value 'one' for '--gpu <N>': expected a whole number from 0 to 4294967295
 2 | --device tpu x | invalid value 'tpu' for '--device <DEVICE>' [possible values: auto, cpu, cuda, emulator]; a similar value exists: 'cpu'
+2 | --adaptive 0.5 | --adaptive takes its value with =, as --adaptive=0.5; for the prompt "0.5", write it to -f -
+2 | --color always x | --color always needs --show-accept
+2 | --plan --stop '' | --stop is empty, expected at least one character
 2 | --stop '' x | --stop is empty, expected at least one character
 2 | --system Kind! x | --chat-template is absent and the built-in demo target has none, but --system needs one
 2 | --template-arg a=1 x | --chat-template is absent and the built-in demo target has none, but --template-arg needs one

@@ -302,6 +302,45 @@ fn the_readme_is_short_and_pages_are_narrow() {
     }
 }
 
+/// The table of folders in src/lib.rs, lowest layer first: a folder's code uses only folders above it.
+#[test]
+fn folders_use_only_the_layers_below_them() {
+    let root = Path::new(ROOT).join("src");
+    let front = read(&root.join("lib.rs"));
+    let table = front
+        .split("//! | folder | owns |")
+        .nth(1)
+        .expect("src/lib.rs has the table")
+        .split("\n//!\n")
+        .next();
+    let layers: Vec<&str> =
+        table.unwrap().split("//! | ").skip(1).filter_map(|row| row.split('`').nth(1)).collect();
+    let mut folders: Vec<_> = fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().path()).collect();
+    folders.retain(|path| path.is_dir() && !path.ends_with("bin"));
+    let of = |name: &str| {
+        layers.iter().position(|layer| *layer == name).unwrap_or_else(|| panic!("{name} is no row"))
+    };
+    assert_eq!(folders.len(), layers.len(), "{folders:?} {layers:?}");
+    for folder in folders {
+        let own = of(folder.file_name().unwrap().to_str().unwrap());
+        let mut open = vec![folder];
+        while let Some(path) = open.pop() {
+            if path.is_dir() {
+                open.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+                continue;
+            }
+            for (i, line) in read(&path).lines().enumerate() {
+                let code = line.split("//").next().unwrap();
+                for rest in code.split("crate::").skip(1) {
+                    let name = rest.split(|c: char| !c.is_ascii_lowercase() && c != '_').next().unwrap();
+                    let at = format!("{}:{}", path.display(), i + 1);
+                    assert!(layers[..=own].contains(&name) || !layers.contains(&name), "{at} uses {name}");
+                }
+            }
+        }
+    }
+}
+
 /// GitHub's anchor of a heading.
 fn anchor(heading: &str) -> String {
     let kept = heading.trim().to_lowercase();

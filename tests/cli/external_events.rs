@@ -165,13 +165,15 @@ fn closed_stderr_does_not_affect_the_answer() {
 
 #[test]
 fn a_write_error_on_stdout_is_a_failure() {
-    let mut command = command([PROMPT, "-n", "5"]);
-    let output = command.stdout(fs::File::create("/dev/full").unwrap()).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert_eq!(
-        String::from_utf8(output.stderr).unwrap(),
-        "dflash-gen: stdout cannot be written: No space left on device (os error 28)\n"
-    );
+    for args in [&[PROMPT, "-n", "5"][..], &["--help"], &["--version"], &["--plan"]] {
+        let output = command(args).stdout(fs::File::create("/dev/full").unwrap()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        assert_eq!(
+            String::from_utf8(output.stderr).unwrap(),
+            "dflash-gen: stdout cannot be written: No space left on device (os error 28)\n",
+            "{args:?}"
+        );
+    }
 }
 
 // ---- truncated model files ----

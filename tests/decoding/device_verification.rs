@@ -114,8 +114,8 @@ fn prompt(random: &mut Random, length: usize, vocab: usize) -> Vec<u32> {
 // ---- batches ----
 
 /// Runs the requests together, request `i` for at most `stop_after[i]` tokens, and each alone: they must have
-/// the same tokens and rounds, and under `match` the tokens of autoregressive decoding. Returns the number of
-/// accepted drafts.
+/// the same tokens and rounds, and under `match` (every second of them; exhaustive: all) the tokens of
+/// autoregressive decoding. Returns the number of accepted drafts.
 fn same_as_alone(
     device: &dyn Device,
     models: &Models,
@@ -138,7 +138,8 @@ fn same_as_alone(
     for (i, (request, own)) in requests.iter().zip(&all).enumerate() {
         let what = (&request.spec, request.block, request.sampling.temperature);
         assert_eq!(answer(own), answer(&alone(i, request)), "request {i}: {what:?}");
-        if request.spec.method() == VerifyMethod::Match || request.block == 1 {
+        let like_ar = request.spec.method() == VerifyMethod::Match && request.block > 1;
+        if like_ar && (i % 2 == 0 || requests::exhaustive()) {
             assert_eq!(own.tokens, alone(i, &autoregressive(request)).tokens, "request {i}: {what:?}");
         }
         let max = request.spec.tree_rows().unwrap_or(request.block) - 1;
@@ -158,7 +159,7 @@ fn a_batch_of_all_kinds_answers_as_each_alone() {
         let mut requests = Vec::new();
         for (i, kind) in kinds().into_iter().enumerate() {
             let length = 1 + random.below(70);
-            let tokens = 8 + random.below(if requests::exhaustive() { 20 } else { 8 });
+            let tokens = 6 + random.below(if requests::exhaustive() { 22 } else { 6 });
             requests.push(request(&prompt(&mut random, length, VOCAB), tokens, kind, i as u64));
         }
         for i in (1..requests.len()).rev() {
@@ -168,7 +169,7 @@ fn a_batch_of_all_kinds_answers_as_each_alone() {
         // With 10 pages, a slot sometimes waits.
         let config = BatchConfig { pages: 10, ..config(6) };
         let accepted = same_as_alone(device, &models, config, &requests, &stop_after);
-        assert!(accepted > 40, "{accepted} drafts accepted");
+        assert!(accepted > 30, "{accepted} drafts accepted");
     });
 }
 
@@ -229,9 +230,9 @@ fn check_first_tokens(rows: usize, kinds: [SpecConfig; 2]) {
         let models = Models::load(device, &pair, 64).unwrap();
         let config = BatchConfig { draft_probs: true, ..BatchConfig::new(32, 4, 64).with_trees(rows) };
         let mut batch = Batch::new(device, &models, config).unwrap();
-        // 350 answers of both kinds in turn; exhaustive: 700 of each.
+        // 270 answers of both kinds in turn; exhaustive: 700 of each.
         let (runs, groups) =
-            if requests::exhaustive() { (700, kinds.chunks(1)) } else { (350, kinds.chunks(2)) };
+            if requests::exhaustive() { (700, kinds.chunks(1)) } else { (270, kinds.chunks(2)) };
         for specs in groups {
             let one = |seed: u64| {
                 let spec = specs[seed as usize % specs.len()].clone();
@@ -511,7 +512,7 @@ fn answers_of_one_and_two_tokens() {
         let mut batch = Batch::new(device, &models, config(3)).unwrap();
         for kind in kinds() {
             let of = |tokens| request(&[3, 1, 4, 1, 5], tokens, kind.clone(), 2);
-            let [one, two, more] = [1, 2, 9].map(|tokens| run(&mut batch, &of(tokens)));
+            let [one, two, more] = [1, 2, 5].map(|tokens| run(&mut batch, &of(tokens)));
             assert_eq!((one.finish, one.accepted.len()), (Finish::Length, 0));
             assert_eq!((two.finish, two.accepted.len()), (Finish::Length, 1));
             assert_eq!(
@@ -628,7 +629,7 @@ fn trees_take_exactly_their_pages() {
                 batch.release(1, 0).unwrap();
             }
             // Requests that wait for pages get them.
-            let requests = [of(tree(rows)), of(SpecConfig::default()), of(tree(rows)), of(tree(rows))];
+            let requests = [of(tree(rows)), of(SpecConfig::default()), of(tree(rows))];
             for own in run_together(&mut batch, &requests, keep_going) {
                 assert_eq!(own.tokens, expected.tokens);
             }

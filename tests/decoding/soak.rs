@@ -88,7 +88,7 @@ fn requests_on_the_emulator_answer_as_alone_and_free_all_memory() {
     {
         let models = Models::load(&device, &pair, POSITIONS).unwrap();
         let loaded = device.allocated();
-        let count = if requests::exhaustive() { 200 } else { 40 };
+        let count = if requests::exhaustive() { 200 } else { 25 };
         let (requests, stop_after) = requests(count);
         let mut single = Batch::new(&device, &models, BatchConfig::new(1, 16, POSITIONS)).unwrap();
         let expected: Vec<Outcome> =
@@ -96,7 +96,7 @@ fn requests_on_the_emulator_answer_as_alone_and_free_all_memory() {
         drop(single);
         check_kinds(&expected, &stop_after);
         // A sequence takes up to 4 pages.
-        for (slots, pages, count) in [(1, 4, 10), (3, 7, 20), (8, 15, count)] {
+        for (slots, pages, count) in [(1, 4, 5), (3, 7, 12), (8, 15, count)] {
             let config = BatchConfig { pages, ..BatchConfig::new(slots, 16, POSITIONS) };
             let mut batch = Batch::new(&device, &models, config).unwrap();
             let outcomes =
@@ -125,7 +125,7 @@ fn requests_on_the_cpu_answer_as_alone() {
     let pair = open(&folder);
     let target = Target::load(&pair.target).unwrap();
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
-    let (requests, stop_after) = requests(200);
+    let (requests, stop_after) = requests(if requests::exhaustive() { 200 } else { 120 });
     let sequences = |slots| Sequences::new(&target, Some(&drafter), slots, POSITIONS);
     let expected: Vec<Outcome> =
         requests.iter().enumerate().map(|(i, r)| alone(&stop_after, i, &mut sequences(1), r)).collect();

@@ -280,8 +280,8 @@ fn costs_are_the_negative_log2_of_the_drafters_probabilities() {
     assert_eq!(cost(&[-30.0, f32::NEG_INFINITY, 30.0]), [0]);
     let zeros: Vec<u32> = choices(&[-0.0, 0.0, -0.0], 9).unwrap().iter().map(|c| c.token).collect();
     assert_eq!(zeros, [0, 1, 2]);
-    for damaged in [&[1.0, f32::NAN][..], &[f32::INFINITY, 0.0], &[f32::NEG_INFINITY; 2], &[]] {
-        assert_eq!(choices(damaged, 3), None);
+    for invalid in [&[1.0, f32::NAN][..], &[f32::INFINITY, 0.0], &[f32::NEG_INFINITY; 2], &[]] {
+        assert_eq!(choices(invalid, 3), None);
     }
 }
 

@@ -106,7 +106,7 @@ fn demo_answers_have_the_targets_distribution() {
             let samples = spec.samples_drafts();
             let mut request = request(&prompt, 3, 4, requests::with_top_k(&spec, 4));
             request.sampling.top_k = 4;
-            let accepted = models.check(&request, if requests::exhaustive() { 1000 } else { 500 });
+            let accepted = models.check(&request, if requests::exhaustive() { 1000 } else { 400 });
             assert!(accepted > 0.2 || !samples, "hardly any draft is accepted: {accepted}");
         }
     });
@@ -123,7 +123,7 @@ fn tiny_answers_have_the_targets_distribution() {
                     let spec = requests::with_top_k(&requests::spec(method, temperature, tree), 3);
                     models.check(
                         &request(&[1, 2, 3], 4, 4, spec),
-                        if requests::exhaustive() { 6000 } else { 2000 },
+                        if requests::exhaustive() { 6000 } else { 1000 },
                     );
                 }
             }
@@ -193,18 +193,20 @@ fn devices_couple_drafts_as_the_cpu_does() {
     for text in &PROMPTS[..2] {
         let prompt = tokens(text);
         let with = |block, spec| request(&prompt, 20, block, spec);
-        let ar = run(&mut *decoder, &with(1, SpecConfig::default()));
+        let best_match = run(&mut *decoder, &with(8, SpecConfig::default()));
+        best += 2 * total(&best_match);
         for temperature in [0.5, 1.5] {
             let coupled = with(8, chain_spec(VerifyMethod::Match, temperature));
             let got = run(&mut *decoder, &coupled);
-            assert_eq!(got.tokens, ar.tokens, "{text:?}");
+            assert_eq!(got.tokens, best_match.tokens, "{text:?}");
             by_device += total(&got);
             by_cpu += total(&ops::install(|| run(&mut models.slots(1), &coupled)));
         }
-        best += 2 * total(&run(&mut *decoder, &with(8, SpecConfig::default())));
         if text != &PROMPTS[0] {
             continue;
         }
+        let ar = run(&mut *decoder, &with(1, SpecConfig::default()));
+        assert_eq!(best_match.tokens, ar.tokens, "{text:?}");
         // Also coupled drafts of a greedy answer, alone and with another request in the same rounds.
         let mut greedy = with(8, chain_spec(VerifyMethod::Match, 1.0));
         greedy.sampling.temperature = 0.0;

@@ -174,9 +174,9 @@ fn one_chain_is_verified_as_by_verify_drafts() {
             kernels.verify(device, output, target, drafter, inputs, &states, &tables).unwrap();
             for (at, rows) in outcome.tokens.chunks(block).enumerate() {
                 // Results that depend on a draft without a distribution are not used.
-                let damaged = outcome.next[at] == NONE || rows.contains(&NONE);
+                let invalid = outcome.next[at] == NONE || rows.contains(&NONE);
                 let of = |buffer: &Buffer| download::<u32>(device, buffer)[at];
-                if !damaged {
+                if !invalid {
                     assert_eq!(
                         (of(&accepted), of(&next)),
                         (outcome.accepted[at], outcome.next[at]),

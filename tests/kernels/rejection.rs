@@ -228,7 +228,7 @@ impl Batch {
                 let expected = match row {
                     0 => OLD,
                     row if row >= request.rows || request.method == VerifyMethod::Match => OLD,
-                    // One row at a time, so that a damaged distribution does not change the other drafts.
+                    // One row at a time, so that an invalid distribution does not change the other drafts.
                     row => distributions[row - 1]
                         .as_ref()
                         .map_or(NONE, |distribution| sample_row(distribution, row, request.random_stream())),
@@ -264,7 +264,7 @@ impl Batch {
                 _ => verify::rejection(drafts, &distributions, target, &mut request.random_stream()),
             };
             let Some((num_accepted, token)) = expected else {
-                assert_eq!(next, NONE, "{context}: damaged");
+                assert_eq!(next, NONE, "{context}: invalid");
                 coverage.invalid += 1;
                 continue;
             };
@@ -414,7 +414,7 @@ fn batch(random: &mut Random, vocab: usize, block: usize, sequences: usize) -> B
                 _ => row.iter().map(|x| x + random.normal(0.3)).collect(),
             });
         }
-        // Rarely, a damaged row.
+        // Rarely, an invalid row.
         match random.below(20) {
             0 => target_rows[random.below(block)][random.below(vocab)] = f32::NAN,
             1 => drafts[random.below(block)][random.below(vocab)] = f32::INFINITY,

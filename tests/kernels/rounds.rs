@@ -220,13 +220,13 @@ fn reference_round(
         sequence.active = false;
     };
     if tokens[1..].contains(&NONE) {
-        end(sequence, Finish::DamagedDrafter);
+        end(sequence, Finish::InvalidDrafter);
         return idle(sequence);
     }
     let Some((path, next)) =
         match_tree(&tokens, &parents[..rows], |row| Some(choices[row]).filter(|&c| c != NONE))
     else {
-        end(sequence, Finish::DamagedTarget);
+        end(sequence, Finish::InvalidTarget);
         return idle(sequence);
     };
     sequence.drafted += rows as u32 - 1;

@@ -364,7 +364,7 @@ fn min_p_keeps_a_weight_equal_to_its_threshold() {
 }
 
 #[test]
-fn damaged_rows_select_nothing_and_change_no_other_row() {
+fn invalid_rows_select_nothing_and_change_no_other_row() {
     every_device(|device| {
         let vocab = 1000;
         let mut random = Random::new(11);
@@ -390,7 +390,7 @@ fn damaged_rows_select_nothing_and_change_no_other_row() {
             }
             let batch = Batch { vocab, logits, rows, settings: settings.clone() };
             assert!(batch.expected().iter().enumerate().all(|(i, &c)| (c == NONE) == (3..6).contains(&i)));
-            batch.check(device, "damaged");
+            batch.check(device, "invalid");
         }
     });
 }

@@ -198,7 +198,7 @@ fn sequence(active: bool, length: u32, anchor: u32, levels: u32) -> Sequence {
     }
 }
 
-/// A batch of trees to build. `choices[sequence][level]`; `None`: a damaged row. Sequences that draft chains
+/// A batch of trees to build. `choices[sequence][level]`; `None`: an invalid row. Sequences that draft chains
 /// use `drafts` `[sequences][block]` instead.
 struct TreeBatch {
     build: TreeBuild,
@@ -239,7 +239,7 @@ impl TreeBatch {
             sequences.push(state);
             // Few different costs give many ties, a large range few.
             let spread = [1, 2, 4, 40, 1 << 20][random.below(5)];
-            let damaged = random.below(12) == 0;
+            let invalid = random.below(12) == 0;
             let mut level = || {
                 let count = [per_row, random.below(per_row + 1)][usize::from(random.below(4) == 0)];
                 let mut costs: Vec<u32> = (0..count).map(|_| random.below(spread) as u32).collect();
@@ -248,7 +248,7 @@ impl TreeBatch {
                 (0u32..).zip(costs).map(|(i, cost)| Choice { token: first + i * 7 % 64, cost }).collect()
             };
             let mut levels: Vec<Option<Vec<Choice>>> = (0..block - 1).map(|_| Some(level())).collect();
-            if damaged && block > 1 {
+            if invalid && block > 1 {
                 levels[random.below(block - 1)] = None;
             }
             all.push(levels);
@@ -311,8 +311,8 @@ impl TreeBatch {
             let valid: Option<Vec<Vec<Choice>>> = choices[..levels].iter().cloned().collect();
             let mut tree = Tree::best_first(state.anchor, valid.as_deref().unwrap_or_default(), rows);
             if valid.is_none() && rows > 1 {
-                let damaged = [vec![Choice { token: NONE, cost: 0 }]];
-                tree = Tree::best_first(state.anchor, &damaged, 2);
+                let invalid = [vec![Choice { token: NONE, cost: 0 }]];
+                tree = Tree::best_first(state.anchor, &invalid, 2);
             }
             if state.form == DraftShape::Chain {
                 let draft = |token: &u32| vec![Choice { token: *token, cost: 0 }];
@@ -662,7 +662,7 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
             paths[seq].clear();
             if count > 0 && tokens[1..].contains(&NONE) {
                 (record.finish, state.finish, state.active) =
-                    (Finish::DamagedDrafter, Finish::DamagedDrafter, false);
+                    (Finish::InvalidDrafter, Finish::InvalidDrafter, false);
                 state.rounds += 1;
             } else if count > 0 {
                 let (found_path, next) = match_tree(tokens, parents, |row| Some(choices[at + row])).unwrap();

@@ -80,7 +80,7 @@ impl Blocks {
 
 fn blocks(random: &mut Random, block: usize, trees: bool) -> Blocks {
     let sequences = 1 + random.below(16);
-    // Few different tokens, so that drafts are accepted and siblings repeat; NONE is a damaged row.
+    // Few different tokens, so that drafts are accepted and siblings repeat; NONE is an invalid row.
     let tokens = 1 + random.below(3);
     let word = |random: &mut Random| if random.below(40) == 0 { NONE } else { random.below(tokens) as u32 };
     let all = |random: &mut Random| (0..sequences * block).map(|_| word(random)).collect::<Vec<u32>>();

@@ -257,11 +257,11 @@ impl Batch {
             };
             for row in 0..rows {
                 let depth = request.depth(row);
-                let damaged = depth > 0 && distributions[depth - 1].is_none();
-                assert_eq!(sampled[row], if damaged { NONE } else { expected[row] }, "{context}, row {row}");
+                let invalid = depth > 0 && distributions[depth - 1].is_none();
+                assert_eq!(sampled[row], if invalid { NONE } else { expected[row] }, "{context}, row {row}");
                 let before = (1..row).filter(|&other| parents[other] == parents[row]);
                 coverage.repeats +=
-                    usize::from(before.into_iter().any(|other| sampled[other] == sampled[row]) && !damaged);
+                    usize::from(before.into_iter().any(|other| sampled[other] == sampled[row]) && !invalid);
             }
             // A draft without a distribution ends the round, and its verification is not used.
             if distributions[..deepest].iter().any(Option::is_none) {
@@ -286,7 +286,7 @@ impl Batch {
                 ),
             };
             let Some((accepted_path, token)) = verified else {
-                assert_eq!(next, NONE, "{context}: damaged");
+                assert_eq!(next, NONE, "{context}: invalid");
                 coverage.invalid += 1;
                 continue;
             };

@@ -78,7 +78,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "compare")]
     #[arg(value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = "Models")]
     pub batch: usize,
-    /// Print what would be loaded (files, shapes, bytes, KV per token), and load nothing
+    /// Print what would be loaded (files, shapes, bytes, KV per token), and load nothing. Flags about text
+    /// change nothing here
     #[arg(long, help_heading = "Models")]
     #[arg(conflicts_with_all = ["prompt", "file", "prompts", "compare", "stream_json"])]
     pub plan: bool,
@@ -304,6 +305,18 @@ impl Args {
                 wrong("--gpu needs --device cuda or auto")
             }
             _ if self.batch > 1 && self.prompts.is_none() && !self.plan => wrong("--batch needs --prompts"),
+            _ if self.stop.iter().any(String::is_empty) => {
+                wrong("--stop is empty, expected at least one character")
+            }
+            _ if self.color == Color::Always && !self.show_accept => {
+                wrong("--color always needs --show-accept")
+            }
+            _ if self.drafts.adaptive == Some(None) && self.prompt.as_deref().is_some_and(is_probability) => {
+                let prompt = self.prompt.as_deref().unwrap_or_default();
+                Err(Error::Usage(format!(
+                    "--adaptive takes its value with =, as --adaptive={prompt}; for the prompt {prompt:?}, write it to -f -"
+                )))
+            }
             _ if self.chat && self.max_tokens == 0 => {
                 wrong("--max-tokens is 0, which leaves --chat nothing to say")
             }
@@ -317,6 +330,11 @@ impl Args {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether a prompt reads as the value of `--adaptive`.
+fn is_probability(text: &str) -> bool {
+    text.parse().is_ok_and(|p: f64| (0.0..=1.0).contains(&p))
 }
 
 /// The word that `--draft` takes in place of a folder.

@@ -17,7 +17,7 @@ use args::Args;
 use chat::Chat;
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::device::Choice;
-use dflash::cli::terminal::{self, note};
+use dflash::cli::terminal::{self, counted, note};
 use dflash::cli::{published, sigbus, version};
 use dflash::cpu::ops;
 use dflash::engine::decoder::{Backend, Decoder};
@@ -204,7 +204,7 @@ impl Session<'_> {
         if many && !job.quiet && !gone {
             let time = clock.elapsed().as_secs_f64();
             let rate = tokens as f64 / time.max(1e-9);
-            note(&format!("all: {tokens} tokens in {time:.2} s, {rate:.0} tok/s"));
+            note(&format!("all: {} in {time:.2} s, {rate:.0} tok/s", counted(tokens, "token")));
         }
         Ok(if interrupted && !gone { INTERRUPTED_EXIT } else { 0 })
     }
@@ -217,13 +217,13 @@ impl Session<'_> {
             kept => format!(", {kept} kept"),
         };
         let mut line = format!(
-            "{} tokens in {:.2} s, {:.0} tok/s (prompt: {} tokens{kept}, {:.0} ms), {} rounds",
-            outcome.tokens.len(),
+            "{} in {:.2} s, {:.0} tok/s (prompt: {}{kept}, {:.0} ms), {}",
+            counted(outcome.tokens.len(), "token"),
             prefill + decode,
             stats::rate(outcome),
-            request.prompt.len(),
+            counted(request.prompt.len(), "token"),
             prefill * 1e3,
-            outcome.accepted.len()
+            counted(outcome.accepted.len(), "round")
         );
         if let (true, Some(tau)) = (request.block > 1, stats::tau(&outcome.accepted)) {
             let bars = stats::histogram(&outcome.accepted, request.block);

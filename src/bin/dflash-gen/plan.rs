@@ -19,29 +19,32 @@ struct Part<'a> {
     role: &'static str,
     folder: &'a Folder,
     weights: &'a Checkpoint,
-    stack: &'a Stack,
+    /// Of the keys and values of one token: f32 on the CPU, bf16 on a device.
+    kv_bytes: usize,
+    max_positions: usize,
     tensors: Vec<(String, Vec<usize>)>,
 }
-
-/// Bytes of an element of the CPU's caches, f32.
-const KV_ELEMENT: usize = 4;
 
 /// Prints the models, and what they take on a device with this capacity; `None` on the CPU.
 pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Result<u8> {
     let memory = capacity.map(|capacity| MemoryPlan::new(pair, capacity)).transpose()?;
     let target = &pair.target;
+    let kv_element = if capacity.is_some() { 2 } else { size_of::<f32>() };
+    let kv_bytes = |stack: &Stack| stack.kv_bytes_per_token(kv_element);
     let mut parts = vec![Part {
         role: "target",
         folder: &target.folder,
         weights: &target.weights,
-        stack: &target.config.stack,
+        kv_bytes: kv_bytes(&target.config.stack),
+        max_positions: target.config.stack.max_positions,
         tensors: target.config.tensors(),
     }];
     parts.extend(pair.drafter.as_ref().map(|drafter| Part {
         role: "drafter",
         folder: &drafter.folder,
         weights: &drafter.weights,
-        stack: &drafter.config.stack,
+        kv_bytes: kv_bytes(&drafter.config.stack),
+        max_positions: drafter.config.stack.max_positions,
         tensors: drafter.config.tensors(),
     }));
     let mut out = Output::default();
@@ -51,7 +54,7 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         let groups = groups(part.weights, &part.tensors)?;
         let bytes: usize = groups.iter().map(|g| g.bytes).sum();
         total += bytes;
-        kv += part.stack.kv_bytes_per_token(KV_ELEMENT);
+        kv += part.kv_bytes;
         match job.json() {
             true => all[part.role] = part.json(&groups, bytes),
             false => part.lines(&mut out, &groups, bytes)?,
@@ -192,8 +195,8 @@ impl Part<'_> {
         json!({
             "folder": self.folder.name(),
             "weight_bytes": bytes,
-            "kv_bytes_per_token": self.stack.kv_bytes_per_token(KV_ELEMENT),
-            "max_positions": self.stack.max_positions,
+            "kv_bytes_per_token": self.kv_bytes,
+            "max_positions": self.max_positions,
             "files": files.iter().map(|(name, bytes)| json!({"file": name, "bytes": bytes})).collect::<Vec<_>>(),
             "tensors": groups.iter().map(|g| json!({
                 "name": g.name, "count": g.count, "shape": g.shape, "dtype": g.dtype, "bytes": g.bytes,
@@ -207,8 +210,8 @@ impl Part<'_> {
             self.role,
             self.folder.name(),
             size(bytes),
-            self.stack.kv_bytes_per_token(KV_ELEMENT),
-            self.stack.max_positions
+            self.kv_bytes,
+            self.max_positions
         ))?;
         for (name, bytes) in self.weights.files() {
             out.line(&format!("  file {name}: {bytes} bytes"))?;

@@ -58,7 +58,7 @@ pub struct Batch<'a> {
     /// Rows per sequence in the round that was enqueued last.
     rows: usize,
     /// Every round keeps its logits, and the next one is enqueued only after the host has read them.
-    watched: bool,
+    keeps_logits: bool,
     /// Costs of the captured rounds, for draft lengths; `None` if the batch is not adaptive or has no
     /// drafter.
     costs: Option<Costs>,
@@ -160,7 +160,7 @@ impl<'a> Batch<'a> {
             enqueued: 0,
             read: 0,
             rows: 1,
-            watched: false,
+            keeps_logits: false,
             costs: None,
             controllers: None,
         };
@@ -306,7 +306,7 @@ impl<'a> Batch<'a> {
         let mut first = [0; 4];
         ctx.device.download(&buffers.choices.slice(0, 4)?, &mut first)?;
         match u32::from_le_bytes(first) {
-            u32::MAX => Err(damaged("target", self.slots[slot].prompt)),
+            u32::MAX => Err(invalid_logits("target", self.slots[slot].prompt)),
             first => Ok(first),
         }
     }
@@ -326,7 +326,7 @@ impl<'a> Batch<'a> {
             true => DrafterMode::Draft,
         };
         let sampled_drafts = drafter == DrafterMode::Draft && running().any(|slot| slot.sampled_drafts);
-        let sampled = self.watched || sampled_drafts || running().any(Slot::sampled);
+        let sampled = self.keeps_logits || sampled_drafts || running().any(Slot::sampled);
         // The graphs are in order of size, so the first that fits is the smallest.
         let fits = |shape: &RoundShape| {
             let kind = (shape.drafter, shape.sampled, shape.sampled_drafts);
@@ -383,15 +383,15 @@ impl<'a> Batch<'a> {
             std::hint::spin_loop();
         };
         match record.finish {
-            Finish::DamagedTarget => Err(damaged("target", 0)),
-            Finish::DamagedDrafter => Err(damaged("drafter", 0)),
+            Finish::InvalidTarget => Err(invalid_logits("target", 0)),
+            Finish::InvalidDrafter => Err(invalid_logits("drafter", 0)),
             _ => Ok(record),
         }
     }
 }
 
-/// The error for damaged logits; `position` 0: unknown.
-fn damaged(model: &str, position: usize) -> Error {
+/// The error for invalid logits; `position` 0: unknown.
+fn invalid_logits(model: &str, position: usize) -> Error {
     let place = if position > 0 { format!(" for position {position}") } else { String::new() };
     Error::Model(format!(
         "the {model}'s logits{place} hold a NaN or infinity, or nothing but -inf: its weights or its config are damaged"
@@ -512,7 +512,7 @@ impl Decoder for Batch<'_> {
         let mut has_results = false;
         while !has_results {
             // The next round is enqueued before this one is read, so the device never waits for the host.
-            let ahead = if self.watched { 1 } else { AHEAD as u32 };
+            let ahead = if self.keeps_logits { 1 } else { AHEAD as u32 };
             while self.enqueued < self.read + ahead {
                 self.enqueue()?;
             }
@@ -562,7 +562,7 @@ impl Decoder for Batch<'_> {
     }
 
     fn keep_logits(&mut self) {
-        self.watched = true;
+        self.keeps_logits = true;
     }
 
     fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {

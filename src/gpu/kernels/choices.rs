@@ -32,7 +32,7 @@ impl Choices {
 
     /// Writes `choices` `[rows][per_row]` (token, cost) u32, best first, `u32::MAX` after the last. A cost is
     /// -log2 of the token's probability at temperature 1, in units of 2^-16. Writes `counts` `[rows]` u32:
-    /// the number of choices, `u32::MAX` for a damaged row, 0 for a row without a sequence.
+    /// the number of choices, `u32::MAX` for an invalid row, 0 for a row without a sequence.
     ///
     /// `best` `[rows][blocks]` u64 and `row_table` `[rows]` `Row` as for [`sample::Sample::launch`]; `logits`
     /// `[rows][vocab]` f32; `tables`: [`sample::tables`], sealed.

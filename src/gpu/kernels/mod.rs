@@ -11,7 +11,7 @@
 //!   `cuda/common/rows.cuh`, all fields u32. A sequence's span is the number of cache slots filled before the
 //!   pass and the number of its rows in the pass.
 //! - `u32::MAX` means "none": padding, a row without a sequence, a token that could not be chosen.
-//! - A row of logits is *damaged* if it holds a NaN or +inf, or nothing but -inf.
+//! - A row of logits is *invalid* if it holds a NaN or +inf, or nothing but -inf.
 //! - A *sealed* buffer is constant: see [`Device::seal`](crate::gpu::device::Device::seal).
 //! - *Counters* must be zero before the first launch; every launch leaves them at zero.
 //! - *Bytes a launch must move* are the compulsory reads and writes: each input and each output once, unless

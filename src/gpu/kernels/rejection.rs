@@ -1,4 +1,4 @@
-//! `cuda/spec/rules.cu`: the distributions of rows, drafts sampled from them, and verification of chains by
+//! `cuda/spec/rejection.cu`: the distributions of rows, drafts sampled from them, and verification of chains by
 //! the methods `rejection` and `block`, as [`crate::spec::verify`] defines them.
 
 use super::check::{Check, args};
@@ -9,9 +9,10 @@ use crate::Result;
 use crate::gpu::device::{Buffer, Device, Kernel};
 use crate::spec::config::VerifyMethod;
 
-static DISTRIBUTION: Kernel = Kernel { file: "rules", name: "row_distribution", threads: 512, max_shared: 0 };
-static SAMPLE: Kernel = Kernel { file: "rules", name: "sample_drafts", threads: 512, max_shared: 0 };
-static VERIFY: Kernel = Kernel { file: "rules", name: "verify_drafts", threads: 512, max_shared: 0 };
+static DISTRIBUTION: Kernel =
+    Kernel { file: "rejection", name: "row_distribution", threads: 512, max_shared: 0 };
+static SAMPLE: Kernel = Kernel { file: "rejection", name: "sample_drafts", threads: 512, max_shared: 0 };
+static VERIFY: Kernel = Kernel { file: "rejection", name: "verify_drafts", threads: 512, max_shared: 0 };
 
 /// Bytes of a row's distribution: the parameters that turn its logits into a
 /// [`crate::spec::distribution::Distribution`]. Probabilities are not stored; kernels compute them from the
@@ -107,7 +108,7 @@ impl RejectionSampler {
         Ok(check)
     }
 
-    /// Computes `rows.distributions` `[sequences][block]` from `rows.logits`. Damaged rows and rows without a
+    /// Computes `rows.distributions` `[sequences][block]` from `rows.logits`. Invalid rows and rows without a
     /// sequence are marked as having no distribution.
     ///
     /// `best` `[sequences][block][blocks]` u64: see [`super::head::Head::launch`]. `row_table`

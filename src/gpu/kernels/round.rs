@@ -34,10 +34,10 @@ pub enum Finish {
     Length,
     /// The context is full.
     Context,
-    /// The target's logits for the next token are damaged.
-    DamagedTarget,
-    /// The drafter's logits for a draft are damaged.
-    DamagedDrafter,
+    /// The target's logits for the next token are invalid.
+    InvalidTarget,
+    /// The drafter's logits for a draft are invalid.
+    InvalidDrafter,
 }
 
 impl Finish {
@@ -46,8 +46,8 @@ impl Finish {
         Finish::Stop,
         Finish::Length,
         Finish::Context,
-        Finish::DamagedTarget,
-        Finish::DamagedDrafter,
+        Finish::InvalidTarget,
+        Finish::InvalidDrafter,
     ];
 
     fn from_word(word: u32) -> Result<Finish> {

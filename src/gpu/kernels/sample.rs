@@ -70,7 +70,7 @@ impl Sample {
         self.bytes() + (self.rows * (self.vocab * 4 + self.slices() * slice)) as u64
     }
 
-    /// Writes `choice` `[rows]` u32: the chosen token, `u32::MAX` for damaged rows and rows without a
+    /// Writes `choice` `[rows]` u32: the chosen token, `u32::MAX` for invalid rows and rows without a
     /// sequence.
     ///
     /// `best` `[rows][blocks]` u64: see [`super::head::Head::launch`]; it must belong to `logits`.

@@ -31,7 +31,7 @@ pub struct Siblings {
 #[derive(Debug, Clone, Copy)]
 pub struct SampledTrees<'a> {
     /// `[sequences][max_verify_rows]` u32: the anchor, then the drafts; `u32::MAX` for padding and for a
-    /// draft whose distribution is damaged.
+    /// draft whose distribution is invalid.
     pub tokens: &'a Buffer,
     /// `[sequences][max_verify_rows]` u32: the row that each row follows, an earlier row of the same
     /// sequence.

@@ -27,7 +27,7 @@ pub struct TreeBuild {
 /// position, and 0 elsewhere.
 #[derive(Debug, Clone, Copy)]
 pub struct Trees<'a> {
-    /// `[sequences][max_verify_rows]` u32: the anchor, then the drafts. If a row of choices is damaged, the
+    /// `[sequences][max_verify_rows]` u32: the anchor, then the drafts. If a row of choices is invalid, the
     /// tree has two rows and its second token is `u32::MAX`.
     pub tokens: &'a Buffer,
     /// `[sequences][max_verify_rows]` u32: the parent of each row, a row of the same sequence.

@@ -24,7 +24,7 @@ pub struct VerifyOutput<'a> {
     /// `[sequences]` u32: number of accepted drafts.
     pub accepted: &'a Buffer,
     /// `[sequences]` u32: the token after the accepted drafts (correction or bonus token); `u32::MAX` if its
-    /// row is damaged or the sequence does not take part.
+    /// row is invalid or the sequence does not take part.
     pub next: &'a Buffer,
     /// `[sequences][block]` u32: the rows from the anchor (row 0) to the last accepted draft, `accepted + 1`
     /// of them, then `u32::MAX`.

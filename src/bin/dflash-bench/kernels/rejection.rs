@@ -133,7 +133,7 @@ pub fn distribution_of(sampling: &SamplingParams, logits: &[f32]) -> Result<Dist
     sampling.probabilities(logits).ok_or_else(|| Error::Internal("logits without a distribution".into()))
 }
 
-/// The tokens of positive probability of a row, from the words of its distribution: as cuda/spec/rules.cu
+/// The tokens of positive probability of a row, from the words of its distribution: as cuda/spec/rejection.cu
 /// computes them. Empty if the words are not a distribution.
 fn probabilities(distribution: &[u32], logits: &[f32]) -> Vec<(u32, u64)> {
     let long = |i: usize| u64::from(distribution[i + 1]) << 32 | u64::from(distribution[i]);

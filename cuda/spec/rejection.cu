@@ -3,7 +3,7 @@
 // Probabilities are integers that sum to 2^48 in each row, and all sums are integer sums, so results do not
 // depend on how the work is split.
 //
-// Computes:      row_distribution: per row, its RowDistribution; rounding_token = NONE for a damaged row and
+// Computes:      row_distribution: per row, its RowDistribution; rounding_token = NONE for an invalid row and
 //                for a row without a sequence. sample_drafts: per drafted row, a token sampled from its
 //                distribution. verify_drafts: per sequence, the number of accepted drafts and the next token,
 //                sampled from the residual distribution. sample_drafts and verify_drafts skip sequences with
@@ -90,7 +90,7 @@ KERNEL(512, 1, row_distribution,
 
 KERNEL(512, 1, sample_drafts,
        (u32* drafts,                           // [sequences][block_size]: draft i at i, from 1; NONE:
-                                               // damaged. Not written: entry 0, and method MATCH
+                                               // invalid. Not written: entry 0, and method MATCH
         const RowDistribution* distributions,  // [sequences][block_size]
         const float* logits,                   // [sequences][block_size][vocab]
         const Row* rows,                       // [sequences][block_size]
@@ -117,7 +117,7 @@ KERNEL(512, 1, sample_drafts,
 
 KERNEL(512, 1, verify_drafts,
        (u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
-        u32* next,                        // [sequences]; NONE: damaged
+        u32* next,                        // [sequences]; NONE: invalid
         u32* path,                        // [sequences][max_verify_rows]: 0, 1, .. accepted, then NONE
         const RowDistribution* targets,   // [sequences][max_verify_rows]: row i: after i drafts
         const float* target_logits,       // [sequences][max_verify_rows][vocab]
