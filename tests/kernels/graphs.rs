@@ -28,9 +28,9 @@ fn requests(full: bool) -> [[Request; 2]; SLOTS] {
         Request { prompt, max_tokens, sampling, stop_ids: vec![0], block, spec: Default::default() }
     };
     let mut requests = [
-        [request(4, 128, 18, 16, 0.0), request(36, 60, 12, 7, 0.0)],
-        [request(33, 64, 9, 3, 0.0), request(1, 1, 12, 16, 0.9)],
-        [request(9, 128, 2, 1, 0.0), request(12, 33, 16, 1, 0.0)],
+        [request(4, 70, 12, 16, 0.0), request(36, 60, 8, 7, 0.0)],
+        [request(33, 64, 7, 3, 0.0), request(1, 1, 10, 16, 0.9)],
+        [request(9, 70, 2, 1, 0.0), request(12, 33, 8, 1, 0.0)],
     ];
     if full {
         requests[0][0].spec = requests::spec(VerifyMethod::Match, 0.0, Some(20));
