@@ -408,7 +408,7 @@ fn templates_have_an_instruction_and_recursion_limit() {
     for (source, what) in [
         (
             "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
-            "500000 instructions",
+            "5000000 instructions",
         ),
         ("{% macro m(x) %}{{ m(x + 1) }}{% endmacro %}{{ m(1) }}", "recursion limit"),
         (&format!("{nested}{{{{ ns.a.b.c }}}}"), "undefined"),

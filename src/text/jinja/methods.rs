@@ -1,6 +1,6 @@
 //! Python's methods of strings and lists, as templates call them.
 
-use crate::text::python::wrong;
+use super::python::{check_length, wrong};
 use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State};
 
@@ -153,6 +153,7 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Value> {
                 };
                 out.push_str(if i == 0 { "" } else { text });
                 out.push_str(item);
+                check_length(out.len())?;
             }
             Ok(out.into())
         }
