@@ -51,6 +51,7 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
     environment.add_filter("map", map);
     environment.add_filter("length", length);
     environment.add_filter("count", length);
+    environment.add_filter("format", format);
     environment.add_filter("int", int);
     environment.add_filter("float", float);
     environment.add_filter("replace", replace);
@@ -225,6 +226,12 @@ fn map(state: &mut State, value: &Value, given: Rest<ValueOrKwargs>) -> Result<V
         }
         _ => filters::map(state, value.clone(), given).map(Value::from),
     }
+}
+
+/// `format`, after a check of the texts that become part of another.
+fn format(state: &mut State, value: &Value, given: Rest<ValueOrKwargs>) -> Result<Value> {
+    given.0.iter().try_for_each(|arg| text(&arg.clone().into_value()).map(drop))?;
+    filters::format(state, value, given)
 }
 
 fn is_true(value: Option<Value>) -> bool {

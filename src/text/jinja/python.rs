@@ -5,7 +5,7 @@ use minijinja::{Error, ErrorKind};
 use std::fmt::Write;
 
 /// Maximum bytes of one text. A value that holds another one twice, and so on, would have any length.
-const TEXT_LIMIT: usize = 64 << 20;
+const TEXT_LIMIT: usize = 16 << 20;
 
 /// Checks the length of a text.
 ///
