@@ -115,7 +115,7 @@ impl TargetConfig {
         let model_type = if family == Family::Qwen3 { "qwen3" } else { "llama" };
         config.only("model_type", model_type)?;
         refuse_quantised(&config)?;
-        let (stack, windows, notes) = stack(&config, family, &config)?;
+        let (stack, windows, mut notes) = stack(&config, family, &config)?;
         if stack.rope.rotary_dims != stack.head_dim {
             let found = format!("{} of {} dims", stack.rope.rotary_dims, stack.head_dim);
             return Err(config.unsupported("partial_rotary_factor", &found, "all"));
@@ -127,6 +127,12 @@ impl TargetConfig {
         let mut eos = StopIds::default();
         if let Some(generation) = &generation {
             add_eos(&mut eos, &generation.fields(), "generation_config.json", vocab)?;
+            if let Some(field) = generation.fields().get("stop_strings").filter(|f| !f.is_neutral("")) {
+                let (file, found) = (field.file, field.found());
+                notes.push(format!(
+                    "{file}: stop_strings is {found}: only stop strings that are given end an answer"
+                ));
+            }
         }
         add_eos(&mut eos, &config, "config.json", vocab)?;
         Ok(TargetConfig { family, stack: Stack { attention, ..stack }, vocab, tied, eos, notes })

@@ -1,7 +1,7 @@
 //! Tells model layouts apart: targets, the DFlash drafters that this engine runs, and drafters of other
 //! families, which are refused by their family's name.
 
-use crate::checkpoint::json::{Document, Fields};
+use crate::checkpoint::json::{Document, Field, Fields};
 use crate::error::excerpt;
 use crate::{Error, Result};
 use serde_json::Value;
@@ -159,22 +159,43 @@ pub(crate) fn refuse_other_drafters(config: &Fields, nested: &Fields) -> Result<
     refuse_quantised(config)
 }
 
+/// Kinds of drafters by a part of their architecture's name. The first that fits decides.
+const KINDS: [(&str, &str); 10] = [
+    ("Domino", "a Domino drafter"),
+    ("DFlash2", "a DFlash2 drafter"),
+    ("Qwen3Eagle3Model", "an EAGLE-3 drafter (DeepSpec)"),
+    ("PEagle", "a P-EAGLE drafter"),
+    ("Peagle", "a P-EAGLE drafter"),
+    ("Eagle3", "an EAGLE-3 drafter"),
+    ("Eagle", "an EAGLE drafter"),
+    ("DSpark", "a DSpark drafter"),
+    ("Medusa", "a Medusa drafter"),
+    ("MLPSpeculator", "an MLP speculator"),
+];
+
+/// The kind of drafter that a config of speculators or of Open Spec Config names.
+fn kind_of_method(method: &str) -> String {
+    match method {
+        "dflash" => "a DFlash drafter".into(),
+        "dflash2" => "a DFlash2 drafter".into(),
+        "dspark" => "a DSpark drafter".into(),
+        "eagle3" => "an EAGLE-3 drafter".into(),
+        "peagle" => "a P-EAGLE drafter".into(),
+        other => format!("a drafter of the kind {}", excerpt(other)),
+    }
+}
+
 /// The family of a drafter that is not DFlash in z-lab's layout: (field, what it is, family). The first test
 /// that holds decides, because several families share architecture names and fields.
 fn other_family(config: &Fields, nested: &Fields) -> Result<Option<(String, String, String)>> {
-    let is = |table: &Fields, name: &str, family: &str| {
-        table.get(name).map(|field| (field.name.clone(), field.found(), family.to_string()))
-    };
+    let is = |field: &Field, family: String| Ok(Some((field.name.clone(), field.found(), family)));
+    if let Some(field) = config.get("open_spec_config_version") {
+        let method = config.get("speculative_config").and_then(|inner| inner.value.get("method"));
+        let kind = kind_of_method(method.and_then(Value::as_str).unwrap_or("unknown"));
+        return is(&field, format!("{kind} in the layout of Open Spec Config"));
+    }
     if let Some(field) = config.get("speculators_model_type") {
-        let kind = match field.string()? {
-            "dflash" => "a DFlash drafter".into(),
-            "dflash2" => "a DFlash2 drafter".into(),
-            "dspark" => "a DSpark drafter".into(),
-            "eagle3" => "an EAGLE-3 drafter".into(),
-            "peagle" => "a P-EAGLE drafter".into(),
-            other => format!("a drafter of the kind {}", excerpt(other)),
-        };
-        return Ok(Some((field.name.clone(), field.found(), format!("{kind} in the speculators layout"))));
+        return is(&field, format!("{} in the speculators layout", kind_of_method(field.string()?)));
     }
     for name in ["speculators_config", "transformer_layer_config"] {
         if let Some(field) = config.get(name) {
@@ -182,55 +203,34 @@ fn other_family(config: &Fields, nested: &Fields) -> Result<Option<(String, Stri
             return Ok(Some((field.name, "present".into(), family)));
         }
     }
+    for field in [nested, config].into_iter().filter_map(|table| table.get("projector_type")) {
+        match field.value.as_str() {
+            Some("domino") => return is(&field, "a Domino drafter".into()),
+            Some("dspark") => return is(&field, "a DSpark drafter".into()),
+            _ => {}
+        }
+    }
     let architecture =
         config.get("architectures").and_then(|_| config.architecture().ok()).unwrap_or_default();
-    let by_name =
-        |family: &str| Ok(Some(("architectures".into(), excerpt(architecture), family.to_string())));
-    let projector = [nested, config].into_iter().find_map(|table| table.get("projector_type"));
-    match projector.as_ref().and_then(|field| field.value.as_str()) {
-        Some("domino") => {
-            return Ok(is(nested, "projector_type", "a Domino drafter").or(is(
-                config,
-                "projector_type",
-                "a Domino drafter",
-            )));
-        }
-        Some("dspark") => {
-            return Ok(is(nested, "projector_type", "a DSpark drafter").or(is(
-                config,
-                "projector_type",
-                "a DSpark drafter",
-            )));
-        }
-        _ => {}
+    let markov = config.get("markov_rank").is_some_and(|rank| !rank.is_neutral(""));
+    let deepspec =
+        if markov { "a DSpark drafter (DeepSpec)" } else { "an anchor-first DFlash drafter (DeepSpec)" };
+    let kind = match architecture {
+        "Qwen3DSparkModel" => Some(deepspec),
+        _ => KINDS.iter().find(|(part, _)| architecture.contains(part)).map(|(_, kind)| *kind),
+    };
+    if let Some(kind) = kind {
+        return Ok(Some(("architectures".into(), excerpt(architecture), kind.into())));
     }
-    match architecture {
-        "DominoDraftModel" => return by_name("a Domino drafter"),
-        "Qwen3Eagle3Model" => return by_name("an EAGLE-3 drafter (DeepSpec)"),
-        "Qwen3DSparkModel" if config.get("markov_rank").is_none_or(|rank| rank.is_neutral("")) => {
-            return by_name("an anchor-first DFlash drafter (DeepSpec)");
-        }
-        "Qwen3DSparkModel" => return by_name("a DSpark drafter (DeepSpec)"),
-        "DSparkDraftModel" => return by_name("a DSpark drafter"),
-        "DFlash2DraftModel" => return by_name("a DFlash2 drafter"),
-        _ if architecture.contains("Eagle3") => return by_name("an EAGLE-3 drafter"),
-        _ if architecture.contains("Eagle") => return by_name("an EAGLE drafter"),
-        _ => {}
+    if let (Some(field), true) = (config.get("ttt_length"), config.get("target_layer_ids").is_some()) {
+        return is(&field, "an EAGLE-3 drafter (DeepSpec)".into());
     }
-    if config.get("ttt_length").is_some() && config.get("target_layer_ids").is_some() {
-        return Ok(is(config, "ttt_length", "an EAGLE-3 drafter (DeepSpec)"));
-    }
-    if config.get("num_anchors").is_some() {
-        let markov = config.get("markov_rank").is_some_and(|rank| !rank.is_neutral(""));
-        let family =
-            if markov { "a DSpark drafter (DeepSpec)" } else { "an anchor-first DFlash drafter (DeepSpec)" };
-        return Ok(is(config, "num_anchors", family));
+    if let Some(field) = config.get("num_anchors") {
+        return is(&field, deepspec.into());
     }
     if nested.map.is_empty() && !ARCHITECTURES.contains(&architecture) {
-        let eagle = ["eagle_config", "draft_vocab_size"]
-            .into_iter()
-            .find_map(|name| is(config, name, "an EAGLE-3 drafter"));
-        return Ok(eagle);
+        let eagle = ["eagle_config", "draft_vocab_size"].into_iter().find_map(|name| config.get(name));
+        return eagle.map_or(Ok(None), |field| is(&field, "an EAGLE-3 drafter".into()));
     }
     Ok(None)
 }

@@ -420,19 +420,22 @@ fn read_header(path: &str, file: &Bytes) -> Result<(Metadata, usize)> {
     let mut start = [0; LFS_POINTER.len()];
     let available = file.size().min(start.len());
     read(0, &mut start[..available])?;
-    if start == LFS_POINTER {
-        return Err(bad("it is a Git LFS pointer, the weights were not fetched".into()));
-    }
+    // Only after the length was found to be wrong: its bytes may be any.
+    let wrong_length = |what: String| match json::other_kind(&start[..available]) {
+        Some(kind) => Error::Model(format!("{path} is {kind}, expected a safetensors file")),
+        None => bad(what),
+    };
     let Some(rest) = file.size().checked_sub(8) else {
-        return Err(bad(format!(
-            "it has {} bytes, expected at least 8 for the header's length",
-            file.size()
+        let size = file.size();
+        return Err(wrong_length(format!(
+            "it has {size} bytes, expected at least 8 for the header's length"
         )));
     };
     let [a, b, c, d, e, f, g, h, ..] = start;
     let size = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     let Some(size) = usize::try_from(size).ok().filter(|&size| size <= rest) else {
-        return Err(bad(format!("its header's length is given as {size} bytes, but only {rest} follow")));
+        let what = format!("its header's length is given as {size} bytes, but only {rest} follow");
+        return Err(wrong_length(what));
     };
     if size > MAX_HEADER {
         return Err(bad(format!("its header is {size} bytes long, the limit is {MAX_HEADER}")));

@@ -70,7 +70,7 @@ pub fn message(error: &Error) -> String {
             };
             format!("--{flag} {problem}")
         }
-        other => other.to_string().replace("`taps`", "--taps"),
+        other => other.to_string().replace("`taps`", "--taps").replace("`prompt_key`", "--prompt-key"),
     }
 }
 

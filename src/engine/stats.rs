@@ -45,10 +45,14 @@ impl AcceptanceWatch {
     /// Adds the rounds of an answer: tokens and drafts of each. Returns a sentence for the user the first time
     /// that the acceptance length of all rounds with drafts is too small.
     pub fn add(&mut self, accepted: &[usize], drafted: &[usize]) -> Option<String> {
-        for (tokens, _) in accepted.iter().zip(drafted).filter(|(_, drafts)| **drafts > 0) {
-            self.rounds += 1;
-            self.tokens += tokens;
-        }
+        let drafting = || accepted.iter().zip(drafted).filter(|(_, drafts)| **drafts > 0);
+        self.add_rounds(drafting().count(), drafting().map(|(tokens, _)| tokens).sum())
+    }
+
+    /// As [`AcceptanceWatch::add`], for `rounds` rounds with drafts that gave `tokens` tokens.
+    pub fn add_rounds(&mut self, rounds: usize, tokens: usize) -> Option<String> {
+        self.rounds += rounds;
+        self.tokens += tokens;
         let tau = self.tokens as f64 / self.rounds.max(1) as f64;
         if self.found || self.rounds < Self::ROUNDS || tau >= Self::TAU {
             return None;

@@ -1,13 +1,14 @@
 //! Chat templates: which one a conversation gets, what it reads, and its rendering.
 //!
 //! A template comes with a checkpoint and is untrusted. Its length and the number of instructions per
-//! rendering are bounded. The memory it allocates is not, as in Hugging Face's sandbox.
+//! rendering are bounded, and so are the texts that it makes. The time of one comparison is not: a value may
+//! hold another one twice, and so on, as in Python.
 
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::json::LFS_POINTER;
 use crate::error::{excerpt, one_line};
+use crate::text::jinja::source::Source;
 use crate::text::jinja::{self, Raised};
-use crate::text::template_source::Source;
 use crate::text::untrusted::{TEMPLATE_STACKS, guarded};
 use crate::{Error, Result};
 use minijinja::value::{Serde, Value};
@@ -118,8 +119,9 @@ fn field_templates(field: Option<serde_json::Value>) -> Option<Vec<(String, Stri
     }
 }
 
-/// Maximum instructions of one rendering, enough for several thousand messages.
-const TEMPLATE_FUEL: u64 = 500_000;
+/// Maximum instructions of one rendering, enough for several thousand messages. 64 bytes of a text that an
+/// instruction makes count as one more, so a rendering makes at most 320 MB.
+const TEMPLATE_FUEL: u64 = 5_000_000;
 /// Maximum bytes of a chat template. Published ones have less than 32 KiB.
 const TEMPLATE_LIMIT: usize = 64 << 10;
 

@@ -7,8 +7,7 @@
 //! | [`message`] | one turn of a conversation |
 //! | [`prompt_files`] | prompts from files and stdin |
 //! | [`prompts`] | prompts to checked token ids |
-//! | `jinja`, `template_source` | the jinja of templates, as Python's jinja2 has it |
-//! | `python`, `python_methods`, `strftime` | Python's text forms, methods and dates, which templates use |
+//! | `jinja` | the jinja of templates, as Python's jinja2 has it |
 //! | `decoding` | token strings to bytes, as `tokenizer.json` specifies |
 //! | `special_tokens` | the special tokens that the tokenizer's other files name |
 //! | `stop_strings` | ends a streamed text before the first stop string |
@@ -20,11 +19,7 @@ mod jinja;
 pub mod message;
 pub mod prompt_files;
 pub mod prompts;
-mod python;
-mod python_methods;
 mod special_tokens;
 mod stop_strings;
-mod strftime;
-mod template_source;
 pub mod tokenizer;
 pub mod untrusted;

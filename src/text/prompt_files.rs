@@ -49,14 +49,15 @@ pub fn name(path: &Path) -> String {
 /// # Errors
 /// [`Error::Usage`] if they are not UTF-8.
 pub fn utf8(mut bytes: Vec<u8>, name: &str) -> Result<String> {
-    if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
-        return Err(Error::Usage(format!("{name} is UTF-16, expected UTF-8")));
-    }
+    let kind = json::other_kind(&bytes);
     let marked = bytes.len() - json::without_mark(&bytes).len();
     bytes.drain(..marked);
     String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to() + marked;
-        Error::Usage(format!("{name} is not UTF-8: byte {at} is not part of a character"))
+        Error::Usage(match kind {
+            Some(kind) => format!("{name} is {kind}, expected UTF-8"),
+            None => format!("{name} is not UTF-8: byte {at} is not part of a character"),
+        })
     })
 }
 
@@ -85,7 +86,7 @@ const OTHERS: [&str; 9] =
 ///
 /// An object has one of `prompt` (a text), `messages` (a conversation of [`Message`]s), `prompt_tokens`
 /// (token ids), `turns` (a list of texts, which the user says in turn) and `conversations` (of ShareGPT:
-/// `{"from": "human", "value": TEXT}`), or the field `key`, whose value may be any of these. The answer at
+/// `{"from": "human", "value": TEXT}`, perhaps beside `system`), or the field `key`, whose value may be any of these. The answer at
 /// the end of a ShareGPT conversation is left out. The fields of [`Settings`], `tools`, `id` (or
 /// `question_id`) and `category` may stand beside it. An object with `turns`, `conversations` or `key` may
 /// have other fields, which are returned as unused.
@@ -137,7 +138,10 @@ impl PromptFile {
             }
             (Some(key), _) | (None, &[key]) => key,
             (None, []) => {
-                return Err(Error::Usage(format!("{name} has neither prompt nor messages: {EXPECTED}")));
+                let other = "or another field that `prompt_key` names";
+                return Err(Error::Usage(format!(
+                    "{name} has neither prompt nor messages: {EXPECTED}, {other}"
+                )));
             }
             (None, [first, second, ..]) => return two(first, second),
         };
@@ -152,6 +156,7 @@ impl PromptFile {
             match value {
                 Value::Null => (),
                 _ if known.contains(&other.as_str()) => (),
+                _ if (key, &other[..]) == ("conversations", "system") => (),
                 _ if given.is_none() && CONTENTS[..3].contains(&key) => {
                     return Err(unknown(&field, &known.join(", ")));
                 }
@@ -160,7 +165,13 @@ impl PromptFile {
             }
         }
         let category = map.get("category").cloned().unwrap_or_default();
-        let (content, turns) = fields.need(key).and_then(|field| content(key, &field)).map_err(as_usage)?;
+        let (mut content, turns) =
+            fields.need(key).and_then(|field| content(key, &field)).map_err(as_usage)?;
+        if let (Some(system), Content::Chat(messages), "conversations") =
+            (fields.get("system").filter(|field| !field.is_neutral("")), &mut content, key)
+        {
+            messages.insert(0, Message::new("system", system.string().map_err(as_usage)?));
+        }
         let tools = tools(&fields).map_err(as_usage)?;
         let settings = settings(&fields).map_err(as_usage)?;
         self.prompts.push(Prompt { name, content, turns, tools, settings, id, category });
@@ -213,7 +224,13 @@ fn list<T>(field: &Field, item: impl Fn(&Field) -> Result<T>) -> Result<Vec<T>> 
 }
 
 fn tools(fields: &Fields) -> Result<Option<Value>> {
-    let Some(field) = fields.get("tools") else { return Ok(None) };
+    let Some(field) = fields.get("tools").filter(|field| !field.is_neutral("") || field.value.is_object())
+    else {
+        return Ok(None);
+    };
+    // ShareGPT has them as JSON in a text.
+    let parsed = field.value.as_str().and_then(|text| serde_json::from_str(text).ok());
+    let field = Field { value: parsed.as_ref().unwrap_or(field.value), ..field };
     for tool in field.array()? {
         tool.object("")?;
     }

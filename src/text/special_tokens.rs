@@ -1,5 +1,5 @@
-//! The special tokens that `tokenizer_config.json` and `special_tokens_map.json` name, as Hugging Face reads
-//! them.
+//! The special tokens that `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` name, as
+//! Hugging Face reads them.
 
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::json::{Document, Field};
@@ -9,6 +9,7 @@ use tokenizers::{AddedToken, Tokenizer};
 
 const CONFIG: &str = "tokenizer_config.json";
 const MAP: &str = "special_tokens_map.json";
+const ADDED: &str = "added_tokens.json";
 
 /// The names of special tokens, in the order in which Hugging Face adds them.
 const NAMES: [&str; 7] =
@@ -21,23 +22,26 @@ pub(crate) struct SpecialTokens {
     pub(crate) named: Vec<(String, AddedToken)>,
     /// (file, text): every `eos_token` of both files.
     pub(crate) eos: Vec<(&'static str, String)>,
-    /// `added_tokens_decoder`: (id, token), in order of the ids.
+    /// (id, token) of `added_tokens_decoder` or else of `added_tokens.json`, in order of the ids.
     listed: Vec<(u32, AddedToken)>,
+    /// What lists these tokens, for errors.
+    list: &'static str,
     /// Special tokens without a name.
     others: Vec<AddedToken>,
 }
 
 impl SpecialTokens {
-    /// Reads both files, either of which may be absent. A name in `special_tokens_map.json` overrides the
-    /// same name in `tokenizer_config.json`. If the latter has an `added_tokens_decoder`, the map only adds
-    /// to `eos`.
+    /// Reads the files, each of which may be absent. A name in `special_tokens_map.json` overrides the same
+    /// name in `tokenizer_config.json`. If the latter has an `added_tokens_decoder`, `added_tokens.json` does
+    /// not count, and the map only adds to `eos`.
     ///
     /// # Errors
     /// [`Error::Model`] for a malformed file.
     pub(crate) fn open(folder: &Folder) -> Result<SpecialTokens> {
         let config = Document::open(folder, CONFIG)?;
         let map = Document::open(folder, MAP)?;
-        let mut tokens = SpecialTokens::default();
+        let mut tokens =
+            SpecialTokens { list: "tokenizer_config.json: added_tokens_decoder", ..Default::default() };
         let decoder = config.as_ref().and_then(|config| config.fields().get("added_tokens_decoder"));
         if let Some(field) = &decoder {
             for (id, value) in field.object("added_tokens_decoder.")?.map {
@@ -63,9 +67,27 @@ impl SpecialTokens {
             let overrides = map_counts && map.as_ref().is_some_and(|map| map.map.contains_key(name));
             tokens.named.extend(if overrides { theirs } else { ours }.map(|token| (name.into(), token)));
         }
+        if let (true, Some(added)) = (map_counts, Document::open(folder, ADDED)?) {
+            tokens.list = ADDED;
+            for content in added.map.keys() {
+                let id = added.fields().need(content)?.integer(0, u32::MAX as usize)? as u32;
+                let special = tokens.named.iter().any(|(_, token)| token.content == *content);
+                tokens.listed.push((id, AddedToken::from(content.as_str(), special)));
+            }
+            tokens.listed.sort_by_key(|(id, _)| *id);
+        }
         for file in config.iter().chain(map.iter().filter(|_| map_counts)) {
-            for name in ["additional_special_tokens", "extra_special_tokens"] {
-                match file.fields().get(name) {
+            let fields = file.fields();
+            // Names of a model, such as `image_token`. Fields like `add_bos_token` are not texts.
+            for (name, value) in fields.map.iter().filter(|(name, _)| name.ends_with("_token")) {
+                let field = Field { file: fields.file, name: excerpt(name), value };
+                if !NAMES.contains(&&**name) && (value.is_string() || value.get("content").is_some()) {
+                    tokens.named.push((name.clone(), token(&field, true)?));
+                }
+            }
+            for name in ["additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"]
+            {
+                match fields.get(name) {
                     Some(field) if field.value.is_object() => {
                         for (name, value) in field.object("")?.map {
                             let field = Field { file: field.file, name: excerpt(name), value };
@@ -120,9 +142,8 @@ impl SpecialTokens {
             let got = tokenizer.token_to_id(&token.content);
             if got != Some(*id) {
                 return Err(Error::Model(format!(
-                    "{}: added_tokens_decoder gives {:?} the id {id}, but its place after the tokens of \
-                     tokenizer.json gives {}",
-                    folder.path(CONFIG),
+                    "{} gives {:?} the id {id}, but its place after the tokens of tokenizer.json gives {}",
+                    folder.path(self.list),
                     excerpt(&token.content),
                     got.map_or("none".into(), |got| got.to_string())
                 )));

@@ -423,7 +423,7 @@ fn compare_refuses_what_cannot_be_compared() {
     let dir = tempfile::tempdir().unwrap();
     let base = samples(1, 20, 10.0, 0.002);
     let a = measured(&[("x", "ms", Some(&base), json!([10, 10]))]);
-    let cases: [(&str, Edit); 17] = [
+    let cases: [(&str, Edit); 18] = [
         ("the card of", |r| r["machine"]["card"] = json!("L4")),
         ("the device of", |r| r["machine"]["device"] = json!(null)),
         ("the target of", |r| r["model"]["target"] = json!("qwen3-4b")),
@@ -432,6 +432,7 @@ fn compare_refuses_what_cannot_be_compared() {
             r["schema"] = json!("dflash-bench/2")
         }),
         ("has the schema null", |r| *r = json!([1])),
+        ("a list stands in the place of an object", |r| r["model"] = json!(["a", "b"])),
         ("is not a whole record: missing field `rows`", |r| drop(r.as_object_mut().unwrap().remove("rows"))),
         ("unknown variant `guessed`", |r| r["rows"][0]["kind"] = json!("guessed")),
         ("row 1 (x) has the sample 0", |r| r["rows"][0]["samples"][3] = json!(0.0)),

@@ -196,7 +196,7 @@ const MODELS: &str = r#"
 3 | empty tokenizer | ROOT/target/tokenizer.json is not a tokenizer: Model missing. at line 1 column 2
 3 | cut in the header | ROOT/target/model.safetensors is not a complete safetensors file: its header's length is given as 4711 bytes, but only 92 follow
 3 | cut in the length | ROOT/target/model.safetensors is not a complete safetensors file: it has 5 bytes, expected at least 8 for the header's length
-3 | empty weights | ROOT/target/model.safetensors is not a complete safetensors file: it has 0 bytes, expected at least 8 for the header's length
+3 | empty weights | ROOT/target/model.safetensors is empty, expected a safetensors file
 3 | cut in the data | ROOT/target/model.safetensors is not a complete safetensors file: its header describes 315008 bytes of tensors, but 95281 follow it
 3 | overlapping offsets | ROOT/target/model.safetensors is not a complete safetensors file: its header: invalid offset for tensor `model.embed_tokens.weight`
 3 | shape overflow | ROOT/target/model.safetensors is not a complete safetensors file: its header: overflow computing buffer size from shape and/or element type

@@ -139,6 +139,11 @@ const DRAFTER_CONFIGS: &str = r#"
 4 | speculators_model_type = "dspark"; markov_rank = 32 | D/config.json: speculators_model_type is "dspark", which makes it a DSpark drafter in the speculators layout: this engine runs standard DFlash drafters
 4 | speculators_model_type = "eagle3"; draft_vocab_size = 256 | D/config.json: speculators_model_type is "eagle3", which makes it an EAGLE-3 drafter in the speculators layout: this engine runs standard DFlash drafters
 4 | speculators_model_type = "mtp" | D/config.json: speculators_model_type is "mtp", which makes it a drafter of the kind mtp in the speculators layout: this engine runs standard DFlash drafters
+4 | open_spec_config_version = "0.0.0"; architectures = ["DflashDraftModel"]; speculative_config = { "method": "dflash" } | D/config.json: open_spec_config_version is "0.0.0", which makes it a DFlash drafter in the layout of Open Spec Config: this engine runs standard DFlash drafters
+4 | open_spec_config_version = "0.0.0"; dflash_config absent; speculative_config = { "method": "eagle3" } | D/config.json: open_spec_config_version is "0.0.0", which makes it an EAGLE-3 drafter in the layout of Open Spec Config: this engine runs standard DFlash drafters
+4 | architectures = ["MedusaModel"] | D/config.json: architectures is MedusaModel, which makes it a Medusa drafter: this engine runs standard DFlash drafters
+4 | architectures = ["PeagleDraftModel"]; dflash_config absent | D/config.json: architectures is PeagleDraftModel, which makes it a P-EAGLE drafter: this engine runs standard DFlash drafters
+4 | architectures = ["MLPSpeculatorPreTrainedModel"] | D/config.json: architectures is MLPSpeculatorPreTrainedModel, which makes it an MLP speculator: this engine runs standard DFlash drafters
 4 | transformer_layer_config = {} | D/config.json: transformer_layer_config is present, which makes it a drafter in the speculators layout: this engine runs standard DFlash drafters
 4 | dflash_config absent; num_anchors = 512; markov_rank = 0; architectures = ["Qwen3DSparkModel"] | D/config.json: architectures is Qwen3DSparkModel, which makes it an anchor-first DFlash drafter (DeepSpec): this engine runs standard DFlash drafters
 4 | dflash_config absent; markov_rank = 32; architectures = ["Qwen3DSparkModel"] | D/config.json: architectures is Qwen3DSparkModel, which makes it a DSpark drafter (DeepSpec): this engine runs standard DFlash drafters
@@ -234,7 +239,7 @@ fn invalid_safetensors_files_are_refused_with_the_reason() {
     let norm = "model.norm.weight";
     let rows: Vec<(Corrupt, u8, &str)> = vec![
         (write(vec![]),
-            3, "T/model.safetensors is not a complete safetensors file: it has 0 bytes, expected at least 8 for the header's length"),
+            3, "T/model.safetensors is empty, expected a safetensors file"),
         (write(vec![1, 2, 3]),
             3, "T/model.safetensors is not a complete safetensors file: it has 3 bytes, expected at least 8 for the header's length"),
         (write(support::safetensors_raw("{}", &[])),
@@ -248,7 +253,14 @@ fn invalid_safetensors_files_are_refused_with_the_reason() {
         (write([u64::MAX.to_le_bytes().as_slice(), b"{}"].concat()),
             3, "T/model.safetensors is not a complete safetensors file: its header's length is given as 18446744073709551615 bytes, but only 2 follow"),
         (write(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n".to_vec()),
-            3, "T/model.safetensors is not a complete safetensors file: it is a Git LFS pointer, the weights were not fetched"),
+            3, "T/model.safetensors is a Git LFS pointer, the file itself was not fetched, expected a safetensors file"),
+        (write(b"<!DOCTYPE html><title>Sign in</title>".to_vec()),
+            3, "T/model.safetensors is an HTML or XML page, expected a safetensors file"),
+        (write(b"PK\x03\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\x01archive/data.pkl".to_vec()),
+            3, "T/model.safetensors is a zip archive, expected a safetensors file"),
+        // A header of 60 bytes begins as HTML does.
+        (write(support::safetensors_raw(&format!("{{}}{}", " ".repeat(58)), &[])),
+            3, "T/model.safetensors has no tensor model.embed_tokens.weight"),
         (cut(|_| 100),
             3, "T/model.safetensors is not a complete safetensors file: its header's length is given as 4586 bytes, but only 92 follow"),
         (cut(|len| len - 1),

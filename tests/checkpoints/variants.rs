@@ -323,5 +323,9 @@ fn a_drafter_that_accepts_nothing_is_noticed_once() {
     assert_eq!(noticed("100", &[]), 1);
     assert_eq!(noticed("20", &[]), 0);
     assert_eq!(noticed("100", &["-q"]), 0);
+    // The two ways to compare say it, too.
+    let args = ["--raw", "def f", "--ignore-eos", "--check-lossless", "-n", "60"];
+    let run = run_pair(&pair, &args);
+    assert_eq!((run.code, run.err.matches(line).count()), (0, 1), "{}", run.err);
     assert_eq!(noticed("100", &["--block", "1"]), 0);
 }

@@ -348,6 +348,9 @@ fn data_sets_load_by_the_key_of_their_prompt() {
     ]);
     let rendered = "<system>S<user>a<assistant>b<user>c<assistant>";
     bytes.assert_rendered(json!({"id": "x_0", "conversations": sharegpt}), &[], rendered);
+    // The system message and the tools beside a conversation.
+    let beside = json!({"conversations": sharegpt.as_array().unwrap()[1..], "system": "S", "tools": ""});
+    bytes.assert_rendered(beside, &[], rendered);
     for (key, value, rendered) in [
         ("conversations", sharegpt.clone(), rendered),
         ("question", json!("a?"), "<user>a?<assistant>"),
@@ -412,6 +415,11 @@ fn byte_order_marks_are_dropped_everywhere() {
     let utf16: Vec<u8> = "\u{feff}a".encode_utf16().flat_map(u16::to_le_bytes).collect();
     let got = with_stdin(&[], &utf16);
     assert_eq!((got.code, got.err.as_str()), (2, "dflash-gen: stdin is UTF-16, expected UTF-8\n"));
+    let got = with_stdin(&[], b"\x1f\x8b\x08\0");
+    assert_eq!(
+        (got.code, got.err.as_str()),
+        (2, "dflash-gen: stdin is compressed by gzip, expected UTF-8\n")
+    );
 
     let pair = support::write_pair(&Default::default(), &Default::default());
     let answer = || run_pair(&pair, &["--raw", "hello", "-n", "8", "-q"]).done();

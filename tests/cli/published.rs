@@ -54,6 +54,19 @@ fn targets() -> Vec<(&'static str, Value)> {
         ("Qwen/Qwen3-1.7B", qwen3(true, 2048, 6144, 28, 16)),
         ("Qwen/Qwen3-4B", qwen3(true, 2560, 9728, 36, 32)),
         ("Qwen/Qwen3-8B", qwen3(false, 4096, 12_288, 36, 32)),
+        (
+            "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
+            config(
+                false,
+                false,
+                [4096, 12_288, 36, 32, 8, 128, 151_936, 131_072],
+                1e6,
+                json!({
+                    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768,
+                    "attn_factor": 0.8782488562869419
+                }),
+            ),
+        ),
         ("Qwen/Qwen3-14B", qwen3(false, 5120, 17_408, 40, 40)),
         ("Qwen/Qwen3-32B", qwen3(false, 5120, 25_600, 64, 64)),
         ("meta-llama/Llama-3.1-8B-Instruct", llama3(false, 4096, 14_336, 32, 32, 128)),
@@ -165,6 +178,8 @@ fn plans_of_published_pairs_say_what_the_page_says() {
         let root = tempfile::tempdir().unwrap();
         let (target, drafter) = (root.path().join("target"), root.path().join("drafter"));
         write_target(&target, &targets().iter().find(|(name, _)| *name == pair[0]).expect(&pair[0]).1);
+        let shape = TargetConfig::open(&disk(&target)).unwrap();
+        assert_eq!(dflash::cli::published::drafter_for(&shape), Some(name), "src/cli/published.rs");
         let config: Value = serde_json::from_str(config).unwrap();
         support::write_sparse(&drafter, &config, || DrafterConfig::open(&disk(&drafter)).unwrap().tensors());
         let (record, need) = on_a_gpu(&[&target, &drafter]);

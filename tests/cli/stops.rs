@@ -109,6 +109,17 @@ fn verbose_names_every_stop_id_and_its_sources() {
         let lines: Vec<&str> = done.err.lines().filter(|line| line.starts_with("stop ids")).collect();
         assert_eq!(lines, [format!("stop ids: {expected}")], "{done:?}");
     }
+    // A line of its own stop, and stop strings that do not count.
+    let line = json!({"prompt": "a", "stop": ["<|mask|>", "x"]}).to_string();
+    let file = write(pair.root.path(), "lines.jsonl", line);
+    let strings = json!(["x"]);
+    support::edit_json(&pair.target, "generation_config.json", |config| config["stop_strings"] = strings);
+    let done = run_pair(&pair, &["--raw", "-n", "1", "-v", "--ignore-eos", "--prompts", &file]);
+    let stops = format!("{file} line 1: stop ids: 1 (--stop); stop strings: [\"<|mask|>\", \"x\"]");
+    assert!(done.err.lines().any(|line| line == stops), "{done:?}");
+    let note =
+        "generation_config.json: stop_strings is [\"x\"]: only stop strings that are given end an answer";
+    assert!(done.err.lines().any(|line| line.ends_with(note)), "{done:?}");
     let quiet = run_pair(&pair, &["--raw", "-n", "1", "hello"]).err;
     assert!(!quiet.contains("stop ids"), "{quiet}");
 }

@@ -408,7 +408,7 @@ fn templates_have_an_instruction_and_recursion_limit() {
     for (source, what) in [
         (
             "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
-            "500000 instructions",
+            "5000000 instructions",
         ),
         ("{% macro m(x) %}{{ m(x + 1) }}{% endmacro %}{{ m(1) }}", "recursion limit"),
         (&format!("{nested}{{{{ ns.a.b.c }}}}"), "undefined"),
@@ -420,6 +420,25 @@ fn templates_have_an_instruction_and_recursion_limit() {
             panic!()
         };
         assert!(message.contains(what), "{message}");
+    }
+    // A value that holds another one twice, 40 times over, and texts of any length.
+    let twice =
+        "{% set ns = namespace(a=[1]) %}{% for i in range(40) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}";
+    for printed in ["ns.a", "ns.a | tojson", "'%s' | format(ns.a)", "'{}'.format(ns.a)", "'a' ~ ns.a"] {
+        let error = rendered(&format!("{twice}{{{{ {printed} }}}}")).unwrap_err().to_string();
+        assert!(error.contains("a text has more than 16777216 bytes"), "{error}");
+    }
+    for long in [
+        "'a' * 10 ** 9",
+        "('a' * 10 ** 7) | replace('a', 'a' * 10 ** 7)",
+        "('a' * 10 ** 6).join(['a'] * 10 ** 6)",
+        "('a\n' * 10 ** 6) | indent(60000)",
+        "range(10 ** 12) | list",
+        "'%1000000000d' | format(1)",
+        "'a' | center(10 ** 9)",
+    ] {
+        let error = rendered(&format!("{{{{ {long} }}}}")).err();
+        assert!(matches!(error, Some(Error::Model(_))), "{long}: {error:?}");
     }
     // Deep values are valid: they are printed, serialised and dropped without a stack overflow.
     assert!(rendered(&format!("{nested}{{{{ ns.a }}}}")).unwrap().starts_with("[[[[[["));

@@ -422,15 +422,17 @@ fn special_tokens_are_those_of_hugging_face() {
     let ids_of = |value: &Value| serde_json::from_value::<Vec<u32>>(value.clone()).unwrap();
     let (template, sample) = (text_of(&recorded["template"]), text_of(&recorded["text"]));
     let cases = recorded["cases"].as_array().unwrap();
-    assert_eq!(cases.len(), 19);
+    assert_eq!(cases.len(), 26);
     for case in cases {
         let mut tokenizer = tokenizer_json();
         let added = case["added_tokens"].as_array().unwrap().clone();
         tokenizer["added_tokens"].as_array_mut().unwrap().extend(added);
         let mut files = vec![("tokenizer.json", tokenizer.to_string())];
-        for (name, key) in
-            [("tokenizer_config.json", "tokenizer_config"), ("special_tokens_map.json", "special_tokens_map")]
-        {
+        for (name, key) in [
+            ("tokenizer_config.json", "tokenizer_config"),
+            ("special_tokens_map.json", "special_tokens_map"),
+            ("added_tokens.json", "added_tokens_file"),
+        ] {
             files.extend((!case[key].is_null()).then(|| (name, case[key].to_string())));
         }
         let files: Vec<(&str, &str)> = files.iter().map(|(name, file)| (*name, file.as_str())).collect();
@@ -456,6 +458,17 @@ fn additional_tokens_may_be_objects() {
 fn malformed_special_tokens_are_named() {
     for (file, contents, what) in [
         ("special_tokens_map.json", "[]", "not a JSON object"),
+        ("added_tokens.json", "[]", "not a JSON object"),
+        (
+            "added_tokens.json",
+            r#"{"<a>": "2048"}"#,
+            "added_tokens.json: <a> is \"2048\", expected a whole number",
+        ),
+        (
+            "added_tokens.json",
+            r#"{"<a>": 2050}"#,
+            "added_tokens.json gives \"<a>\" the id 2050, but its place after the tokens of tokenizer.json gives 2048",
+        ),
         ("special_tokens_map.json", r#"{"eos_token": 3}"#, "eos_token is 3, expected a special token"),
         ("special_tokens_map.json", r#"{"eos_token": {"content": 3}}"#, "expected a special token"),
         ("special_tokens_map.json", r#"{"pad_token": {"content": "x", "lstrip": 1}}"#, "lstrip is 1"),

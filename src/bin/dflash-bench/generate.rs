@@ -16,7 +16,7 @@ use dflash::cpu::ops;
 use dflash::engine::generate::{
     Backend, Decoder, Flow, Outcome, Request, TokenSink, TokenSinks, generate_all,
 };
-use dflash::engine::stats::SpecRecord;
+use dflash::engine::stats::{AcceptanceWatch, SpecRecord};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::{Counts, Device};
@@ -344,8 +344,11 @@ impl Run<'_> {
         }
         bar.set_length((repeats * self.requests.len() * DECODING.len()) as u64);
         let each = |number| self.once(decoder, self.requests, number, &mut counts, &bar);
-        let repeats = (0..repeats).map(each).collect::<Result<_>>();
+        let repeats = (0..repeats).map(each).collect::<Result<Vec<Repeat>>>();
         bar.finish_and_clear();
+        let mut watch = AcceptanceWatch::default();
+        let outcomes = repeats.iter().flatten().flat_map(|repeat| &repeat.outcomes[1]);
+        outcomes.filter_map(|o| watch.add(&o.accepted, &o.drafted)).for_each(|line| terminal::note(&line));
         Ok((repeats?, emulated.then_some(counts)))
     }
 

@@ -8,7 +8,7 @@ use dflash::perf::statistics::Summary;
 use dflash::text::prompt_files;
 use dflash::{Error, Result};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -155,6 +155,20 @@ pub struct Row {
     pub verdict: Option<String>,
 }
 
+/// Whether the file has an object for every object of the record that was read from it. serde also makes an
+/// object of a list.
+fn has_objects_of(file: &Value, read: &Value) -> bool {
+    match (file, read) {
+        (Value::Object(file), Value::Object(read)) => {
+            read.iter().all(|(name, value)| file.get(name).is_none_or(|found| has_objects_of(found, value)))
+        }
+        (Value::Array(file), Value::Array(read)) => {
+            file.iter().zip(read).all(|(found, value)| has_objects_of(found, value))
+        }
+        (_, read) => !read.is_object(),
+    }
+}
+
 impl Record {
     /// A record without rows, of this build and this command line.
     pub fn new(command: &str, machine: Machine, model: Model) -> Record {
@@ -189,8 +203,11 @@ impl Record {
             Value::String(schema) if schema == SCHEMA => (),
             found => return Err(wrong(format!("has the schema {found}, expected {SCHEMA:?}"))),
         }
-        let mut record: Record =
-            serde_json::from_value(value).map_err(|e| wrong(format!("is not a whole record: {e}")))?;
+        let mut record =
+            Record::deserialize(&value).map_err(|e| wrong(format!("is not a whole record: {e}")))?;
+        if !has_objects_of(&value, &json!(record)) {
+            return Err(wrong("is not a whole record: a list stands in the place of an object".into()));
+        }
         record.modernise();
         let mut seen = HashMap::new();
         for (i, row) in record.rows.iter().enumerate() {

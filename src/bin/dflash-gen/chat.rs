@@ -103,7 +103,8 @@ impl<'a> Chat<'a> {
     }
 
     /// Runs until the end of input, `/exit`, or the reader closes stdout. Wrong input is answered by a
-    /// sentence, and the conversation goes on.
+    /// sentence, and the conversation goes on. Returns 0 or, with input that is not from a terminal, the exit
+    /// code of the last message that failed.
     pub fn run(mut self) -> Result<u8> {
         let Inputs { job, pair, .. } = *self.session.inputs;
         if io::stdin().is_terminal() && !job.quiet {
@@ -113,13 +114,18 @@ impl<'a> Chat<'a> {
             };
             note(&format!("{}: /help lists the commands.{demo}", pair.target.folder.name()));
         }
+        let mut code = 0;
         loop {
-            let Some(bytes) = message()? else { return Ok(0) };
+            let Some(bytes) = message()? else { return Ok(code) };
+            let is_command = bytes.starts_with(b"/") && !bytes.starts_with(b"//");
             match utf8(bytes, "the message").and_then(|text| self.take(text)) {
                 Ok(Then::GoOn) => {}
-                Ok(Then::End) => return Ok(0),
+                Ok(Then::End) => return Ok(code),
                 Err(error @ (Error::Usage(_) | Error::Option { .. } | Error::Memory(_))) => {
-                    terminal::complain("dflash-gen", &error)
+                    terminal::complain("dflash-gen", &error);
+                    if !is_command && !io::stdin().is_terminal() {
+                        code = error.exit_code();
+                    }
                 }
                 Err(error) => return Err(error),
             }

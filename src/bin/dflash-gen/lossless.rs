@@ -59,6 +59,11 @@ impl Session<'_> {
                 bar.finish_and_clear();
                 return Ok(INTERRUPTED_EXIT);
             };
+            // The first token is the prefill's.
+            let found = self.watch.borrow_mut().add_rounds(report.rounds, report.tokens.saturating_sub(1));
+            if let (Some(line), false) = (found, job.quiet) {
+                bar.suspend(|| note(&line));
+            }
             report.identical = report.identical.map_err(|e| Error::Lossless(format!("prompt {number}: {e}")));
             if job.json() {
                 let mut row = object(&report);

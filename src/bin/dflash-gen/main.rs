@@ -107,6 +107,10 @@ fn run(job: &Job) -> Result<u8> {
     };
     if job.verbose {
         note(&format!("stop ids: {}", job.stop_ids(&pair, text.as_ref(), &job.stop)?));
+        for Task { prompt, stop, .. } in tasks.iter().filter(|task| task.prompt.settings.stop.is_some()) {
+            let ids = job.stop_ids(&pair, text.as_ref(), stop)?;
+            note(&format!("{}: stop ids: {ids}; stop strings: {stop:?}", prompt.name));
+        }
     }
     let clock = Instant::now();
     // A conversation may set its block later.

@@ -1,6 +1,7 @@
 //! The source text of a chat template, made ready for minijinja, and the variables that it reads.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// A template's source.
 pub(crate) struct Source {
@@ -23,49 +24,140 @@ impl Source {
             let (before, tag) = rest.split_at(start);
             text.push_str(before);
             let end = match tag.as_bytes().get(1) {
-                Some(b'#') => tag.find("#}").map_or(tag.len(), |at| at + 2),
+                Some(b'#') => {
+                    let end = tag.find("#}").map_or(tag.len(), |at| at + 2);
+                    text.push_str(&tag[..end]);
+                    end
+                }
                 Some(b'%' | b'{') => {
-                    let (end, tokens) = tokens(tag);
-                    if tag[1..].starts_with('%') {
-                        let name = tokens.iter().find_map(|token| token.name());
-                        match name {
-                            Some("raw") => {
-                                text.push_str(&tag[..end]);
-                                // The line end after this tag stays, but minijinja drops one.
-                                text.push_str(if tag[end..].starts_with('\n') { "\n" } else { "" });
-                                let length = raw(&tag[end..]);
-                                text.push_str(&tag[end..end + length]);
-                                rest = &tag[end + length..];
-                                continue;
-                            }
-                            Some(name @ ("generation" | "endgeneration")) if tokens.len() == 1 => {
-                                let with = if name == "generation" { "with" } else { "endwith" };
-                                text.push_str(&tag[..end].replacen(name, with, 1));
-                                reads.statement(&tokens);
-                                rest = &tag[end..];
-                                continue;
-                            }
-                            _ => {
-                                reads.statement(&tokens);
-                                end
-                            }
+                    let (end, tokens, places) = tokens(tag);
+                    let name = tokens.first().and_then(Token::name).filter(|_| tag[1..].starts_with('%'));
+                    match name {
+                        Some("raw") => {
+                            text.push_str(&tag[..end]);
+                            // The line end after this tag stays, but minijinja drops one.
+                            text.push_str(if tag[end..].starts_with('\n') { "\n" } else { "" });
+                            let length = raw(&tag[end..]);
+                            text.push_str(&tag[end..end + length]);
+                            end + length
                         }
-                    } else {
-                        reads.expression(&tokens);
-                        end
+                        Some(name @ ("generation" | "endgeneration")) if tokens.len() == 1 => {
+                            let with = if name == "generation" { "with" } else { "endwith" };
+                            text.push_str(&tag[..end].replacen(name, with, 1));
+                            reads.statement(&tokens);
+                            end
+                        }
+                        _ => {
+                            match tag[1..].starts_with('%') {
+                                true => reads.statement(&tokens),
+                                false => reads.expression(&tokens),
+                            }
+                            push_tag(&tag[..end], &tokens, &places, &mut text);
+                            end
+                        }
                     }
                 }
-                _ => 1,
+                _ => {
+                    text.push('{');
+                    1
+                }
             };
-            match tag.as_bytes().get(1) {
-                Some(b'%' | b'{') => push_code(&tag[..end], &mut text),
-                _ => text.push_str(&tag[..end]),
-            }
             rest = &tag[end..];
         }
         text.push_str(rest);
         Source { text, reads: reads.found }
     }
+}
+
+/// The filter that gives the items of a loop.
+pub(crate) const ITEMS: &str = "__items";
+
+/// Appends a tag, changed so that minijinja gives the results of jinja2: a loop runs over what the filter
+/// [`ITEMS`] gives, the operands of `~` are texts as Python writes them, and a unary `+` is dropped.
+fn push_tag(tag: &str, tokens: &[Token], places: &[Range<usize>], out: &mut String) {
+    // Parts of the tag, and the texts that replace them.
+    let mut edits: Vec<(Range<usize>, String)> = Vec::new();
+    let mut filter = |part: Range<usize>, name: &str| {
+        if let [first, ..] = &places[part.clone()] {
+            let end = places[part.end - 1].end;
+            edits.push((first.start..first.start, "(".into()));
+            edits.push((end..end, format!(")|{name}")));
+        }
+    };
+    let mut unary = Vec::new();
+    // For every open bracket: the first token of the operand, and whether a `~` is before it.
+    let mut operands = vec![(usize::from(tag.starts_with("{%")), false)];
+    for at in operands[0].0..=tokens.len() {
+        let (token, before) = (tokens.get(at), tokens[operands[0].0.min(at)..at].last());
+        let closes = matches!(token, Some(Token::Sign(')' | ']' | '}')));
+        let is_unary = match before {
+            Some(Token::Name(name)) => OPERATORS.contains(name),
+            Some(Token::Text | Token::Number | Token::Sign(')' | ']' | '}')) => false,
+            _ => true,
+        };
+        let separates = match token {
+            None | Some(Token::Comparison | Token::Sign('~' | ',' | ':' | '=' | '<' | '>')) => true,
+            Some(Token::Sign('+' | '-')) => !is_unary,
+            Some(Token::Name(name)) => {
+                OPERATORS.contains(name) && *name != "is" && !follows_is(&tokens[..at])
+            }
+            Some(_) => closes,
+        };
+        if let Some((start, after_tilde)) = operands.last_mut().filter(|_| separates) {
+            let is_tilde = token == Some(&Token::Sign('~'));
+            if (is_tilde || *after_tilde) && tokens[*start..at] != [Token::Text] {
+                filter(*start..at, "string");
+            }
+            (*start, *after_tilde) = (at + 1, is_tilde);
+        }
+        match token {
+            Some(Token::Sign('(' | '[' | '{')) => operands.push((at + 1, false)),
+            Some(Token::Sign('+')) if is_unary => unary.push(places[at].clone()),
+            _ if closes && operands.len() > 1 => drop(operands.pop()),
+            _ => {}
+        }
+    }
+    if let Some(iterated) = iterated(tokens) {
+        filter(iterated, ITEMS);
+    }
+    edits.extend(unary.into_iter().map(|place| (place, " ".into())));
+    // The end of an operand comes first at its place, and a `+` that is dropped comes last.
+    edits.sort_by_key(|(place, text)| (place.start, place.end, text == "("));
+    let mut edited = String::with_capacity(tag.len());
+    let mut at = 0;
+    for (place, text) in edits {
+        edited.push_str(&tag[at..place.start]);
+        edited.push_str(&text);
+        at = place.end;
+    }
+    edited.push_str(&tag[at..]);
+    push_code(&edited, out);
+}
+
+/// Whether the next token belongs to a test: `is not`, `is in`, `is not in`.
+fn follows_is(tokens: &[Token]) -> bool {
+    match tokens {
+        [.., Token::Name("is")] | [.., Token::Name("is"), Token::Name("not")] => true,
+        _ => false,
+    }
+}
+
+/// The tokens of what a loop runs over, if the statement is a loop.
+fn iterated(tokens: &[Token]) -> Option<Range<usize>> {
+    if tokens.first() != Some(&Token::Name("for")) {
+        return None;
+    }
+    let (mut depth, mut start) = (0usize, None);
+    for (at, token) in tokens.iter().enumerate() {
+        match (token, start) {
+            (Token::Sign('(' | '[' | '{'), _) => depth += 1,
+            (Token::Sign(')' | ']' | '}'), _) => depth = depth.saturating_sub(1),
+            (Token::Name("in"), None) if depth == 0 => start = Some(at + 1),
+            (Token::Name("if" | "recursive"), Some(start)) if depth == 0 => return Some(start..at),
+            _ => {}
+        }
+    }
+    Some(start?..tokens.len())
 }
 
 /// Appends a tag, without the escapes of its texts that minijinja does not know: a line end, and `\U` with
@@ -115,8 +207,10 @@ enum Token<'a> {
     Name(&'a str),
     /// `==` and other operators that end in `=`.
     Comparison,
-    /// A text or a number.
-    Constant,
+    /// A text in quotes.
+    Text,
+    /// A number, or a part of one.
+    Number,
     /// Any other character.
     Sign(char),
 }
@@ -130,10 +224,10 @@ impl<'a> Token<'a> {
     }
 }
 
-/// The tokens of the tag at the start of `tag`, and the length of the tag.
-fn tokens(tag: &str) -> (usize, Vec<Token<'_>>) {
+/// The length of the tag at the start of `tag`, its tokens, and the place of each.
+fn tokens(tag: &str) -> (usize, Vec<Token<'_>>, Vec<Range<usize>>) {
     let close = if tag[1..].starts_with('%') { "%}" } else { "}}" };
-    let mut tokens = Vec::new();
+    let (mut tokens, mut places) = (Vec::new(), Vec::new());
     let mut open = 0usize;
     let mut at = 2;
     if tag[at..].starts_with(['-', '+']) {
@@ -144,11 +238,11 @@ fn tokens(tag: &str) -> (usize, Vec<Token<'_>>) {
         let word = |c: char| c == '_' || c.is_alphanumeric();
         let marked = rest.strip_prefix(['-', '+']).is_some_and(|rest| rest.starts_with(close));
         if open == 0 && (rest.starts_with(close) || marked) {
-            return (at + close.len() + usize::from(marked), tokens);
+            return (at + close.len() + usize::from(marked), tokens, places);
         }
-        at += match c {
+        let length = match c {
             '\'' | '"' => {
-                tokens.push(Token::Constant);
+                tokens.push(Token::Text);
                 let mut escaped = false;
                 let end = rest[1..].find(|next| {
                     let ends = next == c && !escaped;
@@ -158,8 +252,8 @@ fn tokens(tag: &str) -> (usize, Vec<Token<'_>>) {
                 end.map_or(rest.len(), |end| end + 2)
             }
             _ if c.is_numeric() => {
-                tokens.push(Token::Constant);
-                rest.find(|c| !word(c)).unwrap_or(rest.len())
+                tokens.push(Token::Number);
+                number(rest)
             }
             _ if word(c) => {
                 let end = rest.find(|c| !word(c)).unwrap_or(rest.len());
@@ -182,9 +276,29 @@ fn tokens(tag: &str) -> (usize, Vec<Token<'_>>) {
                 c.len_utf8()
             }
         };
+        if tokens.len() > places.len() {
+            places.push(at..at + length);
+        }
+        at += length;
     }
-    (tag.len(), tokens)
+    (tag.len(), tokens, places)
 }
+
+/// The length of the number, or of the part of a number, at the start of `text`: the sign of an exponent is
+/// part of it.
+fn number(text: &str) -> usize {
+    let word = |text: &str| text.find(|c: char| c != '_' && !c.is_alphanumeric()).unwrap_or(text.len());
+    let length = word(text);
+    let (digits, rest) = text.split_at(length);
+    let has_exponent = digits.ends_with(['e', 'E']) && !digits.starts_with("0x");
+    match rest.strip_prefix(['-', '+']) {
+        Some(exponent) if has_exponent => length + 1 + word(exponent),
+        _ => length,
+    }
+}
+
+/// Words before and after operands.
+const OPERATORS: [&str; 8] = ["and", "or", "not", "in", "is", "if", "else", "recursive"];
 
 /// Finds the variables that a template reads.
 struct Reads {
@@ -217,24 +331,7 @@ impl Default for Reads {
 impl Reads {
     /// The variables in an expression are read.
     fn expression(&mut self, tokens: &[Token]) {
-        const WORDS: [&str; 16] = [
-            "and",
-            "or",
-            "not",
-            "in",
-            "is",
-            "if",
-            "else",
-            "true",
-            "false",
-            "none",
-            "True",
-            "False",
-            "None",
-            "recursive",
-            "with",
-            "without",
-        ];
+        const WORDS: [&str; 8] = ["true", "false", "none", "True", "False", "None", "with", "without"];
         for (at, token) in tokens.iter().enumerate() {
             let Token::Name(name) = *token else { continue };
             let before = |back: usize| at.checked_sub(back).map(|at| tokens[at]);
@@ -247,6 +344,7 @@ impl Reads {
             let keyword = tokens.get(at + 1) == Some(&Token::Sign('='));
             if !named
                 && !keyword
+                && !OPERATORS.contains(&name)
                 && !WORDS.contains(&name)
                 && !self.scopes.iter().any(|scope| scope.contains(name))
             {
@@ -351,7 +449,7 @@ impl Reads {
                             None | Some(Token::Sign('(' | ','))
                         ) =>
                     {
-                        Token::Constant
+                        Token::Number
                     }
                     token => token,
                 })

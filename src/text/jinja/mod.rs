@@ -1,14 +1,26 @@
 //! The jinja of chat templates: minijinja, made to give what Python's jinja2 gives with the settings, filters
 //! and functions of Hugging Face.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | `source` | the source of a template for minijinja, and the variables that it reads |
+//! | `python` | `str`, `repr` and `json.dumps` of values |
+//! | `methods` | Python's methods of strings and lists |
+//! | `strftime` | dates |
 
-use crate::text::python::{Json, text, wrong};
-use crate::text::python_methods::{self, is_space};
-use crate::text::strftime;
+mod methods;
+mod python;
+pub(crate) mod source;
+mod strftime;
+
+use methods::is_space;
+
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{
     Kwargs, Object, ObjectRepr, Rest, StringInput, Value, ValueKind, ValueOrKwargs, from_args,
 };
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, filters};
+use python::{Json, check_length, text, wrong};
 use std::fmt::Write;
 use std::sync::{Arc, Mutex};
 
@@ -21,9 +33,9 @@ type Result<T> = std::result::Result<T, Error>;
 pub(crate) fn environment() -> Result<Environment<'static>> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
-    environment.set_unknown_method_callback(python_methods::call);
+    environment.set_unknown_method_callback(methods::call);
     environment.set_formatter(|out, state, value| match state.auto_escape() {
-        AutoEscape::None => out.write_str(&text(value)).map_err(Error::from),
+        AutoEscape::None => out.write_str(&text(value)?).map_err(Error::from),
         _ => minijinja::escape_formatter(out, state, value),
     });
     // Makes errors name undefined values.
@@ -31,28 +43,31 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
 
     environment.add_filter("tojson", to_json);
     environment.add_filter("string", |value: &Value| match value.kind() {
-        ValueKind::String => value.clone(),
-        _ => text(value).into(),
+        ValueKind::String => Ok(value.clone()),
+        _ => text(value).map(Value::from),
     });
+    environment.add_filter(source::ITEMS, items_of);
     environment.add_filter("join", join);
+    environment.add_filter("map", map);
     environment.add_filter("length", length);
     environment.add_filter("count", length);
+    environment.add_filter("format", format);
     environment.add_filter("int", int);
     environment.add_filter("float", float);
     environment.add_filter("replace", replace);
     environment.add_filter("indent", indent);
     environment.add_filter("truncate", truncate);
     environment.add_filter("wordcount", |value: &Value| {
-        let text = text(value);
+        let text = text(value)?;
         let word = |c: char| c == '_' || c.is_alphanumeric();
-        text.split(|c| !word(c)).filter(|word| !word.is_empty()).count()
+        Ok::<_, Error>(text.split(|c| !word(c)).filter(|word| !word.is_empty()).count())
     });
     environment.add_filter("urlencode", url_encode);
-    environment.add_filter("striptags", |value: &Value| strip_tags(&text(value)));
+    environment.add_filter("striptags", |value: &Value| text(value).map(|text| strip_tags(&text)));
     environment.add_filter("center", |state: &mut State, value: &Value, width: Option<i64>| {
-        python_methods::call(state, &text(value).into(), "center", &[width.unwrap_or(80).into()])
+        methods::call(state, &text(value)?.into(), "center", &[width.unwrap_or(80).into()])
     });
-    environment.add_filter("forceescape", |value: &Value| escape(&text(value).into()));
+    environment.add_filter("forceescape", |value: &Value| escape(&text(value)?.into()));
     environment.add_filter("filesizeformat", minijinja_contrib::filters::filesizeformat);
     // It would have to break lines as Python's pprint does.
     environment.remove_filter("pprint");
@@ -83,7 +98,7 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
     });
     environment.add_filter("trim", |state: &mut State, value: &Value, given: Rest<ValueOrKwargs>| {
         let [chars] = arguments(given, ["chars"])?;
-        python_methods::call(state, &text(value).into(), "strip", &[chars.into()])
+        methods::call(state, &text(value)?.into(), "strip", &[chars.into()])
     });
 
     environment.add_test("iterable", |value: &Value| {
@@ -123,7 +138,7 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
 pub(crate) struct Raised(pub(crate) String);
 
 fn raise_exception(message: &Value) -> Result<Value> {
-    Err(wrong("raised").with_source(Raised(text(message))))
+    Err(wrong("raised").with_source(Raised(text(message)?)))
 }
 
 /// The current date and time, for templates that print it. It is in UTC, because the standard library does
@@ -189,6 +204,36 @@ fn named<const N: usize>(given: Rest<ValueOrKwargs>, names: [&str; N]) -> Result
     Ok(names.into_iter().zip(values).filter_map(|(name, value)| Some((name, value?))).collect())
 }
 
+/// What a loop runs over. Python's None has no items, and a text has its characters.
+fn items_of(value: &Value) -> Result<Value> {
+    match value.as_str() {
+        Some(text) => Ok(text.chars().map(Value::from).collect()),
+        None if value.is_none() => Err(wrong("a loop needs items, not none")),
+        None => Ok(value.clone()),
+    }
+}
+
+/// `map`, which gives a filter its arguments by name, too.
+fn map(state: &mut State, value: &Value, given: Rest<ValueOrKwargs>) -> Result<Value> {
+    let args: Vec<Value> = given.0.iter().cloned().map(ValueOrKwargs::into_value).collect();
+    match args.split_first() {
+        Some((filter, args)) if filter.as_str().is_some() => {
+            let filter = filter.as_str().unwrap_or_default();
+            value
+                .try_iter()?
+                .map(|item| state.apply_filter(filter, &[&[item], args].concat()))
+                .collect::<Result<_>>()
+        }
+        _ => filters::map(state, value.clone(), given).map(Value::from),
+    }
+}
+
+/// `format`, after a check of the texts that become part of another.
+fn format(state: &mut State, value: &Value, given: Rest<ValueOrKwargs>) -> Result<Value> {
+    given.0.iter().try_for_each(|arg| text(&arg.clone().into_value()).map(drop))?;
+    filters::format(state, value, given)
+}
+
 fn is_true(value: Option<Value>) -> bool {
     value.is_some_and(|value| value.is_true())
 }
@@ -203,7 +248,7 @@ fn to_json(value: &Value, given: Rest<ValueOrKwargs>) -> Result<String> {
         None if indent.is_some() => (",".into(), ": ".into()),
         None => (", ".into(), ": ".into()),
         Some(pair) => match &pair.try_iter()?.collect::<Vec<_>>()[..] {
-            [item, key] => (text(item), text(key)),
+            [item, key] => (text(item)?, text(key)?),
             _ => return Err(wrong("separators is not a pair")),
         },
     };
@@ -235,31 +280,46 @@ fn join(state: &mut State, value: &Value, given: Rest<ValueOrKwargs>) -> Result<
             state.apply_filter("map", &[value.clone(), attribute.into()])?
         }
     };
-    let texts = items.try_iter()?.map(|item| if item.is_safe() { item } else { text(&item).into() });
-    let texts: Vec<Value> = texts.collect();
-    let separator = separator.map_or(Value::from(""), |s| if s.is_safe() { s } else { text(&s).into() });
+    let as_text = |item: Value| if item.is_safe() { Ok(item) } else { text(&item).map(Value::from) };
+    let separator = as_text(separator.unwrap_or("".into()))?;
+    let mut bytes = 0;
+    let mut texts = Vec::new();
+    for item in items.try_iter()? {
+        texts.push(as_text(item)?);
+        let of = |text: Option<&Value>| text.and_then(Value::as_str).map_or(0, str::len);
+        bytes += of(texts.last()) + of(Some(&separator));
+        check_length(bytes)?;
+    }
+    let texts = Value::from(texts);
     let separator = StringInput::new(state, &separator)?;
-    filters::join(state, &texts.into(), Some(separator), None, Kwargs::from_iter::<[(&str, Value); 0]>([]))
+    filters::join(state, &texts, Some(separator), None, Kwargs::from_iter::<[(&str, Value); 0]>([]))
 }
 
-fn escape(value: &Value) -> Value {
+fn escape(value: &Value) -> Result<Value> {
     if value.is_safe() {
-        return value.clone();
+        return Ok(value.clone());
     }
-    let mut out = text(value).replace('&', "&amp;");
+    let mut out = text(value)?.replace('&', "&amp;");
     for (c, entity) in [('<', "&lt;"), ('>', "&gt;"), ('"', "&#34;"), ('\'', "&#39;")] {
         out = out.replace(c, entity);
     }
-    Value::from_safe_string(out)
+    Ok(Value::from_safe_string(out))
 }
 
 fn default(value: &Value, given: Rest<ValueOrKwargs>) -> Result<Value> {
     let given: Vec<Value> = given.0.into_iter().map(ValueOrKwargs::into_value).collect();
-    let (other, boolean, options): (Option<&Value>, Option<&Value>, Kwargs) = from_args(&given)?;
-    let other = other.cloned().or(options.get("default_value")?).unwrap_or("".into());
-    let boolean = boolean.cloned().or(options.get("boolean")?);
+    let (given, options): (&[Value], Kwargs) = from_args(&given)?;
+    // None is a value here: `x | default(none)` is none.
+    let argument = |at: usize, name: &str| match given.get(at) {
+        None if options.has(name) => options.get(name).map(Some),
+        given => Ok(given.cloned()),
+    };
+    let (other, boolean) = (argument(0, "default_value")?, argument(1, "boolean")?);
     options.assert_all_used()?;
-    Ok(if value.is_undefined() || is_true(boolean) && !value.is_true() { other } else { value.clone() })
+    Ok(match value.is_undefined() || is_true(boolean) && !value.is_true() {
+        true => other.unwrap_or("".into()),
+        false => value.clone(),
+    })
 }
 
 fn length(value: &Value) -> Result<usize> {
@@ -326,7 +386,8 @@ fn replace(value: &Value, given: Rest<ValueOrKwargs>) -> Result<String> {
     let [old, new, count] = arguments(given, ["old", "new", "count"])?;
     let count = count.map_or(Ok(-1), i64::try_from)?;
     let (Some(old), Some(new)) = (old, new) else { return Err(ErrorKind::MissingArgument.into()) };
-    let (value, old, new) = (text(value), text(&old), text(&new));
+    let (value, old, new) = (text(value)?, text(&old)?, text(&new)?);
+    check_length(value.matches(&old).count().saturating_mul(new.len()))?;
     Ok(value.replacen(&old, &new, usize::try_from(count).unwrap_or(usize::MAX)))
 }
 
@@ -335,11 +396,12 @@ fn indent(value: &Value, given: Rest<ValueOrKwargs>) -> Result<String> {
     let width = indentation(width)?.unwrap_or("    ".into());
     let (first, blank) = (is_true(first), is_true(blank));
     let mut out = String::new();
-    for (i, line) in text(value).split('\n').enumerate() {
+    for (i, line) in text(value)?.split('\n').enumerate() {
         out.push_str(if i == 0 { "" } else { "\n" });
         let indented = if i == 0 { first } else { blank || !line.is_empty() };
         out.push_str(if indented { &width } else { "" });
         out.push_str(line);
+        check_length(out.len())?;
     }
     Ok(out)
 }
@@ -347,9 +409,9 @@ fn indent(value: &Value, given: Rest<ValueOrKwargs>) -> Result<String> {
 fn truncate(value: &Value, given: Rest<ValueOrKwargs>) -> Result<String> {
     let [length, kill_words, end, leeway] = arguments(given, ["length", "killwords", "end", "leeway"])?;
     let length = length.map_or(Ok(255), usize::try_from)?;
-    let end = end.map_or("...".into(), |end| text(&end));
+    let end = end.map_or(Ok("...".into()), |end| text(&end))?;
     let leeway = leeway.map_or(Ok(5), usize::try_from)?;
-    let text = text(value);
+    let text = text(value)?;
     let Some(kept) = length.checked_sub(end.chars().count()) else {
         return Err(wrong(format!("truncate has a length of {length}, which is shorter than its end")));
     };
@@ -383,17 +445,18 @@ fn url_encode(value: &Value) -> Result<String> {
         }
         out
     };
-    let pair =
-        |key: &Value, value: &Value| format!("{}={}", quote(&text(key), true), quote(&text(value), true));
+    let pair = |key: &Value, value: &Value| {
+        Ok(format!("{}={}", quote(&text(key)?, true), quote(&text(value)?, true)))
+    };
     let pairs = match value.kind() {
         ValueKind::Map => {
-            value.try_iter()?.map(|key| Ok(pair(&key, &value.get_item(&key)?))).collect::<Result<Vec<_>>>()?
+            value.try_iter()?.map(|key| pair(&key, &value.get_item(&key)?)).collect::<Result<Vec<_>>>()?
         }
         ValueKind::Seq | ValueKind::Iterable => value
             .try_iter()?
-            .map(|item| Ok(pair(&item.get_item_by_index(0)?, &item.get_item_by_index(1)?)))
+            .map(|item| pair(&item.get_item_by_index(0)?, &item.get_item_by_index(1)?))
             .collect::<Result<Vec<_>>>()?,
-        _ => return Ok(quote(&text(value), false)),
+        _ => return Ok(quote(&text(value)?, false)),
     };
     Ok(pairs.join("&"))
 }

@@ -4,21 +4,37 @@ use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 use std::fmt::Write;
 
-/// `str(value)`; an undefined value is empty, as in jinja.
-pub(crate) fn text(value: &Value) -> String {
-    match value.kind() {
-        ValueKind::Undefined => String::new(),
-        ValueKind::String => value.as_str().unwrap_or_default().to_string(),
-        _ => {
-            let mut out = String::new();
-            write_repr(value, &mut out);
-            out
-        }
+/// Maximum bytes of one text. A value that holds another one twice, and so on, would have any length.
+const TEXT_LIMIT: usize = 16 << 20;
+
+/// Checks the length of a text.
+///
+/// # Errors
+/// If it is more than [`TEXT_LIMIT`].
+pub(crate) fn check_length(bytes: usize) -> Result<(), Error> {
+    match bytes > TEXT_LIMIT {
+        true => Err(wrong(format!("a text has more than {TEXT_LIMIT} bytes"))),
+        false => Ok(()),
     }
 }
 
+/// `str(value)`; an undefined value is empty, as in jinja.
+///
+/// # Errors
+/// As [`check_length`].
+pub(crate) fn text(value: &Value) -> Result<String, Error> {
+    let mut out = String::new();
+    match value.kind() {
+        ValueKind::Undefined => {}
+        ValueKind::String => out.push_str(value.as_str().unwrap_or_default()),
+        _ => write_repr(value, &mut out)?,
+    }
+    Ok(out)
+}
+
 /// Appends `repr(value)`.
-fn write_repr(value: &Value, out: &mut String) {
+fn write_repr(value: &Value, out: &mut String) -> Result<(), Error> {
+    check_length(out.len())?;
     match value.kind() {
         ValueKind::Undefined => out.push_str("Undefined"),
         ValueKind::Number => out.push_str(&number(value)),
@@ -29,7 +45,7 @@ fn write_repr(value: &Value, out: &mut String) {
             let mut count = 0;
             for item in value.try_iter().into_iter().flatten() {
                 out.push_str(if count == 0 { "" } else { ", " });
-                write_repr(&item, out);
+                write_repr(&item, out)?;
                 count += 1;
             }
             if value.is_tuple() && count == 1 {
@@ -41,14 +57,15 @@ fn write_repr(value: &Value, out: &mut String) {
             out.push('{');
             for (i, key) in value.try_iter().into_iter().flatten().enumerate() {
                 out.push_str(if i == 0 { "" } else { ", " });
-                write_repr(&key, out);
+                write_repr(&key, out)?;
                 out.push_str(": ");
-                write_repr(&value.get_item(&key).unwrap_or_default(), out);
+                write_repr(&value.get_item(&key).unwrap_or_default(), out)?;
             }
             out.push('}');
         }
         _ => out.push_str(&value.to_string()),
     }
+    Ok(())
 }
 
 fn string_repr(text: &str, out: &mut String) {
@@ -124,6 +141,7 @@ impl Json {
     }
 
     fn write(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+        check_length(out.len())?;
         match value.kind() {
             ValueKind::None => out.push_str("null"),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),

@@ -1,6 +1,6 @@
 //! Python's methods of strings and lists, as templates call them.
 
-use crate::text::python::wrong;
+use super::python::{check_length, text, wrong};
 use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State};
 
@@ -8,12 +8,16 @@ type Result<T> = std::result::Result<T, Error>;
 
 /// Calls a method that minijinja's values do not have themselves.
 pub(crate) fn call(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value> {
+    if method == "format" {
+        // Their texts are checked before they are made part of another.
+        args.iter().try_for_each(|arg| text(arg).map(drop))?;
+    }
     let own = match (value.as_str(), value.kind()) {
         (Some(text), _) => string_method(text, method, args),
         (_, ValueKind::Seq) if method == "index" => {
             let (what,): (&Value,) = from_args(args)?;
             let place = value.try_iter()?.position(|item| item == *what);
-            place.map(Value::from).ok_or_else(|| wrong(format!("{what} is not in the list")))
+            place.map(Value::from).ok_or_else(|| wrong("index does not find the item"))
         }
         (_, ValueKind::Seq | ValueKind::Map) if method == "copy" => {
             from_args::<()>(args).map(|()| value.clone())
@@ -153,6 +157,7 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Value> {
                 };
                 out.push_str(if i == 0 { "" } else { text });
                 out.push_str(item);
+                check_length(out.len())?;
             }
             Ok(out.into())
         }
