@@ -77,13 +77,7 @@ pub fn parameter(parameters: &Map<String, Value>, key: &str) -> String {
 
 /// Every key of these maps, in the order of first appearance.
 pub fn keys<'a>(maps: impl Iterator<Item = &'a Map<String, Value>>) -> Vec<String> {
-    let mut keys: Vec<String> = vec![];
-    for key in maps.flat_map(|map| map.keys()) {
-        if !keys.contains(key) {
-            keys.push(key.clone());
-        }
-    }
-    keys
+    distinct(maps.flat_map(|map| map.keys()).cloned())
 }
 
 /// The label of a key in a record. Keys never change; these have older words in them.
@@ -93,9 +87,25 @@ pub fn label(key: &str) -> &str {
         "floor us" => "roofline us",
         "share of floor" => "of roofline",
         "share of ceiling" => "of ceiling",
-        "share of card" => "of card",
+        "share of card" => "of card memory",
         other => other,
     }
+}
+
+/// `1 round`, `2 rounds`.
+pub fn count(n: f64, noun: &str) -> String {
+    format!("{} {noun}{}", compact(n), if n == 1.0 { "" } else { "s" })
+}
+
+/// Distinct, in the order of their first appearance.
+pub fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
+    let mut found = vec![];
+    for one in all {
+        if !found.contains(&one) {
+            found.push(one);
+        }
+    }
+    found
 }
 
 /// A JSON number, without a decimal point where there is no fraction.

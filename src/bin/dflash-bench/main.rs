@@ -10,21 +10,21 @@ mod generate;
 mod kernels;
 mod lists;
 mod machine;
+mod measure;
 mod model;
 mod plot;
 mod record;
 mod report;
 mod roofline;
 mod round;
-mod sampling;
 mod show;
 mod table;
-mod times;
 mod width;
 
 use args::{Args, Command};
 use dflash::Result;
-use dflash::cli::terminal;
+use dflash::cli::interrupt::INTERRUPTED_EXIT;
+use dflash::cli::{terminal, version};
 use format::Format;
 use record::Record;
 use std::process::ExitCode;
@@ -33,6 +33,9 @@ const PROGRAM: &str = "dflash-bench";
 
 fn main() -> ExitCode {
     match terminal::parse::<Args>(PROGRAM) {
+        Ok(args) if args.version => {
+            terminal::run(PROGRAM, || version::print(PROGRAM, args.json, 0).map(|()| 0))
+        }
         Ok(args) => terminal::run(PROGRAM, || run(&args)),
         Err(code) => code,
     }
@@ -60,9 +63,12 @@ fn run(args: &Args) -> Result<u8> {
         Some(Command::Compare(flags)) => compare::run(flags)?,
         Some(Command::Show(flags)) => return put(args, &show::run(flags, args.format())?).map(|()| 0),
     };
-    let records = [(title, record)];
-    put(args, &records)?;
-    end.map(|()| compare::exit_code(&records[0].1))
+    put(args, &[(title, record.clone())])?;
+    end.map(|()| exit_code(&record))
+}
+
+fn exit_code(record: &Record) -> u8 {
+    if record.incomplete { INTERRUPTED_EXIT } else { compare::exit_code(record) }
 }
 
 const ON_CPU: &str = "On a CPU every verified row costs time: the demo pair shows acceptance and equal answers \
@@ -90,7 +96,7 @@ fn quick(args: &Args) -> Result<u8> {
     } else {
         put(args, &records)?;
     }
-    identical.map(|()| 0)
+    identical.map(|()| exit_code(&records[0].1))
 }
 
 /// Prints titled records, and writes their page if `--report` names one.

@@ -1,8 +1,8 @@
 //! One point of the grid, and the rows of its measurements.
 
 use crate::format::whole_or_not;
+use crate::measure::Times;
 use crate::record::{Better, Kind, Row};
-use crate::times::Times;
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::terminal;
 use dflash::perf::roofline::{Card, Pass, draft_pass, fc_bytes, target_pass};
