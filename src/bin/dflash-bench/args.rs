@@ -1,8 +1,8 @@
 //! The command line of `dflash-bench`.
 
 use crate::format::Format;
-pub use crate::lists::{Numbers, Whole};
-use crate::lists::{above_zero, count, numbers, percent, wholes};
+pub use crate::lists::{Numbers, WholeNumbers};
+use crate::lists::{above_zero, numbers, percent, sample_count, whole_numbers};
 use clap::{Args as Flags, Parser, Subcommand};
 use dflash::cli::device::Choice;
 use dflash::cli::spec_flags::{SpecFlags, TapsFlag};
@@ -171,20 +171,20 @@ pub struct Kernels {
     pub taps: TapsFlag,
     /// Rows of a launch, over all sequences: in as few blocks as the drafter's block length allows, as AR
     /// steps, and in trees of up to 64 rows
-    #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = wholes)]
+    #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = whole_numbers)]
     #[arg(allow_hyphen_values = true)]
-    pub rows: Whole,
+    pub rows: WholeNumbers,
     /// Positions of a sequence before the launch
-    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = wholes, allow_hyphen_values = true)]
-    pub context: Whole,
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub context: WholeNumbers,
     /// Only the kernels of these names, with commas. An unknown name gives the list of names
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     pub only: Vec<String>,
     /// Rounds of samples on a GPU, after a warm-up round
-    #[arg(long, value_name = "N", default_value = "5", value_parser = count, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value = "5", value_parser = sample_count, allow_negative_numbers = true)]
     pub rounds: usize,
     /// Samples in a round on a GPU, each of at least 16 launches
-    #[arg(long, value_name = "N", default_value = "10", value_parser = count, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value = "10", value_parser = sample_count, allow_negative_numbers = true)]
     pub samples: usize,
     /// cuda, emulator (counters instead of times), or auto: a GPU if there is one, else the emulator
     #[arg(long, value_name = "DEVICE", default_value = "auto", hide_possible_values = true)]
@@ -217,14 +217,14 @@ pub struct Roofline {
     #[arg(allow_negative_numbers = true)]
     pub flops: Option<f64>,
     /// Positions of a sequence before the pass
-    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = wholes, allow_hyphen_values = true)]
-    pub context: Whole,
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub context: WholeNumbers,
     /// Sequences in a batch
-    #[arg(long, value_name = "LIST", default_value = "1", value_parser = wholes, allow_hyphen_values = true)]
-    pub batch: Whole,
+    #[arg(long, value_name = "LIST", default_value = "1", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub batch: WholeNumbers,
     /// Rows that are verified for a sequence: a block, or the nodes of a tree [default: the drafter's block]
-    #[arg(long, value_name = "LIST", value_parser = wholes, allow_hyphen_values = true)]
-    pub tree: Option<Whole>,
+    #[arg(long, value_name = "LIST", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub tree: Option<WholeNumbers>,
     /// Synthetic acceptance lengths (tokens per round) to print tokens per second for [default: those of
     /// 2,4,6,8 that the rows allow]
     #[arg(long, value_name = "LIST", value_parser = numbers, allow_hyphen_values = true)]
@@ -248,11 +248,11 @@ pub struct Round {
     #[command(flatten)]
     pub taps: TapsFlag,
     /// Sequences in a batch
-    #[arg(long, value_name = "LIST", default_value = "1", value_parser = wholes, allow_hyphen_values = true)]
-    pub batch: Whole,
+    #[arg(long, value_name = "LIST", default_value = "1", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub batch: WholeNumbers,
     /// Positions of a sequence before the round
-    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = wholes, allow_hyphen_values = true)]
-    pub context: Whole,
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub context: WholeNumbers,
     /// Rows of a block: the anchor and N - 1 drafts [default: the drafter's block length]
     #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub block: Option<usize>,
@@ -269,14 +269,14 @@ pub struct Round {
     #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Rounds of samples, after a warm-up round
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = count, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = sample_count, allow_negative_numbers = true)]
     pub rounds: usize,
     /// Samples of each row in a round [default: 20; 5 on the CPU]
-    #[arg(long, value_name = "N", value_parser = count, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = sample_count, allow_negative_numbers = true)]
     pub samples: Option<usize>,
     /// Then run N rounds launch by launch between cuProfilerStart and cuProfilerStop, with NVTX ranges for
     /// the round, its parts and their layers
-    #[arg(long, value_name = "N", value_parser = count, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = sample_count, allow_negative_numbers = true)]
     pub profile: Option<usize>,
     /// Device. auto: a GPU if there is one, else the CPU
     #[arg(long, value_enum, default_value_t = Choice::Auto)]
@@ -404,5 +404,51 @@ impl Args {
             (.., true) => Format::Markdown,
             _ => Format::Table,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use dflash::cli::terminal;
+
+    /// Every flag that takes a number says what it expects, as do those of dflash-gen.
+    #[test]
+    fn wrong_numbers_are_named_with_what_is_expected() {
+        let texts = [
+            "DIR",
+            "NAME",
+            "DIR|NAME",
+            "DIR|NAME|none",
+            "NAME|DIR",
+            "NAME,..",
+            "FILE.html",
+            "FILE.jsonl",
+            "KEY",
+        ];
+        let mut flags = 0;
+        for subcommand in Args::command().get_subcommands() {
+            for flag in subcommand.get_arguments().filter(|flag| flag.get_action().takes_values()) {
+                let Some(long) = flag.get_long() else { continue };
+                let value =
+                    flag.get_value_names().unwrap_or_default().first().map_or("", |name| name.as_str());
+                if texts.contains(&value) {
+                    continue;
+                }
+                flags += 1;
+                let given = format!("--{long}=1.x");
+                let error =
+                    Args::try_parse_from(["dflash-bench", subcommand.get_name(), &given]).err().unwrap();
+                let sentence = terminal::sentence(&error);
+                let text = sentence.to_string();
+                let at = format!("{} {given}: {text}", subcommand.get_name());
+                assert_eq!(sentence.exit_code(), 2, "{at}");
+                assert!(text.starts_with("invalid value '1.x' for '--"), "{at}");
+                assert!(["expected", "possible values"].iter().any(|word| text.contains(word)), "{at}");
+                assert!(!text.contains("invalid digit") && !text.contains("invalid float"), "{at}");
+            }
+        }
+        assert!(flags > 40, "{flags}");
     }
 }

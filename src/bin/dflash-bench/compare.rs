@@ -22,9 +22,9 @@ pub fn run(flags: &args::Compare) -> Result<(String, Record)> {
     differences.extend(different_drafts(&before, &after));
     let mut record = Record::new("compare", after.machine, after.model);
     for old in &before.rows {
-        record.rows.push(match after.rows.iter().find(|new| new.is(old)) {
-            Some(new) => both(flags, old, new)?,
-            None => one(old, Some("ONLY IN A")),
+        record.rows.push(match after.rows.iter().find(|new| new.matches(old)) {
+            Some(new) => compared(flags, old, new)?,
+            None => verdict_row(old, Some("ONLY IN A")),
         });
     }
     if record.rows.iter().all(|row| row.verdict.as_deref() == Some("ONLY IN A")) {
@@ -33,8 +33,8 @@ pub fn run(flags: &args::Compare) -> Result<(String, Record)> {
             "{a} and {b} have no row in common: expected the same measurements"
         )));
     }
-    let new = after.rows.iter().filter(|new| before.rows.iter().all(|old| !old.is(new)));
-    record.rows.extend(new.map(|new| one(new, Some("ONLY IN B"))));
+    let new = after.rows.iter().filter(|new| before.rows.iter().all(|old| !old.matches(new)));
+    record.rows.extend(new.map(|new| verdict_row(new, Some("ONLY IN B"))));
     let verdicts = ["FASTER", "SLOWER", "SAME", "UNCLEAR", "ONLY IN A", "ONLY IN B"];
     let counts = verdicts.map(Some).into_iter().chain([None]).filter_map(|verdict| {
         let count = record.rows.iter().filter(|row| row.verdict.as_deref() == verdict).count();
@@ -78,7 +78,7 @@ fn differences(flags: &args::Compare, before: &Record, after: &Record) -> Vec<St
             if values[0] != values[1] {
                 let [old, new] = values.map(|value| value.map_or("unknown".into(), Value::to_string));
                 let [a, b] = files.map(|(file, _)| file.display());
-                found.push(format!("the {key} is {old} in {a} and {new} in {b}"));
+                found.push(format!("different {key}: {old} in {a}, {new} in {b}"));
             }
         }
     };
@@ -110,7 +110,7 @@ fn different_drafts(before: &Record, after: &Record) -> Vec<String> {
         for key in keys([&a, &b].into_iter()).iter().filter(|key| a.get(*key) != b.get(*key)) {
             let shown = |drafts: &Map<String, Value>| drafts.get(key).unwrap_or(&Value::Null).to_string();
             found.push(format!(
-                "drafts differ: {} is {} in A and {} in B",
+                "different drafts: {} {} in A, {} in B",
                 key.replace('_', " "),
                 shown(&a),
                 shown(&b)
@@ -120,7 +120,7 @@ fn different_drafts(before: &Record, after: &Record) -> Vec<String> {
     found
 }
 
-fn both(flags: &args::Compare, old: &Row, new: &Row) -> Result<Row> {
+fn compared(flags: &args::Compare, old: &Row, new: &Row) -> Result<Row> {
     if (&old.unit, old.better) != (&new.unit, new.better) {
         let word = |row: &Row| {
             let better = match row.better {
@@ -167,11 +167,11 @@ fn both(flags: &args::Compare, old: &Row, new: &Row) -> Result<Row> {
     Ok(Row {
         median: Some(exact.ratio).filter(|ratio| ratio.is_finite()),
         numbers: numbers.as_object().cloned().unwrap_or_default(),
-        ..one(old, verdict.map(Verdict::name))
+        ..verdict_row(old, verdict.map(Verdict::name))
     })
 }
 
-fn one(row: &Row, verdict: Option<&str>) -> Row {
+fn verdict_row(row: &Row, verdict: Option<&str>) -> Row {
     let parameters = Value::Object(row.parameters.clone());
     Row {
         median: None,

@@ -108,6 +108,14 @@ pub fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
     found
 }
 
+/// The members of both objects.
+pub fn merged(mut all: Value, more: Value) -> Value {
+    if let (Value::Object(all), Value::Object(more)) = (&mut all, more) {
+        all.extend(more);
+    }
+    all
+}
+
 /// A JSON number, without a decimal point where there is no fraction.
 pub fn whole_or_not(x: f64) -> Value {
     if x.fract() == 0.0 { json!(x as u64) } else { json!(x) }
@@ -156,6 +164,12 @@ mod tests {
         let expected =
             ["999999", "1.000M", "36.09M", "-2.500M", "1.234G", "7.000T", "1.000e15", "inf", "0.5000"];
         assert_eq!(shown.map(compact), expected);
+    }
+
+    #[test]
+    fn one_thing_is_singular() {
+        let counted = [0.0, 1.0, 2.0, 2.5e6].map(|n| count(n, "round"));
+        assert_eq!(counted, ["0 rounds", "1 round", "2 rounds", "2.500M rounds"]);
     }
 
     #[test]

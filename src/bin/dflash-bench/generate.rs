@@ -322,17 +322,17 @@ fn settings(flags: &args::Generate, requests: &[Request]) -> Map<String, Value> 
     }
     let stops: Vec<String> = requests[0].stop_ids.iter().map(u32::to_string).collect();
     let args::Generate { temperature, top_k, top_p, min_p, seed, .. } = *flags;
-    let mut all = json!({
+    let all = json!({
         "prompts": format!("{} of digest {digest:016x}", requests.len()),
         "max_tokens": flags.max_tokens, "batch": flags.batch, "block": requests[0].block,
         "stop_ids": stops.join(","), "temperature": temperature,
     });
     // Greedy decoding does not read them.
-    if let (Value::Object(all), true) = (&mut all, temperature > 0.0) {
-        let sampled = json!({ "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed });
-        all.extend(sampled.as_object().cloned().unwrap_or_default());
-    }
-    let mut all = all.as_object().cloned().unwrap_or_default();
+    let sampled = match temperature > 0.0 {
+        true => json!({ "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed }),
+        false => json!({}),
+    };
+    let mut all = format::merged(all, sampled).as_object().cloned().unwrap_or_default();
     all.extend(model::taps_setting(&flags.taps));
     all
 }
@@ -397,7 +397,8 @@ impl Run<'_> {
         }
         bar.set_length((repeats * self.requests.len() * self.modes) as u64);
         let each = |number| self.once(decoder, self.requests, number, &bar);
-        let repeats: Result<Vec<Repeat>> = (0..repeats).map(each).collect();
+        let numbers = (0..repeats).take_while(|_| !(self.is_interrupted)());
+        let repeats: Result<Vec<Repeat>> = numbers.map(each).collect();
         bar.finish_and_clear();
         Ok(repeats?.into_iter().filter(|repeat| !repeat.outcomes[0].is_empty()).collect())
     }
@@ -630,7 +631,9 @@ mod tests {
         let (whole, mut answered) = (all(&mut counter(1, false), Some(2)), vec![]);
         for asked in 0..200 {
             LEFT.set(asked);
-            let repeats = until(&mut counter(1, false), Some(2), is_interrupted);
+            let mut decoder = counter(1, false);
+            let repeats = until(&mut decoder, Some(2), is_interrupted);
+            assert!(asked > 0 || decoder.log.len() == 1, "nothing begins after the warm-up");
             let lengths = |repeat: &Repeat| repeat.outcomes.each_ref().map(Vec::len);
             for (repeat, whole) in repeats.iter().zip(&whole) {
                 let [ar, fast] = lengths(repeat);

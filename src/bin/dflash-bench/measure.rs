@@ -68,7 +68,7 @@ pub fn cost(
         let after = device.counters().unwrap_or(prepared);
         return Ok(Some(Cost::Counts(after - prepared)));
     }
-    let times = together(device, instruments, rounds, samples, prepare, 1, &mut |_| run())?;
+    let times = times_in_turn(device, instruments, rounds, samples, prepare, 1, &mut |_| run())?;
     Ok(times.into_iter().next().filter(|times| !times.rounds.is_empty()).map(Cost::Times))
 }
 
@@ -77,7 +77,7 @@ pub fn cost(
 ///
 /// # Errors
 /// As [`cost`].
-pub fn together(
+pub fn times_in_turn(
     device: &dyn Device,
     instruments: &Instruments,
     rounds: usize,

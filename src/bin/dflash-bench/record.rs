@@ -352,7 +352,7 @@ impl Row {
     }
 
     /// Whether `other` has the same name and parameters.
-    pub fn is(&self, other: &Row) -> bool {
+    pub fn matches(&self, other: &Row) -> bool {
         self.name == other.name && self.parameters == other.parameters
     }
 

@@ -1,7 +1,7 @@
 //! `roofline`: the least times of a pair on a card by `dflash::perf::roofline`, and the plan of its memory.
 //! Nothing runs.
 
-use crate::format::whole_or_not;
+use crate::format::{merged, whole_or_not};
 use crate::record::{Better, Kind, Machine, Model, Record, Row};
 use crate::{args, model};
 use dflash::checkpoint::config::Stack;
@@ -146,13 +146,7 @@ fn passes(
     rows: &mut Vec<Row>,
 ) {
     let target = &pair.target.config;
-    let parameters = |more: Value| {
-        let mut all = json!({ "context": context, "batch": batch });
-        if let (Value::Object(all), Value::Object(more)) = (&mut all, more) {
-            all.extend(more);
-        }
-        all
-    };
+    let parameters = |more: Value| merged(json!({ "context": context, "batch": batch }), more);
     let pass = |name: &str, parameters: Value, pass: &Pass, ms: f64| {
         let numbers = json!({ "GB": pass.bytes / 1e9, "GFLOP": pass.flops / 1e9 });
         Row::value(name, parameters, Kind::Predicted, ms, "ms", Better::Lower, numbers)
@@ -173,13 +167,7 @@ fn passes(
         let verify = roofline::target_pass(target, context, batch, nodes);
         let ms = draft_ms + verify.ms(card);
         let round = Pass { bytes: draft.bytes + verify.bytes, flops: draft.flops + verify.flops };
-        let with = |more: Value| {
-            let mut all = parameters(json!({ "tree": nodes }));
-            if let (Value::Object(all), Value::Object(more)) = (&mut all, more) {
-                all.extend(more);
-            }
-            all
-        };
+        let with = |more: Value| merged(parameters(json!({ "tree": nodes })), more);
         rows.push(pass("verify", with(json!({})), &verify, verify.ms(card)));
         rows.push(pass("round", with(json!({})), &round, ms));
         let even = ms / step_ms;

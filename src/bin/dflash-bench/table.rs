@@ -460,8 +460,8 @@ mod tests {
             [
                 "ms, measured",
                 "        median    p10    p90     GB  roofline ms  throttled",
-                "first        2  1.200  3.600  1.500       0.2500  1 of 1 rounds",
-                "second       2  1.200  3.600  1.500       0.2500  1 of 1 rounds",
+                "first        2  1.200  3.600  1.500       0.2500  1 of 1 round",
+                "second       2  1.200  3.600  1.500       0.2500  1 of 1 round",
             ]
         );
         assert_eq!(
@@ -469,8 +469,8 @@ mod tests {
             [
                 "ms, measured",
                 "        median     GB  throttled",
-                "first        2  1.500  1 of 1 rounds",
-                "second       2  1.500  1 of 1 rounds",
+                "first        2  1.500  1 of 1 round",
+                "second       2  1.500  1 of 1 round",
                 "(too wide, see --csv: p10, p90, roofline",
                 "ms)",
             ]

@@ -1,7 +1,7 @@
 //! The measurements on a GPU, tested with an emulator that claims not to count, and the checks of results.
 
 use super::*;
-use crate::measure::together;
+use crate::measure::times_in_turn;
 use dflash::gpu::device::{Arg, Buffer, Counts, Device, Event, Graph, Kernel, Pinned, Properties};
 use dflash::gpu::emulator::Emulator;
 use std::collections::BTreeSet;
@@ -258,7 +258,7 @@ fn the_first_round_of_samples_is_dropped_and_order_is_kept() {
         order.push(i);
         Ok(())
     };
-    let times = together(&device, &instruments, 2, 2, &mut || Ok(()), 2, &mut run).unwrap();
+    let times = times_in_turn(&device, &instruments, 2, 2, &mut || Ok(()), 2, &mut run).unwrap();
     assert_eq!(order, [0, 1].repeat(6));
     assert_eq!(
         (times[0].samples.as_slice(), times[1].samples.as_slice()),

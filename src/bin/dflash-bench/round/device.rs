@@ -4,7 +4,7 @@ use super::point::{AR, Point, SYNTHETIC};
 use super::{LEAD, LOOP, MOST_ROUNDS, spare};
 use crate::machine::Instruments;
 use crate::measure::Times;
-use crate::measure::together;
+use crate::measure::times_in_turn;
 use crate::record::{Better, Kind, Row};
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::interrupt::is_interrupted;
@@ -216,7 +216,7 @@ impl Run<'_> {
         };
         let Effort { instruments, rounds, samples } = *effort;
         let count = graphs.len() + usize::from(several);
-        together(device, instruments, rounds, samples, &mut prepare, count, &mut run)
+        times_in_turn(device, instruments, rounds, samples, &mut prepare, count, &mut run)
     }
 
     fn row(&self, name: &str, times: &Times, launches: usize) -> Row {
