@@ -176,7 +176,7 @@ fn the_emulator_counts_instead_of_measuring() {
         kv_heads: 1,
         head_dim: 64,
         layers: 1,
-        taps: vec![1],
+        taps: vec![0],
         ..Default::default()
     };
     let pair = support::write_pair(&target, &drafter);

@@ -203,7 +203,7 @@ fn lengths(group: &Map<String, Value>, accepted: &[&[usize]]) -> Vec<Row> {
     vec![row("tokens/rounds", tau, numbers), row("of prompts", of_prompts.mean, json!({}))]
 }
 
-/// Rounds by the number of tokens they brought, 1 to `block`.
+/// Rounds by the number of tokens they produced, 1 to `block`.
 fn histogram(rounds: &[usize], block: usize) -> Vec<Row> {
     let row = |tokens: usize| {
         let (parameters, count) = (json!({ "accepted": tokens }), rounds.iter().filter(|n| **n == tokens));

@@ -103,7 +103,7 @@ On the emulator one run counts bytes, launches, mma and conflicts; --rounds and 
 effect.
 
 A synthetic acceptance length is assumed, not measured: tokens per second (bytes per token on the
-emulator) if every round brought so many tokens.
+emulator) if every round produced so many tokens.
 
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)
 512-4096*2 (512, 1024, 2048, 4096).

@@ -65,7 +65,8 @@ fn differences(flags: &args::Compare, before: &Record, after: &Record) -> Vec<St
         interrupted.map(|(file, _)| format!("the run of {} was interrupted", file.display())).collect();
     let facts = |record: &Record| {
         let Record { machine, model, .. } = record;
-        let nominal = json!([machine.gigabytes_per_s, machine.tflops]);
+        // A prediction depends on them; a measurement only knows them where the card is known.
+        let nominal = machine.device.is_none().then(|| json!([machine.gigabytes_per_s, machine.tflops]));
         let facts = json!({
             "card": machine.card, "device": machine.device, "nominal GB/s and TFLOP/s": nominal,
             "target": model.target, "drafter": model.drafter,

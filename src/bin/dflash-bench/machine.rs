@@ -30,16 +30,18 @@ const THROTTLING: [(ThrottleReasons, &str); 6] = [
 /// # Errors
 /// [`Error::Usage`] if `--gpu` goes with a device that is no GPU.
 pub fn settle(choice: Choice, gpu: Option<u32>, otherwise: Choice) -> Result<(Choice, Option<String>)> {
+    let number = gpu.unwrap_or(0);
     let kernels = || match cuda::targets().is_empty() {
-        true => Err(Error::Unsupported("this build has no kernels".into())),
-        false => Cuda::probe(gpu.unwrap_or(0)),
+        // Says why, before it looks for a GPU.
+        true => Cuda::open(number).map(drop),
+        false => Cuda::probe(number).map(drop),
     };
     match choice {
         Choice::Cpu | Choice::Emulator if gpu.is_some() => {
             Err(Error::Usage("--gpu needs --device cuda or auto".into()))
         }
         Choice::Auto => Ok(match kernels() {
-            Ok(_) => (Choice::Cuda, None),
+            Ok(()) => (Choice::Cuda, None),
             Err(reason) => (otherwise, Some(reason.to_string())),
         }),
         explicit => Ok((explicit, None)),

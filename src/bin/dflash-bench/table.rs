@@ -362,7 +362,7 @@ fn is_overall_tau(row: &Row) -> bool {
 /// Characters of the longest bar.
 const BAR: usize = 30;
 
-/// Rounds by the tokens they brought, as bars, beside the acceptance of each draft.
+/// Rounds by the tokens they produced, as bars, beside the acceptance of each draft.
 fn histogram(rows: &[&Row]) -> Option<Block> {
     let keys = distinct(rows.iter().filter_map(|row| bucket(row).or(position(row))));
     if keys.is_empty() {
