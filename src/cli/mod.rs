@@ -3,6 +3,8 @@
 
 pub mod device;
 pub mod hub;
+pub mod interrupt;
+pub mod models;
 pub mod published;
 pub mod sigbus;
 pub mod spec_flags;

@@ -8,7 +8,8 @@ use bench::{bench, record, refused, row, schema_violation};
 use program::{finish, write};
 use serde_json::{Value, json};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 /// A change that makes a record invalid.
 type Edit = fn(&mut Value);
@@ -230,9 +231,10 @@ fn lines_of(table: &str, name: &str) -> usize {
 
 #[test]
 fn every_row_is_in_the_table_at_any_width() {
+    let dir = tempfile::tempdir().unwrap();
     for args in [
         &["roofline", "--context", "0,1024", "--batch", "1,4"][..],
-        &["round", "--device", "emulator", "--context", "16,64", "--acceptance", "2,4"],
+        &["round", "--device", "emulator", "--context", "4,8", "--block", "4", "--acceptance", "2,4"],
         &[
             "kernels",
             "--device",
@@ -240,14 +242,15 @@ fn every_row_is_in_the_table_at_any_width() {
             "--rows",
             "1,16",
             "--context",
-            "64",
+            "9",
             "--only",
             "target: o,attention,choices",
         ],
     ] {
         let found = record(0, args);
+        let file = write(dir.path(), "found.json", found.to_string());
         for columns in [80, 100, 200] {
-            let table = table_of_width(columns, args);
+            let table = table_of_width(columns, &["show", &file]);
             for row in found["rows"].as_array().unwrap() {
                 let name = row["name"].as_str().unwrap();
                 let rows = found["rows"].as_array().unwrap().iter().filter(|other| other["name"] == name);
@@ -265,7 +268,10 @@ fn the_same_rows_as_markdown_and_csv() {
     let rows = record(0, &["roofline"])["rows"].as_array().unwrap().len();
     let table = bench(["roofline"]).done();
     let flat = table.split_whitespace().collect::<Vec<_>>().join(" ");
-    assert!(flat.starts_with("qwen3-8b with qwen3-8b-dflash on H200") && flat.contains("not measured"));
+    assert!(
+        flat.starts_with("qwen3-8b with qwen3-8b-dflash on the default card H200")
+            && flat.contains("not measured")
+    );
     let markdown = bench(["roofline", "--markdown"]).done();
     let lines: Vec<&str> = markdown.lines().filter(|line| line.starts_with('|')).collect();
     assert_eq!(lines.len(), rows + 2);
@@ -424,10 +430,10 @@ fn compare_refuses_what_cannot_be_compared() {
     let base = samples(1, 20, 10.0, 0.002);
     let a = measured(&[("x", "ms", Some(&base), json!([10, 10]))]);
     let cases: [(&str, Edit); 18] = [
-        ("the card of", |r| r["machine"]["card"] = json!("L4")),
-        ("the device of", |r| r["machine"]["device"] = json!(null)),
-        ("the target of", |r| r["model"]["target"] = json!("qwen3-4b")),
-        ("is \"z\": expected the same, or --force", |r| r["model"]["drafter"] = json!("z")),
+        ("different card: \"H200\" in", |r| r["machine"]["card"] = json!("L4")),
+        ("different device: \"cuda\" in", |r| r["machine"]["device"] = json!(null)),
+        ("different target: \"qwen3-8b\" in", |r| r["model"]["target"] = json!("qwen3-4b")),
+        ("B.json: expected records of the same work, or --force", |r| r["model"]["drafter"] = json!("z")),
         ("has the schema \"dflash-bench/2\", expected \"dflash-bench/1\"", |r| {
             r["schema"] = json!("dflash-bench/2")
         }),
@@ -461,7 +467,7 @@ fn compare_refuses_what_cannot_be_compared() {
         edit(&mut b);
         let [a_file, b_file] = files(dir.path(), &a, &b);
         refused(bench(["compare", &a_file, &b_file]), 2, part);
-        if part.starts_with("the ") {
+        if part.starts_with("different") {
             assert_eq!(bench(["compare", &a_file, &b_file, "--force"]).code, 0, "{part}");
         }
     }
@@ -476,10 +482,199 @@ fn compare_refuses_what_cannot_be_compared() {
     refused(bench(["compare", &whole]), 2, "B.json");
 }
 
+/// A record of one row, from this command and with these settings.
+fn of_settings(command: &str, settings: Value) -> Value {
+    let base = samples(1, 20, 10.0, 0.002);
+    let mut one = measured(&[("x", "ms", Some(&base), json!(null))]);
+    (one["command"], one["settings"]) = (json!(command), settings);
+    one
+}
+
+/// A histogram and the lengths of prompts say what ran. Records of earlier versions call more of it better.
+#[test]
+fn rows_without_a_direction_have_no_verdict() {
+    let dir = tempfile::tempdir().unwrap();
+    let counts = |one: f64, more: f64, tau: f64, better: &str| {
+        let mut record = measured(&[]);
+        let row = |name: &str, parameters: Value, value: f64, better: &str| {
+            json!({
+                "name": name, "parameters": parameters, "kind": "counted", "unit": "u", "better": better,
+                "samples": null, "rounds": null, "median": value, "p10": null, "p90": null, "numbers": {},
+                "verdict": null,
+            })
+        };
+        record["rows"] = json!([
+            row("rounds", json!({ "accepted": 1 }), one, better),
+            row("rounds", json!({ "accepted": 2 }), more, better),
+            row("tokens of prompts", json!({}), 512.0, better),
+            row("tokens of answers", json!({}), 1000.0 * tau, better),
+            row("drafts per token", json!({}), 20.0 / tau, better),
+            row("acceptance length", json!({ "mean": "of prompts" }), tau, "higher"),
+        ]);
+        record
+    };
+    for before in ["higher", "neither"] {
+        // Fewer rounds of one token, more acceptance: nothing is slower.
+        let [a, b] = files(dir.path(), &counts(40.0, 0.0, 2.0, before), &counts(10.0, 9.0, 3.0, "neither"));
+        let found = record(0, &["compare", &a, &b]);
+        let verdicts: Vec<&Value> =
+            found["rows"].as_array().unwrap().iter().map(|row| &row["verdict"]).collect();
+        assert_eq!(verdicts, [&Value::Null; 5].into_iter().chain([&json!("FASTER")]).collect::<Vec<_>>());
+        assert_eq!((&found["rows"][0]["median"], &found["rows"][1]["median"]), (&json!(0.25), &Value::Null));
+        let numbers = json!({ "A": 40.0, "B": 10.0 });
+        assert_eq!(found["rows"][0]["numbers"], numbers);
+        let table = table_of_width(200, &["compare", &a, &b]);
+        assert!(table.contains("1 FASTER, 5 without a verdict"), "{table}");
+        // Less acceptance is.
+        record(7, &["compare", &b, &a]);
+    }
+    let new = write(dir.path(), "new.jsonl", "{\"prompt\": \"import os\"}\n");
+    let run = ["generate", "--prompts", &new, "--device", "cpu", "-n", "4", "--repeat", "1"];
+    let found = record(0, &run);
+    let neither = found["rows"].as_array().unwrap().iter().filter(|row| row["better"] == "neither");
+    assert_eq!(neither.count(), 16 + 3, "a histogram of blocks of 16, and three rows: {found}");
+}
+
+#[test]
+fn records_of_different_work_are_refused_or_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = || json!({ "prompts": "8 of digest 1", "temperature": 0.0, "max_tokens": 64 });
+    let whole = of_settings("generate", settings());
+    let title = |a: &str, b: &str, more: &[&str]| {
+        let table = bench(["compare", a, b].iter().chain(more)).done();
+        table.split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    let cases: [(&str, Edit); 5] = [
+        ("different prompts: \"8 of digest 1\" in", |r| r["settings"]["prompts"] = json!("8 of digest 2")),
+        ("different temperature: 0.0 in", |r| r["settings"]["temperature"] = json!(0.5)),
+        ("different max_tokens: 64 in", |r| {
+            drop(r["settings"].as_object_mut().unwrap().remove("max_tokens"))
+        }),
+        ("different taps: unknown in", |r| r["settings"]["taps"] = json!("1,2")),
+        ("B.json was interrupted", |r| r["incomplete"] = json!(true)),
+    ];
+    for (part, edit) in cases {
+        let mut other = whole.clone();
+        edit(&mut other);
+        assert_eq!(schema_violation(&other), None);
+        let [a, b] = files(dir.path(), &whole, &other);
+        refused(bench(["compare", &a, &b]), 2, part);
+        refused(bench(["compare", &a, &b]), 2, ": expected records of the same work, or --force");
+        assert!(title(&a, &b, &["--force"]).contains(part), "{part}");
+    }
+    // Predictions for other figures of a card without a name.
+    let [a, b] = ["4000", "4100"].map(|bandwidth| {
+        let record = record(0, &["roofline", "--bandwidth", bandwidth, "--flops", "900"]);
+        write(dir.path(), &format!("{bandwidth}.json"), record.to_string())
+    });
+    refused(bench(["compare", &a, &b]), 2, "different nominal GB/s and TFLOP/s: [4000.0,900.0] in");
+    // Ways to draft are what one compares: they are named.
+    let drafts = |tree: Value| {
+        json!({ "verify": "match", "tree": tree, "adaptive": false, "threshold": null, "coupled": false,
+                "draft_temperature": null })
+    };
+    let (mut a, mut b) = (whole.clone(), whole.clone());
+    (a["drafts"], b["drafts"]) = (drafts(json!(9)), drafts(Value::Null));
+    let [a, b] = files(dir.path(), &a, &b);
+    assert!(title(&a, &b, &[]).contains("1 SAME; different drafts: tree 9 in A, null in B"));
+    // Records of earlier versions have no settings: different amounts of text are found, the rest is said.
+    let old = of_settings("generate", json!({}));
+    let [a, b] = files(dir.path(), &old, &whole);
+    assert!(title(&a, &b, &[]).contains("; A does not say its settings"));
+    let prompts = |tokens: f64| {
+        let mut old = old.clone();
+        let mut row = old["rows"][0].clone();
+        (row["name"], row["median"], row["samples"], row["kind"]) =
+            (json!("tokens of prompts"), json!(tokens), json!(null), json!("counted"));
+        old["rows"].as_array_mut().unwrap().push(row);
+        old
+    };
+    let [a, b] = files(dir.path(), &prompts(512.0), &prompts(640.0));
+    refused(bench(["compare", &a, &b]), 2, "different number of prompt tokens: 512.0 in");
+}
+
+/// The settings of a run: equal for equal work, whatever the file's name.
+#[test]
+fn settings_tell_prompts_and_sampling_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let [one, same, other] =
+        [("one", "import os"), ("same", "import os"), ("other", "import re")].map(|(name, text)| {
+            write(dir.path(), &format!("{name}.jsonl"), format!("{{\"prompt\": \"{text}\"}}\n"))
+        });
+    let settings = |file: &str, more: &[&str]| {
+        let args = ["generate", "--prompts", file, "--device", "cpu", "-n", "2", "--repeat", "1"];
+        record(0, &[&args[..], more].concat())["settings"].clone()
+    };
+    let usual = settings(&one, &[]);
+    assert_eq!(
+        (&usual["max_tokens"], &usual["block"], &usual["seed"]),
+        (&json!(2), &json!(16), &Value::Null)
+    );
+    assert_eq!(usual, settings(&same, &["--seed", "5"]), "greedy decoding does not read the seed");
+    assert_eq!(usual, settings(&one, &["--tree", "4"]), "drafts are not settings");
+    assert_ne!(usual["prompts"], settings(&other, &[])["prompts"]);
+    let hot = settings(&one, &["--temperature", "1", "--seed", "5"]);
+    assert_eq!((&hot["seed"], &hot["prompts"]), (&json!(5), &usual["prompts"]));
+    assert_ne!(usual["stop_ids"], settings(&one, &["--stop-id", "7"])["stop_ids"]);
+}
+
+#[test]
+fn version_is_one_line_and_with_json_the_facts_of_dflash_gen() {
+    assert_eq!(bench(["--version"]).done(), format!("dflash-bench {}\n", env!("CARGO_PKG_VERSION")));
+    let mut facts = bench(["--version", "--json"]).json().remove(0);
+    facts["program"] = json!("dflash-gen");
+    assert_eq!(facts, program::run(["--version", "--json"]).json().remove(0));
+}
+
+/// Keeps a run busy until Ctrl-C, which it must answer with a record of what it has.
+#[cfg(target_os = "linux")]
+#[test]
+fn ctrl_c_keeps_what_was_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write(dir.path(), "p.jsonl", "{\"prompt\": \"import os\"}\n{\"prompt\": \"def\"}\n");
+    let generate = ["generate", "--prompts", &prompts, "--device", "cpu", "-n", "8", "--repeat", "100000"];
+    let round = [
+        "round",
+        "--device",
+        "cpu",
+        "--context",
+        "8",
+        "--batch",
+        "1-64",
+        "--rounds",
+        "1000",
+        "--samples",
+        "1",
+    ];
+    let kernels = ["kernels", "--device", "emulator", "--rows", "1-512", "--only", "norm,target: o"];
+    for (args, name) in [(&generate[..], "TTFT"), (&round, "AR step"), (&kernels, "read ceiling")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
+        let page = dir.path().join("page.html");
+        command.args(args).arg("--json").arg("--report").arg(&page);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().unwrap();
+        program::wait_for_handler(&child);
+        // Long enough to measure something, short of the end.
+        std::thread::sleep(Duration::from_millis(700));
+        program::interrupt(&child);
+        let output = child.wait_with_output().unwrap();
+        let out = String::from_utf8(output.stdout).unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), out.lines().count()), (Some(130), 1), "{name}: {error}");
+        let found: Value = serde_json::from_str(&out).unwrap();
+        assert_eq!((schema_violation(&found), &found["incomplete"]), (None, &json!(true)));
+        assert!(found["rows"].as_array().unwrap().iter().any(|row| row["name"] == name), "{found}");
+        let file = write(dir.path(), "part.json", &out);
+        let marked = "interrupted, so incomplete";
+        assert!(std::fs::read_to_string(&page).unwrap().contains(marked));
+        assert!(table_of_width(200, &["show", &file]).contains(marked));
+    }
+}
+
 #[test]
 fn the_first_damaged_row_is_named() {
     let dir = tempfile::tempdir().unwrap();
-    let count = if support::exhaustive() { 20_000 } else { 4_000 };
+    let count = if support::exhaustive() { 20_000 } else { 2_000 };
     let mut whole = measured(&[("x", "ms", None, json!(null))]);
     let one = whole["rows"][0].clone();
     let at = |i: usize| {

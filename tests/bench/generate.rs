@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
 
+/// The demo pair in titles.
+const DEMO: &str = "the built-in demo target with the built-in demo drafter";
 const PROMPTS: &str = "tests/data/prompts.jsonl";
 
 /// The command line of `generate` with these prompts and flags.
@@ -147,33 +149,56 @@ fn the_cpu_measures_times_and_acceptance_equals_dflash_gen() {
 
 #[test]
 fn the_emulator_counts_instead_of_measuring() {
-    let flags = ["--count", "2", "-n", "8", "--block", "6", "--device", "emulator"];
-    let found = record(0, &args(PROMPTS, &flags));
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = ("{\"prompt\": \"import os\"}\n", "{\"prompt\": \"def f(\"}\n");
+    let [one, two] = [("one", one.into()), ("two", [one, two].concat())]
+        .map(|(name, text): (&str, String)| write(dir.path(), name, text));
+    let flags = ["-n", "5", "--block", "6", "--device", "emulator"];
+    let found = record(0, &args(&two, &flags));
     assert_eq!(found["machine"]["device"], "emulator");
     assert!(found["rows"].as_array().unwrap().iter().all(|row| row["kind"] == "counted"), "{found}");
-    let dir = tempfile::tempdir().unwrap();
-    let two = categorised(dir.path(), &[json!(null), json!(null)]);
-    check_acceptance(&found, &accepted(&two, &["-n", "8", "--block", "6", "--device", "emulator"]), 6);
+    check_acceptance(&found, &accepted(&two, &flags), 6);
     for mode in ["plain", "dflash"] {
         let of = || json!({ "decoding": mode });
         let all = row(&found, "all answers", of());
         let number = |key: &str| all["numbers"][key].as_f64().unwrap();
         let bytes = number("streamed") + number("read") + number("written");
         assert_eq!(all["median"], bytes);
-        assert_eq!(value(&found, "bytes per token", of()), bytes / 16.0);
-        assert_eq!(value(&found, "launches per token", of()), number("launches") / 16.0);
-        assert_eq!(value(&found, "mma per token", of()), number("mma") / 16.0);
+        assert_eq!(value(&found, "bytes per token", of()), bytes / 10.0);
+        assert_eq!(value(&found, "launches per token", of()), number("launches") / 10.0);
+        assert_eq!(value(&found, "mma per token", of()), number("mma") / 10.0);
     }
-    // Counters are the same in every repeat; sums are over all repeats.
-    let twice = record(0, &args(PROMPTS, &[&flags[..], &["--repeat", "2"]].concat()));
+    // The rest with a small pair. Counters are the same in every repeat; sums are over all repeats.
+    let target =
+        support::Target { intermediate: 96, layers: 2, head_dim: 64, vocab: 301, ..Default::default() };
+    let drafter = support::Drafter {
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 64,
+        layers: 1,
+        taps: vec![0],
+        ..Default::default()
+    };
+    let pair = support::write_pair(&target, &drafter);
+    let pair_flags = program::flags(&pair);
+    let small = |more: &[&str]| {
+        let flags = pair_flags.iter().map(String::as_str).chain([
+            "--device",
+            "emulator",
+            "--ignore-eos",
+            "--block",
+            "4",
+        ]);
+        record(0, &args(&one, &flags.chain(more.iter().copied()).collect::<Vec<_>>()))
+    };
+    let (found_once, twice) = (small(&["-n", "6"]), small(&["-n", "6", "--repeat", "2"]));
     let launches = |record: &Value| value(record, "launches per token", json!({ "decoding": "dflash" }));
     let all = |record: &Value| value(record, "all answers", json!({ "decoding": "dflash" }));
-    assert_eq!((launches(&twice), all(&twice)), (launches(&found), 2.0 * all(&found)));
+    assert_eq!((launches(&twice), all(&twice)), (launches(&found_once), 2.0 * all(&found_once)));
     // Launches grow with the steps of AR decoding, one per token after the first, and with the rounds of
     // DFlash.
-    let longer = ["6", "9", "15"].map(|n| {
-        let flags = ["--count", "1", "-n", n, "--device", "emulator"];
-        let found = record(0, &args(PROMPTS, &flags));
+    let longer = [("6", found_once), ("9", small(&["-n", "9"])), ("15", small(&["-n", "15"]))];
+    let longer = longer.map(|(n, found)| {
         let launches = |mode: &str| {
             row(&found, "all answers", json!({ "decoding": mode }))["numbers"]["launches"].as_u64().unwrap()
         };
@@ -197,7 +222,8 @@ fn the_emulator_counts_instead_of_measuring() {
 fn every_speculation_setting_is_measured_and_recorded() {
     let dir = tempfile::tempdir().unwrap();
     let two = categorised(dir.path(), &[json!(null), json!(null)]);
-    let hot = ["-n", "20", "--temperature", "1", "--seed", "3", "--device", "cpu"];
+    let hot = ["-n", "14", "--temperature", "1", "--seed", "3", "--device", "cpu"];
+    let report = dir.path().join("page.html").display().to_string();
     let drafts = |verify: &str, tree: Value, adaptive: bool, coupled: bool, temperature: Value| {
         json!({
             "verify": verify, "tree": tree, "adaptive": adaptive, "threshold": null, "coupled": coupled,
@@ -237,7 +263,8 @@ fn every_speculation_setting_is_measured_and_recorded() {
         ),
     ] {
         let all = [&hot[..], flags].concat();
-        let found = record(0, &args(&two, &[&all[..], &["--repeat", "2"]].concat()));
+        let page = ["--repeat", "2", "--report", &report];
+        let found = record(0, &args(&two, &[&all[..], &page].concat()));
         assert_eq!(found["drafts"], expected);
         let records = run([&["--prompts", &two, "--json", "-q"], &all[..]].concat()).json();
         let lists = |field: &str| -> Vec<Vec<usize>> {
@@ -255,11 +282,11 @@ fn every_speculation_setting_is_measured_and_recorded() {
         assert_eq!(identical.len(), 1);
         assert_eq!((&identical[0]["parameters"], &identical[0]["median"]), (&to, &json!(1.0)), "{flags:?}");
         assert_eq!(identical[0]["numbers"], json!({ "compared": compared }));
-        let table = flat(&bench(args(&two, &[&all[..], &["--repeat", "1"]].concat())).done());
-        assert!(table.contains(title), "{table}");
-        let distribution =
-            "the distribution is the target's, the tokens are not those of AR and are not compared with them";
-        assert_eq!(table.contains(distribution), sampled, "{table}");
+        // The page has the title of the table.
+        let page = std::fs::read_to_string(&report).unwrap();
+        assert!(page.contains(title), "{title}: {page}");
+        let distribution = "the tokens are not those of AR and are not compared with them";
+        assert_eq!(page.contains(distribution), sampled, "{title}: {page}");
     }
     // At temperature 0 the distribution has one token, so the tokens are those of AR decoding.
     let greedy = ["-n", "20", "--device", "cpu", "--repeat", "1", "--verify", "block"];
@@ -295,9 +322,9 @@ fn illegal_combinations_are_refused_as_by_dflash_gen() {
 
 #[test]
 fn a_batch_accepts_what_its_prompts_accept_alone() {
-    let flags = ["--count", "5", "-n", "12", "--device", "cpu", "--repeat", "5"];
+    let flags = ["--count", "3", "-n", "8", "--device", "cpu", "--repeat", "5"];
     let [alone, together] =
-        [&[][..], &["--batch", "3"]].map(|more| record(0, &args(PROMPTS, &[&flags, more].concat())));
+        [&[][..], &["--batch", "2"]].map(|more| record(0, &args(PROMPTS, &[&flags, more].concat())));
     let counted_rows = |record: &Value| -> Vec<Value> {
         let rows = record["rows"].as_array().unwrap().iter();
         rows.filter(|row| row["kind"] == "counted").cloned().collect()
@@ -342,6 +369,45 @@ fn answers_of_one_token_have_no_rounds() {
     assert_eq!(value(&done.json()[0], "tokens of answers", json!({})), 2.0);
 }
 
+/// As dflash-gen: a target without --draft, and --draft none, decode without drafts.
+#[test]
+fn without_a_drafter_only_ar_decoding_is_measured() {
+    let pair = support::write_pair(
+        &support::Target { vocab: 301, ..support::Target::default() },
+        &support::Drafter::default(),
+    );
+    let target = pair.target.display().to_string();
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write(dir.path(), "p.jsonl", "{\"prompt\": \"abc\"}\n{\"prompt\": \"b\"}\n");
+    let alone = ["--target", &target, "--device", "cpu", "-n", "4", "--repeat", "2", "--ignore-eos"];
+    let run = bench(args(&prompts, &alone));
+    assert!(run.err.starts_with("no --draft, so autoregressive decoding: "), "{run:?}");
+    let title =
+        format!("{target} on cpu: 2 prompts, up to 4 tokens each, greedy; AR decoding alone, 2 times");
+    assert!(flat(&run.out).starts_with(&title), "{title}: {}", run.out);
+    assert!(!run.out.contains("DFlash") && !run.out.contains("tau"), "{}", run.out);
+    for more in [&[][..], &["--draft", "none"], &["--draft", "none", "--batch", "2"]] {
+        let found = record(0, &args(&prompts, &[&alone[..], more].concat()));
+        assert_eq!((&found["model"]["drafter"], &found["drafts"]), (&Value::Null, &Value::Null));
+        let rows = found["rows"].as_array().unwrap();
+        let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+        let mut expected =
+            vec!["tokens of prompts", "tokens of answers", "TTFT", "TPOT", "tokens per second"];
+        expected.extend((more.len() > 2).then_some("tokens per second, all"));
+        assert_eq!(names, expected);
+        assert!(rows[2..].iter().all(|row| row["parameters"] == json!({ "decoding": "plain" })), "{found}");
+        assert_eq!(value(&found, "tokens of answers", json!({})), 8.0);
+    }
+    let none = bench(args(&prompts, &[&alone[..], &["--draft", "none"]].concat()));
+    assert_eq!((none.code, none.err.as_str()), (0, ""), "--draft none was asked for");
+    // The demo target without its drafter, counted.
+    let one = write(dir.path(), "one.jsonl", "{\"prompt\": \"def\"}\n");
+    let counted = record(0, &args(&one, &["--draft", "none", "--device", "emulator", "-n", "2"]));
+    assert_eq!(counted["model"], json!({ "target": "demo/target", "drafter": null }));
+    assert!(value(&counted, "launches per token", json!({ "decoding": "plain" })) > 1.0);
+    assert_eq!(counted["rows"].as_array().unwrap().len(), 2 + 4);
+}
+
 #[test]
 fn generate_refuses_invalid_input_with_one_error_line() {
     let dir = tempfile::tempdir().unwrap();
@@ -360,8 +426,8 @@ fn generate_refuses_invalid_input_with_one_error_line() {
         (&["--ctx", "1"], "--ctx is 1, expected 2 to 4096"),
         (&["--temperature", "-1"], "--temperature is -1, expected 0 (greedy)"),
         (&["--gpu", "0"], "--gpu needs --device cuda or auto"),
-        (&["--target", "x"], "--draft <DIR|NAME>"),
-        (&["--draft", "x"], "--target <DIR|NAME>"),
+        (&["--target", "x", "--tree", "4"], "--tree needs a drafter, but --draft is none"),
+        (&["--draft", "none", "--taps", "1"], "--taps needs a drafter, but --draft is none"),
     ] {
         refused(bench(args(&two, &[flags, &["--device", "cpu"]].concat())), 2, part);
     }
@@ -412,14 +478,14 @@ fn generate_refuses_invalid_input_with_one_error_line() {
 
 #[test]
 fn generate_answers_built_in_prompts_by_default() {
-    let flags = ["generate", "--device", "cpu", "-n", "8", "--repeat", "1"];
+    let flags = ["generate", "--device", "cpu", "-n", "4", "--repeat", "1"];
     let found = record(0, &flags);
     assert_eq!(row(&found, "identical", json!({}))["numbers"], json!({ "compared": 8 }));
-    assert_eq!(value(&found, "tokens of answers", json!({})), 64.0);
+    assert_eq!(value(&found, "tokens of answers", json!({})), 32.0);
     let few = record(0, &[&flags[..], &["--count", "3"]].concat());
-    assert_eq!(value(&few, "tokens of answers", json!({})), 24.0);
+    assert_eq!(value(&few, "tokens of answers", json!({})), 12.0);
     let table = flat(&bench(flags).done());
-    assert!(table.contains("demo/target with demo/drafter on cpu: 8 built-in prompts"), "{table}");
+    assert!(table.contains(&format!("{DEMO} on cpu: 8 built-in prompts")), "{table}");
 }
 
 #[test]
@@ -440,8 +506,6 @@ fn without_a_subcommand_it_prints_a_short_table() {
     assert!(table.lines().all(|line| line.chars().count() <= 100), "{table}");
     let found = record(0, &[]);
     assert_eq!((&found["command"], &found["arguments"]), (&json!("generate"), &json!(["--json"])));
-    let csv = bench(["--csv"]).done();
-    assert_eq!(csv.lines().count(), 1 + found["rows"].as_array().unwrap().len());
 }
 
 /// One line per number of tokens, with its count, its fraction and a bar in proportion.

@@ -19,7 +19,8 @@ fn number(row: &Value, name: &str) -> f64 {
 
 /// The names of a model's kernels, from the error for an unknown name.
 fn names(model: &str) -> Vec<String> {
-    let run = bench(["kernels", "--device", "emulator", "--model", model, "--only", "none"]);
+    let run =
+        bench(["kernels", "--device", "emulator", "--model", model, "--context", "0", "--only", "none"]);
     assert_eq!((run.code, run.err.lines().count()), (2, 1), "{run:?}");
     let list = run.err.trim_end().split_once("expected some of ").unwrap().1;
     list.split(", ").map(String::from).collect()
@@ -126,22 +127,28 @@ fn every_kernel_of_the_demo_pair_is_counted() {
 #[test]
 fn tree_and_rejection_kernels_are_counted_if_there_are_drafts() {
     let only = "choices,tree_build,compact,row_distribution,sample_drafts,verify_drafts by rejection,verify_drafts by block,attention of a tree";
-    let found = counted(["--rows", "1,16,64,128", "--context", "100", "--only", only]);
+    // 66 rows are two trees of 33 and six blocks of 11; the largest tree has 64.
+    let cases = [(16, 1, 1), (66, 2, 6), (64, 1, 4), (128, 2, 8)];
+    let cases = if support::exhaustive() { &cases[..] } else { &cases[..2] };
+    let list = [1].into_iter().chain(cases.iter().map(|case| case.0)).map(|rows| rows.to_string());
+    let list = list.collect::<Vec<_>>().join(",");
+    let found = counted(["--rows", &list, "--context", "100", "--only", only]);
     let rows = found["rows"].as_array().unwrap();
-    // The read ceiling; `choices` for 4 numbers of rows; 3 kernels of trees and 4 of blocks for 3 each.
-    assert_eq!(rows.len(), 1 + 4 + 3 * 3 + 4 * 3, "{found}");
+    // The read ceiling; `choices` for each number of rows; for those above 1 also 3 kernels of trees and 4 of blocks.
+    assert_eq!(rows.len(), 1 + 1 + 8 * cases.len(), "{found}");
     for row in &rows[1..] {
         let (needed, bytes) = (number(row, "MB") * 1e6, row["median"].as_f64().unwrap());
         assert!(needed > 0.0 && needed <= bytes, "{row}");
         assert_eq!(number(row, "GFLOP") > 0.0, row["name"] == "attention of a tree", "{row}");
     }
     let needed = |name: &str, at: Value| (number(row(&found, name, at), "MB") * 1e6).round();
-    for (rows, trees, blocks) in [(16, 1, 1), (64, 1, 4), (128, 2, 8)] {
+    for &(rows, trees, blocks) in cases {
+        let drafts = rows / blocks - 1;
         let of_trees = || json!({ "rows": rows, "batch": trees });
         let of_blocks = || json!({ "rows": rows, "batch": blocks });
         // Keys and values of 6 layers with 2 heads of 64: at least one row moves, and at most one per draft.
         let moved = needed("compact", of_trees()) / f64::from(6 * 2 * 64 * 8);
-        assert!(moved.fract() == 0.0 && (1.0..f64::from(15 * trees)).contains(&moved), "{moved}");
+        assert!(moved.fract() == 0.0 && (1.0..f64::from(rows)).contains(&moved), "{moved}");
         row(&found, "tree_build", of_trees());
         // Rows of logits that must be read, of 2048 tokens each: `choices` and `row_distribution` read each
         // row twice, `sample_drafts` reads the row of each draft once. `verify_drafts` reads two rows for
@@ -154,11 +161,11 @@ fn tree_and_rejection_kernels_are_counted_if_there_are_drafts() {
         };
         check_rows_read(logits("choices", json!({ "rows": rows })), 2 * rows);
         check_rows_read(logits("row_distribution", of_blocks()), 2 * rows);
-        check_rows_read(logits("sample_drafts", of_blocks()), 15 * blocks);
+        check_rows_read(logits("sample_drafts", of_blocks()), drafts * blocks);
         let rows_read = |name: &str| (needed(name, of_blocks()) / f64::from(whole * blocks)).floor();
         assert_eq!(
             (rows_read("verify_drafts by rejection"), rows_read("verify_drafts by block")),
-            (2.0, 29.0)
+            (2.0, f64::from(2 * drafts - 1))
         );
         let tree =
             row(&found, "attention of a tree", json!({ "rows": rows, "context": 100, "batch": trees }));
@@ -175,11 +182,14 @@ fn tree_and_rejection_kernels_are_counted_if_there_are_drafts() {
 #[test]
 fn sampled_tree_kernels_are_counted() {
     let only = "sample_siblings,verify_tree,sample_chains,verify_chains";
-    let found = counted(["--rows", "1,16,64,128", "--only", only]);
-    // The read ceiling, and four kernels for 3 numbers of rows.
-    assert_eq!(found["rows"].as_array().unwrap().len(), 1 + 3 * 4, "{found}");
-    // 16 rows hold three chains of five drafts, 64 rows hold seven chains of nine.
-    for (rows, trees, chains, each) in [(16, 1, 3, 5), (64, 1, 7, 9), (128, 2, 7, 9)] {
+    // 16 rows hold three chains of five drafts, 33 rows five of six, 64 rows seven of nine.
+    let cases = [(16, 1, 3, 5), (66, 2, 5, 6), (64, 1, 7, 9), (128, 2, 7, 9)];
+    let cases = if support::exhaustive() { &cases[..] } else { &cases[..2] };
+    let list = cases.iter().map(|case| case.0.to_string()).collect::<Vec<_>>().join(",");
+    let found = counted(["--rows", &format!("1,{list}"), "--only", only]);
+    // The read ceiling, and four kernels for each number of rows above 1.
+    assert_eq!(found["rows"].as_array().unwrap().len(), 1 + 4 * cases.len(), "{found}");
+    for &(rows, trees, chains, each) in cases {
         let of = |name: &str| row(&found, name, json!({ "rows": rows, "batch": trees }));
         let of_logits = |name: &str| number(of(name), "MB") * 1e6 / f64::from(2048 * 4 * trees);
         for name in only.split(',') {
@@ -241,14 +251,14 @@ fn a_config_is_enough_and_unsupported_shapes_are_refused() {
     };
     let target = support::Target { head_dim: 64, hidden: 64, intermediate: 96, ..support::Target::default() };
     let folder = place("target", support::target_config(&target));
-    let found = counted(["--model", &folder, "--rows", "1,3", "--context", "0,3"]);
+    let only = ["--only", "norm,attention,target: o"];
+    let found = counted(["--model", &folder, "--rows", "1,3", "--context", "0,3"].into_iter().chain(only));
     assert_eq!(found["model"], json!({ "target": folder, "drafter": null }));
     // Without a drafter there are only AR steps.
     row(&found, "attention", json!({ "rows": 3, "context": 0, "batch": 3 }));
-    let rows = found["rows"].as_array().unwrap();
     let of_drafts = ["drafter", "tree", "choices", "compact", "distribution", "draft", "siblings", "chains"];
-    let named = |row: &Value, part: &str| row["name"].as_str().unwrap().contains(part);
-    assert!(rows.iter().all(|row| of_drafts.iter().all(|part| !named(row, part))), "{found}");
+    let listed = names(&folder);
+    assert!(listed.iter().all(|name| of_drafts.iter().all(|part| !name.contains(part))), "{listed:?}");
 
     let other = place("other", support::target_config(&support::Target { head_dim: 24, ..target }));
     let run = |more: &[&str]| bench(["kernels", "--device", "emulator"].iter().chain(more));
@@ -287,7 +297,8 @@ fn what_cannot_be_measured_is_refused() {
 #[test]
 fn a_table_says_that_counters_are_not_times() {
     let run = bench(["kernels", "--device", "emulator", "--rows", "1", "--only", "norm"]);
-    let title = "demo/target with demo/drafter on the emulator: counters of one launch each, no times";
+    let title =
+        "the built-in demo target with the built-in demo drafter on the emulator: counters of one launch";
     assert_eq!((run.code, run.out.lines().next(), run.err.as_str()), (0, Some(title), ""));
     assert!(!run.out.contains("GB/s") && !run.out.contains(" us"), "{}", run.out);
 }

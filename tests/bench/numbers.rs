@@ -1,5 +1,7 @@
 //! The arithmetic of benchmarks: the roofline of a pair on a card, and statistics.
 
+use crate::support;
+
 use dflash::checkpoint::config::{Attention, DrafterConfig, TargetConfig};
 use dflash::checkpoint::folder::PUBLISHED;
 use dflash::perf::roofline::{
@@ -219,7 +221,7 @@ fn rates_of_tasks_equal_numpy_and_are_near_scipy() {
 
 #[test]
 fn intervals_cover_the_truth_at_their_level() {
-    // 300 pairs of 15 and 25 samples with medians of 1 and 1.1, from a skewed distribution.
+    // Pairs of 15 and 25 samples with medians of 1 and 1.1, from a skewed distribution.
     let mut state = 7u64;
     let mut uniform = || {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -229,13 +231,14 @@ fn intervals_cover_the_truth_at_their_level() {
         (0..count).map(|_| median * (0.9 - 0.1 * uniform().ln() / 2f64.ln())).collect()
     };
     let mut covered = 0;
-    for _ in 0..300 {
+    let pairs = if support::exhaustive() { 300 } else { 60 };
+    for _ in 0..pairs {
         let (before, after) = (draw(15, 1.0), draw(25, 1.1));
         let found = ratio(&alone(&before), &alone(&after), Pairing::Unpaired).unwrap();
         covered += usize::from(found.low <= 1.1 && 1.1 <= found.high);
     }
     // 99 % of 300 are 297, give or take 2.
-    assert!((288..=300).contains(&covered), "{covered} of 300");
+    assert!(covered * 100 >= pairs * 96, "{covered} of {pairs}");
 }
 
 #[test]

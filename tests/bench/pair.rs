@@ -151,12 +151,12 @@ fn a_random_pair_is_lossless_on_the_emulator() {
             .unwrap()
     };
     let run = |backend: &DeviceBackend, block: usize| -> Outcome {
-        let request = request(&[5, 6, 7], 12, block, 0.0);
+        let request = request(&[5, 6, 7], 8, block, 0.0);
         generate(&mut *backend.decoder().unwrap(), &request, &mut AcceptAll).unwrap()
     };
     let backend = load();
     let (ar, fast) = (run(&backend, 1), run(&backend, 8));
-    assert_eq!(ar.tokens.len(), 12);
+    assert_eq!(ar.tokens.len(), 8);
     assert!(!fast.accepted.is_empty());
     check_lossless(&ar, &fast).unwrap();
     assert_eq!(run(&load(), 8).tokens, fast.tokens);

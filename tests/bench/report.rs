@@ -340,7 +340,7 @@ fn figures_without_rows_are_left_out() {
 }
 
 #[test]
-fn a_part_within_noise_is_named_instead_of_attribute_values() {
+fn a_part_within_noise_is_named_instead_of_drawn() {
     let mut noisy = round();
     let rows = noisy["rows"].as_array_mut().unwrap();
     rows.iter_mut().find(|row| row["name"] == "gaps").unwrap()["median"] = json!(-0.002);

@@ -55,15 +55,15 @@ fn checked_round(found: &Value, at: &Value) -> Vec<u64> {
 
 #[test]
 fn the_parts_of_every_round_add_up() {
-    let found = round(&["--model", "demo", "--batch", "1,3", "--context", "64,200"]);
+    let found = round(&["--model", "demo", "--batch", "1,2", "--context", "8,72"]);
     assert_eq!((&found["command"], &found["machine"]["device"]), (&json!("round"), &json!("emulator")));
     assert_eq!(found["machine"]["card"], Value::Null);
     assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
     // An AR step, the round and its five parts.
     assert_eq!(found["rows"].as_array().unwrap().len(), 4 * 7);
     let mut grid = vec![];
-    for batch in [1, 3] {
-        for context in [64, 200] {
+    for batch in [1, 2] {
+        for context in [8, 72] {
             let at = json!({ "context": context, "batch": batch, "block": 16 });
             let all = checked_round(&found, &at);
             assert_eq!(all[1], planned(batch, "0"));
@@ -73,18 +73,18 @@ fn the_parts_of_every_round_add_up() {
         }
     }
     assert_eq!(grid[0].0[1], 58);
-    // A longer context reads the keys and values of 136 more positions at least once.
+    // A longer context reads the keys and values of 64 more positions at least once.
     let roofline = record(0, &["roofline", "--model", "demo"]);
     let position =
         row(&roofline, "target: keys and values of a position", json!({}))["median"].as_f64().unwrap();
-    for (short, sequences) in [(0, 1), (2, 3)] {
+    for (short, sequences) in [(0, 1), (2, 2)] {
         let more = |counts: [&Vec<u64>; 2]| counts[1][4] - counts[0][4];
-        let least = sequences * 136 * position as u64;
+        let least = sequences * 64 * position as u64;
         let step = more([&grid[short].1, &grid[short + 1].1]);
         assert!((least..least * 5 / 4).contains(&step), "{step}, expected about {least}");
         assert!(more([&grid[short].0, &grid[short + 1].0]) > step);
     }
-    // Three sequences read the packed weights once.
+    // Two sequences read the packed weights once.
     assert!(grid[2].0[3] < grid[0].0[3] * 101 / 100);
 }
 
@@ -102,9 +102,9 @@ fn sampled_rounds_and_short_blocks_match_the_plan() {
 
 #[test]
 fn synthetic_acceptance_gives_bytes_per_token() {
-    let args = ["--context", "64", "--batch", "2"];
+    let args = ["--context", "5", "--batch", "2"];
     let value = |found: &Value, name: &str, more: Value| {
-        let mut at = json!({ "context": 64, "batch": 2 });
+        let mut at = json!({ "context": 5, "batch": 2 });
         at.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let row = row(found, name, at);
         assert_eq!(row["kind"], "counted");
@@ -114,10 +114,10 @@ fn synthetic_acceptance_gives_bytes_per_token() {
         assert!((found.0 / expected - 1.0).abs() < 1e-9 && found.1 == "bytes/tok", "{found:?}, {expected}");
     };
     let synthetic = "DFlash, synthetic acceptance";
-    let found = round(&[&args[..], &["--acceptance", "1,6.5"]].concat());
-    let bytes = value(&found, "round", json!({ "block": 16 })).0;
+    let found = round(&[&args[..], &["--acceptance", "1,6.5", "--block", "7"]].concat());
+    let bytes = value(&found, "round", json!({ "block": 7 })).0;
     for (length, key) in [(1.0, json!(1)), (6.5, json!(6.5))] {
-        near(value(&found, synthetic, json!({ "block": 16, "acceptance": key })), bytes / 2.0 / length);
+        near(value(&found, synthetic, json!({ "block": 7, "acceptance": key })), bytes / 2.0 / length);
     }
     near(value(&found, "autoregressive decoding", json!({})), value(&found, "AR step", json!({})).0 / 2.0);
     // 1 + 0.5 + 0.5 x 0.25 = 1.625, of rounds in blocks of 3.
@@ -128,9 +128,14 @@ fn synthetic_acceptance_gives_bytes_per_token() {
 
 #[test]
 fn the_title_names_pair_device_and_kind() {
-    let table = bench(["round", "--device", "emulator", "--context", "16", "--acceptance", "4"]).done();
+    let table =
+        bench(["round", "--device", "emulator", "--context", "1", "--block", "4", "--acceptance", "4"])
+            .done();
     let title = table.split_whitespace().collect::<Vec<_>>().join(" ");
-    for part in ["demo/target with demo/drafter", "random weights", "on the emulator: counters, not times"] {
+    for part in [
+        "the built-in demo target with the built-in demo drafter, random weights",
+        "on the emulator: counters, not times",
+    ] {
         assert!(title.contains(part), "{title}");
     }
     assert!(title.contains("synthetic acceptance is assumed, not measured"), "{title}");
@@ -144,7 +149,7 @@ fn profilers_get_ranges_of_rounds_parts_and_layers() {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("ranges");
     let nvtx = library(folder.path(), "nvtx.so", include_str!("../data/profile/nvtx.c"), &[]);
-    let args = ["round", "--device", "emulator", "--context", "16", "--json"];
+    let args = ["round", "--device", "emulator", "--context", "1", "--block", "2", "--json"];
     let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
     command.args(args).args(["--profile", "2"]).env("NVTX_INJECTION64_PATH", nvtx).env("RANGES", &log);
     let run = finish(command);
@@ -249,6 +254,17 @@ fn round_refuses_invalid_flags_with_one_error_line() {
         refused(bench(["round", "--device", "cpu"].iter().chain(args)), 2, part);
     }
     refused(bench(["round", "--model", "demo", "--device", "cuda", "--gpu", "99"]), 4, "device cuda");
+    // Wrong flags are found before a device is opened, whose number is wrong too.
+    let cuda = ["--device", "cuda", "--gpu", "99"];
+    for (args, part) in [
+        (["round", "--block", "17"], "--block is 17, expected 2 to 16"),
+        (["round", "--context", "40960"], "--context has 40960, expected 0 to "),
+        (["round", "--curve", "2"], "--curve has 2, expected probabilities"),
+        (["kernels", "--only", "none"], "--only has \"none\", expected some of target: qkv, "),
+        (["kernels", "--rows", "0"], "--rows has 0, expected 1 to 1024"),
+    ] {
+        refused(bench(args.iter().chain(&cuda)), 2, part);
+    }
 }
 
 // ---- the CPU ----
@@ -293,7 +309,9 @@ fn the_cpu_measures_a_round_and_its_parts() {
         bench(["round", "--device", "cpu", "--context", "8", "--rounds", "1", "--samples", "1"]).done();
     let flat = table.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(
-        flat.starts_with("demo/target with demo/drafter, random weights, on the CPU: measured;"),
+        flat.starts_with(
+            "the built-in demo target with the built-in demo drafter, random weights, on the CPU: measured;"
+        ),
         "{table}"
     );
     // A sampled round, and a target without a drafter.
@@ -321,4 +339,32 @@ fn a_model_that_does_not_fit_the_cpu_is_refused() {
     let run = bench(args);
     assert!(run.err.contains("1024 sequences of 8464 positions"), "{run:?}");
     refused(run, 5, "expected a smaller --model, --batch or --context");
+}
+
+/// Progress is for people: on a terminal, and not in a pipe.
+#[cfg(target_os = "linux")]
+#[test]
+fn progress_is_shown_on_a_terminal_only() {
+    use std::io::Read;
+    use std::os::fd::{FromRawFd, OwnedFd};
+    let (mut terminal, mut end) = (0, 0);
+    // SAFETY: openpty writes two descriptors and reads nothing else.
+    let opened = unsafe {
+        libc::openpty(&mut terminal, &mut end, std::ptr::null_mut(), std::ptr::null(), std::ptr::null())
+    };
+    assert_eq!(opened, 0);
+    // SAFETY: openpty returned them, and nothing else owns them.
+    let [terminal, end] = [terminal, end].map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let args = ["round", "--device", "cpu", "--context", "8,9", "--rounds", "1", "--samples", "1", "--json"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
+    let child = command.args(args).stdout(std::process::Stdio::piped()).stderr(end).spawn().unwrap();
+    drop(command);
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let mut shown = vec![];
+    // Linux ends it with an error once the program has closed its end.
+    let _ = std::fs::File::from(terminal).read_to_end(&mut shown);
+    let shown = String::from_utf8(shown).unwrap();
+    assert!(shown.contains("of 2 measured: now context"), "{shown:?}");
+    assert_eq!(bench(args).err, "");
 }

@@ -19,7 +19,8 @@ const UPDATE: &str = "DFLASH_UPDATE_DOCS";
 /// Programs whose commands are run, and commands that may stand before a pipe to them.
 const RUN: [&str; 4] = ["dflash-gen", "dflash-bench", "printf", "head"];
 /// First words of commands that the pages show and the test does not run.
-const SHOWN: [&str; 9] = [".ci/run", "cargo", "git", "hf", "pack/", "pip", "python3", "tar", "tools/"];
+const SHOWN: [&str; 11] =
+    [".ci/run", "cargo", "git", "hf", "ncu", "nsys", "pack/", "pip", "python3", "tar", "tools/"];
 
 /// README.md and docs/*.md, in order.
 fn pages() -> Vec<PathBuf> {
@@ -133,6 +134,8 @@ fn output(command: &str, at: &str) -> String {
     let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap_or_default());
     let mut shell = Command::new("sh");
     shell.args(["-c", command]).current_dir(folder.path()).env("PATH", path).stdin(Stdio::null());
+    // For commands that have no --device.
+    shell.env("CUDA_VISIBLE_DEVICES", "");
     let done = shell.output().unwrap();
     let (out, err) = (String::from_utf8(done.stdout).unwrap(), String::from_utf8(done.stderr).unwrap());
     assert!(done.status.success(), "{at}: {command}\nended with {}:\n{out}{err}", done.status);
@@ -146,7 +149,16 @@ fn output(command: &str, at: &str) -> String {
 fn masked(lines: &[&str]) -> Vec<String> {
     let mut timed: Option<Vec<bool>> = None;
     let mut masked = Vec::new();
+    // Tables of dflash-bench: all numbers below a heading that says `measured`, and rows of the short table.
+    let mut measured = false;
+    let rows = ["tokens per second", "ms to the", "ms per", "speed-up"];
     for line in lines.iter().map(|line| line.trim_end()).filter(|line| !line.starts_with("device:")) {
+        measured &= !line.is_empty();
+        if measured || rows.iter().any(|row| line.starts_with(row)) {
+            masked.push(without_numbers(line));
+            continue;
+        }
+        measured = line.contains(", measured");
         let cells: Vec<&str> = line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect();
         let by_clock = |cell: &&str| cell.contains("tok/s") || *cell == "ratio";
         let header = cells.len() > 2 && cells.iter().any(by_clock) && !line.contains(" tok/s (");
@@ -164,6 +176,13 @@ fn masked(lines: &[&str]) -> Vec<String> {
     }
     let first = masked.iter().position(|line| !line.is_empty()).unwrap_or(0);
     masked.split_off(first)
+}
+
+/// The words of a line, with `#` for every number.
+fn without_numbers(line: &str) -> String {
+    let number = |word: &str| word.trim_end_matches(['x', ',']).parse::<f64>().is_ok();
+    let words = line.split_whitespace().map(|word| if number(word) { "#" } else { word });
+    words.collect::<Vec<_>>().join(" ")
 }
 
 /// A line with `#` for every number that `s`, `ms` or `tok/s` follows.
@@ -377,6 +396,10 @@ fn comparison_ignores_only_elisions_and_times() {
     assert_eq!(without_times(line), "24 tokens in # s, # tok/s (prompt: 7 tokens, # ms), 11 rounds");
     let table = ["prompt  tokens  AR tok/s  ratio   tau", "     1     128         3093   0.42  4.45"];
     assert_eq!(masked(&table)[1], "1  128  #  #  4.45");
+    let table = ["ms, measured; batch 1", "        median", "round    2.237", "", "MB, counted", "fc  167.8"];
+    assert_eq!(masked(&table)[..3], ["ms, measured; batch 1", "median", "round #"]);
+    assert_eq!(masked(&table)[3..], ["", "MB, counted", "fc  167.8"]);
+    assert_eq!(masked(&["speed-up  0.44x  0.41 to 0.47, 99 %"]), ["speed-up # # to # # %"]);
     let lines = |text: &str| text.split(' ').map(String::from).collect::<Vec<_>>();
     assert!(matches(&lines("a ... d"), &lines("a b c d")) && matches(&lines("a ... d"), &lines("a d")));
     assert!(!matches(&lines("a ... d"), &lines("a b c")) && !matches(&lines("a b"), &lines("a b c")));

@@ -99,13 +99,19 @@ pub fn status(child: &Child, field: &str) -> Option<String> {
     Some(value.trim().to_string())
 }
 
-/// Sends SIGINT (Ctrl-C) as soon as the program has installed its handler.
+/// Waits until the program has installed its handler of SIGINT.
 #[cfg(target_os = "linux")]
-pub fn interrupt(child: &Child) {
+pub fn wait_for_handler(child: &Child) {
     const SIGINT: u64 = 1 << (2 - 1);
     while status(child, "SigCgt").is_some_and(|mask| u64::from_str_radix(&mask, 16).unwrap() & SIGINT == 0) {
         std::thread::yield_now();
     }
+}
+
+/// Sends SIGINT (Ctrl-C) as soon as the program has installed its handler.
+#[cfg(target_os = "linux")]
+pub fn interrupt(child: &Child) {
+    wait_for_handler(child);
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
 }
 

@@ -11,10 +11,14 @@ use std::fs;
 
 /// A row of a record.
 pub fn row(name: &str, parameters: Value, unit: &str, value: f64, numbers: Value) -> Value {
-    let higher = ["tok/s", "GB/s", "x", "share", "tok", "rounds"].contains(&unit);
+    let better = match unit {
+        "rounds" => "neither",
+        "tok/s" | "GB/s" | "x" | "share" | "tok" => "higher",
+        _ => "lower",
+    };
     json!({
         "name": name, "parameters": parameters, "kind": "measured", "unit": unit,
-        "better": if higher { "higher" } else { "lower" }, "samples": null, "rounds": null, "throttled": null,
+        "better": better, "samples": null, "rounds": null, "throttled": null,
         "median": value, "p10": null, "p90": null, "numbers": numbers, "verdict": null,
     })
 }

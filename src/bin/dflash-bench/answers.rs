@@ -14,15 +14,30 @@ use std::time::Duration;
 /// The values of the parameter `decoding`: AR decoding first, in every pair of this module, and DFlash.
 pub const DECODING: [&str; 2] = ["plain", "dflash"];
 
-/// All prompts, answered once with AR decoding and once with DFlash.
+/// All prompts, answered once with AR decoding and once with DFlash. Without a drafter DFlash has no outcomes; of
+/// an interrupted run the last prompts are missing.
 #[derive(Debug, Clone, Default)]
 pub struct Repeat {
     /// One outcome for each prompt, in the order of the prompts.
     pub outcomes: [Vec<Outcome>; 2],
     /// Wall-clock time of all answers.
     pub wall: [Duration; 2],
+    /// The emulator's counters.
+    pub counts: [Counts; 2],
     /// Whether the card was throttled. None: no instruments.
     pub throttled: Option<bool>,
+}
+
+impl Repeat {
+    /// Adds the answers to further prompts.
+    pub fn append(&mut self, part: Repeat) {
+        for (mode, outcomes) in part.outcomes.into_iter().enumerate() {
+            self.outcomes[mode].extend(outcomes);
+            self.wall[mode] += part.wall[mode];
+            self.counts[mode] += part.counts[mode];
+        }
+        self.throttled = self.throttled.max(part.throttled);
+    }
 }
 
 /// Rows of acceptance: tokens and rounds, which do not depend on the machine's speed.
@@ -33,7 +48,8 @@ pub fn counted(repeats: &[Repeat], categories: &[Option<String>], block: usize) 
     let fast: &[Outcome] = repeats.first().map_or(&[], |first| &first.outcomes[1]);
     let mut rows = vec![];
     for (group, prompts) in groups(categories) {
-        let accepted: Vec<&[usize]> = prompts.iter().map(|&i| fast[i].accepted.as_slice()).collect();
+        let answered = prompts.iter().filter_map(|&i| fast.get(i));
+        let accepted: Vec<&[usize]> = answered.map(|outcome| outcome.accepted.as_slice()).collect();
         rows.extend(lengths(&group, &accepted));
     }
     let rounds: Vec<usize> = fast.iter().flat_map(|outcome| &outcome.accepted).copied().collect();
@@ -44,7 +60,7 @@ pub fn counted(repeats: &[Repeat], categories: &[Option<String>], block: usize) 
         let drafts: usize = fast.iter().flat_map(|outcome| &outcome.drafted).sum();
         let value = drafts as f64 / tokens as f64;
         let (name, unit) = ("drafts per token", "drafts");
-        rows.push(Row::value(name, json!({}), Kind::Counted, value, unit, Better::Lower, json!({})));
+        rows.push(Row::value(name, json!({}), Kind::Counted, value, unit, Better::Neither, json!({})));
     }
     rows
 }
@@ -71,12 +87,19 @@ pub fn timed(repeats: &[Repeat], categories: &[Option<String>], batch: usize) ->
 }
 
 /// Rows of the emulator's counters: in all, and per token.
-pub fn emulated(repeats: &[Repeat], counts: &[Counts; 2]) -> Vec<Row> {
+pub fn emulated(repeats: &[Repeat]) -> Vec<Row> {
     let mut rows = vec![];
-    for (mode, counts) in counts.iter().enumerate() {
+    for mode in 0..2 {
         let parameters = || json!({ "decoding": DECODING[mode] });
-        let all = Row::counts("all answers", parameters(), counts);
-        let tokens = repeats.iter().map(|repeat| tokens(&repeat.outcomes[mode])).sum::<usize>() as f64;
+        let (mut tokens, mut counts) = (0, Counts::default());
+        for repeat in repeats {
+            tokens += self::tokens(&repeat.outcomes[mode]);
+            counts += repeat.counts[mode];
+        }
+        if tokens == 0 {
+            continue;
+        }
+        let (tokens, all) = (tokens as f64, Row::counts("all answers", parameters(), &counts));
         let mut each = |name: &str, count: f64, unit: &str| {
             let value = count / tokens;
             rows.push(Row::value(name, parameters(), Kind::Counted, value, unit, Better::Lower, json!({})));
@@ -119,9 +142,10 @@ pub fn lossless(
         }
     }
     let count = |name: &str, tokens: usize| {
-        Row::value(name, json!({}), Kind::Counted, tokens as f64, "tok", Better::Higher, json!({}))
+        Row::value(name, json!({}), Kind::Counted, tokens as f64, "tok", Better::Neither, json!({}))
     };
-    let answers = repeats.first().map_or(0, |repeat| tokens(&repeat.outcomes[1]));
+    let answers = repeats.first().and_then(|first| first.outcomes.iter().rfind(|side| !side.is_empty()));
+    let answers = answers.map_or(0, |outcomes| tokens(outcomes));
     let mut rows = vec![count("tokens of prompts", prompt_tokens), count("tokens of answers", answers)];
     if compared > 0 {
         let share = (compared - different) as f64 / compared as f64;
@@ -179,12 +203,12 @@ fn lengths(group: &Map<String, Value>, accepted: &[&[usize]]) -> Vec<Row> {
     vec![row("tokens/rounds", tau, numbers), row("of prompts", of_prompts.mean, json!({}))]
 }
 
-/// Rounds by the number of tokens they brought, 1 to `block`.
+/// Rounds by the number of tokens they produced, 1 to `block`.
 fn histogram(rounds: &[usize], block: usize) -> Vec<Row> {
     let row = |tokens: usize| {
         let (parameters, count) = (json!({ "accepted": tokens }), rounds.iter().filter(|n| **n == tokens));
         let count = count.count() as f64;
-        Row::value("rounds", parameters, Kind::Counted, count, "rounds", Better::Higher, json!({}))
+        Row::value("rounds", parameters, Kind::Counted, count, "rounds", Better::Neither, json!({}))
     };
     (1..=block).map(row).collect()
 }
@@ -226,7 +250,7 @@ type Samples = Vec<(Vec<f64>, Option<bool>)>;
 
 fn samples(repeats: &[Repeat], mode: usize, prompts: &[usize], of: fn(&Outcome) -> Option<f64>) -> Samples {
     let one = |repeat: &Repeat| {
-        let samples = prompts.iter().filter_map(|&i| of(&repeat.outcomes[mode][i]));
+        let samples = prompts.iter().filter_map(|&i| of(repeat.outcomes[mode].get(i)?));
         // A time of 0 is below the clock's resolution.
         (samples.filter(|x| *x > 0.0).collect(), repeat.throttled)
     };
@@ -259,7 +283,7 @@ fn speed_ups(group: &Map<String, Value>, prompts: &[usize], repeats: &[Repeat]) 
     ];
     let row = |(name, part): (&str, Part)| {
         let work = |prompt: usize, mode: usize| {
-            let parts = repeats.iter().map(|repeat| part(&repeat.outcomes[mode][prompt]));
+            let parts = repeats.iter().filter_map(|repeat| Some(part(repeat.outcomes[mode].get(prompt)?)));
             parts.fold(Work { amount: 0.0, time: 0.0 }, |sum, (tokens, time)| Work {
                 amount: sum.amount + tokens as f64,
                 time: sum.time + time.as_secs_f64(),
@@ -288,7 +312,8 @@ fn throughput(repeats: &[Repeat]) -> Vec<Row> {
         amount: tokens(&repeat.outcomes[mode]) as f64,
         time: repeat.wall[mode].as_secs_f64(),
     };
-    let mut rows: Vec<Row> = (0..2)
+    let modes = (0..2).filter(|mode| repeats.iter().any(|repeat| tokens(&repeat.outcomes[*mode]) > 0));
+    let mut rows: Vec<Row> = modes
         .map(|mode| {
             let rates = repeats.iter().map(|repeat| work(repeat, mode));
             let rates = rates.map(|work| work.amount / work.time).collect();
@@ -341,6 +366,7 @@ mod tests {
                 ],
                 wall: wall(130, 73),
                 throttled: Some(false),
+                ..Repeat::default()
             },
             Repeat {
                 outcomes: [
@@ -349,6 +375,7 @@ mod tests {
                 ],
                 wall: wall(210, 107),
                 throttled: Some(true),
+                ..Repeat::default()
             },
         ]
     }
@@ -543,7 +570,9 @@ mod tests {
         let ar =
             Counts { launches: 58, streamed: 1000, read: 300, written: 150, mma: 29, ..Counts::default() };
         let fast = Counts { launches: 29, ..ar };
-        let rows = emulated(&repeats(), &[ar, fast]);
+        let mut repeats = repeats();
+        repeats[1].counts = [ar, fast];
+        let rows = emulated(&repeats);
         let value = |name, mode| find(&rows, name, json!({ "decoding": mode })).median.unwrap();
         assert_eq!(value("all answers", "plain"), 1450.0);
         assert_eq!((value("bytes per token", "plain"), value("mma per token", "plain")), (50.0, 1.0));

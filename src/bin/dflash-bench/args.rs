@@ -1,17 +1,19 @@
 //! The command line of `dflash-bench`.
 
 use crate::format::Format;
-pub use crate::lists::{Numbers, Whole};
-use crate::lists::{above_zero, count, numbers, percent, wholes};
+pub use crate::lists::{Numbers, WholeNumbers};
+use crate::lists::{above_zero, numbers, percent, sample_count, whole_numbers};
 use clap::{Args as Flags, Parser, Subcommand};
 use dflash::cli::device::Choice;
 use dflash::cli::spec_flags::{SpecFlags, TapsFlag};
+use dflash::cli::terminal::{number, whole};
 use std::path::PathBuf;
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 an answer of DFlash differs
-from that of autoregressive (AR) decoding, 7 compare found a row that is SLOWER.";
+from that of autoregressive (AR) decoding, 7 compare found a row that is SLOWER, 130 interrupted
+(what was measured so far is printed).";
 
 const MAIN: &str = "\
 Without a subcommand: a short table for the demo pair on this machine. It answers built-in prompts
@@ -21,14 +23,14 @@ A table fits the terminal. COLUMNS overrides the width, which is 100 in a pipe.
 
 Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 an answer of DFlash differs
-from that of autoregressive (AR) decoding, 7 compare found a row that is SLOWER.";
+from that of autoregressive (AR) decoding, 7 compare found a row that is SLOWER, 130 interrupted
+(what was measured so far is printed).";
 
 /// Measure and predict DFlash decoding.
 ///
 /// Results go to stdout as a table or as a record (--json) of the form benches/schema.json.
 #[derive(Parser)]
-#[command(name = "dflash-bench", version, after_help = MAIN)]
-#[command(verbatim_doc_comment)]
+#[command(name = "dflash-bench", disable_version_flag = true, after_help = MAIN, verbatim_doc_comment)]
 pub struct Args {
     #[command(subcommand)]
     pub command: Option<Command>,
@@ -44,6 +46,9 @@ pub struct Args {
     /// Write a page with figures, too. Replaces an older page
     #[arg(long, global = true, value_name = "FILE.html", help_heading = "Output")]
     pub report: Option<PathBuf>,
+    /// Print the version; with --json what a bug report needs: commit, kernels, device, driver
+    #[arg(short = 'V', long, help_heading = "Output")]
+    pub version: bool,
 }
 
 #[derive(Subcommand)]
@@ -76,7 +81,7 @@ over prompts, from 5 prompts on).
 
 Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported, 5 out of memory, 6 an answer of DFlash differs
-from that of autoregressive (AR) decoding.";
+from that of autoregressive (AR) decoding, 130 interrupted (what was measured so far is printed).";
 
 const ROUND: &str = "\
 The weights are random and the context is noise: nothing is downloaded, no prompt runs, and the
@@ -98,13 +103,14 @@ On the emulator one run counts bytes, launches, mma and conflicts; --rounds and 
 effect.
 
 A synthetic acceptance length is assumed, not measured: tokens per second (bytes per token on the
-emulator) if every round brought so many tokens.
+emulator) if every round produced so many tokens.
 
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)
 512-4096*2 (512, 1024, 2048, 4096).
 
 Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
-3 model file missing or malformed, 4 unsupported, 5 out of memory.";
+3 model file missing or malformed, 4 unsupported, 5 out of memory, 130 interrupted (what was
+measured so far is printed).";
 
 const KERNELS: &str = "\
 The read ceiling comes first: a kernel that only reads. Then every kernel is checked against a
@@ -122,7 +128,8 @@ LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)
 512-4096*2 (512, 1024, 2048, 4096).
 
 Exit codes: 0 done (also when stdout is closed early), 1 internal failure or a wrong
-kernel, 2 usage, 3 model file missing or malformed, 4 unsupported, 5 out of memory.";
+kernel, 2 usage, 3 model file missing or malformed, 4 unsupported, 5 out of memory, 130
+interrupted (what was measured so far is printed).";
 
 const ROOFLINE: &str = "\
 Nothing runs. A pass takes its bytes at the card's nominal bandwidth or its operations at the
@@ -141,7 +148,12 @@ bytes: A / B; rates: B / A), from the medians, with its 99 % interval: a bootstr
 or over whole rounds of samples where a row has rounds. FASTER or SLOWER: the ratio is beyond the
 threshold and the interval is on the same side of 1. SAME: the whole interval is within the
 threshold. UNCLEAR: neither, or fewer than 5 samples or rounds on a side. Counted and predicted
-values are exact: only the threshold applies. Rows of only one record are listed.
+values are exact: only the threshold applies. Rows of which neither more nor less is better, such
+as a histogram's, have no verdict. Rows of only one record are listed.
+
+Records of different cards, models, prompts or settings, or of an interrupted run, are refused
+without --force. Different ways to draft (--tree, --verify, ...) are compared. The title lists every
+difference.
 
 Exit codes: 0 no row is SLOWER, 7 a row is, 2 wrong flags or records, 1 internal failure.";
 
@@ -159,26 +171,26 @@ pub struct Kernels {
     pub taps: TapsFlag,
     /// Rows of a launch, over all sequences: in as few blocks as the drafter's block length allows, as AR
     /// steps, and in trees of up to 64 rows
-    #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = wholes)]
+    #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = whole_numbers)]
     #[arg(allow_hyphen_values = true)]
-    pub rows: Whole,
+    pub rows: WholeNumbers,
     /// Positions of a sequence before the launch
-    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = wholes, allow_hyphen_values = true)]
-    pub context: Whole,
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub context: WholeNumbers,
     /// Only the kernels of these names, with commas. An unknown name gives the list of names
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     pub only: Vec<String>,
     /// Rounds of samples on a GPU, after a warm-up round
-    #[arg(long, value_name = "N", default_value = "5", value_parser = count, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value = "5", value_parser = sample_count, allow_negative_numbers = true)]
     pub rounds: usize,
     /// Samples in a round on a GPU, each of at least 16 launches
-    #[arg(long, value_name = "N", default_value = "10", value_parser = count, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value = "10", value_parser = sample_count, allow_negative_numbers = true)]
     pub samples: usize,
     /// cuda, emulator (counters instead of times), or auto: a GPU if there is one, else the emulator
     #[arg(long, value_name = "DEVICE", default_value = "auto", hide_possible_values = true)]
     pub device: Choice,
     /// Number of the GPU in the driver's order [default: 0]
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>, allow_negative_numbers = true)]
     pub gpu: Option<u32>,
 }
 
@@ -205,14 +217,14 @@ pub struct Roofline {
     #[arg(allow_negative_numbers = true)]
     pub flops: Option<f64>,
     /// Positions of a sequence before the pass
-    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = wholes, allow_hyphen_values = true)]
-    pub context: Whole,
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub context: WholeNumbers,
     /// Sequences in a batch
-    #[arg(long, value_name = "LIST", default_value = "1", value_parser = wholes, allow_hyphen_values = true)]
-    pub batch: Whole,
+    #[arg(long, value_name = "LIST", default_value = "1", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub batch: WholeNumbers,
     /// Rows that are verified for a sequence: a block, or the nodes of a tree [default: the drafter's block]
-    #[arg(long, value_name = "LIST", value_parser = wholes, allow_hyphen_values = true)]
-    pub tree: Option<Whole>,
+    #[arg(long, value_name = "LIST", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub tree: Option<WholeNumbers>,
     /// Synthetic acceptance lengths (tokens per round) to print tokens per second for [default: those of
     /// 2,4,6,8 that the rows allow]
     #[arg(long, value_name = "LIST", value_parser = numbers, allow_hyphen_values = true)]
@@ -236,13 +248,13 @@ pub struct Round {
     #[command(flatten)]
     pub taps: TapsFlag,
     /// Sequences in a batch
-    #[arg(long, value_name = "LIST", default_value = "1", value_parser = wholes, allow_hyphen_values = true)]
-    pub batch: Whole,
+    #[arg(long, value_name = "LIST", default_value = "1", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub batch: WholeNumbers,
     /// Positions of a sequence before the round
-    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = wholes, allow_hyphen_values = true)]
-    pub context: Whole,
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub context: WholeNumbers,
     /// Rows of a block: the anchor and N - 1 drafts [default: the drafter's block length]
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub block: Option<usize>,
     /// Synthetic acceptance lengths (tokens per round) to print tokens per second for [default: those of
     /// 2,4,6,8 that the block allows; none on the emulator]
@@ -253,23 +265,24 @@ pub struct Round {
     #[arg(long, value_name = "P1,P2,...", value_parser = numbers, allow_hyphen_values = true)]
     pub curve: Option<Numbers>,
     /// 0: greedy rounds. Above: rounds that sample
-    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Rounds of samples, after a warm-up round
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = count, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = sample_count, allow_negative_numbers = true)]
     pub rounds: usize,
     /// Samples of each row in a round [default: 20; 5 on the CPU]
-    #[arg(long, value_name = "N", value_parser = count, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = sample_count, allow_negative_numbers = true)]
     pub samples: Option<usize>,
     /// Then run N rounds launch by launch between cuProfilerStart and cuProfilerStop, with NVTX ranges for
     /// the round, its parts and their layers
-    #[arg(long, value_name = "N", value_parser = count, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = sample_count, allow_negative_numbers = true)]
     pub profile: Option<usize>,
     /// Device. auto: a GPU if there is one, else the CPU
     #[arg(long, value_enum, default_value_t = Choice::Auto)]
     pub device: Choice,
     /// Number of the GPU in the driver's order [default: 0]
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>, allow_negative_numbers = true)]
     pub gpu: Option<u32>,
 }
 
@@ -284,18 +297,19 @@ pub struct Generate {
     #[arg(long, value_name = "KEY", requires = "prompts")]
     pub prompt_key: Option<String>,
     /// Only the first N prompts [default: all]
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub count: Option<usize>,
     /// Answers to every prompt with AR decoding and with DFlash [default: 3; 1 on the emulator]
-    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    #[arg(long, value_name = "R", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub repeat: Option<usize>,
 
     /// Hugging Face folder of the target, or its name on the hub if the local cache has it [default: the
     /// built-in demo target]
-    #[arg(long, value_name = "DIR|NAME", requires = "draft", help_heading = "Models")]
+    #[arg(long, value_name = "DIR|NAME", help_heading = "Models")]
     pub target: Option<PathBuf>,
-    /// Hugging Face folder or name of its DFlash drafter [default: the built-in demo drafter]
-    #[arg(long, value_name = "DIR|NAME", requires = "target", help_heading = "Models")]
+    /// Hugging Face folder or name of its DFlash drafter, or "none" to measure AR decoding alone [default: the
+    /// built-in demo drafter; with --target: none]
+    #[arg(long, value_name = "DIR|NAME|none", help_heading = "Models")]
     pub draft: Option<PathBuf>,
     #[command(flatten)]
     pub taps: TapsFlag,
@@ -303,43 +317,46 @@ pub struct Generate {
     #[arg(long, value_enum, default_value_t = Choice::Auto, help_heading = "Models")]
     pub device: Choice,
     /// Number of the GPU in the driver's order [default: 0]
-    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Models")]
+    #[arg(long, value_name = "N", help_heading = "Models")]
+    #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
     pub gpu: Option<u32>,
     /// Positions of a sequence, prompt and answer together [default: 8192 or what the longest prompt needs on
     /// a device; at most the model's]
-    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Models")]
+    #[arg(long, value_name = "N", help_heading = "Models")]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub ctx: Option<usize>,
     /// Prompts that run in one batch
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Models")]
-    #[arg(allow_negative_numbers = true)]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub batch: usize,
 
     /// Maximum number of tokens to generate
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128, help_heading = "Generation")]
-    #[arg(allow_negative_numbers = true)]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub max_tokens: usize,
     /// 0 is greedy: always the best token, whatever --top-k, --top-p, --min-p and --seed are
     #[arg(long, value_name = "T", default_value_t = 0.0, help_heading = "Generation")]
-    #[arg(allow_negative_numbers = true)]
+    #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Sample among the K best tokens. 0: all tokens
     #[arg(long, value_name = "K", default_value_t = 0, help_heading = "Generation")]
-    #[arg(allow_negative_numbers = true)]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub top_k: usize,
     /// Sample among the smallest set of best tokens with at least this probability in all
     #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Generation")]
-    #[arg(allow_negative_numbers = true)]
+    #[arg(value_parser = number::<f64>, allow_negative_numbers = true)]
     pub top_p: f64,
     /// Sample among tokens with at least this fraction of the best token's probability
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Generation")]
-    #[arg(allow_negative_numbers = true)]
+    #[arg(value_parser = number::<f64>, allow_negative_numbers = true)]
     pub min_p: f64,
     /// Seed of the sampling. With --verify match the text depends on it, but not on the drafter or the block
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Generation")]
-    #[arg(allow_negative_numbers = true)]
+    #[arg(value_parser = whole::<u64>, allow_negative_numbers = true)]
     pub seed: u64,
     /// End an answer at this token id, too; repeatable
-    #[arg(long, value_name = "N", help_heading = "Generation", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", help_heading = "Generation")]
+    #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
     pub stop_id: Vec<u32>,
     /// Continue after the model's stop tokens; --stop-id still ends an answer
     #[arg(long, help_heading = "Generation")]
@@ -348,7 +365,8 @@ pub struct Generate {
     #[arg(short, long, help_heading = "Output")]
     pub verbose: bool,
     /// Rows of a block: the anchor and N - 1 drafts [default: the drafter's block length]
-    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Generation")]
+    #[arg(long, value_name = "N", help_heading = "Generation")]
+    #[arg(value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub block: Option<usize>,
     #[command(flatten)]
     pub drafts: SpecFlags,
@@ -365,7 +383,7 @@ pub struct Compare {
     /// Ratios closer to 1 than this are SAME
     #[arg(long, value_name = "P%", default_value = "1%", value_parser = percent, allow_negative_numbers = true)]
     pub threshold: f64,
-    /// Compare records of different cards or models, too
+    /// Compare records of different work, too
     #[arg(long)]
     pub force: bool,
 }
@@ -386,5 +404,51 @@ impl Args {
             (.., true) => Format::Markdown,
             _ => Format::Table,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use dflash::cli::terminal;
+
+    /// Every flag that takes a number says what it expects, as do those of dflash-gen.
+    #[test]
+    fn wrong_numbers_are_named_with_what_is_expected() {
+        let texts = [
+            "DIR",
+            "NAME",
+            "DIR|NAME",
+            "DIR|NAME|none",
+            "NAME|DIR",
+            "NAME,..",
+            "FILE.html",
+            "FILE.jsonl",
+            "KEY",
+        ];
+        let mut flags = 0;
+        for subcommand in Args::command().get_subcommands() {
+            for flag in subcommand.get_arguments().filter(|flag| flag.get_action().takes_values()) {
+                let Some(long) = flag.get_long() else { continue };
+                let value =
+                    flag.get_value_names().unwrap_or_default().first().map_or("", |name| name.as_str());
+                if texts.contains(&value) {
+                    continue;
+                }
+                flags += 1;
+                let given = format!("--{long}=1.x");
+                let error =
+                    Args::try_parse_from(["dflash-bench", subcommand.get_name(), &given]).err().unwrap();
+                let sentence = terminal::sentence(&error);
+                let text = sentence.to_string();
+                let at = format!("{} {given}: {text}", subcommand.get_name());
+                assert_eq!(sentence.exit_code(), 2, "{at}");
+                assert!(text.starts_with("invalid value '1.x' for '--"), "{at}");
+                assert!(["expected", "possible values"].iter().any(|word| text.contains(word)), "{at}");
+                assert!(!text.contains("invalid digit") && !text.contains("invalid float"), "{at}");
+            }
+        }
+        assert!(flags > 40, "{flags}");
     }
 }

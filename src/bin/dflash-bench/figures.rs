@@ -1,6 +1,6 @@
 //! The figures of a report, from the rows of its records. A figure without rows is left out.
 
-use crate::format::{self, four_digits, short, shown};
+use crate::format::{self, count, distinct, four_digits, short, shown};
 use crate::plot::{self, Axis, Bar, Colour, FIRST, INK, KINDS, Mark, REFERENCE, Scale, Series};
 use crate::record::{Kind, Record, Row};
 use dflash::Result;
@@ -79,17 +79,6 @@ pub fn parameters(row: &Row, but: &[&str]) -> String {
 /// The note behind a value with throttled samples.
 pub fn throttled(row: &Row) -> &'static str {
     if row.throttled.as_ref().is_some_and(|list| !list.is_empty()) { ", throttled" } else { "" }
-}
-
-/// Distinct, in the order of their first appearance.
-fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
-    let mut found = vec![];
-    for one in all {
-        if !found.contains(&one) {
-            found.push(one);
-        }
-    }
-    found
 }
 
 fn colour(i: usize) -> Colour {
@@ -389,7 +378,7 @@ fn accepted(record: &Record) -> Result<Option<Figure>> {
         let of = row.parameters.get("mean").map(|mean| format!(", {}", shown(Some(mean))));
         Some(format!("Acceptance length{}: {}.", of.unwrap_or_default(), four_digits(row.median?)))
     });
-    let notes = [format!("{} rounds.", four_digits(sum))].into_iter().chain(lengths).collect();
+    let notes = [format!("{}.", count(sum, "round"))].into_iter().chain(lengths).collect();
     let title = "Acceptance".into();
     Ok(svg.map(|svg| Figure { title, svg, legend: vec![], notes }))
 }

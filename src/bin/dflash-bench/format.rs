@@ -77,13 +77,7 @@ pub fn parameter(parameters: &Map<String, Value>, key: &str) -> String {
 
 /// Every key of these maps, in the order of first appearance.
 pub fn keys<'a>(maps: impl Iterator<Item = &'a Map<String, Value>>) -> Vec<String> {
-    let mut keys: Vec<String> = vec![];
-    for key in maps.flat_map(|map| map.keys()) {
-        if !keys.contains(key) {
-            keys.push(key.clone());
-        }
-    }
-    keys
+    distinct(maps.flat_map(|map| map.keys()).cloned())
 }
 
 /// The label of a key in a record. Keys never change; these have older words in them.
@@ -93,9 +87,33 @@ pub fn label(key: &str) -> &str {
         "floor us" => "roofline us",
         "share of floor" => "of roofline",
         "share of ceiling" => "of ceiling",
-        "share of card" => "of card",
+        "share of card" => "of card memory",
         other => other,
     }
+}
+
+/// `1 round`, `2 rounds`.
+pub fn count(n: f64, noun: &str) -> String {
+    format!("{} {noun}{}", compact(n), if n == 1.0 { "" } else { "s" })
+}
+
+/// Distinct, in the order of their first appearance.
+pub fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
+    let mut found = vec![];
+    for one in all {
+        if !found.contains(&one) {
+            found.push(one);
+        }
+    }
+    found
+}
+
+/// The members of both objects.
+pub fn merged(mut all: Value, more: Value) -> Value {
+    if let (Value::Object(all), Value::Object(more)) = (&mut all, more) {
+        all.extend(more);
+    }
+    all
 }
 
 /// A JSON number, without a decimal point where there is no fraction.
@@ -146,6 +164,12 @@ mod tests {
         let expected =
             ["999999", "1.000M", "36.09M", "-2.500M", "1.234G", "7.000T", "1.000e15", "inf", "0.5000"];
         assert_eq!(shown.map(compact), expected);
+    }
+
+    #[test]
+    fn one_thing_is_singular() {
+        let counted = [0.0, 1.0, 2.0, 2.5e6].map(|n| count(n, "round"));
+        assert_eq!(counted, ["0 rounds", "1 round", "2 rounds", "2.500M rounds"]);
     }
 
     #[test]

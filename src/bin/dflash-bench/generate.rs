@@ -1,16 +1,16 @@
 //! `generate`: answers prompts with autoregressive (AR) decoding and with DFlash in turn, in one process.
 
 use crate::answers::{self, DECODING, Repeat};
-use crate::args;
-use crate::machine::Instruments;
+use crate::machine::{Instruments, settle};
 use crate::record::{Machine, Model, Record};
+use crate::{args, format, model};
 use clap::{Args as _, FromArgMatches};
-use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::stop_ids::StopIds;
 use dflash::cli::device::{self, Choice};
-use dflash::cli::spec_flags::SpecFlags;
-use dflash::cli::{hub, sigbus, terminal};
+use dflash::cli::interrupt::{self, is_interrupted};
+use dflash::cli::spec_flags::{SpecFlags, needs_drafter};
+use dflash::cli::{models, sigbus, terminal};
 use dflash::cpu::decoder::Cpu;
 use dflash::cpu::ops;
 use dflash::engine::generate::{
@@ -27,7 +27,7 @@ use dflash::text::prompts::{Content, Prompt, PromptEncoder, Settings};
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
 use indicatif::ProgressBar;
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 use std::time::Instant;
 
 /// The default of `--repeat`. Counters need no repeats.
@@ -77,6 +77,8 @@ struct Plan {
     same_tokens: bool,
     /// The part of the title about prompts and sampling.
     title: String,
+    /// What the record says about prompts and sampling.
+    settings: Map<String, Value>,
 }
 
 impl Plan {
@@ -84,12 +86,12 @@ impl Plan {
         let sampling = check(flags)?;
         let (prompts, categories) = prompts(flags)?;
         let names = prompts.iter().map(|prompt| prompt.name.clone()).collect();
-        let (target, drafter) = match (&flags.target, &flags.draft) {
-            (Some(target), Some(drafter)) => (hub::folder(target)?, hub::folder(drafter)?),
-            _ => (DEMO_TARGET, DEMO_DRAFTER),
-        };
-        let pair = Pair::open_with_taps(target, Some(drafter), flags.taps.taps.as_deref())?;
+        let (target, drafter) = models::folders(flags.target.as_deref(), flags.draft.as_deref())?;
+        let pair = Pair::open_with_taps(target, drafter, flags.taps.taps.as_deref())?;
         terminal::notes(&pair.notes);
+        if pair.drafter.is_none() && flags.draft.is_none() {
+            models::note_missing_drafter(&pair);
+        }
         sigbus::guard("dflash-bench", &pair)?;
         let block = pair.block(flags.block)?;
         let requests = requests(flags, &pair, prompts, &sampling, block)?;
@@ -100,7 +102,8 @@ impl Plan {
             gpu: flags.gpu.unwrap_or(0),
             config: BatchConfig::for_pair(&pair, flags.batch, block, flags.ctx, longest)?.for_spec(spec),
             same_tokens: spec.method() == VerifyMethod::Match || sampling.temperature == 0.0,
-            title: title(flags, &requests),
+            title: title(flags, &pair, &requests),
+            settings: settings(flags, &requests),
             repeats: flags.repeat,
             pair,
             requests,
@@ -112,13 +115,16 @@ impl Plan {
 
 fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
     let Plan { pair, config, requests, categories, .. } = plan;
-    let run = Run { requests, batch: config.sequences, repeats: plan.repeats, device: None };
+    let modes = if pair.drafter.is_some() { DECODING.len() } else { 1 };
+    let run =
+        Run { requests, modes, batch: config.sequences, repeats: plan.repeats, device: None, is_interrupted };
     let handle = device::for_pair(plan.device, plan.gpu, pair, *config, false)?;
-    let (machine, repeats, counts) = match &handle {
+    let (machine, repeats) = match &handle {
         None => {
             let backend = Cpu::load(pair, config.sequences, config.positions)?;
-            let (repeats, counts) = run.all(&mut *backend.decoder()?)?;
-            (Machine { device: Some(backend.name().into()), ..Machine::default() }, repeats, counts)
+            interrupt::catch()?;
+            let repeats = run.all(&mut *backend.decoder()?)?;
+            (Machine { device: Some(backend.name().into()), ..Machine::default() }, repeats)
         }
         Some(handle) => {
             device::check_memory(handle, pair, *config, true)?;
@@ -129,25 +135,34 @@ fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
             let mut decoder = Batch::new(&*handle.device, &models, *config)?;
             handle.device.count_all_conflicts(true);
             let instruments = Instruments::open(handle);
+            interrupt::catch()?;
             let run = Run { device: Some((&*handle.device, &instruments)), ..run };
-            let (repeats, counts) = run.all(&mut decoder)?;
-            (instruments.machine(handle), repeats, counts)
+            let repeats = run.all(&mut decoder)?;
+            (instruments.machine(handle), repeats)
         }
     };
 
-    let drafter = pair.drafter.as_ref().map(|drafter| drafter.folder.name());
-    let model = Model { target: Some(pair.target.folder.name()), drafter };
-    let title = full_title(plan, &machine, &model, repeats.len());
-    let mut record = Record::new("generate", machine, model);
-    record.drafts = Some(SpecRecord::new(&requests[0].spec));
-    let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
+    let emulated = machine.device.as_deref() == Some("emulator");
+    let title = full_title(plan, &machine, repeats.len());
+    let mut record = Record::new("generate", machine, Model::of(pair));
+    record.drafts = pair.drafter.as_ref().map(|_| SpecRecord::new(&requests[0].spec));
+    record.settings = plan.settings.clone();
+    record.incomplete = is_interrupted();
+    if repeats.is_empty() {
+        return Ok(((title, record), Ok(())));
+    }
+    // An interrupted run may not have come to every prompt.
+    let answered = repeats[0].outcomes[0].len();
+    let prompt_tokens = requests[..answered].iter().map(|request| request.prompt.len()).sum();
     let (rows, identical) = answers::lossless(&repeats, &plan.names, prompt_tokens, plan.same_tokens);
     record.rows.extend(rows);
-    record.rows.extend(match &counts {
-        Some(counts) => answers::emulated(&repeats, counts),
-        None => answers::timed(&repeats, categories, config.sequences),
+    record.rows.extend(match emulated {
+        true => answers::emulated(&repeats),
+        false => answers::timed(&repeats, categories, config.sequences),
     });
-    record.rows.extend(answers::counted(&repeats, categories, config.block));
+    if pair.drafter.is_some() {
+        record.rows.extend(answers::counted(&repeats, categories, config.block));
+    }
     Ok(((title, record), identical))
 }
 
@@ -159,12 +174,14 @@ fn check(flags: &args::Generate) -> Result<SamplingParams> {
     let args::Generate { temperature, top_k, top_p, min_p, seed, .. } = *flags;
     let sampling = SamplingParams { temperature, top_k, top_p, min_p, seed, stream: 0 };
     sampling.check()?;
-    flags.drafts.need_drafter(false, flags.block)?;
+    let no_drafter = models::no_drafter(flags.target.as_deref(), flags.draft.as_deref());
+    flags.drafts.need_drafter(no_drafter, flags.block)?;
+    if flags.taps.taps.is_some() {
+        needs_drafter("--taps", no_drafter, None)?;
+    }
     flags.drafts.config(&sampling)?;
+    settle(flags.device, flags.gpu, Choice::Cpu)?;
     match flags {
-        _ if flags.gpu.is_some() && matches!(flags.device, Choice::Cpu | Choice::Emulator) => {
-            Err(Error::Usage("--gpu needs --device cuda or auto".into()))
-        }
         _ if flags.max_tokens < 2 => {
             few("max-tokens", flags.max_tokens, 2, "which leaves no round to measure")
         }
@@ -205,7 +222,8 @@ fn prompts(flags: &args::Generate) -> Result<(Vec<Prompt>, Vec<Option<String>>)>
     let held = prompts.len();
     let count = flags.count.unwrap_or(held);
     if count > held {
-        return Err(Error::Usage(format!("--count is {count}, but {source} {held} prompts")));
+        let held = format::count(held as f64, "prompt");
+        return Err(Error::Usage(format!("--count is {count}, but {source} {held}")));
     }
     prompts.truncate(count);
     if !(1..=count).contains(&flags.batch) {
@@ -275,16 +293,48 @@ fn requests(
 }
 
 /// The part of the title about prompts and sampling.
-fn title(flags: &args::Generate, requests: &[Request]) -> String {
+fn title(flags: &args::Generate, pair: &Pair, requests: &[Request]) -> String {
     let source = if flags.prompts.is_none() { "built-in " } else { "" };
     let together = if flags.batch > 1 { format!(", {} together", flags.batch) } else { String::new() };
     let how = match flags.temperature {
         0.0 => "greedy".into(),
         temperature => format!("temperature {temperature}, seed {}", flags.seed),
     };
-    let (count, most) = (requests.len(), flags.max_tokens);
-    let drafts = drafts(&flags.drafts, &SpecRecord::new(&requests[0].spec));
-    format!("{count} {source}prompts{together}, up to {most} tokens each, {how}{drafts}")
+    let (prompts, most) =
+        (format::count(requests.len() as f64, &format!("{source}prompt")), flags.max_tokens);
+    let drafts = match &pair.drafter {
+        Some(_) => drafts(&flags.drafts, &SpecRecord::new(&requests[0].spec)),
+        None => String::new(),
+    };
+    format!("{prompts}{together}, up to {most} tokens each, {how}{drafts}")
+}
+
+/// What decides the answers besides the models. Records that differ in it answered other questions.
+fn settings(flags: &args::Generate, requests: &[Request]) -> Map<String, Value> {
+    // The prompts as a digest (FNV-1a): two lists of prompts with the same tokens are the same.
+    let mut digest = 0xcbf2_9ce4_8422_2325_u64;
+    for byte in requests
+        .iter()
+        .flat_map(|r| [&[r.prompt.len() as u32], &r.prompt[..]].concat())
+        .flat_map(u32::to_le_bytes)
+    {
+        digest = (digest ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    let stops: Vec<String> = requests[0].stop_ids.iter().map(u32::to_string).collect();
+    let args::Generate { temperature, top_k, top_p, min_p, seed, .. } = *flags;
+    let all = json!({
+        "prompts": format!("{} of digest {digest:016x}", requests.len()),
+        "max_tokens": flags.max_tokens, "batch": flags.batch, "block": requests[0].block,
+        "stop_ids": stops.join(","), "temperature": temperature,
+    });
+    // Greedy decoding does not read them.
+    let sampled = match temperature > 0.0 {
+        true => json!({ "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed }),
+        false => json!({}),
+    };
+    let mut all = format::merged(all, sampled).as_object().cloned().unwrap_or_default();
+    all.extend(model::taps_setting(&flags.taps));
+    all
 }
 
 /// How drafts are made and verified, where that differs from the defaults.
@@ -303,98 +353,120 @@ fn drafts(flags: &SpecFlags, drafts: &SpecRecord) -> String {
     all.iter().map(|what| format!(", {what}")).collect()
 }
 
-fn full_title(plan: &Plan, machine: &Machine, model: &Model, repeats: usize) -> String {
-    let name = |name: &Option<String>| name.clone().unwrap_or_default();
+fn full_title(plan: &Plan, machine: &Machine, repeats: usize) -> String {
     let on = machine.card.as_ref().or(machine.device.as_ref()).cloned().unwrap_or_default();
     let what = if machine.device.as_deref() == Some("emulator") {
         "counters of the emulator, no times".to_string()
     } else {
-        format!("AR and DFlash in turn, {repeats} times")
+        let how = if plan.pair.drafter.is_some() { "AR and DFlash in turn" } else { "AR decoding alone" };
+        format!("{how}, {}", format::count(repeats as f64, "time"))
     };
-    let (target, drafter, prompts) = (name(&model.target), name(&model.drafter), &plan.title);
-    let distribution = match plan.same_tokens {
+    let (models, prompts) = (model::title(&plan.pair), &plan.title);
+    let distribution = match plan.same_tokens || plan.pair.drafter.is_none() {
         true => "",
         false => {
             "; the distribution is the target's, the tokens are not those of AR and are not compared with them"
         }
     };
-    format!("{target} with {drafter} on {on}: {prompts}; {what}{distribution}")
+    format!("{models} on {on}: {prompts}; {what}{distribution}")
 }
 
 /// All requests, and the device that runs them.
 struct Run<'a> {
     requests: &'a [Request],
+    /// How many of [`DECODING`] run: 1 without a drafter.
+    modes: usize,
     /// Requests that run together.
     batch: usize,
     /// `None`: the device's default.
     repeats: Option<usize>,
     /// None: the CPU.
     device: Option<(&'a dyn Device, &'a Instruments)>,
+    is_interrupted: fn() -> bool,
 }
 
 impl Run<'_> {
-    /// All repeats after a warm-up. On the emulator there is no warm-up, and its counters are returned.
-    fn all(&self, decoder: &mut dyn Decoder) -> Result<(Vec<Repeat>, Option<[Counts; 2]>)> {
+    /// All repeats after a warm-up, which the emulator does not need. Interrupted, what is whole until then: of
+    /// the last repeat the prompts that were answered in every mode.
+    fn all(&self, decoder: &mut dyn Decoder) -> Result<Vec<Repeat>> {
         let emulated = self.counters().is_some();
         let repeats = self.repeats.unwrap_or(if emulated { 1 } else { REPEATS });
         let bar = terminal::progress("answers {bar:40} {pos} of {len}, {eta} left", false);
-        let mut counts = [Counts::default(); 2];
         if !emulated {
-            self.once(decoder, &self.requests[..self.batch], 0, &mut counts, &ProgressBar::hidden())?;
+            self.once(decoder, &self.requests[..self.batch], 0, &ProgressBar::hidden())?;
         }
-        bar.set_length((repeats * self.requests.len() * DECODING.len()) as u64);
-        let each = |number| self.once(decoder, self.requests, number, &mut counts, &bar);
-        let repeats = (0..repeats).map(each).collect::<Result<Vec<Repeat>>>();
+        bar.set_length((repeats * self.requests.len() * self.modes) as u64);
+        let each = |number| self.once(decoder, self.requests, number, &bar);
+        let numbers = (0..repeats).take_while(|_| !(self.is_interrupted)());
+        let repeats: Result<Vec<Repeat>> = numbers.map(each).collect();
         bar.finish_and_clear();
         let mut watch = AcceptanceWatch::default();
         let outcomes = repeats.iter().flatten().flat_map(|repeat| &repeat.outcomes[1]);
         outcomes.filter_map(|o| watch.add(&o.accepted, &o.drafted)).for_each(|line| terminal::note(&line));
-        Ok((repeats?, emulated.then_some(counts)))
+        Ok(repeats?.into_iter().filter(|repeat| !repeat.outcomes[0].is_empty()).collect())
     }
 
     fn counters(&self) -> Option<Counts> {
         self.device.and_then(|(device, _)| device.counters())
     }
 
-    /// Repeat `number`, from 0: each prompt, or with `--batch` all of them, with AR decoding and with DFlash.
-    /// The order alternates, so that neither profits from its place.
+    /// Repeat `number`, from 0: each prompt, or with `--batch` all of them, in every mode. The order
+    /// alternates, so that neither profits from its place.
     fn once(
         &self,
         decoder: &mut dyn Decoder,
         requests: &[Request],
         number: usize,
-        counts: &mut [Counts; 2],
         bar: &ProgressBar,
     ) -> Result<Repeat> {
         let mut repeat = Repeat::default();
         let together = if self.batch > 1 { requests.len() } else { 1 };
         for (i, group) in requests.chunks(together).enumerate() {
-            for turn in 0..DECODING.len() {
-                let mode = (number + i + turn) % DECODING.len();
-                let block = |request: &Request| if mode == 0 { 1 } else { request.block };
-                let group: Vec<Request> =
-                    group.iter().map(|r| Request { block: block(r), ..r.clone() }).collect();
-                let mut sink = Outcomes { outcomes: vec![None; group.len()], bar };
-                // A device may still run rounds beyond the end of the last answer.
-                if let Some((device, _)) = self.device {
-                    device.synchronize()?;
+            let mut part = Repeat::default();
+            for turn in 0..self.modes {
+                self.answer(decoder, group, (number + i + turn) % self.modes, &mut part, bar)?;
+                if (self.is_interrupted)() {
+                    return Ok(repeat);
                 }
-                let (before, clock) = (self.counters(), Instant::now());
-                generate_all(decoder, &group, &mut sink)?;
-                repeat.wall[mode] += clock.elapsed();
-                if let (Some(before), Some(after)) = (before, self.counters()) {
-                    counts[mode] += after - before;
-                }
-                if let Some(now) = self.device.and_then(|(_, instruments)| instruments.is_throttled()) {
-                    repeat.throttled = Some(now || repeat.throttled.unwrap_or(false));
-                }
-                let outcomes: Option<Vec<Outcome>> = sink.outcomes.into_iter().collect();
-                let outcomes =
-                    outcomes.ok_or_else(|| Error::Internal("a request without an outcome".into()))?;
-                repeat.outcomes[mode].extend(outcomes);
             }
+            repeat.append(part);
         }
         Ok(repeat)
+    }
+
+    /// Answers a group of requests in one mode, for its part of a repeat. Interrupted, the part is not whole.
+    fn answer(
+        &self,
+        decoder: &mut dyn Decoder,
+        group: &[Request],
+        mode: usize,
+        part: &mut Repeat,
+        bar: &ProgressBar,
+    ) -> Result<()> {
+        let block = |request: &Request| if mode == 0 { 1 } else { request.block };
+        let group: Vec<Request> = group.iter().map(|r| Request { block: block(r), ..r.clone() }).collect();
+        let outcomes = vec![None; group.len()];
+        let mut sink = Outcomes { outcomes, bar, is_interrupted: self.is_interrupted };
+        // A device may still run rounds beyond the end of the last answer.
+        if let Some((device, _)) = self.device {
+            device.synchronize()?;
+        }
+        let (before, clock) = (self.counters(), Instant::now());
+        generate_all(decoder, &group, &mut sink)?;
+        part.wall[mode] = clock.elapsed();
+        if (self.is_interrupted)() {
+            return Ok(());
+        }
+        if let (Some(before), Some(after)) = (before, self.counters()) {
+            part.counts[mode] = after - before;
+        }
+        if let Some(now) = self.device.and_then(|(_, instruments)| instruments.is_throttled()) {
+            part.throttled = Some(now || part.throttled.unwrap_or(false));
+        }
+        let outcomes: Option<Vec<Outcome>> = sink.outcomes.into_iter().collect();
+        let missing = || Error::Internal("a request without an outcome".into());
+        part.outcomes[mode] = outcomes.ok_or_else(missing)?;
+        Ok(())
     }
 }
 
@@ -402,11 +474,18 @@ impl Run<'_> {
 struct Outcomes<'a> {
     outcomes: Vec<Option<Outcome>>,
     bar: &'a ProgressBar,
+    is_interrupted: fn() -> bool,
+}
+
+impl Outcomes<'_> {
+    fn flow(&self) -> Flow {
+        if (self.is_interrupted)() { Flow::Interrupt } else { Flow::Continue }
+    }
 }
 
 impl TokenSink for Outcomes<'_> {
     fn token(&mut self, _id: u32, _drafted: bool) -> Result<Flow> {
-        Ok(Flow::Continue)
+        Ok(self.flow())
     }
 }
 
@@ -418,7 +497,7 @@ impl TokenSinks for Outcomes<'_> {
     fn done(&mut self, index: usize, outcome: Outcome) -> Result<Flow> {
         self.outcomes[index] = Some(outcome);
         self.bar.inc(1);
-        Ok(Flow::Continue)
+        Ok(self.flow())
     }
 }
 
@@ -484,11 +563,14 @@ mod tests {
 
     /// The repeats of requests 1 to 3, as many together as `decoder` has slots.
     fn all(decoder: &mut Counter, repeats: Option<usize>) -> Vec<Repeat> {
+        until(decoder, repeats, || false)
+    }
+
+    fn until(decoder: &mut Counter, repeats: Option<usize>, is_interrupted: fn() -> bool) -> Vec<Repeat> {
         let (requests, batch) = ([1, 2, 3].map(request), decoder.slots.len());
-        let (repeats, counts) =
-            Run { requests: &requests, batch, repeats, device: None }.all(decoder).unwrap();
-        assert_eq!(counts, None);
-        repeats
+        Run { requests: &requests, modes: 2, batch, repeats, device: None, is_interrupted }
+            .all(decoder)
+            .unwrap()
     }
 
     fn counter(slots: usize, strays: bool) -> Counter {
@@ -541,6 +623,38 @@ mod tests {
         let order: Vec<usize> = decoder.log.iter().map(|log| log.1).collect();
         assert_eq!(order, [1, 1, 4, 4, 1, 1, 1, 4, 4, 4, 4, 4, 4, 1, 1, 1]);
         assert!(repeats.iter().flat_map(|repeat| &repeat.outcomes).all(|outcomes| outcomes.len() == 3));
+    }
+
+    /// Interrupts at each of the first moments at which a run asks: what it returns is whole.
+    #[test]
+    fn an_interrupted_run_keeps_prompts_that_both_modes_answered() {
+        use std::cell::Cell;
+        thread_local!(static LEFT: Cell<usize> = const { Cell::new(0) });
+        let is_interrupted = || LEFT.replace(LEFT.get().saturating_sub(1)) == 0;
+        let (whole, mut answered) = (all(&mut counter(1, false), Some(2)), vec![]);
+        for asked in 0..200 {
+            LEFT.set(asked);
+            let mut decoder = counter(1, false);
+            let repeats = until(&mut decoder, Some(2), is_interrupted);
+            assert!(asked > 0 || decoder.log.len() == 1, "nothing begins after the warm-up");
+            let lengths = |repeat: &Repeat| repeat.outcomes.each_ref().map(Vec::len);
+            for (repeat, whole) in repeats.iter().zip(&whole) {
+                let [ar, fast] = lengths(repeat);
+                assert!(ar == fast && ar > 0);
+                let tokens = |repeat: &Repeat, n| -> Vec<Vec<u32>> {
+                    repeat.outcomes.iter().flat_map(|side| &side[..n]).map(|o| o.tokens.clone()).collect()
+                };
+                assert_eq!(tokens(repeat, ar), tokens(whole, ar));
+            }
+            answered.push(repeats.iter().map(|repeat| lengths(repeat)[0]).sum::<usize>());
+            let names = ["a", "b", "c"].map(String::from);
+            assert_eq!(answers::lossless(&repeats, &names, 3, true).1, Ok(()));
+            answers::counted(&repeats, &[None, None, None], 4);
+            answers::timed(&repeats, &[None, None, None], 1);
+        }
+        assert!(answered.is_sorted() && answered[0] == 0 && answered[199] == 6, "{answered:?}");
+        answered.dedup();
+        assert_eq!(answered, [0, 1, 2, 3, 4, 5, 6]);
     }
 
     #[test]

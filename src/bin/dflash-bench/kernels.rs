@@ -11,15 +11,16 @@ pub mod tests;
 mod trees;
 mod values;
 
-use crate::machine::Instruments;
-use crate::record::{Better, Record, Row};
-use crate::sampling::{Cost, Times, cost};
-use crate::{args, model, record};
+use crate::format::distinct;
+use crate::machine::{Instruments, settle};
+use crate::measure::{Cost, Times, cost};
+use crate::record::{Better, Model, Record, Row};
+use crate::{args, model};
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::device::{Choice, DeviceHandle};
-use dflash::cli::terminal;
+use dflash::cli::{interrupt, terminal};
 use dflash::gpu::batch_config::BatchConfig;
-use dflash::gpu::device::{Device, Graph};
+use dflash::gpu::device::Graph;
 use dflash::gpu::kernels::attention::MAX_SLOTS;
 use dflash::gpu::kernels::linear::PrefillKernel;
 use dflash::gpu::kernels::read::Read;
@@ -27,9 +28,7 @@ use dflash::gpu::memory::MemoryPlan;
 use dflash::perf::roofline::Card;
 use dflash::perf::statistics::quantile;
 use dflash::{Error, Result};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use std::io::IsTerminal;
 use values::{BenchFixtures, words_of};
 
 /// Rows of a chunk of a prompt, as the engine divides it.
@@ -101,18 +100,18 @@ fn groups(pair: &Pair, rows: usize) -> Vec<(usize, usize)> {
 /// Returns the title of a table and the record. The second half is an error if some kernels were left out for
 /// lack of memory.
 pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
-    if flags.gpu.is_some() && flags.device == Choice::Emulator {
-        return Err(Error::Usage("--gpu needs --device cuda or auto".into()));
-    }
-    // Opening a device takes time: report a wrong model first.
-    let named = flags.model.as_ref().map(|name| pair(flags, name)).transpose()?;
-    let handle = DeviceHandle::for_kernels(flags.device, flags.gpu.unwrap_or(0))?;
+    // Opening a device takes time: wrong flags are reported first.
+    let (choice, no_gpu) = settle(flags.device, flags.gpu, Choice::Emulator)?;
+    let usual = if choice == Choice::Emulator { "demo" } else { "qwen3-8b" };
+    let pair = pair(flags, flags.model.as_deref().unwrap_or(usual))?;
+    chosen(flags, &pair, &PrefillKernel::ALL)?;
+    let handle = DeviceHandle::for_kernels(choice, flags.gpu.unwrap_or(0));
+    // A build without the emulator has no other device: the reason is the missing GPU.
+    let handle = handle.map_err(|error| no_gpu.map_or(error, Error::Unsupported))?;
     let fixtures = BenchFixtures::new(&*handle.device);
-    let pair = match named {
-        Some(pair) => pair,
-        None => pair(flags, if fixtures.counts() { "demo" } else { "qwen3-8b" })?,
-    };
-    let cases = chosen(flags, &pair, &*handle.device)?;
+    let prompts = PrefillKernel::ALL.into_iter().filter(|kernel| kernel.runs_on(&*handle.device));
+    let cases = chosen(flags, &pair, &prompts.collect::<Vec<_>>())?;
+    interrupt::catch()?;
     let instruments = Instruments::open(&handle);
     handle.device.count_all_conflicts(true);
     let card = Card::of_driver(&handle.device.properties().name);
@@ -121,11 +120,6 @@ pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
     let bench = Bench { fixtures, instruments, card, rounds, samples, ceiling, sample_ms: SAMPLE_MS };
     let (rows, end) = bench.rows(&cases)?;
 
-    let model = record::Model {
-        target: Some(pair.target.folder.name()),
-        drafter: pair.drafter.as_ref().map(|drafter| drafter.folder.name()),
-    };
-    let with = model.drafter.as_ref().map_or(String::new(), |name| format!(" with {name}"));
     let what = match bench.fixtures.counts() {
         true => "on the emulator: counters of one launch each, no times".to_string(),
         false => {
@@ -133,11 +127,13 @@ pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
             format!("on {card}: time of a launch, weights, keys and values not in the cache")
         }
     };
-    let title = format!("{}{with} {what}", pair.target.folder.name());
+    let title = format!("{} {what}", model::title(&pair));
     let mut machine = bench.instruments.machine(&handle);
     machine.gigabytes_per_s = card.map(|card| card.bandwidth);
     machine.tflops = card.map(|card| card.tflops);
-    let mut record = Record::new("kernels", machine, model);
+    let mut record = Record::new("kernels", machine, Model::of(&pair));
+    record.settings = model::taps_setting(&flags.taps);
+    record.incomplete = interrupt::is_interrupted();
     record.rows = rows;
     Ok(((title, record), end))
 }
@@ -159,21 +155,11 @@ fn pair(flags: &args::Kernels, name: &str) -> Result<Pair> {
     Ok(pair)
 }
 
-/// The cases that `--only` selects, or all.
-fn chosen(flags: &args::Kernels, pair: &Pair, device: &dyn Device) -> Result<Vec<Case>> {
-    let once = |list: &args::Whole| {
-        let mut once: Vec<usize> = vec![];
-        list.0.iter().for_each(|n| {
-            if !once.contains(n) {
-                once.push(*n)
-            }
-        });
-        once
-    };
-    let (rows, contexts) = (once(&flags.rows), once(&flags.context));
-    let prompts: Vec<PrefillKernel> =
-        PrefillKernel::ALL.into_iter().filter(|prompt| prompt.runs_on(device)).collect();
-    let mut cases = linear::cases(pair, &rows, &prompts);
+/// The cases that `--only` selects, or all, with these kernels for prompts.
+fn chosen(flags: &args::Kernels, pair: &Pair, prompts: &[PrefillKernel]) -> Result<Vec<Case>> {
+    let (rows, contexts) =
+        (distinct(flags.rows.0.iter().copied()), distinct(flags.context.0.iter().copied()));
+    let mut cases = linear::cases(pair, &rows, prompts);
     cases.extend(attention::cases(pair, &rows, &contexts));
     cases.extend(round::cases(pair, &rows));
     cases.extend(trees::cases(pair, &rows));
@@ -182,12 +168,7 @@ fn chosen(flags: &args::Kernels, pair: &Pair, device: &dyn Device) -> Result<Vec
     if flags.only.is_empty() {
         return Ok(cases);
     }
-    let mut names: Vec<&str> = vec![];
-    cases.iter().for_each(|case| {
-        if !names.contains(&case.name.as_str()) {
-            names.push(&case.name)
-        }
-    });
+    let names = distinct(cases.iter().map(|case| case.name.as_str()));
     if let Some(unknown) = flags.only.iter().find(|only| !names.contains(&only.trim())) {
         return Err(Error::Usage(format!("--only has {unknown:?}, expected some of {}", names.join(", "))));
     }
@@ -211,16 +192,14 @@ impl Bench<'_> {
     /// Measures all cases. Those that do not fit the memory are left out, so that the rows of the others are
     /// not lost; the first of them is the error in the second half of the result.
     fn rows(&self, cases: &[Case]) -> Result<(Vec<Row>, Result<()>)> {
-        let shown = std::io::stderr().is_terminal();
-        let bar = if shown { ProgressBar::new(cases.len() as u64) } else { ProgressBar::hidden() };
-        let style = ProgressStyle::with_template("{bar:40} {pos} of {len} {msg}");
-        let bar = style.map(|style| bar.clone().with_style(style)).unwrap_or(bar);
-        let (first, ceiling) = self.ceiling()?;
+        let bar = terminal::progress("{bar:40} {pos} of {len} {msg}", false);
+        bar.set_length(cases.len() as u64);
+        let Some((first, ceiling)) = self.ceiling()? else { return Ok((vec![], Ok(()))) };
         let (mut rows, mut end) = (vec![first], Ok(()));
-        for case in cases {
+        for case in cases.iter().take_while(|_| !interrupt::is_interrupted()) {
             bar.set_message(case.name.clone());
             match self.row(case, ceiling) {
-                Ok(row) => rows.push(row),
+                Ok(row) => rows.extend(row),
                 Err(Error::Memory(reason)) => {
                     let left_out = format!("{} {}: {reason}", case.name, case.parameters);
                     match end {
@@ -236,8 +215,8 @@ impl Bench<'_> {
         Ok((rows, end))
     }
 
-    /// The row of the read ceiling and, if there are times, its bytes per microsecond.
-    fn ceiling(&self) -> Result<(Row, Option<f64>)> {
+    /// The row of the read ceiling and, if there are times, its bytes per microsecond. None: interrupted.
+    fn ceiling(&self) -> Result<Option<(Row, Option<f64>)>> {
         let (device, fixtures) = (self.fixtures.device, &self.fixtures);
         let bytes = self.ceiling;
         let from = fixtures.halves(bytes / 2, 1.0, "what the read ceiling is measured with")?;
@@ -257,10 +236,8 @@ impl Bench<'_> {
         let mut best: Option<(f64, usize)> = None;
         for blocks in persistent.into_iter().chain([Read::max_blocks(bytes)]) {
             check(blocks)?;
-            let Cost::Times(times) = self.cost(1, self.samples, &mut || Ok(()), &mut || launch(blocks))?
-            else {
-                break;
-            };
+            let cost = self.cost(1, self.samples, &mut || Ok(()), &mut || launch(blocks))?;
+            let Some(Cost::Times(times)) = cost else { break };
             let median = quantile(&times.samples, 0.5).unwrap_or(f64::INFINITY);
             if best.is_none_or(|(least, _)| median < least) {
                 best = Some((median, blocks));
@@ -270,11 +247,12 @@ impl Bench<'_> {
         let read = Read { bytes, blocks };
         let numbers = json!({ "MB": read.bytes() as f64 / 1e6, "blocks": blocks });
         let row = match self.cost(self.rounds, self.samples, &mut || Ok(()), &mut || launch(blocks))? {
-            Cost::Counts(counts) => {
+            None => return Ok(None),
+            Some(Cost::Counts(counts)) => {
                 let row = Row::counts(CEILING_NAME, json!({}), &counts);
-                return Ok((with(row, numbers), None));
+                return Ok(Some((with(row, numbers), None)));
             }
-            Cost::Times(Times { samples, rounds, throttled }) => {
+            Some(Cost::Times(Times { samples, rounds, throttled })) => {
                 let rates = samples.iter().map(|ms| read.bytes() as f64 / 1e6 / ms).collect();
                 let row = Row::samples(
                     CEILING_NAME,
@@ -289,7 +267,7 @@ impl Bench<'_> {
             }
         };
         let ceiling = row.median.map(|rate| rate * 1e3);
-        Ok((row, ceiling))
+        Ok(Some((row, ceiling)))
     }
 
     fn cost(
@@ -298,12 +276,12 @@ impl Bench<'_> {
         samples: usize,
         prepare: &mut dyn FnMut() -> Result<()>,
         run: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Cost> {
+    ) -> Result<Option<Cost>> {
         cost(self.fixtures.device, &self.instruments, rounds, samples, prepare, run)
     }
 
-    /// Checks a case and measures it. `ceiling`: the read ceiling in bytes per microsecond.
-    fn row(&self, case: &Case, ceiling: Option<f64>) -> Result<Row> {
+    /// Checks a case and measures it. `ceiling`: the read ceiling in bytes per microsecond. None: interrupted.
+    fn row(&self, case: &Case, ceiling: Option<f64>) -> Result<Option<Row>> {
         let device = self.fixtures.device;
         let Case { name, parameters, bytes, flops, make } = case;
         let ready = make(&self.fixtures)?;
@@ -316,9 +294,9 @@ impl Bench<'_> {
             self.cost(self.rounds, self.samples, &mut || (ready.prepare)(), &mut || device.replay(&graph))?;
         let (bytes, gigaflop) = (*bytes as f64, flops / 1e9);
         let numbers = json!({ "MB": bytes / 1e6, "GFLOP": gigaflop });
-        Ok(match (cost, ceiling) {
-            (Cost::Counts(counts), _) => with(Row::counts(name, parameters.clone(), &counts), numbers),
-            (Cost::Times(times), ceiling) => {
+        Ok(cost.map(|cost| match cost {
+            Cost::Counts(counts) => with(Row::counts(name, parameters.clone(), &counts), numbers),
+            Cost::Times(times) => {
                 let row =
                     Row::times(name, parameters.clone(), &times, ("us", 1e3 / launches as f64), json!({}));
                 // GFLOP / (TFLOP/s) is ms.
@@ -332,7 +310,7 @@ impl Bench<'_> {
                     with(row, json!({ "GB/s": rate.map(|rate| rate / 1e3), "share of ceiling": share }));
                 with(with(row, json!({ "floor us": roofline })), numbers)
             }
-        })
+        }))
     }
 
     /// The graph of a sample and its number of launches. All copies are used equally often.

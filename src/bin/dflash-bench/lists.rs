@@ -2,7 +2,7 @@
 
 /// A LIST of whole numbers. It has its own type because clap reads a `Vec` as a repeated flag.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Whole(pub Vec<usize>);
+pub struct WholeNumbers(pub Vec<usize>);
 
 /// A LIST of numbers.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,11 +24,11 @@ pub fn numbers(text: &str) -> Parsed<Numbers> {
 }
 
 /// Reads a LIST of whole numbers up to a billion.
-pub fn wholes(text: &str) -> Parsed<Whole> {
+pub fn whole_numbers(text: &str) -> Parsed<WholeNumbers> {
     let Numbers(all) = numbers(text)?;
     match all.iter().find(|n| n.fract() != 0.0 || **n > 1e9) {
         Some(n) => Err(format!("{n} is not a whole number up to 1000000000")),
-        None => Ok(Whole(all.into_iter().map(|n| n as usize).collect())),
+        None => Ok(WholeNumbers(all.into_iter().map(|n| n as usize).collect())),
     }
 }
 
@@ -68,7 +68,7 @@ fn range(part: &str, all: &mut Vec<f64>) -> Parsed<()> {
 }
 
 /// Reads a whole number from 1 to [`MOST`].
-pub fn count(text: &str) -> Parsed<usize> {
+pub fn sample_count(text: &str) -> Parsed<usize> {
     let number = text.parse().ok().filter(|n| (1..=MOST).contains(n));
     number.ok_or_else(|| format!("expected a whole number from 1 to {MOST}"))
 }
@@ -92,7 +92,7 @@ mod tests {
 
     #[test]
     fn lists_have_the_forms_of_llama_bench() {
-        let read = |text| wholes(text).map(|list| list.0);
+        let read = |text| whole_numbers(text).map(|list| list.0);
         assert_eq!(read("4"), Ok(vec![4]));
         assert_eq!(read("1-4,16"), Ok(vec![1, 2, 3, 4, 16]));
         assert_eq!(read("1-16+5"), Ok(vec![1, 6, 11, 16]));

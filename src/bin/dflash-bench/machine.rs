@@ -4,8 +4,10 @@
 //! not give is null in the record and no error.
 
 use crate::record::{Machine, Process, State};
-use dflash::cli::device::DeviceHandle;
+use dflash::cli::device::{Choice, DeviceHandle};
+use dflash::gpu::cuda::{self, Cuda};
 use dflash::gpu::device::Properties;
+use dflash::{Error, Result};
 use nvml_wrapper::Nvml;
 use nvml_wrapper::bitmasks::device::ThrottleReasons;
 use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
@@ -21,6 +23,30 @@ const THROTTLING: [(ThrottleReasons, &str); 6] = [
     (ThrottleReasons::SW_THERMAL_SLOWDOWN, "thermal slowdown"),
     (ThrottleReasons::SYNC_BOOST, "sync boost"),
 ];
+
+/// The device that `--device` comes to: for `auto` a GPU if one can run the kernels, else `otherwise` with the
+/// reason. Nothing is opened, so that flags can be checked first.
+///
+/// # Errors
+/// [`Error::Usage`] if `--gpu` goes with a device that is no GPU.
+pub fn settle(choice: Choice, gpu: Option<u32>, otherwise: Choice) -> Result<(Choice, Option<String>)> {
+    let number = gpu.unwrap_or(0);
+    let kernels = || match cuda::targets().is_empty() {
+        // Says why, before it looks for a GPU.
+        true => Cuda::open(number).map(drop),
+        false => Cuda::probe(number).map(drop),
+    };
+    match choice {
+        Choice::Cpu | Choice::Emulator if gpu.is_some() => {
+            Err(Error::Usage("--gpu needs --device cuda or auto".into()))
+        }
+        Choice::Auto => Ok(match kernels() {
+            Ok(()) => (Choice::Cuda, None),
+            Err(reason) => (otherwise, Some(reason.to_string())),
+        }),
+        explicit => Ok((explicit, None)),
+    }
+}
 
 /// The instruments of a card, if it has any.
 pub struct Instruments {

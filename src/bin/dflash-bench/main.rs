@@ -10,21 +10,21 @@ mod generate;
 mod kernels;
 mod lists;
 mod machine;
+mod measure;
 mod model;
 mod plot;
 mod record;
 mod report;
 mod roofline;
 mod round;
-mod sampling;
 mod show;
 mod table;
-mod times;
 mod width;
 
 use args::{Args, Command};
 use dflash::Result;
-use dflash::cli::terminal;
+use dflash::cli::interrupt::INTERRUPTED_EXIT;
+use dflash::cli::{terminal, version};
 use format::Format;
 use record::Record;
 use std::process::ExitCode;
@@ -33,6 +33,9 @@ const PROGRAM: &str = "dflash-bench";
 
 fn main() -> ExitCode {
     match terminal::parse::<Args>(PROGRAM) {
+        Ok(args) if args.version => {
+            terminal::run(PROGRAM, || version::print(PROGRAM, args.json, 0).map(|()| 0))
+        }
         Ok(args) => terminal::run(PROGRAM, || run(&args)),
         Err(code) => code,
     }
@@ -42,27 +45,30 @@ fn run(args: &Args) -> Result<u8> {
     if let Some(path) = &args.report {
         report::check(path)?;
     }
-    let mut end = Ok(());
-    let (title, record) = match &args.command {
-        None => return quick(args),
-        Some(Command::Kernels(flags)) => {
-            let (found, whole) = kernels::run(flags)?;
-            end = whole;
-            found
+    let (found, end) = match &args.command {
+        None => return print_summary(args),
+        Some(Command::Show(flags)) => {
+            return print_records(args, &show::run(flags, args.format())?).map(|()| 0);
         }
-        Some(Command::Roofline(flags)) => roofline::run(flags)?,
-        Some(Command::Round(flags)) => round::run(flags)?,
-        Some(Command::Generate(flags)) => {
-            let (found, identical) = generate::run(flags)?;
-            end = identical;
-            found
-        }
-        Some(Command::Compare(flags)) => compare::run(flags)?,
-        Some(Command::Show(flags)) => return put(args, &show::run(flags, args.format())?).map(|()| 0),
+        Some(Command::Kernels(flags)) => kernels::run(flags)?,
+        Some(Command::Generate(flags)) => generate::run(flags)?,
+        Some(Command::Roofline(flags)) => (roofline::run(flags)?, Ok(())),
+        Some(Command::Round(flags)) => (round::run(flags)?, Ok(())),
+        Some(Command::Compare(flags)) => (compare::run(flags)?, Ok(())),
     };
-    let records = [(title, record)];
-    put(args, &records)?;
-    end.map(|()| compare::exit_code(&records[0].1))
+    let records = [marked(found)];
+    print_records(args, &records)?;
+    end.map(|()| exit_code(&records[0].1))
+}
+
+/// The title of an interrupted run says so.
+fn marked((title, record): (String, Record)) -> (String, Record) {
+    let end = if record.incomplete { show::INCOMPLETE } else { "" };
+    (title + end, record)
+}
+
+fn exit_code(record: &Record) -> u8 {
+    if record.incomplete { INTERRUPTED_EXIT } else { compare::exit_code(record) }
 }
 
 const ON_CPU: &str = "On a CPU every verified row costs time: the demo pair shows acceptance and equal answers \
@@ -75,9 +81,9 @@ Next: dflash-bench generate --prompts FILE.jsonl  your prompts, all values
 ";
 
 /// The demo pair on the built-in prompts, in short.
-fn quick(args: &Args) -> Result<u8> {
-    let ((title, record), identical) = generate::run(&generate::quick()?)?;
-    let records = [(title, record)];
+fn print_summary(args: &Args) -> Result<u8> {
+    let (found, identical) = generate::run(&generate::quick()?)?;
+    let records = [marked(found)];
     if args.format() == Format::Table {
         let [(title, record)] = &records;
         let width = width::columns();
@@ -88,13 +94,13 @@ fn quick(args: &Args) -> Result<u8> {
         terminal::print(&(text + NEXT))?;
         args.report.as_ref().map_or(Ok(()), |path| report::write(path, &records))?;
     } else {
-        put(args, &records)?;
+        print_records(args, &records)?;
     }
-    identical.map(|()| 0)
+    identical.map(|()| exit_code(&records[0].1))
 }
 
 /// Prints titled records, and writes their page if `--report` names one.
-fn put(args: &Args, records: &[(String, Record)]) -> Result<()> {
+fn print_records(args: &Args, records: &[(String, Record)]) -> Result<()> {
     let texts: Vec<String> =
         records.iter().map(|(title, record)| show::text(record, title, args.format())).collect();
     let between = if args.json { "" } else { "\n" };

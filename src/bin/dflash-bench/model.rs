@@ -7,7 +7,7 @@ use dflash::cli::spec_flags::{TapsFlag, needs_drafter};
 use dflash::cli::{hub, terminal};
 use dflash::{Error, Result};
 use rayon::prelude::*;
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
 /// The pair named `model`, or that of a target's folder. `draft` is a drafter's folder and replaces a named
@@ -35,6 +35,23 @@ pub fn pair(model: &str, draft: Option<PathBuf>, taps: &TapsFlag) -> Result<Pair
     let pair = Pair::with_random_weights_and_taps(target, drafter, taps.taps.as_deref())?;
     terminal::notes(&pair.notes);
     Ok(pair)
+}
+
+/// A pair in titles: `target with drafter`.
+pub fn title(pair: &Pair) -> String {
+    let named = |folder: &Folder| match folder {
+        // A folder of the same name may exist.
+        Folder::Embedded { name, .. } if name.starts_with("demo/") => folder.described(),
+        _ => folder.name(),
+    };
+    let with = pair.drafter.as_ref().map(|drafter| format!(" with {}", named(&drafter.folder)));
+    named(&pair.target.folder) + &with.unwrap_or_default()
+}
+
+/// `--taps` as a setting of a record.
+pub fn taps_setting(taps: &TapsFlag) -> Map<String, Value> {
+    let text = |taps: &Vec<usize>| taps.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+    taps.taps.iter().map(|taps| ("taps".to_string(), text(taps).into())).collect()
 }
 
 /// Bytes of the random weights of `pair`.

@@ -1,6 +1,8 @@
 //! The record of a run: how it is written and read. `benches/schema.json` is its form, which only grows.
 
-use crate::times::Times;
+use crate::format::count;
+use crate::measure::Times;
+use dflash::checkpoint::pair::Pair;
 use dflash::engine::stats::SpecRecord;
 use dflash::gpu::cuda;
 use dflash::gpu::device::Counts;
@@ -23,6 +25,9 @@ const RENAMED: [(&str, &str); 4] = [
     ("draw", "sample_drafts"),
 ];
 
+/// Rows of which neither more nor less is better. Earlier versions wrote a direction for them.
+const NEITHER: [&str; 4] = ["rounds", "tokens of prompts", "tokens of answers", "drafts per token"];
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     pub schema: String,
@@ -36,6 +41,12 @@ pub struct Record {
     /// Only `generate`: how drafts were made and verified.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drafts: Option<SpecRecord>,
+    /// What ran, as far as the parameters of the rows do not say it. Empty in records of earlier versions.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub settings: Map<String, Value>,
+    /// The run was interrupted: these are the rows until then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub incomplete: bool,
     pub rows: Vec<Row>,
 }
 
@@ -126,6 +137,8 @@ pub enum Kind {
 pub enum Better {
     Lower,
     Higher,
+    /// The row says what ran, as a histogram does, and not how good it is.
+    Neither,
 }
 
 /// One value with its samples. Name and parameters together are unique in a record.
@@ -186,6 +199,8 @@ impl Record {
             machine,
             model,
             drafts: None,
+            settings: Map::new(),
+            incomplete: false,
             rows: vec![],
         }
     }
@@ -230,7 +245,17 @@ impl Record {
             if let Some((_, name)) = RENAMED.iter().find(|(old, _)| *old == row.name) {
                 row.name = name.to_string();
             }
+            if NEITHER.contains(&row.name.as_str()) {
+                row.better = Better::Neither;
+            }
         }
+    }
+}
+
+impl Model {
+    pub fn of(pair: &Pair) -> Model {
+        let drafter = pair.drafter.as_ref().map(|drafter| drafter.folder.name());
+        Model { target: Some(pair.target.folder.name()), drafter }
     }
 }
 
@@ -344,7 +369,7 @@ impl Row {
     }
 
     /// Whether `other` has the same name and parameters.
-    pub fn is(&self, other: &Row) -> bool {
+    pub fn matches(&self, other: &Row) -> bool {
         self.name == other.name && self.parameters == other.parameters
     }
 
@@ -367,8 +392,8 @@ impl Row {
         let samples = self.samples.as_ref().map_or(0, Vec::len);
         match &self.rounds {
             _ if slow == 0 => String::new(),
-            Some(rounds) => format!("{slow} of {} rounds", rounds.len()),
-            None => format!("{slow} of {samples} samples"),
+            Some(rounds) => format!("{slow} of {}", count(rounds.len() as f64, "round")),
+            None => format!("{slow} of {}", count(samples as f64, "sample")),
         }
     }
 

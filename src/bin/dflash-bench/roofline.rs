@@ -1,11 +1,11 @@
 //! `roofline`: the least times of a pair on a card by `dflash::perf::roofline`, and the plan of its memory.
 //! Nothing runs.
 
-use crate::format::whole_or_not;
-use crate::record::{Better, Kind, Machine, Record, Row};
-use crate::{args, model, record};
+use crate::format::{merged, whole_or_not};
+use crate::record::{Better, Kind, Machine, Model, Record, Row};
+use crate::{args, model};
 use dflash::checkpoint::config::Stack;
-use dflash::checkpoint::pair::{Model, Pair};
+use dflash::checkpoint::pair::{self, Pair};
 use dflash::cli::terminal;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::memory::{MemoryPlan, Overhead};
@@ -25,14 +25,11 @@ pub fn run(flags: &args::Roofline) -> Result<(String, Record)> {
     let trained = pair.drafter.as_ref().map(|drafter| drafter.config.block);
     let tree = flags.tree.as_ref().map_or(trained.into_iter().collect(), |list| list.0.clone());
     check(flags, &pair, &tree)?;
-    let model = record::Model {
-        target: Some(pair.target.folder.name()),
-        drafter: pair.drafter.as_ref().map(|drafter| drafter.folder.name()),
-    };
-    let with = model.drafter.as_ref().map_or(String::new(), |name| format!(" with {name}"));
+    let capacity = if card.memory.is_finite() { format!(", {} GB", card.memory) } else { String::new() };
+    let usual = if flags.card.is_none() && flags.bandwidth.is_none() { "the default card " } else { "" };
     let title = format!(
-        "{}{with} on {} ({} GB/s and {} TFLOP/s, nominal): predicted from bytes and operations, not measured",
-        pair.target.folder.name(),
+        "{} on {usual}{} ({} GB/s, {} TFLOP/s{capacity}, nominal): predicted from bytes and operations, not measured",
+        model::title(&pair),
         card.name,
         card.bandwidth,
         card.tflops
@@ -44,7 +41,8 @@ pub fn run(flags: &args::Roofline) -> Result<(String, Record)> {
         memory_gigabytes: flags.bandwidth.is_none().then_some(card.memory),
         ..Machine::default()
     };
-    let mut record = Record::new("roofline", machine, model);
+    let mut record = Record::new("roofline", machine, Model::of(&pair));
+    record.settings = model::taps_setting(&flags.taps);
     weights(&pair, &mut record.rows);
     for &context in &flags.context.0 {
         for &batch in &flags.batch.0 {
@@ -129,7 +127,7 @@ fn weights(pair: &Pair, rows: &mut Vec<Row>) {
         count(format!("{model}: keys and values of a position"), stack.kv_bytes_per_token(2) as f64, "bytes");
     };
     stack("target", &target.stack, ("lm_head", roofline::head_bytes(target)), roofline::target_bytes(target));
-    if let Some(Model { config, .. }) = &pair.drafter {
+    if let Some(pair::Model { config, .. }) = &pair.drafter {
         stack(
             "drafter",
             &config.stack,
@@ -148,13 +146,7 @@ fn passes(
     rows: &mut Vec<Row>,
 ) {
     let target = &pair.target.config;
-    let parameters = |more: Value| {
-        let mut all = json!({ "context": context, "batch": batch });
-        if let (Value::Object(all), Value::Object(more)) = (&mut all, more) {
-            all.extend(more);
-        }
-        all
-    };
+    let parameters = |more: Value| merged(json!({ "context": context, "batch": batch }), more);
     let pass = |name: &str, parameters: Value, pass: &Pass, ms: f64| {
         let numbers = json!({ "GB": pass.bytes / 1e9, "GFLOP": pass.flops / 1e9 });
         Row::value(name, parameters, Kind::Predicted, ms, "ms", Better::Lower, numbers)
@@ -175,13 +167,7 @@ fn passes(
         let verify = roofline::target_pass(target, context, batch, nodes);
         let ms = draft_ms + verify.ms(card);
         let round = Pass { bytes: draft.bytes + verify.bytes, flops: draft.flops + verify.flops };
-        let with = |more: Value| {
-            let mut all = parameters(json!({ "tree": nodes }));
-            if let (Value::Object(all), Value::Object(more)) = (&mut all, more) {
-                all.extend(more);
-            }
-            all
-        };
+        let with = |more: Value| merged(parameters(json!({ "tree": nodes })), more);
         rows.push(pass("verify", with(json!({})), &verify, verify.ms(card)));
         rows.push(pass("round", with(json!({})), &round, ms));
         let even = ms / step_ms;

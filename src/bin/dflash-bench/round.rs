@@ -6,12 +6,12 @@ mod device;
 mod point;
 
 use crate::args::{self, Numbers};
-use crate::machine::Instruments;
+use crate::machine::{Instruments, settle};
 use crate::model;
-use crate::record::{self, Machine, Record, Row};
+use crate::record::{Machine, Model, Record, Row};
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::device::{Choice, DeviceHandle};
-use dflash::cli::terminal;
+use dflash::cli::{interrupt, terminal};
 use dflash::cpu::ops;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::kernels::attention::MAX_SLOTS;
@@ -39,56 +39,37 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     let (temperature, seed) = (flags.temperature, 1);
     let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 0 };
     sampling.check()?;
-    if flags.gpu.is_some() && matches!(flags.device, Choice::Cpu | Choice::Emulator) {
-        return Err(Error::Usage("--gpu needs --device cuda or auto".into()));
-    }
-    let handle = open_device(flags)?;
-    let counting = handle.as_ref().is_some_and(|handle| handle.device.counters().is_some());
-    let small = counting || handle.is_none();
-    let name = flags.model.as_deref().unwrap_or(if small { "demo" } else { "qwen3-8b" });
-    let pair = model::pair(name, flags.draft.clone(), &flags.taps)?;
+    // Opening a device takes time: wrong flags are reported first.
+    let (device, no_gpu) = settle(flags.device, flags.gpu, Choice::Cpu)?;
+    let counting = device == Choice::Emulator;
+    let usual = if device == Choice::Cuda { "qwen3-8b" } else { "demo" };
+    let pair = model::pair(flags.model.as_deref().unwrap_or(usual), flags.draft.clone(), &flags.taps)?;
     let block = block(flags, &pair)?;
-    check(flags, &pair, block, handle.is_some())?;
+    check(flags, &pair, block, device != Choice::Cpu)?;
     let acceptance = acceptance(flags, block, counting)?;
+    if let Some(reason) = no_gpu {
+        terminal::note(&format!("device: cpu: {}", reason.trim_start_matches("device cuda: ")));
+    }
     let grid = Grid { flags, pair: &pair, block, sampling, acceptance };
-    let (rows, machine, on) = match &handle {
-        Some(handle) => grid.on_device(handle, counting)?,
-        None => {
+    let (rows, machine, on) = match device {
+        Choice::Cpu => {
             let rows = ops::install(|| grid.on_cpu())?;
             (rows, Machine { device: Some("cpu".into()), ..Machine::default() }, "the CPU".into())
         }
+        _ => grid.on_device(&DeviceHandle::for_kernels(device, flags.gpu.unwrap_or(0))?, counting)?,
     };
 
-    let model = record::Model {
-        target: Some(pair.target.folder.name()),
-        drafter: pair.drafter.as_ref().map(|drafter| drafter.folder.name()),
-    };
-    let with = model.drafter.as_ref().map_or(String::new(), |name| format!(" with {name}"));
     let what = if counting { "counters, not times" } else { "measured" };
     let title = format!(
-        "{}{with}, random weights, on {on}: {what}; synthetic acceptance is assumed, not measured",
-        pair.target.folder.name()
+        "{}, random weights, on {on}: {what}; synthetic acceptance is assumed, not measured",
+        model::title(&pair)
     );
-    let mut record = Record::new("round", machine, model);
+    let mut record = Record::new("round", machine, Model::of(&pair));
+    record.settings = model::taps_setting(&flags.taps);
+    record.settings.insert("temperature".into(), flags.temperature.into());
+    record.incomplete = interrupt::is_interrupted();
     record.rows = rows;
     Ok((title, record))
-}
-
-/// The device that runs the kernels; None: the CPU, by choice or because there is no GPU.
-fn open_device(flags: &args::Round) -> Result<Option<DeviceHandle>> {
-    let number = flags.gpu.unwrap_or(0);
-    match flags.device {
-        Choice::Cpu => Ok(None),
-        Choice::Auto => match DeviceHandle::gpu(number) {
-            Ok(gpu) => Ok(Some(gpu)),
-            Err(reason) => {
-                let reason = reason.to_string();
-                terminal::note(&format!("device: cpu: {}", reason.trim_start_matches("device cuda: ")));
-                Ok(None)
-            }
-        },
-        kernels => DeviceHandle::for_kernels(kernels, number).map(Some),
-    }
 }
 
 /// All batches and contexts of a run.
@@ -113,8 +94,9 @@ impl Grid<'_> {
     fn each(&self, card: Option<Card>, mut measure: impl FnMut(&Point) -> Result<()>) -> Result<()> {
         let bar = terminal::progress("{pos} of {len} measured: {msg}", false);
         bar.set_length((self.flags.context.0.len() * self.flags.batch.0.len()) as u64);
+        interrupt::catch()?;
         for &context in &self.flags.context.0 {
-            for &batch in &self.flags.batch.0 {
+            for &batch in self.flags.batch.0.iter().take_while(|_| !interrupt::is_interrupted()) {
                 bar.set_message(format!("now context {context}, batch {batch}"));
                 let (pair, block, acceptance) = (self.pair, self.block, self.acceptance.as_slice());
                 let sampling = self.sampling.clone();

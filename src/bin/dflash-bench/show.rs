@@ -24,6 +24,9 @@ pub fn run(flags: &args::Show, format: Format) -> Result<Vec<(String, Record)>> 
     flags.records.iter().map(read).collect()
 }
 
+/// The end of the title of an interrupted run.
+pub const INCOMPLETE: &str = "; interrupted, so incomplete";
+
 /// A title from the record's own fields.
 fn title(record: &Record) -> String {
     let Record { command, machine, model, rows, .. } = record;
@@ -35,7 +38,8 @@ fn title(record: &Record) -> String {
     };
     let on = machine.card.as_ref().or(machine.device.as_ref()).cloned();
     let parts = [named(" of ", &model.target), named(" with ", &model.drafter), named(" on ", &on)];
-    let parts = parts.into_iter().flatten().chain(kind.map(String::from));
+    let incomplete = record.incomplete.then(|| INCOMPLETE.into());
+    let parts = parts.into_iter().flatten().chain(kind.map(String::from)).chain(incomplete);
     format!("{command}{}", parts.collect::<String>())
 }
 
@@ -160,7 +164,7 @@ mod tests {
     #[test]
     fn throttled_rounds_are_marked() {
         let times = |throttled| {
-            let times = crate::times::Times { samples: vec![1.0; 6], rounds: vec![3, 3], throttled };
+            let times = crate::measure::Times { samples: vec![1.0; 6], rounds: vec![3, 3], throttled };
             Row::times("a", serde_json::json!({}), &times, ("ms", 1.0), serde_json::json!({}))
         };
         let shown = |row: Row| [row.throttling(), csv(&[row]).trim_end().rsplit(',').next().unwrap().into()];

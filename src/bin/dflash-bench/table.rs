@@ -1,6 +1,8 @@
 //! Records as tables for people: rows of one unit together, no blank columns, within a width.
 
-use crate::format::{bar, compact, four_digits, keys, label, parameter, printable, shown_by, wrapped};
+use crate::format::{
+    bar, compact, count, distinct, four_digits, keys, label, parameter, printable, shown_by, wrapped,
+};
 use crate::record::{Kind, Record, Row};
 use serde_json::{Map, Value};
 
@@ -277,16 +279,6 @@ fn listed(map: &Map<String, Value>, keys: &[String]) -> String {
     texts.join(", ")
 }
 
-fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
-    let mut found = vec![];
-    for one in all {
-        if !found.contains(&one) {
-            found.push(one);
-        }
-    }
-    found
-}
-
 // ---- generate ----
 
 fn generate(rows: &[&Row]) -> Vec<Block> {
@@ -370,7 +362,7 @@ fn is_overall_tau(row: &Row) -> bool {
 /// Characters of the longest bar.
 const BAR: usize = 30;
 
-/// Rounds by the tokens they brought, as bars, beside the acceptance of each draft.
+/// Rounds by the tokens they produced, as bars, beside the acceptance of each draft.
 fn histogram(rows: &[&Row]) -> Option<Block> {
     let keys = distinct(rows.iter().filter_map(|row| bucket(row).or(position(row))));
     if keys.is_empty() {
@@ -380,21 +372,21 @@ fn histogram(rows: &[&Row]) -> Option<Block> {
     let (sum, tallest) = (counts().sum::<f64>(), counts().fold(0.0, f64::max));
     let tau = rows.iter().find(|row| is_overall_tau(row)).and_then(|row| row.median);
     let tau = tau.map_or(String::new(), |tau| format!(", {} tokens per round (tau)", four_digits(tau)));
-    let count = |at: &f64| rows.iter().find(|row| bucket(row) == Some(*at))?.median;
+    let rounds = |at: &f64| rows.iter().find(|row| bucket(row) == Some(*at))?.median;
     let draft = |at: &f64| rows.iter().find(|row| position(row) == Some(*at)).copied();
     let percent = |share: Option<f64>| share.map_or(String::new(), |share| format!("{:.1} %", share * 100.0));
     let columns = vec![
-        column(&keys, "tokens", true, 0, |at| count(at).map_or(String::new(), |_| compact(*at))),
-        column(&keys, "rounds", true, 0, |at| digits(count(at))),
-        column(&keys, "fraction", true, 1, |at| percent(count(at).map(|count| count / sum))),
-        column(&keys, "", false, 0, |at| count(at).map_or(String::new(), |count| bar(count / tallest, BAR))),
+        column(&keys, "tokens", true, 0, |at| rounds(at).map_or(String::new(), |_| compact(*at))),
+        column(&keys, "rounds", true, 0, |at| digits(rounds(at))),
+        column(&keys, "fraction", true, 1, |at| percent(rounds(at).map(|rounds| rounds / sum))),
+        column(&keys, "", false, 0, |at| rounds(at).map_or(String::new(), |n| bar(n / tallest, BAR))),
         column(&keys, "draft", true, 1, |at| draft(at).map_or(String::new(), |_| compact(*at))),
         column(&keys, "accepted", true, 1, |at| percent(draft(at).and_then(|row| row.median))),
         column(&keys, "if reached", true, 2, |at| {
             percent(draft(at).and_then(|row| row.numbers.get("conditional")?.as_f64()))
         }),
     ];
-    Some(Block { heading: format!("{} rounds{tau}", compact(sum)), columns })
+    Some(Block { heading: format!("{}{tau}", count(sum, "round")), columns })
 }
 
 #[cfg(test)]
@@ -459,7 +451,7 @@ mod tests {
     #[test]
     fn columns_are_left_out_by_rank_and_named() {
         let times =
-            crate::times::Times { samples: vec![1.0, 2.0, 4.0], rounds: vec![3], throttled: Some(vec![0]) };
+            crate::measure::Times { samples: vec![1.0, 2.0, 4.0], rounds: vec![3], throttled: Some(vec![0]) };
         let numbers = json!({ "GB": 1.5, "floor ms": 0.25 });
         let one = |name: &str| Row::times(name, json!({}), &times, ("ms", 1.0), numbers.clone());
         let found = record("round", vec![one("first"), one("second")]);
@@ -468,8 +460,8 @@ mod tests {
             [
                 "ms, measured",
                 "        median    p10    p90     GB  roofline ms  throttled",
-                "first        2  1.200  3.600  1.500       0.2500  1 of 1 rounds",
-                "second       2  1.200  3.600  1.500       0.2500  1 of 1 rounds",
+                "first        2  1.200  3.600  1.500       0.2500  1 of 1 round",
+                "second       2  1.200  3.600  1.500       0.2500  1 of 1 round",
             ]
         );
         assert_eq!(
@@ -477,8 +469,8 @@ mod tests {
             [
                 "ms, measured",
                 "        median     GB  throttled",
-                "first        2  1.500  1 of 1 rounds",
-                "second       2  1.500  1 of 1 rounds",
+                "first        2  1.500  1 of 1 round",
+                "second       2  1.500  1 of 1 round",
                 "(too wide, see --csv: p10, p90, roofline",
                 "ms)",
             ]

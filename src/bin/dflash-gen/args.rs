@@ -2,9 +2,8 @@
 
 use crate::job::{Action, Format, Job, Source};
 use clap::{ArgAction, Parser, ValueEnum};
-use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::cli::device::Choice;
-use dflash::cli::hub;
+use dflash::cli::models;
 use dflash::cli::spec_flags::{SpecFlags, TapsFlag, needs_drafter};
 use dflash::cli::terminal::{number, whole};
 use dflash::spec::config::VerifyMethod;
@@ -12,7 +11,7 @@ use dflash::spec::sampling::SamplingParams;
 use dflash::{Error, Result};
 use serde_json::Value;
 use std::io::{self, IsTerminal};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Maximum sequences that run together.
 const MAX_SEQUENCES: usize = 16;
@@ -207,17 +206,13 @@ impl Args {
             Color::Always => true,
             Color::Never => false,
         };
+        let (target, drafter) = models::folders(self.target.as_deref(), self.draft.as_deref())?;
         Ok(Job {
             action: self.action(),
             is_demo: self.target.is_none(),
             draft_was_given: self.draft.is_some(),
-            drafter: match (self.draft, &self.target) {
-                (None, None) => Some(DEMO_DRAFTER),
-                (None, Some(_)) => None,
-                (Some(dir), _) if is_none(&dir) => None,
-                (Some(dir), _) => Some(hub::folder(&dir)?),
-            },
-            target: self.target.map_or(Ok(DEMO_TARGET), |dir| hub::folder(&dir))?,
+            target,
+            drafter,
             taps: self.taps.taps,
             device: self.device,
             gpu: self.gpu.unwrap_or(0),
@@ -267,10 +262,7 @@ impl Args {
     /// Flags that cannot go together, and capacities out of range.
     fn check(&self) -> Result<()> {
         let wrong = |what: &str| Err(Error::Usage(what.into()));
-        let no_drafter = match &self.draft {
-            Some(dir) => is_none(dir),
-            None => self.target.is_some(),
-        };
+        let no_drafter = models::no_drafter(self.target.as_deref(), self.draft.as_deref());
         self.drafts.need_drafter(no_drafter, self.block)?;
         if self.taps.taps.is_some() {
             needs_drafter("--taps", no_drafter, None)?;
@@ -335,11 +327,6 @@ impl Args {
 /// Whether a prompt reads as the value of `--adaptive`.
 fn is_probability(text: &str) -> bool {
     text.parse().is_ok_and(|p: f64| (0.0..=1.0).contains(&p))
-}
-
-/// The word that `--draft` takes in place of a folder.
-fn is_none(dir: &Path) -> bool {
-    dir.as_os_str() == "none"
 }
 
 /// `--template-arg`: the value is a word for a boolean or for none, JSON, or else text.

@@ -15,10 +15,12 @@ mod plan;
 
 use args::Args;
 use chat::Chat;
+use dflash::Result;
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::device::Choice;
+use dflash::cli::interrupt::{self, INTERRUPTED, INTERRUPTED_EXIT};
 use dflash::cli::terminal::{self, counted, note};
-use dflash::cli::{published, sigbus, version};
+use dflash::cli::{models, sigbus, version};
 use dflash::cpu::ops;
 use dflash::engine::decoder::{Backend, Decoder};
 use dflash::engine::generate::{Flow, TokenSink, TokenSinks, generate_all, resume};
@@ -26,47 +28,24 @@ use dflash::engine::request::{Finish, Outcome, Request};
 use dflash::engine::stats::{self, AcceptanceWatch, Record, Seconds, SpecRecord};
 use dflash::text::prompt_files;
 use dflash::text::tokenizer::Text;
-use dflash::{Error, Result};
 use inputs::{Inputs, Task};
 use job::{Action, Job};
 use output::Writer;
 use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::io::IsTerminal;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-
-/// Set by Ctrl-C, read between tokens; while it is set, Ctrl-C ends the program. `--chat` also sets it while
-/// it waits for a line.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-const INTERRUPTED_EXIT: u8 = 130;
 
 fn main() -> ExitCode {
     match terminal::parse::<Args>("dflash-gen") {
-        Ok(args) if args.version => terminal::run("dflash-gen", || print_version(&args)),
+        Ok(args) if args.version => {
+            let print = || version::print("dflash-gen", args.json, args.gpu.unwrap_or(0)).map(|()| 0);
+            terminal::run("dflash-gen", print)
+        }
         Ok(args) => terminal::run("dflash-gen", || ops::install(|| run(&args.resolve()?))),
         Err(code) => code,
     }
-}
-
-fn print_version(args: &Args) -> Result<u8> {
-    match args.json {
-        true => terminal::print(&format!("{}\n", version::facts("dflash-gen", args.gpu.unwrap_or(0))))?,
-        false => terminal::print(concat!("dflash-gen ", env!("CARGO_PKG_VERSION"), "\n"))?,
-    };
-    Ok(0)
-}
-
-/// Says on stderr that nothing is drafted, and which published drafter fits the target's shape.
-fn note_missing_drafter(pair: &Pair) {
-    let fits = match published::drafter_for(&pair.target.config) {
-        Some(name) => format!("{name} is published for targets of this shape, others are in docs/cli.md"),
-        None => "docs/cli.md lists published drafters".into(),
-    };
-    note(&format!("no --draft, so autoregressive decoding: {fits}"));
 }
 
 fn run(job: &Job) -> Result<u8> {
@@ -76,7 +55,7 @@ fn run(job: &Job) -> Result<u8> {
         terminal::notes(&pair.notes);
     }
     if pair.drafter.is_none() && !job.draft_was_given && !job.quiet {
-        note_missing_drafter(&pair);
+        models::note_missing_drafter(&pair);
     }
     sigbus::guard("dflash-gen", &pair)?;
     let block = job.block(&pair)?;
@@ -126,15 +105,7 @@ fn run(job: &Job) -> Result<u8> {
 
     // Until here Ctrl-C ends the program at once. From here a second one does, without waiting for the
     // running round.
-    let handler = || {
-        if INTERRUPTED.swap(true, Ordering::Relaxed) {
-            if std::io::stderr().is_terminal() {
-                note("");
-            }
-            std::process::exit(INTERRUPTED_EXIT.into());
-        }
-    };
-    ctrlc::set_handler(handler).map_err(|e| Error::Internal(format!("Ctrl-C cannot be handled: {e}")))?;
+    interrupt::catch()?;
     match job.action {
         Action::Chat => Chat::new(&session)?.run(),
         Action::Compare => session.compare(tasks),
@@ -144,7 +115,7 @@ fn run(job: &Job) -> Result<u8> {
 }
 
 fn interrupt() -> Flow {
-    if INTERRUPTED.load(Ordering::Relaxed) { Flow::Interrupt } else { Flow::Continue }
+    if interrupt::is_interrupted() { Flow::Interrupt } else { Flow::Continue }
 }
 
 struct Session<'a> {

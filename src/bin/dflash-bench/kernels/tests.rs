@@ -1,7 +1,7 @@
 //! The measurements on a GPU, tested with an emulator that claims not to count, and the checks of results.
 
 use super::*;
-use crate::sampling::together;
+use crate::measure::times_in_turn;
 use dflash::gpu::device::{Arg, Buffer, Counts, Device, Event, Graph, Kernel, Pinned, Properties};
 use dflash::gpu::emulator::Emulator;
 use std::collections::BTreeSet;
@@ -166,11 +166,10 @@ fn a_kernel_with_wrong_results_is_not_timed() {
     let (fixtures, instruments) = (BenchFixtures::new(&device as &dyn Device), Instruments::open(&handle));
     let bench =
         Bench { fixtures, instruments, card: None, rounds: 1, samples: 1, ceiling: 3 << 15, sample_ms: 0.0 };
-    let message = |result: Result<Row>| result.unwrap_err().to_string();
-    let ceiling = message(bench.ceiling().map(|(row, _)| row));
+    let ceiling = bench.ceiling().unwrap_err().to_string();
     assert!(ceiling.starts_with("kernel check: read ceiling {\"blocks\":3}: the sum 0 is "), "{ceiling}");
     let norm = round::cases(&demo(), &[3]).into_iter().find(|case| case.name == "norm").unwrap();
-    let norm = message(bench.row(&norm, None));
+    let norm = bench.row(&norm, None).unwrap_err().to_string();
     assert!(norm.starts_with("kernel check: norm {\"rows\":3}: y: relative error "), "{norm}");
     assert!(norm.ends_with("; nothing is timed"), "{norm}");
 }
@@ -259,7 +258,7 @@ fn the_first_round_of_samples_is_dropped_and_order_is_kept() {
         order.push(i);
         Ok(())
     };
-    let times = together(&device, &instruments, 2, 2, &mut || Ok(()), 2, &mut run).unwrap();
+    let times = times_in_turn(&device, &instruments, 2, 2, &mut || Ok(()), 2, &mut run).unwrap();
     assert_eq!(order, [0, 1].repeat(6));
     assert_eq!(
         (times[0].samples.as_slice(), times[1].samples.as_slice()),
@@ -275,7 +274,7 @@ fn the_read_ceiling_uses_the_best_number_of_blocks() {
         (BenchFixtures::new(&device as &dyn Device), Instruments::open(&DeviceHandle::emulator().unwrap()));
     let bench =
         Bench { fixtures, instruments, card: None, rounds: 2, samples: 2, ceiling: 1 << 20, sample_ms: 0.0 };
-    let (row, ceiling) = bench.ceiling().unwrap();
+    let (row, ceiling) = bench.ceiling().unwrap().unwrap();
     // The candidates are 4, 8, 10, 16 and 32; 2^20 bytes and 10 sums take a millisecond.
     assert_eq!(row.numbers["blocks"], 10);
     let rate = (1048576.0 + 40.0) / 1e6;

@@ -2,11 +2,13 @@
 //! them.
 
 use super::point::Point;
+use crate::format::count;
+use crate::measure::Times;
 use crate::model;
 use crate::record::Row;
-use crate::times::Times;
 use dflash::checkpoint::config::Stack;
 use dflash::checkpoint::pair::Pair;
+use dflash::cli::interrupt::is_interrupted;
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::memory::size;
@@ -46,10 +48,10 @@ pub fn load(pair: &Pair, config: &BatchConfig) -> Result<Models> {
         model::bytes(pair).saturating_add(position.saturating_mul(config.sequences * config.positions));
     if let Some(free) = model::available().filter(|free| needed > *free) {
         return Err(Error::Memory(format!(
-            "not enough memory for random weights of {} on the CPU ({} sequences of {} positions): {} are needed, {} \
-             are available; expected a smaller --model, --batch or --context",
+            "not enough memory for random weights of {} on the CPU ({} of {} positions): {} are needed, {} are available; \
+             expected a smaller --model, --batch or --context",
             pair.target.folder.name(),
-            config.sequences,
+            count(config.sequences as f64, "sequence"),
             config.positions,
             size(needed),
             size(free)
@@ -61,12 +63,13 @@ pub fn load(pair: &Pair, config: &BatchConfig) -> Result<Models> {
 }
 
 impl Models {
-    /// Appends the rows of one point: `rounds` rounds of `samples` samples, after a warm-up round.
+    /// Appends the rows of one point: `rounds` rounds of `samples` samples, after a warm-up round. Appends
+    /// nothing if it is interrupted before the first of them ends.
     pub fn measure(&self, point: &Point, rounds: usize, samples: usize, rows: &mut Vec<Row>) -> Result<()> {
         let mut batch = (0..point.batch).map(|_| self.sequence(point)).collect::<Result<Vec<Sequence>>>()?;
         let (mut step, mut round) = (Times::default(), Times::default());
         let mut parts = PARTS.map(|_| Times::default());
-        for number in 0..=rounds {
+        for number in (0..=rounds).take_while(|_| !is_interrupted()) {
             for _ in 0..samples {
                 let ar = self.timed_step(point, &mut batch)?;
                 let taken = match point.block {
@@ -89,6 +92,9 @@ impl Models {
                     .chain(&mut parts)
                     .for_each(|t| t.end_round(number, samples, None));
             }
+        }
+        if step.rounds.is_empty() {
+            return Ok(());
         }
         rows.push(point.timed("AR step", point.parameters(json!({})), &step, 0));
         rows.push(point.ar_rate(&step));

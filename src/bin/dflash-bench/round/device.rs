@@ -3,10 +3,11 @@
 use super::point::{AR, Point, SYNTHETIC};
 use super::{LEAD, LOOP, MOST_ROUNDS, spare};
 use crate::machine::Instruments;
+use crate::measure::Times;
+use crate::measure::times_in_turn;
 use crate::record::{Better, Kind, Row};
-use crate::sampling::together;
-use crate::times::Times;
 use dflash::checkpoint::pair::Pair;
+use dflash::cli::interrupt::is_interrupted;
 use dflash::cli::terminal;
 use dflash::engine::generate::{Decoder, Emitted, Request};
 use dflash::gpu::batch_config::BatchConfig;
@@ -145,7 +146,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Appends the times of a GPU.
+    /// Appends the times of a GPU: nothing if it is interrupted before the first round of replays ends.
     pub fn measure(&self, effort: &Effort, rows: &mut Vec<Row>) -> Result<()> {
         let with_host = match self.point.block {
             1 => None,
@@ -155,6 +156,9 @@ impl Run<'_> {
         let step = frozen.graph(false, self.is_sampled())?;
         let Some(with_host) = with_host else {
             let times = self.replays(&frozen, effort, &[step], false)?;
+            if times[0].rounds.is_empty() {
+                return Ok(());
+            }
             rows.extend(self.step_rows(&times[0], step.nodes.len()));
             return Ok(());
         };
@@ -163,6 +167,9 @@ impl Run<'_> {
         let prefixes = self.prefixes(round, &sections)?;
         let graphs: Vec<&Graph> = [step].into_iter().chain(&prefixes).chain([round]).collect();
         let times = self.replays(&frozen, effort, &graphs, true)?;
+        if times[0].rounds.is_empty() {
+            return Ok(());
+        }
         let [step_times, prefix_times @ .., alone, several] = &times[..] else { return Ok(()) };
         rows.extend(self.step_rows(step_times, step.nodes.len()));
         let launches = round.nodes.len();
@@ -209,7 +216,7 @@ impl Run<'_> {
         };
         let Effort { instruments, rounds, samples } = *effort;
         let count = graphs.len() + usize::from(several);
-        together(device, instruments, rounds, samples, &mut prepare, count, &mut run)
+        times_in_turn(device, instruments, rounds, samples, &mut prepare, count, &mut run)
     }
 
     fn row(&self, name: &str, times: &Times, launches: usize) -> Row {
@@ -252,7 +259,7 @@ impl Run<'_> {
         let mut batch = self.batch()?;
         let mut times = Times::default();
         let mut emitted = vec![Emitted::default(); self.point.batch];
-        for round in 0..=effort.rounds {
+        for round in (0..=effort.rounds).take_while(|_| !is_interrupted()) {
             self.fill(&mut batch)?;
             for i in 0..LEAD + LOOP {
                 let clock = Instant::now();

@@ -1,8 +1,8 @@
 //! One point of the grid, and the rows of its measurements.
 
-use crate::format::whole_or_not;
+use crate::format::{merged, whole_or_not};
+use crate::measure::Times;
 use crate::record::{Better, Kind, Row};
-use crate::times::Times;
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::terminal;
 use dflash::perf::roofline::{Card, Pass, draft_pass, fc_bytes, target_pass};
@@ -31,11 +31,7 @@ pub struct Point<'a> {
 impl Point<'_> {
     /// The parameters of a row that has no block.
     pub fn parameters(&self, more: Value) -> Value {
-        let mut all = json!({ "context": self.context, "batch": self.batch });
-        if let (Value::Object(all), Value::Object(more)) = (&mut all, more) {
-            all.extend(more);
-        }
-        all
+        merged(json!({ "context": self.context, "batch": self.batch }), more)
     }
 
     /// The parameters of a round and its parts.

@@ -1,0 +1,35 @@
+//! `--target` and `--draft`.
+
+use crate::Result;
+use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
+use crate::checkpoint::pair::Pair;
+use crate::cli::terminal::note;
+use crate::cli::{hub, published};
+use std::path::Path;
+
+/// Whether these flags leave no drafter: `--draft none`, or a target without `--draft`.
+pub fn no_drafter(target: Option<&Path>, draft: Option<&Path>) -> bool {
+    draft.map_or(target.is_some(), |draft| draft.as_os_str() == "none")
+}
+
+/// The folders of the target and of its drafter: the demo pair's without flags.
+///
+/// # Errors
+/// As [`hub::folder`].
+pub fn folders(target: Option<&Path>, draft: Option<&Path>) -> Result<(Folder, Option<Folder>)> {
+    let drafter = match draft {
+        _ if no_drafter(target, draft) => None,
+        Some(draft) => Some(hub::folder(draft)?),
+        None => Some(DEMO_DRAFTER),
+    };
+    Ok((target.map_or(Ok(DEMO_TARGET), hub::folder)?, drafter))
+}
+
+/// Says on stderr that nothing is drafted, and which published drafter fits the target's shape.
+pub fn note_missing_drafter(pair: &Pair) {
+    let fits = match published::drafter_for(&pair.target.config) {
+        Some(name) => format!("{name} is published for targets of this shape, others are in docs/cli.md"),
+        None => "docs/cli.md lists published drafters".into(),
+    };
+    note(&format!("no --draft, so autoregressive decoding: {fits}"));
+}
