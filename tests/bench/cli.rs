@@ -575,8 +575,10 @@ fn records_of_different_work_are_refused_or_named() {
     };
     let (mut a, mut b) = (whole.clone(), whole.clone());
     (a["drafts"], b["drafts"]) = (drafts(json!(9)), drafts(Value::Null));
+    (a["settings"]["block"], b["settings"]["block"]) = (json!(16), json!(8));
     let [a, b] = files(dir.path(), &a, &b);
-    assert!(title(&a, &b, &[]).contains("1 SAME; different drafts: tree 9 in A, null in B"));
+    let said = "1 SAME; different drafts: tree 9 in A, null in B; different drafts: block 16 in A, 8 in B";
+    assert!(title(&a, &b, &[]).contains(said), "{}", title(&a, &b, &[]));
     // Records of earlier versions have no settings: different amounts of text are found, the rest is said.
     let old = of_settings("generate", json!({}));
     let [a, b] = files(dir.path(), &old, &whole);

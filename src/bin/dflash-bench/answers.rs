@@ -89,8 +89,8 @@ pub fn timed(repeats: &[Repeat], categories: &[Option<String>], batch: usize) ->
 /// Rows of the emulator's counters: in all, and per token.
 pub fn emulated(repeats: &[Repeat]) -> Vec<Row> {
     let mut rows = vec![];
-    for mode in 0..2 {
-        let parameters = || json!({ "decoding": DECODING[mode] });
+    for (mode, decoding) in DECODING.into_iter().enumerate() {
+        let parameters = || json!({ "decoding": decoding });
         let (mut tokens, mut counts) = (0, Counts::default());
         for repeat in repeats {
             tokens += self::tokens(&repeat.outcomes[mode]);

@@ -1,13 +1,15 @@
 //! `compare`: whether rows of one record are better than those of another, beyond random variation.
 
 use crate::args;
-use crate::format::{four_digits, keys};
+use crate::format::{four_digits, keys, merged};
 use crate::record::{Better, Kind, Record, Row};
 use dflash::perf::statistics::{self, Interval, MIN_SAMPLES, Pairing, Verdict};
 use dflash::{Error, Result};
 use serde_json::{Map, Value, json};
 
 const SLOWER_EXIT: u8 = 7;
+/// The setting that says how drafts are made, not what is answered.
+const BLOCK: &str = "block";
 
 /// A title and the record.
 ///
@@ -84,8 +86,12 @@ fn differences(flags: &args::Compare, before: &Record, after: &Record) -> Vec<St
         }
     };
     differ(&facts(before), &facts(after));
+    let settings = |record: &Record| {
+        let kept = record.settings.iter().filter(|(key, _)| *key != BLOCK);
+        kept.map(|(key, value)| (key.clone(), value.clone())).collect::<Map<String, Value>>()
+    };
     match files.iter().find(|(_, record)| record.settings.is_empty()) {
-        None => differ(&before.settings, &after.settings),
+        None => differ(&settings(before), &settings(after)),
         // A record of an earlier version, in which only the amount of text is known.
         Some(_) => differ(&tokens_of_prompts(before), &tokens_of_prompts(after)),
     }
@@ -106,7 +112,8 @@ fn different_drafts(before: &Record, after: &Record) -> Vec<String> {
     });
     let mut found: Vec<String> =
         silent.map(|(name, _)| format!("{name} does not say its settings")).collect();
-    let [a, b] = records.map(|(_, record)| json!(record.drafts));
+    let block = |record: &Record| json!({ BLOCK: record.settings.get(BLOCK) });
+    let [a, b] = records.map(|(_, record)| merged(json!(record.drafts), block(record)));
     if let (Value::Object(a), Value::Object(b)) = (a, b) {
         for key in keys([&a, &b].into_iter()).iter().filter(|key| a.get(*key) != b.get(*key)) {
             let shown = |drafts: &Map<String, Value>| drafts.get(key).unwrap_or(&Value::Null).to_string();
