@@ -158,9 +158,6 @@ struct Attention {
     return true;
   }
 
-  // The row of packed row r, counted from `base`.
-  WRAPPER u32 row_of(u32 r) const { return (first_packed + r) / group_size - base; }
-
   // TREE: bit i is set if row i of the pass is an ancestor of row `row` or the row itself, and has a slot.
   WRAPPER u64 ancestor_mask(u32 row) const {
     return ld(params.masks + size_t(sequence) * params.block + row) & low_bits(slots_end - context);
@@ -171,7 +168,7 @@ struct Attention {
   // is the index of its row in the row tile (NONE: there is no such row). w: index of its query in q and out,
   // in units of D elements; NONE: there is no such row.
   WRAPPER uint4 make_row_info(u32 r) const {
-    const u32 row = row_of(r);
+    const u32 row = (first_packed + r) / group_size - base;
     if (row >= rows) return make_uint4(0, MODE == TREE ? NONE : 0, 0, NONE);
     const u32 query = (sequence * params.block + base + row) * params.heads + head * group_size +
                       (first_packed + r) % group_size;
@@ -185,6 +182,9 @@ struct Attention {
     }
     return make_uint4(u32(mask), u32(mask >> 32), start, query);
   }
+
+  // Whether there is a packed row r.
+  WRAPPER bool exists(u32 r) const { return first_packed + r < (base + rows) * group_size; }
 
   // Whether the packed row with `info` sees the key at `position`.
   WRAPPER bool visible(const uint4& info, u32 position) const {
@@ -280,8 +280,9 @@ struct Attention {
     const bool shared = position + 16 <= context;
     const u32 first = first_packed / group_size, g = threadIdx.x % 32 / 4;
     const u32 row_of_lane[2] = {lds(&row_info[r + g].y), lds(&row_info[r + g + 8].y)};
-    const u32 begin = shared ? 0 : (first_packed + r) / group_size - first;
-    const u32 stop = shared ? 1 : min((first_packed + r + 15) / group_size + 1, rows) - first;
+    // NONE, of packed rows that do not exist, is larger than any row.
+    const u32 begin = shared ? 0 : lds(&row_info[r].y);
+    const u32 stop = shared ? 1 : min(lds(&row_info[r + 15].y), rows - first - 1) + 1;
 #pragma unroll 1
     for (u32 i = begin; i < stop; i++) {
       const u32 packed_row = max((first + i) * group_size, first_packed + r) - first_packed;
@@ -643,13 +644,13 @@ struct Attention {
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < count * ROWS; i += ATTENTION_THREADS) {
       const float* from = part(i / ROWS) + ROWS * D + i % ROWS;
-      if (row_of(i % ROWS) >= rows) continue;
+      if (!exists(i % ROWS)) continue;
       sts(factors + i, ld_cg(from));
       sts(partial_sums + i, ld_cg(from + ROWS));
     }
     __syncthreads();
     const u32 r = threadIdx.x;
-    if (r < ROWS && row_of(r) < rows) {
+    if (r < ROWS && exists(r)) {
       float row_max = negative_infinity(), sum = 0.0f;
       for (u32 n = 0; n < count; n++) row_max = fmaxf(row_max, lds(factors + n * ROWS + r));
       const float shift = row_max == negative_infinity() ? 0.0f : row_max;
@@ -669,6 +670,7 @@ struct Attention {
     // 16 loads in flight per thread: all partials of a group, for two rows.
     for (u32 i = threadIdx.x; i < ROWS * D / 4; i += 2 * ATTENTION_THREADS) {
       const u32 row[2] = {i / (D / 4), (i + ATTENTION_THREADS) / (D / 4)}, d = i % (D / 4) * 4;
+      const bool present[2] = {exists(row[0]), exists(row[1])};
       float4 sum[2] = {make_float4(0.0f, 0.0f, 0.0f, 0.0f), make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
       for (u32 first = 0; first < count; first += SPLITS_PER_GROUP) {
         float4 x[2][SPLITS_PER_GROUP];
@@ -676,7 +678,7 @@ struct Attention {
         for (u32 n = 0; n < SPLITS_PER_GROUP; n++) {
 #pragma unroll
           for (int y = 0; y < 2; y++) {
-            if (first + n < count && row_of(row[y]) < rows) {
+            if (first + n < count && present[y]) {
               x[y][n] = ld_cg(reinterpret_cast<const float4*>(part(first + n) + row[y] * D + d));
             }
           }
@@ -685,7 +687,7 @@ struct Attention {
         for (u32 n = 0; n < SPLITS_PER_GROUP; n++) {
 #pragma unroll
           for (int y = 0; y < 2; y++) {
-            if (first + n >= count || row_of(row[y]) >= rows) continue;
+            if (first + n >= count || !present[y]) continue;
             const float factor = lds(factors + (first + n) * ROWS + row[y]);
             sum[y].x = __fmaf_rn(factor, x[y][n].x, sum[y].x);
             sum[y].y = __fmaf_rn(factor, x[y][n].y, sum[y].y);
@@ -696,8 +698,8 @@ struct Attention {
       }
 #pragma unroll
       for (int y = 0; y < 2; y++) {
+        if (!present[y]) continue;
         const u32 query = lds(&row_info[row[y]].w);
-        if (query == NONE) continue;
         if (output) {
           const float scale = lds(reciprocals + row[y]);
           const u32 low = pack2(__fmul_rn(sum[y].x, scale), __fmul_rn(sum[y].y, scale));
