@@ -15,6 +15,7 @@
 // by xor 2-1, warps ascending, tiles ascending. Splits are merged in ascending order within groups of eight,
 // then the groups in ascending order.
 #pragma once
+#include "common/last_block.cuh"
 #include "common/rows.cuh"
 
 constexpr u32 ATTENTION_THREADS = 128;
@@ -615,22 +616,6 @@ struct Attention {
     });
   }
 
-  // Returns true in the last of `count` blocks that call this; that block then sees the other blocks' stores.
-  // Resets the counter to zero.
-  WRAPPER static bool is_last_block(u32 count, u32* counter) {  // [1]
-    SHARED(u32, last, 1);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const bool is_last = atomicAdd(counter, 1u) + 1 == count;
-      __threadfence();
-      if (is_last) st(counter, 0u);
-      sts(last, u32(is_last));
-    }
-    __syncthreads();
-    return lds(last);
-  }
-
   // Merges `count` partial results in ascending order: the first is that of split `lead`, the i-th (i > 0)
   // that of split origin + i * stride. Stores the normalised output if `output`, else the merged partial in
   // place of `lead`. A partial in which a row saw no key has factor 0 and zeros; a single partial has factor
@@ -743,9 +728,9 @@ WRAPPER void attend(const AttentionParams& params,
   const u32 lead = max(group * SPLITS_PER_GROUP, first);
   const u32 parts = min(group * SPLITS_PER_GROUP + SPLITS_PER_GROUP - 1, last) - lead + 1;
   if (parts > 1) {
-    if (!a.is_last_block(parts, counters + 1 + group)) return;
+    if (!is_last_block(parts, counters + 1 + group)) return;
     a.merge_partials(partials, lead, lead, 1, parts, groups == 1);
   }
-  if (groups == 1 || !a.is_last_block(groups, counters)) return;
+  if (groups == 1 || !is_last_block(groups, counters)) return;
   a.merge_partials(partials, first, first_group * SPLITS_PER_GROUP, SPLITS_PER_GROUP, groups, true);
 }

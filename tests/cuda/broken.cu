@@ -1,6 +1,6 @@
 // Kernels with deliberate bugs, which the emulator's tests (tests/kernels/emulator.rs, wgmma.rs) must detect.
 // `bug` = 0 runs the correct version.
-#include "common/ptx.cuh"
+#include "common/last_block.cuh"
 
 // out[i] = in[i ^ 32], staged in shared memory. Bug 1: no barrier after staging.
 KERNEL(128, 1, broken_staging,
@@ -142,29 +142,23 @@ KERNEL(32, 1, broken_rules,
   out[threadIdx.x] = v;
 }
 
-// The last block to arrive adds the partial sums of all blocks in block order. Bug 1: in order of arrival.
+// The last block to arrive adds the partial sums of all blocks in block order. Bug 1: in order of arrival; bug
+// 2: no barrier between the stores and the release.
 KERNEL(32, 1, broken_last,
        (float* out,       // [1]
         float* partial,   // [blocks]
         u32* counter,     // [2]: blocks arrived; with bug 1 also partial sums written
         const float* in,  // [blocks][32]
         u32 bug)) {
-  SHARED(u32, ticket, 1);
   grid_wait();
   float mine = in[blockIdx.x * 32 + threadIdx.x];
   for (int flip = 16; flip > 0; flip /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, flip);
-  if (threadIdx.x == 0) {
-    if (bug == 1) {
-      const u32 place = atomicAdd(counter + 1, 1u);
-      st_cg(partial + place, mine);
-    } else {
-      st_cg(partial + blockIdx.x, mine);
-    }
-    __threadfence();
-    ticket[0] = atomicAdd(counter, 1u);
+  if (threadIdx.x == 1) st_cg(partial + (bug == 1 ? atomicAdd(counter + 1, 1u) : blockIdx.x), mine);
+  if (bug == 2) {
+    if (threadIdx.x == 0) atomic_add_acq_rel(counter, 1);
+    return;
   }
-  __syncthreads();
-  if (ticket[0] != gridDim.x - 1) return;
+  if (!is_last_block(gridDim.x, counter)) return;
   float sum = 0;
   for (u32 i = 0; i < gridDim.x; i++) sum += ld_cg(partial + i);
   if (threadIdx.x == 0) out[0] = sum;
