@@ -29,6 +29,8 @@ WORDS = {
     "lds128": re.compile(r"\bLDS\S*\.128"),
     # Eight 16-byte loads before the wait for the previous kernel, where there is such a wait.
     "early": re.compile(r"\A(?![\s\S]*ACQBULK)|(\bLDG\S*\.128[\s\S]*?){8}ACQBULK"),
+    # A prefetch into L2 before that wait.
+    "prefetch": re.compile(r"\A(?![\s\S]*ACQBULK)|\bUBLKPF\b[\s\S]*?ACQBULK"),
 }
 
 

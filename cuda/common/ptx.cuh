@@ -377,6 +377,20 @@ WRAPPER uint4 ld_stream(const void* from SITE) {
 #endif
 }
 
+// Starts fetching constants into the L2 cache, also before grid_wait: `bytes` bytes, a multiple of 16, from a
+// multiple of 16. Does nothing on GPUs without dependent launch, where nothing could overlap the copy.
+WRAPPER void prefetch_l2(const void* from, u32 bytes SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::touch(EMU_HERE, "L2 prefetch", from, 16, true);
+  if (bytes % 16) emu::fail(EMU_HERE, "L2 prefetch of %u bytes, which is not a multiple of 16", bytes);
+  if (!emu::lane->waited && emu::block->launch->overlap) {
+    emu::check_early_access(EMU_HERE, "L2 prefetch", from, bytes, true);
+  }
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // Ordinary loads and stores of 1 to 16 bytes; the emulator counts the bytes.
 template <class T>
 WRAPPER T ld(const T* from SITE) {

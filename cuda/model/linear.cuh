@@ -15,6 +15,7 @@
 
 #define BLOCK_ROWS 128  // packed rows of W per block
 #define TILE_PITCH 132  // floats from token to token in the result tile: no bank conflicts on writes or reads
+#define SHORT_SLICE 16  // groups of 32 inputs in a slice of K that is prefetched whole
 #define MAX_SPLITS 8    // maximum slices of K; mirrored in src/gpu/kernels/linear.rs
 
 // Parameters of every linear kernel, common to all epilogues.
@@ -163,6 +164,10 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
       ring[u][1] = ld_stream(w + u * 512 + 256);
     }
   }
+  // The rest of a short slice, at most 12 KiB per warp, goes to L2 while the previous kernel runs. Of the
+  // matrices of a large model only the output projection has short slices. It follows attention, which leaves
+  // most of the memory bandwidth idle, and its weights fit in L2.
+  if (lane == 0 && active && groups > U && groups <= SHORT_SLICE) prefetch_l2(w + U * 512, (groups - U) * 1024);
   grid_wait();
 
   const u32 num_active = l.num_active ? ld(l.num_active) : 1;  // checked below, with copies in flight

@@ -128,7 +128,7 @@ KERNEL(32, 1, broken_order,
 
 // Loads through wrappers. Bug 1: a misaligned 16-byte load; bug 2: an ordinary load before grid_wait; bug 3:
 // a streaming load before grid_wait from memory that is not sealed; bug 4: no grid_wait; bug 5: a shuffle
-// with half the mask.
+// with half the mask; bug 6: as bug 3 by a prefetch; bug 7: a prefetch beyond the end of sealed memory.
 KERNEL(32, 1, broken_rules,
        (uint4* out,    // [32]
         const u8* in,  // [24]
@@ -136,6 +136,8 @@ KERNEL(32, 1, broken_rules,
   uint4 v = make_uint4(0, 0, 0, 0);
   if (bug == 2) v = ld128(in);
   if (bug == 3) v = ld_stream(in);
+  if (bug == 6) prefetch_l2(in, 16);
+  if (bug == 7) prefetch_l2(in, 128);
   if (bug != 4) grid_wait();
   if (bug == 1) v = ld128(in + 8);
   if (bug == 5) v.x = __shfl_sync(0xffffu, v.x, 0);

@@ -402,6 +402,12 @@ fn broken_memory_rules_are_reported() {
     reported(rules(3, false), &["16-byte streaming load before grid_wait()"]);
     reported(rules(4, false), &["ended without grid_wait()"]);
     reported(rules(5, false), &["mask 0000ffff"]);
+    assert!(
+        outcomes(rules(6, true)).iter().all(Result::is_ok),
+        "a prefetch of sealed memory may precede it, too"
+    );
+    reported(rules(6, false), &["L2 prefetch before grid_wait()"]);
+    reported(rules(7, true), &["L2 prefetch before grid_wait()"]);
     let trap = |device: &Emulator| {
         let out = poisoned::<u32>(device, 32);
         device.launch(&TRAP, [1, 1, 1], 0, &[(&out).into(), Arg::U32(1)])
