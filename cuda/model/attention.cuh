@@ -698,11 +698,14 @@ struct Attention {
   }
 };
 
-// Body of the split kernels: blockIdx.x is the split, blockIdx.y the KV head, blockIdx.z the sequence and row
-// tile. If the keys of a row tile span several splits, each block stores a partial result. The last block of
-// each group of splits merges that group's partials, and the last of those blocks merges the groups. Merging
-// in one step would be too slow: 64 rows at 4096 slots give 1 MB of partials per KV head, which one block
-// reads in 9 us (64 bytes per clock), while all blocks together read the keys and values in 4 us.
+// Body of the split kernels: blockIdx.x is the KV head, blockIdx.y the sequence and row tile. Block z of these
+// takes the z-th of the splits that its rows see. The grid is sized for the capacity, and z varies slowest, so
+// the blocks with work start before all empty ones.
+//
+// If the keys of a row tile span several splits, each block stores a partial result. The last block of each
+// group of splits merges that group's partials, and the last of those blocks merges the groups. Merging in one
+// step would be too slow: 64 rows at 4096 slots give 1 MB of partials per KV head, which one block reads in
+// 9 us (64 bytes per clock), while all blocks together read the keys and values in 4 us.
 template <int D, int MT, MaskMode MODE>
 WRAPPER void attend(const AttentionParams& params,
                     float* partials,  // [sequences * row tiles][kv_heads][splits][PARTIAL]
@@ -711,17 +714,17 @@ WRAPPER void attend(const AttentionParams& params,
   grid_wait();
   Attention<D, MT, MODE> a(params);
   const u32 tiles = (params.block * (params.heads / params.kv_heads) + a.ROWS - 1) / a.ROWS;
-  a.sequence = blockIdx.z / tiles;
-  a.head = blockIdx.y;
-  if (!a.init_tile(blockIdx.z % tiles)) return;
-  const u32 split = blockIdx.x, first = split_of(a.from), last = split_of(a.end - 1);
-  if (split < first || split > last) return;
+  a.sequence = blockIdx.y / tiles;
+  a.head = blockIdx.x;
+  if (!a.init_tile(blockIdx.y % tiles)) return;
+  const u32 first = split_of(a.from), last = split_of(a.end - 1), split = first + blockIdx.z;
+  if (split > last) return;
   a.attend_range(max(split_start(split), a.from / PAGE * PAGE), min(split_start(split + 1), a.end));
   if (first == last) return a.store_output();
 
-  const u32 index = blockIdx.z * gridDim.y + blockIdx.y;
-  partials += size_t(index) * gridDim.x * a.PARTIAL;
-  counters += index * ((gridDim.x + SPLITS_PER_GROUP - 1) / SPLITS_PER_GROUP + 1);
+  const u32 index = blockIdx.y * gridDim.x + blockIdx.x;
+  partials += size_t(index) * gridDim.z * a.PARTIAL;
+  counters += index * ((gridDim.z + SPLITS_PER_GROUP - 1) / SPLITS_PER_GROUP + 1);
   a.store_partial(partials + size_t(split) * a.PARTIAL);
   const u32 group = split / SPLITS_PER_GROUP, first_group = first / SPLITS_PER_GROUP;
   const u32 groups = last / SPLITS_PER_GROUP - first_group + 1;
