@@ -87,6 +87,8 @@ fn build_ptx(sources: &[PathBuf], headers: &[PathBuf], out: &Path) {
                         "-std=c++17",
                         "-O3",
                         "-lineinfo",
+                        // As for the emulator: only what a kernel writes as fma is fused.
+                        "-fmad=false",
                         "-Icuda",
                         &format!("-arch={target}"),
                     ];

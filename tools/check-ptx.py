@@ -3,8 +3,8 @@
 
 Each kernel must have at most the stated number of registers, no spills, no local memory, and the instructions that its
 line names. These fail too: a kernel without a line, a line without a kernel, a compiler warning (for example that it
-serialises wgmma), and inline assembly outside cuda/common/ptx.cuh. `--write` prints a new table with the current
-registers, for a change that is meant to alter them.
+serialises wgmma), inline assembly outside cuda/common/ptx.cuh, and a float product or sum in the PTX that ptxas or the driver
+may fuse. `--write` prints a new table with the current registers, for a change that is meant to alter them.
 """
 
 import concurrent.futures
@@ -29,7 +29,11 @@ WORDS = {
     "lds128": re.compile(r"\bLDS\S*\.128"),
     # Eight 16-byte loads before the wait for the previous kernel, where there is such a wait.
     "early": re.compile(r"\A(?![\s\S]*ACQBULK)|(\bLDG\S*\.128[\s\S]*?){8}ACQBULK"),
+    # A prefetch into L2 before that wait.
+    "prefetch": re.compile(r"\A(?![\s\S]*ACQBULK)|\bUBLKPF\b[\s\S]*?ACQBULK"),
 }
+# A product or sum without a rounding mode. ptxas may fuse such a pair into one fma, which has other bits.
+FUSIBLE = re.compile(r"\b(mul|add|sub)(\.ftz)?(\.sat)?\.f(32|64)\b")
 
 
 def find(tool):
@@ -50,14 +54,22 @@ def find(tool):
 
 def compile_one(source, target, folder):
     """Kernels of one file for one target, {name: {registers, stack, spills, code}}, and the warnings of the compiler."""
-    cubin = folder / f"{source.stem}.{target}.cubin"
-    command = [find("nvcc"), "-cubin", "-std=c++17", "-O3", "-I", str(ROOT / "cuda"), f"-arch={target}", "-Xptxas=-v", str(source), "-o", str(cubin)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        sys.exit(run.stderr)
+    ptx, cubin = (folder / f"{source.stem}.{target}.{kind}" for kind in ("ptx", "cubin"))
+    virtual = target.replace("sm", "compute")
+    flags = ["-ptx", "-std=c++17", "-O3", "-fmad=false", "-I", str(ROOT / "cuda"), f"-arch={virtual}"]
+    output = ""
+    for command in (
+        [find("nvcc"), *flags, str(source), "-o", str(ptx)],
+        [find("ptxas"), "-v", f"-arch={target}", str(ptx), "-o", str(cubin)],
+    ):
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(run.stderr)
+        output += run.stderr
     kernels, name = {}, None
-    warnings = [line for line in run.stderr.splitlines() if re.search(r"\bwarning\b|Performance Loss", line)]
-    for line in run.stderr.splitlines():
+    warnings = [line for line in output.splitlines() if re.search(r"\bwarning\b|Performance Loss", line)]
+    warnings += [f"{line.strip()} may be fused" for line in ptx.read_text().splitlines() if FUSIBLE.search(line)]
+    for line in output.splitlines():
         if m := re.search(r"Compiling entry function '(\w+)'", line):
             name = m[1]
             kernels[name] = {"code": ""}

@@ -377,6 +377,20 @@ WRAPPER uint4 ld_stream(const void* from SITE) {
 #endif
 }
 
+// Starts fetching constants into the L2 cache, also before grid_wait: `bytes` bytes, a multiple of 16, from a
+// multiple of 16. Does nothing on GPUs without dependent launch, where nothing could overlap the copy.
+WRAPPER void prefetch_l2(const void* from, u32 bytes SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::touch(EMU_HERE, "L2 prefetch", from, 16, true);
+  if (bytes % 16) emu::fail(EMU_HERE, "L2 prefetch of %u bytes, which is not a multiple of 16", bytes);
+  if (!emu::lane->waited && emu::block->launch->overlap) {
+    emu::check_early_access(EMU_HERE, "L2 prefetch", from, bytes, true);
+  }
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // Ordinary loads and stores of 1 to 16 bytes; the emulator counts the bytes.
 template <class T>
 WRAPPER T ld(const T* from SITE) {
@@ -385,7 +399,7 @@ WRAPPER T ld(const T* from SITE) {
 }
 template <class T>
 WRAPPER void st(T* to, T value SITE) {
-  HOST(emu::touch(EMU_HERE, "store", to, sizeof(T)); emu::block->counts.written += sizeof(T);)
+  HOST(emu::touch(EMU_HERE, "store", to, sizeof(T)); emu::wrote_global(sizeof(T));)
   *to = value;
 }
 WRAPPER uint4 ld128(const void* from SITE) {
@@ -393,21 +407,20 @@ WRAPPER uint4 ld128(const void* from SITE) {
   return *static_cast<const uint4*>(from);
 }
 WRAPPER void st128(void* to, uint4 value SITE) {
-  HOST(emu::touch(EMU_HERE, "16-byte store", to, 16); emu::block->counts.written += 16;)
+  HOST(emu::touch(EMU_HERE, "16-byte store", to, 16); emu::wrote_global(16);)
   *static_cast<uint4*>(to) = value;
 }
 
-// Loads and stores that bypass L1, for data exchanged between blocks of one launch (ordered by __threadfence
-// and an atomic counter).
+// Loads and stores that bypass L1, for data exchanged between blocks of one launch (ordered by is_last_block).
 #ifdef DFLASH_EMULATOR
-#define PAST_L1(T, form, load, store, out, in)                                                     \
-  WRAPPER T ld_cg(const T* from SITE) {                                                            \
-    emu::touch(EMU_HERE, "load past L1", from, sizeof(T)), emu::block->counts.read += sizeof(T);   \
-    return *from;                                                                                  \
-  }                                                                                                \
-  WRAPPER void st_cg(T* to, T v SITE) {                                                            \
-    emu::touch(EMU_HERE, "store past L1", to, sizeof(T)), emu::block->counts.written += sizeof(T); \
-    *to = v;                                                                                       \
+#define PAST_L1(T, form, load, store, out, in)                                                   \
+  WRAPPER T ld_cg(const T* from SITE) {                                                          \
+    emu::touch(EMU_HERE, "load past L1", from, sizeof(T)), emu::block->counts.read += sizeof(T); \
+    return *from;                                                                                \
+  }                                                                                              \
+  WRAPPER void st_cg(T* to, T v SITE) {                                                          \
+    emu::touch(EMU_HERE, "store past L1", to, sizeof(T)), emu::wrote_global(sizeof(T));          \
+    *to = v;                                                                                     \
   }
 #else
 #define ONE(c) c(v)
@@ -428,12 +441,27 @@ PAST_L1(float4, "v4.f32", "{%0,%1,%2,%3}, [%4]", "[%0], {%1,%2,%3,%4}", FOUR("=f
 PAST_L1(uint4, "v4.u32", "{%0,%1,%2,%3}, [%4]", "[%0], {%1,%2,%3,%4}", FOUR("=r"), FOUR("r"))
 #undef PAST_L1
 
+// Adds to *counter and returns the old value, with acquire and release semantics at GPU scope. The emulator
+// fails if another thread of the block has stored to global memory since its last barrier, because the release
+// would not cover that store.
+WRAPPER u32 atomic_add_acq_rel(u32* counter, u32 value SITE) {
+#ifdef DFLASH_EMULATOR
+  emu::touch_atomic(EMU_HERE, counter);
+  emu::check_release(EMU_HERE);
+  return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
+#else
+  u32 old;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(value) : "memory");
+  return old;
+#endif
+}
+
 // A store with release semantics at system scope: a host that reads this value also sees all earlier writes
 // that this thread made or observed. Publishes the sequence number of the ring in pinned memory.
 WRAPPER void st_release_system(u32* to, u32 value SITE) {
 #ifdef DFLASH_EMULATOR
   emu::touch(EMU_HERE, "store", to, 4);
-  emu::block->counts.written += 4;
+  emu::wrote_global(4);
   __atomic_store_n(to, value, __ATOMIC_RELEASE);
 #else
   asm volatile("st.release.sys.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");

@@ -296,6 +296,7 @@ void release_barrier(Block& b) {
   for (unsigned i = 0; i < b.threads; i++) {
     if (b.lanes[i].state != LaneState::AtBarrier) continue;
     b.lanes[i].state = LaneState::Running;
+    b.lanes[i].stored = false;
     b.ready[i / 32] |= 1u << i % 32;
     b.any |= 1u << i / 32;
   }
@@ -336,6 +337,7 @@ void init_lane(Lane& lane, const Block& b) {
   lane.operation = nullptr;
   lane.groups = 0;
   lane.fences = 0;
+  lane.stored = false;
   lane.copies.clear();
   lane.accesses.clear();
   uintptr_t top = (reinterpret_cast<uintptr_t>(lane.stack) + STACK) & ~uintptr_t(15);

@@ -113,6 +113,7 @@ struct Lane {
   Site site;
   uint32_t groups;  // committed cp.async groups
   uint32_t fences;  // fence.proxy.async executed
+  bool stored;      // has stored to global memory since its last barrier
   std::vector<Copy> copies;
   std::vector<Access> accesses;
 };
@@ -266,6 +267,20 @@ inline void touch_shared(Site site, const char* what, const void* address, uint3
 inline void wrote_shared(const void* to) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(block->shared);
   if (at < block->launch->shared) block->writers[at / 16] = {lane->index, lane->fences};
+}
+
+// Counts and records a store to global memory.
+inline void wrote_global(uint64_t bytes) {
+  block->counts.written += bytes;
+  lane->stored = true;
+}
+
+// Fails if a barrier is missing between the stores of the block's other lanes and the running lane's release.
+inline void check_release(Site site) {
+  for (unsigned i = 0; i < block->threads; i++) {
+    if (i == lane->index || !block->lanes[i].stored) continue;
+    fail(site, "release before a barrier: thread %u has stored to global memory since its last one", i);
+  }
 }
 
 template <class T>

@@ -4,8 +4,8 @@
 //           its own slot and those of earlier rows (trees: of the rows in its mask). A window keeps only the
 //           last `window` positions. A tree row has the position and the bits that it would have in the chain
 //           of its ancestors.
-// Work:     attention_DxR (chains) and attention_tree_DxR: grid (splits, kv_heads, sequences x row tiles of R
-//           packed rows). attention_prefill_D: grid (row tiles of 64 packed rows, kv_heads) for one sequence;
+// Work:     attention_DxR (chains) and attention_tree_DxR: grid (kv_heads, sequences x row tiles of R packed
+//           rows, splits). attention_prefill_D: grid (row tiles of 64 packed rows, kv_heads) for one sequence;
 //           a block attends to all keys of its row tile. 128 threads.
 // Order:    attention.cuh. Except in prefill, a row's bits do not depend on R, block, batch, capacity, or the
 //           tree around its path.

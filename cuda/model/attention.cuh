@@ -15,6 +15,7 @@
 // by xor 2-1, warps ascending, tiles ascending. Splits are merged in ascending order within groups of eight,
 // then the groups in ascending order.
 #pragma once
+#include "common/last_block.cuh"
 #include "common/rows.cuh"
 
 constexpr u32 ATTENTION_THREADS = 128;
@@ -158,9 +159,6 @@ struct Attention {
     return true;
   }
 
-  // The row of packed row r, counted from `base`.
-  WRAPPER u32 row_of(u32 r) const { return (first_packed + r) / group_size - base; }
-
   // TREE: bit i is set if row i of the pass is an ancestor of row `row` or the row itself, and has a slot.
   WRAPPER u64 ancestor_mask(u32 row) const {
     return ld(params.masks + size_t(sequence) * params.block + row) & low_bits(slots_end - context);
@@ -171,7 +169,7 @@ struct Attention {
   // is the index of its row in the row tile (NONE: there is no such row). w: index of its query in q and out,
   // in units of D elements; NONE: there is no such row.
   WRAPPER uint4 make_row_info(u32 r) const {
-    const u32 row = row_of(r);
+    const u32 row = (first_packed + r) / group_size - base;
     if (row >= rows) return make_uint4(0, MODE == TREE ? NONE : 0, 0, NONE);
     const u32 query = (sequence * params.block + base + row) * params.heads + head * group_size +
                       (first_packed + r) % group_size;
@@ -185,6 +183,9 @@ struct Attention {
     }
     return make_uint4(u32(mask), u32(mask >> 32), start, query);
   }
+
+  // Whether there is a packed row r.
+  WRAPPER bool exists(u32 r) const { return first_packed + r < (base + rows) * group_size; }
 
   // Whether the packed row with `info` sees the key at `position`.
   WRAPPER bool visible(const uint4& info, u32 position) const {
@@ -280,8 +281,9 @@ struct Attention {
     const bool shared = position + 16 <= context;
     const u32 first = first_packed / group_size, g = threadIdx.x % 32 / 4;
     const u32 row_of_lane[2] = {lds(&row_info[r + g].y), lds(&row_info[r + g + 8].y)};
-    const u32 begin = shared ? 0 : (first_packed + r) / group_size - first;
-    const u32 stop = shared ? 1 : min((first_packed + r + 15) / group_size + 1, rows) - first;
+    // NONE, of packed rows that do not exist, is larger than any row.
+    const u32 begin = shared ? 0 : lds(&row_info[r].y);
+    const u32 stop = shared ? 1 : min(lds(&row_info[r + 15].y), rows - first - 1) + 1;
 #pragma unroll 1
     for (u32 i = begin; i < stop; i++) {
       const u32 packed_row = max((first + i) * group_size, first_packed + r) - first_packed;
@@ -614,22 +616,6 @@ struct Attention {
     });
   }
 
-  // Returns true in the last of `count` blocks that call this; that block then sees the other blocks' stores.
-  // Resets the counter to zero.
-  WRAPPER static bool is_last_block(u32 count, u32* counter) {  // [1]
-    SHARED(u32, last, 1);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const bool is_last = atomicAdd(counter, 1u) + 1 == count;
-      __threadfence();
-      if (is_last) st(counter, 0u);
-      sts(last, u32(is_last));
-    }
-    __syncthreads();
-    return lds(last);
-  }
-
   // Merges `count` partial results in ascending order: the first is that of split `lead`, the i-th (i > 0)
   // that of split origin + i * stride. Stores the normalised output if `output`, else the merged partial in
   // place of `lead`. A partial in which a row saw no key has factor 0 and zeros; a single partial has factor
@@ -643,13 +629,13 @@ struct Attention {
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < count * ROWS; i += ATTENTION_THREADS) {
       const float* from = part(i / ROWS) + ROWS * D + i % ROWS;
-      if (row_of(i % ROWS) >= rows) continue;
+      if (!exists(i % ROWS)) continue;
       sts(factors + i, ld_cg(from));
       sts(partial_sums + i, ld_cg(from + ROWS));
     }
     __syncthreads();
     const u32 r = threadIdx.x;
-    if (r < ROWS && row_of(r) < rows) {
+    if (r < ROWS && exists(r)) {
       float row_max = negative_infinity(), sum = 0.0f;
       for (u32 n = 0; n < count; n++) row_max = fmaxf(row_max, lds(factors + n * ROWS + r));
       const float shift = row_max == negative_infinity() ? 0.0f : row_max;
@@ -669,6 +655,7 @@ struct Attention {
     // 16 loads in flight per thread: all partials of a group, for two rows.
     for (u32 i = threadIdx.x; i < ROWS * D / 4; i += 2 * ATTENTION_THREADS) {
       const u32 row[2] = {i / (D / 4), (i + ATTENTION_THREADS) / (D / 4)}, d = i % (D / 4) * 4;
+      const bool present[2] = {exists(row[0]), exists(row[1])};
       float4 sum[2] = {make_float4(0.0f, 0.0f, 0.0f, 0.0f), make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
       for (u32 first = 0; first < count; first += SPLITS_PER_GROUP) {
         float4 x[2][SPLITS_PER_GROUP];
@@ -676,7 +663,7 @@ struct Attention {
         for (u32 n = 0; n < SPLITS_PER_GROUP; n++) {
 #pragma unroll
           for (int y = 0; y < 2; y++) {
-            if (first + n < count && row_of(row[y]) < rows) {
+            if (first + n < count && present[y]) {
               x[y][n] = ld_cg(reinterpret_cast<const float4*>(part(first + n) + row[y] * D + d));
             }
           }
@@ -685,7 +672,7 @@ struct Attention {
         for (u32 n = 0; n < SPLITS_PER_GROUP; n++) {
 #pragma unroll
           for (int y = 0; y < 2; y++) {
-            if (first + n >= count || row_of(row[y]) >= rows) continue;
+            if (first + n >= count || !present[y]) continue;
             const float factor = lds(factors + (first + n) * ROWS + row[y]);
             sum[y].x = __fmaf_rn(factor, x[y][n].x, sum[y].x);
             sum[y].y = __fmaf_rn(factor, x[y][n].y, sum[y].y);
@@ -696,8 +683,8 @@ struct Attention {
       }
 #pragma unroll
       for (int y = 0; y < 2; y++) {
+        if (!present[y]) continue;
         const u32 query = lds(&row_info[row[y]].w);
-        if (query == NONE) continue;
         if (output) {
           const float scale = lds(reciprocals + row[y]);
           const u32 low = pack2(__fmul_rn(sum[y].x, scale), __fmul_rn(sum[y].y, scale));
@@ -711,11 +698,14 @@ struct Attention {
   }
 };
 
-// Body of the split kernels: blockIdx.x is the split, blockIdx.y the KV head, blockIdx.z the sequence and row
-// tile. If the keys of a row tile span several splits, each block stores a partial result. The last block of
-// each group of splits merges that group's partials, and the last of those blocks merges the groups. Merging
-// in one step would be too slow: 64 rows at 4096 slots give 1 MB of partials per KV head, which one block
-// reads in 9 us (64 bytes per clock), while all blocks together read the keys and values in 4 us.
+// Body of the split kernels: blockIdx.x is the KV head, blockIdx.y the sequence and row tile. Block z of these
+// takes the z-th of the splits that its rows see. The grid is sized for the capacity, and z varies slowest, so
+// the blocks with work start before all empty ones.
+//
+// If the keys of a row tile span several splits, each block stores a partial result. The last block of each
+// group of splits merges that group's partials, and the last of those blocks merges the groups. Merging in one
+// step would be too slow: 64 rows at 4096 slots give 1 MB of partials per KV head, which one block reads in
+// 9 us (64 bytes per clock), while all blocks together read the keys and values in 4 us.
 template <int D, int MT, MaskMode MODE>
 WRAPPER void attend(const AttentionParams& params,
                     float* partials,  // [sequences * row tiles][kv_heads][splits][PARTIAL]
@@ -724,26 +714,26 @@ WRAPPER void attend(const AttentionParams& params,
   grid_wait();
   Attention<D, MT, MODE> a(params);
   const u32 tiles = (params.block * (params.heads / params.kv_heads) + a.ROWS - 1) / a.ROWS;
-  a.sequence = blockIdx.z / tiles;
-  a.head = blockIdx.y;
-  if (!a.init_tile(blockIdx.z % tiles)) return;
-  const u32 split = blockIdx.x, first = split_of(a.from), last = split_of(a.end - 1);
-  if (split < first || split > last) return;
+  a.sequence = blockIdx.y / tiles;
+  a.head = blockIdx.x;
+  if (!a.init_tile(blockIdx.y % tiles)) return;
+  const u32 first = split_of(a.from), last = split_of(a.end - 1), split = first + blockIdx.z;
+  if (split > last) return;
   a.attend_range(max(split_start(split), a.from / PAGE * PAGE), min(split_start(split + 1), a.end));
   if (first == last) return a.store_output();
 
-  const u32 index = blockIdx.z * gridDim.y + blockIdx.y;
-  partials += size_t(index) * gridDim.x * a.PARTIAL;
-  counters += index * ((gridDim.x + SPLITS_PER_GROUP - 1) / SPLITS_PER_GROUP + 1);
+  const u32 index = blockIdx.y * gridDim.x + blockIdx.x;
+  partials += size_t(index) * gridDim.z * a.PARTIAL;
+  counters += index * ((gridDim.z + SPLITS_PER_GROUP - 1) / SPLITS_PER_GROUP + 1);
   a.store_partial(partials + size_t(split) * a.PARTIAL);
   const u32 group = split / SPLITS_PER_GROUP, first_group = first / SPLITS_PER_GROUP;
   const u32 groups = last / SPLITS_PER_GROUP - first_group + 1;
   const u32 lead = max(group * SPLITS_PER_GROUP, first);
   const u32 parts = min(group * SPLITS_PER_GROUP + SPLITS_PER_GROUP - 1, last) - lead + 1;
   if (parts > 1) {
-    if (!a.is_last_block(parts, counters + 1 + group)) return;
+    if (!is_last_block(parts, counters + 1 + group)) return;
     a.merge_partials(partials, lead, lead, 1, parts, groups == 1);
   }
-  if (groups == 1 || !a.is_last_block(groups, counters)) return;
+  if (groups == 1 || !is_last_block(groups, counters)) return;
   a.merge_partials(partials, first, first_group * SPLITS_PER_GROUP, SPLITS_PER_GROUP, groups, true);
 }

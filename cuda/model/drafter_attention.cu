@@ -2,7 +2,7 @@
 //
 // Computes: out[r][h] = softmax(scale q[r][h] K^T) V over all slots below context + rows. A window keeps only
 //           those whose position differs from the row's by less than `window`.
-// Work:     grid (splits, kv_heads, sequences x row tiles of R packed rows), 128 threads.
+// Work:     grid (kv_heads, sequences x row tiles of R packed rows, splits), 128 threads.
 // Order:    attention.cuh. A row's bits do not depend on R, batch or capacity.
 // Bytes:    as attention_DxR in attention.cu.
 // Preconditions: as attention_DxR in attention.cu.

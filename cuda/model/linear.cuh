@@ -10,10 +10,12 @@
 // depend only on N and K. NT, the number of 8-token tiles, does not change what is computed for one token. So
 // the bits of a row do not depend on the other rows.
 #pragma once
+#include "common/last_block.cuh"
 #include "common/rows.cuh"
 
 #define BLOCK_ROWS 128  // packed rows of W per block
 #define TILE_PITCH 132  // floats from token to token in the result tile: no bank conflicts on writes or reads
+#define SHORT_SLICE 16  // groups of 32 inputs in a slice of K that is prefetched whole
 #define MAX_SPLITS 8    // maximum slices of K; mirrored in src/gpu/kernels/linear.rs
 
 // Parameters of every linear kernel, common to all epilogues.
@@ -137,7 +139,6 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
   DYNAMIC_SHARED(unsigned char, memory);
   SHARED(u32, gathered, NT * 8);
   SHARED(float, scale, NT * 8);
-  SHARED(u32, arrived, 1);
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const u32 block = l.first_block + blockIdx.x, weight_tile = block * 8 + warp;
   const u32 first = blockIdx.y * l.slice, groups = min(l.slice, l.k / 32 - first);
@@ -163,6 +164,10 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
       ring[u][1] = ld_stream(w + u * 512 + 256);
     }
   }
+  // The rest of a short slice, at most 12 KiB per warp, goes to L2 while the previous kernel runs. Of the
+  // matrices of a large model only the output projection has short slices. It follows attention, which leaves
+  // most of the memory bandwidth idle, and its weights fit in L2.
+  if (lane == 0 && active && groups > U && groups <= SHORT_SLICE) prefetch_l2(w + U * 512, (groups - U) * 1024);
   grid_wait();
 
   const u32 num_active = l.num_active ? ld(l.num_active) : 1;  // checked below, with copies in flight
@@ -244,15 +249,7 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
       const float4 v = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
       if (active) st_cg(partial + size_t(blockIdx.y) * step + n * 32, v);
     }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      arrived[0] = atomicAdd(l.counters + tile_index, 1u);
-      __threadfence();
-    }
-    __syncthreads();
-    if (arrived[0] != gridDim.y - 1) return false;
-    if (threadIdx.x == 0) st(l.counters + tile_index, 0u);
+    if (!is_last_block(gridDim.y, l.counters + tile_index)) return false;
     // Loads of all slices of a tile are in flight together: serial latencies would exceed the time of a small
     // matrix.
 #pragma unroll

@@ -196,8 +196,8 @@ KERNEL(512, 1, verify_chains,
                                           // draft i
   SHARED(u64, prefix_weights, MAX_ROWS);  // w of the selected chain's prefixes, as in verify_drafts
   SHARED(u64, factors, CLASSES);          // selection_factor of each class after a row
-  SHARED(u32, result, 5);                 // selected chain, longest prefix with w > 0, valid;
-                                          // 2 words for accepted_prefix
+  SHARED(u32, result, 4);                 // selected chain, longest prefix with w > 0, valid;
+                                          // 1 word for accepted_prefix
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();

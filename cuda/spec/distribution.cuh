@@ -2,8 +2,9 @@
 // drafts. Probabilities are integers that sum to exactly 2^48 in each row. src/spec/distribution.rs, rng.rs
 // and verify.rs compute the same values on the CPU, bit for bit.
 #pragma once
-#include "spec/sampling_weights.cuh"
+#include "common/last_block.cuh"
 #include "common/state.cuh"
+#include "spec/sampling_weights.cuh"
 
 namespace {
 
@@ -246,27 +247,20 @@ WRAPPER u32 accepted_prefix(const PhiloxStream& stream,
                             const u64* overlaps,  // [num_drafts]
                             u32* counter,         // [1]: zero; zero again afterwards
                             u32 num_drafts, u32 longest,
-                            u32* scratch,  // [2] shared
+                            u32* scratch,  // [1] shared
                             F prefix_weight) {
+  if (!is_last_block(num_drafts + 1, counter)) return NONE;
   if (threadIdx.x == 0) {
-    __threadfence();
-    sts(scratch, atomicAdd(counter, 1u));
-  }
-  __syncthreads();
-  if (lds(scratch) != num_drafts) return NONE;
-  __threadfence();
-  if (threadIdx.x == 0) {
-    st(counter, 0u);
     u32 length = longest;
     for (; length > 0; length--) {
       const u64 w = prefix_weight(length), overlap = length < num_drafts && w < ONE ? ld_cg(overlaps + length) : 0;
       if (w == ONE && length < num_drafts) break;
       if (accept(stream, length, length, w - overlap, ONE - overlap)) break;
     }
-    sts(scratch + 1, length);
+    sts(scratch, length);
   }
   __syncthreads();
-  return lds(scratch + 1);
+  return lds(scratch);
 }
 
 // Copies the tables thi and tlo to shared memory.

@@ -134,8 +134,8 @@ KERNEL(512, 1, verify_drafts,
   SHARED(u64, warp_sums, WARPS);
   SHARED(u64, draft_probs, MAX_ROWS * 2);  // p of each draft, overwritten by w with method BLOCK;
                                            // then q of each draft
-  SHARED(u32, result, 5);                  // accepted drafts, whether one was rejected, valid;
-                                           // 2 words for accepted_prefix
+  SHARED(u32, result, 4);                  // accepted drafts, whether one was rejected, valid;
+                                           // 1 word for accepted_prefix
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();

@@ -15,6 +15,7 @@
 //                both, more if weights tie.
 // Preconditions: vocab <= 2^26; best, partial and tables 16-byte aligned; counters are zero, and
 //                zero again afterwards.
+#include "common/last_block.cuh"
 #include "common/state.cuh"
 #include "spec/sampling_weights.cuh"
 
@@ -109,7 +110,6 @@ KERNEL(512, 2, sample,
   SHARED(u64, warp_sums, WARPS);
   SHARED(Candidate, warp_winners, WARPS);
   SHARED(u64, selected, 3);
-  SHARED(u32, arrived, 1);
   grid_launch();
   grid_wait();
   const SelectScratch scratch = {table, bins, warp_sums, selected};
@@ -156,12 +156,8 @@ KERNEL(512, 2, sample,
   if (threadIdx.x == 0) {
     st_cg(partial + size_t(r) * slices + slice,
           make_uint4(winner.time, winner.id, u32(winner.weight), u32(winner.weight >> 32)));
-    __threadfence();
-    sts(arrived, atomicAdd(counters + r, 1u));
   }
-  __syncthreads();
-  if (lds(arrived) != slices - 1) return;
-  __threadfence();
+  if (!is_last_block(slices, counters + r)) return;
   winner = no_candidate();
   for (u32 i = threadIdx.x; i < slices; i += THREADS) {
     const uint4 v = ld_cg(partial + size_t(r) * slices + i);
@@ -169,8 +165,5 @@ KERNEL(512, 2, sample,
     if (beats(other, winner)) winner = other;
   }
   winner = block_winner(winner, warp_winners);
-  if (threadIdx.x == 0) {
-    st(choice + r, winner.id);
-    st(counters + r, 0u);
-  }
+  if (threadIdx.x == 0) st(choice + r, winner.id);
 }

@@ -360,6 +360,12 @@ impl Cuda {
                 result::function::set_function_attribute(handle, size, kernel.max_shared as i32)
             })?;
         }
+        // All kernels ask for the same division of an SM's memory into L1 cache and shared memory, the largest
+        // shared memory. An SM must be empty to change it, so a kernel that asked for another one could not
+        // start beside its predecessor.
+        let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        // SAFETY: the handle is valid; the value is a percentage.
+        check(&what, unsafe { result::function::set_function_attribute(handle, carveout, 100) })?;
         let mut sizes = Vec::new();
         let (mut offset, mut size) = (0, 0);
         // SAFETY: the handle is valid, and the driver refuses an index that is out of range, which ends the

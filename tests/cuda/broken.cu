@@ -1,6 +1,6 @@
 // Kernels with deliberate bugs, which the emulator's tests (tests/kernels/emulator.rs, wgmma.rs) must detect.
 // `bug` = 0 runs the correct version.
-#include "common/ptx.cuh"
+#include "common/last_block.cuh"
 
 // out[i] = in[i ^ 32], staged in shared memory. Bug 1: no barrier after staging.
 KERNEL(128, 1, broken_staging,
@@ -128,7 +128,7 @@ KERNEL(32, 1, broken_order,
 
 // Loads through wrappers. Bug 1: a misaligned 16-byte load; bug 2: an ordinary load before grid_wait; bug 3:
 // a streaming load before grid_wait from memory that is not sealed; bug 4: no grid_wait; bug 5: a shuffle
-// with half the mask.
+// with half the mask; bug 6: as bug 3 by a prefetch; bug 7: a prefetch beyond the end of sealed memory.
 KERNEL(32, 1, broken_rules,
        (uint4* out,    // [32]
         const u8* in,  // [24]
@@ -136,35 +136,31 @@ KERNEL(32, 1, broken_rules,
   uint4 v = make_uint4(0, 0, 0, 0);
   if (bug == 2) v = ld128(in);
   if (bug == 3) v = ld_stream(in);
+  if (bug == 6) prefetch_l2(in, 16);
+  if (bug == 7) prefetch_l2(in, 128);
   if (bug != 4) grid_wait();
   if (bug == 1) v = ld128(in + 8);
   if (bug == 5) v.x = __shfl_sync(0xffffu, v.x, 0);
   out[threadIdx.x] = v;
 }
 
-// The last block to arrive adds the partial sums of all blocks in block order. Bug 1: in order of arrival.
+// The last block to arrive adds the partial sums of all blocks in block order. Bug 1: in order of arrival; bug
+// 2: no barrier between the stores and the release.
 KERNEL(32, 1, broken_last,
        (float* out,       // [1]
         float* partial,   // [blocks]
         u32* counter,     // [2]: blocks arrived; with bug 1 also partial sums written
         const float* in,  // [blocks][32]
         u32 bug)) {
-  SHARED(u32, ticket, 1);
   grid_wait();
   float mine = in[blockIdx.x * 32 + threadIdx.x];
   for (int flip = 16; flip > 0; flip /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, flip);
-  if (threadIdx.x == 0) {
-    if (bug == 1) {
-      const u32 place = atomicAdd(counter + 1, 1u);
-      st_cg(partial + place, mine);
-    } else {
-      st_cg(partial + blockIdx.x, mine);
-    }
-    __threadfence();
-    ticket[0] = atomicAdd(counter, 1u);
+  if (threadIdx.x == 1) st_cg(partial + (bug == 1 ? atomicAdd(counter + 1, 1u) : blockIdx.x), mine);
+  if (bug == 2) {
+    if (threadIdx.x == 0) atomic_add_acq_rel(counter, 1);
+    return;
   }
-  __syncthreads();
-  if (ticket[0] != gridDim.x - 1) return;
+  if (!is_last_block(gridDim.x, counter)) return;
   float sum = 0;
   for (u32 i = 0; i < gridDim.x; i++) sum += ld_cg(partial + i);
   if (threadIdx.x == 0) out[0] = sum;

@@ -186,9 +186,11 @@ impl Attention {
         }
     }
 
+    /// Key/value heads, row tiles of all sequences, and the splits of each, including those that are empty
+    /// until the sequence is long enough.
     fn grid(&self) -> [usize; 3] {
         let tiles = (self.block * self.group()).div_ceil(self.variant().1);
-        [split_of(self.capacity - 1) + 1, self.layer.kv_heads, self.sequences * tiles]
+        [self.layer.kv_heads, self.sequences * tiles, split_of(self.capacity - 1) + 1]
     }
 
     /// Bytes of [`Workspace::partials`].
@@ -197,7 +199,7 @@ impl Attention {
     /// [`crate::Error::Internal`] if the kernels do not support the shape.
     pub fn partial_bytes(&self) -> Result<usize> {
         self.check()?;
-        let [splits, heads, tiles] = self.grid();
+        let [heads, tiles, splits] = self.grid();
         Ok(splits * heads * tiles * self.variant().1 * (self.layer.head_dim + 2) * 4)
     }
 
@@ -207,7 +209,7 @@ impl Attention {
     /// As [`Attention::partial_bytes`].
     pub fn counter_bytes(&self) -> Result<usize> {
         self.check()?;
-        let [splits, heads, tiles] = self.grid();
+        let [heads, tiles, splits] = self.grid();
         Ok((splits.div_ceil(SPLITS_PER_GROUP) + 1) * heads * tiles * 4)
     }
 
@@ -227,7 +229,7 @@ impl Attention {
             format_args!("{sequences} sequences of {block} rows, {capacity} slots"),
             format_args!("1 to 64 rows and 1 to {} slots", slots.end()),
         )?;
-        let fits = self.grid()[0] <= MAX_GROUPS * SPLITS_PER_GROUP;
+        let fits = self.grid()[2] <= MAX_GROUPS * SPLITS_PER_GROUP;
         check.that(fits, format_args!("{capacity} slots"), format_args!("at most {MAX_SLOTS}"))
     }
 
