@@ -136,10 +136,7 @@ fn push_tag(tag: &str, tokens: &[Token], places: &[Range<usize>], out: &mut Stri
 
 /// Whether the next token belongs to a test: `is not`, `is in`, `is not in`.
 fn follows_is(tokens: &[Token]) -> bool {
-    match tokens {
-        [.., Token::Name("is")] | [.., Token::Name("is"), Token::Name("not")] => true,
-        _ => false,
-    }
+    matches!(tokens, [.., Token::Name("is")] | [.., Token::Name("is"), Token::Name("not")])
 }
 
 /// The tokens of what a loop runs over, if the statement is a loop.
