@@ -1,4 +1,7 @@
-//! A GPU in software: a PTX interpreter behind the CUDA driver API.
+//! A GPU in software: runs CUDA programs without a card.
+//!
+//! [`ptx`] turns PTX text into kernels, [`machine`] runs them.
 
 pub mod card;
 pub mod memory;
+pub mod ptx;

@@ -1,0 +1,1094 @@
+//! What each instruction means: opcode, modifiers and operands to [`Instr`], with the checks of an assembler.
+
+use super::operands::{Body, Operand, Result, describe};
+use super::program::{Atom, CONSTANT, Cmp, Constant, Instr, NONE, Op, SHARED_WINDOW, Space, Ty, flag};
+
+/// The parts of an opcode that were not looked at yet.
+struct Parts<'a> {
+    root: &'a str,
+    rest: Vec<&'a str>,
+}
+
+impl<'a> Parts<'a> {
+    fn of(opcode: &'a str) -> Parts<'a> {
+        let mut parts = opcode.split('.');
+        Parts { root: parts.next().unwrap_or(""), rest: parts.collect() }
+    }
+
+    /// Removes a modifier; whether it was there.
+    fn take(&mut self, name: &str) -> bool {
+        let at = self.rest.iter().position(|part| *part == name);
+        at.map(|at| self.rest.remove(at)).is_some()
+    }
+
+    /// Removes the first modifier of a table and gives what it stands for.
+    fn one_of<T: Copy>(&mut self, table: &[(&str, T)]) -> Option<T> {
+        let hit = |part: &&str| table.iter().find(|(name, _)| name == part).map(|(_, value)| *value);
+        let at = self.rest.iter().position(|part| hit(part).is_some())?;
+        hit(&self.rest.remove(at))
+    }
+
+    /// Removes the first type.
+    fn ty(&mut self) -> Result<Ty> {
+        let at = self.rest.iter().position(|part| Ty::of(part).is_some());
+        at.and_then(|at| Ty::of(self.rest.remove(at))).ok_or_else(|| "it has no type".to_string())
+    }
+
+    /// Flags of the modifiers that are there.
+    fn flags(&mut self, table: &[(&str, u16)]) -> u16 {
+        table.iter().filter(|(name, _)| self.take(name)).fold(0, |all, (_, flag)| all | flag)
+    }
+
+    /// An error if a modifier is left.
+    fn done(&self) -> Result<()> {
+        match self.rest.first() {
+            None => Ok(()),
+            Some(part) => Err(format!("the modifier or type .{part} is not known to this machine")),
+        }
+    }
+}
+
+const INTS: &[Ty] = &[Ty::U16, Ty::U32, Ty::U64, Ty::S16, Ty::S32, Ty::S64];
+const BITS: &[Ty] = &[Ty::B16, Ty::B32, Ty::B64];
+const WORDS: &[Ty] = &[Ty::B32, Ty::B64];
+const FLOATS: &[Ty] = &[Ty::F32, Ty::F64];
+/// Types of values that are moved, selected, loaded and stored.
+const VALUES: &[Ty] =
+    &[Ty::B16, Ty::B32, Ty::B64, Ty::U16, Ty::U32, Ty::U64, Ty::S16, Ty::S32, Ty::S64, Ty::F32, Ty::F64];
+
+fn only(ty: Ty, allowed: &[&[Ty]]) -> Result<()> {
+    if allowed.iter().any(|list| list.contains(&ty)) {
+        Ok(())
+    } else {
+        Err(format!("the type {ty:?} is not known here"))
+    }
+}
+
+fn double(ty: Ty) -> Ty {
+    match ty {
+        Ty::U16 => Ty::U32,
+        Ty::S16 => Ty::S32,
+        Ty::U32 => Ty::U64,
+        _ => Ty::S64,
+    }
+}
+
+fn spaces(parts: &mut Parts) -> Space {
+    let table = [
+        ("global", Space::Global),
+        ("shared", Space::Shared),
+        ("shared::cta", Space::Shared),
+        ("local", Space::Local),
+        ("const", Space::Const),
+        ("param", Space::Param),
+    ];
+    parts.one_of(&table).unwrap_or(Space::Generic)
+}
+
+impl<'a> Body<'a> {
+    /// Appends an instruction, without its guard.
+    pub fn instruction(&mut self, opcode: &'a str, operands: &[Operand<'a>]) -> Result<()> {
+        let mut parts = Parts::of(opcode);
+        let instr = match parts.root {
+            "mov" => self.mov(&mut parts, operands)?,
+            "cvta" => self.cvta(&mut parts, operands)?,
+            "add" | "sub" | "mul" | "mad" | "fma" | "div" | "rem" | "min" | "max" => {
+                self.arithmetic(&mut parts, operands)?
+            }
+            "neg" | "abs" | "not" | "popc" | "clz" | "brev" | "bfind" | "sqrt" | "rcp" | "rsqrt" | "ex2"
+            | "lg2" => self.unary(&mut parts, operands)?,
+            "and" | "or" | "xor" | "shl" | "shr" | "copysign" => self.bitwise(&mut parts, operands)?,
+            "shf" | "bfe" | "bfi" | "prmt" | "lop3" => self.fields(&mut parts, operands)?,
+            "setp" => self.setp(&mut parts, operands)?,
+            "selp" => {
+                let ty = parts.ty()?;
+                only(ty, &[VALUES])?;
+                let [d, a, b, c] = take(operands)?;
+                let mut i = self.binary(Op::Selp, ty, [d, a, b])?;
+                i.c = self.predicate(c)?;
+                i
+            }
+            "cvt" => self.cvt(&mut parts, operands)?,
+            "bra" => {
+                parts.take("uni");
+                let [Operand::Label(label)] = operands else { return Err("expected a label".to_string()) };
+                self.jump(label);
+                Instr::new(Op::Bra, Ty::B32)
+            }
+            "ret" | "exit" => bare(Op::Ret, operands)?,
+            "trap" => bare(Op::Trap, operands)?,
+            "ld" | "ldu" | "st" => self.access(&mut parts, operands)?,
+            "atom" | "red" => self.atomic(&mut parts, operands)?,
+            "cp" => self.cp_async(&mut parts, operands)?,
+            "membar" => {
+                parts.one_of(&[("gl", ()), ("sys", ()), ("cta", ())]).ok_or("it has no scope")?;
+                let mut i = bare(Op::Fence, operands)?;
+                i.flags = if opcode.ends_with("cta") { 0 } else { flag::SYSTEM };
+                i
+            }
+            "fence" => {
+                if parts.take("proxy") {
+                    parts.one_of(&[("async", ()), ("async::shared::cta", ())]).ok_or("it has no proxy")?;
+                    parts.take("shared::cta");
+                    bare(Op::FenceProxy, operands)?
+                } else {
+                    parts.one_of(&[("sc", ()), ("acq_rel", ())]);
+                    parts.one_of(&[("gpu", ()), ("sys", ()), ("cta", ())]).ok_or("it has no scope")?;
+                    let mut i = bare(Op::Fence, operands)?;
+                    i.flags = if opcode.ends_with("cta") { 0 } else { flag::SYSTEM };
+                    i
+                }
+            }
+            "shfl" | "vote" | "redux" | "activemask" => self.lanes(&mut parts, operands)?,
+            "bar" | "barrier" => self.barrier(&mut parts, operands)?,
+            "griddepcontrol" => match parts.one_of(&[("wait", true), ("launch_dependents", false)]) {
+                Some(true) => bare(Op::DependentsWait, operands)?,
+                Some(false) => bare(Op::DependentsLaunch, operands)?,
+                None => return Err("it does not say what to do".to_string()),
+            },
+            "mma" => self.mma(&mut parts, operands)?,
+            "ldmatrix" => self.ldmatrix(&mut parts, operands)?,
+            "wgmma" => self.wgmma(&mut parts, operands)?,
+            _ => return Err("this opcode is not known to this machine".to_string()),
+        };
+        parts.done()?;
+        self.code.push(instr);
+        Ok(())
+    }
+
+    fn unary_of(&mut self, op: Op, d: &Operand, to: Ty, a: &Operand, from: Ty) -> Result<Instr> {
+        let mut i = Instr::new(op, from);
+        i.d = self.output(d, to)?;
+        i.a = self.input(a, from)?;
+        Ok(i)
+    }
+
+    fn binary(&mut self, op: Op, ty: Ty, [d, a, b]: [&Operand; 3]) -> Result<Instr> {
+        let mut i = self.unary_of(op, d, ty, a, ty)?;
+        i.b = self.input(b, ty)?;
+        Ok(i)
+    }
+
+    fn mov(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        if parts.take("pred") {
+            return self.predicates_only(Op::PMov, operands);
+        }
+        let ty = parts.ty()?;
+        only(ty, &[VALUES])?;
+        let [d, a] = take(operands)?;
+        let element = |n: usize| match (ty.bytes() as usize * 8).checked_div(n) {
+            Some(64) => Ok(Ty::B64),
+            Some(32) => Ok(Ty::B32),
+            Some(16) => Ok(Ty::B16),
+            _ => Err(format!("{n} registers for a {ty:?}")),
+        };
+        match (d, a) {
+            (_, Operand::Vector(items)) => {
+                let mut i = Instr::new(Op::Pack, ty);
+                i.d = self.output(d, ty)?;
+                i.from = element(items.len())?;
+                i.n = items.len() as u8;
+                i.a = self.list(a, items.len(), i.from, false)?;
+                Ok(i)
+            }
+            (Operand::Vector(items), _) => {
+                let mut i = Instr::new(Op::Unpack, ty);
+                i.a = self.input(a, ty)?;
+                i.from = element(items.len())?;
+                i.n = items.len() as u8;
+                i.d = self.list(d, items.len(), i.from, true)?;
+                Ok(i)
+            }
+            (_, Operand::Special(special)) => {
+                let mut i = Instr::new(Op::Special, ty);
+                i.d = self.output(d, ty)?;
+                self.specials.push(*special);
+                i.x = self.specials.len() as u32 - 1;
+                Ok(i)
+            }
+            _ => self.unary_of(Op::Mov, d, ty, a, ty),
+        }
+    }
+
+    /// Generic addresses are those of global memory; shared and local memory have windows of their own.
+    fn cvta(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        let back = parts.take("to");
+        let space = spaces(parts);
+        let ty = parts.ty()?;
+        if ty != Ty::U64 {
+            return Err("an address has type u64".to_string());
+        }
+        let [d, a] = take(operands)?;
+        let window = match space {
+            Space::Shared => SHARED_WINDOW,
+            Space::Local => super::program::LOCAL_WINDOW,
+            Space::Global | Space::Const => 0,
+            _ => return Err("it has no state space".to_string()),
+        };
+        let mut i = self.unary_of(if window == 0 { Op::Mov } else { Op::Add }, d, ty, a, ty)?;
+        if window != 0 {
+            let distance = if back { window.wrapping_neg() } else { window };
+            i.b = self.constant(Constant::Bits(distance), true);
+        }
+        Ok(i)
+    }
+
+    fn arithmetic(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        let ty = parts.ty()?;
+        only(ty, &[INTS, FLOATS])?;
+        let float = ty.is_float();
+        let rounded = parts.take("rn");
+        let approximate = parts.take("approx") || parts.take("full");
+        let mut flags = parts.flags(&[("ftz", flag::FTZ), ("sat", flag::SAT)]);
+        let width = parts.one_of(&[("lo", 0), ("hi", 1), ("wide", 2)]);
+        if (rounded || approximate) && !float
+            || width.is_some() && float
+            || ty != Ty::F32 && flags & flag::FTZ != 0
+        {
+            return Err(format!("a modifier that {ty:?} does not have"));
+        }
+        if flags & flag::SAT != 0 && ty != Ty::F32 {
+            return Err(".sat of integers is not known to this machine".to_string());
+        }
+        let op = match (parts.root, width) {
+            ("add", None) => Op::Add,
+            ("sub", None) => Op::Sub,
+            ("mul", None) if float => Op::MulLo,
+            ("mul", Some(w)) => [Op::MulLo, Op::MulHi, Op::MulWide][w],
+            ("mad", Some(w)) => [Op::MadLo, Op::MadHi, Op::MadWide][w],
+            ("fma", None) if float && rounded => Op::Fma,
+            ("mad", None) if float && rounded => Op::Fma,
+            ("div", None) if !float || rounded || approximate => Op::Div,
+            ("rem", None) if !float => Op::Rem,
+            ("min", None) => Op::Min,
+            ("max", None) => Op::Max,
+            _ => return Err("the modifiers do not make an instruction".to_string()),
+        };
+        if matches!(op, Op::MulWide | Op::MadWide) && ty.bytes() == 8 {
+            return Err("a product of 128 bits".to_string());
+        }
+        if matches!(op, Op::Min | Op::Max) && float && parts.take("NaN") {
+            flags |= flag::NAN;
+        }
+        if approximate {
+            flags |= flag::APPROX;
+        }
+        if float && !rounded && matches!(op, Op::Add | Op::Sub | Op::MulLo) {
+            flags |= flag::CONTRACT;
+        }
+        let result = if matches!(op, Op::MulWide | Op::MadWide) { double(ty) } else { ty };
+        let three = matches!(op, Op::MadLo | Op::MadHi | Op::MadWide | Op::Fma);
+        let count = if three { 4 } else { 3 };
+        if operands.len() != count {
+            return Err(format!("{} operands where {count} belong", operands.len()));
+        }
+        let mut i = self.unary_of(op, &operands[0], result, &operands[1], ty)?;
+        i.b = self.input(&operands[2], ty)?;
+        if three {
+            i.c = self.input(&operands[3], result)?;
+        }
+        i.flags = flags;
+        Ok(i)
+    }
+
+    fn unary(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        if parts.root == "not" && parts.take("pred") {
+            return self.predicates_only(Op::PNot, operands);
+        }
+        let ty = parts.ty()?;
+        let [d, a] = take(operands)?;
+        let rounded = parts.take("rn");
+        let approximate = parts.take("approx");
+        let flags = parts.flags(&[("ftz", flag::FTZ)]) | if approximate { flag::APPROX } else { 0 };
+        let single: &[&[Ty]] = &[&[Ty::F32]];
+        let signed: &[&[Ty]] = &[&[Ty::S16, Ty::S32, Ty::S64], FLOATS];
+        let (op, allowed, to) = match parts.root {
+            "neg" => (Op::Neg, signed, ty),
+            "abs" => (Op::Abs, signed, ty),
+            "not" => (Op::Not, [BITS].as_slice(), ty),
+            "popc" => (Op::Popc, [WORDS].as_slice(), Ty::U32),
+            "clz" => (Op::Clz, [WORDS].as_slice(), Ty::U32),
+            "brev" => (Op::Brev, [WORDS].as_slice(), ty),
+            "bfind" => {
+                let op = if parts.take("shiftamt") { Op::BfindShift } else { Op::Bfind };
+                (op, [INTS].as_slice(), Ty::U32)
+            }
+            "sqrt" if rounded || approximate => (Op::Sqrt, [FLOATS].as_slice(), ty),
+            "rcp" if rounded || approximate => (Op::Rcp, [FLOATS].as_slice(), ty),
+            "rsqrt" if approximate => (Op::Rsqrt, [FLOATS].as_slice(), ty),
+            "ex2" if approximate => (Op::Ex2, single, ty),
+            "lg2" if approximate => (Op::Lg2, single, ty),
+            _ => return Err("it needs a rounding modifier that this machine knows".to_string()),
+        };
+        only(ty, allowed)?;
+        if (flags != 0 || rounded) && !ty.is_float() || ty == Ty::F64 && flags != 0 {
+            return Err(format!("a modifier that {ty:?} does not have"));
+        }
+        let mut i = self.unary_of(op, d, to, a, ty)?;
+        i.flags = flags;
+        Ok(i)
+    }
+
+    fn predicates_only(&mut self, op: Op, operands: &[Operand]) -> Result<Instr> {
+        let mut i = Instr::new(op, Ty::Pred);
+        let count = if matches!(op, Op::PMov | Op::PNot) { 2 } else { 3 };
+        if operands.len() != count {
+            return Err(format!("{} operands where {count} belong", operands.len()));
+        }
+        i.d = self.predicate_output(&operands[0])?;
+        i.a = self.predicate(&operands[1])?;
+        i.b = self.predicate(&operands[count - 1])?;
+        Ok(i)
+    }
+
+    fn bitwise(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        let op = match parts.root {
+            "and" => Op::And,
+            "or" => Op::Or,
+            "xor" => Op::Xor,
+            "shl" => Op::Shl,
+            "shr" => Op::Shr,
+            _ => Op::Copysign,
+        };
+        if parts.take("pred") {
+            let op = match op {
+                Op::And => Op::PAnd,
+                Op::Or => Op::POr,
+                Op::Xor => Op::PXor,
+                _ => return Err("no operation of predicates".to_string()),
+            };
+            return self.predicates_only(op, operands);
+        }
+        let ty = parts.ty()?;
+        let [d, a, b] = take(operands)?;
+        match op {
+            Op::Shl | Op::Shr => {
+                only(ty, &[BITS, if op == Op::Shr { INTS } else { &[] }])?;
+                let mut i = self.unary_of(op, d, ty, a, ty)?;
+                i.b = self.input(b, Ty::U32)?;
+                Ok(i)
+            }
+            Op::Copysign => {
+                only(ty, &[&[Ty::F32]])?;
+                self.binary(op, ty, [d, a, b])
+            }
+            _ => {
+                only(ty, &[BITS])?;
+                self.binary(op, ty, [d, a, b])
+            }
+        }
+    }
+
+    fn fields(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        match parts.root {
+            "shf" => {
+                let op = parts.one_of(&[("l", Op::ShfL), ("r", Op::ShfR)]).ok_or("it has no direction")?;
+                let wrap = parts.one_of(&[("wrap", flag::WRAP), ("clamp", 0)]).ok_or("it has no mode")?;
+                only(parts.ty()?, &[&[Ty::B32]])?;
+                let [d, a, b, c] = take(operands)?;
+                let mut i = self.binary(op, Ty::B32, [d, a, b])?;
+                i.c = self.input(c, Ty::U32)?;
+                i.flags = wrap;
+                Ok(i)
+            }
+            "bfe" => {
+                let ty = parts.ty()?;
+                only(ty, &[&[Ty::U32, Ty::U64, Ty::S32, Ty::S64]])?;
+                let [d, a, b, c] = take(operands)?;
+                let mut i = self.unary_of(Op::Bfe, d, ty, a, ty)?;
+                i.b = self.input(b, Ty::U32)?;
+                i.c = self.input(c, Ty::U32)?;
+                Ok(i)
+            }
+            "bfi" => {
+                let ty = parts.ty()?;
+                only(ty, &[WORDS])?;
+                let [d, a, b, c, length] = take(operands)?;
+                let mut i = self.binary(Op::Bfi, ty, [d, a, b])?;
+                i.c = self.input(c, Ty::U32)?;
+                i.e = self.input(length, Ty::U32)?;
+                Ok(i)
+            }
+            "prmt" => {
+                only(parts.ty()?, &[&[Ty::B32]])?;
+                let [d, a, b, c] = take(operands)?;
+                let mut i = self.binary(Op::Prmt, Ty::B32, [d, a, b])?;
+                i.c = self.input(c, Ty::U32)?;
+                Ok(i)
+            }
+            _ => {
+                only(parts.ty()?, &[&[Ty::B32]])?;
+                let [d, a, b, c, table] = take(operands)?;
+                let mut i = self.binary(Op::Lop3, Ty::B32, [d, a, b])?;
+                i.c = self.input(c, Ty::B32)?;
+                i.x = match table {
+                    Operand::Int(x) if *x < 256 => *x as u32,
+                    _ => return Err("a truth table is a number below 256".to_string()),
+                };
+                Ok(i)
+            }
+        }
+    }
+
+    fn setp(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        let table = [
+            ("eq", Cmp::Eq),
+            ("ne", Cmp::Ne),
+            ("lt", Cmp::Lt),
+            ("lo", Cmp::Lt),
+            ("le", Cmp::Le),
+            ("ls", Cmp::Le),
+            ("gt", Cmp::Gt),
+            ("hi", Cmp::Gt),
+            ("ge", Cmp::Ge),
+            ("hs", Cmp::Ge),
+            ("equ", Cmp::Equ),
+            ("neu", Cmp::Neu),
+            ("ltu", Cmp::Ltu),
+            ("leu", Cmp::Leu),
+            ("gtu", Cmp::Gtu),
+            ("geu", Cmp::Geu),
+            ("num", Cmp::Num),
+            ("nan", Cmp::Nan),
+        ];
+        let cmp = parts.one_of(&table).ok_or("it has no comparison")?;
+        let combine = parts.one_of(&[("and", Op::PAnd), ("or", Op::POr), ("xor", Op::PXor)]);
+        let flags = parts.flags(&[("ftz", flag::FTZ)]);
+        let ty = parts.ty()?;
+        only(ty, &[VALUES])?;
+        let unordered = !matches!(cmp, Cmp::Eq | Cmp::Ne | Cmp::Lt | Cmp::Le | Cmp::Gt | Cmp::Ge);
+        if unordered && !ty.is_float() || ty.is_bits() && !matches!(cmp, Cmp::Eq | Cmp::Ne) {
+            return Err(format!("a comparison that {ty:?} does not have"));
+        }
+        let second = matches!(operands.get(1), Some(Operand::Predicate(_) | Operand::Sink));
+        let values = operands.get(1 + usize::from(second)..).unwrap_or(&[]);
+        if values.len() != 2 + usize::from(combine.is_some()) {
+            return Err("the wrong number of operands".to_string());
+        }
+        let mut i = Instr::new(Op::Setp, ty);
+        i.cmp = cmp;
+        i.flags = flags;
+        i.d = self.predicate_output(&operands[0])?;
+        if second {
+            i.e = self.predicate_output(&operands[1])?;
+        }
+        i.a = self.input(&values[0], ty)?;
+        i.b = self.input(&values[1], ty)?;
+        if let Some(op) = combine {
+            i.c = self.predicate(&values[2])?;
+            i.x = op as u32;
+        }
+        Ok(i)
+    }
+
+    fn cvt(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        let table = [
+            ("rni", flag::RNI),
+            ("rzi", flag::RZI),
+            ("rmi", flag::RMI),
+            ("rpi", flag::RPI),
+            ("rz", flag::RZ),
+            ("ftz", flag::FTZ),
+            ("sat", flag::SAT),
+        ];
+        let nearest = parts.take("rn");
+        let flags = parts.flags(&table);
+        let (ty, from) = (parts.ty()?, parts.ty()?);
+        if matches!(ty, Ty::BF16x2 | Ty::F16x2) {
+            if from != Ty::F32 || !nearest || flags != 0 {
+                return Err("only .rn from f32 is known to this machine".to_string());
+            }
+            let [d, a, b] = take(operands)?;
+            let mut i = Instr::new(Op::CvtPack, ty);
+            i.d = self.output(d, ty)?;
+            i.a = self.input(a, from)?;
+            i.b = self.input(b, from)?;
+            return Ok(i);
+        }
+        let integral = flags & (flag::RNI | flag::RZI | flag::RMI | flag::RPI) != 0;
+        let known =
+            |ty| matches!(ty, Ty::F16 | Ty::BF16 | Ty::F32 | Ty::F64) || !ty.is_float() && !ty.is_bits();
+        if !known(ty) || !known(from) {
+            return Err(format!("a conversion from {from:?} to {ty:?}"));
+        }
+        let narrowing = ty.is_float() && (!from.is_float() || ty.bytes() < from.bytes());
+        if from.is_float() && !ty.is_float() && !integral
+            || narrowing && !nearest && flags & flag::RZ == 0
+            || integral && !from.is_float()
+        {
+            return Err("the rounding modifier does not fit the types".to_string());
+        }
+        let [d, a] = take(operands)?;
+        let mut i = Instr::new(Op::Cvt, ty);
+        i.from = from;
+        i.flags = flags;
+        i.d = self.wider(d, ty, true)?;
+        i.a = self.wider(a, from, false)?;
+        if self.too_wide(i.d, ty) || self.too_wide(i.a, from) {
+            return Err("a 64-bit register for a narrower type is not executed yet".to_string());
+        }
+        Ok(i)
+    }
+
+    /// A register of an integer type or a wider one, as loads, stores and conversions allow.
+    fn wider(&mut self, operand: &Operand, ty: Ty, write: bool) -> Result<u32> {
+        let Operand::Register(index) = *operand else {
+            return if write { self.output(operand, ty) } else { self.input(operand, ty) };
+        };
+        let own = self.registers[index as usize];
+        if own.bytes() > ty.bytes() && !own.is_float() {
+            return Ok(index);
+        }
+        self.holds(index, ty).map(|_| index)
+    }
+
+    /// Whether a row has 64 bits and the type has fewer.
+    fn too_wide(&self, row: u32, ty: Ty) -> bool {
+        is_register(row) && ty.bytes() < 8 && self.registers[row as usize].bytes() == 8
+    }
+
+    fn access(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        let load = parts.root != "st";
+        let mut flags = 0;
+        // Cache hints do not change what is loaded.
+        for hint in
+            ["L1::no_allocate", "L1::evict_first", "L1::evict_last", "L2::64B", "L2::128B", "L2::256B"]
+        {
+            parts.take(hint);
+        }
+        if load && parts.take("nc") {
+            flags |= flag::NC;
+        }
+        for name in ["volatile", "relaxed", "acquire", "release"] {
+            if parts.take(name) {
+                flags |= flag::STRONG;
+                flags |= match name {
+                    "acquire" if load => flag::ACQUIRE,
+                    "release" if !load => flag::RELEASE,
+                    "acquire" | "release" => return Err(format!(".{name} does not belong here")),
+                    _ => 0,
+                };
+            }
+        }
+        if flags & flag::STRONG != 0 {
+            parts.one_of(&[("sys", ()), ("gpu", ()), ("cta", ())]);
+        }
+        parts.one_of(&[("ca", ()), ("cg", ()), ("cs", ()), ("lu", ()), ("cv", ()), ("wb", ()), ("wt", ())]);
+        let space = spaces(parts);
+        if matches!(space, Space::Param | Space::Const) && !load {
+            return Err("memory that a kernel cannot write".to_string());
+        }
+        let n = parts.one_of(&[("v2", 2u8), ("v4", 4), ("v8", 8)]).unwrap_or(1);
+        let ty = parts.ty()?;
+        only(ty, &[VALUES, &[Ty::B8, Ty::U8, Ty::S8]])?;
+        if u32::from(n) * ty.bytes() > 16 {
+            return Err("more than 16 bytes".to_string());
+        }
+        let [first, second] = take(operands)?;
+        let (data, address) = if load { (first, second) } else { (second, first) };
+        let mut i = Instr::new(if load { Op::Ld } else { Op::St }, ty);
+        self.address(&mut i, address)?;
+        if matches!(space, Space::Global | Space::Generic) && i.has(flag::NARROW) {
+            return Err("a 32-bit address".to_string());
+        }
+        i.n = n;
+        i.space = space;
+        i.flags |= flags;
+        let one = std::slice::from_ref(data);
+        let items = match data {
+            Operand::Vector(items) => items.as_slice(),
+            _ => one,
+        };
+        if items.len() != n as usize {
+            return Err(format!("{} registers where {n} belong", items.len()));
+        }
+        let mut rows = Vec::new();
+        for item in items {
+            rows.push(self.wider(item, ty, load)?);
+        }
+        let wide = rows.iter().filter(|row| self.too_wide(**row, ty)).count();
+        if wide == rows.len() {
+            i.flags |= flag::WIDE;
+        } else if wide > 0 {
+            return Err("registers of different widths".to_string());
+        }
+        i.d = self.lists.len() as u32;
+        self.lists.extend(rows);
+        if matches!(space, Space::Shared | Space::Generic) {
+            self.shared_unit = self.shared_unit.min(ty.bytes());
+        }
+        Ok(i)
+    }
+
+    fn atomic(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        let result = parts.root == "atom";
+        let table = [
+            ("add", Atom::Add),
+            ("min", Atom::Min),
+            ("max", Atom::Max),
+            ("and", Atom::And),
+            ("or", Atom::Or),
+            ("xor", Atom::Xor),
+            ("inc", Atom::Inc),
+            ("dec", Atom::Dec),
+            ("exch", Atom::Exch),
+            ("cas", Atom::Cas),
+        ];
+        let orders = [
+            ("relaxed", 0),
+            ("acquire", flag::ACQUIRE),
+            ("release", flag::RELEASE),
+            ("acq_rel", flag::ACQUIRE | flag::RELEASE),
+        ];
+        let flags = parts.one_of(&orders).unwrap_or(0);
+        parts.one_of(&[("gpu", ()), ("sys", ()), ("cta", ())]);
+        let space = spaces(parts);
+        let atom = parts.one_of(&table).ok_or("it has no operation that this machine knows")?;
+        let ty = parts.ty()?;
+        only(ty, &[&[Ty::U32, Ty::S32, Ty::U64, Ty::S64, Ty::B32, Ty::B64, Ty::F32]])?;
+        let fits = match atom {
+            Atom::Add => !ty.is_bits(),
+            Atom::Min | Atom::Max => !ty.is_bits() && !ty.is_float(),
+            Atom::Inc | Atom::Dec => ty == Ty::U32,
+            _ => ty.is_bits(),
+        };
+        if !fits {
+            return Err(format!("an operation that {ty:?} does not have"));
+        }
+        let mut i = Instr::new(Op::Atomic, ty);
+        i.space = space;
+        i.flags |= flags;
+        i.atom = atom;
+        let values = if result {
+            let (first, rest) = operands.split_first().ok_or("it has no operands")?;
+            i.d = self.output(first, ty)?;
+            rest
+        } else {
+            operands
+        };
+        if values.len() != if atom == Atom::Cas { 3 } else { 2 } {
+            return Err("the wrong number of operands".to_string());
+        }
+        self.address(&mut i, &values[0])?;
+        if matches!(space, Space::Global | Space::Generic) && i.has(flag::NARROW) {
+            return Err("a 32-bit address".to_string());
+        }
+        i.b = self.input(&values[1], ty)?;
+        i.c = if atom == Atom::Cas { self.input(&values[2], ty)? } else { i.b };
+        Ok(i)
+    }
+
+    fn cp_async(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        if !parts.take("async") {
+            return Err("only cp.async is known to this machine".to_string());
+        }
+        if parts.take("commit_group") {
+            return bare(Op::CpAsyncCommit, operands);
+        }
+        if parts.take("wait_all") {
+            let mut i = bare(Op::CpAsyncWait, operands)?;
+            i.x = NONE;
+            return Ok(i);
+        }
+        if parts.take("wait_group") {
+            let [n] = take(operands)?;
+            let mut i = Instr::new(Op::CpAsyncWait, Ty::B32);
+            i.x = number(n)?;
+            return Ok(i);
+        }
+        let all = parts.one_of(&[("cg", false), ("ca", true)]).ok_or("it has no cache operator")?;
+        for hint in ["L2::64B", "L2::128B", "L2::256B"] {
+            parts.take(hint);
+        }
+        if !(parts.take("shared") || parts.take("shared::cta")) || !parts.take("global") {
+            return Err("it has no state spaces".to_string());
+        }
+        let (to, from, size, ignore) = match operands {
+            [to, from, size] => (to, from, size, None),
+            [to, from, size, read] => (to, from, size, Some(read)),
+            _ => return Err("the wrong number of operands".to_string()),
+        };
+        let size = number(size)?;
+        if !(size == 16 || all && (size == 4 || size == 8)) {
+            return Err(format!("a copy of {size} bytes"));
+        }
+        let mut i = Instr::new(Op::CpAsync, Ty::B32);
+        i.n = size as u8;
+        self.address(&mut i, to)?;
+        let mut source = Instr::new(Op::Ld, Ty::B32);
+        self.address(&mut source, from)?;
+        (i.c, i.e) = (source.a, source.x);
+        if source.has(flag::NARROW) {
+            return Err("a 32-bit global address".to_string());
+        }
+        i.b = match ignore {
+            Some(read) => self.input(read, Ty::U32)?,
+            None => self.constant(Constant::Bits(u64::from(size)), false),
+        };
+        Ok(i)
+    }
+
+    fn lanes(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        if parts.root == "activemask" {
+            only(parts.ty()?, &[&[Ty::B32]])?;
+            let mut i = Instr::new(Op::Activemask, Ty::B32);
+            let [d] = take(operands)?;
+            i.d = self.output(d, Ty::B32)?;
+            return Ok(i);
+        }
+        if !parts.take("sync") {
+            return Err("only the form with .sync is known to this machine".to_string());
+        }
+        match parts.root {
+            "shfl" => {
+                let modes = [("up", 0), ("down", 1), ("bfly", 2), ("idx", 3)];
+                let mode = parts.one_of(&modes).ok_or("it has no mode")?;
+                only(parts.ty()?, &[&[Ty::B32]])?;
+                let second = matches!(operands.get(1), Some(Operand::Predicate(_)));
+                let values = operands.get(1 + usize::from(second)..).unwrap_or(&[]);
+                let [a, b, c, mask] = take(values)?;
+                let mut i = self.binary(Op::Shfl, Ty::B32, [&operands[0], a, b])?;
+                i.flags = mode;
+                i.c = self.input(c, Ty::U32)?;
+                i.x = self.input(mask, Ty::U32)?;
+                if second {
+                    i.e = self.predicate_output(&operands[1])?;
+                }
+                Ok(i)
+            }
+            "vote" => {
+                let modes = [("all", 0), ("any", 1), ("uni", 2), ("ballot", 3)];
+                let mode = parts.one_of(&modes).ok_or("it has no mode")?;
+                let ty = parts.ty()?;
+                let [d, a, mask] = take(operands)?;
+                let mut i = Instr::new(Op::Vote, ty);
+                i.flags = mode;
+                i.d = match (mode, ty) {
+                    (3, Ty::B32) => self.output(d, Ty::B32)?,
+                    (0..=2, Ty::Pred) => self.predicate_output(d)?,
+                    _ => return Err("a type that this vote does not have".to_string()),
+                };
+                i.a = self.predicate(a)?;
+                i.b = self.input(mask, Ty::U32)?;
+                Ok(i)
+            }
+            _ => {
+                let table = [
+                    ("add", Atom::Add),
+                    ("min", Atom::Min),
+                    ("max", Atom::Max),
+                    ("and", Atom::And),
+                    ("or", Atom::Or),
+                    ("xor", Atom::Xor),
+                ];
+                let atom = parts.one_of(&table).ok_or("it has no operation")?;
+                let ty = parts.ty()?;
+                only(ty, &[&[Ty::U32, Ty::S32, Ty::B32]])?;
+                let [d, a, mask] = take(operands)?;
+                let mut i = self.unary_of(Op::Redux, d, ty, a, ty)?;
+                i.atom = atom;
+                i.b = self.input(mask, Ty::U32)?;
+                Ok(i)
+            }
+        }
+    }
+
+    fn barrier(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        if parts.take("warp") {
+            if !parts.take("sync") {
+                return Err("only bar.warp.sync is known to this machine".to_string());
+            }
+            let [mask] = take(operands)?;
+            let mut i = Instr::new(Op::BarWarp, Ty::B32);
+            i.a = self.input(mask, Ty::U32)?;
+            return Ok(i);
+        }
+        parts.take("cta");
+        if !parts.take("sync") {
+            return Err("only the form with .sync is known to this machine".to_string());
+        }
+        if parts.root == "barrier" && !parts.take("aligned") {
+            return Err("only the form with .aligned is known to this machine".to_string());
+        }
+        let mut i = Instr::new(Op::Bar, Ty::U32);
+        let (id, count) = match operands {
+            [id] => (id, None),
+            [id, count] => (id, Some(count)),
+            _ => return Err("the wrong number of operands".to_string()),
+        };
+        i.a = self.input(id, Ty::U32)?;
+        if let Some(count) = count {
+            i.b = self.input(count, Ty::U32)?;
+        }
+        Ok(i)
+    }
+
+    fn mma(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        if parts.rest != ["sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"] {
+            return Err("this shape, layout or type is not executed yet".to_string());
+        }
+        parts.rest.clear();
+        let [d, a, b, c] = take(operands)?;
+        let mut i = Instr::new(Op::Mma, Ty::F32);
+        i.d = self.list(d, 4, Ty::F32, true)?;
+        self.list(a, 4, Ty::B32, false)?;
+        self.list(b, 2, Ty::B32, false)?;
+        self.list(c, 4, Ty::F32, false)?;
+        Ok(i)
+    }
+
+    fn ldmatrix(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        let known = parts.take("sync") && parts.take("aligned") && parts.take("m8n8") && parts.take("b16");
+        if !known || !(parts.take("shared") || parts.take("shared::cta")) {
+            return Err("only .sync.aligned.m8n8 of .shared.b16 is known to this machine".to_string());
+        }
+        let n = parts.one_of(&[("x1", 1u8), ("x2", 2), ("x4", 4)]).ok_or("it has no number")?;
+        let [d, address] = take(operands)?;
+        let mut i = Instr::new(Op::Ldmatrix, Ty::B32);
+        i.space = Space::Shared;
+        i.n = n;
+        i.flags = parts.flags(&[("trans", flag::TRANS)]);
+        i.d = self.list(d, n as usize, Ty::B32, true)?;
+        self.address(&mut i, address)?;
+        Ok(i)
+    }
+
+    fn wgmma(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        let action = parts.rest.first().copied().unwrap_or("");
+        parts.rest.drain(..1.min(parts.rest.len()));
+        if !parts.take("sync") || !parts.take("aligned") {
+            return Err("expected .sync.aligned".to_string());
+        }
+        self.uses_wgmma = true;
+        match action {
+            "fence" => bare(Op::WgmmaFence, operands),
+            "commit_group" => bare(Op::WgmmaCommit, operands),
+            "wait_group" => {
+                let [n] = take(operands)?;
+                let mut i = Instr::new(Op::WgmmaWait, Ty::B32);
+                i.x = number(n)?;
+                Ok(i)
+            }
+            "mma_async" => {
+                let shape = parts.rest.first().copied().unwrap_or("");
+                let columns = shape.strip_prefix("m64n").and_then(|s| s.strip_suffix("k16"));
+                let columns = columns.and_then(|n| n.parse::<u32>().ok());
+                let columns =
+                    columns.filter(|n| n % 8 == 0 && (8..=256).contains(n)).ok_or("an unknown shape")?;
+                if parts.rest[1..] != ["f32", "bf16", "bf16"] {
+                    return Err("these types are not executed yet".to_string());
+                }
+                parts.rest.clear();
+                let [d, a, b, add, scale_a, scale_b, trans_a, trans_b] = take(operands)?;
+                let settings = [number(scale_a)?, number(scale_b)?, number(trans_a)?, number(trans_b)?];
+                if settings != [1, 1, 0, 0] {
+                    return Err("negated or transposed operands are not executed yet".to_string());
+                }
+                let mut i = Instr::new(Op::Wgmma, Ty::F32);
+                i.x = columns / 2;
+                i.d = self.list(d, (columns / 2) as usize, Ty::F32, true)?;
+                i.a = self.input(a, Ty::B64)?;
+                i.b = self.input(b, Ty::B64)?;
+                i.c = self.predicate(add)?;
+                Ok(i)
+            }
+            _ => Err("this form is not known to this machine".to_string()),
+        }
+    }
+}
+
+fn bare(op: Op, operands: &[Operand]) -> Result<Instr> {
+    if operands.is_empty() { Ok(Instr::new(op, Ty::B32)) } else { Err("it has no operands".to_string()) }
+}
+
+fn number(operand: &Operand) -> Result<u32> {
+    match operand {
+        Operand::Int(x) => u32::try_from(*x).map_err(|_| format!("{} is out of range", *x as i64)),
+        _ => Err(format!("{} is no immediate number", describe(operand))),
+    }
+}
+
+fn take<'o, 'a, const N: usize>(operands: &'o [Operand<'a>]) -> Result<[&'o Operand<'a>; N]> {
+    let found = operands.len();
+    let all: Vec<&Operand> = operands.iter().collect();
+    all.try_into().map_err(|_| format!("{found} operands where {N} belong"))
+}
+
+/// Calls `f` for each row that an instruction reads or writes, with whether it is a 64-bit row and whether it is written.
+pub(super) fn rows(i: &mut Instr, lists: &mut [u32], mut f: impl FnMut(&mut u32, bool, bool)) {
+    let wide = i.ty.bytes() == 8;
+    let from_wide = i.from.bytes() == 8;
+    let narrow = i.has(flag::NARROW);
+    let address = |row: &mut u32, f: &mut dyn FnMut(&mut u32, bool, bool)| f(row, !narrow, false);
+    let all = |at: u32,
+               n: usize,
+               wide: bool,
+               write: bool,
+               lists: &mut [u32],
+               f: &mut dyn FnMut(&mut u32, bool, bool)| {
+        for row in &mut lists[at as usize..at as usize + n] {
+            f(row, wide, write);
+        }
+    };
+    match i.op {
+        Op::Mov
+        | Op::Neg
+        | Op::Abs
+        | Op::Not
+        | Op::Brev
+        | Op::Sqrt
+        | Op::Rcp
+        | Op::Rsqrt
+        | Op::Ex2
+        | Op::Lg2 => {
+            f(&mut i.a, wide, false);
+            f(&mut i.d, wide, true);
+        }
+        Op::Pack => {
+            all(i.a, i.n as usize, from_wide, false, lists, &mut f);
+            f(&mut i.d, wide, true);
+        }
+        Op::Unpack => {
+            f(&mut i.a, wide, false);
+            all(i.d, i.n as usize, from_wide, true, lists, &mut f);
+        }
+        Op::Special => f(&mut i.d, wide, true),
+        Op::Popc | Op::Clz | Op::Bfind | Op::BfindShift => {
+            f(&mut i.a, wide, false);
+            f(&mut i.d, false, true);
+        }
+        Op::Add
+        | Op::Sub
+        | Op::MulLo
+        | Op::MulHi
+        | Op::Div
+        | Op::Rem
+        | Op::Min
+        | Op::Max
+        | Op::And
+        | Op::Or
+        | Op::Xor
+        | Op::Copysign
+        | Op::Selp => {
+            f(&mut i.a, wide, false);
+            f(&mut i.b, wide, false);
+            f(&mut i.d, wide, true);
+        }
+        Op::MulWide | Op::MadLo | Op::MadHi | Op::MadWide | Op::Fma => {
+            let result = if matches!(i.op, Op::MulWide | Op::MadWide) { i.ty.bytes() == 4 } else { wide };
+            f(&mut i.a, wide, false);
+            f(&mut i.b, wide, false);
+            if i.op != Op::MulWide {
+                f(&mut i.c, result, false);
+            }
+            f(&mut i.d, result, true);
+        }
+        Op::Shl | Op::Shr => {
+            f(&mut i.a, wide, false);
+            f(&mut i.b, false, false);
+            f(&mut i.d, wide, true);
+        }
+        Op::ShfL | Op::ShfR | Op::Prmt | Op::Lop3 => {
+            f(&mut i.a, false, false);
+            f(&mut i.b, false, false);
+            f(&mut i.c, false, false);
+            f(&mut i.d, false, true);
+        }
+        Op::Bfe | Op::Bfi => {
+            f(&mut i.a, wide, false);
+            f(&mut i.b, i.op == Op::Bfi && wide, false);
+            f(&mut i.c, false, false);
+            if i.op == Op::Bfi {
+                f(&mut i.e, false, false);
+            }
+            f(&mut i.d, wide, true);
+        }
+        Op::Setp => {
+            f(&mut i.a, wide, false);
+            f(&mut i.b, wide, false);
+        }
+        Op::Cvt => {
+            f(&mut i.a, from_wide, false);
+            f(&mut i.d, wide, true);
+        }
+        Op::CvtPack => {
+            f(&mut i.a, false, false);
+            f(&mut i.b, false, false);
+            f(&mut i.d, false, true);
+        }
+        Op::Ld | Op::St => {
+            address(&mut i.a, &mut f);
+            all(i.d, i.n as usize, wide || i.has(flag::WIDE), i.op == Op::Ld, lists, &mut f);
+        }
+        Op::Atomic => {
+            address(&mut i.a, &mut f);
+            f(&mut i.b, wide, false);
+            f(&mut i.c, wide, false);
+            f(&mut i.d, wide, true);
+        }
+        Op::CpAsync => {
+            address(&mut i.a, &mut f);
+            f(&mut i.c, true, false);
+            f(&mut i.b, false, false);
+        }
+        Op::Shfl => {
+            for row in [&mut i.a, &mut i.b, &mut i.c, &mut i.x] {
+                f(row, false, false);
+            }
+            f(&mut i.d, false, true);
+        }
+        Op::Vote => {
+            f(&mut i.b, false, false);
+            if i.ty == Ty::B32 {
+                f(&mut i.d, false, true);
+            }
+        }
+        Op::Redux => {
+            f(&mut i.a, false, false);
+            f(&mut i.b, false, false);
+            f(&mut i.d, false, true);
+        }
+        Op::Bar => {
+            f(&mut i.a, false, false);
+            f(&mut i.b, false, false);
+        }
+        Op::BarWarp => f(&mut i.a, false, false),
+        Op::Activemask => f(&mut i.d, false, true),
+        Op::Mma => {
+            all(i.d + 4, 10, false, false, lists, &mut f);
+            all(i.d, 4, false, true, lists, &mut f);
+        }
+        Op::Ldmatrix => {
+            address(&mut i.a, &mut f);
+            all(i.d, i.n as usize, false, true, lists, &mut f);
+        }
+        Op::Wgmma => {
+            f(&mut i.a, true, false);
+            f(&mut i.b, true, false);
+            // Written, and read too.
+            all(i.d, i.x as usize, false, true, lists, &mut f);
+        }
+        Op::PMov
+        | Op::PAnd
+        | Op::POr
+        | Op::PXor
+        | Op::PNot
+        | Op::Bra
+        | Op::Ret
+        | Op::Trap
+        | Op::CpAsyncCommit
+        | Op::CpAsyncWait
+        | Op::Fence
+        | Op::FenceProxy
+        | Op::DependentsLaunch
+        | Op::DependentsWait
+        | Op::WgmmaFence
+        | Op::WgmmaCommit
+        | Op::WgmmaWait => {}
+    }
+}
+
+/// Whether an operand is a register, not a constant and not absent.
+pub(super) fn is_register(row: u32) -> bool {
+    row != NONE && row & CONSTANT == 0
+}
