@@ -3,5 +3,6 @@
 //! [`ptx`] turns PTX text into kernels, [`machine`] runs them.
 
 pub mod card;
+pub mod machine;
 pub mod memory;
 pub mod ptx;

@@ -2,7 +2,7 @@
 //! warp's rows stay in the host's caches. Also finds registers that may be read before they are written.
 
 use super::decode::{is_register, rows};
-use super::program::{ALWAYS, CONSTANT, Kernel, NONE, Op, Ty, flag};
+use super::program::{ALWAYS, CONSTANT, Kernel, NONE, Op, RowAccess, Ty, flag};
 
 /// A set of registers.
 #[derive(Clone, PartialEq)]
@@ -194,23 +194,32 @@ pub(super) fn allocate(kernel: &mut Kernel, registers: &[Ty]) {
         constant_rows.push(next);
         next += 1 + u32::from(*wide);
     }
-    for pc in 0..kernel.code.len() {
-        let mut tracked = false;
-        rows(&mut kernel.code[pc], &mut kernel.lists, |operand, _, _| {
-            if *operand == NONE {
-                return;
-            }
-            *operand = if *operand & CONSTANT != 0 {
-                CONSTANT | constant_rows[(*operand & !CONSTANT) as usize]
-            } else {
-                tracked |= early.contains(*operand);
-                row(*operand as usize)
-            };
-        });
-        if tracked {
-            kernel.code[pc].flags |= flag::TRACKED;
-        }
-    }
     kernel.rows = used[1] * 2 + used[0];
     kernel.registers = most + 8;
+    kernel.accesses = vec![Vec::new(); kernel.code.len()];
+    for pc in 0..kernel.code.len() {
+        let mut accesses = Vec::new();
+        rows(&mut kernel.code[pc], &mut kernel.lists, |operand, _, write| {
+            *operand = match *operand {
+                // Results that nobody reads go to the rows after the last.
+                NONE if write => kernel.rows,
+                NONE => return,
+                constant if constant & CONSTANT != 0 => {
+                    CONSTANT | constant_rows[(constant & !CONSTANT) as usize]
+                }
+                register => {
+                    let early = early.contains(register);
+                    kernel.tracked |= early;
+                    if early || kernel.uses_wgmma {
+                        accesses.push(RowAccess { row: row(register as usize), write, early });
+                    }
+                    row(register as usize)
+                }
+            };
+        });
+        if !accesses.is_empty() {
+            kernel.code[pc].flags |= flag::TRACKED;
+        }
+        kernel.accesses[pc] = accesses;
+    }
 }

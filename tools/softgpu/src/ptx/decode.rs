@@ -487,7 +487,6 @@ impl<'a> Body<'a> {
             ("rzi", flag::RZI),
             ("rmi", flag::RMI),
             ("rpi", flag::RPI),
-            ("rz", flag::RZ),
             ("ftz", flag::FTZ),
             ("sat", flag::SAT),
         ];
@@ -508,12 +507,13 @@ impl<'a> Body<'a> {
         let integral = flags & (flag::RNI | flag::RZI | flag::RMI | flag::RPI) != 0;
         let known =
             |ty| matches!(ty, Ty::F16 | Ty::BF16 | Ty::F32 | Ty::F64) || !ty.is_float() && !ty.is_bits();
-        if !known(ty) || !known(from) {
+        let half = |ty| matches!(ty, Ty::F16 | Ty::BF16);
+        if !known(ty) || !known(from) || half(ty) && from != Ty::F32 || half(from) && ty != Ty::F32 {
             return Err(format!("a conversion from {from:?} to {ty:?}"));
         }
         let narrowing = ty.is_float() && (!from.is_float() || ty.bytes() < from.bytes());
         if from.is_float() && !ty.is_float() && !integral
-            || narrowing && !nearest && flags & flag::RZ == 0
+            || narrowing && !nearest
             || integral && !from.is_float()
         {
             return Err("the rounding modifier does not fit the types".to_string());

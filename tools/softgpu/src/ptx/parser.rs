@@ -368,6 +368,9 @@ impl<'a> Parser<'a> {
         if body.code.is_empty() || !body.ends() {
             return self.error(format!("{name} does not end with a `ret` or a branch"));
         }
+        if body.code.len() >= 1 << 20 {
+            return self.error(format!("{name} has more than a million instructions"));
+        }
         body.resolve_labels()?;
         let dynamic_start = layout.next.next_multiple_of(layout.dynamic_align);
         let mut kernel = Kernel {
@@ -391,6 +394,8 @@ impl<'a> Parser<'a> {
             dynamic_start,
             shared_unit: body.shared_unit,
             uses_wgmma: body.uses_wgmma,
+            tracked: false,
+            accesses: Vec::new(),
         };
         allocate::allocate(&mut kernel, &body.registers);
         let limit = 65536 / (max_threads.max(32) * min_blocks);

@@ -289,8 +289,6 @@ pub(crate) mod flag {
     pub const RZI: u16 = 32;
     pub const RMI: u16 = 64;
     pub const RPI: u16 = 128;
-    /// Float results: toward zero.
-    pub const RZ: u16 = 256;
     /// A multiplication or addition without a rounding modifier: ptxas may contract it.
     pub const CONTRACT: u16 = 512;
     /// shf: the shift amount wraps at 32.
@@ -442,6 +440,19 @@ pub struct Kernel {
     /// The smallest access to shared memory, in bytes, at most 4.
     pub(crate) shared_unit: u32,
     pub(crate) uses_wgmma: bool,
+    /// Whether a register may be read before it is written.
+    pub(crate) tracked: bool,
+    /// [instruction]: the rows that it accesses, for instructions with [`flag::TRACKED`].
+    pub(crate) accesses: Vec<Vec<RowAccess>>,
+}
+
+/// An access of an instruction to a row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowAccess {
+    pub row: u32,
+    pub write: bool,
+    /// The register may be read before it is written.
+    pub early: bool,
 }
 
 impl Kernel {
