@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 const ALIGN: usize = 256;
 /// The first device address: above every host address of a user process, within the 49 bits of a GPU's
 /// address space.
-const BASE: u64 = 1 << 48;
+pub const DEVICE_MEMORY: u64 = 1 << 48;
 /// Addresses between two allocations that belong to neither, at least, in bytes.
 const RED_ZONE: u64 = 1 << 16;
 /// How many freed allocations [`Snapshot::describe`] can name.
@@ -226,7 +226,7 @@ pub struct Memory {
 impl Memory {
     /// The empty memory of a card.
     pub fn new(card: &Card) -> Memory {
-        let state = State { table: Arc::default(), next: BASE, used: 0 };
+        let state = State { table: Arc::default(), next: DEVICE_MEMORY, used: 0 };
         Memory { state: Mutex::new(state), total: card.memory }
     }
 
