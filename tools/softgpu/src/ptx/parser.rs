@@ -6,7 +6,7 @@ use super::operands::{Base, Body, Operand};
 use super::program::{ALWAYS, Constant, Kernel, Loc, Param, SHARED_GAP, SHARED_START, SharedVariable, Ty};
 use super::{Error, allocate};
 use crate::card::Card;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// The newest PTX version that the machine's driver knows.
@@ -49,7 +49,7 @@ struct Parser<'a> {
     at: usize,
     files: HashMap<u32, String>,
     names: HashMap<&'a str, Name>,
-    /// Shared variables of the module: they are in every kernel's shared memory.
+    /// Shared variables of the module: they are in the shared memory of the kernels that name them.
     shared: Vec<Declaration<'a>>,
     variables: Vec<Variable>,
     kernels: Vec<Kernel>,
@@ -360,7 +360,8 @@ impl<'a> Parser<'a> {
         }
         self.expect('{')?;
         let mut layout = Layout { next: SHARED_START, bytes: 0, variables: Vec::new(), dynamic_align: 16 };
-        for declaration in &self.shared {
+        let words = self.body_words();
+        for declaration in self.shared.iter().filter(|declaration| words.contains(declaration.name)) {
             layout.place(declaration, &mut body);
         }
         let mut local = 0u32;
@@ -465,6 +466,24 @@ impl<'a> Parser<'a> {
                 _ => return self.error(format!("expected a statement, found {}", self.found())),
             }
         }
+    }
+
+    /// The words of the body whose opening brace was the last token.
+    fn body_words(&self) -> HashSet<&'a str> {
+        let mut depth = 1;
+        let mut words = HashSet::new();
+        for lexeme in &self.tokens[self.at..] {
+            match lexeme.token {
+                Token::Word(word) => drop(words.insert(word)),
+                Token::Mark('{') => depth += 1,
+                Token::Mark('}') => depth -= 1,
+                _ => {}
+            }
+            if depth == 0 {
+                break;
+            }
+        }
+        words
     }
 
     /// `.loc file line column[, function_name label, inlined_at file line column]`

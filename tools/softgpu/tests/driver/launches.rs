@@ -82,6 +82,9 @@ fn functions_answer_for_their_kernel() {
         assert_eq!(get(0, cuda.function(module, c"narrow")), 64);
         assert_eq!((get(1, add), get(6, add), get(MAX_DYNAMIC_SHARED, add)), (0, 90, 49152));
         assert!(get(4, add) > 0);
+        // A variable of the module takes shared memory of the kernels that use it.
+        let shares = cuda.function(module, c"shares");
+        assert_eq!((get(1, shares), get(MAX_DYNAMIC_SHARED, shares)), (512, 48640));
         assert_eq!(cuda.cuFuncGetAttribute(&mut 0, 7, add), NOT_SUPPORTED);
         assert_eq!(cuda.cuFuncGetAttribute(&mut 0, 16, add), INVALID_VALUE);
         for (number, value) in [(MAX_DYNAMIC_SHARED, 232_449), (MAX_DYNAMIC_SHARED, -1), (9, 101), (0, 32)] {
