@@ -1,5 +1,5 @@
-//! Gives the cdylib the name that programs ask the loader for, and keeps it loaded once it is: its worker threads outlive a
-//! program's `dlclose`.
+//! Gives the cdylib the name that programs ask the loader for, and keeps it loaded once it is: its worker
+//! threads outlive a program's `dlclose`.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

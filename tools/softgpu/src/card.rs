@@ -1,6 +1,6 @@
-//! The GPUs that the software GPU can stand in for: the limits and sizes that a program can ask for, and that decide which
-//! launches are legal and how many blocks are resident. Figures are those that NVIDIA publishes for the product and its
-//! compute capability; memory is what `nvidia-smi` shows.
+//! The GPUs that the software GPU can stand in for: the limits and sizes that a program can ask for, and that
+//! decide which launches are legal and how many blocks are resident. Figures are those that NVIDIA publishes
+//! for the product and its compute capability; memory is what `nvidia-smi` shows.
 
 const KIB: u32 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -56,7 +56,8 @@ const fn card(
     l2: u64,
     memory: u64,
 ) -> Card {
-    // Shared memory, resident threads and resident blocks of a multiprocessor follow from the compute capability.
+    // Shared memory, resident threads and resident blocks of a multiprocessor follow from the compute
+    // capability.
     let (shared, reserved, threads, blocks) = match capability {
         (7, 5) => (64 * KIB, 0, 1024, 16),
         (8, 0) => (164 * KIB, KIB, 2048, 32),

@@ -1,8 +1,9 @@
-//! Global memory: allocations in one 64-bit address space, each with a shadow that says which bytes were written.
+//! Global memory: allocations in one 64-bit address space, each with a shadow that says which bytes were
+//! written.
 //!
-//! Addresses of device memory are this module's own numbers, above all host addresses. They are never used twice and lie far
-//! apart, so an access past an allocation or after its end finds nothing. Page-locked host memory is at its host address, and
-//! host and device see it at once.
+//! Addresses of device memory are this module's own numbers, above all host addresses. They are never used
+//! twice and lie far apart, so an access past an allocation or after its end finds nothing. Page-locked host
+//! memory is at its host address, and host and device see it at once.
 
 use crate::card::Card;
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -13,8 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Alignment of every allocation, in bytes.
 const ALIGN: usize = 256;
-/// The first device address: above every host address of a user process, within the 49 bits of a GPU's address space.
-const BASE: u64 = 1 << 48;
+/// The first device address: above every host address of a user process, within the 49 bits of a GPU's
+/// address space.
+pub const DEVICE_MEMORY: u64 = 1 << 48;
 /// Addresses between two allocations that belong to neither, at least, in bytes.
 const RED_ZONE: u64 = 1 << 16;
 /// How many freed allocations [`Snapshot::describe`] can name.
@@ -84,11 +86,42 @@ pub struct Allocation {
     pub kind: Kind,
     /// What messages call it.
     pub name: String,
-    data: *mut u8,
-    initialised: *mut u8,
+    data: Bytes,
+    initialised: Bytes,
 }
 
-// SAFETY: the pointers are owned, and what they point to is accessed by raw reads and writes, as device memory is.
+/// Host memory of an allocation. It starts at a multiple of [`ALIGN`], and no other memory is within
+/// [`ALIGN`] bytes of its end.
+struct Bytes {
+    first: *mut u8,
+    base: *mut u8,
+    layout: Layout,
+}
+
+impl Bytes {
+    /// Zeros, which take no memory until they are written. `None` if there are no pages left.
+    fn new(bytes: usize) -> Option<Bytes> {
+        // A small alignment, because the system allocator writes to memory that it aligns more.
+        let layout = Layout::from_size_align(bytes.checked_add(2 * ALIGN)?, 16).ok()?;
+        // SAFETY: the layout is not empty.
+        let base = unsafe { alloc_zeroed(layout) };
+        if base.is_null() {
+            return None;
+        }
+        // SAFETY: there are `2 * ALIGN` bytes more than asked for.
+        Some(Bytes { first: unsafe { base.add(base.align_offset(ALIGN)) }, base, layout })
+    }
+}
+
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { dealloc(self.base, self.layout) };
+    }
+}
+
+// SAFETY: the pointers are owned, and what they point to is accessed by raw reads and writes, as device
+// memory is.
 unsafe impl Send for Allocation {}
 // SAFETY: as for Send.
 unsafe impl Sync for Allocation {}
@@ -96,32 +129,17 @@ unsafe impl Sync for Allocation {}
 impl Allocation {
     /// The host address of the first byte.
     pub fn data(&self) -> *mut u8 {
-        self.data
+        self.data.first
     }
 
     /// The shadow: one byte for each byte, 0 while that byte was never written.
     pub fn initialised(&self) -> *mut u8 {
-        self.initialised
+        self.initialised.first
     }
 
     /// The first address past it.
     fn end(&self) -> u64 {
         self.start + self.bytes as u64
-    }
-}
-
-fn layout(bytes: usize) -> Option<Layout> {
-    Layout::from_size_align(bytes.max(1), ALIGN).ok()
-}
-
-impl Drop for Allocation {
-    fn drop(&mut self) {
-        let layout = layout(self.bytes).expect("it was allocated with this layout");
-        // SAFETY: both were allocated with this layout, in `Memory::allocate`.
-        unsafe {
-            dealloc(self.data, layout);
-            dealloc(self.initialised, layout);
-        }
     }
 }
 
@@ -174,7 +192,8 @@ impl Table {
     }
 }
 
-/// The allocations at one moment. They stay accessible while the snapshot lives, even if they are freed meanwhile.
+/// The allocations at one moment. They stay accessible while the snapshot lives, even if they are freed
+/// meanwhile.
 #[derive(Clone)]
 pub struct Snapshot(Arc<Table>);
 
@@ -207,7 +226,7 @@ pub struct Memory {
 impl Memory {
     /// The empty memory of a card.
     pub fn new(card: &Card) -> Memory {
-        let state = State { table: Arc::default(), next: BASE, used: 0 };
+        let state = State { table: Arc::default(), next: DEVICE_MEMORY, used: 0 };
         Memory { state: Mutex::new(state), total: card.memory }
     }
 
@@ -215,8 +234,8 @@ impl Memory {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Allocates `bytes` bytes, aligned to 256, that count as never written unless they are host memory. `name` is for
-    /// messages.
+    /// Allocates `bytes` bytes, aligned to 256, that count as never written unless they are host memory.
+    /// `name` is for messages.
     ///
     /// # Errors
     /// [`OutOfMemory`] if the card has not enough left, or the machine that this runs on.
@@ -225,20 +244,17 @@ impl Memory {
         let free = self.total - state.used;
         let full = OutOfMemory { requested: bytes, free };
         let charge = if kind == Kind::Host { 0 } else { bytes as u64 };
-        let Some(layout) = layout(bytes).filter(|_| charge <= free) else { return Err(full) };
-        // SAFETY: the layout is not empty. Pages of zeros take no memory until they are written.
-        let (data, initialised) = unsafe { (alloc_zeroed(layout), alloc_zeroed(layout)) };
-        if data.is_null() || initialised.is_null() {
-            for pointer in [data, initialised].into_iter().filter(|pointer| !pointer.is_null()) {
-                // SAFETY: allocated above with this layout.
-                unsafe { dealloc(pointer, layout) };
-            }
+        if charge > free {
             return Err(full);
         }
+        let (Some(data), Some(initialised)) = (Bytes::new(bytes), Bytes::new(bytes)) else {
+            return Err(full);
+        };
         let start = if kind == Kind::Host {
-            // SAFETY: the shadow has this many bytes. Writes of the host are not seen, so all count as written.
-            unsafe { initialised.write_bytes(1, bytes) };
-            data as u64
+            // SAFETY: the shadow has this many bytes. Writes of the host are not seen, so all count as
+            // written.
+            unsafe { initialised.first.write_bytes(1, bytes) };
+            data.first as u64
         } else {
             let start = state.next;
             state.next = (start + bytes as u64 + RED_ZONE).next_multiple_of(RED_ZONE);
@@ -313,8 +329,8 @@ impl Memory {
         let (allocation, offset) = self.place(to, bytes)?;
         // SAFETY: the range is in the allocation, and the caller vouches for the source.
         unsafe {
-            copy(from, allocation.data.add(offset), bytes);
-            allocation.initialised.add(offset).write_bytes(1, bytes);
+            copy(from, allocation.data().add(offset), bytes);
+            allocation.initialised().add(offset).write_bytes(1, bytes);
         }
         Ok(())
     }
@@ -329,7 +345,7 @@ impl Memory {
     pub unsafe fn copy_out(&self, to: *mut u8, from: u64, bytes: usize) -> Result<(), OutOfBounds> {
         let (allocation, offset) = self.place(from, bytes)?;
         // SAFETY: the range is in the allocation, and the caller vouches for the destination.
-        unsafe { copy(allocation.data.add(offset), to, bytes) };
+        unsafe { copy(allocation.data().add(offset), to, bytes) };
         Ok(())
     }
 
@@ -342,8 +358,8 @@ impl Memory {
         let (target, offset) = self.place(to, bytes)?;
         // SAFETY: both ranges are in their allocations; `copy` allows an overlap.
         unsafe {
-            copy(source.data.add(at), target.data.add(offset), bytes);
-            copy(source.initialised.add(at), target.initialised.add(offset), bytes);
+            copy(source.data().add(at), target.data().add(offset), bytes);
+            copy(source.initialised().add(at), target.initialised().add(offset), bytes);
         }
         Ok(())
     }
@@ -356,8 +372,8 @@ impl Memory {
         let (allocation, offset) = self.place(to, bytes)?;
         // SAFETY: the range is in the allocation.
         unsafe {
-            allocation.data.add(offset).write_bytes(byte, bytes);
-            allocation.initialised.add(offset).write_bytes(1, bytes);
+            allocation.data().add(offset).write_bytes(byte, bytes);
+            allocation.initialised().add(offset).write_bytes(1, bytes);
         }
         Ok(())
     }

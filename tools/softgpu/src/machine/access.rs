@@ -3,10 +3,11 @@
 
 use super::block::{Core, Env, RANGES, Range};
 use super::exec::Result;
-use super::fault::Trouble;
+use super::fault::{Cause, Trouble};
 use super::lanes::{LANES, Rows, lanes};
 use super::shared::{Access, Who};
 use super::warp::{Copy, Warp};
+use crate::memory::DEVICE_MEMORY;
 use crate::ptx::program::{Atom, Instr, LOCAL_WINDOW, NONE, Op, SHARED_WINDOW, Space, Ty, flag};
 
 /// The addresses of an instruction's lanes.
@@ -79,6 +80,8 @@ pub(super) fn access(
             Space::Global => {
                 let range = global(env, address, bytes, pc).map_err(|t| t.lane(lane))?;
                 let offset = (address - range.start) as usize;
+                // A loop that waits for the host does not hang.
+                env.counts.changed |= range.start < DEVICE_MEMORY;
                 // SAFETY: `global` has checked the range.
                 unsafe {
                     if store {
@@ -173,6 +176,7 @@ unsafe fn put(i: &Instr, at: *mut u8, from: &[*mut u32; 4], lane: usize) {
 fn global(env: &mut Env, address: u64, bytes: u32, pc: usize) -> Result<Range> {
     if !address.is_multiple_of(u64::from(bytes)) {
         return Err(Trouble::new(format!("a misaligned access: {bytes} bytes at {address:#x}"))
+            .cause(Cause::Misaligned)
             .at(address)
             .note(format!("the address is {}", env.snapshot.describe(address))));
     }
@@ -183,6 +187,7 @@ fn global(env: &mut Env, address: u64, bytes: u32, pc: usize) -> Result<Range> {
     }
     let Some(found) = env.snapshot.find(address, u64::from(bytes)) else {
         return Err(Trouble::new(format!("{bytes} bytes at {address:#x} are out of bounds"))
+            .cause(Cause::OutOfBounds)
             .at(address)
             .note(format!("the address is {}", env.snapshot.describe(address))));
     };

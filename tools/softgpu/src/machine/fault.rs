@@ -3,9 +3,19 @@
 use crate::ptx::Kernel;
 use std::fmt;
 
+/// What kind of error it is, as far as a driver tells them apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// An access to memory that is not there.
+    OutOfBounds,
+    Misaligned,
+    Other,
+}
+
 /// An error of a kernel: a report that names the place in the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
+    pub cause: Cause,
     /// The name of the kernel.
     pub kernel: Box<str>,
     /// The block's index.
@@ -41,6 +51,7 @@ impl std::error::Error for Fault {}
 /// An error while its place is still known only as an instruction and a lane.
 #[derive(Debug)]
 pub(super) struct Trouble {
+    pub cause: Cause,
     pub sentence: String,
     pub lane: Option<usize>,
     pub address: Option<u64>,
@@ -52,6 +63,7 @@ pub(super) struct Trouble {
 impl Trouble {
     pub fn new(sentence: impl Into<String>) -> Box<Trouble> {
         Box::new(Trouble {
+            cause: Cause::Other,
             sentence: sentence.into(),
             lane: None,
             address: None,
@@ -62,6 +74,11 @@ impl Trouble {
 
     pub fn lane(mut self: Box<Self>, lane: usize) -> Box<Trouble> {
         self.lane.get_or_insert(lane);
+        self
+    }
+
+    pub fn cause(mut self: Box<Self>, cause: Cause) -> Box<Trouble> {
+        self.cause = cause;
         self
     }
 
@@ -90,6 +107,7 @@ impl Trouble {
             notes.push(format!("{what}: {}, thread ({x}, {y}, {z})", kernel.place(pc)));
         }
         Fault {
+            cause: self.cause,
             kernel: kernel.name.as_str().into(),
             block,
             thread: self.lane.map(|lane| index((warp * 32 + lane) as u32)),

@@ -16,7 +16,7 @@ mod values;
 mod warp;
 
 pub use counters::Counters;
-pub use fault::Fault;
+pub use fault::{Cause, Fault};
 
 use crate::card::Card;
 use crate::memory::Memory;
