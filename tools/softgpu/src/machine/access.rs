@@ -1,7 +1,7 @@
 //! Loads, stores, atomics and asynchronous copies, with their checks: bounds, alignment, bytes that were never written,
 //! races.
 
-use super::block::{Core, Env, Range};
+use super::block::{Core, Env, RANGES, Range};
 use super::exec::Result;
 use super::fault::{Cause, Trouble};
 use super::lanes::{LANES, Rows, lanes};
@@ -180,7 +180,7 @@ fn global(env: &mut Env, address: u64, bytes: u32, pc: usize) -> Result<Range> {
             .at(address)
             .note(format!("the address is {}", env.snapshot.describe(address))));
     }
-    let range = env.ranges[pc];
+    let range = env.ranges[pc % RANGES];
     let offset = address.wrapping_sub(range.start);
     if offset < range.bytes && range.bytes - offset >= u64::from(bytes) {
         return Ok(range);
@@ -197,7 +197,7 @@ fn global(env: &mut Env, address: u64, bytes: u32, pc: usize) -> Result<Range> {
         data: found.data(),
         initialised: found.initialised(),
     };
-    env.ranges[pc] = range;
+    env.ranges[pc % RANGES] = range;
     Ok(range)
 }
 
@@ -273,7 +273,6 @@ fn atomic(
     let all = addresses(rows, i);
     let bytes = i.ty.bytes();
     env.counts.atomics += u64::from(mask.count_ones());
-    env.counts.changed = true;
     for lane in lanes(mask) {
         let (space, address) = resolve(i.space, all[lane]);
         let who = Who { warp: warp.index, lane, pc };
@@ -315,13 +314,17 @@ fn atomic(
                 let to = at.cast::<u64>();
                 let (b, c) = ((*rows.get::<u64>(i.b))[lane], (*rows.get::<u64>(i.c))[lane]);
                 let old = to.read();
-                to.write_volatile(updated(i, old, b, c));
+                let new = updated(i, old, b, c);
+                env.counts.changed |= new != old;
+                to.write_volatile(new);
                 (*rows.at::<u64>(i.d))[lane] = old;
             } else {
                 let to = at.cast::<u32>();
                 let old = to.read();
                 let (b, c) = (u64::from(rows.lane(i.b, lane)), u64::from(rows.lane(i.c, lane)));
-                to.write_volatile(updated(i, u64::from(old), b, c) as u32);
+                let new = updated(i, u64::from(old), b, c) as u32;
+                env.counts.changed |= new != old;
+                to.write_volatile(new);
                 (*rows.at::<u32>(i.d))[lane] = old;
             }
         }

@@ -12,6 +12,9 @@ use crate::card::Card;
 use crate::memory::Snapshot;
 use crate::ptx::Kernel;
 
+/// How many instructions have their last allocation remembered.
+pub(super) const RANGES: usize = 256;
+
 /// The allocation that an instruction accessed last.
 #[derive(Clone, Copy)]
 pub(super) struct Range {
@@ -37,8 +40,8 @@ pub(super) struct Env<'a> {
     pub options: &'a Options,
     pub constants: &'a [Line],
     pub snapshot: &'a Snapshot,
-    /// [instruction]
-    pub ranges: &'a mut [Range],
+    /// By the last bits of the instruction.
+    pub ranges: &'a mut [Range; RANGES],
     pub counts: &'a mut Counts,
     pub global: &'a mut Global,
     /// Whether the launch before this one is complete, so that `griddepcontrol.wait` returns.

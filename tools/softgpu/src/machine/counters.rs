@@ -53,6 +53,8 @@ pub(super) struct Counts {
     bytes: Vec<u64>,
     /// [instruction]: bank conflicts.
     conflicts: Vec<u64>,
+    /// [bank]: the distinct words of a pass, used by [`Counts::shared`].
+    banks: Vec<[u64; LANES]>,
     sectors: u64,
     pub divergent: u64,
     pub atomics: u64,
@@ -62,8 +64,10 @@ pub(super) struct Counts {
 
 impl Counts {
     pub fn new(kernel: &Kernel) -> Counts {
-        let zeros = vec![0; kernel.code.len()];
-        Counts { executed: zeros.clone(), bytes: zeros.clone(), conflicts: zeros, ..Counts::default() }
+        // Each from the allocator: pages of zeros cost nothing until they are used.
+        let zeros = || vec![0; kernel.code.len()];
+        let banks = vec![[0; LANES]; LANES];
+        Counts { executed: zeros(), bytes: zeros(), conflicts: zeros(), banks, ..Counts::default() }
     }
 
     /// Instructions so far.
@@ -105,15 +109,13 @@ impl Counts {
         let mut extra = 0;
         for first in (0..LANES).step_by(group) {
             let part = (u32::MAX >> (LANES - group)) << first & mask;
-            // The distinct words of each bank.
-            let mut banks = [[u64::MAX; LANES]; LANES];
             let mut depth = [0usize; LANES];
             for lane in lanes(part) {
                 for word in 0..words as u64 {
                     let at = addresses[lane] / 4 + word;
                     let bank = (at % 32) as usize;
-                    if !banks[bank][..depth[bank]].contains(&at) {
-                        banks[bank][depth[bank]] = at;
+                    if !self.banks[bank][..depth[bank]].contains(&at) {
+                        self.banks[bank][depth[bank]] = at;
                         depth[bank] += 1;
                     }
                 }

@@ -133,10 +133,16 @@ unsafe fn interpret(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mu
                 | Op::WgmmaWait
                 | Op::Wgmma => {
                     warp.at = pc;
+                    if mask == ALL && warp.alive == ALL && i.op != Op::Bar && for_all_lanes(&rows, i) {
+                        // SAFETY: the operands are this instruction's.
+                        unsafe { together(env, core, warp, &rows, i, pc, ALL)? };
+                        pc += 1;
+                        continue;
+                    }
                     // Lanes whose guard is false do not take part.
                     warp.go(set & !mask, pc as u32 + 1);
                     warp.go(mask, pc as u32);
-                    let present = gather(&rows, warp, i, pc, mask)?;
+                    let present = gather(&kernel.code, &rows, warp, i, pc, mask)?;
                     set = 0;
                     if present == 0 {
                         break;
@@ -249,14 +255,28 @@ fn check_registers(env: &Env, warp: &mut Warp, i: &Instr, pc: usize, mask: u32) 
     Ok(())
 }
 
-/// The lanes that execute a `.sync` instruction now, or 0 if some are missing: then those at hand wait.
-fn gather(rows: &Rows, warp: &mut Warp, i: &Instr, pc: usize, mask: u32) -> Result<u32> {
-    let operand = match i.op {
+/// The operand that holds the mask of a `.sync` instruction, or [`NONE`] if it is for the whole warp.
+#[inline(always)]
+fn members_operand(i: &Instr) -> u32 {
+    match i.op {
         Op::Shfl => i.x,
         Op::Vote | Op::Redux => i.b,
         Op::BarWarp => i.a,
         _ => NONE,
-    };
+    }
+}
+
+/// Whether all lanes name all lanes as members: the common case.
+#[inline(always)]
+fn for_all_lanes(rows: &Rows, i: &Instr) -> bool {
+    let operand = members_operand(i);
+    // SAFETY: the operand is this instruction's.
+    operand == NONE || unsafe { *rows.get::<u32>(operand) } == [ALL; LANES]
+}
+
+/// The lanes that execute a `.sync` instruction now, or 0 if some are missing: then those at hand wait.
+fn gather(code: &[Instr], rows: &Rows, warp: &mut Warp, i: &Instr, pc: usize, mask: u32) -> Result<u32> {
+    let operand = members_operand(i);
     let first = mask.trailing_zeros() as usize;
     let lowest = warp.alive.trailing_zeros() as usize;
     if operand == NONE {
@@ -289,7 +309,13 @@ fn gather(rows: &Rows, warp: &mut Warp, i: &Instr, pc: usize, mask: u32) -> Resu
         }
     }
     let needed = members[first] & warp.alive;
-    let waiting = if i.op == Op::BarWarp { warp.waiting } else { warp.lanes_at(pc as u32, warp.waiting) };
+    let waiting = if i.op == Op::BarWarp {
+        // Its lanes may be at different instructions.
+        let at_one = |lane: &usize| code[warp.pcs[*lane] as usize].op == Op::BarWarp;
+        lanes(warp.waiting).filter(at_one).fold(0, |all, lane| all | 1 << lane)
+    } else {
+        warp.lanes_at(pc as u32, warp.waiting)
+    };
     let present = (mask | waiting) & needed;
     if present != needed {
         warp.waiting |= mask;
@@ -310,7 +336,7 @@ fn stuck(env: &Env, warp: &mut Warp) -> Result<()> {
         let at = warp.lanes_at(*pc, warp.waiting);
         let i = &env.kernel.code[*pc as usize];
         warp.at = *pc as usize;
-        if gather(&rows, warp, i, *pc as usize, at)? != 0 {
+        if gather(&env.kernel.code, &rows, warp, i, *pc as usize, at)? != 0 {
             // They run again, and now find everybody there.
             warp.waiting &= !at;
             return Ok(());
@@ -410,7 +436,11 @@ unsafe fn together(
                     *rows.at::<f32>(list[at]) = *row;
                 }
             }
-            Op::Ldmatrix => access::ldmatrix(env, core, warp, rows, i, pc)?,
+            Op::Ldmatrix => {
+                access::ldmatrix(env, core, warp, rows, i, pc)?;
+                // All its reads come before what any lane does next.
+                core.shared.sync_warp(warp.index);
+            }
             _ => tensor::wgmma(env, core, warp, rows, i, pc)?,
         }
     }
@@ -474,8 +504,8 @@ fn special(env: &mut Env, core: &Core, warp: &Warp, rows: &Rows, i: &Instr, mask
             Special::GridId => env.launch_index as u64,
             Special::LanemaskEq => u64::from(bit),
             Special::LanemaskLt => u64::from(bit - 1),
-            Special::LanemaskLe => u64::from(bit - 1 | bit),
-            Special::LanemaskGt => u64::from(!(bit - 1 | bit)),
+            Special::LanemaskLe => u64::from((bit - 1) | bit),
+            Special::LanemaskGt => u64::from(!((bit - 1) | bit)),
             Special::LanemaskGe => u64::from(!(bit - 1)),
             // Time is the number of instructions executed, so that runs repeat.
             Special::Clock => u64::from(env.counts.total() as u32),

@@ -17,17 +17,17 @@ pub enum Cause {
 pub struct Fault {
     pub cause: Cause,
     /// The name of the kernel.
-    pub kernel: String,
+    pub kernel: Box<str>,
     /// The block's index.
     pub block: [u32; 3],
     /// The thread's index in the block, if one thread is to blame.
     pub thread: Option<[u32; 3]>,
     /// The .cu file and line, and the line of the PTX.
-    pub place: String,
+    pub place: Box<str>,
     /// The global address, if one is involved.
     pub address: Option<u64>,
     /// What is wrong.
-    pub sentence: String,
+    pub sentence: Box<str>,
     /// Other places that are involved, one sentence each.
     pub notes: Vec<String>,
 }
@@ -98,14 +98,7 @@ impl Trouble {
     }
 
     /// The report, with the place filled in.
-    pub fn report(
-        self: Box<Self>,
-        kernel: &Kernel,
-        pc: usize,
-        block: [u32; 3],
-        shape: [u32; 3],
-        warp: usize,
-    ) -> Fault {
+    pub fn report(self, kernel: &Kernel, pc: usize, block: [u32; 3], shape: [u32; 3], warp: usize) -> Fault {
         let index =
             |thread: u32| [thread % shape[0], thread / shape[0] % shape[1], thread / shape[0] / shape[1]];
         let mut notes = self.notes;
@@ -115,12 +108,12 @@ impl Trouble {
         }
         Fault {
             cause: self.cause,
-            kernel: kernel.name.clone(),
+            kernel: kernel.name.as_str().into(),
             block,
             thread: self.lane.map(|lane| index((warp * 32 + lane) as u32)),
-            place: kernel.place(pc),
+            place: kernel.place(pc).into(),
             address: self.address,
-            sentence: self.sentence,
+            sentence: self.sentence.into(),
             notes,
         }
     }

@@ -100,6 +100,17 @@ struct Knowledge {
     released: Clock,
     /// Released to atomics that the warp has executed since its last fence.
     seen: Clock,
+    /// [address / 8]: the atomics on it that came before the warp's own.
+    observed: HashMap<u64, Clock>,
+}
+
+/// The atomics on an address.
+#[derive(Default)]
+struct Meeting {
+    /// What they have released.
+    released: Clock,
+    /// The operations themselves.
+    done: Clock,
 }
 
 /// One launch of the chain.
@@ -122,14 +133,14 @@ pub(super) struct Global {
     base: u32,
     next: u32,
     warps: HashMap<u32, Knowledge>,
-    /// [address]: what atomics on it have released.
-    atomics: HashMap<u64, Clock>,
+    /// [address / 8]
+    atomics: HashMap<u64, Meeting>,
 }
 
 impl Global {
     /// Starts a chain of launches; numbers their warps.
     pub fn begin(&mut self, chain: &[Launch]) {
-        // Numbers below 2 are never given out, so that empty records are older than all others.
+        // No warp has number 0, so that empty records are older than all others.
         if self.next > u32::MAX / 2 || self.pages.len() > 1 << 15 {
             self.pages.clear();
             self.next = 0;
@@ -163,8 +174,16 @@ impl Global {
     /// Every block of a launch has ended.
     pub fn done(&mut self, launch: usize) {
         self.launches[launch].done = true;
-        self.warps.clear();
-        self.atomics.clear();
+        // What a complete launch did is ordered for all that wait for it.
+        let first = self.launches[launch].first_warp;
+        let end = self.launches.get(launch + 1).map_or(self.next, |next| next.first_warp);
+        let mine = first..end;
+        self.warps.retain(|warp, _| !mine.contains(warp));
+        self.atomics.retain(|_, meeting| {
+            meeting.released.0.retain(|(warp, _)| !mine.contains(warp));
+            meeting.done.0.retain(|(warp, _)| !mine.contains(warp));
+            !meeting.done.0.is_empty()
+        });
     }
 
     fn launch_of(&self, warp: u32) -> usize {
@@ -196,9 +215,11 @@ impl Global {
             self.fence(launch, core, warp, true);
         }
         let knowledge = self.warps.entry(core.first_warp + warp as u32).or_default();
-        let here = self.atomics.entry(address).or_default();
-        knowledge.seen.join(here);
-        here.join(&knowledge.released);
+        let here = self.atomics.entry(address / 8).or_default();
+        knowledge.seen.join(&here.released);
+        here.released.join(&knowledge.released);
+        here.done.raise(core.first_warp + warp as u32, core.shared.now());
+        knowledge.observed.insert(address / 8, here.done.clone());
         if flags & flag::ACQUIRE != 0 {
             let seen = std::mem::take(&mut knowledge.seen);
             knowledge.known.join(&seen);
@@ -217,6 +238,9 @@ impl Global {
                 all.known.join(&knowledge.known);
                 all.released.join(&knowledge.released);
                 all.seen.join(&knowledge.seen);
+                for (address, clock) in &knowledge.observed {
+                    all.observed.entry(*address).or_default().join(clock);
+                }
             }
         }
         for number in numbers {
@@ -305,18 +329,21 @@ impl Global {
         }
         for unit in first..=last {
             let cell = self.page(address).cells[unit as usize];
-            let at = address & !(PAGE - 1) | u64::from(unit << shift);
-            let exempt = |before: Record| strong && before.pc & STRONG != 0;
+            let at = (address & !(PAGE - 1)) | u64::from(unit << shift);
+            // Atomics do not race with each other, nor does an access that follows the warp's own atomic race with those
+            // on the same address before it.
+            let exempt = |before: Record| {
+                let knowledge = self.warps.get(&own).and_then(|k| k.observed.get(&(at / 8)));
+                before.pc & STRONG != 0
+                    && (strong || knowledge.is_some_and(|clock| clock.get(before.warp) >= before.time))
+            };
             let write = cell.write;
+            let streamed = read && flags & flag::NC != 0;
+            if streamed && write.warp >= base && self.launch_of(write.warp) == launch {
+                let sentence = "ld.global.nc of bytes that this launch writes";
+                return Err(self.report(write, sentence, "write", at));
+            }
             if write.warp >= base && write.warp != own {
-                if read && flags & flag::NC != 0 && self.launch_of(write.warp) == launch {
-                    return Err(self.report(
-                        write,
-                        "ld.global.nc of bytes that this launch writes",
-                        "write",
-                        at,
-                    ));
-                }
                 if !exempt(write) && !self.ordered(write, launch, core, who, waited) {
                     return Err(self.conflict(access, write, true, launch, at));
                 }

@@ -1,4 +1,5 @@
 //! Runs kernels: blocks, warps and lanes, in an order that a schedule decides, with checks of every access.
+#![allow(clippy::needless_range_loop, reason = "loops over the lanes of several rows become vector code")]
 
 mod access;
 mod block;

@@ -1,6 +1,6 @@
 //! Decides which block and which warp runs next, and which launches overlap.
 
-use super::block::{Block, Env, Range};
+use super::block::{Block, Env, RANGES, Range};
 use super::counters::{Counters, Counts};
 use super::exec;
 use super::fault::{Fault, Trouble};
@@ -14,7 +14,7 @@ use std::cell::RefCell;
 /// Instructions that a warp runs before another one gets its turn, if nothing else stops it.
 const SLICE: u64 = 1 << 16;
 /// Instructions without any effect that others can see, after which a chain counts as hung.
-const HUNG: u64 = 1 << 26;
+const HUNG: u64 = 1 << 28;
 
 /// What is kept from run to run: memory, and the shadow of global memory.
 #[derive(Default)]
@@ -30,7 +30,7 @@ thread_local! {
 /// The progress of one launch.
 struct Progress {
     constants: Vec<Line>,
-    ranges: Vec<Range>,
+    ranges: [Range; RANGES],
     counts: Counts,
     blocks: u32,
     /// Blocks started, blocks that have allowed dependent launches or ended, blocks ended.
@@ -53,7 +53,7 @@ impl Progress {
             .clamp(1, card.blocks_per_multiprocessor);
         Progress {
             constants: exec::constant_rows(kernel),
-            ranges: vec![Range::NONE; kernel.code.len()],
+            ranges: [Range::NONE; RANGES],
             counts: Counts::new(kernel),
             blocks: launch.grid.iter().product(),
             started: 0,
@@ -184,9 +184,10 @@ impl Machine<'_> {
                 std::mem::take(&mut counts.changed)
             };
             let moved = self.after(at)?;
+            let before = idle;
             idle = if changed || moved { 0 } else { idle + used };
-            if used == SLICE && !changed {
-                // It may wait for a block that is not resident yet.
+            if idle / SLICE > before / SLICE {
+                // It may wait for another block, perhaps one that is not resident yet.
                 turn += 1;
                 self.start_one();
             }

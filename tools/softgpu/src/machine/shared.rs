@@ -7,6 +7,7 @@
 
 use super::fault::Trouble;
 use crate::ptx::program::{Kernel, SHARED_START, SharedVariable};
+use std::sync::Arc;
 
 /// Set in [`Cell::write_info`] while an asynchronous copy to the unit is in flight.
 const ASYNC: u32 = 1 << 31;
@@ -68,7 +69,7 @@ pub(super) struct Shared {
     /// Log2 of the bytes of a unit.
     shift: u32,
     bytes: u32,
-    variables: Vec<SharedVariable>,
+    variables: Arc<[SharedVariable]>,
     dynamic_start: u32,
     warps: usize,
     /// Time: see the head of this file.
@@ -102,7 +103,7 @@ impl Shared {
         if self.cells.len() < cells {
             self.cells.resize(cells, Cell::default());
         }
-        self.variables.clone_from(&kernel.shared_variables);
+        self.variables = kernel.shared_variables.clone();
         self.dynamic_start = kernel.dynamic_start;
         self.warps = warps;
         // Two steps apart from what was there before; the shadow is cleared when the counter nears its end.

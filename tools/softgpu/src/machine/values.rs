@@ -1,4 +1,5 @@
 //! Instructions that compute values from values, lane by lane.
+#![allow(clippy::useless_conversion, reason = "the macros widen types that may be wide already")]
 
 use super::exec::{approximate, predicate, set_predicate};
 use super::lanes::{ALL, Element, LANES, Rows};
@@ -369,19 +370,19 @@ unsafe fn compare(rows: &Rows, predicates: &mut [u32], i: &Instr, mask: u32) {
             };
             match i.cmp {
                 Cmp::Eq => test(|a, b| a == b),
-                Cmp::Ne => test(|a, b| a < b || a > b),
+                Cmp::Ne => test(|a, b| a != b && !a.is_nan() && !b.is_nan()),
                 Cmp::Lt => test(|a, b| a < b),
                 Cmp::Le => test(|a, b| a <= b),
                 Cmp::Gt => test(|a, b| a > b),
                 Cmp::Ge => test(|a, b| a >= b),
-                Cmp::Equ => !test(|a, b| a < b || a > b),
+                Cmp::Equ => test(|a, b| a == b || a.is_nan() || b.is_nan()),
                 Cmp::Neu => !test(|a, b| a == b),
                 Cmp::Ltu => !test(|a, b| a >= b),
                 Cmp::Leu => !test(|a, b| a > b),
                 Cmp::Gtu => !test(|a, b| a <= b),
                 Cmp::Geu => !test(|a, b| a < b),
-                Cmp::Num => test(|a, b| a <= b || a > b),
-                Cmp::Nan => !test(|a, b| a <= b || a > b),
+                Cmp::Num => test(|a, b| !a.is_nan() && !b.is_nan()),
+                Cmp::Nan => test(|a, b| a.is_nan() || b.is_nan()),
             }
         }};
     }

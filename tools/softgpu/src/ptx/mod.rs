@@ -91,8 +91,8 @@ impl Module {
             for (value, (constant, _)) in kernel.values.iter_mut().zip(&kernel.constants) {
                 *value = match *constant {
                     Constant::Bits(bits) => bits,
-                    Constant::DynamicShared(offset) => u64::from(kernel.dynamic_start) + offset,
-                    Constant::Variable(index, offset) => self.addresses[index as usize] + offset,
+                    Constant::DynamicShared(offset) => u64::from(kernel.dynamic_start).wrapping_add(offset),
+                    Constant::Variable(index, offset) => self.addresses[index as usize].wrapping_add(offset),
                 };
             }
         }

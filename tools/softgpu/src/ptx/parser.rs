@@ -373,7 +373,12 @@ impl<'a> Parser<'a> {
             return self.error(format!("{name} has more than a million instructions"));
         }
         body.resolve_labels()?;
-        let dynamic_start = layout.next.next_multiple_of(layout.dynamic_align);
+        let align = layout.dynamic_align;
+        let mut dynamic_start = layout.next.next_multiple_of(align);
+        if (128..1024).contains(&align) && dynamic_start.is_multiple_of(2 * align) {
+            // No better aligned than declared, so that code that needs more is found out.
+            dynamic_start += align;
+        }
         let mut kernel = Kernel {
             name,
             params,
@@ -391,7 +396,7 @@ impl<'a> Parser<'a> {
             constants: body.constants,
             values: Vec::new(),
             specials: body.specials,
-            shared_variables: layout.variables,
+            shared_variables: layout.variables.into(),
             dynamic_start,
             shared_unit: body.shared_unit,
             uses_wgmma: body.uses_wgmma,
@@ -406,7 +411,7 @@ impl<'a> Parser<'a> {
             .iter()
             .map(|(constant, _)| match constant {
                 Constant::Bits(bits) => *bits,
-                Constant::DynamicShared(offset) => u64::from(dynamic_start) + offset,
+                Constant::DynamicShared(offset) => u64::from(dynamic_start).wrapping_add(*offset),
                 Constant::Variable(..) => 0,
             })
             .collect();
@@ -621,12 +626,14 @@ impl<'a> Parser<'a> {
                 if self.accept('+') {
                     let add = u64::from(self.int()?);
                     operand = match operand {
-                        Operand::Constant(Constant::Bits(x)) => Operand::Constant(Constant::Bits(x + add)),
+                        Operand::Constant(Constant::Bits(x)) => {
+                            Operand::Constant(Constant::Bits(x.wrapping_add(add)))
+                        }
                         Operand::Constant(Constant::DynamicShared(x)) => {
-                            Operand::Constant(Constant::DynamicShared(x + add))
+                            Operand::Constant(Constant::DynamicShared(x.wrapping_add(add)))
                         }
                         Operand::Constant(Constant::Variable(v, x)) => {
-                            Operand::Constant(Constant::Variable(v, x + add))
+                            Operand::Constant(Constant::Variable(v, x.wrapping_add(add)))
                         }
                         _ => return Err(Error::new(line, format!("{word} is not a variable"))),
                     };

@@ -434,7 +434,7 @@ pub struct Kernel {
     /// The values of the constants, with the addresses of variables filled in.
     pub(crate) values: Vec<u64>,
     pub(crate) specials: Vec<Special>,
-    pub(crate) shared_variables: Vec<SharedVariable>,
+    pub(crate) shared_variables: Arc<[SharedVariable]>,
     /// Address in shared memory at which dynamic shared memory starts.
     pub(crate) dynamic_start: u32,
     /// The smallest access to shared memory, in bytes, at most 4.

@@ -81,13 +81,13 @@ fn operands(kind: &str) -> Vec<[u64; 3]> {
     let mut all = Vec::new();
     for a in &edges {
         for b in &edges {
-            let c = edges[random.next() as usize % edges.len()];
+            let c = edges[random.bits() as usize % edges.len()];
             all.push([*a, *b, c]);
         }
     }
     for _ in 0..200 {
         let mask = if kind == "64" { u64::MAX } else { 0xffff_ffff };
-        all.push([random.next() & mask, random.next() & mask, random.next() & mask]);
+        all.push([random.bits() & mask, random.bits() & mask, random.bits() & mask]);
     }
     all
 }
@@ -123,8 +123,8 @@ fn integer_arithmetic() {
     ints32("add.u32 %d, %a, %b;", |a, b, _| a.wrapping_add(b));
     ints32("sub.s32 %d, %a, %b;", |a, b, _| a.wrapping_sub(b));
     ints32("mul.lo.s32 %d, %a, %b;", |a, b, _| a.wrapping_mul(b));
-    ints32("mul.hi.u32 %d, %a, %b;", |a, b, _| (u64::from(a) * u64::from(b) >> 32) as u32);
-    ints32("mul.hi.s32 %d, %a, %b;", |a, b, _| (i64::from(a as i32) * i64::from(b as i32) >> 32) as u32);
+    ints32("mul.hi.u32 %d, %a, %b;", |a, b, _| ((u64::from(a) * u64::from(b)) >> 32) as u32);
+    ints32("mul.hi.s32 %d, %a, %b;", |a, b, _| ((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32);
     ints32("mad.lo.s32 %d, %a, %b, %c;", |a, b, c| a.wrapping_mul(b).wrapping_add(c));
     ints32("min.s32 %d, %a, %b;", |a, b, _| if (a as i32) < b as i32 { a } else { b });
     ints32("max.u32 %d, %a, %b;", |a, b, _| if a > b { a } else { b });
@@ -139,7 +139,7 @@ fn integer_arithmetic() {
     ints64("add.s64 %d, %a, %b;", |a, b, _| a.wrapping_add(b));
     ints64("sub.s64 %d, %a, %b;", |a, b, _| a.wrapping_sub(b));
     ints64("mul.lo.s64 %d, %a, %b;", |a, b, _| a.wrapping_mul(b));
-    ints64("mul.hi.u64 %d, %a, %b;", |a, b, _| (u128::from(a) * u128::from(b) >> 64) as u64);
+    ints64("mul.hi.u64 %d, %a, %b;", |a, b, _| ((u128::from(a) * u128::from(b)) >> 64) as u64);
     ints64("min.u64 %d, %a, %b;", |a, b, _| a.min(b));
     ints64("max.s64 %d, %a, %b;", |a, b, _| (a as i64).max(b as i64) as u64);
     ints64("div.u64 %d, %a, %b;", |a, b, _| a.checked_div(b).unwrap_or(u64::MAX));
