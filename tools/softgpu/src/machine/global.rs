@@ -343,10 +343,9 @@ impl Global {
                 let sentence = "ld.global.nc of bytes that this launch writes";
                 return Err(self.report(write, sentence, "write", at));
             }
-            if write.warp >= base && write.warp != own {
-                if !exempt(write) && !self.ordered(write, launch, core, who, waited) {
-                    return Err(self.conflict(access, write, true, launch, at));
-                }
+            let foreign = write.warp >= base && write.warp != own;
+            if foreign && !exempt(write) && !self.ordered(write, launch, core, who, waited) {
+                return Err(self.conflict(access, write, true, launch, at));
             }
             if !read && cell.read.warp >= base && cell.read.warp != own && !exempt(cell.read) {
                 let before = cell.read;

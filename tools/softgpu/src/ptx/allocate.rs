@@ -1,8 +1,8 @@
 //! Gives registers rows of the register file. Registers that never hold a value at the same time share a row, so that a
 //! warp's rows stay in the host's caches. Also finds registers that may be read before they are written.
 
-use super::decode::{is_register, rows};
 use super::program::{ALWAYS, CONSTANT, Kernel, NONE, Op, RowAccess, Ty, flag};
+use super::rows::{is_register, rows};
 
 /// A set of registers.
 #[derive(Clone, PartialEq)]

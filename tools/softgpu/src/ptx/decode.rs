@@ -1,12 +1,13 @@
 //! What each instruction means: opcode, modifiers and operands to [`Instr`], with the checks of an assembler.
 
 use super::operands::{Body, Operand, Result, describe};
-use super::program::{Atom, CONSTANT, Cmp, Constant, Instr, NONE, Op, SHARED_WINDOW, Space, Ty, flag};
+use super::program::{Atom, Cmp, Constant, Instr, NONE, Op, SHARED_WINDOW, Space, Ty, flag};
+use super::rows::is_register;
 
 /// The parts of an opcode that were not looked at yet.
-struct Parts<'a> {
-    root: &'a str,
-    rest: Vec<&'a str>,
+pub(super) struct Parts<'a> {
+    pub root: &'a str,
+    pub rest: Vec<&'a str>,
 }
 
 impl<'a> Parts<'a> {
@@ -16,26 +17,26 @@ impl<'a> Parts<'a> {
     }
 
     /// Removes a modifier; whether it was there.
-    fn take(&mut self, name: &str) -> bool {
+    pub fn take(&mut self, name: &str) -> bool {
         let at = self.rest.iter().position(|part| *part == name);
         at.map(|at| self.rest.remove(at)).is_some()
     }
 
     /// Removes the first modifier of a table and gives what it stands for.
-    fn one_of<T: Copy>(&mut self, table: &[(&str, T)]) -> Option<T> {
+    pub fn one_of<T: Copy>(&mut self, table: &[(&str, T)]) -> Option<T> {
         let hit = |part: &&str| table.iter().find(|(name, _)| name == part).map(|(_, value)| *value);
         let at = self.rest.iter().position(|part| hit(part).is_some())?;
         hit(&self.rest.remove(at))
     }
 
     /// Removes the first type.
-    fn ty(&mut self) -> Result<Ty> {
+    pub fn ty(&mut self) -> Result<Ty> {
         let at = self.rest.iter().position(|part| Ty::of(part).is_some());
         at.and_then(|at| Ty::of(self.rest.remove(at))).ok_or_else(|| "it has no type".to_string())
     }
 
     /// Flags of the modifiers that are there.
-    fn flags(&mut self, table: &[(&str, u16)]) -> u16 {
+    pub fn flags(&mut self, table: &[(&str, u16)]) -> u16 {
         table.iter().filter(|(name, _)| self.take(name)).fold(0, |all, (_, flag)| all | flag)
     }
 
@@ -56,7 +57,7 @@ const FLOATS: &[Ty] = &[Ty::F32, Ty::F64];
 const VALUES: &[Ty] =
     &[Ty::B16, Ty::B32, Ty::B64, Ty::U16, Ty::U32, Ty::U64, Ty::S16, Ty::S32, Ty::S64, Ty::F32, Ty::F64];
 
-fn only(ty: Ty, allowed: &[&[Ty]]) -> Result<()> {
+pub(super) fn only(ty: Ty, allowed: &[&[Ty]]) -> Result<()> {
     if allowed.iter().any(|list| list.contains(&ty)) {
         Ok(())
     } else {
@@ -156,14 +157,14 @@ impl<'a> Body<'a> {
         Ok(())
     }
 
-    fn unary_of(&mut self, op: Op, d: &Operand, to: Ty, a: &Operand, from: Ty) -> Result<Instr> {
+    pub(super) fn unary_of(&mut self, op: Op, d: &Operand, to: Ty, a: &Operand, from: Ty) -> Result<Instr> {
         let mut i = Instr::new(op, from);
         i.d = self.output(d, to)?;
         i.a = self.input(a, from)?;
         Ok(i)
     }
 
-    fn binary(&mut self, op: Op, ty: Ty, [d, a, b]: [&Operand; 3]) -> Result<Instr> {
+    pub(super) fn binary(&mut self, op: Op, ty: Ty, [d, a, b]: [&Operand; 3]) -> Result<Instr> {
         let mut i = self.unary_of(op, d, ty, a, ty)?;
         i.b = self.input(b, ty)?;
         Ok(i)
@@ -727,368 +728,21 @@ impl<'a> Body<'a> {
         };
         Ok(i)
     }
-
-    fn lanes(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
-        if parts.root == "activemask" {
-            only(parts.ty()?, &[&[Ty::B32]])?;
-            let mut i = Instr::new(Op::Activemask, Ty::B32);
-            let [d] = take(operands)?;
-            i.d = self.output(d, Ty::B32)?;
-            return Ok(i);
-        }
-        if !parts.take("sync") {
-            return Err("only the form with .sync is known to this machine".to_string());
-        }
-        match parts.root {
-            "shfl" => {
-                let modes = [("up", 0), ("down", 1), ("bfly", 2), ("idx", 3)];
-                let mode = parts.one_of(&modes).ok_or("it has no mode")?;
-                only(parts.ty()?, &[&[Ty::B32]])?;
-                let second = matches!(operands.get(1), Some(Operand::Predicate(_)));
-                let values = operands.get(1 + usize::from(second)..).unwrap_or(&[]);
-                let [a, b, c, mask] = take(values)?;
-                let mut i = self.binary(Op::Shfl, Ty::B32, [&operands[0], a, b])?;
-                i.flags = mode;
-                i.c = self.input(c, Ty::U32)?;
-                i.x = self.input(mask, Ty::U32)?;
-                if second {
-                    i.e = self.predicate_output(&operands[1])?;
-                }
-                Ok(i)
-            }
-            "vote" => {
-                let modes = [("all", 0), ("any", 1), ("uni", 2), ("ballot", 3)];
-                let mode = parts.one_of(&modes).ok_or("it has no mode")?;
-                let ty = parts.ty()?;
-                let [d, a, mask] = take(operands)?;
-                let mut i = Instr::new(Op::Vote, ty);
-                i.flags = mode;
-                i.d = match (mode, ty) {
-                    (3, Ty::B32) => self.output(d, Ty::B32)?,
-                    (0..=2, Ty::Pred) => self.predicate_output(d)?,
-                    _ => return Err("a type that this vote does not have".to_string()),
-                };
-                i.a = self.predicate(a)?;
-                i.b = self.input(mask, Ty::U32)?;
-                Ok(i)
-            }
-            _ => {
-                let table = [
-                    ("add", Atom::Add),
-                    ("min", Atom::Min),
-                    ("max", Atom::Max),
-                    ("and", Atom::And),
-                    ("or", Atom::Or),
-                    ("xor", Atom::Xor),
-                ];
-                let atom = parts.one_of(&table).ok_or("it has no operation")?;
-                let ty = parts.ty()?;
-                only(ty, &[&[Ty::U32, Ty::S32, Ty::B32]])?;
-                let [d, a, mask] = take(operands)?;
-                let mut i = self.unary_of(Op::Redux, d, ty, a, ty)?;
-                i.atom = atom;
-                i.b = self.input(mask, Ty::U32)?;
-                Ok(i)
-            }
-        }
-    }
-
-    fn barrier(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
-        if parts.take("warp") {
-            if !parts.take("sync") {
-                return Err("only bar.warp.sync is known to this machine".to_string());
-            }
-            let [mask] = take(operands)?;
-            let mut i = Instr::new(Op::BarWarp, Ty::B32);
-            i.a = self.input(mask, Ty::U32)?;
-            return Ok(i);
-        }
-        parts.take("cta");
-        if !parts.take("sync") {
-            return Err("only the form with .sync is known to this machine".to_string());
-        }
-        if parts.root == "barrier" && !parts.take("aligned") {
-            return Err("only the form with .aligned is known to this machine".to_string());
-        }
-        let mut i = Instr::new(Op::Bar, Ty::U32);
-        let (id, count) = match operands {
-            [id] => (id, None),
-            [id, count] => (id, Some(count)),
-            _ => return Err("the wrong number of operands".to_string()),
-        };
-        i.a = self.input(id, Ty::U32)?;
-        if let Some(count) = count {
-            i.b = self.input(count, Ty::U32)?;
-        }
-        Ok(i)
-    }
-
-    fn mma(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
-        if parts.rest != ["sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"] {
-            return Err("this shape, layout or type is not executed yet".to_string());
-        }
-        parts.rest.clear();
-        let [d, a, b, c] = take(operands)?;
-        let mut i = Instr::new(Op::Mma, Ty::F32);
-        i.d = self.list(d, 4, Ty::F32, true)?;
-        self.list(a, 4, Ty::B32, false)?;
-        self.list(b, 2, Ty::B32, false)?;
-        self.list(c, 4, Ty::F32, false)?;
-        Ok(i)
-    }
-
-    fn ldmatrix(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
-        let known = parts.take("sync") && parts.take("aligned") && parts.take("m8n8") && parts.take("b16");
-        if !known || !(parts.take("shared") || parts.take("shared::cta")) {
-            return Err("only .sync.aligned.m8n8 of .shared.b16 is known to this machine".to_string());
-        }
-        let n = parts.one_of(&[("x1", 1u8), ("x2", 2), ("x4", 4)]).ok_or("it has no number")?;
-        let [d, address] = take(operands)?;
-        let mut i = Instr::new(Op::Ldmatrix, Ty::B32);
-        i.space = Space::Shared;
-        i.n = n;
-        i.flags = parts.flags(&[("trans", flag::TRANS)]);
-        i.d = self.list(d, n as usize, Ty::B32, true)?;
-        self.address(&mut i, address)?;
-        Ok(i)
-    }
-
-    fn wgmma(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
-        let action = parts.rest.first().copied().unwrap_or("");
-        parts.rest.drain(..1.min(parts.rest.len()));
-        if !parts.take("sync") || !parts.take("aligned") {
-            return Err("expected .sync.aligned".to_string());
-        }
-        self.uses_wgmma = true;
-        match action {
-            "fence" => bare(Op::WgmmaFence, operands),
-            "commit_group" => bare(Op::WgmmaCommit, operands),
-            "wait_group" => {
-                let [n] = take(operands)?;
-                let mut i = Instr::new(Op::WgmmaWait, Ty::B32);
-                i.x = number(n)?;
-                Ok(i)
-            }
-            "mma_async" => {
-                let shape = parts.rest.first().copied().unwrap_or("");
-                let columns = shape.strip_prefix("m64n").and_then(|s| s.strip_suffix("k16"));
-                let columns = columns.and_then(|n| n.parse::<u32>().ok());
-                let columns =
-                    columns.filter(|n| n % 8 == 0 && (8..=256).contains(n)).ok_or("an unknown shape")?;
-                if parts.rest[1..] != ["f32", "bf16", "bf16"] {
-                    return Err("these types are not executed yet".to_string());
-                }
-                parts.rest.clear();
-                let [d, a, b, add, scale_a, scale_b, trans_a, trans_b] = take(operands)?;
-                let settings = [number(scale_a)?, number(scale_b)?, number(trans_a)?, number(trans_b)?];
-                if settings != [1, 1, 0, 0] {
-                    return Err("negated or transposed operands are not executed yet".to_string());
-                }
-                let mut i = Instr::new(Op::Wgmma, Ty::F32);
-                i.x = columns / 2;
-                i.d = self.list(d, (columns / 2) as usize, Ty::F32, true)?;
-                i.a = self.input(a, Ty::B64)?;
-                i.b = self.input(b, Ty::B64)?;
-                i.c = self.predicate(add)?;
-                Ok(i)
-            }
-            _ => Err("this form is not known to this machine".to_string()),
-        }
-    }
 }
 
-fn bare(op: Op, operands: &[Operand]) -> Result<Instr> {
+pub(super) fn bare(op: Op, operands: &[Operand]) -> Result<Instr> {
     if operands.is_empty() { Ok(Instr::new(op, Ty::B32)) } else { Err("it has no operands".to_string()) }
 }
 
-fn number(operand: &Operand) -> Result<u32> {
+pub(super) fn number(operand: &Operand) -> Result<u32> {
     match operand {
         Operand::Int(x) => u32::try_from(*x).map_err(|_| format!("{} is out of range", *x as i64)),
         _ => Err(format!("{} is no immediate number", describe(operand))),
     }
 }
 
-fn take<'o, 'a, const N: usize>(operands: &'o [Operand<'a>]) -> Result<[&'o Operand<'a>; N]> {
+pub(super) fn take<'o, 'a, const N: usize>(operands: &'o [Operand<'a>]) -> Result<[&'o Operand<'a>; N]> {
     let found = operands.len();
     let all: Vec<&Operand> = operands.iter().collect();
     all.try_into().map_err(|_| format!("{found} operands where {N} belong"))
-}
-
-/// Calls `f` for each row that an instruction reads or writes, with whether it is a 64-bit row and whether it is written.
-pub(super) fn rows(i: &mut Instr, lists: &mut [u32], mut f: impl FnMut(&mut u32, bool, bool)) {
-    let wide = i.ty.bytes() == 8;
-    let from_wide = i.from.bytes() == 8;
-    let narrow = i.has(flag::NARROW);
-    let address = |row: &mut u32, f: &mut dyn FnMut(&mut u32, bool, bool)| f(row, !narrow, false);
-    let all = |at: u32,
-               n: usize,
-               wide: bool,
-               write: bool,
-               lists: &mut [u32],
-               f: &mut dyn FnMut(&mut u32, bool, bool)| {
-        for row in &mut lists[at as usize..at as usize + n] {
-            f(row, wide, write);
-        }
-    };
-    match i.op {
-        Op::Mov
-        | Op::Neg
-        | Op::Abs
-        | Op::Not
-        | Op::Brev
-        | Op::Sqrt
-        | Op::Rcp
-        | Op::Rsqrt
-        | Op::Ex2
-        | Op::Lg2 => {
-            f(&mut i.a, wide, false);
-            f(&mut i.d, wide, true);
-        }
-        Op::Pack => {
-            all(i.a, i.n as usize, from_wide, false, lists, &mut f);
-            f(&mut i.d, wide, true);
-        }
-        Op::Unpack => {
-            f(&mut i.a, wide, false);
-            all(i.d, i.n as usize, from_wide, true, lists, &mut f);
-        }
-        Op::Special => f(&mut i.d, wide, true),
-        Op::Popc | Op::Clz | Op::Bfind | Op::BfindShift => {
-            f(&mut i.a, wide, false);
-            f(&mut i.d, false, true);
-        }
-        Op::Add
-        | Op::Sub
-        | Op::MulLo
-        | Op::MulHi
-        | Op::Div
-        | Op::Rem
-        | Op::Min
-        | Op::Max
-        | Op::And
-        | Op::Or
-        | Op::Xor
-        | Op::Copysign
-        | Op::Selp => {
-            f(&mut i.a, wide, false);
-            f(&mut i.b, wide, false);
-            f(&mut i.d, wide, true);
-        }
-        Op::MulWide | Op::MadLo | Op::MadHi | Op::MadWide | Op::Fma => {
-            let result = if matches!(i.op, Op::MulWide | Op::MadWide) { i.ty.bytes() == 4 } else { wide };
-            f(&mut i.a, wide, false);
-            f(&mut i.b, wide, false);
-            if i.op != Op::MulWide {
-                f(&mut i.c, result, false);
-            }
-            f(&mut i.d, result, true);
-        }
-        Op::Shl | Op::Shr => {
-            f(&mut i.a, wide, false);
-            f(&mut i.b, false, false);
-            f(&mut i.d, wide, true);
-        }
-        Op::ShfL | Op::ShfR | Op::Prmt | Op::Lop3 => {
-            f(&mut i.a, false, false);
-            f(&mut i.b, false, false);
-            f(&mut i.c, false, false);
-            f(&mut i.d, false, true);
-        }
-        Op::Bfe | Op::Bfi => {
-            f(&mut i.a, wide, false);
-            f(&mut i.b, i.op == Op::Bfi && wide, false);
-            f(&mut i.c, false, false);
-            if i.op == Op::Bfi {
-                f(&mut i.e, false, false);
-            }
-            f(&mut i.d, wide, true);
-        }
-        Op::Setp => {
-            f(&mut i.a, wide, false);
-            f(&mut i.b, wide, false);
-        }
-        Op::Cvt => {
-            f(&mut i.a, from_wide, false);
-            f(&mut i.d, wide, true);
-        }
-        Op::CvtPack => {
-            f(&mut i.a, false, false);
-            f(&mut i.b, false, false);
-            f(&mut i.d, false, true);
-        }
-        Op::Ld | Op::St => {
-            address(&mut i.a, &mut f);
-            all(i.d, i.n as usize, wide || i.has(flag::WIDE), i.op == Op::Ld, lists, &mut f);
-        }
-        Op::Atomic => {
-            address(&mut i.a, &mut f);
-            f(&mut i.b, wide, false);
-            f(&mut i.c, wide, false);
-            f(&mut i.d, wide, true);
-        }
-        Op::CpAsync => {
-            address(&mut i.a, &mut f);
-            f(&mut i.c, true, false);
-            f(&mut i.b, false, false);
-        }
-        Op::Shfl => {
-            for row in [&mut i.a, &mut i.b, &mut i.c, &mut i.x] {
-                f(row, false, false);
-            }
-            f(&mut i.d, false, true);
-        }
-        Op::Vote => {
-            f(&mut i.b, false, false);
-            if i.ty == Ty::B32 {
-                f(&mut i.d, false, true);
-            }
-        }
-        Op::Redux => {
-            f(&mut i.a, false, false);
-            f(&mut i.b, false, false);
-            f(&mut i.d, false, true);
-        }
-        Op::Bar => {
-            f(&mut i.a, false, false);
-            f(&mut i.b, false, false);
-        }
-        Op::BarWarp => f(&mut i.a, false, false),
-        Op::Activemask => f(&mut i.d, false, true),
-        Op::Mma => {
-            all(i.d + 4, 10, false, false, lists, &mut f);
-            all(i.d, 4, false, true, lists, &mut f);
-        }
-        Op::Ldmatrix => {
-            address(&mut i.a, &mut f);
-            all(i.d, i.n as usize, false, true, lists, &mut f);
-        }
-        Op::Wgmma => {
-            f(&mut i.a, true, false);
-            f(&mut i.b, true, false);
-            // Written, and read too.
-            all(i.d, i.x as usize, false, true, lists, &mut f);
-        }
-        Op::PMov
-        | Op::PAnd
-        | Op::POr
-        | Op::PXor
-        | Op::PNot
-        | Op::Bra
-        | Op::Ret
-        | Op::Trap
-        | Op::CpAsyncCommit
-        | Op::CpAsyncWait
-        | Op::Fence
-        | Op::FenceProxy
-        | Op::DependentsLaunch
-        | Op::DependentsWait
-        | Op::WgmmaFence
-        | Op::WgmmaCommit
-        | Op::WgmmaWait => {}
-    }
-}
-
-/// Whether an operand is a register, not a constant and not absent.
-pub(super) fn is_register(row: u32) -> bool {
-    row != NONE && row & CONSTANT == 0
 }

@@ -1,11 +1,13 @@
 //! PTX text to kernels. Everything that is not known is an error with its line: a directive, an opcode, a modifier, a type.
 
 mod allocate;
+mod collective;
 mod decode;
 mod lexer;
 mod operands;
 mod parser;
 pub(crate) mod program;
+mod rows;
 
 pub use program::{Kernel, Param};
 
