@@ -146,9 +146,12 @@ impl Context {
 
     /// Puts the context into the state of an error and prints `report`. Only the first error counts.
     pub fn fail(&self, code: Code, report: &str) {
-        if self.error.set(code).is_ok() {
+        // The report is out before any call returns the error.
+        let mut fault = lock(&self.driver.fault);
+        if self.error.get().is_none() {
             eprintln!("softgpu: {report}");
-            *lock(&self.driver.fault) = report.to_string();
+            *fault = report.to_string();
+            let _ = self.error.set(code);
         }
     }
 
