@@ -1,0 +1,156 @@
+//! Counters of all launches, by kernel, and the functions by which a program asks for them. They are no part
+//! of CUDA.
+
+use crate::driver::code::Code;
+use crate::driver::context::Driver;
+use crate::driver::stream::lock;
+use crate::driver::{Out, call, put, put_text};
+use crate::machine::Counters;
+use crate::settings::set_option;
+use std::collections::BTreeMap;
+use std::ffi::{CStr, c_char, c_int};
+use std::fmt::Display;
+
+/// What is counted, by name. The README explains the names.
+fn fields(counters: &Counters) -> [(&'static str, u64); 16] {
+    [
+        ("blocks", counters.blocks),
+        ("instructions", counters.instructions),
+        ("tensor", counters.tensor),
+        ("shared", counters.shared),
+        ("global", counters.global),
+        ("float", counters.float),
+        ("slow", counters.slow),
+        ("branches", counters.branches),
+        ("divergent", counters.divergent),
+        ("barriers", counters.barriers),
+        ("fences", counters.fences),
+        ("atomics", counters.atomics),
+        ("bytes_read", counters.bytes_read),
+        ("bytes_written", counters.bytes_written),
+        ("bytes_streamed", counters.bytes_streamed),
+        ("sectors", counters.sectors),
+    ]
+}
+
+/// The sums of a kernel's launches.
+#[derive(Default)]
+struct Sums {
+    launches: u64,
+    fields: BTreeMap<&'static str, u64>,
+    /// Bank conflicts by line of the PTX.
+    conflicts: BTreeMap<u32, u64>,
+}
+
+/// What was counted, by kernel.
+#[derive(Default)]
+pub struct Report(BTreeMap<String, Sums>);
+
+impl Report {
+    /// Adds the counters of some launches.
+    pub fn add(&mut self, launches: &[Counters]) {
+        for counters in launches {
+            let sums = self.0.entry(counters.kernel.clone()).or_default();
+            sums.launches += 1;
+            for (name, count) in fields(counters) {
+                *sums.fields.entry(name).or_default() += count;
+            }
+            for (line, count) in &counters.conflicts {
+                *sums.conflicts.entry(*line).or_default() += count;
+            }
+        }
+    }
+
+    /// `{"card": .., "kernels": {name: {"launches": .., counter: .., "conflicts": {line: ..}}}}`.
+    fn json(&self, card: &str) -> String {
+        // Names of kernels and counters need no escapes.
+        fn list<K: Display>(counts: &BTreeMap<K, u64>) -> String {
+            counts.iter().map(|(key, count)| format!("\"{key}\": {count}")).collect::<Vec<_>>().join(", ")
+        }
+        let kernel = |(name, sums): (&String, &Sums)| {
+            let (fields, conflicts) = (list(&sums.fields), list(&sums.conflicts));
+            format!(
+                "\"{name}\": {{\"launches\": {}, {fields}, \"conflicts\": {{{conflicts}}}}}",
+                sums.launches
+            )
+        };
+        let kernels = self.0.iter().map(kernel).collect::<Vec<_>>().join(",\n  ");
+        format!("{{\"card\": \"{card}\", \"kernels\": {{\n  {kernels}\n}}}}\n")
+    }
+}
+
+fn json(driver: &Driver) -> String {
+    lock(&driver.report).json(driver.settings.card.name)
+}
+
+/// Writes the counters to the file of the settings when the process exits.
+pub fn write_at_exit() {
+    unsafe extern "C" {
+        safe fn atexit(function: extern "C" fn()) -> c_int;
+    }
+    extern "C" fn write() {
+        let Ok(driver) = Driver::get() else { return };
+        let Some(file) = &driver.settings.report else { return };
+        if let Err(e) = std::fs::write(file, json(driver)) {
+            eprintln!("softgpu: cannot write {}: {e}", file.display());
+        }
+    }
+    if atexit(write) != 0 {
+        eprintln!("softgpu: the counters will not be written");
+    }
+}
+
+/// Copies a text to the caller's buffer, cut to its size, and tells the size that the whole text needs, with
+/// its zero.
+fn answer(to: *mut c_char, bytes: usize, needed: Out<usize>, text: &str) -> Result<(), Code> {
+    if to.is_null() && bytes > 0 {
+        return Err(Code::InvalidValue);
+    }
+    // SAFETY: the caller says that the buffer has this many bytes; without any it is not written.
+    unsafe { put_text(to.cast(), bytes, text) };
+    put(needed, text.len() + 1)
+}
+
+/// Writes the counters of all launches that are done, as JSON, and the bytes that the text needs. The buffer
+/// may be null if `bytes` is 0.
+#[unsafe(no_mangle)]
+extern "C" fn softgpuCountersJson(to: *mut c_char, bytes: usize, needed: Out<usize>) -> Code {
+    call(|| answer(to, bytes, needed, &json(Driver::get()?)))
+}
+
+/// Starts counting from zero.
+#[unsafe(no_mangle)]
+extern "C" fn softgpuCountersReset() -> Code {
+    call(|| {
+        *lock(&Driver::get()?.report) = Report::default();
+        Ok(())
+    })
+}
+
+/// Writes the report of the fault that a context has, empty if there was none, as [`softgpuCountersJson`]
+/// does.
+#[unsafe(no_mangle)]
+extern "C" fn softgpuFaultReport(to: *mut c_char, bytes: usize, needed: Out<usize>) -> Code {
+    call(|| {
+        let report = lock(&Driver::get()?.fault).clone();
+        answer(to, bytes, needed, &report)
+    })
+}
+
+/// Sets an option for launches from now on: `schedule`, `sums` or `perturb`, to what its environment variable
+/// could say.
+#[unsafe(no_mangle)]
+extern "C" fn softgpuSetOption(name: *const c_char, value: *const c_char) -> Code {
+    call(|| {
+        if name.is_null() || value.is_null() {
+            return Err(Code::InvalidValue);
+        }
+        // SAFETY: the caller says that both are C strings.
+        let (name, value) = unsafe { (CStr::from_ptr(name), CStr::from_ptr(value)) };
+        let mut options = lock(&Driver::get()?.options);
+        set_option(&mut options, &name.to_string_lossy(), &value.to_string_lossy()).map_err(|sentence| {
+            eprintln!("softgpu: {sentence}");
+            Code::InvalidValue
+        })
+    })
+}

@@ -1,0 +1,180 @@
+//! Counts of what kernels do. They do not depend on the schedule.
+
+use super::lanes::{LANES, lanes};
+use crate::ptx::Kernel;
+use crate::ptx::program::{Op, Space};
+use std::collections::BTreeMap;
+
+/// What one launch did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// The kernel's name.
+    pub kernel: String,
+    /// Blocks of the launch.
+    pub blocks: u64,
+    /// Warp instructions, all classes.
+    pub instructions: u64,
+    /// Warp instructions of tensor cores: mma and wgmma.
+    pub tensor: u64,
+    /// Warp instructions that load from or store to shared memory, ldmatrix and cp.async included.
+    pub shared: u64,
+    /// Warp instructions that load from or store to global memory, cp.async included.
+    pub global: u64,
+    /// Warp instructions on f32 and f64, conversions included.
+    pub float: u64,
+    /// Warp instructions that divide, convert, take roots or exponentials: those of the slow units.
+    pub slow: u64,
+    /// Branches executed, and those at which a warp's lanes went apart.
+    pub branches: u64,
+    pub divergent: u64,
+    /// Barriers of blocks and of warps, counted once a warp.
+    pub barriers: u64,
+    /// Fences, counted once a warp.
+    pub fences: u64,
+    /// Atomic operations, counted once a lane.
+    pub atomics: u64,
+    /// Bytes that lanes loaded from and stored to global memory.
+    pub bytes_read: u64,
+    pub bytes_written: u64,
+    /// Of the bytes read, those through the read-only path (`.nc`).
+    pub bytes_streamed: u64,
+    /// 32-byte sectors that the global accesses of each warp instruction touch.
+    pub sectors: u64,
+    /// Extra passes of shared memory because lanes access different words of a bank, by line of the PTX.
+    pub conflicts: BTreeMap<u32, u64>,
+}
+
+/// Counts while a launch runs.
+#[derive(Default)]
+pub(super) struct Counts {
+    /// [instruction]: how often warps executed it.
+    pub executed: Vec<u64>,
+    /// [instruction]: bytes of global memory that lanes accessed.
+    bytes: Vec<u64>,
+    /// [instruction]: bank conflicts.
+    conflicts: Vec<u64>,
+    /// [bank]: the distinct words of a pass, used by [`Counts::shared`].
+    banks: Vec<[u64; LANES]>,
+    sectors: u64,
+    pub divergent: u64,
+    pub atomics: u64,
+    /// Set by everything that other threads can see.
+    pub changed: bool,
+}
+
+impl Counts {
+    pub fn new(kernel: &Kernel) -> Counts {
+        // Each from the allocator: pages of zeros cost nothing until they are used.
+        let zeros = || vec![0; kernel.code.len()];
+        let banks = vec![[0; LANES]; LANES];
+        Counts { executed: zeros(), bytes: zeros(), conflicts: zeros(), banks, ..Counts::default() }
+    }
+
+    /// Instructions so far.
+    pub fn total(&self) -> u64 {
+        self.executed.iter().sum()
+    }
+
+    /// Counts the sectors of an access to global memory by the lanes of `mask`.
+    pub fn global(&mut self, pc: usize, addresses: &[u64; LANES], mask: u32, bytes: u32) {
+        self.bytes[pc] += u64::from(bytes * mask.count_ones());
+        let mut sectors = [0u64; LANES];
+        let (mut count, mut sorted, mut last) = (0, true, u64::MAX);
+        for lane in lanes(mask) {
+            let sector = addresses[lane] / 32;
+            if sector == last {
+                continue;
+            }
+            sorted &= last == u64::MAX || sector > last;
+            last = sector;
+            sectors[count] = sector;
+            count += 1;
+        }
+        if !sorted {
+            sectors[..count].sort_unstable();
+            let distinct = sectors[..count].windows(2).filter(|pair| pair[0] != pair[1]).count();
+            count = distinct + 1;
+        }
+        self.sectors += count as u64;
+    }
+
+    /// Counts the bank conflicts of an access to shared memory: 32 banks of 4 bytes, in passes of 128 bytes.
+    pub fn shared(&mut self, pc: usize, addresses: &[u64; LANES], mask: u32, bytes: u32) {
+        let size = u64::from(bytes);
+        if mask == u32::MAX && (1..LANES).all(|lane| addresses[lane] == addresses[0] + lane as u64 * size) {
+            return;
+        }
+        let words = bytes.div_ceil(4) as usize;
+        let group = LANES / words.max(1);
+        let mut extra = 0;
+        for first in (0..LANES).step_by(group) {
+            let part = (u32::MAX >> (LANES - group)) << first & mask;
+            let mut depth = [0usize; LANES];
+            for lane in lanes(part) {
+                for word in 0..words as u64 {
+                    let at = addresses[lane] / 4 + word;
+                    let bank = (at % 32) as usize;
+                    if !self.banks[bank][..depth[bank]].contains(&at) {
+                        self.banks[bank][depth[bank]] = at;
+                        depth[bank] += 1;
+                    }
+                }
+            }
+            extra += depth.iter().copied().max().unwrap_or(0).saturating_sub(1) as u64;
+        }
+        self.conflicts[pc] += extra;
+    }
+
+    /// The sums by class.
+    pub fn finish(&self, kernel: &Kernel, blocks: u64) -> Counters {
+        let mut c = Counters {
+            kernel: kernel.name.clone(),
+            blocks,
+            instructions: self.total(),
+            divergent: self.divergent,
+            atomics: self.atomics,
+            sectors: self.sectors,
+            ..Counters::default()
+        };
+        for (pc, i) in kernel.code.iter().enumerate() {
+            let n = self.executed[pc];
+            let shared = matches!(i.op, Op::Ldmatrix | Op::CpAsync) || i.space == Space::Shared;
+            let global = i.op == Op::CpAsync
+                || matches!(i.op, Op::Ld | Op::St | Op::Atomic)
+                    && matches!(i.space, Space::Global | Space::Generic);
+            c.shared += if shared { n } else { 0 };
+            c.global += if global { n } else { 0 };
+            c.float +=
+                if i.ty.is_float() && !matches!(i.op, Op::Ld | Op::St | Op::Mov | Op::Mma) { n } else { 0 };
+            match i.op {
+                Op::Mma | Op::Wgmma => c.tensor += n,
+                Op::Div
+                | Op::Rem
+                | Op::Sqrt
+                | Op::Rcp
+                | Op::Rsqrt
+                | Op::Ex2
+                | Op::Lg2
+                | Op::Cvt
+                | Op::CvtPack => {
+                    c.slow += n;
+                }
+                Op::Bra => c.branches += n,
+                Op::Bar | Op::BarWarp => c.barriers += n,
+                Op::Fence | Op::FenceProxy => c.fences += n,
+                Op::St => c.bytes_written += self.bytes[pc],
+                _ => {}
+            }
+            if matches!(i.op, Op::Ld | Op::CpAsync) {
+                c.bytes_read += self.bytes[pc];
+                if i.op == Op::Ld && i.has(crate::ptx::program::flag::NC) {
+                    c.bytes_streamed += self.bytes[pc];
+                }
+            }
+            if self.conflicts[pc] > 0 {
+                *c.conflicts.entry(kernel.lines[pc]).or_default() += self.conflicts[pc];
+            }
+        }
+        c
+    }
+}

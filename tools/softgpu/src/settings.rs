@@ -1,0 +1,105 @@
+//! What a user chooses through environment variables. The README has the table.
+
+use crate::card::{CARDS, Card};
+use crate::machine::{Options, Sums};
+use std::path::PathBuf;
+
+/// The CUDA version of the driver unless `SOFTGPU_DRIVER_VERSION` says otherwise: 13.0.
+const DRIVER_VERSION: i32 = 13000;
+
+/// The settings of a process.
+pub struct Settings {
+    /// The card that is simulated, with the memory that was chosen.
+    pub card: Card,
+    /// The CUDA version of the driver: 1000 times the major plus 10 times the minor version.
+    pub driver_version: i32,
+    /// The number of GPUs: 0 or 1.
+    pub devices: i32,
+    /// The number of the first allocation that fails, counted from 1.
+    pub fail_allocation: Option<u64>,
+    /// The file that gets the counters as JSON when the process exits.
+    pub report: Option<PathBuf>,
+    /// How kernels are executed.
+    pub options: Options,
+}
+
+impl Settings {
+    /// The settings of this process's environment.
+    ///
+    /// # Errors
+    /// A sentence about a variable that has no meaning.
+    pub fn from_env() -> Result<Settings, String> {
+        let text = |name: &str| {
+            let value = std::env::var_os(name).filter(|value| !value.is_empty());
+            value.map(|value| value.to_string_lossy().into_owned())
+        };
+        let number = |name: &str| text(name).map(|value| parse(name, &value)).transpose();
+        let card = text("SOFTGPU_CARD").unwrap_or_else(|| Card::DEFAULT.to_string());
+        let mut card = *find_card(&card).map_err(|e| format!("SOFTGPU_CARD={card}: {e}"))?;
+        if let Some(bytes) = number("SOFTGPU_MEMORY")? {
+            card.memory = bytes;
+        }
+        let devices = number("SOFTGPU_DEVICES")?.unwrap_or(1);
+        if devices > 1 {
+            return Err(format!("SOFTGPU_DEVICES={devices}: expected 0 or 1"));
+        }
+        let mut options = Options::default();
+        for (variable, option) in OPTIONS {
+            if let Some(value) = text(variable) {
+                set_option(&mut options, option, &value)?;
+            }
+        }
+        Ok(Settings {
+            card,
+            driver_version: number("SOFTGPU_DRIVER_VERSION")?
+                .map_or(DRIVER_VERSION, |version| version as i32),
+            devices: devices as i32,
+            fail_allocation: number("SOFTGPU_FAIL_ALLOCATION")?,
+            report: text("SOFTGPU_REPORT").map(PathBuf::from),
+            options,
+        })
+    }
+}
+
+/// The card with this name.
+///
+/// # Errors
+/// A sentence with the names that exist.
+pub fn find_card(name: &str) -> Result<&'static Card, String> {
+    let names = || CARDS.iter().map(|card| card.name).collect::<Vec<_>>().join(", ");
+    Card::find(name).ok_or_else(|| format!("no card has this name, expected one of {}", names()))
+}
+
+/// The variables that set an option of the machine, and its name in [`set_option`].
+const OPTIONS: [(&str, &str); 4] = [
+    ("SOFTGPU_SCHEDULE", "schedule"),
+    ("SOFTGPU_SUMS", "sums"),
+    ("SOFTGPU_PERTURB", "perturb"),
+    ("SOFTGPU_RACES", "races"),
+];
+
+/// Sets an option of the machine by name.
+///
+/// # Errors
+/// A sentence about an unknown name or value.
+pub fn set_option(options: &mut Options, name: &str, value: &str) -> Result<(), String> {
+    match name {
+        "schedule" => options.schedule = parse(name, value)?,
+        "perturb" => options.perturb = parse::<u8>(name, value)? != 0,
+        "races" => options.checks.races = parse::<u8>(name, value)? != 0,
+        "sums" => {
+            options.sums = match value {
+                "ascending" => Sums::Ascending,
+                "pairwise" => Sums::Pairwise,
+                "aligned" => Sums::Aligned,
+                _ => return Err(format!("{name}={value}: expected ascending, pairwise or aligned")),
+            }
+        }
+        _ => return Err(format!("{name}: no such option, expected schedule, sums, perturb or races")),
+    }
+    Ok(())
+}
+
+fn parse<T: std::str::FromStr>(name: &str, value: &str) -> Result<T, String> {
+    value.parse().map_err(|_| format!("{name}={value}: expected a number"))
+}
