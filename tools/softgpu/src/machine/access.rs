@@ -85,7 +85,7 @@ pub(super) fn access(
                 // SAFETY: `global` has checked the range.
                 unsafe {
                     if store {
-                        range.initialised.add(offset).write_bytes(1, bytes as usize);
+                        mark(range.initialised.add(offset), bytes);
                     } else if !written(range.initialised.add(offset), bytes) {
                         return Err(unwritten(env, address, bytes).lane(lane));
                     }
@@ -174,7 +174,7 @@ unsafe fn put(i: &Instr, at: *mut u8, from: &[*mut u32; 4], lane: usize) {
 /// The allocation of an access to global memory, after the checks of bounds and alignment.
 #[inline(always)]
 fn global(env: &mut Env, address: u64, bytes: u32, pc: usize) -> Result<Range> {
-    if !address.is_multiple_of(u64::from(bytes)) {
+    if address & u64::from(bytes - 1) != 0 {
         return Err(Trouble::new(format!("a misaligned access: {bytes} bytes at {address:#x}"))
             .cause(Cause::Misaligned)
             .at(address)
@@ -216,6 +216,24 @@ unsafe fn written(shadow: *const u8, bytes: u32) -> bool {
             8 => shadow.cast::<u64>().read_unaligned() == 0x0101_0101_0101_0101,
             _ => (0..bytes as usize / 8)
                 .all(|at| shadow.cast::<u64>().add(at).read_unaligned() == 0x0101_0101_0101_0101),
+        }
+    }
+}
+
+/// Sets all bytes of a shadow.
+///
+/// # Safety
+/// `shadow` is valid for writes of `bytes` bytes: 1, 2, 4, 8 or 16.
+#[inline(always)]
+unsafe fn mark(shadow: *mut u8, bytes: u32) {
+    // SAFETY: the caller vouches for the bytes.
+    unsafe {
+        match bytes {
+            1 => shadow.write(1),
+            2 => shadow.cast::<u16>().write_unaligned(0x0101),
+            4 => shadow.cast::<u32>().write_unaligned(0x0101_0101),
+            8 => shadow.cast::<u64>().write_unaligned(0x0101_0101_0101_0101),
+            _ => shadow.cast::<[u8; 16]>().write_unaligned([1; 16]),
         }
     }
 }

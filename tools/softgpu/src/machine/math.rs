@@ -62,15 +62,31 @@ pub(super) fn min_f64(a: f64, b: f64) -> f64 {
 pub(super) fn ex2(x: f32) -> f32 {
     // Beyond these the result is 0 or infinite.
     let wide = f64::from(x).clamp(-160.0, 160.0);
-    let whole = (wide + 6_755_399_441_055_744.0) - 6_755_399_441_055_744.0;
-    let t = (wide - whole) * std::f64::consts::LN_2;
+    // Adding 1.5 x 2^52 rounds to an integer, which is in the low bits of the sum.
+    const SHIFT: f64 = 6_755_399_441_055_744.0;
+    let shifted = wide + SHIFT;
+    let t = (wide - (shifted - SHIFT)) * std::f64::consts::LN_2;
     // The series of e^t for |t| < 0.35, with an error below 2^-45.
-    let mut sum = 1.0 / 479_001_600.0;
-    for c in [39_916_800.0, 3_628_800.0, 362_880.0, 40_320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0]
-    {
-        sum = sum * t + 1.0 / c;
+    const FACTORIALS: [f64; 13] = [
+        479_001_600.0,
+        39_916_800.0,
+        3_628_800.0,
+        362_880.0,
+        40_320.0,
+        5040.0,
+        720.0,
+        120.0,
+        24.0,
+        6.0,
+        2.0,
+        1.0,
+        1.0,
+    ];
+    let mut sum = 0.0;
+    for n in FACTORIALS {
+        sum = sum * t + 1.0 / n;
     }
-    let scale = f64::from_bits(((whole as i64 + 1023) as u64) << 52);
+    let scale = f64::from_bits(shifted.to_bits().wrapping_add(1023) << 52);
     canonical(if x.is_nan() { x } else { (sum * scale) as f32 })
 }
 

@@ -65,15 +65,12 @@ fn product(
             sum[t * 2] = c[half][g * 4 + t];
             sum[t * 2 + 1] = c[half + 1][g * 4 + t];
         }
-        if sums == Sums::Ascending {
-            for k in 0..16 {
-                for n in 0..8 {
-                    sum[n] += left[row][k] * right[k][n];
-                }
-            }
+        // By value: what a call could change does not stay in vector registers.
+        let sum = if sums == Sums::Ascending {
+            ascending(&left[row], right, sum)
         } else {
-            other_sums(&left[row], right, &mut sum, sums);
-        }
+            other_sums(&left[row], right, sum, sums)
+        };
         for t in 0..4 {
             out[half][g * 4 + t] = canonical(sum[t * 2]);
             out[half + 1][g * 4 + t] = canonical(sum[t * 2 + 1]);
@@ -82,10 +79,21 @@ fn product(
     out
 }
 
+/// One row of a product, added to a row in ascending order of k.
+#[inline(always)]
+fn ascending(left: &[f32; 16], right: &[[f32; 8]; 16], mut sum: [f32; 8]) -> [f32; 8] {
+    for k in 0..16 {
+        for n in 0..8 {
+            sum[n] += left[k] * right[k][n];
+        }
+    }
+    sum
+}
+
 /// One row of a product in another order of additions.
 #[inline(never)]
-fn other_sums(left: &[f32; 16], right: &[[f32; 8]; 16], sum: &mut [f32; 8], sums: Sums) {
-    for (n, sum) in sum.iter_mut().enumerate() {
+fn other_sums(left: &[f32; 16], right: &[[f32; 8]; 16], mut row: [f32; 8], sums: Sums) -> [f32; 8] {
+    for (n, sum) in row.iter_mut().enumerate() {
         let mut products = [0.0f32; 16];
         for k in 0..16 {
             products[k] = left[k] * right[k][n];
@@ -102,6 +110,7 @@ fn other_sums(left: &[f32; 16], right: &[[f32; 8]; 16], sum: &mut [f32; 8], sums
             _ => aligned_sum(&products, *sum),
         };
     }
+    row
 }
 
 /// Adds as tensor cores do: all terms are aligned to the largest exponent, cut off two bits below f32's last place, added
