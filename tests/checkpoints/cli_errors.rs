@@ -126,7 +126,7 @@ const PROMPTS: &str = r#"
 2 | --prompts ROOT/line7.jsonl | ROOT/line7.jsonl line 7: EOF while parsing a string at column 15: expected {"prompt": TEXT}, {"messages": [...]}, {"prompt_tokens": [...]} or {"turns": [...]}
 2 | --prompts ROOT/number.jsonl | ROOT/number.jsonl line 1: prompt is 7, expected a text
 2 | --prompts ROOT/both.jsonl | ROOT/both.jsonl line 1 has both prompt and messages: expected {"prompt": TEXT}, {"messages": [...]}, {"prompt_tokens": [...]} or {"turns": [...]}
-2 | --prompts ROOT/neither.jsonl | ROOT/neither.jsonl line 2 has neither prompt nor messages: expected {"prompt": TEXT}, {"messages": [...]}, {"prompt_tokens": [...]} or {"turns": [...]}
+2 | --prompts ROOT/neither.jsonl | ROOT/neither.jsonl line 2 has neither prompt nor messages: expected {"prompt": TEXT}, {"messages": [...]}, {"prompt_tokens": [...]} or {"turns": [...]}, or another field that --prompt-key names
 2 | --prompts ROOT/blank.jsonl | ROOT/blank.jsonl is empty, expected JSON lines
 2 | --prompts ROOT/empty.jsonl | ROOT/empty.jsonl line 2 is empty, expected at least one token
 2 | --prompts ROOT/latin1.jsonl | ROOT/latin1.jsonl is not UTF-8: byte 15 is not part of a character
@@ -138,7 +138,7 @@ const PROMPTS: &str = r#"
 2 | x --chat-template ROOT/nothing | ROOT/nothing cannot be read: No such file or directory (os error 2)
 2 | x --chat-template ROOT/open.jinja | ROOT/open.jinja is not a template in line 1: syntax error: unexpected end of input, expected end of block
 2 | x --chat-template ROOT/raise.jinja | the prompt: ROOT/raise.jinja refuses this conversation: only two
-2 | x --chat-template ROOT/endless.jinja | the prompt: ROOT/endless.jinja failed in line 1: takes more than 500000 instructions
+2 | x --chat-template ROOT/endless.jinja | the prompt: ROOT/endless.jinja failed in line 1: takes more than 5000000 instructions
 2 | x --chat-template ROOT/ok.jinja --template-arg thinking=no | --template-arg is given thinking, which ROOT/ok.jinja does not read: expected none
 2 | x --chat-template ROOT/ok.jinja --template-arg t={'a':1} | --template-arg t is not JSON: key must be a string at line 1 column 2
 2 | x --chat-template ROOT/ok.jinja --template-arg messages=[] | --template-arg is given messages, which is reserved for the conversation

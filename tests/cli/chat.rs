@@ -376,7 +376,7 @@ fn a_message_that_the_template_refuses_is_dropped() {
     let file = write(pair.root.path(), "t.jinja", template);
     let fixture = Fixture::new(Some(&pair), &["-n", "8", "--chat-template", &file]);
     let got = fixture.chat("yes\nno\nyes\n");
-    assert_eq!((got.code, got.out), (0, fixture.answers(&["yes", "yes"], &[])));
+    assert_eq!((got.code, got.out), (2, fixture.answers(&["yes", "yes"], &[])));
     assert_eq!(got.err, format!("dflash-gen: {file} refuses this conversation: not so\n"));
 }
 
