@@ -129,7 +129,8 @@ fn dflash_on_the_device_equals_ar_decoding_on_the_device() {
         let pair = demo();
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         // Each block size with one temperature; in exhaustive runs with all of them.
-        for ((temperature, block), prompt) in [(0.0, 7), (0.8, 16), (1.3, 2)].into_iter().zip(prompts()) {
+        let cases = [(0.8, 16), (0.0, 7), (1.3, 2)].into_iter().zip(prompts());
+        for ((temperature, block), prompt) in cases.take(if requests::exhaustive() { 3 } else { 2 }) {
             let blocks = if requests::exhaustive() { vec![2, 7, 16] } else { vec![block] };
             let prompt = &prompt[64..];
             let mut ar = Batch::new(device, &models, BatchConfig::new(1, 1, POSITIONS)).unwrap();
@@ -169,8 +170,8 @@ fn a_batch_emits_what_its_sequences_emit_alone() {
                 run(&mut Batch::new(device, &models, config).unwrap(), request)
             })
             .collect();
-        // Also with fewer pages than three sequences need.
-        for pages in [15, 5] {
+        // With fewer pages than three sequences need; exhaustive: also with all.
+        for pages in [5, 15].into_iter().take(if requests::exhaustive() { 2 } else { 1 }) {
             let config = BatchConfig { pages, ..BatchConfig::new(3, 16, POSITIONS) };
             let mut batch = Batch::new(device, &models, config).unwrap();
             let all = run_together(&mut batch, &requests, keep_going);

@@ -183,7 +183,7 @@ fn a_batch_of_the_demo_pair_answers_as_each_alone() {
         let small_tree = |(spec, block, temperature): (SpecConfig, usize, f32)| {
             (if spec.tree_rows().is_some() { tree(20) } else { spec }, block, temperature)
         };
-        let requests: Vec<Request> = (kinds().into_iter().take(5).enumerate())
+        let requests: Vec<Request> = (kinds().into_iter().take(4).enumerate())
             .map(|(i, kind)| request(&prompts[3 * i][..20 + 9 * i], 7, small_tree(kind), i as u64))
             .collect();
         let accepted = same_as_alone(
@@ -191,9 +191,9 @@ fn a_batch_of_the_demo_pair_answers_as_each_alone() {
             &models,
             BatchConfig { tree: 20, ..config(3) },
             &requests,
-            &[usize::MAX; 5],
+            &[usize::MAX; 4],
         );
-        assert!(accepted > 8, "{accepted} drafts accepted");
+        assert!(accepted > 4, "{accepted} drafts accepted");
     });
 }
 

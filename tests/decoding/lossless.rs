@@ -336,7 +336,15 @@ fn batches_of_a_narrow_pair_equal_ar_decoding_bit_for_bit() {
 #[test]
 fn batches_of_a_wide_pair_equal_ar_decoding_bit_for_bit() {
     let pair = open(&wide(4));
-    every_device(|device| run_batches(device, &pair, 12, &[(1, 16), (3, 2), (8, 7)], true));
+    every_device(|device| {
+        run_batches(
+            device,
+            &pair,
+            if support::exhaustive() { 12 } else { 8 },
+            &[(1, 16), (3, 2), (8, 7)],
+            true,
+        )
+    });
     // A vocabulary larger than one block of the LM head; no draft is right.
     let pair = open(&wide(301));
     every_device(|device| run_batches(device, &pair, 6, &[(3, 16)], false));
@@ -620,8 +628,10 @@ fn check_lossless_counts_what_it_compared() {
         let expected = program::run(with(&["--json"])).json();
         let table = program::run(with(&["--check-lossless"]));
         // A device first prints its memory plan.
-        let received =
-            table.err.lines().skip(if device == "cpu" { 0 } else { 13 }).collect::<Vec<_>>().join("\n");
+        let received = table.err.lines().skip(if device == "cpu" { 0 } else { 13 });
+        // Random weights accept hardly any draft, which is noted.
+        let received = received.filter(|line| !line.starts_with("the drafter's drafts are not accepted"));
+        let received = received.collect::<Vec<_>>().join("\n");
         assert_eq!((table.code, received.as_str()), (0, if more.is_empty() { "" } else { "seed 3" }));
         let rows: Vec<Vec<&str>> = table.out.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(rows[0].join(" "), "prompt tokens rounds rows compared identical");
