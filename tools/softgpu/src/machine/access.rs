@@ -47,6 +47,7 @@ pub(super) fn access(
 ) -> Result<()> {
     match i.op {
         Op::CpAsync => return copy(env, core, warp, rows, i, pc, mask),
+        Op::Prefetch => return prefetch(env, rows, i, pc, mask),
         Op::Atomic => return atomic(env, core, warp, rows, i, pc, mask),
         _ => {}
     }
@@ -199,6 +200,23 @@ fn global(env: &mut Env, address: u64, bytes: u32, pc: usize) -> Result<Range> {
     };
     env.ranges[pc % RANGES] = range;
     Ok(range)
+}
+
+/// Checks a prefetch into L2, which changes nothing: all of it must be in one allocation.
+fn prefetch(env: &mut Env, rows: &Rows, i: &Instr, pc: usize, mask: u32) -> Result<()> {
+    let from = addresses(rows, i);
+    // SAFETY: the operand is the instruction's.
+    let sizes = unsafe { *rows.get::<u32>(i.b) };
+    for lane in lanes(mask) {
+        let (first, size) = (from[lane], sizes[lane]);
+        if size % 16 != 0 {
+            return Err(Trouble::new(format!("a prefetch of {size} bytes, not a multiple of 16")).lane(lane));
+        }
+        for address in (first..first + u64::from(size)).step_by(16) {
+            global(env, address, 16, pc).map_err(|t| t.lane(lane).at(address))?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether all bytes of a shadow are set.

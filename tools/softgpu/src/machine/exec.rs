@@ -165,7 +165,7 @@ unsafe fn interpret(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mu
                     }
                     break;
                 }
-                Op::Ld | Op::St | Op::Atomic | Op::CpAsync => {
+                Op::Ld | Op::St | Op::Atomic | Op::CpAsync | Op::Prefetch => {
                     warp.at = pc;
                     access::access(env, core, warp, &rows, i, pc, mask)?;
                 }

@@ -697,6 +697,9 @@ impl<'a> Body<'a> {
             i.x = number(n)?;
             return Ok(i);
         }
+        if parts.take("bulk") {
+            return self.prefetch(parts, operands);
+        }
         let all = parts.one_of(&[("cg", false), ("ca", true)]).ok_or("it has no cache operator")?;
         for hint in ["L2::64B", "L2::128B", "L2::256B"] {
             parts.take(hint);
@@ -726,6 +729,21 @@ impl<'a> Body<'a> {
             Some(read) => self.input(read, Ty::U32)?,
             None => self.constant(Constant::Bits(u64::from(size)), false),
         };
+        Ok(i)
+    }
+
+    /// `cp.async.bulk.prefetch.L2.global`, the only bulk copy that this machine knows.
+    fn prefetch(&mut self, parts: &mut Parts, operands: &[Operand]) -> Result<Instr> {
+        if !["prefetch", "L2", "global"].iter().all(|part| parts.take(part)) {
+            return Err("of the bulk copies only the prefetch into L2 is known to this machine".to_string());
+        }
+        let [from, size] = take(operands)?;
+        let mut i = Instr::new(Op::Prefetch, Ty::B32);
+        self.address(&mut i, from)?;
+        if i.has(flag::NARROW) {
+            return Err("a 32-bit global address".to_string());
+        }
+        i.b = self.input(size, Ty::U32)?;
         Ok(i)
     }
 }

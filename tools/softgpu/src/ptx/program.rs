@@ -242,6 +242,8 @@ pub(crate) enum Op {
     Atomic,
     /// 16 (b bytes at most from) shared a + x, global c
     CpAsync,
+    /// b bytes of global memory at a + x into L2
+    Prefetch,
     CpAsyncCommit,
     /// All but the newest x groups; NONE: all copies.
     CpAsyncWait,

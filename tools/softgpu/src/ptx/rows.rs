@@ -119,6 +119,10 @@ pub(super) fn rows(i: &mut Instr, lists: &mut [u32], mut f: impl FnMut(&mut u32,
             f(&mut i.c, true, false);
             f(&mut i.b, false, false);
         }
+        Op::Prefetch => {
+            address(&mut i.a, &mut f);
+            f(&mut i.b, false, false);
+        }
         Op::Shfl => {
             for row in [&mut i.a, &mut i.b, &mut i.c, &mut i.x] {
                 f(row, false, false);
