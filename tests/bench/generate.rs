@@ -169,25 +169,7 @@ fn the_emulator_counts_instead_of_measuring() {
         assert_eq!(value(&found, "mma per token", of()), number("mma") / 10.0);
     }
     // The rest with a small pair. Counters are the same in every repeat; sums are over all repeats.
-    let target = support::Target {
-        hidden: 192,
-        intermediate: 160,
-        layers: 3,
-        heads: 3,
-        kv_heads: 1,
-        head_dim: 64,
-        vocab: 301,
-        tied: false,
-        ..Default::default()
-    };
-    let drafter = support::Drafter {
-        intermediate: 96,
-        heads: 2,
-        kv_heads: 2,
-        head_dim: 128,
-        taps: vec![0, 1],
-        ..Default::default()
-    };
+    let (target, drafter) = support::odd();
     let pair = support::write_pair(&target, &drafter);
     let pair_flags = program::flags(&pair);
     let small = |more: &[&str]| {

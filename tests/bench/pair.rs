@@ -27,26 +27,8 @@ fn published(name: &str) -> Pair {
 
 /// A small pair that the kernels support. Only the configs are on the disk.
 fn tiny() -> (tempfile::TempDir, Pair) {
-    let target = support::Target {
-        hidden: 192,
-        intermediate: 160,
-        layers: 3,
-        heads: 3,
-        kv_heads: 1,
-        head_dim: 64,
-        vocab: 301,
-        tied: false,
-        ..Default::default()
-    };
-    let drafter = support::Drafter {
-        intermediate: 96,
-        layers: 2,
-        heads: 2,
-        kv_heads: 2,
-        head_dim: 128,
-        taps: vec![0, 1],
-        ..Default::default()
-    };
+    let (target, drafter) = support::odd();
+    let drafter = support::Drafter { layers: 2, taps: vec![0, 1], ..drafter };
     let root = tempfile::tempdir().unwrap();
     let (target_dir, drafter_dir) = (root.path().join("target"), root.path().join("drafter"));
     fs::create_dir_all(&target_dir).unwrap();

@@ -24,33 +24,12 @@ use std::fs::{self, File, OpenOptions};
 use std::path::Path;
 use support::{Raw, disk};
 
-/// Sizes that the kernels support, and that no larger tile size divides.
 fn target(dtype: Dtype, shards: usize, tied: bool) -> support::Target {
-    support::Target {
-        hidden: 192,
-        intermediate: 160,
-        layers: 3,
-        heads: 3,
-        kv_heads: 1,
-        head_dim: 64,
-        vocab: 301,
-        tied,
-        dtype,
-        shards,
-        ..support::Target::default()
-    }
+    support::Target { tied, dtype, shards, ..support::odd().0 }
 }
 
 fn drafter(dtype: Dtype) -> support::Drafter {
-    support::Drafter {
-        intermediate: 96,
-        heads: 2,
-        kv_heads: 2,
-        head_dim: 128,
-        taps: vec![1, 0],
-        dtype,
-        ..support::Drafter::default()
-    }
+    support::Drafter { dtype, ..support::odd().1 }
 }
 
 fn write_and_open(target: &support::Target, drafter: &support::Drafter) -> (support::Pair, Pair) {

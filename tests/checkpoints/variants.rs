@@ -13,32 +13,8 @@ use serde_json::{Value, json};
 use std::fs;
 use support::{Raw, disk, edit_json};
 
-/// A pair that every device runs.
-fn specs() -> (support::Target, support::Drafter) {
-    let target = support::Target {
-        hidden: 192,
-        intermediate: 160,
-        layers: 3,
-        heads: 3,
-        kv_heads: 1,
-        head_dim: 64,
-        vocab: 301,
-        tied: false,
-        ..Default::default()
-    };
-    let drafter = support::Drafter {
-        intermediate: 96,
-        heads: 2,
-        kv_heads: 2,
-        head_dim: 128,
-        taps: vec![1, 0],
-        ..Default::default()
-    };
-    (target, drafter)
-}
-
 fn written() -> support::Pair {
-    let (target, drafter) = specs();
+    let (target, drafter) = support::odd();
     support::write_pair(&target, &drafter)
 }
 
@@ -86,7 +62,7 @@ fn a_tied_config_with_another_head_uses_that_head() {
 /// A difference in the last of many bytes counts, and a head of another type is another head.
 #[test]
 fn a_stored_head_is_compared_to_its_last_byte() {
-    let (target, drafter) = specs();
+    let (target, drafter) = support::odd();
     // More than a megabyte, the size of a piece.
     let target = support::Target { vocab: 4000, tied: true, ..target };
     let pair = support::write_pair(&target, &drafter);
@@ -126,7 +102,7 @@ fn a_stored_head_is_compared_to_its_last_byte() {
 #[test]
 fn resized_vocabularies_keep_the_targets_tokens() {
     let pair = written();
-    let mut tensors = support::target_tensors(&specs().0);
+    let mut tensors = support::target_tensors(&support::odd().0);
     let head = tensors.iter_mut().find(|tensor| tensor.name == "lm_head.weight").unwrap();
     head.values[280 * 192..].iter_mut().for_each(|weight| *weight *= 2.0);
     support::write_tensors(&pair.target, &tensors, Dtype::Bf16, 1);
@@ -301,7 +277,7 @@ fn taps_that_replace_those_of_the_config_are_noted() {
 fn drafters_of_nemo_load_with_their_names() {
     let pair = written();
     let expected = tokens(answer(&pair, "cpu", &[]));
-    let (target, drafter) = specs();
+    let (target, drafter) = support::odd();
     let mut tensors = support::drafter_tensors(&target, &drafter);
     tensors.iter_mut().for_each(|tensor| tensor.name = format!("model.{}", tensor.name));
     support::write_tensors(&pair.drafter, &tensors, drafter.dtype, 1);

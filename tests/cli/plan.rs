@@ -71,27 +71,14 @@ fn qwen3_8b() -> (support::Target, support::Drafter) {
 
 /// A pair that runs other kernels than the demo pair, with `layers` layers in the target.
 fn small_pair(layers: usize, sliding: Vec<bool>) -> (support::Pair, Pair) {
-    let target = support::Target {
-        hidden: 192,
-        intermediate: 160,
-        layers,
-        heads: 3,
-        kv_heads: 1,
-        head_dim: 64,
-        vocab: 301,
-        tied: false,
-        ..Default::default()
-    };
+    let (target, drafter) = support::odd();
+    let target = support::Target { layers, ..target };
     let drafter = support::Drafter {
-        intermediate: 96,
         layers: sliding.len(),
-        heads: 2,
-        kv_heads: 2,
-        head_dim: 128,
         taps: (0..layers - 1).rev().collect(),
         window: Some(40),
         sliding,
-        ..Default::default()
+        ..drafter
     };
     let files = support::write_pair(&target, &drafter);
     let pair = Pair::open(disk(&files.target), Some(disk(&files.drafter))).unwrap();

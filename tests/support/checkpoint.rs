@@ -144,6 +144,30 @@ pub fn small() -> (Target, Drafter) {
     (target, drafter)
 }
 
+/// Sizes that every device runs, and that no larger tile of the kernels divides.
+pub fn odd() -> (Target, Drafter) {
+    let target = Target {
+        hidden: 192,
+        intermediate: 160,
+        layers: 3,
+        heads: 3,
+        kv_heads: 1,
+        head_dim: 64,
+        vocab: 301,
+        tied: false,
+        ..Target::default()
+    };
+    let drafter = Drafter {
+        intermediate: 96,
+        heads: 2,
+        kv_heads: 2,
+        head_dim: 128,
+        taps: vec![1, 0],
+        ..Drafter::default()
+    };
+    (target, drafter)
+}
+
 /// Writes a pair of the sizes of [`small`].
 pub fn small_pair() -> Pair {
     let (target, drafter) = small();

@@ -148,8 +148,8 @@ bytes: A / B; rates: B / A), from the medians, with its 99 % interval: a bootstr
 or over whole rounds of samples where a row has rounds. FASTER or SLOWER: the ratio is beyond the
 threshold and the interval is on the same side of 1. SAME: the whole interval is within the
 threshold. UNCLEAR: neither, or fewer than 5 samples or rounds on a side. Counted and predicted
-values are exact: only the threshold applies. Rows of which neither more nor less is better, such
-as a histogram's, have no verdict. Rows of only one record are listed.
+values are exact: only the threshold applies. Rows without a better direction, such as a
+histogram's, have no verdict. Rows of only one record are listed.
 
 Records of different cards, models, prompts or settings, or of an interrupted run, are refused
 without --force. Different ways to draft (--tree, --verify, ...) are compared. The title lists every

@@ -1,9 +1,10 @@
 //! The figures of a report, from the rows of its records. A figure without rows is left out.
 
-use crate::format::{self, count, distinct, four_digits, short, shown};
+use crate::format::{self, distinct, four_digits, short, shown};
 use crate::plot::{self, Axis, Bar, Colour, FIRST, INK, KINDS, Mark, REFERENCE, Scale, Series};
 use crate::record::{Kind, Record, Row};
 use dflash::Result;
+use dflash::cli::terminal::counted;
 use dflash::perf::roofline::Card;
 use serde::Serialize;
 
@@ -378,7 +379,7 @@ fn accepted(record: &Record) -> Result<Option<Figure>> {
         let of = row.parameters.get("mean").map(|mean| format!(", {}", shown(Some(mean))));
         Some(format!("Acceptance length{}: {}.", of.unwrap_or_default(), four_digits(row.median?)))
     });
-    let notes = [format!("{}.", count(sum, "round"))].into_iter().chain(lengths).collect();
+    let notes = [format!("{}.", counted(sum as usize, "round"))].into_iter().chain(lengths).collect();
     let title = "Acceptance".into();
     Ok(svg.map(|svg| Figure { title, svg, legend: vec![], notes }))
 }

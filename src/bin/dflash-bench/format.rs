@@ -92,11 +92,6 @@ pub fn label(key: &str) -> &str {
     }
 }
 
-/// `1 round`, `2 rounds`.
-pub fn count(n: f64, noun: &str) -> String {
-    format!("{} {noun}{}", compact(n), if n == 1.0 { "" } else { "s" })
-}
-
 /// Distinct, in the order of their first appearance.
 pub fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
     let mut found = vec![];
@@ -164,12 +159,6 @@ mod tests {
         let expected =
             ["999999", "1.000M", "36.09M", "-2.500M", "1.234G", "7.000T", "1.000e15", "inf", "0.5000"];
         assert_eq!(shown.map(compact), expected);
-    }
-
-    #[test]
-    fn one_thing_is_singular() {
-        let counted = [0.0, 1.0, 2.0, 2.5e6].map(|n| count(n, "round"));
-        assert_eq!(counted, ["0 rounds", "1 round", "2 rounds", "2.500M rounds"]);
     }
 
     #[test]

@@ -222,7 +222,7 @@ fn prompts(flags: &args::Generate) -> Result<(Vec<Prompt>, Vec<Option<String>>)>
     let held = prompts.len();
     let count = flags.count.unwrap_or(held);
     if count > held {
-        let held = format::count(held as f64, "prompt");
+        let held = terminal::counted(held, "prompt");
         return Err(Error::Usage(format!("--count is {count}, but {source} {held}")));
     }
     prompts.truncate(count);
@@ -300,8 +300,7 @@ fn title(flags: &args::Generate, pair: &Pair, requests: &[Request]) -> String {
         0.0 => "greedy".into(),
         temperature => format!("temperature {temperature}, seed {}", flags.seed),
     };
-    let (prompts, most) =
-        (format::count(requests.len() as f64, &format!("{source}prompt")), flags.max_tokens);
+    let (prompts, most) = (terminal::counted(requests.len(), &format!("{source}prompt")), flags.max_tokens);
     let drafts = match &pair.drafter {
         Some(_) => drafts(&flags.drafts, &SpecRecord::new(&requests[0].spec)),
         None => String::new(),
@@ -359,7 +358,7 @@ fn full_title(plan: &Plan, machine: &Machine, repeats: usize) -> String {
         "counters of the emulator, no times".to_string()
     } else {
         let how = if plan.pair.drafter.is_some() { "AR and DFlash in turn" } else { "AR decoding alone" };
-        format!("{how}, {}", format::count(repeats as f64, "time"))
+        format!("{how}, {}", terminal::counted(repeats, "time"))
     };
     let (models, prompts) = (model::title(&plan.pair), &plan.title);
     let distribution = match plan.same_tokens || plan.pair.drafter.is_none() {

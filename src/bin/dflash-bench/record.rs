@@ -1,8 +1,8 @@
 //! The record of a run: how it is written and read. `benches/schema.json` is its form, which only grows.
 
-use crate::format::count;
 use crate::measure::Times;
 use dflash::checkpoint::pair::Pair;
+use dflash::cli::terminal::counted;
 use dflash::engine::stats::SpecRecord;
 use dflash::gpu::cuda;
 use dflash::gpu::device::Counts;
@@ -25,7 +25,7 @@ const RENAMED: [(&str, &str); 4] = [
     ("draw", "sample_drafts"),
 ];
 
-/// Rows of which neither more nor less is better. Earlier versions wrote a direction for them.
+/// Rows without a better direction. Earlier versions wrote a direction for them.
 const NEITHER: [&str; 4] = ["rounds", "tokens of prompts", "tokens of answers", "drafts per token"];
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -392,8 +392,8 @@ impl Row {
         let samples = self.samples.as_ref().map_or(0, Vec::len);
         match &self.rounds {
             _ if slow == 0 => String::new(),
-            Some(rounds) => format!("{slow} of {}", count(rounds.len() as f64, "round")),
-            None => format!("{slow} of {}", count(samples as f64, "sample")),
+            Some(rounds) => format!("{slow} of {}", counted(rounds.len(), "round")),
+            None => format!("{slow} of {}", counted(samples, "sample")),
         }
     }
 

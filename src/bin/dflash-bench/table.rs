@@ -1,9 +1,10 @@
 //! Records as tables for people: rows of one unit together, no blank columns, within a width.
 
 use crate::format::{
-    bar, compact, count, distinct, four_digits, keys, label, parameter, printable, shown_by, wrapped,
+    bar, compact, distinct, four_digits, keys, label, parameter, printable, shown_by, wrapped,
 };
 use crate::record::{Kind, Record, Row};
+use dflash::cli::terminal::counted;
 use serde_json::{Map, Value};
 
 /// The record under `title`, in lines of at most `width` characters where its names allow that.
@@ -386,7 +387,7 @@ fn histogram(rows: &[&Row]) -> Option<Block> {
             percent(draft(at).and_then(|row| row.numbers.get("conditional")?.as_f64()))
         }),
     ];
-    Some(Block { heading: format!("{}{tau}", count(sum, "round")), columns })
+    Some(Block { heading: format!("{}{tau}", counted(sum as usize, "round")), columns })
 }
 
 #[cfg(test)]

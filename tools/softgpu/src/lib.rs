@@ -1,7 +1,12 @@
 //! A GPU in software: runs CUDA programs without a card.
 //!
-//! [`ptx`] turns PTX text into kernels, [`machine`] runs them. The CUDA driver API on top of them is in the
-//! cdylib of this crate, which takes the place of `libcuda.so.1`.
+//! | module | owns |
+//! | --- | --- |
+//! | [`ptx`] | PTX text to kernels: a new opcode starts in `ptx/decode.rs` |
+//! | [`machine`] | execution, schedules, checks of every access, counters |
+//! | [`memory`] | the global address space |
+//! | [`card`], [`settings`] | the GPUs that it can be, and the variables that choose |
+//! | `driver` | the CUDA driver API, in the cdylib that takes the place of `libcuda.so.1` |
 
 pub mod card;
 mod driver;

@@ -2,13 +2,13 @@
 //! them.
 
 use super::point::Point;
-use crate::format::count;
 use crate::measure::Times;
 use crate::model;
 use crate::record::Row;
 use dflash::checkpoint::config::Stack;
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::interrupt::is_interrupted;
+use dflash::cli::terminal::counted;
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::memory::size;
@@ -51,7 +51,7 @@ pub fn load(pair: &Pair, config: &BatchConfig) -> Result<Models> {
             "not enough memory for random weights of {} on the CPU ({} of {} positions): {} are needed, {} are available; \
              expected a smaller --model, --batch or --context",
             pair.target.folder.name(),
-            count(config.sequences as f64, "sequence"),
+            counted(config.sequences, "sequence"),
             config.positions,
             size(needed),
             size(free)

@@ -73,11 +73,7 @@ pub(super) fn access(
         let (space, address) = resolve(i.space, all[lane]);
         let who = Who { warp: warp.index, lane, pc };
         let at: *mut u8 = match space {
-            Space::Shared => {
-                core.shared.check(address, bytes).map_err(|t| t.lane(lane))?;
-                core.shared.touch(address as u32, bytes, kind, who).map_err(|t| t.lane(lane))?;
-                core.shared.data(address as u32)
-            }
+            Space::Shared => core.shared.access(address, bytes, kind, who).map_err(|t| t.lane(lane))?,
             Space::Global => {
                 let range = global(env, address, bytes, pc).map_err(|t| t.lane(lane))?;
                 let offset = (address - range.start) as usize;
@@ -314,9 +310,7 @@ fn atomic(
         let who = Who { warp: warp.index, lane, pc };
         let at = match space {
             Space::Shared => {
-                core.shared.check(address, bytes).map_err(|t| t.lane(lane))?;
-                core.shared.touch(address as u32, bytes, Access::Atomic, who).map_err(|t| t.lane(lane))?;
-                core.shared.data(address as u32)
+                core.shared.access(address, bytes, Access::Atomic, who).map_err(|t| t.lane(lane))?
             }
             Space::Global => {
                 let range = global(env, address, bytes, pc).map_err(|t| t.lane(lane))?;
@@ -532,10 +526,9 @@ pub(super) fn ldmatrix(
         for (row, elements) in elements.iter_mut().enumerate() {
             let lane = matrix * 8 + row;
             let who = Who { warp: warp.index, lane, pc };
-            core.shared.check(all[lane], 16).map_err(|t| t.lane(lane))?;
-            core.shared.touch(all[lane] as u32, 16, Access::Read, who).map_err(|t| t.lane(lane))?;
-            // SAFETY: checked above.
-            *elements = unsafe { core.shared.data(all[lane] as u32).cast::<[u16; 8]>().read_unaligned() };
+            let from = core.shared.access(all[lane], 16, Access::Read, who).map_err(|t| t.lane(lane))?;
+            // SAFETY: `access` has checked 16 bytes.
+            *elements = unsafe { from.cast::<[u16; 8]>().read_unaligned() };
         }
         let mut out = [0u32; LANES];
         for (lane, out) in out.iter_mut().enumerate() {

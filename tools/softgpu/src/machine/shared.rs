@@ -373,6 +373,20 @@ impl Shared {
         unsafe { self.data.as_mut_ptr().add(address as usize) }
     }
 
+    /// Checks and records an access as [`Shared::check`] and [`Shared::touch`] do. Returns the bytes.
+    #[inline(always)]
+    pub fn access(
+        &mut self,
+        address: u64,
+        bytes: u32,
+        access: Access,
+        who: Who,
+    ) -> Result<*mut u8, Box<Trouble>> {
+        self.check(address, bytes)?;
+        self.touch(address as u32, bytes, access, who)?;
+        Ok(self.data(address as u32))
+    }
+
     // ---- asynchronous products ----
 
     /// A product in flight reads a 16-byte chunk. Checks that it is written, ordered and visible to the product.

@@ -1,7 +1,7 @@
 //! Memory: allocation, copies and fills.
 
 use crate::driver::code::Code;
-use crate::driver::context::{Context, Handle, current};
+use crate::driver::context::{Context, Handle, Stream, current};
 use crate::driver::stream::Work;
 use crate::driver::{Out, call, put};
 use crate::memory::Kind;
@@ -100,21 +100,25 @@ fn check_range(context: &Context, address: u64, bytes: usize) -> Result<(), Code
     context.memory.range(address, bytes as u64).map(|_| ()).map_err(|_| Code::InvalidValue)
 }
 
+/// Runs the body of a copy or fill with its stream, unless it is of 0 bytes.
+fn transfer(stream: Handle, bytes: usize, body: impl FnOnce(&Context, &Stream) -> Result<(), Code>) -> Code {
+    call(|| {
+        let context = current()?;
+        let stream = context.stream(stream)?;
+        if bytes == 0 { Ok(()) } else { body(&context, &stream) }
+    })
+}
+
 /// The source of a copy is read at once, except page-locked memory and the source of a graph's node, which
 /// are read when the copy executes.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: Handle) -> Code {
-    call(|| {
-        let context = current()?;
-        let stream = context.stream(stream)?;
-        if bytes == 0 {
-            return Ok(());
-        }
-        check_range(&context, to, bytes)?;
+    transfer(stream, bytes, |context, stream| {
+        check_range(context, to, bytes)?;
         if from.is_null() {
             return Err(Code::InvalidValue);
         }
-        if stream.is_capturing() || is_page_locked(&context, from as usize, bytes) {
+        if stream.is_capturing() || is_page_locked(context, from as usize, bytes) {
             return stream.enqueue([Work::CopyIn { to, from: from as usize, bytes }]);
         }
         // SAFETY: the caller says that the source has this many bytes.
@@ -126,18 +130,13 @@ extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, s
 /// The call returns when the copy is done, except for page-locked memory and in a capture.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: Handle) -> Code {
-    call(|| {
-        let context = current()?;
-        let stream = context.stream(stream)?;
-        if bytes == 0 {
-            return Ok(());
-        }
-        check_range(&context, from, bytes)?;
+    transfer(stream, bytes, |context, stream| {
+        check_range(context, from, bytes)?;
         if to.is_null() {
             return Err(Code::InvalidValue);
         }
         stream.enqueue([Work::CopyOut { to: to as usize, from, bytes }])?;
-        if !stream.is_capturing() && !is_page_locked(&context, to as usize, bytes) {
+        if !stream.is_capturing() && !is_page_locked(context, to as usize, bytes) {
             stream.worker.finish();
             context.check()?;
         }
@@ -147,27 +146,17 @@ extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, str
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: Handle) -> Code {
-    call(|| {
-        let context = current()?;
-        let stream = context.stream(stream)?;
-        if bytes == 0 {
-            return Ok(());
-        }
-        check_range(&context, to, bytes)?;
-        check_range(&context, from, bytes)?;
+    transfer(stream, bytes, |context, stream| {
+        check_range(context, to, bytes)?;
+        check_range(context, from, bytes)?;
         stream.enqueue([Work::Copy { to, from, bytes }])
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemsetD8Async(to: u64, byte: u8, bytes: usize, stream: Handle) -> Code {
-    call(|| {
-        let context = current()?;
-        let stream = context.stream(stream)?;
-        if bytes == 0 {
-            return Ok(());
-        }
-        check_range(&context, to, bytes)?;
+    transfer(stream, bytes, |context, stream| {
+        check_range(context, to, bytes)?;
         stream.enqueue([Work::Set { to, byte, bytes }])
     })
 }
