@@ -68,12 +68,12 @@ WRAPPER float4 columns(const Tile& tile, u32 token) {
 }
 
 // Size of a chunk of staged activations, and how far ahead weights are loaded. Dynamic shared memory holds one
-// or two chunks of BYTES each, later the result tile; `shared` in src/gpu/kernels/linear.rs computes the size.
-// Two blocks fit on an SM for NT up to 4, one above. Chunks are short because the main loop cannot start
-// before the first one has arrived.
+// or two chunks of BYTES each, later the result tile; `shared` in src/gpu/kernels/linear.rs computes the size: at
+// most 80 KB, since many cards have 99 KB for a block. Two blocks fit on an SM for NT up to 4; above, registers allow
+// one. Chunks are short because the main loop cannot start before the first one has arrived.
 template <int NT>
 struct Staging {
-  static constexpr u32 CHUNK = NT <= 8 ? 512 : 256;
+  static constexpr u32 CHUNK = NT <= 4 ? 512 : NT == 8 ? 256 : 128;
   static constexpr u32 GROUPS = CHUNK / 32;
   static constexpr u32 PITCH = CHUNK * 2 + 64;  // bytes; 64 mod 128: 16-byte reads of 8 rows do not conflict
   static constexpr u32 BYTES = NT * 8 * PITCH;

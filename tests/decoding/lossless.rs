@@ -325,8 +325,8 @@ fn run_batches(device: &dyn Device, pair: &Pair, max: usize, configs: &[(usize, 
 #[test]
 fn batches_of_a_narrow_pair_equal_ar_decoding_bit_for_bit() {
     let pair = open(&narrow());
-    // Every number of sequences and every block occurs once here, and a second time in the wide pair's configs.
-    let mut configs = vec![(1, 7), (3, 16), (8, 2)];
+    // Every number of sequences and every block occurs once, here or in the wide pair's configs.
+    let mut configs = vec![(1, 7), (3, 16)];
     if support::exhaustive() {
         configs = vec![(1, 2), (1, 7), (1, 16), (3, 2), (3, 7), (3, 16), (8, 2), (8, 7), (8, 16)];
     }
@@ -336,14 +336,9 @@ fn batches_of_a_narrow_pair_equal_ar_decoding_bit_for_bit() {
 #[test]
 fn batches_of_a_wide_pair_equal_ar_decoding_bit_for_bit() {
     let pair = open(&wide(4));
-    every_device(|device| {
-        run_batches(
-            device,
-            &pair,
-            if support::exhaustive() { 12 } else { 8 },
-            &[(1, 16), (3, 2), (8, 7)],
-            true,
-        )
+    every_device(|device| match support::exhaustive() {
+        true => run_batches(device, &pair, 12, &[(1, 16), (3, 2), (8, 7)], true),
+        false => run_batches(device, &pair, 8, &[(8, 2)], true),
     });
     // A vocabulary larger than one block of the LM head; no draft is right.
     let pair = open(&wide(301));
@@ -352,7 +347,7 @@ fn batches_of_a_wide_pair_equal_ar_decoding_bit_for_bit() {
 
 #[test]
 fn a_batch_of_the_demo_pair_equals_ar_decoding_bit_for_bit() {
-    every_device(|device| run_batches(device, &demo(), 8, &[(3, 16)], false));
+    every_device(|device| run_batches(device, &demo(), 4, &[(3, 16)], false));
 }
 
 // ---- the check ----
@@ -618,7 +613,7 @@ fn check_lossless_counts_what_it_compared() {
     let runs: [(&str, &str, &[&str]); 3] = [
         ("cpu", "30", &[]),
         ("cpu", "30", &["--temperature", "0.8", "--seed", "3", "--block", "7"]),
-        ("emulator", "9", &["--temperature", "0.8", "--seed", "3", "--ctx", "64"]),
+        ("emulator", "5", &["--temperature", "0.8", "--seed", "3", "--ctx", "64"]),
     ];
     for (device, tokens, more) in runs {
         let with = |first: &[&'static str]| -> Vec<&str> {

@@ -9,7 +9,7 @@
 //! that share a KV head, over one *split*, an interval of the keys.
 
 use super::check::{Check, u32s};
-use super::{PAGE, SPAN_BYTES};
+use super::{MAX_SHARED, PAGE, SPAN_BYTES};
 use crate::Result;
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
 
@@ -17,6 +17,7 @@ use crate::gpu::device::{Arg, Buffer, Device, Kernel};
 const fn kernels(file: &'static str, names: [[&'static str; 3]; 2], tree: bool) -> [[Kernel; 3]; 2] {
     const fn one(file: &'static str, name: &'static str, dim: usize, rows: usize, tree: bool) -> Kernel {
         let max_shared = shared_bytes(dim, rows) + if tree { tree_bytes(dim, rows) } else { 0 };
+        assert!(max_shared <= MAX_SHARED);
         Kernel { file, name, threads: 128, max_shared }
     }
     let [a, b] = names;

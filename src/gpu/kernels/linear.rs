@@ -6,6 +6,7 @@
 //! [`super::inject`]. All but the head have counterparts for prompts in `cuda/model/prefill.cu`, which split
 //! the work for many rows: see [`PrefillKernel`].
 
+use super::MAX_SHARED;
 use super::check::{Check, or_null, u32s};
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
 use crate::{Error, Result};
@@ -20,6 +21,8 @@ const CONCURRENT_BLOCKS: usize = 264;
 /// Minimum size of a slice of K, in groups of 32. Starting a CUDA block costs more than a smaller slice
 /// gains.
 const MIN_GROUPS: usize = 8;
+/// Bytes of static shared memory per token of a CUDA block: a row to gather, a scale, a `KvSlot`.
+const STATIC_PER_TOKEN: u32 = 24;
 /// Maximum rows in one pass over the weights.
 pub const PASS: usize = 128;
 
@@ -193,10 +196,15 @@ pub(super) const fn kernels(
     prefill: Option<[&'static str; 2]>,
 ) -> Kernels {
     const fn decode(file: &'static str, name: &'static str, index: usize) -> Kernel {
-        Kernel { file, name, threads: 256, max_shared: shared(index, usize::MAX) }
+        let max_shared = shared(index, usize::MAX);
+        assert!(max_shared + (8 << index) * STATIC_PER_TOKEN <= MAX_SHARED);
+        Kernel { file, name, threads: 256, max_shared }
     }
     const fn prompt(name: &'static str, kernel: PrefillKernel) -> Kernel {
-        Kernel { file: "prefill", name, threads: kernel.tokens() as u32, max_shared: kernel.shared() }
+        let threads = kernel.tokens() as u32;
+        let shared = kernel.shared() + threads * STATIC_PER_TOKEN;
+        assert!(shared <= MAX_SHARED || matches!(kernel, PrefillKernel::Wgmma));
+        Kernel { file: "prefill", name, threads, max_shared: kernel.shared() }
     }
     Kernels {
         decode: [
@@ -222,13 +230,14 @@ fn tiles(rows: usize) -> (usize, usize) {
 }
 
 /// Bytes of dynamic shared memory of entry point `index` for slices of `groups` groups of 32 inputs: one or
-/// two chunks of activations, as `Staging` in `linear.cuh`. The finished tile later overwrites them.
+/// two chunks of activations, as `Staging` in `linear.cuh`. The finished tile, 132 words per token, later overwrites
+/// them.
 const fn shared(index: usize, groups: usize) -> u32 {
     let tokens = 8 << index;
-    let chunk = if index < 4 { 512 } else { 256 };
+    let chunk = [512, 512, 512, 256, 128][index];
     let buffers = if groups <= chunk / 32 { 1 } else { 2 };
-    // A chunk is larger than the finished tile, which has 132 words per token.
-    (buffers * tokens * (chunk * 2 + 64)) as u32
+    let (staged, tile) = (buffers * (chunk * 2 + 64), 132 * 4);
+    (tokens * if staged > tile { staged } else { tile }) as u32
 }
 
 /// One launch of a linear kernel, without the arguments of its epilogue.

@@ -43,6 +43,10 @@ pub mod verify;
 /// Tokens per page of the KV cache, and per tile of attention: `PAGE` of `cuda/common/rows.cuh`.
 pub const PAGE: usize = 64;
 
+/// Maximum bytes of shared memory of a CUDA block, static and dynamic, in kernels for every GPU: that of the cards with
+/// the least.
+const MAX_SHARED: u32 = 99 << 10;
+
 /// Bytes of a `Row`.
 const ROW_BYTES: usize = 16;
 /// Bytes of a `Span`.
