@@ -452,7 +452,12 @@ fn templates_have_an_instruction_and_recursion_limit() {
         "{}.get(ns.a)",
         "{}[ns.a]",
         "{ns.a: 1}",
-        "[ns.a, other.a] | map('string') | list",
+        "[ns.a, other.a] | map('upper') | list",
+        "{} | attr(ns.a)",
+        "[1] | select(ns.a) | list",
+        "[{}] | rejectattr(ns.a, ns.a) | list",
+        "ns.a | safe",
+        "ns.a in 'abc'",
     ] {
         let error = rendered(&format!("{pair}{{{{ {compared} }}}}")).unwrap_err().to_string();
         assert!(error.contains("5000000 instructions") || error.contains("16777216"), "{compared}: {error}");

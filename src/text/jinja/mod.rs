@@ -36,15 +36,52 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
     environment.set_unknown_method_callback(methods::call);
     environment.set_formatter(|out, state, value| match state.auto_escape() {
         AutoEscape::None => out.write_str(&text(value)?).map_err(Error::from),
-        _ => minijinja::escape_formatter(out, state, value),
+        _ => out.write_str(escape(value)?.as_str().unwrap_or_default()).map_err(Error::from),
     });
     // Makes errors name undefined values.
     environment.set_debug(true);
 
     environment.add_filter("tojson", to_json);
-    environment.add_filter("string", |value: &Value| match value.kind() {
-        ValueKind::String => Ok(value.clone()),
-        _ => text(value).map(Value::from),
+    environment.add_filter("string", as_text);
+    environment.add_filter("__capitalize", filters::capitalize);
+    environment.add_filter("__lower", filters::lower);
+    environment.add_filter("__reject", filters::reject);
+    environment.add_filter("__rejectattr", filters::rejectattr);
+    environment.add_filter("__safe", filters::safe);
+    environment.add_filter("__select", filters::select);
+    environment.add_filter("__selectattr", filters::selectattr);
+    environment.add_filter("__title", filters::title);
+    environment.add_filter("__upper", filters::upper);
+    // These take arguments as texts: (filter, first argument, number). minijinja's conversion has no limit.
+    for (name, first, count) in [
+        ("capitalize", 0, 1),
+        ("lower", 0, 1),
+        ("reject", 1, 1),
+        ("rejectattr", 1, 2),
+        ("safe", 0, 1),
+        ("select", 1, 1),
+        ("selectattr", 1, 2),
+        ("title", 0, 1),
+        ("upper", 0, 1),
+    ] {
+        environment.add_filter(name, move |state: &mut State, args: Rest<Value>| {
+            let mut args = args.0;
+            for arg in args.iter_mut().skip(first).take(count) {
+                *arg = as_text(arg)?;
+            }
+            state.apply_filter(&format!("__{name}"), &args)
+        });
+    }
+    // jinja2 does not have these.
+    environment.remove_global("debug");
+    for name in ["bool", "chain", "lines", "split", "zip"] {
+        environment.remove_filter(name);
+    }
+    environment.remove_test("startingwith");
+    environment.remove_test("endingwith");
+    environment.add_filter("attr", |state: &State, value: &Value, name: &Value| {
+        charge_comparison(state, name)?;
+        value.get_item(name)
     });
     environment.add_filter(source::ITEMS, items_of);
     environment.add_filter(source::COMPARED, |state: &State, value: Value| {
@@ -274,6 +311,14 @@ fn items_of(value: &Value) -> Result<Value> {
     }
 }
 
+/// The value itself if it is a text, or as a text.
+fn as_text(value: &Value) -> Result<Value> {
+    match value.kind() {
+        ValueKind::String => Ok(value.clone()),
+        _ => text(value).map(Value::from),
+    }
+}
+
 fn group_by(state: &State, value: Value, attribute: Option<&str>, options: Kwargs) -> Result<Value> {
     charge_comparison(state, &value)?;
     filters::groupby(value, attribute, options)
@@ -346,12 +391,11 @@ fn join(state: &mut State, value: &Value, given: Rest<ValueOrKwargs>) -> Result<
             state.apply_filter("map", &[value.clone(), attribute.into()])?
         }
     };
-    let as_text = |item: Value| if item.is_safe() { Ok(item) } else { text(&item).map(Value::from) };
-    let separator = as_text(separator.unwrap_or("".into()))?;
+    let separator = as_text(&separator.unwrap_or("".into()))?;
     let mut bytes = 0;
     let mut texts = Vec::new();
     for item in items.try_iter()? {
-        texts.push(as_text(item)?);
+        texts.push(as_text(&item)?);
         let of = |text: Option<&Value>| text.and_then(Value::as_str).map_or(0, str::len);
         bytes += of(texts.last()) + of(Some(&separator));
         check_length(bytes)?;

@@ -506,7 +506,7 @@ impl Default for Reads {
             "lipsum",
             "cycler",
         ];
-        let more = ["joiner", "raise_exception", "strftime_now", "debug"];
+        let more = ["joiner", "raise_exception", "strftime_now"];
         let known = known.into_iter().chain(more).map(String::from).collect();
         Reads { found: BTreeSet::new(), scopes: vec![known, BTreeSet::new()] }
     }
