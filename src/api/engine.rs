@@ -12,7 +12,7 @@ use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::decoder::DeviceBackend;
 use crate::spec::config::SpecConfig;
 use crate::text::prompts::{Content, Prompt, PromptEncoder, without_template};
-use crate::text::tokenizer::Text;
+use crate::text::tokenizer::{Stream, Text, stop_ids, stream};
 use crate::{Error, Result};
 use std::path::PathBuf;
 
@@ -92,7 +92,7 @@ impl EngineOptions {
     }
 }
 
-/// A target, its drafter and its tokenizer, loaded on a device.
+/// A target, its drafter and its tokenizer if it has one, loaded on a device.
 ///
 /// ```
 /// use dflash::{Engine, Models, Params};
@@ -109,7 +109,8 @@ impl EngineOptions {
 /// ```
 pub struct Engine {
     pair: Pair,
-    text: Text,
+    /// `None` if the target's folder has no tokenizer.
+    text: Option<Text>,
     backend: Loaded,
     /// Maximum positions of a sequence.
     context: usize,
@@ -149,7 +150,7 @@ impl Engine {
         let block = pair.block(None)?;
         let capacity = with_capacity_for(BatchConfig::for_pair(&pair, 1, block, context, 0)?, &spec);
         let template = chat_template.map(|source| ("the chat template", source));
-        let mut text = Text::open(&pair.target.folder, template)?;
+        let mut text = Text::find(&pair.target.folder, template)?;
         let (backend, context, fallback) = match DeviceHandle::for_pair(device, gpu, &pair, capacity)? {
             Placement::Cpu { fallback } => {
                 let context = pair.context(context)?;
@@ -162,7 +163,9 @@ impl Engine {
                 (Loaded::Device(Box::new(loaded), capacity), capacity.positions, None)
             }
         };
-        text.limit(context);
+        if let Some(text) = &mut text {
+            text.limit(context);
+        }
         Ok(Engine { pair, text, backend, context, fallback })
     }
 
@@ -170,17 +173,18 @@ impl Engine {
     /// token is requested.
     ///
     /// A text is a user's message if the model has a chat template. Otherwise, and with [`Params::raw`], the
-    /// answer continues the text.
+    /// answer continues the text. Without a `tokenizer.json` in the target's folder, prompts are token ids,
+    /// and answers have token ids but no text.
     ///
     /// Each call allocates a decoder of its own. To answer many requests, use a [`Session`].
     ///
     /// # Errors
     /// [`Error::Usage`] for a prompt that is empty, too long or refused by the chat template;
     /// [`Error::Option`] for invalid parameters; [`Error::Model`] for token ids that the target does not
-    /// have; [`Error::Memory`].
+    /// have, and for a text without a tokenizer; [`Error::Memory`].
     pub fn generate(&self, prompt: impl Into<Content>, params: Params) -> Result<Generation<'_>> {
         let request = self.request(prompt.into(), &params)?;
-        let stream = self.text.stream(&params.stop)?;
+        let stream = self.stream(&params)?;
         Generation::start(DecoderRef::Owned(self.backend.get().decoder()?), request, stream, false)
     }
 
@@ -217,28 +221,33 @@ impl Engine {
         &self.pair
     }
 
-    /// The tokenizer and chat template.
-    pub fn text(&self) -> &Text {
-        &self.text
+    /// The tokenizer and chat template; `None` if the target's folder has no `tokenizer.json`.
+    pub fn text(&self) -> Option<&Text> {
+        self.text.as_ref()
     }
 
     /// The model's own stop ids: every end-of-sequence token that a file of the target names.
     pub fn stop_ids(&self) -> StopIds {
-        self.text.stop_ids(&self.pair.target.config)
+        stop_ids(&self.pair.target.config, self.text())
+    }
+
+    /// A detokenizer for one answer; `None` without a tokenizer.
+    fn stream(&self, params: &Params) -> Result<Option<Stream<'_>>> {
+        stream(self.text(), &params.stop, &self.pair.target.folder)
     }
 
     /// Checks a prompt and its parameters, and turns them into a request of token ids.
     fn request(&self, content: Content, params: &Params) -> Result<Request> {
         let Params { sampling, spec, template_args, .. } = params;
-        let system = params.system.as_deref().filter(|text| !text.is_empty());
+        let system = params.system.as_deref().filter(|text| !text.trim().is_empty());
         let block = self.pair.block(params.block)?;
-        if !self.text.has_template() && (system.is_some() || !template_args.is_empty()) {
+        if !self.text().is_some_and(Text::has_template) && (system.is_some() || !template_args.is_empty()) {
             let option = if system.is_some() { "system needs" } else { "template_args need" };
             return Err(without_template(option, &self.pair.target.folder.described()));
         }
         let encoder = PromptEncoder {
             pair: &self.pair,
-            text: Some(&self.text),
+            text: self.text(),
             raw: params.raw,
             system,
             variables: template_args,
@@ -326,7 +335,7 @@ impl Session<'_> {
     /// As [`Engine::generate`].
     pub fn generate(&mut self, prompt: impl Into<Content>, params: Params) -> Result<Generation<'_>> {
         let request = self.engine.request(prompt.into(), &params)?;
-        let stream = self.engine.text.stream(&params.stop)?;
+        let stream = self.engine.stream(&params)?;
         Generation::start(DecoderRef::Borrowed(&mut *self.decoder), request, stream, true)
     }
 }

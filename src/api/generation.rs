@@ -25,7 +25,7 @@ pub struct Token {
 /// The result of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Completion {
-    /// The answer, without special tokens and without the stop string.
+    /// The answer, without special tokens and without the stop string. Empty without a tokenizer.
     pub text: String,
     /// Number of tokens of the prompt.
     pub prompt_tokens: usize,
@@ -100,7 +100,7 @@ const SLOT: usize = 0;
 pub struct Generation<'a> {
     decoder: DecoderRef<'a>,
     request: Request,
-    /// `None` once the answer has ended.
+    /// `None` without a tokenizer, and once the answer has ended.
     stream: Option<Stream<'a>>,
     /// [`Request::limit`].
     limit: (usize, Finish),
@@ -127,7 +127,7 @@ impl<'a> Generation<'a> {
     pub(crate) fn start(
         mut decoder: DecoderRef<'a>,
         request: Request,
-        stream: Stream<'a>,
+        stream: Option<Stream<'a>>,
         keep: bool,
     ) -> Result<Generation<'a>> {
         let (context, slots) = (decoder.get().context(), decoder.get().slots());
@@ -140,7 +140,7 @@ impl<'a> Generation<'a> {
         let mut generation = Generation {
             decoder,
             request,
-            stream: Some(stream),
+            stream,
             limit,
             phase: Phase::Waiting,
             ready: VecDeque::new(),
@@ -215,9 +215,8 @@ impl<'a> Generation<'a> {
     /// Appends a round's tokens one by one until the answer ends. `produced` is the number of tokens of the
     /// round before any cut; all but the last of them are accepted drafts.
     fn take(&mut self, tokens: &[u32], produced: usize) -> Result<Option<Finish>> {
-        let Some(stream) = &mut self.stream else { return Ok(Some(Finish::Interrupted)) };
         for (i, &id) in tokens.iter().enumerate() {
-            let (text, stopped) = stream.push(id)?;
+            let (text, stopped) = self.stream.as_mut().map_or(Ok(Default::default()), |s| s.push(id))?;
             let outcome = &mut self.completion.outcome;
             outcome.tokens.push(id);
             self.completion.text += &text;
@@ -333,7 +332,7 @@ mod tests {
                 spec: SpecConfig::default(),
             };
             let decoder = DecoderRef::Owned(Box::new(FailsToRelease));
-            Generation::start(decoder, request, text.stream(&[]).unwrap(), false).unwrap()
+            Generation::start(decoder, request, text.stream(&[]).ok(), false).unwrap()
         };
         let error = Error::Internal("release".into());
         let items: Vec<_> = start().map(|item| item.map(|token| token.id)).collect();

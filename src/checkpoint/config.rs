@@ -71,7 +71,7 @@ pub struct TargetConfig {
     /// clears it if the files hold another head.
     pub tied: bool,
     /// The `eos_token_id` of `generation_config.json` and of `config.json`. May be empty. The tokenizer's
-    /// files can name more ([`crate::text::tokenizer::Text::stop_ids`]).
+    /// files can name more ([`crate::text::tokenizer::stop_ids`]).
     pub eos: StopIds,
     /// What the user should know about the config: one sentence each.
     pub notes: Vec<String>,
@@ -367,8 +367,8 @@ fn add_eos(eos: &mut StopIds, config: &Fields, file: &str, vocab: usize) -> Resu
 }
 
 /// Reads the fields that target and drafter share, the window of each layer, and notes for the user. The
-/// caller fills in `Stack::attention`. `extra` is searched first for `partial_rotary_factor`. Defaults are those of Hugging
-/// Face's Qwen3 and Llama configurations.
+/// caller fills in `Stack::attention`. `extra` is searched first for `partial_rotary_factor`. Defaults are
+/// those of Hugging Face's Qwen3 and Llama configurations.
 fn stack(
     config: &Fields,
     family: Family,

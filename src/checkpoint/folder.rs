@@ -241,6 +241,9 @@ impl Folder {
             }
             Err(e) => format!("{} cannot be read: {e}", dir.display()),
             Ok(info) if !info.is_dir() => format!("{} is a file: {expected}", dir.display()),
+            Ok(_) if dir.join(file).is_symlink() => {
+                format!("{} is a link to a file that does not exist: {expected}", self.path(file))
+            }
             Ok(_) => {
                 let found = match weights_in(dir) {
                     names if names.is_empty() => String::new(),

@@ -320,7 +320,8 @@ impl Checkpoint {
             // Older exports store RoPE's inverse frequencies, position ids and masks. A tied head may be
             // stored although it is the embedding table; `Pair::open` has compared both.
             let buffer = matches!(entry.dtype, Stored::I64 | Stored::BOOL);
-            if buffer || name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight" {
+            let is_head = self.find("lm_head.weight").is_some_and(|(head, _)| head == name);
+            if buffer || name.ends_with(".rotary_emb.inv_freq") || is_head {
                 continue;
             }
             return Err(self.unknown(name, entry, expected, "this kind of target"));

@@ -14,11 +14,10 @@ use std::path::{Path, PathBuf};
 /// [`Error::Model`] for a name that the cache does not hold, and for a cache folder without a snapshot.
 pub fn folder(path: &Path) -> Result<Folder> {
     if path.is_dir() {
+        let resolved = fs::canonicalize(path).unwrap_or_else(|_| path.into());
         // A path to `snapshots` itself is a common slip.
-        let ends_in_snapshots = path.file_name().is_some_and(|name| name == "snapshots");
-        let repository = path.parent().filter(|_| ends_in_snapshots).unwrap_or(path);
-        let resolved = fs::canonicalize(repository).unwrap_or_else(|_| repository.into());
-        return match name_of(&resolved) {
+        let repository = resolved.parent().filter(|_| resolved.ends_with("snapshots")).unwrap_or(&resolved);
+        return match name_of(repository) {
             Some(name) if !path.join("config.json").exists() => snapshot(repository, &name),
             _ => Ok(Folder::Disk(path.into())),
         };

@@ -8,5 +8,6 @@ pub mod models;
 pub mod published;
 pub mod sigbus;
 pub mod spec_flags;
+pub mod stop_flags;
 pub mod terminal;
 pub mod version;

@@ -1,8 +1,8 @@
 //! Chat templates: which one a conversation gets, what it reads, and its rendering.
 //!
 //! A template comes with a checkpoint and is untrusted. Its length and the number of instructions per
-//! rendering are bounded, and so are the texts that it makes. The time of one comparison is not: a value may
-//! hold another one twice, and so on, as in Python.
+//! rendering are bounded, and so are the texts that it makes. A value may hold another one twice, and so on, as
+//! in Python; comparisons of such values count as many instructions.
 
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::json::LFS_POINTER;
@@ -148,7 +148,8 @@ impl Template {
         let internal = |e: minijinja::Error| Error::Internal(e.to_string());
         let mut environment = jinja::environment().map_err(internal)?;
         environment.set_fuel(Some(TEMPLATE_FUEL));
-        let Source { text, reads } = Source::new(&source);
+        let Source { text, reads } =
+            Source::new(&source).map_err(|what| Self::fault(from_user, format!("{name} {what}")))?;
         let parse = || {
             let result = environment.add_template_owned("chat_template", text);
             result.map_err(|e| Self::fault(from_user, Self::sentence(&name, "is not a template", &e)))

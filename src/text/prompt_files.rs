@@ -11,8 +11,8 @@ use serde_json::{Map, Value};
 use std::io::Read;
 use std::path::Path;
 
-/// The most bytes of a text file: far more than any context holds, and few enough to tokenise.
-const LIMIT: usize = 128 << 20;
+/// Maximum bytes of a text: far more than any context holds, and few enough to tokenise.
+pub const LIMIT: usize = 128 << 20;
 
 /// Reads a text file, or stdin if the path is `-`. A byte order mark at its start is dropped.
 ///
@@ -27,12 +27,14 @@ pub fn read(path: &Path) -> Result<String> {
     };
     read.map_err(|e| Error::Usage(format!("{} cannot be read: {e}", name(path))))?;
     if bytes.len() > LIMIT {
-        return Err(Error::Usage(format!(
-            "{} has more than {LIMIT} bytes, expected at most that",
-            name(path)
-        )));
+        return Err(too_long(&name(path)));
     }
     utf8(bytes, &name(path))
+}
+
+/// The error for a text of more than [`LIMIT`] bytes.
+pub fn too_long(name: &str) -> Error {
+    Error::Usage(format!("{name} has more than {LIMIT} bytes, expected at most that"))
 }
 
 /// The name of a file in errors.
@@ -86,10 +88,10 @@ const OTHERS: [&str; 9] =
 ///
 /// An object has one of `prompt` (a text), `messages` (a conversation of [`Message`]s), `prompt_tokens`
 /// (token ids), `turns` (a list of texts, which the user says in turn) and `conversations` (of ShareGPT:
-/// `{"from": "human", "value": TEXT}`, perhaps beside `system`), or the field `key`, whose value may be any of these. The answer at
-/// the end of a ShareGPT conversation is left out. The fields of [`Settings`], `tools`, `id` (or
-/// `question_id`) and `category` may stand beside it. An object with `turns`, `conversations` or `key` may
-/// have other fields, which are returned as unused.
+/// `{"from": "human", "value": TEXT}`, perhaps beside `system`), or the field `key`, whose value may be any of
+/// these. The answer at the end of a ShareGPT conversation is left out. The fields of [`Settings`], `tools`,
+/// `id` (or `question_id`) and `category` may stand beside it. An object with `turns`, `conversations` or
+/// `key` may have other fields, which are returned as unused.
 ///
 /// # Errors
 /// As [`read`]; [`Error::Usage`] for an object that is not as described, with its number, and for a file

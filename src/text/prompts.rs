@@ -120,7 +120,7 @@ pub struct PromptEncoder<'a> {
     pub text: Option<&'a Text>,
     /// Encode texts as they are, even if the model has a chat template.
     pub raw: bool,
-    /// A system message to put before every conversation. An empty one is none.
+    /// A system message to put before every conversation. One without text is none.
     pub system: Option<&'a str>,
     /// Variables for the chat template: (name, value).
     pub variables: &'a [(String, Value)],
@@ -167,7 +167,7 @@ impl PromptEncoder<'_> {
             Error::Usage(what) => Error::Usage(format!("{name}: {what}")),
             other => other,
         };
-        let system = self.system.filter(|text| !text.is_empty());
+        let system = self.system.filter(|text| !text.trim().is_empty());
         if let Content::Tokens(ids) = content {
             let unused = match () {
                 _ if tools.is_some() => {

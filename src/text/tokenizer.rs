@@ -98,10 +98,15 @@ impl Text {
     /// As [`Text::open`]; `None` if the folder has no `tokenizer.json`.
     ///
     /// # Errors
-    /// As [`Text::open`].
+    /// As [`Text::open`]; [`Error::Option`] for a `template` without `tokenizer.json`.
     pub fn find(folder: &Folder, template: Option<(&str, String)>) -> Result<Option<Self>> {
         let path = folder.path("tokenizer.json");
-        let Some(bytes) = folder.file("tokenizer.json")? else { return Ok(None) };
+        let Some(bytes) = folder.file("tokenizer.json")? else {
+            return match template {
+                Some(_) => Err(without_tokenizer("chat_template", folder)),
+                None => Ok(None),
+            };
+        };
         let bytes = json::without_mark(&bytes);
         let file: TokenizerFile = json::parse(&path, bytes)?;
         let malformed =
@@ -307,18 +312,6 @@ impl Text {
         Ok(text + &stream.finish())
     }
 
-    /// The stop ids that the target's files name: those of `config`, and every `eos_token` of the tokenizer's
-    /// files that the target can emit.
-    pub fn stop_ids(&self, config: &TargetConfig) -> StopIds {
-        let mut stops = config.eos.clone();
-        for (file, content) in &self.specials.eos {
-            if let Some(id) = self.tokenizer.token_to_id(content).filter(|id| (*id as usize) < config.vocab) {
-                stops.add(id, file);
-            }
-        }
-        stops
-    }
-
     /// The id of a special token by its spelling. Special tokens have no text, so a stop string that is one
     /// has to stop by its id.
     pub fn special_id(&self, token: &str) -> Option<u32> {
@@ -378,6 +371,37 @@ impl Text {
         let token = added.simple_id_to_token(id).or_else(|| self.tokenizer.get_model().id_to_token(id))?;
         (!added.is_special_token(&token)).then_some(token)
     }
+}
+
+/// The stop ids that a target's files name: those of `config`, and every `eos_token` of the tokenizer's files
+/// that the target can emit.
+pub fn stop_ids(config: &TargetConfig, text: Option<&Text>) -> StopIds {
+    let mut stops = config.eos.clone();
+    let Some(Text { tokenizer, specials, .. }) = text else { return stops };
+    for (file, content) in &specials.eos {
+        if let Some(id) = tokenizer.token_to_id(content).filter(|id| (*id as usize) < config.vocab) {
+            stops.add(id, file);
+        }
+    }
+    stops
+}
+
+/// As [`Text::stream`]; `None` if the target's `folder` has no tokenizer.
+///
+/// # Errors
+/// As [`Text::stream`]; [`Error::Option`] for stop strings without a tokenizer.
+pub fn stream<'a>(text: Option<&'a Text>, stops: &[String], folder: &Folder) -> Result<Option<Stream<'a>>> {
+    match text {
+        Some(text) => text.stream(stops).map(Some),
+        None if stops.is_empty() => Ok(None),
+        None => Err(without_tokenizer("stop", folder)),
+    }
+}
+
+/// The error for an option that is of no use without a tokenizer.
+fn without_tokenizer(option: &'static str, folder: &Folder) -> Error {
+    let folder = folder.described();
+    Error::option(option, format!("needs a tokenizer, but {folder} has no tokenizer.json"))
 }
 
 /// The most bytes of text that become one token.

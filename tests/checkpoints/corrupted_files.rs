@@ -6,12 +6,14 @@ use crate::support;
 use dflash::Error;
 use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
 use dflash::checkpoint::safetensors::{Checkpoint, Dtype};
+use dflash::text::tokenizer::Text;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::fs;
 use std::sync::LazyLock;
+use std::time::{Duration, Instant};
 use support::{Target, disk, open_all, small, write_pair};
 
 /// An allocator that records the largest single allocation of each thread.
@@ -42,12 +44,14 @@ unsafe impl GlobalAlloc for LargestAllocation {
 static ALLOCATOR: LargestAllocation = LargestAllocation;
 
 /// The files of a pair, and whether each belongs to the target.
-const FILES: [(bool, &str); 7] = [
+const FILES: [(bool, &str); 9] = [
     (true, "config.json"),
     (true, "generation_config.json"),
     (true, "model.safetensors.index.json"),
     (true, "model-00001-of-00002.safetensors"),
     (true, "model-00002-of-00002.safetensors"),
+    (true, "tokenizer.json"),
+    (true, "tokenizer_config.json"),
     (false, "config.json"),
     (false, "model.safetensors"),
 ];
@@ -63,39 +67,47 @@ static VALID: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
 /// One change to a file. Positions are taken modulo the size of the file or of its JSON.
 #[derive(Debug, Clone)]
 enum Corruption {
-    Flip { at: usize, bit: u8 },
-    Truncate { at: usize },
-    Splice { from: usize, length: usize, to: usize },
-    Field { at: usize, value: Value },
+    Flip {
+        at: usize,
+        bit: u8,
+    },
+    Truncate {
+        at: usize,
+    },
+    Splice {
+        from: usize,
+        length: usize,
+        to: usize,
+    },
+    /// Replaces a value by this JSON text, which need not be valid.
+    Field {
+        at: usize,
+        text: String,
+    },
+    /// Gives an object its first key again, with its last value.
+    Repeat {
+        at: usize,
+    },
 }
 
 fn corruption() -> impl Strategy<Value = Corruption> {
     let values = [
-        Value::Null,
-        json!(true),
-        json!(0),
-        json!(1),
-        json!(3),
-        json!(-1),
-        json!(1.5),
-        json!(1e308),
-        json!(1e-308),
-        json!(u64::MAX),
-        json!(i64::MIN),
-        json!(1024),
-        json!(1 << 24),
-        json!(""),
         json!("\u{1b}[2J\n\0"),
         json!("../.."),
-        json!([]),
-        json!([0, 1]),
-        json!([[1e300]]),
-        json!({}),
         json!({ "rope_type": "yarn", "factor": 1e300, "beta_fast": 1e-300, "beta_slow": 1e-300 }),
         json!({ "rope_type": "llama3", "factor": 1e300, "low_freq_factor": 1e-300, "high_freq_factor": 1e300,
                 "original_max_position_embeddings": 1 }),
         json!({ "dtype": "F32", "shape": [1], "data_offsets": [0, 4] }),
-    ];
+    ]
+    .map(|value| value.to_string());
+    let texts = "null true 0 1 3 -1 -0 1.5 1.0 1e308 1e-308 1e999 -1e999 NaN -Infinity 1024 16777216 4294967296 \
+                 18446744073709551615 -9223372036854775808 99999999999999999999999 \"\" [] [0,1] [[1e300]] {} \
+                 {\"a\":1,\"a\":2} [0,18446744073709551615] [9223372036854775807,9223372036854775807] // \u{feff}";
+    let texts = texts.split(' ').map(String::from);
+    let nested = [100, 127, 100_000].map(|depth| format!("{}{}", "[".repeat(depth), "]".repeat(depth)));
+    let long =
+        [format!("\"{}\"", "a".repeat(100_000)), format!("[{}0]", "0,".repeat(100_000)), "9".repeat(10_000)];
+    let texts: Vec<String> = texts.chain(values).chain(nested).chain(long).collect();
     prop_oneof![
         (any::<usize>(), 0..8u8).prop_map(|(at, bit)| Corruption::Flip { at, bit }),
         any::<usize>().prop_map(|at| Corruption::Truncate { at }),
@@ -104,8 +116,9 @@ fn corruption() -> impl Strategy<Value = Corruption> {
             length,
             to
         }),
-        (any::<usize>(), proptest::sample::select(values.to_vec()))
-            .prop_map(|(at, value)| Corruption::Field { at, value }),
+        (any::<usize>(), proptest::sample::select(texts))
+            .prop_map(|(at, text)| Corruption::Field { at, text }),
+        any::<usize>().prop_map(|at| Corruption::Repeat { at }),
     ]
 }
 
@@ -158,11 +171,23 @@ fn apply(corruption: &Corruption, file: &mut Vec<u8>) {
             let to = to % end;
             file.splice(to..to, piece);
         }
-        Corruption::Field { at, value } => {
+        Corruption::Field { at, .. } | Corruption::Repeat { at } => {
             let Ok(mut tree) = serde_json::from_slice::<Value>(&file[begin..end]) else { return };
             let mut at = at % count(&tree);
-            *nth_value(&mut tree, &mut at).unwrap() = value.clone();
-            let text = tree.to_string();
+            let value = nth_value(&mut tree, &mut at).unwrap();
+            let text = match corruption {
+                Corruption::Field { text, .. } => text.clone(),
+                _ => {
+                    let Some((first, _)) = value.as_object().and_then(|map| map.iter().next()) else {
+                        return;
+                    };
+                    let last = value.as_object().unwrap().values().last().unwrap();
+                    let repeated = format!("{}:{last}", json!(first));
+                    format!("{},{repeated}}}", value.to_string().strip_suffix('}').unwrap())
+                }
+            };
+            *value = json!("PLACE OF THE TEXT");
+            let text = tree.to_string().replace("\"PLACE OF THE TEXT\"", &text);
             *file = match begin {
                 0 => text.into_bytes(),
                 _ => support::safetensors_raw(&text, &file[end..]),
@@ -194,6 +219,7 @@ proptest! {
         let bytes: usize = files.iter().map(Vec::len).sum();
         let (target, drafter) = (disk(&target), disk(&drafter));
 
+        let start = Instant::now();
         LARGEST.set(0);
         let opened = open_all(&target, &drafter);
         // Open each file separately too, because the check of the pair stops at the first error.
@@ -201,6 +227,8 @@ proptest! {
             DrafterConfig::open(&drafter).map(|c| c.stack.rope.frequencies())];
         let files = [Checkpoint::open(&target), Checkpoint::open(&drafter)];
         let largest = LARGEST.get();
+        let text = Text::find(&target, None).and_then(|text| text.map_or(Ok(vec![]), |text| text.encode("a b")));
+        prop_assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
 
         // 64 bytes per byte of JSON for its tree, and 1 MiB for the tensor names of the maximum number of
         // layers.
@@ -208,6 +236,7 @@ proptest! {
         let mut errors: Vec<Error> = files.iter().filter_map(|f| f.as_ref().err().cloned()).collect();
         errors.extend(parts.iter().filter_map(|p| p.as_ref().err().cloned()));
         errors.extend(opened.as_ref().err().cloned());
+        errors.extend(text.err());
         for error in errors {
             prop_assert!((2..=4).contains(&error.exit_code()), "{error:?}");
             let sentence = error.to_string();

@@ -87,6 +87,7 @@ fn a_cache_folder_stands_for_its_current_snapshot() {
     same(path);
     same(&format!("{path}/"));
     same(&format!("{path}/snapshots"));
+    same(&format!("{path}/snapshots/{COMMIT}/.."));
     // refs/main decides among several snapshots.
     fs::create_dir(repository.join("snapshots/aaaa")).unwrap();
     same(path);
@@ -133,6 +134,14 @@ fn absent_models_are_refused_with_the_command_that_downloads_them() {
     fs::write(repository.join("refs/main"), COMMIT).unwrap();
     fs::remove_file(repository.join("snapshots").join(COMMIT).join("config.json")).unwrap();
     expect(path, &format!("{folder} whose snapshot has no config.json: {downloads}"));
+    let snapshot = repository.join("snapshots").join(COMMIT);
+    std::os::unix::fs::symlink("nowhere", snapshot.join("config.json")).unwrap();
+    let link =
+        format!("ROOT/hub/models--org--Small-1.5B/snapshots/{COMMIT}/config.json is a link to a file that");
+    expect(
+        snapshot.to_str().unwrap(),
+        &format!("{link} does not exist: expected a Hugging Face model folder"),
+    );
     fs::remove_dir_all(repository.join("snapshots")).unwrap();
     fs::remove_dir_all(repository.join("refs")).unwrap();
     expect(path, &format!("{folder} without a snapshot: {downloads}"));

@@ -336,6 +336,13 @@ fn a_line_that_is_not_utf8_gives_one_error_line() {
 }
 
 #[test]
+fn a_message_without_an_end_is_refused() {
+    let got = with_stdin(&["--chat"], &vec![b'a'; (128 << 20) + 1]);
+    let limit = "dflash-gen: the message has more than 134217728 bytes, expected at most that\n";
+    assert_eq!((got.code, got.out.as_str(), got.err.as_str()), (2, "", limit));
+}
+
+#[test]
 fn a_full_context_is_reported_and_can_be_cleared() {
     let pair = ascii_pair();
     let fixture = Fixture::new(Some(&pair), &["-n", "300"]);

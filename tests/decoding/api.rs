@@ -47,13 +47,13 @@ fn by_generate(engine: &Engine, prompt: &[u32], params: &Params) -> Outcome {
     };
     let cpu = dflash::cpu::decoder::Cpu::load(engine.pair(), 1, engine.context()).unwrap();
     let mut decoder = dflash::engine::generate::Backend::decoder(&cpu).unwrap();
-    let mut stops = Stops(engine.text().stream(&params.stop).unwrap());
+    let mut stops = Stops(engine.text().unwrap().stream(&params.stop).unwrap());
     generate(&mut *decoder, &request, &mut stops).unwrap()
 }
 
 #[test]
 fn the_iterator_gives_the_answer_of_generate() {
-    let prompt = DEMO.text().encode("def f(x):").unwrap();
+    let prompt = DEMO.text().unwrap().encode("def f(x):").unwrap();
     let all = Params::default().max_tokens(40);
     let free = DEMO.generate(prompt.clone(), all.clone()).unwrap().finish().unwrap();
     assert_eq!(free.finish(), Finish::Length);
@@ -172,6 +172,45 @@ fn numbers_out_of_range_are_refused_on_every_device() {
             assert_eq!(error.map(|e| e.to_string()).as_deref(), Some(expected));
         }
     }
+}
+
+#[test]
+fn a_target_without_a_tokenizer_runs_with_token_ids() {
+    let (target, drafter) = requests::tiny();
+    let pair = support::write_pair(&target, &drafter);
+    let open = |template: Option<&str>| {
+        let options = EngineOptions::default().device(DeviceChoice::Cpu);
+        let options = EngineOptions { chat_template: template.map(String::from), ..options };
+        Engine::open_with(Models::folders(&pair.target, &pair.drafter), options)
+    };
+    let answer = |engine: &Engine| {
+        let params = Params::default().max_tokens(9).stop_ids(Vec::<u32>::new());
+        let session = engine.session().unwrap().generate(vec![1, 2, 3], params.clone()).unwrap().finish();
+        let answer = engine.generate(vec![1, 2, 3], params).unwrap().finish().unwrap();
+        assert_eq!(answer.tokens(), session.unwrap().tokens());
+        answer
+    };
+    let with = answer(&open(None).unwrap());
+    std::fs::remove_file(pair.target.join("tokenizer.json")).unwrap();
+    let engine = open(None).unwrap();
+    let without = answer(&engine);
+    assert_eq!(
+        (without.tokens(), without.finish(), without.text.as_str()),
+        (with.tokens(), Finish::Length, "")
+    );
+    assert!(engine.text().is_none() && without.tokens().len() == 9);
+    assert_eq!(engine.stop_ids(), engine.pair().target.config.eos);
+    let error =
+        |content: Content, params: Params| engine.generate(content, params).err().unwrap().to_string();
+    let text = error("a".into(), Params::default());
+    assert!(text.contains("tokenizer.json is missing") && text.contains("token ids"), "{text}");
+    let stop = error(Content::Tokens(vec![1]), Params::default().stop("a"));
+    assert!(
+        stop.starts_with("stop needs a tokenizer, but ") && stop.ends_with(" has no tokenizer.json"),
+        "{stop}"
+    );
+    let template = open(Some("x")).err().unwrap().to_string();
+    assert!(template.starts_with("chat_template needs a tokenizer, but "), "{template}");
 }
 
 #[test]

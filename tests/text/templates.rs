@@ -283,6 +283,12 @@ fn tools_and_variables_that_no_template_reads_are_refused() {
         let end = "chat_template.jinja does not read: expected one of a, b, d, e, i";
         assert!(message.starts_with(&start) && message.ends_with(end), "{message}");
     }
+    let called = with_template(
+        "{% with w = f(x, y) %}{{ w }}{% endwith %}{% macro m(p, q=[r, s]) %}{{ p }}{{ q }}{% endmacro %}\
+         {% set t | replace('a', b=u) %}{{ v }}{% endset %}{{ t }}{% call(z) m() %}{{ z }}{% endcall %}",
+    );
+    let error = called.check_template(&[("none".into(), json!(1))]).unwrap_err().to_string();
+    assert!(error.ends_with("expected one of f, r, s, u, v, x, y"), "{error}");
     for read in ["a", "b", "i"] {
         assert_eq!(text.check_template(&[(read.to_string(), json!(1))]), Ok(()));
     }
@@ -428,6 +434,36 @@ fn templates_have_an_instruction_and_recursion_limit() {
         let error = rendered(&format!("{twice}{{{{ {printed} }}}}")).unwrap_err().to_string();
         assert!(error.contains("a text has more than 16777216 bytes"), "{error}");
     }
+    let pair = format!("{twice}{}", twice.replace("ns", "other"));
+    for compared in [
+        "ns.a == other.a",
+        "1 + 1 != 2 or [ns.a] < [other.a]",
+        "ns.a in [other.a]",
+        "(1, ns.a) not in [(1, other.a)]",
+        "ns.a in {}",
+        "ns.a is eq other.a",
+        "[ns.a] | select('in', [[other.a]]) | list",
+        "[ns.a, other.a] | sort",
+        "[[ns.a, other.a]] | map('unique') | list",
+        "[ns.a, other.a] | max",
+        "[{'x': ns.a}, {'x': other.a}] | groupby('x')",
+        "{1: ns.a, 2: other.a} | dictsort(by='value')",
+        "[ns.a].index(other.a)",
+        "{}.get(ns.a)",
+        "{}[ns.a]",
+        "{ns.a: 1}",
+        "[ns.a, other.a] | map('upper') | list",
+        "{} | attr(ns.a)",
+        "[1] | select(ns.a) | list",
+        "[{}] | rejectattr(ns.a, ns.a) | list",
+        "ns.a | safe",
+        "ns.a in 'abc'",
+    ] {
+        let error = rendered(&format!("{pair}{{{{ {compared} }}}}")).unwrap_err().to_string();
+        assert!(error.contains("5000000 instructions") || error.contains("16777216"), "{compared}: {error}");
+    }
+    let changed = "{% for x in [ns.a, other.a] if x == x %}{{ loop.changed(1, x) }}{% endfor %}";
+    assert!(rendered(&format!("{pair}{changed}")).unwrap_err().to_string().contains("instructions"));
     for long in [
         "'a' * 10 ** 9",
         "('a' * 10 ** 7) | replace('a', 'a' * 10 ** 7)",
@@ -444,6 +480,36 @@ fn templates_have_an_instruction_and_recursion_limit() {
     assert!(rendered(&format!("{nested}{{{{ ns.a }}}}")).unwrap().starts_with("[[[[[["));
     assert!(rendered(&format!("{nested}{{{{ ns.a | tojson }}}}")).unwrap().starts_with("[[[[[["));
     assert_eq!(rendered(&format!("{{{{ 1{} }}}}", "+1".repeat(30_000))).unwrap(), "30001");
+}
+
+/// jinja2 tests each item when its turn comes; minijinja tests all of them first.
+#[test]
+fn loops_whose_condition_may_change_are_refused_where_they_count_items() {
+    let set = "{% set ns = namespace(n=0) %}{% set other = namespace(n=0) %}";
+    for (source, is_refused) in [
+        ("{% for x in [1] if ns.n < 2 %}{{ loop.index }}{% endfor %}", true),
+        ("\n{% for x in [1] if x %}{{ loop.index }}{% endfor %}", false),
+        ("{% for x in [1] if ns.n < 2 %}{% for y in [2] %}{{ loop.last }}{% endfor %}{% endfor %}", false),
+        ("{% for x in [1] if ns.n < 2 %}x{% else %}y{% endfor %}", true),
+        ("{% for x in [1] if ns.n < 2 %}{% if x %}x{% else %}y{% endif %}{% endfor %}", false),
+        ("{% for x in [1] if x recursive %}{{ loop(x) if loop.last }}{% endfor %}", true),
+        ("{% set a = ns %}{% for x in [1] if a.n %}{{ loop.length }}{% endfor %}", true),
+        (
+            "{% macro m() %}{{ ns.n }}{% endmacro %}{% for x in [1] if m() %}{{ loop.first }}{% endfor %}",
+            true,
+        ),
+        ("{% for x in [1] if x.ns %}{{ loop.first }}{% endfor %}", false),
+        ("{% for x in [1] if x %}{% set outer = loop %}{% endfor %}", false),
+    ] {
+        let files = [("tokenizer.json", TOKENIZER), ("chat_template.jinja", &format!("{set}{source}"))];
+        match open(&files).unwrap().check_template(&[]) {
+            Ok(()) => assert!(!is_refused, "{source}"),
+            Err(Error::Model(message)) => {
+                assert!(is_refused && message.contains("has a loop with a condition in line 1"), "{message}");
+            }
+            other => panic!("{source}: {other:?}"),
+        }
+    }
 }
 
 #[test]

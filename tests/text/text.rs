@@ -277,6 +277,56 @@ fn decoders_that_cannot_be_streamed_are_refused_by_name() {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1500))]
+
+    /// Random decoders: one that opens gives the text of the crate.
+    #[test]
+    fn decoders_that_open_match_the_crate(
+        ids in byte_runs(0u32..280),
+        is_alone in prop::bool::weighted(0.2),
+        steps in prop::collection::vec(prop::sample::select(vec![
+            json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+            json!({"type": "Replace", "pattern": {"String": "he"}, "content": ""}),
+            json!({"type": "Replace", "pattern": {"String": "a"}, "content": "▁▁"}),
+            json!({"type": "Replace", "pattern": {"String": ""}, "content": "x"}),
+            json!({"type": "Replace", "pattern": {"Regex": "a|b"}, "content": "x"}),
+            json!({"type": "ByteFallback"}),
+            json!({"type": "ByteFallback"}),
+            json!({"type": "Fuse"}),
+            json!({"type": "Fuse"}),
+            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+            json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}),
+            json!({"type": "Strip", "content": "a", "start": 3, "stop": 0}),
+            json!({"type": "Strip", "content": "▁", "start": 0, "stop": 1}),
+            json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true}),
+            json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": false}),
+            json!({"type": "Metaspace", "replacement": "▁", "add_prefix_space": true}),
+            json!({"type": "Metaspace", "replacement": "e", "prepend_scheme": "first"}),
+            json!({"type": "WordPiece", "prefix": "##", "cleanup": true}),
+            json!({"type": "BPEDecoder", "suffix": "</w>"}),
+            json!({"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": true}),
+            json!({"type": "Sequence", "decoders": []}),
+            json!({"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}),
+        ]), 0..5),
+    ) {
+        let mut tokenizer = sentencepiece();
+        tokenizer["decoder"] = match &steps[..] {
+            [one] if is_alone => one.clone(),
+            _ => json!({"type": "Sequence", "decoders": steps}),
+        };
+        let text = match open(&[("tokenizer.json", &tokenizer.to_string())]) {
+            Ok(text) => text,
+            Err(error) => {
+                prop_assert!(matches!(error, Error::Unsupported(_) | Error::Model(_)), "{:?}", error);
+                return Ok(());
+            }
+        };
+        let expected = Tokenizer::from_bytes(tokenizer.to_string()).unwrap().decode(&ids, true).unwrap();
+        prop_assert_eq!(text.decode(&ids).unwrap(), expected, "{:?}", steps);
+    }
+}
+
 // ---- stop strings ----
 
 /// The text before the first stop string and the number of bytes up to its end, found by testing every prefix

@@ -6,6 +6,7 @@ use crate::lists::{above_zero, numbers, percent, sample_count, whole_numbers};
 use clap::{Args as Flags, Parser, Subcommand};
 use dflash::cli::device::Choice;
 use dflash::cli::spec_flags::{SpecFlags, TapsFlag};
+use dflash::cli::stop_flags::StopFlags;
 use dflash::cli::terminal::{number, whole};
 use std::path::PathBuf;
 
@@ -354,13 +355,8 @@ pub struct Generate {
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Generation")]
     #[arg(value_parser = whole::<u64>, allow_negative_numbers = true)]
     pub seed: u64,
-    /// End an answer at this token id, too; repeatable
-    #[arg(long, value_name = "N", help_heading = "Generation")]
-    #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
-    pub stop_id: Vec<u32>,
-    /// Continue after the model's stop tokens; --stop-id still ends an answer
-    #[arg(long, help_heading = "Generation")]
-    pub ignore_eos: bool,
+    #[command(flatten)]
+    pub stops: StopFlags,
     /// Say on stderr which token ids end an answer, and which files and flags name each of them
     #[arg(short, long, help_heading = "Output")]
     pub verbose: bool,

@@ -6,7 +6,6 @@ use crate::record::{Machine, Model, Record};
 use crate::{args, format, model};
 use clap::{Args as _, FromArgMatches};
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::stop_ids::StopIds;
 use dflash::cli::device::{self, Choice};
 use dflash::cli::interrupt::{self, is_interrupted};
 use dflash::cli::spec_flags::{SpecFlags, needs_drafter};
@@ -267,13 +266,7 @@ fn requests(
     let has_template = text.as_ref().is_some_and(Text::has_template);
     let tokens =
         PromptEncoder { pair, text: text.as_ref(), raw: false, system: None, variables: &[], context };
-    let config = &pair.target.config;
-    let mut stops = match &text {
-        _ if flags.ignore_eos => StopIds::default(),
-        Some(text) => text.stop_ids(config),
-        None => config.eos.clone(),
-    };
-    stops.add_chosen(&flags.stop_id, "--stop-id", config.vocab)?;
+    let stops = flags.stops.ids(&pair.target.config, text.as_ref(), &[])?;
     if flags.verbose {
         terminal::note(&format!("stop ids: {stops}"));
     }

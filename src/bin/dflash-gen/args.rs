@@ -5,6 +5,7 @@ use clap::{ArgAction, Parser, ValueEnum};
 use dflash::cli::device::Choice;
 use dflash::cli::models;
 use dflash::cli::spec_flags::{SpecFlags, TapsFlag, needs_drafter};
+use dflash::cli::stop_flags::StopFlags;
 use dflash::cli::terminal::{number, whole};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::SamplingParams;
@@ -114,13 +115,8 @@ pub struct Args {
     #[arg(long, value_name = "STR", action = ArgAction::Append, help_heading = "Generation")]
     #[arg(allow_hyphen_values = true)]
     pub stop: Vec<String>,
-    /// End the answer at this token id, too; repeatable
-    #[arg(long, value_name = "N", action = ArgAction::Append, help_heading = "Generation")]
-    #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
-    pub stop_id: Vec<u32>,
-    /// Go on after the model's stop tokens; --stop and --stop-id still end the answer
-    #[arg(long, help_heading = "Generation")]
-    pub ignore_eos: bool,
+    #[command(flatten)]
+    pub stops: StopFlags,
     /// Tokens per block: 1 from the target and N - 1 drafts; 1 is autoregressive decoding [default: as the
     /// drafter was trained]
     #[arg(long, value_name = "N", help_heading = "Generation")]
@@ -232,8 +228,7 @@ impl Args {
             variables: self.template_arg.iter().map(|arg| template_variable(arg)).collect::<Result<_>>()?,
             max_tokens: self.max_tokens,
             stop: self.stop,
-            stop_ids: self.stop_id,
-            ignore_eos: self.ignore_eos,
+            stop_flags: self.stops,
             sampling,
             spec,
             draft_temperature: self.drafts.draft_temperature,

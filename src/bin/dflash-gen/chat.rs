@@ -14,11 +14,11 @@ use dflash::engine::request::{Finish, Outcome, Request};
 use dflash::engine::stats;
 use dflash::spec::sampling::SamplingParams;
 use dflash::text::message::Message;
-use dflash::text::prompt_files::utf8;
+use dflash::text::prompt_files::{LIMIT, too_long, utf8};
 use dflash::text::prompts::without_template;
 use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
-use std::io::{self, BufRead, IsTerminal, Write};
+use std::io::{self, BufRead, IsTerminal, Read, Write};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -43,7 +43,7 @@ pub fn check<'a>(inputs: &Inputs<'a>) -> Result<&'a Text> {
     let folder = &inputs.pair.target.folder;
     let text = inputs.text.ok_or_else(|| Text::missing(folder))?;
     text.stream(&inputs.job.stop)?;
-    inputs.job.stop_ids(inputs.pair, Some(text), &inputs.job.stop)?;
+    inputs.stop_ids(&inputs.job.stop)?;
     match text.has_template() {
         true => text.check_template(&inputs.job.variables).map(|()| text),
         false => Err(without_template("--chat needs", &folder.described())),
@@ -155,7 +155,7 @@ impl<'a> Chat<'a> {
         let system = self.system.iter().map(|content| Message::new("system", content));
         let messages: Vec<Message> = system.chain(self.messages.iter().cloned()).collect();
         let session = self.session;
-        let Inputs { job, pair, .. } = *session.inputs;
+        let job = session.inputs.job;
         let prompt = self.text.encode_chat(&messages, None, &job.variables)?;
         let context = self.decoder.context();
         if prompt.is_empty() {
@@ -169,7 +169,7 @@ impl<'a> Chat<'a> {
             )));
         }
         let block = if self.drafting { self.block } else { 1 };
-        let stop_ids = job.stop_ids(pair, session.inputs.text, &job.stop)?.ids();
+        let stop_ids = session.inputs.stop_ids(&job.stop)?.ids();
         let request = job.request(prompt, self.sampling.clone(), block, stop_ids);
         let request = Request { max_tokens: self.max_tokens, ..request };
         let mut writer = Writer::new(session, 0, &request, &job.stop, true)?;
@@ -305,12 +305,15 @@ fn message() -> Result<Option<Vec<u8>>> {
             let _ = write!(io::stderr(), "{}", if message.is_none() { "> " } else { "| " });
         }
         let mut line = Vec::new();
-        let read = io::stdin().lock().read_until(b'\n', &mut line);
+        let read = io::stdin().lock().take(LIMIT as u64 + 1).read_until(b'\n', &mut line);
         if read.map_err(|e| Error::Usage(format!("stdin cannot be read: {e}")))? == 0 {
             if terminal {
                 note("");
             }
             break;
+        }
+        if message.as_ref().map_or(0, Vec::len) + line.len() > LIMIT {
+            return Err(too_long("the message"));
         }
         let line = line.strip_suffix(b"\n").unwrap_or(&line);
         let line = line.strip_suffix(b"\r").unwrap_or(line);

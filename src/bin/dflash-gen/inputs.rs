@@ -4,12 +4,13 @@
 use crate::job::{Action, Job, Source};
 use crate::note;
 use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::stop_ids::StopIds;
 use dflash::engine::request::Request;
 use dflash::spec::sampling::SamplingParams;
 use dflash::text::message::Message;
 use dflash::text::prompt_files;
 use dflash::text::prompts::{Content, Prompt, PromptEncoder, without_template};
-use dflash::text::tokenizer::{Stream, Text};
+use dflash::text::tokenizer::{self, Stream, Text};
 use dflash::{Error, Result};
 use serde_json::Value;
 use std::io::{self, IsTerminal};
@@ -83,7 +84,8 @@ impl<'a> Inputs<'a> {
             if turns > 1 {
                 // Each answer is at most as long as a request allows.
                 let mut whole = task.prompt.clone();
-                while continue_with(&mut whole, "") {}
+                let later = std::mem::take(&mut whole.turns);
+                later.into_iter().for_each(|turn| add_turn(&mut whole, "", turn));
                 let prompt = self.encoder()?.encode(&whole)?;
                 let max_tokens = task.request.max_tokens.saturating_mul(turns);
                 positions = Request { prompt, max_tokens, ..task.request.clone() }.positions();
@@ -106,20 +108,19 @@ impl<'a> Inputs<'a> {
             }
             answer += &stream.finish();
         }
-        continue_with(&mut prompt, &answer);
+        let turn = prompt.turns.remove(0);
+        add_turn(&mut prompt, &answer, turn);
         self.task(prompt, task.index, task.turn.map(|turn| turn + 1)).map(Some)
     }
 
     /// A detokenizer for an answer; `None` without a tokenizer.
     pub fn stream(&self, stop: &[String]) -> Result<Option<Stream<'a>>> {
-        match self.text {
-            Some(text) => text.stream(stop).map(Some),
-            None if stop.is_empty() => Ok(None),
-            None => {
-                let folder = self.pair.target.folder.described();
-                Err(Error::option("stop", format!("needs a tokenizer, but {folder} has no tokenizer.json")))
-            }
-        }
+        tokenizer::stream(self.text, stop, &self.pair.target.folder)
+    }
+
+    /// The token ids that end an answer with these stop strings.
+    pub fn stop_ids(&self, stop: &[String]) -> Result<StopIds> {
+        self.job.stop_flags.ids(&self.pair.target.config, self.text, stop)
     }
 
     fn encoder(&self) -> Result<PromptEncoder<'a>> {
@@ -139,7 +140,7 @@ impl<'a> Inputs<'a> {
             }
             other => other,
         })?;
-        let stop_ids = job.stop_ids(self.pair, self.text, &stop)?.ids();
+        let stop_ids = self.stop_ids(&stop)?.ids();
         let request = job.request(self.encoder()?.encode(&prompt)?, sampling, self.block, stop_ids);
         let request = Request { max_tokens: settings.max_tokens.unwrap_or(job.max_tokens), ..request };
         let least = match job.action {
@@ -157,14 +158,11 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// Appends an answer and the user's next turn to the conversation of a prompt. False if there is no next turn.
-fn continue_with(prompt: &mut Prompt, answer: &str) -> bool {
-    let Content::Chat(messages) = &mut prompt.content else { return false };
-    if prompt.turns.is_empty() {
-        return false;
+/// Appends an answer and the user's next turn to the conversation of a prompt.
+fn add_turn(prompt: &mut Prompt, answer: &str, turn: String) {
+    if let Content::Chat(messages) = &mut prompt.content {
+        messages.extend([Message::new("assistant", answer), Message::new("user", turn)]);
     }
-    messages.extend([Message::new("assistant", answer), Message::new("user", prompt.turns.remove(0))]);
-    true
 }
 
 impl Task {

@@ -3,12 +3,11 @@
 use dflash::Result;
 use dflash::checkpoint::folder::Folder;
 use dflash::checkpoint::pair::Pair;
-use dflash::checkpoint::stop_ids::StopIds;
 use dflash::cli::device::Choice;
+use dflash::cli::stop_flags::StopFlags;
 use dflash::engine::request::Request;
 use dflash::spec::config::SpecConfig;
 use dflash::spec::sampling::SamplingParams;
-use dflash::text::tokenizer::Text;
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -53,9 +52,7 @@ pub struct Job {
     // ---- answers ----
     pub max_tokens: usize,
     pub stop: Vec<String>,
-    /// Ids that end an answer besides the model's own.
-    pub stop_ids: Vec<u32>,
-    pub ignore_eos: bool,
+    pub stop_flags: StopFlags,
     pub sampling: SamplingParams,
     pub spec: SpecConfig,
     /// Temperature of sampled drafts, where it was given; else they follow `sampling`.
@@ -126,22 +123,6 @@ impl Job {
     pub fn spec(&self, sampling: &SamplingParams) -> SpecConfig {
         let temperature = self.draft_temperature.unwrap_or(sampling.temperature);
         self.spec.clone().with_draft_sampling(SamplingParams { temperature, ..sampling.clone() })
-    }
-
-    /// The token ids that end an answer: the model's own unless they are ignored, those of the flags, and the
-    /// special tokens among the stop strings.
-    pub fn stop_ids(&self, pair: &Pair, text: Option<&Text>, stop: &[String]) -> Result<StopIds> {
-        let config = &pair.target.config;
-        let mut stops = match text {
-            _ if self.ignore_eos => StopIds::default(),
-            Some(text) => text.stop_ids(config),
-            None => config.eos.clone(),
-        };
-        stops.add_chosen(&self.stop_ids, "--stop-id", config.vocab)?;
-        if let Some(text) = text {
-            stop.iter().filter_map(|stop| text.special_id(stop)).for_each(|id| stops.add(id, "--stop"));
-        }
-        Ok(stops)
     }
 
     /// A request with this prompt, sampling, block and stop ids.

@@ -85,9 +85,9 @@ fn run(job: &Job) -> Result<u8> {
         _ => inputs.tasks()?,
     };
     if job.verbose {
-        note(&format!("stop ids: {}", job.stop_ids(&pair, text.as_ref(), &job.stop)?));
+        note(&format!("stop ids: {}", inputs.stop_ids(&job.stop)?));
         for Task { prompt, stop, .. } in tasks.iter().filter(|task| task.prompt.settings.stop.is_some()) {
-            let ids = job.stop_ids(&pair, text.as_ref(), stop)?;
+            let ids = inputs.stop_ids(stop)?;
             note(&format!("{}: stop ids: {ids}; stop strings: {stop:?}", prompt.name));
         }
     }

@@ -1,5 +1,6 @@
 //! Python's methods of strings and lists, as templates call them.
 
+use super::charge_comparison;
 use super::python::{check_length, text, wrong};
 use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State};
@@ -11,6 +12,11 @@ pub(crate) fn call(state: &mut State, value: &Value, method: &str, args: &[Value
     if method == "format" {
         // Their texts are checked before they are made part of another.
         args.iter().try_for_each(|arg| text(arg).map(drop))?;
+    }
+    match (method, args) {
+        ("count" | "index", _) => charge_comparison(state, value)?,
+        ("get", [key, ..]) => charge_comparison(state, key)?,
+        _ => {}
     }
     let own = match (value.as_str(), value.kind()) {
         (Some(text), _) => string_method(text, method, args),

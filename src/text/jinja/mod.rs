@@ -19,7 +19,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{
     Kwargs, Object, ObjectRepr, Rest, StringInput, Value, ValueKind, ValueOrKwargs, from_args,
 };
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, filters};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, filters, tests};
 use python::{Json, check_length, text, wrong};
 use std::fmt::Write;
 use std::sync::{Arc, Mutex};
@@ -36,17 +36,60 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
     environment.set_unknown_method_callback(methods::call);
     environment.set_formatter(|out, state, value| match state.auto_escape() {
         AutoEscape::None => out.write_str(&text(value)?).map_err(Error::from),
-        _ => minijinja::escape_formatter(out, state, value),
+        _ => out.write_str(escape(value)?.as_str().unwrap_or_default()).map_err(Error::from),
     });
     // Makes errors name undefined values.
     environment.set_debug(true);
 
     environment.add_filter("tojson", to_json);
-    environment.add_filter("string", |value: &Value| match value.kind() {
-        ValueKind::String => Ok(value.clone()),
-        _ => text(value).map(Value::from),
+    environment.add_filter("string", as_text);
+    environment.add_filter("__capitalize", filters::capitalize);
+    environment.add_filter("__lower", filters::lower);
+    environment.add_filter("__reject", filters::reject);
+    environment.add_filter("__rejectattr", filters::rejectattr);
+    environment.add_filter("__safe", filters::safe);
+    environment.add_filter("__select", filters::select);
+    environment.add_filter("__selectattr", filters::selectattr);
+    environment.add_filter("__title", filters::title);
+    environment.add_filter("__upper", filters::upper);
+    // These take arguments as texts: (filter, first argument, number). minijinja's conversion has no limit.
+    for (name, first, count) in [
+        ("capitalize", 0, 1),
+        ("lower", 0, 1),
+        ("reject", 1, 1),
+        ("rejectattr", 1, 2),
+        ("safe", 0, 1),
+        ("select", 1, 1),
+        ("selectattr", 1, 2),
+        ("title", 0, 1),
+        ("upper", 0, 1),
+    ] {
+        environment.add_filter(name, move |state: &mut State, args: Rest<Value>| {
+            let mut args = args.0;
+            for arg in args.iter_mut().skip(first).take(count) {
+                *arg = as_text(arg)?;
+            }
+            state.apply_filter(&format!("__{name}"), &args)
+        });
+    }
+    // jinja2 does not have these.
+    environment.remove_global("debug");
+    for name in ["bool", "chain", "lines", "split", "zip"] {
+        environment.remove_filter(name);
+    }
+    environment.remove_test("startingwith");
+    environment.remove_test("endingwith");
+    environment.add_filter("attr", |state: &State, value: &Value, name: &Value| {
+        charge_comparison(state, name)?;
+        value.get_item(name)
     });
     environment.add_filter(source::ITEMS, items_of);
+    environment.add_filter(source::COMPARED, |state: &State, value: Value| {
+        charge_comparison(state, &value).map(|()| value)
+    });
+    environment.add_filter(source::SEARCHED, |state: &State, value: Value| {
+        charge_search(state, &value).map(|()| value)
+    });
     environment.add_filter("join", join);
     environment.add_filter("map", map);
     environment.add_filter("length", length);
@@ -88,19 +131,51 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
         false => filters::items(value),
     });
     environment.add_filter("sort", |state: &State, value: Value, given: Rest<ValueOrKwargs>| {
+        charge_comparison(state, &value)?;
         filters::sort(state, value, named(given, ["reverse", "case_sensitive", "attribute"])?)
     });
-    environment.add_filter("dictsort", |value: &Value, given: Rest<ValueOrKwargs>| {
+    environment.add_filter("dictsort", |state: &State, value: &Value, given: Rest<ValueOrKwargs>| {
+        charge_comparison(state, value)?;
         filters::dictsort(value, named(given, ["case_sensitive", "by", "reverse"])?)
     });
     environment.add_filter("unique", |state: &State, value: Value, given: Rest<ValueOrKwargs>| {
+        charge_comparison(state, &value)?;
         filters::unique(state, value, named(given, ["case_sensitive", "attribute"])?)
     });
+    environment.add_filter("min", |state: &State, value: Value, options: Kwargs| {
+        charge_comparison(state, &value)?;
+        filters::min(state, value, options)
+    });
+    environment.add_filter("max", |state: &State, value: Value, options: Kwargs| {
+        charge_comparison(state, &value)?;
+        filters::max(state, value, options)
+    });
+    environment.add_filter("groupby", group_by);
     environment.add_filter("trim", |state: &mut State, value: &Value, given: Rest<ValueOrKwargs>| {
         let [chars] = arguments(given, ["chars"])?;
         methods::call(state, &text(value)?.into(), "strip", &[chars.into()])
     });
 
+    type Comparison = fn(&Value, &Value) -> bool;
+    for (names, compare) in [
+        (["eq", "equalto", "=="], tests::is_eq as Comparison),
+        (["ne", "ne", "!="], tests::is_ne),
+        (["lt", "lessthan", "<"], tests::is_lt),
+        (["le", "le", "<="], tests::is_le),
+        (["gt", "greaterthan", ">"], tests::is_gt),
+        (["ge", "ge", ">="], tests::is_ge),
+    ] {
+        for name in names {
+            environment.add_test(name, move |state: &State, value: &Value, other: &Value| {
+                charge_comparison(state, other).map(|()| compare(value, other))
+            });
+        }
+    }
+    environment.add_test("in", |state: &State, value: &Value, other: &Value| {
+        charge_comparison(state, value)?;
+        charge_search(state, other)?;
+        tests::is_in(state, value, other)
+    });
     environment.add_test("iterable", |value: &Value| {
         !matches!(
             value.kind(),
@@ -204,6 +279,29 @@ fn named<const N: usize>(given: Rest<ValueOrKwargs>, names: [&str; N]) -> Result
     Ok(names.into_iter().zip(values).filter_map(|(name, value)| Some((name, value?))).collect())
 }
 
+/// Charges the fuel of comparing or hashing `value`: 8 for each value in it, and 1 for 64 bytes of a text.
+/// minijinja does not, and a value that holds another one twice, and so on, has any number of values in it.
+fn charge_comparison(state: &State, value: &Value) -> Result<()> {
+    let mut rest = vec![value.clone()];
+    while let Some(value) = rest.pop() {
+        let is_container = matches!(value.kind(), ValueKind::Map | ValueKind::Seq | ValueKind::Iterable);
+        state.consume_fuel(value.as_str().map_or(0, |text| text.len() as u64 / 64))?;
+        for item in is_container.then(|| value.try_iter()).transpose()?.into_iter().flatten() {
+            state.consume_fuel(8)?;
+            if value.kind() == ValueKind::Map {
+                rest.push(value.get_item(&item)?);
+            }
+            rest.push(item);
+        }
+    }
+    Ok(())
+}
+
+/// Charges the fuel of comparing each item of `container`. Keys are found by their hash.
+fn charge_search(state: &State, container: &Value) -> Result<()> {
+    if container.kind() == ValueKind::Map { Ok(()) } else { charge_comparison(state, container) }
+}
+
 /// What a loop runs over. Python's None has no items, and a text has its characters.
 fn items_of(value: &Value) -> Result<Value> {
     match value.as_str() {
@@ -211,6 +309,19 @@ fn items_of(value: &Value) -> Result<Value> {
         None if value.is_none() => Err(wrong("a loop needs items, not none")),
         None => Ok(value.clone()),
     }
+}
+
+/// The value itself if it is a text, or as a text.
+fn as_text(value: &Value) -> Result<Value> {
+    match value.kind() {
+        ValueKind::String => Ok(value.clone()),
+        _ => text(value).map(Value::from),
+    }
+}
+
+fn group_by(state: &State, value: Value, attribute: Option<&str>, options: Kwargs) -> Result<Value> {
+    charge_comparison(state, &value)?;
+    filters::groupby(value, attribute, options)
 }
 
 /// `map`, which gives a filter its arguments by name, too.
@@ -280,12 +391,11 @@ fn join(state: &mut State, value: &Value, given: Rest<ValueOrKwargs>) -> Result<
             state.apply_filter("map", &[value.clone(), attribute.into()])?
         }
     };
-    let as_text = |item: Value| if item.is_safe() { Ok(item) } else { text(&item).map(Value::from) };
-    let separator = as_text(separator.unwrap_or("".into()))?;
+    let separator = as_text(&separator.unwrap_or("".into()))?;
     let mut bytes = 0;
     let mut texts = Vec::new();
     for item in items.try_iter()? {
-        texts.push(as_text(item)?);
+        texts.push(as_text(&item)?);
         let of = |text: Option<&Value>| text.and_then(Value::as_str).map_or(0, str::len);
         bytes += of(texts.last()) + of(Some(&separator));
         check_length(bytes)?;

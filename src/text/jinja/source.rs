@@ -15,66 +15,197 @@ pub(crate) struct Source {
 
 impl Source {
     /// Scans `source`. A source that is not a template gives any result; the parser refuses it.
-    pub(crate) fn new(source: &str) -> Source {
+    ///
+    /// # Errors
+    /// A sentence about a loop that minijinja would render differently from jinja2, to follow the template's name.
+    pub(crate) fn new(source: &str) -> Result<Source, String> {
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        let tags = tags(&source);
+        let nested = nested_conditions(&source, &tags)?;
         let mut text = String::with_capacity(source.len());
         let mut reads = Reads::default();
-        let mut rest = &source[..];
-        while let Some(start) = rest.find('{') {
-            let (before, tag) = rest.split_at(start);
-            text.push_str(before);
-            let end = match tag.as_bytes().get(1) {
-                Some(b'#') => {
-                    let end = tag.find("#}").map_or(tag.len(), |at| at + 2);
-                    text.push_str(&tag[..end]);
-                    end
+        let mut at = 0;
+        for (i, tag) in tags.iter().enumerate() {
+            text.push_str(&source[at..tag.place.start]);
+            at = tag.place.end;
+            let part = &source[tag.place.clone()];
+            if tag.is_statement {
+                reads.statement(&tag.tokens);
+            } else {
+                reads.expression(&tag.tokens);
+            }
+            match tag.name() {
+                Some("raw") => {
+                    text.push_str(part);
+                    // The line end after this tag stays, but minijinja drops one.
+                    text.push_str(if source[at..].starts_with('\n') { "\n" } else { "" });
                 }
-                Some(b'%' | b'{') => {
-                    let (end, tokens, places) = tokens(tag);
-                    let name = tokens.first().and_then(Token::name).filter(|_| tag[1..].starts_with('%'));
-                    match name {
-                        Some("raw") => {
-                            text.push_str(&tag[..end]);
-                            // The line end after this tag stays, but minijinja drops one.
-                            text.push_str(if tag[end..].starts_with('\n') { "\n" } else { "" });
-                            let length = raw(&tag[end..]);
-                            text.push_str(&tag[end..end + length]);
-                            end + length
-                        }
-                        Some(name @ ("generation" | "endgeneration")) if tokens.len() == 1 => {
-                            let with = if name == "generation" { "with" } else { "endwith" };
-                            text.push_str(&tag[..end].replacen(name, with, 1));
-                            reads.statement(&tokens);
-                            end
-                        }
-                        _ => {
-                            match tag[1..].starts_with('%') {
-                                true => reads.statement(&tokens),
-                                false => reads.expression(&tokens),
-                            }
-                            push_tag(&tag[..end], &tokens, &places, &mut text);
-                            end
-                        }
-                    }
+                Some("generation") if tag.tokens.len() == 1 => {
+                    text.push_str(&part.replacen("generation", "with", 1))
                 }
-                _ => {
-                    text.push('{');
-                    1
+                Some("endgeneration") => text.push_str(&part.replacen("endgeneration", "endwith", 1)),
+                Some("endfor") if nested.contains(&i) => {
+                    text.push_str(&part.replacen("endfor", "endif %}{% endfor", 1))
                 }
-            };
-            rest = &tag[end..];
+                _ => push_tag(part, tag, nested.contains(&i), &mut text),
+            }
         }
-        text.push_str(rest);
-        Source { text, reads: reads.found }
+        text.push_str(&source[at..]);
+        Ok(Source { text, reads: reads.found })
     }
 }
+
+/// A statement or an expression of a template, with its braces.
+struct Tag<'a> {
+    place: Range<usize>,
+    is_statement: bool,
+    tokens: Vec<Token<'a>>,
+    /// The place of each token in the tag.
+    places: Vec<Range<usize>>,
+}
+
+impl<'a> Tag<'a> {
+    /// The name of a statement.
+    fn name(&self) -> Option<&'a str> {
+        self.tokens.first().filter(|_| self.is_statement)?.name()
+    }
+}
+
+/// The tags of a template, outside of comments and raw text.
+fn tags(source: &str) -> Vec<Tag<'_>> {
+    let mut tags = Vec::new();
+    let mut at = 0;
+    while let Some(start) = source[at..].find('{').map(|start| at + start) {
+        let rest = &source[start..];
+        at = start
+            + match rest.as_bytes().get(1) {
+                Some(b'#') => rest.find("#}").map_or(rest.len(), |end| end + 2),
+                Some(b'%' | b'{') => {
+                    let (length, tokens, places) = tokens(rest);
+                    let is_statement = rest[1..].starts_with('%');
+                    let tag = Tag { place: start..start + length, is_statement, tokens, places };
+                    let after = if tag.name() == Some("raw") { raw(&rest[length..]) } else { 0 };
+                    tags.push(tag);
+                    length + after
+                }
+                _ => 1,
+            };
+    }
+    tags
+}
+
+/// Finds the loops with a condition, `for x in xs if c`, that become `for x in xs` with `if c` around the body.
+/// jinja2 tests each item when its turn comes. minijinja tests all items before it renders the body, which gives
+/// something else where the body changes what the condition reads. The body can only be in an `if` where it does
+/// not count the items that pass: it has no `else` and reads nothing of `loop` that depends on the count.
+/// Returns the indices of the `for` and `endfor` tags.
+///
+/// # Errors
+/// As [`Source::new`]: such a body with a condition that may change, or in a recursive loop, where minijinja
+/// does not test the items of the inner loops.
+fn nested_conditions(source: &str, tags: &[Tag]) -> Result<BTreeSet<usize>, String> {
+    let state = State::new(tags);
+    let mut nested = BTreeSet::new();
+    // The open loops and conditions: the tag, and whether the body counts the items.
+    let mut open: Vec<(usize, bool)> = Vec::new();
+    for (at, tag) in tags.iter().enumerate() {
+        let is_loop = |(of, _): &&mut (usize, bool)| tags[*of].name() == Some("for");
+        if counts_items(&tag.tokens)
+            && let Some((_, counts)) = open.iter_mut().rev().find(is_loop)
+        {
+            *counts = true;
+        }
+        match tag.name() {
+            Some("for" | "if") => open.push((at, false)),
+            Some("else") => {
+                if let Some((_, has_else)) = open.last_mut() {
+                    *has_else = true;
+                }
+            }
+            Some("endif") => drop(open.pop()),
+            Some("endfor") => {
+                let Some((start, counts)) = open.pop() else { continue };
+                let of = &tags[start].tokens;
+                let Some((_, Some(condition))) = loop_parts(of) else { continue };
+                if !counts && !of[condition.clone()].contains(&Token::Name("loop")) {
+                    nested.extend([start, at]);
+                } else if of.last() == Some(&Token::Name("recursive")) || state.may_change(&of[condition]) {
+                    let line = source[..tags[start].place.start].matches('\n').count() + 1;
+                    return Err(format!(
+                        "has a loop with a condition in line {line} that is recursive or reads what the body may \
+                         change; this is only supported without an else and without loop.index, loop.last and \
+                         other counts of the items that pass"
+                    ));
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(nested)
+}
+
+/// Whether a tag in the body of a loop reads something of `loop` that depends on the items before or after.
+fn counts_items(tokens: &[Token]) -> bool {
+    variables(tokens).any(|(name, after)| {
+        let counts = !matches!(
+            after,
+            [Token::Sign('('), ..] | [Token::Sign('.'), Token::Name("depth" | "depth0" | "changed"), ..]
+        );
+        name == "loop" && counts
+    })
+}
+
+/// The names in a tag that are not attributes or filters, each with the tokens after it.
+fn variables<'a, 't>(tokens: &'t [Token<'a>]) -> impl Iterator<Item = (&'a str, &'t [Token<'a>])> {
+    (0..tokens.len()).filter_map(|at| {
+        let named = at.checked_sub(1).is_some_and(|before| matches!(tokens[before], Token::Sign('.' | '|')));
+        Some((tokens[at].name().filter(|_| !named)?, &tokens[at + 1..]))
+    })
+}
+
+/// The variables of a template whose values change: namespaces, cyclers, joiners and the macros that may use them.
+struct State<'a> {
+    names: BTreeSet<&'a str>,
+    /// Whether other variables may hold such a value.
+    is_shared: bool,
+}
+
+impl<'a> State<'a> {
+    fn new(tags: &[Tag<'a>]) -> State<'a> {
+        let name = |tag: &Tag<'a>| tag.tokens.get(1).and_then(Token::name);
+        let makes = |tag: &&Tag| {
+            variables(&tag.tokens).any(|(name, _)| ["namespace", "cycler", "joiner"].contains(&name))
+        };
+        let mut names: BTreeSet<&str> = tags.iter().filter(makes).filter_map(name).collect();
+        let used_alone = |(name, after): (&str, &[Token])| {
+            names.contains(name) && !matches!(after, [Token::Sign('.' | '(' | '[' | '='), ..])
+        };
+        let is_shared = tags.iter().any(|tag| variables(&tag.tokens).any(used_alone));
+        if !names.is_empty() {
+            names.extend(tags.iter().filter(|tag| tag.name() == Some("macro")).filter_map(name));
+        }
+        State { names, is_shared }
+    }
+
+    /// Whether a condition may read such a value.
+    fn may_change(&self, condition: &[Token]) -> bool {
+        self.is_shared || variables(condition).any(|(name, _)| self.names.contains(name))
+    }
+}
+
+/// The filter that charges the fuel of comparing a value.
+pub(crate) const COMPARED: &str = "__compared";
+/// The filter that charges the fuel of `x in value`.
+pub(crate) const SEARCHED: &str = "__searched";
 
 /// The filter that gives the items of a loop.
 pub(crate) const ITEMS: &str = "__items";
 
 /// Appends a tag, changed so that minijinja gives the results of jinja2: a loop runs over what the filter
-/// [`ITEMS`] gives, the operands of `~` are texts as Python writes them, and a unary `+` is dropped.
-fn push_tag(tag: &str, tokens: &[Token], places: &[Range<usize>], out: &mut String) {
+/// [`ITEMS`] gives, the operands of `~` are texts as Python writes them, and a unary `+` is dropped. Values that
+/// are compared go through the filters [`COMPARED`] and [`SEARCHED`]. With `nested`, the condition of a loop
+/// becomes a tag of its own.
+fn push_tag(tag: &str, Tag { tokens, places, .. }: &Tag, nested: bool, out: &mut String) {
     // Parts of the tag, and the texts that replace them.
     let mut edits: Vec<(Range<usize>, String)> = Vec::new();
     let mut filter = |part: Range<usize>, name: &str| {
@@ -84,43 +215,78 @@ fn push_tag(tag: &str, tokens: &[Token], places: &[Range<usize>], out: &mut Stri
             edits.push((end..end, format!(")|{name}")));
         }
     };
-    let mut unary = Vec::new();
-    // For every open bracket: the first token of the operand, and whether a `~` is before it.
-    let mut operands = vec![(usize::from(tag.starts_with("{%")), false)];
-    for at in operands[0].0..=tokens.len() {
-        let (token, before) = (tokens.get(at), tokens[operands[0].0.min(at)..at].last());
+    let mut others: Vec<(Range<usize>, String)> = Vec::new();
+    let first = usize::from(tag.starts_with("{%"));
+    let loop_in = loop_parts(tokens).map(|(iterated, _)| iterated.start - 1);
+    // For every open bracket, its operands.
+    let mut open =
+        vec![Operands { text: (first, false), value: (first, None), all_compared: false, is_map: false }];
+    for at in first..=tokens.len() {
+        let (token, before) = (tokens.get(at), tokens[first.min(at)..at].last());
         let closes = matches!(token, Some(Token::Sign(')' | ']' | '}')));
-        let is_unary = match before {
-            Some(Token::Name(name)) => OPERATORS.contains(name),
-            Some(Token::Text | Token::Number | Token::Sign(')' | ']' | '}')) => false,
-            _ => true,
+        let after_operand = match before {
+            Some(Token::Name(name)) => !OPERATORS.contains(name),
+            before => matches!(before, Some(Token::Text | Token::Number | Token::Sign(')' | ']' | '}'))),
         };
-        let separates = match token {
-            None | Some(Token::Comparison | Token::Sign('~' | ',' | ':' | '=' | '<' | '>')) => true,
-            Some(Token::Sign('+' | '-')) => !is_unary,
+        let is_in = token == Some(&Token::Name("in")) && !follows_is(&tokens[..at]) && loop_in != Some(at);
+        let ends_value = match token {
+            None | Some(Token::Comparison | Token::Sign(',' | ':' | '=' | '<' | '>')) => true,
             Some(Token::Name(name)) => {
                 OPERATORS.contains(name) && *name != "is" && !follows_is(&tokens[..at])
             }
             Some(_) => closes,
         };
-        if let Some((start, after_tilde)) = operands.last_mut().filter(|_| separates) {
-            let is_tilde = token == Some(&Token::Sign('~'));
-            if (is_tilde || *after_tilde) && tokens[*start..at] != [Token::Text] {
-                filter(*start..at, "string");
+        let is_tilde = token == Some(&Token::Sign('~'));
+        let is_sum = matches!(token, Some(Token::Sign('+' | '-'))) && after_operand;
+        if let Some(operands) = open.last_mut() {
+            let is_literal = |start: usize| matches!(tokens[start..at], [Token::Text | Token::Number]);
+            if ends_value || is_tilde || is_sum {
+                let (start, after_tilde) = operands.text;
+                if (is_tilde || after_tilde) && tokens[start..at] != [Token::Text] {
+                    filter(start..at, "string");
+                }
+                operands.text = (at + 1, is_tilde);
             }
-            (*start, *after_tilde) = (at + 1, is_tilde);
+            if ends_value {
+                let (start, after) = operands.value;
+                let before_in = is_in || token == Some(&Token::Name("not")) && start < at;
+                let is_key = operands.is_map && token == Some(&Token::Sign(':'));
+                let compared = (before_in || is_key || operands.all_compared).then_some(COMPARED);
+                if let Some(name) = after.or(compared).filter(|_| !is_literal(start)) {
+                    filter(start..at, name);
+                }
+                let after = match token {
+                    Some(Token::Comparison | Token::Sign('<' | '>')) => Some(COMPARED),
+                    _ => is_in.then_some(SEARCHED),
+                };
+                operands.value = (at + 1, after);
+            }
         }
         match token {
-            Some(Token::Sign('(' | '[' | '{')) => operands.push((at + 1, false)),
-            Some(Token::Sign('+')) if is_unary => unary.push(places[at].clone()),
-            _ if closes && operands.len() > 1 => drop(operands.pop()),
+            Some(Token::Sign(c @ ('(' | '[' | '{'))) => {
+                // A subscript is hashed.
+                let all_compared = match c {
+                    '(' => before == Some(&Token::Name("changed")),
+                    _ => *c == '[' && after_operand,
+                };
+                let (text, value) = ((at + 1, false), (at + 1, None));
+                open.push(Operands { text, value, all_compared, is_map: *c == '{' });
+            }
+            Some(Token::Sign('+')) if !after_operand => others.push((places[at].clone(), " ".into())),
+            _ if closes && open.len() > 1 => drop(open.pop()),
             _ => {}
         }
     }
-    if let Some(iterated) = iterated(tokens) {
+    if let Some((iterated, condition)) = loop_parts(tokens) {
         filter(iterated, ITEMS);
+        if let Some(condition) = condition.filter(|_| nested) {
+            let recursive = places.get(condition.end).cloned();
+            let end = if recursive.is_some() { "recursive %}{% if" } else { "%}{% if" };
+            edits.push((places[condition.start - 1].clone(), end.into()));
+            edits.extend(recursive.map(|place| (place, String::new())));
+        }
     }
-    edits.extend(unary.into_iter().map(|place| (place, " ".into())));
+    edits.extend(others);
     // The end of an operand comes first at its place, and a `+` that is dropped comes last.
     edits.sort_by_key(|(place, text)| (place.start, place.end, text == "("));
     let mut edited = String::with_capacity(tag.len());
@@ -134,27 +300,48 @@ fn push_tag(tag: &str, tokens: &[Token], places: &[Range<usize>], out: &mut Stri
     push_code(&edited, out);
 }
 
+/// The current operands within one pair of brackets.
+struct Operands {
+    /// The first token of the operand of `~`, and whether a `~` is before it.
+    text: (usize, bool),
+    /// The first token of the operand of a comparison, and the filter for it if the comparison is before it.
+    value: (usize, Option<&'static str>),
+    /// Whether every operand is compared.
+    all_compared: bool,
+    /// Whether operands before `:` are keys, which are hashed.
+    is_map: bool,
+}
+
 /// Whether the next token belongs to a test: `is not`, `is in`, `is not in`.
 fn follows_is(tokens: &[Token]) -> bool {
     matches!(tokens, [.., Token::Name("is")] | [.., Token::Name("is"), Token::Name("not")])
 }
 
-/// The tokens of what a loop runs over, if the statement is a loop.
-fn iterated(tokens: &[Token]) -> Option<Range<usize>> {
+/// The tokens of what a loop runs over and of its condition, if the statement is a loop.
+fn loop_parts(tokens: &[Token]) -> Option<(Range<usize>, Option<Range<usize>>)> {
     if tokens.first() != Some(&Token::Name("for")) {
         return None;
     }
-    let (mut depth, mut start) = (0usize, None);
-    for (at, token) in tokens.iter().enumerate() {
-        match (token, start) {
-            (Token::Sign('(' | '[' | '{'), _) => depth += 1,
-            (Token::Sign(')' | ']' | '}'), _) => depth = depth.saturating_sub(1),
-            (Token::Name("in"), None) if depth == 0 => start = Some(at + 1),
-            (Token::Name("if" | "recursive"), Some(start)) if depth == 0 => return Some(start..at),
+    let mut words = outside_brackets(tokens).filter_map(|(at, token)| Some((at, token.name()?)));
+    let (before, _) = words.find(|(_, name)| *name == "in")?;
+    let end = tokens.len() - usize::from(tokens.last() == Some(&Token::Name("recursive")));
+    Some(match words.find(|(_, name)| *name == "if") {
+        Some((at, _)) => (before + 1..at, Some(at + 1..end.max(at + 1))),
+        None => (before + 1..end.max(before + 1), None),
+    })
+}
+
+/// The tokens that are not in brackets, each with its index. A closing bracket counts as outside.
+fn outside_brackets<'a, 't>(tokens: &'t [Token<'a>]) -> impl Iterator<Item = (usize, &'t Token<'a>)> {
+    let mut depth = 0usize;
+    tokens.iter().enumerate().filter(move |(_, token)| {
+        match token {
+            Token::Sign('(' | '[' | '{') => depth += 1,
+            Token::Sign(')' | ']' | '}') => depth = depth.saturating_sub(1),
             _ => {}
         }
-    }
-    Some(start?..tokens.len())
+        depth == 0
+    })
 }
 
 /// Appends a tag, without the escapes of its texts that minijinja does not know: a line end, and `\U` with
@@ -319,7 +506,7 @@ impl Default for Reads {
             "lipsum",
             "cycler",
         ];
-        let more = ["joiner", "raise_exception", "strftime_now", "debug"];
+        let more = ["joiner", "raise_exception", "strftime_now"];
         let known = known.into_iter().chain(more).map(String::from).collect();
         Reads { found: BTreeSet::new(), scopes: vec![known, BTreeSet::new()] }
     }
@@ -372,7 +559,8 @@ impl Reads {
         let Some((Token::Name(name), rest)) = tokens.split_first() else { return };
         match *name {
             "set" => {
-                let equals = rest.iter().position(|token| *token == Token::Sign('='));
+                let equals = outside_brackets(rest).find(|(_, token)| **token == Token::Sign('='));
+                let equals = equals.map(|(at, _)| at);
                 let (targets, value) = rest.split_at(equals.unwrap_or(rest.len()));
                 if equals.is_some() {
                     self.expression(value);
@@ -392,14 +580,11 @@ impl Reads {
                 }
             }
             "for" => {
-                let at = rest.iter().position(|token| *token == Token::Name("in")).unwrap_or(rest.len());
-                let (targets, iterated) = rest.split_at(at);
-                let condition = iterated.iter().position(|token| *token == Token::Name("if"));
-                let (iterated, condition) = iterated.split_at(condition.unwrap_or(iterated.len()));
-                self.expression(iterated);
+                let Some((iterated, condition)) = loop_parts(tokens) else { return };
+                self.expression(&tokens[iterated.clone()]);
                 self.push();
-                self.set(targets);
-                self.expression(condition);
+                self.set(&tokens[1..iterated.start - 1]);
+                self.expression(&tokens[condition.unwrap_or_default()]);
             }
             "macro" => {
                 self.set(rest.get(..1).unwrap_or_default());
@@ -437,24 +622,19 @@ impl Reads {
 
     /// Names before `=` or alone are set; values after `=` are read.
     fn parameters(&mut self, tokens: &[Token]) {
-        self.expression(
-            &(0..tokens.len())
-                .map(|at| match tokens[at] {
-                    Token::Name(_)
-                        if matches!(
-                            at.checked_sub(1).map(|at| tokens[at]),
-                            None | Some(Token::Sign('(' | ','))
-                        ) =>
-                    {
-                        Token::Number
-                    }
-                    token => token,
-                })
-                .collect::<Vec<_>>(),
-        );
-        let named =
-            |at: usize| matches!(at.checked_sub(1).map(|at| tokens[at]), None | Some(Token::Sign('(' | ',')));
-        let names: Vec<Token> = (0..tokens.len()).filter(|at| named(*at)).map(|at| tokens[at]).collect();
-        self.set(&names);
+        let tokens = match tokens {
+            [Token::Sign('('), inner @ .., _] => inner,
+            all => all,
+        };
+        let (mut set, mut read) = (Vec::new(), tokens.to_vec());
+        let mut is_name = true;
+        for (at, token) in outside_brackets(tokens) {
+            if is_name {
+                set.push(std::mem::replace(&mut read[at], Token::Number));
+            }
+            is_name = *token == Token::Sign(',');
+        }
+        self.expression(&read);
+        self.set(&set);
     }
 }
