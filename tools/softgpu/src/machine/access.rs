@@ -69,11 +69,23 @@ pub(super) fn access(
         // Orders the warp's earlier accesses before the store.
         std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
     }
+    // The row of a load that may come before its condition: reading bytes that were never written leaves it so.
+    let tracked = (i.op == Op::Ld && i.has(flag::TRACKED)).then(|| &env.kernel.accesses[pc]);
+    let speculative = tracked.and_then(|all| all.iter().find(|a| a.write && a.early)).map(|a| a.row);
     for lane in lanes(mask) {
         let (space, address) = resolve(i.space, all[lane]);
         let who = Who { warp: warp.index, lane, pc };
         let at: *mut u8 = match space {
-            Space::Shared => core.shared.access(address, bytes, kind, who).map_err(|t| t.lane(lane))?,
+            Space::Shared => {
+                if let Some(row) = speculative
+                    && core.shared.check(address, bytes).is_ok()
+                    && !core.shared.is_written(address as u32, bytes)
+                {
+                    warp.written[row as usize] &= !(1 << lane);
+                    continue;
+                }
+                core.shared.access(address, bytes, kind, who).map_err(|t| t.lane(lane))?
+            }
             Space::Global => {
                 let range = global(env, address, bytes, pc).map_err(|t| t.lane(lane))?;
                 let offset = (address - range.start) as usize;

@@ -230,21 +230,25 @@ pub(super) fn set_predicate(predicates: &mut [u32], index: u32, mask: u32, value
 fn check_registers(env: &Env, warp: &mut Warp, i: &Instr, pc: usize, mask: u32) -> Result<()> {
     let accesses = &env.kernel.accesses[pc];
     let adds = i.op == Op::Wgmma && predicate(&warp.predicates, i.c) != 0;
+    let chosen = if i.op == Op::Selp { predicate(&warp.predicates, i.c) } else { 0 };
+    let mut defined = mask;
     for access in accesses.iter().filter(|a| a.early && (!a.write || adds)) {
         let missing = mask & !warp.written[access.row as usize];
-        // Copies of a value that was never written are harmless until it is used.
-        if missing != 0 && !matches!(i.op, Op::Mov | Op::Selp) {
-            let lane = missing.trailing_zeros() as usize;
+        // Copies of a value that was never written are harmless until it is used, and so is a value that is not selected.
+        let used = match i.op {
+            Op::Mov => 0,
+            Op::Selp if access.row == i.a && access.row == i.b => missing,
+            Op::Selp => missing & if access.row == i.a { chosen } else { !chosen },
+            _ => missing,
+        };
+        if used != 0 {
+            let lane = used.trailing_zeros() as usize;
             return Err(Trouble::new("a register is read that was never written").lane(lane));
         }
+        if i.op == Op::Mov {
+            defined &= !missing;
+        }
     }
-    let defined = match i.op {
-        Op::Mov => accesses
-            .iter()
-            .filter(|a| a.early && !a.write)
-            .fold(mask, |m, a| m & warp.written[a.row as usize]),
-        _ => mask,
-    };
     for access in accesses.iter().filter(|a| a.early && a.write) {
         let to = &mut warp.written[access.row as usize];
         *to = *to & !mask | defined;

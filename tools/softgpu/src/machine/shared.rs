@@ -227,6 +227,14 @@ impl Shared {
         address < self.dynamic_start && !self.variables.iter().any(inside)
     }
 
+    /// Whether the block has written some of these bytes in each unit; the address was checked.
+    pub fn is_written(&self, address: u32, bytes: u32) -> bool {
+        let units = address >> self.shift..=(address + bytes - 1) >> self.shift;
+        self.cells[*units.start() as usize..=*units.end() as usize]
+            .iter()
+            .all(|cell| cell.write_time >= self.start)
+    }
+
     /// Records an access to `bytes` bytes, already checked by [`Shared::check`].
     #[inline(always)]
     pub fn touch(&mut self, address: u32, bytes: u32, access: Access, who: Who) -> Result<(), Box<Trouble>> {

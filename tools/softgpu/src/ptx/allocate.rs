@@ -1,7 +1,7 @@
 //! Gives registers rows of the register file. Registers that never hold a value at the same time share a row, so that a
 //! warp's rows stay in the host's caches. Also finds registers that may be read before they are written.
 
-use super::program::{ALWAYS, CONSTANT, Kernel, NONE, Op, RowAccess, Ty, flag};
+use super::program::{ALWAYS, CONSTANT, Kernel, NONE, Op, RowAccess, Space, Ty, flag};
 use super::rows::{is_register, rows};
 
 /// A set of registers.
@@ -149,8 +149,30 @@ fn intervals(kernel: &mut Kernel, registers: usize) -> (Vec<Option<(usize, usize
             });
         }
     }
-    let early = blocks.swap_remove(0).live_in;
+    let mut early = blocks.swap_remove(0).live_in;
+    speculative(kernel, registers, &mut early);
     (spans, early)
+}
+
+/// Adds the registers that are loaded from shared memory by one instruction and only selected by one: the compiler moves
+/// such a load in front of the condition under which its memory is written.
+fn speculative(kernel: &mut Kernel, registers: usize, early: &mut Set) {
+    // [register]: writes, loads among them, reads, selections among them.
+    let mut counts = vec![[0u8; 4]; registers];
+    for i in &mut kernel.code {
+        let load = i.op == Op::Ld && i.space == Space::Shared && i.n == 1;
+        let select = i.op == Op::Selp;
+        rows(i, &mut kernel.lists, |row, _, write| {
+            if is_register(*row) {
+                let (at, those) = if write { (0, load) } else { (2, select) };
+                let count = &mut counts[*row as usize];
+                count[at] = count[at].saturating_add(1);
+                count[at + 1] = count[at + 1].saturating_add(u8::from(those));
+            }
+        });
+    }
+    let found = (0..).zip(&counts).filter(|(_, count)| **count == [1; 4]);
+    found.for_each(|(register, _)| early.insert(register));
 }
 
 /// Rewrites the operands of a kernel from registers to rows.
