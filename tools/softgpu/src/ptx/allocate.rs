@@ -5,7 +5,7 @@ use super::program::{ALWAYS, CONSTANT, Kernel, NONE, Op, RowAccess, Space, Ty, f
 use super::rows::{is_register, rows};
 
 /// A set of registers.
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 struct Set(Vec<u64>);
 
 impl Set {
@@ -23,7 +23,12 @@ impl Set {
 
     fn each(&self) -> impl Iterator<Item = usize> {
         self.0.iter().enumerate().flat_map(|(word, bits)| {
-            (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| word * 64 + bit)
+            let mut bits = *bits;
+            std::iter::from_fn(move || {
+                let bit = bits.trailing_zeros() as usize;
+                bits &= bits.wrapping_sub(1);
+                (bit < 64).then_some(word * 64 + bit)
+            })
         })
     }
 }
@@ -104,20 +109,22 @@ fn liveness(blocks: &mut [Block]) {
     loop {
         let mut changed = false;
         for at in (0..blocks.len()).rev() {
-            let mut out = blocks[at].live_out.clone();
-            for next in blocks[at].next.clone() {
-                for (to, from) in out.0.iter_mut().zip(&blocks[next].live_in.0) {
+            let mut out = std::mem::replace(&mut blocks[at].live_out, Set(Vec::new()));
+            let mut grown = false;
+            for next in 0..blocks[at].next.len() {
+                for (to, from) in out.0.iter_mut().zip(&blocks[blocks[at].next[next]].live_in.0) {
+                    grown |= from & !*to != 0;
                     *to |= from;
                 }
             }
-            if out != blocks[at].live_out {
-                let block = &mut blocks[at];
+            let block = &mut blocks[at];
+            if grown {
                 for (index, live) in out.0.iter().enumerate() {
                     block.live_in.0[index] = block.reads.0[index] | (live & !block.writes.0[index]);
                 }
-                block.live_out = out;
                 changed = true;
             }
+            block.live_out = out;
         }
         if !changed {
             return;
