@@ -119,10 +119,6 @@ pub(super) fn access(
         // SAFETY: the operand is the instruction's.
         to[at] = unsafe { rows.get::<u32>(*row).cast_mut().cast() };
     }
-    if i.has(flag::RELEASE) {
-        // Orders the warp's earlier accesses before the store.
-        std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
-    }
     if !store
         && i.space == Space::Param
         && lanes(mask).all(|lane| all[lane] == all[mask.trailing_zeros() as usize])
@@ -146,6 +142,16 @@ pub(super) fn access(
         let run = Run { address, ..run };
         let from: *mut u8 = match space {
             Space::Shared => shared_run(core, run, kind, warp.index, pc)?,
+            Space::Global if run.address < DEVICE_MEMORY => {
+                let from = global_run(env, core, warp, run, kind, i.flags, pc)?;
+                if store {
+                    store_on_host(env, core, warp, i, run, from, &to, pc);
+                    continue;
+                }
+                // The block sees its own stores.
+                core.host.publish(env.options.schedule);
+                from
+            }
             Space::Global => global_run(env, core, warp, run, kind, i.flags, pc)?,
             _ => {
                 for lane in lanes(lanes_of(run)) {
@@ -207,6 +213,48 @@ fn load_parameter(env: &Env, rows: &Rows, i: &Instr, address: u64, mask: u32) ->
         }
     }
     Ok(())
+}
+
+/// Stores to page-locked memory, which the host may see at any time if they are plain.
+#[inline(never)]
+#[allow(clippy::too_many_arguments, reason = "what an instruction sees")]
+fn store_on_host(
+    env: &Env,
+    core: &mut Core,
+    warp: &Warp,
+    i: &Instr,
+    run: Run,
+    to: *mut u8,
+    from: &[*mut u32; 4],
+    pc: usize,
+) {
+    let allocation = env.ranges[pc % RANGES].start;
+    let (schedule, bytes) = (env.options.schedule, run.bytes as usize);
+    if i.has(flag::STRONG) {
+        let release = i.has(flag::RELEASE) && i.has(flag::SYSTEM);
+        if release {
+            core.host.publish(schedule);
+            // Orders what was stored so far before the store.
+            std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
+        }
+        for n in 0..run.lanes as usize {
+            // SAFETY: the caller has checked the run.
+            unsafe { put(i, to.add(n * bytes), from, run.lane + n) };
+        }
+        if release {
+            core.host.release(allocation, schedule);
+        }
+        return;
+    }
+    for n in 0..run.lanes as usize {
+        let mut value = [0u8; 16];
+        // SAFETY: a store has at most 16 bytes; the rows are the instruction's, and the caller has checked the run.
+        let to = unsafe {
+            put(i, value.as_mut_ptr(), from, run.lane + n);
+            to.add(n * bytes)
+        };
+        core.host.store(to, &value[..bytes], allocation, Who { warp: warp.index, lane: run.lane + n, pc });
+    }
 }
 
 /// The mask of a run's lanes.

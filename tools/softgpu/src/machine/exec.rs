@@ -183,7 +183,10 @@ unsafe fn interpret(
                 }
                 Op::CpAsyncWait => access::wait_for_copies(core, warp, mask, i.x),
                 Op::Fence => {
-                    env.global.fence(env.launch_index, core, warp.index, i.flags & flag::SYSTEM != 0)
+                    env.global.fence(env.launch_index, core, warp.index, i.has(flag::DEVICE));
+                    if i.has(flag::SYSTEM) {
+                        core.host.fence(env.options.schedule);
+                    }
                 }
                 Op::FenceProxy => core.shared.fence_proxy(warp.index),
                 Op::DependentsLaunch => warp.launched |= mask,

@@ -349,9 +349,11 @@ impl Global {
             let page = self.page(address);
             let (first, last) = ((address % PAGE) as u32, ((next - 1) % PAGE) as u32);
             address = next;
-            if read && flags & flag::NC != 0 && page.written_by < base {
+            if read && flags & flag::NC != 0 {
                 page.stream(first, last, record);
-                continue;
+                if page.written_by < base {
+                    continue;
+                }
             }
             if run.bytes < 1 << page.shift {
                 page.split(run.bytes);
@@ -401,10 +403,13 @@ impl Global {
         let record = Record { warp: own, time: core.shared.now(), pc };
         let page = self.page(address);
         let read = access == Access::Read;
-        if read && flags & flag::NC != 0 && page.written_by < base {
+        if read && flags & flag::NC != 0 {
             let first = (address % PAGE) as u32;
             page.stream(first, first + bytes - 1, record);
-            return Ok(());
+            // Constants, most likely.
+            if page.written_by < base {
+                return Ok(());
+            }
         }
         if bytes < 1 << page.shift {
             page.split(bytes);
