@@ -442,12 +442,16 @@ impl Scratch {
         let counters = device.allocate(attention.counter_bytes()?, "counters of attention")?;
         device.fill(&counters, 0)?;
         let get = |bytes: usize, what| device.allocate(bytes, what);
+        // Attention writes only the rows of a sequence's span, and the output projection reads every row of the
+        // pass. Its results for padding are not used, but it must not read memory that was never written.
+        let attended = get(rows * c.heads * c.head_dim * 2, "attention's output")?;
+        device.fill(&attended, 0)?;
         Ok(Scratch {
             x: get(rows * c.hidden * 4, "the residual stream")?,
             y: get(all * c.hidden * 2, "activations")?,
             sumsq: get(all * parts * 4, "sums of squares")?,
             queries: get(rows * c.heads * c.head_dim * 2, "queries")?,
-            attended: get(rows * c.heads * c.head_dim * 2, "attention's output")?,
+            attended,
             inner: get(rows * c.intermediate * 2, "activations of the MLP")?,
             linear: linear::Workspace::new(device, &launches)?,
             attention: attention::Workspace {

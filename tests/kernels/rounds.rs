@@ -496,6 +496,7 @@ fn fully_accepted_blocks_of_64_end_at_the_first_stop() {
             let inputs = Inputs { drafts, choices, parents: (0..64).map(|r: u32| r.max(1) - 1).collect() };
             buffers.upload_inputs(device, &inputs);
             buffers.launch(device, 0).unwrap();
+            device.synchronize().unwrap();
             let record = reference_round(
                 &mut sequence,
                 sizes.kind(0),

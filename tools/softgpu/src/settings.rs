@@ -2,7 +2,9 @@
 
 use crate::card::{CARDS, Card};
 use crate::machine::{Options, Sums};
+use std::borrow::Cow;
 use std::path::PathBuf;
+use std::{fs, io};
 
 /// The CUDA version of the driver unless `SOFTGPU_DRIVER_VERSION` says otherwise: 13.0.
 const DRIVER_VERSION: i32 = 13000;
@@ -19,6 +21,8 @@ pub struct Settings {
     pub fail_allocation: Option<u64>,
     /// The file that gets the counters as JSON when the process exits.
     pub report: Option<PathBuf>,
+    /// The folder from which modules are taken, or to which they are written: see [`Settings::replaced`].
+    pub ptx: Option<PathBuf>,
     /// How kernels are executed.
     pub options: Options,
 }
@@ -56,8 +60,27 @@ impl Settings {
             devices: devices as i32,
             fail_allocation: number("SOFTGPU_FAIL_ALLOCATION")?,
             report: text("SOFTGPU_REPORT").map(PathBuf::from),
+            ptx: text("SOFTGPU_PTX").map(PathBuf::from),
             options,
         })
+    }
+
+    /// The PTX to load in place of a module's: that of the file `KERNEL.ptx` in the folder of `SOFTGPU_PTX`, where
+    /// KERNEL is the module's first kernel. If there is no such file, the module is written there. Without the
+    /// variable, and for a module without kernels, it is the module's.
+    ///
+    /// # Errors
+    /// A sentence about a file that can be neither read nor written.
+    pub fn replaced<'a>(&self, text: &'a str) -> Result<Cow<'a, str>, String> {
+        let mut words = text.split_once(".entry").into_iter().flat_map(|(_, rest)| rest.split(['(', '{']));
+        let (Some(folder), Some(kernel)) = (&self.ptx, words.next()) else { return Ok(Cow::Borrowed(text)) };
+        let file = folder.join(format!("{}.ptx", kernel.trim()));
+        let wrong = |e: io::Error| format!("SOFTGPU_PTX: {}: {e}", file.display());
+        if !file.exists() {
+            fs::write(&file, text).map_err(wrong)?;
+            return Ok(Cow::Borrowed(text));
+        }
+        fs::read_to_string(&file).map(Cow::Owned).map_err(wrong)
     }
 }
 

@@ -1,12 +1,10 @@
 //! Runs a program on the software GPU: `softgpu run [OPTIONS] -- PROGRAM ARGS`.
 
 use softgpu::settings::{find_card, set_option};
+use std::env;
 use std::ffi::OsString;
-use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::{env, fs, io};
 
 const HELP: &str = "\
 Runs a program on a GPU in software. The program finds it as libcuda.so.1.
@@ -75,7 +73,7 @@ fn run(mut args: impl Iterator<Item = OsString>) -> Result<&'static str, String>
         }
     }
     let program = program.ok_or("expected a program after --")?;
-    let folder = driver_folder().map_err(|e| format!("cannot set up the driver library: {e}"))?;
+    let folder = softgpu::driver_folder().map_err(|e| format!("cannot set up the driver library: {e}"))?;
     let mut path = OsString::from(folder);
     if let Some(rest) = env::var_os("LD_LIBRARY_PATH").filter(|rest| !rest.is_empty()) {
         path.push(":");
@@ -84,30 +82,4 @@ fn run(mut args: impl Iterator<Item = OsString>) -> Result<&'static str, String>
     variables.push(("LD_LIBRARY_PATH", path));
     let error = Command::new(&program).args(args).envs(variables).exec();
     Err(format!("cannot run {}: {error}", program.display()))
-}
-
-/// A folder beside this program in which the names of the CUDA driver lead to the software GPU. No other
-/// program searches it.
-fn driver_folder() -> io::Result<PathBuf> {
-    let program = env::current_exe()?;
-    let beside = program.parent().unwrap_or(Path::new("/"));
-    // Cargo builds the library in `deps`, and links it to its place beside programs only when it is asked for
-    // the library.
-    let places = ["deps/libsoftgpu.so", "libsoftgpu.so"].map(|name| beside.join(name));
-    let Some(library) = places.iter().find(|place| place.exists()) else {
-        let sentence = format!("{} does not exist", places[1].display());
-        return Err(io::Error::new(io::ErrorKind::NotFound, sentence));
-    };
-    let folder = beside.join("softgpu-driver");
-    fs::create_dir_all(&folder)?;
-    for name in ["libcuda.so", "libcuda.so.1"] {
-        let link = folder.join(name);
-        if fs::read_link(&link).ok().as_ref() != Some(library) {
-            // Another process may use or make the link at this moment.
-            let new = folder.join(format!("{name}.{}", std::process::id()));
-            symlink(library, &new)?;
-            fs::rename(&new, &link)?;
-        }
-    }
-    Ok(folder)
 }

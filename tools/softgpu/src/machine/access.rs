@@ -5,7 +5,7 @@ use super::block::{Core, Env, RANGES, Range};
 use super::exec::Result;
 use super::fault::{Cause, Trouble};
 use super::lanes::{LANES, Rows, lanes};
-use super::shared::{Access, Who};
+use super::shared::{Access, Run, Who};
 use super::warp::{Copy, Warp};
 use crate::memory::DEVICE_MEMORY;
 use crate::ptx::program::{Atom, Instr, LOCAL_WINDOW, NONE, Op, SHARED_WINDOW, Space, Ty, flag};
@@ -34,8 +34,61 @@ fn resolve(space: Space, address: u64) -> (Space, u64) {
     }
 }
 
-/// Executes a load, store, atomic operation or asynchronous copy.
-#[inline(never)]
+/// The runs of an instruction's lanes, by lane.
+#[inline(always)]
+fn runs(addresses: &[u64; LANES], mut mask: u32, bytes: u32) -> impl Iterator<Item = Run> + '_ {
+    // Bit n: lane n accesses the bytes after those of the lane before it.
+    let mut follows = 0;
+    for lane in 1..LANES {
+        follows |= u32::from(addresses[lane] == addresses[lane - 1].wrapping_add(u64::from(bytes))) << lane;
+    }
+    std::iter::from_fn(move || {
+        if mask == 0 {
+            return None;
+        }
+        let lane = mask.trailing_zeros();
+        // The lanes that follow without a gap.
+        let more = ((mask & follows) >> lane >> 1).trailing_ones();
+        let lanes = 1 + more;
+        mask &= !((((1u64 << lanes) - 1) as u32) << lane);
+        Some(Run { address: addresses[lane as usize], lane: lane as usize, lanes, bytes })
+    })
+}
+
+/// What an instruction is executed with: see [`access`].
+pub(super) type Execute = unsafe fn(&mut Env, &mut Core, &mut Warp, &Rows, &Instr, usize, u32) -> Result<()>;
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
+pub(super) unsafe fn avx512(
+    env: &mut Env,
+    core: &mut Core,
+    warp: &mut Warp,
+    rows: &Rows,
+    i: &Instr,
+    pc: usize,
+    mask: u32,
+) -> Result<()> {
+    access(env, core, warp, rows, i, pc, mask)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
+pub(super) unsafe fn avx2(
+    env: &mut Env,
+    core: &mut Core,
+    warp: &mut Warp,
+    rows: &Rows,
+    i: &Instr,
+    pc: usize,
+    mask: u32,
+) -> Result<()> {
+    access(env, core, warp, rows, i, pc, mask)
+}
+
+/// Executes a load, store, atomic operation, ldmatrix or asynchronous copy. It exists once for each instruction set of the
+/// host, as the loop that calls it.
+#[inline(always)]
 pub(super) fn access(
     env: &mut Env,
     core: &mut Core,
@@ -49,6 +102,7 @@ pub(super) fn access(
         Op::CpAsync => return copy(env, core, warp, rows, i, pc, mask),
         Op::Prefetch => return prefetch(env, rows, i, pc, mask),
         Op::Atomic => return atomic(env, core, warp, rows, i, pc, mask),
+        Op::Ldmatrix => return ldmatrix(env, core, warp, rows, i, pc),
         _ => {}
     }
     let all = addresses(rows, i);
@@ -65,45 +119,71 @@ pub(super) fn access(
         // SAFETY: the operand is the instruction's.
         to[at] = unsafe { rows.get::<u32>(*row).cast_mut().cast() };
     }
-    if i.has(flag::RELEASE) {
-        // Orders the warp's earlier accesses before the store.
-        std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
+    if !store
+        && i.space == Space::Param
+        && lanes(mask).all(|lane| all[lane] == all[mask.trailing_zeros() as usize])
+    {
+        return load_parameter(env, rows, i, all[mask.trailing_zeros() as usize], mask);
     }
-    for lane in lanes(mask) {
-        let (space, address) = resolve(i.space, all[lane]);
-        let who = Who { warp: warp.index, lane, pc };
-        let at: *mut u8 = match space {
-            Space::Shared => core.shared.access(address, bytes, kind, who).map_err(|t| t.lane(lane))?,
-            Space::Global => {
-                let range = global(env, address, bytes, pc).map_err(|t| t.lane(lane))?;
-                let offset = (address - range.start) as usize;
-                // A loop that waits for the host does not hang.
-                env.counts.changed |= range.start < DEVICE_MEMORY;
-                // SAFETY: `global` has checked the range.
-                unsafe {
-                    if store {
-                        mark(range.initialised.add(offset), bytes);
-                    } else if !written(range.initialised.add(offset), bytes) {
-                        return Err(unwritten(env, address, bytes).lane(lane));
-                    }
+    let mut mask = mask;
+    if i.op == Op::Ld
+        && i.has(flag::TRACKED)
+        && let Some(row) = env.kernel.accesses[pc].iter().find(|a| a.write && a.early)
+    {
+        // The load may come before its condition: a value that was never written stays so.
+        let unwritten =
+            |lane: &usize| i.space == Space::Shared && core.shared.is_unwritten(all[*lane], bytes);
+        let missing = lanes(mask).filter(unwritten).fold(0, |all, lane| all | 1 << lane);
+        warp.written[row.row as usize] &= !missing;
+        mask &= !missing;
+    }
+    for run in runs(&all, mask, bytes) {
+        let (space, address) = resolve(i.space, run.address);
+        let run = Run { address, ..run };
+        let from: *mut u8 = match space {
+            Space::Shared => shared_run(core, run, kind, warp.index, pc)?,
+            Space::Global if run.address < DEVICE_MEMORY => {
+                let from = global_run(env, core, warp, run, kind, i.flags, pc)?;
+                if store {
+                    store_on_host(env, core, warp, i, run, from, &to, pc);
+                    continue;
                 }
-                if env.options.checks.races {
-                    env.global
-                        .touch(address, bytes, kind, i.flags, env.launch_index, core, who, warp.waited)
-                        .map_err(|t| t.lane(lane).at(address))?;
-                }
-                // SAFETY: as above.
-                unsafe { range.data.add(offset) }
+                // The block sees its own stores.
+                core.host.publish(env.options.schedule);
+                from
             }
-            Space::Param => parameter(env, address, bytes)?,
-            _ => local(env, warp, lane, address, bytes, store)?,
+            Space::Global => global_run(env, core, warp, run, kind, i.flags, pc)?,
+            _ => {
+                for lane in lanes(lanes_of(run)) {
+                    let address = resolve(i.space, all[lane]).1;
+                    let at = match space {
+                        Space::Param => parameter(env, address, bytes)?,
+                        _ => local(env, warp, lane, address, bytes, store)?,
+                    };
+                    // SAFETY: the checks above cover `bytes` bytes.
+                    unsafe { if store { put(i, at, &to, lane) } else { get(i, at, &to, lane) } };
+                }
+                continue;
+            }
         };
-        // SAFETY: the checks above cover `bytes` bytes.
+        // SAFETY: the checks above cover the bytes of the run.
         unsafe {
             if store {
-                put(i, at, &to, lane);
+                for n in 0..run.lanes as usize {
+                    put(i, from.add(n * bytes as usize), &to, run.lane + n);
+                }
+            } else if i.ty.bytes() == 4 && !i.has(flag::WIDE) {
+                // The common case, one register after the other.
+                for (at, row) in to[..i.n as usize].iter().enumerate() {
+                    for n in 0..run.lanes as usize {
+                        let word = from.cast::<u32>().add(n * i.n as usize + at).read_unaligned();
+                        row.add(run.lane + n).write(word);
+                    }
+                }
             } else {
-                get(i, at, &to, lane);
+                for n in 0..run.lanes as usize {
+                    get(i, from.add(n * bytes as usize), &to, run.lane + n);
+                }
             }
         }
     }
@@ -112,6 +192,165 @@ pub(super) fn access(
         for lane in lanes(mask).filter(|lane| resolve(i.space, all[*lane]).0 == Space::Global) {
             env.global.atomic(all[lane], i.flags, env.launch_index, core, warp.index);
         }
+    }
+    Ok(())
+}
+
+/// Loads a parameter: the same for all lanes.
+fn load_parameter(env: &Env, rows: &Rows, i: &Instr, address: u64, mask: u32) -> Result<()> {
+    let from = parameter(env, address, i.ty.bytes() * u32::from(i.n))?;
+    for n in 0..i.n as usize {
+        let (mut value, part) = ([0u64; 1], Instr { n: 1, ..*i });
+        // SAFETY: `parameter` has checked the bytes; the row is the instruction's, of the width that `get` writes.
+        unsafe {
+            let row = env.kernel.lists[i.d as usize + n];
+            get(&part, from.add(n * i.ty.bytes() as usize), &[value.as_mut_ptr().cast(); 4], 0);
+            if i.ty.bytes() == 8 || i.has(flag::WIDE) {
+                rows.put(mask, row, &[value[0]; LANES]);
+            } else {
+                rows.put(mask, row, &[value[0] as u32; LANES]);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Stores to page-locked memory, which the host may see at any time if they are plain.
+#[inline(never)]
+#[allow(clippy::too_many_arguments, reason = "what an instruction sees")]
+fn store_on_host(
+    env: &Env,
+    core: &mut Core,
+    warp: &Warp,
+    i: &Instr,
+    run: Run,
+    to: *mut u8,
+    from: &[*mut u32; 4],
+    pc: usize,
+) {
+    let allocation = env.ranges[pc % RANGES].start;
+    let (schedule, bytes) = (env.options.schedule, run.bytes as usize);
+    if i.has(flag::STRONG) {
+        let release = i.has(flag::RELEASE) && i.has(flag::SYSTEM);
+        if release {
+            core.host.publish(schedule);
+            // Orders what was stored so far before the store.
+            std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
+        }
+        for n in 0..run.lanes as usize {
+            // SAFETY: the caller has checked the run.
+            unsafe { put(i, to.add(n * bytes), from, run.lane + n) };
+        }
+        if release {
+            core.host.release(allocation, schedule);
+        }
+        return;
+    }
+    for n in 0..run.lanes as usize {
+        let mut value = [0u8; 16];
+        // SAFETY: a store has at most 16 bytes; the rows are the instruction's, and the caller has checked the run.
+        let to = unsafe {
+            put(i, value.as_mut_ptr(), from, run.lane + n);
+            to.add(n * bytes)
+        };
+        core.host.store(to, &value[..bytes], allocation, Who { warp: warp.index, lane: run.lane + n, pc });
+    }
+}
+
+/// The mask of a run's lanes.
+fn lanes_of(run: Run) -> u32 {
+    (((1u64 << run.lanes) - 1) as u32) << run.lane
+}
+
+/// Checks and records the accesses of a run to shared memory. Returns the first byte.
+#[inline(always)]
+fn shared_run(core: &mut Core, run: Run, access: Access, warp: usize, pc: usize) -> Result<*mut u8> {
+    let end = Run { address: run.address + u64::from(run.total() - run.bytes), ..run };
+    let inside = core.shared.check(run.address, run.bytes).is_ok()
+        && core.shared.check(end.address, run.bytes).is_ok();
+    if !inside || !core.shared.touch_run(run, access, warp, pc) {
+        each_in_shared(core, run, access, warp, pc)?;
+    }
+    Ok(core.shared.data(run.address as u32))
+}
+
+/// The accesses of a run to shared memory one after the other.
+#[inline(never)]
+fn each_in_shared(core: &mut Core, run: Run, access: Access, warp: usize, pc: usize) -> Result<()> {
+    for n in 0..run.lanes {
+        let who = Who { warp, lane: run.lane + n as usize, pc };
+        let address = run.address + u64::from(n * run.bytes);
+        core.shared.access(address, run.bytes, access, who).map_err(|t| t.lane(who.lane))?;
+    }
+    Ok(())
+}
+
+/// Checks and records the accesses of a run to global memory. Returns the first byte.
+#[inline(always)]
+fn global_run(
+    env: &mut Env,
+    core: &mut Core,
+    warp: &Warp,
+    run: Run,
+    access: Access,
+    flags: u16,
+    pc: usize,
+) -> Result<*mut u8> {
+    let held = env.ranges[pc % RANGES];
+    let offset = run.address.wrapping_sub(held.start);
+    let aligned = run.address & u64::from(run.bytes - 1) == 0;
+    let range = if aligned && offset < held.bytes && held.bytes - offset >= u64::from(run.total()) {
+        held
+    } else {
+        // Of several lanes the first that is outside is reported.
+        let mut range = held;
+        for n in 0..run.lanes {
+            let at = run.address.wrapping_add(u64::from(n * run.bytes));
+            range = global(env, at, run.bytes, pc).map_err(|t| t.lane(run.lane + n as usize))?;
+        }
+        range
+    };
+    let offset = (run.address - range.start) as usize;
+    // A loop that waits for the host does not hang.
+    env.counts.changed |= range.start < DEVICE_MEMORY;
+    // SAFETY: the range has been checked.
+    unsafe {
+        let (shadow, total) = (range.initialised.add(offset), run.total() as usize);
+        if access == Access::Write {
+            shadow.write_bytes(1, total);
+        } else if !(0..total).fold(true, |all, at| all & (shadow.add(at).read() == 1)) {
+            let missing = (0..total).find(|at| shadow.add(*at).read() != 1).unwrap_or(0) as u32 / run.bytes;
+            let lane = run.lane + missing as usize;
+            return Err(unwritten(env, run.address + u64::from(missing * run.bytes), run.bytes).lane(lane));
+        }
+    }
+    if env.options.checks.races {
+        let index = env.launch_index;
+        if !env.global.touch_run(run, access, flags, index, core, warp.index, pc, warp.waited) {
+            each_in_global(env, core, warp, run, access, flags, pc)?;
+        }
+    }
+    // SAFETY: as above.
+    Ok(unsafe { range.data.add(offset) })
+}
+
+/// The accesses of a run to global memory one after the other.
+#[inline(never)]
+fn each_in_global(
+    env: &mut Env,
+    core: &mut Core,
+    warp: &Warp,
+    run: Run,
+    access: Access,
+    flags: u16,
+    pc: usize,
+) -> Result<()> {
+    for n in 0..run.lanes {
+        let who = Who { warp: warp.index, lane: run.lane + n as usize, pc };
+        let at = run.address + u64::from(n * run.bytes);
+        env.global
+            .touch(at, run.bytes, access, flags, env.launch_index, core, who, warp.waited)
+            .map_err(|t| t.lane(who.lane).at(at))?;
     }
     Ok(())
 }
@@ -230,24 +469,6 @@ unsafe fn written(shadow: *const u8, bytes: u32) -> bool {
             8 => shadow.cast::<u64>().read_unaligned() == 0x0101_0101_0101_0101,
             _ => (0..bytes as usize / 8)
                 .all(|at| shadow.cast::<u64>().add(at).read_unaligned() == 0x0101_0101_0101_0101),
-        }
-    }
-}
-
-/// Sets all bytes of a shadow.
-///
-/// # Safety
-/// `shadow` is valid for writes of `bytes` bytes: 1, 2, 4, 8 or 16.
-#[inline(always)]
-unsafe fn mark(shadow: *mut u8, bytes: u32) {
-    // SAFETY: the caller vouches for the bytes.
-    unsafe {
-        match bytes {
-            1 => shadow.write(1),
-            2 => shadow.cast::<u16>().write_unaligned(0x0101),
-            4 => shadow.cast::<u32>().write_unaligned(0x0101_0101),
-            8 => shadow.cast::<u64>().write_unaligned(0x0101_0101_0101_0101),
-            _ => shadow.cast::<[u8; 16]>().write_unaligned([1; 16]),
         }
     }
 }
@@ -430,40 +651,45 @@ fn copy(
     env.counts.shared(pc, &to, mask, bytes);
     let reading = lanes(mask).filter(|lane| reads[*lane] > 0).fold(0, |all, lane| all | 1 << lane);
     env.counts.global(pc, &from, reading, bytes);
-    for lane in lanes(mask) {
-        let who = Who { warp: warp.index, lane, pc };
-        core.shared.check(to[lane], bytes).map_err(|t| t.lane(lane))?;
+    let whole = lanes(mask).filter(|lane| reads[*lane] == bytes).fold(0, |all, lane| all | 1 << lane);
+    let mut sources = [std::ptr::null::<u8>(); LANES];
+    for run in runs(&from, whole, bytes) {
+        let first = global_run(env, core, warp, run, Access::Read, 0, pc)?;
+        for n in 0..run.lanes as usize {
+            // SAFETY: `global_run` has checked the run.
+            sources[run.lane + n] = unsafe { first.add(n * bytes as usize) };
+        }
+    }
+    for lane in lanes(reading & !whole) {
         let read = reads[lane];
         if read > bytes {
             return Err(Trouble::new(format!("a copy of {read} bytes to {bytes}")).lane(lane));
         }
-        let mut source = std::ptr::null();
-        if read > 0 {
-            let range = global(env, from[lane], bytes, pc).map_err(|t| t.lane(lane))?;
-            let offset = (from[lane] - range.start) as usize;
-            // SAFETY: `global` has checked the range.
-            unsafe {
-                if !(0..read as usize).all(|at| range.initialised.add(offset + at).read() == 1) {
-                    return Err(unwritten(env, from[lane], read).lane(lane));
-                }
-                source = range.data.add(offset).cast_const();
+        let range = global(env, from[lane], bytes, pc).map_err(|t| t.lane(lane))?;
+        let offset = (from[lane] - range.start) as usize;
+        // SAFETY: `global` has checked the range.
+        unsafe {
+            if !(0..read as usize).all(|at| range.initialised.add(offset + at).read() == 1) {
+                return Err(unwritten(env, from[lane], read).lane(lane));
             }
-            if env.options.checks.races {
-                let index = env.launch_index;
-                env.global
-                    .touch(from[lane], bytes, Access::Read, 0, index, core, who, warp.waited)
-                    .map_err(|t| t.lane(lane).at(from[lane]))?;
-            }
+            sources[lane] = range.data.add(offset).cast_const();
         }
-        let address = to[lane] as u32;
-        core.shared.touch(address, bytes, Access::Async, who).map_err(|t| t.lane(lane))?;
+        if env.options.checks.races {
+            let run = Run { address: from[lane], lane, lanes: 1, bytes };
+            each_in_global(env, core, warp, run, Access::Read, 0, pc)?;
+        }
+    }
+    for run in runs(&to, mask, bytes) {
+        shared_run(core, run, Access::Async, warp.index, pc)?;
+    }
+    for lane in lanes(mask) {
         let entry = Copy {
             pc: pc as u32,
             lane: lane as u8,
             bytes: i.n,
-            read: read as u8,
-            to: address,
-            from: source,
+            read: reads[lane] as u8,
+            to: to[lane] as u32,
+            from: sources[lane],
             group: warp.groups[lane],
         };
         // The source may be read at any time before the wait: half of the schedules read it now.
@@ -509,8 +735,8 @@ pub(super) fn wait_for_copies(core: &mut Core, warp: &mut Warp, mask: u32, keep:
 // ---- ldmatrix ----
 
 /// Loads `n` matrices of 8 rows of 16 bytes; lane 8 m + r has the address of row r of matrix m.
-#[inline(never)]
-pub(super) fn ldmatrix(
+#[inline(always)]
+fn ldmatrix(
     env: &mut Env,
     core: &mut Core,
     warp: &mut Warp,
@@ -521,15 +747,15 @@ pub(super) fn ldmatrix(
     let all = addresses(rows, i);
     let lists = &env.kernel.lists[i.d as usize..i.d as usize + i.n as usize];
     env.counts.shared(pc, &all, u32::MAX >> (32 - u32::from(i.n) * 8), 16);
-    for (matrix, to) in lists.iter().enumerate() {
-        let mut elements = [[0u16; 8]; 8];
-        for (row, elements) in elements.iter_mut().enumerate() {
-            let lane = matrix * 8 + row;
-            let who = Who { warp: warp.index, lane, pc };
-            let from = core.shared.access(all[lane], 16, Access::Read, who).map_err(|t| t.lane(lane))?;
-            // SAFETY: `access` has checked 16 bytes.
-            *elements = unsafe { from.cast::<[u16; 8]>().read_unaligned() };
+    let mut elements = [[0u16; 8]; LANES];
+    for run in runs(&all, u32::MAX >> (32 - u32::from(i.n) * 8), 16) {
+        let from = shared_run(core, run, Access::Read, warp.index, pc)?;
+        for n in 0..run.lanes as usize {
+            // SAFETY: `shared_run` has checked the run.
+            elements[run.lane + n] = unsafe { from.cast::<[u16; 8]>().add(n).read_unaligned() };
         }
+    }
+    for (elements, to) in elements.chunks_exact(8).zip(lists) {
         let mut out = [0u32; LANES];
         for (lane, out) in out.iter_mut().enumerate() {
             let (g, t) = (lane / 4, lane % 4 * 2);

@@ -4,6 +4,7 @@ use super::counters::Counts;
 use super::exec::Result;
 use super::fault::Trouble;
 use super::global::Global;
+use super::host::HostStores;
 use super::shared::Shared;
 use super::tensor::Groups;
 use super::warp::{Line, State, Warp};
@@ -57,6 +58,7 @@ pub(super) struct Core {
     /// The number of the block's first warp among all warps of the chain.
     pub first_warp: u32,
     pub shared: Shared,
+    pub host: HostStores,
     /// [warpgroup]
     pub groups: Vec<Groups>,
 }
@@ -84,6 +86,7 @@ impl Block {
         self.core.index = [linear % grid[0], linear / grid[0] % grid[1], linear / grid[0] / grid[1]];
         self.core.first_warp = first_warp;
         self.core.shared.begin(&env_launch.kernel, env_launch.shared, warps, races);
+        self.core.host.begin(linear);
         self.core.groups.clear();
         self.core.groups.resize_with(warps.div_ceil(4), Groups::default);
         self.warps.resize_with(warps, Warp::new);

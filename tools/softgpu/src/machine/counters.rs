@@ -53,7 +53,7 @@ pub(super) struct Counts {
     bytes: Vec<u64>,
     /// [instruction]: bank conflicts.
     conflicts: Vec<u64>,
-    /// [bank]: the distinct words of a pass, used by [`Counts::shared`].
+    /// [bank]: the distinct addresses of a pass, used by [`Counts::shared`].
     banks: Vec<[u64; LANES]>,
     sectors: u64,
     pub divergent: u64,
@@ -104,23 +104,23 @@ impl Counts {
         if mask == u32::MAX && (1..LANES).all(|lane| addresses[lane] == addresses[0] + lane as u64 * size) {
             return;
         }
-        let words = bytes.div_ceil(4) as usize;
-        let group = LANES / words.max(1);
+        // Accesses are aligned, so that those of 8 or 16 bytes conflict as a whole.
+        let width = size.max(4);
+        let group = 128 / width as usize;
         let mut extra = 0;
         for first in (0..LANES).step_by(group) {
             let part = (u32::MAX >> (LANES - group)) << first & mask;
-            let mut depth = [0usize; LANES];
+            let (mut depth, mut most) = ([0usize; LANES], 0);
             for lane in lanes(part) {
-                for word in 0..words as u64 {
-                    let at = addresses[lane] / 4 + word;
-                    let bank = (at % 32) as usize;
-                    if !self.banks[bank][..depth[bank]].contains(&at) {
-                        self.banks[bank][depth[bank]] = at;
-                        depth[bank] += 1;
-                    }
+                let at = addresses[lane] / width;
+                let bank = at as usize % group;
+                if !self.banks[bank][..depth[bank]].contains(&at) {
+                    self.banks[bank][depth[bank]] = at;
+                    depth[bank] += 1;
+                    most = most.max(depth[bank]);
                 }
             }
-            extra += depth.iter().copied().max().unwrap_or(0).saturating_sub(1) as u64;
+            extra += most.saturating_sub(1) as u64;
         }
         self.conflicts[pc] += extra;
     }

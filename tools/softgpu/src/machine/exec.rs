@@ -30,27 +30,33 @@ pub(super) fn run(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mut 
         }
     }
     // SAFETY: the kernel was decoded with its registers in range.
-    unsafe { interpret(env, core, warp, budget) }
+    unsafe { interpret(env, core, warp, budget, access::access) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
 unsafe fn run_avx512(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mut u64) -> Result<()> {
     // SAFETY: as for `interpret`.
-    unsafe { interpret(env, core, warp, budget) }
+    unsafe { interpret(env, core, warp, budget, access::avx512) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
 unsafe fn run_avx2(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mut u64) -> Result<()> {
     // SAFETY: as for `interpret`.
-    unsafe { interpret(env, core, warp, budget) }
+    unsafe { interpret(env, core, warp, budget, access::avx2) }
 }
 
 /// # Safety
-/// The registers and constants are those of the kernel.
+/// The registers and constants are those of the kernel. The CPU has what `access` is compiled for.
 #[inline(always)]
-unsafe fn interpret(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mut u64) -> Result<()> {
+unsafe fn interpret(
+    env: &mut Env,
+    core: &mut Core,
+    warp: &mut Warp,
+    budget: &mut u64,
+    access: access::Execute,
+) -> Result<()> {
     let kernel = env.kernel;
     let rows =
         Rows { registers: warp.registers.as_mut_ptr().cast(), constants: env.constants.as_ptr().cast() };
@@ -135,7 +141,7 @@ unsafe fn interpret(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mu
                     warp.at = pc;
                     if mask == ALL && warp.alive == ALL && i.op != Op::Bar && for_all_lanes(&rows, i) {
                         // SAFETY: the operands are this instruction's.
-                        unsafe { together(env, core, warp, &rows, i, pc, ALL)? };
+                        unsafe { together(env, core, warp, &rows, i, pc, ALL, access)? };
                         pc += 1;
                         continue;
                     }
@@ -151,7 +157,7 @@ unsafe fn interpret(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mu
                         return arrive(&rows, warp, i, present);
                     }
                     // SAFETY: the operands are this instruction's.
-                    unsafe { together(env, core, warp, &rows, i, pc, present)? };
+                    unsafe { together(env, core, warp, &rows, i, pc, present, access)? };
                     for lane in 0..LANES {
                         warp.pcs[lane] += present >> lane & 1;
                     }
@@ -167,7 +173,8 @@ unsafe fn interpret(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mu
                 }
                 Op::Ld | Op::St | Op::Atomic | Op::CpAsync | Op::Prefetch => {
                     warp.at = pc;
-                    access::access(env, core, warp, &rows, i, pc, mask)?;
+                    // SAFETY: the caller vouches for the instruction set.
+                    unsafe { access(env, core, warp, &rows, i, pc, mask)? };
                 }
                 Op::CpAsyncCommit => {
                     for lane in lanes(mask) {
@@ -176,7 +183,10 @@ unsafe fn interpret(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mu
                 }
                 Op::CpAsyncWait => access::wait_for_copies(core, warp, mask, i.x),
                 Op::Fence => {
-                    env.global.fence(env.launch_index, core, warp.index, i.flags & flag::SYSTEM != 0)
+                    env.global.fence(env.launch_index, core, warp.index, i.has(flag::DEVICE));
+                    if i.has(flag::SYSTEM) {
+                        core.host.fence(env.options.schedule);
+                    }
                 }
                 Op::FenceProxy => core.shared.fence_proxy(warp.index),
                 Op::DependentsLaunch => warp.launched |= mask,
@@ -230,21 +240,25 @@ pub(super) fn set_predicate(predicates: &mut [u32], index: u32, mask: u32, value
 fn check_registers(env: &Env, warp: &mut Warp, i: &Instr, pc: usize, mask: u32) -> Result<()> {
     let accesses = &env.kernel.accesses[pc];
     let adds = i.op == Op::Wgmma && predicate(&warp.predicates, i.c) != 0;
+    let chosen = if i.op == Op::Selp { predicate(&warp.predicates, i.c) } else { 0 };
+    let mut defined = mask;
     for access in accesses.iter().filter(|a| a.early && (!a.write || adds)) {
         let missing = mask & !warp.written[access.row as usize];
-        // Copies of a value that was never written are harmless until it is used.
-        if missing != 0 && !matches!(i.op, Op::Mov | Op::Selp) {
-            let lane = missing.trailing_zeros() as usize;
+        // Copies of a value that was never written are harmless until it is used, and so is a value that is not selected.
+        let used = match i.op {
+            Op::Mov => 0,
+            Op::Selp if access.row == i.a && access.row == i.b => missing,
+            Op::Selp => missing & if access.row == i.a { chosen } else { !chosen },
+            _ => missing,
+        };
+        if used != 0 {
+            let lane = used.trailing_zeros() as usize;
             return Err(Trouble::new("a register is read that was never written").lane(lane));
         }
+        if i.op == Op::Mov {
+            defined &= !missing;
+        }
     }
-    let defined = match i.op {
-        Op::Mov => accesses
-            .iter()
-            .filter(|a| a.early && !a.write)
-            .fold(mask, |m, a| m & warp.written[a.row as usize]),
-        _ => mask,
-    };
     for access in accesses.iter().filter(|a| a.early && a.write) {
         let to = &mut warp.written[access.row as usize];
         *to = *to & !mask | defined;
@@ -370,8 +384,9 @@ fn arrive(rows: &Rows, warp: &mut Warp, i: &Instr, present: u32) -> Result<()> {
 /// Executes an instruction that lanes execute together.
 ///
 /// # Safety
-/// The operands are the kernel's.
+/// The operands are the kernel's. The CPU has what `access` is compiled for.
 #[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "what an instruction sees")]
 unsafe fn together(
     env: &mut Env,
     core: &mut Core,
@@ -380,6 +395,7 @@ unsafe fn together(
     i: &Instr,
     pc: usize,
     present: u32,
+    access: access::Execute,
 ) -> Result<()> {
     // SAFETY: the caller vouches for the operands.
     unsafe {
@@ -437,7 +453,7 @@ unsafe fn together(
                 }
             }
             Op::Ldmatrix => {
-                access::ldmatrix(env, core, warp, rows, i, pc)?;
+                access(env, core, warp, rows, i, pc, ALL)?;
                 // All its reads come before what any lane does next.
                 core.shared.sync_warp(warp.index);
             }

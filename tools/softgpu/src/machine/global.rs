@@ -10,7 +10,7 @@ use super::Launch;
 use super::block::Core;
 use super::exec::Result;
 use super::fault::Trouble;
-use super::shared::{Access, Who};
+use super::shared::{Access, Run, Who};
 use crate::ptx::Kernel;
 use crate::ptx::program::flag;
 use std::collections::HashMap;
@@ -18,6 +18,8 @@ use std::sync::Arc;
 
 /// Bytes of a page of the shadow.
 const PAGE: u64 = 4096;
+/// Pages that are found without a search.
+const RECENT: usize = 64;
 /// Bytes for which one read of `ld.global.nc` is recorded.
 const GRANULE: u64 = 16;
 /// Set in the instruction of a record if the access was atomic or volatile.
@@ -31,16 +33,15 @@ struct Record {
     pc: u32,
 }
 
-#[derive(Clone, Copy, Default)]
-struct Cell {
-    write: Record,
-    read: Record,
-}
+/// The last write and a read of each unit: warps, times and instructions of the writes, then of the reads.
+const FIELDS: usize = 6;
+const READ: usize = 3;
 
 struct Page {
     /// Log2 of the bytes of a unit.
     shift: u32,
-    cells: Vec<Cell>,
+    /// [field][unit]
+    words: Vec<u32>,
     /// The last warp that wrote into the page.
     written_by: u32,
     /// [granule]: the last read through the read-only path, and the last warp that read so.
@@ -50,9 +51,10 @@ struct Page {
 
 impl Page {
     fn new() -> Page {
+        let shift = 4;
         Page {
-            shift: 2,
-            cells: vec![Cell::default(); 1024],
+            shift,
+            words: vec![0; FIELDS * (PAGE as usize >> shift)],
             written_by: 0,
             streamed: Vec::new(),
             streamed_by: 0,
@@ -63,8 +65,37 @@ impl Page {
     fn split(&mut self, bytes: u32) {
         let shift = bytes.trailing_zeros();
         let copies = 1 << (self.shift - shift);
-        self.cells = self.cells.iter().flat_map(|cell| std::iter::repeat_n(*cell, copies)).collect();
+        self.words = self.words.iter().flat_map(|word| std::iter::repeat_n(*word, copies)).collect();
         self.shift = shift;
+    }
+
+    /// Where a field's words start.
+    fn field(&self, field: usize) -> usize {
+        field * (PAGE as usize >> self.shift)
+    }
+
+    /// The record of a unit whose fields start at `field`: 0 for the write, [`READ`] for the read.
+    fn record(&self, field: usize, unit: u32) -> Record {
+        let word = |n: usize| self.words[self.field(field + n) + unit as usize];
+        Record { warp: word(0), time: word(1), pc: word(2) }
+    }
+
+    /// Records reads of constants, most likely, from byte `first` to byte `last` of the page.
+    #[inline(always)]
+    fn stream(&mut self, first: u32, last: u32, record: Record) {
+        if self.streamed.is_empty() {
+            self.streamed = vec![Record::default(); (PAGE / GRANULE) as usize];
+        }
+        self.streamed[first as usize / GRANULE as usize..=last as usize / GRANULE as usize].fill(record);
+        self.streamed_by = record.warp;
+    }
+
+    #[inline(always)]
+    fn set(&mut self, field: usize, units: std::ops::Range<u32>, record: Record) {
+        for (n, word) in [record.warp, record.time, record.pc].into_iter().enumerate() {
+            let at = self.field(field + n);
+            self.words[at + units.start as usize..at + units.end as usize].fill(word);
+        }
     }
 }
 
@@ -127,8 +158,11 @@ struct Known {
 #[derive(Default)]
 pub(super) struct Global {
     pages: HashMap<u64, Box<Page>>,
-    last: Option<(u64, *mut Page)>,
+    /// By the last bits of a page's number, 0 for none: the page that was used last.
+    recent: Vec<(u64, *mut Page)>,
     launches: Vec<Known>,
+    /// All launches before this one are done.
+    done: usize,
     /// The first warp of the chain, and the next to be given out.
     base: u32,
     next: u32,
@@ -147,7 +181,9 @@ impl Global {
         }
         self.next = self.next.max(1);
         self.base = self.next;
-        (self.last, self.launches) = (None, Vec::new());
+        (self.launches, self.done) = (Vec::new(), 0);
+        self.recent.clear();
+        self.recent.resize(RECENT, (0, std::ptr::null_mut()));
         self.warps.clear();
         self.atomics.clear();
         for launch in chain {
@@ -174,6 +210,7 @@ impl Global {
     /// Every block of a launch has ended.
     pub fn done(&mut self, launch: usize) {
         self.launches[launch].done = true;
+        self.done = self.launches.iter().position(|launch| !launch.done).unwrap_or(self.launches.len());
         // What a complete launch did is ordered for all that wait for it.
         let first = self.launches[launch].first_warp;
         let end = self.launches.get(launch + 1).map_or(self.next, |next| next.first_warp);
@@ -250,17 +287,16 @@ impl Global {
 
     // ---- accesses ----
 
+    #[inline(always)]
     fn page(&mut self, address: u64) -> &mut Page {
         let number = address / PAGE;
-        if let Some((last, page)) = self.last
-            && last == number
-        {
-            // SAFETY: pages are boxed and stay until the next chain begins, which forgets this one.
-            return unsafe { &mut *page };
+        let recent = &mut self.recent[number as usize % RECENT];
+        if recent.0 != number || recent.1.is_null() {
+            let page = self.pages.entry(number).or_insert_with(|| Box::new(Page::new()));
+            *recent = (number, &raw mut **page);
         }
-        let page = self.pages.entry(number).or_insert_with(|| Box::new(Page::new()));
-        self.last = Some((number, &raw mut **page));
-        page
+        // SAFETY: pages are boxed and stay until the next chain begins, which forgets this one.
+        unsafe { &mut *recent.1 }
     }
 
     /// Whether a recorded access is ordered before an access of `who` now.
@@ -278,6 +314,70 @@ impl Global {
             return self.warps.get(&own).is_some_and(|k| k.known.get(record.warp) >= record.time);
         }
         from < launch && self.launches[from].done && (waited || !self.launches[launch].dependent)
+    }
+
+    /// Records the accesses of a run in one allocation. Returns false if a lane's access needs the closer look of
+    /// [`Global::touch`], which may then repeat what was recorded.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "what an access is made of")]
+    pub fn touch_run(
+        &mut self,
+        run: Run,
+        access: Access,
+        flags: u16,
+        launch: usize,
+        core: &Core,
+        warp: usize,
+        pc: usize,
+        waited: bool,
+    ) -> bool {
+        if access == Access::Atomic || flags & flag::STRONG != 0 {
+            return false;
+        }
+        let read = access == Access::Read;
+        let own = core.first_warp + warp as u32;
+        let record = Record { warp: own, time: core.shared.now(), pc: pc as u32 };
+        // Warps below this one belong to launches that are done and waited for, or to earlier chains.
+        let done = if waited || !self.launches[launch].dependent { self.done.min(launch) } else { 0 };
+        let settled = self.launches[done].first_warp;
+        // A warp may read what it wrote itself, but not through the read-only path.
+        let also = if read && flags & flag::NC != 0 { 0 } else { own };
+        let base = self.base;
+        let (mut address, end) = (run.address, run.address + u64::from(run.total()));
+        while address < end {
+            let next = end.min((address | (PAGE - 1)) + 1);
+            let page = self.page(address);
+            let (first, last) = ((address % PAGE) as u32, ((next - 1) % PAGE) as u32);
+            address = next;
+            if read && flags & flag::NC != 0 {
+                page.stream(first, last, record);
+                if page.written_by < base {
+                    continue;
+                }
+            }
+            if run.bytes < 1 << page.shift {
+                page.split(run.bytes);
+            }
+            let units = first >> page.shift..(last >> page.shift) + 1;
+            let fine = |page: &Page, field: usize| {
+                let at = page.field(field);
+                let warps = &page.words[at + units.start as usize..at + units.end as usize];
+                warps.iter().fold(true, |fine, warp| fine & ((*warp < settled) | (*warp == also)))
+            };
+            if read {
+                if !fine(page, 0) {
+                    return false;
+                }
+                page.set(READ, units, record);
+            } else {
+                if page.streamed_by >= base || !fine(page, 0) || !fine(page, READ) {
+                    return false;
+                }
+                page.written_by = page.written_by.max(own);
+                page.set(0, units, record);
+            }
+        }
+        true
     }
 
     /// Records an access to global memory.
@@ -303,14 +403,13 @@ impl Global {
         let record = Record { warp: own, time: core.shared.now(), pc };
         let page = self.page(address);
         let read = access == Access::Read;
-        if read && flags & flag::NC != 0 && page.written_by < base {
-            // Constants, most likely: one record for 16 bytes.
-            if page.streamed.is_empty() {
-                page.streamed = vec![Record::default(); (PAGE / GRANULE) as usize];
+        if read && flags & flag::NC != 0 {
+            let first = (address % PAGE) as u32;
+            page.stream(first, first + bytes - 1, record);
+            // Constants, most likely.
+            if page.written_by < base {
+                return Ok(());
             }
-            page.streamed[(address % PAGE / GRANULE) as usize] = record;
-            page.streamed_by = own;
-            return Ok(());
         }
         if bytes < 1 << page.shift {
             page.split(bytes);
@@ -328,7 +427,8 @@ impl Global {
             }
         }
         for unit in first..=last {
-            let cell = self.page(address).cells[unit as usize];
+            let page = self.page(address);
+            let (write, read_before) = (page.record(0, unit), page.record(READ, unit));
             let at = (address & !(PAGE - 1)) | u64::from(unit << shift);
             // Atomics do not race with each other, nor does an access that follows the warp's own atomic race with those
             // on the same address before it.
@@ -337,7 +437,6 @@ impl Global {
                 before.pc & STRONG != 0
                     && (strong || knowledge.is_some_and(|clock| clock.get(before.warp) >= before.time))
             };
-            let write = cell.write;
             let streamed = read && flags & flag::NC != 0;
             if streamed && write.warp >= base && self.launch_of(write.warp) == launch {
                 let sentence = "ld.global.nc of bytes that this launch writes";
@@ -347,18 +446,13 @@ impl Global {
             if foreign && !exempt(write) && !self.ordered(write, launch, core, who, waited) {
                 return Err(self.conflict(access, write, true, launch, at));
             }
-            if !read && cell.read.warp >= base && cell.read.warp != own && !exempt(cell.read) {
-                let before = cell.read;
+            let before = read_before;
+            if !read && before.warp >= base && before.warp != own && !exempt(before) {
                 if !self.ordered(before, launch, core, who, waited) {
                     return Err(self.conflict(access, before, false, launch, at));
                 }
             }
-            let cell = &mut self.page(address).cells[unit as usize];
-            if read {
-                cell.read = record;
-            } else {
-                cell.write = record;
-            }
+            self.page(address).set(if read { READ } else { 0 }, unit..unit + 1, record);
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ mod counters;
 mod exec;
 mod fault;
 mod global;
+mod host;
 mod lanes;
 mod math;
 mod schedule;

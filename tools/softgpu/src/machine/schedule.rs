@@ -395,6 +395,9 @@ impl Machine<'_> {
                     ));
                 }
             }
+            if let Err((trouble, warp, pc)) = resident.block.core.host.end(self.options.schedule) {
+                return Err(trouble.report(kernel, pc, resident.block.core.index, shape, warp));
+            }
             let resident = self.resident.swap_remove(at);
             self.spare.push(resident.block);
             self.progress[launch].ended += 1;

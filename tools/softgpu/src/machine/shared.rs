@@ -19,7 +19,7 @@ const SEVERAL: u32 = 1 << 31;
 const THREAD_BITS: u32 = 10;
 
 /// The last accesses to one unit.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Cell {
     write_time: u32,
     write_info: u32,
@@ -27,6 +27,51 @@ struct Cell {
     read_info: u32,
     /// Warps that have read since `read_time`'s barrier.
     read_warps: u32,
+}
+
+/// The [`Cell`]s of all units, field by field, for loops over neighbouring units.
+#[derive(Default)]
+struct Cells {
+    write_time: Vec<u32>,
+    write_info: Vec<u32>,
+    read_time: Vec<u32>,
+    read_info: Vec<u32>,
+    read_warps: Vec<u32>,
+}
+
+impl Cells {
+    fn fields(&mut self) -> [&mut Vec<u32>; 5] {
+        let Cells { write_time, write_info, read_time, read_info, read_warps } = self;
+        [write_time, write_info, read_time, read_info, read_warps]
+    }
+
+    fn get(&self, unit: u32) -> Cell {
+        let at = unit as usize;
+        Cell {
+            write_time: self.write_time[at],
+            write_info: self.write_info[at],
+            read_time: self.read_time[at],
+            read_info: self.read_info[at],
+            read_warps: self.read_warps[at],
+        }
+    }
+}
+
+/// Neighbouring lanes of a warp that access neighbouring bytes with one instruction: lane `lane + n` accesses the `bytes`
+/// bytes from `address + n * bytes` on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Run {
+    pub address: u64,
+    pub lane: usize,
+    pub lanes: u32,
+    pub bytes: u32,
+}
+
+impl Run {
+    /// The bytes of all lanes.
+    pub fn total(&self) -> u32 {
+        self.lanes * self.bytes
+    }
 }
 
 /// Who accesses: a thread at an instruction.
@@ -65,7 +110,7 @@ pub(super) enum Access {
 #[derive(Default)]
 pub(super) struct Shared {
     data: Vec<u8>,
-    cells: Vec<Cell>,
+    cells: Cells,
     /// Log2 of the bytes of a unit.
     shift: u32,
     bytes: u32,
@@ -100,15 +145,15 @@ impl Shared {
             self.data.resize(bytes.next_multiple_of(16) as usize, 0);
         }
         let cells = (bytes >> self.shift) as usize + 1;
-        if self.cells.len() < cells {
-            self.cells.resize(cells, Cell::default());
+        if self.cells.write_time.len() < cells {
+            self.cells.fields().into_iter().for_each(|field| field.resize(cells, 0));
         }
         self.variables = kernel.shared_variables.clone();
         self.dynamic_start = kernel.dynamic_start;
         self.warps = warps;
         // Two steps apart from what was there before; the shadow is cleared when the counter nears its end.
         if self.now > u32::MAX / 2 {
-            self.cells.fill(Cell::default());
+            self.cells.fields().into_iter().for_each(|field| field.fill(0));
             self.now = 0;
         }
         self.now += 2;
@@ -227,6 +272,15 @@ impl Shared {
         address < self.dynamic_start && !self.variables.iter().any(inside)
     }
 
+    /// Whether an access is inside shared memory, in units that the block has not all written.
+    pub fn is_unwritten(&self, address: u64, bytes: u32) -> bool {
+        self.check(address, bytes).is_ok() && {
+            let units =
+                address as usize >> self.shift..=(address as usize + bytes as usize - 1) >> self.shift;
+            self.cells.write_time[units].iter().any(|time| *time < self.start)
+        }
+    }
+
     /// Records an access to `bytes` bytes, already checked by [`Shared::check`].
     #[inline(always)]
     pub fn touch(&mut self, address: u32, bytes: u32, access: Access, who: Who) -> Result<(), Box<Trouble>> {
@@ -241,9 +295,77 @@ impl Shared {
         Ok(())
     }
 
+    /// Records the accesses of a run, already checked by [`Shared::check`]. Returns false, and records nothing, if a lane's
+    /// access needs the closer look of [`Shared::touch`].
+    #[inline(always)]
+    pub fn touch_run(&mut self, run: Run, access: Access, warp: usize, pc: usize) -> bool {
+        if !self.races || access == Access::Atomic || self.in_flight > 0 && access != Access::Read {
+            return false;
+        }
+        let first = (run.address as u32 >> self.shift) as usize;
+        let units = first..first + (run.total() >> self.shift) as usize;
+        let per_lane = (run.bytes >> self.shift).trailing_zeros();
+        let Shared { safe, start, now, .. } = *self;
+        let (synced, me) = (self.synced[warp], warp as u32);
+        let reader = |unit: usize| me * 32 + run.lane as u32 + (unit as u32 >> per_lane);
+        let info = ((pc as u32) << THREAD_BITS) & !(ASYNC | ATOMIC);
+        let Cells { write_time, write_info, read_time, read_info, read_warps } = &mut self.cells;
+        let (write_time, write_info) = (&mut write_time[units.clone()], &mut write_info[units.clone()]);
+        let read_time = &mut read_time[units.clone()];
+        // Reads from this time on are not ordered before a write.
+        let unordered = safe.max(start - 1);
+        // In numbers without short cuts, so that the loop becomes vector code.
+        let (mut fresh, mut bad) = (0, 0);
+        for unit in 0..read_time.len() {
+            let (time, by) = (write_time[unit], write_info[unit]);
+            let own = u32::from(thread(by) == reader(unit))
+                | u32::from(thread(by) / 32 == me) & u32::from(time <= synced);
+            let disordered = (u32::from(time > safe) & (own ^ 1)) | by / ASYNC;
+            let unwritten = u32::from(time < start);
+            fresh |= unwritten;
+            bad |= disordered & (unwritten ^ 1);
+        }
+        if access == Access::Read {
+            if bad | fresh != 0 {
+                return false;
+            }
+            let (read_info, read_warps) = (&mut read_info[units.clone()], &mut read_warps[units]);
+            for unit in 0..read_time.len() {
+                let (time, before) = (read_time[unit], read_info[unit]);
+                let again = time > unordered;
+                let same_warp = again & (thread(before) / 32 == me) & (time > synced);
+                let several = same_warp & ((thread(before) != reader(unit)) | (before & SEVERAL != 0));
+                read_info[unit] = info | reader(unit) | if several { SEVERAL } else { 0 };
+                read_warps[unit] = if again { read_warps[unit] } else { 0 } | 1 << (me % 32);
+                read_time[unit] = now;
+            }
+            return true;
+        }
+        for time in &*read_time {
+            bad |= u32::from(*time > unordered);
+        }
+        if bad != 0 {
+            return false;
+        }
+        if fresh != 0 {
+            let (first, end) = (run.address as u32, run.address as u32 + run.total());
+            let inside = |v: &SharedVariable| v.offset <= first && end <= v.offset + v.bytes;
+            if first < self.dynamic_start && !self.variables.iter().any(inside) {
+                return false;
+            }
+        }
+        let kind = if access == Access::Async { ASYNC } else { 0 };
+        for unit in 0..write_time.len() {
+            write_time[unit] = now;
+            write_info[unit] = info | reader(unit) | kind;
+            read_time[unit] = 0;
+        }
+        true
+    }
+
     #[inline(always)]
     fn touch_unit(&mut self, unit: u32, access: Access, who: Who) -> Result<(), Box<Trouble>> {
-        let cell = self.cells[unit as usize];
+        let cell = self.cells.get(unit);
         let written = cell.write_time >= self.start;
         let mine = thread(cell.write_info) == (who.warp * 32 + who.lane) as u32;
         if access == Access::Read || access == Access::Atomic {
@@ -285,21 +407,21 @@ impl Shared {
                 }
                 warps |= cell.read_warps;
             }
-            let to = &mut self.cells[unit as usize];
-            (to.read_time, to.read_info, to.read_warps) = (now, info, warps);
+            let (to, at) = (&mut self.cells, unit as usize);
+            (to.read_time[at], to.read_info[at], to.read_warps[at]) = (now, info, warps);
         } else {
             if self.races && read_now && self.read_by_others(cell, who) {
                 return Err(self.race(unit, access, "read", cell.read_info));
             }
-            let to = &mut self.cells[unit as usize];
-            to.write_time = now;
-            to.write_info = who.info()
+            let (to, at) = (&mut self.cells, unit as usize);
+            to.write_time[at] = now;
+            to.write_info[at] = who.info()
                 | match access {
                     Access::Atomic => ATOMIC,
                     Access::Async => ASYNC,
                     _ => 0,
                 };
-            to.read_time = 0;
+            to.read_time[at] = 0;
         }
         Ok(())
     }
@@ -358,10 +480,11 @@ impl Shared {
     /// Ends an asynchronous copy to bytes that [`Access::Async`] claimed.
     pub fn finish_copy(&mut self, address: u32, bytes: u32, who: Who) {
         for unit in address >> self.shift..=(address + bytes - 1) >> self.shift {
-            let cell = &mut self.cells[unit as usize];
-            if cell.write_info & ASYNC != 0 && thread(cell.write_info) == (who.warp * 32 + who.lane) as u32 {
-                cell.write_info &= !ASYNC;
-                cell.write_time = self.now;
+            let at = unit as usize;
+            let info = &mut self.cells.write_info[at];
+            if *info & ASYNC != 0 && thread(*info) == (who.warp * 32 + who.lane) as u32 {
+                *info &= !ASYNC;
+                self.cells.write_time[at] = self.now;
             }
         }
     }
@@ -395,7 +518,7 @@ impl Shared {
             return Err(self.outside(u64::from(address), 16));
         }
         for unit in address >> self.shift..(address + 16) >> self.shift {
-            let cell = self.cells[unit as usize];
+            let cell = self.cells.get(unit);
             let by = thread(cell.write_info);
             // Products are read at the pace of the warpgroup: the barrier must order the write before each of its warps.
             self.touch_unit(unit, Access::Read, who)?;

@@ -1,11 +1,11 @@
 //! Gives registers rows of the register file. Registers that never hold a value at the same time share a row, so that a
 //! warp's rows stay in the host's caches. Also finds registers that may be read before they are written.
 
-use super::program::{ALWAYS, CONSTANT, Kernel, NONE, Op, RowAccess, Ty, flag};
+use super::program::{ALWAYS, CONSTANT, Kernel, NONE, Op, RowAccess, Space, Ty, flag};
 use super::rows::{is_register, rows};
 
 /// A set of registers.
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 struct Set(Vec<u64>);
 
 impl Set {
@@ -23,7 +23,12 @@ impl Set {
 
     fn each(&self) -> impl Iterator<Item = usize> {
         self.0.iter().enumerate().flat_map(|(word, bits)| {
-            (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| word * 64 + bit)
+            let mut bits = *bits;
+            std::iter::from_fn(move || {
+                let bit = bits.trailing_zeros() as usize;
+                bits &= bits.wrapping_sub(1);
+                (bit < 64).then_some(word * 64 + bit)
+            })
         })
     }
 }
@@ -104,20 +109,22 @@ fn liveness(blocks: &mut [Block]) {
     loop {
         let mut changed = false;
         for at in (0..blocks.len()).rev() {
-            let mut out = blocks[at].live_out.clone();
-            for next in blocks[at].next.clone() {
-                for (to, from) in out.0.iter_mut().zip(&blocks[next].live_in.0) {
+            let mut out = std::mem::replace(&mut blocks[at].live_out, Set(Vec::new()));
+            let mut grown = false;
+            for next in 0..blocks[at].next.len() {
+                for (to, from) in out.0.iter_mut().zip(&blocks[blocks[at].next[next]].live_in.0) {
+                    grown |= from & !*to != 0;
                     *to |= from;
                 }
             }
-            if out != blocks[at].live_out {
-                let block = &mut blocks[at];
+            let block = &mut blocks[at];
+            if grown {
                 for (index, live) in out.0.iter().enumerate() {
                     block.live_in.0[index] = block.reads.0[index] | (live & !block.writes.0[index]);
                 }
-                block.live_out = out;
                 changed = true;
             }
+            block.live_out = out;
         }
         if !changed {
             return;
@@ -149,8 +156,30 @@ fn intervals(kernel: &mut Kernel, registers: usize) -> (Vec<Option<(usize, usize
             });
         }
     }
-    let early = blocks.swap_remove(0).live_in;
+    let mut early = blocks.swap_remove(0).live_in;
+    speculative(kernel, registers, &mut early);
     (spans, early)
+}
+
+/// Adds the registers that are loaded from shared memory by one instruction and only selected by one: the compiler moves
+/// such a load in front of the condition under which its memory is written.
+fn speculative(kernel: &mut Kernel, registers: usize, early: &mut Set) {
+    // [register]: writes, loads among them, reads, selections among them.
+    let mut counts = vec![[0u8; 4]; registers];
+    for i in &mut kernel.code {
+        let load = i.op == Op::Ld && i.space == Space::Shared && i.n == 1;
+        let select = i.op == Op::Selp;
+        rows(i, &mut kernel.lists, |row, _, write| {
+            if is_register(*row) {
+                let (at, those) = if write { (0, load) } else { (2, select) };
+                let count = &mut counts[*row as usize];
+                count[at] = count[at].saturating_add(1);
+                count[at + 1] = count[at + 1].saturating_add(u8::from(those));
+            }
+        });
+    }
+    let found = (0..).zip(&counts).filter(|(_, count)| **count == [1; 4]);
+    found.for_each(|(register, _)| early.insert(register));
 }
 
 /// Rewrites the operands of a kernel from registers to rows.

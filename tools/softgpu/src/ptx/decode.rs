@@ -124,7 +124,7 @@ impl<'a> Body<'a> {
             "membar" => {
                 parts.one_of(&[("gl", ()), ("sys", ()), ("cta", ())]).ok_or("it has no scope")?;
                 let mut i = bare(Op::Fence, operands)?;
-                i.flags = if opcode.ends_with("cta") { 0 } else { flag::SYSTEM };
+                i.flags = scope_of_fence(opcode);
                 i
             }
             "fence" => {
@@ -136,7 +136,7 @@ impl<'a> Body<'a> {
                     parts.one_of(&[("sc", ()), ("acq_rel", ())]);
                     parts.one_of(&[("gpu", ()), ("sys", ()), ("cta", ())]).ok_or("it has no scope")?;
                     let mut i = bare(Op::Fence, operands)?;
-                    i.flags = if opcode.ends_with("cta") { 0 } else { flag::SYSTEM };
+                    i.flags = scope_of_fence(opcode);
                     i
                 }
             }
@@ -572,7 +572,14 @@ impl<'a> Body<'a> {
             }
         }
         if flags & flag::STRONG != 0 {
-            parts.one_of(&[("sys", ()), ("gpu", ()), ("cta", ())]);
+            // In one block, barriers are all that orders accesses here.
+            let scopes = [
+                ("sys", (flag::SYSTEM, !0)),
+                ("gpu", (0, !0)),
+                ("cta", (0, !(flag::ACQUIRE | flag::RELEASE))),
+            ];
+            let (set, keep) = parts.one_of(&scopes).unwrap_or((0, !0));
+            flags = (flags | set) & keep;
         }
         parts.one_of(&[("ca", ()), ("cg", ()), ("cs", ()), ("lu", ()), ("cv", ()), ("wb", ()), ("wt", ())]);
         let space = spaces(parts);
@@ -642,7 +649,7 @@ impl<'a> Body<'a> {
             ("acq_rel", flag::ACQUIRE | flag::RELEASE),
         ];
         let flags = parts.one_of(&orders).unwrap_or(0);
-        parts.one_of(&[("gpu", ()), ("sys", ()), ("cta", ())]);
+        let flags = parts.one_of(&[("gpu", flags), ("sys", flags), ("cta", 0)]).unwrap_or(flags);
         let space = spaces(parts);
         let atom = parts.one_of(&table).ok_or("it has no operation that this machine knows")?;
         let ty = parts.ty()?;
@@ -763,4 +770,13 @@ pub(super) fn take<'o, 'a, const N: usize>(operands: &'o [Operand<'a>]) -> Resul
     let found = operands.len();
     let all: Vec<&Operand> = operands.iter().collect();
     all.try_into().map_err(|_| format!("{found} operands where {N} belong"))
+}
+
+/// The flags of a fence, whose scope is the last part of its opcode.
+fn scope_of_fence(opcode: &str) -> u16 {
+    match opcode.rsplit('.').next() {
+        Some("cta") => 0,
+        Some("sys") => flag::DEVICE | flag::SYSTEM,
+        _ => flag::DEVICE,
+    }
 }

@@ -303,8 +303,10 @@ pub(crate) mod flag {
     pub const STRONG: u16 = 2;
     pub const ACQUIRE: u16 = 4;
     pub const RELEASE: u16 = 8;
-    /// atom: no result.
-    pub const SYSTEM: u16 = 16;
+    /// fence: of the GPU or the whole system.
+    pub const DEVICE: u16 = 16;
+    /// fence, ld, st: of the whole system.
+    pub const SYSTEM: u16 = 32;
     /// vote: all, any, uni, ballot in bits 0..2; shfl: up, down, bfly, idx.
     pub const MODE: u16 = 3;
     /// ld, st: the data registers have 64 bits and the type has fewer.

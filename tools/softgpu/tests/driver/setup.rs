@@ -278,3 +278,25 @@ fn options_of_the_machine_can_change_between_launches() {
         assert_eq!(cuda.softgpuSetOption(null(), null()), INVALID_VALUE);
     });
 }
+
+#[test]
+fn a_module_can_be_replaced_by_a_file() {
+    let folder = scratch("ptx");
+    fs::create_dir_all(&folder).unwrap();
+    let variables = [("SOFTGPU_PTX", folder.to_str().unwrap())];
+    isolated("setup::a_module_can_be_replaced_by_a_file", &variables, |cuda| {
+        cuda.open();
+        cuda.module();
+        let folder = std::env::var("SOFTGPU_PTX").unwrap();
+        let files: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let [file] = &files[..] else { panic!("one module is written: {files:?}") };
+        let text = fs::read_to_string(file).unwrap();
+        assert!(text.contains(".entry store("), "{text}");
+        fs::write(file, text.replace(".entry store(", ".entry other(")).unwrap();
+        let module = cuda.module();
+        let mut function = 0;
+        assert_eq!(cuda.cuModuleGetFunction(&mut function, module, c"store".as_ptr()), NOT_FOUND);
+        assert_eq!(cuda.cuModuleGetFunction(&mut function, module, c"other".as_ptr()), SUCCESS);
+    });
+    fs::remove_dir_all(&folder).unwrap();
+}

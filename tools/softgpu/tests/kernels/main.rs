@@ -220,6 +220,24 @@ fn planted_bugs_are_reported_at_their_line() {
     assert!(correct > 0);
 }
 
+/// nvcc moves a load from shared memory in front of the condition under which the memory is written.
+#[test]
+fn an_unwritten_value_may_be_loaded_but_not_selected() {
+    let text = ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 to, .param .u32 n) {\n\
+        .reg .pred %p<2>; .reg .b32 %r<4>; .reg .b64 %rd<2>; .shared .u32 word;\n\
+        ld.param.u64 %rd0, [to]; ld.param.u32 %r0, [n]; mov.u32 %r1, %tid.x; mad.wide.u32 %rd1, %r1, 4, %rd0;\n\
+        setp.lt.u32 %p0, %r1, %r0; ld.shared.u32 %r2, [word]; selp.u32 %r3, %r2, 7, %p0; st.global.u32 [%rd1], %r3; ret; }";
+    let run = |selecting: u32| {
+        let gpu = Gpu::new(text);
+        let out = gpu.fresh("out", 128);
+        let result = gpu.run(&[gpu.launch("k", 1, 32, &[Arg::U64(out), Arg::U32(selecting)])], 0);
+        result.map(|_| gpu.download::<u32>(out, 32))
+    };
+    assert_eq!(run(0).expect("no thread selects the word"), [7; 32]);
+    let fault = run(5).expect_err("five threads select the word");
+    assert!(fault.sentence.contains("a register is read that was never written"), "{fault}");
+}
+
 #[test]
 fn a_report_names_kernel_block_thread_and_address() {
     let fault = planted("memory", 64, 1, 1, 0).expect_err("the bug is planted");

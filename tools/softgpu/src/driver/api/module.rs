@@ -126,9 +126,10 @@ unsafe fn load(context: &Context, image: *const c_void) -> Result<LoadedModule, 
     let Ok(text) = unsafe { CStr::from_ptr(image.cast()) }.to_str() else {
         return wrong(Code::InvalidPtx, "the PTX is not UTF-8");
     };
-    check_version(text, context.driver.settings.driver_version)?;
-    let mut module =
-        ptx::load(text, &context.driver.settings.card).map_err(|e| (Code::InvalidPtx, e.to_string()))?;
+    let settings = &context.driver.settings;
+    let text = &settings.replaced(text).map_err(|sentence| (Code::InvalidPtx, sentence))?;
+    check_version(text, settings.driver_version)?;
+    let mut module = ptx::load(text, &settings.card).map_err(|e| (Code::InvalidPtx, e.to_string()))?;
     if module.place(&context.memory).is_err() {
         free_variables(context, &module);
         return wrong(Code::OutOfMemory, "no memory for the module's variables");
