@@ -37,7 +37,7 @@ impl Pair {
         Pair::open_with_taps(target, drafter, None)
     }
 
-    /// As [`Pair::open`], with `taps` in place of the `target_layer_ids` of the drafter's config.
+    /// As [`Pair::open`], with `taps` in place of those of the drafter's config.
     ///
     /// # Errors
     /// As [`Pair::open`]; [`Error::Option`] for taps that do not fit the target or the drafter.
@@ -45,7 +45,11 @@ impl Pair {
         let (mut config, drafter, mut notes) = open_configs(&target, drafter, taps)?;
         let weights = Checkpoint::open(&target)?;
         let (head, table) = ("lm_head.weight", "model.embed_tokens.weight");
-        if config.tied && weights.differs(head, table, &[config.vocab, config.stack.hidden])? {
+        let shape = [config.vocab, config.stack.hidden];
+        if config.tied
+            && weights.shape(head).is_some()
+            && !weights.tensor(head, &shape)?.equals(&weights.tensor(table, &shape)?)?
+        {
             notes.push(format!(
                 "{}: tie_word_embeddings is true, but {head} differs from {table}: the head is used, as it is stored",
                 target.described_file("config.json")
@@ -53,13 +57,14 @@ impl Pair {
             config.tied = false;
         }
         weights.check_target(&config.tensors())?;
-        let drafter = drafter.map(|(folder, config)| {
-            let weights = Checkpoint::open(&folder)?;
+        let drafter = drafter.map(|(folder, mut plan)| {
+            let file = Checkpoint::open(&folder)?;
             if let Some(taps) = taps {
-                check_number_of_taps(&weights, taps, config.stack.hidden)?;
+                check_number_of_taps(&file, taps, plan.stack.hidden)?;
             }
-            weights.check_drafter(&config.tensors())?;
-            Ok(Model { folder, config, weights })
+            plan.complete(&file, &config, &weights)?;
+            file.check_drafter(&plan.tensors())?;
+            Ok(Model { folder, config: plan, weights: file })
         });
         Ok(Pair { target: Model { folder: target, config, weights }, drafter: drafter.transpose()?, notes })
     }
@@ -74,7 +79,7 @@ impl Pair {
         Pair::with_random_weights_and_taps(target, drafter, None)
     }
 
-    /// As [`Pair::with_random_weights`], with `taps` in place of the `target_layer_ids` of the drafter's config.
+    /// As [`Pair::with_random_weights`], with `taps` in place of those of the drafter's config.
     ///
     /// # Errors
     /// As [`Pair::open_with_taps`], for the configs.
@@ -85,9 +90,10 @@ impl Pair {
     ) -> Result<Pair> {
         let (config, drafter, notes) = open_configs(&target, drafter, taps)?;
         let weights = Checkpoint::random(&target, &config.tensors(), 1);
-        let drafter = drafter.map(|(folder, config)| {
-            let weights = Checkpoint::random(&folder, &config.tensors(), 2);
-            Model { folder, config, weights }
+        let drafter = drafter.map(|(folder, mut plan)| {
+            plan.complete_randomly(config.vocab);
+            let weights = Checkpoint::random(&folder, &plan.tensors(), 2);
+            Model { folder, config: plan, weights }
         });
         Ok(Pair { target: Model { folder: target, config, weights }, drafter, notes })
     }
@@ -111,7 +117,7 @@ impl Pair {
         }
     }
 
-    /// Rows of a block, anchor included: `block`, or the number that the drafter was trained with, or 1
+    /// Rows of a round, the anchor and the drafts: `block`, or the number that the drafter was trained with, or 1
     /// without a drafter.
     ///
     /// # Errors
@@ -152,7 +158,8 @@ fn open_configs(target: &Folder, drafter: Option<Folder>, taps: Option<&[usize]>
     let drafter = match drafter {
         None => None,
         Some(folder) => {
-            let draft_config = DrafterConfig::open_with_taps(&folder, taps)?;
+            let layers = config.stack.attention.len();
+            let draft_config = DrafterConfig::open_for(&folder, taps, Some(layers))?;
             check_pair(&config, target, &draft_config, &folder)?;
             notes.extend_from_slice(&draft_config.notes);
             if draft_config.vocab != config.vocab {

@@ -111,8 +111,8 @@ impl<'a> Sequence<'a> {
         Some((state.cache.len(), drafter.map(|drafter| state.drafter_positions(drafter))))
     }
 
-    /// Injects the pending features and drafts a chain with a block of `rows` rows: `rows - 1` tokens, or
-    /// none without a drafter.
+    /// Injects the pending features and drafts a chain for a round of `rows` rows: `rows - 1` tokens, or none
+    /// without a drafter.
     ///
     /// # Errors
     /// [`Error::Model`] if the drafter's logits are not finite.
@@ -172,8 +172,7 @@ impl<'a> Sequence<'a> {
         tree.ok_or_else(empty_distribution)
     }
 
-    /// Runs the drafter on a block of `rows` rows. Calls `map` with the logits and the position of each row
-    /// after the anchor.
+    /// Runs the drafter for a round of `rows` rows. Calls `map` with the logits and the position of each draft.
     fn map_draft_logits<T>(&mut self, rows: usize, map: impl Fn(&[f32], u32) -> Option<T>) -> Result<Vec<T>> {
         let (state, anchor) = started(&mut self.state)?;
         state.distributions.clear();
@@ -189,9 +188,9 @@ impl<'a> Sequence<'a> {
         }
         drafter.inject(&state.features, context);
         state.features.clear();
-        let hidden = drafter.hidden(self.target, anchor, rows, context, |_, _| ());
+        let hidden = drafter.predict(self.target, anchor, rows - 1, context);
         let mut logits = Vec::new();
-        drafter.logits(self.target, &hidden[self.target.config.stack.hidden..], &mut logits);
+        drafter.logits(self.target, &hidden, &mut logits);
         let rows = logits.chunks(self.target.config.vocab).zip(state.cache.len() as u32 + 1..);
         rows.map(|(logits, at)| map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize)))
             .collect()

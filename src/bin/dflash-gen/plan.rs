@@ -4,7 +4,7 @@
 use crate::job::Job;
 use crate::output::Output;
 use dflash::Result;
-use dflash::checkpoint::config::Stack;
+use dflash::checkpoint::config::{DrafterConfig, Slots, Stack};
 use dflash::checkpoint::folder::Folder;
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::Checkpoint;
@@ -23,6 +23,8 @@ struct Part<'a> {
     kv_bytes: usize,
     max_positions: usize,
     tensors: Vec<(String, Vec<usize>)>,
+    /// The plan of a drafter.
+    plan: Option<&'a DrafterConfig>,
 }
 
 /// Prints the models, and what they take on a device with this capacity; `None` on the CPU.
@@ -38,6 +40,7 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         kv_bytes: kv_bytes(&target.config.stack),
         max_positions: target.config.stack.max_positions,
         tensors: target.config.tensors(),
+        plan: None,
     }];
     parts.extend(pair.drafter.as_ref().map(|drafter| Part {
         role: "drafter",
@@ -46,6 +49,7 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         kv_bytes: kv_bytes(&drafter.config.stack),
         max_positions: drafter.config.stack.max_positions,
         tensors: drafter.config.tensors(),
+        plan: Some(&drafter.config),
     }));
     let mut out = Output::default();
     let mut all = json!({});
@@ -56,7 +60,12 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         total += bytes;
         kv += part.kv_bytes;
         match job.json() {
-            true => all[part.role] = part.json(&groups, bytes),
+            true => {
+                all[part.role] = part.json(&groups, bytes);
+                if let Some(plan) = part.plan {
+                    all[part.role]["plan"] = plan_json(plan);
+                }
+            }
             false => part.lines(&mut out, &groups, bytes)?,
         }
     }
@@ -213,6 +222,9 @@ impl Part<'_> {
             self.kv_bytes,
             self.max_positions
         ))?;
+        if let Some(plan) = self.plan {
+            out.line(&format!("  {}", plan_line(plan)))?;
+        }
         for (name, bytes) in self.weights.files() {
             out.line(&format!("  file {name}: {bytes} bytes"))?;
         }
@@ -225,6 +237,30 @@ impl Part<'_> {
         }
         Ok(())
     }
+}
+
+/// What a drafter was taken for: family, layout, slots, drafts of a round, taps, vocabulary.
+fn plan_line(plan: &DrafterConfig) -> String {
+    let slots = match plan.slots {
+        Slots::FillIn => "fill-in",
+        Slots::AnchorFirst => "anchor-first",
+    };
+    let taps = plan.taps.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
+    let vocabulary = match plan.own_head {
+        Some(rows) => format!("head of its own for {rows} of {} tokens", plan.vocab),
+        None => "the target's head".into(),
+    };
+    let (identity, drafts) = (plan.identity, plan.block - 1);
+    format!("{identity}, {slots}: {drafts} drafts a round, outputs of layers {taps}, {vocabulary}")
+}
+
+fn plan_json(plan: &DrafterConfig) -> Value {
+    let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
+    json!({
+        "family": name(&plan.identity.family), "layout": name(&plan.identity.layout), "slots": name(&plan.slots),
+        "drafts": plan.block - 1, "taps": plan.taps, "own_embedding": plan.own_embedding,
+        "own_head": plan.own_head, "vocab": plan.vocab, "reduced": plan.ids.is_some(),
+    })
 }
 
 /// Tensors whose names differ only in the layer.
