@@ -3,7 +3,7 @@
 //! meanings of the fields are in `docs/dflash.md` section 1 (arXiv 2602.06036 and the published checkpoints)
 //! and in Hugging Face's Qwen3 and Llama configurations.
 
-pub use crate::checkpoint::drafter::{DrafterConfig, Slots};
+pub use crate::checkpoint::drafter::{DrafterConfig, Overrides, Slots};
 use crate::checkpoint::folder::Folder;
 pub use crate::checkpoint::identify::{DrafterFamily, Family, Identity, Layout};
 use crate::checkpoint::identify::{refuse_quantised, target_architecture};

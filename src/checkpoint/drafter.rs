@@ -6,11 +6,12 @@ use crate::checkpoint::config::{
     Attention, Family, MAX_BLOCK, MAX_LAYERS, MAX_VOCAB, Stack, TargetConfig, stack,
 };
 use crate::checkpoint::folder::Folder;
-use crate::checkpoint::identify::{Identity, Layout, identify, refuse_others};
+use crate::checkpoint::identify::{DrafterFamily, Identity, Layout, identify, refuse_others};
 use crate::checkpoint::json::{Document, Field, Fields};
 use crate::checkpoint::safetensors::Checkpoint;
 use crate::{Error, Result};
 use serde_json::Map;
+use std::fmt;
 use std::sync::Arc;
 
 /// Which row of a block predicts which position, with the anchor at position `s`.
@@ -20,6 +21,47 @@ pub enum Slots {
     FillIn,
     /// Row `r` predicts position `s + r + 1`; the anchor's row predicts the first draft.
     AnchorFirst,
+}
+
+impl fmt::Display for Slots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Slots::FillIn => "fill-in",
+            Slots::AnchorFirst => "anchor-first",
+        })
+    }
+}
+
+/// What the user says about a drafter, in place of its config or where nothing else says it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// The target's layers whose outputs the drafter reads, in its order.
+    pub taps: Option<Vec<usize>>,
+    /// Which position a row of the block predicts.
+    pub slots: Option<Slots>,
+}
+
+/// The heads of a DSpark drafter, which walk over the rows of a block: each row's logits are corrected by the token
+/// drafted before it (`docs/drafters.md`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Markov {
+    /// What is computed from the token before.
+    pub kind: MarkovKind,
+    /// Width of the embedding of the token before.
+    pub rank: usize,
+    /// The confidence head, if there is one; true: it also reads that embedding.
+    pub confidence: Option<bool>,
+}
+
+/// Kinds of Markov heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MarkovKind {
+    /// The embedding itself.
+    Vanilla,
+    /// The embedding, gated by the row.
+    Gated,
+    /// The state of an rnn over embeddings and rows.
+    Rnn,
 }
 
 /// The plan of a drafter.
@@ -47,6 +89,8 @@ pub struct DrafterConfig {
     pub own_head: Option<usize>,
     /// `[own_head]`: the target's id of each row of the head, ascending. `None`: the same ids.
     pub ids: Option<Arc<[u32]>>,
+    /// The walk over the rows of a block; `None`: rows do not depend on each other's drafts.
+    pub walk: Option<Markov>,
     /// Factor on the embeddings of a block's rows.
     pub embedding_scale: f32,
     /// Factor on the logits.
@@ -57,6 +101,8 @@ pub struct DrafterConfig {
     pub notes: Vec<String>,
 }
 
+/// Most columns of a Markov head.
+const MAX_RANK: usize = 1 << 12;
 /// Names of the architecture of DFlash drafters in z-lab's layout: z-lab's, and NeMo's for the same layout with a
 /// `model.` prefix on tensors.
 const ZLAB: [&str; 2] = ["DFlashDraftModel", "Qwen3DFlashDraftModel"];
@@ -68,15 +114,16 @@ impl DrafterConfig {
     /// As [`TargetConfig::open`], but [`Error::Option`] if the folder has a target. The
     /// [`Error::Unsupported`] for a drafter of another kind names its kind and the field that identifies it.
     pub fn open(folder: &Folder) -> Result<Self> {
-        DrafterConfig::open_for(folder, None, None)
+        DrafterConfig::open_for(folder, &Overrides::default(), None)
     }
 
-    /// As [`DrafterConfig::open`], with `taps` in place of the config's. `target_layers`: the target's number
-    /// of layers, from which a speculators config without taps gets the default ones.
+    /// As [`DrafterConfig::open`], with overrides. `target_layers`: the target's number of layers, from which a
+    /// speculators config without taps gets the default ones.
     ///
     /// # Errors
     /// As [`DrafterConfig::open`]; [`Error::Option`] for taps that the target does not have.
-    pub fn open_for(folder: &Folder, taps: Option<&[usize]>, target_layers: Option<usize>) -> Result<Self> {
+    pub fn open_for(folder: &Folder, overrides: &Overrides, target_layers: Option<usize>) -> Result<Self> {
+        let taps = overrides.taps.as_deref();
         let document = Document::need(folder, "config.json")?;
         let config = document.fields();
         let (identity, decided) = identify(&config)?;
@@ -147,10 +194,24 @@ impl DrafterConfig {
             let expected = "the whole vocabulary in z-lab's layout";
             return Err(config.unsupported("draft_vocab_size", &rows.to_string(), expected));
         }
-        let slots = match identity.layout {
-            Layout::DeepSpec => Slots::AnchorFirst,
-            Layout::Speculators if flag("sample_from_anchor")? == Some(true) => Slots::AnchorFirst,
-            _ => Slots::FillIn,
+        let of_file = match (identity.layout, flag("sample_from_anchor")?) {
+            (Layout::DeepSpec, _) | (Layout::Speculators, Some(true)) => Some(Slots::AnchorFirst),
+            (Layout::Speculators, None) if identity.family == DrafterFamily::DSpark => None,
+            _ => Some(Slots::FillIn),
+        };
+        let Some(slots) = overrides.slots.or(of_file) else {
+            return Err(Error::Model(format!(
+                "{}: sample_from_anchor is absent, and releases of speculators differ in its default: give `slots` \
+                 fill-in (files from before July 2026) or anchor-first",
+                config.file
+            )));
+        };
+        if let Some(replaced) = of_file.filter(|of_file| *of_file != slots) {
+            notes.push(format!("{}: slots {slots} replace {replaced}", config.file));
+        }
+        let walk = match identity.family {
+            DrafterFamily::DSpark => markov(&config)?,
+            _ => None,
         };
         let rows = match (either("block_size"), identity.layout) {
             (Some(field), _) => field.integer(2, MAX_BLOCK)?,
@@ -214,6 +275,7 @@ impl DrafterConfig {
             own_embedding: false,
             own_head: head,
             ids: None,
+            walk,
             embedding_scale: positive("input_embedding_scale", 1.0)?,
             output_multiplier: positive("output_multiplier", 1.0)?,
             softcap,
@@ -235,6 +297,22 @@ impl DrafterConfig {
             list.push(("embed_tokens.weight".into(), vec![self.vocab, hidden]));
         }
         list.extend(self.own_head.map(|rows| ("lm_head.weight".into(), vec![rows, hidden])));
+        if let Some(Markov { kind, rank, confidence }) = self.walk {
+            let mut add = |name: &str, shape: Vec<usize>| list.push((name.into(), shape));
+            add("markov_head.markov_w1.weight", vec![self.vocab, rank]);
+            add("markov_head.markov_w2.weight", vec![self.own_head.unwrap_or(self.vocab), rank]);
+            let joint = match kind {
+                MarkovKind::Vanilla => None,
+                MarkovKind::Gated => Some(("markov_head.gate_proj", rank, hidden + rank)),
+                MarkovKind::Rnn => Some(("markov_head.joint_proj", 3 * rank, 2 * rank + hidden)),
+            };
+            let confidence = confidence
+                .map(|previous| ("confidence_head.proj", 1, hidden + if previous { rank } else { 0 }));
+            for (name, rows, columns) in joint.into_iter().chain(confidence) {
+                add(&format!("{name}.weight"), vec![rows, columns]);
+                add(&format!("{name}.bias"), vec![rows]);
+            }
+        }
         list
     }
 
@@ -295,6 +373,23 @@ impl DrafterConfig {
         let id = |i: usize, rows: usize| (i * target_vocab / rows) as u32;
         self.ids = self.own_head.map(|rows| (0..rows).map(|i| id(i, rows)).collect());
     }
+}
+
+/// The heads of a DSpark config; `None` if its Markov head has rank 0.
+fn markov(config: &Fields) -> Result<Option<Markov>> {
+    let Some(rank) = config.get("markov_rank").filter(|rank| !rank.is_neutral("")) else { return Ok(None) };
+    let flag = |name: &str| config.get(name).map_or(Ok(false), |field| field.boolean());
+    let kind = match config.get("markov_head_type").map_or(Ok("vanilla"), |field| field.string())? {
+        "vanilla" => MarkovKind::Vanilla,
+        "gated" => MarkovKind::Gated,
+        "rnn" => MarkovKind::Rnn,
+        other => return Err(config.unsupported("markov_head_type", other, "vanilla, gated or rnn")),
+    };
+    let confidence = match flag("enable_confidence_head")? {
+        true => Some(flag("confidence_head_with_markov")?),
+        false => None,
+    };
+    Ok(Some(Markov { kind, rank: rank.integer(1, MAX_RANK)?, confidence }))
 }
 
 /// The taps that a config lists, converted to outputs, with the field's name; `None` if nothing says which they

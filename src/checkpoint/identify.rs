@@ -251,7 +251,12 @@ pub(crate) fn identify(config: &Fields) -> Result<(Identity, String)> {
 /// Refuses families that this engine does not run, unknown fields of `dflash_config`, and quantised weights.
 /// `decided` is the sentence of [`identify`].
 pub(crate) fn refuse_others(config: &Fields, identity: Identity, decided: &str) -> Result<()> {
-    if identity.family != DFlash {
+    let runs = match identity.family {
+        DFlash => true,
+        DSpark => identity.layout != SpecForge,
+        DFlash2 | Eagle3 => false,
+    };
+    if !runs {
         return Err(Error::Unsupported(format!("{decided}: {REFUSED}")));
     }
     let known = |name: &str| DFLASH_CONFIG.contains(&name) || FIELDS.iter().any(|(field, ..)| *field == name);

@@ -1,6 +1,6 @@
 //! A target and its drafter, opened and checked against each other before any weight is read.
 
-use crate::checkpoint::config::{DrafterConfig, TargetConfig, check_pair};
+use crate::checkpoint::config::{DrafterConfig, Overrides, TargetConfig, check_pair};
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::safetensors::Checkpoint;
 use crate::{Error, Result};
@@ -34,15 +34,15 @@ impl Pair {
     /// [`Error::Unsupported`] for models that this engine does not support; [`Error::Option`] for a drafter
     /// passed as the target or a target passed as the drafter.
     pub fn open(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
-        Pair::open_with_taps(target, drafter, None)
+        Pair::open_with(target, drafter, &Overrides::default())
     }
 
-    /// As [`Pair::open`], with `taps` in place of those of the drafter's config.
+    /// As [`Pair::open`], with overrides of the drafter's config.
     ///
     /// # Errors
     /// As [`Pair::open`]; [`Error::Option`] for taps that do not fit the target or the drafter.
-    pub fn open_with_taps(target: Folder, drafter: Option<Folder>, taps: Option<&[usize]>) -> Result<Pair> {
-        let (mut config, drafter, mut notes) = open_configs(&target, drafter, taps)?;
+    pub fn open_with(target: Folder, drafter: Option<Folder>, overrides: &Overrides) -> Result<Pair> {
+        let (mut config, drafter, mut notes) = open_configs(&target, drafter, overrides)?;
         let weights = Checkpoint::open(&target)?;
         let (head, table) = ("lm_head.weight", "model.embed_tokens.weight");
         let shape = [config.vocab, config.stack.hidden];
@@ -59,7 +59,7 @@ impl Pair {
         weights.check_target(&config.tensors())?;
         let drafter = drafter.map(|(folder, mut plan)| {
             let file = Checkpoint::open(&folder)?;
-            if let Some(taps) = taps {
+            if let Some(taps) = &overrides.taps {
                 check_number_of_taps(&file, taps, plan.stack.hidden)?;
             }
             plan.complete(&file, &config, &weights)?;
@@ -76,19 +76,19 @@ impl Pair {
     /// # Errors
     /// As [`Pair::open`], for the configs.
     pub fn with_random_weights(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
-        Pair::with_random_weights_and_taps(target, drafter, None)
+        Pair::with_random_weights_and(target, drafter, &Overrides::default())
     }
 
-    /// As [`Pair::with_random_weights`], with `taps` in place of those of the drafter's config.
+    /// As [`Pair::with_random_weights`], with overrides of the drafter's config.
     ///
     /// # Errors
-    /// As [`Pair::open_with_taps`], for the configs.
-    pub fn with_random_weights_and_taps(
+    /// As [`Pair::open_with`], for the configs.
+    pub fn with_random_weights_and(
         target: Folder,
         drafter: Option<Folder>,
-        taps: Option<&[usize]>,
+        overrides: &Overrides,
     ) -> Result<Pair> {
-        let (config, drafter, notes) = open_configs(&target, drafter, taps)?;
+        let (config, drafter, notes) = open_configs(&target, drafter, overrides)?;
         let weights = Checkpoint::random(&target, &config.tensors(), 1);
         let drafter = drafter.map(|(folder, mut plan)| {
             plan.complete_randomly(config.vocab);
@@ -152,14 +152,14 @@ impl Pair {
 type Configs = (TargetConfig, Option<(Folder, DrafterConfig)>, Vec<String>);
 
 /// Reads both configs and checks that the drafter was made for the target. Also returns notes for the user.
-fn open_configs(target: &Folder, drafter: Option<Folder>, taps: Option<&[usize]>) -> Result<Configs> {
+fn open_configs(target: &Folder, drafter: Option<Folder>, overrides: &Overrides) -> Result<Configs> {
     let config = TargetConfig::open(target)?;
     let mut notes = config.notes.clone();
     let drafter = match drafter {
         None => None,
         Some(folder) => {
             let layers = config.stack.attention.len();
-            let draft_config = DrafterConfig::open_for(&folder, taps, Some(layers))?;
+            let draft_config = DrafterConfig::open_for(&folder, overrides, Some(layers))?;
             check_pair(&config, target, &draft_config, &folder)?;
             notes.extend_from_slice(&draft_config.notes);
             if draft_config.vocab != config.vocab {

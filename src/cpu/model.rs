@@ -7,6 +7,7 @@ mod synthetic;
 use crate::checkpoint::config::{Attention, DrafterConfig, Stack, TargetConfig};
 use crate::checkpoint::pair::Model;
 use crate::checkpoint::safetensors::Checkpoint;
+use crate::cpu::markov::{MarkovHead, Walk};
 use crate::cpu::ops::{self, Kv, Matrix};
 use crate::spec::tree::{Tree, compaction_moves};
 use crate::{Error, Result};
@@ -371,9 +372,10 @@ pub struct Drafter {
     pub config: DrafterConfig,
     embedding: Option<Matrix>, // [vocab][hidden]; None: the target's
     head: Option<Matrix>,      // [own_head][hidden]; None: the target's
-    fc: Matrix,                // [hidden][taps * hidden]
-    hidden_norm: Vec<f32>,     // [hidden]
-    norm: Vec<f32>,            // [hidden]
+    markov: Option<MarkovHead>,
+    fc: Matrix,            // [hidden][taps * hidden]
+    hidden_norm: Vec<f32>, // [hidden]
+    norm: Vec<f32>,        // [hidden]
     layers: Vec<Layer>,
 }
 
@@ -390,6 +392,13 @@ impl Drafter {
         Ok(Drafter {
             embedding: own(config.own_embedding.then_some(config.vocab), "embed_tokens.weight")?,
             head: own(config.own_head, "lm_head.weight")?,
+            markov: match config.walk {
+                Some(walk) => {
+                    let outputs = config.own_head.unwrap_or(config.vocab);
+                    Some(MarkovHead::load(file, walk, s.hidden, config.vocab, outputs)?)
+                }
+                None => None,
+            },
             fc: matrix(file, "fc.weight", s.hidden, config.taps.len() * s.hidden)?,
             hidden_norm: ops::to_f32(&file.tensor("hidden_norm.weight", &[s.hidden])?),
             norm: ops::to_f32(&file.tensor("norm.weight", &[s.hidden])?),
@@ -467,6 +476,20 @@ impl Drafter {
         let mut hidden = self.hidden(target, anchor, first + drafts, cache, |_, _| ());
         hidden.drain(..first * self.config.stack.hidden);
         hidden
+    }
+
+    /// A walk over the rows of a block, which corrects their logits; `None` if rows do not depend on each other's
+    /// drafts.
+    pub fn walk(&self, anchor: u32) -> Option<Walk<'_>> {
+        self.markov.as_ref().map(|head| head.walk(anchor))
+    }
+
+    /// Adds the bias of a walk, `[outputs of the head]`, to a row's logits `[vocab]`.
+    pub fn add_bias(&self, bias: &[f32], logits: &mut [f32]) {
+        match &self.config.ids {
+            None => ops::add(logits, bias),
+            Some(ids) => ids.iter().zip(bias).for_each(|(id, bias)| logits[*id as usize] += bias),
+        }
     }
 
     /// Writes logits `[rows][vocab]` of the target's vocabulary to `out`, from rows `[rows][hidden]` after the

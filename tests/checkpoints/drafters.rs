@@ -2,7 +2,7 @@
 
 use crate::support;
 
-use dflash::checkpoint::config::Slots;
+use dflash::checkpoint::config::{Overrides, Slots};
 use dflash::checkpoint::pair::Pair;
 use serde_json::{Value, json};
 use std::fs;
@@ -56,6 +56,37 @@ fn a_speculators_config_gives_taps_as_outputs_and_its_own_vocabulary() {
     let anchor_first = open(&with_config(|config| config["sample_from_anchor"] = true.into())).unwrap();
     let plan = anchor_first.drafter.unwrap().config;
     assert_eq!((plan.slots, plan.block, plan.first_row()), (Slots::AnchorFirst, 9, 0));
+}
+
+/// Releases of speculators differ in its default for DSpark.
+#[test]
+fn slots_that_nothing_says_are_refused() {
+    let pair = with_config(|config| {
+        config["speculators_model_type"] = "dspark".into();
+        config["sample_from_anchor"] = Value::Null;
+    });
+    let sentence = "D/config.json: sample_from_anchor is absent, and releases of speculators differ in its default: give \
+                    `slots` fill-in (files from before July 2026) or anchor-first";
+    assert_eq!(refusal(&pair), (3, sentence.into()));
+    for (name, slots, block) in [("fill-in", Slots::FillIn, 8), ("anchor-first", Slots::AnchorFirst, 9)] {
+        let overrides = Overrides { taps: None, slots: Some(slots) };
+        let opened = Pair::open_with(disk(&pair.target), Some(disk(&pair.drafter)), &overrides).unwrap();
+        let plan = opened.drafter.unwrap().config;
+        assert_eq!((plan.slots, plan.block, opened.notes.len()), (slots, block, 0));
+        let [target, drafter] = [&pair.target, &pair.drafter].map(|dir| dir.to_str().unwrap());
+        let args = ["--target", target, "--draft", drafter, "--slots", name, "--plan", "--json"];
+        let run = support::program::run(args);
+        assert_eq!(run.json()[0]["drafter"]["plan"]["slots"], name);
+    }
+    // An override of what the file says is noted.
+    let overrides = Overrides { taps: None, slots: Some(Slots::AnchorFirst) };
+    let decided = written();
+    let opened = Pair::open_with(disk(&decided.target), Some(disk(&decided.drafter)), &overrides).unwrap();
+    assert!(
+        opened.notes[0].ends_with("config.json: slots anchor-first replace fill-in"),
+        "{:?}",
+        opened.notes
+    );
 }
 
 /// Boundaries 2, L / 2 and L - 3 of a target of L layers.
@@ -161,7 +192,7 @@ fn the_plan_says_what_a_drafter_was_taken_for() {
     let run = support::program::run(["--target", target, "--draft", drafter, "--plan", "--json"]);
     let plan = &run.json()[0]["drafter"]["plan"];
     let expected = json!({
-        "family": "dflash", "layout": "speculators", "slots": "fillin", "drafts": 7, "taps": [0, 2],
+        "family": "dflash", "layout": "speculators", "slots": "fill-in", "walk": null, "drafts": 7, "taps": [0, 2],
         "own_embedding": false, "own_head": 9, "vocab": 40, "reduced": true
     });
     assert_eq!(*plan, expected);

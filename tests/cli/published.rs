@@ -203,7 +203,6 @@ fn refused_drafter(architecture: &str) -> Value {
         "Eagle3DraftModel" => json!({
             "speculators_model_type": "eagle3", "transformer_layer_config": config, "speculators_config": {}, "dflash_config": null
         }),
-        "Qwen3DSparkModel" => json!({ "markov_rank": 256, "num_anchors": 512, "dflash_config": null }),
         "Qwen3Eagle3Model" => json!({ "ttt_length": 7, "target_layer_ids": taps, "dflash_config": null }),
         other => panic!("{other}"),
     };

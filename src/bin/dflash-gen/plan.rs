@@ -4,7 +4,8 @@
 use crate::job::Job;
 use crate::output::Output;
 use dflash::Result;
-use dflash::checkpoint::config::{DrafterConfig, Slots, Stack};
+use dflash::checkpoint::config::{DrafterConfig, Stack};
+use dflash::checkpoint::drafter::Markov;
 use dflash::checkpoint::folder::Folder;
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::Checkpoint;
@@ -241,26 +242,31 @@ impl Part<'_> {
 
 /// What a drafter was taken for: family, layout, slots, drafts of a round, taps, vocabulary.
 fn plan_line(plan: &DrafterConfig) -> String {
-    let slots = match plan.slots {
-        Slots::FillIn => "fill-in",
-        Slots::AnchorFirst => "anchor-first",
-    };
     let taps = plan.taps.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
     let vocabulary = match plan.own_head {
         Some(rows) => format!("head of its own for {rows} of {} tokens", plan.vocab),
         None => "the target's head".into(),
     };
-    let (identity, drafts) = (plan.identity, plan.block - 1);
-    format!("{identity}, {slots}: {drafts} drafts a round, outputs of layers {taps}, {vocabulary}")
+    let (identity, slots, drafts) = (plan.identity, plan.slots, plan.block - 1);
+    let line =
+        format!("{identity}, {slots}: {drafts} drafts a round, outputs of layers {taps}, {vocabulary}");
+    plan.walk.map_or(line.clone(), |Markov { kind, rank, .. }| {
+        format!("{line}, a {} Markov head of rank {rank}", lower(&kind))
+    })
 }
 
 fn plan_json(plan: &DrafterConfig) -> Value {
-    let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
     json!({
-        "family": name(&plan.identity.family), "layout": name(&plan.identity.layout), "slots": name(&plan.slots),
+        "family": lower(&plan.identity.family), "layout": lower(&plan.identity.layout),
+        "slots": plan.slots.to_string(), "walk": plan.walk.map(|walk| lower(&walk.kind)),
         "drafts": plan.block - 1, "taps": plan.taps, "own_embedding": plan.own_embedding,
         "own_head": plan.own_head, "vocab": plan.vocab, "reduced": plan.ids.is_some(),
     })
+}
+
+/// The name of a variant in lower case.
+fn lower(variant: &dyn std::fmt::Debug) -> String {
+    format!("{variant:?}").to_lowercase()
 }
 
 /// Tensors whose names differ only in the layer.

@@ -1,12 +1,12 @@
 //! The weights of a pair on a device.
 
-use crate::Result;
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
 use crate::checkpoint::pair::Pair;
 use crate::gpu::device::Device;
 use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::Loader;
 use crate::gpu::model::{EmbeddingTable, FeatureProjection, LmHead, Transformer, Vocabulary};
+use crate::{Error, Result};
 
 /// A target and, if the pair has one, its drafter, loaded on a device.
 pub struct Models {
@@ -70,6 +70,10 @@ impl Models {
             return Ok(Models { config: config.clone(), target, vocabulary, drafter: None });
         };
         let drafter = model.config.clone();
+        if drafter.walk.is_some() {
+            let file = model.folder.described_file("config.json");
+            return Err(Error::Unsupported(format!("{file}: {} runs on the CPU only", drafter.identity)));
+        }
         loader.switch_to(&model.weights);
         let layers = Transformer::load(loader, "", &drafter.stack, positions)?;
         let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
