@@ -189,11 +189,13 @@ WRAPPER void apply_epilogue(const Linear& l, const Qkv& p, const Tile& tile) {
 // Logits, and for each row and block of 128 ids the argmax as one integer: larger is better, the lowest id
 // wins ties.
 struct Head {
-  float* logits;     // [m][n], or null: not stored
-  u64* best;         // [m][ceil(n / 128)]: ascending(logit) << 32 | ~id; all ones if a logit is NaN or +inf
-  float multiplier;  // logits are multiplied by it
-  float cap;         // softcap applied after it: cap * tanh(logit / cap); 0: none
-  u32 ids;           // logits of ids from this one on are -inf
+  float* logits;          // [m][vocab], or null: not stored
+  u64* best;              // [m][ceil(n / 128)]: ascending(logit) << 32 | ~id; all ones if a logit is NaN or +inf
+  float multiplier;       // logits are multiplied by it
+  float cap;              // softcap applied after it: cap * tanh(logit / cap); 0: none
+  u32 ids;                // logits of columns from this one on are -inf
+  const u32* target_ids;  // [n]: id of each column, ascending; null: the column, and vocab = n
+  u32 vocab;              // columns of `logits`; with target_ids the others are not written
 };
 // The argmax key of one logit.
 WRAPPER u64 rank(float logit, u32 id) {
@@ -202,6 +204,9 @@ WRAPPER u64 rank(float logit, u32 id) {
 WRAPPER void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4;
   const u32 blocks = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  u32 id[4];
+#pragma unroll
+  for (u32 j = 0; j < 4; j++) id[j] = p.target_ids && column + j < l.n ? ld(p.target_ids + column + j) : column + j;
   for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
     const size_t row = tile.token + i;
     const float4 v = mul(mul(columns(tile, i), lds(tile.scale + i)), p.multiplier);
@@ -211,17 +216,17 @@ WRAPPER void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
     for (u32 j = 0; j < 4; j++) {
       if (p.cap != 0) logit[j] = __fmul_rn(p.cap, tanhf(__fdiv_rn(logit[j], p.cap)));
       if (column + j >= p.ids) logit[j] = __uint_as_float(0xff800000u);
-      if (column + j < l.n) best = max(best, rank(logit[j], column + j));
+      if (column + j < l.n) best = max(best, rank(logit[j], id[j]));
     }
     if (p.logits) {
-      float* to = p.logits + row * l.n + column;
-      if (l.n % 4 == 0) {
+      float* to = p.logits + row * p.vocab;
+      if (!p.target_ids && l.n % 4 == 0) {
         const float4 four = make_float4(logit[0], logit[1], logit[2], logit[3]);
-        if (column < l.n) st(reinterpret_cast<float4*>(to), four);
+        if (column < l.n) st(reinterpret_cast<float4*>(to + column), four);
       } else {
 #pragma unroll
         for (u32 j = 0; j < 4; j++) {
-          if (column + j < l.n) st(to + j, logit[j]);
+          if (column + j < l.n && id[j] < p.vocab) st(to + id[j], logit[j]);
         }
       }
     }

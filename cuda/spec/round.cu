@@ -19,7 +19,7 @@
 //                one warp.
 // Order:         only counts are summed, in integers.
 // Bytes:         sequences x (256 + block_size x about 60 + max_verify_rows x about 40).
-// Preconditions: block_size and max_verify_rows 1 to 64, sequences up to 1024. State, choices and
+// Preconditions: block_size and max_verify_rows 1 to 64, sequences up to 1024, anchor_row 0 or 1. State, choices and
 //                verification results may hold any value.
 #include "common/state.cuh"
 
@@ -50,26 +50,33 @@ KERNEL(64, 8, round_begin,
                               // round_header[2] <= max_path_rows
         u32 block_size, u32 max_verify_rows, u32 max_path_rows,
         u32 drafts,           // 0: every sequence takes an AR step
-        u32 mask)) {
+        u32 mask,
+        u32 anchor_row)) {    // row of the block that holds the anchor: 0, or 1 if the anchor's row predicts
+                              // the first draft. Row i is for draft i in both cases.
   grid_launch();
   grid_wait();
   const u32 sequence = blockIdx.x, count = gridDim.x, row = threadIdx.x;
   const Progress s = ld_progress(sequences + sequence);
   const u32 rows = block_rows(s, drafts ? block_size : 1), drafting = rows > 1 ? rows : 0;
   const u32 verified = min(min(rows, verified_rows(s)), max_verify_rows);
+  const u32 block_context = max(s.length, anchor_row) - anchor_row;  // position of row 0
   const u32 pending = s.active ? min(min(s.pending, block_size), s.length) : 0;
   const u32 at = sequence * block_size + row, path_rows = min(ld(round_header + 2), max_path_rows);
   if (row < block_size) {
-    st(draft_tokens + at, row >= drafting ? NONE : row == 0 ? s.anchor : mask);
+    st(draft_tokens + at, row >= drafting ? NONE : row == anchor_row ? s.anchor : mask);
     // The drafter's KV slot of a feature is its position.
     const u32 position = s.length - pending + row;
     const bool feature = row < pending && position < s.draft_end;
     st(draft_rows + at, Row{feature ? sequence : NONE, feature ? position : 0, feature ? position : NONE, NONE});
     const u32 path_row = feature && row < path_rows ? ld(path + sequence * path_rows + row) : NONE;
     st(features + at, path_row < path_rows ? sequence * path_rows + path_row : NONE);
+    // A row before the anchor's stands at the last position of the context and writes no key or value, so the
+    // other rows do not see it.
     const bool drafted = row < drafting;
-    st(draft_rows + count * block_size + at, Row{drafted ? sequence : NONE, drafted ? s.length + row : 0,
-                                                 drafted ? s.length + row : NONE, drafted ? at : NONE});
+    const u32 drafted_position = block_context + row;
+    st(draft_rows + count * block_size + at,
+       Row{drafted ? sequence : NONE, drafted ? drafted_position : 0,
+           drafted && row >= anchor_row ? drafted_position : NONE, drafted ? at : NONE});
   }
   if (row < max_verify_rows) {
     const bool exists = row < verified;
@@ -78,7 +85,7 @@ KERNEL(64, 8, round_begin,
                              exists ? to : NONE});
   }
   if (row == 0) {
-    st(draft_spans + sequence, Span{drafting ? s.length : 0, drafting});
+    st(draft_spans + sequence, Span{drafting ? block_context : 0, drafting});
     st(verify_spans + sequence, Span{verified ? s.length : 0, verified});
   }
   if (sequence == 0 && row < 32) {

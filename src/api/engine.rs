@@ -3,6 +3,7 @@
 use crate::api::device::{DeviceChoice, DeviceHandle, Placement};
 use crate::api::generation::{DecoderRef, Generation};
 use crate::api::params::Params;
+use crate::checkpoint::config::{Overrides, Slots};
 use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use crate::checkpoint::pair::Pair;
 use crate::checkpoint::stop_ids::StopIds;
@@ -21,30 +22,36 @@ use std::path::PathBuf;
 pub struct Models {
     target: Folder,
     drafter: Option<Folder>,
-    taps: Option<Vec<usize>>,
+    overrides: Overrides,
 }
 
 impl Models {
     /// The demo pair, embedded in the binary: a small target trained on Python source, and its drafter. It
     /// was not trained on conversations.
     pub fn demo() -> Models {
-        Models { target: DEMO_TARGET, drafter: Some(DEMO_DRAFTER), taps: None }
+        Models { target: DEMO_TARGET, drafter: Some(DEMO_DRAFTER), overrides: Overrides::default() }
     }
 
     /// Hugging Face folders of a target and of the DFlash drafter that was trained for it.
     pub fn folders(target: impl Into<PathBuf>, drafter: impl Into<PathBuf>) -> Models {
         let drafter = Some(Folder::Disk(drafter.into()));
-        Models { target: Folder::Disk(target.into()), drafter, taps: None }
+        Models { target: Folder::Disk(target.into()), drafter, overrides: Overrides::default() }
     }
 
     /// The Hugging Face folder of a target alone, for autoregressive decoding.
     pub fn target(target: impl Into<PathBuf>) -> Models {
-        Models { target: Folder::Disk(target.into()), drafter: None, taps: None }
+        Models { target: Folder::Disk(target.into()), drafter: None, overrides: Overrides::default() }
     }
 
     /// The target's layers whose outputs the drafter reads, in place of the `target_layer_ids` of its config.
     pub fn taps(self, layers: impl Into<Vec<usize>>) -> Models {
-        Models { taps: Some(layers.into()), ..self }
+        let taps = Some(layers.into());
+        Models { overrides: Overrides { taps, ..self.overrides }, ..self }
+    }
+
+    /// Which position a row of the drafter's block predicts, in place of what its config says.
+    pub fn slots(self, slots: Slots) -> Models {
+        Models { overrides: Overrides { slots: Some(slots), ..self.overrides }, ..self }
     }
 }
 
@@ -146,7 +153,7 @@ impl Engine {
     pub fn open_with(models: Models, options: EngineOptions) -> Result<Engine> {
         let EngineOptions { device, gpu, context, chat_template, spec } = options;
         spec.check()?;
-        let pair = Pair::open_with_taps(models.target, models.drafter, models.taps.as_deref())?;
+        let pair = Pair::open_with(models.target, models.drafter, &models.overrides)?;
         let block = pair.block(None)?;
         let capacity = with_capacity_for(BatchConfig::for_pair(&pair, 1, block, context, 0)?, &spec);
         let template = chat_template.map(|source| ("the chat template", source));

@@ -3,25 +3,25 @@
 //! meanings of the fields are in `docs/dflash.md` section 1 (arXiv 2602.06036 and the published checkpoints)
 //! and in Hugging Face's Qwen3 and Llama configurations.
 
+pub use crate::checkpoint::drafter::{DrafterConfig, Overrides, Slots};
 use crate::checkpoint::folder::Folder;
+pub use crate::checkpoint::identify::{DrafterFamily, Family, Identity, Layout};
+use crate::checkpoint::identify::{refuse_quantised, target_architecture};
 use crate::checkpoint::json::{Document, Field, Fields};
-pub use crate::checkpoint::layouts::Family;
-use crate::checkpoint::layouts::{refuse_other_drafters, refuse_quantised, target_architecture};
 use crate::checkpoint::rope::{self, MAX_POSITIONS};
 pub use crate::checkpoint::rope::{Rope, RopeScaling};
 use crate::checkpoint::stop_ids::StopIds;
 use crate::{Error, Result};
-use serde_json::Map;
 
 // Bounds on sizes: far above every published model, and small enough that no product of sizes overflows a
 // u64.
-const MAX_LAYERS: usize = 1 << 10;
+pub(super) const MAX_LAYERS: usize = 1 << 10;
 const MAX_HIDDEN: usize = 1 << 16;
 const MAX_INTERMEDIATE: usize = 1 << 20;
 const MAX_HEADS: usize = 1 << 10;
 const MAX_HEAD_DIM: usize = 1 << 10;
-const MAX_VOCAB: usize = 1 << 24;
-const MAX_BLOCK: usize = 1 << 10;
+pub(super) const MAX_VOCAB: usize = 1 << 24;
+pub(super) const MAX_BLOCK: usize = 1 << 10;
 
 /// The attention mask of one layer. Let `p` be the query's position and `k` the key's. Causal means `k <= p`.
 /// A window `W` means `p - k < W` and, if not causal, also `k - p < W` (`docs/dflash.md` 3.6).
@@ -77,31 +77,6 @@ pub struct TargetConfig {
     pub notes: Vec<String>,
 }
 
-/// A drafter: `config.json` in the z-lab layout (`docs/dflash.md` section 1).
-#[derive(Debug, Clone, PartialEq)]
-pub struct DrafterConfig {
-    /// Its layers.
-    pub stack: Stack,
-    /// The vocabulary size of the target that it was trained with. It drafts only ids below this.
-    pub vocab: usize,
-    /// The target's number of layers.
-    pub num_target_layers: usize,
-    /// Target layers whose *output* the drafter reads, in list order (`docs/dflash.md` 3.1).
-    pub taps: Vec<usize>,
-    /// Token id of the masked rows of a block.
-    pub mask_token: u32,
-    /// Rows of a trained block, anchor included.
-    pub block: usize,
-    /// Factor on the embeddings of a block's rows.
-    pub embedding_scale: f32,
-    /// Factor on the logits.
-    pub output_multiplier: f32,
-    /// `logits = cap * tanh(logits / cap)` after the multiplier.
-    pub softcap: Option<f32>,
-    /// What the user should know about the config: one sentence each.
-    pub notes: Vec<String>,
-}
-
 impl TargetConfig {
     /// Reads `config.json` and, if it exists, `generation_config.json`.
     ///
@@ -151,124 +126,13 @@ impl TargetConfig {
     }
 }
 
-impl DrafterConfig {
-    /// Reads `config.json`.
-    ///
-    /// # Errors
-    /// As [`TargetConfig::open`], but [`Error::Option`] if the folder has a target. The
-    /// [`Error::Unsupported`] for a drafter of another kind names its kind and the field that identifies it.
-    pub fn open(folder: &Folder) -> Result<Self> {
-        DrafterConfig::open_with_taps(folder, None)
-    }
-
-    /// As [`DrafterConfig::open`], with `taps` in place of `target_layer_ids`.
-    ///
-    /// # Errors
-    /// As [`DrafterConfig::open`]; [`Error::Option`] for taps that the target does not have.
-    pub fn open_with_taps(folder: &Folder, taps: Option<&[usize]>) -> Result<Self> {
-        let document = Document::need(folder, "config.json")?;
-        let config = document.fields();
-        let nothing = Map::new();
-        let nested = match config.get("dflash_config") {
-            Some(field) => field.object("dflash_config.")?,
-            None => Fields { map: &nothing, ..config },
-        };
-        refuse_other_drafters(&config, &nested)?;
-        // Every field of `dflash_config` may also be at top level; the inner one wins (docs/dflash.md section
-        // 1).
-        let either = |name: &str| nested.get(name).or_else(|| config.get(name));
-        let need = |name: &str| either(name).ok_or_else(|| config.absent(name));
-
-        let (stack, windows, mut notes) = stack(&config, Family::Qwen3, &nested)?;
-        let causal = match config.get("is_causal").or_else(|| either("causal")) {
-            Some(field) => Some(field.boolean()?),
-            None => None,
-        };
-        // Sliding layers are causal unless the config says otherwise (docs/dflash.md 3.6).
-        let attention = windows
-            .into_iter()
-            .map(|window| Attention { causal: causal.unwrap_or(window.is_some()), window })
-            .collect();
-
-        let vocab = config.need("vocab_size")?.integer(1, MAX_VOCAB)?;
-        let num_target_layers = need("num_target_layers")?.integer(1, MAX_LAYERS)?;
-        let listed = match either("target_layer_ids") {
-            Some(field) => {
-                let ids = field.array()?.iter().map(|id| id.integer(0, MAX_LAYERS)).collect::<Result<_>>()?;
-                Some((ids, field.name))
-            }
-            None => None,
-        };
-        let taps = match (taps, listed) {
-            (Some(taps), listed) => {
-                if let Some((_, problem)) = wrong_taps(taps, num_target_layers) {
-                    return Err(Error::option("taps", problem));
-                }
-                if let Some((ids, name)) = listed.filter(|(ids, _): &(Vec<usize>, _)| ids != taps) {
-                    notes.push(format!("{}: taps {taps:?} replace {name}, which is {ids:?}", config.file));
-                }
-                taps.to_vec()
-            }
-            (None, Some((ids, name))) => {
-                if let Some((error, problem)) = wrong_taps(&ids, num_target_layers) {
-                    return Err(error(format!("{}: {name} {problem}", config.file)));
-                }
-                ids
-            }
-            (None, None) => {
-                return Err(Error::Model(format!(
-                    "{}: dflash_config.target_layer_ids is absent, expected the layers of the target that the drafter \
-                     reads: give them as `taps` 1,9,...",
-                    config.file
-                )));
-            }
-        };
-        let positive = |name: &str, default: f32| {
-            either(name).map_or(Ok(default), |field| {
-                field.number_f32("a number above 0, in the range of f32", |x| x > 0.0)
-            })
-        };
-        let softcap = match either("final_logit_softcapping") {
-            Some(field) => {
-                Some(field.number_f32("a number in the range of f32", |_| true)?).filter(|&cap| cap > 0.0)
-            }
-            None => None,
-        };
-        Ok(DrafterConfig {
-            stack: Stack { attention, ..stack },
-            vocab,
-            num_target_layers,
-            taps,
-            mask_token: need("mask_token_id")?.integer(0, vocab - 1)? as u32,
-            block: either("block_size").map_or(Ok(16), |field| field.integer(2, MAX_BLOCK))?,
-            embedding_scale: positive("input_embedding_scale", 1.0)?,
-            output_multiplier: positive("output_multiplier", 1.0)?,
-            softcap,
-            notes,
-        })
-    }
-
-    /// Name and shape of every tensor the checkpoint must hold (`docs/dflash.md` section 2), `[out, in]` for
-    /// linear layers.
-    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let hidden = self.stack.hidden;
-        let mut list = vec![
-            ("fc.weight".into(), vec![hidden, self.taps.len() * hidden]),
-            ("hidden_norm.weight".into(), vec![hidden]),
-        ];
-        self.stack.tensors("", &mut list);
-        list.push(("norm.weight".into(), vec![hidden]));
-        list
-    }
-}
-
 impl Stack {
     /// KV cache bytes per token in all layers, with elements of `element` bytes.
     pub fn kv_bytes_per_token(&self, element: usize) -> usize {
         2 * self.attention.len() * self.kv_heads * self.head_dim * element
     }
 
-    fn tensors(&self, prefix: &str, list: &mut Vec<(String, Vec<usize>)>) {
+    pub(super) fn tensors(&self, prefix: &str, list: &mut Vec<(String, Vec<usize>)>) {
         let (h, ff) = (self.hidden, self.intermediate);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         for i in 0..self.attention.len() {
@@ -314,7 +178,7 @@ pub fn check_pair(
     };
     let layers = target.stack.attention.len();
     same("hidden size", drafter.stack.hidden, target.stack.hidden)?;
-    same("number of target layers", drafter.num_target_layers, layers)?;
+    same("number of target layers", drafter.num_target_layers.unwrap_or(layers), layers)?;
     if let Some(tap) = drafter.taps.iter().find(|&&tap| tap >= layers) {
         return Err(Error::Model(format!(
             "{theirs} was not made for {ours}: it reads layer {tap}, and the target's last is {}",
@@ -330,32 +194,6 @@ pub fn check_pair(
     Ok(())
 }
 
-/// Makes an error of one kind from its sentence.
-type ErrorKind = fn(String) -> Error;
-
-/// What is wrong with taps of a target with this many layers: the kind of error, and a sentence without its
-/// subject.
-fn wrong_taps(taps: &[usize], target_layers: usize) -> Option<(ErrorKind, String)> {
-    if taps.is_empty() {
-        return Some((Error::Model, "is empty, expected at least one layer".into()));
-    }
-    let last = target_layers - 1;
-    taps.iter().enumerate().find_map(|(i, &tap)| match tap {
-        _ if tap > last => Some((
-            Error::Model as ErrorKind,
-            format!("holds {tap}, expected layers from 0 to {last} (num_target_layers is {target_layers})"),
-        )),
-        _ if tap == last => Some((
-            Error::Unsupported,
-            format!(
-                "holds {tap}, the target's last layer: engines differ on whether the final norm applies to it"
-            ),
-        )),
-        _ if taps[..i].contains(&tap) => Some((Error::Model, format!("holds {tap} twice"))),
-        _ => None,
-    })
-}
-
 /// Adds the `eos_token_id` of `file`: one id, a list, or nothing.
 fn add_eos(eos: &mut StopIds, config: &Fields, file: &str, vocab: usize) -> Result<()> {
     let Some(field) = config.get("eos_token_id") else { return Ok(()) };
@@ -367,9 +205,9 @@ fn add_eos(eos: &mut StopIds, config: &Fields, file: &str, vocab: usize) -> Resu
 }
 
 /// Reads the fields that target and drafter share, the window of each layer, and notes for the user. The
-/// caller fills in `Stack::attention`. `extra` is searched first for `partial_rotary_factor`. Defaults are
-/// those of Hugging Face's Qwen3 and Llama configurations.
-fn stack(
+/// caller fills in `Stack::attention`. `extra` is searched first for `partial_rotary_factor`. Defaults are those of Hugging
+/// Face's Qwen3 and Llama configurations.
+pub(super) fn stack(
     config: &Fields,
     family: Family,
     extra: &Fields,

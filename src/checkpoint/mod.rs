@@ -6,7 +6,8 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`folder`] | where files come from: a folder on disk, or files embedded in the binary (the demo pair) |
-//! | [`config`] | `config.json` of target and drafter |
+//! | [`config`] | `config.json` of the target, and what target and drafter share |
+//! | [`drafter`] | the plan of a drafter, from its `config.json` and its files |
 //! | [`rope`] | rotary position embedding |
 //! | [`safetensors`] | tensors by name, with shape and type, memory-mapped |
 //! | [`random_weights`] | weights computed from a seed, for measurements without a download |
@@ -14,9 +15,10 @@
 //! | [`pair`] | target and drafter opened together and checked against each other |
 
 pub mod config;
+pub mod drafter;
 pub mod folder;
+mod identify;
 pub(crate) mod json;
-mod layouts;
 pub mod pair;
 pub mod random_weights;
 pub mod rope;

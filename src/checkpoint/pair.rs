@@ -1,6 +1,6 @@
 //! A target and its drafter, opened and checked against each other before any weight is read.
 
-use crate::checkpoint::config::{DrafterConfig, TargetConfig, check_pair};
+use crate::checkpoint::config::{DrafterConfig, Overrides, TargetConfig, check_pair};
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::safetensors::Checkpoint;
 use crate::{Error, Result};
@@ -34,18 +34,22 @@ impl Pair {
     /// [`Error::Unsupported`] for models that this engine does not support; [`Error::Option`] for a drafter
     /// passed as the target or a target passed as the drafter.
     pub fn open(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
-        Pair::open_with_taps(target, drafter, None)
+        Pair::open_with(target, drafter, &Overrides::default())
     }
 
-    /// As [`Pair::open`], with `taps` in place of the `target_layer_ids` of the drafter's config.
+    /// As [`Pair::open`], with overrides of the drafter's config.
     ///
     /// # Errors
     /// As [`Pair::open`]; [`Error::Option`] for taps that do not fit the target or the drafter.
-    pub fn open_with_taps(target: Folder, drafter: Option<Folder>, taps: Option<&[usize]>) -> Result<Pair> {
-        let (mut config, drafter, mut notes) = open_configs(&target, drafter, taps)?;
+    pub fn open_with(target: Folder, drafter: Option<Folder>, overrides: &Overrides) -> Result<Pair> {
+        let (mut config, drafter, mut notes) = open_configs(&target, drafter, overrides)?;
         let weights = Checkpoint::open(&target)?;
         let (head, table) = ("lm_head.weight", "model.embed_tokens.weight");
-        if config.tied && weights.differs(head, table, &[config.vocab, config.stack.hidden])? {
+        let shape = [config.vocab, config.stack.hidden];
+        if config.tied
+            && weights.shape(head).is_some()
+            && !weights.tensor(head, &shape)?.equals(&weights.tensor(table, &shape)?)?
+        {
             notes.push(format!(
                 "{}: tie_word_embeddings is true, but {head} differs from {table}: the head is used, as it is stored",
                 target.described_file("config.json")
@@ -53,13 +57,14 @@ impl Pair {
             config.tied = false;
         }
         weights.check_target(&config.tensors())?;
-        let drafter = drafter.map(|(folder, config)| {
-            let weights = Checkpoint::open(&folder)?;
-            if let Some(taps) = taps {
-                check_number_of_taps(&weights, taps, config.stack.hidden)?;
+        let drafter = drafter.map(|(folder, mut plan)| {
+            let file = Checkpoint::open(&folder)?;
+            if let Some(taps) = &overrides.taps {
+                check_number_of_taps(&file, taps, plan.stack.hidden)?;
             }
-            weights.check_drafter(&config.tensors())?;
-            Ok(Model { folder, config, weights })
+            plan.complete(&file, &config, &weights)?;
+            file.check_drafter(&plan.tensors())?;
+            Ok(Model { folder, config: plan, weights: file })
         });
         Ok(Pair { target: Model { folder: target, config, weights }, drafter: drafter.transpose()?, notes })
     }
@@ -71,23 +76,24 @@ impl Pair {
     /// # Errors
     /// As [`Pair::open`], for the configs.
     pub fn with_random_weights(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
-        Pair::with_random_weights_and_taps(target, drafter, None)
+        Pair::with_random_weights_and(target, drafter, &Overrides::default())
     }
 
-    /// As [`Pair::with_random_weights`], with `taps` in place of the `target_layer_ids` of the drafter's config.
+    /// As [`Pair::with_random_weights`], with overrides of the drafter's config.
     ///
     /// # Errors
-    /// As [`Pair::open_with_taps`], for the configs.
-    pub fn with_random_weights_and_taps(
+    /// As [`Pair::open_with`], for the configs.
+    pub fn with_random_weights_and(
         target: Folder,
         drafter: Option<Folder>,
-        taps: Option<&[usize]>,
+        overrides: &Overrides,
     ) -> Result<Pair> {
-        let (config, drafter, notes) = open_configs(&target, drafter, taps)?;
+        let (config, drafter, notes) = open_configs(&target, drafter, overrides)?;
         let weights = Checkpoint::random(&target, &config.tensors(), 1);
-        let drafter = drafter.map(|(folder, config)| {
-            let weights = Checkpoint::random(&folder, &config.tensors(), 2);
-            Model { folder, config, weights }
+        let drafter = drafter.map(|(folder, mut plan)| {
+            plan.complete_randomly(config.vocab);
+            let weights = Checkpoint::random(&folder, &plan.tensors(), 2);
+            Model { folder, config: plan, weights }
         });
         Ok(Pair { target: Model { folder: target, config, weights }, drafter, notes })
     }
@@ -111,7 +117,7 @@ impl Pair {
         }
     }
 
-    /// Rows of a block, anchor included: `block`, or the number that the drafter was trained with, or 1
+    /// Rows of a round, the anchor and the drafts: `block`, or the number that the drafter was trained with, or 1
     /// without a drafter.
     ///
     /// # Errors
@@ -146,13 +152,14 @@ impl Pair {
 type Configs = (TargetConfig, Option<(Folder, DrafterConfig)>, Vec<String>);
 
 /// Reads both configs and checks that the drafter was made for the target. Also returns notes for the user.
-fn open_configs(target: &Folder, drafter: Option<Folder>, taps: Option<&[usize]>) -> Result<Configs> {
+fn open_configs(target: &Folder, drafter: Option<Folder>, overrides: &Overrides) -> Result<Configs> {
     let config = TargetConfig::open(target)?;
     let mut notes = config.notes.clone();
     let drafter = match drafter {
         None => None,
         Some(folder) => {
-            let draft_config = DrafterConfig::open_with_taps(&folder, taps)?;
+            let layers = config.stack.attention.len();
+            let draft_config = DrafterConfig::open_for(&folder, overrides, Some(layers))?;
             check_pair(&config, target, &draft_config, &folder)?;
             notes.extend_from_slice(&draft_config.notes);
             if draft_config.vocab != config.vocab {

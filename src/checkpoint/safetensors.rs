@@ -2,8 +2,8 @@
 //! the bytes and types of their files; nothing is converted here.
 
 use crate::checkpoint::folder::{Bytes, Folder};
+use crate::checkpoint::identify::{Identity, foreign_tensor};
 use crate::checkpoint::json::{self, LFS_POINTER};
-use crate::checkpoint::layouts::family_of_tensor;
 use crate::error::excerpt;
 use crate::{Error, Result};
 use safetensors::tensor::{Dtype as Stored, Metadata};
@@ -79,6 +79,26 @@ impl Tensor {
                 _ => format!("{label} cannot be read: {e}"),
             })
         })
+    }
+
+    /// Whether type, shape and bytes equal those of `other`. Reads both, up to the first difference.
+    ///
+    /// # Errors
+    /// As [`Tensor::read`].
+    pub(crate) fn equals(&self, other: &Tensor) -> Result<bool> {
+        if (self.dtype, &self.shape) != (other.dtype, &other.shape) {
+            return Ok(false);
+        }
+        let (mut ours, mut theirs) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+        for at in (0..self.range.len()).step_by(ours.len()) {
+            let size = ours.len().min(self.range.len() - at);
+            self.read(at, &mut ours[..size])?;
+            other.read(at, &mut theirs[..size])?;
+            if ours[..size] != theirs[..size] {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The tensor in errors: its file and its name.
@@ -254,29 +274,9 @@ impl Checkpoint {
         self.find(name).map(|(_, entry)| &entry.shape[..])
     }
 
-    /// Whether there is a tensor `name` whose type or bytes differ from those of `other`. Reads both, up
-    /// to the first difference.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::tensor`] for a tensor `name` without this shape, and as [`Tensor::read`].
-    pub(crate) fn differs(&self, name: &str, other: &str, shape: &[usize]) -> Result<bool> {
-        if self.find(name).is_none() {
-            return Ok(false);
-        }
-        let (a, b) = (self.tensor(name, shape)?, self.tensor(other, shape)?);
-        if a.dtype != b.dtype {
-            return Ok(true);
-        }
-        let (mut ours, mut theirs) = (vec![0; 1 << 20], vec![0; 1 << 20]);
-        for at in (0..a.range.len()).step_by(ours.len()) {
-            let size = ours.len().min(a.range.len() - at);
-            a.read(at, &mut ours[..size])?;
-            b.read(at, &mut theirs[..size])?;
-            if ours[..size] != theirs[..size] {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+    /// The file, or the index of the shards, for errors.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
     }
 
     /// (path, number of bytes) of every shard, in name order.
@@ -330,26 +330,96 @@ impl Checkpoint {
     }
 
     /// As [`Checkpoint::check_target`], for a drafter
-    /// ([`DrafterConfig::tensors`](crate::checkpoint::config::DrafterConfig::tensors)). Drafters of other
-    /// kinds are recognised by their tensors.
+    /// ([`DrafterConfig::tensors`](crate::checkpoint::config::DrafterConfig::tensors)). Copies of the target's
+    /// embedding and head, and the ids of a reduced vocabulary, may be there.
     ///
     /// # Errors
     /// As [`Checkpoint::check_target`].
     pub fn check_drafter(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
+        let ignored = ["embed_tokens.weight", "lm_head.weight", "d2t", "t2d"];
         for (name, entry) in self.unexpected(expected) {
-            if name.ends_with("rotary_emb.inv_freq") {
-                continue;
-            }
-            let Some(what) = family_of_tensor(name) else {
+            if !name.ends_with("rotary_emb.inv_freq") && !ignored.contains(&name) {
                 return Err(self.unknown(name, entry, expected, "a DFlash drafter"));
-            };
-            return Err(Error::Unsupported(format!(
-                "{}: tensor {} belongs to {what}: this engine runs standard DFlash drafters",
-                self.shards[entry.shard].0,
-                excerpt(name)
-            )));
+            }
         }
         self.check_present(expected)
+    }
+
+    /// Refuses tensors that drafters of this identity do not have.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], with the tensor, the drafters that have it, and what the config says.
+    pub(crate) fn refuse_other_families(&self, identity: Identity) -> Result<()> {
+        let foreign = |(name, entry): (&String, &Entry)| {
+            Some((&self.shards[entry.shard].0, excerpt(name), foreign_tensor(identity, name)?))
+        };
+        match self.tensors.iter().find_map(foreign) {
+            Some((path, name, owner)) => Err(Error::Unsupported(format!(
+                "{path}: tensor {name} belongs to {owner}, but config.json describes {identity}"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses an integer tensor that contradicts a field of the config.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if there is a tensor of this name.
+    pub(crate) fn refuse_integers(&self, name: &str, field: &str) -> Result<()> {
+        match self.find(name) {
+            Some((stored, entry)) => Err(Error::Model(format!(
+                "{}: tensor {stored} maps a reduced vocabulary, but {field} of config.json does not say its size",
+                self.shards[entry.shard].0
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// The target's ids of a reduced vocabulary of `rows` tokens, ascending, from `d2t` `[rows]`, which has the
+    /// offset of each. `t2d` `[vocab]`, if it is there, must mark the same ids.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a missing tensor, another type or shape, or ids that do not ascend below `vocab`.
+    pub(crate) fn draft_ids(&self, rows: usize, vocab: usize) -> Result<Vec<u32>> {
+        let wrong = |what: String| Error::Model(format!("{}: {what}", self.source));
+        let bytes = self.integers("d2t", Stored::I64, rows)?;
+        let offsets = bytes.as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes));
+        let mut ids: Vec<u32> = Vec::with_capacity(rows);
+        for (i, offset) in (0i64..).zip(offsets) {
+            let id = i.checked_add(offset).filter(|id| (0..vocab as i64).contains(id)).ok_or_else(|| {
+                wrong(format!("d2t[{i}] is {offset}, which gives no token of the vocabulary of {vocab}"))
+            })? as u32;
+            if ids.last().is_some_and(|last| *last >= id) {
+                return Err(wrong(format!("d2t[{i}] gives token {id}, expected ascending tokens")));
+            }
+            ids.push(id);
+        }
+        if self.find("t2d").is_some() {
+            let marks = self.integers("t2d", Stored::BOOL, vocab)?;
+            let marked = marks.iter().zip(0u32..).filter(|(mark, _)| **mark != 0).map(|(_, id)| id);
+            if !marked.eq(ids.iter().copied()) {
+                return Err(wrong("t2d marks other tokens than d2t gives".into()));
+            }
+        }
+        Ok(ids)
+    }
+
+    /// The bytes of a vector `[len]` of this type, which has no weights.
+    fn integers(&self, name: &str, dtype: Stored, len: usize) -> Result<Vec<u8>> {
+        let Some((stored, entry)) = self.find(name) else {
+            return Err(Error::Model(format!("{} has no tensor {name}", self.source)));
+        };
+        let (path, file) = &self.shards[entry.shard];
+        if (entry.dtype, &entry.shape[..]) != (dtype, &[len]) {
+            let (found, shape) = (entry.dtype, &entry.shape);
+            return Err(Error::Model(format!(
+                "{path}: tensor {stored} is {found} {shape:?}, expected {dtype} [{len}]"
+            )));
+        }
+        let mut bytes = vec![0; entry.range.len()];
+        let read = file.read(entry.range.start, &mut bytes);
+        read.map_err(|e| Error::Model(format!("{path}: tensor {stored} cannot be read: {e}")))?;
+        Ok(bytes)
     }
 
     fn check_present(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {

@@ -1,6 +1,7 @@
 //! The flags that say how drafts are made and verified, shared by every program that generates, and their
 //! translation into a [`SpecConfig`].
 
+use crate::checkpoint::config::{Overrides, Slots};
 use crate::cli::terminal::{number, whole};
 use crate::spec::config::{BlockDrafts, ExactDrafts, RejectionDrafts, SpecConfig, VerifyMethod};
 use crate::spec::draft_length::DraftLengthPolicy;
@@ -42,14 +43,50 @@ pub struct SpecFlags {
     pub adaptive: Option<Option<f64>>,
 }
 
-/// The flag that gives the taps of a drafter. To be flattened into a program's own flags.
+/// The flags that say what the config of a drafter does not say. To be flattened into a program's own flags.
 #[derive(Debug, Clone, Default, clap::Args)]
-pub struct TapsFlag {
+pub struct DrafterFlags {
     /// Layers of the target whose outputs the drafter reads, in its order, instead of the target_layer_ids of
     /// its config.json
     #[arg(long, value_name = "1,9,...", value_delimiter = ',', value_parser = whole::<usize>)]
     #[arg(help_heading = "Models", allow_negative_numbers = true)]
     pub taps: Option<Vec<usize>>,
+    /// Which position a row of the drafter's block predicts, instead of what its config says: its own
+    /// (fill-in) or the next one (anchor-first)
+    #[arg(long, value_enum, value_name = "SLOTS", help_heading = "Models", hide_possible_values = true)]
+    pub slots: Option<SlotsName>,
+}
+
+/// [`Slots`] as a flag's value.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum SlotsName {
+    /// Its own position
+    FillIn,
+    /// The next position
+    AnchorFirst,
+}
+
+impl DrafterFlags {
+    /// The overrides that the flags give.
+    pub fn overrides(&self) -> Overrides {
+        let slots = self.slots.map(|slots| match slots {
+            SlotsName::FillIn => Slots::FillIn,
+            SlotsName::AnchorFirst => Slots::AnchorFirst,
+        });
+        Overrides { taps: self.taps.clone(), slots }
+    }
+
+    /// Refuses the flags if there is no drafter.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] with the flag.
+    pub fn need_drafter(&self, no_drafter: bool) -> Result<()> {
+        let given = [(self.taps.is_some(), "--taps"), (self.slots.is_some(), "--slots")];
+        given
+            .iter()
+            .filter(|(given, _)| *given)
+            .try_for_each(|(_, flag)| needs_drafter(flag, no_drafter, None))
+    }
 }
 
 /// [`VerifyMethod`] as a flag's value.

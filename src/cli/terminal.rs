@@ -70,7 +70,11 @@ pub fn message(error: &Error) -> String {
             };
             format!("--{flag} {problem}")
         }
-        other => other.to_string().replace("`taps`", "--taps").replace("`prompt_key`", "--prompt-key"),
+        other => other
+            .to_string()
+            .replace("`taps`", "--taps")
+            .replace("`slots`", "--slots")
+            .replace("`prompt_key`", "--prompt-key"),
     }
 }
 

@@ -11,7 +11,7 @@ use crate::spec::config::SpecConfig;
 use crate::spec::distribution::Distribution;
 use crate::spec::draft_length::{Controller, Costs, Fixed};
 use crate::spec::rng::PhiloxStream;
-use crate::spec::sampling::SamplingParams;
+use crate::spec::sampling::{SamplingParams, argmax};
 use crate::spec::tree::{self, Tree};
 use crate::spec::verify::{self, Siblings};
 use crate::{Error, Result};
@@ -111,8 +111,8 @@ impl<'a> Sequence<'a> {
         Some((state.cache.len(), drafter.map(|drafter| state.drafter_positions(drafter))))
     }
 
-    /// Injects the pending features and drafts a chain with a block of `rows` rows: `rows - 1` tokens, or
-    /// none without a drafter.
+    /// Injects the pending features and drafts a chain for a round of `rows` rows: `rows - 1` tokens, or none
+    /// without a drafter.
     ///
     /// # Errors
     /// [`Error::Model`] if the drafter's logits are not finite.
@@ -122,16 +122,23 @@ impl<'a> Sequence<'a> {
         match state.spec {
             // Greedy parameters give the drafter's best token. Others give a coupled draft: the token that
             // the target's noise at this position selects.
-            SpecConfig::Exact { .. } => {
-                self.map_draft_logits(rows, |logits, position| sampling.choose(logits, position))
-            }
+            SpecConfig::Exact { .. } => self.map_draft_logits(rows, |logits, position| {
+                let token = sampling.choose(logits, position)?;
+                Some((token, token))
+            }),
+            // After a walk, the distribution of a row is that given the drafts sampled before it.
             SpecConfig::Rejection { .. } | SpecConfig::Block { .. } => {
-                let distributions =
-                    self.map_draft_logits(rows, |logits, _| sampling.probabilities(logits))?;
+                let (mut random, mut depth) = (state.random(), 0);
+                let sampled = self.map_draft_logits(rows, |logits, _| {
+                    let distribution = sampling.probabilities(logits)?;
+                    depth += 1;
+                    let token = verify::sample_draft(depth, &distribution, &mut random)?;
+                    Some(((token, distribution), token))
+                })?;
                 let (state, _) = started(&mut self.state)?;
-                let drafts = verify::sample_chain(&distributions, &mut state.random());
-                state.distributions = distributions;
-                drafts.ok_or_else(empty_distribution)
+                let drafts;
+                (drafts, state.distributions) = sampled.into_iter().unzip();
+                Ok(drafts)
             }
         }
     }
@@ -145,11 +152,15 @@ impl<'a> Sequence<'a> {
         let (state, anchor) = started(&mut self.state)?;
         let sampling = state.draft_sampling.clone();
         if let SpecConfig::Exact { .. } = state.spec {
-            let choices =
-                self.map_draft_logits(rows, |logits, _| tree::choices(logits, max.saturating_sub(1)))?;
+            let choices = self.map_draft_logits(rows, |logits, _| {
+                let choices = tree::choices(logits, max.saturating_sub(1).max(1))?;
+                let best = choices.first()?.token;
+                Some((choices, best))
+            })?;
             return Ok(Tree::best_first(anchor, &choices, max));
         }
-        let mut distributions = self.map_draft_logits(rows, |logits, _| sampling.probabilities(logits))?;
+        let mut distributions = self
+            .map_draft_logits(rows, |logits, _| Some((sampling.probabilities(logits)?, argmax(logits)?)))?;
         let (state, _) = started(&mut self.state)?;
         let random = &mut state.random();
         let tree = match state.spec {
@@ -172,9 +183,14 @@ impl<'a> Sequence<'a> {
         tree.ok_or_else(empty_distribution)
     }
 
-    /// Runs the drafter on a block of `rows` rows. Calls `map` with the logits and the position of each row
-    /// after the anchor.
-    fn map_draft_logits<T>(&mut self, rows: usize, map: impl Fn(&[f32], u32) -> Option<T>) -> Result<Vec<T>> {
+    /// Runs the drafter for a round of `rows` rows. Calls `map` with the logits and the position of each draft, in
+    /// order. It returns the result of the row and the token that a walk follows: the draft, or in a tree the best
+    /// token, so that the distribution of a depth is the same for all its rows.
+    fn map_draft_logits<T>(
+        &mut self,
+        rows: usize,
+        mut map: impl FnMut(&[f32], u32) -> Option<(T, u32)>,
+    ) -> Result<Vec<T>> {
         let (state, anchor) = started(&mut self.state)?;
         state.distributions.clear();
         let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, state.drafting) else {
@@ -189,12 +205,20 @@ impl<'a> Sequence<'a> {
         }
         drafter.inject(&state.features, context);
         state.features.clear();
-        let hidden = drafter.hidden(self.target, anchor, rows, context, |_, _| ());
+        let hidden = drafter.predict(self.target, anchor, rows - 1, context);
         let mut logits = Vec::new();
-        drafter.logits(self.target, &hidden[self.target.config.stack.hidden..], &mut logits);
-        let rows = logits.chunks(self.target.config.vocab).zip(state.cache.len() as u32 + 1..);
-        rows.map(|(logits, at)| map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize)))
-            .collect()
+        drafter.logits(self.target, &hidden, &mut logits);
+        let (mut walk, width) = (drafter.walk(anchor), drafter.config.stack.hidden);
+        let rows = logits.chunks_mut(self.target.config.vocab).zip(hidden.chunks(width));
+        let mapped = rows.zip(state.cache.len() as u32 + 1..).map(|((logits, hidden), at)| {
+            if let Some(walk) = &mut walk {
+                drafter.add_bias(&walk.bias(hidden), logits);
+            }
+            let (mapped, token) = map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize))?;
+            walk.iter_mut().for_each(|walk| walk.follow(token));
+            Ok(mapped)
+        });
+        mapped.collect()
     }
 
     /// Runs the target over the anchor and a chain of `drafts`. Appends the accepted drafts and the target's
@@ -427,8 +451,10 @@ impl<'a> Sequence<'a> {
             state.distributions.truncate(allowed);
             return Ok(drafts);
         }
-        let mut drafts =
-            self.map_draft_logits(rows, |logits, _| Some(*tree::choices(logits, 1)?.first()?))?;
+        let mut drafts = self.map_draft_logits(rows, |logits, _| {
+            let best = *tree::choices(logits, 1)?.first()?;
+            Some((best, best.token))
+        })?;
         drafts.truncate(allowed);
         let mut cost = 0;
         let costs: Vec<u32> = drafts.iter().map(|draft| (cost += draft.cost, cost).1).collect();

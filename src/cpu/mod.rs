@@ -2,6 +2,7 @@
 
 pub mod decoder;
 pub mod kv_cache;
+pub mod markov;
 pub mod model;
 pub mod ops;
 pub(crate) mod simd;

@@ -7,6 +7,7 @@ mod synthetic;
 use crate::checkpoint::config::{Attention, DrafterConfig, Stack, TargetConfig};
 use crate::checkpoint::pair::Model;
 use crate::checkpoint::safetensors::Checkpoint;
+use crate::cpu::markov::{MarkovHead, Walk};
 use crate::cpu::ops::{self, Kv, Matrix};
 use crate::spec::tree::{Tree, compaction_moves};
 use crate::{Error, Result};
@@ -288,12 +289,7 @@ impl Target {
 
     /// Embedding rows of `tokens` times `scale`, `[tokens][hidden]`.
     pub fn embed(&self, tokens: &[u32], scale: f32) -> Vec<f32> {
-        let hidden = self.config.stack.hidden;
-        let mut x = vec![0.0; tokens.len() * hidden];
-        for (token, row) in tokens.iter().zip(x.chunks_mut(hidden)) {
-            self.embedding.row(*token as usize, scale, row);
-        }
-        x
+        embed(&self.embedding, tokens, scale)
     }
 
     /// Writes logits `[rows][vocab]` to `out`, from rows `[rows][hidden]` after the final norm.
@@ -359,12 +355,24 @@ impl Target {
     }
 }
 
+/// Rows of an embedding table `[vocab][hidden]` times `scale`, `[tokens][hidden]`.
+fn embed(table: &Matrix, tokens: &[u32], scale: f32) -> Vec<f32> {
+    let mut x = vec![0.0; tokens.len() * table.cols];
+    for (token, row) in tokens.iter().zip(x.chunks_mut(table.cols)) {
+        table.row(*token as usize, scale, row);
+    }
+    x
+}
+
 // ---- the drafter ----
 
-/// A DFlash drafter. It uses the embedding and the head of the target.
+/// A drafter of one block per round. Embedding and head are the target's, or its own, as its plan says.
 pub struct Drafter {
-    /// Its `config.json`.
+    /// Its plan.
     pub config: DrafterConfig,
+    embedding: Option<Matrix>, // [vocab][hidden]; None: the target's
+    head: Option<Matrix>,      // [own_head][hidden]; None: the target's
+    markov: Option<MarkovHead>,
     fc: Matrix,            // [hidden][taps * hidden]
     hidden_norm: Vec<f32>, // [hidden]
     norm: Vec<f32>,        // [hidden]
@@ -380,7 +388,17 @@ impl Drafter {
         let (config, file) = (model.config.clone(), &model.weights);
         file.need_files()?;
         let s = &config.stack;
+        let own = |rows: Option<usize>, name| rows.map(|rows| matrix(file, name, rows, s.hidden)).transpose();
         Ok(Drafter {
+            embedding: own(config.own_embedding.then_some(config.vocab), "embed_tokens.weight")?,
+            head: own(config.own_head, "lm_head.weight")?,
+            markov: match config.walk {
+                Some(walk) => {
+                    let outputs = config.own_head.unwrap_or(config.vocab);
+                    Some(MarkovHead::load(file, walk, s.hidden, config.vocab, outputs)?)
+                }
+                None => None,
+            },
             fc: matrix(file, "fc.weight", s.hidden, config.taps.len() * s.hidden)?,
             hidden_norm: ops::to_f32(&file.tensor("hidden_norm.weight", &[s.hidden])?),
             norm: ops::to_f32(&file.tensor("norm.weight", &[s.hidden])?),
@@ -439,7 +457,8 @@ impl Drafter {
         let s = &self.config.stack;
         let mut tokens = vec![self.config.mask_token; rows];
         tokens[0] = anchor;
-        let mut x = target.embed(&tokens, self.config.embedding_scale);
+        let table = self.embedding.as_ref().unwrap_or(&target.embedding);
+        let mut x = embed(table, &tokens, self.config.embedding_scale);
         let at = cache.len;
         cache.extend_rope(at + rows);
         for (i, layer) in self.layers.iter().enumerate() {
@@ -450,11 +469,37 @@ impl Drafter {
         x
     }
 
-    /// Writes logits `[rows][vocab]` to `out`, from rows `[rows][hidden]` after the final norm: the target's
-    /// head, then multiplier and softcap (docs/dflash.md 3.5). Ids that the drafter was not trained with get
-    /// -inf.
+    /// [`Drafter::hidden`] of the rows that predict the drafts of a round: `[drafts][hidden]`, row `i` for
+    /// position `cache.len() + i + 1`.
+    pub fn predict(&self, target: &Target, anchor: u32, drafts: usize, cache: &mut Cache) -> Vec<f32> {
+        let first = self.config.first_row();
+        let mut hidden = self.hidden(target, anchor, first + drafts, cache, |_, _| ());
+        hidden.drain(..first * self.config.stack.hidden);
+        hidden
+    }
+
+    /// A walk over the rows of a block, which corrects their logits; `None` if rows do not depend on each other's
+    /// drafts.
+    pub fn walk(&self, anchor: u32) -> Option<Walk<'_>> {
+        self.markov.as_ref().map(|head| head.walk(anchor))
+    }
+
+    /// Adds the bias of a walk, `[outputs of the head]`, to a row's logits `[vocab]`.
+    pub fn add_bias(&self, bias: &[f32], logits: &mut [f32]) {
+        match &self.config.ids {
+            None => ops::add(logits, bias),
+            Some(ids) => ids.iter().zip(bias).for_each(|(id, bias)| logits[*id as usize] += bias),
+        }
+    }
+
+    /// Writes logits `[rows][vocab]` of the target's vocabulary to `out`, from rows `[rows][hidden]` after the
+    /// final norm: the head, then multiplier and softcap (docs/dflash.md 3.5). Ids that the drafter does not
+    /// have get -inf.
     pub fn logits(&self, target: &Target, normed: &[f32], out: &mut Vec<f32>) {
-        target.logits(normed, out);
+        match &self.head {
+            Some(head) => ops::linear(normed, normed.len() / head.cols, [(head, out)]),
+            None => target.logits(normed, out),
+        }
         let cap = self.config.softcap;
         for logit in out.iter_mut() {
             *logit *= self.config.output_multiplier;
@@ -463,6 +508,15 @@ impl Drafter {
             }
         }
         let (vocab, common) = (target.config.vocab, self.config.vocab.min(target.config.vocab));
-        out.chunks_mut(vocab).for_each(|row| row[common..].fill(f32::NEG_INFINITY));
+        match &self.config.ids {
+            None => out.chunks_mut(vocab).for_each(|row| row[common..].fill(f32::NEG_INFINITY)),
+            Some(ids) => {
+                let own = std::mem::take(out);
+                out.resize(own.len() / ids.len() * vocab, f32::NEG_INFINITY);
+                for (row, own) in out.chunks_mut(vocab).zip(own.chunks(ids.len())) {
+                    ids.iter().zip(own).for_each(|(id, logit)| row[*id as usize] = *logit);
+                }
+            }
+        }
     }
 }

@@ -151,6 +151,16 @@ impl<'a> Loader<'a> {
         Ok(out)
     }
 
+    /// Allocates a table of numbers that is not a tensor, and uploads it.
+    ///
+    /// # Errors
+    /// As [`Device::allocate`].
+    pub fn numbers(&mut self, what: &str, numbers: &[u32]) -> Result<Buffer> {
+        let out = self.allocate(numbers.len() * 4, what)?;
+        self.device.upload(&out, &numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>())?;
+        Ok(out)
+    }
+
     /// Allocates the packed weights of a layer and lists its matrices: name, number of rows, and the packed
     /// rows that they fill.
     ///

@@ -11,7 +11,7 @@ use crate::checkpoint::config::{self, TargetConfig};
 use crate::gpu::device::{Buffer, Device};
 use crate::gpu::kernels::attention::{self, Attention, MAX_GROUP, Mask, Paged, Prefill};
 use crate::gpu::kernels::embedding::Embedding;
-use crate::gpu::kernels::head::Head;
+use crate::gpu::kernels::head::{Head, TargetIds};
 use crate::gpu::kernels::inject::Inject;
 use crate::gpu::kernels::linear::{self, Input, PrefillKernel, Shape};
 use crate::gpu::kernels::norm::Norm;
@@ -501,35 +501,21 @@ impl Pass<'_> {
     }
 }
 
-/// The target's embedding and LM head, which the drafter shares.
-pub struct Vocabulary {
-    embedding: Option<Buffer>, // [vocab][hidden] bf16; None: tied to the head's packed weights
-    head: Buffer,              // packed
-    /// Number of token ids.
-    pub vocab: usize,
+/// An embedding table.
+pub struct EmbeddingTable {
+    table: Buffer, // [vocab][hidden] bf16, or the packed weights of a head
+    packed: bool,
+    vocab: usize,
     hidden: usize,
 }
 
-impl Vocabulary {
-    /// Allocates both and lists them in `loader`.
+impl EmbeddingTable {
+    /// Allocates the table `[vocab][hidden]` and lists it in `loader`.
     ///
     /// # Errors
     /// As [`Transformer::load`].
-    pub fn load(loader: &mut Loader, config: &TargetConfig) -> Result<Vocabulary> {
-        let (vocab, hidden) = (config.vocab, config.stack.hidden);
-        let table = "model.embed_tokens.weight";
-        let (embedding, head) = match config.tied {
-            true => (None, table),
-            false => (Some(loader.table(table, vocab, hidden)?), "lm_head.weight"),
-        };
-        let shape = Shape { n: vocab, k: hidden };
-        let head = loader.packed(shape, &[(head.to_string(), vocab, PackedRows::From(0))])?;
-        Ok(Vocabulary { embedding, head, vocab, hidden })
-    }
-
-    /// Shape of the LM head.
-    pub fn shape(&self) -> Shape {
-        Shape { n: self.vocab, k: self.hidden }
+    pub fn load(loader: &mut Loader, name: &str, vocab: usize, hidden: usize) -> Result<EmbeddingTable> {
+        Ok(EmbeddingTable { table: loader.table(name, vocab, hidden)?, packed: false, vocab, hidden })
     }
 
     /// Writes the embeddings of `tokens` `[rows]` u32, times `scale`, to `s.x`.
@@ -544,19 +530,53 @@ impl Vocabulary {
         rows: usize,
         scale: f32,
     ) -> Result<()> {
-        let packed = self.embedding.is_none();
-        let embedding = Embedding { rows, hidden: self.hidden, vocab: self.vocab, packed, scale };
-        embedding.launch(device, &s.x, self.embedding.as_ref().unwrap_or(&self.head), tokens)
+        let EmbeddingTable { packed, vocab, hidden, .. } = *self;
+        Embedding { rows, hidden, vocab, packed, scale }.launch(device, &s.x, &self.table, tokens)
+    }
+}
+
+/// An LM head of the target's vocabulary, or of a reduced one.
+pub struct LmHead {
+    weights: Buffer,     // packed
+    ids: Option<Buffer>, // [shape.n] u32: the id of each output, if the vocabulary is reduced
+    /// Outputs and hidden size.
+    pub shape: Shape,
+    /// Number of token ids: columns of the logits.
+    pub vocab: usize,
+}
+
+impl LmHead {
+    /// Allocates the head `[rows][hidden]` and lists it in `loader`. `ids` `[rows]`: the ids of its outputs, if
+    /// they are not `0..vocab`.
+    ///
+    /// # Errors
+    /// As [`Transformer::load`].
+    pub fn load(
+        loader: &mut Loader,
+        name: &str,
+        shape: Shape,
+        ids: Option<&[u32]>,
+        vocab: usize,
+    ) -> Result<LmHead> {
+        let weights = loader.packed(shape, &[(name.to_string(), shape.n, PackedRows::From(0))])?;
+        let ids = ids.map(|ids| loader.numbers("ids of a reduced vocabulary", ids)).transpose()?;
+        Ok(LmHead { weights, ids, shape, vocab })
     }
 
-    /// Runs the LM head over rows `first..first + head.rows` of `s.y`, which a pass through `layers` left
-    /// there. Writes `best` `[rows][ceil(vocab / 128)]` u64, the best logit of each 128 ids (see
-    /// [`Head::launch`]), and, if given, `logits` `[rows][vocab]` f32.
+    /// Whether it has outputs for some ids only.
+    pub fn is_reduced(&self) -> bool {
+        self.ids.is_some()
+    }
+
+    /// Runs the head over rows `first..first + head.rows` of `s.y`, which a pass through `layers` left there.
+    /// Writes `best` `[rows][shape.blocks()]` u64, the best logit of each 128 outputs (see [`Head::launch`]),
+    /// and, if given, `logits` `[rows][vocab]` f32. A reduced vocabulary leaves the logits of other ids as they
+    /// are.
     ///
     /// # Errors
     /// The device's error.
     #[allow(clippy::too_many_arguments)]
-    pub fn head(
+    pub fn run(
         &self,
         device: &dyn Device,
         layers: &Transformer,
@@ -567,9 +587,9 @@ impl Vocabulary {
         best: &Buffer,
         logits: Option<&Buffer>,
     ) -> Result<()> {
-        let (y, sumsq) = s.slices_from(self.hidden, first)?;
+        let (y, sumsq) = s.slices_from(self.shape.k, first)?;
         let input = Input {
-            weights: &self.head,
+            weights: &self.weights,
             x: &y,
             sumsq: Some(&sumsq),
             eps: layers.config.eps,
@@ -577,7 +597,46 @@ impl Vocabulary {
             num_active,
             workspace: &s.linear,
         };
-        head.launch(device, &input, best, logits)
+        let ids = self.ids.as_ref().map(|ids| TargetIds { ids, vocab: self.vocab });
+        head.launch(device, &input, best, logits, ids)
+    }
+}
+
+/// The target's embedding and LM head. A drafter uses them where it has none of its own.
+pub struct Vocabulary {
+    /// The embedding table.
+    pub embedding: EmbeddingTable,
+    /// The LM head.
+    pub head: LmHead,
+    /// Number of token ids.
+    pub vocab: usize,
+}
+
+impl Vocabulary {
+    /// Allocates both and lists them in `loader`.
+    ///
+    /// # Errors
+    /// As [`Transformer::load`].
+    pub fn load(loader: &mut Loader, config: &TargetConfig) -> Result<Vocabulary> {
+        let (vocab, hidden) = (config.vocab, config.stack.hidden);
+        let (table, shape) = ("model.embed_tokens.weight", Shape { n: vocab, k: hidden });
+        let (embedding, head) = match config.tied {
+            true => {
+                let head = LmHead::load(loader, table, shape, None, vocab)?;
+                let table = head.weights.clone();
+                (EmbeddingTable { table, packed: true, vocab, hidden }, head)
+            }
+            false => {
+                let embedding = EmbeddingTable::load(loader, table, vocab, hidden)?;
+                (embedding, LmHead::load(loader, "lm_head.weight", shape, None, vocab)?)
+            }
+        };
+        Ok(Vocabulary { embedding, head, vocab })
+    }
+
+    /// Shape of the LM head.
+    pub fn shape(&self) -> Shape {
+        self.head.shape
     }
 }
 

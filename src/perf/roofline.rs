@@ -125,6 +125,11 @@ pub fn head_bytes(target: &TargetConfig) -> f64 {
     target.vocab as f64 * target.stack.hidden as f64 * ELEMENT
 }
 
+/// Bytes of the head that the drafter uses: the target's, or its own.
+fn draft_head_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
+    drafter.own_head.map_or(head_bytes(target), |rows| (rows * drafter.stack.hidden) as f64 * ELEMENT)
+}
+
 /// Bytes of the drafter's `fc` matrix, which projects the tapped features.
 pub fn fc_bytes(drafter: &DrafterConfig) -> f64 {
     drafter.taps.len() as f64 * (drafter.stack.hidden as f64).powi(2) * ELEMENT
@@ -135,9 +140,9 @@ pub fn target_bytes(target: &TargetConfig) -> f64 {
     layers_bytes(&target.stack) + head_bytes(target)
 }
 
-/// Bytes of weights that a pass of the drafter reads: its layers, its `fc` matrix, and the target's head.
+/// Bytes of weights that a pass of the drafter reads: its layers, its `fc` matrix, and the head.
 pub fn drafter_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
-    layers_bytes(&drafter.stack) + fc_bytes(drafter) + head_bytes(target)
+    layers_bytes(&drafter.stack) + fc_bytes(drafter) + draft_head_bytes(target, drafter)
 }
 
 /// Bytes of keys and values of one position in one layer.
@@ -183,7 +188,7 @@ pub fn draft_pass(
     let [h, _, _, kv] = sizes(stack);
     let (sequences, all) = (batch as f64, (batch * block) as f64);
     let layers = stack.attention.len() as f64;
-    let block_weights = layers_bytes(stack) + head_bytes(target);
+    let block_weights = layers_bytes(stack) + draft_head_bytes(target, drafter);
     let feature_weights = fc_bytes(drafter) + layers * 2.0 * kv * h * ELEMENT;
     let moved = sequences * positions_read(stack, context) + all * layers;
     Pass {

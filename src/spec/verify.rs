@@ -91,10 +91,18 @@ pub enum Siblings {
 /// Samples a chain, one token from each distribution. The first token follows the anchor. `None` only for a
 /// distribution without tokens, which [`Distribution::new`] does not make.
 pub fn sample_chain(distributions: &[Distribution], random: &mut impl RandomSource) -> Option<Vec<u32>> {
-    let sample = |(i, distribution): (usize, &Distribution)| {
-        random.pick(key(Purpose::Draft, i + 1, i + 1), distribution.tokens())
-    };
+    let sample = |(i, distribution)| sample_draft(i + 1, distribution, random);
     distributions.iter().enumerate().map(sample).collect()
+}
+
+/// Samples draft `depth` of a chain, from 1 on. Its distribution may depend on the drafts before it. `None` as in
+/// [`sample_chain`].
+pub fn sample_draft(
+    depth: usize,
+    distribution: &Distribution,
+    random: &mut impl RandomSource,
+) -> Option<u32> {
+    random.pick(key(Purpose::Draft, depth, depth), distribution.tokens())
 }
 
 /// Samples the tokens of a tree of a given shape.

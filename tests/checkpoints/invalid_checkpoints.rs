@@ -122,40 +122,37 @@ fn invalid_drafter_configs_are_refused_by_field() {
 }
 
 const DRAFTER_CONFIGS: &str = r#"
-4 | architectures = ["DFlash2DraftModel"] | D/config.json: architectures is DFlash2DraftModel, which makes it a DFlash2 drafter: this engine runs standard DFlash drafters
-4 | dflash_config.selector_rank = 256 | D/config.json: dflash_config.selector_rank is 256, which makes it a DFlash2 drafter: this engine runs standard DFlash drafters
-4 | conv_kernel_size = 2 | D/config.json: conv_kernel_size is 2, which makes it a DFlash2 drafter: this engine runs standard DFlash drafters
-4 | dflash_config.markov_rank = 256 | D/config.json: dflash_config.markov_rank is 256, which makes it a DSpark drafter: this engine runs standard DFlash drafters
-4 | sample_from_anchor = true | D/config.json: sample_from_anchor is true, which makes it an anchor-first drafter: this engine runs standard DFlash drafters
-4 | dflash_config.shift_label = true | D/config.json: dflash_config.shift_label is true, which makes it a Domino drafter: this engine runs standard DFlash drafters
-4 | dflash_config.projector_type = "domino" | D/config.json: dflash_config.projector_type is "domino", which makes it a Domino drafter: this engine runs standard DFlash drafters
-4 | fc_layernorm = true | D/config.json: fc_layernorm is true, which makes it a drafter with a norm per tap: this engine runs standard DFlash drafters
-4 | dflash_config.use_swa = true | D/config.json: dflash_config.use_swa is true, which makes it a MiMo-style drafter: this engine runs standard DFlash drafters
-4 | attention_sink_bias = true | D/config.json: attention_sink_bias is true, which makes it a MiMo-style drafter: this engine runs standard DFlash drafters
-4 | attention_value_scale = 0.612 | D/config.json: attention_value_scale is 0.612, which makes it a MiMo-style drafter: this engine runs standard DFlash drafters
-4 | dflash_config.tree_width = 4 | D/config.json: dflash_config.tree_width is unknown: this engine runs standard DFlash drafters
-4 | speculators_model_type = "dflash" | D/config.json: speculators_model_type is "dflash", which makes it a DFlash drafter in the speculators layout: this engine runs standard DFlash drafters
-4 | speculators_model_type = "dflash2"; architectures = ["DFlash2DraftModel"] | D/config.json: speculators_model_type is "dflash2", which makes it a DFlash2 drafter in the speculators layout: this engine runs standard DFlash drafters
-4 | speculators_model_type = "dspark"; markov_rank = 32 | D/config.json: speculators_model_type is "dspark", which makes it a DSpark drafter in the speculators layout: this engine runs standard DFlash drafters
-4 | speculators_model_type = "eagle3"; draft_vocab_size = 256 | D/config.json: speculators_model_type is "eagle3", which makes it an EAGLE-3 drafter in the speculators layout: this engine runs standard DFlash drafters
-4 | speculators_model_type = "mtp" | D/config.json: speculators_model_type is "mtp", which makes it a drafter of the kind mtp in the speculators layout: this engine runs standard DFlash drafters
-4 | open_spec_config_version = "0.0.0"; architectures = ["DflashDraftModel"]; speculative_config = { "method": "dflash" } | D/config.json: open_spec_config_version is "0.0.0", which makes it a DFlash drafter in the layout of Open Spec Config: this engine runs standard DFlash drafters
-4 | open_spec_config_version = "0.0.0"; dflash_config absent; speculative_config = { "method": "eagle3" } | D/config.json: open_spec_config_version is "0.0.0", which makes it an EAGLE-3 drafter in the layout of Open Spec Config: this engine runs standard DFlash drafters
-4 | architectures = ["MedusaModel"] | D/config.json: architectures is MedusaModel, which makes it a Medusa drafter: this engine runs standard DFlash drafters
-4 | architectures = ["PeagleDraftModel"]; dflash_config absent | D/config.json: architectures is PeagleDraftModel, which makes it a P-EAGLE drafter: this engine runs standard DFlash drafters
-4 | architectures = ["MLPSpeculatorPreTrainedModel"] | D/config.json: architectures is MLPSpeculatorPreTrainedModel, which makes it an MLP speculator: this engine runs standard DFlash drafters
-4 | transformer_layer_config = {} | D/config.json: transformer_layer_config is present, which makes it a drafter in the speculators layout: this engine runs standard DFlash drafters
-4 | dflash_config absent; num_anchors = 512; markov_rank = 0; architectures = ["Qwen3DSparkModel"] | D/config.json: architectures is Qwen3DSparkModel, which makes it an anchor-first DFlash drafter (DeepSpec): this engine runs standard DFlash drafters
-4 | dflash_config absent; markov_rank = 32; architectures = ["Qwen3DSparkModel"] | D/config.json: architectures is Qwen3DSparkModel, which makes it a DSpark drafter (DeepSpec): this engine runs standard DFlash drafters
-4 | dflash_config absent; num_anchors = 512; markov_rank = 0 | D/config.json: num_anchors is 512, which makes it an anchor-first DFlash drafter (DeepSpec): this engine runs standard DFlash drafters
-4 | dflash_config absent; architectures = ["Qwen3Eagle3Model"]; target_layer_ids = [1]; ttt_length = 5 | D/config.json: architectures is Qwen3Eagle3Model, which makes it an EAGLE-3 drafter (DeepSpec): this engine runs standard DFlash drafters
-4 | architectures = ["DSparkDraftModel"] | D/config.json: architectures is DSparkDraftModel, which makes it a DSpark drafter: this engine runs standard DFlash drafters
-4 | architectures = ["DominoDraftModel"] | D/config.json: architectures is DominoDraftModel, which makes it a Domino drafter: this engine runs standard DFlash drafters
-4 | dflash_config.projector_type = "dspark" | D/config.json: dflash_config.projector_type is "dspark", which makes it a DSpark drafter: this engine runs standard DFlash drafters
-4 | dflash_config absent; architectures = ["LlamaForCausalLM"]; draft_vocab_size = 32000 | D/config.json: draft_vocab_size is 32000, which makes it an EAGLE-3 drafter: this engine runs standard DFlash drafters
-4 | draft_vocab_size = 32000 | D/config.json: draft_vocab_size is 32000, which makes it a drafter with a vocabulary of its own: this engine runs standard DFlash drafters
+4 | architectures = ["DFlash2DraftModel"] | D/config.json: architectures is DFlash2DraftModel, which makes it a DFlash2 drafter in z-lab's layout: this engine does not run it
+4 | dflash_config.selector_rank = 256 | D/config.json: dflash_config.selector_rank is 256, which makes it a DFlash2 drafter in z-lab's layout: this engine does not run it
+4 | conv_kernel_size = 2 | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but conv_kernel_size is 2, which belongs to a DFlash2 drafter
+4 | dflash_config.markov_rank = 256 | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but dflash_config.markov_rank is 256, which belongs to a DSpark drafter
+4 | sample_from_anchor = true | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but sample_from_anchor is true, which belongs to a drafter in the speculators layout
+4 | dflash_config.shift_label = true | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but dflash_config.shift_label is true, which belongs to a Domino drafter
+4 | dflash_config.projector_type = "domino" | D/config.json: dflash_config.projector_type is "domino", which makes it a Domino drafter: this engine does not run it
+4 | fc_layernorm = true | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but fc_layernorm is true, which belongs to a drafter with a norm per tap
+4 | dflash_config.use_swa = true | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but dflash_config.use_swa is true, which belongs to a MiMo-style drafter
+4 | attention_sink_bias = true | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but attention_sink_bias is true, which belongs to a MiMo-style drafter
+4 | attention_value_scale = 0.612 | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but attention_value_scale is 0.612, which belongs to a MiMo-style drafter
+4 | dflash_config.tree_width = 4 | D/config.json: dflash_config.tree_width is unknown: this engine does not run it
+4 | speculators_model_type = "dflash" | D/config.json: speculators_model_type is "dflash", which makes it a DFlash drafter in the speculators layout, but dflash_config is present, which belongs to a drafter in z-lab's layout
+4 | dflash_config absent; speculators_model_type = "dflash2"; architectures = ["DFlash2DraftModel"] | D/config.json: speculators_model_type is "dflash2", which makes it a DFlash2 drafter in the speculators layout: this engine does not run it
+4 | dflash_config absent; speculators_model_type = "dspark"; ttt_length = 5 | D/config.json: speculators_model_type is "dspark", which makes it a DSpark drafter in the speculators layout, but ttt_length is 5, which belongs to an EAGLE-3 drafter
+4 | dflash_config absent; speculators_model_type = "eagle3"; draft_vocab_size = 256 | D/config.json: speculators_model_type is "eagle3", which makes it an EAGLE-3 drafter in the speculators layout: this engine does not run it
+4 | speculators_model_type = "mtp" | D/config.json: speculators_model_type is "mtp", which makes it a drafter of another kind in the speculators layout: this engine does not run it
+4 | open_spec_config_version = "0.0.0"; architectures = ["DflashDraftModel"]; speculative_config = { "method": "dflash" } | D/config.json: open_spec_config_version is "0.0.0", which makes it a drafter in the layout of Open Spec Config: this engine does not run it
+4 | architectures = ["MedusaModel"] | D/config.json: architectures is MedusaModel, which makes it a Medusa drafter: this engine does not run it
+4 | architectures = ["PeagleDraftModel"]; dflash_config absent | D/config.json: architectures is PeagleDraftModel, which makes it a P-EAGLE drafter: this engine does not run it
+4 | architectures = ["MLPSpeculatorPreTrainedModel"] | D/config.json: architectures is MLPSpeculatorPreTrainedModel, which makes it an MLP speculator: this engine does not run it
+4 | transformer_layer_config = {} | D/config.json: transformer_layer_config is present, which makes it a drafter in the speculators layout without a speculators_model_type: this engine does not run it
+3 | dflash_config absent; num_anchors = 512; markov_rank = 0; architectures = ["Qwen3DSparkModel"] | D/config.json: target_layer_ids is absent, expected the layers of the target that the drafter reads: give them as `taps` 1,9,...
+4 | dflash_config absent; architectures = ["Qwen3Eagle3Model"]; target_layer_ids = [1]; ttt_length = 5 | D/config.json: architectures is Qwen3Eagle3Model, which makes it an EAGLE-3 drafter in DeepSpec's layout: this engine does not run it
+4 | architectures = ["DSparkDraftModel"] | D/config.json: architectures is DSparkDraftModel, which makes it a DSpark drafter in SpecForge's layout: this engine does not run it
+4 | architectures = ["DominoDraftModel"] | D/config.json: architectures is DominoDraftModel, which makes it a Domino drafter: this engine does not run it
+4 | dflash_config.projector_type = "dspark" | D/config.json: dflash_config.projector_type is "dspark", which makes it a DSpark drafter in SpecForge's layout: this engine does not run it
+4 | dflash_config absent; architectures = ["LlamaForCausalLM"]; draft_vocab_size = 32000 | D/config.json: draft_vocab_size is 32000, which makes it an EAGLE-3 drafter in EAGLE's layout: this engine does not run it
+4 | draft_vocab_size = 32 | D/config.json: draft_vocab_size is 32, which this engine does not run: expected the whole vocabulary in z-lab's layout
 0 | draft_vocab_size = 40 | opened
-4 | architectures = ["LlamaForCausalLMEagle3"] | D/config.json: architectures is LlamaForCausalLMEagle3, which makes it an EAGLE-3 drafter: this engine runs standard DFlash drafters
+4 | architectures = ["LlamaForCausalLMEagle3"] | D/config.json: architectures is LlamaForCausalLMEagle3, which makes it an EAGLE-3 drafter in EAGLE's layout, but dflash_config is present, which belongs to a drafter in z-lab's layout
 4 | architectures = ["OtherDraftModel"] | D/config.json: architectures is OtherDraftModel, which this engine does not run: expected DFlashDraftModel or Qwen3DFlashDraftModel
 4 | model_type = "llama" | D/config.json: model_type is llama, which this engine does not run: expected qwen3
 4 | quantization_config = { "bits": 4 } | D/config.json: quantization_config is present without a quant_method, which this engine does not run: expected an unquantised checkpoint
@@ -292,19 +289,19 @@ fn invalid_safetensors_files_are_refused_with_the_reason() {
         (Box::new(move |t, _| { edit_tensors(t, target(), |all| all.push(one_element("model.layers.0.mlp.up_proj.qweight"))) }),
             4, "T/model.safetensors: tensor model.layers.0.mlp.up_proj.qweight belongs to a quantised checkpoint, which this engine does not run: expected BF16, F16 or F32 weights"),
         (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(one_element("candidate_selector.predecessor_codebook"))) }),
-            4, "D/model.safetensors: tensor candidate_selector.predecessor_codebook belongs to a DFlash2 drafter: this engine runs standard DFlash drafters"),
+            4, "D/model.safetensors: tensor candidate_selector.predecessor_codebook belongs to a DFlash2 drafter, but config.json describes a DFlash drafter in z-lab's layout"),
         (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(one_element("layers.0.attention_conv.base_kernel"))) }),
-            4, "D/model.safetensors: tensor layers.0.attention_conv.base_kernel belongs to a DFlash2 drafter: this engine runs standard DFlash drafters"),
+            4, "D/model.safetensors: tensor layers.0.attention_conv.base_kernel belongs to a DFlash2 drafter, but config.json describes a DFlash drafter in z-lab's layout"),
         (Box::new(move |_, d| { edit_tensors(d, drafter(), |all| all.push(one_element("model.embed_tokens.weight"))) }),
-            4, "D/model.safetensors: tensor model.embed_tokens.weight belongs to a drafter with an embedding, head or vocabulary of its own: this engine runs standard DFlash drafters"),
+            4, "D/model.safetensors: tensor model.embed_tokens.weight belongs to a drafter with an embedding, head or vocabulary of its own, but config.json describes a DFlash drafter in z-lab's layout"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("d2t")))),
-            4, "D/model.safetensors: tensor d2t belongs to a drafter with an embedding, head or vocabulary of its own: this engine runs standard DFlash drafters"),
+            4, "D/model.safetensors: tensor d2t belongs to a drafter with an embedding, head or vocabulary of its own, but config.json describes a DFlash drafter in z-lab's layout"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("markov_head.markov_w1.weight")))),
-            4, "D/model.safetensors: tensor markov_head.markov_w1.weight belongs to a DSpark drafter: this engine runs standard DFlash drafters"),
+            4, "D/model.safetensors: tensor markov_head.markov_w1.weight belongs to a DSpark drafter, but config.json describes a DFlash drafter in z-lab's layout"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("midlayer.hidden_norm.weight")))),
-            4, "D/model.safetensors: tensor midlayer.hidden_norm.weight belongs to an EAGLE-3 drafter: this engine runs standard DFlash drafters"),
+            4, "D/model.safetensors: tensor midlayer.hidden_norm.weight belongs to an EAGLE-3 drafter, but config.json describes a DFlash drafter in z-lab's layout"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("model.prefix_gru.weight")))),
-            4, "D/model.safetensors: tensor model.prefix_gru.weight belongs to a Domino drafter: this engine runs standard DFlash drafters"),
+            4, "D/model.safetensors: tensor model.prefix_gru.weight belongs to a Domino drafter, but config.json describes a DFlash drafter in z-lab's layout"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("markov_w1")))),
             4, "D/model.safetensors: tensor markov_w1 is not part of a DFlash drafter"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("model.fc.weight")))),

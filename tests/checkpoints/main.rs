@@ -6,6 +6,7 @@ mod support;
 mod checkpoints;
 mod cli_errors;
 mod corrupted_files;
+mod drafters;
 mod hub;
 mod invalid_checkpoints;
 mod load;

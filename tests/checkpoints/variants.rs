@@ -4,7 +4,7 @@
 use crate::support;
 use crate::support::program::{Run, run_pair};
 
-use dflash::checkpoint::config::TargetConfig;
+use dflash::checkpoint::config::{Overrides, TargetConfig};
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::Dtype;
 use dflash::cpu::model::{Drafter, Target};
@@ -264,7 +264,8 @@ fn taps_are_never_guessed_and_can_be_given() {
 fn taps_that_replace_those_of_the_config_are_noted() {
     let pair = written();
     let reopened = |taps: &[usize]| {
-        Pair::open_with_taps(disk(&pair.target), Some(disk(&pair.drafter)), Some(taps)).unwrap()
+        let overrides = Overrides { taps: Some(taps.to_vec()), slots: None };
+        Pair::open_with(disk(&pair.target), Some(disk(&pair.drafter)), &overrides).unwrap()
     };
     assert!(reopened(&[1, 0]).notes.is_empty());
     let other = reopened(&[0, 1]);

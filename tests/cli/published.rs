@@ -200,11 +200,9 @@ fn refused_drafter(architecture: &str) -> Value {
             "block_size": 8, "mask_token_id": 151_669, "target_layer_ids": taps,
             "conv_kernel_size": 2, "conv_group_size": 4, "selector_rank": 256, "selector_top_k": 16
         } }),
-        "DFlashDraftModel" | "Eagle3DraftModel" => json!({
-            "speculators_model_type": if architecture == "DFlashDraftModel" { "dflash" } else { "eagle3" },
-            "transformer_layer_config": config, "speculators_config": {}, "dflash_config": null
+        "Eagle3DraftModel" => json!({
+            "speculators_model_type": "eagle3", "transformer_layer_config": config, "speculators_config": {}, "dflash_config": null
         }),
-        "Qwen3DSparkModel" => json!({ "markov_rank": 256, "num_anchors": 512, "dflash_config": null }),
         "Qwen3Eagle3Model" => json!({ "ttt_length": 7, "target_layer_ids": taps, "dflash_config": null }),
         other => panic!("{other}"),
     };

@@ -116,7 +116,7 @@ fn prompt(random: &mut Random, length: usize, vocab: usize) -> Vec<u32> {
 /// Runs the requests together, request `i` for at most `stop_after[i]` tokens, and each alone: they must have
 /// the same tokens and rounds, and under `match` (every second of them; exhaustive: all) the tokens of
 /// autoregressive decoding. Returns the number of accepted drafts.
-fn same_as_alone(
+pub fn same_as_alone(
     device: &dyn Device,
     models: &Models,
     config: BatchConfig,

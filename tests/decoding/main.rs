@@ -10,6 +10,7 @@ mod conformance;
 mod coupled;
 mod device;
 mod device_verification;
+mod drafters;
 mod faults;
 mod generation;
 mod lossless;

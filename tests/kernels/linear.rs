@@ -237,6 +237,32 @@ fn head_masks_ids_that_the_drafter_does_not_have() {
     }
 }
 
+/// Logits go to the columns of their ids, other columns are not written, and best keys hold these ids.
+#[test]
+fn head_of_a_reduced_vocabulary_writes_logits_at_their_ids() {
+    for (outputs, vocab) in [(200, 512), (129, 1001), (256, 256)] {
+        let (rows, k) = (9, 96);
+        let data = Data::new(71, rows, Shape { n: outputs, k });
+        let ids: Vec<u32> = (0..outputs).map(|i| ((i * vocab + vocab - 1) / outputs) as u32).collect();
+        let kernel = Head { rows, vocab: outputs, k, multiplier: 1.5, softcap: Some(30.0), ids: outputs };
+        every_device(|device| {
+            let own: Vec<f32> = from_bytes(&head(device, kernel, &data, true).1);
+            let (best, logits) = reduced_head(device, kernel, &data, &ids, vocab);
+            let (best, logits): (Vec<u64>, Vec<u32>) = (from_bytes(&best), from_bytes(&logits));
+            let poison = (u32::from(POISON) << 16) | u32::from(POISON);
+            let mut expected = vec![poison; rows * vocab];
+            for (i, logit) in own.iter().enumerate() {
+                expected[i / outputs * vocab + ids[i % outputs] as usize] = logit.to_bits();
+            }
+            assert!(logits == expected, "{outputs} of {vocab}");
+            for (found, key) in best.iter().zip(ranks(&own, outputs)) {
+                let id = ids[!(key as u32) as usize];
+                assert_eq!(*found, (key >> 32 << 32) | u64::from(!id), "{outputs} of {vocab}");
+            }
+        });
+    }
+}
+
 #[test]
 fn best_key_is_the_lowest_of_equal_ids_and_marks_nan() {
     every_device(|device| {

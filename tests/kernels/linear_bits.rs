@@ -86,7 +86,7 @@ impl Logits {
 
     fn launch(&self, device: &dyn Device, workspace: &Workspace) -> dflash::Result<()> {
         let input = Input { workspace, ..self.layer.input(true) };
-        self.kernel.launch(device, &input, &self.best, Some(&self.logits))
+        self.kernel.launch(device, &input, &self.best, Some(&self.logits), None)
     }
 
     /// Returns the logits and overwrites them with 0xff bytes.
@@ -312,7 +312,8 @@ fn launches_refuse_wrong_sizes() {
         assert!(matches!(&error, Error::Internal(text) if text.contains(part)), "{error}: {part}");
     };
     let good = at.layer.input(true);
-    let launch = |input: Input, kernel: Head| kernel.launch(&device, &input, &at.best, Some(&at.logits));
+    let launch =
+        |input: Input, kernel: Head| kernel.launch(&device, &input, &at.best, Some(&at.logits), None);
     launch(good, at.kernel).unwrap();
     refused(launch(Input { weights: &small, ..good }, at.kernel), "weights has 64 bytes, needs 58368");
     refused(launch(Input { x: &small, ..good }, at.kernel), "x has 64 bytes, needs 1728");

@@ -96,7 +96,10 @@ impl Rig<'_> {
         let best = poisoned::<u64>(self.device, rows * vocab.div_ceil(128));
         let logits = poisoned::<f32>(self.device, rows * vocab);
         let head = Head { rows, vocab, k: stack.config.hidden, multiplier: 1.0, softcap: None, ids: vocab };
-        self.vocabulary.head(self.device, stack, scratch, first, head, None, &best, Some(&logits)).unwrap();
+        self.vocabulary
+            .head
+            .run(self.device, stack, scratch, first, head, None, &best, Some(&logits))
+            .unwrap();
         download(self.device, &logits)
     }
 
@@ -129,7 +132,7 @@ impl Rig<'_> {
         let table = upload(device, table);
         let spans = upload(device, &[at as u32, rows as u32]);
         let masks = masks.map(|masks| upload(device, masks));
-        self.vocabulary.embed(device, &self.scratch, &upload(device, tokens), rows, 1.0).unwrap();
+        self.vocabulary.embedding.embed(device, &self.scratch, &upload(device, tokens), rows, 1.0).unwrap();
         let pass = Pass {
             sequences: 1,
             block: rows,
@@ -370,7 +373,7 @@ fn draft_equals_the_reference(device: &dyn Device, pair: &Pair) {
     table.extend(rows_at(0, length, block));
     let mut ids = vec![d.mask_token; block];
     ids[0] = tokens[length];
-    rig.vocabulary.embed(device, s, &upload(device, &ids), block, d.embedding_scale).unwrap();
+    rig.vocabulary.embedding.embed(device, s, &upload(device, &ids), block, d.embedding_scale).unwrap();
     let pass = Pass {
         sequences: 1,
         block,

@@ -233,7 +233,7 @@ fn the_head_has_no_prefill_kernel() {
     let best = poisoned::<u64>(&device, 9);
     let head =
         dflash::gpu::kernels::head::Head { rows: 3, vocab, k, multiplier: 1.0, softcap: None, ids: vocab };
-    let refusal = head.launch(&device, &layer.input(true), &best, None).unwrap_err();
+    let refusal = head.launch(&device, &layer.input(true), &best, None, None).unwrap_err();
     assert_eq!(refusal.to_string(), "kernel head_8: has no counterpart for prompts");
 }
 

@@ -25,11 +25,13 @@ struct Sizes {
     /// Rows per sequence that the two kinds of rounds with drafts verify.
     verify_rows: [usize; 2],
     trees: bool,
+    /// The row of a block that holds the anchor: 0, or 1.
+    anchor_row: usize,
 }
 
 impl Sizes {
     fn of(sequences: usize, block: usize, trees: bool) -> Sizes {
-        Sizes { sequences, block, verify_rows: [block; 2], trees }
+        Sizes { sequences, block, verify_rows: [block; 2], trees, anchor_row: 0 }
     }
 
     fn max_rows(&self) -> usize {
@@ -113,7 +115,15 @@ impl RoundBuffers {
         let (round, drafts) = self.sizes.kind(kind);
         let Round { sequences, max_verify_rows, .. } = round;
         let output = VerifyOutput { accepted: &self.accepted, next: &self.next, path: &self.path };
-        round.begin(device, self.tables(), &self.sequences, &self.path, drafts, MASK)?;
+        round.begin(
+            device,
+            self.tables(),
+            &self.sequences,
+            &self.path,
+            drafts,
+            MASK,
+            self.sizes.anchor_row,
+        )?;
         round.tokens(device, &self.tokens, &self.drafts, &self.sequences, &self.verify_spans)?;
         Verify { sequences, block: max_verify_rows }.launch(
             device,
@@ -274,6 +284,7 @@ fn reference_tables(
     (round, drafting): (Round, bool),
     inputs: &Inputs,
     (path, columns): (&[u32], usize),
+    anchor_row: usize,
 ) -> [Vec<u32>; 7] {
     let Round { block, max_verify_rows, .. } = round;
     let padding = [NONE, 0, NONE, NONE];
@@ -287,7 +298,7 @@ fn reference_tables(
             let (j, query) = (row as u32, at as u32);
             tables[0].push(if row >= drafted {
                 NONE
-            } else if row == 0 {
+            } else if row == anchor_row {
                 s.anchor
             } else {
                 MASK
@@ -298,7 +309,9 @@ fn reference_tables(
             let of_path = of_path.map(|of| (slot * columns) as u32 + of);
             tables[6].push(if feature { of_path.unwrap_or(NONE) } else { NONE });
             tables[1].extend(if feature { [seq, position, position, NONE] } else { padding });
-            block_rows.extend(if row < drafted { [seq, s.length + j, s.length + j, query] } else { padding });
+            let position = s.length.wrapping_add(j).wrapping_sub(anchor_row as u32);
+            let stored = if row < anchor_row { NONE } else { position };
+            block_rows.extend(if row < drafted { [seq, position, stored, query] } else { padding });
         }
         for row in 0..max_verify_rows {
             let (j, query) = (row as u32, (slot * max_verify_rows + row) as u32);
@@ -311,9 +324,12 @@ fn reference_tables(
                 inputs.drafts[slot * block + row]
             });
         }
-        let span = |rows: usize| if rows > 0 { [s.length, rows as u32] } else { [0, 0] };
-        tables[2].extend(span(drafted));
-        tables[4].extend(span(rows));
+        let span = |first: usize, rows: usize| match rows {
+            0 => [0, 0],
+            _ => [s.length - first as u32, rows as u32],
+        };
+        tables[2].extend(span(anchor_row, drafted));
+        tables[4].extend(span(0, rows));
     }
     tables[1].extend(block_rows);
     tables
@@ -418,7 +434,7 @@ fn simulate(device: &dyn Device, sizes: Sizes, before: impl Fn(usize)) -> [usize
             "tokens",
             "features",
         ];
-        let tables = reference_tables(&all, shape, &inputs, (&path, columns));
+        let tables = reference_tables(&all, shape, &inputs, (&path, columns), sizes.anchor_row);
         for ((name, got), expected) in names.iter().zip(got).zip(tables) {
             assert_eq!(words(got)[..expected.len()], expected, "round {round}: {name}");
         }
@@ -457,7 +473,7 @@ fn rounds_equal_the_host_reference_and_a_replayed_graph() {
         (6, 9, [9, 24], true),
         (70, 2, [2, 3], false),
     ] {
-        let sizes = Sizes { sequences, block, verify_rows, trees };
+        let sizes = Sizes { sequences, block, verify_rows, trees, anchor_row: sequences % 2 };
         let device = Emulator::new();
         let found = simulate(&device, sizes, |round| device.set_schedule(Schedule::ALL[round % 5]));
         ends.iter_mut().zip(found).for_each(|(all, more)| *all += more);
@@ -607,7 +623,7 @@ fn garbage_in_states_and_outputs_stays_in_bounds() {
         for i in 0..60 {
             let (sequences, block) = (1 + random.below(5), 1 + random.below(64));
             let verify_rows = [1 + random.below(64), 1 + random.below(64)];
-            let sizes = Sizes { sequences, block, verify_rows, trees: i % 2 == 0 };
+            let sizes = Sizes { sequences, block, verify_rows, trees: i % 2 == 0, anchor_row: 0 };
             let buffers = RoundBuffers::new(device, sizes);
             let mut garbage = |buffer: &Buffer| {
                 let words: Vec<u32> =

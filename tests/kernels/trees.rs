@@ -611,7 +611,7 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
             verify_spans: &spans,
             round_header: &round_header,
         };
-        round.begin(device, tables, &states, &path, true, 99).unwrap();
+        round.begin(device, tables, &states, &path, true, 99, 0).unwrap();
         // The features for the drafter: rows of the last pass, in the order of the path.
         let found: Vec<u32> = download(device, &features);
         for (seq, path) in paths.iter().enumerate() {

@@ -5,10 +5,10 @@ use crate::support::enumeration;
 
 use dflash::spec::distribution::{Distribution, ONE};
 use dflash::spec::rng::{DrawKey, Purpose, RandomSource};
-use dflash::spec::verify::{Siblings, match_chain, match_tree, sample_chain, sample_chains};
+use dflash::spec::verify::{Siblings, match_chain, match_tree, sample_chain, sample_chains, sample_draft};
 use enumeration::*;
 use num_rational::BigRational;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 // ---- every method emits the target's distribution ----
 
@@ -119,6 +119,37 @@ fn a_chain_may_end_after_a_draft_chosen_by_its_value() {
                     drafts.iter().zip(&models.distributions).position(|(&id, q)| q.probability(id) < ONE / 3);
                 drafts.truncate(last.map_or(drafts.len(), |at| at + 1));
                 models.verify_chain(method, &drafts, &models.distributions, source)
+            });
+            assert!(models.distance(&distribution) <= rounding(&models), "model {i}, {method:?}");
+        }
+    }
+}
+
+/// A drafter whose distribution depends on the drafts before it: one for every sequence of drafts.
+fn walk(rng: &mut Random, models: &Models, row: fn(&mut Random, usize) -> Distribution) -> Walk {
+    let before = (0..models.depth()).flat_map(|length| sequences(models.vocab, length));
+    before.map(|drafts| (drafts, row(rng, models.vocab))).collect()
+}
+type Walk = HashMap<Vec<u32>, Distribution>;
+
+/// The drafts of a walk and the distribution that each was sampled from.
+fn walked(walk: &Walk, depth: usize, source: &mut impl RandomSource) -> (Vec<u32>, Vec<Distribution>) {
+    let (mut drafts, mut distributions) = (vec![], vec![]);
+    for i in 1..=depth {
+        distributions.push(walk[&drafts].clone());
+        drafts.push(sample_draft(i, &walk[&drafts], source).unwrap());
+    }
+    (drafts, distributions)
+}
+
+#[test]
+fn drafts_of_a_walk_emit_the_targets_distribution() {
+    for (i, models) in models(48, 9).enumerate() {
+        let q = walk(&mut Random::new(i as u64), &models, Random::row);
+        for method in [Method::Rejection, Method::Block] {
+            let distribution = enumerate(|source| {
+                let (drafts, distributions) = walked(&q, models.depth(), source);
+                models.verify_chain(method, &drafts, &distributions, source)
             });
             assert!(models.distance(&distribution) <= rounding(&models), "model {i}, {method:?}");
         }
@@ -283,6 +314,26 @@ fn a_distribution_the_drafts_were_not_sampled_from_is_detected() {
         models.chain_with(Method::Rejection, &claimed)
     });
     assert!(other < 1e-13, "{other}");
+}
+
+/// The distributions along another sequence of drafts, such as the best ones, are not those of a walk.
+#[test]
+fn a_walk_verified_by_distributions_along_other_drafts_is_detected() {
+    for method in [Method::Rejection, Method::Block] {
+        let mut seed = 0;
+        let distance = worst(|models| {
+            seed += 1;
+            let q =
+                walk(&mut Random::new(seed), models, |rng, vocab| probabilities(&rng.weights(vocab, false)));
+            let claimed: Vec<Distribution> = (0..models.depth()).map(|i| q[&vec![0; i]].clone()).collect();
+            enumerate(|source| {
+                let (drafts, _) = walked(&q, models.depth(), source);
+                models.verify_chain(method, &drafts, &claimed, source)
+            })
+        });
+        println!("{method:?}: {distance:.3}");
+        assert!(distance > 0.05, "{method:?}: {distance}");
+    }
 }
 
 #[test]

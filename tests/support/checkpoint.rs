@@ -7,7 +7,7 @@
 use crate::support::random;
 
 use dflash::Result;
-use dflash::checkpoint::config::{DrafterConfig, TargetConfig, check_pair};
+use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
 use dflash::checkpoint::folder::Folder;
 use dflash::checkpoint::safetensors::{Checkpoint, Dtype};
 pub use random::Random;
@@ -184,13 +184,9 @@ pub fn open_all(
     target: &Folder,
     drafter: &Folder,
 ) -> Result<(TargetConfig, DrafterConfig, Checkpoint, Checkpoint)> {
-    let (target_config, drafter_config) = (TargetConfig::open(target)?, DrafterConfig::open(drafter)?);
-    check_pair(&target_config, target, &drafter_config, drafter)?;
-    let target_weights = Checkpoint::open(target)?;
-    target_weights.check_target(&target_config.tensors())?;
-    let drafter_weights = Checkpoint::open(drafter)?;
-    drafter_weights.check_drafter(&drafter_config.tensors())?;
-    Ok((target_config, drafter_config, target_weights, drafter_weights))
+    let pair = dflash::checkpoint::pair::Pair::open(target.clone(), Some(drafter.clone()))?;
+    let drafter = pair.drafter.unwrap();
+    Ok((pair.target.config, drafter.config, pair.target.weights, drafter.weights))
 }
 
 /// [`open_all`] for the folders of a written pair.
@@ -384,6 +380,41 @@ pub fn safetensors_file(tensors: &[Raw], dtype: Dtype) -> Vec<u8> {
         header.insert(tensor.name.clone(), info);
     }
     safetensors_raw(&Value::Object(header).to_string(), &data)
+}
+
+/// Rewrites the drafter of a written pair in the speculators layout, with a head for these ids only.
+pub fn reduce_vocabulary(pair: &Pair, target: &Target, spec: &Drafter, ids: &[u32], anchor_first: bool) {
+    let mut layers = drafter_config(target, spec);
+    layers.as_object_mut().unwrap().remove("dflash_config");
+    let config = json!({
+        "architectures": ["DFlashDraftModel"],
+        "speculators_model_type": "dflash",
+        "block_size": spec.block,
+        "mask_token_id": spec.mask_token,
+        "draft_vocab_size": ids.len(),
+        "aux_hidden_state_layer_ids": spec.taps.iter().map(|tap| tap + 1).collect::<Vec<_>>(),
+        "sample_from_anchor": anchor_first,
+        "transformer_layer_config": layers,
+    });
+    write_json(&pair.drafter, "config.json", &config);
+    let mut weights = Weights { seed: spec.seed, tensors: drafter_tensors(target, spec) };
+    weights.table("lm_head.weight", ids.len(), target.hidden);
+    let file = safetensors_file(&weights.tensors, spec.dtype);
+    let end = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let mut header: Map<String, Value> = serde_json::from_slice(&file[8..end]).unwrap();
+    let mut data = file[end..].to_vec();
+    let offsets = ids.iter().zip(0i64..).flat_map(|(&id, i)| (i64::from(id) - i).to_le_bytes()).collect();
+    let marks: Vec<u8> = (0..target.vocab as u32).map(|id| u8::from(ids.contains(&id))).collect();
+    for (name, dtype, len, bytes) in
+        [("d2t", "I64", ids.len(), offsets), ("t2d", "BOOL", target.vocab, marks)]
+    {
+        let begin = data.len();
+        data.extend::<Vec<u8>>(bytes);
+        let info = json!({ "dtype": dtype, "shape": [len], "data_offsets": [begin, data.len()] });
+        header.insert(name.into(), info);
+    }
+    let file = safetensors_raw(&Value::Object(header).to_string(), &data);
+    fs::write(pair.drafter.join("model.safetensors"), file).unwrap();
 }
 
 /// A safetensors file with this header text, which need not be valid.

@@ -3,7 +3,7 @@
 
 use crate::support::kernel::*;
 use dflash::gpu::device::{Buffer, Device};
-use dflash::gpu::kernels::head::Head;
+use dflash::gpu::kernels::head::{Head, TargetIds};
 use dflash::gpu::kernels::inject::Inject;
 use dflash::gpu::kernels::linear::{Input, PrefillKernel, Shape, Workspace};
 use dflash::gpu::kernels::project::{Project, ProjectBuffers};
@@ -219,11 +219,35 @@ pub fn project(device: &dyn Device, data: &Data, x: &[f32], gain: &[f32], pitch:
 
 /// Runs the LM head; returns the bytes of the best keys and of the logits, which are written only if `keep`.
 pub fn head(device: &dyn Device, head: Head, data: &Data, keep: bool) -> (Vec<u8>, Vec<u8>) {
+    let logits = poisoned::<f32>(device, head.rows * head.vocab);
+    let best = run_head(device, head, data, keep.then_some(&logits), None);
+    (best, bytes_of(device, &logits))
+}
+
+/// As [`head`], with the ids of the outputs, ascending below `vocab`.
+pub fn reduced_head(
+    device: &dyn Device,
+    head: Head,
+    data: &Data,
+    ids: &[u32],
+    vocab: usize,
+) -> (Vec<u8>, Vec<u8>) {
+    let (logits, ids) = (poisoned::<f32>(device, head.rows * vocab), upload(device, ids));
+    let best = run_head(device, head, data, Some(&logits), Some(TargetIds { ids: &ids, vocab }));
+    (best, bytes_of(device, &logits))
+}
+
+fn run_head(
+    device: &dyn Device,
+    head: Head,
+    data: &Data,
+    logits: Option<&Buffer>,
+    ids: Option<TargetIds>,
+) -> Vec<u8> {
     let layer = data.upload(device, |r| r);
     let best = poisoned::<u64>(device, head.rows * head.vocab.div_ceil(128));
-    let logits = poisoned::<f32>(device, head.rows * head.vocab);
-    head.launch(device, &layer.input(true), &best, keep.then_some(&logits)).unwrap();
-    (bytes_of(device, &best), bytes_of(device, &logits))
+    head.launch(device, &layer.input(true), &best, logits, ids).unwrap();
+    bytes_of(device, &best)
 }
 
 /// The linear kernels.
@@ -277,7 +301,7 @@ impl Kind {
                 let logits = poisoned::<f32>(device, rows * n);
                 let best = poisoned::<u64>(device, rows * n.div_ceil(128));
                 let kernel = Head { rows, vocab: n, k, multiplier: 0.5, softcap: Some(30.0), ids: n };
-                kernel.launch(device, &layer.input(true), &best, Some(&logits)).unwrap();
+                kernel.launch(device, &layer.input(true), &best, Some(&logits), None).unwrap();
                 by_row(device, rows, &[&best, &logits])
             }
             Kind::Inject => {

@@ -5,7 +5,7 @@ pub use crate::lists::{Numbers, WholeNumbers};
 use crate::lists::{above_zero, numbers, percent, sample_count, whole_numbers};
 use clap::{Args as Flags, Parser, Subcommand};
 use dflash::cli::device::Choice;
-use dflash::cli::spec_flags::{SpecFlags, TapsFlag};
+use dflash::cli::spec_flags::{DrafterFlags, SpecFlags};
 use dflash::cli::stop_flags::StopFlags;
 use dflash::cli::terminal::{number, whole};
 use std::path::PathBuf;
@@ -169,7 +169,7 @@ pub struct Kernels {
     #[arg(long, value_name = "DIR")]
     pub draft: Option<PathBuf>,
     #[command(flatten)]
-    pub taps: TapsFlag,
+    pub drafter: DrafterFlags,
     /// Rows of a launch, over all sequences: in as few blocks as the drafter's block length allows, as AR
     /// steps, and in trees of up to 64 rows
     #[arg(long, value_name = "LIST", default_value = "1,8,16,32,64,128", value_parser = whole_numbers)]
@@ -205,7 +205,7 @@ pub struct Roofline {
     #[arg(long, value_name = "DIR")]
     pub draft: Option<PathBuf>,
     #[command(flatten)]
-    pub taps: TapsFlag,
+    pub drafter: DrafterFlags,
     /// Card, with its vendor's figures: H200, H100-SXM, H100-PCIe, GH200, B200, A100-80GB, A100-40GB, L40S,
     /// L4, RTX-5090, RTX-4090, RTX-3090 [default: H200]
     #[arg(long, value_name = "NAME", conflicts_with_all = ["bandwidth", "flops"])]
@@ -247,7 +247,7 @@ pub struct Round {
     #[arg(long, value_name = "DIR")]
     pub draft: Option<PathBuf>,
     #[command(flatten)]
-    pub taps: TapsFlag,
+    pub drafter: DrafterFlags,
     /// Sequences in a batch
     #[arg(long, value_name = "LIST", default_value = "1", value_parser = whole_numbers, allow_hyphen_values = true)]
     pub batch: WholeNumbers,
@@ -313,7 +313,7 @@ pub struct Generate {
     #[arg(long, value_name = "DIR|NAME|none", help_heading = "Models")]
     pub draft: Option<PathBuf>,
     #[command(flatten)]
-    pub taps: TapsFlag,
+    pub drafter: DrafterFlags,
     /// Device
     #[arg(long, value_enum, default_value_t = Choice::Auto, help_heading = "Models")]
     pub device: Choice,

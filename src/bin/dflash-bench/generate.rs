@@ -8,7 +8,7 @@ use clap::{Args as _, FromArgMatches};
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::device::{self, Choice};
 use dflash::cli::interrupt::{self, is_interrupted};
-use dflash::cli::spec_flags::{SpecFlags, needs_drafter};
+use dflash::cli::spec_flags::SpecFlags;
 use dflash::cli::{models, sigbus, terminal};
 use dflash::cpu::decoder::Cpu;
 use dflash::cpu::ops;
@@ -86,7 +86,7 @@ impl Plan {
         let (prompts, categories) = prompts(flags)?;
         let names = prompts.iter().map(|prompt| prompt.name.clone()).collect();
         let (target, drafter) = models::folders(flags.target.as_deref(), flags.draft.as_deref())?;
-        let pair = Pair::open_with_taps(target, drafter, flags.taps.taps.as_deref())?;
+        let pair = Pair::open_with(target, drafter, &flags.drafter.overrides())?;
         terminal::notes(&pair.notes);
         if pair.drafter.is_none() && flags.draft.is_none() {
             models::note_missing_drafter(&pair);
@@ -175,9 +175,7 @@ fn check(flags: &args::Generate) -> Result<SamplingParams> {
     sampling.check()?;
     let no_drafter = models::no_drafter(flags.target.as_deref(), flags.draft.as_deref());
     flags.drafts.need_drafter(no_drafter, flags.block)?;
-    if flags.taps.taps.is_some() {
-        needs_drafter("--taps", no_drafter, None)?;
-    }
+    flags.drafter.need_drafter(no_drafter)?;
     flags.drafts.config(&sampling)?;
     settle(flags.device, flags.gpu, Choice::Cpu)?;
     match flags {
@@ -325,7 +323,7 @@ fn settings(flags: &args::Generate, requests: &[Request]) -> Map<String, Value> 
         false => json!({}),
     };
     let mut all = format::merged(all, sampled).as_object().cloned().unwrap_or_default();
-    all.extend(model::taps_setting(&flags.taps));
+    all.extend(model::drafter_settings(&flags.drafter));
     all
 }
 

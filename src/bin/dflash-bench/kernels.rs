@@ -132,14 +132,14 @@ pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
     machine.gigabytes_per_s = card.map(|card| card.bandwidth);
     machine.tflops = card.map(|card| card.tflops);
     let mut record = Record::new("kernels", machine, Model::of(&pair));
-    record.settings = model::taps_setting(&flags.taps);
+    record.settings = model::drafter_settings(&flags.drafter);
     record.incomplete = interrupt::is_interrupted();
     record.rows = rows;
     Ok(((title, record), end))
 }
 
 fn pair(flags: &args::Kernels, name: &str) -> Result<Pair> {
-    let pair = model::pair(name, flags.draft.clone(), &flags.taps)?;
+    let pair = model::pair(name, flags.draft.clone(), &flags.drafter)?;
     // The plan refuses shapes that the kernels do not support.
     MemoryPlan::new(&pair, BatchConfig::new(1, 1, 1))?;
     let wrong = |flag: &str, found: usize, expected: String| {

@@ -1,9 +1,10 @@
 //! `--model`: a published pair, the demo pair or folders. Only `config.json` is read; the weights are random.
 
+use dflash::checkpoint::config::Overrides;
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder, PUBLISHED};
 use dflash::checkpoint::pair::{Model, Pair};
 use dflash::checkpoint::safetensors::Checkpoint;
-use dflash::cli::spec_flags::{TapsFlag, needs_drafter};
+use dflash::cli::spec_flags::DrafterFlags;
 use dflash::cli::{hub, terminal};
 use dflash::{Error, Result};
 use rayon::prelude::*;
@@ -11,11 +12,11 @@ use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
 /// The pair named `model`, or that of a target's folder. `draft` is a drafter's folder and replaces a named
-/// pair's own; `taps` replace those of its config.
+/// pair's own; `flags` replace parts of its config.
 ///
 /// # Errors
 /// [`Error::Usage`] for an unknown name; otherwise those of [`Pair::with_random_weights`].
-pub fn pair(model: &str, draft: Option<PathBuf>, taps: &TapsFlag) -> Result<Pair> {
+pub fn pair(model: &str, draft: Option<PathBuf>, flags: &DrafterFlags) -> Result<Pair> {
     let draft = draft.map(|dir| hub::folder(&dir)).transpose()?;
     let named = PUBLISHED.into_iter().find(|pair| pair.0 == model);
     let (target, drafter) = match named.map(|(_, target, drafter)| (target, drafter)) {
@@ -29,10 +30,8 @@ pub fn pair(model: &str, draft: Option<PathBuf>, taps: &TapsFlag) -> Result<Pair
             )));
         }
     };
-    if taps.taps.is_some() {
-        needs_drafter("--taps", drafter.is_none(), None)?;
-    }
-    let pair = Pair::with_random_weights_and_taps(target, drafter, taps.taps.as_deref())?;
+    flags.need_drafter(drafter.is_none())?;
+    let pair = Pair::with_random_weights_and(target, drafter, &flags.overrides())?;
     terminal::notes(&pair.notes);
     Ok(pair)
 }
@@ -48,10 +47,12 @@ pub fn title(pair: &Pair) -> String {
     named(&pair.target.folder) + &with.unwrap_or_default()
 }
 
-/// `--taps` as a setting of a record.
-pub fn taps_setting(taps: &TapsFlag) -> Map<String, Value> {
-    let text = |taps: &Vec<usize>| taps.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-    taps.taps.iter().map(|taps| ("taps".to_string(), text(taps).into())).collect()
+/// `--taps` and `--slots` as settings of a record.
+pub fn drafter_settings(flags: &DrafterFlags) -> Map<String, Value> {
+    let Overrides { taps, slots } = flags.overrides();
+    let text = |taps: Vec<usize>| taps.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+    let taps = taps.map(|taps| ("taps".to_string(), text(taps).into()));
+    taps.into_iter().chain(slots.map(|slots| ("slots".to_string(), slots.to_string().into()))).collect()
 }
 
 /// Bytes of the random weights of `pair`.
@@ -68,8 +69,11 @@ pub fn bytes(pair: &Pair) -> usize {
 pub fn in_memory(pair: &Pair) -> Result<Pair> {
     let target = folder(&pair.target, &pair.target.config.tensors())?;
     let drafter = pair.drafter.as_ref().map(|drafter| folder(drafter, &drafter.config.tensors()));
-    let taps = pair.drafter.as_ref().map(|drafter| &drafter.config.taps[..]);
-    Pair::open_with_taps(target, drafter.transpose()?, taps)
+    let overrides = pair.drafter.as_ref().map(|drafter| {
+        let plan = &drafter.config;
+        Overrides { taps: Some(plan.taps.clone()), slots: Some(plan.slots) }
+    });
+    Pair::open_with(target, drafter.transpose()?, &overrides.unwrap_or_default())
 }
 
 /// A model's folder in memory: its config, and its weights as a safetensors file.
@@ -141,7 +145,7 @@ mod tests {
 
     #[test]
     fn weights_in_memory_equal_those_that_devices_load() {
-        let random = pair("demo", None, &TapsFlag::default()).unwrap();
+        let random = pair("demo", None, &DrafterFlags::default()).unwrap();
         let held = in_memory(&random).unwrap();
         assert_eq!(held.target.folder.name(), random.target.folder.name());
         let drafter = |pair: &'static Pair| pair.drafter.as_ref().unwrap();

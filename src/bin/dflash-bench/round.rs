@@ -43,7 +43,7 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     let (device, no_gpu) = settle(flags.device, flags.gpu, Choice::Cpu)?;
     let counting = device == Choice::Emulator;
     let usual = if device == Choice::Cuda { "qwen3-8b" } else { "demo" };
-    let pair = model::pair(flags.model.as_deref().unwrap_or(usual), flags.draft.clone(), &flags.taps)?;
+    let pair = model::pair(flags.model.as_deref().unwrap_or(usual), flags.draft.clone(), &flags.drafter)?;
     let block = block(flags, &pair)?;
     check(flags, &pair, block, device != Choice::Cpu)?;
     let acceptance = acceptance(flags, block, counting)?;
@@ -65,7 +65,7 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
         model::title(&pair)
     );
     let mut record = Record::new("round", machine, Model::of(&pair));
-    record.settings = model::taps_setting(&flags.taps);
+    record.settings = model::drafter_settings(&flags.drafter);
     record.settings.insert("temperature".into(), flags.temperature.into());
     record.incomplete = interrupt::is_interrupted();
     record.rows = rows;

@@ -4,7 +4,7 @@ use crate::job::{Action, Format, Job, Source};
 use clap::{ArgAction, Parser, ValueEnum};
 use dflash::cli::device::Choice;
 use dflash::cli::models;
-use dflash::cli::spec_flags::{SpecFlags, TapsFlag, needs_drafter};
+use dflash::cli::spec_flags::{DrafterFlags, SpecFlags, needs_drafter};
 use dflash::cli::stop_flags::StopFlags;
 use dflash::cli::terminal::{number, whole};
 use dflash::spec::config::VerifyMethod;
@@ -61,7 +61,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR|NAME|none", help_heading = "Models")]
     pub draft: Option<PathBuf>,
     #[command(flatten)]
-    pub taps: TapsFlag,
+    pub drafter: DrafterFlags,
     /// Where to run
     #[arg(long, value_enum, default_value_t = Choice::Auto, help_heading = "Models")]
     pub device: Choice,
@@ -209,7 +209,7 @@ impl Args {
             draft_was_given: self.draft.is_some(),
             target,
             drafter,
-            taps: self.taps.taps,
+            overrides: self.drafter.overrides(),
             device: self.device,
             gpu: self.gpu.unwrap_or(0),
             ctx: self.ctx,
@@ -259,9 +259,7 @@ impl Args {
         let wrong = |what: &str| Err(Error::Usage(what.into()));
         let no_drafter = models::no_drafter(self.target.as_deref(), self.draft.as_deref());
         self.drafts.need_drafter(no_drafter, self.block)?;
-        if self.taps.taps.is_some() {
-            needs_drafter("--taps", no_drafter, None)?;
-        }
+        self.drafter.need_drafter(no_drafter)?;
         // These compare with autoregressive decoding.
         let compares = match (self.compare, self.check_lossless) {
             (true, _) => Some("--compare"),

@@ -1,6 +1,7 @@
 //! What the flags come to: every default filled in, every conflict refused. Nothing after it reads flags.
 
 use dflash::Result;
+use dflash::checkpoint::config::Overrides;
 use dflash::checkpoint::folder::Folder;
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::device::Choice;
@@ -20,7 +21,7 @@ pub struct Job {
     /// None: autoregressive decoding.
     pub drafter: Option<Folder>,
     /// Taps in place of those of the drafter's config.
-    pub taps: Option<Vec<usize>>,
+    pub overrides: Overrides,
     /// `--draft` was given, be it as `none`.
     pub draft_was_given: bool,
     /// The target is the demo pair's.

@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 
 fn run(job: &Job) -> Result<u8> {
     let clock = Instant::now();
-    let pair = Pair::open_with_taps(job.target.clone(), job.drafter.clone(), job.taps.as_deref())?;
+    let pair = Pair::open_with(job.target.clone(), job.drafter.clone(), &job.overrides)?;
     if !job.quiet {
         terminal::notes(&pair.notes);
     }

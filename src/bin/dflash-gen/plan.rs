@@ -4,7 +4,8 @@
 use crate::job::Job;
 use crate::output::Output;
 use dflash::Result;
-use dflash::checkpoint::config::Stack;
+use dflash::checkpoint::config::{DrafterConfig, Stack};
+use dflash::checkpoint::drafter::Markov;
 use dflash::checkpoint::folder::Folder;
 use dflash::checkpoint::pair::Pair;
 use dflash::checkpoint::safetensors::Checkpoint;
@@ -23,6 +24,8 @@ struct Part<'a> {
     kv_bytes: usize,
     max_positions: usize,
     tensors: Vec<(String, Vec<usize>)>,
+    /// The plan of a drafter.
+    plan: Option<&'a DrafterConfig>,
 }
 
 /// Prints the models, and what they take on a device with this capacity; `None` on the CPU.
@@ -38,6 +41,7 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         kv_bytes: kv_bytes(&target.config.stack),
         max_positions: target.config.stack.max_positions,
         tensors: target.config.tensors(),
+        plan: None,
     }];
     parts.extend(pair.drafter.as_ref().map(|drafter| Part {
         role: "drafter",
@@ -46,6 +50,7 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         kv_bytes: kv_bytes(&drafter.config.stack),
         max_positions: drafter.config.stack.max_positions,
         tensors: drafter.config.tensors(),
+        plan: Some(&drafter.config),
     }));
     let mut out = Output::default();
     let mut all = json!({});
@@ -56,7 +61,12 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         total += bytes;
         kv += part.kv_bytes;
         match job.json() {
-            true => all[part.role] = part.json(&groups, bytes),
+            true => {
+                all[part.role] = part.json(&groups, bytes);
+                if let Some(plan) = part.plan {
+                    all[part.role]["plan"] = plan_json(plan);
+                }
+            }
             false => part.lines(&mut out, &groups, bytes)?,
         }
     }
@@ -213,6 +223,9 @@ impl Part<'_> {
             self.kv_bytes,
             self.max_positions
         ))?;
+        if let Some(plan) = self.plan {
+            out.line(&format!("  {}", plan_line(plan)))?;
+        }
         for (name, bytes) in self.weights.files() {
             out.line(&format!("  file {name}: {bytes} bytes"))?;
         }
@@ -225,6 +238,35 @@ impl Part<'_> {
         }
         Ok(())
     }
+}
+
+/// What a drafter was taken for: family, layout, slots, drafts of a round, taps, vocabulary.
+fn plan_line(plan: &DrafterConfig) -> String {
+    let taps = plan.taps.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
+    let vocabulary = match plan.own_head {
+        Some(rows) => format!("head of its own for {rows} of {} tokens", plan.vocab),
+        None => "the target's head".into(),
+    };
+    let (identity, slots, drafts) = (plan.identity, plan.slots, plan.block - 1);
+    let line =
+        format!("{identity}, {slots}: {drafts} drafts a round, outputs of layers {taps}, {vocabulary}");
+    plan.walk.map_or(line.clone(), |Markov { kind, rank, .. }| {
+        format!("{line}, a {} Markov head of rank {rank}", lower(&kind))
+    })
+}
+
+fn plan_json(plan: &DrafterConfig) -> Value {
+    json!({
+        "family": lower(&plan.identity.family), "layout": lower(&plan.identity.layout),
+        "slots": plan.slots.to_string(), "walk": plan.walk.map(|walk| lower(&walk.kind)),
+        "drafts": plan.block - 1, "taps": plan.taps, "own_embedding": plan.own_embedding,
+        "own_head": plan.own_head, "vocab": plan.vocab, "reduced": plan.ids.is_some(),
+    })
+}
+
+/// The name of a variant in lower case.
+fn lower(variant: &dyn std::fmt::Debug) -> String {
+    format!("{variant:?}").to_lowercase()
 }
 
 /// Tensors whose names differ only in the layer.

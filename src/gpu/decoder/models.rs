@@ -1,11 +1,12 @@
 //! The weights of a pair on a device.
 
-use crate::Result;
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
 use crate::checkpoint::pair::Pair;
 use crate::gpu::device::Device;
+use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::Loader;
-use crate::gpu::model::{FeatureProjection, Transformer, Vocabulary};
+use crate::gpu::model::{EmbeddingTable, FeatureProjection, LmHead, Transformer, Vocabulary};
+use crate::{Error, Result};
 
 /// A target and, if the pair has one, its drafter, loaded on a device.
 pub struct Models {
@@ -15,9 +16,14 @@ pub struct Models {
     pub(super) drafter: Option<Drafter>,
 }
 
-/// A drafter. It uses the target's embedding and LM head.
+/// A drafter.
 pub(super) struct Drafter {
+    /// Its plan.
     pub config: DrafterConfig,
+    /// `None`: it uses the target's.
+    embedding: Option<EmbeddingTable>,
+    /// `None`: it uses the target's.
+    head: Option<LmHead>,
     pub layers: Transformer,
     pub projection: FeatureProjection,
 }
@@ -64,12 +70,40 @@ impl Models {
             return Ok(Models { config: config.clone(), target, vocabulary, drafter: None });
         };
         let drafter = model.config.clone();
+        if drafter.walk.is_some() {
+            let file = model.folder.described_file("config.json");
+            return Err(Error::Unsupported(format!("{file}: {} runs on the CPU only", drafter.identity)));
+        }
         loader.switch_to(&model.weights);
         let layers = Transformer::load(loader, "", &drafter.stack, positions)?;
         let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
+        let hidden = drafter.stack.hidden;
+        let embedding = match drafter.own_embedding {
+            true => Some(EmbeddingTable::load(loader, "embed_tokens.weight", drafter.vocab, hidden)?),
+            false => None,
+        };
+        let head = match drafter.own_head {
+            Some(rows) => {
+                let shape = Shape { n: rows, k: hidden };
+                Some(LmHead::load(loader, "lm_head.weight", shape, drafter.ids.as_deref(), config.vocab)?)
+            }
+            None => None,
+        };
         done("drafter weights");
-        let drafter = Some(Drafter { config: drafter, layers, projection });
+        let drafter = Some(Drafter { config: drafter, embedding, head, layers, projection });
         Ok(Models { config: config.clone(), target, vocabulary, drafter })
+    }
+
+    /// The embedding table that the drafter uses.
+    pub(super) fn draft_embedding(&self) -> &EmbeddingTable {
+        let own = self.drafter.as_ref().and_then(|drafter| drafter.embedding.as_ref());
+        own.unwrap_or(&self.vocabulary.embedding)
+    }
+
+    /// The LM head that the drafter uses.
+    pub(super) fn draft_head(&self) -> &LmHead {
+        let own = self.drafter.as_ref().and_then(|drafter| drafter.head.as_ref());
+        own.unwrap_or(&self.vocabulary.head)
     }
 
     /// The target's layers whose outputs the drafter reads; empty without a drafter.

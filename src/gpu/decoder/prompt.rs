@@ -54,7 +54,7 @@ impl PromptBuffers {
         put(&self.tokens, &chunk.tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>())?;
         put(&self.rows, &chunk.rows(true, chunk.held..usize::MAX))?;
         put(&self.span, &[(chunk.first as u32).to_le_bytes(), (count as u32).to_le_bytes()].concat())?;
-        models.vocabulary.embed(device, &ctx.scratch, &self.tokens, count, 1.0)?;
+        models.vocabulary.embedding.embed(device, &ctx.scratch, &self.tokens, count, 1.0)?;
         let drafter = ctx.drafter().filter(|_| chunk.draft_end > 0);
         let pass = Pass {
             sequences: 1,

@@ -32,6 +32,7 @@ pub(super) struct RoundBuffers {
     pub features: Buffer,     // [rows][taps][hidden] bf16
     pub best: Buffer,         // [rows][blocks of the LM head] u64
     pub logits: Buffer,       // [rows][vocab] f32
+    pub draft_logits: Buffer, // [draft_rows][vocab] f32: the drafter's
     pub tables: Buffer,       // sample::tables
     pub partial: Buffer,      // Sample::workspace
     pub counters: Buffer,     // [rows] u32, of the sampler
@@ -85,9 +86,20 @@ impl RoundBuffers {
         device.upload(&tables, &sample::tables())?;
         device.seal(&tables);
         let trees = (config.tree > 0).then(|| TreeBuffers::new(device, models, config, cache));
+        let logits = device.allocate(rows * vocab * 4, "logits")?;
+        // `rejection` and `block` read the drafter's logits after the target's pass. A reduced vocabulary needs
+        // -inf at the ids that its head does not write. Otherwise both models use the same buffer.
+        let reduced = block > 1 && models.draft_head().is_reduced();
+        let draft_logits = match config.draft_probs || reduced {
+            true => device.allocate(draft_rows * vocab * 4, "the drafter's logits")?,
+            false => logits.clone(),
+        };
+        if reduced {
+            fill_with(device, &draft_logits, &f32::NEG_INFINITY.to_le_bytes().repeat(vocab.min(4096)))?;
+        }
         let verify = config.draft_probs.then(|| {
             Ok::<_, Error>(VerifyBuffers {
-                logits: device.allocate(draft_rows * vocab * 4, "the drafter's logits")?,
+                logits: draft_logits.clone(),
                 drafter: get(draft_rows * DISTRIBUTION_BYTES)?,
                 target: get(rows * DISTRIBUTION_BYTES)?,
                 partial: get(draft_rows * 8)?,
@@ -112,7 +124,8 @@ impl RoundBuffers {
             choices: get(rows * 4)?,
             features: zeros(rows * taps * hidden * 2, "features")?,
             best: device.allocate(rows * blocks * 8, "the best logits")?,
-            logits: device.allocate(rows * vocab * 4, "logits")?,
+            logits,
+            draft_logits,
             tables,
             partial: device.allocate(sample.workspace(), "partial results of sampling")?,
             counters: zeros(rows * 4, "counters of sampling")?,
@@ -174,6 +187,19 @@ impl VerifyBuffers {
     pub fn drafter(&self) -> Rows<'_> {
         Rows { logits: &self.logits, distributions: &self.drafter }
     }
+}
+
+/// Fills a buffer with repetitions of `bytes`: uploads them once, then each copy on the device doubles the filled
+/// part.
+pub(super) fn fill_with(device: &dyn Device, to: &Buffer, bytes: &[u8]) -> Result<()> {
+    let mut done = to.bytes().min(bytes.len());
+    device.upload(&to.slice(0, done)?, &bytes[..done])?;
+    while done < to.bytes() {
+        let more = done.min(to.bytes() - done);
+        device.copy(&to.slice(done, more)?, &to.slice(0, more)?)?;
+        done += more;
+    }
+    Ok(())
 }
 
 /// Maximum choices per drafter row that a tree can use: its number of drafts.

@@ -7,6 +7,7 @@ use crate::gpu::device::{Buffer, Device, Graph};
 use crate::gpu::kernels::chains::{Chains, Workspace};
 use crate::gpu::kernels::choices::Choices;
 use crate::gpu::kernels::head::Head;
+use crate::gpu::kernels::linear::Shape;
 use crate::gpu::kernels::rejection::{RejectionSampler, Rows, VerifyInputs};
 use crate::gpu::kernels::round::{Ring, Round, Tables};
 use crate::gpu::kernels::sample::{Sample, SamplerInputs};
@@ -96,7 +97,8 @@ impl<'a> RoundContext<'a> {
             let stack = &drafter.layers.config;
             let cache = kv_cache(stack)?;
             let features = Some(models.taps().len() * stack.hidden);
-            let sizes = ScratchSizes { block, injected: sequences * block, features, ..sizes };
+            let head = Some(models.draft_head().shape);
+            let sizes = ScratchSizes { block, injected: sequences * block, head, features, ..sizes };
             let scratch = Scratch::new(device, stack, &cache, sizes)?;
             Ok::<_, Error>((cache, scratch))
         });
@@ -175,8 +177,11 @@ impl<'a> RoundContext<'a> {
             verify_spans: &b.verify_spans,
             round_header: &b.round_header,
         };
-        let mask = models.drafter.as_ref().map_or(0, |drafter| drafter.config.mask_token);
-        round.begin(device, tables, &b.states, &b.path, shape.drafts(), mask)?;
+        let (mask, anchor_row) = models
+            .drafter
+            .as_ref()
+            .map_or((0, 0), |drafter| (drafter.config.mask_token, 1 - drafter.config.first_row()));
+        round.begin(device, tables, &b.states, &b.path, shape.drafts(), mask, anchor_row)?;
 
         // 2. Draft: injects the features of the last verification and runs the drafter on the blocks.
         match shape.drafter {
@@ -193,7 +198,7 @@ impl<'a> RoundContext<'a> {
         }
 
         // 4. The target's pass over them. It keeps the tapped features for the drafter's next round.
-        vocabulary.embed(device, &self.scratch, &b.tokens, total_rows, 1.0)?;
+        vocabulary.embedding.embed(device, &self.scratch, &b.tokens, total_rows, 1.0)?;
         let pass = Pass {
             sequences,
             block: rows,
@@ -277,14 +282,14 @@ impl<'a> RoundContext<'a> {
         let Some((drafter, cache, s)) = self.drafter() else {
             return Err(Error::Internal("a round with drafts, but without a drafter".into()));
         };
-        let (config, vocabulary) = (&drafter.config, &self.models.vocabulary);
+        let (config, lm_head) = (&drafter.config, self.models.draft_head());
         let (sequences, block) = (shape.sequences, self.config.block);
-        let (rows, vocab, blocks) = (sequences * block, vocabulary.vocab, vocabulary.shape().blocks());
+        let (rows, vocab, blocks) = (sequences * block, lm_head.vocab, lm_head.shape.blocks());
         let num_active = Some(&b.num_active);
 
         // The pass, up to the final norm.
         drafter.projection.run(device, s, rows, &b.features, &b.pending, false, num_active)?;
-        vocabulary.embed(device, s, &b.draft_tokens, rows, config.embedding_scale)?;
+        self.models.draft_embedding().embed(device, s, &b.draft_tokens, rows, config.embedding_scale)?;
         let pass = Pass {
             sequences,
             block,
@@ -298,24 +303,24 @@ impl<'a> RoundContext<'a> {
         };
         drafter.layers.run(device, s, cache, &pass)?;
 
-        // The logits. `rejection` and `block` read them after the target's pass, so they need a buffer of
-        // their own. Otherwise they use the buffer of the target's logits.
+        // The logits of row `i` are those of draft `i`; row 0 is not read.
+        let Shape { n, k } = lm_head.shape;
         let head = Head {
             rows,
-            vocab,
-            k: drafter.layers.config.hidden,
+            vocab: n,
+            k,
             multiplier: config.output_multiplier,
             softcap: config.softcap,
-            ids: config.vocab.min(vocab),
+            ids: if lm_head.is_reduced() { n } else { config.vocab.min(n) },
         };
-        let logits = probs.map_or(&b.logits, |p| &p.logits);
+        let logits = &b.draft_logits;
         let kept = (shape.sampled_drafts || trees.is_some()).then_some(logits);
-        vocabulary.head(device, &drafter.layers, s, rows, head, num_active, &b.best, kept)?;
+        lm_head.run(device, &drafter.layers, s, rows, head, num_active, &b.best, kept)?;
 
         // The draft of each row: greedy, or coupled. A coupled draft uses the noise of its own position. The
-        // sampler uses the noise of the position after its row, so it gets the table shifted by one row. Row
-        // 0 of a block is the anchor; its choice is not read.
-        let first = rows - usize::from(shape.sampled_drafts);
+        // sampler uses the noise of the position after its row's, so where a row predicts its own position, it
+        // gets the table shifted by one row.
+        let first = rows - if shape.sampled_drafts { config.first_row() } else { 0 };
         let shifted = b.draft_rows.slice(first * Row::BYTES, rows * Row::BYTES)?;
         let inputs = shape.sampled_drafts.then(|| SamplerInputs {
             sequences: &b.draft_states,
@@ -383,6 +388,6 @@ impl<'a> RoundContext<'a> {
         let (vocab, k) = (vocabulary.vocab, target.config.hidden);
         let head = Head { rows, vocab, k, multiplier: 1.0, softcap: None, ids: vocab };
         let logits = keep.then_some(&b.logits);
-        vocabulary.head(self.device, target, &self.scratch, first, head, num_active, &b.best, logits)
+        vocabulary.head.run(self.device, target, &self.scratch, first, head, num_active, &b.best, logits)
     }
 }

@@ -1,6 +1,7 @@
 //! Synthetic batches for measurements that depend on shapes and not on text. The context of the sequences is
 //! noise, so no prompt has to run. Rounds can be replayed from the same state any number of times.
 
+use super::round_buffers::fill_with;
 use super::{Batch, DrafterMode, Phase, RoundShape};
 use crate::checkpoint::random_weights::random_bytes;
 use crate::engine::generate::{Decoder, Request};
@@ -58,7 +59,7 @@ impl<'a> Batch<'a> {
                 let page = buffer.bytes() / cache.pages;
                 // Consecutive pages are filled together.
                 for run in pages.chunk_by(|a, b| a + 1 == *b) {
-                    self.fill(&buffer.slice(run[0] as usize * page, run.len() * page)?, &noise)?;
+                    fill_with(ctx.device, &buffer.slice(run[0] as usize * page, run.len() * page)?, &noise)?;
                 }
             }
         }
@@ -66,24 +67,11 @@ impl<'a> Batch<'a> {
             let block = ctx.config.block;
             let row = buffers.features.bytes() / ctx.config.sequences / ctx.config.max_verify_rows();
             let features = row * block;
-            self.fill(&buffers.features.slice(slot * features, features)?, &noise)?;
+            fill_with(ctx.device, &buffers.features.slice(slot * features, features)?, &noise)?;
             let path: Vec<u8> = (0..block as u32).flat_map(u32::to_le_bytes).collect();
             ctx.device.upload(&buffers.path.slice(slot * path.len(), path.len())?, &path)?;
             let columns = buffers.round_header.slice(8, 4)?;
             ctx.device.upload(&columns, &(block as u32).to_le_bytes())?;
-        }
-        Ok(())
-    }
-
-    /// Uploads `noise` once. Then each copy on the device doubles the filled part.
-    fn fill(&self, to: &Buffer, noise: &[u8]) -> Result<()> {
-        let device = self.ctx.device;
-        let mut done = to.bytes().min(noise.len());
-        device.upload(&to.slice(0, done)?, &noise[..done])?;
-        while done < to.bytes() {
-            let more = done.min(to.bytes() - done);
-            device.copy(&to.slice(done, more)?, &to.slice(0, more)?)?;
-            done += more;
         }
         Ok(())
     }

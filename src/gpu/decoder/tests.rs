@@ -1,10 +1,12 @@
 use super::*;
-use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
+use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use crate::checkpoint::pair::Pair;
+use crate::cpu;
 use crate::engine::generate::{Flow, TokenSink, resume};
 use crate::gpu::emulator::Emulator;
 use crate::spec::config::ExactDrafts;
 use crate::spec::sampling::SamplingParams;
+use std::path::Path;
 
 struct Silent;
 
@@ -128,4 +130,61 @@ fn adaptive_controllers_fill_the_captured_passes() {
     // more drafts than would pay off if each row had a cost.
     assert_eq!(rows[..7], [64, 64, 64, 64, 48, 32, 16]);
     assert!(rows[7..].iter().all(|rows| (9..17).contains(rows)), "{rows:?}");
+}
+
+/// Relative to their norm, the drafter's logits differ from the CPU's by the rounding of bf16 activations. Tokens
+/// outside a reduced vocabulary have -inf.
+#[test]
+fn draft_logits_of_every_layout_equal_the_cpus() {
+    for name in ["dflash-speculators", "dflash-deepspec"] {
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters");
+        let folder = |name: &str| Folder::Disk(data.join(name));
+        let pair = Pair::open(folder("target"), Some(folder(name))).unwrap();
+        let device = Emulator::new();
+        let models = Models::load(&device, &pair, 128).unwrap();
+        // With a buffer of its own for the drafter's logits.
+        let config = BatchConfig { draft_probs: true, ..BatchConfig::new(1, 8, 128) };
+        let mut batch = Batch::new(&device, &models, config).unwrap();
+        let prompt: Vec<u32> = (1..30).map(|i| i * 61 % 512).collect();
+        // Rounds with sampled drafts keep the logits.
+        let sampling = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
+        let spec = SpecConfig::Exact {
+            drafts: ExactDrafts::CoupledChain(sampling.clone()),
+            length: DraftLengthPolicy::Full,
+        };
+        let request =
+            Request { prompt: prompt.clone(), max_tokens: 30, sampling, stop_ids: vec![], block: 8, spec };
+        batch.keep_logits();
+        batch.admit(0, &request, false).unwrap();
+        let anchor = batch.prefill(0).unwrap().next.unwrap();
+        batch.round(&mut [Emitted::default()]).unwrap();
+        let vocab = pair.target.config.vocab;
+        let mut bytes = vec![0; 8 * vocab * 4];
+        device.download(&batch.ctx.buffers.draft_logits.slice(0, bytes.len()).unwrap(), &mut bytes).unwrap();
+        let found: Vec<f32> =
+            bytes[vocab * 4..].as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+
+        let target = cpu::model::Target::load(&pair.target).unwrap();
+        let drafter = cpu::model::Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+        let cache = |stack| cpu::model::Cache::new(stack, 64).unwrap();
+        let (mut own, mut context) = (cache(&target.config.stack), cache(&drafter.config.stack));
+        let (mut features, mut expected) = (vec![], vec![]);
+        target.forward(&prompt, &mut own, &drafter.config.taps, &mut features, 1);
+        drafter.inject(&features, &mut context);
+        let hidden = drafter.predict(&target, anchor, 7, &mut context);
+        drafter.logits(&target, &hidden, &mut expected);
+        for (row, (found, expected)) in found.chunks(vocab).zip(expected.chunks(vocab)).enumerate() {
+            let (mut apart, mut norm) = (0.0, 0.0);
+            for (a, b) in found.iter().zip(expected) {
+                assert_eq!(a.is_finite(), b.is_finite());
+                if a.is_finite() {
+                    apart += f64::from(a - b).powi(2);
+                    norm += f64::from(*b).powi(2);
+                }
+            }
+            let relative = (apart / norm).sqrt();
+            println!("{name}: draft {row}: {relative:.1e}");
+            assert!(relative < 1e-2, "{name}: draft {row} is {relative:.1e} from the CPU's");
+        }
+    }
 }

@@ -7,12 +7,13 @@ use crate::gpu::device::{Buffer, Device};
 
 static KERNELS: Kernels = kernels("head", ["head_8", "head_16", "head_32", "head_64", "head_128"], None);
 
-/// `logit = softcap(multiplier * rstd * (in W^T))`, or -inf for ids from `ids` on, and for each row the best logit of each block of 128 ids.
+/// `logit = softcap(multiplier * rstd * (in W^T))`, or -inf for outputs from `ids` on, and for each row the best
+/// logit of each block of 128 outputs.
 #[derive(Debug, Clone, Copy)]
 pub struct Head {
     /// Rows, at least 1.
     pub rows: usize,
-    /// Outputs: tokens.
+    /// Outputs: tokens, or those of a reduced vocabulary.
     pub vocab: usize,
     /// Inputs: the hidden size, a multiple of 32.
     pub k: usize,
@@ -20,8 +21,17 @@ pub struct Head {
     pub multiplier: f32,
     /// The cap in `cap * tanh(logit / cap)`, applied after the multiplier; `None` for no softcap.
     pub softcap: Option<f32>,
-    /// Ids from this one on have the logit -inf; `vocab` if there are none.
+    /// Outputs from this one on have the logit -inf; `vocab` if there are none.
     pub ids: usize,
+}
+
+/// A reduced vocabulary: the ids of a head's outputs.
+#[derive(Debug, Clone, Copy)]
+pub struct TargetIds<'a> {
+    /// `[Head::vocab]` u32, ascending.
+    pub ids: &'a Buffer,
+    /// Number of ids: columns of the logits.
+    pub vocab: usize,
 }
 
 impl Head {
@@ -37,6 +47,8 @@ impl Head {
     }
 
     /// Writes `best` `[rows][ceil(vocab / 128)]` u64 and, if there is a buffer, `logits` `[rows][vocab]` f32.
+    /// With `target_ids`, `best` holds these ids, `logits` has a column for every id, and only the columns of
+    /// these ids are written.
     ///
     /// The upper half of an entry of `best` has the bits of the block's best logit, mapped to an integer of
     /// the same order (negative logits inverted, others with the top bit set, -0 as 0). The lower half has
@@ -51,13 +63,18 @@ impl Head {
         input: &Input,
         best: &Buffer,
         logits: Option<&Buffer>,
+        target_ids: Option<TargetIds<'_>>,
     ) -> Result<()> {
         let Head { rows, vocab, multiplier, softcap, ids, .. } = *self;
+        let columns = target_ids.map_or(vocab, |reduced| reduced.vocab);
         let check = Check("head");
         check.aligned("best", best, rows * self.shape().blocks() * 8)?;
-        check.optional("logits", logits, rows * vocab * 4)?;
-        let (cap, ids) = (softcap.unwrap_or(0.0), ids as u32);
-        let args = [or_null(logits), best.into(), multiplier.into(), cap.into(), ids.into()];
+        check.optional("logits", logits, rows * columns * 4)?;
+        let target_ids = target_ids.map(|reduced| reduced.ids);
+        check.optional("target_ids", target_ids, vocab * 4)?;
+        let (cap, ids, columns) = (softcap.unwrap_or(0.0), ids as u32, columns as u32);
+        let (target_ids, args) = (or_null(target_ids), [or_null(logits), best.into(), multiplier.into()]);
+        let args = [&args[..], &[cap.into(), ids.into(), target_ids, columns.into()]].concat();
         Launch::new(&KERNELS, self.shape(), rows, input).run(device, &args)
     }
 }

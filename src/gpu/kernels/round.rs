@@ -261,10 +261,12 @@ impl Round {
 
     /// Writes the tables. `sequences` `[sequences]` [`Sequence`]. `path` `[sequences][columns]` u32: the path
     /// of the last verification, with as many columns as `tables.round_header` says. Without `drafts` every
-    /// sequence takes an AR step. `mask`: the drafter's mask token.
+    /// sequence takes an AR step. `mask`: the drafter's mask token. `anchor_row`: the row of a block that holds
+    /// the anchor, 0, or 1 if the anchor's row predicts the first draft. Row `i` is for draft `i` in both cases.
     ///
     /// # Errors
     /// [`Error::Internal`] if a buffer is too small or a size is out of range; device errors.
+    #[allow(clippy::too_many_arguments)] // the kernel's arguments
     pub fn begin(
         &self,
         device: &dyn Device,
@@ -273,6 +275,7 @@ impl Round {
         path: &Buffer,
         drafts: bool,
         mask: u32,
+        anchor_row: usize,
     ) -> Result<()> {
         let Round { sequences: count, block, max_verify_rows: rows } = *self;
         let Tables {
@@ -301,7 +304,8 @@ impl Round {
             [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, round_header];
         let buffers = outputs.into_iter().chain([sequences, path]);
         let mut args = args(buffers, [block, rows, columns, usize::from(drafts)]);
-        args.push(mask.into());
+        check.that(anchor_row <= 1, format_args!("the anchor in row {anchor_row}"), "row 0 or 1")?;
+        args.extend([mask.into(), (anchor_row as u32).into()]);
         device.launch(&BEGIN, [count as u32, 1, 1], 0, &args)
     }
 

@@ -275,7 +275,7 @@ fn head(
         let logits = kept.then(|| fixtures.output(rows * kernel.vocab * 4)).transpose()?;
         let run = {
             let (layer, best, logits) = (layer.clone(), best.clone(), logits.clone());
-            move |copy: usize| kernel.launch(device, &layer.input(copy), &best, logits.as_ref())
+            move |copy: usize| kernel.launch(device, &layer.input(copy), &best, logits.as_ref(), None)
         };
         let check = {
             let layer = layer.clone();

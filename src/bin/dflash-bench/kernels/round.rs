@@ -349,7 +349,7 @@ fn begin(round: Round, mask: u32) -> Case {
                 verify_spans,
                 round_header,
             };
-            round.begin(device, tables, &states, &path, block > 1, mask)
+            round.begin(device, tables, &states, &path, block > 1, mask, 0)
         };
         let check = move || {
             let [draft_tokens, draft_rows, features, draft_spans, verify_rows, verify_spans, round_header] =

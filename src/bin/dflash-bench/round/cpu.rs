@@ -149,9 +149,8 @@ impl Models {
 
             let clock = Instant::now();
             let mut block = vec![self.anchor(i)];
-            let hidden = drafter.hidden(&self.target, block[0], point.block, context, |_, _| ());
-            let drafts = &hidden[self.target.config.stack.hidden..];
-            drafter.logits(&self.target, drafts, &mut sequence.logits);
+            let hidden = drafter.predict(&self.target, block[0], point.block - 1, context);
+            drafter.logits(&self.target, &hidden, &mut sequence.logits);
             let drafts = self.choose(point, &sequence.logits, point.context + 1)?;
             block.extend(drafts);
             context.crop(absorbed);

@@ -1,0 +1,437 @@
+//! Drafters in published layouts against drafts that their reference implementations recorded
+//! (`tests/data/drafters/README.md`): features, logits, drafts and rounds; misreadings of a layout, which the
+//! comparison must notice; and decoding with them on every device.
+
+use crate::device_verification::same_as_alone;
+use crate::support;
+use crate::support::distribution;
+use crate::support::kernel::every_device;
+use crate::support::requests::{self, AcceptAll, keep_going, request, run, run_together, seeded, spec};
+
+use dflash::checkpoint::config::{Layout, Slots};
+use dflash::checkpoint::pair::Pair;
+use dflash::cpu::decoder::Sequences;
+use dflash::cpu::model::{Cache, Drafter, Target};
+use dflash::engine::generate::Request;
+use dflash::engine::lossless::check;
+use dflash::gpu::batch_config::BatchConfig;
+use dflash::gpu::decoder::{Batch, Models};
+use dflash::spec::config::VerifyMethod;
+use dflash::spec::sampling::argmax;
+use safetensors::SafeTensors;
+use serde_json::Value;
+use std::fs;
+use std::path::PathBuf;
+
+/// Drafters that every device runs.
+const FOLDERS: [&str; 2] = ["dflash-speculators", "dflash-deepspec"];
+/// Drafters with a walk, which only the CPU runs: a vanilla, an rnn and a gated Markov head.
+const WALKS: [&str; 3] = ["dspark-deepspec", "dspark-deepspec-rnn", "dspark-speculators"];
+
+fn folder(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters").join(name)
+}
+
+fn open(name: &str) -> Pair {
+    Pair::open(support::disk(&folder("target")), Some(support::disk(&folder(name)))).unwrap()
+}
+
+/// What a reference implementation recorded for one drafter.
+struct Oracle {
+    json: Value,
+    tensors: Vec<u8>,
+}
+
+/// A recorded prompt.
+struct Prompt {
+    prompt: Vec<u32>,
+    committed: Vec<u32>,
+    rounds: Vec<Round>,
+}
+
+struct Round {
+    anchor_position: usize,
+    drafts: Vec<u32>,
+    accepted: usize,
+}
+
+impl Oracle {
+    fn open(name: &str) -> Oracle {
+        let json = fs::read(folder(name).join("oracle.json")).unwrap();
+        let tensors = fs::read(folder(name).join("oracle.safetensors")).unwrap();
+        Oracle { json: serde_json::from_slice(&json).unwrap(), tensors }
+    }
+
+    fn prompts(&self) -> Vec<Prompt> {
+        let ids = |value: &Value| -> Vec<u32> {
+            value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+        };
+        let round = |round: &Value| Round {
+            anchor_position: round["anchor_position"].as_u64().unwrap() as usize,
+            drafts: ids(&round["drafts"]),
+            accepted: round["accepted"].as_u64().unwrap() as usize,
+        };
+        let prompt = |prompt: &Value| Prompt {
+            prompt: ids(&prompt["prompt"]),
+            committed: ids(&prompt["committed"]),
+            rounds: prompt["rounds"].as_array().unwrap().iter().map(round).collect(),
+        };
+        self.json["prompts"].as_array().unwrap().iter().map(prompt).collect()
+    }
+
+    fn tensor(&self, name: &str) -> Vec<f32> {
+        let file = SafeTensors::deserialize(&self.tensors).unwrap();
+        let data = file.tensor(name).unwrap();
+        assert_eq!(data.dtype(), safetensors::Dtype::F32);
+        data.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+    }
+}
+
+/// Largest differences from the recorded values, and the number of rounds whose drafts differ.
+#[derive(Debug, Default)]
+struct Differences {
+    features: f32,
+    hidden: f32,
+    logits: f32,
+    /// Of logits after the walk, and of confidences.
+    walk: f32,
+    drafts: usize,
+    rounds: usize,
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Repeats all recorded rounds with this pair on the CPU.
+fn compare(pair: &Pair, oracle: &Oracle) -> Differences {
+    let (target, drafter) =
+        (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+    let (plan, vocab) = (&drafter.config, target.config.vocab);
+    let mut all = Differences::default();
+    for (p, recorded) in oracle.prompts().iter().enumerate() {
+        let mut features = Vec::new();
+        let mut cache = Cache::new(&target.config.stack, 256).unwrap();
+        target.forward(&recorded.committed, &mut cache, &plan.taps, &mut features, 1);
+        let taps = largest_difference(&features, &oracle.tensor(&format!("p{p}.taps")));
+        all.features = all.features.max(taps);
+        let width = features.len() / recorded.committed.len();
+        for (r, round) in recorded.rounds.iter().enumerate() {
+            let at = round.anchor_position;
+            let mut context = Cache::new(&plan.stack, 256).unwrap();
+            drafter.inject(&features[..at * width], &mut context);
+            let (anchor, count) = (recorded.committed[at], round.drafts.len());
+            let hidden = drafter.predict(&target, anchor, count, &mut context);
+            let reference = oracle.tensor(&format!("p{p}.r{r}.hidden"));
+            let first = reference.len() - hidden.len();
+            all.hidden = all.hidden.max(largest_difference(&hidden, &reference[first..]));
+            let mut logits = Vec::new();
+            drafter.logits(&target, &hidden, &mut logits);
+            let of_the_drafter = |logits: &[f32], reference: &[f32]| {
+                let finite: Vec<f32> = logits.iter().copied().filter(|logit| logit.is_finite()).collect();
+                match finite.len() == reference.len() {
+                    true => largest_difference(&finite, reference),
+                    false => f32::INFINITY,
+                }
+            };
+            let reference = oracle.tensor(&format!("p{p}.r{r}.logits"));
+            all.logits = all.logits.max(of_the_drafter(&logits, &reference));
+            let (mut drafts, mut confidences) = (vec![], vec![]);
+            let mut walk = drafter.walk(anchor);
+            for (row, hidden) in logits.chunks_mut(vocab).zip(hidden.chunks(plan.stack.hidden)) {
+                if let Some(walk) = &mut walk {
+                    confidences.push(walk.confidence(hidden).unwrap());
+                    drafter.add_bias(&walk.bias(hidden), row);
+                }
+                drafts.push(argmax(row).unwrap());
+                walk.iter_mut().for_each(|walk| walk.follow(*drafts.last().unwrap()));
+            }
+            all.drafts += usize::from(drafts != round.drafts);
+            if walk.is_some() {
+                let corrected = oracle.tensor(&format!("p{p}.r{r}.corrected"));
+                let probability = |logit: &f32| 1.0 / (1.0 + (-logit).exp());
+                let recorded = oracle.tensor(&format!("p{p}.r{r}.confidence_logits"));
+                let recorded: Vec<f32> = recorded.iter().map(probability).collect();
+                let apart =
+                    of_the_drafter(&logits, &corrected).max(largest_difference(&confidences, &recorded));
+                all.walk = all.walk.max(apart);
+            }
+            all.rounds += 1;
+        }
+    }
+    println!("{all:?}");
+    all
+}
+
+#[test]
+fn drafts_and_logits_equal_the_reference_implementations() {
+    for name in FOLDERS.into_iter().chain(WALKS) {
+        let found = compare(&open(name), &Oracle::open(name));
+        assert_eq!((found.drafts, found.rounds), (0, 18), "{name}");
+        let largest =
+            [found.features, found.hidden, found.logits, found.walk].into_iter().fold(0.0, f32::max);
+        assert!(largest < 1e-4, "{name}: {found:?}");
+    }
+}
+
+#[test]
+fn plans_say_slots_taps_and_vocabulary() {
+    let plans = FOLDERS.map(|name| open(name).drafter.unwrap().config);
+    let of = |i: usize| (plans[i].identity.layout, plans[i].slots, plans[i].block, &plans[i].taps[..]);
+    assert_eq!(of(0), (Layout::Speculators, Slots::FillIn, 8, &[1, 3, 4][..]));
+    assert_eq!(of(1), (Layout::DeepSpec, Slots::AnchorFirst, 8, &[1, 2, 3, 4, 5][..]));
+    let ids = plans[0].ids.as_ref().unwrap();
+    assert!(plans[0].own_head == Some(256) && ids.len() == 256 && ids.is_sorted() && ids[255] < 512);
+    // DeepSpec's copies equal the target's.
+    assert_eq!((plans[1].own_head, plans[1].own_embedding, &plans[1].ids), (None, false, &None));
+}
+
+/// Greedy rounds of the decoder emit the recorded tokens and accept the recorded numbers of drafts.
+#[test]
+fn greedy_rounds_accept_what_the_reference_accepts() {
+    for name in FOLDERS.into_iter().chain(WALKS) {
+        let pair = open(name);
+        let (target, drafter) =
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+        for recorded in Oracle::open(name).prompts() {
+            let answer = &recorded.committed[recorded.prompt.len()..];
+            let mut decoder = Sequences::new(&target, Some(&drafter), 1, 256);
+            let outcome = run(&mut decoder, &request(&recorded.prompt, answer.len(), 8, 0.0));
+            assert_eq!(outcome.tokens, answer, "{name}");
+            let emitted: Vec<usize> = recorded.rounds.iter().map(|round| round.accepted + 1).collect();
+            assert_eq!(outcome.accepted, emitted, "{name}");
+        }
+    }
+}
+
+// ---- misreadings ----
+
+/// Each misreading of a layout moves logits by far more than the tolerance, or changes drafts.
+#[test]
+fn misreadings_of_a_layout_are_noticed() {
+    type Change = fn(&mut dflash::checkpoint::config::DrafterConfig);
+    let mistakes: [(&str, &str, Change); 11] = [
+        ("taps one layer late", "dflash-speculators", |plan| plan.taps.iter_mut().for_each(|tap| *tap += 1)),
+        ("taps one layer late", "dflash-deepspec", |plan| plan.taps.iter_mut().for_each(|tap| *tap += 1)),
+        ("taps in reverse order", "dflash-speculators", |plan| plan.taps.reverse()),
+        ("anchor first", "dflash-speculators", |plan| plan.slots = Slots::AnchorFirst),
+        ("fill in", "dflash-deepspec", |plan| plan.slots = Slots::FillIn),
+        ("d2t not applied", "dflash-speculators", |plan| plan.ids = Some((0..256).collect())),
+        ("the target's head", "dflash-speculators", |plan| (plan.own_head, plan.ids) = (None, None)),
+        ("another RoPE base", "dflash-deepspec", |plan| plan.stack.rope.theta = 1e4),
+        ("no Markov head", "dspark-deepspec", |plan| plan.walk = None),
+        ("the slots of DeepSpec", "dspark-speculators", |plan| plan.slots = Slots::AnchorFirst),
+        ("no norm of heads", "dflash-speculators", |plan| plan.stack.qk_norm = false),
+    ];
+    for (mistake, name, change) in mistakes {
+        let mut pair = open(name);
+        change(&mut pair.drafter.as_mut().unwrap().config);
+        let found = compare(&pair, &Oracle::open(name));
+        assert!(
+            found.drafts > 0 && found.drafts * 2 > found.rounds || found.logits > 0.1,
+            "{mistake}: {found:?}"
+        );
+    }
+}
+
+/// Copies of embedding and head that differ from the target's are used. The last token occurs nowhere, so the
+/// drafts stay the same.
+#[test]
+fn an_own_embedding_and_head_are_used_if_they_differ_from_the_targets() {
+    let copy = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(folder("dflash-deepspec").join(file), copy.path().join(file)).unwrap();
+    }
+    let path = copy.path().join("model.safetensors");
+    let mut file = fs::read(&path).unwrap();
+    let (start, unused) = {
+        let (size, header) = SafeTensors::read_metadata(&file).unwrap();
+        let tensors = header.tensors();
+        let begin = |name: &str| 8 + size + tensors[name].data_offsets.0;
+        let recorded = Oracle::open("dflash-deepspec").prompts();
+        let used = |id: u32| recorded.iter().any(|prompt| prompt.committed.contains(&id));
+        let unused = (2..512).find(|&id| !used(id)).unwrap();
+        ([begin("embed_tokens.weight"), begin("lm_head.weight")], unused as usize)
+    };
+    for start in start {
+        file[start + unused * 128] ^= 1;
+    }
+    fs::write(&path, file).unwrap();
+    let pair = Pair::open(support::disk(&folder("target")), Some(support::disk(copy.path()))).unwrap();
+    let plan = &pair.drafter.as_ref().unwrap().config;
+    assert_eq!((plan.own_head, plan.own_embedding, &plan.ids), (Some(512), true, &None));
+    let found = compare(&pair, &Oracle::open("dflash-deepspec"));
+    assert_eq!(found.drafts, 0);
+    every_device(|device| {
+        let tokens = |pair: &Pair| {
+            let models = Models::load(device, pair, 128).unwrap();
+            let mut batch = Batch::new(device, &models, BatchConfig::new(1, 8, 128)).unwrap();
+            run(&mut batch, &request(&Oracle::open("dflash-deepspec").prompts()[0].prompt, 16, 8, 0.0))
+                .accepted
+        };
+        assert_eq!(tokens(&pair), tokens(&open("dflash-deepspec")));
+    });
+}
+
+// ---- devices ----
+
+/// Chains, trees and every verification method in one batch, and each alone.
+#[test]
+fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
+    for name in FOLDERS {
+        let (pair, oracle) = (open(name), Oracle::open(name));
+        every_device(|device| {
+            let models = Models::load(device, &pair, 128).unwrap();
+            let prompts = oracle.prompts();
+            let kinds = [
+                (spec(VerifyMethod::Match, 0.0, None), 8, 0.0),
+                (spec(VerifyMethod::Match, 1.0, None), 8, 0.8),
+                (spec(VerifyMethod::Match, 0.0, Some(20)), 8, 0.0),
+                (spec(VerifyMethod::Rejection, 1.0, None), 8, 1.0),
+                (spec(VerifyMethod::Rejection, 1.0, Some(16)), 8, 1.0),
+                (spec(VerifyMethod::Block, 1.0, None), 8, 0.7),
+                (spec(VerifyMethod::Block, 1.0, Some(16)), 8, 0.7),
+                (spec(VerifyMethod::Match, 0.0, None), 5, 0.0),
+            ];
+            let requests: Vec<Request> = (kinds.into_iter().enumerate())
+                .map(|(i, (spec, block, temperature))| {
+                    let prompt = &prompts[i % prompts.len()].prompt;
+                    Request { spec, ..seeded(prompt, 8, block, temperature, i as u64) }
+                })
+                .collect();
+            let config = BatchConfig { draft_probs: true, ..BatchConfig::new(3, 8, 128).with_trees(20) };
+            let accepted = same_as_alone(device, &models, config, &requests, &[usize::MAX; 8]);
+            assert!(accepted > 12, "{name}: {accepted} drafts accepted");
+        });
+    }
+}
+
+/// Through the kernels, tokens equal those of AR decoding bit for bit, and about as many drafts are accepted as
+/// the reference accepts in f32.
+#[test]
+fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
+    for name in FOLDERS {
+        let (pair, oracle) = (open(name), Oracle::open(name));
+        every_device(|device| {
+            let models = Models::load(device, &pair, 128).unwrap();
+            let (mut accepted, mut recorded_accepted) = (0, 0);
+            for recorded in oracle.prompts() {
+                let tokens = recorded.committed.len() - recorded.prompt.len();
+                for tree in [None, Some(16)] {
+                    let config = BatchConfig::new(1, 8, 128).with_trees(tree.unwrap_or(0));
+                    let mut batch = Batch::new(device, &models, config).unwrap();
+                    let spec = spec(VerifyMethod::Match, 0.0, tree);
+                    let request = Request { spec, ..request(&recorded.prompt, tokens, 8, 0.0) };
+                    let report = check(&mut batch, &request, || Ok(AcceptAll)).unwrap().unwrap();
+                    assert_eq!((&report.identical, report.compared), (&Ok(()), tokens - 1), "{name}");
+                    if tree.is_none() {
+                        accepted += run(&mut batch, &request).accepted.iter().map(|n| n - 1).sum::<usize>();
+                        recorded_accepted +=
+                            recorded.rounds.iter().map(|round| round.accepted).sum::<usize>();
+                    }
+                }
+            }
+            println!("{name}: {accepted} drafts accepted, {recorded_accepted} by the reference");
+            assert!(accepted * 10 >= recorded_accepted * 9, "{name}: {accepted} of {recorded_accepted}");
+        });
+    }
+}
+
+/// With a walk, chains and trees of every method emit the tokens of AR decoding or follow its distribution: the
+/// distribution of a draft is that given the drafts before it.
+#[test]
+fn walks_are_lossless_with_every_method() {
+    for name in WALKS {
+        let pair = open(name);
+        let (target, drafter) =
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+        let prompt = &Oracle::open(name).prompts()[1].prompt;
+        let mut decoder = Sequences::new(&target, Some(&drafter), 1, 256);
+        for (temperature, tree) in [(0.0, None), (0.8, None), (0.0, Some(20)), (0.8, Some(20))] {
+            let own = spec(VerifyMethod::Match, if tree.is_none() { temperature } else { 0.0 }, tree);
+            let drafted = Request { spec: own, ..request(prompt, 30, 8, temperature) };
+            let ar = run(&mut decoder, &Request { spec: Default::default(), block: 1, ..drafted.clone() });
+            let outcome = run(&mut decoder, &drafted);
+            assert_eq!(outcome.tokens, ar.tokens, "{name} {temperature} {tree:?}");
+            assert!(outcome.accepted.len() < 25, "{name}: {:?}", outcome.accepted);
+        }
+        // The target is sure of most tokens; a high temperature spreads the answers.
+        let prompt = &prompt[..4];
+        let trees = [(VerifyMethod::Rejection, Some(9)), (VerifyMethod::Block, Some(9))];
+        let chains = [(VerifyMethod::Rejection, None), (VerifyMethod::Block, None)];
+        let kinds = chains.into_iter().chain(trees.into_iter().filter(|_| name == "dspark-speculators"));
+        for (method, tree) in kinds {
+            let spec = spec(method, 4.0, tree);
+            let own = |seed| {
+                let mut request = Request { spec: spec.clone(), ..seeded(prompt, 2, 4, 4.0, seed) };
+                request.sampling.top_k = 6;
+                request
+            };
+            let requests: Vec<Request> = (0..500).map(own).collect();
+            let expected = distribution::distribution(&target, prompt, &requests[0].sampling, 2);
+            let mut decoder = Sequences::new(&target, Some(&drafter), 8, 256);
+            let answers = run_together(&mut decoder, &requests, keep_going);
+            distribution::check(&spec, &expected, answers.into_iter().map(|outcome| outcome.tokens));
+        }
+    }
+}
+
+/// Devices refuse what they do not run.
+#[test]
+fn devices_refuse_drafters_with_a_walk() {
+    let refusal = Models::load(&dflash::gpu::emulator::Emulator::new(), &open(WALKS[0]), 128).err().unwrap();
+    let sentence = refusal.to_string();
+    assert!(
+        sentence.ends_with("config.json: a DSpark drafter in DeepSpec's layout runs on the CPU only"),
+        "{sentence}"
+    );
+    assert_eq!(refusal.exit_code(), 4);
+}
+
+/// Drafts are sampled from a reduced vocabulary, but answers have the target's distribution over all tokens.
+#[test]
+fn answers_of_a_reduced_vocabulary_have_the_targets_distribution() {
+    let (target, drafter) = requests::tiny();
+    for anchor_first in [false, true] {
+        let written = support::write_pair(&target, &drafter);
+        support::reduce_vocabulary(&written, &target, &drafter, &[0, 2, 3], anchor_first);
+        let pair = requests::open(&written);
+        let plan = &pair.drafter.as_ref().unwrap().config;
+        assert_eq!((plan.own_head, plan.ids.as_deref()), (Some(3), Some(&[0, 2, 3][..])));
+        let models =
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+        let kinds = [(VerifyMethod::Rejection, None), (VerifyMethod::Block, None)]
+            .into_iter()
+            .chain([(VerifyMethod::Rejection, Some(9)), (VerifyMethod::Block, Some(9))])
+            .map(|(method, tree)| spec(method, 1.0, tree));
+        for kind in kinds {
+            let one = |seed| Request { spec: kind.clone(), ..seeded(&[1, 2, 3], 3, 4, 1.0, seed) };
+            let requests: Vec<Request> = (0..300).map(one).collect();
+            let expected = distribution::distribution(&models.0, &[1, 2, 3], &requests[0].sampling, 3);
+            let mut decoder = Sequences::new(&models.0, Some(&models.1), 8, 64);
+            let answers = run_together(&mut decoder, &requests, keep_going);
+            distribution::check(&kind, &expected, answers.into_iter().map(|outcome| outcome.tokens));
+        }
+        every_device(|device| {
+            let models = Models::load(device, &pair, 64).unwrap();
+            let config = BatchConfig { draft_probs: true, ..BatchConfig::new(32, 4, 64).with_trees(9) };
+            let mut batch = Batch::new(device, &models, config).unwrap();
+            let kinds = [
+                spec(VerifyMethod::Rejection, 1.0, None),
+                spec(VerifyMethod::Block, 1.0, None),
+                spec(VerifyMethod::Rejection, 1.0, Some(9)),
+                spec(VerifyMethod::Block, 1.0, Some(9)),
+            ];
+            let one = |seed: u64| {
+                let spec = kinds[seed as usize % 4].clone();
+                Request { spec, ..seeded(&[1, 2, 3], 3, 4, 1.0, seed) }
+            };
+            let requests: Vec<Request> = (0..270).map(one).collect();
+            let target = Target::load(&pair.target).unwrap();
+            let expected = distribution::distribution(&target, &[1, 2, 3], &requests[0].sampling, 3);
+            let answers = run_together(&mut batch, &requests, keep_going);
+            distribution::check(&kinds, &expected, answers.into_iter().map(|outcome| outcome.tokens));
+        });
+    }
+}
