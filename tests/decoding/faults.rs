@@ -112,7 +112,7 @@ fn a_prompt_with_part_of_its_answer_gives_the_rest() {
             let prompt = prompt(seed, 9);
             let whole = run(&mut single, &request(&prompt, 16, 16, temperature)).tokens;
             // After an odd or an even number of tokens; exhaustive: after each.
-            for n in (1..16).filter(|n| exhaustive() || n % 2 == seed % 2) {
+            for n in (1..16).filter(|n| exhaustive() || n % 2 == seed as usize % 2) {
                 let longer = [&prompt[..], &whole[..n]].concat();
                 let rest = run(&mut single, &request(&longer, 16 - n, 16, temperature)).tokens;
                 assert_eq!(rest, whole[n..], "after {n} tokens at temperature {temperature}");
