@@ -1,6 +1,6 @@
 //! The plan of a drafter: everything that the decoders need to know about it, read from its config and
-//! completed from its files. The decoders read the plan, never the family's name. `docs/drafters.md` describes
-//! the layouts.
+//! completed from its files. The decoders read the plan, never the family's name. `docs/drafters.md`
+//! describes the layouts.
 
 use crate::checkpoint::config::{
     Attention, Family, MAX_BLOCK, MAX_LAYERS, MAX_VOCAB, Stack, TargetConfig, stack,
@@ -41,8 +41,8 @@ pub struct Overrides {
     pub slots: Option<Slots>,
 }
 
-/// The heads of a DSpark drafter, which walk over the rows of a block: each row's logits are corrected by the token
-/// drafted before it (`docs/drafters.md`).
+/// The heads of a DSpark drafter, which walk over the rows of a block: each row's logits are corrected by the
+/// token drafted before it (`docs/drafters.md`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Markov {
     /// What is computed from the token before.
@@ -103,8 +103,8 @@ pub struct DrafterConfig {
 
 /// Most columns of a Markov head.
 const MAX_RANK: usize = 1 << 12;
-/// Names of the architecture of DFlash drafters in z-lab's layout: z-lab's, and NeMo's for the same layout with a
-/// `model.` prefix on tensors.
+/// Names of the architecture of DFlash drafters in z-lab's layout: z-lab's, and NeMo's for the same layout
+/// with a `model.` prefix on tensors.
 const ZLAB: [&str; 2] = ["DFlashDraftModel", "Qwen3DFlashDraftModel"];
 
 impl DrafterConfig {
@@ -117,8 +117,8 @@ impl DrafterConfig {
         DrafterConfig::open_for(folder, &Overrides::default(), None)
     }
 
-    /// As [`DrafterConfig::open`], with overrides. `target_layers`: the target's number of layers, from which a
-    /// speculators config without taps gets the default ones.
+    /// As [`DrafterConfig::open`], with overrides. `target_layers`: the target's number of layers, from
+    /// which a speculators config without taps gets the default ones.
     ///
     /// # Errors
     /// As [`DrafterConfig::open`]; [`Error::Option`] for taps that the target does not have.
@@ -162,28 +162,7 @@ impl DrafterConfig {
             return Err(config.unsupported("target_hidden_size", &field.found(), &expected));
         }
 
-        // Masks (docs/dflash.md 3.6). Full layers of the other layouts see the whole block.
-        let causal = match identity.layout {
-            Layout::Speculators => {
-                flag("sliding_window_non_causal")?.map(|non_causal| !non_causal).or(Some(false))
-            }
-            Layout::DeepSpec => {
-                if windows.iter().any(Option::is_some) {
-                    return Err(config.unsupported("layer_types", "sliding_attention", "full_attention"));
-                }
-                Some(false)
-            }
-            _ => match config.get("is_causal") {
-                Some(field) => Some(field.boolean()?),
-                None => flag("causal")?,
-            },
-        };
-        let causal_of = |window: Option<usize>| match identity.layout {
-            Layout::ZLab => causal.unwrap_or(window.is_some()),
-            _ => causal == Some(true) && window.is_some(),
-        };
-        let attention =
-            windows.into_iter().map(|window| Attention { causal: causal_of(window), window }).collect();
+        let attention = masks(identity.layout, windows, &config, flag)?;
 
         let vocab = body.need("vocab_size")?.integer(1, MAX_VOCAB)?;
         let head = match config.get("draft_vocab_size") {
@@ -321,12 +300,12 @@ impl DrafterConfig {
         usize::from(self.slots == Slots::FillIn)
     }
 
-    /// Completes the plan from the drafter's files: whether its embedding and its head differ from the target's,
-    /// and the ids of a reduced vocabulary. Tensors of other families are refused.
+    /// Completes the plan from the drafter's files: whether its embedding and its head differ from the
+    /// target's, and the ids of a reduced vocabulary. Tensors of other families are refused.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for such a tensor; [`Error::Model`] for a vocabulary that contradicts the config or
-    /// the target.
+    /// [`Error::Unsupported`] for such a tensor; [`Error::Model`] for a vocabulary that contradicts the
+    /// config or the target.
     pub(crate) fn complete(
         &mut self,
         weights: &Checkpoint,
@@ -352,6 +331,14 @@ impl DrafterConfig {
         {
             self.own_head = Some(self.vocab);
         }
+        if (self.own_embedding || self.walk.is_some()) && self.vocab < target.vocab {
+            return Err(Error::Model(format!(
+                "{}: the drafter has embeddings of {} tokens, but the target's vocabulary has {}",
+                weights.source(),
+                self.vocab,
+                target.vocab
+            )));
+        }
         let Some(rows) = self.own_head else { return weights.refuse_integers("d2t", "draft_vocab_size") };
         if rows < self.vocab {
             self.ids = Some(weights.draft_ids(rows, self.vocab)?.into());
@@ -368,11 +355,39 @@ impl DrafterConfig {
         }
     }
 
-    /// Completes the plan of a drafter with random weights: the ids of a reduced vocabulary are spread evenly.
+    /// Completes the plan of a drafter with random weights: the ids of a reduced vocabulary are spread
+    /// evenly.
     pub(crate) fn complete_randomly(&mut self, target_vocab: usize) {
         let id = |i: usize, rows: usize| (i * target_vocab / rows) as u32;
         self.ids = self.own_head.map(|rows| (0..rows).map(|i| id(i, rows)).collect());
     }
+}
+
+/// The mask of each layer (docs/dflash.md 3.6). Full layers of other layouts than z-lab's see the whole
+/// block.
+fn masks(
+    layout: Layout,
+    windows: Vec<Option<usize>>,
+    config: &Fields,
+    flag: impl Fn(&str) -> Result<Option<bool>>,
+) -> Result<Vec<Attention>> {
+    // Whether layers of each kind are causal: (full, sliding).
+    let (full, sliding) = match layout {
+        Layout::Speculators => (false, flag("sliding_window_non_causal")? == Some(false)),
+        Layout::DeepSpec if windows.iter().any(Option::is_some) => {
+            return Err(config.unsupported("layer_types", "sliding_attention", "full_attention"));
+        }
+        Layout::DeepSpec => (false, false),
+        _ => {
+            let causal = match config.get("is_causal") {
+                Some(field) => Some(field.boolean()?),
+                None => flag("causal")?,
+            };
+            (causal.unwrap_or(false), causal.unwrap_or(true))
+        }
+    };
+    let mask = |window: Option<usize>| Attention { causal: window.map_or(full, |_| sliding), window };
+    Ok(windows.into_iter().map(mask).collect())
 }
 
 /// The heads of a DSpark config; `None` if its Markov head has rank 0.
@@ -392,8 +407,8 @@ fn markov(config: &Fields) -> Result<Option<Markov>> {
     Ok(Some(Markov { kind, rank: rank.integer(1, MAX_RANK)?, confidence }))
 }
 
-/// The taps that a config lists, converted to outputs, with the field's name; `None` if nothing says which they
-/// are. Boundary `b` is the output of layer `b - 1`.
+/// The taps that a config lists, converted to outputs, with the field's name; `None` if nothing says which
+/// they are. Boundary `b` is the output of layer `b - 1`.
 fn listed_taps<'a>(
     layout: Layout,
     either: impl Fn(&str) -> Option<Field<'a>>,

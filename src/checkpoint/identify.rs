@@ -1,6 +1,6 @@
 //! Tells model layouts apart: the architectures of targets, and the family and layout of a drafter, from its
-//! config and from the names of its tensors. Drafters that this engine does not run are refused by the name of
-//! their family. Which fields and tensors belong to which family is in `docs/drafters.md`.
+//! config and from the names of its tensors. Drafters that this engine does not run are refused by the name
+//! of their family. Which fields and tensors belong to which family is in `docs/drafters.md`.
 
 use crate::checkpoint::json::{Document, Field, Fields};
 use crate::error::excerpt;
@@ -200,8 +200,8 @@ fn described(field: Field) -> (String, String) {
     (field.name, found)
 }
 
-/// The first row of the table that fits: the field that decides, its value, and the kind. `None` if the config
-/// is not a drafter's.
+/// The first row of the table that fits: the field that decides, its value, and the kind. `None` if the
+/// config is not a drafter's.
 fn decide(config: &Fields) -> Option<(String, String, &'static Kind)> {
     let row = |(tests, kind): &'static (&[Test], Kind)| {
         let (field, found) = tests.iter().find_map(|test| test.found(config))?;
@@ -214,7 +214,8 @@ fn decide(config: &Fields) -> Option<(String, String, &'static Kind)> {
 /// drafters of another family or layout have is a contradiction.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for an unknown kind of drafter and for a contradiction; [`Error::Option`] for a target.
+/// [`Error::Unsupported`] for an unknown kind of drafter and for a contradiction; [`Error::Option`] for a
+/// target.
 pub(crate) fn identify(config: &Fields) -> Result<(Identity, String)> {
     let Some((field, found, kind)) = decide(config) else {
         let architecture = config.architecture()?;
@@ -300,8 +301,8 @@ impl fmt::Display for Owner {
     }
 }
 
-/// Fields that only some drafters have: (field, neutral value, drafters). A field may be null, false, 0, empty,
-/// or have its neutral value: each of these means the same as its absence.
+/// Fields that only some drafters have: (field, neutral value, drafters). A field may be null, false, 0,
+/// empty, or have its neutral value: each of these means the same as its absence.
 const FIELDS: [(&str, &str, Owner); 25] = [
     ("dflash_config", "", Owner::Layouts(&[ZLab, SpecForge])),
     ("conv_kernel_size", "", Owner::Family(DFlash2)),

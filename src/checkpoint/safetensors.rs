@@ -330,15 +330,16 @@ impl Checkpoint {
     }
 
     /// As [`Checkpoint::check_target`], for a drafter
-    /// ([`DrafterConfig::tensors`](crate::checkpoint::config::DrafterConfig::tensors)). Copies of the target's
-    /// embedding and head, and the ids of a reduced vocabulary, may be there.
+    /// ([`DrafterConfig::tensors`](crate::checkpoint::config::DrafterConfig::tensors)). Copies of the
+    /// target's embedding and head, and the ids of a reduced vocabulary, may be there.
     ///
     /// # Errors
     /// As [`Checkpoint::check_target`].
     pub fn check_drafter(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
         let ignored = ["embed_tokens.weight", "lm_head.weight", "d2t", "t2d"];
         for (name, entry) in self.unexpected(expected) {
-            if !name.ends_with("rotary_emb.inv_freq") && !ignored.contains(&name) {
+            let bare = name.strip_prefix("model.").unwrap_or(name);
+            if !name.ends_with("rotary_emb.inv_freq") && !ignored.contains(&bare) {
                 return Err(self.unknown(name, entry, expected, "a DFlash drafter"));
             }
         }
@@ -375,8 +376,8 @@ impl Checkpoint {
         }
     }
 
-    /// The target's ids of a reduced vocabulary of `rows` tokens, ascending, from `d2t` `[rows]`, which has the
-    /// offset of each. `t2d` `[vocab]`, if it is there, must mark the same ids.
+    /// The target's ids of a reduced vocabulary of `rows` tokens, ascending, from `d2t` `[rows]`, which has
+    /// the offset of each. `t2d` `[vocab]`, if it is there, must mark the same ids.
     ///
     /// # Errors
     /// [`Error::Model`] for a missing tensor, another type or shape, or ids that do not ascend below `vocab`.

@@ -183,9 +183,9 @@ impl<'a> Sequence<'a> {
         tree.ok_or_else(empty_distribution)
     }
 
-    /// Runs the drafter for a round of `rows` rows. Calls `map` with the logits and the position of each draft, in
-    /// order. It returns the result of the row and the token that a walk follows: the draft, or in a tree the best
-    /// token, so that the distribution of a depth is the same for all its rows.
+    /// Runs the drafter for a round of `rows` rows. Calls `map` with the logits and the position of each
+    /// draft, in order. It returns the result of the row and the token that a walk follows: the draft, or in
+    /// a tree the best token, so that the distribution of a depth is the same for all its rows.
     fn map_draft_logits<T>(
         &mut self,
         rows: usize,

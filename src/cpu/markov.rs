@@ -1,5 +1,5 @@
-//! The Markov head and the confidence head of DSpark drafters in plain f32 (arXiv 2607.05147): a walk over the rows
-//! of a block that corrects each row's logits by the token drafted before it.
+//! The Markov head and the confidence head of DSpark drafters in plain f32 (arXiv 2607.05147): a walk over
+//! the rows of a block that corrects each row's logits by the token drafted before it.
 
 use crate::Result;
 use crate::checkpoint::drafter::{Markov, MarkovKind};
@@ -98,8 +98,8 @@ impl Walk<'_> {
         bias
     }
 
-    /// The estimated probability that the draft of the next row is accepted if those before it are; `None` without a
-    /// confidence head. It does not depend on that draft.
+    /// The estimated probability that the draft of the next row is accepted if those before it are; `None`
+    /// without a confidence head. It does not depend on that draft.
     pub fn confidence(&self, hidden: &[f32]) -> Option<f32> {
         let (weights, bias) = self.head.confidence.as_ref()?;
         let input = [hidden, &self.embedding].concat();

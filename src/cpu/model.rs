@@ -478,8 +478,8 @@ impl Drafter {
         hidden
     }
 
-    /// A walk over the rows of a block, which corrects their logits; `None` if rows do not depend on each other's
-    /// drafts.
+    /// A walk over the rows of a block, which corrects their logits; `None` if rows do not depend on each
+    /// other's drafts.
     pub fn walk(&self, anchor: u32) -> Option<Walk<'_>> {
         self.markov.as_ref().map(|head| head.walk(anchor))
     }
@@ -492,9 +492,9 @@ impl Drafter {
         }
     }
 
-    /// Writes logits `[rows][vocab]` of the target's vocabulary to `out`, from rows `[rows][hidden]` after the
-    /// final norm: the head, then multiplier and softcap (docs/dflash.md 3.5). Ids that the drafter does not
-    /// have get -inf.
+    /// Writes logits `[rows][vocab]` of the target's vocabulary to `out`, from rows `[rows][hidden]` after
+    /// the final norm: the head, then multiplier and softcap (docs/dflash.md 3.5). Ids that the drafter does
+    /// not have get -inf.
     pub fn logits(&self, target: &Target, normed: &[f32], out: &mut Vec<f32>) {
         match &self.head {
             Some(head) => ops::linear(normed, normed.len() / head.cols, [(head, out)]),

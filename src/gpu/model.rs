@@ -546,8 +546,8 @@ pub struct LmHead {
 }
 
 impl LmHead {
-    /// Allocates the head `[rows][hidden]` and lists it in `loader`. `ids` `[rows]`: the ids of its outputs, if
-    /// they are not `0..vocab`.
+    /// Allocates the head `[rows][hidden]` and lists it in `loader`. `ids` `[rows]`: the ids of its outputs,
+    /// if they are not `0..vocab`.
     ///
     /// # Errors
     /// As [`Transformer::load`].
@@ -568,10 +568,10 @@ impl LmHead {
         self.ids.is_some()
     }
 
-    /// Runs the head over rows `first..first + head.rows` of `s.y`, which a pass through `layers` left there.
-    /// Writes `best` `[rows][shape.blocks()]` u64, the best logit of each 128 outputs (see [`Head::launch`]),
-    /// and, if given, `logits` `[rows][vocab]` f32. A reduced vocabulary leaves the logits of other ids as they
-    /// are.
+    /// Runs the head over rows `first..first + head.rows` of `s.y`, which a pass through `layers` left
+    /// there. Writes `best` `[rows][shape.blocks()]` u64, the best logit of each 128 outputs (see
+    /// [`Head::launch`]), and, if given, `logits` `[rows][vocab]` f32. A reduced vocabulary leaves the
+    /// logits of other ids as they are.
     ///
     /// # Errors
     /// The device's error.

@@ -140,9 +140,16 @@ pub fn target_bytes(target: &TargetConfig) -> f64 {
     layers_bytes(&target.stack) + head_bytes(target)
 }
 
-/// Bytes of weights that a pass of the drafter reads: its layers, its `fc` matrix, and the head.
+/// Bytes of the head of a walk, which every draft of a round reads.
+fn walk_bytes(drafter: &DrafterConfig) -> f64 {
+    let outputs = drafter.own_head.unwrap_or(drafter.vocab);
+    drafter.walk.map_or(0.0, |walk| ((drafter.block - 1) * outputs * walk.rank) as f64 * ELEMENT)
+}
+
+/// Bytes of weights that a pass of the drafter reads: its layers, its `fc` matrix, the head, and the head of
+/// a walk.
 pub fn drafter_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
-    layers_bytes(&drafter.stack) + fc_bytes(drafter) + draft_head_bytes(target, drafter)
+    layers_bytes(&drafter.stack) + fc_bytes(drafter) + draft_head_bytes(target, drafter) + walk_bytes(drafter)
 }
 
 /// Bytes of keys and values of one position in one layer.

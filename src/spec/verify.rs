@@ -95,8 +95,8 @@ pub fn sample_chain(distributions: &[Distribution], random: &mut impl RandomSour
     distributions.iter().enumerate().map(sample).collect()
 }
 
-/// Samples draft `depth` of a chain, from 1 on. Its distribution may depend on the drafts before it. `None` as in
-/// [`sample_chain`].
+/// Samples draft `depth` of a chain, from 1 on. Its distribution may depend on the drafts before it. `None`
+/// as in [`sample_chain`].
 pub fn sample_draft(
     depth: usize,
     distribution: &Distribution,
@@ -353,9 +353,9 @@ pub fn block_verify(
 /// has.
 ///
 /// At each draft, the chains that agree with all drafts selected so far are *running*, and the others are
-/// *eliminated*. Among the running chains, the one whose next draft has the highest [`class`] is selected, or
-/// the first of several. Arguments and result are those of [`recursive_rejection`], with as many `distributions`
-/// as a chain has drafts. The rows returned are those of the chain that was selected last.
+/// *eliminated*. Among the running chains, the one whose next draft has the highest [`class`] is selected,
+/// or the first of several. Arguments and result are those of [`recursive_rejection`], with as many
+/// `distributions` as a chain has drafts. The rows returned are those of the chain that was selected last.
 ///
 /// Chains are sampled independently. So, given the selections so far, the only thing to know about a chain is
 /// the probability that it is eliminated. The selected draft is `x` of class `b` from chain `c` if three

@@ -89,6 +89,33 @@ fn slots_that_nothing_says_are_refused() {
     );
 }
 
+/// An anchor beyond the drafter's own table would have no embedding.
+#[test]
+fn an_own_embedding_must_have_every_token_of_the_target() {
+    let (target, drafter) = small();
+    let pair = write_pair(&target, &drafter);
+    let mut tensors = support::drafter_tensors(&target, &drafter);
+    let embedding = support::target_tensors(&target).remove(0);
+    let rows = 39;
+    let values = embedding.values[..rows * target.hidden].to_vec();
+    tensors.push(support::Raw {
+        name: "embed_tokens.weight".into(),
+        shape: vec![rows, target.hidden],
+        values,
+    });
+    support::write_tensors(&pair.drafter, &tensors, drafter.dtype, 1);
+    edit_json(&pair.drafter, "config.json", |config| {
+        config["dflash_config"] = Value::Null;
+        config["num_anchors"] = 512.into();
+        config["target_layer_ids"] = json!(drafter.taps);
+        config["mask_token_id"] = drafter.mask_token.into();
+        config["vocab_size"] = rows.into();
+    });
+    let sentence =
+        "D/model.safetensors: the drafter has embeddings of 39 tokens, but the target's vocabulary has 40";
+    assert_eq!(refusal(&pair), (3, sentence.into()));
+}
+
 /// Boundaries 2, L / 2 and L - 3 of a target of L layers.
 #[test]
 fn absent_taps_of_a_speculators_config_are_the_default_ones() {

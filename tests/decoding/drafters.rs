@@ -307,8 +307,8 @@ fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
     }
 }
 
-/// Through the kernels, tokens equal those of AR decoding bit for bit, and about as many drafts are accepted as
-/// the reference accepts in f32.
+/// Through the kernels, tokens equal those of AR decoding bit for bit, and about as many drafts are accepted
+/// as the reference accepts in f32.
 #[test]
 fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
     for name in FOLDERS {
@@ -338,8 +338,8 @@ fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
     }
 }
 
-/// With a walk, chains and trees of every method emit the tokens of AR decoding or follow its distribution: the
-/// distribution of a draft is that given the drafts before it.
+/// With a walk, chains and trees of every method emit the tokens of AR decoding or follow its distribution:
+/// the distribution of a draft is that given the drafts before it.
 #[test]
 fn walks_are_lossless_with_every_method() {
     for name in WALKS {

@@ -16,6 +16,7 @@ mod linear_bits;
 mod norm;
 mod pack;
 mod passes;
+mod planted;
 mod prefill;
 mod read;
 mod rejection;

@@ -1,7 +1,8 @@
 //! Helpers of kernel tests: available devices, the five schedules, poisoned outputs, relative errors, bf16
 //! and seeded data.
 //!
-//! Tests run on the emulator, and also on a GPU if one opens. Bits are compared between runs on one device.
+//! Tests run on the emulator, and also on a GPU if one opens. Under `softgpu run` that GPU is the software GPU,
+//! which takes the emulator's place, with the same five schedules. Bits are compared between runs on one device.
 //! Only kernels that compute with integers or round once must give equal bits on different devices.
 
 pub use crate::support::exhaustive;
@@ -11,9 +12,11 @@ use dflash::gpu::cuda::Cuda;
 use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::emulator::{Emulator, Schedule};
 pub use random::Random;
-use std::sync::OnceLock;
+use std::ffi::{CString, c_char};
+use std::sync::{Mutex, OnceLock};
 
-/// The first GPU, if one opens. All tests of a program share the device.
+/// The first GPU, if one opens. All tests of a program share the device; of the software GPU, each thread has a
+/// stream of its own, so that tests run in parallel.
 pub fn gpu() -> Option<&'static dyn Device> {
     static GPU: OnceLock<Option<Cuda>> = OnceLock::new();
     // The driver cannot start in the address space that AddressSanitizer leaves free.
@@ -21,7 +24,40 @@ pub fn gpu() -> Option<&'static dyn Device> {
     let gpu = GPU.get_or_init(open).as_ref()?;
     // tools/gpu-check.sh looks for this line.
     println!("on {}", gpu.properties().name);
-    Some(gpu)
+    if !is_software(gpu) {
+        return Some(gpu);
+    }
+    /// Devices that no thread uses.
+    static FREE: Mutex<Vec<&'static Cuda>> = Mutex::new(Vec::new());
+    struct Lease(&'static Cuda);
+    impl Drop for Lease {
+        fn drop(&mut self) {
+            FREE.lock().unwrap().push(self.0);
+        }
+    }
+    thread_local! {
+        static LEASE: Lease = {
+            let free = FREE.lock().unwrap().pop();
+            Lease(free.unwrap_or_else(|| Box::leak(Box::new(Cuda::open(0).unwrap()))))
+        };
+    }
+    Some(LEASE.with(|lease| lease.0))
+}
+
+fn is_software(device: &dyn Device) -> bool {
+    device.properties().name.starts_with("software GPU")
+}
+
+/// Makes the software GPU take a schedule from the next launch on, in all threads.
+fn set_software_schedule(schedule: usize) {
+    type SetOption = unsafe extern "C" fn(*const c_char, *const c_char) -> i32;
+    let value = CString::new(schedule.to_string()).unwrap();
+    // SAFETY: the driver is loaded, and has this function with these types.
+    let code = unsafe {
+        let driver = libloading::Library::new("libcuda.so.1").unwrap();
+        driver.get::<SetOption>(b"softgpuSetOption").unwrap()(c"schedule".as_ptr(), value.as_ptr())
+    };
+    assert_eq!(code, 0);
 }
 
 /// Number of random cases to run: `all` if [`exhaustive`], else `few`; 1 in 20 of `all` under the
@@ -41,26 +77,37 @@ pub fn every_device(test: impl FnMut(&dyn Device)) {
     every_device_in_turn(0, test);
 }
 
-/// Like [`every_device`]; the emulator takes schedule `turn % 5`.
+/// Like [`every_device`]; the emulator or the software GPU takes schedule `turn % 5`.
 pub fn every_device_in_turn(turn: usize, mut test: impl FnMut(&dyn Device)) {
-    let device = Emulator::new();
-    device.set_schedule(Schedule::ALL[turn % 5]);
-    test(&device);
-    if let Some(gpu) = gpu() {
+    let gpu = gpu();
+    if gpu.is_some_and(is_software) {
+        set_software_schedule(turn % 5);
+    } else {
+        let device = Emulator::new();
+        device.set_schedule(Schedule::ALL[turn % 5]);
+        test(&device);
+    }
+    if let Some(gpu) = gpu {
         test(gpu);
     }
 }
 
 /// The bytes that `test` returns on each device, the emulator's first. Asserts that all schedules of the
-/// emulator give the same bytes, and that two runs on the GPU do.
+/// emulator or the software GPU give the same bytes, and that two runs on a GPU do.
 pub fn bits_of_every_device(test: impl Fn(&dyn Device) -> Vec<u8>) -> Vec<Vec<u8>> {
-    let mut all = vec![five_schedules(|device| test(device))];
-    if let Some(gpu) = gpu() {
-        let bytes = test(gpu);
-        assert_same("a second run on the GPU", &test(gpu), &bytes);
-        all.push(bytes);
+    let Some(gpu) = gpu() else { return vec![five_schedules(|device| test(device))] };
+    let bytes = test(gpu);
+    if is_software(gpu) {
+        // In order, reversed, and random ones.
+        let schedules = if exhaustive() { 0..5 } else { 1..3 };
+        for schedule in schedules {
+            set_software_schedule(schedule);
+            assert_same(&format!("schedule {schedule}"), &test(gpu), &bytes);
+        }
+        return vec![bytes];
     }
-    all
+    assert_same("a second run on the GPU", &test(gpu), &bytes);
+    vec![five_schedules(|device| test(device)), bytes]
 }
 
 /// Like [`bits_of_every_device`], for a kernel whose bits must be equal on all devices.

@@ -195,7 +195,8 @@ pub fn cache(seed: u64, rows: usize, heads: usize, kv_heads: usize, head_dim: us
     Cache { qkv, rows: kv_rows, table, rope, gains }
 }
 
-/// Query heads, KV heads, head dimension: groups of 1 to 8, and blocks of 128 rows that hold heads of two kinds.
+/// Query heads, KV heads, head dimension: groups of 1 to 8, and blocks of 128 rows that hold heads of two
+/// kinds.
 pub const HEADS: [(usize, usize, usize); 7] =
     [(1, 1, 64), (2, 1, 128), (3, 3, 64), (5, 1, 64), (8, 1, 128), (6, 2, 128), (9, 3, 64)];
 

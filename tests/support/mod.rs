@@ -17,6 +17,7 @@ pub mod random;
 pub mod report;
 pub mod requests;
 pub mod sampled_trees;
+pub mod software_gpu;
 pub mod text;
 
 pub use checkpoint::*;

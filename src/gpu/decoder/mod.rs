@@ -39,6 +39,9 @@ pub use synthetic::FrozenBatch;
 
 /// Maximum rounds enqueued before their results are read.
 const AHEAD: usize = 2;
+/// How long a wait for a round's result keeps a core busy: longer than a round takes. After that it sleeps for short times,
+/// so that a device that is simulated on the same cores is not slowed down.
+const SPIN: Duration = Duration::from_millis(20);
 
 /// Sequences that run together on a device, each in a slot and with its own pages. They never affect each
 /// other's output.
@@ -380,7 +383,11 @@ impl<'a> Batch<'a> {
                     Error::Internal(format!("round {round} ended without a record for slot {slot}"))
                 })?;
             }
-            std::hint::spin_loop();
+            if begin.elapsed() < SPIN {
+                std::hint::spin_loop();
+            } else {
+                std::thread::sleep(SPIN / 400);
+            }
         };
         match record.finish {
             Finish::InvalidTarget => Err(invalid_logits("target", 0)),

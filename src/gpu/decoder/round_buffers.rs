@@ -189,8 +189,8 @@ impl VerifyBuffers {
     }
 }
 
-/// Fills a buffer with repetitions of `bytes`: uploads them once, then each copy on the device doubles the filled
-/// part.
+/// Fills a buffer with repetitions of `bytes`: uploads them once, then each copy on the device doubles the
+/// filled part.
 pub(super) fn fill_with(device: &dyn Device, to: &Buffer, bytes: &[u8]) -> Result<()> {
     let mut done = to.bytes().min(bytes.len());
     device.upload(&to.slice(0, done)?, &bytes[..done])?;

@@ -132,8 +132,8 @@ fn adaptive_controllers_fill_the_captured_passes() {
     assert!(rows[7..].iter().all(|rows| (9..17).contains(rows)), "{rows:?}");
 }
 
-/// Relative to their norm, the drafter's logits differ from the CPU's by the rounding of bf16 activations. Tokens
-/// outside a reduced vocabulary have -inf.
+/// Relative to their norm, the drafter's logits differ from the CPU's by the rounding of bf16 activations.
+/// Tokens outside a reduced vocabulary have -inf.
 #[test]
 fn draft_logits_of_every_layout_equal_the_cpus() {
     for name in ["dflash-speculators", "dflash-deepspec"] {

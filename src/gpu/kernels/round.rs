@@ -259,10 +259,11 @@ impl Round {
         (self.sequences * (180 + self.max_verify_rows * 12)) as u64
     }
 
-    /// Writes the tables. `sequences` `[sequences]` [`Sequence`]. `path` `[sequences][columns]` u32: the path
-    /// of the last verification, with as many columns as `tables.round_header` says. Without `drafts` every
-    /// sequence takes an AR step. `mask`: the drafter's mask token. `anchor_row`: the row of a block that holds
-    /// the anchor, 0, or 1 if the anchor's row predicts the first draft. Row `i` is for draft `i` in both cases.
+    /// Writes the tables. `sequences` `[sequences]` [`Sequence`]. `path` `[sequences][columns]` u32: the
+    /// path of the last verification, with as many columns as `tables.round_header` says. Without `drafts`
+    /// every sequence takes an AR step. `mask`: the drafter's mask token. `anchor_row`: the row of a block
+    /// that holds the anchor, 0, or 1 if the anchor's row predicts the first draft. Row `i` is for draft `i`
+    /// in both cases.
     ///
     /// # Errors
     /// [`Error::Internal`] if a buffer is too small or a size is out of range; device errors.

@@ -65,11 +65,10 @@ fn product(
             sum[t * 2] = c[half][g * 4 + t];
             sum[t * 2 + 1] = c[half + 1][g * 4 + t];
         }
-        // By value: what a call could change does not stay in vector registers.
-        let sum = if sums == Sums::Ascending {
-            ascending(&left[row], right, sum)
-        } else {
-            other_sums(&left[row], right, sum, sums)
+        let sum = match sums {
+            Sums::Ascending => ascending(&left[row], right, sum),
+            Sums::Pairwise => pairwise(&left[row], right, sum),
+            Sums::Aligned => aligned(&left[row], right, sum),
         };
         for t in 0..4 {
             out[half][g * 4 + t] = canonical(sum[t * 2]);
@@ -90,51 +89,70 @@ fn ascending(left: &[f32; 16], right: &[[f32; 8]; 16], mut sum: [f32; 8]) -> [f3
     sum
 }
 
-/// One row of a product in another order of additions.
-#[inline(never)]
-fn other_sums(left: &[f32; 16], right: &[[f32; 8]; 16], mut row: [f32; 8], sums: Sums) -> [f32; 8] {
-    for (n, sum) in row.iter_mut().enumerate() {
-        let mut products = [0.0f32; 16];
-        for k in 0..16 {
-            products[k] = left[k] * right[k][n];
+/// The products of one row: [k][column].
+#[inline(always)]
+fn products(left: &[f32; 16], right: &[[f32; 8]; 16]) -> [[f32; 8]; 16] {
+    let mut products = [[0.0; 8]; 16];
+    for k in 0..16 {
+        for n in 0..8 {
+            products[k][n] = left[k] * right[k][n];
         }
-        *sum = match sums {
-            Sums::Pairwise => {
-                for step in [8, 4, 2, 1] {
-                    for k in 0..step {
-                        products[k] = products[k * 2] + products[k * 2 + 1];
-                    }
-                }
-                *sum + products[0]
-            }
-            _ => aligned_sum(&products, *sum),
-        };
     }
-    row
+    products
 }
 
-/// Adds as tensor cores do: all terms are aligned to the largest exponent, cut off two bits below f32's last place, added
-/// exactly, and the sum is cut off to f32.
-fn aligned_sum(products: &[f32; 16], start: f32) -> f32 {
-    let terms = products.iter().copied().chain([start]);
-    let plain: f32 = terms.clone().sum();
-    if !plain.is_finite() {
-        return plain;
+/// One row of a product, its terms added in pairs and then to a row.
+#[inline(always)]
+fn pairwise(left: &[f32; 16], right: &[[f32; 8]; 16], mut sum: [f32; 8]) -> [f32; 8] {
+    let mut products = products(left, right);
+    for step in [8, 4, 2, 1] {
+        for k in 0..step {
+            for n in 0..8 {
+                products[k][n] = products[k * 2][n] + products[k * 2 + 1][n];
+            }
+        }
     }
-    let exponent = |x: f32| ((x.to_bits() >> 23 & 255) as i32).max(1);
-    let largest = terms.clone().map(exponent).max().unwrap_or(1);
-    let mut sum = 0i64;
-    for x in terms {
-        let fraction = i64::from(x.to_bits() & 0x7f_ffff) | if x.is_normal() { 1 << 23 } else { 0 };
-        let aligned = (fraction << 2) >> (largest - exponent(x)).min(60);
-        sum += if x.is_sign_negative() { -aligned } else { aligned };
+    for n in 0..8 {
+        sum[n] += products[0][n];
     }
-    let magnitude = sum.unsigned_abs();
-    let cut = (64 - magnitude.leading_zeros() as i32 - 24).max(0);
-    let kept = (magnitude >> cut) << cut;
-    // 25 = 23 bits of the fraction and the two below.
-    let value = kept as f64 * f64::from(largest - 127 - 25).exp2();
-    (if sum < 0 { -value } else { value }) as f32
+    sum
+}
+
+/// One row of a product, added to a row as tensor cores do: all terms are aligned to the largest exponent, cut off two bits
+/// below f32's last place, added exactly, and the sum is cut off to f32.
+#[inline(always)]
+fn aligned(left: &[f32; 16], right: &[[f32; 8]; 16], start: [f32; 8]) -> [f32; 8] {
+    let products = products(left, right);
+    let terms = || products.iter().chain([&start]);
+    let exponent = |x: f32| (x.to_bits() >> 23 & 255).max(1);
+    let (mut plain, mut largest) = ([0.0; 8], [1; 8]);
+    for term in terms() {
+        for n in 0..8 {
+            plain[n] += term[n];
+            largest[n] = largest[n].max(exponent(term[n]));
+        }
+    }
+    // 17 terms of 26 bits.
+    let mut sum = [0i32; 8];
+    for term in terms() {
+        for n in 0..8 {
+            let bits = term[n].to_bits();
+            let fraction = bits & 0x7f_ffff | u32::from(bits & 0x7f80_0000 != 0) << 23;
+            let part = ((fraction << 2) >> (largest[n] - exponent(term[n])).min(31)) as i32;
+            sum[n] += if bits >> 31 == 1 { -part } else { part };
+        }
+    }
+    let mut out = [0.0; 8];
+    for n in 0..8 {
+        let magnitude = sum[n].unsigned_abs();
+        let cut = 8u32.saturating_sub(magnitude.leading_zeros());
+        let kept = f64::from((magnitude >> cut) << cut);
+        // 2^(largest - 127 - 25): 25 = 23 bits of the fraction and the two below.
+        let value = kept * f64::from_bits(u64::from(largest[n] + 1023 - 152) << 52);
+        let value = (if sum[n] < 0 { -value } else { value }) as f32;
+        out[n] = if plain[n].is_finite() { value } else { plain[n] };
+    }
+    out
 }
 
 // ---- wgmma ----

@@ -1,0 +1,487 @@
+//! Bugs planted in the shipped PTX: for each, a test or a short generation that shows it on the software GPU, and
+//! what must be reported.
+
+use crate::support::program;
+use crate::support::software_gpu::{changed, in_parallel, modules, path, run, run_test};
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use tempfile::TempDir;
+
+/// A change of every kernel of a module, or of one.
+#[derive(Clone, Copy)]
+enum Edit {
+    /// Replaces a text wherever it stands.
+    All(&'static str, &'static str),
+    /// Replaces the occurrence with this number, from 0.
+    Nth(usize, &'static str, &'static str),
+    /// Any other change.
+    By(fn(&str) -> String),
+}
+
+/// What is run.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Run {
+    /// The test of this name.
+    Test(&'static str),
+    /// `dflash-gen` with these flags.
+    Generate(&'static str),
+}
+use Run::{Generate, Test};
+
+struct Bug {
+    name: &'static str,
+    /// The first kernel of its module.
+    module: &'static str,
+    /// The kernel to change; empty: all of the module.
+    kernel: &'static str,
+    edit: Edit,
+    /// The card, and the schedule with which it shows.
+    machine: (&'static str, &'static str),
+    run: Run,
+    /// What the report must say; empty: nothing is reported, but the test fails or the text is wrong.
+    words: &'static str,
+}
+
+/// A prompt for several splits of attention.
+fn long_prompt() -> String {
+    "def f(x, y):\n    return x + y\n\n".repeat(14)
+}
+
+/// Deletes the stores that reset arrival counters: the first one after each atomic operation.
+fn keep_counters(text: &str) -> String {
+    let mut after_atomic = false;
+    let mut kept = String::new();
+    for line in text.lines() {
+        after_atomic |= line.contains("atom.acq_rel.gpu");
+        if after_atomic && line.contains("st.global.u32") {
+            after_atomic = false;
+            continue;
+        }
+        kept += line;
+        kept += "\n";
+    }
+    kept
+}
+
+/// Stores the number of the round also before the record.
+fn number_before_record(text: &str) -> String {
+    let release = text.lines().find(|line| line.contains("st.release.sys")).unwrap();
+    let address = release.split(['[', ']']).nth(1).unwrap();
+    let value = release.trim_end_matches(';').rsplit(", ").next().unwrap();
+    // Directly after the instruction that computes the address; the number is known by then.
+    let mut out = String::new();
+    for line in text.lines() {
+        out += line;
+        out += "\n";
+        if line.trim_start().starts_with("add.s64") && line.contains(&format!("{address}, ")) {
+            out += &format!("\tst.global.u32 [{address}], {value};\n");
+        }
+    }
+    out
+}
+
+/// Swaps the first two registers of the A operand of every product.
+fn swapped_operand(text: &str) -> String {
+    let swap = |line: &str| {
+        let mut parts: Vec<String> = line.split('{').map(String::from).collect();
+        if let (true, Some(a)) = (line.contains("mma.sync"), parts.get_mut(2)) {
+            let mut registers: Vec<&str> = a.splitn(3, ',').collect();
+            registers.swap(0, 1);
+            *a = registers.join(",");
+        }
+        parts.join("{")
+    };
+    text.lines().map(|line| swap(line) + "\n").collect()
+}
+
+/// Changes the first line that `fits`.
+fn first_line(text: &str, fits: impl Fn(&str) -> bool, change: impl Fn(&str) -> String) -> String {
+    let line = text.lines().find(|line| fits(line)).unwrap_or("no such line");
+    text.replacen(line, &change(line), 1)
+}
+
+/// Moves the wait for the launch before behind the first load.
+fn late_wait(text: &str) -> String {
+    let text = text.replace("griddepcontrol.wait;", "");
+    first_line(&text, |line| line.contains("ld.global"), |line| format!("{line}\n\tgriddepcontrol.wait;"))
+}
+
+fn misaligned(text: &str) -> String {
+    first_line(
+        text,
+        |line| line.contains("ld.shared.v4.u32") && line.contains("+64]"),
+        |line| line.replace("+64]", "+68]"),
+    )
+}
+
+fn past_the_end(text: &str) -> String {
+    first_line(text, |line| line.contains("ld.global.nc"), |line| line.replace(']', "+268435456]"))
+}
+
+/// Takes lane 31 out of the masks of all shuffles.
+fn shuffle_without_lane(text: &str) -> String {
+    let shuffles = text.lines().filter(|line| line.contains("shfl.sync.bfly"));
+    let masks = shuffles.map(|line| line.trim_end_matches(';').rsplit(", ").next().unwrap());
+    masks.fold(text.to_string(), |text, mask| {
+        text.replace(&format!("mov.u32 \t{mask}, -1;"), &format!("mov.u32 \t{mask}, 0x7fffffff;"))
+    })
+}
+
+/// Deletes what sets the first accumulator before its first product.
+fn unset_accumulator(text: &str) -> String {
+    let product = text.lines().find(|line| line.contains("mma.sync")).unwrap();
+    let register = product.rsplit('{').next().unwrap().split(',').next().unwrap();
+    let sets = |line: &str| line.contains(&format!("mov.f32 \t{register}, "));
+    text.lines().filter(|line| !sets(line)).map(|line| line.to_string() + "\n").collect()
+}
+
+/// Deletes the last barrier.
+fn last_barrier(text: &str) -> String {
+    let (before, after) = text.rsplit_once("bar.sync \t0;").unwrap();
+    format!("{before}{after}")
+}
+
+const BUGS: &[Bug] = &[
+    Bug {
+        name: "an arrival counter without release and acquire, in a linear layer",
+        module: "project_8",
+        kernel: "",
+        edit: Edit::All("atom.acq_rel.gpu", "atom.relaxed.gpu"),
+        machine: ("h200", "0"),
+        run: Test("linear_bits::schedules_and_threads_give_the_same_bits"),
+        words: "a race in global memory",
+    },
+    Bug {
+        name: "the same in the last split of attention",
+        module: "attention_64x16",
+        kernel: "",
+        edit: Edit::All("atom.acq_rel.gpu", "atom.relaxed.gpu"),
+        machine: ("h200", "0"),
+        run: Generate("--ctx 1024"),
+        words: "a race in global memory",
+    },
+    Bug {
+        name: "the same in the drafter's attention",
+        module: "drafter_attention_64x16",
+        kernel: "",
+        edit: Edit::All("atom.acq_rel.gpu", "atom.relaxed.gpu"),
+        machine: ("a100", "0"),
+        run: Generate("--ctx 1024"),
+        words: "a race in global memory",
+    },
+    Bug {
+        name: "the same in the sampler",
+        module: "sample",
+        kernel: "",
+        edit: Edit::All("atom.acq_rel.gpu", "atom.relaxed.gpu"),
+        machine: ("h200", "0"),
+        run: Test("sampler::sampler_equals_choose_on_a_vocabulary_of_151936"),
+        words: "a race in global memory",
+    },
+    Bug {
+        name: "the same in the distributions of rejection",
+        module: "row_distribution",
+        kernel: "",
+        edit: Edit::All("atom.acq_rel.gpu", "atom.relaxed.gpu"),
+        machine: ("h200", "0"),
+        run: Test("rejection::drafts_are_the_same_under_every_schedule"),
+        words: "a race in global memory",
+    },
+    Bug {
+        name: "the same in block verification of chains",
+        module: "sample_chains",
+        kernel: "",
+        edit: Edit::All("atom.acq_rel.gpu", "atom.relaxed.gpu"),
+        machine: ("h200", "0"),
+        run: Test("chains::chains_are_the_same_under_every_schedule"),
+        words: "a race in global memory",
+    },
+    Bug {
+        name: "arrival without release: only the acquire side is left",
+        module: "project_8",
+        kernel: "",
+        edit: Edit::All("atom.acq_rel.gpu", "atom.acquire.gpu"),
+        machine: ("h200", "0"),
+        run: Test("linear_bits::schedules_and_threads_give_the_same_bits"),
+        words: "a race in global memory",
+    },
+    Bug {
+        name: "arrival without acquire: only the release side is left",
+        module: "project_8",
+        kernel: "",
+        edit: Edit::All("atom.acq_rel.gpu", "atom.release.gpu"),
+        machine: ("h200", "0"),
+        run: Test("linear_bits::schedules_and_threads_give_the_same_bits"),
+        words: "a race in global memory",
+    },
+    Bug {
+        name: "an arrival counter that is not reset",
+        module: "row_distribution",
+        kernel: "",
+        edit: Edit::By(keep_counters),
+        machine: ("h200", "0"),
+        run: Test("rejection::equal_distributions_accept_every_draft"),
+        words: "",
+    },
+    Bug {
+        name: "the number of the round stored like any other word",
+        module: "round_begin",
+        kernel: "round_finish",
+        edit: Edit::All("st.release.sys.global.u32", "st.global.u32"),
+        machine: ("h200", "1"),
+        run: Generate(""),
+        words: "page-locked memory",
+    },
+    Bug {
+        name: "the number of the round also stored before its record",
+        module: "round_begin",
+        kernel: "round_finish",
+        edit: Edit::By(number_before_record),
+        machine: ("h200", "2"),
+        run: Generate(""),
+        words: "",
+    },
+    Bug {
+        name: "no wait for the launch before",
+        module: "embedding",
+        kernel: "embedding",
+        edit: Edit::All("griddepcontrol.wait;", ""),
+        machine: ("h200", "1"),
+        run: Generate(""),
+        words: "griddepcontrol.wait",
+    },
+    Bug {
+        name: "a wait after the first loads",
+        module: "residual_norm",
+        kernel: "residual_norm",
+        edit: Edit::By(late_wait),
+        machine: ("h200", "1"),
+        run: Generate(""),
+        words: "griddepcontrol.wait",
+    },
+    Bug {
+        name: "a write that overtakes a read of the launch before",
+        module: "qkv_8",
+        kernel: "",
+        edit: Edit::All("griddepcontrol.wait;", ""),
+        machine: ("h200", "1"),
+        run: Generate(""),
+        words: "griddepcontrol.wait",
+    },
+    Bug {
+        name: "activations through the read-only path",
+        module: "project_8",
+        kernel: "",
+        edit: Edit::All("ld.global.v4.f32", "ld.global.nc.v4.f32"),
+        machine: ("h200", "0"),
+        run: Test("linear::project_adds_the_residual_and_prepares_the_next_norm"),
+        words: "ld.global.nc",
+    },
+    Bug {
+        name: "a wait for copies that is one group too lax",
+        module: "attention_64x16",
+        kernel: "",
+        edit: Edit::All("cp.async.wait_group 2", "cp.async.wait_group 3"),
+        machine: ("h200", "0"),
+        run: Generate(""),
+        words: "not waited for",
+    },
+    Bug {
+        name: "no wait for copies at all",
+        module: "qkv_8",
+        kernel: "",
+        edit: Edit::All("cp.async.wait_group 0;", ""),
+        machine: ("a100", "0"),
+        run: Generate(""),
+        words: "not waited for",
+    },
+    Bug {
+        name: "staged activations without a barrier",
+        module: "project_8",
+        kernel: "project_16",
+        edit: Edit::Nth(0, "bar.sync \t0;", ""),
+        machine: ("h200", "1"),
+        run: Generate(""),
+        words: "shared memory",
+    },
+    Bug {
+        name: "a result tile without a barrier",
+        module: "qkv_8",
+        kernel: "qkv_16",
+        edit: Edit::By(last_barrier),
+        machine: ("h200", "1"),
+        run: Generate(""),
+        words: "shared memory",
+    },
+    Bug {
+        name: "scores read before the barrier",
+        module: "sample",
+        kernel: "sample",
+        edit: Edit::Nth(1, "bar.sync \t0;", ""),
+        machine: ("h200", "1"),
+        run: Generate("--temperature 1 --seed 1"),
+        words: "shared memory",
+    },
+    Bug {
+        name: "a barrier for half of the threads",
+        module: "project_8",
+        kernel: "",
+        edit: Edit::All("bar.sync \t0;", "bar.sync \t0, 33;"),
+        machine: ("h200", "0"),
+        run: Generate(""),
+        words: "barrier",
+    },
+    Bug {
+        name: "a misaligned vector load",
+        module: "swiglu_8",
+        kernel: "swiglu_16",
+        edit: Edit::By(misaligned),
+        machine: ("h200", "0"),
+        run: Generate(""),
+        words: "misaligned",
+    },
+    Bug {
+        name: "a load past the end",
+        module: "embedding",
+        kernel: "embedding",
+        edit: Edit::By(past_the_end),
+        machine: ("h200", "0"),
+        run: Generate(""),
+        words: "out of bounds",
+    },
+    Bug {
+        name: "a fused product of swapped operands",
+        module: "swiglu_8",
+        kernel: "",
+        edit: Edit::By(swapped_operand),
+        machine: ("h200", "0"),
+        run: Generate(""),
+        words: "",
+    },
+    Bug {
+        name: "a shuffle without its lane",
+        module: "qkv_8",
+        kernel: "qkv_16",
+        edit: Edit::By(shuffle_without_lane),
+        machine: ("h200", "0"),
+        run: Generate(""),
+        words: "mask",
+    },
+    Bug {
+        name: "an accumulator that is never set",
+        module: "head_8",
+        kernel: "",
+        edit: Edit::By(unset_accumulator),
+        machine: ("h200", "0"),
+        run: Generate(""),
+        words: "never written",
+    },
+    Bug {
+        name: "generic writes not made visible to wgmma",
+        module: "prefill_qkv",
+        kernel: "",
+        edit: Edit::All("fence.proxy.async.shared::cta;", ""),
+        machine: ("h200", "0"),
+        run: Test("prefill::wgmma_prefill_equals_skinny_kernels_if_sums_are_exact"),
+        words: "fence.proxy.async",
+    },
+    Bug {
+        name: "results of wgmma read in flight",
+        module: "prefill_qkv",
+        kernel: "",
+        edit: Edit::All("wgmma.wait_group.sync.aligned 0;", ""),
+        machine: ("h200", "0"),
+        run: Test("prefill::wgmma_prefill_equals_skinny_kernels_if_sums_are_exact"),
+        words: "wgmma",
+    },
+    Bug {
+        name: "operands of wgmma overwritten in flight",
+        module: "prefill_qkv",
+        kernel: "",
+        edit: Edit::All("wgmma.wait_group.sync.aligned 1;", ""),
+        machine: ("h200", "0"),
+        run: Test("prefill::wgmma_prefill_equals_skinny_kernels_if_sums_are_exact"),
+        words: "wgmma",
+    },
+    Bug {
+        name: "accumulators of wgmma without their fence",
+        module: "prefill_qkv",
+        kernel: "",
+        edit: Edit::All("wgmma.fence.sync.aligned;", ""),
+        machine: ("h200", "0"),
+        run: Test("prefill::wgmma_prefill_equals_skinny_kernels_if_sums_are_exact"),
+        words: "wgmma",
+    },
+];
+
+/// The text of a kernel in its module.
+fn entry<'a>(module: &'a str, kernel: &str) -> &'a str {
+    let start = module.find(&format!(".entry {kernel}(")).unwrap_or_else(|| panic!("no kernel {kernel}"));
+    let rest = &module[start..];
+    &rest[..rest[1..].find(".visible .entry").map_or(rest.len(), |end| end + 1)]
+}
+
+impl Bug {
+    fn plant(&self, module: &str) -> String {
+        let old = if self.kernel.is_empty() { module } else { entry(module, self.kernel) };
+        let new = match self.edit {
+            Edit::All(from, to) => old.replace(from, to),
+            Edit::Nth(n, from, to) => {
+                let place = old.match_indices(from).nth(n).map_or(old.len(), |(at, _)| at);
+                format!("{}{}", &old[..place], old[place..].replacen(from, to, 1))
+            }
+            Edit::By(change) => change(old),
+        };
+        module.replace(old, &new)
+    }
+
+    fn run(&self, ptx: Option<&TempDir>) -> program::Run {
+        let (card, schedule) = self.machine;
+        let mut settings = vec![("SOFTGPU_CARD", card), ("SOFTGPU_SCHEDULE", schedule)];
+        settings.extend(ptx.map(|folder| ("SOFTGPU_PTX", path(folder))));
+        match self.run {
+            Test(name) => run_test(&settings, name),
+            Generate(flags) => {
+                let long = long_prompt();
+                let prompt = if flags.contains("--ctx") { long.as_str() } else { "def f(x):" };
+                run(&settings, ["-q", "-n", "6", prompt].into_iter().chain(flags.split_whitespace()))
+            }
+        }
+    }
+}
+
+#[test]
+fn every_planted_bug_is_reported() {
+    let shipped = HashMap::from(["h200", "a100"].map(|card| (card, modules(card))));
+    // What is printed without a bug, by what the run depends on.
+    let correct: Mutex<HashMap<_, String>> = Mutex::new(HashMap::new());
+    let missed: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    in_parallel(BUGS.len(), |n| {
+        let bug = &BUGS[n];
+        let key = (bug.machine, bug.run);
+        // What a generation prints without the bug. A test is known to pass: it is one of this program.
+        let known = correct.lock().unwrap().get(&key).cloned();
+        let expected = known.unwrap_or_else(|| {
+            let text = if let Generate(_) = bug.run { bug.run(None).done() } else { String::new() };
+            correct.lock().unwrap().insert(key, text.clone());
+            text
+        });
+        let run = bug.run(Some(&changed(&shipped[bug.machine.0], bug.module, |text| bug.plant(text))));
+        let report = run.err.lines().find(|line| line.starts_with("softgpu: ")).unwrap_or("no report");
+        println!("{}: {report}", bug.name);
+        let found = if bug.words.is_empty() {
+            match bug.run {
+                Test(_) => run.code == 101,
+                Generate(_) => run.out != expected,
+            }
+        } else {
+            [1, 101].contains(&run.code) && run.err.contains("softgpu: ") && run.err.contains(bug.words)
+        };
+        if !found {
+            missed.lock().unwrap().push(format!("{}, expected {:?}: {run:?}", bug.name, bug.words));
+        }
+    });
+    let missed = missed.into_inner().unwrap();
+    assert!(missed.is_empty(), "{}", missed.join("\n\n"));
+}

@@ -1,0 +1,186 @@
+//! DFlash equals AR decoding bit for bit for both images, whatever the order of threads, blocks and overlapping
+//! launches, the order in which tensor cores add, and the errors of approximate instructions.
+
+use crate::support::software_gpu::{in_parallel, run};
+use crate::support::{self, exhaustive, program};
+
+use std::path::Path;
+
+/// A way to run kernels: card, schedule, order of sums, perturbed results.
+#[derive(Debug, Clone, Copy)]
+struct Machine {
+    card: &'static str,
+    schedule: usize,
+    sums: &'static str,
+    perturb: bool,
+}
+
+impl Machine {
+    /// `compute_80` and `compute_90a`, five schedules, three orders of sums, exact and perturbed.
+    fn all() -> Vec<Machine> {
+        let mut all = Vec::new();
+        for card in ["h200", "a100"] {
+            for schedule in 0..5 {
+                for sums in ["ascending", "pairwise", "aligned"] {
+                    all.extend([false, true].map(|perturb| Machine { card, schedule, sums, perturb }));
+                }
+            }
+        }
+        all
+    }
+
+    /// Runs `dflash-gen`; fails unless it succeeds. Returns what it printed.
+    fn run(&self, args: &[&str]) -> String {
+        let schedule = self.schedule.to_string();
+        let settings = [
+            ("SOFTGPU_CARD", self.card),
+            ("SOFTGPU_SCHEDULE", schedule.as_str()),
+            ("SOFTGPU_SUMS", self.sums),
+            ("SOFTGPU_PERTURB", if self.perturb { "1" } else { "0" }),
+        ];
+        let run = run(&settings, args);
+        assert_eq!(run.code, 0, "{args:?} on {self:?}:\n{}\n{}", run.out, run.err);
+        run.out
+    }
+}
+
+/// Every `step`th element, from one on that differs from case to case; all if [`exhaustive`].
+fn some<T: Copy>(all: &[T], case: usize, step: usize) -> Vec<T> {
+    let step = if exhaustive() { 1 } else { step };
+    all.iter().skip(case * 7 % step).step_by(step).copied().collect()
+}
+
+/// The first prompts of tests/data/prompts.jsonl, shortened so that they run quickly.
+fn prompts(folder: &Path, count: usize) -> String {
+    let all = include_str!("../data/prompts.jsonl").lines().take(count).enumerate();
+    let lines = all.map(|(n, line)| {
+        let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+        let prompt: String = line["prompt"].as_str().unwrap().chars().take(20 + n * 15).collect();
+        line["prompt"] = prompt.into();
+        format!("{line}\n")
+    });
+    program::write(folder, &format!("{count}.jsonl"), lines.collect::<String>())
+}
+
+/// A random pair with what the demo pair does not have: sums over K in three slices, and groups of two heads.
+fn narrow() -> support::Pair {
+    let (heads, kv_heads, head_dim) = (2, 1, 64);
+    let target = support::Target {
+        intermediate: 768,
+        layers: 2,
+        heads,
+        kv_heads,
+        head_dim,
+        vocab: 300,
+        seed: 21,
+        ..Default::default()
+    };
+    let drafter = support::Drafter {
+        intermediate: 32,
+        heads,
+        kv_heads,
+        head_dim,
+        taps: vec![0],
+        block: 16,
+        ..Default::default()
+    };
+    support::write_pair(&target, &drafter)
+}
+
+#[test]
+fn tokens_and_logits_equal_those_of_ar_decoding_on_every_machine() {
+    let flags = [
+        "",
+        "--block 4",
+        "--tree 8",
+        "--tree 64",
+        "--temperature 0.8 --seed 1",
+        "--tree 20 --temperature 0.8 --top-p 0.95 --seed 2",
+        "--coupled --temperature 1 --seed 3",
+        "--adaptive=0.5 --temperature 0.7 --top-k 20 --min-p 0.01 --seed 4",
+    ];
+    let (machines, narrow) = (Machine::all(), narrow());
+    let narrow = program::flags(&narrow).join(" ");
+    let mut runs = Vec::new();
+    for (case, flags) in flags.into_iter().enumerate() {
+        let pairs = ["", narrow.as_str()];
+        for (n, machine) in some(&machines, case, 30).into_iter().enumerate() {
+            runs.push((machine, format!("-q -n 6 --check-lossless {flags} {} x=1", pairs[(case + n) % 2])));
+        }
+    }
+    in_parallel(runs.len(), |n| {
+        let (machine, line) = &runs[n];
+        let printed = machine.run(&line.split_whitespace().collect::<Vec<_>>());
+        assert!(printed.trim_end().ends_with("yes"), "{line} on {machine:?}:\n{printed}");
+    });
+}
+
+fn tokens(machine: Machine, line: &str) -> Vec<serde_json::Value> {
+    let printed = machine.run(&line.split_whitespace().collect::<Vec<_>>());
+    let answers = printed.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let tokens: Vec<_> = answers.map(|answer| answer["tokens"].clone()).collect();
+    assert!(tokens.iter().all(|tokens| tokens.as_array().is_some_and(|all| !all.is_empty())), "{printed}");
+    tokens
+}
+
+/// Requests that run together, of which some end early, each get what AR decoding gives it alone.
+#[test]
+fn batches_equal_ar_decoding_on_every_machine() {
+    let cases =
+        [(2, "--tree 8"), (3, "--temperature 1 --seed 5"), (5, ""), (8, "--tree 4"), (4, "--block 8")];
+    let (folder, machines) = (tempfile::tempdir().unwrap(), Machine::all());
+    let mut runs = Vec::new();
+    for (case, (batch, flags)) in cases.into_iter().enumerate() {
+        // One more than fit, so that one joins later.
+        let file = prompts(folder.path(), batch + 1);
+        for machine in some(&machines, case, 60) {
+            let line = format!("-q -n 5 --json --prompts {file}");
+            let sampling = if flags.contains("--seed") { flags } else { "" };
+            runs.push((
+                machine,
+                format!("{line} --batch {batch} {flags}"),
+                format!("{line} --block 1 {sampling}"),
+                batch + 1,
+            ));
+        }
+    }
+    in_parallel(runs.len(), |n| {
+        let (machine, together, alone, count) = &runs[n];
+        let expected = tokens(*machine, alone);
+        assert_eq!(expected.len(), *count);
+        assert_eq!(tokens(*machine, together), expected, "{together} on {machine:?}");
+    });
+}
+
+/// What these methods emit depends on the rounding of logits, so that only schedules must agree.
+#[test]
+fn rejection_and_block_verification_do_not_depend_on_the_schedule() {
+    let cases =
+        ["--verify rejection", "--verify rejection --tree 8", "--verify block", "--verify block --tree 8"];
+    let machines = Machine::all();
+    let folder = tempfile::tempdir().unwrap();
+    let file = prompts(folder.path(), 2);
+    let mut runs = Vec::new();
+    for (case, flags) in cases.into_iter().enumerate() {
+        let first: Vec<Machine> = machines.iter().copied().filter(|machine| machine.schedule == 0).collect();
+        for machine in some(&first, case, 12) {
+            let line = format!(
+                "-q -n 6 --json --temperature 0.8 --seed 6 --prompts {file} --batch {} {flags}",
+                1 + case % 2
+            );
+            runs.push((machine, line, case));
+        }
+    }
+    in_parallel(runs.len(), |n| {
+        let (machine, line, case) = &runs[n];
+        let expected = tokens(*machine, line);
+        assert_eq!(expected.len(), 2);
+        for schedule in some(&[1, 2, 3, 4], *case, 4) {
+            assert_eq!(
+                tokens(Machine { schedule, ..*machine }, line),
+                expected,
+                "{line}, schedule {schedule}, {machine:?}"
+            );
+        }
+    });
+}

@@ -1,0 +1,75 @@
+//! `dflash-gen --device cuda` on the software GPU.
+
+use crate::support::program::{self, Run};
+use std::ffi::OsStr;
+use std::fs;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use tempfile::TempDir;
+
+/// Environment variables of the software GPU.
+pub type Settings<'a> = &'a [(&'a str, &'a str)];
+
+/// Runs `dflash-gen --device cuda` with these arguments.
+pub fn run<A: AsRef<OsStr>>(settings: Settings, args: impl IntoIterator<Item = A>) -> Run {
+    let mut command = program::command(["--device", "cuda"]);
+    command.args(args);
+    finish(settings, command)
+}
+
+/// Runs one test of this program.
+pub fn run_test(settings: Settings, name: &str) -> Run {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", name, "--nocapture"]);
+    finish(settings, command)
+}
+
+fn finish(settings: Settings, mut command: Command) -> Run {
+    let driver = softgpu::driver_folder().expect("cargo builds the software GPU with its tests");
+    // A backtrace of the program says nothing about a kernel.
+    command.env("LD_LIBRARY_PATH", driver).envs(settings.iter().copied()).env_remove("RUST_BACKTRACE");
+    program::finish(command)
+}
+
+/// A folder with the PTX of every module as a card gets it.
+pub fn modules(card: &str) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    run(&[("SOFTGPU_CARD", card), ("SOFTGPU_PTX", path(&folder))], ["-q", "-n", "1", "x"]).done();
+    folder
+}
+
+/// A folder for `SOFTGPU_PTX` with a changed copy of the module whose first kernel is `first`.
+pub fn changed(modules: &TempDir, first: &str, change: impl FnOnce(&str) -> String) -> TempDir {
+    let file = format!("{first}.ptx");
+    let text = fs::read_to_string(modules.path().join(&file)).unwrap();
+    let new = change(&text);
+    assert_ne!(text, new, "{first} does not have what is changed");
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join(file), new).unwrap();
+    folder
+}
+
+/// The path of a folder, as the value of a variable.
+pub fn path(folder: &TempDir) -> &str {
+    folder.path().to_str().unwrap()
+}
+
+/// Calls `test` with each number below `count`, on as many threads as there are cores.
+pub fn in_parallel(count: usize, test: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| {
+        for _ in 0..cores.min(count) {
+            scope.spawn(|| {
+                loop {
+                    let n = next.fetch_add(1, Ordering::Relaxed);
+                    if n >= count {
+                        return;
+                    }
+                    test(n);
+                }
+            });
+        }
+    });
+}
