@@ -181,7 +181,7 @@ fn apply(corruption: &Corruption, file: &mut Vec<u8>) {
                     let Some((first, _)) = value.as_object().and_then(|map| map.iter().next()) else {
                         return;
                     };
-                    let last = value.as_object().unwrap().values().last().unwrap();
+                    let last = value.as_object().unwrap().values().next_back().unwrap();
                     let repeated = format!("{}:{last}", json!(first));
                     format!("{},{repeated}}}", value.to_string().strip_suffix('}').unwrap())
                 }

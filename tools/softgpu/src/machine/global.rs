@@ -447,10 +447,9 @@ impl Global {
                 return Err(self.conflict(access, write, true, launch, at));
             }
             let before = read_before;
-            if !read && before.warp >= base && before.warp != own && !exempt(before) {
-                if !self.ordered(before, launch, core, who, waited) {
-                    return Err(self.conflict(access, before, false, launch, at));
-                }
+            let other = !read && before.warp >= base && before.warp != own && !exempt(before);
+            if other && !self.ordered(before, launch, core, who, waited) {
+                return Err(self.conflict(access, before, false, launch, at));
             }
             self.page(address).set(if read { READ } else { 0 }, unit..unit + 1, record);
         }
