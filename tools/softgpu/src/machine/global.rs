@@ -428,7 +428,7 @@ impl Global {
         }
         for unit in first..=last {
             let page = self.page(address);
-            let (write, read_before) = (page.record(0, unit), page.record(READ, unit));
+            let (write, before) = (page.record(0, unit), page.record(READ, unit));
             let at = (address & !(PAGE - 1)) | u64::from(unit << shift);
             // Atomics do not race with each other, nor does an access that follows the warp's own atomic race with those
             // on the same address before it.
@@ -446,9 +446,8 @@ impl Global {
             if foreign && !exempt(write) && !self.ordered(write, launch, core, who, waited) {
                 return Err(self.conflict(access, write, true, launch, at));
             }
-            let before = read_before;
-            let other = !read && before.warp >= base && before.warp != own && !exempt(before);
-            if other && !self.ordered(before, launch, core, who, waited) {
+            let foreign = !read && before.warp >= base && before.warp != own;
+            if foreign && !exempt(before) && !self.ordered(before, launch, core, who, waited) {
                 return Err(self.conflict(access, before, false, launch, at));
             }
             self.page(address).set(if read { READ } else { 0 }, unit..unit + 1, record);

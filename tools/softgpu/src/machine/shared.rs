@@ -319,7 +319,7 @@ impl Shared {
         for unit in 0..read_time.len() {
             let (time, by) = (write_time[unit], write_info[unit]);
             let own = u32::from(thread(by) == reader(unit))
-                | u32::from(thread(by) / 32 == me) & u32::from(time <= synced);
+                | (u32::from(thread(by) / 32 == me) & u32::from(time <= synced));
             let disordered = (u32::from(time > safe) & (own ^ 1)) | (by / ASYNC);
             let unwritten = u32::from(time < start);
             fresh |= unwritten;
