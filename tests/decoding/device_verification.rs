@@ -357,7 +357,7 @@ fn devices_sample_and_verify_as_the_cpu_except_at_near_ties() {
             (one.sampling.top_k, one.spec) = (4, requests::with_top_k(&one.spec, 4));
             one
         };
-        let count = if requests::exhaustive() { 12 } else { 6 };
+        let count = if requests::exhaustive() { 12 } else { 8 };
         let requests: Vec<Request> = (0..count).map(filtered).collect();
         let own = run_together(&mut batch, &requests, keep_going);
         let theirs = ops::install(|| {
