@@ -459,7 +459,7 @@ fn wrong_taps(taps: &[usize], target_layers: Option<usize>) -> Option<(ErrorKind
     taps.iter().enumerate().find_map(|(i, &tap)| match tap {
         _ if tap > last => Some((
             Error::Model as ErrorKind,
-            format!("holds {tap}, expected layers from 0 to {last} (num_target_layers is {layers})"),
+            format!("holds {tap}, expected layers from 0 to {last} (its target has {layers} layers)"),
         )),
         _ if tap == last => Some((
             Error::Unsupported,

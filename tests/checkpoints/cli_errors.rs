@@ -208,7 +208,7 @@ const MODELS: &str = r#"
 3 | text for a number | ROOT/target/config.json: hidden_size is "64", expected a whole number from 1 to 65536
 3 | too many positions | ROOT/target/config.json: max_position_embeddings is 1099511627776, expected a whole number from 1 to 16777216
 3 | deeper target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its number of target layers is 4, the target's is 5
-3 | tap out of range | ROOT/drafter/config.json: dflash_config.target_layer_ids holds 4, expected layers from 0 to 3 (num_target_layers is 4)
+3 | tap out of range | ROOT/drafter/config.json: dflash_config.target_layer_ids holds 4, expected layers from 0 to 3 (its target has 4 layers)
 3 | mask beyond the vocabulary | ROOT/drafter/config.json: dflash_config.mask_token_id is 97, expected a whole number from 0 to 96
 3 | drafter of a wider target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its hidden size is 128, the target's is 64
 3 | drafter of a deeper target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its number of target layers is 36, the target's is 4

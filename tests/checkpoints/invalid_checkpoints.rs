@@ -164,7 +164,7 @@ const DRAFTER_CONFIGS: &str = r#"
 3 | num_target_layers absent | D/config.json: num_target_layers is absent
 3 | dflash_config.target_layer_ids absent | D/config.json: dflash_config.target_layer_ids is absent, expected the layers of the target that the drafter reads: give them as `taps` 1,9,...
 3 | dflash_config.target_layer_ids = [] | D/config.json: dflash_config.target_layer_ids is empty, expected at least one layer
-3 | dflash_config.target_layer_ids = [0, 4] | D/config.json: dflash_config.target_layer_ids holds 4, expected layers from 0 to 3 (num_target_layers is 4)
+3 | dflash_config.target_layer_ids = [0, 4] | D/config.json: dflash_config.target_layer_ids holds 4, expected layers from 0 to 3 (its target has 4 layers)
 3 | dflash_config.target_layer_ids = [0, -1] | D/config.json: dflash_config.target_layer_ids[1] is -1, expected a whole number from 0 to 1024
 4 | dflash_config.target_layer_ids = [0, 3] | D/config.json: dflash_config.target_layer_ids holds 3, the target's last layer: engines differ on whether the final norm applies to it
 3 | dflash_config.target_layer_ids = [2, 2] | D/config.json: dflash_config.target_layer_ids holds 2 twice

@@ -239,7 +239,7 @@ fn taps_are_never_guessed_and_can_be_given() {
     for (taps, sentence) in [
         ("1", "--taps holds 1 layers, expected 2, as fc.weight of the drafter takes"),
         ("1,1", "--taps holds 1 twice"),
-        ("0,3", "--taps holds 3, expected layers from 0 to 2 (num_target_layers is 3)"),
+        ("0,3", "--taps holds 3, expected layers from 0 to 2 (its target has 3 layers)"),
         (
             "0,2",
             "--taps holds 2, the target's last layer: engines differ on whether the final norm applies to it",

@@ -20,7 +20,7 @@ pub struct Job {
     pub target: Folder,
     /// None: autoregressive decoding.
     pub drafter: Option<Folder>,
-    /// Taps in place of those of the drafter's config.
+    /// Taps and slots in place of those of the drafter's config.
     pub overrides: Overrides,
     /// `--draft` was given, be it as `none`.
     pub draft_was_given: bool,

@@ -39,9 +39,10 @@ pub use synthetic::FrozenBatch;
 
 /// Maximum rounds enqueued before their results are read.
 const AHEAD: usize = 2;
-/// How long a wait for a round's result keeps a core busy: longer than a round takes. After that it sleeps for short times,
-/// so that a device that is simulated on the same cores is not slowed down.
+/// How long a wait for a round's result keeps a core busy: longer than a round takes on a GPU.
 const SPIN: Duration = Duration::from_millis(20);
+/// After that the wait sleeps this long between two looks, since a simulated device needs the cores itself.
+const PAUSE: Duration = Duration::from_micros(50);
 
 /// Sequences that run together on a device, each in a slot and with its own pages. They never affect each
 /// other's output.
@@ -386,7 +387,7 @@ impl<'a> Batch<'a> {
             if begin.elapsed() < SPIN {
                 std::hint::spin_loop();
             } else {
-                std::thread::sleep(SPIN / 400);
+                std::thread::sleep(PAUSE);
             }
         };
         match record.finish {
