@@ -2,7 +2,7 @@
 //! of CUDA.
 
 use crate::driver::code::Code;
-use crate::driver::context::Driver;
+use crate::driver::context::{Driver, Handle, current};
 use crate::driver::stream::lock;
 use crate::driver::{Out, call, put, put_text};
 use crate::machine::Counters;
@@ -12,11 +12,12 @@ use std::ffi::{CStr, c_char, c_int};
 use std::fmt::Display;
 
 /// What is counted, by name. The README explains the names.
-fn fields(counters: &Counters) -> [(&'static str, u64); 16] {
+fn fields(counters: &Counters) -> [(&'static str, u64); 17] {
     [
         ("blocks", counters.blocks),
         ("instructions", counters.instructions),
         ("tensor", counters.tensor),
+        ("mma", counters.mma),
         ("shared", counters.shared),
         ("global", counters.global),
         ("float", counters.float),
@@ -62,7 +63,7 @@ impl Report {
     }
 
     /// `{"card": .., "kernels": {name: {"launches": .., counter: .., "conflicts": {line: ..}}}}`.
-    fn json(&self, card: &str) -> String {
+    pub fn json(&self, card: &str) -> String {
         // Names of kernels and counters need no escapes.
         fn list<K: Display>(counts: &BTreeMap<K, u64>) -> String {
             counts.iter().map(|(key, count)| format!("\"{key}\": {count}")).collect::<Vec<_>>().join(", ")
@@ -118,7 +119,24 @@ extern "C" fn softgpuCountersJson(to: *mut c_char, bytes: usize, needed: Out<usi
     call(|| answer(to, bytes, needed, &json(Driver::get()?)))
 }
 
-/// Starts counting from zero.
+/// As [`softgpuCountersJson`], of the launches in one stream since it exists, after waiting for them.
+#[unsafe(no_mangle)]
+extern "C" fn softgpuStreamCountersJson(
+    stream: Handle,
+    to: *mut c_char,
+    bytes: usize,
+    needed: Out<usize>,
+) -> Code {
+    call(|| {
+        let context = current()?;
+        let stream = context.stream(stream)?;
+        stream.worker.finish();
+        let text = lock(&stream.worker.report).json(context.driver.settings.card.name);
+        answer(to, bytes, needed, &text)
+    })
+}
+
+/// Starts counting from zero, but not for streams.
 #[unsafe(no_mangle)]
 extern "C" fn softgpuCountersReset() -> Code {
     call(|| {

@@ -2,6 +2,7 @@
 
 use crate::driver::code::Code;
 use crate::driver::context::{Context, LoadedModule};
+use crate::driver::report::Report;
 use crate::machine::{self, Cause, Launch};
 use crate::memory::OutOfBounds;
 use std::collections::VecDeque;
@@ -72,6 +73,8 @@ pub struct Worker {
     queue: Mutex<Queue>,
     /// Signals new work, completed work and the end.
     changed: Condvar,
+    /// The counters of its launches.
+    pub report: Mutex<Report>,
 }
 
 impl Worker {
@@ -104,7 +107,7 @@ impl Worker {
             }
             drop(queue);
             if context.error.get().is_none() {
-                let executed = catch_unwind(AssertUnwindSafe(|| execute(context, &chain)));
+                let executed = catch_unwind(AssertUnwindSafe(|| self.execute(context, &chain)));
                 let failed =
                     |_| Err((Code::LaunchFailed, "the software GPU has a bug: it panicked".to_string()));
                 if let Err((code, report)) = executed.unwrap_or_else(failed) {
@@ -148,45 +151,47 @@ impl Worker {
         self.wait(self.submitted());
     }
 
+    /// Executes a step, or a chain of launches. The error is what the context returns from now on, and a report
+    /// for the user.
+    fn execute(&self, context: &Context, chain: &[Work]) -> Result<(), (Code, String)> {
+        let memory = &context.memory;
+        let outside = |e: OutOfBounds| (Code::IllegalAddress, format!("a copy or fill in a stream: {e}"));
+        match &chain[0] {
+            Work::Launch { .. } => {
+                let launch = |work: &Work| match work {
+                    Work::Launch { launch, .. } => Some(launch.clone()),
+                    _ => None,
+                };
+                let launches: Vec<Launch> = chain.iter().filter_map(launch).collect();
+                let options = lock(&context.driver.options).clone();
+                let counters = machine::run(&launches, memory, &context.driver.settings.card, &options)
+                    .map_err(|fault| (code_of(&fault), fault.to_string()))?;
+                for report in [&self.report, &context.driver.report] {
+                    lock(report).add(&counters);
+                }
+                Ok(())
+            }
+            // SAFETY: the slice has this many bytes.
+            Work::CopyBytesIn { to, from } => {
+                unsafe { memory.copy_in(*to, from.as_ptr(), from.len()) }.map_err(outside)
+            }
+            // SAFETY: the caller of the driver vouches for the host memory until the step is done.
+            Work::CopyIn { to, from, bytes } => {
+                unsafe { memory.copy_in(*to, *from as *const u8, *bytes) }.map_err(outside)
+            }
+            // SAFETY: as for `CopyIn`.
+            Work::CopyOut { to, from, bytes } => {
+                unsafe { memory.copy_out(*to as *mut u8, *from, *bytes) }.map_err(outside)
+            }
+            Work::Copy { to, from, bytes } => memory.copy(*to, *from, *bytes).map_err(outside),
+            Work::Set { to, byte, bytes } => memory.set(*to, *byte, *bytes).map_err(outside),
+        }
+    }
+
     /// Ends the thread when its work is done.
     pub fn close(&self) {
         lock(&self.queue).closed = true;
         self.changed.notify_all();
-    }
-}
-
-/// Executes a step, or a chain of launches. The error is what the context returns from now on, and a report
-/// for the user.
-fn execute(context: &Context, chain: &[Work]) -> Result<(), (Code, String)> {
-    let memory = &context.memory;
-    let outside = |e: OutOfBounds| (Code::IllegalAddress, format!("a copy or fill in a stream: {e}"));
-    match &chain[0] {
-        Work::Launch { .. } => {
-            let launch = |work: &Work| match work {
-                Work::Launch { launch, .. } => Some(launch.clone()),
-                _ => None,
-            };
-            let launches: Vec<Launch> = chain.iter().filter_map(launch).collect();
-            let options = lock(&context.driver.options).clone();
-            let counters = machine::run(&launches, memory, &context.driver.settings.card, &options)
-                .map_err(|fault| (code_of(&fault), fault.to_string()))?;
-            lock(&context.driver.report).add(&counters);
-            Ok(())
-        }
-        // SAFETY: the slice has this many bytes.
-        Work::CopyBytesIn { to, from } => {
-            unsafe { memory.copy_in(*to, from.as_ptr(), from.len()) }.map_err(outside)
-        }
-        // SAFETY: the caller of the driver vouches for the host memory until the step is done.
-        Work::CopyIn { to, from, bytes } => {
-            unsafe { memory.copy_in(*to, *from as *const u8, *bytes) }.map_err(outside)
-        }
-        // SAFETY: as for `CopyIn`.
-        Work::CopyOut { to, from, bytes } => {
-            unsafe { memory.copy_out(*to as *mut u8, *from, *bytes) }.map_err(outside)
-        }
-        Work::Copy { to, from, bytes } => memory.copy(*to, *from, *bytes).map_err(outside),
-        Work::Set { to, byte, bytes } => memory.set(*to, *byte, *bytes).map_err(outside),
     }
 }
 

@@ -16,6 +16,8 @@ pub struct Counters {
     pub instructions: u64,
     /// Warp instructions of tensor cores: mma and wgmma.
     pub tensor: u64,
+    /// The matrix products of these, in units of m16n8k16.
+    pub mma: u64,
     /// Warp instructions that load from or store to shared memory, ldmatrix and cp.async included.
     pub shared: u64,
     /// Warp instructions that load from or store to global memory, cp.async included.
@@ -147,7 +149,15 @@ impl Counts {
             c.float +=
                 if i.ty.is_float() && !matches!(i.op, Op::Ld | Op::St | Op::Mov | Op::Mma) { n } else { 0 };
             match i.op {
-                Op::Mma | Op::Wgmma => c.tensor += n,
+                Op::Mma => {
+                    c.tensor += n;
+                    c.mma += n;
+                }
+                Op::Wgmma => {
+                    c.tensor += n;
+                    // A warp's 16 rows; `x` is half the columns.
+                    c.mma += n * u64::from(i.x) / 4;
+                }
                 Op::Div
                 | Op::Rem
                 | Op::Sqrt
@@ -162,7 +172,7 @@ impl Counts {
                 Op::Bra => c.branches += n,
                 Op::Bar | Op::BarWarp => c.barriers += n,
                 Op::Fence | Op::FenceProxy => c.fences += n,
-                Op::St => c.bytes_written += self.bytes[pc],
+                Op::St | Op::Atomic => c.bytes_written += self.bytes[pc],
                 _ => {}
             }
             if matches!(i.op, Op::Ld | Op::CpAsync) {

@@ -158,6 +158,7 @@ functions! {
     cuEventElapsedTime_v2(milliseconds: *mut f32, start: usize, end: usize);
     cuEventDestroy_v2(event: usize);
     softgpuCountersJson(to: *mut u8, bytes: usize, needed: *mut usize);
+    softgpuStreamCountersJson(stream: usize, to: *mut u8, bytes: usize, needed: *mut usize);
     softgpuCountersReset();
     softgpuFaultReport(to: *mut u8, bytes: usize, needed: *mut usize);
     softgpuSetOption(name: *const i8, value: *const i8);

@@ -245,6 +245,12 @@ fn counters_are_answered_and_written_at_exit() {
         assert_eq!(cuda.launch(Config::new(1, 1, stream), store, p, &[1]), SUCCESS);
         assert_eq!(cuda.cuStreamSynchronize(stream), SUCCESS);
         assert!(counters().contains("\"store\": {\"launches\": 1, "), "{}", counters());
+        let other = cuda.stream();
+        let of = |stream| {
+            cuda.answer(|to, bytes, needed| cuda.softgpuStreamCountersJson(stream, to, bytes, needed))
+        };
+        assert_eq!(of(stream), counters());
+        assert!(!of(other).contains("store"));
         assert_eq!(cuda.softgpuCountersReset(), SUCCESS);
         assert!(!counters().contains("store"), "{}", counters());
         for _ in 0..3 {
