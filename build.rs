@@ -1,5 +1,4 @@
-//! Compiles the kernels in `cuda/`: with nvcc to PTX that is embedded in the binary, and, with the feature
-//! `emulator`, also with the host's C++ compiler to a library that runs the same kernels on the CPU.
+//! Compiles the kernels in `cuda/` with nvcc to PTX that is embedded in the binary.
 //!
 //! The build script looks for nvcc at `NVCC`, in `CUDA_HOME`, on `PATH`, then in `.cuda/` (filled by
 //! `tools/get-nvcc.sh`). Without nvcc the crate still builds, with an empty table of PTX modules. An output
@@ -15,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const TARGETS: [&str; 2] = ["compute_80", "compute_90a"];
 
 /// The folders in `cuda/`.
-const FOLDERS: [&str; 5] = ["common", "emulator", "model", "perf", "spec"];
+const FOLDERS: [&str; 4] = ["common", "model", "perf", "spec"];
 
 /// One compiler run: `command` turns `source` into `output`.
 struct Job {
@@ -26,7 +25,7 @@ struct Job {
 
 fn main() {
     let sources = kernel_files("cu");
-    let headers = [kernel_files("h"), kernel_files("cuh")].concat();
+    let headers = kernel_files("cuh");
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=cuda");
     for file in sources.iter().chain(&headers) {
@@ -40,8 +39,6 @@ fn main() {
     );
     name_commit();
     build_ptx(&sources, &headers, &out);
-    #[cfg(feature = "emulator")]
-    build_emulator(sources, &headers, &out);
 }
 
 /// Sets `DFLASH_COMMIT` for the crate, unless the environment has it: the commit of the checkout, for bug reports and
@@ -87,7 +84,7 @@ fn build_ptx(sources: &[PathBuf], headers: &[PathBuf], out: &Path) {
                         "-std=c++17",
                         "-O3",
                         "-lineinfo",
-                        // As for the emulator: only what a kernel writes as fma is fused.
+                        // Only what a kernel writes as fma is fused.
                         "-fmad=false",
                         "-Icuda",
                         &format!("-arch={target}"),
@@ -105,62 +102,6 @@ fn build_ptx(sources: &[PathBuf], headers: &[PathBuf], out: &Path) {
     }
     table += "]\n";
     write(&out.join("ptx.rs"), &table);
-}
-
-/// Compiles the kernels, and the test kernels in `tests/cuda`, for the emulator into one static library.
-#[cfg(feature = "emulator")]
-fn build_emulator(mut sources: Vec<PathBuf>, headers: &[PathBuf], out: &Path) {
-    println!("cargo:rerun-if-changed=tests/cuda");
-    let test_kernels = files("tests/cuda", "cu");
-    for file in &test_kernels {
-        println!("cargo:rerun-if-changed={}", file.display());
-    }
-    sources.extend(test_kernels);
-    sources.push(PathBuf::from("cuda/emulator/emu.cpp"));
-    println!("cargo:rerun-if-changed=cuda/emulator/emu.cpp");
-
-    let mut build = cc::Build::new();
-    build.cpp(true).std("c++17").opt_level(2).include("cuda").define("DFLASH_EMULATOR", None);
-    // Only nvcc knows `#pragma unroll`. Contraction would make sums depend on the host's instruction set.
-    // Kernels access the same bytes as u16 and as uint4, which strict aliasing forbids.
-    for flag in ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing"] {
-        build.flag(flag);
-    }
-    if cfg!(feature = "sanitize") {
-        build.debug(true).opt_level(1);
-        for flag in
-            ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-        {
-            build.flag(flag);
-        }
-        // Linked statically, so that AddressSanitizer is initialised before the C library.
-        let asan = ["-Wl,--whole-archive", "-l:libasan.a", "-Wl,--no-whole-archive"];
-        for arg in asan.into_iter().chain(["-l:libubsan.a", "-lstdc++", "-lm"]) {
-            println!("cargo:rustc-link-arg={arg}");
-        }
-    }
-    let compiler = build.get_compiler();
-    let mut base = vec![compiler.path().display().to_string()];
-    base.extend(compiler.args().iter().map(|a| a.to_string_lossy().into_owned()));
-
-    let kernels: Vec<&str> =
-        sources.iter().filter(|s| s.extension().is_some_and(|e| e == "cu")).map(|s| stem(s)).collect();
-    let list: Vec<String> = kernels.iter().map(|k| format!("EMU_FILE({k})")).collect();
-    let mut jobs = Vec::new();
-    for source in &sources {
-        let mut command = base.clone();
-        command.push(match stem(source) {
-            "emu" => format!("-DDFLASH_FILES={}", list.join(" ")),
-            file => format!("-DDFLASH_FILE={file}"),
-        });
-        command.extend(["-x", "c++", "-c"].map(String::from));
-        jobs.push(Job { source: source.clone(), output: out.join(format!("{}.o", stem(source))), command });
-    }
-    run(&jobs, headers, "");
-    for job in &jobs {
-        build.object(&job.output);
-    }
-    build.compile("dflash_emulator");
 }
 
 fn find_nvcc() -> Option<String> {
@@ -265,9 +206,7 @@ fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
 }
 
 fn stem(path: &Path) -> &str {
-    path.file_stem()
-        .and_then(|s| s.to_str())
-        .unwrap_or_else(|| fail("a file name in cuda/ or tests/cuda/ is not UTF-8"))
+    path.file_stem().and_then(|s| s.to_str()).unwrap_or_else(|| fail("a file name in cuda/ is not UTF-8"))
 }
 
 fn write(path: &Path, text: &str) {

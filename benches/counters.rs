@@ -1,9 +1,9 @@
-//! The exact counters of each kernel for the demo pair on the emulator: bytes, launches, products, bank
+//! The exact counters of each kernel for the demo pair on the software GPU: bytes, launches, products, bank
 //! conflicts. Lines that differ from `benches/counters.txt` are marked. `cargo bench --bench counters --
 //! --write` rewrites that file; `tests/bench/counters.rs` compares the kernels with it.
 
-#[path = "../tests/support/counters.rs"]
-mod counters;
+#[path = "../tests/support/mod.rs"]
+mod support;
 
 use dflash::{Error, Result};
 use std::process::ExitCode;
@@ -30,7 +30,7 @@ fn run() -> Result<()> {
             return Err(Error::Usage(format!("{} is no argument: expected --write or none", args.join(" "))));
         }
     };
-    let found = counters::table()?;
+    let found = support::counters::table()?;
     if write {
         return std::fs::write(FILE, found).map_err(|e| Error::Internal(format!("{FILE}: {e}")));
     }

@@ -65,8 +65,6 @@
 //! | feature | default | effect |
 //! | --- | --- | --- |
 //! | `cli` | yes | the programs `dflash-gen` and `dflash-bench`, and what only they need |
-//! | `emulator` | no | the CUDA kernels, compiled for the CPU, as a device for tests |
-//! | `sanitize` | no | the emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer |
 
 #![deny(missing_docs)]
 
@@ -81,6 +79,14 @@ pub mod gpu;
 pub mod perf;
 pub mod spec;
 pub mod text;
+
+/// Unit tests share a file with the test programs.
+#[cfg(test)]
+extern crate self as dflash;
+#[cfg(test)]
+#[path = "../tests/support/test_gpu.rs"]
+#[allow(dead_code)]
+mod test_gpu;
 
 /// The Rust code in README.md, as a documentation test.
 #[cfg(doctest)]

@@ -17,13 +17,11 @@ pub enum DeviceChoice {
     Cpu,
     /// The CUDA kernels on a GPU.
     Cuda,
-    /// The CUDA kernels on the CPU, slowly, for tests. Only in builds with the feature `emulator`.
-    Emulator,
 }
 
 /// An open device that runs the kernels.
 pub struct DeviceHandle {
-    /// The device's name in records: `cuda` or `emulator`.
+    /// The device's name in records: `cuda`, or `softgpu` for a GPU in software, which counts and has no times.
     pub name: &'static str,
     /// The device.
     pub device: Box<dyn Device>,
@@ -48,30 +46,13 @@ impl DeviceHandle {
     /// # Errors
     /// As [`Cuda::open`].
     pub fn gpu(number: u32) -> Result<DeviceHandle> {
-        Ok(DeviceHandle { name: "cuda", device: Box::new(Cuda::open(number)?), overhead: Overhead::GPU })
+        Ok(DeviceHandle::of(Box::new(Cuda::open(number)?)))
     }
 
-    /// The emulator, on all cores.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] in a build without the feature `emulator`.
-    #[cfg(feature = "emulator")]
-    pub fn emulator() -> Result<DeviceHandle> {
-        let device = crate::gpu::emulator::Emulator::new();
-        device.set_threads(std::thread::available_parallelism().map_or(1, usize::from));
-        Ok(DeviceHandle { name: "emulator", device: Box::new(device), overhead: Overhead::NONE })
-    }
-
-    /// The emulator. This build does not have it.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`], always.
-    #[cfg(not(feature = "emulator"))]
-    pub fn emulator() -> Result<DeviceHandle> {
-        Err(Error::Unsupported(
-            "device emulator: not in this build, expected one with `cargo build --release --features emulator`"
-                .into(),
-        ))
+    /// An open device.
+    pub fn of(device: Box<dyn Device>) -> DeviceHandle {
+        let name = if device.properties().software { "softgpu" } else { "cuda" };
+        DeviceHandle { name, device, overhead: Overhead::GPU }
     }
 
     /// Chooses where a pair with these capacities runs, and opens the device. [`DeviceChoice::Auto`] takes
@@ -79,7 +60,7 @@ impl DeviceHandle {
     /// reason.
     ///
     /// # Errors
-    /// As [`DeviceHandle::gpu`] and [`DeviceHandle::emulator`] for an explicit choice.
+    /// As [`DeviceHandle::gpu`] for an explicit choice.
     pub fn for_pair(
         choice: DeviceChoice,
         number: u32,
@@ -89,7 +70,6 @@ impl DeviceHandle {
         match choice {
             DeviceChoice::Cpu => Ok(Placement::Cpu { fallback: None }),
             DeviceChoice::Cuda => DeviceHandle::gpu(number).map(Placement::Device),
-            DeviceChoice::Emulator => DeviceHandle::emulator().map(Placement::Device),
             DeviceChoice::Auto => {
                 match DeviceHandle::gpu(number).and_then(|gpu| MemoryPlan::new(pair, capacity).map(|_| gpu)) {
                     Ok(gpu) => Ok(Placement::Device(gpu)),
@@ -99,22 +79,14 @@ impl DeviceHandle {
         }
     }
 
-    /// Opens a device that runs kernels without a pair. [`DeviceChoice::Auto`] takes GPU `number`, else the
-    /// emulator.
+    /// Opens GPU `number`, to run kernels without a pair.
     ///
     /// # Errors
-    /// [`Error::Option`] for the CPU, which runs no kernels; else as [`DeviceHandle::gpu`] and
-    /// [`DeviceHandle::emulator`]. If neither opens, the GPU's error.
+    /// [`Error::Option`] for the CPU, which runs no kernels; else as [`DeviceHandle::gpu`].
     pub fn for_kernels(choice: DeviceChoice, number: u32) -> Result<DeviceHandle> {
         match choice {
-            DeviceChoice::Cuda => DeviceHandle::gpu(number),
-            DeviceChoice::Emulator => DeviceHandle::emulator(),
-            DeviceChoice::Auto => {
-                DeviceHandle::gpu(number).or_else(|reason| DeviceHandle::emulator().map_err(|_| reason))
-            }
-            DeviceChoice::Cpu => {
-                Err(Error::option("device", "is cpu, which has no kernels: expected cuda or emulator"))
-            }
+            DeviceChoice::Cuda | DeviceChoice::Auto => DeviceHandle::gpu(number),
+            DeviceChoice::Cpu => Err(Error::option("device", "is cpu, which has no kernels: expected cuda")),
         }
     }
 

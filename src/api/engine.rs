@@ -203,7 +203,7 @@ impl Engine {
         Ok(Session { engine: self, decoder: self.backend.get().decoder()? })
     }
 
-    /// The device that runs the pair: `cpu`, `cuda` or `emulator`.
+    /// The device that runs the pair: `cpu`, `cuda` or `softgpu`.
     pub fn device(&self) -> &'static str {
         self.backend.get().name()
     }

@@ -12,7 +12,7 @@ use clap::builder::PossibleValue;
 
 impl clap::ValueEnum for Choice {
     fn value_variants<'a>() -> &'a [Choice] {
-        &[Choice::Auto, Choice::Cpu, Choice::Cuda, Choice::Emulator]
+        &[Choice::Auto, Choice::Cpu, Choice::Cuda]
     }
 
     fn to_possible_value(&self) -> Option<PossibleValue> {
@@ -20,10 +20,6 @@ impl clap::ValueEnum for Choice {
             Choice::Auto => ("auto", "A GPU if one can run the pair, else the CPU"),
             Choice::Cpu => ("cpu", "The CPU reference in f32"),
             Choice::Cuda => ("cuda", "The kernels on a GPU"),
-            Choice::Emulator => (
-                "emulator",
-                "The kernels on the CPU, slowly, for tests; only in builds with the feature emulator",
-            ),
         };
         Some(PossibleValue::new(name).help(help))
     }

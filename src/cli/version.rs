@@ -38,7 +38,6 @@ pub fn facts(program: &str, gpu: u32) -> Value {
         "version": env!("CARGO_PKG_VERSION"),
         "commit": COMMIT,
         "cuda_targets": cuda::targets(),
-        "emulator": cfg!(feature = "emulator"),
         "device": device,
         "no_device": no_device,
         "driver": driver,

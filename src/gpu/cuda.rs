@@ -6,9 +6,10 @@
 //! empty in the others. All work is on one stream; graphs are captured from it.
 
 use crate::gpu::device::{
-    Arg, Buffer, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
+    Arg, Buffer, Counts, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
     check_launch,
 };
+use crate::gpu::software::SoftwareGpu;
 use crate::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -49,6 +50,7 @@ struct Context {
     stream: sys::CUstream,
     /// Held while the stream is captured. Waiting for the stream during a capture is an error.
     capturing: Mutex<()>,
+    allocated: Mutex<Allocated>,
 }
 
 // SAFETY: contexts and streams are handles that any thread may use, and every use binds the context first.
@@ -88,9 +90,21 @@ impl Drop for Context {
     }
 }
 
+/// Device memory in use by one [`Cuda`], without page-locked memory and what the driver needs itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Allocated {
+    /// Number of buffers.
+    pub buffers: usize,
+    /// Bytes of all buffers.
+    pub bytes: usize,
+    /// The maximum of `bytes` so far.
+    pub peak: usize,
+}
+
 /// One allocation on the device.
 struct DeviceMemory {
     address: sys::CUdeviceptr,
+    bytes: usize,
     context: Arc<Context>,
 }
 
@@ -100,6 +114,9 @@ impl Drop for DeviceMemory {
     fn drop(&mut self) {
         // SAFETY: allocated with `malloc_sync`, freed once, and `free` has waited for all work.
         self.context.free(|| unsafe { result::free_sync(self.address) });
+        let mut allocated = lock(&self.context.allocated);
+        allocated.buffers -= 1;
+        allocated.bytes -= self.bytes;
     }
 }
 
@@ -169,7 +186,10 @@ struct Function {
 }
 
 /// The device's mutable state. Its lock serializes the calls of several threads.
+#[derive(Default)]
 struct State {
+    /// Loaded modules, by file.
+    loaded: BTreeMap<&'static str, LoadedModule>,
     /// Loaded kernels, by file and entry point.
     functions: BTreeMap<(&'static str, &'static str), Function>,
     /// The steps of each thread that captures a graph.
@@ -183,7 +203,8 @@ unsafe impl Send for State {}
 pub struct Cuda {
     properties: Properties,
     state: Mutex<State>,
-    modules: BTreeMap<&'static str, LoadedModule>,
+    modules: &'static [Module],
+    software: Option<SoftwareGpu>,
     context: Arc<Context>,
 }
 
@@ -229,13 +250,13 @@ pub fn driver_version() -> Result<Option<u32>> {
 }
 
 impl Cuda {
-    /// Opens GPU number `ordinal` and loads its kernels. The driver compiles their PTX on the first run and
-    /// caches the result for later runs.
+    /// Opens GPU number `ordinal`. A kernel's module is loaded before its first launch or capture; the driver
+    /// compiles its PTX in the first run and caches the result for later runs.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if the binary has no CUDA kernels, or the machine has no driver, no such GPU, a
-    /// driver too old for the kernels, or a GPU older than sm_80. [`Error::Internal`] if the driver refuses a
-    /// kernel.
+    /// driver too old for the kernels, or a GPU older than sm_80. [`Error::Internal`] if the driver refuses the
+    /// first module.
     pub fn open(ordinal: u32) -> Result<Cuda> {
         Cuda::with(MODULES, ordinal)
     }
@@ -310,13 +331,43 @@ impl Cuda {
                 return check("creating a stream", Err(e));
             }
         };
-        let context = Arc::new(Context { device, context, stream, capturing: Mutex::new(()) });
-        let mut modules = BTreeMap::new();
-        for module in from {
-            modules.insert(module.file, load(module, usize::from(properties.overlap), properties.driver)?);
+        let context = Arc::new(Context {
+            device,
+            context,
+            stream,
+            capturing: Mutex::default(),
+            allocated: Mutex::default(),
+        });
+        // A driver that takes one module takes the others.
+        let smallest = from.iter().min_by_key(|module| module.ptx[0].len()).map_or("", |module| module.file);
+        let cuda = Cuda {
+            properties,
+            state: Mutex::default(),
+            modules: from,
+            software: SoftwareGpu::find(),
+            context,
+        };
+        cuda.module(&mut lock(&cuda.state), smallest)?;
+        Ok(cuda)
+    }
+
+    /// The memory in use.
+    pub fn allocated(&self) -> Allocated {
+        *lock(&self.context.allocated)
+    }
+
+    /// The driver's handle of a module, which the first call loads.
+    fn module(&self, state: &mut State, file: &'static str) -> Result<sys::CUmodule> {
+        if let Some(module) = state.loaded.get(file) {
+            return Ok(module.0);
         }
-        let state = Mutex::new(State { functions: BTreeMap::new(), recording: HashMap::new() });
-        Ok(Cuda { properties, state, modules, context })
+        let Some(module) = self.modules.iter().find(|module| module.file == file) else {
+            return Err(Error::Internal(format!("this binary has no CUDA module {file}")));
+        };
+        let loaded = load(module, usize::from(self.properties.overlap), self.properties.driver)?;
+        let handle = loaded.0;
+        state.loaded.insert(file, loaded);
+        Ok(handle)
     }
 
     /// The driver's handle of a kernel. The first call loads the kernel and checks it against its
@@ -326,13 +377,11 @@ impl Cuda {
             return Ok(function.clone());
         }
         let wrong = |what: String| Error::Internal(format!("kernel {}: {what}", kernel.name));
-        let Some(module) = self.modules.get(kernel.file) else {
-            return Err(wrong(format!("this binary has no module {}", kernel.file)));
-        };
+        let module = self.module(state, kernel.file)?;
         let name = CString::new(kernel.name).map_err(|_| wrong("a name with a zero byte".to_string()))?;
         let what = format!("finding kernel {}", kernel.name);
         // SAFETY: the module stays loaded as long as the context.
-        let handle = check(&what, unsafe { result::module::get_function(module.0, name) })?;
+        let handle = check(&what, unsafe { result::module::get_function(module, name) })?;
         // SAFETY: the handle is valid. The function is loaded here, because otherwise its first launch would
         // load it, possibly during a capture.
         check(&what, unsafe { sys::cuFuncLoad(handle) }.result())?;
@@ -578,6 +627,7 @@ fn properties(device: sys::CUdevice, driver: u32) -> Result<Properties> {
         driver,
         pci: pci(device),
         overlap: capability == (9, 0),
+        software: SoftwareGpu::find().is_some(),
     })
 }
 
@@ -600,7 +650,12 @@ impl Device for Cuda {
         // SAFETY: the memory is undefined, as the trait says, and the context is bound.
         match unsafe { result::malloc_sync(bytes.max(1)) } {
             Ok(address) => {
-                let memory = DeviceMemory { address, context: self.context.clone() };
+                let mut allocated = lock(&self.context.allocated);
+                allocated.buffers += 1;
+                allocated.bytes += bytes;
+                allocated.peak = allocated.peak.max(allocated.bytes);
+                drop(allocated);
+                let memory = DeviceMemory { address, bytes, context: self.context.clone() };
                 Ok(Buffer::new(address, bytes, Arc::new(memory)))
             }
             Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
@@ -735,6 +790,11 @@ impl Device for Cuda {
         let _state = self.immediate("a wait")?;
         // SAFETY: the stream is valid.
         check("waiting for the GPU", unsafe { result::stream::synchronize(self.context.stream) })
+    }
+
+    fn counters_by_kernel(&self) -> Option<BTreeMap<String, Counts>> {
+        let _state = self.immediate("reading counters").ok()?;
+        self.software.as_ref()?.counters(self.context.stream)
     }
 
     fn profile(&self, on: bool) -> Result<()> {

@@ -1,13 +1,14 @@
-//! The interface to a device: memory, kernel launches, graphs, events. [`crate::gpu::cuda`],
-//! `crate::gpu::emulator` and [`crate::gpu::dry_run`] implement it; none of them knows what a model is.
+//! The interface to a device: memory, kernel launches, graphs, events. [`crate::gpu::cuda`] and
+//! [`crate::gpu::dry_run`] implement it; neither knows what a model is.
 //!
 //! A device has one stream: it runs everything in the order of the calls. [`Device::launch`] is safe because
 //! a kernel's arguments are only numbers and buffers, and a launch or a graph keeps its buffers alive. The
-//! launchers in [`crate::gpu::kernels`] guarantee that a kernel stays inside its buffers; tests check this on
-//! the emulator.
+//! launchers in [`crate::gpu::kernels`] guarantee that a kernel stays inside its buffers; the software GPU, on
+//! which tests run the kernels, checks every access.
 
 use crate::{Error, Result};
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::{AddAssign, Sub};
 use std::sync::Arc;
@@ -242,15 +243,14 @@ impl Pinned {
     }
 }
 
-/// Counters of kernel launches on the emulator. They count every operation that goes through the wrappers of
-/// `cuda/common/ptx.cuh`.
+/// Counters of kernel launches on the software GPU.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Kernel launches.
     pub launches: u64,
     /// Thread blocks run.
     pub blocks: u64,
-    /// Bytes of streaming loads (`ld_stream`): weights and other constants.
+    /// Bytes of loads through the read-only path (`ld.global.nc`): weights and other constants.
     pub streamed: u64,
     /// Bytes of all other global loads, `cp.async` included.
     pub read: u64,
@@ -258,7 +258,7 @@ pub struct Counts {
     pub written: u64,
     /// Warp-wide `mma.m16n8k16` instructions; a wgmma counts as the equivalent number.
     pub mma: u64,
-    /// Warp-wide shared-memory accesses checked for bank conflicts: `ldmatrix` always, others on request.
+    /// Warp-wide accesses to shared memory.
     pub shared: u64,
     /// Extra shared-memory passes that bank conflicts caused.
     pub conflicts: u64,
@@ -297,7 +297,7 @@ impl Sub for Counts {
 /// Properties of a device.
 #[derive(Debug, Clone)]
 pub struct Properties {
-    /// The driver's name for a card, such as `NVIDIA H200`; `emulator` or `dry run` otherwise.
+    /// The driver's name for a card, such as `NVIDIA H200` or `software GPU (h200)`; else `dry run`.
     pub name: String,
     /// Compute capability: (9, 0) for H100 and H200.
     pub capability: (u32, u32),
@@ -316,6 +316,8 @@ pub struct Properties {
     /// A kernel may start before its predecessor ends and run up to its `grid_wait` (programmatic dependent
     /// launch, `griddepcontrol.wait`).
     pub overlap: bool,
+    /// Whether this is the software GPU, which counts launches and has no times.
+    pub software: bool,
 }
 
 /// A device and its stream. Errors name the kernel or the allocation.
@@ -323,8 +325,8 @@ pub trait Device: Send + Sync {
     /// Name, sizes and features.
     fn properties(&self) -> &Properties;
 
-    /// Allocates `bytes` bytes, 256-byte aligned, with undefined contents (poison on the emulator). `what`
-    /// names the allocation in errors.
+    /// Allocates `bytes` bytes, 256-byte aligned, with undefined contents. `what` names the
+    /// allocation in errors.
     ///
     /// # Errors
     /// [`Error::Memory`] says how much was requested, for what, and how much is free.
@@ -367,16 +369,14 @@ pub trait Device: Send + Sync {
     fn fill(&self, to: &Buffer, byte: u8) -> Result<()>;
 
     /// Declares memory constant: the caller promises that no kernel launched from now on writes it, so
-    /// kernels may read it before their `grid_wait`. Waits for the kernels launched so far. The emulator
-    /// reports a kernel that writes sealed memory.
+    /// kernels may read it before their `grid_wait`. Waits for the kernels launched so far.
     fn seal(&self, constant: &Buffer);
 
     /// Runs a kernel on `grid` blocks with `shared` bytes of dynamic shared memory.
     ///
     /// # Errors
     /// [`Error::Internal`] if the kernel does not exist, if the arguments or sizes do not fit its
-    /// declaration, or, on the emulator, if the kernel failed. A GPU reports the failure of a kernel at a
-    /// later call.
+    /// declaration. The failure of a kernel is reported at a later call.
     fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()>;
 
     /// Runs `record` and records its launches, copies and fills instead of running them. Only the calls of
@@ -410,10 +410,17 @@ pub trait Device: Send + Sync {
     /// [`Error::Internal`] if an earlier kernel failed.
     fn synchronize(&self) -> Result<()>;
 
-    /// The sum of the counters of all kernels so far. Only the emulator counts; its times mean nothing.
-    /// `None` on other devices.
-    fn counters(&self) -> Option<Counts> {
+    /// The counters of all launches so far, by kernel, after waiting for them. Only the software GPU counts; its
+    /// times mean nothing. `None` on other devices.
+    fn counters_by_kernel(&self) -> Option<BTreeMap<String, Counts>> {
         None
+    }
+
+    /// The sum of [`Device::counters_by_kernel`].
+    fn counters(&self) -> Option<Counts> {
+        let mut sum = Counts::default();
+        self.counters_by_kernel()?.into_values().for_each(|counts| sum += counts);
+        Some(sum)
     }
 
     /// Starts or stops recording by the device's profiler; does nothing on a device without one.
@@ -423,10 +430,6 @@ pub trait Device: Send + Sync {
     fn profile(&self, _on: bool) -> Result<()> {
         Ok(())
     }
-
-    /// Sets the accesses whose bank conflicts [`Device::counters`] counts from now on: all of them if `all`,
-    /// which is slow, otherwise `ldmatrix` only.
-    fn count_all_conflicts(&self, _all: bool) {}
 }
 
 /// Refuses a launch that exceeds the limits of all devices or the kernel's declared shared memory.

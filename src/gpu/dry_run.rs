@@ -51,6 +51,7 @@ impl DryRunDevice {
             driver: 0,
             pci: None,
             overlap: false,
+            software: false,
         };
         DryRunDevice { properties, state: Mutex::default() }
     }

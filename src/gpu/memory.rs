@@ -31,7 +31,7 @@ pub struct Overhead {
 }
 
 impl Overhead {
-    /// The emulator has no overhead.
+    /// No overhead.
     pub const NONE: Overhead = Overhead { granule: 1, reserve: 0 };
     /// An upper bound for a GPU. The driver hands out memory in pieces of 2 MiB, which small allocations
     /// share; the reserve is for graphs, for the kernels' local memory and for other programs.
@@ -118,8 +118,7 @@ impl MemoryPlan {
         self.total().max(self.loading())
     }
 
-    /// Bytes that must be free on a device. Page-locked host memory is included, because the emulator
-    /// allocates it as device memory.
+    /// Bytes that must be free on a device. Page-locked host memory is included, in case it is the same memory.
     pub fn needed(&self, overhead: Overhead) -> usize {
         let Overhead { granule, reserve } = overhead;
         let round_up =

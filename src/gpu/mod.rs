@@ -2,7 +2,8 @@
 //!
 //! | module | owns |
 //! | --- | --- |
-//! | [`device`] | the interface to a device; [`cuda`], `emulator` and [`dry_run`] implement it |
+//! | [`device`] | the interface to a device; [`cuda`] and [`dry_run`] implement it |
+//! | `software` | what the software GPU has beyond the CUDA driver API |
 //! | [`kernels`] | launchers of single kernels |
 //! | [`model`] | the launches of a model's layers |
 //! | [`loader`] | weights from files to device memory |
@@ -17,11 +18,10 @@ pub mod cuda;
 pub mod decoder;
 pub mod device;
 pub mod dry_run;
-#[cfg(feature = "emulator")]
-pub mod emulator;
 pub mod graph_listing;
 pub mod kernels;
 pub mod loader;
 pub mod memory;
 pub mod model;
 pub mod nvtx;
+mod software;

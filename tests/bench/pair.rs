@@ -3,6 +3,7 @@
 use crate::support;
 use crate::support::requests;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::Error;
 use dflash::checkpoint::folder::PUBLISHED;
 use dflash::checkpoint::pair::Pair;
@@ -13,7 +14,6 @@ use dflash::engine::generate::{Backend, Outcome, generate};
 use dflash::engine::lossless::check_lossless;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::DeviceBackend;
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::memory::MemoryPlan;
 use half::bf16;
 use requests::{AcceptAll, request};
@@ -127,8 +127,7 @@ fn the_plan_of_qwen3_8b() {
 fn a_random_pair_is_lossless_on_the_emulator() {
     let (_root, pair) = tiny();
     let load = || {
-        let device = Emulator::new();
-        device.set_threads(2);
+        let device = TestGpu::new();
         DeviceBackend::load("emulator", Box::new(device), &pair, BatchConfig::new(1, 8, 128), &mut |_, _| ())
             .unwrap()
     };

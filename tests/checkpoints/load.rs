@@ -4,6 +4,7 @@ use crate::support;
 use crate::support::kernel;
 use crate::support::layer;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::Error;
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
@@ -12,7 +13,6 @@ use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Buffer;
 use dflash::gpu::dry_run::DryRunDevice;
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::loader::{Loader, PackedRows, READ_BUFFERS, READ_BYTES};
 use dflash::gpu::memory::{MemoryPlan, Overhead};
@@ -68,7 +68,7 @@ fn device_weights_equal_the_checkpoint_in_every_format() {
         let values = |name: &str| stored(tensors.iter().find(|t| t.name == name).unwrap(), dtype);
         let rows = |names: &[&str]| to_bf16(&names.iter().flat_map(|name| values(name)).collect::<Vec<_>>());
 
-        let device = Emulator::new();
+        let device = TestGpu::new();
         let mut loader = Loader::new(&device, &pair.target.weights);
         let own = |name: &str| format!("model.layers.1.{name}.weight");
         let [q, k, v, gate, up, gain] = [
@@ -116,10 +116,7 @@ fn device_weights_equal_the_checkpoint_in_every_format() {
 /// than a buffer.
 #[test]
 fn matrices_larger_than_a_read_buffer_load_correctly() {
-    let (n, k, long) = match cfg!(feature = "sanitize") {
-        true => (700, 12832, 64),
-        false => (5011, 2080, READ_BYTES / 2 + 96),
-    };
+    let (n, k, long) = (5011, 2080, READ_BYTES / 2 + 96);
     let dir = tempfile::tempdir().unwrap();
     for dtype in [Dtype::Bf16, Dtype::F32] {
         let mut random = Random::new(n as u64);
@@ -131,7 +128,7 @@ fn matrices_larger_than_a_read_buffer_load_correctly() {
         let tensors = [tensor("a", n, k), tensor("b", 2, long)];
         support::write_tensors(dir.path(), &tensors, dtype, 1);
         let file = Checkpoint::open(&disk(dir.path())).unwrap();
-        let device = Emulator::new();
+        let device = TestGpu::new();
         let mut loader = Loader::new(&device, &file);
         let shapes =
             [Shape { n: 2 * n.next_multiple_of(8), k }, Shape { n: n + 5, k }, Shape { n: 2, k: long }];
@@ -163,7 +160,7 @@ fn matrices_larger_than_a_read_buffer_load_correctly() {
 #[test]
 fn rotary_tables_match_the_reference() {
     let pair = demo();
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let stack = &pair.target.config.stack;
     let mut loader = Loader::new(&device, &pair.target.weights);
     let buffer = loader.rope_table(&stack.rope, stack.head_dim, 100).unwrap();
@@ -183,7 +180,7 @@ fn progress_is_monotonic_and_ends_at_all_bytes() {
     let (_files, pair) = write_and_open(&target(Dtype::F16, 3, false), &drafter(Dtype::F32));
     let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 8, 100)).unwrap();
     let mut progress = vec![];
-    Models::load_with(&Emulator::new(), &pair, 100, &mut |done, total| progress.push((done, total))).unwrap();
+    Models::load_with(&TestGpu::new(), &pair, 100, &mut |done, total| progress.push((done, total))).unwrap();
     assert_eq!(
         (progress[0], progress[progress.len() - 1]),
         ((0, plan.file_bytes), (plan.file_bytes, plan.file_bytes))
@@ -219,7 +216,7 @@ fn the_memory_plan_equals_the_allocations() {
         for config in configs {
             let BatchConfig { block, pages, positions, .. } = config;
             let plan = MemoryPlan::new(pair, config).unwrap();
-            let device = Emulator::new();
+            let device = TestGpu::new();
             let models = Models::load(&device, pair, positions).unwrap();
             let weights: usize = plan
                 .lines
@@ -343,7 +340,7 @@ fn load_and_measure_memory() {
             println!("{dtype} {time}: {} MiB at {rate:.1} GB/s, {} MiB more", bytes >> 20, growth >> 20);
             // The read buffers, one converted buffer, and the memory of threads and channels.
             // AddressSanitizer also has shadow memory and keeps freed memory for a while.
-            let other = if cfg!(feature = "sanitize") { 64 << 20 } else { 8 << 20 };
+            let other = 8 << 20;
             assert!(growth <= (READ_BUFFERS + 1) * READ_BYTES + other, "{dtype}: {growth} bytes");
             assert!(peak_memory() < 512 << 20);
         }
@@ -377,7 +374,7 @@ fn a_file_truncated_after_opening_is_named_with_the_tensor() {
         let length = fs::metadata(&path).unwrap().len();
         for left in [length - 1, length / 2, 9, 0] {
             OpenOptions::new().write(true).open(&path).unwrap().set_len(left).unwrap();
-            let device = Emulator::new();
+            let device = TestGpu::new();
             let error = Models::load(&device, &pair, 64).err().unwrap();
             let Error::Model(sentence) = &error else { panic!("{error:?}") };
             assert!(
@@ -423,7 +420,7 @@ fn a_replaced_file_is_still_read_from_the_opened_one() {
     write(1.0);
     let file = Checkpoint::open(&disk(dir.path())).unwrap();
     write(2.0);
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let mut loader = Loader::new(&device, &file);
     let x = loader.vector("x", 40).unwrap();
     fs::remove_file(dir.path().join("model.safetensors")).unwrap();
@@ -440,7 +437,7 @@ fn load(values: &[f32], columns: usize, dtype: Dtype) -> [Result<Vec<f32>, Error
     support::write_tensors(dir.path(), &[matrix, vector], dtype, 1);
     let file = Checkpoint::open(&disk(dir.path())).unwrap();
     [0, 1, 2].map(|kind| {
-        let device = Emulator::new();
+        let device = TestGpu::new();
         let result = {
             let mut loader = Loader::new(&device, &file);
             let shape = Shape { n: rows, k: columns };
@@ -537,13 +534,13 @@ fn a_nan_in_any_tensor_is_named_and_all_memory_is_freed() {
         let valid =
             if of_target { support::target_tensors(&spec) } else { support::drafter_tensors(&spec, &draft) };
         let shards = if of_target { 2 } else { 1 };
-        for corrupted in (0..valid.len()).step_by(if cfg!(feature = "sanitize") { 7 } else { 1 }) {
+        for corrupted in (0..valid.len()).step_by(1) {
             let mut tensors = valid.clone();
             let last = tensors[corrupted].values.len() - 1;
             tensors[corrupted].values[last] = f32::NAN;
             support::write_tensors(dir, &tensors, Dtype::F32, shards);
             let pair = Pair::open(disk(&files.target), Some(disk(&files.drafter))).unwrap();
-            let device = Emulator::new();
+            let device = TestGpu::new();
             let error = Models::load(&device, &pair, 64).err().unwrap();
             let Error::Model(sentence) = &error else { panic!("{error:?}") };
             let name = format!(": tensor {}: element", tensors[corrupted].name);
@@ -562,7 +559,7 @@ fn too_little_device_memory_is_refused_before_reading() {
     let (whole, weights) =
         (plan.total() + plan.pinned, plan.lines[..3].iter().map(|l| l.bytes).sum::<usize>());
     let load = |bytes: usize| {
-        let device = Emulator::with_memory(bytes as u64);
+        let device = TestGpu::with_memory(bytes as u64);
         let mut read = 0;
         let error = Models::load_with(&device, &pair, 128, &mut |done, _| read = done)
             .and_then(|models| Batch::new(&device, &models, config).map(drop))

@@ -4,6 +4,7 @@
 use crate::support;
 use crate::support::program;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::Error;
 use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
@@ -12,7 +13,6 @@ use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::{Arg, Buffer, Device, Node};
 use dflash::gpu::dry_run::DryRunDevice;
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::graph_listing::{Group, layers, of_round, outline};
 use dflash::gpu::kernels::attention::MAX_SLOTS;
 use dflash::gpu::memory::{MemoryPlan, Overhead};
@@ -177,7 +177,7 @@ fn loading_can_need_more_memory_than_running() {
     let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 1, 64)).unwrap();
     assert!(plan.loading() > plan.total());
     let needed = plan.needed(Overhead::NONE);
-    let load = |bytes: usize| Models::load(&Emulator::with_memory(bytes as u64), &pair, 64).is_ok();
+    let load = |bytes: usize| Models::load(&TestGpu::with_memory(bytes as u64), &pair, 64).is_ok();
     assert!(load(needed) && !load(needed - 1));
     assert!(plan.check(&pair, needed - 1, Overhead::NONE).is_err());
     let granule = Overhead { granule: 1 << 20, reserve: 5 };
@@ -214,7 +214,7 @@ fn the_largest_context_fits_and_one_more_page_does_not() {
                     .unwrap();
             let runs = |positions: usize| {
                 let (device, config) =
-                    (Emulator::with_memory(free as u64), BatchConfig::new(2, block, positions));
+                    (TestGpu::with_memory(free as u64), BatchConfig::new(2, block, positions));
                 let models = Models::load(&device, pair, positions);
                 models.is_ok_and(|models| Batch::new(&device, &models, config).is_ok())
             };
@@ -278,7 +278,7 @@ fn normalized(nodes: &[Node]) -> Vec<(&'static str, [u32; 3], u32, Vec<String>)>
 fn planned_launches_equal_the_captured_graph() {
     for (_files, pair) in &pairs() {
         for config in configs(pair) {
-            let device = Emulator::new();
+            let device = TestGpu::new();
             let models = Models::load(&device, pair, config.positions).unwrap();
             let batch = batch(&device, &models, config);
             for sampled in [false, true] {

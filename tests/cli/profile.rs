@@ -4,9 +4,9 @@
 use crate::support::library;
 use crate::support::program;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::gpu::cuda::{self, Cuda};
 use dflash::gpu::device::Device;
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::nvtx::{range, window};
 use library::library;
 use program::{Run, finish};
@@ -109,7 +109,7 @@ fn a_profiling_window_starts_and_stops_on_an_idle_device() {
         assert_eq!(result.err().as_deref(), std::env::var_os("REFUSES").map(|_| refused));
         return;
     }
-    assert_eq!(window(&Emulator::new()).map(drop), Ok(()));
+    assert_eq!(window(&TestGpu::new()).map(drop), Ok(()));
     // A build without kernels cannot open a GPU.
     if cuda::targets().is_empty() {
         return;

@@ -8,6 +8,7 @@ use crate::support::program;
 use crate::support::random;
 use crate::support::requests;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
 use dflash::cpu::decoder::{Sequence, Sequences};
@@ -17,7 +18,6 @@ use dflash::engine::generate::{Decoder, Outcome, Request, generate};
 use dflash::engine::lossless;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models as DeviceBackend};
-use dflash::gpu::emulator::Emulator;
 use dflash::spec::config::{SpecConfig, VerifyMethod};
 use dflash::spec::draft_length::{Controller, Costs, DraftLengthPolicy, Fixed};
 use dflash::spec::sampling::SamplingParams;
@@ -289,7 +289,7 @@ fn sampled_trees_do_not_adapt() {
 fn on_device(vocab: usize, config: BatchConfig, then: impl FnOnce(&mut Batch)) {
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&support::Target { vocab, ..target }, &drafter));
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let models = DeviceBackend::load(&device, &pair, config.positions).unwrap();
     then(&mut Batch::new(&device, &models, config).unwrap());
 }
@@ -534,7 +534,7 @@ fn adaptive_sampled_chains_have_the_targets_distribution() {
     let pair = open(&support::write_pair(&target, &drafter));
     let target = Target::load(&pair.target).unwrap();
     let config = BatchConfig { draft_probs: true, adaptive: true, ..BatchConfig::new(32, 5, 64) };
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let models = DeviceBackend::load(&device, &pair, 64).unwrap();
     let mut batch = Batch::new(&device, &models, config).unwrap();
     let sizes = Rc::new(Cell::new([0; 5]));

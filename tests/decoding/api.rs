@@ -21,7 +21,7 @@ static DEMO: LazyLock<Engine> = LazyLock::new(|| {
 fn on_the_emulator() -> (support::Pair, Engine) {
     let (target, drafter) = requests::tiny();
     let pair = support::write_pair(&target, &drafter);
-    let options = EngineOptions::default().device(DeviceChoice::Emulator).context(128);
+    let options = EngineOptions::default().device(DeviceChoice::Cuda).context(128);
     let engine = Engine::open_with(Models::folders(&pair.target, &pair.drafter), options).unwrap();
     (pair, engine)
 }
@@ -166,7 +166,7 @@ fn numbers_out_of_range_are_refused_on_every_device() {
                 assert_eq!(error.map(|e| e.to_string()).as_deref(), Some(expected), "{}", engine.device());
             }
         }
-        for device in [DeviceChoice::Cpu, DeviceChoice::Emulator] {
+        for device in [DeviceChoice::Cpu, DeviceChoice::Cuda] {
             let options = EngineOptions::default().device(device).spec(spec.clone());
             let error = Engine::open_with(Models::demo(), options).err();
             assert_eq!(error.map(|e| e.to_string()).as_deref(), Some(expected));

@@ -83,7 +83,7 @@ fn coupled_drafts_of_equal_models_are_all_accepted_on_the_cpu() {
 #[test]
 fn coupled_drafts_of_equal_models_are_all_accepted_on_devices() {
     let pair = requests::open(&constant_logits());
-    kernel::every_device(|device| {
+    kernel::on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let all = coupled_requests();
         let mut steps = Batch::new(device, &models, BatchConfig::new(1, 1, POSITIONS)).unwrap();

@@ -3,14 +3,14 @@
 
 use crate::support::requests;
 
+use crate::support::kernel::on_gpu;
+use crate::support::test_gpu::TestGpu;
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
 use dflash::engine::generate::{Decoder, Finish, Outcome, Request, generate, resume};
 use dflash::gpu::batch_config::BatchConfig;
-use dflash::gpu::cuda::Cuda;
 use dflash::gpu::decoder::{Batch, Models};
-use dflash::gpu::device::{Device, Node};
-use dflash::gpu::emulator::Emulator;
+use dflash::gpu::device::Node;
 use requests::{answer, keep_going, run, run_together};
 use serde_json::Value;
 
@@ -21,20 +21,6 @@ const NEAR: f64 = 0.01;
 
 fn demo() -> Pair {
     Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()
-}
-
-fn emulator() -> Emulator {
-    let device = Emulator::new();
-    device.set_threads(2);
-    device
-}
-
-fn every_device(test: impl Fn(&dyn Device)) {
-    test(&emulator());
-    if let Ok(gpu) = Cuda::open(0) {
-        println!("on {}", gpu.properties().name);
-        test(&gpu);
-    }
 }
 
 fn request(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32) -> Request {
@@ -75,7 +61,7 @@ fn prompts() -> Vec<Vec<u32>> {
 #[test]
 fn greedy_device_tokens_equal_the_reference_except_near_ties() {
     const TOKENS: usize = 24;
-    every_device(|device| {
+    on_gpu(|device| {
         let pair = demo();
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch = Batch::new(device, &models, BatchConfig::new(8, 16, 192)).unwrap();
@@ -125,7 +111,7 @@ fn greedy_device_tokens_equal_the_reference_except_near_ties() {
 
 #[test]
 fn dflash_on_the_device_equals_ar_decoding_on_the_device() {
-    every_device(|device| {
+    on_gpu(|device| {
         let pair = demo();
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         // Each block size with one temperature; in exhaustive runs with all of them.
@@ -159,7 +145,7 @@ fn mixed(prompts: &[Vec<u32>]) -> Vec<Request> {
 
 #[test]
 fn a_batch_emits_what_its_sequences_emit_alone() {
-    every_device(|device| {
+    on_gpu(|device| {
         let pair = demo();
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let requests = mixed(&prompts());
@@ -187,7 +173,7 @@ fn a_batch_emits_what_its_sequences_emit_alone() {
 /// A conversation in one slot: the tokens do not depend on which turns were decoded with drafts.
 #[test]
 fn a_conversation_is_the_same_with_and_without_drafts() {
-    every_device(|device| {
+    on_gpu(|device| {
         let pair = demo();
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let prompt = &prompts()[4][..60];
@@ -225,7 +211,7 @@ fn a_conversation_is_the_same_with_and_without_drafts() {
 
 #[test]
 fn a_round_is_five_launches_a_layer_and_thirteen() {
-    let (pair, device) = (demo(), emulator());
+    let (pair, device) = (demo(), TestGpu::new());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
     let launches = |block: usize| {
         let batch = Batch::new(&device, &models, BatchConfig::new(5, block, POSITIONS)).unwrap();
@@ -250,7 +236,7 @@ fn a_round_is_five_launches_a_layer_and_thirteen() {
 
 #[test]
 fn a_sequence_that_does_not_fit_is_refused_and_frees_its_pages() {
-    let (pair, device) = (demo(), emulator());
+    let (pair, device) = (demo(), TestGpu::new());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
     let config = BatchConfig { pages: 4, ..BatchConfig::new(2, 16, POSITIONS) };
     let mut batch = Batch::new(&device, &models, config).unwrap();

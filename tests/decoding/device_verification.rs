@@ -7,6 +7,7 @@ use crate::support::distribution;
 use crate::support::kernel;
 use crate::support::requests;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
 use dflash::cpu::decoder::Sequences;
@@ -17,12 +18,11 @@ use dflash::engine::lossless::check;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, DrafterMode, Models};
 use dflash::gpu::device::{Device, Node};
-use dflash::gpu::emulator::Emulator;
 use dflash::spec::config::{SpecConfig, VerifyMethod};
 use dflash::spec::draft_length::DraftLengthPolicy;
 use dflash::spec::rng::{DrawKey, PhiloxStream, RandomSource};
 use dflash::spec::verify::{block_verify, rejection, sample_chain};
-use kernel::{Random, every_device};
+use kernel::{Random, on_gpu};
 use requests::{AcceptAll, Event, keep_going, open, reference_prompts, run, run_together, seeded, tiny};
 
 const POSITIONS: usize = 192;
@@ -153,7 +153,7 @@ pub fn same_as_alone(
 fn a_batch_of_all_kinds_answers_as_each_alone() {
     const VOCAB: usize = 12;
     let pair = small(VOCAB);
-    every_device(|device| {
+    on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut random = Random::new(5);
         let mut requests = Vec::new();
@@ -176,7 +176,7 @@ fn a_batch_of_all_kinds_answers_as_each_alone() {
 #[test]
 fn a_batch_of_the_demo_pair_answers_as_each_alone() {
     let pair = demo();
-    every_device(|device| {
+    on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let prompts = reference_prompts();
         // Trees as large as the batch config allows.
@@ -200,7 +200,7 @@ fn a_batch_of_the_demo_pair_answers_as_each_alone() {
 #[test]
 fn tree_tokens_come_from_the_logits_of_ar_decoding_bit_for_bit() {
     let (filtered, demo) = (small(12), demo());
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(8);
         let (short, text) = (prompt(&mut random, 40, 12), reference_prompts()[5][..50].to_vec());
         for (pair, prompt, tokens, cases) in [
@@ -226,7 +226,7 @@ fn check_first_tokens(rows: usize, kinds: [SpecConfig; 2]) {
     let pair = small(4);
     let target = Target::load(&pair.target).unwrap();
     let prompt = [1, 2, 3];
-    every_device(|device| {
+    on_gpu(|device| {
         let models = Models::load(device, &pair, 64).unwrap();
         let config = BatchConfig { draft_probs: true, ..BatchConfig::new(32, 4, 64).with_trees(rows) };
         let mut batch = Batch::new(device, &models, config).unwrap();
@@ -340,7 +340,7 @@ fn devices_sample_and_verify_as_the_cpu_except_at_near_ties() {
     let pair = demo();
     let (target, drafter) =
         (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
-    every_device(|device| {
+    on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch = Batch::new(
             device,
@@ -396,7 +396,7 @@ fn device_trees_accept_as_many_as_cpu_trees() {
     let pair = demo();
     let target = Target::load(&pair.target).unwrap();
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
-    every_device(|device| {
+    on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch =
             Batch::new(device, &models, BatchConfig::new(4, BLOCK, POSITIONS).with_trees(20)).unwrap();
@@ -419,7 +419,7 @@ fn sampled_trees_on_devices_equal_the_cpus_round_by_round() {
     let (pair, prompt) = (small(4), [1, 2, 3]);
     let target = Target::load(&pair.target).unwrap();
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
-    every_device(|device| {
+    on_gpu(|device| {
         let models = Models::load(device, &pair, 64).unwrap();
         let config = BatchConfig { draft_probs: true, ..BatchConfig::new(16, 4, 64).with_trees(9) };
         let mut batch = Batch::new(device, &models, config).unwrap();
@@ -478,7 +478,7 @@ fn answers_and_drafts_reach_their_models_last_positions() {
         let target = support::Target { vocab: VOCAB, max_positions: end, ..target.clone() };
         let drafter = support::Drafter { max_positions: draft_end, ..drafter.clone() };
         let pair = open(&support::write_pair(&target, &drafter));
-        every_device(|device| {
+        on_gpu(|device| {
             let models = Models::load(device, &pair, POSITIONS).unwrap();
             let mut batch = Batch::new(device, &models, config(3)).unwrap();
             let mut random = Random::new(end as u64);
@@ -509,7 +509,7 @@ fn answers_and_drafts_reach_their_models_last_positions() {
 #[test]
 fn answers_of_one_and_two_tokens() {
     let pair = small(12);
-    every_device(|device| {
+    on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch = Batch::new(device, &models, config(3)).unwrap();
         for kind in kinds() {
@@ -531,7 +531,7 @@ fn answers_of_one_and_two_tokens() {
 #[test]
 fn a_stop_id_among_the_accepted_drafts_ends_the_answer() {
     let pair = small(6);
-    every_device(|device| {
+    on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch = Batch::new(device, &models, config(2)).unwrap();
         for kind in
@@ -567,7 +567,7 @@ fn a_stop_id_among_the_accepted_drafts_ends_the_answer() {
 
 #[test]
 fn a_batch_refuses_requests_outside_its_config() {
-    let (pair, device) = (small(12), Emulator::new());
+    let (pair, device) = (small(12), TestGpu::new());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
     let of = |block: usize, spec: &SpecConfig| request(&[1, 2, 3], 5, (spec.clone(), block, 1.0), 1);
     let chains = BatchConfig::new(1, 8, POSITIONS);
@@ -605,7 +605,7 @@ fn a_batch_refuses_requests_outside_its_config() {
 #[test]
 fn trees_take_exactly_their_pages() {
     const VOCAB: usize = 12;
-    let (pair, device) = (small(VOCAB), Emulator::new());
+    let (pair, device) = (small(VOCAB), TestGpu::new());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
     let mut random = Random::new(1);
     // Prompt, answer and block are 64 positions: one page, and with a tree a second one.
@@ -648,7 +648,7 @@ fn trees_take_exactly_their_pages() {
 
 #[test]
 fn a_round_adds_2_launches_for_trees_4_for_sampling_11_for_both() {
-    let (pair, device) = (demo(), Emulator::new());
+    let (pair, device) = (demo(), TestGpu::new());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
     // As in tests/decoding/device.rs.
     let (ar, drafting) = (5 * 6 + 8, 5 * (6 + 3) + 13);

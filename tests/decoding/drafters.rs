@@ -5,7 +5,7 @@
 use crate::device_verification::same_as_alone;
 use crate::support;
 use crate::support::distribution;
-use crate::support::kernel::every_device;
+use crate::support::kernel::on_gpu;
 use crate::support::requests::{self, AcceptAll, keep_going, request, run, run_together, seeded, spec};
 
 use dflash::checkpoint::config::{Layout, Slots};
@@ -263,7 +263,7 @@ fn an_own_embedding_and_head_are_used_if_they_differ_from_the_targets() {
     assert_eq!((plan.own_head, plan.own_embedding, &plan.ids), (Some(512), true, &None));
     let found = compare(&pair, &Oracle::open("dflash-deepspec"));
     assert_eq!(found.drafts, 0);
-    every_device(|device| {
+    on_gpu(|device| {
         let tokens = |pair: &Pair| {
             let models = Models::load(device, pair, 128).unwrap();
             let mut batch = Batch::new(device, &models, BatchConfig::new(1, 8, 128)).unwrap();
@@ -281,7 +281,7 @@ fn an_own_embedding_and_head_are_used_if_they_differ_from_the_targets() {
 fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
     for name in FOLDERS {
         let (pair, oracle) = (open(name), Oracle::open(name));
-        every_device(|device| {
+        on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
             let prompts = oracle.prompts();
             let kinds = [
@@ -313,7 +313,7 @@ fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
 fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
     for name in FOLDERS {
         let (pair, oracle) = (open(name), Oracle::open(name));
-        every_device(|device| {
+        on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
             let (mut accepted, mut recorded_accepted) = (0, 0);
             for recorded in oracle.prompts() {
@@ -380,7 +380,8 @@ fn walks_are_lossless_with_every_method() {
 /// Devices refuse what they do not run.
 #[test]
 fn devices_refuse_drafters_with_a_walk() {
-    let refusal = Models::load(&dflash::gpu::emulator::Emulator::new(), &open(WALKS[0]), 128).err().unwrap();
+    let refusal =
+        Models::load(&crate::support::test_gpu::TestGpu::new(), &open(WALKS[0]), 128).err().unwrap();
     let sentence = refusal.to_string();
     assert!(
         sentence.ends_with("config.json: a DSpark drafter in DeepSpec's layout runs on the CPU only"),
@@ -413,7 +414,7 @@ fn answers_of_a_reduced_vocabulary_have_the_targets_distribution() {
             let answers = run_together(&mut decoder, &requests, keep_going);
             distribution::check(&kind, &expected, answers.into_iter().map(|outcome| outcome.tokens));
         }
-        every_device(|device| {
+        on_gpu(|device| {
             let models = Models::load(device, &pair, 64).unwrap();
             let config = BatchConfig { draft_probs: true, ..BatchConfig::new(32, 4, 64).with_trees(9) };
             let mut batch = Batch::new(device, &models, config).unwrap();

@@ -5,6 +5,7 @@ use crate::support;
 use crate::support::program;
 use crate::support::requests;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::engine::generate::{
     Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, generate_all, resume,
@@ -13,7 +14,6 @@ use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::cuda::Cuda;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Device;
-use dflash::gpu::emulator::Emulator;
 use dflash::{Error, Result};
 use program::{command, flags, run_pair, write};
 use requests::*;
@@ -21,18 +21,18 @@ use serde_json::{Value, json};
 use std::io::Read;
 use std::process::Stdio;
 
-/// Runs `test` with a tiny pair on an emulator. Its memory must be free afterwards.
-fn on_the_emulator(
+/// Runs `test` with a tiny pair on a GPU. Its memory must be free afterwards.
+fn on_gpu_with(
     (target, drafter): (support::Target, support::Drafter),
     positions: usize,
-    test: impl FnOnce(&Emulator, &Models),
+    test: impl FnOnce(&TestGpu, &Models),
 ) {
     let pair = support::write_pair(&target, &drafter);
     with_pair(&pair, positions, test);
 }
 
-fn with_pair(pair: &support::Pair, positions: usize, test: impl FnOnce(&Emulator, &Models)) {
-    let device = Emulator::new();
+fn with_pair(pair: &support::Pair, positions: usize, test: impl FnOnce(&TestGpu, &Models)) {
+    let device = TestGpu::new();
     let models = Models::load(&device, &open(pair), positions).unwrap();
     test(&device, &models);
     drop(models);
@@ -40,7 +40,7 @@ fn with_pair(pair: &support::Pair, positions: usize, test: impl FnOnce(&Emulator
     assert_eq!((left.buffers, left.bytes), (0, 0));
 }
 
-fn batch<'a>(device: &'a Emulator, models: &'a Models, slots: usize, positions: usize) -> Batch<'a> {
+fn batch<'a>(device: &'a TestGpu, models: &'a Models, slots: usize, positions: usize) -> Batch<'a> {
     Batch::new(device, models, BatchConfig::new(slots, 16, positions)).unwrap()
 }
 
@@ -77,7 +77,7 @@ fn long_round(decoder: &mut dyn Decoder, tokens: usize, min_tokens: usize) -> (V
 
 #[test]
 fn budgets_end_an_answer_anywhere_in_a_round() {
-    on_the_emulator(tiny(), 128, |device, models| {
+    on_gpu_with(tiny(), 128, |device, models| {
         let mut single = batch(device, models, 1, 128);
         let most = if exhaustive() { 30 } else { 20 };
         let (prompt, whole) = long_round(&mut single, most, 6);
@@ -106,7 +106,7 @@ fn budgets_end_an_answer_anywhere_in_a_round() {
 /// produced it.
 #[test]
 fn a_prompt_with_part_of_its_answer_gives_the_rest() {
-    on_the_emulator(tiny(), 128, |device, models| {
+    on_gpu_with(tiny(), 128, |device, models| {
         let mut single = batch(device, models, 1, 128);
         for (seed, temperature) in [(1, 0.0), (2, 0.8), (3, 2.0)] {
             let prompt = prompt(seed, 9);
@@ -127,7 +127,7 @@ fn stop_ids_end_an_answer_anywhere_in_a_round_and_in_the_list() {
     let oracle: serde_json::Value = serde_json::from_str(include_str!("../data/oracle.json")).unwrap();
     let prompt = oracle["prompts"][19]["prompt_ids"].as_array().unwrap();
     let prompt: Vec<u32> = prompt.iter().map(|id| id.as_u64().unwrap() as u32).collect();
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let pair = dflash::checkpoint::pair::Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let models = Models::load(&device, &pair, 192).unwrap();
     let mut single = batch(&device, &models, 1, 192);
@@ -178,7 +178,7 @@ fn the_context_ends_an_answer_anywhere_in_a_round() {
         let target = support::Target { max_positions: limit, ..target };
         let drafter = support::Drafter { max_positions: draft_limit, ..drafter };
         let context = positions.min(limit);
-        on_the_emulator((target, drafter), positions, |device, models| {
+        on_gpu_with((target, drafter), positions, |device, models| {
             let mut single = batch(device, models, 1, positions);
             assert_eq!(single.context(), context);
             let all = prompt(3, context + 1);
@@ -218,7 +218,7 @@ fn the_context_ends_an_answer_anywhere_in_a_round() {
 
 #[test]
 fn requests_wait_for_pages_and_those_that_never_fit_are_refused() {
-    on_the_emulator(tiny(), 256, |device, models| {
+    on_gpu_with(tiny(), 256, |device, models| {
         let config = BatchConfig { pages: 3, ..BatchConfig::new(3, 16, 256) };
         let mut three = Batch::new(device, models, config).unwrap();
         // Two pages each: only one runs at a time.
@@ -267,7 +267,7 @@ fn logits(batch: &mut Batch, slot: usize, request: &Request) -> (Vec<u32>, Vec<V
 /// The device does not know yet that the released sequence has ended: its rounds in flight may still write.
 #[test]
 fn pages_of_a_released_sequence_belong_to_the_next() {
-    on_the_emulator(tiny(), 128, |device, models| {
+    on_gpu_with(tiny(), 128, |device, models| {
         let config = BatchConfig { pages: 2, ..BatchConfig::new(2, 16, 128) };
         let mut two = Batch::new(device, models, config).unwrap();
         let mut single = batch(device, models, 1, 128);
@@ -300,7 +300,7 @@ fn pages_of_a_released_sequence_belong_to_the_next() {
 
 #[test]
 fn a_decoder_dropped_with_a_round_in_flight_frees_its_memory() {
-    on_the_emulator(tiny(), 128, |device, models| {
+    on_gpu_with(tiny(), 128, |device, models| {
         let before = device.allocated();
         for rounds in 0..3 {
             let mut two = batch(device, models, 2, 128);
@@ -324,7 +324,7 @@ fn a_decoder_dropped_with_a_round_in_flight_frees_its_memory() {
 
 #[test]
 fn a_sink_can_end_an_answer_or_fail_at_every_token() {
-    on_the_emulator(tiny(), 128, |device, models| {
+    on_gpu_with(tiny(), 128, |device, models| {
         let mut single = batch(device, models, 1, 128);
         let (prompt, whole) = long_round(&mut single, 20, 6);
         let whole_request = request(&prompt, 20, 16, 0.0);
@@ -367,7 +367,7 @@ fn a_sink_can_end_an_answer_or_fail_at_every_token() {
 /// are correct: the next answer has the same tokens and rounds as on a new decoder.
 #[test]
 fn a_conversation_continues_after_an_answer_ended_at_any_token() {
-    on_the_emulator(tiny(), 128, |device, models| {
+    on_gpu_with(tiny(), 128, |device, models| {
         let (mut single, mut fresh) = (batch(device, models, 1, 128), batch(device, models, 1, 128));
         let (prompt, whole) = long_round(&mut single, 16, 6);
         let first = request(&prompt, 16, 16, 0.0);
@@ -396,7 +396,7 @@ fn a_sink_can_end_a_prompt_after_every_chunk() {
     let (target, drafter) = tiny();
     let target = support::Target { max_positions: 640, ..target };
     let drafter = support::Drafter { max_positions: 640, ..drafter };
-    on_the_emulator((target, drafter), 640, |device, models| {
+    on_gpu_with((target, drafter), 640, |device, models| {
         let mut single = batch(device, models, 1, 640);
         let next = request(&prompt(2, 70), 9, 16, 0.0);
         let expected = run(&mut single, &next);
@@ -423,7 +423,7 @@ fn a_sink_can_end_a_prompt_after_every_chunk() {
 
 #[test]
 fn an_interrupted_batch_frees_its_pages_and_runs_others() {
-    on_the_emulator(tiny(), 128, |device, models| {
+    on_gpu_with(tiny(), 128, |device, models| {
         let settings = [(9, 16, 0.0), (21, 16, 0.7), (13, 5, 0.0), (2, 1, 1.0), (17, 16, 0.0)];
         let request = |(i, (tokens, block, temperature))| request(&prompt(i, 11), tokens, block, temperature);
         let requests: Vec<Request> = (0..).zip(settings).map(request).collect();

@@ -16,22 +16,12 @@ use dflash::engine::lossless::{Report, check};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Device;
-use dflash::gpu::emulator::Emulator;
 use dflash::spec::sampling::SamplingParams;
-use kernel::{Random, gpu};
+use kernel::{Random, on_gpu};
 use serde_json::{Value, json};
 
 /// Positions of a sequence: two pages, which are the first split of attention, and part of the next split.
 const POSITIONS: usize = 160;
-
-fn every_device(test: impl Fn(&dyn Device)) {
-    let emulator = Emulator::new();
-    emulator.set_threads(2);
-    test(&emulator);
-    if let Some(gpu) = gpu() {
-        test(gpu);
-    }
-}
 
 fn demo() -> Pair {
     Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap()
@@ -330,24 +320,24 @@ fn batches_of_a_narrow_pair_equal_ar_decoding_bit_for_bit() {
     if support::exhaustive() {
         configs = vec![(1, 2), (1, 7), (1, 16), (3, 2), (3, 7), (3, 16), (8, 2), (8, 7), (8, 16)];
     }
-    every_device(|device| run_batches(device, &pair, 12, &configs, true));
+    on_gpu(|device| run_batches(device, &pair, 12, &configs, true));
 }
 
 #[test]
 fn batches_of_a_wide_pair_equal_ar_decoding_bit_for_bit() {
     let pair = open(&wide(4));
-    every_device(|device| match support::exhaustive() {
+    on_gpu(|device| match support::exhaustive() {
         true => run_batches(device, &pair, 12, &[(1, 16), (3, 2), (8, 7)], true),
         false => run_batches(device, &pair, 8, &[(8, 2)], true),
     });
     // A vocabulary larger than one block of the LM head; no draft is right.
     let pair = open(&wide(301));
-    every_device(|device| run_batches(device, &pair, 6, &[(3, 16)], false));
+    on_gpu(|device| run_batches(device, &pair, 6, &[(3, 16)], false));
 }
 
 #[test]
 fn a_batch_of_the_demo_pair_equals_ar_decoding_bit_for_bit() {
-    every_device(|device| run_batches(device, &demo(), 4, &[(3, 16)], false));
+    on_gpu(|device| run_batches(device, &demo(), 4, &[(3, 16)], false));
 }
 
 // ---- the check ----
@@ -416,7 +406,7 @@ fn a_lossless_decoder_passes_wherever_its_answers_end() {
     let target = Target::load(&pair.target).unwrap();
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
     counts_are_those_of_the_rounds(&mut Sequences::new(&target, Some(&drafter), 1, POSITIONS), 3);
-    every_device(|device| {
+    on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch = Batch::new(device, &models, BatchConfig::new(2, 16, POSITIONS)).unwrap();
         counts_are_those_of_the_rounds(&mut batch, 3);

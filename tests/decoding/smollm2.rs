@@ -4,7 +4,7 @@
 
 use crate::support;
 use crate::support::dense;
-use crate::support::kernel::{Random, gpu};
+use crate::support::kernel::{Random, on_gpu};
 use crate::support::requests;
 
 use dflash::cpu::decoder::Sequences;
@@ -13,8 +13,6 @@ use dflash::engine::generate::Decoder;
 use dflash::engine::lossless::check;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
-use dflash::gpu::device::Device;
-use dflash::gpu::emulator::Emulator;
 use requests::{AcceptAll, open, request, run};
 
 /// Positions of a sequence.
@@ -102,15 +100,6 @@ fn compare(
     Compared { accepted, nearest: apart.into_iter().fold(f64::MAX, f64::min) }
 }
 
-fn every_device(test: impl Fn(&dyn Device)) {
-    let emulator = Emulator::new();
-    emulator.set_threads(2);
-    test(&emulator);
-    if let Some(gpu) = gpu() {
-        test(gpu);
-    }
-}
-
 #[test]
 fn nine_heads_of_64_give_the_tokens_of_a_dense_f64_model() {
     // Drafts that are often right, in one page; varied tokens, across two pages.
@@ -127,7 +116,7 @@ fn nine_heads_of_64_give_the_tokens_of_a_dense_f64_model() {
         println!("{vocab} tokens: rounds of {accepted:?}, the nearest logits are {nearest:.3} apart");
         assert!(!guessing || accepted.iter().any(|&n| n > 1), "no draft was right");
         assert!(nearest > NEAR, "the kernels may decide otherwise where logits are {nearest} apart");
-        every_device(|device| {
+        on_gpu(|device| {
             let models = Models::load(device, &pair, POSITIONS).unwrap();
             let mut batch = Batch::new(device, &models, BatchConfig::new(1, draft.block, POSITIONS)).unwrap();
             compare(&device.properties().name, &draft, &oracle, &prompt, &mut batch);
@@ -141,7 +130,7 @@ fn nine_heads_of_64_are_lossless_bit_for_bit() {
     let pair = open(&support::write_pair(&spec, &draft));
     let mut random = Random::new(2);
     let prompt: Vec<u32> = (0..57).map(|_| random.below(spec.vocab) as u32).collect();
-    every_device(|device| {
+    on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch = Batch::new(device, &models, BatchConfig::new(1, draft.block, POSITIONS)).unwrap();
         for temperature in if crate::support::exhaustive() { vec![0.0, 0.9] } else { vec![0.9] } {

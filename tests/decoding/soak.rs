@@ -4,12 +4,12 @@
 use crate::support;
 use crate::support::requests;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Drafter, Target};
 use dflash::engine::generate::{Decoder, Finish, Flow, Outcome, Request};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
-use dflash::gpu::emulator::Emulator;
 use dflash::spec::sampling::SamplingParams;
 use requests::*;
 
@@ -84,7 +84,7 @@ fn check_kinds(expected: &[Outcome], stop_after: &[Option<usize>]) {
 fn requests_on_the_emulator_answer_as_alone_and_free_all_memory() {
     let folder = support::write_pair(&tiny().0, &tiny().1);
     let pair = open(&folder);
-    let device = Emulator::new();
+    let device = TestGpu::new();
     {
         let models = Models::load(&device, &pair, POSITIONS).unwrap();
         let loaded = device.allocated();

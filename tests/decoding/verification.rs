@@ -184,7 +184,7 @@ fn devices_couple_drafts_as_the_cpu_does() {
     use dflash::engine::generate::Backend;
     let models = demo();
     let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
-    let device = Box::new(dflash::gpu::emulator::Emulator::new());
+    let device = Box::new(crate::support::test_gpu::TestGpu::new());
     let config = dflash::gpu::batch_config::BatchConfig::new(2, 8, 128);
     let backend = DeviceBackend::load("emulator", device, &pair, config, &mut |_, _| ()).unwrap();
     let mut decoder = backend.decoder().unwrap();

@@ -3,16 +3,16 @@
 use crate::support::attention;
 use crate::support::kernel;
 
+use crate::support::test_gpu::TestGpu;
 use attention::*;
 use dflash::Error;
 use dflash::gpu::device::Device;
-use dflash::gpu::emulator::{Emulator, Schedule};
 use dflash::gpu::kernels::attention::{Attention, Layer, Prefill, split_of, split_start};
 use kernel::*;
 
 #[test]
 fn every_head_group_and_size_equals_f64() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(1);
         for head_dim in [64, 128] {
             // Groups of 1 to 8 query heads per KV head, 12, 16, and the most.
@@ -33,7 +33,7 @@ fn every_head_group_and_size_equals_f64() {
 
 #[test]
 fn contexts_and_windows_equal_f64_in_a_ragged_batch() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(2);
         for mask in [MaskMode::Chain, MaskMode::Tree, MaskMode::Block] {
             for window in [0, 1, 7, 64, 100] {
@@ -52,9 +52,9 @@ fn contexts_and_windows_equal_f64_in_a_ragged_batch() {
 
 #[test]
 fn random_shapes_equal_f64() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(16);
-        for _ in 0..if cfg!(feature = "sanitize") { 30 } else { 150 } {
+        for _ in 0..150 {
             let mask = [MaskMode::Chain, MaskMode::Tree, MaskMode::Block][random.below(3)];
             let (group, kv_heads) = (1 + random.below(8), 1 + random.below(2));
             let window = if random.below(2) == 0 { 0 } else { 1 + random.below(200) };
@@ -72,7 +72,7 @@ fn random_shapes_equal_f64() {
 
 #[test]
 fn trees_and_blocks_of_64_rows_equal_f64() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(3);
         for (mask, window) in
             [(MaskMode::Tree, 0), (MaskMode::Tree, 9), (MaskMode::Block, 20), (MaskMode::Chain, 30)]
@@ -87,7 +87,7 @@ fn trees_and_blocks_of_64_rows_equal_f64() {
 }
 
 #[test]
-fn five_schedules_and_two_threads_give_equal_bits() {
+fn schedules_give_equal_bits() {
     let mut random = Random::new(4);
     for (mask, head_dim, (heads, kv_heads), window) in [
         (MaskMode::Chain, 64, (9, 3), 0),
@@ -99,41 +99,32 @@ fn five_schedules_and_two_threads_give_equal_bits() {
         let sequences: Vec<Sequence> =
             [(300, 16), (0, 0), (250, 13)].map(|(c, r)| Sequence::new(&shape, c, r, &mut random)).into();
         let test = |device: &dyn Device| to_bytes(&check(device, &shape, 16, &sequences).concat());
-        let bytes = bits_of_every_device(test).remove(0);
-        assert_written(&bytes, "out");
-        let parallel = Emulator::new();
-        parallel.set_threads(2);
-        assert_eq!(test(&parallel), bytes);
+        assert_written(&same_bits(test), "out");
     }
 }
 
-/// Two blocks run at the same time, so the two splits of a KV head run in parallel. The block that merges must
-/// find all partial results of the other.
+/// The block that merges the splits of a KV head must find all partial results of the others.
 #[test]
 fn merging_waits_for_all_warps_of_the_other_blocks() {
     let shape = shape(MaskMode::Chain, 64, 32, 8, 0);
     let mut random = Random::new(17);
     let sequences: Vec<Sequence> = (0..4).map(|_| Sequence::new(&shape, 192, 16, &mut random)).collect();
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let expected = run(&device, &shape, 16, &sequences);
-    device.set_threads(2);
-    for schedule in Schedule::ALL {
-        device.set_schedule(schedule);
-        for _ in 0..if cfg!(feature = "sanitize") { 1 } else { 3 } {
-            assert!(run(&device, &shape, 16, &sequences) == expected, "{schedule:?}");
-        }
+    for schedule in 0..15 {
+        set_schedule(schedule);
+        assert!(run(&device, &shape, 16, &sequences) == expected, "schedule {schedule}");
     }
 }
 
 #[test]
 fn ar_steps_equal_one_block_bit_for_bit() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(5);
         // Borders of tiles (64), splits (128), groups of splits (1024) and wider splits (4096).
-        let small = cfg!(feature = "sanitize");
-        let far: &[usize] = if small { &[1019] } else { &[505, 1012, 1023, 2040, 4085] };
+        let far = [505, 1012, 1023, 2040, 4085];
         let near = [0, 48, 63, 64, 112, 120, 127, 128, 250, 300];
-        for (i, &context) in near.iter().chain(far).enumerate() {
+        for (i, &context) in near.iter().chain(&far).enumerate() {
             for window in if context > 300 { vec![0, 300] } else { vec![0, 7, 100] } {
                 let head_dim = [64, 128][i % 2];
                 let shape = shape(MaskMode::Chain, head_dim, 4, 1, window);
@@ -174,7 +165,7 @@ fn window_bits_do_not_depend_on_the_first_visible_split() {
     for context in [2347, 2475, 2603] {
         let s = Sequence::new(&shape, context, 8, &mut Random::new(context as u64));
         assert_ne!(split_of(context - 1199), split_of(context + 7 - 1199));
-        every_device(|device| {
+        on_gpu(|device| {
             let block = run(device, &shape, 8, std::slice::from_ref(&s)).concat();
             assert!(steps(device, &shape, &s) == block, "context {context}");
         });
@@ -184,7 +175,7 @@ fn window_bits_do_not_depend_on_the_first_visible_split() {
 /// An output that underflows is +0, both in one split and in a block with two splits.
 #[test]
 fn zero_has_the_same_sign_in_one_split_and_in_two() {
-    every_device(|device| {
+    on_gpu(|device| {
         let shape = shape(MaskMode::Chain, 64, 1, 1, 0);
         let mut s = Sequence::new(&shape, 120, 16, &mut Random::new(18));
         s.q = to_bf16(&vec![4.0; 16 * 64]);
@@ -200,7 +191,7 @@ fn zero_has_the_same_sign_in_one_split_and_in_two() {
 
 #[test]
 fn bits_do_not_depend_on_batch_slot_block_or_capacity() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(7);
         for (mask, rows) in [(MaskMode::Chain, 5), (MaskMode::Tree, 5), (MaskMode::Block, 5)] {
             let shape = shape(mask, 64, 3, 1, 0);
@@ -219,7 +210,7 @@ fn bits_do_not_depend_on_batch_slot_block_or_capacity() {
 
 #[test]
 fn nan_in_a_masked_key_or_value_reaches_no_row() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(8);
         for (mask, window) in [
             (MaskMode::Chain, 0),
@@ -274,10 +265,10 @@ fn nan_in_a_masked_key_or_value_reaches_no_row() {
 
 #[test]
 fn garbage_lengths_pages_and_masks_stay_in_bounds() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(9);
         let odd = [0, 1, 63, 64, 200, 319, 320, 321, 1 << 31, (1 << 31) - 1, u32::MAX - 1, u32::MAX];
-        for turn in 0..if cfg!(feature = "sanitize") { 12 } else { 60 } {
+        for turn in 0..60 {
             let mask = [MaskMode::Chain, MaskMode::Tree, MaskMode::Block][turn % 3];
             let shape = shape(mask, [64, 128][turn % 2], 3, 1, [0, 1, 70, 1 << 31][turn % 4]);
             let sequences: Vec<Sequence> =
@@ -336,17 +327,15 @@ fn prefill_equals_f64_and_its_bits_do_not_depend_on_chunks() {
     {
         let shape = shape(MaskMode::Chain, head_dim, heads, kv_heads, window);
         let s = Sequence::new(&shape, context, 150, &mut random);
-        if !cfg!(feature = "sanitize") {
-            bits_of_every_device(|device| to_bytes(&prefill(device, &shape, &[150], &s)));
-        }
-        every_device(|device| {
+        same_bits(|device| to_bytes(&prefill(device, &shape, &[150], &s)));
+        on_gpu(|device| {
             let whole = prefill(device, &shape, &[150], &s);
             let error = relative_error(&from_bf16(&whole), &s.reference(&shape));
             assert!(error < BOUND, "error {error:.1e}: {shape:?}");
             assert!(prefill(device, &shape, &[1, 64, 17, 68], &s) == whole, "{shape:?}");
             // If all keys are in one split, AR steps give the same bits.
             if context == 0 {
-                let few = Sequence { rows: if cfg!(feature = "sanitize") { 20 } else { 128 }, ..s.clone() };
+                let few = Sequence { rows: 128, ..s.clone() };
                 let rows = few.rows * heads * head_dim;
                 assert!(steps(device, &shape, &few) == whole[..rows], "{shape:?}");
             }
@@ -356,8 +345,8 @@ fn prefill_equals_f64_and_its_bits_do_not_depend_on_chunks() {
 
 #[test]
 fn prefill_takes_chunks_of_512_rows() {
-    every_device(|device| {
-        let rows = if cfg!(feature = "sanitize") { 130 } else { 512 };
+    on_gpu(|device| {
+        let rows = 512;
         let shape = shape(MaskMode::Chain, 64, 4, 1, 100);
         let s = Sequence::new(&shape, 10, rows, &mut Random::new(11));
         let out = prefill(device, &shape, &[rows], &s);
@@ -380,17 +369,14 @@ fn splits_cover_all_slots_in_order() {
 /// Contexts of more than 128k positions. The page table repeats five pages, and so does the reference.
 #[test]
 fn contexts_beyond_128k_equal_f64() {
-    let device = Emulator::new();
-    contexts_beyond_128k(&device, || Some(device.counts()["attention_64x16"].read as usize));
-    if let Some(gpu) = gpu() {
-        contexts_beyond_128k(gpu, || None);
-    }
+    let device = TestGpu::new();
+    contexts_beyond_128k(&device, || Some(device.counters_by_kernel()?["attention_64x16"].read as usize));
 }
 
 /// `read`: bytes read since the device was opened, if the device counts them.
 fn contexts_beyond_128k(device: &dyn Device, read: impl Fn() -> Option<usize>) {
     let mut before = 0;
-    let context = if cfg!(feature = "sanitize") { 35_000 } else { 131_100 };
+    let context = 131_100;
     let shape = shape(MaskMode::Chain, 64, 1, 1, 0);
     let mut random = Random::new(12);
     let few = Sequence::new(&shape, 5 * PAGE, 0, &mut random);
@@ -431,8 +417,7 @@ fn contexts_beyond_128k(device: &dyn Device, read: impl Fn() -> Option<usize>) {
 #[test]
 fn keys_and_values_are_read_once_without_bank_conflicts() {
     for (head_dim, rows) in [(64, 1), (128, 1), (64, 16), (128, 16)] {
-        let device = Emulator::new();
-        device.count_conflicts(true);
+        let device = TestGpu::new();
         let shape = shape(MaskMode::Chain, head_dim, 4, 1, 0);
         let s = Sequence::new(&shape, 255 - rows, rows, &mut Random::new(13));
         run(&device, &shape, rows, std::slice::from_ref(&s));
@@ -457,9 +442,8 @@ fn keys_and_values_are_read_once_without_bank_conflicts() {
 /// `DFLASH_EXHAUSTIVE=1`.
 #[test]
 fn no_bank_conflicts_under_any_mask() {
-    let counted = |what: &str, run: &dyn Fn(&Emulator)| {
-        let device = Emulator::new();
-        device.count_conflicts(true);
+    let counted = |what: &str, run: &dyn Fn(&TestGpu)| {
+        let device = TestGpu::new();
         run(&device);
         for (name, count) in device.counts() {
             assert!(count.shared > 0, "{name}");
@@ -467,7 +451,7 @@ fn no_bank_conflicts_under_any_mask() {
         }
     };
     let mut random = Random::new(17);
-    let few = if cfg!(feature = "sanitize") { 1 } else { 6 };
+    let few = 6;
     for (head_dim, heads) in [(64, 3), (64, 1), (64, 8), (128, 1), (128, 4), (128, 5)].into_iter().take(few) {
         for (context, window) in [(70, 0), (255, 100), (1300, 0)] {
             let tiles = if context == 1300 && !exhaustive() { 1 } else { 8 };
@@ -494,7 +478,7 @@ fn no_bank_conflicts_under_any_mask() {
 
 #[test]
 fn attention_graph_can_be_replayed() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(14);
         let shape = shape(MaskMode::Chain, 64, 4, 2, 0);
         let s = [Sequence::new(&shape, 1200, 4, &mut random), Sequence::new(&shape, 200, 3, &mut random)];
@@ -515,7 +499,7 @@ fn attention_graph_can_be_replayed() {
 
 #[test]
 fn unsupported_shapes_are_refused() {
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let shape = shape(MaskMode::Tree, 64, 4, 2, 0);
     let s = [Sequence::new(&shape, 10, 2, &mut Random::new(15))];
     let batch = batch(&device, &shape, 2, 1, &s);

@@ -3,14 +3,14 @@
 use crate::support::attention;
 use crate::support::kernel;
 
+use crate::support::test_gpu::TestGpu;
 use attention::*;
 use dflash::gpu::device::Device;
-use dflash::gpu::emulator::Emulator;
 use kernel::*;
 
 #[test]
 fn ar_steps_equal_a_tree_that_is_a_chain_of_64_rows() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(6);
         for (context, heads, window) in [(100, 4, 0), (40, 3, 50)] {
             let chain = shape(MaskMode::Chain, 64, heads, 1, window);
@@ -73,11 +73,11 @@ fn trees_equal_chains(device: &dyn Device, shape: &Shape, block: usize, trees: &
 /// Borders of tiles and splits before, between and after the rows of trees, and trees on a single page.
 #[test]
 fn every_tree_row_equals_its_path_as_a_chain_bit_for_bit() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(20);
         let contexts: Vec<usize> =
             [0, 1, 47].into_iter().chain(55..66).chain(112..130).chain([191, 250]).collect();
-        let turns = if cfg!(feature = "sanitize") { 12 } else { 3 * contexts.len() };
+        let turns = 3 * contexts.len();
         for turn in 0..turns {
             let group = [1, 2, 4, 8, 3, 5][turn % 6];
             let kv_heads = 1 + random.below(2);
@@ -98,7 +98,7 @@ fn every_tree_row_equals_its_path_as_a_chain_bit_for_bit() {
 
 #[test]
 fn trees_in_a_ragged_batch_equal_chains_bit_for_bit() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(21);
         for (head_dim, heads, window) in [(64, 4, 0), (128, 3, 0), (64, 1, 70), (128, 8, 5)] {
             let shape = shape(MaskMode::Tree, head_dim, heads, 1, window);
@@ -119,9 +119,9 @@ fn trees_in_a_ragged_batch_equal_chains_bit_for_bit() {
 /// with AR steps: the first two rows, every fourth and the last, or every row with `DFLASH_EXHAUSTIVE=1`.
 #[test]
 fn a_tree_across_wider_splits_equals_ar_steps() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(22);
-        let contexts: &[usize] = if cfg!(feature = "sanitize") { &[1010] } else { &[1010, 4060, 4095, 4600] };
+        let contexts: &[usize] = &[1010, 4060, 4095, 4600];
         for (turn, &context) in contexts.iter().enumerate() {
             let shape = shape(MaskMode::Tree, [64, 128][turn % 2], 4, 1, [0, 0, 300][turn % 3]);
             let s = Sequence::tree(&shape, context, &parents(4, 64, &mut random), &mut random);
@@ -146,7 +146,7 @@ fn a_tree_across_wider_splits_equals_ar_steps() {
 /// attend to the slot keep their bits; the others equal a chain with the same NaN.
 #[test]
 fn nan_on_another_path_reaches_no_row() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(23);
         for (turn, (context, window)) in [(60, 0), (100, 0), (127, 30), (64, 0)].into_iter().enumerate() {
             let shape = shape(MaskMode::Tree, [64, 128][turn % 2], 2, 1, window);
@@ -177,7 +177,7 @@ fn nan_on_another_path_reaches_no_row() {
 /// Mask bits of rows that do not exist, or whose slot is after the capacity, select no key.
 #[test]
 fn mask_bits_of_missing_rows_are_ignored() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(26);
         for (head_dim, context) in [(64, 70), (128, 50)] {
             let shape = shape(MaskMode::Tree, head_dim, 3, 1, 0);
@@ -202,7 +202,7 @@ fn mask_bits_of_missing_rows_are_ignored() {
 }
 
 #[test]
-fn trees_give_equal_bits_under_five_schedules_and_two_threads() {
+fn trees_give_equal_bits_in_every_schedule() {
     let mut random = Random::new(24);
     for (head_dim, heads, window) in [(128, 2, 0), (64, 8, 40)] {
         let shape = shape(MaskMode::Tree, head_dim, heads, 1, window);
@@ -210,16 +210,10 @@ fn trees_give_equal_bits_under_five_schedules_and_two_threads() {
         for (i, (context, rows)) in [(121, 30), (63, 16), (250, 9)].into_iter().enumerate() {
             trees.push(Sequence::tree(&shape, context, &parents(i + 1, rows, &mut random), &mut random));
         }
-        let expected: Vec<u16> = trees
-            .iter()
-            .filter(|s| s.rows > 0)
-            .flat_map(|s| as_chains(&Emulator::new(), &shape, s))
-            .collect();
+        let expected: Vec<u16> =
+            trees.iter().filter(|s| s.rows > 0).flat_map(|s| as_chains(gpu(), &shape, s)).collect();
         let test = |device: &dyn Device| to_bytes(&run(device, &shape, 30, &trees).concat());
-        assert!(five_schedules(|device| test(device)) == to_bytes(&expected));
-        let parallel = Emulator::new();
-        parallel.set_threads(2);
-        assert!(test(&parallel) == to_bytes(&expected));
+        assert!(same_bits(test) == to_bytes(&expected));
     }
 }
 
@@ -235,7 +229,7 @@ fn trees_load_only_keys_that_their_rows_attend_to() {
         let rows = parents.len() + 1;
         let s = Sequence::tree(&shape, context, &parents, &mut Random::new(25));
         let count = |shape: &Shape| {
-            let device = Emulator::new();
+            let device = TestGpu::new();
             run(&device, shape, rows, std::slice::from_ref(&s));
             device.counts().into_values().next().unwrap()
         };

@@ -4,8 +4,8 @@
 use crate::support::kernel;
 use crate::support::sampled_trees;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::{Buffer, Device};
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
 use dflash::gpu::kernels::round::DraftShape;
@@ -44,20 +44,17 @@ fn sampled_and_verified_chains_equal_the_reference() {
     ] {
         for i in 0..cases(few, all) {
             let batch = batch(&mut random, VerifyMethod::Block, (vocab, block, max_verify_rows), 8);
-            every_device_in_turn(turn, |device| coverage.add(batch.check(device, &format!("batch {i}"))));
+            on_gpu_in_turn(turn, |device| coverage.add(batch.check(device, &format!("batch {i}"))));
             turn += 1;
         }
     }
     println!("{coverage:?}");
-    if !cfg!(feature = "sanitize") {
-        let part = if exhaustive() { 1 } else { 6 };
-        let Coverage {
-            accepted: [none, one, two, more], siblings_before, repeats, invalid, overlaps, ..
-        } = coverage;
-        assert!(none > 50 / part && one > 50 / part && two > 20 / part && more > 50 / part);
-        assert!(siblings_before.iter().all(|&n| n > 20 / part));
-        assert!(repeats > 100 / part && invalid > 20 / part && overlaps > 300 / part);
-    }
+    let part = if exhaustive() { 1 } else { 6 };
+    let Coverage { accepted: [none, one, two, more], siblings_before, repeats, invalid, overlaps, .. } =
+        coverage;
+    assert!(none > 50 / part && one > 50 / part && two > 20 / part && more > 50 / part);
+    assert!(siblings_before.iter().all(|&n| n > 20 / part));
+    assert!(repeats > 100 / part && invalid > 20 / part && overlaps > 300 / part);
 }
 
 #[test]
@@ -98,7 +95,7 @@ fn alone(
 
 #[test]
 fn equal_distributions_accept_the_whole_first_chain() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(4);
         for (count, each) in [(9, 7), (3, 5), (63, 1), (1, 15)] {
             let batch = alone(&mut random, (257, 16), parents(count, each), <[f32]>::to_vec);
@@ -115,7 +112,7 @@ fn equal_distributions_accept_the_whole_first_chain() {
 fn more_chains_raise_the_acceptance() {
     // The target gives probability 0 to two thirds of the tokens. The more chains, the less often all of them
     // start with such a token.
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(5);
         let masked = |row: &[f32]| {
             row.iter().enumerate().map(|(id, x)| if id % 3 > 0 { f32::NEG_INFINITY } else { *x }).collect()
@@ -135,7 +132,7 @@ fn more_chains_raise_the_acceptance() {
 
 #[test]
 fn one_chain_is_verified_as_by_verify_drafts() {
-    every_device(|device| {
+    on_gpu(|device| {
         let (mut random, mut accepted) = (Random::new(6), 0);
         for i in 0..30 {
             let (vocab, block) = ([3, 40, 257][i % 3], [2, 4, 9][i / 3 % 3]);
@@ -193,7 +190,7 @@ fn one_chain_is_verified_as_by_verify_drafts() {
 
 #[test]
 fn garbage_stays_in_bounds() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(12);
         for i in 0..60 {
             let (vocab, sequences) = ([1, 7, 300, 3001][i % 4], 3);
@@ -244,7 +241,7 @@ fn garbage_stays_in_bounds() {
 
 #[test]
 fn launches_refuse_wrong_sizes() {
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let kernels = Siblings { sequences: 2, block: 4, max_verify_rows: 8, vocab: 40 };
     let get = |bytes: usize| device.allocate(bytes, "test").unwrap();
     let (logits, distributions) = (get(16 * 160), get(16 * DISTRIBUTION_BYTES));

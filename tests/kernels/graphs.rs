@@ -135,14 +135,14 @@ fn models(device: &dyn Device) -> Models {
 }
 
 /// Runs `test` with a batch for exact chains, and with one for all methods (`full`).
-fn every_device_and_batch(test: impl Fn(&dyn Device, bool)) {
-    [false, true].into_iter().for_each(|full| every_device(|device| test(device, full)));
+fn every_batch(test: impl Fn(&dyn Device, bool)) {
+    [false, true].into_iter().for_each(|full| on_gpu(|device| test(device, full)));
 }
 
 /// The batch for exact chains runs only with `DFLASH_EXHAUSTIVE=1`.
 #[test]
 fn a_round_captured_later_equals_the_first_capture() {
-    every_device_and_batch(|device, full| {
+    every_batch(|device, full| {
         if !full && !exhaustive() {
             return;
         }
@@ -202,7 +202,7 @@ fn rounds(device: &dyn Device, batch: &Batch) -> u32 {
 /// `DFLASH_EXHAUSTIVE=1`.
 #[test]
 fn replays_equal_fresh_launches_bit_for_bit() {
-    every_device_and_batch(|device, full| {
+    every_batch(|device, full| {
         if !full && !exhaustive() {
             return;
         }

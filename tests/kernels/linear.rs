@@ -1,8 +1,8 @@
 //! The epilogues of the linear kernels against f64. `linear_bits.rs` tests properties of all linear kernels:
 //! bits, traffic and schedules.
 //!
-//! Bounds on `‖out − reference‖ / ‖reference‖`: 2e-6 if the result is f32, 1e-5 on a GPU, whose tensor cores
-//! truncate instead of rounding; 3e-3 if the result is rounded to bf16, which alone gives about 1.7e-3.
+//! Bounds on `‖out − reference‖ / ‖reference‖`: [`f32_bound`] if the result is f32, 3e-3 if it is rounded to bf16,
+//! which alone gives about 1.7e-3.
 
 use crate::support::kernel;
 use crate::support::layer;
@@ -15,8 +15,6 @@ use dflash::gpu::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
 
-/// Bounds on the emulator and on a GPU.
-const F32_BOUNDS: [f64; 2] = [2e-6, 1e-5];
 const BF16_BOUND: f64 = 3e-3;
 
 /// Rows of a launch. Together with the tests' N and K they leave tiles, chunks and slices partly filled.
@@ -77,26 +75,22 @@ fn project_adds_the_residual_and_prepares_the_next_norm() {
         let mut random = Random::new(100 + i as u64);
         let (x, gain) = (random.normals(rows * n, 2.0), random.normals(n, 1.0));
         let pitch = if i % 3 == 0 { 0 } else { 2 * n + 4 };
-        let outcomes = bits_of_every_device(|device| project(device, &data, &x, &gain, pitch));
-        for (bytes, f32_bound) in outcomes.iter().zip(F32_BOUNDS) {
-            let part_count = n.div_ceil(128);
-            let lengths = [rows * n * 4, rows * n * 2, rows * part_count * 4, rows * pitch * 2];
-            let [out, y, sums, features] = parts(bytes, lengths);
-            let sum: Vec<f64> = data.product(false).iter().zip(&x).map(|(p, &x)| p + f64::from(x)).collect();
-            let what = format!("{rows} rows, {shape:?}");
-            close(&what, &from_bytes(out), &sum, f32_bound);
-            let scaled: Vec<f64> = sum.iter().enumerate().map(|(i, x)| x * f64::from(gain[i % n])).collect();
-            close(&what, &from_bf16(&from_bytes(y)), &scaled, BF16_BOUND);
-            let squares: Vec<f64> = sum
-                .chunks(n)
-                .flat_map(|row| row.chunks(128).map(|p| p.iter().map(|x| x * x).sum()))
-                .collect();
-            close(&what, &from_bytes(sums), &squares, f32_bound);
-            for (row, features) in from_bytes::<u16>(features).chunks(pitch.max(1)).enumerate() {
-                let x: Vec<f32> = from_bytes(&out[row * n * 4..(row + 1) * n * 4]);
-                assert_eq!(features[..n], to_bf16(&x), "{what}: features must be the rounded rows");
-                assert!(features[n..].iter().all(|&f| f == POISON), "{what}: written between the rows");
-            }
+        let bytes = same_bits(|device| project(device, &data, &x, &gain, pitch));
+        let part_count = n.div_ceil(128);
+        let lengths = [rows * n * 4, rows * n * 2, rows * part_count * 4, rows * pitch * 2];
+        let [out, y, sums, features] = parts(&bytes, lengths);
+        let sum: Vec<f64> = data.product(false).iter().zip(&x).map(|(p, &x)| p + f64::from(x)).collect();
+        let what = format!("{rows} rows, {shape:?}");
+        close(&what, &from_bytes(out), &sum, f32_bound(2e-6));
+        let scaled: Vec<f64> = sum.iter().enumerate().map(|(i, x)| x * f64::from(gain[i % n])).collect();
+        close(&what, &from_bf16(&from_bytes(y)), &scaled, BF16_BOUND);
+        let squares: Vec<f64> =
+            sum.chunks(n).flat_map(|row| row.chunks(128).map(|p| p.iter().map(|x| x * x).sum())).collect();
+        close(&what, &from_bytes(sums), &squares, f32_bound(2e-6));
+        for (row, features) in from_bytes::<u16>(features).chunks(pitch.max(1)).enumerate() {
+            let x: Vec<f32> = from_bytes(&out[row * n * 4..(row + 1) * n * 4]);
+            assert_eq!(features[..n], to_bf16(&x), "{what}: features must be the rounded rows");
+            assert!(features[n..].iter().all(|&f| f == POISON), "{what}: written between the rows");
         }
     }
 }
@@ -110,7 +104,7 @@ fn swiglu_multiplies_silu_of_the_gate_with_up() {
         let data = Data::new(20 + i as u64, rows, shape);
         let packed_row =
             |r: usize| if r < inner { Swiglu::gate_up_rows(r).0 } else { Swiglu::gate_up_rows(r - inner).1 };
-        let outcomes = bits_of_every_device(|device| {
+        let bytes = same_bits(|device| {
             let layer = data.upload(device, packed_row);
             let out = poisoned::<u16>(device, rows * inner);
             Swiglu { rows, inner, k: shape.k }.launch(device, &layer.input(true), &out).unwrap();
@@ -121,20 +115,13 @@ fn swiglu_multiplies_silu_of_the_gate_with_up() {
             let (gate, up) = row.split_at(inner);
             reference.extend(gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u));
         }
-        for bytes in outcomes {
-            close(
-                &format!("{rows} rows, {shape:?}"),
-                &from_bf16(&from_bytes(&bytes)),
-                &reference,
-                BF16_BOUND,
-            );
-        }
+        close(&format!("{rows} rows, {shape:?}"), &from_bf16(&from_bytes(&bytes)), &reference, BF16_BOUND);
     }
 }
 
 #[test]
 fn swiglu_of_large_gates_is_zero_or_the_gate() {
-    every_device(|device| {
+    on_gpu(|device| {
         // One input is 1 and the others 0, so that the weights are the gates and ups.
         let inner = 32;
         let mut values = vec![0f32; 64 * 32];
@@ -193,7 +180,7 @@ fn head_gives_logits_and_the_best_key_of_every_block() {
         for (j, &(rows, k, softcap, multiplier)) in cases.iter().enumerate() {
             let data = Data::new((40 + i * 4 + j) as u64, rows, Shape { n: vocab, k });
             let kernel = Head { rows, vocab, k, multiplier, softcap, ids: vocab };
-            let outcomes = bits_of_every_device(|device| {
+            let kept = same_bits(|device| {
                 let (best, logits) = head(device, kernel, &data, true);
                 [best, logits].concat()
             });
@@ -204,17 +191,13 @@ fn head_gives_logits_and_the_best_key_of_every_block() {
                     *l = cap * (*l / cap).tanh();
                 }
             }
-            for (kept, f32_bound) in outcomes.iter().zip(F32_BOUNDS) {
-                let [best, logits] = parts(kept, [rows * vocab.div_ceil(128) * 8, rows * vocab * 4]);
-                let logits: Vec<f32> = from_bytes(logits);
-                close(&format!("{kernel:?}"), &logits, &reference, f32_bound);
-                assert_eq!(from_bytes::<u64>(best), ranks(&logits, vocab), "{kernel:?}");
-            }
-            let mut kept = outcomes.iter();
-            every_device(|device| {
+            let [best, logits] = parts(&kept, [rows * vocab.div_ceil(128) * 8, rows * vocab * 4]);
+            let logits: Vec<f32> = from_bytes(logits);
+            close(&format!("{kernel:?}"), &logits, &reference, f32_bound(2e-6));
+            assert_eq!(from_bytes::<u64>(best), ranks(&logits, vocab), "{kernel:?}");
+            on_gpu(|device| {
                 let (alone, untouched) = head(device, kernel, &data, false);
-                let same = kept.next().is_some_and(|kept| kept.starts_with(&alone));
-                assert!(same, "{kernel:?}: best keys differ if logits are not stored");
+                assert!(kept.starts_with(&alone), "{kernel:?}: best keys differ if logits are not stored");
                 assert!(from_bytes::<u16>(&untouched).iter().all(|&w| w == POISON));
             });
         }
@@ -226,7 +209,7 @@ fn head_masks_ids_that_the_drafter_does_not_have() {
     for (vocab, ids) in [(300, 290), (300, 130), (257, 128), (300, 1)] {
         let (rows, k) = (9, 96);
         let data = Data::new(70, rows, Shape { n: vocab, k });
-        every_device(|device| {
+        on_gpu(|device| {
             let kernel = Head { rows, vocab, k, multiplier: 1.0, softcap: Some(30.0), ids: vocab };
             let mut expected: Vec<f32> = from_bytes(&head(device, kernel, &data, true).1);
             expected.chunks_mut(vocab).for_each(|row| row[ids..].fill(f32::NEG_INFINITY));
@@ -245,7 +228,7 @@ fn head_of_a_reduced_vocabulary_writes_logits_at_their_ids() {
         let data = Data::new(71, rows, Shape { n: outputs, k });
         let ids: Vec<u32> = (0..outputs).map(|i| ((i * vocab + vocab - 1) / outputs) as u32).collect();
         let kernel = Head { rows, vocab: outputs, k, multiplier: 1.5, softcap: Some(30.0), ids: outputs };
-        every_device(|device| {
+        on_gpu(|device| {
             let own: Vec<f32> = from_bytes(&head(device, kernel, &data, true).1);
             let (best, logits) = reduced_head(device, kernel, &data, &ids, vocab);
             let (best, logits): (Vec<u64>, Vec<u32>) = (from_bytes(&best), from_bytes(&logits));
@@ -265,7 +248,7 @@ fn head_of_a_reduced_vocabulary_writes_logits_at_their_ids() {
 
 #[test]
 fn best_key_is_the_lowest_of_equal_ids_and_marks_nan() {
-    every_device(|device| {
+    on_gpu(|device| {
         // The only input that is not 0 is the first, so the logits are a column of W.
         let (rows, vocab, k) = (8, 260, 32);
         let mut random = Random::new(60);
@@ -392,12 +375,10 @@ fn qkv_norms_rotates_and_stores_in_the_right_slots() {
             data.sumsq.iter_mut().for_each(|s| *s *= 1e5);
         }
         let what = format!("{:?}", cache.qkv);
-        for bytes in bits_of_every_device(|device| qkv(device, &data, &cache)) {
-            check_slots(&what, &bytes, &data, &cache);
-        }
+        check_slots(&what, &same_bits(|device| qkv(device, &data, &cache)), &data, &cache);
         cache.qkv.keys_only = true;
         cache.rows.chunks_mut(4).for_each(|row| row[3] = NONE);
-        every_device(|device| check_slots(&what, &qkv(device, &data, &cache), &data, &cache));
+        on_gpu(|device| check_slots(&what, &qkv(device, &data, &cache), &data, &cache));
     }
 }
 
@@ -440,9 +421,8 @@ fn invalid_rows_and_pages_are_not_written() {
             }
         }
         let data = Data::new(92, rows, cache.qkv.shape());
-        for bytes in bits_of_every_device(|device| qkv(device, &data, &cache)) {
-            check_slots(&format!("{:?}", cache.qkv), &bytes, &data, &cache);
-        }
+        let bytes = same_bits(|device| qkv(device, &data, &cache));
+        check_slots(&format!("{:?}", cache.qkv), &bytes, &data, &cache);
     }
 }
 
@@ -461,7 +441,7 @@ fn injection_gathers_features_and_zeros_missing_ones() {
                 _ => random.below(feature_rows) as u32,
             })
             .collect();
-        let outcomes = bits_of_every_device(|device| {
+        let bytes = same_bits(|device| {
             let mut layer = data.upload(device, |r| r);
             layer.workspace = Workspace::new(device, &[(shape, rows)]).unwrap();
             let y = poisoned::<u16>(device, rows * n);
@@ -480,11 +460,9 @@ fn injection_gathers_features_and_zeros_missing_ones() {
         let scaled: Vec<f64> = v.iter().enumerate().map(|(i, v)| v * f64::from(gain[i % n])).collect();
         let squares: Vec<f64> =
             v.chunks(n).flat_map(|row| row.chunks(128).map(|p| p.iter().map(|x| x * x).sum())).collect();
-        for (bytes, f32_bound) in outcomes.iter().zip(F32_BOUNDS) {
-            let [y, sums] = parts(bytes, [rows * n * 2, rows * n.div_ceil(128) * 4]);
-            let what = format!("{rows} rows, {shape:?}");
-            close(&what, &from_bf16(&from_bytes(y)), &scaled, BF16_BOUND);
-            close(&what, &from_bytes(sums), &squares, f32_bound);
-        }
+        let [y, sums] = parts(&bytes, [rows * n * 2, rows * n.div_ceil(128) * 4]);
+        let what = format!("{rows} rows, {shape:?}");
+        close(&what, &from_bf16(&from_bytes(y)), &scaled, BF16_BOUND);
+        close(&what, &from_bytes(sums), &squares, f32_bound(2e-6));
     }
 }

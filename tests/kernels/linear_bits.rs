@@ -5,9 +5,9 @@
 use crate::support::kernel;
 use crate::support::layer;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::Error;
 use dflash::gpu::device::{Buffer, Counts, Device};
-use dflash::gpu::emulator::{Emulator, Schedule};
 use dflash::gpu::kernels::head::Head;
 use dflash::gpu::kernels::inject::Inject;
 use dflash::gpu::kernels::linear::{Input, Shape, Workspace};
@@ -19,7 +19,7 @@ use layer::*;
 
 #[test]
 fn row_bits_do_not_depend_on_other_rows() {
-    every_device(|device| {
+    on_gpu(|device| {
         for kind in KINDS {
             // One slice of K; four slices, the last one shorter; eight slices.
             for (k, splits) in [(96, 1), (1056, 4), (2048, 8)] {
@@ -52,19 +52,11 @@ fn row_bits_do_not_depend_on_other_rows() {
 }
 
 #[test]
-fn schedules_and_threads_give_the_same_bits() {
+fn schedules_give_the_same_bits() {
     let rows = 20;
     for kind in KINDS {
         let data = Data::new(5, rows, Shape { n: kind.outputs(), k: 1056 });
-        for bits in bits_of_every_device(|device| kind.run(device, &data).concat()) {
-            assert_written(&bits, &format!("{kind:?}"));
-        }
-        let bits = kind.run(&Emulator::new(), &data).concat();
-        let parallel = Emulator::new();
-        parallel.set_threads(2);
-        for _ in 0..5 {
-            assert!(kind.run(&parallel, &data).concat() == bits, "{kind:?} on two threads");
-        }
+        assert_written(&same_bits(|device| kind.run(device, &data).concat()), &format!("{kind:?}"));
     }
 }
 
@@ -101,7 +93,7 @@ impl Logits {
 
 #[test]
 fn a_graph_that_shares_a_workspace_repeats_its_bits() {
-    every_device(|device| {
+    on_gpu(|device| {
         let shapes = [(3, 200, 640), (150, 64, 512), (17, 700, 1056)];
         let layers = shapes.map(|(rows, vocab, k)| Logits::new(device, rows, vocab, k));
         let launches: Vec<_> = layers.iter().map(|l| (l.kernel.shape(), l.kernel.rows)).collect();
@@ -126,7 +118,7 @@ fn a_graph_that_shares_a_workspace_repeats_its_bits() {
 /// must find the sums of all warps of the other blocks.
 #[test]
 fn slices_are_added_after_all_warps_stored_theirs() {
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let logits = Logits::new(&device, 3, 128, 2048);
     let run = || {
         let fresh = Workspace::new(&device, &[(logits.kernel.shape(), 3)]).unwrap();
@@ -134,19 +126,16 @@ fn slices_are_added_after_all_warps_stored_theirs() {
         logits.take(&device)
     };
     let expected = run();
-    device.set_threads(2);
-    for schedule in Schedule::ALL {
-        device.set_schedule(schedule);
-        for _ in 0..if cfg!(feature = "sanitize") { 3 } else { 40 } {
-            assert!(run() == expected, "{schedule:?}");
-        }
+    for schedule in 0..if exhaustive() { 200 } else { 40 } {
+        set_schedule(schedule);
+        assert!(run() == expected, "schedule {schedule}");
     }
 }
 
 #[test]
 fn an_inactive_launch_writes_nothing() {
     for kind in KINDS {
-        let device = Emulator::new();
+        let device = TestGpu::new();
         let shape = Shape { n: kind.outputs(), k: 1056 };
         kind.run(&device, &Data { num_active: 0, ..Data::new(7, 4, shape) });
         let counts = counted(&device);
@@ -154,7 +143,7 @@ fn an_inactive_launch_writes_nothing() {
         // Four groups per tile are loaded in each of the four slices before the kernel reads the flag.
         assert_eq!(counts.streamed, (shape.packed_rows() / 16 * 4 * 4 * 1024) as u64, "{kind:?}");
     }
-    every_device(|device| {
+    on_gpu(|device| {
         let inactive = Logits::new(device, 5, 300, 1056);
         device.upload(&inactive.layer.num_active, &[0; 4]).unwrap();
         inactive.launch(device, &inactive.layer.workspace).unwrap();
@@ -169,7 +158,7 @@ fn an_inactive_launch_writes_nothing() {
 }
 
 /// The sum of the counters of all kernels.
-fn counted(device: &Emulator) -> Counts {
+fn counted(device: &TestGpu) -> Counts {
     let mut sum = Counts::default();
     device.counts().into_values().for_each(|c| sum += c);
     sum
@@ -181,8 +170,7 @@ fn weights_are_read_once_per_pass_without_bank_conflicts() {
         for rows in [1, 16, 32, 64, 128, 256] {
             for k in [96, 1056] {
                 let shape = Shape { n: kind.outputs(), k };
-                let device = Emulator::new();
-                device.count_conflicts(true);
+                let device = TestGpu::new();
                 kind.run(&device, &Data::new(8, rows, shape));
                 let counts = counted(&device);
                 let (passes, what) = (rows.div_ceil(128), format!("{kind:?}, {rows} rows, K {k}"));
@@ -208,7 +196,7 @@ fn a_partial_last_chunk_reads_each_activation_once() {
     assert_eq!([whole.slices(), partial.slices()], [(16, 8), (18, 8)]);
     for rows in [3, 16, 40, 100] {
         let read = |shape: Shape| {
-            let device = Emulator::new();
+            let device = TestGpu::new();
             Kind::Project.run(&device, &Data::new(13, rows, shape));
             counted(&device).read as usize
         };
@@ -223,20 +211,18 @@ fn keys_only_reads_only_key_and_value_weights() {
     let (rows, k) = (3, 544);
     let mut cache = cache(12, rows, 2, 1, 64, true);
     (cache.qkv.k, cache.qkv.keys_only) = (k, true);
-    let device = Emulator::new();
+    let device = TestGpu::new();
     qkv(&device, &Data::new(11, rows, cache.qkv.shape()), &cache);
     assert_eq!(counted(&device).streamed, 2 * 64 * k as u64 * 2);
 }
 
 /// One layer of Qwen3-8B on 16 rows: hidden size 4096, 32 query heads and 8 KV heads of 128, 12288 neurons.
-#[cfg(not(feature = "sanitize"))]
 #[test]
 fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
     let rows = 16;
     let (hidden, inner) = (4096, 12288);
     let counts_of = |kind: Kind, shape: Shape| {
-        let device = Emulator::new();
-        device.set_threads(2);
+        let device = TestGpu::new();
         let weights = device.allocate(shape.weight_bytes(), "weights").unwrap();
         device.fill(&weights, 0x3c).unwrap();
         device.seal(&weights);
@@ -306,7 +292,7 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
 
 #[test]
 fn launches_refuse_wrong_sizes() {
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let small = device.allocate(64, "too little").unwrap();
     let at = Logits::new(&device, 9, 300, 96);
     let refused = |what: dflash::Result<()>, part: &str| {

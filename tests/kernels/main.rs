@@ -1,5 +1,5 @@
-//! Tests of the kernels on every device: results against f64 or the host's definition, equal bits under five
-//! schedules, poisoned memory, garbage inputs.
+//! Tests of the kernels: results against f64 or the host's definition, equal bits under several schedules, poisoned
+//! memory, garbage inputs.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -8,7 +8,6 @@ mod attention;
 mod attention_tree;
 mod chains;
 mod cuda;
-mod emulator;
 mod graphs;
 mod layer_traffic;
 mod linear;
@@ -25,4 +24,3 @@ mod sampler;
 mod siblings;
 mod trees;
 mod verify;
-mod wgmma;

@@ -3,8 +3,8 @@
 
 use crate::support::kernel;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::Device;
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::norm::Norm;
 use kernel::*;
 
@@ -56,33 +56,29 @@ fn residual_norm_adds_scales_and_sums_parts() {
         for add in [false, true] {
             let data = data(rows, hidden);
             let parts = data.norm.parts();
-            let device = Emulator::new();
+            let device = TestGpu::new();
             residual(&device, &data, add);
             let counts = device.counts()["residual_norm"];
             // `bytes` counts the gain once; the kernel reads it once per row.
             let traffic = data.norm.bytes(add) as usize + (rows - 1) * hidden * 4;
             assert_eq!(counts.read + counts.written, traffic as u64);
             let sum = |i: usize| if add { data.x[i] + data.add[i] } else { data.x[i] };
-            for bytes in bits_of_every_device(|device| {
+            let bytes = same_bits(|device| {
                 let (x, y, sums) = residual(device, &data, add);
                 [to_bytes(&x), to_bytes(&y), to_bytes(&sums)].concat()
-            }) {
-                let (x, rest) = bytes.split_at(rows * hidden * 4);
-                let (y, sums) = rest.split_at(rows * hidden * 2);
-                assert_written(sums, "sums of squares");
-                let (x, y, sums) = (from_bytes::<f32>(x), from_bytes::<u16>(y), from_bytes::<f32>(sums));
-                assert!((0..rows * hidden).all(|i| x[i] == sum(i)), "the residual stream, {rows} x {hidden}");
-                let scaled: Vec<f32> = (0..rows * hidden).map(|i| x[i] * data.gain[i % hidden]).collect();
-                assert_eq!(y, to_bf16(&scaled), "bf16(gain x), {rows} x {hidden}");
-                for (r, row) in x.chunks(hidden).enumerate() {
-                    for (p, part) in row.chunks(128).enumerate() {
-                        let exact: f64 = part.iter().map(|&v| f64::from(v).powi(2)).sum();
-                        let got = f64::from(sums[r * parts + p]);
-                        assert!(
-                            (got / exact - 1.0).abs() < 1e-6,
-                            "row {r}, part {p}: {got}, exactly {exact}"
-                        );
-                    }
+            });
+            let (x, rest) = bytes.split_at(rows * hidden * 4);
+            let (y, sums) = rest.split_at(rows * hidden * 2);
+            assert_written(sums, "sums of squares");
+            let (x, y, sums) = (from_bytes::<f32>(x), from_bytes::<u16>(y), from_bytes::<f32>(sums));
+            assert!((0..rows * hidden).all(|i| x[i] == sum(i)), "the residual stream, {rows} x {hidden}");
+            let scaled: Vec<f32> = (0..rows * hidden).map(|i| x[i] * data.gain[i % hidden]).collect();
+            assert_eq!(y, to_bf16(&scaled), "bf16(gain x), {rows} x {hidden}");
+            for (r, row) in x.chunks(hidden).enumerate() {
+                for (p, part) in row.chunks(128).enumerate() {
+                    let exact: f64 = part.iter().map(|&v| f64::from(v).powi(2)).sum();
+                    let got = f64::from(sums[r * parts + p]);
+                    assert!((got / exact - 1.0).abs() < 1e-6, "row {r}, part {p}: {got}, exactly {exact}");
                 }
             }
         }
@@ -97,7 +93,7 @@ fn full_norm_equals_rms_norm() {
             // Makes x so small that eps matters.
             data.x.iter_mut().for_each(|x| *x *= 1e-3);
         }
-        let outcomes = bits_of_every_device(|device| to_bytes(&full(device, &data)));
+        let bytes = same_bits(|device| to_bytes(&full(device, &data)));
         let mut expected = Vec::new();
         for row in data.x.chunks(hidden) {
             let mean = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / hidden as f64;
@@ -106,16 +102,14 @@ fn full_norm_equals_rms_norm() {
                 row.iter().zip(&data.gain).map(|(&v, &g)| (f64::from(v) * rstd * f64::from(g)) as f32),
             );
         }
-        for bytes in outcomes {
-            let error = relative_error(&from_bf16(&from_bytes(&bytes)), &expected);
-            assert!(error < BF16, "{rows} x {hidden}: {error}");
-        }
+        let error = relative_error(&from_bf16(&from_bytes(&bytes)), &expected);
+        assert!(error < BF16, "{rows} x {hidden}: {error}");
     }
 }
 
 #[test]
 fn residual_norm_times_rstd_equals_full_norm() {
-    every_device(|device| {
+    on_gpu(|device| {
         let data = data(4, 1088);
         let hidden = 1088;
         let (_, y, sums) = residual(device, &data, false);
@@ -132,7 +126,7 @@ fn residual_norm_times_rstd_equals_full_norm() {
 
 #[test]
 fn row_bits_do_not_depend_on_other_rows() {
-    every_device(|device| {
+    on_gpu(|device| {
         let hidden = 320;
         let mut data = data(1, hidden);
         let (row, add) = (data.x.clone(), data.add.clone());
@@ -158,7 +152,7 @@ fn row_bits_do_not_depend_on_other_rows() {
 
 #[test]
 fn launches_refuse_wrong_sizes() {
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let buffer = upload(&device, &[0f32; 128]);
     for (rows, hidden, part) in
         [(1, 80, "80 columns"), (0, 64, "0 rows"), (70000, 64, "70000"), (1, 256, "needs 1024")]

@@ -3,8 +3,8 @@
 use crate::support::kernel;
 use crate::support::layer;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::{Buffer, Device};
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::embedding::Embedding;
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::pack::{Pack, RowMap};
@@ -75,7 +75,7 @@ fn rows_mapped_out_of_range_are_skipped() {
 
 #[test]
 fn launches_refuse_wrong_sizes() {
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let (small, matrix) = (device.allocate(64, "too little").unwrap(), upload(&device, &[0u16; 64 * 32]));
     let refused = |pack: Pack, out: &Buffer, packed_row: &RowMap, part: &str| {
         let error = pack.launch(&device, out, &matrix, packed_row).unwrap_err().to_string();
@@ -108,7 +108,7 @@ fn embedding_reads_packed_weights_and_scales_rows() {
                 kernel.launch(device, &out, &table, &tokens).unwrap();
                 bytes_of(device, &out)
             };
-            let device = Emulator::new();
+            let device = TestGpu::new();
             run(&device);
             assert_eq!(device.counts()["embedding"].streamed, 4 * hidden as u64 * 2);
             same_bits(run)

@@ -4,11 +4,11 @@
 use crate::support;
 use crate::support::kernel;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
 use dflash::cpu::model::{self, Drafter, Target};
 use dflash::gpu::device::{Buffer, Device, Node};
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::head::Head;
 use dflash::gpu::loader::Loader;
 use dflash::gpu::model::{
@@ -263,13 +263,13 @@ fn chunks_and_blocks_equal_the_reference(device: &dyn Device, pair: &Pair) {
 #[test]
 fn chunks_and_blocks_of_the_demo_target_equal_the_reference() {
     let pair = &demo();
-    every_device(|device| chunks_and_blocks_equal_the_reference(device, pair));
+    on_gpu(|device| chunks_and_blocks_equal_the_reference(device, pair));
 }
 
 #[test]
 fn chunks_and_blocks_of_a_random_target_equal_the_reference() {
     for pair in [random_pair().1, nine_heads().1] {
-        every_device(|device| chunks_and_blocks_equal_the_reference(device, &pair));
+        on_gpu(|device| chunks_and_blocks_equal_the_reference(device, &pair));
     }
 }
 
@@ -296,9 +296,9 @@ fn steps_equal_blocks_bit_for_bit(device: &dyn Device, pair: &Pair) {
 #[test]
 fn ar_steps_equal_a_verification_block_bit_for_bit() {
     let pair = &demo();
-    every_device(|device| steps_equal_blocks_bit_for_bit(device, pair));
+    on_gpu(|device| steps_equal_blocks_bit_for_bit(device, pair));
     let pair = &random_pair().1;
-    every_device(|device| steps_equal_blocks_bit_for_bit(device, pair));
+    on_gpu(|device| steps_equal_blocks_bit_for_bit(device, pair));
 }
 
 /// Compares every row of a tree with its path as a chain. About a third of the rows are children of the row
@@ -338,9 +338,9 @@ fn trees_equal_chains_bit_for_bit(device: &dyn Device, pair: &Pair) {
 #[test]
 fn every_row_of_a_tree_equals_its_path_as_a_chain_bit_for_bit() {
     let pair = &demo();
-    every_device(|device| trees_equal_chains_bit_for_bit(device, pair));
+    on_gpu(|device| trees_equal_chains_bit_for_bit(device, pair));
     let pair = &random_pair().1;
-    every_device(|device| trees_equal_chains_bit_for_bit(device, pair));
+    on_gpu(|device| trees_equal_chains_bit_for_bit(device, pair));
 }
 
 fn draft_equals_the_reference(device: &dyn Device, pair: &Pair) {
@@ -399,20 +399,20 @@ fn draft_equals_the_reference(device: &dyn Device, pair: &Pair) {
 #[test]
 fn drafts_of_the_demo_drafter_equal_the_reference() {
     let pair = &demo();
-    every_device(|device| draft_equals_the_reference(device, pair));
+    on_gpu(|device| draft_equals_the_reference(device, pair));
 }
 
 #[test]
 fn drafts_of_a_random_drafter_equal_the_reference() {
     for pair in [random_pair().1, nine_heads().1] {
-        every_device(|device| draft_equals_the_reference(device, &pair));
+        on_gpu(|device| draft_equals_the_reference(device, &pair));
     }
 }
 
 #[test]
 fn a_pass_is_five_launches_per_layer_and_one() {
     let pair = demo();
-    let device = &Emulator::new();
+    let device = &TestGpu::new();
     let rig = Rig::new(device, &pair, 1, 16);
     let table = upload(device, &rows_at(0, 0, 16));
     let spans = upload(device, &[0u32, 16]);

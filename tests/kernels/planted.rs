@@ -149,7 +149,7 @@ const BUGS: &[Bug] = &[
         kernel: "",
         edit: Edit::All("atom.acq_rel.gpu", "atom.relaxed.gpu"),
         machine: ("h200", "0"),
-        run: Test("linear_bits::schedules_and_threads_give_the_same_bits"),
+        run: Test("linear_bits::schedules_give_the_same_bits"),
         words: "a race in global memory",
     },
     Bug {
@@ -203,7 +203,7 @@ const BUGS: &[Bug] = &[
         kernel: "",
         edit: Edit::All("atom.acq_rel.gpu", "atom.acquire.gpu"),
         machine: ("h200", "0"),
-        run: Test("linear_bits::schedules_and_threads_give_the_same_bits"),
+        run: Test("linear_bits::schedules_give_the_same_bits"),
         words: "a race in global memory",
     },
     Bug {
@@ -212,7 +212,7 @@ const BUGS: &[Bug] = &[
         kernel: "",
         edit: Edit::All("atom.acq_rel.gpu", "atom.release.gpu"),
         machine: ("h200", "0"),
-        run: Test("linear_bits::schedules_and_threads_give_the_same_bits"),
+        run: Test("linear_bits::schedules_give_the_same_bits"),
         words: "a race in global memory",
     },
     Bug {

@@ -5,8 +5,8 @@
 use crate::support::kernel;
 use crate::support::layer;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::Device;
-use dflash::gpu::emulator::{Emulator, Schedule};
 use dflash::gpu::kernels::inject::Inject;
 use dflash::gpu::kernels::linear::{PrefillKernel, Shape};
 use dflash::gpu::kernels::qkv::Qkv;
@@ -31,8 +31,8 @@ fn prefill_kernels_and_kinds() -> impl Iterator<Item = (PrefillKernel, Kind)> {
 
 #[test]
 fn mma_prefill_equals_skinny_kernels_if_k_is_not_split() {
-    every_device(|device| {
-        let rows = if cfg!(feature = "sanitize") { &[5, 130][..] } else { &[1, 5, 127, 128, 129, 300][..] };
+    on_gpu(|device| {
+        let rows = &[1, 5, 127, 128, 129, 300][..];
         for kind in PROMPT_KINDS {
             // Less than a stage, one, one and a half, several stages.
             for k in [32, 64, 96, 160, 480] {
@@ -52,7 +52,7 @@ fn mma_prefill_equals_skinny_kernels_if_k_is_not_split() {
 
 #[test]
 fn wgmma_prefill_equals_skinny_kernels_if_sums_are_exact() {
-    every_device(|device| {
+    on_gpu(|device| {
         if !PrefillKernel::Wgmma.runs_on(device) {
             return;
         }
@@ -61,9 +61,6 @@ fn wgmma_prefill_equals_skinny_kernels_if_sums_are_exact() {
         let all = [(32, 1), (64, 257), (96, 255), (160, 5), (224, 127), (256, 256), (320, 300), (1056, 513)];
         for kind in PROMPT_KINDS {
             for (k, rows) in all {
-                if cfg!(feature = "sanitize") && k * rows > 96 * 255 {
-                    continue;
-                }
                 let data = Data::integers(rows as u64, rows, Shape { n: kind.outputs(), k });
                 let skinny = kind.run(device, &data);
                 let prefill = kind.run(device, &with_kernel(PrefillKernel::Wgmma, &data));
@@ -76,7 +73,7 @@ fn wgmma_prefill_equals_skinny_kernels_if_sums_are_exact() {
 
 #[test]
 fn every_head_layout_equals_skinny_kernels_bit_for_bit() {
-    every_device(|device| {
+    on_gpu(|device| {
         for (heads, kv_heads, head_dim) in HEADS {
             for keys_only in [false, true] {
                 let (rows, k) = (20, 96);
@@ -104,20 +101,19 @@ fn long_sums_equal_f64() {
         let data = with_kernel(prompt, &Data::new(1, rows, Shape { n, k }));
         let (x, gain) = (vec![0.0; rows * n], vec![1.0; n]);
         let expected: Vec<f32> = data.product(false).into_iter().map(|v| v as f32).collect();
-        let outcomes = bits_of_every_device(|device| match prompt.runs_on(device) {
-            true => project(device, &data, &x, &gain, 0),
-            false => vec![],
-        });
-        for (bytes, bound) in outcomes.iter().zip([1e-6, 2e-5]).filter(|(bytes, _)| !bytes.is_empty()) {
-            let error = relative_error(&from_bytes(&bytes[..rows * n * 4]), &expected);
-            assert!(error < bound, "{prompt:?}, K {k}: error {error:.2e}, expected below {bound:.0e}");
+        if !prompt.runs_on(gpu()) {
+            continue;
         }
+        let bytes = same_bits(|device| project(device, &data, &x, &gain, 0));
+        let (error, bound) =
+            (relative_error(&from_bytes(&bytes[..rows * n * 4]), &expected), f32_bound(1e-6));
+        assert!(error < bound, "{prompt:?}, K {k}: error {error:.2e}, expected below {bound:.0e}");
     }
 }
 
 #[test]
 fn row_bits_do_not_depend_on_other_rows() {
-    every_device(|device| {
+    on_gpu(|device| {
         for (prompt, kind) in
             prefill_kernels(device).flat_map(|prompt| PROMPT_KINDS.map(|kind| (prompt, kind)))
         {
@@ -143,7 +139,7 @@ fn row_bits_do_not_depend_on_other_rows() {
 #[test]
 fn an_inactive_launch_writes_nothing() {
     for (prompt, kind) in prefill_kernels_and_kinds() {
-        let device = Emulator::new();
+        let device = TestGpu::new();
         let data = with_kernel(prompt, &Data::new(7, 4, Shape { n: kind.outputs(), k: 96 }));
         kind.run(&device, &Data { num_active: 0, ..data });
         let counts = device.counts();
@@ -154,7 +150,7 @@ fn an_inactive_launch_writes_nothing() {
 
 #[test]
 fn missing_features_are_zeros() {
-    every_device(|device| {
+    on_gpu(|device| {
         let (rows, feature_rows, n, k) = (140, 21, 128, 96);
         let data = Data::integers(9, feature_rows, Shape { n, k });
         let gather: Vec<u32> = (0..rows as u32)
@@ -181,19 +177,12 @@ fn missing_features_are_zeros() {
 }
 
 #[test]
-fn schedules_and_threads_give_the_same_bits() {
+fn schedules_give_the_same_bits() {
     for (prompt, kind) in prefill_kernels_and_kinds() {
         let data = with_kernel(prompt, &Data::new(5, 20, Shape { n: kind.outputs(), k: 288 }));
-        let run = |device: &dyn Device| match prompt.runs_on(device) {
-            true => kind.run(device, &data).concat(),
-            false => vec![],
-        };
-        bits_of_every_device(run);
-        let bits = run(&Emulator::new());
-        let parallel = Emulator::new();
-        parallel.set_threads(2);
-        parallel.set_schedule(Schedule::GreedyDown);
-        assert!(kind.run(&parallel, &data).concat() == bits, "{prompt:?}, {kind:?} on two threads");
+        if prompt.runs_on(gpu()) {
+            same_bits(|device| kind.run(device, &data).concat());
+        }
     }
 }
 
@@ -201,8 +190,7 @@ fn schedules_and_threads_give_the_same_bits() {
 fn weights_are_read_once_per_block_without_bank_conflicts() {
     for (prompt, kind) in prefill_kernels_and_kinds() {
         let (rows, k) = (260, 160);
-        let device = Emulator::new();
-        device.count_conflicts(true);
+        let device = TestGpu::new();
         let data = with_kernel(prompt, &Data::new(8, rows, Shape { n: kind.outputs(), k }));
         kind.run(&device, &data);
         let counts = device.counts();
@@ -227,7 +215,7 @@ fn weights_are_read_once_per_block_without_bank_conflicts() {
 
 #[test]
 fn the_head_has_no_prefill_kernel() {
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let (vocab, k) = (261, 96);
     let layer =
         with_kernel(PrefillKernel::Mma, &Data::new(1, 3, Shape { n: vocab, k })).upload(&device, |r| r);
@@ -250,5 +238,5 @@ fn a_device_without_wgmma_uses_the_mma_kernels() {
     let refusal =
         kernel.launch(&dry_run, &layer.input(true), &poisoned::<u16>(&dry_run, 3 * 96)).unwrap_err();
     assert_eq!(refusal.to_string(), "kernel prefill_swiglu_wgmma: dry run has no wgmma");
-    assert_eq!(prefill_kernels(&Emulator::new()).count(), 2);
+    assert_eq!(prefill_kernels(&TestGpu::new()).count(), 2);
 }

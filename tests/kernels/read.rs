@@ -2,9 +2,9 @@
 
 use crate::support::kernel;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::Error;
 use dflash::gpu::device::Device;
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::read::Read;
 use kernel::*;
 
@@ -41,7 +41,7 @@ fn block_sums_add_up_to_the_sum_of_all_words() {
 
 #[test]
 fn a_change_of_any_byte_changes_the_sum() {
-    let (device, mut random) = (Emulator::new(), Random::new(2));
+    let (device, mut random) = (TestGpu::new(), Random::new(2));
     let mut data: Vec<u8> = (0..(2048 + 40) * 16).map(|_| random.next() as u8).collect();
     let sum = |data: &[u8]| total(&from_bytes::<u32>(&sums(&device, &from_bytes(data), 2)));
     let before = sum(&data);
@@ -59,8 +59,7 @@ fn a_change_of_any_byte_changes_the_sum() {
 fn every_byte_is_read_once_and_little_is_written() {
     for chunks in CHUNKS {
         for blocks in [1, 4] {
-            let device = Emulator::new();
-            device.count_conflicts(true);
+            let device = TestGpu::new();
             sums(&device, &vec![7; chunks * 4], blocks);
             let (counts, read) = (device.counts()["read_all"], Read { bytes: chunks * 16, blocks });
             assert_eq!((counts.streamed, counts.read), (chunks as u64 * 16, 0));
@@ -73,7 +72,7 @@ fn every_byte_is_read_once_and_little_is_written() {
 
 #[test]
 fn launches_refuse_wrong_sizes() {
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let (from, out) = (upload(&device, &[0u32; 64]), poisoned::<u32>(&device, 4));
     let refused = |bytes: usize, blocks: usize, part: &str| {
         let error = Read { bytes, blocks }.launch(&device, &out, &from).unwrap_err();

@@ -3,8 +3,8 @@
 
 use crate::support::kernel;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::Device;
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
 use dflash::gpu::kernels::round::{DraftShape, Finish, Sequence};
 use dflash::gpu::kernels::sample::tables;
@@ -451,17 +451,15 @@ fn sampled_and_verified_drafts_equal_the_reference() {
     ] {
         for i in 0..cases(few, all) {
             let batch = batch(&mut random, vocab, block, 8);
-            every_device_in_turn(turn, |device| coverage.add(batch.check(device, &format!("batch {i}"))));
+            on_gpu_in_turn(turn, |device| coverage.add(batch.check(device, &format!("batch {i}"))));
             turn += 1;
         }
     }
     println!("{coverage:?}");
-    if !cfg!(feature = "sanitize") {
-        let part = if exhaustive() { 1 } else { 6 };
-        let Coverage { accepted: [none, one, two, more], whole, invalid } = coverage;
-        assert!(none > 100 / part && one > 50 / part && two > 20 / part && more > 100 / part);
-        assert!(whole > 50 / part && invalid > 5 / part);
-    }
+    let part = if exhaustive() { 1 } else { 6 };
+    let Coverage { accepted: [none, one, two, more], whole, invalid } = coverage;
+    assert!(none > 100 / part && one > 50 / part && two > 20 / part && more > 100 / part);
+    assert!(whole > 50 / part && invalid > 5 / part);
 }
 
 #[test]
@@ -473,9 +471,6 @@ fn drafts_are_the_same_under_every_schedule() {
             let [a, b] = distributions;
             [a, b, to_bytes(&[drafts, tokens, accepted, next, path].concat())].concat()
         });
-        let parallel = Emulator::new();
-        parallel.set_threads(2);
-        batch.check(&parallel, "two threads");
     }
 }
 
@@ -528,7 +523,7 @@ fn every_unit_of_the_residual_is_sampled() {
     let at = |unit: u64| find(&|rounds| high(bits(rounds, rng::Purpose::Residual), rest) == unit);
     let zero = find(&|rounds| high(bits(rounds, rng::Purpose::Accept), q.probability(3)) == 0);
     let units = [(at(low - 1), Some(0)), (at(low), Some(1)), (at(low + 1), Some(2)), (zero, None)];
-    every_device(|device| {
+    on_gpu(|device| {
         // The tokens in one lane, in lanes of one warp, and in warps of their own.
         for stride in [1, 4, 700] {
             let apart = |row: &[f32]| {
@@ -551,7 +546,7 @@ fn every_unit_of_the_residual_is_sampled() {
 
 #[test]
 fn equal_distributions_accept_every_draft() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(4);
         for (how, kind) in [
             (params(1.0, 0, 1.0), 9),
@@ -584,7 +579,7 @@ fn equal_distributions_accept_every_draft() {
 
 #[test]
 fn garbage_stays_in_bounds() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(12);
         for i in 0..30 {
             let (vocab, block, sequences) = ([1, 7, 300, 3001][i % 4], [1, 4, 16][i % 3], 3);
@@ -632,7 +627,7 @@ fn garbage_stays_in_bounds() {
 
 #[test]
 fn launches_refuse_wrong_sizes() {
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let batch = batch(&mut Random::new(3), 40, 4, 2);
     let kernels = batch.kernels();
     let get = |bytes: usize| device.allocate(bytes, "test").unwrap();

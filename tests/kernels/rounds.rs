@@ -3,9 +3,9 @@
 
 use crate::support::kernel;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::Error;
 use dflash::gpu::device::{Buffer, Device, Graph};
-use dflash::gpu::emulator::{Emulator, Schedule};
 use dflash::gpu::kernels::round::{DraftShape, Finish, Record, Ring, Round, STOP_IDS, Sequence, Tables};
 use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
 use dflash::spec::config::VerifyMethod;
@@ -474,12 +474,8 @@ fn rounds_equal_the_host_reference_and_a_replayed_graph() {
         (70, 2, [2, 3], false),
     ] {
         let sizes = Sizes { sequences, block, verify_rows, trees, anchor_row: sequences % 2 };
-        let device = Emulator::new();
-        let found = simulate(&device, sizes, |round| device.set_schedule(Schedule::ALL[round % 5]));
+        let found = simulate(gpu(), sizes, |round| set_schedule(round % 5));
         ends.iter_mut().zip(found).for_each(|(all, more)| *all += more);
-        if let Some(gpu) = gpu() {
-            assert_eq!(simulate(gpu, sizes, |_| ()), found);
-        }
     }
     // Every `Finish` occurred often.
     assert!(ends.iter().all(|&n| n >= 10), "{ends:?}");
@@ -487,7 +483,7 @@ fn rounds_equal_the_host_reference_and_a_replayed_graph() {
 
 #[test]
 fn fully_accepted_blocks_of_64_end_at_the_first_stop() {
-    every_device(|device| {
+    on_gpu(|device| {
         let block = 64;
         for stop in [None, Some(0), Some(31), Some(32), Some(45), Some(63)] {
             let sizes = Sizes::of(1, block, false);
@@ -533,7 +529,7 @@ fn fully_accepted_blocks_of_64_end_at_the_first_stop() {
 
 #[test]
 fn no_argument_changes_between_rounds() {
-    every_device(|device| {
+    on_gpu(|device| {
         let sizes = Sizes::of(4, 8, false);
         let buffers = RoundBuffers::new(device, sizes);
         let first = buffers.capture(device, 0);
@@ -572,7 +568,7 @@ fn rounds_are_the_same_under_every_schedule() {
 
 #[test]
 fn a_round_without_active_sequences_writes_only_its_number() {
-    every_device(|device| {
+    on_gpu(|device| {
         let (sequences, block) = (3, 8);
         let sizes = Sizes::of(sequences, block, false);
         let buffers = RoundBuffers::new(device, sizes);
@@ -618,7 +614,7 @@ fn a_round_without_active_sequences_writes_only_its_number() {
 
 #[test]
 fn garbage_in_states_and_outputs_stays_in_bounds() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(51);
         for i in 0..60 {
             let (sequences, block) = (1 + random.below(5), 1 + random.below(64));
@@ -661,7 +657,7 @@ fn garbage_in_states_and_outputs_stays_in_bounds() {
 
 #[test]
 fn states_and_rings_refuse_wrong_sizes() {
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let many = Sequence { stop_ids: vec![1; STOP_IDS + 1], ..empty() };
     assert!(many.to_bytes().unwrap_err().to_string().contains("13 stop ids"));
     assert!(empty().updated(&[0; 12]).unwrap_err().to_string().contains("12 bytes"));

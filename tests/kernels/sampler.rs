@@ -3,8 +3,8 @@
 
 use crate::support::kernel;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::Device;
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::round::{DraftShape, Finish, Sequence};
 use dflash::gpu::kernels::sample::{Sample, SamplerInputs, tables};
 use dflash::spec::config::VerifyMethod;
@@ -192,7 +192,7 @@ fn sampler_equals_choose_on_random_rows() {
     ] {
         for i in 0..cases(few, all) {
             let batch = batch(&mut random, 24, vocab);
-            every_device_in_turn(turn, |device| batch.check(device, &format!("batch {i}")));
+            on_gpu_in_turn(turn, |device| batch.check(device, &format!("batch {i}")));
             turn += 1;
         }
     }
@@ -204,16 +204,13 @@ fn sampler_is_the_same_under_every_schedule() {
         let batch = batch(&mut Random::new(vocab as u64), 12, vocab);
         let bytes = same_bits(|device| to_bytes(&batch.run(device)));
         assert_eq!(from_bytes::<u32>(&bytes), batch.expected());
-        let parallel = Emulator::new();
-        parallel.set_threads(2);
-        batch.check(&parallel, "two threads");
     }
 }
 
 #[test]
 fn sampler_equals_choose_on_a_vocabulary_of_151936() {
     let mut random = Random::new(5);
-    let vocab = if cfg!(feature = "sanitize") { 20011 } else { 151936 };
+    let vocab = 151936;
     let params = |temperature, top_k, top_p, min_p| SamplingParams {
         temperature,
         top_k,
@@ -232,12 +229,12 @@ fn sampler_equals_choose_on_a_vocabulary_of_151936() {
     let rows: Vec<(u32, u32)> = (0..settings.len()).map(|i| (i as u32, 1000 + i as u32)).collect();
     let logits = random.normals(rows.len() * vocab, 3.0);
     let batch = Batch { vocab, logits, rows, settings };
-    every_device(|device| batch.check(device, "Qwen3"));
+    on_gpu(|device| batch.check(device, "Qwen3"));
 }
 
 #[test]
 fn top_k_and_top_p_cut_ties_as_choose_does() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(8);
         // Equal logits in several bins of ids, unequal logits of equal weight, and cuts within and around them.
         let vocab = 300;
@@ -284,7 +281,7 @@ fn top_k_and_top_p_cut_ties_as_choose_does() {
 
 #[test]
 fn equal_race_times_select_the_lower_id() {
-    every_device(|device| {
+    on_gpu(|device| {
         // In a flat row all weights are equal. At these positions the two smallest race times are equal too,
         // within one slice of 8192 ids and across slices.
         for (vocab, ties) in [
@@ -320,7 +317,7 @@ fn rows_that_select(settings: &SamplingParams, row: &[f32], token: u32) -> Vec<(
 
 #[test]
 fn top_p_rounds_its_mass_up() {
-    every_device(|device| {
+    on_gpu(|device| {
         // top_p asks for more mass than the best token has, by less than one unit of weight.
         let mut found = 0;
         for logit in (1..20).map(|i| -0.25 * i as f32) {
@@ -347,7 +344,7 @@ fn top_p_rounds_its_mass_up() {
 
 #[test]
 fn min_p_keeps_a_weight_equal_to_its_threshold() {
-    every_device(|device| {
+    on_gpu(|device| {
         let all = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 5, stream: 1 };
         let row = vec![0.0, -1.0];
         let weight = all.survivors(&row).unwrap()[1].1;
@@ -365,7 +362,7 @@ fn min_p_keeps_a_weight_equal_to_its_threshold() {
 
 #[test]
 fn invalid_rows_select_nothing_and_change_no_other_row() {
-    every_device(|device| {
+    on_gpu(|device| {
         let vocab = 1000;
         let mut random = Random::new(11);
         let sound = random.normals(vocab, 3.0);
@@ -397,7 +394,7 @@ fn invalid_rows_select_nothing_and_change_no_other_row() {
 
 #[test]
 fn garbage_in_settings_and_keys_stays_in_bounds() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(12);
         for i in 0..40 {
             let mut batch = batch(&mut random, 6, [1, 7, 300, 9000][i % 4]);
@@ -447,7 +444,7 @@ fn greedy_launch_reads_only_the_best_keys() {
         sample.launch(device, &choice, &best, &table, None).unwrap();
         bytes_of(device, &choice)
     };
-    let device = Emulator::new();
+    let device = TestGpu::new();
     run(&device);
     let counts = device.counts()["sample"];
     // Every thread reads the table's entry of its row; a row without a sequence reads nothing else.

@@ -4,8 +4,8 @@
 use crate::support::kernel;
 use crate::support::sampled_trees;
 
+use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::Device;
-use dflash::gpu::emulator::Emulator;
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, Rows};
 use dflash::gpu::kernels::round::DraftShape;
 use dflash::gpu::kernels::sample::tables;
@@ -37,19 +37,17 @@ fn sampled_and_verified_trees_equal_the_reference() {
     ] {
         for i in 0..cases(few, all) {
             let batch = batch(&mut random, VerifyMethod::Rejection, (vocab, block, max_verify_rows), 8);
-            every_device_in_turn(turn, |device| coverage.add(batch.check(device, &format!("batch {i}"))));
+            on_gpu_in_turn(turn, |device| coverage.add(batch.check(device, &format!("batch {i}"))));
             turn += 1;
         }
     }
     println!("{coverage:?}");
-    if !cfg!(feature = "sanitize") {
-        let part = if exhaustive() { 1 } else { 6 };
-        let Coverage { accepted: [none, one, two, more], siblings_before, .. } = coverage;
-        let Coverage { all_rejected, repeats, invalid, .. } = coverage;
-        assert!(none > 100 / part && one > 50 / part && two > 20 / part && more > 50 / part);
-        assert!(siblings_before.iter().all(|&n| n > 20 / part));
-        assert!(all_rejected > 50 / part && repeats > 100 / part && invalid > 20 / part);
-    }
+    let part = if exhaustive() { 1 } else { 6 };
+    let Coverage { accepted: [none, one, two, more], siblings_before, .. } = coverage;
+    let Coverage { all_rejected, repeats, invalid, .. } = coverage;
+    assert!(none > 100 / part && one > 50 / part && two > 20 / part && more > 50 / part);
+    assert!(siblings_before.iter().all(|&n| n > 20 / part));
+    assert!(all_rejected > 50 / part && repeats > 100 / part && invalid > 20 / part);
 }
 
 #[test]
@@ -59,7 +57,7 @@ fn trees_are_the_same_under_every_schedule() {
 
 #[test]
 fn equal_distributions_accept_the_first_sibling() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(4);
         let (vocab, block, max_verify_rows) = (257, 8, 16);
         for temperature in [0.0, 1.0] {
@@ -168,7 +166,7 @@ fn every_unit_of_the_residual_between_siblings_is_sampled() {
                 drafter: apart(&drafter).repeat(2 * sequences),
                 tokens: drafts.repeat(sequences),
             };
-            every_device(|device| {
+            on_gpu(|device| {
                 let coverage = batch.check(device, "units");
                 assert_eq!(coverage.accepted, [sequences, 0, 0, 0]);
                 tried += sequences;
@@ -180,7 +178,7 @@ fn every_unit_of_the_residual_between_siblings_is_sampled() {
 
 #[test]
 fn garbage_stays_in_bounds() {
-    every_device(|device| {
+    on_gpu(|device| {
         let mut random = Random::new(12);
         for i in 0..40 {
             let (vocab, sequences) = ([1, 7, 300, 3001][i % 4], 3);
@@ -228,7 +226,7 @@ fn garbage_stays_in_bounds() {
 
 #[test]
 fn launches_refuse_wrong_sizes() {
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let kernels = Siblings { sequences: 2, block: 4, max_verify_rows: 8, vocab: 40 };
     let get = |bytes: usize| device.allocate(bytes, "test").unwrap();
     let (logits, distributions) = (get(16 * 160), get(16 * DISTRIBUTION_BYTES));

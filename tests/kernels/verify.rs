@@ -108,12 +108,12 @@ fn blocks(random: &mut Random, block: usize, trees: bool) -> Blocks {
 #[test]
 fn output_equals_match_chain_and_match_tree() {
     let mut random = Random::new(21);
-    let batches = if cfg!(feature = "sanitize") { 3 } else { 30 };
+    let batches = 30;
     for i in 0..batches {
         for block in [1, 2, 7, 16, 31, 32, 33, 63, 64] {
             for trees in [false, true] {
                 let blocks = blocks(&mut random, block, trees);
-                every_device_in_turn(i, |device| blocks.check(device));
+                on_gpu_in_turn(i, |device| blocks.check(device));
             }
         }
     }
@@ -121,7 +121,7 @@ fn output_equals_match_chain_and_match_tree() {
 
 #[test]
 fn whole_blocks_and_deep_trees_equal_the_reference() {
-    every_device(|device| {
+    on_gpu(|device| {
         for block in [1usize, 16, 33, 64] {
             // Every draft is accepted; none is; one in the middle is rejected.
             for wrong in [None, Some(1), Some(block / 2)] {

@@ -1,6 +1,7 @@
 //! Counters of every kernel for the demo pair on the emulator: a table of exact numbers that do not depend on
 //! the number of threads.
 
+use crate::support::test_gpu::TestGpu;
 use dflash::Result;
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
@@ -8,7 +9,6 @@ use dflash::engine::generate::{Decoder, Request};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, DrafterMode, Models, RoundShape};
 use dflash::gpu::device::{Counts, Device};
-use dflash::gpu::emulator::Emulator;
 use dflash::spec::sampling::SamplingParams;
 use std::fmt::Write;
 
@@ -19,9 +19,7 @@ const POSITIONS: usize = 128;
 /// The table: a header, then for each case one line per kernel and one for their sum.
 pub fn table() -> Result<String> {
     let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER))?;
-    let device = Emulator::new();
-    device.set_threads(2);
-    device.count_conflicts(true);
+    let device = TestGpu::new();
     let models = Models::load(&device, &pair, POSITIONS)?;
     let mut out = line(["kernel", "launches", "blocks", "streamed", "read", "written", "mma", "conflicts"]);
     for (name, sequences, block, temperature) in [
@@ -60,11 +58,11 @@ fn request(slot: u32, block: usize, temperature: f32) -> Request {
     Request { prompt, max_tokens: 64, sampling, stop_ids: vec![], block, spec: Default::default() }
 }
 
-fn case(out: &mut String, name: &str, device: &Emulator) {
+fn case(out: &mut String, name: &str, device: &TestGpu) {
     let mut all = Counts::default();
     let _ = writeln!(out, "\n{name}");
     for (kernel, counts) in device.counts() {
-        *out += &counted(kernel, &counts);
+        *out += &counted(&kernel, &counts);
         all += counts;
     }
     *out += &counted("all", &all);

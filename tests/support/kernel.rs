@@ -1,32 +1,16 @@
-//! Helpers of kernel tests: available devices, the five schedules, poisoned outputs, relative errors, bf16
-//! and seeded data.
-//!
-//! Tests run on the emulator, and also on a GPU if one opens. Under `softgpu run` that GPU is the software GPU,
-//! which takes the emulator's place, with the same five schedules. Bits are compared between runs on one device.
-//! Only kernels that compute with integers or round once must give equal bits on different devices.
+//! Helpers of kernel tests: the device, schedules, poisoned outputs, relative errors, bf16 and seeded data.
 
 pub use crate::support::exhaustive;
-use crate::support::random;
+pub use crate::support::random::Random;
+use crate::support::test_gpu;
+pub use crate::support::test_gpu::set_schedule;
 
 use dflash::gpu::cuda::Cuda;
 use dflash::gpu::device::{Buffer, Device};
-use dflash::gpu::emulator::{Emulator, Schedule};
-pub use random::Random;
-use std::ffi::{CString, c_char};
-use std::sync::{Mutex, OnceLock};
+use std::sync::Mutex;
 
-/// The first GPU, if one opens. All tests of a program share the device; of the software GPU, each thread has a
-/// stream of its own, so that tests run in parallel.
-pub fn gpu() -> Option<&'static dyn Device> {
-    static GPU: OnceLock<Option<Cuda>> = OnceLock::new();
-    // The driver cannot start in the address space that AddressSanitizer leaves free.
-    let open = || if cfg!(feature = "sanitize") { None } else { Cuda::open(0).ok() };
-    let gpu = GPU.get_or_init(open).as_ref()?;
-    // tools/gpu-check.sh looks for this line.
-    println!("on {}", gpu.properties().name);
-    if !is_software(gpu) {
-        return Some(gpu);
-    }
+/// The device of this thread. Each thread of tests has its own, so that tests run in parallel.
+pub fn gpu() -> &'static Cuda {
     /// Devices that no thread uses.
     static FREE: Mutex<Vec<&'static Cuda>> = Mutex::new(Vec::new());
     struct Lease(&'static Cuda);
@@ -38,84 +22,47 @@ pub fn gpu() -> Option<&'static dyn Device> {
     thread_local! {
         static LEASE: Lease = {
             let free = FREE.lock().unwrap().pop();
-            Lease(free.unwrap_or_else(|| Box::leak(Box::new(Cuda::open(0).unwrap()))))
+            Lease(free.unwrap_or_else(|| Box::leak(Box::new(test_gpu::open()))))
         };
     }
-    Some(LEASE.with(|lease| lease.0))
+    let gpu = LEASE.with(|lease| lease.0);
+    // tools/gpu-check.sh and .ci/run look for this line.
+    println!("on {}", gpu.properties().name);
+    gpu
 }
 
-fn is_software(device: &dyn Device) -> bool {
-    device.properties().name.starts_with("software GPU")
-}
-
-/// Makes the software GPU take a schedule from the next launch on, in all threads.
-fn set_software_schedule(schedule: usize) {
-    type SetOption = unsafe extern "C" fn(*const c_char, *const c_char) -> i32;
-    let value = CString::new(schedule.to_string()).unwrap();
-    // SAFETY: the driver is loaded, and has this function with these types.
-    let code = unsafe {
-        let driver = libloading::Library::new("libcuda.so.1").unwrap();
-        driver.get::<SetOption>(b"softgpuSetOption").unwrap()(c"schedule".as_ptr(), value.as_ptr())
-    };
-    assert_eq!(code, 0);
-}
-
-/// Number of random cases to run: `all` if [`exhaustive`], else `few`; 1 in 20 of `all` under the
-/// sanitizers.
+/// Number of random cases to run: `all` if [`exhaustive`], else `few`.
 pub fn cases(few: usize, all: usize) -> usize {
-    if cfg!(feature = "sanitize") {
-        (all / 20).max(1)
-    } else if exhaustive() {
-        all
-    } else {
-        few
-    }
+    if exhaustive() { all } else { few }
 }
 
-/// Runs `test` on an emulator, then on the GPU.
-pub fn every_device(test: impl FnMut(&dyn Device)) {
-    every_device_in_turn(0, test);
+/// Runs `test` on the GPU.
+pub fn on_gpu(mut test: impl FnMut(&dyn Device)) {
+    test(gpu());
 }
 
-/// Like [`every_device`]; the emulator or the software GPU takes schedule `turn % 5`.
-pub fn every_device_in_turn(turn: usize, mut test: impl FnMut(&dyn Device)) {
-    let gpu = gpu();
-    if gpu.is_some_and(is_software) {
-        set_software_schedule(turn % 5);
-    } else {
-        let device = Emulator::new();
-        device.set_schedule(Schedule::ALL[turn % 5]);
-        test(&device);
-    }
-    if let Some(gpu) = gpu {
-        test(gpu);
-    }
+/// Like [`on_gpu`], under schedule `turn % 5`.
+pub fn on_gpu_in_turn(turn: usize, test: impl FnMut(&dyn Device)) {
+    set_schedule(turn % 5);
+    on_gpu(test);
 }
 
-/// The bytes that `test` returns on each device, the emulator's first. Asserts that all schedules of the
-/// emulator or the software GPU give the same bytes, and that two runs on a GPU do.
-pub fn bits_of_every_device(test: impl Fn(&dyn Device) -> Vec<u8>) -> Vec<Vec<u8>> {
-    let Some(gpu) = gpu() else { return vec![five_schedules(|device| test(device))] };
-    let bytes = test(gpu);
-    if is_software(gpu) {
-        // In order, reversed, and random ones.
-        let schedules = if exhaustive() { 0..5 } else { 1..3 };
-        for schedule in schedules {
-            set_software_schedule(schedule);
-            assert_same(&format!("schedule {schedule}"), &test(gpu), &bytes);
-        }
-        return vec![bytes];
-    }
-    assert_same("a second run on the GPU", &test(gpu), &bytes);
-    vec![five_schedules(|device| test(device)), bytes]
-}
-
-/// Like [`bits_of_every_device`], for a kernel whose bits must be equal on all devices.
+/// The bytes that `test` returns. Asserts that they are the same in other schedules: reversed and a random one, if
+/// [`exhaustive`] five in all. On a GPU, in a second run.
 pub fn same_bits(test: impl Fn(&dyn Device) -> Vec<u8>) -> Vec<u8> {
-    let mut all = bits_of_every_device(test);
-    let first = all.remove(0);
-    all.iter().for_each(|bytes| assert_same("the GPU", bytes, &first));
-    first
+    let gpu = gpu();
+    let bytes = test(gpu);
+    for schedule in if exhaustive() { 0..5 } else { 1..3 } {
+        set_schedule(schedule);
+        assert_same(&format!("schedule {schedule}"), &test(gpu), &bytes);
+    }
+    bytes
+}
+
+/// `exact`, the bound on the relative error of f32 sums that are rounded, or ten times that on a GPU, whose tensor
+/// cores truncate.
+pub fn f32_bound(exact: f64) -> f64 {
+    if gpu().properties().software { exact } else { 10.0 * exact }
 }
 
 #[track_caller]
@@ -126,23 +73,6 @@ fn assert_same(what: &str, bytes: &[u8], expected: &[u8]) {
         at.is_none() && length == whole,
         "{what}: bits differ from byte {at:?} on; {length} bytes, expected {whole}"
     );
-}
-
-/// Runs `test` on a fresh emulator under each of the five schedules (with sanitizers, which look at addresses:
-/// under the first only, exhaustive: all). Asserts that the bytes are equal and returns them.
-pub fn five_schedules(test: impl Fn(&Emulator) -> Vec<u8>) -> Vec<u8> {
-    let mut first: Option<Vec<u8>> = None;
-    let schedules = if cfg!(feature = "sanitize") && !exhaustive() { 1 } else { 5 };
-    for &schedule in &Schedule::ALL[..schedules] {
-        let device = Emulator::new();
-        device.set_schedule(schedule);
-        let bytes = test(&device);
-        match &first {
-            None => first = Some(bytes),
-            Some(first) => assert_same(&format!("{schedule:?}"), &bytes, first),
-        }
-    }
-    first.unwrap_or_default()
 }
 
 /// A buffer holding `data`.

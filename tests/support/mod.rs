@@ -18,6 +18,7 @@ pub mod report;
 pub mod requests;
 pub mod sampled_trees;
 pub mod software_gpu;
+pub mod test_gpu;
 pub mod text;
 
 pub use checkpoint::*;

@@ -22,7 +22,7 @@ pub struct Repeat {
     pub outcomes: [Vec<Outcome>; 2],
     /// Wall-clock time of all answers.
     pub wall: [Duration; 2],
-    /// The emulator's counters.
+    /// Counters, on the software GPU.
     pub counts: [Counts; 2],
     /// Whether the card was throttled. None: no instruments.
     pub throttled: Option<bool>,
@@ -65,7 +65,7 @@ pub fn counted(repeats: &[Repeat], categories: &[Option<String>], block: usize) 
     rows
 }
 
-/// Rows of times, for machines other than the emulator.
+/// Rows of times, for machines with a clock.
 pub fn timed(repeats: &[Repeat], categories: &[Option<String>], batch: usize) -> Vec<Row> {
     let mut rows = vec![];
     for (group, prompts) in groups(categories) {
@@ -86,8 +86,8 @@ pub fn timed(repeats: &[Repeat], categories: &[Option<String>], batch: usize) ->
     rows
 }
 
-/// Rows of the emulator's counters: in all, and per token.
-pub fn emulated(repeats: &[Repeat]) -> Vec<Row> {
+/// Rows of counters: in all, and per token.
+pub fn device_counters(repeats: &[Repeat]) -> Vec<Row> {
     let mut rows = vec![];
     for (mode, decoding) in DECODING.into_iter().enumerate() {
         let parameters = || json!({ "decoding": decoding });
@@ -572,7 +572,7 @@ mod tests {
         let fast = Counts { launches: 29, ..ar };
         let mut repeats = repeats();
         repeats[1].counts = [ar, fast];
-        let rows = emulated(&repeats);
+        let rows = device_counters(&repeats);
         let value = |name, mode| find(&rows, name, json!({ "decoding": mode })).median.unwrap();
         assert_eq!(value("all answers", "plain"), 1450.0);
         assert_eq!((value("bytes per token", "plain"), value("mma per token", "plain")), (50.0, 1.0));

@@ -54,7 +54,7 @@ pub struct Args {
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Measure answers to prompts with AR decoding and with DFlash; counters instead of times on the emulator
+    /// Measure answers to prompts with AR decoding and with DFlash; counters instead of times on the software GPU
     #[command(after_help = GENERATE)]
     Generate(Generate),
     /// Measure an AR step, a DFlash round and the round's parts with random weights
@@ -100,11 +100,11 @@ is the roofline over the time, 1 at best.
 On the CPU, in ms by the host's clock: the AR step, the round, and its parts inject, draft and
 verify. The weights need as much memory as their files would.
 
-On the emulator one run counts bytes, launches, mma and conflicts; --rounds and --samples have no
+On the software GPU one run counts bytes, launches, mma and conflicts; --rounds and --samples have no
 effect.
 
 A synthetic acceptance length is assumed, not measured: tokens per second (bytes per token on the
-emulator) if every round produced so many tokens.
+software GPU) if every round produced so many tokens.
 
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)
 512-4096*2 (512, 1024, 2048, 4096).
@@ -122,7 +122,7 @@ move, drafts that are rejected.
 
 us: time of a launch among others. GB/s: the bytes that it must move over that time. roofline us:
 these bytes at the ceiling, or its products at the card's nominal rate where that is known and
-slower. On the emulator: the counters of one launch, with all bytes as the value. Kernels that do
+slower. On the software GPU: the counters of one launch, with all bytes as the value. Kernels that do
 not fit the memory are left out, and the exit code is 5.
 
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)
@@ -161,7 +161,7 @@ Exit codes: 0 no row is SLOWER, 7 a row is, 2 wrong flags or records, 1 internal
 #[derive(Flags)]
 pub struct Kernels {
     /// qwen3-4b, qwen3-8b, llama-3.1-8b, demo, or the folder of a target; only its config.json is read
-    /// [default: qwen3-8b on a GPU, demo on the emulator]
+    /// [default: qwen3-8b on a GPU, demo on the software GPU]
     #[arg(long, value_name = "NAME|DIR")]
     pub model: Option<String>,
     /// Folder of the drafter; only its config.json is read [default: the named model's own; none for a
@@ -187,7 +187,7 @@ pub struct Kernels {
     /// Samples in a round on a GPU, each of at least 16 launches
     #[arg(long, value_name = "N", default_value = "10", value_parser = sample_count, allow_negative_numbers = true)]
     pub samples: usize,
-    /// cuda, emulator (counters instead of times), or auto: a GPU if there is one, else the emulator
+    /// cuda, or auto, which is the same; on the software GPU counters instead of times
     #[arg(long, value_name = "DEVICE", default_value = "auto", hide_possible_values = true)]
     pub device: Choice,
     /// Number of the GPU in the driver's order [default: 0]
@@ -258,7 +258,7 @@ pub struct Round {
     #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub block: Option<usize>,
     /// Synthetic acceptance lengths (tokens per round) to print tokens per second for [default: those of
-    /// 2,4,6,8 that the block allows; none on the emulator]
+    /// 2,4,6,8 that the block allows; none on the software GPU]
     #[arg(long, value_name = "LIST", value_parser = numbers, allow_hyphen_values = true, conflicts_with = "curve")]
     pub acceptance: Option<Numbers>,
     /// Instead, probabilities that the first draft is accepted, the second if the first is, and so on: a
@@ -300,7 +300,7 @@ pub struct Generate {
     /// Only the first N prompts [default: all]
     #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub count: Option<usize>,
-    /// Answers to every prompt with AR decoding and with DFlash [default: 3; 1 on the emulator]
+    /// Answers to every prompt with AR decoding and with DFlash [default: 3; 1 on the software GPU]
     #[arg(long, value_name = "R", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub repeat: Option<usize>,
 

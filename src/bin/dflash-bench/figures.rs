@@ -167,7 +167,7 @@ fn roofline(record: &Record) -> Result<Option<Figure>> {
     Ok(svg.map(|svg| Figure { title, svg, legend, notes: vec!["Point at a dot to see its kernel.".into()] }))
 }
 
-/// Fractions of the read ceiling, or the emulator's counters: one figure for each number of rows.
+/// Fractions of the read ceiling, or counters: one figure for each number of rows.
 fn kernels(record: &Record) -> Result<Vec<Figure>> {
     let moved = ["streamed", "read", "written"];
     let mut figures = vec![];
@@ -193,7 +193,7 @@ fn kernels(record: &Record) -> Result<Vec<Figure>> {
             Some((row, bar(row, parts, format!("{} {unit}", short(row.median? * scale)))))
         });
         let x = format!("{unit} that cross the bus, counted");
-        let title = "Bytes by the emulator's counters";
+        let title = "Bytes by the software GPU's counters";
         figures.extend(lanes(title, &Axis(&x, Scale::Linear), counted.collect(), None, boxes(&moved))?);
     }
     Ok(figures)
@@ -271,7 +271,7 @@ fn timeline(record: &Record, context: f64) -> Result<Option<Figure>> {
     Ok(svg.map(|svg| Figure { title, svg, legend: boxes(&PARTS), notes }))
 }
 
-/// Rows of tokens per second, or of the emulator's bytes per token, at any batch, each with a description.
+/// Rows of tokens per second, or of bytes per token, at any batch, each with a description.
 fn rates(record: &Record, context: f64) -> Vec<(String, &Row)> {
     let names = ["autoregressive decoding", "DFlash, synthetic acceptance"];
     let here = |row: &&Row| {

@@ -132,7 +132,6 @@ fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
             bar.finish_and_clear();
             let models = models?;
             let mut decoder = Batch::new(&*handle.device, &models, *config)?;
-            handle.device.count_all_conflicts(true);
             let instruments = Instruments::open(handle);
             interrupt::catch()?;
             let run = Run { device: Some((&*handle.device, &instruments)), ..run };
@@ -141,7 +140,7 @@ fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
         }
     };
 
-    let emulated = machine.device.as_deref() == Some("emulator");
+    let counted = machine.counts();
     let title = full_title(plan, &machine, repeats.len());
     let mut record = Record::new("generate", machine, Model::of(pair));
     record.drafts = pair.drafter.as_ref().map(|_| SpecRecord::new(&requests[0].spec));
@@ -155,8 +154,8 @@ fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
     let prompt_tokens = requests[..answered].iter().map(|request| request.prompt.len()).sum();
     let (rows, identical) = answers::lossless(&repeats, &plan.names, prompt_tokens, plan.same_tokens);
     record.rows.extend(rows);
-    record.rows.extend(match emulated {
-        true => answers::emulated(&repeats),
+    record.rows.extend(match counted {
+        true => answers::device_counters(&repeats),
         false => answers::timed(&repeats, categories, config.sequences),
     });
     if pair.drafter.is_some() {
@@ -177,7 +176,7 @@ fn check(flags: &args::Generate) -> Result<SamplingParams> {
     flags.drafts.need_drafter(no_drafter, flags.block)?;
     flags.drafter.need_drafter(no_drafter)?;
     flags.drafts.config(&sampling)?;
-    settle(flags.device, flags.gpu, Choice::Cpu)?;
+    settle(flags.device, flags.gpu)?;
     match flags {
         _ if flags.max_tokens < 2 => {
             few("max-tokens", flags.max_tokens, 2, "which leaves no round to measure")
@@ -345,8 +344,8 @@ fn drafts(flags: &SpecFlags, drafts: &SpecRecord) -> String {
 
 fn full_title(plan: &Plan, machine: &Machine, repeats: usize) -> String {
     let on = machine.card.as_ref().or(machine.device.as_ref()).cloned().unwrap_or_default();
-    let what = if machine.device.as_deref() == Some("emulator") {
-        "counters of the emulator, no times".to_string()
+    let what = if machine.counts() {
+        "counters, no times".to_string()
     } else {
         let how = if plan.pair.drafter.is_some() { "AR and DFlash in turn" } else { "AR decoding alone" };
         format!("{how}, {}", terminal::counted(repeats, "time"))
@@ -376,13 +375,13 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// All repeats after a warm-up, which the emulator does not need. Interrupted, what is whole until then: of
+    /// All repeats after a warm-up, which counters do not need. Interrupted, what is whole until then: of
     /// the last repeat the prompts that were answered in every mode.
     fn all(&self, decoder: &mut dyn Decoder) -> Result<Vec<Repeat>> {
-        let emulated = self.counters().is_some();
-        let repeats = self.repeats.unwrap_or(if emulated { 1 } else { REPEATS });
+        let counted = self.counters().is_some();
+        let repeats = self.repeats.unwrap_or(if counted { 1 } else { REPEATS });
         let bar = terminal::progress("answers {bar:40} {pos} of {len}, {eta} left", false);
-        if !emulated {
+        if !counted {
             self.once(decoder, &self.requests[..self.batch], 0, &ProgressBar::hidden())?;
         }
         bar.set_length((repeats * self.requests.len() * self.modes) as u64);

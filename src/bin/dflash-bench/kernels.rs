@@ -1,5 +1,5 @@
 //! `kernels`: every kernel of a round and of a prompt's chunk at a model's shapes. Each is compared with a
-//! direct computation on the host, then timed, or counted on the emulator.
+//! direct computation on the host, then timed, or counted on the software GPU.
 
 mod attention;
 mod linear;
@@ -12,12 +12,12 @@ mod trees;
 mod values;
 
 use crate::format::distinct;
-use crate::machine::{Instruments, settle};
+use crate::machine::{Instruments, Settled, settle};
 use crate::measure::{Cost, Times, cost};
 use crate::record::{Better, Model, Record, Row};
 use crate::{args, model};
 use dflash::checkpoint::pair::Pair;
-use dflash::cli::device::{Choice, DeviceHandle};
+use dflash::cli::device::DeviceHandle;
 use dflash::cli::{interrupt, terminal};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::device::Graph;
@@ -44,7 +44,7 @@ const MAX_REPEATS: usize = 32;
 /// Milliseconds that a sample should last, so that the start of its graph is about a hundredth of it.
 const SAMPLE_MS: f64 = 1.0;
 /// [`Bench::ceiling`] on a GPU, where the cache keeps about a hundredth of the bytes from launch to launch,
-/// and on the emulator, where it is enough for some blocks.
+/// and on the software GPU, where it is enough for some blocks.
 const CEILING: [usize; 2] = [4 << 30, 1 << 20];
 const CEILING_NAME: &str = "read ceiling";
 
@@ -101,33 +101,29 @@ fn groups(pair: &Pair, rows: usize) -> Vec<(usize, usize)> {
 /// lack of memory.
 pub fn run(flags: &args::Kernels) -> Result<((String, Record), Result<()>)> {
     // Opening a device takes time: wrong flags are reported first.
-    let (choice, no_gpu) = settle(flags.device, flags.gpu, Choice::Emulator)?;
-    let usual = if choice == Choice::Emulator { "demo" } else { "qwen3-8b" };
+    let Settled { device, software, no_gpu } = settle(flags.device, flags.gpu)?;
+    let usual = if software { "demo" } else { "qwen3-8b" };
     let pair = pair(flags, flags.model.as_deref().unwrap_or(usual))?;
     chosen(flags, &pair, &PrefillKernel::ALL)?;
-    let handle = DeviceHandle::for_kernels(choice, flags.gpu.unwrap_or(0));
-    // A build without the emulator has no other device: the reason is the missing GPU.
-    let handle = handle.map_err(|error| no_gpu.map_or(error, Error::Unsupported))?;
+    let handle = DeviceHandle::for_kernels(device, flags.gpu.unwrap_or(0));
+    // The CPU has no kernels: the reason is the missing GPU.
+    let handle = handle.map_err(|error| no_gpu.unwrap_or(error))?;
     let fixtures = BenchFixtures::new(&*handle.device);
     let prompts = PrefillKernel::ALL.into_iter().filter(|kernel| kernel.runs_on(&*handle.device));
     let cases = chosen(flags, &pair, &prompts.collect::<Vec<_>>())?;
     interrupt::catch()?;
     let instruments = Instruments::open(&handle);
-    handle.device.count_all_conflicts(true);
     let card = Card::of_driver(&handle.device.properties().name);
     let ceiling = CEILING[usize::from(fixtures.counts())];
     let (rounds, samples) = (flags.rounds, flags.samples);
     let bench = Bench { fixtures, instruments, card, rounds, samples, ceiling, sample_ms: SAMPLE_MS };
     let (rows, end) = bench.rows(&cases)?;
 
-    let what = match bench.fixtures.counts() {
-        true => "on the emulator: counters of one launch each, no times".to_string(),
-        false => {
-            let card = &handle.device.properties().name;
-            format!("on {card}: time of a launch, weights, keys and values not in the cache")
-        }
+    let what = match software {
+        true => "counters of one launch each, no times",
+        false => "time of a launch, weights, keys and values not in the cache",
     };
-    let title = format!("{} {what}", model::title(&pair));
+    let title = format!("{} on {}: {what}", model::title(&pair), handle.device.properties().name);
     let mut machine = bench.instruments.machine(&handle);
     machine.gigabytes_per_s = card.map(|card| card.bandwidth);
     machine.tflops = card.map(|card| card.tflops);

@@ -24,28 +24,38 @@ const THROTTLING: [(ThrottleReasons, &str); 6] = [
     (ThrottleReasons::SYNC_BOOST, "sync boost"),
 ];
 
-/// The device that `--device` comes to: for `auto` a GPU if one can run the kernels, else `otherwise` with the
-/// reason. Nothing is opened, so that flags can be checked first.
+/// The device that `--device` comes to: for `auto` a GPU if one can run the kernels, else the CPU with the reason;
+/// and whether it is the software GPU. Nothing is opened, so that flags can be checked first.
 ///
 /// # Errors
 /// [`Error::Usage`] if `--gpu` goes with a device that is no GPU.
-pub fn settle(choice: Choice, gpu: Option<u32>, otherwise: Choice) -> Result<(Choice, Option<String>)> {
+pub fn settle(choice: Choice, gpu: Option<u32>) -> Result<Settled> {
     let number = gpu.unwrap_or(0);
-    let kernels = || match cuda::targets().is_empty() {
+    let software = || match cuda::targets().is_empty() {
         // Says why, before it looks for a GPU.
-        true => Cuda::open(number).map(drop),
-        false => Cuda::probe(number).map(drop),
+        true => Cuda::open(number).map(|_| false),
+        false => Cuda::probe(number).map(|properties| properties.software),
     };
+    let settled = |device, software, no_gpu| Ok(Settled { device, software, no_gpu });
     match choice {
-        Choice::Cpu | Choice::Emulator if gpu.is_some() => {
-            Err(Error::Usage("--gpu needs --device cuda or auto".into()))
-        }
-        Choice::Auto => Ok(match kernels() {
-            Ok(()) => (Choice::Cuda, None),
-            Err(reason) => (otherwise, Some(reason.to_string())),
-        }),
-        explicit => Ok((explicit, None)),
+        Choice::Cpu if gpu.is_some() => Err(Error::Usage("--gpu needs --device cuda or auto".into())),
+        Choice::Cpu => settled(choice, false, None),
+        // Opening it will say what is wrong.
+        Choice::Cuda => settled(choice, software().unwrap_or(false), None),
+        Choice::Auto => match software() {
+            Ok(software) => settled(Choice::Cuda, software, None),
+            Err(reason) => settled(Choice::Cpu, false, Some(reason)),
+        },
     }
+}
+
+/// Where a measurement runs.
+pub struct Settled {
+    /// Not [`Choice::Auto`].
+    pub device: Choice,
+    pub software: bool,
+    /// Why there is no GPU, if one was looked for.
+    pub no_gpu: Option<Error>,
 }
 
 /// The instruments of a card, if it has any.
@@ -110,13 +120,13 @@ impl Instruments {
         let cuda = format!("CUDA {}.{}", driver / 1000, driver % 1000 / 10);
         Machine {
             device: Some(handle.name.into()),
-            card: gpu.then(|| name.clone()),
+            card: Some(name.clone()),
             driver: gpu.then(|| version.map_or(cuda.clone(), |version| format!("{version}, {cuda}"))),
             memory_gigabytes: gpu.then_some(*memory as f64 / 1e9),
             capability: gpu.then(|| format!("{}.{}", capability.0, capability.1)),
             multiprocessors: gpu.then_some(*multiprocessors),
             l2_bytes: gpu.then_some(*l2),
-            ptx: gpu.then(|| if *overlap { "compute_90a" } else { "compute_80" }.into()),
+            ptx: Some(if *overlap { "compute_90a" } else { "compute_80" }.into()),
             before: self.before.clone(),
             after: self.state(),
             ..Machine::default()
@@ -140,8 +150,7 @@ pub mod tests {
     use crate::format::Format;
     use crate::record::{Model, Record};
     use crate::show;
-    use dflash::gpu::emulator::Emulator;
-    use dflash::gpu::memory::Overhead;
+    use crate::test_gpu::TestGpu;
     use std::ffi::OsStr;
 
     const NVML: &str = include_str!("../../../tests/data/profile/nvml.c");
@@ -155,8 +164,13 @@ pub mod tests {
         Instruments::with(Some((nvml, pci.into())))
     }
 
-    fn emulator() -> DeviceHandle {
-        DeviceHandle { name: "emulator", device: Box::new(Emulator::new()), overhead: Overhead::NONE }
+    /// No instruments.
+    pub fn none() -> Instruments {
+        Instruments::with(None)
+    }
+
+    fn software_gpu() -> DeviceHandle {
+        DeviceHandle::of(Box::new(TestGpu::new()))
     }
 
     #[test]
@@ -198,14 +212,14 @@ pub mod tests {
         let silent = instruments("0000:e1:00.0");
         assert_eq!(silent.state(), Some(State::default()));
         assert_eq!(silent.is_throttled(), None);
-        let record = Record::new("kernels", silent.machine(&emulator()), Model::default());
+        let record = Record::new("kernels", silent.machine(&software_gpu()), Model::default());
         let schema = serde_json::from_str(include_str!("../../../benches/schema.json")).unwrap();
         assert!(jsonschema::is_valid(&schema, &serde_json::json!(record)), "{record:?}");
     }
 
     #[test]
     fn a_record_has_the_driver_and_the_state_before_and_after() {
-        let mut handle = emulator();
+        let mut handle = software_gpu();
         handle.name = "cuda";
         let machine = instruments("0000:65:00.0").machine(&handle);
         assert_eq!(machine.driver.as_deref(), Some("580.95.05, CUDA 0.0"));
@@ -234,7 +248,7 @@ pub mod tests {
     #[test]
     fn without_instruments_every_reading_is_null() {
         assert!(Nvml::builder().lib_path(OsStr::new("/none/libnvidia-ml.so.1")).init().is_err());
-        let handle = emulator();
+        let handle = software_gpu();
         assert_eq!(handle.device.properties().pci, None);
         let none = Instruments::open(&handle);
         assert_eq!((none.state(), none.is_throttled()), (None, None));

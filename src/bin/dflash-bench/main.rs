@@ -19,6 +19,10 @@ mod roofline;
 mod round;
 mod show;
 mod table;
+#[cfg(test)]
+#[path = "../../../tests/support/test_gpu.rs"]
+#[allow(dead_code)]
+mod test_gpu;
 mod width;
 
 use args::{Args, Command};

@@ -1,5 +1,4 @@
-//! Measures device work: milliseconds on a GPU, counters on the emulator, whose times say nothing about a
-//! GPU.
+//! Measures device work: milliseconds on a GPU, counters on the software GPU, which has no times.
 
 use crate::machine::Instruments;
 use dflash::Result;
@@ -43,12 +42,12 @@ impl Times {
 pub enum Cost {
     /// On a GPU.
     Times(Times),
-    /// On the emulator, of one run.
+    /// On the software GPU, of one run.
     Counts(Counts),
 }
 
 /// Measures `run`. On a GPU: `rounds` rounds of `samples` samples, after one round that does not count. On
-/// the emulator: the counters of one run. `prepare` precedes every run and is not measured. `run` must only
+/// the software GPU: the counters of one run. `prepare` precedes every run and is not measured. `run` must only
 /// enqueue. None: interrupted before the end of a round.
 ///
 /// # Errors

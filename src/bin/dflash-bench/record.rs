@@ -55,7 +55,6 @@ pub struct Build {
     pub version: String,
     /// The commit of the build, where it is known.
     pub commit: Option<String>,
-    pub features: Vec<String>,
     /// PTX targets of the kernels.
     pub ptx: Vec<String>,
 }
@@ -63,7 +62,7 @@ pub struct Build {
 /// The machine of a run. Null is unknown.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
-    /// `cuda`, `emulator` or `cpu`. Null: nothing ran.
+    /// `cuda`, `softgpu` (counters instead of times) or `cpu`. Null: nothing ran.
     pub device: Option<String>,
     pub card: Option<String>,
     pub driver: Option<String>,
@@ -88,6 +87,13 @@ pub struct Machine {
     pub before: Option<State>,
     #[serde(default)]
     pub after: Option<State>,
+}
+
+impl Machine {
+    /// Whether it counts and has no times.
+    pub fn counts(&self) -> bool {
+        self.device.as_deref() == Some("softgpu")
+    }
 }
 
 /// Readings of a card's instruments at one moment. Null: the card does not report it.
@@ -185,7 +191,6 @@ fn has_objects_of(file: &Value, read: &Value) -> bool {
 impl Record {
     /// A record without rows, of this build and this command line.
     pub fn new(command: &str, machine: Machine, model: Model) -> Record {
-        let features = [("emulator", cfg!(feature = "emulator")), ("sanitize", cfg!(feature = "sanitize"))];
         Record {
             schema: SCHEMA.into(),
             command: command.into(),
@@ -193,7 +198,6 @@ impl Record {
             build: Build {
                 version: env!("CARGO_PKG_VERSION").into(),
                 commit: dflash::cli::version::COMMIT.map(String::from),
-                features: features.iter().filter(|f| f.1).map(|f| f.0.to_string()).collect(),
                 ptx: cuda::targets().iter().map(|target| target.to_string()).collect(),
             },
             machine,
@@ -357,7 +361,7 @@ impl Row {
         }
     }
 
-    /// A row of the emulator's counters. Its value is all bytes that crossed the memory bus.
+    /// A row of counters. Its value is all bytes that crossed the memory bus.
     pub fn counts(name: &str, parameters: Value, counts: &Counts) -> Row {
         let Counts { launches, blocks, streamed, read, written, mma, conflicts, .. } = *counts;
         let numbers = serde_json::json!({

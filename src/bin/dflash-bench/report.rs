@@ -95,8 +95,8 @@ fn labels(record: &Record) -> Vec<String> {
     if any(&|row| row.kind == Kind::Predicted) {
         labels.push("predicted: from bytes and operations, nothing ran".into());
     }
-    if record.machine.device.as_deref() == Some("emulator") {
-        labels.push("counted by the emulator: no times".into());
+    if record.machine.counts() {
+        labels.push("counted by the software GPU: no times".into());
     }
     if any(&|row| row.name.contains("synthetic")) {
         labels.push("synthetic acceptance: assumed, not measured".into());
@@ -150,7 +150,6 @@ fn facts(record: &Record) -> Vec<(&'static str, String)> {
         ("L2", with(machine.l2_bytes.map(|n| n as f64 / 1e6), "MB")),
         ("PTX target that ran", machine.ptx.clone()),
         ("Build", Some(format!("dflash {}, commit {commit}", build.version))),
-        ("Build features", words(&build.features)),
         ("PTX targets of the build", words(&build.ptx)),
     ];
     facts.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()

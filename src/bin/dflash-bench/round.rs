@@ -6,7 +6,7 @@ mod device;
 mod point;
 
 use crate::args::{self, Numbers};
-use crate::machine::{Instruments, settle};
+use crate::machine::{Instruments, Settled, settle};
 use crate::model;
 use crate::record::{Machine, Model, Record, Row};
 use dflash::checkpoint::pair::Pair;
@@ -40,15 +40,14 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     let sampling = SamplingParams { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, seed, stream: 0 };
     sampling.check()?;
     // Opening a device takes time: wrong flags are reported first.
-    let (device, no_gpu) = settle(flags.device, flags.gpu, Choice::Cpu)?;
-    let counting = device == Choice::Emulator;
-    let usual = if device == Choice::Cuda { "qwen3-8b" } else { "demo" };
+    let Settled { device, software: counting, no_gpu } = settle(flags.device, flags.gpu)?;
+    let usual = if device == Choice::Cuda && !counting { "qwen3-8b" } else { "demo" };
     let pair = model::pair(flags.model.as_deref().unwrap_or(usual), flags.draft.clone(), &flags.drafter)?;
     let block = block(flags, &pair)?;
     check(flags, &pair, block, device != Choice::Cpu)?;
     let acceptance = acceptance(flags, block, counting)?;
     if let Some(reason) = no_gpu {
-        terminal::note(&format!("device: cpu: {}", reason.trim_start_matches("device cuda: ")));
+        terminal::note(&format!("device: cpu: {}", reason.to_string().trim_start_matches("device cuda: ")));
     }
     let grid = Grid { flags, pair: &pair, block, sampling, acceptance };
     let (rows, machine, on) = match device {
@@ -112,7 +111,6 @@ impl Grid<'_> {
     fn on_device(&self, handle: &DeviceHandle, counting: bool) -> Result<(Vec<Row>, Machine, String)> {
         let device = &*handle.device;
         fits(self.pair, handle, self.largest())?;
-        device.count_all_conflicts(true);
         let instruments = Instruments::open(handle);
         let models = device::load(self.pair, device, self.largest().positions)?;
         let card = Card::of_driver(&device.properties().name).filter(|_| !counting);
@@ -130,8 +128,7 @@ impl Grid<'_> {
         let mut machine = instruments.machine(handle);
         machine.gigabytes_per_s = card.map(|card| card.bandwidth);
         machine.tflops = card.map(|card| card.tflops);
-        let name = if counting { "the emulator".into() } else { device.properties().name.clone() };
-        Ok((rows, machine, name))
+        Ok((rows, machine, device.properties().name.clone()))
     }
 
     fn on_cpu(&self) -> Result<Vec<Row>> {
@@ -169,7 +166,7 @@ fn block(flags: &args::Round, pair: &Pair) -> Result<usize> {
 /// `kernels`: a device with a limit of its own runs the rounds.
 fn check(flags: &args::Round, pair: &Pair, block: usize, kernels: bool) -> Result<()> {
     if flags.profile.is_some() && !kernels {
-        return Err(Error::Usage("--profile needs --device cuda or emulator, which launch kernels".into()));
+        return Err(Error::Usage("--profile needs --device cuda, which launches kernels".into()));
     }
     let target = pair.target.config.stack.max_positions.min(MAX_SLOTS);
     let positions = pair.drafter.as_ref().map_or(target, |d| target.min(d.config.stack.max_positions));

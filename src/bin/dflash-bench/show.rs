@@ -33,7 +33,7 @@ fn title(record: &Record) -> String {
     let named = |word: &str, name: &Option<String>| name.as_ref().map(|name| format!("{word}{name}"));
     let kind = match machine.device.as_deref() {
         None if rows.iter().any(|row| row.kind == Kind::Predicted) => Some(": predicted, not measured"),
-        Some("emulator") => Some(": counters, no times"),
+        _ if machine.counts() => Some(": counters, no times"),
         _ => None,
     };
     let on = machine.card.as_ref().or(machine.device.as_ref()).cloned();

@@ -286,7 +286,7 @@ impl Args {
             _ if !(1..=MAX_SEQUENCES).contains(&self.batch) => {
                 Err(Error::Usage(format!("--batch is {}, expected 1 to {MAX_SEQUENCES}", self.batch)))
             }
-            _ if self.gpu.is_some() && matches!(self.device, Choice::Cpu | Choice::Emulator) => {
+            _ if self.gpu.is_some() && self.device == Choice::Cpu => {
                 wrong("--gpu needs --device cuda or auto")
             }
             _ if self.batch > 1 && self.prompts.is_none() && !self.plan => wrong("--batch needs --prompts"),

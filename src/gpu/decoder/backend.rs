@@ -7,7 +7,7 @@ use crate::engine::generate::{Backend, Decoder};
 use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::device::Device;
 
-/// The `cuda` and `emulator` backends: a device, a pair's weights on it, and the capacity of its decoders.
+/// A backend on a device: a device, a pair's weights on it, and the capacity of its decoders.
 pub struct DeviceBackend {
     name: &'static str,
     device: Box<dyn Device>,
@@ -16,7 +16,7 @@ pub struct DeviceBackend {
 }
 
 impl DeviceBackend {
-    /// Loads the pair. `name` is the backend's name, `cuda` or `emulator`. Calls `progress` with the bytes
+    /// Loads the pair. `name` is the backend's name, `cuda` or `softgpu`. Calls `progress` with the bytes
     /// loaded so far and the total.
     ///
     /// # Errors

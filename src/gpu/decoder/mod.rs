@@ -26,7 +26,7 @@ mod prompt;
 mod round_buffers;
 mod round_graph;
 mod synthetic;
-#[cfg(all(test, feature = "emulator"))]
+#[cfg(test)]
 mod tests;
 
 pub use backend::DeviceBackend;

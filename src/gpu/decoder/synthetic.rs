@@ -132,7 +132,7 @@ impl FrozenBatch<'_> {
     }
 }
 
-#[cfg(all(test, feature = "emulator"))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
@@ -141,9 +141,9 @@ mod tests {
     use crate::gpu::batch_config::BatchConfig;
     use crate::gpu::decoder::Models;
     use crate::gpu::device::Device;
-    use crate::gpu::emulator::Emulator;
     use crate::gpu::model::KvCache;
     use crate::spec::sampling::SamplingParams;
+    use crate::test_gpu::TestGpu;
     use half::bf16;
 
     const BLOCK: usize = 16;
@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn rounds_continue_from_a_synthetic_context() {
-        let (device, pair) = (Emulator::new(), pair());
+        let (device, pair) = (TestGpu::new(), pair());
         assert_eq!(pair.target.config.stack.head_dim * 2, 128);
         let models = Models::load(&device, &pair, 256).unwrap();
         for (block, temperature) in [(BLOCK, 0.0), (7, 0.8), (1, 0.0)] {
@@ -249,7 +249,7 @@ mod tests {
     /// The next request in the slot may keep a common prefix, but there is none.
     #[test]
     fn a_request_after_a_synthetic_one_reuses_nothing() {
-        let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+        let (device, pair) = (TestGpu::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
         let models = Models::load(&device, &pair, 256).unwrap();
         let fresh = || Batch::new(&device, &models, BatchConfig::new(1, BLOCK, 256)).unwrap();
         let wanted = request((0..70).collect(), BLOCK, 0.0);
@@ -265,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_frozen_batch_returns_to_its_state_after_every_round() {
-        let (device, pair) = (Emulator::new(), pair());
+        let (device, pair) = (TestGpu::new(), pair());
         let models = Models::load(&device, &pair, 256).unwrap();
         let mut batch = Batch::new(&device, &models, BatchConfig::new(3, BLOCK, 256)).unwrap();
         for (slot, context) in CONTEXTS.into_iter().enumerate() {
@@ -293,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_synthetic_context_that_does_not_fit_is_refused() {
-        let (device, pair) = (Emulator::new(), pair());
+        let (device, pair) = (TestGpu::new(), pair());
         let models = Models::load(&device, &pair, 256).unwrap();
         let mut batch =
             Batch::new(&device, &models, BatchConfig { pages: 3, ..BatchConfig::new(2, BLOCK, 256) })

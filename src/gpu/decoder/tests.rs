@@ -3,9 +3,9 @@ use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use crate::checkpoint::pair::Pair;
 use crate::cpu;
 use crate::engine::generate::{Flow, TokenSink, resume};
-use crate::gpu::emulator::Emulator;
 use crate::spec::config::ExactDrafts;
 use crate::spec::sampling::SamplingParams;
+use crate::test_gpu::TestGpu;
 use std::path::Path;
 
 struct Silent;
@@ -19,7 +19,7 @@ impl TokenSink for Silent {
 /// Rewriting the keys and values that AR steps wrote could change later answers.
 #[test]
 fn a_prefill_for_the_drafter_keeps_the_targets_cached_kv() {
-    let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+    let (device, pair) = (TestGpu::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
     let mut batch = Batch::new(&device, &models, BatchConfig::new(1, 16, 128)).unwrap();
     let request = |prompt: &[u32], block| {
@@ -79,7 +79,7 @@ impl Controller for Script {
 /// without drafts.
 #[test]
 fn a_round_is_as_large_as_its_largest_sequence_needs() {
-    let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+    let (device, pair) = (TestGpu::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
     let config = BatchConfig { adaptive: true, ..BatchConfig::new(2, 16, 128).with_trees(64) };
     let mut batch = Batch::new(&device, &models, config).unwrap();
@@ -114,7 +114,7 @@ fn a_round_is_as_large_as_its_largest_sequence_needs() {
 /// these sizes.
 #[test]
 fn adaptive_controllers_fill_the_captured_passes() {
-    let (device, pair) = (Emulator::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
+    let (device, pair) = (TestGpu::new(), Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap());
     let models = Models::load(&device, &pair, 128).unwrap();
     let config = BatchConfig { adaptive: true, ..BatchConfig::new(1, 16, 128).with_trees(64) };
     let batch = Batch::new(&device, &models, config).unwrap();
@@ -140,7 +140,7 @@ fn draft_logits_of_every_layout_equal_the_cpus() {
         let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters");
         let folder = |name: &str| Folder::Disk(data.join(name));
         let pair = Pair::open(folder("target"), Some(folder(name))).unwrap();
-        let device = Emulator::new();
+        let device = TestGpu::new();
         let models = Models::load(&device, &pair, 128).unwrap();
         // With a buffer of its own for the drafter's logits.
         let config = BatchConfig { draft_probs: true, ..BatchConfig::new(1, 8, 128) };

@@ -1,17 +1,18 @@
-//! The measurements on a GPU, tested with an emulator that claims not to count, and the checks of results.
+//! The measurements on a GPU, tested with a software GPU that claims to be a GPU, and the checks of results.
 
 use super::*;
 use crate::measure::times_in_turn;
+use crate::test_gpu::TestGpu;
 use dflash::gpu::device::{Arg, Buffer, Counts, Device, Event, Graph, Kernel, Pinned, Properties};
-use dflash::gpu::emulator::Emulator;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
+use std::time::Instant;
 
 /// The source of a fake GPU's times.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Clock {
-    /// The emulator's own times.
-    Emulator,
+    /// The host's.
+    Host,
     /// 1, 2, 3, ... ms.
     Counting,
     /// 1 ms for the read ceiling on 10 blocks, and 1 ms more for each block fewer or more.
@@ -20,12 +21,14 @@ pub enum Clock {
     Steps,
 }
 
-/// An emulator that pretends to be a GPU, and optionally corrupts results.
+/// A software GPU that pretends to be a GPU, and optionally corrupts results.
 pub struct FakeGpu {
-    inner: Emulator,
+    inner: TestGpu,
     pub clock: Clock,
-    /// For the clock: calls of `elapsed`, blocks of the last launch, steps, and steps at each event.
+    /// For the clock: calls of `elapsed`, blocks of the last launch, steps, and at each event the steps or, by the
+    /// host's clock, milliseconds.
     counted: Mutex<(f32, u32, f32, Vec<f32>)>,
+    start: Instant,
     /// The calls so far: `r`eplays, `c`opies, `e`vents.
     pub asked: Mutex<String>,
     properties: Properties,
@@ -36,11 +39,12 @@ pub struct FakeGpu {
 
 impl FakeGpu {
     pub fn new(l2: u64, corrupt: bool) -> FakeGpu {
-        let inner = Emulator::new();
-        let properties = Properties { l2, multiprocessors: 2, ..inner.properties().clone() };
-        let (clock, weights) = (Clock::Emulator, Mutex::default());
+        let inner = TestGpu::new();
+        let properties = Properties { l2, multiprocessors: 2, software: false, ..inner.properties().clone() };
+        let (clock, weights) = (Clock::Host, Mutex::default());
         let (counted, asked) = (Mutex::default(), Mutex::default());
-        FakeGpu { inner, clock, counted, asked, properties, weights, corrupt }
+        let start = Instant::now();
+        FakeGpu { inner, clock, counted, start, asked, properties, weights, corrupt }
     }
 }
 
@@ -96,7 +100,11 @@ impl Device for FakeGpu {
     fn record(&self) -> Result<Event> {
         self.asked.lock().unwrap().push('e');
         let (_, _, steps, events) = &mut *self.counted.lock().unwrap();
-        events.push(*steps);
+        self.inner.synchronize()?;
+        events.push(match self.clock {
+            Clock::Host => self.start.elapsed().as_secs_f32() * 1e3,
+            _ => *steps,
+        });
         self.inner.record()
     }
     fn elapsed(&self, from: &Event, to: &Event) -> Result<f32> {
@@ -105,14 +113,14 @@ impl Device for FakeGpu {
         match (self.clock, events.as_slice()) {
             (Clock::Counting, _) => Ok(*count),
             (Clock::Blocks, _) => Ok(1.0 + (*blocks as f32 - 10.0).abs()),
-            (Clock::Steps, [.., from, to]) => Ok(to - from),
+            (Clock::Steps | Clock::Host, [.., from, to]) => Ok(to - from),
             _ => self.inner.elapsed(from, to),
         }
     }
     fn synchronize(&self) -> Result<()> {
         self.inner.synchronize()
     }
-    fn counters(&self) -> Option<Counts> {
+    fn counters_by_kernel(&self) -> Option<BTreeMap<String, Counts>> {
         None
     }
 }
@@ -162,8 +170,8 @@ fn wrong_results_are_refused_and_right_results_are_not() {
 
 #[test]
 fn a_kernel_with_wrong_results_is_not_timed() {
-    let (device, handle) = (FakeGpu::new(0, true), DeviceHandle::emulator().unwrap());
-    let (fixtures, instruments) = (BenchFixtures::new(&device as &dyn Device), Instruments::open(&handle));
+    let device = FakeGpu::new(0, true);
+    let (fixtures, instruments) = (BenchFixtures::new(&device as &dyn Device), crate::machine::tests::none());
     let bench =
         Bench { fixtures, instruments, card: None, rounds: 1, samples: 1, ceiling: 3 << 15, sample_ms: 0.0 };
     let ceiling = bench.ceiling().unwrap_err().to_string();
@@ -183,7 +191,7 @@ fn attention_of_every_kind_is_checked() {
     stack.attention =
         kinds.map(|(causal, window)| dflash::checkpoint::config::Attention { causal, window }).to_vec();
     pair.target.config.stack.attention[1].window = Some(40);
-    let device = Emulator::new();
+    let device = TestGpu::new();
     let fixtures = BenchFixtures::new(&device);
     let all = attention::cases(&pair, &[16, 32], &[0, 10, 100]);
     let windowed = |case: &&Case| case.parameters.get("window").is_some();
@@ -206,7 +214,6 @@ fn samples_time_launches_on_cold_copies() {
     let (l2, rounds, samples) = (128 << 10, 2, 1);
     let device = FakeGpu::new(l2, false);
     let pair = demo();
-    let handle = DeviceHandle::emulator().unwrap();
     let card = Card { name: "a card", bandwidth: 1.0, tflops: 1e-9, memory: 1.0 };
     let chosen =
         |case: &Case| case.name == "norm" || (case.name == "target: o" && case.parameters["rows"] == 19);
@@ -215,7 +222,7 @@ fn samples_time_launches_on_cold_copies() {
         let (fixtures, ceiling) = (BenchFixtures::new(&device as &dyn Device), 1 << 20);
         device.inner.reset_counts();
         device.weights.lock().unwrap().clear();
-        let instruments = Instruments::open(&handle);
+        let instruments = crate::machine::tests::none();
         let bench = Bench { fixtures, instruments, card, rounds, samples, ceiling, sample_ms };
         let (rows, end) = bench.rows(&cases).unwrap();
         assert_eq!(end, Ok(()));
@@ -252,7 +259,7 @@ fn samples_time_launches_on_cold_copies() {
 #[test]
 fn the_first_round_of_samples_is_dropped_and_order_is_kept() {
     let device = FakeGpu { clock: Clock::Counting, ..FakeGpu::new(0, false) };
-    let instruments = Instruments::open(&DeviceHandle::emulator().unwrap());
+    let instruments = crate::machine::tests::none();
     let mut order = vec![];
     let mut run = |i: usize| {
         order.push(i);
@@ -270,8 +277,7 @@ fn the_first_round_of_samples_is_dropped_and_order_is_kept() {
 #[test]
 fn the_read_ceiling_uses_the_best_number_of_blocks() {
     let device = FakeGpu { clock: Clock::Blocks, ..FakeGpu::new(0, false) };
-    let (fixtures, instruments) =
-        (BenchFixtures::new(&device as &dyn Device), Instruments::open(&DeviceHandle::emulator().unwrap()));
+    let (fixtures, instruments) = (BenchFixtures::new(&device as &dyn Device), crate::machine::tests::none());
     let bench =
         Bench { fixtures, instruments, card: None, rounds: 2, samples: 2, ceiling: 1 << 20, sample_ms: 0.0 };
     let (row, ceiling) = bench.ceiling().unwrap().unwrap();
@@ -285,12 +291,11 @@ fn the_read_ceiling_uses_the_best_number_of_blocks() {
 
 #[test]
 fn cases_that_do_not_fit_are_reported_and_the_rest_is_measured() {
-    let device = Emulator::with_memory(256 << 10);
+    let device = TestGpu::with_memory(256 << 10);
     let pair = demo();
-    let handle = DeviceHandle::emulator().unwrap();
     let of = |name: &str| cases(&pair).into_iter().find(|case| case.name == name).unwrap();
     let chosen = ["norm", "target: lm_head", "target: o", "target: lm_head with logits"].map(of);
-    let (fixtures, instruments) = (BenchFixtures::new(&device as &dyn Device), Instruments::open(&handle));
+    let (fixtures, instruments) = (BenchFixtures::new(&device as &dyn Device), crate::machine::tests::none());
     let bench =
         Bench { fixtures, instruments, card: None, rounds: 1, samples: 1, ceiling: 64 << 10, sample_ms: 0.0 };
     let (rows, end) = bench.rows(&chosen).unwrap();

@@ -269,10 +269,10 @@ pub fn equal<T: PartialEq + std::fmt::Debug>(what: &str, got: &[T], expected: &[
 mod tests {
     use super::*;
 
-    /// On a GPU the read ceiling reads more than [`VALUES`] values; on the emulator it does not.
+    /// On a GPU the read ceiling reads more than [`VALUES`] values; on the software GPU it does not.
     #[test]
     fn sums_of_words_include_repeated_values() {
-        let device = dflash::gpu::emulator::Emulator::new();
+        let device = crate::test_gpu::TestGpu::new();
         let fixtures = BenchFixtures::new(&device);
         let count = VALUES + 4099;
         let array = fixtures.halves(2 * count, 1.0, "words").unwrap();

@@ -1,4 +1,4 @@
-//! Rounds on a device: times on a GPU, counters on the emulator.
+//! Rounds on a device: times on a GPU, counters on the software GPU.
 
 use super::point::{AR, Point, SYNTHETIC};
 use super::{LEAD, LOOP, MOST_ROUNDS, spare};
@@ -80,7 +80,7 @@ impl Run<'_> {
         self.point.sampling.temperature != 0.0
     }
 
-    /// Appends the emulator's counters of the AR step, the round and its parts in order.
+    /// Appends the counters of the AR step, the round and its parts in order.
     pub fn count(&self, rows: &mut Vec<Row>) -> Result<()> {
         let point = self.point;
         let frozen = self.frozen()?;
@@ -287,26 +287,24 @@ fn gaps(alone: &Times, together: &Times) -> Times {
     Times { rounds: vec![1; samples.len()], samples, throttled: alone.throttled.clone() }
 }
 
-#[cfg(all(test, feature = "emulator"))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::kernels::tests::{Clock, FakeGpu};
     use crate::{machine, model};
-    use dflash::cli::device::DeviceHandle;
     use dflash::perf::roofline::Card;
     use dflash::spec::sampling::SamplingParams;
 
     const GREEDY: SamplingParams =
         SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, stream: 0 };
 
-    /// By the emulator's clock, whose times mean nothing: the test checks which rows there are and that they
-    /// agree.
+    /// By the host's clock, whose times mean nothing: the test checks which rows there are and that they agree.
     #[test]
     fn rows_of_times_follow_from_their_samples() {
-        let handle = DeviceHandle::emulator().unwrap();
-        let instruments = Instruments::open(&handle);
+        let device = FakeGpu::new(0, false);
+        let instruments = machine::tests::none();
         let pair = model::pair("demo", None, &Default::default()).unwrap();
-        let models = Models::load(&*handle.device, &pair, 600).unwrap();
+        let models = Models::load(&device, &pair, 600).unwrap();
         let (acceptance, rounds, samples) = ([2.0, 3.5], 1, 2);
         let mut point = Point {
             pair: &pair,
@@ -319,7 +317,7 @@ mod tests {
         };
         let mut rows = vec![];
         let run = |point: &Point, rounds, samples, rows: &mut Vec<Row>| {
-            let run = Run { point, device: &*handle.device, models: &models };
+            let run = Run { point, device: &device, models: &models };
             run.measure(&Effort { instruments: &instruments, rounds, samples }, rows).unwrap();
         };
         run(&point, rounds, samples, &mut rows);

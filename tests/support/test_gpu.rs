@@ -1,0 +1,150 @@
+//! The GPU of tests: the software GPU in this process, or with `DFLASH_TEST_GPU=1` the GPU of the machine.
+
+use dflash::gpu::cuda::{Allocated, Cuda};
+use dflash::gpu::device::{Arg, Buffer, Counts, Device, Event, Graph, Kernel, Pinned, Properties};
+use dflash::{Error, Result};
+use libloading::Library;
+use std::collections::BTreeMap;
+use std::ffi::{CString, c_char};
+use std::sync::{Mutex, OnceLock};
+
+/// The environment variable that makes tests run on the machine's GPU.
+const REAL: &str = "DFLASH_TEST_GPU";
+
+/// A device with a stream, memory and counters of its own.
+pub struct TestGpu {
+    pub cuda: Cuda,
+    /// The most bytes of its allocations.
+    limit: u64,
+    /// The counters at the last [`TestGpu::reset_counts`].
+    before: Mutex<BTreeMap<String, Counts>>,
+}
+
+/// Opens the device of tests.
+pub fn open() -> Cuda {
+    let real = std::env::var_os(REAL).is_some();
+    if !real {
+        load_software_gpu();
+    }
+    let cuda = Cuda::open(0).unwrap_or_else(|e| panic!("{e} (kernel tests need nvcc: tools/get-nvcc.sh)"));
+    assert_eq!(
+        cuda.properties().software,
+        !real,
+        "the driver is that of {}: tests run on the machine's GPU with {REAL}=1, on the software GPU with \
+         LD_LIBRARY_PATH=target/release/deps/softgpu-driver",
+        cuda.properties().name
+    );
+    cuda
+}
+
+/// Loads the software GPU's driver. Its SONAME is the driver's, so that the engine finds it by that name.
+fn load_software_gpu() {
+    static DRIVER: OnceLock<Library> = OnceLock::new();
+    DRIVER.get_or_init(|| {
+        let folder = softgpu::driver_folder().expect("cargo builds the software GPU with its tests");
+        // SAFETY: the library starts nothing when it is loaded.
+        unsafe { Library::new(folder.join("libcuda.so.1")) }.unwrap()
+    });
+}
+
+/// Makes the software GPU take a schedule from the next launch on, in all threads: 0 in order, 1 reversed, others
+/// random with this seed. Does nothing on a GPU.
+pub fn set_schedule(schedule: usize) {
+    type SetOption = unsafe extern "C" fn(*const c_char, *const c_char) -> i32;
+    let value = CString::new(schedule.to_string()).unwrap();
+    // SAFETY: the driver is loaded, and a function of this name has these types.
+    unsafe {
+        let driver = Library::new("libcuda.so.1").unwrap();
+        if let Ok(set_option) = driver.get::<SetOption>(b"softgpuSetOption") {
+            assert_eq!(set_option(c"schedule".as_ptr(), value.as_ptr()), 0);
+        }
+    }
+}
+
+impl TestGpu {
+    pub fn new() -> TestGpu {
+        TestGpu::with_memory(u64::MAX)
+    }
+
+    /// A device on which an allocation fails that would exceed `bytes` bytes in all.
+    pub fn with_memory(bytes: u64) -> TestGpu {
+        TestGpu { cuda: open(), limit: bytes, before: Mutex::default() }
+    }
+
+    pub fn allocated(&self) -> Allocated {
+        self.cuda.allocated()
+    }
+
+    /// The counters of each kernel since the last [`TestGpu::reset_counts`].
+    pub fn counts(&self) -> BTreeMap<String, Counts> {
+        let mut counts = self.counters_by_kernel().expect("only the software GPU counts");
+        for (kernel, before) in &*self.before.lock().unwrap() {
+            *counts.get_mut(kernel).unwrap() = counts[kernel] - *before;
+        }
+        counts.retain(|_, counts| counts.launches > 0);
+        counts
+    }
+
+    pub fn reset_counts(&self) {
+        *self.before.lock().unwrap() = self.counters_by_kernel().expect("only the software GPU counts");
+    }
+}
+
+impl Device for TestGpu {
+    fn properties(&self) -> &Properties {
+        self.cuda.properties()
+    }
+    fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer> {
+        let used = self.allocated().bytes as u64;
+        if used + bytes as u64 > self.limit {
+            let free = self.limit - used;
+            let sentence = format!("not enough GPU memory for {what}: {bytes} bytes needed, {free} free");
+            return Err(Error::Memory(sentence));
+        }
+        self.cuda.allocate(bytes, what)
+    }
+    fn pinned(&self, bytes: usize, what: &str) -> Result<Pinned> {
+        self.cuda.pinned(bytes, what)
+    }
+    fn memory(&self) -> Result<(u64, u64)> {
+        let (free, total) = self.cuda.memory()?;
+        let left = self.limit - self.allocated().bytes as u64;
+        Ok((free.min(left), total.min(self.limit)))
+    }
+    fn upload(&self, to: &Buffer, bytes: &[u8]) -> Result<()> {
+        self.cuda.upload(to, bytes)
+    }
+    fn download(&self, from: &Buffer, bytes: &mut [u8]) -> Result<()> {
+        self.cuda.download(from, bytes)
+    }
+    fn copy(&self, to: &Buffer, from: &Buffer) -> Result<()> {
+        self.cuda.copy(to, from)
+    }
+    fn fill(&self, to: &Buffer, byte: u8) -> Result<()> {
+        self.cuda.fill(to, byte)
+    }
+    fn seal(&self, constant: &Buffer) {
+        self.cuda.seal(constant);
+    }
+    fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {
+        self.cuda.launch(kernel, grid, shared, args)
+    }
+    fn capture(&self, record: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        self.cuda.capture(record)
+    }
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        self.cuda.replay(graph)
+    }
+    fn record(&self) -> Result<Event> {
+        self.cuda.record()
+    }
+    fn elapsed(&self, from: &Event, to: &Event) -> Result<f32> {
+        self.cuda.elapsed(from, to)
+    }
+    fn synchronize(&self) -> Result<()> {
+        self.cuda.synchronize()
+    }
+    fn counters_by_kernel(&self) -> Option<BTreeMap<String, Counts>> {
+        self.cuda.counters_by_kernel()
+    }
+}
