@@ -5,7 +5,7 @@
 #   pack/gpu-report.sh [FLAGS] [OUT]      --no-run` have run, or from what tools/gpu-pack.sh packed
 # OUT is a folder, new or empty [benches/results/CARD-DATE-COMMIT in a checkout, else results/CARD-DATE-COMMIT]. It gets
 # summary.md, report.html, a JSON record of each step, and logs.
-#   --device cuda|emulator    emulator: the same steps on the demo pair, with counters instead of times [cuda]
+#   --device cuda|softgpu     softgpu: under `softgpu run`, the same steps on the demo pair, with counters, not times [cuda]
 #   --bin DIR                 where dflash-gen and dflash-bench are [target/release in a checkout, else the pack]
 #   --limit SECONDS           time for all steps; each step gets its share [480]
 # Exit codes: 0 every step went well, 1 one failed, took too long or was left out (summary.md says which), 2 usage, 130
@@ -27,7 +27,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[[ $device =~ ^(cuda|emulator)$ ]] || usage "--device is $device, expected cuda or emulator"
+[[ $device =~ ^(cuda|softgpu)$ ]] || usage "--device is $device, expected cuda or softgpu"
 [[ $limit =~ ^[1-9][0-9]{1,4}$ ]] || usage "--limit is $limit, expected 10 to 99999 seconds"
 # In a pack everything is in one folder.
 root=''
@@ -49,7 +49,7 @@ else
     commit=$(head -n 1 "$here/commit" | cut -c 1-12)$([ "$(wc -l <"$here/commit")" -le 1 ] || echo -dirty)
 fi
 smi() { timeout -k 1 "$(seconds 10)" nvidia-smi -i "${CUDA_VISIBLE_DEVICES:-0}" "$@" 2>/dev/null; }
-card=emulator driver=none
+card='software GPU' driver=none
 if [ "$device" = cuda ]; then
     IFS=, read -r card driver < <(smi --query-gpu=name,driver_version --format=csv,noheader)
     # nvidia-smi is not called again if it hangs or fails once.
@@ -160,7 +160,7 @@ prompts=$pack/prompts.jsonl
 say "# $card, $date, $commit"
 say
 say "Driver ${driver# }; $(nproc) cores, $(uname -sr). Written by \`gpu-report.sh --device $device --limit $limit\`."
-[ "$device" = cuda ] || say "On the emulator: counters, no times."
+[ "$device" = cuda ] || say "On the software GPU: counters, no times."
 say
 say "| step | result | seconds | |"
 say "| --- | --- | --- | --- |"
@@ -176,18 +176,18 @@ if [ "$device" = cuda ]; then
     length=128 repeat=(--repeat 5) kernels=(qwen3-8b --rows "1,16,64,128" --context 1024)
     pairs=(qwen3-4b qwen3-8b) rounds=(--batch '1-8*2' --context 1024 --acceptance "4,6")
 else
-    say "| tests | not here | | cargo test runs them on the emulator |"
+    say "| tests | not here | | cargo test runs them |"
     head -n 2 "$prompts" >"$scratch/prompts.jsonl"
     reserved=225 prompts=$scratch/prompts.jsonl length=16 repeat=() kernels=(demo --rows "1,16" --context 64)
     pairs=(demo) rounds=(--batch "1,2" --context 64 --acceptance "2,4")
 fi
-gen=("$bin/dflash-gen" --device "$device" --prompts "$prompts" -n "$length" --check-lossless --json)
+gen=("$bin/dflash-gen" --device cuda --prompts "$prompts" -n "$length" --check-lossless --json)
 step 25 lossless-greedy lossless-greedy.json "${gen[@]}"
 step 25 lossless-sampled lossless-sampled.json "${gen[@]}" --temperature 0.8 --top-p 0.95 --seed 1
 bench() { # bench SHARE NAME SUBCOMMAND FLAGS...
     local share=$1 name=$2
     shift 2
-    step "$share" "$name" "$name.json" "$bin/dflash-bench" "$@" --device "$device" --json
+    step "$share" "$name" "$name.json" "$bin/dflash-bench" "$@" --device cuda --json
 }
 bench 80 "kernels-${kernels[0]}" kernels --model "${kernels[@]}"
 for pair in "${pairs[@]}"; do

@@ -234,11 +234,11 @@ fn every_row_is_in_the_table_at_any_width() {
     let dir = tempfile::tempdir().unwrap();
     for args in [
         &["roofline", "--context", "0,1024", "--batch", "1,4"][..],
-        &["round", "--device", "emulator", "--context", "4,8", "--block", "4", "--acceptance", "2,4"],
+        &["round", "--device", "cuda", "--context", "4,8", "--block", "4", "--acceptance", "2,4"],
         &[
             "kernels",
             "--device",
-            "emulator",
+            "cuda",
             "--rows",
             "1,16",
             "--context",
@@ -648,7 +648,7 @@ fn ctrl_c_keeps_what_was_measured() {
         "--samples",
         "1",
     ];
-    let kernels = ["kernels", "--device", "emulator", "--rows", "1-512", "--only", "norm,target: o"];
+    let kernels = ["kernels", "--device", "cuda", "--rows", "1-512", "--only", "norm,target: o"];
     for (args, name) in [(&generate[..], "TTFT"), (&round, "AR step"), (&kernels, "read ceiling")] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
         let page = dir.path().join("page.html");

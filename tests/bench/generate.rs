@@ -1,4 +1,4 @@
-//! `dflash-bench generate` as a user runs it, on the CPU and on the emulator.
+//! `dflash-bench generate` as a user runs it, on the CPU and on the software GPU.
 
 use crate::support;
 use crate::support::bench;
@@ -148,14 +148,14 @@ fn the_cpu_measures_times_and_acceptance_equals_dflash_gen() {
 }
 
 #[test]
-fn the_emulator_counts_instead_of_measuring() {
+fn the_software_gpu_counts_instead_of_measuring() {
     let dir = tempfile::tempdir().unwrap();
     let (one, two) = ("{\"prompt\": \"import os\"}\n", "{\"prompt\": \"def f(\"}\n");
     let [one, two] = [("one", one.into()), ("two", [one, two].concat())]
         .map(|(name, text): (&str, String)| write(dir.path(), name, text));
-    let flags = ["-n", "5", "--block", "6", "--device", "emulator"];
+    let flags = ["-n", "5", "--block", "6", "--device", "cuda"];
     let found = record(0, &args(&two, &flags));
-    assert_eq!(found["machine"]["device"], "emulator");
+    assert_eq!(found["machine"]["device"], "softgpu");
     assert!(found["rows"].as_array().unwrap().iter().all(|row| row["kind"] == "counted"), "{found}");
     check_acceptance(&found, &accepted(&two, &flags), 6);
     for mode in ["plain", "dflash"] {
@@ -173,13 +173,8 @@ fn the_emulator_counts_instead_of_measuring() {
     let pair = support::write_pair(&target, &drafter);
     let pair_flags = program::flags(&pair);
     let small = |more: &[&str]| {
-        let flags = pair_flags.iter().map(String::as_str).chain([
-            "--device",
-            "emulator",
-            "--ignore-eos",
-            "--block",
-            "4",
-        ]);
+        let flags =
+            pair_flags.iter().map(String::as_str).chain(["--device", "cuda", "--ignore-eos", "--block", "4"]);
         record(0, &args(&one, &flags.chain(more.iter().copied()).collect::<Vec<_>>()))
     };
     let (found_once, twice) = (small(&["-n", "6"]), small(&["-n", "6", "--repeat", "2"]));
@@ -204,7 +199,7 @@ fn the_emulator_counts_instead_of_measuring() {
         assert!(few > 0 && many > few && some * many == all * few && all % many == 0, "{longer:?}");
     }
     let table = flat(&bench(["show", &write(dir.path(), "found.json", found.to_string())]).done());
-    assert!(table.contains("on emulator: counters, no times"), "{table}");
+    assert!(table.contains("on software GPU (h200): counters, no times"), "{table}");
 }
 
 /// With every verification method, with trees and with adaptive rounds, the acceptance equals that of
@@ -393,7 +388,7 @@ fn without_a_drafter_only_ar_decoding_is_measured() {
     assert_eq!((none.code, none.err.as_str()), (0, ""), "--draft none was asked for");
     // The demo target without its drafter, counted.
     let one = write(dir.path(), "one.jsonl", "{\"prompt\": \"def\"}\n");
-    let counted = record(0, &args(&one, &["--draft", "none", "--device", "emulator", "-n", "2"]));
+    let counted = record(0, &args(&one, &["--draft", "none", "--device", "cuda", "-n", "2"]));
     assert_eq!(counted["model"], json!({ "target": "demo/target", "drafter": null }));
     assert!(value(&counted, "launches per token", json!({ "decoding": "plain" })) > 1.0);
     assert_eq!(counted["rows"].as_array().unwrap().len(), 2 + 4);

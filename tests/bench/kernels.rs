@@ -1,4 +1,4 @@
-//! `dflash-bench kernels` on the emulator: the list of kernels, their counters, and refused flags.
+//! `dflash-bench kernels` on the software GPU: the list of kernels, their counters, and refused flags.
 
 use crate::support;
 use crate::support::bench;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
 fn counted<'a>(more: impl IntoIterator<Item = &'a str>) -> Value {
-    let args: Vec<&str> = ["kernels", "--device", "emulator"].into_iter().chain(more).collect();
+    let args: Vec<&str> = ["kernels", "--device", "cuda"].into_iter().chain(more).collect();
     record(0, &args)
 }
 
@@ -19,8 +19,7 @@ fn number(row: &Value, name: &str) -> f64 {
 
 /// The names of a model's kernels, from the error for an unknown name.
 fn names(model: &str) -> Vec<String> {
-    let run =
-        bench(["kernels", "--device", "emulator", "--model", model, "--context", "0", "--only", "none"]);
+    let run = bench(["kernels", "--device", "cuda", "--model", model, "--context", "0", "--only", "none"]);
     assert_eq!((run.code, run.err.lines().count()), (2, 1), "{run:?}");
     let list = run.err.trim_end().split_once("expected some of ").unwrap().1;
     list.split(", ").map(String::from).collect()
@@ -29,7 +28,7 @@ fn names(model: &str) -> Vec<String> {
 #[test]
 fn every_kernel_of_the_demo_pair_is_counted() {
     let found = counted(["--rows", "1,16,32,16", "--context", "100"]);
-    assert_eq!((&found["machine"]["device"], &found["command"]), (&json!("emulator"), &json!("kernels")));
+    assert_eq!((&found["machine"]["device"], &found["command"]), (&json!("softgpu"), &json!("kernels")));
     assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
     let rows = found["rows"].as_array().unwrap();
     let present: BTreeSet<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
@@ -261,14 +260,14 @@ fn a_config_is_enough_and_unsupported_shapes_are_refused() {
     assert!(listed.iter().all(|name| of_drafts.iter().all(|part| !name.contains(part))), "{listed:?}");
 
     let other = place("other", support::target_config(&support::Target { head_dim: 24, ..target }));
-    let run = |more: &[&str]| bench(["kernels", "--device", "emulator"].iter().chain(more));
+    let run = |more: &[&str]| bench(["kernels", "--device", "cuda"].iter().chain(more));
     refused(run(&["--model", &other]), 4, "head_dim is 24, expected 64 or 128");
     refused(run(&["--model", &dir.path().display().to_string()]), 3, "has no config.json");
 }
 
 #[test]
 fn what_cannot_be_measured_is_refused() {
-    let run = |more: &[&str]| bench(["kernels", "--device", "emulator"].iter().chain(more));
+    let run = |more: &[&str]| bench(["kernels", "--device", "cuda"].iter().chain(more));
     refused(run(&["--model", "qwen4"]), 2, "--model is \"qwen4\", expected qwen3-4b");
     refused(run(&["--only", "norm,nrom"]), 2, "--only has \"nrom\", expected some of target: qkv, ");
     refused(run(&["--only", ""]), 2, "--only has \"\"");
@@ -283,7 +282,7 @@ fn what_cannot_be_measured_is_refused() {
         refused(run(&[flag, value]), 2, "expected a whole number from 1 to 1000");
     }
     refused(bench(["kernels", "--device", "cpu"]), 2, "--device is cpu, which has no kernels");
-    // The keys and values of these rows do not fit the emulator's memory.
+    // The keys and values of these rows do not fit the memory.
     let much = ["--model", "llama-3.1-8b", "--only", "attention", "--rows", "1024", "--context", "130000"];
     // This row is left out; the rows measured before are printed.
     let part = run(&much);
@@ -291,14 +290,13 @@ fn what_cannot_be_measured_is_refused() {
     assert!(part.out.lines().last().unwrap().starts_with("read ceiling"), "{part:?}");
     let last = part.err.lines().last().unwrap();
     assert!(last.starts_with("dflash-bench: attention {\"rows\":1024"), "{part:?}");
-    assert!(last.contains("not enough memory of the emulator for keys"), "{part:?}");
+    assert!(last.contains("not enough GPU memory for keys"), "{part:?}");
 }
 
 #[test]
 fn a_table_says_that_counters_are_not_times() {
-    let run = bench(["kernels", "--device", "emulator", "--rows", "1", "--only", "norm"]);
-    let title =
-        "the built-in demo target with the built-in demo drafter on the emulator: counters of one launch";
+    let run = bench(["kernels", "--device", "cuda", "--rows", "1", "--only", "norm"]);
+    let title = "the built-in demo target with the built-in demo drafter on software GPU (h200): counters of one launch";
     assert_eq!((run.code, run.out.lines().next(), run.err.as_str()), (0, Some(title), ""));
     assert!(!run.out.contains("GB/s") && !run.out.contains(" us"), "{}", run.out);
 }
@@ -326,7 +324,7 @@ fn cards_are_known_by_the_drivers_names() {
     assert_eq!(CARDS.len(), known.iter().map(|known| known.1).collect::<BTreeSet<_>>().len());
     let others = [
         "NVIDIA A100 80GB PCIe",
-        "emulator",
+        "cuda",
         "",
         "NVIDIA",
         "NVIDIA H100 NVL",

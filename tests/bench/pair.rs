@@ -124,11 +124,11 @@ fn the_plan_of_qwen3_8b() {
 }
 
 #[test]
-fn a_random_pair_is_lossless_on_the_emulator() {
+fn a_random_pair_is_lossless_on_a_device() {
     let (_root, pair) = tiny();
     let load = || {
         let device = TestGpu::new();
-        DeviceBackend::load("emulator", Box::new(device), &pair, BatchConfig::new(1, 8, 128), &mut |_, _| ())
+        DeviceBackend::load("cuda", Box::new(device), &pair, BatchConfig::new(1, 8, 128), &mut |_, _| ())
             .unwrap()
     };
     let run = |backend: &DeviceBackend, block: usize| -> Outcome {

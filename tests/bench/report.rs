@@ -240,7 +240,7 @@ fn measured_rates_have_the_roofline_of_their_models_beside_them() {
 }
 
 #[test]
-fn counters_of_the_emulator_are_labelled() {
+fn counters_of_the_software_gpu_are_labelled() {
     let at = || json!({ "context": 64, "batch": 1 });
     let block = || json!({ "context": 64, "batch": 1, "block": 16 });
     let rows = [
@@ -259,14 +259,14 @@ fn counters_of_the_emulator_are_labelled() {
     round["rows"].as_array_mut().unwrap().push(rate);
     let page = page(&[kernels, round]);
     let document = parsed(&page);
-    let bytes = "Bytes by the emulator's counters, rows 1, context 64";
+    let bytes = "Bytes by the software GPU's counters, rows 1, context 64";
     let rates = "Bytes per token against batch at context 64";
     assert_eq!(titles(&document), [bytes, "Where a round goes at context 64", rates]);
     let dots: Vec<String> = all(figure(&document, rates), "circle").map(text_of).collect();
     assert_eq!(dots, ["counted: autoregressive decoding, batch 1: 4 MB/tok"]);
     let heads: Vec<String> = all(document.root(), "h2").map(text_of).collect();
-    assert_eq!(heads[0], "kernels of qwen3-8b with qwen3-8b-dflash on emulator: counters, no times");
-    assert!(page.contains("<li>counted by the emulator: no times</li>") && !page.contains("measured"));
+    assert_eq!(heads[0], "kernels of qwen3-8b with qwen3-8b-dflash on softgpu: counters, no times");
+    assert!(page.contains("<li>counted by the software GPU: no times</li>") && !page.contains("measured"));
     let widths = |title, fill| attribute_values(figure(&document, title), "rect", fill, "width");
     let labels: Vec<String> =
         all(figure(&document, bytes), "text").map(|text| text_of(text).trim().into()).collect();

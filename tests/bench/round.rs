@@ -1,4 +1,4 @@
-//! `dflash-bench round`: counters on the emulator, times on the CPU.
+//! `dflash-bench round`: counters on the software GPU, times on the CPU.
 
 use crate::support;
 use crate::support::bench;
@@ -19,7 +19,7 @@ const PARTS: [&str; 5] = ["begin", "inject", "draft", "verify", "accept"];
 const COUNTS: [&str; 7] = ["launches", "blocks", "streamed", "read", "written", "mma", "conflicts"];
 
 fn round(args: &[&str]) -> Value {
-    record(0, &[&["round", "--device", "emulator"], args].concat())
+    record(0, &[&["round", "--device", "cuda"], args].concat())
 }
 
 /// The value and the counters of the row with these parameters.
@@ -56,7 +56,7 @@ fn checked_round(found: &Value, at: &Value) -> Vec<u64> {
 #[test]
 fn the_parts_of_every_round_add_up() {
     let found = round(&["--model", "demo", "--batch", "1,2", "--context", "8,72"]);
-    assert_eq!((&found["command"], &found["machine"]["device"]), (&json!("round"), &json!("emulator")));
+    assert_eq!((&found["command"], &found["machine"]["device"]), (&json!("round"), &json!("softgpu")));
     assert_eq!(found["machine"]["card"], Value::Null);
     assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
     // An AR step, the round and its five parts.
@@ -129,12 +129,11 @@ fn synthetic_acceptance_gives_bytes_per_token() {
 #[test]
 fn the_title_names_pair_device_and_kind() {
     let table =
-        bench(["round", "--device", "emulator", "--context", "1", "--block", "4", "--acceptance", "4"])
-            .done();
+        bench(["round", "--device", "cuda", "--context", "1", "--block", "4", "--acceptance", "4"]).done();
     let title = table.split_whitespace().collect::<Vec<_>>().join(" ");
     for part in [
         "the built-in demo target with the built-in demo drafter, random weights",
-        "on the emulator: counters, not times",
+        "on software GPU (h200): counters, not times",
     ] {
         assert!(title.contains(part), "{title}");
     }
@@ -149,7 +148,7 @@ fn profilers_get_ranges_of_rounds_parts_and_layers() {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("ranges");
     let nvtx = library(folder.path(), "nvtx.so", include_str!("../data/profile/nvtx.c"), &[]);
-    let args = ["round", "--device", "emulator", "--context", "1", "--block", "2", "--json"];
+    let args = ["round", "--device", "cuda", "--context", "1", "--block", "2", "--json"];
     let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
     command.args(args).args(["--profile", "2"]).env("NVTX_INJECTION64_PATH", nvtx).env("RANGES", &log);
     let run = finish(command);
@@ -182,17 +181,17 @@ fn a_target_alone_has_ar_steps() {
     assert!(counts(&found, "AR step", json!({ "context": 9, "batch": 1 }))[1] > 10);
     let edit = |config: &mut Value| config["max_position_embeddings"] = json!(16);
     support::edit_json(dir.path(), "config.json", edit);
-    let run = bench(["round", "--device", "emulator", "--model", &folder, "--context", "0"]);
+    let run = bench(["round", "--device", "cuda", "--model", &folder, "--context", "0"]);
     refused(run, 4, "the models have 16 positions, but rounds in blocks of 1 need 17");
     for flag in [["--block", "4"], ["--acceptance", "2"], ["--curve", "0.5"]] {
-        let run = bench(["round", "--device", "emulator", "--model", &folder].iter().chain(&flag));
+        let run = bench(["round", "--device", "cuda", "--model", &folder].iter().chain(&flag));
         refused(run, 2, "--block, --acceptance and --curve need a drafter: --draft DIR");
     }
 }
 
 #[test]
 fn round_refuses_invalid_flags_with_one_error_line() {
-    // The emulator has 16 GiB. Rounds need 272 positions beyond --context.
+    // The device has 16 GiB. Rounds need 272 positions beyond --context.
     let pair = Pair::with_random_weights(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let largest =
         MemoryPlan::largest_context(&pair, BatchConfig::new(1000, 16, 1), 16 << 30, Overhead::NONE).unwrap();
@@ -242,11 +241,11 @@ fn round_refuses_invalid_flags_with_one_error_line() {
         ),
         (&["--model", "qwen3-8b", "--batch", "1024"], 5, " bytes (256.2 GiB) are needed, "),
     ] {
-        let run = bench(["round", "--device", "emulator"].iter().chain(args));
+        let run = bench(["round", "--device", "cuda"].iter().chain(args));
         refused(run, code, part);
     }
     for (args, part) in [
-        (&["--profile", "1"][..], "--profile needs --device cuda or emulator"),
+        (&["--profile", "1"][..], "--profile needs --device cuda, which"),
         (&["--context", "3825"], "--context has 3825, expected 0 to 3824"),
         (&["--block", "17"], "--block is 17, expected 2 to 16"),
         (&["--gpu", "0"], "--gpu needs --device cuda or auto"),

@@ -44,14 +44,14 @@ fn refusal(pair: &support::Pair, error: Error) -> (u8, String) {
 #[test]
 fn a_tied_config_with_another_head_uses_that_head() {
     let pair = written();
-    let untied = ["cpu", "emulator"].map(|device| tokens(answer(&pair, device, &[])));
+    let untied = ["cpu", "cuda"].map(|device| tokens(answer(&pair, device, &[])));
     edit_json(&pair.target, "config.json", |config| config["tie_word_embeddings"] = true.into());
     let opened = open(&pair).unwrap();
     assert!(!opened.target.config.tied);
     let note = "config.json: tie_word_embeddings is true, but lm_head.weight differs from \
                 model.embed_tokens.weight: the head is used, as it is stored";
     assert!(opened.notes.len() == 1 && opened.notes[0].ends_with(note), "{:?}", opened.notes);
-    for (device, expected) in ["cpu", "emulator"].iter().zip(untied) {
+    for (device, expected) in ["cpu", "cuda"].iter().zip(untied) {
         let run = answer(&pair, device, &[]);
         assert_eq!(run.err.matches(note).count(), 1, "{}", run.err);
         assert_eq!(tokens(run), expected, "{device}");
@@ -110,7 +110,7 @@ fn resized_vocabularies_keep_the_targets_tokens() {
         edit_json(&pair.drafter, "config.json", |config| config["vocab_size"] = vocab.into());
         let note =
             format!("vocab_size is {vocab}, the target's is 301: drafts are among the first {common} ids");
-        for device in ["cpu", "emulator"] {
+        for device in ["cpu", "cuda"] {
             let expected = tokens(answer(&pair, device, &["--block", "1"]));
             assert!(expected.iter().any(|&id| id >= 280) && expected.iter().any(|&id| id < 280));
             for more in [&[][..], &["--tree", "20"], &["--adaptive"]] {

@@ -132,10 +132,9 @@ fn a_turn_prefills_only_new_tokens() {
     }
 }
 
-/// The emulator runs the kernels.
 #[test]
-fn emulator_conversations_reuse_the_cache_at_any_draft_setting() {
-    let fixture = Fixture::demo(&["-n", "9", "--temperature", "0.7", "--seed", "2", "--device", "emulator"]);
+fn device_conversations_reuse_the_cache_at_any_draft_setting() {
+    let fixture = Fixture::demo(&["-n", "9", "--temperature", "0.7", "--seed", "2", "--device", "cuda"]);
     let got = fixture.chat("def read(name):\nimport os\n/stats\nx = 3\n");
     assert_eq!((got.code, got.out.lines().count() >= 3), (0, true), "{got:?}");
     let (kept, prompt) = (number_before(&got.err, " kept, "), number_before(&got.err, " tokens, "));
@@ -149,8 +148,8 @@ fn emulator_conversations_reuse_the_cache_at_any_draft_setting() {
 }
 
 #[test]
-fn emulator_conversations_accept_every_block_size() {
-    let fixture = |block: &str| Fixture::demo(&["-n", "6", "-q", "--device", "emulator", "--block", block]);
+fn device_conversations_accept_every_block_size() {
+    let fixture = |block: &str| Fixture::demo(&["-n", "6", "-q", "--device", "cuda", "--block", block]);
     let expected = fixture("16").chat("def f(x):\ndef g(x):\n").done();
     for block in ["1", "4"] {
         let run = fixture(block).chat("def f(x):\n/set block 16\ndef g(x):\n");
@@ -164,7 +163,7 @@ fn a_conversation_has_8192_positions_on_a_device() {
     let target = support::Target { hidden: 64, intermediate: 32, max_positions: 20_000, ..target };
     let drafter = support::Drafter { heads: 1, kv_heads: 1, head_dim: 64, ..Default::default() };
     let pair = support::write_pair(&target, &support::Drafter { intermediate: 32, ..drafter });
-    for (device, positions) in [("cpu", 20_000), ("emulator", 8192)] {
+    for (device, positions) in [("cpu", 20_000), ("cuda", 8192)] {
         let fixture = Fixture::new(Some(&pair), &["-n", "2", "--device", device]);
         let err = fixture.chat("a\n/stats\n").err;
         assert!(err.ends_with(&format!(" of {positions} positions in use\n")), "{device}: {err}");

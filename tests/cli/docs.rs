@@ -100,7 +100,6 @@ fn examples(text: &str) -> Vec<Example> {
 fn runnable(command: &str) -> Option<String> {
     let mut command = command.to_string();
     if let Some(rest) = command.strip_prefix("cargo run --release") {
-        let rest = rest.replace(" --features emulator", "");
         command = match rest.split_once(" --bin ").or_else(|| rest.split_once(" --example ")) {
             Some((_, named)) => {
                 let folder = if rest.contains(" --example ") { "target/release/examples/" } else { "" };

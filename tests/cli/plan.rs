@@ -1,4 +1,4 @@
-//! The memory plan and the launch listing, which need no device, compared with the emulator's allocations and
+//! The memory plan and the launch listing, which need no device, compared with a device's allocations and
 //! captured graphs.
 
 use crate::support;
@@ -207,7 +207,7 @@ fn the_largest_context_fits_and_one_more_page_does_not() {
                 assert_eq!(largest(needed(3) - 1), 2 * PAGE);
             }
         }
-        // The emulator runs this context and not one page more.
+        // The device runs this context and not one page more.
         for free in [plan(1).needed(Overhead::NONE), plan(3).needed(Overhead::NONE) - 1] {
             let largest =
                 MemoryPlan::largest_context(pair, BatchConfig::new(2, block, 1), free, Overhead::NONE)
@@ -485,7 +485,7 @@ fn a_context_that_does_not_fit_is_refused_with_the_table() {
     let files = support::write_pair(&target, &drafter);
     let pair = Pair::open(disk(&files.target), Some(disk(&files.drafter))).unwrap();
     let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 8, 900_000)).unwrap();
-    let args = ["--device", "emulator", "--ctx", "900000", "-n", "1", "a"];
+    let args = ["--device", "cuda", "--ctx", "900000", "-n", "1", "a"];
     for more in [&[][..], &["--quiet"]] {
         let run = program::run_pair(&files, &[&args[..], more].concat());
         assert_eq!((run.code, run.out.as_str()), (5, ""), "{}", run.err);

@@ -25,9 +25,9 @@ fn run_under(mut command: Command, folder: &Path, library: &Path) -> (Run, Optio
     (finish(command), std::fs::read_to_string(recorded).ok())
 }
 
-/// A short run of `dflash-gen` on the emulator.
+/// A short run of `dflash-gen` on the software GPU.
 fn generation() -> Command {
-    program::command(["--device", "emulator", "--raw", "-n", "6", "--seed", "1", "def f(x):"])
+    program::command(["--device", "cuda", "--raw", "-n", "6", "--seed", "1", "def f(x):"])
 }
 
 /// The test `name` of this module in a process of its own.

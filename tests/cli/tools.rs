@@ -4,6 +4,7 @@
 
 use crate::support::bench;
 use crate::support::program;
+use crate::support::software_gpu;
 
 use bench::schema_violation;
 use serde_json::{Value, json};
@@ -232,7 +233,7 @@ fn a_hanging_step_is_killed_with_its_children() {
     let hangs = "trap '' TERM; printf '{'; (while :; do sleep 0.2; done) & echo $! >\"$0.child\"; wait";
     let dir = pack(&format!("[ $1 != kernels ] || {{ {hangs}; }}\n{BENCH}"));
     let out = dir.path().join("out").display().to_string();
-    let done = report(dir.path(), &["--device", "emulator", "--limit", "12", &out], None);
+    let done = report(dir.path(), &["--device", "softgpu", "--limit", "12", &out], None);
     let summary = text(&done.stdout);
     assert_eq!(done.status.code(), Some(1), "{summary}");
     let (word, why) = step(&summary, "kernels-demo");
@@ -248,12 +249,12 @@ fn steps_without_time_are_left_out() {
     let dir = pack(hangs);
     script(dir.path(), "dflash-gen", hangs);
     let out = dir.path().join("out").display().to_string();
-    let done = report(dir.path(), &["--device", "emulator", "--limit", "10", &out], None);
+    let done = report(dir.path(), &["--device", "softgpu", "--limit", "10", &out], None);
     let summary = text(&done.stdout);
     assert_eq!((done.status.code(), step(&summary, "lossless-greedy").0), (Some(1), "TOO LONG"), "{summary}");
     assert_eq!(step(&summary, "generate-demo"), ("LEFT OUT", "no time left"));
-    assert_eq!(step(&summary, "tests"), ("not here", "cargo test runs them on the emulator"));
-    assert!(summary.contains("On the emulator: counters, no times."));
+    assert_eq!(step(&summary, "tests"), ("not here", "cargo test runs them"));
+    assert!(summary.contains("On the software GPU: counters, no times."));
 }
 
 #[test]
@@ -279,7 +280,7 @@ fn invalid_flags_are_refused_with_one_error_line() {
     fs::write(full.join("mine"), "").unwrap();
     let (full, none) = (full.display().to_string(), dir.path().join("none").display().to_string());
     for (args, part) in [
-        (&["--device", "cpu"][..], "--device is cpu, expected cuda or emulator"),
+        (&["--device", "cpu"][..], "--device is cpu, expected cuda or softgpu"),
         (&["--device"], "--device has no value"),
         (&["--limit", "9"], "--limit is 9, expected 10 to 99999 seconds"),
         (&["--limit", "1e3"], "--limit is 1e3"),
@@ -287,8 +288,8 @@ fn invalid_flags_are_refused_with_one_error_line() {
         (&["--bin", &full], "has no dflash-gen"),
         (&["--gpu", "1"], "there is no flag --gpu"),
         (&["a", "b"], "OUT is given twice, a and b"),
-        (&["--device", "emulator", &full], "has files in it, expected a new or an empty folder"),
-        (&["--device", "emulator", "/proc/none"], "/proc/none cannot be created"),
+        (&["--device", "softgpu", &full], "has files in it, expected a new or an empty folder"),
+        (&["--device", "softgpu", "/proc/none"], "/proc/none cannot be created"),
     ] {
         let done = report(dir.path(), args, None);
         let err = text(&done.stderr);
@@ -354,7 +355,7 @@ fn an_interrupted_report_says_so_and_ends_its_processes() {
     let dir = pack(BENCH);
     script(dir.path(), "dflash-gen", "echo $$ >\"$0.child\"; exec sleep 1000");
     let (out, child) = (dir.path().join("out"), dir.path().join("dflash-gen.child"));
-    let mut command = command(dir.path(), &["--device", "emulator", &out.display().to_string()], None);
+    let mut command = command(dir.path(), &["--device", "softgpu", &out.display().to_string()], None);
     let mut report = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     // Wait until the child has started and written its id.
     while fs::read_to_string(&child).unwrap_or_default().is_empty() {
@@ -464,18 +465,19 @@ fn python_parses_number_lists_like_dflash_bench() {
 }
 
 #[test]
-fn a_report_on_the_emulator_runs_the_real_programs() {
+fn a_report_on_the_software_gpu_runs_the_real_programs() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     let bin = Path::new(env!("CARGO_BIN_EXE_dflash-bench")).parent().unwrap();
     let mut command = Command::new(tool("gpu-report.sh"));
-    command.args(["--device", "emulator", "--bin"]).arg(bin).arg(&out).stdin(Stdio::null());
+    command.args(["--device", "softgpu", "--bin"]).arg(bin).arg(&out).stdin(Stdio::null());
+    software_gpu::install(&mut command);
     let done = command.output().unwrap();
     assert_eq!(done.status.code(), Some(0), "{}{}", text(&done.stdout), text(&done.stderr));
     for name in ["kernels-demo", "round-demo", "generate-demo"] {
         let record: Value =
             serde_json::from_slice(&fs::read(out.join(name).with_extension("json")).unwrap()).unwrap();
-        assert_eq!((schema_violation(&record), &record["machine"]["device"]), (None, &json!("emulator")));
+        assert_eq!((schema_violation(&record), &record["machine"]["device"]), (None, &json!("softgpu")));
     }
     assert!(out.join("report.html").is_file());
 }

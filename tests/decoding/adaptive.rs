@@ -284,7 +284,7 @@ fn sampled_trees_do_not_adapt() {
 
 // ---- on devices ----
 
-/// Runs `then` with a batch on the emulator. The pair has random weights and this vocabulary: drafts are often
+/// Runs `then` with a batch on a device. The pair has random weights and this vocabulary: drafts are often
 /// right with 4 tokens, never with many.
 fn on_device(vocab: usize, config: BatchConfig, then: impl FnOnce(&mut Batch)) {
     let (target, drafter) = tiny();
@@ -661,12 +661,12 @@ fn adaptive_rounds_give_the_same_text_and_are_recorded() {
 }
 
 #[test]
-fn adaptive_rounds_on_the_emulator_give_the_same_text() {
-    let args = [PROMPT, "-n", "14", "--json", "--device", "emulator", "-q", "--ctx", "128"];
+fn adaptive_rounds_on_a_device_give_the_same_text() {
+    let args = [PROMPT, "-n", "14", "--json", "--device", "cuda", "-q", "--ctx", "128"];
     let tokens = |more: &[&str]| program::run([&args, more].concat()).json().remove(0);
     let (ar, adaptive) = (tokens(&["--draft", "none"]), tokens(&["--tree", "40", "--adaptive"]));
     assert_eq!(adaptive["tokens"], ar["tokens"]);
-    assert_eq!((&adaptive["adaptive"], &adaptive["device"]), (&Value::Bool(true), &Value::from("emulator")));
+    assert_eq!((&adaptive["adaptive"], &adaptive["device"]), (&Value::Bool(true), &Value::from("softgpu")));
     let checked = [&args[..], &["--adaptive", "--check-lossless"]].concat();
     assert_eq!(program::run(checked).json()[0]["identical"], true);
 }
@@ -683,7 +683,7 @@ fn the_flags_probability_decides_draft_lengths() {
     let on_cpu = |flag| drafted(&["-n", "60", "--device", "cpu", flag]).iter().sum::<u64>();
     let [all, some, none] = ["--adaptive=0.0001", "--adaptive=0.1", "--adaptive=1"].map(on_cpu);
     assert!(all > some + 20 && some > none + 15, "{all} {some} {none}");
-    let device = ["-n", "24", "--device", "emulator", "--ctx", "128", "--block", "8"];
+    let device = ["-n", "24", "--device", "cuda", "--ctx", "128", "--block", "8"];
     let rounds = drafted(&[&device[..], &["--adaptive=1", "--verify", "block"]].concat());
     assert!(rounds.len() > 8 && rounds[8..].iter().all(|drafts| *drafts == 1), "{rounds:?}");
 }

@@ -17,10 +17,11 @@ static DEMO: LazyLock<Engine> = LazyLock::new(|| {
     Engine::open_with(Models::demo(), options).unwrap()
 });
 
-/// A tiny pair with random weights on the emulator.
-fn on_the_emulator() -> (support::Pair, Engine) {
+/// A tiny pair with random weights on the software GPU.
+fn on_a_gpu() -> (support::Pair, Engine) {
     let (target, drafter) = requests::tiny();
     let pair = support::write_pair(&target, &drafter);
+    crate::support::test_gpu::load_software_gpu();
     let options = EngineOptions::default().device(DeviceChoice::Cuda).context(128);
     let engine = Engine::open_with(Models::folders(&pair.target, &pair.drafter), options).unwrap();
     (pair, engine)
@@ -110,7 +111,7 @@ fn a_round_runs_only_when_a_token_is_asked_for() {
 
 #[test]
 fn a_session_reuses_its_decoder_after_a_dropped_answer() {
-    let (_folder, engine) = on_the_emulator();
+    let (_folder, engine) = on_a_gpu();
     for engine in [&*DEMO, &engine] {
         let prompt: Vec<u32> = (0..20).map(|i| i % 3).collect();
         let params = Params::default().max_tokens(12);
@@ -146,7 +147,7 @@ fn numbers_out_of_range_are_refused_on_every_device() {
     let sampling = SamplingParams { temperature: -1.0, ..SamplingParams::default() };
     let exact = |drafts, length| SpecConfig::Exact { drafts, length };
     let tree = |rows| exact(ExactDrafts::BestFirstTree { rows }, DraftLengthPolicy::Full);
-    let (_folder, emulator) = on_the_emulator();
+    let (_folder, gpu) = on_a_gpu();
     for (spec, expected) in [
         (tree(0), "tree is 0, expected 2 to 64"),
         (tree(usize::MAX), "tree is 18446744073709551615, expected 2 to 64"),
@@ -159,7 +160,7 @@ fn numbers_out_of_range_are_refused_on_every_device() {
             "draft_temperature is -1, expected 0 (greedy) or 0.0001 to 10000",
         ),
     ] {
-        for engine in [&*DEMO, &emulator] {
+        for engine in [&*DEMO, &gpu] {
             let params = Params::default().spec(spec.clone());
             let of_session = engine.session().unwrap().generate(vec![1], params.clone()).err();
             for error in [engine.generate(vec![1], params).err(), of_session] {

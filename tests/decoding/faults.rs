@@ -554,7 +554,7 @@ fn a_nan_weight_is_named_on_the_device() {
         tensor.values[70] = f32::NAN;
         let name = tensor.name.clone();
         support::write_tensors(dir, &tensors, target.dtype, 1);
-        let run = run_pair(&pair, &["--device", "emulator", "-q", "--raw", "!"]);
+        let run = run_pair(&pair, &["--device", "cuda", "-q", "--raw", "!"]);
         assert_eq!((run.code, run.out.as_str()), (3, ""), "{run:?}");
         assert_eq!(run.err.lines().count(), 1, "{run:?}");
         let file = dir.join("model.safetensors").display().to_string();
@@ -570,7 +570,7 @@ fn positions_default_to_8192_or_the_request_or_the_flag() {
     let max = usize::MAX.to_string();
     let args = ["--raw", "!", "--temperature", "1", "--seed", "1", "--stop", "!", "--stop", " "];
     let first_line = |more: &[&str]| {
-        let run = run_pair(&pair, &[&args[..], &["--device", "emulator"], more].concat());
+        let run = run_pair(&pair, &[&args[..], &["--device", "cuda"], more].concat());
         assert_eq!(run.code, 0, "{more:?}: {run:?}");
         run.err.lines().next().unwrap().to_string()
     };
@@ -601,7 +601,7 @@ fn batches_print_what_single_sequences_print() {
     let pair = support::write_pair(&tiny().0, &tiny().1);
     let file = write_prompts(pair.root.path());
     let args = ["--raw", "-n", "16", "--temperature", "0.7", "--seed", "5", "-q"];
-    for device in ["cpu", "emulator"] {
+    for device in ["cpu", "cuda"] {
         let with = |more: &[&str]| {
             run_pair(&pair, &[&args[..], &["--device", device, "--prompts", &file], more].concat()).done()
         };
@@ -690,9 +690,8 @@ fn a_closed_pipe_ends_a_batch_on_the_device_quietly() {
     // Records are written at the end of answers.
     for (form, tokens) in [(&[][..], "3000"), (&["--json"], "5"), (&["--stream-json"], "3000")] {
         let (_pair, args) = long(tokens);
-        let mut command = command(
-            args.iter().map(String::as_str).chain(["--device", "emulator"]).chain(form.iter().copied()),
-        );
+        let mut command =
+            command(args.iter().map(String::as_str).chain(["--device", "cuda"]).chain(form.iter().copied()));
         let (mut reader, writer) = std::io::pipe().unwrap();
         let mut child = command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
         drop(command);
@@ -708,7 +707,7 @@ fn a_closed_pipe_ends_a_batch_on_the_device_quietly() {
 #[test]
 fn ctrl_c_in_a_batch_prints_the_tokens_so_far() {
     let (_pair, args) = long("3000");
-    for device in ["cpu", "emulator"] {
+    for device in ["cpu", "cuda"] {
         for form in [&[][..], &["--stream-json"]] {
             let with = |more: &[&str]| {
                 command(

@@ -1,5 +1,5 @@
 //! DFlash equals autoregressive decoding bit for bit, in tokens and in the logits that chose them, for all
-//! block sizes, batches, slots and sampling settings, on the emulator and, if there is one, on a GPU. And
+//! block sizes, batches, slots and sampling settings, on a device. And
 //! `--check-lossless`, with which users check it.
 
 use crate::support;
@@ -603,7 +603,7 @@ fn check_lossless_counts_what_it_compared() {
     let runs: [(&str, &str, &[&str]); 3] = [
         ("cpu", "30", &[]),
         ("cpu", "30", &["--temperature", "0.8", "--seed", "3", "--block", "7"]),
-        ("emulator", "5", &["--temperature", "0.8", "--seed", "3", "--ctx", "64"]),
+        ("cuda", "5", &["--temperature", "0.8", "--seed", "3", "--ctx", "64"]),
     ];
     for (device, tokens, more) in runs {
         let with = |first: &[&'static str]| -> Vec<&str> {

@@ -81,7 +81,7 @@ fn check_kinds(expected: &[Outcome], stop_after: &[Option<usize>]) {
 }
 
 #[test]
-fn requests_on_the_emulator_answer_as_alone_and_free_all_memory() {
+fn requests_on_a_device_answer_as_alone_and_free_all_memory() {
     let folder = support::write_pair(&tiny().0, &tiny().1);
     let pair = open(&folder);
     let device = TestGpu::new();

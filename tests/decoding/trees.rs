@@ -604,7 +604,7 @@ fn checks_and_conversations_run_with_trees() {
 #[test]
 fn a_device_runs_trees_and_records_them() {
     let record = |args: &[&str]| {
-        let args = [&[PROMPT, "-n", "12", "--json", "--device", "emulator"], args].concat();
+        let args = [&[PROMPT, "-n", "12", "--json", "--device", "cuda"], args].concat();
         program::run(args).json().remove(0)
     };
     let (ar, tree) = (record(&["--draft", "none"]), record(&["--tree", "40"]));
@@ -635,7 +635,7 @@ fn invalid_tree_options_are_refused_in_one_line() {
             "{args:?}: {run:?}"
         );
     }
-    let plan = program::run(["--plan", "--tree", "9", "--device", "emulator"]);
+    let plan = program::run(["--plan", "--tree", "9", "--device", "cuda"]);
     assert!(plan.code == 0 && plan.out.contains("in blocks of 16 and trees of 9:"), "{plan:?}");
     // Sampled trees use their method's kernels at any temperature.
     for method in ["rejection", "block"] {

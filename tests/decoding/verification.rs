@@ -186,7 +186,7 @@ fn devices_couple_drafts_as_the_cpu_does() {
     let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let device = Box::new(crate::support::test_gpu::TestGpu::new());
     let config = dflash::gpu::batch_config::BatchConfig::new(2, 8, 128);
-    let backend = DeviceBackend::load("emulator", device, &pair, config, &mut |_, _| ()).unwrap();
+    let backend = DeviceBackend::load("softgpu", device, &pair, config, &mut |_, _| ()).unwrap();
     let mut decoder = backend.decoder().unwrap();
     let total = |outcome: &Outcome| outcome.accepted.iter().sum::<usize>();
     let (mut by_device, mut by_cpu, mut best) = (0usize, 0usize, 0usize);
@@ -442,7 +442,7 @@ fn sampling_methods_refuse_drafts_without_distributions() {
 // ---- flags ----
 
 fn record(args: &[&str]) -> Value {
-    let tokens = if args.contains(&"emulator") { "12" } else { "40" };
+    let tokens = if args.contains(&"cuda") { "12" } else { "40" };
     program::run([&["--json", "import os\n", "-n", tokens, "--seed", "3"], args].concat()).json().remove(0)
 }
 
@@ -475,9 +475,9 @@ fn verify_selects_the_method_and_the_record_names_it() {
         assert_eq!(drafted[0], if method == "block" { 16 } else { 19 });
     }
     for (method, more) in [("rejection", &[][..]), ("block", &[]), ("block", &["--tree", "9"])] {
-        let args = [&hot[..], &["--verify", method, "--device", "emulator"], more].concat();
+        let args = [&hot[..], &["--verify", method, "--device", "cuda"], more].concat();
         let got = record(&args);
-        assert_eq!((&got["verify"], &got["device"]), (&Value::from(method), &Value::from("emulator")));
+        assert_eq!((&got["verify"], &got["device"]), (&Value::from(method), &Value::from("softgpu")));
         assert_eq!(record(&args)["tokens"], got["tokens"], "the seed gives {method}'s text again");
     }
     let coupled = record(&[&hot[..], &["--coupled"]].concat());

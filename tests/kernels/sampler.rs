@@ -444,7 +444,7 @@ fn greedy_launch_reads_only_the_best_keys() {
         sample.launch(device, &choice, &best, &table, None).unwrap();
         bytes_of(device, &choice)
     };
-    let device = TestGpu::new();
+    let Some(device) = TestGpu::counting() else { return };
     run(&device);
     let counts = device.counts()["sample"];
     // Every thread reads the table's entry of its row; a row without a sequence reads nothing else.

@@ -1,13 +1,18 @@
 //! Runs `dflash-bench` as a child process and checks its records against `benches/schema.json`.
 
 use crate::support::program::{Run, finish};
+use crate::support::software_gpu;
 use serde_json::Value;
 use std::process::Command;
 
-/// Runs `dflash-bench` with these arguments.
+/// Runs `dflash-bench` with these arguments. `--device cuda` is the software GPU, with 16 GiB.
 pub fn bench<A: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = A>) -> Run {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
     command.args(args);
+    if command.get_args().any(|arg| arg == "cuda") {
+        software_gpu::install(&mut command);
+        command.env("SOFTGPU_MEMORY", (16u64 << 30).to_string());
+    }
     finish(command)
 }
 

@@ -1,4 +1,4 @@
-//! Counters of every kernel for the demo pair on the emulator: a table of exact numbers that do not depend on
+//! Counters of every kernel for the demo pair on the software GPU: a table of exact numbers that do not depend on
 //! the number of threads.
 
 use crate::support::test_gpu::TestGpu;

@@ -26,7 +26,7 @@ pub fn gpu() -> &'static Cuda {
         };
     }
     let gpu = LEASE.with(|lease| lease.0);
-    // tools/gpu-check.sh and .ci/run look for this line.
+    // tools/gpu-check.sh looks for this line.
     println!("on {}", gpu.properties().name);
     gpu
 }

@@ -1,6 +1,6 @@
 //! Runs `dflash-gen` as a child process.
 
-use crate::support::Pair;
+use crate::support::{Pair, software_gpu};
 use serde_json::Value;
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -44,12 +44,15 @@ pub fn finish(mut command: Command) -> Run {
 }
 
 /// `dflash-gen` with these arguments, and with `--device cpu` unless they name a device, so that a test
-/// behaves the same on a machine with a GPU.
+/// behaves the same on a machine with a GPU. `--device cuda` is the software GPU.
 pub fn command<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Command {
     let mut command = Command::new(BINARY);
     let args: Vec<OsString> = args.into_iter().map(|arg| arg.as_ref().into()).collect();
     if !args.iter().any(|arg| arg == "--device") {
         command.args(["--device", "cpu"]);
+    }
+    if args.iter().any(|arg| arg == "cuda") {
+        software_gpu::install(&mut command);
     }
     command.args(args);
     command

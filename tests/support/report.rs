@@ -147,7 +147,7 @@ pub fn generate() -> Value {
     record("generate", rows)
 }
 
-/// A record of emulator counters, one row for each name and parameters.
+/// A record of counters, one row for each name and parameters.
 pub fn counted(command: &str, rows: &[(&str, Value)]) -> Value {
     let counts = |(name, parameters): &(&str, Value)| {
         let numbers = json!({
@@ -159,7 +159,7 @@ pub fn counted(command: &str, rows: &[(&str, Value)]) -> Value {
         row
     };
     let mut record = record(command, rows.iter().map(counts).collect());
-    record["machine"]["device"] = json!("emulator");
+    record["machine"]["device"] = json!("softgpu");
     record["machine"]["card"] = Value::Null;
     record
 }

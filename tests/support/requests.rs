@@ -1,5 +1,5 @@
 //! Helpers of decoding tests: requests that run alone or together, token sinks whose replies the test
-//! chooses, speculation configs, and a pair so small that the emulator runs it in milliseconds.
+//! chooses, speculation configs, and a pair so small that the software GPU runs it in milliseconds.
 
 use crate::support;
 pub use crate::support::exhaustive;

@@ -26,10 +26,16 @@ pub fn run_test(settings: Settings, name: &str) -> Run {
 }
 
 fn finish(settings: Settings, mut command: Command) -> Run {
-    let driver = softgpu::driver_folder().expect("cargo builds the software GPU with its tests");
+    install(&mut command);
     // A backtrace of the program says nothing about a kernel.
-    command.env("LD_LIBRARY_PATH", driver).envs(settings.iter().copied()).env_remove("RUST_BACKTRACE");
+    command.envs(settings.iter().copied()).env_remove("RUST_BACKTRACE");
     program::finish(command)
+}
+
+/// Makes a program find the software GPU as its CUDA driver.
+pub fn install(command: &mut Command) {
+    let driver = softgpu::driver_folder().expect("cargo builds the software GPU with its tests");
+    command.env("LD_LIBRARY_PATH", driver);
 }
 
 /// A folder with the PTX of every module as a card gets it.

@@ -20,26 +20,33 @@ pub struct TestGpu {
     before: Mutex<BTreeMap<String, Counts>>,
 }
 
+fn real() -> bool {
+    std::env::var_os(REAL).is_some_and(|value| value == "1")
+}
+
 /// Opens the device of tests.
 pub fn open() -> Cuda {
-    let real = std::env::var_os(REAL).is_some();
-    if !real {
-        load_software_gpu();
-    }
+    load_software_gpu();
     let cuda = Cuda::open(0).unwrap_or_else(|e| panic!("{e} (kernel tests need nvcc: tools/get-nvcc.sh)"));
     assert_eq!(
         cuda.properties().software,
-        !real,
+        !real(),
         "the driver is that of {}: tests run on the machine's GPU with {REAL}=1, on the software GPU with \
          LD_LIBRARY_PATH=target/release/deps/softgpu-driver",
         cuda.properties().name
     );
+    // tools/gpu-check.sh looks for this line.
+    println!("on {}", cuda.properties().name);
     cuda
 }
 
-/// Loads the software GPU's driver. Its SONAME is the driver's, so that the engine finds it by that name.
-fn load_software_gpu() {
+/// Loads the software GPU's driver, except with [`REAL`]. Its SONAME is the driver's, so that the engine finds it by
+/// that name.
+pub fn load_software_gpu() {
     static DRIVER: OnceLock<Library> = OnceLock::new();
+    if real() {
+        return;
+    }
     DRIVER.get_or_init(|| {
         let folder = softgpu::driver_folder().expect("cargo builds the software GPU with its tests");
         // SAFETY: the library starts nothing when it is loaded.
@@ -64,6 +71,11 @@ pub fn set_schedule(schedule: usize) {
 impl TestGpu {
     pub fn new() -> TestGpu {
         TestGpu::with_memory(u64::MAX)
+    }
+
+    /// A device with counters; `None` on the machine's GPU, which has none.
+    pub fn counting() -> Option<TestGpu> {
+        Some(TestGpu::new()).filter(|gpu| gpu.properties().software)
     }
 
     /// A device on which an allocation fails that would exceed `bytes` bytes in all.

@@ -526,6 +526,9 @@ fn atomic(
     let all = addresses(rows, i);
     let bytes = i.ty.bytes();
     env.counts.atomics += u64::from(mask.count_ones());
+    if i.space != Space::Shared {
+        env.counts.global(pc, &all, mask, bytes);
+    }
     for lane in lanes(mask) {
         let (space, address) = resolve(i.space, all[lane]);
         let who = Who { warp: warp.index, lane, pc };

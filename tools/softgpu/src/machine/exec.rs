@@ -151,6 +151,8 @@ unsafe fn interpret(
                     let present = gather(&kernel.code, &rows, warp, i, pc, mask)?;
                     set = 0;
                     if present == 0 {
+                        // Counted when the others arrive.
+                        env.counts.executed[pc] -= 1;
                         break;
                     }
                     if i.op == Op::Bar {
