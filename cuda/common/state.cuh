@@ -61,7 +61,8 @@ struct __align__(16) Sequence {
 static_assert(sizeof(Sequence) == 128, "src/gpu/kernels/round.rs writes it word by word");
 
 WRAPPER Progress ld_progress(const Sequence* from) {  // [1]
-  const uint4 a = ld(reinterpret_cast<const uint4*>(from)), b = ld(reinterpret_cast<const uint4*>(from) + 1);
+  const uint4* words = reinterpret_cast<const uint4*>(from);
+  const uint4 a = words[0], b = words[1];
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 }
 

@@ -78,7 +78,7 @@ WRAPPER void load_stage(unsigned char* stage,    // [STAGE_BYTES], shared memory
 #pragma unroll 4
   for (u32 turn = 0; turn < Loop::TOKENS * 8 / Loop::THREADS; turn++) {
     const u32 i = turn * Loop::THREADS + threadIdx.x;
-    const u32 token = i / 8, c = i % 8, from = lds(source_rows + token);
+    const u32 token = i / 8, c = i % 8, from = source_rows[token];
     const bool valid = from != NONE && k + c * 8 < l.k;
     unsigned char* to = stage + WEIGHT_BYTES + Loop::token_chunk(token, c);
     cp_async16(to, l.in + (valid ? size_t(from) * l.k + k + c * 8 : 0), valid);
@@ -97,7 +97,7 @@ WRAPPER bool begin_tile(const Linear& l, Tile& tile, const Epilogue& epilogue,
   static_assert(Loop::TOKENS <= Loop::THREADS, "one thread per token");
   grid_launch();
   grid_wait();
-  if (l.num_active && ld(l.num_active) == 0) return false;
+  if (l.num_active && *l.num_active == 0) return false;
   tile.values = reinterpret_cast<const float*>(memory);
   tile.scale = scale;
   tile.token = blockIdx.x * Loop::TOKENS;
@@ -106,9 +106,9 @@ WRAPPER bool begin_tile(const Linear& l, Tile& tile, const Epilogue& epilogue,
   const u32 row = tile.token + threadIdx.x;
   const bool has_token = threadIdx.x < tile.tokens;
   u32 from = has_token ? row : NONE;
-  if (l.gather && has_token) from = ld(l.gather + row);
-  sts(source_rows + threadIdx.x, !l.gather || from < l.in_rows ? from : NONE);
-  sts(scale + threadIdx.x, has_token && l.sumsq ? inverse_rms(l, row) : 1.0f);
+  if (l.gather && has_token) from = l.gather[row];
+  source_rows[threadIdx.x] = !l.gather || from < l.in_rows ? from : NONE;
+  scale[threadIdx.x] = has_token && l.sumsq ? inverse_rms(l, row) : 1.0f;
   if (has_token) prepare_token(epilogue, tile, threadIdx.x);
   __syncthreads();
   return true;
@@ -119,9 +119,9 @@ WRAPPER bool begin_tile(const Linear& l, Tile& tile, const Epilogue& epilogue,
 template <class Epilogue>
 WRAPPER bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilogue) {
   typedef Warps Loop;
-  DYNAMIC_SHARED(unsigned char, memory);
-  SHARED(u32, source_rows, Loop::TOKENS);
-  SHARED(float, scale, Loop::TOKENS);
+  unsigned char* memory = dynamic_shared;
+  __shared__ u32 source_rows[Loop::TOKENS];
+  __shared__ float scale[Loop::TOKENS];
   if (!begin_tile<Loop>(l, tile, epilogue, memory, source_rows, scale)) return false;
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const u32 first_tile = warp % 2 * 4, first_token = warp / 2 * 64;  // this warp's, within the block
@@ -154,12 +154,12 @@ WRAPPER bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilog
       for (u32 i = 0; i < 4; i++) {
         const unsigned char* from_tile =
             stage + Loop::weights(first_tile + i, group) + Loop::weight_chunk(t, g);
-        w[i][0] = lds128(from_tile), w[i][1] = lds128(from_tile + 512);
+        w[i][0] = as<uint4>(from_tile), w[i][1] = as<uint4>(from_tile + 512);
       }
 #pragma unroll
       for (u32 j = 0; j < 8; j++) {
         const u32 token = first_token + j * 8 + g;
-        const uint4 x = lds128(stage + WEIGHT_BYTES + Loop::token_chunk(token, group * 4 + t));
+        const uint4 x = as<uint4>(stage + WEIGHT_BYTES + Loop::token_chunk(token, group * 4 + t));
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
           mma_bf16(sum[i][j], w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y, x.x, x.y);
@@ -176,8 +176,8 @@ WRAPPER bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilog
     for (u32 i = 0; i < 4; i++) {
       const u32 token = first_token + j * 8 + t * 2;
       float* to = reinterpret_cast<float*>(memory) + token * TILE_PITCH + (first_tile + i) * 16 + g;
-      sts(to, sum[i][j][0]), sts(to + TILE_PITCH, sum[i][j][1]);
-      sts(to + 8, sum[i][j][2]), sts(to + TILE_PITCH + 8, sum[i][j][3]);
+      to[0] = sum[i][j][0], to[TILE_PITCH] = sum[i][j][1];
+      to[8] = sum[i][j][2], to[TILE_PITCH + 8] = sum[i][j][3];
     }
   }
   __syncthreads();
@@ -192,12 +192,11 @@ WRAPPER bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilog
 template <class Epilogue>
 WRAPPER bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& epilogue) {
   typedef Warpgroups Loop;
-  DYNAMIC_SHARED(unsigned char, unaligned);
-  SHARED(u32, source_rows, Loop::TOKENS);
-  SHARED(float, scale, Loop::TOKENS);
+  __shared__ u32 source_rows[Loop::TOKENS];
+  __shared__ float scale[Loop::TOKENS];
   // The swizzle depends on the address, so stages start at multiples of 1024; the launch allocates the
   // padding.
-  unsigned char* memory = unaligned + (0u - shared_address(unaligned)) % 1024;
+  unsigned char* memory = dynamic_shared + (0u - shared_address(dynamic_shared)) % 1024;
   if (!begin_tile<Loop>(l, tile, epilogue, memory, source_rows, scale)) return false;
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 
@@ -233,8 +232,8 @@ WRAPPER bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& e
 #pragma unroll
   for (u32 j = 0; j < 32; j++) {
     float* to = reinterpret_cast<float*>(memory) + (j * 8 + t * 2) * TILE_PITCH + warp * 16 + g;
-    sts(to, sum[j * 4]), sts(to + TILE_PITCH, sum[j * 4 + 1]);
-    sts(to + 8, sum[j * 4 + 2]), sts(to + TILE_PITCH + 8, sum[j * 4 + 3]);
+    to[0] = sum[j * 4], to[TILE_PITCH] = sum[j * 4 + 1];
+    to[8] = sum[j * 4 + 2], to[TILE_PITCH + 8] = sum[j * 4 + 3];
   }
   __syncthreads();
   return true;
@@ -245,8 +244,9 @@ WRAPPER bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& e
 
 // `Linear` and the epilogue's struct document the shape of every parameter.
 #define PREFILL(name, kernel, Loop, per_sm)                                               \
-  KERNEL(Loop::THREADS, per_sm, kernel, (LINEAR_PARAMETERS, PARAMETERS_##name)) {         \
-    SHARED(KvSlot, kv_slots, Loop::TOKENS);                                               \
+  extern "C" __global__ void __launch_bounds__(Loop::THREADS, per_sm)                     \
+  kernel(LINEAR_PARAMETERS, PARAMETERS_##name) {                                          \
+    __shared__ KvSlot kv_slots[Loop::TOKENS];                                             \
     const auto epilogue = EPILOGUE_##name;                                                \
     Tile tile;                                                                            \
     tile.kv_slots = kv_slots;                                                             \

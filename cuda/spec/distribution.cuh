@@ -30,7 +30,8 @@ struct PhiloxStream {
   u32 key[2], stream, round, anchor;  // anchor: its position
 };
 WRAPPER PhiloxStream philox_stream(const Sequence* state) {
-  return {{ld(state->seed), ld(state->seed + 1)}, ld(&state->stream), ld(&state->rounds) + 1, ld(&state->now.length)};
+  const u32* key = state->seed;
+  return {{key[0], key[1]}, state->stream, state->rounds + 1, state->now.length};
 }
 // 64 random bits. No two draws of a round share (purpose, depth, row).
 WRAPPER u64 random_bits(const PhiloxStream& stream, u32 purpose, u32 depth, u32 row) {
@@ -44,16 +45,16 @@ WRAPPER bool accept(const PhiloxStream& stream, u32 depth, u32 row, u64 numerato
 }
 
 WRAPPER RowDistribution ld_distribution(const RowDistribution* from) {
-  const uint4 a = ld128(from), b = ld128(reinterpret_cast<const uint4*>(from) + 1);
-  const uint4 c = ld128(reinterpret_cast<const uint4*>(from) + 2);
+  const uint4* words = reinterpret_cast<const uint4*>(from);
+  const uint4 a = words[0], b = words[1], c = words[2];
   return {__uint_as_float(a.x), __uint_as_float(a.y), a.z, a.w, {b.x, b.y, b.z}, b.w, u64(c.y) << 32 | c.x,
           u64(c.w) << 32 | c.z};
 }
 WRAPPER void st_distribution(RowDistribution* to, const RowDistribution& d) {
   uint4* words = reinterpret_cast<uint4*>(to);
-  st128(words, make_uint4(__float_as_uint(d.max_logit), __float_as_uint(d.c), d.min_weight, d.shift));
-  st128(words + 1, make_uint4(d.limit.exponent, d.limit.inverted_logit, d.limit.id, d.rounding_token));
-  st128(words + 2, make_uint4(u32(d.inverse), u32(d.inverse >> 32), u32(d.remainder), u32(d.remainder >> 32)));
+  words[0] = make_uint4(__float_as_uint(d.max_logit), __float_as_uint(d.c), d.min_weight, d.shift);
+  words[1] = make_uint4(d.limit.exponent, d.limit.inverted_logit, d.limit.id, d.rounding_token);
+  words[2] = make_uint4(u32(d.inverse), u32(d.inverse >> 32), u32(d.remainder), u32(d.remainder >> 32));
 }
 
 // A token's weight after filtering; 0 if a filter removes the token.
@@ -77,7 +78,7 @@ WRAPPER u64 probability_at(const RowDistribution& d,
                            const u32* tables,    // [512] shared
                            const float* logits,  // [vocab]
                            u32 vocab, u32 id) {
-  return id < vocab ? probability(d, tables, ld(logits + id), id) : 0;
+  return id < vocab ? probability(d, tables, logits[id], id) : 0;
 }
 
 // The product of two probabilities: floor(a b / 2^48), which must be below 2^64.
@@ -121,10 +122,10 @@ WRAPPER u64 reciprocal(u64 n) {
 // The sum over the block, returned to every thread. `warp_sums` may be overwritten after one more barrier.
 WRAPPER u64 block_sum(u64 own, u64* warp_sums) {  // [WARPS] shared
   for (int flip = 16; flip; flip /= 2) own += __shfl_xor_sync(~0u, own, flip);
-  if (threadIdx.x % 32 == 0) sts(warp_sums + threadIdx.x / 32, own);
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = own;
   __syncthreads();
   u64 sum = 0;
-  for (u32 w = 0; w < WARPS; w++) sum += lds(warp_sums + w);
+  for (u32 w = 0; w < WARPS; w++) sum += warp_sums[w];
   return sum;
 }
 
@@ -160,7 +161,7 @@ WRAPPER u32 sample_weights(u32 vocab, u64 bits,
       at = __umul64hi(bits, total);
     }
     u32 w = 0;
-    for (; w < WARPS - 1 && at >= lds(warp_sums + w); w++) at -= lds(warp_sums + w);
+    for (; w < WARPS - 1 && at >= warp_sums[w]; w++) at -= warp_sums[w];
     first = min(first + w * part, end);
     end = min(first + part, end);
   }
@@ -257,16 +258,16 @@ WRAPPER u32 accepted_prefix(const PhiloxStream& stream,
       if (w == ONE && length < num_drafts) break;
       if (accept(stream, length, length, w - overlap, ONE - overlap)) break;
     }
-    sts(scratch, length);
+    *scratch = length;
   }
   __syncthreads();
-  return lds(scratch);
+  return *scratch;
 }
 
 // Copies the tables thi and tlo to shared memory.
 WRAPPER void load_weight_tables(u32* to,              // [512] shared
                                 const u32* tables) {  // [512]
-  for (u32 i = threadIdx.x; i < 512 / 4; i += THREADS) sts128(to + i * 4, ld_stream(tables + i * 4));
+  for (u32 i = threadIdx.x; i < 512 / 4; i += THREADS) as<uint4>(to + i * 4) = ld_stream(tables + i * 4);
 }
 
 }  // namespace

@@ -21,7 +21,8 @@ struct Rank {
   u32 exponent, inverted_logit, id;  // inverted_logit: ~ascending(logit)
 };
 
-// Shared memory of radix_select.
+// Shared memory of radix_select. Arrays that threads read in order are aligned to 16 bytes here and in the kernels, so
+// that the compiler can load several elements at once.
 struct SelectScratch {
   const u32* tables;  // [TABLE_WORDS] thi, tlo, rlog
   u64* bins;          // [BINS]
@@ -43,14 +44,14 @@ WRAPPER u32 weight_exponent(float max_logit, float logit, float c) {
 
 // 2^(32 - exponent / 2^16) as an integer; 2^32 for the best token.
 WRAPPER u64 weight(const u32* tables, u32 exponent) {
-  return u64(lds(tables + (exponent >> 8 & 255))) * lds(tables + TLO + (exponent & 255)) >> 30 >> (exponent >> 16);
+  return u64(tables[exponent >> 8 & 255]) * tables[TLO + (exponent & 255)] >> 30 >> (exponent >> 16);
 }
 
 // The exponential variate -log2(u / 2^32) in units of 2^-27, by linear interpolation in rlog.
 WRAPPER u32 race_time(const u32* tables, u32 u) {
   u = max(u, 2u);
   const u32 zeros = u32(__clz(int(u))), mantissa = u << zeros & 0x7fffffff;
-  const u32 from = lds(tables + RLOG + (mantissa >> 19)), to = lds(tables + RLOG + (mantissa >> 19) + 1);
+  const u32 from = tables[RLOG + (mantissa >> 19)], to = tables[RLOG + (mantissa >> 19) + 1];
   return (zeros << 27) + from - u32(u64(from - to) * (mantissa & 0x7ffff) >> 19);
 }
 
@@ -72,13 +73,13 @@ WRAPPER u64 best_key(const u64* best,  // [blocks]
                      u32 blocks,
                      u64* warp_maxima) {  // [WARPS] shared
   u64 largest = 0;
-  for (u32 i = threadIdx.x; i < blocks; i += THREADS) largest = max(largest, ld(best + i));
+  for (u32 i = threadIdx.x; i < blocks; i += THREADS) largest = max(largest, best[i]);
   // Two reductions of words instead of ten shuffles.
   const u32 high = __reduce_max_sync(~0u, u32(largest >> 32));
   const u32 low = __reduce_max_sync(~0u, u32(largest >> 32) == high ? u32(largest) : 0u);
-  if (threadIdx.x % 32 == 0) sts(warp_maxima + threadIdx.x / 32, u64(high) << 32 | low);
+  if (threadIdx.x % 32 == 0) warp_maxima[threadIdx.x / 32] = u64(high) << 32 | low;
   __syncthreads();
-  for (u32 w = 0; w < WARPS; w++) largest = max(largest, lds(warp_maxima + w));
+  for (u32 w = 0; w < WARPS; w++) largest = max(largest, warp_maxima[w]);
   return largest;
 }
 
@@ -95,12 +96,13 @@ WRAPPER float4 load4(const float* logits,  // [vocab]
                      u32 vocab, u32 group) {
   const float none = __uint_as_float(0xff800000u);
   const u32 id = group * 4;
-  if (vocab % 4 == 0) return ld(reinterpret_cast<const float4*>(logits + id));
+  logits += id;
+  if (vocab % 4 == 0) return as<float4>(logits);
   float4 v = make_float4(none, none, none, none);
-  v.x = ld(logits + id);
-  if (id + 1 < vocab) v.y = ld(logits + id + 1);
-  if (id + 2 < vocab) v.z = ld(logits + id + 2);
-  if (id + 3 < vocab) v.w = ld(logits + id + 3);
+  v.x = logits[0];
+  if (id + 1 < vocab) v.y = logits[1];
+  if (id + 2 < vocab) v.z = logits[2];
+  if (id + 3 < vocab) v.w = logits[3];
   return v;
 }
 
@@ -138,13 +140,14 @@ WRAPPER Rank radix_select(bool by_mass, u32 amount,
                           const float* logits,  // [vocab]
                           u32 vocab, float max_logit, float c, Rank limit, const SelectScratch& scratch) {
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u64* own_bins = scratch.bins + threadIdx.x * 4;
   Rank prefix = {0, 0, 0}, mask = {0, 0, 0};
   u64 needed = 0;
   for (u32 level = 0; level < 8; level++) {
     const u32 shift = level == 0 ? 11 : level == 2 ? 21 : level == 3 ? 10 : level == 5 ? 15 : level == 6 ? 4 : 0;
     const u32 digits = level == 4 ? 1023 : level == 7 ? 15 : 2047;
     const bool sum_weights = by_mass && level < 2;
-    for (u32 i = 0; i < 4; i++) sts(scratch.bins + threadIdx.x * 4 + i, u64(0));
+    for (u32 i = 0; i < 4; i++) own_bins[i] = 0;
     __syncthreads();
     // Neighbouring tokens often fall into the same bin: consecutive ones are summed before atomicAdd.
     u32 pending_digit = 0;
@@ -173,18 +176,18 @@ WRAPPER Rank radix_select(bool by_mass, u32 amount,
     // Prefix sum over the bins, four per thread.
     u64 four[4], own = 0;
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) own += four[i] = lds(scratch.bins + threadIdx.x * 4 + i);
+    for (u32 i = 0; i < 4; i++) own += four[i] = own_bins[i];
     u64 inclusive = own;  // of this warp's bins up to and including this thread's
     for (u32 by = 1; by < 32; by *= 2) {
       const u64 lower = __shfl_up_sync(~0u, inclusive, by);
       if (lane >= by) inclusive += lower;
     }
-    if (lane == 31) sts(scratch.warp_sums + warp, inclusive);
+    if (lane == 31) scratch.warp_sums[warp] = inclusive;
     __syncthreads();
     u64 before = inclusive - own, total = 0;
     for (u32 w = 0; w < WARPS; w++) {
       if (w == warp) before += total;
-      total += lds(scratch.warp_sums + w);
+      total += scratch.warp_sums[w];
     }
     if (level == 0) {
       // ceil(total amount / 2^32); the product has up to 90 bits.
@@ -196,16 +199,16 @@ WRAPPER Rank radix_select(bool by_mass, u32 amount,
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
       if (before < needed && needed <= before + four[i]) {
-        sts(scratch.selected, u64(threadIdx.x * 4 + i));
-        sts(scratch.selected + 1, needed - before);
-        sts(scratch.selected + 2, four[i]);
+        scratch.selected[0] = threadIdx.x * 4 + i;
+        scratch.selected[1] = needed - before;
+        scratch.selected[2] = four[i];
       }
       before += four[i];
     }
     __syncthreads();
-    const u32 digit = u32(lds(scratch.selected)) & digits;
-    needed = lds(scratch.selected + 1);
-    u64 in_bin = lds(scratch.selected + 2);
+    const u32 digit = u32(scratch.selected[0]) & digits;
+    needed = scratch.selected[1];
+    u64 in_bin = scratch.selected[2];
     // No field has bits above its first digit.
     if (level < 2) {
       prefix.exponent |= digit << shift, mask.exponent = ~0u << shift;
