@@ -10,7 +10,7 @@
 // release, and causality order is transitive, so the release covers them without a fence in each thread. The
 // additions of all blocks form one release sequence, so the last one acquires from each earlier one, and the
 // second barrier orders it before the loads of the other threads.
-WRAPPER bool is_last_block(u32 count, u32* counter) {  // [1], zero before and after
+DEVICE bool is_last_block(u32 count, u32* counter) {  // [1], zero before and after
   __shared__ u32 before;
   __syncthreads();
   if (threadIdx.x == 0) before = atomic_add_acq_rel(counter, 1);

@@ -15,26 +15,26 @@ typedef unsigned long long u64;
 // The dynamic shared memory of the launch.
 extern __shared__ __align__(128) unsigned char dynamic_shared[];
 
-#define WRAPPER __device__ __forceinline__
+#define DEVICE __device__ __forceinline__
 
 // The sizeof(T) bytes at `at`, which is aligned to T, for one access: as<float4>(x + 4 * i) = v.
 template <class T>
-WRAPPER const T& as(const void* at) {
+DEVICE const T& as(const void* at) {
   return *static_cast<const T*>(at);
 }
 template <class T>
-WRAPPER T& as(void* at) {
+DEVICE T& as(void* at) {
   return *static_cast<T*>(at);
 }
 
 // --- bf16 ---
 
 // The two bf16 of a pair as f32.
-WRAPPER float low_f32(u32 pair) { return __uint_as_float(pair << 16); }
-WRAPPER float high_f32(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+DEVICE float low_f32(u32 pair) { return __uint_as_float(pair << 16); }
+DEVICE float high_f32(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // Rounds two floats to nearest, ties to even, to a pair of bf16, `low` at the lower address. NaN becomes 0x7fff.
-WRAPPER u32 pack2(float low, float high) {
+DEVICE u32 pack2(float low, float high) {
   u32 pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
@@ -43,7 +43,7 @@ WRAPPER u32 pack2(float low, float high) {
 // --- special functions ---
 
 // 2^x with relative error 2^-22. -inf gives exactly 0, 0 gives exactly 1, results below 2^-126 are 0.
-WRAPPER float ex2(float x) {
+DEVICE float ex2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -54,7 +54,7 @@ WRAPPER float ex2(float x) {
 // D[16][8] += A[16][16] B[16][8], bf16 inputs, f32 accumulators, executed by the whole warp.
 // a0: A[g][2t..], a1: A[g+8][2t..], a2: A[g][2t+8..], a3: A[g+8][2t+8..]; b0: B[2t..][g], b1: B[2t+8..][g];
 // d[0..1]: D[g][2t..], d[2..3]: D[g+8][2t..].
-WRAPPER void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+DEVICE void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -67,7 +67,7 @@ WRAPPER void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
 #define WGMMA 1
 
 // Address in the shared window, as descriptors need it.
-WRAPPER u32 shared_address(const void* at) { return u32(__cvta_generic_to_shared(at)); }
+DEVICE u32 shared_address(const void* at) { return u32(__cvta_generic_to_shared(at)); }
 
 // Descriptor of a K-major operand in shared memory. Addresses and strides are in bytes, multiples of 16.
 //   NO_SWIZZLE: 8 rows x 8 k occupy 128 bytes, row by row. The next 8 k start `leading` bytes further, the
@@ -76,28 +76,28 @@ WRAPPER u32 shared_address(const void* at) { return u32(__cvta_generic_to_shared
 //   c ^ row % 8. The next 8 rows start `stride` bytes further. Within the 64 k, the next 16 k start 32 bytes
 //   further. `leading` is unused.
 enum Swizzle : u32 { NO_SWIZZLE = 0, SWIZZLE_128 = 1 };
-WRAPPER u64 descriptor(u32 address, u32 leading, u32 stride, Swizzle swizzle) {
+DEVICE u64 descriptor(u32 address, u32 leading, u32 stride, Swizzle swizzle) {
   return (address & 0x3ffff) >> 4 | u64(leading >> 4) << 16 | u64(stride >> 4) << 32 | u64(swizzle) << 62;
 }
 // The descriptor of the same operand `bytes` further.
-WRAPPER u64 advance(u64 descriptor, u32 bytes) { return descriptor + (bytes >> 4); }
+DEVICE u64 advance(u64 descriptor, u32 bytes) { return descriptor + (bytes >> 4); }
 
 // Required before the first product, and between a thread's own accesses to the accumulators and the next
 // product that adds to them.
-WRAPPER void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
 
 // Closes the group of products started since the last commit.
-WRAPPER void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
 
 // Waits for all groups of products except the newest KEEP. Operands of the finished groups may be
 // overwritten, and accumulators may be read if no unfinished product adds to them.
 template <int KEEP>
-WRAPPER void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(KEEP) : "memory"); }
+DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(KEEP) : "memory"); }
 
 // Starts D[64][256] = A[64][16] B[16][256], plus D if `add`: bf16 inputs, f32 accumulators. The whole
 // warpgroup passes the same descriptors. Warp w of the four holds rows 16w..16w + 16 of D;
 // d[4j + 0, 1]: D[g][8j + 2t..], d[4j + 2, 3]: D[g + 8][8j + 2t..].
-WRAPPER void wgmma_bf16(float (&d)[128], u64 a, u64 b, bool add) {
+DEVICE void wgmma_bf16(float (&d)[128], u64 a, u64 b, bool add) {
 #define FOUR_OF(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SIXTEEN_OF(i) FOUR_OF(i), FOUR_OF(i + 4), FOUR_OF(i + 8), FOUR_OF(i + 12)
   asm volatile(
@@ -124,21 +124,21 @@ WRAPPER void wgmma_bf16(float (&d)[128], u64 a, u64 b, bool add) {
 
 // Makes this thread's writes to shared memory visible to wgmma, which reads through the async proxy. Belongs
 // after the writes (for cp.async: after the wait) and before the barrier that precedes the products.
-WRAPPER void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 #endif
 
 // --- shared memory ---
 
 // Loads four 8x8 matrices of bf16 from shared memory. Lane 8m + i passes the address of row i of matrix m (16
 // bytes, aligned). Register m of lane (g, t) receives elements [g][2t..2t+1] of matrix m.
-WRAPPER void ldmatrix4(u32 (&r)[4], const void* row) {
+DEVICE void ldmatrix4(u32 (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(u32(__cvta_generic_to_shared(row)))
                : "memory");
 }
 // The same, but register m receives elements [2t..2t+1][g].
-WRAPPER void ldmatrix4_trans(u32 (&r)[4], const void* row) {
+DEVICE void ldmatrix4_trans(u32 (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(u32(__cvta_generic_to_shared(row)))
@@ -150,27 +150,27 @@ WRAPPER void ldmatrix4_trans(u32 (&r)[4], const void* row) {
 // Starts a copy. If `valid` is false, nothing is read and the destination is filled with zeros. This thread
 // may read the bytes after a cp_async_wait that covers the copy's group, other threads after a barrier in
 // addition.
-WRAPPER void cp_async16(void* to, const void* from, bool valid = true) {
+DEVICE void cp_async16(void* to, const void* from, bool valid = true) {
   const u32 at = u32(__cvta_generic_to_shared(to));
   const u32 bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(at), "l"(from), "r"(bytes) : "memory");
 }
 
 // Closes the group of copies that this thread started since the last commit.
-WRAPPER void cp_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 
 // Waits for all of this thread's groups except the newest KEEP.
 template <int KEEP>
-WRAPPER void cp_async_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(KEEP) : "memory"); }
+DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(KEEP) : "memory"); }
 
 // Waits for all of this thread's copies, committed or not.
-WRAPPER void cp_async_wait_all() { asm volatile("cp.async.wait_all;" : : : "memory"); }
+DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 
 // --- global memory ---
 
 // Loads 16 bytes of constants, such as weights, without keeping them in L1. No kernel of the round writes
 // them, so the load is allowed before grid_wait.
-WRAPPER uint4 ld_stream(const void* from) {
+DEVICE uint4 ld_stream(const void* from) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -180,7 +180,7 @@ WRAPPER uint4 ld_stream(const void* from) {
 
 // Starts fetching constants into the L2 cache, also before grid_wait: `bytes` bytes, a multiple of 16, from a
 // multiple of 16. Does nothing on GPUs without dependent launch, where nothing could overlap the copy.
-WRAPPER void prefetch_l2(const void* from, u32 bytes) {
+DEVICE void prefetch_l2(const void* from, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes) : "memory");
 #endif
@@ -189,14 +189,14 @@ WRAPPER void prefetch_l2(const void* from, u32 bytes) {
 // Loads and stores that bypass L1, for data exchanged between blocks of one launch (ordered by is_last_block).
 #define ONE(c) c(v)
 #define FOUR(c) c(v.x), c(v.y), c(v.z), c(v.w)
-#define PAST_L1(T, form, load, store, out, in)                                       \
-  WRAPPER T ld_cg(const T* from) {                                                   \
-    T v;                                                                             \
-    asm volatile("ld.global.cg." form " " load ";" : out : "l"(from) : "memory");    \
-    return v;                                                                        \
-  }                                                                                  \
-  WRAPPER void st_cg(T* to, T v) {                                                   \
-    asm volatile("st.global.cg." form " " store ";" : : "l"(to), in : "memory");     \
+#define PAST_L1(T, form, load, store, out, in)                                    \
+  DEVICE T ld_cg(const T* from) {                                                 \
+    T v;                                                                          \
+    asm volatile("ld.global.cg." form " " load ";" : out : "l"(from) : "memory"); \
+    return v;                                                                     \
+  }                                                                               \
+  DEVICE void st_cg(T* to, T v) {                                                 \
+    asm volatile("st.global.cg." form " " store ";" : : "l"(to), in : "memory");  \
   }
 PAST_L1(u64, "u64", "%0, [%1]", "[%0], %1", ONE("=l"), ONE("l"))
 PAST_L1(float, "f32", "%0, [%1]", "[%0], %1", ONE("=f"), ONE("f"))
@@ -208,7 +208,7 @@ PAST_L1(uint4, "v4.u32", "{%0,%1,%2,%3}, [%4]", "[%0], {%1,%2,%3,%4}", FOUR("=r"
 
 // Adds to *counter and returns the old value, with acquire and release semantics at GPU scope. The release covers
 // the stores of this thread, and those of other threads of the block only after a barrier.
-WRAPPER u32 atomic_add_acq_rel(u32* counter, u32 value) {
+DEVICE u32 atomic_add_acq_rel(u32* counter, u32 value) {
   u32 old;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(value) : "memory");
   return old;
@@ -216,7 +216,7 @@ WRAPPER u32 atomic_add_acq_rel(u32* counter, u32 value) {
 
 // A store with release semantics at system scope: a host that reads this value also sees all earlier writes
 // that this thread made or observed. Publishes the sequence number of the ring in pinned memory.
-WRAPPER void st_release_system(u32* to, u32 value) {
+DEVICE void st_release_system(u32* to, u32 value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");
 }
 
@@ -225,14 +225,14 @@ WRAPPER void st_release_system(u32* to, u32 value) {
 // Waits until all earlier kernels have finished and their writes are visible. Before this call a kernel may
 // read only constants (ld_stream). Every thread of every kernel must call it before it exits: the next kernel
 // waits only for this one, so it could otherwise run while an earlier kernel is still running.
-WRAPPER void grid_wait() {
+DEVICE void grid_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" : : : "memory");
 #endif
 }
 
 // Allows the next kernel's blocks to be scheduled while this kernel still runs. It orders no memory accesses.
-WRAPPER void grid_launch() {
+DEVICE void grid_launch() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
 #endif

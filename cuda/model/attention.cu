@@ -51,7 +51,7 @@ TREE_ATTENTION(128, 32)
 TREE_ATTENTION(128, 64)
 
 template <int D>
-WRAPPER void prefill(const AttentionParams& params) {
+DEVICE void prefill(const AttentionParams& params) {
   grid_launch();
   grid_wait();
   Attention<D, 4, CAUSAL> a(params);

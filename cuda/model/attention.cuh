@@ -33,10 +33,10 @@ constexpr u32 SPLITS_PER_GROUP = 8;
 
 // A split has 128 slots below slot 4096, 512 below 32768, 2048 above. A key's slot is its position, except in
 // trees.
-WRAPPER u32 split_start(u32 split) {
+DEVICE u32 split_start(u32 split) {
   return split <= 32 ? split * 128 : split <= 88 ? 4096 + (split - 32) * 512 : 32768 + (split - 88) * 2048;
 }
-WRAPPER u32 split_of(u32 slot) {
+DEVICE u32 split_of(u32 slot) {
   return slot < 4096    ? slot / 128
          : slot < 32768 ? 32 + (slot - 4096) / 512
                         : 88 + (slot - 32768) / 2048;
@@ -45,7 +45,7 @@ WRAPPER u32 split_of(u32 slot) {
 // --- masks ---
 
 // Bits 0..count set; all 64 if count is 64 or more.
-WRAPPER u64 low_bits(u32 count) { return count < 64 ? (1ull << count) - 1 : ~0ull; }
+DEVICE u64 low_bits(u32 count) { return count < 64 ? (1ull << count) - 1 : ~0ull; }
 
 // Parameters common to the attention kernels.
 struct AttentionParams {
@@ -64,7 +64,7 @@ struct AttentionParams {
 };
 
 // First of the `window` positions before `end`; 0 if window is 0.
-WRAPPER u32 window_start(u32 end, u32 window) { return window && end > window ? end - window : 0; }
+DEVICE u32 window_start(u32 end, u32 window) { return window && end > window ? end - window : 0; }
 
 // --- the core ---
 
@@ -104,7 +104,7 @@ struct Attention {
 
   float o[MT][NT][4], m[MT][2], l[MT][2];  // outputs, row maxima, row sums, as mma accumulators
 
-  WRAPPER explicit Attention(const AttentionParams& p) : params(p) {
+  DEVICE explicit Attention(const AttentionParams& p) : params(p) {
     queries = dynamic_shared;
     keys = queries + ROWS * PITCH;
     values = keys + 2 * TILE;
@@ -118,7 +118,7 @@ struct Attention {
 
   // Sets up row tile `tile` of `sequence` and KV head `head`; returns false if it has no rows. For any
   // context, any number of rows in the span and any masks, the interval stays inside the page table.
-  WRAPPER bool init_tile(u32 tile) {
+  DEVICE bool init_tile(u32 tile) {
     group_size = params.heads / params.kv_heads;
     first_packed = tile * ROWS;
     const u32 lane = threadIdx.x % 32;
@@ -159,7 +159,7 @@ struct Attention {
   }
 
   // TREE: bit i is set if row i of the pass is an ancestor of row `row` or the row itself, and has a slot.
-  WRAPPER u64 ancestor_mask(u32 row) const {
+  DEVICE u64 ancestor_mask(u32 row) const {
     return params.masks[size_t(sequence) * params.block + row] & low_bits(slots_end - context);
   }
 
@@ -167,7 +167,7 @@ struct Attention {
   // context + i; below `context` it sees positions from z on. TREE: it sees positions z..context + x, and y
   // is the index of its row in the row tile (NONE: there is no such row). w: index of its query in q and out,
   // in units of D elements; NONE: there is no such row.
-  WRAPPER uint4 make_row_info(u32 r) const {
+  DEVICE uint4 make_row_info(u32 r) const {
     const u32 row = (first_packed + r) / group_size - base;
     if (row >= rows) return make_uint4(0, MODE == TREE ? NONE : 0, 0, NONE);
     const u32 query = (sequence * params.block + base + row) * params.heads + head * group_size +
@@ -184,10 +184,10 @@ struct Attention {
   }
 
   // Whether there is a packed row r.
-  WRAPPER bool exists(u32 r) const { return first_packed + r < (base + rows) * group_size; }
+  DEVICE bool exists(u32 r) const { return first_packed + r < (base + rows) * group_size; }
 
   // Whether the packed row with `info` sees the key at `position`.
-  WRAPPER bool visible(const uint4& info, u32 position) const {
+  DEVICE bool visible(const uint4& info, u32 position) const {
     if (MODE == TREE) return position >= info.z && position < context + info.x;
     const u64 mask = info.x | u64(info.y) << 32;
     return position < context ? position >= info.z
@@ -195,9 +195,9 @@ struct Attention {
   }
 
   // Starts the copy of the keys or values of slots slot..slot + PAGE. Slots that no row sees become zeros.
-  WRAPPER void copy_page(unsigned char* to,  // [PAGE][D] bf16, shared memory
-                         const u16* cache,   // params.k or params.v
-                         u32 page, u32 slot) const {
+  DEVICE void copy_page(unsigned char* to,  // [PAGE][D] bf16, shared memory
+                        const u16* cache,   // params.k or params.v
+                        u32 page, u32 slot) const {
     const bool valid = page < params.pages;
     const u16* source = cache + (size_t(valid ? page : 0) * params.kv_heads + head) * (PAGE * D);
 #pragma unroll
@@ -210,8 +210,8 @@ struct Attention {
   // Replaces chunks of values that hold a NaN or infinity by zeros and flags them: 0 x NaN would otherwise
   // reach rows that do not see the value. For rows that see it, the flag turns the probability into NaN. Each
   // thread checks what it copied itself.
-  WRAPPER void zero_nonfinite(unsigned char* tile,  // [PAGE][D] bf16, shared memory
-                              u8* flags) const {    // [PAGE][CHUNKS], shared memory
+  DEVICE void zero_nonfinite(unsigned char* tile,  // [PAGE][D] bf16, shared memory
+                             u8* flags) const {    // [PAGE][CHUNKS], shared memory
 #pragma unroll
     for (u32 n = 0; n < PAGE * CHUNKS; n += ATTENTION_THREADS) {
       const u32 i = n + threadIdx.x;
@@ -226,17 +226,17 @@ struct Attention {
   }
 
   // The maximum of an empty set.
-  WRAPPER static float negative_infinity() { return __uint_as_float(0xff800000u); }
+  DEVICE static float negative_infinity() { return __uint_as_float(0xff800000u); }
 
   // Whether the value of key `key` was flagged by zero_nonfinite.
-  WRAPPER bool is_nonfinite(u32 key) const {
+  DEVICE bool is_nonfinite(u32 key) const {
     if (CHUNKS == 8) return as<u64>(nonfinite + key * CHUNKS);
     const uint4 any = as<uint4>(nonfinite + key * CHUNKS);
     return any.x | any.y | any.z | any.w;
   }
 
   // Address of chunk c of row r in a matrix with permuted chunks; `rows`: [rows][pitch bytes].
-  WRAPPER static unsigned char* chunk(unsigned char* rows, u32 r, u32 pitch, u32 c) {
+  DEVICE static unsigned char* chunk(unsigned char* rows, u32 r, u32 pitch, u32 c) {
     return rows + r * pitch + ((c ^ (r & 7)) << 4);
   }
 
@@ -250,7 +250,7 @@ struct Attention {
 
   // Fills `path_slots`: entry [i][k] is the slot, counted from `tail`, of the k-th key from `context` on of
   // the row tile's i-th row. If the row has no k-th key, it is the slot that a chain would use.
-  WRAPPER void build_path_slots() const {
+  DEVICE void build_path_slots() const {
     const u32 lane = threadIdx.x % 32, first = first_packed / group_size;
     const u32 count = min((first_packed + ROWS - 1) / group_size + 1, rows) - first;
 #pragma unroll 4
@@ -268,7 +268,7 @@ struct Attention {
   }
 
   // The slot, counted from `tail`, of the key at `position` on the path of the row tile's i-th row.
-  WRAPPER u32 tail_slot(u32 i, u32 position) const {
+  DEVICE u32 tail_slot(u32 i, u32 position) const {
     const u32 k = position - context, slot = path_slots[i * 64 + min(k, 63u)];
     return k < 64 ? slot : position - tail;
   }
@@ -277,7 +277,7 @@ struct Attention {
   // from `position` on; owned[h]: this lane's packed row r + 8h + g belongs to row i. If the 16 keys are the
   // same for all rows (all below `context`), calls body once with owned = true.
   template <class Body>
-  WRAPPER void for_each_path(u32 r, u32 position, Body body) const {
+  DEVICE void for_each_path(u32 r, u32 position, Body body) const {
     const bool shared = position + 16 <= context;
     const u32 first = first_packed / group_size, g = threadIdx.x % 32 / 4;
     const u32 row_of_lane[2] = {row_info[r + g].y, row_info[r + g + 8].y};
@@ -295,7 +295,7 @@ struct Attention {
 
   // Scores of the 16 keys from `position` on. `flip`: 64 if the tail's first page is in the second half of
   // `keys`.
-  WRAPPER void tail_scores(float (&s)[MT][2][4], u32 position, u32 flip) const {
+  DEVICE void tail_scores(float (&s)[MT][2][4], u32 position, u32 flip) const {
     const u32 lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < MT; i++) {
@@ -320,7 +320,7 @@ struct Attention {
 
   // Adds the products of probabilities and values of the tile at `position`. For a row that does not own the
   // path the product adds zeros.
-  WRAPPER void tail_values(u32 position, u32 flip) {
+  DEVICE void tail_values(u32 position, u32 flip) {
     const u32 lane = threadIdx.x % 32, w = threadIdx.x / 32;
 #pragma unroll 1
     for (u32 k = 0; k < PAGE / 16; k++) {
@@ -346,7 +346,7 @@ struct Attention {
 
   // Bit e: for packed row r, the value at the e-th of this lane's four score positions is flagged. bad_slots:
   // bit mask of the flagged slots, counted from `tail`.
-  WRAPPER u32 tail_nonfinite(u32 r, u32 position, const u64 (&bad_slots)[2]) const {
+  DEVICE u32 tail_nonfinite(u32 r, u32 position, const u64 (&bad_slots)[2]) const {
     const u32 row = row_info[r].y, t = threadIdx.x % 4;
     if (row == NONE || !(bad_slots[0] | bad_slots[1])) return 0;
     u32 nonfinite_bits = 0;
@@ -362,7 +362,7 @@ struct Attention {
   // tile (the first group also has the queries), then its values. Two tiles are in flight at a time; page
   // numbers are read one tile further ahead. In the tail of a tree, processing starts when both pages have
   // arrived.
-  WRAPPER void attend_range(u32 begin, u32 stop) {
+  DEVICE void attend_range(u32 begin, u32 stop) {
     const u32 lane = threadIdx.x % 32, w = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const bool reaches_tail = MODE == TREE && stop > tail;
     const u32* table = params.page_table + size_t(sequence) * params.pages_per_sequence + begin / PAGE;
@@ -575,12 +575,12 @@ struct Attention {
   }
 
   // 1 / sum; 0 for a row that saw no key, whose output becomes zeros.
-  WRAPPER static float reciprocal(float sum) { return sum == 0.0f ? 0.0f : __fdiv_rn(1.0f, sum); }
+  DEVICE static float reciprocal(float sum) { return sum == 0.0f ? 0.0f : __fdiv_rn(1.0f, sum); }
 
   // Calls store(i, h, r, query, d, o[r][d], o[r][d + 1]) for each pair of outputs that this thread holds;
   // skips packed rows that do not exist.
   template <class Store>
-  WRAPPER void for_each_output(Store store) const {
+  DEVICE void for_each_output(Store store) const {
     const u32 lane = threadIdx.x % 32, w = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < MT; i++) {
@@ -598,7 +598,7 @@ struct Attention {
 
   // Stores the normalised output when one block has attended to all keys. Adding zero turns -0 into +0, as in
   // merge_partials, whose sums start from zero.
-  WRAPPER void store_output() const {
+  DEVICE void store_output() const {
     for_each_output([&](int i, int h, u32, u32 query, u32 d, float x, float y) {
       const float scale = reciprocal(l[i][h]);
       as<u32>(params.out + size_t(query) * D + d) =
@@ -607,7 +607,7 @@ struct Attention {
   }
 
   // Stores this split's unnormalised result.
-  WRAPPER void store_partial(float* partial) const {  // [PARTIAL]
+  DEVICE void store_partial(float* partial) const {  // [PARTIAL]
     for_each_output([&](int i, int h, u32 r, u32, u32 d, float x, float y) {
       as<float2>(partial + r * D + d) = make_float2(x, y);
       if (d == 0) {
@@ -621,8 +621,8 @@ struct Attention {
   // that of split origin + i * stride. Stores the normalised output if `output`, else the merged partial in
   // place of `lead`. A partial in which a row saw no key has factor 0 and zeros; a single partial has factor
   // 1. Both are exact.
-  WRAPPER void merge_partials(float* partials,  // [splits][PARTIAL]
-                              u32 lead, u32 origin, u32 stride, u32 count, bool output) const {
+  DEVICE void merge_partials(float* partials,  // [splits][PARTIAL]
+                             u32 lead, u32 origin, u32 stride, u32 count, bool output) const {
     float* factors = reinterpret_cast<float*>(keys);         // [count][ROWS], first the maxima
     float* partial_sums = reinterpret_cast<float*>(values);  // [count][ROWS]
     float* reciprocals = reinterpret_cast<float*>(probs);    // [ROWS]
@@ -710,9 +710,9 @@ struct Attention {
 // step would be too slow: 64 rows at 4096 slots give 1 MB of partials per KV head, which one block reads in
 // 9 us (64 bytes per clock), while all blocks together read the keys and values in 4 us.
 template <int D, int MT, MaskMode MODE>
-WRAPPER void attend(const AttentionParams& params,
-                    float* partials,  // [sequences * row tiles][kv_heads][splits][PARTIAL]
-                    u32* counters) {  // [sequences * row tiles][kv_heads][groups + 1], zero before and after
+DEVICE void attend(const AttentionParams& params,
+                   float* partials,  // [sequences * row tiles][kv_heads][splits][PARTIAL]
+                   u32* counters) {  // [sequences * row tiles][kv_heads][groups + 1], zero before and after
   grid_launch();
   grid_wait();
   Attention<D, MT, MODE> a(params);

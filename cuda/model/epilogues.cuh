@@ -23,7 +23,7 @@ struct Project {
 #define EPILOGUE_project Project{x, y, sumsq_out, gain, features, feature_pitch}
 #define PARAMETERS_inject u16 *y, float *sumsq_out, const float *gain
 #define EPILOGUE_inject Project{nullptr, y, sumsq_out, gain, nullptr, 0}
-WRAPPER void apply_epilogue(const Linear& l, const Project& p, const Tile& tile) {
+DEVICE void apply_epilogue(const Linear& l, const Project& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, column = tile.row + lane * 4;
   const u32 parts = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const bool inside = column < l.n;
@@ -65,11 +65,11 @@ struct Swiglu {
 };
 #define PARAMETERS_swiglu u16* out
 #define EPILOGUE_swiglu Swiglu{out}
-WRAPPER float swiglu(float gate, float up) {
+DEVICE float swiglu(float gate, float up) {
   const float e = ex2(__fmul_rn(gate, -1.44269504f));  // exp(-gate)
   return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, e)), up);
 }
-WRAPPER void apply_epilogue(const Linear& l, const Swiglu& p, const Tile& tile) {
+DEVICE void apply_epilogue(const Linear& l, const Swiglu& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32;
   // A lane with four gates and the lane with their ups, two lanes further, compute two of the four neurons
   // each.
@@ -118,7 +118,7 @@ struct Qkv {
   }
 // Looks up where to store the token's query, key and value. An index out of range becomes NONE; the position
 // is clamped.
-WRAPPER void prepare_token(const Qkv& p, const Tile& tile, u32 token) {
+DEVICE void prepare_token(const Qkv& p, const Tile& tile, u32 token) {
   const Row row = p.rows[size_t(tile.token) + token];
   const bool valid = row.sequence < p.sequences;
   KvSlot to{min(row.position, p.positions - 1), NONE, NONE, row.slot};
@@ -129,7 +129,7 @@ WRAPPER void prepare_token(const Qkv& p, const Tile& tile, u32 token) {
   }
   tile.kv_slots[token] = to;
 }
-WRAPPER void apply_epilogue(const Linear& l, const Qkv& p, const Tile& tile) {
+DEVICE void apply_epilogue(const Linear& l, const Qkv& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, width = p.head_dim / 4, half = p.head_dim / 2;
   const u32 head = (tile.row + lane * 4) / p.head_dim, d = lane * 4 % p.head_dim;
   const bool query = head < p.heads, rotated = head < p.heads + p.kv_heads;
@@ -198,10 +198,10 @@ struct Head {
   u32 vocab;              // columns of `logits`; with target_ids the others are not written
 };
 // The argmax key of one logit.
-WRAPPER u64 rank(float logit, u32 id) {
+DEVICE u64 rank(float logit, u32 id) {
   return logit < __uint_as_float(0x7f800000u) ? u64(ascending(logit)) << 32 | u32(~id) : ~0ull;
 }
-WRAPPER void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
+DEVICE void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4;
   const u32 blocks = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
   u32 id[4];

@@ -63,7 +63,7 @@ struct Tile {
 };
 
 // Columns 4 lane..4 lane + 4 of a token.
-WRAPPER float4 columns(const Tile& tile, u32 token) {
+DEVICE float4 columns(const Tile& tile, u32 token) {
   return reinterpret_cast<const float4*>(tile.values + token * TILE_PITCH)[threadIdx.x % 32];
 }
 
@@ -83,10 +83,10 @@ struct Staging {
 
 // Starts the copies of one chunk: `groups` groups of 32 inputs from column `k` on.
 template <int NT>
-WRAPPER void stage_activations(unsigned char* to,       // [NT * 8][PITCH bytes], shared memory
-                               const Linear& l,
-                               const u32* source_rows,  // [NT * 8] rows of l.in; null: the tile's tokens
-                               const Tile& tile, u32 k, u32 groups) {
+DEVICE void stage_activations(unsigned char* to,       // [NT * 8][PITCH bytes], shared memory
+                              const Linear& l,
+                              const u32* source_rows,  // [NT * 8] rows of l.in; null: the tile's tokens
+                              const Tile& tile, u32 k, u32 groups) {
   typedef Staging<NT> S;
   constexpr u32 COLUMNS = S::CHUNK / 8, STEP = 256 / COLUMNS;  // columns of 16 bytes; rows per iteration
   static_assert(256 % COLUMNS == 0 && NT * 8 % STEP == 0, "every thread copies one column");
@@ -105,7 +105,7 @@ WRAPPER void stage_activations(unsigned char* to,       // [NT * 8][PITCH bytes]
 }
 
 // 1 / rms of a row's input, from its partial sums of squares added in ascending order.
-WRAPPER float inverse_rms(const Linear& l, u32 row) {
+DEVICE float inverse_rms(const Linear& l, u32 row) {
   const u32 parts = (l.k + 127) / 128;
   const float* from = l.sumsq + size_t(row) * parts;
   float sum = 0;
@@ -127,13 +127,13 @@ WRAPPER float inverse_rms(const Linear& l, u32 row) {
 
 // Default of `prepare_token`: most epilogues need no preparation.
 template <class Epilogue>
-WRAPPER void prepare_token(const Epilogue&, const Tile&, u32) {}
+DEVICE void prepare_token(const Epilogue&, const Tile&, u32) {}
 
 // Main loop, called by the whole block of 256 threads. Computes the block's sums into `tile`; returns false
 // if this block has no epilogue to run. While the first activations are in flight, one thread per token calls
 // prepare_token(epilogue, tile, index of the token in the tile).
 template <int NT, bool GATHER, class Epilogue>
-WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
+DEVICE bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
   typedef Staging<NT> S;
   constexpr int U = S::AHEAD;
   unsigned char* memory = dynamic_shared;

@@ -24,13 +24,13 @@ struct Warps {
 
   // Byte offset, within half a weight tile, of the 16-byte chunk of k block t and row g. Eight lanes read the
   // four k blocks of two rows at a time; these lie in eight different bank groups.
-  static WRAPPER u32 weight_chunk(u32 t, u32 g) { return (t * 8 + (g ^ 2 * t)) * 16; }
+  static DEVICE u32 weight_chunk(u32 t, u32 g) { return (t * 8 + (g ^ 2 * t)) * 16; }
   // Byte offset of a weight tile's group of 32 inputs.
-  static WRAPPER u32 weights(u32 tile, u32 group) { return (tile * 2 + group) * 1024; }
+  static DEVICE u32 weights(u32 tile, u32 group) { return (tile * 2 + group) * 1024; }
 
   // Byte offset of chunk c (0..8) of a token's 64 inputs. Eight lanes read four chunks of two tokens at a
   // time.
-  static WRAPPER u32 token_chunk(u32 token, u32 c) {
+  static DEVICE u32 token_chunk(u32 token, u32 c) {
     return token * (STAGE_K * 2) + (c ^ token % 2 * 4) * 16;
   }
 };
@@ -44,14 +44,14 @@ struct Warpgroups {
 
   // 32 inputs of all tiles, then the next 32. 8 rows x 8 inputs occupy 128 bytes; the next 8 inputs are 128
   // bytes further, the next 8 rows 512 bytes.
-  static WRAPPER u32 weight_chunk(u32 t, u32 g) { return (t * 8 + g) * 16; }
-  static WRAPPER u32 weights(u32 tile, u32 group) { return (group * 8 + tile) * 1024; }
-  static WRAPPER u64 weight_matrix(u32 stage, u32 warpgroup) {
+  static DEVICE u32 weight_chunk(u32 t, u32 g) { return (t * 8 + g) * 16; }
+  static DEVICE u32 weights(u32 tile, u32 group) { return (group * 8 + tile) * 1024; }
+  static DEVICE u64 weight_matrix(u32 stage, u32 warpgroup) {
     return descriptor(stage + weights(warpgroup * 4, 0), 128, 512, NO_SWIZZLE);
   }
 
-  static WRAPPER u32 token_chunk(u32 token, u32 c) { return token * (STAGE_K * 2) + (c ^ token % 8) * 16; }
-  static WRAPPER u64 token_matrix(u32 stage) {
+  static DEVICE u32 token_chunk(u32 token, u32 c) { return token * (STAGE_K * 2) + (c ^ token % 8) * 16; }
+  static DEVICE u64 token_matrix(u32 stage) {
     return descriptor(stage + WEIGHT_BYTES, 0, 1024, SWIZZLE_128);
   }
 };
@@ -60,10 +60,10 @@ struct Warpgroups {
 // Starts the copies of the stage that begins at column k. Everything beyond K, the packed rows or the tokens
 // becomes zeros.
 template <class Loop>
-WRAPPER void load_stage(unsigned char* stage,    // [STAGE_BYTES], shared memory
-                        const Linear& l,
-                        const u32* source_rows,  // [TOKENS] rows of l.in or NONE, shared memory
-                        u32 weight_tile, u32 k) {
+DEVICE void load_stage(unsigned char* stage,    // [STAGE_BYTES], shared memory
+                       const Linear& l,
+                       const u32* source_rows,  // [TOKENS] rows of l.in or NONE, shared memory
+                       u32 weight_tile, u32 k) {
   const u32 groups = l.k / 32, tiles = (l.n + 15) / 16;
 #pragma unroll 4
   for (u32 turn = 0; turn < WEIGHT_BYTES / 16 / Loop::THREADS; turn++) {
@@ -88,10 +88,10 @@ WRAPPER void load_stage(unsigned char* stage,    // [STAGE_BYTES], shared memory
 // Sets up the block's work, called by the whole block, one thread per token: fills `tile`, `source_rows` and
 // `scale`. Returns false if there is nothing to do.
 template <class Loop, class Epilogue>
-WRAPPER bool begin_tile(const Linear& l, Tile& tile, const Epilogue& epilogue,
-                        unsigned char* memory,  // [STAGES][STAGE_BYTES], later the result tile, shared memory
-                        u32* source_rows,       // [TOKENS] rows of l.in or NONE, shared memory
-                        float* scale) {         // [TOKENS] 1 / rms, shared memory
+DEVICE bool begin_tile(const Linear& l, Tile& tile, const Epilogue& epilogue,
+                       unsigned char* memory,  // [STAGES][STAGE_BYTES], later the result tile, shared memory
+                       u32* source_rows,       // [TOKENS] rows of l.in or NONE, shared memory
+                       float* scale) {         // [TOKENS] 1 / rms, shared memory
   static_assert(Loop::TOKENS * TILE_PITCH * 4 <= Loop::STAGES * Loop::STAGE_BYTES,
                 "the result tile overwrites the stages");
   static_assert(Loop::TOKENS <= Loop::THREADS, "one thread per token");
@@ -117,7 +117,7 @@ WRAPPER bool begin_tile(const Linear& l, Tile& tile, const Epilogue& epilogue,
 // Main loop with mma, called by the whole block of 128 threads. Computes the block's sums into `tile`;
 // returns false if there is nothing to do.
 template <class Epilogue>
-WRAPPER bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilogue) {
+DEVICE bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilogue) {
   typedef Warps Loop;
   unsigned char* memory = dynamic_shared;
   __shared__ u32 source_rows[Loop::TOKENS];
@@ -190,7 +190,7 @@ WRAPPER bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilog
 // uses the four stages at once: products of s - 1 and s run, s + 1 has arrived or is in flight, and s + 2
 // is loaded in place of s - 2, whose products have finished.
 template <class Epilogue>
-WRAPPER bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& epilogue) {
+DEVICE bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& epilogue) {
   typedef Warpgroups Loop;
   __shared__ u32 source_rows[Loop::TOKENS];
   __shared__ float scale[Loop::TOKENS];

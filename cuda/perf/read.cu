@@ -10,7 +10,7 @@
 
 constexpr u32 AHEAD = 8, RUN = 256 * AHEAD;
 
-WRAPPER u32 word_sum(uint4 v) { return v.x + v.y + v.z + v.w; }
+DEVICE u32 word_sum(uint4 v) { return v.x + v.y + v.z + v.w; }
 
 extern "C" __global__ void __launch_bounds__(256, 4) read_all(
     u32* out,         // [blocks]

@@ -28,12 +28,12 @@ namespace {
 constexpr u32 CLASSES = 64;
 
 // 2 log2(x) + 2, rounded down, with a log2 that is linear between powers of two. 0 for x = 0.
-WRAPPER u32 twice_log2(u64 x) {
+DEVICE u32 twice_log2(u64 x) {
   const u32 zeros = u32(__clzll((long long)(x)));
   return 2 * (64 - zeros) + (u32(x << (zeros & 63) >> 62) & 1);
 }
 // The class of a token: about CLASSES / 2 + 2 log2(p / q), clamped to 0 to CLASSES - 1; 0 for p = 0.
-WRAPPER u32 class_of(u64 p, u64 q) {
+DEVICE u32 class_of(u64 p, u64 q) {
   const int difference = int(twice_log2(p)) - int(twice_log2(q)) + int(CLASSES / 2);
   return p == 0 ? 0 : u32(max(0, min(difference, int(CLASSES - 1))));
 }
@@ -43,10 +43,10 @@ WRAPPER u32 class_of(u64 p, u64 q) {
 struct Chains {
   u32 rows, count, length;
 };
-WRAPPER Chains chains_of(const Sequence* state,  // [1]
-                         const u32* parents,     // [max_verify_rows]
-                         const Span* span,       // [1]
-                         u32 block_size, u32 max_verify_rows) {
+DEVICE Chains chains_of(const Sequence* state,  // [1]
+                        const u32* parents,     // [max_verify_rows]
+                        const Span* span,       // [1]
+                        u32 block_size, u32 max_verify_rows) {
   const u32 rows = min(span->rows, max_verify_rows);
   if (state->verify_method != BLOCK || form_of(state->now.shape) != SAMPLED_TREE || rows < 2 ||
       block_size < 2) {
@@ -59,16 +59,16 @@ WRAPPER Chains chains_of(const Sequence* state,  // [1]
 }
 
 // The depth of a row: the number of drafts up to and including it.
-WRAPPER u32 depth_of(u32 row, u32 length) { return row ? (row - 1) % length + 1 : 0; }
+DEVICE u32 depth_of(u32 row, u32 length) { return row ? (row - 1) % length + 1 : 0; }
 
 // P(eliminated or event), where `event` is the event's probability if the chain is not eliminated.
-WRAPPER u64 eliminated_or(u64 eliminated, u64 event) { return eliminated + mul_probability(ONE - eliminated, event); }
+DEVICE u64 eliminated_or(u64 eliminated, u64 event) { return eliminated + mul_probability(ONE - eliminated, event); }
 
 // The factor by which the selection changes a token's draft probability. `eliminated` holds, per chain, the
 // probability that the chain no longer contains the selected tokens. mass_below: the drafter's probability
 // mass in the classes below the token's class; mass_up_to: the same with the token's class.
-WRAPPER u64 selection_factor(const u64* eliminated,  // [count] shared
-                             u32 count, u64 mass_below, u64 mass_up_to) {
+DEVICE u64 selection_factor(const u64* eliminated,  // [count] shared
+                            u32 count, u64 mass_below, u64 mass_up_to) {
   u64 sum = 0, power = ONE;
 #pragma unroll 1
   for (u32 c = 0; c < count; c++) {

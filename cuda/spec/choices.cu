@@ -20,8 +20,8 @@ constexpr u32 MAX_CHOICES = 64;
 constexpr float SCALE = float(65536.0 * 1.4426950408889634074);
 
 // log2(total / 2^32) in units of 2^-16, for total >= 2^32. race_time gives -log2 of the leading 32 bits.
-WRAPPER u32 log2_total(const u32* tables,  // [TABLE_WORDS] shared
-                       u64 total) {
+DEVICE u32 log2_total(const u32* tables,  // [TABLE_WORDS] shared
+                      u64 total) {
   const u32 zeros = u32(__clzll((long long)(total)));
   return ((32 - zeros) << 16) - ((race_time(tables, u32(total << zeros >> 32)) + (1 << 10)) >> 11);
 }

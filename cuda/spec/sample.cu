@@ -36,15 +36,15 @@ struct __align__(16) Candidate {
   u32 time, id;
   u64 weight;
 };
-WRAPPER Candidate no_candidate() { return {1, NONE, 0}; }
+DEVICE Candidate no_candidate() { return {1, NONE, 0}; }
 
-WRAPPER bool beats(const Candidate& a, const Candidate& b) {
+DEVICE bool beats(const Candidate& a, const Candidate& b) {
   const u64 left = a.time * b.weight, right = b.time * a.weight;
   return left < right || (left == right && a.id < b.id);
 }
 
 // The block's winner, in thread 0.
-WRAPPER Candidate block_winner(Candidate mine, Candidate* warp_winners) {  // [WARPS] shared
+DEVICE Candidate block_winner(Candidate mine, Candidate* warp_winners) {  // [WARPS] shared
   for (int flip = 16; flip; flip /= 2) {
     const u64 time_and_id = __shfl_xor_sync(~0u, u64(mine.time) << 32 | mine.id, flip);
     const Candidate other = {u32(time_and_id >> 32), u32(time_and_id), __shfl_xor_sync(~0u, mine.weight, flip)};
@@ -62,10 +62,10 @@ WRAPPER Candidate block_winner(Candidate mine, Candidate* warp_winners) {  // [W
 }
 
 // This thread's winner among the tokens of groups first..end within `limit` and of weight >= `min_weight`.
-WRAPPER Candidate race(const Noise& noise, u32 min_weight,
-                       const float* logits,  // [vocab]
-                       u32 vocab, float max_logit, float c, Rank limit, u32 first, u32 end,
-                       const u32* tables) {  // [TABLE_WORDS] shared
+DEVICE Candidate race(const Noise& noise, u32 min_weight,
+                      const float* logits,  // [vocab]
+                      u32 vocab, float max_logit, float c, Rank limit, u32 first, u32 end,
+                      const u32* tables) {  // [TABLE_WORDS] shared
   Candidate best = no_candidate();
   for_each_group(logits, vocab, first, end, [&](u32 group, float4 v) {
     const float four[4] = {v.x, v.y, v.z, v.w};

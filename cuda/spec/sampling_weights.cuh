@@ -31,24 +31,24 @@ struct SelectScratch {
 };
 
 // The inverse of `ascending`.
-WRAPPER float logit_from_ascending(u32 ascending) {
+DEVICE float logit_from_ascending(u32 ascending) {
   return __uint_as_float(ascending >> 31 ? ascending ^ 1u << 31 : ~ascending);
 }
 
 // -log2 of a token's weight relative to the best token's, in units of 2^-16. `c` is 65536 log2(e) /
 // temperature. The upper bound, at which the weight is 0, also catches
 // infinity and NaN.
-WRAPPER u32 weight_exponent(float max_logit, float logit, float c) {
+DEVICE u32 weight_exponent(float max_logit, float logit, float c) {
   return __float2uint_rz(fminf(rintf(__fmul_rn(__fsub_rn(max_logit, logit), c)), float(40 << 16)));
 }
 
 // 2^(32 - exponent / 2^16) as an integer; 2^32 for the best token.
-WRAPPER u64 weight(const u32* tables, u32 exponent) {
+DEVICE u64 weight(const u32* tables, u32 exponent) {
   return u64(tables[exponent >> 8 & 255]) * tables[TLO + (exponent & 255)] >> 30 >> (exponent >> 16);
 }
 
 // The exponential variate -log2(u / 2^32) in units of 2^-27, by linear interpolation in rlog.
-WRAPPER u32 race_time(const u32* tables, u32 u) {
+DEVICE u32 race_time(const u32* tables, u32 u) {
   u = max(u, 2u);
   const u32 zeros = u32(__clz(int(u))), mantissa = u << zeros & 0x7fffffff;
   const u32 from = tables[RLOG + (mantissa >> 19)], to = tables[RLOG + (mantissa >> 19) + 1];
@@ -56,7 +56,7 @@ WRAPPER u32 race_time(const u32* tables, u32 u) {
 }
 
 // Philox4x32-10.
-WRAPPER uint4 philox(uint4 counter, u32 key0, u32 key1) {
+DEVICE uint4 philox(uint4 counter, u32 key0, u32 key1) {
 #pragma unroll
   for (int round = 0; round < 10; round++) {
     counter = make_uint4(__umulhi(0xCD9E8D57u, counter.z) ^ counter.y ^ key0, 0xCD9E8D57u * counter.z,
@@ -69,9 +69,9 @@ WRAPPER uint4 philox(uint4 counter, u32 key0, u32 key1) {
 
 // The largest of a row's keys, returned to every thread. The LM head writes one key per block of ids:
 // ascending(logit) << 32 | ~id of the best token, or all ones if a logit is NaN or +inf.
-WRAPPER u64 best_key(const u64* best,  // [blocks]
-                     u32 blocks,
-                     u64* warp_maxima) {  // [WARPS] shared
+DEVICE u64 best_key(const u64* best,  // [blocks]
+                    u32 blocks,
+                    u64* warp_maxima) {  // [WARPS] shared
   u64 largest = 0;
   for (u32 i = threadIdx.x; i < blocks; i += THREADS) largest = max(largest, best[i]);
   // Two reductions of words instead of ten shuffles.
@@ -85,15 +85,15 @@ WRAPPER u64 best_key(const u64* best,  // [blocks]
 
 // Whether a row's best key names a token of the vocabulary and a finite logit. False for NaN and
 // for all ones.
-WRAPPER bool is_valid_key(u64 key, u32 vocab) {
+DEVICE bool is_valid_key(u64 key, u32 vocab) {
   const u32 top = u32(key >> 32);
   return ~u32(key) < vocab && top > ascending(__uint_as_float(0xff800000u)) &&
          top < ascending(__uint_as_float(0x7f800000u));
 }
 
 // The logits of ids 4 group to 4 group + 3; -inf for ids outside the vocabulary.
-WRAPPER float4 load4(const float* logits,  // [vocab]
-                     u32 vocab, u32 group) {
+DEVICE float4 load4(const float* logits,  // [vocab]
+                    u32 vocab, u32 group) {
   const float none = __uint_as_float(0xff800000u);
   const u32 id = group * 4;
   logits += id;
@@ -108,8 +108,8 @@ WRAPPER float4 load4(const float* logits,  // [vocab]
 
 // Calls f(group, the group's logits) for the groups of first..end that this thread processes.
 template <class F>
-WRAPPER void for_each_group(const float* logits,  // [vocab]
-                            u32 vocab, u32 first, u32 end, F f) {
+DEVICE void for_each_group(const float* logits,  // [vocab]
+                           u32 vocab, u32 first, u32 end, F f) {
   for (u32 group = first + threadIdx.x; group < end; group += THREADS * LOADS_IN_FLIGHT) {
     float4 v[LOADS_IN_FLIGHT];
 #pragma unroll
@@ -124,7 +124,7 @@ WRAPPER void for_each_group(const float* logits,  // [vocab]
 }
 
 // Whether `rank` is at or before `limit` in the order.
-WRAPPER bool within(const Rank& rank, const Rank& limit) {
+DEVICE bool within(const Rank& rank, const Rank& limit) {
   if (rank.exponent != limit.exponent) return rank.exponent < limit.exponent;
   if (rank.inverted_logit != limit.inverted_logit) return rank.inverted_logit < limit.inverted_logit;
   return rank.id <= limit.id;
@@ -136,9 +136,9 @@ WRAPPER bool within(const Rank& rank, const Rank& limit) {
 // the prefix selected so far, of weights or of token counts, and selects the bin in which the running sum
 // reaches the needed amount. From the third level on all remaining tokens have the same weight, so that they
 // are counted in both cases.
-WRAPPER Rank radix_select(bool by_mass, u32 amount,
-                          const float* logits,  // [vocab]
-                          u32 vocab, float max_logit, float c, Rank limit, const SelectScratch& scratch) {
+DEVICE Rank radix_select(bool by_mass, u32 amount,
+                         const float* logits,  // [vocab]
+                         u32 vocab, float max_logit, float c, Rank limit, const SelectScratch& scratch) {
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u64* own_bins = scratch.bins + threadIdx.x * 4;
   Rank prefix = {0, 0, 0}, mask = {0, 0, 0};

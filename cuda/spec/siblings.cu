@@ -31,15 +31,15 @@ struct Updates {
   u64 (*scales)[MAX_ROWS];  // [SCALES][update] shared
   u32 (*marks)[MAX_ROWS];   // [MARKS][update] shared
 };
-WRAPPER u64 scaled(u64 w, u32 shift, u64 inverse) { return __umul64hi(w << (shift & 63), inverse); }
+DEVICE u64 scaled(u64 w, u32 shift, u64 inverse) { return __umul64hi(w << (shift & 63), inverse); }
 
 struct Probabilities {
   u64 p, q;
 };
-WRAPPER u64 residual(Probabilities x) { return saturating_sub(x.p, x.q); }
+DEVICE u64 residual(Probabilities x) { return saturating_sub(x.p, x.q); }
 
 // A token's q after `count` updates.
-WRAPPER u64 updated(const Updates& updates, u32 count, u64 q, u32 id) {
+DEVICE u64 updated(const Updates& updates, u32 count, u64 q, u32 id) {
 #pragma unroll 1
   for (u32 s = 0; s < count; s++) {
     if (id == updates.marks[TOKEN][s]) return 0;
@@ -50,7 +50,7 @@ WRAPPER u64 updated(const Updates& updates, u32 count, u64 q, u32 id) {
 }
 
 // A token's p and q after `count` updates.
-WRAPPER Probabilities updated(const Updates& updates, u32 count, Probabilities x, u32 id) {
+DEVICE Probabilities updated(const Updates& updates, u32 count, Probabilities x, u32 id) {
 #pragma unroll 1
   for (u32 s = 0; s < count; s++) {
     x.p = scaled(residual(x), updates.marks[P_SHIFT][s], updates.scales[P_INVERSE][s]) +
@@ -68,15 +68,15 @@ struct Heaviest {
   u64 weight;
   u32 id;
 };
-WRAPPER Heaviest heavier(Heaviest a, Heaviest b) {
+DEVICE Heaviest heavier(Heaviest a, Heaviest b) {
   return b.weight > a.weight || (b.weight == a.weight && b.id < a.id) ? b : a;
 }
 
 // The block's heaviest token, returned to every thread. The buffers may be overwritten after one
 // more barrier.
-WRAPPER u32 block_heaviest(Heaviest own,
-                           u64* weights,  // [WARPS] shared
-                           u32* ids) {    // [WARPS] shared
+DEVICE u32 block_heaviest(Heaviest own,
+                          u64* weights,  // [WARPS] shared
+                          u32* ids) {    // [WARPS] shared
   for (int flip = 16; flip; flip /= 2) {
     own = heavier(own, {__shfl_xor_sync(~0u, own.weight, flip), __shfl_xor_sync(~0u, own.id, flip)});
   }
@@ -87,7 +87,7 @@ WRAPPER u32 block_heaviest(Heaviest own,
 }
 
 // The shift and inverse that turn weights with this sum, at least 1, into probabilities.
-WRAPPER void scale_of(u64 sum, u32& shift, u64& inverse) {
+DEVICE void scale_of(u64 sum, u32& shift, u64& inverse) {
   shift = u32(__clzll((long long)(sum)));
   inverse = reciprocal(sum << shift);
 }
@@ -100,7 +100,7 @@ struct DraftRow {
   u32 vocab;
 };
 // The q of any id after `count` updates; 0 outside the vocabulary.
-WRAPPER u64 draft_probability(const DraftRow& row, const Updates& updates, u32 count, u32 id) {
+DEVICE u64 draft_probability(const DraftRow& row, const Updates& updates, u32 count, u32 id) {
   if (id >= row.vocab) return 0;
   return updated(updates, count, probability(row.distribution, row.table, row.logits[id], id), id);
 }
@@ -113,8 +113,8 @@ struct ReduceScratch {
 
 // Writes q's part of update `count`, which removes `token`, and ends with a barrier. Returns false without
 // writing if no other token is left. The caller must have passed a barrier since the last reduction.
-WRAPPER bool remove_token(const DraftRow& row, const Updates& updates, u32 count, u32 token,
-                          const ReduceScratch& scratch) {
+DEVICE bool remove_token(const DraftRow& row, const Updates& updates, u32 count, u32 token,
+                         const ReduceScratch& scratch) {
   const u64 rest = ONE - draft_probability(row, updates, count, token);
   if (rest == 0) return false;
   u32 shift;
@@ -147,8 +147,8 @@ WRAPPER bool remove_token(const DraftRow& row, const Updates& updates, u32 count
 
 // The depth of a row, 0 for the anchor's. NONE if the row or one of its ancestors has a parent that is not an
 // earlier row.
-WRAPPER u32 depth_of(const u32* parents,  // [max_verify_rows]
-                     u32 row) {
+DEVICE u32 depth_of(const u32* parents,  // [max_verify_rows]
+                    u32 row) {
   u32 depth = 0;
 #pragma unroll 1
   for (; row; depth++) {
@@ -160,8 +160,8 @@ WRAPPER u32 depth_of(const u32* parents,  // [max_verify_rows]
 }
 
 // The first row after `child` and below `rows` whose parent is `row`; `rows` if there is none.
-WRAPPER u32 next_child(const u32* parents,  // [max_verify_rows]
-                       u32 row, u32 child, u32 rows) {
+DEVICE u32 next_child(const u32* parents,  // [max_verify_rows]
+                      u32 row, u32 child, u32 rows) {
 #pragma unroll 1
   for (child++; child < rows && parents[child] != row; child++) {}
   return child;

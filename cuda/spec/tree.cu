@@ -29,8 +29,8 @@ constexpr u32 DEPTH_BITS = 6, CODE_BITS = 90;
 // the leading one; the code of rank r is d ones, a zero, and those d digits. A prefix has at least
 // product(r + 1) - 1 better ones, the product over its ranks. In the tree the product is therefore below 64,
 // and the code of all its ranks has at most 10 bits more than its depth, 73 in all.
-WRAPPER u32 code_length(u32 rank) { return 2 * (31 - u32(__clz(int(rank + 1)))) + 1; }
-WRAPPER u32 code_of(u32 rank) {
+DEVICE u32 code_length(u32 rank) { return 2 * (31 - u32(__clz(int(rank + 1)))) + 1; }
+DEVICE u32 code_of(u32 rank) {
   const u32 digits = 31 - u32(__clz(int(rank + 1)));
   return ((1u << digits) - 1) << (digits + 1) | ((rank + 1) ^ 1u << digits);
 }
@@ -42,11 +42,11 @@ struct Prefix {
   u32 rank;    // of its token among the choices of its depth
   u32 used;    // code bits before those of `rank`
 };
-WRAPPER u128 no_key() { return ~u128(0); }
+DEVICE u128 no_key() { return ~u128(0); }
 
 // Drafts per chain, for several chains of at most `depth` drafts in at most `rows` rows: `chains` of
 // src/spec/tree.rs.
-WRAPPER u32 drafts_per_chain(u32 rows, u32 depth) {
+DEVICE u32 drafts_per_chain(u32 rows, u32 depth) {
   const u32 drafts = rows - 1;
   u32 count = 2;
   for (; (count + 1) * (count + 1) <= drafts; count++) {}
@@ -54,7 +54,7 @@ WRAPPER u32 drafts_per_chain(u32 rows, u32 depth) {
 }
 
 // The prefix whose last token has this rank. The first `used` bits of `code` code the ranks before it.
-WRAPPER Prefix prefix(u32 cost, u32 depth, u128 code, u32 used, u32 parent, u32 rank) {
+DEVICE Prefix prefix(u32 cost, u32 depth, u128 code, u32 used, u32 parent, u32 rank) {
   // A valid tree never uses more bits. The last rank may be 63, one above the maximum; its code has 13 bits.
   used = min(used, CODE_BITS - 13);
   const u128 before = code >> (CODE_BITS - used) << (CODE_BITS - used);
