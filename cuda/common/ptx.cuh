@@ -17,9 +17,9 @@ extern __shared__ __align__(128) unsigned char dynamic_shared[];
 
 #define DEVICE __device__ __forceinline__
 
-// The sizeof(T) bytes at `at`, which is aligned to T, for one access: as<float4>(x + 4 * i) = v.
+// The memory at `at`, aligned to sizeof(T), as a T, for one access: as<float4>(to) = as<float4>(from).
 template <class T>
-DEVICE const T& as(const void* at) {
+DEVICE T as(const void* at) {
   return *static_cast<const T*>(at);
 }
 template <class T>

@@ -390,8 +390,7 @@ struct Attention {
     cp_async_commit();
     if (pages > 1) copy_page(values + TILE, params.v, next_page, begin + PAGE);
     cp_async_commit();
-    const u32* two_ahead = table + 2;  // [tile]: page of the second tile after it
-    next_page = pages > 2 ? two_ahead[0] : NONE;
+    next_page = pages > 2 ? table[2] : NONE;
     if (reaches_tail) build_path_slots();
 
 #pragma unroll
@@ -413,7 +412,8 @@ struct Attention {
         cp_async_commit();
         if (has_next) copy_page(values + (TILE - half), params.v, next_page, position + PAGE);
         cp_async_commit();
-        next_page = tile + 2 < pages ? two_ahead[tile] : NONE;
+        const u32* pages_from_here = table + tile;
+        next_page = tile + 2 < pages ? pages_from_here[2] : NONE;
       }
       const bool in_tail = MODE == TREE && position >= tail;
       if (in_tail && (position == tail || position == begin)) {
@@ -502,8 +502,9 @@ struct Attention {
         for (int h = 0; h < 2; h++) {
           const u32 r = i * 16 + h * 8 + g;
           float row_max = m[i][h];
+          const float* row_maxima = maxima + r;
 #pragma unroll
-          for (int y = 0; y < 4; y++) row_max = fmaxf(row_max, maxima[y * ROWS + r]);
+          for (int y = 0; y < 4; y++) row_max = fmaxf(row_max, row_maxima[y * ROWS]);
           const float shift = row_max == negative_infinity() ? 0.0f : row_max;  // avoids -inf - -inf = NaN
           rescale[i][h] = ex2(__fsub_rn(m[i][h], shift));
           m[i][h] = row_max;
@@ -538,8 +539,9 @@ struct Attention {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           float sum = 0.0f;
+          const float* row_sums = sums + i * 16 + h * 8 + g;
 #pragma unroll
-          for (int y = 0; y < 4; y++) sum += sums[y * ROWS + i * 16 + h * 8 + g];
+          for (int y = 0; y < 4; y++) sum += row_sums[y * ROWS];
           l[i][h] = __fmaf_rn(l[i][h], rescale[i][h], sum);
 #pragma unroll
           for (int n = 0; n < NT; n++) {

@@ -196,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) verify_chains(
                                             // draft i
   __shared__ u64 prefix_weights[MAX_ROWS];  // w of the selected chain's prefixes, as in verify_drafts
   __shared__ u64 factors[CLASSES];          // selection_factor of each class after a row
-  __shared__ u32 result[4];                 // selected chain, longest prefix with w > 0, valid;
+  __shared__ __align__(16) u32 result[4];   // selected chain, longest prefix with w > 0, valid;
                                             // 1 word for accepted_prefix
   grid_launch();
   load_weight_tables(table, tables);

@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) verify_drafts(
   __shared__ __align__(16) u64 warp_sums[WARPS];
   __shared__ u64 draft_probs[MAX_ROWS * 2];  // p of each draft, overwritten by w with method BLOCK;
                                              // then q of each draft
-  __shared__ u32 result[4];                  // accepted drafts, whether one was rejected, valid;
+  __shared__ __align__(16) u32 result[4];    // accepted drafts, whether one was rejected, valid;
                                              // 1 word for accepted_prefix
   grid_launch();
   load_weight_tables(table, tables);
@@ -158,8 +158,9 @@ extern "C" __global__ void __launch_bounds__(512, 1) verify_drafts(
     const u32 i = threadIdx.x, token = tokens[first + i + 1];
     const RowDistribution p = target(i), q = drafter(i);
     const bool valid = p.rounding_token != NONE && q.rounding_token != NONE;
-    draft_probs[i] = valid ? probability_at(p, table, target_row(i), vocab, token) : 0;
-    draft_probs[MAX_ROWS + i] = valid ? probability_at(q, table, draft_row(i), vocab, token) : 0;
+    u64* probs = draft_probs + i;
+    probs[0] = valid ? probability_at(p, table, target_row(i), vocab, token) : 0;
+    probs[MAX_ROWS] = valid ? probability_at(q, table, draft_row(i), vocab, token) : 0;
   }
   __syncthreads();
 
