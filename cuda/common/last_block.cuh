@@ -10,12 +10,12 @@
 // release, and causality order is transitive, so the release covers them without a fence in each thread. The
 // additions of all blocks form one release sequence, so the last one acquires from each earlier one, and the
 // second barrier orders it before the loads of the other threads.
-WRAPPER bool is_last_block(u32 count, u32* counter) {  // [1], zero before and after
-  SHARED(u32, before, 1);
+DEVICE bool is_last_block(u32 count, u32* counter) {  // [1], zero before and after
+  __shared__ u32 before;
   __syncthreads();
-  if (threadIdx.x == 0) sts(before, atomic_add_acq_rel(counter, 1));
+  if (threadIdx.x == 0) before = atomic_add_acq_rel(counter, 1);
   __syncthreads();
-  if (lds(before) + 1 != count) return false;
-  if (threadIdx.x == 0) st(counter, 0u);
+  if (before + 1 != count) return false;
+  if (threadIdx.x == 0) *counter = 0;
   return true;
 }

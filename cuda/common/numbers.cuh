@@ -3,30 +3,30 @@
 #include "common/ptx.cuh"
 
 // Sum over each group of `width` lanes: 32, by xor shuffles 16-8-4-2-1, or 16, by 8-4-2-1.
-WRAPPER float lane_sum(float x, u32 width) {
+DEVICE float lane_sum(float x, u32 width) {
   if (width == 32) x += __shfl_xor_sync(0xffffffffu, x, 16);
   for (int flip = 8; flip > 0; flip /= 2) x += __shfl_xor_sync(0xffffffffu, x, flip);
   return x;
 }
 
 // Sum of the squares of four neighbouring columns, added in order from x to w.
-WRAPPER float sum_of_squares(float4 v) {
+DEVICE float sum_of_squares(float4 v) {
   return __fmaf_rn(v.w, v.w, __fmaf_rn(v.z, v.z, __fmaf_rn(v.y, v.y, __fmul_rn(v.x, v.x))));
 }
 
 // Elementwise products, rounded once each (never contracted into an FMA).
-WRAPPER float4 mul(float4 v, float s) {
+DEVICE float4 mul(float4 v, float s) {
   return make_float4(__fmul_rn(v.x, s), __fmul_rn(v.y, s), __fmul_rn(v.z, s), __fmul_rn(v.w, s));
 }
-WRAPPER float4 mul(float4 v, float4 s) {
+DEVICE float4 mul(float4 v, float4 s) {
   return make_float4(__fmul_rn(v.x, s.x), __fmul_rn(v.y, s.y), __fmul_rn(v.z, s.z), __fmul_rn(v.w, s.w));
 }
 
 // Four bf16, x at the lowest address.
-WRAPPER uint2 pack4(float4 v) { return make_uint2(pack2(v.x, v.y), pack2(v.z, v.w)); }
+DEVICE uint2 pack4(float4 v) { return make_uint2(pack2(v.x, v.y), pack2(v.z, v.w)); }
 
 // Maps floats to integers that sort in the same order; -0 and +0 map to the same integer.
-WRAPPER u32 ascending(float x) {
+DEVICE u32 ascending(float x) {
   const u32 bits = __float_as_uint(x + 0.0f);  // -0 becomes +0
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }

@@ -5,7 +5,7 @@
 
 // Element offset of the 8-column chunk `chunk` (columns 8 chunk..8 chunk + 8) of packed row `row` in a matrix
 // of k columns.
-WRAPPER size_t packed_offset(u32 row, u32 chunk, u32 k) {
+DEVICE size_t packed_offset(u32 row, u32 chunk, u32 k) {
   const size_t tile = size_t(row / 16) * (k / 32) + chunk / 4;
   return tile * 512 + row / 8 % 2 * 256 + chunk % 4 * 64 + row % 8 * 8;
 }

@@ -26,7 +26,7 @@ struct __align__(8) Span {
 // Byte offset of 16-byte chunk `chunk` of a token's key or value in its page. Pages hold [PAGE][head_dim]
 // bf16 per KV head. The chunks of each token are permuted, so that a page copied to shared memory as is can
 // be read without bank conflicts.
-WRAPPER u32 page_offset(u32 slot, u32 chunk, u32 head_dim) {
+DEVICE u32 page_offset(u32 slot, u32 chunk, u32 head_dim) {
   const u32 token = slot % PAGE;
   return token * head_dim * 2 + ((chunk ^ (token & 7)) << 4);
 }

@@ -60,16 +60,17 @@ struct __align__(16) Sequence {
 };
 static_assert(sizeof(Sequence) == 128, "src/gpu/kernels/round.rs writes it word by word");
 
-WRAPPER Progress ld_progress(const Sequence* from) {  // [1]
-  const uint4 a = ld(reinterpret_cast<const uint4*>(from)), b = ld(reinterpret_cast<const uint4*>(from) + 1);
+DEVICE Progress ld_progress(const Sequence* from) {  // [1]
+  const uint4* words = reinterpret_cast<const uint4*>(from);
+  const uint4 a = words[0], b = words[1];
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 }
 
-WRAPPER u32 form_of(u32 shape) { return shape >> 16; }
+DEVICE u32 form_of(u32 shape) { return shape >> 16; }
 
 // Rows of the sequence's next block, anchor included: the maximum that the request, the drafter's positions
 // and the context allow, at least 1; 0 when the sequence does not take part. `block`: limit of the launch.
-WRAPPER u32 block_rows(const Progress& s, u32 block) {
+DEVICE u32 block_rows(const Progress& s, u32 block) {
   if (!s.active) return 0;
   const u32 draft = s.draft_end > s.length ? s.draft_end - s.length : 0;
   const u32 left = s.end > s.length ? s.end - s.length - 1 : 0;
@@ -78,4 +79,4 @@ WRAPPER u32 block_rows(const Progress& s, u32 block) {
 
 // Maximum rows that the sequence verifies per round, anchor included: rows of its block for a chain, rows of
 // the tree for a tree. block_rows limits the depth of a tree.
-WRAPPER u32 verified_rows(const Progress& s) { return max(1u, s.shape >> 8 & 0xff); }
+DEVICE u32 verified_rows(const Progress& s) { return max(1u, s.shape >> 8 & 0xff); }

@@ -17,15 +17,15 @@
 //           every parameter.
 #include "model/attention.cuh"
 
-#define ATTENTION(D, R)                                                                                     \
-  KERNEL(128, 2, attention_##D##x##R,                                                                       \
-         (u16* out, float* partials, u32* counters, const u16* q, const u16* k, const u16* v,               \
-          const u32* page_table, const Span* spans, u32 block, u32 heads, u32 kv_heads, u32 pages,          \
-          u32 pages_per_sequence, u32 capacity, u32 window, float factor)) {                                \
-    attend<D, R / 16, CAUSAL>(AttentionParams{out, q, k, v, page_table, spans, nullptr, block, heads,       \
-                                              kv_heads, pages, pages_per_sequence, capacity, window,        \
-                                              factor},                                                      \
-                              partials, counters);                                                          \
+#define ATTENTION(D, R)                                                                               \
+  extern "C" __global__ void __launch_bounds__(128, 2) attention_##D##x##R(                           \
+      u16* out, float* partials, u32* counters, const u16* q, const u16* k, const u16* v,             \
+      const u32* page_table, const Span* spans, u32 block, u32 heads, u32 kv_heads, u32 pages,        \
+      u32 pages_per_sequence, u32 capacity, u32 window, float factor) {                               \
+    attend<D, R / 16, CAUSAL>(AttentionParams{out, q, k, v, page_table, spans, nullptr, block, heads, \
+                                              kv_heads, pages, pages_per_sequence, capacity, window,  \
+                                              factor},                                                \
+                              partials, counters);                                                    \
   }
 ATTENTION(64, 16)
 ATTENTION(64, 32)
@@ -35,10 +35,10 @@ ATTENTION(128, 32)
 ATTENTION(128, 64)
 
 #define TREE_ATTENTION(D, R)                                                                                \
-  KERNEL(128, 2, attention_tree_##D##x##R,                                                                  \
-         (u16* out, float* partials, u32* counters, const u16* q, const u16* k, const u16* v,               \
-          const u32* page_table, const Span* spans, const u64* masks, u32 block, u32 heads, u32 kv_heads,   \
-          u32 pages, u32 pages_per_sequence, u32 capacity, u32 window, float factor)) {                     \
+  extern "C" __global__ void __launch_bounds__(128, 2) attention_tree_##D##x##R(                            \
+      u16* out, float* partials, u32* counters, const u16* q, const u16* k, const u16* v,                   \
+      const u32* page_table, const Span* spans, const u64* masks, u32 block, u32 heads, u32 kv_heads,       \
+      u32 pages, u32 pages_per_sequence, u32 capacity, u32 window, float factor) {                          \
     attend<D, R / 16, TREE>(AttentionParams{out, q, k, v, page_table, spans, masks, block, heads, kv_heads, \
                                             pages, pages_per_sequence, capacity, window, factor},           \
                             partials, counters);                                                            \
@@ -51,7 +51,7 @@ TREE_ATTENTION(128, 32)
 TREE_ATTENTION(128, 64)
 
 template <int D>
-WRAPPER void prefill(const AttentionParams& params) {
+DEVICE void prefill(const AttentionParams& params) {
   grid_launch();
   grid_wait();
   Attention<D, 4, CAUSAL> a(params);
@@ -63,12 +63,12 @@ WRAPPER void prefill(const AttentionParams& params) {
   a.store_output();
 }
 
-#define PREFILL(D)                                                                                          \
-  KERNEL(128, 2, attention_prefill_##D,                                                                     \
-         (u16* out, const u16* q, const u16* k, const u16* v, const u32* page_table, const Span* span,      \
-          u32 block, u32 heads, u32 kv_heads, u32 pages, u32 pages_per_sequence, u32 window, float factor)) {\
-    prefill<D>(AttentionParams{out, q, k, v, page_table, span, nullptr, block, heads, kv_heads, pages,      \
-                               pages_per_sequence, pages_per_sequence * PAGE, window, factor});             \
+#define PREFILL(D)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(128, 2) attention_prefill_##D(                                 \
+      u16* out, const u16* q, const u16* k, const u16* v, const u32* page_table, const Span* span, u32 block, \
+      u32 heads, u32 kv_heads, u32 pages, u32 pages_per_sequence, u32 window, float factor) {                 \
+    prefill<D>(AttentionParams{out, q, k, v, page_table, span, nullptr, block, heads, kv_heads, pages,        \
+                               pages_per_sequence, pages_per_sequence * PAGE, window, factor});               \
   }
 PREFILL(64)
 PREFILL(128)

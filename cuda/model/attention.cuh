@@ -33,10 +33,10 @@ constexpr u32 SPLITS_PER_GROUP = 8;
 
 // A split has 128 slots below slot 4096, 512 below 32768, 2048 above. A key's slot is its position, except in
 // trees.
-WRAPPER u32 split_start(u32 split) {
+DEVICE u32 split_start(u32 split) {
   return split <= 32 ? split * 128 : split <= 88 ? 4096 + (split - 32) * 512 : 32768 + (split - 88) * 2048;
 }
-WRAPPER u32 split_of(u32 slot) {
+DEVICE u32 split_of(u32 slot) {
   return slot < 4096    ? slot / 128
          : slot < 32768 ? 32 + (slot - 4096) / 512
                         : 88 + (slot - 32768) / 2048;
@@ -45,7 +45,7 @@ WRAPPER u32 split_of(u32 slot) {
 // --- masks ---
 
 // Bits 0..count set; all 64 if count is 64 or more.
-WRAPPER u64 low_bits(u32 count) { return count < 64 ? (1ull << count) - 1 : ~0ull; }
+DEVICE u64 low_bits(u32 count) { return count < 64 ? (1ull << count) - 1 : ~0ull; }
 
 // Parameters common to the attention kernels.
 struct AttentionParams {
@@ -64,7 +64,7 @@ struct AttentionParams {
 };
 
 // First of the `window` positions before `end`; 0 if window is 0.
-WRAPPER u32 window_start(u32 end, u32 window) { return window && end > window ? end - window : 0; }
+DEVICE u32 window_start(u32 end, u32 window) { return window && end > window ? end - window : 0; }
 
 // --- the core ---
 
@@ -104,9 +104,8 @@ struct Attention {
 
   float o[MT][NT][4], m[MT][2], l[MT][2];  // outputs, row maxima, row sums, as mma accumulators
 
-  WRAPPER explicit Attention(const AttentionParams& p) : params(p) {
-    DYNAMIC_SHARED(unsigned char, memory);
-    queries = memory;
+  DEVICE explicit Attention(const AttentionParams& p) : params(p) {
+    queries = dynamic_shared;
     keys = queries + ROWS * PITCH;
     values = keys + 2 * TILE;
     probs = values + 2 * TILE;
@@ -119,17 +118,17 @@ struct Attention {
 
   // Sets up row tile `tile` of `sequence` and KV head `head`; returns false if it has no rows. For any
   // context, any number of rows in the span and any masks, the interval stays inside the page table.
-  WRAPPER bool init_tile(u32 tile) {
+  DEVICE bool init_tile(u32 tile) {
     group_size = params.heads / params.kv_heads;
     first_packed = tile * ROWS;
     const u32 lane = threadIdx.x % 32;
     u64 masks[2] = {0, 0};  // masks of rows lane and lane + 32
     if (MODE == TREE) {
       const u64* from_row = params.masks + size_t(sequence) * params.block;
-      if (lane < params.block) masks[0] = ld(from_row + lane);
-      if (lane + 32 < params.block) masks[1] = ld(from_row + lane + 32);
+      if (lane < params.block) masks[0] = from_row[lane];
+      if (lane + 32 < params.block) masks[1] = from_row[lane + 32];
     }
-    const Span span = ld(params.spans + sequence);
+    const Span span = params.spans[sequence];
     const u32 count = min(span.rows, params.block), first = first_packed / group_size;
     if (first >= count) return false;
     const u32 last = min((first_packed + ROWS - 1) / group_size, count - 1);
@@ -160,15 +159,15 @@ struct Attention {
   }
 
   // TREE: bit i is set if row i of the pass is an ancestor of row `row` or the row itself, and has a slot.
-  WRAPPER u64 ancestor_mask(u32 row) const {
-    return ld(params.masks + size_t(sequence) * params.block + row) & low_bits(slots_end - context);
+  DEVICE u64 ancestor_mask(u32 row) const {
+    return params.masks[size_t(sequence) * params.block + row] & low_bits(slots_end - context);
   }
 
   // Mask and location of packed row r. CAUSAL, FULL: bit i of (x low, y high) is set if it sees position
   // context + i; below `context` it sees positions from z on. TREE: it sees positions z..context + x, and y
   // is the index of its row in the row tile (NONE: there is no such row). w: index of its query in q and out,
   // in units of D elements; NONE: there is no such row.
-  WRAPPER uint4 make_row_info(u32 r) const {
+  DEVICE uint4 make_row_info(u32 r) const {
     const u32 row = (first_packed + r) / group_size - base;
     if (row >= rows) return make_uint4(0, MODE == TREE ? NONE : 0, 0, NONE);
     const u32 query = (sequence * params.block + base + row) * params.heads + head * group_size +
@@ -185,10 +184,10 @@ struct Attention {
   }
 
   // Whether there is a packed row r.
-  WRAPPER bool exists(u32 r) const { return first_packed + r < (base + rows) * group_size; }
+  DEVICE bool exists(u32 r) const { return first_packed + r < (base + rows) * group_size; }
 
   // Whether the packed row with `info` sees the key at `position`.
-  WRAPPER bool visible(const uint4& info, u32 position) const {
+  DEVICE bool visible(const uint4& info, u32 position) const {
     if (MODE == TREE) return position >= info.z && position < context + info.x;
     const u64 mask = info.x | u64(info.y) << 32;
     return position < context ? position >= info.z
@@ -196,9 +195,9 @@ struct Attention {
   }
 
   // Starts the copy of the keys or values of slots slot..slot + PAGE. Slots that no row sees become zeros.
-  WRAPPER void copy_page(unsigned char* to,  // [PAGE][D] bf16, shared memory
-                         const u16* cache,   // params.k or params.v
-                         u32 page, u32 slot) const {
+  DEVICE void copy_page(unsigned char* to,  // [PAGE][D] bf16, shared memory
+                        const u16* cache,   // params.k or params.v
+                        u32 page, u32 slot) const {
     const bool valid = page < params.pages;
     const u16* source = cache + (size_t(valid ? page : 0) * params.kv_heads + head) * (PAGE * D);
 #pragma unroll
@@ -211,33 +210,33 @@ struct Attention {
   // Replaces chunks of values that hold a NaN or infinity by zeros and flags them: 0 x NaN would otherwise
   // reach rows that do not see the value. For rows that see it, the flag turns the probability into NaN. Each
   // thread checks what it copied itself.
-  WRAPPER void zero_nonfinite(unsigned char* tile,  // [PAGE][D] bf16, shared memory
-                              u8* flags) const {    // [PAGE][CHUNKS], shared memory
+  DEVICE void zero_nonfinite(unsigned char* tile,  // [PAGE][D] bf16, shared memory
+                             u8* flags) const {    // [PAGE][CHUNKS], shared memory
 #pragma unroll
     for (u32 n = 0; n < PAGE * CHUNKS; n += ATTENTION_THREADS) {
       const u32 i = n + threadIdx.x;
-      const uint4 v = lds128(tile + i * 16);
+      const uint4 v = as<uint4>(tile + i * 16);
       const u32 words[4] = {v.x, v.y, v.z, v.w};
       bool bad = false;
 #pragma unroll
       for (u32 word : words) bad |= (word & 0x7f80) == 0x7f80 || (word & 0x7f800000) == 0x7f800000;
-      sts(flags + i, u8(bad));
-      if (bad) sts128(tile + i * 16, make_uint4(0, 0, 0, 0));
+      flags[i] = u8(bad);
+      if (bad) as<uint4>(tile + i * 16) = make_uint4(0, 0, 0, 0);
     }
   }
 
   // The maximum of an empty set.
-  WRAPPER static float negative_infinity() { return __uint_as_float(0xff800000u); }
+  DEVICE static float negative_infinity() { return __uint_as_float(0xff800000u); }
 
   // Whether the value of key `key` was flagged by zero_nonfinite.
-  WRAPPER bool is_nonfinite(u32 key) const {
-    if (CHUNKS == 8) return lds(reinterpret_cast<const u64*>(nonfinite + key * CHUNKS));
-    const uint4 any = lds128(nonfinite + key * CHUNKS);
+  DEVICE bool is_nonfinite(u32 key) const {
+    if (CHUNKS == 8) return as<u64>(nonfinite + key * CHUNKS);
+    const uint4 any = as<uint4>(nonfinite + key * CHUNKS);
     return any.x | any.y | any.z | any.w;
   }
 
   // Address of chunk c of row r in a matrix with permuted chunks; `rows`: [rows][pitch bytes].
-  WRAPPER static unsigned char* chunk(unsigned char* rows, u32 r, u32 pitch, u32 c) {
+  DEVICE static unsigned char* chunk(unsigned char* rows, u32 r, u32 pitch, u32 c) {
     return rows + r * pitch + ((c ^ (r & 7)) << 4);
   }
 
@@ -251,25 +250,26 @@ struct Attention {
 
   // Fills `path_slots`: entry [i][k] is the slot, counted from `tail`, of the k-th key from `context` on of
   // the row tile's i-th row. If the row has no k-th key, it is the slot that a chain would use.
-  WRAPPER void build_path_slots() const {
+  DEVICE void build_path_slots() const {
     const u32 lane = threadIdx.x % 32, first = first_packed / group_size;
     const u32 count = min((first_packed + ROWS - 1) / group_size + 1, rows) - first;
 #pragma unroll 4
     for (u32 i = threadIdx.x / 32; i < count; i += ATTENTION_THREADS / 32) {
       const u64 mask = ancestor_mask(first + i);
+      u8* slots = path_slots + i * 64;
 #pragma unroll
       for (u32 bit = lane; bit < 64; bit += 32) {
         const bool on_path = mask >> bit & 1;
         const u64 before = low_bits(bit);
         const u32 k = on_path ? __popcll(mask & before) : __popcll(mask) + __popcll(~mask & before);
-        sts(path_slots + i * 64 + k, u8(context - tail + (on_path ? bit : k)));
+        slots[k] = u8(context - tail + (on_path ? bit : k));
       }
     }
   }
 
   // The slot, counted from `tail`, of the key at `position` on the path of the row tile's i-th row.
-  WRAPPER u32 tail_slot(u32 i, u32 position) const {
-    const u32 k = position - context, slot = lds(path_slots + i * 64 + min(k, 63u));
+  DEVICE u32 tail_slot(u32 i, u32 position) const {
+    const u32 k = position - context, slot = path_slots[i * 64 + min(k, 63u)];
     return k < 64 ? slot : position - tail;
   }
 
@@ -277,17 +277,17 @@ struct Attention {
   // from `position` on; owned[h]: this lane's packed row r + 8h + g belongs to row i. If the 16 keys are the
   // same for all rows (all below `context`), calls body once with owned = true.
   template <class Body>
-  WRAPPER void for_each_path(u32 r, u32 position, Body body) const {
+  DEVICE void for_each_path(u32 r, u32 position, Body body) const {
     const bool shared = position + 16 <= context;
     const u32 first = first_packed / group_size, g = threadIdx.x % 32 / 4;
-    const u32 row_of_lane[2] = {lds(&row_info[r + g].y), lds(&row_info[r + g + 8].y)};
+    const u32 row_of_lane[2] = {row_info[r + g].y, row_info[r + g + 8].y};
     // NONE, of packed rows that do not exist, is larger than any row.
-    const u32 begin = shared ? 0 : lds(&row_info[r].y);
-    const u32 stop = shared ? 1 : min(lds(&row_info[r + 15].y), rows - first - 1) + 1;
+    const u32 begin = shared ? 0 : row_info[r].y;
+    const u32 stop = shared ? 1 : min(row_info[r + 15].y, rows - first - 1) + 1;
 #pragma unroll 1
     for (u32 i = begin; i < stop; i++) {
       const u32 packed_row = max((first + i) * group_size, first_packed + r) - first_packed;
-      if (!shared && position >= context + lds(&row_info[packed_row].x)) continue;
+      if (!shared && position >= context + row_info[packed_row].x) continue;
       const bool owned[2] = {shared || row_of_lane[0] == i, shared || row_of_lane[1] == i};
       body(i, owned);
     }
@@ -295,7 +295,7 @@ struct Attention {
 
   // Scores of the 16 keys from `position` on. `flip`: 64 if the tail's first page is in the second half of
   // `keys`.
-  WRAPPER void tail_scores(float (&s)[MT][2][4], u32 position, u32 flip) const {
+  DEVICE void tail_scores(float (&s)[MT][2][4], u32 position, u32 flip) const {
     const u32 lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < MT; i++) {
@@ -320,7 +320,7 @@ struct Attention {
 
   // Adds the products of probabilities and values of the tile at `position`. For a row that does not own the
   // path the product adds zeros.
-  WRAPPER void tail_values(u32 position, u32 flip) {
+  DEVICE void tail_values(u32 position, u32 flip) {
     const u32 lane = threadIdx.x % 32, w = threadIdx.x / 32;
 #pragma unroll 1
     for (u32 k = 0; k < PAGE / 16; k++) {
@@ -346,8 +346,8 @@ struct Attention {
 
   // Bit e: for packed row r, the value at the e-th of this lane's four score positions is flagged. bad_slots:
   // bit mask of the flagged slots, counted from `tail`.
-  WRAPPER u32 tail_nonfinite(u32 r, u32 position, const u64 (&bad_slots)[2]) const {
-    const u32 row = lds(&row_info[r].y), t = threadIdx.x % 4;
+  DEVICE u32 tail_nonfinite(u32 r, u32 position, const u64 (&bad_slots)[2]) const {
+    const u32 row = row_info[r].y, t = threadIdx.x % 4;
     if (row == NONE || !(bad_slots[0] | bad_slots[1])) return 0;
     u32 nonfinite_bits = 0;
 #pragma unroll
@@ -362,7 +362,7 @@ struct Attention {
   // tile (the first group also has the queries), then its values. Two tiles are in flight at a time; page
   // numbers are read one tile further ahead. In the tail of a tree, processing starts when both pages have
   // arrived.
-  WRAPPER void attend_range(u32 begin, u32 stop) {
+  DEVICE void attend_range(u32 begin, u32 stop) {
     const u32 lane = threadIdx.x % 32, w = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const bool reaches_tail = MODE == TREE && stop > tail;
     const u32* table = params.page_table + size_t(sequence) * params.pages_per_sequence + begin / PAGE;
@@ -371,15 +371,15 @@ struct Attention {
     // Whether this range has page i of the tail: a split may begin at its second page, or end with its first.
     const auto has_page = [&](u32 i) { return tail + i * PAGE >= begin && tail + i * PAGE < slots_end; };
 
-    const u32 first_page = ld(table);
-    u32 next_page = pages > 1 ? ld(table + 1) : NONE;
+    const u32 first_page = table[0];
+    u32 next_page = pages > 1 ? table[1] : NONE;
     copy_page(keys, params.k, first_page, begin);
-    if (threadIdx.x < ROWS) sts128(row_info + threadIdx.x, make_row_info(threadIdx.x));
+    if (threadIdx.x < ROWS) row_info[threadIdx.x] = make_row_info(threadIdx.x);
     __syncthreads();
 #pragma unroll
     for (u32 n = 0; n < ROWS * CHUNKS; n += ATTENTION_THREADS) {
       const u32 i = n + threadIdx.x, r = i / CHUNKS, c = i % CHUNKS;
-      const u32 query = lds(&row_info[r].w);
+      const u32 query = row_info[r].w;
       cp_async16(chunk(queries, r, PITCH, c), params.q + size_t(query == NONE ? 0 : query) * D + c * 8,
                  query != NONE);
     }
@@ -390,7 +390,7 @@ struct Attention {
     cp_async_commit();
     if (pages > 1) copy_page(values + TILE, params.v, next_page, begin + PAGE);
     cp_async_commit();
-    next_page = pages > 2 ? ld(table + 2) : NONE;
+    next_page = pages > 2 ? table[2] : NONE;
     if (reaches_tail) build_path_slots();
 
 #pragma unroll
@@ -412,7 +412,8 @@ struct Attention {
         cp_async_commit();
         if (has_next) copy_page(values + (TILE - half), params.v, next_page, position + PAGE);
         cp_async_commit();
-        next_page = tile + 2 < pages ? ld(table + tile + 2) : NONE;
+        const u32* pages_from_here = table + tile;
+        next_page = tile + 2 < pages ? pages_from_here[2] : NONE;
       }
       const bool in_tail = MODE == TREE && position >= tail;
       if (in_tail && (position == tail || position == begin)) {
@@ -454,7 +455,7 @@ struct Attention {
         for (int h = 0; h < 2; h++) {
           const u32 r = i * 16 + h * 8 + g;
           if (needs_mask) {
-            const uint4 info = lds128(row_info + r);
+            const uint4 info = row_info[r];
 #pragma unroll
             for (int e = 0; e < 4; e++) {
               const u32 key = position + w * 16 + e / 2 * 8 + t * 2 + e % 2;
@@ -470,7 +471,7 @@ struct Attention {
           }
           row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 2));
           row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 1));
-          if (t == 0) sts(maxima + w * ROWS + r, row_max);
+          if (t == 0) maxima[w * ROWS + r] = row_max;
         }
       }
       if (needs_mask && !in_tail) {
@@ -501,8 +502,9 @@ struct Attention {
         for (int h = 0; h < 2; h++) {
           const u32 r = i * 16 + h * 8 + g;
           float row_max = m[i][h];
+          const float* row_maxima = maxima + r;
 #pragma unroll
-          for (int y = 0; y < 4; y++) row_max = fmaxf(row_max, lds(maxima + y * ROWS + r));
+          for (int y = 0; y < 4; y++) row_max = fmaxf(row_max, row_maxima[y * ROWS]);
           const float shift = row_max == negative_infinity() ? 0.0f : row_max;  // avoids -inf - -inf = NaN
           rescale[i][h] = ex2(__fsub_rn(m[i][h], shift));
           m[i][h] = row_max;
@@ -522,11 +524,11 @@ struct Attention {
             const u32 pair = pack2(p[0], p[1]);
             sum += low_f32(pair);
             sum += high_f32(pair);
-            sts(reinterpret_cast<u32*>(chunk(probs, r, PAGE * 2, w * 2 + j)) + t, pair);
+            reinterpret_cast<u32*>(chunk(probs, r, PAGE * 2, w * 2 + j))[t] = pair;
           }
           sum += __shfl_xor_sync(~0u, sum, 2);
           sum += __shfl_xor_sync(~0u, sum, 1);
-          if (t == 0) sts(sums + w * ROWS + r, sum);
+          if (t == 0) sums[w * ROWS + r] = sum;
         }
       }
       cp_async_wait<2>();
@@ -537,8 +539,9 @@ struct Attention {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           float sum = 0.0f;
+          const float* row_sums = sums + i * 16 + h * 8 + g;
 #pragma unroll
-          for (int y = 0; y < 4; y++) sum += lds(sums + y * ROWS + i * 16 + h * 8 + g);
+          for (int y = 0; y < 4; y++) sum += row_sums[y * ROWS];
           l[i][h] = __fmaf_rn(l[i][h], rescale[i][h], sum);
 #pragma unroll
           for (int n = 0; n < NT; n++) {
@@ -574,18 +577,18 @@ struct Attention {
   }
 
   // 1 / sum; 0 for a row that saw no key, whose output becomes zeros.
-  WRAPPER static float reciprocal(float sum) { return sum == 0.0f ? 0.0f : __fdiv_rn(1.0f, sum); }
+  DEVICE static float reciprocal(float sum) { return sum == 0.0f ? 0.0f : __fdiv_rn(1.0f, sum); }
 
   // Calls store(i, h, r, query, d, o[r][d], o[r][d + 1]) for each pair of outputs that this thread holds;
   // skips packed rows that do not exist.
   template <class Store>
-  WRAPPER void for_each_output(Store store) const {
+  DEVICE void for_each_output(Store store) const {
     const u32 lane = threadIdx.x % 32, w = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < MT; i++) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const u32 r = i * 16 + h * 8 + lane / 4, query = lds(&row_info[r].w);
+        const u32 r = i * 16 + h * 8 + lane / 4, query = row_info[r].w;
         if (query == NONE) continue;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
@@ -597,21 +600,21 @@ struct Attention {
 
   // Stores the normalised output when one block has attended to all keys. Adding zero turns -0 into +0, as in
   // merge_partials, whose sums start from zero.
-  WRAPPER void store_output() const {
+  DEVICE void store_output() const {
     for_each_output([&](int i, int h, u32, u32 query, u32 d, float x, float y) {
       const float scale = reciprocal(l[i][h]);
-      st(reinterpret_cast<u32*>(params.out + size_t(query) * D + d),
-         pack2(__fmul_rn(__fadd_rn(x, 0.0f), scale), __fmul_rn(__fadd_rn(y, 0.0f), scale)));
+      as<u32>(params.out + size_t(query) * D + d) =
+          pack2(__fmul_rn(__fadd_rn(x, 0.0f), scale), __fmul_rn(__fadd_rn(y, 0.0f), scale));
     });
   }
 
   // Stores this split's unnormalised result.
-  WRAPPER void store_partial(float* partial) const {  // [PARTIAL]
+  DEVICE void store_partial(float* partial) const {  // [PARTIAL]
     for_each_output([&](int i, int h, u32 r, u32, u32 d, float x, float y) {
-      st(reinterpret_cast<float2*>(partial + r * D + d), make_float2(x, y));
+      as<float2>(partial + r * D + d) = make_float2(x, y);
       if (d == 0) {
-        st(partial + ROWS * D + r, m[i][h]);
-        st(partial + ROWS * D + ROWS + r, l[i][h]);
+        partial[ROWS * D + r] = m[i][h];
+        partial[ROWS * D + ROWS + r] = l[i][h];
       }
     });
   }
@@ -620,8 +623,8 @@ struct Attention {
   // that of split origin + i * stride. Stores the normalised output if `output`, else the merged partial in
   // place of `lead`. A partial in which a row saw no key has factor 0 and zeros; a single partial has factor
   // 1. Both are exact.
-  WRAPPER void merge_partials(float* partials,  // [splits][PARTIAL]
-                              u32 lead, u32 origin, u32 stride, u32 count, bool output) const {
+  DEVICE void merge_partials(float* partials,  // [splits][PARTIAL]
+                             u32 lead, u32 origin, u32 stride, u32 count, bool output) const {
     float* factors = reinterpret_cast<float*>(keys);         // [count][ROWS], first the maxima
     float* partial_sums = reinterpret_cast<float*>(values);  // [count][ROWS]
     float* reciprocals = reinterpret_cast<float*>(probs);    // [ROWS]
@@ -630,25 +633,27 @@ struct Attention {
     for (u32 i = threadIdx.x; i < count * ROWS; i += ATTENTION_THREADS) {
       const float* from = part(i / ROWS) + ROWS * D + i % ROWS;
       if (!exists(i % ROWS)) continue;
-      sts(factors + i, ld_cg(from));
-      sts(partial_sums + i, ld_cg(from + ROWS));
+      factors[i] = ld_cg(from);
+      partial_sums[i] = ld_cg(from + ROWS);
     }
     __syncthreads();
     const u32 r = threadIdx.x;
     if (r < ROWS && exists(r)) {
       float row_max = negative_infinity(), sum = 0.0f;
-      for (u32 n = 0; n < count; n++) row_max = fmaxf(row_max, lds(factors + n * ROWS + r));
+      float* row_factors = factors + r;
+      const float* row_sums = partial_sums + r;
+      for (u32 n = 0; n < count; n++) row_max = fmaxf(row_max, row_factors[n * ROWS]);
       const float shift = row_max == negative_infinity() ? 0.0f : row_max;
       for (u32 n = 0; n < count; n++) {
-        const float factor = ex2(__fsub_rn(lds(factors + n * ROWS + r), shift));
-        sum = __fmaf_rn(factor, lds(partial_sums + n * ROWS + r), sum);
-        sts(factors + n * ROWS + r, factor);
+        const float factor = ex2(__fsub_rn(row_factors[n * ROWS], shift));
+        sum = __fmaf_rn(factor, row_sums[n * ROWS], sum);
+        row_factors[n * ROWS] = factor;
       }
       if (output) {
-        sts(reciprocals + r, reciprocal(sum));
+        reciprocals[r] = reciprocal(sum);
       } else {
-        st(part(0) + ROWS * D + r, row_max);
-        st(part(0) + ROWS * D + ROWS + r, sum);
+        part(0)[ROWS * D + r] = row_max;
+        part(0)[ROWS * D + ROWS + r] = sum;
       }
     }
     __syncthreads();
@@ -673,7 +678,7 @@ struct Attention {
 #pragma unroll
           for (int y = 0; y < 2; y++) {
             if (first + n >= count || !present[y]) continue;
-            const float factor = lds(factors + (first + n) * ROWS + row[y]);
+            const float factor = factors[(first + n) * ROWS + row[y]];
             sum[y].x = __fmaf_rn(factor, x[y][n].x, sum[y].x);
             sum[y].y = __fmaf_rn(factor, x[y][n].y, sum[y].y);
             sum[y].z = __fmaf_rn(factor, x[y][n].z, sum[y].z);
@@ -684,14 +689,14 @@ struct Attention {
 #pragma unroll
       for (int y = 0; y < 2; y++) {
         if (!present[y]) continue;
-        const u32 query = lds(&row_info[row[y]].w);
+        const u32 query = row_info[row[y]].w;
         if (output) {
-          const float scale = lds(reciprocals + row[y]);
+          const float scale = reciprocals[row[y]];
           const u32 low = pack2(__fmul_rn(sum[y].x, scale), __fmul_rn(sum[y].y, scale));
           const u32 high = pack2(__fmul_rn(sum[y].z, scale), __fmul_rn(sum[y].w, scale));
-          st(reinterpret_cast<uint2*>(params.out + size_t(query) * D + d), make_uint2(low, high));
+          as<uint2>(params.out + size_t(query) * D + d) = make_uint2(low, high);
         } else {
-          st(reinterpret_cast<float4*>(part(0) + row[y] * D + d), sum[y]);
+          as<float4>(part(0) + row[y] * D + d) = sum[y];
         }
       }
     }
@@ -707,9 +712,9 @@ struct Attention {
 // step would be too slow: 64 rows at 4096 slots give 1 MB of partials per KV head, which one block reads in
 // 9 us (64 bytes per clock), while all blocks together read the keys and values in 4 us.
 template <int D, int MT, MaskMode MODE>
-WRAPPER void attend(const AttentionParams& params,
-                    float* partials,  // [sequences * row tiles][kv_heads][splits][PARTIAL]
-                    u32* counters) {  // [sequences * row tiles][kv_heads][groups + 1], zero before and after
+DEVICE void attend(const AttentionParams& params,
+                   float* partials,  // [sequences * row tiles][kv_heads][splits][PARTIAL]
+                   u32* counters) {  // [sequences * row tiles][kv_heads][groups + 1], zero before and after
   grid_launch();
   grid_wait();
   Attention<D, MT, MODE> a(params);

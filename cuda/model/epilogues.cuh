@@ -23,12 +23,12 @@ struct Project {
 #define EPILOGUE_project Project{x, y, sumsq_out, gain, features, feature_pitch}
 #define PARAMETERS_inject u16 *y, float *sumsq_out, const float *gain
 #define EPILOGUE_inject Project{nullptr, y, sumsq_out, gain, nullptr, 0}
-WRAPPER void apply_epilogue(const Linear& l, const Project& p, const Tile& tile) {
+DEVICE void apply_epilogue(const Linear& l, const Project& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, column = tile.row + lane * 4;
   const u32 parts = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const bool inside = column < l.n;
   float4 gain = make_float4(0, 0, 0, 0);
-  if (inside) gain = ld(reinterpret_cast<const float4*>(p.gain + column));
+  if (inside) gain = as<float4>(p.gain + column);
   // Two tokens at a time, so that the loads of their residuals overlap.
   for (u32 first = threadIdx.x / 32; first < tile.tokens; first += warps * 2) {
     float4 old[2];
@@ -37,7 +37,7 @@ WRAPPER void apply_epilogue(const Linear& l, const Project& p, const Tile& tile)
       const u32 i = first + j * warps;
       old[j] = make_float4(0, 0, 0, 0);
       if (!p.x || !inside || i >= tile.tokens) continue;
-      old[j] = ld(reinterpret_cast<const float4*>(p.x + size_t(tile.token + i) * l.n + column));
+      old[j] = as<float4>(p.x + size_t(tile.token + i) * l.n + column);
     }
 #pragma unroll
     for (u32 j = 0; j < 2; j++) {
@@ -49,12 +49,12 @@ WRAPPER void apply_epilogue(const Linear& l, const Project& p, const Tile& tile)
       if (inside) {
         v = make_float4(old[j].x + v.x, old[j].y + v.y, old[j].z + v.z, old[j].w + v.w);
         square = sum_of_squares(v);
-        if (p.x) st(reinterpret_cast<float4*>(p.x + row * l.n + column), v);
-        st(reinterpret_cast<uint2*>(p.y + row * l.n + column), pack4(mul(v, gain)));
-        if (p.features) st(reinterpret_cast<uint2*>(p.features + row * p.feature_pitch + column), pack4(v));
+        if (p.x) as<float4>(p.x + row * l.n + column) = v;
+        as<uint2>(p.y + row * l.n + column) = pack4(mul(v, gain));
+        if (p.features) as<uint2>(p.features + row * p.feature_pitch + column) = pack4(v);
       }
       square = lane_sum(square, 32);
-      if (lane == 0) st(p.sumsq + row * parts + tile.row / BLOCK_ROWS, square);
+      if (lane == 0) p.sumsq[row * parts + tile.row / BLOCK_ROWS] = square;
     }
   }
 }
@@ -65,24 +65,24 @@ struct Swiglu {
 };
 #define PARAMETERS_swiglu u16* out
 #define EPILOGUE_swiglu Swiglu{out}
-WRAPPER float swiglu(float gate, float up) {
+DEVICE float swiglu(float gate, float up) {
   const float e = ex2(__fmul_rn(gate, -1.44269504f));  // exp(-gate)
   return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, e)), up);
 }
-WRAPPER void apply_epilogue(const Linear& l, const Swiglu& p, const Tile& tile) {
+DEVICE void apply_epilogue(const Linear& l, const Swiglu& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32;
   // A lane with four gates and the lane with their ups, two lanes further, compute two of the four neurons
   // each.
   const bool has_gates = lane % 4 < 2;
   const u32 neuron = tile.row / 2 + lane / 4 * 8 + lane % 2 * 4 + (has_gates ? 0 : 2);
   for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
-    const float4 v = mul(columns(tile, i), lds(tile.scale + i));
+    const float4 v = mul(columns(tile, i), tile.scale[i]);
     const float a = __shfl_xor_sync(0xffffffffu, has_gates ? v.z : v.x, 2);
     const float b = __shfl_xor_sync(0xffffffffu, has_gates ? v.w : v.y, 2);
     const float first = has_gates ? swiglu(v.x, a) : swiglu(a, v.z);
     const float second = has_gates ? swiglu(v.y, b) : swiglu(b, v.w);
     if (neuron < l.n / 2) {
-      st(reinterpret_cast<u32*>(p.out + size_t(tile.token + i) * (l.n / 2) + neuron), pack2(first, second));
+      as<u32>(p.out + size_t(tile.token + i) * (l.n / 2) + neuron) = pack2(first, second);
     }
   }
 }
@@ -118,25 +118,25 @@ struct Qkv {
   }
 // Looks up where to store the token's query, key and value. An index out of range becomes NONE; the position
 // is clamped.
-WRAPPER void prepare_token(const Qkv& p, const Tile& tile, u32 token) {
-  const Row row = ld(p.rows + tile.token + token);
+DEVICE void prepare_token(const Qkv& p, const Tile& tile, u32 token) {
+  const Row row = p.rows[size_t(tile.token) + token];
   const bool valid = row.sequence < p.sequences;
   KvSlot to{min(row.position, p.positions - 1), NONE, NONE, row.slot};
   if (valid && row.query < p.query_rows) to.query = row.query;
   if (valid && row.slot / PAGE < p.sequence_pages) {
-    const u32 page = ld(p.table + size_t(row.sequence) * p.sequence_pages + row.slot / PAGE);
+    const u32 page = p.table[size_t(row.sequence) * p.sequence_pages + row.slot / PAGE];
     if (page < p.pages) to.page = page;
   }
-  sts(tile.kv_slots + token, to);
+  tile.kv_slots[token] = to;
 }
-WRAPPER void apply_epilogue(const Linear& l, const Qkv& p, const Tile& tile) {
+DEVICE void apply_epilogue(const Linear& l, const Qkv& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, width = p.head_dim / 4, half = p.head_dim / 2;
   const u32 head = (tile.row + lane * 4) / p.head_dim, d = lane * 4 % p.head_dim;
   const bool query = head < p.heads, rotated = head < p.heads + p.kv_heads;
   const bool inside = head < p.heads + 2 * p.kv_heads;
   const float* gains = query ? p.q_gain : rotated ? p.k_gain : nullptr;
   float4 gain = make_float4(1, 1, 1, 1);
-  if (gains) gain = ld(reinterpret_cast<const float4*>(gains + d));
+  if (gains) gain = as<float4>(gains + d);
   // Two tokens at a time, so that the loads of their RoPE rows overlap.
   for (u32 first = threadIdx.x / 32; first < tile.tokens; first += warps * 2) {
     float4 c[2], s[2];
@@ -145,15 +145,15 @@ WRAPPER void apply_epilogue(const Linear& l, const Qkv& p, const Tile& tile) {
       c[j] = make_float4(1, 1, 1, 1), s[j] = make_float4(0, 0, 0, 0);
       const u32 i = first + j * warps;
       if (i >= tile.tokens || !rotated) continue;
-      const float* angles = p.rope + size_t(lds(&tile.kv_slots[i].position)) * p.head_dim + d % half;
-      c[j] = ld(reinterpret_cast<const float4*>(angles));
-      s[j] = ld(reinterpret_cast<const float4*>(angles + half));
+      const float* angles = p.rope + size_t(tile.kv_slots[i].position) * p.head_dim + d % half;
+      c[j] = as<float4>(angles);
+      s[j] = as<float4>(angles + half);
     }
 #pragma unroll
     for (u32 j = 0; j < 2; j++) {
       const u32 i = first + j * warps;
       if (i >= tile.tokens) break;
-      float4 v = mul(columns(tile, i), lds(tile.scale + i));
+      float4 v = mul(columns(tile, i), tile.scale[i]);
       const float mean = __fdiv_rn(lane_sum(sum_of_squares(v), width), float(p.head_dim));
       if (gains) v = mul(mul(v, __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, l.eps)))), gain);
       float4 partner;
@@ -171,16 +171,16 @@ WRAPPER void apply_epilogue(const Linear& l, const Qkv& p, const Tile& tile) {
       const uint2 low = pack4(v);
       const uint2 high =
           make_uint2(__shfl_xor_sync(0xffffffffu, low.x, 1), __shfl_xor_sync(0xffffffffu, low.y, 1));
-      const KvSlot to = lds(tile.kv_slots + i);
+      const KvSlot to = tile.kv_slots[i];
       if (lane % 2 || !inside) continue;
       const uint4 chunk = make_uint4(low.x, low.y, high.x, high.y);
       if (query) {
-        if (to.query != NONE) st128(p.queries + (size_t(to.query) * p.heads + head) * p.head_dim + d, chunk);
+        if (to.query != NONE) as<uint4>(p.queries + (size_t(to.query) * p.heads + head) * p.head_dim + d) = chunk;
       } else if (to.page != NONE) {
         const u32 kv_head = head - (rotated ? p.heads : p.heads + p.kv_heads);
         const size_t at = (size_t(to.page) * p.kv_heads + kv_head) * (PAGE * p.head_dim * 2);
         char* page = reinterpret_cast<char*>(rotated ? p.keys : p.values) + at;
-        st128(page + page_offset(to.slot, d / 8, p.head_dim), chunk);
+        as<uint4>(page + page_offset(to.slot, d / 8, p.head_dim)) = chunk;
       }
     }
   }
@@ -198,18 +198,18 @@ struct Head {
   u32 vocab;              // columns of `logits`; with target_ids the others are not written
 };
 // The argmax key of one logit.
-WRAPPER u64 rank(float logit, u32 id) {
+DEVICE u64 rank(float logit, u32 id) {
   return logit < __uint_as_float(0x7f800000u) ? u64(ascending(logit)) << 32 | u32(~id) : ~0ull;
 }
-WRAPPER void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
+DEVICE void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4;
   const u32 blocks = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
   u32 id[4];
 #pragma unroll
-  for (u32 j = 0; j < 4; j++) id[j] = p.target_ids && column + j < l.n ? ld(p.target_ids + column + j) : column + j;
+  for (u32 j = 0; j < 4; j++) id[j] = p.target_ids && column + j < l.n ? p.target_ids[size_t(column) + j] : column + j;
   for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
     const size_t row = tile.token + i;
-    const float4 v = mul(mul(columns(tile, i), lds(tile.scale + i)), p.multiplier);
+    const float4 v = mul(mul(columns(tile, i), tile.scale[i]), p.multiplier);
     float logit[4] = {v.x, v.y, v.z, v.w};
     u64 best = 0;
 #pragma unroll
@@ -222,15 +222,15 @@ WRAPPER void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
       float* to = p.logits + row * p.vocab;
       if (!p.target_ids && l.n % 4 == 0) {
         const float4 four = make_float4(logit[0], logit[1], logit[2], logit[3]);
-        if (column < l.n) st(reinterpret_cast<float4*>(to + column), four);
+        if (column < l.n) as<float4>(to + column) = four;
       } else {
 #pragma unroll
         for (u32 j = 0; j < 4; j++) {
-          if (column + j < l.n && id[j] < p.vocab) st(to + id[j], logit[j]);
+          if (column + j < l.n && id[j] < p.vocab) to[id[j]] = logit[j];
         }
       }
     }
     for (int flip = 16; flip > 0; flip /= 2) best = max(best, __shfl_xor_sync(0xffffffffu, best, flip));
-    if (lane == 0) st(p.best + row * blocks + tile.row / BLOCK_ROWS, best);
+    if (lane == 0) p.best[row * blocks + tile.row / BLOCK_ROWS] = best;
   }
 }

@@ -63,8 +63,8 @@ struct Tile {
 };
 
 // Columns 4 lane..4 lane + 4 of a token.
-WRAPPER float4 columns(const Tile& tile, u32 token) {
-  return lds(reinterpret_cast<const float4*>(tile.values + token * TILE_PITCH) + threadIdx.x % 32);
+DEVICE float4 columns(const Tile& tile, u32 token) {
+  return reinterpret_cast<const float4*>(tile.values + token * TILE_PITCH)[threadIdx.x % 32];
 }
 
 // Size of a chunk of staged activations, and how far ahead weights are loaded. Dynamic shared memory holds one
@@ -83,10 +83,10 @@ struct Staging {
 
 // Starts the copies of one chunk: `groups` groups of 32 inputs from column `k` on.
 template <int NT>
-WRAPPER void stage_activations(unsigned char* to,       // [NT * 8][PITCH bytes], shared memory
-                               const Linear& l,
-                               const u32* source_rows,  // [NT * 8] rows of l.in; null: the tile's tokens
-                               const Tile& tile, u32 k, u32 groups) {
+DEVICE void stage_activations(unsigned char* to,       // [NT * 8][PITCH bytes], shared memory
+                              const Linear& l,
+                              const u32* source_rows,  // [NT * 8] rows of l.in; null: the tile's tokens
+                              const Tile& tile, u32 k, u32 groups) {
   typedef Staging<NT> S;
   constexpr u32 COLUMNS = S::CHUNK / 8, STEP = 256 / COLUMNS;  // columns of 16 bytes; rows per iteration
   static_assert(256 % COLUMNS == 0 && NT * 8 % STEP == 0, "every thread copies one column");
@@ -96,7 +96,7 @@ WRAPPER void stage_activations(unsigned char* to,       // [NT * 8][PITCH bytes]
     to += first * S::PITCH + column * 16;
 #pragma unroll 2
     for (u32 i = first; i < NT * 8; i += STEP) {
-      const u32 row = source_rows ? lds(source_rows + i) : tile.token + i;
+      const u32 row = source_rows ? source_rows[i] : tile.token + i;
       cp_async16(to, from + size_t(row) * l.k, source_rows ? row != NONE : i < tile.tokens);
       to += STEP * S::PITCH;
     }
@@ -105,7 +105,7 @@ WRAPPER void stage_activations(unsigned char* to,       // [NT * 8][PITCH bytes]
 }
 
 // 1 / rms of a row's input, from its partial sums of squares added in ascending order.
-WRAPPER float inverse_rms(const Linear& l, u32 row) {
+DEVICE float inverse_rms(const Linear& l, u32 row) {
   const u32 parts = (l.k + 127) / 128;
   const float* from = l.sumsq + size_t(row) * parts;
   float sum = 0;
@@ -115,7 +115,7 @@ WRAPPER float inverse_rms(const Linear& l, u32 row) {
 #pragma unroll
     for (u32 i = 0; i < 32; i++) {
       part[i] = 0;
-      if (base + i < parts) part[i] = ld(from + base + i);
+      if (base + i < parts) part[i] = from[base + i];
     }
 #pragma unroll
     for (u32 i = 0; i < 32; i++) {
@@ -127,18 +127,18 @@ WRAPPER float inverse_rms(const Linear& l, u32 row) {
 
 // Default of `prepare_token`: most epilogues need no preparation.
 template <class Epilogue>
-WRAPPER void prepare_token(const Epilogue&, const Tile&, u32) {}
+DEVICE void prepare_token(const Epilogue&, const Tile&, u32) {}
 
 // Main loop, called by the whole block of 256 threads. Computes the block's sums into `tile`; returns false
 // if this block has no epilogue to run. While the first activations are in flight, one thread per token calls
 // prepare_token(epilogue, tile, index of the token in the tile).
 template <int NT, bool GATHER, class Epilogue>
-WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
+DEVICE bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
   typedef Staging<NT> S;
   constexpr int U = S::AHEAD;
-  DYNAMIC_SHARED(unsigned char, memory);
-  SHARED(u32, gathered, NT * 8);
-  SHARED(float, scale, NT * 8);
+  unsigned char* memory = dynamic_shared;
+  __shared__ u32 gathered[NT * 8];
+  __shared__ float scale[NT * 8];
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const u32 block = l.first_block + blockIdx.x, weight_tile = block * 8 + warp;
   const u32 first = blockIdx.y * l.slice, groups = min(l.slice, l.k / 32 - first);
@@ -170,7 +170,7 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
   if (lane == 0 && active && groups > U && groups <= SHORT_SLICE) prefetch_l2(w + U * 512, (groups - U) * 1024);
   grid_wait();
 
-  const u32 num_active = l.num_active ? ld(l.num_active) : 1;  // checked below, with copies in flight
+  const u32 num_active = l.num_active ? *l.num_active : 1;  // checked below, with copies in flight
   tile.values = reinterpret_cast<const float*>(memory);
   tile.scale = scale;
   tile.token = blockIdx.z * NT * 8;
@@ -178,8 +178,8 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
   tile.row = block * BLOCK_ROWS;
   if (GATHER) {
     if (threadIdx.x < NT * 8) {
-      const u32 row = threadIdx.x < tile.tokens ? ld(l.gather + tile.token + threadIdx.x) : NONE;
-      sts(gathered + threadIdx.x, row < l.in_rows ? row : NONE);
+      const u32 row = threadIdx.x < tile.tokens ? l.gather[size_t(tile.token) + threadIdx.x] : NONE;
+      gathered[threadIdx.x] = row < l.in_rows ? row : NONE;
     }
     __syncthreads();
   }
@@ -187,7 +187,7 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
   stage_activations<NT>(memory, l, source_rows, tile, first * 32, min(groups, S::GROUPS));
   if (threadIdx.x < NT * 8) {
     const bool has_norm = l.sumsq && threadIdx.x < tile.tokens;
-    sts(scale + threadIdx.x, has_norm ? inverse_rms(l, tile.token + threadIdx.x) : 1.0f);
+    scale[threadIdx.x] = has_norm ? inverse_rms(l, tile.token + threadIdx.x) : 1.0f;
   }
   if (threadIdx.x >= 128 && threadIdx.x - 128 < tile.tokens) prepare_token(epilogue, tile, threadIdx.x - 128);
   if (num_active == 0) {
@@ -219,7 +219,7 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
       }
 #pragma unroll
       for (int n = 0; n < NT; n++) {
-        const uint4 b = lds128(x + n * 8 * S::PITCH + u * 64);
+        const uint4 b = as<uint4>(x + n * 8 * S::PITCH + u * 64);
         mma_bf16(sum[n], low.x, high.x, low.y, high.y, b.x, b.y);
         mma_bf16(sum[n], low.z, high.z, low.w, high.w, b.z, b.w);
       }
@@ -274,10 +274,10 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
   float* to = reinterpret_cast<float*>(memory) + warp * 16 + g;
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    sts(to + (n * 8 + t * 2) * TILE_PITCH, sum[n][0]);
-    sts(to + (n * 8 + t * 2 + 1) * TILE_PITCH, sum[n][1]);
-    sts(to + (n * 8 + t * 2) * TILE_PITCH + 8, sum[n][2]);
-    sts(to + (n * 8 + t * 2 + 1) * TILE_PITCH + 8, sum[n][3]);
+    to[(n * 8 + t * 2) * TILE_PITCH] = sum[n][0];
+    to[(n * 8 + t * 2 + 1) * TILE_PITCH] = sum[n][1];
+    to[(n * 8 + t * 2) * TILE_PITCH + 8] = sum[n][2];
+    to[(n * 8 + t * 2 + 1) * TILE_PITCH + 8] = sum[n][3];
   }
   __syncthreads();
   return true;
@@ -286,8 +286,9 @@ WRAPPER bool multiply(const Linear& l, Tile& tile, const Epilogue& epilogue) {
 // One kernel per number of tokens, with the epilogue EPILOGUE_name and its parameters PARAMETERS_name.
 // `Linear` and the epilogue's struct document the shape of every parameter.
 #define LINEAR_KERNEL(name, tokens, per_sm, gather)                                                   \
-  KERNEL(256, per_sm, name##_##tokens, (LINEAR_PARAMETERS, PARAMETERS_##name)) {                      \
-    SHARED(KvSlot, kv_slots, tokens);                                                                 \
+  extern "C" __global__ void __launch_bounds__(256, per_sm)                                           \
+  name##_##tokens(LINEAR_PARAMETERS, PARAMETERS_##name) {                                             \
+    __shared__ KvSlot kv_slots[tokens];                                                               \
     const auto epilogue = EPILOGUE_##name;                                                            \
     Tile tile;                                                                                        \
     tile.kv_slots = kv_slots;                                                                         \

@@ -16,15 +16,13 @@
 
 constexpr u32 PART = 128, WARPS = 8;
 
-WRAPPER float4 ld_four(const float* from) { return ld(reinterpret_cast<const float4*>(from)); }
-
-KERNEL(256, 4, residual_norm,
-       (u16* y,            // [rows][hidden] bf16
-        float* sumsq,      // [rows][parts]
-        float* x,          // [rows][hidden]
-        const float* add,  // [rows][hidden], or null
-        const float* gain, // [hidden]
-        u32 hidden, u32 parts)) {
+extern "C" __global__ void __launch_bounds__(256, 4) residual_norm(
+    u16* y,            // [rows][hidden] bf16
+    float* sumsq,      // [rows][parts]
+    float* x,          // [rows][hidden]
+    const float* add,  // [rows][hidden], or null
+    const float* gain, // [hidden]
+    u32 hidden, u32 parts) {
   grid_launch();
   grid_wait();
   const u32 lane = threadIdx.x % 32, part = blockIdx.x * WARPS + threadIdx.x / 32, row = blockIdx.y;
@@ -34,25 +32,25 @@ KERNEL(256, 4, residual_norm,
   const size_t offset = size_t(row) * hidden + column;
   float4 v = make_float4(0, 0, 0, 0);
   if (inside) {
-    v = ld_four(x + offset);
+    v = as<float4>(x + offset);
     if (add) {
-      const float4 a = ld_four(add + offset);
+      const float4 a = as<float4>(add + offset);
       v = make_float4(__fadd_rn(v.x, a.x), __fadd_rn(v.y, a.y), __fadd_rn(v.z, a.z), __fadd_rn(v.w, a.w));
-      st(reinterpret_cast<float4*>(x + offset), v);
+      as<float4>(x + offset) = v;
     }
-    st(reinterpret_cast<uint2*>(y + offset), pack4(mul(ld_four(gain + column), v)));
+    as<uint2>(y + offset) = pack4(mul(as<float4>(gain + column), v));
   }
   const float sum = lane_sum(sum_of_squares(v), 32);
-  if (lane == 0) st(sumsq + size_t(row) * parts + part, sum);
+  if (lane == 0) sumsq[size_t(row) * parts + part] = sum;
 }
 
-KERNEL(256, 4, full_norm,
-       (u16* y,            // [rows][hidden] bf16
-        const float* x,    // [rows][hidden]
-        const float* gain, // [hidden]
-        u32 hidden, u32 parts, float eps)) {
+extern "C" __global__ void __launch_bounds__(256, 4) full_norm(
+    u16* y,            // [rows][hidden] bf16
+    const float* x,    // [rows][hidden]
+    const float* gain, // [hidden]
+    u32 hidden, u32 parts, float eps) {
   constexpr u32 MAX_PARTS = 512;  // of a row of 65536 columns
-  SHARED(float, sums, MAX_PARTS);
+  __shared__ __align__(16) float sums[MAX_PARTS];  // aligned so that the compiler loads four at once
   grid_launch();
   grid_wait();
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -60,16 +58,15 @@ KERNEL(256, 4, full_norm,
   u16* to = y + size_t(blockIdx.x) * hidden;
   for (u32 part = warp; part < parts; part += WARPS) {
     const u32 column = part * PART + lane * 4;
-    const float4 v = column < hidden ? ld_four(from + column) : make_float4(0, 0, 0, 0);
+    const float4 v = column < hidden ? as<float4>(from + column) : make_float4(0, 0, 0, 0);
     const float sum = lane_sum(sum_of_squares(v), 32);
-    if (lane == 0) sts(sums + part, sum);
+    if (lane == 0) sums[part] = sum;
   }
   __syncthreads();
   float sum = 0;
-  for (u32 part = 0; part < parts; part++) sum = __fadd_rn(sum, lds(sums + part));
+  for (u32 part = 0; part < parts; part++) sum = __fadd_rn(sum, sums[part]);
   const float rstd = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(sum, float(hidden)), eps)));
   for (u32 column = threadIdx.x * 4; column < hidden; column += blockDim.x * 4) {
-    st(reinterpret_cast<uint2*>(to + column),
-       pack4(mul(ld_four(gain + column), mul(ld_four(from + column), rstd))));
+    as<uint2>(to + column) = pack4(mul(as<float4>(gain + column), mul(as<float4>(from + column), rstd)));
   }
 }

@@ -24,13 +24,13 @@ struct Warps {
 
   // Byte offset, within half a weight tile, of the 16-byte chunk of k block t and row g. Eight lanes read the
   // four k blocks of two rows at a time; these lie in eight different bank groups.
-  static WRAPPER u32 weight_chunk(u32 t, u32 g) { return (t * 8 + (g ^ 2 * t)) * 16; }
+  static DEVICE u32 weight_chunk(u32 t, u32 g) { return (t * 8 + (g ^ 2 * t)) * 16; }
   // Byte offset of a weight tile's group of 32 inputs.
-  static WRAPPER u32 weights(u32 tile, u32 group) { return (tile * 2 + group) * 1024; }
+  static DEVICE u32 weights(u32 tile, u32 group) { return (tile * 2 + group) * 1024; }
 
   // Byte offset of chunk c (0..8) of a token's 64 inputs. Eight lanes read four chunks of two tokens at a
   // time.
-  static WRAPPER u32 token_chunk(u32 token, u32 c) {
+  static DEVICE u32 token_chunk(u32 token, u32 c) {
     return token * (STAGE_K * 2) + (c ^ token % 2 * 4) * 16;
   }
 };
@@ -44,14 +44,14 @@ struct Warpgroups {
 
   // 32 inputs of all tiles, then the next 32. 8 rows x 8 inputs occupy 128 bytes; the next 8 inputs are 128
   // bytes further, the next 8 rows 512 bytes.
-  static WRAPPER u32 weight_chunk(u32 t, u32 g) { return (t * 8 + g) * 16; }
-  static WRAPPER u32 weights(u32 tile, u32 group) { return (group * 8 + tile) * 1024; }
-  static WRAPPER u64 weight_matrix(u32 stage, u32 warpgroup) {
+  static DEVICE u32 weight_chunk(u32 t, u32 g) { return (t * 8 + g) * 16; }
+  static DEVICE u32 weights(u32 tile, u32 group) { return (group * 8 + tile) * 1024; }
+  static DEVICE u64 weight_matrix(u32 stage, u32 warpgroup) {
     return descriptor(stage + weights(warpgroup * 4, 0), 128, 512, NO_SWIZZLE);
   }
 
-  static WRAPPER u32 token_chunk(u32 token, u32 c) { return token * (STAGE_K * 2) + (c ^ token % 8) * 16; }
-  static WRAPPER u64 token_matrix(u32 stage) {
+  static DEVICE u32 token_chunk(u32 token, u32 c) { return token * (STAGE_K * 2) + (c ^ token % 8) * 16; }
+  static DEVICE u64 token_matrix(u32 stage) {
     return descriptor(stage + WEIGHT_BYTES, 0, 1024, SWIZZLE_128);
   }
 };
@@ -60,10 +60,10 @@ struct Warpgroups {
 // Starts the copies of the stage that begins at column k. Everything beyond K, the packed rows or the tokens
 // becomes zeros.
 template <class Loop>
-WRAPPER void load_stage(unsigned char* stage,    // [STAGE_BYTES], shared memory
-                        const Linear& l,
-                        const u32* source_rows,  // [TOKENS] rows of l.in or NONE, shared memory
-                        u32 weight_tile, u32 k) {
+DEVICE void load_stage(unsigned char* stage,    // [STAGE_BYTES], shared memory
+                       const Linear& l,
+                       const u32* source_rows,  // [TOKENS] rows of l.in or NONE, shared memory
+                       u32 weight_tile, u32 k) {
   const u32 groups = l.k / 32, tiles = (l.n + 15) / 16;
 #pragma unroll 4
   for (u32 turn = 0; turn < WEIGHT_BYTES / 16 / Loop::THREADS; turn++) {
@@ -78,7 +78,7 @@ WRAPPER void load_stage(unsigned char* stage,    // [STAGE_BYTES], shared memory
 #pragma unroll 4
   for (u32 turn = 0; turn < Loop::TOKENS * 8 / Loop::THREADS; turn++) {
     const u32 i = turn * Loop::THREADS + threadIdx.x;
-    const u32 token = i / 8, c = i % 8, from = lds(source_rows + token);
+    const u32 token = i / 8, c = i % 8, from = source_rows[token];
     const bool valid = from != NONE && k + c * 8 < l.k;
     unsigned char* to = stage + WEIGHT_BYTES + Loop::token_chunk(token, c);
     cp_async16(to, l.in + (valid ? size_t(from) * l.k + k + c * 8 : 0), valid);
@@ -88,16 +88,16 @@ WRAPPER void load_stage(unsigned char* stage,    // [STAGE_BYTES], shared memory
 // Sets up the block's work, called by the whole block, one thread per token: fills `tile`, `source_rows` and
 // `scale`. Returns false if there is nothing to do.
 template <class Loop, class Epilogue>
-WRAPPER bool begin_tile(const Linear& l, Tile& tile, const Epilogue& epilogue,
-                        unsigned char* memory,  // [STAGES][STAGE_BYTES], later the result tile, shared memory
-                        u32* source_rows,       // [TOKENS] rows of l.in or NONE, shared memory
-                        float* scale) {         // [TOKENS] 1 / rms, shared memory
+DEVICE bool begin_tile(const Linear& l, Tile& tile, const Epilogue& epilogue,
+                       unsigned char* memory,  // [STAGES][STAGE_BYTES], later the result tile, shared memory
+                       u32* source_rows,       // [TOKENS] rows of l.in or NONE, shared memory
+                       float* scale) {         // [TOKENS] 1 / rms, shared memory
   static_assert(Loop::TOKENS * TILE_PITCH * 4 <= Loop::STAGES * Loop::STAGE_BYTES,
                 "the result tile overwrites the stages");
   static_assert(Loop::TOKENS <= Loop::THREADS, "one thread per token");
   grid_launch();
   grid_wait();
-  if (l.num_active && ld(l.num_active) == 0) return false;
+  if (l.num_active && *l.num_active == 0) return false;
   tile.values = reinterpret_cast<const float*>(memory);
   tile.scale = scale;
   tile.token = blockIdx.x * Loop::TOKENS;
@@ -106,9 +106,9 @@ WRAPPER bool begin_tile(const Linear& l, Tile& tile, const Epilogue& epilogue,
   const u32 row = tile.token + threadIdx.x;
   const bool has_token = threadIdx.x < tile.tokens;
   u32 from = has_token ? row : NONE;
-  if (l.gather && has_token) from = ld(l.gather + row);
-  sts(source_rows + threadIdx.x, !l.gather || from < l.in_rows ? from : NONE);
-  sts(scale + threadIdx.x, has_token && l.sumsq ? inverse_rms(l, row) : 1.0f);
+  if (l.gather && has_token) from = l.gather[row];
+  source_rows[threadIdx.x] = !l.gather || from < l.in_rows ? from : NONE;
+  scale[threadIdx.x] = has_token && l.sumsq ? inverse_rms(l, row) : 1.0f;
   if (has_token) prepare_token(epilogue, tile, threadIdx.x);
   __syncthreads();
   return true;
@@ -117,11 +117,11 @@ WRAPPER bool begin_tile(const Linear& l, Tile& tile, const Epilogue& epilogue,
 // Main loop with mma, called by the whole block of 128 threads. Computes the block's sums into `tile`;
 // returns false if there is nothing to do.
 template <class Epilogue>
-WRAPPER bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilogue) {
+DEVICE bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilogue) {
   typedef Warps Loop;
-  DYNAMIC_SHARED(unsigned char, memory);
-  SHARED(u32, source_rows, Loop::TOKENS);
-  SHARED(float, scale, Loop::TOKENS);
+  unsigned char* memory = dynamic_shared;
+  __shared__ u32 source_rows[Loop::TOKENS];
+  __shared__ float scale[Loop::TOKENS];
   if (!begin_tile<Loop>(l, tile, epilogue, memory, source_rows, scale)) return false;
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const u32 first_tile = warp % 2 * 4, first_token = warp / 2 * 64;  // this warp's, within the block
@@ -154,12 +154,12 @@ WRAPPER bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilog
       for (u32 i = 0; i < 4; i++) {
         const unsigned char* from_tile =
             stage + Loop::weights(first_tile + i, group) + Loop::weight_chunk(t, g);
-        w[i][0] = lds128(from_tile), w[i][1] = lds128(from_tile + 512);
+        w[i][0] = as<uint4>(from_tile), w[i][1] = as<uint4>(from_tile + 512);
       }
 #pragma unroll
       for (u32 j = 0; j < 8; j++) {
         const u32 token = first_token + j * 8 + g;
-        const uint4 x = lds128(stage + WEIGHT_BYTES + Loop::token_chunk(token, group * 4 + t));
+        const uint4 x = as<uint4>(stage + WEIGHT_BYTES + Loop::token_chunk(token, group * 4 + t));
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
           mma_bf16(sum[i][j], w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y, x.x, x.y);
@@ -176,8 +176,8 @@ WRAPPER bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilog
     for (u32 i = 0; i < 4; i++) {
       const u32 token = first_token + j * 8 + t * 2;
       float* to = reinterpret_cast<float*>(memory) + token * TILE_PITCH + (first_tile + i) * 16 + g;
-      sts(to, sum[i][j][0]), sts(to + TILE_PITCH, sum[i][j][1]);
-      sts(to + 8, sum[i][j][2]), sts(to + TILE_PITCH + 8, sum[i][j][3]);
+      to[0] = sum[i][j][0], to[TILE_PITCH] = sum[i][j][1];
+      to[8] = sum[i][j][2], to[TILE_PITCH + 8] = sum[i][j][3];
     }
   }
   __syncthreads();
@@ -190,14 +190,13 @@ WRAPPER bool multiply(Warps, const Linear& l, Tile& tile, const Epilogue& epilog
 // uses the four stages at once: products of s - 1 and s run, s + 1 has arrived or is in flight, and s + 2
 // is loaded in place of s - 2, whose products have finished.
 template <class Epilogue>
-WRAPPER bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& epilogue) {
+DEVICE bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& epilogue) {
   typedef Warpgroups Loop;
-  DYNAMIC_SHARED(unsigned char, unaligned);
-  SHARED(u32, source_rows, Loop::TOKENS);
-  SHARED(float, scale, Loop::TOKENS);
+  __shared__ u32 source_rows[Loop::TOKENS];
+  __shared__ float scale[Loop::TOKENS];
   // The swizzle depends on the address, so stages start at multiples of 1024; the launch allocates the
   // padding.
-  unsigned char* memory = unaligned + (0u - shared_address(unaligned)) % 1024;
+  unsigned char* memory = dynamic_shared + (0u - shared_address(dynamic_shared)) % 1024;
   if (!begin_tile<Loop>(l, tile, epilogue, memory, source_rows, scale)) return false;
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 
@@ -233,8 +232,8 @@ WRAPPER bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& e
 #pragma unroll
   for (u32 j = 0; j < 32; j++) {
     float* to = reinterpret_cast<float*>(memory) + (j * 8 + t * 2) * TILE_PITCH + warp * 16 + g;
-    sts(to, sum[j * 4]), sts(to + TILE_PITCH, sum[j * 4 + 1]);
-    sts(to + 8, sum[j * 4 + 2]), sts(to + TILE_PITCH + 8, sum[j * 4 + 3]);
+    to[0] = sum[j * 4], to[TILE_PITCH] = sum[j * 4 + 1];
+    to[8] = sum[j * 4 + 2], to[TILE_PITCH + 8] = sum[j * 4 + 3];
   }
   __syncthreads();
   return true;
@@ -245,8 +244,9 @@ WRAPPER bool multiply(Warpgroups, const Linear& l, Tile& tile, const Epilogue& e
 
 // `Linear` and the epilogue's struct document the shape of every parameter.
 #define PREFILL(name, kernel, Loop, per_sm)                                               \
-  KERNEL(Loop::THREADS, per_sm, kernel, (LINEAR_PARAMETERS, PARAMETERS_##name)) {         \
-    SHARED(KvSlot, kv_slots, Loop::TOKENS);                                               \
+  extern "C" __global__ void __launch_bounds__(Loop::THREADS, per_sm)                     \
+  kernel(LINEAR_PARAMETERS, PARAMETERS_##name) {                                          \
+    __shared__ KvSlot kv_slots[Loop::TOKENS];                                             \
     const auto epilogue = EPILOGUE_##name;                                                \
     Tile tile;                                                                            \
     tile.kv_slots = kv_slots;                                                             \

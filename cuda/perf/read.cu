@@ -10,13 +10,13 @@
 
 constexpr u32 AHEAD = 8, RUN = 256 * AHEAD;
 
-WRAPPER u32 word_sum(uint4 v) { return v.x + v.y + v.z + v.w; }
+DEVICE u32 word_sum(uint4 v) { return v.x + v.y + v.z + v.w; }
 
-KERNEL(256, 4, read_all,
-       (u32* out,         // [blocks]
-        const u16* from,  // [chunks][8]
-        u32 chunks)) {
-  SHARED(u32, sums, 8);  // [warps]
+extern "C" __global__ void __launch_bounds__(256, 4) read_all(
+    u32* out,         // [blocks]
+    const u16* from,  // [chunks][8]
+    u32 chunks) {
+  __shared__ __align__(16) u32 sums[8];  // [warps], aligned so that the compiler loads four at once
   grid_launch();
   grid_wait();
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -37,11 +37,11 @@ KERNEL(256, 4, read_all,
     }
   }
   sum = __reduce_add_sync(~0u, sum);
-  if (lane == 0) sts(sums + warp, sum);
+  if (lane == 0) sums[warp] = sum;
   __syncthreads();
   if (threadIdx.x > 0) return;
   sum = 0;
 #pragma unroll
-  for (u32 i = 0; i < 8; i++) sum += lds(sums + i);
-  st(out + blockIdx.x, sum);
+  for (u32 i = 0; i < 8; i++) sum += sums[i];
+  out[blockIdx.x] = sum;
 }

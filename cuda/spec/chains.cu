@@ -28,12 +28,12 @@ namespace {
 constexpr u32 CLASSES = 64;
 
 // 2 log2(x) + 2, rounded down, with a log2 that is linear between powers of two. 0 for x = 0.
-WRAPPER u32 twice_log2(u64 x) {
+DEVICE u32 twice_log2(u64 x) {
   const u32 zeros = u32(__clzll((long long)(x)));
   return 2 * (64 - zeros) + (u32(x << (zeros & 63) >> 62) & 1);
 }
 // The class of a token: about CLASSES / 2 + 2 log2(p / q), clamped to 0 to CLASSES - 1; 0 for p = 0.
-WRAPPER u32 class_of(u64 p, u64 q) {
+DEVICE u32 class_of(u64 p, u64 q) {
   const int difference = int(twice_log2(p)) - int(twice_log2(q)) + int(CLASSES / 2);
   return p == 0 ? 0 : u32(max(0, min(difference, int(CLASSES - 1))));
 }
@@ -43,36 +43,36 @@ WRAPPER u32 class_of(u64 p, u64 q) {
 struct Chains {
   u32 rows, count, length;
 };
-WRAPPER Chains chains_of(const Sequence* state,  // [1]
-                         const u32* parents,     // [max_verify_rows]
-                         const Span* span,       // [1]
-                         u32 block_size, u32 max_verify_rows) {
-  const u32 rows = min(ld(&span->rows), max_verify_rows);
-  if (ld(&state->verify_method) != BLOCK || form_of(ld(&state->now.shape)) != SAMPLED_TREE || rows < 2 ||
+DEVICE Chains chains_of(const Sequence* state,  // [1]
+                        const u32* parents,     // [max_verify_rows]
+                        const Span* span,       // [1]
+                        u32 block_size, u32 max_verify_rows) {
+  const u32 rows = min(span->rows, max_verify_rows);
+  if (state->verify_method != BLOCK || form_of(state->now.shape) != SAMPLED_TREE || rows < 2 ||
       block_size < 2) {
     return {0, 0, 0};
   }
   u32 length = 1;
 #pragma unroll 1
-  for (; length + 1 < min(rows, block_size) && ld(parents + length + 1) != 0; length++) {}
+  for (; length + 1 < min(rows, block_size) && parents[length + 1] != 0; length++) {}
   return {rows, (rows - 1) / length, length};
 }
 
 // The depth of a row: the number of drafts up to and including it.
-WRAPPER u32 depth_of(u32 row, u32 length) { return row ? (row - 1) % length + 1 : 0; }
+DEVICE u32 depth_of(u32 row, u32 length) { return row ? (row - 1) % length + 1 : 0; }
 
 // P(eliminated or event), where `event` is the event's probability if the chain is not eliminated.
-WRAPPER u64 eliminated_or(u64 eliminated, u64 event) { return eliminated + mul_probability(ONE - eliminated, event); }
+DEVICE u64 eliminated_or(u64 eliminated, u64 event) { return eliminated + mul_probability(ONE - eliminated, event); }
 
 // The factor by which the selection changes a token's draft probability. `eliminated` holds, per chain, the
 // probability that the chain no longer contains the selected tokens. mass_below: the drafter's probability
 // mass in the classes below the token's class; mass_up_to: the same with the token's class.
-WRAPPER u64 selection_factor(const u64* eliminated,  // [count] shared
-                             u32 count, u64 mass_below, u64 mass_up_to) {
+DEVICE u64 selection_factor(const u64* eliminated,  // [count] shared
+                            u32 count, u64 mass_below, u64 mass_up_to) {
   u64 sum = 0, power = ONE;
 #pragma unroll 1
   for (u32 c = 0; c < count; c++) {
-    const u64 own = lds(eliminated + c);
+    const u64 own = eliminated[c];
     // Horner's scheme. An earlier chain stays selected if this one is eliminated or its token is in no higher
     // class. This chain is selected if each earlier one is eliminated or its token is in a lower class.
     sum = mul_probability(sum, eliminated_or(own, mass_up_to)) + mul_probability(power, ONE - own);
@@ -83,18 +83,18 @@ WRAPPER u64 selection_factor(const u64* eliminated,  // [count] shared
 
 }  // namespace
 
-KERNEL(512, 1, sample_chains,
-       (u32* tokens,                           // [sequences][max_verify_rows]: anchor, drafts;
-                                               // NONE: padding, or an invalid draft
-        const RowDistribution* distributions,  // [sequences][block_size]: row d is for depth d
-        const float* logits,                   // [sequences][block_size][vocab]
-        const u32* parents,                    // [sequences][max_verify_rows]: parent row; 0: a chain begins
-        const Span* spans,                     // [sequences]: rows
-        const Sequence* sequences,             // [sequences]
-        const u32* tables,                     // [TABLE_WORDS]; reads thi and tlo
-        u32 vocab, u32 block_size, u32 max_verify_rows)) {
-  SHARED(u32, table, 512);
-  SHARED(u64, warp_sums, WARPS);
+extern "C" __global__ void __launch_bounds__(512, 1) sample_chains(
+    u32* tokens,                           // [sequences][max_verify_rows]: anchor, drafts;
+                                           // NONE: padding, or an invalid draft
+    const RowDistribution* distributions,  // [sequences][block_size]: row d is for depth d
+    const float* logits,                   // [sequences][block_size][vocab]
+    const u32* parents,                    // [sequences][max_verify_rows]: parent row; 0: a chain begins
+    const Span* spans,                     // [sequences]: rows
+    const Sequence* sequences,             // [sequences]
+    const u32* tables,                     // [TABLE_WORDS]; reads thi and tlo
+    u32 vocab, u32 block_size, u32 max_verify_rows) {
+  __shared__ __align__(16) u32 table[512];
+  __shared__ __align__(16) u64 warp_sums[WARPS];
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();
@@ -104,7 +104,7 @@ KERNEL(512, 1, sample_chains,
   const Sequence* state = sequences + sequence;
   const Chains chains = chains_of(state, parents + first, spans + sequence, block_size, max_verify_rows);
   if (chains.count == 0) return;
-  u32 token = row ? NONE : ld(&state->now.anchor);
+  u32 token = row ? NONE : state->now.anchor;
   if (row && row < chains.rows) {
     const u32 depth = depth_of(row, chains.length);
     const size_t at = size_t(sequence) * block_size + depth;
@@ -114,24 +114,24 @@ KERNEL(512, 1, sample_chains,
                          random_bits(philox_stream(state), DRAFT, depth, row), warp_sums);
     }
   }
-  if (threadIdx.x == 0) st(tokens + first + row, token);
+  if (threadIdx.x == 0) tokens[first + row] = token;
 }
 
-KERNEL(512, 1, chain_classes,
-       (u64* masses,                      // [sequences][max_verify_rows][CLASSES]: the drafter's mass up to a
-                                          // class; written for valid rows with a child
-        const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
-        const float* target_logits,       // [sequences][max_verify_rows][vocab]
-        const RowDistribution* drafters,  // [sequences][block_size]: row d is for depth d
-        const float* draft_logits,        // [sequences][block_size][vocab]
-        const u32* parents,               // [sequences][max_verify_rows]: parent row; 0 where a chain begins
-        const Span* spans,                // [sequences]: rows
-        const Sequence* sequences,        // [sequences]
-        const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
-        u32 vocab, u32 block_size, u32 max_verify_rows)) {
-  SHARED(u32, table, 512);
-  SHARED(u64, bins, CLASSES * 32);  // [CLASSES][lane]: the lanes of a warp never contend for an entry
-  SHARED(u64, sums, CLASSES);
+extern "C" __global__ void __launch_bounds__(512, 1) chain_classes(
+    u64* masses,                      // [sequences][max_verify_rows][CLASSES]: the drafter's mass up to a
+                                      // class; written for valid rows with a child
+    const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
+    const float* target_logits,       // [sequences][max_verify_rows][vocab]
+    const RowDistribution* drafters,  // [sequences][block_size]: row d is for depth d
+    const float* draft_logits,        // [sequences][block_size][vocab]
+    const u32* parents,               // [sequences][max_verify_rows]: parent row; 0 where a chain begins
+    const Span* spans,                // [sequences]: rows
+    const Sequence* sequences,        // [sequences]
+    const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
+    u32 vocab, u32 block_size, u32 max_verify_rows) {
+  __shared__ __align__(16) u32 table[512];
+  __shared__ u64 bins[CLASSES * 32];  // [CLASSES][lane]: the lanes of a warp never contend for an entry
+  __shared__ u64 sums[CLASSES];
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();
@@ -144,7 +144,7 @@ KERNEL(512, 1, chain_classes,
   const RowPair pair = {ld_distribution(targets + first + row), ld_distribution(drafters + draft),
                         target_logits + (first + row) * vocab, draft_logits + draft * vocab};
   if (pair.p.rounding_token == NONE || pair.q.rounding_token == NONE) return;
-  for (u32 i = threadIdx.x; i < CLASSES * 32; i += THREADS) sts(bins + i, u64(0));
+  for (u32 i = threadIdx.x; i < CLASSES * 32; i += THREADS) bins[i] = 0;
   __syncthreads();
   for (u32 group = threadIdx.x; group < (vocab + 3) / 4; group += THREADS) {
     map_pair(pair, table, vocab, group, [&](u64 p, u64 q) {
@@ -154,50 +154,50 @@ KERNEL(512, 1, chain_classes,
   }
   __syncthreads();
   for (u32 c = warp; c < CLASSES; c += WARPS) {
-    u64 sum = lds(bins + c * 32 + lane);
+    u64 sum = bins[c * 32 + lane];
     for (int flip = 16; flip; flip /= 2) sum += __shfl_xor_sync(~0u, sum, flip);
-    if (lane == 0) sts(sums + c, sum);
+    if (lane == 0) sums[c] = sum;
   }
   __syncthreads();
   if (threadIdx.x >= CLASSES) return;
   u64 up_to = 0;
-  for (u32 c = 0; c <= threadIdx.x; c++) up_to += lds(sums + c);
-  st(masses + (first + row) * CLASSES + threadIdx.x, up_to);
+  for (u32 c = 0; c <= threadIdx.x; c++) up_to += sums[c];
+  masses[(first + row) * CLASSES + threadIdx.x] = up_to;
 }
 
-KERNEL(512, 1, verify_chains,
-       (u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
-        u32* next,                        // [sequences]; NONE: invalid
-        u32* path,                        // [sequences][max_verify_rows]: accepted rows from 0 on, then NONE
-        const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
-        const float* target_logits,       // [sequences][max_verify_rows][vocab]
-        const RowDistribution* drafters,  // [sequences][block_size]: row d is for depth d
-        const float* draft_logits,        // [sequences][block_size][vocab]
-        const u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts
-        const u32* parents,               // [sequences][max_verify_rows]: parent row; 0 where a chain begins
-        const Span* spans,                // [sequences]: rows
-        const Sequence* sequences,        // [sequences]
-        const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
-        const u64* masses,                // [sequences][max_verify_rows][CLASSES], from chain_classes
-        u64* overlaps,                    // [sequences][block_size]: sum of min(w p, selected q) per row
-        u32* counters,                    // [sequences]
-        u32 vocab, u32 block_size, u32 max_verify_rows)) {
-  SHARED(u32, table, 512);
-  SHARED(u64, warp_sums, WARPS);
+extern "C" __global__ void __launch_bounds__(512, 1) verify_chains(
+    u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
+    u32* next,                        // [sequences]; NONE: invalid
+    u32* path,                        // [sequences][max_verify_rows]: accepted rows from 0 on, then NONE
+    const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
+    const float* target_logits,       // [sequences][max_verify_rows][vocab]
+    const RowDistribution* drafters,  // [sequences][block_size]: row d is for depth d
+    const float* draft_logits,        // [sequences][block_size][vocab]
+    const u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts
+    const u32* parents,               // [sequences][max_verify_rows]: parent row; 0 where a chain begins
+    const Span* spans,                // [sequences]: rows
+    const Sequence* sequences,        // [sequences]
+    const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
+    const u64* masses,                // [sequences][max_verify_rows][CLASSES], from chain_classes
+    u64* overlaps,                    // [sequences][block_size]: sum of min(w p, selected q) per row
+    u32* counters,                    // [sequences]
+    u32 vocab, u32 block_size, u32 max_verify_rows) {
+  __shared__ __align__(16) u32 table[512];
+  __shared__ __align__(16) u64 warp_sums[WARPS];
   // At c length + i, for draft i of chain c: token, class, p, q, the drafter's mass below the class, and the
   // mass up to it.
-  SHARED(u32, drafts, MAX_ROWS);
-  SHARED(u32, classes, MAX_ROWS);
-  SHARED(u64, ps, MAX_ROWS);
-  SHARED(u64, qs, MAX_ROWS);
-  SHARED(u64, mass_below, MAX_ROWS);
-  SHARED(u64, mass_up_to, MAX_ROWS);
-  SHARED(u64, eliminated, MAX_ROWS);      // at i count + c: probability that chain c is eliminated before
-                                          // draft i
-  SHARED(u64, prefix_weights, MAX_ROWS);  // w of the selected chain's prefixes, as in verify_drafts
-  SHARED(u64, factors, CLASSES);          // selection_factor of each class after a row
-  SHARED(u32, result, 4);                 // selected chain, longest prefix with w > 0, valid;
-                                          // 1 word for accepted_prefix
+  __shared__ u32 drafts[MAX_ROWS];
+  __shared__ u32 classes[MAX_ROWS];
+  __shared__ u64 ps[MAX_ROWS];
+  __shared__ u64 qs[MAX_ROWS];
+  __shared__ u64 mass_below[MAX_ROWS];
+  __shared__ u64 mass_up_to[MAX_ROWS];
+  __shared__ u64 eliminated[MAX_ROWS];      // at i count + c: probability that chain c is eliminated before
+                                            // draft i
+  __shared__ u64 prefix_weights[MAX_ROWS];  // w of the selected chain's prefixes, as in verify_drafts
+  __shared__ u64 factors[CLASSES];          // selection_factor of each class after a row
+  __shared__ __align__(16) u32 result[4];   // selected chain, longest prefix with w > 0, valid;
+                                            // 1 word for accepted_prefix
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();
@@ -211,7 +211,7 @@ KERNEL(512, 1, verify_chains,
   const PhiloxStream stream = philox_stream(state);
 
   if (threadIdx.x < count * length) {
-    const u32 i = threadIdx.x, depth = i % length, parent = depth ? i : 0, token = ld(tokens + first + i + 1);
+    const u32 i = threadIdx.x, depth = i % length, parent = depth ? i : 0, token = tokens[first + i + 1];
     const RowDistribution p = ld_distribution(targets + first + parent);
     const RowDistribution q = ld_distribution(drafters + draft_first + depth + 1);
     const bool valid = p.rounding_token != NONE && q.rounding_token != NONE;
@@ -220,8 +220,8 @@ KERNEL(512, 1, verify_chains,
         valid ? probability_at(q, table, draft_logits + (draft_first + depth + 1) * vocab, vocab, token) : 0;
     const u32 c = class_of(token_p, token_q);
     const u64* up_to = masses + (first + parent) * CLASSES;
-    sts(drafts + i, token), sts(classes + i, c), sts(ps + i, token_p), sts(qs + i, token_q);
-    sts(mass_below + i, valid && c ? ld(up_to + c - 1) : 0), sts(mass_up_to + i, valid ? ld(up_to + c) : 0);
+    drafts[i] = token, classes[i] = c, ps[i] = token_p, qs[i] = token_q;
+    mass_below[i] = valid && c ? up_to[c - 1] : 0, mass_up_to[i] = valid ? up_to[c] : 0;
   }
   __syncthreads();
 
@@ -230,42 +230,42 @@ KERNEL(512, 1, verify_chains,
     bool remaining[2] = {lane < count, lane + 32 < count};
     u64 own_eliminated[2] = {0, 0}, w = ONE;
     u32 selected = 0, longest = 0;
-    bool valid = ld(&targets[first].rounding_token) != NONE;
+    bool valid = targets[first].rounding_token != NONE;
 #pragma unroll 1
     for (u32 i = 0; i < length; i++) {
       u32 best = NONE;
 #pragma unroll
       for (u32 j = 0; j < 2; j++) {
         const u32 c = lane + 32 * j;
-        if (c < count) sts(eliminated + i * count + c, own_eliminated[j]);
-        if (remaining[j]) best = min(best, (CLASSES - 1 - lds(classes + c * length + i)) * MAX_ROWS + c);
+        if (c < count) eliminated[i * count + c] = own_eliminated[j];
+        if (remaining[j]) best = min(best, (CLASSES - 1 - classes[c * length + i]) * MAX_ROWS + c);
       }
       selected = __reduce_min_sync(~0u, best) % MAX_ROWS;
       __syncwarp();
-      const u32 at = selected * length + i, token = lds(drafts + at);
-      const u64 q = lds(qs + at), up_to = lds(mass_up_to + at);
-      w = mul_div(w, lds(ps + at),
-                  mul_probability(q, selection_factor(eliminated + i * count, count, lds(mass_below + at), up_to)));
-      if (lane == 0) sts(prefix_weights + i, w);
+      const u32 at = selected * length + i, token = drafts[at];
+      const u64 q = qs[at], up_to = mass_up_to[at];
+      w = mul_div(w, ps[at],
+                  mul_probability(q, selection_factor(eliminated + i * count, count, mass_below[at], up_to)));
+      if (lane == 0) prefix_weights[i] = w;
       if (w && longest == i) longest++;
-      valid &= ld(&targets[first + at + 1].rounding_token) != NONE &&
-               ld(&drafters[draft_first + i + 1].rounding_token) != NONE;
+      valid &= targets[first + at + 1].rounding_token != NONE &&
+               drafters[draft_first + i + 1].rounding_token != NONE;
 #pragma unroll
       for (u32 j = 0; j < 2; j++) {
         const u32 c = lane + 32 * j;
-        remaining[j] = remaining[j] && lds(drafts + c * length + i) == token;
+        remaining[j] = remaining[j] && drafts[c * length + i] == token;
         const u64 before = own_eliminated[j];
         own_eliminated[j] = c < selected    ? ONE
                             : c == selected ? 0
                                             : ONE - mul_div(ONE - before, q, eliminated_or(before, up_to));
       }
     }
-    if (lane == 0) sts(result, selected), sts(result + 1, longest), sts(result + 2, u32(valid));
+    if (lane == 0) result[0] = selected, result[1] = longest, result[2] = u32(valid);
   }
   __syncthreads();
-  const u32 selected = lds(result), longest = lds(result + 1);
-  const bool valid = lds(result + 2) != 0;
-  const auto prefix_weight = [&](u32 at) { return at ? lds(prefix_weights + at - 1) : ONE; };
+  const u32 selected = result[0], longest = result[1];
+  const bool valid = result[2] != 0;
+  const auto prefix_weight = [&](u32 at) { return at ? prefix_weights[at - 1] : ONE; };
   // The row of the selected chain after `at` drafts.
   const auto row_at = [&](u32 at) { return first + (at ? selected * length + at : 0); };
   const auto pair_at = [&](u32 at) {
@@ -277,13 +277,12 @@ KERNEL(512, 1, verify_chains,
   const auto load_factors = [&](u32 at) {
     if (threadIdx.x < CLASSES) {
       const u64* up_to = masses + row_at(at) * CLASSES + threadIdx.x;
-      sts(factors + threadIdx.x,
-          selection_factor(eliminated + at * count, count, threadIdx.x ? ld(up_to - 1) : 0, ld(up_to)));
+      factors[threadIdx.x] = selection_factor(eliminated + at * count, count, threadIdx.x ? up_to[-1] : 0, up_to[0]);
     }
     __syncthreads();
   };
   // The probability that the selected chain drafts the token.
-  const auto selected_q = [&](u64 p, u64 q) { return mul_probability(q, lds(factors + class_of(p, q))); };
+  const auto selected_q = [&](u64 p, u64 q) { return mul_probability(q, factors[class_of(p, q)]); };
 
   if (valid && row > 0 && row <= longest && row < length && prefix_weight(row) < ONE) {
     load_factors(row);
@@ -313,7 +312,7 @@ KERNEL(512, 1, verify_chains,
     }
   }
   if (threadIdx.x < max_verify_rows) {
-    st(path + first + threadIdx.x, threadIdx.x <= num_accepted ? u32(row_at(threadIdx.x) - first) : NONE);
+    path[first + threadIdx.x] = threadIdx.x <= num_accepted ? u32(row_at(threadIdx.x) - first) : NONE;
   }
-  if (threadIdx.x == 0) st(accepted + sequence, num_accepted), st(next + sequence, token);
+  if (threadIdx.x == 0) accepted[sequence] = num_accepted, next[sequence] = token;
 }

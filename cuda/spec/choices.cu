@@ -20,39 +20,39 @@ constexpr u32 MAX_CHOICES = 64;
 constexpr float SCALE = float(65536.0 * 1.4426950408889634074);
 
 // log2(total / 2^32) in units of 2^-16, for total >= 2^32. race_time gives -log2 of the leading 32 bits.
-WRAPPER u32 log2_total(const u32* tables,  // [TABLE_WORDS] shared
-                       u64 total) {
+DEVICE u32 log2_total(const u32* tables,  // [TABLE_WORDS] shared
+                      u64 total) {
   const u32 zeros = u32(__clzll((long long)(total)));
   return ((32 - zeros) << 16) - ((race_time(tables, u32(total << zeros >> 32)) + (1 << 10)) >> 11);
 }
 
 }  // namespace
 
-KERNEL(512, 2, choices,
-       (uint2* choices,       // [rows][max_choices]: (token, cost), best first; NONE beyond the row's count
-        u32* counts,          // [rows]
-        const u64* best,      // [rows][blocks]: per block of ids the largest (ascending(logit) << 32 | ~id);
-                              // all ones where a logit is NaN or +inf
-        const float* logits,  // [rows][vocab]
-        const Row* rows,      // [rows]
-        const u32* tables,    // [TABLE_WORDS]
-        u32 blocks, u32 vocab, u32 max_choices)) {
-  SHARED(u32, table, TABLE_WORDS);
-  SHARED(u64, bins, BINS);
-  SHARED(u64, warp_sums, WARPS);
-  SHARED(u64, selected, 3);
-  SHARED(u64, list, MAX_CHOICES);  // inverted logit and id of each choice, in arrival order
-  SHARED(u64, total_sums, WARPS);
-  SHARED(u32, listed, 1);
+extern "C" __global__ void __launch_bounds__(512, 2) choices(
+    uint2* choices,       // [rows][max_choices]: (token, cost), best first; NONE beyond the row's count
+    u32* counts,          // [rows]
+    const u64* best,      // [rows][blocks]: per block of ids the largest (ascending(logit) << 32 | ~id);
+                          // all ones where a logit is NaN or +inf
+    const float* logits,  // [rows][vocab]
+    const Row* rows,      // [rows]
+    const u32* tables,    // [TABLE_WORDS]
+    u32 blocks, u32 vocab, u32 max_choices) {
+  __shared__ __align__(16) u32 table[TABLE_WORDS];
+  __shared__ __align__(16) u64 bins[BINS];
+  __shared__ __align__(16) u64 warp_sums[WARPS];
+  __shared__ __align__(16) u64 selected[3];
+  __shared__ __align__(16) u64 list[MAX_CHOICES];  // inverted logit and id of each choice, in arrival order
+  __shared__ __align__(16) u64 total_sums[WARPS];
+  __shared__ u32 listed;
   grid_launch();
   grid_wait();
   const u32 r = blockIdx.x;
-  const bool has_sequence = ld(&rows[r].sequence) != NONE;
+  const bool has_sequence = rows[r].sequence != NONE;
   const u64 key = has_sequence ? best_key(best + size_t(r) * blocks, blocks, warp_sums) : 0;
   u32 count = !has_sequence ? 0 : is_valid_key(key, vocab) ? max_choices : NONE;
   if (count == max_choices) {
-    for (u32 i = threadIdx.x; i < TABLE_WORDS / 4; i += THREADS) sts128(table + i * 4, ld_stream(tables + i * 4));
-    if (threadIdx.x == 0) sts(listed, 0u);
+    for (u32 i = threadIdx.x; i < TABLE_WORDS / 4; i += THREADS) as<uint4>(table + i * 4) = ld_stream(tables + i * 4);
+    if (threadIdx.x == 0) listed = 0;
     __syncthreads();
     const float* row_logits = logits + size_t(r) * vocab;
     const float max_logit = logit_from_ascending(u32(key >> 32));
@@ -68,29 +68,29 @@ KERNEL(512, 2, choices,
         const u64 w = weight(table, rank.exponent);
         total += w;
         if (!w || !within(rank, limit)) continue;
-        const u32 at = atomicAdd(listed, 1u);
-        if (at < MAX_CHOICES) sts(list + at, u64(rank.inverted_logit) << 32 | rank.id);
+        const u32 at = atomicAdd(&listed, 1u);
+        if (at < MAX_CHOICES) list[at] = u64(rank.inverted_logit) << 32 | rank.id;
       }
     });
     for (int flip = 16; flip; flip /= 2) total += __shfl_xor_sync(~0u, total, flip);
     // Not warp_sums: when the selection ends early, other warps may still be reading it.
-    if (threadIdx.x % 32 == 0) sts(total_sums + threadIdx.x / 32, total);
+    if (threadIdx.x % 32 == 0) total_sums[threadIdx.x / 32] = total;
     __syncthreads();
-    count = min(lds(listed), max_choices);
+    count = min(listed, max_choices);
     if (threadIdx.x < count) {
       total = 0;
-      for (u32 w = 0; w < WARPS; w++) total += lds(total_sums + w);
-      const u64 mine = lds(list + threadIdx.x);
+      for (u32 w = 0; w < WARPS; w++) total += total_sums[w];
+      const u64 mine = list[threadIdx.x];
       u32 place = 0;
-      for (u32 i = 0; i < count; i++) place += lds(list + i) < mine;
+      for (u32 i = 0; i < count; i++) place += list[i] < mine;
       const u32 cost =
           weight_exponent(max_logit, logit_from_ascending(~u32(mine >> 32)), SCALE) + log2_total(table, total);
-      st(choices + size_t(r) * max_choices + place, make_uint2(u32(mine), cost));
+      choices[size_t(r) * max_choices + place] = make_uint2(u32(mine), cost);
     }
   }
   const u32 filled = count == NONE ? 0 : count;
   if (threadIdx.x >= filled && threadIdx.x < max_choices) {
-    st(choices + size_t(r) * max_choices + threadIdx.x, make_uint2(NONE, NONE));
+    choices[size_t(r) * max_choices + threadIdx.x] = make_uint2(NONE, NONE);
   }
-  if (threadIdx.x == 0) st(counts + r, count);
+  if (threadIdx.x == 0) counts[r] = count;
 }

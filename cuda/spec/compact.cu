@@ -14,31 +14,31 @@
 
 constexpr u32 CHUNKS_PER_THREAD = 64 * 16 / 256;  // 64 rows of 16 chunks over 256 threads
 
-KERNEL(256, 2, compact,
-       (const u64* caches,      // [layers][2]: addresses of keys and values, each
-                                // [pages][kv_heads][PAGE][head_dim] bf16
-        const u32* page_table,  // [sequences][pages_per_sequence]
-        const u32* accepted,    // [sequences]: accepted drafts
-        const u32* path,        // [sequences][max_verify_rows]: accepted rows, row 0 first
-        const Span* spans,      // [sequences]
-        u32 max_verify_rows, u32 head_dim, u32 pages, u32 pages_per_sequence)) {
+extern "C" __global__ void __launch_bounds__(256, 2) compact(
+    const u64* caches,      // [layers][2]: addresses of keys and values, each
+                            // [pages][kv_heads][PAGE][head_dim] bf16
+    const u32* page_table,  // [sequences][pages_per_sequence]
+    const u32* accepted,    // [sequences]: accepted drafts
+    const u32* path,        // [sequences][max_verify_rows]: accepted rows, row 0 first
+    const Span* spans,      // [sequences]
+    u32 max_verify_rows, u32 head_dim, u32 pages, u32 pages_per_sequence) {
   grid_launch();
   grid_wait();
   const u32 head = blockIdx.x, sequence = blockIdx.y, chunks = head_dim / 8;
-  const Span span = ld(spans + sequence);
+  const Span span = spans[sequence];
   const u32 count = min(span.rows, max_verify_rows);
   if (!count) return;
-  const u32 last = min(ld(accepted + sequence), count - 1);
+  const u32 last = min(accepted[sequence], count - 1);
   // Offset of a row's chunk from the start of a cache, in units of 16 bytes; all ones if the row has no slot.
   const auto offset_of = [&](u32 row, u32 chunk) {
     const u32 slot = span.context + row;
     if (slot < row || slot / PAGE >= pages_per_sequence) return ~0ull;
-    const u32 page = ld(page_table + size_t(sequence) * pages_per_sequence + slot / PAGE);
+    const u32 page = page_table[size_t(sequence) * pages_per_sequence + slot / PAGE];
     if (page >= pages) return ~0ull;
     return (u64(page) * gridDim.x + head) * (PAGE * chunks) + page_offset(slot, chunk, head_dim) / 16;
   };
-  uint4* const keys = reinterpret_cast<uint4*>(ld(caches + blockIdx.z * 2));
-  uint4* const values = reinterpret_cast<uint4*>(ld(caches + blockIdx.z * 2 + 1));
+  uint4* const keys = reinterpret_cast<uint4*>(caches[blockIdx.z * 2]);
+  uint4* const values = reinterpret_cast<uint4*>(caches[blockIdx.z * 2 + 1]);
   uint4 key[CHUNKS_PER_THREAD], value[CHUNKS_PER_THREAD];
   u64 destination[CHUNKS_PER_THREAD];
 #pragma unroll
@@ -46,18 +46,18 @@ KERNEL(256, 2, compact,
     const u32 i = n * 256 + threadIdx.x, to = i / chunks, chunk = i % chunks;
     destination[n] = ~0ull;
     if (to > last) continue;
-    const u32 from = ld(path + size_t(sequence) * max_verify_rows + to);
+    const u32 from = path[size_t(sequence) * max_verify_rows + to];
     if (from == to || from >= count) continue;
     const u64 source = offset_of(from, chunk);
     if (source == ~0ull) continue;
     destination[n] = offset_of(to, chunk);
-    key[n] = ld(keys + source), value[n] = ld(values + source);
+    key[n] = keys[source], value[n] = values[source];
   }
   __syncthreads();
 #pragma unroll
   for (u32 n = 0; n < CHUNKS_PER_THREAD; n++) {
     if (destination[n] == ~0ull) continue;
-    st(keys + destination[n], key[n]);
-    st(values + destination[n], value[n]);
+    keys[destination[n]] = key[n];
+    values[destination[n]] = value[n];
   }
 }

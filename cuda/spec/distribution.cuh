@@ -29,66 +29,67 @@ static_assert(sizeof(RowDistribution) == 48, "src/gpu/kernels/rejection.rs alloc
 struct PhiloxStream {
   u32 key[2], stream, round, anchor;  // anchor: its position
 };
-WRAPPER PhiloxStream philox_stream(const Sequence* state) {
-  return {{ld(state->seed), ld(state->seed + 1)}, ld(&state->stream), ld(&state->rounds) + 1, ld(&state->now.length)};
+DEVICE PhiloxStream philox_stream(const Sequence* state) {
+  const u32* key = state->seed;
+  return {{key[0], key[1]}, state->stream, state->rounds + 1, state->now.length};
 }
 // 64 random bits. No two draws of a round share (purpose, depth, row).
-WRAPPER u64 random_bits(const PhiloxStream& stream, u32 purpose, u32 depth, u32 row) {
+DEVICE u64 random_bits(const PhiloxStream& stream, u32 purpose, u32 depth, u32 row) {
   const uint4 words = philox(make_uint4(stream.anchor + depth, purpose << 24 | row, stream.stream, stream.round),
                              stream.key[0], stream.key[1]);
   return u64(words.x) << 32 | words.y;
 }
 // True with probability min(1, numerator / denominator).
-WRAPPER bool accept(const PhiloxStream& stream, u32 depth, u32 row, u64 numerator, u64 denominator) {
+DEVICE bool accept(const PhiloxStream& stream, u32 depth, u32 row, u64 numerator, u64 denominator) {
   return numerator >= denominator || __umul64hi(random_bits(stream, ACCEPT, depth, row), denominator) < numerator;
 }
 
-WRAPPER RowDistribution ld_distribution(const RowDistribution* from) {
-  const uint4 a = ld128(from), b = ld128(reinterpret_cast<const uint4*>(from) + 1);
-  const uint4 c = ld128(reinterpret_cast<const uint4*>(from) + 2);
+DEVICE RowDistribution ld_distribution(const RowDistribution* from) {
+  const uint4* words = reinterpret_cast<const uint4*>(from);
+  const uint4 a = words[0], b = words[1], c = words[2];
   return {__uint_as_float(a.x), __uint_as_float(a.y), a.z, a.w, {b.x, b.y, b.z}, b.w, u64(c.y) << 32 | c.x,
           u64(c.w) << 32 | c.z};
 }
-WRAPPER void st_distribution(RowDistribution* to, const RowDistribution& d) {
+DEVICE void st_distribution(RowDistribution* to, const RowDistribution& d) {
   uint4* words = reinterpret_cast<uint4*>(to);
-  st128(words, make_uint4(__float_as_uint(d.max_logit), __float_as_uint(d.c), d.min_weight, d.shift));
-  st128(words + 1, make_uint4(d.limit.exponent, d.limit.inverted_logit, d.limit.id, d.rounding_token));
-  st128(words + 2, make_uint4(u32(d.inverse), u32(d.inverse >> 32), u32(d.remainder), u32(d.remainder >> 32)));
+  words[0] = make_uint4(__float_as_uint(d.max_logit), __float_as_uint(d.c), d.min_weight, d.shift);
+  words[1] = make_uint4(d.limit.exponent, d.limit.inverted_logit, d.limit.id, d.rounding_token);
+  words[2] = make_uint4(u32(d.inverse), u32(d.inverse >> 32), u32(d.remainder), u32(d.remainder >> 32));
 }
 
 // A token's weight after filtering; 0 if a filter removes the token.
-WRAPPER u64 filtered_weight(const RowDistribution& d,
-                            const u32* tables,  // [512] thi and tlo, shared
-                            float logit, u32 id) {
+DEVICE u64 filtered_weight(const RowDistribution& d,
+                           const u32* tables,  // [512] thi and tlo, shared
+                           float logit, u32 id) {
   const Rank rank = {weight_exponent(d.max_logit, logit, d.c), ~ascending(logit), id};
   const u64 w = weight(tables, rank.exponent);
   return w >= d.min_weight && within(rank, d.limit) ? w : 0;
 }
 
 // The probability of a token of the vocabulary. The mask keeps the shift below 64 for invalid distributions.
-WRAPPER u64 probability(const RowDistribution& d,
-                        const u32* tables,  // [512] shared
-                        float logit, u32 id) {
+DEVICE u64 probability(const RowDistribution& d,
+                       const u32* tables,  // [512] shared
+                       float logit, u32 id) {
   const u64 p = __umul64hi(filtered_weight(d, tables, logit, id) << (d.shift & 63), d.inverse);
   return p + (id == d.rounding_token ? d.remainder : 0);
 }
 // The same for any id; 0 outside the vocabulary.
-WRAPPER u64 probability_at(const RowDistribution& d,
-                           const u32* tables,    // [512] shared
-                           const float* logits,  // [vocab]
-                           u32 vocab, u32 id) {
-  return id < vocab ? probability(d, tables, ld(logits + id), id) : 0;
+DEVICE u64 probability_at(const RowDistribution& d,
+                          const u32* tables,    // [512] shared
+                          const float* logits,  // [vocab]
+                          u32 vocab, u32 id) {
+  return id < vocab ? probability(d, tables, logits[id], id) : 0;
 }
 
 // The product of two probabilities: floor(a b / 2^48), which must be below 2^64.
-WRAPPER u64 mul_probability(u64 a, u64 b) { return __umul64hi(a, b) << 16 | a * b >> 48; }
+DEVICE u64 mul_probability(u64 a, u64 b) { return __umul64hi(a, b) << 16 | a * b >> 48; }
 
 // max(a - b, 0)
-WRAPPER u64 saturating_sub(u64 a, u64 b) { return a > b ? a - b : 0; }
+DEVICE u64 saturating_sub(u64 a, u64 b) { return a > b ? a - b : 0; }
 
 // min(2^48, floor(a b / n)) for a, b and n up to 2^48; 0 for n = 0. Long division, 16 bits of the quotient
 // per step, so that no intermediate exceeds 64 bits.
-WRAPPER u64 mul_div(u64 a, u64 b, u64 n) {
+DEVICE u64 mul_div(u64 a, u64 b, u64 n) {
   if (n == 0) return 0;
   u64 rest = mul_probability(a, b), quotient = 0;
   const u64 low = a * b & (ONE - 1);
@@ -103,7 +104,7 @@ WRAPPER u64 mul_div(u64 a, u64 b, u64 n) {
 }
 
 // floor(2^112 / n) for n >= 2^63.
-WRAPPER u64 reciprocal(u64 n) {
+DEVICE u64 reciprocal(u64 n) {
   u64 rest = 1ull << 63, quotient = 0;
   for (u32 bit = 0; bit < 50; bit++) {
     if (bit) {
@@ -119,12 +120,12 @@ WRAPPER u64 reciprocal(u64 n) {
 }
 
 // The sum over the block, returned to every thread. `warp_sums` may be overwritten after one more barrier.
-WRAPPER u64 block_sum(u64 own, u64* warp_sums) {  // [WARPS] shared
+DEVICE u64 block_sum(u64 own, u64* warp_sums) {  // [WARPS] shared
   for (int flip = 16; flip; flip /= 2) own += __shfl_xor_sync(~0u, own, flip);
-  if (threadIdx.x % 32 == 0) sts(warp_sums + threadIdx.x / 32, own);
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = own;
   __syncthreads();
   u64 sum = 0;
-  for (u32 w = 0; w < WARPS; w++) sum += lds(warp_sums + w);
+  for (u32 w = 0; w < WARPS; w++) sum += warp_sums[w];
   return sum;
 }
 
@@ -138,9 +139,9 @@ struct Weights4 {
 // to 4 group + 3. Returns NONE if all weights are 0. Each pass splits the range over the warps and continues
 // with the part that holds the result, until one warp covers the range.
 template <class F>
-WRAPPER u32 sample_weights(u32 vocab, u64 bits,
-                           u64* warp_sums,  // [WARPS] shared
-                           F f) {
+DEVICE u32 sample_weights(u32 vocab, u64 bits,
+                          u64* warp_sums,  // [WARPS] shared
+                          F f) {
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 first = 0, end = (vocab + 3) / 4;
   u64 at = 0;  // cumulative weight to find, relative to `first`
@@ -160,7 +161,7 @@ WRAPPER u32 sample_weights(u32 vocab, u64 bits,
       at = __umul64hi(bits, total);
     }
     u32 w = 0;
-    for (; w < WARPS - 1 && at >= lds(warp_sums + w); w++) at -= lds(warp_sums + w);
+    for (; w < WARPS - 1 && at >= warp_sums[w]; w++) at -= warp_sums[w];
     first = min(first + w * part, end);
     end = min(first + part, end);
   }
@@ -190,9 +191,9 @@ struct RowPair {
 
 // f(p(x), q(x)) for x from 4 group to 4 group + 3; 0 outside the vocabulary.
 template <class F>
-WRAPPER Weights4 map_pair(const RowPair& rows,
-                          const u32* table,  // [512] shared
-                          u32 vocab, u32 group, F f) {
+DEVICE Weights4 map_pair(const RowPair& rows,
+                         const u32* table,  // [512] shared
+                         u32 vocab, u32 group, F f) {
   const float4 a = load4(rows.target_logits, vocab, group), b = load4(rows.draft_logits, vocab, group);
   const float as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
   Weights4 mapped;
@@ -207,11 +208,11 @@ WRAPPER Weights4 map_pair(const RowPair& rows,
 
 // The sum over the vocabulary of f(p(x), q(x)), returned to every thread.
 template <class F>
-WRAPPER u64 sum_pair(const RowPair& rows,
-                     const u32* table,  // [512] shared
-                     u32 vocab,
-                     u64* warp_sums,  // [WARPS] shared
-                     F f) {
+DEVICE u64 sum_pair(const RowPair& rows,
+                    const u32* table,  // [512] shared
+                    u32 vocab,
+                    u64* warp_sums,  // [WARPS] shared
+                    F f) {
   u64 sum = 0;
   for (u32 group = threadIdx.x; group < (vocab + 3) / 4; group += THREADS) {
     const Weights4 four = map_pair(rows, table, vocab, group, f);
@@ -221,11 +222,11 @@ WRAPPER u64 sum_pair(const RowPair& rows,
 }
 
 // Samples a token from a row's distribution.
-WRAPPER u32 sample_row(const RowDistribution& d,
-                       const u32* table,     // [512] shared
-                       const float* logits,  // [vocab]
-                       u32 vocab, u64 bits,
-                       u64* warp_sums) {  // [WARPS] shared
+DEVICE u32 sample_row(const RowDistribution& d,
+                      const u32* table,     // [512] shared
+                      const float* logits,  // [vocab]
+                      u32 vocab, u64 bits,
+                      u64* warp_sums) {  // [WARPS] shared
   return sample_weights(vocab, bits, warp_sums, [&](u32 group) {
     const float4 v = load4(logits, vocab, group);
     const float four[4] = {v.x, v.y, v.z, v.w};
@@ -243,12 +244,12 @@ WRAPPER u32 sample_row(const RowDistribution& d,
 // (w_i - overlaps[i]) / (1 - overlaps[i]), with overlap 0 for i = num_drafts; longest first, from `longest`
 // down.
 template <class F>
-WRAPPER u32 accepted_prefix(const PhiloxStream& stream,
-                            const u64* overlaps,  // [num_drafts]
-                            u32* counter,         // [1]: zero; zero again afterwards
-                            u32 num_drafts, u32 longest,
-                            u32* scratch,  // [1] shared
-                            F prefix_weight) {
+DEVICE u32 accepted_prefix(const PhiloxStream& stream,
+                           const u64* overlaps,  // [num_drafts]
+                           u32* counter,         // [1]: zero; zero again afterwards
+                           u32 num_drafts, u32 longest,
+                           u32* scratch,  // [1] shared
+                           F prefix_weight) {
   if (!is_last_block(num_drafts + 1, counter)) return NONE;
   if (threadIdx.x == 0) {
     u32 length = longest;
@@ -257,16 +258,16 @@ WRAPPER u32 accepted_prefix(const PhiloxStream& stream,
       if (w == ONE && length < num_drafts) break;
       if (accept(stream, length, length, w - overlap, ONE - overlap)) break;
     }
-    sts(scratch, length);
+    *scratch = length;
   }
   __syncthreads();
-  return lds(scratch);
+  return *scratch;
 }
 
 // Copies the tables thi and tlo to shared memory.
-WRAPPER void load_weight_tables(u32* to,              // [512] shared
-                                const u32* tables) {  // [512]
-  for (u32 i = threadIdx.x; i < 512 / 4; i += THREADS) sts128(to + i * 4, ld_stream(tables + i * 4));
+DEVICE void load_weight_tables(u32* to,              // [512] shared
+                               const u32* tables) {  // [512]
+  for (u32 i = threadIdx.x; i < 512 / 4; i += THREADS) as<uint4>(to + i * 4) = ld_stream(tables + i * 4);
 }
 
 }  // namespace

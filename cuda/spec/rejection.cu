@@ -21,28 +21,28 @@
 //                tables 16-byte aligned; counters are zero, and zero again afterwards.
 #include "spec/distribution.cuh"
 
-KERNEL(512, 1, row_distribution,
-       (RowDistribution* distributions,  // [rows]
-        const u64* best,                 // [rows][blocks], as in `sample`
-        const float* logits,             // [rows][vocab]
-        const Row* rows,                 // [rows]
-        const Sequence* sequences,       // [count]: sampling parameters
-        const u32* tables,               // [TABLE_WORDS]; reads thi and tlo
-        u32 count, u32 blocks, u32 vocab)) {
-  SHARED(u32, table, 512);
-  SHARED(u64, bins, BINS);
-  SHARED(u64, warp_sums, WARPS);
-  SHARED(u64, selected, 3);
+extern "C" __global__ void __launch_bounds__(512, 1) row_distribution(
+    RowDistribution* distributions,  // [rows]
+    const u64* best,                 // [rows][blocks], as in `sample`
+    const float* logits,             // [rows][vocab]
+    const Row* rows,                 // [rows]
+    const Sequence* sequences,       // [count]: sampling parameters
+    const u32* tables,               // [TABLE_WORDS]; reads thi and tlo
+    u32 count, u32 blocks, u32 vocab) {
+  __shared__ __align__(16) u32 table[512];
+  __shared__ __align__(16) u64 bins[BINS];
+  __shared__ __align__(16) u64 warp_sums[WARPS];
+  __shared__ __align__(16) u64 selected[3];
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();
   const u32 r = blockIdx.x;
-  const Row row = ld(rows + r);
+  const Row row = rows[r];
   const bool has_sequence = row.sequence < count;
   const Sequence* state = sequences + (has_sequence ? row.sequence : 0);
   const u64 key = has_sequence ? best_key(best + size_t(r) * blocks, blocks, warp_sums) : 0;
   const u32 top = u32(key >> 32), id = ~u32(key);
-  RowDistribution d = {logit_from_ascending(top), has_sequence ? ld(&state->c) : 0, 0, 0, {~0u, ~0u, ~0u}, NONE, 0, 0};
+  RowDistribution d = {logit_from_ascending(top), has_sequence ? state->c : 0, 0, 0, {~0u, ~0u, ~0u}, NONE, 0, 0};
   if (!has_sequence || !is_valid_key(key, vocab)) {
     if (threadIdx.x == 0) st_distribution(distributions + r, d);
     return;
@@ -52,10 +52,10 @@ KERNEL(512, 1, row_distribution,
     // Greedy: the best token has probability 1.
     d.limit = {0, ~top, id};
   } else {
-    d.min_weight = ld(&state->min_p);
+    d.min_weight = state->min_p;
 #pragma unroll 1
     for (u32 by_mass = 0; by_mass < 2; by_mass++) {
-      const u32 amount = ld(by_mass ? &state->top_p : &state->top_k);
+      const u32 amount = by_mass ? state->top_p : state->top_k;
       const SelectScratch scratch = {table, bins, warp_sums, selected};
       if (amount) d.limit = radix_select(by_mass, amount, row_logits, vocab, d.max_logit, d.c, d.limit, scratch);
     }
@@ -88,23 +88,23 @@ KERNEL(512, 1, row_distribution,
   if (threadIdx.x == 0) st_distribution(distributions + r, d);
 }
 
-KERNEL(512, 1, sample_drafts,
-       (u32* drafts,                           // [sequences][block_size]: draft i at i, from 1; NONE:
-                                               // invalid. Not written: entry 0, and method MATCH
-        const RowDistribution* distributions,  // [sequences][block_size]
-        const float* logits,                   // [sequences][block_size][vocab]
-        const Row* rows,                       // [sequences][block_size]
-        const Sequence* sequences,             // [sequences]
-        const u32* tables,                     // [TABLE_WORDS]; reads thi and tlo
-        u32 count, u32 vocab, u32 block_size)) {
-  SHARED(u32, table, 512);
-  SHARED(u64, warp_sums, WARPS);
+extern "C" __global__ void __launch_bounds__(512, 1) sample_drafts(
+    u32* drafts,                           // [sequences][block_size]: draft i at i, from 1; NONE:
+                                           // invalid. Not written: entry 0, and method MATCH
+    const RowDistribution* distributions,  // [sequences][block_size]
+    const float* logits,                   // [sequences][block_size][vocab]
+    const Row* rows,                       // [sequences][block_size]
+    const Sequence* sequences,             // [sequences]
+    const u32* tables,                     // [TABLE_WORDS]; reads thi and tlo
+    u32 count, u32 vocab, u32 block_size) {
+  __shared__ __align__(16) u32 table[512];
+  __shared__ __align__(16) u64 warp_sums[WARPS];
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();
   __syncthreads();
-  const u32 r = blockIdx.x, depth = r % block_size, sequence = ld(&rows[r].sequence);
-  if (depth == 0 || sequence >= count || ld(&sequences[sequence].verify_method) == MATCH) return;
+  const u32 r = blockIdx.x, depth = r % block_size, sequence = rows[r].sequence;
+  if (depth == 0 || sequence >= count || sequences[sequence].verify_method == MATCH) return;
   const RowDistribution d = ld_distribution(distributions + r);
   const float* row_logits = logits + size_t(r) * vocab;
   u32 token = NONE;
@@ -112,38 +112,38 @@ KERNEL(512, 1, sample_drafts,
     const u64 bits = random_bits(philox_stream(sequences + sequence), DRAFT, depth, depth);
     token = sample_row(d, table, row_logits, vocab, bits, warp_sums);
   }
-  if (threadIdx.x == 0) st(drafts + r, token);
+  if (threadIdx.x == 0) drafts[r] = token;
 }
 
-KERNEL(512, 1, verify_drafts,
-       (u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
-        u32* next,                        // [sequences]; NONE: invalid
-        u32* path,                        // [sequences][max_verify_rows]: 0, 1, .. accepted, then NONE
-        const RowDistribution* targets,   // [sequences][max_verify_rows]: row i: after i drafts
-        const float* target_logits,       // [sequences][max_verify_rows][vocab]
-        const RowDistribution* drafters,  // [sequences][block_size]: row i: for draft i; 0 unused
-        const float* draft_logits,        // [sequences][block_size][vocab]
-        const u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts
-        const Span* spans,                // [sequences]
-        const Sequence* sequences,        // [sequences]
-        const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
-        u64* overlaps,                    // [sequences][block_size]: sum of min(w p, q) per row
-        u32* counters,                    // [sequences]
-        u32 vocab, u32 block_size, u32 max_verify_rows)) {
-  SHARED(u32, table, 512);
-  SHARED(u64, warp_sums, WARPS);
-  SHARED(u64, draft_probs, MAX_ROWS * 2);  // p of each draft, overwritten by w with method BLOCK;
-                                           // then q of each draft
-  SHARED(u32, result, 4);                  // accepted drafts, whether one was rejected, valid;
-                                           // 1 word for accepted_prefix
+extern "C" __global__ void __launch_bounds__(512, 1) verify_drafts(
+    u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
+    u32* next,                        // [sequences]; NONE: invalid
+    u32* path,                        // [sequences][max_verify_rows]: 0, 1, .. accepted, then NONE
+    const RowDistribution* targets,   // [sequences][max_verify_rows]: row i: after i drafts
+    const float* target_logits,       // [sequences][max_verify_rows][vocab]
+    const RowDistribution* drafters,  // [sequences][block_size]: row i: for draft i; 0 unused
+    const float* draft_logits,        // [sequences][block_size][vocab]
+    const u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts
+    const Span* spans,                // [sequences]
+    const Sequence* sequences,        // [sequences]
+    const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
+    u64* overlaps,                    // [sequences][block_size]: sum of min(w p, q) per row
+    u32* counters,                    // [sequences]
+    u32 vocab, u32 block_size, u32 max_verify_rows) {
+  __shared__ __align__(16) u32 table[512];
+  __shared__ __align__(16) u64 warp_sums[WARPS];
+  __shared__ u64 draft_probs[MAX_ROWS * 2];  // p of each draft, overwritten by w with method BLOCK;
+                                             // then q of each draft
+  __shared__ __align__(16) u32 result[4];    // accepted drafts, whether one was rejected, valid;
+                                             // 1 word for accepted_prefix
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();
   const u32 sequence = blockIdx.y, row = blockIdx.x;
   const size_t first = size_t(sequence) * max_verify_rows, draft_first = size_t(sequence) * block_size;
   const Sequence* state = sequences + sequence;
-  const u32 method = ld(&state->verify_method), rows = min(ld(&spans[sequence].rows), min(block_size, max_verify_rows));
-  if ((method != REJECTION && method != BLOCK) || form_of(ld(&state->now.shape)) != CHAIN_OF_DRAFTS) return;
+  const u32 method = state->verify_method, rows = min(spans[sequence].rows, min(block_size, max_verify_rows));
+  if ((method != REJECTION && method != BLOCK) || form_of(state->now.shape) != CHAIN_OF_DRAFTS) return;
   if (rows < 2 || row >= rows || (row > 0 && method != BLOCK)) return;
   __syncthreads();
   const u32 num_drafts = rows - 1;
@@ -155,40 +155,41 @@ KERNEL(512, 1, verify_drafts,
 
   // p and q of draft i + 1, given the i drafts before it.
   if (threadIdx.x < num_drafts) {
-    const u32 i = threadIdx.x, token = ld(tokens + first + i + 1);
+    const u32 i = threadIdx.x, token = tokens[first + i + 1];
     const RowDistribution p = target(i), q = drafter(i);
     const bool valid = p.rounding_token != NONE && q.rounding_token != NONE;
-    sts(draft_probs + i, valid ? probability_at(p, table, target_row(i), vocab, token) : 0);
-    sts(draft_probs + MAX_ROWS + i, valid ? probability_at(q, table, draft_row(i), vocab, token) : 0);
+    u64* probs = draft_probs + i;
+    probs[0] = valid ? probability_at(p, table, target_row(i), vocab, token) : 0;
+    probs[MAX_ROWS] = valid ? probability_at(q, table, draft_row(i), vocab, token) : 0;
   }
   __syncthreads();
 
   // REJECTION: test draft by draft. BLOCK: w of each prefix, up to the longest prefix with w > 0.
   if (threadIdx.x == 0) {
     u32 length = 0, rejected = 0;
-    bool valid = ld(&targets[first].rounding_token) != NONE;
+    bool valid = targets[first].rounding_token != NONE;
     for (; valid && length < num_drafts; length++) {
-      const u64 p = lds(draft_probs + length), q = lds(draft_probs + MAX_ROWS + length);
+      const u64 p = draft_probs[length], q = draft_probs[MAX_ROWS + length];
       if (method == BLOCK) {
-        const u64 w = mul_div(length ? lds(draft_probs + length - 1) : ONE, p, q);
-        sts(draft_probs + length, w);
+        const u64 w = mul_div(length ? draft_probs[length - 1] : ONE, p, q);
+        draft_probs[length] = w;
         if (w == 0) break;
       } else {
         rejected = q != 0;
         if (q == 0 || !accept(stream, length + 1, length + 1, p, q)) break;
         rejected = 0;
       }
-      valid = ld(&targets[first + length + 1].rounding_token) != NONE;
+      valid = targets[first + length + 1].rounding_token != NONE;
     }
-    sts(result, length), sts(result + 1, rejected), sts(result + 2, u32(valid));
+    result[0] = length, result[1] = rejected, result[2] = u32(valid);
   }
   __syncthreads();
-  u32 num_accepted = lds(result), rejected = lds(result + 1);
-  const bool valid = lds(result + 2) != 0;
+  u32 num_accepted = result[0], rejected = result[1];
+  const bool valid = result[2] != 0;
 
   u64 w = ONE;
   if (method == BLOCK) {
-    const auto prefix_weight = [&](u32 length) { return length ? lds(draft_probs + length - 1) : ONE; };
+    const auto prefix_weight = [&](u32 length) { return length ? draft_probs[length - 1] : ONE; };
     if (valid && row > 0 && row <= num_accepted && row < num_drafts && prefix_weight(row) < ONE) {
       const RowPair pair = {target(row), drafter(row), target_row(row), draft_row(row)};
       const u64 here = prefix_weight(row);
@@ -218,6 +219,6 @@ KERNEL(512, 1, verify_drafts,
     if (token == NONE) token = sample_row(p, table, target_row(num_accepted), vocab, bits, warp_sums);
   }
   const u32 length = valid ? num_accepted : 0;
-  if (threadIdx.x < max_verify_rows) st(path + first + threadIdx.x, threadIdx.x <= length ? threadIdx.x : NONE);
-  if (threadIdx.x == 0) st(accepted + sequence, length), st(next + sequence, token);
+  if (threadIdx.x < max_verify_rows) path[first + threadIdx.x] = threadIdx.x <= length ? threadIdx.x : NONE;
+  if (threadIdx.x == 0) accepted[sequence] = length, next[sequence] = token;
 }

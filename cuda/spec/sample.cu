@@ -36,25 +36,25 @@ struct __align__(16) Candidate {
   u32 time, id;
   u64 weight;
 };
-WRAPPER Candidate no_candidate() { return {1, NONE, 0}; }
+DEVICE Candidate no_candidate() { return {1, NONE, 0}; }
 
-WRAPPER bool beats(const Candidate& a, const Candidate& b) {
+DEVICE bool beats(const Candidate& a, const Candidate& b) {
   const u64 left = a.time * b.weight, right = b.time * a.weight;
   return left < right || (left == right && a.id < b.id);
 }
 
 // The block's winner, in thread 0.
-WRAPPER Candidate block_winner(Candidate mine, Candidate* warp_winners) {  // [WARPS] shared
+DEVICE Candidate block_winner(Candidate mine, Candidate* warp_winners) {  // [WARPS] shared
   for (int flip = 16; flip; flip /= 2) {
     const u64 time_and_id = __shfl_xor_sync(~0u, u64(mine.time) << 32 | mine.id, flip);
     const Candidate other = {u32(time_and_id >> 32), u32(time_and_id), __shfl_xor_sync(~0u, mine.weight, flip)};
     if (beats(other, mine)) mine = other;
   }
-  if (threadIdx.x % 32 == 0) sts(warp_winners + threadIdx.x / 32, mine);
+  if (threadIdx.x % 32 == 0) warp_winners[threadIdx.x / 32] = mine;
   __syncthreads();
   if (threadIdx.x == 0) {
     for (u32 w = 1; w < WARPS; w++) {
-      const Candidate other = lds(warp_winners + w);
+      const Candidate other = warp_winners[w];
       if (beats(other, mine)) mine = other;
     }
   }
@@ -62,10 +62,10 @@ WRAPPER Candidate block_winner(Candidate mine, Candidate* warp_winners) {  // [W
 }
 
 // This thread's winner among the tokens of groups first..end within `limit` and of weight >= `min_weight`.
-WRAPPER Candidate race(const Noise& noise, u32 min_weight,
-                       const float* logits,  // [vocab]
-                       u32 vocab, float max_logit, float c, Rank limit, u32 first, u32 end,
-                       const u32* tables) {  // [TABLE_WORDS] shared
+DEVICE Candidate race(const Noise& noise, u32 min_weight,
+                      const float* logits,  // [vocab]
+                      u32 vocab, float max_logit, float c, Rank limit, u32 first, u32 end,
+                      const u32* tables) {  // [TABLE_WORDS] shared
   Candidate best = no_candidate();
   for_each_group(logits, vocab, first, end, [&](u32 group, float4 v) {
     const float four[4] = {v.x, v.y, v.z, v.w};
@@ -94,44 +94,44 @@ WRAPPER Candidate race(const Noise& noise, u32 min_weight,
 
 }  // namespace
 
-KERNEL(512, 2, sample,
-       (u32* choice,                // [rows]
-        const u64* best,            // [rows][blocks]: per block of ids the largest (ascending(logit) << 32 |
-                                    // ~id); all ones where a logit is NaN or +inf
-        const float* logits,        // [rows][vocab]
-        const Row* rows,            // [rows]
-        const Sequence* sequences,  // [count]; null: every row is greedy, and only best and rows are read
-        const u32* tables,          // [TABLE_WORDS]
-        uint4* partial,             // [rows][slices]: each a Candidate
-        u32* counters,              // [rows]
-        u32 count, u32 blocks, u32 vocab)) {
-  SHARED(u32, table, TABLE_WORDS);
-  SHARED(u64, bins, BINS);
-  SHARED(u64, warp_sums, WARPS);
-  SHARED(Candidate, warp_winners, WARPS);
-  SHARED(u64, selected, 3);
+extern "C" __global__ void __launch_bounds__(512, 2) sample(
+    u32* choice,                // [rows]
+    const u64* best,            // [rows][blocks]: per block of ids the largest (ascending(logit) << 32 |
+                                // ~id); all ones where a logit is NaN or +inf
+    const float* logits,        // [rows][vocab]
+    const Row* rows,            // [rows]
+    const Sequence* sequences,  // [count]; null: every row is greedy, and only best and rows are read
+    const u32* tables,          // [TABLE_WORDS]
+    uint4* partial,             // [rows][slices]: each a Candidate
+    u32* counters,              // [rows]
+    u32 count, u32 blocks, u32 vocab) {
+  __shared__ __align__(16) u32 table[TABLE_WORDS];
+  __shared__ __align__(16) u64 bins[BINS];
+  __shared__ __align__(16) u64 warp_sums[WARPS];
+  __shared__ __align__(16) Candidate warp_winners[WARPS];
+  __shared__ __align__(16) u64 selected[3];
   grid_launch();
   grid_wait();
   const SelectScratch scratch = {table, bins, warp_sums, selected};
   const u32 r = blockIdx.y, slice = blockIdx.x, slices = gridDim.x;
-  const Row row = ld(rows + r);
+  const Row row = rows[r];
   if (row.sequence >= count) {
-    if (slice == 0 && threadIdx.x == 0) st(choice + r, NONE);
+    if (slice == 0 && threadIdx.x == 0) choice[r] = NONE;
     return;
   }
   const Sequence* state = sequences ? sequences + row.sequence : nullptr;
-  const float c = state ? ld(&state->c) : 0;
-  const bool greedy = c == 0, limited = !greedy && (ld(&state->top_k) || ld(&state->top_p));
+  const float c = state ? state->c : 0;
+  const bool greedy = c == 0, limited = !greedy && (state->top_k || state->top_p);
   if (slice && (greedy || limited)) return;
 
   const u64 key = best_key(best + size_t(r) * blocks, blocks, warp_sums);
   const u32 top = u32(key >> 32), id = ~u32(key);
   const bool valid = is_valid_key(key, vocab);
   if (greedy || !valid) {
-    if (slice == 0 && threadIdx.x == 0) st(choice + r, valid ? id : NONE);
+    if (slice == 0 && threadIdx.x == 0) choice[r] = valid ? id : NONE;
     return;
   }
-  for (u32 i = threadIdx.x; i < TABLE_WORDS / 4; i += THREADS) sts128(table + i * 4, ld_stream(tables + i * 4));
+  for (u32 i = threadIdx.x; i < TABLE_WORDS / 4; i += THREADS) as<uint4>(table + i * 4) = ld_stream(tables + i * 4);
   __syncthreads();
 
   const float* row_logits = logits + size_t(r) * vocab;
@@ -141,16 +141,17 @@ KERNEL(512, 2, sample,
   if (limited) {
 #pragma unroll 1
     for (u32 by_mass = 0; by_mass < 2; by_mass++) {
-      const u32 amount = ld(by_mass ? &state->top_p : &state->top_k);
+      const u32 amount = by_mass ? state->top_p : state->top_k;
       if (amount) limit = radix_select(by_mass, amount, row_logits, vocab, max_logit, c, limit, scratch);
     }
   }
-  const Noise noise = {{ld(state->seed), ld(state->seed + 1)}, ld(&state->stream), row.position + 1};
+  const u32* seed = state->seed;
+  const Noise noise = {{seed[0], seed[1]}, state->stream, row.position + 1};
   const u32 first = slice * (SLICE / 4), end = limited ? groups : min(first + SLICE / 4, groups);
   Candidate winner = block_winner(
-      race(noise, ld(&state->min_p), row_logits, vocab, max_logit, c, limit, first, end, table), warp_winners);
+      race(noise, state->min_p, row_logits, vocab, max_logit, c, limit, first, end, table), warp_winners);
   if (limited) {
-    if (threadIdx.x == 0) st(choice + r, winner.id);
+    if (threadIdx.x == 0) choice[r] = winner.id;
     return;
   }
   if (threadIdx.x == 0) {
@@ -165,5 +166,5 @@ KERNEL(512, 2, sample,
     if (beats(other, winner)) winner = other;
   }
   winner = block_winner(winner, warp_winners);
-  if (threadIdx.x == 0) st(choice + r, winner.id);
+  if (threadIdx.x == 0) choice[r] = winner.id;
 }

@@ -21,7 +21,8 @@ struct Rank {
   u32 exponent, inverted_logit, id;  // inverted_logit: ~ascending(logit)
 };
 
-// Shared memory of radix_select.
+// Shared memory of radix_select. Arrays that threads read in order are aligned to 16 bytes here and in the kernels, so
+// that the compiler can load several elements at once.
 struct SelectScratch {
   const u32* tables;  // [TABLE_WORDS] thi, tlo, rlog
   u64* bins;          // [BINS]
@@ -30,32 +31,32 @@ struct SelectScratch {
 };
 
 // The inverse of `ascending`.
-WRAPPER float logit_from_ascending(u32 ascending) {
+DEVICE float logit_from_ascending(u32 ascending) {
   return __uint_as_float(ascending >> 31 ? ascending ^ 1u << 31 : ~ascending);
 }
 
 // -log2 of a token's weight relative to the best token's, in units of 2^-16. `c` is 65536 log2(e) /
 // temperature. The upper bound, at which the weight is 0, also catches
 // infinity and NaN.
-WRAPPER u32 weight_exponent(float max_logit, float logit, float c) {
+DEVICE u32 weight_exponent(float max_logit, float logit, float c) {
   return __float2uint_rz(fminf(rintf(__fmul_rn(__fsub_rn(max_logit, logit), c)), float(40 << 16)));
 }
 
 // 2^(32 - exponent / 2^16) as an integer; 2^32 for the best token.
-WRAPPER u64 weight(const u32* tables, u32 exponent) {
-  return u64(lds(tables + (exponent >> 8 & 255))) * lds(tables + TLO + (exponent & 255)) >> 30 >> (exponent >> 16);
+DEVICE u64 weight(const u32* tables, u32 exponent) {
+  return u64(tables[exponent >> 8 & 255]) * tables[TLO + (exponent & 255)] >> 30 >> (exponent >> 16);
 }
 
 // The exponential variate -log2(u / 2^32) in units of 2^-27, by linear interpolation in rlog.
-WRAPPER u32 race_time(const u32* tables, u32 u) {
+DEVICE u32 race_time(const u32* tables, u32 u) {
   u = max(u, 2u);
   const u32 zeros = u32(__clz(int(u))), mantissa = u << zeros & 0x7fffffff;
-  const u32 from = lds(tables + RLOG + (mantissa >> 19)), to = lds(tables + RLOG + (mantissa >> 19) + 1);
+  const u32 from = tables[RLOG + (mantissa >> 19)], to = tables[RLOG + (mantissa >> 19) + 1];
   return (zeros << 27) + from - u32(u64(from - to) * (mantissa & 0x7ffff) >> 19);
 }
 
 // Philox4x32-10.
-WRAPPER uint4 philox(uint4 counter, u32 key0, u32 key1) {
+DEVICE uint4 philox(uint4 counter, u32 key0, u32 key1) {
 #pragma unroll
   for (int round = 0; round < 10; round++) {
     counter = make_uint4(__umulhi(0xCD9E8D57u, counter.z) ^ counter.y ^ key0, 0xCD9E8D57u * counter.z,
@@ -68,46 +69,47 @@ WRAPPER uint4 philox(uint4 counter, u32 key0, u32 key1) {
 
 // The largest of a row's keys, returned to every thread. The LM head writes one key per block of ids:
 // ascending(logit) << 32 | ~id of the best token, or all ones if a logit is NaN or +inf.
-WRAPPER u64 best_key(const u64* best,  // [blocks]
-                     u32 blocks,
-                     u64* warp_maxima) {  // [WARPS] shared
+DEVICE u64 best_key(const u64* best,  // [blocks]
+                    u32 blocks,
+                    u64* warp_maxima) {  // [WARPS] shared
   u64 largest = 0;
-  for (u32 i = threadIdx.x; i < blocks; i += THREADS) largest = max(largest, ld(best + i));
+  for (u32 i = threadIdx.x; i < blocks; i += THREADS) largest = max(largest, best[i]);
   // Two reductions of words instead of ten shuffles.
   const u32 high = __reduce_max_sync(~0u, u32(largest >> 32));
   const u32 low = __reduce_max_sync(~0u, u32(largest >> 32) == high ? u32(largest) : 0u);
-  if (threadIdx.x % 32 == 0) sts(warp_maxima + threadIdx.x / 32, u64(high) << 32 | low);
+  if (threadIdx.x % 32 == 0) warp_maxima[threadIdx.x / 32] = u64(high) << 32 | low;
   __syncthreads();
-  for (u32 w = 0; w < WARPS; w++) largest = max(largest, lds(warp_maxima + w));
+  for (u32 w = 0; w < WARPS; w++) largest = max(largest, warp_maxima[w]);
   return largest;
 }
 
 // Whether a row's best key names a token of the vocabulary and a finite logit. False for NaN and
 // for all ones.
-WRAPPER bool is_valid_key(u64 key, u32 vocab) {
+DEVICE bool is_valid_key(u64 key, u32 vocab) {
   const u32 top = u32(key >> 32);
   return ~u32(key) < vocab && top > ascending(__uint_as_float(0xff800000u)) &&
          top < ascending(__uint_as_float(0x7f800000u));
 }
 
 // The logits of ids 4 group to 4 group + 3; -inf for ids outside the vocabulary.
-WRAPPER float4 load4(const float* logits,  // [vocab]
-                     u32 vocab, u32 group) {
+DEVICE float4 load4(const float* logits,  // [vocab]
+                    u32 vocab, u32 group) {
   const float none = __uint_as_float(0xff800000u);
   const u32 id = group * 4;
-  if (vocab % 4 == 0) return ld(reinterpret_cast<const float4*>(logits + id));
+  logits += id;
+  if (vocab % 4 == 0) return as<float4>(logits);
   float4 v = make_float4(none, none, none, none);
-  v.x = ld(logits + id);
-  if (id + 1 < vocab) v.y = ld(logits + id + 1);
-  if (id + 2 < vocab) v.z = ld(logits + id + 2);
-  if (id + 3 < vocab) v.w = ld(logits + id + 3);
+  v.x = logits[0];
+  if (id + 1 < vocab) v.y = logits[1];
+  if (id + 2 < vocab) v.z = logits[2];
+  if (id + 3 < vocab) v.w = logits[3];
   return v;
 }
 
 // Calls f(group, the group's logits) for the groups of first..end that this thread processes.
 template <class F>
-WRAPPER void for_each_group(const float* logits,  // [vocab]
-                            u32 vocab, u32 first, u32 end, F f) {
+DEVICE void for_each_group(const float* logits,  // [vocab]
+                           u32 vocab, u32 first, u32 end, F f) {
   for (u32 group = first + threadIdx.x; group < end; group += THREADS * LOADS_IN_FLIGHT) {
     float4 v[LOADS_IN_FLIGHT];
 #pragma unroll
@@ -122,7 +124,7 @@ WRAPPER void for_each_group(const float* logits,  // [vocab]
 }
 
 // Whether `rank` is at or before `limit` in the order.
-WRAPPER bool within(const Rank& rank, const Rank& limit) {
+DEVICE bool within(const Rank& rank, const Rank& limit) {
   if (rank.exponent != limit.exponent) return rank.exponent < limit.exponent;
   if (rank.inverted_logit != limit.inverted_logit) return rank.inverted_logit < limit.inverted_logit;
   return rank.id <= limit.id;
@@ -134,17 +136,18 @@ WRAPPER bool within(const Rank& rank, const Rank& limit) {
 // the prefix selected so far, of weights or of token counts, and selects the bin in which the running sum
 // reaches the needed amount. From the third level on all remaining tokens have the same weight, so that they
 // are counted in both cases.
-WRAPPER Rank radix_select(bool by_mass, u32 amount,
-                          const float* logits,  // [vocab]
-                          u32 vocab, float max_logit, float c, Rank limit, const SelectScratch& scratch) {
+DEVICE Rank radix_select(bool by_mass, u32 amount,
+                         const float* logits,  // [vocab]
+                         u32 vocab, float max_logit, float c, Rank limit, const SelectScratch& scratch) {
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u64* own_bins = scratch.bins + threadIdx.x * 4;
   Rank prefix = {0, 0, 0}, mask = {0, 0, 0};
   u64 needed = 0;
   for (u32 level = 0; level < 8; level++) {
     const u32 shift = level == 0 ? 11 : level == 2 ? 21 : level == 3 ? 10 : level == 5 ? 15 : level == 6 ? 4 : 0;
     const u32 digits = level == 4 ? 1023 : level == 7 ? 15 : 2047;
     const bool sum_weights = by_mass && level < 2;
-    for (u32 i = 0; i < 4; i++) sts(scratch.bins + threadIdx.x * 4 + i, u64(0));
+    for (u32 i = 0; i < 4; i++) own_bins[i] = 0;
     __syncthreads();
     // Neighbouring tokens often fall into the same bin: consecutive ones are summed before atomicAdd.
     u32 pending_digit = 0;
@@ -173,18 +176,18 @@ WRAPPER Rank radix_select(bool by_mass, u32 amount,
     // Prefix sum over the bins, four per thread.
     u64 four[4], own = 0;
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) own += four[i] = lds(scratch.bins + threadIdx.x * 4 + i);
+    for (u32 i = 0; i < 4; i++) own += four[i] = own_bins[i];
     u64 inclusive = own;  // of this warp's bins up to and including this thread's
     for (u32 by = 1; by < 32; by *= 2) {
       const u64 lower = __shfl_up_sync(~0u, inclusive, by);
       if (lane >= by) inclusive += lower;
     }
-    if (lane == 31) sts(scratch.warp_sums + warp, inclusive);
+    if (lane == 31) scratch.warp_sums[warp] = inclusive;
     __syncthreads();
     u64 before = inclusive - own, total = 0;
     for (u32 w = 0; w < WARPS; w++) {
       if (w == warp) before += total;
-      total += lds(scratch.warp_sums + w);
+      total += scratch.warp_sums[w];
     }
     if (level == 0) {
       // ceil(total amount / 2^32); the product has up to 90 bits.
@@ -196,16 +199,16 @@ WRAPPER Rank radix_select(bool by_mass, u32 amount,
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
       if (before < needed && needed <= before + four[i]) {
-        sts(scratch.selected, u64(threadIdx.x * 4 + i));
-        sts(scratch.selected + 1, needed - before);
-        sts(scratch.selected + 2, four[i]);
+        scratch.selected[0] = threadIdx.x * 4 + i;
+        scratch.selected[1] = needed - before;
+        scratch.selected[2] = four[i];
       }
       before += four[i];
     }
     __syncthreads();
-    const u32 digit = u32(lds(scratch.selected)) & digits;
-    needed = lds(scratch.selected + 1);
-    u64 in_bin = lds(scratch.selected + 2);
+    const u32 digit = u32(scratch.selected[0]) & digits;
+    needed = scratch.selected[1];
+    u64 in_bin = scratch.selected[2];
     // No field has bits above its first digit.
     if (level < 2) {
       prefix.exponent |= digit << shift, mask.exponent = ~0u << shift;

@@ -26,43 +26,39 @@ enum Scale : u32 { Q_INVERSE, Q_REMAINDER, P_INVERSE, P_REMAINDER, SCALES };
 enum Mark : u32 { TOKEN, Q_SHIFT, Q_ROUNDING_TOKEN, P_SHIFT, P_ROUNDING_TOKEN, MARKS };
 
 // How p and q change from one sibling to the next when the first is rejected. The drafter's q loses the
-// sampled token and is rescaled to 2^48. The target's p becomes max(p - q, 0), rescaled likewise. Field f of
-// update s is at f MAX_ROWS + s.
+// sampled token and is rescaled to 2^48. The target's p becomes max(p - q, 0), rescaled likewise.
 struct Updates {
-  u64* scales;  // [SCALES][MAX_ROWS] shared
-  u32* marks;   // [MARKS][MAX_ROWS] shared
+  u64 (*scales)[MAX_ROWS];  // [SCALES][update] shared
+  u32 (*marks)[MAX_ROWS];   // [MARKS][update] shared
 };
-WRAPPER u64 scaled(u64 w, u32 shift, u64 inverse) { return __umul64hi(w << (shift & 63), inverse); }
+DEVICE u64 scaled(u64 w, u32 shift, u64 inverse) { return __umul64hi(w << (shift & 63), inverse); }
 
 struct Probabilities {
   u64 p, q;
 };
-WRAPPER u64 residual(Probabilities x) { return saturating_sub(x.p, x.q); }
+DEVICE u64 residual(Probabilities x) { return saturating_sub(x.p, x.q); }
 
 // A token's q after `count` updates.
-WRAPPER u64 updated(const Updates& updates, u32 count, u64 q, u32 id) {
+DEVICE u64 updated(const Updates& updates, u32 count, u64 q, u32 id) {
 #pragma unroll 1
   for (u32 s = 0; s < count; s++) {
-    const u32* marks = updates.marks + s;
-    if (id == lds(marks)) return 0;
-    q = scaled(q, lds(marks + Q_SHIFT * MAX_ROWS), lds(updates.scales + s)) +
-        (id == lds(marks + Q_ROUNDING_TOKEN * MAX_ROWS) ? lds(updates.scales + Q_REMAINDER * MAX_ROWS + s) : 0);
+    if (id == updates.marks[TOKEN][s]) return 0;
+    q = scaled(q, updates.marks[Q_SHIFT][s], updates.scales[Q_INVERSE][s]) +
+        (id == updates.marks[Q_ROUNDING_TOKEN][s] ? updates.scales[Q_REMAINDER][s] : 0);
   }
   return q;
 }
 
 // A token's p and q after `count` updates.
-WRAPPER Probabilities updated(const Updates& updates, u32 count, Probabilities x, u32 id) {
+DEVICE Probabilities updated(const Updates& updates, u32 count, Probabilities x, u32 id) {
 #pragma unroll 1
   for (u32 s = 0; s < count; s++) {
-    const u32* marks = updates.marks + s;
-    const u64* scales = updates.scales + s;
-    x.p = scaled(residual(x), lds(marks + P_SHIFT * MAX_ROWS), lds(scales + P_INVERSE * MAX_ROWS)) +
-          (id == lds(marks + P_ROUNDING_TOKEN * MAX_ROWS) ? lds(scales + P_REMAINDER * MAX_ROWS) : 0);
-    x.q = id == lds(marks)
+    x.p = scaled(residual(x), updates.marks[P_SHIFT][s], updates.scales[P_INVERSE][s]) +
+          (id == updates.marks[P_ROUNDING_TOKEN][s] ? updates.scales[P_REMAINDER][s] : 0);
+    x.q = id == updates.marks[TOKEN][s]
               ? 0
-              : scaled(x.q, lds(marks + Q_SHIFT * MAX_ROWS), lds(scales)) +
-                    (id == lds(marks + Q_ROUNDING_TOKEN * MAX_ROWS) ? lds(scales + Q_REMAINDER * MAX_ROWS) : 0);
+              : scaled(x.q, updates.marks[Q_SHIFT][s], updates.scales[Q_INVERSE][s]) +
+                    (id == updates.marks[Q_ROUNDING_TOKEN][s] ? updates.scales[Q_REMAINDER][s] : 0);
   }
   return x;
 }
@@ -72,26 +68,26 @@ struct Heaviest {
   u64 weight;
   u32 id;
 };
-WRAPPER Heaviest heavier(Heaviest a, Heaviest b) {
+DEVICE Heaviest heavier(Heaviest a, Heaviest b) {
   return b.weight > a.weight || (b.weight == a.weight && b.id < a.id) ? b : a;
 }
 
 // The block's heaviest token, returned to every thread. The buffers may be overwritten after one
 // more barrier.
-WRAPPER u32 block_heaviest(Heaviest own,
-                           u64* weights,  // [WARPS] shared
-                           u32* ids) {    // [WARPS] shared
+DEVICE u32 block_heaviest(Heaviest own,
+                          u64* weights,  // [WARPS] shared
+                          u32* ids) {    // [WARPS] shared
   for (int flip = 16; flip; flip /= 2) {
     own = heavier(own, {__shfl_xor_sync(~0u, own.weight, flip), __shfl_xor_sync(~0u, own.id, flip)});
   }
-  if (threadIdx.x % 32 == 0) sts(weights + threadIdx.x / 32, own.weight), sts(ids + threadIdx.x / 32, own.id);
+  if (threadIdx.x % 32 == 0) weights[threadIdx.x / 32] = own.weight, ids[threadIdx.x / 32] = own.id;
   __syncthreads();
-  for (u32 w = 0; w < WARPS; w++) own = heavier(own, {lds(weights + w), lds(ids + w)});
+  for (u32 w = 0; w < WARPS; w++) own = heavier(own, {weights[w], ids[w]});
   return own.id;
 }
 
 // The shift and inverse that turn weights with this sum, at least 1, into probabilities.
-WRAPPER void scale_of(u64 sum, u32& shift, u64& inverse) {
+DEVICE void scale_of(u64 sum, u32& shift, u64& inverse) {
   shift = u32(__clzll((long long)(sum)));
   inverse = reciprocal(sum << shift);
 }
@@ -104,9 +100,9 @@ struct DraftRow {
   u32 vocab;
 };
 // The q of any id after `count` updates; 0 outside the vocabulary.
-WRAPPER u64 draft_probability(const DraftRow& row, const Updates& updates, u32 count, u32 id) {
+DEVICE u64 draft_probability(const DraftRow& row, const Updates& updates, u32 count, u32 id) {
   if (id >= row.vocab) return 0;
-  return updated(updates, count, probability(row.distribution, row.table, ld(row.logits + id), id), id);
+  return updated(updates, count, probability(row.distribution, row.table, row.logits[id], id), id);
 }
 
 // Shared memory of block-wide reductions.
@@ -117,8 +113,8 @@ struct ReduceScratch {
 
 // Writes q's part of update `count`, which removes `token`, and ends with a barrier. Returns false without
 // writing if no other token is left. The caller must have passed a barrier since the last reduction.
-WRAPPER bool remove_token(const DraftRow& row, const Updates& updates, u32 count, u32 token,
-                          const ReduceScratch& scratch) {
+DEVICE bool remove_token(const DraftRow& row, const Updates& updates, u32 count, u32 token,
+                         const ReduceScratch& scratch) {
   const u64 rest = ONE - draft_probability(row, updates, count, token);
   if (rest == 0) return false;
   u32 shift;
@@ -141,9 +137,9 @@ WRAPPER bool remove_token(const DraftRow& row, const Updates& updates, u32 count
   sum = block_sum(sum, scratch.warp_sums);
   const u32 rounding_token = block_heaviest(heaviest, scratch.weights, scratch.ids);
   if (threadIdx.x == 0) {
-    sts(updates.marks + count, token), sts(updates.marks + Q_SHIFT * MAX_ROWS + count, shift);
-    sts(updates.marks + Q_ROUNDING_TOKEN * MAX_ROWS + count, rounding_token);
-    sts(updates.scales + count, inverse), sts(updates.scales + Q_REMAINDER * MAX_ROWS + count, ONE - sum);
+    updates.marks[TOKEN][count] = token, updates.marks[Q_SHIFT][count] = shift;
+    updates.marks[Q_ROUNDING_TOKEN][count] = rounding_token;
+    updates.scales[Q_INVERSE][count] = inverse, updates.scales[Q_REMAINDER][count] = ONE - sum;
   }
   __syncthreads();
   return true;
@@ -151,12 +147,12 @@ WRAPPER bool remove_token(const DraftRow& row, const Updates& updates, u32 count
 
 // The depth of a row, 0 for the anchor's. NONE if the row or one of its ancestors has a parent that is not an
 // earlier row.
-WRAPPER u32 depth_of(const u32* parents,  // [max_verify_rows]
-                     u32 row) {
+DEVICE u32 depth_of(const u32* parents,  // [max_verify_rows]
+                    u32 row) {
   u32 depth = 0;
 #pragma unroll 1
   for (; row; depth++) {
-    const u32 parent = ld(parents + row);
+    const u32 parent = parents[row];
     if (parent >= row) return NONE;
     row = parent;
   }
@@ -164,32 +160,32 @@ WRAPPER u32 depth_of(const u32* parents,  // [max_verify_rows]
 }
 
 // The first row after `child` and below `rows` whose parent is `row`; `rows` if there is none.
-WRAPPER u32 next_child(const u32* parents,  // [max_verify_rows]
-                       u32 row, u32 child, u32 rows) {
+DEVICE u32 next_child(const u32* parents,  // [max_verify_rows]
+                      u32 row, u32 child, u32 rows) {
 #pragma unroll 1
-  for (child++; child < rows && ld(parents + child) != row; child++) {}
+  for (child++; child < rows && parents[child] != row; child++) {}
   return child;
 }
 
 }  // namespace
 
-KERNEL(512, 1, sample_siblings,
-       (u32* tokens,                           // [sequences][max_verify_rows]: anchor, drafts;
-                                               // NONE: padding, or an invalid draft
-        const RowDistribution* distributions,  // [sequences][block_size]: row d is for depth d
-        const float* logits,                   // [sequences][block_size][vocab]
-        const u32* parents,                    // [sequences][max_verify_rows]: parent row, an earlier row;
-                                               // 0 unused
-        const Span* spans,                     // [sequences]: rows of the tree
-        const Sequence* sequences,             // [sequences]
-        const u32* tables,                     // [TABLE_WORDS]; reads thi and tlo
-        u32 vocab, u32 block_size, u32 max_verify_rows)) {
-  SHARED(u32, table, 512);
-  SHARED(u64, warp_sums, WARPS);
-  SHARED(u64, weights, WARPS);
-  SHARED(u32, ids, WARPS);
-  SHARED(u64, scales, 2 * MAX_ROWS);  // q's fields only
-  SHARED(u32, marks, 3 * MAX_ROWS);
+extern "C" __global__ void __launch_bounds__(512, 1) sample_siblings(
+    u32* tokens,                           // [sequences][max_verify_rows]: anchor, drafts;
+                                           // NONE: padding, or an invalid draft
+    const RowDistribution* distributions,  // [sequences][block_size]: row d is for depth d
+    const float* logits,                   // [sequences][block_size][vocab]
+    const u32* parents,                    // [sequences][max_verify_rows]: parent row, an earlier row;
+                                           // 0 unused
+    const Span* spans,                     // [sequences]: rows of the tree
+    const Sequence* sequences,             // [sequences]
+    const u32* tables,                     // [TABLE_WORDS]; reads thi and tlo
+    u32 vocab, u32 block_size, u32 max_verify_rows) {
+  __shared__ __align__(16) u32 table[512];
+  __shared__ __align__(16) u64 warp_sums[WARPS];
+  __shared__ u64 weights[WARPS];
+  __shared__ u32 ids[WARPS];
+  __shared__ u64 scales[2][MAX_ROWS];  // q's fields only
+  __shared__ u32 marks[3][MAX_ROWS];
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();
@@ -197,11 +193,11 @@ KERNEL(512, 1, sample_siblings,
   const u32 row = blockIdx.x, sequence = blockIdx.y;
   const size_t first = size_t(sequence) * max_verify_rows;
   const Sequence* state = sequences + sequence;
-  const u32 rows = min(ld(&spans[sequence].rows), max_verify_rows);
-  if (ld(&state->verify_method) != REJECTION || form_of(ld(&state->now.shape)) != SAMPLED_TREE || rows < 2) return;
+  const u32 rows = min(spans[sequence].rows, max_verify_rows);
+  if (state->verify_method != REJECTION || form_of(state->now.shape) != SAMPLED_TREE || rows < 2) return;
   if (threadIdx.x == 0) {
-    if (row == 0) st(tokens + first, ld(&state->now.anchor));
-    if (row >= rows) st(tokens + first + row, NONE);
+    if (row == 0) tokens[first] = state->now.anchor;
+    if (row >= rows) tokens[first + row] = NONE;
   }
   if (row >= rows) return;
   const u32 depth = depth_of(parents + first, row);
@@ -236,30 +232,30 @@ KERNEL(512, 1, sample_siblings,
         return q;
       });
     }
-    if (threadIdx.x == 0) st(tokens + first + child, token);
+    if (threadIdx.x == 0) tokens[first + child] = token;
   }
 }
 
-KERNEL(512, 1, verify_tree,
-       (u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
-        u32* next,                        // [sequences]; NONE: invalid
-        u32* path,                        // [sequences][max_verify_rows]: accepted rows from 0 on, then NONE
-        const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
-        const float* target_logits,       // [sequences][max_verify_rows][vocab]
-        const RowDistribution* drafters,  // [sequences][block_size]: row d is for depth d
-        const float* draft_logits,        // [sequences][block_size][vocab]
-        const u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts
-        const u32* parents,               // [sequences][max_verify_rows]: parent row
-        const Span* spans,                // [sequences]: rows of the tree
-        const Sequence* sequences,        // [sequences]
-        const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
-        u32 vocab, u32 block_size, u32 max_verify_rows)) {
-  SHARED(u32, table, 512);
-  SHARED(u64, warp_sums, WARPS);
-  SHARED(u64, weights, WARPS);
-  SHARED(u32, ids, WARPS);
-  SHARED(u64, scales, SCALES * MAX_ROWS);
-  SHARED(u32, marks, MARKS * MAX_ROWS);
+extern "C" __global__ void __launch_bounds__(512, 1) verify_tree(
+    u32* accepted,                    // [sequences]; skipped sequences keep this output and the next two
+    u32* next,                        // [sequences]; NONE: invalid
+    u32* path,                        // [sequences][max_verify_rows]: accepted rows from 0 on, then NONE
+    const RowDistribution* targets,   // [sequences][max_verify_rows]: after the row's path
+    const float* target_logits,       // [sequences][max_verify_rows][vocab]
+    const RowDistribution* drafters,  // [sequences][block_size]: row d is for depth d
+    const float* draft_logits,        // [sequences][block_size][vocab]
+    const u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts
+    const u32* parents,               // [sequences][max_verify_rows]: parent row
+    const Span* spans,                // [sequences]: rows of the tree
+    const Sequence* sequences,        // [sequences]
+    const u32* tables,                // [TABLE_WORDS]; reads thi and tlo
+    u32 vocab, u32 block_size, u32 max_verify_rows) {
+  __shared__ __align__(16) u32 table[512];
+  __shared__ __align__(16) u64 warp_sums[WARPS];
+  __shared__ u64 weights[WARPS];
+  __shared__ u32 ids[WARPS];
+  __shared__ u64 scales[SCALES][MAX_ROWS];
+  __shared__ u32 marks[MARKS][MAX_ROWS];
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();
@@ -267,14 +263,14 @@ KERNEL(512, 1, verify_tree,
   const u32 sequence = blockIdx.x;
   const size_t first = size_t(sequence) * max_verify_rows;
   const Sequence* state = sequences + sequence;
-  const u32 rows = min(ld(&spans[sequence].rows), max_verify_rows);
-  if (ld(&state->verify_method) != REJECTION || form_of(ld(&state->now.shape)) != SAMPLED_TREE || rows < 2) return;
+  const u32 rows = min(spans[sequence].rows, max_verify_rows);
+  if (state->verify_method != REJECTION || form_of(state->now.shape) != SAMPLED_TREE || rows < 2) return;
   const PhiloxStream stream = philox_stream(state);
   const Updates updates = {scales, marks};
   const ReduceScratch scratch = {warp_sums, weights, ids};
 
   u32 row = 0, depth = 0, token = NONE;
-  if (threadIdx.x < max_verify_rows) st(path + first + threadIdx.x, threadIdx.x ? NONE : 0);
+  if (threadIdx.x < max_verify_rows) path[first + threadIdx.x] = threadIdx.x ? NONE : 0;
   __syncthreads();
 #pragma unroll 1
   for (bool accepted_child = true; accepted_child;) {
@@ -302,7 +298,7 @@ KERNEL(512, 1, verify_tree,
         // q has no token left: the remaining children are repeats.
         if (!q_ready) break;
       }
-      const u32 draft = ld(tokens + first + child);
+      const u32 draft = tokens[first + child];
       // A token with q = 0 was not sampled from q: it repeats an earlier sibling and is skipped.
       const u64 draft_q = draft_probability(q, updates, count + q_ready, draft);
       if (draft_q == 0) continue;
@@ -332,17 +328,17 @@ KERNEL(512, 1, verify_tree,
           const u32 rounding_token = block_heaviest(heaviest, weights, ids);
           // Inconsistent input may have no weight at all.
           if (!again) scale_of(max(sum, u64(1)), shift, inverse);
-          if (again && threadIdx.x == 0) sts(marks + P_ROUNDING_TOKEN * MAX_ROWS + count, rounding_token);
+          if (again && threadIdx.x == 0) marks[P_ROUNDING_TOKEN][count] = rounding_token;
         }
         if (threadIdx.x == 0) {
-          sts(marks + P_SHIFT * MAX_ROWS + count, shift);
-          sts(scales + P_INVERSE * MAX_ROWS + count, inverse), sts(scales + P_REMAINDER * MAX_ROWS + count, ONE - sum);
+          marks[P_SHIFT][count] = shift;
+          scales[P_INVERSE][count] = inverse, scales[P_REMAINDER][count] = ONE - sum;
         }
         __syncthreads();
         count++;
         q_ready = false;
       }
-      const Probabilities x = both(count, ld(target_row + draft), ld(q.logits + draft), draft);
+      const Probabilities x = both(count, target_row[draft], q.logits[draft], draft);
       accepted_child = accept(stream, depth + 1, child, x.p, draft_q);
       if (accepted_child) break;
       rejected = draft;
@@ -350,7 +346,7 @@ KERNEL(512, 1, verify_tree,
     if (accepted_child) {
       row = child;
       depth++;
-      if (threadIdx.x == 0 && depth < max_verify_rows) st(path + first + depth, row);
+      if (threadIdx.x == 0 && depth < max_verify_rows) path[first + depth] = row;
       // All threads have applied this row's updates before the next row's are written.
       __syncthreads();
       continue;
@@ -375,5 +371,5 @@ KERNEL(512, 1, verify_tree,
       });
     }
   }
-  if (threadIdx.x == 0) st(accepted + sequence, depth), st(next + sequence, token);
+  if (threadIdx.x == 0) accepted[sequence] = depth, next[sequence] = token;
 }

@@ -29,8 +29,8 @@ constexpr u32 DEPTH_BITS = 6, CODE_BITS = 90;
 // the leading one; the code of rank r is d ones, a zero, and those d digits. A prefix has at least
 // product(r + 1) - 1 better ones, the product over its ranks. In the tree the product is therefore below 64,
 // and the code of all its ranks has at most 10 bits more than its depth, 73 in all.
-WRAPPER u32 code_length(u32 rank) { return 2 * (31 - u32(__clz(int(rank + 1)))) + 1; }
-WRAPPER u32 code_of(u32 rank) {
+DEVICE u32 code_length(u32 rank) { return 2 * (31 - u32(__clz(int(rank + 1)))) + 1; }
+DEVICE u32 code_of(u32 rank) {
   const u32 digits = 31 - u32(__clz(int(rank + 1)));
   return ((1u << digits) - 1) << (digits + 1) | ((rank + 1) ^ 1u << digits);
 }
@@ -42,11 +42,11 @@ struct Prefix {
   u32 rank;    // of its token among the choices of its depth
   u32 used;    // code bits before those of `rank`
 };
-WRAPPER u128 no_key() { return ~u128(0); }
+DEVICE u128 no_key() { return ~u128(0); }
 
 // Drafts per chain, for several chains of at most `depth` drafts in at most `rows` rows: `chains` of
 // src/spec/tree.rs.
-WRAPPER u32 drafts_per_chain(u32 rows, u32 depth) {
+DEVICE u32 drafts_per_chain(u32 rows, u32 depth) {
   const u32 drafts = rows - 1;
   u32 count = 2;
   for (; (count + 1) * (count + 1) <= drafts; count++) {}
@@ -54,7 +54,7 @@ WRAPPER u32 drafts_per_chain(u32 rows, u32 depth) {
 }
 
 // The prefix whose last token has this rank. The first `used` bits of `code` code the ranks before it.
-WRAPPER Prefix prefix(u32 cost, u32 depth, u128 code, u32 used, u32 parent, u32 rank) {
+DEVICE Prefix prefix(u32 cost, u32 depth, u128 code, u32 used, u32 parent, u32 rank) {
   // A valid tree never uses more bits. The last rank may be 63, one above the maximum; its code has 13 bits.
   used = min(used, CODE_BITS - 13);
   const u128 before = code >> (CODE_BITS - used) << (CODE_BITS - used);
@@ -65,45 +65,45 @@ WRAPPER Prefix prefix(u32 cost, u32 depth, u128 code, u32 used, u32 parent, u32 
 
 }  // namespace
 
-KERNEL(32, 8, tree_build,
-       (u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts; NONE: padding, or a
-                                    // invalid draft
-        u32* parents,               // [sequences][max_verify_rows]: parent row; 0: anchor, padding
-        u64* masks,                 // [sequences][max_verify_rows]: bit j is set if row j is this row or an
-                                    // ancestor; 0: padding
-        Row* table,                 // [sequences][max_verify_rows]: rows of the verification pass
-        Span* spans,                // [sequences]: context and rows of the verification pass
-        const uint2* choices,       // [sequences][block_size][max_choices]: (token, cost) at row =
-                                    // depth; row 0 unused
-        const u32* counts,          // [sequences][block_size]; NONE: invalid
-        const u32* drafts,          // [sequences][block_size], of chains: draft i at i; 0 unused
-        const u32* typical_costs,   // [max_choices], for sampled trees: cost of a draft by its place
-                                    // among its siblings
-        const Sequence* sequences,  // [sequences]
-        u32 block_size, u32 max_verify_rows, u32 max_choices)) {
-  SHARED(u32, costs, 63 * MAX_CHOICES);
+extern "C" __global__ void __launch_bounds__(32, 8) tree_build(
+    u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts; NONE: padding, or a
+                                // invalid draft
+    u32* parents,               // [sequences][max_verify_rows]: parent row; 0: anchor, padding
+    u64* masks,                 // [sequences][max_verify_rows]: bit j is set if row j is this row or an
+                                // ancestor; 0: padding
+    Row* table,                 // [sequences][max_verify_rows]: rows of the verification pass
+    Span* spans,                // [sequences]: context and rows of the verification pass
+    const uint2* choices,       // [sequences][block_size][max_choices]: (token, cost) at row =
+                                // depth; row 0 unused
+    const u32* counts,          // [sequences][block_size]; NONE: invalid
+    const u32* drafts,          // [sequences][block_size], of chains: draft i at i; 0 unused
+    const u32* typical_costs,   // [max_choices], for sampled trees: cost of a draft by its place
+                                // among its siblings
+    const Sequence* sequences,  // [sequences]
+    u32 block_size, u32 max_verify_rows, u32 max_choices) {
+  __shared__ u32 costs[63 * MAX_CHOICES];
   grid_launch();
   grid_wait();
   const u32 sequence = blockIdx.x, lane = threadIdx.x;
   const Progress s = ld_progress(sequences + sequence);
   const u32 draft_rows = block_rows(s, block_size), rows = min(verified_rows(s), max_verify_rows);
   const bool chain = form_of(s.shape) == CHAIN_OF_DRAFTS, sampled = form_of(s.shape) == SAMPLED_TREE;
-  const bool several_chains = sampled && ld(&sequences[sequence].verify_method) == BLOCK;
+  const bool several_chains = sampled && sequences[sequence].verify_method == BLOCK;
   const u32 levels = draft_rows && !chain ? draft_rows - 1 : 0;
   choices += size_t(sequence) * block_size * max_choices, counts += size_t(sequence) * block_size;
   drafts += size_t(sequence) * block_size;
 
   // The cost of each choice; NONE where a list is shorter.
   bool bad = false;
-  for (u32 i = lane; i < levels; i += 32) bad |= ld(counts + i + 1) == NONE;
+  for (u32 i = lane; i < levels; i += 32) bad |= counts[size_t(i) + 1] == NONE;
   const bool invalid = __any_sync(~0u, bad) && rows > 1 && !sampled;
   for (u32 i = lane; i < levels * max_choices; i += 32) {
-    const bool exists = i % max_choices < ld(counts + i / max_choices + 1);
-    sts(costs + i, sampled ? ld(typical_costs + i % max_choices) : exists ? ld(&choices[max_choices + i].y) : NONE);
+    const bool exists = i % max_choices < counts[size_t(i / max_choices) + 1];
+    costs[i] = sampled ? typical_costs[i % max_choices] : exists ? choices[max_choices + i].y : NONE;
   }
   __syncwarp();
   const auto cost_of = [&](u32 level, u32 rank) {
-    return level < levels && rank < max_choices ? lds(costs + level * max_choices + rank) : NONE;
+    return level < levels && rank < max_choices ? costs[level * max_choices + rank] : NONE;
   };
   const auto add_cost = [](u32 before, u32 cost) { return cost == NONE ? NONE : before + cost; };
 
@@ -171,13 +171,13 @@ KERNEL(32, 8, tree_build,
     }
     u32 token = exists && !row ? s.anchor : NONE;
     if (draft && !sampled) {
-      token = chain ? ld(drafts + row) : ld(&choices[size_t(depth[i]) * max_choices + rank[i]].x);
+      token = chain ? drafts[row] : choices[size_t(depth[i]) * max_choices + rank[i]].x;
     }
-    st(tokens + to, token);
-    st(parents + to, parent[i]);
-    st(masks + to, mask[i]);
-    st(table + to, Row{exists ? sequence : NONE, exists ? s.length + depth[i] : 0, exists ? s.length + row : NONE,
-                       exists ? u32(to) : NONE});
+    tokens[to] = token;
+    parents[to] = parent[i];
+    masks[to] = mask[i];
+    table[to] = Row{exists ? sequence : NONE, exists ? s.length + depth[i] : 0, exists ? s.length + row : NONE,
+                    exists ? u32(to) : NONE};
   }
-  if (lane == 0) st(spans + sequence, Span{count ? s.length : 0, count});
+  if (lane == 0) spans[sequence] = Span{count ? s.length : 0, count};
 }

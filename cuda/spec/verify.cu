@@ -10,30 +10,30 @@
 // Preconditions: max_verify_rows 1 to 64. Rows, tokens, choices and parents may hold any value.
 #include "common/rows.cuh"
 
-KERNEL(32, 16, verify,
-       (u32* accepted,        // [sequences]: accepted drafts
-        u32* next,            // [sequences]: the token after them; NONE: invalid, or the sequence does not
-                              // take part
-        u32* path,            // [sequences][max_verify_rows]: accepted rows, row 0 first; NONE from accepted
-                              // + 1 on
-        const u32* choices,   // [sequences][max_verify_rows]: token that `sample` gave the row; NONE: invalid
-        const u32* tokens,    // [sequences][max_verify_rows]: anchor, then drafts
-        const u32* parents,   // [sequences][max_verify_rows]: parent row of each draft; null: the row before
-        const Span* spans,    // [sequences]
-        u32 max_verify_rows)) {
+extern "C" __global__ void __launch_bounds__(32, 16) verify(
+    u32* accepted,        // [sequences]: accepted drafts
+    u32* next,            // [sequences]: the token after them; NONE: invalid, or the sequence does not
+                          // take part
+    u32* path,            // [sequences][max_verify_rows]: accepted rows, row 0 first; NONE from accepted
+                          // + 1 on
+    const u32* choices,   // [sequences][max_verify_rows]: token that `sample` gave the row; NONE: invalid
+    const u32* tokens,    // [sequences][max_verify_rows]: anchor, then drafts
+    const u32* parents,   // [sequences][max_verify_rows]: parent row of each draft; null: the row before
+    const Span* spans,    // [sequences]
+    u32 max_verify_rows) {
   grid_launch();
   grid_wait();
   const u32 lane = threadIdx.x;
-  const u32 rows = min(ld(&spans[blockIdx.x].rows), max_verify_rows);
+  const u32 rows = min(spans[blockIdx.x].rows, max_verify_rows);
   const size_t first = size_t(blockIdx.x) * max_verify_rows;
   u32 choice[2], token[2], parent[2], path_row[2] = {NONE, NONE};
 #pragma unroll
   for (u32 half = 0; half < 2; half++) {
     const u32 row = lane + half * 32;
     const bool exists = row < rows;
-    choice[half] = exists ? ld(choices + first + row) : NONE;
-    token[half] = exists ? ld(tokens + first + row) : NONE;
-    parent[half] = !exists ? NONE : parents ? ld(parents + first + row) : row - 1;
+    choice[half] = exists ? choices[first + row] : NONE;
+    token[half] = exists ? tokens[first + row] : NONE;
+    parent[half] = !exists ? NONE : parents ? parents[first + row] : row - 1;
   }
   u32 row = 0, depth = 0, chosen = NONE;
   while (rows) {
@@ -52,10 +52,10 @@ KERNEL(32, 16, verify,
   }
 #pragma unroll
   for (u32 half = 0; half < 2; half++) {
-    if (lane + half * 32 < max_verify_rows) st(path + first + lane + half * 32, path_row[half]);
+    if (lane + half * 32 < max_verify_rows) path[first + lane + half * 32] = path_row[half];
   }
   if (lane == 0) {
-    st(accepted + blockIdx.x, depth);
-    st(next + blockIdx.x, chosen);
+    accepted[blockIdx.x] = depth;
+    next[blockIdx.x] = chosen;
   }
 }
