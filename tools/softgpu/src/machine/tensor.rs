@@ -13,18 +13,6 @@ use super::shared::{Shared, Who};
 use super::warp::Warp;
 use crate::ptx::program::{Instr, Op, RowAccess};
 
-/// A row of pairs of bf16 as an 8x8 matrix of f32.
-#[inline(always)]
-fn widen(row: &[u32; LANES]) -> [[f32; 8]; 8] {
-    let mut out = [[0.0; 8]; 8];
-    for lane in 0..LANES {
-        let pair = row[lane];
-        out[lane / 4][lane % 4 * 2] = f32::from_bits(pair << 16);
-        out[lane / 4][lane % 4 * 2 + 1] = f32::from_bits(pair & 0xffff_0000);
-    }
-    out
-}
-
 /// D = A B + C for m16n8k16: a[4], b[2] registers of bf16 pairs, c[4] of f32.
 #[inline(always)]
 pub(super) fn mma(
@@ -33,17 +21,22 @@ pub(super) fn mma(
     c: [&[f32; LANES]; 4],
     sums: Sums,
 ) -> [[f32; LANES]; 4] {
-    let (a00, a10, a01, a11) = (widen(a[0]), widen(a[1]), widen(a[2]), widen(a[3]));
-    let (b0, b1) = (widen(b[0]), widen(b[1]));
     let (mut left, mut right) = ([[0.0; 16]; 16], [[0.0; 8]; 16]);
-    for n in 0..8 {
-        left[n][..8].copy_from_slice(&a00[n]);
-        left[n][8..].copy_from_slice(&a01[n]);
-        left[n + 8][..8].copy_from_slice(&a10[n]);
-        left[n + 8][8..].copy_from_slice(&a11[n]);
-        for k in 0..8 {
-            right[k][n] = b0[n][k];
-            right[k + 8][n] = b1[n][k];
+    let low = |pair: u32| f32::from_bits(pair << 16);
+    let high = |pair: u32| f32::from_bits(pair & 0xffff_0000);
+    for (part, pairs) in a.iter().enumerate() {
+        for lane in 0..LANES {
+            let (row, k) = (part % 2 * 8 + lane / 4, part / 2 * 8 + lane % 4 * 2);
+            left[row][k] = low(pairs[lane]);
+            left[row][k + 1] = high(pairs[lane]);
+        }
+    }
+    for (part, pairs) in b.iter().enumerate() {
+        for t in 0..4 {
+            for n in 0..8 {
+                right[part * 8 + t * 2][n] = low(pairs[n * 4 + t]);
+                right[part * 8 + t * 2 + 1][n] = high(pairs[n * 4 + t]);
+            }
         }
     }
     product(&left, &right, c, sums)

@@ -1,6 +1,6 @@
 //! What each instruction means: opcode, modifiers and operands to [`Instr`], with the checks of an assembler.
 
-use super::operands::{Body, Operand, Result, describe};
+use super::operands::{Base, Body, Operand, Result, describe};
 use super::program::{Atom, Cmp, Constant, Instr, NONE, Op, SHARED_WINDOW, Space, Ty, flag};
 use super::rows::is_register;
 
@@ -619,6 +619,20 @@ impl<'a> Body<'a> {
             i.flags |= flag::WIDE;
         } else if wide > 0 {
             return Err("registers of different widths".to_string());
+        }
+        if space == Space::Param
+            && let Operand::Address(Base::Constant(Constant::Bits(at)), offset) = *address
+            && let offset = at.wrapping_add(offset as u64)
+            && n == 1
+            && ty.bytes() >= 4
+            && wide == 0
+            && offset % u64::from(ty.bytes()) == 0
+            && offset.checked_add(u64::from(ty.bytes())).is_some_and(|end| end <= u64::from(self.param_bytes))
+        {
+            // A constant of the launch.
+            let mut i = Instr::new(Op::Mov, ty);
+            (i.d, i.a) = (rows[0], self.constant(Constant::Param(offset as u32), ty.bytes() == 8));
+            return Ok(i);
         }
         i.d = self.lists.len() as u32;
         self.lists.extend(rows);

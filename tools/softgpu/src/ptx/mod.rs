@@ -94,6 +94,7 @@ impl Module {
                 *value = match *constant {
                     Constant::Bits(bits) => bits,
                     Constant::DynamicShared(offset) => u64::from(kernel.dynamic_start).wrapping_add(offset),
+                    Constant::Param(_) => 0,
                     Constant::Variable(index, offset) => self.addresses[index as usize].wrapping_add(offset),
                 };
             }

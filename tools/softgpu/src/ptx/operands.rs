@@ -65,6 +65,8 @@ pub(super) struct Body<'a> {
     /// Branches by index, and their targets.
     jumps: Vec<(usize, &'a str)>,
     pub specials: Vec<Special>,
+    /// Bytes of the kernel's parameters.
+    pub param_bytes: u32,
     pub shared_unit: u32,
     pub uses_wgmma: bool,
 }
@@ -85,6 +87,7 @@ impl<'a> Body<'a> {
             labels: HashMap::new(),
             jumps: Vec::new(),
             specials: Vec::new(),
+            param_bytes: 0,
             shared_unit: 4,
             uses_wgmma: false,
         }
@@ -321,6 +324,7 @@ impl<'a> Body<'a> {
                     Constant::Bits(x) => Constant::Bits(x.wrapping_add(offset)),
                     Constant::DynamicShared(x) => Constant::DynamicShared(x.wrapping_add(offset)),
                     Constant::Variable(v, x) => Constant::Variable(v, x.wrapping_add(offset)),
+                    Constant::Param(_) => unreachable!("parameters are values, not addresses"),
                 };
                 (i.a, i.x) = (self.constant(whole, true), 0);
             }

@@ -335,6 +335,7 @@ impl<'a> Parser<'a> {
                 }
             }
         }
+        body.param_bytes = end;
         let (mut max_threads, mut min_blocks) = (1024, 1);
         loop {
             let product = |parser: &mut Self| -> Result<u32> {
@@ -412,7 +413,7 @@ impl<'a> Parser<'a> {
             .map(|(constant, _)| match constant {
                 Constant::Bits(bits) => *bits,
                 Constant::DynamicShared(offset) => u64::from(dynamic_start).wrapping_add(*offset),
-                Constant::Variable(..) => 0,
+                Constant::Variable(..) | Constant::Param(_) => 0,
             })
             .collect();
         self.kernels.push(kernel);

@@ -397,6 +397,8 @@ pub(crate) enum Constant {
     DynamicShared(u64),
     /// A variable of the module, by index, and bytes from its start.
     Variable(u32, u64),
+    /// The parameter bytes from this offset on.
+    Param(u32),
 }
 
 /// A variable in shared memory.
@@ -435,7 +437,7 @@ pub struct Kernel {
     pub(crate) predicates: u32,
     /// The constants by row: a value and whether it takes two rows.
     pub(crate) constants: Vec<(Constant, bool)>,
-    /// The values of the constants, with the addresses of variables filled in.
+    /// The values of the constants, with the addresses of variables filled in. Those of parameters come with a launch.
     pub(crate) values: Vec<u64>,
     pub(crate) specials: Vec<Special>,
     pub(crate) shared_variables: Arc<[SharedVariable]>,
