@@ -11,9 +11,12 @@ pub(super) struct Parts<'a> {
 }
 
 impl<'a> Parts<'a> {
-    fn of(opcode: &'a str) -> Parts<'a> {
+    /// Splits an opcode into an empty vector.
+    fn of(opcode: &'a str, mut rest: Vec<&'a str>) -> Parts<'a> {
         let mut parts = opcode.split('.');
-        Parts { root: parts.next().unwrap_or(""), rest: parts.collect() }
+        let root = parts.next().unwrap_or("");
+        rest.extend(parts);
+        Parts { root, rest }
     }
 
     /// Removes a modifier; whether it was there.
@@ -89,7 +92,7 @@ fn spaces(parts: &mut Parts) -> Space {
 impl<'a> Body<'a> {
     /// Appends an instruction, without its guard.
     pub fn instruction(&mut self, opcode: &'a str, operands: &[Operand<'a>]) -> Result<()> {
-        let mut parts = Parts::of(opcode);
+        let mut parts = Parts::of(opcode, std::mem::take(&mut self.parts));
         let instr = match parts.root {
             "mov" => self.mov(&mut parts, operands)?,
             "cvta" => self.cvta(&mut parts, operands)?,
@@ -153,6 +156,7 @@ impl<'a> Body<'a> {
             _ => return Err("this opcode is not known to this machine".to_string()),
         };
         parts.done()?;
+        self.parts = parts.rest;
         self.code.push(instr);
         Ok(())
     }
