@@ -1,6 +1,7 @@
 //! Loads, stores, atomics and asynchronous copies, with their checks: bounds, alignment, bytes that were never written,
 //! races.
 
+use super::atomic;
 use super::block::{Core, Env, RANGES, Range};
 use super::exec::Result;
 use super::fault::{Cause, Trouble};
@@ -8,11 +9,11 @@ use super::lanes::{ALL, LANES, Rows, lanes, vectorized};
 use super::shared::{Access, Who};
 use super::warp::{Copy, Warp};
 use crate::memory::DEVICE_MEMORY;
-use crate::ptx::program::{Atom, Instr, LOCAL_WINDOW, NONE, Op, SHARED_WINDOW, Space, Ty, flag};
+use crate::ptx::program::{Instr, LOCAL_WINDOW, NONE, Op, SHARED_WINDOW, Space, Ty, flag};
 
 /// The addresses of an instruction's lanes.
 #[inline(always)]
-fn addresses(rows: &Rows, i: &Instr) -> [u64; LANES] {
+pub(super) fn addresses(rows: &Rows, i: &Instr) -> [u64; LANES] {
     let offset = i64::from(i.x as i32) as u64;
     let mut out = [0; LANES];
     // SAFETY: the operand is the instruction's, of the width that the flag says.
@@ -35,7 +36,7 @@ fn addresses(rows: &Rows, i: &Instr) -> [u64; LANES] {
 
 /// A state space and the address in it, for an address that may be generic.
 #[inline(always)]
-fn resolve(space: Space, address: u64) -> (Space, u64) {
+pub(super) fn resolve(space: Space, address: u64) -> (Space, u64) {
     match space {
         Space::Generic if address >= LOCAL_WINDOW => (Space::Local, address - LOCAL_WINDOW),
         Space::Generic if address >= SHARED_WINDOW => (Space::Shared, address - SHARED_WINDOW),
@@ -64,7 +65,7 @@ pub(super) fn access(
 ) -> Result<()> {
     match i.op {
         Op::Prefetch => return prefetch(env, rows, i, pc, mask),
-        Op::Atomic => return atomic(env, core, warp, rows, i, pc, mask),
+        Op::Atomic => return atomic::execute(env, core, warp, rows, i, pc, mask),
         _ => {}
     }
     let mut all = Lanes { addresses: addresses(rows, i), data: [std::ptr::null_mut(); LANES] };
@@ -283,7 +284,7 @@ fn access_global(
     if access == Access::Write {
         for lane in lanes(mask) {
             // SAFETY: the lanes are inside the range.
-            unsafe { shadow[lane].write_bytes(1, bytes as usize) };
+            unsafe { mark_written(shadow[lane], bytes) };
         }
     }
     Ok(())
@@ -313,7 +314,7 @@ fn access_each(
 
 /// Checks and records a lane's access to `used` of `bytes` bytes of global memory. Returns the first byte.
 #[allow(clippy::too_many_arguments, reason = "what an access is made of")]
-fn access_one(
+pub(super) fn access_one(
     env: &mut Env,
     core: &mut Core,
     address: u64,
@@ -516,6 +517,23 @@ unsafe fn written(shadow: *const u8, bytes: u32) -> bool {
     }
 }
 
+/// Sets all bytes of a shadow.
+///
+/// # Safety
+/// `shadow` is valid for writes of `bytes` bytes.
+#[inline(always)]
+unsafe fn mark_written(shadow: *mut u8, bytes: u32) {
+    // SAFETY: the caller vouches for the bytes.
+    unsafe {
+        match bytes {
+            4 => shadow.cast::<[u8; 4]>().write([1; 4]),
+            8 => shadow.cast::<[u8; 8]>().write([1; 8]),
+            16 => shadow.cast::<[u8; 16]>().write([1; 16]),
+            _ => shadow.write_bytes(1, bytes as usize),
+        }
+    }
+}
+
 #[cold]
 fn unwritten(env: &Env, address: u64, bytes: u32) -> Box<Trouble> {
     Trouble::new(format!("a read of {bytes} bytes at {address:#x} that were never all written"))
@@ -552,107 +570,6 @@ fn local(env: &Env, warp: &mut Warp, lane: usize, address: u64, bytes: u32, stor
         );
     }
     Ok(warp.local[at..].as_mut_ptr())
-}
-
-// ---- atomics ----
-
-#[allow(clippy::too_many_arguments, reason = "what an instruction sees")]
-fn atomic(
-    env: &mut Env,
-    core: &mut Core,
-    warp: &mut Warp,
-    rows: &Rows,
-    i: &Instr,
-    pc: usize,
-    mask: u32,
-) -> Result<()> {
-    let all = addresses(rows, i);
-    let bytes = i.ty.bytes();
-    env.counts.atomics += u64::from(mask.count_ones());
-    for lane in lanes(mask) {
-        let (space, address) = resolve(i.space, all[lane]);
-        let who = Who { warp: warp.index, lane, pc };
-        let at = match space {
-            Space::Shared => {
-                core.shared.access(address, bytes, Access::Atomic, who).map_err(|t| t.lane(lane))?
-            }
-            Space::Global => {
-                access_one(env, core, address, bytes, bytes, Access::Atomic, i.flags, warp, lane, pc)
-                    .map_err(|t| t.lane(lane))?
-            }
-            _ => return Err(Trouble::new("an atomic operation on memory of one thread").lane(lane)),
-        };
-        // SAFETY: the checks above cover the bytes; the rows are the instruction's.
-        unsafe {
-            if bytes == 8 {
-                let to = at.cast::<u64>();
-                let (b, c) = ((*rows.get::<u64>(i.b))[lane], (*rows.get::<u64>(i.c))[lane]);
-                let old = to.read();
-                let new = updated(i, old, b, c);
-                env.counts.changed |= new != old;
-                to.write_volatile(new);
-                (*rows.at::<u64>(i.d))[lane] = old;
-            } else {
-                let to = at.cast::<u32>();
-                let old = to.read();
-                let (b, c) = (u64::from(rows.lane(i.b, lane)), u64::from(rows.lane(i.c, lane)));
-                let new = updated(i, u64::from(old), b, c) as u32;
-                env.counts.changed |= new != old;
-                to.write_volatile(new);
-                (*rows.at::<u32>(i.d))[lane] = old;
-            }
-        }
-    }
-    // An operation on the same address by several lanes is one of the warp.
-    let mut last = None;
-    for lane in lanes(mask) {
-        if last != Some(all[lane]) && resolve(i.space, all[lane]).0 == Space::Global {
-            env.global.atomic(all[lane], i.flags, env.launch_index, core, warp.index);
-            last = Some(all[lane]);
-        }
-    }
-    Ok(())
-}
-
-/// The new value of an atomic operation.
-fn updated(i: &Instr, old: u64, b: u64, c: u64) -> u64 {
-    let signed = |x: u64| if i.ty == Ty::S32 { i64::from(x as i32) } else { x as i64 };
-    match i.atom {
-        Atom::Add if i.ty == Ty::F32 => {
-            let sum = f32::from_bits(old as u32) + f32::from_bits(b as u32);
-            u64::from(super::math::canonical(sum).to_bits())
-        }
-        Atom::Add => old.wrapping_add(b),
-        Atom::Min if i.ty.is_signed() => signed(old).min(signed(b)) as u64,
-        Atom::Max if i.ty.is_signed() => signed(old).max(signed(b)) as u64,
-        Atom::Min => old.min(b),
-        Atom::Max => old.max(b),
-        Atom::And => old & b,
-        Atom::Or => old | b,
-        Atom::Xor => old ^ b,
-        Atom::Inc => {
-            if old >= b {
-                0
-            } else {
-                old + 1
-            }
-        }
-        Atom::Dec => {
-            if old == 0 || old > b {
-                b
-            } else {
-                old - 1
-            }
-        }
-        Atom::Exch => b,
-        Atom::Cas => {
-            if old == b {
-                c
-            } else {
-                old
-            }
-        }
-    }
 }
 
 // ---- asynchronous copies ----

@@ -127,8 +127,8 @@ impl Counts {
             }
             let (mut depth, mut most) = ([0usize; LANES], 0);
             for lane in lanes(part) {
-                let at = addresses[lane] / width;
-                let bank = at as usize % group;
+                let at = addresses[lane] >> shift;
+                let bank = at as usize & (group - 1);
                 if !self.banks[bank][..depth[bank]].contains(&at) {
                     self.banks[bank][depth[bank]] = at;
                     depth[bank] += 1;

@@ -28,6 +28,7 @@ pub(super) fn run(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mut 
 #[inline(always)]
 unsafe fn interpret(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mut u64) -> Result<()> {
     let kernel = env.kernel;
+    let (code, executed) = (kernel.code.as_ptr(), env.counts.executed.as_mut_ptr());
     let rows =
         Rows { registers: warp.registers.as_mut_ptr().cast(), constants: env.constants.as_ptr().cast() };
     loop {
@@ -51,8 +52,12 @@ unsafe fn interpret(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mu
                 return Ok(());
             }
             *budget -= 1;
-            let i = &kernel.code[pc];
-            env.counts.executed[pc] += 1;
+            // SAFETY: branches have targets in the code, and control does not pass its last instruction. There is a count for
+            // each instruction.
+            let i = unsafe {
+                *executed.add(pc) += 1;
+                &*code.add(pc)
+            };
             let mask =
                 if i.guard == ALWAYS { set } else { set & predicate(&warp.predicates, u32::from(i.guard)) };
             if mask == 0 {

@@ -10,7 +10,7 @@ use super::Launch;
 use super::block::Core;
 use super::exec::Result;
 use super::fault::Trouble;
-use super::lanes::{LANES, lanes};
+use super::lanes::LANES;
 use super::shared::{Access, Who};
 use crate::ptx::Kernel;
 use crate::ptx::program::flag;
@@ -336,19 +336,23 @@ impl Global {
             records.iter().fold(true, |fine, r| fine & ((r.warp < settled) | (r.warp == also)))
         };
         let base = self.base;
-        let mut page: *mut Page = std::ptr::null_mut();
-        let mut number = u64::MAX;
-        for lane in lanes(mask) {
-            let address = addresses[lane];
-            if address / PAGE != number {
-                number = address / PAGE;
-                page = self.page(address);
-            }
-            // SAFETY: pages stay until the next chain begins.
-            let page = unsafe { &mut *page };
+        // Bit n: lane n accesses the bytes after those of the lane before it, in the same page.
+        let mut follows = 0;
+        for lane in 1..LANES {
+            let next = addresses[lane] == addresses[lane - 1].wrapping_add(u64::from(bytes));
+            follows |= u32::from(next & !addresses[lane].is_multiple_of(PAGE)) << lane;
+        }
+        let mut left = mask;
+        while left != 0 {
+            let lane = left.trailing_zeros();
+            let count = 1 + ((left & follows) >> lane >> 1).trailing_ones();
+            left &= !((((1u64 << count) - 1) as u32) << lane);
+            let address = addresses[lane as usize];
+            let page = self.page(address);
             let first = (address % PAGE) as usize;
+            let end = first + (count * bytes) as usize;
             if streamed {
-                page.stream(first as u32, first as u32 + bytes - 1, record);
+                page.stream(first as u32, end as u32 - 1, record);
                 if page.written_by < base {
                     continue;
                 }
@@ -356,7 +360,7 @@ impl Global {
             if bytes < 1 << page.shift {
                 page.split(bytes);
             }
-            let units = first >> page.shift..(first + bytes as usize) >> page.shift;
+            let units = first >> page.shift..end >> page.shift;
             if page.written_by >= settled && !fine(&page.writes[units.clone()]) {
                 return false;
             }

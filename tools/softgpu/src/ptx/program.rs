@@ -70,6 +70,7 @@ impl Ty {
     }
 
     /// Its size in bytes; a predicate has none.
+    #[inline]
     pub fn bytes(self) -> u32 {
         match self {
             Ty::Pred => 0,
